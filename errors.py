@@ -1,0 +1,56 @@
+"""A user's mistake gets one clear message and exit code 2, never a traceback.
+
+Raise `UserError` wherever the person at the keyboard can mend the matter; wrap a script's entry
+point in `run_script`. A leaf: it knows nothing else of the project.
+"""
+
+import difflib
+import os
+import sys
+import traceback
+
+
+class UserError(Exception):
+    """One or more problems that the user can mend, each a sentence or two of plain text."""
+
+    def __init__(self, *problems: str):
+        self.problems = tuple(problems)
+        super().__init__('\n'.join(problems))
+
+
+def nearest(name: str, allowed) -> str:
+    """`' Did you mean x?'` for the closest allowed name, or an empty string."""
+    allowed = list(allowed)
+    folded = {candidate.lower().replace('-', '_'): candidate for candidate in allowed}
+    close = difflib.get_close_matches(name.lower().replace('-', '_'), folded, n=1, cutoff=0.6)
+    return f' Did you mean {folded[close[0]]}?' if close else ''
+
+
+def run_script(main, argv: list[str] | None = None) -> None:
+    """Run `main(argv)` as a script and exit: 0, its own code, 2 on a UserError, 130 on Ctrl-C.
+
+    `--debug` among the arguments shows the traceback of a UserError too.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        code = main(argv)
+    except UserError as error:
+        if '--debug' in argv or '--debug=True' in argv:
+            traceback.print_exc()
+        name = os.path.basename(sys.argv[0])
+        sys.stdout.flush()
+        if len(error.problems) == 1:
+            print(f'{name}: {error.problems[0]}', file=sys.stderr)
+        else:
+            print(f'{name}: {len(error.problems)} problems', file=sys.stderr)
+            for problem in error.problems:
+                print(f'  - {problem}', file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:
+        # The reader (`| head`) has gone; point stdout at nothing so that the exit is silent.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except KeyboardInterrupt:
+        print('\ninterrupted', file=sys.stderr)
+        sys.exit(130)
+    sys.exit(code or 0)
