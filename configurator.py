@@ -1,0 +1,210 @@
+"""Merge defaults < preset < config file < `--key=value`, typed and strict; explain; `--help`.
+
+Knows nothing of models or training: it is handed a schema, which is a dict of groups,
+`{'Group title': {key: Option}}`, as a function, since a config file may register components
+whose options join the schema.
+"""
+
+import ast
+import shutil
+import textwrap
+import traceback
+import types
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from errors import UserError, nearest
+from registry import Option
+
+Schema = dict[str, dict[str, Option]]
+
+COMMAND_LINE = 'command line'
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Values from one place: a preset, a config file, the command line. Later layers win."""
+
+    origin: str
+    values: dict
+
+
+@dataclass
+class CommandLine:
+    """What was asked for: the layers in rising order, the files' texts, and the problems so far."""
+
+    layers: list[Layer]
+    config_files: list[dict] = field(default_factory=list)  # {'path', 'text'}
+    problems: list[str] = field(default_factory=list)
+    help: bool = False
+    print_config: bool = False
+
+
+def read_command_line(argv: list[str], schema: Callable[[], Schema]) -> CommandLine:
+    """Read config files (arguments that end in .py) and `--key=value` options.
+
+    Also `--key value`, `--flag` and `--no-flag`. Problems are collected, not raised, so that the
+    caller can add its own and report all of them at once.
+    """
+    asked = CommandLine(layers=[])
+    paths = [argument for argument in argv if _is_config_file(argument)]
+    for path in paths:
+        values, text = read_config_file(path, asked.problems)
+        asked.config_files.append({'path': path, 'text': text})
+        asked.layers.append(Layer(path, values))
+    options = flatten(schema())  # after the files, which may have registered components
+    asked.layers = [
+        Layer(layer.origin, _accept_all(layer, options, asked.problems)) for layer in asked.layers
+    ]
+    asked.layers.append(Layer(COMMAND_LINE, _parse_options(argv, options, asked)))
+    return asked
+
+
+def flatten(schema: Schema) -> dict[str, Option]:
+    return {key: option for group in schema.values() for key, option in group.items()}
+
+
+def _is_config_file(argument: str) -> bool:
+    return argument.endswith('.py') and not argument.startswith('-')
+
+
+def _parse_options(argv: list[str], options: dict[str, Option], asked: CommandLine) -> dict:
+    values = {}
+    arguments = [argument for argument in argv if not _is_config_file(argument)]
+    while arguments:
+        argument = arguments.pop(0)
+        if argument in ('--help', '-h'):
+            asked.help = True
+            continue
+        if argument in ('--print_config', '--print-config'):
+            asked.print_config = True
+            continue
+        if not argument.startswith('--'):
+            asked.problems.append(
+                f'{argument!r} is neither an option (--key=value) nor a config file (*.py).'
+            )
+            continue
+        key, equals, text = argument[2:].partition('=')
+        key = key.replace('-', '_')
+        negated = key[3:] if key.startswith('no_') and key not in options else None
+        option = options.get(negated or key)
+        try:
+            if option is None:
+                raise UserError(f'unknown option --{key}.{nearest(key, options)} See --help.')
+            if negated:
+                if equals or option.base_type is not bool:
+                    raise UserError(f'{argument}: --no-KEY takes no value and is for flags only.')
+                values[negated] = False
+            elif equals:
+                values[key] = option.parse(key, text)
+            elif option.base_type is bool and not (arguments and _is_boolean(arguments[0])):
+                values[key] = True
+            elif arguments and not arguments[0].startswith('--'):
+                values[key] = option.parse(key, arguments.pop(0))
+            else:
+                raise UserError(f'--{key} needs a value: {option.allowed()}.')
+        except UserError as error:
+            asked.problems.extend(error.problems)
+    return values
+
+
+def _is_boolean(text: str) -> bool:
+    return text.lower() in ('true', 'false')
+
+
+def _accept_all(layer: Layer, options: dict[str, Option], problems: list[str]) -> dict:
+    accepted = {}
+    for key, value in layer.values.items():
+        if key not in options:
+            problems.append(f'{layer.origin}: unknown option {key!r}.{nearest(key, options)}')
+            continue
+        try:
+            accepted[key] = options[key].accept(key, value)
+        except UserError as error:
+            problems.extend(f'{layer.origin}: {problem}' for problem in error.problems)
+    return accepted
+
+
+def read_config_file(path: str, problems: list[str]) -> tuple[dict, str]:
+    """Run a Python config file; return the options that it sets, and its text.
+
+    Imports, functions, classes and names that start with `_` are the file's own.
+    """
+    file = Path(path)
+    if not file.is_file():
+        beside = [str(f) for f in file.parent.glob('*.py')] if file.parent.is_dir() else []
+        there = f' In {file.parent} there are: {", ".join(sorted(beside))}.' if beside else ''
+        problems.append(f'config file {path} does not exist.{nearest(path, beside)}{there}')
+        return {}, ''
+    try:
+        text = file.read_text(encoding='utf-8')
+        tree = ast.parse(text, filename=path)
+    except (OSError, UnicodeDecodeError, ValueError) as error:
+        problems.append(f'config file {path} cannot be read: {error}.')
+        return {}, ''
+    except SyntaxError as error:
+        problems.append(f'config file {path}, line {error.lineno}: {error.msg}.')
+        return {}, ''
+    # `__name__` makes a component of this file recognisable when the file is read again.
+    namespace = {'__name__': f'config:{file.resolve()}', '__file__': str(file.resolve())}
+    try:
+        exec(compile(tree, path, 'exec'), namespace)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # also SystemExit: a config file must not end the program
+        lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
+        where = f', line {lines[-1]}' if lines else ''
+        problems.append(f'config file {path}{where}: {type(error).__name__}: {error}')
+        return {}, text
+    imported = {
+        alias.asname or alias.name.partition('.')[0]
+        for node in ast.walk(tree)
+        if isinstance(node, (ast.Import, ast.ImportFrom))
+        for alias in node.names
+    }
+    own = (types.ModuleType, types.FunctionType, type)
+    values = {
+        key: value
+        for key, value in namespace.items()
+        if not key.startswith('_') and key not in imported and not isinstance(value, own)
+    }
+    return values, text
+
+
+def format_help(usage: str, schema: Schema) -> str:
+    """Every option by group: key, type, default, what is allowed, help."""
+    width = min(shutil.get_terminal_size((100, 24)).columns, 100)
+    lines = [usage.strip(), '']
+    for title, options in schema.items():
+        if not options:
+            continue
+        lines.append(f'{title}:')
+        for key, option in options.items():
+            default = '' if option.default is None else f' (default {option.default})'
+            about = f'{option.help}{default}'
+            if option.choices is not None:
+                about += f' [{" | ".join(option.choices)}]'
+            head = f'  --{key}={option.type_name().replace(" or None", "?")}'
+            lines += textwrap.wrap(
+                about,
+                width=width,
+                initial_indent=f'{head:<36}' if len(head) < 35 else f'{head}  ',
+                subsequent_indent=' ' * 36,
+            )
+        lines.append('')
+    lines += ["A type that ends in ? also takes None: derived, or off.  '--flag' and '--no-flag'"]
+    lines += ['set a bool.  A file sets the same keys as Python assignments.']
+    return '\n'.join(lines)
+
+
+def format_config(groups: dict[str, dict], origins: dict[str, str], notes: list[str]) -> str:
+    """Each resolved value and where it came from, by group; then what was left out, and why."""
+    lines = []
+    for title, values in groups.items():
+        lines.append(f'# {title}')
+        for key, value in values.items():
+            assignment = f'{key} = {value!r}'
+            lines.append(f'{assignment:<48}  # {origins[key]}')
+        lines.append('')
+    return '\n'.join(lines + [f'# {note}' for note in notes]).rstrip()

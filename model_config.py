@@ -1,0 +1,360 @@
+"""The architecture as data: options, presets, derivation, checks, name and identity hash.
+
+`ModelArchitectureConfig` is the one resolved description that the builder, the console, the
+record and the checkpoint read:
+
+    config = ModelArchitectureConfig(arch_preset='llama', n_layer=6, vocab_size=65)
+    config.name                       # '6L-12H-768D-RoPE-RMS-SwiGLU-PreNorm'
+    config.save('architecture.json'); ModelArchitectureConfig.load('architecture.json')
+
+The registries are declared here and filled by `model_components`; nothing here knows a module.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from configurator import Layer
+from errors import UserError
+from registry import FrozenConfig, Option, Registry, at_least, fraction
+
+_HOME = 'model_components'
+ATTENTION_REGISTRY = Registry('attention_type', 'Attention', _HOME)
+ATTENTION_BACKEND_REGISTRY = Registry('attention_backend', 'Attention backend', _HOME)
+POSITION_ENCODING_REGISTRY = Registry('position_encoding', 'Position encoding', _HOME)
+NORM_REGISTRY = Registry('normalization', 'Normalization', _HOME)
+FFN_REGISTRY = Registry('ffn_type', 'Feed-forward network', _HOME)
+ACTIVATION_REGISTRY = Registry('activation', 'Activation', _HOME)
+NORM_POSITION_REGISTRY = Registry('norm_position', 'Norm position', _HOME)
+
+# In the order in which their tags stand in an architecture's name.
+REGISTRIES = (
+    ATTENTION_REGISTRY,
+    ATTENTION_BACKEND_REGISTRY,
+    POSITION_ENCODING_REGISTRY,
+    NORM_REGISTRY,
+    FFN_REGISTRY,
+    ACTIVATION_REGISTRY,
+    NORM_POSITION_REGISTRY,
+)
+
+
+def _bias_follows_the_linear_layers(values: dict) -> str:
+    return 'layernorm' if values['bias'] else 'layernorm_nobias'
+
+
+_LLAMA = {
+    'normalization': 'rmsnorm',
+    'position_encoding': 'rope',
+    'attention_backend': 'sdpa',
+    'ffn_type': 'swiglu',
+    'norm_position': 'pre',
+    'bias': False,
+    'weight_tying': False,
+    'dropout': 0.0,
+}
+# A preset's value may be a function of the merged choices, so that it follows an override.
+PRESETS = {
+    # The design document's GPT-2, to the letter; OpenAI's own is `legacy`.
+    'gpt2': {
+        'normalization': 'layernorm_nobias',
+        'position_encoding': 'learned_absolute',
+        'attention_backend': 'sdpa',
+        'ffn_type': 'standard',
+        'activation': 'gelu',
+        'norm_position': 'post',
+        'bias': False,
+        'weight_tying': True,
+        'dropout': 0.0,
+    },
+    # Touvron et al. 2023.
+    'llama': _LLAMA,
+    # The design document's "team" model: as it stands there, the same choices as `llama`.
+    'team': _LLAMA,
+    # GPT-2's parts with rotary positions and pre-norm.
+    'hybrid': {
+        'normalization': 'layernorm_nobias',
+        'position_encoding': 'rope',
+        'attention_backend': 'sdpa',
+        'ffn_type': 'standard',
+        'activation': 'gelu',
+        'norm_position': 'pre',
+        'bias': False,
+        'weight_tying': True,
+        'dropout': 0.0,
+    },
+    # The true GPT-2 and nanoGPT model (Radford et al. 2019): pre-norm, `bias` as set, also in the
+    # norms as nanoGPT has it.
+    'legacy': {
+        'normalization': _bias_follows_the_linear_layers,
+        'position_encoding': 'learned_absolute',
+        'attention_backend': 'sdpa',
+        'ffn_type': 'standard',
+        'activation': 'gelu',
+        'norm_position': 'pre',
+        'bias': True,
+        'weight_tying': True,
+        'dropout': 0.0,
+    },
+    # Nothing chosen beyond the options' own defaults: a start for one's own mix.
+    'custom': {},
+}
+
+PRESET_OPTION = Option(
+    str, 'legacy', 'Fills the keys below; single keys override it', choices=tuple(PRESETS)
+)
+
+CORE_OPTIONS = {
+    'n_layer': Option(int, 12, 'Number of blocks', check=at_least(1)),
+    'n_head': Option(int, 12, 'Number of (query) heads', check=at_least(1)),
+    'n_embd': Option(int, 768, 'Width of the residual stream', check=at_least(1)),
+    'block_size': Option(int, 1024, 'Context length in tokens', check=at_least(1)),
+    'vocab_size': Option(
+        int | None, None, "Rows of the token table; None: the dataset's", check=at_least(1)
+    ),
+    'attention_type': Option(str, 'standard', 'Attention', choices=ATTENTION_REGISTRY),
+    'attention_backend': Option(
+        str, 'sdpa', 'How attention is computed', choices=ATTENTION_BACKEND_REGISTRY
+    ),
+    'position_encoding': Option(
+        str, 'learned_absolute', 'How positions enter', choices=POSITION_ENCODING_REGISTRY
+    ),
+    'normalization': Option(str, 'layernorm', 'Norm of blocks and output', choices=NORM_REGISTRY),
+    'ffn_type': Option(str, 'standard', 'Feed-forward network', choices=FFN_REGISTRY),
+    'd_ff': Option(
+        int | None, None, "Hidden width of the FFN; None: the FFN's own rule", check=at_least(1)
+    ),
+    'norm_position': Option(
+        str, 'pre', 'Where the norms stand in a block', choices=NORM_POSITION_REGISTRY
+    ),
+    'bias': Option(bool, True, 'Biases in linear layers (a norm says for itself)'),
+    'weight_tying': Option(bool, True, 'The output head shares the token table'),
+    'dropout': Option(float, 0.0, 'Dropout of embeddings, and of what follows', check=fraction()),
+    'attention_dropout': Option(
+        float | None, None, 'Dropout of attention weights; None: dropout', check=fraction()
+    ),
+    'residual_dropout': Option(
+        float | None, None, 'Dropout of what blocks add; None: dropout', check=fraction()
+    ),
+}
+
+
+def architecture_options() -> dict[str, Option]:
+    """The core options, each followed by those of the components it chooses among.
+
+    An option that several components share is listed once; they must mean the same by it.
+    """
+    options: dict[str, Option] = {}
+    for key, option in CORE_OPTIONS.items():
+        _add_option(options, key, option, 'the core options')
+    return options
+
+
+def _add_option(options: dict[str, Option], key: str, option: Option, owner: str) -> None:
+    if key in options:
+        if options[key] != option:
+            raise UserError(f'{owner}: the option {key!r} exists already with another meaning.')
+        return
+    options[key] = option
+    if isinstance(option.choices, Registry):
+        for name in option.choices:
+            for own_key, own in option.choices[name].options.items():
+                _add_option(options, own_key, own, f'{option.choices.option}={name!r}')
+
+
+def schema() -> dict[str, dict[str, Option]]:
+    """The architecture's part of the command line, by group."""
+    return {'Architecture': {'arch_preset': PRESET_OPTION, **architecture_options()}}
+
+
+class ModelArchitectureConfig(FrozenConfig):
+    """One resolved architecture: the core options and those of the chosen components.
+
+    Options that the chosen components do not have are not attributes. `dropped` says, a sentence
+    each, which values an override left behind. Raises UserError listing every problem.
+    """
+
+    def __init__(self, **values):
+        options = {'arch_preset': PRESET_OPTION, **architecture_options()}
+        problems = []
+        for key, value in values.items():
+            if key not in options:
+                problems.append(f'unknown architecture option {key!r}.')
+                continue
+            try:
+                options[key].accept(key, value)
+            except UserError as error:
+                problems.extend(error.problems)
+        if problems:
+            raise UserError(*problems)
+        resolved = ModelArchitectureConfig.resolve([Layer('argument', values)], problems)
+        if problems:
+            raise UserError(*problems)
+        self.__dict__.update(resolved.__dict__)
+
+    @classmethod
+    def resolve(cls, layers: list[Layer], problems: list[str]) -> 'ModelArchitectureConfig':
+        """Merge accepted values of rising precedence; derive; add what is wrong to `problems`.
+
+        Keys that are not the architecture's are passed over. A preset lies beneath every layer,
+        whichever of them names it.
+        """
+        config = cls.__new__(cls)
+        preset, values, origins, dropped = _merge(layers, problems)
+        FrozenConfig.__init__(config, values, origins)
+        config.__dict__.update(preset=preset, dropped=dropped)
+        if not problems:
+            problems.extend(_problems(config))
+        return config
+
+    def replace(self, **values) -> 'ModelArchitectureConfig':
+        """The same architecture with other values, which are checked and derived anew."""
+        kept = {
+            key: value
+            for key, value in self._values.items()
+            if self.origins[key] not in ('derived', 'default')
+        }
+        problems: list[str] = []
+        layers = [Layer(self.origins[key], {key: value}) for key, value in kept.items()]
+        layers.append(Layer('argument', {'arch_preset': 'custom', **values}))
+        config = ModelArchitectureConfig.resolve(layers, problems)
+        if problems:
+            raise UserError(*problems)
+        config.__dict__['preset'] = self.preset
+        return config
+
+    @property
+    def head_dim(self) -> int:
+        return self.n_embd // self.n_head
+
+    @property
+    def name(self) -> str:
+        """For people: sizes, then the tag of each chosen component that has one."""
+        chosen = [
+            registry[self._values[registry.option]]
+            for registry in REGISTRIES
+            if registry.option in CORE_OPTIONS
+        ]
+        tags = [component.name_tag(self) for component in chosen]
+        sizes = [f'{self.n_layer}L', f'{self.n_head}H', f'{self.n_embd}D']
+        return '-'.join(sizes + [tag for tag in tags if tag])
+
+    @property
+    def hash(self) -> str:
+        """For programs: equal exactly when every resolved option is equal."""
+        text = json.dumps(self._values, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    def save(self, path: str | Path) -> None:
+        """Write the options as JSON."""
+        Path(path).write_text(json.dumps(self._values, indent=2) + '\n', encoding='utf-8')
+
+    @classmethod
+    def load(cls, path: str | Path) -> 'ModelArchitectureConfig':
+        """Read what `save` wrote."""
+        return cls.from_dict(json.loads(Path(path).read_text(encoding='utf-8')))
+
+    @classmethod
+    def from_dict(cls, values: dict) -> 'ModelArchitectureConfig':
+        """From `to_dict()`, whatever the presets and defaults of today are."""
+        return cls(arch_preset='custom', **values)
+
+
+def _merge(layers: list[Layer], problems: list[str]) -> tuple[str, dict, dict, list[str]]:
+    """Preset; values and origins of every option that the choices give a use; what was dropped."""
+    options = {'arch_preset': PRESET_OPTION, **architecture_options()}
+    values = {key: option.default for key, option in options.items()}
+    level = dict.fromkeys(options, 0)
+    origins = dict.fromkeys(options, 'default')
+    for layer in layers:
+        values['arch_preset'] = layer.values.get('arch_preset', values['arch_preset'])
+    preset = values['arch_preset']
+    stack = [Layer(f'preset {preset}', PRESETS[preset]), *layers]
+    for number, layer in enumerate(stack, start=1):
+        for key, value in layer.values.items():
+            if key in options:
+                values[key], level[key], origins[key] = value, number, layer.origin
+    for key, value in list(values.items()):
+        if callable(value):
+            values[key] = value(values)
+
+    used = dict.fromkeys(_used(values))  # an ordered set
+    dropped = []
+    for key in options:
+        if key in used or level[key] == 0 or key == 'arch_preset':
+            continue
+        owners = _owners(key, options)
+        choice_level = max(level[choice] for choice, _ in owners)
+        belongs = ' or '.join(f'{choice}={name!r}' for choice, name in owners)
+        chosen = ', '.join(
+            dict.fromkeys(f'{c}={values[c]!r} ({origins[c]})' for c, _ in owners if c in used)
+        )
+        what = f'{key}={values[key]!r} ({origins[key]})'
+        if level[key] >= choice_level:
+            problems.append(
+                f'{what} has no use here: it belongs to {belongs}, but {chosen or "that"} is '
+                f'chosen. Choose one of those, or leave {key} out.'
+            )
+        else:
+            dropped.append(f'dropped: {what}, of no use with {chosen}')
+    kept = {key: values[key] for key in used}
+    origins = {key: origins[key] for key in used}
+    _derive(kept, origins)
+    return preset, kept, origins, dropped
+
+
+def _used(values: dict) -> Iterator[str]:
+    """Keys that the choices give a use: the core, and what each chosen component adds."""
+    queue = list(CORE_OPTIONS.items())
+    seen = set()
+    while queue:
+        key, option = queue.pop(0)
+        unmet = option.requires and values.get(option.requires[0]) != option.requires[1]
+        if key in seen or unmet:
+            continue
+        seen.add(key)
+        yield key
+        if isinstance(option.choices, Registry):
+            queue[:0] = option.choices[values[key]].options.items()
+
+
+def _owners(key: str, options: dict[str, Option]) -> list[tuple[str, object]]:
+    """The (option, value) pairs that give `key` a use."""
+    if options[key].requires and options[key].requires[0] in options:
+        return [options[key].requires]
+    return [
+        (registry.option, name)
+        for registry in REGISTRIES
+        for name in registry
+        if key in registry[name].options
+    ]
+
+
+def _derive(values: dict, origins: dict[str, str]) -> None:
+    """Fill what was left to be derived, from the merged values."""
+
+    def fill(key: str, value) -> None:
+        if values[key] is None:
+            values[key], origins[key] = value, 'derived'
+
+    fill('attention_dropout', values['dropout'])
+    fill('residual_dropout', values['dropout'])
+    fill('d_ff', FFN_REGISTRY[values['ffn_type']].default_d_ff(FrozenConfig(values, origins)))
+
+
+def _problems(config: ModelArchitectureConfig) -> list[str]:
+    """Everything that is wrong with the architecture as a whole, a sentence each."""
+    problems = []
+    if config.n_embd % config.n_head:
+        near = [h for h in range(1, config.n_embd + 1) if config.n_embd % h == 0]
+        heads = min(near, key=lambda h: abs(h - config.n_head))
+        problems.append(
+            f'n_head={config.n_head} does not divide n_embd={config.n_embd}: every head takes '
+            f'n_embd / n_head columns. The nearest that does: --n_head={heads}.'
+        )
+        return problems  # components reckon with a whole head size
+    for registry in REGISTRIES:
+        if registry.option in config:
+            problems += registry[config._values[registry.option]].problems(config)
+    return problems

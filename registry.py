@@ -1,0 +1,189 @@
+"""`Option`, `Registry` and `FrozenConfig`: what configuration is made of. A leaf of the project.
+
+An `Option` is one key that a user can set: its type, default, one line of help and what is
+allowed. A `Registry` maps names to components and is itself the list of allowed values of the
+option that chooses among them. A `FrozenConfig` holds resolved values and where they came from.
+"""
+
+import importlib
+import math
+import types
+import typing
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from errors import UserError, nearest
+
+
+class Registry:
+    """Components by name, for one option; filled by importing the module `home` when first read.
+
+    The same name from two places is an error; the same class defined again (a config file that
+    is read twice) replaces itself.
+    """
+
+    def __init__(self, option: str, title: str, home: str):
+        self.option, self.title, self.home = option, title, home
+        self._components: dict[str, type] = {}
+        self._sources: dict[str, str] = {}
+
+    def register(self, name: str, source: str = '') -> Callable[[type], type]:
+        """Class decorator: `@NORM_REGISTRY.register('rmsnorm', source='Zhang & Sennrich 2019')`."""
+
+        def add(component: type) -> type:
+            old = self._components.get(name)
+            if old is not None and _place(old) != _place(component):
+                raise UserError(
+                    f'{self.option}={name!r} is registered twice: by {".".join(_place(old))} and '
+                    f'by {".".join(_place(component))}. Give one of them another name.'
+                )
+            self._components[name] = component
+            self._sources[name] = source
+            return component
+
+        return add
+
+    def __getitem__(self, name: str) -> type:
+        self._fill()
+        return self._components[name]
+
+    def __contains__(self, name: object) -> bool:
+        self._fill()
+        return name in self._components
+
+    def __iter__(self) -> Iterator[str]:
+        self._fill()
+        return iter(self._components)
+
+    def source(self, name: str) -> str:
+        """The paper or program that the component comes from."""
+        return self._sources[name]
+
+    def _fill(self) -> None:
+        importlib.import_module(self.home)
+
+
+def _place(component: type) -> tuple[str, str]:
+    return component.__module__, component.__qualname__
+
+
+Check = tuple[Callable[[typing.Any], bool], str]
+
+
+def at_least(low: float) -> Check:
+    return (lambda value: value >= low), f'at least {low:g}'
+
+
+def above(low: float) -> Check:
+    return (lambda value: value > low), f'above {low:g}'
+
+
+def between(low: float, high: float) -> Check:
+    return (lambda value: low <= value <= high), f'from {low:g} to {high:g}'
+
+
+def fraction(value_name: str = 'a fraction') -> Check:
+    return (lambda value: 0 <= value < 1), f'{value_name} from 0 up to, but not including, 1'
+
+
+@dataclass(frozen=True)
+class Option:
+    """One key that a user can set.
+
+    type: int, float, bool or str, or one of them `| None`, where None means "derived" or "off".
+    choices: the allowed strings, as a tuple or as the Registry that they are names in.
+    check: (predicate, what is allowed in words), asked of every value that is not None.
+    requires: (other option, value): without it this option has no use.
+    """
+
+    type: typing.Any
+    default: typing.Any
+    help: str
+    choices: tuple[str, ...] | Registry | None = None
+    check: Check | None = None
+    requires: tuple[str, typing.Any] | None = None
+
+    @property
+    def base_type(self) -> type:
+        return next(t for t in self._types() if t is not types.NoneType)
+
+    @property
+    def optional(self) -> bool:
+        return types.NoneType in self._types()
+
+    def _types(self) -> tuple:
+        return typing.get_args(self.type) or (self.type,)
+
+    def type_name(self) -> str:
+        return self.base_type.__name__ + (' or None' if self.optional else '')
+
+    def allowed(self) -> str:
+        """What a value may be, in words."""
+        if self.choices is not None:
+            names = ', '.join(repr(name) for name in self.choices)
+            return f'one of {names}' + (' or None' if self.optional else '')
+        return self.type_name() + (f', {self.check[1]}' if self.check else '')
+
+    def accept(self, key: str, value: typing.Any) -> typing.Any:
+        """The value as this option's type (int widens to float); UserError if it is not allowed."""
+        base = self.base_type
+        if value is None and self.optional:
+            return None
+        if base is float and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        if not isinstance(value, base) or (base is not bool and isinstance(value, bool)):
+            shown = type(value).__name__
+            raise UserError(f'{key}={value!r}: {shown} given, but {key} takes {self.allowed()}.')
+        if base is float and not math.isfinite(value):
+            raise UserError(f'{key}={value!r}: not a finite number; {key} takes {self.allowed()}.')
+        if self.choices is not None and value not in self.choices:
+            hint = nearest(value, self.choices)
+            raise UserError(f'{key}={value!r}: {key} takes {self.allowed()}.{hint}')
+        if self.check is not None and not self.check[0](value):
+            raise UserError(f'{key}={value!r}: {key} takes {self.allowed()}.')
+        return value
+
+    def parse(self, key: str, text: str) -> typing.Any:
+        """The value that `text`, from the command line, stands for; UserError if none."""
+        base = self.base_type
+        if self.optional and text in ('None', 'none', 'null') and text not in (self.choices or ()):
+            return None
+        try:
+            if base is bool:
+                value = _BOOLEANS[text.lower()]
+            elif base is int:
+                number = float(text) if 'e' in text.lower() else int(text.replace('_', ''))
+                value = int(number) if number == int(number) else number
+            elif base is float:
+                value = float(text)
+            else:
+                value = text[1:-1] if len(text) > 1 and text[0] == text[-1] in '"\'' else text
+        except (KeyError, ValueError, OverflowError):
+            raise UserError(f'--{key}={text}: {key} takes {self.allowed()}.') from None
+        return self.accept(key, value)
+
+
+_BOOLEANS = {'true': True, 'false': False, '1': True, '0': False, 'yes': True, 'no': False}
+
+
+class FrozenConfig:
+    """Resolved values as read-only attributes, with the origin of each (`origins[key]`)."""
+
+    def __init__(self, values: dict, origins: dict[str, str]):
+        self.__dict__['_values'] = dict(values)
+        self.__dict__['origins'] = dict(origins)
+
+    def __getattr__(self, key: str):
+        try:
+            return self.__dict__['_values'][key]
+        except KeyError:
+            raise AttributeError(f'{type(self).__name__} has no option {key!r} here') from None
+
+    def __setattr__(self, key: str, value) -> None:
+        raise AttributeError(f'{type(self).__name__} is frozen: {key} cannot be set')
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._values
+
+    def to_dict(self) -> dict:
+        return dict(self._values)
