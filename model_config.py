@@ -204,8 +204,7 @@ class ModelArchitectureConfig(FrozenConfig):
         preset, values, origins, dropped = _merge(layers, problems)
         FrozenConfig.__init__(config, values, origins)
         config.__dict__.update(preset=preset, dropped=dropped)
-        if not problems:
-            problems.extend(_problems(config))
+        problems.extend(_problems(config))
         return config
 
     def replace(self, **values) -> 'ModelArchitectureConfig':

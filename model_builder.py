@@ -1,0 +1,306 @@
+"""Assemble a transformer from its config; initialise, count, group parameters, generate.
+
+config = ModelArchitectureConfig(arch_preset='llama', vocab_size=50304)
+model = build_model(config)                       # on the meta device: costs nothing
+model = build_model(config, device='cpu', seed=1337)
+logits = model(tokens)                            # (B, T) -> (B, T, V)
+loss_sum, count, auxiliary_loss = model(tokens, targets)
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from errors import UserError
+from model_components import Component, Initial, OutputHead, TokenEmbedding, module_flops
+from model_config import (
+    NORM_POSITION_REGISTRY,
+    NORM_REGISTRY,
+    POSITION_ENCODING_REGISTRY,
+    ModelArchitectureConfig,
+)
+
+INITIAL_STD = 0.02  # of linear layers and embeddings; Radford et al. 2019
+
+
+class Transformer(nn.Module):
+    """A decoder-only language model: embedding, blocks, final norm if the layout wants one, head.
+
+    Written for one device; nothing here knows how it is trained.
+    """
+
+    def __init__(self, config: ModelArchitectureConfig):
+        super().__init__()
+        self.config = config
+        block = NORM_POSITION_REGISTRY[config.norm_position]
+        norm = NORM_REGISTRY[config.normalization]
+        self.token_embedding = TokenEmbedding(config)
+        self.position_encoding = POSITION_ENCODING_REGISTRY[config.position_encoding](config)
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(block(config) for _ in range(config.n_layer))
+        self.final_norm = norm(config, config.n_embd) if block.final_norm else nn.Identity()
+        self.output_head = OutputHead(config)
+        self.tie_weights()
+
+    def tie_weights(self) -> None:
+        """Let the head use the token table where the config says so (again after `to_empty`)."""
+        if self.config.weight_tying:
+            self.output_head.projection.weight = self.token_embedding.weight
+
+    def forward(
+        self, tokens: torch.Tensor, targets: torch.Tensor | None = None, last_only: bool = False
+    ):
+        """tokens (B, T) -> logits (B, T, V), or (B, 1, V) with `last_only`.
+
+        With targets (B, T), -100 where there is none: the summed loss in nats, the number of
+        targets, and the auxiliary loss of the blocks, which the reported loss never includes.
+        """
+        positions = torch.arange(tokens.size(1), device=tokens.device)
+        prepared = self.position_encoding.prepare(positions, positions)
+        x = self.token_embedding(tokens)  # (B, T, C)
+        x = self.dropout(self.position_encoding.embed(x, positions))
+        auxiliary_loss = 0.0
+        for block in self.blocks:
+            x, block_loss = block(x, prepared)
+            auxiliary_loss = auxiliary_loss + block_loss
+        if targets is None:
+            return self.output_head(self.final_norm(x[:, -1:] if last_only else x))
+        return *self.output_head(self.final_norm(x), targets), auxiliary_loss
+
+
+def build_model(
+    config: ModelArchitectureConfig,
+    device: str | torch.device = 'meta',
+    seed: int | None = None,
+) -> Transformer:
+    """The model of `config`; on a real device its parameters are initialised from `seed`."""
+    if config.vocab_size is None:
+        raise UserError('vocab_size is not known yet: set it, or take it from a dataset.')
+    with torch.device('meta'):
+        model = Transformer(config)
+    if torch.device(device).type != 'meta':
+        model.to_empty(device=device)
+        model.tie_weights()
+        initialize(model, 0 if seed is None else seed)
+    return model
+
+
+# --------------------------------------------------------------------------------------------------
+# Initialisation
+
+
+def initial_values(model: nn.Module) -> dict[str, Callable]:
+    """Parameter name -> the function (tensor, generator) that fills it; tied ones once.
+
+    Raises RuntimeError for a parameter that nobody initialises: a fault of its component.
+    """
+    n_layer = model.config.n_layer
+    residual = {
+        id(weight)
+        for module in model.modules()
+        if isinstance(module, Component)
+        for weight in module.residual_weights()
+    }
+
+    def normal(weight: nn.Parameter) -> Callable:
+        # Depth scaling (Radford et al. 2019): 2 · n_layer projections add up in the stream.
+        std = INITIAL_STD / (2 * n_layer) ** 0.5 if id(weight) in residual else INITIAL_STD
+        return lambda tensor, generator: Initial.normal(tensor, generator, std)
+
+    rules, seen = {}, set()
+    for prefix, module in model.named_modules():
+        own = module.initial_values() if isinstance(module, Component) else {}
+        for name, parameter in module.named_parameters(prefix='', recurse=False):
+            if id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            full_name = f'{prefix}.{name}' if prefix else name
+            if name in own:
+                rules[full_name] = own[name]
+            elif isinstance(module, (nn.Linear, nn.Embedding)) and name == 'weight':
+                rules[full_name] = normal(parameter)
+            elif isinstance(module, nn.Linear) and name == 'bias':
+                rules[full_name] = Initial.zeros
+            else:
+                raise RuntimeError(
+                    f'nobody initialises {full_name}: give {type(module).__name__} an '
+                    f'initial_values() that names {name!r}'
+                )
+    return rules
+
+
+@torch.no_grad()
+def initialize(model: nn.Module, seed: int) -> None:
+    """Fill every parameter from a stream of its own, given by (seed, parameter name).
+
+    Drawn on the CPU, so that the values are the same on every device, and like-named parameters
+    of two architectures start equal.
+    """
+    parameters = dict(model.named_parameters())
+    for name, fill in initial_values(model).items():
+        generator = torch.Generator().manual_seed(name_seed(seed, name))
+        parameter = parameters[name]
+        if parameter.device.type == 'cpu':
+            fill(parameter, generator)
+        else:
+            values = torch.empty(parameter.shape, dtype=parameter.dtype)
+            fill(values, generator)
+            parameter.copy_(values)
+
+
+def name_seed(seed: int, name: str) -> int:
+    """A 63-bit seed from a seed and a name."""
+    digest = hashlib.sha256(f'{seed}/{name}'.encode()).digest()
+    return int.from_bytes(digest[:8], 'little') >> 1
+
+
+# --------------------------------------------------------------------------------------------------
+# Counting
+
+
+def parameter_parts(model: Transformer) -> Iterator[tuple[str, str, nn.Parameter]]:
+    """(name, part, parameter) of every parameter, tied ones once.
+
+    The part is that of the innermost component around the parameter which names one.
+    """
+    parts = {
+        prefix: module.part
+        for prefix, module in model.named_modules()
+        if isinstance(module, Component) and module.part
+    }
+    for name, parameter in model.named_parameters():
+        prefix = name
+        while prefix and prefix not in parts:
+            prefix = prefix.rpartition('.')[0]
+        yield name, parts.get(prefix, 'other'), parameter
+
+
+def count_parameters(model: Transformer) -> dict:
+    """The record's `startup_info.model`: totals, and the count of each part.
+
+    `non_embedding_params` leaves out the position table, and the token table where it is not
+    also the head.
+    """
+    components: dict[str, int] = {}
+    for _, part, parameter in parameter_parts(model):
+        components[part] = components.get(part, 0) + parameter.numel()
+    total = sum(parameter.numel() for parameter in model.parameters())
+    assert sum(components.values()) == total, 'the parts must add up to the total'
+    embedding = components.get('position_encoding', 0)
+    if not model.config.weight_tying:
+        embedding += components['token_embedding']
+    return {
+        'total_params': total,
+        'trainable_params': sum(p.numel() for p in model.parameters() if p.requires_grad),
+        'non_embedding_params': total - embedding,
+        'components': components,
+    }
+
+
+def training_flops(model: Transformer, seq_len: int | None = None) -> dict:
+    """The record's `startup_info.flops`: FLOPs a token of a training step, in both conventions.
+
+    Matrix multiplications of the forward pass, and twice that for the backward pass. `per_token`
+    counts attention over the full square (Chowdhery et al. 2022, appendix B, as nanoGPT and
+    torchtitan do), `per_token_causal` over the half that a causal model needs.
+    """
+    length = seq_len or model.config.block_size
+    full, causal = (
+        {part: 3.0 * value / length for part, value in counted.items()}
+        for counted in (module_flops(model, length, half, 'other') for half in (False, True))
+    )
+    attention = causal['attention_projections'] + causal['attention_scores']
+    return {
+        'per_token': sum(full.values()),
+        'per_token_causal': sum(causal.values()),
+        'breakdown': full,
+        'breakdown_causal': causal,
+        'attention_ffn_ratio': attention / causal['ffn'] if causal.get('ffn') else None,
+        'elementwise_per_token': elementwise_operations(model.config) / length,
+    }
+
+
+class _ElementCounter(TorchDispatchMode):
+    """Adds up the elements written by operations that are neither products nor mere views."""
+
+    PRODUCTS = ('aten.mm', 'aten.bmm', 'aten.addmm', 'aten.baddbmm')
+
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if not func.is_view and not str(func).startswith(self.PRODUCTS):
+            outputs = result if isinstance(result, (tuple, list)) else (result,)
+            self.elements += sum(o.numel() for o in outputs if isinstance(o, torch.Tensor))
+        return result
+
+
+def elementwise_operations(config: ModelArchitectureConfig) -> int:
+    """Elements that one sequence's forward pass writes outside matrix multiplications.
+
+    Counted by running the model on the meta device with attention written out, so that what sets
+    architectures apart beside their products (norms, gates, rotations, softmax) is visible.
+    """
+    model = build_model(config.replace(attention_backend='manual')).eval()
+    tokens = torch.empty((1, config.block_size), dtype=torch.long, device='meta')
+    with torch.no_grad(), _ElementCounter() as counter:
+        model(tokens)
+    return counter.elements
+
+
+class ParameterGroup(NamedTuple):
+    """Parameters that an optimizer treats alike."""
+
+    name: str
+    parameters: list[nn.Parameter]
+    decayed: bool
+
+
+def parameter_groups(model: nn.Module) -> list[ParameterGroup]:
+    """Matrices and tables decay; gains and biases do not (as in nanoGPT)."""
+    groups = [ParameterGroup('decayed', [], True), ParameterGroup('not decayed', [], False)]
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            groups[0 if parameter.dim() >= 2 else 1].parameters.append(parameter)
+    return [group for group in groups if group.parameters]
+
+
+# --------------------------------------------------------------------------------------------------
+# Text
+
+
+@torch.no_grad()
+def generate(
+    model: Transformer,
+    tokens: torch.Tensor,
+    max_new_tokens: int,
+    *,
+    vocab_size: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    generator: torch.Generator | None = None,
+) -> Iterator[torch.Tensor]:
+    """Continue tokens (B, T), yielding (B,) one at a time.
+
+    vocab_size: the data's; the padding of the table above it is never drawn. temperature 0 takes
+    the likeliest. The context is the last `block_size` tokens.
+    """
+    for _ in range(max_new_tokens):
+        context = tokens[:, -model.config.block_size :]
+        logits = model(context, last_only=True)[:, -1, :vocab_size].float()  # (B, V)
+        if temperature == 0:
+            drawn = logits.argmax(dim=-1)
+        else:
+            logits = logits / temperature
+            if top_k is not None:
+                least = logits.topk(min(top_k, vocab_size)).values[:, -1:]
+                logits = logits.masked_fill(logits < least, float('-inf'))
+            drawn = torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+        tokens = torch.cat((tokens, drawn[:, None]), dim=1)
+        yield drawn
