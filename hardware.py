@@ -1,0 +1,357 @@
+"""Devices: which one to use, how fast it is at best, what memory is in use, which dtypes it runs.
+
+Peaks are dense (no sparsity), for one device, in TFLOP/s. A device that is not known by its exact
+name has no peak: a wrong peak would make every MFU derived from it wrong. Sizes are in GB of 10⁹
+bytes. Nothing here knows about models.
+"""
+
+import contextlib
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import time
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy
+import psutil
+import torch
+
+from errors import UserError, nearest
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
+GB = 1e9
+DTYPES = ('float32', 'bfloat16', 'float16')
+
+
+# --- Devices --------------------------------------------------------------------------------------
+
+
+def select_device(name: str) -> torch.device:
+    """The device called `name`: 'auto' (CUDA, else MPS, else CPU), 'cuda', 'cuda:1', 'mps', 'cpu'.
+
+    A process started by torchrun takes the CUDA device of its LOCAL_RANK for 'auto' and 'cuda'.
+    Raises UserError for a name that is unknown or not available on this machine.
+    """
+    cuda_count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    available = [f'cuda:{index}' for index in range(cuda_count)]
+    available += ['mps'] * torch.backends.mps.is_available() + ['cpu']
+
+    chosen = available[0] if name == 'auto' else name
+    if name == 'cuda' or (name == 'auto' and cuda_count):
+        chosen = f'cuda:{os.environ.get("LOCAL_RANK", 0)}'
+    if chosen in available:
+        return torch.device(chosen)
+
+    if cuda_count and 'LOCAL_RANK' in os.environ and name in ('auto', 'cuda'):
+        raise UserError(
+            f'device={name!r}: this process needs {chosen} (LOCAL_RANK) and the machine has '
+            f'{cuda_count} CUDA device(s). Start at most {cuda_count} processes '
+            f'(torchrun --nproc-per-node={cuda_count}) or use --device=cpu.'
+        )
+    built_without = name.startswith('cuda') and not torch.backends.cuda.is_built()
+    why = f' (torch {torch.__version__} is built without CUDA)' if built_without else ''
+    raise UserError(
+        f'device={name!r} is not available here{why}: use one of auto, {", ".join(available)}.'
+    )
+
+
+def device_name(device: torch.device) -> str:
+    """The name that the driver gives the device; for a CPU its model and number of cores."""
+    if device.type == 'cuda':
+        return torch.cuda.get_device_name(device)
+    cpu = _cpu_model()
+    if device.type == 'mps':
+        return f'{cpu} GPU'
+    cores = psutil.cpu_count(logical=False) or os.cpu_count()
+    return f'{cpu}, {cores} core{"s" if cores != 1 else ""}'
+
+
+def _cpu_model() -> str:
+    reported = torch.cpu.get_capabilities().get('cpu_name')
+    return reported or platform.processor() or platform.machine() or 'unknown CPU'
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until all work queued on the device is done, so that the clock can be read."""
+    if device.type == 'cuda':
+        torch.cuda.synchronize(device)
+    elif device.type == 'mps':
+        torch.mps.synchronize()
+
+
+# --- Precision ------------------------------------------------------------------------------------
+
+
+def resolve_dtype(name: str, device: torch.device) -> str:
+    """The dtype of matrix multiplications: `name`, or for 'auto' the fastest that trains well.
+
+    'auto' is bfloat16 where the hardware multiplies it natively, else float16 on CUDA and float32
+    elsewhere. Raises UserError for an unknown dtype and for bfloat16 on a GPU without it.
+    """
+    if name != 'auto' and name not in DTYPES:
+        allowed = ('auto', *DTYPES)
+        raise UserError(
+            f'dtype={name!r} is unknown: use one of {", ".join(allowed)}.{nearest(name, allowed)}'
+        )
+    if device.type == 'cuda':
+        # Older GPUs only emulate bfloat16. AMD's Instinct cards report 9 and have it.
+        native = torch.cuda.get_device_capability(device)[0] >= 8
+        if name == 'bfloat16' and not native:
+            raise UserError(
+                f"dtype='bfloat16': {device_name(device)} has no bfloat16 hardware: "
+                'use --dtype=float16 or --dtype=float32.'
+            )
+        fallback = 'float16'
+    else:
+        capabilities = torch.cpu.get_capabilities()
+        native = device.type == 'cpu' and any(
+            capabilities.get(feature) for feature in ('amx_bf16', 'avx512_bf16', 'sve_bf16')
+        )
+        fallback = 'float32'
+    if name != 'auto':
+        return name
+    return 'bfloat16' if native else fallback
+
+
+# --- Peak throughput ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Dense peak of one device in TFLOP/s, None where unknown, and where the figure is from."""
+
+    tflops: float | None
+    source: str
+    measured: bool
+
+
+_COMPOSER = 'mosaicml/composer, speed_monitor'
+_STAS = 'stas00/ml-engineering'
+_HOPPER = f'{_COMPOSER}; {_STAS}'
+_LLM_C = 'karpathy/llm.c, mfu.h'
+_NANOCHAT = 'karpathy/nanochat, common.py'
+_TITAN = 'pytorch/torchtitan, tools/utils.py'
+_HGX = 'NVIDIA HGX table, 36 PFLOP/s sparse / 2 / 8 GPUs'
+
+_COLUMNS = ('bf16', 'fp16', 'tf32', 'fp32', 'fp8')
+
+# What is left of a driver's name without maker, brand and memory size must equal a name here: any
+# other suffix (Laptop GPU, MIG 1g.10gb, D, Ti, a vGPU profile) makes it another device.
+# fmt: off
+_PEAKS = (
+    # names                                    bf16   fp16   tf32   fp32   fp8   source
+    (('V100 SXM2', 'V100 SXM3'),              (None,  125,   None,  15.7,  None), _COMPOSER),
+    (('V100 PCIE',),                          (None,  112,   None,  14,    None), _COMPOSER),
+    (('T4',),                                 (None,  65,    None,  8.1,   None), _COMPOSER),
+    (('A10',),                                (125,   125,   62.5,  31.2,  None), _COMPOSER),
+    (('A30',),                                (165,   165,   None,  None,  None), _NANOCHAT),
+    (('A40',),                                (149.7, 149.7, None,  None,  None), _NANOCHAT),
+    (('A100 SXM4', 'A100 PCIE'),              (312,   312,   156,   19.5,  None),
+     'NVIDIA data sheet'),
+    (('RTX A6000',),                          (154.8, 154.8, None,  38.7,  None), _TITAN),
+    (('L4',),                                 (121,   121,   None,  30.3,  242),
+     f'{_NANOCHAT}; NVIDIA data sheet'),
+    (('L40S',),                               (362,   362,   183,   91.6,  733), _STAS),
+    (('RTX 3090',),                           (71,    71,    35.6,  35.6,  None), _LLM_C),
+    (('RTX 4090',),                           (165.2, 165.2, 82.6,  82.6,  330.3), _LLM_C),
+    (('RTX 5090',),                           (209.5, 209.5, 104.8, 104.8, 419),
+     'NVIDIA Blackwell white paper'),
+    # The driver calls the SXM boards plain "H100 80GB HBM3", "H200" and "H800".
+    (('H100', 'H200', 'GH200', 'H800'),       (989,   989,   494.5, 67,    1979), _HOPPER),
+    (('H100 PCIE',),                          (756,   756,   378,   51,    1513), _HOPPER),
+    (('H100 NVL',),                           (835,   835,   None,  None,  None), _TITAN),
+    (('H200 NVL',),                           (836,   836,   None,  None,  None), _NANOCHAT),
+    (('H20',),                                (148,   148,   None,  None,  None), _TITAN),
+    (('B200', 'B300', 'B300 SXM6 AC'),        (2250,  2250,  1125,  75,    4500), _HGX),
+    (('GB200',),                              (2500,  2500,  1250,  80,    5000),
+     'NVIDIA GB200 NVL72 table'),
+    (('GB300',),                              (2500,  2500,  None,  None,  None), _TITAN),
+    # torch sees each of the two dies as a device: half of 383 and of 47.9.
+    (('MI250X',),                             (191.5, 191.5, None,  23.95, None),
+     f'{_STAS}, one of two dies'),
+    (('MI300X',),                             (1307,  1307,  653.7, 163.4, 2615),
+     f'{_NANOCHAT}; AMD data sheet'),
+    (('MI325X',),                             (1307,  1307,  None,  None,  None), _NANOCHAT),
+    (('MI355X',),                             (2500,  2500,  None,  None,  None), _TITAN),
+)
+# fmt: on
+_BY_NAME = {name: (peaks, source) for names, peaks, source in _PEAKS for name in names}
+_MAKER_OR_MEMORY = re.compile(r'NVIDIA|TESLA|GEFORCE|AMD|INSTINCT|OAM|\d+GB?|HBM3E?')
+
+
+def peak_for_name(name: str, column: str) -> tuple[float, str] | None:
+    """(TFLOP/s, source) of the device that a driver calls `name`, or None where unknown.
+
+    `column` is 'bf16', 'fp16', 'tf32', 'fp32' or 'fp8'.
+    """
+    words = re.split(r'[\s-]+', name.upper())
+    bare = ' '.join(word for word in words if not _MAKER_OR_MEMORY.fullmatch(word))
+    peaks, source = _BY_NAME.get(bare, ((), ''))
+    value = dict(zip(_COLUMNS, peaks)).get(column)
+    return None if value is None else (value, source)
+
+
+def peak_flops(device: torch.device, dtype: str, override: float | None = None) -> Peak:
+    """The peak of one device when its matrix multiplications run in `dtype`.
+
+    `override` (--peak_tflops) comes first, then the table for a GPU; a CPU is measured, which
+    takes about half a second. Unknown is None with the reason as source.
+    """
+    if override is not None:
+        return Peak(override, '--peak_tflops', measured=False)
+    if device.type == 'cpu':
+        return _measure_cpu(dtype)
+    name = device_name(device)
+    if device.type == 'cuda':
+        float32 = 'tf32' if torch.backends.cuda.matmul.fp32_precision == 'tf32' else 'fp32'
+        column = {'bfloat16': 'bf16', 'float16': 'fp16', 'float32': float32}[dtype]
+        if found := peak_for_name(name, column):
+            value, source = found
+            return Peak(value, f'{name}, dense {column}: {source}', measured=False)
+        return Peak(None, f'no {column} peak known for {name}; pass --peak_tflops', measured=False)
+    return Peak(None, f'no peak known for {name}; pass --peak_tflops', measured=False)
+
+
+def _measure_cpu(dtype: str) -> Peak:
+    """Time square matrix multiplications of two sizes, about 0.2 s each; the fastest one counts.
+
+    On a busy machine a small one is slowed many times over by threads that wait for each other,
+    so the sizes are a model's. `linear` is what a model calls: in float16 `mm` can be ten times
+    slower.
+    """
+    generator = torch.Generator().manual_seed(0)  # leaves the run's own random stream alone
+    best_tflops, best_size, fastest = 0.0, 0, 0.0
+    for size in (1024, 2048):
+        if 8 * fastest > 0.2:  # twice the size is eight times the work
+            break
+        x, weight = torch.randn(2, size, size, generator=generator).to(getattr(torch, dtype))
+        torch.nn.functional.linear(x, weight)  # warm-up
+        fastest, now = float('inf'), time.perf_counter()
+        deadline = now + 0.2
+        while now < deadline:
+            start = now
+            torch.nn.functional.linear(x, weight)
+            now = time.perf_counter()
+            fastest = min(fastest, now - start)
+        best_tflops, best_size = max((best_tflops, best_size), (2 * size**3 / fastest / 1e12, size))
+    threads = torch.get_num_threads()
+    source = (
+        f'measured: {best_size:,}-cubed {dtype} matrix multiplication '
+        f'on {threads} thread{"s" if threads != 1 else ""}'
+    )
+    return Peak(best_tflops, source, measured=True)
+
+
+# --- Memory ---------------------------------------------------------------------------------------
+
+
+def memory_usage(device: torch.device) -> dict[str, float | None]:
+    """allocated_gb, peak_gb, reserved_gb, rss_gb; None where the device does not tell.
+
+    The peak is since the last `reset_peak_memory`: of the device's memory on CUDA, of the
+    process's resident memory on a CPU. It takes about 0.1 ms on a CPU.
+    """
+    allocated = peak = reserved = None
+    if device.type == 'cuda':
+        statistics = torch.cuda.memory_stats(device)
+        allocated = statistics.get('allocated_bytes.all.current', 0)
+        peak = statistics.get('allocated_bytes.all.peak', 0)
+        reserved = statistics.get('reserved_bytes.all.current', 0)
+    elif device.type == 'mps':
+        allocated = torch.mps.current_allocated_memory()
+        reserved = torch.mps.driver_allocated_memory()
+    else:
+        peak = _peak_rss()
+    readings = {
+        'allocated_gb': allocated,
+        'peak_gb': peak,
+        'reserved_gb': reserved,
+        'rss_gb': psutil.Process().memory_info().rss,
+    }
+    return {key: None if value is None else value / GB for key, value in readings.items()}
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Start a new interval for the peak; where that is not permitted it stays the lifetime's."""
+    if device.type == 'cuda':
+        torch.cuda.reset_peak_memory_stats(device)
+    elif device.type == 'cpu':
+        with contextlib.suppress(OSError):
+            Path('/proc/self/clear_refs').write_text('5')
+
+
+def _peak_rss() -> int | None:
+    """The largest resident size in bytes: since the last reset on Linux, else of the lifetime."""
+    try:
+        high_water = re.search(rb'VmHWM:\s+(\d+) kB', Path('/proc/self/status').read_bytes())
+    except OSError:
+        high_water = None
+    if high_water:
+        return int(high_water[1]) * 1024
+    if resource is None:
+        return None
+    unit = 1 if sys.platform == 'darwin' else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+# --- Surroundings ---------------------------------------------------------------------------------
+
+
+def compile_problem(device: torch.device) -> str | None:
+    """Why torch.compile cannot work on this device, or None where nothing is missing."""
+    default = 'clang++' if sys.platform == 'darwin' else 'g++'
+    compiler = os.environ.get('CXX', default)
+    if shutil.which(compiler) is None:
+        return f'there is no C++ compiler ({compiler} is not on the PATH)'
+    include = sysconfig.get_path('include')
+    if not Path(include, 'Python.h').exists():
+        return f"Python's development headers are missing (no Python.h in {include})"
+    if device.type == 'cuda':
+        if find_spec('triton') is None:
+            return 'the package triton is not installed'
+        if torch.version.cuda and torch.cuda.get_device_capability(device)[0] < 7:
+            return f'{device_name(device)} is older than triton supports'
+    return None
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of python, torch, numpy and the CUDA that torch was built for (None: without)."""
+    return {
+        'python': platform.python_version(),
+        'torch': str(torch.__version__),  # a plain string: records and checkpoints hold it
+        'numpy': numpy.__version__,
+        'cuda': torch.version.cuda,
+    }
+
+
+def git_state(folder: str | os.PathLike) -> tuple[str | None, bool | None]:
+    """(commit, clean) of the git work tree that holds `folder`; (None, None) where there is none.
+
+    Clean means that no file differs from the commit and none is untracked, ignored files aside.
+    """
+    command = ['git', '-C', str(folder), 'status', '--porcelain=v2', '--branch']
+    try:
+        status = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            timeout=5,
+            check=True,
+            env={**os.environ, 'GIT_OPTIONAL_LOCKS': '0'},  # disturb no git at work beside us
+        ).stdout.splitlines()
+    except (OSError, subprocess.SubprocessError):
+        return None, None
+    commit = re.fullmatch(r'# branch\.oid ([0-9a-f]+)', status[0])
+    if commit is None:  # a repository without a commit
+        return None, None
+    return commit[1], all(line.startswith('#') for line in status)
