@@ -156,17 +156,15 @@ def load(paths: Sequence[Path], latest: int | None = None) -> tuple[list[Run], l
     if missing:
         raise UserError(*missing)
 
-    found: dict[Path, Path] = {}  # resolved folder -> path as given: a run named twice counts once
-    skipped = []
-    for path in paths or [Path('.')]:
-        records = [path] if path.is_file() else find_records(path)
-        if paths and not records:
-            skipped.append(f'{path}: no run in this folder')
-        for record in records:
-            found.setdefault(folder_of(record).resolve(), record)
+    found = [] if paths else find_records(Path('.'))
+    for path in paths:
+        # A folder with no run is left to the reader, which takes more than a search does.
+        found += ([] if path.is_file() else find_records(path)) or [path]
+    # A run that two paths lead to counts once.
+    distinct = {folder_of(path).resolve(): path for path in reversed(found)}
 
-    runs = []
-    for path in found.values():
+    runs, skipped = [], []
+    for path in distinct.values():
         try:
             runs.append(run_of(read_record(path), path))
         except UserError as error:
@@ -268,8 +266,10 @@ def baseline_of(runs: Sequence[Run], labels: Sequence[str], wanted: str | None) 
         finished = 'finished ' if chosen.status == 'finished' else ''
         return chosen, f'the oldest {finished}run; --baseline NAME chooses another'
 
+    wanted = wanted.rstrip('/')
     names = [
-        (run.architecture, label, run.name, str(run.folder)) for run, label in zip(runs, labels)
+        (run.architecture, label, run.name, str(run.folder), str(run.folder.parent))
+        for run, label in zip(runs, labels)
     ]
     matches = [run for run, known in zip(runs, names) if wanted in known]
     if not matches:
@@ -342,20 +342,20 @@ def ranking_text(comparison: Comparison) -> str:
         loss = shown(run.val_loss, '{:.4f}'.format, 'none')
         bits = shown(run.bits_per_byte, '{:.4f}'.format)
         rows.append([str(rank), loss, difference, bits, *[progress(run)] * unfinished, label])
-    title = f'RANKING of {count(len(runs), "run")} by best validation loss (lower is better)\n'
+    title = ['RANKING by best validation loss, in nats a token (lower is better)']
     if len(runs) > 1:
-        loss = '' if baseline.val_loss is not None else ' It has no validation loss.'
-        title += wrapped(
-            f'Differences are to #{number} {comparison.labels[number - 1]}: '
-            f'{comparison.baseline_reason}.{loss}\n'
-        )
-        title += '\n'
-    return title + table(rows, '>>>><<')
+        label, reason = comparison.labels[number - 1], comparison.baseline_reason
+        title.append(wrapped(f'Differences are to #{number} {label}: {reason}.'))
+        if baseline.val_loss is None:
+            title.append('The baseline has no validation loss.')
+    if comparison.loss_warnings:
+        title.append('These losses are not like with like: see WARNINGS.')
+    return '\n'.join(title) + '\n' + table(rows, '>>>><<')
 
 
 def cost_text(comparison: Comparison) -> str:
     header = ['params', 'FLOPs/token', 'MFU', 'tokens/s', 'ms/iter']
-    rows = [['#', *header, 'wall time', 'peak memory', 'run']]
+    rows = [['#', *header, 'wall', 'peak GB', 'run']]
     for rank, run in enumerate(comparison.runs, 1):
         rows.append(
             [
@@ -366,7 +366,7 @@ def cost_text(comparison: Comparison) -> str:
                 shown(run.tokens_per_sec, '{:,.0f}'.format),
                 shown(run.time_ms, '{:,.1f}'.format),
                 shown(run.wall_seconds, duration),
-                shown(run.peak_memory_gb, '{:.2f} GB'.format),
+                shown(run.peak_memory_gb, '{:.2f}'.format),
                 str(run.folder),
             ]
         )
@@ -398,8 +398,9 @@ def warnings_text(comparison: Comparison) -> str:
         lines += ['Losses are not like with like. Besides the architecture, these differ:']
         lines += [grouped(comparison.loss_warnings)]
         if {'tokenizer', 'vocab_size'} & comparison.loss_warnings.keys():
-            lines += ['  Losses per token of different vocabularies have no common unit; on the']
-            lines += ['  same text, bits/byte have one.']
+            lines += [
+                'Between vocabularies, compare bits/byte (of the same text): tokens are no unit.'
+            ]
     unfinished = [
         f'  #{rank} {run.name}: {progress(run)}'
         for rank, run in enumerate(comparison.runs, 1)
@@ -509,10 +510,6 @@ def duration(seconds: float) -> str:
     if hours:
         return f'{hours}h {minutes % 60:02d}m'
     return f'{minutes}m {round(seconds) % 60:02d}s' if minutes else f'{seconds:.1f}s'
-
-
-def count(number: int, noun: str) -> str:
-    return f'{number} {noun}' if number == 1 else f'{number} {noun}s'
 
 
 # --- the command line ----------------------------------------------------------------------------

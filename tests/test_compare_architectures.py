@@ -1,0 +1,608 @@
+"""The comparison shows the records' own figures, all that differs, and every unfairness by name."""
+
+import json
+import os
+import random
+import re
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import compare_architectures as ca
+from errors import UserError
+
+ROOT = Path(ca.__file__).parent
+GPT2, LLAMA = '12L-12H-768D-AbsPos-LN-NB-GELU-PostNorm', '12L-12H-768D-RoPE-RMS-SwiGLU-PreNorm'
+
+
+def make_record(number=1, *, loss=5.0, status='finished', done=100, architecture=GPT2, **config):
+    """A record as training writes it. `number` orders the runs in time; `config` overrides keys."""
+    choices = {'n_layer': 12, 'bias': False, 'ffn_type': 'standard'}
+    choices |= {key: config[key] for key in choices.keys() & config.keys()}
+    config = {
+        'out_dir': f'out-{number}',
+        'dataset': 'shakespeare',
+        'batch_size': 4,
+        'gradient_accumulation_steps': 4,
+        'max_iters': 100,
+        'decay_lr': True,
+        'device': 'auto',
+        'seed': 1337,
+        'data_seed': 1337,
+        'log_style': 'auto',
+        'log_interval': 1,
+        'arch_preset': 'custom',
+        **choices,
+        **config,
+    }
+    evaluations = [(0, 10.9)] + ([(done // 2, loss + 0.5), (done, loss)] if loss else [])
+    return {
+        'schema_version': 1,
+        'run_name': f'run_20260101_1200{number:02d}',
+        'start_time': f'2026-01-01T12:00:{number:02d}+00:00',
+        'end_time': None,
+        'status': status,
+        'config': config,
+        'architecture': {
+            'name': architecture,
+            'hash': f'{architecture}{sorted(choices.items())}',
+            'choices': choices,
+        },
+        'metadata': {
+            'seed': config['seed'],
+            'data_seed': config['data_seed'],
+            'strategy': 'single',
+            'world_size': 1,
+        },
+        'startup_info': {
+            'model': {'total_params': 123_550_464},
+            'flops': {'per_token': 854_654_976, 'per_token_causal': 798_031_872},
+            'optimizer': {
+                'learning_rate': 6e-4,
+                'min_lr': 6e-5,
+                'warmup_iters': 5,
+                'lr_decay_iters': 100,
+            },
+            'hardware': {
+                'device': 'cpu',
+                'device_name': 'Some CPU',
+                'world_size': 1,
+                'dtype': 'bfloat16',
+                'threads': 2,
+                'compile': False,
+            },
+            'data': {
+                'dataset': config['dataset'],
+                'tokenizer': 'gpt2',
+                'vocab_size': 50257,
+                'model_vocab_size': 50304,
+                'train_sha256': 'ab' * 32,
+                'val_sha256': 'cd' * 32,
+                'batch_size': config['batch_size'],
+                'block_size': 256,
+                'tokens_per_iter': 4096,
+                'eval_windows': {'train': 50, 'val': 50},
+            },
+        },
+        'training_iterations': [],
+        'eval_steps': [
+            {'iter': i, 'train_loss': value, 'val_loss': value, 'val_bits_per_byte': value * 0.4}
+            for i, value in evaluations
+        ],
+        'checkpoints': [],
+        'events': [],
+        'summary': {
+            'total_iterations': config['max_iters'],
+            'final_iter': done,
+            'best_val_loss': loss,
+            'avg_mfu': 31.234,
+            'avg_time_ms': 2412.34,
+            'total_tokens': done * 4096,
+            'wall_seconds': 431.2,
+            'peak_memory_gb': 3.2149,
+        },
+    }
+
+
+def write(folder: Path, *records) -> list[Path]:
+    """Each record in a run folder of its own below its out_dir."""
+    paths = []
+    for record in records:
+        path = folder / record['config']['out_dir'] / record['run_name']
+        path.mkdir(parents=True)
+        (path / 'record.json').write_text(json.dumps(record), encoding='utf-8')
+        paths.append(path)
+    return paths
+
+
+@pytest.fixture
+def compared(tmp_path, monkeypatch, capsys):
+    """Write records into an empty working folder, run the command there, return what it prints."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*records, argv=()):
+        write(tmp_path, *records)
+        ca.main(list(argv))
+        return capsys.readouterr().out
+
+    return run
+
+
+def section(text: str, title: str) -> list[str]:
+    """The lines of the block that starts with `title`, without it."""
+    for block in text.split('\n\n'):
+        if block.startswith(title):
+            return block.splitlines()[1:]
+    return []
+
+
+def rows(text: str, title: str) -> list[dict[str, str]]:
+    """A block's table as dicts. Columns are two or more spaces apart."""
+    lines = section(text, title)
+    start = next(i for i, line in enumerate(lines) if line.startswith(('#  ', 'option ')))
+    header, *body = [re.split(r' {2,}', line.strip()) for line in lines[start:]]
+    return [dict(zip(header, row, strict=True)) for row in body]
+
+
+def warned(text: str, about: str) -> set[str]:
+    """The keys warned about beneath the heading that starts with `about`."""
+    keys, inside = set(), False
+    for line in section(text, 'WARNINGS'):
+        if not line.startswith(' '):
+            inside = line.startswith(about)
+        elif inside and re.match(r'  \w', line):
+            keys.add(line.split()[0])
+    return keys
+
+
+# --- figures -------------------------------------------------------------------------------------
+
+
+def test_ranking_shows_the_figures_of_the_records(compared):
+    losses = {1: 6.41234, 2: 5.98719, 3: 6.0}
+    text = compared(*(make_record(n, loss=loss) for n, loss in losses.items()))
+    shown = rows(text, 'RANKING')
+    order = sorted(losses, key=losses.get)
+    assert [row['architecture'][-2:] for row in shown] == [f'{n:02d}' for n in order]
+    assert [row['#'] for row in shown] == ['1', '2', '3']
+    assert [row['val loss'] for row in shown] == ['5.9872', '6.0000', '6.4123']
+    assert [row['vs #3'] for row in shown] == ['-0.4252', '-0.4123', 'baseline']
+    for row in shown:
+        assert float(row['bits/byte']) == pytest.approx(float(row['val loss']) * 0.4, abs=1e-4)
+
+
+def test_cost_shows_the_figures_of_the_record(compared):
+    (row,) = rows(compared(make_record(1)), 'COST')
+    assert row == {
+        '#': '1',
+        'params': '123.55M',
+        'FLOPs/token': '854.65M',
+        'MFU': '31.23%',
+        'tokens/s': f'{round(4096 / 2.41234):,}',
+        'ms/iter': '2,412.3',
+        'wall': '7m 11s',
+        'peak GB': '3.21',
+        'run': str(Path('out-1/run_20260101_120001')),
+    }
+
+
+def test_unknown_figures_are_dashes(compared):
+    record = make_record(1, loss=None)
+    record['startup_info'] = dict.fromkeys(record['startup_info'])
+    record['summary'] = dict.fromkeys(record['summary']) | {'final_iter': 0}
+    text = compared(record)
+    assert rows(text, 'RANKING')[0]['val loss'] == 'none'
+    figures = rows(text, 'COST')[0]
+    assert {key for key, cell in figures.items() if cell != '-'} == {'#', 'run'}
+
+
+def test_an_untrained_loss_is_not_ranked(compared):
+    diverged, untrained, trained = (make_record(n, loss=6.0) for n in (1, 2, 3))
+    # Both had their lowest loss before the first update.
+    diverged['eval_steps'] = [
+        {'iter': 0, 'val_loss': 4.0, 'val_bits_per_byte': 2.0},
+        {'iter': 50, 'val_loss': 9.0, 'val_bits_per_byte': 4.5},
+        {'iter': 100, 'val_loss': None, 'val_bits_per_byte': None},
+    ]
+    untrained['eval_steps'] = untrained['eval_steps'][:1]
+    text = compared(untrained, diverged, trained)
+    assert [row['val loss'] for row in rows(text, 'RANKING')] == ['6.0000', '9.0000', 'none']
+    assert 'Not ranked, no validation loss after an update: #3' in text
+
+
+@pytest.mark.parametrize(
+    'seconds, text',
+    [(0.04, '0.0s'), (59.4, '59.4s'), (59.96, '1m 00s'), (3599.7, '1h 00m'), (7384, '2h 03m')],
+)
+def test_durations(seconds, text):
+    assert ca.duration(seconds) == text
+
+
+@pytest.mark.parametrize('value, text', [(512, '512'), (1e3, '1.00K'), (2.5e9, '2.50G')])
+def test_large_numbers(value, text):
+    assert ca.si(value) == text
+
+
+# --- names ---------------------------------------------------------------------------------------
+
+
+def test_equal_names_of_different_architectures_show_what_differs(compared):
+    text = compared(make_record(1, bias=True, loss=4.0), make_record(2, bias=False))
+    names = [row['architecture'] for row in rows(text, 'RANKING')]
+    assert names == [f'{GPT2} [bias=True]', f'{GPT2} [bias=False]']
+
+
+def test_equal_architectures_are_told_apart_by_run(compared):
+    text = compared(make_record(1), make_record(2, loss=4.0), make_record(3, architecture=LLAMA))
+    names = {row['architecture'] for row in rows(text, 'RANKING')}
+    assert names == {f'{GPT2} run_20260101_120001', f'{GPT2} run_20260101_120002', LLAMA}
+
+
+# --- which runs ----------------------------------------------------------------------------------
+
+
+def test_latest_takes_the_newest_by_start_time_whatever_the_zone(compared):
+    records = [make_record(n, loss=n) for n in (1, 2, 3)]
+    records[0]['start_time'] = '2026-01-01T11:00:00-05:00'  # 16:00 in UTC, the newest of all
+    text = compared(*records, argv=['--latest', '2'])
+    assert [row['val loss'] for row in rows(text, 'RANKING')] == ['1.0000', '3.0000']
+
+
+def test_every_way_to_name_a_run_finds_it_once(tmp_path):
+    (folder, _) = write(tmp_path, make_record(1), make_record(2))
+    copy = tmp_path / 'kept' / 'copy.json'
+    copy.parent.mkdir()
+    copy.write_bytes((folder / 'record.json').read_bytes())
+    for path in (folder, folder.parent, folder / 'record.json', copy):
+        runs, skipped = ca.load([path])
+        assert [run.name for run in runs] == [folder.name] and not skipped
+    runs, _ = ca.load([folder, folder.parent, folder / 'record.json', tmp_path])
+    assert len(runs) == 2
+    assert len(ca.load([copy, folder])[0]) == 2
+
+
+def test_a_record_alone_in_a_folder_of_another_name(tmp_path):
+    (folder,) = write(tmp_path, make_record(1))
+    renamed = folder.rename(tmp_path / 'my-best-run')
+    assert [run.folder for run in ca.load([renamed])[0]] == [renamed]
+
+
+def test_a_broken_record_is_skipped_by_name(compared, tmp_path):
+    (tmp_path / 'out-x' / 'run_20260101_130000').mkdir(parents=True)
+    (tmp_path / 'out-x' / 'run_20260101_130000' / 'record.json').write_text('{"run_name"')
+    incomplete = make_record(3)
+    del incomplete['architecture']['hash']
+    text = compared(make_record(1), make_record(2), incomplete)
+    assert len(rows(text, 'RANKING')) == 2
+    skipped = [line for line in section(text, 'WARNINGS') if line.startswith('Skipped')]
+    assert len(skipped) == 2
+    assert any('run_20260101_130000' in line for line in skipped)
+    assert any('run_20260101_120003' in line and 'hash' in line for line in skipped)
+
+
+def test_nothing_found_says_where_and_what_to_type(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=re.escape(str(tmp_path))) as error:
+        ca.load([])
+    assert 'python train.py' in str(error.value)
+    (tmp_path / 'empty').mkdir()
+    with pytest.raises(UserError, match='empty: no run there'):
+        ca.load([Path('empty')])
+    with pytest.raises(UserError, match='absent: no such file'):
+        ca.load([Path('absent'), Path('empty')])
+
+
+def test_order_of_reading_does_not_matter(tmp_path):
+    records = [make_record(n, loss=5 + n % 3, seed=n) for n in range(1, 9)]
+    paths = write(tmp_path, *records)
+    texts = set()
+    for seed in range(4):
+        random.Random(seed).shuffle(paths)
+        texts.add(ca.render(ca.compare(ca.load(paths)[0])))
+    assert len(texts) == 1
+
+
+# --- the baseline --------------------------------------------------------------------------------
+
+
+def baseline(runs, name=None):
+    return ca.compare(runs, name).baseline.name[-2:]
+
+
+@pytest.fixture
+def runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    failed = make_record(1, status='failed', done=10)
+    unmeasured = make_record(2, loss=None)
+    llama = {'architecture': LLAMA, 'loss': 4.0, 'arch_preset': 'llama'}
+    write(
+        tmp_path,
+        failed,
+        unmeasured,
+        make_record(3, loss=4.5, out_dir='out-gpt2'),
+        make_record(4, out_dir='out-llama', **llama),
+        make_record(5, out_dir='out-llama', **llama),
+        make_record(6, out_dir='out-llama-bias', bias=True, **llama),
+    )
+    return ca.load([])[0]
+
+
+def test_the_default_baseline_is_the_oldest_finished_run_with_a_loss(runs):
+    assert baseline(runs) == '03'
+
+
+@pytest.mark.parametrize(
+    'name, expected',
+    [
+        (GPT2, '03'),
+        ('abspos', '03'),
+        ('out-gpt2', '03'),
+        ('run_20260101_120005', '05'),
+        ('120001', '01'),
+        ('out-llama', '04'),  # exactly a folder, so no part of out-llama-bias; the oldest in it
+        ('out-llama/', '04'),
+        ('bias=True', '06'),
+        ('out-llama-bias/run_20260101_120006', '06'),
+    ],
+)
+def test_a_baseline_is_named_by_architecture_run_or_folder(runs, name, expected):
+    assert baseline(runs, name) == expected
+
+
+@pytest.mark.parametrize(
+    'name, message',
+    [
+        ('RoPE', 'different architectures.*120004.*Type more'),
+        (LLAMA, 'different architectures'),
+        ('mamba', 'no run compared here.*Architectures here: .*' + LLAMA),
+        ('run_20260101_120008', 'Did you mean run_20260101_12000'),
+    ],
+)
+def test_a_baseline_that_names_no_single_run(runs, name, message):
+    with pytest.raises(UserError, match=message):
+        baseline(runs, name)
+
+
+def test_a_baseline_without_a_loss_gives_no_differences(runs):
+    text = ca.render(ca.compare(runs, 'run_20260101_120002'))
+    differences = [row['vs #6'] for row in rows(text, 'RANKING')]
+    assert differences == ['-'] * 5 + ['baseline']
+    assert 'The baseline has no validation loss' in text
+
+
+# --- options that differ -------------------------------------------------------------------------
+
+
+def test_options_that_differ_and_only_those(compared):
+    text = compared(
+        make_record(1, loss=3, beta2=0.99, seed=1),
+        make_record(2, loss=4, ffn_type='swiglu', log_style='line', seed=2, novelty=0.5),
+    )
+    shown = {row['option']: (row['#1'], row['#2']) for row in rows(text, 'OPTIONS')}
+    assert shown == {
+        'ffn_type': ('standard', 'swiglu'),
+        'beta2': ('0.99', '-'),
+        'seed': ('1', '2'),
+        'novelty': ('-', '0.5'),
+    }
+
+
+def test_no_options_differ(compared):
+    assert 'OPTIONS THAT DIFFER: none' in compared(make_record(1), make_record(2))
+
+
+def test_many_runs_are_grouped_by_value(compared):
+    records = [make_record(n, loss=n, ffn_type='swiglu' if n in (1, 2, 3, 9) else 'geglu')
+               for n in range(1, 10)]  # fmt: skip
+    (line,) = section(compared(*records), 'OPTIONS')
+    assert line.split() == ['ffn_type', 'swiglu', '(#1-3', '#9),', 'geglu', '(#4-8)']
+
+
+# --- warnings ------------------------------------------------------------------------------------
+
+DATA, OPTIMIZER, HARDWARE = (('startup_info', part) for part in ('data', 'optimizer', 'hardware'))
+CHANGES = [
+    # where, key, another value, invalidates the loss, invalidates time and memory
+    (DATA, 'dataset', 'openwebtext', True, False),
+    (DATA, 'train_sha256', '00' * 32, True, False),
+    (DATA, 'val_sha256', None, True, False),
+    (DATA, 'tokenizer', 'bytes', True, False),
+    (DATA, 'vocab_size', 256, True, False),
+    (DATA, 'model_vocab_size', 256, True, True),
+    (DATA, 'block_size', 1024, True, True),
+    (DATA, 'tokens_per_iter', 8192, True, True),
+    (DATA, 'eval_windows', {'train': 50, 'val': 10}, True, False),
+    (DATA, 'batch_size', 8, False, True),
+    (OPTIMIZER, 'learning_rate', 1e-3, True, False),
+    (OPTIMIZER, 'min_lr', 0.0, True, False),
+    (OPTIMIZER, 'warmup_iters', 50, True, False),
+    (OPTIMIZER, 'lr_decay_iters', 600000, True, False),
+    (('config',), 'decay_lr', False, True, False),
+    (('config',), 'max_iters', 200, True, False),
+    (('metadata',), 'data_seed', 7, True, False),
+    (('metadata',), 'strategy', 'fsdp', False, True),
+    (('metadata',), 'world_size', 8, False, True),
+    (('summary',), 'total_tokens', 123_456, True, False),
+    (HARDWARE, 'dtype', 'float32', True, True),
+    (HARDWARE, 'device', 'cuda:0', False, True),
+    (HARDWARE, 'device_name', 'NVIDIA B200', False, True),
+    (HARDWARE, 'threads', 64, False, True),
+    (HARDWARE, 'compile', True, False, True),
+]
+
+
+@pytest.mark.parametrize('where, key, value, loss, speed', CHANGES, ids=[c[1] for c in CHANGES])
+def test_what_is_not_comparable_is_named(compared, where, key, value, loss, speed):
+    records = [make_record(n, loss=n) for n in (1, 2, 3)]
+    part = records[1]
+    for name in where:
+        part = part[name]
+    # World size is stated by two parts of a record; strategies change both.
+    if key == 'world_size':
+        records[1]['startup_info']['hardware'][key] = value
+    part[key] = value
+    text = compared(*records)
+    name = {'total_tokens': 'tokens_seen'}.get(key, key)
+    assert warned(text, 'Losses') == ({name} if loss else set())
+    assert warned(text, 'Time and memory') == ({name} if speed else set())
+    assert ('see WARNINGS' in text) == loss
+    (line,) = {line for line in section(text, 'WARNINGS') if re.match(rf'  {name}\b', line)}
+    assert '(#1 #3)' in line and '(#2)' in line
+    if value is None:
+        assert 'unknown (#2)' in line
+    vocabulary = key in ('tokenizer', 'vocab_size')
+    assert ('compare bits/byte' in text) == vocabulary
+
+
+@pytest.mark.parametrize(
+    'where, key, value',
+    [
+        (('config',), 'out_dir', 'elsewhere'),
+        (('config',), 'ffn_type', 'swiglu'),
+        (('config',), 'seed', 7),
+        (HARDWARE, 'device', 'cpu:0'),
+        (DATA, 'eval_windows', {'train': 7, 'val': 50}),
+        (('summary',), 'avg_mfu', None),
+    ],
+)
+def test_no_warning_where_runs_are_comparable(compared, where, key, value):
+    records = [make_record(1), make_record(2)]
+    part = records[1]
+    for name in where:
+        part = part[name]
+    part[key] = value
+    assert 'WARNINGS' not in compared(*records)
+
+
+@pytest.mark.parametrize('status', ['interrupted', 'failed', 'running'])
+def test_unfinished_runs_are_marked(compared, status):
+    text = compared(make_record(1), make_record(2, loss=4.0, status=status, done=60))
+    shown = 'running or crashed' if status == 'running' else status
+    assert [row['status'] for row in rows(text, 'RANKING')] == [
+        f'{shown} 60/100',
+        'finished 100/100',
+    ]
+    assert f'  #1 run_20260101_120002: {shown} 60/100' in section(text, 'WARNINGS')
+    assert 'tokens_seen' in warned(text, 'Losses')
+
+
+def test_a_killed_run_is_read_from_its_journal(compared, tmp_path):
+    record = make_record(1)
+    outline = ('config', 'architecture', 'metadata', 'startup_info')
+    mfu = {'mfu_percent': 30.0, 'mfu_causal_percent': 28.0}
+    memory = {'allocated_gb': None, 'peak_gb': None, 'reserved_gb': None, 'rss_gb': 2.5}
+    lines = [
+        {'kind': 'start', 'time': 0.0, **{key: record[key] for key in outline}}
+        | {key: record[key] for key in ('run_name', 'start_time')},
+        {'kind': 'evaluation', 'time': 1.0, **record['eval_steps'][0]},
+        *(
+            {'kind': 'iteration', 'time': 2.0 + i, 'iter': i, 'steps': 1, 'loss': 5.0}
+            | {'time_ms': 1000.0, 'tokens_seen': 4096 * (i + 1), 'mfu': mfu, 'memory': memory}
+            for i in range(60)
+        ),
+        {'kind': 'evaluation', 'time': 62.0, **record['eval_steps'][1]},
+    ]
+    folder = tmp_path / 'out' / record['run_name']
+    folder.mkdir(parents=True)
+    torn = '\n'.join(json.dumps(line) for line in lines) + '\n{"kind": "iterat'
+    (folder / 'journal.jsonl').write_text(torn)
+    text = compared()
+    (shown,) = rows(text, 'RANKING')
+    assert (shown['val loss'], shown['status']) == ('5.5000', 'running or crashed 60/100')
+    cost = rows(text, 'COST')[0]
+    assert (cost['MFU'], cost['tokens/s'], cost['peak GB']) == ('30.00%', '4,096', '2.50')
+
+
+# --- seeds ---------------------------------------------------------------------------------------
+
+
+def test_one_seed_gives_no_error_bar(compared):
+    twins = (make_record(2), make_record(3, out_dir='again'))  # one seed run twice is one seed
+    text = compared(make_record(1, ffn_type='swiglu'), *twins)
+    assert 'no error bar' in text and '--seed=2' in text and '+/-' not in text
+    assert 'no error bar' not in ca.render(ca.compare(ca.load([Path('out-1')])[0]))
+
+
+def test_several_seeds_give_mean_and_deviation(compared):
+    losses = [5.01, 5.05, 4.97]
+    text = compared(
+        *(make_record(n, loss=loss, seed=n) for n, loss in enumerate(losses, 1)),
+        make_record(4, loss=4.0, status='interrupted', done=50, seed=4),
+        make_record(5, loss=6.0, seed=5, weight_decay=0.5),  # trained in another way
+        make_record(6, loss=7.0, seed=6, bias=True),
+    )
+    lines = section(text, 'SEEDS')
+    mean, deviation = statistics.mean(losses), statistics.stdev(losses)
+    assert lines == [
+        f'  {GPT2}: {mean:.4f} +/- {deviation:.4f}, 3 seeds (#2-4)',
+        '  One seed, no error bar: #5-6',
+    ]
+
+
+# --- the command ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    'argv, message',
+    [
+        (['--latest', '0'], '0 is not a whole number above zero'),
+        (['--latest', 'three'], 'three is not'),
+        (['--latest'], 'expected one argument'),
+        (['--latst', '3'], 'unknown option --latst. Did you mean --latest'),
+        (['--late=3'], 'unknown option --late=3'),
+        (['absent'], 'absent: no such file or folder'),
+    ],
+)
+def test_mistakes_on_the_command_line(tmp_path, monkeypatch, argv, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=re.escape(message)):
+        ca.main(argv)
+
+
+def script(folder, *argv, **environ):
+    return subprocess.run(
+        [sys.executable, str(ROOT / 'compare_architectures.py'), *argv],
+        cwd=folder,
+        env={**os.environ, **environ},
+        capture_output=True,
+        timeout=60,
+    )
+
+
+def test_exit_codes(tmp_path):
+    failed = script(tmp_path)
+    assert failed.returncode == 2 and b'Traceback' not in failed.stderr
+    assert failed.stderr.startswith(b'compare_architectures.py: no run to compare')
+    write(tmp_path, make_record(1), make_record(2))
+    # Options may stand between paths, as a shell's glob leaves them.
+    assert script(tmp_path, 'out-1', '--latest', '2', 'out-2').stdout.count(b'run_2026') >= 2
+
+
+def test_ascii_terminals_are_enough(tmp_path):
+    write(tmp_path, make_record(1, out_dir='out-é'), make_record(2, loss=4.0, architecture='Ω'))
+    done = script(tmp_path, PYTHONIOENCODING='ascii', PYTHONUTF8='0')
+    assert done.returncode == 0 and not done.stderr
+    assert b'out-\\xe9' in done.stdout and b'\\u03a9' in done.stdout
+    # What the command itself says is ASCII everywhere.
+    text = script(tmp_path, PYTHONIOENCODING='utf-8').stdout.decode()
+    assert text.replace('é', '').replace('Ω', '').isascii()
+
+
+def test_neither_torch_nor_numpy_is_imported():
+    code = 'import compare_architectures, sys; print({"torch", "numpy"} & sys.modules.keys())'
+    done = subprocess.run(
+        [sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout.strip() == 'set()', done.stderr
+
+
+def test_lines_fit_a_hundred_columns(compared):
+    text = compared(
+        make_record(1, architecture=LLAMA, loss=5.98, out_dir='out-llama'),
+        make_record(2, architecture=GPT2, loss=6.41, out_dir='out-gpt2', ffn_type='swiglu'),
+        make_record(3, architecture=LLAMA, loss=5.99, out_dir='out-team', arch_preset='team'),
+    )
+    assert max(map(len, text.splitlines())) <= 100
