@@ -1,0 +1,1 @@
+"""Datasets, one folder each: from text to token files."""

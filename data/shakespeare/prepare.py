@@ -1,0 +1,17 @@
+"""Shakespeare in GPT-2's byte pairs. Run me: python data/shakespeare/prepare.py [--source FILE]"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from data.preparation import prepare_shakespeare
+from errors import run_script
+
+
+def main(argv=None):
+    prepare_shakespeare(__file__, lambda text: {'kind': 'gpt2'}, argv)
+
+
+if __name__ == '__main__':
+    run_script(main)

@@ -1,0 +1,20 @@
+"""Shakespeare by characters. Run me: python data/shakespeare_char/prepare.py [--source FILE]"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from data.preparation import prepare_shakespeare
+from errors import run_script
+
+
+def main(argv=None):
+    # Ids in the order of the characters, as nanoGPT numbers them.
+    prepare_shakespeare(
+        __file__, lambda text: {'kind': 'char', 'characters': sorted(set(text))}, argv
+    )
+
+
+if __name__ == '__main__':
+    run_script(main)

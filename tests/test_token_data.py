@@ -1,0 +1,322 @@
+"""Token files, their checks, the global order and the evaluation windows."""
+
+import hashlib
+import json
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+
+import token_data
+from errors import UserError
+from token_data import load_dataset, prepare_if_missing, splitmix64, window_starts
+
+PROJECT = Path(token_data.__file__).parent
+
+
+def write_folder(folder, train=1000, val=200, *, dtype='uint16', vocab_size=None, kind='byte'):
+    """A dataset whose token i is i; returns its meta.json as a dict."""
+    folder.mkdir(parents=True, exist_ok=True)
+    meta = {
+        'format_version': 1,
+        'tokenizer': {'kind': kind},
+        'vocab_size': vocab_size or max(train, val),
+        'dtype': dtype,
+        'splits': {},
+    }
+    for split, count in (('train', train), ('val', val)):
+        np.arange(count).astype(dtype).tofile(folder / f'{split}.bin')
+        meta['splits'][split] = {'tokens': count, 'bytes': 3 * count, 'sha256': f'{split}-hash'}
+    (folder / 'meta.json').write_text(json.dumps(meta))
+    return meta
+
+
+def test_splitmix64_gives_the_published_outputs():
+    # Vigna's reference implementation, seed 1234567.
+    published = [
+        6457827717110365317,
+        3203168211198807973,
+        9817491932198370423,
+        4593380528125082431,
+        16408922859458223821,
+    ]
+    assert splitmix64(1234567, np.arange(5, dtype=np.uint64)).tolist() == published
+
+
+def test_a_batch_is_the_windows_at_its_numbers(tmp_path):
+    write_folder(tmp_path)
+    data = load_dataset(tmp_path, 16)
+    inputs, targets = data.batch(data_seed=7, first_number=40, count=5)
+    starts = window_starts(7, np.arange(40, 45, dtype=np.uint64), 1000 - 16)
+    assert (inputs == starts[:, None] + np.arange(16)).all()  # token i is i
+    assert (targets == inputs + 1).all()
+    for array in (inputs, targets):
+        assert array.dtype == np.int64 and array.shape == (5, 16)
+        assert array.flags.c_contiguous
+
+
+@pytest.mark.parametrize('parts', [[8], [4, 4], [2] * 4, [1] * 8, [3, 5], [1, 6, 1]])
+def test_the_order_is_the_same_however_it_is_divided(tmp_path, parts):
+    write_folder(tmp_path)
+    data = load_dataset(tmp_path, 16)
+    whole = data.batch(3, 1000, 8)
+    first = np.cumsum([1000, *parts[:-1]])
+    divided = [data.batch(3, number, count) for number, count in zip(first, parts)]
+    for side in (0, 1):
+        assert np.array_equal(np.concatenate([part[side] for part in divided]), whole[side])
+
+
+def test_every_start_is_reached_and_none_beyond(tmp_path):
+    write_folder(tmp_path, train=12, val=12)
+    inputs, targets = load_dataset(tmp_path, 9).batch(0, 0, 200)
+    assert set(inputs[:, 0]) == {0, 1, 2}
+    assert targets.max() == 11
+
+
+@pytest.mark.parametrize('positions', [100, 2**32 + 12345, 9 * 10**11])
+def test_starts_are_uniform_and_seeds_independent(positions):
+    numbers = np.arange(50_000, dtype=np.uint64)
+    one, other = (window_starts(seed, numbers, positions) for seed in (1337, 1338))
+    counts = np.histogram(one, bins=100, range=(0, positions))[0]
+    assert stats.chisquare(counts).pvalue > 1e-3
+    assert stats.kendalltau(one[:5000], other[:5000]).pvalue > 1e-3
+    assert stats.kendalltau(one[:5000], one[1:5001]).pvalue > 1e-3
+    assert len(np.intersect1d(one, other)) < 200 or positions == 100
+
+
+def test_every_python_int_is_a_seed():
+    numbers = np.arange(4, dtype=np.uint64)
+    streams = {tuple(window_starts(seed, numbers, 10**6)) for seed in (-1, 0, 1, 2**63)}
+    assert len(streams) == 4
+
+
+@pytest.mark.parametrize('block_size', [1, 7, 64, 98, 99, 100, 199])
+@pytest.mark.parametrize('eval_iters', [1, 2, 3, 200])
+def test_evaluation_windows_are_even_and_do_not_overlap(tmp_path, block_size, eval_iters):
+    write_folder(tmp_path)
+    data = load_dataset(tmp_path, block_size)
+    starts = data.windows('val', eval_iters)
+    inputs, targets = data.read('val', starts)
+    assert len(starts) == data.window_count('val', eval_iters)
+    assert len(np.unique(inputs)) == inputs.size  # no token is predicted from twice
+    assert starts[0] == 0
+    room = len(range(0, 200 - block_size, block_size))
+    assert len(starts) == min(eval_iters, room)
+    if len(starts) > 1:
+        assert targets.max() == 199
+        assert np.ptp(np.diff(starts)) <= 1
+
+
+@pytest.mark.parametrize(
+    'kind, vocab_size, padded',
+    [('gpt2', 50257, 50304), ('gpt2', 50304, 50304), ('char', 65, 65), ('byte', 256, 256)],
+)
+def test_only_byte_pairs_are_padded(tmp_path, kind, vocab_size, padded):
+    write_folder(tmp_path, 60, 60, kind=kind, vocab_size=vocab_size)
+    data = load_dataset(tmp_path, 8)
+    assert (data.vocab_size, data.padded_vocab_size) == (vocab_size, padded)
+    assert data.tokenizer == {'kind': kind}
+
+
+@pytest.mark.parametrize('dtype', ['uint8', 'uint16', 'uint32'])
+def test_dtype_and_counts_come_from_meta(tmp_path, dtype):
+    meta = write_folder(tmp_path, 250, 100, dtype=dtype)
+    data = load_dataset(tmp_path, 8)
+    assert data.tokens('train') == 250 and data.tokens('val') == 100
+    assert data.bytes_per_token('train') == 3
+    assert (data.read('val', [91])[1] == np.arange(92, 100)).all()
+    assert data.meta == meta and data.notes == []
+
+
+def test_hashes_of_meta_are_taken_and_not_computed(tmp_path):
+    write_folder(tmp_path)
+    data = load_dataset(tmp_path, 8)
+    assert data.sha256('val') == 'val-hash'
+    before = data.hash
+    meta = json.loads((tmp_path / 'meta.json').read_text())
+    meta['splits']['train']['sha256'] = 'another'
+    (tmp_path / 'meta.json').write_text(json.dumps(meta))
+    assert load_dataset(tmp_path, 8).hash != before
+
+
+def change(**values):
+    def corrupt(folder):
+        path = folder / 'meta.json'
+        path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+    return corrupt
+
+
+def truncate(folder):
+    path = folder / 'train.bin'
+    path.write_bytes(path.read_bytes()[:-2])
+
+
+def append_to_val(folder):
+    with open(folder / 'val.bin', 'ab') as file:
+        file.write(b'x')
+
+
+def cut_meta(folder):
+    path = folder / 'meta.json'
+    path.write_text(path.read_text()[:-20])
+
+
+@pytest.mark.parametrize(
+    'corrupt, says',
+    [
+        (truncate, r'train\.bin has 1,998 bytes where 2,000'),
+        (append_to_val, r'val\.bin has 401 bytes where 400'),
+        (lambda folder: (folder / 'val.bin').unlink(), r'no val\.bin'),
+        (cut_meta, r'meta\.json cannot be used'),
+        (lambda folder: (folder / 'meta.json').write_bytes(b'\xff'), r'meta\.json cannot be used'),
+        (lambda folder: (folder / 'meta.json').write_text('[]'), 'no JSON object'),
+        (change(format_version=2), 'format_version is 2'),
+        (change(dtype='float32'), "dtype is 'float32', not one of uint8, uint16, uint32"),
+        (change(dtype=None), 'dtype is None'),
+        (change(dtype='uint8'), r'train\.bin has 2,000 bytes where 1,000'),
+        (change(vocab_size=0), 'vocab_size is 0'),
+        (change(vocab_size=True), 'vocab_size is True'),
+        (change(vocab_size=999), r'train\.bin holds the token 999, but the vocabulary ends at 998'),
+        (change(tokenizer='gpt2'), 'tokenizer is no object'),
+        (change(splits=None), r'splits\.train\.tokens'),
+        (change(splits={'train': {'tokens': 1000}}), r'splits\.val\.tokens'),
+        (change(splits={'train': {'tokens': 1, 'bytes': 'x'}}), r'splits\.train\.bytes'),
+        (change(splits={'train': {'tokens': 1, 'sha256': 5}}), r'splits\.train\.sha256'),
+    ],
+)
+def test_what_does_not_match_is_refused_in_one_message(tmp_path, corrupt, says):
+    write_folder(tmp_path)
+    load_dataset(tmp_path, 8)
+    corrupt(tmp_path)
+    with pytest.raises(UserError, match=says) as error:
+        load_dataset(tmp_path, 8)
+    assert len(error.value.problems) == 1 and str(tmp_path) in str(error.value)
+
+
+@pytest.mark.parametrize('place', [0, -1])
+def test_large_files_are_checked_in_samples(tmp_path, monkeypatch, place):
+    write_folder(tmp_path, 300_000, 1000, dtype='uint8', vocab_size=256)
+    monkeypatch.setattr(token_data, 'FULL_CHECK_BYTES', 100_000)
+    load_dataset(tmp_path, 8)
+    tokens = np.zeros(300_000, 'uint8')
+    tokens[place] = 200
+    tokens.tofile(tmp_path / 'train.bin')
+    change(vocab_size=200)(tmp_path)
+    np.zeros(1000, 'uint8').tofile(tmp_path / 'val.bin')
+    with pytest.raises(UserError, match='holds the token 200'):
+        load_dataset(tmp_path, 8)
+
+
+def test_block_size_may_be_as_long_as_the_shorter_split_allows(tmp_path):
+    write_folder(tmp_path, 300, 50)
+    with pytest.raises(UserError, match=r'block_size 50 .* --block_size=49'):
+        load_dataset(tmp_path, 50)
+    data = load_dataset(tmp_path, 49)
+    assert data.windows('val', 10).tolist() == [0]
+    write_folder(tmp_path, 300, 0)
+    with pytest.raises(UserError, match=r'val\.bin has 0 tokens'):
+        load_dataset(tmp_path, 1)
+
+
+def test_nanogpt_folder_is_read_as_gpt2_tokens(tmp_path):
+    write_folder(tmp_path)
+    (tmp_path / 'meta.json').unlink()
+    data = load_dataset(tmp_path, 8)
+    assert data.tokenizer == {'kind': 'gpt2'}
+    assert (data.vocab_size, data.padded_vocab_size) == (50257, 50304)
+    assert data.bytes_per_token('val') is None
+    assert len(data.notes) == 1 and 'meta.json' in data.notes[0]
+    expected = hashlib.sha256((tmp_path / 'val.bin').read_bytes()).hexdigest()
+    assert data.sha256('val') == expected
+    np.array([1, 50257] * 9, 'uint16').tofile(tmp_path / 'val.bin')
+    with pytest.raises(UserError, match='token 50257'):
+        load_dataset(tmp_path, 8)
+
+
+class Bomb:
+    def __init__(self, target):
+        self.target = target
+
+    def __reduce__(self):
+        return Path.touch, (self.target,)
+
+
+def test_meta_pkl_is_never_unpickled(tmp_path):
+    write_folder(tmp_path, 65, 40)
+    (tmp_path / 'meta.json').unlink()
+    (tmp_path / 'meta.pkl').write_bytes(pickle.dumps(Bomb(tmp_path / 'exploded')))
+    data = load_dataset(tmp_path, 8)
+    assert not (tmp_path / 'exploded').exists()
+    assert data.vocab_size == data.padded_vocab_size == 65
+    assert data.tokenizer == {'kind': 'unknown'}
+    assert len(data.notes) == 1 and 'meta.pkl' in data.notes[0]
+
+
+def test_a_name_is_a_folder_below_the_root_or_a_path(tmp_path):
+    write_folder(tmp_path / 'books', 300, 100)
+    write_folder(tmp_path / 'poems', 200, 100)
+    assert load_dataset('books', 8, tmp_path).tokens('train') == 300
+    assert load_dataset(str(tmp_path / 'poems'), 8).tokens('train') == 200
+    with pytest.raises(UserError, match=r"'boks' .* Did you mean books\? There are: books, poems"):
+        load_dataset('boks', 8, tmp_path)
+    with pytest.raises(UserError, match='shakespeare'):
+        load_dataset('', 8)
+
+
+PREPARE = """
+import sys, time
+from pathlib import Path
+folder = Path(__file__).parent
+with open(folder / 'log', 'a') as log:
+    log.write('run\\n')
+time.sleep(0.5)
+for split in ('val', 'train'):
+    (folder / f'{split}.bin').write_bytes(bytes(100))
+"""
+
+
+def test_processes_that_start_at_once_prepare_once(tmp_path):
+    (tmp_path / 'toy').mkdir()
+    (tmp_path / 'toy' / 'prepare.py').write_text(PREPARE)
+    code = 'import sys, token_data; token_data.prepare_if_missing("toy", sys.argv[1])'
+    command = [sys.executable, '-c', code, str(tmp_path)]
+    processes = [
+        subprocess.Popen(command, cwd=PROJECT, stdout=subprocess.PIPE, text=True) for _ in range(3)
+    ]
+    printed = [process.communicate(timeout=120)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0, 0]
+    assert (tmp_path / 'toy' / 'log').read_text() == 'run\n'
+    assert sum('not prepared yet' in text for text in printed) == 1
+    prepare_if_missing('toy', tmp_path)  # nothing left to do
+    assert (tmp_path / 'toy' / 'log').read_text() == 'run\n'
+    assert load_dataset('toy', 8, tmp_path).tokens('train') == 50
+
+
+def test_a_preparation_that_fails_is_one_error(tmp_path):
+    (tmp_path / 'toy').mkdir()
+    (tmp_path / 'toy' / 'prepare.py').write_text('import sys; sys.exit(3)')
+    with pytest.raises(UserError, match=r'toy failed \(exit code 3\)'):
+        prepare_if_missing('toy', tmp_path)
+    with pytest.raises(UserError, match=r'no train\.bin and no val\.bin\. To prepare it: python '):
+        load_dataset('toy', 8, tmp_path)
+
+
+def test_a_folder_without_a_script_is_left_alone(tmp_path):
+    write_folder(tmp_path / 'toy')
+    (tmp_path / 'toy' / 'val.bin').unlink()
+    before = sorted(tmp_path.rglob('*'))
+    prepare_if_missing('toy', tmp_path)
+    assert sorted(tmp_path.rglob('*')) == before
+
+
+def test_neither_torch_nor_a_tokenizer_is_imported():
+    code = 'import sys, token_data; print({"torch", "tiktoken"} & set(sys.modules))'
+    run = subprocess.run(
+        [sys.executable, '-c', code], cwd=PROJECT, capture_output=True, text=True, timeout=120
+    )
+    assert run.stdout == 'set()\n'

@@ -1,0 +1,348 @@
+"""Token files on disk, and the sequence that stands at (data seed, number).
+
+A dataset is a folder with `train.bin`, `val.bin` (token ids, little endian, nothing else) and
+`meta.json`, which says what they hold. nanoGPT's folders, which have no meta.json, are read as they
+are. Knows no model and no tokenizer.
+
+The global order
+----------------
+Training sequence number n of data seed s is the window of block_size + 1 tokens that starts at
+
+    (output n of SplitMix64 seeded with a hash of s) mod (tokens - block_size)
+
+a pure function of s and n (Steele, Lea & Flood 2014). No state: ranks and micro-batches only divide
+the numbers up, and a resumed run needs nothing but the number it had reached. Windows are drawn
+with replacement, as nanoGPT draws them. A 64-bit number modulo a split of even 10^12 tokens favours
+no window by more than one part in 10^7.
+"""
+
+import contextlib
+import hashlib
+import json
+import subprocess
+import sys
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from errors import UserError, nearest
+
+try:
+    import fcntl
+except ImportError:  # Windows: two runs that start at once both prepare, which is only wasteful
+    fcntl = None
+
+DATA_ROOT = Path(__file__).resolve().parent / 'data'
+FORMAT_VERSION = 1
+SPLITS = ('train', 'val')
+DTYPES = {'uint8': '<u1', 'uint16': '<u2', 'uint32': '<u4'}
+GPT2_VOCAB_SIZE = 50257
+FULL_CHECK_BYTES = 64 * 2**20  # larger files are checked in samples: a start must not read 20 GB
+
+
+def load_dataset(name: str, block_size: int, data_root: Path | str = DATA_ROOT) -> 'TokenDataset':
+    """The dataset `name`: a folder below `data_root`, or the path of one.
+
+    Raises UserError if there is none, if it does not match its meta.json, or if a split is shorter
+    than the block_size + 1 tokens of one window.
+    """
+    return TokenDataset(_folder(name, Path(data_root)), block_size)
+
+
+def prepare_if_missing(name: str, data_root: Path | str = DATA_ROOT) -> None:
+    """Run `data/<name>/prepare.py` if the dataset has one and its token files are missing.
+
+    Any number of processes may call this at once: one prepares and the others wait. Raises
+    UserError if the script fails; the reason is then on the screen.
+    """
+    folder = _folder(name, Path(data_root))
+    script = folder / 'prepare.py'
+    if _is_complete(folder) or not script.exists():
+        return
+    with exclusive(folder / 'prepare.lock.tmp', f'another process prepares {name}: waiting'):
+        if _is_complete(folder):
+            return
+        print(f'Dataset {name} is not prepared yet: running {script}', flush=True)
+        code = subprocess.run([sys.executable, str(script)]).returncode
+    if code != 0:
+        raise UserError(
+            f'Preparing the dataset {name} failed (exit code {code}); the reason is above. '
+            f'To try it alone: python {script}'
+        )
+
+
+@contextlib.contextmanager
+def exclusive(lock_path: Path, message: str):
+    """Hold the lock file `lock_path`; if another process holds it, say `message` and wait."""
+    try:
+        lock = open(lock_path, 'w')  # noqa: SIM115 closed, and with that unlocked, below
+    except OSError as error:
+        raise UserError(f'Cannot write to {lock_path.parent}: {error.strerror}') from None
+    with lock:
+        if fcntl:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print(message, flush=True)
+                fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+class TokenDataset:
+    """The two splits of one dataset, read in windows of `block_size` tokens.
+
+    `vocab_size` is the data's own; `tokenizer` the dict that describes the tokenizer (kind
+    'unknown' where nothing says); `meta` the meta.json, or what stands in for it; `notes` are
+    sentences for the start-up report.
+    """
+
+    def __init__(self, folder: Path, block_size: int):
+        self.folder = folder
+        self.block_size = block_size
+        self.notes: list[str] = []
+        missing = [f'{split}.bin' for split in SPLITS if not (folder / f'{split}.bin').exists()]
+        if missing:
+            raise UserError(
+                f'The dataset {folder} has no {" and no ".join(missing)}. {_way_to_prepare(folder)}'
+            )
+        has_meta = (folder / 'meta.json').exists()
+        self.meta = _read_meta(folder) if has_meta else _meta_of_bare_folder(folder)
+        self._data = {split: self._open(split) for split in SPLITS}
+        self._check_length()
+        if self.meta['vocab_size'] is None:
+            self.meta['vocab_size'] = 1 + max(int(data.max()) for data in self._data.values())
+        for split in SPLITS:
+            self._check_ids(split)
+        self.vocab_size: int = self.meta['vocab_size']
+        self.tokenizer: dict = self.meta['tokenizer']
+        if self.tokenizer['kind'] == 'unknown':
+            self.notes.append(
+                f'{folder} has a meta.pkl, which is not read (a pickle can run code): the '
+                f'vocabulary is the largest token + 1 = {self.vocab_size}, the tokenizer unknown, '
+                'so no bits per byte and no text samples.'
+            )
+        elif not has_meta:
+            self.notes.append(
+                f"{folder} has no meta.json: read as nanoGPT's GPT-2 tokens (uint16, vocabulary "
+                f'{self.vocab_size}); the byte count is unknown, so no bits per byte.'
+            )
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """The vocabulary that a model of this data has.
+
+        Byte pairs are padded to a multiple of 64, which matrix multiplications like; characters
+        and bytes are not.
+        """
+        if self.tokenizer['kind'] == 'gpt2':
+            return -(-self.vocab_size // 64) * 64
+        return self.vocab_size
+
+    def tokens(self, split: str) -> int:
+        """Number of tokens in `split`."""
+        return len(self._data[split])
+
+    def bytes_per_token(self, split: str) -> float | None:
+        """UTF-8 bytes of text per token of `split`; None where the byte count is unknown."""
+        count = self.meta['splits'][split]['bytes']
+        return None if count is None else count / self.tokens(split)
+
+    def sha256(self, split: str) -> str:
+        """SHA-256 of the token file: what meta.json says, or else computed at the first call."""
+        facts = self.meta['splits'][split]
+        if facts['sha256'] is None:
+            facts['sha256'] = file_sha256(self.folder / f'{split}.bin')
+        return facts['sha256']
+
+    @cached_property
+    def hash(self) -> str:
+        """Twelve hex digits that stand for the contents of both splits."""
+        both = ''.join(self.sha256(split) for split in SPLITS)
+        return hashlib.sha256(both.encode()).hexdigest()[:12]
+
+    def batch(self, data_seed: int, first_number: int, count: int):
+        """Training sequences number first_number … first_number + count - 1 of `data_seed`.
+
+        Returns (inputs, targets), each int64 (count, block_size); see the global order above.
+        """
+        numbers = int(first_number) + np.arange(count, dtype=np.uint64)
+        positions = self.tokens('train') - self.block_size
+        return self.read('train', window_starts(data_seed, numbers, positions))
+
+    def window_count(self, split: str, eval_iters: int) -> int:
+        """`eval_iters`, or as many windows as the split holds without overlap if that is less."""
+        return min(eval_iters, (self.tokens(split) - 1) // self.block_size)
+
+    def windows(self, split: str, eval_iters: int) -> np.ndarray:
+        """Starts of the evaluation windows: evenly spaced over the whole split, none overlapping.
+
+        The same whatever the batch size, the number of ranks or the architecture.
+        """
+        count = self.window_count(split, eval_iters)
+        last = self.tokens(split) - self.block_size - 1
+        return np.arange(count) * last // max(count - 1, 1)
+
+    def read(self, split: str, starts):
+        """The windows of `split` at `starts`: (inputs, targets), int64 (len(starts), block_size).
+
+        Targets are the inputs one token later.
+        """
+        starts = np.asarray(starts, dtype=np.int64)
+        window = self._data[split][starts[:, None] + np.arange(self.block_size + 1)]  # (N, T + 1)
+        return window[:, :-1].astype(np.int64), window[:, 1:].astype(np.int64)
+
+    def _open(self, split: str) -> np.ndarray:
+        path = self.folder / f'{split}.bin'
+        dtype = np.dtype(DTYPES[self.meta['dtype']])
+        expected = self.meta['splits'][split]['tokens'] * dtype.itemsize
+        size = path.stat().st_size
+        if size != expected:
+            raise UserError(
+                f'{path} has {size:,} bytes where {expected:,} are expected '
+                f'({expected // dtype.itemsize:,} tokens of {dtype.name}): it is truncated or '
+                f'belongs to something else. {_way_to_prepare(self.folder)}'
+            )
+        if size == 0:
+            return np.empty(0, dtype)  # an empty file cannot be mapped
+        return np.asarray(np.memmap(path, dtype=dtype, mode='r'))
+
+    def _check_length(self) -> None:
+        shortest = min(SPLITS, key=self.tokens)
+        length = self.tokens(shortest)
+        if length < 2:
+            raise UserError(
+                f'{self.folder / shortest}.bin has {length} tokens: too few for any block_size. '
+                f'{_way_to_prepare(self.folder)}'
+            )
+        if length < self.block_size + 1:
+            raise UserError(
+                f'block_size {self.block_size} is too large for the dataset {self.folder}: its '
+                f'{shortest} split has {length:,} tokens and a window takes block_size + 1. '
+                f'The largest allowed is {length - 1}: --block_size={length - 1}'
+            )
+
+    def _check_ids(self, split: str) -> None:
+        data = self._data[split]
+        if data.nbytes > FULL_CHECK_BYTES:
+            # 64 stretches of 64 Ki tokens from the first to the last.
+            length = 2**16
+            starts = np.arange(64) * (len(data) - length) // 63
+            largest = max(int(data[start : start + length].max()) for start in starts)
+        else:
+            largest = int(data.max())
+        vocab_size = self.meta['vocab_size']
+        if largest >= vocab_size:
+            raise UserError(
+                f'{self.folder / split}.bin holds the token {largest}, but the vocabulary ends at '
+                f'{vocab_size - 1}: the file is of another tokenizer or another dtype. '
+                f'{_way_to_prepare(self.folder)}'
+            )
+
+
+def window_starts(data_seed: int, numbers: np.ndarray, positions: int) -> np.ndarray:
+    """Starts, in [0, positions), of the sequences `numbers` (uint64) of `data_seed`: int64."""
+    # Mixing the seed sets the streams of neighbouring seeds far apart.
+    key = splitmix64(data_seed % 2**64, np.zeros(1, np.uint64))
+    return (splitmix64(key, numbers) % np.uint64(positions)).astype(np.int64)
+
+
+def splitmix64(seed, numbers: np.ndarray) -> np.ndarray:
+    """Outputs `numbers` (uint64, from 0) of the SplitMix64 generator that starts at `seed`."""
+    # All arithmetic is modulo 2^64, which is how numpy's uint64 arrays wrap.
+    x = np.asarray(seed, np.uint64) + (numbers + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, in hex."""
+    digest = hashlib.sha256()
+    with open(path, 'rb') as file:
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _is_complete(folder: Path) -> bool:
+    return all((folder / f'{split}.bin').exists() for split in SPLITS)
+
+
+def _way_to_prepare(folder: Path) -> str:
+    script = folder / 'prepare.py'
+    if script.exists():
+        return f'To prepare it: python {script}'
+    return f'Write {SPLITS[0]}.bin, {SPLITS[1]}.bin and meta.json there, as a prepare.py would.'
+
+
+def _folder(name: str, data_root: Path) -> Path:
+    for folder in (data_root / name, Path(name)):
+        if name and folder.is_dir():
+            return folder
+    known = sorted(
+        folder.name
+        for folder in (data_root.iterdir() if data_root.is_dir() else ())
+        if (folder / 'prepare.py').exists() or (folder / 'train.bin').exists()
+    )
+    raise UserError(
+        f'dataset {name!r} is neither a folder in {data_root} nor the path of one.'
+        f'{nearest(name, known)} There are: {", ".join(known) or "none"}'
+    )
+
+
+def _meta_of_bare_folder(folder: Path) -> dict:
+    """What stands in for meta.json in one of nanoGPT's folders: GPT-2 tokens in uint16.
+
+    Where a meta.pkl lies beside them they are something else. It is not unpickled, for that would
+    run whatever code it holds: tokenizer 'unknown', vocab_size None.
+    """
+    is_gpt2 = not (folder / 'meta.pkl').exists()
+    size = {split: (folder / f'{split}.bin').stat().st_size for split in SPLITS}
+    return {
+        'tokenizer': {'kind': 'gpt2' if is_gpt2 else 'unknown'},
+        'vocab_size': GPT2_VOCAB_SIZE if is_gpt2 else None,
+        'dtype': 'uint16',
+        'splits': {
+            split: {'tokens': size[split] // 2, 'bytes': None, 'sha256': None} for split in SPLITS
+        },
+    }
+
+
+def _read_meta(folder: Path) -> dict:
+    """meta.json with every key that is read from it checked. Raises UserError."""
+    path = folder / 'meta.json'
+    try:
+        meta = json.loads(path.read_text(encoding='utf-8'))
+        problem = _problem_of_meta(meta)
+    except (OSError, ValueError) as error:
+        problem = str(error)
+    if problem:
+        raise UserError(f'{path} cannot be used: {problem}. {_way_to_prepare(folder)}')
+    return meta
+
+
+def _problem_of_meta(meta) -> str | None:
+    def is_count(value):
+        return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+    if not isinstance(meta, dict):
+        return 'it is no JSON object'
+    if meta.get('format_version') != FORMAT_VERSION:
+        return f'format_version is {meta.get("format_version")!r}, not {FORMAT_VERSION}'
+    if meta.get('dtype') not in DTYPES:
+        return f'dtype is {meta.get("dtype")!r}, not one of {", ".join(DTYPES)}'
+    if not is_count(meta.get('vocab_size')) or meta['vocab_size'] == 0:
+        return f'vocab_size is {meta.get("vocab_size")!r}, not a positive whole number'
+    tokenizer = meta.get('tokenizer')
+    if not isinstance(tokenizer, dict) or not isinstance(tokenizer.get('kind'), str):
+        return 'tokenizer is no object with a "kind"'
+    for split in SPLITS:
+        facts = meta['splits'].get(split) if isinstance(meta.get('splits'), dict) else None
+        if not isinstance(facts, dict) or not is_count(facts.get('tokens')):
+            return f'splits.{split}.tokens is missing or no whole number'
+        if facts.setdefault('bytes', None) is not None and not is_count(facts['bytes']):
+            return f'splits.{split}.bytes is {facts["bytes"]!r}, not a whole number or null'
+        if not isinstance(facts.setdefault('sha256', None), str | None):
+            return f'splits.{split}.sha256 is {facts["sha256"]!r}, not a string or null'
+    return None
