@@ -193,7 +193,7 @@ def assemble(lines: Iterable[dict]) -> dict:
     for line in lines:
         line = dict(line)
         kind = line.pop('kind')
-        if not document.keys() >= {'run_name'} and kind != 'start':
+        if 'run_name' not in document and kind != 'start':
             raise ValueError(f'the first line is of kind {kind!r}, not start')
         if kind in ('start', 'resume'):
             wall_seconds += last - began
@@ -408,6 +408,10 @@ def _flops(value: float | None, unit: str = 'F') -> str:
     return f'{value:,.1f} Z{unit}'
 
 
+def _teraflops(value: float | None) -> str:
+    return _flops(None if value is None else value * 1e12)
+
+
 def _milliseconds(value: float | None) -> str:
     if value is None:
         return 'n/a'
@@ -492,7 +496,9 @@ def startup_report(config: dict, architecture: dict, startup_info: dict, run_fol
     }
     if startup_info['derived']:
         # Keys as they are typed, since this is where one decides to set them.
-        sections['🔧 DERIVED (set a key to override)'] = _tree(startup_info['derived'])
+        sections['🔧 DERIVED (set a key to override)'] = _tree(
+            {key: str(value) for key, value in startup_info['derived'].items()}
+        )
     sections['📁 RUN'] = [
         _field('Folder', str(run_folder)),
         _field('Seeds', f'{config["seed"]} (data order {config["data_seed"]})'),
@@ -664,7 +670,7 @@ def iteration_line(entry: dict, eta: float | None) -> str:
 def iteration_block(entry: dict, eta: float | None, no_peak: str | None) -> str:
     """The design's block of an iteration; `no_peak` is why there is no MFU, if so."""
     mfu, memory, gradients = entry['mfu'], entry['memory'], entry['gradients']
-    achieved = f'Achieved: {_flops(_times(mfu["achieved_tflops"], 1e12))}'
+    achieved = f'Achieved: {_teraflops(mfu["achieved_tflops"])}'
     rate = (
         f'Tokens/s: {_show(entry["tokens_per_sec"], ",.0f")} │ '
         f'FLOPs/token: {_flops(mfu["flops_per_token"])}'
@@ -674,7 +680,7 @@ def iteration_block(entry: dict, eta: float | None, no_peak: str | None) -> str:
     else:
         speed = [
             f'⚡ MFU: {mfu["mfu_percent"]:.2f}% (causal {mfu["mfu_causal_percent"]:.2f}%) │ '
-            f'{achieved} │ Peak: {_flops(_times(mfu["hardware_peak_tflops"], 1e12))}',
+            f'{achieved} │ Peak: {_teraflops(mfu["hardware_peak_tflops"])}',
             f'   {rate}',
         ]
     names = {'allocated_gb': 'alloc', 'peak_gb': 'peak', 'reserved_gb': 'reserved'}
@@ -694,10 +700,6 @@ def iteration_block(entry: dict, eta: float | None, no_peak: str | None) -> str:
             f'mean={_show(gradients["mean"], ".2e")} │ std={_show(gradients["std"], ".2e")}',
         ]
     )
-
-
-def _times(value: float | None, factor: float) -> float | None:
-    return None if value is None else value * factor
 
 
 def evaluation_line(entry: dict) -> str:
