@@ -804,7 +804,7 @@ class TrainingLogger:
                 f'log_style={style!r} is not one of {", ".join(STYLES)}.{nearest(style, STYLES)}'
             )
         self.is_main = is_main
-        self.run_folder = Path(run_folder)
+        self.run_folder = run_folder and Path(run_folder)  # other ranks may have none
         self.one_line = style == 'line'
         self.stream = stream or sys.stdout
         self.max_iters = max_iters

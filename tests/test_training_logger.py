@@ -622,6 +622,14 @@ def test_a_full_disk_is_told_of_and_spares_what_was_written(folder, full, room, 
     assert sorted(os.listdir(folder)) == ['checkpoints', 'journal.jsonl', 'record.json']
 
 
+def test_whoever_reads_the_record_while_it_is_replaced_sees_a_whole_one(folder):
+    logger = started(folder)
+    with open(folder / 'record.json') as reader:
+        logger.evaluation(evaluation(0))
+        assert json.load(reader)['eval_steps'] == []
+    assert read(folder / 'record.json')['eval_steps'] == [evaluation(0)]
+
+
 # --- reading --------------------------------------------------------------------------------------
 
 
@@ -681,6 +689,7 @@ def test_other_ranks_write_and_show_nothing(folder, capsys):
     logger.checkpoint(checkpoint(0))
     logger.event('signal', 0)
     resumed(folder, 0, is_main=False, stream=None)
+    logger_in(None, is_main=False).event('signal', 0)
     assert logger.finish() is None
     assert sorted(folder.rglob('*')) == before
     assert capsys.readouterr().out == ''
