@@ -40,6 +40,13 @@ class CommandLine:
     help: bool = False
     print_config: bool = False
 
+    def value(self, key: str, schema: Callable[[], Schema]):
+        """What `key` is as asked for so far, or its default."""
+        for layer in reversed(self.layers):
+            if key in layer.values:
+                return layer.values[key]
+        return flatten(schema())[key].default
+
 
 def read_command_line(argv: list[str], schema: Callable[[], Schema]) -> CommandLine:
     """Read config files (arguments that end in .py) and `--key=value` options.
@@ -53,11 +60,9 @@ def read_command_line(argv: list[str], schema: Callable[[], Schema]) -> CommandL
         values, text = read_config_file(path, asked.problems)
         asked.config_files.append({'path': path, 'text': text})
         asked.layers.append(Layer(path, values))
-    options = flatten(schema())  # after the files, which may have registered components
-    asked.layers = [
-        Layer(layer.origin, _accept_all(layer, options, asked.problems)) for layer in asked.layers
-    ]
-    asked.layers.append(Layer(COMMAND_LINE, _parse_options(argv, options, asked)))
+    found = schema()  # after the files, which may have registered components
+    asked.layers = [accept_layer(layer, found, asked.problems) for layer in asked.layers]
+    asked.layers.append(Layer(COMMAND_LINE, _parse_options(argv, flatten(found), asked)))
     return asked
 
 
@@ -113,8 +118,9 @@ def _is_boolean(text: str) -> bool:
     return text.lower() in ('true', 'false')
 
 
-def _accept_all(layer: Layer, options: dict[str, Option], problems: list[str]) -> dict:
-    accepted = {}
+def accept_layer(layer: Layer, schema: Schema, problems: list[str]) -> Layer:
+    """The layer with the values that the schema allows; the others become problems."""
+    options, accepted = flatten(schema), {}
     for key, value in layer.values.items():
         if key not in options:
             problems.append(f'{layer.origin}: unknown option {key!r}.{nearest(key, options)}')
@@ -123,7 +129,7 @@ def _accept_all(layer: Layer, options: dict[str, Option], problems: list[str]) -
             accepted[key] = options[key].accept(key, value)
         except UserError as error:
             problems.extend(f'{layer.origin}: {problem}' for problem in error.problems)
-    return accepted
+    return Layer(layer.origin, accepted)
 
 
 def read_config_file(path: str, problems: list[str]) -> tuple[dict, str]:

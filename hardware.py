@@ -6,6 +6,7 @@ bytes. Nothing here knows about models.
 """
 
 import contextlib
+import ctypes
 import os
 import platform
 import re
@@ -302,6 +303,34 @@ def _peak_rss() -> int | None:
         return None
     unit = 1 if sys.platform == 'darwin' else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+# --- Speed ----------------------------------------------------------------------------------------
+
+
+def tune(device: torch.device) -> None:
+    """Settings of the whole process that cost nothing in accuracy or are what everybody uses."""
+    if device.type == 'cuda':
+        # fp32 products outside autocast in TF32, as nanoGPT has it.
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.allow_tf32 = True
+    elif device.type == 'cpu':
+        _keep_freed_memory()
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc keep freed blocks, so that each step does not fault its memory in anew.
+
+    By default every large tensor is mapped and unmapped: on two cores a step of a 12-layer model
+    took about 1.25 times as long.
+    """
+    m_trim_threshold, m_mmap_threshold, most = -1, -3, 2**31 - 1
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # not glibc
+        return
+    mallopt(m_mmap_threshold, most)
+    mallopt(m_trim_threshold, most)
 
 
 # --- Surroundings ---------------------------------------------------------------------------------

@@ -1,0 +1,110 @@
+"""Learning-rate schedule, optimizer, and one guarded update of the weights.
+
+Shapes do not matter here: an update reads gradients, measures them once, clips, and steps.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from model_builder import ParameterGroup
+
+
+def learning_rate_at(step: int, run) -> float:
+    """The learning rate of update `step` (from 0): linear warm-up, then a cosine to `min_lr`.
+
+    As in nanoGPT: rate · (step + 1) / (warmup_iters + 1) during warm-up, constant `min_lr` from
+    `lr_decay_iters` on; without `decay_lr` the rate is constant.
+    """
+    if not run.decay_lr:
+        return run.learning_rate
+    if step < run.warmup_iters:
+        return run.learning_rate * (step + 1) / (run.warmup_iters + 1)
+    if step >= run.lr_decay_iters:
+        return run.min_lr
+    progress = (step - run.warmup_iters) / (run.lr_decay_iters - run.warmup_iters)
+    return run.min_lr + 0.5 * (1.0 + math.cos(math.pi * progress)) * (
+        run.learning_rate - run.min_lr
+    )
+
+
+def build_optimizer(groups: list[ParameterGroup], run) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov & Hutter 2019) with fused kernels, over decayed and undecayed groups."""
+    return torch.optim.AdamW(
+        [
+            {'params': g.parameters, 'weight_decay': run.weight_decay if g.decayed else 0.0}
+            for g in groups
+        ],
+        lr=run.learning_rate,
+        betas=(run.beta1, run.beta2),
+        fused=True,
+    )
+
+
+class GradientSums(NamedTuple):
+    """Sums over every element of the gradient, as device scalars."""
+
+    norm: torch.Tensor  # the 2-norm
+    total: torch.Tensor | None  # plain sum; None where it was not asked for
+
+
+class Updater:
+    """Turns summed gradients into one update of the weights, and skips it if they are not finite.
+
+    The guard lives on the device: the fused optimizer is told to skip by a tensor, so no update
+    waits for a synchronisation. `skipped` counts such updates, on the device too.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, run, device: torch.device):
+        self.optimizer, self.grad_clip = optimizer, run.grad_clip
+        self.scaler = torch.amp.GradScaler(device.type, enabled=run.dtype == 'float16')
+        self.skipped = torch.zeros((), device=device)
+        self.parameters = [p for group in optimizer.param_groups for p in group['params']]
+        self.elements = sum(p.numel() for p in self.parameters)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add the gradient of a micro-batch's share of the loss."""
+        self.scaler.scale(loss).backward()
+
+    def update(self, learning_rate: float, loss: torch.Tensor, measured: bool) -> GradientSums:
+        """Measure the gradient, clip it, step, and forget it.
+
+        loss: of the whole update; one that is not finite forbids the step. measured: whether the
+        sum over all elements is wanted, beside the norm that clipping needs anyway.
+        """
+        for group in self.optimizer.param_groups:
+            group['lr'] = learning_rate
+        self.scaler.unscale_(self.optimizer)
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        total = torch.stack([g.sum() for g in gradients]).sum() if measured else None
+        if self.grad_clip:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.grad_clip, norm)
+        broken = (~(torch.isfinite(norm) & torch.isfinite(loss))).float()
+        self.skipped += broken
+        if self.scaler.is_enabled():
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        else:
+            self.optimizer.found_inf = broken
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return GradientSums(norm, total)
+
+    def statistics(self, norm: float, total: float) -> dict[str, float]:
+        """Norm, mean and standard deviation of the gradient's elements, from their sums."""
+        mean = total / self.elements
+        variance = max(0.0, norm * norm / self.elements - mean * mean)
+        return {'norm': norm, 'mean': mean, 'std': math.sqrt(variance)}
+
+    def state_dict(self) -> dict:
+        return {'optimizer': self.optimizer.state_dict(), 'scaler': self.scaler.state_dict()}
+
+    def load_state_dict(self, state: dict) -> None:
+        fused = [group['fused'] for group in self.optimizer.param_groups]
+        self.optimizer.load_state_dict(state['optimizer'])
+        for group, flag in zip(self.optimizer.param_groups, fused):
+            group['fused'] = flag  # loading overwrites it with the saved one
+        if self.scaler.is_enabled():
+            self.scaler.load_state_dict(state['scaler'])

@@ -1,0 +1,123 @@
+"""The head of a run's record: every option, the architecture, and what was counted at start-up."""
+
+import hashlib
+import platform
+import shlex
+from pathlib import Path
+
+import torch
+
+import hardware
+from model_builder import ParameterGroup, Transformer, count_parameters
+from parallelism import SingleProcess
+from token_data import TokenDataset
+from training_config import Settings
+
+
+def record_header(
+    settings: Settings,
+    dataset: TokenDataset,
+    model: Transformer,
+    groups: list[ParameterGroup],
+    flops: dict,
+    peak: hardware.Peak,
+    device: torch.device,
+    parallel: SingleProcess,
+    compiled: bool,
+    argv: list[str],
+) -> dict:
+    """`config`, `architecture`, `metadata` and `startup_info` of the record."""
+    run, architecture = settings.run, settings.architecture
+    commit, clean = hardware.git_state(Path(__file__).parent)
+    total_peak = peak.tflops and peak.tflops * parallel.world_size
+    return {
+        'config': settings.to_dict(),
+        'architecture': {
+            'name': architecture.name,
+            'hash': architecture.hash,
+            'choices': architecture.to_dict(),
+        },
+        'metadata': {
+            'seed': run.seed,
+            'data_seed': run.data_seed,
+            'strategy': parallel.name,
+            'world_size': parallel.world_size,
+            'git_commit': commit,
+            'git_clean': clean,
+            'versions': hardware.versions(),
+            'command': shlex.join(['python', 'train.py', *argv]),
+            'threads': torch.get_num_threads(),
+            'platform': platform.platform(),
+            'config_files': [
+                {**file, 'sha256': hashlib.sha256(file['text'].encode()).hexdigest()}
+                for file in settings.asked.config_files
+            ],
+        },
+        'startup_info': {
+            'model': count_parameters(model),
+            'flops': flops,
+            'optimizer': _optimizer(settings, groups),
+            'hardware': {
+                'device': str(device),
+                'device_name': hardware.device_name(device),
+                'world_size': parallel.world_size,
+                'dtype': run.dtype,
+                'peak_tflops': total_peak,
+                'peak_source': peak.source,
+                'threads': torch.get_num_threads(),
+                'expected_tokens_per_sec_at_50_mfu': total_peak
+                and 0.5 * total_peak * 1e12 / flops['per_token'],
+                'compile': compiled,
+            },
+            'data': _data(settings, dataset),
+            'derived': settings.derived,
+        },
+    }
+
+
+def _optimizer(settings: Settings, groups: list[ParameterGroup]) -> dict:
+    run = settings.run
+    return {
+        'name': 'AdamW',
+        'learning_rate': run.learning_rate,
+        'min_lr': run.min_lr,
+        'warmup_iters': run.warmup_iters,
+        'lr_decay_iters': run.lr_decay_iters,
+        'weight_decay': run.weight_decay,
+        'betas': [run.beta1, run.beta2],
+        'grad_clip': run.grad_clip,
+        'fused': True,
+        'groups': [
+            {
+                'name': group.name,
+                'tensors': len(group.parameters),
+                'params': sum(parameter.numel() for parameter in group.parameters),
+                'weight_decay': run.weight_decay if group.decayed else 0.0,
+            }
+            for group in groups
+        ],
+    }
+
+
+def _data(settings: Settings, dataset: TokenDataset) -> dict:
+    run, block_size = settings.run, settings.architecture.block_size
+    return {
+        'dataset': run.dataset,
+        'path': str(dataset.folder),
+        'tokenizer': dataset.tokenizer['kind'] if dataset.tokenizer else None,
+        'vocab_size': dataset.vocab_size,
+        'model_vocab_size': settings.architecture.vocab_size,
+        'train_tokens': dataset.tokens('train'),
+        'val_tokens': dataset.tokens('val'),
+        'train_sha256': dataset.sha256('train'),
+        'val_sha256': dataset.sha256('val'),
+        'train_bytes_per_token': dataset.bytes_per_token('train'),
+        'val_bytes_per_token': dataset.bytes_per_token('val'),
+        'batch_size': run.batch_size,
+        'gradient_accumulation_steps': run.gradient_accumulation_steps,
+        'block_size': block_size,
+        'tokens_per_iter': run.batch_size * run.gradient_accumulation_steps * block_size,
+        'eval_windows': {
+            split: dataset.window_count(split, run.eval_iters) for split in ('train', 'val')
+        },
+    }

@@ -1,0 +1,228 @@
+"""The run as data: nanoGPT's options, typed, and the merge of everything into one `Settings`.
+
+settings = load_settings(argv)          # merged and checked; derived values still open
+settings = settings.complete(...)       # once the device and the dataset are known
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from configurator import CommandLine, Schema, flatten, format_config
+from errors import UserError
+from model_config import ModelArchitectureConfig
+from model_config import schema as architecture_schema
+from registry import FrozenConfig, Option, above, at_least, between
+from token_data import TokenDataset
+
+# fmt: off
+RUN_OPTIONS = {
+    'out_dir': Option(str, 'out', 'Runs are kept here, each in a folder of its own'),
+    'init_from': Option(str, 'scratch', 'New run, the newest run in out_dir, or whichever applies',
+                        choices=('scratch', 'resume', 'auto')),
+    'resume_run': Option(str | None, None, 'The run to resume, a folder or its name; None: the '
+                         'newest in out_dir'),
+    'eval_interval': Option(int, 2000, 'Updates between evaluations', check=at_least(1)),
+    'eval_iters': Option(int | None, None, 'Evaluation windows of block_size tokens; '
+                         'None: by device', check=at_least(1)),
+    'eval_only': Option(bool, False, 'Evaluate once and stop'),
+    'log_interval': Option(int, 1, 'Updates between log entries', check=at_least(1)),
+    'log_style': Option(str, 'auto', 'A block or a line for each log entry',
+                        choices=('auto', 'block', 'line')),
+    'always_save_checkpoint': Option(bool, True, 'Save at every evaluation, not only at a '
+                                     'best one'),
+    'debug': Option(bool, False, "Show the traceback of a user's mistake too"),
+}
+DATA_OPTIONS = {
+    'dataset': Option(str, 'shakespeare', 'Folder below data/, or a path to one'),
+    'batch_size': Option(int | None, None, 'Sequences in a micro-batch; None: by device',
+                         check=at_least(1)),
+    'gradient_accumulation_steps': Option(int | None, None,
+                                          'Micro-batches in an update, over all devices; '
+                                          'None: by device', check=at_least(1)),
+    'seed': Option(int, 1337, 'Of initialisation and dropout', check=at_least(0)),
+    'data_seed': Option(int, 1337, 'Of the order of the data', check=at_least(0)),
+}
+OPTIMIZER_OPTIONS = {
+    'max_iters': Option(int, 5000, 'Updates of the weights', check=at_least(1)),
+    'learning_rate': Option(float, 6e-4, 'Highest learning rate', check=above(0)),
+    'weight_decay': Option(float, 0.1, 'Of matrices and tables', check=at_least(0)),
+    'beta1': Option(float, 0.9, 'Of AdamW', check=between(0, 0.999999)),
+    'beta2': Option(float, 0.95, 'Of AdamW', check=between(0, 0.999999)),
+    'grad_clip': Option(float, 1.0, 'Largest norm of the gradient; 0: no clipping',
+                        check=at_least(0)),
+    'decay_lr': Option(bool, True, 'Warm up and decay along a cosine; else constant'),
+    'warmup_iters': Option(int | None, None, 'Updates of linear warm-up; None: a twentieth of '
+                           'max_iters, at most 2000', check=at_least(0)),
+    'lr_decay_iters': Option(int | None, None, 'Where the cosine ends; None: max_iters',
+                             check=at_least(1)),
+    'min_lr': Option(float | None, None, 'Where the cosine ends; None: learning_rate / 10',
+                     check=at_least(0)),
+}
+SYSTEM_OPTIONS = {
+    'device': Option(str, 'auto', 'auto, cpu, cuda, cuda:N or mps'),
+    'dtype': Option(str, 'auto', 'Of the matrix multiplications; float16 trains with a scaler',
+                    choices=('auto', 'float32', 'bfloat16', 'float16')),
+    'compile': Option(bool | None, None, 'torch.compile, block by block; None: on a GPU'),
+    'peak_tflops': Option(float | None, None, 'Peak of one device for MFU; None: known or measured',
+                          check=above(0)),
+}
+# fmt: on
+GROUPS = {
+    'Run': RUN_OPTIONS,
+    'Data': DATA_OPTIONS,
+    'Optimizer': OPTIMIZER_OPTIONS,
+    'System': SYSTEM_OPTIONS,
+}
+
+# On a CPU a single sequence keeps 100 iterations of the 12-layer presets within minutes; on a GPU
+# 12 sequences × 40 micro-batches × 1024 tokens = 491,520 tokens an update, as nanoGPT has it.
+CPU_SEQUENCES = (1, 1)  # in a micro-batch, and in an update
+ACCELERATOR_SEQUENCES = (12, 480)
+CPU_EVAL_TOKENS = 8192
+ACCELERATOR_EVAL_ITERS = 200
+
+
+class TrainingConfig(FrozenConfig):
+    """The resolved options of the run; None where a value is still to be derived."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that the user decided, merged: what the run, the model and the record read."""
+
+    run: TrainingConfig
+    architecture: ModelArchitectureConfig
+    asked: CommandLine
+    derived: dict[str, str] = field(default_factory=dict)  # key -> value and why
+
+    def to_dict(self) -> dict:
+        """Every resolved option, flat, as in the record."""
+        architecture = {'arch_preset': self.architecture.preset, **self.architecture.to_dict()}
+        return {**self.run.to_dict(), **architecture}
+
+    def complete(
+        self, device: torch.device, dtype: str, dataset: TokenDataset | None
+    ) -> 'Settings':
+        """Derive what depends on the device and the data; without data the vocabulary stays open.
+
+        Raises UserError if vocab_size is too small for the data.
+        """
+        run, derived = self.run, {}
+
+        def derive(key: str, value, why: str) -> None:
+            if run._values[key] in (None, 'auto'):
+                derived[key] = f'{value:,} ({why})' if type(value) is int else f'{value} ({why})'
+                values[key], origins[key] = value, 'derived'
+
+        values, origins = run.to_dict(), dict(run.origins)
+        on_cpu = device.type == 'cpu'
+        batch_size, sequences = CPU_SEQUENCES if on_cpu else ACCELERATOR_SEQUENCES
+        block_size = self.architecture.block_size
+        derive('batch_size', batch_size, f'for {device.type}')
+        accumulation = max(1, round(sequences / values['batch_size']))
+        derive('gradient_accumulation_steps', accumulation, f'for {device.type}')
+        if on_cpu:
+            windows = max(8, CPU_EVAL_TOKENS // block_size)
+            derive('eval_iters', windows, f'for cpu: {CPU_EVAL_TOKENS:,} tokens, or 8 windows')
+        else:
+            derive('eval_iters', ACCELERATOR_EVAL_ITERS, f'for {device.type}')
+        derive('warmup_iters', min(2000, run.max_iters // 20), 'max_iters / 20, at most 2000')
+        derive('lr_decay_iters', run.max_iters, 'max_iters')
+        derive('min_lr', run.learning_rate / 10, 'learning_rate / 10')
+        derive('device', str(device), 'the best that is here')
+        derive('dtype', dtype, f'what this {device.type} does in hardware')
+        derive('compile', not on_cpu, f'for {device.type}')
+
+        architecture = self.architecture
+        if dataset is not None:
+            architecture = with_vocabulary(architecture, dataset, run.dataset, derived)
+        for key in architecture.to_dict():
+            if architecture.origins[key] == 'derived' and key != 'vocab_size':
+                derived[key] = str(architecture.to_dict()[key])
+        return replace(
+            self,
+            run=TrainingConfig(values, origins),
+            architecture=architecture,
+            derived=derived,
+        )
+
+    def explain(self) -> str:
+        """Each resolved value and where it came from, for `--print_config`."""
+        run = self.run.to_dict()
+        groups = {title: {key: run[key] for key in keys} for title, keys in GROUPS.items()}
+        groups['Architecture ' + self.architecture.name] = {
+            'arch_preset': self.architecture.preset,
+            **self.architecture.to_dict(),
+        }
+        origins = {'arch_preset': 'see above', **self.run.origins, **self.architecture.origins}
+        return format_config(groups, origins, self.architecture.dropped)
+
+
+def with_vocabulary(
+    architecture: ModelArchitectureConfig, dataset: TokenDataset, name: str, derived: dict[str, str]
+) -> ModelArchitectureConfig:
+    """The architecture with the dataset's vocabulary, noted in `derived`; or with its own, checked.
+
+    Raises UserError if its own is too small.
+    """
+    needed, padded = dataset.vocab_size, dataset.padded_vocab_size
+    if architecture.vocab_size is None:
+        architecture = architecture.replace(vocab_size=padded)
+        architecture.origins['vocab_size'] = 'dataset'
+        padding = ', padded to a multiple of 64' if padded != needed else ''
+        derived['vocab_size'] = f"{padded:,} (the dataset's {needed:,}{padding})"
+    elif architecture.vocab_size < needed:
+        raise UserError(
+            f'vocab_size={architecture.vocab_size}: the dataset {name!r} has tokens up to '
+            f'{needed - 1}, so at least {needed} is needed. Leave vocab_size out to take {padded}.'
+        )
+    return architecture
+
+
+def schema() -> Schema:
+    """Every option of a run, by group; what a config file registered included."""
+    return {**GROUPS, **architecture_schema()}
+
+
+def load_settings(asked: CommandLine) -> Settings:
+    """Merge defaults < preset < config file < command line. UserError lists every problem."""
+    problems = list(asked.problems)
+    values = {key: option.default for key, option in flatten(GROUPS).items()}
+    origins = dict.fromkeys(values, 'default')
+    for layer in asked.layers:
+        for key, value in layer.values.items():
+            if key in values:
+                values[key], origins[key] = value, layer.origin
+    run = TrainingConfig(values, origins)
+    architecture = ModelArchitectureConfig.resolve(asked.layers, problems)
+    problems += run_problems(run)
+    if problems:
+        raise UserError(*problems)
+    return Settings(run, architecture, asked)
+
+
+def run_problems(run: TrainingConfig) -> list[str]:
+    """What is wrong with the run's options taken together, a sentence each."""
+    problems = []
+
+    def check(wrong: bool, problem: Callable[[], str]) -> None:
+        if wrong:
+            problems.append(problem())
+
+    check(
+        run.min_lr is not None and run.min_lr > run.learning_rate,
+        lambda: (
+            f'min_lr={run.min_lr:g} is above learning_rate={run.learning_rate:g}: the cosine '
+            f'would rise. Lower min_lr, or leave it out for learning_rate / 10.'
+        ),
+    )
+    check(
+        run.resume_run is not None and run.init_from == 'scratch',
+        lambda: (
+            f'resume_run={run.resume_run!r} has no use with init_from=scratch: add '
+            f'--init_from=resume, or leave it out.'
+        ),
+    )
+    return problems
