@@ -399,7 +399,7 @@ def warnings_text(comparison: Comparison) -> str:
         lines += [grouped(comparison.loss_warnings)]
         if {'tokenizer', 'vocab_size'} & comparison.loss_warnings.keys():
             lines += [
-                'Between vocabularies, compare bits/byte (of the same text): tokens are no unit.'
+                'Across vocabularies, compare bits/byte (of the same text), not loss a token.'
             ]
     unfinished = [
         f'  #{rank} {run.name}: {progress(run)}'
@@ -475,7 +475,7 @@ def listing(texts: Sequence[str]) -> str:
 
 
 def numbers(ranks: Sequence[int]) -> str:
-    """Ascending ranks as `#1-3 #7`."""
+    """Ascending ranks as `#1-3 #7`, in few enough spans for a line."""
     spans: list[list[int]] = []
     for rank in ranks:
         if spans and rank == spans[-1][1] + 1:
@@ -483,8 +483,8 @@ def numbers(ranks: Sequence[int]) -> str:
         else:
             spans.append([rank, rank])
     texts = [f'#{first}' if first == last else f'#{first}-{last}' for first, last in spans]
-    more = len(texts) - LISTED
-    return ' '.join(texts[:LISTED]) + (f' and {more} more' if more > 0 else '')
+    more = sum(last - first + 1 for first, last in spans[LISTED:])
+    return ' '.join(texts[:LISTED]) + (f' and {more} more' if more else '')
 
 
 def progress(run: Run) -> str:

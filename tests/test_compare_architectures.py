@@ -170,6 +170,8 @@ def test_ranking_shows_the_figures_of_the_records(compared):
     assert [row['#'] for row in shown] == ['1', '2', '3']
     assert [row['val loss'] for row in shown] == ['5.9872', '6.0000', '6.4123']
     assert [row['vs #3'] for row in shown] == ['-0.4252', '-0.4123', 'baseline']
+    ahead = rows(ca.render(ca.compare(ca.load([])[0], 'out-2')), 'RANKING')
+    assert [row['vs #1'] for row in ahead] == ['baseline', '+0.0128', '+0.4252']
     for row in shown:
         assert float(row['bits/byte']) == pytest.approx(float(row['val loss']) * 0.4, abs=1e-4)
 
@@ -399,6 +401,15 @@ def test_many_runs_are_grouped_by_value(compared):
                for n in range(1, 10)]  # fmt: skip
     (line,) = section(compared(*records), 'OPTIONS')
     assert line.split() == ['ffn_type', 'swiglu', '(#1-3', '#9),', 'geglu', '(#4-8)']
+
+
+def test_long_lists_are_cut_and_count_what_they_leave_out(compared):
+    ranks = [*range(1, 40, 2), 40, 41]  # fifteen spans, the last of three runs
+    shown, more = re.fullmatch(r'(.*) and (\d+) more', ca.numbers(ranks)).groups()
+    assert len(shown.split()) + int(more) == len(ranks)
+    text = compared(*(make_record(n, loss=n, beta2=n) for n in range(1, 13)))
+    (shown,) = section(text, 'OPTIONS')
+    assert shown.count('(#') == 8 and shown.endswith('and 4 more')
 
 
 # --- warnings ------------------------------------------------------------------------------------
