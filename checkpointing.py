@@ -134,7 +134,8 @@ def read_index(path: Path) -> Checkpoint:
         raise BrokenCheckpoint(
             f'{file} has version {index.get("version")!r}; this program reads {VERSION}.'
         )
-    shape = {'iter': int, 'config': dict, 'architecture': dict, 'files': dict, 'progress': dict}
+    shape = {'iter': int, 'files': dict, 'progress': dict, 'config_files': list}
+    shape |= dict.fromkeys(('config', 'chosen', 'architecture'), dict)
     missing = [key for key, kind in shape.items() if not isinstance(index.get(key), kind)]
     if missing or not isinstance(index['files'].get('state.pt'), dict):
         raise BrokenCheckpoint(f'{file} lacks {", ".join(missing) or "the checksum of state.pt"}.')

@@ -1,5 +1,7 @@
 """Continue a run: find its checkpoint, refuse another architecture, restore, say what changed."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -8,6 +10,7 @@ import torch
 import checkpointing
 from configurator import CommandLine, Layer, accept_layer
 from errors import UserError
+from model_config import ModelArchitectureConfig
 from training_config import Settings, schema
 from training_logger import TrainingLogger, latest_run
 
@@ -73,13 +76,9 @@ class Resumed:
 
         Raises UserError if the checkpoint does not fit.
         """
-        try:
-            model.load_state_dict(self.state['model'])
+        load_weights(model, self.checkpoint, self.state)
+        with _fitting(self.checkpoint):
             updater.load_state_dict(self.state)
-        except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
-            raise UserError(
-                f'{self.checkpoint.path} does not fit this model: {str(error).splitlines()[0]}'
-            ) from error
         self.state = {}
 
     def report(self, logger: TrainingLogger, header: dict) -> None:
@@ -105,37 +104,74 @@ def find(asked: CommandLine) -> Resumed | None:
     if init_from == 'scratch':
         return None
     out_dir, name = asked.value('out_dir', schema), asked.value('resume_run', schema)
-    run_folder = _named_run(name, out_dir) if name else latest_run(out_dir)
+    if init_from == 'auto' and name is None and latest_run(out_dir) is None:
+        return None
+    folder = run_folder(out_dir, name)
     warnings: list[str] = []
-    found = run_folder and checkpointing.newest(run_folder / 'checkpoints', warnings.append)
-    if not found:
+    found = checkpointing.newest(folder / 'checkpoints', warnings.append)
+    if found is None:
         if init_from == 'auto':
             return None
-        there = f'{run_folder} has no checkpoint' if run_folder else f'no run in {out_dir}'
         raise UserError(
-            f'init_from=resume: {there}. Give the run by --out_dir or --resume_run, or start a '
-            f'new one with --init_from=scratch.'
+            f'init_from=resume: {folder} has no checkpoint. Name another run with --resume_run, or '
+            f'start a new one with --init_from=scratch.'
         )
     checkpoint, state = found
+    asked.layers.insert(0, _accepted(checkpoint, 'chosen', f'run {folder.name}'))
+    return Resumed(folder, checkpoint, state, warnings)
+
+
+def run_folder(out_dir: str, name: str | None) -> Path:
+    """The run called `name`, a path or a name below `out_dir`; without a name the newest there.
+
+    Raises UserError if there is none.
+    """
+    if name is None:
+        newest = latest_run(out_dir)
+        if newest is None:
+            raise UserError(
+                f'out_dir={out_dir!r} holds no run. Give the folder that does by --out_dir.'
+            )
+        return newest
+    for path in (Path(name), Path(out_dir) / name):
+        if path.is_dir():
+            return path
+    raise UserError(f'{name!r} is no run: neither {name} nor {Path(out_dir) / name} is a folder.')
+
+
+def architecture_of(checkpoint: checkpointing.Checkpoint) -> ModelArchitectureConfig:
+    """The architecture that the checkpoint was trained with. Raises UserError."""
+    values = _accepted(checkpoint, 'architecture', str(checkpoint.path)).values
+    return ModelArchitectureConfig.from_dict(values)
+
+
+def _accepted(checkpoint: checkpointing.Checkpoint, key: str, origin: str) -> Layer:
+    """The values that the checkpoint's index has under `key`, checked like a user's."""
     problems: list[str] = []
-    layer = Layer(f'run {run_folder.name}', checkpoint.index['chosen'])
-    layer = accept_layer(layer, schema(), problems)
+    layer = accept_layer(Layer(origin, checkpoint.index[key]), schema(), problems)
     if problems:
         files = ', '.join(checkpoint.index['config_files']) or 'the one that registers them'
         raise UserError(
             *problems,
             f'A checkpoint carries no code: if a config file registered what is unknown here, '
-            f'give it again ({files}).',
+            f'give that file again ({files}).',
         )
-    asked.layers.insert(0, layer)
-    return Resumed(run_folder, checkpoint, state, warnings)
+    return layer
 
 
-def _named_run(name: str, out_dir: str) -> Path:
-    for path in (Path(name), Path(out_dir) / name):
-        if path.is_dir():
-            return path
-    raise UserError(f'resume_run={name!r}: neither {name} nor {Path(out_dir) / name} is a folder.')
+def load_weights(model: torch.nn.Module, checkpoint: checkpointing.Checkpoint, state: dict) -> None:
+    """Load the weights of a checkpoint's state. Raises UserError if they do not fit."""
+    with _fitting(checkpoint):
+        model.load_state_dict(state['model'])
+
+
+@contextmanager
+def _fitting(checkpoint: checkpointing.Checkpoint) -> Iterator[None]:
+    try:
+        yield
+    except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f'{checkpoint.path} does not fit this model: {reason}') from error
 
 
 def checkpoint_index(settings: Settings, progress: Progress) -> dict:
@@ -145,7 +181,8 @@ def checkpoint_index(settings: Settings, progress: Progress) -> dict:
     chosen = {
         key: value
         for key, value in config.items()
-        if origins.get(key) not in ('default', 'derived', 'dataset', None) and key not in NOT_TAKEN_OVER
+        if origins.get(key) not in ('default', 'derived', 'dataset', None)
+        and key not in NOT_TAKEN_OVER
     }
     evaluated = progress.evaluated_at == progress.iter
     return {

@@ -1,0 +1,121 @@
+"""Write text from a checkpoint.
+
+    python sample.py --out_dir=out-llama
+    python sample.py --out_dir=out-llama --start='ROMEO:' --num_samples=3 --temperature=0.8
+
+The newest run in --out_dir is used, or the run that --run names. A model with components from a
+config file needs that file again: python sample.py config/mine.py --out_dir=out-mine
+"""
+
+import argparse
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+
+import checkpointing
+import hardware
+import resumption
+from configurator import read_config_file
+from errors import UserError, run_script
+from model_builder import build_model, generate
+from text_codec import GPT2_END_OF_TEXT, Codec
+from token_data import load_dataset
+
+SEPARATOR = '-' * 80
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog='sample.py',
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add('config', nargs='*', help='config files, for the components that they register')
+    add('--out_dir', default='out', help='the folder of runs (default out)')
+    add('--run', help='a run folder, or its name in out_dir (default: the newest run)')
+    add('--start', default='\n', help="the prompt, or FILE:prompt.txt (default '\\n')")
+    add('--num_samples', type=int, default=3, help='texts to write (default 3)')
+    add('--max_new_tokens', type=int, default=300, help='tokens in each (default 300)')
+    add('--temperature', type=float, default=0.8, help='0: always the likeliest (default 0.8)')
+    add('--top_k', type=int, default=200, help='draw from the likeliest k; 0: all (default 200)')
+    add('--seed', type=int, default=1337, help='of the draws (default 1337)')
+    add('--device', default='auto', help='auto, cpu, cuda, cuda:N or mps (default auto)')
+    add('--dtype', default='auto', help='auto, float32, bfloat16 or float16 (default auto)')
+    add('--debug', action='store_true', help="show the traceback of a user's mistake")
+    options = parser.parse_args(argv)
+    least = {'num_samples': 1, 'max_new_tokens': 1, 'temperature': 0, 'top_k': 0, 'seed': 0}
+    problems = [
+        f'--{key}={getattr(options, key)}: takes a number of at least {low}.'
+        for key, low in least.items()
+        if not getattr(options, key) >= low
+    ]
+    for path in options.config:
+        read_config_file(path, problems)
+    if problems:
+        raise UserError(*problems)
+    return options
+
+
+def main(argv: list[str]) -> int:
+    options = parse(argv)
+    device = hardware.select_device(options.device)
+    dtype = hardware.resolve_dtype(options.dtype, device)
+    prompt = read_prompt(options.start)
+    run_folder = resumption.run_folder(options.out_dir, options.run)
+    found = checkpointing.newest(run_folder / 'checkpoints', warn=print)
+    if found is None:
+        raise UserError(f'{run_folder} has no checkpoint to sample from.')
+    checkpoint, state = found
+    config = resumption.architecture_of(checkpoint)
+    dataset = load_dataset(checkpoint.index['config']['dataset'], config.block_size)
+    codec = Codec(dataset.tokenizer)
+    start = codec.encode(prompt) or [GPT2_END_OF_TEXT]
+    model = build_model(config, device, seed=0)
+    resumption.load_weights(model, checkpoint, state)
+    model.eval()
+    print(f'{config.name}, {checkpoint.iter:,} updates, from {checkpoint.path}')
+
+    autocast = nullcontext()
+    if dtype != 'float32':
+        autocast = torch.autocast(device.type, getattr(torch, dtype))
+    generator = torch.Generator(device).manual_seed(options.seed)
+    began = time.perf_counter()
+    for _ in range(options.num_samples):
+        print(SEPARATOR)
+        with autocast:
+            drawn = generate(
+                model,
+                torch.tensor([start], device=device),
+                options.max_new_tokens,
+                vocab_size=dataset.vocab_size,
+                temperature=options.temperature,
+                top_k=options.top_k or None,
+                generator=generator,
+            )
+            tokens = start + [token.item() for token in drawn]
+        text = codec.decode(tokens)
+        encoding = sys.stdout.encoding or 'utf-8'
+        print(text.encode(encoding, 'replace').decode(encoding), flush=True)
+    print(SEPARATOR)
+    total = options.num_samples * options.max_new_tokens
+    print(f'{total:,} tokens, {total / (time.perf_counter() - began):,.1f} tokens/s')
+    return 0
+
+
+def read_prompt(start: str) -> str:
+    """The prompt itself, or the text of the file that `FILE:path` names."""
+    if not start.startswith('FILE:'):
+        return start
+    try:
+        return Path(start[5:]).read_text(encoding='utf-8')
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f'--start={start}: the file cannot be read: {error}.') from error
+
+
+if __name__ == '__main__':
+    run_script(main, sys.argv[1:])
