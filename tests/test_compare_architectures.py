@@ -348,6 +348,7 @@ def test_the_default_baseline_is_the_oldest_finished_run_with_a_loss(runs):
         ('out-llama/', '04'),
         ('bias=True', '06'),
         ('out-llama-bias/run_20260101_120006', '06'),
+        ('out-llama-bias/run_20260101_120006/', '06'),
     ],
 )
 def test_a_baseline_is_named_by_architecture_run_or_folder(runs, name, expected):
@@ -401,6 +402,13 @@ def test_many_runs_are_grouped_by_value(compared):
                for n in range(1, 10)]  # fmt: skip
     (line,) = section(compared(*records), 'OPTIONS')
     assert line.split() == ['ffn_type', 'swiglu', '(#1-3', '#9),', 'geglu', '(#4-8)']
+
+
+def test_wide_values_are_grouped(compared):
+    text = compared(*(make_record(n, loss=n, device='x' * 40 + str(n)) for n in (1, 2, 3)))
+    lines = section(text, 'OPTIONS')
+    assert lines[0].split()[:3] == ['device', 'x' * 40 + '1', '(#1),']
+    assert max(map(len, lines)) <= 100
 
 
 def test_long_lists_are_cut_and_count_what_they_leave_out(compared):
@@ -540,7 +548,11 @@ def test_one_seed_gives_no_error_bar(compared):
 def test_several_seeds_give_mean_and_deviation(compared):
     losses = [5.01, 5.05, 4.97]
     text = compared(
-        *(make_record(n, loss=loss, seed=n) for n, loss in enumerate(losses, 1)),
+        *(
+            # A preset is only a way to say an architecture.
+            make_record(n, loss=loss, seed=n, arch_preset='llama' if n == 1 else 'team')
+            for n, loss in enumerate(losses, 1)
+        ),
         make_record(4, loss=4.0, status='interrupted', done=50, seed=4),
         make_record(5, loss=6.0, seed=5, weight_decay=0.5),  # trained in another way
         make_record(6, loss=7.0, seed=6, bias=True),
