@@ -1,0 +1,84 @@
+"""Shared by the tests: a small dataset on disk, and the scripts run as a user runs them."""
+
+import hashlib
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PROJECT = Path(__file__).resolve().parent.parent
+
+TINY_RUN = {
+    'n_layer': 2,
+    'n_head': 2,
+    'n_embd': 32,
+    'block_size': 32,
+    'device': 'cpu',
+    'dtype': 'float32',
+    'batch_size': 2,
+    'gradient_accumulation_steps': 2,
+    'max_iters': 4,
+    'eval_iters': 4,
+    'peak_tflops': 0.01,  # else it is measured at every start
+}
+
+
+@pytest.fixture(scope='session')
+def tiny_dataset(tmp_path_factory) -> Path:
+    """A dataset folder of bytes with some order in them: 30,000 to train on, 5,000 to validate."""
+    folder = tmp_path_factory.mktemp('tiny_dataset')
+    choose = random.Random(0).choice
+    words = ['the', 'quick', 'brown', 'fox', 'jumps', 'over', 'a', 'lazy', 'dog.\n', 'naïve']
+    splits = {}
+    for split, length in (('train', 30_000), ('val', 5_000)):
+        content = ' '.join(choose(words) for _ in range(length)).encode()[:length]
+        (folder / f'{split}.bin').write_bytes(content)
+        splits[split] = {
+            'tokens': length,
+            'bytes': length,
+            'sha256': hashlib.sha256(content).hexdigest(),
+        }
+    meta = {'format_version': 1, 'tokenizer': {'kind': 'byte'}, 'vocab_size': 256, 'dtype': 'uint8'}
+    (folder / 'meta.json').write_text(json.dumps({**meta, 'splits': splits}))
+    return folder
+
+
+@pytest.fixture
+def run_script(tmp_path):
+    """run_script('train.py', '--help', code=0): the project's script, from tmp_path, one thread.
+
+    Returns the finished process with `stdout` and `stderr` as text; fails on another exit code.
+    """
+
+    def run(script: str, *arguments: str, code: int = 0, timeout: float = 120):
+        result = subprocess.run(
+            [sys.executable, str(PROJECT / script), *map(str, arguments)],
+            cwd=tmp_path,
+            env={**os.environ, 'OMP_NUM_THREADS': '1', 'COLUMNS': '100'},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+        assert result.returncode == code, f'{result.stdout}\n{result.stderr}'
+        return result
+
+    return run
+
+
+@pytest.fixture
+def train(run_script, tiny_dataset):
+    """train('--max_iters=8', code=0): train.py, tiny on `tiny_dataset`, into tmp_path/out.
+
+    Four iterations of two blocks, 32 wide; what is given wins over these settings.
+    """
+    tiny = [f'--{key}={value}' for key, value in TINY_RUN.items()]
+
+    def run(*arguments: str, code: int = 0):
+        return run_script('train.py', f'--dataset={tiny_dataset}', *tiny, *arguments, code=code)
+
+    return run
