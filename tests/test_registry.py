@@ -1,0 +1,207 @@
+"""Options accept and parse values, registries hold components, resolved values are frozen."""
+
+import copy
+import pickle
+
+import pytest
+
+from errors import UserError
+from registry import FrozenConfig, Option, Registry, above, at_least, between, fraction
+
+COUNT = Option(int, 3, 'A number')
+RATE = Option(float, 0.5, 'A rate')
+FLAG = Option(bool, False, 'A switch')
+NAME = Option(str, 'a', 'A name')
+LIMIT = Option(int | None, None, 'A limit', check=at_least(1))
+COLOUR = Option(str, 'red', 'A colour', choices=('red', 'green', 'dark_blue'))
+
+
+@pytest.mark.parametrize(
+    ('option', 'text', 'value'),
+    [
+        (COUNT, '7', 7),
+        (COUNT, '-1', -1),
+        (COUNT, '1e6', 1_000_000),
+        (COUNT, '1E3', 1000),
+        (COUNT, '1_000', 1000),
+        (RATE, '1e-3', 0.001),
+        (RATE, '-1', -1.0),
+        (RATE, '3', 3.0),
+        (FLAG, 'True', True),
+        (FLAG, 'false', False),
+        (FLAG, '1', True),
+        (FLAG, 'no', False),
+        (NAME, 'key=value', 'key=value'),
+        (NAME, '"quoted"', 'quoted'),
+        (NAME, "it's", "it's"),
+        (NAME, '', ''),
+        (NAME, '12', '12'),
+        (NAME, 'None', 'None'),
+        (LIMIT, 'None', None),
+        (LIMIT, '5', 5),
+        (COLOUR, 'green', 'green'),
+    ],
+)
+def test_text_of_the_command_line_becomes_the_options_type(option, text, value):
+    parsed = option.parse('key', text)
+    assert parsed == value and type(parsed) is type(value)
+
+
+@pytest.mark.parametrize(
+    ('option', 'text'),
+    [
+        *((COUNT, text) for text in ('1.5', '1e-3', 'x', '', 'None', 'True', '1e999', 'nan')),
+        *((RATE, text) for text in ('x', '', 'None', 'nan', 'inf', '-inf', '1e999')),
+        *((FLAG, text) for text in ('maybe', '', '2', 'None')),
+        *((LIMIT, text) for text in ('0', '-1', '0.5')),
+        *((COLOUR, text) for text in ('Red', 'blue', '', 'None')),
+    ],
+)
+def test_other_text_is_refused_with_key_value_and_what_is_allowed(option, text):
+    with pytest.raises(UserError) as refused:
+        option.parse('some_key', text)
+    (problem,) = refused.value.problems
+    assert 'some_key' in problem and option.allowed() in problem
+    assert text in problem or repr(float(text)) in problem
+
+
+@pytest.mark.parametrize(
+    ('option', 'given', 'value'),
+    [
+        (RATE, 2, 2.0),
+        (COUNT, 2, 2),
+        (FLAG, True, True),
+        (LIMIT, None, None),
+        (COLOUR, 'dark_blue', 'dark_blue'),
+    ],
+)
+def test_values_of_a_python_file_are_accepted_as_the_options_type(option, given, value):
+    accepted = option.accept('key', given)
+    assert accepted == value and type(accepted) is type(value)
+
+
+@pytest.mark.parametrize(
+    ('option', 'given'),
+    [
+        (COUNT, 2.0),
+        (COUNT, True),
+        (COUNT, '2'),
+        (COUNT, None),
+        (RATE, '0.5'),
+        (RATE, False),
+        (RATE, None),
+        (RATE, float('nan')),
+        (FLAG, 1),
+        (FLAG, 'True'),
+        (FLAG, None),
+        (NAME, 3),
+        (NAME, None),
+        (LIMIT, 0),
+        (LIMIT, [5]),
+        (COLOUR, 5),
+        (COLOUR, 'blue'),
+    ],
+)
+def test_values_of_another_type_are_refused(option, given):
+    with pytest.raises(UserError) as refused:
+        option.accept('some_key', given)
+    (problem,) = refused.value.problems
+    assert f'some_key={given!r}' in problem and option.allowed() in problem
+
+
+def test_a_misspelt_choice_is_answered_with_the_nearest():
+    with pytest.raises(UserError, match=r'Did you mean dark_blue\?'):
+        COLOUR.parse('colour', 'dark-blu')
+
+
+@pytest.mark.parametrize(
+    ('check', 'inside', 'outside'),
+    [
+        (at_least(2), (2, 3), (1.999, -5)),
+        (above(0), (1e-9, 3), (0, -1)),
+        (between(-1, 1), (-1, 0, 1), (-1.001, 1.001)),
+        (fraction(), (0, 0.999), (1, -0.001)),
+    ],
+)
+def test_checks_hold_at_their_bounds(check, inside, outside):
+    option = Option(float, 0.5, 'A number', check=check)
+    assert [option.accept('x', value) for value in inside] == list(inside)
+    for value in outside:
+        with pytest.raises(UserError):
+            option.accept('x', value)
+
+
+# --------------------------------------------------------------------------------------------------
+# Registries
+
+
+@pytest.fixture
+def shapes():
+    registry = Registry('shape', 'Shape', home='errors')
+
+    @registry.register('square', source='Euclid')
+    class Square:
+        pass
+
+    return registry
+
+
+def test_a_registry_is_the_list_of_what_was_registered(shapes):
+    option = Option(str, 'square', 'A shape', choices=shapes)
+
+    @shapes.register('circle')
+    class Circle:
+        pass
+
+    assert list(shapes) == ['square', 'circle']
+    assert shapes['circle'] is Circle and 'circle' in shapes and 'triangle' not in shapes
+    assert shapes.source('square') == 'Euclid'
+    assert option.accept('shape', 'circle') == 'circle'
+    with pytest.raises(UserError, match="one of 'square', 'circle'"):
+        option.accept('shape', 'triangle')
+
+
+def test_the_same_name_from_two_places_is_refused(shapes):
+    class Other:
+        pass
+
+    before = shapes['square']
+    with pytest.raises(UserError, match=r"shape='square' is registered twice.*Square.*Other"):
+        shapes.register('square')(Other)
+    assert shapes['square'] is before
+
+
+def test_a_class_that_is_defined_again_replaces_itself():
+    registry = Registry('shape', 'Shape', home='errors')
+
+    def define():
+        @registry.register('square')
+        class Square:
+            pass
+
+        return Square
+
+    first, second = define(), define()
+    assert first is not second and registry['square'] is second and list(registry) == ['square']
+
+
+# --------------------------------------------------------------------------------------------------
+# Resolved values
+
+
+def test_resolved_values_cannot_be_set():
+    config = FrozenConfig({'width': 8}, {'width': 'default'})
+    for key in ('width', 'new', 'origins'):
+        with pytest.raises(AttributeError, match='frozen'):
+            setattr(config, key, 9)
+    config.to_dict()['width'] = 9
+    assert config.width == 8 and 'width' in config and 'height' not in config
+    with pytest.raises(AttributeError, match='height'):
+        _ = config.height
+
+
+@pytest.mark.parametrize('copied', [copy.deepcopy, lambda c: pickle.loads(pickle.dumps(c))])
+def test_resolved_values_survive_copying(copied):
+    config = FrozenConfig({'width': 8}, {'width': 'default'})
+    again = copied(config)
+    assert again.to_dict() == config.to_dict() and again.origins == config.origins
