@@ -199,8 +199,12 @@ def format_help(usage: str, schema: Schema) -> str:
                 subsequent_indent=' ' * 36,
             )
         lines.append('')
-    lines += ["A type that ends in ? also takes None: derived, or off.  '--flag' and '--no-flag'"]
-    lines += ['set a bool.  A file sets the same keys as Python assignments.']
+    lines += textwrap.wrap(
+        'A type that ends in ? also takes None: derived, or off. --flag and --no-flag set a bool. '
+        'A file sets the same keys as Python assignments.',
+        width=width,
+        break_on_hyphens=False,
+    )
     return '\n'.join(lines)
 
 

@@ -1,0 +1,325 @@
+"""Defaults < config file < command line; strictness; what a config file may hold; the help."""
+
+import re
+
+import pytest
+
+from configurator import (
+    COMMAND_LINE,
+    flatten,
+    format_config,
+    format_help,
+    read_command_line,
+)
+from registry import Option, Registry, at_least
+
+SHAPES = Registry('shape', 'Shape', home='errors')
+for name in ('square', 'circle', 'dark_triangle'):
+    SHAPES.register(name)(type(name, (), {}))
+
+SCHEMA = {
+    'Sizes': {
+        'width': Option(int, 8, 'Of the thing', check=at_least(1)),
+        'height': Option(int | None, None, 'Of the thing; None: the width'),
+        'shift': Option(int, 0, 'May be negative'),
+    },
+    'Looks': {
+        'shape': Option(str, 'square', 'How it looks', choices=SHAPES),
+        'scale': Option(float, 1.5, 'How large it looks'),
+        'title': Option(str, '', 'Above it'),
+        'filled': Option(bool, True, 'Whether it is filled'),
+        'no_frame': Option(bool, False, 'A key that begins with no_'),
+    },
+}
+
+
+def read(*argv):
+    return read_command_line(list(argv), lambda: SCHEMA)
+
+
+def merged(asked):
+    return {key: asked.value(key, lambda: SCHEMA) for key in flatten(SCHEMA)}
+
+
+@pytest.fixture
+def config(tmp_path):
+    """Writes a config file and returns its path."""
+
+    def write(text, name='config.py'):
+        (tmp_path / name).write_text(text, encoding='utf-8')
+        return str(tmp_path / name)
+
+    return write
+
+
+# --------------------------------------------------------------------------------------------------
+# The command line
+
+
+@pytest.mark.parametrize(
+    ('argv', 'expected'),
+    [
+        (['--width=3'], {'width': 3}),
+        (['--width', '3'], {'width': 3}),
+        (['--width=1e3'], {'width': 1000}),
+        (['--shift=-1'], {'shift': -1}),
+        (['--shift', '-1'], {'shift': -1}),
+        (['--scale', '-1e-3'], {'scale': -0.001}),
+        (['--scale=2'], {'scale': 2.0}),
+        (['--height=None'], {'height': None}),
+        (['--title=a=b=c'], {'title': 'a=b=c'}),
+        (['--title', 'a=b'], {'title': 'a=b'}),
+        (['--title='], {'title': ''}),
+        (['--title=-x'], {'title': '-x'}),
+        (['--title=--width=5'], {'title': '--width=5'}),
+        (['--title=plot.py'], {'title': 'plot.py'}),
+        (['--filled'], {'filled': True}),
+        (['--filled', '--width=3'], {'filled': True, 'width': 3}),
+        (['--filled', 'false', '--width=3'], {'filled': False, 'width': 3}),
+        (['--filled=False'], {'filled': False}),
+        (['--no-filled'], {'filled': False}),
+        (['--no_filled'], {'filled': False}),
+        (['--no_frame'], {'no_frame': True}),
+        (['--no-frame'], {'no_frame': True}),
+        (['--no-no_frame'], {'no_frame': False}),
+        (['--width=3', '--width=4'], {'width': 4}),
+    ],
+)
+def test_ways_to_set_an_option(argv, expected):
+    asked = read(*argv)
+    assert asked.problems == []
+    values = asked.layers[-1].values
+    assert values == expected
+    assert {key: type(value) for key, value in values.items()} == {
+        key: type(value) for key, value in expected.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ('argv', 'words'),
+    [
+        (['--widht=3'], ['--widht', 'Did you mean width?']),
+        (['--Shape=circle'], ['--Shape', 'Did you mean shape?']),
+        (['--zzz=3'], ['--zzz', '--help']),
+        (['--width=wide'], ['--width=wide', 'int']),
+        (['--width=1.5'], ['--width=1.5', 'int']),
+        (['--width=0'], ['width=0', 'at least 1']),
+        (['--width=None'], ['--width=None', 'int']),
+        (['--width'], ['--width needs a value', 'int']),
+        (['--width', '--filled'], ['--width needs a value', 'int']),
+        (['--filled=perhaps'], ['--filled=perhaps', 'bool']),
+        (['--no-filled=True'], ['--no-filled=True']),
+        (['--no-width'], ['--no-width', 'flags only']),
+        (['--no-filed'], ['unknown', 'filed', 'Did you mean filled?']),
+        (['--shape=circel'], ['shape', 'Did you mean circle?', "'dark_triangle'"]),
+        (['circle'], ["'circle'", '--key=value', '*.py']),
+        (['-width=3'], ["'-width=3'", '--key=value']),
+        (['width=3'], ["'width=3'", '--key=value']),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_one_problem_that_explains_itself(argv, words):
+    asked = read(*argv)
+    (problem,) = asked.problems
+    assert all(word in problem for word in words), problem
+    assert asked.layers[-1].values.keys() <= {'filled'}
+
+
+@pytest.mark.parametrize('flag', ['--help', '-h'])
+def test_help_is_noted_among_other_arguments(flag):
+    asked = read('--width=3', flag)
+    assert asked.help and not asked.print_config and asked.problems == []
+    assert asked.layers[-1].values == {'width': 3}
+
+
+@pytest.mark.parametrize('flag', ['--print_config', '--print-config'])
+def test_print_config_is_noted_among_other_arguments(flag):
+    asked = read(flag, '--width=3')
+    assert asked.print_config and not asked.help and asked.layers[-1].values == {'width': 3}
+
+
+# --------------------------------------------------------------------------------------------------
+# The merge
+
+
+def test_each_level_wins_over_those_below_it(config):
+    first = config("width = 1\nheight = 1\nshape = 'circle'\nshift = 1", 'first.py')
+    second = config('width = 2\nheight = 2', 'second.py')
+    # The place of an option among the files does not matter.
+    for argv in (['--width=3', first, second], [first, second, '--width=3']):
+        asked = read(*argv)
+        assert asked.problems == []
+        assert [layer.origin for layer in asked.layers] == [first, second, COMMAND_LINE]
+        defaults = {key: option.default for key, option in flatten(SCHEMA).items()}
+        levels = {'width': 3, 'height': 2, 'shape': 'circle', 'shift': 1}
+        assert merged(asked) == {**defaults, **levels}
+
+
+def test_none_on_the_command_line_wins_over_the_files_value(config):
+    assert merged(read(config('height = 4'), '--height=None'))['height'] is None
+
+
+def test_the_texts_of_the_files_are_kept(config):
+    text = '# why: ä\nwidth = 2\n'
+    path = config(text)
+    assert read(path).config_files == [{'path': path, 'text': text}]
+
+
+def test_an_int_in_a_file_widens_to_float(config):
+    value = read(config('scale = 3')).layers[0].values['scale']
+    assert value == 3.0 and type(value) is float
+
+
+# --------------------------------------------------------------------------------------------------
+# Config files
+
+
+def test_what_is_the_files_own_is_no_option(config):
+    asked = read(
+        config(
+            'import math\n'
+            'import os.path as paths\n'
+            'import xml.dom\n'
+            'from math import pi\n'
+            'from math import e as euler, sqrt\n'
+            'try:\n'
+            '    import json\n'
+            'except ImportError:\n'
+            '    json = None\n'
+            '_helper = 7\n'
+            '__private = [8]\n'
+            'def double(x):\n'
+            '    local = 2\n'
+            '    return local * x\n'
+            'triple = lambda x: 3 * x\n'
+            'class Thing:\n'
+            '    size = 3\n'
+            'width = double(_helper)\n'
+            'scale = pi * euler\n'
+        )
+    )
+    assert asked.problems == []
+    assert asked.layers[0].values.keys() == {'width', 'scale'}
+    assert asked.layers[0].values['width'] == 14
+
+
+@pytest.mark.parametrize(
+    ('text', 'words'),
+    [
+        ('widht = 3', ['widht', 'Did you mean width?']),
+        ('helper = 7\nwidth = helper', ["'helper'"]),
+        ('import math\npie = math.pi', ["'pie'"]),
+        ('for step in range(3):\n    width = 1 + step', ["'step'"]),
+        ('width = 2.0', ['width=2.0', 'float given', 'int']),
+        ("width = '2'", ["width='2'", 'str given', 'int']),
+        ('width = True', ['width=True', 'bool given', 'int']),
+        ('width = None', ['width=None', 'int']),
+        ('filled = 1', ['filled=1', 'int given', 'bool']),
+        ("scale = '1e-3'", ["scale='1e-3'", 'str given', 'float']),
+        ("scale = float('nan')", ['scale=nan', 'finite']),
+        ("shape = 'circel'", ["shape='circel'", 'Did you mean circle?']),
+        ('width = -3', ['width=-3', 'at least 1']),
+    ],
+)
+def test_a_mistake_in_a_file_is_one_problem_that_names_the_file(config, text, words):
+    path = config(text)
+    asked = read(path)
+    (problem,) = asked.problems
+    assert path in problem and all(word in problem for word in words), problem
+
+
+@pytest.mark.parametrize(
+    ('text', 'words'),
+    [
+        ('width = 2\nheight = = 3', ['line 2']),
+        ('width = 2\n    height = 3', ['line 2', 'indent']),
+        ('width = 2\n\nheight = 1 / 0', ['line 3', 'ZeroDivisionError', 'division by zero']),
+        ('import no_such_module_here', ['line 1', 'no_such_module_here']),
+        ('def f():\n    raise ValueError("too odd")\nf()', ['line 2', 'ValueError', 'too odd']),
+        ('import sys\nsys.exit(0)', ['line 2', 'SystemExit']),
+        ('raise SystemExit', ['line 1', 'SystemExit']),
+        ('width = 2\0', ['null bytes']),
+    ],
+)
+def test_a_file_that_cannot_be_run_is_a_problem_with_its_line(config, text, words):
+    path = config(text)
+    asked = read(path, '--width=3')
+    (problem,) = asked.problems
+    assert path in problem and all(word in problem for word in words), problem
+    assert merged(asked)['width'] == 3  # the rest was read all the same
+
+
+def test_a_file_that_is_not_utf8_is_a_problem(tmp_path):
+    path = tmp_path / 'latin.py'
+    path.write_bytes("title = 'naïve'".encode('latin-1'))
+    (problem,) = read(str(path)).problems
+    assert str(path) in problem
+
+
+def test_ctrl_c_in_a_config_file_still_interrupts(config):
+    with pytest.raises(KeyboardInterrupt):
+        read(config('raise KeyboardInterrupt'))
+
+
+def test_a_missing_file_is_answered_with_those_that_are_there(config, tmp_path):
+    there = config('width = 2', 'arch_gpt.py')
+    (problem,) = read(str(tmp_path / 'arch_gtp.py')).problems
+    assert 'arch_gtp.py does not exist' in problem and f'Did you mean {there}?' in problem
+    (problem,) = read(str(tmp_path / 'no' / 'where.py')).problems
+    assert 'where.py does not exist' in problem
+
+
+def test_a_file_that_registers_a_component_adds_its_options(config):
+    path = config('_registered = True\ndepth = 5')
+    text = {}
+
+    def schema():  # read only once the file has run
+        text['read'] = True
+        return {**SCHEMA, 'Own': {'depth': Option(int, 1, 'Of the file')}}
+
+    asked = read_command_line([path, '--depth=6'], schema)
+    assert asked.problems == [] and asked.value('depth', schema) == 6
+    assert read(path).problems  # without its component the key is unknown
+
+
+def test_all_problems_are_reported_at_once(config, tmp_path):
+    first = config("widht = 1\nshape = 'circel'", 'first.py')
+    missing = str(tmp_path / 'missing.py')
+    asked = read(first, missing, '--heigth=2', '--width=wide', '--scale', 'stray')
+    wrong = ['widht', 'circel', 'missing.py', '--heigth', '--width=wide', '--scale=stray']
+    assert len(asked.problems) == len(wrong)
+    for words in wrong:
+        assert sum(words in problem for problem in asked.problems) == 1, words
+
+
+# --------------------------------------------------------------------------------------------------
+# What is shown
+
+
+def test_help_lists_every_option_once_with_all_that_is_known_of_it(monkeypatch):
+    monkeypatch.setenv('COLUMNS', '80')
+    text = format_help('how to use it', {**SCHEMA, 'Empty': {}})
+    assert text.startswith('how to use it\n') and 'Empty' not in text
+    assert max(map(len, text.splitlines())) <= 80
+    flat = ' '.join(text.split())
+    entries = re.split(r' (?=--\w+=)', flat)
+    listed = {entry[2:].partition('=')[0]: entry for entry in entries[1:]}
+    assert list(listed) == list(flatten(SCHEMA))
+    assert flat.index('Sizes:') < flat.index('--width') < flat.index('Looks:')
+    for key, option in flatten(SCHEMA).items():
+        assert option.help in listed[key]
+        if option.default is not None:
+            assert f'(default {option.default})' in listed[key]
+    assert '--height=int?' in flat and '--width=int ' in flat
+    assert '[square | circle | dark_triangle]' in listed['shape']
+
+
+def test_the_printed_config_is_a_config_file_that_gives_the_same_values(config):
+    values = {'width': 5, 'height': None, 'shape': 'circle', 'title': "it's # 1", 'filled': False}
+    origins = {key: f'from {key}' for key in values}
+    text = format_config({'All of it': values}, origins, ['something was left out'])
+    asked = read(config(text))
+    assert asked.problems == [] and asked.layers[0].values == values
+    for key in values:
+        (line,) = [line for line in text.splitlines() if line.startswith(f'{key} = ')]
+        assert line.endswith(f'# from {key}')
+    assert text.splitlines()[-1] == '# something was left out'
