@@ -15,7 +15,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from configurator import Layer
+from configurator import Layer, accept_layer
 from errors import UserError
 from registry import FrozenConfig, Option, Registry, at_least, fraction
 
@@ -176,19 +176,9 @@ class ModelArchitectureConfig(FrozenConfig):
     """
 
     def __init__(self, **values):
-        options = {'arch_preset': PRESET_OPTION, **architecture_options()}
-        problems = []
-        for key, value in values.items():
-            if key not in options:
-                problems.append(f'unknown architecture option {key!r}.')
-                continue
-            try:
-                options[key].accept(key, value)
-            except UserError as error:
-                problems.extend(error.problems)
-        if problems:
-            raise UserError(*problems)
-        resolved = ModelArchitectureConfig.resolve([Layer('argument', values)], problems)
+        problems: list[str] = []
+        layer = accept_layer(Layer('argument', values), schema(), problems)
+        resolved = ModelArchitectureConfig.resolve([layer], problems)
         if problems:
             raise UserError(*problems)
         self.__dict__.update(resolved.__dict__)
@@ -209,18 +199,15 @@ class ModelArchitectureConfig(FrozenConfig):
 
     def replace(self, **values) -> 'ModelArchitectureConfig':
         """The same architecture with other values, which are checked and derived anew."""
-        kept = {
-            key: value
-            for key, value in self._values.items()
-            if self.origins[key] not in ('derived', 'default')
-        }
         problems: list[str] = []
-        layers = [Layer(self.origins[key], {key: value}) for key, value in kept.items()]
-        layers.append(Layer('argument', {'arch_preset': 'custom', **values}))
+        layers = [Layer('argument', {'arch_preset': self.preset})]
+        for key, value in self._values.items():
+            if self.origins[key] not in ('derived', 'default', f'preset {self.preset}'):
+                layers.append(Layer(self.origins[key], {key: value}))
+        layers.append(accept_layer(Layer('argument', values), schema(), problems))
         config = ModelArchitectureConfig.resolve(layers, problems)
         if problems:
             raise UserError(*problems)
-        config.__dict__['preset'] = self.preset
         return config
 
     @property
@@ -283,16 +270,15 @@ def _merge(layers: list[Layer], problems: list[str]) -> tuple[str, dict, dict, l
     for key in options:
         if key in used or level[key] == 0 or key == 'arch_preset':
             continue
-        owners = _owners(key, options)
-        choice_level = max(level[choice] for choice, _ in owners)
-        belongs = ' or '.join(f'{choice}={name!r}' for choice, name in owners)
-        chosen = ', '.join(
-            dict.fromkeys(f'{c}={values[c]!r} ({origins[c]})' for c, _ in owners if c in used)
-        )
+        belongs = ' or '.join(f'{choice}={name!r}' for choice, name in _owners(key, options))
+        deciding = dict.fromkeys(_deciding_choices(key, options, used))
+        chosen = ', '.join(f'{c}={values[c]!r} ({origins[c]})' for c in deciding)
+        # What a preset or a default chose was chosen where the preset was named.
+        chosen_at = max(level[c] if level[c] > 1 else level['arch_preset'] for c in deciding)
         what = f'{key}={values[key]!r} ({origins[key]})'
-        if level[key] >= choice_level:
+        if level[key] >= chosen_at:
             problems.append(
-                f'{what} has no use here: it belongs to {belongs}, but {chosen or "that"} is '
+                f'{what} has no use here: it belongs to {belongs}, but {chosen} is '
                 f'chosen. Choose one of those, or leave {key} out.'
             )
         else:
@@ -328,6 +314,15 @@ def _owners(key: str, options: dict[str, Option]) -> list[tuple[str, object]]:
         for name in registry
         if key in registry[name].options
     ]
+
+
+def _deciding_choices(key: str, options: dict[str, Option], used: dict) -> Iterator[str]:
+    """The choices, themselves in use, that give `key` no use."""
+    for choice, _ in _owners(key, options):
+        if choice in used:
+            yield choice
+        else:
+            yield from _deciding_choices(choice, options, used)
 
 
 def _derive(values: dict, origins: dict[str, str]) -> None:

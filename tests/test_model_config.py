@@ -1,0 +1,452 @@
+"""The architecture as data: presets, overrides, relevance, derivation, name, identity hash."""
+
+import functools
+import itertools
+import json
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+
+import model_components  # noqa: F401  fills the registries before the parameters below are listed
+from configurator import Layer
+from errors import UserError
+from model_builder import build_model, training_flops
+from model_config import (
+    PRESETS,
+    ModelArchitectureConfig,
+    architecture_options,
+)
+from registry import Registry
+
+SMALL = {'n_layer': 2, 'n_head': 2, 'n_embd': 32, 'block_size': 16, 'vocab_size': 50}
+
+
+def small(preset, **values):
+    return ModelArchitectureConfig(arch_preset=preset, **{**SMALL, **values})
+
+
+def resolve(*layers):
+    """The config of {key: value} layers of rising precedence, and the problems."""
+    problems = []
+    named = [Layer(f'level {number}', values) for number, values in enumerate(layers, start=1)]
+    return ModelArchitectureConfig.resolve(named, problems), problems
+
+
+# --------------------------------------------------------------------------------------------------
+# Presets
+
+
+@pytest.mark.parametrize(
+    ('preset', 'name'),
+    [
+        # The design document's names for the first two; the others follow from their parts.
+        ('gpt2', '12L-12H-768D-AbsPos-LN-NB-GELU-PostNorm'),
+        ('llama', '12L-12H-768D-RoPE-RMS-SwiGLU-PreNorm'),
+        ('team', '12L-12H-768D-RoPE-RMS-SwiGLU-PreNorm'),
+        ('hybrid', '12L-12H-768D-RoPE-LN-NB-GELU-PreNorm'),
+        ('legacy', '12L-12H-768D-AbsPos-LN-GELU-PreNorm'),
+    ],
+)
+def test_names_of_the_presets(preset, name):
+    assert ModelArchitectureConfig(arch_preset=preset).name == name
+
+
+@pytest.mark.parametrize(
+    ('preset', 'choices'),
+    [
+        ('gpt2', {'bias': False, 'weight_tying': True, 'd_ff': 3072}),
+        ('llama', {'bias': False, 'weight_tying': False, 'd_ff': 2048}),
+        ('team', {'bias': False, 'weight_tying': False, 'd_ff': 2048}),
+        ('hybrid', {'bias': False, 'weight_tying': True, 'd_ff': 3072}),
+        ('legacy', {'bias': True, 'weight_tying': True, 'd_ff': 3072}),
+    ],
+)
+def test_what_the_names_of_the_presets_leave_unsaid(preset, choices):
+    config = ModelArchitectureConfig(arch_preset=preset)
+    assert {key: config.to_dict()[key] for key in choices} == choices
+    sizes = (config.n_layer, config.n_head, config.n_embd, config.block_size, config.dropout)
+    assert sizes == (12, 12, 768, 1024, 0.0)
+
+
+@pytest.mark.parametrize('bias', [True, False])
+def test_the_norms_of_legacy_have_biases_when_its_linear_layers_do(bias):
+    names = build_model(small('legacy', bias=bias)).state_dict()
+    assert any(name.endswith('norm.bias') for name in names) == bias
+    assert any(name.endswith('.bias') for name in names) == bias
+
+
+def test_a_norm_that_was_asked_for_wins_over_the_presets_rule():
+    config = small('legacy', bias=False, normalization='layernorm')
+    assert config.normalization == 'layernorm'
+
+
+# --------------------------------------------------------------------------------------------------
+# Every option of every preset changes the config, the hash and the model
+
+NUMBERS = {
+    'n_layer': 3,
+    'n_head': 8,
+    'n_embd': 64,
+    'block_size': 24,
+    'vocab_size': 60,
+    'd_ff': 40,
+    'dropout': 0.3,
+    'attention_dropout': 0.3,
+    'residual_dropout': 0.3,
+    'norm_eps': 0.5,
+    'rope_theta': 50.0,
+    'multiple_of': 64,
+    'num_kv_heads': 1,
+}
+# What must be set along with a value for it to be legal.
+COMPANIONS = {('use_gqa', True): {'num_kv_heads': 1}}
+BASES = {
+    **{preset: {} for preset in PRESETS},
+    'llama, grouped': {'n_head': 4, 'use_gqa': True, 'num_kv_heads': 2},
+    'legacy, dropout': {'dropout': 0.2},
+}
+
+
+@functools.cache
+def base_config(base):
+    return small(base.partition(',')[0], **BASES[base])
+
+
+def overrides():
+    """(base, {key: value}) for every option that a base has, and every other value of a choice."""
+    for base in BASES:
+        values = base_config(base).to_dict()
+        for key, option in architecture_options().items():
+            if key not in values:
+                continue
+            if isinstance(option.choices, Registry):
+                others = [name for name in option.choices if name != values[key]]
+            elif option.base_type is bool:
+                others = [not values[key]]
+            else:
+                others = [NUMBERS[key]]
+            for other in others:
+                yield base, {key: other, **COMPANIONS.get((key, other), {})}
+
+
+class CalledFunctions(TorchFunctionMode):
+    """The names of the torch functions that are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.names.add(getattr(func, '__name__', str(func)))
+        return func(*args, **(kwargs or {}))
+
+
+def model_and_behaviour(config):
+    """All that can be seen of the built model without asking its config."""
+    model = build_model(config, device='cpu', seed=1)
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    parameters = {name for name, _ in model.named_parameters()}  # a tied one only once
+    tokens = torch.arange(24).reshape(2, 12) % 50
+    torch.manual_seed(2)
+    with CalledFunctions() as called, torch.no_grad():
+        logits = model.train()(tokens)
+    fused = 'scaled_dot_product_attention' in called.names
+    return shapes, parameters, fused, logits.tolist(), training_flops(model)['per_token']
+
+
+@functools.cache
+def base_behaviour(base):
+    return model_and_behaviour(base_config(base))
+
+
+def test_the_same_config_builds_the_same_model():
+    assert model_and_behaviour(base_config('llama')) == base_behaviour('llama')
+
+
+@pytest.mark.parametrize(
+    ('base', 'values'), list(overrides()), ids=lambda value: str(value).replace("'", '')
+)
+def test_an_override_changes_config_hash_and_model_together(base, values):
+    before = base_config(base)
+    after, problems = resolve({'arch_preset': before.preset, **SMALL, **BASES[base]}, values)
+    assert problems == [] and {key: after.to_dict()[key] for key in values} == values
+    assert after.hash != before.hash
+    assert model_and_behaviour(after) != base_behaviour(base)
+    # `replace` comes to the same, derived values included.
+    assert before.replace(**values).to_dict() == after.to_dict()
+
+
+# --------------------------------------------------------------------------------------------------
+# The hash and the name
+
+
+@functools.cache
+def combinations():
+    """Every legal combination of the registered components and the switches."""
+    registries = {
+        key: list(option.choices)
+        for key, option in architecture_options().items()
+        if isinstance(option.choices, Registry)
+    }
+    switches = {'bias': [True, False], 'weight_tying': [True, False], 'dropout': [0.0, 0.1]}
+    axes = {**registries, **switches}
+    configs = []
+    for values in itertools.product(*axes.values()):
+        chosen = dict(zip(axes, values))
+        if chosen['ffn_type'] != 'standard' and chosen.pop('activation') != 'gelu':
+            continue  # without the standard FFN there is one combination, not one an activation
+        config, problems = resolve({**SMALL, **chosen, 'arch_preset': 'custom'})
+        if not problems:
+            configs.append(config)
+    return configs
+
+
+def test_the_hash_is_equal_exactly_when_the_options_are():
+    described = {json.dumps(config.to_dict(), sort_keys=True) for config in combinations()}
+    hashes = {config.hash for config in combinations()}
+    assert len(hashes) == len(described) == len(combinations()) > 500
+
+
+def test_a_config_comes_back_from_its_dict_and_its_file(tmp_path):
+    for config in [*combinations()[::17], small('llama', use_gqa=True, num_kv_heads=1)]:
+        again = ModelArchitectureConfig.from_dict(json.loads(json.dumps(config.to_dict())))
+        config.save(tmp_path / 'architecture.json')
+        loaded = ModelArchitectureConfig.load(tmp_path / 'architecture.json')
+        for copy in (again, loaded):
+            assert copy.hash == config.hash and copy.to_dict() == config.to_dict()
+            assert copy.name == config.name
+
+
+def test_the_hash_does_not_depend_on_how_a_value_was_written():
+    spelt = [
+        small('llama', rope_theta=10000, dropout=0),
+        small('llama', rope_theta=10000.0),
+        small('llama', d_ff=88),  # what is derived anyway
+        small('team'),
+        small('custom', **PRESETS['llama']),
+    ]
+    assert len({config.hash for config in spelt}) == 1
+    assert all(type(config.rope_theta) is float for config in spelt)
+
+
+def test_presets_with_other_choices_have_other_names_and_hashes():
+    configs = [small(preset) for preset in ('gpt2', 'llama', 'hybrid', 'legacy')]
+    assert len({config.name for config in configs}) == 4
+    assert len({config.hash for config in configs}) == 4
+
+
+def test_the_name_tells_grouped_queries_and_sizes():
+    config = small('llama', use_gqa=True, num_kv_heads=1)
+    assert config.name == '2L-2H-32D-GQA1-RoPE-RMS-SwiGLU-PreNorm'
+
+
+# --------------------------------------------------------------------------------------------------
+# The merge and where values come from
+
+
+def test_a_preset_lies_beneath_every_level_whichever_names_it():
+    config, problems = resolve({'normalization': 'rmsnorm'}, {'arch_preset': 'gpt2'})
+    assert problems == [] and config.preset == 'gpt2' and config.normalization == 'rmsnorm'
+    config, problems = resolve({'arch_preset': 'gpt2', 'n_layer': 3}, {'arch_preset': 'llama'})
+    assert problems == [] and (config.preset, config.ffn_type, config.n_layer) == (
+        'llama',
+        'swiglu',
+        3,
+    )
+
+
+def test_every_value_knows_where_it_came_from():
+    config, problems = resolve(
+        {'arch_preset': 'llama', 'n_layer': 4, 'n_embd': 96},
+        {'n_layer': 6, 'normalization': 'rmsnorm'},
+    )
+    assert problems == [] and config.origins.keys() == config.to_dict().keys()
+    expected = {
+        'n_layer': 'level 2',
+        'n_embd': 'level 1',
+        'normalization': 'level 2',  # the value that the preset has anyway
+        'position_encoding': 'preset llama',
+        'rope_theta': 'default',
+        'd_ff': 'derived',
+    }
+    assert {key: config.origins[key] for key in expected} == expected
+
+
+def test_every_problem_is_reported_at_once():
+    with pytest.raises(UserError) as refused:
+        ModelArchitectureConfig(n_layers=2, n_layer=0, dropout=1.0, normalization='rms')
+    problems = refused.value.problems
+    assert len(problems) == 4
+    for words in ('n_layers', 'n_layer=0', 'dropout=1.0', "normalization='rms'"):
+        assert any(words in problem for problem in problems)
+
+
+def test_illegal_combinations_are_reported_at_once():
+    with pytest.raises(UserError) as refused:
+        ModelArchitectureConfig(
+            arch_preset='llama',
+            n_embd=60,
+            n_head=12,
+            use_gqa=True,
+            num_kv_heads=5,
+            activation='gelu',
+        )
+    first, second, third = sorted(refused.value.problems)
+    assert 'activation' in first and 'num_kv_heads=5' in second and 'odd' in third
+
+
+@pytest.mark.parametrize(
+    ('values', 'words'),
+    [
+        ({'n_embd': 100, 'n_head': 12}, ['n_head=12', 'n_embd=100', '--n_head=10']),
+        ({'use_gqa': True}, ['num_kv_heads=None', '1, 2, 3, 4, 6, 12']),
+        ({'use_gqa': True, 'num_kv_heads': 5}, ['num_kv_heads=5', '1, 2, 3, 4, 6, 12']),
+        ({'use_gqa': True, 'num_kv_heads': 24}, ['num_kv_heads=24', 'n_head=12']),
+        ({'position_encoding': 'rope', 'n_embd': 36}, ['rope', 'head of 3']),
+    ],
+)
+def test_an_illegal_combination_is_refused(values, words):
+    with pytest.raises(UserError) as refused:
+        ModelArchitectureConfig(**values)
+    (problem,) = refused.value.problems
+    assert all(word in problem for word in words), problem
+
+
+# --------------------------------------------------------------------------------------------------
+# Options that the chosen components have no use for
+
+
+@pytest.mark.parametrize(
+    ('levels', 'key', 'belongs_to'),
+    [
+        # Set without, beside, or above the choice.
+        ([{'rope_theta': 5.0}], 'rope_theta', "position_encoding='rope'"),
+        (
+            [{'normalization': 'rmsnorm', 'rope_theta': 5.0}],
+            'rope_theta',
+            "position_encoding='rope'",
+        ),
+        ([{'arch_preset': 'gpt2', 'rope_theta': 5.0}], 'rope_theta', "position_encoding='rope'"),
+        ([{'arch_preset': 'gpt2'}, {'rope_theta': 5.0}], 'rope_theta', "position_encoding='rope'"),
+        ([{'arch_preset': 'llama'}, {'activation': 'relu'}], 'activation', "ffn_type='standard'"),
+        ([{'ffn_type': 'swiglu', 'activation': 'relu'}], 'activation', "ffn_type='standard'"),
+        ([{'ffn_type': 'swiglu'}, {'activation': 'relu'}], 'activation', "ffn_type='standard'"),
+        ([{'num_kv_heads': 4}], 'num_kv_heads', 'use_gqa=True'),
+        ([{'use_gqa': False, 'num_kv_heads': 4}], 'num_kv_heads', 'use_gqa=True'),
+        ([{'multiple_of': 16}], 'multiple_of', "ffn_type='swiglu'"),
+    ],
+)
+def test_an_option_without_use_is_refused_at_the_choices_level_or_above(levels, key, belongs_to):
+    config, problems = resolve(*levels)
+    (problem,) = problems
+    assert problem.startswith(f'{key}=') and 'no use' in problem and belongs_to in problem
+    assert f'level {len(levels)}' in problem  # where it was set
+    assert key not in config
+
+
+@pytest.mark.parametrize(
+    ('levels', 'key'),
+    [
+        ([{'arch_preset': 'gpt2'}, {'ffn_type': 'swiglu'}], 'activation'),
+        ([{'arch_preset': 'gpt2', 'ffn_type': 'swiglu'}], 'activation'),
+        ([{'ffn_type': 'standard', 'activation': 'relu'}, {'ffn_type': 'swiglu'}], 'activation'),
+        (
+            [{'arch_preset': 'llama', 'rope_theta': 5.0}, {'position_encoding': 'none'}],
+            'rope_theta',
+        ),
+        ([{'use_gqa': True, 'num_kv_heads': 4}, {'use_gqa': False}], 'num_kv_heads'),
+        ([{'arch_preset': 'llama', 'rope_theta': 5.0}, {'arch_preset': 'gpt2'}], 'rope_theta'),
+    ],
+)
+def test_an_option_that_an_override_leaves_behind_is_dropped_with_a_note(levels, key):
+    config, problems = resolve(*levels)
+    assert problems == [] and key not in config
+    (note,) = config.dropped
+    assert 'dropped' in note and f'{key}=' in note
+
+
+def test_a_choice_that_comes_back_at_a_higher_level_keeps_its_options():
+    levels = [{'arch_preset': 'llama', 'rope_theta': 5.0}, {'position_encoding': 'none'}]
+    config, problems = resolve(*levels, {'position_encoding': 'rope'})
+    assert problems == [] and config.dropped == [] and config.rope_theta == 5.0
+
+
+# --------------------------------------------------------------------------------------------------
+# Derived values
+
+
+def nearest_multiple(number, multiple):
+    return min(range(multiple, int(number) + 2 * multiple, multiple), key=lambda m: abs(m - number))
+
+
+@pytest.mark.parametrize(('n_embd', 'd_ff'), [(768, 2048), (64, 168), (1536, 4096), (2, 8)])
+def test_swiglu_is_eight_thirds_as_wide_to_the_nearest_multiple_of_8(n_embd, d_ff):
+    assert (
+        small('llama', n_embd=n_embd, n_head=1).d_ff == d_ff == nearest_multiple(8 * n_embd / 3, 8)
+    )
+
+
+@pytest.mark.parametrize('multiple', [1, 8, 64, 256])
+@pytest.mark.parametrize('n_embd', [32, 100, 768, 1000])
+def test_multiple_of_rounds_the_derived_width(n_embd, multiple):
+    config = small('llama', n_embd=n_embd, multiple_of=multiple)
+    assert config.d_ff == nearest_multiple(8 * n_embd / 3, multiple)
+    assert small('llama', n_embd=n_embd, multiple_of=multiple, d_ff=77).d_ff == 77
+
+
+def test_derived_values_follow_the_merge_not_the_preset():
+    config, problems = resolve(
+        {'arch_preset': 'llama', 'dropout': 0.1},
+        {'n_embd': 384, 'ffn_type': 'standard', 'dropout': 0.2, 'residual_dropout': 0.3},
+    )
+    assert problems == [] and config.d_ff == 4 * 384
+    assert (config.attention_dropout, config.residual_dropout) == (0.2, 0.3)
+
+
+# --------------------------------------------------------------------------------------------------
+# replace
+
+
+def test_replace_derives_anew_and_leaves_the_original_alone():
+    config = ModelArchitectureConfig(arch_preset='llama', dropout=0.1)
+    before = config.to_dict()
+    wider = config.replace(n_embd=384, dropout=0.2)
+    assert (wider.d_ff, wider.attention_dropout, wider.residual_dropout) == (1024, 0.2, 0.2)
+    assert (wider.preset, wider.dropout, wider.ffn_type) == ('llama', 0.2, 'swiglu')
+    assert config.to_dict() == before
+    assert config.replace(d_ff=500).replace(n_embd=384).d_ff == 500  # set, so it stays
+    assert wider.origins['n_embd'] == 'argument' and wider.origins['d_ff'] == 'derived'
+
+
+def test_replace_follows_the_presets_rules_and_can_change_the_preset():
+    assert small('legacy').replace(bias=False).normalization == 'layernorm_nobias'
+    assert (
+        small('legacy', n_layer=1).replace(arch_preset='llama').hash
+        == small('llama', n_layer=1).hash
+    )
+
+
+def test_replace_drops_what_the_new_choice_has_no_use_for():
+    changed = small('llama', rope_theta=5.0).replace(position_encoding='learned_absolute')
+    assert 'rope_theta' not in changed
+
+
+@pytest.mark.parametrize(
+    'values',
+    [{'n_layers': 3}, {'n_layer': '3'}, {'n_layer': 0}, {'n_head': 3}, {'activation': 'gelu'}],
+)
+def test_replace_checks_like_the_constructor(values):
+    with pytest.raises(UserError):
+        small('llama').replace(**values)
+    with pytest.raises(UserError):
+        small('llama', **values)
+
+
+def test_the_resolved_config_is_frozen():
+    config = small('llama')
+    for key in ('n_layer', 'new', 'preset'):
+        with pytest.raises(AttributeError, match='frozen'):
+            setattr(config, key, 1)
+    config.to_dict()['n_layer'] = 99
+    assert config.n_layer == 2
