@@ -15,6 +15,18 @@ import jsonschema
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sample_run import (
+    ARCHITECTURE,
+    CONFIG,
+    MAX_ITERS,
+    METADATA,
+    NO_PEAK,
+    STARTUP_INFO,
+    TOKENS_PER_ITER,
+    checkpoint,
+    evaluation,
+    iteration,
+)
 
 import training_logger
 from errors import UserError
@@ -24,160 +36,6 @@ from training_logger import read_record as read
 ROOT = Path(__file__).parent.parent
 SCHEMA = json.loads((ROOT / 'record_schema.json').read_text())
 VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)
-
-# 12 layers of width 768, 12 heads, SwiGLU of 2048, an untied head over 50,304 tokens.
-EMBEDDING, ATTENTION, FFN, NORMS = 50304 * 768, 12 * 4 * 768**2, 12 * 3 * 768 * 2048, 25 * 768
-TOTAL = 2 * EMBEDDING + ATTENTION + FFN + NORMS
-FULL = {
-    'attention_projections': 6 * ATTENTION,
-    'attention_scores': 12 * 12 * 768 * 1024,
-    'ffn': 6 * FFN,
-    'output_head': 6 * EMBEDDING,
-}
-CAUSAL = {**FULL, 'attention_scores': FULL['attention_scores'] // 2}
-TOKENS_PER_ITER = 4096
-MAX_ITERS = 100
-
-CONFIG = {'arch_preset': 'llama', 'max_iters': MAX_ITERS, 'seed': 1, 'data_seed': 2}
-ARCHITECTURE = {
-    'name': '12L-12H-768D-RoPE-RMS-SwiGLU-PreNorm',
-    'hash': '3f9c0a7be21d',
-    'choices': {
-        'n_layer': 12,
-        'normalization': 'rmsnorm',
-        'position_encoding': 'rope',
-        'rope_theta': 10000.0,
-        'use_gqa': False,
-        'ffn_type': 'swiglu',
-    },
-}
-METADATA = {
-    'seed': 1,
-    'data_seed': 2,
-    'strategy': 'single',
-    'world_size': 1,
-    'git_commit': None,
-    'git_clean': None,
-    'versions': {'python': '3.12.1', 'torch': '2.13.0', 'numpy': '2.1.0'},
-    'command': 'python train.py config/arch_llama.py',
-    'threads': 2,
-    'platform': 'Linux',
-    'config_files': [{'path': 'config/arch_llama.py', 'sha256': 'a' * 64, 'text': '# θ\n'}],
-}
-STARTUP_INFO = {
-    'model': {
-        'total_params': TOTAL,
-        'trainable_params': TOTAL,
-        'non_embedding_params': TOTAL - EMBEDDING,
-        'components': {
-            'token_embedding': EMBEDDING,
-            'position_encoding': 0,
-            'attention': ATTENTION,
-            'ffn': FFN,
-            'normalization': NORMS,
-            'output_head': EMBEDDING,
-        },
-    },
-    'flops': {
-        'per_token': sum(FULL.values()),
-        'per_token_causal': sum(CAUSAL.values()),
-        'breakdown': FULL,
-        'breakdown_causal': CAUSAL,
-        'attention_ffn_ratio': 2 / 3,
-        'elementwise_per_token': 1234567,
-    },
-    'optimizer': {
-        'name': 'adamw',
-        'learning_rate': 6e-4,
-        'min_lr': 6e-5,
-        'warmup_iters': 5,
-        'lr_decay_iters': 100,
-        'weight_decay': 0.1,
-        'betas': [0.9, 0.95],
-        'grad_clip': 1.0,
-        'fused': True,
-        'groups': [
-            {'name': 'decay', 'tensors': 86, 'params': TOTAL - NORMS, 'weight_decay': 0.1},
-            {'name': 'no_decay', 'tensors': 25, 'params': NORMS, 'weight_decay': 0.0},
-        ],
-    },
-    'hardware': {
-        'device': 'cuda:0',
-        'device_name': 'NVIDIA A100-SXM4-80GB',
-        'world_size': 1,
-        'dtype': 'bfloat16',
-        'peak_tflops': 312.0,
-        'peak_source': 'NVIDIA A100 datasheet, dense bfloat16',
-        'threads': 2,
-        'expected_tokens_per_sec_at_50_mfu': 182516.2,
-        'compile': True,
-    },
-    'data': {
-        'dataset': 'shakespeare',
-        'path': 'data/shakespeare',
-        'tokenizer': 'gpt2',
-        'vocab_size': 50257,
-        'model_vocab_size': 50304,
-        'train_tokens': 301966,
-        'val_tokens': 36059,
-        'train_sha256': 'b' * 64,
-        'val_sha256': 'c' * 64,
-        'train_bytes_per_token': 3.3,
-        'val_bytes_per_token': None,
-        'batch_size': 1,
-        'gradient_accumulation_steps': 4,
-        'block_size': 1024,
-        'tokens_per_iter': TOKENS_PER_ITER,
-        'eval_windows': {'train': 20, 'val': 20},
-    },
-    'derived': {'warmup_iters': '5: 5 % of max_iters'},
-}
-NO_PEAK = {
-    **STARTUP_INFO,
-    'hardware': {
-        **STARTUP_INFO['hardware'],
-        'peak_tflops': None,
-        'peak_source': 'no peak is known for this device; --peak_tflops gives one',
-        'expected_tokens_per_sec_at_50_mfu': None,
-    },
-}
-
-
-def iteration(i, *, loss=3.2145, time_ms=234.0, steps=1, mfu=32.45, peak_gb=15.67, rss_gb=2.5):
-    return {
-        'iter': i,
-        'loss': loss,
-        'lr': 1.5e-6,
-        'time_ms': time_ms,
-        'steps': steps,
-        'tokens_per_sec': 3557.0,
-        'tokens_seen': (i + 1) * TOKENS_PER_ITER,
-        'mfu': {
-            'mfu_percent': mfu,
-            'mfu_causal_percent': mfu and 0.934 * mfu,
-            'achieved_tflops': 101.2,
-            'hardware_peak_tflops': mfu and 312.0,
-            'flops_per_token': STARTUP_INFO['flops']['per_token'],
-            'architecture': ARCHITECTURE['name'],
-        },
-        'memory': {'allocated_gb': 12.34, 'peak_gb': peak_gb, 'reserved_gb': 16, 'rss_gb': rss_gb},
-        'gradients': {'norm': 2.3456, 'mean': -1.23e-5, 'std': 3.45e-4},
-    }
-
-
-def evaluation(n, val_loss=4.2, bits=1.8):
-    return {
-        'iter': n,
-        'train_loss': 4.1,
-        'val_loss': val_loss,
-        'val_bits_per_byte': bits,
-        'lr': 1e-4,
-        'time_ms': 5123.0,
-    }
-
-
-def checkpoint(n):
-    return {'iter': n, 'val_loss': None, 'path': f'checkpoints/{n}.pt', 'time_ms': 812.0}
 
 
 def logger_in(folder, **options):
@@ -205,22 +63,16 @@ def resumed(folder, k, changed=None, **options):
 
 def shown(logger):
     """What the logger has printed since last asked."""
-    text = logger.stream.getvalue()
-    logger.stream.seek(0)
-    logger.stream.truncate()
+    stream = logger.console.stream
+    text = stream.getvalue()
+    stream.seek(0)
+    stream.truncate()
     return text
 
 
 @pytest.fixture
 def folder(tmp_path):
     return new_run_folder(tmp_path)
-
-
-class Utf8Terminal(io.StringIO):
-    encoding = 'utf-8'
-
-    def isatty(self):
-        return True
 
 
 # --- run folders ----------------------------------------------------------------------------------
@@ -710,180 +562,6 @@ def test_the_line_is_on_disk_before_the_console_shows_it(folder):
     assert checked == [True] * 3
 
 
-def test_a_line_an_iteration_reads_like_nanogpt(folder):
-    logger = started(folder, style='line')
-    shown(logger)
-    logger.iteration(iteration(33))
-    line = shown(logger)
-    match = re.match(r'iter (\d+): loss ([\d.]+), time ([\d.]+)ms, mfu (-?[\d.]+)%', line)
-    assert match and match.groups() == ('33', '3.2145', '234.00', '32.45')
-    assert line.endswith('lr 1.50e-06, tok/s 3,557, mem 15.7GB, grad 2.346, eta n/a\n')
-    logger.evaluation(evaluation(34))
-    assert shown(logger) == 'step 34: train loss 4.1000, val loss 4.2000, 1.8000 bits per byte\n'
-    logger.evaluation(evaluation(35, bits=None))
-    assert shown(logger) == 'step 35: train loss 4.1000, val loss 4.2000\n'
-
-
-def test_the_block_of_an_iteration_is_the_design_documents(folder):
-    logger = started(folder, stream=Utf8Terminal())
-    shown(logger)
-    logger.iteration(iteration(5))
-    rule = '─' * 80
-    assert shown(logger) == '\n'.join(
-        [
-            rule,
-            '📍 Iter      5 │ Loss: 3.2145 │ Time: 234ms │ LR: 1.50e-06 │ ETA: n/a',
-            rule,
-            '⚡ MFU: 32.45% (causal 30.31%) │ Achieved: 101.2 TF │ Peak: 312.0 TF',
-            '   Tokens/s: 3,557 │ FLOPs/token: 854.7 MF',
-            '💾 Memory: 12.34 GB alloc │ 15.67 GB peak │ 16.00 GB reserved',
-            '📊 Gradients: norm=2.3456 │ mean=-1.23e-05 │ std=3.45e-04',
-            '',
-        ]
-    )
-
-
-def test_a_missing_mfu_comes_with_the_reason(folder):
-    logger = started(folder, NO_PEAK)
-    assert 'unknown (no peak is known for this device' in shown(logger)
-    logger.iteration(iteration(5, mfu=None))
-    text = shown(logger)
-    assert 'MFU: n/a (no peak is known for this device; --peak_tflops gives one)' in text
-    assert 'Peak:' not in text
-
-
-def test_an_evaluation_is_shown_beside_the_best(folder):
-    logger = started(folder)
-    for n, loss in ((0, 4.5), (10, 4.0)):
-        logger.evaluation(evaluation(n, loss))
-        assert 'Best val loss so far: this one' in shown(logger)
-    logger.evaluation(evaluation(20, 4.25))
-    assert 'Best val loss so far: 4.0000 at iter 10' in shown(logger)
-
-
-@pytest.mark.parametrize('style', ['auto', 'block', 'line'])
-@pytest.mark.parametrize('info', [STARTUP_INFO, NO_PEAK], ids=['peak', 'no peak'])
-def test_a_log_file_gets_plain_text_and_80_columns_and_a_terminal_the_same_words(
-    tmp_path, style, info
-):
-    texts = []
-    for stream in (io.StringIO(), Utf8Terminal()):
-        logger = started(new_run_folder(tmp_path), info, style=style, stream=stream)
-        logger.iteration(iteration(5, mfu=None if info is NO_PEAK else 32.45))
-        logger.evaluation(evaluation(6, 10.9))
-        logger.checkpoint(checkpoint(6))
-        logger.event('signal', 6, 'SIGTERM')
-        logger.finish()
-        texts.append(stream.getvalue().replace(str(logger.run_folder), 'FOLDER'))
-    plain, fancy = texts
-    assert plain.isascii()
-    assert re.findall('[A-Za-z]{2,}', plain) == re.findall('[A-Za-z]{2,}', fancy)
-    assert '🚀' in fancy and '├─' in fancy
-    if style != 'line':
-        assert max(map(len, plain.splitlines())) <= 80
-
-
-def test_the_startup_report_shows_every_choice_and_figures_that_add_up(folder):
-    logger = started(folder)
-    report = shown(logger)
-    for key, value in {
-        'Architecture Name': '12L-12H-768D-RoPE-RMS-SwiGLU-PreNorm',
-        'Layers': '12',
-        'Normalization': 'rmsnorm',
-        'Position Encoding': 'rope',
-        'RoPE Theta': '10000.0',
-        'Use GQA': 'False',
-        'FFN Type': 'swiglu',
-        'Tokens/iteration': '1 sequence x 4 accumulation x 1,024 tokens = 4,096',
-        'Vocabulary': '50,257 data -> 50,304 model',
-        'Attention/FFN ratio': '0.67 (causal half)',
-        'Expected tokens/s': '182,516 at 50 % MFU',
-        'Peak': '312.0 TFLOP/s (NVIDIA A100 datasheet, dense bfloat16)',
-        'warmup_iters': '5: 5 % of max_iters',
-        'Folder': str(folder),
-    }.items():
-        assert re.search(rf'{re.escape(key)}: +{re.escape(value)}$', report, re.MULTILINE), key
-    totals = re.findall(r'^ +total +(.*)$', report, re.MULTILINE)
-    assert [total.split() for total in totals] == [
-        ['162,220,800', '100.0', '%'],
-        ['111', '162,220,800'],
-        ['854.7', 'MF', '100.0', '%', '798.0', 'MF', '100.0', '%'],
-    ]
-
-
-@pytest.mark.parametrize('part, key', [('model', 'total_params'), ('flops', 'per_token')])
-def test_tables_that_do_not_add_up_are_refused(folder, part, key):
-    figures = STARTUP_INFO[part]
-    with pytest.raises(AssertionError):
-        started(folder, {**STARTUP_INFO, part: {**figures, key: figures[key] + 1000}})
-
-
-def test_the_optimizer_must_hold_every_parameter(folder):
-    optimizer = STARTUP_INFO['optimizer']
-    with pytest.raises(AssertionError):
-        started(
-            folder,
-            {**STARTUP_INFO, 'optimizer': {**optimizer, 'groups': optimizer['groups'][:1]}},
-        )
-
-
-def test_time_left_is_the_pace_since_the_first_logged_step(folder, monkeypatch):
-    clock = iter([1000.0, 1030.0, 1060.0, 1061.0])
-    logger = started(folder, style='line')
-    monkeypatch.setattr(training_logger.time, 'monotonic', lambda: next(clock))
-    left = []
-    for i in (9, 19, 39, 99):
-        shown(logger)
-        logger.iteration(iteration(i))
-        left.append(shown(logger).rsplit('eta ', 1)[1].strip())
-    # 10 updates in 30 s and 80 to go; 30 in 60 s and 60 to go
-    assert left == ['n/a', '0:04:00', '0:02:00', '0:00:00']
-
-
-def test_the_closing_block_says_where_and_what_next(folder):
-    logger = log_a_run(folder)
-    shown(logger)
-    logger.finish('interrupted')
-    text = shown(logger)
-    for expected in (
-        'TRAINING INTERRUPTED after 100 of 100 iterations',
-        '3.5000 (iter 40; 1.5000 bits per byte)',
-        '350.1 TFLOPs',  # 409,600 tokens x 854.7 MF
-        str(folder / 'record.json'),
-        'python compare_architectures.py',
-        '--init_from=resume',
-    ):
-        assert expected in text
-
-
 def test_finish_before_start_does_nothing(folder):
     assert logger_in(folder).finish('failed') is None
     assert not (folder / 'journal.jsonl').exists()
-
-
-def test_an_unknown_style_is_the_users_mistake(folder):
-    with pytest.raises(UserError, match=r"log_style='lines' .*Did you mean line\?"):
-        logger_in(folder, style='lines')
-
-
-def test_a_stream_that_lacks_letters_does_not_end_the_run(tmp_path):
-    raw = io.BytesIO()
-    stream = io.TextIOWrapper(raw, encoding='ascii', write_through=True)
-    started(new_run_folder(tmp_path / 'læring'), stream=stream).finish()
-    assert b'TRAINING FINISHED' in raw.getvalue()
-
-
-@pytest.mark.parametrize(
-    'value, text',
-    [
-        (None, 'n/a'),
-        (0, '0.0 F'),
-        (854_654_976, '854.7 MF'),
-        (35.1e9, '35.1 GF'),
-        (999.96e9, '1.0 TF'),
-        (312e12, '312.0 TF'),
-        (3e24, '3,000.0 ZF'),
-    ],
-)
-def test_flops_have_the_unit_that_suits_them(value, text):
-    assert training_logger._flops(value) == text

@@ -1,0 +1,164 @@
+"""A run as the record tells it, for the tests of what writes and shows it: plain values."""
+
+import io
+
+# 12 layers of width 768, 12 heads, SwiGLU of 2048, an untied head over 50,304 tokens.
+EMBEDDING, ATTENTION, FFN, NORMS = 50304 * 768, 12 * 4 * 768**2, 12 * 3 * 768 * 2048, 25 * 768
+TOTAL = 2 * EMBEDDING + ATTENTION + FFN + NORMS
+FULL = {
+    'attention_projections': 6 * ATTENTION,
+    'attention_scores': 12 * 12 * 768 * 1024,
+    'ffn': 6 * FFN,
+    'output_head': 6 * EMBEDDING,
+}
+CAUSAL = {**FULL, 'attention_scores': FULL['attention_scores'] // 2}
+TOKENS_PER_ITER = 4096
+MAX_ITERS = 100
+
+CONFIG = {'arch_preset': 'llama', 'max_iters': MAX_ITERS, 'seed': 1, 'data_seed': 2}
+ARCHITECTURE = {
+    'name': '12L-12H-768D-RoPE-RMS-SwiGLU-PreNorm',
+    'hash': '3f9c0a7be21d',
+    'choices': {
+        'n_layer': 12,
+        'normalization': 'rmsnorm',
+        'position_encoding': 'rope',
+        'rope_theta': 10000.0,
+        'use_gqa': False,
+        'ffn_type': 'swiglu',
+    },
+}
+METADATA = {
+    'seed': 1,
+    'data_seed': 2,
+    'strategy': 'single',
+    'world_size': 1,
+    'git_commit': None,
+    'git_clean': None,
+    'versions': {'python': '3.12.1', 'torch': '2.13.0', 'numpy': '2.1.0'},
+    'command': 'python train.py config/arch_llama.py',
+    'threads': 2,
+    'platform': 'Linux',
+    'config_files': [{'path': 'config/arch_llama.py', 'sha256': 'a' * 64, 'text': '# θ\n'}],
+}
+STARTUP_INFO = {
+    'model': {
+        'total_params': TOTAL,
+        'trainable_params': TOTAL,
+        'non_embedding_params': TOTAL - EMBEDDING,
+        'components': {
+            'token_embedding': EMBEDDING,
+            'position_encoding': 0,
+            'attention': ATTENTION,
+            'ffn': FFN,
+            'normalization': NORMS,
+            'output_head': EMBEDDING,
+        },
+    },
+    'flops': {
+        'per_token': sum(FULL.values()),
+        'per_token_causal': sum(CAUSAL.values()),
+        'breakdown': FULL,
+        'breakdown_causal': CAUSAL,
+        'attention_ffn_ratio': 2 / 3,
+        'elementwise_per_token': 1234567,
+    },
+    'optimizer': {
+        'name': 'adamw',
+        'learning_rate': 6e-4,
+        'min_lr': 6e-5,
+        'warmup_iters': 5,
+        'lr_decay_iters': 100,
+        'weight_decay': 0.1,
+        'betas': [0.9, 0.95],
+        'grad_clip': 1.0,
+        'fused': True,
+        'groups': [
+            {'name': 'decay', 'tensors': 86, 'params': TOTAL - NORMS, 'weight_decay': 0.1},
+            {'name': 'no_decay', 'tensors': 25, 'params': NORMS, 'weight_decay': 0.0},
+        ],
+    },
+    'hardware': {
+        'device': 'cuda:0',
+        'device_name': 'NVIDIA A100-SXM4-80GB',
+        'world_size': 1,
+        'dtype': 'bfloat16',
+        'peak_tflops': 312.0,
+        'peak_source': 'NVIDIA A100 datasheet, dense bfloat16',
+        'threads': 2,
+        'expected_tokens_per_sec_at_50_mfu': 182516.2,
+        'compile': True,
+    },
+    'data': {
+        'dataset': 'shakespeare',
+        'path': 'data/shakespeare',
+        'tokenizer': 'gpt2',
+        'vocab_size': 50257,
+        'model_vocab_size': 50304,
+        'train_tokens': 301966,
+        'val_tokens': 36059,
+        'train_sha256': 'b' * 64,
+        'val_sha256': 'c' * 64,
+        'train_bytes_per_token': 3.3,
+        'val_bytes_per_token': None,
+        'batch_size': 1,
+        'gradient_accumulation_steps': 4,
+        'block_size': 1024,
+        'tokens_per_iter': TOKENS_PER_ITER,
+        'eval_windows': {'train': 20, 'val': 20},
+    },
+    'derived': {'warmup_iters': '5: 5 % of max_iters'},
+}
+NO_PEAK = {
+    **STARTUP_INFO,
+    'hardware': {
+        **STARTUP_INFO['hardware'],
+        'peak_tflops': None,
+        'peak_source': 'no peak is known for this device; --peak_tflops gives one',
+        'expected_tokens_per_sec_at_50_mfu': None,
+    },
+}
+
+
+def iteration(i, *, loss=3.2145, time_ms=234.0, steps=1, mfu=32.45, peak_gb=15.67, rss_gb=2.5):
+    return {
+        'iter': i,
+        'loss': loss,
+        'lr': 1.5e-6,
+        'time_ms': time_ms,
+        'steps': steps,
+        'tokens_per_sec': 3557.0,
+        'tokens_seen': (i + 1) * TOKENS_PER_ITER,
+        'mfu': {
+            'mfu_percent': mfu,
+            'mfu_causal_percent': mfu and 0.934 * mfu,
+            'achieved_tflops': 101.2,
+            'hardware_peak_tflops': mfu and 312.0,
+            'flops_per_token': STARTUP_INFO['flops']['per_token'],
+            'architecture': ARCHITECTURE['name'],
+        },
+        'memory': {'allocated_gb': 12.34, 'peak_gb': peak_gb, 'reserved_gb': 16, 'rss_gb': rss_gb},
+        'gradients': {'norm': 2.3456, 'mean': -1.23e-5, 'std': 3.45e-4},
+    }
+
+
+def evaluation(n, val_loss=4.2, bits=1.8):
+    return {
+        'iter': n,
+        'train_loss': 4.1,
+        'val_loss': val_loss,
+        'val_bits_per_byte': bits,
+        'lr': 1e-4,
+        'time_ms': 5123.0,
+    }
+
+
+def checkpoint(n):
+    return {'iter': n, 'val_loss': None, 'path': f'checkpoints/{n}.pt', 'time_ms': 812.0}
+
+
+class Utf8Terminal(io.StringIO):
+    encoding = 'utf-8'
+
+    def isatty(self):
+        return True

@@ -1,0 +1,237 @@
+"""What a run shows: the design document's forms, nanoGPT's, and every figure where it belongs."""
+
+import io
+import re
+
+import pytest
+from sample_run import (
+    ARCHITECTURE,
+    CONFIG,
+    MAX_ITERS,
+    NO_PEAK,
+    STARTUP_INFO,
+    Utf8Terminal,
+    checkpoint,
+    evaluation,
+    iteration,
+)
+
+import console
+from console import Console, checkpoint_line, closing_block, event_line, startup_report
+from errors import UserError
+
+CLOSED = {
+    'status': 'interrupted',
+    'checkpoints': [checkpoint(100)],
+    'summary': {
+        'total_iterations': 100,
+        'final_iter': 40,
+        'final_train_loss': 3.25,
+        'best_val_loss': 3.5,
+        'final_val_loss': 3.75,
+        'val_bits_per_byte': 1.5,
+        'avg_mfu': 31.5,
+        'avg_time_ms': 234.0,
+        'total_tokens': 409_600,
+        'total_flops': 350.1e12,
+        'wall_seconds': 3723.4,
+        'peak_memory_gb': 30.0,
+    },
+}
+
+
+def console_on(stream=None, **options):
+    return Console(stream=stream or io.StringIO(), max_iters=MAX_ITERS, **options)
+
+
+def begun(startup_info=STARTUP_INFO, stream=None, **options):
+    shown_on = console_on(stream, **options)
+    report = startup_report(CONFIG, ARCHITECTURE, startup_info, 'out/run_1')
+    shown_on.begin(report, startup_info['hardware'])
+    return shown_on
+
+
+def shown(shown_on):
+    """What the console has shown since last asked."""
+    text = shown_on.stream.getvalue()
+    shown_on.stream.seek(0)
+    shown_on.stream.truncate()
+    return text
+
+
+# --- as it goes -----------------------------------------------------------------------------------
+
+
+def test_a_line_an_iteration_reads_like_nanogpt():
+    lines = console_on(style='line')
+    lines.iteration(iteration(33))
+    line = shown(lines)
+    match = re.match(r'iter (\d+): loss ([\d.]+), time ([\d.]+)ms, mfu (-?[\d.]+)%', line)
+    assert match and match.groups() == ('33', '3.2145', '234.00', '32.45')
+    assert line.endswith('lr 1.50e-06, tok/s 3,557, mem 15.7GB, grad 2.346, eta n/a\n')
+    lines.evaluation(evaluation(34), None)
+    assert shown(lines) == 'step 34: train loss 4.1000, val loss 4.2000, 1.8000 bits per byte\n'
+    lines.evaluation(evaluation(35, bits=None), None)
+    assert shown(lines) == 'step 35: train loss 4.1000, val loss 4.2000\n'
+
+
+def test_the_block_of_an_iteration_is_the_design_documents():
+    blocks = console_on(Utf8Terminal())
+    blocks.iteration(iteration(5))
+    rule = '─' * 80
+    assert shown(blocks) == '\n'.join(
+        [
+            rule,
+            '📍 Iter      5 │ Loss: 3.2145 │ Time: 234ms │ LR: 1.50e-06 │ ETA: n/a',
+            rule,
+            '⚡ MFU: 32.45% (causal 30.31%) │ Achieved: 101.2 TF │ Peak: 312.0 TF',
+            '   Tokens/s: 3,557 │ FLOPs/token: 854.7 MF',
+            '💾 Memory: 12.34 GB alloc │ 15.67 GB peak │ 16.00 GB reserved',
+            '📊 Gradients: norm=2.3456 │ mean=-1.23e-05 │ std=3.45e-04',
+            '',
+        ]
+    )
+
+
+def test_a_missing_mfu_comes_with_the_reason():
+    blocks = begun(NO_PEAK)
+    assert 'unknown (no peak is known for this device' in shown(blocks)
+    blocks.iteration(iteration(5, mfu=None))
+    text = shown(blocks)
+    assert 'MFU: n/a (no peak is known for this device; --peak_tflops gives one)' in text
+    assert 'Peak:' not in text
+
+
+def test_an_evaluation_is_shown_beside_the_best():
+    blocks, best = console_on(), evaluation(10, 4.0)
+    blocks.evaluation(best, best)
+    assert 'Best val loss so far: this one' in shown(blocks)
+    blocks.evaluation(evaluation(20, 4.25), best)
+    assert 'Best val loss so far: 4.0000 at iter 10' in shown(blocks)
+    blocks.evaluation(evaluation(30, None), None)
+    assert 'Best val loss so far: n/a' in shown(blocks)
+
+
+def test_time_left_is_the_pace_since_the_first_logged_step(monkeypatch):
+    clock = iter([1000.0, 1030.0, 1060.0, 1061.0])
+    lines = console_on(style='line')
+    monkeypatch.setattr(console.time, 'monotonic', lambda: next(clock))
+    left = []
+    for i in (9, 19, 39, 99):
+        lines.iteration(iteration(i))
+        left.append(shown(lines).rsplit('eta ', 1)[1].strip())
+    # 10 updates in 30 s and 80 to go; 30 in 60 s and 60 to go
+    assert left == ['n/a', '0:04:00', '0:02:00', '0:00:00']
+
+
+# --- the start ------------------------------------------------------------------------------------
+
+
+def test_the_startup_report_shows_every_choice_and_figures_that_add_up():
+    report = shown(begun())
+    for key, value in {
+        'Architecture Name': '12L-12H-768D-RoPE-RMS-SwiGLU-PreNorm',
+        'Layers': '12',
+        'Normalization': 'rmsnorm',
+        'Position Encoding': 'rope',
+        'RoPE Theta': '10000.0',
+        'Use GQA': 'False',
+        'FFN Type': 'swiglu',
+        'Tokens/iteration': '1 sequence x 4 accumulation x 1,024 tokens = 4,096',
+        'Vocabulary': '50,257 data -> 50,304 model',
+        'Attention/FFN ratio': '0.67 (causal half)',
+        'Expected tokens/s': '182,516 at 50 % MFU',
+        'Peak': '312.0 TFLOP/s (NVIDIA A100 datasheet, dense bfloat16)',
+        'warmup_iters': '5: 5 % of max_iters',
+        'Folder': 'out/run_1',
+    }.items():
+        assert re.search(rf'{re.escape(key)}: +{re.escape(value)}$', report, re.MULTILINE), key
+    totals = re.findall(r'^ +total +(.*)$', report, re.MULTILINE)
+    assert [total.split() for total in totals] == [
+        ['162,220,800', '100.0', '%'],
+        ['111', '162,220,800'],
+        ['854.7', 'MF', '100.0', '%', '798.0', 'MF', '100.0', '%'],
+    ]
+
+
+@pytest.mark.parametrize('part, key', [('model', 'total_params'), ('flops', 'per_token')])
+def test_tables_that_do_not_add_up_are_refused(part, key):
+    figures = STARTUP_INFO[part]
+    with pytest.raises(AssertionError):
+        begun({**STARTUP_INFO, part: {**figures, key: figures[key] + 1000}})
+
+
+def test_the_optimizer_must_hold_every_parameter():
+    optimizer = STARTUP_INFO['optimizer']
+    with pytest.raises(AssertionError):
+        begun({**STARTUP_INFO, 'optimizer': {**optimizer, 'groups': optimizer['groups'][:1]}})
+
+
+# --- the end --------------------------------------------------------------------------------------
+
+
+def test_the_closing_block_says_where_and_what_next():
+    text = closing_block(CLOSED, evaluation(30, 3.5, 1.5), 'out/run_1/record.json')
+    for expected in (
+        'TRAINING INTERRUPTED after 40 of 100 iterations',
+        '3.5000 (iter 30; 1.5000 bits per byte)',
+        '350.1 TFLOPs',
+        '1:02:03',
+        'out/run_1/record.json',
+        'python compare_architectures.py',
+        '--init_from=resume',
+    ):
+        assert expected in text
+    assert '--init_from' not in closing_block({**CLOSED, 'status': 'finished'}, None, 'r')
+    assert '--init_from' not in closing_block({**CLOSED, 'checkpoints': []}, None, 'r')
+
+
+# --- the stream -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('style', ['auto', 'block', 'line'])
+@pytest.mark.parametrize('info', [STARTUP_INFO, NO_PEAK], ids=['peak', 'no peak'])
+def test_a_log_file_gets_plain_text_and_80_columns_and_a_terminal_the_same_words(style, info):
+    texts = []
+    for stream in (io.StringIO(), Utf8Terminal()):
+        shown_on = begun(info, stream, style=style)
+        shown_on.iteration(iteration(5, mfu=None if info is NO_PEAK else 32.45))
+        shown_on.evaluation(evaluation(6, 10.9), evaluation(6, 10.9))
+        shown_on.show(checkpoint_line(checkpoint(6)))
+        shown_on.show(event_line({'event': 'signal', 'iter': 6, 'message': 'SIGTERM'}))
+        shown_on.show(closing_block(CLOSED, evaluation(6, 10.9), 'out/run_1/record.json'))
+        texts.append(stream.getvalue())
+    plain, fancy = texts
+    assert plain.isascii()
+    assert re.findall('[A-Za-z]{2,}', plain) == re.findall('[A-Za-z]{2,}', fancy)
+    assert '🚀' in fancy and '├─' in fancy
+    if style != 'line':
+        assert max(map(len, plain.splitlines())) <= 80
+
+
+def test_a_stream_that_lacks_letters_does_not_end_the_run():
+    raw = io.BytesIO()
+    stream = io.TextIOWrapper(raw, encoding='ascii', write_through=True)
+    console_on(stream).show('Folder: læring')
+    assert raw.getvalue() == b'Folder: l?ring\n'
+
+
+def test_an_unknown_style_is_the_users_mistake():
+    with pytest.raises(UserError, match=r"log_style='lines' .*Did you mean line\?"):
+        console_on(style='lines')
+
+
+@pytest.mark.parametrize(
+    'value, text',
+    [
+        (None, 'n/a'),
+        (0, '0.0 F'),
+        (854_654_976, '854.7 MF'),
+        (35.1e9, '35.1 GF'),
+        (999.96e9, '1.0 TF'),
+        (312e12, '312.0 TF'),
+        (3e24, '3,000.0 ZF'),
+    ],
+)
+def test_flops_have_the_unit_that_suits_them(value, text):
+    assert console._flops(value) == text
