@@ -135,7 +135,7 @@ def read_index(path: Path) -> Checkpoint:
             f'{file} has version {index.get("version")!r}; this program reads {VERSION}.'
         )
     shape = {'iter': int, 'files': dict, 'progress': dict, 'config_files': list}
-    shape |= dict.fromkeys(('config', 'chosen', 'architecture'), dict)
+    shape |= dict.fromkeys(('config', 'chosen', 'architecture', 'surroundings'), dict)
     missing = [key for key, kind in shape.items() if not isinstance(index.get(key), kind)]
     if missing or not isinstance(index['files'].get('state.pt'), dict):
         raise BrokenCheckpoint(f'{file} lacks {", ".join(missing) or "the checksum of state.pt"}.')

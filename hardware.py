@@ -15,6 +15,7 @@ import subprocess
 import sys
 import sysconfig
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -308,8 +309,12 @@ def _peak_rss() -> int | None:
 # --- Speed ----------------------------------------------------------------------------------------
 
 
-def tune(device: torch.device) -> None:
-    """Settings of the whole process that cost nothing in accuracy or are what everybody uses."""
+def tune(device: torch.device, deterministic: bool) -> None:
+    """Settings of the whole process; `deterministic` asks for kernels that are, at any price."""
+    if deterministic:
+        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
     if device.type == 'cuda':
         # fp32 products outside autocast in TF32, as nanoGPT has it.
         torch.backends.cuda.matmul.allow_tf32 = True
@@ -331,6 +336,36 @@ def _keep_freed_memory() -> None:
         return
     mallopt(m_mmap_threshold, most)
     mallopt(m_trim_threshold, most)
+
+
+# --- Time ----------------------------------------------------------------------------------------
+
+
+class StepClock:
+    """Seconds that went into updates since the last log entry, and their number."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.restart()
+
+    def restart(self) -> None:
+        self.seconds, self.steps, self.began = 0.0, 0, time.perf_counter()
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Do not count what goes on inside: an evaluation, a checkpoint."""
+        self._add()
+        yield
+        self.began = time.perf_counter()
+
+    def take(self) -> tuple[float, int]:
+        """Seconds an update, and the number of updates that they are the mean of."""
+        self._add()
+        return self.seconds / self.steps, self.steps
+
+    def _add(self) -> None:
+        synchronize(self.device)
+        self.seconds += time.perf_counter() - self.began
 
 
 # --- Surroundings ---------------------------------------------------------------------------------

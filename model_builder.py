@@ -201,14 +201,15 @@ def count_parameters(model: Transformer) -> dict:
     }
 
 
-def training_flops(model: Transformer, seq_len: int | None = None) -> dict:
+def training_flops(model: Transformer, recomputed_blocks: list[int] | None = None) -> dict:
     """The record's `startup_info.flops`: FLOPs a token of a training step, in both conventions.
 
     Matrix multiplications of the forward pass, and twice that for the backward pass. `per_token`
     counts attention over the full square (Chowdhery et al. 2022, appendix B, as nanoGPT and
-    torchtitan do), `per_token_causal` over the half that a causal model needs.
+    torchtitan do), `per_token_causal` over the half that a causal model needs. What the forward
+    pass of `recomputed_blocks` costs once more is apart, and in neither.
     """
-    length = seq_len or model.config.block_size
+    length = model.config.block_size
     full, causal = (
         {part: 3.0 * value / length for part, value in counted.items()}
         for counted in (module_flops(model, length, half, 'other') for half in (False, True))
@@ -221,13 +222,18 @@ def training_flops(model: Transformer, seq_len: int | None = None) -> dict:
         'breakdown_causal': causal,
         'attention_ffn_ratio': attention / causal['ffn'] if causal.get('ffn') else None,
         'elementwise_per_token': elementwise_operations(model.config) / length,
+        'recomputed_per_token': sum(
+            sum(model.blocks[n].flops(length, causal=False).values()) / length
+            for n in recomputed_blocks or ()
+        ),
     }
 
 
 class _ElementCounter(TorchDispatchMode):
     """Adds up the elements written by operations that are neither products nor mere views."""
 
-    PRODUCTS = ('aten.mm', 'aten.bmm', 'aten.addmm', 'aten.baddbmm')
+    # A product's output gets its shape by `_unsafe_view`, which writes nothing either.
+    UNCOUNTED = ('aten.mm', 'aten.bmm', 'aten.addmm', 'aten.baddbmm', 'aten._unsafe_view')
 
     def __init__(self):
         super().__init__()
@@ -235,7 +241,7 @@ class _ElementCounter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        if not func.is_view and not str(func).startswith(self.PRODUCTS):
+        if not func.is_view and not str(func).startswith(self.UNCOUNTED):
             outputs = result if isinstance(result, (tuple, list)) else (result,)
             self.elements += sum(o.numel() for o in outputs if isinstance(o, torch.Tensor))
         return result

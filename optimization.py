@@ -82,21 +82,33 @@ class Updater:
         if self.grad_clip:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.grad_clip, norm)
         broken = (~(torch.isfinite(norm) & torch.isfinite(loss))).float()
-        self.skipped += broken
         if self.scaler.is_enabled():
+            # An overflowing gradient is how the scaler finds its scale; only a lost loss counts.
+            self.skipped += (~torch.isfinite(loss)).float()
             self.scaler.step(self.optimizer)
             self.scaler.update()
         else:
+            self.skipped += broken
             self.optimizer.found_inf = broken
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return GradientSums(norm, total)
 
+    @property
+    def loss_scale(self) -> float | None:
+        """The fp16 scaler's; None without one."""
+        return self.scaler.get_scale() if self.scaler.is_enabled() else None
+
+    def weights_are_finite(self) -> bool:
+        """Whether every parameter is, at the price of a synchronisation."""
+        return bool(torch.isfinite(torch.nn.utils.get_total_norm(self.parameters)))
+
     def statistics(self, norm: float, total: float) -> dict[str, float]:
         """Norm, mean and standard deviation of the gradient's elements, from their sums."""
         mean = total / self.elements
-        variance = max(0.0, norm * norm / self.elements - mean * mean)
-        return {'norm': norm, 'mean': mean, 'std': math.sqrt(variance)}
+        variance = norm * norm / self.elements - mean * mean
+        std = math.sqrt(max(variance, 0.0)) if math.isfinite(variance) else math.nan
+        return {'norm': norm, 'mean': mean, 'std': std}
 
     def state_dict(self) -> dict:
         return {'optimizer': self.optimizer.state_dict(), 'scaler': self.scaler.state_dict()}

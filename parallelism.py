@@ -4,8 +4,10 @@ Every method that communicates is to be called by every rank. `train.py` asks fo
 """
 
 import os
+from functools import partial
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from errors import UserError
 from model_builder import Transformer
@@ -22,8 +24,14 @@ class SingleProcess:
         """Whether this rank writes records and checkpoints."""
         return self.rank == 0
 
-    def wrap(self, model: Transformer, compiled: bool) -> Transformer:
-        """The model as it is to be called in training."""
+    def wrap(self, model: Transformer, recomputed: list[int], compiled: bool) -> Transformer:
+        """The model as it is to be called in training.
+
+        recomputed: the blocks that keep only their input for the backward pass.
+        """
+        for number in recomputed:
+            block = model.blocks[number]
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
         if compiled:
             for block in model.blocks:  # identical blocks share one graph
                 block.compile()
@@ -32,6 +40,14 @@ class SingleProcess:
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum over all ranks."""
         return tensor
+
+
+def recomputed_blocks(activation_checkpointing: str, n_layer: int) -> list[int]:
+    """The blocks that 'none', 'full' or 'N', every N-th, stands for."""
+    if activation_checkpointing == 'none':
+        return []
+    every = 1 if activation_checkpointing == 'full' else int(activation_checkpointing)
+    return list(range(every - 1, n_layer, every))
 
 
 def choose_strategy() -> SingleProcess:

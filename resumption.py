@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -11,6 +11,7 @@ import checkpointing
 from configurator import CommandLine, Layer, accept_layer
 from errors import UserError
 from model_config import ModelArchitectureConfig
+from optimization import Updater
 from training_config import Settings, schema
 from training_logger import TrainingLogger, latest_run
 
@@ -26,6 +27,9 @@ class Progress:
     evaluated_at: int | None = None  # updates made when it was last evaluated
     val_loss: float | None = None  # found by that evaluation
     best_val_loss: float | None = None
+    recent_losses: list[float] = field(default_factory=list)  # what a spike is held against
+    data_shift: int = 0  # updates' worth of data left out by rollbacks
+    rollbacks: int = 0
 
     def note_evaluation(self, val_loss: float) -> bool:
         """Whether `val_loss` is the lowest so far. NaN never is."""
@@ -44,55 +48,47 @@ class Resumed:
     checkpoint: checkpointing.Checkpoint
     state: dict
     warnings: list[str]
-    changed: dict | None = None  # key -> [then, now], once `check` has compared the settings
 
-    @property
-    def progress(self) -> Progress:
-        return Progress(**self.checkpoint.index['progress'])
-
-    def check(self, settings: Settings) -> None:
-        """Refuse another architecture; note the training options that differ.
-
-        Raises UserError naming the keys.
-        """
-        then, now = self.checkpoint.index['architecture'], settings.architecture.to_dict()
-        differing = [key for key in {**then, **now} if then.get(key) != now.get(key)]
+    def check(self, architecture: ModelArchitectureConfig) -> None:
+        """Refuse another architecture. Raises UserError naming the keys that differ."""
+        differing = _differences(self.checkpoint.index['architecture'], architecture.to_dict())
         if differing:
-            pairs = ', '.join(f'{k}={then.get(k)!r} (now {now.get(k)!r})' for k in differing)
+            pairs = ', '.join(f'{k}={then!r} (now {now!r})' for k, (then, now) in differing.items())
             raise UserError(
                 f'{self.run_folder} cannot be resumed with another architecture: it has {pairs}. '
                 f'Leave these keys out to go on with it, or start a new run with '
                 f'--init_from=scratch.'
             )
-        then, now = self.checkpoint.index['config'], settings.to_dict()
-        self.changed = {
-            key: [then.get(key), value]
-            for key, value in now.items()
-            if then.get(key) != value and key not in NOT_TAKEN_OVER
-        }
 
-    def restore(self, model: torch.nn.Module, updater) -> None:
-        """Load weights and optimizer; the state is given up, to free its memory.
+    def restore(self, model: torch.nn.Module, updater: Updater) -> Progress:
+        """Load weights and optimizer, and give the state up, to free its memory."""
+        state, self.state = self.state, {}
+        return restore(model, updater, self.checkpoint, state)
 
-        Raises UserError if the checkpoint does not fit.
-        """
-        load_weights(model, self.checkpoint, self.state)
-        with _fitting(self.checkpoint):
-            updater.load_state_dict(self.state)
-        self.state = {}
-
-    def report(self, logger: TrainingLogger, header: dict) -> None:
+    def report(self, logger: TrainingLogger, header: dict, surroundings: dict) -> None:
         """Continue the record, with what changed and what was wrong."""
+        index = self.checkpoint.index
+        changed = _differences(index['config'], header['config'])
+        changed |= _differences(index['surroundings'], surroundings)
         logger.resume(
             self.checkpoint.iter,
             checkpoint=str(self.checkpoint.path.relative_to(self.run_folder)),
-            changed=self.changed,
+            changed={key: pair for key, pair in changed.items() if key not in NOT_TAKEN_OVER},
             config=header['config'],
             metadata=header['metadata'],
             startup_info=header['startup_info'],
         )
         for warning in self.warnings:
             logger.event('broken_checkpoint', self.checkpoint.iter, warning)
+
+
+def _differences(then: dict, now: dict) -> dict[str, list]:
+    """key -> [then, now] where they differ; None where one side has no such key."""
+    return {
+        key: [then.get(key), now.get(key)]
+        for key in {**then, **now}
+        if then.get(key) != now.get(key)
+    }
 
 
 def find(asked: CommandLine) -> Resumed | None:
@@ -165,6 +161,16 @@ def load_weights(model: torch.nn.Module, checkpoint: checkpointing.Checkpoint, s
         model.load_state_dict(state['model'])
 
 
+def restore(
+    model: torch.nn.Module, updater: Updater, checkpoint: checkpointing.Checkpoint, state: dict
+) -> Progress:
+    """Load weights and optimizer; how far the run had come. Raises UserError if they do not fit."""
+    load_weights(model, checkpoint, state)
+    with _fitting(checkpoint):
+        updater.load_state_dict(state)
+        return Progress(**checkpoint.index['progress'])
+
+
 @contextmanager
 def _fitting(checkpoint: checkpointing.Checkpoint) -> Iterator[None]:
     try:
@@ -174,15 +180,15 @@ def _fitting(checkpoint: checkpointing.Checkpoint) -> Iterator[None]:
         raise UserError(f'{checkpoint.path} does not fit this model: {reason}') from error
 
 
-def checkpoint_index(settings: Settings, progress: Progress) -> dict:
+def checkpoint_index(settings: Settings, progress: Progress, surroundings: dict) -> dict:
     """What a checkpoint says of itself, beside its tensors: plain values only."""
     config = settings.to_dict()
     origins = {**settings.run.origins, **settings.architecture.origins}
+    open_keys = ('default', 'derived', 'dataset')
     chosen = {
         key: value
         for key, value in config.items()
-        if origins.get(key) not in ('default', 'derived', 'dataset', None)
-        and key not in NOT_TAKEN_OVER
+        if key not in NOT_TAKEN_OVER and origins.get(key, 'default') not in open_keys
     }
     evaluated = progress.evaluated_at == progress.iter
     return {
@@ -193,5 +199,6 @@ def checkpoint_index(settings: Settings, progress: Progress) -> dict:
         'chosen': {'arch_preset': settings.architecture.preset, **chosen},
         'architecture': settings.architecture.to_dict(),
         'architecture_name': settings.architecture.name,
+        'surroundings': surroundings,
         'config_files': [file['path'] for file in settings.asked.config_files],
     }

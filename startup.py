@@ -47,6 +47,7 @@ def record_header(
             'versions': hardware.versions(),
             'command': shlex.join(['python', 'train.py', *argv]),
             'threads': torch.get_num_threads(),
+            'deterministic': run.deterministic,
             'platform': platform.platform(),
             'config_files': [
                 {**file, 'sha256': hashlib.sha256(file['text'].encode()).hexdigest()}
@@ -68,10 +69,25 @@ def record_header(
                 'expected_tokens_per_sec_at_50_mfu': total_peak
                 and 0.5 * total_peak * 1e12 / flops['per_token'],
                 'compile': compiled,
+                'activation_checkpointing': run.activation_checkpointing,
             },
             'data': _data(settings, dataset),
             'derived': settings.derived,
         },
+    }
+
+
+def surroundings(header: dict) -> dict:
+    """What can change the last bits of a run, or its meaning, beside its options."""
+    metadata, info = header['metadata'], header['startup_info']
+    return {
+        'threads': metadata['threads'],
+        'world_size': metadata['world_size'],
+        'strategy': metadata['strategy'],
+        'git_commit': metadata['git_commit'],
+        'device_name': info['hardware']['device_name'],
+        **{f'version of {name}': version for name, version in metadata['versions'].items()},
+        **{key: info['data'][key] for key in ('train_sha256', 'val_sha256')},
     }
 
 

@@ -12,20 +12,25 @@ value and where it came from.
 import math
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 import checkpointing
+import diagnostics
 import hardware
 import resumption
+import stability
 from configurator import format_help, read_command_line
 from errors import run_script
+from interruption import Interruption
 from model_builder import build_model, name_seed, parameter_groups, training_flops
 from optimization import Updater, build_optimizer, learning_rate_at
-from parallelism import SingleProcess, choose_strategy
-from startup import record_header
+from parallelism import SingleProcess, choose_strategy, recomputed_blocks
+from startup import record_header, surroundings
 from token_data import TokenDataset, load_dataset, prepare_if_missing
 from training_config import Settings, load_settings, schema
 from training_logger import TrainingLogger, new_run_folder
@@ -40,6 +45,7 @@ def main(argv: list[str]) -> int:
     settings = load_settings(asked)
     parallel = choose_strategy()
     device = hardware.select_device(settings.run.device)
+    hardware.tune(device, settings.run.deterministic)
     dtype = hardware.resolve_dtype(settings.run.dtype, device)
     if asked.print_config:
         print(settings.complete(device, dtype, dataset=None).explain())
@@ -47,6 +53,8 @@ def main(argv: list[str]) -> int:
     prepare_if_missing(settings.run.dataset)
     dataset = load_dataset(settings.run.dataset, settings.architecture.block_size)
     settings = settings.complete(device, dtype, dataset)
+    if resumed:
+        resumed.check(settings.architecture)
     session = set_up(settings, parallel, device, dataset, resumed, argv)
     return run(session)
 
@@ -63,17 +71,49 @@ class Session:
     parallel: SingleProcess
     device: torch.device
     dataset: TokenDataset
-    model: torch.nn.Module  # as it is called in training; its parameters are the bare model's
+    model: torch.nn.Module  # as it is called in training
     updater: Updater
     logger: TrainingLogger
     progress: resumption.Progress
     flops_per_token: dict
     peak: hardware.Peak
+    update_size: diagnostics.UpdateSize
+    interruption: Interruption
+    surroundings: dict  # threads, versions and the like, to be compared on a resume
 
     @property
     def tokens_per_iter(self) -> int:
         run, block_size = self.settings.run, self.settings.architecture.block_size
         return run.batch_size * run.gradient_accumulation_steps * block_size
+
+    @property
+    def checkpoint_folder(self) -> Path:
+        return self.logger.run_folder / 'checkpoints'
+
+    def evaluation_due(self, iter: int) -> bool:
+        """Whether the loss is measured after `iter` updates: at intervals, and at the end."""
+        return iter % self.settings.run.eval_interval == 0 or iter >= self.settings.run.max_iters
+
+    def evaluation_batches(self, split: str) -> Iterator[list[torch.Tensor]]:
+        """The fixed windows of a split, (tokens, targets) of `batch_size` at a time."""
+        options = self.settings.run
+        starts = self.dataset.windows(split, options.eval_iters)
+        for first in range(0, len(starts), options.batch_size):
+            batch = self.dataset.read(split, starts[first : first + options.batch_size])
+            yield self.to_device(batch)
+
+    def to_device(self, arrays) -> list[torch.Tensor]:
+        """numpy arrays as tensors on the device; the copy to a GPU does not wait."""
+        tensors = [torch.from_numpy(array) for array in arrays]
+        if self.device.type == 'cuda':
+            return [t.pin_memory().to(self.device, non_blocking=True) for t in tensors]
+        return [tensor.to(self.device) for tensor in tensors]
+
+    def autocast(self):
+        """The precision of the matrix multiplications; parameters and losses stay in fp32."""
+        if self.settings.run.dtype == 'float32':
+            return nullcontext()
+        return torch.autocast(self.device.type, getattr(torch, self.settings.run.dtype))
 
 
 def set_up(
@@ -85,41 +125,50 @@ def set_up(
     argv: list[str],
 ) -> Session:
     """Build everything that the loop needs, and begin or continue the record."""
-    run_options, architecture = settings.run, settings.architecture
-    if resumed:
-        resumed.check(settings)
-    hardware.tune(device)
-    peak = hardware.peak_flops(device, run_options.dtype, run_options.peak_tflops)
-    compiled = run_options.compile
+    options, architecture = settings.run, settings.architecture
+    peak = hardware.peak_flops(device, options.dtype, options.peak_tflops)
+    compiled = options.compile
     if compiled and (problem := hardware.compile_problem(device)):
         print(f'warning: compile is off, since {problem}. --compile=False silences this.')
         compiled = False
 
-    bare = build_model(architecture, device, run_options.seed)
+    bare = build_model(architecture, device, options.seed)
     groups = parameter_groups(bare)
-    flops = training_flops(bare)
-    updater = Updater(build_optimizer(groups, run_options), run_options, device)
-    if resumed:
-        resumed.restore(bare, updater)
-    model = parallel.wrap(bare, compiled)
+    recomputed = recomputed_blocks(options.activation_checkpointing, architecture.n_layer)
+    flops = training_flops(bare, recomputed)
+    updater = Updater(build_optimizer(groups, options), options, device)
+    progress = resumed.restore(bare, updater) if resumed else resumption.Progress()
+    model = parallel.wrap(bare, recomputed, compiled)
 
     logger = TrainingLogger(
-        resumed.run_folder if resumed else new_run_folder(run_options.out_dir),
+        resumed.run_folder if resumed else new_run_folder(options.out_dir),
         is_main=parallel.is_main,
-        style=run_options.log_style,
-        max_iters=run_options.max_iters,
+        style=options.log_style,
+        max_iters=options.max_iters,
     )
     header = record_header(
         settings, dataset, bare, groups, flops, peak, device, parallel, compiled, argv
     )
     if resumed:
-        resumed.report(logger, header)
-        progress = resumed.progress
+        resumed.report(logger, header, surroundings(header))
     else:
         logger.start(**header)
-        progress = resumption.Progress()
+    for note in dataset.notes:
+        logger.event('note', None, note)
     return Session(
-        settings, parallel, device, dataset, model, updater, logger, progress, flops, peak
+        settings=settings,
+        parallel=parallel,
+        device=device,
+        dataset=dataset,
+        model=model,
+        updater=updater,
+        logger=logger,
+        progress=progress,
+        flops_per_token=flops,
+        peak=peak,
+        update_size=diagnostics.UpdateSize(groups),
+        interruption=Interruption(),
+        surroundings=surroundings(header),
     )
 
 
@@ -128,82 +177,101 @@ def set_up(
 
 
 def run(session: Session) -> int:
-    """Train to the end, and close the record however it ends."""
+    """Train to the end, and close the record however it ends. Returns the exit code."""
     try:
-        train(session)
-    except KeyboardInterrupt:
-        session.logger.finish('interrupted')
-        raise
-    except BaseException:
+        with session.interruption:
+            train(session)
+    except BaseException as error:
         session.logger.finish('failed')
+        if stability.is_out_of_memory(error):
+            name = hardware.device_name(session.device)
+            raise stability.out_of_memory_error(session.settings, name) from error
         raise
-    session.logger.finish('finished')
-    return 0
+    stopped = session.interruption.exit_code
+    session.logger.finish('interrupted' if stopped else 'finished')
+    return stopped
 
 
 def train(session: Session) -> None:
     """`max_iters` updates, with evaluations before the first, at intervals and after the last."""
-    options, progress, clock = session.settings.run, session.progress, StepClock(session.device)
-    if options.eval_only:
+    if session.settings.run.eval_only:
         evaluate(session)
         return
     hardware.reset_peak_memory(session.device)
+    clock = hardware.StepClock(session.device)
     while True:
-        due = progress.iter % options.eval_interval == 0 or progress.iter == options.max_iters
-        if due and progress.evaluated_at != progress.iter:
-            clock.pause()
-            improved = evaluate(session)
-            if progress.iter > 0 and (improved or options.always_save_checkpoint):
-                save(session)
-            clock.resume()
-        if progress.iter == options.max_iters:
+        done = session.progress.iter
+        due = session.evaluation_due(done) and session.progress.evaluated_at != done
+        if due or session.interruption.pending:
+            with clock.paused():
+                between_updates(session, due)
+            if session.interruption.stop_signal:
+                return
+        if session.progress.iter >= session.settings.run.max_iters:
             return
-        last = progress.iter == options.max_iters - 1
-        update(session, clock, logged=last or progress.iter % options.log_interval == 0)
+        update(session, clock)
 
 
-def update(session: Session, clock: 'StepClock', logged: bool) -> None:
+def between_updates(session: Session, due: bool) -> None:
+    """Evaluate if it is `due`, and save if that, or somebody, asks for it."""
+    options = session.settings.run
+    if rolled_back(session, int(session.updater.skipped.item())):
+        return
+    improved = due and evaluate(session)
+    wanted = session.interruption.pending or improved or (due and options.always_save_checkpoint)
+    if wanted and session.progress.iter > 0:
+        save(session)
+    session.interruption.save_wanted = False
+
+
+def update(session: Session, clock: hardware.StepClock) -> None:
     """One update of the weights from sequences iter · G to (iter + 1) · G of the global order."""
-    options, model, step = session.settings.run, session.model, session.progress.iter
-    learning_rate = learning_rate_at(step, options)
+    options, progress, model = session.settings.run, session.progress, session.model
+    learning_rate = learning_rate_at(progress.iter, options)
+    logged = progress.iter % options.log_interval == 0 or progress.iter == options.max_iters - 1
+    if options.diagnostics and session.evaluation_due(progress.iter + 1):
+        session.update_size.begin()
     micro_steps = options.gradient_accumulation_steps
     model.train()
     loss = torch.zeros((), device=session.device)
     for micro_step in range(micro_steps):
-        number = step * micro_steps + micro_step  # of the micro-batch, over the whole run
-        tokens, targets = session.dataset.batch(
+        # The micro-batch's number over the whole run.
+        number = (progress.iter + progress.data_shift) * micro_steps + micro_step
+        batch = session.dataset.batch(
             options.data_seed, number * options.batch_size, options.batch_size
         )
         # Dropout has a stream of its own at every micro-batch, so no random state is ever saved.
         torch.manual_seed(name_seed(options.seed, f'dropout/{number}'))
-        with autocast(session):
-            loss_sum, _, auxiliary_loss = model(
-                to_device(tokens, session.device), to_device(targets, session.device)
-            )
+        with session.autocast():
+            loss_sum, _, auxiliary_loss = model(*session.to_device(batch))
         share = loss_sum / session.tokens_per_iter
         session.updater.backward(share + auxiliary_loss / micro_steps)
         loss += share.detach()
     loss = session.parallel.sum(loss)
     sums = session.updater.update(learning_rate, loss, measured=logged)
-    session.progress.iter += 1
+    session.update_size.end()
+    progress.iter += 1
     clock.steps += 1
     if logged:
-        log_update(session, clock, learning_rate, torch.stack([loss, sums.norm, sums.total]))
+        measured = torch.stack([loss, sums.norm, sums.total, session.updater.skipped])
+        log_update(session, clock, learning_rate, measured)
 
 
 def log_update(
-    session: Session, clock: 'StepClock', learning_rate: float, measured: torch.Tensor
+    session: Session, clock: hardware.StepClock, learning_rate: float, measured: torch.Tensor
 ) -> None:
     """Record the update just made. Reading `measured` is its one synchronisation."""
-    loss, norm, total = measured.tolist()
+    loss, norm, total, skipped = measured.tolist()
     seconds, steps = clock.take()
-    tokens_per_second = session.tokens_per_iter / seconds
+    iter, tokens_per_second = session.progress.iter - 1, session.tokens_per_iter / seconds
     peak = session.peak.tflops and session.peak.tflops * session.parallel.world_size
-    achieved = tokens_per_second * session.flops_per_token['per_token'] / 1e12
-    achieved_causal = tokens_per_second * session.flops_per_token['per_token_causal'] / 1e12
+    achieved, causal, recomputed = (
+        tokens_per_second * session.flops_per_token[key] / 1e12
+        for key in ('per_token', 'per_token_causal', 'recomputed_per_token')
+    )
     session.logger.iteration(
         {
-            'iter': session.progress.iter - 1,
+            'iter': iter,
             'loss': loss,
             'lr': learning_rate,
             'time_ms': seconds * 1e3,
@@ -212,7 +280,8 @@ def log_update(
             'tokens_seen': session.progress.iter * session.tokens_per_iter,
             'mfu': {
                 'mfu_percent': peak and 100 * achieved / peak,
-                'mfu_causal_percent': peak and 100 * achieved_causal / peak,
+                'mfu_causal_percent': peak and 100 * causal / peak,
+                'hfu_percent': peak and 100 * (achieved + recomputed) / peak,
                 'achieved_tflops': achieved,
                 'hardware_peak_tflops': peak,
                 'flops_per_token': session.flops_per_token['per_token'],
@@ -220,53 +289,92 @@ def log_update(
             },
             'memory': hardware.memory_usage(session.device),
             'gradients': session.updater.statistics(norm, total),
+            'loss_scale': session.updater.loss_scale,
         }
     )
+    if stability.is_spike(loss, session.progress.recent_losses):
+        session.logger.event('loss_spike', iter, f'loss {loss:.4f} is far above those before')
+    rolled_back(session, int(skipped))
     hardware.reset_peak_memory(session.device)
     clock.restart()
+
+
+def rolled_back(session: Session, skipped: int) -> bool:
+    """Do as `on_nonfinite` says about updates that the device has skipped; whether it went back.
+
+    Raises UserError if the run is to stop.
+    """
+    if not skipped:
+        return False
+    options, failed, folder = session.settings.run, session.progress, session.checkpoint_folder
+    session.updater.skipped.zero_()
+    message = f'{skipped} update(s) skipped: loss or gradient not finite'
+    session.logger.event('nonfinite', failed.iter - 1, message, count=skipped)
+    if options.on_nonfinite == 'skip':
+        return False
+    found = checkpointing.newest(folder, print) if options.on_nonfinite == 'rollback' else None
+    if found is None or failed.rollbacks == stability.MAX_ROLLBACKS:
+        raise stability.nonfinite_error(failed.iter, skipped, checkpointing.published(folder))
+    checkpoint, state = found
+    session.progress = resumption.restore(session.model, session.updater, checkpoint, state)
+    # Leave out the data between the checkpoint and here, or the same thing would happen again.
+    left_out = failed.iter - checkpoint.iter
+    session.progress.data_shift = failed.data_shift + left_out
+    session.progress.rollbacks = failed.rollbacks + 1
+    session.logger.rollback(
+        checkpoint.iter,
+        from_iter=failed.iter,
+        checkpoint=str(checkpoint.path.relative_to(session.logger.run_folder)),
+        message=f"went back from iter {failed.iter}, leaving out {left_out} updates' worth of data",
+    )
+    return True
 
 
 @torch.no_grad()
 def evaluate(session: Session) -> bool:
     """Measure the loss on the fixed windows of both splits; whether it is the best so far."""
-    options, dataset, progress = session.settings.run, session.dataset, session.progress
+    options, progress, model = session.settings.run, session.progress, session.model
     began = time.perf_counter()
-    session.model.eval()
+    model.eval()
     losses = {}
     for split in ('train', 'val'):
-        starts = dataset.windows(split, options.eval_iters)
         total = torch.zeros(2, device=session.device)  # summed loss, number of targets
-        for first in range(0, len(starts), options.batch_size):
-            tokens, targets = dataset.read(split, starts[first : first + options.batch_size])
-            with autocast(session):
-                loss_sum, count, _ = session.model(
-                    to_device(tokens, session.device), to_device(targets, session.device)
-                )
+        for batch in session.evaluation_batches(split):
+            with session.autocast():
+                loss_sum, count, _ = model(*batch)
             total += torch.stack([loss_sum, count.to(loss_sum.dtype)])
         loss_sum, count = session.parallel.sum(total).tolist()
         losses[split] = loss_sum / count
-    bytes_per_token = dataset.bytes_per_token('val')
-    session.logger.evaluation(
-        {
-            'iter': progress.iter,
-            'train_loss': losses['train'],
-            'val_loss': losses['val'],
-            'val_bits_per_byte': bytes_per_token and losses['val'] / math.log(2) / bytes_per_token,
-            'lr': learning_rate_at(progress.iter, options),
-            'time_ms': (time.perf_counter() - began) * 1e3,
+    bytes_per_token = session.dataset.bytes_per_token('val')
+    entry = {
+        'iter': progress.iter,
+        'train_loss': losses['train'],
+        'val_loss': losses['val'],
+        'val_bits_per_byte': bytes_per_token and losses['val'] / math.log(2) / bytes_per_token,
+        'lr': learning_rate_at(progress.iter, options),
+    }
+    if options.diagnostics:
+        first = next(session.evaluation_batches('val'))
+        entry['diagnostics'] = {
+            'layers': diagnostics.layer_statistics(model, *first, session.autocast),
+            'update_to_weight': session.update_size.ratios or {},
+            'val_loss_by_position': diagnostics.loss_by_position(
+                model, session.evaluation_batches('val'), session.autocast
+            ),
         }
-    )
+    session.logger.evaluation({**entry, 'time_ms': (time.perf_counter() - began) * 1e3})
     return progress.note_evaluation(losses['val'])
 
 
 def save(session: Session) -> None:
-    """Publish a checkpoint of this moment and record it."""
-    began = time.perf_counter()
-    folder = session.logger.run_folder / 'checkpoints'
-    index = resumption.checkpoint_index(session.settings, session.progress)
+    """Publish a checkpoint of this moment and record it. Nothing that is not finite is saved."""
+    began, options, folder = time.perf_counter(), session.settings.run, session.checkpoint_folder
+    if not session.updater.weights_are_finite():
+        raise stability.nonfinite_error(session.progress.iter, 1, checkpointing.published(folder))
+    index = resumption.checkpoint_index(session.settings, session.progress, session.surroundings)
     state = {'model': session.model.state_dict(), **session.updater.state_dict()}
     checkpoint = checkpointing.save(folder, state, index)
-    checkpointing.prune(folder, keep_last=1, keep_best=True)
+    checkpointing.prune(folder, options.keep_last, options.keep_best)
     session.logger.checkpoint(
         {
             'iter': checkpoint.iter,
@@ -275,45 +383,6 @@ def save(session: Session) -> None:
             'time_ms': (time.perf_counter() - began) * 1e3,
         }
     )
-
-
-def autocast(session: Session):
-    """The precision of the matrix multiplications; parameters and losses stay in fp32."""
-    if session.settings.run.dtype == 'float32':
-        return nullcontext()
-    return torch.autocast(session.device.type, getattr(torch, session.settings.run.dtype))
-
-
-def to_device(array, device: torch.device) -> torch.Tensor:
-    """A numpy array as a tensor on the device; the copy to a GPU does not wait."""
-    tensor = torch.from_numpy(array)
-    if device.type == 'cuda':
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
-
-
-class StepClock:
-    """Seconds that went into updates since the last log entry, and their number."""
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.restart()
-
-    def restart(self) -> None:
-        self.seconds, self.steps, self.began = 0.0, 0, time.perf_counter()
-
-    def pause(self) -> None:
-        """Stop for an evaluation or a checkpoint."""
-        hardware.synchronize(self.device)
-        self.seconds += time.perf_counter() - self.began
-
-    def resume(self) -> None:
-        self.began = time.perf_counter()
-
-    def take(self) -> tuple[float, int]:
-        """Seconds an update, and the number of updates that they are the mean of."""
-        self.pause()
-        return self.seconds / self.steps, self.steps
 
 
 if __name__ == '__main__':

@@ -16,6 +16,11 @@ from model_config import schema as architecture_schema
 from registry import FrozenConfig, Option, above, at_least, between
 from token_data import TokenDataset
 
+
+def is_checkpointing(value: str) -> bool:
+    return value in ('none', 'full') or (value.isdecimal() and int(value) >= 1)
+
+
 # fmt: off
 RUN_OPTIONS = {
     'out_dir': Option(str, 'out', 'Runs are kept here, each in a folder of its own'),
@@ -32,6 +37,13 @@ RUN_OPTIONS = {
                         choices=('auto', 'block', 'line')),
     'always_save_checkpoint': Option(bool, True, 'Save at every evaluation, not only at a '
                                      'best one'),
+    'keep_last': Option(int, 1, 'Newest checkpoints to keep', check=at_least(1)),
+    'keep_best': Option(bool, True, 'Keep the checkpoint of the lowest validation loss too'),
+    'on_nonfinite': Option(str, 'stop', 'What to do when a loss or gradient is not finite: the '
+                           'weights are left alone, and the run stops, goes on, or goes back to '
+                           'the last checkpoint', choices=('stop', 'skip', 'rollback')),
+    'diagnostics': Option(bool, False, 'At evaluations also measure layers, the last update, and '
+                          'the loss by position'),
     'debug': Option(bool, False, "Show the traceback of a user's mistake too"),
 }
 DATA_OPTIONS = {
@@ -65,6 +77,10 @@ SYSTEM_OPTIONS = {
     'dtype': Option(str, 'auto', 'Of the matrix multiplications; float16 trains with a scaler',
                     choices=('auto', 'float32', 'bfloat16', 'float16')),
     'compile': Option(bool | None, None, 'torch.compile, block by block; None: on a GPU'),
+    'activation_checkpointing': Option(str, 'none', 'Recompute blocks in the backward pass instead '
+                                       'of keeping them: none, full, or N for every N-th block',
+                                       check=(is_checkpointing, 'none, full or a whole number')),
+    'deterministic': Option(bool, False, 'Only deterministic kernels, slower on a GPU'),
     'peak_tflops': Option(float | None, None, 'Peak of one device for MFU; None: known or measured',
                           check=above(0)),
 }
@@ -113,7 +129,9 @@ class Settings:
 
         def derive(key: str, value, why: str) -> None:
             if run._values[key] in (None, 'auto'):
-                derived[key] = f'{value:,} ({why})' if type(value) is int else f'{value} ({why})'
+                shown = f'{value:,}' if type(value) is int else value
+                shown = f'{value:g}' if type(value) is float else shown
+                derived[key] = f'{shown} ({why})'
                 values[key], origins[key] = value, 'derived'
 
         values, origins = run.to_dict(), dict(run.origins)

@@ -1,0 +1,130 @@
+"""What goes on inside a model, measured at evaluations on request (`diagnostics=True`).
+
+Layer by layer: the size of the residual stream, the gradient, the largest attention logit; the
+size of the last update against the weights; and the loss by position in the context, which is
+what tells position encodings apart.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+
+from model_builder import ParameterGroup, Transformer
+
+
+def layer_statistics(
+    model: Transformer, tokens: torch.Tensor, targets: torch.Tensor, autocast
+) -> list[dict]:
+    """For each block, on one batch (B, T) in evaluation mode: `activation_rms` of the stream that
+    leaves it, `gradient_norm` of its parameters for the mean loss, and `max_attention_logit`.
+
+    Leaves no gradient behind; to be called between updates.
+    """
+    squares: list[torch.Tensor] = []
+    hooks = [
+        block.register_forward_hook(lambda _, __, out: squares.append(out[0].float().pow(2).mean()))
+        for block in model.blocks
+    ]
+    logits: list[torch.Tensor] = []
+    try:
+        # Hooks and probes would make compiled blocks compile anew.
+        with torch.compiler.set_stance('force_eager'), torch.enable_grad():
+            with _probed_attention(model, logits), autocast():
+                loss_sum, count, auxiliary_loss = model(tokens, targets)
+            (loss_sum / count + auxiliary_loss).backward()
+        norms = [
+            torch.nn.utils.get_total_norm(
+                [p.grad for p in block.parameters() if p.grad is not None]
+            )
+            for block in model.blocks
+        ]
+    finally:
+        for hook in hooks:
+            hook.remove()
+        model.zero_grad(set_to_none=True)
+    measured = torch.stack([torch.stack(squares).sqrt(), torch.stack(norms), torch.stack(logits)])
+    keys = ('activation_rms', 'gradient_norm', 'max_attention_logit')
+    return [
+        {'layer': layer, **dict(zip(keys, values))}
+        for layer, values in enumerate(measured.T.tolist())
+    ]
+
+
+@contextmanager
+def _probed_attention(model: Transformer, logits: list[torch.Tensor]) -> Iterator[None]:
+    """Append the largest |q kᵀ| / √D of each block's attention, before masks and biases."""
+
+    def probe(attend):
+        def probed(q, k, v, needs, bias):
+            grouped = q.detach().unflatten(1, (k.size(1), -1))  # (B, KV heads, group, T, D)
+            scores = grouped.float() @ k.detach().float()[:, :, None].transpose(-2, -1)
+            allowed = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+            largest = scores.abs().masked_fill(~allowed, 0.0).max()
+            logits.append(largest / math.sqrt(q.size(-1)))
+            return attend(q, k, v, needs, bias)
+
+        return probed
+
+    attentions = [block.attention for block in model.blocks]
+    originals = [attention.attend for attention in attentions]
+    try:
+        for attention, attend in zip(attentions, originals):
+            attention.attend = probe(attend)
+        yield
+    finally:
+        for attention, attend in zip(attentions, originals):
+            attention.attend = attend
+
+
+@torch.no_grad()
+def loss_by_position(
+    model: Transformer, batches: Iterator[tuple[torch.Tensor, torch.Tensor]], autocast
+) -> list[dict]:
+    """Mean loss in nats over positions [0, 1), [1, 2), [2, 4), [4, 8), … of the context.
+
+    batches: (tokens, targets), each (B, T).
+    """
+    total, windows = None, 0
+    for tokens, targets in batches:
+        with autocast():
+            logits = model(tokens)
+        losses = F.cross_entropy(
+            logits.flatten(0, 1).float(), targets.flatten(), reduction='none'
+        ).view(targets.shape)
+        total = losses.sum(0) if total is None else total + losses.sum(0)
+        windows += len(tokens)
+    mean = (total / windows).tolist()  # by position
+    edges = [0] + [2**k for k in range(len(mean).bit_length()) if 2**k < len(mean)] + [len(mean)]
+    return [
+        {'from': low, 'to': high, 'loss': sum(mean[low:high]) / (high - low)}
+        for low, high in pairwise(edges)
+    ]
+
+
+class UpdateSize:
+    """How large an update is against the weights it changes: ‖Δw‖ / ‖w‖ for each group."""
+
+    def __init__(self, groups: list[ParameterGroup]):
+        self.groups = groups
+        self.before: list[list[torch.Tensor]] | None = None
+        self.ratios: dict[str, float] | None = None
+
+    def begin(self) -> None:
+        """Remember the weights: one more copy of them, until `end`."""
+        self.before = [[p.detach().clone() for p in group.parameters] for group in self.groups]
+
+    @torch.no_grad()
+    def end(self) -> None:
+        """Compare, if `begin` was called."""
+        if self.before is None:
+            return
+        self.ratios = {}
+        for group, before in zip(self.groups, self.before):
+            change = torch._foreach_sub(group.parameters, before)
+            norm = torch.nn.utils.get_total_norm
+            self.ratios[group.name] = (norm(change) / norm(before)).item()
+        self.before = None

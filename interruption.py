@@ -1,0 +1,50 @@
+"""Signals as requests that a run answers at its next update boundary."""
+
+import os
+import signal
+
+STOPPING = tuple(getattr(signal, name) for name in ('SIGINT', 'SIGTERM') if hasattr(signal, name))
+SAVING = getattr(signal, 'SIGUSR1', None)  # not on Windows
+
+
+class Interruption:
+    """While entered: SIGINT and SIGTERM ask to stop, SIGUSR1 asks for a checkpoint.
+
+    A second SIGINT or SIGTERM ends the process at once, with the signal's exit code and nothing
+    saved; what was published before stays whole.
+    """
+
+    def __init__(self):
+        self.stop_signal: int | None = None
+        self.save_wanted = False
+
+    @property
+    def exit_code(self) -> int:
+        """130 for SIGINT, 143 for SIGTERM, 0 if nobody asked to stop."""
+        return 128 + self.stop_signal if self.stop_signal else 0
+
+    @property
+    def pending(self) -> bool:
+        """Whether anybody waits for a save."""
+        return self.save_wanted or self.stop_signal is not None
+
+    def __enter__(self) -> 'Interruption':
+        self._before = {number: signal.signal(number, self._stop) for number in STOPPING}
+        if SAVING is not None:
+            self._before[SAVING] = signal.signal(SAVING, self._save)
+        return self
+
+    def __exit__(self, *exception) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _stop(self, number: int, frame) -> None:
+        if self.stop_signal is not None:
+            os._exit(128 + number)
+        self.stop_signal = number
+        name = signal.Signals(number).name
+        # os.write: print may be in the middle of something when a signal arrives.
+        os.write(2, f'\n{name}: saving after this update; once more to stop at once\n'.encode())
+
+    def _save(self, number: int, frame) -> None:
+        self.save_wanted = True

@@ -1,0 +1,115 @@
+"""When a run goes wrong: loss spikes, values that are not finite, memory that does not suffice."""
+
+import math
+import statistics
+from pathlib import Path
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from errors import UserError
+from model_builder import Transformer
+from model_config import ModelArchitectureConfig
+from training_config import Settings
+
+SPIKE_WINDOW = 32  # logged losses that a new one is held against
+SPIKE_DEVIATIONS = 6.0
+MAX_ROLLBACKS = 5
+
+
+def is_spike(loss: float, recent: list[float]) -> bool:
+    """Whether `loss` lies far above the `recent` logged losses, which it then joins.
+
+    Far: more than 6 standard deviations above the mean of the last 32. `recent` is changed.
+    """
+    spike = False
+    if len(recent) == SPIKE_WINDOW:
+        limit = statistics.fmean(recent) + SPIKE_DEVIATIONS * statistics.pstdev(recent)
+        spike = loss > limit
+    if math.isfinite(loss):
+        recent.append(loss)
+        del recent[:-SPIKE_WINDOW]
+    return spike
+
+
+def nonfinite_error(iter: int, count: int, checkpoints: list[Path]) -> UserError:
+    """What a run says that stops at a loss or gradient that is not finite."""
+    kept = f'The last checkpoint is {checkpoints[0]}.' if checkpoints else 'None is saved yet.'
+    return UserError(
+        f'the loss or the gradient was not finite in {count} update(s) up to iter {iter - 1}; the '
+        f'weights were not touched by them. {kept} Try a lower --learning_rate, a longer '
+        f'--warmup_iters or --dtype=float32; --on_nonfinite=skip goes on without such updates, '
+        f'--on_nonfinite=rollback goes back to the last checkpoint and leaves out the data between.'
+    )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the error says that a device, or the machine, has no memory left."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )
+
+
+def out_of_memory_error(settings: Settings, device_name: str) -> UserError:
+    """What to type instead, with the numbers: half the micro-batch, twice the accumulation."""
+    run, architecture = settings.run, settings.architecture
+    batch_size, accumulation = run.batch_size, run.gradient_accumulation_steps
+    tokens = batch_size * accumulation * architecture.block_size
+    outside, per_block = activation_bytes(architecture, batch_size, getattr(torch, run.dtype))
+    needed = outside + architecture.n_layer * per_block
+    advice = []
+    if batch_size % 2 == 0:
+        advice.append(
+            f'--batch_size={batch_size // 2} --gradient_accumulation_steps={accumulation * 2} '
+            f'keeps the {tokens:,} tokens of an update and halves what activations need, '
+            f'{needed / 1e9:.2f} GB now'
+        )
+    if run.activation_checkpointing == 'none':
+        # What is left: the input of each block, and one block's own while it is recomputed.
+        stream = 4 * batch_size * architecture.block_size * architecture.n_embd
+        saved = max(0, (architecture.n_layer - 1) * per_block - architecture.n_layer * stream)
+        advice.append(
+            f'--activation_checkpointing=full saves about {saved / 1e9:.2f} of the '
+            f'{needed / 1e9:.2f} GB of activations, for one more forward pass of the blocks'
+        )
+    advice.append(f'a --block_size below {architecture.block_size} or a smaller model needs less')
+    return UserError(
+        f'out of memory on {device_name} with batch_size={batch_size}, '
+        f'gradient_accumulation_steps={accumulation}, block_size={architecture.block_size}. '
+        f'{"; ".join(advice)}.'
+    )
+
+
+def activation_bytes(
+    architecture: ModelArchitectureConfig, batch_size: int, dtype: torch.dtype
+) -> tuple[int, int]:
+    """Bytes that a micro-batch's forward pass keeps for the backward pass: outside the blocks, and
+    in each block. Parameters apart; measured with tensors that hold no memory."""
+    one, two = (_saved_bytes(architecture.replace(n_layer=n), batch_size, dtype) for n in (1, 2))
+    return one - (two - one), two - one
+
+
+def _saved_bytes(architecture: ModelArchitectureConfig, batch_size: int, dtype: torch.dtype) -> int:
+    with FakeTensorMode(), torch.device('cpu'):
+        model = Transformer(architecture)
+        tokens = torch.zeros((batch_size, architecture.block_size), dtype=torch.long)
+        saved = _SavedBytes(model)
+        with saved, torch.autocast('cpu', dtype, enabled=dtype != torch.float32):
+            model(tokens, tokens)
+    return saved.bytes
+
+
+class _SavedBytes(torch.autograd.graph.saved_tensors_hooks):
+    """Adds up the storage of what autograd saves, each storage once, the parameters' apart."""
+
+    def __init__(self, model: torch.nn.Module):
+        super().__init__(self._pack, lambda tensor: tensor)
+        self.bytes = 0
+        self.seen = {p.untyped_storage()._cdata for p in model.parameters()}
+
+    def _pack(self, tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self.seen:
+            self.seen.add(storage._cdata)
+            self.bytes += storage.nbytes()
+        return tensor
