@@ -200,7 +200,7 @@ class ModelArchitectureConfig(FrozenConfig):
     def replace(self, **values) -> 'ModelArchitectureConfig':
         """The same architecture with other values, which are checked and derived anew."""
         problems: list[str] = []
-        layers = [Layer('argument', {'arch_preset': self.preset})]
+        layers = [Layer(self.origins['arch_preset'], {'arch_preset': self.preset})]
         for key, value in self._values.items():
             if self.origins[key] not in ('derived', 'default', f'preset {self.preset}'):
                 layers.append(Layer(self.origins[key], {key: value}))
@@ -284,7 +284,7 @@ def _merge(layers: list[Layer], problems: list[str]) -> tuple[str, dict, dict, l
         else:
             dropped.append(f'dropped: {what}, of no use with {chosen}')
     kept = {key: values[key] for key in used}
-    origins = {key: origins[key] for key in used}
+    origins = {key: origins[key] for key in ('arch_preset', *used)}
     _derive(kept, origins)
     return preset, kept, origins, dropped
 

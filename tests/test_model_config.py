@@ -261,8 +261,9 @@ def test_every_value_knows_where_it_came_from():
         {'arch_preset': 'llama', 'n_layer': 4, 'n_embd': 96},
         {'n_layer': 6, 'normalization': 'rmsnorm'},
     )
-    assert problems == [] and config.origins.keys() == config.to_dict().keys()
+    assert problems == [] and config.origins.keys() == {'arch_preset', *config.to_dict()}
     expected = {
+        'arch_preset': 'level 1',
         'n_layer': 'level 2',
         'n_embd': 'level 1',
         'normalization': 'level 2',  # the value that the preset has anyway

@@ -1,0 +1,296 @@
+"""The settings of a run: everything merged, problems together, origins, derivation, vocabulary."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import training_config
+from configurator import flatten, read_command_line
+from errors import UserError
+from model_config import ModelArchitectureConfig
+from token_data import load_dataset
+from training_config import load_settings, schema
+
+CPU = torch.device('cpu')
+PROJECT = Path(training_config.__file__).parent
+
+
+def settings(*argv):
+    return load_settings(read_command_line(list(argv), schema))
+
+
+def complete(*argv, device=CPU, dataset=None):
+    return settings(*argv).complete(device, 'float32', dataset)
+
+
+def problems_of(*argv):
+    with pytest.raises(UserError) as refused:
+        settings(*argv)
+    return refused.value.problems
+
+
+@pytest.fixture
+def config(tmp_path):
+    """Writes a config file and returns its path."""
+
+    def write(text, name='config.py'):
+        (tmp_path / name).write_text(text)
+        return str(tmp_path / name)
+
+    return write
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    """dataset(kind, vocab_size): a dataset that says it has that tokenizer and vocabulary."""
+
+    def write(kind, vocab_size):
+        for split in ('train', 'val'):
+            np.arange(40, dtype='<u2').tofile(tmp_path / f'{split}.bin')
+        meta = {
+            'format_version': 1,
+            'tokenizer': {'kind': kind},
+            'vocab_size': vocab_size,
+            'dtype': 'uint16',
+            'splits': {split: {'tokens': 40} for split in ('train', 'val')},
+        }
+        (tmp_path / 'meta.json').write_text(json.dumps(meta))
+        return load_dataset(str(tmp_path), 16)
+
+    return write
+
+
+# --------------------------------------------------------------------------------------------------
+# The merge
+
+
+def test_defaults_preset_file_command_line(config):
+    path = config(
+        "arch_preset = 'llama'\nnormalization = 'layernorm'\nn_layer = 3\nmax_iters = 70\nseed = 1"
+    )
+    found = settings(path, '--n_layer=4', '--seed=2')
+    # Beside each: the highest level that sets it.
+    assert found.run.batch_size is None  # default
+    assert found.architecture.ffn_type == 'swiglu'  # preset
+    assert found.architecture.normalization == 'layernorm'  # file over preset
+    assert found.run.max_iters == 70  # file over default
+    assert found.architecture.n_layer == 4  # command line over file
+    assert found.run.seed == 2  # command line over file
+    assert found.run.origins['seed'] == found.architecture.origins['n_layer'] == 'command line'
+    assert found.run.origins['max_iters'] == found.architecture.origins['normalization'] == path
+    assert found.run.origins['batch_size'] == 'default'
+
+
+def test_defaults_are_the_schemas():
+    run = settings().run.to_dict()
+    assert run == {key: flatten(schema())[key].default for key in run}
+    assert run['learning_rate'] == 6e-4 and run['max_iters'] == 5000
+
+
+def test_the_flat_settings_are_the_run_and_the_architecture():
+    flat = settings('--arch_preset=gpt2', '--n_layer=3').to_dict()
+    assert flat.keys() <= flatten(schema()).keys()
+    assert (flat['arch_preset'], flat['n_layer'], flat['norm_position']) == ('gpt2', 3, 'post')
+    assert 'rope_theta' not in flat  # no use in this architecture
+
+
+@pytest.mark.parametrize('preset', ['gpt2', 'llama', 'team', 'hybrid', 'custom'])
+def test_the_config_file_of_a_preset_is_the_preset(preset):
+    path = str(PROJECT / 'config' / f'arch_{preset}.py')
+    architecture = settings(path).architecture
+    assert architecture.preset == preset and settings(path).run.out_dir == f'out-{preset}'
+    if preset != 'custom':
+        assert architecture.hash == ModelArchitectureConfig(arch_preset=preset).hash
+
+
+def test_every_problem_of_run_and_architecture_at_once(config):
+    path = config("arch_preset = 'lama'\nmax_iter = 5\nhelper = 3")
+    problems = problems_of(
+        path,
+        '--learning_rate=1e-4',
+        '--min_lr=1e-3',
+        '--resume_run=run_1',
+        '--n_head=7',
+        '--rope_theta=5',
+        '--batch=3',
+        '--dtype=fp16',
+    )
+    expected = [
+        "arch_preset='lama'",
+        "'max_iter'",
+        "'helper'",
+        'min_lr=0.001',
+        "resume_run='run_1'",
+        'n_head=7',
+        'rope_theta=5.0',
+        '--batch',
+        "dtype='fp16'",
+    ]
+    for words in expected:
+        assert sum(words in problem for problem in problems) == 1, (words, problems)
+    assert len(problems) == len(expected)
+    suggested = [re.search(r'Did you mean (\w+)\?', problem) for problem in problems]
+    assert {'llama', 'max_iters', 'batch_size'} <= {found[1] for found in suggested if found}
+
+
+@pytest.mark.parametrize(
+    ('argv', 'words'),
+    [
+        (['--min_lr=1', '--learning_rate=0.1'], ['min_lr=1', 'learning_rate=0.1']),
+        (['--resume_run=run_1'], ['resume_run', '--init_from=resume']),
+        (['--beta2=1'], ['beta2', '0.999999']),
+        (['--grad_clip=-1'], ['grad_clip', 'at least 0']),
+        (['--learning_rate=0'], ['learning_rate', 'above 0']),
+        (['--max_iters=0'], ['max_iters', 'at least 1']),
+        (['--init_from=gpt2'], ['init_from', "'resume'"]),
+    ],
+)
+def test_an_illegal_run_is_refused(argv, words):
+    (problem,) = problems_of(*argv)
+    assert all(word in problem for word in words), problem
+
+
+def test_files_of_different_kinds_of_value(config):
+    found = settings(
+        config('learning_rate = 1\nwarmup_iters = None\ndevice = "cpu"\ndecay_lr = False')
+    ).run
+    assert found.learning_rate == 1.0 and type(found.learning_rate) is float
+    assert (found.warmup_iters, found.device, found.decay_lr) == (None, 'cpu', False)
+
+
+# --------------------------------------------------------------------------------------------------
+# --print_config
+
+
+def printed(text):
+    """{key: (value as printed, origin)} of a `--print_config` text."""
+    lines = re.findall(r'^(\w+) = (.*?) +# (.*)$', text, re.MULTILINE)
+    return {key: (value, origin) for key, value, origin in lines}
+
+
+def test_the_printed_config_shows_every_value_and_where_it_came_from(config):
+    path = config("arch_preset = 'gpt2'\nmax_iters = 40\nactivation = 'relu'")
+    done = complete(path, '--ffn_type=swiglu', '--seed=3')
+    text = done.explain()
+    shown = printed(text)
+    assert shown.keys() == done.to_dict().keys()
+    assert {key: value for key, (value, _) in shown.items()} == {
+        key: repr(value) for key, value in done.to_dict().items()
+    }
+    expected = {
+        'arch_preset': path,
+        'max_iters': path,
+        'ffn_type': 'command line',
+        'seed': 'command line',
+        'normalization': 'preset gpt2',
+        'n_layer': 'default',
+        'd_ff': 'derived',
+        'warmup_iters': 'derived',
+    }
+    assert {key: shown[key][1] for key in expected} == expected
+    assert done.architecture.name in text
+    (note,) = [line for line in text.splitlines() if 'dropped' in line]
+    assert "activation='relu'" in note and path in note and "ffn_type='swiglu'" in note
+
+
+# --------------------------------------------------------------------------------------------------
+# Derived values
+
+
+@pytest.mark.parametrize(
+    ('max_iters', 'warmup'), [(1, 0), (19, 0), (20, 1), (100, 5), (5000, 250), (600_000, 2000)]
+)
+def test_the_schedule_follows_max_iters_and_learning_rate(config, max_iters, warmup):
+    # From whichever level they come: the file's max_iters is overridden.
+    path = config('max_iters = 777\nlearning_rate = 3e-3')
+    done = complete(path, f'--max_iters={max_iters}')
+    assert (done.run.warmup_iters, done.run.lr_decay_iters) == (warmup, max_iters)
+    assert done.run.min_lr == pytest.approx(3e-4)
+    for key in ('warmup_iters', 'lr_decay_iters', 'min_lr'):
+        assert done.run.origins[key] == 'derived' and key in done.derived
+
+
+def test_what_was_set_is_not_derived():
+    asked = {
+        'warmup_iters': 7,
+        'lr_decay_iters': 30,
+        'min_lr': 0.0,
+        'batch_size': 5,
+        'gradient_accumulation_steps': 3,
+        'eval_iters': 9,
+        'compile': True,
+        'd_ff': 99,
+    }
+    done = complete(*(f'--{key}={value}' for key, value in asked.items()))
+    assert {key: done.to_dict()[key] for key in asked} == asked
+    assert not done.derived.keys() & asked.keys()
+
+
+@pytest.mark.parametrize('device', ['cpu', 'cuda'])
+@pytest.mark.parametrize('argv', [[], ['--batch_size=4'], ['--batch_size=1000']])
+def test_the_batch_follows_the_device(device, argv):
+    done = complete(*argv, device=torch.device(device))
+    run = done.run
+    assert run.batch_size >= 1 and run.gradient_accumulation_steps >= 1
+    if argv:
+        assert run.origins['batch_size'] == 'command line'
+    if device == 'cuda' and argv != ['--batch_size=1000']:
+        # nanoGPT's update of 12 × 40 sequences, however they are divided up.
+        assert run.batch_size * run.gradient_accumulation_steps == 480
+    if device == 'cpu':
+        assert run.gradient_accumulation_steps == 1 and run.compile is False
+    assert (run.device, run.dtype) == (device, 'float32')
+
+
+def test_nothing_stays_open_once_complete(dataset):
+    done = complete('--arch_preset=llama', dataset=dataset('byte', 256))
+    left = [key for key, value in done.to_dict().items() if value in (None, 'auto')]
+    assert set(left) <= {'resume_run', 'peak_tflops', 'log_style'}
+
+
+@pytest.mark.parametrize(
+    ('kind', 'vocab_size', 'rows'),
+    [('byte', 256, 256), ('char', 65, 65), ('gpt2', 50257, 50304), ('gpt2', 50304, 50304)],
+)
+def test_the_vocabulary_comes_from_the_dataset(dataset, kind, vocab_size, rows):
+    done = complete('--arch_preset=llama', dataset=dataset(kind, vocab_size))
+    assert done.architecture.vocab_size == rows
+    assert done.architecture.origins['vocab_size'] == 'dataset'
+    assert f'{rows:,}' in done.derived['vocab_size']
+    # All else is as it was asked for.
+    without = settings('--arch_preset=llama').architecture
+    assert {**done.architecture.to_dict(), 'vocab_size': None} == without.to_dict()
+    assert done.architecture.preset == 'llama'
+
+
+@pytest.mark.parametrize('rows', [50257, 50300, 60000])
+def test_a_vocabulary_may_be_larger_than_the_datas(dataset, rows):
+    done = complete(f'--vocab_size={rows}', dataset=dataset('gpt2', 50257))
+    assert done.architecture.vocab_size == rows and 'vocab_size' not in done.derived
+
+
+def test_a_vocabulary_is_never_smaller_than_the_datas(dataset):
+    with pytest.raises(UserError) as refused:
+        complete('--vocab_size=50256', dataset=dataset('gpt2', 50257))
+    (problem,) = refused.value.problems
+    assert all(words in problem for words in ('50256', '50257', '50304'))
+
+
+# --------------------------------------------------------------------------------------------------
+# --help
+
+
+def test_help_lists_every_option_once_with_every_component(run_script):
+    text = run_script('train.py', '--help').stdout
+    listed = re.findall(r'^  --(\w+)=', text, re.MULTILINE)
+    assert listed == list(flatten(schema()))
+    assert len(listed) == len(set(listed))
+    flat = ' '.join(text.split())
+    for key, option in flatten(schema()).items():
+        assert ' '.join(option.help.split()) in flat
+        if option.choices is not None:
+            assert f'[{" | ".join(option.choices)}]' in flat, key
