@@ -50,6 +50,11 @@ def load_dataset(name: str, block_size: int, data_root: Path | str = DATA_ROOT) 
     return TokenDataset(_folder(name, Path(data_root)), block_size)
 
 
+def is_prepared(name: str, data_root: Path | str = DATA_ROOT) -> bool:
+    """Whether the dataset's token files are there. Raises UserError if there is no such dataset."""
+    return _is_complete(_folder(name, Path(data_root)))
+
+
 def prepare_if_missing(name: str, data_root: Path | str = DATA_ROOT) -> None:
     """Run `data/<name>/prepare.py` if the dataset has one and its token files are missing.
 

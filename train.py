@@ -31,7 +31,7 @@ from model_builder import build_model, name_seed, parameter_groups, training_flo
 from optimization import Updater, build_optimizer, learning_rate_at
 from parallelism import SingleProcess, choose_strategy, recomputed_blocks
 from startup import record_header, surroundings
-from token_data import TokenDataset, load_dataset, prepare_if_missing
+from token_data import TokenDataset, is_prepared, load_dataset, prepare_if_missing
 from training_config import Settings, load_settings, schema
 from training_logger import TrainingLogger, new_run_folder
 
@@ -47,11 +47,13 @@ def main(argv: list[str]) -> int:
     device = hardware.select_device(settings.run.device)
     hardware.tune(device, settings.run.deterministic)
     dtype = hardware.resolve_dtype(settings.run.dtype, device)
+    data = settings.run.dataset, settings.architecture.block_size
     if asked.print_config:
-        print(settings.complete(device, dtype, dataset=None).explain())
+        dataset = load_dataset(*data) if is_prepared(settings.run.dataset) else None
+        print(settings.complete(device, dtype, dataset).explain())
         return 0
     prepare_if_missing(settings.run.dataset)
-    dataset = load_dataset(settings.run.dataset, settings.architecture.block_size)
+    dataset = load_dataset(*data)
     settings = settings.complete(device, dtype, dataset)
     if resumed:
         resumed.check(settings.architecture)

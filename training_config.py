@@ -148,7 +148,8 @@ class Settings:
             derive('eval_iters', ACCELERATOR_EVAL_ITERS, f'for {device.type}')
         derive('warmup_iters', min(2000, run.max_iters // 20), 'max_iters / 20, at most 2000')
         derive('lr_decay_iters', run.max_iters, 'max_iters')
-        derive('min_lr', run.learning_rate / 10, 'learning_rate / 10')
+        tenth = float(f'{run.learning_rate / 10:.12g}')  # 6e-05, not 5.9999999999999995e-05
+        derive('min_lr', tenth, 'learning_rate / 10')
         derive('device', str(device), 'the best that is here')
         derive('dtype', dtype, f'what this {device.type} does in hardware')
         derive('compile', not on_cpu, f'for {device.type}')
