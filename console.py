@@ -111,12 +111,16 @@ def _table(title: str, columns: list[str], rows: dict[str, list[str]]) -> list[s
     labels = [f'  {title}', *(f'  ├─ {label}' for label in rows)]
     labels[-1] = labels[-1].replace('├─', '  ')
     labels[-2] = labels[-2].replace('├─', '└─')
-    cells = [labels, *zip(columns, *rows.values())]
-    widths = [max(map(len, column)) for column in cells]
-    widths[0] = max(widths[0], VALUE_COLUMN - 2)
+    labels = [label.ljust(VALUE_COLUMN - 2) for label in labels]
+    return _columns([[label, *row] for label, row in zip(labels, [columns, *rows.values()])])
+
+
+def _columns(rows: list[list[str]]) -> list[str]:
+    """Rows as lines: the first column flush left, the others flush right."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
     return [
         '  '.join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip()
-        for row in zip(*cells)
+        for row in rows
     ]
 
 
@@ -254,7 +258,15 @@ def _hardware_section(hardware: dict) -> list[str]:
         ),
         _field('CPU threads', _show(hardware['threads'], ',')),
         _field('Compile', 'yes' if hardware['compile'] else 'no'),
+        *_recomputation(hardware['activation_checkpointing']),
     ]
+
+
+def _recomputation(checkpointing: str | int) -> list[str]:
+    if checkpointing == 'none':
+        return []
+    blocks = 'every block' if checkpointing == 'full' else f'one block in {checkpointing}'
+    return [_field('Recomputation', f'{blocks} (activation_checkpointing={checkpointing})')]
 
 
 def _performance_section(flops: dict, hardware: dict) -> list[str]:
@@ -268,6 +280,8 @@ def _performance_section(flops: dict, hardware: dict) -> list[str]:
 
     rows = {_label(name): row(full[name], causal[name]) for name in full}
     rows['total'] = row(flops['per_token'], flops['per_token_causal'])
+    again = flops['recomputed_per_token']
+    recomputed = [_field('Recomputed', f'{_flops(again, "FLOPs")} per token (in HFU, not in MFU)')]
     ratio = flops['attention_ffn_ratio']
     expected = hardware['expected_tokens_per_sec_at_50_mfu']
     return [
@@ -278,8 +292,10 @@ def _performance_section(flops: dict, hardware: dict) -> list[str]:
         _field('Attention/FFN ratio', _show(ratio, '.2f') + ' (causal half)'),
         _field(
             'Element-wise',
-            _flops(flops['elementwise_per_token'], 'FLOPs') + ' per token (not part of MFU)',
+            _show(flops['elementwise_per_token'], ',.0f')
+            + ' values written per token, forward; not in MFU',
         ),
+        *(recomputed if again else []),
         _field(
             'Expected tokens/s',
             'n/a (no peak)' if expected is None else f'{expected:,.0f} at 50 % MFU',
@@ -302,18 +318,29 @@ def resume_report(k: int, checkpoint: str, changed: dict, run_folder) -> str:
 # ------------------------------------------------------------------------------------------------
 
 
+def _hfu(mfu: dict) -> str | None:
+    """Hardware FLOPs utilisation, where recomputation sets it apart from MFU."""
+    if mfu['hfu_percent'] is None:
+        return None
+    shown, of_model = (f'{mfu[key]:.2f}%' for key in ('hfu_percent', 'mfu_percent'))
+    return shown if shown != of_model else None
+
+
 def iteration_line(entry: dict, eta: float | None) -> str:
     """One line in nanoGPT's form, which scripts that read nanoGPT's logs understand."""
     mfu, memory = entry['mfu']['mfu_percent'], entry['memory']
     peak = memory['rss_gb'] if memory['peak_gb'] is None else memory['peak_gb']
+    hfu, scale = _hfu(entry['mfu']), entry['loss_scale']
     parts = {
         'loss': _show(entry['loss'], '.4f'),
         'time': _show(entry['time_ms'], '.2f') + 'ms',
         'mfu': 'n/a' if mfu is None else f'{mfu:.2f}%',
+        **({'hfu': hfu} if hfu else {}),
         'lr': _show(entry['lr'], '.2e'),
         'tok/s': _show(entry['tokens_per_sec'], ',.0f'),
         'mem': 'n/a' if peak is None else f'{peak:.1f}GB',
         'grad': _show(entry['gradients']['norm'], '.3f'),
+        **({} if scale is None else {'scale': f'{scale:.10g}'}),
         'eta': _duration(eta),
     }
     return f'iter {entry["iter"]}: ' + ', '.join(f'{key} {text}' for key, text in parts.items())
@@ -322,6 +349,7 @@ def iteration_line(entry: dict, eta: float | None) -> str:
 def iteration_block(entry: dict, eta: float | None, no_peak: str | None) -> str:
     """The design's block of an iteration; `no_peak` is why there is no MFU, if so."""
     mfu, memory, gradients = entry['mfu'], entry['memory'], entry['gradients']
+    hfu, scale = _hfu(mfu), entry['loss_scale']
     achieved = f'Achieved: {_teraflops(mfu["achieved_tflops"])}'
     rate = (
         f'Tokens/s: {_show(entry["tokens_per_sec"], ",.0f")} │ '
@@ -333,7 +361,7 @@ def iteration_block(entry: dict, eta: float | None, no_peak: str | None) -> str:
         speed = [
             f'⚡ MFU: {mfu["mfu_percent"]:.2f}% (causal {mfu["mfu_causal_percent"]:.2f}%) │ '
             f'{achieved} │ Peak: {_teraflops(mfu["hardware_peak_tflops"])}',
-            f'   {rate}',
+            '   ' + (f'HFU: {hfu} │ ' if hfu else '') + rate,
         ]
     names = {'allocated_gb': 'alloc', 'peak_gb': 'peak', 'reserved_gb': 'reserved'}
     if all(memory[key] is None for key in names):  # no device memory: what the process holds
@@ -349,7 +377,8 @@ def iteration_block(entry: dict, eta: float | None, no_peak: str | None) -> str:
             *speed,
             f'💾 Memory: {" │ ".join(sizes) or "n/a"}',
             f'📊 Gradients: norm={_show(gradients["norm"], ".4f")} │ '
-            f'mean={_show(gradients["mean"], ".2e")} │ std={_show(gradients["std"], ".2e")}',
+            f'mean={_show(gradients["mean"], ".2e")} │ std={_show(gradients["std"], ".2e")}'
+            + ('' if scale is None else f' │ scale {scale:.10g}'),
         ]
     )
 
@@ -385,6 +414,31 @@ def evaluation_block(entry: dict, best: dict | None) -> str:
             THICK,
         ]
     )
+
+
+def diagnostics_table(diagnostics: dict) -> str:
+    """A line a layer, then the size of an update and the loss along the context; indented."""
+    lines, layers = [], diagnostics['layers']
+    if layers:
+        keys = ('activation_rms', 'gradient_norm', 'max_attention_logit')
+        title = ['  Layer', 'activation rms', 'gradient norm', 'max attention logit']
+        lines += _columns(
+            [title]
+            + [[f'{row["layer"]:7}', *(_show(row[key], '.3g') for key in keys)] for row in layers]
+        )
+    if ratios := diagnostics['update_to_weight']:
+        texts = (f'{group} {_show(ratio, ".1e")}' for group, ratio in ratios.items())
+        lines.append(_field('Update/weight', ' │ '.join(texts)))
+    if spans := diagnostics['val_loss_by_position']:
+        texts = (f'{_positions(span)}={_show(span["loss"], ".3f")}' for span in spans)
+        lines.append(_field('Val loss by position', ', '.join(texts)))
+    return '\n'.join(lines)
+
+
+def _positions(span: dict) -> str:
+    """`0`, or `512-1023`: `to` itself is not part of a span."""
+    first, last = span['from'], span['to'] - 1
+    return str(first) if first == last else f'{first}-{last}'
 
 
 def checkpoint_line(entry: dict) -> str:
@@ -473,6 +527,8 @@ class Console:
 
     def evaluation(self, entry: dict, best: dict | None) -> None:
         self.show(evaluation_line(entry) if self.one_line else evaluation_block(entry, best))
+        if 'diagnostics' in entry:
+            self.show(diagnostics_table(entry['diagnostics']))
 
     def show(self, text: str) -> None:
         """Print `text` in the letters that the stream has."""

@@ -38,6 +38,7 @@ METADATA = {
     'versions': {'python': '3.12.1', 'torch': '2.13.0', 'numpy': '2.1.0'},
     'command': 'python train.py config/arch_llama.py',
     'threads': 2,
+    'deterministic': False,
     'platform': 'Linux',
     'config_files': [{'path': 'config/arch_llama.py', 'sha256': 'a' * 64, 'text': '# θ\n'}],
 }
@@ -61,7 +62,8 @@ STARTUP_INFO = {
         'breakdown': FULL,
         'breakdown_causal': CAUSAL,
         'attention_ffn_ratio': 2 / 3,
-        'elementwise_per_token': 1234567,
+        'elementwise_per_token': 1234567.0,
+        'recomputed_per_token': 0.0,
     },
     'optimizer': {
         'name': 'adamw',
@@ -88,6 +90,7 @@ STARTUP_INFO = {
         'threads': 2,
         'expected_tokens_per_sec_at_50_mfu': 182516.2,
         'compile': True,
+        'activation_checkpointing': 'none',
     },
     'data': {
         'dataset': 'shakespeare',
@@ -120,6 +123,20 @@ NO_PEAK = {
 }
 
 
+DIAGNOSTICS = {
+    'layers': [
+        {'layer': 0, 'activation_rms': 1.02, 'gradient_norm': 0.0123, 'max_attention_logit': 4.5},
+        {'layer': 1, 'activation_rms': 14.7, 'gradient_norm': None, 'max_attention_logit': 123.4},
+    ],
+    'update_to_weight': {'decayed': 1.234e-3, 'not decayed': None},
+    'val_loss_by_position': [
+        {'from': 0, 'to': 1, 'loss': 10.2},
+        {'from': 1, 'to': 2, 'loss': 8.125},
+        *({'from': 2**k, 'to': 2 ** (k + 1), 'loss': 7 - k / 2} for k in range(1, 10)),
+    ],
+}
+
+
 def iteration(i, *, loss=3.2145, time_ms=234.0, steps=1, mfu=32.45, peak_gb=15.67, rss_gb=2.5):
     return {
         'iter': i,
@@ -132,6 +149,7 @@ def iteration(i, *, loss=3.2145, time_ms=234.0, steps=1, mfu=32.45, peak_gb=15.6
         'mfu': {
             'mfu_percent': mfu,
             'mfu_causal_percent': mfu and 0.934 * mfu,
+            'hfu_percent': mfu,
             'achieved_tflops': 101.2,
             'hardware_peak_tflops': mfu and 312.0,
             'flops_per_token': STARTUP_INFO['flops']['per_token'],
@@ -139,6 +157,7 @@ def iteration(i, *, loss=3.2145, time_ms=234.0, steps=1, mfu=32.45, peak_gb=15.6
         },
         'memory': {'allocated_gb': 12.34, 'peak_gb': peak_gb, 'reserved_gb': 16, 'rss_gb': rss_gb},
         'gradients': {'norm': 2.3456, 'mean': -1.23e-5, 'std': 3.45e-4},
+        'loss_scale': None,
     }
 
 

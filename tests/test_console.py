@@ -7,6 +7,7 @@ import pytest
 from sample_run import (
     ARCHITECTURE,
     CONFIG,
+    DIAGNOSTICS,
     MAX_ITERS,
     NO_PEAK,
     STARTUP_INFO,
@@ -102,6 +103,53 @@ def test_a_missing_mfu_comes_with_the_reason():
     assert 'Peak:' not in text
 
 
+@pytest.mark.parametrize('style', ['block', 'line'])
+@pytest.mark.parametrize(
+    'hfu, scale, expected',
+    [
+        (32.4512, None, []),  # reads like the MFU
+        (43.25, 65536.0, ['hfu 43.25%', 'scale 65536']),
+        (32.45, 2.0**24, ['scale 16777216']),
+        (None, 0.5, ['scale 0.5']),
+    ],
+)
+def test_recomputation_and_loss_scale_are_shown_where_there_are_any(style, hfu, scale, expected):
+    shown_on, entry = console_on(style=style), iteration(5)
+    entry['mfu']['hfu_percent'] = hfu
+    shown_on.iteration({**entry, 'loss_scale': scale})
+    text = shown(shown_on).lower().replace('hfu:', 'hfu')
+    assert re.findall(r'hfu [\d.]+%|scale [\d.]+', text) == expected
+
+
+@pytest.mark.parametrize('style', ['block', 'line'])
+def test_diagnostics_follow_the_evaluation(style):
+    shown_on, entry = console_on(style=style), evaluation(10)
+    shown_on.evaluation(entry, entry)
+    alone = shown(shown_on)
+    shown_on.evaluation({**entry, 'diagnostics': DIAGNOSTICS}, entry)
+    text = shown(shown_on)
+    assert text.startswith(alone)
+    table = text[len(alone) :].splitlines()
+    assert all(line.startswith('  ') and len(line) <= 80 for line in table)
+    assert [line.split() for line in table[1:3]] == [
+        ['0', '1.02', '0.0123', '4.5'],
+        ['1', '14.7', 'n/a', '123'],
+    ]
+    assert table[3].split(maxsplit=1) == ['Update/weight:', 'decayed 1.2e-03 | not decayed n/a']
+    losses = ' '.join(table[4:])
+    spans = re.findall(r'(\d+)(?:-(\d+))?=([\d.]+)', losses)
+    covered = [n for a, b, _ in spans for n in range(int(a), int(b or a) + 1)]
+    assert covered == list(range(1024))
+    assert [float(loss) for *_, loss in spans] == [
+        span['loss'] for span in DIAGNOSTICS['val_loss_by_position']
+    ]
+
+
+def test_diagnostics_that_hold_nothing_take_no_line():
+    nothing = {'layers': [], 'update_to_weight': {}, 'val_loss_by_position': []}
+    assert console.diagnostics_table(nothing) == ''
+
+
 def test_an_evaluation_is_shown_beside_the_best():
     blocks, best = console_on(), evaluation(10, 4.0)
     blocks.evaluation(best, best)
@@ -143,6 +191,7 @@ def test_the_startup_report_shows_every_choice_and_figures_that_add_up():
         'Expected tokens/s': '182,516 at 50 % MFU',
         'Peak': '312.0 TFLOP/s (NVIDIA A100 datasheet, dense bfloat16)',
         'warmup_iters': '5: 5 % of max_iters',
+        'Element-wise': '1,234,567 values written per token, forward; not in MFU',
         'Folder': 'out/run_1',
     }.items():
         assert re.search(rf'{re.escape(key)}: +{re.escape(value)}$', report, re.MULTILINE), key
@@ -152,6 +201,26 @@ def test_the_startup_report_shows_every_choice_and_figures_that_add_up():
         ['111', '162,220,800'],
         ['854.7', 'MF', '100.0', '%', '798.0', 'MF', '100.0', '%'],
     ]
+
+
+@pytest.mark.parametrize(
+    'setting, text',
+    [('none', None), ('full', 'every block'), (3, 'one block in 3')],
+)
+def test_recomputation_is_reported_where_there_is_any(setting, text):
+    info = {
+        **STARTUP_INFO,
+        'hardware': {**STARTUP_INFO['hardware'], 'activation_checkpointing': setting},
+        'flops': {**STARTUP_INFO['flops'], 'recomputed_per_token': 2.5e8 if text else 0.0},
+    }
+    lines = re.findall(r'^  (Recomput.*?): +(.*)$', shown(begun(info)), re.MULTILINE)
+    assert (
+        lines
+        == [
+            ('Recomputation', f'{text} (activation_checkpointing={setting})'),
+            ('Recomputed', '250.0 MFLOPs per token (in HFU, not in MFU)'),
+        ][: 2 if text else 0]
+    )
 
 
 @pytest.mark.parametrize('part, key', [('model', 'total_params'), ('flops', 'per_token')])
@@ -196,7 +265,8 @@ def test_a_log_file_gets_plain_text_and_80_columns_and_a_terminal_the_same_words
     for stream in (io.StringIO(), Utf8Terminal()):
         shown_on = begun(info, stream, style=style)
         shown_on.iteration(iteration(5, mfu=None if info is NO_PEAK else 32.45))
-        shown_on.evaluation(evaluation(6, 10.9), evaluation(6, 10.9))
+        measured = {**evaluation(6, 10.9), 'diagnostics': DIAGNOSTICS}
+        shown_on.evaluation(measured, measured)
         shown_on.show(checkpoint_line(checkpoint(6)))
         shown_on.show(event_line({'event': 'signal', 'iter': 6, 'message': 'SIGTERM'}))
         shown_on.show(closing_block(CLOSED, evaluation(6, 10.9), 'out/run_1/record.json'))
