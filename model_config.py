@@ -193,19 +193,15 @@ class ModelArchitectureConfig(FrozenConfig):
         config = cls.__new__(cls)
         preset, values, origins, dropped = _merge(layers, problems)
         FrozenConfig.__init__(config, values, origins)
-        config.__dict__.update(preset=preset, dropped=dropped)
+        config.__dict__.update(preset=preset, dropped=dropped, _layers=tuple(layers))
         problems.extend(_problems(config))
         return config
 
     def replace(self, **values) -> 'ModelArchitectureConfig':
         """The same architecture with other values, which are checked and derived anew."""
         problems: list[str] = []
-        layers = [Layer(self.origins['arch_preset'], {'arch_preset': self.preset})]
-        for key, value in self._values.items():
-            if self.origins[key] not in ('derived', 'default', f'preset {self.preset}'):
-                layers.append(Layer(self.origins[key], {key: value}))
-        layers.append(accept_layer(Layer('argument', values), schema(), problems))
-        config = ModelArchitectureConfig.resolve(layers, problems)
+        changed = accept_layer(Layer('argument', values), schema(), problems)
+        config = ModelArchitectureConfig.resolve([*self._layers, changed], problems)
         if problems:
             raise UserError(*problems)
         return config

@@ -431,6 +431,8 @@ def test_replace_follows_the_presets_rules_and_can_change_the_preset():
 def test_replace_drops_what_the_new_choice_has_no_use_for():
     changed = small('llama', rope_theta=5.0).replace(position_encoding='learned_absolute')
     assert 'rope_theta' not in changed
+    (note,) = changed.dropped
+    assert changed.replace(n_layer=1).dropped == [note]  # and what was said is not forgotten
 
 
 @pytest.mark.parametrize(
