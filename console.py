@@ -510,7 +510,7 @@ class Console:
         self.stream = stream or sys.stdout
         self.max_iters = max_iters
         self.no_peak = None  # why there is no MFU
-        self.first_logged = None  # (iter, time) of this process's first logged iteration
+        self.first_logged = None  # (iter, time) where the pace is taken from
 
     def begin(self, report: str, hardware: dict) -> None:
         """Show how this process starts; `hardware` is the part of startup_info."""
@@ -530,6 +530,10 @@ class Console:
         if 'diagnostics' in entry:
             self.show(diagnostics_table(entry['diagnostics']))
 
+    def rollback(self, event: dict) -> None:
+        self.first_logged = None  # the pace begins anew
+        self.show(event_line(event))
+
     def show(self, text: str) -> None:
         """Print `text` in the letters that the stream has."""
         encoding = getattr(self.stream, 'encoding', None) or 'utf-8'
@@ -540,7 +544,7 @@ class Console:
         print(text.encode(encoding, 'replace').decode(encoding), file=self.stream, flush=True)
 
     def _time_left(self, iter: int) -> float | None:
-        """Seconds from the pace since this process's first logged iteration, evaluations included.
+        """Seconds, from the pace since the first logged iteration, evaluations included.
 
         That first one is where compilation and warm-up end, so they do not count.
         """

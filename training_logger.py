@@ -182,14 +182,14 @@ def _checked(document) -> dict:
 def assemble(lines: Iterable[dict]) -> dict:
     """The document of `record.json` from the parsed lines of a journal.
 
-    A resume from iteration k takes back what the lost process did after k; where an `iter` still
+    A resume or a rollback to iteration k takes back what was done after k; where an `iter` still
     occurs twice, the later line holds. A run without an `end` line counts as `running`, a crashed
     one included. Raises ValueError, KeyError or TypeError for lines that are no journal.
     """
     document = {'schema_version': SCHEMA_VERSION}
     lists = {kind: {} for kind in LISTS.values()}
     began = last = wall_seconds = 0.0
-    for line in lines:
+    for number, line in enumerate(lines):
         line = dict(line)
         kind = line.pop('kind')
         if 'run_name' not in document and kind != 'start':
@@ -205,10 +205,10 @@ def assemble(lines: Iterable[dict]) -> dict:
             document |= {key: line[key] for key in ('run_name', 'start_time')}
         elif kind == 'end':
             document |= {key: line[key] for key in ('end_time', 'status')}
-        elif kind == 'resume':
+        elif kind in ('resume', 'rollback'):
             _take_back(lists, line['iter'])
             entry = {key: value for key, value in line.items() if key not in OBJECTS}
-            lists['event']['resume', line['time']] = {'event': 'resume', **entry}
+            lists['event'][kind, number] = {'event': kind, **entry}
         elif kind == 'event':
             # What a resumed process meets a second time happened once.
             key = (line['event'], line['iter'], line.get('message'))
@@ -247,9 +247,10 @@ def _summary(document: dict, wall_seconds: float) -> dict:
     final = iterations[-1] if iterations else {}
     tokens = final.get('tokens_seen')
     per_token = document['startup_info']['flops']['per_token']
+    events = document['events']
 
     # A process warms up (compilation, caches) in its first logged step: no part of an average.
-    starts = [0, *(event['iter'] for event in document['events'] if event['event'] == 'resume')]
+    starts = [0, *(event['iter'] for event in events if event['event'] == 'resume')]
     warm_up = {next((e['iter'] for e in iterations if e['iter'] >= k), None) for k in starts}
     steady = [entry for entry in iterations if entry['iter'] not in warm_up] or iterations
     memory = [entry['memory'] for entry in iterations]
@@ -268,6 +269,9 @@ def _summary(document: dict, wall_seconds: float) -> dict:
         'total_flops': None if tokens is None or per_token is None else tokens * per_token,
         'wall_seconds': round(wall_seconds, 3),
         'peak_memory_gb': max((peak for peak in peaks if peak is not None), default=None),
+        # A loss that is logged as not finite is an event of this kind too, but counts no updates.
+        'nonfinite_updates': sum(e.get('count', 0) for e in events if e['event'] == 'nonfinite'),
+        'loss_spikes': sum(event['event'] == 'loss_spike' for event in events),
     }
 
 
@@ -483,6 +487,16 @@ class TrainingLogger:
             entry['message'] = message
         self.journal.append('event', entry)
         self.console.show(console.event_line(entry))
+
+    @_on_main
+    def rollback(self, iter: int, *, from_iter: int, checkpoint: str, message: str) -> None:
+        """Record and show that the run went back to the `checkpoint` of `iter` updates.
+
+        What was recorded after that, up to `from_iter`, is taken back. The rollback is an event.
+        """
+        entry = {'iter': iter, 'from_iter': from_iter, 'checkpoint': checkpoint, 'message': message}
+        self.journal.append('rollback', entry)
+        self.console.rollback({'event': 'rollback', **entry})
 
     @_on_main
     def finish(self, status: str = 'finished') -> dict | None:

@@ -172,6 +172,18 @@ def test_time_left_is_the_pace_since_the_first_logged_step(monkeypatch):
     assert left == ['n/a', '0:04:00', '0:02:00', '0:00:00']
 
 
+def test_the_pace_begins_anew_after_a_rollback(monkeypatch):
+    clock = iter([0.0, 1000.0, 1010.0])
+    lines = console_on(style='line')
+    monkeypatch.setattr(console.time, 'monotonic', lambda: next(clock))
+    lines.iteration(iteration(9))
+    lines.rollback({'event': 'rollback', 'iter': 5, 'message': 'loss is nan'})
+    assert 'rollback at iter 5: loss is nan' in shown(lines)
+    lines.iteration(iteration(9))
+    lines.iteration(iteration(19))  # 10 updates in 10 s and 80 to go
+    assert shown(lines).endswith('eta 0:01:20\n')
+
+
 # --- the start ------------------------------------------------------------------------------------
 
 

@@ -62,6 +62,11 @@ def resumed(folder, k, changed=None, **options):
     return logger
 
 
+def killed(logger):
+    """As the process of `logger` leaves it when it dies: the system closes its files."""
+    logger.journal.close()
+
+
 def shown(logger):
     """What the logger has printed since last asked."""
     stream = logger.console.stream
@@ -237,6 +242,8 @@ def test_summary_figures(folder):
         'total_flops': 409_600 * (6 * 123_568_128 + 12 * 12 * 12 * 64 * 1024),
         'wall_seconds': pytest.approx(first + second, abs=0.002),
         'peak_memory_gb': 30.0,
+        'nonfinite_updates': 0,
+        'loss_spikes': 1,
     }
 
 
@@ -257,7 +264,9 @@ def test_wall_time_counts_processes_and_not_what_lies_between():
 def test_what_nothing_tells_is_null(folder):
     started(folder, NO_PEAK)
     summary = read(folder)['summary']
-    assert summary.pop('final_iter') == 0
+    assert [summary.pop(key) for key in ('final_iter', 'nonfinite_updates', 'loss_spikes')] == [
+        0
+    ] * 3
     assert summary.pop('total_iterations') == MAX_ITERS
     assert summary.pop('wall_seconds') == 0
     assert set(summary.values()) == {None}
@@ -314,7 +323,7 @@ def entries(document):
     lists['events'] = [
         {key: value for key, value in event.items() if key != 'time'}
         for event in document['events']
-        if event['event'] != 'resume'
+        if event['event'] not in ('resume', 'rollback')
     ]
     return lists
 
@@ -359,6 +368,46 @@ def test_resume_takes_back_what_the_checkpoint_does_not_hold(folder):
     assert [event['iter'] for event in document['events']] == [0, 10, 10]
     assert document['events'][-1]['changed'] == {'threads': [2, 4]}
     VALIDATOR.validate(document)
+
+
+def test_a_run_that_was_rolled_back_has_the_record_of_one_that_never_strayed(folder, tmp_path):
+    straight = started(new_run_folder(tmp_path / 'straight'))
+    train(straight, 0, 30)
+    logger = started(folder)
+    train(logger, 0, 10)
+    for strayed_to in (13, 16, 16):
+        train(logger, 10, strayed_to)
+        logger.rollback(
+            10, from_iter=strayed_to, checkpoint='checkpoints/10.pt', message='loss is nan'
+        )
+        assert 'rollback at iter 10: loss is nan' in shown(logger)
+    train(logger, 10, 20)
+    logger.rollback(20, from_iter=20, checkpoint='checkpoints/20.pt', message='lost on resuming')
+    killed(logger)
+    logger = resumed(folder, 15)
+    train(logger, 15, 30)
+    document = read(folder)
+    VALIDATOR.validate(document)
+    assert entries(document) == entries(read(straight.run_folder))
+    events = [(e['event'], e['iter'], e.get('from_iter')) for e in document['events']]
+    assert [event for event in events if event[0] in ('rollback', 'resume')] == [
+        *(('rollback', 10, strayed_to) for strayed_to in (13, 16, 16)),
+        ('resume', 15, None),
+    ]
+
+
+def test_the_summary_counts_spikes_and_updates_that_were_skipped(folder):
+    logger = started(folder)
+    logger.event('nonfinite', 4, '2 skipped', count=2)
+    logger.iteration(iteration(5, loss=float('nan')))  # an event of its own, which counts nothing
+    logger.event('loss_spike', 6)
+    logger.event('nonfinite', 7, '3 skipped', count=3)
+    logger.event('loss_spike', 8)
+    logger.event('signal', 9, count=50)
+    summary = logger.finish()
+    assert (summary['nonfinite_updates'], summary['loss_spikes']) == (5, 2)
+    assert len(read(folder)['events']) == 6
+    VALIDATOR.validate(read(folder))
 
 
 def test_resume_needs_a_journal(folder):
