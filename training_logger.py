@@ -23,6 +23,11 @@ from pathlib import Path
 import console
 from errors import UserError
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 SCHEMA_VERSION = 1
 JOURNAL, RECORD = 'journal.jsonl', 'record.json'
 STATUSES = ('running', 'finished', 'interrupted', 'failed')
@@ -303,27 +308,50 @@ def _strict(value):
 
 
 class _Journal:
-    """A file to which whole lines are added, one `write` each, so that none waits in a buffer."""
+    """A file to which whole lines are added, one `write` each, so that none waits in a buffer.
+
+    While it is open, no other process can open it so; reading it is free.
+    """
 
     def __init__(self, path: Path, *, new: bool):
         self.path = path
-        flags = os.O_WRONLY | os.O_APPEND | (os.O_CREAT | os.O_EXCL if new else 0)
+        flags = os.O_RDWR | os.O_APPEND | (os.O_CREAT | os.O_EXCL if new else 0)
         try:
-            if not new:
-                self._mend()
             self.fd = os.open(path, flags, 0o666)
         except OSError as error:
             raise UserError(f'{path}: cannot be opened for writing ({error.strerror}).') from error
+        try:
+            self._lock()
+            self._mend()
+        except BaseException:
+            self.close()
+            raise
+
+    def _lock(self) -> None:
+        """Keep others out until the file is closed, which happens however this process ends."""
+        if fcntl is None:
+            return
+        try:
+            fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f'{self.path.parent}: another process is training this run. Wait for its end or '
+                'stop it first; --init_from=scratch starts a run of its own instead.'
+            ) from error
+        except OSError:
+            pass  # a file system that has no locks
 
     def _mend(self) -> None:
         """Give a torn last line its line end if that is all it lacks, and cut it off otherwise."""
         data = self.path.read_bytes()
         tail = data[data.rfind(b'\n') + 1 :]
-        if _is_whole(tail):
-            with open(self.path, 'ab') as file:
-                file.write(b'\n')
-        elif tail:
-            os.truncate(self.path, len(data) - len(tail))
+        try:
+            if _is_whole(tail):
+                os.write(self.fd, b'\n')
+            elif tail:
+                os.ftruncate(self.fd, len(data) - len(tail))
+        except OSError as error:
+            raise _cannot_write(self.path, error) from error
 
     def append(self, kind: str, entry: dict) -> None:
         """Write one line. One that does not fit on the disk leaves no trace."""
@@ -438,7 +466,7 @@ class TrainingLogger:
         """Continue the folder's journal from the `checkpoint` of `iter` updates.
 
         `changed` is key → [old, new] for the options that differ from the earlier process's.
-        Raises UserError where the folder holds no journal to continue.
+        Raises UserError where the folder holds no journal to continue, or another process does so.
         """
         read_record(self.run_folder / JOURNAL)
         self.journal = _Journal(self.run_folder / JOURNAL, new=False)

@@ -160,6 +160,7 @@ def log_a_run(folder):
     logger.event('loss_spike', 10, ratio=3.5)
     logger.checkpoint(checkpoint(15))
     logger.iteration(iteration(20, time_ms=1.0, steps=10, mfu=99.0))  # lost with the process
+    killed(logger)
     logger = resumed(folder, 15, {'learning_rate': [6e-4, 3e-4]})
     logger.iteration(iteration(20, time_ms=50_000.0, steps=5, mfu=0.2))  # warm-up again
     logger.iteration(iteration(30, loss=float('nan'), time_ms=300.0, steps=10, mfu=None))
@@ -339,7 +340,8 @@ def test_a_run_that_is_killed_and_resumed_has_the_record_of_one_that_was_not(
     logger, begin = started(folder), 0
     for crash in crashes:
         crash = max(begin + 1, crash)
-        train(logger, begin, crash)  # and killed there, with no goodbye
+        train(logger, begin, crash)
+        killed(logger)
         begin = (crash - 1) // 5 * 5
         logger = resumed(folder, begin)
     train(logger, begin, 20)
@@ -440,12 +442,52 @@ def test_a_last_line_torn_at_any_byte_is_left_out_and_mended(tmp_path):
         torn.write_bytes(whole[:end])
         survivors = ['before', 'torn'] if end >= len(whole) - 1 else ['before']
         assert [event['event'] for event in read(folder)['events']] == survivors
-        resumed(folder, 2).event('after', 2)
+        logger = resumed(folder, 2)
+        logger.event('after', 2)
         assert [event['event'] for event in read(folder)['events']] == [
             *survivors,
             'resume',
             'after',
         ]
+        killed(logger)
+
+
+def test_two_processes_do_not_train_one_run(folder):
+    logger = started(folder)
+    before = (folder / 'journal.jsonl').read_bytes()
+    code = RESUME.format(tests=str(Path(__file__).parent), root=str(ROOT), folder=str(folder))
+    command = [sys.executable, '-c', code]
+    refused = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert f'UserError: {folder}: another process is training this run' in refused.stderr
+    assert (folder / 'journal.jsonl').read_bytes() == before
+    assert read(folder)['status'] == 'running'  # readers are let in
+
+    logger.finish('interrupted')
+    allowed = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert allowed.returncode == 0, allowed.stderr
+    assert [event['event'] for event in read(folder)['events']] == ['resume']
+    resumed(folder, 0)  # what is dead holds nothing
+
+
+RESUME = """
+import sys
+sys.path[:0] = [{tests!r}, {root!r}]
+from test_training_logger import *
+logger = resumed({folder!r}, 0)
+"""
+
+
+@pytest.mark.parametrize('absence', ['no fcntl', 'no locks'])
+def test_a_system_without_locks_trains_all_the_same(folder, monkeypatch, absence):
+    if absence == 'no fcntl':
+        monkeypatch.setattr(training_logger, 'fcntl', None)
+    else:
+
+        def unsupported(*args):
+            raise OSError(95, 'Operation not supported')
+
+        monkeypatch.setattr(training_logger.fcntl, 'flock', unsupported)
+    assert started(folder).finish()['final_iter'] == 0
 
 
 ENDLESS = """
