@@ -1,0 +1,176 @@
+"""A config file that registers components of its own: every script, and no other file touched."""
+
+import json
+import re
+import textwrap
+
+import pytest
+
+CONFIG = '''
+import torch
+import torch.nn.functional as F
+
+from model_components import Norm, Positions, PositionEncoding
+from model_config import NORM_REGISTRY, POSITION_ENCODING_REGISTRY
+from registry import Option, above
+
+
+@NORM_REGISTRY.register('power_norm', source='made up')
+class PowerNorm(Norm):
+    """x / (mean |x|^p)^(1/p)."""
+
+    tag = 'Power'
+    options = {
+        **Norm.options,
+        'norm_power': Option(float, 2.0, 'Exponent of the power norm', check=above(0)),
+    }
+
+    def __init__(self, config, width):
+        super().__init__(config, width)
+        self.power = config.norm_power
+
+    def forward(self, x):
+        x = x.float()
+        mean = x.abs().pow(self.power).mean(-1, keepdim=True) + self.eps
+        return self.weight * x / mean.pow(1 / self.power)
+
+
+@POSITION_ENCODING_REGISTRY.register('slopes', source='Press et al. 2022')
+class Slopes(PositionEncoding):
+    """Scores fall with the distance, in each head by another slope."""
+
+    tag = 'Slopes'
+    has_bias = True
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.n_head = config.n_head
+
+    def prepare(self, q_positions, k_positions):
+        heads = torch.arange(1, self.n_head + 1, device=q_positions.device)
+        slopes = 2.0 ** (-8.0 * heads / self.n_head)
+        distance = (q_positions[:, None] - k_positions[None, :]).float()
+        return Positions(bias=-slopes[:, None, None] * distance)
+
+
+arch_preset = 'llama'
+normalization = 'power_norm'
+position_encoding = 'slopes'
+norm_power = 3
+out_dir = 'out'
+'''
+NAME = '2L-2H-32D-Slopes-Power-SwiGLU-PreNorm'
+
+
+@pytest.fixture
+def config(tmp_path):
+    path = tmp_path / 'own.py'
+    path.write_text(CONFIG)
+    return path
+
+
+def record(tmp_path):
+    (folder,) = tmp_path.glob('out/run_*')
+    return json.loads((folder / 'record.json').read_text())
+
+
+def test_a_components_option_is_in_the_help_of_its_file(config, run_script):
+    listed = run_script('train.py', config, '--help').stdout
+    flat = ' '.join(listed.split())
+    assert len(re.findall(r'^  --norm_power=float', listed, re.MULTILINE)) == 1
+    assert 'Exponent of the power norm (default 2.0)' in flat
+    assert '| rmsnorm | power_norm]' in flat and '| slopes]' in flat
+
+
+def test_a_components_option_is_checked_like_any_other(config, train):
+    wrong = train(
+        config, '--normalization=rmsnorm', '--norm_power=2', '--norm_powr=2', code=2
+    ).stderr
+    assert 'unknown option --norm_powr. Did you mean norm_power?' in wrong
+    assert 'norm_power=2.0 (command line) has no use here' in wrong
+    assert "it belongs to normalization='power_norm'" in wrong
+    left = train(config, '--normalization=rmsnorm', '--print_config').stdout
+    assert f'dropped: norm_power=3.0 ({config})' in left
+
+
+def test_training_resuming_and_comparing_a_model_of_own_components(
+    config, train, run_script, tmp_path
+):
+    train(config, '--norm_power=2.5')
+    run = record(tmp_path)
+    assert run['status'] == 'finished' and run['summary']['final_iter'] == 4
+    assert run['architecture']['name'] == NAME
+    choices = run['architecture']['choices']
+    assert (choices['normalization'], choices['norm_power']) == ('power_norm', 2.5)
+    assert run['config']['norm_power'] == 2.5 and run['config']['position_encoding'] == 'slopes'
+    assert run['metadata']['config_files'][0]['text'] == CONFIG
+    # Five norms of 32 gains; an encoding without parameters.
+    assert run['startup_info']['model']['components']['normalization'] == 5 * 32
+    losses = [entry['loss'] for entry in run['training_iterations']]
+    assert len(losses) == 4 and losses[-1] < losses[0]
+
+    # A checkpoint carries no code: without the file, a message that says what is missing.
+    refused = train('--init_from=resume', '--max_iters=6', code=2).stderr
+    assert "normalization='power_norm'" in refused and "'norm_power'" in refused
+    assert 'carries no code' in refused and str(config) in refused
+    assert 'Traceback' not in refused
+
+    train(config, '--norm_power=2.5', '--init_from=resume', '--max_iters=6')
+    resumed = record(tmp_path)
+    assert [entry['iter'] for entry in resumed['training_iterations']] == list(range(6))
+    assert resumed['training_iterations'][:4] == run['training_iterations']
+    assert resumed['architecture'] == run['architecture']
+
+    # The encoding does something: without it the same start gives another loss.
+    train(config, '--norm_power=2.5', '--position_encoding=none', '--out_dir=unplaced')
+    (path,) = tmp_path.glob('unplaced/run_*/record.json')
+    unplaced = json.loads(path.read_text())['training_iterations'][0]['loss']
+    assert abs(unplaced - losses[0]) > 1e-5
+
+    config.unlink()  # reading a record needs nothing but the record
+    listed = run_script('compare_architectures.py', 'out').stdout
+    assert NAME in listed
+
+
+def test_a_file_may_be_given_twice_but_not_a_name(config, train, tmp_path):
+    assert 'slopes' in train(config, config, '--print_config').stdout
+    other = tmp_path / 'other.py'
+    other.write_text(CONFIG)
+    refused = train(config, other, '--print_config', code=2).stderr
+    assert "normalization='power_norm' is registered twice" in refused and str(other) in refused
+
+
+def test_what_belonged_to_a_component_that_was_replaced_is_dropped(train, tmp_path):
+    """Through two choices: use_gqa belongs to the attention, num_kv_heads to use_gqa."""
+    path = tmp_path / 'attention.py'
+    path.write_text(
+        textwrap.dedent(
+            """
+            from model_components import Attention
+            from model_config import ATTENTION_REGISTRY
+
+
+            @ATTENTION_REGISTRY.register('plain')
+            class PlainAttention(Attention):
+                options = {}
+
+                @classmethod
+                def name_tag(cls, config):
+                    return 'Plain'
+
+                @classmethod
+                def problems(cls, config):
+                    return []
+
+
+            use_gqa = True
+            num_kv_heads = 1
+            """
+        )
+    )
+    shown = train(path, '--attention_type=plain', '--print_config').stdout
+    assert '-Plain-' in shown and 'num_kv_heads =' not in shown
+    for key in ('use_gqa=True', 'num_kv_heads=1'):
+        assert f"dropped: {key} ({path}), of no use with attention_type='plain'" in shown
+    refused = train(path, '--attention_type=plain', '--num_kv_heads=2', code=2).stderr
+    assert 'num_kv_heads=2 (command line) has no use here' in refused
