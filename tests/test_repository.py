@@ -1,0 +1,118 @@
+"""README and the repository say what is true."""
+
+import ast
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import PROJECT
+
+from model_builder import build_model, count_parameters, training_flops
+from model_components import Component
+from model_config import PRESETS, REGISTRIES, ModelArchitectureConfig
+
+README = (PROJECT / 'README.md').read_text(encoding='utf-8')
+
+
+def code_blocks(language):
+    return re.findall(rf'^```{language}\n(.*?)^```$', README, flags=re.M | re.S)
+
+
+def test_the_first_two_commands_do_all_the_set_up_on_one_line_each():
+    train, test = code_blocks('sh')[:2]
+    for command, requirements in ((train, 'requirements.txt'), (test, 'requirements-test.txt')):
+        assert command.count('\n') == 1
+        assert command.startswith('python3 -m venv .venv && . .venv/bin/activate && ')
+        assert f'pip install -r {requirements} && ' in command
+    assert train.rstrip().endswith('&& python train.py config/arch_llama.py --max_iters=100')
+    assert test.rstrip().endswith('&& pytest -n auto')
+
+
+def test_the_gate_runs_the_readmes_test_command(tmp_path):
+    """.ci/run, in a copy where `bash` only prints what it is asked to run."""
+    (tmp_path / '.ci').mkdir()
+    (tmp_path / '.ci/run').write_bytes((PROJECT / '.ci/run').read_bytes())
+    (tmp_path / 'README.md').write_text(README, encoding='utf-8')
+    (tmp_path / 'bash').write_text('#!/bin/sh\nprintf "asked: %s" "$2"\n')
+    (tmp_path / 'bash').chmod(0o755)
+    out = subprocess.run(
+        ['/bin/bash', str(tmp_path / '.ci/run')],
+        env={'PATH': f'{tmp_path}:/usr/bin:/bin'},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert out.partition('asked: ')[2].strip() == code_blocks('sh')[1].strip()
+
+
+def test_the_options_table_lists_every_component():
+    for registry in REGISTRIES:
+        for name in registry:
+            assert registry[name].__module__ != 'model_components' or f'`{name}`' in README, name
+
+
+@pytest.mark.parametrize('preset', [p for p in PRESETS if p != 'custom'])
+def test_the_presets_table_has_the_right_counts(preset):
+    config = ModelArchitectureConfig(arch_preset=preset, vocab_size=50304)
+    total = count_parameters(build_model(config))['total_params']
+    (row,) = [line for line in README.splitlines() if re.match(rf'\| [^|]*`{preset}`', line)]
+    assert f'{total:,}' in row
+
+
+def test_the_figures_against_the_design_document():
+    table = README.partition('## Figures in the design document')[2]
+    for preset, elements in (('gpt2', '565 k'), ('llama', '688 k')):
+        config = ModelArchitectureConfig(arch_preset=preset, vocab_size=50304)
+        flops = training_flops(build_model(config))
+        assert f'{flops["per_token"] / 1e9:.3f} GF' in table
+        assert f'{flops["per_token_causal"] / 1e9:.3f} GF' in table
+        assert f'{flops["attention_ffn_ratio"]:.2f} for both' in table
+        assert f'{flops["elementwise_per_token"] / 1e3:.0f} k' == elements and elements in table
+
+
+def test_the_readmes_component_trains(train, tmp_path):
+    (snippet,) = code_blocks('python')
+    (tmp_path / 'mine.py').write_text(snippet)
+    out = train('mine.py', '--dyt_alpha=0.7').stdout
+    assert '2L-2H-32D-RoPE-DyT-SwiGLU-PreNorm' in out
+
+
+def test_train_py_can_be_read_in_one_sitting():
+    assert len((PROJECT / 'train.py').read_text().splitlines()) < 400
+
+
+def imports(path):
+    """Names of the modules that a file imports."""
+    for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module
+
+
+def test_arrows_point_one_way():
+    modules = {path.stem: set(imports(path)) for path in PROJECT.glob('*.py')}
+    ours = {name: found & modules.keys() for name, found in modules.items()}
+    for name, found in ours.items():
+        assert 'train' not in found, f'{name} imports train'
+    assert ours['errors'] == set()
+    assert ours['registry'] == {'errors'}
+    for leaf in ('configurator', 'model_config', 'training_logger', 'compare_architectures'):
+        assert 'torch' not in modules[leaf], f'{leaf} imports torch'
+    assert not ours['model_components'] & {'training_config', 'parallelism', 'hardware'}
+    assert not ours['hardware'] & {'model_config', 'model_builder', 'training_config'}
+    assert not ours['token_data'] & {'text_codec', 'model_config'}
+
+
+def test_the_comparison_needs_no_torch():
+    code = 'import sys, compare_architectures; sys.exit("torch" in sys.modules)'
+    subprocess.run([sys.executable, '-c', code], cwd=PROJECT, check=True)
+
+
+def test_every_component_has_a_source():
+    for registry in REGISTRIES:
+        for name in registry:
+            assert issubclass(registry[name], Component)
+            if registry[name].__module__ == 'model_components':
+                assert registry.source(name), f'{registry.option}={name} cites nothing'
