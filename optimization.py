@@ -81,16 +81,14 @@ class Updater:
         total = torch.stack([g.sum() for g in gradients]).sum() if measured else None
         if self.grad_clip:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.grad_clip, norm)
-        broken = (~(torch.isfinite(norm) & torch.isfinite(loss))).float()
-        if self.scaler.is_enabled():
-            # An overflowing gradient is how the scaler finds its scale; only a lost loss counts.
-            self.skipped += (~torch.isfinite(loss)).float()
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-        else:
-            self.skipped += broken
-            self.optimizer.found_inf = broken
-            self.optimizer.step()
+        lost = ~torch.isfinite(loss)
+        broken = lost | ~torch.isfinite(norm)
+        # An overflowing gradient is how the scaler finds its scale; only a lost loss counts there.
+        self.skipped += lost if self.scaler.is_enabled() else broken
+        # Not by scaler.step, which would look at the gradient alone.
+        self.optimizer.found_inf = broken.float()
+        self.optimizer.step()
+        self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         return GradientSums(norm, total)
 
