@@ -9,11 +9,14 @@ loss_sum, count, auxiliary_loss = model(tokens, targets)
 
 import hashlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from errors import UserError
 from model_components import Component, Initial, OutputHead, TokenEmbedding, module_flops
@@ -206,8 +209,8 @@ def training_flops(model: Transformer, recomputed_blocks: list[int] | None = Non
 
     Matrix multiplications of the forward pass, and twice that for the backward pass. `per_token`
     counts attention over the full square (Chowdhery et al. 2022, appendix B, as nanoGPT and
-    torchtitan do), `per_token_causal` over the half that a causal model needs. What the forward
-    pass of `recomputed_blocks` costs once more is apart, and in neither.
+    torchtitan do), `per_token_causal` over the half that a causal model needs. What it costs to
+    recompute `recomputed_blocks` is apart, and in neither.
     """
     length = model.config.block_size
     full, causal = (
@@ -222,11 +225,32 @@ def training_flops(model: Transformer, recomputed_blocks: list[int] | None = Non
         'breakdown_causal': causal,
         'attention_ffn_ratio': attention / causal['ffn'] if causal.get('ffn') else None,
         'elementwise_per_token': elementwise_operations(model.config) / length,
-        'recomputed_per_token': sum(
-            sum(model.blocks[n].flops(length, causal=False).values()) / length
-            for n in recomputed_blocks or ()
+        'recomputed_per_token': (
+            len(recomputed_blocks) * recomputed_flops(model.config) / length
+            if recomputed_blocks
+            else 0.0
         ),
     }
+
+
+def recomputed_flops(config: ModelArchitectureConfig) -> int:
+    """FLOPs of one sequence's matrix multiplications that checkpointing a block repeats.
+
+    Counted by running one on the meta device, since it is less than a forward pass: torch stops as
+    soon as it has what the backward pass wants, so a product at the end of a block is left out.
+    """
+    config = config.replace(n_layer=1, attention_backend='manual')
+    tokens = torch.empty((1, config.block_size), dtype=torch.long, device='meta')
+    counted = []
+    for recomputed in (True, False):
+        model = build_model(config)
+        if recomputed:
+            block = model.blocks[0]
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        with FlopCounterMode(display=False) as counter:
+            model(tokens).sum().backward()
+        counted.append(counter.get_total_flops())
+    return counted[0] - counted[1]
 
 
 class _ElementCounter(TorchDispatchMode):
