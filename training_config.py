@@ -175,7 +175,7 @@ class Settings:
             'arch_preset': self.architecture.preset,
             **self.architecture.to_dict(),
         }
-        origins = {'arch_preset': 'see above', **self.run.origins, **self.architecture.origins}
+        origins = {**self.run.origins, **self.architecture.origins}
         return format_config(groups, origins, self.architecture.dropped)
 
 
