@@ -27,6 +27,7 @@ from model_components import (
 from model_config import (
     ACTIVATION_REGISTRY,
     ATTENTION_BACKEND_REGISTRY,
+    NORM_POSITION_REGISTRY,
     NORM_REGISTRY,
     POSITION_ENCODING_REGISTRY,
     ModelArchitectureConfig,
@@ -321,3 +322,15 @@ def test_each_dropout_acts_in_training_only(key, backend):
     assert not torch.equal(first, second)
     assert torch.equal(first, again)
     torch.testing.assert_close(plain.train()(tokens), plain(tokens), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize('norm_position', list(NORM_POSITION_REGISTRY))
+@pytest.mark.parametrize('silent', ['attention.output', 'ffn.down'])
+def test_residual_dropout_reaches_each_branch(silent, norm_position):
+    """With one branch adding nothing, what is dropped is of the other."""
+    model = lively(tiny(n_layer=1, norm_position=norm_position, residual_dropout=0.5))
+    with torch.no_grad():
+        for parameter in model.blocks[0].get_submodule(silent).parameters():
+            parameter.zero_()
+    tokens = some_tokens(model.config, batch=1)
+    assert not torch.equal(model(tokens), model(tokens))
