@@ -3,8 +3,8 @@
 A run is a folder `out_dir/run_<date>_<time>/`. While it trains, each thing that happens becomes
 one line of `journal.jsonl`, handed to the operating system before the console shows it, so that a
 crash loses at most the last line. `assemble` turns those lines into the document that people and
-`compare_architectures.py` read; `record.json` is a copy of it, replaced in one step after each
-evaluation and at the end. `record_schema.json` says what the document holds.
+`compare_architectures.py` read; `record.json` is a copy of it, replaced in one step at the start,
+at the end and, as long as that is cheap, after evaluations. `record_schema.json` describes it.
 
 Plain numbers come in, JSON goes out: nothing here knows torch, devices or components. What a person
 reads while the run goes on is `console.py`'s.
@@ -31,6 +31,10 @@ except ImportError:  # Windows
 SCHEMA_VERSION = 1
 JOURNAL, RECORD = 'journal.jsonl', 'record.json'
 STATUSES = ('running', 'finished', 'interrupted', 'failed')
+
+# The most of a run's time that keeping record.json up to date at evaluations may take: with 100,000
+# entries, writing it takes seconds. The journal is never behind.
+RECORD_SHARE = 0.01
 
 # The lists of the document, and the kind of journal line that each collects.
 LISTS = {
@@ -138,10 +142,7 @@ def read_record(path) -> dict:
         if not held:
             raise UserError(f'{path}: no run there, since it holds no {JOURNAL} and no {RECORD}.')
         path = held[0]
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise UserError(f'{path}: cannot be read ({error.strerror}).') from error
+    data = _read(path)
     try:
         return assemble(_parse(data)) if path.suffix == '.jsonl' else _checked(json.loads(data))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -149,6 +150,13 @@ def read_record(path) -> dict:
             f'{path}: not the record of a run ({type(error).__name__}: {error}). '
             f'Give a run folder, its {JOURNAL} or its {RECORD}.'
         ) from error
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f'{path}: cannot be read ({error.strerror}).') from error
 
 
 def _parse(data: bytes) -> list[dict]:
@@ -280,7 +288,7 @@ def _summary(document: dict, wall_seconds: float) -> dict:
     }
 
 
-def _best(evaluations: list[dict]) -> dict | None:
+def _best(evaluations: Iterable[dict]) -> dict | None:
     measured = [entry for entry in evaluations if entry['val_loss'] is not None]
     return min(measured, key=lambda entry: entry['val_loss'], default=None)
 
@@ -343,7 +351,7 @@ class _Journal:
 
     def _mend(self) -> None:
         """Give a torn last line its line end if that is all it lacks, and cut it off otherwise."""
-        data = self.path.read_bytes()
+        data = _read(self.path)
         tail = data[data.rfind(b'\n') + 1 :]
         try:
             if _is_whole(tail):
@@ -432,6 +440,8 @@ class TrainingLogger:
         self.run_folder = run_folder and Path(run_folder)  # other ranks may have none
         self.console = console.Console(style, stream, max_iters=max_iters)
         self.journal = None
+        self.evaluations = {}  # by iter
+        self.record_due = 0.0  # when record.json may be written next, on the monotonic clock
 
     @_on_main
     def start(self, config: dict, architecture: dict, metadata: dict, startup_info: dict) -> None:
@@ -482,7 +492,8 @@ class TrainingLogger:
                 'startup_info': startup_info,
             },
         )
-        self._write_record()
+        document = self._write_record()
+        self.evaluations = {entry['iter']: entry for entry in document['eval_steps']}
         report = console.resume_report(iter, checkpoint, changed, self.run_folder)
         self.console.begin(report, startup_info['hardware'])
 
@@ -495,10 +506,12 @@ class TrainingLogger:
 
     @_on_main
     def evaluation(self, entry: dict) -> None:
-        """Record and show an entry of `eval_steps`, and bring record.json up to date."""
+        """Record and show an entry of `eval_steps`; bring record.json up to date if that is due."""
         self.journal.append('evaluation', entry)
-        document = self._write_record()
-        self.console.evaluation(entry, _best(document['eval_steps']))
+        if time.monotonic() >= self.record_due:
+            self._write_record()
+        self.evaluations[entry['iter']] = _strict(entry)
+        self.console.evaluation(entry, _best(self.evaluations.values()))
         self._note_nonfinite(entry, 'train_loss', 'val_loss')
 
     @_on_main
@@ -524,6 +537,7 @@ class TrainingLogger:
         """
         entry = {'iter': iter, 'from_iter': from_iter, 'checkpoint': checkpoint, 'message': message}
         self.journal.append('rollback', entry)
+        self.evaluations = {n: e for n, e in self.evaluations.items() if n <= iter}
         self.console.rollback({'event': 'rollback', **entry})
 
     @_on_main
@@ -532,18 +546,28 @@ class TrainingLogger:
 
         Returns the summary, which is computed from the journal alone. Does nothing, and returns
         None, before `start` and on ranks that are not main.
+
+        After `failed` no UserError is raised, only shown: what ended the run is on its way to the
+        user, often the very same full disk, and must not be replaced. The result is None then.
         """
         assert status in STATUSES[1:], status
         if self.journal is None:
             return None
         end = {'status': status, 'end_time': _now(), 'time': round(time.time(), 3)}
-        lines = _parse(self.journal.path.read_bytes())
-        summary = assemble([*lines, {'kind': 'end', **end}])['summary']
-        self.journal.append('end', {**end, 'summary': summary})
-        document = self._write_record()
-        self.journal.close()
-        self.journal = None
-        best, path = _best(document['eval_steps']), self.run_folder / RECORD
+        path = self.run_folder / RECORD
+        try:
+            document = assemble([*_parse(_read(self.journal.path)), {'kind': 'end', **end}])
+            self.journal.append('end', {**end, 'summary': document['summary']})
+            _write_record(path, document)
+        except UserError as error:
+            if status != 'failed':
+                raise
+            self.console.show(f'⚠ {error}')
+            return None
+        finally:
+            self.journal.close()
+            self.journal = None
+        best = _best(document['eval_steps'])
         self.console.show(console.closing_block(document, best, path))
         return document['summary']
 
@@ -554,8 +578,11 @@ class TrainingLogger:
                 self.event('nonfinite', entry['iter'], f'{key} is {entry[key]}')
 
     def _write_record(self) -> dict:
+        began = time.monotonic()
         document = read_record(self.journal.path)
         _write_record(self.run_folder / RECORD, document)
+        now = time.monotonic()
+        self.record_due = now + (now - began) / RECORD_SHARE
         return document
 
 

@@ -1,6 +1,7 @@
 """The record of a run: nothing lost, nothing mixed, every figure recomputed another way."""
 
 import io
+import itertools
 import json
 import os
 import re
@@ -525,6 +526,7 @@ FULL_DISK = """
 import resource, sys
 sys.path[:0] = [{tests!r}, {root!r}]
 from test_training_logger import *
+training_logger.RECORD_SHARE = float('inf')  # write record.json at each evaluation
 logger = TrainingLogger({folder!r}, style='line', max_iters=10**9)
 logger.start(CONFIG, ARCHITECTURE, METADATA, STARTUP_INFO)
 logger.iteration(iteration(0))
@@ -536,6 +538,7 @@ try:
         logger.iteration(iteration(i))
         {each}
 except UserError as error:
+    assert logger.finish('failed') is None
     print('CAUGHT', error)
 """
 
@@ -559,8 +562,9 @@ def test_a_full_disk_is_told_of_and_spares_what_was_written(folder, full, room, 
     result = subprocess.run(
         [sys.executable, '-c', code], capture_output=True, text=True, timeout=60, check=True
     )
-    message = result.stdout.splitlines()[-1]
+    again, message = result.stdout.splitlines()[-2:]
     assert message.startswith('CAUGHT') and 'File too large' in message
+    assert 'File too large' in again  # shown by `finish`, which spares the error that comes first
     assert str(folder / full) in message and '--init_from=resume' in message
     document = json.loads((folder / 'record.json').read_text())
     VALIDATOR.validate(document)
@@ -570,7 +574,67 @@ def test_a_full_disk_is_told_of_and_spares_what_was_written(folder, full, room, 
     assert sorted(os.listdir(folder)) == ['checkpoints', 'journal.jsonl', 'record.json']
 
 
-def test_whoever_reads_the_record_while_it_is_replaced_sees_a_whole_one(folder):
+@pytest.mark.parametrize('status', ['finished', 'interrupted', 'failed'])
+def test_a_disk_that_is_full_at_the_end_is_told_of(folder, monkeypatch, status):
+    logger = started(folder)
+    before = (folder / 'journal.jsonl').read_bytes()
+    shown(logger)
+
+    def full(*args):
+        raise OSError(28, 'No space left on device')
+
+    monkeypatch.setattr(os, 'write', full)
+    if status == 'failed':  # another error is on its way
+        assert logger.finish(status) is None
+        assert 'No space left' in shown(logger)
+    else:
+        with pytest.raises(UserError, match='No space left'):
+            logger.finish(status)
+    monkeypatch.undo()
+    assert (folder / 'journal.jsonl').read_bytes() == before
+    resumed(folder, 0).finish(status)  # nobody holds it any more
+    assert read(folder)['status'] == status
+
+
+def test_the_record_is_kept_up_to_date_in_a_hundredth_of_the_time(folder, monkeypatch):
+    now, written = [0.0], []
+
+    def slow(path, document):
+        now[0] += 2.0
+        written.append((now[0], len(document['eval_steps'])))
+
+    monkeypatch.setattr(training_logger.time, 'monotonic', lambda: now[0])
+    monkeypatch.setattr(training_logger, '_write_record', slow)
+    logger = started(folder, style='line')
+    for n in range(100):
+        now[0] += 10.0
+        logger.evaluation(evaluation(n))
+    moments = [moment for moment, _ in written]
+    assert len(moments) > 2
+    assert all(200 <= b - a - 2.0 < 210 for a, b in itertools.pairwise(moments))
+    logger.finish()
+    assert written[-1][1] == 100
+
+
+def test_an_evaluation_is_shown_beside_the_best_of_the_whole_run(folder):
+    def standing(n, loss):
+        logger.evaluation(evaluation(n, loss))
+        return re.search('Best val loss so far: (.*)', shown(logger))[1]
+
+    logger = started(folder)
+    assert standing(0, float('nan')) == 'n/a'
+    assert standing(10, 4.0) == 'this one'
+    assert standing(20, 3.0) == 'this one'
+    assert standing(30, 3.5) == '3.0000 at iter 20'
+    logger.rollback(15, from_iter=31, checkpoint='checkpoints/15.pt', message='loss is nan')
+    assert standing(20, 4.5) == '4.0000 at iter 10'
+    killed(logger)
+    logger = resumed(folder, 20)
+    assert standing(30, 4.25) == '4.0000 at iter 10'
+
+
+def test_whoever_reads_the_record_while_it_is_replaced_sees_a_whole_one(folder, monkeypatch):
+    monkeypatch.setattr(training_logger, 'RECORD_SHARE', float('inf'))
     logger = started(folder)
     with open(folder / 'record.json') as reader:
         logger.evaluation(evaluation(0))
