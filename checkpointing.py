@@ -3,13 +3,15 @@
 A checkpoint is a folder `checkpoints/iter_00000100/` holding `state.pt` (tensors and plain values,
 read with `weights_only=True`) and `index.json` (the updates done, the loss, the options of the
 run, and the SHA-256 of every file beside it). It is written under a temporary name, synced, and
-published by one rename, so a folder of that name is whole or it is not there. No code is stored.
+published by one rename, so a folder of that name is whole or it is not there. One that is saved a
+second time, after a resume or a rollback, is published as `iter_00000100_2` before the first goes.
+No code is stored.
 """
 
 import hashlib
 import json
+import math
 import os
-import pickle
 import re
 import shutil
 import uuid
@@ -19,10 +21,46 @@ from pathlib import Path
 import torch
 
 from errors import UserError
+from token_data import file_sha256
 
 FORMAT = 'architecture-checkpoint'
 VERSION = 1
-_NAME = re.compile(r'iter_(\d{8,})')
+_NAME = re.compile(r'iter_(\d{8,})(?:_(\d+))?')
+
+
+def _is_count(value) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _is_loss(value) -> bool:
+    return value is None or (type(value) is float and math.isfinite(value))
+
+
+def _is_dict(value) -> bool:
+    return isinstance(value, dict)
+
+
+def _are_names(value) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+def _are_checksums(value) -> bool:
+    facts = value.get('state.pt') if isinstance(value, dict) else None
+    return (
+        isinstance(facts, dict)
+        and type(facts.get('sha256')) is str
+        and _is_count(facts.get('bytes'))
+    )
+
+
+# What an index holds beside its format and version, and how it is known to be that.
+_INDEX = {
+    'iter': _is_count,
+    'val_loss': _is_loss,
+    'files': _are_checksums,
+    'config_files': _are_names,
+    **dict.fromkeys(('progress', 'config', 'chosen', 'architecture', 'surroundings'), _is_dict),
+}
 
 
 class BrokenCheckpoint(UserError):
@@ -61,12 +99,14 @@ class _HashingFile:
 
 
 def save(folder: Path, state: dict, index: dict) -> Checkpoint:
-    """Publish `state` as `folder/iter_<index['iter']>`; one that is there already is replaced.
+    """Publish `state` as `folder/iter_<index['iter']>`; one of the same iter is then removed.
 
     index: plain values, with `iter` and `val_loss` among them. Raises UserError if it cannot be
     written; every checkpoint that was there before is then still whole.
     """
-    final = folder / f'iter_{index["iter"]:08d}'
+    replaced = [path for path in published(folder) if _order(path)[0] == index['iter']]
+    again = f'_{_order(replaced[0])[1] + 1}' if replaced else ''
+    final = folder / f'iter_{index["iter"]:08d}{again}'
     temporary = folder / f'.saving-{final.name}-{uuid.uuid4().hex[:8]}'
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -84,10 +124,10 @@ def save(folder: Path, state: dict, index: dict) -> Checkpoint:
             text.flush()
             os.fsync(text.fileno())
         _sync_folder(temporary)
-        if final.exists():
-            _remove(final)
         os.rename(temporary, final)
         _sync_folder(folder)
+        for path in replaced:
+            _remove(path)
     except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into the latter
         shutil.rmtree(temporary, ignore_errors=True)
         reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
@@ -106,16 +146,19 @@ def load_state(checkpoint: Checkpoint) -> dict:
     path = checkpoint.path / 'state.pt'
     expected = checkpoint.index['files']['state.pt']
     try:
-        with open(path, 'rb') as file:
-            found = hashlib.file_digest(file, 'sha256').hexdigest()
-        if found != expected['sha256']:
-            raise BrokenCheckpoint(
-                f'{path} is damaged: its SHA-256 is not the one that index.json gives '
-                f'({path.stat().st_size:,} bytes, {expected["bytes"]:,} expected).'
-            )
+        found, size = file_sha256(path), path.stat().st_size
+    except OSError as error:
+        raise BrokenCheckpoint(f'{path} cannot be read: {error.strerror}') from error
+    if found != expected['sha256']:
+        raise BrokenCheckpoint(
+            f'{path} is damaged: its SHA-256 is not the one that index.json gives '
+            f'({size:,} bytes, {expected["bytes"]:,} expected).'
+        )
+    try:
         state = torch.load(path, map_location='cpu', weights_only=True)
-    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-        raise BrokenCheckpoint(f'{path} cannot be read: {str(error).splitlines()[0]}') from error
+    except Exception as error:  # a foreign file makes the unpickler fail in every way there is
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise BrokenCheckpoint(f'{path} cannot be read: {reason}') from error
     if not isinstance(state, dict):
         raise BrokenCheckpoint(f'{path} holds no checkpoint of this program.')
     return state
@@ -126,7 +169,7 @@ def read_index(path: Path) -> Checkpoint:
     file = path / 'index.json'
     try:
         index = json.loads(file.read_text(encoding='utf-8'))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise BrokenCheckpoint(f'{file} cannot be read: {error}') from error
     if not (isinstance(index, dict) and index.get('format') == FORMAT):
         raise BrokenCheckpoint(f'{file} is not the index of a checkpoint of this program.')
@@ -134,11 +177,9 @@ def read_index(path: Path) -> Checkpoint:
         raise BrokenCheckpoint(
             f'{file} has version {index.get("version")!r}; this program reads {VERSION}.'
         )
-    shape = {'iter': int, 'files': dict, 'progress': dict, 'config_files': list}
-    shape |= dict.fromkeys(('config', 'chosen', 'architecture', 'surroundings'), dict)
-    missing = [key for key, kind in shape.items() if not isinstance(index.get(key), kind)]
-    if missing or not isinstance(index['files'].get('state.pt'), dict):
-        raise BrokenCheckpoint(f'{file} lacks {", ".join(missing) or "the checksum of state.pt"}.')
+    wrong = [key for key, fits in _INDEX.items() if not fits(index.get(key))]
+    if wrong:
+        raise BrokenCheckpoint(f'{file} lacks {", ".join(wrong)}, or has something else there.')
     return Checkpoint(path, index)
 
 
@@ -146,8 +187,14 @@ def published(folder: Path) -> list[Path]:
     """The folders of all checkpoints, the newest first."""
     if not folder.is_dir():
         return []
-    found = [(int(m[1]), p) for p in folder.iterdir() if (m := _NAME.fullmatch(p.name))]
-    return [path for _, path in sorted(found, reverse=True)]
+    found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)]
+    return sorted(found, key=_order, reverse=True)
+
+
+def _order(path: Path) -> tuple[int, int]:
+    """Updates done, and which checkpoint of that moment this is: 1, or 2 for `_2`."""
+    match = _NAME.fullmatch(path.name)
+    return int(match[1]), int(match[2] or 1)
 
 
 def newest(folder: Path, warn) -> tuple[Checkpoint, dict] | None:
@@ -171,24 +218,26 @@ def newest(folder: Path, warn) -> tuple[Checkpoint, dict] | None:
     return None
 
 
-def prune(folder: Path, keep_last: int, keep_best: bool) -> None:
+def prune(saved: Checkpoint, keep_last: int, keep_best: bool) -> None:
     """Remove all but the newest `keep_last` checkpoints and, with `keep_best`, the best one.
 
-    The best is that of the lowest validation loss; of equals the newest.
+    saved: the one just published. Any that claims to be newer was passed over as broken, so it
+    counts for nothing and is left for somebody to look at. The best is that of the lowest
+    validation loss; of equals the newest.
     """
-    paths = published(folder)
+    paths = published(saved.path.parent)
+    paths = paths[paths.index(saved.path) :]
     kept = set(paths[:keep_last])
     if keep_best:
         scored = []
         for path in paths:
             try:
-                checkpoint = read_index(path)
+                scored.append((read_index(path).val_loss, path))
             except BrokenCheckpoint:
                 continue
-            if checkpoint.val_loss is not None:
-                scored.append((checkpoint.val_loss, -checkpoint.iter, path))
+        scored = [(loss, path) for loss, path in scored if loss is not None]
         if scored:
-            kept.add(min(scored)[2])
+            kept.add(min(scored, key=lambda pair: pair[0])[1])
     for path in paths:
         if path not in kept:
             _remove(path)

@@ -376,7 +376,7 @@ def save(session: Session) -> None:
     index = resumption.checkpoint_index(session.settings, session.progress, session.surroundings)
     state = {'model': session.model.state_dict(), **session.updater.state_dict()}
     checkpoint = checkpointing.save(folder, state, index)
-    checkpointing.prune(folder, options.keep_last, options.keep_best)
+    checkpointing.prune(checkpoint, options.keep_last, options.keep_best)
     session.logger.checkpoint(
         {
             'iter': checkpoint.iter,
