@@ -112,9 +112,25 @@ class Updater:
         return {'optimizer': self.optimizer.state_dict(), 'scaler': self.scaler.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
-        fused = [group['fused'] for group in self.optimizer.param_groups]
+        """Go on from `state_dict()`, with the options of this run: they may have changed.
+
+        Raises KeyError, TypeError, ValueError and the like if the state is not of this optimizer.
+        """
+        options = [
+            {key: value for key, value in group.items() if key != 'params'}
+            for group in self.optimizer.param_groups
+        ]
         self.optimizer.load_state_dict(state['optimizer'])
-        for group, flag in zip(self.optimizer.param_groups, fused):
-            group['fused'] = flag  # loading overwrites it with the saved one
-        if self.scaler.is_enabled():
+        for group, ours in zip(self.optimizer.param_groups, options):
+            group.update(ours)  # loading overwrites them with the saved ones
+        for parameter in self.parameters:
+            # The fused kernel trusts these shapes: a wrong one would write out of bounds.
+            state_of = self.optimizer.state[parameter]
+            moments = state_of['exp_avg'], state_of['exp_avg_sq']
+            layouts = {(moment.shape, moment.is_contiguous()) for moment in moments}
+            if layouts != {(parameter.shape, parameter.is_contiguous())}:
+                raise ValueError('the optimizer state has other shapes')
+            if state_of['step'].shape != ():
+                raise ValueError('the optimizer state has no number of steps')
+        if self.scaler.is_enabled() and state['scaler']:  # empty after a run without one
             self.scaler.load_state_dict(state['scaler'])
