@@ -1,5 +1,6 @@
 """Continue a run: find its checkpoint, refuse another architecture, restore, say what changed."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -13,7 +14,7 @@ from errors import UserError
 from model_config import ModelArchitectureConfig
 from optimization import Updater
 from training_config import Settings, schema
-from training_logger import TrainingLogger, latest_run
+from training_logger import TrainingLogger, latest_run, read_record
 
 # Options that say how to start, not what to train: never taken over from the earlier process.
 NOT_TAKEN_OVER = ('out_dir', 'init_from', 'resume_run', 'eval_only', 'debug')
@@ -31,9 +32,25 @@ class Progress:
     data_shift: int = 0  # updates' worth of data left out by rollbacks
     rollbacks: int = 0
 
+    @classmethod
+    def of(cls, index: dict) -> 'Progress':
+        """What a checkpoint's index says. Raises TypeError or ValueError if that makes no sense."""
+        progress = cls(**index['progress'])
+        counts = [progress.iter, progress.data_shift, progress.rollbacks]
+        losses = [progress.val_loss, progress.best_val_loss, *progress.recent_losses]
+        if not (
+            all(type(n) is int and 0 <= n < 2**48 for n in [*counts, progress.evaluated_at or 0])
+            and all(type(x) is float and math.isfinite(x) for x in losses if x is not None)
+            and None not in progress.recent_losses
+            and progress.iter == index['iter']
+        ):
+            raise ValueError('its progress is not that of a run')
+        return progress
+
     def note_evaluation(self, val_loss: float) -> bool:
         """Whether `val_loss` is the lowest so far. NaN never is."""
-        self.evaluated_at, self.val_loss = self.iter, val_loss
+        self.evaluated_at = self.iter
+        self.val_loss = val_loss if math.isfinite(val_loss) else None
         improved = val_loss < (float('inf') if self.best_val_loss is None else self.best_val_loss)
         if improved:
             self.best_val_loss = val_loss
@@ -67,17 +84,22 @@ class Resumed:
 
     def report(self, logger: TrainingLogger, header: dict, surroundings: dict) -> None:
         """Continue the record, with what changed and what was wrong."""
-        index = self.checkpoint.index
+        index, path = self.checkpoint.index, self.checkpoint.path.relative_to(self.run_folder)
         changed = _differences(index['config'], header['config'])
         changed |= _differences(index['surroundings'], surroundings)
         logger.resume(
             self.checkpoint.iter,
-            checkpoint=str(self.checkpoint.path.relative_to(self.run_folder)),
+            checkpoint=str(path),
             changed={key: pair for key, pair in changed.items() if key not in NOT_TAKEN_OVER},
             config=header['config'],
             metadata=header['metadata'],
             startup_info=header['startup_info'],
         )
+        recorded = read_record(self.run_folder)['checkpoints']
+        if str(path) not in [entry['path'] for entry in recorded]:
+            # The process died between publishing it and saying so.
+            entry = {key: index[key] for key in ('iter', 'val_loss')}
+            logger.checkpoint({**entry, 'path': str(path), 'time_ms': None})
         for warning in self.warnings:
             logger.event('broken_checkpoint', self.checkpoint.iter, warning)
 
@@ -168,7 +190,7 @@ def restore(
     load_weights(model, checkpoint, state)
     with _fitting(checkpoint):
         updater.load_state_dict(state)
-        return Progress(**checkpoint.index['progress'])
+        return Progress.of(checkpoint.index)
 
 
 @contextmanager
