@@ -58,12 +58,14 @@ def is_prepared(name: str, data_root: Path | str = DATA_ROOT) -> bool:
 def prepare_if_missing(name: str, data_root: Path | str = DATA_ROOT) -> None:
     """Run `data/<name>/prepare.py` if the dataset has one and its token files are missing.
 
-    Any number of processes may call this at once: one prepares and the others wait. Raises
-    UserError if the script fails; the reason is then on the screen.
+    Only below `data_root`: the name may come from a checkpoint, and no code is run from there. Any
+    number of processes may call this at once: one prepares and the others wait. Raises UserError if
+    the script fails; the reason is then on the screen.
     """
     folder = _folder(name, Path(data_root))
     script = folder / 'prepare.py'
-    if _is_complete(folder) or not script.exists():
+    ours = folder.resolve().is_relative_to(Path(data_root).resolve())
+    if _is_complete(folder) or not (ours and script.exists()):
         return
     with exclusive(folder / 'prepare.lock.tmp', f'another process prepares {name}: waiting'):
         if _is_complete(folder):
@@ -320,7 +322,7 @@ def _read_meta(folder: Path) -> dict:
     try:
         meta = json.loads(path.read_text(encoding='utf-8'))
         problem = _problem_of_meta(meta)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         problem = str(error)
     if problem:
         raise UserError(f'{path} cannot be used: {problem}. {_way_to_prepare(folder)}')
@@ -335,7 +337,7 @@ def _problem_of_meta(meta) -> str | None:
         return 'it is no JSON object'
     if meta.get('format_version') != FORMAT_VERSION:
         return f'format_version is {meta.get("format_version")!r}, not {FORMAT_VERSION}'
-    if meta.get('dtype') not in DTYPES:
+    if meta.get('dtype') not in list(DTYPES):  # a list also takes what has no hash
         return f'dtype is {meta.get("dtype")!r}, not one of {", ".join(DTYPES)}'
     if not is_count(meta.get('vocab_size')) or meta['vocab_size'] == 0:
         return f'vocab_size is {meta.get("vocab_size")!r}, not a positive whole number'
