@@ -7,6 +7,7 @@ option that chooses among them. A `FrozenConfig` holds resolved values and where
 
 import importlib
 import math
+import sys
 import types
 import typing
 from collections.abc import Callable, Iterator
@@ -130,7 +131,7 @@ class Option:
         if value is None and self.optional:
             return None
         if base is float and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value)
+            value = float(value) if abs(value) <= sys.float_info.max else math.inf
         if not isinstance(value, base) or (base is not bool and isinstance(value, bool)):
             shown = type(value).__name__
             raise UserError(f'{key}={value!r}: {shown} given, but {key} takes {self.allowed()}.')
