@@ -304,11 +304,15 @@ def _performance_section(flops: dict, hardware: dict) -> list[str]:
 
 
 def resume_report(k: int, checkpoint: str, changed: dict, run_folder) -> str:
-    """What a resumed run says instead of the start-up report; `changed` is key → [old, new]."""
+    """What a resumed run says instead of the start-up report.
+
+    `changed` is key → [old, new], for options and for what lies around them: versions, device.
+    """
     lines = [THICK, f'🔁 RESUMED from {checkpoint} at iteration {k:,}', THICK]
     lines.append(_field('Folder', str(run_folder)))
     if changed:
-        lines += ['', '  Changed options:']
+        warning = "Changed since the checkpoint; results may differ from an uninterrupted run's:"
+        lines += ['', f'⚠ {warning}']
         lines += _tree({key: f'{old} → {new}' for key, (old, new) in changed.items()})
     return '\n'.join([*lines, ''])
 

@@ -475,7 +475,7 @@ class TrainingLogger:
     ) -> None:
         """Continue the folder's journal from the `checkpoint` of `iter` updates.
 
-        `changed` is key → [old, new] for the options that differ from the earlier process's.
+        `changed` is key → [old, new] for what differs from the earlier process: options, versions.
         Raises UserError where the folder holds no journal to continue, or another process does so.
         """
         read_record(self.run_folder / JOURNAL)

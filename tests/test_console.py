@@ -18,7 +18,14 @@ from sample_run import (
 )
 
 import console
-from console import Console, checkpoint_line, closing_block, event_line, startup_report
+from console import (
+    Console,
+    checkpoint_line,
+    closing_block,
+    event_line,
+    resume_report,
+    startup_report,
+)
 from errors import UserError
 
 CLOSED = {
@@ -246,6 +253,26 @@ def test_the_optimizer_must_hold_every_parameter():
     optimizer = STARTUP_INFO['optimizer']
     with pytest.raises(AssertionError):
         begun({**STARTUP_INFO, 'optimizer': {**optimizer, 'groups': optimizer['groups'][:1]}})
+
+
+def test_a_resumed_run_warns_of_what_changed():
+    changed = {
+        'gradient_accumulation_steps': [4, 8],
+        'versions.torch': ['2.12.0', '2.13.0'],
+        'git_commit': ['0123456789' * 4, 'abcdef0123' * 4],
+        'peak_tflops': [None, 0.5],
+    }
+    same, different = console_on(), console_on()
+    for shown_on, differences in ((same, {}), (different, changed)):
+        report = resume_report(1500, 'checkpoints/1500', differences, 'out/run_1')
+        shown_on.begin(report, STARTUP_INFO['hardware'])
+    text = shown(different)
+    assert re.search('RESUMED from checkpoints/1500 at iteration 1,500$', text, re.MULTILINE)
+    assert re.search('Folder: +out/run_1$', text, re.MULTILINE)
+    assert 'may differ' in text and 'may differ' not in shown(same)
+    for key, (old, new) in changed.items():
+        assert re.search(rf'{key}: +{old} ->\W+{new}$', text, re.MULTILINE), key
+    assert max(map(len, text.splitlines())) <= 80
 
 
 # --- the end --------------------------------------------------------------------------------------
