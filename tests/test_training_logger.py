@@ -384,6 +384,9 @@ def test_a_run_that_was_rolled_back_has_the_record_of_one_that_never_strayed(fol
             10, from_iter=strayed_to, checkpoint='checkpoints/10.pt', message='loss is nan'
         )
         assert 'rollback at iter 10: loss is nan' in shown(logger)
+        kept = read(folder)
+        assert [entry['iter'] for entry in kept['training_iterations']] == list(range(10))
+        assert kept['eval_steps'][-1]['iter'] <= 10
     train(logger, 10, 20)
     logger.rollback(20, from_iter=20, checkpoint='checkpoints/20.pt', message='lost on resuming')
     killed(logger)
