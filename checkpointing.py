@@ -2,10 +2,10 @@
 
 A checkpoint is a folder `checkpoints/iter_00000100/` holding `state.pt` (tensors and plain values,
 read with `weights_only=True`) and `index.json` (the updates done, the loss, the options of the
-run, and the SHA-256 of every file beside it). It is written under a temporary name, synced, and
-published by one rename, so a folder of that name is whole or it is not there. One that is saved a
-second time, after a resume or a rollback, is published as `iter_00000100_2` before the first goes.
-No code is stored.
+run, and SHA-256 sums of `state.pt` and of itself). It is written under a temporary name, synced,
+and published by one rename, so a folder of that name is whole or it is not there. One that is saved
+a second time, after a resume or a rollback, is published as `iter_00000100_2` before the first
+goes. No code is stored.
 """
 
 import hashlib
@@ -59,7 +59,9 @@ _INDEX = {
     'val_loss': _is_loss,
     'files': _are_checksums,
     'config_files': _are_names,
-    **dict.fromkeys(('progress', 'config', 'chosen', 'architecture', 'surroundings'), _is_dict),
+    **dict.fromkeys(
+        ('progress', 'config', 'chosen', 'commanded', 'architecture', 'surroundings'), _is_dict
+    ),
 }
 
 
@@ -119,6 +121,7 @@ def save(folder: Path, state: dict, index: dict) -> Checkpoint:
             os.fsync(raw.fileno())
         files = {'state.pt': {'bytes': file.bytes, 'sha256': file.sha256.hexdigest()}}
         index = {'format': FORMAT, 'version': VERSION, **index, 'files': files}
+        index['sha256'] = index_sha256(index)
         with open(temporary / 'index.json', 'w', encoding='utf-8') as text:
             json.dump(index, text, indent=1, allow_nan=False)
             text.flush()
@@ -133,9 +136,15 @@ def save(folder: Path, state: dict, index: dict) -> Checkpoint:
         reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
         raise UserError(
             f'the checkpoint {final} could not be written: {reason}. Earlier checkpoints and the '
-            f'record are intact. Make room or choose another --out_dir, then --init_from=resume.'
+            f'record are intact. Make room, then continue the run with --init_from=resume.'
         ) from error
     return Checkpoint(final, index)
+
+
+def index_sha256(index: dict) -> str:
+    """The sum that an index holds of itself: over all else in it, as sorted JSON."""
+    rest = {key: value for key, value in index.items() if key != 'sha256'}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def load_state(checkpoint: Checkpoint) -> dict:
@@ -157,8 +166,11 @@ def load_state(checkpoint: Checkpoint) -> dict:
     try:
         state = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as error:  # a foreign file makes the unpickler fail in every way there is
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise BrokenCheckpoint(f'{path} cannot be read: {reason}') from error
+        # Its own words would send people to weights_only=False, which runs what a file says.
+        raise BrokenCheckpoint(
+            f'{path} cannot be read as tensors and plain values ({type(error).__name__}); whatever '
+            f'else it holds was not run.'
+        ) from error
     if not isinstance(state, dict):
         raise BrokenCheckpoint(f'{path} holds no checkpoint of this program.')
     return state
@@ -177,6 +189,8 @@ def read_index(path: Path) -> Checkpoint:
         raise BrokenCheckpoint(
             f'{file} has version {index.get("version")!r}; this program reads {VERSION}.'
         )
+    if index.get('sha256') != index_sha256(index):
+        raise BrokenCheckpoint(f'{file} is damaged: its SHA-256 is not the one that it gives.')
     wrong = [key for key, fits in _INDEX.items() if not fits(index.get(key))]
     if wrong:
         raise BrokenCheckpoint(f'{file} lacks {", ".join(wrong)}, or has something else there.')
@@ -214,7 +228,11 @@ def newest(folder: Path, warn) -> tuple[Checkpoint, dict] | None:
             warn(f'{problem} The one before it is used: {path}.')
         return checkpoint, state
     if problems:
-        raise BrokenCheckpoint(*problems)
+        raise BrokenCheckpoint(
+            *problems,
+            f'{folder} holds no checkpoint that can be used: name another run, or start anew with '
+            f'train.py --init_from=scratch.',
+        )
     return None
 
 

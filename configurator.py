@@ -86,8 +86,12 @@ def _parse_options(argv: list[str], options: dict[str, Option], asked: CommandLi
             asked.print_config = True
             continue
         if not argument.startswith('--'):
+            known = [f'--{key}' for key in options]
+            known += [f'{argument}.py'] if Path(f'{argument}.py').is_file() else []
+            name, equals, text = argument.partition('=')
             asked.problems.append(
                 f'{argument!r} is neither an option (--key=value) nor a config file (*.py).'
+                f'{nearest(name, known)}'
             )
             continue
         key, equals, text = argument[2:].partition('=')
@@ -99,7 +103,10 @@ def _parse_options(argv: list[str], options: dict[str, Option], asked: CommandLi
                 raise UserError(f'unknown option --{key}.{nearest(key, options)} See --help.')
             if negated:
                 if equals or option.base_type is not bool:
-                    raise UserError(f'{argument}: --no-KEY takes no value and is for flags only.')
+                    raise UserError(
+                        f'{argument}: --no-KEY takes no value and is for flags only; {negated} '
+                        f'takes {option.allowed()}.'
+                    )
                 values[negated] = False
             elif equals:
                 values[key] = option.parse(key, text)
@@ -138,6 +145,9 @@ def read_config_file(path: str, problems: list[str]) -> tuple[dict, str]:
     Imports, functions, classes and names that start with `_` are the file's own.
     """
     file = Path(path)
+    if file.is_dir():
+        problems.append(f'config file {path} is a folder: give a Python file in it.')
+        return {}, ''
     if not file.is_file():
         beside = [str(f) for f in file.parent.glob('*.py')] if file.parent.is_dir() else []
         there = f' In {file.parent} there are: {", ".join(sorted(beside))}.' if beside else ''
@@ -146,11 +156,12 @@ def read_config_file(path: str, problems: list[str]) -> tuple[dict, str]:
     try:
         text = file.read_text(encoding='utf-8')
         tree = ast.parse(text, filename=path)
-    except (OSError, UnicodeDecodeError, ValueError) as error:
-        problems.append(f'config file {path} cannot be read: {error}.')
-        return {}, ''
     except SyntaxError as error:
-        problems.append(f'config file {path}, line {error.lineno}: {error.msg}.')
+        where = f', line {error.lineno}' if error.lineno else ''
+        problems.append(f'config file {path}{where}: {error.msg}.')
+        return {}, ''
+    except (OSError, ValueError, MemoryError, RecursionError) as error:  # the latter: nested deeply
+        problems.append(f'config file {path} cannot be read: {error or type(error).__name__}.')
         return {}, ''
     # `__name__` makes a component of this file recognisable when the file is read again.
     namespace = {'__name__': f'config:{file.resolve()}', '__file__': str(file.resolve())}
@@ -163,17 +174,17 @@ def read_config_file(path: str, problems: list[str]) -> tuple[dict, str]:
         where = f', line {lines[-1]}' if lines else ''
         problems.append(f'config file {path}{where}: {type(error).__name__}: {error}')
         return {}, text
-    imported = {
-        alias.asname or alias.name.partition('.')[0]
-        for node in ast.walk(tree)
-        if isinstance(node, (ast.Import, ast.ImportFrom))
-        for alias in node.names
-    }
+    imported, assigned = set(), set()
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            imported |= {alias.asname or alias.name.partition('.')[0] for alias in node.names}
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            assigned.add(node.id)
     own = (types.ModuleType, types.FunctionType, type)
     values = {
         key: value
         for key, value in namespace.items()
-        if not key.startswith('_') and key not in imported and not isinstance(value, own)
+        if not key.startswith('_') and key not in imported - assigned and not isinstance(value, own)
     }
     return values, text
 

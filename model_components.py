@@ -407,6 +407,9 @@ class Attention(Component, nn.Module):
 class Activation(Component, nn.Module):
     """An element-wise function."""
 
+    def __init__(self, config: ModelArchitectureConfig):
+        super().__init__()
+
 
 @ACTIVATION_REGISTRY.register('gelu', source='Hendrycks & Gimpel 2016, exact')
 class GELU(Activation):
@@ -465,7 +468,7 @@ class StandardFeedForward(FeedForward):
     def __init__(self, config: ModelArchitectureConfig):
         super().__init__()
         self.up = nn.Linear(config.n_embd, config.d_ff, bias=config.bias)
-        self.activation = ACTIVATION_REGISTRY[config.activation]()
+        self.activation = ACTIVATION_REGISTRY[config.activation](config)
         self.down = nn.Linear(config.d_ff, config.n_embd, bias=config.bias)
 
     @classmethod

@@ -324,21 +324,25 @@ def _deciding_choices(key: str, options: dict[str, Option], used: dict) -> Itera
 def _derive(values: dict, origins: dict[str, str]) -> None:
     """Fill what was left to be derived, from the merged values."""
 
-    def fill(key: str, value) -> None:
+    def fill(key: str, value, why: str) -> None:
         if values[key] is None:
-            values[key], origins[key] = value, 'derived'
+            values[key], origins[key] = value, f'derived: {why}'
 
-    fill('attention_dropout', values['dropout'])
-    fill('residual_dropout', values['dropout'])
-    fill('d_ff', FFN_REGISTRY[values['ffn_type']].default_d_ff(FrozenConfig(values, origins)))
+    fill('attention_dropout', values['dropout'], 'dropout')
+    fill('residual_dropout', values['dropout'], 'dropout')
+    ffn = FFN_REGISTRY[values['ffn_type']]
+    fill(
+        'd_ff', ffn.default_d_ff(FrozenConfig(values, origins)), f"{values['ffn_type']}'s own rule"
+    )
 
 
 def _problems(config: ModelArchitectureConfig) -> list[str]:
     """Everything that is wrong with the architecture as a whole, a sentence each."""
     problems = []
     if config.n_embd % config.n_head:
-        near = [h for h in range(1, config.n_embd + 1) if config.n_embd % h == 0]
-        heads = min(near, key=lambda h: abs(h - config.n_head))
+        wanted = min(config.n_head, config.n_embd)
+        near = (h for distance in range(wanted) for h in (wanted - distance, wanted + distance))
+        heads = next(h for h in near if config.n_embd % h == 0)
         problems.append(
             f'n_head={config.n_head} does not divide n_embd={config.n_embd}: every head takes '
             f'n_embd / n_head columns. The nearest that does: --n_head={heads}.'

@@ -5,6 +5,7 @@ allowed. A `Registry` maps names to components and is itself the list of allowed
 option that chooses among them. A `FrozenConfig` holds resolved values and where they came from.
 """
 
+import functools
 import importlib
 import math
 import sys
@@ -71,18 +72,22 @@ def _place(component: type) -> tuple[str, str]:
 Check = tuple[Callable[[typing.Any], bool], str]
 
 
+@functools.cache  # equal options compare equal
 def at_least(low: float) -> Check:
     return (lambda value: value >= low), f'at least {low:g}'
 
 
+@functools.cache
 def above(low: float) -> Check:
     return (lambda value: value > low), f'above {low:g}'
 
 
+@functools.cache
 def between(low: float, high: float) -> Check:
     return (lambda value: low <= value <= high), f'from {low:g} to {high:g}'
 
 
+@functools.cache
 def fraction(value_name: str = 'a fraction') -> Check:
     return (lambda value: 0 <= value < 1), f'{value_name} from 0 up to, but not including, 1'
 
@@ -123,6 +128,8 @@ class Option:
         if self.choices is not None:
             names = ', '.join(repr(name) for name in self.choices)
             return f'one of {names}' + (' or None' if self.optional else '')
+        if self.check is not None and self.base_type is str:
+            return self.check[1]
         return self.type_name() + (f', {self.check[1]}' if self.check else '')
 
     def accept(self, key: str, value: typing.Any) -> typing.Any:

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 import checkpointing
-from configurator import CommandLine, Layer, accept_layer
-from errors import UserError
+from configurator import COMMAND_LINE, CommandLine, Layer, accept_layer
+from errors import UserError, nearest
 from model_config import ModelArchitectureConfig
 from optimization import Updater
 from training_config import Settings, schema
@@ -18,6 +18,10 @@ from training_logger import TrainingLogger, latest_run, read_record
 
 # Options that say how to start, not what to train: never taken over from the earlier process.
 NOT_TAKEN_OVER = ('out_dir', 'init_from', 'resume_run', 'eval_only', 'debug')
+
+
+# How the origin of a value begins that nobody chose.
+OPEN = ('default', 'derived', 'dataset')
 
 
 @dataclass
@@ -48,13 +52,15 @@ class Progress:
         return progress
 
     def note_evaluation(self, val_loss: float) -> bool:
-        """Whether `val_loss` is the lowest so far. NaN never is."""
+        """Whether `val_loss` is the lowest so far. One that is not finite never is."""
         self.evaluated_at = self.iter
         self.val_loss = val_loss if math.isfinite(val_loss) else None
-        improved = val_loss < (float('inf') if self.best_val_loss is None else self.best_val_loss)
-        if improved:
-            self.best_val_loss = val_loss
-        return improved
+        if self.val_loss is None or (
+            self.best_val_loss is not None and self.best_val_loss <= val_loss
+        ):
+            return False
+        self.best_val_loss = val_loss
+        return True
 
 
 @dataclass
@@ -114,9 +120,11 @@ def _differences(then: dict, now: dict) -> dict[str, list]:
 
 
 def find(asked: CommandLine) -> Resumed | None:
-    """The run that the command line asks to continue; its options join beneath what was given.
+    """The run that the command line asks to continue; its options join those that are asked for.
 
-    Raises UserError if there is nothing to resume and init_from=resume.
+    What the run was given on the command line stands above today's config file and beneath today's
+    command line; what its file and preset gave stands beneath today's file, which may have been
+    edited. Raises UserError if there is nothing to resume and init_from=resume.
     """
     init_from = asked.value('init_from', schema)
     if init_from == 'scratch':
@@ -135,7 +143,9 @@ def find(asked: CommandLine) -> Resumed | None:
             f'start a new one with --init_from=scratch.'
         )
     checkpoint, state = found
-    asked.layers.insert(0, _accepted(checkpoint, 'chosen', f'run {folder.name}'))
+    origins = {'chosen': f'run {folder.name}', 'commanded': f'run {folder.name}, {COMMAND_LINE}'}
+    beneath, above = _accepted(checkpoint, origins)
+    asked.layers[:] = [beneath, *asked.layers[:-1], above, asked.layers[-1]]
     return Resumed(folder, checkpoint, state, warnings)
 
 
@@ -148,25 +158,33 @@ def run_folder(out_dir: str, name: str | None) -> Path:
         newest = latest_run(out_dir)
         if newest is None:
             raise UserError(
-                f'out_dir={out_dir!r} holds no run. Give the folder that does by --out_dir.'
+                f'out_dir={out_dir!r} holds no run. Give the folder that does by --out_dir=FOLDER, '
+                f'or start one there with train.py --init_from=scratch.'
             )
         return newest
     for path in (Path(name), Path(out_dir) / name):
         if path.is_dir():
             return path
-    raise UserError(f'{name!r} is no run: neither {name} nor {Path(out_dir) / name} is a folder.')
+    known = [path.parent.name for path in Path(out_dir).glob('run_*/checkpoints')]
+    raise UserError(
+        f'{name!r} is no run: neither {name} nor {Path(out_dir) / name} is a folder.'
+        f'{nearest(name, known)} Runs in {out_dir}: {", ".join(sorted(known)) or "none"}.'
+    )
 
 
 def architecture_of(checkpoint: checkpointing.Checkpoint) -> ModelArchitectureConfig:
     """The architecture that the checkpoint was trained with. Raises UserError."""
-    values = _accepted(checkpoint, 'architecture', str(checkpoint.path)).values
-    return ModelArchitectureConfig.from_dict(values)
+    (layer,) = _accepted(checkpoint, {'architecture': str(checkpoint.path)})
+    return ModelArchitectureConfig.from_dict(layer.values)
 
 
-def _accepted(checkpoint: checkpointing.Checkpoint, key: str, origin: str) -> Layer:
-    """The values that the checkpoint's index has under `key`, checked like a user's."""
+def _accepted(checkpoint: checkpointing.Checkpoint, origins: dict[str, str]) -> list[Layer]:
+    """The values that the checkpoint's index has under each key, checked like a user's."""
     problems: list[str] = []
-    layer = accept_layer(Layer(origin, checkpoint.index[key]), schema(), problems)
+    layers = [
+        accept_layer(Layer(origin, checkpoint.index[key]), schema(), problems)
+        for key, origin in origins.items()
+    ]
     if problems:
         files = ', '.join(checkpoint.index['config_files']) or 'the one that registers them'
         raise UserError(
@@ -174,7 +192,7 @@ def _accepted(checkpoint: checkpointing.Checkpoint, key: str, origin: str) -> La
             f'A checkpoint carries no code: if a config file registered what is unknown here, '
             f'give that file again ({files}).',
         )
-    return layer
+    return layers
 
 
 def load_weights(model: torch.nn.Module, checkpoint: checkpointing.Checkpoint, state: dict) -> None:
@@ -197,7 +215,9 @@ def restore(
 def _fitting(checkpoint: checkpointing.Checkpoint) -> Iterator[None]:
     try:
         yield
-    except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+    except KeyError as error:
+        raise UserError(f'{checkpoint.path} does not fit this model: it has no {error}.') from error
+    except (RuntimeError, ValueError, TypeError, AttributeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f'{checkpoint.path} does not fit this model: {reason}') from error
 
@@ -206,19 +226,18 @@ def checkpoint_index(settings: Settings, progress: Progress, surroundings: dict)
     """What a checkpoint says of itself, beside its tensors: plain values only."""
     config = settings.to_dict()
     origins = {**settings.run.origins, **settings.architecture.origins}
-    open_keys = ('default', 'derived', 'dataset')
-    chosen = {
-        key: value
-        for key, value in config.items()
-        if key not in NOT_TAKEN_OVER and origins.get(key, 'default') not in open_keys
-    }
+    chosen, commanded = {}, {}
+    for key, value in config.items():
+        if key not in NOT_TAKEN_OVER and not origins[key].startswith(OPEN):
+            (commanded if origins[key].endswith(COMMAND_LINE) else chosen)[key] = value
     evaluated = progress.evaluated_at == progress.iter
     return {
         'iter': progress.iter,
         'val_loss': progress.val_loss if evaluated else None,
         'progress': asdict(progress),
         'config': config,
-        'chosen': {'arch_preset': settings.architecture.preset, **chosen},
+        'chosen': chosen,
+        'commanded': commanded,
         'architecture': settings.architecture.to_dict(),
         'architecture_name': settings.architecture.name,
         'surroundings': surroundings,

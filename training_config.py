@@ -6,15 +6,17 @@ settings = settings.complete(...)       # once the device and the dataset are kn
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 
 from configurator import CommandLine, Schema, flatten, format_config
 from errors import UserError
+from hardware import select_device
 from model_config import ModelArchitectureConfig
 from model_config import schema as architecture_schema
 from registry import FrozenConfig, Option, above, at_least, between
-from token_data import TokenDataset
+from token_data import TokenDataset, is_prepared
 
 
 def is_checkpointing(value: str) -> bool:
@@ -79,7 +81,8 @@ SYSTEM_OPTIONS = {
     'compile': Option(bool | None, None, 'torch.compile, block by block; None: on a GPU'),
     'activation_checkpointing': Option(str, 'none', 'Recompute blocks in the backward pass instead '
                                        'of keeping them: none, full, or N for every N-th block',
-                                       check=(is_checkpointing, 'none, full or a whole number')),
+                                       check=(is_checkpointing, 'none, full or a whole number of '
+                                              'at least 1')),
     'deterministic': Option(bool, False, 'Only deterministic kernels, slower on a GPU'),
     'peak_tflops': Option(float | None, None, 'Peak of one device for MFU; None: known or measured',
                           check=above(0)),
@@ -132,7 +135,7 @@ class Settings:
                 shown = f'{value:,}' if type(value) is int else value
                 shown = f'{value:g}' if type(value) is float else shown
                 derived[key] = f'{shown} ({why})'
-                values[key], origins[key] = value, 'derived'
+                values[key], origins[key] = value, f'derived: {why}'
 
         values, origins = run.to_dict(), dict(run.origins)
         on_cpu = device.type == 'cpu'
@@ -157,9 +160,10 @@ class Settings:
         architecture = self.architecture
         if dataset is not None:
             architecture = with_vocabulary(architecture, dataset, run.dataset, derived)
-        for key in architecture.to_dict():
-            if architecture.origins[key] == 'derived' and key != 'vocab_size':
-                derived[key] = str(architecture.to_dict()[key])
+        for key, value in architecture.to_dict().items():
+            _, _, why = architecture.origins[key].partition('derived: ')
+            if why:
+                derived[key] = f'{value} ({why})'
         return replace(
             self,
             run=TrainingConfig(values, origins),
@@ -225,6 +229,11 @@ def load_settings(asked: CommandLine) -> Settings:
 def run_problems(run: TrainingConfig) -> list[str]:
     """What is wrong with the run's options taken together, a sentence each."""
     problems = []
+    for find in (partial(select_device, run.device), partial(is_prepared, run.dataset)):
+        try:
+            find()
+        except UserError as error:
+            problems += error.problems
 
     def check(wrong: bool, problem: Callable[[], str]) -> None:
         if wrong:
