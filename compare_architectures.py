@@ -20,7 +20,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from errors import UserError, nearest, run_script
+from errors import ArgumentParser, UserError, nearest, run_script
 from training_logger import find_records, read_record
 
 WIDTH = 100  # columns that the text aims at
@@ -515,14 +515,6 @@ def duration(seconds: float) -> str:
 # --- the command line ----------------------------------------------------------------------------
 
 
-SEE_HELP = 'See: python compare_architectures.py --help'
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise UserError(f'{message}. {SEE_HELP}')
-
-
 def positive(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f'{text} is not a whole number above zero')
@@ -530,10 +522,9 @@ def positive(text: str) -> int:
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = Parser(
+    parser = ArgumentParser(
         prog='compare_architectures.py',
         description='Rank runs by validation loss: what each reached, what it cost, what differs.',
-        allow_abbrev=False,
     )
     parser.add_argument(
         'paths',
@@ -551,12 +542,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         help='(part of) an architecture, run or folder name: differences are to this run '
         '(default: the oldest finished run compared)',
     )
-    parser.add_argument('--debug', action='store_true', help='show the traceback of a mistake')
-    settings, unknown = parser.parse_known_intermixed_args(argv)
-    if unknown:
-        hint = nearest(unknown[0].split('=')[0], ['--latest', '--baseline', '--help'])
-        raise UserError(f'unknown option {unknown[0]}.{hint} {SEE_HELP}')
-    return settings
+    return parser.parse(argv)
 
 
 def main(argv: Sequence[str]) -> None:

@@ -1,9 +1,11 @@
 """A user's mistake gets one clear message and exit code 2, never a traceback.
 
 Raise `UserError` wherever the person at the keyboard can mend the matter; wrap a script's entry
-point in `run_script`. A leaf: it knows nothing else of the project.
+point in `run_script`. `ArgumentParser` turns argparse's complaints into such errors. A leaf: it
+knows nothing else of the project.
 """
 
+import argparse
 import difflib
 import os
 import sys
@@ -24,6 +26,29 @@ def nearest(name: str, allowed) -> str:
     folded = {candidate.lower().replace('-', '_'): candidate for candidate in allowed}
     close = difflib.get_close_matches(name.lower().replace('-', '_'), folded, n=1, cutoff=0.6)
     return f' Did you mean {folded[close[0]]}?' if close else ''
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse's, with UserErrors for complaints, and near names for unknown options.
+
+    Options and paths may come in any order; nothing is abbreviated. `--debug` is for `run_script`.
+    """
+
+    def __init__(self, **options):
+        super().__init__(allow_abbrev=False, **options)
+        self.add_argument('--debug', action='store_true', help='show the traceback of a mistake')
+
+    def error(self, message: str):
+        raise UserError(f'{message}. See --help.')
+
+    def parse(self, argv: list[str] | None) -> argparse.Namespace:
+        """The arguments, of the command line if None. Raises UserError."""
+        options, unknown = self.parse_known_intermixed_args(argv)
+        if unknown:
+            known = [name for action in self._actions for name in action.option_strings]
+            hint = nearest(unknown[0].partition('=')[0], known)
+            raise UserError(f'unknown option {unknown[0]}.{hint} See --help.')
+        return options
 
 
 def run_script(main, argv: list[str] | None = None) -> None:

@@ -19,7 +19,7 @@ import checkpointing
 import hardware
 import resumption
 from configurator import read_config_file
-from errors import UserError, run_script
+from errors import ArgumentParser, UserError, run_script
 from model_builder import build_model, generate
 from text_codec import GPT2_END_OF_TEXT, Codec
 from token_data import load_dataset
@@ -28,11 +28,10 @@ SEPARATOR = '-' * 80
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog='sample.py',
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add('config', nargs='*', help='config files, for the components that they register')
@@ -46,8 +45,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add('--seed', type=int, default=1337, help='of the draws (default 1337)')
     add('--device', default='auto', help='auto, cpu, cuda, cuda:N or mps (default auto)')
     add('--dtype', default='auto', help='auto, float32, bfloat16 or float16 (default auto)')
-    add('--debug', action='store_true', help="show the traceback of a user's mistake")
-    options = parser.parse_args(argv)
+    options = parser.parse(argv)
     least = {'num_samples': 1, 'max_new_tokens': 1, 'temperature': 0, 'top_k': 0, 'seed': 0}
     problems = [
         f'--{key}={getattr(options, key)}: takes a number of at least {low}.'
@@ -83,7 +81,7 @@ def main(argv: list[str]) -> int:
     autocast = nullcontext()
     if dtype != 'float32':
         autocast = torch.autocast(device.type, getattr(torch, dtype))
-    generator = torch.Generator(device).manual_seed(options.seed)
+    generator = torch.Generator(device).manual_seed(options.seed % 2**63)
     began = time.perf_counter()
     for _ in range(options.num_samples):
         print(SEPARATOR)

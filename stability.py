@@ -8,13 +8,14 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from errors import UserError
-from model_builder import Transformer
+from model_builder import Transformer, build_model, count_parameters
 from model_config import ModelArchitectureConfig
 from training_config import Settings
 
 SPIKE_WINDOW = 32  # logged losses that a new one is held against
 SPIKE_DEVIATIONS = 6.0
 MAX_ROLLBACKS = 5
+BYTES_PER_PARAMETER = 4 * 4  # in fp32: the weight, its gradient, AdamW's two moments
 
 
 def is_spike(loss: float, recent: list[float]) -> bool:
@@ -57,12 +58,12 @@ def out_of_memory_error(settings: Settings, device_name: str) -> UserError:
     tokens = batch_size * accumulation * architecture.block_size
     outside, per_block = activation_bytes(architecture, batch_size, getattr(torch, run.dtype))
     needed = outside + architecture.n_layer * per_block
+    parameters = count_parameters(build_model(architecture))['total_params']
     advice = []
     if batch_size % 2 == 0:
         advice.append(
             f'--batch_size={batch_size // 2} --gradient_accumulation_steps={accumulation * 2} '
-            f'keeps the {tokens:,} tokens of an update and halves what activations need, '
-            f'{needed / 1e9:.2f} GB now'
+            f'keeps the {tokens:,} tokens of an update and halves what activations need'
         )
     if run.activation_checkpointing == 'none':
         # What is left: the input of each block, and one block's own while it is recomputed.
@@ -75,7 +76,9 @@ def out_of_memory_error(settings: Settings, device_name: str) -> UserError:
     advice.append(f'a --block_size below {architecture.block_size} or a smaller model needs less')
     return UserError(
         f'out of memory on {device_name} with batch_size={batch_size}, '
-        f'gradient_accumulation_steps={accumulation}, block_size={architecture.block_size}. '
+        f'gradient_accumulation_steps={accumulation}, block_size={architecture.block_size}: the '
+        f"{parameters:,} weights, their gradients and AdamW's moments take "
+        f'{BYTES_PER_PARAMETER * parameters / 1e9:.2f} GB, activations {needed / 1e9:.2f} GB. '
         f'{"; ".join(advice)}.'
     )
 

@@ -57,8 +57,13 @@ def main(argv: list[str]) -> int:
     settings = settings.complete(device, dtype, dataset)
     if resumed:
         resumed.check(settings.architecture)
-    session = set_up(settings, parallel, device, dataset, resumed, argv)
-    return run(session)
+    try:
+        return run(set_up(settings, parallel, device, dataset, resumed, argv))
+    except (RuntimeError, MemoryError) as error:
+        if stability.is_out_of_memory(error):
+            name = hardware.device_name(device)
+            raise stability.out_of_memory_error(settings, name) from error
+        raise
 
 
 # --------------------------------------------------------------------------------------------------
@@ -183,11 +188,8 @@ def run(session: Session) -> int:
     try:
         with session.interruption:
             train(session)
-    except BaseException as error:
+    except BaseException:
         session.logger.finish('failed')
-        if stability.is_out_of_memory(error):
-            name = hardware.device_name(session.device)
-            raise stability.out_of_memory_error(session.settings, name) from error
         raise
     stopped = session.interruption.exit_code
     session.logger.finish('interrupted' if stopped else 'finished')

@@ -1,6 +1,5 @@
 """What the datasets' prepare.py scripts share: finding the text, and writing the token files."""
 
-import argparse
 import hashlib
 import http.client
 import json
@@ -16,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from errors import UserError
+from errors import ArgumentParser, UserError
 from text_codec import Codec
 from token_data import DTYPES, FORMAT_VERSION, exclusive, file_sha256
 
@@ -40,11 +39,9 @@ def prepare_shakespeare(script: str, tokenizer_of, argv: list[str] | None) -> No
     characters are for training and the rest for validation.
     """
     folder = Path(script).resolve().parent
-    parser = argparse.ArgumentParser(
-        description=f'Write train.bin, val.bin and meta.json into {folder}.'
-    )
+    parser = ArgumentParser(description=f'Write train.bin, val.bin and meta.json into {folder}.')
     parser.add_argument('--source', metavar='FILE', help='a UTF-8 text of your own instead')
-    source = parser.parse_args(argv).source
+    source = parser.parse(argv).source
 
     text, origin = read_source(Path(source)) if source else find_shakespeare()
     cut = len(text) * 9 // 10

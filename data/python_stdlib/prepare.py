@@ -4,7 +4,6 @@ About 12 MB; which text exactly depends on the interpreter. Run me:
 python data/python_stdlib/prepare.py
 """
 
-import argparse
 import hashlib
 import platform
 import sys
@@ -14,7 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from data.preparation import write_dataset
-from errors import UserError, run_script
+from errors import ArgumentParser, UserError, run_script
 
 NOT_THE_LIBRARY = {'site-packages', 'dist-packages', 'test', 'tests', 'idle_test'}
 
@@ -39,9 +38,9 @@ def library_texts(root: Path) -> dict[str, str]:
 
 
 def main(argv=None):
-    argparse.ArgumentParser(
+    ArgumentParser(
         description='Write train.bin, val.bin and meta.json of the standard library beside me.'
-    ).parse_args(argv)
+    ).parse(argv)
     root = Path(sysconfig.get_paths()['stdlib'])
     texts = library_texts(root)
     if not all(texts.values()):
