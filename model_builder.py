@@ -62,6 +62,12 @@ class Transformer(nn.Module):
         With targets (B, T), -100 where there is none: the summed loss in nats, the number of
         targets, and the auxiliary loss of the blocks, which the reported loss never includes.
         """
+        longest = self.position_encoding.max_length
+        if longest is not None and tokens.size(1) > longest:
+            raise UserError(
+                f'a sequence of {tokens.size(1)} tokens: position_encoding='
+                f'{self.config.position_encoding!r} has places for block_size={longest} only.'
+            )
         positions = torch.arange(tokens.size(1), device=tokens.device)
         prepared = self.position_encoding.prepare(positions, positions)
         x = self.token_embedding(tokens)  # (B, T, C)

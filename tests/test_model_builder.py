@@ -463,3 +463,17 @@ def test_a_seeded_generator_repeats_its_text(model):
 
     assert torch.equal(text(5), text(5))
     assert not torch.equal(text(5), text(6))
+
+
+def test_only_learned_positions_end_at_the_block_size():
+    for name in ('rope', 'none', 'learned_absolute'):
+        config = ModelArchitectureConfig(
+            n_layer=1, n_head=2, n_embd=8, block_size=4, vocab_size=8, position_encoding=name
+        )
+        model = build_model(config, 'cpu', 1)
+        tokens = torch.zeros((1, 5), dtype=torch.long)
+        if name == 'learned_absolute':
+            with pytest.raises(UserError, match=r'5 tokens.*block_size=4'):
+                model(tokens)
+        else:
+            assert model(tokens).shape == (1, 5, 8)
