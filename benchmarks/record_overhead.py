@@ -1,0 +1,116 @@
+"""What a log entry costs against the update that it tells of: `log_interval=1` must be cheap.
+
+    python benchmarks/record_overhead.py [preset …] [--key=value …]
+
+For each 12-layer preset one run is set up as `train.py` does it, on random tokens. In turns, in one
+process: updates that are not logged; the optimizer's part with and without the gradient statistics
+that a log entry wants; and a whole log entry (synchronisation, memory, journal, console). Times are
+medians, with the quartiles. Options are those of train.py; the names of presets choose among them.
+"""
+
+import contextlib
+import json
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+PROJECT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(PROJECT))
+
+import hardware  # noqa: E402
+import train  # noqa: E402
+
+PRESETS = ('gpt2', 'llama', 'team', 'hybrid', 'custom')
+UPDATES, TURNS = 3, 15
+
+
+def random_tokens(folder: Path) -> Path:
+    """A dataset of GPT-2's vocabulary."""
+    count, generator = 2**16, np.random.default_rng(0)
+    for split in ('train', 'val'):
+        generator.integers(50257, size=count).astype('<u2').tofile(folder / f'{split}.bin')
+    facts = {'tokens': count}
+    meta = {'format_version': 1, 'tokenizer': {'kind': 'gpt2'}, 'vocab_size': 50257}
+    meta |= {'dtype': 'uint16', 'splits': {'train': facts, 'val': facts}}
+    (folder / 'meta.json').write_text(json.dumps(meta))
+    return folder
+
+
+def timed(device: torch.device, function, *arguments, **keywords) -> float:
+    """Milliseconds of one call."""
+    hardware.synchronize(device)
+    began = time.perf_counter()
+    function(*arguments, **keywords)
+    hardware.synchronize(device)
+    return 1e3 * (time.perf_counter() - began)
+
+
+def measure(session: train.Session) -> dict[str, list[float]]:
+    """Milliseconds of an update, of its gradient statistics and of its log entry."""
+    device, updater = session.device, session.updater
+    clock = hardware.StepClock(device)
+    session.progress.iter = 1  # the very first one is always logged
+    train.update(session, clock)  # warm-up: the optimizer's state, caches
+    times = {'update': [], 'statistics': [], 'entry': []}
+    gradients = [torch.full_like(p, 1e-3) for p in updater.parameters]
+    loss = torch.ones((), device=device)
+    measured = torch.ones(4, device=device)
+    measured[3] = 0.0  # updates skipped
+
+    def optimizer_step(wanted: bool) -> float:
+        for parameter, gradient in zip(updater.parameters, gradients):
+            parameter.grad = gradient
+        return timed(device, updater.update, 0.0, loss, measured=wanted)
+
+    for turn in range(TURNS):
+        if turn % (TURNS // UPDATES) == 0:
+            times['update'].append(timed(device, train.update, session, clock))
+        without = optimizer_step(False)
+        times['statistics'].append(optimizer_step(True) - without)
+        session.progress.iter += 1
+        clock.steps += 1
+        times['entry'].append(timed(device, train.log_update, session, clock, 1e-3, measured))
+    return times
+
+
+def spread(values: list[float], unit: str) -> str:
+    low, middle, high = statistics.quantiles(values, n=4, method='inclusive')
+    return f'{middle:.2f} [{low:.2f}, {high:.2f}] {unit}'
+
+
+def main(argv: list[str]) -> None:
+    found = {}
+    train.run = lambda session: found.update(measure(session)) or 0
+    threads = torch.get_num_threads()
+    print(f'torch {torch.__version__}, {hardware.device_name(torch.device("cpu"))}, {threads=}')
+    for preset in [name for name in argv if name in PRESETS] or PRESETS:
+        with tempfile.TemporaryDirectory() as folder:
+            arguments = [
+                str(PROJECT / f'config/arch_{preset}.py'),
+                f'--dataset={random_tokens(Path(folder))}',
+                f'--out_dir={folder}/out',
+                '--peak_tflops=1',
+                '--max_iters=1000000',
+                '--log_interval=1000000',
+                *(argument for argument in argv if argument not in PRESETS),
+            ]
+            with open(Path(folder, 'console'), 'w') as file, contextlib.redirect_stdout(file):
+                train.main(arguments)
+        step = statistics.median(found['update'])
+        shares = [
+            100 * (s + e) / step for s, e in zip(found['statistics'], found['entry'], strict=True)
+        ]
+        print(
+            f'{preset:7} update {spread(found["update"], "ms")}; '
+            f'gradient statistics {spread(found["statistics"], "ms")}; '
+            f'log entry {spread(found["entry"], "ms")}; together {spread(shares, "%")} of an update'
+        )
+
+
+if __name__ == '__main__':
+    main(sys.argv[1:])
