@@ -202,6 +202,7 @@ def assemble(lines: Iterable[dict]) -> dict:
     document = {'schema_version': SCHEMA_VERSION}
     lists = {kind: {} for kind in LISTS.values()}
     began = last = wall_seconds = 0.0
+    rollbacks = 0
     for number, line in enumerate(lines):
         line = dict(line)
         kind = line.pop('kind')
@@ -219,12 +220,15 @@ def assemble(lines: Iterable[dict]) -> dict:
         elif kind == 'end':
             document |= {key: line[key] for key in ('end_time', 'status')}
         elif kind in ('resume', 'rollback'):
-            _take_back(lists, line['iter'])
+            # A rollback is part of the run: what led to it happened. A lost process's events did not.
+            taken_back = set(lists) if kind == 'resume' else set(lists) - {'event'}
+            _take_back({name: lists[name] for name in taken_back}, line['iter'])
+            rollbacks += kind == 'rollback'
             entry = {key: value for key, value in line.items() if key not in OBJECTS}
             lists['event'][kind, number] = {'event': kind, **entry}
         elif kind == 'event':
             # What a resumed process meets a second time happened once.
-            key = (line['event'], line['iter'], line.get('message'))
+            key = (line['event'], line['iter'], line.get('message'), rollbacks)
             lists[kind].pop(key, None)
             lists[kind][key] = line
         else:
