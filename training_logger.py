@@ -220,7 +220,7 @@ def assemble(lines: Iterable[dict]) -> dict:
         elif kind == 'end':
             document |= {key: line[key] for key in ('end_time', 'status')}
         elif kind in ('resume', 'rollback'):
-            # A rollback is part of the run: what led to it happened. A lost process's events did not.
+            # A rollback is part of the run: what led to it happened. A lost process's did not.
             taken_back = set(lists) if kind == 'resume' else set(lists) - {'event'}
             _take_back({name: lists[name] for name in taken_back}, line['iter'])
             rollbacks += kind == 'rollback'
