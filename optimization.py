@@ -49,6 +49,11 @@ class GradientSums(NamedTuple):
     total: torch.Tensor | None  # plain sum; None where it was not asked for
 
 
+def element_sum(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """The sum over every element of all of them, as a device scalar."""
+    return torch.stack([tensor.sum() for tensor in tensors]).sum()
+
+
 class Updater:
     """Turns summed gradients into one update of the weights, and skips it if they are not finite.
 
@@ -78,7 +83,7 @@ class Updater:
         self.scaler.unscale_(self.optimizer)
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
-        total = torch.stack([g.sum() for g in gradients]).sum() if measured else None
+        total = element_sum(gradients) if measured else None
         if self.grad_clip:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.grad_clip, norm)
         lost = ~torch.isfinite(loss)

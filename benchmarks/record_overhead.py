@@ -3,9 +3,10 @@
     python benchmarks/record_overhead.py [preset …] [--key=value …]
 
 For each 12-layer preset one run is set up as `train.py` does it, on random tokens. In turns, in one
-process: updates that are not logged; the optimizer's part with and without the gradient statistics
-that a log entry wants; and a whole log entry (synchronisation, memory, journal, console). Times are
-medians, with the quartiles. Options are those of train.py; the names of presets choose among them.
+process: updates that are not logged; the sum over the gradient that only a log entry wants (the
+norm is needed anyway, for clipping and the guard); and a whole log entry (synchronisation, memory,
+journal, console). Times are medians, with the quartiles. Options are those of train.py; names of
+presets choose among them.
 """
 
 import contextlib
@@ -23,6 +24,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 
 import hardware  # noqa: E402
+import optimization  # noqa: E402
 import train  # noqa: E402
 
 PRESETS = ('gpt2', 'llama', 'team', 'hybrid', 'custom')
@@ -51,27 +53,20 @@ def timed(device: torch.device, function, *arguments, **keywords) -> float:
 
 
 def measure(session: train.Session) -> dict[str, list[float]]:
-    """Milliseconds of an update, of its gradient statistics and of its log entry."""
+    """Milliseconds of an update, of the gradient's sum and of a log entry."""
     device, updater = session.device, session.updater
     clock = hardware.StepClock(device)
     session.progress.iter = 1  # the very first one is always logged
     train.update(session, clock)  # warm-up: the optimizer's state, caches
-    times = {'update': [], 'statistics': [], 'entry': []}
+    times = {'update': [], 'sum': [], 'entry': []}
     gradients = [torch.full_like(p, 1e-3) for p in updater.parameters]
-    loss = torch.ones((), device=device)
     measured = torch.ones(4, device=device)
     measured[3] = 0.0  # updates skipped
-
-    def optimizer_step(wanted: bool) -> float:
-        for parameter, gradient in zip(updater.parameters, gradients):
-            parameter.grad = gradient
-        return timed(device, updater.update, 0.0, loss, measured=wanted)
 
     for turn in range(TURNS):
         if turn % (TURNS // UPDATES) == 0:
             times['update'].append(timed(device, train.update, session, clock))
-        without = optimizer_step(False)
-        times['statistics'].append(optimizer_step(True) - without)
+        times['sum'].append(timed(device, optimization.element_sum, gradients))
         session.progress.iter += 1
         clock.steps += 1
         times['entry'].append(timed(device, train.log_update, session, clock, 1e-3, measured))
@@ -102,12 +97,10 @@ def main(argv: list[str]) -> None:
             with open(Path(folder, 'console'), 'w') as file, contextlib.redirect_stdout(file):
                 train.main(arguments)
         step = statistics.median(found['update'])
-        shares = [
-            100 * (s + e) / step for s, e in zip(found['statistics'], found['entry'], strict=True)
-        ]
+        shares = [100 * (s + e) / step for s, e in zip(found['sum'], found['entry'], strict=True)]
         print(
             f'{preset:7} update {spread(found["update"], "ms")}; '
-            f'gradient statistics {spread(found["statistics"], "ms")}; '
+            f'gradient sum {spread(found["sum"], "ms")}; '
             f'log entry {spread(found["entry"], "ms")}; together {spread(shares, "%")} of an update'
         )
 
