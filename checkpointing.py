@@ -131,9 +131,12 @@ def save(folder: Path, state: dict, index: dict) -> Checkpoint:
         _sync_folder(folder)
         for path in replaced:
             _remove(path)
-    except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into the latter
+    except (OSError, RuntimeError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
+        cause = error  # or what came before it: closing a zip file on a full disk fails once more
+        while cause.__context__ is not None and not isinstance(cause, OSError):
+            cause = cause.__context__
+        reason = cause.strerror if isinstance(cause, OSError) else str(error).splitlines()[0]
         raise UserError(
             f'the checkpoint {final} could not be written: {reason}. Earlier checkpoints and the '
             f'record are intact. Make room, then continue the run with --init_from=resume.'
