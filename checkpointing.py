@@ -194,7 +194,7 @@ def read_index(path: Path) -> Checkpoint:
         )
     if index.get('sha256') != index_sha256(index):
         raise BrokenCheckpoint(f'{file} is damaged: its SHA-256 is not the one that it gives.')
-    wrong = [key for key, fits in _INDEX.items() if not fits(index.get(key))]
+    wrong = [key for key, fits in _INDEX.items() if key not in index or not fits(index[key])]
     if wrong:
         raise BrokenCheckpoint(f'{file} lacks {", ".join(wrong)}, or has something else there.')
     return Checkpoint(path, index)

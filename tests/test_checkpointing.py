@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TINY_RUN
+from fuzzing import CASES, fuzzed
 
 import checkpointing
 import resumption
@@ -450,6 +451,7 @@ HOSTILE_INDEXES = {
     'val_loss is NaN': {'val_loss': math.nan},
     'val_loss is huge': {'val_loss': 10**400},
     'no state.pt': {'files': {}},
+    'no sum': {'files': {'state.pt': {'bytes': 1}}},
     'another file': {'files': {'../../../../etc/passwd': {'bytes': 1, 'sha256': ''}}},
     'files is a list': {'files': ['state.pt']},
     'sum is a number': {'files': {'state.pt': {'bytes': 1, 'sha256': 5}}},
@@ -538,32 +540,13 @@ def test_a_state_that_does_not_fit_is_refused_by_name(run, case):
         run.resume()
 
 
-def fuzzed(content: bytes, rng: random.Random) -> bytes:
-    """The content with some bytes changed, cut out, doubled or cut off."""
-    changed = bytearray(content)
-    for _ in range(rng.choice((1, 1, 2, 8))):
-        at, length = rng.randrange(len(changed)), rng.choice((1, 1, 4, 64))
-        what = rng.randrange(6)
-        if what < 3:
-            changed[at] = rng.choice((0, 0x2D, 0x30, 0x39, 0x7F, 0xFF, rng.randrange(256)))
-        elif what == 3:
-            del changed[at : at + length]
-        elif what == 4:
-            changed[at:at] = changed[at : at + length]
-        elif rng.random() < 0.2:
-            del changed[at:]
-        if not changed:
-            return b''
-    return bytes(changed)
-
-
 @pytest.mark.parametrize('name', ['state.pt', 'index.json'])
 def test_a_fuzzed_checkpoint_resumes_or_is_refused(run, name):
     """All sums are made right again, so that what lies behind them is reached."""
     rng, file = random.Random(name), run.checkpoint / name
     originals = contents(run.checkpoint)
     refused = 0
-    for _ in range(int(os.environ.get('FUZZ_CASES', '100'))):
+    for _ in range(CASES):
         for other, content in originals.items():
             (run.checkpoint / other).write_bytes(content)
         file.write_bytes(fuzzed(originals[name], rng))

@@ -3,12 +3,14 @@
 import hashlib
 import json
 import pickle
+import random
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from fuzzing import CASES, fuzzed
 from scipy import stats
 
 import token_data
@@ -312,6 +314,65 @@ def test_a_folder_without_a_script_is_left_alone(tmp_path):
     before = sorted(tmp_path.rglob('*'))
     prepare_if_missing('toy', tmp_path)
     assert sorted(tmp_path.rglob('*')) == before
+
+
+def test_a_script_outside_the_data_is_not_run(tmp_path):
+    """The path of a dataset may come with somebody else's checkpoint."""
+    script = tmp_path / 'elsewhere' / 'prepare.py'
+    script.parent.mkdir()
+    script.write_text('open("executed", "w")')
+    (tmp_path / 'data').mkdir()
+    for name in (str(script.parent), '../elsewhere'):
+        prepare_if_missing(name, tmp_path / 'data')
+        with pytest.raises(UserError, match=r'To prepare it: python .*prepare\.py'):
+            load_dataset(name, 16, tmp_path / 'data')
+    assert not list(tmp_path.rglob('executed'))
+
+
+# --- Hostile files --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    'text',
+    [
+        '[' * 100_000,
+        '{"format_version": 1, "dtype": ["uint16"]}',
+        '{"format_version": 1, "dtype": {}}',
+        '{"format_version": ' + '9' * 5000 + '}',
+        '\ud800',
+        '7',
+        '',
+    ],
+)
+def test_a_meta_that_is_none_is_refused_by_name(tmp_path, text):
+    write_folder(tmp_path)
+    (tmp_path / 'meta.json').write_text(text, errors='surrogatepass')
+    with pytest.raises(UserError, match=r'meta\.json'):
+        load_dataset(tmp_path, 16)
+
+
+@pytest.mark.parametrize('name', ['meta.json', 'train.bin', 'val.bin'])
+def test_a_fuzzed_dataset_loads_or_is_refused(tmp_path, name):
+    write_folder(tmp_path)
+    file, rng = tmp_path / name, random.Random(name)
+    original, refused = file.read_bytes(), 0
+    for _ in range(CASES):
+        file.unlink()  # an earlier case may still have it mapped
+        file.write_bytes(fuzzed(original, rng))
+        try:
+            data = load_dataset(tmp_path, 16)
+        except UserError as error:
+            refused += 1
+            assert str(tmp_path) in str(error)
+            continue
+        for split in ('train', 'val'):
+            windows = data.read(split, data.windows(split, 10))
+            assert np.max(windows) < data.vocab_size
+            assert isinstance(data.sha256(split), str)
+            assert (data.bytes_per_token(split) or 0) >= 0
+        inputs, _ = data.batch(data_seed=1, first_number=0, count=4)
+        assert inputs.shape == (4, 16)
+    assert refused > 0
 
 
 def test_neither_torch_nor_a_tokenizer_is_imported():
