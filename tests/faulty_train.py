@@ -1,0 +1,65 @@
+"""train.py that meets one fault at a known moment.
+
+    faulty_train.py '{"iter": 3, "signal": "SIGTERM"}' --key=value …
+    faulty_train.py '{"save": 4, "call": "rename", "nth": 1}' --key=value …
+
+The first gets the signal once the journal has the line of batch 3. The second is killed instead of
+its first os.rename since it began to save after 4 updates.
+"""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+PROJECT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(PROJECT))
+
+import checkpointing  # noqa: E402
+import train  # noqa: E402
+from errors import run_script  # noqa: E402
+from training_logger import TrainingLogger  # noqa: E402
+
+
+def signal_after(iter: int, name: str) -> None:
+    original = TrainingLogger.iteration
+
+    def iteration(self, entry):
+        original(self, entry)
+        if entry['iter'] == iter:
+            os.kill(os.getpid(), getattr(signal, name))
+
+    TrainingLogger.iteration = iteration
+
+
+def kill_in_save(iter: int, call: str, nth: int) -> None:
+    save, original = checkpointing.save, getattr(os, call)
+    left = None
+
+    def counted_save(folder, state, index):
+        nonlocal left
+        if index['iter'] == iter:
+            left = nth
+        return save(folder, state, index)
+
+    def counted(*args, **kwargs):
+        nonlocal left
+        if left is not None:
+            left -= 1
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args, **kwargs)
+
+    checkpointing.save = counted_save
+    setattr(os, call, counted)
+
+
+if __name__ == '__main__':
+    fault = json.loads(sys.argv.pop(1))
+    if 'save' in fault:
+        kill_in_save(fault['save'], fault['call'], fault['nth'])
+    else:
+        signal_after(fault['iter'], fault['signal'])
+    sys.argv[0] = str(PROJECT / 'train.py')
+    run_script(train.main, sys.argv[1:])

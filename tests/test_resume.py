@@ -1,0 +1,238 @@
+"""A run that was interrupted ends as one that was not: the same bits, the same record.
+
+Each process is one start of train.py on one thread: 8 updates of 2 micro-batches with dropout, an
+evaluation and a checkpoint after every second one.
+"""
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jsonschema
+import pytest
+import torch
+from conftest import PROJECT, TINY_RUN
+
+import checkpointing
+from training_logger import latest_run, read_record
+
+OPTIONS = {
+    **TINY_RUN,
+    'dropout': 0.1,
+    'max_iters': 8,
+    'eval_interval': 2,
+    'keep_last': 2,
+    'log_style': 'line',
+    'init_from': 'auto',
+}
+SCHEMA = json.loads((PROJECT / 'record_schema.json').read_text())
+MEASURED = ('time', 'time_ms', 'steps', 'tokens_per_sec', 'mfu', 'memory')
+
+
+def start(cwd: Path, dataset: Path, *, fault=None, code=0, threads=1, **options) -> str:
+    """One process, from start to end, with its output; the run folder is in cwd/out."""
+    script = [PROJECT / 'train.py']
+    if fault:
+        script = [PROJECT / 'tests' / 'faulty_train.py', json.dumps(fault)]
+    values = {**OPTIONS, 'dataset': dataset, 'out_dir': 'out', **options}
+    result = subprocess.run(
+        [sys.executable, *script, *(f'--{key}={value}' for key, value in values.items())],
+        cwd=cwd,
+        env={**os.environ, 'OMP_NUM_THREADS': str(threads)},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert result.returncode == code, f'{result.stdout}\n{result.stderr}'
+    return result.stdout + result.stderr
+
+
+def the_run(cwd: Path) -> Path:
+    return latest_run(cwd / 'out')
+
+
+def without_measurements(entries: list[dict]) -> list[dict]:
+    return [{key: e[key] for key in e if key not in MEASURED} for e in entries]
+
+
+def differences(a, b, where='state') -> list[str]:
+    """Where two states differ, by one bit or more."""
+    if isinstance(a, torch.Tensor):
+        same = a.dtype == b.dtype and a.shape == b.shape
+        same = same and torch.equal(a.view(torch.uint8), b.view(torch.uint8)) if a.dim() else a == b
+        return [] if same else [where]
+    if isinstance(a, dict | list):
+        keys = a.keys() if isinstance(a, dict) else range(len(a))
+        if len(a) != len(b):
+            return [where]
+        return [d for key in keys for d in differences(a[key], b[key], f'{where}.{key}')]
+    return [] if a == b else [where]
+
+
+def assert_same_end(run: Path, reference: Path, extra_checkpoints: tuple = ()) -> None:
+    """Weights, optimizer, scaler, progress and record, all but times and resumes."""
+    (ours, state), (theirs, expected) = (
+        checkpointing.newest(folder / 'checkpoints', pytest.fail) for folder in (run, reference)
+    )
+    assert state.keys() == expected.keys() == {'model', 'optimizer', 'scaler'}
+    assert differences(state, expected) == []
+    assert ours.iter == theirs.iter and ours.index['progress'] == theirs.index['progress']
+
+    record, wanted = read_record(run), read_record(reference)
+    for key in ('training_iterations', 'eval_steps', 'architecture'):
+        found, there = record[key], wanted[key]
+        if isinstance(found, list):
+            found, there = without_measurements(found), without_measurements(there)
+        assert found == there
+    saved = without_measurements(record['checkpoints'])
+    assert [e for e in saved if e['iter'] not in extra_checkpoints] == without_measurements(
+        wanted['checkpoints']
+    )
+    assert [e['iter'] for e in saved] == sorted({e['iter'] for e in saved})  # each once
+    assert record['status'] == wanted['status'] == 'finished'
+    assert record == read_record(run / 'record.json')
+    jsonschema.validate(record, SCHEMA)
+
+
+def resumed_at(run: Path) -> list[int]:
+    return [event['iter'] for event in read_record(run)['events'] if event['event'] == 'resume']
+
+
+@pytest.fixture(scope='module')
+def uninterrupted(tmp_path_factory, tiny_dataset) -> Path:
+    """The run that all others are held against. There was nothing to resume: it started anew."""
+    folder = tmp_path_factory.mktemp('uninterrupted')
+    start(folder, tiny_dataset)
+    run = the_run(folder)
+    record = read_record(run)
+    assert [entry['iter'] for entry in record['training_iterations']] == list(range(8))
+    assert [entry['iter'] for entry in record['eval_steps']] == [0, 2, 4, 6, 8]
+    assert record['events'] == []
+    return run
+
+
+@pytest.fixture
+def copy(uninterrupted, tmp_path) -> Path:
+    """The run that had no interruption, to go on with."""
+    return Path(shutil.copytree(uninterrupted, tmp_path / 'out' / uninterrupted.name))
+
+
+def test_stopped_and_killed_between_saves(tmp_path, tiny_dataset, uninterrupted):
+    """SIGTERM saves at once, after 3 updates; then kill -9 loses the update after the save at 4."""
+    start(tmp_path, tiny_dataset, fault={'iter': 2, 'signal': 'SIGTERM'}, code=143)
+    assert read_record(the_run(tmp_path))['status'] == 'interrupted'
+    start(tmp_path, tiny_dataset, fault={'iter': 4, 'signal': 'SIGKILL'}, code=-9)
+    assert read_record(the_run(tmp_path))['status'] == 'running'
+    start(tmp_path, tiny_dataset)
+    assert resumed_at(the_run(tmp_path)) == [3, 4]
+    assert_same_end(the_run(tmp_path), uninterrupted, extra_checkpoints=(3,))
+
+
+def test_killed_in_saves(tmp_path, tiny_dataset, uninterrupted):
+    start(tmp_path, tiny_dataset, fault={'save': 2, 'call': 'rename', 'nth': 1}, code=-9)
+    lost = the_run(tmp_path)  # nothing is published yet, so the next one starts anew
+    faults = [
+        ({'save': 4, 'call': 'fsync', 'nth': 1}, 2),  # while state.pt is written
+        ({'save': 4, 'call': 'fsync', 'nth': 4}, 4),  # published, but not recorded
+        ({'save': 6, 'call': 'rename', 'nth': 2}, 6),  # while an older one is removed
+    ]
+    for number, (fault, newest) in enumerate(faults):
+        start(tmp_path, tiny_dataset, fault=fault, code=-9)
+        published = checkpointing.published(the_run(tmp_path) / 'checkpoints')
+        assert published[0].name == f'iter_{newest:08d}'
+        for path in published:  # none is unreadable
+            checkpointing.load_state(checkpointing.read_index(path))
+        assert len(resumed_at(the_run(tmp_path))) == number
+    start(tmp_path, tiny_dataset)
+    run = the_run(tmp_path)
+    assert set((tmp_path / 'out').iterdir()) == {lost, run}
+    assert resumed_at(run) == [2, 4, 6]
+    assert_same_end(run, uninterrupted)
+    names = sorted(path.name for path in (run / 'checkpoints').iterdir())
+    assert names == ['iter_00000006', 'iter_00000008']  # no leftovers
+
+
+def test_the_scaler_of_float16_goes_on(tmp_path, tiny_dataset):
+    options = {'dtype': 'float16', 'log_interval': 2}
+    start(tmp_path, tiny_dataset, out_dir='whole', **options)
+    (whole,) = (tmp_path / 'whole').iterdir()
+    scaler = checkpointing.newest(whole / 'checkpoints', pytest.fail)[1]['scaler']
+    assert scaler['_growth_tracker'] > 3 or scaler['scale'] != 65536  # it has a history
+    start(tmp_path, tiny_dataset, fault={'iter': 2, 'signal': 'SIGTERM'}, code=143, **options)
+    start(tmp_path, tiny_dataset, **options)
+    assert resumed_at(the_run(tmp_path)) == [3]
+    assert_same_end(the_run(tmp_path), whole, extra_checkpoints=(3,))
+
+
+def test_another_architecture_is_refused_and_nothing_changes(copy, tmp_path, tiny_dataset):
+    def contents():
+        return {path: path.read_bytes() for path in copy.rglob('*') if path.is_file()}
+
+    before = contents()
+    output = start(tmp_path, tiny_dataset, code=2, n_layer=3, normalization='rmsnorm')
+    assert 'n_layer=2 (now 3)' in output
+    assert "normalization='layernorm' (now 'rmsnorm')" in output
+    assert 'dropout' not in output and 'Traceback' not in output
+    assert contents() == before and the_run(tmp_path) == copy
+
+
+def test_a_run_that_is_done_is_done(copy, tmp_path, tiny_dataset, uninterrupted):
+    start(tmp_path, tiny_dataset)
+    assert resumed_at(the_run(tmp_path)) == [8]
+    assert_same_end(copy, uninterrupted)
+
+
+def test_moved_elsewhere_with_its_newest_checkpoint_broken(
+    copy, tmp_path, tiny_dataset, uninterrupted
+):
+    moved = copy.rename(tmp_path / 'another name')
+    broken = moved / 'checkpoints' / 'iter_00000008' / 'state.pt'
+    broken.write_bytes(broken.read_bytes()[:-100])
+    output = start(tmp_path, tiny_dataset, init_from='resume', resume_run=moved)
+    assert 'iter_00000008' in output and 'damaged' in output and 'iter_00000006' in output
+    assert resumed_at(moved) == [6]
+    (event,) = [e for e in read_record(moved)['events'] if e['event'] == 'broken_checkpoint']
+    assert 'state.pt' in event['message']
+    # The new one stands beside the name of the broken one, which it replaced.
+    again = moved / 'checkpoints' / 'iter_00000008_2'
+    assert again.is_dir() and not broken.exists()
+    assert list((tmp_path / 'out').iterdir()) == []
+    again.rename(broken.parent)
+    for name in ('journal.jsonl', 'record.json'):
+        text = (moved / name).read_text()
+        (moved / name).write_text(text.replace('iter_00000008_2"', 'iter_00000008"'))
+    assert_same_end(moved, uninterrupted)
+
+
+def test_a_run_goes_on_for_longer_with_other_options(copy, tmp_path, tiny_dataset):
+    changes = {'max_iters': 12, 'learning_rate': 3e-4, 'weight_decay': 0.3, 'beta2': 0.99}
+    output = start(tmp_path, tiny_dataset, threads=2, **changes)
+    record = read_record(copy)
+    (event,) = record['events']
+    assert event['event'] == 'resume' and event['iter'] == 8
+    expected = {
+        'max_iters': [8, 12],
+        'learning_rate': [6e-4, 3e-4],
+        'weight_decay': [0.1, 0.3],
+        'beta2': [0.95, 0.99],
+        'threads': [1, 2],
+    }
+    assert event['changed'].items() >= expected.items()
+    assert 'dropout' not in event['changed']
+    for key in expected:
+        assert key in output
+    assert record['config']['max_iters'] == record['summary']['final_iter'] == 12
+    assert [entry['iter'] for entry in record['training_iterations']] == list(range(12))
+    assert [entry['iter'] for entry in record['eval_steps']] == [0, 2, 4, 6, 8, 10, 12]
+    # The changes take effect: a cosine from 3e-4 to a tenth of it over 12 updates, and AdamW's.
+    cosine = [3e-5 + 2.7e-4 * (1 + math.cos(math.pi * i / 12)) / 2 for i in range(8, 12)]
+    assert [e['lr'] for e in record['training_iterations'][8:]] == pytest.approx(cosine)
+    _, state = checkpointing.newest(copy / 'checkpoints', pytest.fail)
+    groups = state['optimizer']['param_groups']
+    assert {group['weight_decay'] for group in groups} == {0.3, 0.0}
+    assert {tuple(group['betas']) for group in groups} == {(0.9, 0.99)}
