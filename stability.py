@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from errors import UserError
 from model_builder import Transformer, build_model, count_parameters
 from model_config import ModelArchitectureConfig
+from parallelism import recomputed_blocks
 from training_config import Settings
 
 SPIKE_WINDOW = 32  # logged losses that a new one is held against
@@ -57,7 +58,15 @@ def out_of_memory_error(settings: Settings, device_name: str) -> UserError:
     batch_size, accumulation = run.batch_size, run.gradient_accumulation_steps
     tokens = batch_size * accumulation * architecture.block_size
     outside, per_block = activation_bytes(architecture, batch_size, getattr(torch, run.dtype))
-    needed = outside + architecture.n_layer * per_block
+    stream = 4 * batch_size * architecture.block_size * architecture.n_embd
+
+    def kept(recomputed: int) -> int:
+        # Of recomputed blocks their inputs, and all of one block while it is recomputed.
+        whole = architecture.n_layer - recomputed + bool(recomputed)
+        return outside + whole * per_block + recomputed * stream
+
+    needed = kept(len(recomputed_blocks(run.activation_checkpointing, architecture.n_layer)))
+    saved = needed - kept(architecture.n_layer)
     parameters = count_parameters(build_model(architecture))['total_params']
     advice = []
     if batch_size % 2 == 0:
@@ -65,10 +74,7 @@ def out_of_memory_error(settings: Settings, device_name: str) -> UserError:
             f'--batch_size={batch_size // 2} --gradient_accumulation_steps={accumulation * 2} '
             f'keeps the {tokens:,} tokens of an update and halves what activations need'
         )
-    if run.activation_checkpointing == 'none':
-        # What is left: the input of each block, and one block's own while it is recomputed.
-        stream = 4 * batch_size * architecture.block_size * architecture.n_embd
-        saved = max(0, (architecture.n_layer - 1) * per_block - architecture.n_layer * stream)
+    if saved > 0:
         advice.append(
             f'--activation_checkpointing=full saves about {saved / 1e9:.2f} of the '
             f'{needed / 1e9:.2f} GB of activations, for one more forward pass of the blocks'
@@ -79,7 +85,7 @@ def out_of_memory_error(settings: Settings, device_name: str) -> UserError:
         f'gradient_accumulation_steps={accumulation}, block_size={architecture.block_size}: the '
         f"{parameters:,} weights, their gradients and AdamW's moments take "
         f'{BYTES_PER_PARAMETER * parameters / 1e9:.2f} GB, activations {needed / 1e9:.2f} GB. '
-        f'{"; ".join(advice)}.'
+        f'Ways on: {"; ".join(advice)}.'
     )
 
 
