@@ -23,18 +23,21 @@ from training_logger import latest_run, read_record
 
 def test_a_spike_is_six_deviations_above_the_last_32_finite_losses():
     generator = np.random.default_rng(0)
-    losses = generator.normal(4, 0.1, 1000)
-    losses[generator.choice(1000, 60, replace=False)] += generator.uniform(0.2, 1.5, 60)
-    losses[[50, 51, 150]] = np.nan, np.inf, -np.inf
-    recent, found = [], []
-    for loss in losses.tolist():
-        found.append(stability.is_spike(loss, recent))
-    expected = []
-    for i, loss in enumerate(losses):
-        before = losses[:i][np.isfinite(losses[:i])][-32:]
-        expected.append(len(before) == 32 and bool(loss > before.mean() + 6 * before.std()))
-    assert found == expected and 5 < sum(found) < 60
-    assert recent == losses[np.isfinite(losses)][-32:].tolist()
+    losses, recent, spikes = [], [], 0
+    for step in range(400):
+        before = np.array([loss for loss in losses if np.isfinite(loss)][-32:])
+        loss, expected = generator.normal(4, 0.1), False
+        if len(before) == 32:
+            limit = before.mean() + 6 * before.std()
+            # As close to the limit as matters, on either side of it, and values that are lost.
+            loss = {0: limit + 1e-6, 20: limit - 1e-6, 40: np.nan}.get(step % 60, loss)
+            expected = loss > limit
+        losses.append(float(loss))
+        assert stability.is_spike(losses[-1], recent) == expected
+        spikes += expected
+    assert spikes == 6 and not stability.is_spike(-np.inf, recent)
+    assert stability.is_spike(np.inf, recent)
+    assert recent == [loss for loss in losses if np.isfinite(loss)][-32:]
 
 
 # --- Out of memory --------------------------------------------------------------------------------
