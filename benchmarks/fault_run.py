@@ -1,0 +1,279 @@
+"""Kill one training again and again, and compare what comes out with a training left alone.
+
+    python benchmarks/fault_run.py [--kills=50] [--updates=800] [--seed=0] [--folder=FOLDER]
+
+A small model is trained once without interruption. The same training then gets `kill -9` after
+`kill -9`, each time to be started again by --init_from=auto: a fifth of them while it starts, two
+fifths at any moment of its training, two fifths in a save (as soon as a `.saving-` folder is there,
+plus up to half of what a save takes). The moments are spread over the whole training. After each
+one every published checkpoint is read. At the end weights, optimizer and record are compared bit
+for bit; the exit code is 0 if nothing differs and nothing was unreadable. One thread; 50 kills take
+about 7 minutes on two slow cores.
+"""
+
+import argparse
+import json
+import os
+import random
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import torch
+
+PROJECT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(PROJECT))
+
+import checkpointing  # noqa: E402
+from training_logger import latest_run, read_record  # noqa: E402
+
+OPTIONS = {
+    'n_layer': 4,
+    'n_head': 4,
+    'n_embd': 128,
+    'block_size': 64,
+    'batch_size': 4,
+    'gradient_accumulation_steps': 2,
+    'dropout': 0.1,
+    'eval_interval': 10,
+    'eval_iters': 8,
+    'keep_last': 2,
+    'device': 'cpu',
+    'dtype': 'float32',
+    'peak_tflops': 1.0,  # else each start would measure it
+    'log_style': 'line',
+    'init_from': 'auto',
+}
+MEASURED = ('time', 'time_ms', 'steps', 'tokens_per_sec', 'mfu', 'memory')
+KINDS = ('training', 'saving', 'start', 'saving', 'training')
+PATIENCE = 300  # seconds, for what should take a few
+
+
+def differences(a, b, where: str = 'state') -> list[str]:
+    """The places where two states differ, be it by one bit."""
+    if isinstance(a, torch.Tensor):
+        same = a.dtype == b.dtype and a.shape == b.shape
+        same = same and torch.equal(*(t.contiguous().reshape(-1).view(torch.uint8) for t in (a, b)))
+        return [] if same else [where]
+    if isinstance(a, dict | list):
+        keys = a if isinstance(a, dict) else range(len(a))
+        if len(a) != len(b):
+            return [where]
+        return [place for key in keys for place in differences(a[key], b[key], f'{where}.{key}')]
+    return [] if a == b else [where]
+
+
+def without_measurements(entries: list[dict]) -> list[dict]:
+    """Entries of a record, less what no two runs have in common."""
+    return [{key: e[key] for key in e if key not in MEASURED} for e in entries]
+
+
+def write_dataset(folder: Path) -> None:
+    """Bytes with some order in them."""
+    folder.mkdir()
+    choose = random.Random(0).choice
+    words = ['the', 'quick', 'brown', 'fox', 'jumps', 'over', 'a', 'lazy', 'dog.\n']
+    splits = {}
+    for split, length in (('train', 200_000), ('val', 20_000)):
+        text = ' '.join(choose(words) for _ in range(length))[:length]
+        (folder / f'{split}.bin').write_bytes(text.encode())
+        splits[split] = {'tokens': length, 'bytes': length}
+    meta = {'format_version': 1, 'tokenizer': {'kind': 'byte'}, 'vocab_size': 256, 'dtype': 'uint8'}
+    (folder / 'meta.json').write_text(json.dumps({**meta, 'splits': splits}))
+
+
+class Training:
+    """One training in one folder, as many processes as it takes."""
+
+    def __init__(self, folder: Path, name: str, updates: int):
+        self.out, self.log = folder / name, folder / f'{name}.log'
+        options = {**OPTIONS, 'max_iters': updates, 'dataset': folder / 'dataset'}
+        options['out_dir'] = self.out
+        self.command = [sys.executable, str(PROJECT / 'train.py')]
+        self.command += [f'--{key}={value}' for key, value in options.items()]
+
+    @property
+    def run(self) -> Path | None:
+        return latest_run(self.out)
+
+    @property
+    def checkpoints(self) -> list[Path]:
+        return checkpointing.published(self.run / 'checkpoints') if self.run else []
+
+    def start(self) -> subprocess.Popen:
+        with open(self.log, 'a') as log:
+            return subprocess.Popen(
+                self.command,
+                env={**os.environ, 'OMP_NUM_THREADS': '1'},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+
+    def finish(self) -> float:
+        """Train to the end, and return the seconds that this took."""
+        began = time.perf_counter()
+        if code := self.start().wait():
+            sys.exit(f'train.py ended with code {code}; its output is in {self.log}')
+        return time.perf_counter() - began
+
+    def end_of_journal(self) -> tuple[Path | None, int]:
+        run = self.run
+        return run, (run / 'journal.jsonl').stat().st_size if run else 0
+
+    def updates_since(self, run: Path | None, size: int) -> int:
+        """Updates that the journal tells of after that end of it; -1 without a line of one."""
+        if self.run is None:
+            return -1
+        with open(self.run / 'journal.jsonl', 'rb') as file:
+            file.seek(size if self.run == run else 0)
+            made = re.findall(rb'"kind": "iteration".*?"iter": (\d+)', file.read())
+        return int(made[-1]) + 1 if made else -1
+
+    def leftovers(self) -> set[str]:
+        """What a save, or a removal, has under way or has left behind."""
+        folder = self.run and self.run / 'checkpoints'
+        names = os.listdir(folder) if folder else []
+        return {name for name in names if name.startswith('.saving-')}
+
+    def unreadable(self) -> list[str]:
+        problems = []
+        for path in self.checkpoints:
+            try:
+                checkpointing.load_state(checkpointing.read_index(path))
+            except checkpointing.BrokenCheckpoint as error:
+                problems.append(str(error))
+        return problems
+
+
+def wait_until(condition, process: subprocess.Popen) -> None:
+    """Wait until the condition holds or the process has ended."""
+    deadline = time.perf_counter() + PATIENCE
+    while process.poll() is None and not condition():
+        if time.perf_counter() > deadline:
+            process.kill()
+            sys.exit(f'train.py did not get on for {PATIENCE} seconds')
+        time.sleep(0.001)
+
+
+def kill_once(
+    training: Training, kind: str, until: float, seconds: dict[str, float], rng: random.Random
+) -> bool | None:
+    """Start, kill at a moment of that kind, and return whether it fell into a save.
+
+    until: updates made at that moment, where it is not the start. seconds: what a start, an update
+    and a save take. None if the training ended before.
+    """
+    end, before = training.end_of_journal(), training.leftovers()
+    process = training.start()
+    if kind == 'start':
+        time.sleep(rng.uniform(0, seconds['start']))
+    else:
+        wait_until(lambda: training.updates_since(*end) >= until, process)
+        time.sleep(rng.uniform(0, seconds['update']))
+        if kind == 'saving':
+            wait_until(lambda: training.leftovers() - before, process)
+            time.sleep(rng.uniform(0, seconds['save'] / 2))
+    process.kill()
+    if process.wait() > 0:
+        sys.exit(f'train.py ended with code {process.returncode}; its output is in {training.log}')
+    return None if process.returncode == 0 else bool(training.leftovers() - before)
+
+
+def clock(seconds: float) -> str:
+    return f'{int(seconds) // 60}:{int(seconds) % 60:02d}'
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('--kills', type=int, default=50, help='how many (default 50)')
+    parser.add_argument('--updates', type=int, default=800, help='of the training (default 800)')
+    parser.add_argument('--seed', type=int, default=0, help='of the moments (default 0)')
+    parser.add_argument('--folder', help='where the runs are kept (default: nowhere)')
+    options = parser.parse_args()
+    folder = Path(options.folder or tempfile.mkdtemp(prefix='fault_run_'))
+    folder.mkdir(parents=True, exist_ok=True)
+    if any(folder.iterdir()):
+        parser.error(f'--folder={folder} is not empty')
+    try:
+        return fault_run(folder, options.kills, options.updates, random.Random(options.seed))
+    finally:
+        if not options.folder:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def fault_run(folder: Path, kills: int, updates: int, rng: random.Random) -> int:
+    write_dataset(folder / 'dataset')
+    whole = Training(folder, 'uninterrupted', updates)
+    print(f'training {updates} updates without interruption', flush=True)
+    took = whole.finish()
+    wanted = read_record(whole.run)
+    trained = wanted['summary']['wall_seconds']
+    seconds = {
+        'start': took - trained,
+        'update': wanted['summary']['avg_time_ms'] / 1e3,
+        'save': statistics.median(entry['time_ms'] for entry in wanted['checkpoints']) / 1e3,
+    }
+    print(
+        f'{took:.0f} s, of which {seconds["start"]:.1f} s to start; {len(wanted["checkpoints"])} '
+        f'saves of {1e3 * seconds["save"]:.0f} ms',
+        flush=True,
+    )
+
+    training = Training(folder, 'killed', updates)
+    landed, in_save, unreadable, began = Counter(), 0, [], time.perf_counter()
+    for number in range(kills):
+        done = checkpointing.read_index(training.checkpoints[0]).iter if training.checkpoints else 0
+        until = done + rng.uniform(0, 2) * (updates - done) / (kills - number + 1)
+        kind = KINDS[number % len(KINDS)]
+        hit = kill_once(training, kind, until, seconds, rng)
+        if hit is None:
+            print('the training ended before all kills were made: raise --updates')
+            break
+        landed[kind] += 1
+        in_save += hit
+        unreadable += training.unreadable()
+        elapsed = time.perf_counter() - began
+        left = elapsed / (number + 1) * (kills - number - 1) + seconds['start']
+        print(
+            f'kill {number + 1}/{kills} ({kind}{", in a save" if hit else ""}) with {done} of '
+            f'{updates} updates saved | {clock(left)} left',
+            flush=True,
+        )
+    training.finish()
+
+    record = read_record(training.run)
+    (_, state), (_, expected) = (
+        checkpointing.newest(t.run / 'checkpoints', print) for t in (training, whole)
+    )
+    different = {part: differences(state[part], expected[part], part) for part in expected}
+    for key in ('training_iterations', 'eval_steps', 'checkpoints'):
+        same = without_measurements(record[key]) == without_measurements(wanted[key])
+        different[key] = [] if same else [key]
+    resumes = sum(event['event'] == 'resume' for event in record['events'])
+
+    total = sum(landed.values())
+    kinds = ', '.join(f'{n} {kind}' for kind, n in landed.items())
+    print(f'\nkills                    {total} ({kinds})')
+    print(f'  that fell into a save  {in_save}')
+    print(f'resumes in the record    {resumes}')
+    print(f'unreadable checkpoints   {len(unreadable)}')
+    for problem in unreadable:
+        print(f'  {problem}')
+    for part, places in different.items():
+        verdict = f'DIFFERENT: {", ".join(places[:5])}' if places else 'equal, bit for bit'
+        print(f'{part:<24} {verdict}')
+    print(f'time                     {clock(time.perf_counter() - began)} for the killed training')
+    return int(bool(unreadable or any(different.values()) or total < kills))
+
+
+if __name__ == '__main__':
+    sys.exit(main())
