@@ -14,10 +14,10 @@ from pathlib import Path
 
 import jsonschema
 import pytest
-import torch
 from conftest import PROJECT, TINY_RUN
 
 import checkpointing
+from benchmarks.fault_run import differences, without_measurements
 from training_logger import latest_run, read_record
 
 OPTIONS = {
@@ -30,7 +30,6 @@ OPTIONS = {
     'init_from': 'auto',
 }
 SCHEMA = json.loads((PROJECT / 'record_schema.json').read_text())
-MEASURED = ('time', 'time_ms', 'steps', 'tokens_per_sec', 'mfu', 'memory')
 
 
 def start(cwd: Path, dataset: Path, *, fault=None, code=0, threads=1, **options) -> str:
@@ -54,24 +53,6 @@ def start(cwd: Path, dataset: Path, *, fault=None, code=0, threads=1, **options)
 
 def the_run(cwd: Path) -> Path:
     return latest_run(cwd / 'out')
-
-
-def without_measurements(entries: list[dict]) -> list[dict]:
-    return [{key: e[key] for key in e if key not in MEASURED} for e in entries]
-
-
-def differences(a, b, where='state') -> list[str]:
-    """Where two states differ, by one bit or more."""
-    if isinstance(a, torch.Tensor):
-        same = a.dtype == b.dtype and a.shape == b.shape
-        same = same and torch.equal(a.view(torch.uint8), b.view(torch.uint8)) if a.dim() else a == b
-        return [] if same else [where]
-    if isinstance(a, dict | list):
-        keys = a.keys() if isinstance(a, dict) else range(len(a))
-        if len(a) != len(b):
-            return [where]
-        return [d for key in keys for d in differences(a[key], b[key], f'{where}.{key}')]
-    return [] if a == b else [where]
 
 
 def assert_same_end(run: Path, reference: Path, extra_checkpoints: tuple = ()) -> None:
