@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 
 from errors import UserError
+from ranks import Alone
 from token_data import file_sha256
 
 FORMAT = 'architecture-checkpoint'
@@ -45,11 +46,15 @@ def _are_names(value) -> bool:
 
 
 def _are_checksums(value) -> bool:
-    facts = value.get('state.pt') if isinstance(value, dict) else None
     return (
-        isinstance(facts, dict)
-        and type(facts.get('sha256')) is str
-        and _is_count(facts.get('bytes'))
+        isinstance(value, dict)
+        and list(value) == [state_file(rank) for rank in range(len(value))] != []
+        and all(
+            isinstance(facts, dict)
+            and type(facts.get('sha256')) is str
+            and _is_count(facts.get('bytes'))
+            for facts in value.values()
+        )
     )
 
 
@@ -100,48 +105,94 @@ class _HashingFile:
         self.file.flush()
 
 
-def save(folder: Path, state: dict, index: dict) -> Checkpoint:
+def save(folder: Path, state: dict, index: dict, ranks: Alone | None = None) -> Checkpoint:
     """Publish `state` as `folder/iter_<index['iter']>`; one of the same iter is then removed.
 
-    index: plain values, with `iter` and `val_loss` among them. Raises UserError if it cannot be
-    written; every checkpoint that was there before is then still whole.
+    Every rank calls this with its own part of the state, and writes it to a file of its own; the
+    main rank publishes them together. index: plain values, with `iter` and `val_loss` among them.
+    Raises UserError, on every rank, if anything cannot be written; every checkpoint that was there
+    before is then still whole.
     """
-    replaced = [path for path in published(folder) if _order(path)[0] == index['iter']]
+    ranks = ranks or Alone()
+    temporary, final = ranks.from_main(lambda: _begin(folder, index['iter']))
+    try:
+        written, problem = _write_state(temporary / state_file(ranks.rank), state), None
+    except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into the latter
+        written, problem = None, _reason(error)
+    answers = ranks.gather((written, problem))
+    problems = [problem for _, problem in answers if problem is not None]
+    files = {state_file(rank): facts for rank, (facts, _) in enumerate(answers)}
+    index = {'format': FORMAT, 'version': VERSION, **index, 'files': files}
+    index['sha256'] = index_sha256(index)
+    ranks.from_main(lambda: _publish(temporary, final, index, problems))
+    return Checkpoint(final, index)
+
+
+def state_file(rank: int) -> str:
+    """The name of a rank's file: `state.pt`, `state_1.pt`, …"""
+    return f'state_{rank}.pt' if rank else 'state.pt'
+
+
+def _begin(folder: Path, iter: int) -> tuple[Path, Path]:
+    """A new folder to write to, and the name that it is to have."""
+    replaced = [path for path in published(folder) if _order(path)[0] == iter]
     again = f'_{_order(replaced[0])[1] + 1}' if replaced else ''
-    final = folder / f'iter_{index["iter"]:08d}{again}'
+    final = folder / f'iter_{iter:08d}{again}'
     temporary = folder / f'.saving-{final.name}-{uuid.uuid4().hex[:8]}'
     try:
         folder.mkdir(parents=True, exist_ok=True)
         remove_leftovers(folder)
         temporary.mkdir()
-        with open(temporary / 'state.pt', 'wb') as raw:
-            file = _HashingFile(raw)
-            torch.save(state, file)
-            raw.flush()
-            os.fsync(raw.fileno())
-        files = {'state.pt': {'bytes': file.bytes, 'sha256': file.sha256.hexdigest()}}
-        index = {'format': FORMAT, 'version': VERSION, **index, 'files': files}
-        index['sha256'] = index_sha256(index)
+    except OSError as error:
+        raise _cannot_write(final, _reason(error)) from error
+    return temporary, final
+
+
+def _write_state(path: Path, state: dict) -> dict:
+    """Write a rank's file to the disk; its size and checksum."""
+    with open(path, 'wb') as raw:
+        file = _HashingFile(raw)
+        torch.save(state, file)
+        raw.flush()
+        os.fsync(raw.fileno())
+    return {'bytes': file.bytes, 'sha256': file.sha256.hexdigest()}
+
+
+def _publish(temporary: Path, final: Path, index: dict, problems: list[str]) -> None:
+    """Rename the folder that every rank has written to, or remove it if one of them could not."""
+    replaced = [p for p in published(final.parent) if _order(p)[0] == index['iter']]
+    try:
+        if problems:
+            raise _cannot_write(final, problems[0])
         with open(temporary / 'index.json', 'w', encoding='utf-8') as text:
             json.dump(index, text, indent=1, allow_nan=False)
             text.flush()
             os.fsync(text.fileno())
         _sync_folder(temporary)
         os.rename(temporary, final)
-        _sync_folder(folder)
+        _sync_folder(final.parent)
         for path in replaced:
             _remove(path)
-    except (OSError, RuntimeError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        cause = error  # or what came before it: closing a zip file on a full disk fails once more
-        while cause.__context__ is not None and not isinstance(cause, OSError):
-            cause = cause.__context__
-        reason = cause.strerror if isinstance(cause, OSError) else str(error).splitlines()[0]
-        raise UserError(
-            f'the checkpoint {final} could not be written: {reason}. Earlier checkpoints and the '
-            f'record are intact. Make room, then continue the run with --init_from=resume.'
-        ) from error
-    return Checkpoint(final, index)
+    except OSError as error:
+        raise _cannot_write(final, _reason(error)) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)  # nothing is there if it was published
+
+
+def _reason(error: BaseException) -> str:
+    """Why it could not be written: what the system said before torch's zip writer spoke."""
+    cause = error  # closing a zip file on a full disk fails once more
+    while cause.__context__ is not None and not isinstance(cause, OSError):
+        cause = cause.__context__
+    system = cause.strerror if isinstance(cause, OSError) else None
+    return system or str(error).partition('\n')[0]
+
+
+def _cannot_write(final: Path, reason: str) -> UserError:
+    return UserError(
+        f'the checkpoint {final} could not be written: {reason}. Earlier checkpoints and the '
+        f'record are intact. Make room, then continue the run with --init_from=resume.'
+    )
 
 
 def index_sha256(index: dict) -> str:
@@ -150,13 +201,18 @@ def index_sha256(index: dict) -> str:
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
-def load_state(checkpoint: Checkpoint) -> dict:
-    """The state of a checkpoint, on the CPU, once its checksum is verified.
+def load_state(checkpoint: Checkpoint) -> list[dict]:
+    """The state that each rank wrote, on the CPU, once the checksums are verified.
 
-    Raises BrokenCheckpoint.
+    The tensors are mapped from the files, not read at once. Raises BrokenCheckpoint.
     """
-    path = checkpoint.path / 'state.pt'
-    expected = checkpoint.index['files']['state.pt']
+    return [
+        _load_file(checkpoint.path / name, facts)
+        for name, facts in checkpoint.index['files'].items()
+    ]
+
+
+def _load_file(path: Path, expected: dict) -> dict:
     try:
         found, size = file_sha256(path), path.stat().st_size
     except OSError as error:
@@ -167,7 +223,7 @@ def load_state(checkpoint: Checkpoint) -> dict:
             f'({size:,} bytes, {expected["bytes"]:,} expected).'
         )
     try:
-        state = torch.load(path, map_location='cpu', weights_only=True)
+        state = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
     except Exception as error:  # a foreign file makes the unpickler fail in every way there is
         # Its own words would send people to weights_only=False, which runs what a file says.
         raise BrokenCheckpoint(
@@ -214,7 +270,7 @@ def _order(path: Path) -> tuple[int, int]:
     return int(match[1]), int(match[2] or 1)
 
 
-def newest(folder: Path, warn) -> tuple[Checkpoint, dict] | None:
+def newest(folder: Path, warn) -> tuple[Checkpoint, list[dict]] | None:
     """The newest checkpoint that can be read, and its state; None if there is none at all.
 
     warn: told, a sentence each, of newer ones that are broken. Raises BrokenCheckpoint if all are.

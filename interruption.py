@@ -3,6 +3,8 @@
 import os
 import signal
 
+from ranks import Alone
+
 STOPPING = tuple(getattr(signal, name) for name in ('SIGINT', 'SIGTERM') if hasattr(signal, name))
 SAVING = getattr(signal, 'SIGUSR1', None)  # not on Windows
 
@@ -27,6 +29,11 @@ class Interruption:
     def pending(self) -> bool:
         """Whether anybody waits for a save."""
         return self.save_wanted or self.stop_signal is not None
+
+    def agree(self, ranks: Alone) -> None:
+        """Let every rank know what any of them was asked for, at an update boundary."""
+        stop, save = ranks.largest([self.stop_signal or 0, self.save_wanted])
+        self.stop_signal, self.save_wanted = int(stop) or None, bool(save)
 
     def __enter__(self) -> 'Interruption':
         self._before = {number: signal.signal(number, self._stop) for number in STOPPING}

@@ -576,6 +576,9 @@ class TokenEmbedding(Component, nn.Embedding):
         return {'weight': Initial.normal}
 
 
+IGNORED = -100  # a target that does not count, as in torch's cross-entropy
+
+
 class OutputHead(Component, nn.Module):
     """Hidden states to logits, and to the loss: one place for all that concerns it."""
 
@@ -594,4 +597,4 @@ class OutputHead(Component, nn.Module):
         if targets is None:
             return logits
         loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction='sum')
-        return loss, (targets != -100).sum()
+        return loss, (targets != IGNORED).sum()

@@ -7,8 +7,14 @@ import math
 from typing import NamedTuple
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from model_builder import ParameterGroup
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """What this rank holds of a tensor that may be divided, in the tensor's own memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
 
 
 def learning_rate_at(step: int, run) -> float:
@@ -61,16 +67,19 @@ class Updater:
     waits for a synchronisation. `skipped` counts such updates, on the device too.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, run, device: torch.device):
-        self.optimizer, self.grad_clip = optimizer, run.grad_clip
+    def __init__(self, optimizer: torch.optim.Optimizer, run, device: torch.device, parallel):
+        self.optimizer, self.grad_clip, self.parallel = optimizer, run.grad_clip, parallel
         self.scaler = torch.amp.GradScaler(device.type, enabled=run.dtype == 'float16')
         self.skipped = torch.zeros((), device=device)
         self.parameters = [p for group in optimizer.param_groups for p in group['params']]
         self.elements = sum(p.numel() for p in self.parameters)
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Add the gradient of a micro-batch's share of the loss."""
-        self.scaler.scale(loss).backward()
+        """Add the gradient of a micro-batch's share of the loss.
+
+        Strategies average gradients over the ranks; the shares of all ranks are to be added up.
+        """
+        self.scaler.scale(loss * self.parallel.world_size).backward()
 
     def update(self, learning_rate: float, loss: torch.Tensor, measured: bool) -> GradientSums:
         """Measure the gradient, clip it, step, and forget it.
@@ -81,11 +90,12 @@ class Updater:
         for group in self.optimizer.param_groups:
             group['lr'] = learning_rate
         self.scaler.unscale_(self.optimizer)
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        total = element_sum(gradients) if measured else None
-        if self.grad_clip:
-            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.grad_clip, norm)
+        gradients = [local(p.grad) for p in self.parameters if p.grad is not None]
+        norm, total = self.parallel.norm(gradients), None
+        if measured:
+            total = self.parallel.sum_of_parts(element_sum(gradients))
+        if self.grad_clip:  # as torch.nn.utils.clip_grad_norm_ has it
+            torch._foreach_mul_(gradients, (self.grad_clip / (norm + 1e-6)).clamp(max=1.0))
         lost = ~torch.isfinite(loss)
         broken = lost | ~torch.isfinite(norm)
         # An overflowing gradient is how the scaler finds its scale; only a lost loss counts there.
@@ -97,6 +107,9 @@ class Updater:
         self.optimizer.zero_grad(set_to_none=True)
         return GradientSums(norm, total)
 
+    # What AdamW keeps for each parameter.
+    state_keys = frozenset(('step', 'exp_avg', 'exp_avg_sq'))
+
     @property
     def loss_scale(self) -> float | None:
         """The fp16 scaler's; None without one."""
@@ -104,7 +117,9 @@ class Updater:
 
     def weights_are_finite(self) -> bool:
         """Whether every parameter is, at the price of a synchronisation."""
-        return bool(torch.isfinite(torch.nn.utils.get_total_norm(self.parameters)))
+        norm = torch.nn.utils.get_total_norm([local(p) for p in self.parameters])
+        (broken,) = self.parallel.largest([0.0 if torch.isfinite(norm) else 1.0])
+        return not broken
 
     def statistics(self, norm: float, total: float) -> dict[str, float]:
         """Norm, mean and standard deviation of the gradient's elements, from their sums."""
@@ -112,30 +127,3 @@ class Updater:
         variance = norm * norm / self.elements - mean * mean
         std = math.sqrt(max(variance, 0.0)) if math.isfinite(variance) else math.nan
         return {'norm': norm, 'mean': mean, 'std': std}
-
-    def state_dict(self) -> dict:
-        return {'optimizer': self.optimizer.state_dict(), 'scaler': self.scaler.state_dict()}
-
-    def load_state_dict(self, state: dict) -> None:
-        """Go on from `state_dict()`, with the options of this run: they may have changed.
-
-        Raises KeyError, TypeError, ValueError and the like if the state is not of this optimizer.
-        """
-        options = [
-            {key: value for key, value in group.items() if key != 'params'}
-            for group in self.optimizer.param_groups
-        ]
-        self.optimizer.load_state_dict(state['optimizer'])
-        for group, ours in zip(self.optimizer.param_groups, options):
-            group.update(ours)  # loading overwrites them with the saved ones
-        for parameter in self.parameters:
-            # The fused kernel trusts these shapes: a wrong one would write out of bounds.
-            state_of = self.optimizer.state[parameter]
-            moments = state_of['exp_avg'], state_of['exp_avg_sq']
-            layouts = {(moment.shape, moment.is_contiguous()) for moment in moments}
-            if layouts != {(parameter.shape, parameter.is_contiguous())}:
-                raise ValueError('the optimizer state has other shapes')
-            if state_of['step'].shape != ():
-                raise ValueError('the optimizer state has no number of steps')
-        if self.scaler.is_enabled() and state['scaler']:  # empty after a run without one
-            self.scaler.load_state_dict(state['scaler'])

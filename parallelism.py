@@ -1,45 +1,316 @@
-"""How a model is trained on the devices that there are: one interface, whatever the strategy.
+"""How a model is trained on the devices that there are: one interface, four strategies.
 
-Every method that communicates is to be called by every rank. `train.py` asks for nothing else.
+`SingleProcess` is the reference that every other must equal: `DataParallel` (DDP), `ZeRO1` (DDP
+with the optimizer's state divided) and `FullySharded` (FSDP2). torchrun starts the processes; the
+flags `use_zero1` and `use_fsdp` choose. Model code is written for one device, and `train.py` asks
+for nothing but these methods. Each method that communicates is called by every rank.
 """
 
+import datetime
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
+from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
+import torch.nn as nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from errors import UserError
-from model_builder import Transformer
+from model_builder import (
+    ParameterGroup,
+    Transformer,
+    build_model,
+    initial_values,
+    name_seed,
+)
+from model_config import ModelArchitectureConfig
+from optimization import build_optimizer, local
+from ranks import Alone, Together, world_size
 
 
-class SingleProcess:
-    """One process, one device: the reference that every other strategy must equal."""
+class Piece(NamedTuple):
+    """What a rank holds of a parameter: its elements offset … offset + len(tensor), flattened."""
+
+    tensor: torch.Tensor  # 1-D, sharing the parameter's memory
+    offset: int
+    key: torch.Tensor  # what the optimizer knows it as
+
+
+class SingleProcess(Alone):
+    """One process, one device."""
 
     name = 'single'
-    rank, world_size = 0, 1
 
-    @property
-    def is_main(self) -> bool:
-        """Whether this rank writes records and checkpoints."""
-        return self.rank == 0
+    def __init__(self, run, device: torch.device):
+        self.run, self.device = run, device
 
-    def wrap(self, model: Transformer, recomputed: list[int], compiled: bool) -> Transformer:
-        """The model as it is to be called in training.
+    # --- The model ---
 
-        recomputed: the blocks that keep only their input for the backward pass.
+    def build(
+        self, config: ModelArchitectureConfig, recomputed: list[int], compiled: bool
+    ) -> tuple[Transformer, nn.Module]:
+        """The initialised model, and what to call in training.
+
+        In this order: recompute the blocks of those numbers, compile block by block, wrap.
         """
-        for number in recomputed:
-            block = model.blocks[number]
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-        if compiled:
-            for block in model.blocks:  # identical blocks share one graph
-                block.compile()
+        model = build_model(config, self.device, self.run.seed)
+        prepare_blocks(model, recomputed, compiled)
+        return model, self.wrap(model)
+
+    def wrap(self, model: Transformer) -> nn.Module:
         return model
 
-    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The sum over all ranks."""
-        return tensor
+    def build_optimizer(self, groups: list[ParameterGroup]) -> torch.optim.Optimizer:
+        return build_optimizer(groups, self.run)
+
+    # --- One update ---
+
+    @contextmanager
+    def micro_step(self, model: nn.Module, last: bool) -> Iterator[None]:
+        """Around a forward and backward pass: gradients travel only in the last of an update."""
+        yield
+
+    def norm(self, gradients: list[torch.Tensor]) -> torch.Tensor:
+        """The 2-norm of the whole gradient, from what this rank holds of it."""
+        return torch.nn.utils.get_total_norm(gradients)
+
+    def sum_of_parts(self, part: torch.Tensor) -> torch.Tensor:
+        """A sum over all elements of the gradient, from that over those which this rank holds."""
+        return part
+
+    # --- Checkpoints ---
+
+    def weights(self, model: Transformer) -> dict[str, Piece]:
+        """What this rank holds of each parameter, by name; tied ones once."""
+        return weights_here(model)
+
+    def optimized(self, model: Transformer) -> dict[str, Piece]:
+        """What this rank's optimizer updates of each parameter, by name."""
+        return self.weights(model)
+
+    @property
+    def saves(self) -> tuple[bool, bool]:
+        """Whether this rank's weights, and its optimizer's state, belong in a checkpoint."""
+        return True, True
+
+
+class DataParallel(Together, SingleProcess):
+    """Each rank holds the whole model and sees its own part of the batch (Li et al. 2020)."""
+
+    name = 'ddp'
+
+    def __init__(self, run, device):
+        if not dist.is_initialized():
+            timeout = datetime.timedelta(seconds=run.distributed_timeout)
+            # Plain values travel by gloo, so that no answer waits for a GPU.
+            backend = 'cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo'
+            dist.init_process_group(backend, timeout=timeout)
+        Together.__init__(self)
+        SingleProcess.__init__(self, run, device)
+
+    def wrap(self, model):
+        wrapped = DistributedDataParallel(
+            model,
+            device_ids=[self.device.index] if self.device.type == 'cuda' else None,
+            gradient_as_bucket_view=True,
+        )
+        if self.run.reduce_dtype == 'bfloat16':
+            wrapped.register_comm_hook(None, _mean_in_bfloat16)
+        return wrapped
+
+    @contextmanager
+    def micro_step(self, model, last):
+        model.require_backward_grad_sync = last  # read by the forward pass
+        yield
+
+    @property
+    def saves(self):
+        return self.is_main, self.is_main
+
+
+def _mean_in_bfloat16(
+    _, bucket: dist.GradBucket
+) -> torch.futures.Future[torch.Tensor]:
+    """DDP's communication hook: half the bytes."""
+    short = bucket.buffer().div(dist.get_world_size()).to(torch.bfloat16)
+    future = dist.all_reduce(short, async_op=True).get_future()
+    return future.then(lambda done: bucket.buffer().copy_(done.value()[0]))
+
+
+class ZeRO1(DataParallel):
+    """DDP with the optimizer's state divided among the ranks (Rajbhandari et al. 2020, stage 1).
+
+    The parameters are views of one flat buffer. Each rank updates an equal stretch of it, wherever
+    that begins and ends, and the stretches are gathered in place.
+    """
+
+    name = 'zero1'
+
+    def wrap(self, model):
+        parameters = list(model.parameters())
+        elements = sum(p.numel() for p in parameters)
+        self.stretch = -(-elements // self.world_size)
+        self.begin = self.rank * self.stretch
+        self.flat = torch.zeros(self.stretch * self.world_size, device=self.device)
+        self.pieces: dict[nn.Parameter, Piece] = {}
+        at = 0
+        for parameter in parameters:
+            size = parameter.numel()
+            view = self.flat[at : at + size].view_as(parameter)
+            view.copy_(parameter.data)
+            parameter.data = view
+            low, high = max(at, self.begin), min(at + size, self.begin + self.stretch)
+            if low < high:
+                mine = self.flat[low:high]
+                self.pieces[parameter] = Piece(mine, low - at, nn.Parameter(mine))
+            at += size
+        return super().wrap(model)
+
+    def build_optimizer(self, groups):
+        return _StretchOptimizer(groups, self)
+
+    def gather_stretches(self) -> None:
+        """Bring every rank's stretch of the parameters to all."""
+        mine = self.flat[self.begin : self.begin + self.stretch].clone()
+        dist.all_gather_into_tensor(self.flat, mine)
+
+    def optimized(self, model):
+        return {n: self.pieces[p] for n, p in model.named_parameters() if p in self.pieces}
+
+    @property
+    def saves(self):
+        return self.is_main, True
+
+
+class _StretchOptimizer(torch.optim.Optimizer):
+    """The optimizer of a run over this rank's stretch; looks like one over all parameters."""
+
+    _step_supports_amp_scaling = True  # as the fused one inside does
+    found_inf: torch.Tensor | None = None
+
+    def __init__(self, groups: list[ParameterGroup], parallel: ZeRO1):
+        super().__init__([{'params': g.parameters} for g in groups], {'lr': 0.0})
+        self.parallel = parallel
+        own = []
+        for group in groups:
+            keys = [parallel.pieces[p].key for p in group.parameters if p in parallel.pieces]
+            own.append(group._replace(parameters=keys))
+        self.inner = build_optimizer(own, parallel.run) if parallel.pieces else None
+        if self.inner:
+            self.state = self.inner.state
+
+    def step(self) -> None:
+        if self.inner:
+            for parameter, piece in self.parallel.pieces.items():
+                end = piece.offset + len(piece.tensor)
+                piece.key.grad = parameter.grad.view(-1)[piece.offset : end]
+            for group, inner in zip(self.param_groups, self.inner.param_groups):
+                inner['lr'] = group['lr']
+            self.inner.found_inf = self.found_inf
+            self.inner.step()
+            self.inner.zero_grad(set_to_none=True)
+        self.parallel.gather_stretches()
+
+
+class FullySharded(DataParallel):
+    """Parameters, gradients and optimizer state divided, gathered block by block (FSDP2).
+
+    With `fsdp_shard_size` they are divided among that many ranks and repeated over the rest.
+    """
+
+    name = 'fsdp'
+
+    def __init__(self, run, device):
+        super().__init__(run, device)
+        size = run.fsdp_shard_size or self.world_size
+        shape = (size,) if size == self.world_size else (self.world_size // size, size)
+        names = ('replicate', 'shard')[-len(shape) :]
+        self.mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
+        self.shard_group = self.mesh.get_group('shard')
+
+    def build(self, config, recomputed, compiled):
+        model = build_model(config)  # on the meta device: the whole is never in one place
+        prepare_blocks(model, recomputed, compiled)
+        reduce_dtype = getattr(torch, self.run.reduce_dtype)
+        shard = partial(
+            fully_shard,
+            mesh=self.mesh,
+            reshard_after_forward=self.run.fsdp_reshard_after_forward,
+            # Parameters travel in fp32 and autocast casts them, as under every other strategy.
+            mp_policy=MixedPrecisionPolicy(reduce_dtype=reduce_dtype),
+        )
+        for block in model.blocks:
+            shard(block)
+        shard(model)  # the tied table and head are in one group: the root's
+        model.to_empty(device=self.device)
+        model.tie_weights()
+        self.initialize(model)
+        return model, model
+
+    @torch.no_grad()
+    def initialize(self, model: Transformer) -> None:
+        """Each parameter from its own generator, one at a time, as in a single process."""
+        parameters = dict(model.named_parameters())
+        for name, fill in initial_values(model).items():
+            parameter = parameters[name]
+            whole = torch.empty(parameter.shape)
+            fill(whole, torch.Generator().manual_seed(name_seed(self.run.seed, name)))
+            mine, begin = local(parameter).view(-1), shard_offset(parameter)
+            mine.copy_(whole.view(-1)[begin : begin + len(mine)])
+
+    @contextmanager
+    def micro_step(self, model, last):
+        model.set_requires_gradient_sync(last)
+        model.set_is_last_backward(last)
+        yield
+
+    def norm(self, gradients):
+        return self.sum_of_parts(super().norm(gradients).square()).sqrt()
+
+    def sum_of_parts(self, part):
+        dist.all_reduce(part, group=self.shard_group)
+        return part
+
+    @property
+    def saves(self):
+        first_replica = self.mesh.ndim == 1 or self.mesh.get_local_rank('replicate') == 0
+        return first_replica, first_replica
+
+
+def prepare_blocks(model: Transformer, recomputed: list[int], compiled: bool) -> None:
+    """Let the blocks `recomputed` keep only their input; compile; in this order."""
+    for number in recomputed:
+        block = model.blocks[number]
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    if compiled:
+        for block in model.blocks:  # identical blocks share one graph
+            block.compile()
+
+
+def weights_here(model: Transformer) -> dict[str, Piece]:
+    """What this rank holds of each parameter, by name; tied ones once."""
+    return {
+        name: Piece(local(parameter).view(-1), shard_offset(parameter), parameter)
+        for name, parameter in model.named_parameters()
+    }
+
+
+def shard_offset(parameter: torch.Tensor) -> int:
+    """Where the elements that this rank holds of a parameter begin in the flattened whole."""
+    if not isinstance(parameter, DTensor):
+        return 0
+    # FSDP2 divides the first dimension into chunks of equal size, the last ones smaller or empty.
+    mesh = parameter.device_mesh
+    rows = -(-parameter.shape[0] // mesh.size(mesh.ndim - 1))
+    first = min(mesh.get_local_rank(mesh.ndim - 1) * rows, parameter.shape[0])
+    return first * (parameter.numel() // parameter.shape[0])
 
 
 def recomputed_blocks(activation_checkpointing: str, n_layer: int) -> list[int]:
@@ -50,12 +321,17 @@ def recomputed_blocks(activation_checkpointing: str, n_layer: int) -> list[int]:
     return list(range(every - 1, n_layer, every))
 
 
-def choose_strategy() -> SingleProcess:
-    """The strategy of this process, from the environment that torchrun sets."""
-    world_size = int(os.environ.get('WORLD_SIZE', '1'))
-    if world_size > 1:
+def choose_strategy(run, device: torch.device) -> SingleProcess:
+    """The strategy that the options ask for, with the processes that torchrun started."""
+    flag = 'use_fsdp' if run.use_fsdp else 'use_zero1' if run.use_zero1 else None
+    if flag and 'WORLD_SIZE' not in os.environ:
         raise UserError(
-            f'WORLD_SIZE={world_size}: training on several processes is not built yet. Start one '
-            f'process: python train.py …, without torchrun.'
+            f'{flag}=True needs processes that torchrun starts: torchrun --standalone '
+            f'--nproc_per_node=2 train.py … --{flag}=True'
         )
-    return SingleProcess()
+    size = run.fsdp_shard_size
+    if size is not None and world_size() % size:
+        raise UserError(f'fsdp_shard_size={size} does not divide the {world_size()} ranks.')
+    if flag:
+        return FullySharded(run, device) if run.use_fsdp else ZeRO1(run, device)
+    return DataParallel(run, device) if world_size() > 1 else SingleProcess(run, device)

@@ -6,13 +6,14 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import torch
-
 import checkpointing
+import divided_state
 from configurator import COMMAND_LINE, CommandLine, Layer, accept_layer
 from errors import UserError, nearest
+from model_builder import Transformer
 from model_config import ModelArchitectureConfig
 from optimization import Updater
+from parallelism import SingleProcess, weights_here
 from training_config import Settings, schema
 from training_logger import TrainingLogger, latest_run, read_record
 
@@ -69,7 +70,7 @@ class Resumed:
 
     run_folder: Path
     checkpoint: checkpointing.Checkpoint
-    state: dict
+    state: list[dict]
     warnings: list[str]
 
     def check(self, architecture: ModelArchitectureConfig) -> None:
@@ -83,10 +84,10 @@ class Resumed:
                 f'--init_from=scratch.'
             )
 
-    def restore(self, model: torch.nn.Module, updater: Updater) -> Progress:
+    def restore(self, parallel: SingleProcess, model: Transformer, updater: Updater) -> Progress:
         """Load weights and optimizer, and give the state up, to free its memory."""
-        state, self.state = self.state, {}
-        return restore(model, updater, self.checkpoint, state)
+        state, self.state = self.state, []
+        return restore(parallel, model, updater, self.checkpoint, state)
 
     def report(self, logger: TrainingLogger, header: dict, surroundings: dict) -> None:
         """Continue the record, with what changed and what was wrong."""
@@ -195,19 +196,24 @@ def _accepted(checkpoint: checkpointing.Checkpoint, origins: dict[str, str]) -> 
     return layers
 
 
-def load_weights(model: torch.nn.Module, checkpoint: checkpointing.Checkpoint, state: dict) -> None:
+def load_weights(
+    model: Transformer, checkpoint: checkpointing.Checkpoint, state: list[dict]
+) -> None:
     """Load the weights of a checkpoint's state. Raises UserError if they do not fit."""
     with _fitting(checkpoint):
-        model.load_state_dict(state['model'])
+        divided_state.load_weights(divided_state.StoredState(state), weights_here(model))
 
 
 def restore(
-    model: torch.nn.Module, updater: Updater, checkpoint: checkpointing.Checkpoint, state: dict
+    parallel: SingleProcess,
+    model: Transformer,
+    updater: Updater,
+    checkpoint: checkpointing.Checkpoint,
+    state: list[dict],
 ) -> Progress:
     """Load weights and optimizer; how far the run had come. Raises UserError if they do not fit."""
-    load_weights(model, checkpoint, state)
     with _fitting(checkpoint):
-        updater.load_state_dict(state)
+        divided_state.restore(divided_state.StoredState(state), parallel, model, updater)
         return Progress.of(checkpoint.index)
 
 

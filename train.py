@@ -17,18 +17,21 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import checkpointing
 import diagnostics
+import divided_state
 import hardware
 import resumption
 import stability
 from configurator import format_help, read_command_line
 from errors import run_script
 from interruption import Interruption
-from model_builder import build_model, name_seed, parameter_groups, training_flops
-from optimization import Updater, build_optimizer, learning_rate_at
+from model_builder import Transformer, name_seed, parameter_groups, training_flops
+from model_components import IGNORED
+from optimization import Updater, learning_rate_at
 from parallelism import SingleProcess, choose_strategy, recomputed_blocks
 from startup import record_header, surroundings
 from token_data import TokenDataset, is_prepared, load_dataset, prepare_if_missing
@@ -43,10 +46,10 @@ def main(argv: list[str]) -> int:
         return 0
     resumed = resumption.find(asked)
     settings = load_settings(asked)
-    parallel = choose_strategy()
     device = hardware.select_device(settings.run.device)
     hardware.tune(device, settings.run.deterministic)
     dtype = hardware.resolve_dtype(settings.run.dtype, device)
+    parallel = choose_strategy(settings.run, device)
     data = settings.run.dataset, settings.architecture.block_size
     if asked.print_config:
         dataset = load_dataset(*data) if is_prepared(settings.run.dataset) else None
@@ -58,12 +61,14 @@ def main(argv: list[str]) -> int:
     if resumed:
         resumed.check(settings.architecture)
     try:
-        return run(set_up(settings, parallel, device, dataset, resumed, argv))
+        code = run(set_up(settings, parallel, device, dataset, resumed, argv))
     except (RuntimeError, MemoryError) as error:
         if stability.is_out_of_memory(error):
             name = hardware.device_name(device)
             raise stability.out_of_memory_error(settings, name) from error
         raise
+    parallel.close()
+    return code
 
 
 # --------------------------------------------------------------------------------------------------
@@ -78,7 +83,8 @@ class Session:
     parallel: SingleProcess
     device: torch.device
     dataset: TokenDataset
-    model: torch.nn.Module  # as it is called in training
+    bare: Transformer
+    model: torch.nn.Module  # the same, as it is called in training
     updater: Updater
     logger: TrainingLogger
     progress: resumption.Progress
@@ -105,9 +111,15 @@ class Session:
         """The fixed windows of a split, (tokens, targets) of `batch_size` at a time."""
         options = self.settings.run
         starts = self.dataset.windows(split, options.eval_iters)
-        for first in range(0, len(starts), options.batch_size):
-            batch = self.dataset.read(split, starts[first : first + options.batch_size])
-            yield self.to_device(batch)
+        # Every rank takes part in as many forward passes as the others: what is left over at the
+        # end is read by several and counted by one.
+        ranks, rank = self.parallel.world_size, self.parallel.rank
+        numbers = np.arange(rank, -(-len(starts) // ranks) * ranks, ranks)
+        for first in range(0, len(numbers), options.batch_size):
+            chosen = numbers[first : first + options.batch_size]
+            tokens, targets = self.dataset.read(split, starts[chosen % len(starts)])
+            targets[chosen >= len(starts)] = IGNORED
+            yield self.to_device((tokens, targets))
 
     def to_device(self, arrays) -> list[torch.Tensor]:
         """numpy arrays as tensors on the device; the copy to a GPU does not wait."""
@@ -139,16 +151,17 @@ def set_up(
         print(f'warning: compile is off, since {problem}. --compile=False silences this.')
         compiled = False
 
-    bare = build_model(architecture, device, options.seed)
-    groups = parameter_groups(bare)
     recomputed = recomputed_blocks(options.activation_checkpointing, architecture.n_layer)
+    bare, model = parallel.build(architecture, recomputed, compiled)
+    groups = parameter_groups(bare)
     flops = training_flops(bare, recomputed)
-    updater = Updater(build_optimizer(groups, options), options, device)
-    progress = resumed.restore(bare, updater) if resumed else resumption.Progress()
-    model = parallel.wrap(bare, recomputed, compiled)
+    updater = Updater(parallel.build_optimizer(groups), options, device, parallel)
+    progress = resumed.restore(parallel, bare, updater) if resumed else resumption.Progress()
 
     logger = TrainingLogger(
-        resumed.run_folder if resumed else new_run_folder(options.out_dir),
+        parallel.from_main(
+            lambda: resumed.run_folder if resumed else new_run_folder(options.out_dir)
+        ),
         is_main=parallel.is_main,
         style=options.log_style,
         max_iters=options.max_iters,
@@ -167,6 +180,7 @@ def set_up(
         parallel=parallel,
         device=device,
         dataset=dataset,
+        bare=bare,
         model=model,
         updater=updater,
         logger=logger,
@@ -206,6 +220,7 @@ def train(session: Session) -> None:
     while True:
         done = session.progress.iter
         due = session.evaluation_due(done) and session.progress.evaluated_at != done
+        session.interruption.agree(session.parallel)
         if due or session.interruption.pending:
             with clock.paused():
                 between_updates(session, due)
@@ -235,10 +250,10 @@ def update(session: Session, clock: hardware.StepClock) -> None:
     logged = progress.iter % options.log_interval == 0 or progress.iter == options.max_iters - 1
     if options.diagnostics and session.evaluation_due(progress.iter + 1):
         session.update_size.begin()
-    micro_steps = options.gradient_accumulation_steps
+    micro_steps, ranks = options.gradient_accumulation_steps, session.parallel.world_size
     model.train()
     loss = torch.zeros((), device=session.device)
-    for micro_step in range(micro_steps):
+    for micro_step in range(session.parallel.rank, micro_steps, ranks):
         # The micro-batch's number over the whole run.
         number = (progress.iter + progress.data_shift) * micro_steps + micro_step
         batch = session.dataset.batch(
@@ -246,10 +261,11 @@ def update(session: Session, clock: hardware.StepClock) -> None:
         )
         # Dropout has a stream of its own at every micro-batch, so no random state is ever saved.
         torch.manual_seed(name_seed(options.seed, f'dropout/{number}'))
-        with session.autocast():
-            loss_sum, _, auxiliary_loss = model(*session.to_device(batch))
-        share = loss_sum / session.tokens_per_iter
-        session.updater.backward(share + auxiliary_loss / micro_steps)
+        with session.parallel.micro_step(model, last=micro_step + ranks >= micro_steps):
+            with session.autocast():
+                loss_sum, _, auxiliary_loss = model(*session.to_device(batch))
+            share = loss_sum / session.tokens_per_iter
+            session.updater.backward(share + auxiliary_loss / micro_steps)
         loss += share.detach()
     loss = session.parallel.sum(loss)
     sums = session.updater.update(learning_rate, loss, measured=logged)
@@ -291,7 +307,7 @@ def log_update(
                 'flops_per_token': session.flops_per_token['per_token'],
                 'architecture': session.settings.architecture.name,
             },
-            'memory': hardware.memory_usage(session.device),
+            'memory': largest_memory(session),
             'gradients': session.updater.statistics(norm, total),
             'loss_scale': session.updater.loss_scale,
         }
@@ -301,6 +317,15 @@ def log_update(
     rolled_back(session, int(skipped))
     hardware.reset_peak_memory(session.device)
     clock.restart()
+
+
+def largest_memory(session: Session) -> dict[str, float | None]:
+    """The memory in use, the largest over the ranks."""
+    usage = hardware.memory_usage(session.device)
+    largest = session.parallel.largest(
+        [-1.0 if value is None else value for value in usage.values()]
+    )
+    return {key: None if value < 0 else value for key, value in zip(usage, largest)}
 
 
 def rolled_back(session: Session, skipped: int) -> bool:
@@ -320,7 +345,9 @@ def rolled_back(session: Session, skipped: int) -> bool:
     if found is None or failed.rollbacks == stability.MAX_ROLLBACKS:
         raise stability.nonfinite_error(failed.iter, skipped, checkpointing.published(folder))
     checkpoint, state = found
-    session.progress = resumption.restore(session.model, session.updater, checkpoint, state)
+    session.progress = resumption.restore(
+        session.parallel, session.bare, session.updater, checkpoint, state
+    )
     # Leave out the data between the checkpoint and here, or the same thing would happen again.
     left_out = failed.iter - checkpoint.iter
     session.progress.data_shift = failed.data_shift + left_out
@@ -360,7 +387,7 @@ def evaluate(session: Session) -> bool:
     if options.diagnostics:
         first = next(session.evaluation_batches('val'))
         entry['diagnostics'] = {
-            'layers': diagnostics.layer_statistics(model, *first, session.autocast),
+            'layers': diagnostics.layer_statistics(session.bare, *first, session.autocast),
             'update_to_weight': session.update_size.ratios or {},
             'val_loss_by_position': diagnostics.loss_by_position(
                 model, session.evaluation_batches('val'), session.autocast
@@ -376,9 +403,10 @@ def save(session: Session) -> None:
     if not session.updater.weights_are_finite():
         raise stability.nonfinite_error(session.progress.iter, 1, checkpointing.published(folder))
     index = resumption.checkpoint_index(session.settings, session.progress, session.surroundings)
-    state = {'model': session.model.state_dict(), **session.updater.state_dict()}
-    checkpoint = checkpointing.save(folder, state, index)
-    checkpointing.prune(checkpoint, options.keep_last, options.keep_best)
+    state = divided_state.collect(session.parallel, session.bare, session.updater)
+    checkpoint = checkpointing.save(folder, state, index, session.parallel)
+    if session.parallel.is_main:
+        checkpointing.prune(checkpoint, options.keep_last, options.keep_best)
     session.logger.checkpoint(
         {
             'iter': checkpoint.iter,

@@ -15,6 +15,7 @@ from errors import UserError
 from hardware import select_device
 from model_config import ModelArchitectureConfig
 from model_config import schema as architecture_schema
+from ranks import world_size
 from registry import FrozenConfig, Option, above, at_least, between
 from token_data import TokenDataset, is_prepared
 
@@ -87,12 +88,26 @@ SYSTEM_OPTIONS = {
     'peak_tflops': Option(float | None, None, 'Peak of one device for MFU; None: known or measured',
                           check=above(0)),
 }
+PARALLEL_OPTIONS = {
+    'use_fsdp': Option(bool, False, 'Divide parameters, gradients and optimizer state (FSDP2)'),
+    'use_zero1': Option(bool, False, "Divide the optimizer's state (ZeRO-1); neither: DDP"),
+    'fsdp_reshard_after_forward': Option(bool, True, 'Free gathered blocks between forward and '
+                                         'backward: less memory, more traffic',
+                                         requires=('use_fsdp', True)),
+    'fsdp_shard_size': Option(int | None, None, 'Ranks to divide among, repeated over the rest; '
+                              'None: all', check=at_least(1), requires=('use_fsdp', True)),
+    'reduce_dtype': Option(str, 'float32', 'In which gradients travel',
+                           choices=('float32', 'bfloat16')),
+    'distributed_timeout': Option(int, 600, 'Seconds after which a silent rank is given up',
+                                  check=at_least(1)),
+}
 # fmt: on
 GROUPS = {
     'Run': RUN_OPTIONS,
     'Data': DATA_OPTIONS,
     'Optimizer': OPTIMIZER_OPTIONS,
     'System': SYSTEM_OPTIONS,
+    'Several processes (started by torchrun)': PARALLEL_OPTIONS,
 }
 
 # On a CPU a single sequence keeps 100 iterations of the 12-layer presets within minutes; on a GPU
@@ -143,7 +158,10 @@ class Settings:
         block_size = self.architecture.block_size
         derive('batch_size', batch_size, f'for {device.type}')
         accumulation = max(1, round(sequences / values['batch_size']))
-        derive('gradient_accumulation_steps', accumulation, f'for {device.type}')
+        ranks = world_size()
+        shared = f', in equal parts for {ranks} ranks' if ranks > 1 else ''
+        accumulation = -(-accumulation // ranks) * ranks
+        derive('gradient_accumulation_steps', accumulation, f'for {device.type}{shared}')
         if on_cpu:
             windows = max(8, CPU_EVAL_TOKENS // block_size)
             derive('eval_iters', windows, f'for cpu: {CPU_EVAL_TOKENS:,} tokens, or 8 windows')
@@ -244,6 +262,40 @@ def run_problems(run: TrainingConfig) -> list[str]:
         lambda: (
             f'min_lr={run.min_lr:g} is above learning_rate={run.learning_rate:g}: the cosine '
             f'would rise. Lower min_lr, or leave it out for learning_rate / 10.'
+        ),
+    )
+    check(
+        run.use_fsdp and run.use_zero1,
+        lambda: (
+            'use_fsdp=True and use_zero1=True: FSDP divides the optimizer state already. Leave '
+            'one of them out.'
+        ),
+    )
+    for key, option in flatten(GROUPS).items():
+        check(
+            option.requires is not None
+            and run.to_dict()[option.requires[0]] != option.requires[1]
+            and run.origins[key] != 'default',
+            lambda key=key, needed=option.requires: (
+                f'{key}={run.to_dict()[key]!r} '
+                f'({run.origins[key]}) has no use without {needed[0]}={needed[1]}. Add that, or leave '
+                f'{key} out.'
+            ),
+        )
+    check(
+        run.diagnostics and world_size() > 1,
+        lambda: (
+            f'diagnostics=True works on one process, and there are {world_size()}. Leave it '
+            f'out, or resume a checkpoint on one process to look inside.'
+        ),
+    )
+    accumulation = run.gradient_accumulation_steps
+    check(
+        accumulation is not None and accumulation % world_size() != 0,
+        lambda: (
+            f'gradient_accumulation_steps={accumulation} counts the micro-batches of all '
+            f'{world_size()} ranks and must be a multiple of that: for example '
+            f'--gradient_accumulation_steps={-(-accumulation // world_size()) * world_size()}.'
         ),
     )
     check(

@@ -1,0 +1,113 @@
+"""The weights and the optimizer's state of a run, however they are divided among ranks.
+
+Each rank writes the pieces that it holds: `{'model': {name: tensor}, 'optimizer': {name: {key:
+tensor}}, 'offsets': {...}, 'scaler': {...}}`, where an offset says at which element of the
+flattened parameter a piece begins. Any strategy reads what any other wrote, parameter by parameter.
+"""
+
+import torch
+
+from model_builder import Transformer
+from optimization import Updater, local
+from parallelism import Piece, SingleProcess
+
+
+def collect(parallel: SingleProcess, model: Transformer, updater: Updater) -> dict:
+    """What this rank has to write."""
+    saves_weights, saves_optimizer = parallel.saves
+    weights = parallel.weights(model) if saves_weights else {}
+    optimized = parallel.optimized(model) if saves_optimizer else {}
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+
+    def stored(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        tensor = tensor.detach()
+        if tensor.untyped_storage().nbytes() != tensor.nbytes:
+            tensor = tensor.clone()  # or the whole buffer that it is a part of would be written
+        return tensor.view(shapes[name]) if tensor.numel() == shapes[name].numel() else tensor
+
+    return {
+        'model': {name: stored(name, piece.tensor) for name, piece in weights.items()},
+        'optimizer': {
+            name: {
+                key: value if value.dim() == 0 else stored(name, local(value).view(-1))
+                for key, value in updater.optimizer.state[piece.key].items()
+            }
+            for name, piece in optimized.items()
+        },
+        'offsets': {
+            'model': {name: piece.offset for name, piece in weights.items()},
+            'optimizer': {name: piece.offset for name, piece in optimized.items()},
+        },
+        'scaler': updater.scaler.state_dict(),
+    }
+
+
+class StoredState:
+    """What all ranks wrote, to be read a stretch at a time."""
+
+    def __init__(self, files: list[dict]):
+        self.scaler: dict = files[0]['scaler']
+        # name -> key -> [(offset, tensor)]; the weights have the key ''.
+        self.model = self._pieces(files, 'model', lambda tensor: {'': tensor})
+        self.optimizer = self._pieces(files, 'optimizer', dict)
+
+    @staticmethod
+    def _pieces(files: list[dict], kind: str, by_key) -> dict[str, dict[str, list]]:
+        pieces: dict[str, dict[str, list]] = {}
+        for file in files:
+            for name, value in file[kind].items():
+                offset = file['offsets'][kind][name]
+                for key, tensor in by_key(value).items():
+                    pieces.setdefault(name, {}).setdefault(key, []).append((offset, tensor))
+        return pieces
+
+    def copy_to(self, target: torch.Tensor, pieces: list, offset: int, whole: int) -> None:
+        """Fill the 1-D `target` with elements offset … of a parameter of `whole` elements.
+
+        Raises ValueError if the pieces are not those of such a parameter.
+        """
+        if sum(tensor.numel() for _, tensor in pieces) != whole:
+            raise ValueError('a parameter has another shape')
+        filled = 0
+        for begin, tensor in pieces:
+            low, high = max(offset, begin), min(offset + len(target), begin + tensor.numel())
+            if low < high:
+                target[low - offset : high - offset].copy_(
+                    tensor.reshape(-1)[low - begin : high - begin]
+                )
+                filled += high - low
+        if filled != len(target):
+            raise ValueError('a parameter is incomplete')
+
+
+@torch.no_grad()
+def load_weights(stored: StoredState, weights: dict[str, Piece]) -> None:
+    """Fill what a rank holds of the weights. Raises KeyError or ValueError if they do not fit."""
+    if stored.model.keys() != weights.keys():
+        names = ', '.join(sorted(stored.model.keys() ^ weights.keys()))
+        raise ValueError(f'the parameters are not the same: {names}')
+    for name, piece in weights.items():
+        stored.copy_to(piece.tensor, stored.model[name][''], piece.offset, piece.key.numel())
+
+
+@torch.no_grad()
+def restore(
+    stored: StoredState, parallel: SingleProcess, model: Transformer, updater: Updater
+) -> None:
+    """Fill weights, optimizer and scaler. Raises KeyError, TypeError or ValueError if unfit."""
+    load_weights(stored, parallel.weights(model))
+    whole = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    for name, piece in parallel.optimized(model).items():
+        state = {}
+        for key, pieces in stored.optimizer[name].items():
+            first = pieces[0][1]
+            if first.dim() == 0:
+                state[key] = first.to(piece.tensor.device, copy=True)
+                continue
+            state[key] = torch.zeros_like(piece.key)
+            stored.copy_to(local(state[key]).view(-1), pieces, piece.offset, whole[name])
+        if state.keys() != updater.state_keys:
+            raise ValueError(f'the optimizer state has {", ".join(state)}')
+        updater.optimizer.state[piece.key] = state
+    if updater.scaler.is_enabled() and stored.scaler:  # empty after a run without one
+        updater.scaler.load_state_dict(stored.scaler)
