@@ -62,6 +62,8 @@ def run_script(main, argv: list[str] | None = None) -> None:
     except UserError as error:
         if '--debug' in argv or '--debug=True' in argv:
             traceback.print_exc()
+        if os.environ.get('RANK', '0') != '0':
+            sys.exit(2)  # the first of the processes that torchrun started says it for all
         name = os.path.basename(sys.argv[0])
         sys.stdout.flush()
         if len(error.problems) == 1:
