@@ -85,6 +85,14 @@ class SingleProcess(Alone):
         """A sum over all elements of the gradient, from that over those which this rank holds."""
         return part
 
+    def traffic(self, model: Transformer) -> int:
+        """Bytes that this rank hands to collectives in an update, gradients and weights together.
+
+        What the network carries is up to the algorithm: a ring sends 2 (N - 1) / N times as much
+        for a sum over N ranks, (N - 1) / N times for a gathering or a divided sum.
+        """
+        return 0
+
     # --- Checkpoints ---
 
     def weights(self, model: Transformer) -> dict[str, Piece]:
@@ -135,9 +143,7 @@ class DataParallel(Together, SingleProcess):
         return self.is_main, self.is_main
 
 
-def _mean_in_bfloat16(
-    _, bucket: dist.GradBucket
-) -> torch.futures.Future[torch.Tensor]:
+def _mean_in_bfloat16(_, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
     """DDP's communication hook: half the bytes."""
     short = bucket.buffer().div(dist.get_world_size()).to(torch.bfloat16)
     future = dist.all_reduce(short, async_op=True).get_future()

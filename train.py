@@ -12,12 +12,7 @@ value and where it came from.
 import math
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import nullcontext
-from dataclasses import dataclass
-from pathlib import Path
 
-import numpy as np
 import torch
 
 import checkpointing
@@ -29,10 +24,10 @@ import stability
 from configurator import format_help, read_command_line
 from errors import run_script
 from interruption import Interruption
-from model_builder import Transformer, name_seed, parameter_groups, training_flops
-from model_components import IGNORED
+from model_builder import name_seed, parameter_groups, training_flops
 from optimization import Updater, learning_rate_at
 from parallelism import SingleProcess, choose_strategy, recomputed_blocks
+from session import Session
 from startup import record_header, surroundings
 from token_data import TokenDataset, is_prepared, load_dataset, prepare_if_missing
 from training_config import Settings, load_settings, schema
@@ -73,66 +68,6 @@ def main(argv: list[str]) -> int:
 
 # --------------------------------------------------------------------------------------------------
 # Set-up
-
-
-@dataclass
-class Session:
-    """What a run consists of, once it is set up."""
-
-    settings: Settings
-    parallel: SingleProcess
-    device: torch.device
-    dataset: TokenDataset
-    bare: Transformer
-    model: torch.nn.Module  # the same, as it is called in training
-    updater: Updater
-    logger: TrainingLogger
-    progress: resumption.Progress
-    flops_per_token: dict
-    peak: hardware.Peak
-    update_size: diagnostics.UpdateSize
-    interruption: Interruption
-    surroundings: dict  # threads, versions and the like, to be compared on a resume
-
-    @property
-    def tokens_per_iter(self) -> int:
-        run, block_size = self.settings.run, self.settings.architecture.block_size
-        return run.batch_size * run.gradient_accumulation_steps * block_size
-
-    @property
-    def checkpoint_folder(self) -> Path:
-        return self.logger.run_folder / 'checkpoints'
-
-    def evaluation_due(self, iter: int) -> bool:
-        """Whether the loss is measured after `iter` updates: at intervals, and at the end."""
-        return iter % self.settings.run.eval_interval == 0 or iter >= self.settings.run.max_iters
-
-    def evaluation_batches(self, split: str) -> Iterator[list[torch.Tensor]]:
-        """The fixed windows of a split, (tokens, targets) of `batch_size` at a time."""
-        options = self.settings.run
-        starts = self.dataset.windows(split, options.eval_iters)
-        # Every rank takes part in as many forward passes as the others: what is left over at the
-        # end is read by several and counted by one.
-        ranks, rank = self.parallel.world_size, self.parallel.rank
-        numbers = np.arange(rank, -(-len(starts) // ranks) * ranks, ranks)
-        for first in range(0, len(numbers), options.batch_size):
-            chosen = numbers[first : first + options.batch_size]
-            tokens, targets = self.dataset.read(split, starts[chosen % len(starts)])
-            targets[chosen >= len(starts)] = IGNORED
-            yield self.to_device((tokens, targets))
-
-    def to_device(self, arrays) -> list[torch.Tensor]:
-        """numpy arrays as tensors on the device; the copy to a GPU does not wait."""
-        tensors = [torch.from_numpy(array) for array in arrays]
-        if self.device.type == 'cuda':
-            return [t.pin_memory().to(self.device, non_blocking=True) for t in tensors]
-        return [tensor.to(self.device) for tensor in tensors]
-
-    def autocast(self):
-        """The precision of the matrix multiplications; parameters and losses stay in fp32."""
-        if self.settings.run.dtype == 'float32':
-            return nullcontext()
-        return torch.autocast(self.device.type, getattr(torch, self.settings.run.dtype))
 
 
 def set_up(
@@ -307,7 +242,7 @@ def log_update(
                 'flops_per_token': session.flops_per_token['per_token'],
                 'architecture': session.settings.architecture.name,
             },
-            'memory': largest_memory(session),
+            'memory': session.largest_memory(),
             'gradients': session.updater.statistics(norm, total),
             'loss_scale': session.updater.loss_scale,
         }
@@ -317,15 +252,6 @@ def log_update(
     rolled_back(session, int(skipped))
     hardware.reset_peak_memory(session.device)
     clock.restart()
-
-
-def largest_memory(session: Session) -> dict[str, float | None]:
-    """The memory in use, the largest over the ranks."""
-    usage = hardware.memory_usage(session.device)
-    largest = session.parallel.largest(
-        [-1.0 if value is None else value for value in usage.values()]
-    )
-    return {key: None if value < 0 else value for key, value in zip(usage, largest)}
 
 
 def rolled_back(session: Session, skipped: int) -> bool:

@@ -271,17 +271,18 @@ def run_problems(run: TrainingConfig) -> list[str]:
             'one of them out.'
         ),
     )
+    values = run.to_dict()
     for key, option in flatten(GROUPS).items():
-        check(
-            option.requires is not None
-            and run.to_dict()[option.requires[0]] != option.requires[1]
-            and run.origins[key] != 'default',
-            lambda key=key, needed=option.requires: (
-                f'{key}={run.to_dict()[key]!r} '
-                f'({run.origins[key]}) has no use without {needed[0]}={needed[1]}. Add that, or leave '
-                f'{key} out.'
-            ),
-        )
+        if option.requires and run.origins[key] != 'default':
+            needed, value = option.requires
+            check(
+                values[needed] != value,
+                lambda key=key, needed=needed, value=value: (
+                    f'{key}={values[key]!r} '
+                    f'({run.origins[key]}) has no use without {needed}={value}: add that, or leave '
+                    f'{key} out.'
+                ),
+            )
     check(
         run.diagnostics and world_size() > 1,
         lambda: (

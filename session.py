@@ -1,0 +1,88 @@
+"""What a run consists of, once it is set up, and what follows from that."""
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import diagnostics
+import hardware
+import resumption
+from interruption import Interruption
+from model_builder import Transformer
+from model_components import IGNORED
+from optimization import Updater
+from parallelism import SingleProcess
+from token_data import TokenDataset
+from training_config import Settings
+from training_logger import TrainingLogger
+
+
+@dataclass
+class Session:
+    """What a run consists of, once it is set up."""
+
+    settings: Settings
+    parallel: SingleProcess
+    device: torch.device
+    dataset: TokenDataset
+    bare: Transformer
+    model: torch.nn.Module  # the same, as it is called in training
+    updater: Updater
+    logger: TrainingLogger
+    progress: resumption.Progress
+    flops_per_token: dict
+    peak: hardware.Peak
+    update_size: diagnostics.UpdateSize
+    interruption: Interruption
+    surroundings: dict  # threads, versions and the like, to be compared on a resume
+
+    @property
+    def tokens_per_iter(self) -> int:
+        run, block_size = self.settings.run, self.settings.architecture.block_size
+        return run.batch_size * run.gradient_accumulation_steps * block_size
+
+    @property
+    def checkpoint_folder(self) -> Path:
+        return self.logger.run_folder / 'checkpoints'
+
+    def evaluation_due(self, iter: int) -> bool:
+        """Whether the loss is measured after `iter` updates: at intervals, and at the end."""
+        return iter % self.settings.run.eval_interval == 0 or iter >= self.settings.run.max_iters
+
+    def evaluation_batches(self, split: str) -> Iterator[list[torch.Tensor]]:
+        """The fixed windows of a split, (tokens, targets) of `batch_size` at a time."""
+        options = self.settings.run
+        starts = self.dataset.windows(split, options.eval_iters)
+        # Every rank takes part in as many forward passes as the others: what is left over at the
+        # end is read by several and counted by one.
+        ranks, rank = self.parallel.world_size, self.parallel.rank
+        numbers = np.arange(rank, -(-len(starts) // ranks) * ranks, ranks)
+        for first in range(0, len(numbers), options.batch_size):
+            chosen = numbers[first : first + options.batch_size]
+            tokens, targets = self.dataset.read(split, starts[chosen % len(starts)])
+            targets[chosen >= len(starts)] = IGNORED
+            yield self.to_device((tokens, targets))
+
+    def to_device(self, arrays) -> list[torch.Tensor]:
+        """numpy arrays as tensors on the device; the copy to a GPU does not wait."""
+        tensors = [torch.from_numpy(array) for array in arrays]
+        if self.device.type == 'cuda':
+            return [t.pin_memory().to(self.device, non_blocking=True) for t in tensors]
+        return [tensor.to(self.device) for tensor in tensors]
+
+    def autocast(self):
+        """The precision of the matrix multiplications; parameters and losses stay in fp32."""
+        if self.settings.run.dtype == 'float32':
+            return nullcontext()
+        return torch.autocast(self.device.type, getattr(torch, self.settings.run.dtype))
+
+    def largest_memory(self) -> dict[str, float | None]:
+        """The memory in use, the largest over the ranks."""
+        usage = hardware.memory_usage(self.device)
+        known = [-1.0 if value is None else value for value in usage.values()]
+        largest = self.parallel.largest(known)
+        return {key: None if value < 0 else value for key, value in zip(usage, largest)}
