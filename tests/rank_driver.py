@@ -1,0 +1,234 @@
+"""Groups of processes that train with gloo, for `test_parallelism.py`.
+
+    python rank_driver.py PLAN.json FOLDER
+
+The plan is a list of stages [world_size, [run, …]]. torch is imported once; each stage forks that
+many ranks, which go through its runs together. A run is {'name', 'options', …}, an option of
+`train.py` each, beside what is done to it (`SPECIALS`); each rank leaves `<name>.<rank>.pt`.
+"""
+
+import contextlib
+import errno
+import io
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import traceback
+from datetime import timedelta
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+
+import train
+from errors import UserError, run_script
+from interruption import Interruption
+from model_builder import Transformer
+from optimization import Updater
+from ranks import Together
+from token_data import TokenDataset
+
+ONE_TOO_MANY = 2  # in which update a special thing happens, counted from 0
+BATCHES = 4  # in an update
+
+
+# --- What may be done to a run --------------------------------------------------------------------
+
+
+def signal_in_update(patch, rank):
+    """The last rank gets SIGTERM while it reads its batch."""
+    read, calls = TokenDataset.batch, []
+
+    def batch(self, *arguments):
+        calls.append(1)
+        if rank == world() - 1 and len(calls) == ONE_TOO_MANY * BATCHES // world() + 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return read(self, *arguments)
+
+    patch.setattr(TokenDataset, 'batch', batch)
+
+
+def signal_while_agreeing(patch, rank):
+    """The last rank gets SIGTERM when the ranks have just told one another that none has."""
+    agree, calls = Interruption.agree, []
+
+    def interrupted(self, ranks):
+        def largest(numbers):
+            answer = ranks.largest(numbers)
+            calls.append(1)
+            if rank == world() - 1 and len(calls) == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return answer
+
+        agree(self, SimpleNamespace(largest=largest))
+
+    patch.setattr(Interruption, 'agree', interrupted)
+
+
+def full_disk(patch, rank):
+    """The last rank can write no tensors."""
+
+    def save(*arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    if rank == world() - 1:
+        patch.setattr(torch, 'save', save)
+
+
+def lost_loss(patch, rank):
+    """The loss of one micro-batch, so of one rank, is infinite in one update."""
+    read, forward, number = TokenDataset.batch, Transformer.forward, []
+
+    def batch(self, data_seed, first_number, count):
+        number[:] = [first_number // count]
+        return read(self, data_seed, first_number, count)
+
+    def poisoned(self, *arguments):
+        loss_sum, *others = forward(self, *arguments)
+        if self.training and number[0] == ONE_TOO_MANY * BATCHES + 1:
+            loss_sum = loss_sum * float('inf')
+        return loss_sum, *others
+
+    patch.setattr(TokenDataset, 'batch', batch)
+    patch.setattr(Transformer, 'forward', poisoned)
+
+
+def overflow(patch, rank):
+    """One element of the gradient overflows in one update: FSDP has it on one rank only."""
+    update, calls = Updater.update, []
+
+    def poisoned(self, *arguments, **keywords):
+        calls.append(1)
+        gradient = self.parameters[0].grad
+        divided = isinstance(gradient, DTensor)
+        if len(calls) == ONE_TOO_MANY + 1 and (rank == world() - 1 or not divided):
+            here = gradient.to_local() if divided else gradient
+            here.view(-1)[-1] = float('inf')
+        return update(self, *arguments, **keywords)
+
+    patch.setattr(Updater, 'update', poisoned)
+
+
+SPECIALS = {
+    made.__name__: made
+    for made in (signal_in_update, signal_while_agreeing, full_disk, lost_loss, overflow)
+}
+
+
+# --- A run ----------------------------------------------------------------------------------------
+
+
+def world() -> int:
+    return int(os.environ.get('WORLD_SIZE', '1'))
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """All of a parameter. Every rank calls this."""
+    tensor = tensor.detach()
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()
+
+
+def nbytes(tensor: torch.Tensor) -> int:
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).nbytes
+
+
+def weights(session) -> dict[str, torch.Tensor]:
+    return {name: whole(p) for name, p in session.bare.named_parameters()}
+
+
+def run(plan: dict, rank: int) -> dict:
+    """Train as planned, and measure the live objects."""
+    left = {'gradients': []}
+    set_up, backward = train.set_up, Updater.backward
+
+    def kept_set_up(*arguments):
+        left['session'] = session = set_up(*arguments)
+        left['initial'] = weights(session)
+        left['parameter_bytes'] = sum(nbytes(p) for p in session.bare.parameters())
+        return session
+
+    def watched(self, loss):
+        backward(self, loss)
+        if len(left['gradients']) < BATCHES:
+            gradients = [p.grad for p in self.parameters]
+            known = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
+            left['gradients'].append([g if g is None else g.detach().clone() for g in known])
+
+    def main(argv):
+        try:
+            return train.main(argv)
+        except UserError as error:
+            left['problems'] = error.problems
+            raise
+
+    arguments = [f'--{key}={value}' for key, value in plan['options'].items()]
+    stderr = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(stderr):
+        patch.setattr(train, 'set_up', kept_set_up)
+        patch.setattr(Updater, 'backward', watched)
+        patch.setattr(Together, 'close', lambda self: None)  # the next run needs them too
+        if 'special' in plan:
+            SPECIALS[plan['special']](patch, rank)
+        with pytest.raises(SystemExit) as exit:
+            run_script(main, arguments)
+    left['code'] = exit.value.code
+    left['stderr'] = stderr.getvalue()
+    session = left.pop('session', None)
+    if session:
+        left['folder'] = str(session.logger.run_folder)
+        left['scale'] = session.updater.loss_scale
+        left['optimizer_bytes'] = sum(
+            nbytes(value)
+            for state in session.updater.optimizer.state.values()
+            for value in state.values()
+        )
+        if left['code'] == 0:
+            left['weights'] = weights(session)
+    return left
+
+
+def go_through(runs: list[dict], rank: int, size: int, folder: Path, stage: int) -> None:
+    """What a rank does in a stage."""
+    torch.set_num_threads(1)
+    with open(folder / f'stage_{stage}.{rank}.txt', 'w') as out:
+        os.dup2(out.fileno(), 1)
+        os.dup2(out.fileno(), 2)
+    if size > 1:
+        os.environ |= {'RANK': str(rank), 'LOCAL_RANK': str(rank), 'WORLD_SIZE': str(size)}
+        dist.init_process_group(
+            'gloo',
+            init_method=f'file://{folder}/stage_{stage}.store',
+            rank=rank,
+            world_size=size,
+            timeout=timedelta(seconds=60),
+        )
+    for plan in runs:
+        try:
+            left = run(plan, rank)
+        except BaseException:
+            torch.save({'error': traceback.format_exc()}, folder / f'{plan["name"]}.{rank}.pt')
+            raise
+        torch.save(left, folder / f'{plan["name"]}.{rank}.pt')
+    os._exit(0)  # no rank waits for another's farewell
+
+
+if __name__ == '__main__':
+    plan, folder = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+    fork = multiprocessing.get_context('fork')
+    for stage, (size, runs) in enumerate(plan):
+        ranks = [
+            fork.Process(target=go_through, args=(runs, rank, size, folder, stage))
+            for rank in range(size)
+        ]
+        for process in ranks:
+            process.start()
+        for process in ranks:
+            process.join()
+            assert process.exitcode == 0, (
+                folder / f'stage_{stage}.{ranks.index(process)}.txt'
+            ).read_text()

@@ -1,0 +1,497 @@
+"""Every strategy trains as a single process does: on CPUs with gloo, in groups that do many runs.
+
+`rank_driver.py` goes through `PLAN` once; the tests judge what its ranks left.
+"""
+
+import hashlib
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import PROJECT, TINY_RUN
+
+import checkpointing
+from training_logger import latest_run, read_record
+
+fcntl = pytest.importorskip('fcntl', reason='ranks are forked')
+pytestmark = pytest.mark.skipif(sys.platform != 'linux', reason='ranks are forked')
+
+VOCABULARY = 67  # no number of ranks divides it
+BASE = {
+    **TINY_RUN,
+    'n_embd': 16,
+    'block_size': 16,
+    'vocab_size': VOCABULARY,
+    'gradient_accumulation_steps': 4,
+    'max_iters': 20,
+    'learning_rate': 0.01,
+    'warmup_iters': 2,
+    'lr_decay_iters': 20,
+    'eval_interval': 10,
+    'eval_iters': 5,
+    'keep_last': 9,
+    'log_style': 'line',
+}
+STRATEGIES = {
+    'ddp': {},
+    'zero1': {'use_zero1': True},
+    'fsdp': {'use_fsdp': True},
+}
+VARIANTS = {
+    'kept': {'use_fsdp': True, 'fsdp_reshard_after_forward': False},
+    'unsharded': {'use_fsdp': True, 'fsdp_shard_size': 1},
+}
+GPT2 = {'arch_preset': 'gpt2'}  # tied, learned positions
+LLAMA = {'arch_preset': 'llama'}
+# Parameters of four rows: at three ranks the last has none of them.
+SIX = {
+    **GPT2,
+    'batch_size': 1,
+    'gradient_accumulation_steps': 6,
+    'max_iters': 10,
+    'lr_decay_iters': 10,
+    'eval_interval': 2,
+}
+NARROW = {**SIX, **LLAMA, 'n_embd': 4, 'n_layer': 1}
+TEN = {**LLAMA, 'max_iters': 10, 'eval_interval': 5}
+FEW = {**LLAMA, 'max_iters': 6, 'eval_interval': 3}
+
+# What each strategy at two ranks is held against a single process in.
+CASES = {
+    'gpt2': {**GPT2},
+    'llama': {**LLAMA},
+    'dropout': {**TEN, 'dropout': 0.1},
+    'bfloat16': {**TEN, 'dtype': 'bfloat16'},
+    'float16': {**TEN, 'dtype': 'float16'},
+}
+RECOMPUTED = {**CASES['dropout'], 'activation_checkpointing': 'full'}
+COMPILED = {**GPT2, 'max_iters': 3, 'eval_interval': 3, 'compile': True}
+
+# (ranks, options, what the message says)
+REFUSED = {
+    'fsdp alone': (1, {'use_fsdp': True}, 'torchrun'),
+    'zero1 alone': (1, {'use_zero1': True}, 'torchrun'),
+    'shards of nothing': (1, {'fsdp_shard_size': 2}, 'use_fsdp=True'),
+    'kept by nobody': (2, {'fsdp_reshard_after_forward': False}, 'use_fsdp=True'),
+    'both': (2, {'use_fsdp': True, 'use_zero1': True}, 'Leave one of them out'),
+    'accumulation': (2, {'gradient_accumulation_steps': 3}, '--gradient_accumulation_steps=4'),
+    'diagnostics': (2, {'diagnostics': True}, 'one process'),
+    'shards': (2, {'use_fsdp': True, 'fsdp_shard_size': 3}, 'fsdp_shard_size=3'),
+}
+
+# Checkpoints from strategy to strategy: ranks, options, and the update that each goes on to.
+JOURNEY = [
+    (2, STRATEGIES['fsdp'], 2),
+    (1, {}, 4),
+    (2, STRATEGIES['ddp'], 6),
+    (3, STRATEGIES['fsdp'], 8),
+    (2, STRATEGIES['zero1'], 10),
+]
+
+
+def planned() -> list[tuple[int, list[dict]]]:
+    """The stages of `rank_driver.py`; a run has `out` where it goes on with another's."""
+
+    def run(name, *options, out=None, special=None):
+        values = {key: value for some in options for key, value in some.items()}
+        values |= {'init_from': 'resume'} if out else {}
+        extra = {'special': special} if special else {}
+        return {'name': name, 'options': values, 'out': out or name, **extra}
+
+    def refused(ranks):
+        return [run(n, GPT2, options) for n, (size, options, _) in REFUSED.items() if size == ranks]
+
+    def leg(number):
+        ranks, options, updates = JOURNEY[number]
+        out = 'journey 0' if number else None
+        return ranks, [run(f'journey {number}', SIX, options, {'max_iters': updates}, out=out)]
+
+    single = [run(f'single {name}', options) for name, options in CASES.items()]
+    single += [
+        run('single six', SIX),
+        run('single narrow', NARROW),
+        run('single lost_loss', FEW, {'on_nonfinite': 'skip'}, special='lost_loss'),
+        run('single overflow', FEW, {'dtype': 'float16'}, special='overflow'),
+        *refused(1),
+    ]
+    two = refused(2)
+    for name, options in {**STRATEGIES, **VARIANTS}.items():
+        cases = CASES if name in STRATEGIES else {'gpt2': GPT2}
+        two += [run(f'{name} {case}', values, options) for case, values in cases.items()]
+        two += [
+            run(f'{name} half', GPT2, {'max_iters': 10}, options),
+            run(f'{name} resumed', GPT2, options, out=f'{name} half'),
+        ]
+    for name, options in STRATEGIES.items():
+        two += [
+            run(f'{name} recomputed', RECOMPUTED, options),
+            run(f'{name} compiled', COMPILED, options),
+            run(f'{name} lost_loss', FEW, {'on_nonfinite': 'skip'}, options, special='lost_loss'),
+            run(f'{name} overflow', FEW, {'dtype': 'float16'}, options, special='overflow'),
+            run(f'{name} short', TEN, {'reduce_dtype': 'bfloat16'}, options),
+            run(f'{name} full_disk', FEW, options, special='full_disk'),
+            run(f'{name} signal_in_update', FEW, options, special='signal_in_update'),
+        ]
+    two.append(run('ddp signal_while_agreeing', FEW, special='signal_while_agreeing'))
+    fsdp, hybrid = STRATEGIES['fsdp'], {'use_fsdp': True, 'fsdp_shard_size': 2}
+    three = [run(f'{name} six', SIX, options) for name, options in STRATEGIES.items()]
+    three.append(run('fsdp narrow', NARROW, fsdp, {'max_iters': 4}))
+    four = [run('hybrid half', GPT2, hybrid, {'max_iters': 10})]
+    after = [
+        run('single narrow resumed', NARROW, out='fsdp narrow'),
+        run('single hybrid resumed', GPT2, out='hybrid half'),
+    ]
+    return [
+        (1, single),
+        (2, [*two, *leg(0)[1]]),
+        leg(1),
+        leg(2),
+        (3, [*leg(3)[1], *three]),
+        leg(4),
+        (4, four),
+        (1, after),
+    ]
+
+
+# --- What the ranks left --------------------------------------------------------------------------
+
+
+class Left:
+    """What one run left, by rank."""
+
+    def __init__(self, folder: Path, name: str, ranks: int):
+        self.ranks = [torch.load(folder / f'{name}.{rank}.pt') for rank in range(ranks)]
+        problems = [left['error'] for left in self.ranks if 'error' in left]
+        assert not problems, problems[0]
+        self.main = self.ranks[0]
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.main['folder'])
+
+    @property
+    def record(self) -> dict:
+        return read_record(self.folder)
+
+    def curve(self, key: str, *, below: str | None = None) -> torch.Tensor:
+        """A figure of every update: loss, loss_scale, or one below `gradients`."""
+        entries = self.record['training_iterations']
+        return torch.tensor(
+            [(entry[below] if below else entry)[key] for entry in entries], dtype=torch.float64
+        )
+
+    def evaluations(self) -> torch.Tensor:
+        keys = ('train_loss', 'val_loss')
+        return torch.tensor([[e[key] for key in keys] for e in self.record['eval_steps']])
+
+    def checkpoints(self) -> list[int]:
+        """The updates of those that are published; each is read and verified."""
+        found = map(checkpointing.read_index, checkpointing.published(self.folder / 'checkpoints'))
+        return [checkpoint.iter for checkpoint in found if checkpointing.load_state(checkpoint)]
+
+
+@pytest.fixture(scope='module')
+def left(tmp_path_factory):
+    """left(name): what a planned run left. The first of pytest's workers has them all run."""
+    common = tmp_path_factory.getbasetemp()
+    if 'PYTEST_XDIST_WORKER' in os.environ:
+        common = common.parent
+    folder, plan = common / 'ranks', planned()
+    with open(common / 'ranks.lock', 'w') as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            folder.mkdir()
+            go_through(plan, folder)
+    ranks = {run['name']: size for size, runs in plan for run in runs}
+    return lambda name: Left(folder, name, ranks[name])
+
+
+def go_through(plan: list[tuple[int, list[dict]]], folder: Path) -> None:
+    dataset = folder / 'data'
+    write_dataset(dataset)
+    for _, runs in plan:
+        for run in runs:
+            places = {'dataset': str(dataset), 'out_dir': str(folder / run.pop('out'))}
+            run['options'] = {**BASE, **places, **run['options']}
+    (folder / 'plan.json').write_text(json.dumps(plan))
+    subprocess.run(
+        [sys.executable, Path(__file__).parent / 'rank_driver.py', folder / 'plan.json', folder],
+        env={
+            **os.environ,
+            'OMP_NUM_THREADS': '1',
+            'PYTHONPATH': str(PROJECT),
+            'TORCHINDUCTOR_COMPILE_THREADS': '1',  # no pool of processes for each rank
+        },
+        check=True,
+        timeout=600,
+    )
+
+
+def write_dataset(folder: Path) -> None:
+    """Tokens below 67, each following from the one before up to a toss of a coin."""
+    folder.mkdir()
+    splits = {}
+    for split, count in (('train', 8000), ('val', 2000)):
+        tokens, choose = [0], random.Random(split).choice
+        while len(tokens) < count:
+            tokens.append((tokens[-1] * 3 + choose((1, 5))) % VOCABULARY)
+        content = bytes(tokens)
+        (folder / f'{split}.bin').write_bytes(content)
+        digest = hashlib.sha256(content).hexdigest()
+        splits[split] = {'tokens': count, 'bytes': count, 'sha256': digest}
+    meta = {'tokenizer': {'kind': 'unknown'}, 'vocab_size': VOCABULARY, 'dtype': 'uint8'}
+    (folder / 'meta.json').write_text(json.dumps({'format_version': 1, **meta, 'splits': splits}))
+
+
+def difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    assert a.shape == b.shape and a.isfinite().all() and b.isfinite().all()
+    return (a - b).abs().max().item()
+
+
+def weight_difference(a: dict, b: dict) -> float:
+    assert a.keys() == b.keys()
+    return max(difference(a[name], b[name]) for name in a)
+
+
+def differences(run: Left, reference: Left) -> dict[str, float]:
+    """Figure -> the largest difference between two runs of as many updates."""
+    found = {
+        'loss': difference(run.curve('loss'), reference.curve('loss')),
+        'evaluations': difference(run.evaluations(), reference.evaluations()),
+        'weights': weight_difference(run.main['weights'], reference.main['weights']),
+    }
+    for key in ('norm', 'mean', 'std'):
+        mine, theirs = (each.curve(key, below='gradients') for each in (run, reference))
+        found[f'gradient {key}'] = difference(mine, theirs)
+    return found
+
+
+# --- The same training ----------------------------------------------------------------------------
+
+FULL_PRECISION = [
+    *((strategy, case) for strategy in STRATEGIES for case in ('gpt2', 'llama', 'dropout')),
+    *((variant, 'gpt2') for variant in VARIANTS),
+]
+
+
+@pytest.mark.parametrize(('strategy', 'case'), FULL_PRECISION)
+def test_it_is_the_training_of_a_single_process(left, strategy, case):
+    run, reference = left(f'{strategy} {case}'), left(f'single {case}')
+    assert max(differences(run, reference).values()) < 1e-5
+    for rank in run.ranks:
+        assert weight_difference(rank['weights'], run.main['weights']) == 0
+        for name, initial in reference.main['initial'].items():
+            assert torch.equal(rank['initial'][name], initial), name
+    losses = reference.curve('loss')
+    assert losses[-1] < losses[0] - 0.2, 'nothing was learned, so nothing was compared'
+    name = 'fsdp' if strategy in VARIANTS else strategy
+    metadata = run.record['metadata']
+    assert (metadata['strategy'], metadata['world_size']) == (name, 2)
+
+
+@pytest.mark.parametrize('strategy', STRATEGIES)
+def test_three_ranks_divide_unevenly(left, strategy):
+    run = left(f'{strategy} six')
+    assert max(differences(run, left('single six')).values()) < 1e-5
+
+
+@pytest.mark.parametrize('strategy', STRATEGIES)
+def test_recomputing_blocks_changes_nothing(left, strategy):
+    """Dropout of 0.1 included: the masks are drawn again."""
+    run, reference = left(f'{strategy} recomputed'), left('single dropout')
+    assert max(differences(run, reference).values()) < 1e-5
+
+
+@pytest.mark.parametrize('strategy', STRATEGIES)
+@pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])
+def test_half_precision_differs_by_less_than_its_noise(left, strategy, dtype):
+    run, reference, exact = (
+        left(f'{strategy} {dtype}'),
+        left(f'single {dtype}'),
+        left('single llama'),
+    )
+    losses, expected = run.curve('loss'), reference.curve('loss')
+    noise = difference(expected, exact.curve('loss')[: len(expected)])
+    assert noise > 1e-5, 'autocast was off'
+    assert abs(losses[0] - expected[0]) < 1e-6  # nothing is rounded apart in the first forward pass
+    assert difference(losses, expected) < noise
+    assert difference(run.evaluations(), reference.evaluations()) < noise
+
+
+@pytest.mark.parametrize('strategy', STRATEGIES)
+def test_gradients_may_travel_in_bfloat16(left, strategy):
+    norms, expected = (
+        left(name).curve('norm', below='gradients')
+        for name in (f'{strategy} short', 'single llama')
+    )
+    error = abs(norms[0] / expected[0] - 1)
+    assert 0 < error < 2**-8  # half a unit in the last place of bfloat16 is 2^-9 of a value
+    losses = left(f'{strategy} short').curve('loss')
+    assert difference(losses, left('single llama').curve('loss')[: len(losses)]) < 0.02
+
+
+@pytest.mark.parametrize('strategy', STRATEGIES)
+def test_compiled_blocks_are_the_same_blocks(left, strategy):
+    run = left(f'{strategy} compiled')
+    if not run.record['startup_info']['hardware']['compile']:
+        pytest.skip('there is no compiler')
+    assert difference(run.curve('loss'), left('single gpt2').curve('loss')[:3]) < 1e-5
+
+
+# --- Each is what it says -------------------------------------------------------------------------
+
+
+def test_what_is_divided_takes_a_part_of_the_memory_on_each_rank(left):
+    whole = left('single gpt2').main
+    for strategy in (*STRATEGIES, *VARIANTS):
+        ranks = left(f'{strategy} gpt2').ranks
+        for key, divided in (
+            ('parameter_bytes', strategy in ('fsdp', 'kept')),
+            ('optimizer_bytes', strategy in ('zero1', 'fsdp', 'kept')),
+        ):
+            share = [rank[key] / whole[key] for rank in ranks]
+            assert max(share) == pytest.approx(0.5 if divided else 1, rel=0.02), (strategy, key)
+
+
+@pytest.mark.parametrize('strategy', STRATEGIES)
+def test_gradients_travel_once_an_update(left, strategy):
+    """Until the last of a rank's two micro-batches it has the gradient of its own at most."""
+    single = left('single gpt2').main['gradients']  # sums of one, two, three and four micro-batches
+    ranks = [rank['gradients'] for rank in left(f'{strategy} gpt2').ranks]
+    for number, whole in enumerate(single[-1]):
+        first, last = ([rank[step][number] for rank in ranks] for step in (0, 1))
+        if strategy == 'fsdp':
+            assert first == [None, None]
+            torch.testing.assert_close(torch.cat(last), whole)
+            continue
+        # Each rank's own counts twice, since the mean over the ranks will be taken.
+        torch.testing.assert_close(first[0], 2 * single[0][number])
+        torch.testing.assert_close(first[1], 2 * (single[1][number] - single[0][number]))
+        assert torch.equal(*last)
+        torch.testing.assert_close(last[0], whole)
+
+
+# --- Values that are not finite -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('strategy', STRATEGIES)
+def test_a_loss_that_one_rank_loses_is_skipped_by_all(left, strategy):
+    run, reference = left(f'{strategy} lost_loss'), left('single lost_loss')
+    kinds = [[e['event'] for e in each.record['events']] for each in (run, reference)]
+    assert kinds[0] == kinds[1] and 'nonfinite' in kinds[0]
+    mine, theirs = (each.record['training_iterations'] for each in (run, reference))
+    assert [e['loss'] is None for e in mine] == [e['iter'] == 2 for e in mine]
+    assert mine[-1]['loss'] == pytest.approx(theirs[-1]['loss'], abs=1e-5)
+    assert weight_difference(run.main['weights'], reference.main['weights']) < 1e-5
+
+
+@pytest.mark.parametrize('strategy', STRATEGIES)
+def test_an_overflow_on_one_rank_is_an_overflow_on_all(left, strategy):
+    run, reference = left(f'{strategy} overflow'), left('single overflow')
+    scales = reference.curve('loss_scale')
+    assert scales[2] == scales[1] / 2, 'nothing overflowed'
+    assert torch.equal(run.curve('loss_scale'), scales)
+    assert [rank['scale'] for rank in run.ranks] == [scales[-1], scales[-1]]
+    assert difference(run.curve('loss'), reference.curve('loss')) < 1e-3
+    # The update was skipped by all: its successor starts from the same weights.
+    assert weight_difference(run.ranks[1]['weights'], run.main['weights']) == 0
+
+
+# --- Checkpoints ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('strategy', (*STRATEGIES, *VARIANTS))
+def test_a_resumed_run_ends_with_the_same_bits(left, strategy):
+    whole, resumed = left(f'{strategy} gpt2'), left(f'{strategy} resumed')
+    assert resumed.checkpoints() == [20, 10]
+    assert torch.equal(whole.curve('loss'), resumed.curve('loss'))
+    assert weight_difference(whole.main['weights'], resumed.main['weights']) == 0
+
+
+@pytest.mark.parametrize('strategy', (*STRATEGIES, *VARIANTS))
+def test_a_checkpoint_holds_the_weights_of_the_end(left, strategy):
+    """Once, whichever rank wrote them: piece after piece they are the live ones."""
+    run = left(f'{strategy} gpt2')
+    _, files = checkpointing.newest(run.folder / 'checkpoints', print)
+    for name, weight in run.main['weights'].items():
+        pieces = [
+            (file['offsets']['model'][name], file['model'][name].reshape(-1))
+            for file in files
+            if name in file['model']
+        ]
+        pieces.sort(key=lambda piece: piece[0])
+        assert torch.equal(torch.cat([piece for _, piece in pieces]), weight.reshape(-1)), name
+
+
+def test_a_checkpoint_goes_from_strategy_to_strategy(left):
+    end, reference = left(f'journey {len(JOURNEY) - 1}'), left('single six')
+    changes = [event['changed'] for event in end.record['events'] if event['event'] == 'resume']
+    assert [change['strategy'][1] for change in changes] == ['single', 'ddp', 'fsdp', 'zero1']
+    assert [change['world_size'][1] for change in changes] == [1, 2, 3, 2]
+    assert max(differences(end, reference).values()) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ('resumed', 'reference'),
+    [('single narrow resumed', 'single narrow'), ('single hybrid resumed', 'single gpt2')],
+)
+def test_ranks_that_hold_nothing_or_copies(left, resumed, reference):
+    """Three ranks of which one holds no row, and two shards on each of two replicas."""
+    assert max(differences(left(resumed), left(reference)).values()) < 1e-5
+
+
+# --- Endings --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ('name', 'updates'),
+    [
+        *((f'{strategy} signal_in_update', 3) for strategy in STRATEGIES),
+        ('ddp signal_while_agreeing', 2),
+    ],
+)
+def test_a_signal_to_one_rank_stops_all_at_the_same_update(left, name, updates):
+    run = left(name)
+    assert [rank['code'] for rank in run.ranks] == [143, 143]
+    assert run.record['status'] == 'interrupted'
+    assert run.record['summary']['final_iter'] == updates
+    assert updates in run.checkpoints() and len(set(run.checkpoints())) == len(run.checkpoints())
+
+
+@pytest.mark.parametrize('strategy', STRATEGIES)
+def test_a_rank_that_cannot_write_stops_all(left, strategy):
+    run = left(f'{strategy} full_disk')
+    assert [rank['code'] for rank in run.ranks] == [2, 2]
+    (problem,) = run.main['problems']
+    assert run.ranks[1]['problems'] == (problem,) and os.strerror(28) in problem
+    assert run.main['stderr'].count(problem) == 1
+    assert run.record['status'] == 'failed'
+    assert not list((run.folder / 'checkpoints').iterdir())
+
+
+@pytest.mark.parametrize('name', REFUSED)
+def test_what_cannot_be_is_refused(left, name):
+    run, (_, _, words) = left(name), REFUSED[name]
+    assert {rank['code'] for rank in run.ranks} == {2}
+    assert words in run.main['stderr'] and len(run.main['problems']) == 1
+    assert not any('folder' in rank for rank in run.ranks)
+
+
+def test_torchrun_starts_it_as_the_readme_says(tmp_path, tiny_dataset):
+    options = {**TINY_RUN, 'dataset': tiny_dataset, 'out_dir': 'out', 'use_fsdp': True}
+    subprocess.run(
+        [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
+        + [str(PROJECT / 'train.py'), str(PROJECT / 'config/arch_llama.py')]
+        + [f'--{key}={value}' for key, value in options.items()],
+        cwd=tmp_path,
+        check=True,
+        timeout=120,
+    )
+    record = read_record(latest_run(tmp_path / 'out'))
+    assert record['status'] == 'finished'
+    assert record['metadata']['strategy'] == 'fsdp' and record['metadata']['world_size'] == 2
