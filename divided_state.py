@@ -29,7 +29,7 @@ def collect(parallel: SingleProcess, model: Transformer, updater: Updater) -> di
         'model': {name: stored(name, piece.tensor) for name, piece in weights.items()},
         'optimizer': {
             name: {
-                key: value if value.dim() == 0 else stored(name, local(value).view(-1))
+                key: value if key == 'step' else stored(name, local(value).view(-1))
                 for key, value in updater.optimizer.state[piece.key].items()
             }
             for name, piece in optimized.items()
@@ -46,10 +46,10 @@ class StoredState:
     """What all ranks wrote, to be read a stretch at a time."""
 
     def __init__(self, files: list[dict]):
-        self.scaler: dict = files[0]['scaler']
         # name -> key -> [(offset, tensor)]; the weights have the key ''.
         self.model = self._pieces(files, 'model', lambda tensor: {'': tensor})
         self.optimizer = self._pieces(files, 'optimizer', dict)
+        self.scaler: dict = files[0]['scaler']
 
     @staticmethod
     def _pieces(files: list[dict], kind: str, by_key) -> dict[str, dict[str, list]]:
@@ -100,12 +100,13 @@ def restore(
     for name, piece in parallel.optimized(model).items():
         state = {}
         for key, pieces in stored.optimizer[name].items():
-            first = pieces[0][1]
-            if first.dim() == 0:
-                state[key] = first.to(piece.tensor.device, copy=True)
-                continue
-            state[key] = torch.zeros_like(piece.key)
-            stored.copy_to(local(state[key]).view(-1), pieces, piece.offset, whole[name])
+            # Made here, as the fused kernel trusts them: another shape would write out of bounds.
+            if key == 'step':  # the same number with every piece
+                number = pieces[0][1].item()
+                state[key] = torch.tensor(number, dtype=torch.float32, device=piece.tensor.device)
+            else:
+                state[key] = torch.zeros_like(piece.key)
+                stored.copy_to(local(state[key]).view(-1), pieces, piece.offset, whole[name])
         if state.keys() != updater.state_keys:
             raise ValueError(f'the optimizer state has {", ".join(state)}')
         updater.optimizer.state[piece.key] = state

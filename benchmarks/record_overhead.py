@@ -26,6 +26,7 @@ sys.path.insert(0, str(PROJECT))
 import hardware  # noqa: E402
 import optimization  # noqa: E402
 import train  # noqa: E402
+from session import Session  # noqa: E402
 
 PRESETS = ('gpt2', 'llama', 'team', 'hybrid', 'custom')
 UPDATES, TURNS = 3, 15
@@ -52,7 +53,7 @@ def timed(device: torch.device, function, *arguments, **keywords) -> float:
     return 1e3 * (time.perf_counter() - began)
 
 
-def measure(session: train.Session) -> dict[str, list[float]]:
+def measure(session: Session) -> dict[str, list[float]]:
     """Milliseconds of an update, of the gradient's sum and of a log entry."""
     device, updater = session.device, session.updater
     clock = hardware.StepClock(device)

@@ -37,11 +37,11 @@ def kill_in_save(iter: int, call: str, nth: int) -> None:
     save, original = checkpointing.save, getattr(os, call)
     left = None
 
-    def counted_save(folder, state, index):
+    def counted_save(folder, state, index, ranks):
         nonlocal left
         if index['iter'] == iter:
             left = nth
-        return save(folder, state, index)
+        return save(folder, state, index, ranks)
 
     def counted(*args, **kwargs):
         nonlocal left

@@ -11,6 +11,7 @@ import checkpointing
 import train
 from errors import run_script
 from model_builder import Transformer
+from session import Session
 from training_logger import latest_run, read_record
 
 
@@ -19,7 +20,7 @@ class Run:
     """What a run left, and what its model was called with."""
 
     code: int
-    session: train.Session
+    session: Session
     # (tokens, targets) of each call in training, and of each call at evaluations.
     trained_on: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
     evaluated_on: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
@@ -45,7 +46,7 @@ class Run:
 
     def saved_weights(self) -> dict[str, torch.Tensor]:
         """Those of the newest checkpoint."""
-        return checkpointing.newest(self.folder / 'checkpoints', print)[1]['model']
+        return checkpointing.newest(self.folder / 'checkpoints', print)[1][0]['model']
 
 
 def train_here(dataset: Path, out_dir: Path, **options) -> Run:

@@ -22,12 +22,14 @@ from conftest import TINY_RUN
 from fuzzing import CASES, fuzzed
 
 import checkpointing
+import divided_state
 import resumption
 from checkpointing import BrokenCheckpoint
 from configurator import read_command_line
 from errors import UserError
-from model_builder import build_model, parameter_groups
-from optimization import Updater, build_optimizer
+from model_builder import Transformer, parameter_groups
+from optimization import Updater
+from parallelism import SingleProcess
 from token_data import file_sha256, load_dataset
 from training_config import load_settings, schema
 from training_logger import TrainingLogger, read_record
@@ -43,8 +45,9 @@ def save(folder: Path, iter: int, val_loss: float | None = None, value: float | 
     return checkpointing.save(folder, state, {**INDEX, 'iter': iter, 'val_loss': val_loss})
 
 
-def value_of(state: dict) -> float:
-    (value,) = set(state['model']['weight'].flatten().tolist())
+def value_of(state: list[dict]) -> float:
+    (written,) = state
+    (value,) = set(written['model']['weight'].flatten().tolist())
     return value
 
 
@@ -77,7 +80,8 @@ def test_what_is_loaded_is_what_was_saved(tmp_path):
             'bfloat16': torch.randn(4).bfloat16(),
             'nothing': torch.empty(0, 2),
         },
-        'optimizer': {'state': {0: {'step': torch.tensor(7.0)}}, 'param_groups': [{'lr': 0.1}]},
+        'optimizer': {'float32': {'step': torch.tensor(7.0)}},
+        'offsets': {'model': {'float32': 2**40}},
         'scaler': {'scale': 65536.0, '_growth_tracker': 3},
     }
     index = {
@@ -89,7 +93,7 @@ def test_what_is_loaded_is_what_was_saved(tmp_path):
         'config': {'n': 2**60, 'none': None},
     }
     published = checkpointing.save(tmp_path / 'new' / 'checkpoints', state, index)
-    checkpoint, loaded = checkpointing.newest(published.path.parent, pytest.fail)
+    checkpoint, (loaded,) = checkpointing.newest(published.path.parent, pytest.fail)
     assert checkpoint == published and checkpoint.path.name == 'iter_123456789'
     assert {key: checkpoint.index[key] for key in index} == index
     tensors = loaded['model']
@@ -97,7 +101,8 @@ def test_what_is_loaded_is_what_was_saved(tmp_path):
         name: t.dtype for name, t in state['model'].items()
     }
     assert all(torch.equal(tensors[name], t) for name, t in state['model'].items())
-    assert loaded['optimizer'] == state['optimizer'] and loaded['scaler'] == state['scaler']
+    for key in ('optimizer', 'offsets', 'scaler'):
+        assert loaded[key] == state[key]
 
 
 class Killed(BaseException):
@@ -382,7 +387,7 @@ class Run:
         self.folder, self.dataset = out_dir / 'run_20260101_000000', load_dataset(str(dataset), 8)
         self.folder.mkdir(parents=True)
         settings = self.settings(read_command_line(self.argv, schema))
-        model, updater = self.build(settings)
+        parallel, model, updater = self.build(settings)
         self.update(model, updater)
         flops, hardware = {'per_token': 1}, {'peak_tflops': 0.01, 'dtype': 'float32'}
         self.header = {
@@ -394,33 +399,34 @@ class Run:
         self.journal = json.dumps({**journal, 'architecture': {}})
         progress = resumption.Progress(1, 1, 5.5, 5.5, [5.6])
         index = resumption.checkpoint_index(settings, progress, {'threads': 1})
-        state = {'model': model.state_dict(), **updater.state_dict()}
+        state = divided_state.collect(parallel, model, updater)
         self.checkpoint = checkpointing.save(self.folder / 'checkpoints', state, index).path
         self.state = copy.deepcopy(state)
 
     def settings(self, asked):
         return load_settings(asked).complete(CPU, 'float32', self.dataset)
 
-    def build(self, settings) -> tuple[torch.nn.Module, Updater]:
-        model = build_model(settings.architecture, CPU, settings.run.seed)
-        optimizer = build_optimizer(parameter_groups(model), settings.run)
-        return model, Updater(optimizer, settings.run, CPU)
+    def build(self, settings) -> tuple[SingleProcess, Transformer, Updater]:
+        parallel = SingleProcess(settings.run, CPU)
+        model, _ = parallel.build(settings.architecture, recomputed=[], compiled=False)
+        optimizer = parallel.build_optimizer(parameter_groups(model))
+        return parallel, model, Updater(optimizer, settings.run, CPU, parallel)
 
     def update(self, model, updater, number: int = 0) -> None:
         loss, count, _ = model(*map(torch.from_numpy, self.dataset.batch(0, number, 2)))
         updater.backward(loss / count)
         updater.update(1e-3, loss.detach(), measured=True)
 
-    def resume(self) -> dict[str, torch.Tensor]:
-        """Resume, train for one update, and return the weights as they were loaded."""
+    def resume(self) -> dict:
+        """Resume, train for one update, and return the state as it was loaded."""
         (self.folder / 'journal.jsonl').write_text(self.journal)
         asked = read_command_line([*self.argv, '--init_from=resume'], schema)
         resumed = resumption.find(asked)
         settings = self.settings(asked)
         resumed.check(settings.architecture)
-        model, updater = self.build(settings)
-        progress = resumed.restore(model, updater)
-        loaded = {name: weight.clone() for name, weight in model.state_dict().items()}
+        parallel, model, updater = self.build(settings)
+        progress = resumed.restore(parallel, model, updater)
+        loaded = copy.deepcopy(divided_state.collect(parallel, model, updater))
         logger = TrainingLogger(self.folder, style='line', max_iters=1, stream=io.StringIO())
         resumed.report(logger, self.header, {'threads': 1})
         logger.finish('interrupted')
@@ -434,9 +440,17 @@ def run(tmp_path, tiny_dataset) -> Run:
     return Run(tmp_path / 'out', tiny_dataset)
 
 
+def equal(left, right) -> bool:
+    """Whether two states are the same, tensors by type and bits."""
+    if isinstance(left, dict):
+        return left.keys() == right.keys() and all(equal(left[k], right[k]) for k in left)
+    if isinstance(left, torch.Tensor):
+        return left.dtype == right.dtype and torch.equal(left, right)
+    return left == right
+
+
 def test_the_run_that_the_hostile_files_go_into_resumes(run):
-    loaded = run.resume()
-    assert all(torch.equal(loaded[name], tensor) for name, tensor in run.state['model'].items())
+    assert equal(run.resume(), run.state)
 
 
 NESTED: list = []
@@ -452,6 +466,7 @@ HOSTILE_INDEXES = {
     'val_loss is huge': {'val_loss': 10**400},
     'no state.pt': {'files': {}},
     'no sum': {'files': {'state.pt': {'bytes': 1}}},
+    'the file of the second rank alone': {'files': {'state_1.pt': {'bytes': 1, 'sha256': ''}}},
     'another file': {'files': {'../../../../etc/passwd': {'bytes': 1, 'sha256': ''}}},
     'files is a list': {'files': ['state.pt']},
     'sum is a number': {'files': {'state.pt': {'bytes': 1, 'sha256': 5}}},
@@ -495,40 +510,64 @@ def test_an_index_that_is_no_index_is_refused_by_name(run, text):
         run.resume()
 
 
-def moments(state: dict, **changed) -> dict:
+def changed(state: dict, part: str, change) -> dict:
+    """The state with `change` made of each value in one part of it."""
+    return {**state, part: {name: change(value) for name, value in state[part].items()}}
+
+
+def moments(state: dict, **values) -> dict:
     """The state with other values in the first parameter's optimizer state."""
-    first = {**state['optimizer']['state'][0], **changed}
-    states = {**state['optimizer']['state'], 0: first}
-    return {**state, 'optimizer': {**state['optimizer'], 'state': states}}
+    name, kept = next(iter(state['optimizer'].items()))
+    return {**state, 'optimizer': {**state['optimizer'], name: {**kept, **values}}}
 
 
-def expanded(tensor: torch.Tensor) -> torch.Tensor:
-    return torch.zeros(1).expand(tensor.shape)
+def offset(state: dict, part: str, value) -> dict:
+    """The state with another offset for the first parameter."""
+    name = next(iter(state[part]))
+    offsets = {**state['offsets'], part: {**state['offsets'][part], name: value}}
+    return {**state, 'offsets': offsets}
 
 
+def first_weight(state: dict) -> torch.Tensor:
+    return next(iter(state['model'].values()))
+
+
+PARTS_OF_A_STATE = ('model', 'optimizer', 'offsets', 'scaler')
 HOSTILE_STATES = {
-    'no weights': lambda state: {key: state[key] for key in ('optimizer', 'scaler')},
-    'no optimizer': lambda state: {key: state[key] for key in ('model', 'scaler')},
+    **{
+        f'no {part}': lambda state, part=part: {k: v for k, v in state.items() if k != part}
+        for part in PARTS_OF_A_STATE
+    },
+    **{
+        f'{part} is text': lambda state, part=part: {**state, part: 'x'}
+        for part in ('model', 'optimizer', 'offsets')
+    },
     'weights are a list': lambda state: {**state, 'model': [1]},
     'a weight too few': lambda state: {**state, 'model': dict(list(state['model'].items())[1:])},
-    'a weight too many': lambda state: {**state, 'model': {**state['model'], 'x': torch.ones(1)}},
-    'a weight is text': lambda state: {**state, 'model': dict.fromkeys(state['model'], 'x')},
-    'a weight of another shape': lambda state: {
-        **state,
-        'model': {name: tensor[:1, None] for name, tensor in state['model'].items()},
+    'a weight too many': lambda state: {
+        **offset(state, 'model', 0),
+        'model': {**state['model'], 'x': torch.ones(1)},
+        'offsets': {**state['offsets'], 'model': {**state['offsets']['model'], 'x': 0}},
     },
-    'optimizer is text': lambda state: {**state, 'optimizer': 'x'},
-    'optimizer of no parameters': lambda state: {
-        **state,
-        'optimizer': {'state': {}, 'param_groups': []},
-    },
-    'no moments': lambda state: {**state, 'optimizer': {**state['optimizer'], 'state': {}}},
-    'moments too small': lambda state: moments(state, exp_avg=torch.zeros(1)),
-    'moments without memory': lambda state: moments(
-        state, exp_avg_sq=expanded(state['optimizer']['state'][0]['exp_avg'])
+    'a weight is text': lambda state: changed(state, 'model', lambda weight: 'x'),
+    'a weight of another shape': lambda state: changed(state, 'model', lambda weight: weight[:1]),
+    'optimizer of no parameters': lambda state: {**state, 'optimizer': {}},
+    'no moments': lambda state: changed(state, 'optimizer', lambda kept: {}),
+    'one moment': lambda state: changed(
+        state, 'optimizer', lambda kept: {key: kept[key] for key in ('step', 'exp_avg')}
     ),
+    'a third moment': lambda state: moments(state, max_exp_avg_sq=first_weight(state)),
+    'moments too small': lambda state: moments(state, exp_avg=torch.zeros(1)),
+    'moments are numbers': lambda state: moments(state, exp_avg_sq=torch.tensor(0.0)),
     'moments are text': lambda state: moments(state, exp_avg='x'),
     'many steps': lambda state: moments(state, step=torch.ones(9)),
+    'as many steps as weights': lambda state: moments(state, step=first_weight(state)),
+    'steps are text': lambda state: moments(state, step='1'),
+    **{
+        f'{part} at {value!r}': lambda state, part=part, value=value: offset(state, part, value)
+        for part in ('model', 'optimizer')
+        for value in (-1, 1, 10**30, 0.0, '0', None)
+    },
 }
 
 
@@ -538,6 +577,28 @@ def test_a_state_that_does_not_fit_is_refused_by_name(run, case):
     sealed(run.checkpoint)
     with pytest.raises(UserError, match=run.checkpoint.name):
         run.resume()
+
+
+def test_what_the_optimizer_steps_on_is_its_own(run):
+    """Tensors without memory of their own, and of other types, are made into what it needs."""
+    states = changed(
+        run.state,
+        'optimizer',
+        lambda kept: {
+            'step': kept['step'].long(),
+            'exp_avg': torch.zeros(1).expand(kept['exp_avg'].shape),
+            'exp_avg_sq': kept['exp_avg_sq'].double(),
+        },
+    )
+    (run.checkpoint / 'state.pt').write_bytes(zip_of(states))
+    sealed(run.checkpoint)
+    zeros = {
+        name: torch.zeros_like(kept['exp_avg']) for name, kept in run.state['optimizer'].items()
+    }
+    expected = {
+        name: {**kept, 'exp_avg': zeros[name]} for name, kept in run.state['optimizer'].items()
+    }
+    assert equal(run.resume(), {**run.state, 'optimizer': expected})
 
 
 @pytest.mark.parametrize('name', ['state.pt', 'index.json'])

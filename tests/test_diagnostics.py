@@ -12,7 +12,7 @@ from in_process import train_here
 
 import diagnostics
 from model_builder import build_model, parameter_groups
-from parallelism import SingleProcess
+from parallelism import prepare_blocks
 
 MODELS = [
     {'arch_preset': 'llama'},
@@ -74,12 +74,12 @@ def test_layers_by_hand(values, recomputed):
     assert expected[0]['gradient_norm'] > 0
 
     model.zero_grad()
-    wrapped = SingleProcess().wrap(model, recomputed, compiled=False)
-    found = diagnostics.layer_statistics(wrapped, tokens, targets, nullcontext)
+    prepare_blocks(model, recomputed, compiled=False)
+    found = diagnostics.layer_statistics(model, tokens, targets, nullcontext)
     for ours, theirs in zip(found, expected, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4)
     # Twice the same: no hook, probe or gradient is left behind.
-    assert diagnostics.layer_statistics(wrapped, tokens, targets, nullcontext) == found
+    assert diagnostics.layer_statistics(model, tokens, targets, nullcontext) == found
     assert all(parameter.grad is None for parameter in model.parameters())
     assert not any(block._forward_hooks for block in model.blocks)
 

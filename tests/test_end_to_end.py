@@ -41,11 +41,11 @@ def test_a_config_file_trains_the_architecture_that_it_names(train, tmp_path, pr
     # The checkpoint holds the architecture that the record names.
     (folder,) = tmp_path.glob('*/run_*/checkpoints/iter_00000004')
     checkpoint = checkpointing.read_index(folder)
-    weights = checkpointing.load_state(checkpoint)['model']
+    (state,) = checkpointing.load_state(checkpoint)
     config = ModelArchitectureConfig.from_dict(record['architecture']['choices'])
     assert config.hash == record['architecture']['hash']
-    expected = build_model(config).state_dict()
-    assert {k: v.shape for k, v in weights.items()} == {k: v.shape for k, v in expected.items()}
+    expected = {name: p.shape for name, p in build_model(config).named_parameters()}
+    assert {name: weight.shape for name, weight in state['model'].items()} == expected
 
 
 def test_an_override_reaches_model_record_and_comparison(train, run_script, tmp_path):
@@ -84,7 +84,10 @@ def test_sampling_equals_the_model_in_the_checkpoint(train, run_script, tmp_path
     checkpoint = checkpointing.read_index(folder)
     config = ModelArchitectureConfig.from_dict(checkpoint.index['architecture'])
     model = build_model(config, 'cpu', seed=0).eval()
-    model.load_state_dict(checkpointing.load_state(checkpoint)['model'])
+    (state,) = checkpointing.load_state(checkpoint)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(state['model'][name])
     codec = Codec({'kind': 'byte'})
     start = codec.encode('the ')
     drawn = generate(model, torch.tensor([start]), 20, vocab_size=256, temperature=0)
@@ -117,7 +120,7 @@ def test_bfloat16_follows_float32(train, tmp_path):
         losses[dtype] = [e['loss'] for e in record['training_iterations']]
         assert record['startup_info']['hardware']['dtype'] == dtype
         (folder,) = path.parent.glob('checkpoints/*')
-        weights = checkpointing.load_state(checkpointing.read_index(folder))['model']
-        assert {w.dtype for w in weights.values()} == {torch.float32}
+        (state,) = checkpointing.load_state(checkpointing.read_index(folder))
+        assert {weight.dtype for weight in state['model'].values()} == {torch.float32}
     assert losses['bfloat16'] != losses['float32']
     assert losses['bfloat16'] == pytest.approx(losses['float32'], abs=0.03)

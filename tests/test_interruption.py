@@ -106,7 +106,7 @@ def checkpoints(tmp_path):
     """The iters of the checkpoints on the disk, the newest first; each must be readable."""
     paths = checkpointing.published(latest_run(tmp_path / 'out') / 'checkpoints')
     found = [checkpointing.read_index(path) for path in paths]
-    assert all(checkpointing.load_state(checkpoint)['model'] for checkpoint in found)
+    assert all(checkpointing.load_state(checkpoint)[0]['model'] for checkpoint in found)
     return [checkpoint.iter for checkpoint in found]
 
 

@@ -16,9 +16,9 @@ from in_process import joined, train_here
 from torch.utils.flop_counter import FlopCounterMode
 
 import hardware
-import train as train_script
+import parallelism
 from model_builder import build_model, training_flops
-from parallelism import SingleProcess, recomputed_blocks
+from parallelism import prepare_blocks, recomputed_blocks
 from token_data import load_dataset
 
 BLOCK, DATA_SEED = TINY_RUN['block_size'], 5
@@ -214,7 +214,8 @@ def test_recomputation_is_what_torch_counts(norm_position, recomputed):
     config = tiny(n_layer=3, attention_backend='manual', norm_position=norm_position)
     tokens, totals = some_tokens(config, batch=1), []
     for numbers in (recomputed, []):
-        model = SingleProcess().wrap(build_model(config, 'cpu', 0), numbers, compiled=False)
+        model = build_model(config, 'cpu', 0)
+        prepare_blocks(model, numbers, compiled=False)
         with FlopCounterMode(display=False) as counter:
             model(tokens, tokens)[0].backward()
         totals.append(counter.get_total_flops())
@@ -232,14 +233,14 @@ def test_time_is_of_training_alone(tiny_dataset, tmp_path, monkeypatch):
         now += 1.0 if module.training else 100.0
 
     monkeypatch.setattr(hardware, 'time', SimpleNamespace(perf_counter=lambda: now))
-    build = train_script.build_model
+    build = parallelism.build_model
 
     def build_ticking(*arguments):
         model = build(*arguments)
         model.register_forward_pre_hook(tick)
         return model
 
-    monkeypatch.setattr(train_script, 'build_model', build_ticking)
+    monkeypatch.setattr(parallelism, 'build_model', build_ticking)
     record = train_here(
         tiny_dataset, tmp_path, **{**MEASURED, 'max_iters': 9, 'log_interval': 4}
     ).record

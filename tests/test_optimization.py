@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+import divided_state
 from model_builder import ParameterGroup, build_model, parameter_groups
 from model_config import ModelArchitectureConfig
 from optimization import Updater, build_optimizer, learning_rate_at
+from parallelism import SingleProcess
 
 CPU = torch.device('cpu')
 RUN = SimpleNamespace(
@@ -96,7 +98,12 @@ def an_updater(**changed) -> Updater:
     a, b, c = (torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in SHAPES)
     groups = [ParameterGroup('decayed', [a, c], True), ParameterGroup('not decayed', [b], False)]
     run = options(**changed)
-    return Updater(build_optimizer(groups, run), run, CPU)
+    return Updater(build_optimizer(groups, run), run, CPU, SingleProcess(run, CPU))
+
+
+def module_of(updater: Updater) -> torch.nn.Module:
+    """Something that has the updater's parameters under names."""
+    return torch.nn.ParameterList(updater.parameters)
 
 
 def gradients_of(step: int) -> list[torch.Tensor]:
@@ -255,18 +262,18 @@ def test_a_saved_and_loaded_updater_goes_on_bit_for_bit(dtype):
     for gradients in (gradients_of(0), overflow):
         backward(one, gradients)
         one.update(1e-3, FINITE, measured=False)
-    state = copy.deepcopy(one.state_dict())
-    for group in state['optimizer']['param_groups']:
-        group['fused'] = None  # saved where the kernels were others
-    other.load_state_dict(state)
-    assert [group['fused'] for group in other.optimizer.param_groups] == [True, True]
     with torch.no_grad():
-        for mine, theirs in zip(other.parameters, one.parameters):
-            mine.copy_(theirs)
-    for updater in (one, other):
+        for parameter in other.parameters:
+            parameter.fill_(math.nan)  # the weights come with the rest
+    state = divided_state.collect(one.parallel, module_of(one), one)
+    stored = divided_state.StoredState([state])
+    divided_state.restore(stored, other.parallel, module_of(other), other)
+    before = snapshot(one)
+    for updater in (other, one):
+        assert equal(snapshot(updater), before)  # the other's update did not reach into this one
         backward(updater, gradients_of(2))
         updater.update(1e-3, FINITE, measured=False)
-    assert equal(snapshot(one), snapshot(other))
+    assert equal(snapshot(one), snapshot(other)) and not equal(snapshot(one), before)
     assert one.loss_scale == other.loss_scale
 
 

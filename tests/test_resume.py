@@ -15,6 +15,7 @@ from pathlib import Path
 import jsonschema
 import pytest
 from conftest import PROJECT, TINY_RUN
+from in_process import train_here
 
 import checkpointing
 from benchmarks.fault_run import differences, without_measurements
@@ -60,7 +61,7 @@ def assert_same_end(run: Path, reference: Path, extra_checkpoints: tuple = ()) -
     (ours, state), (theirs, expected) = (
         checkpointing.newest(folder / 'checkpoints', pytest.fail) for folder in (run, reference)
     )
-    assert state.keys() == expected.keys() == {'model', 'optimizer', 'scaler'}
+    assert {*state[0]} == {*expected[0]} == {'model', 'optimizer', 'offsets', 'scaler'}
     assert differences(state, expected) == []
     assert ours.iter == theirs.iter and ours.index['progress'] == theirs.index['progress']
 
@@ -142,7 +143,8 @@ def test_the_scaler_of_float16_goes_on(tmp_path, tiny_dataset):
     options = {'dtype': 'float16', 'log_interval': 2}
     start(tmp_path, tiny_dataset, out_dir='whole', **options)
     (whole,) = (tmp_path / 'whole').iterdir()
-    scaler = checkpointing.newest(whole / 'checkpoints', pytest.fail)[1]['scaler']
+    _, (state,) = checkpointing.newest(whole / 'checkpoints', pytest.fail)
+    scaler = state['scaler']
     assert scaler['_growth_tracker'] > 3 or scaler['scale'] != 65536  # it has a history
     start(tmp_path, tiny_dataset, fault={'iter': 2, 'signal': 'SIGTERM'}, code=143, **options)
     start(tmp_path, tiny_dataset, **options)
@@ -192,6 +194,8 @@ def test_moved_elsewhere_with_its_newest_checkpoint_broken(
 
 def test_a_run_goes_on_for_longer_with_other_options(copy, tmp_path, tiny_dataset):
     changes = {'max_iters': 12, 'learning_rate': 3e-4, 'weight_decay': 0.3, 'beta2': 0.99}
+    here = tmp_path / 'here'
+    shutil.copytree(copy, here / copy.name)
     output = start(tmp_path, tiny_dataset, threads=2, **changes)
     record = read_record(copy)
     (event,) = record['events']
@@ -213,7 +217,7 @@ def test_a_run_goes_on_for_longer_with_other_options(copy, tmp_path, tiny_datase
     # The changes take effect: a cosine from 3e-4 to a tenth of it over 12 updates, and AdamW's.
     cosine = [3e-5 + 2.7e-4 * (1 + math.cos(math.pi * i / 12)) / 2 for i in range(8, 12)]
     assert [e['lr'] for e in record['training_iterations'][8:]] == pytest.approx(cosine)
-    _, state = checkpointing.newest(copy / 'checkpoints', pytest.fail)
-    groups = state['optimizer']['param_groups']
-    assert {group['weight_decay'] for group in groups} == {0.3, 0.0}
-    assert {tuple(group['betas']) for group in groups} == {(0.9, 0.99)}
+    optimizer = train_here(tiny_dataset, here, **{**OPTIONS, **changes}).session.updater.optimizer
+    assert {group['weight_decay'] for group in optimizer.param_groups} == {0.3, 0.0}
+    assert {group['betas'] for group in optimizer.param_groups} == {(0.9, 0.99)}
+    assert {group['fused'] for group in optimizer.param_groups} == {True}

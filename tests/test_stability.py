@@ -16,7 +16,7 @@ from configurator import read_command_line
 from errors import run_script
 from model_builder import build_model
 from optimization import Updater
-from parallelism import SingleProcess
+from parallelism import prepare_blocks
 from training_config import load_settings, schema
 from training_logger import latest_run, read_record
 
@@ -65,7 +65,8 @@ def micro_batch(architecture, batch_size, recomputed=()):
     """A model on the CPU, and a micro-batch for it."""
     model = build_model(architecture, 'cpu', 0)
     tokens = torch.zeros((batch_size, architecture.block_size), dtype=torch.long)
-    return SingleProcess().wrap(model, list(recomputed), False), tokens
+    prepare_blocks(model, list(recomputed), compiled=False)
+    return model, tokens
 
 
 def peak_bytes(model, tokens):
@@ -202,10 +203,10 @@ def test_memory_that_really_does_not_suffice(what, tiny_dataset, tmp_path):
     driver = f"""
 import os, resource, sys
 sys.path.insert(0, {str(PROJECT)!r})
-import torch, train
+import torch, parallelism, train
 from errors import run_script
 
-build = train.build_model
+build = parallelism.build_model
 
 def build_in_little(*arguments):
     pages = int(open('/proc/self/statm').read().split()[0])
@@ -213,7 +214,7 @@ def build_in_little(*arguments):
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     return build(*arguments)
 
-train.build_model = build_in_little
+parallelism.build_model = build_in_little
 torch.set_num_threads(1)
 run_script(train.main)
 """
