@@ -17,6 +17,11 @@ class Interruption:
     """
 
     def __init__(self):
+        # What this process was asked for, which the others are told at the next boundary; a signal
+        # may come at any moment, also while they agree.
+        self._asked_to_stop: int | None = None
+        self._asked_to_save = False
+        # What all have agreed on.
         self.stop_signal: int | None = None
         self.save_wanted = False
 
@@ -32,7 +37,8 @@ class Interruption:
 
     def agree(self, ranks: Alone) -> None:
         """Let every rank know what any of them was asked for, at an update boundary."""
-        stop, save = ranks.largest([self.stop_signal or 0, self.save_wanted])
+        asked_to_save, self._asked_to_save = self._asked_to_save, False
+        stop, save = ranks.largest([self._asked_to_stop or 0, asked_to_save])
         self.stop_signal, self.save_wanted = int(stop) or None, bool(save)
 
     def __enter__(self) -> 'Interruption':
@@ -46,12 +52,12 @@ class Interruption:
             signal.signal(number, handler)
 
     def _stop(self, number: int, frame) -> None:
-        if self.stop_signal is not None:
+        if self._asked_to_stop is not None:
             os._exit(128 + number)
-        self.stop_signal = number
+        self._asked_to_stop = number
         name = signal.Signals(number).name
         # os.write: print may be in the middle of something when a signal arrives.
         os.write(2, f'\n{name}: saving after this update; once more to stop at once\n'.encode())
 
     def _save(self, number: int, frame) -> None:
-        self.save_wanted = True
+        self._asked_to_save = True

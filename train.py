@@ -175,7 +175,6 @@ def between_updates(session: Session, due: bool) -> None:
     wanted = session.interruption.pending or improved or (due and options.always_save_checkpoint)
     if wanted and session.progress.iter > 0:
         save(session)
-    session.interruption.save_wanted = False
 
 
 def update(session: Session, clock: hardware.StepClock) -> None:
