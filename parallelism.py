@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -284,6 +284,13 @@ class FullySharded(DataParallel):
         dist.all_reduce(part, group=self.shard_group)
         return part
 
+    def weights(self, model):
+        # Without fsdp_reshard_after_forward an evaluation leaves whole parameters in place of ours.
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+        return super().weights(model)
+
     @property
     def saves(self):
         first_replica = self.mesh.ndim == 1 or self.mesh.get_local_rank('replicate') == 0
@@ -336,7 +343,7 @@ def choose_strategy(run, device: torch.device) -> SingleProcess:
             f'--nproc_per_node=2 train.py … --{flag}=True'
         )
     size = run.fsdp_shard_size
-    if size is not None and world_size() % size:
+    if run.use_fsdp and size is not None and world_size() % size:
         raise UserError(f'fsdp_shard_size={size} does not divide the {world_size()} ranks.')
     if flag:
         return FullySharded(run, device) if run.use_fsdp else ZeRO1(run, device)

@@ -273,7 +273,8 @@ def run_problems(run: TrainingConfig) -> list[str]:
     )
     values = run.to_dict()
     for key, option in flatten(GROUPS).items():
-        if option.requires and run.origins[key] != 'default':
+        # What a resumed run was given may be of no use to a process that is started otherwise.
+        if option.requires and not run.origins[key].startswith(('default', 'run ')):
             needed, value = option.requires
             check(
                 values[needed] != value,
