@@ -9,7 +9,10 @@ import argparse
 import difflib
 import os
 import sys
+import time
 import traceback
+
+PATIENCE = 10  # seconds that a rank waits for the first one to report a mistake
 
 
 class UserError(Exception):
@@ -62,9 +65,13 @@ def run_script(main, argv: list[str] | None = None) -> None:
     except UserError as error:
         if '--debug' in argv or '--debug=True' in argv:
             traceback.print_exc()
-        if os.environ.get('RANK', '0') != '0':
-            sys.exit(2)  # the first of the processes that torchrun started says it for all
         name = os.path.basename(sys.argv[0])
+        rank = os.environ.get('RANK', '0')
+        if rank != '0':
+            # The first of torchrun's processes says it for all, and torchrun then ends this one.
+            # If that does not happen, the mistake is this rank's alone.
+            time.sleep(PATIENCE)
+            name = f'{name}, rank {rank}'
         sys.stdout.flush()
         if len(error.problems) == 1:
             print(f'{name}: {error.problems[0]}', file=sys.stderr)
