@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
+import errors
 import train
 from errors import UserError, run_script
 from interruption import Interruption
@@ -171,6 +172,7 @@ def run(plan: dict, rank: int) -> dict:
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(stderr):
         patch.setattr(train, 'set_up', kept_set_up)
         patch.setattr(Updater, 'backward', watched)
+        patch.setattr(errors, 'PATIENCE', 0)
         patch.setattr(Together, 'close', lambda self: None)  # the next run needs them too
         if 'special' in plan:
             SPECIALS[plan['special']](patch, rank)
