@@ -23,6 +23,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
+from torch._dynamo.utils import counters
 from torch.distributed.tensor import DTensor
 
 import errors
@@ -168,6 +169,8 @@ def run(plan: dict, rank: int) -> dict:
             raise
 
     arguments = [f'--{key}={value}' for key, value in plan['options'].items()]
+    torch.compiler.reset()  # nothing that an earlier run compiled is used
+    counters.clear()
     stderr = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(stderr):
         patch.setattr(train, 'set_up', kept_set_up)
@@ -179,6 +182,7 @@ def run(plan: dict, rank: int) -> dict:
         with pytest.raises(SystemExit) as exit:
             run_script(main, arguments)
     left['code'] = exit.value.code
+    left['compiled_frames'] = counters['frames']['ok']
     left['stderr'] = stderr.getvalue()
     session = left.pop('session', None)
     if session:
