@@ -251,7 +251,7 @@ def fault_run(folder: Path, kills: int, updates: int, rng: random.Random) -> int
     training.finish()
 
     record = read_record(training.run)
-    (_, state), (_, expected) = (
+    (_, (state,)), (_, (expected,)) = (
         checkpointing.newest(t.run / 'checkpoints', print) for t in (training, whole)
     )
     different = {part: differences(state[part], expected[part], part) for part in expected}
