@@ -85,14 +85,6 @@ class SingleProcess(Alone):
         """A sum over all elements of the gradient, from that over those which this rank holds."""
         return part
 
-    def traffic(self, model: Transformer) -> int:
-        """Bytes that this rank hands to collectives in an update, gradients and weights together.
-
-        What the network carries is up to the algorithm: a ring sends 2 (N - 1) / N times as much
-        for a sum over N ranks, (N - 1) / N times for a gathering or a divided sum.
-        """
-        return 0
-
     # --- Checkpoints ---
 
     def weights(self, model: Transformer) -> dict[str, Piece]:
