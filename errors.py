@@ -79,7 +79,7 @@ def run_script(main, argv: list[str] | None = None) -> None:
             print(f'{name}: {len(error.problems)} problems', file=sys.stderr)
             for problem in error.problems:
                 print(f'  - {problem}', file=sys.stderr)
-        sys.exit(2)
+        leave(2)
     except BrokenPipeError:
         # The reader (`| head`) has gone; point stdout at nothing so that the exit is silent.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -87,4 +87,17 @@ def run_script(main, argv: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         print('\ninterrupted', file=sys.stderr)
         sys.exit(130)
-    sys.exit(code or 0)
+    leave(code or 0)
+
+
+def leave(code: int) -> None:
+    """End the process; one of torchrun's without Python's own end.
+
+    FSDP keeps gloo's threads beyond `destroy_process_group`, and now and then one of them would
+    abort the process (SIGABRT) while the interpreter is taken down, after all work was done.
+    """
+    if 'RANK' in os.environ:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
