@@ -332,7 +332,7 @@ def choose_strategy(run, device: torch.device) -> SingleProcess:
     if flag and 'WORLD_SIZE' not in os.environ:
         raise UserError(
             f'{flag}=True needs processes that torchrun starts: torchrun --standalone '
-            f'--nproc_per_node=2 train.py … --{flag}=True'
+            f'--nproc_per_node=2 train.py … --{flag}=True. To go on alone: --{flag}=False.'
         )
     size = run.fsdp_shard_size
     if run.use_fsdp and size is not None and world_size() % size:

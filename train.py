@@ -44,12 +44,12 @@ def main(argv: list[str]) -> int:
     device = hardware.select_device(settings.run.device)
     hardware.tune(device, settings.run.deterministic)
     dtype = hardware.resolve_dtype(settings.run.dtype, device)
-    parallel = choose_strategy(settings.run, device)
     data = settings.run.dataset, settings.architecture.block_size
     if asked.print_config:
         dataset = load_dataset(*data) if is_prepared(settings.run.dataset) else None
         print(settings.complete(device, dtype, dataset).explain())
         return 0
+    parallel = choose_strategy(settings.run, device)
     prepare_if_missing(settings.run.dataset)
     dataset = load_dataset(*data)
     settings = settings.complete(device, dtype, dataset)
