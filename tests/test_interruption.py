@@ -47,7 +47,8 @@ def slow(state, file):
     saves.append(file)
     if len(saves) == 2:
         pathlib.Path('saving').touch()
-        time.sleep(600)
+        for _ in range(6000):  # a signal just before a long sleep would wait for its end
+            time.sleep(0.1)
 
 checkpointing.torch.save = slow
 """
