@@ -135,7 +135,7 @@ def state_file(rank: int) -> str:
 
 def _begin(folder: Path, iter: int) -> tuple[Path, Path]:
     """A new folder to write to, and the name that it is to have."""
-    replaced = [path for path in published(folder) if _order(path)[0] == iter]
+    replaced = _of_iter(folder, iter)
     again = f'_{_order(replaced[0])[1] + 1}' if replaced else ''
     final = folder / f'iter_{iter:08d}{again}'
     temporary = folder / f'.saving-{final.name}-{uuid.uuid4().hex[:8]}'
@@ -160,7 +160,7 @@ def _write_state(path: Path, state: dict) -> dict:
 
 def _publish(temporary: Path, final: Path, index: dict, problems: list[str]) -> None:
     """Rename the folder that every rank has written to, or remove it if one of them could not."""
-    replaced = [p for p in published(final.parent) if _order(p)[0] == index['iter']]
+    replaced = _of_iter(final.parent, index['iter'])
     try:
         if problems:
             raise _cannot_write(final, problems[0])
@@ -268,6 +268,11 @@ def _order(path: Path) -> tuple[int, int]:
     """Updates done, and which checkpoint of that moment this is: 1, or 2 for `_2`."""
     match = _NAME.fullmatch(path.name)
     return int(match[1]), int(match[2] or 1)
+
+
+def _of_iter(folder: Path, iter: int) -> list[Path]:
+    """The checkpoints of one moment, the latest saved first."""
+    return [path for path in published(folder) if _order(path)[0] == iter]
 
 
 def newest(folder: Path, warn) -> tuple[Checkpoint, list[dict]] | None:

@@ -306,6 +306,13 @@ def _peak_rss() -> int | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def autocast(device: torch.device, dtype: str) -> contextlib.AbstractContextManager:
+    """Matrix multiplications in `dtype`; nothing to do for 'float32'."""
+    if dtype == 'float32':
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, getattr(torch, dtype))
+
+
 # --- Speed ----------------------------------------------------------------------------------------
 
 

@@ -10,7 +10,6 @@ config file needs that file again: python sample.py config/mine.py --out_dir=out
 import argparse
 import sys
 import time
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -78,14 +77,11 @@ def main(argv: list[str]) -> int:
     model.eval()
     print(f'{config.name}, {checkpoint.iter:,} updates, from {checkpoint.path}')
 
-    autocast = nullcontext()
-    if dtype != 'float32':
-        autocast = torch.autocast(device.type, getattr(torch, dtype))
     generator = torch.Generator(device).manual_seed(options.seed % 2**63)
     began = time.perf_counter()
     for _ in range(options.num_samples):
         print(SEPARATOR)
-        with autocast:
+        with hardware.autocast(device, dtype):
             drawn = generate(
                 model,
                 torch.tensor([start], device=device),

@@ -1,7 +1,6 @@
 """What a run consists of, once it is set up, and what follows from that."""
 
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,9 +75,7 @@ class Session:
 
     def autocast(self):
         """The precision of the matrix multiplications; parameters and losses stay in fp32."""
-        if self.settings.run.dtype == 'float32':
-            return nullcontext()
-        return torch.autocast(self.device.type, getattr(torch, self.settings.run.dtype))
+        return hardware.autocast(self.device, self.settings.run.dtype)
 
     def largest_memory(self) -> dict[str, float | None]:
         """The memory in use, the largest over the ranks."""

@@ -104,8 +104,9 @@ def set_up(
     header = record_header(
         settings, dataset, bare, groups, flops, peak, device, parallel, compiled, argv
     )
+    here = surroundings(header)
     if resumed:
-        resumed.report(logger, header, surroundings(header))
+        resumed.report(logger, header, here)
     else:
         logger.start(**header)
     for note in dataset.notes:
@@ -124,7 +125,7 @@ def set_up(
         peak=peak,
         update_size=diagnostics.UpdateSize(groups),
         interruption=Interruption(),
-        surroundings=surroundings(header),
+        surroundings=here,
     )
 
 

@@ -167,7 +167,8 @@ class Left:
     """What one run left, by rank."""
 
     def __init__(self, folder: Path, name: str, ranks: int):
-        self.ranks = [torch.load(folder / f'{name}.{rank}.pt') for rank in range(ranks)]
+        files = [folder / f'{name}.{rank}.pt' for rank in range(ranks)]
+        self.ranks = [torch.load(file, weights_only=True) for file in files]
         problems = [left['error'] for left in self.ranks if 'error' in left]
         assert not problems, problems[0]
         self.main = self.ranks[0]
