@@ -44,7 +44,7 @@ class Transformer(nn.Module):
         self.token_embedding = TokenEmbedding(config)
         self.position_encoding = POSITION_ENCODING_REGISTRY[config.position_encoding](config)
         self.dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(block(config) for _ in range(config.n_layer))
+        self.blocks = nn.ModuleList(block(config, n) for n in range(config.n_layer))
         self.final_norm = norm(config, config.n_embd) if block.final_norm else nn.Identity()
         self.output_head = OutputHead(config)
         self.tie_weights()
@@ -232,26 +232,24 @@ def training_flops(model: Transformer, recomputed_blocks: list[int] | None = Non
         'attention_ffn_ratio': attention / causal['ffn'] if causal.get('ffn') else None,
         'elementwise_per_token': elementwise_operations(model.config) / length,
         'recomputed_per_token': (
-            len(recomputed_blocks) * recomputed_flops(model.config) / length
-            if recomputed_blocks
-            else 0.0
+            recomputed_flops(model.config, recomputed_blocks) / length if recomputed_blocks else 0.0
         ),
     }
 
 
-def recomputed_flops(config: ModelArchitectureConfig) -> int:
-    """FLOPs of one sequence's matrix multiplications that checkpointing a block repeats.
+def recomputed_flops(config: ModelArchitectureConfig, blocks: list[int]) -> int:
+    """FLOPs of one sequence's matrix multiplications that checkpointing those blocks repeats.
 
     Counted by running one on the meta device, since it is less than a forward pass: torch stops as
     soon as it has what the backward pass wants, so a product at the end of a block is left out.
     """
-    config = config.replace(n_layer=1, attention_backend='manual')
+    config = config.replace(attention_backend='manual')
     tokens = torch.empty((1, config.block_size), dtype=torch.long, device='meta')
     counted = []
-    for recomputed in (True, False):
+    for recomputed in (blocks, []):
         model = build_model(config)
-        if recomputed:
-            block = model.blocks[0]
+        for number in recomputed:
+            block = model.blocks[number]
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
         with FlopCounterMode(display=False) as counter:
             model(tokens).sum().backward()

@@ -206,6 +206,10 @@ class ModelArchitectureConfig(FrozenConfig):
             raise UserError(*problems)
         return config
 
+    def components(self) -> Iterator[tuple[str, type]]:
+        """The option and the class of each chosen component."""
+        yield from _chosen(self._values)
+
     @property
     def head_dim(self) -> int:
         return self.n_embd // self.n_head
@@ -213,12 +217,8 @@ class ModelArchitectureConfig(FrozenConfig):
     @property
     def name(self) -> str:
         """For people: sizes, then the tag of each chosen component that has one."""
-        chosen = [
-            registry[self._values[registry.option]]
-            for registry in REGISTRIES
-            if registry.option in CORE_OPTIONS
-        ]
-        tags = [component.name_tag(self) for component in chosen]
+        chosen = dict(self.components())
+        tags = [chosen[r.option].name_tag(self) for r in REGISTRIES if r.option in CORE_OPTIONS]
         sizes = [f'{self.n_layer}L', f'{self.n_head}H', f'{self.n_embd}D']
         return '-'.join(sizes + [tag for tag in tags if tag])
 
@@ -300,15 +300,23 @@ def _used(values: dict) -> Iterator[str]:
             queue[:0] = option.choices[values[key]].options.items()
 
 
+def _chosen(values: dict) -> Iterator[tuple[str, type]]:
+    """The option and the class of each component that resolved values choose."""
+    for key, option in architecture_options().items():
+        if key in values and isinstance(option.choices, Registry):
+            yield key, option.choices[values[key]]
+
+
 def _owners(key: str, options: dict[str, Option]) -> list[tuple[str, object]]:
     """The (option, value) pairs that give `key` a use."""
     if options[key].requires and options[key].requires[0] in options:
         return [options[key].requires]
     return [
-        (registry.option, name)
-        for registry in REGISTRIES
-        for name in registry
-        if key in registry[name].options
+        (choice, name)
+        for choice, option in options.items()
+        if isinstance(option.choices, Registry)
+        for name in option.choices
+        if key in option.choices[name].options
     ]
 
 
@@ -330,10 +338,9 @@ def _derive(values: dict, origins: dict[str, str]) -> None:
 
     fill('attention_dropout', values['dropout'], 'dropout')
     fill('residual_dropout', values['dropout'], 'dropout')
-    ffn = FFN_REGISTRY[values['ffn_type']]
-    fill(
-        'd_ff', ffn.default_d_ff(FrozenConfig(values, origins)), f"{values['ffn_type']}'s own rule"
-    )
+    for _, component in _chosen(values):
+        for key, derived in component.derived_values(FrozenConfig(values, origins)).items():
+            fill(key, *derived)
 
 
 def _problems(config: ModelArchitectureConfig) -> list[str]:
@@ -348,7 +355,6 @@ def _problems(config: ModelArchitectureConfig) -> list[str]:
             f'n_embd / n_head columns. The nearest that does: --n_head={heads}.'
         )
         return problems  # components reckon with a whole head size
-    for registry in REGISTRIES:
-        if registry.option in config:
-            problems += registry[config._values[registry.option]].problems(config)
-    return problems
+    for _, component in config.components():
+        problems += component.problems(config)
+    return list(dict.fromkeys(problems))  # one component may be chosen for two places

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 PROJECT = Path(__file__).resolve().parent.parent
 
@@ -25,6 +26,15 @@ TINY_RUN = {
     'eval_iters': 4,
     'peak_tflops': 0.01,  # else it is measured at every start
 }
+
+
+@pytest.fixture(scope='module')
+def one_thread():
+    """Tensors this small only suffer from threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope='session')

@@ -21,13 +21,7 @@ from model_builder import (
 from model_config import NORM_REGISTRY, ModelArchitectureConfig
 
 
-@pytest.fixture(autouse=True, scope='module')
-def one_thread():
-    """Tensors this small only suffer from threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 
 def preset(name: str, **values) -> ModelArchitectureConfig:

@@ -34,13 +34,7 @@ from model_config import (
 )
 
 
-@pytest.fixture(autouse=True, scope='module')
-def one_thread():
-    """Tensors this small only suffer from threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 
 @pytest.fixture

@@ -1,0 +1,47 @@
+"""Activations: element-wise functions of the feed-forward networks."""
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from components.contract import Component
+from model_config import ACTIVATION_REGISTRY, ModelArchitectureConfig
+
+
+class Activation(Component, nn.Module):
+    """An element-wise function."""
+
+    def __init__(self, config: ModelArchitectureConfig):
+        super().__init__()
+
+
+@ACTIVATION_REGISTRY.register('gelu', source='Hendrycks & Gimpel 2016, exact')
+class GELU(Activation):
+    tag = 'GELU'
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.gelu(x)
+
+
+@ACTIVATION_REGISTRY.register('silu', source='Elfwing et al. 2017; Ramachandran et al. 2017')
+class SiLU(Activation):
+    tag = 'SiLU'
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.silu(x)
+
+
+@ACTIVATION_REGISTRY.register('relu', source='Nair & Hinton 2010')
+class ReLU(Activation):
+    tag = 'ReLU'
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.relu(x)
+
+
+@ACTIVATION_REGISTRY.register('leaky_relu', source='Maas et al. 2013')
+class LeakyReLU(Activation):
+    tag = 'LeakyReLU'
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.leaky_relu(x)

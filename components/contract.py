@@ -1,0 +1,109 @@
+"""What every component offers, and how its parameters begin."""
+
+from collections.abc import Iterator
+from typing import ClassVar
+
+import torch
+import torch.nn as nn
+
+from model_config import ModelArchitectureConfig
+from registry import Option
+
+
+class Initial:
+    """How a parameter begins. Each draws from the parameter's own generator, or not at all."""
+
+    @staticmethod
+    def zeros(tensor: torch.Tensor, generator: torch.Generator) -> None:
+        tensor.zero_()
+
+    @staticmethod
+    def ones(tensor: torch.Tensor, generator: torch.Generator) -> None:
+        tensor.fill_(1.0)
+
+    @staticmethod
+    def normal(tensor: torch.Tensor, generator: torch.Generator, std: float = 0.02) -> None:
+        tensor.normal_(0.0, std, generator=generator)
+
+
+class Component:
+    """What every component offers. All of it has a default, so that most need little.
+
+    A component in a registry is constructed with the config; blocks, attentions and feed-forward
+    networks with the number of their layer too, from 0.
+    """
+
+    # Its own options: name -> Option. They become command-line flags and config keys.
+    options: ClassVar[dict[str, Option]] = {}
+    # The heading under which its parameters are counted; None: that of the component around it.
+    part: ClassVar[str | None] = None
+    # The heading of its linear layers' FLOPs; None: `part`.
+    flops_part: ClassVar[str | None] = None
+    # Its part of the architecture's name; '' for what goes without saying.
+    tag: ClassVar[str] = ''
+
+    @classmethod
+    def name_tag(cls, config: ModelArchitectureConfig) -> str:
+        return cls.tag
+
+    @classmethod
+    def derived_values(cls, config) -> dict[str, tuple]:
+        """For options that may be left open (None): key -> (value, why), from the other options."""
+        return {}
+
+    @classmethod
+    def problems(cls, config: ModelArchitectureConfig) -> list[str]:
+        """What it cannot be combined with, a sentence each."""
+        return []
+
+    def flops(self, seq_len: int, causal: bool) -> dict[str, float]:
+        """Matrix-multiplication FLOPs of one sequence's forward pass, by part.
+
+        causal: count only the half of the attention square that a causal model needs.
+        The default adds up the linear layers and components inside.
+        """
+        return module_flops(self, seq_len, causal, self.flops_part or self.part or 'other')
+
+    def initial_values(self) -> dict:
+        """What fills each parameter that is directly its own: a function (tensor, generator).
+
+        Linear layers and embeddings inside need no mention.
+        """
+        return {}
+
+    def residual_weights(self) -> list[nn.Parameter]:
+        """The projections that write into the residual stream (for depth-scaled beginnings)."""
+        return []
+
+    def matrices(self) -> dict[nn.Parameter, tuple[int, ...]]:
+        """The hidden matrices directly its own, for optimizers that treat matrices as such.
+
+        Parameter -> the rows of each matrix where several are stacked in one projection: (4, 4)
+        for two of four rows. A parameter of more than two dimensions is a stack of such matrices.
+        The default: its linear layers, each one matrix. The ends of the model have none.
+        """
+        return {layer.weight: (layer.out_features,) for layer in own_linear_layers(self)}
+
+
+def own_linear_layers(module: nn.Module) -> Iterator[nn.Linear]:
+    """The linear layers inside `module` that are not inside another component."""
+    for child in module.children():
+        if isinstance(child, nn.Linear):
+            yield child
+        elif not isinstance(child, Component):
+            yield from own_linear_layers(child)
+
+
+def module_flops(module: nn.Module, seq_len: int, causal: bool, part: str) -> dict[str, float]:
+    """Forward FLOPs of all that is inside `module`: 2 · in · out a token for a linear layer."""
+    total: dict[str, float] = {}
+    for child in module.children():
+        if isinstance(child, Component):
+            counted = child.flops(seq_len, causal)
+        elif isinstance(child, nn.Linear):
+            counted = {part: 2.0 * child.in_features * child.out_features * seq_len}
+        else:
+            counted = module_flops(child, seq_len, causal, part)
+        for key, value in counted.items():
+            total[key] = total.get(key, 0.0) + value
+    return total
