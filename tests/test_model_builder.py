@@ -20,7 +20,6 @@ from model_builder import (
 )
 from model_config import NORM_REGISTRY, ModelArchitectureConfig
 
-
 pytestmark = pytest.mark.usefixtures('one_thread')
 
 

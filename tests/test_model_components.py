@@ -33,7 +33,6 @@ from model_config import (
     ModelArchitectureConfig,
 )
 
-
 pytestmark = pytest.mark.usefixtures('one_thread')
 
 
