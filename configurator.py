@@ -10,12 +10,13 @@ import shutil
 import textwrap
 import traceback
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from errors import UserError, nearest
-from registry import Option
+from registry import Option, Registry
 
 Schema = dict[str, dict[str, Option]]
 
@@ -137,6 +138,126 @@ def accept_layer(layer: Layer, schema: Schema, problems: list[str]) -> Layer:
         except UserError as error:
             problems.extend(f'{layer.origin}: {problem}' for problem in error.problems)
     return Layer(layer.origin, accepted)
+
+
+class Merged(NamedTuple):
+    """Values and origins of every option that the choices give a use; what was dropped, and why."""
+
+    values: dict
+    origins: dict[str, str]
+    dropped: list[str]
+
+
+def merge(
+    core: dict[str, Option], layers: list[Layer], problems: list[str], preset: str | None = None
+) -> Merged:
+    """Merge accepted values of rising precedence; keys of others are passed over.
+
+    core: the options themselves, without those of the components that they choose among. preset:
+    the option that names the first layer, so that what this layer or a default chose counts as
+    chosen where the preset was named. A value may be a function of the merged values. An option
+    that nothing chosen has a use for is dropped if it stands beneath the choice; else it is added
+    to `problems`.
+    """
+    options = with_component_options(core)
+    values = {key: option.default for key, option in options.items()}
+    level = dict.fromkeys(options, 0)
+    origins = dict.fromkeys(options, 'default')
+    for number, layer in enumerate(layers, start=1):
+        for key, value in layer.values.items():
+            if key in options:
+                values[key], level[key], origins[key] = value, number, layer.origin
+    for key, value in list(values.items()):
+        if callable(value):
+            values[key] = value(values)
+
+    used = dict.fromkeys(_used(core, values))  # an ordered set
+    named_at, beneath = (level[preset], 1) if preset else (0, 0)
+    dropped = []
+    for key in options:
+        if key in used or level[key] == 0:
+            continue
+        belongs = ' or '.join(f'{choice}={name!r}' for choice, name in _owners(key, options))
+        deciding = dict.fromkeys(_deciding_choices(key, options, used))
+        chosen = ', '.join(f'{c}={values[c]!r} ({origins[c]})' for c in deciding)
+        chosen_at = max(level[c] if level[c] > beneath else named_at for c in deciding)
+        what = f'{key}={values[key]!r} ({origins[key]})'
+        if level[key] >= chosen_at:
+            problems.append(
+                f'{what} has no use here: it belongs to {belongs}, but {chosen} is '
+                f'chosen. Choose one of those, or leave {key} out.'
+            )
+        else:
+            dropped.append(f'dropped: {what}, of no use with {chosen}')
+    kept = {key: values[key] for key in used}
+    return Merged(kept, {key: origins[key] for key in used}, dropped)
+
+
+def with_component_options(core: dict[str, Option]) -> dict[str, Option]:
+    """The options, each followed by those of the components that it chooses among.
+
+    An option that several components share is listed once; they must mean the same by it.
+    """
+    options: dict[str, Option] = {}
+
+    def add(key: str, option: Option, owner: str) -> None:
+        if key in options:
+            if options[key] != option:
+                raise UserError(f'{owner}: the option {key!r} exists already with another meaning.')
+            return
+        options[key] = option
+        if isinstance(option.choices, Registry):
+            for name in option.choices:
+                for own_key, own in option.choices[name].options.items():
+                    add(own_key, own, f'{option.choices.option}={name!r}')
+
+    for key, option in core.items():
+        add(key, option, 'the core options')
+    return options
+
+
+def chosen_components(core: dict[str, Option], values: dict) -> Iterator[tuple[str, type]]:
+    """The option and the class of each component that resolved values choose."""
+    for key, option in with_component_options(core).items():
+        if key in values and isinstance(option.choices, Registry):
+            yield key, option.choices[values[key]]
+
+
+def _used(core: dict[str, Option], values: dict) -> Iterator[str]:
+    """Keys that the choices give a use: the core, and what each chosen component adds."""
+    queue = list(core.items())
+    seen = set()
+    while queue:
+        key, option = queue.pop(0)
+        unmet = option.requires and values.get(option.requires[0]) != option.requires[1]
+        if key in seen or unmet:
+            continue
+        seen.add(key)
+        yield key
+        if isinstance(option.choices, Registry):
+            queue[:0] = option.choices[values[key]].options.items()
+
+
+def _owners(key: str, options: dict[str, Option]) -> list[tuple[str, object]]:
+    """The (option, value) pairs that give `key` a use."""
+    if options[key].requires and options[key].requires[0] in options:
+        return [options[key].requires]
+    return [
+        (choice, name)
+        for choice, option in options.items()
+        if isinstance(option.choices, Registry)
+        for name in option.choices
+        if key in option.choices[name].options
+    ]
+
+
+def _deciding_choices(key: str, options: dict[str, Option], used: dict) -> Iterator[str]:
+    """The choices, themselves in use, that give `key` no use."""
+    for choice, _ in _owners(key, options):
+        if choice in used:
+            yield choice
+        else:
+            yield from _deciding_choices(choice, options, used)
 
 
 def read_config_file(path: str, problems: list[str]) -> tuple[dict, str]:

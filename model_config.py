@@ -15,7 +15,14 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from configurator import Layer, accept_layer
+from configurator import (
+    Layer,
+    Merged,
+    accept_layer,
+    chosen_components,
+    merge,
+    with_component_options,
+)
 from errors import UserError
 from registry import FrozenConfig, Option, Registry, at_least, fraction
 
@@ -141,26 +148,8 @@ CORE_OPTIONS = {
 
 
 def architecture_options() -> dict[str, Option]:
-    """The core options, each followed by those of the components it chooses among.
-
-    An option that several components share is listed once; they must mean the same by it.
-    """
-    options: dict[str, Option] = {}
-    for key, option in CORE_OPTIONS.items():
-        _add_option(options, key, option, 'the core options')
-    return options
-
-
-def _add_option(options: dict[str, Option], key: str, option: Option, owner: str) -> None:
-    if key in options:
-        if options[key] != option:
-            raise UserError(f'{owner}: the option {key!r} exists already with another meaning.')
-        return
-    options[key] = option
-    if isinstance(option.choices, Registry):
-        for name in option.choices:
-            for own_key, own in option.choices[name].options.items():
-                _add_option(options, own_key, own, f'{option.choices.option}={name!r}')
+    """The core options, each followed by those of the components it chooses among."""
+    return with_component_options(CORE_OPTIONS)
 
 
 def schema() -> dict[str, dict[str, Option]]:
@@ -191,9 +180,9 @@ class ModelArchitectureConfig(FrozenConfig):
         whichever of them names it.
         """
         config = cls.__new__(cls)
-        preset, values, origins, dropped = _merge(layers, problems)
-        FrozenConfig.__init__(config, values, origins)
-        config.__dict__.update(preset=preset, dropped=dropped, _layers=tuple(layers))
+        preset, merged = _merge(layers, problems)
+        FrozenConfig.__init__(config, *merged)
+        config.__dict__.update(preset=preset, _layers=tuple(layers))
         problems.extend(_problems(config))
         return config
 
@@ -208,7 +197,7 @@ class ModelArchitectureConfig(FrozenConfig):
 
     def components(self) -> Iterator[tuple[str, type]]:
         """The option and the class of each chosen component."""
-        yield from _chosen(self._values)
+        yield from chosen_components(CORE_OPTIONS, self._values)
 
     @property
     def head_dim(self) -> int:
@@ -243,90 +232,17 @@ class ModelArchitectureConfig(FrozenConfig):
         return cls(arch_preset='custom', **values)
 
 
-def _merge(layers: list[Layer], problems: list[str]) -> tuple[str, dict, dict, list[str]]:
-    """Preset; values and origins of every option that the choices give a use; what was dropped."""
-    options = {'arch_preset': PRESET_OPTION, **architecture_options()}
-    values = {key: option.default for key, option in options.items()}
-    level = dict.fromkeys(options, 0)
-    origins = dict.fromkeys(options, 'default')
+def _merge(layers: list[Layer], problems: list[str]) -> tuple[str, Merged]:
+    """The preset, and what is merged from it and the layers above."""
+    preset = PRESET_OPTION.default
     for layer in layers:
-        values['arch_preset'] = layer.values.get('arch_preset', values['arch_preset'])
-    preset = values['arch_preset']
+        preset = layer.values.get('arch_preset', preset)
     stack = [Layer(f'preset {preset}', PRESETS[preset]), *layers]
-    for number, layer in enumerate(stack, start=1):
-        for key, value in layer.values.items():
-            if key in options:
-                values[key], level[key], origins[key] = value, number, layer.origin
-    for key, value in list(values.items()):
-        if callable(value):
-            values[key] = value(values)
-
-    used = dict.fromkeys(_used(values))  # an ordered set
-    dropped = []
-    for key in options:
-        if key in used or level[key] == 0 or key == 'arch_preset':
-            continue
-        belongs = ' or '.join(f'{choice}={name!r}' for choice, name in _owners(key, options))
-        deciding = dict.fromkeys(_deciding_choices(key, options, used))
-        chosen = ', '.join(f'{c}={values[c]!r} ({origins[c]})' for c in deciding)
-        # What a preset or a default chose was chosen where the preset was named.
-        chosen_at = max(level[c] if level[c] > 1 else level['arch_preset'] for c in deciding)
-        what = f'{key}={values[key]!r} ({origins[key]})'
-        if level[key] >= chosen_at:
-            problems.append(
-                f'{what} has no use here: it belongs to {belongs}, but {chosen} is '
-                f'chosen. Choose one of those, or leave {key} out.'
-            )
-        else:
-            dropped.append(f'dropped: {what}, of no use with {chosen}')
-    kept = {key: values[key] for key in used}
-    origins = {key: origins[key] for key in ('arch_preset', *used)}
-    _derive(kept, origins)
-    return preset, kept, origins, dropped
-
-
-def _used(values: dict) -> Iterator[str]:
-    """Keys that the choices give a use: the core, and what each chosen component adds."""
-    queue = list(CORE_OPTIONS.items())
-    seen = set()
-    while queue:
-        key, option = queue.pop(0)
-        unmet = option.requires and values.get(option.requires[0]) != option.requires[1]
-        if key in seen or unmet:
-            continue
-        seen.add(key)
-        yield key
-        if isinstance(option.choices, Registry):
-            queue[:0] = option.choices[values[key]].options.items()
-
-
-def _chosen(values: dict) -> Iterator[tuple[str, type]]:
-    """The option and the class of each component that resolved values choose."""
-    for key, option in architecture_options().items():
-        if key in values and isinstance(option.choices, Registry):
-            yield key, option.choices[values[key]]
-
-
-def _owners(key: str, options: dict[str, Option]) -> list[tuple[str, object]]:
-    """The (option, value) pairs that give `key` a use."""
-    if options[key].requires and options[key].requires[0] in options:
-        return [options[key].requires]
-    return [
-        (choice, name)
-        for choice, option in options.items()
-        if isinstance(option.choices, Registry)
-        for name in option.choices
-        if key in option.choices[name].options
-    ]
-
-
-def _deciding_choices(key: str, options: dict[str, Option], used: dict) -> Iterator[str]:
-    """The choices, themselves in use, that give `key` no use."""
-    for choice, _ in _owners(key, options):
-        if choice in used:
-            yield choice
-        else:
-            yield from _deciding_choices(choice, options, used)
+    options = {'arch_preset': PRESET_OPTION, **CORE_OPTIONS}
+    merged = merge(options, stack, problems, preset='arch_preset')
+    del merged.values['arch_preset']
+    _derive(merged.values, merged.origins)
+    return preset, merged
 
 
 def _derive(values: dict, origins: dict[str, str]) -> None:
@@ -338,7 +254,7 @@ def _derive(values: dict, origins: dict[str, str]) -> None:
 
     fill('attention_dropout', values['dropout'], 'dropout')
     fill('residual_dropout', values['dropout'], 'dropout')
-    for _, component in _chosen(values):
+    for _, component in chosen_components(CORE_OPTIONS, values):
         for key, derived in component.derived_values(FrozenConfig(values, origins)).items():
             fill(key, *derived)
 

@@ -1,8 +1,9 @@
-"""`Option`, `Registry` and `FrozenConfig`: what configuration is made of. A leaf of the project.
+"""`Option`, `Registry`, `FrozenConfig`, `Configurable`: what configuration is made of. A leaf.
 
 An `Option` is one key that a user can set: its type, default, one line of help and what is
 allowed. A `Registry` maps names to components and is itself the list of allowed values of the
 option that chooses among them. A `FrozenConfig` holds resolved values and where they came from.
+A `Configurable` is what every component is to the configuration.
 """
 
 import functools
@@ -175,11 +176,16 @@ _BOOLEANS = {'true': True, 'false': False, '1': True, '0': False, 'yes': True, '
 
 
 class FrozenConfig:
-    """Resolved values as read-only attributes, with the origin of each (`origins[key]`)."""
+    """Resolved values as read-only attributes, with the origin of each (`origins[key]`).
 
-    def __init__(self, values: dict, origins: dict[str, str]):
+    Options that nothing chosen has a use for are not attributes. `dropped` says, a sentence each,
+    which values an override left behind.
+    """
+
+    def __init__(self, values: dict, origins: dict[str, str], dropped: list[str] | None = None):
         self.__dict__['_values'] = dict(values)
         self.__dict__['origins'] = dict(origins)
+        self.__dict__['dropped'] = dropped or []
 
     def __getattr__(self, key: str):
         try:
@@ -195,3 +201,20 @@ class FrozenConfig:
 
     def to_dict(self) -> dict:
         return dict(self._values)
+
+
+class Configurable:
+    """What anything in a registry tells the configuration, each with a default."""
+
+    # Its own options: name -> Option. They become command-line flags and config keys.
+    options: typing.ClassVar[dict[str, Option]] = {}
+
+    @classmethod
+    def derived_values(cls, config: FrozenConfig) -> dict[str, tuple]:
+        """For options that may be left open (None): key -> (value, why), from the other options."""
+        return {}
+
+    @classmethod
+    def problems(cls, config: FrozenConfig) -> list[str]:
+        """What it cannot be combined with, a sentence each."""
+        return []

@@ -7,7 +7,7 @@ import torch
 import torch.nn as nn
 
 from model_config import ModelArchitectureConfig
-from registry import Option
+from registry import Configurable
 
 
 class Initial:
@@ -26,15 +26,13 @@ class Initial:
         tensor.normal_(0.0, std, generator=generator)
 
 
-class Component:
+class Component(Configurable):
     """What every component offers. All of it has a default, so that most need little.
 
     A component in a registry is constructed with the config; blocks, attentions and feed-forward
     networks with the number of their layer too, from 0.
     """
 
-    # Its own options: name -> Option. They become command-line flags and config keys.
-    options: ClassVar[dict[str, Option]] = {}
     # The heading under which its parameters are counted; None: that of the component around it.
     part: ClassVar[str | None] = None
     # The heading of its linear layers' FLOPs; None: `part`.
@@ -45,16 +43,6 @@ class Component:
     @classmethod
     def name_tag(cls, config: ModelArchitectureConfig) -> str:
         return cls.tag
-
-    @classmethod
-    def derived_values(cls, config) -> dict[str, tuple]:
-        """For options that may be left open (None): key -> (value, why), from the other options."""
-        return {}
-
-    @classmethod
-    def problems(cls, config: ModelArchitectureConfig) -> list[str]:
-        """What it cannot be combined with, a sentence each."""
-        return []
 
     def flops(self, seq_len: int, causal: bool) -> dict[str, float]:
         """Matrix-multiplication FLOPs of one sequence's forward pass, by part.
