@@ -7,6 +7,7 @@ knows nothing else of the project.
 
 import argparse
 import difflib
+import json
 import os
 import sys
 import time
@@ -18,9 +19,21 @@ PATIENCE = 10  # seconds that a rank waits for the first one to report a mistake
 class UserError(Exception):
     """One or more problems that the user can mend, each a sentence or two of plain text."""
 
+    exit_code = 2
+
     def __init__(self, *problems: str):
         self.problems = tuple(problems)
         super().__init__('\n'.join(problems))
+
+
+class LostRank(UserError):
+    """Another process of the job was lost: nobody's mistake, and no traceback would help."""
+
+    exit_code = 1
+
+
+class ToldElsewhere(Exception):
+    """This process of a job ends for a reason that another one tells."""
 
 
 def nearest(name: str, allowed) -> str:
@@ -57,7 +70,8 @@ class ArgumentParser(argparse.ArgumentParser):
 def run_script(main, argv: list[str] | None = None) -> None:
     """Run `main(argv)` as a script and exit: 0, its own code, 2 on a UserError, 130 on Ctrl-C.
 
-    `--debug` among the arguments shows the traceback of a UserError too.
+    1 where a process of the job failed, be it this one or another. `--debug` among the arguments
+    shows the traceback of a UserError too.
     """
     argv = sys.argv[1:] if argv is None else argv
     try:
@@ -67,10 +81,12 @@ def run_script(main, argv: list[str] | None = None) -> None:
             traceback.print_exc()
         name = os.path.basename(sys.argv[0])
         rank = os.environ.get('RANK', '0')
-        if rank != '0':
+        _tell_torchrun('\n'.join(error.problems))
+        if rank != '0' and not isinstance(error, LostRank):
             # The first of torchrun's processes says it for all, and torchrun then ends this one.
             # If that does not happen, the mistake is this rank's alone.
             time.sleep(PATIENCE)
+        if rank != '0':
             name = f'{name}, rank {rank}'
         sys.stdout.flush()
         if len(error.problems) == 1:
@@ -79,7 +95,10 @@ def run_script(main, argv: list[str] | None = None) -> None:
             print(f'{name}: {len(error.problems)} problems', file=sys.stderr)
             for problem in error.problems:
                 print(f'  - {problem}', file=sys.stderr)
-        leave(2)
+        leave(error.exit_code)
+    except ToldElsewhere as error:
+        _tell_torchrun(str(error))
+        leave(1)
     except BrokenPipeError:
         # The reader (`| head`) has gone; point stdout at nothing so that the exit is silent.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -87,7 +106,22 @@ def run_script(main, argv: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         print('\ninterrupted', file=sys.stderr)
         sys.exit(130)
+    except Exception as error:
+        if 'RANK' not in os.environ:
+            raise
+        sys.excepthook(*sys.exc_info())
+        _tell_torchrun(f'{type(error).__name__}: {error}')
+        leave(1)
     leave(code or 0)
+
+
+def _tell_torchrun(message: str) -> None:
+    """Let torchrun, which started this process, end its report with the message."""
+    path = os.environ.get('TORCHELASTIC_ERROR_FILE')
+    if path:
+        when = {'py_callstack': message, 'timestamp': str(int(time.time()))}
+        with open(path, 'w', encoding='utf-8') as file:
+            json.dump({'message': {'message': message, 'extraInfo': when}}, file)
 
 
 def leave(code: int) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 
 from ranks import Alone
 
@@ -13,10 +14,14 @@ class Interruption:
     """While entered: SIGINT and SIGTERM ask to stop, SIGUSR1 asks for a checkpoint.
 
     A second SIGINT or SIGTERM ends the process at once, with the signal's exit code and nothing
-    saved; what was published before stays whole.
+    saved; what was published before stays whole. The same signal within a second is the same
+    request: Slurm signals every process, and torchrun passes on what it gets. speaks: whether this
+    process is the one to say that it has heard.
     """
 
-    def __init__(self):
+    def __init__(self, speaks: bool = True):
+        self.speaks = speaks
+        self._asked_at = 0.0  # on the monotonic clock
         # What this process was asked for, which the others are told at the next boundary; a signal
         # may come at any moment, also while they agree.
         self._asked_to_stop: int | None = None
@@ -52,9 +57,14 @@ class Interruption:
             signal.signal(number, handler)
 
     def _stop(self, number: int, frame) -> None:
+        before, self._asked_at = self._asked_at, time.monotonic()
+        if number == self._asked_to_stop and self._asked_at - before < 1.0:
+            return
         if self._asked_to_stop is not None:
             os._exit(128 + number)
         self._asked_to_stop = number
+        if not self.speaks:
+            return
         name = signal.Signals(number).name
         # os.write: print may be in the middle of something when a signal arrives.
         os.write(2, f'\n{name}: saving after this update; once more to stop at once\n'.encode())

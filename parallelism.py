@@ -6,10 +6,10 @@ flags `use_zero1` and `use_fsdp` choose. Model code is written for one device, a
 for nothing but these methods. Each method that communicates is called by every rank.
 """
 
-import datetime
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from functools import partial
 from typing import NamedTuple
 
@@ -32,7 +32,7 @@ from model_builder import (
 )
 from model_config import ModelArchitectureConfig
 from optimization import build_optimizer, local
-from ranks import Alone, Together, world_size
+from ranks import Alone, Together, join, world_size
 
 
 class Piece(NamedTuple):
@@ -107,12 +107,7 @@ class DataParallel(Together, SingleProcess):
     name = 'ddp'
 
     def __init__(self, run, device):
-        if not dist.is_initialized():
-            timeout = datetime.timedelta(seconds=run.distributed_timeout)
-            # Plain values travel by gloo, so that no answer waits for a GPU.
-            backend = 'cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo'
-            dist.init_process_group(backend, timeout=timeout)
-        Together.__init__(self)
+        Together.__init__(self, *join(device, timedelta(seconds=run.distributed_timeout)))
         SingleProcess.__init__(self, run, device)
 
     def wrap(self, model):

@@ -2,15 +2,18 @@
 
 import math
 import statistics
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import hardware
 from errors import UserError
 from model_builder import Transformer, build_model, count_parameters
 from model_config import ModelArchitectureConfig
-from parallelism import recomputed_blocks
+from parallelism import SingleProcess, recomputed_blocks
 from training_config import Settings
 
 SPIKE_WINDOW = 32  # logged losses that a new one is held against
@@ -50,6 +53,19 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
         isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
     )
+
+
+@contextmanager
+def explained(settings: Settings, parallel: SingleProcess, device: torch.device) -> Iterator[None]:
+    """Around a run: a want of memory becomes a UserError with what to type, and a rank's failure
+    is known to all of them (`ranks.Alone.accountable`)."""
+    with parallel.accountable():
+        try:
+            yield
+        except (RuntimeError, MemoryError) as error:
+            if is_out_of_memory(error):
+                raise out_of_memory_error(settings, hardware.device_name(device)) from error
+            raise
 
 
 def out_of_memory_error(settings: Settings, device_name: str) -> UserError:

@@ -55,13 +55,9 @@ def main(argv: list[str]) -> int:
     settings = settings.complete(device, dtype, dataset)
     if resumed:
         resumed.check(settings.architecture)
-    try:
-        code = run(set_up(settings, parallel, device, dataset, resumed, argv))
-    except (RuntimeError, MemoryError) as error:
-        if stability.is_out_of_memory(error):
-            name = hardware.device_name(device)
-            raise stability.out_of_memory_error(settings, name) from error
-        raise
+    with stability.explained(settings, parallel, device):
+        session = set_up(settings, parallel, device, dataset, resumed, argv)
+    code = run(session)
     parallel.close()
     return code
 
@@ -83,7 +79,8 @@ def set_up(
     peak = hardware.peak_flops(device, options.dtype, options.peak_tflops)
     compiled = options.compile
     if compiled and (problem := hardware.compile_problem(device)):
-        print(f'warning: compile is off, since {problem}. --compile=False silences this.')
+        if parallel.is_main:
+            print(f'warning: compile is off, since {problem}. --compile=False silences this.')
         compiled = False
 
     recomputed = recomputed_blocks(options.activation_checkpointing, architecture.n_layer)
@@ -124,7 +121,7 @@ def set_up(
         flops_per_token=flops,
         peak=peak,
         update_size=diagnostics.UpdateSize(groups),
-        interruption=Interruption(),
+        interruption=Interruption(speaks=parallel.is_main),
         surroundings=here,
     )
 
@@ -135,14 +132,15 @@ def set_up(
 
 def run(session: Session) -> int:
     """Train to the end, and close the record however it ends. Returns the exit code."""
-    try:
-        with session.interruption:
-            train(session)
-    except BaseException:
-        session.logger.finish('failed')
-        raise
-    stopped = session.interruption.exit_code
-    session.logger.finish('interrupted' if stopped else 'finished')
+    with session.interruption:  # beyond the loop: torchrun asks the others to stop when one fails
+        try:
+            with stability.explained(session.settings, session.parallel, session.device):
+                train(session)
+        except BaseException as error:
+            session.logger.finish('failed', reason=str(error) or type(error).__name__)
+            raise
+        stopped = session.interruption.exit_code
+        session.logger.finish('interrupted' if stopped else 'finished')
     return stopped
 
 
@@ -216,6 +214,7 @@ def log_update(
     session: Session, clock: hardware.StepClock, learning_rate: float, measured: torch.Tensor
 ) -> None:
     """Record the update just made. Reading `measured` is its one synchronisation."""
+    memory = session.largest_memory()  # first: a rank that is lost is noticed on the host
     loss, norm, total, skipped = measured.tolist()
     seconds, steps = clock.take()
     iter, tokens_per_second = session.progress.iter - 1, session.tokens_per_iter / seconds
@@ -242,7 +241,7 @@ def log_update(
                 'flops_per_token': session.flops_per_token['per_token'],
                 'architecture': session.settings.architecture.name,
             },
-            'memory': session.largest_memory(),
+            'memory': memory,
             'gradients': session.updater.statistics(norm, total),
             'loss_scale': session.updater.loss_scale,
         }

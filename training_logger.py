@@ -545,8 +545,10 @@ class TrainingLogger:
         self.console.rollback({'event': 'rollback', **entry})
 
     @_on_main
-    def finish(self, status: str = 'finished') -> dict | None:
+    def finish(self, status: str = 'finished', reason: str | None = None) -> dict | None:
         """End the run as `finished`, `interrupted` or `failed`: record.json, closing summary.
+
+        The `reason`, which is told to the user elsewhere, becomes an event of that name.
 
         Returns the summary, which is computed from the journal alone. Does nothing, and returns
         None, before `start` and on ranks that are not main.
@@ -560,6 +562,8 @@ class TrainingLogger:
         end = {'status': status, 'end_time': _now(), 'time': round(time.time(), 3)}
         path = self.run_folder / RECORD
         try:
+            if reason:
+                self.journal.append('event', {'event': status, 'iter': None, 'message': reason})
             document = assemble([*_parse(_read(self.journal.path)), {'kind': 'end', **end}])
             self.journal.append('end', {**end, 'summary': document['summary']})
             _write_record(path, document)

@@ -169,6 +169,28 @@ def test_a_second_signal_ends_a_save_at_once_and_publishes_nothing(start, tmp_pa
     assert record(tmp_path)['status'] == 'finished' and iterations(tmp_path) == list(range(5))
 
 
+def test_one_signal_that_comes_twice_is_one_request(monkeypatch):
+    """As Slurm's does to a process that torchrun started; what comes later is a second request."""
+    ended, now = [], [100.0]
+    monkeypatch.setattr('interruption.os._exit', ended.append)
+    monkeypatch.setattr('interruption.time.monotonic', lambda: now[0])
+    with Interruption(speaks=False):
+        for moment in (100.0, 100.9, 101.0):
+            now[0] = moment
+            signal.raise_signal(signal.SIGTERM)
+            assert not ended
+        now[0] = 102.5
+        signal.raise_signal(signal.SIGTERM)
+        assert ended == [143]
+
+
+def test_only_the_main_rank_says_that_it_heard(capfd):
+    for speaks in (True, False):
+        with Interruption(speaks):
+            signal.raise_signal(signal.SIGTERM)
+        assert ('SIGTERM' in capfd.readouterr().err) == speaks
+
+
 def test_afterwards_signals_mean_what_they_meant_before():
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
     before = [signal.getsignal(number) for number in numbers]
