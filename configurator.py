@@ -229,8 +229,7 @@ def _used(core: dict[str, Option], values: dict) -> Iterator[str]:
     seen = set()
     while queue:
         key, option = queue.pop(0)
-        unmet = option.requires and values.get(option.requires[0]) != option.requires[1]
-        if key in seen or unmet:
+        if key in seen or not option.has_use(values):
             continue
         seen.add(key)
         yield key

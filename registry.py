@@ -94,13 +94,23 @@ def fraction(value_name: str = 'a fraction') -> Check:
 
 
 @dataclass(frozen=True)
+class AnyBut:
+    """In `Option.requires`: every value of the other option but this one."""
+
+    value: typing.Any
+
+    def __repr__(self) -> str:
+        return f'(anything but {self.value!r})'
+
+
+@dataclass(frozen=True)
 class Option:
     """One key that a user can set.
 
     type: int, float, bool or str, or one of them `| None`, where None means "derived" or "off".
     choices: the allowed strings, as a tuple or as the Registry that they are names in.
     check: (predicate, what is allowed in words), asked of every value that is not None.
-    requires: (other option, value): without it this option has no use.
+    requires: (other option, value or AnyBut(value)): without it this option has no use.
     """
 
     type: typing.Any
@@ -117,6 +127,14 @@ class Option:
     @property
     def optional(self) -> bool:
         return types.NoneType in self._types()
+
+    def has_use(self, values: dict) -> bool:
+        """Whether the values of all options are such that this one is read."""
+        if self.requires is None:
+            return True
+        key, needed = self.requires
+        value = values.get(key)
+        return value != needed.value if isinstance(needed, AnyBut) else value == needed
 
     def _types(self) -> tuple:
         return typing.get_args(self.type) or (self.type,)

@@ -275,13 +275,11 @@ def run_problems(run: TrainingConfig) -> list[str]:
     for key, option in flatten(GROUPS).items():
         # What a resumed run was given may be of no use to a process that is started otherwise.
         if option.requires and not run.origins[key].startswith(('default', 'run ')):
-            needed, value = option.requires
             check(
-                values[needed] != value,
-                lambda key=key, needed=needed, value=value: (
-                    f'{key}={values[key]!r} '
-                    f'({run.origins[key]}) has no use without {needed}={value}: add that, or leave '
-                    f'{key} out.'
+                not option.has_use(values),
+                lambda key=key, option=option: (
+                    f'{key}={values[key]!r} ({run.origins[key]}) has no use without '
+                    f'{option.requires[0]}={option.requires[1]}: add that, or leave {key} out.'
                 ),
             )
     check(

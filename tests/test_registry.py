@@ -6,7 +6,7 @@ import pickle
 import pytest
 
 from errors import UserError
-from registry import FrozenConfig, Option, Registry, above, at_least, between, fraction
+from registry import AnyBut, FrozenConfig, Option, Registry, above, at_least, between, fraction
 
 COUNT = Option(int, 3, 'A number')
 RATE = Option(float, 0.5, 'A rate')
@@ -63,6 +63,18 @@ def test_other_text_is_refused_with_key_value_and_what_is_allowed(option, text):
     (problem,) = refused.value.problems
     assert 'some_key' in problem and option.allowed() in problem
     assert text in problem or repr(float(text)) in problem
+
+
+@pytest.mark.parametrize(
+    ('needed', 'useful', 'useless'),
+    [(True, [True], [False, None]), (AnyBut(None), [False, 0, 'none'], [None])],
+)
+def test_an_option_has_a_use_with_what_it_requires(needed, useful, useless):
+    option = Option(int, 3, 'A number', requires=('other', needed))
+    assert all(option.has_use({'other': value}) for value in useful)
+    assert not any(option.has_use({'other': value}) for value in useless)
+    assert option == Option(int, 3, 'A number', requires=('other', needed))
+    assert COUNT.has_use({})
 
 
 @pytest.mark.parametrize(
