@@ -75,11 +75,8 @@ class Updater:
         self.elements = sum(p.numel() for p in self.parameters)
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Add the gradient of a micro-batch's share of the loss.
-
-        Strategies average gradients over the ranks; the shares of all ranks are to be added up.
-        """
-        self.scaler.scale(loss * self.parallel.world_size).backward()
+        """Add the gradient of a micro-batch's share of the loss; strategies add up the ranks'."""
+        self.scaler.scale(loss).backward()
 
     def update(self, learning_rate: float, loss: torch.Tensor, measured: bool) -> GradientSums:
         """Measure the gradient, clip it, step, and forget it.

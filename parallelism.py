@@ -116,8 +116,7 @@ class DataParallel(Together, SingleProcess):
             device_ids=[self.device.index] if self.device.type == 'cuda' else None,
             gradient_as_bucket_view=True,
         )
-        if self.run.reduce_dtype == 'bfloat16':
-            wrapped.register_comm_hook(None, _mean_in_bfloat16)
+        wrapped.register_comm_hook(getattr(torch, self.run.reduce_dtype), _sum)
         return wrapped
 
     @contextmanager
@@ -130,11 +129,15 @@ class DataParallel(Together, SingleProcess):
         return self.is_main, self.is_main
 
 
-def _mean_in_bfloat16(_, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
-    """DDP's communication hook: half the bytes."""
-    short = bucket.buffer().div(dist.get_world_size()).to(torch.bfloat16)
-    future = dist.all_reduce(short, async_op=True).get_future()
-    return future.then(lambda done: bucket.buffer().copy_(done.value()[0]))
+def _sum(dtype: torch.dtype, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    """DDP's communication hook: the plain sum over the ranks, travelling in `dtype`.
+
+    Not the mean, for which each share of the loss would have to be multiplied by the world size:
+    under the fp16 scaler that would overflow so much earlier.
+    """
+    buffer = bucket.buffer()
+    future = dist.all_reduce(buffer.to(dtype), async_op=True).get_future()
+    return future.then(lambda done: buffer.copy_(done.value()[0]))
 
 
 class ZeRO1(DataParallel):
@@ -242,6 +245,9 @@ class FullySharded(DataParallel):
         for block in model.blocks:
             shard(block)
         shard(model)  # the tied table and head are in one group: the root's
+        for module in _sharded(model):  # gradients are added up, as under DDP
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
         model.to_empty(device=self.device)
         model.tie_weights()
         self.initialize(model)
@@ -273,15 +279,18 @@ class FullySharded(DataParallel):
 
     def weights(self, model):
         # Without fsdp_reshard_after_forward an evaluation leaves whole parameters in place of ours.
-        for module in model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
+        for module in _sharded(model):
+            module.reshard()
         return super().weights(model)
 
     @property
     def saves(self):
         first_replica = self.mesh.ndim == 1 or self.mesh.get_local_rank('replicate') == 0
         return first_replica, first_replica
+
+
+def _sharded(model: nn.Module) -> list[FSDPModule]:
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
 def prepare_blocks(model: Transformer, recomputed: list[int], compiled: bool) -> None:
