@@ -11,36 +11,50 @@ from contextlib import contextmanager
 from itertools import pairwise
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 
 from model_builder import ParameterGroup, Transformer
+from model_components import IGNORED
+from optimization import local
+from parallelism import SingleProcess
+from ranks import Alone
 
 
 def layer_statistics(
-    model: Transformer, tokens: torch.Tensor, targets: torch.Tensor, autocast
+    bare: Transformer,
+    model: nn.Module,
+    parallel: SingleProcess,
+    tokens: torch.Tensor,
+    targets: torch.Tensor,
+    autocast,
 ) -> list[dict]:
     """For each block, on one batch (B, T) in evaluation mode: `activation_rms` of the stream that
     leaves it, `gradient_norm` of its parameters for the mean loss, and `max_attention_logit`.
 
-    Leaves no gradient behind; to be called between updates.
+    model: `bare` as it is called in training. Every rank is given the same batch. Leaves no
+    gradient behind; to be called between updates.
     """
     squares: list[torch.Tensor] = []
     hooks = [
         block.register_forward_hook(lambda _, __, out: squares.append(out[0].float().pow(2).mean()))
-        for block in model.blocks
+        for block in bare.blocks
     ]
     logits: list[torch.Tensor] = []
     try:
         # Hooks and probes would make compiled blocks compile anew.
-        with torch.compiler.set_stance('force_eager'), torch.enable_grad():
-            with _probed_attention(model, logits), autocast():
+        with (
+            torch.compiler.set_stance('force_eager'),
+            torch.enable_grad(),
+            parallel.micro_step(model, last=True),
+        ):
+            with _probed_attention(bare, logits), autocast():
                 loss_sum, count, auxiliary_loss = model(tokens, targets)
-            (loss_sum / count + auxiliary_loss).backward()
+            # A share of it, since the ranks' gradients are added up.
+            ((loss_sum / count + auxiliary_loss) / parallel.world_size).backward()
         norms = [
-            torch.nn.utils.get_total_norm(
-                [p.grad for p in block.parameters() if p.grad is not None]
-            )
-            for block in model.blocks
+            parallel.norm([local(p.grad) for p in block.parameters() if p.grad is not None])
+            for block in bare.blocks
         ]
     finally:
         for hook in hooks:
@@ -82,22 +96,22 @@ def _probed_attention(model: Transformer, logits: list[torch.Tensor]) -> Iterato
 
 @torch.no_grad()
 def loss_by_position(
-    model: Transformer, batches: Iterator[tuple[torch.Tensor, torch.Tensor]], autocast
+    model: nn.Module, ranks: Alone, batches: Iterator[list[torch.Tensor]], autocast
 ) -> list[dict]:
     """Mean loss in nats over positions [0, 1), [1, 2), [2, 4), [4, 8), … of the context.
 
-    batches: (tokens, targets), each (B, T).
+    batches: (tokens, targets), each (B, T), of this rank.
     """
-    total, windows = None, 0
+    total: torch.Tensor | int = 0  # summed loss and number of targets, by position: (2, T)
     for tokens, targets in batches:
         with autocast():
             logits = model(tokens)
         losses = F.cross_entropy(
-            logits.flatten(0, 1).float(), targets.flatten(), reduction='none'
+            logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction='none'
         ).view(targets.shape)
-        total = losses.sum(0) if total is None else total + losses.sum(0)
-        windows += len(tokens)
-    mean = (total / windows).tolist()  # by position
+        total += torch.stack([losses.sum(0), (targets != IGNORED).sum(0)])
+    loss_sum, count = ranks.sum(total)
+    mean = (loss_sum / count).tolist()
     edges = [0] + [2**k for k in range(len(mean).bit_length()) if 2**k < len(mean)] + [len(mean)]
     return [
         {'from': low, 'to': high, 'loss': sum(mean[low:high]) / (high - low)}
@@ -108,14 +122,15 @@ def loss_by_position(
 class UpdateSize:
     """How large an update is against the weights it changes: ‖Δw‖ / ‖w‖ for each group."""
 
-    def __init__(self, groups: list[ParameterGroup]):
-        self.groups = groups
+    def __init__(self, groups: list[ParameterGroup], parallel: SingleProcess):
+        self.groups = {group.name: [local(p) for p in group.parameters] for group in groups}
+        self.parallel = parallel
         self.before: list[list[torch.Tensor]] | None = None
         self.ratios: dict[str, float] | None = None
 
     def begin(self) -> None:
         """Remember the weights: one more copy of them, until `end`."""
-        self.before = [[p.detach().clone() for p in group.parameters] for group in self.groups]
+        self.before = [[p.clone() for p in weights] for weights in self.groups.values()]
 
     @torch.no_grad()
     def end(self) -> None:
@@ -123,8 +138,8 @@ class UpdateSize:
         if self.before is None:
             return
         self.ratios = {}
-        for group, before in zip(self.groups, self.before):
-            change = torch._foreach_sub(group.parameters, before)
-            norm = torch.nn.utils.get_total_norm
-            self.ratios[group.name] = (norm(change) / norm(before)).item()
+        norm = self.parallel.norm
+        for (name, weights), before in zip(self.groups.items(), self.before):
+            change = torch._foreach_sub(weights, before)
+            self.ratios[name] = (norm(change) / norm(before)).item()
         self.before = None

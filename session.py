@@ -52,13 +52,18 @@ class Session:
         """Whether the loss is measured after `iter` updates: at intervals, and at the end."""
         return iter % self.settings.run.eval_interval == 0 or iter >= self.settings.run.max_iters
 
-    def evaluation_batches(self, split: str) -> Iterator[list[torch.Tensor]]:
-        """The fixed windows of a split, (tokens, targets) of `batch_size` at a time."""
+    def evaluation_batches(
+        self, split: str, *, divided: bool = True
+    ) -> Iterator[list[torch.Tensor]]:
+        """The fixed windows of a split, (tokens, targets) of `batch_size` at a time.
+
+        divided: among the ranks; else every rank gets all of them.
+        """
         options = self.settings.run
         starts = self.dataset.windows(split, options.eval_iters)
         # Every rank takes part in as many forward passes as the others: what is left over at the
         # end is read by several and counted by one.
-        ranks, rank = self.parallel.world_size, self.parallel.rank
+        ranks, rank = (self.parallel.world_size, self.parallel.rank) if divided else (1, 0)
         numbers = np.arange(rank, -(-len(starts) // ranks) * ranks, ranks)
         for first in range(0, len(numbers), options.batch_size):
             chosen = numbers[first : first + options.batch_size]

@@ -120,7 +120,7 @@ def set_up(
         progress=progress,
         flops_per_token=flops,
         peak=peak,
-        update_size=diagnostics.UpdateSize(groups),
+        update_size=diagnostics.UpdateSize(groups, parallel),
         interruption=Interruption(speaks=parallel.is_main),
         surroundings=here,
     )
@@ -310,12 +310,14 @@ def evaluate(session: Session) -> bool:
         'lr': learning_rate_at(progress.iter, options),
     }
     if options.diagnostics:
-        first = next(session.evaluation_batches('val'))
+        first = next(session.evaluation_batches('val', divided=False))
         entry['diagnostics'] = {
-            'layers': diagnostics.layer_statistics(session.bare, *first, session.autocast),
+            'layers': diagnostics.layer_statistics(
+                session.bare, model, session.parallel, *first, session.autocast
+            ),
             'update_to_weight': session.update_size.ratios or {},
             'val_loss_by_position': diagnostics.loss_by_position(
-                model, session.evaluation_batches('val'), session.autocast
+                model, session.parallel, session.evaluation_batches('val'), session.autocast
             ),
         }
     session.logger.evaluation({**entry, 'time_ms': (time.perf_counter() - began) * 1e3})

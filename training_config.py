@@ -282,13 +282,6 @@ def run_problems(run: TrainingConfig) -> list[str]:
                     f'{option.requires[0]}={option.requires[1]}: add that, or leave {key} out.'
                 ),
             )
-    check(
-        run.diagnostics and world_size() > 1,
-        lambda: (
-            f'diagnostics=True works on one process, and there are {world_size()}. Leave it '
-            f'out, or resume a checkpoint on one process to look inside.'
-        ),
-    )
     accumulation = run.gradient_accumulation_steps
     check(
         accumulation is not None and accumulation % world_size() != 0,

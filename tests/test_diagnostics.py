@@ -12,8 +12,9 @@ from in_process import train_here
 
 import diagnostics
 from model_builder import build_model, parameter_groups
-from parallelism import prepare_blocks
+from parallelism import SingleProcess, prepare_blocks
 
+ALONE = SingleProcess(None, torch.device('cpu'))
 MODELS = [
     {'arch_preset': 'llama'},
     {'arch_preset': 'gpt2', 'attention_backend': 'manual'},
@@ -75,11 +76,11 @@ def test_layers_by_hand(values, recomputed):
 
     model.zero_grad()
     prepare_blocks(model, recomputed, compiled=False)
-    found = diagnostics.layer_statistics(model, tokens, targets, nullcontext)
+    found = diagnostics.layer_statistics(model, model, ALONE, tokens, targets, nullcontext)
     for ours, theirs in zip(found, expected, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4)
     # Twice the same: no hook, probe or gradient is left behind.
-    assert diagnostics.layer_statistics(model, tokens, targets, nullcontext) == found
+    assert diagnostics.layer_statistics(model, model, ALONE, tokens, targets, nullcontext) == found
     assert all(parameter.grad is None for parameter in model.parameters())
     assert not any(block._forward_hooks for block in model.blocks)
 
@@ -98,7 +99,7 @@ def test_a_logit_that_only_the_future_has_is_not_counted():
 
     def largest(first):
         tokens = torch.tensor([[first, 1 - first, *[2] * (config.block_size - 2)]])
-        (layer,) = diagnostics.layer_statistics(model, tokens, tokens, nullcontext)
+        (layer,) = diagnostics.layer_statistics(model, model, ALONE, tokens, tokens, nullcontext)
         return layer['max_attention_logit']
 
     # After the norm a one-hot of width 16 is 4 high: 4 · 4 · weight / √16.
@@ -127,7 +128,7 @@ def test_loss_by_position_by_hand(length, edges):
         for low, high in pairwise(edges)
     ]
     batches = ((tokens[rows], targets[rows]) for rows in (slice(0, 2), slice(2, 4), slice(4, 5)))
-    found = diagnostics.loss_by_position(model, batches, nullcontext)
+    found = diagnostics.loss_by_position(model, ALONE, batches, nullcontext)
     for ours, theirs in zip(found, expected, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4)
 
@@ -136,7 +137,7 @@ def test_update_to_weight_by_hand():
     model = lively(tiny())
     groups = parameter_groups(model)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    size = diagnostics.UpdateSize(groups)
+    size = diagnostics.UpdateSize(groups, ALONE)
     size.end()  # nobody asked
     assert size.ratios is None
     size.begin()
@@ -194,7 +195,9 @@ def test_the_record_of_a_run_has_the_figures(tiny_dataset, tmp_path):
     session = run.session
     batch = next(session.evaluation_batches('val'))
     session.model.eval()
-    expected = diagnostics.layer_statistics(session.model, *batch, session.autocast)
+    expected = diagnostics.layer_statistics(
+        session.bare, session.model, ALONE, *batch, session.autocast
+    )
     for ours, theirs in zip(last['layers'], expected, strict=True):
         assert ours == pytest.approx(theirs)
     # And the last update is the one between the last two sets of weights.

@@ -70,6 +70,7 @@ CASES = {
     'dropout': {**TEN, 'dropout': 0.1},
     'bfloat16': {**TEN, 'dtype': 'bfloat16'},
     'float16': {**TEN, 'dtype': 'float16'},
+    'diagnostics': {**GPT2, 'max_iters': 4, 'eval_interval': 2, 'diagnostics': True},
 }
 RECOMPUTED = {**CASES['dropout'], 'activation_checkpointing': 'full'}
 COMPILED = {**GPT2, 'max_iters': 3, 'eval_interval': 3, 'compile': True}
@@ -82,7 +83,6 @@ REFUSED = {
     'kept by nobody': (2, {'fsdp_reshard_after_forward': False}, 'use_fsdp=True'),
     'both': (2, {'use_fsdp': True, 'use_zero1': True}, 'Leave one of them out'),
     'accumulation': (2, {'gradient_accumulation_steps': 3}, '--gradient_accumulation_steps=4'),
-    'diagnostics': (2, {'diagnostics': True}, 'one process'),
     'shards': (2, {'use_fsdp': True, 'fsdp_shard_size': 3}, 'fsdp_shard_size=3'),
 }
 
@@ -345,6 +345,28 @@ def test_compiled_blocks_are_the_same_blocks(left, strategy):
         pytest.skip('there is no compiler')
     assert all(rank['compiled_frames'] > 0 for rank in run.ranks)
     assert difference(run.curve('loss'), left('single gpt2').curve('loss')[:3]) < 1e-5
+
+
+@pytest.mark.parametrize('strategy', STRATEGIES)
+def test_diagnostics_are_those_of_a_single_process(left, strategy):
+    """Of the whole gradient and update, and of every window, which two ranks divide unevenly."""
+
+    def figures(entry: dict) -> list[float]:
+        found = entry['diagnostics']
+        return [
+            *(value for layer in found['layers'] for value in layer.values()),
+            *found['update_to_weight'].values(),
+            *(stretch['loss'] for stretch in found['val_loss_by_position']),
+        ]
+
+    run, reference = (left(f'{name} diagnostics') for name in (strategy, 'single'))
+    pairs = list(zip(run.record['eval_steps'], reference.record['eval_steps'], strict=True))
+    assert len(pairs) == 3
+    for mine, theirs in pairs:
+        assert figures(mine) == pytest.approx(figures(theirs), rel=1e-4)
+    assert len(figures(pairs[-1][1])) == 2 * 4 + 2 + 5
+    # And they disturb nothing.
+    assert weight_difference(run.main['weights'], reference.main['weights']) < 1e-5
 
 
 # --- Each is what it says -------------------------------------------------------------------------
