@@ -14,11 +14,13 @@ import math
 import os
 import re
 import shutil
+import time
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch.utils.serialization import config as serialization
 
 from errors import UserError
 from ranks import Alone
@@ -105,27 +107,56 @@ class _HashingFile:
         self.file.flush()
 
 
-def save(folder: Path, state: dict, index: dict, ranks: Alone | None = None) -> Checkpoint:
-    """Publish `state` as `folder/iter_<index['iter']>`; one of the same iter is then removed.
+class Save:
+    """A checkpoint on its way to `folder/iter_<index['iter']>`.
 
-    Every rank calls this with its own part of the state, and writes it to a file of its own; the
-    main rank publishes them together. index: plain values, with `iter` and `val_loss` among them.
-    Raises UserError, on every rank, if anything cannot be written; every checkpoint that was there
-    before is then still whole.
+    Every rank makes one, writes its own part of the state to a file of its own, and publishes,
+    which the main rank does for all. Only `write` talks to nobody: it may run in another thread.
     """
-    ranks = ranks or Alone()
-    temporary, final = ranks.from_main(lambda: _begin(folder, index['iter']))
-    try:
-        written, problem = _write_state(temporary / state_file(ranks.rank), state), None
-    except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into the latter
-        written, problem = None, _reason(error)
-    answers = ranks.gather((written, problem))
-    problems = [problem for _, problem in answers if problem is not None]
-    files = {state_file(rank): facts for rank, (facts, _) in enumerate(answers)}
-    index = {'format': FORMAT, 'version': VERSION, **index, 'files': files}
-    index['sha256'] = index_sha256(index)
-    ranks.from_main(lambda: _publish(temporary, final, index, problems))
-    return Checkpoint(final, index)
+
+    def __init__(self, folder: Path, index: dict, ranks: Alone):
+        """index: plain values, with `iter` and `val_loss` among them. Raises UserError as below."""
+        self.index, self.ranks = index, ranks
+        self.temporary, self.final = ranks.from_main(lambda: _begin(folder, index['iter']))
+        self.facts: dict | None = None
+        self.problem: str | None = None
+        self.seconds = 0.0  # that writing took; once published, on the slowest rank
+
+    def write(self, state: dict) -> None:
+        """Write this rank's file to the disk. Whatever prevents that is told by `publish`."""
+        began = time.perf_counter()
+        try:
+            self.facts = _write_state(self.temporary / state_file(self.ranks.rank), state)
+        except (
+            OSError,
+            RuntimeError,
+        ) as error:  # torch's zip writer makes the latter of the former
+            self.problem = write_failure(error)
+        self.seconds = time.perf_counter() - began
+
+    def publish(self) -> Checkpoint:
+        """Give it its name, when all have written; one of the same iter is then removed.
+
+        Raises UserError, on every rank, if anything could not be written; every checkpoint that was
+        there before is then still whole.
+        """
+        facts, problems, seconds = zip(
+            *self.ranks.gather((self.facts, self.problem, self.seconds)), strict=True
+        )
+        self.seconds = max(seconds)
+        files = {state_file(rank): written for rank, written in enumerate(facts)}
+        index = {'format': FORMAT, 'version': VERSION, **self.index, 'files': files}
+        index['sha256'] = index_sha256(index)
+        told = [problem for problem in problems if problem is not None]
+        self.ranks.from_main(lambda: _publish(self.temporary, self.final, index, told))
+        return Checkpoint(self.final, index)
+
+
+def save(folder: Path, state: dict, index: dict, ranks: Alone | None = None) -> Checkpoint:
+    """Write and publish at once what `Save` describes. Raises UserError, on every rank."""
+    begun = Save(folder, index, ranks or Alone())
+    begun.write(state)
+    return begun.publish()
 
 
 def state_file(rank: int) -> str:
@@ -144,13 +175,14 @@ def _begin(folder: Path, iter: int) -> tuple[Path, Path]:
         remove_leftovers(folder)
         temporary.mkdir()
     except OSError as error:
-        raise _cannot_write(final, _reason(error)) from error
+        raise _cannot_write(final, write_failure(error)) from error
     return temporary, final
 
 
 def _write_state(path: Path, state: dict) -> dict:
     """Write a rank's file to the disk; its size and checksum."""
-    with open(path, 'wb') as raw:
+    # The zip's own CRC-32 takes longer than all else, and SHA-256 says more.
+    with open(path, 'wb') as raw, serialization.patch('save.compute_crc32', False):
         file = _HashingFile(raw)
         torch.save(state, file)
         raw.flush()
@@ -174,12 +206,12 @@ def _publish(temporary: Path, final: Path, index: dict, problems: list[str]) -> 
         for path in replaced:
             _remove(path)
     except OSError as error:
-        raise _cannot_write(final, _reason(error)) from error
+        raise _cannot_write(final, write_failure(error)) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)  # nothing is there if it was published
 
 
-def _reason(error: BaseException) -> str:
+def write_failure(error: BaseException) -> str:
     """Why it could not be written: what the system said before torch's zip writer spoke."""
     cause = error  # closing a zip file on a full disk fails once more
     while cause.__context__ is not None and not isinstance(cause, OSError):

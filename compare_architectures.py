@@ -40,7 +40,9 @@ SPEED_CONDITIONS = (
 )
 SEEDS = ('seed', 'data_seed')
 # Where a run is kept and how it reports; nothing that its figures depend on.
-IMMATERIAL = frozenset({'out_dir', 'log_style', 'log_interval', 'always_save_checkpoint'})
+IMMATERIAL = frozenset(
+    {'out_dir', 'log_style', 'log_interval', 'always_save_checkpoint', 'async_save'}
+)
 
 
 @dataclass(frozen=True, eq=False)

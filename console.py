@@ -446,8 +446,9 @@ def _positions(span: dict) -> str:
 
 
 def checkpoint_line(entry: dict) -> str:
-    took = _milliseconds(entry['time_ms'])
-    return f'💾 checkpoint after iter {entry["iter"]}: {entry["path"]} ({took})'
+    took, written = (_milliseconds(entry[key]) for key in ('time_ms', 'write_ms'))
+    times = f'{took}; written in {written}'
+    return f'💾 checkpoint after iter {entry["iter"]}: {entry["path"]} ({times})'
 
 
 def event_line(entry: dict) -> str:

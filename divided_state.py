@@ -5,6 +5,8 @@ tensor}}, 'offsets': {...}, 'scaler': {...}}`, where an offset says at which ele
 flattened parameter a piece begins. Any strategy reads what any other wrote, parameter by parameter.
 """
 
+from collections.abc import Callable
+
 import torch
 
 from model_builder import Transformer
@@ -12,25 +14,54 @@ from optimization import Updater, local
 from parallelism import Piece, SingleProcess
 
 
-def collect(parallel: SingleProcess, model: Transformer, updater: Updater) -> dict:
-    """What this rank has to write."""
+def live(tensor: torch.Tensor, place: tuple[str, str]) -> torch.Tensor:
+    """The tensor as it is, to be written before the next update."""
+    # Of a part of a buffer the whole buffer would be written.
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+
+
+class HostCopies:
+    """Copies in host memory, which training leaves alone; the next ones take the same memory.
+
+    From a GPU they are under way until the device is synchronised.
+    """
+
+    def __init__(self, device: torch.device):
+        self.pinned = device.type == 'cuda'
+        self.buffers: dict[tuple[str, str], torch.Tensor] = {}
+
+    def __call__(self, tensor: torch.Tensor, place: tuple[str, str]) -> torch.Tensor:
+        if place not in self.buffers:
+            self.buffers[place] = torch.empty(
+                tensor.shape, dtype=tensor.dtype, pin_memory=self.pinned
+            )
+        return self.buffers[place].copy_(tensor, non_blocking=True)
+
+
+def collect(
+    parallel: SingleProcess,
+    model: Transformer,
+    updater: Updater,
+    kept: Callable[[torch.Tensor, tuple[str, str]], torch.Tensor] = live,
+) -> dict:
+    """What this rank has to write; `kept` makes of each tensor, by place, what is handed out."""
     saves_weights, saves_optimizer = parallel.saves
     weights = parallel.weights(model) if saves_weights else {}
     optimized = parallel.optimized(model) if saves_optimizer else {}
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
 
-    def stored(name: str, tensor: torch.Tensor) -> torch.Tensor:
-        tensor = tensor.detach()
-        if tensor.untyped_storage().nbytes() != tensor.nbytes:
-            tensor = tensor.clone()  # or the whole buffer that it is a part of would be written
+    def stored(name: str, key: str, tensor: torch.Tensor) -> torch.Tensor:
+        tensor = kept(tensor.detach(), (name, key))
         return tensor.view(shapes[name]) if tensor.numel() == shapes[name].numel() else tensor
 
     return {
-        'model': {name: stored(name, piece.tensor) for name, piece in weights.items()},
+        'model': {name: stored(name, '', piece.tensor) for name, piece in weights.items()},
         'optimizer': {
             name: {
-                key: value if key == 'step' else stored(name, local(value).view(-1))
-                for key, value in updater.optimizer.state[piece.key].items()
+                key: kept(value, (name, key))
+                if key == 'step'
+                else stored(name, key, local(value).view(-1))
+                for key, value in updater.optimizer.state.get(piece.key, {}).items()
             }
             for name, piece in optimized.items()
         },

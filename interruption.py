@@ -29,6 +29,7 @@ class Interruption:
         # What all have agreed on.
         self.stop_signal: int | None = None
         self.save_wanted = False
+        self.writing = False
 
     @property
     def exit_code(self) -> int:
@@ -40,11 +41,15 @@ class Interruption:
         """Whether anybody waits for a save."""
         return self.save_wanted or self.stop_signal is not None
 
-    def agree(self, ranks: Alone) -> None:
-        """Let every rank know what any of them was asked for, at an update boundary."""
+    def agree(self, ranks: Alone, writing: bool = False) -> None:
+        """Let every rank know what any of them was asked for, at an update boundary.
+
+        writing: whether this rank is still at work on a checkpoint; then whether any is.
+        """
         asked_to_save, self._asked_to_save = self._asked_to_save, False
-        stop, save = ranks.largest([self._asked_to_stop or 0, asked_to_save])
+        stop, save, writing = ranks.largest([self._asked_to_stop or 0, asked_to_save, writing])
         self.stop_signal, self.save_wanted = int(stop) or None, bool(save)
+        self.writing = bool(writing)
 
     def __enter__(self) -> 'Interruption':
         self._before = {number: signal.signal(number, self._stop) for number in STOPPING}

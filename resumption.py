@@ -15,7 +15,7 @@ from model_config import ModelArchitectureConfig
 from optimization import Updater
 from parallelism import SingleProcess, weights_here
 from training_config import Settings, schema
-from training_logger import TrainingLogger, latest_run, read_record
+from training_logger import TrainingLogger, latest_run
 
 # Options that say how to start, not what to train: never taken over from the earlier process.
 NOT_TAKEN_OVER = ('out_dir', 'init_from', 'resume_run', 'eval_only', 'debug')
@@ -94,7 +94,7 @@ class Resumed:
         index, path = self.checkpoint.index, self.checkpoint.path.relative_to(self.run_folder)
         changed = _differences(index['config'], header['config'])
         changed |= _differences(index['surroundings'], surroundings)
-        logger.resume(
+        document = logger.resume(
             self.checkpoint.iter,
             checkpoint=str(path),
             changed={key: pair for key, pair in changed.items() if key not in NOT_TAKEN_OVER},
@@ -102,11 +102,10 @@ class Resumed:
             metadata=header['metadata'],
             startup_info=header['startup_info'],
         )
-        recorded = read_record(self.run_folder)['checkpoints']
-        if str(path) not in [entry['path'] for entry in recorded]:
+        if document and str(path) not in [entry['path'] for entry in document['checkpoints']]:
             # The process died between publishing it and saying so.
             entry = {key: index[key] for key in ('iter', 'val_loss')}
-            logger.checkpoint({**entry, 'path': str(path), 'time_ms': None})
+            logger.checkpoint({**entry, 'path': str(path), 'time_ms': None, 'write_ms': None})
         for warning in self.warnings:
             logger.event('broken_checkpoint', self.checkpoint.iter, warning)
 

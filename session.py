@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,6 +14,7 @@ from model_builder import Transformer
 from model_components import IGNORED
 from optimization import Updater
 from parallelism import SingleProcess
+from saving import Saver
 from token_data import TokenDataset
 from training_config import Settings
 from training_logger import TrainingLogger
@@ -37,16 +37,13 @@ class Session:
     peak: hardware.Peak
     update_size: diagnostics.UpdateSize
     interruption: Interruption
+    saver: Saver
     surroundings: dict  # threads, versions and the like, to be compared on a resume
 
     @property
     def tokens_per_iter(self) -> int:
         run, block_size = self.settings.run, self.settings.architecture.block_size
         return run.batch_size * run.gradient_accumulation_steps * block_size
-
-    @property
-    def checkpoint_folder(self) -> Path:
-        return self.logger.run_folder / 'checkpoints'
 
     def evaluation_due(self, iter: int) -> bool:
         """Whether the loss is measured after `iter` updates: at intervals, and at the end."""

@@ -39,13 +39,25 @@ def is_spike(loss: float, recent: list[float]) -> bool:
 
 def nonfinite_error(iter: int, count: int, checkpoints: list[Path]) -> UserError:
     """What a run says that stops at a loss or gradient that is not finite."""
-    kept = f'The last checkpoint is {checkpoints[0]}.' if checkpoints else 'None is saved yet.'
     return UserError(
         f'the loss or the gradient was not finite in {count} update(s) up to iter {iter - 1}; the '
-        f'weights were not touched by them. {kept} Try a lower --learning_rate, a longer '
-        f'--warmup_iters or --dtype=float32; --on_nonfinite=skip goes on without such updates, '
-        f'--on_nonfinite=rollback goes back to the last checkpoint and leaves out the data between.'
+        f'weights were not touched by them. {_last_of(checkpoints)} Try a lower --learning_rate, a '
+        f'longer --warmup_iters or --dtype=float32; --on_nonfinite=skip goes on without such '
+        f'updates, --on_nonfinite=rollback goes back to the last checkpoint and leaves out the '
+        f'data between.'
     )
+
+
+def nonfinite_weights_error(iter: int, checkpoints: list[Path]) -> UserError:
+    """What a run says that has nothing to save: finite gradients took a weight out of range."""
+    return UserError(
+        f'the weights are not all finite after {iter} updates, so they are not saved. '
+        f'{_last_of(checkpoints)} Try a lower --learning_rate or a longer --warmup_iters.'
+    )
+
+
+def _last_of(checkpoints: list[Path]) -> str:
+    return f'The last checkpoint is {checkpoints[0]}.' if checkpoints else 'None is saved yet.'
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -27,6 +27,7 @@ from interruption import Interruption
 from model_builder import name_seed, parameter_groups, training_flops
 from optimization import Updater, learning_rate_at
 from parallelism import SingleProcess, choose_strategy, recomputed_blocks
+from saving import Saver
 from session import Session
 from startup import record_header, surroundings
 from token_data import TokenDataset, is_prepared, load_dataset, prepare_if_missing
@@ -122,6 +123,7 @@ def set_up(
         peak=peak,
         update_size=diagnostics.UpdateSize(groups, parallel),
         interruption=Interruption(speaks=parallel.is_main),
+        saver=Saver(options, device, parallel, logger),
         surroundings=here,
     )
 
@@ -136,7 +138,9 @@ def run(session: Session) -> int:
         try:
             with stability.explained(session.settings, session.parallel, session.device):
                 train(session)
+                session.saver.finish()
         except BaseException as error:
+            session.saver.give_up()
             session.logger.finish('failed', reason=str(error) or type(error).__name__)
             raise
         stopped = session.interruption.exit_code
@@ -154,7 +158,10 @@ def train(session: Session) -> None:
     while True:
         done = session.progress.iter
         due = session.evaluation_due(done) and session.progress.evaluated_at != done
-        session.interruption.agree(session.parallel)
+        session.interruption.agree(session.parallel, session.saver.writing)
+        if session.saver.under_way and not session.interruption.writing:
+            with clock.paused():
+                session.saver.publish()
         if due or session.interruption.pending:
             with clock.paused():
                 between_updates(session, due)
@@ -260,12 +267,13 @@ def rolled_back(session: Session, skipped: int) -> bool:
     """
     if not skipped:
         return False
-    options, failed, folder = session.settings.run, session.progress, session.checkpoint_folder
+    options, failed, folder = session.settings.run, session.progress, session.saver.folder
     session.updater.skipped.zero_()
     message = f'{skipped} update(s) skipped: loss or gradient not finite'
     session.logger.event('nonfinite', failed.iter - 1, message, count=skipped)
     if options.on_nonfinite == 'skip':
         return False
+    session.saver.finish()
     found = checkpointing.newest(folder, print) if options.on_nonfinite == 'rollback' else None
     if found is None or failed.rollbacks == stability.MAX_ROLLBACKS:
         raise stability.nonfinite_error(failed.iter, skipped, checkpointing.published(folder))
@@ -325,23 +333,17 @@ def evaluate(session: Session) -> bool:
 
 
 def save(session: Session) -> None:
-    """Publish a checkpoint of this moment and record it. Nothing that is not finite is saved."""
-    began, options, folder = time.perf_counter(), session.settings.run, session.checkpoint_folder
+    """Save this moment, when the save before it is done. Nothing that is not finite is saved."""
+    saver, progress = session.saver, session.progress
+    saver.publish()
+    began = time.perf_counter()
     if not session.updater.weights_are_finite():
-        raise stability.nonfinite_error(session.progress.iter, 1, checkpointing.published(folder))
-    index = resumption.checkpoint_index(session.settings, session.progress, session.surroundings)
-    state = divided_state.collect(session.parallel, session.bare, session.updater)
-    checkpoint = checkpointing.save(folder, state, index, session.parallel)
-    if session.parallel.is_main:
-        checkpointing.prune(checkpoint, options.keep_last, options.keep_best)
-    session.logger.checkpoint(
-        {
-            'iter': checkpoint.iter,
-            'val_loss': checkpoint.val_loss,
-            'path': str(checkpoint.path.relative_to(session.logger.run_folder)),
-            'time_ms': (time.perf_counter() - began) * 1e3,
-        }
-    )
+        raise stability.nonfinite_weights_error(
+            progress.iter, checkpointing.published(saver.folder)
+        )
+    index = resumption.checkpoint_index(session.settings, progress, session.surroundings)
+    state = divided_state.collect(session.parallel, session.bare, session.updater, saver.kept)
+    saver.begin(state, index, began)
 
 
 if __name__ == '__main__':

@@ -40,6 +40,8 @@ RUN_OPTIONS = {
                         choices=('auto', 'block', 'line')),
     'always_save_checkpoint': Option(bool, True, 'Save at every evaluation, not only at a '
                                      'best one'),
+    'async_save': Option(bool | None, None, 'Train on while a checkpoint is written, from a copy '
+                         'in host memory; None: on a GPU'),
     'keep_last': Option(int, 1, 'Newest checkpoints to keep', check=at_least(1)),
     'keep_best': Option(bool, True, 'Keep the checkpoint of the lowest validation loss too'),
     'on_nonfinite': Option(str, 'stop', 'What to do when a loss or gradient is not finite: the '
@@ -174,6 +176,8 @@ class Settings:
         derive('device', str(device), 'the best that is here')
         derive('dtype', dtype, f'what this {device.type} does in hardware')
         derive('compile', not on_cpu, f'for {device.type}')
+        # The cores and the memory that this takes are those of the training on a CPU.
+        derive('async_save', not on_cpu, f'for {device.type}')
 
         architecture = self.architecture
         if dataset is not None:

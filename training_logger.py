@@ -476,11 +476,12 @@ class TrainingLogger:
         config: dict,
         metadata: dict,
         startup_info: dict,
-    ) -> None:
+    ) -> dict | None:
         """Continue the folder's journal from the `checkpoint` of `iter` updates.
 
         `changed` is key → [old, new] for what differs from the earlier process: options, versions.
-        Raises UserError where the folder holds no journal to continue, or another process does so.
+        Returns the document as it now is. Raises UserError where the folder holds no journal to
+        continue, or another process does so.
         """
         read_record(self.run_folder / JOURNAL)
         self.journal = _Journal(self.run_folder / JOURNAL, new=False)
@@ -500,6 +501,7 @@ class TrainingLogger:
         self.evaluations = {entry['iter']: entry for entry in document['eval_steps']}
         report = console.resume_report(iter, checkpoint, changed, self.run_folder)
         self.console.begin(report, startup_info['hardware'])
+        return document
 
     @_on_main
     def iteration(self, entry: dict) -> None:

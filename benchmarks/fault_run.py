@@ -50,7 +50,7 @@ OPTIONS = {
     'log_style': 'line',
     'init_from': 'auto',
 }
-MEASURED = ('time', 'time_ms', 'steps', 'tokens_per_sec', 'mfu', 'memory')
+MEASURED = ('time', 'time_ms', 'write_ms', 'steps', 'tokens_per_sec', 'mfu', 'memory')
 KINDS = ('training', 'saving', 'start', 'saving', 'training')
 PATIENCE = 300  # seconds, for what should take a few
 

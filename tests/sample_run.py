@@ -173,7 +173,13 @@ def evaluation(n, val_loss=4.2, bits=1.8):
 
 
 def checkpoint(n):
-    return {'iter': n, 'val_loss': None, 'path': f'checkpoints/{n}.pt', 'time_ms': 812.0}
+    return {
+        'iter': n,
+        'val_loss': None,
+        'path': f'checkpoints/{n}.pt',
+        'time_ms': 812.0,
+        'write_ms': 3456.0,
+    }
 
 
 class Utf8Terminal(io.StringIO):
