@@ -87,9 +87,9 @@ class StoredState:
         pieces: dict[str, dict[str, list]] = {}
         for file in files:
             for name, value in file[kind].items():
-                offset = file['offsets'][kind][name]
+                offset, by_name = file['offsets'][kind][name], pieces.setdefault(name, {})
                 for key, tensor in by_key(value).items():
-                    pieces.setdefault(name, {}).setdefault(key, []).append((offset, tensor))
+                    by_name.setdefault(key, []).append((offset, tensor))
         return pieces
 
     def copy_to(self, target: torch.Tensor, pieces: list, offset: int, whole: int) -> None:
@@ -138,7 +138,8 @@ def restore(
             else:
                 state[key] = torch.zeros_like(piece.key)
                 stored.copy_to(local(state[key]).view(-1), pieces, piece.offset, whole[name])
-        if state.keys() != updater.state_keys:
+        # None: it never had a gradient, as an expert that no token reached.
+        if state and state.keys() != updater.state_keys:
             raise ValueError(f'the optimizer state has {", ".join(state)}')
         updater.optimizer.state[piece.key] = state
     if updater.scaler.is_enabled() and stored.scaler:  # empty after a run without one

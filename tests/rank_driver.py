@@ -15,6 +15,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import traceback
 from datetime import timedelta
 from pathlib import Path
@@ -29,6 +30,7 @@ from torch.distributed.tensor import DTensor
 import errors
 import parallelism
 import train
+from checkpointing import Save
 from errors import UserError, run_script
 from interruption import Interruption
 from model_builder import Transformer
@@ -60,7 +62,7 @@ def signal_while_agreeing(patch, rank):
     """The last rank gets SIGTERM when the ranks have just told one another that none has."""
     agree, calls = Interruption.agree, []
 
-    def interrupted(self, ranks):
+    def interrupted(self, ranks, *arguments):
         def largest(numbers):
             answer = ranks.largest(numbers)
             calls.append(1)
@@ -68,7 +70,7 @@ def signal_while_agreeing(patch, rank):
                 os.kill(os.getpid(), signal.SIGTERM)
             return answer
 
-        agree(self, SimpleNamespace(largest=largest))
+        agree(self, SimpleNamespace(largest=largest), *arguments)
 
     patch.setattr(Interruption, 'agree', interrupted)
 
@@ -81,6 +83,25 @@ def full_disk(patch, rank):
 
     if rank == world() - 1:
         patch.setattr(torch, 'save', save)
+
+
+def written_late(patch, rank):
+    """What is saved after 10 updates is written when two more are made."""
+    write, update, updates, made = Save.write, Updater.update, [], threading.Event()
+
+    def late(self, state):
+        assert self.index['iter'] != 10 or made.wait(60)
+        write(self, state)
+
+    def counted(self, *arguments, **keywords):
+        sums = update(self, *arguments, **keywords)
+        updates.append(1)
+        if len(updates) == 12:
+            made.set()
+        return sums
+
+    patch.setattr(Save, 'write', late)
+    patch.setattr(Updater, 'update', counted)
 
 
 def lost_loss(patch, rank):
@@ -119,7 +140,14 @@ def overflow(patch, rank):
 
 SPECIALS = {
     made.__name__: made
-    for made in (signal_in_update, signal_while_agreeing, full_disk, lost_loss, overflow)
+    for made in (
+        signal_in_update,
+        signal_while_agreeing,
+        full_disk,
+        written_late,
+        lost_loss,
+        overflow,
+    )
 }
 
 

@@ -16,6 +16,7 @@ import torch
 from conftest import PROJECT, TINY_RUN
 
 import checkpointing
+from benchmarks import fault_run
 from training_logger import latest_run, read_record
 
 fcntl = pytest.importorskip('fcntl', reason='ranks are forked')
@@ -72,6 +73,7 @@ CASES = {
     'float16': {**TEN, 'dtype': 'float16'},
     'diagnostics': {**GPT2, 'max_iters': 4, 'eval_interval': 2, 'diagnostics': True},
 }
+BESIDE = {'async_save': True}
 RECOMPUTED = {**CASES['dropout'], 'activation_checkpointing': 'full'}
 COMPILED = {**GPT2, 'max_iters': 3, 'eval_interval': 3, 'compile': True}
 
@@ -113,8 +115,16 @@ def planned() -> list[tuple[int, list[dict]]]:
         out = 'journey 0' if number else None
         return ranks, [run(f'journey {number}', SIX, options, {'max_iters': updates}, out=out)]
 
+    def late(name, options):
+        twelve = {'max_iters': 12}
+        return [
+            run(f'{name} late', GPT2, options, BESIDE, twelve, special='written_late'),
+            run(f'{name} late resumed', GPT2, options, out=f'{name} late'),
+        ]
+
     single = [run(f'single {name}', options) for name, options in CASES.items()]
     single += [
+        *late('single', ALONE),
         run('single six', SIX),
         run('single narrow', NARROW),
         run('single lost_loss', FEW, {'on_nonfinite': 'skip'}, special='lost_loss'),
@@ -137,7 +147,10 @@ def planned() -> list[tuple[int, list[dict]]]:
             run(f'{name} overflow', FEW, {'dtype': 'float16'}, options, special='overflow'),
             run(f'{name} short', TEN, {'reduce_dtype': 'bfloat16'}, options),
             run(f'{name} full_disk', FEW, options, special='full_disk'),
+            run(f'{name} full_disk beside', FEW, options, BESIDE, special='full_disk'),
             run(f'{name} signal_in_update', FEW, options, special='signal_in_update'),
+            run(f'{name} signal beside', FEW, options, BESIDE, special='signal_in_update'),
+            *late(name, options),
         ]
     two.append(run('ddp signal_while_agreeing', FEW, special='signal_while_agreeing'))
     fsdp, hybrid = STRATEGIES['fsdp'], {'use_fsdp': True, 'fsdp_shard_size': 2}
@@ -453,6 +466,24 @@ def test_a_checkpoint_holds_the_weights_of_the_end(left, strategy):
         assert torch.equal(torch.cat([piece for _, piece in pieces]), weight.reshape(-1)), name
 
 
+@pytest.mark.parametrize('strategy', ('single', *STRATEGIES))
+def test_what_is_written_beside_the_training_is_what_was_saved(left, strategy):
+    """Though it is written two updates later; and a run that resumes ends with the same bits."""
+    late, whole = left(f'{strategy} late'), left(f'{strategy} gpt2')
+    after_ten = [run.folder / 'checkpoints' / 'iter_00000010' for run in (late, whole)]
+    mine, theirs = map(checkpointing.read_index, after_ten)
+    assert mine.index['progress'] == theirs.index['progress']
+    assert fault_run.differences(*map(checkpointing.load_state, (mine, theirs))) == []
+    journal = (late.folder / 'journal.jsonl').read_text().splitlines()
+    told = [(line['kind'], line.get('iter')) for line in map(json.loads, journal)]
+    assert told.index(('checkpoint', 10)) > told.index(('iteration', 11))
+
+    resumed = left(f'{strategy} late resumed')
+    assert resumed.record['events'][0]['iter'] == 12 and resumed.checkpoints() == [20, 12, 10]
+    assert torch.equal(whole.curve('loss'), resumed.curve('loss'))
+    assert weight_difference(whole.main['weights'], resumed.main['weights']) == 0
+
+
 def test_a_checkpoint_goes_from_strategy_to_strategy(left):
     end, reference = left(f'journey {len(JOURNEY) - 1}'), left('single six')
     changes = [event['changed'] for event in end.record['events'] if event['event'] == 'resume']
@@ -477,6 +508,7 @@ def test_ranks_that_hold_nothing_or_copies(left, resumed, reference):
     ('name', 'updates'),
     [
         *((f'{strategy} signal_in_update', 3) for strategy in STRATEGIES),
+        *((f'{strategy} signal beside', 3) for strategy in STRATEGIES),
         ('ddp signal_while_agreeing', 2),
     ],
 )
@@ -489,8 +521,9 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_update(left, name, updates):
 
 
 @pytest.mark.parametrize('strategy', STRATEGIES)
-def test_a_rank_that_cannot_write_stops_all(left, strategy):
-    run = left(f'{strategy} full_disk')
+@pytest.mark.parametrize('special', ['full_disk', 'full_disk beside'])
+def test_a_rank_that_cannot_write_stops_all(left, strategy, special):
+    run = left(f'{strategy} {special}')
     assert [rank['code'] for rank in run.ranks] == [2, 2]
     (problem,) = run.main['problems']
     assert run.ranks[1]['problems'] == (problem,) and os.strerror(28) in problem

@@ -139,6 +139,18 @@ def test_killed_in_saves(tmp_path, tiny_dataset, uninterrupted):
     assert names == ['iter_00000006', 'iter_00000008']  # no leftovers
 
 
+def test_killed_while_a_checkpoint_is_written_beside_the_training(
+    tmp_path, tiny_dataset, uninterrupted
+):
+    fault = {'save': 4, 'call': 'fsync', 'nth': 1}  # no later than that of state.pt
+    start(tmp_path, tiny_dataset, fault=fault, code=-9, async_save=True)
+    published = checkpointing.published(the_run(tmp_path) / 'checkpoints')
+    assert [path.name for path in published] == ['iter_00000002']
+    start(tmp_path, tiny_dataset, async_save=True)
+    assert resumed_at(the_run(tmp_path)) == [2]
+    assert_same_end(the_run(tmp_path), uninterrupted)
+
+
 def test_the_scaler_of_float16_goes_on(tmp_path, tiny_dataset):
     options = {'dtype': 'float16', 'log_interval': 2}
     start(tmp_path, tiny_dataset, out_dir='whole', **options)
