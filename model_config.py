@@ -30,6 +30,7 @@ _HOME = 'model_components'
 ATTENTION_REGISTRY = Registry('attention_type', 'Attention', _HOME)
 ATTENTION_BACKEND_REGISTRY = Registry('attention_backend', 'Attention backend', _HOME)
 POSITION_ENCODING_REGISTRY = Registry('position_encoding', 'Position encoding', _HOME)
+ROPE_SCALING_REGISTRY = Registry('rope_scaling', 'RoPE scaling', _HOME)
 NORM_REGISTRY = Registry('normalization', 'Normalization', _HOME)
 FFN_REGISTRY = Registry('ffn_type', 'Feed-forward network', _HOME)
 ACTIVATION_REGISTRY = Registry('activation', 'Activation', _HOME)
@@ -40,6 +41,7 @@ REGISTRIES = (
     ATTENTION_REGISTRY,
     ATTENTION_BACKEND_REGISTRY,
     POSITION_ENCODING_REGISTRY,
+    ROPE_SCALING_REGISTRY,
     NORM_REGISTRY,
     FFN_REGISTRY,
     ACTIVATION_REGISTRY,

@@ -57,6 +57,11 @@ class Attention(Component, nn.Module):
         )
 
     @classmethod
+    def rotary_dim(cls, config: ModelArchitectureConfig) -> int:
+        """How many columns of a head a position encoding may turn."""
+        return config.head_dim
+
+    @classmethod
     def name_tag(cls, config: ModelArchitectureConfig) -> str:
         return f'GQA{config.num_kv_heads}' if config.use_gqa else ''
 

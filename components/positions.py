@@ -1,13 +1,19 @@
 """Position encodings."""
 
+import math
 from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn as nn
 
 from components.contract import Component
-from model_config import POSITION_ENCODING_REGISTRY, ModelArchitectureConfig
-from registry import Option, above
+from model_config import (
+    ATTENTION_REGISTRY,
+    POSITION_ENCODING_REGISTRY,
+    ROPE_SCALING_REGISTRY,
+    ModelArchitectureConfig,
+)
+from registry import Option, above, at_least
 
 
 class Positions(NamedTuple):
@@ -61,37 +67,344 @@ class LearnedAbsolute(PositionEncoding):
         return x + self.table(positions)
 
 
-@POSITION_ENCODING_REGISTRY.register('rope', source='Su et al. 2021')
+@POSITION_ENCODING_REGISTRY.register('sinusoidal', source='Vaswani et al. 2017, section 3.5')
+class Sinusoidal(PositionEncoding):
+    """Adds sin(t · 10000^(-2i/C)) to column 2i and the cosine to column 2i + 1.
+
+    Vaswani et al. multiply the token embeddings by √C first (`scale_embeddings`).
+    """
+
+    tag = 'SinPos'
+
+    @classmethod
+    def problems(cls, config: ModelArchitectureConfig) -> list[str]:
+        if config.n_embd % 2 == 0:
+            return []
+        return [
+            f"position_encoding='sinusoidal' fills pairs of columns, and n_embd={config.n_embd} is "
+            f'odd: choose an even n_embd.'
+        ]
+
+    def embed(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        angles = positions[:, None] * rotary_frequencies(x.size(-1), 10000.0, x.device)
+        return x + torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(1)  # (T, C)
+
+
+# --------------------------------------------------------------------------------------------------
+# Rotations
+
+
+def rotary_frequencies(columns: int, theta: float, device: torch.device) -> torch.Tensor:
+    """theta^(-2i/columns) for each pair of columns, in radians a token, (columns/2,) in fp32."""
+    exponents = torch.arange(0, columns, 2, device=device, dtype=torch.float) / columns
+    return 1.0 / theta**exponents
+
+
+class RotaryScaling(Component):
+    """How RoPE's frequencies change for a context longer than that of the first training.
+
+    Never constructed: both hooks are functions of the config.
+    """
+
+    options: ClassVar = {
+        'rope_scaling_factor': Option(
+            float, 8.0, 'How many times longer the context has become', check=at_least(1)
+        )
+    }
+
+    @staticmethod
+    def scaled(frequencies: torch.Tensor, config: ModelArchitectureConfig) -> torch.Tensor:
+        """Frequencies (pairs,) in radians a token, changed for the longer context."""
+        return frequencies
+
+    @staticmethod
+    def attention_factor(config: ModelArchitectureConfig) -> float:
+        """What multiplies the rotated queries and keys."""
+        return 1.0
+
+
+@ROPE_SCALING_REGISTRY.register('none', source='Su et al. 2021')
+class NoScaling(RotaryScaling):
+    options: ClassVar = {}
+
+
+@ROPE_SCALING_REGISTRY.register('linear', source='Chen et al. 2023, position interpolation')
+class LinearScaling(RotaryScaling):
+    """All positions are divided by the factor."""
+
+    tag = 'Linear'
+
+    @staticmethod
+    def scaled(frequencies, config):
+        return frequencies / config.rope_scaling_factor
+
+
+class ScalingByWavelength(RotaryScaling):
+    """Slow pairs, whose wavelength exceeds the old context, are interpolated, and fast ones kept.
+
+    What is fast and slow is reckoned in turns within `rope_original_block_size` tokens.
+    """
+
+    options: ClassVar = {
+        **RotaryScaling.options,
+        'rope_original_block_size': Option(
+            int | None,
+            None,
+            'Context length before scaling; None: block_size / rope_scaling_factor',
+            check=at_least(1),
+        ),
+    }
+
+    @classmethod
+    def derived_values(cls, config) -> dict[str, tuple]:
+        length = max(1, round(config.block_size / config.rope_scaling_factor))
+        return {'rope_original_block_size': (length, 'block_size / rope_scaling_factor')}
+
+    @staticmethod
+    def kept(frequencies: torch.Tensor, config: ModelArchitectureConfig) -> torch.Tensor:
+        """How much of each frequency is kept, from 0 (interpolated) to 1."""
+        raise NotImplementedError
+
+    @classmethod
+    def scaled(cls, frequencies, config):
+        kept = cls.kept(frequencies, config)
+        return frequencies * (kept + (1 - kept) / config.rope_scaling_factor)
+
+
+def _wrong_order(low: str, high: str, config: ModelArchitectureConfig) -> list[str]:
+    values = config.to_dict()
+    if values[low] < values[high]:
+        return []
+    return [f'{low}={values[low]:g} must be below {high}={values[high]:g}.']
+
+
+@ROPE_SCALING_REGISTRY.register('llama3', source='Grattafiori et al. 2024; Llama 3.1')
+class Llama3Scaling(ScalingByWavelength):
+    """Linear in the number of turns between the two factors."""
+
+    tag = 'Llama3'
+    options: ClassVar = {
+        **ScalingByWavelength.options,
+        'rope_low_freq_factor': Option(
+            float, 1.0, 'Pairs with fewer turns in the old context are interpolated', check=above(0)
+        ),
+        'rope_high_freq_factor': Option(
+            float, 4.0, 'Pairs with more turns in the old context are kept', check=above(0)
+        ),
+    }
+
+    @classmethod
+    def problems(cls, config: ModelArchitectureConfig) -> list[str]:
+        return _wrong_order('rope_low_freq_factor', 'rope_high_freq_factor', config)
+
+    @staticmethod
+    def kept(frequencies, config):
+        turns = config.rope_original_block_size * frequencies / (2 * math.pi)
+        low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
+        return ((turns - low) / (high - low)).clamp(0, 1)
+
+
+@ROPE_SCALING_REGISTRY.register('yarn', source='Peng et al. 2023')
+class YarnScaling(ScalingByWavelength):
+    """Linear in the number of the pair between those that make so many turns; scores are scaled."""
+
+    tag = 'YaRN'
+    options: ClassVar = {
+        **ScalingByWavelength.options,
+        'rope_beta_fast': Option(
+            float, 32.0, 'Pairs with more turns in the old context are kept', check=above(0)
+        ),
+        'rope_beta_slow': Option(
+            float, 1.0, 'Pairs with fewer turns in the old context are interpolated', check=above(0)
+        ),
+        'rope_attention_factor': Option(
+            float | None,
+            None,
+            'Multiplies rotated queries and keys; None: 0.1 ln(rope_scaling_factor) + 1',
+            check=above(0),
+        ),
+    }
+
+    @classmethod
+    def derived_values(cls, config) -> dict[str, tuple]:
+        factor = 0.1 * math.log(config.rope_scaling_factor) + 1
+        derived = {'rope_attention_factor': (factor, '0.1 ln(rope_scaling_factor) + 1')}
+        return {**super().derived_values(config), **derived}
+
+    @classmethod
+    def problems(cls, config: ModelArchitectureConfig) -> list[str]:
+        problems = _wrong_order('rope_beta_slow', 'rope_beta_fast', config)
+        if config.rope_theta <= 1:
+            problems.append(
+                f"rope_theta={config.rope_theta:g}: rope_scaling='yarn' takes its logarithm: "
+                f'choose one above 1.'
+            )
+        return problems
+
+    @staticmethod
+    def kept(frequencies, config):
+        pairs = len(frequencies)
+
+        def pair_with(turns: float) -> float:
+            """The number of the pair that makes so many turns in the old context."""
+            wavelength = config.rope_original_block_size / turns
+            return pairs * math.log(wavelength / (2 * math.pi)) / math.log(config.rope_theta)
+
+        first = max(math.floor(pair_with(config.rope_beta_fast)), 0)
+        last = min(math.ceil(pair_with(config.rope_beta_slow)), 2 * pairs - 1)
+        number = torch.arange(pairs, device=frequencies.device)
+        return 1 - ((number - first) / max(last - first, 0.001)).clamp(0, 1)
+
+    @staticmethod
+    def attention_factor(config):
+        return config.rope_attention_factor
+
+
+@POSITION_ENCODING_REGISTRY.register('rope', source='Su et al. 2021; partial: Black et al. 2022')
 class RotaryPositionEncoding(PositionEncoding):
-    """Rotates pairs (i, i + D/2) of each head by position · theta^(-2i/D), as Llama does."""
+    """Rotates pairs (i, i + D/2) of each head by position · theta^(-2i/D), as Llama does.
+
+    D is what the attention offers of a head, times `rope_fraction`; the columns behind stay.
+    """
 
     tag = 'RoPE'
     options: ClassVar = {
-        'rope_theta': Option(float, 10000.0, 'Base of the rotary frequencies', check=above(0))
+        'rope_theta': Option(float, 10000.0, 'Base of the rotary frequencies', check=above(0)),
+        'rope_fraction': Option(
+            float,
+            1.0,
+            'How much of each head turns: its first columns',
+            check=((lambda value: 0 < value <= 1), 'above 0 and at most 1'),
+        ),
+        'rope_scaling': Option(
+            str,
+            'none',
+            'How RoPE reaches beyond the context of a first training',
+            choices=ROPE_SCALING_REGISTRY,
+        ),
     }
 
     def __init__(self, config: ModelArchitectureConfig):
         super().__init__(config)
-        self.theta, self.head_dim = config.rope_theta, config.head_dim
+        self.config, self.columns = config, self.turned_columns(config)
+        self.scaling = ROPE_SCALING_REGISTRY[config.rope_scaling]
+
+    @staticmethod
+    def turned_columns(config: ModelArchitectureConfig) -> int:
+        """How many columns of a head turn; a fraction is rounded down, as in transformers."""
+        offered = ATTENTION_REGISTRY[config.attention_type].rotary_dim(config)
+        return int(offered * config.rope_fraction)
+
+    @classmethod
+    def name_tag(cls, config: ModelArchitectureConfig) -> str:
+        part = '' if config.rope_fraction == 1 else f'{config.rope_fraction:g}'
+        scaling = ROPE_SCALING_REGISTRY[config.rope_scaling].name_tag(config)
+        return cls.tag + part + (f'-{scaling}' if scaling else '')
 
     @classmethod
     def problems(cls, config: ModelArchitectureConfig) -> list[str]:
-        if config.head_dim % 2 == 0:
+        offered = ATTENTION_REGISTRY[config.attention_type].rotary_dim(config)
+        turned = cls.turned_columns(config)
+        if turned > 0 and turned % 2 == 0:
             return []
+        if config.rope_fraction < 1:
+            return [
+                f'rope_fraction={config.rope_fraction:g} of a head of {offered} is {turned} '
+                f'column(s), and RoPE turns pairs: choose a fraction that gives an even number, '
+                f'such as {max(turned // 2 * 2, 2) / offered:g}.'
+            ]
         return [
-            f"position_encoding='rope' turns pairs of columns, and a head of {config.head_dim} "
+            f"position_encoding='rope' turns pairs of columns, and a head of {offered} "
             f'(n_embd={config.n_embd} / n_head={config.n_head}) has an odd one left over: choose '
             f'an n_head that gives an even head size.'
         ]
 
     def prepare(self, q_positions: torch.Tensor, k_positions: torch.Tensor) -> Positions:
-        exponent = torch.arange(0, self.head_dim, 2, device=q_positions.device) / self.head_dim
-        angles = q_positions.float()[:, None] * self.theta ** -exponent.float()  # (T, D/2)
-        return Positions(rotation=(angles.cos(), angles.sin()))
+        frequencies = rotary_frequencies(self.columns, self.config.rope_theta, q_positions.device)
+        angles = q_positions[:, None] * self.scaling.scaled(frequencies, self.config)  # (T, D/2)
+        factor = self.scaling.attention_factor(self.config)
+        return Positions(rotation=(angles.cos() * factor, angles.sin() * factor))
 
     @staticmethod
     def rotate(x: torch.Tensor, rotation: tuple[torch.Tensor, ...]) -> torch.Tensor:
         cos, sin = rotation
-        first, second = x.float().chunk(2, dim=-1)
-        turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-        return turned.to(x.dtype)
+        half = cos.size(-1)
+        first, second, still = x.float().tensor_split((half, 2 * half), dim=-1)
+        turned = (first * cos - second * sin, second * cos + first * sin, still)
+        return torch.cat(turned, dim=-1).to(x.dtype)
+
+
+# --------------------------------------------------------------------------------------------------
+# Biases of the scores
+
+
+@POSITION_ENCODING_REGISTRY.register('alibi', source='Press et al. 2022')
+class ALiBi(PositionEncoding):
+    """Takes slope · distance from the scores, each head by a slope of its own."""
+
+    tag = 'ALiBi'
+    has_bias = True
+
+    def __init__(self, config: ModelArchitectureConfig):
+        super().__init__(config)
+        self.heads = config.n_head
+
+    def prepare(self, q_positions: torch.Tensor, k_positions: torch.Tensor) -> Positions:
+        slopes = alibi_slopes(self.heads, q_positions.device)
+        return Positions(bias=slopes[:, None, None] * (k_positions - q_positions[:, None]))
+
+
+def alibi_slopes(heads: int, device: torch.device) -> torch.Tensor:
+    """2^(-8i/n) for i = 1 … n where n heads are a power of two.
+
+    Otherwise those of the power of two below, and from the one above every second.
+    """
+    power = 1 << (heads.bit_length() - 1)
+    below = torch.arange(1, power + 1, device=device) * (8 / power)
+    between = (2 * torch.arange(heads - power, device=device) + 1) * (4 / power)
+    return torch.exp2(-torch.cat((below, between)))
+
+
+@POSITION_ENCODING_REGISTRY.register('t5_relative', source='Raffel et al. 2020')
+class T5Relative(PositionEncoding):
+    """Adds a learned number to the scores, for each head and bucket of distances.
+
+    One table for all layers. Half of the buckets are a single distance each, the rest grow
+    logarithmically up to `t5_max_distance`, and all beyond share the last.
+    """
+
+    tag = 'T5Pos'
+    has_bias = True
+    options: ClassVar = {
+        't5_buckets': Option(int, 32, 'Buckets of distances', check=at_least(2)),
+        't5_max_distance': Option(
+            int, 128, 'Distance from which all share the last bucket', check=at_least(2)
+        ),
+    }
+
+    def __init__(self, config: ModelArchitectureConfig):
+        super().__init__(config)
+        self.max_distance = config.t5_max_distance
+        self.table = nn.Embedding(config.t5_buckets, config.n_head)
+
+    @classmethod
+    def problems(cls, config: ModelArchitectureConfig) -> list[str]:
+        if config.t5_max_distance > config.t5_buckets // 2:
+            return []
+        return [
+            f't5_max_distance={config.t5_max_distance} must exceed half of '
+            f't5_buckets={config.t5_buckets}, since that many distances have a bucket each: '
+            f'--t5_max_distance={4 * config.t5_buckets}.'
+        ]
+
+    def prepare(self, q_positions: torch.Tensor, k_positions: torch.Tensor) -> Positions:
+        distance = (q_positions[:, None] - k_positions).clamp(min=0)  # (T, T); the future is masked
+        return Positions(bias=self.table(self.bucket(distance)).movedim(-1, 0))
+
+    def bucket(self, distance: torch.Tensor) -> torch.Tensor:
+        """The bucket of each distance, from 0."""
+        buckets = self.table.num_embeddings
+        single = buckets // 2
+        growth = (distance.clamp(min=single) / single).log() / math.log(self.max_distance / single)
+        shared = single + (growth * (buckets - single)).long()
+        return torch.where(distance < single, distance, shared.clamp(max=buckets - 1))
