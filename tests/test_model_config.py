@@ -96,6 +96,7 @@ NUMBERS = {
     'residual_dropout': 0.3,
     'norm_eps': 0.5,
     'rope_theta': 50.0,
+    'rope_fraction': 0.5,
     'multiple_of': 64,
     'num_kv_heads': 1,
 }
