@@ -97,7 +97,7 @@ class Sinusoidal(PositionEncoding):
 def rotary_frequencies(columns: int, theta: float, device: torch.device) -> torch.Tensor:
     """theta^(-2i/columns) for each pair of columns, in radians a token, (columns/2,) in fp32."""
     exponents = torch.arange(0, columns, 2, device=device, dtype=torch.float) / columns
-    return 1.0 / theta**exponents
+    return (theta**exponents).reciprocal()
 
 
 class RotaryScaling(Component):

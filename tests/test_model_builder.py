@@ -259,15 +259,17 @@ def test_parameters_are_counted_and_grouped_once(chosen):
     assert counted['trainable_params'] == total - frozen.numel()
 
     table = config.vocab_size * config.n_embd
-    positions = config.block_size * config.n_embd
-    learned = config.position_encoding == 'learned_absolute'
+    positions = {
+        'learned_absolute': config.block_size * config.n_embd,
+        't5_relative': 32 * config.n_head,
+    }.get(config.position_encoding, 0)
     assert counted['components']['token_embedding'] == table
-    assert counted['components'].get('position_encoding', 0) == (positions if learned else 0)
+    assert counted['components'].get('position_encoding', 0) == positions
     assert counted['components'].get('output_head', 0) == (0 if config.weight_tying else table)
     assert counted['components']['attention'] == sum(
         sizes[id(p)] for block in model.blocks for p in block.attention.parameters()
     )
-    assert counted['non_embedding_params'] == total - (positions if learned else 0) - (
+    assert counted['non_embedding_params'] == total - positions - (
         0 if config.weight_tying else table
     )
 
@@ -350,13 +352,12 @@ LAYERS, LENGTH, WIDTH, HIDDEN, HEADS, HEAD = 2, 6, 16, 40, 4, 4
         # Two element-wise steps, silu and the product, where there was one.
         ({'ffn_type': 'swiglu'}, LAYERS * LENGTH * HIDDEN),
         # Of each half of queries and keys: two products and their sum or difference; then both
-        # joined. Once for all layers: positions as floats, their product with the D/2
-        # frequencies, its cosine and sine, and four steps to the frequencies themselves.
+        # joined. Once for all layers: the product of positions and the D/2 frequencies, its cosine
+        # and sine, both scaled, and four steps to the frequencies themselves.
         (
             {'position_encoding': 'rope'},
             LAYERS * 2 * (3 * LENGTH * WIDTH + LENGTH * WIDTH)
-            + LENGTH
-            + 3 * LENGTH * HEAD // 2
+            + 5 * LENGTH * HEAD // 2
             + 4 * HEAD // 2,
         ),
         # One layer more: two norms, with a mean and a deviation for each token; scores divided,
