@@ -36,7 +36,7 @@ LOSS_CONDITIONS = (
 )
 SPEED_CONDITIONS = (
     *('device', 'device_name', 'threads', 'strategy', 'world_size', 'compile', 'dtype'),
-    *('block_size', 'batch_size', 'tokens_per_iter', 'model_vocab_size'),
+    *('block_size', 'batch_size', 'tokens_per_iter', 'model_vocab_size', 'concurrent_runs'),
 )
 SEEDS = ('seed', 'data_seed')
 # Where a run is kept and how it reports; nothing that its figures depend on.
@@ -115,6 +115,7 @@ def run_of(record: dict[str, Any], path: Path) -> Run:
     known['device'] = (hardware.get('device') or '').split(':')[0] or None  # cuda:0 is like cuda:1
     known['eval_windows'] = (data.get('eval_windows') or {}).get('val')
     known['tokens_seen'] = summary.get('total_tokens')
+    known.setdefault('concurrent_runs', 1)  # before there were studies
 
     # An evaluation before the first update judges the initialisation, not the training.
     measured = [e for e in record['eval_steps'] if e['iter'] > 0 and e['val_loss'] is not None]

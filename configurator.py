@@ -10,7 +10,7 @@ import shutil
 import textwrap
 import traceback
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -38,6 +38,7 @@ class CommandLine:
     layers: list[Layer]
     config_files: list[dict] = field(default_factory=list)  # {'path', 'text'}
     problems: list[str] = field(default_factory=list)
+    aside: dict = field(default_factory=dict)  # what files set under keys that are another script's
     help: bool = False
     print_config: bool = False
 
@@ -49,17 +50,20 @@ class CommandLine:
         return flatten(schema())[key].default
 
 
-def read_command_line(argv: list[str], schema: Callable[[], Schema]) -> CommandLine:
+def read_command_line(
+    argv: list[str], schema: Callable[[], Schema], aside: Iterable[str] = ()
+) -> CommandLine:
     """Read config files (arguments that end in .py) and `--key=value` options.
 
     Also `--key value`, `--flag` and `--no-flag`. Problems are collected, not raised, so that the
-    caller can add its own and report all of them at once.
+    caller can add its own and report all of them at once. Keys of `aside` are put aside, unread.
     """
     asked = CommandLine(layers=[])
     paths = [argument for argument in argv if _is_config_file(argument)]
     for path in paths:
         values, text = read_config_file(path, asked.problems)
         asked.config_files.append({'path': path, 'text': text})
+        asked.aside |= {key: values.pop(key) for key in aside if key in values}
         asked.layers.append(Layer(path, values))
     found = schema()  # after the files, which may have registered components
     asked.layers = [accept_layer(layer, found, asked.problems) for layer in asked.layers]

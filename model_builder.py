@@ -219,10 +219,7 @@ def training_flops(model: Transformer, recomputed_blocks: list[int] | None = Non
     recompute `recomputed_blocks` is apart, and in neither.
     """
     length = model.config.block_size
-    full, causal = (
-        {part: 3.0 * value / length for part, value in counted.items()}
-        for counted in (module_flops(model, length, half, 'other') for half in (False, True))
-    )
+    full, causal = (flops_by_part(model, half) for half in (False, True))
     attention = causal['attention_projections'] + causal['attention_scores']
     return {
         'per_token': sum(full.values()),
@@ -235,6 +232,13 @@ def training_flops(model: Transformer, recomputed_blocks: list[int] | None = Non
             recomputed_flops(model.config, recomputed_blocks) / length if recomputed_blocks else 0.0
         ),
     }
+
+
+def flops_by_part(model: Transformer, causal: bool) -> dict[str, float]:
+    """Matrix-multiplication FLOPs a token of a training step: three times the forward pass's."""
+    length = model.config.block_size
+    counted = module_flops(model, length, causal, 'other')
+    return {part: 3.0 * value / length for part, value in counted.items()}
 
 
 def recomputed_flops(config: ModelArchitectureConfig, blocks: list[int]) -> int:

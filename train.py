@@ -30,13 +30,14 @@ from parallelism import SingleProcess, choose_strategy, recomputed_blocks
 from saving import Saver
 from session import Session
 from startup import record_header, surroundings
+from study_points import STUDY_KEYS
 from token_data import TokenDataset, is_prepared, load_dataset, prepare_if_missing
 from training_config import Settings, load_settings, schema
 from training_logger import TrainingLogger, new_run_folder
 
 
 def main(argv: list[str]) -> int:
-    asked = read_command_line(argv, schema)
+    asked = read_command_line(argv, schema, aside=STUDY_KEYS)
     if asked.help and not asked.problems:
         print(format_help(__doc__, schema()))
         return 0
@@ -107,7 +108,7 @@ def set_up(
         resumed.report(logger, header, here)
     else:
         logger.start(**header)
-    for note in dataset.notes:
+    for note in [*dataset.notes, *settings.notes]:
         logger.event('note', None, note)
     return Session(
         settings=settings,

@@ -49,6 +49,8 @@ RUN_OPTIONS = {
                            'the last checkpoint', choices=('stop', 'skip', 'rollback')),
     'diagnostics': Option(bool, False, 'At evaluations also measure layers, the last update, and '
                           'the loss by position'),
+    'concurrent_runs': Option(int, 1, 'Runs at a time on this machine, as study.py says; with more '
+                              'than one, times are not compared', check=at_least(1)),
     'debug': Option(bool, False, "Show the traceback of a user's mistake too"),
 }
 DATA_OPTIONS = {
@@ -132,6 +134,14 @@ class Settings:
     architecture: ModelArchitectureConfig
     asked: CommandLine
     derived: dict[str, str] = field(default_factory=dict)  # key -> value and why
+
+    @property
+    def notes(self) -> list[str]:
+        """What the user should know of how the files were read."""
+        if not self.asked.aside:
+            return []
+        path = self.asked.config_files[-1]['path']
+        return [f'{path} holds a study: this is one run of it; python study.py {path} runs all']
 
     def to_dict(self) -> dict:
         """Every resolved option, flat, as in the record."""
