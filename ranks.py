@@ -24,6 +24,20 @@ def world_size() -> int:
     return int(os.environ.get('WORLD_SIZE', '1'))
 
 
+def job() -> str | None:
+    """torchrun's name for the job, the same after a restart; None where it has none of its own."""
+    name = os.environ.get('TORCHELASTIC_RUN_ID', 'none')
+    return None if name == 'none' else name
+
+
+def restarts_left() -> int:
+    """How often torchrun will start the job again if a rank fails."""
+    made, most = (
+        os.environ.get(f'TORCHELASTIC_{k}', '0') for k in ('RESTART_COUNT', 'MAX_RESTARTS')
+    )
+    return int(most) - int(made)
+
+
 class Alone:
     """One process. Every method that communicates is to be called by every rank."""
 
@@ -237,10 +251,7 @@ class Together(Alone):
 
 
 def _way_on() -> str:
-    restarts = [
-        os.environ.get(f'TORCHELASTIC_{key}', '0') for key in ('RESTART_COUNT', 'MAX_RESTARTS')
-    ]
-    if int(restarts[0]) < int(restarts[1]):
+    if restarts_left() > 0:
         return (
             'torchrun starts the job again; with --init_from=auto it goes on where it last saved.'
         )

@@ -14,6 +14,7 @@ from model_builder import Transformer
 from model_config import ModelArchitectureConfig
 from optimization import Updater
 from parallelism import SingleProcess, weights_here
+from ranks import job, restarts_left
 from training_config import Settings, schema
 from training_logger import TrainingLogger, latest_run
 
@@ -108,6 +109,13 @@ class Resumed:
             logger.checkpoint({**entry, 'path': str(path), 'time_ms': None, 'write_ms': None})
         for warning in self.warnings:
             logger.event('broken_checkpoint', self.checkpoint.iter, warning)
+        if self.checkpoint.iter >= header['config']['max_iters']:
+            logger.event(
+                'note',
+                self.checkpoint.iter,
+                'all updates of this run are made. To train it longer raise --max_iters; to start '
+                'another give --init_from=scratch, or a --out_dir of its own.',
+            )
 
 
 def _differences(then: dict, now: dict) -> dict[str, list]:
@@ -149,13 +157,24 @@ def find(asked: CommandLine) -> Resumed | None:
     return Resumed(folder, checkpoint, state, warnings)
 
 
+def notes(run) -> list[str]:
+    """What a person may not have thought of, a sentence or two each."""
+    if run.init_from != 'scratch' or restarts_left() <= 0:
+        return []
+    return [
+        'torchrun may start this job again, which with init_from=scratch begins a new run each '
+        'time: --init_from=auto goes on with this one.'
+    ]
+
+
 def run_folder(out_dir: str, name: str | None) -> Path:
     """The run called `name`, a path or a name below `out_dir`; without a name the newest there.
 
+    A job that torchrun starts again goes on with its own, whatever else has begun there since.
     Raises UserError if there is none.
     """
     if name is None:
-        newest = latest_run(out_dir)
+        newest = latest_run(out_dir, job())
         if newest is None:
             raise UserError(
                 f'out_dir={out_dir!r} holds no run. Give the folder that does by --out_dir=FOLDER, '

@@ -10,6 +10,7 @@ import torch
 import hardware
 from model_builder import ParameterGroup, Transformer, count_parameters
 from parallelism import SingleProcess
+from ranks import job
 from token_data import TokenDataset
 from training_config import Settings
 
@@ -42,6 +43,7 @@ def record_header(
             'data_seed': run.data_seed,
             'strategy': parallel.name,
             'world_size': parallel.world_size,
+            'job': job(),
             'git_commit': commit,
             'git_clean': clean,
             'versions': hardware.versions(),

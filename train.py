@@ -12,6 +12,7 @@ value and where it came from.
 import math
 import sys
 import time
+from functools import partial
 
 import torch
 
@@ -108,7 +109,7 @@ def set_up(
         resumed.report(logger, header, here)
     else:
         logger.start(**header)
-    for note in [*dataset.notes, *settings.notes]:
+    for note in [*dataset.notes, *settings.notes, *resumption.notes(options)]:
         logger.event('note', None, note)
     return Session(
         settings=settings,
@@ -275,7 +276,8 @@ def rolled_back(session: Session, skipped: int) -> bool:
     if options.on_nonfinite == 'skip':
         return False
     session.saver.finish()
-    found = checkpointing.newest(folder, print) if options.on_nonfinite == 'rollback' else None
+    tell = partial(session.logger.event, 'broken_checkpoint', failed.iter)
+    found = checkpointing.newest(folder, tell) if options.on_nonfinite == 'rollback' else None
     if found is None or failed.rollbacks == stability.MAX_ROLLBACKS:
         raise stability.nonfinite_error(failed.iter, skipped, checkpointing.published(folder))
     checkpoint, state = found

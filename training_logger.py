@@ -82,10 +82,11 @@ def new_run_folder(out_dir, now: datetime | None = None) -> Path:
     return folder
 
 
-def latest_run(out_dir) -> Path | None:
+def latest_run(out_dir, job: str | None = None) -> Path | None:
     """The newest run in `out_dir` by its name (`_2` before `_10`), or None.
 
-    A folder without a journal or record belongs to a run that ended before it began: not counted.
+    Given a `job`, the newest of those that it began or went on with last, if there are any. A
+    folder without a journal or record belongs to a run that ended before it began: not counted.
     """
     runs = []
     for folder in Path(out_dir).glob('run_*'):
@@ -93,7 +94,19 @@ def latest_run(out_dir) -> Path | None:
         held = [folder / name for name in (JOURNAL, RECORD) if (folder / name).is_file()]
         if match and any(path.stat().st_size for path in held):
             runs.append((match[1], int(match[2] or 1), folder))
-    return max(runs)[-1] if runs else None
+    folders = [folder for *_, folder in sorted(runs, reverse=True)]
+    of_job = (folder for folder in folders if job is not None and _job_of(folder) == job)
+    return next(of_job, folders[0] if folders else None)
+
+
+def _job_of(folder: Path) -> str | None:
+    """The job that began a run or went on with it last; None where its journal does not tell."""
+    try:
+        data = (folder / JOURNAL).read_bytes()
+        at = data.rfind(b'\n{"kind": "resume"') + 1  # 0, the start, where it was never resumed
+        return json.loads(data[at:].partition(b'\n')[0])['metadata'].get('job')
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
 
 
 def find_records(root) -> list[Path]:

@@ -33,6 +33,7 @@ METADATA = {
     'data_seed': 2,
     'strategy': 'single',
     'world_size': 1,
+    'job': None,
     'git_commit': None,
     'git_clean': None,
     'versions': {'python': '3.12.1', 'torch': '2.13.0', 'numpy': '2.1.0'},

@@ -177,7 +177,7 @@ def test_another_architecture_is_refused_and_nothing_changes(copy, tmp_path, tin
 
 
 def test_a_run_that_is_done_is_done(copy, tmp_path, tiny_dataset, uninterrupted):
-    start(tmp_path, tiny_dataset)
+    assert 'all updates of this run are made' in start(tmp_path, tiny_dataset)
     assert resumed_at(the_run(tmp_path)) == [8]
     assert_same_end(copy, uninterrupted)
 

@@ -44,20 +44,20 @@ def logger_in(folder, **options):
     return TrainingLogger(folder, **{'stream': io.StringIO(), 'max_iters': MAX_ITERS, **options})
 
 
-def started(folder, startup_info=STARTUP_INFO, **options):
+def started(folder, startup_info=STARTUP_INFO, metadata=METADATA, **options):
     logger = logger_in(folder, **options)
-    logger.start(CONFIG, ARCHITECTURE, METADATA, startup_info)
+    logger.start(CONFIG, ARCHITECTURE, metadata, startup_info)
     return logger
 
 
-def resumed(folder, k, changed=None, **options):
+def resumed(folder, k, changed=None, metadata=METADATA, **options):
     logger = logger_in(folder, **options)
     logger.resume(
         k,
         checkpoint=f'checkpoints/{k}.pt',
         changed=changed or {},
         config=CONFIG,
-        metadata=METADATA,
+        metadata=metadata,
         startup_info=STARTUP_INFO,
     )
     return logger
@@ -103,6 +103,18 @@ def test_runs_of_one_second_do_not_collide_and_the_newest_is_found(tmp_path):
     (out / 'run_of_mine').mkdir()
     assert latest_run(out) == later
     assert latest_run(tmp_path / 'nowhere') is None
+
+
+def test_a_job_finds_the_run_that_it_began_or_went_on_with(tmp_path):
+    first, second, third = (
+        new_run_folder(tmp_path, datetime(2026, 1, 2, 3, 4, second)) for second in range(3)
+    )
+    for folder, job in ((first, 'a'), (second, 'b'), (third, None)):
+        started(folder, metadata={**METADATA, 'job': job}).finish()
+    assert latest_run(tmp_path) == latest_run(tmp_path, 'another') == third
+    assert [latest_run(tmp_path, job) for job in 'ab'] == [first, second]
+    resumed(second, 0, metadata={**METADATA, 'job': 'a'}).finish()
+    assert [latest_run(tmp_path, job) for job in 'ab'] == [second, third]
 
 
 def test_simultaneous_processes_get_folders_of_their_own(tmp_path):
