@@ -6,6 +6,7 @@ import os
 import random
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,36 @@ def tiny_dataset(tmp_path_factory) -> Path:
     meta = {'format_version': 1, 'tokenizer': {'kind': 'byte'}, 'vocab_size': 256, 'dtype': 'uint8'}
     (folder / 'meta.json').write_text(json.dumps({**meta, 'splits': splits}))
     return folder
+
+
+@pytest.fixture
+def held(monkeypatch) -> list[list[int]]:
+    """What async_save writes is held back until somebody insists on a publication.
+
+    The iters of the checkpoints that were there then, each time.
+    """
+    import checkpointing
+    from saving import Saver
+
+    write, publish = checkpointing.Save.write, Saver.publish
+    insisted, there = threading.Event(), []
+
+    def held_write(self, state):
+        assert insisted.wait(60)
+        write(self, state)
+
+    def insist(self):
+        if self.under_way:
+            self.folder.mkdir(exist_ok=True)
+            paths = checkpointing.published(self.folder)
+            there.append([checkpointing.read_index(path).iter for path in paths])
+        insisted.set()
+        publish(self)
+        insisted.clear()
+
+    monkeypatch.setattr(checkpointing.Save, 'write', held_write)
+    monkeypatch.setattr(Saver, 'publish', insist)
+    return there
 
 
 @pytest.fixture

@@ -114,6 +114,19 @@ def test_a_checkpoint_that_does_not_fit(start, train):
     assert_goes_on(train, run, 6)
 
 
+def test_a_checkpoint_that_does_not_fit_beside_the_training(start, train):
+    run = train(max_iters=2)
+    saved = contents(run / 'checkpoints')
+    size = len(saved['iter_00000002/state.pt'])
+    options = {'init_from': 'resume', 'max_iters': 8, 'eval_interval': 4, 'async_save': True}
+    assert_told(start(limited(size // 2), **options), 'iter_00000004', 'File too large')
+    assert contents(run / 'checkpoints') == saved
+    done = iterations(run)
+    assert read_record(run)['status'] == 'failed'
+    assert done == list(range(len(done))) and len(done) >= 4  # it is noticed at some boundary
+    assert_goes_on(train, run, 6)
+
+
 def test_a_journal_line_that_does_not_fit(start, train, out_dir):
     options = {'max_iters': 20, 'eval_interval': 100}
     measured = train(**options)

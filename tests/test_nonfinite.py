@@ -10,9 +10,11 @@ import pytest
 import torch
 from in_process import Run, train_here
 
+import checkpointing
 import parallelism
 import stability
 from model_builder import build_model
+from optimization import Updater
 from token_data import TokenDataset
 
 SEQUENCES = 4  # in an update, two micro-batches of two
@@ -220,6 +222,19 @@ def test_a_rollback_goes_back_and_leaves_out_the_data_between(
     assert record['summary']['final_iter'] == 9
 
 
+def test_a_rollback_goes_back_to_what_is_still_being_written(
+    held, broken_data, tiny_dataset, tmp_path
+):
+    asked = broken_data(lambda update: update == 5)
+    options = {'max_iters': 9, 'eval_interval': 3, 'on_nonfinite': 'rollback', 'async_save': True}
+    run = train_here(tiny_dataset, tmp_path, **OPTIONS, **options)
+    assert (run.code, run.record['status']) == (0, 'finished')
+    assert updates_of(asked) == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]
+    assert_close(run.weights(), plain_weights(run, [0, 1, 2, 6, 7, 8, 9, 10, 11]))
+    assert [event['iter'] for event in run.events('rollback')] == [3]
+    assert [entry['iter'] for entry in run.record['checkpoints']] == [3, 6, 9]
+
+
 def test_a_second_rollback_leaves_out_more(broken_data, tiny_dataset, tmp_path):
     asked = broken_data(lambda update: update in (4, 7))
     run = train_here(
@@ -291,6 +306,27 @@ def test_an_evaluation_that_is_not_finite_is_no_best_and_stops_nothing(
     assert [event['iter'] for event in run.events('nonfinite')] == [2]
     known = [step['val_loss'] for step in steps if step['val_loss'] is not None]
     assert run.record['summary']['best_val_loss'] == min(known)
+
+
+def test_weights_that_are_not_finite_are_not_saved(tiny_dataset, tmp_path, monkeypatch, capsys):
+    update = Updater.update
+
+    def overflowing(self, *arguments, **keywords):
+        sums = update(self, *arguments, **keywords)
+        if next(updates) == 3:
+            self.parameters[0].data.view(-1)[0] = math.inf
+        return sums
+
+    updates = itertools.count(1)
+    monkeypatch.setattr(Updater, 'update', overflowing)
+    run = train_here(
+        tiny_dataset, tmp_path, **OPTIONS, max_iters=4, eval_interval=1, always_save_checkpoint=True
+    )
+    assert (run.code, run.record['status']) == (2, 'failed')
+    error = capsys.readouterr().err
+    assert 'weights are not all finite after 3 updates' in error and 'not touched' not in error
+    assert 'The last checkpoint is' in error and 'iter_00000002' in error
+    assert checkpointing.published(run.folder / 'checkpoints')[0].name == 'iter_00000002'
 
 
 # --- Spikes ---------------------------------------------------------------------------------------
