@@ -1,0 +1,216 @@
+"""Seconds that a checkpoint takes from training, written at once and beside the training.
+
+    python benchmarks/saving.py [strategy …] [--turns=5] [--ranks=2] [--key=value …]
+
+A model of 124 M parameters (1.5 GB with AdamW's moments) is trained on random tokens, by default on
+one sequence of 128 tokens an update and a rank. In turns, in one process: some updates, a save with
+async_save=False, some updates, a save with async_save=True. The clock runs from the beginning of a
+save until it is published, older ones are removed, and the update made meanwhile is complete. What
+the save took is that time less that of the updates in it, by the median of the updates right before
+and after: what a thread that writes takes from the updates beside it is part of it.
+
+Strategies: single (the default), and with so many ranks ddp, zero1 and fsdp. Other options are
+train.py's. The first save of each kind is told apart: it allocates the memory of the copy. Each
+strategy takes about 3 minutes on two slow cores, and up to 5 GB of disk.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+PROJECT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(PROJECT))
+
+import torch  # noqa: E402
+
+import hardware  # noqa: E402
+import train  # noqa: E402
+from benchmarks.record_overhead import random_tokens  # noqa: E402
+from saving import Saver  # noqa: E402
+from session import Session  # noqa: E402
+from training_config import TrainingConfig  # noqa: E402
+from training_logger import latest_run, read_record  # noqa: E402
+
+STRATEGIES = {
+    'single': [],
+    'ddp': [],
+    'zero1': ['--use_zero1=True'],
+    'fsdp': ['--use_fsdp=True'],
+}
+MODES = {'at once': False, 'beside': True}
+UPDATES = 5  # between saves
+OPTIONS = {
+    'block_size': 128,
+    'batch_size': 1,
+    'max_iters': 10**6,
+    'log_interval': 10**6,
+    'peak_tflops': 1,  # else it is measured at the start
+    'compile': False,
+}
+
+
+# --- What each rank does --------------------------------------------------------------------------
+
+
+def measure(session: Session, turns: int) -> dict[str, list[dict]]:
+    """Mode -> one entry for each of its saves, the first ones included."""
+    clock = hardware.StepClock(session.device)
+    run, device = session.settings.run, session.device
+
+    def update() -> None:
+        train.update(session, clock)
+        hardware.synchronize(device)
+
+    def plain() -> list[float]:
+        seconds = []
+        for _ in range(UPDATES):
+            began = time.perf_counter()
+            update()
+            seconds.append(time.perf_counter() - began)
+        return seconds
+
+    def save() -> tuple[float, int]:
+        """Seconds until all is done, and updates made meanwhile."""
+        began, made = time.perf_counter(), 0
+        train.save(session)
+        while session.saver.under_way:
+            update()
+            made += 1
+            session.interruption.agree(session.parallel, session.saver.writing)
+            if session.saver.under_way and not session.interruption.writing:
+                session.saver.publish()
+        session.saver.finish()
+        return time.perf_counter() - began, made
+
+    savers = {
+        mode: Saver(
+            TrainingConfig({**run.to_dict(), 'async_save': asynchronous}, run.origins),
+            device,
+            session.parallel,
+            session.logger,
+        )
+        for mode, asynchronous in MODES.items()
+    }
+    update()  # the optimizer's state, caches
+    found = {mode: [] for mode in MODES}
+    began, before = time.perf_counter(), plain()
+    for turn in range(turns + 1):
+        for mode, saver in savers.items():
+            session.saver = saver
+            seconds, made = save()
+            after = plain()
+            usual = statistics.median(before + after)
+            entry = {'seconds': seconds, 'updates': made, 'update': usual}
+            found[mode].append({**entry, 'taken': seconds - made * usual})
+            before = after
+        if session.parallel.is_main:
+            left = (time.perf_counter() - began) / (turn + 1) * (turns - turn)
+            print(f'  turn {turn} of {turns} | {left:.0f} s left', file=sys.stderr, flush=True)
+    return found
+
+
+def work(turns: int, result: str, arguments: list[str]) -> None:
+    """Set up a run as train.py does, measure it instead, and leave what was found."""
+
+    def run(session: Session) -> int:
+        found = measure(session, turns)
+        if session.parallel.is_main:
+            Path(result).write_text(json.dumps(found))
+        return 0
+
+    train.run = run
+    with open(os.devnull, 'w') as nowhere, contextlib.redirect_stdout(nowhere):
+        train.main(arguments)
+
+
+# --- What is made of it ---------------------------------------------------------------------------
+
+
+def measured(strategy: str, ranks: int, turns: int, given: list[str]) -> dict[str, list[dict]]:
+    """What `work` finds in processes of its own, with the record's figures beside."""
+    size = 1 if strategy == 'single' else ranks
+    launcher = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={size}']
+    with tempfile.TemporaryDirectory(prefix='saving_') as folder:
+        options = {**OPTIONS, 'gradient_accumulation_steps': size, 'out_dir': f'{folder}/out'}
+        options['dataset'] = random_tokens(Path(folder))
+        arguments = [
+            str(PROJECT / 'config/arch_gpt2.py'),
+            *(f'--{key}={value}' for key, value in options.items()),
+            *STRATEGIES[strategy],
+            *given,
+        ]
+        result = f'{folder}/result.json'
+        command = [sys.executable, *(launcher if size > 1 else []), __file__]
+        command += ['--worker', result, f'--turns={turns}', *arguments]
+        threads = str(max(1, torch.get_num_threads() // size))
+        subprocess.run(command, env={'OMP_NUM_THREADS': threads, **os.environ}, check=True)
+        found = json.loads(Path(result).read_text())
+        saves = iter(read_record(latest_run(f'{folder}/out'))['checkpoints'])
+    for entry in (entry for both in zip(*found.values()) for entry in both):
+        saved = next(saves)
+        entry |= {key: saved[key] / 1e3 for key in ('time_ms', 'write_ms')}
+    return found
+
+
+def table(found: dict[str, dict[str, list[dict]]]) -> str:
+    titles = ('', '', 'taken from training', 'first', 'waited', 'writing', 'beside', 'an update')
+    rows = [titles]
+    for strategy, by_mode in found.items():
+        for mode, (first, *entries) in by_mode.items():
+            values = {key: [entry[key] for entry in entries] for key in first}
+            middle = {key: statistics.median(column) for key, column in values.items()}
+            rows.append(
+                (
+                    strategy,
+                    mode,
+                    f'{middle["taken"]:.2f} [{min(values["taken"]):.2f}, '
+                    f'{max(values["taken"]):.2f}]',
+                    f'{first["taken"]:.2f}',
+                    f'{middle["time_ms"]:.2f}',
+                    f'{middle["write_ms"]:.2f}',
+                    f'{middle["updates"]:.0f}',
+                    f'{middle["update"]:.2f}',
+                )
+            )
+    widths = [max(map(len, column)) + 2 for column in zip(*rows)]
+    return '\n'.join(
+        ''.join(f'{cell:<{width}}' for cell, width in zip(cells, widths)).rstrip() for cells in rows
+    )
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('--turns', type=int, default=5, help='saves of each kind (default 5)')
+    parser.add_argument('--ranks', type=int, default=2, help='of ddp, zero1 and fsdp (default 2)')
+    parser.add_argument('--worker', help=argparse.SUPPRESS)  # where a rank leaves what it found
+    options, given = parser.parse_known_args(argv)
+    if options.worker:
+        work(options.turns, options.worker, given)
+        return
+    chosen = [name for name in given if name in STRATEGIES] or ['single']
+    given = [name for name in given if name not in STRATEGIES]
+    found = {}
+    for number, strategy in enumerate(chosen, 1):
+        print(f'{strategy}, {number} of {len(chosen)}', file=sys.stderr, flush=True)
+        found[strategy] = measured(strategy, options.ranks, options.turns, given)
+    device = hardware.device_name(hardware.select_device('auto'))
+    print(f'torch {torch.__version__}, {device}, {torch.get_num_threads()} threads')
+    print(
+        f'Medians [least, most] of {options.turns} saves, in seconds; first: what the very first '
+        f'took; waited: time_ms\nof the record; writing: write_ms, of the slowest rank; beside: '
+        f'updates made meanwhile.\n'
+    )
+    print(table(found))
+
+
+if __name__ == '__main__':
+    main(sys.argv[1:])
