@@ -60,7 +60,8 @@ class Transformer(nn.Module):
         """tokens (B, T) -> logits (B, T, V), or (B, 1, V) with `last_only`.
 
         With targets (B, T), -100 where there is none: the summed loss in nats, the number of
-        targets, and the auxiliary loss of the blocks, which the reported loss never includes.
+        targets, and the auxiliary loss of blocks and head, a mean over the batch, which the
+        reported loss never includes.
         """
         longest = self.position_encoding.max_length
         if longest is not None and tokens.size(1) > longest:
@@ -78,7 +79,8 @@ class Transformer(nn.Module):
             auxiliary_loss = auxiliary_loss + block_loss
         if targets is None:
             return self.output_head(self.final_norm(x[:, -1:] if last_only else x))
-        return *self.output_head(self.final_norm(x), targets), auxiliary_loss
+        loss, count, head_loss = self.output_head(self.final_norm(x), targets)
+        return loss, count, auxiliary_loss + head_loss
 
 
 def build_model(

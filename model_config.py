@@ -24,7 +24,7 @@ from configurator import (
     with_component_options,
 )
 from errors import UserError
-from registry import FrozenConfig, Option, Registry, at_least, fraction
+from registry import FrozenConfig, Option, Registry, above, at_least, fraction
 
 _HOME = 'model_components'
 ATTENTION_REGISTRY = Registry('attention_type', 'Attention', _HOME)
@@ -139,6 +139,13 @@ CORE_OPTIONS = {
     ),
     'bias': Option(bool, True, 'Biases in linear layers (a norm says for itself)'),
     'weight_tying': Option(bool, True, 'The output head shares the token table'),
+    'scale_embeddings': Option(bool, False, 'Token embeddings times the root of n_embd'),
+    'logit_softcap': Option(
+        float | None, None, 'Bound of the logits, kept by a tanh; None: none', check=above(0)
+    ),
+    'z_loss': Option(
+        float, 0.0, 'Weight of log² Z in the training loss (PaLM: 1e-4)', check=at_least(0)
+    ),
     'dropout': Option(float, 0.0, 'Dropout of embeddings, and of what follows', check=fraction()),
     'attention_dropout': Option(
         float | None, None, 'Dropout of attention weights; None: dropout', check=fraction()

@@ -79,7 +79,7 @@ def test_a_components_option_is_in_the_help_of_its_file(config, run_script):
     flat = ' '.join(listed.split())
     assert len(re.findall(r'^  --norm_power=float', listed, re.MULTILINE)) == 1
     assert 'Exponent of the power norm (default 2.0)' in flat
-    assert '| rmsnorm | power_norm]' in flat and '| slopes]' in flat
+    assert '| power_norm]' in flat and '| slopes]' in flat
 
 
 def test_a_components_option_is_checked_like_any_other(config, train):

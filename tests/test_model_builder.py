@@ -261,7 +261,7 @@ def test_parameters_are_counted_and_grouped_once(chosen):
     table = config.vocab_size * config.n_embd
     positions = {
         'learned_absolute': config.block_size * config.n_embd,
-        't5_relative': 32 * config.n_head,
+        't5_relative': chosen.get('t5_buckets', 0) * config.n_head,
     }.get(config.position_encoding, 0)
     assert counted['components']['token_embedding'] == table
     assert counted['components'].get('position_encoding', 0) == positions
