@@ -73,7 +73,7 @@ class Source:
         missing, left over, or of another shape.
         """
         wanted = {
-            name: (*_weight(self.family, name, config), parameter.shape)
+            name: (*weight_of(self.family, name, config), parameter.shape)
             for name, parameter in build_model(config).named_parameters()
         }
         used = {theirs for _, names, _ in wanted.values() for theirs in names}
@@ -113,7 +113,9 @@ class Source:
         return short if short in self.tensors and name not in self.tensors else name
 
 
-def _weight(family: Family, name: str, config: ModelArchitectureConfig) -> tuple[Weight, list[str]]:
+def weight_of(
+    family: Family, name: str, config: ModelArchitectureConfig
+) -> tuple[Weight, list[str]]:
     """What a parameter of ours is made of, and the names of that.
 
     Raises KeyError where the family has no such thing.
@@ -361,7 +363,7 @@ def export(
         raise UserError('the format hf needs a package: pip install safetensors.') from error
     tensors = {}
     for name, tensor in weights.items():
-        weight, names = _weight(family, name, config)
+        weight, names = weight_of(family, name, config)
         parts = weight.write(tensor.detach().float().cpu(), config)
         tensors.update((theirs, part.contiguous()) for theirs, part in zip(names, parts))
     header = {'architectures': [family.architecture], 'dtype': 'float32', **fields}

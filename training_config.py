@@ -237,8 +237,9 @@ def with_vocabulary(
         derived['vocab_size'] = f"{padded:,} (the dataset's {needed:,}{padding})"
     elif architecture.vocab_size < needed:
         raise UserError(
-            f'vocab_size={architecture.vocab_size}: the dataset {name!r} has tokens up to '
-            f'{needed - 1}, so at least {needed} is needed. Leave vocab_size out to take {padded}.'
+            f'vocab_size={architecture.vocab_size} ({architecture.origins["vocab_size"]}): the '
+            f'dataset {name!r} has tokens up to {needed - 1}, so at least {needed} is needed: '
+            f'--vocab_size={padded}.'
         )
     return architecture
 

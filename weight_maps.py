@@ -102,19 +102,71 @@ KV_HEADS = Entry(
 )
 
 
-def rope(default_theta: float = 10000.0) -> Entry:
-    """Rotary positions, read as transformers 5 and 4 write them, written as both read them."""
+# Of each scaling of ours: their key -> (our option, what it is where it is missing).
+_SCALINGS = {
+    'linear': {'factor': ('rope_scaling_factor', _REQUIRED)},
+    'llama3': {
+        'factor': ('rope_scaling_factor', _REQUIRED),
+        'original_max_position_embeddings': ('rope_original_block_size', _REQUIRED),
+        'low_freq_factor': ('rope_low_freq_factor', _REQUIRED),
+        'high_freq_factor': ('rope_high_freq_factor', _REQUIRED),
+    },
+    'yarn': {
+        'factor': ('rope_scaling_factor', _REQUIRED),
+        'original_max_position_embeddings': ('rope_original_block_size', _REQUIRED),
+        'beta_fast': ('rope_beta_fast', 32.0),
+        'beta_slow': ('rope_beta_slow', 1.0),
+        'attention_factor': ('rope_attention_factor', None),
+    },
+}
+
+
+def rope(
+    default_theta: float = 10000.0, theta: str = 'rope_theta', fraction: str | None = None
+) -> Entry:
+    """Rotary positions: read as transformers 5 and 4 write them, written as both read them.
+
+    theta and fraction: what version 4 calls these fields of the family; without a name for the
+    fraction the whole head turns.
+    """
 
     def read(fields: dict, problems: list[str]) -> dict:
-        scaling = dict(fields.get('rope_parameters') or fields.get('rope_scaling') or {})
-        theta = scaling.pop('rope_theta', fields.get('rope_theta', default_theta))
-        kind = scaling.pop('rope_type', scaling.pop('type', 'default'))
-        if kind != 'default':
-            problems.append(f'rope_scaling of type {kind!r} cannot be expressed here.')
-        return {'position_encoding': 'rope', 'rope_theta': theta}
+        given = dict(fields.get('rope_parameters') or fields.get('rope_scaling') or {})
+        base = given.pop('rope_theta', fields.get(theta, default_theta))
+        options = {'position_encoding': 'rope', 'rope_theta': base}
+        if fraction:
+            turned = given.pop('partial_rotary_factor', fields.get(fraction, 0.25))
+            options['rope_fraction'] = turned
+        named_before_4_43 = given.pop('type', 'default')
+        kind = given.pop('rope_type', named_before_4_43)
+        kind = 'none' if kind == 'default' else kind
+        if kind not in ('none', *_SCALINGS):
+            problems.append(f'rope_type={kind!r} cannot be expressed here.')
+            return options
+        scaling = _SCALINGS.get(kind, {})
+        entries = [same(ours, name, default) for name, (ours, default) in scaling.items()]
+        if 'original_max_position_embeddings' in scaling:
+            length = fields.get('max_position_embeddings')
+            given.setdefault('original_max_position_embeddings', length)
+        for key, value in given.items():
+            if key not in scaling and value is not None:
+                problems.append(f'rope_scaling: {key}={value!r} cannot be expressed here.')
+        for entry in entries:
+            options |= entry.read(given, problems)
+        return {**options, 'rope_scaling': kind}
 
     def write(config: ModelArchitectureConfig) -> dict:
-        return {'rope_theta': config.to_dict().get('rope_theta')}
+        if config.position_encoding != 'rope':
+            return {}
+        written = {
+            theta: config.rope_theta,
+            **({fraction: config.rope_fraction} if fraction else {}),
+        }
+        scaling = _SCALINGS.get(config.rope_scaling)
+        if scaling:
+            values = {name: config.to_dict()[ours] for name, (ours, _) in scaling.items()}
+            written['rope_scaling'] = {'rope_type': config.rope_scaling, **values}
+        return written
 
     return Entry(read, write)
 
