@@ -418,7 +418,6 @@ def test_options_that_contradict_the_weights_are_refused(nanogpt_checkpoint, tmp
     ('values', 'message'),
     [
         ({'norm_position': 'post'}, "norm_position='post'. The nearest.* GPT2LMHeadModel"),
-        ({'activation': 'leaky_relu'}, "architecture: activation='leaky_relu'"),
         ({'position_encoding': 'none'}, "position_encoding='none'"),
         ({'arch_preset': 'llama', 'normalization': 'layernorm'}, "normalization='layernorm'"),
         ({'arch_preset': 'llama', 'rope_fraction': 0.5}, 'rope_fraction=0.5'),
