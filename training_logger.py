@@ -463,9 +463,7 @@ class TrainingLogger:
     @_on_main
     def start(self, config: dict, architecture: dict, metadata: dict, startup_info: dict) -> None:
         """Begin a new run's journal and show the start-up report."""
-        report = console.startup_report(
-            config, architecture, startup_info, self.run_folder, metadata.get('weights_from')
-        )
+        report = console.startup_report(config, architecture, startup_info, self.run_folder)
         self.journal = _Journal(self.run_folder / JOURNAL, new=True)
         self.journal.append(
             'start',
