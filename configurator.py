@@ -168,9 +168,8 @@ def merge(
     level = dict.fromkeys(options, 0)
     origins = dict.fromkeys(options, 'default')
     for number, layer in enumerate(layers, start=1):
-        for key, value in layer.values.items():
-            if key in options:
-                values[key], level[key], origins[key] = value, number, layer.origin
+        for key, value, origin in _spelt_out(layer, options, problems):
+            values[key], level[key], origins[key] = value, number, origin
     for key, value in list(values.items()):
         if callable(value):
             values[key] = value(values)
@@ -195,6 +194,25 @@ def merge(
             dropped.append(f'dropped: {what}, of no use with {chosen}')
     kept = {key: values[key] for key in used}
     return Merged(kept, {key: origins[key] for key in used}, dropped)
+
+
+def _spelt_out(
+    layer: Layer, options: dict[str, Option], problems: list[str]
+) -> Iterator[tuple[str, object, str]]:
+    """Key, value and origin of the layer's options; an alias as the option that it stands for."""
+    for key, value in layer.values.items():
+        if key not in options:
+            continue
+        if value not in options[key].aliases:
+            yield key, value, layer.origin
+            continue
+        meant_key, meant = options[key].aliases[value]
+        if layer.values.get(meant_key, meant) != meant:
+            problems.append(
+                f'{key}={value!r} ({layer.origin}) is another way to say {meant_key}={meant!r}, '
+                f'but {meant_key}={layer.values[meant_key]!r} stands beside it. Leave one out.'
+            )
+        yield meant_key, meant, f'{layer.origin}: {key}={value!r}'
 
 
 def with_component_options(core: dict[str, Option]) -> dict[str, Option]:

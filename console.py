@@ -129,7 +129,9 @@ def _columns(rows: list[list[str]]) -> list[str]:
 # ------------------------------------------------------------------------------------------------
 
 
-def startup_report(config: dict, architecture: dict, startup_info: dict, run_folder) -> str:
+def startup_report(
+    config: dict, architecture: dict, startup_info: dict, run_folder, weights_from=None
+) -> str:
     """The TRAINING INITIALIZATION report, some 70 lines of at most 80 columns.
 
     Asserts that every table adds up to the total that stands beside it.
@@ -154,6 +156,9 @@ def startup_report(config: dict, architecture: dict, startup_info: dict, run_fol
         _field('Folder', str(run_folder)),
         _field('Seeds', f'{config["seed"]} (data order {config["data_seed"]})'),
     ]
+    if weights_from:
+        came_from = f'{weights_from["source"]} ({weights_from["architecture"]})'
+        sections['📁 RUN'].append(_field('Weights', came_from))
     lines = [THICK, '🚀 TRAINING INITIALIZATION', THICK]
     for title, body in sections.items():
         lines += ['', f'{title}:', *body]

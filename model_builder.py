@@ -19,16 +19,8 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from errors import UserError
-from model_components import (
-    Component,
-    Initial,
-    OutputHead,
-    Positions,
-    TokenEmbedding,
-    module_flops,
-)
+from model_components import Component, Initial, OutputHead, TokenEmbedding, module_flops
 from model_config import (
-    ATTENTION_BACKEND_REGISTRY,
     NORM_POSITION_REGISTRY,
     NORM_REGISTRY,
     POSITION_ENCODING_REGISTRY,
@@ -68,7 +60,8 @@ class Transformer(nn.Module):
         """tokens (B, T) -> logits (B, T, V), or (B, 1, V) with `last_only`.
 
         With targets (B, T), -100 where there is none: the summed loss in nats, the number of
-        targets, and the auxiliary loss of the blocks, which the reported loss never includes.
+        targets, and the auxiliary loss of blocks and head, a mean over the batch, which the
+        reported loss never includes.
         """
         longest = self.position_encoding.max_length
         if longest is not None and tokens.size(1) > longest:
@@ -77,24 +70,17 @@ class Transformer(nn.Module):
                 f'{self.config.position_encoding!r} has places for block_size={longest} only.'
             )
         positions = torch.arange(tokens.size(1), device=tokens.device)
-        prepared = self.prepare(positions)
+        prepared = self.position_encoding.prepare(positions, positions)
         x = self.token_embedding(tokens)  # (B, T, C)
         x = self.dropout(self.position_encoding.embed(x, positions))
         auxiliary_loss = 0.0
-        for block, its_positions in zip(self.blocks, prepared):
-            x, block_loss = block(x, its_positions)
+        for block in self.blocks:
+            x, block_loss = block(x, prepared)
             auxiliary_loss = auxiliary_loss + block_loss
         if targets is None:
             return self.output_head(self.final_norm(x[:, -1:] if last_only else x))
-        return *self.output_head(self.final_norm(x), targets), auxiliary_loss
-
-    def prepare(self, positions: torch.Tensor) -> list[Positions]:
-        """What each block is told of the positions (T,); blocks alike share one mask."""
-        placed = self.position_encoding.prepare(positions, positions)
-        backend = ATTENTION_BACKEND_REGISTRY[self.config.attention_backend]
-        needs = [block.attention.layer_needs for block in self.blocks]
-        masks = {n: backend.mask(n, placed.bias, positions, positions) for n in set(needs)}
-        return [placed._replace(bias=None, mask=masks[n]) for n in needs]
+        loss, count, head_loss = self.output_head(self.final_norm(x), targets)
+        return loss, count, auxiliary_loss + head_loss
 
 
 def build_model(

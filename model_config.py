@@ -24,7 +24,7 @@ from configurator import (
     with_component_options,
 )
 from errors import UserError
-from registry import FrozenConfig, Option, Registry, at_least, fraction
+from registry import FrozenConfig, Option, Registry, above, at_least, fraction
 
 _HOME = 'model_components'
 ATTENTION_REGISTRY = Registry('attention_type', 'Attention', _HOME)
@@ -139,6 +139,13 @@ CORE_OPTIONS = {
     ),
     'bias': Option(bool, True, 'Biases in linear layers (a norm says for itself)'),
     'weight_tying': Option(bool, True, 'The output head shares the token table'),
+    'scale_embeddings': Option(bool, False, 'Token embeddings times the root of n_embd'),
+    'logit_softcap': Option(
+        float | None, None, 'Bound of the logits, kept by a tanh; None: none', check=above(0)
+    ),
+    'z_loss': Option(
+        float, 0.0, 'Weight of log² Z in the training loss (PaLM: 1e-4)', check=at_least(0)
+    ),
     'dropout': Option(float, 0.0, 'Dropout of embeddings, and of what follows', check=fraction()),
     'attention_dropout': Option(
         float | None, None, 'Dropout of attention weights; None: dropout', check=fraction()
@@ -202,6 +209,10 @@ class ModelArchitectureConfig(FrozenConfig):
         yield from chosen_components(CORE_OPTIONS, self._values)
 
     @property
+    def head_dim(self) -> int:
+        return self.n_embd // self.n_head
+
+    @property
     def name(self) -> str:
         """For people: sizes, then the tag of each chosen component that has one."""
         chosen = dict(self.components())
@@ -260,6 +271,15 @@ def _derive(values: dict, origins: dict[str, str]) -> None:
 def _problems(config: ModelArchitectureConfig) -> list[str]:
     """Everything that is wrong with the architecture as a whole, a sentence each."""
     problems = []
+    if config.n_embd % config.n_head:
+        wanted = min(config.n_head, config.n_embd)
+        near = (h for distance in range(wanted) for h in (wanted - distance, wanted + distance))
+        heads = next(h for h in near if config.n_embd % h == 0)
+        problems.append(
+            f'n_head={config.n_head} does not divide n_embd={config.n_embd}: every head takes '
+            f'n_embd / n_head columns. The nearest that does: --n_head={heads}.'
+        )
+        return problems  # components reckon with a whole head size
     for _, component in config.components():
         problems += component.problems(config)
     return list(dict.fromkeys(problems))  # one component may be chosen for two places

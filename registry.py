@@ -13,7 +13,7 @@ import sys
 import types
 import typing
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from errors import UserError, nearest
 
@@ -111,6 +111,7 @@ class Option:
     choices: the allowed strings, as a tuple or as the Registry that they are names in.
     check: (predicate, what is allowed in words), asked of every value that is not None.
     requires: (other option, value or AnyBut(value)): without it this option has no use.
+    aliases: value -> (other option, its value), for values that are another way to set that one.
     """
 
     type: typing.Any
@@ -119,6 +120,7 @@ class Option:
     choices: tuple[str, ...] | Registry | None = None
     check: Check | None = None
     requires: tuple[str, typing.Any] | None = None
+    aliases: dict[str, tuple[str, typing.Any]] = field(default_factory=dict, hash=False)
 
     @property
     def base_type(self) -> type:
@@ -163,8 +165,8 @@ class Option:
             raise UserError(f'{key}={value!r}: {shown} given, but {key} takes {self.allowed()}.')
         if base is float and not math.isfinite(value):
             raise UserError(f'{key}={value!r}: not a finite number; {key} takes {self.allowed()}.')
-        if self.choices is not None and value not in self.choices:
-            hint = nearest(value, self.choices)
+        if self.choices is not None and value not in (*self.choices, *self.aliases):
+            hint = nearest(value, (*self.choices, *self.aliases))
             raise UserError(f'{key}={value!r}: {key} takes {self.allowed()}.{hint}')
         if self.check is not None and not self.check[0](value):
             raise UserError(f'{key}={value!r}: {key} takes {self.allowed()}.')

@@ -16,7 +16,7 @@ from optimization import Updater
 from parallelism import SingleProcess, weights_here
 from ranks import job, restarts_left
 from training_config import Settings, schema
-from training_logger import TrainingLogger, latest_run
+from training_logger import TrainingLogger, latest_run, read_record
 
 # Options that say how to start, not what to train: never taken over from the earlier process.
 NOT_TAKEN_OVER = ('out_dir', 'init_from', 'resume_run', 'eval_only', 'debug')
@@ -73,6 +73,11 @@ class Resumed:
     checkpoint: checkpointing.Checkpoint
     state: list[dict]
     warnings: list[str]
+
+    @property
+    def weights_from(self) -> dict | None:
+        """What the run once began from, as its record tells."""
+        return read_record(self.run_folder)['metadata'].get('weights_from')
 
     def check(self, architecture: ModelArchitectureConfig) -> None:
         """Refuse another architecture. Raises UserError naming the keys that differ."""
@@ -135,7 +140,7 @@ def find(asked: CommandLine) -> Resumed | None:
     edited. Raises UserError if there is nothing to resume and init_from=resume.
     """
     init_from = asked.value('init_from', schema)
-    if init_from == 'scratch':
+    if init_from not in ('resume', 'auto'):
         return None
     out_dir, name = asked.value('out_dir', schema), asked.value('resume_run', schema)
     if init_from == 'auto' and name is None and latest_run(out_dir) is None:

@@ -26,6 +26,7 @@ def record_header(
     parallel: SingleProcess,
     compiled: bool,
     argv: list[str],
+    weights_from: dict | None,
 ) -> dict:
     """`config`, `architecture`, `metadata` and `startup_info` of the record."""
     run, architecture = settings.run, settings.architecture
@@ -48,6 +49,7 @@ def record_header(
             'git_clean': clean,
             'versions': hardware.versions(),
             'command': shlex.join(['python', 'train.py', *argv]),
+            'weights_from': weights_from,
             'threads': torch.get_num_threads(),
             'deterministic': run.deterministic,
             'platform': platform.platform(),

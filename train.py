@@ -20,6 +20,7 @@ import checkpointing
 import diagnostics
 import divided_state
 import hardware
+import interop
 import resumption
 import stability
 from configurator import format_help, read_command_line
@@ -42,7 +43,7 @@ def main(argv: list[str]) -> int:
     if asked.help and not asked.problems:
         print(format_help(__doc__, schema()))
         return 0
-    resumed = resumption.find(asked)
+    started_from = resumption.find(asked) or interop.find(asked)
     settings = load_settings(asked)
     device = hardware.select_device(settings.run.device)
     hardware.tune(device, settings.run.deterministic)
@@ -56,10 +57,10 @@ def main(argv: list[str]) -> int:
     prepare_if_missing(settings.run.dataset)
     dataset = load_dataset(*data)
     settings = settings.complete(device, dtype, dataset)
-    if resumed:
-        resumed.check(settings.architecture)
+    if started_from:
+        started_from.check(settings.architecture)
     with stability.explained(settings, parallel, device):
-        session = set_up(settings, parallel, device, dataset, resumed, argv)
+        session = set_up(settings, parallel, device, dataset, started_from, argv)
     code = run(session)
     parallel.close()
     return code
@@ -74,7 +75,7 @@ def set_up(
     parallel: SingleProcess,
     device: torch.device,
     dataset: TokenDataset,
-    resumed: resumption.Resumed | None,
+    started_from: resumption.Resumed | interop.Imported | None,
     argv: list[str],
 ) -> Session:
     """Build everything that the loop needs, and begin or continue the record."""
@@ -91,22 +92,25 @@ def set_up(
     groups = parameter_groups(bare)
     flops = training_flops(bare, recomputed)
     updater = Updater(parallel.build_optimizer(groups), options, device, parallel)
-    progress = resumed.restore(parallel, bare, updater) if resumed else resumption.Progress()
+    progress = (
+        started_from.restore(parallel, bare, updater) if started_from else resumption.Progress()
+    )
 
     logger = TrainingLogger(
         parallel.from_main(
-            lambda: resumed.run_folder if resumed else new_run_folder(options.out_dir)
+            lambda: (started_from and started_from.run_folder) or new_run_folder(options.out_dir)
         ),
         is_main=parallel.is_main,
         style=options.log_style,
         max_iters=options.max_iters,
     )
+    weights_from = parallel.from_main(lambda: started_from and started_from.weights_from)
     header = record_header(
-        settings, dataset, bare, groups, flops, peak, device, parallel, compiled, argv
+        settings, dataset, bare, groups, flops, peak, device, parallel, compiled, argv, weights_from
     )
     here = surroundings(header)
-    if resumed:
-        resumed.report(logger, header, here)
+    if started_from:
+        started_from.report(logger, header, here)
     else:
         logger.start(**header)
     for note in [*dataset.notes, *settings.notes, *resumption.notes(options)]:

@@ -24,11 +24,18 @@ def is_checkpointing(value: str) -> bool:
     return value in ('none', 'full') or (value.isdecimal() and int(value) >= 1)
 
 
+def is_beginning(value: str) -> bool:
+    kind, _, place = value.partition(':')
+    return value in ('scratch', 'resume', 'auto') or bool(kind in ('hf', 'nanogpt') and place)
+
+
 # fmt: off
 RUN_OPTIONS = {
     'out_dir': Option(str, 'out', 'Runs are kept here, each in a folder of its own'),
-    'init_from': Option(str, 'scratch', 'New run, the newest run in out_dir, or whichever applies',
-                        choices=('scratch', 'resume', 'auto')),
+    'init_from': Option(str, 'scratch', 'scratch: a new run; resume: the newest in out_dir; auto: '
+                        "whichever applies; hf: or nanogpt: a new run from somebody's weights",
+                        check=(is_beginning, "'scratch', 'resume', 'auto', 'hf:FOLDER_OR_NAME' (of "
+                               "Hugging Face) or 'nanogpt:CKPT.PT'")),
     'resume_run': Option(str | None, None, 'The run to resume, a folder or its name; None: the '
                          'newest in out_dir'),
     'eval_interval': Option(int, 2000, 'Updates between evaluations', check=at_least(1)),
@@ -230,8 +237,9 @@ def with_vocabulary(
         derived['vocab_size'] = f"{padded:,} (the dataset's {needed:,}{padding})"
     elif architecture.vocab_size < needed:
         raise UserError(
-            f'vocab_size={architecture.vocab_size}: the dataset {name!r} has tokens up to '
-            f'{needed - 1}, so at least {needed} is needed. Leave vocab_size out to take {padded}.'
+            f'vocab_size={architecture.vocab_size} ({architecture.origins["vocab_size"]}): the '
+            f'dataset {name!r} has tokens up to {needed - 1}, so at least {needed} is needed: '
+            f'--vocab_size={padded}.'
         )
     return architecture
 
@@ -306,9 +314,9 @@ def run_problems(run: TrainingConfig) -> list[str]:
         ),
     )
     check(
-        run.resume_run is not None and run.init_from == 'scratch',
+        run.resume_run is not None and run.init_from not in ('resume', 'auto'),
         lambda: (
-            f'resume_run={run.resume_run!r} has no use with init_from=scratch: add '
+            f'resume_run={run.resume_run!r} has no use with init_from={run.init_from}: add '
             f'--init_from=resume, or leave it out.'
         ),
     )

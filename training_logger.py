@@ -463,7 +463,9 @@ class TrainingLogger:
     @_on_main
     def start(self, config: dict, architecture: dict, metadata: dict, startup_info: dict) -> None:
         """Begin a new run's journal and show the start-up report."""
-        report = console.startup_report(config, architecture, startup_info, self.run_folder)
+        report = console.startup_report(
+            config, architecture, startup_info, self.run_folder, metadata.get('weights_from')
+        )
         self.journal = _Journal(self.run_folder / JOURNAL, new=True)
         self.journal.append(
             'start',

@@ -1,6 +1,7 @@
 """Kill one training again and again, and compare what comes out with a training left alone.
 
     python benchmarks/fault_run.py [--kills=50] [--updates=800] [--seed=0] [--folder=FOLDER]
+    python benchmarks/fault_run.py --strategy=fsdp [--ranks=2] [--kills=20] [--updates=400]
 
 A small model is trained once without interruption. The same training then gets `kill -9` after
 `kill -9`, each time to be started again by --init_from=auto: a fifth of them while it starts, two
@@ -9,6 +10,9 @@ plus up to half of what a save takes). The moments are spread over the whole tra
 one every published checkpoint is read. At the end weights, optimizer and record are compared bit
 for bit; the exit code is 0 if nothing differs and nothing was unreadable. One thread; 50 kills take
 about 7 minutes on two slow cores.
+
+With a strategy each kill hits a random one of `--ranks` processes, and nobody starts anything
+again: torchrun does, by --max-restarts, as often as there are kills and not once more.
 """
 
 import argparse
@@ -17,6 +21,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -25,6 +30,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import psutil
 import torch
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -51,6 +57,7 @@ OPTIONS = {
     'init_from': 'auto',
 }
 MEASURED = ('time', 'time_ms', 'write_ms', 'steps', 'tokens_per_sec', 'mfu', 'memory')
+STRATEGIES = {'single': {}, 'ddp': {}, 'zero1': {'use_zero1': True}, 'fsdp': {'use_fsdp': True}}
 KINDS = ('training', 'saving', 'start', 'saving', 'training')
 PATIENCE = 300  # seconds, for what should take a few
 
@@ -91,12 +98,15 @@ def write_dataset(folder: Path) -> None:
 class Training:
     """One training in one folder, as many processes as it takes."""
 
-    def __init__(self, folder: Path, name: str, updates: int):
+    def __init__(self, folder: Path, name: str, updates: int, strategy: str, ranks: int):
         self.out, self.log = folder / name, folder / f'{name}.log'
-        options = {**OPTIONS, 'max_iters': updates, 'dataset': folder / 'dataset'}
-        options['out_dir'] = self.out
-        self.command = [sys.executable, str(PROJECT / 'train.py')]
-        self.command += [f'--{key}={value}' for key, value in options.items()]
+        self.ranks = 1 if strategy == 'single' else ranks
+        options = {**OPTIONS, **STRATEGIES[strategy], 'max_iters': updates}
+        options |= {'dataset': folder / 'dataset', 'out_dir': self.out}
+        options['gradient_accumulation_steps'] *= self.ranks
+        self.options = [f'--{key}={value}' for key, value in options.items()]
+        self.process: subprocess.Popen | None = None
+        self.spent: set[int] = set()  # processes of ranks that a kill has ended, or will have
 
     @property
     def run(self) -> Path | None:
@@ -106,21 +116,59 @@ class Training:
     def checkpoints(self) -> list[Path]:
         return checkpointing.published(self.run / 'checkpoints') if self.run else []
 
-    def start(self) -> subprocess.Popen:
+    def start(self, restarts: int = 0) -> None:
+        """Start it, or wait until torchrun has done so again."""
+        script = [str(PROJECT / 'train.py'), *self.options]
+        if self.ranks == 1:
+            self._start([sys.executable, *script])
+            return
+        if self.process is None:
+            torchrun = [sys.executable, '-m', 'torch.distributed.run', '--standalone']
+            torchrun += [f'--nproc_per_node={self.ranks}', f'--max-restarts={restarts}']
+            self._start(torchrun + script)
+        wait_until(lambda: len(self.workers()) == self.ranks, self.process)
+
+    def _start(self, command: list[str]) -> None:
         with open(self.log, 'a') as log:
-            return subprocess.Popen(
-                self.command,
+            self.process = subprocess.Popen(
+                command,
                 env={**os.environ, 'OMP_NUM_THREADS': '1'},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
             )
 
+    def workers(self) -> list[int]:
+        """The processes that train, less those that were killed."""
+        if self.ranks == 1:
+            return [self.process.pid]
+        try:
+            children = psutil.Process(self.process.pid).children()
+        except psutil.NoSuchProcess:
+            return []
+        return [child.pid for child in children if child.pid not in self.spent]
+
+    def kill(self, rng: random.Random) -> bool:
+        """Kill a random one of the processes; whether there was one left."""
+        workers = self.workers()
+        self.spent.update(workers)
+        if self.process.poll() is not None or not workers:
+            return False
+        try:
+            os.kill(rng.choice(workers), signal.SIGKILL)
+        except ProcessLookupError:
+            return False
+        return self.ranks > 1 or self.process.wait() < 0
+
+    def wait(self) -> None:
+        if code := self.process.wait():
+            sys.exit(f'the training ended with code {code}; its output is in {self.log}')
+
     def finish(self) -> float:
         """Train to the end, and return the seconds that this took."""
         began = time.perf_counter()
-        if code := self.start().wait():
-            sys.exit(f'train.py ended with code {code}; its output is in {self.log}')
+        self.start()
+        self.wait()
         return time.perf_counter() - began
 
     def end_of_journal(self) -> tuple[Path | None, int]:
@@ -165,25 +213,24 @@ def wait_until(condition, process: subprocess.Popen) -> None:
 def kill_once(
     training: Training, kind: str, until: float, seconds: dict[str, float], rng: random.Random
 ) -> bool | None:
-    """Start, kill at a moment of that kind, and return whether it fell into a save.
+    """Kill at a moment of that kind, and return whether it fell into a save.
 
     until: updates made at that moment, where it is not the start. seconds: what a start, an update
     and a save take. None if the training ended before.
     """
     end, before = training.end_of_journal(), training.leftovers()
-    process = training.start()
     if kind == 'start':
         time.sleep(rng.uniform(0, seconds['start']))
     else:
-        wait_until(lambda: training.updates_since(*end) >= until, process)
+        wait_until(lambda: training.updates_since(*end) >= until, training.process)
         time.sleep(rng.uniform(0, seconds['update']))
         if kind == 'saving':
-            wait_until(lambda: training.leftovers() - before, process)
+            wait_until(lambda: training.leftovers() - before, training.process)
             time.sleep(rng.uniform(0, seconds['save'] / 2))
-    process.kill()
-    if process.wait() > 0:
-        sys.exit(f'train.py ended with code {process.returncode}; its output is in {training.log}')
-    return None if process.returncode == 0 else bool(training.leftovers() - before)
+    if not training.kill(rng):
+        training.wait()
+        return None
+    return bool(training.leftovers() - before)
 
 
 def clock(seconds: float) -> str:
@@ -197,6 +244,10 @@ def main() -> int:
     parser.add_argument('--kills', type=int, default=50, help='how many (default 50)')
     parser.add_argument('--updates', type=int, default=800, help='of the training (default 800)')
     parser.add_argument('--seed', type=int, default=0, help='of the moments (default 0)')
+    parser.add_argument(
+        '--strategy', choices=STRATEGIES, default='single', help='of training (default single)'
+    )
+    parser.add_argument('--ranks', type=int, default=2, help='of a strategy (default 2)')
     parser.add_argument('--folder', help='where the runs are kept (default: nowhere)')
     options = parser.parse_args()
     folder = Path(options.folder or tempfile.mkdtemp(prefix='fault_run_'))
@@ -204,15 +255,19 @@ def main() -> int:
     if any(folder.iterdir()):
         parser.error(f'--folder={folder} is not empty')
     try:
-        return fault_run(folder, options.kills, options.updates, random.Random(options.seed))
+        rng = random.Random(options.seed)
+        how = options.strategy, options.ranks
+        return fault_run(folder, options.kills, options.updates, how, rng)
     finally:
         if not options.folder:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def fault_run(folder: Path, kills: int, updates: int, rng: random.Random) -> int:
+def fault_run(
+    folder: Path, kills: int, updates: int, how: tuple[str, int], rng: random.Random
+) -> int:
     write_dataset(folder / 'dataset')
-    whole = Training(folder, 'uninterrupted', updates)
+    whole = Training(folder, 'uninterrupted', updates, *how)
     print(f'training {updates} updates without interruption', flush=True)
     took = whole.finish()
     wanted = read_record(whole.run)
@@ -228,7 +283,8 @@ def fault_run(folder: Path, kills: int, updates: int, rng: random.Random) -> int
         flush=True,
     )
 
-    training = Training(folder, 'killed', updates)
+    training = Training(folder, 'killed', updates, *how)
+    training.start(restarts=kills)
     landed, in_save, unreadable, began = Counter(), 0, [], time.perf_counter()
     for number in range(kills):
         done = checkpointing.read_index(training.checkpoints[0]).iter if training.checkpoints else 0
@@ -240,6 +296,7 @@ def fault_run(folder: Path, kills: int, updates: int, rng: random.Random) -> int
             break
         landed[kind] += 1
         in_save += hit
+        training.start()
         unreadable += training.unreadable()
         elapsed = time.perf_counter() - began
         left = elapsed / (number + 1) * (kills - number - 1) + seconds['start']
@@ -248,13 +305,16 @@ def fault_run(folder: Path, kills: int, updates: int, rng: random.Random) -> int
             f'{updates} updates saved | {clock(left)} left',
             flush=True,
         )
-    training.finish()
+    training.wait()
 
     record = read_record(training.run)
-    (_, (state,)), (_, (expected,)) = (
+    (_, states), (_, expected) = (
         checkpointing.newest(t.run / 'checkpoints', print) for t in (training, whole)
     )
-    different = {part: differences(state[part], expected[part], part) for part in expected}
+    different = {
+        part: differences([s[part] for s in states], [s[part] for s in expected], part)
+        for part in expected[0]
+    }
     for key in ('training_iterations', 'eval_steps', 'checkpoints'):
         same = without_measurements(record[key]) == without_measurements(wanted[key])
         different[key] = [] if same else [key]

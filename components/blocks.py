@@ -2,11 +2,9 @@
 
 from typing import ClassVar
 
-import torch
 import torch.nn as nn
 
 from components.contract import Component
-from components.positions import Positions
 from model_config import (
     ATTENTION_REGISTRY,
     FFN_REGISTRY,
@@ -14,12 +12,14 @@ from model_config import (
     NORM_REGISTRY,
     ModelArchitectureConfig,
 )
+from registry import Option
 
 
 class Block(Component, nn.Module):
     """Attention and feed-forward network around the residual stream; a layout adds its norms.
 
-    forward: x (B, T, C) and the prepared positions -> x (B, T, C) and the auxiliary loss.
+    forward: x (B, T, C) and the prepared positions -> x (B, T, C) and the auxiliary loss. Dropout
+    acts on what is added to the stream, after any norm of it.
     """
 
     # Whether the stream that leaves the last block still has to be normalised.
@@ -30,34 +30,94 @@ class Block(Component, nn.Module):
         self.attention = ATTENTION_REGISTRY[config.attention_type](config, layer)
         self.ffn = FFN_REGISTRY[config.ffn_type](config, layer)
         self.dropout = nn.Dropout(config.residual_dropout)
-        norm = NORM_REGISTRY[config.normalization]
-        self.attention_norm = norm(config, config.n_embd)
-        self.ffn_norm = norm(config, config.n_embd)
+        for name in self.norms(config):
+            self.add_module(name, NORM_REGISTRY[config.normalization](config, config.n_embd))
 
-    def attend(self, x: torch.Tensor, positions: Positions) -> torch.Tensor:
-        return self.dropout(self.attention(x, positions))
-
-    def feed_forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | float]:
-        y, auxiliary_loss = self.ffn(x)
-        return self.dropout(y), auxiliary_loss
+    @classmethod
+    def norms(cls, config: ModelArchitectureConfig) -> tuple[str, ...]:
+        """The attributes that hold the layout's norms."""
+        return 'attention_norm', 'ffn_norm'
 
 
 @NORM_POSITION_REGISTRY.register('pre', source='Radford et al. 2019; Xiong et al. 2020')
 class PreNormBlock(Block):
+    """x + branch(norm(x)), attention then FFN."""
+
     tag = 'PreNorm'
 
     def forward(self, x, positions):
-        x = x + self.attend(self.attention_norm(x), positions)
-        y, auxiliary_loss = self.feed_forward(self.ffn_norm(x))
-        return x + y, auxiliary_loss
+        x = x + self.dropout(self.attention(self.attention_norm(x), positions))
+        y, auxiliary_loss = self.ffn(self.ffn_norm(x))
+        return x + self.dropout(y), auxiliary_loss
 
 
 @NORM_POSITION_REGISTRY.register('post', source='Vaswani et al. 2017')
 class PostNormBlock(Block):
+    """norm(x + branch(x)); no norm follows the last block."""
+
     tag = 'PostNorm'
     final_norm = False
 
     def forward(self, x, positions):
-        x = self.attention_norm(x + self.attend(x, positions))
-        y, auxiliary_loss = self.feed_forward(x)
-        return self.ffn_norm(x + y), auxiliary_loss
+        x = self.attention_norm(x + self.dropout(self.attention(x, positions)))
+        y, auxiliary_loss = self.ffn(x)
+        return self.ffn_norm(x + self.dropout(y)), auxiliary_loss
+
+
+@NORM_POSITION_REGISTRY.register('sandwich', source='Ding et al. 2021; Gemma 2: Gemma Team 2024')
+class SandwichNormBlock(Block):
+    """x + norm(branch(norm(x)))."""
+
+    tag = 'SandwichNorm'
+
+    @classmethod
+    def norms(cls, config: ModelArchitectureConfig) -> tuple[str, ...]:
+        return 'attention_norm', 'attention_output_norm', 'ffn_norm', 'ffn_output_norm'
+
+    def forward(self, x, positions):
+        y = self.attention(self.attention_norm(x), positions)
+        x = x + self.dropout(self.attention_output_norm(y))
+        y, auxiliary_loss = self.ffn(self.ffn_norm(x))
+        return x + self.dropout(self.ffn_output_norm(y)), auxiliary_loss
+
+
+@NORM_POSITION_REGISTRY.register('reordered', source='Liu et al. 2022; OLMo 2: OLMo et al. 2024')
+class ReorderedNormBlock(Block):
+    """x + norm(branch(x))."""
+
+    tag = 'ReorderedNorm'
+
+    def forward(self, x, positions):
+        x = x + self.dropout(self.attention_norm(self.attention(x, positions)))
+        y, auxiliary_loss = self.ffn(x)
+        return x + self.dropout(self.ffn_norm(y)), auxiliary_loss
+
+
+@NORM_POSITION_REGISTRY.register('parallel', source='Wang & Komatsuzaki 2021; Black et al. 2022')
+class ParallelBlock(Block):
+    """x + attention(norm(x)) + FFN(norm(x)), by two norms or by one that both share."""
+
+    options: ClassVar = {
+        'parallel_shared_norm': Option(
+            bool, False, 'One norm for both branches (GPT-J, PaLM), else two (GPT-NeoX)'
+        )
+    }
+
+    @classmethod
+    def name_tag(cls, config: ModelArchitectureConfig) -> str:
+        return 'Parallel1Norm' if config.parallel_shared_norm else 'Parallel'
+
+    @classmethod
+    def norms(cls, config: ModelArchitectureConfig) -> tuple[str, ...]:
+        both = super().norms(config)
+        return both[:1] if config.parallel_shared_norm else both
+
+    def __init__(self, config: ModelArchitectureConfig, layer: int):
+        super().__init__(config, layer)
+        self.shared_norm = config.parallel_shared_norm
+
+    def forward(self, x, positions):
+        normed = self.attention_norm(x)
+        attended = self.attention(normed, positions)
+        y, auxiliary_loss = self.ffn(normed if self.shared_norm else self.ffn_norm(x))
+        return x + self.dropout(attended) + self.dropout(y), auxiliary_loss

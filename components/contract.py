@@ -1,6 +1,6 @@
 """What every component offers, and how its parameters begin."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import ClassVar
 
 import torch
@@ -20,6 +20,10 @@ class Initial:
     @staticmethod
     def ones(tensor: torch.Tensor, generator: torch.Generator) -> None:
         tensor.fill_(1.0)
+
+    @staticmethod
+    def constant(value: float) -> Callable[[torch.Tensor, torch.Generator], None]:
+        return lambda tensor, generator: tensor.fill_(value)
 
     @staticmethod
     def normal(tensor: torch.Tensor, generator: torch.Generator, std: float = 0.02) -> None:

@@ -1,23 +1,27 @@
 """Both ends of the transformer: tokens in, logits and loss out."""
 
+import math
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from components.contract import Component, Initial
+from components.contract import Component
 from model_config import ModelArchitectureConfig
 
 
 class TokenEmbedding(Component, nn.Embedding):
-    """(B, T) tokens -> (B, T, C)."""
+    """(B, T) tokens -> (B, T, C); times √C with `scale_embeddings` (Vaswani et al. 2017)."""
 
     part = 'token_embedding'
 
     def __init__(self, config: ModelArchitectureConfig):
         super().__init__(config.vocab_size, config.n_embd)
+        self.scale = math.sqrt(config.n_embd) if config.scale_embeddings else None
 
-    def initial_values(self) -> dict:
-        return {'weight': Initial.normal}
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = super().forward(tokens)
+        return x if self.scale is None else x * self.scale
 
 
 IGNORED = -100  # a target that does not count, as in torch's cross-entropy
@@ -31,17 +35,36 @@ class OutputHead(Component, nn.Module):
     def __init__(self, config: ModelArchitectureConfig):
         super().__init__()
         self.projection = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.softcap, self.z_loss = config.logit_softcap, config.z_loss
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(B, T, C) -> (B, T, V); with `logit_softcap` c: c · tanh(logits / c), in fp32, so none is
+        larger (Gemma Team 2024)."""
+        logits = self.projection(hidden)
+        if self.softcap is None:
+            return logits
+        return self.softcap * torch.tanh(logits.float() / self.softcap)
 
     def forward(
         self, hidden: torch.Tensor, targets: torch.Tensor | None = None
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor, torch.Tensor | float]:
         """hidden (B, T, C) -> logits (B, T, V); with targets (B, T): the loss in nats, summed over
-        the targets that are not -100, in fp32, and their number."""
-        logits = self.projection(hidden)
+        the targets that are not -100, in fp32, their number, and the auxiliary loss.
+
+        That is `z_loss` · log² Z, Z the sum of the exponentiated logits, in the mean over those
+        targets (Chowdhery et al. 2022): it keeps the logits from drifting.
+        """
+        logits = self.logits(hidden)
         if targets is None:
             return logits
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction='sum')
-        return loss, (targets != IGNORED).sum()
+        logits, targets = logits.flatten(0, 1).float(), targets.flatten()
+        loss = F.cross_entropy(logits, targets, reduction='sum')
+        counted = targets != IGNORED
+        count = counted.sum()
+        if self.z_loss == 0:
+            return loss, count, 0.0
+        squares = logits.logsumexp(dim=-1).square().where(counted, 0.0)
+        return loss, count, self.z_loss * squares.sum() / count.clamp(min=1)
 
     def matrices(self) -> dict[nn.Parameter, tuple[int, ...]]:
         return {}  # its rows are tokens, as in the table

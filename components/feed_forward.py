@@ -15,6 +15,9 @@ class FeedForward(Component, nn.Module):
     """(B, T, C) -> (B, T, C) and an auxiliary loss (zero when dense)."""
 
     part = 'ffn'
+    options: ClassVar = {
+        'ffn_bias': Option(bool | None, None, 'Biases in the FFN; None: bias'),
+    }
 
     @classmethod
     def default_d_ff(cls, config) -> int:
@@ -23,7 +26,10 @@ class FeedForward(Component, nn.Module):
 
     @classmethod
     def derived_values(cls, config) -> dict[str, tuple]:
-        return {'d_ff': (cls.default_d_ff(config), f"{config.ffn_type}'s own rule")}
+        return {
+            'd_ff': (cls.default_d_ff(config), f"{config.ffn_type}'s own rule"),
+            'ffn_bias': (config.bias, 'bias'),
+        }
 
     def residual_weights(self) -> list[nn.Parameter]:
         return [self.down.weight]
@@ -34,14 +40,24 @@ class StandardFeedForward(FeedForward):
     """down(activation(up(x))), four times as wide inside."""
 
     options: ClassVar = {
-        'activation': Option(str, 'gelu', 'Activation of the FFN', choices=ACTIVATION_REGISTRY)
+        **FeedForward.options,
+        'activation': Option(
+            str,
+            'gelu',
+            'Activation of the FFN; a gated name stands for ffn_type',
+            choices=ACTIVATION_REGISTRY,
+            aliases={
+                gated: ('ffn_type', gated)
+                for gated in ('swiglu', 'geglu', 'reglu', 'glu', 'bilinear')
+            },
+        ),
     }
 
     def __init__(self, config: ModelArchitectureConfig, layer: int):
         super().__init__()
-        self.up = nn.Linear(config.n_embd, config.d_ff, bias=config.bias)
+        self.up = nn.Linear(config.n_embd, config.d_ff, bias=config.ffn_bias)
         self.activation = ACTIVATION_REGISTRY[config.activation](config)
-        self.down = nn.Linear(config.d_ff, config.n_embd, bias=config.bias)
+        self.down = nn.Linear(config.d_ff, config.n_embd, bias=config.ffn_bias)
 
     @classmethod
     def default_d_ff(cls, config) -> int:
@@ -55,21 +71,20 @@ class StandardFeedForward(FeedForward):
         return self.down(self.activation(self.up(x))), 0.0
 
 
-@FFN_REGISTRY.register('swiglu', source='Shazeer 2020')
-class SwiGLU(FeedForward):
-    """down(silu(gate(x)) · up(x)), 8/3 times as wide inside: the standard one's cost."""
+class GatedFeedForward(FeedForward):
+    """down(gate(x) · up(x)), 8/3 times as wide inside: the standard one's cost."""
 
-    tag = 'SwiGLU'
     options: ClassVar = {
+        **FeedForward.options,
         'multiple_of': Option(
             int, 8, 'A derived d_ff is the nearest multiple of this', check=at_least(1)
-        )
+        ),
     }
 
     def __init__(self, config: ModelArchitectureConfig, layer: int):
         super().__init__()
-        self.gate_up = nn.Linear(config.n_embd, 2 * config.d_ff, bias=config.bias)
-        self.down = nn.Linear(config.d_ff, config.n_embd, bias=config.bias)
+        self.gate_up = nn.Linear(config.n_embd, 2 * config.d_ff, bias=config.ffn_bias)
+        self.down = nn.Linear(config.d_ff, config.n_embd, bias=config.ffn_bias)
 
     @classmethod
     def default_d_ff(cls, config) -> int:
@@ -80,6 +95,68 @@ class SwiGLU(FeedForward):
         width = self.down.in_features
         return {**super().matrices(), self.gate_up.weight: (width, width)}
 
+    def activate(self, gate: torch.Tensor) -> torch.Tensor:
+        """What the gate's half is passed through before the product."""
+        raise NotImplementedError
+
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, float]:
         gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up), 0.0
+        return self.down(self.activate(gate) * up), 0.0
+
+
+@FFN_REGISTRY.register('swiglu', source='Shazeer 2020')
+class SwiGLU(GatedFeedForward):
+    """down(silu(gate(x)) · up(x)), 8/3 times as wide inside: the standard one's cost."""
+
+    tag = 'SwiGLU'
+
+    def activate(self, gate: torch.Tensor) -> torch.Tensor:
+        return F.silu(gate)
+
+
+@FFN_REGISTRY.register('geglu', source='Shazeer 2020')
+class GEGLU(GatedFeedForward):
+    """down(gelu(gate(x)) · up(x)), as wide as SwiGLU."""
+
+    tag = 'GEGLU'
+    options: ClassVar = {
+        **GatedFeedForward.options,
+        'geglu_tanh': Option(bool, False, "GELU's tanh approximation in GEGLU, as Gemma has it"),
+    }
+
+    def __init__(self, config: ModelArchitectureConfig, layer: int):
+        super().__init__(config, layer)
+        self.approximate = 'tanh' if config.geglu_tanh else 'none'
+
+    def activate(self, gate: torch.Tensor) -> torch.Tensor:
+        return F.gelu(gate, approximate=self.approximate)
+
+
+@FFN_REGISTRY.register('reglu', source='Shazeer 2020')
+class ReGLU(GatedFeedForward):
+    """down(relu(gate(x)) · up(x)), as wide as SwiGLU."""
+
+    tag = 'ReGLU'
+
+    def activate(self, gate: torch.Tensor) -> torch.Tensor:
+        return F.relu(gate)
+
+
+@FFN_REGISTRY.register('glu', source='Dauphin et al. 2017; Shazeer 2020')
+class GLU(GatedFeedForward):
+    """down(sigmoid(gate(x)) · up(x)), as wide as SwiGLU."""
+
+    tag = 'GLU'
+
+    def activate(self, gate: torch.Tensor) -> torch.Tensor:
+        return torch.sigmoid(gate)
+
+
+@FFN_REGISTRY.register('bilinear', source='Mnih & Hinton 2007; Shazeer 2020')
+class Bilinear(GatedFeedForward):
+    """down(gate(x) · up(x)): a gate without an activation, as wide as SwiGLU."""
+
+    tag = 'Bilinear'
+
+    def activate(self, gate: torch.Tensor) -> torch.Tensor:
+        return gate

@@ -11,16 +11,15 @@ from model_config import NORM_REGISTRY, ModelArchitectureConfig
 from registry import Option, above
 
 
-class Norm(Component, nn.Module):
-    """A norm over the last dimension, computed in fp32: `Norm(config, width)`."""
+class ElementwiseAffine(Component, nn.Module):
+    """Gains and, where `has_bias`, biases over the last dimension: `Norm(config, width)`."""
 
     part = 'normalization'
-    options: ClassVar = {'norm_eps': Option(float, 1e-5, 'Epsilon of the norms', check=above(0))}
     has_bias: ClassVar[bool] = False
 
     def __init__(self, config: ModelArchitectureConfig, width: int):
         super().__init__()
-        self.width, self.eps = (width,), config.norm_eps
+        self.width = (width,)
         self.weight = nn.Parameter(torch.empty(width))
         self.bias = nn.Parameter(torch.empty(width)) if self.has_bias else None
 
@@ -28,8 +27,20 @@ class Norm(Component, nn.Module):
         return {'weight': Initial.ones, 'bias': Initial.zeros}
 
 
+class Norm(ElementwiseAffine):
+    """A norm over the last dimension, computed in fp32: `Norm(config, width)`."""
+
+    options: ClassVar = {'norm_eps': Option(float, 1e-5, 'Epsilon of the norms', check=above(0))}
+
+    def __init__(self, config: ModelArchitectureConfig, width: int):
+        super().__init__(config, width)
+        self.eps = config.norm_eps
+
+
 @NORM_REGISTRY.register('layernorm', source='Ba et al. 2016')
 class LayerNorm(Norm):
+    """Less the mean, over the standard deviation; with gains and biases."""
+
     tag = 'LN'
     has_bias = True
 
@@ -39,16 +50,43 @@ class LayerNorm(Norm):
 
 @NORM_REGISTRY.register('layernorm_nobias', source='Ba et al. 2016; Xu et al. 2019')
 class LayerNormNoBias(LayerNorm):
+    """LayerNorm with gains alone."""
+
     tag = 'LN-NB'
     has_bias = False
 
 
 @NORM_REGISTRY.register('rmsnorm', source='Zhang & Sennrich 2019')
 class RMSNorm(Norm):
+    """Over the root of the mean square; with gains."""
+
     tag = 'RMS'
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.rms_norm(x.float(), self.width, self.weight, self.eps)
+
+
+@NORM_REGISTRY.register('dyt', source='Zhu et al. 2025')
+class DynamicTanh(ElementwiseAffine):
+    """gain · tanh(α x) + bias with one learned α: no statistics at all."""
+
+    tag = 'DyT'
+    has_bias = True
+    options: ClassVar = {
+        'dyt_alpha': Option(float, 0.5, 'Initial slope of dynamic tanh', check=above(0))
+    }
+
+    def __init__(self, config: ModelArchitectureConfig, width: int):
+        super().__init__(config, width)
+        self.alpha = nn.Parameter(torch.empty(1))
+        self.initial_alpha = config.dyt_alpha
+
+    def initial_values(self) -> dict:
+        alpha = Initial.constant(self.initial_alpha)
+        return {**super().initial_values(), 'alpha': alpha}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(self.alpha * x.float()) * self.weight + self.bias
 
 
 @NORM_REGISTRY.register('none', source='for ablations, such as He & Hofmann 2024')

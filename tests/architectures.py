@@ -1,72 +1,122 @@
-"""Tiny architectures for tests: every combination of the options, and a subset that covers them."""
+"""Tiny architectures for tests: legal ones at random, and a few in which every two choices meet."""
 
+import functools
 import itertools
 import random
+from collections.abc import Callable, Sequence
 
 import torch
+from hypothesis import assume
+from hypothesis import strategies as st
 
+import model_components  # noqa: F401  fills the registries before their names are listed
+from errors import UserError
 from model_builder import Transformer, build_model
-from model_config import (
-    ACTIVATION_REGISTRY,
-    ATTENTION_BACKEND_REGISTRY,
-    FFN_REGISTRY,
-    NORM_POSITION_REGISTRY,
-    NORM_REGISTRY,
-    POSITION_ENCODING_REGISTRY,
-    ModelArchitectureConfig,
-)
+from model_config import CORE_OPTIONS, ModelArchitectureConfig
+from registry import Option, Registry
 
 SIZES = {'n_layer': 2, 'n_head': 4, 'n_embd': 16, 'block_size': 6, 'vocab_size': 11}
+
+# Values to try of the options that are neither switches nor choices, beside None where it is
+# allowed. An option that is not here is named by a KeyError: add it.
+VALUES = {
+    'd_ff': (40,),
+    'dropout': (0.0, 0.1),
+    'attention_dropout': (0.1,),
+    'residual_dropout': (0.1,),
+    'num_kv_heads': (1, 2),
+    'norm_eps': (1e-5, 0.1),
+    'dyt_alpha': (0.5, 1.5),
+    'rope_theta': (10000.0, 50.0),
+    'rope_fraction': (1.0, 0.5),
+    'rope_scaling_factor': (2.0,),
+    'rope_original_block_size': (4,),
+    'rope_low_freq_factor': (1.0,),
+    'rope_high_freq_factor': (4.0,),
+    'rope_beta_fast': (32.0,),
+    'rope_beta_slow': (1.0,),
+    'rope_attention_factor': (1.5,),
+    't5_buckets': (4, 32),
+    't5_max_distance': (20,),
+    'multiple_of': (8, 16),
+    'logit_softcap': (2.0,),
+    'z_loss': (0.0, 0.1),
+}
 
 
 def tiny(**values) -> ModelArchitectureConfig:
     return ModelArchitectureConfig(**{'arch_preset': 'custom', **SIZES, **values})
 
 
-def feed_forwards() -> list[dict]:
-    """Every FFN with every activation that it takes."""
-    return [
-        {'ffn_type': ffn, **activation}
-        for ffn in FFN_REGISTRY
-        for activation in (
-            [{'activation': name} for name in ACTIVATION_REGISTRY]
-            if 'activation' in FFN_REGISTRY[ffn].options
-            else [{}]
-        )
-    ]
+def values_of(key: str, option: Option) -> list:
+    """What a test may set the option to."""
+    if isinstance(option.choices, Registry):  # without what other tests have registered
+        named = option.choices
+        return [name for name in named if named[name].__module__.startswith('components.')]
+    if option.choices is not None:
+        return list(option.choices)
+    values = (False, True) if option.base_type is bool else VALUES[key]
+    return [*([None] if option.optional else []), *values]
 
 
-AXES = {
-    'normalization': [{'normalization': name} for name in NORM_REGISTRY],
-    'position_encoding': [{'position_encoding': name} for name in POSITION_ENCODING_REGISTRY],
-    'ffn': feed_forwards(),
-    'attention_backend': [{'attention_backend': name} for name in ATTENTION_BACKEND_REGISTRY],
-    'norm_position': [{'norm_position': name} for name in NORM_POSITION_REGISTRY],
-    'bias': [{'bias': False}, {'bias': True}],
-    'weight_tying': [{'weight_tying': False}, {'weight_tying': True}],
-    'dropout': [{'dropout': 0.0}, {'dropout': 0.1}],
-    'heads': [{'use_gqa': False}, {'use_gqa': True, 'num_kv_heads': 2}],
-}
+def mixed(pick: Callable[[Sequence], object], **fixed) -> dict:
+    """A value, by `pick`, of each option that the other values give a use; `fixed` ones kept."""
+    chosen: dict = {}
 
+    def add(options: dict[str, Option]) -> None:
+        for key, option in options.items():
+            if key in SIZES or key in chosen or not option.has_use(chosen):
+                continue
+            chosen[key] = fixed[key] if key in fixed else pick(values_of(key, option))
+            if isinstance(option.choices, Registry):
+                add(option.choices[chosen[key]].options)
 
-def combinations(*names: str) -> list[dict]:
-    """All combinations of the named axes; of all axes when none is named."""
-    return [
-        {key: value for choice in choices for key, value in choice.items()}
-        for choices in itertools.product(*(AXES[name] for name in names or AXES))
-    ]
-
-
-def covering() -> list[dict]:
-    """A few combinations in which every two values of different options meet."""
-    everything = combinations()
-    chosen, met = [], set()
-    for combination in random.Random(0).sample(everything, len(everything)):
-        pairs = set(itertools.combinations(combination.items(), 2))
-        if pairs - met:
-            met |= pairs
-            chosen.append(combination)
+    add(CORE_OPTIONS)
     return chosen
+
+
+def legal(values: dict) -> ModelArchitectureConfig | None:
+    """The architecture, if there is one."""
+    try:
+        return tiny(**values)
+    except UserError:
+        return None
+
+
+@st.composite
+def architectures(draw, **fixed) -> ModelArchitectureConfig:
+    """For hypothesis: any legal tiny architecture."""
+    config = legal(mixed(lambda values: draw(st.sampled_from(values)), **fixed))
+    assume(config is not None)
+    return config
+
+
+@functools.cache
+def sample(number: int) -> tuple[dict, ...]:
+    """The values of that many random legal architectures, the same in every run."""
+    choose = random.Random(0).choice
+    mixes = (mixed(choose) for _ in itertools.count())
+    return tuple(itertools.islice((values for values in mixes if legal(values)), number))
+
+
+@functools.cache
+def covering() -> tuple[dict, ...]:
+    """A few legal architectures in which any two values of two options meet, if they can."""
+
+    def pairs(values: dict) -> frozenset:
+        return frozenset(itertools.combinations(values.items(), 2))
+
+    left = {index: pairs(values) for index, values in enumerate(sample(SAMPLED))}
+    chosen = []
+    while left:
+        best = max(left, key=lambda index: len(left[index]))
+        met = left[best]
+        chosen.append(sample(SAMPLED)[best])
+        left = {index: rest for index, unmet in left.items() if (rest := unmet - met)}
+    return tuple(chosen)
+
+
+SAMPLED = 400
 
 
 def label(combination: dict) -> str:

@@ -1,28 +1,19 @@
-"""model_components.py: every combination of the options, and each component against an oracle."""
+"""model_components.py: each component against an oracle."""
 
 import math
 
 import pytest
 import torch
-from architectures import (
-    combinations,
-    covering,
-    gradients,
-    label,
-    lively,
-    some_tokens,
-    tiny,
-)
-from torch.utils.flop_counter import FlopCounterMode
+import torch.nn.functional as F
+from architectures import gradients, lively, some_tokens, tiny
 
 from errors import UserError
-from model_builder import build_model, initial_values, parameter_groups, training_flops
+from model_builder import build_model
 from model_components import (
     AttentionBackend,
     AttentionNeeds,
     PositionEncoding,
     Positions,
-    module_flops,
 )
 from model_config import (
     ACTIVATION_REGISTRY,
@@ -77,78 +68,6 @@ def loss_and_backward(model, tokens):
     return loss / count
 
 
-# --- Every combination of the nine options --------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    'chosen', combinations('normalization', 'position_encoding', 'ffn'), ids=label
-)
-def test_every_combination(chosen):
-    """FLOPs equal the counter; loss and gradients are finite and the same whatever the backend;
-    every parameter has one beginning and one optimizer group."""
-    for rest in combinations('norm_position', 'bias', 'weight_tying', 'dropout', 'heads'):
-        values = {**chosen, **rest, 'n_layer': 1}
-        written_out = tiny(**values, attention_backend='manual')
-        tokens = some_tokens(written_out, batch=1)
-        model = lively(written_out)
-        with FlopCounterMode(display=False) as counter:
-            loss = loss_and_backward(model, tokens)
-        names = {name for name, _ in model.named_parameters()}
-        assert torch.isfinite(loss), values
-        assert all(torch.isfinite(grad).all() for grad in gradients(model).values()), values
-        assert set(initial_values(model)) == names, values
-        grouped = [id(p) for group in parameter_groups(model) for p in group.parameters]
-        assert sorted(grouped) == sorted(id(p) for p in model.parameters()), values
-
-        for backend in ATTENTION_BACKEND_REGISTRY:
-            other = lively(tiny(**values, attention_backend=backend))
-            flops = module_flops(other, tokens.numel(), False, 'other')
-            assert 3 * sum(flops.values()) == counter.get_total_flops(), (values, backend)
-            if backend == 'manual':
-                continue
-            other_loss = loss_and_backward(other, tokens)
-            assert torch.isfinite(other_loss), (values, backend)
-            if rest['dropout'] == 0:
-                torch.testing.assert_close(other_loss, loss)
-                torch.testing.assert_close(gradients(other), gradients(model), rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize('chosen', covering(), ids=label)
-def test_flops_of_a_step_equal_the_counter_on_the_meta_device(chosen):
-    config = tiny(**chosen)
-    tokens = torch.empty((3, config.block_size), dtype=torch.long, device='meta')
-    with FlopCounterMode(display=False) as counter:
-        loss, _, _ = build_model(config.replace(attention_backend='manual'))(tokens, tokens)
-        loss.backward()
-    flops = training_flops(build_model(config))
-    assert flops['per_token'] == counter.get_total_flops() / tokens.numel()
-    assert flops['per_token'] == sum(flops['breakdown'].values())
-
-
-@pytest.mark.parametrize('chosen', covering(), ids=label)
-def test_a_token_changes_its_own_and_every_later_logit_and_no_earlier_one(chosen):
-    config = tiny(**chosen)
-    model = lively(config).eval()
-    length = config.block_size
-    tokens = some_tokens(config, batch=1).expand(length, length)
-    changed = tokens.clone()  # row t: token t is another one
-    changed.diagonal().add_(1).remainder_(config.vocab_size)
-    different = (model(tokens) != model(changed)).any(dim=-1)
-    assert torch.equal(different, torch.ones(length, length, dtype=torch.bool).triu())
-
-
-def test_names_follow_exactly_the_choices_that_have_a_tag_and_hashes_all_of_them():
-    silent = ('attention_backend', 'bias', 'weight_tying', 'dropout')
-    everything = combinations()
-    configs = [tiny(**chosen) for chosen in everything]
-    told = {
-        (config.name, label({k: v for k, v in chosen.items() if k not in silent}))
-        for config, chosen in zip(configs, everything)
-    }
-    assert len(told) == len({name for name, _ in told}) == len({choice for _, choice in told})
-    assert len({config.hash for config in configs}) == len(everything)
-
-
 @pytest.mark.parametrize(
     ('preset', 'name'),
     [
@@ -184,9 +103,8 @@ def test_a_backend_is_attention_as_written_in_the_paper(backend, kv_heads, bias_
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, h, 5, 8, generator=generator) for h in (4, kv_heads, kv_heads))
     bias = torch.randn(bias_heads, 5, 5, generator=generator) if bias_heads else None
-    needs, positions = AttentionNeeds(8**-0.5, bias=bias is not None), torch.arange(5)
-    backend = ATTENTION_BACKEND_REGISTRY[backend]
-    y = backend.attend(q, k, v, backend.mask(needs, bias, positions, positions), needs, 0.0)
+    needs = AttentionNeeds(causal=True, bias=bias is not None)
+    y = ATTENTION_BACKEND_REGISTRY[backend].attend(q, k, v, needs, bias)
     torch.testing.assert_close(y, attention_written_as_a_loop(q, k, v, bias).float())
 
 
@@ -214,7 +132,7 @@ def test_a_position_encoding_that_biases_scores(alibi, kv_heads):
 )
 def test_a_backend_that_lacks_what_the_scores_need_is_refused(register, alibi, feature, values):
     class CausalOnly(AttentionBackend):
-        supports = frozenset()
+        supports = frozenset({'causal'})
 
     register(ATTENTION_BACKEND_REGISTRY, 'causal_only', CausalOnly)
     assert tiny(attention_backend='causal_only').attention_backend == 'causal_only'
@@ -264,12 +182,35 @@ def test_norms_compute_their_formula_in_single_precision(name, eps):
     torch.testing.assert_close(norm(x), exact.float(), rtol=1e-5, atol=1e-5)
 
 
+def test_dynamic_tanh_is_its_formula_and_begins_at_its_slope():
+    config = tiny(normalization='dyt', dyt_alpha=0.7)
+    norm = build_model(config, device='cpu', seed=1).blocks[0].attention_norm
+    x = torch.linspace(-3, 3, 16).bfloat16()[None]
+    torch.testing.assert_close(norm(x), torch.tanh(0.7 * x.double()).float())
+    norm = lively(config).blocks[0].attention_norm
+    alpha, weight, bias = (p.double() for p in (norm.alpha, norm.weight, norm.bias))
+    exact = weight * torch.tanh(alpha * x.double()) + bias  # Zhu et al. 2025, algorithm 1
+    torch.testing.assert_close(norm(x), exact.float())
+    assert norm(x).dtype == torch.float32 and alpha != 0.7
+
+
+def test_no_norm_changes_nothing_and_has_no_parameters():
+    norm = NORM_REGISTRY['none'](tiny(normalization='none'), 16)
+    x = torch.randn(3, 16)
+    assert torch.equal(norm(x), x) and not list(norm.parameters())
+
+
 @pytest.mark.parametrize(
     ('name', 'formula'),
     [
         ('gelu', lambda x: 0.5 * x * (1 + math.erf(x / math.sqrt(2)))),
+        (
+            'gelu_tanh',
+            lambda x: 0.5 * x * (1 + math.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
+        ),
         ('silu', lambda x: x / (1 + math.exp(-x))),
         ('relu', lambda x: max(x, 0.0)),
+        ('relu2', lambda x: max(x, 0.0) ** 2),
         ('leaky_relu', lambda x: x if x > 0 else 0.01 * x),
     ],
 )
@@ -280,10 +221,44 @@ def test_activations(name, formula):
 
 
 @pytest.mark.parametrize(
+    ('values', 'gate'),
+    [
+        ({'ffn_type': 'swiglu'}, lambda x: x * torch.sigmoid(x)),
+        ({'ffn_type': 'geglu'}, lambda x: x * torch.special.ndtr(x)),
+        ({'ffn_type': 'geglu', 'geglu_tanh': True}, ACTIVATION_REGISTRY['gelu_tanh'](None)),
+        ({'ffn_type': 'reglu'}, lambda x: x.clamp(min=0)),
+        ({'ffn_type': 'glu'}, torch.sigmoid),
+        ({'ffn_type': 'bilinear'}, lambda x: x),
+    ],
+    ids=lambda value: '-'.join(map(str, value.values())) if isinstance(value, dict) else '',
+)
+def test_gated_units_are_their_formula(values, gate):
+    """Shazeer 2020, equations 5 and 6, with V and W one below the other in one projection."""
+    ffn = lively(tiny(**values, ffn_bias=True)).blocks[0].ffn
+    x = torch.randn(3, 5, 16, generator=torch.Generator().manual_seed(0))
+    w, v = ffn.gate_up.weight.chunk(2)
+    b, c = ffn.gate_up.bias.chunk(2)
+    exact = (gate(x @ w.T + b) * (x @ v.T + c)) @ ffn.down.weight.T + ffn.down.bias
+    torch.testing.assert_close(ffn(x), (exact, 0.0), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize('ffn_type', ['standard', 'swiglu'])
+@pytest.mark.parametrize(('bias', 'ffn_bias'), [(True, False), (False, True), (True, None)])
+def test_biases_of_the_feed_forward_network_are_apart(ffn_type, bias, ffn_bias):
+    config = tiny(ffn_type=ffn_type, bias=bias, ffn_bias=ffn_bias)
+    assert config.ffn_bias == (bias if ffn_bias is None else ffn_bias)
+    block = build_model(config).blocks[0]
+    linear = [module for module in block.ffn.modules() if isinstance(module, torch.nn.Linear)]
+    assert {layer.bias is not None for layer in linear} == {config.ffn_bias}
+    assert (block.attention.output.bias is not None) == bias
+
+
+@pytest.mark.parametrize(
     ('values', 'd_ff'),
     [
         ({'ffn_type': 'standard', 'n_embd': 768}, 3072),
         ({'ffn_type': 'swiglu', 'n_embd': 768}, 2048),
+        ({'ffn_type': 'bilinear', 'n_embd': 768}, 2048),
         ({'ffn_type': 'swiglu', 'n_embd': 64}, 168),  # 170.67: nearest multiple of 8
         ({'ffn_type': 'swiglu', 'n_embd': 64, 'multiple_of': 64}, 192),
         ({'ffn_type': 'swiglu', 'n_embd': 64, 'd_ff': 7}, 7),
@@ -293,6 +268,46 @@ def test_hidden_width_of_the_feed_forward_network(values, d_ff):
     config = tiny(**values)
     assert config.d_ff == d_ff
     assert build_model(config).blocks[0].ffn.down.in_features == d_ff
+
+
+# --- Both ends ------------------------------------------------------------------------------------
+
+
+def test_embeddings_are_scaled_by_the_root_of_the_width():
+    config = tiny(position_encoding='none')
+    tokens = some_tokens(config, batch=2)
+    plain, scaled = (
+        lively(config.replace(scale_embeddings=value)).token_embedding(tokens)
+        for value in (False, True)
+    )
+    torch.testing.assert_close(scaled, 4.0 * plain)  # the width is 16
+
+
+@pytest.mark.parametrize('cap', [0.5, 30.0])
+def test_logits_are_capped_where_the_loss_and_the_text_see_them(cap):
+    plain, capped = lively(tiny()), lively(tiny(logit_softcap=cap))
+    tokens = some_tokens(plain.config, batch=2)
+    expected = cap * torch.tanh(plain(tokens).double() / cap)
+    torch.testing.assert_close(capped(tokens).double(), expected, rtol=1e-5, atol=1e-5)
+    loss_sum, _, _ = capped(tokens, tokens)
+    exact = F.cross_entropy(expected.flatten(0, 1), tokens.flatten(), reduction='sum')
+    torch.testing.assert_close(loss_sum.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('cap', [None, 2.0])
+def test_z_loss_is_the_mean_square_of_log_z_beside_the_same_loss(cap):
+    plain = lively(tiny(logit_softcap=cap))
+    model = lively(tiny(logit_softcap=cap, z_loss=0.25))
+    tokens = some_tokens(plain.config, batch=2)
+    targets = tokens.roll(-1, dims=1)
+    targets[:, -1] = -100
+    loss_sum, count, auxiliary_loss = model(tokens, targets)
+    assert (loss_sum, count) == plain(tokens, targets)[:2] and plain(tokens, targets)[2] == 0
+    log_z = model(tokens).double().exp().sum(-1).log()[targets != -100]
+    exact = 0.25 * log_z.square().mean()  # Chowdhery et al. 2022, section 5
+    torch.testing.assert_close(auxiliary_loss.double(), exact, rtol=1e-5, atol=1e-6)
+    none = torch.full_like(targets, -100)
+    assert model(tokens, none) == (0, 0, 0)
 
 
 # --- Dropout --------------------------------------------------------------------------------------

@@ -68,7 +68,7 @@ def test_the_presets_table_has_the_right_counts(preset):
 
 def test_the_figures_against_the_design_document():
     table = README.partition('## Figures in the design document')[2]
-    for preset, elements in (('gpt2', '533 k'), ('llama', '657 k')):
+    for preset, elements in (('gpt2', '565 k'), ('llama', '688 k')):
         config = ModelArchitectureConfig(arch_preset=preset, vocab_size=50304)
         flops = training_flops(build_model(config))
         assert f'{flops["per_token"] / 1e9:.3f} GF' in table
@@ -79,9 +79,10 @@ def test_the_figures_against_the_design_document():
 
 def test_the_readmes_component_trains(train, tmp_path):
     (snippet,) = code_blocks('python')
+    assert len([line for line in snippet.splitlines() if line]) < 20
     (tmp_path / 'mine.py').write_text(snippet)
-    out = train('mine.py', '--dyt_alpha=0.7').stdout
-    assert '2L-2H-32D-RoPE-DyT-SwiGLU-PreNorm' in out
+    out = train('mine.py', '--star_scale=0.7').stdout
+    assert '2L-2H-32D-AbsPos-LN-StarReLU-PreNorm' in out
 
 
 def test_train_py_can_be_read_in_one_sitting():

@@ -248,7 +248,7 @@ MISTAKES = {
     'train.py --dataset=list_meta': ['list_meta/meta.json', 'no JSON object'],
     'train.py --dataset=odd_dtype': ['odd_dtype/meta.json', "'float32'", 'uint8, uint16, uint32'],
     'train.py --block_size=500': ['block_size 500', 'val', '500 tokens', '--block_size=499'],
-    'train.py --vocab_size=9': ['vocab_size=9', "'letters'", 'at least 10', 'out to take 10'],
+    'train.py --vocab_size=9': ['vocab_size=9', "'letters'", 'at least 10', '--vocab_size=10'],
     # where to write, and what to go on with
     'train.py --out_dir=plain.txt': ["out_dir='plain.txt'", 'File exists', '--out_dir=FOLDER'],
     'train.py --out_dir=plain.txt/out': ['plain.txt/out', 'Not a directory', '--out_dir=FOLDER'],

@@ -1,105 +1,48 @@
-"""Transformers' GPT-2 and Llama, and where their tensors stand in our models.
+"""Transformers' own models of our architectures, and their tensors under our names."""
 
-A map says for each of our parameters which of theirs it is made of, one below the other;
-`{}` stands for the number of the layer.
-"""
+from pathlib import Path
 
 import torch
+import torch.nn as nn
 
-GPT2 = {
-    'token_embedding.weight': ['transformer.wte.weight'],
-    'position_encoding.table.weight': ['transformer.wpe.weight'],
-    'blocks.{}.attention_norm.weight': ['transformer.h.{}.ln_1.weight'],
-    'blocks.{}.attention_norm.bias': ['transformer.h.{}.ln_1.bias'],
-    'blocks.{}.attention.qkv.weight': ['transformer.h.{}.attn.c_attn.weight'],
-    'blocks.{}.attention.qkv.bias': ['transformer.h.{}.attn.c_attn.bias'],
-    'blocks.{}.attention.output.weight': ['transformer.h.{}.attn.c_proj.weight'],
-    'blocks.{}.attention.output.bias': ['transformer.h.{}.attn.c_proj.bias'],
-    'blocks.{}.ffn_norm.weight': ['transformer.h.{}.ln_2.weight'],
-    'blocks.{}.ffn_norm.bias': ['transformer.h.{}.ln_2.bias'],
-    'blocks.{}.ffn.up.weight': ['transformer.h.{}.mlp.c_fc.weight'],
-    'blocks.{}.ffn.up.bias': ['transformer.h.{}.mlp.c_fc.bias'],
-    'blocks.{}.ffn.down.weight': ['transformer.h.{}.mlp.c_proj.weight'],
-    'blocks.{}.ffn.down.bias': ['transformer.h.{}.mlp.c_proj.bias'],
-    'final_norm.weight': ['transformer.ln_f.weight'],
-    'final_norm.bias': ['transformer.ln_f.bias'],
-}
-# Written (in, out), the other way round than a linear layer.
-GPT2_CONV1D = ('c_attn.weight', 'c_proj.weight', 'c_fc.weight')
+import interop
+from model_config import ModelArchitectureConfig
 
-LLAMA = {
-    'token_embedding.weight': ['model.embed_tokens.weight'],
-    'blocks.{}.attention_norm.weight': ['model.layers.{}.input_layernorm.weight'],
-    'blocks.{}.attention.qkv.weight': [
-        'model.layers.{}.self_attn.q_proj.weight',
-        'model.layers.{}.self_attn.k_proj.weight',
-        'model.layers.{}.self_attn.v_proj.weight',
-    ],
-    'blocks.{}.attention.output.weight': ['model.layers.{}.self_attn.o_proj.weight'],
-    'blocks.{}.ffn_norm.weight': ['model.layers.{}.post_attention_layernorm.weight'],
-    'blocks.{}.ffn.gate_up.weight': [
-        'model.layers.{}.mlp.gate_proj.weight',
-        'model.layers.{}.mlp.up_proj.weight',
-    ],
-    'blocks.{}.ffn.down.weight': ['model.layers.{}.mlp.down_proj.weight'],
-    'final_norm.weight': ['model.norm.weight'],
-    'output_head.projection.weight': ['lm_head.weight'],
-}
+# Their defaults are of their own tokenizers; one that pads would have no gradient.
+NO_SPECIAL_TOKENS = dict.fromkeys(('bos_token_id', 'eos_token_id', 'pad_token_id'))
 
 
-def as_ours(theirs: dict, weight_map: dict, n_layer: int) -> dict[str, torch.Tensor]:
-    """Their tensors by name (weights, or gradients) under our names, in our layout."""
+def from_fields(fields: dict, device: str = 'cpu'):
+    """Their model, in evaluation mode."""
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    def ours(name: str) -> torch.Tensor:
-        tensor = theirs[name]
-        return tensor.T if name.endswith(GPT2_CONV1D) else tensor
-
-    return {
-        our_name.format(layer): torch.cat([ours(name.format(layer)) for name in names])
-        for our_name, names in weight_map.items()
-        for layer in range(n_layer if '{}' in our_name else 1)
-    }
-
-
-def gpt2(config, device: str = 'cpu'):
-    """GPT2LMHeadModel of the sizes in `config`."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
+    config = AutoConfig.for_model(**fields)
     with torch.device(device):
-        return GPT2LMHeadModel(
-            GPT2Config(
-                vocab_size=config.vocab_size,
-                n_positions=config.block_size,
-                n_embd=config.n_embd,
-                n_layer=config.n_layer,
-                n_head=config.n_head,
-                activation_function='gelu',
-                layer_norm_epsilon=config.norm_eps,
-                resid_pdrop=0.0,
-                embd_pdrop=0.0,
-                attn_pdrop=0.0,
-                attn_implementation='eager',
-            )
-        )
+        return AutoModelForCausalLM.from_config(config, attn_implementation='eager').eval()
 
 
-def llama(config, device: str = 'cpu'):
-    """LlamaForCausalLM of the sizes in `config`."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+def of(config: ModelArchitectureConfig, device: str = 'cpu'):
+    """Their model of an architecture of ours."""
+    _, fields = interop.expressed_as(config)
+    return from_fields({**NO_SPECIAL_TOKENS, **fields}, device)
 
-    with torch.device(device):
-        return LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=config.vocab_size,
-                max_position_embeddings=config.block_size,
-                hidden_size=config.n_embd,
-                intermediate_size=config.d_ff,
-                num_hidden_layers=config.n_layer,
-                num_attention_heads=config.n_head,
-                num_key_value_heads=config.num_kv_heads if config.use_gqa else config.n_head,
-                rms_norm_eps=config.norm_eps,
-                rope_parameters={'rope_type': 'default', 'rope_theta': config.rope_theta},
-                tie_word_embeddings=False,
-                attn_implementation='eager',
-            )
-        )
+
+@torch.no_grad()
+def randomise(module: nn.Module, std: float = 0.3) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for parameter in module.parameters():
+        parameter.normal_(0.0, std, generator=generator)
+
+
+def saved(model, folder: Path, gradients: bool = False) -> interop.Source:
+    """What the model writes by itself: its weights, or its gradients as if they were weights."""
+    state = {name: parameter.grad for name, parameter in model.named_parameters()}
+    model.save_pretrained(folder, state_dict=state if gradients else None)
+    return interop.open_source(f'hf:{folder}')
+
+
+def loaded(folder: Path):
+    """What AutoModelForCausalLM finds in the folder."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, attn_implementation='eager').eval()

@@ -1,0 +1,379 @@
+"""Begin from other people's weights, and write ours for them, by the tables of `weight_maps`.
+
+    python train.py config/mine.py --init_from=hf:FOLDER_OR_NAME       # Hugging Face
+    python train.py config/mine.py --init_from=nanogpt:out/ckpt.pt     # nanoGPT
+
+What comes from elsewhere is tensors and plain values: safetensors, or a pickle that torch reads
+with weights_only=True. No code of theirs is run.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from configurator import CommandLine, Layer
+from errors import UserError, nearest
+from model_builder import Transformer, build_model
+from model_config import ModelArchitectureConfig
+from optimization import Updater
+from parallelism import SingleProcess
+from resumption import Progress
+from token_data import file_sha256
+from training_config import schema
+from training_logger import TrainingLogger
+from weight_maps import NANOGPT, TRANSFORMERS, Family, Weight
+
+# Options that do not change the function that a model computes, or not for as long as it fits.
+# Those of a run with imported weights are its own.
+FREE = frozenset(
+    {
+        'block_size',
+        'vocab_size',
+        'attention_backend',
+        'dropout',
+        'attention_dropout',
+        'residual_dropout',
+        'multiple_of',
+    }
+)
+
+
+@dataclass
+class Source:
+    """Somebody's checkpoint: its family, its config, and its tensors, read when asked for."""
+
+    name: str  # as it was asked for: 'hf:gpt2'
+    family: Family
+    fields: dict
+    tensors: dict[str, Callable[[], torch.Tensor]]
+    files: list[Path] = field(default_factory=list)
+
+    @cached_property
+    def config(self) -> ModelArchitectureConfig:
+        """The architecture in our terms. Raises UserError naming what cannot be expressed."""
+        problems: list[str] = []
+        options = self.family.read(self.fields, problems)
+        if problems:
+            raise UserError(*(f'{self.name}: {problem}' for problem in problems))
+        try:
+            return ModelArchitectureConfig(**{'arch_preset': 'custom', **options})
+        except UserError as error:
+            raise UserError(*(f'{self.name}: {problem}' for problem in error.problems)) from error
+
+    def weights(self, config: ModelArchitectureConfig) -> Iterator[tuple[str, torch.Tensor]]:
+        """Each parameter of the model of `config` by name, one at a time.
+
+        config: that of the source, but for options in FREE. Raises UserError where a tensor is
+        missing, left over, or of another shape.
+        """
+        wanted = {
+            name: (*weight_of(self.family, name, config), parameter.shape)
+            for name, parameter in build_model(config).named_parameters()
+        }
+        used = {theirs for _, names, _ in wanted.values() for theirs in names}
+        tied = {'lm_head.weight'} if config.weight_tying else set()
+        found = {self._name_here(theirs): theirs for theirs in used}
+        left = [
+            name
+            for name in self.tensors
+            if name not in found and name not in tied and not re.search(self.family.ignored, name)
+        ]
+        missing = [theirs for name, theirs in found.items() if name not in self.tensors]
+        if missing or left:
+            raise UserError(
+                *(f'{self.name} has no tensor {name!r}.' for name in missing[:3]),
+                *(
+                    f'{self.name} has a tensor {name!r} that {self.family.architecture} of its '
+                    f'config has no place for.'
+                    for name in left[:3]
+                ),
+            )
+        for name, (weight, names, shape) in wanted.items():
+            tensors = [self.tensors[self._name_here(theirs)]() for theirs in names]
+            try:
+                tensor = weight.read(tensors, config)
+            except (RuntimeError, IndexError) as error:
+                raise UserError(f'{self.name}: {", ".join(names)} do not fit: {error}') from error
+            if tensor.shape != shape:
+                raise UserError(
+                    f'{self.name}: {", ".join(names)} make a tensor of {tuple(tensor.shape)}, and '
+                    f'{tuple(shape)} was expected after its config.'
+                )
+            yield name, tensor
+
+    def _name_here(self, name: str) -> str:
+        """The name in this checkpoint, which may be that of a base model without the prefix."""
+        short = name.removeprefix(self.family.prefix)
+        return short if short in self.tensors and name not in self.tensors else name
+
+
+def weight_of(
+    family: Family, name: str, config: ModelArchitectureConfig
+) -> tuple[Weight, list[str]]:
+    """What a parameter of ours is made of, and the names of that.
+
+    Raises KeyError where the family has no such thing.
+    """
+    layer = re.match(r'blocks\.(\d+)\.', name)
+    weight = family.weights[re.sub(r'^blocks\.\d+\.', 'blocks.{layer}.', name)]
+    return weight, weight.names(layer and layer[1], config)
+
+
+# --------------------------------------------------------------------------------------------------
+# Where checkpoints are found
+
+
+def _open_hugging_face(place: str) -> Source:
+    """A folder with config.json and model.safetensors, or a name on the hub."""
+    name = f'hf:{place}'
+    folder = Path(place)
+    if not folder.is_dir():
+        folder = _download(place)
+    file = folder / 'config.json'
+    try:
+        fields = json.loads(file.read_text(encoding='utf-8'))
+    except (OSError, ValueError) as error:
+        raise UserError(f'{name}: {file} cannot be read: {error}') from error
+    kind = fields.get('model_type') if isinstance(fields, dict) else None
+    if kind not in TRANSFORMERS:
+        known = ', '.join(TRANSFORMERS)
+        raise UserError(
+            f'{name}: model_type={kind!r} is not known here; known are {known}.'
+            f'{nearest(str(kind), TRANSFORMERS)}'
+        )
+    if fields.get('quantization_config'):
+        raise UserError(f'{name}: quantization_config: only weights that are not quantized.')
+    files = _tensor_files(name, folder)
+    tensors = {key: get for path in files for key, get in _open_tensors(name, path).items()}
+    return Source(name, TRANSFORMERS[kind], fields, tensors, [file, *files])
+
+
+def _tensor_files(name: str, folder: Path) -> list[Path]:
+    """The files of a folder's weights: one, or those that an index names."""
+    for whole in ('model.safetensors', 'pytorch_model.bin'):
+        index = folder / f'{whole}.index.json'
+        if (folder / whole).is_file():
+            return [folder / whole]
+        if index.is_file():
+            shards = json.loads(index.read_text(encoding='utf-8'))['weight_map'].values()
+            # A name and no path: an index is data, and must not reach outside its folder.
+            return [folder / Path(shard).name for shard in sorted(set(shards))]
+    raise UserError(f'{name}: {folder} has neither model.safetensors nor pytorch_model.bin.')
+
+
+def _open_tensors(name: str, path: Path) -> dict[str, Callable[[], torch.Tensor]]:
+    """Tensor name -> what reads it."""
+    if path.suffix != '.safetensors':
+        return {key: lambda t=t: t for key, t in _unpickle(name, path).items()}
+    try:
+        from safetensors import safe_open
+    except ImportError as error:
+        raise UserError(f'{name}: {path.name} needs a package: pip install safetensors.') from error
+    try:
+        opened = safe_open(path, framework='pt')
+        return {key: lambda key=key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+    except Exception as error:
+        raise UserError(f'{name}: {path} cannot be read: {error}') from error
+
+
+def _unpickle(name: str, path: Path) -> dict:
+    try:
+        found = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
+    except OSError as error:
+        raise UserError(f'{name}: {path} cannot be read: {error.strerror}.') from error
+    except Exception as error:  # a foreign file makes the unpickler fail in every way there is
+        raise UserError(
+            f'{name}: {path} cannot be read as tensors and plain values ({type(error).__name__}); '
+            f'whatever else it holds was not run.'
+        ) from error
+    if not isinstance(found, dict):
+        raise UserError(f'{name}: {path} holds no checkpoint.')
+    return found
+
+
+def _download(place: str) -> Path:
+    """The hub's files of that name, in its own cache."""
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise UserError(
+            f'hf:{place}: there is no folder {place}, and to download a model of that name a '
+            f'package is needed: pip install huggingface_hub safetensors.'
+        ) from error
+    try:
+        found = huggingface_hub.list_repo_files(place)
+        kind = 'bin' if not any(file.endswith('.safetensors') for file in found) else 'safetensors'
+        wanted = ['config.json', f'*.{kind}', f'*.{kind}.index.json']
+        return Path(huggingface_hub.snapshot_download(place, allow_patterns=wanted))
+    except Exception as error:  # its own, those of its HTTP client, and of the network
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else ''
+        raise UserError(
+            f'hf:{place}: there is no folder {place}, and no model of that name could be fetched '
+            f'from huggingface.co ({type(error).__name__}: {reason}). Give the path of a folder '
+            f'that holds config.json and model.safetensors.'
+        ) from error
+
+
+def _open_nanogpt(place: str) -> Source:
+    """nanoGPT's ckpt.pt, or the folder that holds it."""
+    name, path = f'nanogpt:{place}', Path(place)
+    path = path / 'ckpt.pt' if path.is_dir() else path
+    if not path.is_file():
+        raise UserError(f'{name}: there is no file {path}. Give the path of a ckpt.pt.')
+    checkpoint = _unpickle(name, path)
+    arguments, state = checkpoint.get('model_args'), checkpoint.get('model')
+    if not isinstance(arguments, dict) or not isinstance(state, dict):
+        raise UserError(f'{name}: {path} is no checkpoint of nanoGPT: it has no model_args.')
+    # torch.compile's wrapper leaves its mark in the names.
+    tensors = {key.removeprefix('_orig_mod.'): lambda t=t: t for key, t in state.items()}
+    return Source(name, NANOGPT, arguments, tensors, [path])
+
+
+OPENERS = {'hf': _open_hugging_face, 'nanogpt': _open_nanogpt}
+
+
+def open_source(name: str) -> Source:
+    """The checkpoint that `hf:…` or `nanogpt:…` names. Raises UserError."""
+    kind, _, place = name.partition(':')
+    return OPENERS[kind](place)
+
+
+# --------------------------------------------------------------------------------------------------
+# Train on
+
+
+@dataclass
+class Imported:
+    """A new run that begins from somebody's weights. As `resumption.Resumed` to `train.py`."""
+
+    source: Source
+    run_folder = None  # a new one
+
+    @property
+    def weights_from(self) -> dict:
+        """For the record: what was asked for, what it is, and the sums of the files."""
+        return {
+            'source': self.source.name,
+            'architecture': self.source.family.architecture,
+            'files': {path.name: file_sha256(path) for path in self.source.files},
+        }
+
+    def check(self, architecture: ModelArchitectureConfig) -> None:
+        """Refuse options that contradict the source. Raises UserError naming them."""
+        theirs, now = self.source.config.to_dict(), architecture.to_dict()
+        problems = [
+            f'{key}={now.get(key)!r} ({architecture.origins.get(key, "not in use")}) contradicts '
+            f'init_from={self.source.name}, which has {theirs.get(key)!r}: leave {key} out.'
+            for key in {**theirs, **now}
+            if key not in FREE and theirs.get(key) != now.get(key)
+        ]
+        places = build_model(self.source.config).position_encoding.max_length
+        if places is not None and architecture.block_size > places:
+            problems.append(
+                f'block_size={architecture.block_size}: init_from={self.source.name} has places '
+                f'for {places} tokens, and learned ones cannot be made up: --block_size={places}.'
+            )
+        if problems:
+            raise UserError(*problems)
+
+    @torch.no_grad()
+    def restore(self, parallel: SingleProcess, model: Transformer, updater: Updater) -> Progress:
+        """Fill what this rank holds of each parameter; nothing has been trained yet."""
+        pieces = parallel.weights(model)
+        for name, tensor in self.source.weights(model.config):
+            piece = pieces[name]
+            end = piece.offset + len(piece.tensor)
+            piece.tensor.copy_(tensor.reshape(-1)[piece.offset : end])
+        return Progress()
+
+    def report(self, logger: TrainingLogger, header: dict, surroundings: dict) -> None:
+        """Begin the record."""
+        logger.start(**header)
+
+
+def find(asked: CommandLine) -> Imported | None:
+    """The checkpoint that the command line begins from; its architecture lies beneath all else.
+
+    Raises UserError if it cannot be read or expressed.
+    """
+    init_from = asked.value('init_from', schema)
+    if init_from.partition(':')[0] not in OPENERS:
+        return None
+    source = open_source(init_from)
+    dropouts = [key for key in source.config.to_dict() if key.endswith('dropout')]
+    values = {k: v for k, v in source.config.to_dict().items() if k not in dropouts}
+    values['arch_preset'] = source.config.preset
+    asked.layers.insert(0, Layer(init_from, values))
+    return Imported(source)
+
+
+# --------------------------------------------------------------------------------------------------
+# Export
+
+
+def expressed_as(config: ModelArchitectureConfig) -> tuple[Family, dict]:
+    """The family of transformers that can express the architecture, and its config's fields.
+
+    Raises UserError naming what none can express.
+    """
+    nearest_family, fewest = None, None
+    for family in TRANSFORMERS.values():
+        fields = family.write(config)
+        lost = _lost(family, fields, config)
+        if not lost:
+            return family, {'model_type': family.name, **fields}
+        if fewest is None or len(lost) < len(fewest):
+            nearest_family, fewest = family, lost
+    values = ', '.join(f'{key}={config.to_dict()[key]!r}' for key in fewest)
+    raise UserError(
+        f'transformers cannot express this architecture: {values}. The nearest that it has is '
+        f'{nearest_family.architecture}, which cannot be that.'
+    )
+
+
+def _lost(family: Family, fields: dict, config: ModelArchitectureConfig) -> list[str]:
+    """The options that come back as something else when the fields are read again."""
+    problems: list[str] = []
+    back = family.read(fields, problems)
+    with suppress(UserError):  # where what is left out makes it illegal: compare as it stands
+        back = ModelArchitectureConfig(**{'arch_preset': 'custom', **back}).to_dict()
+    return [
+        key for key, value in config.to_dict().items() if key not in FREE and back.get(key) != value
+    ]
+
+
+def export(
+    config: ModelArchitectureConfig, weights: dict[str, torch.Tensor], folder: Path
+) -> Family:
+    """Write a folder that transformers' AutoModelForCausalLM.from_pretrained loads.
+
+    weights: whole parameters by name, tied ones once. Raises UserError naming what transformers
+    cannot express, or what cannot be written.
+    """
+    family, fields = expressed_as(config)
+    try:
+        from safetensors.torch import save_file
+    except ImportError as error:
+        raise UserError('the format hf needs a package: pip install safetensors.') from error
+    tensors = {}
+    for name, tensor in weights.items():
+        weight, names = weight_of(family, name, config)
+        parts = weight.write(tensor.detach().float().cpu(), config)
+        tensors.update((theirs, part.contiguous()) for theirs, part in zip(names, parts))
+    header = {'architectures': [family.architecture], 'dtype': 'float32', **fields}
+    # Which tokens begin and end a text is the tokenizer's; the defaults are those of other people.
+    header |= dict.fromkeys(('bos_token_id', 'eos_token_id', 'pad_token_id'))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, folder / 'model.safetensors', metadata={'format': 'pt'})
+        text = json.dumps(header, indent=2, sort_keys=True) + '\n'
+        (folder / 'config.json').write_text(text, encoding='utf-8')
+    except OSError as error:
+        raise UserError(f'{folder} cannot be written: {error.strerror}.') from error
+    return family

@@ -1,0 +1,134 @@
+"""What holds of every architecture, on legal ones drawn at random and on a covering few."""
+
+import json
+import os
+
+import pytest
+import torch
+from architectures import (
+    architectures,
+    covering,
+    gradients,
+    label,
+    lively,
+    sample,
+    some_tokens,
+    tiny,
+    values_of,
+)
+from hypothesis import given, settings
+from torch.utils.flop_counter import FlopCounterMode
+
+from model_builder import (
+    build_model,
+    count_parameters,
+    initial_values,
+    parameter_groups,
+    training_flops,
+)
+from model_config import (
+    ATTENTION_BACKEND_REGISTRY,
+    CORE_OPTIONS,
+    REGISTRIES,
+    ModelArchitectureConfig,
+    architecture_options,
+)
+
+pytestmark = pytest.mark.usefixtures('one_thread')
+
+# The same ones in every run; ARCHITECTURES=2000 tries more of them.
+CASES = int(os.environ.get('ARCHITECTURES', '40'))
+at_random = settings(max_examples=CASES, deadline=None, derandomize=True, database=None)
+
+
+def loss_and_gradients(config, tokens):
+    model = lively(config)
+    torch.manual_seed(3)
+    loss, count, auxiliary_loss = model(tokens, tokens.roll(-1, dims=1))
+    (loss / count + auxiliary_loss).backward()
+    return (loss / count).detach(), gradients(model)
+
+
+@at_random
+@given(architectures())
+def test_every_parameter_has_one_beginning_one_group_and_one_part(config):
+    model = build_model(config)
+    parameters = dict(model.named_parameters())
+    assert set(initial_values(model)) == set(parameters)
+    grouped = [id(p) for group in parameter_groups(model) for p in group.parameters]
+    assert sorted(grouped) == sorted(id(p) for p in parameters.values())
+    assert 'other' not in count_parameters(model)['components']
+
+
+@at_random
+@given(architectures(dropout=0.0, attention_dropout=None, residual_dropout=None))
+def test_every_backend_gives_the_same_finite_loss_and_gradients(config):
+    tokens = some_tokens(config, batch=2)
+    results = {}
+    for backend in ATTENTION_BACKEND_REGISTRY:
+        results[backend] = loss_and_gradients(config.replace(attention_backend=backend), tokens)
+    for backend, (loss, grads) in results.items():
+        assert torch.isfinite(loss), backend
+        assert all(torch.isfinite(grad).all() for grad in grads.values()), backend
+        expected_loss, expected = results['manual']
+        torch.testing.assert_close(loss, expected_loss)
+        for name, grad in grads.items():
+            error = torch.linalg.norm(grad - expected[name])
+            assert error <= 1e-4 * torch.linalg.norm(expected[name]) + 1e-6, (backend, name)
+
+
+@at_random
+@given(architectures())
+def test_a_token_changes_its_own_logits_and_no_earlier_ones(config):
+    model = lively(config).eval()
+    length = config.block_size
+    tokens = some_tokens(config, batch=1).expand(length, length)
+    changed = tokens.clone()  # row t: token t is another one
+    changed.diagonal().add_(1).remainder_(config.vocab_size)
+    different = (model(tokens) != model(changed)).any(dim=-1)
+    assert not different.tril(-1).any()
+    assert different.diagonal().all()
+
+
+@pytest.mark.parametrize('chosen', covering(), ids=label)
+def test_flops_of_a_step_equal_the_counter_on_the_meta_device(chosen):
+    config = tiny(**chosen)
+    tokens = torch.empty((3, config.block_size), dtype=torch.long, device='meta')
+    with FlopCounterMode(display=False) as counter:
+        loss, _, auxiliary_loss = build_model(config.replace(attention_backend='manual'))(
+            tokens, tokens
+        )
+        (loss + auxiliary_loss).backward()
+    flops = training_flops(build_model(config))
+    assert flops['per_token'] == counter.get_total_flops() / tokens.numel()
+    assert flops['per_token'] == sum(flops['breakdown'].values())
+
+
+def test_the_hash_is_equal_exactly_when_the_options_are():
+    configs = [tiny(**values) for values in sample(400)]
+    described = {json.dumps(config.to_dict(), sort_keys=True) for config in configs}
+    assert len({config.hash for config in configs}) == len(described) > 390
+
+
+def test_a_config_comes_back_from_its_dict_and_its_file(tmp_path):
+    for values in covering():
+        config = tiny(**values)
+        again = ModelArchitectureConfig.from_dict(json.loads(json.dumps(config.to_dict())))
+        config.save(tmp_path / 'architecture.json')
+        loaded = ModelArchitectureConfig.load(tmp_path / 'architecture.json')
+        for copy in (again, loaded):
+            assert copy.hash == config.hash and copy.to_dict() == config.to_dict()
+            assert copy.name == config.name
+
+
+@pytest.mark.parametrize('registry', [r for r in REGISTRIES if r.option in CORE_OPTIONS])
+def test_the_name_follows_exactly_the_choices_that_have_a_tag(registry):
+    """Beside each combination of a few, the same with every other choice of one registry."""
+    option = architecture_options()[registry.option]
+    for values in covering()[::8]:
+        names = {}
+        for name in values_of(registry.option, option):
+            config = tiny(**{key: values[key] for key in values if key in CORE_OPTIONS})
+            names[name] = config.replace(**{registry.option: name}).name
+        tagged = registry is not ATTENTION_BACKEND_REGISTRY
+        assert len(set(names.values())) == (len(names) if tagged else 1), names
