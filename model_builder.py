@@ -21,13 +21,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from errors import UserError
 from model_components import Component, Initial, OutputHead, TokenEmbedding, module_flops
 from model_config import (
+    INITIALIZATION_REGISTRY,
     NORM_POSITION_REGISTRY,
     NORM_REGISTRY,
     POSITION_ENCODING_REGISTRY,
     ModelArchitectureConfig,
 )
-
-INITIAL_STD = 0.02  # of linear layers and embeddings; Radford et al. 2019
 
 
 class Transformer(nn.Module):
@@ -109,18 +108,15 @@ def initial_values(model: nn.Module) -> dict[str, Callable]:
 
     Raises RuntimeError for a parameter that nobody initialises: a fault of its component.
     """
-    n_layer = model.config.n_layer
-    residual = {
-        id(weight)
-        for module in model.modules()
-        if isinstance(module, Component)
-        for weight in module.residual_weights()
-    }
+    config = model.config
+    initialization = INITIALIZATION_REGISTRY[config.initialization]
+    components = [module for module in model.modules() if isinstance(module, Component)]
+    hidden = {id(weight) for component in components for weight in component.matrices()}
+    residual = {id(weight) for component in components for weight in component.residual_weights()}
 
     def normal(weight: nn.Parameter) -> Callable:
-        # Depth scaling (Radford et al. 2019): 2 · n_layer projections add up in the stream.
-        std = INITIAL_STD / (2 * n_layer) ** 0.5 if id(weight) in residual else INITIAL_STD
-        return lambda tensor, generator: Initial.normal(tensor, generator, std)
+        of = id(weight)
+        return Initial.normal(initialization.std(config, of in hidden, of in residual))
 
     rules, seen = {}, set()
     for prefix, module in model.named_modules():
@@ -132,7 +128,9 @@ def initial_values(model: nn.Module) -> dict[str, Callable]:
             full_name = f'{prefix}.{name}' if prefix else name
             if name in own:
                 rules[full_name] = own[name]
-            elif isinstance(module, (nn.Linear, nn.Embedding)) and name == 'weight':
+            elif id(parameter) in hidden or (
+                isinstance(module, (nn.Linear, nn.Embedding)) and name == 'weight'
+            ):
                 rules[full_name] = normal(parameter)
             elif isinstance(module, nn.Linear) and name == 'bias':
                 rules[full_name] = Initial.zeros

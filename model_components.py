@@ -13,6 +13,7 @@ from components.blocks import Block
 from components.contract import Component, Initial, module_flops
 from components.ends import IGNORED, OutputHead, TokenEmbedding
 from components.feed_forward import FeedForward
+from components.initialization import Initialization
 from components.norms import Norm
 from components.positions import PositionEncoding, Positions
 
@@ -26,6 +27,7 @@ __all__ = [
     'Component',
     'FeedForward',
     'Initial',
+    'Initialization',
     'Norm',
     'OutputHead',
     'PositionEncoding',

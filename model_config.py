@@ -35,6 +35,7 @@ NORM_REGISTRY = Registry('normalization', 'Normalization', _HOME)
 FFN_REGISTRY = Registry('ffn_type', 'Feed-forward network', _HOME)
 ACTIVATION_REGISTRY = Registry('activation', 'Activation', _HOME)
 NORM_POSITION_REGISTRY = Registry('norm_position', 'Norm position', _HOME)
+INITIALIZATION_REGISTRY = Registry('initialization', 'Initialisation', _HOME)
 
 # In the order in which their tags stand in an architecture's name.
 REGISTRIES = (
@@ -46,6 +47,7 @@ REGISTRIES = (
     FFN_REGISTRY,
     ACTIVATION_REGISTRY,
     NORM_POSITION_REGISTRY,
+    INITIALIZATION_REGISTRY,
 )
 
 
@@ -137,6 +139,7 @@ CORE_OPTIONS = {
     'norm_position': Option(
         str, 'pre', 'Where the norms stand in a block', choices=NORM_POSITION_REGISTRY
     ),
+    'initialization': Option(str, 'gpt2', 'How the weights begin', choices=INITIALIZATION_REGISTRY),
     'bias': Option(bool, True, 'Biases in linear layers (a norm says for itself)'),
     'weight_tying': Option(bool, True, 'The output head shares the token table'),
     'scale_embeddings': Option(bool, False, 'Token embeddings times the root of n_embd'),

@@ -26,8 +26,8 @@ class Initial:
         return lambda tensor, generator: tensor.fill_(value)
 
     @staticmethod
-    def normal(tensor: torch.Tensor, generator: torch.Generator, std: float = 0.02) -> None:
-        tensor.normal_(0.0, std, generator=generator)
+    def normal(std: float) -> Callable[[torch.Tensor, torch.Generator], None]:
+        return lambda tensor, generator: tensor.normal_(0.0, std, generator=generator)
 
 
 class Component(Configurable):
@@ -59,7 +59,7 @@ class Component(Configurable):
     def initial_values(self) -> dict:
         """What fills each parameter that is directly its own: a function (tensor, generator).
 
-        Linear layers and embeddings inside need no mention.
+        Linear layers and embeddings inside need no mention, nor does what `matrices()` names.
         """
         return {}
 

@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable, Sequence
 
 import torch
-from hypothesis import assume
+from hypothesis import assume, note
 from hypothesis import strategies as st
 
 import model_components  # noqa: F401  fills the registries before their names are listed
@@ -41,6 +41,7 @@ VALUES = {
     'multiple_of': (8, 16),
     'logit_softcap': (2.0,),
     'z_loss': (0.0, 0.1),
+    'init_std': (0.02, 0.1),
 }
 
 
@@ -88,6 +89,7 @@ def architectures(draw, **fixed) -> ModelArchitectureConfig:
     """For hypothesis: any legal tiny architecture."""
     config = legal(mixed(lambda values: draw(st.sampled_from(values)), **fixed))
     assume(config is not None)
+    note(config.to_dict())
     return config
 
 

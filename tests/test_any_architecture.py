@@ -61,7 +61,10 @@ def test_every_parameter_has_one_beginning_one_group_and_one_part(config):
 
 
 @at_random
-@given(architectures(dropout=0.0, attention_dropout=None, residual_dropout=None))
+@given(
+    # A larger beginning makes some architectures so steep that rounding decides.
+    architectures(dropout=0.0, attention_dropout=None, residual_dropout=None, init_std=0.02)
+)
 def test_every_backend_gives_the_same_finite_loss_and_gradients(config):
     tokens = some_tokens(config, batch=2)
     results = {}

@@ -99,6 +99,7 @@ NUMBERS = {
     'num_kv_heads': 1,
     'logit_softcap': 0.1,
     'z_loss': 0.1,
+    'init_std': 0.1,
 }
 # What must be set along with a value for it to be legal.
 COMPANIONS = {('use_gqa', True): {'num_kv_heads': 1}}
