@@ -34,6 +34,7 @@ class Difference:
     low: float
     high: float
     p_value: float
+    noise: float  # standard deviation of one such difference, from seed to seed
     # The smallest true difference that an experiment like this finds with probability POWER.
     detectable: float
     paired: bool
@@ -60,7 +61,8 @@ def paired_difference(pairs: Sequence[tuple[float, float]]) -> Difference:
     differences = [value - baseline for value, baseline in pairs]
     error = statistics.stdev(differences) / math.sqrt(len(pairs))
     mean = statistics.fmean(differences)
-    return _difference(mean, error, len(pairs) - 1, paired=True, count=len(pairs))
+    noise = statistics.stdev(differences)
+    return _difference(mean, error, len(pairs) - 1, noise, paired=True, count=len(pairs))
 
 
 def unpaired_difference(values: Sequence[float], baseline: Sequence[float]) -> Difference:
@@ -78,10 +80,11 @@ def unpaired_difference(values: Sequence[float], baseline: Sequence[float]) -> D
     )
     freedom = sum(parts) ** 2 / squares if squares else len(values) + len(baseline) - 2
     count = min(len(values), len(baseline))
-    return _difference(mean, error, freedom, paired=False, count=count)
+    noise = math.sqrt(statistics.variance(values) + statistics.variance(baseline))
+    return _difference(mean, error, freedom, noise, paired=False, count=count)
 
 
-def _difference(mean: float, error: float, freedom: float, **rest) -> Difference:
+def _difference(mean: float, error: float, freedom: float, noise: float, **rest) -> Difference:
     """From the difference's standard error and its degrees of freedom."""
     half = student_quantile(0.5 + CONFIDENCE / 2, freedom) * error
     if error:
@@ -89,7 +92,7 @@ def _difference(mean: float, error: float, freedom: float, **rest) -> Difference
     else:  # runs that repeat one another to the last bit
         p_value = 0.0 if mean else 1.0
     detectable = error * detectable_ratio(freedom)
-    return Difference(mean, mean - half, mean + half, p_value, detectable, **rest)
+    return Difference(mean, mean - half, mean + half, p_value, noise, detectable, **rest)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
