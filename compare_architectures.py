@@ -6,26 +6,45 @@ python compare_architectures.py out-gpt2 out-llama/run_20260101_120000
 python compare_architectures.py --baseline gpt2      differences to the run that this names
 
 Three steps, each handing plain data to the next: `load` turns records into `Run` rows, `compare`
-ranks and aligns them, `render` makes text of that. Only records are read: no torch, no numpy.
+groups, ranks and judges them, `comparison_text.render` makes text of that. Only records are read:
+no torch, no numpy.
 """
 
 import argparse
-import statistics
+import functools
+import json
 import sys
-import textwrap
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from comparison_text import FORMATS, listing
 from errors import ArgumentParser, UserError, nearest, run_script
+from evidence import holm
+from judgement import (
+    SEEDS,
+    AtEqualCost,
+    CurvePoint,
+    Effect,
+    Group,
+    Interaction,
+    Stability,
+    Verdict,
+    at_equal_cost,
+    curve_of,
+    group_runs,
+    interactions,
+    judge,
+    main_effects,
+    pareto_front,
+    stability,
+)
 from training_logger import find_records, read_record
 
-WIDTH = 100  # columns that the text aims at
-TABLE_RUNS = 6  # more runs than this and options are grouped by value instead of tabulated
-LISTED = 8  # as many names or values as one line lists
+SAME_BUDGET = 0.01  # budgets that differ by less are equal
 
 # What must agree for losses, and what for time and memory, to speak of the architecture alone.
 # Some belong to both: block size changes what a token can see and what it costs.
@@ -38,10 +57,14 @@ SPEED_CONDITIONS = (
     *('device', 'device_name', 'threads', 'strategy', 'world_size', 'compile', 'dtype'),
     *('block_size', 'batch_size', 'tokens_per_iter', 'model_vocab_size', 'concurrent_runs'),
 )
-SEEDS = ('seed', 'data_seed')
+# What a budget in FLOPs or seconds, or tuning, sets for each architecture by itself.
+BUDGETED = ('tokens_seen', 'max_iters', 'warmup_iters', 'lr_decay_iters')
 # Where a run is kept and how it reports; nothing that its figures depend on.
 IMMATERIAL = frozenset(
-    {'out_dir', 'log_style', 'log_interval', 'always_save_checkpoint', 'async_save'}
+    {
+        *('out_dir', 'log_style', 'log_interval', 'always_save_checkpoint', 'async_save'),
+        'concurrent_runs',
+    }
 )
 
 
@@ -69,16 +92,22 @@ class Run:
     tokens_per_sec: float | None
     wall_seconds: float | None
     peak_memory_gb: float | None
+    total_flops: float | None
+    curve: list[CurvePoint]
+    stability: Stability
+    study: 'StudyPlan | None' = None
+    variant: str | None = None  # the run's place in that study
 
 
-@dataclass(frozen=True)
-class Replicates:
-    """Runs of one architecture, trained alike, that differ in their seeds alone."""
+@dataclass(frozen=True, eq=False)
+class StudyPlan:
+    """What `study.py` wrote beside its runs."""
 
-    ranks: list[int]
-    seeds: int
-    mean: float
-    deviation: float | None  # sample standard deviation; None for one seed
+    question: str
+    budget: dict
+    tuned: list[str]
+    variants: dict[str, dict]  # label -> the options that it sets
+    folders: dict[str, str]  # folder of a point -> label
 
 
 # Values as text, each with the ranks (1-based) of the runs that have it.
@@ -87,16 +116,25 @@ Values = dict[str, list[int]]
 
 @dataclass(frozen=True)
 class Comparison:
-    """Everything that a rendering needs. `runs` and `labels` are in rank order, best loss first."""
+    """Everything that a rendering needs. `groups` and `labels` are in rank order, best loss first.
 
-    runs: list[Run]
+    A group is a run, or, where any are `repeated` with several seeds, all that differ in seed only.
+    """
+
+    groups: list[Group]
     labels: list[str]
-    baseline: Run
+    repeated: bool
+    baseline: Group
     baseline_reason: str
+    verdicts: list[Verdict]
+    fronts: list[str]  # on which Pareto fronts a group lies: letters of FTM
+    equal_cost: list[AtEqualCost]
+    effects: list[tuple[Effect, float | None]]  # with p-values corrected for their number
+    interactions: list[tuple[Interaction, float | None]]
     options: dict[str, Values]
+    notes: list[str]
     loss_warnings: dict[str, Values]
     speed_warnings: dict[str, Values]
-    replicates: list[Replicates]
     skipped: list[str]
 
 
@@ -142,7 +180,36 @@ def run_of(record: dict[str, Any], path: Path) -> Run:
         tokens_per_sec=1000 * tokens_per_iter / time_ms if time_ms and tokens_per_iter else None,
         wall_seconds=summary.get('wall_seconds'),
         peak_memory_gb=summary.get('peak_memory_gb'),
+        total_flops=summary.get('total_flops'),
+        curve=curve_of(record),
+        stability=stability(record),
+        **place_in_study(folder_of(path)),
     )
+
+
+def place_in_study(folder: Path) -> dict[str, Any]:
+    """The study that a run folder lies in, and which variant of it the run is."""
+    for parent in folder.absolute().parents[:5]:
+        if plan := read_plan(parent):
+            point = folder.absolute().parent.relative_to(parent).as_posix()
+            return {'study': plan, 'variant': plan.folders.get(point)}
+    return {}
+
+
+@functools.cache
+def read_plan(folder: Path) -> StudyPlan | None:
+    """The plan in a folder; None where there is none that can be read."""
+    try:
+        plan = json.loads((folder / 'study.json').read_text(encoding='utf-8'))
+        return StudyPlan(
+            question=plan['question'],
+            budget=plan['budget'],
+            tuned=plan['tuned'],
+            variants={variant['label']: variant['asked'] for variant in plan['variants']},
+            folders={point['folder']: point['variant'] for point in plan['points']},
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def folder_of(path: Path) -> Path:
@@ -190,24 +257,114 @@ def load(paths: Sequence[Path], latest: int | None = None) -> tuple[list[Run], l
 
 
 def compare(runs: Iterable[Run], baseline: str | None = None, skipped=()) -> Comparison:
-    """Rank the runs and say what differs. Raises UserError where `baseline` names no single run."""
-    best_first = sorted(runs, key=lambda r: (r.val_loss is None, r.val_loss or 0.0, r.start))
-    labels = labels_of(best_first)
-    options = dict.fromkeys(key for run in best_first for key in run.config)
-    chosen, reason = baseline_of(best_first, labels, baseline)
+    """Rank and judge the runs, and say what differs.
+
+    Raises UserError where `baseline` names no single architecture.
+    """
+    oldest_first = sorted(runs, key=lambda run: run.start)
+    groups = group_runs(oldest_first, training_of)
+    repeated = any(len(group.losses) > 1 for group in groups)
+    if not repeated:
+        groups = group_runs(oldest_first, lambda run: run.folder)
+    labels = labels_of(groups)
+    chosen, reason = baseline_of(groups, labels, baseline)
+    firsts = [group.members[0] for group in groups]
+    ignored = {*IMMATERIAL, *SEEDS} if repeated else IMMATERIAL
+    keys = [key for key in dict.fromkeys(k for r in firsts for k in r.config) if key not in ignored]
+    loss_warnings = differing([run.conditions for run in firsts], LOSS_CONDITIONS, 'unknown')
+    if repeated and len({frozenset(g.losses) for g in groups if g.finished}) == 1:
+        loss_warnings.pop('data_seed', None)  # each has them all
+    loss_warnings, notes = without_fair_differences(groups, loss_warnings)
+    placed = axes_of(groups)
+    effects, dependences = main_effects(placed), interactions(placed)
     return Comparison(
-        runs=best_first,
+        groups=groups,
         labels=labels,
+        repeated=repeated,
         baseline=chosen,
         baseline_reason=reason,
-        options=differing(
-            [run.config for run in best_first], [key for key in options if key not in IMMATERIAL]
-        ),
-        loss_warnings=differing([r.conditions for r in best_first], LOSS_CONDITIONS, 'unknown'),
-        speed_warnings=differing([r.conditions for r in best_first], SPEED_CONDITIONS, 'unknown'),
-        replicates=replicates_of(best_first),
+        verdicts=judge(groups, chosen),
+        fronts=fronts_of(groups),
+        equal_cost=at_equal_cost(groups) if all(len(run.curve) > 1 for run in firsts) else [],
+        effects=list(zip(effects, corrected([effect.difference for effect in effects]))),
+        interactions=list(zip(dependences, corrected([found.difference for found in dependences]))),
+        options=differing([run.config for run in firsts], keys),
+        notes=notes,
+        loss_warnings=loss_warnings,
+        speed_warnings=differing([r.conditions for r in firsts], SPEED_CONDITIONS, 'unknown'),
         skipped=list(skipped),
     )
+
+
+def training_of(run: Run) -> tuple:
+    """What two runs share that differ in their seeds alone."""
+    apart = {*IMMATERIAL, *SEEDS, *run.choices, 'arch_preset', 'init_from'}
+    training = sorted((key, str(run.config[key])) for key in run.config if key not in apart)
+    return run.architecture_hash, tuple(training)
+
+
+def without_fair_differences(
+    groups: Sequence[Group], warnings: dict[str, Values]
+) -> tuple[dict[str, Values], list[str]]:
+    """The warnings, but for what an equal budget or tuning explains; that is told as notes."""
+    notes, runs = [], [run for group in groups for run in group.members]
+    plans = {id(run.study): run.study for run in runs}
+    plan = next(iter(plans.values())) if len(plans) == 1 else None
+    fair: set[str] = set()
+    if 'tokens_seen' in warnings:
+        flops = [run.total_flops for group in groups if group.finished for run in group.members]
+        if flops and all(flops) and max(flops) / min(flops) - 1 < SAME_BUDGET:
+            spread = max(flops) / min(flops) - 1
+            notes.append(f'Each trained with the same FLOPs (within {spread:.2%}), not tokens.')
+            fair |= {*BUDGETED}
+        elif plan and 'seconds' in plan.budget:
+            seconds = plan.budget['seconds']
+            notes.append(f'Each trained for as many updates as {seconds:g} s were to buy it.')
+            fair |= {*BUDGETED}
+    if plan and plan.tuned:
+        notes.append(f'Tuned for each by itself: {", ".join(plan.tuned)}.')
+        fair |= {*plan.tuned, *(['min_lr'] if 'learning_rate' in plan.tuned else [])}
+    return {key: values for key, values in warnings.items() if key not in fair}, notes
+
+
+def corrected(tests: Sequence) -> list[float | None]:
+    """Holm's p-values of the tests that could be made."""
+    p_values = iter(holm([test.p_value for test in tests if test is not None]))
+    return [None if test is None else next(p_values) for test in tests]
+
+
+def axes_of(groups: Sequence[Group]) -> list[tuple[dict, Group]]:
+    """Where each group lies in the grid of its study; nothing unless all are of one study."""
+    firsts = [group.members[0] for group in groups if group.finished]
+    if len({id(run.study) for run in firsts}) != 1 or firsts[0].study is None:
+        return []
+    by_variant = {group.members[0].variant: group for group in groups if group.finished}
+    return [
+        (axes, by_variant[label])
+        for label, axes in firsts[0].study.variants.items()
+        if label in by_variant
+    ]
+
+
+def fronts_of(groups: Sequence[Group]) -> list[str]:
+    """For each group the Pareto fronts that it lies on: of loss against FLOPs, time, memory."""
+    costs = {
+        'F': lambda run: run.total_flops,
+        'T': lambda run: run.curve[-1].seconds if run.curve else None,
+        'M': lambda run: run.peak_memory_gb,
+    }
+    letters = [''] * len(groups)
+    for letter, figure in costs.items():
+        amounts = [group.mean(figure) for group in groups]
+        points = [
+            None
+            if amount is None or group.loss is None or not group.finished
+            else (amount, group.loss)
+            for amount, group in zip(amounts, groups)
+        ]
+        for place, on_front in enumerate(pareto_front(points)):
+            letters[place] += letter if on_front else ''
+    return letters
 
 
 def differing(
@@ -233,8 +390,14 @@ def value_text(key: str, value: Any, unknown: str) -> str:
     return str(value)[:12] if key.endswith('_sha256') else str(value)
 
 
-def labels_of(runs: Sequence[Run]) -> list[str]:
-    """Architecture names, with what tells two apart: differing choices, or else the run's name."""
+def labels_of(groups: Sequence[Group]) -> list[str]:
+    """A study's names of its variants; else architecture names, with what tells two apart:
+    differing choices, or else the run's name."""
+    runs = [group.members[0] for group in groups]
+    variants = [run.variant for run in runs]
+    if None not in variants and len({run.study for run in runs}) == 1:
+        counts = Counter(variants)
+        return [v if counts[v] == 1 else f'{v} {run.name}' for v, run in zip(variants, runs)]
     alike: dict[str, list[Run]] = {}
     for run in runs:
         alike.setdefault(run.architecture, []).append(run)
@@ -253,266 +416,63 @@ def labels_of(runs: Sequence[Run]) -> list[str]:
     ]
 
 
-def baseline_of(runs: Sequence[Run], labels: Sequence[str], wanted: str | None) -> tuple[Run, str]:
-    """The run that differences are to, and why it.
+def baseline_of(
+    groups: Sequence[Group], labels: Sequence[str], wanted: str | None
+) -> tuple[Group, str]:
+    """The group that differences are to, and why it.
 
-    By default the oldest finished run that has a loss: an experiment starts from what it is to be
-    judged by, and that choice does not depend on how the others came out. A name stands for all
-    runs of one architecture, and then for the oldest of them.
+    By default that of the oldest finished run that has a loss: an experiment starts from what it
+    is to be judged by, and that choice does not depend on how the others came out. A name stands
+    for all runs of one architecture, and then for the oldest of them.
     """
 
-    def oldest(candidates: Iterable[Run]) -> Run:
-        return min(candidates, key=lambda r: (r.val_loss is None, r.status != 'finished', r.start))
+    def oldest(candidates: Iterable[Group]) -> Group:
+        return min(candidates, key=lambda g: (g.loss is None, not g.finished, g.members[0].start))
 
     if wanted is None:
-        chosen = oldest(runs)
-        finished = 'finished ' if chosen.status == 'finished' else ''
+        chosen = oldest(groups)
+        finished = 'finished ' if chosen.finished else ''
         return chosen, f'the oldest {finished}run; --baseline NAME chooses another'
 
     wanted = wanted.rstrip('/')
     names = [
-        (run.architecture, label, run.name, str(run.folder), str(run.folder.parent))
-        for run, label in zip(runs, labels)
+        {
+            label,
+            *(
+                name
+                for run in group.members
+                for name in (run.architecture, run.name, str(run.folder), str(run.folder.parent))
+            ),
+        }
+        for group, label in zip(groups, labels)
     ]
-    matches = [run for run, known in zip(runs, names) if wanted in known]
+    matches = [group for group, known in zip(groups, names) if wanted in known]
     if not matches:
         part = wanted.casefold()
         matches = [
-            run for run, known in zip(runs, names) if any(part in name.casefold() for name in known)
+            group
+            for group, known in zip(groups, names)
+            if any(part in name.casefold() for name in known)
         ]
+    architectures = list(dict.fromkeys(group.members[0].architecture for group in groups))
     if not matches:
-        known = [name for names_of_run in names for name in names_of_run]
+        known = [name for names_of_group in names for name in names_of_group]
         raise UserError(
             f'--baseline {wanted}: no run compared here has this in its architecture, name or '
-            f'folder.{nearest(wanted, known)} '
-            f'Architectures here: {listing(list(dict.fromkeys(run.architecture for run in runs)))}'
+            f'folder.{nearest(wanted, known)} Architectures here: {listing(architectures)}'
         )
-    if len({run.architecture_hash for run in matches}) > 1:
-        found = [f'{label} ({run.folder})' for run, label in zip(runs, labels) if run in matches]
+    if len({group.members[0].architecture_hash for group in matches}) > 1:
+        found = [
+            f'{label} ({group.members[0].folder})'
+            for group, label in zip(groups, labels)
+            if group in matches
+        ]
         raise UserError(
             f'--baseline {wanted}: matches {len(matches)} runs of different architectures: '
             f'{listing(found)}. Type more of the architecture, run or folder name'
         )
     among = '' if len(matches) == 1 else f', the oldest of {len(matches)} that match'
     return oldest(matches), f'--baseline {wanted}{among}'
-
-
-def replicates_of(runs: Sequence[Run]) -> list[Replicates]:
-    """Finished runs grouped over seeds: the same architecture, trained with the same options."""
-    groups: dict[tuple, list[int]] = {}
-    for rank, run in enumerate(runs, 1):
-        if run.status != 'finished' or run.val_loss is None:
-            continue
-        apart = {*IMMATERIAL, *SEEDS, *run.choices, 'arch_preset', 'init_from'}
-        training = sorted((key, str(run.config[key])) for key in run.config if key not in apart)
-        groups.setdefault((run.architecture_hash, tuple(training)), []).append(rank)
-
-    result = []
-    for ranks in groups.values():
-        # A run repeated with the same seeds is no further evidence.
-        losses = {
-            tuple(runs[rank - 1].config.get(key) for key in SEEDS): runs[rank - 1].val_loss
-            for rank in ranks
-        }
-        deviation = statistics.stdev(losses.values()) if len(losses) > 1 else None
-        result.append(Replicates(ranks, len(losses), statistics.fmean(losses.values()), deviation))
-    return sorted(result, key=lambda group: group.mean)
-
-
-# --- a comparison to text ------------------------------------------------------------------------
-
-
-def render(comparison: Comparison) -> str:
-    """The comparison as plain text of about a hundred columns."""
-    parts = (ranking_text, cost_text, options_text, warnings_text, evidence_text)
-    return '\n\n'.join(text for text in (part(comparison) for part in parts) if text) + '\n'
-
-
-def ranking_text(comparison: Comparison) -> str:
-    runs, baseline = comparison.runs, comparison.baseline
-    number = runs.index(baseline) + 1
-    unfinished = any(run.status != 'finished' for run in runs)
-    # The name comes last: its length varies, and a terminal may cut it.
-    status = ['status'] * unfinished
-    rows = [['#', 'val loss', f'vs #{number}', 'bits/byte', *status, 'architecture']]
-    for rank, (run, label) in enumerate(zip(runs, comparison.labels), 1):
-        if run is baseline:
-            difference = 'baseline'
-        elif run.val_loss is None or baseline.val_loss is None:
-            difference = '-'
-        else:
-            difference = f'{run.val_loss - baseline.val_loss:+.4f}'
-        loss = shown(run.val_loss, '{:.4f}'.format, 'none')
-        bits = shown(run.bits_per_byte, '{:.4f}'.format)
-        rows.append([str(rank), loss, difference, bits, *[progress(run)] * unfinished, label])
-    title = ['RANKING by best validation loss, in nats a token (lower is better)']
-    if len(runs) > 1:
-        label, reason = comparison.labels[number - 1], comparison.baseline_reason
-        title.append(wrapped(f'Differences are to #{number} {label}: {reason}.'))
-        if baseline.val_loss is None:
-            title.append('The baseline has no validation loss.')
-    if comparison.loss_warnings:
-        title.append('These losses are not like with like: see WARNINGS.')
-    return '\n'.join(title) + '\n' + table(rows, '>>>><<')
-
-
-def cost_text(comparison: Comparison) -> str:
-    header = ['params', 'FLOPs/token', 'MFU', 'tokens/s', 'ms/iter']
-    rows = [['#', *header, 'wall', 'peak GB', 'run']]
-    for rank, run in enumerate(comparison.runs, 1):
-        rows.append(
-            [
-                str(rank),
-                shown(run.params, si),
-                shown(run.flops_per_token, si),
-                shown(run.mfu_percent, '{:.2f}%'.format),
-                shown(run.tokens_per_sec, '{:,.0f}'.format),
-                shown(run.time_ms, '{:,.1f}'.format),
-                shown(run.wall_seconds, duration),
-                shown(run.peak_memory_gb, '{:.2f}'.format),
-                str(run.folder),
-            ]
-        )
-    return 'COST (training FLOPs; they and MFU count attention over the full square)\n' + table(
-        rows, '>>>>>>>><'
-    )
-
-
-def options_text(comparison: Comparison) -> str:
-    options, runs = comparison.options, comparison.runs
-    if len(runs) < 2:
-        return ''
-    if not options:
-        return 'OPTIONS THAT DIFFER: none'
-    ranks = range(1, len(runs) + 1)
-    rows = [['option', *(f'#{rank}' for rank in ranks)]]
-    for key, values in options.items():
-        text_of = {rank: text for text, having in values.items() for rank in having}
-        rows.append([key, *(text_of[rank] for rank in ranks)])
-    text = table(rows, '<' * len(rows[0]))
-    if len(runs) > TABLE_RUNS or max(map(len, text.splitlines())) > WIDTH:
-        text = grouped(options)
-    return 'OPTIONS THAT DIFFER\n' + text
-
-
-def warnings_text(comparison: Comparison) -> str:
-    lines = []
-    if comparison.loss_warnings:
-        lines += ['Losses are not like with like. Besides the architecture, these differ:']
-        lines += [grouped(comparison.loss_warnings)]
-        if {'tokenizer', 'vocab_size'} & comparison.loss_warnings.keys():
-            lines += [
-                'Across vocabularies, compare bits/byte (of the same text), not loss a token.'
-            ]
-    unfinished = [
-        f'  #{rank} {run.name}: {progress(run)}'
-        for rank, run in enumerate(comparison.runs, 1)
-        if run.status != 'finished'
-    ]
-    if unfinished:
-        lines += [
-            'Unfinished: the loss is not the one at the end of training, so the rank may change.'
-        ]
-        lines += unfinished
-    untrained = [rank for rank, run in enumerate(comparison.runs, 1) if run.val_loss is None]
-    if untrained:
-        lines += [f'Not ranked, no validation loss after an update: {numbers(untrained)}']
-    if comparison.speed_warnings:
-        lines += ['Time and memory are not like with like. Besides the architecture, these differ:']
-        lines += [grouped(comparison.speed_warnings)]
-    lines += [f'Skipped {line}' for line in comparison.skipped]
-    return '\n'.join(['WARNINGS', *lines]) if lines else ''
-
-
-def evidence_text(comparison: Comparison) -> str:
-    """How far the ranking can be believed."""
-    if len(comparison.runs) < 2:
-        return ''
-    repeated = [group for group in comparison.replicates if group.seeds > 1]
-    if not repeated:
-        return wrapped(
-            'One seed per architecture: the ranking has no error bar, and a difference may be '
-            'chance. Several seeds of each give one: train again with --seed=2, then --seed=3.'
-        )
-    lines = ['SEEDS (mean and standard deviation of the best validation loss)']
-    for group in repeated:
-        name = comparison.runs[group.ranks[0] - 1].architecture
-        lines.append(
-            f'  {name}: {group.mean:.4f} +/- {group.deviation:.4f}, '
-            f'{group.seeds} seeds ({numbers(group.ranks)})'
-        )
-    single = [rank for group in comparison.replicates if group.seeds == 1 for rank in group.ranks]
-    if single:
-        lines.append(f'  One seed, no error bar: {numbers(sorted(single))}')
-    return '\n'.join(lines)
-
-
-def table(rows: Sequence[Sequence[str]], align: str) -> str:
-    """Columns two spaces apart; `align` has '<' or '>' for each."""
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return '\n'.join(
-        '  '.join(f'{cell:{side}{width}}' for cell, side, width in zip(row, align, widths)).rstrip()
-        for row in rows
-    )
-
-
-def grouped(options: dict[str, Values]) -> str:
-    """One paragraph a key: each value with the runs that have it."""
-    width = max(map(len, options))
-    paragraphs = []
-    for key, values in options.items():
-        texts = [f'{text} ({numbers(ranks)})' for text, ranks in values.items()]
-        paragraphs.append(wrapped(f'  {key:{width}}  {listing(texts)}', ' ' * (width + 4)))
-    return '\n'.join(paragraphs)
-
-
-def wrapped(text: str, indent: str = '') -> str:
-    return textwrap.fill(
-        text, WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
-    )
-
-
-def listing(texts: Sequence[str]) -> str:
-    more = len(texts) - LISTED
-    return ', '.join(texts[:LISTED]) + (f' and {more} more' if more > 0 else '')
-
-
-def numbers(ranks: Sequence[int]) -> str:
-    """Ascending ranks as `#1-3 #7`, in few enough spans for a line."""
-    spans: list[list[int]] = []
-    for rank in ranks:
-        if spans and rank == spans[-1][1] + 1:
-            spans[-1][1] = rank
-        else:
-            spans.append([rank, rank])
-    texts = [f'#{first}' if first == last else f'#{first}-{last}' for first, last in spans]
-    more = sum(last - first + 1 for first, last in spans[LISTED:])
-    return ' '.join(texts[:LISTED]) + (f' and {more} more' if more else '')
-
-
-def progress(run: Run) -> str:
-    # A journal without an end looks the same whether the run lives or was killed.
-    status = 'running or crashed' if run.status == 'running' else run.status
-    return f'{status} {run.iters_done}/{shown(run.max_iters, str)}'
-
-
-def shown(value: Any, form: Callable[[Any], str], unknown: str = '-') -> str:
-    return unknown if value is None else form(value)
-
-
-def si(value: float) -> str:
-    """`162.15M`, with the largest of K, M, G, T that leaves a whole part."""
-    for size, unit in ((1e12, 'T'), (1e9, 'G'), (1e6, 'M'), (1e3, 'K')):
-        if value >= size:
-            return f'{value / size:.2f}{unit}'
-    return f'{value:.0f}'
-
-
-def duration(seconds: float) -> str:
-    minutes, hours = round(seconds) // 60, round(seconds) // 3600
-    if hours:
-        return f'{hours}h {minutes % 60:02d}m'
-    return f'{minutes}m {round(seconds) % 60:02d}s' if minutes else f'{seconds:.1f}s'
 
 
 # --- the command line ----------------------------------------------------------------------------
@@ -545,13 +505,16 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         help='(part of) an architecture, run or folder name: differences are to this run '
         '(default: the oldest finished run compared)',
     )
+    parser.add_argument(
+        '--format', choices=FORMATS, default='text', help='of what is printed (default text)'
+    )
     return parser.parse(argv)
 
 
 def main(argv: Sequence[str]) -> None:
     settings = parse(argv)
     runs, skipped = load(settings.paths, settings.latest)
-    text = render(compare(runs, settings.baseline, skipped))
+    text = FORMATS[settings.format](compare(runs, settings.baseline, skipped))
     # A name or path may hold what this terminal cannot show.
     encoding = sys.stdout.encoding or 'utf-8'
     print(text.encode(encoding, 'backslashreplace').decode(encoding), end='')

@@ -38,10 +38,15 @@ class CurvePoint(NamedTuple):
 class Group:
     """Runs of one architecture, trained alike, that differ in their seeds alone."""
 
-    label: str
     members: list  # the runs, one for each pair of seeds
-    losses: dict[tuple, float]  # by (seed, data_seed)
-    estimate: Estimate
+    finished: bool
+    losses: dict[tuple, float]  # by (seed, data_seed); empty where none is known
+    estimate: Estimate | None
+
+    @property
+    def loss(self) -> float | None:
+        """The mean over the seeds."""
+        return self.estimate and self.estimate.mean
 
     def mean(self, figure: Callable[[Any], float | None]) -> float | None:
         """The mean of a run's figure over the members that have it."""
@@ -59,27 +64,29 @@ class Verdict:
     text: str
 
 
-def group_runs(runs: Iterable, key: Callable, label: Callable) -> list[Group]:
-    """Finished runs that have a loss, by `key(run)`; a group is called `label(its first run)`."""
-    by_key: dict[tuple, dict[tuple, Any]] = {}
+def group_runs(runs: Iterable, key: Callable[[Any], Any]) -> list[Group]:
+    """Finished runs that have a loss, by `key(run)`, and each other run by itself; best first."""
+    by_key: dict[Any, dict[tuple, Any]] = {}
     for run in runs:
-        if run.status == 'finished' and run.val_loss is not None:
-            # A run repeated with the same seeds is no further evidence: the first counts.
-            seeds = tuple(run.config.get(name) for name in SEEDS)
-            by_key.setdefault(key(run), {}).setdefault(seeds, run)
+        seeds = tuple(run.config.get(name) for name in SEEDS)
+        whole = run.status == 'finished' and run.val_loss is not None
+        # A run repeated with the same seeds is no further evidence: the first counts.
+        by_key.setdefault(('whole', key(run)) if whole else run, {}).setdefault(seeds, run)
     groups = []
     for members in by_key.values():
-        losses = {seeds: run.val_loss for seeds, run in members.items()}
-        first = next(iter(members.values()))
-        groups.append(
-            Group(label(first), [*members.values()], losses, estimate([*losses.values()]))
-        )
-    return sorted(groups, key=lambda group: group.estimate.mean)
+        losses = {s: run.val_loss for s, run in members.items() if run.val_loss is not None}
+        finished = all(run.status == 'finished' for run in members.values())
+        found = estimate([*losses.values()]) if losses else None
+        groups.append(Group([*members.values()], finished, losses, found))
+    return sorted(groups, key=lambda g: (g.loss is None, g.loss or 0.0, g.members[0].start))
 
 
 def judge(groups: Sequence[Group], baseline: Group) -> list[Verdict]:
     """Each group against the baseline, in the given order."""
-    found = [None if group is baseline else difference(group, baseline) for group in groups]
+    found = [
+        difference(group, baseline) if group is not baseline and group.finished else None
+        for group in groups
+    ]
     corrected = iter(holm([d.p_value for d in found if d is not None]))
     verdicts = []
     for group, test in zip(groups, found, strict=True):
@@ -87,7 +94,7 @@ def judge(groups: Sequence[Group], baseline: Group) -> list[Verdict]:
         if group is baseline:
             text = 'baseline'
         elif test is None:
-            text = 'one seed: cannot be told'
+            text = 'unknown'  # one seed, or not finished
         elif p_value >= 1 - CONFIDENCE:
             text = 'not told apart'
         else:

@@ -39,6 +39,7 @@ from pathlib import Path
 import torch
 
 import compare_architectures
+from comparison_text import duration, table
 from configurator import CommandLine, format_help, read_command_line
 from errors import UserError, run_script
 from registry import Option, at_least
@@ -118,7 +119,7 @@ def describe(study: Study, found: list[Variant]) -> str:
         [
             *([study.question] if study.question else []),
             f'{study.path}: {len(found)} variants, {seeds} seed{"s" if seeds > 1 else ""} of each',
-            compare_architectures.table(rows, '<' + '>>' * matching + '<'),
+            table(rows, '<' + '>>' * matching + '<'),
         ]
     )
 
@@ -202,9 +203,9 @@ def write_plan(study: Study, found: list[Variant], points: list[Point], runner: 
         'match': study.match,
         'match_by': study.match_by,
         'budget': study.budget,
+        'tuned': list(study.tune),
         'variants': [
-            {'label': v.label, 'overrides': v.overrides, 'matched': v.matched or None}
-            for v in found
+            {'label': v.label, 'asked': v.asked, 'matched': v.matched or None} for v in found
         ],
         'points': [
             {
@@ -399,7 +400,7 @@ class Progress:
 
     def ended(self, job: Job) -> None:
         self.ended_points.add(job.point)
-        seconds = compare_architectures.duration(time.monotonic() - job.began)
+        seconds = duration(time.monotonic() - job.began)
         code = job.process.returncode
         loss = None
         run = latest_run(self.runner.folder(self.kind, job.point))
@@ -423,7 +424,7 @@ class Progress:
         new = sum(made.values()) - sum(self.at_start.values())
         left = sum(self.todo.values()) - sum(made.values())
         seconds = left * (now - self.began) / new if new > 0 else None
-        remaining = compare_architectures.duration(seconds) if seconds is not None else 'unknown'
+        remaining = duration(seconds) if seconds is not None else 'unknown'
         current = ', '.join(
             f'{job.point.folder} {made[job.point]}/{self.todo[job.point]}'
             for job in self.runner.running

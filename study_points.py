@@ -99,7 +99,8 @@ class Variant:
     """One architecture, or one way to train it, of a study: what it sets over the base."""
 
     label: str
-    overrides: dict
+    asked: dict  # its place in the grid
+    overrides: dict  # the same, and what was changed to match it
     settings: Settings
     matched: dict = field(default_factory=dict)  # {'value', 'was', 'mismatch'} of `match_by`
 
@@ -186,7 +187,7 @@ def variants(study: Study, device: torch.device, dtype: str, dataset: TokenDatas
         except UserError as error:
             problems += [f'{label_of(overrides)}: {problem}' for problem in error.problems]
         else:
-            found.append(Variant(label_of(overrides), overrides, settings))
+            found.append(Variant(label_of(overrides), overrides, overrides, settings))
     if problems:
         raise UserError(
             *problems,

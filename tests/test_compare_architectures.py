@@ -1,5 +1,7 @@
 """The comparison shows the records' own figures, all that differs, and every unfairness by name."""
 
+import csv
+import io
 import json
 import os
 import random
@@ -10,8 +12,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from scipy import stats
 
 import compare_architectures as ca
+import comparison_text as ct
 from errors import UserError
 
 ROOT = Path(ca.__file__).parent
@@ -170,7 +174,7 @@ def test_ranking_shows_the_figures_of_the_records(compared):
     assert [row['#'] for row in shown] == ['1', '2', '3']
     assert [row['val loss'] for row in shown] == ['5.9872', '6.0000', '6.4123']
     assert [row['vs #3'] for row in shown] == ['-0.4252', '-0.4123', 'baseline']
-    ahead = rows(ca.render(ca.compare(ca.load([])[0], 'out-2')), 'RANKING')
+    ahead = rows(ct.render(ca.compare(ca.load([])[0], 'out-2')), 'RANKING')
     assert [row['vs #1'] for row in ahead] == ['baseline', '+0.0128', '+0.4252']
     for row in shown:
         assert float(row['bits/byte']) == pytest.approx(float(row['val loss']) * 0.4, abs=1e-4)
@@ -220,12 +224,12 @@ def test_an_untrained_loss_is_not_ranked(compared):
     [(0.04, '0.0s'), (59.4, '59.4s'), (59.96, '1m 00s'), (3599.7, '1h 00m'), (7384, '2h 03m')],
 )
 def test_durations(seconds, text):
-    assert ca.duration(seconds) == text
+    assert ct.duration(seconds) == text
 
 
 @pytest.mark.parametrize('value, text', [(512, '512'), (1e3, '1.00K'), (2.5e9, '2.50G')])
 def test_large_numbers(value, text):
-    assert ca.si(value) == text
+    assert ct.si(value) == text
 
 
 # --- names ---------------------------------------------------------------------------------------
@@ -303,7 +307,7 @@ def test_order_of_reading_does_not_matter(tmp_path):
     texts = set()
     for seed in range(4):
         random.Random(seed).shuffle(paths)
-        texts.add(ca.render(ca.compare(ca.load(paths)[0])))
+        texts.add(ct.render(ca.compare(ca.load(paths)[0])))
     assert len(texts) == 1
 
 
@@ -311,7 +315,7 @@ def test_order_of_reading_does_not_matter(tmp_path):
 
 
 def baseline(runs, name=None):
-    return ca.compare(runs, name).baseline.name[-2:]
+    return ca.compare(runs, name).baseline.members[0].name[-2:]
 
 
 @pytest.fixture
@@ -370,7 +374,7 @@ def test_a_baseline_that_names_no_single_run(runs, name, message):
 
 
 def test_a_baseline_without_a_loss_gives_no_differences(runs):
-    text = ca.render(ca.compare(runs, 'run_20260101_120002'))
+    text = ct.render(ca.compare(runs, 'run_20260101_120002'))
     differences = [row['vs #6'] for row in rows(text, 'RANKING')]
     assert differences == ['-'] * 5 + ['baseline']
     assert 'The baseline has no validation loss' in text
@@ -413,7 +417,7 @@ def test_wide_values_are_grouped(compared):
 
 def test_long_lists_are_cut_and_count_what_they_leave_out(compared):
     ranks = [*range(1, 40, 2), 40, 41]  # fifteen spans, the last of three runs
-    shown, more = re.fullmatch(r'(.*) and (\d+) more', ca.numbers(ranks)).groups()
+    shown, more = re.fullmatch(r'(.*) and (\d+) more', ct.numbers(ranks)).groups()
     assert len(shown.split()) + int(more) == len(ranks)
     text = compared(*(make_record(n, loss=n, beta2=n) for n in range(1, 13)))
     (shown,) = section(text, 'OPTIONS')
@@ -542,10 +546,10 @@ def test_one_seed_gives_no_error_bar(compared):
     twins = (make_record(2), make_record(3, out_dir='again'))  # one seed run twice is one seed
     text = compared(make_record(1, ffn_type='swiglu'), *twins)
     assert 'no error bar' in text and '--seed=2' in text and '+/-' not in text
-    assert 'no error bar' not in ca.render(ca.compare(ca.load([Path('out-1')])[0]))
+    assert 'no error bar' not in ct.render(ca.compare(ca.load([Path('out-1')])[0]))
 
 
-def test_several_seeds_give_mean_and_deviation(compared):
+def test_several_seeds_give_mean_and_interval(compared):
     losses = [5.01, 5.05, 4.97]
     text = compared(
         *(
@@ -557,12 +561,161 @@ def test_several_seeds_give_mean_and_deviation(compared):
         make_record(5, loss=6.0, seed=5, weight_decay=0.5),  # trained in another way
         make_record(6, loss=7.0, seed=6, bias=True),
     )
-    lines = section(text, 'SEEDS')
-    mean, deviation = statistics.mean(losses), statistics.stdev(losses)
-    assert lines == [
-        f'  {GPT2}: {mean:.4f} +/- {deviation:.4f}, 3 seeds (#2-4)',
-        '  One seed, no error bar: #5-6',
+    shown = rows(text, 'RANKING')
+    assert [row['val loss'] for row in shown] == ['4.0000', '5.0100', '6.0000', '7.0000']
+    assert [row['seeds'] for row in shown] == ['1', '3', '1', '1']
+    half = stats.t.ppf(0.975, 2) * stats.sem(losses)
+    assert [row['+/-'] for row in shown] == ['-', f'{half:.4f}', '-', '-']
+    assert [row['vs #2'] for row in shown] == ['-1.0100', 'baseline', '+0.9900', '+1.9900']
+    assert {row['verdict'] for row in rows(text, 'VERDICT')} == {'unknown'}
+
+
+def replicated(losses: dict[str, list[float]], **extra) -> list[dict]:
+    """Records of architectures that differ in `ffn_type`, with seeds 1, 2, …"""
+    return [
+        make_record(10 * n + seed, loss=loss, seed=seed, ffn_type=ffn, architecture=ffn, **extra)
+        for n, (ffn, values) in enumerate(losses.items())
+        for seed, loss in enumerate(values, 1)
     ]
+
+
+def test_verdicts_are_those_of_scipys_paired_tests(compared):
+    losses = {
+        'standard': [5.00, 5.10, 4.95, 5.03, 5.06],
+        'swiglu': [4.90, 5.01, 4.86, 4.92, 4.97],
+        'geglu': [5.01, 5.08, 4.97, 5.02, 5.09],
+    }
+    text = compared(*replicated(losses))
+    shown = {row['#']: row for row in rows(text, 'VERDICT')}
+    tests = {name: stats.ttest_rel(losses[name], losses['standard']) for name in losses}
+    order = sorted(losses, key=lambda name: statistics.mean(losses[name]))
+    p_values = [tests[name].pvalue for name in order if name != 'standard']
+    expected = dict(zip(p_values, [min(2 * min(p_values), 1), max(p_values)]))
+    assert len(shown) == 2
+    for rank, name in enumerate(order, 1):
+        if name == 'standard':
+            continue
+        row, test = shown[str(rank)], tests[name]
+        assert row['p'] == (ct.p_text(expected[test.pvalue]))
+        interval = test.confidence_interval(0.95)
+        assert row['95% interval'] == f'{interval.low:+.4f} {interval.high:+.4f}'
+        assert row['seeds'] == '5 pairs'
+    assert shown[str(order.index('swiglu') + 1)]['verdict'] == 'better'
+    assert shown[str(order.index('geglu') + 1)]['verdict'] == 'not told apart'
+
+
+def test_seeds_that_are_not_shared_are_compared_unpaired(compared):
+    records = replicated({'standard': [5.0, 5.1, 4.9], 'swiglu': [4.9, 5.0, 4.8]})
+    for record in records[3:]:
+        record['config']['seed'] += 100
+    row = rows(compared(*records), 'VERDICT')[0]
+    assert row['seeds'] == '3 each'
+    expected = stats.ttest_ind([4.9, 5.0, 4.8], [5.0, 5.1, 4.9], equal_var=False)
+    assert row['p'] == ct.p_text(expected.pvalue)
+
+
+def test_a_run_repeated_with_the_same_seeds_is_no_further_evidence(compared):
+    records = replicated({'standard': [5.0, 5.1], 'swiglu': [4.9, 5.0]})
+    twin = make_record(99, loss=4.0, seed=1, ffn_type='swiglu', architecture='swiglu')
+    shown = rows(compared(*records, twin), 'RANKING')
+    assert [(row['val loss'], row['seeds']) for row in shown] == [('4.9500', '2'), ('5.0500', '2')]
+
+
+def test_equal_flops_are_told_instead_of_warned_about(compared):
+    records = [make_record(1, max_iters=100), make_record(2, max_iters=105, ffn_type='swiglu')]
+    for record, tokens in zip(records, (409_600, 430_080)):
+        record['summary'] |= {'total_tokens': tokens, 'total_flops': 3.5e14 + tokens}
+    text = compared(*records)
+    assert 'the same FLOPs (within 0.00%)' in text and 'WARNINGS' not in text
+
+
+STUDY = {
+    'question': 'Gated?',
+    'budget': {},
+    'tuned': ['learning_rate'],
+    'variants': [
+        {'label': f'ffn_type={ffn} bias={bias}', 'asked': {'ffn_type': ffn, 'bias': bias}}
+        for ffn in ('standard', 'swiglu')
+        for bias in (True, False)
+    ],
+}
+
+
+@pytest.fixture
+def study(tmp_path):
+    """Four variants with two seeds each; the loss is additive but for swiglu without bias."""
+    points, losses = [], {}
+    for n, variant in enumerate(STUDY['variants']):
+        for seed in (1, 2):
+            asked = variant['asked']
+            gated, plain = asked['ffn_type'] == 'swiglu', not asked['bias']
+            noise = 0.001 * (n - 1.5) * (2 * seed - 3)
+            loss = 5 + 0.1 * seed - 0.2 * gated + 0.05 * plain + 0.3 * gated * plain + noise
+            record = make_record(
+                10 * n + seed,
+                loss=loss,
+                seed=seed,
+                data_seed=seed,
+                architecture=asked['ffn_type'],
+                learning_rate=1e-3 * (n + 1),
+                **asked,
+            )
+            record['metadata']['data_seed'] = seed
+            record['startup_info']['optimizer']['learning_rate'] = 1e-3 * (n + 1)
+            point = f'runs/{n}/seed={seed}'
+            folder = tmp_path / 'out' / point / record['run_name']
+            folder.mkdir(parents=True)
+            (folder / 'record.json').write_text(json.dumps(record))
+            points.append({'folder': point, 'variant': variant['label']})
+            losses[asked['ffn_type'], asked['bias'], seed] = loss
+    (tmp_path / 'out/study.json').write_text(json.dumps({**STUDY, 'points': points}))
+    ca.read_plan.cache_clear()
+    return tmp_path / 'out', losses
+
+
+def test_a_study_has_names_main_effects_and_dependences(study, capsys):
+    folder, losses = study
+    ca.main([str(folder)])
+    text = capsys.readouterr().out
+    names = {row['architecture'] for row in rows(text, 'RANKING')}
+    assert names == {variant['label'] for variant in STUDY['variants']}
+    assert 'Tuned for each by itself: learning_rate.' in text
+    assert warned(text, 'Losses') == set()  # seeds and rates differ as the study means them to
+
+    lines = section(text, 'MAIN EFFECTS')
+    gated = [
+        losses['swiglu', bias, seed] - losses['standard', bias, seed]
+        for bias in (True, False)
+        for seed in (1, 2)
+    ]
+    (row,) = [line.split() for line in lines if line.startswith('ffn_type')]
+    assert row[1:4] == ['swiglu', 'standard', f'{statistics.mean(gated):+.4f}']
+    assert row[-1] == '4'
+
+    (line,) = [x for x in section(text, 'WHERE EFFECTS') if x.startswith('ffn_type=swiglu')]
+    together = statistics.mean(
+        losses['swiglu', False, s]
+        - losses['swiglu', True, s]
+        - losses['standard', False, s]
+        + losses['standard', True, s]
+        for s in (1, 2)
+    )
+    assert f'{together:+.4f}' in line
+
+
+def test_every_format_says_the_same(study, capsys):
+    folder, losses = study
+    ca.main([str(folder), '--format', 'json'])
+    data = json.loads(capsys.readouterr().out)
+    assert len(data['groups']) == 4 and len(data['runs']) == 8
+    assert sorted(run['val_loss'] for run in data['runs']) == pytest.approx(sorted(losses.values()))
+    ca.main([str(folder), '--format', 'csv'])
+    table = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert [float(run['val_loss']) for run in table] == [run['val_loss'] for run in data['runs']]
+    ca.main([str(folder), '--format', 'markdown'])
+    text = capsys.readouterr().out
+    for group in data['groups']:
+        assert f'| {group["rank"]} | {group["val_loss"]:.4f} |' in text
 
 
 # --- the command ---------------------------------------------------------------------------------

@@ -1,0 +1,108 @@
+"""judgement.py: curves at equal cost, fronts, effects, stability, against plain reckoning."""
+
+import itertools
+import random
+import statistics
+
+import numpy as np
+import pytest
+
+import judgement
+from evidence import estimate
+from judgement import Group, loss_at, pareto_front
+
+
+def record_of(evaluations, seconds_per_step=0.5, steps=10, iterations=40):
+    """A record with evaluations (iter, loss) and a log entry every `steps` updates."""
+    return {
+        'startup_info': {'data': {'tokens_per_iter': 100}, 'flops': {'per_token': 7.0}},
+        'training_iterations': [
+            {
+                'iter': i,
+                'time_ms': 1000 * seconds_per_step,
+                'steps': steps,
+                'gradients': {'norm': 1.0},
+            }
+            for i in range(steps - 1, iterations, steps)
+        ],
+        'eval_steps': [{'iter': i, 'val_loss': loss} for i, loss in evaluations],
+        'events': [],
+        'summary': {},
+    }
+
+
+def test_a_curve_knows_what_each_loss_had_cost():
+    curve = judgement.curve_of(record_of([(0, 9.0), (20, 5.0), (30, None), (40, 4.0)]))
+    assert [(p.iter, p.tokens, p.flops, p.seconds, p.loss) for p in curve] == [
+        (20, 2000, 14000.0, 10.0, 5.0),
+        (40, 4000, 28000.0, 20.0, 4.0),
+    ]
+
+
+def test_the_loss_at_a_cost_is_that_of_linear_interpolation():
+    draw = random.Random(0)
+    costs = sorted(draw.uniform(1, 100) for _ in range(8))
+    curve = [(cost, draw.uniform(2, 5)) for cost in costs]
+    for amount in [costs[0], costs[-1], *(draw.uniform(costs[0], costs[-1]) for _ in range(50))]:
+        expected = np.interp(amount, costs, [loss for _, loss in curve])
+        assert loss_at(curve, amount) == pytest.approx(expected)
+    assert loss_at(curve, costs[0] - 0.1) is None
+    assert loss_at(curve, costs[-1] + 0.1) is None
+
+
+def test_the_front_holds_what_nothing_beats():
+    draw = random.Random(1)
+    points = [(draw.randint(0, 9), draw.randint(0, 9)) for _ in range(40)]
+    points[3] = None
+    for point, on_front in zip(points, pareto_front(points)):
+        beaten = point is None or any(
+            other and other[0] <= point[0] and other[1] <= point[1] and other != point
+            for other in points
+        )
+        assert on_front == (not beaten)
+    assert any(pareto_front(points))
+
+
+def group(losses):
+    return Group([], True, losses, estimate([*losses.values()]))
+
+
+def test_main_effects_and_dependences_of_an_additive_grid():
+    """Loss = a + b + noise of the seed: the effects are a and b, and nothing depends on another."""
+    a, b = {'x': 0.0, 'y': -0.3, 'z': 0.1}, {1: 0.0, 2: 0.25}
+    seeds = {(s, s): 0.1 * s for s in range(3)}
+    placed = [
+        ({'a': i, 'b': j}, group({s: 3 + a[i] + b[j] + noise for s, noise in seeds.items()}))
+        for i, j in itertools.product(a, b)
+    ]
+    effects = {(e.option, e.value): e for e in judgement.main_effects(placed)}
+    assert {key: e.mean for key, e in effects.items()} == {
+        ('a', 'y'): pytest.approx(-0.3),
+        ('a', 'z'): pytest.approx(0.1),
+        ('b', 2): pytest.approx(0.25),
+    }
+    assert effects['a', 'y'].pairs == 6 and effects['b', 2].pairs == 9
+    found = judgement.interactions(placed)
+    assert len(found) == 2 and all(i.mean == pytest.approx(0, abs=1e-12) for i in found)
+
+    placed[-1] = (placed[-1][0], group({s: loss - 1 for s, loss in placed[-1][1].losses.items()}))
+    means = {i.values: i.mean for i in judgement.interactions(placed)}
+    assert means == {('y', 2): pytest.approx(0, abs=1e-12), ('z', 2): pytest.approx(-1)}
+
+
+def test_effects_leave_out_what_has_no_counterpart():
+    placed = [({'a': 1}, group({(1, 1): 2.0})), ({'a': 2}, group({(2, 2): 3.0}))]
+    (effect,) = judgement.main_effects(placed)
+    assert (effect.mean, effect.difference, effect.pairs) == (None, None, 0)
+
+
+def test_stability_counts_trouble_and_growth():
+    record = record_of([], iterations=80)
+    norms = [9.0, 9.0, 1.0, 1.0, 2.0, 2.0, 3.0, 5.0]
+    for entry, norm in zip(record['training_iterations'], norms):
+        entry['gradients'] = {'norm': norm}
+    record['events'] = [{'event': 'rollback'}, {'event': 'note'}]
+    record['summary'] = {'loss_spikes': 2, 'nonfinite_updates': 3}
+    found = judgement.stability(record)
+    assert found[:3] == (2, 3, 1)
+    assert found.gradient_growth == statistics.mean([3.0, 5.0]) / 1.0
