@@ -296,6 +296,13 @@ def published(folder: Path) -> list[Path]:
     return sorted(found, key=_order, reverse=True)
 
 
+def is_checkpoint(path: Path) -> bool:
+    """Whether that is the folder of a checkpoint, be it broken, or under another name."""
+    return path.is_dir() and bool(
+        _NAME.fullmatch(path.absolute().name) or (path / 'index.json').is_file()
+    )
+
+
 def _order(path: Path) -> tuple[int, int]:
     """Updates done, and which checkpoint of that moment this is: 1, or 2 for `_2`."""
     match = _NAME.fullmatch(path.name)

@@ -6,11 +6,13 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import torch
+
 import checkpointing
 import divided_state
 from configurator import COMMAND_LINE, CommandLine, Layer, accept_layer
 from errors import UserError, nearest
-from model_builder import Transformer
+from model_builder import Transformer, build_model
 from model_config import ModelArchitectureConfig
 from optimization import Updater
 from parallelism import SingleProcess, weights_here
@@ -196,6 +198,35 @@ def run_folder(out_dir: str, name: str | None) -> Path:
     )
 
 
+RUN_HELP = 'a run folder, or its name in out_dir, or a checkpoint folder (default: the newest run)'
+
+
+def find_checkpoint(out_dir: str, name: str | None) -> tuple[checkpointing.Checkpoint, list[dict]]:
+    """The checkpoint in folder `name`, or the newest of the run of that name; and its state.
+
+    Raises UserError if there is none that can be used.
+    """
+    if name is not None and checkpointing.is_checkpoint(Path(name)):
+        checkpoint = checkpointing.read_index(Path(name))
+        return checkpoint, checkpointing.load_state(checkpoint)
+    folder = run_folder(out_dir, name)
+    found = checkpointing.newest(folder / 'checkpoints', warn=print)
+    if found is None:
+        raise UserError(f'{folder} has no checkpoint. Name another run with --run.')
+    return found
+
+
+def load_model(
+    checkpoint: checkpointing.Checkpoint, state: list[dict], device: torch.device
+) -> Transformer:
+    """The model that a checkpoint was taken of. Raises UserError."""
+    model = build_model(architecture_of(checkpoint)).to_empty(device=device)
+    model.tie_weights()
+    with _fitting(checkpoint):
+        divided_state.load_weights(divided_state.StoredState(state), weights_here(model))
+    return model
+
+
 def architecture_of(checkpoint: checkpointing.Checkpoint) -> ModelArchitectureConfig:
     """The architecture that the checkpoint was trained with. Raises UserError."""
     (layer,) = _accepted(checkpoint, {'architecture': str(checkpoint.path)})
@@ -217,14 +248,6 @@ def _accepted(checkpoint: checkpointing.Checkpoint, origins: dict[str, str]) -> 
             f'give that file again ({files}).',
         )
     return layers
-
-
-def load_weights(
-    model: Transformer, checkpoint: checkpointing.Checkpoint, state: list[dict]
-) -> None:
-    """Load the weights of a checkpoint's state. Raises UserError if they do not fit."""
-    with _fitting(checkpoint):
-        divided_state.load_weights(divided_state.StoredState(state), weights_here(model))
 
 
 def restore(

@@ -3,8 +3,10 @@
     python sample.py --out_dir=out-llama
     python sample.py --out_dir=out-llama --start='ROMEO:' --num_samples=3 --temperature=0.8
 
-The newest run in --out_dir is used, or the run that --run names. A model with components from a
-config file needs that file again: python sample.py config/mine.py --out_dir=out-mine
+The newest run in --out_dir is used, or the run or the checkpoint that --run names. A model with
+components from a config file needs that file again:
+
+    python sample.py config/mine.py --out_dir=out-mine
 """
 
 import argparse
@@ -14,12 +16,11 @@ from pathlib import Path
 
 import torch
 
-import checkpointing
 import hardware
 import resumption
 from configurator import read_config_file
 from errors import ArgumentParser, UserError, run_script
-from model_builder import build_model, generate
+from model_builder import generate
 from text_codec import GPT2_END_OF_TEXT, Codec
 from token_data import load_dataset
 
@@ -35,7 +36,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add = parser.add_argument
     add('config', nargs='*', help='config files, for the components that they register')
     add('--out_dir', default='out', help='the folder of runs (default out)')
-    add('--run', help='a run folder, or its name in out_dir (default: the newest run)')
+    add('--run', help=resumption.RUN_HELP)
     add('--start', default='\n', help="the prompt, or FILE:prompt.txt (default '\\n')")
     add('--num_samples', type=int, default=3, help='texts to write (default 3)')
     add('--max_new_tokens', type=int, default=300, help='tokens in each (default 300)')
@@ -63,18 +64,12 @@ def main(argv: list[str]) -> int:
     device = hardware.select_device(options.device)
     dtype = hardware.resolve_dtype(options.dtype, device)
     prompt = read_prompt(options.start)
-    run_folder = resumption.run_folder(options.out_dir, options.run)
-    found = checkpointing.newest(run_folder / 'checkpoints', warn=print)
-    if found is None:
-        raise UserError(f'{run_folder} has no checkpoint to sample from.')
-    checkpoint, state = found
+    checkpoint, state = resumption.find_checkpoint(options.out_dir, options.run)
     config = resumption.architecture_of(checkpoint)
     dataset = load_dataset(checkpoint.index['config']['dataset'], config.block_size)
     codec = Codec(dataset.tokenizer)
     start = codec.encode(prompt) or [GPT2_END_OF_TEXT]
-    model = build_model(config, device, seed=0)
-    resumption.load_weights(model, checkpoint, state)
-    model.eval()
+    model = resumption.load_model(checkpoint, state, device).eval()
     print(f'{config.name}, {checkpoint.iter:,} updates, from {checkpoint.path}')
 
     generator = torch.Generator(device).manual_seed(options.seed % 2**63)

@@ -16,7 +16,10 @@ import torch
 from conftest import PROJECT, TINY_RUN
 
 import checkpointing
+import export_checkpoint
 from benchmarks import fault_run
+from model_builder import build_model
+from model_config import ModelArchitectureConfig
 from training_logger import latest_run, read_record
 
 fcntl = pytest.importorskip('fcntl', reason='ranks are forked')
@@ -482,6 +485,20 @@ def test_what_is_written_beside_the_training_is_what_was_saved(left, strategy):
     assert resumed.record['events'][0]['iter'] == 12 and resumed.checkpoints() == [20, 12, 10]
     assert torch.equal(whole.curve('loss'), resumed.curve('loss'))
     assert weight_difference(whole.main['weights'], resumed.main['weights']) == 0
+
+
+@pytest.mark.parametrize('strategy', STRATEGIES)
+def test_a_checkpoint_is_exported_whoever_wrote_it(left, strategy, tmp_path):
+    run, output = left(f'{strategy} gpt2'), tmp_path / 'model.pt'
+    export_checkpoint.main([f'--run={run.folder}', f'--output={output}'])
+    exported = torch.load(output, weights_only=True)
+    config = ModelArchitectureConfig.from_dict(exported['config']['architecture'])
+    models = build_model(config, 'cpu', seed=1), build_model(config, 'cpu', seed=2)
+    models[0].load_state_dict(exported['model'])
+    models[1].load_state_dict(run.main['weights'], strict=False)  # the tied name is left out
+    with torch.no_grad():
+        logits = [model.eval()(torch.arange(16).view(2, 8)) for model in models]
+    assert torch.equal(*logits)
 
 
 def test_a_checkpoint_goes_from_strategy_to_strategy(left):

@@ -1,0 +1,211 @@
+"""export_checkpoint.py: what others load is the model that was trained."""
+
+import errno
+import importlib.util
+import json
+import os
+import shutil
+
+import pytest
+import torch
+from in_process import train_here
+
+import export_checkpoint
+from errors import run_script
+from model_builder import Transformer, build_model
+from model_config import ModelArchitectureConfig
+
+safetensors = pytest.importorskip('safetensors.torch')
+TOKENS = torch.arange(24).view(2, 12) * 7 % 256
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory, tiny_dataset) -> dict[str, tuple]:
+    """Preset -> (out_dir, the logits of the model that was trained, its run)."""
+    found = {}
+    for preset in ('gpt2', 'llama'):  # a tied head, and one of its own
+        out_dir = tmp_path_factory.mktemp(preset)
+        options = {'arch_preset': preset, 'eval_interval': 2, 'keep_last': 2, 'max_iters': 4}
+        run = train_here(tiny_dataset, out_dir, **options)
+        found[preset] = out_dir, logits_of(run.session.bare), run
+    return found
+
+
+def logits_of(model: Transformer) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(TOKENS)
+
+
+def fresh(config: dict) -> Transformer:
+    """A model that has other weights, of the architecture that an exported file tells of."""
+    architecture = json.loads(json.dumps(config['architecture']))
+    return build_model(ModelArchitectureConfig.from_dict(architecture), 'cpu', seed=99)
+
+
+def export(*arguments, code: int = 0) -> None:
+    with pytest.raises(SystemExit) as exit:
+        run_script(export_checkpoint.main, [str(argument) for argument in arguments])
+    assert exit.value.code == code
+
+
+@pytest.mark.parametrize('preset', ['gpt2', 'llama'])
+def test_a_pt_file_has_the_weights_and_what_they_belong_to(trained, tmp_path, preset, capsys):
+    out_dir, logits, run = trained[preset]
+    output = tmp_path / 'model.pt'
+    export(f'--out_dir={out_dir}', f'--output={output}')
+    exported = torch.load(output, weights_only=True)
+    config = exported['config']
+    model = fresh(config)
+    assert not torch.equal(logits_of(model), logits)
+    model.load_state_dict(exported['model'])  # strict
+    assert torch.equal(logits_of(model), logits)
+    assert (config['iter'], config['dtype']) == (4, 'float32')
+    assert config['val_loss'] == run.record['eval_steps'][-1]['val_loss']
+    assert config['architecture_name'] == run.record['architecture']['name']
+    # A table that is tied is there once, whatever it is called.
+    parameters = run.record['startup_info']['model']['total_params']
+    assert 4 * parameters < output.stat().st_size < 4 * parameters + 40_000
+    told = capsys.readouterr().out
+    assert f'{parameters:,} parameters' in told and str(output) in told
+    assert [path.name for path in tmp_path.iterdir()] == ['model.pt']
+
+
+@pytest.mark.parametrize('preset', ['gpt2', 'llama'])
+def test_a_safetensors_file_loads_as_its_own_loader_expects(trained, tmp_path, preset):
+    out_dir, logits, _ = trained[preset]
+    output = tmp_path / 'model.safetensors'
+    export(f'--out_dir={out_dir}', f'--output={output}')
+    with safetensors.safe_open(output, 'pt') as file:
+        metadata, names = file.metadata(), set(file.keys())
+    model = fresh(json.loads(metadata['config']))
+    assert names == {name for name, _ in model.named_parameters()}
+    assert safetensors.load_model(model, output) == (set(), [])
+    assert torch.equal(logits_of(model), logits)
+
+
+@pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])
+@pytest.mark.parametrize('suffix', ['pt', 'safetensors'])
+def test_weights_are_rounded_to_the_dtype_asked_for(trained, tmp_path, monkeypatch, dtype, suffix):
+    out_dir, _, run = trained['gpt2']
+    monkeypatch.chdir(tmp_path)
+    export(f'--out_dir={out_dir}', f'--format={suffix}', f'--dtype={dtype}')
+    if suffix == 'pt':
+        weights = torch.load('model.pt', weights_only=True)['model']
+    else:
+        weights = safetensors.load_file('model.safetensors')
+    for name, weight in run.weights().items():
+        assert torch.equal(weights[name], weight.to(getattr(torch, dtype))), name
+
+
+def test_a_run_or_a_checkpoint_may_be_named(trained, tmp_path):
+    out_dir, _, run = trained['llama']
+    copied = shutil.copytree(run.folder / 'checkpoints/iter_00000002', tmp_path / 'best')
+    named = {
+        run.folder: 4,
+        run.folder.name: 4,
+        run.folder / 'checkpoints/iter_00000002': 2,
+        copied: 2,
+    }
+    for number, (name, iter) in enumerate(named.items()):
+        output = tmp_path / f'{number}.pt'
+        export(f'--out_dir={out_dir}', f'--run={name}', f'--output={output}')
+        assert torch.load(output, weights_only=True)['config']['iter'] == iter
+
+
+def test_a_file_is_replaced_only_when_that_is_asked_for_and_in_one_step(
+    trained, tmp_path, capsys, monkeypatch
+):
+    out_dir, _, _ = trained['gpt2']
+    output = tmp_path / 'model.pt'
+    output.write_text('precious')
+    arguments = f'--out_dir={out_dir}', f'--output={output}'
+    export(*arguments, code=2)
+    assert '--overwrite' in capsys.readouterr().err and output.read_text() == 'precious'
+
+    def fail(state, path):
+        path.write_bytes(b'half')
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, 'save', fail)
+        export(*arguments, '--overwrite', code=2)
+    error = capsys.readouterr().err
+    assert str(output) in error and os.strerror(errno.ENOSPC) in error
+    assert output.read_text() == 'precious' and len(list(tmp_path.iterdir())) == 1
+    export(*arguments, '--overwrite')
+    assert torch.load(output, weights_only=True)['config']['iter'] == 4
+
+
+MISTAKES = {
+    '--out_dir=nothing': ['nothing', 'no run'],
+    '--run=run_1': ['run_1', 'no run'],
+    '--output=model.bin': ['model.bin', '.pt', '.safetensors'],
+    '--output=model.pt --format=safetensors': ['model.pt', '.safetensors', '--format=safetensors'],
+    '--format=gguf': ['gguf', 'pt', 'safetensors'],
+    '--dtype=int8': ['int8', 'bfloat16'],
+    '--output=nowhere/model.pt': ['there is no folder nowhere'],
+    '--output=folder.pt': ['folder.pt is a folder'],
+    '--ouput=model.pt': ['--ouput', 'Did you mean --output'],
+    'no_such.py': ['no_such.py'],
+    '--run=broken/iter_00000002': ['state.pt', 'damaged'],
+    '--run=unfinished/iter_00000002': ['index.json'],
+}
+
+
+@pytest.mark.parametrize('arguments', MISTAKES)
+def test_a_mistake_is_told_and_nothing_is_written(
+    trained, tmp_path, monkeypatch, capsys, arguments
+):
+    out_dir, _, run = trained['gpt2']
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'folder.pt').mkdir()
+    for name in ('broken', 'unfinished'):
+        shutil.copytree(run.folder / 'checkpoints', name)
+    with open('broken/iter_00000002/state.pt', 'r+b') as file:
+        file.truncate(1000)
+    os.remove('unfinished/iter_00000002/index.json')
+    before = sorted(tmp_path.rglob('*'))
+    export(f'--out_dir={out_dir}', *arguments.split(), code=2)
+    error = capsys.readouterr().err
+    assert all(word in error for word in MISTAKES[arguments]), error
+    assert 'Traceback' not in error and sorted(tmp_path.rglob('*')) == before
+
+
+def test_a_package_that_is_missing_is_named_before_anything_is_read(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
+    export('--output=model.safetensors', code=2)
+    assert 'pip install safetensors' in capsys.readouterr().err
+
+
+def test_values_that_a_dtype_does_not_have_are_refused(trained, tmp_path, monkeypatch, capsys):
+    out_dir, _, _ = trained['gpt2']
+    load_model = export_checkpoint.resumption.load_model
+
+    def grown(*arguments):
+        model = load_model(*arguments)
+        next(model.parameters()).data[0, 0] = 1e5
+        return model
+
+    monkeypatch.setattr(export_checkpoint.resumption, 'load_model', grown)
+    output = tmp_path / 'model.pt'
+    export(f'--out_dir={out_dir}', f'--output={output}', '--dtype=float16', code=2)
+    assert '--dtype=float16' in capsys.readouterr().err and not output.exists()
+    export(f'--out_dir={out_dir}', f'--output={output}', '--dtype=bfloat16')
+
+
+def test_a_full_disk_in_safetensors_is_told(trained, tmp_path):
+    out_dir, _, _ = trained['gpt2']
+    resource = pytest.importorskip('resource')
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        for suffix in ('pt', 'safetensors'):
+            export(f'--out_dir={out_dir}', f'--output={tmp_path}/model.{suffix}', code=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_script_starts(run_script):
+    assert '--overwrite' in run_script('export_checkpoint.py', '--help').stdout
