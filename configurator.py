@@ -6,6 +6,7 @@ whose options join the schema.
 """
 
 import ast
+import inspect
 import shutil
 import textwrap
 import traceback
@@ -41,6 +42,7 @@ class CommandLine:
     aside: dict = field(default_factory=dict)  # what files set under keys that are another script's
     help: bool = False
     print_config: bool = False
+    list_components: bool = False
 
     def value(self, key: str, schema: Callable[[], Schema]):
         """What `key` is as asked for so far, or its default."""
@@ -89,6 +91,9 @@ def _parse_options(argv: list[str], options: dict[str, Option], asked: CommandLi
             continue
         if argument in ('--print_config', '--print-config'):
             asked.print_config = True
+            continue
+        if argument in ('--list_components', '--list-components'):
+            asked.list_components = True
             continue
         if not argument.startswith('--'):
             known = [f'--{key}' for key in options]
@@ -359,6 +364,35 @@ def format_help(usage: str, schema: Schema) -> str:
         break_on_hyphens=False,
     )
     return '\n'.join(lines)
+
+
+def format_components(schema: Schema) -> str:
+    """Every component that an option of the schema may choose: name, tag, what it is, its source
+    and its options, by registry."""
+    width = min(shutil.get_terminal_size((100, 24)).columns, 100)
+    chosen_by: dict[Registry, list[str]] = {}
+    for key, option in flatten(schema).items():
+        if isinstance(option.choices, Registry):
+            chosen_by.setdefault(option.choices, []).append(f'--{key}')
+    lines = []
+    for registry, flags in chosen_by.items():
+        lines += [f'{registry.title} ({", ".join(flags)}):', '']
+        for name in registry:
+            component = registry[name]
+            tag = getattr(component, 'tag', '')
+            about = ' '.join((inspect.getdoc(component) or '').partition('\n\n')[0].split())
+            details = [about, registry.source(name) and f'Source: {registry.source(name)}.']
+            if component.options:
+                details.append(f'Options: {", ".join(component.options)}.')
+            lines += textwrap.wrap(
+                ' '.join(filter(None, details)),
+                width=width,
+                initial_indent=f'  {name:<17} {tag and f"[{tag}]":<16} ',
+                subsequent_indent=' ' * 37,
+                break_on_hyphens=False,
+            )
+        lines.append('')
+    return '\n'.join(lines).rstrip()
 
 
 def format_config(groups: dict[str, dict], origins: dict[str, str], notes: list[str]) -> str:

@@ -5,8 +5,8 @@
     python train.py config/arch_llama.py --init_from=resume
 
 Every option below is also a key of a config file; the command line wins over the file, the file
-over the preset. --help with a file lists what it registers too. --print_config shows each resolved
-value and where it came from.
+over the preset. --help with a file lists what it registers too. --list_components tells what each
+component is, and its source. --print_config shows each resolved value and where it came from.
 """
 
 import math
@@ -23,7 +23,7 @@ import hardware
 import interop
 import resumption
 import stability
-from configurator import format_help, read_command_line
+from configurator import format_components, format_help, read_command_line
 from errors import run_script
 from interruption import Interruption
 from model_builder import name_seed, parameter_groups, training_flops
@@ -42,6 +42,9 @@ def main(argv: list[str]) -> int:
     asked = read_command_line(argv, schema, aside=STUDY_KEYS)
     if asked.help and not asked.problems:
         print(format_help(__doc__, schema()))
+        return 0
+    if asked.list_components and not asked.problems:
+        print(format_components(schema()))
         return 0
     started_from = resumption.find(asked) or interop.find(asked)
     settings = load_settings(asked)

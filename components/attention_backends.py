@@ -59,6 +59,8 @@ def causal_mask(length: int, device: torch.device) -> torch.Tensor:
 
 @ATTENTION_BACKEND_REGISTRY.register('sdpa', source='torch scaled_dot_product_attention')
 class ScaledDotProductAttention(AttentionBackend):
+    """torch's fused kernels."""
+
     supports = frozenset({'causal', 'bias', 'dropout'})
 
     @staticmethod
@@ -81,6 +83,8 @@ class ScaledDotProductAttention(AttentionBackend):
 
 @ATTENTION_BACKEND_REGISTRY.register('manual', source='Vaswani et al. 2017, written out')
 class ManualAttention(AttentionBackend):
+    """Two matrix multiplications and a softmax in fp32: does all, and counts its FLOPs."""
+
     supports = frozenset({'causal', 'bias', 'dropout'})
 
     @staticmethod

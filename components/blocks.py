@@ -97,6 +97,7 @@ class ReorderedNormBlock(Block):
 class ParallelBlock(Block):
     """x + attention(norm(x)) + FFN(norm(x)), by two norms or by one that both share."""
 
+    tag = 'Parallel'
     options: ClassVar = {
         'parallel_shared_norm': Option(
             bool, False, 'One norm for both branches (GPT-J, PaLM), else two (GPT-NeoX)'
@@ -105,7 +106,7 @@ class ParallelBlock(Block):
 
     @classmethod
     def name_tag(cls, config: ModelArchitectureConfig) -> str:
-        return 'Parallel1Norm' if config.parallel_shared_norm else 'Parallel'
+        return cls.tag + ('1Norm' if config.parallel_shared_norm else '')
 
     @classmethod
     def norms(cls, config: ModelArchitectureConfig) -> tuple[str, ...]:

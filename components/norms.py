@@ -39,7 +39,7 @@ class Norm(ElementwiseAffine):
 
 @NORM_REGISTRY.register('layernorm', source='Ba et al. 2016')
 class LayerNorm(Norm):
-    """Less the mean, over the standard deviation; with gains and biases."""
+    """(x - mean) / standard deviation, with gains and biases."""
 
     tag = 'LN'
     has_bias = True
@@ -58,7 +58,7 @@ class LayerNormNoBias(LayerNorm):
 
 @NORM_REGISTRY.register('rmsnorm', source='Zhang & Sennrich 2019')
 class RMSNorm(Norm):
-    """Over the root of the mean square; with gains."""
+    """x / root mean square, with gains."""
 
     tag = 'RMS'
 

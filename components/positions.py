@@ -51,11 +51,15 @@ class PositionEncoding(Component, nn.Module):
 
 @POSITION_ENCODING_REGISTRY.register('none', source='Haviv et al. 2022')
 class NoPositionEncoding(PositionEncoding):
+    """Order is known from the causal mask alone."""
+
     tag = 'NoPos'
 
 
 @POSITION_ENCODING_REGISTRY.register('learned_absolute', source='Radford et al. 2019')
 class LearnedAbsolute(PositionEncoding):
+    """Adds a learned vector for each of `block_size` positions."""
+
     tag = 'AbsPos'
 
     def __init__(self, config: ModelArchitectureConfig):
@@ -125,6 +129,8 @@ class RotaryScaling(Component):
 
 @ROPE_SCALING_REGISTRY.register('none', source='Su et al. 2021')
 class NoScaling(RotaryScaling):
+    """The frequencies as they are."""
+
     options: ClassVar = {}
 
 

@@ -80,6 +80,8 @@ def test_a_components_option_is_in_the_help_of_its_file(config, run_script):
     assert len(re.findall(r'^  --norm_power=float', listed, re.MULTILINE)) == 1
     assert 'Exponent of the power norm (default 2.0)' in flat
     assert '| power_norm]' in flat and '| slopes]' in flat
+    entry = run_script('train.py', config, '--list_components').stdout.partition(' power_norm')[2]
+    assert '[Power]' in entry and 'norm_eps, norm_power.' in ' '.join(entry.split())
 
 
 def test_a_components_option_is_checked_like_any_other(config, train):

@@ -8,9 +8,11 @@ import sys
 import pytest
 from conftest import PROJECT
 
+from configurator import flatten
 from model_builder import build_model, count_parameters, training_flops
-from model_components import Component
-from model_config import PRESETS, REGISTRIES, ModelArchitectureConfig
+from model_config import PRESETS, ModelArchitectureConfig
+from registry import Registry
+from training_config import schema
 
 README = (PROJECT / 'README.md').read_text(encoding='utf-8')
 
@@ -48,13 +50,26 @@ def test_the_gate_runs_the_readmes_test_command(tmp_path):
 
 def is_ours(component):
     """Whether it comes with the project, and was not registered by a test."""
-    return component.__module__.startswith('components.')
+    return (PROJECT / f'{component.__module__.replace(".", "/")}.py').is_file()
 
 
-def test_the_options_table_lists_every_component():
-    for registry in REGISTRIES:
-        for name in registry:
-            assert not is_ours(registry[name]) or f'`{name}`' in README, name
+def test_the_options_table_lists_every_component_and_option_that_is_listed(run_script):
+    """README's table, --list_components and the registries say the same."""
+    table = README.partition('| option | choices |')[2].partition('\n\n')[0]
+    listed = run_script('train.py', '--list_components').stdout
+    parts = dict(re.findall(r'^(\S.*?) \(--.*?\):\n\n(.*?)(?=^\S|\Z)', listed, flags=re.M | re.S))
+    for registry in {o.choices for o in flatten(schema()).values()}:
+        if not isinstance(registry, Registry):
+            continue
+        entries = re.split(r'^  (?=\S)', parts[registry.title], flags=re.M)[1:]
+        for name, entry in zip([n for n in registry if is_ours(registry[n])], entries, strict=True):
+            component, text = registry[name], ' '.join(entry.split())
+            assert text.startswith(f'{name} '), name
+            assert component.__doc__.split()[0] in text and registry.source(name), name
+            assert f'Source: {registry.source(name)}.' in text
+            assert f'`{name}`' in table, name
+            for option in component.options:
+                assert option in text and f'`{option}`' in table, option
 
 
 @pytest.mark.parametrize('preset', [p for p in PRESETS if p != 'custom'])
@@ -118,11 +133,3 @@ def test_arrows_point_one_way():
 def test_the_comparison_needs_no_torch():
     code = 'import sys, compare_architectures; sys.exit("torch" in sys.modules)'
     subprocess.run([sys.executable, '-c', code], cwd=PROJECT, check=True)
-
-
-def test_every_component_has_a_source():
-    for registry in REGISTRIES:
-        for name in registry:
-            assert issubclass(registry[name], Component)
-            if is_ours(registry[name]):
-                assert registry.source(name), f'{registry.option}={name} cites nothing'
