@@ -129,6 +129,9 @@ def test_training_resuming_and_comparing_a_model_of_own_components(
     unplaced = json.loads(path.read_text())['training_iterations'][0]['loss']
     assert abs(unplaced - losses[0]) > 1e-5
 
+    exported = run_script('export_checkpoint.py', config, '--out_dir=out').stdout
+    assert NAME in exported and (tmp_path / 'model.pt').stat().st_size > 0
+
     config.unlink()  # reading a record needs nothing but the record
     listed = run_script('compare_architectures.py', 'out').stdout
     assert NAME in listed

@@ -13,6 +13,7 @@ import divided_state
 import saving
 import train
 from errors import UserError
+from model_builder import Transformer
 from token_data import TokenDataset
 
 OPTIONS = {'n_layer': 1, 'eval_iters': 1, 'eval_interval': 2, 'async_save': True}
@@ -131,6 +132,37 @@ def test_seconds_taken_from_training_and_seconds_of_writing(
     assert first['time_ms'] == (3000 if async_save else 8000)
     assert last['time_ms'] == 8000  # nothing is left to do beside it
     assert first['write_ms'] == last['write_ms'] == 5000
+
+
+def test_a_parameter_that_is_never_used_is_saved_and_resumed(tiny_dataset, tmp_path, monkeypatch):
+    """As an expert that no token reaches: without a gradient the optimizer keeps nothing of it."""
+    build = Transformer.__init__
+
+    def build_with_more(model, config):
+        build(model, config)
+        model.final_norm.unused = torch.nn.Parameter(torch.empty(3))
+        values = model.final_norm.initial_values()
+        values['unused'] = lambda tensor, generator: tensor.fill_(0.5)
+        model.final_norm.initial_values = lambda: values
+
+    monkeypatch.setattr(Transformer, '__init__', build_with_more)
+    options = {**OPTIONS, 'dropout': 0.1, 'lr_decay_iters': 4}
+    whole = train_here(tiny_dataset, tmp_path / 'whole', **options, max_iters=4)
+    half = train_here(tiny_dataset, tmp_path / 'half', **options, max_iters=2)
+    resumed = train_here(
+        tiny_dataset, tmp_path / 'half', **options, max_iters=4, init_from='resume'
+    )
+    assert half.folder == resumed.folder and resumed.code == 0
+    weights, expected = resumed.weights(), whole.weights()
+    assert torch.equal(weights['final_norm.unused'], torch.full((3,), 0.5))
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
+def test_the_benchmark_measures_both_ways(run_script):
+    tiny = '--n_layer=1', '--n_embd=8', '--n_head=1', '--block_size=16'
+    done = run_script('benchmarks/saving.py', 'single', '--turns=1', *tiny, timeout=300)
+    rows = [line.split() for line in done.stdout.splitlines() if line.startswith('single')]
+    assert [row[1] for row in rows] == ['at', 'beside'] and '0 s left' in done.stderr
 
 
 def test_copies_are_left_alone_by_what_happens_to_their_originals():
