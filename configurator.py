@@ -185,7 +185,7 @@ def merge(
     for key in options:
         if key in used or level[key] == 0:
             continue
-        belongs = ' or '.join(f'{choice}={name!r}' for choice, name in _owners(key, options))
+        belongs = ' or '.join(f'{choice}={name!r}' for choice, name in owners(key, options))
         deciding = dict.fromkeys(_deciding_choices(key, options, used))
         chosen = ', '.join(f'{c}={values[c]!r} ({origins[c]})' for c in deciding)
         chosen_at = max(level[c] if level[c] > beneath else named_at for c in deciding)
@@ -264,7 +264,7 @@ def _used(core: dict[str, Option], values: dict) -> Iterator[str]:
             queue[:0] = option.choices[values[key]].options.items()
 
 
-def _owners(key: str, options: dict[str, Option]) -> list[tuple[str, object]]:
+def owners(key: str, options: dict[str, Option]) -> list[tuple[str, object]]:
     """The (option, value) pairs that give `key` a use."""
     if options[key].requires and options[key].requires[0] in options:
         return [options[key].requires]
@@ -279,7 +279,7 @@ def _owners(key: str, options: dict[str, Option]) -> list[tuple[str, object]]:
 
 def _deciding_choices(key: str, options: dict[str, Option], used: dict) -> Iterator[str]:
     """The choices, themselves in use, that give `key` no use."""
-    for choice, _ in _owners(key, options):
+    for choice, _ in owners(key, options):
         if choice in used:
             yield choice
         else:

@@ -32,13 +32,13 @@ PRESETS = ('gpt2', 'llama', 'team', 'hybrid', 'custom')
 UPDATES, TURNS = 3, 15
 
 
-def random_tokens(folder: Path) -> Path:
-    """A dataset of GPT-2's vocabulary."""
+def random_tokens(folder: Path, vocab_size: int = 50257) -> Path:
+    """A dataset of so many different tokens; GPT-2's by default."""
     count, generator = 2**16, np.random.default_rng(0)
     for split in ('train', 'val'):
-        generator.integers(50257, size=count).astype('<u2').tofile(folder / f'{split}.bin')
+        generator.integers(vocab_size, size=count).astype('<u2').tofile(folder / f'{split}.bin')
     facts = {'tokens': count}
-    meta = {'format_version': 1, 'tokenizer': {'kind': 'gpt2'}, 'vocab_size': 50257}
+    meta = {'format_version': 1, 'tokenizer': {'kind': 'gpt2'}, 'vocab_size': vocab_size}
     meta |= {'dtype': 'uint16', 'splits': {'train': facts, 'val': facts}}
     (folder / 'meta.json').write_text(json.dumps(meta))
     return folder

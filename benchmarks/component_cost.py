@@ -1,0 +1,194 @@
+"""What each component costs against the default: time of an update, and memory.
+
+    python benchmarks/component_cost.py [config.py] [--seconds=240] [--key=value …]
+
+For every name in every registry, every switch of the architecture and a few numbers, one run is set
+up as `train.py` does it: the default with that one thing changed, and with what it needs. Then all
+of them make an update each, in turns and in random order, until the seconds are over. Options are
+those of train.py and are the default's, too.
+
+`× default` is the median over the rounds of an update's time over the default's in that round, with
+the quartiles. `kept` is what a micro-batch's forward pass keeps for the backward pass, `state` the
+weights, their gradients and what the optimizer keeps; both are added up, not sampled.
+"""
+
+import contextlib
+import os
+import random
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+PROJECT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(PROJECT))
+
+import hardware  # noqa: E402
+import train  # noqa: E402
+from benchmarks.record_overhead import random_tokens, timed  # noqa: E402
+from configurator import flatten, owners  # noqa: E402
+from errors import UserError  # noqa: E402
+from model_config import architecture_options  # noqa: E402
+from registry import AnyBut, Option, Registry  # noqa: E402
+from session import Session  # noqa: E402
+from stability import activation_bytes  # noqa: E402
+
+SIZES = {
+    'n_layer': 2,
+    'n_head': 4,
+    'n_embd': 256,
+    'block_size': 256,
+    'vocab_size': 1024,
+    'batch_size': 2,
+    'gradient_accumulation_steps': 1,
+}
+# Numbers that turn something on.
+NUMBERS = (
+    {'use_gqa': True, 'num_kv_heads': 1},
+    {'sliding_window': 64},
+    {'attention_softcap': 50.0},
+    {'logit_softcap': 30.0},
+    {'z_loss': 1e-4},
+    {'dropout': 0.1},
+)
+ROUNDS = 5  # at least
+DEFAULTS = 4  # updates of the default in a round
+MARKED = 1.5  # times the default's time, from which on a line is marked
+
+
+def variants(options: dict[str, Option], default: dict) -> list[dict]:
+    """The changes to measure: key -> value, with what an option needs to have a use."""
+    numbers = [change for change in NUMBERS if change.keys() <= options.keys()]
+    switched = {key for change in numbers for key in change}
+    found = []
+    for key, option in options.items():
+        if isinstance(option.choices, Registry):
+            values = list(option.choices)
+        elif option.base_type is bool and key in architecture_options() and key not in switched:
+            values = [False, True]
+        else:
+            continue
+        if key in default:
+            found += [{key: value} for value in values if value != default[key]]
+        else:
+            needed = companions(key, options, default)
+            found += [{**needed, key: value} for value in values if value != option.default]
+    return found + numbers
+
+
+def companions(key: str, options: dict[str, Option], default: dict) -> dict:
+    """What must be chosen for an option to have a use."""
+    choice, value = owners(key, options)[0]
+    if isinstance(value, AnyBut):
+        value = next(other for other in options[choice].choices or [] if other != value.value)
+    return {**({} if choice in default else companions(choice, options, default)), choice: value}
+
+
+def set_up(arguments: list[str], changes: dict) -> Session:
+    """A run as train.py sets it up, and one update made: the optimizer's state is there."""
+    sessions = []
+    train.run = lambda session: sessions.append(session) or 0
+    changed = [f'--{key}={value}' for key, value in changes.items()]
+    with open(os.devnull, 'w') as nowhere, contextlib.redirect_stdout(nowhere):
+        train.main([*arguments, *changed])
+    (session,) = sessions
+    session.progress.iter = 1  # the very first one is always logged
+    update(session)
+    return session
+
+
+def update(session: Session) -> float:
+    """Milliseconds of an update."""
+    return timed(session.device, train.update, session, hardware.StepClock(session.device))
+
+
+def memory(session: Session) -> tuple[float, float]:
+    """MB that a forward pass keeps; MB of weights, gradients and the optimizer's state."""
+    run, architecture = session.settings.run, session.settings.architecture
+    outside, block = activation_bytes(architecture, run.batch_size, getattr(torch, run.dtype))
+    state = 2 * sum(p.nbytes for p in session.bare.parameters()) + sum(
+        value.nbytes
+        for kept in session.updater.optimizer.state.values()
+        for value in kept.values()
+        if isinstance(value, torch.Tensor)
+    )
+    return (outside + architecture.n_layer * block) / 1e6, state / 1e6
+
+
+def measure(sessions: dict[str, Session], seconds: float) -> dict[str, list[float]]:
+    """Milliseconds of each one's updates, by round; the default ('') is that round's median."""
+    times: dict[str, list[float]] = {name: [] for name in sessions}
+    shuffle, began = random.Random(0).shuffle, time.monotonic()
+    done = 0
+    while done < ROUNDS or time.monotonic() - began < seconds:
+        turn = [*sessions, *[''] * (DEFAULTS - 1)]
+        shuffle(turn)
+        of_default = []
+        for name in turn:
+            (of_default if name == '' else times[name]).append(update(sessions[name]))
+        times[''].append(statistics.median(of_default))
+        done += 1
+        spent = time.monotonic() - began
+        left = max(seconds, ROUNDS * spent / done) - spent
+        print(f'\rround {done}, about {max(left, 0):.0f} s left ', end='', file=sys.stderr)
+    print(file=sys.stderr)
+    return times
+
+
+def report(sessions: dict[str, Session], times: dict[str, list[float]]) -> None:
+    """One line for each."""
+    print(f'{"changed":<52} {"ms":>8} {"× default":>20} {"kept MB":>9} {"state MB":>9}')
+    for name, session in sessions.items():
+        ratios = [mine / base for mine, base in zip(times[name], times[''], strict=True)]
+        low, middle, high = statistics.quantiles(ratios, n=4, method='inclusive')
+        kept, state = memory(session)
+        print(
+            f'{name or "(the default)":<52} {statistics.median(times[name]):8.1f} '
+            f'{middle:6.2f} [{low:.2f}, {high:.2f}] {kept:9.1f} {state:9.1f}'
+            + (' ◀' if middle >= MARKED else '')
+        )
+
+
+def main(argv: list[str]) -> None:
+    seconds = [a.partition('=')[2] for a in argv if a.startswith('--seconds=')]
+    given = [a for a in argv if not a.startswith('--seconds=')]
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = [
+            *(a for a in given if a.endswith('.py')),
+            f'--dataset={random_tokens(Path(folder), vocab_size=SIZES["vocab_size"])}',
+            f'--out_dir={folder}/out',
+            '--peak_tflops=1',
+            '--max_iters=1000000',
+            '--log_interval=1000000',
+            *(f'--{key}={value}' for key, value in SIZES.items()),
+            *(a for a in given if not a.endswith('.py')),
+        ]
+        sessions = {'': set_up(arguments, {})}
+        default = sessions[''].settings.to_dict()
+        changes = variants(flatten(train.schema()), default)
+        refused = {}
+        for number, change in enumerate(changes, start=1):
+            name = ' '.join(f'{key}={value}' for key, value in change.items())
+            print(f'\rsetting up {number}/{len(changes)} ', end='', file=sys.stderr)
+            try:
+                sessions[name] = set_up(arguments, change)
+            except UserError as error:
+                refused[name] = str(error)
+        print(file=sys.stderr)
+        times = measure(sessions, float(seconds[-1]) if seconds else 240.0)
+        device = sessions[''].device
+        print(
+            f'torch {torch.__version__}, {hardware.device_name(device)}, '
+            f'{torch.get_num_threads()} threads, {len(times[""])} rounds; the default is '
+            f'{sessions[""].settings.architecture.name}, {sessions[""].tokens_per_iter} tokens'
+        )
+        report(sessions, times)
+        for name, why in refused.items():
+            print(f'not measured: {name}: {why}')
+
+
+if __name__ == '__main__':
+    main(sys.argv[1:])
