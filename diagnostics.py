@@ -5,7 +5,6 @@ size of the last update against the weights; and the loss by position in the con
 what tells position encodings apart.
 """
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
@@ -70,16 +69,16 @@ def layer_statistics(
 
 @contextmanager
 def _probed_attention(model: Transformer, logits: list[torch.Tensor]) -> Iterator[None]:
-    """Append the largest |q kᵀ| / √D of each block's attention, before masks and biases."""
+    """Append the largest |scale · q kᵀ| of each block's attention, before caps and biases."""
 
     def probe(attend):
-        def probed(q, k, v, needs, bias):
+        def probed(q, k, v, mask, needs, dropout):
             grouped = q.detach().unflatten(1, (k.size(1), -1))  # (B, KV heads, group, T, D)
             scores = grouped.float() @ k.detach().float()[:, :, None].transpose(-2, -1)
-            allowed = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
-            largest = scores.abs().masked_fill(~allowed, 0.0).max()
-            logits.append(largest / math.sqrt(q.size(-1)))
-            return attend(q, k, v, needs, bias)
+            positions = torch.arange(q.size(2), device=q.device)
+            hidden = ~needs.visible(positions[:, None], positions)
+            logits.append(scores.abs().masked_fill(hidden, 0.0).max() * needs.scale)
+            return attend(q, k, v, mask, needs, dropout)
 
         return probed
 

@@ -19,8 +19,16 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from errors import UserError
-from model_components import Component, Initial, OutputHead, TokenEmbedding, module_flops
+from model_components import (
+    Component,
+    Initial,
+    OutputHead,
+    Positions,
+    TokenEmbedding,
+    module_flops,
+)
 from model_config import (
+    ATTENTION_BACKEND_REGISTRY,
     INITIALIZATION_REGISTRY,
     NORM_POSITION_REGISTRY,
     NORM_REGISTRY,
@@ -69,17 +77,25 @@ class Transformer(nn.Module):
                 f'{self.config.position_encoding!r} has places for block_size={longest} only.'
             )
         positions = torch.arange(tokens.size(1), device=tokens.device)
-        prepared = self.position_encoding.prepare(positions, positions)
+        prepared = self.prepare(positions)
         x = self.token_embedding(tokens)  # (B, T, C)
         x = self.dropout(self.position_encoding.embed(x, positions))
         auxiliary_loss = 0.0
-        for block in self.blocks:
-            x, block_loss = block(x, prepared)
+        for block, its_positions in zip(self.blocks, prepared):
+            x, block_loss = block(x, its_positions)
             auxiliary_loss = auxiliary_loss + block_loss
         if targets is None:
             return self.output_head(self.final_norm(x[:, -1:] if last_only else x))
         loss, count, head_loss = self.output_head(self.final_norm(x), targets)
         return loss, count, auxiliary_loss + head_loss
+
+    def prepare(self, positions: torch.Tensor) -> list[Positions]:
+        """What each block is told of the positions (T,); blocks alike share one mask."""
+        placed = self.position_encoding.prepare(positions, positions)
+        backend = ATTENTION_BACKEND_REGISTRY[self.config.attention_backend]
+        needs = [block.attention.layer_needs for block in self.blocks]
+        masks = {n: backend.mask(n, placed.bias, positions, positions) for n in set(needs)}
+        return [placed._replace(bias=None, mask=masks[n]) for n in needs]
 
 
 def build_model(

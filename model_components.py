@@ -7,7 +7,7 @@ The package `components` has a module for each kind; importing this one fills th
 """
 
 from components.activations import Activation
-from components.attention import Attention
+from components.attention import Attention, MultiHeadAttention
 from components.attention_backends import AttentionBackend, AttentionNeeds
 from components.blocks import Block
 from components.contract import Component, Initial, module_flops
@@ -28,6 +28,7 @@ __all__ = [
     'FeedForward',
     'Initial',
     'Initialization',
+    'MultiHeadAttention',
     'Norm',
     'OutputHead',
     'PositionEncoding',

@@ -212,10 +212,6 @@ class ModelArchitectureConfig(FrozenConfig):
         yield from chosen_components(CORE_OPTIONS, self._values)
 
     @property
-    def head_dim(self) -> int:
-        return self.n_embd // self.n_head
-
-    @property
     def name(self) -> str:
         """For people: sizes, then the tag of each chosen component that has one."""
         chosen = dict(self.components())
@@ -274,15 +270,6 @@ def _derive(values: dict, origins: dict[str, str]) -> None:
 def _problems(config: ModelArchitectureConfig) -> list[str]:
     """Everything that is wrong with the architecture as a whole, a sentence each."""
     problems = []
-    if config.n_embd % config.n_head:
-        wanted = min(config.n_head, config.n_embd)
-        near = (h for distance in range(wanted) for h in (wanted - distance, wanted + distance))
-        heads = next(h for h in near if config.n_embd % h == 0)
-        problems.append(
-            f'n_head={config.n_head} does not divide n_embd={config.n_embd}: every head takes '
-            f'n_embd / n_head columns. The nearest that does: --n_head={heads}.'
-        )
-        return problems  # components reckon with a whole head size
     for _, component in config.components():
         problems += component.problems(config)
     return list(dict.fromkeys(problems))  # one component may be chosen for two places

@@ -1,6 +1,5 @@
 """Attentions."""
 
-from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -12,19 +11,142 @@ from components.positions import Positions
 from model_config import (
     ATTENTION_BACKEND_REGISTRY,
     ATTENTION_REGISTRY,
+    NORM_REGISTRY,
     POSITION_ENCODING_REGISTRY,
     ModelArchitectureConfig,
 )
-from registry import Option, at_least
+from registry import AnyBut, Option, above, at_least
 
 
-@ATTENTION_REGISTRY.register('standard', source='Vaswani et al. 2017; grouped: Ainslie et al. 2023')
+def is_pattern(value: str) -> bool:
+    return 'L' in value and set(value) <= {'L', 'G'}
+
+
 class Attention(Component, nn.Module):
-    """Causal multi-head attention; with `use_gqa`, heads share `num_kv_heads` keys and values."""
+    """Causal attention of `n_head` heads, whatever queries, keys and values are made of.
+
+    A subclass makes them in `forward`, and says how many columns a head of them has.
+    """
 
     part = 'attention'
     flops_part = 'attention_projections'
     options: ClassVar = {
+        'attention_bias': Option(bool | None, None, 'Biases in the attention; None: bias'),
+        'attention_scale': Option(
+            float | None,
+            None,
+            'Factor of the scores; None: 1 / sqrt(columns of a query head)',
+            check=above(0),
+        ),
+        'attention_softcap': Option(
+            float | None, None, 'Scores become c · tanh(scores / c); None: off', check=above(0)
+        ),
+        'sliding_window': Option(
+            int | None,
+            None,
+            'Tokens that a query sees, itself included; None: all before it',
+            check=at_least(1),
+        ),
+        'attention_pattern': Option(
+            str,
+            'L',
+            'Which layers have the window, repeated: L (local) has, G (global) has not',
+            check=(is_pattern, "letters L (local) and G (global), an L among them, as in 'LLLG'"),
+            requires=('sliding_window', AnyBut(None)),
+        ),
+    }
+
+    def __init__(self, config: ModelArchitectureConfig, layer: int):
+        super().__init__()
+        self.num_heads, self.layer_needs = config.n_head, self.needs(config, layer)
+        self.qk_head_dim, self.v_head_dim = self.head_dims(config)
+        self.attend = ATTENTION_BACKEND_REGISTRY[config.attention_backend].attend
+        self.rotate = POSITION_ENCODING_REGISTRY[config.position_encoding].rotate
+        self.output = nn.Linear(
+            self.num_heads * self.v_head_dim, config.n_embd, bias=config.attention_bias
+        )
+
+    @classmethod
+    def head_dims(cls, config) -> tuple[int, int]:
+        """Columns of a head: of queries and keys, and of values."""
+        raise NotImplementedError
+
+    @classmethod
+    def rotary_dim(cls, config: ModelArchitectureConfig) -> int:
+        """Columns of a query or key that a position encoding may turn."""
+        return cls.head_dims(config)[0]
+
+    @classmethod
+    def needs(cls, config: ModelArchitectureConfig, layer: int) -> AttentionNeeds:
+        """What the scores of that layer need of a backend."""
+        window = config.sliding_window
+        if window is not None:
+            pattern = config.attention_pattern
+            window = window if pattern[layer % len(pattern)] == 'L' else None
+        return AttentionNeeds(
+            scale=config.attention_scale,
+            bias=POSITION_ENCODING_REGISTRY[config.position_encoding].has_bias,
+            dropout=config.attention_dropout,
+            softcap=config.attention_softcap,
+            window=window,
+        )
+
+    @classmethod
+    def derived_values(cls, config) -> dict[str, tuple]:
+        scale = cls.head_dims(config)[0] ** -0.5
+        return {
+            'attention_bias': (config.bias, 'bias'),
+            'attention_scale': (scale, '1 / sqrt(columns of a query head)'),
+        }
+
+    @classmethod
+    def name_tag(cls, config: ModelArchitectureConfig) -> str:
+        tags = cls.head_tags(config)
+        if config.attention_scale != cls.head_dims(config)[0] ** -0.5:
+            tags.append(f'Scale{config.attention_scale:g}')
+        if config.attention_softcap is not None:
+            tags.append(f'Cap{config.attention_softcap:g}')
+        if config.sliding_window is not None:
+            tags.append(f'SW{config.sliding_window}')
+            tags += [config.attention_pattern] if 'G' in config.attention_pattern else []
+        return '-'.join(tags)
+
+    @classmethod
+    def head_tags(cls, config: ModelArchitectureConfig) -> list[str]:
+        """What a name says of its heads."""
+        return []
+
+    def join(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, positions: Positions
+    ) -> torch.Tensor:
+        """q (B, H, T, D), k (B, KV heads, T, D), v (B, KV heads, T, Dv) -> (B, T, C)."""
+        dropout = self.layer_needs.dropout if self.training else 0.0
+        y = self.attend(q, k, v, positions.mask, self.layer_needs, dropout)  # (B, H, T, Dv)
+        return self.output(y.transpose(1, 2).flatten(2))
+
+    def flops(self, seq_len: int, causal: bool) -> dict[str, float]:
+        """Of the scores: 2 · (D + Dv) for each head and pair of a query and a key that it sees.
+
+        A causal window of w ≤ T tokens has w · T - w² / 2 pairs (without a window w is T, and that
+        is half the square). By the full convention there are twice as many.
+        """
+        window = min(self.layer_needs.window or seq_len, seq_len)
+        pairs = (window * seq_len - window**2 / 2) * (1 if causal else 2)
+        scores = 2.0 * self.num_heads * (self.qk_head_dim + self.v_head_dim) * pairs
+        return {**super().flops(seq_len, causal), 'attention_scores': scores}
+
+    def residual_weights(self) -> list[nn.Parameter]:
+        return [self.output.weight]
+
+
+@ATTENTION_REGISTRY.register('standard', source='Vaswani et al. 2017; grouped: Ainslie et al. 2023')
+class MultiHeadAttention(Attention):
+    """Multi-head attention; with `use_gqa`, heads share `num_kv_heads` keys and values."""
+
+    options: ClassVar = {
+        'head_dim': Option(
+            int | None, None, 'Columns of a head; None: n_embd / n_head', check=at_least(1)
+        ),
         'use_gqa': Option(bool, False, 'Grouped-query attention: share keys and values'),
         'num_kv_heads': Option(
             int | None,
@@ -33,70 +155,94 @@ class Attention(Component, nn.Module):
             check=at_least(1),
             requires=('use_gqa', True),
         ),
+        'qk_norm': Option(str, 'none', 'Norm of queries and keys', choices=NORM_REGISTRY),
+        'qk_norm_scope': Option(
+            str,
+            'head',
+            "Over each head's columns, with gains that heads share, or over all heads at once",
+            choices=('head', 'projection'),
+            requires=('qk_norm', AnyBut('none')),
+        ),
+        **Attention.options,
     }
 
     def __init__(self, config: ModelArchitectureConfig, layer: int):
-        super().__init__()
-        self.head_dim, self.num_heads = config.head_dim, config.n_head
-        self.num_kv_heads = config.num_kv_heads if config.use_gqa else config.n_head
-        self.needs_in_training = self.needs(config, layer)
-        self.needs_in_evaluation = replace(self.needs_in_training, dropout=0.0)
-        self.attend = ATTENTION_BACKEND_REGISTRY[config.attention_backend].attend
-        self.rotate = POSITION_ENCODING_REGISTRY[config.position_encoding].rotate
-        rows = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
-        self.qkv = nn.Linear(config.n_embd, rows, bias=config.bias)
-        self.output = nn.Linear(self.num_heads * self.head_dim, config.n_embd, bias=config.bias)
+        super().__init__(config, layer)
+        self.head_dim, kv_heads = config.head_dim, self.kv_heads(config)
+        self.rows = tuple(heads * config.head_dim for heads in (config.n_head, kv_heads, kv_heads))
+        self.qkv = nn.Linear(config.n_embd, sum(self.rows), bias=config.attention_bias)
+        norm, whole = NORM_REGISTRY[config.qk_norm], self.norms_projections(config)
+        self.normed = self.rows[:2] if whole else (config.head_dim, config.head_dim)
+        self.q_norm, self.k_norm = (norm(config, width) for width in self.normed)
 
     @classmethod
-    def needs(cls, config: ModelArchitectureConfig, layer: int) -> AttentionNeeds:
-        """What the scores of that layer need of a backend."""
-        return AttentionNeeds(
-            causal=True,
-            bias=POSITION_ENCODING_REGISTRY[config.position_encoding].has_bias,
-            dropout=config.attention_dropout,
-        )
+    def head_dims(cls, config) -> tuple[int, int]:
+        head_dim = config.head_dim or max(1, config.n_embd // config.n_head)
+        return head_dim, head_dim
+
+    @staticmethod
+    def kv_heads(config: ModelArchitectureConfig) -> int:
+        return config.num_kv_heads if config.use_gqa else config.n_head
+
+    @staticmethod
+    def norms_projections(config: ModelArchitectureConfig) -> bool:
+        return 'qk_norm_scope' in config and config.qk_norm_scope == 'projection'
 
     @classmethod
-    def rotary_dim(cls, config: ModelArchitectureConfig) -> int:
-        """How many columns of a head a position encoding may turn."""
-        return config.head_dim
+    def derived_values(cls, config) -> dict[str, tuple]:
+        head_dim, _ = cls.head_dims(config)
+        return {'head_dim': (head_dim, 'n_embd / n_head'), **super().derived_values(config)}
 
     @classmethod
-    def name_tag(cls, config: ModelArchitectureConfig) -> str:
-        return f'GQA{config.num_kv_heads}' if config.use_gqa else ''
+    def head_tags(cls, config: ModelArchitectureConfig) -> list[str]:
+        tags = []
+        if config.head_dim * config.n_head != config.n_embd:
+            tags.append(f'HD{config.head_dim}')
+        if config.use_gqa:
+            tags.append('MQA' if config.num_kv_heads == 1 else f'GQA{config.num_kv_heads}')
+        if 'qk_norm_scope' in config:
+            tag = f'QK{NORM_REGISTRY[config.qk_norm].name_tag(config)}'
+            tags.append(tag + ('proj' if cls.norms_projections(config) else ''))
+        return tags
 
     @classmethod
     def problems(cls, config: ModelArchitectureConfig) -> list[str]:
-        if not config.use_gqa:
-            return []
+        problems = uneven_heads(config, 'head_dim')
         divisors = [h for h in range(1, config.n_head + 1) if config.n_head % h == 0]
-        if config.num_kv_heads in divisors:
-            return []
-        return [
-            f'num_kv_heads={config.num_kv_heads}: use_gqa=True needs a num_kv_heads that divides '
-            f'n_head={config.n_head}: one of {", ".join(map(str, divisors))}.'
-        ]
+        if config.use_gqa and config.num_kv_heads not in divisors:
+            problems.append(
+                f'num_kv_heads={config.num_kv_heads}: use_gqa=True needs a num_kv_heads that '
+                f'divides n_head={config.n_head}: one of {", ".join(map(str, divisors))}.'
+            )
+        return problems
 
     def forward(self, x: torch.Tensor, positions: Positions) -> torch.Tensor:
         """(B, T, C) -> (B, T, C)."""
-        batch, length, _ = x.shape
-        heads = self.num_heads + 2 * self.num_kv_heads
-        qkv = self.qkv(x).view(batch, length, heads, self.head_dim).transpose(1, 2)
-        q, k, v = qkv.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
-        q, k = self.rotate(q, positions.rotation), self.rotate(k, positions.rotation)
-        needs = self.needs_in_training if self.training else self.needs_in_evaluation
-        y = self.attend(q, k, v, needs, positions.bias)  # (B, H, T, D)
-        return self.output(y.transpose(1, 2).reshape(batch, length, -1))
+        q, k, v = self.qkv(x).split(self.rows, dim=-1)
+        normed_q = self.q_norm(q.unflatten(-1, (-1, self.normed[0])))
+        normed_k = self.k_norm(k.unflatten(-1, (-1, self.normed[1])))
+        q, k = (
+            self.rotate(self.in_heads(normed), positions.rotation).to(v.dtype)
+            for normed in (normed_q, normed_k)
+        )
+        return self.join(q, k, self.in_heads(v), positions)
 
-    def flops(self, seq_len: int, causal: bool) -> dict[str, float]:
-        # Two products, q kᵀ and weights v, of 2 · D FLOPs for each (query, key) pair and head.
-        pairs = seq_len * seq_len * (0.5 if causal else 1.0)
-        scores = 4.0 * self.num_heads * self.head_dim * pairs
-        return {**super().flops(seq_len, causal), 'attention_scores': scores}
-
-    def residual_weights(self) -> list[nn.Parameter]:
-        return [self.output.weight]
+    def in_heads(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, T, ...) with all heads' columns -> (B, heads, T, D)."""
+        return x.flatten(2).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
     def matrices(self) -> dict[nn.Parameter, tuple[int, ...]]:
-        rows = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
-        return {**super().matrices(), self.qkv.weight: tuple(n * self.head_dim for n in rows)}
+        return {**super().matrices(), self.qkv.weight: self.rows}
+
+
+def uneven_heads(config: ModelArchitectureConfig, key: str) -> list[str]:
+    """The problem of a head size `key` that was to follow from sizes which do not divide."""
+    if config.n_embd % config.n_head == 0 or not config.origins[key].startswith('derived'):
+        return []
+    wanted = min(config.n_head, config.n_embd)
+    near = (h for distance in range(wanted) for h in (wanted - distance, wanted + distance))
+    heads = next(h for h in near if config.n_embd % h == 0)
+    return [
+        f'n_head={config.n_head} does not divide n_embd={config.n_embd}, and {key} is to be '
+        f'n_embd / n_head. The nearest that does: --n_head={heads}; or set {key}.'
+    ]

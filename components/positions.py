@@ -1,7 +1,7 @@
 """Position encodings."""
 
 import math
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -17,10 +17,11 @@ from registry import Option, above, at_least
 
 
 class Positions(NamedTuple):
-    """What a position encoding prepared once for all layers of a forward pass."""
+    """What is prepared once a forward pass: by the position encoding, the mask by the backend."""
 
     rotation: tuple[torch.Tensor, ...] = ()  # handed to `rotate`
-    bias: torch.Tensor | None = None  # added to the scores, (H or 1, T, T), fp32
+    bias: torch.Tensor | None = None  # added to the scores, (H or 1, Tq, Tk), fp32
+    mask: Any = None  # what the attention backend made of the bias and of who sees whom
 
 
 class PositionEncoding(Component, nn.Module):
@@ -320,9 +321,8 @@ class RotaryPositionEncoding(PositionEncoding):
                 f'such as {max(turned // 2 * 2, 2) / offered:g}.'
             ]
         return [
-            f"position_encoding='rope' turns pairs of columns, and a head of {offered} "
-            f'(n_embd={config.n_embd} / n_head={config.n_head}) has an odd one left over: choose '
-            f'an n_head that gives an even head size.'
+            f"position_encoding='rope' turns pairs of columns, and a head of {offered} has an odd "
+            f'one left over: choose an even head size.'
         ]
 
     def prepare(self, q_positions: torch.Tensor, k_positions: torch.Tensor) -> Positions:

@@ -25,6 +25,11 @@ VALUES = {
     'attention_dropout': (0.1,),
     'residual_dropout': (0.1,),
     'num_kv_heads': (1, 2),
+    'head_dim': (6,),
+    'attention_scale': (0.3,),
+    'attention_softcap': (1.5,),
+    'sliding_window': (2, 4),
+    'attention_pattern': ('L', 'LG'),
     'norm_eps': (1e-5, 0.1),
     'dyt_alpha': (0.5, 1.5),
     'rope_theta': (10000.0, 50.0),
@@ -74,6 +79,14 @@ def mixed(pick: Callable[[Sequence], object], **fixed) -> dict:
 
     add(CORE_OPTIONS)
     return chosen
+
+
+def with_backend(config: ModelArchitectureConfig, backend: str) -> ModelArchitectureConfig | None:
+    """The same architecture computed that way, if it can be."""
+    try:
+        return config.replace(attention_backend=backend)
+    except UserError:
+        return None
 
 
 def legal(values: dict) -> ModelArchitectureConfig | None:

@@ -15,6 +15,7 @@ from architectures import (
     some_tokens,
     tiny,
     values_of,
+    with_backend,
 )
 from hypothesis import given, settings
 from torch.utils.flop_counter import FlopCounterMode
@@ -69,7 +70,8 @@ def test_every_backend_gives_the_same_finite_loss_and_gradients(config):
     tokens = some_tokens(config, batch=2)
     results = {}
     for backend in ATTENTION_BACKEND_REGISTRY:
-        results[backend] = loss_and_gradients(config.replace(attention_backend=backend), tokens)
+        if same := with_backend(config, backend):
+            results[backend] = loss_and_gradients(same, tokens)
     for backend, (loss, grads) in results.items():
         assert torch.isfinite(loss), backend
         assert all(torch.isfinite(grad).all() for grad in grads.values()), backend
@@ -95,7 +97,7 @@ def test_a_token_changes_its_own_logits_and_no_earlier_ones(config):
 
 @pytest.mark.parametrize('chosen', covering(), ids=label)
 def test_flops_of_a_step_equal_the_counter_on_the_meta_device(chosen):
-    config = tiny(**chosen)
+    config = tiny(**chosen).replace(sliding_window=None)  # the counter takes it for the square
     tokens = torch.empty((3, config.block_size), dtype=torch.long, device='meta')
     with FlopCounterMode(display=False) as counter:
         loss, _, auxiliary_loss = build_model(config.replace(attention_backend='manual'))(

@@ -90,7 +90,7 @@ def test_a_components_option_is_checked_like_any_other(config, train):
     ).stderr
     assert 'unknown option --norm_powr. Did you mean norm_power?' in wrong
     assert 'norm_power=2.0 (command line) has no use here' in wrong
-    assert "it belongs to normalization='power_norm'" in wrong
+    assert "it belongs to qk_norm='power_norm' or normalization='power_norm'" in wrong
     left = train(config, '--normalization=rmsnorm', '--print_config').stdout
     assert f'dropped: norm_power=3.0 ({config})' in left
 
@@ -151,13 +151,17 @@ def test_what_belonged_to_a_component_that_was_replaced_is_dropped(train, tmp_pa
     path.write_text(
         textwrap.dedent(
             """
-            from model_components import Attention
+            from model_components import MultiHeadAttention
             from model_config import ATTENTION_REGISTRY
 
 
             @ATTENTION_REGISTRY.register('plain')
-            class PlainAttention(Attention):
-                options = {}
+            class PlainAttention(MultiHeadAttention):
+                options = {
+                    key: option
+                    for key, option in MultiHeadAttention.options.items()
+                    if key not in ('use_gqa', 'num_kv_heads')
+                }
 
                 @classmethod
                 def name_tag(cls, config):

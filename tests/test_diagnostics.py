@@ -29,28 +29,27 @@ EVERY_MODEL = pytest.mark.parametrize(
 def unrolled(model, tokens):
     """(streams that leave the blocks, each block's scaled causal scores, logits), by hand."""
     positions = torch.arange(tokens.size(1))
-    prepared = model.position_encoding.prepare(positions, positions)
+    prepared = model.prepare(positions)
     x = model.position_encoding.embed(model.token_embedding(tokens), positions)
     streams, scores = [], []
-    for block in model.blocks:
+    for block, placed in zip(model.blocks, prepared):
         attention = block.attention
         inside = block.attention_norm(x) if block.tag == 'PreNorm' else x
-        sizes = [
-            h * attention.head_dim for h in (attention.num_heads, *[attention.num_kv_heads] * 2)
-        ]
+        kv_heads = attention.rows[1] // attention.head_dim
+        sizes = [h * attention.head_dim for h in (attention.num_heads, kv_heads, kv_heads)]
         q, k, _ = F.linear(inside, attention.qkv.weight, attention.qkv.bias).split(sizes, dim=-1)
         scores.append([])
         for head in range(attention.num_heads):
-            shared = head * attention.num_kv_heads // attention.num_heads
+            shared = head * kv_heads // attention.num_heads
             one_q, one_k = (
                 attention.rotate(
-                    t[..., n * attention.head_dim :][..., : attention.head_dim], prepared.rotation
+                    t[..., n * attention.head_dim :][..., : attention.head_dim], placed.rotation
                 )
                 for t, n in ((q, head), (k, shared))
             )
             products = torch.einsum('btd,bsd->bts', one_q, one_k) / math.sqrt(attention.head_dim)
             scores[-1] += [products[:, t, : t + 1] for t in range(tokens.size(1))]
-        x, _ = block(x, prepared)
+        x, _ = block(x, placed)
         streams.append(x)
     return streams, scores, model.output_head.projection(model.final_norm(x))
 

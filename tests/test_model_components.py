@@ -103,8 +103,9 @@ def test_a_backend_is_attention_as_written_in_the_paper(backend, kv_heads, bias_
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, h, 5, 8, generator=generator) for h in (4, kv_heads, kv_heads))
     bias = torch.randn(bias_heads, 5, 5, generator=generator) if bias_heads else None
-    needs = AttentionNeeds(causal=True, bias=bias is not None)
-    y = ATTENTION_BACKEND_REGISTRY[backend].attend(q, k, v, needs, bias)
+    needs, positions = AttentionNeeds(8**-0.5, bias=bias is not None), torch.arange(5)
+    backend = ATTENTION_BACKEND_REGISTRY[backend]
+    y = backend.attend(q, k, v, backend.mask(needs, bias, positions, positions), needs, 0.0)
     torch.testing.assert_close(y, attention_written_as_a_loop(q, k, v, bias).float())
 
 
@@ -132,7 +133,7 @@ def test_a_position_encoding_that_biases_scores(alibi, kv_heads):
 )
 def test_a_backend_that_lacks_what_the_scores_need_is_refused(register, alibi, feature, values):
     class CausalOnly(AttentionBackend):
-        supports = frozenset({'causal'})
+        supports = frozenset()
 
     register(ATTENTION_BACKEND_REGISTRY, 'causal_only', CausalOnly)
     assert tiny(attention_backend='causal_only').attention_backend == 'causal_only'

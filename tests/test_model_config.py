@@ -100,13 +100,24 @@ NUMBERS = {
     'logit_softcap': 0.1,
     'z_loss': 0.1,
     'init_std': 0.1,
+    'head_dim': 4,
+    'qk_norm_scope': 'projection',
+    'attention_scale': 3.0,
+    'attention_softcap': 0.001,
+    'sliding_window': 3,
+    'attention_pattern': 'LG',
 }
 # What must be set along with a value for it to be legal.
-COMPANIONS = {('use_gqa', True): {'num_kv_heads': 1}}
+COMPANIONS = {
+    ('use_gqa', True): {'num_kv_heads': 1},
+    ('attention_softcap', NUMBERS['attention_softcap']): {'attention_backend': 'manual'},
+}
 BASES = {
     **{preset: {} for preset in PRESETS},
     'llama, grouped': {'n_head': 4, 'use_gqa': True, 'num_kv_heads': 2},
     'legacy, dropout': {'dropout': 0.2},
+    'hybrid, windowed': {'sliding_window': 4, 'attention_backend': 'manual'},
+    'llama, normed queries': {'qk_norm': 'rmsnorm'},
 }
 
 
@@ -205,7 +216,7 @@ def test_presets_with_other_choices_have_other_names_and_hashes():
 
 def test_the_name_tells_grouped_queries_and_sizes():
     config = small('llama', use_gqa=True, num_kv_heads=1)
-    assert config.name == '2L-2H-32D-GQA1-RoPE-RMS-SwiGLU-PreNorm'
+    assert config.name == '2L-2H-32D-MQA-RoPE-RMS-SwiGLU-PreNorm'
 
 
 # --------------------------------------------------------------------------------------------------
@@ -267,7 +278,7 @@ def test_illegal_combinations_are_reported_at_once():
 @pytest.mark.parametrize(
     ('values', 'words'),
     [
-        ({'n_embd': 100, 'n_head': 12}, ['n_head=12', 'n_embd=100', '--n_head=10']),
+        ({'n_embd': 100, 'n_head': 12}, ['n_head=12', 'n_embd=100', '--n_head=10', 'head_dim']),
         ({'use_gqa': True}, ['num_kv_heads=None', '1, 2, 3, 4, 6, 12']),
         ({'use_gqa': True, 'num_kv_heads': 5}, ['num_kv_heads=5', '1, 2, 3, 4, 6, 12']),
         ({'use_gqa': True, 'num_kv_heads': 24}, ['num_kv_heads=24', 'n_head=12']),
