@@ -83,7 +83,7 @@ def test_every_backend_gives_the_same_finite_loss_and_gradients(config):
 
 
 @at_random
-@given(architectures())
+@given(architectures(logit_softcap=None))  # a cap may leave nothing of lively logits but a sign
 def test_a_token_changes_its_own_logits_and_no_earlier_ones(config):
     model = lively(config).eval()
     length = config.block_size
