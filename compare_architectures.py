@@ -12,6 +12,7 @@ no torch, no numpy.
 
 import argparse
 import functools
+import importlib
 import json
 import sys
 from collections import Counter
@@ -95,6 +96,7 @@ class Run:
     total_flops: float | None
     curve: list[CurvePoint]
     stability: Stability
+    command: str
     study: 'StudyPlan | None' = None
     variant: str | None = None  # the run's place in that study
 
@@ -104,6 +106,7 @@ class StudyPlan:
     """What `study.py` wrote beside its runs."""
 
     question: str
+    command: str
     budget: dict
     tuned: list[str]
     variants: dict[str, dict]  # label -> the options that it sets
@@ -183,6 +186,7 @@ def run_of(record: dict[str, Any], path: Path) -> Run:
         total_flops=summary.get('total_flops'),
         curve=curve_of(record),
         stability=stability(record),
+        command=metadata.get('command') or '',
         **place_in_study(folder_of(path)),
     )
 
@@ -203,6 +207,7 @@ def read_plan(folder: Path) -> StudyPlan | None:
         plan = json.loads((folder / 'study.json').read_text(encoding='utf-8'))
         return StudyPlan(
             question=plan['question'],
+            command=plan['command'],
             budget=plan['budget'],
             tuned=plan['tuned'],
             variants={variant['label']: variant['asked'] for variant in plan['variants']},
@@ -508,13 +513,23 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         '--format', choices=FORMATS, default='text', help='of what is printed (default text)'
     )
+    parser.add_argument(
+        '--plot', type=Path, metavar='FILE', help='draw curves and fronts: .png, .svg or .pdf'
+    )
+    parser.add_argument(
+        '--report', type=Path, metavar='FILE', help='write all of it as one page: report.html'
+    )
     return parser.parse(argv)
 
 
 def main(argv: Sequence[str]) -> None:
     settings = parse(argv)
     runs, skipped = load(settings.paths, settings.latest)
-    text = FORMATS[settings.format](compare(runs, settings.baseline, skipped))
+    comparison = compare(runs, settings.baseline, skipped)
+    for path, draw in ((settings.plot, 'plot'), (settings.report, 'report')):
+        if path is not None:
+            getattr(importlib.import_module('report'), draw)(comparison, path)
+    text = FORMATS[settings.format](comparison)
     # A name or path may hold what this terminal cannot show.
     encoding = sys.stdout.encoding or 'utf-8'
     print(text.encode(encoding, 'backslashreplace').decode(encoding), end='')

@@ -35,6 +35,15 @@ class Section:
 
 def sections(comparison: 'Comparison') -> list[Section]:
     """All that there is to say, the most important first."""
+    return [*summary(comparison), *tables(comparison)]
+
+
+def summary(comparison: 'Comparison') -> list[Section]:
+    """The answer in a sentence, where there are seeds to give one."""
+    return [Section(wrapped(headline(comparison)))] if comparison.repeated else []
+
+
+def tables(comparison: 'Comparison') -> list[Section]:
     parts = (
         ranking,
         verdicts,
@@ -48,6 +57,51 @@ def sections(comparison: 'Comparison') -> list[Section]:
         single_seeds,
     )
     return [section for section in (part(comparison) for part in parts) if section]
+
+
+def headline(comparison: 'Comparison') -> str:
+    """What the runs say, in a sentence or two."""
+    groups, labels, baseline = comparison.groups, comparison.labels, comparison.baseline
+    name = labels[groups.index(baseline)]
+    ranked = [
+        (group, label, verdict)
+        for group, label, verdict in zip(groups, labels, comparison.verdicts)
+        if group.finished and group.loss is not None
+    ]
+    if not ranked:
+        return 'No finished run has a validation loss yet.'
+    best, best_label, _ = ranked[0]
+    if len(ranked) == 1:
+        return f'{best_label} reaches a validation loss of {best.loss:.4f} nats a token.'
+    if not comparison.repeated:
+        second = ranked[1]
+        return (
+            f'{best_label} has the lowest validation loss, {best.loss:.4f} against '
+            f'{second[0].loss:.4f} of {second[1]}. With one seed each, this may be chance.'
+        )
+    better = [entry for entry in ranked if entry[2].text == 'better']
+    worse = [label for _, label, verdict in ranked if verdict.text == 'worse']
+    alike = [entry for entry in ranked if entry[2].text == 'not told apart']
+    parts = []
+    for _, label, verdict in better[:1]:
+        test = verdict.difference
+        parts.append(
+            f'{label} is better than {name} by {-test.mean:.4f} nats a token ({INTERVAL} '
+            f'{-test.high:.4f} to {-test.low:.4f}, p {p_text(verdict.p_value)}, {test.count} '
+            f'{"pairs of " * test.paired}seeds).'
+        )
+    if len(better) > 1:
+        parts.append(f'So are {listing([label for _, label, _ in better[1:]])}.')
+    if worse:
+        parts.append(f'Worse than {name}: {listing(worse)}.')
+    if alike:
+        smallest = max(verdict.difference.detectable for _, _, verdict in alike)
+        names = listing([label for _, label, _ in alike])
+        parts.append(
+            f'Not told apart from {name}: {names}; true differences below {smallest:.4f} nats may '
+            f'well be missed with so few seeds.'
+        )
+    return ' '.join(parts) or f'Nothing can be tested against {name} yet.'
 
 
 def ranking(comparison: 'Comparison') -> Section:
@@ -161,7 +215,8 @@ def equal_cost(comparison: 'Comparison') -> Section | None:
     if not comparison.equal_cost:
         return None
     amounts = {'tokens': si, 'flops': si, 'seconds': duration}
-    header = [f'{amounts[c.cost](c.amount)} {COSTS[c.cost]}' for c in comparison.equal_cost]
+    units = {**COSTS, 'seconds': 'of training'}
+    header = [f'{amounts[c.cost](c.amount)} {units[c.cost]}' for c in comparison.equal_cost]
     rows = [
         [str(rank), *(shown(c.losses[rank - 1], '{:.4f}'.format) for c in comparison.equal_cost)]
         for rank in range(1, len(comparison.groups) + 1)

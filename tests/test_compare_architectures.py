@@ -631,6 +631,7 @@ def test_equal_flops_are_told_instead_of_warned_about(compared):
 
 STUDY = {
     'question': 'Gated?',
+    'command': 'python study.py gated.py',
     'budget': {},
     'tuned': ['learning_rate'],
     'variants': [
