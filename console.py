@@ -39,6 +39,16 @@ def _show(value, form: str) -> str:
     return 'n/a' if value is None else format(value, form)
 
 
+def _bytes(count: float) -> str:
+    """1.50 GB, or MB or kB of what is less."""
+    size, unit = next(
+        pair
+        for pair in ((1e9, 'GB'), (1e6, 'MB'), (1e3, 'kB'))
+        if count >= pair[0] or pair[0] == 1e3
+    )
+    return f'{count / size:.2f} {unit}'
+
+
 def _flops(value: float | None, unit: str = 'F') -> str:
     """FLOPs or FLOP/s with the prefix that suits their size: `854.7 MF`, `101.2 TFLOP/s`."""
     if value is None:
@@ -144,7 +154,7 @@ def startup_report(
             startup_info['optimizer'], startup_info['model']['trainable_params']
         ),
         '📚 DATA': _data_section(data, config['max_iters']),
-        '💻 HARDWARE': _hardware_section(hardware),
+        '💻 HARDWARE': _hardware_section(hardware, startup_info['parallel']),
         '📈 THEORETICAL PERFORMANCE': _performance_section(startup_info['flops'], hardware),
     }
     if startup_info['derived']:
@@ -249,11 +259,13 @@ def _data_section(data: dict, max_iters: int) -> list[str]:
     ]
 
 
-def _hardware_section(hardware: dict) -> list[str]:
+def _hardware_section(hardware: dict, parallel: dict) -> list[str]:
     peak, source = hardware['peak_tflops'], hardware['peak_source']
+    sent = f'{_bytes(parallel["bytes_sent_per_update"])} from each process in an update'
     return [
         _field('Device', f'{hardware["device"]} ({hardware["device_name"]})'),
         _field('Processes', f'{hardware["world_size"]:,}'),
+        *([_field('Traffic', sent)] if hardware['world_size'] > 1 else []),
         _field('Precision', hardware['dtype']),
         _field(
             'Peak',
@@ -462,6 +474,16 @@ def event_line(entry: dict) -> str:
     return f'⚠ {entry["event"]}{where}' + (f': {message}' if message else '')
 
 
+def _held(startup_info: dict) -> dict[str, str]:
+    """What a process of several holds, where that is known."""
+    parallel = startup_info['parallel']
+    if startup_info['hardware']['world_size'] == 1 or parallel['parameter_bytes'] is None:
+        return {}
+    names = {'weights': 'parameter', 'gradients': 'gradient', 'optimizer': 'optimizer'}
+    parts = [f'{name} {_bytes(parallel[f"{key}_bytes"])}' for name, key in names.items()]
+    return {'Each process': ', '.join(parts)}
+
+
 def closing_block(document: dict, best: dict | None, record_path) -> str:
     """What the run came to, where its record is and what to type next."""
     summary, status = document['summary'], document['status']
@@ -481,6 +503,7 @@ def closing_block(document: dict, best: dict | None, record_path) -> str:
         'Tokens': _show(summary['total_tokens'], ','),
         'Compute': _flops(summary['total_flops'], 'FLOPs'),
         'Peak memory': 'n/a' if memory is None else f'{memory:.2f} GB',
+        **_held(document['startup_info']),
         'Record': str(record_path),
         'Compare': 'python compare_architectures.py --latest 3',
     }

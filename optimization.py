@@ -71,6 +71,7 @@ class Updater:
         self.optimizer, self.grad_clip, self.parallel = optimizer, run.grad_clip, parallel
         self.scaler = torch.amp.GradScaler(device.type, enabled=run.dtype == 'float16')
         self.skipped = torch.zeros((), device=device)
+        self.gradient_bytes = 0  # on this rank, in the last measured update
         self.parameters = [p for group in optimizer.param_groups for p in group['params']]
         self.elements = sum(p.numel() for p in self.parameters)
 
@@ -90,6 +91,7 @@ class Updater:
         gradients = [local(p.grad) for p in self.parameters if p.grad is not None]
         norm, total = self.parallel.norm(gradients), None
         if measured:
+            self.gradient_bytes = sum(gradient.nbytes for gradient in gradients)
             total = self.parallel.sum_of_parts(element_sum(gradients))
         if self.grad_clip:  # as torch.nn.utils.clip_grad_norm_ has it
             torch._foreach_mul_(gradients, (self.grad_clip / (norm + 1e-6)).clamp(max=1.0))

@@ -85,6 +85,14 @@ class SingleProcess(Alone):
         """A sum over all elements of the gradient, from that over those which this rank holds."""
         return part
 
+    def bytes_sent(self, model: Transformer, micro_steps: int) -> float:
+        """Bytes of parameters and gradients that a rank sends in an update of so many micro-steps.
+
+        By rings (Patarasuk & Yuan 2009), as nccl-tests count the bandwidth of the bus: all-gather
+        and reduce-scatter among n ranks send (n - 1) / n of the whole, all-reduce twice that.
+        """
+        return 0.0
+
     # --- Checkpoints ---
 
     def weights(self, model: Transformer) -> dict[str, Piece]:
@@ -123,6 +131,11 @@ class DataParallel(Together, SingleProcess):
     def micro_step(self, model, last):
         model.require_backward_grad_sync = last  # read by the forward pass
         yield
+
+    def bytes_sent(self, model, micro_steps):
+        size = getattr(torch, self.run.reduce_dtype).itemsize
+        elements = sum(parameter.numel() for parameter in model.parameters())
+        return 2 * _ring(size * elements, self.world_size)
 
     @property
     def saves(self):
@@ -176,6 +189,9 @@ class ZeRO1(DataParallel):
         """Bring every rank's stretch of the parameters to all."""
         mine = self.flat[self.begin : self.begin + self.stretch].clone()
         dist.all_gather_into_tensor(self.flat, mine)
+
+    def bytes_sent(self, model, micro_steps):
+        return super().bytes_sent(model, micro_steps) + _ring(self.flat.nbytes, self.world_size)
 
     def optimized(self, model):
         return {n: self.pieces[p] for n, p in model.named_parameters() if p in self.pieces}
@@ -277,6 +293,20 @@ class FullySharded(DataParallel):
         dist.all_reduce(part, group=self.shard_group)
         return part
 
+    def bytes_sent(self, model, micro_steps):
+        ranks = self.mesh.size(self.mesh.ndim - 1)
+        # Every rank's rows are as many as those of the one that has most.
+        elements = sum(
+            ranks * rows_of_a_rank(p) * (p.numel() // p.shape[0]) for p in model.parameters()
+        )
+        gathers = micro_steps * (2 if self.run.fsdp_reshard_after_forward else 1)
+        gradients = getattr(torch, self.run.reduce_dtype).itemsize * elements
+        return (
+            gathers * _ring(4 * elements, ranks)
+            + _ring(gradients, ranks)
+            + 2 * _ring(gradients / ranks, self.world_size // ranks)  # among the replicas
+        )
+
     def weights(self, model):
         # Without fsdp_reshard_after_forward an evaluation leaves whole parameters in place of ours.
         for module in _sharded(model):
@@ -287,6 +317,11 @@ class FullySharded(DataParallel):
     def saves(self):
         first_replica = self.mesh.ndim == 1 or self.mesh.get_local_rank('replicate') == 0
         return first_replica, first_replica
+
+
+def _ring(whole: float, ranks: int) -> float:
+    """What one of `ranks` sends of `whole` until each has got, or added to, all the others'."""
+    return (ranks - 1) / ranks * whole
 
 
 def _sharded(model: nn.Module) -> list[FSDPModule]:
@@ -315,11 +350,15 @@ def shard_offset(parameter: torch.Tensor) -> int:
     """Where the elements that this rank holds of a parameter begin in the flattened whole."""
     if not isinstance(parameter, DTensor):
         return 0
-    # FSDP2 divides the first dimension into chunks of equal size, the last ones smaller or empty.
     mesh = parameter.device_mesh
-    rows = -(-parameter.shape[0] // mesh.size(mesh.ndim - 1))
-    first = min(mesh.get_local_rank(mesh.ndim - 1) * rows, parameter.shape[0])
-    return first * (parameter.numel() // parameter.shape[0])
+    rank, rows = mesh.get_local_rank(mesh.ndim - 1), rows_of_a_rank(parameter)
+    return min(rank * rows, parameter.shape[0]) * (parameter.numel() // parameter.shape[0])
+
+
+def rows_of_a_rank(parameter: DTensor) -> int:
+    """FSDP2 divides the first dimension into chunks of so many, the last ones smaller or empty."""
+    mesh = parameter.device_mesh
+    return -(-parameter.shape[0] // mesh.size(mesh.ndim - 1))
 
 
 def recomputed_blocks(activation_checkpointing: str, n_layer: int) -> list[int]:

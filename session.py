@@ -1,6 +1,6 @@
 """What a run consists of, once it is set up, and what follows from that."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +12,7 @@ import resumption
 from interruption import Interruption
 from model_builder import Transformer
 from model_components import IGNORED
-from optimization import Updater
+from optimization import Updater, local
 from parallelism import SingleProcess
 from saving import Saver
 from token_data import TokenDataset
@@ -39,6 +39,7 @@ class Session:
     interruption: Interruption
     saver: Saver
     surroundings: dict  # threads, versions and the like, to be compared on a resume
+    held: dict[str, int] | None = None  # bytes on a rank, once they are measured
 
     @property
     def tokens_per_iter(self) -> int:
@@ -79,9 +80,29 @@ class Session:
         """The precision of the matrix multiplications; parameters and losses stay in fp32."""
         return hardware.autocast(self.device, self.settings.run.dtype)
 
+    def record_held(self) -> None:
+        """Record, once in a process, what a rank holds after an update: the largest over the ranks.
+
+        In bytes, of the tensors themselves; what is gathered for a moment is not held.
+        """
+        if self.held is None:
+            states = self.updater.optimizer.state.values()
+            held = {
+                'parameter_bytes': _bytes(self.bare.parameters()),
+                'gradient_bytes': self.updater.gradient_bytes,
+                'optimizer_bytes': sum(_bytes(state.values()) for state in states),
+            }
+            self.held = dict(zip(held, map(int, self.parallel.largest(list(held.values())))))
+            self.logger.held(self.held)
+
     def largest_memory(self) -> dict[str, float | None]:
         """The memory in use, the largest over the ranks."""
         usage = hardware.memory_usage(self.device)
         known = [-1.0 if value is None else value for value in usage.values()]
         largest = self.parallel.largest(known)
         return {key: None if value < 0 else value for key, value in zip(usage, largest)}
+
+
+def _bytes(values: Iterable) -> int:
+    """The bytes of the tensors among them, of divided ones what this rank holds."""
+    return sum(local(value).nbytes for value in values if isinstance(value, torch.Tensor))

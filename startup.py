@@ -14,6 +14,8 @@ from ranks import job
 from token_data import TokenDataset
 from training_config import Settings
 
+HELD = ('parameter_bytes', 'gradient_bytes', 'optimizer_bytes')
+
 
 def record_header(
     settings: Settings,
@@ -74,6 +76,13 @@ def record_header(
                 and 0.5 * total_peak * 1e12 / flops['per_token'],
                 'compile': compiled,
                 'activation_checkpointing': run.activation_checkpointing,
+            },
+            'parallel': {
+                'bytes_sent_per_update': parallel.bytes_sent(
+                    model, run.gradient_accumulation_steps // parallel.world_size
+                ),
+                # Known once there has been an update (`Session.record_held`).
+                **dict.fromkeys(HELD),
             },
             'data': _data(settings, dataset),
             'derived': settings.derived,

@@ -230,6 +230,7 @@ def log_update(
     session: Session, clock: hardware.StepClock, learning_rate: float, measured: torch.Tensor
 ) -> None:
     """Record the update just made. Reading `measured` is its one synchronisation."""
+    session.record_held()
     memory = session.largest_memory()  # first: a rank that is lost is noticed on the host
     loss, norm, total, skipped = measured.tolist()
     seconds, steps = clock.take()

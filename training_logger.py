@@ -230,6 +230,9 @@ def assemble(lines: Iterable[dict]) -> dict:
 
         if kind == 'start':
             document |= {key: line[key] for key in ('run_name', 'start_time')}
+        elif kind == 'held':
+            info, found = document['startup_info'], {k: line[k] for k in line if k != 'time'}
+            document['startup_info'] = {**info, 'parallel': {**info['parallel'], **found}}
         elif kind == 'end':
             document |= {key: line[key] for key in ('end_time', 'status')}
         elif kind in ('resume', 'rollback'):
@@ -517,6 +520,11 @@ class TrainingLogger:
         report = console.resume_report(iter, checkpoint, changed, self.run_folder)
         self.console.begin(report, startup_info['hardware'])
         return document
+
+    @_on_main
+    def held(self, entry: dict) -> None:
+        """Record what a rank holds, which joins `startup_info.parallel`."""
+        self.journal.append('held', entry)
 
     @_on_main
     def iteration(self, entry: dict) -> None:

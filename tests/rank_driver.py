@@ -151,6 +151,42 @@ SPECIALS = {
 }
 
 
+# --- What travels ---------------------------------------------------------------------------------
+
+SCALARS = 64  # bytes up to which a message is one of the few plain numbers of an update
+
+
+def counted(patch) -> list[float]:
+    """For each update the bytes that this rank sends, as it calls the collectives, by rings."""
+    sent, under_way, update = [], [], train.update
+
+    def counting(collective, factor):
+        def called(*arguments, **options):
+            whole = max(t.nbytes for t in (*arguments, *options.values()) if torch.is_tensor(t))
+            ranks = dist.get_world_size(options.get('group'))
+            if under_way and whole > SCALARS:
+                sent[-1] += factor * (ranks - 1) / ranks * whole
+            return collective(*arguments, **options)
+
+        return called
+
+    def counted_update(*arguments):
+        sent.append(0.0)
+        under_way.append(True)
+        update(*arguments)
+        under_way.clear()
+
+    for name, factor in (
+        ('all_reduce', 2),
+        ('all_gather_into_tensor', 1),
+        ('all_gather_single', 1),  # this and the next: FSDP's
+        ('reduce_scatter_single', 1),
+    ):
+        patch.setattr(dist, name, counting(getattr(dist, name), factor))
+    patch.setattr(train, 'update', counted_update)
+    return sent
+
+
 # --- A run ----------------------------------------------------------------------------------------
 
 
@@ -204,6 +240,7 @@ def run(plan: dict, rank: int, store: dist.Store | None) -> dict:
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(stderr):
         patch.setattr(train, 'set_up', kept_set_up)
         patch.setattr(Updater, 'backward', watched)
+        left['sent'] = counted(patch)
         patch.setattr(errors, 'PATIENCE', 0)
         patch.setattr(errors, 'leave', sys.exit)
         patch.setattr(Together, 'close', lambda self: None)  # the next run needs them too

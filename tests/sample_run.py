@@ -93,6 +93,12 @@ STARTUP_INFO = {
         'compile': True,
         'activation_checkpointing': 'none',
     },
+    'parallel': {
+        'bytes_sent_per_update': 0.0,
+        'parameter_bytes': None,
+        'gradient_bytes': None,
+        'optimizer_bytes': None,
+    },
     'data': {
         'dataset': 'shakespeare',
         'path': 'data/shakespeare',

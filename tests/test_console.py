@@ -31,6 +31,7 @@ from errors import UserError
 CLOSED = {
     'status': 'interrupted',
     'checkpoints': [checkpoint(100)],
+    'startup_info': STARTUP_INFO,
     'summary': {
         'total_iterations': 100,
         'final_iter': 40,
@@ -292,6 +293,31 @@ def test_the_closing_block_says_where_and_what_next():
         assert expected in text
     assert '--init_from' not in closing_block({**CLOSED, 'status': 'finished'}, None, 'r')
     assert '--init_from' not in closing_block({**CLOSED, 'checkpoints': []}, None, 'r')
+
+
+@pytest.mark.parametrize(
+    ('count', 'text'),
+    [(999, '1.00 kB'), (3.5e6, '3.50 MB'), (1.5e9, '1.50 GB'), (999e9, '999.00 GB')],
+)
+def test_several_processes_are_told_what_each_sends_and_holds(count, text):
+    info = {
+        **STARTUP_INFO,
+        'hardware': {**STARTUP_INFO['hardware'], 'world_size': 2},
+        'parallel': {
+            'bytes_sent_per_update': count,
+            'parameter_bytes': 1e9,
+            'gradient_bytes': 2e6,
+            'optimizer_bytes': count,
+        },
+    }
+    assert re.search(f'Traffic: +{text} from each process in an update$', shown(begun(info)), re.M)
+    closing = closing_block({**CLOSED, 'startup_info': info}, None, 'r')
+    held = f'weights 1.00 GB, gradients 2.00 MB, optimizer {text}'
+    assert re.search(f'Each process: +{held}$', closing, re.M)
+    # One process has no traffic, and before an update nothing is known.
+    assert 'Traffic' not in shown(begun())
+    info['parallel']['parameter_bytes'] = None
+    assert 'Each process' not in closing_block({**CLOSED, 'startup_info': info}, None, 'r')
 
 
 # --- the stream -----------------------------------------------------------------------------------

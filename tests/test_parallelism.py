@@ -159,7 +159,7 @@ def planned() -> list[tuple[int, list[dict]]]:
     fsdp, hybrid = STRATEGIES['fsdp'], {'use_fsdp': True, 'fsdp_shard_size': 2}
     three = [run(f'{name} six', SIX, options) for name, options in STRATEGIES.items()]
     three.append(run('fsdp narrow', NARROW, fsdp, {'max_iters': 4}))
-    four = [run('hybrid half', GPT2, hybrid, {'max_iters': 10})]
+    four = [run('hybrid half', GPT2, hybrid, {'max_iters': 10}), run('hybrid few', FEW, hybrid)]
     after = [
         run('single narrow resumed', NARROW, ALONE, out='fsdp narrow'),
         run('single hybrid resumed', GPT2, ALONE, out='hybrid half'),
@@ -398,6 +398,43 @@ def test_what_is_divided_takes_a_part_of_the_memory_on_each_rank(left):
         ):
             share = [rank[key] / whole[key] for rank in ranks]
             assert max(share) == pytest.approx(0.5 if divided else 1, rel=0.02), (strategy, key)
+
+
+def test_the_record_says_what_each_rank_holds(left):
+    for strategy in ('single', *STRATEGIES, *VARIANTS):
+        run = left(f'{strategy} gpt2')
+        held = run.record['startup_info']['parallel']
+        for key in ('parameter_bytes', 'optimizer_bytes'):
+            assert held[key] == max(rank[key] for rank in run.ranks), (strategy, key)
+        gradients = [
+            sum(g.nbytes for g in rank['gradients'][-1] if g is not None) for rank in run.ranks
+        ]
+        assert held['gradient_bytes'] == max(gradients), strategy
+
+
+@pytest.mark.parametrize(
+    'name',
+    [
+        *(f'{strategy} {case}' for strategy in STRATEGIES for case in ('gpt2', 'llama')),
+        *(f'{variant} gpt2' for variant in VARIANTS),
+        *(
+            f'{strategy} {kind}'
+            for strategy in STRATEGIES
+            for kind in ('six', 'short', 'recomputed')
+        ),
+        'hybrid few',
+        'single gpt2',
+    ],
+)
+def test_the_record_says_what_travels(left, name):
+    """An update sends what the collectives that it calls carry, plain numbers apart."""
+    run = left(name)
+    sent = run.record['startup_info']['parallel']['bytes_sent_per_update']
+    for rank in run.ranks:
+        first, *others = rank['sent']
+        assert others == pytest.approx([sent] * (run.record['config']['max_iters'] - 1), rel=1e-9)
+        # Without resharding the evaluation has left whole parameters behind.
+        assert first < sent if name == 'kept gpt2' else first == pytest.approx(sent, rel=1e-9)
 
 
 @pytest.mark.parametrize('strategy', STRATEGIES)

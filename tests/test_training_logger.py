@@ -197,6 +197,21 @@ def test_a_full_document_is_what_the_schema_says(folder):
     assert read(folder) == document
 
 
+def test_what_a_rank_holds_joins_what_was_known_at_the_start(folder):
+    held = {'parameter_bytes': 100, 'gradient_bytes': 50, 'optimizer_bytes': 200}
+    logger = started(folder)
+    assert read(folder)['startup_info'] == STARTUP_INFO
+    logger.held(held)
+    logger.finish()
+    document = read(folder)
+    expected = {**STARTUP_INFO, 'parallel': {'bytes_sent_per_update': 0.0, **held}}
+    assert document['startup_info'] == expected
+    VALIDATOR.validate(document)
+    # Another process may be divided otherwise: it is not known again until it has measured.
+    resumed(folder, 0).finish()
+    assert read(folder)['startup_info'] == STARTUP_INFO
+
+
 def objects_of_fixed_shape(schema, document, path=()):
     """Paths into the document of all objects that the schema closes."""
     if '$ref' in schema:
