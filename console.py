@@ -41,11 +41,8 @@ def _show(value, form: str) -> str:
 
 def _bytes(count: float) -> str:
     """1.50 GB, or MB or kB of what is less."""
-    size, unit = next(
-        pair
-        for pair in ((1e9, 'GB'), (1e6, 'MB'), (1e3, 'kB'))
-        if count >= pair[0] or pair[0] == 1e3
-    )
+    units = ((1e9, 'GB'), (1e6, 'MB'))
+    size, unit = next((pair for pair in units if count >= pair[0]), (1e3, 'kB'))
     return f'{count / size:.2f} {unit}'
 
 
