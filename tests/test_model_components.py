@@ -155,11 +155,6 @@ def test_rope_scores_depend_on_the_distance_alone():
     assert abs(score(7, 3) - score(7, 4)) > 1e-3
 
 
-def test_rope_refuses_an_odd_head():
-    with pytest.raises(UserError, match='head of 5'):
-        tiny(position_encoding='rope', n_embd=20)
-
-
 # --- Norms, activations, widths -------------------------------------------------------------------
 
 

@@ -275,23 +275,6 @@ def test_illegal_combinations_are_reported_at_once():
     assert 'activation' in first and 'num_kv_heads=5' in second and 'odd' in third
 
 
-@pytest.mark.parametrize(
-    ('values', 'words'),
-    [
-        ({'n_embd': 100, 'n_head': 12}, ['n_head=12', 'n_embd=100', '--n_head=10', 'head_dim']),
-        ({'use_gqa': True}, ['num_kv_heads=None', '1, 2, 3, 4, 6, 12']),
-        ({'use_gqa': True, 'num_kv_heads': 5}, ['num_kv_heads=5', '1, 2, 3, 4, 6, 12']),
-        ({'use_gqa': True, 'num_kv_heads': 24}, ['num_kv_heads=24', 'n_head=12']),
-        ({'position_encoding': 'rope', 'n_embd': 36}, ['rope', 'head of 3']),
-    ],
-)
-def test_an_illegal_combination_is_refused(values, words):
-    with pytest.raises(UserError) as refused:
-        ModelArchitectureConfig(**values)
-    (problem,) = refused.value.problems
-    assert all(word in problem for word in words), problem
-
-
 # --------------------------------------------------------------------------------------------------
 # Options that the chosen components have no use for
 

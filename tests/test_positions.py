@@ -251,45 +251,6 @@ def test_tables_are_in_single_precision_under_autocast(values):
     assert {tensor.dtype for tensor in tensors} == {torch.float32}
 
 
-@pytest.mark.parametrize(
-    ('values', 'words'),
-    [
-        ({'position_encoding': 'sinusoidal', 'n_embd': 5, 'n_head': 1}, ['n_embd=5', 'odd']),
-        ({'position_encoding': 'rope', 'n_embd': 20}, ['head of 5']),
-        ({'position_encoding': 'rope', 'rope_fraction': 0.3}, ['rope_fraction=0.3', 'head of 4']),
-        (
-            {'position_encoding': 'rope', 'rope_fraction': 0.75, 'n_embd': 32, 'n_head': 8},
-            ['rope_fraction=0.75', 'such as 0.5'],
-        ),
-        (
-            {
-                'position_encoding': 'rope',
-                'rope_scaling': 'llama3',
-                'rope_low_freq_factor': 4.0,
-            },
-            ['rope_low_freq_factor=4', 'below rope_high_freq_factor=4'],
-        ),
-        (
-            {'position_encoding': 'rope', 'rope_scaling': 'yarn', 'rope_beta_slow': 33.0},
-            ['rope_beta_slow=33', 'below rope_beta_fast=32'],
-        ),
-        (
-            {'position_encoding': 'rope', 'rope_scaling': 'yarn', 'rope_theta': 1.0},
-            ['rope_theta=1', 'above 1'],
-        ),
-        (
-            {'position_encoding': 't5_relative', 't5_buckets': 64, 't5_max_distance': 32},
-            ['t5_max_distance=32', 't5_buckets=64', '--t5_max_distance=256'],
-        ),
-    ],
-)
-def test_an_illegal_combination_is_refused(values, words):
-    with pytest.raises(UserError) as refused:
-        tiny(**values)
-    (problem,) = refused.value.problems
-    assert all(word in problem for word in words), problem
-
-
 def test_names_tell_what_turns():
     rope = {'position_encoding': 'rope'}
     assert '-RoPE-LN-' in tiny(**rope).name

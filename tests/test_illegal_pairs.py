@@ -1,0 +1,72 @@
+"""Every known illegal combination, each refused by one sentence before anything is allocated."""
+
+import pytest
+
+from configurator import Layer
+from model_config import ModelArchitectureConfig, architecture_options
+from registry import Configurable, Registry
+
+ROPE = {'position_encoding': 'rope'}
+# The options, and words that the sentence must have: keys, values, what is allowed, what to type.
+# At the sizes of the default, 12 heads in a width of 768, unless they are given.
+ILLEGAL = [
+    ({'n_embd': 100}, ['n_head=12', 'n_embd=100', '--n_head=10', 'head_dim']),
+    ({'use_gqa': True}, ['num_kv_heads=None', '1, 2, 3, 4, 6, 12']),
+    ({'use_gqa': True, 'num_kv_heads': 5}, ['num_kv_heads=5', '1, 2, 3, 4, 6, 12']),
+    ({'use_gqa': True, 'num_kv_heads': 24}, ['num_kv_heads=24', 'n_head=12']),
+    ({'attention_softcap': 50.0}, ["attention_backend='sdpa'", 'softcap', 'manual']),
+    ({'position_encoding': 'sinusoidal', 'n_embd': 5, 'n_head': 1}, ['n_embd=5', 'odd']),
+    ({**ROPE, 'n_embd': 36}, ['rope', 'head of 3']),
+    ({**ROPE, 'rope_fraction': 0.3}, ['rope_fraction=0.3', 'head of 64', 'such as 0.28125']),
+    (
+        {**ROPE, 'rope_fraction': 0.75, 'n_embd': 48},
+        ['rope_fraction=0.75', 'head of 4', 'such as 0.5'],
+    ),
+    (
+        {**ROPE, 'rope_scaling': 'llama3', 'rope_low_freq_factor': 4.0},
+        ['rope_low_freq_factor=4', 'below rope_high_freq_factor=4'],
+    ),
+    (
+        {**ROPE, 'rope_scaling': 'yarn', 'rope_beta_slow': 33.0},
+        ['rope_beta_slow=33', 'below rope_beta_fast=32'],
+    ),
+    ({**ROPE, 'rope_scaling': 'yarn', 'rope_theta': 1.0}, ['rope_theta=1', 'above 1']),
+    (
+        {'position_encoding': 't5_relative', 't5_buckets': 64, 't5_max_distance': 32},
+        ['t5_max_distance=32', 't5_buckets=64', '--t5_max_distance=256'],
+    ),
+    ({'activation': 'geglu', 'ffn_type': 'swiglu'}, ["ffn_type='geglu'", "ffn_type='swiglu'"]),
+]
+
+
+def resolve(values):
+    problems = []
+    layer = Layer('argument', {'arch_preset': 'custom', **values})
+    return ModelArchitectureConfig.resolve([layer], problems), problems
+
+
+@pytest.mark.parametrize(('values', 'words'), ILLEGAL, ids=lambda value: str(value)[:60])
+def test_an_illegal_combination_is_refused_by_one_sentence(values, words):
+    _, problems = resolve(values)
+    (problem,) = problems
+    assert all(word in problem for word in words), problem
+
+
+def test_every_rule_of_a_component_is_in_the_table():
+    """Each method `problems` that comes with the project refuses something above."""
+
+    def rule(component):
+        return component.problems.__func__
+
+    rules = {
+        rule(option.choices[name])
+        for option in architecture_options().values()
+        if isinstance(option.choices, Registry)
+        for name in option.choices
+        if option.choices[name].__module__.startswith('components.')
+    }
+    broken = set()
+    for values, _ in ILLEGAL:
+        config, _ = resolve(values)
+        broken |= {rule(c) for _, c in config.components() if c.problems(config)}
+    assert rules - broken == {Configurable.problems.__func__}
