@@ -97,6 +97,7 @@ class Run:
     curve: list[CurvePoint]
     stability: Stability
     command: str
+    data_hash: str | None  # of the sequences that it trained on
     study: 'StudyPlan | None' = None
     variant: str | None = None  # the run's place in that study
 
@@ -187,6 +188,7 @@ def run_of(record: dict[str, Any], path: Path) -> Run:
         curve=curve_of(record),
         stability=stability(record),
         command=metadata.get('command') or '',
+        data_hash=(record['eval_steps'] or [{}])[-1].get('data_hash'),
         **place_in_study(folder_of(path)),
     )
 
@@ -279,6 +281,8 @@ def compare(runs: Iterable[Run], baseline: str | None = None, skipped=()) -> Com
     loss_warnings = differing([run.conditions for run in firsts], LOSS_CONDITIONS, 'unknown')
     if repeated and len({frozenset(g.losses) for g in groups if g.finished}) == 1:
         loss_warnings.pop('data_seed', None)  # each has them all
+    if 'tokens_seen' not in loss_warnings:
+        loss_warnings |= differing(hashes_of_shared_data(groups), ['data_hash'], 'unknown')
     loss_warnings, notes = without_fair_differences(groups, loss_warnings)
     placed = axes_of(groups)
     effects, dependences = main_effects(placed), interactions(placed)
@@ -299,6 +303,19 @@ def compare(runs: Iterable[Run], baseline: str | None = None, skipped=()) -> Com
         speed_warnings=differing([r.conditions for r in firsts], SPEED_CONDITIONS, 'unknown'),
         skipped=list(skipped),
     )
+
+
+def hashes_of_shared_data(groups: Sequence[Group]) -> list[dict]:
+    """What each group was trained on, over the seeds that all have; {} if they share none."""
+    by_seed = [
+        {tuple(run.config.get(key) for key in SEEDS): run.data_hash for run in group.members}
+        for group in groups
+    ]
+    shared = sorted(set.intersection(*map(set, by_seed)), key=str)
+    hashes = [[found[seeds] for seeds in shared] for found in by_seed]
+    return [
+        {'data_hash': None if None in each else ' '.join(each)} if shared else {} for each in hashes
+    ]
 
 
 def training_of(run: Run) -> tuple:

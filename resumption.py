@@ -39,15 +39,19 @@ class Progress:
     recent_losses: list[float] = field(default_factory=list)  # what a spike is held against
     data_shift: int = 0  # updates' worth of data left out by rollbacks
     rollbacks: int = 0
+    data_digest: int = 0  # of the sequences trained on, as the ranks last agreed
+    own_digest: int = 0  # of this rank's since then
 
     @classmethod
     def of(cls, index: dict) -> 'Progress':
         """What a checkpoint's index says. Raises TypeError or ValueError if that makes no sense."""
         progress = cls(**index['progress'])
         counts = [progress.iter, progress.data_shift, progress.rollbacks]
+        digests = [progress.data_digest, progress.own_digest]
         losses = [progress.val_loss, progress.best_val_loss, *progress.recent_losses]
         if not (
             all(type(n) is int and 0 <= n < 2**48 for n in [*counts, progress.evaluated_at or 0])
+            and all(type(n) is int and 0 <= n < 2**64 for n in digests)
             and all(type(x) is float and math.isfinite(x) for x in losses if x is not None)
             and None not in progress.recent_losses
             and progress.iter == index['iter']

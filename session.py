@@ -9,6 +9,7 @@ import torch
 import diagnostics
 import hardware
 import resumption
+import token_data
 from interruption import Interruption
 from model_builder import Transformer
 from model_components import IGNORED
@@ -45,6 +46,21 @@ class Session:
     def tokens_per_iter(self) -> int:
         run, block_size = self.settings.run, self.settings.architecture.block_size
         return run.batch_size * run.gradient_accumulation_steps * block_size
+
+    def training_batch(self, number: int) -> list[torch.Tensor]:
+        """Micro-batch `number` of the run, (tokens, targets), on the device; noted as seen."""
+        run, progress = self.settings.run, self.progress
+        first = number * run.batch_size
+        tokens, targets = self.dataset.batch(run.data_seed, first, run.batch_size)
+        progress.own_digest = (progress.own_digest + token_data.digest(first, tokens)) % 2**64
+        return self.to_device((tokens, targets))
+
+    def agree_on_data(self) -> str:
+        """What all ranks have trained on since the start, as 16 hex digits."""
+        progress = self.progress
+        new = sum(self.parallel.gather(progress.own_digest))
+        progress.data_digest, progress.own_digest = (progress.data_digest + new) % 2**64, 0
+        return f'{progress.data_digest:016x}'
 
     def evaluation_due(self, iter: int) -> bool:
         """Whether the loss is measured after `iter` updates: at intervals, and at the end."""

@@ -263,6 +263,17 @@ def splitmix64(seed, numbers: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
+def digest(first_number: int, tokens: np.ndarray) -> int:
+    """64 bits that stand for the sequences first_number … and their tokens (count, block_size).
+
+    Those of several batches add up, modulo 2^64, to that of all, in whatever order they came.
+    """
+    positions = np.arange(tokens.shape[1], dtype=np.uint64)
+    numbers = int(first_number) + np.arange(len(tokens), dtype=np.uint64)
+    rows = ((tokens.astype(np.uint64) + np.uint64(1)) * splitmix64(0, positions)).sum(axis=1)
+    return int(splitmix64(rows, numbers).sum())
+
+
 def file_sha256(path: Path) -> str:
     """SHA-256 of a file, in hex."""
     digest = hashlib.sha256()

@@ -205,14 +205,12 @@ def update(session: Session, clock: hardware.StepClock) -> None:
     for micro_step in range(session.parallel.rank, micro_steps, ranks):
         # The micro-batch's number over the whole run.
         number = (progress.iter + progress.data_shift) * micro_steps + micro_step
-        batch = session.dataset.batch(
-            options.data_seed, number * options.batch_size, options.batch_size
-        )
+        batch = session.training_batch(number)
         # Dropout has a stream of its own at every micro-batch, so no random state is ever saved.
         torch.manual_seed(name_seed(options.seed, f'dropout/{number}'))
         with session.parallel.micro_step(model, last=micro_step + ranks >= micro_steps):
             with session.autocast():
-                loss_sum, _, auxiliary_loss = model(*session.to_device(batch))
+                loss_sum, _, auxiliary_loss = model(*batch)
             share = loss_sum / session.tokens_per_iter
             session.updater.backward(share + auxiliary_loss / micro_steps)
         loss += share.detach()
@@ -327,6 +325,7 @@ def evaluate(session: Session) -> bool:
         'val_loss': losses['val'],
         'val_bits_per_byte': bytes_per_token and losses['val'] / math.log(2) / bytes_per_token,
         'lr': learning_rate_at(progress.iter, options),
+        'data_hash': session.agree_on_data() if progress.iter else None,
     }
     if options.diagnostics:
         first = next(session.evaluation_batches('val', divided=False))
@@ -352,6 +351,7 @@ def save(session: Session) -> None:
         raise stability.nonfinite_weights_error(
             progress.iter, checkpointing.published(saver.folder)
         )
+    session.agree_on_data()
     index = resumption.checkpoint_index(session.settings, progress, session.surroundings)
     state = divided_state.collect(session.parallel, session.bare, session.updater, saver.kept)
     saver.begin(state, index, began)

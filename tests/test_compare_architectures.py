@@ -621,6 +621,21 @@ def test_a_run_repeated_with_the_same_seeds_is_no_further_evidence(compared):
     assert [(row['val loss'], row['seeds']) for row in shown] == [('4.9500', '2'), ('5.0500', '2')]
 
 
+def test_data_that_was_not_the_same_is_told_by_its_hash(compared):
+    records = replicated({'standard': [5.0, 5.1], 'swiglu': [4.9, 5.0]})
+    for record in records:
+        record['eval_steps'][-1]['data_hash'] = f'{record["config"]["seed"]:016x}'
+    assert 'WARNINGS' not in ct.render(ca.compare(run_rows(records)))
+    records[3]['eval_steps'][-1]['data_hash'] = 'f' * 16  # seed 2 of one architecture alone
+    assert warned(ct.render(ca.compare(run_rows(records))), 'Losses') == {'data_hash'}
+    records[3]['config']['seed'] = 3  # seeds that are not shared have other data
+    assert 'WARNINGS' not in ct.render(ca.compare(run_rows(records)))
+
+
+def run_rows(records):
+    return [ca.run_of(record, Path('out/run/record.json')) for record in records]
+
+
 def test_equal_flops_are_told_instead_of_warned_about(compared):
     records = [make_record(1, max_iters=100), make_record(2, max_iters=105, ffn_type='swiglu')]
     for record, tokens in zip(records, (409_600, 430_080)):

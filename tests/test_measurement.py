@@ -19,7 +19,7 @@ import hardware
 import parallelism
 from model_builder import build_model, training_flops
 from parallelism import prepare_blocks, recomputed_blocks
-from token_data import load_dataset
+from token_data import digest, load_dataset
 
 BLOCK, DATA_SEED = TINY_RUN['block_size'], 5
 SEQUENCES = 8  # in an update
@@ -293,8 +293,23 @@ def test_accumulation_divides_the_same_sequences_up(run, tiny_dataset, tmp_path)
         assert torch.equal(joined(other.trained_on), joined(run.trained_on))
         assert torch.equal(joined(other.evaluated_on), joined(run.evaluated_on))
         assert other.losses == pytest.approx(run.losses, rel=1e-4)
+        assert data_hashes(other) == data_hashes(run)
         for ours, theirs in zip(other.record['eval_steps'], run.record['eval_steps'], strict=True):
             assert ours['val_loss'] == pytest.approx(theirs['val_loss'], rel=1e-4)
+
+
+def data_hashes(run):
+    return [step['data_hash'] for step in run.record['eval_steps']]
+
+
+def test_the_hash_of_the_data_is_that_of_the_sequences_in_the_global_order(run, tiny_dataset):
+    dataset = load_dataset(str(tiny_dataset), BLOCK)
+    per_update = MEASURED['batch_size'] * MEASURED['gradient_accumulation_steps']
+    for step in run.record['eval_steps']:
+        sequences = step['iter'] * per_update
+        tokens, _ = dataset.batch(run.record['config']['data_seed'], 0, sequences)
+        assert step['data_hash'] == (f'{digest(0, tokens):016x}' if sequences else None)
+    assert len(set(data_hashes(run))) == len(data_hashes(run)) > 2
 
 
 def test_another_architecture_sees_the_same_batches_and_windows(run, tiny_dataset, tmp_path):

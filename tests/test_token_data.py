@@ -15,7 +15,7 @@ from scipy import stats
 
 import token_data
 from errors import UserError
-from token_data import load_dataset, prepare_if_missing, splitmix64, window_starts
+from token_data import digest, load_dataset, prepare_if_missing, splitmix64, window_starts
 
 PROJECT = Path(token_data.__file__).parent
 
@@ -381,3 +381,18 @@ def test_neither_torch_nor_a_tokenizer_is_imported():
         [sys.executable, '-c', code], cwd=PROJECT, capture_output=True, text=True, timeout=120
     )
     assert run.stdout == 'set()\n'
+
+
+def test_the_digest_of_parts_adds_up_and_knows_order_and_content():
+    draw = np.random.default_rng(0)
+    tokens = draw.integers(0, 60000, (12, 33))
+    whole = digest(40, tokens)
+    parts = [(40, tokens[:5]), (45, tokens[5:6]), (46, tokens[6:])]
+    draw.shuffle(parts)
+    assert sum(digest(first, part) for first, part in parts) % 2**64 == whole
+    changed = tokens.copy()
+    changed[7, 3] += 1
+    swapped = tokens.copy()
+    swapped[7, [3, 4]] = swapped[7, [4, 3]]
+    others = [digest(41, tokens), digest(40, tokens[::-1]), digest(40, changed)]
+    assert len({whole, digest(40, swapped), *others}) == 5
