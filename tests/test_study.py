@@ -321,3 +321,11 @@ def test_train_py_trains_the_base_of_a_study_and_says_so(study_file, run_script)
 def test_jobs_must_be_a_number(study_file, run_script):
     error = run_script('study.py', study_file(SMALL), '--jobs=0', code=2).stderr
     assert 'at least 1' in error
+
+
+@pytest.mark.parametrize(
+    'path', sorted((PROJECT / 'config/studies').glob('*.py')), ids=lambda p: p.stem
+)
+def test_the_projects_own_studies_can_be_run(path, run_script, tiny_dataset, tmp_path):
+    out = run_script('study.py', path, f'--dataset={tiny_dataset}', '--plan_only').stdout
+    assert '3 seeds of each' in out and '?' in out.splitlines()[0]

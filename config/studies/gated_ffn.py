@@ -1,0 +1,24 @@
+# Shazeer (2020) found gated feed-forward networks better than ungated ones of equal size.
+question = 'Is a gated feed-forward network better than an ungated one with as many parameters?'
+
+sweep = {
+    'ffn_type': ['standard', 'glu', 'bilinear', 'reglu', 'geglu', 'swiglu'],
+    'seed': [1, 2, 3],
+}
+match = 'params'  # the gated ones get the d_ff that makes them as large
+reference = {'ffn_type': 'standard'}
+
+arch_preset = 'llama'
+weight_tying = True
+
+# Small enough for two CPU cores: 4 layers, 128 wide, 64 characters of context, 1,536 an update.
+dataset = 'shakespeare_char'
+n_layer, n_head, n_embd, block_size = 4, 4, 128, 64
+batch_size, gradient_accumulation_steps = 24, 1
+max_iters = 1000
+eval_interval, eval_iters = 100, 400
+log_interval = 20
+learning_rate = 2e-3
+dtype = 'float32'
+always_save_checkpoint = False
+out_dir = 'out-study-gated-ffn'

@@ -1,0 +1,24 @@
+# Xiong et al. (2020): post-norm needs warm-up, pre-norm does not. The scaling of the first weights
+# by depth (Radford et al. 2019) is varied by itself, lest it pass for an effect of either.
+question = 'Pre-norm or post-norm, with and without warm-up?'
+
+sweep = {
+    'norm_position': ['pre', 'post'],
+    'warmup_iters': [0, 100],
+    'depth_scaled_init': [True, False],
+    'seed': [1, 2, 3],
+}
+
+arch_preset = 'legacy'
+
+# Small enough for two CPU cores: 4 layers, 128 wide, 64 characters of context, 1,536 an update.
+dataset = 'shakespeare_char'
+n_layer, n_head, n_embd, block_size = 4, 4, 128, 64
+batch_size, gradient_accumulation_steps = 24, 1
+max_iters = 1000
+eval_interval, eval_iters = 100, 400
+log_interval = 20
+learning_rate = 2e-3
+dtype = 'float32'
+always_save_checkpoint = False
+out_dir = 'out-study-norm-position'
