@@ -113,13 +113,23 @@ def _tree(fields: dict[str, str]) -> list[str]:
     ]
 
 
-def _table(title: str, columns: list[str], rows: dict[str, list[str]]) -> list[str]:
-    """A tree with several right-aligned columns; the last row is their total, below the tree."""
+def _table(
+    title: str,
+    columns: list[str],
+    rows: dict[str, list[str]],
+    below: dict[str, list[str]] | None = None,
+) -> list[str]:
+    """A tree with several right-aligned columns; the last row is their total, below the tree.
+
+    below: rows that stand under the total and are no part of it.
+    """
     labels = [f'  {title}', *(f'  ├─ {label}' for label in rows)]
     labels[-1] = labels[-1].replace('├─', '  ')
     labels[-2] = labels[-2].replace('├─', '└─')
+    labels += [f'  {label}' for label in below or {}]
     labels = [label.ljust(VALUE_COLUMN - 2) for label in labels]
-    return _columns([[label, *row] for label, row in zip(labels, [columns, *rows.values()])])
+    cells = [columns, *rows.values(), *(below or {}).values()]
+    return _columns([[label, *row] for label, row in zip(labels, cells)])
 
 
 def _columns(rows: list[list[str]]) -> list[str]:
@@ -329,6 +339,122 @@ def resume_report(k: int, checkpoint: str, changed: dict, run_folder) -> str:
         lines += ['', f'⚠ {warning}']
         lines += _tree({key: f'{old} → {new}' for key, (old, new) in changed.items()})
     return '\n'.join([*lines, ''])
+
+
+# ------------------------------------------------------------------------------------------------
+# The plan
+# ------------------------------------------------------------------------------------------------
+
+
+def plan_report(plan: dict) -> str:
+    """What --plan shows, at most 80 columns wide. Asserts that tables add up to their totals."""
+    hardware, time = plan['hardware'], plan['time']
+    at_50_mfu = time and time['tokens_per_sec'] * 0.5 / time['mfu']
+    sections = {
+        '📊 MODEL ARCHITECTURE': [
+            _field('Architecture Name', plan['architecture']['name']),
+            _field('Identity hash', plan['architecture']['hash']),
+        ],
+        '🧮 PARAMETERS': _parameters_section(plan['model']),
+        '📈 FLOPS': _performance_section(
+            plan['flops'], {'expected_tokens_per_sec_at_50_mfu': at_50_mfu}
+        ),
+        '📚 BATCH': _batch_section(plan['batch']),
+        '💾 MEMORY OF ONE DEVICE (GB of 10⁹ bytes)': _memory_section(plan),
+        '🕓 TIME': _time_section(hardware, time, plan['batch']['max_iters']),
+    }
+    if plan['derived']:
+        sections['🔧 DERIVED (set a key to override)'] = _tree(plan['derived'])
+    lines = [THICK, '📐 PLAN: nothing was trained, and no device was used', THICK]
+    for title, body in sections.items():
+        lines += ['', f'{title}:', *body]
+    return '\n'.join([*lines, ''])
+
+
+def _batch_section(batch: dict) -> list[str]:
+    size, steps, block = (
+        batch[key] for key in ('batch_size', 'gradient_accumulation_steps', 'block_size')
+    )
+    per_iter, tokens = batch['tokens_per_iter'], batch['tokens']
+    assert size * steps * block == per_iter, batch
+    return [
+        _field(
+            'Tokens/iteration',
+            f'{_count(size, "sequence")} × {steps:,} accumulation × {block:,} tokens = '
+            f'{per_iter:,}',
+        ),
+        _field(
+            'Micro-batch',
+            f'{_count(size, "sequence")} × {block:,} tokens = {size * block:,} tokens, '
+            f'{batch["micro_steps_per_rank"]:,} a device and iteration',
+        ),
+        _field(
+            'Whole run',
+            f'{_count(batch["max_iters"], "iteration")} = {tokens:,} tokens = '
+            f'{batch["tokens_per_parameter"]:.1f} a parameter',
+        ),
+    ]
+
+
+def _memory_section(plan: dict) -> list[str]:
+    """A column for each strategy with the parts of its fullest moment; then what fits."""
+    hardware, columns = plan['hardware'], plan['memory'].values()
+    for column in columns:
+        assert math.isclose(sum(column['parts'].values()), column['total_gb']), column
+    rows = {
+        _label(part): [f'{column["parts"][part]:,.1f}' for column in columns]
+        for part in next(iter(columns))['parts']
+    }
+    rows['total'] = [f'{column["total_gb"]:,.1f}' for column in columns]
+    below = {'Fullest in': [column['fullest'] for column in columns]}
+    usable, of = hardware['usable_gb'], hardware['memory_gb']
+    if usable is None:
+        limit = 'unknown: name the device, for example --gpu=A100-80GB'
+    else:
+        limit = f'up to {usable:.1f} GB, {usable / of:.0%} of {of:,} ({hardware["memory_source"]})'
+        below['Fits'] = ['yes' if column['fits'] else 'no' for column in columns]
+        largest = [column['largest_batch_size'] for column in columns]
+        below['Largest batch_size'] = [f'{size:,}' if size else 'none' for size in largest]
+    others = (
+        [_field('More devices', '--world_size=8 shows ddp, zero1 and fsdp')]
+        if hardware['world_size'] == 1
+        else ['', '  fsdp*: fsdp_reshard_after_forward=False']
+    )
+    return [
+        _field('Device', f'{hardware["device"]}, {_count(hardware["world_size"], "device")}'),
+        _field('Precision', hardware['dtype']),
+        *_recomputation(hardware['activation_checkpointing']),
+        _field('Fits', limit),
+        _field('Strategy', f'{plan["chosen"]}, by the options'),
+        '',
+        *_table('Part', list(plan['memory']), rows, below),
+        *others,
+        *(f'{line}' for text in plan['advice'] for line in _item(text)),
+        *(f'{line}' for text in plan['notes'] for line in _item(text)),
+    ]
+
+
+def _item(text: str) -> list[str]:
+    return textwrap.wrap(
+        text, WIDTH, initial_indent='  - ', subsequent_indent='    ', break_on_hyphens=False
+    )
+
+
+def _time_section(hardware: dict, time: dict | None, max_iters: int) -> list[str]:
+    peak, source = hardware['peak_tflops'], hardware['peak_source']
+    if time is None:
+        return [_field('Whole run', f'unknown: no peak ({source})')]
+    devices = _count(hardware['world_size'], 'device')
+    return [
+        _field('Peak', f'{_flops(peak * 1e12, "FLOP/s")} of {devices} ({source})'),
+        _field('Speed', f'{time["tokens_per_sec"]:,.0f} tokens/s at {100 * time["mfu"]:g} % MFU'),
+        _field('Iteration', _milliseconds(time['seconds_per_iter'] * 1e3)),
+        _field(
+            'Whole run',
+            f'{_duration(time["seconds"])} for {_count(max_iters, "iteration")} = '
+            f'{time["device_hours"]:,.1f} device hours',
+        ),
+    ]
 
 
 # ------------------------------------------------------------------------------------------------

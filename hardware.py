@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy
 import psutil
@@ -189,6 +190,97 @@ _PEAKS = (
 # fmt: on
 _BY_NAME = {name: (peaks, source) for names, peaks, source in _PEAKS for name in names}
 _MAKER_OR_MEMORY = re.compile(r'NVIDIA|TESLA|GEFORCE|AMD|INSTINCT|OAM|\d+GB?|HBM3E?')
+
+# Memory of one device in GB as its maker's data sheet has it; each size that it was sold with.
+# The sheets mean 2^30 bytes on most of them: 10^9 is on the safe side.
+# fmt: off
+_MEMORIES = (
+    (('V100 SXM2', 'V100 PCIE'),              (16, 32),   'NVIDIA V100 data sheet'),
+    (('V100 SXM3',),                          (32,),      'NVIDIA DGX-2 data sheet'),
+    (('T4',),                                 (16,),      'NVIDIA T4 data sheet'),
+    (('A10', 'A30', 'L4'),                    (24,),      'NVIDIA A10, A30, L4 data sheets'),
+    (('A40', 'RTX A6000', 'L40S'),            (48,),      'NVIDIA A40, A6000, L40S data sheets'),
+    (('A100 SXM4', 'A100 PCIE'),              (40, 80),   'NVIDIA A100 data sheet'),
+    (('RTX 3090', 'RTX 4090'),                (24,),      'NVIDIA GeForce specifications'),
+    (('RTX 5090',),                           (32,),      'NVIDIA GeForce specifications'),
+    (('H100', 'H100 PCIE', 'H800'),           (80,),      'NVIDIA H100 data sheet'),
+    (('H100 NVL',),                           (94,),      'NVIDIA H100 data sheet'),
+    (('H200', 'H200 NVL'),                    (141,),     'NVIDIA H200 data sheet'),
+    (('GH200',),                              (96, 144),  'NVIDIA GH200 data sheet'),
+    (('H20',),                                (96, 141),  'NVIDIA H20 data sheet'),
+    (('B200',),                               (180,),     'NVIDIA HGX table, 1.4 TB / 8 GPUs'),
+    (('B300', 'B300 SXM6 AC'),                (270,),     'NVIDIA HGX table, 2.1 TB / 8 GPUs'),
+    (('GB200',),                              (186,),     'NVIDIA NVL72 table, 13.4 TB / 72 GPUs'),
+    (('GB300',),                              (278,),     'NVIDIA NVL72 table, 20 TB / 72 GPUs'),
+    (('MI250X',),                             (64,),      'AMD data sheet, one of two dies'),
+    (('MI300X',),                             (192,),     'AMD data sheet'),
+    (('MI325X',),                             (256,),     'AMD data sheet'),
+    (('MI355X',),                             (288,),     'AMD data sheet'),
+)
+# fmt: on
+_MEMORY_OF = {name: (sizes, source) for names, sizes, source in _MEMORIES for name in names}
+
+
+class Gpu(NamedTuple):
+    """A GPU that need not be here: its name in the tables, and its memory."""
+
+    name: str
+    memory_gb: int
+    memory_source: str
+
+    def peak(self, dtype: str) -> Peak:
+        """The peak of matrix multiplications in `dtype`, with TF32 for float32 where it has it."""
+        columns = {'bfloat16': ['bf16'], 'float16': ['fp16'], 'float32': ['tf32', 'fp32']}[dtype]
+        for column in columns:
+            if found := peak_for_name(self.name, column):
+                return Peak(found[0], f'{self.name}, dense {column}: {found[1]}', measured=False)
+        why = f'no {columns[-1]} peak known for {self.name}; pass --peak_tflops'
+        return Peak(None, why, measured=False)
+
+    def resolve_dtype(self, name: str) -> str:
+        """As the function `resolve_dtype`, for this GPU. Raises UserError."""
+        native = self.peak('bfloat16').tflops is not None
+        if name == 'bfloat16' and not native:
+            raise UserError(
+                f"dtype='bfloat16': {self.name} has no bfloat16 hardware: use --dtype=float16 or "
+                f'--dtype=float32.'
+            )
+        return name if name != 'auto' else 'bfloat16' if native else 'float16'
+
+
+def find_gpu(name: str) -> Gpu:
+    """The GPU that is called `name`, with its memory where it was sold with several sizes.
+
+    'B200', 'a100-80gb' or a driver's 'NVIDIA A100-SXM4-80GB'. Raises UserError if it is not known
+    or could be several.
+    """
+    words = [w for w in re.split(r'[\s_-]+', name.upper()) if w]
+    asked = [int(w.rstrip('GB')) for w in words if re.fullmatch(r'\d+GB', w)]
+    bare = ''.join(word for word in words if not _MAKER_OR_MEMORY.fullmatch(word))
+    family = [known for known in _MEMORY_OF if bare and known.split()[0] == bare]
+    found = [known for known in _MEMORY_OF if bare == known.replace(' ', '')] or family
+
+    def shown(known: str) -> list[str]:
+        sizes, typed = _MEMORY_OF[known][0], known.replace(' ', '-')
+        return [f'{typed}-{size}GB' for size in sizes] if len(sizes) > 1 else [typed]
+
+    if not found:
+        known = [full for one in _MEMORY_OF for full in shown(one)]
+        hint = nearest(name, known)
+        raise UserError(f'gpu={name!r} is not known.{hint} There are: {", ".join(known)}.')
+    if len({(_BY_NAME[known], _MEMORY_OF[known]) for known in found}) > 1:
+        choices = ', '.join(full for one in found for full in shown(one))
+        raise UserError(f'gpu={name!r} may be one of several: {choices}.')
+    sizes, source = _MEMORY_OF[found[0]]
+    fitting = [size for size in sizes if not asked or size in asked]
+    if len(fitting) != 1:
+        start = name if not asked else found[0].replace(' ', '-')
+        choices = ' or '.join(f'--gpu={start}-{size}GB' for size in sizes)
+        raise UserError(
+            f'gpu={name!r}: it comes with {" or ".join(map(str, sizes))} GB. Say '
+            f'{choices if len(sizes) > 1 else f"--gpu={start}"}.'
+        )
+    return Gpu(found[0], fitting[0], source)
 
 
 def peak_for_name(name: str, column: str) -> tuple[float, str] | None:

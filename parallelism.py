@@ -377,9 +377,6 @@ def choose_strategy(run, device: torch.device) -> SingleProcess:
             f'{flag}=True needs processes that torchrun starts: torchrun --standalone '
             f'--nproc_per_node=2 train.py … --{flag}=True. To go on alone: --{flag}=False.'
         )
-    size = run.fsdp_shard_size
-    if run.use_fsdp and size is not None and world_size() % size:
-        raise UserError(f'fsdp_shard_size={size} does not divide the {world_size()} ranks.')
     if flag:
         return FullySharded(run, device) if run.use_fsdp else ZeRO1(run, device)
     return DataParallel(run, device) if world_size() > 1 else SingleProcess(run, device)

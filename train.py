@@ -21,6 +21,7 @@ import diagnostics
 import divided_state
 import hardware
 import interop
+import planning
 import resumption
 import stability
 from configurator import format_components, format_help, read_command_line
@@ -48,6 +49,9 @@ def main(argv: list[str]) -> int:
         return 0
     started_from = resumption.find(asked) or interop.find(asked)
     settings = load_settings(asked)
+    if settings.plan.plan:
+        print(planning.report(settings))
+        return 0
     device = hardware.select_device(settings.run.device)
     hardware.tune(device, settings.run.deterministic)
     dtype = hardware.resolve_dtype(settings.run.dtype, device)

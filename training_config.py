@@ -112,6 +112,16 @@ PARALLEL_OPTIONS = {
     'distributed_timeout': Option(int, 600, 'Seconds after which a silent rank is given up',
                                   check=at_least(1)),
 }
+# What --plan is told. These say nothing about the run itself, so no record or checkpoint has them.
+PLAN_OPTIONS = {
+    'plan': Option(bool, False, 'Show parameters, FLOPs, the memory of each strategy and the time '
+                   'of this run, and stop; needs no device and no data'),
+    'world_size': Option(int, 1, 'Devices to plan for', check=at_least(1), requires=('plan', True)),
+    'gpu': Option(str | None, None, 'GPU to plan for, such as A100-80GB or B200; None: what fits '
+                  'and how long it takes stay open', requires=('plan', True)),
+    'plan_mfu': Option(float, 0.4, 'MFU that the time is reckoned with, as a fraction',
+                       check=between(0.01, 1), requires=('plan', True)),
+}
 # fmt: on
 GROUPS = {
     'Run': RUN_OPTIONS,
@@ -120,6 +130,7 @@ GROUPS = {
     'System': SYSTEM_OPTIONS,
     'Several processes (started by torchrun)': PARALLEL_OPTIONS,
 }
+PLAN = {'Plan (instead of a run)': PLAN_OPTIONS}
 
 # On a CPU a single sequence keeps 100 iterations of the 12-layer presets within minutes; on a GPU
 # 12 sequences × 40 micro-batches × 1024 tokens = 491,520 tokens an update, as nanoGPT has it.
@@ -140,6 +151,8 @@ class Settings:
     run: TrainingConfig
     architecture: ModelArchitectureConfig
     asked: CommandLine
+    plan: FrozenConfig
+    ranks: int  # processes that there are, or that are planned
     derived: dict[str, str] = field(default_factory=dict)  # key -> value and why
 
     @property
@@ -177,7 +190,7 @@ class Settings:
         block_size = self.architecture.block_size
         derive('batch_size', batch_size, f'for {device.type}')
         accumulation = max(1, round(sequences / values['batch_size']))
-        ranks = world_size()
+        ranks = self.ranks
         shared = f', in equal parts for {ranks} ranks' if ranks > 1 else ''
         accumulation = -(-accumulation // ranks) * ranks
         derive('gradient_accumulation_steps', accumulation, f'for {device.type}{shared}')
@@ -190,7 +203,7 @@ class Settings:
         derive('lr_decay_iters', run.max_iters, 'max_iters')
         tenth = float(f'{run.learning_rate / 10:.12g}')  # 6e-05, not 5.9999999999999995e-05
         derive('min_lr', tenth, 'learning_rate / 10')
-        derive('device', str(device), 'the best that is here')
+        derive('device', str(device), 'planned' if self.plan.plan else 'the best that is here')
         derive('dtype', dtype, f'what this {device.type} does in hardware')
         derive('compile', not on_cpu, f'for {device.type}')
         # The cores and the memory that this takes are those of the training on a CPU.
@@ -246,30 +259,41 @@ def with_vocabulary(
 
 def schema() -> Schema:
     """Every option of a run, by group; what a config file registered included."""
-    return {**GROUPS, **architecture_schema()}
+    return {**GROUPS, **PLAN, **architecture_schema()}
 
 
 def load_settings(asked: CommandLine) -> Settings:
     """Merge defaults < preset < config file < command line. UserError lists every problem."""
     problems = list(asked.problems)
-    values = {key: option.default for key, option in flatten(GROUPS).items()}
+    run = TrainingConfig(*_merged(GROUPS, asked))
+    plan = FrozenConfig(*_merged(PLAN, asked))
+    ranks = plan.world_size if plan.plan else world_size()
+    architecture = ModelArchitectureConfig.resolve(asked.layers, problems)
+    problems += run_problems(run, plan, ranks)
+    if problems:
+        raise UserError(*problems)
+    return Settings(run, architecture, asked, plan, ranks)
+
+
+def _merged(groups: Schema, asked: CommandLine) -> tuple[dict, dict[str, str]]:
+    """Values of the groups' options, and where each came from."""
+    values = {key: option.default for key, option in flatten(groups).items()}
     origins = dict.fromkeys(values, 'default')
     for layer in asked.layers:
         for key, value in layer.values.items():
             if key in values:
                 values[key], origins[key] = value, layer.origin
-    run = TrainingConfig(values, origins)
-    architecture = ModelArchitectureConfig.resolve(asked.layers, problems)
-    problems += run_problems(run)
-    if problems:
-        raise UserError(*problems)
-    return Settings(run, architecture, asked)
+    return values, origins
 
 
-def run_problems(run: TrainingConfig) -> list[str]:
-    """What is wrong with the run's options taken together, a sentence each."""
-    problems = []
-    for find in (partial(select_device, run.device), partial(is_prepared, run.dataset)):
+def run_problems(run: TrainingConfig, plan: FrozenConfig, ranks: int) -> list[str]:
+    """What is wrong with the run's options taken together, a sentence each.
+
+    A plan asks for neither the device nor the data.
+    """
+    problems = _without_use(run, GROUPS) + _without_use(plan, PLAN)
+    needed_here = (partial(select_device, run.device), partial(is_prepared, run.dataset))
+    for find in () if plan.plan else needed_here:
         try:
             find()
         except UserError as error:
@@ -293,24 +317,17 @@ def run_problems(run: TrainingConfig) -> list[str]:
             'one of them out.'
         ),
     )
-    values = run.to_dict()
-    for key, option in flatten(GROUPS).items():
-        # What a resumed run was given may be of no use to a process that is started otherwise.
-        if option.requires and not run.origins[key].startswith(('default', 'run ')):
-            check(
-                not option.has_use(values),
-                lambda key=key, option=option: (
-                    f'{key}={values[key]!r} ({run.origins[key]}) has no use without '
-                    f'{option.requires[0]}={option.requires[1]}: add that, or leave {key} out.'
-                ),
-            )
-    accumulation = run.gradient_accumulation_steps
+    size, accumulation = run.fsdp_shard_size, run.gradient_accumulation_steps
     check(
-        accumulation is not None and accumulation % world_size() != 0,
+        run.use_fsdp and size is not None and ranks % size != 0,
+        lambda: f'fsdp_shard_size={size} does not divide the {ranks} ranks.',
+    )
+    check(
+        accumulation is not None and accumulation % ranks != 0,
         lambda: (
             f'gradient_accumulation_steps={accumulation} counts the micro-batches of all '
-            f'{world_size()} ranks and must be a multiple of that: for example '
-            f'--gradient_accumulation_steps={-(-accumulation // world_size()) * world_size()}.'
+            f'{ranks} ranks and must be a multiple of that: for example '
+            f'--gradient_accumulation_steps={-(-accumulation // ranks) * ranks}.'
         ),
     )
     check(
@@ -321,3 +338,16 @@ def run_problems(run: TrainingConfig) -> list[str]:
         ),
     )
     return problems
+
+
+def _without_use(config: FrozenConfig, groups: Schema) -> list[str]:
+    """What was set of `groups` though another option, which would give it a use, was not."""
+    values = config.to_dict()
+    return [
+        f'{key}={values[key]!r} ({config.origins[key]}) has no use without '
+        f'{option.requires[0]}={option.requires[1]}: add that, or leave {key} out.'
+        for key, option in flatten(groups).items()
+        # What a resumed run was given may be of no use to a process that is started otherwise.
+        if option.requires and not config.origins[key].startswith(('default', 'run '))
+        if not option.has_use(values)
+    ]
