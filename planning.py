@@ -28,7 +28,6 @@ from training_config import Settings
 USABLE = 0.9
 # The vocabulary where no data says: GPT-2's 50,257 byte pairs, padded to a multiple of 64.
 ASSUMED_VOCABULARY = 50304
-MOST_RANKS = 2**14  # looked at
 DDP_BUCKET = 25 * 2**20  # bytes; a larger parameter has a bucket of its own
 
 
@@ -162,18 +161,28 @@ class Single:
 
 
 class DDP(Single):
-    """Counterpart: DataParallel, whose gradients are views of buckets that are always there."""
+    """Counterpart: DataParallel. Its buckets are always there, and gradients are views of them once
+    they are sent; what accumulates before that is apart.
+    """
 
     label = 'ddp'
 
     def __init__(self, sizes, run, ranks):
         super().__init__(sizes, run, ranks)
-        self.accumulates = True
-        self.bucket = max(DDP_BUCKET, *(parameter.nbytes for parameter in sizes.all))
+        largest = max(parameter.nbytes for parameter in sizes.all)
+        self.bucket = max(min(DDP_BUCKET, self.gradient_bytes), largest)
+
+    def _devices(self, ranks):
+        return ranks
+
+    def gradients(self, moment):
+        return self.gradient_bytes
 
     def communication(self, moment):
+        if moment.phase == 'update':
+            return 0
         shortens = self.run.reduce_dtype == 'bfloat16' and moment.phase == 'backward'
-        return self.bucket * 3 // 2 if shortens else 0  # the mean in fp32, and it in two bytes
+        return self.gradient_bytes * self.accumulates + self.bucket // 2 * shortens
 
 
 class ZeRO1(DDP):
@@ -203,7 +212,7 @@ class FSDP(Single):
 
     def __init__(self, sizes, run, ranks):
         super().__init__(sizes, run, ranks)
-        shards = run.fsdp_shard_size or ranks
+        shards = self.shards = run.fsdp_shard_size or ranks
         whole = nbytes(sizes.all)
         self.parameters = sum(self._shard(p, shards) for p in sizes.all)
         self.share = self.parameters / whole
@@ -234,8 +243,10 @@ class FSDP(Single):
         if self.accumulates:  # whole, since nothing is sent before the last micro-step
             made = own if self.sent < 1 and moment.phase == 'backward' else 0
             return int(self.gradient_bytes * self.sent) + made
-        if moment.phase == 'backward':
-            return self.parameters + own + self.root
+        if moment.phase == 'backward':  # later blocks' have been divided
+            first = 0 if moment.block is None else moment.block + 1
+            later = sum(self.blocks[first:])
+            return moment.held[Kind.GRADIENTS] - later + later // self.shards
         return moment.held[Kind.GRADIENTS]
 
     def communication(self, moment):
@@ -405,10 +416,11 @@ def _advice(settings: Settings, memory: Memory, limit: float) -> Iterator[str]:
         yield tried(options, run.batch_size, 'full', ranks)
         if found := smaller('full'):
             yield tried(f'{options} {found[0]}', found[1], 'full', ranks)
-    more = 2 * ranks
-    while more < MOST_RANKS and memory.total(FSDP(memory.sizes, run, more), run.batch_size) > limit:
-        more *= 2
-    yield tried(f'--world_size={more}', run.batch_size, asked, more)
+    for more in (ranks * 2**power for power in range(1, 12)):
+        if memory.total(FSDP(memory.sizes, run, more), run.batch_size) <= limit:
+            yield tried(f'--world_size={more}', run.batch_size, asked, more)
+            return
+    yield 'More devices alone do not help: the micro-batch itself is too large.'
 
 
 def _notes(memory: Memory, settings: Settings) -> Iterator[str]:

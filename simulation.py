@@ -41,6 +41,7 @@ class Segment(NamedTuple):
 
     peak: np.ndarray  # at its fullest moment
     change: np.ndarray  # at its end
+    freed: dict[int, np.ndarray]  # what ended in it, by the number of the segment that made it
 
 
 class Moment(NamedTuple):
@@ -65,7 +66,7 @@ class MemoryWatch(TorchDispatchMode):
         super().__init__()
         self.weights = {storage_of(weight) for weight in weights}
         self.passed_over = self.weights | {storage_of(gradient) for gradient in gradients}
-        self.live: dict[int, tuple[weakref.ref, int, Kind]] = {}
+        self.live: dict[int, tuple[weakref.ref, int, Kind, int]] = {}
         self.now = np.zeros(len(Kind), dtype=np.int64)
         self.kind = Kind.ACTIVATIONS
         self.segments: list[Segment] = []
@@ -73,10 +74,12 @@ class MemoryWatch(TorchDispatchMode):
 
     def _begin(self) -> None:
         self.start, self.peak = self.now.copy(), self.now.copy()
+        self.freed: dict[int, np.ndarray] = {}
 
     def next_segment(self, kind: Kind = Kind.ACTIVATIONS) -> None:
         """End a segment; what is made in the next one is of that kind."""
-        self.segments.append(Segment(self.peak - self.start, self.now - self.start))
+        segment = Segment(self.peak - self.start, self.now - self.start, self.freed)
+        self.segments.append(segment)
         self.kind = kind
         self._begin()
 
@@ -94,21 +97,23 @@ class MemoryWatch(TorchDispatchMode):
             return
         storage = tensor.untyped_storage()
         size = storage.nbytes()
-        self.live[key] = weakref.ref(storage, lambda _: self._forget(key)), size, kind
+        ended = weakref.ref(storage, lambda _: self._forget(key))
+        self.live[key] = ended, size, kind, len(self.segments)
         self.now[kind] += size
         if self.now.sum() > self.peak.sum():
             self.peak = self.now.copy()
 
     def _forget(self, key: int) -> None:
-        _, size, kind = self.live.pop(key)
+        _, size, kind, segment = self.live.pop(key)
         self.now[kind] -= size
+        self.freed.setdefault(segment, np.zeros_like(self.now))[kind] += size
 
     def keep_gradient(self, parameter: torch.Tensor) -> None:
         """The parameter's gradient, just made, is not working memory."""
         key = storage_of(parameter.grad)
         if key in self.live:
-            reference, size, kind = self.live[key]
-            self.live[key] = reference, size, Kind.GRADIENTS
+            ended, size, kind, segment = self.live[key]
+            self.live[key] = ended, size, Kind.GRADIENTS, segment
             self.now[kind] -= size
             self.now[Kind.GRADIENTS] += size
 
@@ -160,13 +165,21 @@ class Simulation:
                 self._forward_and_backward(batch_size, watch)
             count = len(self.model.blocks)
         first, *segments, last = watch.segments
-        forward, loss, backward = segments[:count], segments[count], segments[:count:-1]
+        forward, (head, exit, loss), backward = (
+            segments[:count],
+            segments[count : count + 3],
+            segments[: count + 2 : -1],
+        )
+        # With the end of autocast goes what it kept of every block.
+        middle = range(1 + period, 1 + 2 * period)
+        kept = sum(exit.freed[number] for number in middle if number in exit.freed)
+        exit = exit._replace(change=exit.change - (repeats - 1) * kept)
         forward, backward = (_repeated(part, period, repeats) for part in (forward, backward))
         numbers = range(len(self.blocks))
         phases = [
             ('forward', None, first),
             *(('forward', number, forward[number]) for number in numbers),
-            ('loss', None, loss),
+            *(('loss', None, segment) for segment in (head, exit, loss)),
             *(('backward', number, backward[number]) for number in reversed(numbers)),
             ('backward', None, last),
         ]
@@ -228,6 +241,8 @@ class Simulation:
         tokens = torch.zeros((batch_size, self.block_size), dtype=torch.long)
         with hardware.autocast(CPU, self.run.dtype):
             loss_sum, _, auxiliary_loss = self.model(tokens, tokens)
+            watch.next_segment()
+        watch.next_segment(Kind.LOGITS)
         (loss_sum / tokens.numel() + auxiliary_loss).backward()
         watch.next_segment()
         for handle in handles:
