@@ -42,7 +42,7 @@ def plan(settings: Settings) -> dict:
     Raises UserError for a GPU that is not known, or a dtype that it does not have.
     """
     gpu = hardware.find_gpu(settings.plan.gpu) if settings.plan.gpu else None
-    settings, notes = _completed(settings, gpu)
+    settings, notes = completed(settings, gpu)
     run, architecture = settings.run, settings.architecture
     memory = Memory(settings, on_gpu=run.device != 'cpu')
     model = memory.simulation.model
@@ -88,7 +88,7 @@ def plan(settings: Settings) -> dict:
     }
 
 
-def _completed(settings: Settings, gpu: hardware.Gpu | None) -> tuple[Settings, list[str]]:
+def completed(settings: Settings, gpu: hardware.Gpu | None) -> tuple[Settings, list[str]]:
     """The settings with what depends on the planned device and the data, and what was assumed."""
     run, notes = settings.run, []
     if gpu:
@@ -309,20 +309,8 @@ class Memory:
         ]
 
     def parts(self, strategy: Single, batch_size: int, checkpointing: str) -> Iterator[tuple]:
-        """(phase, bytes by part) at the moments of an update.
-
-        Every storage is as large as the batch or does not depend on it, so other batches than the
-        run's lie on the line through it and its double.
-        """
-        asked = self.run.batch_size
-        moments = self._simulated(asked, checkpointing, strategy.accumulates)
-        if batch_size != asked:
-            doubled = self._simulated(2 * asked, checkpointing, strategy.accumulates)
-            times = batch_size / asked - 1
-            moments = [
-                one._replace(held=one.held + (two.held - one.held) * times)
-                for one, two in zip(moments, doubled)
-            ]
+        """(phase, bytes by part) at the moments of an update."""
+        moments = self._simulated(batch_size, checkpointing, strategy.accumulates)
         working = np.array([self.update * strategy.share, 0, 0, 0])
         gradients = np.array([0, 0, 0, strategy.gradient_bytes])
         for moment in [*moments, Moment('update', None, working + gradients)]:
@@ -340,31 +328,37 @@ class Memory:
                 },
             )
 
-    def total(self, strategy: Single, batch_size: int, checkpointing: str | None = None) -> float:
-        """Bytes at the fullest moment."""
+    def totals(self, strategy: Single, batch_size: int, checkpointing: str | None) -> list[float]:
+        """Bytes at the moments of an update."""
         checkpointing = checkpointing or self.run.activation_checkpointing
         parts = self.parts(strategy, batch_size, checkpointing)
-        return max(sum(bytes.values()) for _, bytes in parts)
+        return [sum(bytes.values()) for _, bytes in parts]
+
+    def total(self, strategy: Single, batch_size: int, checkpointing: str | None = None) -> float:
+        """Bytes at the fullest moment."""
+        return max(self.totals(strategy, batch_size, checkpointing))
 
     def largest_batch(
         self, strategy: Single, limit: float, checkpointing: str | None = None
     ) -> int:
         """The most sequences in a micro-batch that fit into `limit` bytes; 0 if none does."""
-        checkpointing = checkpointing or self.run.activation_checkpointing
-        asked = self.run.batch_size
-        one, two = (
-            [sum(bytes.values()) for _, bytes in self.parts(strategy, size, checkpointing)]
-            for size in (asked, 2 * asked)
-        )
-        # At each moment a sequence more or less is so many bytes more or less.
-        if any(total > limit and doubled <= total for total, doubled in zip(one, two)):
-            return 0  # not for the batch's sake
-        more = min(
-            (limit - total) * asked / (doubled - total)
-            for total, doubled in zip(one, two)
-            if doubled > total
-        )
-        return max(0, math.floor(asked + more))
+        size = self.run.batch_size
+        while True:
+            one, two = (self.totals(strategy, n, checkpointing) for n in (size, 2 * size))
+            if any(total > limit and doubled <= total for total, doubled in zip(one, two)):
+                return 0  # it is not for the batch's sake
+            # Each moment is close to a line, bent upwards: outside `size` to 2 · `size` it says too
+            # many rather than too few, so the first that fits is the largest.
+            room = min(
+                (limit - total) / (doubled - total)
+                for total, doubled in zip(one, two)
+                if doubled > total
+            )
+            size = math.floor(size * (1 + room))
+            if size < 1:
+                return 0
+            if self.total(strategy, size, checkpointing) <= limit:
+                return size
 
     def figures(self, strategy: Single, limit: float | None) -> dict:
         """What the report shows of a strategy: the fullest moment, and what fits."""
@@ -430,8 +424,10 @@ def _notes(memory: Memory, settings: Settings) -> Iterator[str]:
     if ranks > 1 and steps > 1:
         shard = FSDP(memory.sizes, run, ranks).parameters / hardware.GB
         yield (
-            f'FSDP keeps whole gradients while it accumulates, here {steps} micro-batches a rank; '
-            f'with gradient_accumulation_steps={ranks} they would be {shard:.1f} GB.'
+            f'While gradients accumulate, over {steps} micro-batches on each device, FSDP keeps '
+            f'them whole and DDP and ZeRO-1 hold them beside their buckets. With '
+            f'gradient_accumulation_steps={ranks} FSDP would keep {shard:.1f} GB of them, and the '
+            f'others only the buckets.'
         )
     if run.compile:
         yield 'Memory is that without torch.compile, which often needs less.'
