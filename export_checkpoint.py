@@ -1,13 +1,16 @@
-"""Write the weights of a checkpoint to one file, for other programs to load.
+"""Write the weights of a checkpoint to one file, or a Hugging Face folder, for other programs.
 
     python export_checkpoint.py --out_dir=out-llama --output=llama.safetensors
     python export_checkpoint.py --run=out/run_20260101_000000/checkpoints/iter_00005000
+    python export_checkpoint.py --out_dir=out-llama --format=hf --output=my-llama
 
 The newest checkpoint of the newest run in --out_dir is used, or of the run that --run names, or the
 checkpoint that it names; whatever strategy wrote it, on any number of ranks. A .pt file is
 {'model': {name: tensor}, 'config': {...}} for torch.load(..., weights_only=True); 'model' is for
 model.load_state_dict, where a tied table has both of its names. A .safetensors file has each tensor
-once, as safetensors.torch.load_model expects, and the config as JSON in its metadata. A model with
+once, as safetensors.torch.load_model expects, and the config as JSON in its metadata. --format=hf
+writes a folder for transformers' AutoModelForCausalLM.from_pretrained, in the architecture there
+that computes the same; what transformers cannot express is refused by name. A model with
 components from a config file needs that file again, as for sample.py.
 """
 
@@ -15,6 +18,7 @@ import argparse
 import importlib.util
 import json
 import os
+import shutil
 import sys
 import uuid
 from collections.abc import Callable
@@ -24,6 +28,7 @@ from typing import NamedTuple
 import torch
 
 import checkpointing
+import interop
 import resumption
 from configurator import read_config_file
 from errors import ArgumentParser, UserError, run_script
@@ -37,18 +42,15 @@ def write_pt(model: Transformer, config: dict, path: Path) -> None:
 
 
 def write_safetensors(model: Transformer, config: dict, path: Path) -> None:
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
+    interop.save_tensors(dict(model.named_parameters()), path, {'config': json.dumps(config)})
 
-    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    try:
-        save_file(weights, path, metadata={'format': 'pt', 'config': json.dumps(config)})
-    except SafetensorError as error:  # so a full disk is told
-        raise OSError(str(error)) from error
+
+def write_hugging_face(model: Transformer, config: dict, path: Path) -> None:
+    interop.export(model.config, dict(model.named_parameters()), path)
 
 
 class Format(NamedTuple):
-    """How a model is written to a path of that suffix."""
+    """How a model is written to a path of that suffix; without one, to a folder."""
 
     suffix: str
     write: Callable[[Transformer, dict, Path], None]
@@ -58,6 +60,7 @@ class Format(NamedTuple):
 FORMATS = {
     'pt': Format('.pt', write_pt),
     'safetensors': Format('.safetensors', write_safetensors, 'safetensors'),
+    'hf': Format('', write_hugging_face, 'safetensors'),
 }
 
 
@@ -72,7 +75,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add('config', nargs='*', help='config files, for the components that they register')
     add('--out_dir', default='out', help='the folder of runs (default out)')
     add('--run', help=resumption.RUN_HELP)
-    add('--output', type=Path, help='the file to write (default model.pt)')
+    add('--output', type=Path, help='what to write (default model.pt; with --format=hf model/)')
     add('--format', choices=FORMATS, help="default: what --output's suffix says, or pt")
     add('--dtype', choices=DTYPES, default='float32', help='of the weights (default float32)')
     add('--overwrite', action='store_true', help='replace --output if it is there')
@@ -84,16 +87,17 @@ def parse(argv: list[str]) -> argparse.Namespace:
         raise UserError(*problems)
     options.format = choose_format(options.format, options.output)
     options.output = options.output or Path(f'model{options.format.suffix}')
-    check_output(options.output, options.overwrite)
+    check_output(options.format, options.output, options.overwrite)
     return options
 
 
 def choose_format(name: str | None, output: Path | None) -> Format:
     """The format called `name`, or that of the output's suffix. Raises UserError."""
     suffix = FORMATS[name or 'pt'].suffix if output is None else output.suffix
-    fitting = [f for key, f in FORMATS.items() if f.suffix == suffix and name in (None, key)]
+    possible = [FORMATS[name]] if name else [f for f in FORMATS.values() if f.suffix]
+    fitting = [f for f in possible if f.suffix in ('', suffix)]
     if not fitting:
-        suffixes = [FORMATS[name].suffix] if name else [f.suffix for f in FORMATS.values()]
+        suffixes = [f.suffix for f in possible]
         with_format = f' with --format={name}' if name else ''
         raise UserError(
             f'--output={output}: its name must end in {" or ".join(suffixes)}{with_format}.'
@@ -101,18 +105,20 @@ def choose_format(name: str | None, output: Path | None) -> Format:
     (chosen,) = fitting
     if chosen.package and importlib.util.find_spec(chosen.package) is None:
         raise UserError(
-            f'{chosen.suffix} files need the package {chosen.package}: pip install '
-            f'{chosen.package}. Or write a .pt file.'
+            f'This format needs the package {chosen.package}: pip install {chosen.package}. Or '
+            f'write a .pt file.'
         )
     return chosen
 
 
-def check_output(output: Path, overwrite: bool) -> None:
+def check_output(file_format: Format, output: Path, overwrite: bool) -> None:
     """Raises UserError for what would fail only once everything is read."""
     if not output.parent.is_dir():
         raise UserError(f'--output={output}: there is no folder {output.parent}.')
-    if output.is_dir():
+    if output.is_dir() and file_format.suffix:
         raise UserError(f'--output={output} is a folder.')
+    if output.is_file() and not file_format.suffix:
+        raise UserError(f'--output={output} is a file, and this format is a folder.')
     if output.exists() and not overwrite:
         raise UserError(f'--output={output} is there already: --overwrite replaces it.')
 
@@ -131,10 +137,11 @@ def main(argv: list[str]) -> int:
         'dtype': options.dtype,
     }
     write(options.format, model, config, options.output)
+    size = sum(file.stat().st_size for file in files_of(options.output))
     print(
         f'{model.config.name}, {checkpoint.iter:,} updates, from {checkpoint.path}\n'
         f'{sum(p.numel() for p in model.parameters()):,} parameters in {options.dtype} → '
-        f'{options.output} ({options.output.stat().st_size / 1e9:.2f} GB)'
+        f'{options.output} ({size / 1e9:.2f} GB)'
     )
     return 0
 
@@ -148,18 +155,33 @@ def to_dtype(model: Transformer, dtype: torch.dtype) -> None:
 
 
 def write(file_format: Format, model: Transformer, config: dict, output: Path) -> None:
-    """Write to a temporary file and rename it: the output is whole, or as it was before."""
+    """Write to a temporary place and rename it: each file is whole, or as it was before.
+
+    Of a folder that is there already, what is not written anew stays.
+    """
     temporary = output.with_name(f'.{output.name}-{uuid.uuid4().hex[:8]}')
     try:
         file_format.write(model, config, temporary)
-        with open(temporary, 'rb+') as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, output)
+        for path in files_of(temporary):
+            with open(path, 'rb+') as file:
+                os.fsync(file.fileno())
+        if output.is_dir():
+            for path in files_of(temporary):
+                os.replace(path, output / path.name)
+        else:
+            os.replace(temporary, output)
     except (OSError, RuntimeError) as error:  # torch's zip writer makes the latter of the former
         reason = checkpointing.write_failure(error)
         raise UserError(f'--output={output} cannot be written: {reason}.') from error
     finally:
-        temporary.unlink(missing_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+        if temporary.is_file():
+            temporary.unlink()
+
+
+def files_of(path: Path) -> list[Path]:
+    """The file itself, or those of a folder."""
+    return sorted(path.iterdir()) if path.is_dir() else [path]
 
 
 if __name__ == '__main__':

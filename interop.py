@@ -10,7 +10,6 @@ with weights_only=True. No code of theirs is run.
 import json
 import re
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -20,28 +19,25 @@ import torch
 from configurator import CommandLine, Layer
 from errors import UserError, nearest
 from model_builder import Transformer, build_model
-from model_config import ModelArchitectureConfig
+from model_config import INITIALIZATION_REGISTRY, ModelArchitectureConfig
 from optimization import Updater
 from parallelism import SingleProcess
 from resumption import Progress
 from token_data import file_sha256
 from training_config import schema
 from training_logger import TrainingLogger
-from weight_maps import NANOGPT, TRANSFORMERS, Family, Weight
+from weight_maps import NANOGPT, TRANSFORMERS, Family, Weight, function_of
 
-# Options that do not change the function that a model computes, or not for as long as it fits.
-# Those of a run with imported weights are its own.
-FREE = frozenset(
-    {
-        'block_size',
-        'vocab_size',
-        'attention_backend',
-        'dropout',
-        'attention_dropout',
-        'residual_dropout',
-        'multiple_of',
-    }
-)
+# How long sequences are, and how it is computed: a run with imported weights may have it otherwise.
+HARMLESS = ('block_size', 'vocab_size', 'attention_backend')
+
+
+def of_training() -> set[str]:
+    """Options that act in training alone: a run with imported weights has its own."""
+    begin = {key for c in INITIALIZATION_REGISTRY for key in INITIALIZATION_REGISTRY[c].options}
+    dropout = {'dropout', 'attention_dropout', 'residual_dropout'}
+    losses = {'z_loss', 'load_balance_weight', 'router_z_loss'}
+    return {'initialization', 'multiple_of', *begin, *dropout, *losses}
 
 
 @dataclass
@@ -69,7 +65,7 @@ class Source:
     def weights(self, config: ModelArchitectureConfig) -> Iterator[tuple[str, torch.Tensor]]:
         """Each parameter of the model of `config` by name, one at a time.
 
-        config: that of the source, but for options in FREE. Raises UserError where a tensor is
+        config: that of the source, but for harmless options. Raises UserError where a tensor is
         missing, left over, or of another shape.
         """
         wanted = {
@@ -77,7 +73,8 @@ class Source:
             for name, parameter in build_model(config).named_parameters()
         }
         used = {theirs for _, names, _ in wanted.values() for theirs in names}
-        tied = {'lm_head.weight'} if config.weight_tying else set()
+        head = self.family.weights['output_head.projection.weight'].theirs
+        tied = head if config.weight_tying else ()
         found = {self._name_here(theirs): theirs for theirs in used}
         left = [
             name
@@ -267,11 +264,12 @@ class Imported:
     def check(self, architecture: ModelArchitectureConfig) -> None:
         """Refuse options that contradict the source. Raises UserError naming them."""
         theirs, now = self.source.config.to_dict(), architecture.to_dict()
+        free = {*HARMLESS, *of_training()}
         problems = [
             f'{key}={now.get(key)!r} ({architecture.origins.get(key, "not in use")}) contradicts '
             f'init_from={self.source.name}, which has {theirs.get(key)!r}: leave {key} out.'
             for key in {**theirs, **now}
-            if key not in FREE and theirs.get(key) != now.get(key)
+            if key not in free and theirs.get(key) != now.get(key)
         ]
         places = build_model(self.source.config).position_encoding.max_length
         if places is not None and architecture.block_size > places:
@@ -306,8 +304,8 @@ def find(asked: CommandLine) -> Imported | None:
     if init_from.partition(':')[0] not in OPENERS:
         return None
     source = open_source(init_from)
-    dropouts = [key for key in source.config.to_dict() if key.endswith('dropout')]
-    values = {k: v for k, v in source.config.to_dict().items() if k not in dropouts}
+    own = of_training()
+    values = {key: value for key, value in source.config.to_dict().items() if key not in own}
     values['arch_preset'] = source.config.preset
     asked.layers.insert(0, Layer(init_from, values))
     return Imported(source)
@@ -330,7 +328,8 @@ def expressed_as(config: ModelArchitectureConfig) -> tuple[Family, dict]:
             return family, {'model_type': family.name, **fields}
         if fewest is None or len(lost) < len(fewest):
             nearest_family, fewest = family, lost
-    values = ', '.join(f'{key}={config.to_dict()[key]!r}' for key in fewest)
+    options = function_of(config)
+    values = ', '.join(f'{key}={options[key]!r}' for key in fewest)
     raise UserError(
         f'transformers cannot express this architecture: {values}. The nearest that it has is '
         f'{nearest_family.architecture}, which cannot be that.'
@@ -339,41 +338,47 @@ def expressed_as(config: ModelArchitectureConfig) -> tuple[Family, dict]:
 
 def _lost(family: Family, fields: dict, config: ModelArchitectureConfig) -> list[str]:
     """The options that come back as something else when the fields are read again."""
-    problems: list[str] = []
-    back = family.read(fields, problems)
-    with suppress(UserError):  # where what is left out makes it illegal: compare as it stands
-        back = ModelArchitectureConfig(**{'arch_preset': 'custom', **back}).to_dict()
-    return [
-        key for key, value in config.to_dict().items() if key not in FREE and back.get(key) != value
-    ]
+    read = family.read(fields, [])
+    try:
+        back = function_of(ModelArchitectureConfig(**{'arch_preset': 'custom', **read}))
+    except UserError:  # what is left out makes it illegal
+        back = read
+    lost = [key for key, value in function_of(config).items() if back.get(key) != value]
+    return [key for key in lost if key not in {*HARMLESS, *of_training()}]
 
 
-def export(
-    config: ModelArchitectureConfig, weights: dict[str, torch.Tensor], folder: Path
-) -> Family:
+def export(config: ModelArchitectureConfig, weights: dict[str, torch.Tensor], folder: Path) -> None:
     """Write a folder that transformers' AutoModelForCausalLM.from_pretrained loads.
 
-    weights: whole parameters by name, tied ones once. Raises UserError naming what transformers
-    cannot express, or what cannot be written.
+    weights: whole parameters by name, tied ones once, in the dtype that they are to have. Raises
+    UserError naming what transformers cannot express, and OSError.
     """
     family, fields = expressed_as(config)
-    try:
-        from safetensors.torch import save_file
-    except ImportError as error:
-        raise UserError('the format hf needs a package: pip install safetensors.') from error
     tensors = {}
     for name, tensor in weights.items():
         weight, names = weight_of(family, name, config)
-        parts = weight.write(tensor.detach().float().cpu(), config)
-        tensors.update((theirs, part.contiguous()) for theirs, part in zip(names, parts))
-    header = {'architectures': [family.architecture], 'dtype': 'float32', **fields}
-    # Which tokens begin and end a text is the tokenizer's; the defaults are those of other people.
-    header |= dict.fromkeys(('bos_token_id', 'eos_token_id', 'pad_token_id'))
+        tensors.update(zip(names, weight.write(tensor.detach(), config)))
+    (dtype,) = {str(tensor.dtype).removeprefix('torch.') for tensor in weights.values()}
+    header = {
+        'architectures': [family.architecture],
+        'dtype': dtype,
+        # Which tokens begin and end a text is the tokenizer's; the defaults are other people's.
+        **dict.fromkeys(('bos_token_id', 'eos_token_id', 'pad_token_id')),
+        **fields,
+    }
+    folder.mkdir()
+    save_tensors(tensors, folder / 'model.safetensors', {})
+    text = json.dumps(header, indent=2, sort_keys=True) + '\n'
+    (folder / 'config.json').write_text(text, encoding='utf-8')
+
+
+def save_tensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Write a .safetensors file, on the CPU. Raises OSError."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    written = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, folder / 'model.safetensors', metadata={'format': 'pt'})
-        text = json.dumps(header, indent=2, sort_keys=True) + '\n'
-        (folder / 'config.json').write_text(text, encoding='utf-8')
-    except OSError as error:
-        raise UserError(f'{folder} cannot be written: {error.strerror}.') from error
-    return family
+        save_file(written, path, metadata={'format': 'pt', **metadata})
+    except SafetensorError as error:  # so a full disk is told
+        raise OSError(str(error)) from error

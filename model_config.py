@@ -65,6 +65,19 @@ _LLAMA = {
     'weight_tying': False,
     'dropout': 0.0,
 }
+
+
+def shared_heads(values: dict, queries: int) -> int:
+    """Key and value heads, each shared by so many query heads, or by the most that divides them."""
+    heads = values['n_head']
+    return next(heads // n for n in range(queries, 0, -1) if heads % n == 0)
+
+
+_SHARED_BY_FOUR = {
+    'use_gqa': True,
+    'num_kv_heads': lambda values: shared_heads(values, 4),
+    'd_ff': lambda values: 7 * values['n_embd'] // 2,
+}
 # A preset's value may be a function of the merged choices, so that it follows an override.
 PRESETS = {
     # The design document's GPT-2, to the letter; OpenAI's own is `legacy`.
@@ -106,6 +119,91 @@ PRESETS = {
         'norm_position': 'pre',
         'bias': True,
         'weight_tying': True,
+        'dropout': 0.0,
+    },
+    # Grattafiori et al. 2024, the 8B model's ratios: 4 heads share keys and values, the FFN is 3.5
+    # times as wide. What Llama 3.1 adds for long texts is rope_scaling='llama3'.
+    'llama3': {**_LLAMA, 'rope_theta': 5e5, **_SHARED_BY_FOUR},
+    # Yang et al. 2025, the 0.6B model's ratios: heads of 128 columns, twice the width in all, two
+    # of which share keys and values; each head's queries and keys normalised; 3 times as wide.
+    'qwen3': {
+        **_LLAMA,
+        'rope_theta': 1e6,
+        'norm_eps': 1e-6,
+        'head_dim': 128,
+        'use_gqa': True,
+        'num_kv_heads': lambda values: shared_heads(values, 2),
+        'qk_norm': 'rmsnorm',
+        'qk_norm_scope': 'head',
+        'd_ff': lambda values: 3 * values['n_embd'],
+        'weight_tying': True,
+    },
+    # Gemma Team 2024, the 2B model's ratios: every other layer sees a window, of half of the
+    # context (4096 of 8192 there); norms on both sides; two soft caps, which the fused attention
+    # does not do (on a GPU: --attention_backend=flex).
+    'gemma2': {
+        **_LLAMA,
+        'norm_eps': 1e-6,
+        'norm_position': 'sandwich',
+        'attention_backend': 'manual',
+        'use_gqa': True,
+        'num_kv_heads': lambda values: shared_heads(values, 2),
+        'sliding_window': lambda values: max(1, values['block_size'] // 2),
+        'attention_pattern': 'LG',
+        'attention_softcap': 50.0,
+        'logit_softcap': 30.0,
+        'ffn_type': 'geglu',
+        'geglu_tanh': True,
+        'd_ff': lambda values: 4 * values['n_embd'],
+        'scale_embeddings': True,
+        'weight_tying': True,
+    },
+    # OLMo et al. 2024, the 7B model's: norms after the branches, queries and keys normalised over
+    # all heads at once, z-loss.
+    'olmo2': {
+        **_LLAMA,
+        'rope_theta': 5e5,
+        'norm_eps': 1e-6,
+        'norm_position': 'reordered',
+        'qk_norm': 'rmsnorm',
+        'qk_norm_scope': 'projection',
+        'z_loss': 1e-5,
+    },
+    # Jiang et al. 2023, the 7B model's ratios: as `llama3`, and a window of half of the context
+    # (4096 of 8192 there) in all layers.
+    'mistral': {
+        **_LLAMA,
+        **_SHARED_BY_FOUR,
+        'sliding_window': lambda values: max(1, values['block_size'] // 2),
+    },
+    # Biderman et al. 2023, the 160M model as it is; GPT-NeoX: Black et al. 2022. Attention and FFN
+    # side by side, a quarter of each head turned, biases.
+    'pythia': {
+        'normalization': 'layernorm',
+        'position_encoding': 'rope',
+        'rope_fraction': 0.25,
+        'attention_backend': 'sdpa',
+        'ffn_type': 'standard',
+        'activation': 'gelu',
+        'norm_position': 'parallel',
+        'bias': True,
+        'weight_tying': False,
+        'dropout': 0.0,
+    },
+    # Keller Jordan et al. 2024, modded-nanogpt: squared ReLU, normalised queries and keys, capped
+    # logits. Its optimizer is in config/arch_speedrun.py.
+    'speedrun': {
+        'normalization': 'rmsnorm',
+        'position_encoding': 'rope',
+        'attention_backend': 'sdpa',
+        'qk_norm': 'rmsnorm',
+        'qk_norm_scope': 'head',
+        'ffn_type': 'standard',
+        'activation': 'relu2',
+        'norm_position': 'pre',
+        'logit_softcap': 15.0,
+        'bias': False,
+        'weight_tying': False,
         'dropout': 0.0,
     },
     # Nothing chosen beyond the options' own defaults: a start for one's own mix.

@@ -72,7 +72,8 @@ def theirs_is(**constants) -> Entry:
 
     def read(fields: dict, problems: list[str]) -> dict:
         for name, value in constants.items():
-            if fields.get(name, value) != value:
+            given = fields.get(name, value)
+            if given != value and (given or value):  # null is as good as false
                 problems.append(f'{name}={fields[name]!r} cannot be expressed here; {value!r} can.')
         return {}
 
@@ -87,19 +88,81 @@ def written_only(**fields: str) -> Entry:
     )
 
 
-def _read_kv_heads(fields: dict, problems: list[str]) -> dict:
-    heads = fields.get('num_key_value_heads') or fields.get('num_attention_heads')
-    if heads == fields.get('num_attention_heads'):
-        return {'use_gqa': False}
-    return {'use_gqa': True, 'num_kv_heads': heads}
+def kv_heads(default: int | None = None) -> Entry:
+    """Grouped-query attention. default: their number where the field is missing; None: n_head."""
+
+    def read(fields: dict, problems: list[str]) -> dict:
+        heads = fields.get('num_attention_heads')
+        shared = fields.get('num_key_value_heads', default) or heads
+        return {'use_gqa': True, 'num_kv_heads': shared} if shared != heads else {'use_gqa': False}
+
+    return Entry(read, lambda config: {'num_key_value_heads': _kv_heads(config)})
 
 
-KV_HEADS = Entry(
-    _read_kv_heads,
-    lambda config: {
-        'num_key_value_heads': config.num_kv_heads if config.use_gqa else config.n_head
-    },
-)
+def _kv_heads(config: ModelArchitectureConfig) -> int:
+    options = config.to_dict()
+    return config.num_kv_heads if options.get('use_gqa') else config.n_head
+
+
+def windows(default: int, which: Callable[[int, dict], bool], switch: str | None = None) -> Entry:
+    """A sliding window in some of the layers.
+
+    default: its size where the field is missing. which: (layer, fields) -> whether the layer has
+    it, where `layer_types` is missing. switch: a field without which there is none.
+    """
+
+    def read(fields: dict, problems: list[str]) -> dict:
+        window = fields.get('sliding_window', default)
+        if switch and not fields.get(switch):
+            window = None
+        layers = range(fields.get('num_hidden_layers') or 0)
+        types = fields.get('layer_types') or [
+            'sliding_attention' if which(layer, fields) else 'full_attention' for layer in layers
+        ]
+        letters = ''.join('L' if kind == 'sliding_attention' else 'G' for kind in types)
+        unknown = set(types) - {'sliding_attention', 'full_attention'}
+        problems.extend(f'layer_types has {kind!r}, unknown here.' for kind in sorted(unknown))
+        if window is None or 'L' not in letters:
+            return {'sliding_window': None}
+        return {'sliding_window': window, 'attention_pattern': shortest_pattern(letters)}
+
+    def write(config: ModelArchitectureConfig) -> dict:
+        names = {'L': 'sliding_attention', 'G': 'full_attention'}
+        window = config.to_dict().get('sliding_window')
+        return {
+            'sliding_window': window,
+            **({switch: window is not None} if switch else {}),
+            'layer_types': [names[letter] for letter in layer_letters(config)],
+        }
+
+    return Entry(read, write)
+
+
+def function_of(config: ModelArchitectureConfig) -> dict:
+    """The options such that two ways of saying the same are the same."""
+    options = config.to_dict()
+    del options['bias']  # what the options of each part are where they are left open
+    if 'attention_pattern' in options:
+        options['attention_pattern'] = layer_letters(config)
+    if 'use_gqa' in options:
+        options |= {'use_gqa': True, 'num_kv_heads': _kv_heads(config)}
+    if options.get('dense_layers') == 0:
+        del options['d_ff']  # a width that no layer has
+    return options
+
+
+def layer_letters(config: ModelArchitectureConfig) -> str:
+    """For each layer L (its attention has a window) or G (it has none)."""
+    pattern = config.to_dict().get('attention_pattern', 'G')
+    return ''.join(pattern[layer % len(pattern)] for layer in range(config.n_layer))
+
+
+def shortest_pattern(letters: str) -> str:
+    """The least that, repeated, begins with those letters."""
+    for length in range(1, len(letters)):
+        if all(letter == letters[n % length] for n, letter in enumerate(letters)):
+            return letters[:length]
+    return letters
 
 
 # Of each scaling of ours: their key -> (our option, what it is where it is missing).
@@ -179,9 +242,10 @@ def rope(
 class Weight:
     """Which of their tensors a parameter of ours is made of.
 
-    theirs: their names, one below the other in ours. rows: how many of our rows each has, where
-    there are several. transposed: theirs are (in, out). order: our row i is their row order[i].
-    plus: ours = theirs + plus. fit: what is done to a table of another length, on the way in.
+    theirs: their names, one below the other in ours; with `{expert}` in them those of one expert
+    in a stack of all. rows: how many of our rows each has; None: all the same. transposed: theirs
+    are (in, out). order: our row i is their row order[i]. plus: ours = theirs + plus. fit: what is
+    done to a table of another length, on the way in.
     """
 
     theirs: tuple[str, ...]
@@ -193,10 +257,28 @@ class Weight:
 
     def names(self, layer: str | None, config: ModelArchitectureConfig) -> list[str]:
         """Their names in that layer, in the order of `read` and `write`."""
-        return [name.format(layer=layer) for name in self.theirs]
+        experts = range(config.num_experts) if self.of_experts else (0,)
+        return [name.format(layer=layer, expert=e) for e in experts for name in self.theirs]
+
+    @property
+    def of_experts(self) -> bool:
+        return '{expert}' in self.theirs[0]
 
     def read(self, tensors: list[torch.Tensor], config: ModelArchitectureConfig) -> torch.Tensor:
         """Theirs as ours."""
+        each = len(self.theirs)
+        experts = [
+            self._read(tensors[first : first + each], config)
+            for first in range(0, len(tensors), each)
+        ]
+        return torch.stack(experts) if self.of_experts else experts[0]
+
+    def write(self, tensor: torch.Tensor, config: ModelArchitectureConfig) -> list[torch.Tensor]:
+        """Ours as theirs."""
+        experts = tensor if self.of_experts else (tensor,)
+        return [part for expert in experts for part in self._write(expert, config)]
+
+    def _read(self, tensors: list[torch.Tensor], config: ModelArchitectureConfig) -> torch.Tensor:
         tensors = [tensor.T if self.transposed else tensor for tensor in tensors]
         joined = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
         if self.order:
@@ -205,14 +287,13 @@ class Weight:
             joined = joined.float() + self.plus
         return self.fit(joined, config) if self.fit else joined
 
-    def write(self, tensor: torch.Tensor, config: ModelArchitectureConfig) -> list[torch.Tensor]:
-        """Ours as theirs."""
+    def _write(self, tensor: torch.Tensor, config: ModelArchitectureConfig) -> list[torch.Tensor]:
         if self.plus:
-            tensor = tensor - self.plus
+            tensor = (tensor.float() - self.plus).to(tensor.dtype)
         if self.order:
             tensor = tensor[self.order(config).argsort()]
-        parts = tensor.split(self.rows(config)) if self.rows else [tensor]
-        return [part.T if self.transposed else part for part in parts]
+        rows = self.rows(config) if self.rows else len(tensor) // len(self.theirs)
+        return [part.T if self.transposed else part for part in tensor.split(rows)]
 
 
 def fit_vocabulary(table: torch.Tensor, config: ModelArchitectureConfig) -> torch.Tensor:
@@ -239,12 +320,8 @@ def one(theirs: str, **how) -> Weight:
 
 
 def _query_key_value_rows(config: ModelArchitectureConfig) -> tuple[int, ...]:
-    kv_heads = config.num_kv_heads if config.use_gqa else config.n_head
-    return tuple(heads * config.head_dim for heads in (config.n_head, kv_heads, kv_heads))
-
-
-def _gate_up_rows(config: ModelArchitectureConfig) -> tuple[int, ...]:
-    return config.d_ff, config.d_ff
+    shared = _kv_heads(config)
+    return tuple(heads * config.head_dim for heads in (config.n_head, shared, shared))
 
 
 def with_biases(weights: dict[str, Weight]) -> dict[str, Weight]:
@@ -293,8 +370,17 @@ class Family:
         return {key: v for entry in self.entries for key, v in entry.write(config).items()}
 
 
-# transformers.activations.ACT2FN
-ACTIVATIONS = {'gelu': 'gelu', 'silu': 'silu', 'swish': 'silu', 'relu': 'relu'}
+# transformers.activations.ACT2FN; of several the first is written.
+ACTIVATIONS = {
+    'gelu': 'gelu',
+    'gelu_new': 'gelu_tanh',
+    'gelu_pytorch_tanh': 'gelu_tanh',
+    'gelu_fast': 'gelu_tanh',
+    'silu': 'silu',
+    'swish': 'silu',
+    'relu': 'relu',
+    'relu2': 'relu2',
+}
 
 
 def _gpt2_weights(transposed: bool) -> dict[str, Weight]:
@@ -332,12 +418,7 @@ GPT2 = Family(
         same('block_size', 'n_positions', 1024),
         same('vocab_size', 'vocab_size'),
         same('norm_eps', 'layer_norm_epsilon', 1e-5),
-        same(
-            'activation',
-            'activation_function',
-            'gelu_new',
-            {**ACTIVATIONS, 'gelu_new': 'gelu_tanh', 'gelu_pytorch_tanh': 'gelu_tanh'},
-        ),
+        same('activation', 'activation_function', 'gelu_new', ACTIVATIONS),
         same('weight_tying', 'tie_word_embeddings', True),
         ours_is(normalization='layernorm', position_encoding='learned_absolute', bias=True),
         theirs_is(
@@ -372,51 +453,262 @@ NANOGPT = Family(
     ignored=r'\.attn\.bias$|^lm_head\.weight$',  # the mask; the tied head
 )
 
-_LLAMA_SIZES = (
-    same('n_layer', 'num_hidden_layers'),
-    same('n_head', 'num_attention_heads'),
-    same('n_embd', 'hidden_size'),
-    same('d_ff', 'intermediate_size'),
-    same('block_size', 'max_position_embeddings', 2048),
-    same('vocab_size', 'vocab_size'),
-    same('norm_eps', 'rms_norm_eps', 1e-6),
-    KV_HEADS,
-)
-_LLAMA_WEIGHTS = {
+
+_LAYER = 'model.layers.{layer}.'
+
+
+def _projections(block: str, *names: str) -> tuple[str, ...]:
+    return tuple(f'{_LAYER}{block}.{name}_proj.weight' for name in names)
+
+
+def llama_like(block_size: int, norm_eps: float = 1e-6) -> tuple[Entry, ...]:
+    """What Llama and its descendants share; the defaults of two fields differ among them."""
+    return (
+        same('n_layer', 'num_hidden_layers'),
+        same('n_head', 'num_attention_heads'),
+        same('n_embd', 'hidden_size'),
+        same('block_size', 'max_position_embeddings', block_size),
+        same('vocab_size', 'vocab_size'),
+        same('norm_eps', 'rms_norm_eps', norm_eps),
+        ours_is(normalization='rmsnorm', bias=False),
+        written_only(attention_dropout='attention_dropout'),
+    )
+
+
+def swiglu(act: str = 'hidden_act') -> Entry:
+    return same('ffn_type', act, 'silu', {'silu': 'swiglu'})
+
+
+_ENDS = {
     'token_embedding.weight': one('model.embed_tokens.weight', fit=fit_vocabulary),
-    'blocks.{layer}.attention_norm.weight': one('model.layers.{layer}.input_layernorm.weight'),
-    'blocks.{layer}.attention.qkv.weight': Weight(
-        tuple(f'model.layers.{{layer}}.self_attn.{x}_proj.weight' for x in 'qkv'),
-        rows=_query_key_value_rows,
-    ),
-    'blocks.{layer}.attention.output.weight': one('model.layers.{layer}.self_attn.o_proj.weight'),
-    'blocks.{layer}.ffn_norm.weight': one('model.layers.{layer}.post_attention_layernorm.weight'),
-    'blocks.{layer}.ffn.gate_up.weight': Weight(
-        tuple(f'model.layers.{{layer}}.mlp.{x}_proj.weight' for x in ('gate', 'up')),
-        rows=_gate_up_rows,
-    ),
-    'blocks.{layer}.ffn.down.weight': one('model.layers.{layer}.mlp.down_proj.weight'),
     'final_norm.weight': one('model.norm.weight'),
     'output_head.projection.weight': one('lm_head.weight', fit=fit_vocabulary),
 }
+_ATTENTION = {
+    'blocks.{layer}.attention.qkv.weight': Weight(
+        _projections('self_attn', 'q', 'k', 'v'), rows=_query_key_value_rows
+    ),
+    'blocks.{layer}.attention.output.weight': Weight(_projections('self_attn', 'o')),
+}
+_GATED = {
+    'blocks.{layer}.ffn.gate_up.weight': Weight(_projections('mlp', 'gate', 'up')),
+    'blocks.{layer}.ffn.down.weight': Weight(_projections('mlp', 'down')),
+}
+_PRE_NORMS = {
+    'blocks.{layer}.attention_norm.weight': one(_LAYER + 'input_layernorm.weight'),
+    'blocks.{layer}.ffn_norm.weight': one(_LAYER + 'post_attention_layernorm.weight'),
+}
+_QK_NORMS = {
+    'blocks.{layer}.attention.q_norm.weight': one(_LAYER + 'self_attn.q_norm.weight'),
+    'blocks.{layer}.attention.k_norm.weight': one(_LAYER + 'self_attn.k_norm.weight'),
+}
+_TABLES_OF_COSINES = r'rotary_emb\.inv_freq$'
 
 LLAMA = Family(
     name='llama',
     architecture='LlamaForCausalLM',
     prefix='model.',
     entries=(
-        *_LLAMA_SIZES,
-        rope(),
-        same('ffn_type', 'hidden_act', 'silu', {'silu': 'swiglu'}),
+        *llama_like(block_size=2048),
+        same('d_ff', 'intermediate_size'),
+        same('head_dim', 'head_dim', None),
+        same('attention_bias', 'attention_bias', False),
+        same('ffn_bias', 'mlp_bias', False),
         same('weight_tying', 'tie_word_embeddings', False),
-        same('bias', 'attention_bias', False),
-        same('bias', 'mlp_bias', False),
-        ours_is(normalization='rmsnorm'),
-        written_only(attention_dropout='attention_dropout'),
+        kv_heads(),
+        rope(),
+        swiglu(),
     ),
-    weights=_LLAMA_WEIGHTS,
-    ignored=r'rotary_emb\.inv_freq$',
+    weights=_ENDS | _PRE_NORMS | with_biases(_ATTENTION | _GATED),
+    ignored=_TABLES_OF_COSINES,
+)
+
+MISTRAL = Family(
+    name='mistral',
+    architecture='MistralForCausalLM',
+    prefix='model.',
+    entries=(
+        *llama_like(block_size=4096 * 32),
+        same('d_ff', 'intermediate_size'),
+        same('head_dim', 'head_dim', None),
+        same('sliding_window', 'sliding_window', 4096),
+        same('weight_tying', 'tie_word_embeddings', False),
+        kv_heads(8),
+        rope(),
+        swiglu(),
+    ),
+    weights=_ENDS | _PRE_NORMS | _ATTENTION | _GATED,
+    ignored=_TABLES_OF_COSINES,
+)
+
+QWEN3 = Family(
+    name='qwen3',
+    architecture='Qwen3ForCausalLM',
+    prefix='model.',
+    entries=(
+        *llama_like(block_size=32768),
+        same('d_ff', 'intermediate_size'),
+        same('head_dim', 'head_dim', 128),
+        same('attention_bias', 'attention_bias', False),
+        same('weight_tying', 'tie_word_embeddings', False),
+        ours_is(qk_norm='rmsnorm', qk_norm_scope='head', ffn_bias=False),
+        windows(
+            4096,
+            lambda layer, fields: layer >= fields.get('max_window_layers', 28),
+            switch='use_sliding_window',
+        ),
+        kv_heads(32),
+        rope(),
+        swiglu(),
+    ),
+    weights=_ENDS | _PRE_NORMS | _QK_NORMS | _GATED | with_biases(_ATTENTION),
+)
+
+OLMO2 = Family(
+    name='olmo2',
+    architecture='Olmo2ForCausalLM',
+    prefix='model.',
+    entries=(
+        *llama_like(block_size=2048, norm_eps=1e-5),
+        same('d_ff', 'intermediate_size'),
+        same('head_dim', 'head_dim', None),
+        same('attention_bias', 'attention_bias', False),
+        same('weight_tying', 'tie_word_embeddings', False),
+        ours_is(
+            norm_position='reordered',
+            qk_norm='rmsnorm',
+            qk_norm_scope='projection',
+            ffn_bias=False,
+        ),
+        kv_heads(),
+        rope(),
+        swiglu(),
+    ),
+    weights=_ENDS
+    | _QK_NORMS
+    | _GATED
+    | with_biases(_ATTENTION)
+    | {
+        'blocks.{layer}.attention_norm.weight': one(_LAYER + 'post_attention_layernorm.weight'),
+        'blocks.{layer}.ffn_norm.weight': one(_LAYER + 'post_feedforward_layernorm.weight'),
+    },
+)
+
+
+def _read_scale(fields: dict, problems: list[str]) -> dict:
+    return {'attention_scale': fields.get('query_pre_attn_scalar', 256) ** -0.5}
+
+
+def _write_scale(config: ModelArchitectureConfig) -> dict:
+    scale = config.to_dict().get('attention_scale')
+    return {'query_pre_attn_scalar': round(scale**-2)} if scale else {}
+
+
+def _read_backend(fields: dict, problems: list[str]) -> dict:
+    """The fused one knows no softcap."""
+    capped = fields.get('attn_logit_softcapping', 50.0) is not None
+    return {'attention_backend': 'manual' if capped else 'sdpa'}
+
+
+GEMMA2 = Family(
+    name='gemma2',
+    architecture='Gemma2ForCausalLM',
+    prefix='model.',
+    entries=(
+        *llama_like(block_size=8192),
+        same('d_ff', 'intermediate_size'),
+        same('head_dim', 'head_dim', 256),
+        same('attention_bias', 'attention_bias', False),
+        same('attention_softcap', 'attn_logit_softcapping', 50.0),
+        same('logit_softcap', 'final_logit_softcapping', 30.0),
+        same('weight_tying', 'tie_word_embeddings', True),
+        ours_is(norm_position='sandwich', ffn_type='geglu', ffn_bias=False, scale_embeddings=True),
+        theirs_is(use_bidirectional_attention=None),
+        same(
+            'geglu_tanh',
+            'hidden_activation',
+            'gelu_pytorch_tanh',
+            {'gelu_pytorch_tanh': True, 'gelu_new': True, 'gelu': False},
+        ),
+        Entry(_read_scale, _write_scale),
+        Entry(_read_backend, lambda config: {}),
+        windows(4096, lambda layer, fields: layer % 2 == 0),
+        kv_heads(4),
+        rope(),
+    ),
+    weights=_GATED
+    | with_biases(_ATTENTION)
+    | {
+        'token_embedding.weight': _ENDS['token_embedding.weight'],
+        'output_head.projection.weight': _ENDS['output_head.projection.weight'],
+        # x · (1 + weight)
+        'final_norm.weight': one('model.norm.weight', plus=1.0),
+        **{
+            f'blocks.{{layer}}.{ours}.weight': one(f'{_LAYER}{theirs}_layernorm.weight', plus=1.0)
+            for ours, theirs in {
+                'attention_norm': 'input',
+                'attention_output_norm': 'post_attention',
+                'ffn_norm': 'pre_feedforward',
+                'ffn_output_norm': 'post_feedforward',
+            }.items()
+        },
+    },
+)
+
+
+def _query_key_value_of_each_head(config: ModelArchitectureConfig) -> torch.Tensor:
+    """GPT-NeoX: head after head its query, key and value; ours: all queries, all keys, ..."""
+    rows = torch.arange(3 * config.n_head * config.head_dim)
+    return rows.view(config.n_head, 3, config.head_dim).transpose(0, 1).flatten()
+
+
+_NEOX_LAYER = 'gpt_neox.layers.{layer}.'
+GPT_NEOX = Family(
+    name='gpt_neox',
+    architecture='GPTNeoXForCausalLM',
+    prefix='gpt_neox.',
+    entries=(
+        same('n_layer', 'num_hidden_layers'),
+        same('n_head', 'num_attention_heads'),
+        same('n_embd', 'hidden_size'),
+        same('d_ff', 'intermediate_size'),
+        same('block_size', 'max_position_embeddings', 2048),
+        same('vocab_size', 'vocab_size'),
+        same('norm_eps', 'layer_norm_eps', 1e-5),
+        same('activation', 'hidden_act', 'gelu', ACTIVATIONS),
+        same('attention_bias', 'attention_bias', True),
+        same('weight_tying', 'tie_word_embeddings', False),
+        same('norm_position', 'use_parallel_residual', True, {True: 'parallel', False: 'pre'}),
+        ours_is(normalization='layernorm', ffn_bias=True, bias=True),
+        rope(theta='rotary_emb_base', fraction='rotary_pct'),
+        written_only(attention_dropout='attention_dropout', hidden_dropout='residual_dropout'),
+    ),
+    weights={
+        'token_embedding.weight': one('gpt_neox.embed_in.weight', fit=fit_vocabulary),
+        'output_head.projection.weight': one('embed_out.weight', fit=fit_vocabulary),
+        **with_biases(
+            {
+                'final_norm.weight': one('gpt_neox.final_layer_norm.weight'),
+                'blocks.{layer}.attention_norm.weight': one(_NEOX_LAYER + 'input_layernorm.weight'),
+                'blocks.{layer}.ffn_norm.weight': one(
+                    _NEOX_LAYER + 'post_attention_layernorm.weight'
+                ),
+                'blocks.{layer}.attention.qkv.weight': one(
+                    _NEOX_LAYER + 'attention.query_key_value.weight',
+                    order=_query_key_value_of_each_head,
+                ),
+                'blocks.{layer}.attention.output.weight': one(
+                    _NEOX_LAYER + 'attention.dense.weight'
+                ),
+                'blocks.{layer}.ffn.up.weight': one(_NEOX_LAYER + 'mlp.dense_h_to_4h.weight'),
+                'blocks.{layer}.ffn.down.weight': one(_NEOX_LAYER + 'mlp.dense_4h_to_h.weight'),
+            }
+        ),
+    },
+    ignored=r'\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)$',
 )
 
 # By transformers' model_type; the first that can express an architecture is what it is exported as.
-TRANSFORMERS = {family.name: family for family in (GPT2, LLAMA)}
+TRANSFORMERS = {
+    family.name: family for family in (GPT2, LLAMA, MISTRAL, QWEN3, OLMO2, GEMMA2, GPT_NEOX)
+}

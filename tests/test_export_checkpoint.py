@@ -83,6 +83,44 @@ def test_a_safetensors_file_loads_as_its_own_loader_expects(trained, tmp_path, p
     assert torch.equal(logits_of(model), logits)
 
 
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_a_hugging_face_folder_goes_on_in_transformers(trained, tmp_path, dtype, capsys):
+    from transformers import AutoModelForCausalLM
+
+    out_dir, logits, _ = trained['llama']
+    output = tmp_path / 'mine'
+    export(f'--out_dir={out_dir}', '--format=hf', f'--output={output}', f'--dtype={dtype}')
+    files = sorted(output.iterdir())
+    assert [file.name for file in files] == ['config.json', 'model.safetensors']
+    size = sum(file.stat().st_size for file in files)
+    assert f'{size / 1e9:.2f} GB' in capsys.readouterr().out
+    model = AutoModelForCausalLM.from_pretrained(output)
+    assert model.dtype == getattr(torch, dtype)
+    with torch.no_grad():
+        theirs = model.eval()(TOKENS).logits.float()
+    # bfloat16 has 8 bits: each of a few dozen roundings is off by up to 2^-9.
+    error = torch.linalg.norm(theirs - logits) / torch.linalg.norm(logits)
+    assert error < (1e-5 if dtype == 'float32' else 0.02)
+
+    (output / 'tokenizer.json').write_text('{}')
+    (output / 'config.json').write_text('of old')
+    arguments = f'--out_dir={out_dir}', '--format=hf', f'--output={output}'
+    export(*arguments, code=2)
+    assert '--overwrite' in capsys.readouterr().err
+    export(*arguments, '--overwrite')
+    assert json.loads((output / 'config.json').read_text())['dtype'] == 'float32'
+    assert (output / 'tokenizer.json').read_text() == '{}'
+    assert [path.name for path in tmp_path.iterdir()] == ['mine']
+
+
+def test_what_transformers_cannot_express_is_refused_by_name(trained, tmp_path, capsys):
+    out_dir, _, _ = trained['gpt2']
+    export(f'--out_dir={out_dir}', '--format=hf', f'--output={tmp_path / "mine"}', code=2)
+    error = capsys.readouterr().err
+    assert "normalization='layernorm_nobias'" in error and "norm_position='post'" in error
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])
 @pytest.mark.parametrize('suffix', ['pt', 'safetensors'])
 def test_weights_are_rounded_to_the_dtype_asked_for(trained, tmp_path, monkeypatch, dtype, suffix):
@@ -145,6 +183,7 @@ MISTAKES = {
     '--dtype=int8': ['int8', 'bfloat16'],
     '--output=nowhere/model.pt': ['there is no folder nowhere'],
     '--output=folder.pt': ['folder.pt is a folder'],
+    '--output=file --format=hf': ['file is a file', 'a folder'],
     '--ouput=model.pt': ['--ouput', 'Did you mean --output'],
     'no_such.py': ['no_such.py'],
     '--run=broken/iter_00000002': ['state.pt', 'damaged'],
@@ -159,6 +198,7 @@ def test_a_mistake_is_told_and_nothing_is_written(
     out_dir, _, run = trained['gpt2']
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'folder.pt').mkdir()
+    (tmp_path / 'file').touch()
     for name in ('broken', 'unfinished'):
         shutil.copytree(run.folder / 'checkpoints', name)
     with open('broken/iter_00000002/state.pt', 'r+b') as file:

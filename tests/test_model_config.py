@@ -113,7 +113,7 @@ COMPANIONS = {
     ('attention_softcap', NUMBERS['attention_softcap']): {'attention_backend': 'manual'},
 }
 BASES = {
-    **{preset: {} for preset in PRESETS},
+    **{preset: {} for preset in ('gpt2', 'llama', 'hybrid', 'legacy', 'custom')},
     'llama, grouped': {'n_head': 4, 'use_gqa': True, 'num_kv_heads': 2},
     'legacy, dropout': {'dropout': 0.2},
     'hybrid, windowed': {'sliding_window': 4, 'attention_backend': 'manual'},

@@ -8,7 +8,7 @@ import sys
 import pytest
 from conftest import PROJECT
 
-from configurator import flatten
+from configurator import flatten, read_config_file
 from model_builder import build_model, count_parameters, training_flops
 from model_config import PRESETS, ModelArchitectureConfig
 from registry import Registry
@@ -79,6 +79,21 @@ def test_the_presets_table_has_the_right_counts(preset):
     table = README.partition('| preset | what it is')[2].partition('\n\n')[0]
     (row,) = [line for line in table.splitlines() if re.match(rf'\| [^|]*`{preset}`', line)]
     assert f'{total:,}' in row
+
+
+@pytest.mark.parametrize('preset', [p for p in PRESETS if p not in ('custom', 'legacy')])
+def test_every_preset_has_a_config_file_that_counts_right(preset):
+    problems = []
+    values, text = read_config_file(str(PROJECT / f'config/arch_{preset}.py'), problems)
+    assert problems == []
+    assert values['arch_preset'] == preset and values['out_dir'] == f'out-{preset}'
+    counted = count_parameters(
+        build_model(ModelArchitectureConfig(arch_preset=preset, vocab_size=50304))
+    )
+    comment = ' '.join(line[2:] for line in text.splitlines() if line.startswith('# '))
+    told = re.search(r'12 layers × 768 wide: ([\d,]+) parameters', comment)
+    if preset != 'team':  # which says that it is llama
+        assert told[1] == f'{counted["total_params"]:,}'
 
 
 def test_the_figures_against_the_design_document():
