@@ -137,3 +137,23 @@ def test_the_name_follows_exactly_the_choices_that_have_a_tag(registry):
             names[name] = config.replace(**{registry.option: name}).name
         tagged = registry is not ATTENTION_BACKEND_REGISTRY
         assert len(set(names.values())) == (len(names) if tagged else 1), names
+
+
+@pytest.mark.parametrize('chosen', covering()[::16], ids=label)
+def test_blocks_are_one_graph_each_kind_and_compute_the_same(chosen):
+    """Compiled whole, without a break, and alike layers share their graph."""
+    config = tiny(**chosen).replace(n_layer=4, init_std=0.02)
+    model, tokens = lively(config).eval(), some_tokens(config, batch=2)
+    expected = model(tokens)
+    graphs = []
+
+    def count(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    for block in model.blocks:
+        block.compile(fullgraph=True, backend=count)
+    torch.testing.assert_close(model(tokens), expected)
+    assert len(graphs) <= len(set(config.to_dict().get('attention_pattern', 'L')))
+    torch.compiler.reset()
