@@ -6,6 +6,7 @@ knows nothing else of the project.
 """
 
 import argparse
+import contextlib
 import difflib
 import json
 import os
@@ -120,7 +121,7 @@ def _tell_torchrun(message: str) -> None:
     path = os.environ.get('TORCHELASTIC_ERROR_FILE')
     if path:
         when = {'py_callstack': message, 'timestamp': str(int(time.time()))}
-        with open(path, 'w', encoding='utf-8') as file:
+        with contextlib.suppress(OSError), open(path, 'w', encoding='utf-8') as file:
             json.dump({'message': {'message': message, 'extraInfo': when}}, file)
 
 

@@ -82,10 +82,27 @@ def join(device: torch.device, timeout: timedelta) -> tuple[dist.Store, dist.Pro
 
     Plain values travel by gloo, so that no answer waits for a GPU. Every update has some, so a rank
     that is lost is noticed there; NCCL, whose watchdog would abort the process without a word, has
-    more patience.
+    more patience. Raises UserError where not all come.
     """
+    try:
+        return _join(device, timeout)
+    except RuntimeError as error:  # of the store, gloo or NCCL
+        reason = str(error).partition('\n')[0]
+        raise _not_all_came(timeout, reason) from error
+
+
+def _not_all_came(timeout: timedelta, reason: str) -> UserError:
+    return UserError(
+        'the ranks did not all find one another within --distributed_timeout='
+        f'{timeout.total_seconds():.0f} seconds: {reason}. Did torchrun start on every node, with '
+        'the same --rdzv_id and --rdzv_endpoint, and can the nodes reach one another?'
+    )
+
+
+def _join(device: torch.device, timeout: timedelta) -> tuple[dist.Store, dist.ProcessGroup]:
     store, rank, size = next(rendezvous('env://', timeout=timeout))
     store = _store_of_this_attempt(store, rank, size, timeout)
+    announce(store, rank)
     known = {'store': store, 'rank': rank, 'world_size': size}
     if device.type != 'cuda':
         dist.init_process_group('gloo', timeout=timeout, **known)
@@ -93,6 +110,11 @@ def join(device: torch.device, timeout: timedelta) -> tuple[dist.Store, dist.Pro
     longer = timeout + timedelta(seconds=3 * ANSWER_SECONDS)
     dist.init_process_group('cpu:gloo,cuda:nccl', timeout=longer, **known)
     return store, dist.new_group(backend='gloo', timeout=timeout)
+
+
+def announce(store: dist.Store, rank: int) -> None:
+    """Say where this rank's process is, before the group is formed, so that all are known in it."""
+    store.set(f'process {rank}', f'{socket.gethostname()} {os.getpid()}')
 
 
 def _store_of_this_attempt(
@@ -118,10 +140,7 @@ def _store_of_this_attempt(
                 question = store.get(f'question of {other}').decode()
                 store.set(f'answer to {question}', attempt)
         if time.monotonic() > deadline:
-            raise LostRank(
-                f'rank {missing[0]} did not start within distributed_timeout='
-                f'{timeout.total_seconds():.0f} seconds.'
-            )
+            raise _not_all_came(timeout, f'rank {missing[0]} did not start')
         time.sleep(0.01)
     return dist.PrefixStore(attempt, store)
 
@@ -132,7 +151,6 @@ class Together(Alone):
     def __init__(self, store: dist.Store, host_group: dist.ProcessGroup):
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.store, self.host_group = store, host_group
-        store.set(f'process {self.rank}', f'{socket.gethostname()} {os.getpid()}')
 
     def sum(self, tensor):
         dist.all_reduce(tensor)

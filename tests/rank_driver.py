@@ -35,7 +35,7 @@ from errors import UserError, run_script
 from interruption import Interruption
 from model_builder import Transformer
 from optimization import Updater
-from ranks import Together
+from ranks import Together, announce
 from token_data import TokenDataset
 
 ONE_TOO_MANY = 2  # in which update a special thing happens, counted from 0
@@ -246,6 +246,7 @@ def run(plan: dict, rank: int, store: dist.Store | None) -> dict:
         patch.setattr(Together, 'close', lambda self: None)  # the next run needs them too
         if store is not None:
             known = dist.PrefixStore(plan['name'], store), dist.group.WORLD
+            announce(known[0], rank)
             patch.setattr(parallelism, 'join', lambda device, timeout: known)
         if 'special' in plan:
             SPECIALS[plan['special']](patch, rank)

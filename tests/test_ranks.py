@@ -25,12 +25,14 @@ from errors import UserError, run_script
 
 errors.PATIENCE, ranks.ANSWER_SECONDS = 1, 2
 CPU, TIMEOUT = torch.device('cpu'), timedelta(seconds=3)
-server = dist.TCPStore('localhost', 0, is_master=True, wait_for_workers=False)
-os.environ |= {
-    'MASTER_ADDR': 'localhost',
-    'MASTER_PORT': str(server.port),
-    'TORCHELASTIC_USE_AGENT_STORE': 'True',
-}
+os.environ |= {'MASTER_ADDR': 'localhost', 'TORCHELASTIC_USE_AGENT_STORE': 'True'}
+
+
+def keep_store(tell):
+    # In a process of its own: a process that has threads, as this has, cannot be forked safely.
+    server = dist.TCPStore('localhost', 0, is_master=True, wait_for_workers=False)
+    tell.send(server.port)
+    time.sleep(600)
 
 
 def killed(parallel):
@@ -61,6 +63,10 @@ def fine(parallel):
     pass
 
 
+def late(parallel):
+    pass  # rank 1 does not even come
+
+
 def rank_of(case, rank, size, folder):
     os.environ |= {'RANK': str(rank), 'WORLD_SIZE': str(size)}
     os.environ['TORCHELASTIC_ERROR_FILE'] = f'{folder}/{case}.{rank}.json'
@@ -69,6 +75,8 @@ def rank_of(case, rank, size, folder):
         os.dup2(out.fileno(), 2)
 
     def main(argv):
+        if case == 'late' and rank == 1:
+            time.sleep(600)
         parallel = ranks.Together(*ranks.join(CPU, TIMEOUT))
         with parallel.accountable():
             assert parallel.largest([float(rank)]) == [size - 1.0]
@@ -86,12 +94,15 @@ def of_other_host(parallel):
 
 CASES = {
     case.__name__: case
-    for case in (fine, killed, hangs, bug, bug_of_all, mistake, of_other_host)
+    for case in (fine, killed, hangs, late, bug, bug_of_all, mistake, of_other_host)
 }
 PLAN = [('killed', 2), ('fine', 2), ('killed', 3), *((case, 3) for case in CASES), ('fine', 4)]
 
 if __name__ == '__main__':
     folder, context, answers = sys.argv[1], multiprocessing.get_context('fork'), []
+    told, tell = context.Pipe()
+    context.Process(target=keep_store, args=(tell,), daemon=True).start()
+    os.environ['MASTER_PORT'] = str(told.recv())
     for case, size in PLAN:
         processes = [
             context.Process(target=rank_of, args=(case, rank, size, folder)) for rank in range(size)
@@ -100,7 +111,7 @@ if __name__ == '__main__':
             process.start()
         # As torchrun does: what has died is taken note of, what hangs is killed in the end.
         while alive := [rank for rank in range(size) if processes[rank].is_alive()]:
-            if alive == [1] and case == 'hangs':
+            if alive == [1] and case in ('hangs', 'late'):
                 processes[1].kill()
             time.sleep(0.02)
         texts = [pathlib.Path(f'{folder}/{case}.{rank}.txt').read_text() for rank in range(size)]
@@ -161,6 +172,14 @@ def test_a_rank_that_does_not_come_is_named_once(answers, case):
     rank, text = only_speaker(answer)
     assert rank == 0 and 'rank 1' in text and 'rank 2' not in text
     assert 'did not come' in text and '--distributed_timeout' in text and 'Traceback' not in text
+
+
+def test_a_rank_that_never_starts_is_named(answers):
+    answer = of(answers, 'late')
+    assert answer['codes'] == [2, -9, 2]
+    first, _, third = answer['said']
+    assert 'rank 1 did not start' in first and '--distributed_timeout=3' in first
+    assert 'find one another' in third and 'Traceback' not in first + third
 
 
 def test_a_bug_of_one_rank_is_told_by_it_alone(answers):
