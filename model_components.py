@@ -14,6 +14,7 @@ from components.contract import Component, Initial, module_flops
 from components.ends import IGNORED, OutputHead, TokenEmbedding
 from components.feed_forward import FeedForward
 from components.initialization import Initialization
+from components.latent_attention import LatentAttention
 from components.norms import Norm
 from components.positions import PositionEncoding, Positions
 
@@ -28,6 +29,7 @@ __all__ = [
     'FeedForward',
     'Initial',
     'Initialization',
+    'LatentAttention',
     'MultiHeadAttention',
     'Norm',
     'OutputHead',

@@ -270,6 +270,8 @@ def load_settings(asked: CommandLine) -> Settings:
     ranks = plan.world_size if plan.plan else world_size()
     architecture = ModelArchitectureConfig.resolve(asked.layers, problems)
     problems += run_problems(run, plan, ranks)
+    if not plan.plan:
+        problems += device_problems(run, architecture)
     if problems:
         raise UserError(*problems)
     return Settings(run, architecture, asked, plan, ranks)
@@ -284,6 +286,21 @@ def _merged(groups: Schema, asked: CommandLine) -> tuple[dict, dict[str, str]]:
             if key in values:
                 values[key], origins[key] = value, layer.origin
     return values, origins
+
+
+def device_problems(run: TrainingConfig, architecture: ModelArchitectureConfig) -> list[str]:
+    """What keeps the chosen components from being trained on the device, a sentence each."""
+    if run.eval_only and not run.diagnostics:
+        return []
+    try:
+        device = select_device(run.device)
+    except UserError:  # one of the run's problems
+        return []
+    return [
+        problem
+        for _, component in architecture.components()
+        for problem in component.training_problems(architecture, device.type)
+    ]
 
 
 def run_problems(run: TrainingConfig, plan: FrozenConfig, ranks: int) -> list[str]:

@@ -1,11 +1,13 @@
 """Ways to compute attention, and what an attention asks of them."""
 
 import math
+import warnings
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from components.contract import Component
 from model_config import ATTENTION_BACKEND_REGISTRY, ATTENTION_REGISTRY, ModelArchitectureConfig
@@ -95,6 +97,12 @@ def shared_by_groups(x: torch.Tensor, heads: int) -> torch.Tensor:
     return x if x.size(1) == heads else x.repeat_interleave(heads // x.size(1), dim=1)
 
 
+def as_wide_as_the_widest(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    """Zeros beside the columns that are there: the flash kernels take one width only."""
+    width = max(x.size(-1) for x in tensors)
+    return [x if x.size(-1) == width else F.pad(x, (0, width - x.size(-1))) for x in tensors]
+
+
 @ATTENTION_BACKEND_REGISTRY.register('sdpa', source='torch scaled_dot_product_attention')
 class ScaledDotProductAttention(AttentionBackend):
     """PyTorch's fused attention: flash where nothing but causality masks."""
@@ -115,16 +123,16 @@ class ScaledDotProductAttention(AttentionBackend):
             # The fused kernels that take a mask do not share keys and values among heads.
             k, v = shared_by_groups(k, q.size(1)), shared_by_groups(v, q.size(1))
             mask = mask.to(q.dtype)[None]
-        return F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
+        width = v.size(-1)
+        y = F.scaled_dot_product_attention(
+            *as_wide_as_the_widest(q, k, v),
             attn_mask=mask,
             dropout_p=dropout,
             is_causal=mask is None,
             scale=needs.scale,
             enable_gqa=k.size(1) != q.size(1),
         )
+        return y[..., :width]
 
 
 @ATTENTION_BACKEND_REGISTRY.register('manual', source='Vaswani et al. 2017, written out')
@@ -143,3 +151,56 @@ class ManualAttention(AttentionBackend):
             scores = needs.softcap * torch.tanh(scores / needs.softcap)
         weights = F.dropout((scores + mask).softmax(dim=-1), dropout)
         return weights.to(v.dtype) @ v
+
+
+# On a CPU there is nothing to gain by compiling it, and sampling would always begin with this.
+warnings.filterwarnings('ignore', message='flex_attention called without torch.compile')
+
+
+@ATTENTION_BACKEND_REGISTRY.register('flex', source='torch flex_attention; Dong et al. 2024')
+class FlexAttention(AttentionBackend):
+    """A kernel compiled for these scores, which skips what a window hides; trains on CUDA only."""
+
+    supports = frozenset({'bias', 'softcap', 'window'})
+
+    @classmethod
+    def training_problems(cls, config: ModelArchitectureConfig, device: str) -> list[str]:
+        if device != 'cuda':
+            return [
+                f"attention_backend='flex' has no backward pass on {device}: it trains on CUDA "
+                f'only. Train with sdpa or manual; evaluation and sampling work here.'
+            ]
+        smallest = min(ATTENTION_REGISTRY[config.attention_type].head_dims(config))
+        if smallest >= 16:
+            return []
+        return [
+            f"attention_backend='flex' needs heads of at least 16 columns on CUDA, and these have "
+            f'{smallest}: choose larger heads, or sdpa or manual.'
+        ]
+
+    @staticmethod
+    def mask(needs, bias, q_positions, k_positions):
+        def visible(batch, head, query, key):
+            return needs.visible(q_positions[query], k_positions[key])
+
+        lengths = len(q_positions), len(k_positions)
+        return create_block_mask(visible, None, None, *lengths, device=q_positions.device), bias
+
+    @staticmethod
+    def attend(q, k, v, mask, needs, dropout):
+        block_mask, bias = mask
+
+        def changed(score, batch, head, query, key):
+            if needs.softcap is not None:
+                score = needs.softcap * torch.tanh(score / needs.softcap)
+            return score if bias is None else score + bias[head % bias.size(0), query, key]
+
+        return flex_attention(
+            q,
+            k,
+            v,
+            score_mod=None if needs.softcap is None and bias is None else changed,
+            block_mask=block_mask,
+            scale=needs.scale,
+            enable_gqa=k.size(1) != q.size(1),
+        )

@@ -48,6 +48,11 @@ class Component(Configurable):
     def name_tag(cls, config: ModelArchitectureConfig) -> str:
         return cls.tag
 
+    @classmethod
+    def training_problems(cls, config: ModelArchitectureConfig, device: str) -> list[str]:
+        """What keeps it from being trained on a 'cpu', 'cuda' or 'mps', a sentence each."""
+        return []
+
     def flops(self, seq_len: int, causal: bool) -> dict[str, float]:
         """Matrix-multiplication FLOPs of one sequence's forward pass, by part.
 

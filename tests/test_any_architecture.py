@@ -10,6 +10,7 @@ from architectures import (
     covering,
     gradients,
     label,
+    legal,
     lively,
     sample,
     some_tokens,
@@ -71,7 +72,12 @@ def test_every_backend_gives_the_same_finite_loss_and_gradients(config):
     results = {}
     for backend in ATTENTION_BACKEND_REGISTRY:
         if same := with_backend(config, backend):
-            results[backend] = loss_and_gradients(same, tokens)
+            if ATTENTION_BACKEND_REGISTRY[backend].training_problems(same, 'cpu'):
+                with torch.no_grad():
+                    loss, count, _ = lively(same)(tokens, tokens.roll(-1, dims=1))
+                results[backend] = loss / count, {}
+            else:
+                results[backend] = loss_and_gradients(same, tokens)
     for backend, (loss, grads) in results.items():
         assert torch.isfinite(loss), backend
         assert all(torch.isfinite(grad).all() for grad in grads.values()), backend
@@ -90,7 +96,8 @@ def test_a_token_changes_its_own_logits_and_no_earlier_ones(config):
     tokens = some_tokens(config, batch=1).expand(length, length)
     changed = tokens.clone()  # row t: token t is another one
     changed.diagonal().add_(1).remainder_(config.vocab_size)
-    different = (model(tokens) != model(changed)).any(dim=-1)
+    with torch.no_grad():
+        different = (model(tokens) != model(changed)).any(dim=-1)
     assert not different.tril(-1).any()
     assert different.diagonal().all()
 
@@ -133,8 +140,9 @@ def test_the_name_follows_exactly_the_choices_that_have_a_tag(registry):
     for values in covering()[::8]:
         names = {}
         for name in values_of(registry.option, option):
-            config = tiny(**{key: values[key] for key in values if key in CORE_OPTIONS})
-            names[name] = config.replace(**{registry.option: name}).name
+            core = {key: values[key] for key in values if key in CORE_OPTIONS}
+            if config := legal({**core, registry.option: name}):
+                names[name] = config.name
         tagged = registry is not ATTENTION_BACKEND_REGISTRY
         assert len(set(names.values())) == (len(names) if tagged else 1), names
 

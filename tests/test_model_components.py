@@ -113,7 +113,7 @@ def test_a_backend_is_attention_as_written_in_the_paper(backend, kv_heads, bias_
 def test_a_position_encoding_that_biases_scores(alibi, kv_heads):
     """It reaches the scores in every backend alike, keeps causality, and its parameters learn."""
     values = {'position_encoding': alibi, 'use_gqa': True, 'num_kv_heads': kv_heads}
-    models = {b: lively(tiny(**values, attention_backend=b)) for b in ATTENTION_BACKEND_REGISTRY}
+    models = {b: lively(tiny(**values, attention_backend=b)) for b in ('sdpa', 'manual')}
     tokens = some_tokens(models['manual'].config, batch=2)
     losses = {backend: loss_and_backward(model, tokens) for backend, model in models.items()}
     for backend, model in models.items():
@@ -309,7 +309,7 @@ def test_z_loss_is_the_mean_square_of_log_z_beside_the_same_loss(cap):
 # --- Dropout --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize('backend', list(ATTENTION_BACKEND_REGISTRY))
+@pytest.mark.parametrize('backend', ['sdpa', 'manual'])
 @pytest.mark.parametrize('key', ['dropout', 'attention_dropout', 'residual_dropout'])
 def test_each_dropout_acts_in_training_only(key, backend):
     rates = {'dropout': 0.0, 'attention_dropout': 0.0, 'residual_dropout': 0.0}

@@ -4,7 +4,6 @@ import functools
 
 import pytest
 import torch
-from torch.overrides import TorchFunctionMode
 
 import model_components  # noqa: F401  fills the registries before the parameters below are listed
 from configurator import Layer
@@ -101,6 +100,11 @@ NUMBERS = {
     'z_loss': 0.1,
     'init_std': 0.1,
     'head_dim': 4,
+    'q_lora_rank': 5,
+    'kv_lora_rank': 7,
+    'qk_nope_head_dim': 3,
+    'qk_rope_head_dim': 4,
+    'v_head_dim': 5,
     'qk_norm_scope': 'projection',
     'attention_scale': 3.0,
     'attention_softcap': 0.001,
@@ -110,6 +114,7 @@ NUMBERS = {
 # What must be set along with a value for it to be legal.
 COMPANIONS = {
     ('use_gqa', True): {'num_kv_heads': 1},
+    ('attention_backend', 'flex'): {'attention_dropout': 0.0},
     ('attention_softcap', NUMBERS['attention_softcap']): {'attention_backend': 'manual'},
 }
 BASES = {
@@ -117,6 +122,7 @@ BASES = {
     'llama, grouped': {'n_head': 4, 'use_gqa': True, 'num_kv_heads': 2},
     'legacy, dropout': {'dropout': 0.2},
     'hybrid, windowed': {'sliding_window': 4, 'attention_backend': 'manual'},
+    'llama, latent': {'attention_type': 'mla'},
     'llama, normed queries': {'qk_norm': 'rmsnorm'},
 }
 
@@ -143,18 +149,6 @@ def overrides():
                 yield base, {key: other, **COMPANIONS.get((key, other), {})}
 
 
-class CalledFunctions(TorchFunctionMode):
-    """The names of the torch functions that are called."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = set()
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        self.names.add(getattr(func, '__name__', str(func)))
-        return func(*args, **(kwargs or {}))
-
-
 def model_and_behaviour(config):
     """All that can be seen of the built model without asking its config."""
     model = build_model(config, device='cpu', seed=1)
@@ -162,12 +156,12 @@ def model_and_behaviour(config):
     parameters = {name for name, _ in model.named_parameters()}  # a tied one only once
     tokens = torch.arange(24).reshape(2, 12) % 50
     torch.manual_seed(2)
-    with CalledFunctions() as called, torch.no_grad():
+    with torch.no_grad():
         logits = model.train()(tokens)
         _, _, auxiliary_loss = model(tokens, tokens)
-    fused = 'scaled_dot_product_attention' in called.names
+    attend = model.blocks[0].attention.attend
     outputs = logits.tolist(), float(auxiliary_loss)
-    return shapes, parameters, fused, outputs, training_flops(model)['per_token']
+    return shapes, parameters, attend, outputs, training_flops(model)['per_token']
 
 
 @functools.cache
