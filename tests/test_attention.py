@@ -9,7 +9,6 @@ import torch
 from architectures import gradients, lively, some_tokens, tiny
 
 from components.attention_backends import AttentionNeeds
-from errors import UserError
 from model_builder import build_model, generate, training_flops
 from model_config import ATTENTION_BACKEND_REGISTRY, ATTENTION_REGISTRY
 
@@ -57,27 +56,6 @@ def test_every_backend_is_the_plain_loop_for_all_that_it_accepts(backend, window
         mask = backend.mask(needs, bias, positions[6 - queries :], positions)
         y = backend.attend(q, k, v, mask, needs, 0.0)
         torch.testing.assert_close(y, attention_in_a_loop(q, k, v, needs, bias).float())
-
-
-@pytest.mark.parametrize(
-    ('values', 'words'),
-    [
-        ({'attention_backend': 'sdpa', 'attention_softcap': 50.0}, ['softcap', 'manual, flex']),
-        ({'attention_backend': 'flex', 'attention_dropout': 0.1}, ['dropout', 'sdpa, manual']),
-        ({'attention_pattern': 'LG'}, ['attention_pattern', 'sliding_window']),
-        ({'qk_norm_scope': 'projection'}, ['qk_norm_scope', "anything but 'none'"]),
-        ({'sliding_window': 2, 'attention_pattern': 'GG'}, ['attention_pattern', 'L (local)']),
-        ({'n_head': 3}, ['n_head=3', 'n_embd=16', 'head_dim']),
-        ({'attention_type': 'mla', 'n_head': 3}, ['n_head=3', 'qk_nope_head_dim']),
-        ({'attention_type': 'mla', 'use_gqa': True}, ['use_gqa', "attention_type='standard'"]),
-        ({'attention_type': 'mla', 'qk_norm': 'rmsnorm'}, ['qk_norm']),
-        ({'kv_lora_rank': 4}, ['kv_lora_rank', "attention_type='mla'"]),
-    ],
-)
-def test_an_illegal_combination_is_refused(values, words):
-    with pytest.raises(UserError) as refused:
-        tiny(**values)
-    assert all(word in str(refused.value) for word in words), refused.value
 
 
 @pytest.mark.parametrize('values', [{'head_dim': 6, 'n_head': 3}, {'n_head': 4}])

@@ -6,6 +6,7 @@ from configurator import Layer
 from model_config import ModelArchitectureConfig, architecture_options
 from registry import Configurable, Registry
 
+MLA = {'attention_type': 'mla'}
 ROPE = {'position_encoding': 'rope'}
 # The options, and words that the sentence must have: keys, values, what is allowed, what to type.
 # At the sizes of the default, 12 heads in a width of 768, unless they are given.
@@ -14,7 +15,15 @@ ILLEGAL = [
     ({'use_gqa': True}, ['num_kv_heads=None', '1, 2, 3, 4, 6, 12']),
     ({'use_gqa': True, 'num_kv_heads': 5}, ['num_kv_heads=5', '1, 2, 3, 4, 6, 12']),
     ({'use_gqa': True, 'num_kv_heads': 24}, ['num_kv_heads=24', 'n_head=12']),
-    ({'attention_softcap': 50.0}, ["attention_backend='sdpa'", 'softcap', 'manual']),
+    ({'attention_softcap': 50.0}, ["attention_backend='sdpa'", 'softcap', 'manual, flex']),
+    ({'attention_backend': 'flex', 'attention_dropout': 0.1}, ['dropout', 'sdpa, manual']),
+    ({'attention_pattern': 'LG'}, ['attention_pattern', 'sliding_window']),
+    ({'qk_norm_scope': 'projection'}, ['qk_norm_scope', "anything but 'none'"]),
+    (MLA | {'n_embd': 100}, ['n_head=12', 'n_embd=100', '--n_head=10', 'qk_nope_head_dim']),
+    (MLA | {'use_gqa': True}, ['use_gqa', "attention_type='standard'"]),
+    (MLA | {'qk_norm': 'rmsnorm'}, ['qk_norm', "attention_type='standard'"]),
+    (MLA | ROPE | {'qk_rope_head_dim': 5}, ['rope', 'head of 5']),
+    ({'kv_lora_rank': 4}, ['kv_lora_rank', "attention_type='mla'"]),
     ({'position_encoding': 'sinusoidal', 'n_embd': 5, 'n_head': 1}, ['n_embd=5', 'odd']),
     ({**ROPE, 'n_embd': 36}, ['rope', 'head of 3']),
     ({**ROPE, 'rope_fraction': 0.3}, ['rope_fraction=0.3', 'head of 64', 'such as 0.28125']),
