@@ -270,8 +270,7 @@ def load_settings(asked: CommandLine) -> Settings:
     ranks = plan.world_size if plan.plan else world_size()
     architecture = ModelArchitectureConfig.resolve(asked.layers, problems)
     problems += run_problems(run, plan, ranks)
-    if not plan.plan:
-        problems += device_problems(run, architecture)
+    problems += device_problems(run, plan, architecture)
     if problems:
         raise UserError(*problems)
     return Settings(run, architecture, asked, plan, ranks)
@@ -288,18 +287,21 @@ def _merged(groups: Schema, asked: CommandLine) -> tuple[dict, dict[str, str]]:
     return values, origins
 
 
-def device_problems(run: TrainingConfig, architecture: ModelArchitectureConfig) -> list[str]:
+def device_problems(
+    run: TrainingConfig, plan: FrozenConfig, architecture: ModelArchitectureConfig
+) -> list[str]:
     """What keeps the chosen components from being trained on the device, a sentence each."""
     if run.eval_only and not run.diagnostics:
         return []
     try:
-        device = select_device(run.device)
+        device = 'cpu' if plan.plan else select_device(run.device).type
     except UserError:  # one of the run's problems
         return []
+    where = 'a plan goes through the training as on a CPU: ' if plan.plan else ''
     return [
-        problem
+        where + problem
         for _, component in architecture.components()
-        for problem in component.training_problems(architecture, device.type)
+        for problem in component.training_problems(architecture, device)
     ]
 
 

@@ -83,6 +83,8 @@ def test_flex_writes_what_manual_writes_and_trains_on_cuda_only():
 def test_a_run_that_would_train_flex_on_a_cpu_is_refused_at_once(train):
     refused = train('--attention_backend=flex', code=2).stderr
     assert 'has no backward pass on cpu' in refused and 'Traceback' not in refused
+    refused = train('--attention_backend=flex', '--plan', code=2).stderr
+    assert 'a plan goes through the training as on a CPU' in refused
     measured = train('--attention_backend=flex', '--eval_only=True')
     assert 'flex_attention called without' not in measured.stderr
 
