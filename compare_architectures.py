@@ -85,6 +85,7 @@ class Run:
     config: dict[str, Any]
     conditions: dict[str, Any]
     params: int | None
+    active_params: int | None  # those that one token uses
     flops_per_token: float | None
     val_loss: float | None  # nats a token, the best after at least one update
     bits_per_byte: float | None  # of the same evaluation
@@ -176,6 +177,7 @@ def run_of(record: dict[str, Any], path: Path) -> Run:
         config=config,
         conditions={key: known.get(key) for key in (*LOSS_CONDITIONS, *SPEED_CONDITIONS)},
         params=model.get('total_params'),
+        active_params=model.get('active_params', model.get('total_params')),
         flops_per_token=flops.get('per_token'),
         val_loss=best.get('val_loss'),
         bits_per_byte=best.get('val_bits_per_byte'),

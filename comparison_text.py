@@ -179,7 +179,10 @@ def any_paired(comparison: 'Comparison') -> bool:
 
 
 def cost(comparison: 'Comparison') -> Section:
-    header = ['params', 'FLOPs/token', 'MFU', 'tokens/s', 'ms/iter', 'wall', 'peak GB']
+    # Where a token goes through all of the model, its active parameters say nothing new.
+    firsts = [group.members[0] for group in comparison.groups]
+    active = ['active'] * any(run.active_params != run.params for run in firsts)
+    header = ['params', *active, 'FLOPs/token', 'MFU', 'tokens/s', 'ms/iter', 'wall', 'peak GB']
     front = ['front'] * comparison.repeated
     last = 'architecture' if comparison.repeated else 'run'
     rows = []
@@ -189,6 +192,7 @@ def cost(comparison: 'Comparison') -> Section:
             [
                 str(rank),
                 shown(first.params, si),
+                *[shown(first.active_params, si)] * len(active),
                 shown(first.flops_per_token, si),
                 shown(mean(lambda run: run.mfu_percent), '{:.2f}%'.format),
                 shown(mean(lambda run: run.tokens_per_sec), '{:,.0f}'.format),
@@ -207,7 +211,7 @@ def cost(comparison: 'Comparison') -> Section:
         ]
     title = 'COST (training FLOPs; they and MFU count attention over the full square)'
     return Section(
-        title, notes, ['#', *header, *front, last], rows, '>' * 8 + '>' * len(front) + '<'
+        title, notes, ['#', *header, *front, last], rows, '>' * len([*header, *front, '#']) + '<'
     )
 
 
@@ -455,7 +459,7 @@ def as_data(comparison: 'Comparison') -> dict[str, Any]:
                 for key in (
                     *('val_loss', 'bits_per_byte', 'params', 'flops_per_token', 'total_flops'),
                     *('mfu_percent', 'tokens_per_sec', 'time_ms', 'wall_seconds'),
-                    'peak_memory_gb',
+                    *('active_params', 'peak_memory_gb'),
                 )
             },
         }

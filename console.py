@@ -202,12 +202,14 @@ def _parameters_section(model: dict) -> list[str]:
         _label(name): [f'{count:,}', _percent(count, total)] for name, count in components.items()
     }
     rows['total'] = [f'{total:,}', _percent(total, total)]
-    trainable = model['trainable_params']
+    trainable, active = model['trainable_params'], model['active_params']
+    idle = [] if active == total else [_field('Active', f'{active:,} for each token')]
     frozen = [] if trainable == total else [_field('Trainable', f'{trainable:,}')]
     return [
         *_table('Component', ['parameters', 'share'], rows),
         '',
         _field('Non-embedding', f'{model["non_embedding_params"]:,}'),
+        *idle,
         *frozen,
     ]
 
@@ -523,8 +525,16 @@ def iteration_block(entry: dict, eta: float | None, no_peak: str | None) -> str:
             f'📊 Gradients: norm={_show(gradients["norm"], ".4f")} │ '
             f'mean={_show(gradients["mean"], ".2e")} │ std={_show(gradients["std"], ".2e")}'
             + ('' if scale is None else f' │ scale {scale:.10g}'),
+            *_readings(entry['readings']),
         ]
     )
+
+
+def _readings(readings: dict) -> list[str]:
+    """What components report, two lines at most for those that come with the project."""
+    texts = [f'{_label(name)}={_show(value, ".4g")}' for name, value in readings.items()]
+    rows = [texts[i : i + 3] for i in range(0, len(texts), 3)]
+    return [('🧭 ' if i == 0 else '   ') + ' │ '.join(row) for i, row in enumerate(rows)]
 
 
 def evaluation_line(entry: dict) -> str:

@@ -48,9 +48,9 @@ def layer_statistics(
             parallel.micro_step(model, last=True),
         ):
             with _probed_attention(bare, logits), autocast():
-                loss_sum, count, auxiliary_loss = model(tokens, targets)
+                loss_sum, count, auxiliary = model(tokens, targets)
             # A share of it, since the ranks' gradients are added up.
-            ((loss_sum / count + auxiliary_loss) / parallel.world_size).backward()
+            ((loss_sum / count + auxiliary.loss) / parallel.world_size).backward()
         norms = [
             parallel.norm([local(p.grad) for p in block.parameters() if p.grad is not None])
             for block in bare.blocks

@@ -4,7 +4,7 @@ config = ModelArchitectureConfig(arch_preset='llama', vocab_size=50304)
 model = build_model(config)                       # on the meta device: costs nothing
 model = build_model(config, device='cpu', seed=1337)
 logits = model(tokens)                            # (B, T) -> (B, T, V)
-loss_sum, count, auxiliary_loss = model(tokens, targets)
+loss_sum, count, auxiliary = model(tokens, targets)
 """
 
 import hashlib
@@ -16,10 +16,11 @@ import torch
 import torch.nn as nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from errors import UserError
 from model_components import (
+    Auxiliary,
     Component,
     Initial,
     OutputHead,
@@ -29,6 +30,7 @@ from model_components import (
 )
 from model_config import (
     ATTENTION_BACKEND_REGISTRY,
+    FFN_REGISTRY,
     INITIALIZATION_REGISTRY,
     NORM_POSITION_REGISTRY,
     NORM_REGISTRY,
@@ -67,8 +69,8 @@ class Transformer(nn.Module):
         """tokens (B, T) -> logits (B, T, V), or (B, 1, V) with `last_only`.
 
         With targets (B, T), -100 where there is none: the summed loss in nats, the number of
-        targets, and the auxiliary loss of blocks and head, a mean over the batch, which the
-        reported loss never includes.
+        targets, and an Auxiliary: the auxiliary loss of blocks and head, a mean over the batch,
+        which the reported loss never includes, and readings of (layers, ...).
         """
         longest = self.position_encoding.max_length
         if longest is not None and tokens.size(1) > longest:
@@ -80,14 +82,14 @@ class Transformer(nn.Module):
         prepared = self.prepare(positions)
         x = self.token_embedding(tokens)  # (B, T, C)
         x = self.dropout(self.position_encoding.embed(x, positions))
-        auxiliary_loss = 0.0
+        told = []
         for block, its_positions in zip(self.blocks, prepared):
-            x, block_loss = block(x, its_positions)
-            auxiliary_loss = auxiliary_loss + block_loss
+            x, auxiliary = block(x, its_positions)
+            told.append(auxiliary)
         if targets is None:
             return self.output_head(self.final_norm(x[:, -1:] if last_only else x))
         loss, count, head_loss = self.output_head(self.final_norm(x), targets)
-        return loss, count, auxiliary_loss + head_loss
+        return loss, count, together(told, head_loss)
 
     def prepare(self, positions: torch.Tensor) -> list[Positions]:
         """What each block is told of the positions (T,); blocks alike share one mask."""
@@ -96,6 +98,19 @@ class Transformer(nn.Module):
         needs = [block.attention.layer_needs for block in self.blocks]
         masks = {n: backend.mask(n, placed.bias, positions, positions) for n in set(needs)}
         return [placed._replace(bias=None, mask=masks[n]) for n in needs]
+
+    def report(self, means: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """What the record shows of readings that were averaged over micro-batches."""
+        return FFN_REGISTRY[self.config.ffn_type].report(means)
+
+
+def together(told: list[Auxiliary], head_loss: torch.Tensor | float) -> Auxiliary:
+    """The losses added up, and each reading stacked over the layers that have it."""
+    names = dict.fromkeys(name for auxiliary in told for name in auxiliary.readings)
+    readings = {
+        name: torch.stack([a.readings[name] for a in told if name in a.readings]) for name in names
+    }
+    return Auxiliary(sum((auxiliary.loss for auxiliary in told), head_loss), readings)
 
 
 def build_model(
@@ -207,19 +222,21 @@ def parameter_parts(model: Transformer) -> Iterator[tuple[str, str, nn.Parameter
 def count_parameters(model: Transformer) -> dict:
     """The record's `startup_info.model`: totals, and the count of each part.
 
-    `non_embedding_params` leaves out the position table, and the token table where it is not
-    also the head.
+    `active_params` are those that one token uses. `non_embedding_params` leaves out the position
+    table, and the token table where it is not also the head.
     """
     components: dict[str, int] = {}
     for _, part, parameter in parameter_parts(model):
         components[part] = components.get(part, 0) + parameter.numel()
     total = sum(parameter.numel() for parameter in model.parameters())
     assert sum(components.values()) == total, 'the parts must add up to the total'
+    idle = sum(m.inactive_params() for m in model.modules() if isinstance(m, Component))
     embedding = components.get('position_encoding', 0)
     if not model.config.weight_tying:
         embedding += components['token_embedding']
     return {
         'total_params': total,
+        'active_params': total - idle,
         'trainable_params': sum(p.numel() for p in model.parameters() if p.requires_grad),
         'non_embedding_params': total - embedding,
         'components': components,
@@ -280,16 +297,16 @@ def recomputed_flops(config: ModelArchitectureConfig, blocks: list[int]) -> int:
 class _ElementCounter(TorchDispatchMode):
     """Adds up the elements written by operations that are neither products nor mere views."""
 
-    # A product's output gets its shape by `_unsafe_view`, which writes nothing either.
-    UNCOUNTED = ('aten.mm', 'aten.bmm', 'aten.addmm', 'aten.baddbmm', 'aten._unsafe_view')
-
     def __init__(self):
         super().__init__()
         self.elements = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        if not func.is_view and not str(func).startswith(self.UNCOUNTED):
+        operation = func.overloadpacket
+        # A product's output gets its shape by `_unsafe_view`, which writes nothing either.
+        silent = operation in flop_registry or operation is torch.ops.aten._unsafe_view
+        if not func.is_view and not silent:
             outputs = result if isinstance(result, (tuple, list)) else (result,)
             self.elements += sum(o.numel() for o in outputs if isinstance(o, torch.Tensor))
         return result

@@ -10,11 +10,12 @@ from components.activations import Activation
 from components.attention import Attention, MultiHeadAttention
 from components.attention_backends import AttentionBackend, AttentionNeeds
 from components.blocks import Block
-from components.contract import Component, Initial, module_flops
+from components.contract import Auxiliary, Component, Initial, module_flops
 from components.ends import IGNORED, OutputHead, TokenEmbedding
 from components.feed_forward import FeedForward
 from components.initialization import Initialization
 from components.latent_attention import LatentAttention
+from components.mixture_of_experts import MixtureOfExperts
 from components.norms import Norm
 from components.positions import PositionEncoding, Positions
 
@@ -24,12 +25,14 @@ __all__ = [
     'Attention',
     'AttentionBackend',
     'AttentionNeeds',
+    'Auxiliary',
     'Block',
     'Component',
     'FeedForward',
     'Initial',
     'Initialization',
     'LatentAttention',
+    'MixtureOfExperts',
     'MultiHeadAttention',
     'Norm',
     'OutputHead',

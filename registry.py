@@ -58,12 +58,35 @@ class Registry:
         self._fill()
         return iter(self._components)
 
+    def where(self, fits: Callable[[type], bool], option: str, title: str) -> 'Registry':
+        """For another option: those of its components that fit, later ones included."""
+        return _Part(self, fits, option, title)
+
     def source(self, name: str) -> str:
         """The paper or program that the component comes from."""
         return self._sources[name]
 
     def _fill(self) -> None:
         importlib.import_module(self.home)
+
+
+class _Part(Registry):
+    """What fits of another registry."""
+
+    def __init__(self, whole: Registry, fits: Callable[[type], bool], option: str, title: str):
+        super().__init__(option, title, whole.home)
+        self.whole, self.fits, self._sources = whole, fits, whole._sources
+
+    def __getitem__(self, name: str) -> type:
+        if name not in self:
+            raise KeyError(name)
+        return self.whole[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.whole and self.fits(self.whole[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name in self.whole if name in self)
 
 
 def _place(component: type) -> tuple[str, str]:

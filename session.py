@@ -1,7 +1,7 @@
 """What a run consists of, once it is set up, and what follows from that."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from model_builder import Transformer
 from model_components import IGNORED
 from optimization import Updater, local
 from parallelism import SingleProcess
+from readings import Readings
 from saving import Saver
 from token_data import TokenDataset
 from training_config import Settings
@@ -41,6 +42,7 @@ class Session:
     saver: Saver
     surroundings: dict  # threads, versions and the like, to be compared on a resume
     held: dict[str, int] | None = None  # bytes on a rank, once they are measured
+    readings: Readings = field(default_factory=Readings)  # since the last logged update
 
     @property
     def tokens_per_iter(self) -> int:

@@ -240,10 +240,10 @@ class Simulation:
             handles += [block.register_forward_pre_hook(before), block.register_forward_hook(after)]
         tokens = torch.zeros((batch_size, self.block_size), dtype=torch.long)
         with hardware.autocast(CPU, self.run.dtype):
-            loss_sum, _, auxiliary_loss = self.model(tokens, tokens)
+            loss_sum, _, auxiliary = self.model(tokens, tokens)
             watch.next_segment()
         watch.next_segment(Kind.LOGITS)
-        (loss_sum / tokens.numel() + auxiliary_loss).backward()
+        (loss_sum / tokens.numel() + auxiliary.loss).backward()
         watch.next_segment()
         for handle in handles:
             handle.remove()

@@ -214,27 +214,36 @@ def update(session: Session, clock: hardware.StepClock) -> None:
         torch.manual_seed(name_seed(options.seed, f'dropout/{number}'))
         with session.parallel.micro_step(model, last=micro_step + ranks >= micro_steps):
             with session.autocast():
-                loss_sum, _, auxiliary_loss = model(*batch)
+                loss_sum, _, auxiliary = model(*batch)
             share = loss_sum / session.tokens_per_iter
-            session.updater.backward(share + auxiliary_loss / micro_steps)
+            session.updater.backward(share + auxiliary.loss / micro_steps)
         loss += share.detach()
+        session.readings.add(auxiliary.readings)
     loss = session.parallel.sum(loss)
     sums = session.updater.update(learning_rate, loss, measured=logged)
     session.update_size.end()
     progress.iter += 1
     clock.steps += 1
     if logged:
-        measured = torch.stack([loss, sums.norm, sums.total, session.updater.skipped])
-        log_update(session, clock, learning_rate, measured)
+        readings = session.bare.report(session.readings.take(session.parallel))
+        measured = [loss, sums.norm, sums.total, session.updater.skipped, *readings.values()]
+        log_update(session, clock, learning_rate, torch.stack(measured), list(readings))
 
 
 def log_update(
-    session: Session, clock: hardware.StepClock, learning_rate: float, measured: torch.Tensor
+    session: Session,
+    clock: hardware.StepClock,
+    learning_rate: float,
+    measured: torch.Tensor,
+    readings: list[str],
 ) -> None:
-    """Record the update just made. Reading `measured` is its one synchronisation."""
+    """Record the update just made. Reading `measured` is its one synchronisation.
+
+    readings: the names of its last figures, which the components report.
+    """
     session.record_held()
     memory = session.largest_memory()  # first: a rank that is lost is noticed on the host
-    loss, norm, total, skipped = measured.tolist()
+    loss, norm, total, skipped, *values = measured.tolist()
     seconds, steps = clock.take()
     iter, tokens_per_second = session.progress.iter - 1, session.tokens_per_iter / seconds
     peak = session.peak.tflops and session.peak.tflops * session.parallel.world_size
@@ -263,6 +272,7 @@ def log_update(
             'memory': memory,
             'gradients': session.updater.statistics(norm, total),
             'loss_scale': session.updater.loss_scale,
+            'readings': dict(zip(readings, values)),
         }
     )
     if stability.is_spike(loss, session.progress.recent_losses):

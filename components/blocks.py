@@ -18,8 +18,8 @@ from registry import Option
 class Block(Component, nn.Module):
     """Attention and feed-forward network around the residual stream; a layout adds its norms.
 
-    forward: x (B, T, C) and the prepared positions -> x (B, T, C) and the auxiliary loss. Dropout
-    acts on what is added to the stream, after any norm of it.
+    forward: x (B, T, C) and the prepared positions -> x (B, T, C) and what the FFN tells beside its
+    output. Dropout acts on what is added to the stream, after any norm of it.
     """
 
     # Whether the stream that leaves the last block still has to be normalised.
@@ -28,7 +28,7 @@ class Block(Component, nn.Module):
     def __init__(self, config: ModelArchitectureConfig, layer: int):
         super().__init__()
         self.attention = ATTENTION_REGISTRY[config.attention_type](config, layer)
-        self.ffn = FFN_REGISTRY[config.ffn_type](config, layer)
+        self.ffn = FFN_REGISTRY[config.ffn_type].at_layer(config, layer)
         self.dropout = nn.Dropout(config.residual_dropout)
         for name in self.norms(config):
             self.add_module(name, NORM_REGISTRY[config.normalization](config, config.n_embd))
@@ -47,8 +47,8 @@ class PreNormBlock(Block):
 
     def forward(self, x, positions):
         x = x + self.dropout(self.attention(self.attention_norm(x), positions))
-        y, auxiliary_loss = self.ffn(self.ffn_norm(x))
-        return x + self.dropout(y), auxiliary_loss
+        y, auxiliary = self.ffn(self.ffn_norm(x))
+        return x + self.dropout(y), auxiliary
 
 
 @NORM_POSITION_REGISTRY.register('post', source='Vaswani et al. 2017')
@@ -60,8 +60,8 @@ class PostNormBlock(Block):
 
     def forward(self, x, positions):
         x = self.attention_norm(x + self.dropout(self.attention(x, positions)))
-        y, auxiliary_loss = self.ffn(x)
-        return self.ffn_norm(x + self.dropout(y)), auxiliary_loss
+        y, auxiliary = self.ffn(x)
+        return self.ffn_norm(x + self.dropout(y)), auxiliary
 
 
 @NORM_POSITION_REGISTRY.register('sandwich', source='Ding et al. 2021; Gemma 2: Gemma Team 2024')
@@ -77,8 +77,8 @@ class SandwichNormBlock(Block):
     def forward(self, x, positions):
         y = self.attention(self.attention_norm(x), positions)
         x = x + self.dropout(self.attention_output_norm(y))
-        y, auxiliary_loss = self.ffn(self.ffn_norm(x))
-        return x + self.dropout(self.ffn_output_norm(y)), auxiliary_loss
+        y, auxiliary = self.ffn(self.ffn_norm(x))
+        return x + self.dropout(self.ffn_output_norm(y)), auxiliary
 
 
 @NORM_POSITION_REGISTRY.register('reordered', source='Liu et al. 2022; OLMo 2: OLMo et al. 2024')
@@ -89,8 +89,8 @@ class ReorderedNormBlock(Block):
 
     def forward(self, x, positions):
         x = x + self.dropout(self.attention_norm(self.attention(x, positions)))
-        y, auxiliary_loss = self.ffn(x)
-        return x + self.dropout(self.ffn_norm(y)), auxiliary_loss
+        y, auxiliary = self.ffn(x)
+        return x + self.dropout(self.ffn_norm(y)), auxiliary
 
 
 @NORM_POSITION_REGISTRY.register('parallel', source='Wang & Komatsuzaki 2021; Black et al. 2022')
@@ -120,5 +120,5 @@ class ParallelBlock(Block):
     def forward(self, x, positions):
         normed = self.attention_norm(x)
         attended = self.attention(normed, positions)
-        y, auxiliary_loss = self.ffn(normed if self.shared_norm else self.ffn_norm(x))
-        return x + self.dropout(attended) + self.dropout(y), auxiliary_loss
+        y, auxiliary = self.ffn(normed if self.shared_norm else self.ffn_norm(x))
+        return x + self.dropout(attended) + self.dropout(y), auxiliary

@@ -1,7 +1,7 @@
 """What every component offers, and how its parameters begin."""
 
 from collections.abc import Callable, Iterator
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -28,6 +28,16 @@ class Initial:
     @staticmethod
     def normal(std: float) -> Callable[[torch.Tensor, torch.Generator], None]:
         return lambda tensor, generator: tensor.normal_(0.0, std, generator=generator)
+
+
+class Auxiliary(NamedTuple):
+    """What a component gives beside its output."""
+
+    # Added to the loss in training and part of no reported one.
+    loss: torch.Tensor | float
+    # What it tells of itself for the record: name -> tensor, without gradient, the same names and
+    # shapes each time. Those of all layers are stacked, and averaged over micro-batches.
+    readings: dict[str, torch.Tensor]
 
 
 class Component(Configurable):
@@ -60,6 +70,10 @@ class Component(Configurable):
         The default adds up the linear layers and components inside.
         """
         return module_flops(self, seq_len, causal, self.flops_part or self.part or 'other')
+
+    def inactive_params(self) -> int:
+        """How many of its parameters, without those of components inside, a token does not use."""
+        return 0
 
     def initial_values(self) -> dict:
         """What fills each parameter that is directly its own: a function (tensor, generator).

@@ -6,13 +6,17 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from components.contract import Component
+from components.contract import Auxiliary, Component
 from model_config import ACTIVATION_REGISTRY, FFN_REGISTRY, ModelArchitectureConfig
 from registry import Option, at_least
 
 
 class FeedForward(Component, nn.Module):
-    """(B, T, C) -> (B, T, C) and an auxiliary loss (zero when dense)."""
+    """(B, T, C) -> (B, T, C), and what else there is to tell (nothing when dense).
+
+    One whose constructor takes `width` (None: d_ff) and `linear`, what makes its linear layers, can
+    be an expert of a mixture: these layers are then called with the groups of the rows, too.
+    """
 
     part = 'ffn'
     options: ClassVar = {
@@ -30,6 +34,16 @@ class FeedForward(Component, nn.Module):
             'd_ff': (cls.default_d_ff(config), f"{config.ffn_type}'s own rule"),
             'ffn_bias': (config.bias, 'bias'),
         }
+
+    @classmethod
+    def at_layer(cls, config: ModelArchitectureConfig, layer: int) -> 'FeedForward':
+        """The network of that layer; another class may be better there."""
+        return cls(config, layer)
+
+    @classmethod
+    def report(cls, means: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """What the record shows, name -> scalar, of its readings, each (layers, ...)."""
+        return {name: mean.mean() for name, mean in means.items()}
 
     def residual_weights(self) -> list[nn.Parameter]:
         return [self.down.weight]
@@ -53,11 +67,18 @@ class StandardFeedForward(FeedForward):
         ),
     }
 
-    def __init__(self, config: ModelArchitectureConfig, layer: int):
+    def __init__(
+        self,
+        config: ModelArchitectureConfig,
+        layer: int,
+        width: int | None = None,
+        linear=nn.Linear,
+    ):
         super().__init__()
-        self.up = nn.Linear(config.n_embd, config.d_ff, bias=config.ffn_bias)
+        width = width or config.d_ff
+        self.up = linear(config.n_embd, width, bias=config.ffn_bias)
         self.activation = ACTIVATION_REGISTRY[config.activation](config)
-        self.down = nn.Linear(config.d_ff, config.n_embd, bias=config.ffn_bias)
+        self.down = linear(width, config.n_embd, bias=config.ffn_bias)
 
     @classmethod
     def default_d_ff(cls, config) -> int:
@@ -67,8 +88,8 @@ class StandardFeedForward(FeedForward):
     def name_tag(cls, config: ModelArchitectureConfig) -> str:
         return ACTIVATION_REGISTRY[config.activation].name_tag(config)
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, float]:
-        return self.down(self.activation(self.up(x))), 0.0
+    def forward(self, x: torch.Tensor, *groups) -> tuple[torch.Tensor, Auxiliary]:
+        return self.down(self.activation(self.up(x, *groups)), *groups), Auxiliary(0.0, {})
 
 
 class GatedFeedForward(FeedForward):
@@ -81,10 +102,17 @@ class GatedFeedForward(FeedForward):
         ),
     }
 
-    def __init__(self, config: ModelArchitectureConfig, layer: int):
+    def __init__(
+        self,
+        config: ModelArchitectureConfig,
+        layer: int,
+        width: int | None = None,
+        linear=nn.Linear,
+    ):
         super().__init__()
-        self.gate_up = nn.Linear(config.n_embd, 2 * config.d_ff, bias=config.ffn_bias)
-        self.down = nn.Linear(config.d_ff, config.n_embd, bias=config.ffn_bias)
+        width = width or config.d_ff
+        self.gate_up = linear(config.n_embd, 2 * width, bias=config.ffn_bias)
+        self.down = linear(width, config.n_embd, bias=config.ffn_bias)
 
     @classmethod
     def default_d_ff(cls, config) -> int:
@@ -99,9 +127,9 @@ class GatedFeedForward(FeedForward):
         """What the gate's half is passed through before the product."""
         raise NotImplementedError
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, float]:
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(self.activate(gate) * up), 0.0
+    def forward(self, x: torch.Tensor, *groups) -> tuple[torch.Tensor, Auxiliary]:
+        gate, up = self.gate_up(x, *groups).chunk(2, dim=-1)
+        return self.down(self.activate(gate) * up, *groups), Auxiliary(0.0, {})
 
 
 @FFN_REGISTRY.register('swiglu', source='Shazeer 2020')
@@ -124,8 +152,14 @@ class GEGLU(GatedFeedForward):
         'geglu_tanh': Option(bool, False, "GELU's tanh approximation in GEGLU, as Gemma has it"),
     }
 
-    def __init__(self, config: ModelArchitectureConfig, layer: int):
-        super().__init__(config, layer)
+    def __init__(
+        self,
+        config: ModelArchitectureConfig,
+        layer: int,
+        width: int | None = None,
+        linear=nn.Linear,
+    ):
+        super().__init__(config, layer, width, linear)
         self.approximate = 'tanh' if config.geglu_tanh else 'none'
 
     def activate(self, gate: torch.Tensor) -> torch.Tensor:

@@ -52,6 +52,14 @@ VALUES = {
     'logit_softcap': (2.0,),
     'z_loss': (0.0, 0.1),
     'init_std': (0.02, 0.1),
+    'num_experts': (3, 4),
+    'experts_per_token': (1, 2),
+    'shared_experts': (0, 1),
+    'expert_d_ff': (24,),
+    'dense_layers': (0, 1),
+    'router_scale': (1.0, 2.5),
+    'load_balance_weight': (0.0, 0.01),
+    'router_z_loss': (0.0, 0.01),
 }
 
 

@@ -71,8 +71,8 @@ class Training:
             tokens = torch.zeros(size, dtype=torch.long)
             with self.parallel.micro_step(self.model, last=number + 1 == self.micro_steps):
                 with hardware.autocast(CPU, self.run.dtype):
-                    loss_sum, _, auxiliary_loss = self.model(tokens, tokens)
-                self.updater.backward(loss_sum / tokens.numel() + auxiliary_loss)
+                    loss_sum, _, auxiliary = self.model(tokens, tokens)
+                self.updater.backward(loss_sum / tokens.numel() + auxiliary.loss)
         self.updater.update(1e-3, loss_sum.detach(), measured=True)
 
 

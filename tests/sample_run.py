@@ -46,6 +46,7 @@ METADATA = {
 STARTUP_INFO = {
     'model': {
         'total_params': TOTAL,
+        'active_params': TOTAL,
         'trainable_params': TOTAL,
         'non_embedding_params': TOTAL - EMBEDDING,
         'components': {
@@ -165,6 +166,7 @@ def iteration(i, *, loss=3.2145, time_ms=234.0, steps=1, mfu=32.45, peak_gb=15.6
         'memory': {'allocated_gb': 12.34, 'peak_gb': peak_gb, 'reserved_gb': 16, 'rss_gb': rss_gb},
         'gradients': {'norm': 2.3456, 'mean': -1.23e-5, 'std': 3.45e-4},
         'loss_scale': None,
+        'readings': {},
     }
 
 

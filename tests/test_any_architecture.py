@@ -46,8 +46,8 @@ at_random = settings(max_examples=CASES, deadline=None, derandomize=True, databa
 def loss_and_gradients(config, tokens):
     model = lively(config)
     torch.manual_seed(3)
-    loss, count, auxiliary_loss = model(tokens, tokens.roll(-1, dims=1))
-    (loss / count + auxiliary_loss).backward()
+    loss, count, auxiliary = model(tokens, tokens.roll(-1, dims=1))
+    (loss / count + auxiliary.loss).backward()
     return (loss / count).detach(), gradients(model)
 
 
@@ -107,10 +107,8 @@ def test_flops_of_a_step_equal_the_counter_on_the_meta_device(chosen):
     config = tiny(**chosen).replace(sliding_window=None)  # the counter takes it for the square
     tokens = torch.empty((3, config.block_size), dtype=torch.long, device='meta')
     with FlopCounterMode(display=False) as counter:
-        loss, _, auxiliary_loss = build_model(config.replace(attention_backend='manual'))(
-            tokens, tokens
-        )
-        (loss + auxiliary_loss).backward()
+        loss, _, auxiliary = build_model(config.replace(attention_backend='manual'))(tokens, tokens)
+        (loss + auxiliary.loss).backward()
     flops = training_flops(build_model(config))
     assert flops['per_token'] == counter.get_total_flops() / tokens.numel()
     assert flops['per_token'] == sum(flops['breakdown'].values())

@@ -195,6 +195,17 @@ def test_cost_shows_the_figures_of_the_record(compared):
     }
 
 
+def test_active_parameters_are_shown_where_they_are_fewer_than_all(compared):
+    dense, sparse = make_record(1), make_record(2)
+    dense['startup_info']['model']['active_params'] = 123_550_464
+    sparse['startup_info']['model'] |= {'total_params': 300_000_000, 'active_params': 98_765_432}
+    shown = rows(compared(dense, sparse), 'COST')
+    assert {row['params']: row['active'] for row in shown} == {
+        '123.55M': '123.55M',
+        '300.00M': '98.77M',
+    }
+
+
 def test_unknown_figures_are_dashes(compared):
     record = make_record(1, loss=None)
     record['startup_info'] = dict.fromkeys(record['startup_info'])

@@ -129,6 +129,17 @@ def test_recomputation_and_loss_scale_are_shown_where_there_are_any(style, hfu, 
     assert re.findall(r'hfu [\d.]+%|scale [\d.]+', text) == expected
 
 
+def test_what_components_report_ends_the_block():
+    shown_on = console_on(style='block')
+    shown_on.iteration(iteration(5))
+    dense = shown(shown_on)
+    readings = {'busiest_expert': 1.23456, 'idle_experts': 0.0, 'router_z_loss': None, 'd': 4e-5}
+    shown_on.iteration({**iteration(5), 'readings': readings})
+    added = shown(shown_on).removeprefix(dense.rstrip('\n')).strip().splitlines()
+    assert re.split(' [|│] ', added[0])[-2:] == ['Idle Experts=0', 'Router Z Loss=n/a']
+    assert 'Busiest Expert=1.235' in added[0] and added[1].strip() == 'D=4e-05'
+
+
 @pytest.mark.parametrize('style', ['block', 'line'])
 def test_diagnostics_follow_the_evaluation(style):
     shown_on, entry = console_on(style=style), evaluation(10)

@@ -8,6 +8,7 @@ from registry import Configurable, Registry
 
 MLA = {'attention_type': 'mla'}
 ROPE = {'position_encoding': 'rope'}
+MOE = {'ffn_type': 'moe'}
 # The options, and words that the sentence must have: keys, values, what is allowed, what to type.
 # At the sizes of the default, 12 heads in a width of 768, unless they are given.
 ILLEGAL = [
@@ -44,6 +45,11 @@ ILLEGAL = [
         {'position_encoding': 't5_relative', 't5_buckets': 64, 't5_max_distance': 32},
         ['t5_max_distance=32', 't5_buckets=64', '--t5_max_distance=256'],
     ),
+    ({**MOE, 'experts_per_token': 9}, ['num_experts=8', '--experts_per_token=8']),
+    ({**MOE, 'experts_per_token': 1}, ['router_normalize=True', '--router_normalize=False']),
+    ({**MOE, 'dense_layers': 12}, ['dense_layers=12', 'n_layer=12', "ffn_type='swiglu'"]),
+    ({**MOE, 'n_embd': 12, 'd_ff': 32}, ['n_embd=12', 'multiple of 8', '--n_embd=16']),
+    ({**MOE, 'expert_d_ff': 20}, ['expert_d_ff=20', 'multiple of 8', '--expert_d_ff=24']),
     ({'activation': 'geglu', 'ffn_type': 'swiglu'}, ["ffn_type='geglu'", "ffn_type='swiglu'"]),
 ]
 

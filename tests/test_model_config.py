@@ -110,6 +110,15 @@ NUMBERS = {
     'attention_softcap': 0.001,
     'sliding_window': 3,
     'attention_pattern': 'LG',
+    'num_experts': 4,
+    'experts_per_token': 3,
+    'shared_experts': 2,
+    'expert_d_ff': 24,
+    'dense_layers': 0,
+    'router_score': 'sigmoid',
+    'router_scale': 2.0,
+    'load_balance_weight': 0.5,
+    'router_z_loss': 0.5,
 }
 # What must be set along with a value for it to be legal.
 COMPANIONS = {
@@ -124,6 +133,7 @@ BASES = {
     'hybrid, windowed': {'sliding_window': 4, 'attention_backend': 'manual'},
     'llama, latent': {'attention_type': 'mla'},
     'llama, normed queries': {'qk_norm': 'rmsnorm'},
+    'llama, moe': {'ffn_type': 'moe', 'shared_experts': 1, 'dense_layers': 1},
 }
 
 
@@ -158,9 +168,9 @@ def model_and_behaviour(config):
     torch.manual_seed(2)
     with torch.no_grad():
         logits = model.train()(tokens)
-        _, _, auxiliary_loss = model(tokens, tokens)
+        _, _, auxiliary = model(tokens, tokens)
     attend = model.blocks[0].attention.attend
-    outputs = logits.tolist(), float(auxiliary_loss)
+    outputs = logits.tolist(), float(auxiliary.loss)
     return shapes, parameters, attend, outputs, training_flops(model)['per_token']
 
 

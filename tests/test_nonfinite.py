@@ -41,11 +41,11 @@ def broken_data(monkeypatch):
             number = asked[-1] if model.training else 0
             if number % SEQUENCES == 0 or not is_bad(number // SEQUENCES):
                 return None
-            loss_sum, count, auxiliary_loss = output
+            loss_sum, count, auxiliary = output
             if kind == 'gradient':
                 loss_sum.register_hook(lambda gradient: gradient * math.inf)
                 return None
-            return loss_sum * (math.nan if kind == 'loss' else 100.0), count, auxiliary_loss
+            return loss_sum * (math.nan if kind == 'loss' else 100.0), count, auxiliary
 
         def build_damaged(*arguments):
             model = build(*arguments)

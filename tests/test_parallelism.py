@@ -74,10 +74,17 @@ CASES = {
     'dropout': {**TEN, 'dropout': 0.1},
     'bfloat16': {**TEN, 'dtype': 'bfloat16'},
     'float16': {**TEN, 'dtype': 'float16'},
+    # Its stacks of three are divided unevenly, and a layer's readings add up over ranks.
+    'mixture': {
+        **TEN,
+        **{'ffn_type': 'moe', 'num_experts': 3, 'experts_per_token': 1, 'dense_layers': 1},
+        **{'router_normalize': False, 'shared_experts': 1, 'log_interval': 3},
+    },
     'diagnostics': {**GPT2, 'max_iters': 4, 'eval_interval': 2, 'diagnostics': True},
 }
 BESIDE = {'async_save': True}
 RECOMPUTED = {**CASES['dropout'], 'activation_checkpointing': 'full'}
+MIXTURE_RECOMPUTED = {**CASES['mixture'], 'activation_checkpointing': 'full'}
 COMPILED = {**GPT2, 'max_iters': 3, 'eval_interval': 3, 'compile': True}
 
 # (ranks, options, what the message says)
@@ -145,6 +152,7 @@ def planned() -> list[tuple[int, list[dict]]]:
     for name, options in STRATEGIES.items():
         two += [
             run(f'{name} recomputed', RECOMPUTED, options),
+            run(f'{name} mixture recomputed', MIXTURE_RECOMPUTED, options),
             run(f'{name} compiled', COMPILED, options),
             run(f'{name} lost_loss', FEW, {'on_nonfinite': 'skip'}, options, special='lost_loss'),
             run(f'{name} overflow', FEW, {'dtype': 'float16'}, options, special='overflow'),
@@ -365,6 +373,19 @@ def test_compiled_blocks_are_the_same_blocks(left, strategy):
         pytest.skip('there is no compiler')
     assert all(rank['compiled_frames'] > 0 for rank in run.ranks)
     assert difference(run.curve('loss'), left('single gpt2').curve('loss')[:3]) < 1e-5
+
+
+@pytest.mark.parametrize('how', ['mixture', 'mixture recomputed'])
+@pytest.mark.parametrize('strategy', STRATEGIES)
+def test_a_mixture_of_experts_is_divided_like_any_network(left, strategy, how):
+    run, reference = left(f'{strategy} {how}'), left('single mixture')
+    assert max(differences(run, reference).values()) < 1e-5
+    entries = run.record['training_iterations'], reference.record['training_iterations']
+    readings = [[entry['readings'] for entry in each] for each in entries]
+    assert [entry['iter'] for entry in entries[0]] == [0, 3, 6, 9]
+    for mine, theirs in zip(*readings, strict=True):
+        assert len(theirs) == 6 and mine == pytest.approx(theirs, rel=1e-5)
+    assert any(reading['busiest_expert'] > 1 for reading in readings[1])
 
 
 @pytest.mark.parametrize('strategy', STRATEGIES)

@@ -217,3 +217,17 @@ def test_resolved_values_survive_copying(copied):
     config = FrozenConfig({'width': 8}, {'width': 'default'})
     again = copied(config)
     assert again.to_dict() == config.to_dict() and again.origins == config.origins
+
+
+def test_a_part_of_a_registry_has_what_fits_of_it_later_ones_included():
+    whole = Registry('colour', 'Colour', home='registry')
+    whole.register('red')(type('Red', (), {'warm': True}))
+    part = whole.where(lambda component: component.warm, 'light', 'Light')
+    whole.register('blue', source='The sky')(type('Blue', (), {'warm': False}))
+    whole.register('amber', source='Trees')(type('Amber', (), {'warm': True}))
+    assert list(part) == ['red', 'amber'] and 'blue' in whole and 'blue' not in part
+    assert part['amber'] is whole['amber'] and part.source('amber') == 'Trees'
+    with pytest.raises(KeyError):
+        part['blue']
+    with pytest.raises(UserError, match="light takes one of 'red', 'amber'"):
+        Option(str, 'red', 'A light', choices=part).accept('light', 'blue')
