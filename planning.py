@@ -408,7 +408,8 @@ def _advice(settings: Settings, memory: Memory, limit: float) -> Iterator[str]:
     if asked != 'full':
         options = '--activation_checkpointing=full'
         yield tried(options, run.batch_size, 'full', ranks)
-        if found := smaller('full'):
+        alone = leanest(run.batch_size, 'full', ranks)[0] <= limit
+        if not alone and (found := smaller('full')):
             yield tried(f'{options} {found[0]}', found[1], 'full', ranks)
     for more in (ranks * 2**power for power in range(1, 12)):
         if memory.total(FSDP(memory.sizes, run, more), run.batch_size) <= limit:
