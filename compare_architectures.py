@@ -43,7 +43,7 @@ from judgement import (
     pareto_front,
     stability,
 )
-from training_logger import find_records, read_record
+from training_logger import find_records, read_outline
 
 SAME_BUDGET = 0.01  # budgets that differ by less are equal
 
@@ -245,7 +245,7 @@ def load(paths: Sequence[Path], latest: int | None = None) -> tuple[list[Run], l
     runs, skipped = [], []
     for path in distinct.values():
         try:
-            runs.append(run_of(read_record(path), path))
+            runs.append(run_of(read_outline(path), path))
         except UserError as error:
             reason = ' '.join(str(error).split())
             skipped.append(reason if str(path) in reason else f'{path}: {reason}')

@@ -7,7 +7,7 @@ import statistics
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import combinations, pairwise
+from itertools import combinations
 from typing import Any, NamedTuple
 
 from evidence import (
@@ -272,26 +272,17 @@ class Stability(NamedTuple):
     spikes: int
     nonfinite: int
     rollbacks: int
-    # The gradient norm's mean over the last quarter of the log against that over the second: the
-    # first has the warm-up in it. None: too short a log.
-    gradient_growth: float | None
+    gradient_growth: float | None  # the norm late against early; None: too short a log
 
 
 def stability(record: dict) -> Stability:
     """Of one record."""
     summary, events = record['summary'], record['events']
-    norms = [(entry.get('gradients') or {}).get('norm') for entry in record['training_iterations']]
-    norms = [norm for norm in norms if norm is not None]
-    quarter = len(norms) // 4
-    growth = None
-    if quarter >= 2:
-        early, late = norms[quarter : 2 * quarter], norms[-quarter:]
-        growth = statistics.fmean(late) / statistics.fmean(early) if any(early) else None
     return Stability(
         spikes=summary.get('loss_spikes') or 0,
         nonfinite=summary.get('nonfinite_updates') or 0,
         rollbacks=sum(event.get('event') == 'rollback' for event in events),
-        gradient_growth=growth,
+        gradient_growth=summary.get('gradient_growth'),
     )
 
 
@@ -302,7 +293,6 @@ def curve_of(record: dict) -> list[CurvePoint]:
         record['startup_info'].get('flops') or {},
     )
     tokens_per_iter, per_token = data.get('tokens_per_iter'), flops.get('per_token')
-    spent = _seconds_by_iter(record['training_iterations'])
     points = []
     for entry in record['eval_steps']:
         if entry['iter'] > 0 and entry['val_loss'] is not None:
@@ -312,19 +302,8 @@ def curve_of(record: dict) -> list[CurvePoint]:
                     iter=entry['iter'],
                     tokens=tokens,
                     flops=tokens and per_token and tokens * per_token,
-                    seconds=loss_at(spent, entry['iter']) if spent else None,
+                    seconds=entry.get('train_seconds'),
                     loss=entry['val_loss'],
                 )
             )
     return sorted(points)
-
-
-def _seconds_by_iter(iterations: Sequence[dict]) -> list[tuple[float, float]]:
-    """(updates made, seconds of training until then), evaluations and checkpoints left out."""
-    points, seconds = [(0.0, 0.0)], 0.0
-    for entry in iterations:
-        if entry.get('time_ms') is None:
-            return []
-        seconds += entry['time_ms'] * (entry.get('steps') or 1) / 1000
-        points.append((entry['iter'] + 1.0, seconds))
-    return points if all(a[0] < b[0] for a, b in pairwise(points)) else []

@@ -16,6 +16,7 @@ import math
 import os
 import re
 import time
+from bisect import bisect_left
 from collections.abc import Iterable
 from datetime import datetime
 from pathlib import Path
@@ -165,6 +166,41 @@ def read_record(path) -> dict:
         ) from error
 
 
+def read_outline(path) -> dict:
+    """The document without `training_iterations`, which are most of it and take longest to read.
+
+    Of a run that has ended, in a folder, only record.json is read. Raises UserError.
+    """
+    path = Path(path)
+    record = path / RECORD
+    if path.is_dir() and record.is_file() and (end := _last_line(path / JOURNAL)) is not None:
+        try:
+            document = _checked(json.loads(_without_iterations(_read(record))))
+            if all(end[key] == document[key] for key in ('status', 'end_time')):
+                return document
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            pass  # the journal says it all
+    return {**read_record(path), 'training_iterations': []}
+
+
+def _last_line(journal: Path) -> dict | None:
+    """The `end` line of a journal that closes with one."""
+    try:
+        with open(journal, 'rb') as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 16384))
+            line = json.loads(file.read().rstrip().rpartition(b'\n')[2])
+    except (OSError, ValueError):
+        return None
+    return line if isinstance(line, dict) and line.get('kind') == 'end' else None
+
+
+def _without_iterations(data: bytes) -> bytes:
+    """The text of a record.json with an empty list in place of its longest one."""
+    head, found, rest = data.partition(b'\n "training_iterations": [\n')
+    _, closed, tail = rest.partition(b'\n ]')
+    return head + found.rstrip() + b']' + tail if found and closed else data
+
+
 def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
@@ -257,9 +293,45 @@ def assemble(lines: Iterable[dict]) -> dict:
     for key, kind in LISTS.items():
         entries = lists[kind]
         document[key] = [entries[i] for i in (entries if kind == 'event' else sorted(entries))]
+    _note_training_time(document)
     document['summary'] = _summary(document, wall_seconds)
     order = ['schema_version', 'run_name', 'start_time', 'end_time', 'status', *OBJECTS[:-1]]
     return {key: document[key] for key in [*order, *LISTS, 'summary']}
+
+
+def _note_training_time(document: dict) -> None:
+    """Give each evaluation the seconds that the updates before it took, as far as they are logged.
+
+    A log entry stands for its `steps` updates up to and with its own.
+    """
+    ends, totals = [0], [0.0]  # after so many updates, so many seconds
+    for entry in document['training_iterations']:
+        begin = max(ends[-1], entry['iter'] + 1 - entry['steps'])
+        for end, milliseconds in ((begin, 0.0), (entry['iter'] + 1, entry['time_ms'])):
+            totals.append(totals[-1] + (end - ends[-1]) * (milliseconds or 0.0) / 1000)
+            ends.append(end)
+    for entry in document['eval_steps']:
+        place = bisect_left(ends, entry['iter'])
+        if place == len(ends):
+            entry['train_seconds'] = None
+            continue
+        beyond, width = ends[place] - entry['iter'], ends[place] - ends[max(place - 1, 0)]
+        part = (totals[place] - totals[max(place - 1, 0)]) * beyond / width if beyond else 0.0
+        entry['train_seconds'] = round(totals[place] - part, 6)
+
+
+def _gradient_growth(iterations: list[dict]) -> float | None:
+    """The gradient norm's mean over the last quarter of the log against that over the second.
+
+    The first has the warm-up in it. None: too short a log.
+    """
+    norms = [(entry.get('gradients') or {}).get('norm') for entry in iterations]
+    norms = [norm for norm in norms if norm is not None]
+    quarter = len(norms) // 4
+    if quarter < 2:
+        return None
+    early, late = sum(norms[quarter : 2 * quarter]), sum(norms[-quarter:])
+    return late / early if early else None
 
 
 def _take_back(lists: dict, k: int) -> None:
@@ -305,6 +377,7 @@ def _summary(document: dict, wall_seconds: float) -> dict:
         # A loss that is logged as not finite is an event of this kind too, but counts no updates.
         'nonfinite_updates': sum(e.get('count', 0) for e in events if e['event'] == 'nonfinite'),
         'loss_spikes': sum(event['event'] == 'loss_spike' for event in events),
+        'gradient_growth': _gradient_growth(iterations),
     }
 
 

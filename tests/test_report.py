@@ -32,10 +32,7 @@ def folder(tmp_path):
             ]
             for entry in record['eval_steps']:
                 entry |= {'train_loss': 3.0, 'val_bits_per_byte': 1.0}
-            record['training_iterations'] = [
-                {'iter': i, 'time_ms': 100.0, 'steps': 1, 'gradients': {'norm': 1.0}}
-                for i in range(100)
-            ]
+                entry['train_seconds'] = 0.1 * entry['iter']
             record['summary']['total_flops'] = 1e15 * (1 + n)
             point = f'runs/{n}/seed={seed}'
             run = tmp_path / 'out' / point / record['run_name']

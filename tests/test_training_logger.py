@@ -4,6 +4,7 @@ import io
 import itertools
 import json
 import os
+import random
 import re
 import signal
 import statistics
@@ -32,7 +33,14 @@ from sample_run import (
 
 import training_logger
 from errors import UserError
-from training_logger import TrainingLogger, assemble, find_records, latest_run, new_run_folder
+from training_logger import (
+    TrainingLogger,
+    assemble,
+    find_records,
+    latest_run,
+    new_run_folder,
+    read_outline,
+)
 from training_logger import read_record as read
 
 ROOT = Path(__file__).parent.parent
@@ -273,6 +281,7 @@ def test_summary_figures(folder):
         'peak_memory_gb': 30.0,
         'nonfinite_updates': 0,
         'loss_spikes': 1,
+        'gradient_growth': None,  # too short a log
     }
 
 
@@ -288,6 +297,55 @@ def test_wall_time_counts_processes_and_not_what_lies_between():
     assert assemble(lines)['summary']['wall_seconds'] == 37.0
     document = assemble(lines)
     assert assemble(lines) == document, 'assembling must leave the lines as they are'
+
+
+@pytest.mark.parametrize('interval', [1, 4, 7])
+def test_evaluations_know_the_seconds_of_the_updates_before_them(interval):
+    draw = random.Random(interval)
+    durations = [draw.uniform(50, 150) for _ in range(30)]
+    shared = {'config': CONFIG, 'metadata': METADATA, 'startup_info': STARTUP_INFO}
+    start = {'run_name': 'r', 'start_time': 't', 'architecture': ARCHITECTURE, **shared}
+    lines = [{'kind': 'start', 'time': 0.0, **start}]
+    for last in range(interval - 1, 30, interval):
+        mean = statistics.fmean(durations[last + 1 - interval : last + 1])
+        entry = {**iteration(last), 'time_ms': mean, 'steps': interval}
+        entry['gradients'] = {'norm': 1.0 if last < 15 else 3.0, 'mean': 0.0, 'std': 0.0}
+        lines.append({'kind': 'iteration', 'time': 1.0, **entry})
+        # Within what one log entry stands for, every update took the same.
+        durations[last + 1 - interval : last + 1] = [mean] * interval
+    logged = 30 // interval * interval
+    lines += [{'kind': 'evaluation', 'time': 2.0, **evaluation(i)} for i in (0, 5, 16, logged, 30)]
+    document = assemble(lines)
+    for entry in document['eval_steps']:
+        known = entry['iter'] <= logged
+        expected = pytest.approx(sum(durations[: entry['iter']]) / 1000) if known else None
+        assert entry['train_seconds'] == expected
+    norms = [e['gradients']['norm'] for e in document['training_iterations']]
+    if interval == 1:
+        late, early = statistics.fmean(norms[-7:]), statistics.fmean(norms[7:14])
+        assert document['summary']['gradient_growth'] == pytest.approx(late / early)
+
+
+def test_the_outline_of_a_record_is_the_record_without_its_iterations(folder):
+    logger = started(folder)
+    logger.iteration(iteration(0))
+    logger.evaluation(evaluation(1))
+
+    def outline():
+        return {**read(folder), 'training_iterations': []}
+
+    assert read_outline(folder) == outline()  # while it runs
+    logger.finish()
+    assert read_outline(folder) == outline()
+    record = folder / 'record.json'
+    text = record.read_text()
+    # What has ended is read from record.json alone; one that is not of this end is not believed.
+    record.write_text(text.replace('"val_loss": 4', '"val_loss": 3'))
+    assert read_outline(folder)['eval_steps'] != outline()['eval_steps']
+    record.write_text(text.replace('finished', 'interrupted'))
+    assert read_outline(folder) == outline()
+    record.write_text('{')
+    assert read_outline(folder) == outline()
 
 
 def test_what_nothing_tells_is_null(folder):
@@ -674,7 +732,8 @@ def test_whoever_reads_the_record_while_it_is_replaced_sees_a_whole_one(folder, 
     with open(folder / 'record.json') as reader:
         logger.evaluation(evaluation(0))
         assert json.load(reader)['eval_steps'] == []
-    assert read(folder / 'record.json')['eval_steps'] == [evaluation(0)]
+    entry = {**evaluation(0), 'train_seconds': 0.0}
+    assert read(folder / 'record.json')['eval_steps'] == [entry]
 
 
 # --- reading --------------------------------------------------------------------------------------
