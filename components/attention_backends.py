@@ -32,9 +32,13 @@ class AttentionNeeds:
 
     def visible(self, q_positions: torch.Tensor, k_positions: torch.Tensor) -> torch.Tensor:
         """Whether queries at those positions may look at keys at those; the shapes broadcast."""
-        distance = q_positions - k_positions
-        seen = distance >= 0
-        return seen if self.window is None else seen & (distance < self.window)
+        return is_visible(q_positions - k_positions, self.window)
+
+
+def is_visible(distance: torch.Tensor, window: int | None) -> torch.Tensor:
+    """Whether a query may look so far back."""
+    past = distance >= 0
+    return past if window is None else past & (distance < window)
 
 
 class AttentionBackend(Component):
@@ -180,8 +184,10 @@ class FlexAttention(AttentionBackend):
 
     @staticmethod
     def mask(needs, bias, q_positions, k_positions):
+        window = needs.window  # torch.compile would tell layers apart by whose `needs` these are
+
         def visible(batch, head, query, key):
-            return needs.visible(q_positions[query], k_positions[key])
+            return is_visible(q_positions[query] - k_positions[key], window)
 
         lengths = len(q_positions), len(k_positions)
         return create_block_mask(visible, None, None, *lengths, device=q_positions.device), bias

@@ -147,6 +147,7 @@ def test_the_name_follows_exactly_the_choices_that_have_a_tag(registry):
 
 @torch.no_grad()  # flex has no backward pass on a CPU
 @pytest.mark.parametrize('chosen', covering()[::16], ids=label)
+@torch.no_grad()
 def test_blocks_are_one_graph_each_kind_and_compute_the_same(chosen):
     """Compiled whole, without a break, and alike layers share their graph."""
     config = tiny(**chosen).replace(n_layer=4, init_std=0.02)
