@@ -163,7 +163,9 @@ def test_blocks_are_one_graph_each_kind_and_compute_the_same(chosen):
     for block in model.blocks:
         block.compile(fullgraph=True, backend=count)
     torch.testing.assert_close(model(tokens), expected)
-    kinds = len(set(config.to_dict().get('attention_pattern', 'L')))
+    values = config.to_dict()
+    widths, networks = set(values.get('attention_pattern', 'L')), {values.get('dense_layers', 0), 0}
     # flex makes its mask a function of each layer's own, and so a graph for each.
-    assert len(graphs) <= (config.n_layer if config.attention_backend == 'flex' else kinds)
+    flex = config.attention_backend == 'flex'
+    assert len(graphs) <= (config.n_layer if flex else len(widths) * len(networks))
     torch.compiler.reset()
