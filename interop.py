@@ -8,6 +8,7 @@ with weights_only=True. No code of theirs is run.
 """
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -72,14 +73,19 @@ class Source:
             name: (*weight_of(self.family, name, config), parameter.shape)
             for name, parameter in build_model(config).named_parameters()
         }
-        used = {theirs for _, names, _ in wanted.values() for theirs in names}
+        used = {theirs for _, names, _, _ in wanted.values() for theirs in names}
+        zeros = {
+            beside
+            for _, _, beside, _ in wanted.values()
+            if beside in self.tensors and not self.tensors[beside]().any()
+        }
         head = self.family.weights['output_head.projection.weight'].theirs
         tied = head if config.weight_tying else ()
         found = {self._name_here(theirs): theirs for theirs in used}
         left = [
             name
-            for name in self.tensors
-            if name not in found and name not in tied and not re.search(self.family.ignored, name)
+            for name in self.tensors.keys() - found.keys() - zeros - set(tied)
+            if not re.search(self.family.ignored, name)
         ]
         missing = [theirs for name, theirs in found.items() if name not in self.tensors]
         if missing or left:
@@ -88,10 +94,10 @@ class Source:
                 *(
                     f'{self.name} has a tensor {name!r} that {self.family.architecture} of its '
                     f'config has no place for.'
-                    for name in left[:3]
+                    for name in sorted(left)[:3]
                 ),
             )
-        for name, (weight, names, shape) in wanted.items():
+        for name, (weight, names, _, shape) in wanted.items():
             tensors = [self.tensors[self._name_here(theirs)]() for theirs in names]
             try:
                 tensor = weight.read(tensors, config)
@@ -112,14 +118,16 @@ class Source:
 
 def weight_of(
     family: Family, name: str, config: ModelArchitectureConfig
-) -> tuple[Weight, list[str]]:
-    """What a parameter of ours is made of, and the names of that.
+) -> tuple[Weight, list[str], str | None]:
+    """What a parameter of ours is made of, the names of that, and of zeros beside it.
 
     Raises KeyError where the family has no such thing.
     """
     layer = re.match(r'blocks\.(\d+)\.', name)
     weight = family.weights[re.sub(r'^blocks\.\d+\.', 'blocks.{layer}.', name)]
-    return weight, weight.names(layer and layer[1], config)
+    number = layer and layer[1]
+    zeros = weight.zeros and weight.zeros.format(layer=number)
+    return weight, weight.names(number, config), zeros
 
 
 # --------------------------------------------------------------------------------------------------
@@ -343,8 +351,15 @@ def _lost(family: Family, fields: dict, config: ModelArchitectureConfig) -> list
         back = function_of(ModelArchitectureConfig(**{'arch_preset': 'custom', **read}))
     except UserError:  # what is left out makes it illegal
         back = read
-    lost = [key for key, value in function_of(config).items() if back.get(key) != value]
+    lost = [key for key, value in function_of(config).items() if not _equal(back.get(key), value)]
     return [key for key in lost if key not in {*HARMLESS, *of_training()}]
+
+
+def _equal(one, other) -> bool:
+    """Whether values are the same, but for the rounding of a formula."""
+    if isinstance(one, float) and isinstance(other, float):
+        return math.isclose(one, other, rel_tol=1e-12)
+    return one == other
 
 
 def export(config: ModelArchitectureConfig, weights: dict[str, torch.Tensor], folder: Path) -> None:
@@ -356,8 +371,10 @@ def export(config: ModelArchitectureConfig, weights: dict[str, torch.Tensor], fo
     family, fields = expressed_as(config)
     tensors = {}
     for name, tensor in weights.items():
-        weight, names = weight_of(family, name, config)
+        weight, names, zeros = weight_of(family, name, config)
         tensors.update(zip(names, weight.write(tensor.detach(), config)))
+        if zeros:
+            tensors[zeros] = tensor.new_zeros(len(tensor))
     (dtype,) = {str(tensor.dtype).removeprefix('torch.') for tensor in weights.values()}
     header = {
         'architectures': [family.architecture],

@@ -190,8 +190,39 @@ PRESETS = {
         'weight_tying': False,
         'dropout': 0.0,
     },
+    # Jiang et al. 2024: `mistral` without the window, and 2 of 8 experts a token, each half as wide
+    # as its FFN, so that as many parameters are active.
+    'mixtral': {
+        **_LLAMA,
+        'rope_theta': 1e6,
+        'use_gqa': True,
+        'num_kv_heads': lambda values: shared_heads(values, 4),
+        'ffn_type': 'moe',
+        'expert_ffn': 'swiglu',
+        'num_experts': 8,
+        'experts_per_token': 2,
+        'expert_d_ff': lambda values: 8 * max(1, round(7 * values['n_embd'] / 32)),
+    },
+    # DeepSeek-AI 2024, DeepSeek-V2-Lite's ratios: latent attention; after a first dense layer, 6 of
+    # many small experts and 2 shared ones a token, together as wide as `llama`'s FFN. Half as many
+    # experts as there (64).
+    'deepseek': {
+        **_LLAMA,
+        'norm_eps': 1e-6,
+        'attention_type': 'mla',
+        'kv_lora_rank': lambda values: max(1, values['n_embd'] // 4),
+        'ffn_type': 'moe',
+        'expert_ffn': 'swiglu',
+        'num_experts': 32,
+        'experts_per_token': 6,
+        'shared_experts': 2,
+        'expert_d_ff': lambda values: 8 * max(1, round(values['n_embd'] / 24)),
+        'dense_layers': 1,
+        'router_normalize': False,
+        'load_balance_weight': 0.001,
+    },
     # Keller Jordan et al. 2024, modded-nanogpt: squared ReLU, normalised queries and keys, capped
-    # logits. Its optimizer is in config/arch_speedrun.py.
+    # logits.
     'speedrun': {
         'normalization': 'rmsnorm',
         'position_encoding': 'rope',

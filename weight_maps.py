@@ -6,6 +6,7 @@ is made of, both ways: `interop` imports and exports by the same tables. `{layer
 for the number of the layer.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -245,7 +246,8 @@ class Weight:
     theirs: their names, one below the other in ours; with `{expert}` in them those of one expert
     in a stack of all. rows: how many of our rows each has; None: all the same. transposed: theirs
     are (in, out). order: our row i is their row order[i]. plus: ours = theirs + plus. fit: what is
-    done to a table of another length, on the way in.
+    done to a table of another length, on the way in. named: `theirs`, where it depends.
+    zeros: a vector of theirs beside it, a number for each row, that is nothing but zeros here.
     """
 
     theirs: tuple[str, ...]
@@ -254,11 +256,14 @@ class Weight:
     order: Callable[[ModelArchitectureConfig], torch.Tensor] | None = None
     plus: float = 0.0
     fit: Callable[[torch.Tensor, ModelArchitectureConfig], torch.Tensor] | None = None
+    named: Callable[[ModelArchitectureConfig], tuple[str, ...]] | None = None
+    zeros: str | None = None
 
     def names(self, layer: str | None, config: ModelArchitectureConfig) -> list[str]:
         """Their names in that layer, in the order of `read` and `write`."""
         experts = range(config.num_experts) if self.of_experts else (0,)
-        return [name.format(layer=layer, expert=e) for e in experts for name in self.theirs]
+        theirs = self.named(config) if self.named else self.theirs
+        return [name.format(layer=layer, expert=e) for e in experts for name in theirs]
 
     @property
     def of_experts(self) -> bool:
@@ -708,7 +713,218 @@ GPT_NEOX = Family(
     ignored=r'\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)$',
 )
 
+_MIXTRAL_MOE = _LAYER + 'block_sparse_moe.'
+MIXTRAL = Family(
+    name='mixtral',
+    architecture='MixtralForCausalLM',
+    prefix='model.',
+    entries=(
+        *llama_like(block_size=4096 * 32, norm_eps=1e-5),
+        same('expert_d_ff', 'intermediate_size'),
+        same('head_dim', 'head_dim', None),
+        same('sliding_window', 'sliding_window', None),
+        same('num_experts', 'num_local_experts', 8),
+        same('experts_per_token', 'num_experts_per_tok', 2),
+        same('expert_ffn', 'hidden_act', 'silu', {'silu': 'swiglu'}),
+        same('weight_tying', 'tie_word_embeddings', False),
+        ours_is(ffn_type='moe', router_score='softmax', router_normalize=True),
+        kv_heads(8),
+        rope(default_theta=1e6),
+    ),
+    weights=_ENDS
+    | _PRE_NORMS
+    | _ATTENTION
+    | {
+        'blocks.{layer}.ffn.router.weight': one(_MIXTRAL_MOE + 'gate.weight'),
+        'blocks.{layer}.ffn.experts.gate_up.weight': Weight(
+            tuple(f'{_MIXTRAL_MOE}experts.{{expert}}.{name}.weight' for name in ('w1', 'w3'))
+        ),
+        'blocks.{layer}.ffn.experts.down.weight': one(_MIXTRAL_MOE + 'experts.{expert}.w2.weight'),
+    },
+)
+
+
+def _turned_pairs(columns: int) -> torch.Tensor:
+    """DeepSeek turns columns 2i and 2i + 1 by one angle; ours are i and i + columns / 2."""
+    return torch.arange(columns).view(-1, 2).T.flatten()
+
+
+def _query_rows(config: ModelArchitectureConfig) -> torch.Tensor:
+    own = torch.arange(config.qk_nope_head_dim)
+    head = torch.cat((own, len(own) + _turned_pairs(config.qk_rope_head_dim)))
+    return (torch.arange(config.n_head)[:, None] * len(head) + head).flatten()
+
+
+def _latent_rows(config: ModelArchitectureConfig) -> torch.Tensor:
+    latent = torch.arange(config.kv_lora_rank)
+    return torch.cat((latent, len(latent) + _turned_pairs(config.qk_rope_head_dim)))
+
+
+def _query_name(config: ModelArchitectureConfig) -> tuple[str, ...]:
+    return _projections('self_attn', 'q' if config.q_lora_rank is None else 'q_b')
+
+
+def _yarn_factor(fields: dict, key: str) -> float:
+    return 0.1 * fields[key] * math.log(fields['factor']) + 1.0
+
+
+def deepseek_rope() -> Entry:
+    """As `rope`, with YaRN's factors as DeepSeek has them: one of them scales the scores."""
+    plain = rope()
+
+    def read(fields: dict, problems: list[str]) -> dict:
+        given = dict(fields.get('rope_parameters') or fields.get('rope_scaling') or {})
+        factors = {key: given.pop(key, None) for key in ('mscale', 'mscale_all_dim')}
+        factors['factor'] = given.get('factor')
+        options = plain.read({**fields, 'rope_parameters': given}, problems)
+        if factors['factor'] is None or not factors['mscale_all_dim']:
+            return options
+        of_scores = _yarn_factor(factors, 'mscale_all_dim')
+        if factors['mscale'] and 'rope_attention_factor' in options:
+            ratio = _yarn_factor(factors, 'mscale') / of_scores
+            options['rope_attention_factor'] = options['rope_attention_factor'] or ratio
+        columns = fields['qk_nope_head_dim'] + fields['qk_rope_head_dim']
+        return {**options, 'attention_scale': columns**-0.5 * of_scores**2}
+
+    def write(config: ModelArchitectureConfig) -> dict:
+        written, options = plain.write(config), config.to_dict()
+        scaling = written.get('rope_scaling')
+        if scaling and 'qk_nope_head_dim' in options and scaling['factor'] > 1:
+            columns = config.qk_nope_head_dim + config.qk_rope_head_dim
+            of_scores = (config.attention_scale * columns**0.5) ** 0.5
+            scaling['mscale_all_dim'] = (of_scores - 1) / (0.1 * math.log(scaling['factor']))
+        return written
+
+    return Entry(read, write)
+
+
+def _read_groups(fields: dict, problems: list[str]) -> dict:
+    """Experts chosen within a few groups of them: only where that is no limit."""
+    groups, chosen = fields.get('n_group', 8), fields.get('topk_group', 4)
+    if groups != chosen:
+        problems.append(
+            f'n_group={groups} with topk_group={chosen} cannot be expressed here; equal ones can.'
+        )
+    return {}
+
+
+def _read_own_keys(fields: dict, problems: list[str]) -> dict:
+    heads, own = fields.get('num_attention_heads'), fields.get('num_key_value_heads')
+    if own not in (None, heads):
+        problems.append(f'num_key_value_heads={own} of {heads} heads cannot be expressed here.')
+    return {}
+
+
+_DEEPSEEK = (
+    theirs_is(rms_norm_eps=1e-6),  # whatever the field says, the norms of latents have that
+    same('d_ff', 'intermediate_size'),
+    same('q_lora_rank', 'q_lora_rank', 1536),
+    same('kv_lora_rank', 'kv_lora_rank', 512),
+    same('qk_nope_head_dim', 'qk_nope_head_dim', 128),
+    same('qk_rope_head_dim', 'qk_rope_head_dim', 64),
+    same('v_head_dim', 'v_head_dim', 128),
+    same('attention_bias', 'attention_bias', False),
+    same('expert_ffn', 'hidden_act', 'silu', {'silu': 'swiglu'}),
+    same('weight_tying', 'tie_word_embeddings', False),
+    ours_is(attention_type='mla', ffn_type='moe', ffn_bias=False),
+    Entry(_read_own_keys, lambda config: {'num_key_value_heads': config.n_head}),
+    deepseek_rope(),
+)
+_DEEPSEEK_WEIGHTS = (
+    _ENDS
+    | _PRE_NORMS
+    | _GATED
+    | {
+        'blocks.{layer}.attention.q_norm.weight': one(_LAYER + 'self_attn.q_a_layernorm.weight'),
+        'blocks.{layer}.attention.kv_norm.weight': one(_LAYER + 'self_attn.kv_a_layernorm.weight'),
+        'blocks.{layer}.attention.q.weight': Weight(
+            _projections('self_attn', 'q_b'), named=_query_name, order=_query_rows
+        ),
+        'blocks.{layer}.attention.kv.weight': Weight(_projections('self_attn', 'kv_b')),
+        **with_biases(
+            {
+                'blocks.{layer}.attention.q_down.weight': Weight(_projections('self_attn', 'q_a')),
+                'blocks.{layer}.attention.kv_down.weight': one(
+                    _LAYER + 'self_attn.kv_a_proj_with_mqa.weight', order=_latent_rows
+                ),
+                'blocks.{layer}.attention.output.weight': Weight(_projections('self_attn', 'o')),
+            }
+        ),
+        'blocks.{layer}.ffn.router.weight': one(_LAYER + 'mlp.gate.weight'),
+        'blocks.{layer}.ffn.experts.gate_up.weight': Weight(
+            _projections('mlp.experts.{expert}', 'gate', 'up')
+        ),
+        'blocks.{layer}.ffn.experts.down.weight': Weight(
+            _projections('mlp.experts.{expert}', 'down')
+        ),
+        'blocks.{layer}.ffn.shared.gate_up.weight': Weight(
+            _projections('mlp.shared_experts', 'gate', 'up')
+        ),
+        'blocks.{layer}.ffn.shared.down.weight': Weight(_projections('mlp.shared_experts', 'down')),
+    }
+)
+
+DEEPSEEK_V2 = Family(
+    name='deepseek_v2',
+    architecture='DeepseekV2ForCausalLM',
+    prefix='model.',
+    entries=(
+        *llama_like(block_size=2048),
+        *_DEEPSEEK,
+        same('num_experts', 'n_routed_experts', 64),
+        same('experts_per_token', 'num_experts_per_tok'),
+        same('expert_d_ff', 'moe_intermediate_size', 1407),
+        same('shared_experts', 'n_shared_experts', 2),
+        same('dense_layers', 'first_k_dense_replace', 0),
+        same('router_scale', 'routed_scaling_factor', 1.0),
+        ours_is(router_score='softmax', router_normalize=False),
+        theirs_is(topk_method='greedy', norm_topk_prob=False, mlp_bias=False),
+    ),
+    weights=_DEEPSEEK_WEIGHTS,
+    ignored=_TABLES_OF_COSINES,
+)
+
+DEEPSEEK_V3 = Family(
+    name='deepseek_v3',
+    architecture='DeepseekV3ForCausalLM',
+    prefix='model.',
+    entries=(
+        *llama_like(block_size=4096),
+        *_DEEPSEEK,
+        same('num_experts', 'n_routed_experts', 256),
+        same('experts_per_token', 'num_experts_per_tok', 8),
+        same('expert_d_ff', 'moe_intermediate_size', 2048),
+        same('shared_experts', 'n_shared_experts', 1),
+        same('dense_layers', 'first_k_dense_replace', 3),
+        same('router_normalize', 'norm_topk_prob', True),
+        same('router_scale', 'routed_scaling_factor', 2.5),
+        ours_is(router_score='sigmoid'),
+        theirs_is(rope_interleave=True),
+        Entry(_read_groups, lambda config: {'n_group': 1, 'topk_group': 1}),
+    ),
+    weights=_DEEPSEEK_WEIGHTS
+    | {
+        # The zeros move the choice of experts, not their weight, to even out their load.
+        'blocks.{layer}.ffn.router.weight': one(
+            _LAYER + 'mlp.gate.weight', zeros=_LAYER + 'mlp.gate.e_score_correction_bias'
+        ),
+    },
+    ignored=_TABLES_OF_COSINES,
+)
+
 # By transformers' model_type; the first that can express an architecture is what it is exported as.
 TRANSFORMERS = {
-    family.name: family for family in (GPT2, LLAMA, MISTRAL, QWEN3, OLMO2, GEMMA2, GPT_NEOX)
+    family.name: family
+    for family in (
+        GPT2,
+        LLAMA,
+        MISTRAL,
+        QWEN3,
+        OLMO2,
+        GEMMA2,
+        GPT_NEOX,
+        MIXTRAL,
+        DEEPSEEK_V2,
+        DEEPSEEK_V3,
+    )
 }

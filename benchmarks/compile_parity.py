@@ -31,7 +31,7 @@ def results(model: Transformer) -> dict[str, torch.Tensor]:
     tokens = torch.randint(96, (2, 33), generator=torch.Generator().manual_seed(0))
     loss_sum, count, auxiliary = model(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
     loss = loss_sum / count
-    (loss + auxiliary).backward()
+    (loss + auxiliary.loss).backward()
     with torch.no_grad():
         logits = model.eval()(tokens[:, :-1].contiguous())
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}

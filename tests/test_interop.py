@@ -50,6 +50,18 @@ LLAMA3 = rotary(
 )
 YARN = rotary(rope_type='yarn', factor=4.0, original_max_position_embeddings=32)
 
+DEEPSEEK = {
+    **SIZES,
+    'q_lora_rank': 12,
+    'kv_lora_rank': 10,
+    'qk_nope_head_dim': 6,
+    'qk_rope_head_dim': 4,
+    'v_head_dim': 5,
+    'n_routed_experts': 4,
+    'moe_intermediate_size': 16,
+    'n_shared_experts': 2,
+}
+
 # Their configs; what they leave out is transformers' own default.
 THEIRS = {
     'gpt2': GPT2,
@@ -110,6 +122,44 @@ THEIRS = {
         'hidden_act': 'gelu_fast',
         'rotary_pct': 0.5,
         'rotary_emb_base': 50.0,
+    },
+    'mixtral': {
+        'model_type': 'mixtral',
+        **SIZES,
+        **GROUPED,
+        'num_local_experts': 4,
+        'num_experts_per_tok': 2,
+    },
+    'deepseek_v2': {
+        'model_type': 'deepseek_v2',
+        **DEEPSEEK,
+        'first_k_dense_replace': 1,
+        'num_experts_per_tok': 2,
+        'routed_scaling_factor': 1.5,
+    },
+    'deepseek_v2-yarn': {
+        'model_type': 'deepseek_v2',
+        **DEEPSEEK,
+        'q_lora_rank': None,
+        'num_experts_per_tok': 1,
+        'attention_bias': True,
+        **rotary(
+            rope_type='yarn',
+            factor=40.0,
+            mscale=0.7,
+            mscale_all_dim=0.9,
+            beta_fast=16,
+            original_max_position_embeddings=32,
+        ),
+    },
+    'deepseek_v3': {
+        'model_type': 'deepseek_v3',
+        **DEEPSEEK,
+        'num_key_value_heads': 4,
+        'n_group': 1,
+        'topk_group': 1,
+        'first_k_dense_replace': 1,
+        'num_experts_per_tok': 3,
     },
 }
 
@@ -321,8 +371,11 @@ def test_a_field_that_is_left_out_is_transformers_default(family):
 
     table = interop.TRANSFORMERS[family]
     full = AutoConfig.for_model(family).to_dict()
+    # Defaults of DeepSeek's that say nothing, or what is refused.
+    legal = {'num_experts_per_tok': 2, 'n_group': 1, 'topk_group': 1, 'moe_intermediate_size': 64}
+    full |= {key: value for key, value in legal.items() if key in full}
     needed = ('n_layer', 'n_head', 'n_embd', 'vocab_size', 'num_hidden_layers', 'hidden_size')
-    needed += ('num_attention_heads', 'intermediate_size')
+    needed += ('num_attention_heads', 'intermediate_size', *legal)
     short = {key: full[key] for key in needed if key in full}
     problems = []
     resolved = [
@@ -341,6 +394,8 @@ OF_PRESET = {
     'olmo2': 'olmo2',
     'gemma2': 'gemma2',
     'pythia': 'gpt_neox',
+    'mixtral': 'mixtral',
+    'deepseek': 'deepseek_v2',
 }
 
 
@@ -357,6 +412,8 @@ def test_a_preset_is_the_architecture_that_it_is_named_after(preset):
 
 # What transformers does not read in computing logits, or reads in training alone.
 HARMLESS_FIELDS = {
+    # Of DeepSeek; groups are for another `topk_method`, and the other sizes follow.
+    *('n_group', 'topk_group', 'head_dim', 'qk_head_dim', 'num_nextn_predict_layers'),
     *('bos_token_id', 'eos_token_id', 'pad_token_id', 'max_window_layers'),
     *('initializer_range', 'use_cache', 'pretraining_tp', 'output_router_logits', 'is_decoder'),
     *('reorder_and_upcast_attn', 'router_jitter_noise', 'router_aux_loss_coef'),

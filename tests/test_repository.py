@@ -94,6 +94,8 @@ def test_every_preset_has_a_config_file_that_counts_right(preset):
     told = re.search(r'12 layers × 768 wide: ([\d,]+) parameters', comment)
     if preset != 'team':  # which says that it is llama
         assert told[1] == f'{counted["total_params"]:,}'
+        active = re.search(r'a token uses ([\d,]+)', comment) or told
+        assert active[1] == f'{counted["active_params"]:,}'
 
 
 def test_the_figures_against_the_design_document():
