@@ -88,8 +88,8 @@ class Transformer(nn.Module):
             told.append(auxiliary)
         if targets is None:
             return self.output_head(self.final_norm(x[:, -1:] if last_only else x))
-        loss, count, head_loss = self.output_head(self.final_norm(x), targets)
-        return loss, count, together(told, head_loss)
+        loss, count, auxiliary = self.output_head(self.final_norm(x), targets)
+        return loss, count, together([*told, auxiliary])
 
     def prepare(self, positions: torch.Tensor) -> list[Positions]:
         """What each block is told of the positions (T,); blocks alike share one mask."""
@@ -101,16 +101,18 @@ class Transformer(nn.Module):
 
     def report(self, means: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """What the record shows of readings that were averaged over micro-batches."""
-        return FFN_REGISTRY[self.config.ffn_type].report(means)
+        of_head = {n: mean.mean() for n, mean in means.items() if n in OutputHead.readings}
+        of_blocks = {n: mean for n, mean in means.items() if n not in of_head}
+        return {**FFN_REGISTRY[self.config.ffn_type].report(of_blocks), **of_head}
 
 
-def together(told: list[Auxiliary], head_loss: torch.Tensor | float) -> Auxiliary:
+def together(told: list[Auxiliary]) -> Auxiliary:
     """The losses added up, and each reading stacked over the layers that have it."""
     names = dict.fromkeys(name for auxiliary in told for name in auxiliary.readings)
     readings = {
         name: torch.stack([a.readings[name] for a in told if name in a.readings]) for name in names
     }
-    return Auxiliary(sum((auxiliary.loss for auxiliary in told), head_loss), readings)
+    return Auxiliary(sum(auxiliary.loss for auxiliary in told), readings)
 
 
 def build_model(

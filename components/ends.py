@@ -1,12 +1,13 @@
 """Both ends of the transformer: tokens in, logits and loss out."""
 
 import math
+from typing import ClassVar
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from components.contract import Component
+from components.contract import Auxiliary, Component
 from model_config import ModelArchitectureConfig
 
 
@@ -31,6 +32,7 @@ class OutputHead(Component, nn.Module):
     """Hidden states to logits, and to the loss: one place for all that concerns it."""
 
     part = 'output_head'
+    readings: ClassVar = ('z_loss',)  # the names of what it tells, without weight, if it does
 
     def __init__(self, config: ModelArchitectureConfig):
         super().__init__()
@@ -47,7 +49,7 @@ class OutputHead(Component, nn.Module):
 
     def forward(
         self, hidden: torch.Tensor, targets: torch.Tensor | None = None
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor, torch.Tensor | float]:
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor, Auxiliary]:
         """hidden (B, T, C) -> logits (B, T, V); with targets (B, T): the loss in nats, summed over
         the targets that are not -100, in fp32, their number, and the auxiliary loss.
 
@@ -62,9 +64,10 @@ class OutputHead(Component, nn.Module):
         counted = targets != IGNORED
         count = counted.sum()
         if self.z_loss == 0:
-            return loss, count, 0.0
+            return loss, count, Auxiliary(0.0, {})
         squares = logits.logsumexp(dim=-1).square().where(counted, 0.0)
-        return loss, count, self.z_loss * squares.sum() / count.clamp(min=1)
+        z_loss = squares.sum() / count.clamp(min=1)
+        return loss, count, Auxiliary(self.z_loss * z_loss, {'z_loss': z_loss.detach()})
 
     def matrices(self) -> dict[nn.Parameter, tuple[int, ...]]:
         return {}  # its rows are tokens, as in the table

@@ -20,7 +20,8 @@ def trained(tiny_dataset, tmp_path_factory):
 
 
 def test_z_loss_is_in_the_gradient_alone_however_the_batch_is_divided(trained):
-    """The gradient is that of one plain formula over all tokens; no reported loss includes it."""
+    """The gradient is that of one plain formula over all tokens; no reported loss includes it, and
+    the record shows it."""
     divided = [{'batch_size': 4 // n, 'gradient_accumulation_steps': n} for n in (1, 2, 4)]
     runs = [trained(z_loss=0.5, **division) for division in divided]
     plain = trained(**divided[1])
@@ -38,8 +39,12 @@ def test_z_loss_is_in_the_gradient_alone_however_the_batch_is_divided(trained):
 
     for run in runs:
         assert first(run)['gradients']['norm'] == pytest.approx(norm, rel=1e-4)
+        assert first(run)['readings'] == {
+            'z_loss': pytest.approx(log_z.square().mean().item(), rel=1e-5)
+        }
         assert first(run)['loss'] == pytest.approx(loss.item(), rel=1e-6)
         before = run.record['eval_steps'][0]
         assert before['val_loss'] == pytest.approx(plain.record['eval_steps'][0]['val_loss'])
+    assert first(plain)['readings'] == {}
     assert first(plain)['loss'] == pytest.approx(first(runs[1])['loss'])
     assert abs(first(plain)['gradients']['norm'] / norm - 1) > 0.1

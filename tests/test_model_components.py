@@ -305,7 +305,7 @@ def test_z_loss_is_the_mean_square_of_log_z_beside_the_same_loss(cap):
     exact = 0.25 * log_z.square().mean()  # Chowdhery et al. 2022, section 5
     torch.testing.assert_close(auxiliary.loss.double(), exact, rtol=1e-5, atol=1e-6)
     none = torch.full_like(targets, -100)
-    assert model(tokens, none) == (0, 0, (0, {}))
+    assert model(tokens, none) == (0, 0, (0, {'z_loss': torch.zeros(1)}))
 
 
 # --- Dropout --------------------------------------------------------------------------------------
