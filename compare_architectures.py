@@ -53,6 +53,7 @@ LOSS_CONDITIONS = (
     *('dataset', 'train_sha256', 'val_sha256', 'tokenizer', 'vocab_size', 'model_vocab_size'),
     *('block_size', 'tokens_seen', 'tokens_per_iter', 'data_seed', 'eval_windows', 'max_iters'),
     *('learning_rate', 'min_lr', 'warmup_iters', 'lr_decay_iters', 'decay_lr', 'dtype'),
+    'weights_from',
 )
 SPEED_CONDITIONS = (
     *('device', 'device_name', 'threads', 'strategy', 'world_size', 'compile', 'dtype'),
@@ -158,6 +159,7 @@ def run_of(record: dict[str, Any], path: Path) -> Run:
     known['device'] = (hardware.get('device') or '').split(':')[0] or None  # cuda:0 is like cuda:1
     known['eval_windows'] = (data.get('eval_windows') or {}).get('val')
     known['tokens_seen'] = summary.get('total_tokens')
+    known['weights_from'] = (metadata.get('weights_from') or {}).get('source', 'the seed')
     known.setdefault('concurrent_runs', 1)  # before there were studies
 
     # An evaluation before the first update judges the initialisation, not the training.
@@ -324,7 +326,7 @@ def training_of(run: Run) -> tuple:
     """What two runs share that differ in their seeds alone."""
     apart = {*IMMATERIAL, *SEEDS, *run.choices, 'arch_preset', 'init_from'}
     training = sorted((key, str(run.config[key])) for key in run.config if key not in apart)
-    return run.architecture_hash, tuple(training)
+    return run.architecture_hash, run.conditions['weights_from'], tuple(training)
 
 
 def without_fair_differences(

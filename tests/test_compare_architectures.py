@@ -457,6 +457,7 @@ CHANGES = [
     (('config',), 'decay_lr', False, True, False),
     (('config',), 'max_iters', 200, True, False),
     (('metadata',), 'data_seed', 7, True, False),
+    (('metadata',), 'weights_from', {'source': 'hf:gpt2'}, True, False),
     (('metadata',), 'strategy', 'fsdp', False, True),
     (('metadata',), 'world_size', 8, False, True),
     (('summary',), 'total_tokens', 123_456, True, False),
