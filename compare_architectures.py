@@ -52,8 +52,8 @@ SAME_BUDGET = 0.01  # budgets that differ by less are equal
 LOSS_CONDITIONS = (
     *('dataset', 'train_sha256', 'val_sha256', 'tokenizer', 'vocab_size', 'model_vocab_size'),
     *('block_size', 'tokens_seen', 'tokens_per_iter', 'data_seed', 'eval_windows', 'max_iters'),
-    *('learning_rate', 'min_lr', 'warmup_iters', 'lr_decay_iters', 'decay_lr', 'dtype'),
-    'weights_from',
+    *('optimizer', 'lr_schedule', 'learning_rate', 'min_lr', 'warmup_iters', 'lr_decay_iters'),
+    *('decay_lr', 'dtype', 'weights_from'),
 )
 SPEED_CONDITIONS = (
     *('device', 'device_name', 'threads', 'strategy', 'world_size', 'compile', 'dtype'),
@@ -151,11 +151,11 @@ def run_of(record: dict[str, Any], path: Path) -> Run:
     """The row of one record. Raises KeyError, TypeError or ValueError where it is incomplete."""
     config, metadata, startup = record['config'], record['metadata'], record['startup_info']
     architecture, summary = record['architecture'], record['summary']
-    data, hardware, optimizer, model, flops = (
-        startup.get(part) or {} for part in ('data', 'hardware', 'optimizer', 'model', 'flops')
+    data, hardware, model, flops = (
+        startup.get(part) or {} for part in ('data', 'hardware', 'model', 'flops')
     )
     # What was resolved for this machine and this dataset stands above what was asked for.
-    known = {**config, **metadata, **optimizer, **hardware, **data}
+    known = {**config, **metadata, **hardware, **data}
     known['device'] = (hardware.get('device') or '').split(':')[0] or None  # cuda:0 is like cuda:1
     known['eval_windows'] = (data.get('eval_windows') or {}).get('val')
     known['tokens_seen'] = summary.get('total_tokens')

@@ -218,26 +218,35 @@ def _optimizer_section(optimizer: dict, trainable: int) -> list[str]:
     groups = optimizer['groups']
     assert sum(group['params'] for group in groups) == trainable, (groups, trainable)
     rows = {
-        group['name']: [f'{group["tensors"]:,}', f'{group["params"]:,}', f'{group["weight_decay"]}']
+        group['name']: [
+            group['rule'],
+            f'{group["tensors"]:,}',
+            f'{group["params"]:,}',
+            f'{group["weight_decay"]}',
+            f'{group["lr_scale"]:g}',
+        ]
         for group in groups
     }
     tensors = sum(group['tensors'] for group in groups)
-    rows['total'] = [f'{tensors:,}', f'{trainable:,}', '']
-    settings = [optimizer['name'] + (' (fused)' if optimizer['fused'] else '')]
-    if optimizer['betas']:
-        settings.append('betas ' + ', '.join(str(beta) for beta in optimizer['betas']))
+    rows['total'] = ['', f'{tensors:,}', f'{trainable:,}', '', '']
     clip = optimizer['grad_clip']
-    settings.append(f'gradient clip {clip}' if clip else 'no gradient clip')
+    rate, schedule = f'{optimizer["learning_rate"]:.2e}', optimizer['schedule']
     return [
-        _field('Optimizer', ', '.join(settings)),
-        _field(
-            'Learning rate',
-            f'{optimizer["learning_rate"]:.2e} → {optimizer["min_lr"]:.2e}, '
-            f'warm-up {optimizer["warmup_iters"]:,}, decay until {optimizer["lr_decay_iters"]:,}',
-        ),
+        _field('Optimizer', _choice(optimizer['name'], optimizer['options'])),
+        _field('Learning rate', _choice(f'{rate}, {schedule}', optimizer['schedule_options'])),
+        _field('Gradient clip', f'{clip}' if clip else 'none'),
         '',
-        *_table('Group', ['tensors', 'parameters', 'weight decay'], rows),
+        *_table('Group', ['rule', 'tensors', 'parameters', 'weight decay', 'rate ×'], rows),
     ]
+
+
+def _choice(name: str, options: dict) -> str:
+    """A choice with its options."""
+    return ', '.join([name, *(f'{key} {_show_option(value)}' for key, value in options.items())])
+
+
+def _show_option(value) -> str:
+    return f'{value:,}' if type(value) is int else f'{value:g}' if type(value) is float else value
 
 
 def _data_section(data: dict, max_iters: int) -> list[str]:

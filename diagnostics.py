@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from model_builder import ParameterGroup, Transformer
 from model_components import IGNORED
-from optimization import local
+from optimizers import local
 from parallelism import SingleProcess
 from ranks import Alone
 

@@ -10,7 +10,8 @@ from collections.abc import Callable
 import torch
 
 from model_builder import Transformer
-from optimization import Updater, local
+from optimization import Updater
+from optimizers import local
 from parallelism import Piece, SingleProcess
 
 
@@ -139,7 +140,7 @@ def restore(
                 state[key] = torch.zeros_like(piece.key)
                 stored.copy_to(local(state[key]).view(-1), pieces, piece.offset, whole[name])
         # None: it never had a gradient, as an expert that no token reached.
-        if state and state.keys() != updater.state_keys:
+        if state and state.keys() != updater.optimizer.state_keys(piece.key):
             raise ValueError(f'the optimizer state has {", ".join(state)}')
         updater.optimizer.state[piece.key] = state
     if updater.scaler.is_enabled() and stored.scaler:  # empty after a run without one

@@ -25,7 +25,7 @@ from optimization import Updater
 from parallelism import SingleProcess
 from resumption import Progress
 from token_data import file_sha256
-from training_config import schema
+from training_config import Settings, schema
 from training_logger import TrainingLogger
 from weight_maps import NANOGPT, TRANSFORMERS, Family, Weight, function_of
 
@@ -269,8 +269,9 @@ class Imported:
             'files': {path.name: file_sha256(path) for path in self.source.files},
         }
 
-    def check(self, architecture: ModelArchitectureConfig) -> None:
+    def check(self, settings: Settings) -> None:
         """Refuse options that contradict the source. Raises UserError naming them."""
+        architecture = settings.architecture
         theirs, now = self.source.config.to_dict(), architecture.to_dict()
         free = {*HARMLESS, *of_training()}
         problems = [

@@ -333,15 +333,33 @@ class ParameterGroup(NamedTuple):
     name: str
     parameters: list[nn.Parameter]
     decayed: bool
+    # Where they are hidden matrices: of each parameter, the rows of each matrix stacked in it.
+    rows: list[tuple[int, ...]] | None = None
+    lr_scale: float = 1.0  # their learning rate is this times the run's
 
 
 def parameter_groups(model: nn.Module) -> list[ParameterGroup]:
-    """Matrices and tables decay; gains and biases do not (as in nanoGPT)."""
-    groups = [ParameterGroup('decayed', [], True), ParameterGroup('not decayed', [], False)]
+    """Hidden matrices and tables decay; gains and biases do not (as in nanoGPT)."""
+    matrices = {
+        parameter: rows
+        for module in model.modules()
+        if isinstance(module, Component)
+        for parameter, rows in module.matrices().items()
+    }
+    hidden = ParameterGroup('matrices', [], True, rows=[])
+    tables = ParameterGroup('tables', [], True)
+    vectors = ParameterGroup('gains and biases', [], False)
     for parameter in model.parameters():
-        if parameter.requires_grad:
-            groups[0 if parameter.dim() >= 2 else 1].parameters.append(parameter)
-    return [group for group in groups if group.parameters]
+        if not parameter.requires_grad:
+            continue
+        if parameter in matrices:
+            rows = matrices[parameter]
+            assert sum(rows) == parameter.shape[-2], (rows, parameter.shape)
+            hidden.parameters.append(parameter)
+            hidden.rows.append(rows)
+        else:
+            (tables if parameter.dim() >= 2 else vectors).parameters.append(parameter)
+    return [group for group in (hidden, tables, vectors) if group.parameters]
 
 
 # --------------------------------------------------------------------------------------------------

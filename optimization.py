@@ -1,51 +1,177 @@
-"""Learning-rate schedule, optimizer, and one guarded update of the weights.
+"""Learning-rate schedules, by registry, and one guarded update of the weights.
 
 Shapes do not matter here: an update reads gradients, measures them once, clips, and steps.
 """
 
 import math
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
-from torch.distributed.tensor import DTensor
 
-from model_builder import ParameterGroup
+from optimizers import local
+from registry import Configurable, Option, at_least, between
+from training_config import SCHEDULE_REGISTRY
+
+# --------------------------------------------------------------------------------------------------
+# Learning-rate schedules
 
 
-def local(tensor: torch.Tensor) -> torch.Tensor:
-    """What this rank holds of a tensor that may be divided, in the tensor's own memory."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
+class Schedule(Configurable):
+    """The learning rate of each update; all of it is in the run's options."""
+
+    @classmethod
+    def learning_rate(cls, step: int, run) -> float:
+        """Of update `step`, counted from 0."""
+        raise NotImplementedError
+
+
+class WarmUp(Schedule):
+    """Linear warm-up, as in nanoGPT: rate · (step + 1) / (warmup_iters + 1)."""
+
+    options: ClassVar = {
+        'warmup_iters': Option(
+            int | None,
+            None,
+            'Updates of linear warm-up; None: a twentieth of max_iters, at most 2000',
+            check=at_least(0),
+        )
+    }
+
+    @classmethod
+    def derived_values(cls, config) -> dict[str, tuple]:
+        why = 'max_iters / 20, at most 2000'
+        return {'warmup_iters': (min(2000, config.max_iters // 20), why)}
+
+    @classmethod
+    def learning_rate(cls, step: int, run) -> float:
+        if step < run.warmup_iters:
+            return run.learning_rate * (step + 1) / (run.warmup_iters + 1)
+        return cls.after_warm_up(step, run)
+
+    @classmethod
+    def after_warm_up(cls, step: int, run) -> float:
+        raise NotImplementedError
+
+
+@SCHEDULE_REGISTRY.register('constant', source='Vaswani et al. 2017 for the warm-up')
+class Constant(WarmUp):
+    """Warm-up, then constant."""
+
+    @classmethod
+    def after_warm_up(cls, step: int, run) -> float:
+        return run.learning_rate
+
+
+class Decay(WarmUp):
+    """From the highest rate to `min_lr` at `lr_decay_iters`, where it stays."""
+
+    options: ClassVar = {
+        **WarmUp.options,
+        'lr_decay_iters': Option(
+            int | None, None, 'Where the decay ends; None: max_iters', check=at_least(1)
+        ),
+        'min_lr': Option(
+            float | None, None, 'What it decays to; None: learning_rate / 10', check=at_least(0)
+        ),
+    }
+
+    @classmethod
+    def derived_values(cls, config) -> dict[str, tuple]:
+        tenth = float(f'{config.learning_rate / 10:.12g}')  # 6e-05, not 5.9999999999999995e-05
+        return {
+            **super().derived_values(config),
+            'lr_decay_iters': (config.max_iters, 'max_iters'),
+            'min_lr': (tenth, 'learning_rate / 10'),
+        }
+
+    @classmethod
+    def problems(cls, config) -> list[str]:
+        if config.min_lr is None or config.min_lr <= config.learning_rate:
+            return []
+        return [
+            f'min_lr={config.min_lr:g} is above learning_rate={config.learning_rate:g}: the rate '
+            f'would rise. Lower min_lr, or leave it out for learning_rate / 10.'
+        ]
+
+    @classmethod
+    def after_warm_up(cls, step: int, run) -> float:
+        if step >= run.lr_decay_iters:
+            return run.min_lr
+        begin = cls.decay_begins(run)
+        progress = max(0.0, (step - begin) / (run.lr_decay_iters - begin))
+        return run.min_lr + cls.height(progress, run) * (run.learning_rate - run.min_lr)
+
+    @classmethod
+    def decay_begins(cls, run) -> int:
+        """In which update."""
+        return run.warmup_iters
+
+    @classmethod
+    def height(cls, progress: float, run) -> float:
+        """From 1 at `progress` 0 to 0 at 1."""
+        raise NotImplementedError
+
+
+@SCHEDULE_REGISTRY.register('cosine', source='Loshchilov & Hutter 2017, as in nanoGPT')
+class Cosine(Decay):
+    """Warm-up, then half a cosine."""
+
+    @classmethod
+    def height(cls, progress: float, run) -> float:
+        return 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+@SCHEDULE_REGISTRY.register('linear', source='Devlin et al. 2019')
+class Linear(Decay):
+    """Warm-up, then a straight line."""
+
+    @classmethod
+    def height(cls, progress: float, run) -> float:
+        return 1.0 - progress
+
+
+# Hägele et al. 2024, who found the first to be better.
+DECAY_SHAPES = {
+    '1-sqrt': lambda progress: 1.0 - math.sqrt(progress),
+    'linear': lambda progress: 1.0 - progress,
+}
+
+
+@SCHEDULE_REGISTRY.register('wsd', source='Hu et al. 2024; shapes: Hägele et al. 2024')
+class WarmUpStableDecay(Decay):
+    """Warm-up, constant for most of the run, and a decay in its last part."""
+
+    options: ClassVar = {
+        **Decay.options,
+        'decay_fraction': Option(
+            float, 0.2, 'Part of lr_decay_iters in which wsd decays', check=between(0, 1)
+        ),
+        'decay_shape': Option(
+            str,
+            '1-sqrt',
+            'How wsd decays, over the part that has gone by',
+            choices=tuple(DECAY_SHAPES),
+        ),
+    }
+
+    @classmethod
+    def decay_begins(cls, run) -> int:
+        return run.lr_decay_iters - max(1, round(run.decay_fraction * run.lr_decay_iters))
+
+    @classmethod
+    def height(cls, progress: float, run) -> float:
+        return DECAY_SHAPES[run.decay_shape](progress)
 
 
 def learning_rate_at(step: int, run) -> float:
-    """The learning rate of update `step` (from 0): linear warm-up, then a cosine to `min_lr`.
-
-    As in nanoGPT: rate · (step + 1) / (warmup_iters + 1) during warm-up, constant `min_lr` from
-    `lr_decay_iters` on; without `decay_lr` the rate is constant.
-    """
+    """The learning rate of update `step` (from 0); without `decay_lr` the same for all."""
     if not run.decay_lr:
         return run.learning_rate
-    if step < run.warmup_iters:
-        return run.learning_rate * (step + 1) / (run.warmup_iters + 1)
-    if step >= run.lr_decay_iters:
-        return run.min_lr
-    progress = (step - run.warmup_iters) / (run.lr_decay_iters - run.warmup_iters)
-    return run.min_lr + 0.5 * (1.0 + math.cos(math.pi * progress)) * (
-        run.learning_rate - run.min_lr
-    )
+    return SCHEDULE_REGISTRY[run.lr_schedule].learning_rate(step, run)
 
 
-def build_optimizer(groups: list[ParameterGroup], run) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov & Hutter 2019) with fused kernels, over decayed and undecayed groups."""
-    return torch.optim.AdamW(
-        [
-            {'params': g.parameters, 'weight_decay': run.weight_decay if g.decayed else 0.0}
-            for g in groups
-        ],
-        lr=run.learning_rate,
-        betas=(run.beta1, run.beta2),
-        fused=True,
-    )
+# --------------------------------------------------------------------------------------------------
+# One update
 
 
 class GradientSums(NamedTuple):
@@ -86,7 +212,7 @@ class Updater:
         sum over all elements is wanted, beside the norm that clipping needs anyway.
         """
         for group in self.optimizer.param_groups:
-            group['lr'] = learning_rate
+            group['lr'] = learning_rate * group['lr_scale']
         self.scaler.unscale_(self.optimizer)
         gradients = [local(p.grad) for p in self.parameters if p.grad is not None]
         norm, total = self.parallel.norm(gradients), None
@@ -105,9 +231,6 @@ class Updater:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         return GradientSums(norm, total)
-
-    # What AdamW keeps for each parameter.
-    state_keys = frozenset(('step', 'exp_avg', 'exp_avg_sq'))
 
     @property
     def loss_scale(self) -> float | None:

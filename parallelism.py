@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from errors import UserError
+from matrix_exchange import MatrixExchange, Undivided
 from model_builder import (
     ParameterGroup,
     Transformer,
@@ -31,8 +32,9 @@ from model_builder import (
     name_seed,
 )
 from model_config import ModelArchitectureConfig
-from optimization import build_optimizer, local
+from optimizers import local
 from ranks import Alone, Together, join, world_size
+from training_config import OPTIMIZER_REGISTRY
 
 
 class Piece(NamedTuple):
@@ -67,8 +69,17 @@ class SingleProcess(Alone):
     def wrap(self, model: Transformer) -> nn.Module:
         return model
 
-    def build_optimizer(self, groups: list[ParameterGroup]) -> torch.optim.Optimizer:
-        return build_optimizer(groups, self.run)
+    def build_optimizer(self, groups: list[ParameterGroup], run) -> torch.optim.Optimizer:
+        """The optimizer of `run`, once all of its options are known."""
+        return OPTIMIZER_REGISTRY[run.optimizer](groups, run, self)
+
+    def piece(self, parameter: nn.Parameter) -> Piece:
+        """What this rank's optimizer updates of a parameter."""
+        return piece_here(parameter)
+
+    def matrix_exchange(self, matrices: list[nn.Parameter], dtype: torch.dtype) -> Undivided:
+        """Where an optimizer gets whole matrices; `dtype` is that of what becomes of them."""
+        return Undivided()
 
     # --- One update ---
 
@@ -127,6 +138,14 @@ class DataParallel(Together, SingleProcess):
         wrapped.register_comm_hook(getattr(torch, self.run.reduce_dtype), _sum)
         return wrapped
 
+    matrix_group: dist.ProcessGroup | None = None  # ranks that hold the matrices among them
+
+    def matrix_exchange(self, matrices, dtype):
+        pieces = map(self.piece, matrices)
+        held = [(piece.offset, piece.offset + len(piece.tensor)) for piece in pieces]
+        sizes = [parameter.numel() for parameter in matrices]
+        return MatrixExchange(sizes, held, dtype, self.device, self.matrix_group)
+
     @contextmanager
     def micro_step(self, model, last):
         model.require_backward_grad_sync = last  # read by the forward pass
@@ -175,15 +194,18 @@ class ZeRO1(DataParallel):
             view = self.flat[at : at + size].view_as(parameter)
             view.copy_(parameter.data)
             parameter.data = view
-            low, high = max(at, self.begin), min(at + size, self.begin + self.stretch)
-            if low < high:
-                mine = self.flat[low:high]
-                self.pieces[parameter] = Piece(mine, low - at, nn.Parameter(mine))
+            low = min(max(at, self.begin), at + size)
+            high = max(low, min(at + size, self.begin + self.stretch))
+            mine = self.flat[low:high]  # which may be empty
+            self.pieces[parameter] = Piece(mine, low - at, nn.Parameter(mine))
             at += size
         return super().wrap(model)
 
-    def build_optimizer(self, groups):
-        return _StretchOptimizer(groups, self)
+    def build_optimizer(self, groups, run):
+        return _StretchOptimizer(super().build_optimizer(groups, run), self)
+
+    def piece(self, parameter):
+        return self.pieces[parameter]
 
     def gather_stretches(self) -> None:
         """Bring every rank's stretch of the parameters to all."""
@@ -194,7 +216,7 @@ class ZeRO1(DataParallel):
         return super().bytes_sent(model, micro_steps) + _ring(self.flat.nbytes, self.world_size)
 
     def optimized(self, model):
-        return {n: self.pieces[p] for n, p in model.named_parameters() if p in self.pieces}
+        return {name: self.pieces[p] for name, p in model.named_parameters()}
 
     @property
     def saves(self):
@@ -204,30 +226,28 @@ class ZeRO1(DataParallel):
 class _StretchOptimizer(torch.optim.Optimizer):
     """The optimizer of a run over this rank's stretch; looks like one over all parameters."""
 
-    _step_supports_amp_scaling = True  # as the fused one inside does
     found_inf: torch.Tensor | None = None
 
-    def __init__(self, groups: list[ParameterGroup], parallel: ZeRO1):
-        super().__init__([{'params': g.parameters} for g in groups], {'lr': 0.0})
-        self.parallel = parallel
-        own = []
-        for group in groups:
-            keys = [parallel.pieces[p].key for p in group.parameters if p in parallel.pieces]
-            own.append(group._replace(parameters=keys))
-        self.inner = build_optimizer(own, parallel.run) if parallel.pieces else None
-        if self.inner:
-            self.state = self.inner.state
+    def __init__(self, inner: torch.optim.Optimizer, parallel: ZeRO1):
+        parameters = {piece.key: parameter for parameter, piece in parallel.pieces.items()}
+        groups = [
+            {**group, 'params': [parameters[key] for key in group['params']]}
+            for group in inner.param_groups
+        ]
+        super().__init__(groups, {})
+        self.inner, self.parallel = inner, parallel
+        self.state, self.state_keys = inner.state, inner.state_keys
+        self.bytes_sent = inner.bytes_sent
 
     def step(self) -> None:
-        if self.inner:
-            for parameter, piece in self.parallel.pieces.items():
-                end = piece.offset + len(piece.tensor)
-                piece.key.grad = parameter.grad.view(-1)[piece.offset : end]
-            for group, inner in zip(self.param_groups, self.inner.param_groups):
-                inner['lr'] = group['lr']
-            self.inner.found_inf = self.found_inf
-            self.inner.step()
-            self.inner.zero_grad(set_to_none=True)
+        for parameter, piece in self.parallel.pieces.items():
+            end = piece.offset + len(piece.tensor)
+            piece.key.grad = parameter.grad.view(-1)[piece.offset : end]
+        for group, inner in zip(self.param_groups, self.inner.param_groups):
+            inner['lr'] = group['lr']
+        self.inner.found_inf = self.found_inf
+        self.inner.step()
+        self.inner.zero_grad(set_to_none=True)
         self.parallel.gather_stretches()
 
 
@@ -245,7 +265,7 @@ class FullySharded(DataParallel):
         shape = (size,) if size == self.world_size else (self.world_size // size, size)
         names = ('replicate', 'shard')[-len(shape) :]
         self.mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
-        self.shard_group = self.mesh.get_group('shard')
+        self.shard_group = self.matrix_group = self.mesh.get_group('shard')
 
     def build(self, config, recomputed, compiled):
         model = build_model(config)  # on the meta device: the whole is never in one place
@@ -340,10 +360,12 @@ def prepare_blocks(model: Transformer, recomputed: list[int], compiled: bool) ->
 
 def weights_here(model: Transformer) -> dict[str, Piece]:
     """What this rank holds of each parameter, by name; tied ones once."""
-    return {
-        name: Piece(local(parameter).view(-1), shard_offset(parameter), parameter)
-        for name, parameter in model.named_parameters()
-    }
+    return {name: piece_here(parameter) for name, parameter in model.named_parameters()}
+
+
+def piece_here(parameter: nn.Parameter) -> Piece:
+    """What this rank holds of a parameter."""
+    return Piece(local(parameter).view(-1), shard_offset(parameter), parameter)
 
 
 def shard_offset(parameter: torch.Tensor) -> int:

@@ -212,7 +212,7 @@ class FSDP(Single):
 
     def __init__(self, sizes, run, ranks):
         super().__init__(sizes, run, ranks)
-        shards = self.shards = run.fsdp_shard_size or ranks
+        shards = self.shards = run.get('fsdp_shard_size') or ranks
         whole = nbytes(sizes.all)
         self.parameters = sum(self._shard(p, shards) for p in sizes.all)
         self.share = self.parameters / whole

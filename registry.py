@@ -242,6 +242,10 @@ class FrozenConfig:
     def __contains__(self, key: str) -> bool:
         return key in self._values
 
+    def get(self, key: str):
+        """The value; None where nothing chosen has a use for the option."""
+        return self._values.get(key)
+
     def to_dict(self) -> dict:
         return dict(self._values)
 

@@ -85,9 +85,18 @@ class Resumed:
         """What the run once began from, as its record tells."""
         return read_record(self.run_folder)['metadata'].get('weights_from')
 
-    def check(self, architecture: ModelArchitectureConfig) -> None:
-        """Refuse another architecture. Raises UserError naming the keys that differ."""
-        differing = _differences(self.checkpoint.index['architecture'], architecture.to_dict())
+    def check(self, settings: Settings) -> None:
+        """Refuse another architecture or optimizer. Raises UserError naming what differs."""
+        index, optimizer = self.checkpoint.index, settings.run.optimizer
+        trained_by = index['config'].get('optimizer', optimizer)
+        if trained_by != optimizer:
+            raise UserError(
+                f'{self.run_folder} cannot be resumed with optimizer={optimizer!r}: its checkpoint '
+                f'holds what {trained_by!r} keeps of the gradients, and no other optimizer can go '
+                f'on from that. Leave optimizer out to go on with {trained_by!r}, or start a new '
+                f'run with --init_from=scratch.'
+            )
+        differing = _differences(index['architecture'], settings.architecture.to_dict())
         if differing:
             pairs = ', '.join(f'{k}={then!r} (now {now!r})' for k, (then, now) in differing.items())
             raise UserError(

@@ -13,7 +13,8 @@ import token_data
 from interruption import Interruption
 from model_builder import Transformer
 from model_components import IGNORED
-from optimization import Updater, local
+from optimization import Updater
+from optimizers import local
 from parallelism import SingleProcess
 from readings import Readings
 from saving import Saver

@@ -141,7 +141,7 @@ class Simulation:
         """Bytes that the optimizer keeps, and those that an update takes beside them."""
         alone = SingleProcess(self.run, CPU)
         with self.fake:
-            optimizer = alone.build_optimizer(parameter_groups(self.model))
+            optimizer = alone.build_optimizer(parameter_groups(self.model), self.run)
             updater = Updater(optimizer, self.run, CPU, alone)
             loss = torch.zeros(())
             updater.scaler.scale(loss)  # as the backward pass begins; it is set up by that

@@ -8,11 +8,12 @@ from pathlib import Path
 import torch
 
 import hardware
-from model_builder import ParameterGroup, Transformer, count_parameters
+from model_builder import Transformer, count_parameters
 from parallelism import SingleProcess
 from ranks import job
+from registry import Configurable
 from token_data import TokenDataset
-from training_config import Settings
+from training_config import OPTIMIZER_REGISTRY, SCHEDULE_REGISTRY, Settings
 
 HELD = ('parameter_bytes', 'gradient_bytes', 'optimizer_bytes')
 
@@ -21,7 +22,7 @@ def record_header(
     settings: Settings,
     dataset: TokenDataset,
     model: Transformer,
-    groups: list[ParameterGroup],
+    optimizer: torch.optim.Optimizer,
     flops: dict,
     peak: hardware.Peak,
     device: torch.device,
@@ -63,7 +64,7 @@ def record_header(
         'startup_info': {
             'model': count_parameters(model),
             'flops': flops,
-            'optimizer': _optimizer(settings, groups),
+            'optimizer': _optimizer(settings, optimizer),
             'hardware': {
                 'device': str(device),
                 'device_name': hardware.device_name(device),
@@ -78,7 +79,8 @@ def record_header(
                 'activation_checkpointing': run.activation_checkpointing,
             },
             'parallel': {
-                'bytes_sent_per_update': parallel.bytes_sent(
+                'bytes_sent_per_update': optimizer.bytes_sent
+                + parallel.bytes_sent(
                     model, run.gradient_accumulation_steps // parallel.world_size
                 ),
                 # Known once there has been an update (`Session.record_held`).
@@ -104,26 +106,29 @@ def surroundings(header: dict) -> dict:
     }
 
 
-def _optimizer(settings: Settings, groups: list[ParameterGroup]) -> dict:
+def _optimizer(settings: Settings, optimizer: torch.optim.Optimizer) -> dict:
     run = settings.run
+    schedule = SCHEDULE_REGISTRY[run.lr_schedule] if run.decay_lr else None
+
+    def options(component: type[Configurable] | None) -> dict:
+        keys = component.options if component else ()
+        return {key: getattr(run, key) for key in keys if key in run}
+
     return {
-        'name': 'AdamW',
+        'name': run.optimizer,
+        'options': options(OPTIMIZER_REGISTRY[run.optimizer]),
         'learning_rate': run.learning_rate,
-        'min_lr': run.min_lr,
-        'warmup_iters': run.warmup_iters,
-        'lr_decay_iters': run.lr_decay_iters,
+        'schedule': run.lr_schedule if schedule else 'none',
+        'schedule_options': options(schedule),
         'weight_decay': run.weight_decay,
-        'betas': [run.beta1, run.beta2],
         'grad_clip': run.grad_clip,
-        'fused': True,
         'groups': [
             {
-                'name': group.name,
-                'tensors': len(group.parameters),
-                'params': sum(parameter.numel() for parameter in group.parameters),
-                'weight_decay': run.weight_decay if group.decayed else 0.0,
+                'tensors': len(group['params']),
+                'params': sum(parameter.numel() for parameter in group['params']),
+                **{key: group[key] for key in ('name', 'rule', 'weight_decay', 'lr_scale')},
             }
-            for group in groups
+            for group in optimizer.param_groups
         ],
     }
 

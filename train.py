@@ -65,7 +65,7 @@ def main(argv: list[str]) -> int:
     dataset = load_dataset(*data)
     settings = settings.complete(device, dtype, dataset)
     if started_from:
-        started_from.check(settings.architecture)
+        started_from.check(settings)
     with stability.explained(settings, parallel, device):
         session = set_up(settings, parallel, device, dataset, started_from, argv)
     code = run(session)
@@ -98,7 +98,7 @@ def set_up(
     bare, model = parallel.build(architecture, recomputed, compiled)
     groups = parameter_groups(bare)
     flops = training_flops(bare, recomputed)
-    updater = Updater(parallel.build_optimizer(groups), options, device, parallel)
+    updater = Updater(parallel.build_optimizer(groups, options), options, device, parallel)
     progress = (
         started_from.restore(parallel, bare, updater) if started_from else resumption.Progress()
     )
@@ -113,7 +113,17 @@ def set_up(
     )
     weights_from = parallel.from_main(lambda: started_from and started_from.weights_from)
     header = record_header(
-        settings, dataset, bare, groups, flops, peak, device, parallel, compiled, argv, weights_from
+        settings,
+        dataset,
+        bare,
+        updater.optimizer,
+        flops,
+        peak,
+        device,
+        parallel,
+        compiled,
+        argv,
+        weights_from,
     )
     here = surroundings(header)
     if started_from:

@@ -4,20 +4,31 @@ settings = load_settings(argv)          # merged and checked; derived values sti
 settings = settings.complete(...)       # once the device and the dataset are known
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
 
-from configurator import CommandLine, Schema, flatten, format_config
+from configurator import (
+    CommandLine,
+    Schema,
+    chosen_components,
+    flatten,
+    format_config,
+    merge,
+    with_component_options,
+)
 from errors import UserError
 from hardware import select_device
 from model_config import ModelArchitectureConfig
 from model_config import schema as architecture_schema
 from ranks import world_size
-from registry import FrozenConfig, Option, above, at_least, between
+from registry import FrozenConfig, Option, Registry, above, at_least, between
 from token_data import TokenDataset, is_prepared
+
+OPTIMIZER_REGISTRY = Registry('optimizer', 'Optimizer', 'optimizers')
+SCHEDULE_REGISTRY = Registry('lr_schedule', 'Learning-rate schedule', 'optimization')
 
 
 def is_checkpointing(value: str) -> bool:
@@ -72,19 +83,15 @@ DATA_OPTIONS = {
 }
 OPTIMIZER_OPTIONS = {
     'max_iters': Option(int, 5000, 'Updates of the weights', check=at_least(1)),
+    'optimizer': Option(str, 'adamw', 'Optimizer', choices=OPTIMIZER_REGISTRY),
     'learning_rate': Option(float, 6e-4, 'Highest learning rate', check=above(0)),
     'weight_decay': Option(float, 0.1, 'Of matrices and tables', check=at_least(0)),
-    'beta1': Option(float, 0.9, 'Of AdamW', check=between(0, 0.999999)),
-    'beta2': Option(float, 0.95, 'Of AdamW', check=between(0, 0.999999)),
     'grad_clip': Option(float, 1.0, 'Largest norm of the gradient; 0: no clipping',
                         check=at_least(0)),
-    'decay_lr': Option(bool, True, 'Warm up and decay along a cosine; else constant'),
-    'warmup_iters': Option(int | None, None, 'Updates of linear warm-up; None: a twentieth of '
-                           'max_iters, at most 2000', check=at_least(0)),
-    'lr_decay_iters': Option(int | None, None, 'Where the cosine ends; None: max_iters',
-                             check=at_least(1)),
-    'min_lr': Option(float | None, None, 'Where the cosine ends; None: learning_rate / 10',
-                     check=at_least(0)),
+    'decay_lr': Option(bool, True, 'Warm up and decay as lr_schedule says; else one rate from the '
+                       'first update to the last'),
+    'lr_schedule': Option(str, 'cosine', 'Learning rate after warm-up', choices=SCHEDULE_REGISTRY,
+                          requires=('decay_lr', True)),
 }
 SYSTEM_OPTIONS = {
     'device': Option(str, 'auto', 'auto, cpu, cuda, cuda:N or mps'),
@@ -143,6 +150,11 @@ ACCELERATOR_EVAL_ITERS = 200
 class TrainingConfig(FrozenConfig):
     """The resolved options of the run; None where a value is still to be derived."""
 
+    def components(self) -> Iterator[type]:
+        """The chosen optimizer, and the schedule if there is one."""
+        for _, component in chosen_components(flatten(GROUPS), self._values):
+            yield component
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -178,7 +190,7 @@ class Settings:
         run, derived = self.run, {}
 
         def derive(key: str, value, why: str) -> None:
-            if run._values[key] in (None, 'auto'):
+            if key in run and values[key] in (None, 'auto'):
                 shown = f'{value:,}' if type(value) is int else value
                 shown = f'{value:g}' if type(value) is float else shown
                 derived[key] = f'{shown} ({why})'
@@ -199,10 +211,9 @@ class Settings:
             derive('eval_iters', windows, f'for cpu: {CPU_EVAL_TOKENS:,} tokens, or 8 windows')
         else:
             derive('eval_iters', ACCELERATOR_EVAL_ITERS, f'for {device.type}')
-        derive('warmup_iters', min(2000, run.max_iters // 20), 'max_iters / 20, at most 2000')
-        derive('lr_decay_iters', run.max_iters, 'max_iters')
-        tenth = float(f'{run.learning_rate / 10:.12g}')  # 6e-05, not 5.9999999999999995e-05
-        derive('min_lr', tenth, 'learning_rate / 10')
+        for component in run.components():
+            for key, (value, why) in component.derived_values(run).items():
+                derive(key, value, why)
         derive('device', str(device), 'planned' if self.plan.plan else 'the best that is here')
         derive('dtype', dtype, f'what this {device.type} does in hardware')
         derive('compile', not on_cpu, f'for {device.type}')
@@ -218,7 +229,7 @@ class Settings:
                 derived[key] = f'{value} ({why})'
         return replace(
             self,
-            run=TrainingConfig(values, origins),
+            run=TrainingConfig(values, origins, run.dropped),
             architecture=architecture,
             derived=derived,
         )
@@ -226,13 +237,16 @@ class Settings:
     def explain(self) -> str:
         """Each resolved value and where it came from, for `--print_config`."""
         run = self.run.to_dict()
-        groups = {title: {key: run[key] for key in keys} for title, keys in GROUPS.items()}
+        groups = {
+            title: {key: run[key] for key in options if key in run}
+            for title, options in run_schema().items()
+        }
         groups['Architecture ' + self.architecture.name] = {
             'arch_preset': self.architecture.preset,
             **self.architecture.to_dict(),
         }
         origins = {**self.run.origins, **self.architecture.origins}
-        return format_config(groups, origins, self.architecture.dropped)
+        return format_config(groups, origins, self.run.dropped + self.architecture.dropped)
 
 
 def with_vocabulary(
@@ -257,16 +271,21 @@ def with_vocabulary(
     return architecture
 
 
+def run_schema() -> Schema:
+    """The options of the run itself, by group, those of optimizers and schedules included."""
+    return {title: with_component_options(options) for title, options in GROUPS.items()}
+
+
 def schema() -> Schema:
     """Every option of a run, by group; what a config file registered included."""
-    return {**GROUPS, **PLAN, **architecture_schema()}
+    return {**run_schema(), **PLAN, **architecture_schema()}
 
 
 def load_settings(asked: CommandLine) -> Settings:
     """Merge defaults < preset < config file < command line. UserError lists every problem."""
     problems = list(asked.problems)
-    run = TrainingConfig(*_merged(GROUPS, asked))
-    plan = FrozenConfig(*_merged(PLAN, asked))
+    run = TrainingConfig(*merge(flatten(GROUPS), asked.layers, problems))
+    plan = FrozenConfig(*merge(flatten(PLAN), asked.layers, problems))
     ranks = plan.world_size if plan.plan else world_size()
     architecture = ModelArchitectureConfig.resolve(asked.layers, problems)
     problems += run_problems(run, plan, ranks)
@@ -274,17 +293,6 @@ def load_settings(asked: CommandLine) -> Settings:
     if problems:
         raise UserError(*problems)
     return Settings(run, architecture, asked, plan, ranks)
-
-
-def _merged(groups: Schema, asked: CommandLine) -> tuple[dict, dict[str, str]]:
-    """Values of the groups' options, and where each came from."""
-    values = {key: option.default for key, option in flatten(groups).items()}
-    origins = dict.fromkeys(values, 'default')
-    for layer in asked.layers:
-        for key, value in layer.values.items():
-            if key in values:
-                values[key], origins[key] = value, layer.origin
-    return values, origins
 
 
 def device_problems(
@@ -310,7 +318,7 @@ def run_problems(run: TrainingConfig, plan: FrozenConfig, ranks: int) -> list[st
 
     A plan asks for neither the device nor the data.
     """
-    problems = _without_use(run, GROUPS) + _without_use(plan, PLAN)
+    problems = []
     needed_here = (partial(select_device, run.device), partial(is_prepared, run.dataset))
     for find in () if plan.plan else needed_here:
         try:
@@ -322,13 +330,8 @@ def run_problems(run: TrainingConfig, plan: FrozenConfig, ranks: int) -> list[st
         if wrong:
             problems.append(problem())
 
-    check(
-        run.min_lr is not None and run.min_lr > run.learning_rate,
-        lambda: (
-            f'min_lr={run.min_lr:g} is above learning_rate={run.learning_rate:g}: the cosine '
-            f'would rise. Lower min_lr, or leave it out for learning_rate / 10.'
-        ),
-    )
+    for component in run.components():
+        problems += component.problems(run)
     check(
         run.use_fsdp and run.use_zero1,
         lambda: (
@@ -336,9 +339,9 @@ def run_problems(run: TrainingConfig, plan: FrozenConfig, ranks: int) -> list[st
             'one of them out.'
         ),
     )
-    size, accumulation = run.fsdp_shard_size, run.gradient_accumulation_steps
+    size, accumulation = run.get('fsdp_shard_size'), run.gradient_accumulation_steps
     check(
-        run.use_fsdp and size is not None and ranks % size != 0,
+        size is not None and ranks % size != 0,
         lambda: f'fsdp_shard_size={size} does not divide the {ranks} ranks.',
     )
     check(
@@ -357,16 +360,3 @@ def run_problems(run: TrainingConfig, plan: FrozenConfig, ranks: int) -> list[st
         ),
     )
     return problems
-
-
-def _without_use(config: FrozenConfig, groups: Schema) -> list[str]:
-    """What was set of `groups` though another option, which would give it a use, was not."""
-    values = config.to_dict()
-    return [
-        f'{key}={values[key]!r} ({config.origins[key]}) has no use without '
-        f'{option.requires[0]}={option.requires[1]}: add that, or leave {key} out.'
-        for key, option in flatten(groups).items()
-        # What a resumed run was given may be of no use to a process that is started otherwise.
-        if option.requires and not config.origins[key].startswith(('default', 'run '))
-        if not option.has_use(values)
-    ]

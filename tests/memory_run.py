@@ -61,7 +61,7 @@ class Training:
             self.run.activation_checkpointing, self.architecture.n_layer
         )
         bare, self.model = self.parallel.build(self.architecture, recomputed, False)
-        optimizer = self.parallel.build_optimizer(parameter_groups(bare))
+        optimizer = self.parallel.build_optimizer(parameter_groups(bare), self.run)
         self.updater = Updater(optimizer, self.run, CPU, self.parallel)
         self.micro_steps = self.run.gradient_accumulation_steps // settings.ranks
 

@@ -170,6 +170,13 @@ def counted(patch) -> list[float]:
 
         return called
 
+    exchange = dist.all_to_all_single
+
+    def counted_exchange(received, given, received_sizes, given_sizes, group=None):
+        others = sum(given_sizes) - given_sizes[dist.get_rank(group)]
+        sent[-1] += others * given.element_size()
+        return exchange(received, given, received_sizes, given_sizes, group=group)
+
     def counted_update(*arguments):
         sent.append(0.0)
         under_way.append(True)
@@ -183,6 +190,7 @@ def counted(patch) -> list[float]:
         ('reduce_scatter_single', 1),
     ):
         patch.setattr(dist, name, counting(getattr(dist, name), factor))
+    patch.setattr(dist, 'all_to_all_single', counted_exchange)
     patch.setattr(train, 'update', counted_update)
     return sent
 

@@ -69,17 +69,26 @@ STARTUP_INFO = {
     },
     'optimizer': {
         'name': 'adamw',
+        'options': {'beta1': 0.9, 'beta2': 0.95},
         'learning_rate': 6e-4,
-        'min_lr': 6e-5,
-        'warmup_iters': 5,
-        'lr_decay_iters': 100,
+        'schedule': 'cosine',
+        'schedule_options': {'warmup_iters': 5, 'lr_decay_iters': 100, 'min_lr': 6e-5},
         'weight_decay': 0.1,
-        'betas': [0.9, 0.95],
         'grad_clip': 1.0,
-        'fused': True,
         'groups': [
-            {'name': 'decay', 'tensors': 86, 'params': TOTAL - NORMS, 'weight_decay': 0.1},
-            {'name': 'no_decay', 'tensors': 25, 'params': NORMS, 'weight_decay': 0.0},
+            {
+                'name': name,
+                'rule': 'fused AdamW',
+                'tensors': tensors,
+                'params': params,
+                'weight_decay': weight_decay,
+                'lr_scale': 1.0,
+            }
+            for name, tensors, params, weight_decay in (
+                ('matrices', 84, TOTAL - 2 * EMBEDDING - NORMS, 0.1),
+                ('tables', 2, 2 * EMBEDDING, 0.1),
+                ('gains and biases', 25, NORMS, 0.0),
+            )
         ],
     },
     'hardware': {
@@ -136,7 +145,7 @@ DIAGNOSTICS = {
         {'layer': 0, 'activation_rms': 1.02, 'gradient_norm': 0.0123, 'max_attention_logit': 4.5},
         {'layer': 1, 'activation_rms': 14.7, 'gradient_norm': None, 'max_attention_logit': 123.4},
     ],
-    'update_to_weight': {'decayed': 1.234e-3, 'not decayed': None},
+    'update_to_weight': {'matrices': 1.234e-3, 'gains and biases': None},
     'val_loss_by_position': [
         {'from': 0, 'to': 1, 'loss': 10.2},
         {'from': 1, 'to': 2, 'loss': 8.125},

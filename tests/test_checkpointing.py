@@ -409,7 +409,7 @@ class Run:
     def build(self, settings) -> tuple[SingleProcess, Transformer, Updater]:
         parallel = SingleProcess(settings.run, CPU)
         model, _ = parallel.build(settings.architecture, recomputed=[], compiled=False)
-        optimizer = parallel.build_optimizer(parameter_groups(model))
+        optimizer = parallel.build_optimizer(parameter_groups(model), settings.run)
         return parallel, model, Updater(optimizer, settings.run, CPU, parallel)
 
     def update(self, model, updater, number: int = 0) -> None:
@@ -423,7 +423,7 @@ class Run:
         asked = read_command_line([*self.argv, '--init_from=resume'], schema)
         resumed = resumption.find(asked)
         settings = self.settings(asked)
-        resumed.check(settings.architecture)
+        resumed.check(settings)
         parallel, model, updater = self.build(settings)
         progress = resumed.restore(parallel, model, updater)
         loaded = copy.deepcopy(divided_state.collect(parallel, model, updater))

@@ -32,7 +32,13 @@ def make_record(number=1, *, loss=5.0, status='finished', done=100, architecture
         'batch_size': 4,
         'gradient_accumulation_steps': 4,
         'max_iters': 100,
+        'optimizer': 'adamw',
+        'learning_rate': 6e-4,
         'decay_lr': True,
+        'lr_schedule': 'cosine',
+        'warmup_iters': 5,
+        'lr_decay_iters': 100,
+        'min_lr': 6e-5,
         'device': 'auto',
         'seed': 1337,
         'data_seed': 1337,
@@ -64,12 +70,6 @@ def make_record(number=1, *, loss=5.0, status='finished', done=100, architecture
         'startup_info': {
             'model': {'total_params': 123_550_464},
             'flops': {'per_token': 854_654_976, 'per_token_causal': 798_031_872},
-            'optimizer': {
-                'learning_rate': 6e-4,
-                'min_lr': 6e-5,
-                'warmup_iters': 5,
-                'lr_decay_iters': 100,
-            },
             'hardware': {
                 'device': 'cpu',
                 'device_name': 'Some CPU',
@@ -437,7 +437,7 @@ def test_long_lists_are_cut_and_count_what_they_leave_out(compared):
 
 # --- warnings ------------------------------------------------------------------------------------
 
-DATA, OPTIMIZER, HARDWARE = (('startup_info', part) for part in ('data', 'optimizer', 'hardware'))
+CONFIG, DATA, HARDWARE = ('config',), ('startup_info', 'data'), ('startup_info', 'hardware')
 CHANGES = [
     # where, key, another value, invalidates the loss, invalidates time and memory
     (DATA, 'dataset', 'openwebtext', True, False),
@@ -450,12 +450,14 @@ CHANGES = [
     (DATA, 'tokens_per_iter', 8192, True, True),
     (DATA, 'eval_windows', {'train': 50, 'val': 10}, True, False),
     (DATA, 'batch_size', 8, False, True),
-    (OPTIMIZER, 'learning_rate', 1e-3, True, False),
-    (OPTIMIZER, 'min_lr', 0.0, True, False),
-    (OPTIMIZER, 'warmup_iters', 50, True, False),
-    (OPTIMIZER, 'lr_decay_iters', 600000, True, False),
-    (('config',), 'decay_lr', False, True, False),
-    (('config',), 'max_iters', 200, True, False),
+    (CONFIG, 'optimizer', 'muon', True, False),
+    (CONFIG, 'lr_schedule', 'wsd', True, False),
+    (CONFIG, 'learning_rate', 1e-3, True, False),
+    (CONFIG, 'min_lr', None, True, False),
+    (CONFIG, 'warmup_iters', 50, True, False),
+    (CONFIG, 'lr_decay_iters', 600000, True, False),
+    (CONFIG, 'decay_lr', False, True, False),
+    (CONFIG, 'max_iters', 200, True, False),
     (('metadata',), 'data_seed', 7, True, False),
     (('metadata',), 'weights_from', {'source': 'hf:gpt2'}, True, False),
     (('metadata',), 'strategy', 'fsdp', False, True),
@@ -689,7 +691,6 @@ def study(tmp_path):
                 **asked,
             )
             record['metadata']['data_seed'] = seed
-            record['startup_info']['optimizer']['learning_rate'] = 1e-3 * (n + 1)
             point = f'runs/{n}/seed={seed}'
             folder = tmp_path / 'out' / point / record['run_name']
             folder.mkdir(parents=True)

@@ -154,7 +154,10 @@ def test_diagnostics_follow_the_evaluation(style):
         ['0', '1.02', '0.0123', '4.5'],
         ['1', '14.7', 'n/a', '123'],
     ]
-    assert table[3].split(maxsplit=1) == ['Update/weight:', 'decayed 1.2e-03 | not decayed n/a']
+    assert table[3].split(maxsplit=1) == [
+        'Update/weight:',
+        'matrices 1.2e-03 | gains and biases n/a',
+    ]
     losses = ' '.join(table[4:])
     spans = re.findall(r'(\d+)(?:-(\d+))?=([\d.]+)', losses)
     covered = [n for a, b, _ in spans for n in range(int(a), int(b or a) + 1)]

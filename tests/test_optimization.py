@@ -1,4 +1,4 @@
-"""optimization.py: the schedule, the groups, and one measured and guarded update."""
+"""optimization.py: the schedules, and one measured and guarded update, by each optimizer."""
 
 import copy
 import math
@@ -7,20 +7,29 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import divided_state
-from model_builder import ParameterGroup, build_model, parameter_groups
-from model_config import ModelArchitectureConfig
-from optimization import Updater, build_optimizer, learning_rate_at
+from model_builder import ParameterGroup
+from optimization import Updater, learning_rate_at
 from parallelism import SingleProcess
+from training_config import OPTIMIZER_REGISTRY
 
 CPU = torch.device('cpu')
 RUN = SimpleNamespace(
     decay_lr=True,
+    lr_schedule='cosine',
     learning_rate=6e-4,
     min_lr=6e-5,
     warmup_iters=10,
     lr_decay_iters=100,
+    optimizer='adamw',
+    muon_momentum=0.95,
+    muon_ns_steps=5,
+    muon_adjust_lr_fn='match_rms_adamw',
+    muon_learning_rate=6e-4,
+    lion_beta1=0.9,
+    lion_beta2=0.99,
     beta1=0.9,
     beta2=0.95,
     weight_decay=0.1,
@@ -71,20 +80,81 @@ def test_without_decay_the_rate_is_constant():
     assert {learning_rate_at(step, run) for step in (0, 5, 10, 50, 1000)} == {6e-4}
 
 
-# --- The optimizer --------------------------------------------------------------------------------
+def torchs_rates(run, *schedules, milestones=()) -> list[float]:
+    """Of the first 2 · 100 updates, as torch's own schedulers have them, one after the other."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=run.learning_rate)
+    made = [make(optimizer) for make in schedules]
+    scheduler = torch.optim.lr_scheduler.SequentialLR(optimizer, made, list(milestones))
+    rates = []
+    for _ in range(200):
+        rates.append(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+    return rates
 
 
-@pytest.mark.parametrize('preset', ['legacy', 'llama'])
-def test_adamw_decays_matrices_and_nothing_else(preset):
-    config = ModelArchitectureConfig(
-        arch_preset=preset, n_layer=1, n_head=2, n_embd=8, block_size=4, vocab_size=16
+def warm_up(updates):
+    return lambda optimizer: torch.optim.lr_scheduler.LinearLR(
+        optimizer, 1 / (updates + 1), 1.0, updates
     )
-    model = build_model(config)
-    optimizer = build_optimizer(parameter_groups(model), RUN)
-    decay = {id(p): g['weight_decay'] for g in optimizer.param_groups for p in g['params']}
-    assert decay == {id(p): 0.1 if p.dim() > 1 else 0.0 for p in model.parameters()}
-    for group in optimizer.param_groups:
-        assert (group['betas'], group['lr'], group['fused']) == ((0.9, 0.95), 6e-4, True)
+
+
+def straight(to, updates):
+    return lambda optimizer: torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, to, updates)
+
+
+def constant(optimizer):
+    return torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
+
+
+def root(to, updates):
+    """Hägele et al. 2024, equation 1: f(n) = 1 − √n, here down to a share `to`."""
+    return lambda optimizer: torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda n: to + (1 - to) * (1 - math.sqrt(min(1.0, n / updates)))
+    )
+
+
+@pytest.mark.parametrize(
+    ('changed', 'schedules', 'milestones'),
+    [
+        ({'lr_schedule': 'linear'}, [warm_up(10), straight(0.1, 90)], [10]),
+        ({'lr_schedule': 'constant'}, [warm_up(10), constant], [10]),
+        (
+            {'lr_schedule': 'wsd', 'decay_fraction': 0.3, 'decay_shape': 'linear'},
+            [warm_up(10), constant, straight(0.1, 30)],
+            [10, 70],
+        ),
+        (
+            {'lr_schedule': 'wsd', 'decay_fraction': 0.2, 'decay_shape': '1-sqrt'},
+            [warm_up(10), constant, root(0.1, 20)],
+            [10, 80],
+        ),
+    ],
+    ids=['linear', 'constant', 'wsd linear', 'wsd 1-sqrt'],
+)
+def test_schedules_are_torchs(changed, schedules, milestones):
+    run = options(**changed)
+    ours = [learning_rate_at(step, run) for step in range(200)]
+    assert ours == pytest.approx(torchs_rates(run, *schedules, milestones=milestones), rel=1e-9)
+
+
+@pytest.mark.parametrize('lr_decay_iters', [1, 2, 7, 100])
+@pytest.mark.parametrize('warmup_iters', [0, 1, 60, 200])
+@pytest.mark.parametrize('decay_fraction', [0.0, 0.5, 1.0])
+@pytest.mark.parametrize('lr_schedule', ['cosine', 'linear', 'wsd'])
+def test_no_schedule_leaves_its_bounds(lr_schedule, decay_fraction, warmup_iters, lr_decay_iters):
+    run = options(
+        lr_schedule=lr_schedule,
+        decay_fraction=decay_fraction,
+        decay_shape='1-sqrt',
+        warmup_iters=warmup_iters,
+        lr_decay_iters=lr_decay_iters,
+    )
+    rates = [learning_rate_at(step, run) for step in range(220)]
+    assert all(0 < rate <= run.learning_rate for rate in rates)
+    rising, falling = rates[:warmup_iters], rates[warmup_iters:]
+    assert rising == sorted(rising) and falling == sorted(falling, reverse=True)
+    assert rates[-1] == run.min_lr
 
 
 # --- An update ------------------------------------------------------------------------------------
@@ -93,12 +163,16 @@ SHAPES = ((7, 5), (5,), (3, 4, 2))
 
 
 def an_updater(**changed) -> Updater:
-    """Over three parameters, one of them not decayed, and one more that never gets a gradient."""
+    """Over three parameters: a matrix, a stack of three, and one that is not decayed."""
     generator = torch.Generator().manual_seed(0)
     a, b, c = (torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in SHAPES)
-    groups = [ParameterGroup('decayed', [a, c], True), ParameterGroup('not decayed', [b], False)]
+    groups = [
+        ParameterGroup('matrices', [a, c], True, rows=[(7,), (4,)]),
+        ParameterGroup('not decayed', [b], False, lr_scale=0.5),
+    ]
     run = options(**changed)
-    return Updater(build_optimizer(groups, run), run, CPU, SingleProcess(run, CPU))
+    parallel = SingleProcess(run, CPU)
+    return Updater(parallel.build_optimizer(groups, run), run, CPU, parallel)
 
 
 def module_of(updater: Updater) -> torch.nn.Module:
@@ -117,9 +191,8 @@ def backward(updater: Updater, gradients: list[torch.Tensor]) -> None:
 
 
 def snapshot(updater: Updater) -> list[torch.Tensor]:
-    """Weights and everything that AdamW keeps for them."""
-    states = [updater.optimizer.state[p] for p in updater.parameters]
-    kept = [s[key] for s in states for key in ('exp_avg', 'exp_avg_sq', 'step') if key in s]
+    """Weights and everything that the optimizer keeps for them."""
+    kept = [t for p in updater.parameters for t in updater.optimizer.state[p].values()]
     return [tensor.detach().clone() for tensor in (*updater.parameters, *kept)]
 
 
@@ -178,8 +251,8 @@ def test_updates_are_plain_adamw_with_torchs_clipping_bit_for_bit(grad_clip):
         if grad_clip:
             norm = torch.nn.utils.clip_grad_norm_(plain, grad_clip)
             assert (norm > grad_clip) == (grad_clip == 0.5)
-        for group in optimizer.param_groups:
-            group['lr'] = rate
+        for group, scale in zip(optimizer.param_groups, (1.0, 0.5)):
+            group['lr'] = rate * scale
         optimizer.step()
         assert equal(updater.parameters, plain)
     assert not equal(an_updater().parameters, plain)
@@ -201,8 +274,12 @@ LOSSES_AND_GRADIENTS = [
 @pytest.mark.parametrize(('loss', 'element'), LOSSES_AND_GRADIENTS)
 @pytest.mark.parametrize('dtype', ['float32', 'float16'])
 @pytest.mark.parametrize('steps_before', [0, 2])
-def test_what_is_not_finite_changes_nothing(loss, element, grad_clip, dtype, steps_before):
-    updater = an_updater(grad_clip=grad_clip, dtype=dtype)
+@pytest.mark.parametrize('optimizer', list(OPTIMIZER_REGISTRY))
+def test_what_is_not_finite_changes_nothing(
+    optimizer, loss, element, grad_clip, dtype, steps_before
+):
+    changed = {'optimizer': optimizer, 'grad_clip': grad_clip, 'dtype': dtype}
+    updater = an_updater(**changed)
     for step in range(steps_before):
         backward(updater, gradients_of(step))
         updater.update(1e-3, FINITE, measured=True)
@@ -219,7 +296,7 @@ def test_what_is_not_finite_changes_nothing(loss, element, grad_clip, dtype, ste
     assert all(parameter.grad is None for parameter in updater.parameters)
 
     # And it goes on as if that update had not been there.
-    control = an_updater(grad_clip=grad_clip, dtype=dtype)
+    control = an_updater(**changed)
     for step in range(steps_before):
         backward(control, gradients_of(step))
         control.update(1e-3, FINITE, measured=True)
@@ -228,6 +305,32 @@ def test_what_is_not_finite_changes_nothing(loss, element, grad_clip, dtype, ste
         one.update(1e-3, FINITE, measured=True)
     assert equal(snapshot(updater), snapshot(control))
     assert not equal(snapshot(updater), before + made)
+
+
+class _Waits(TorchDispatchMode):
+    """Notes the operations that would wait for a GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(name in str(func) for name in ('_local_scalar', 'nonzero', 'equal')):
+            self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize('optimizer', list(OPTIMIZER_REGISTRY))
+def test_no_update_waits_for_the_device(optimizer):
+    updater = an_updater(optimizer=optimizer)
+    for step, loss in enumerate((FINITE, NAN)):
+        backward(updater, gradients_of(step))
+        with _Waits() as waits:
+            updater.update(1e-3, loss, measured=True)
+        assert waits.seen == []
+    with _Waits() as waits:
+        assert updater.skipped == 1
+    assert waits.seen
 
 
 def test_skipped_updates_add_up():
@@ -254,9 +357,10 @@ def test_the_fp16_scale_halves_at_an_overflow_and_is_reported():
     assert an_updater().loss_scale is None
 
 
-@pytest.mark.parametrize('dtype', ['float32', 'float16'])
-def test_a_saved_and_loaded_updater_goes_on_bit_for_bit(dtype):
-    one, other = an_updater(dtype=dtype), an_updater(dtype=dtype)
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'float16'])
+@pytest.mark.parametrize('optimizer', list(OPTIMIZER_REGISTRY))
+def test_a_saved_and_loaded_updater_goes_on_bit_for_bit(optimizer, dtype):
+    one, other = (an_updater(optimizer=optimizer, dtype=dtype) for _ in range(2))
     overflow = gradients_of(1)
     overflow[0][0, 0] = math.inf
     for gradients in (gradients_of(0), overflow):

@@ -67,8 +67,15 @@ NARROW = {**SIX, **LLAMA, 'n_embd': 4, 'n_layer': 1}
 TEN = {**LLAMA, 'max_iters': 10, 'eval_interval': 5}
 FEW = {**LLAMA, 'max_iters': 6, 'eval_interval': 3}
 
+# Beside AdamW. ZeRO-1 cuts matrices in the middle, FSDP all of them.
+OPTIMIZERS = {
+    'muon': {'optimizer': 'muon'},
+    'lion': {'optimizer': 'lion', 'learning_rate': 0.003, 'weight_decay': 1.0},
+}
+
 # What each strategy at two ranks is held against a single process in.
 CASES = {
+    **{name: {**TEN, **options} for name, options in OPTIMIZERS.items()},
     'gpt2': {**GPT2},
     'llama': {**LLAMA},
     'dropout': {**TEN, 'dropout': 0.1},
@@ -120,10 +127,21 @@ def planned() -> list[tuple[int, list[dict]]]:
     def refused(ranks):
         return [run(n, GPT2, options) for n, (size, options, _) in REFUSED.items() if size == ranks]
 
+    sixes = {'adamw': SIX, **{name: {**SIX, **LLAMA, **o} for name, o in OPTIMIZERS.items()}}
+
     def leg(number):
         ranks, options, updates = JOURNEY[number]
         out = 'journey 0' if number else None
-        return ranks, [run(f'journey {number}', SIX, options, {'max_iters': updates}, out=out)]
+        return ranks, [
+            run(
+                f'{optimizer} journey {number}',
+                six,
+                options,
+                {'max_iters': updates},
+                out=out and f'{optimizer} {out}',
+            )
+            for optimizer, six in sixes.items()
+        ]
 
     def late(name, options):
         twelve = {'max_iters': 12}
@@ -135,7 +153,7 @@ def planned() -> list[tuple[int, list[dict]]]:
     single = [run(f'single {name}', options) for name, options in CASES.items()]
     single += [
         *late('single', ALONE),
-        run('single six', SIX),
+        *(run(f'single six {optimizer}', six) for optimizer, six in sixes.items()),
         run('single narrow', NARROW),
         run('single lost_loss', FEW, {'on_nonfinite': 'skip'}, special='lost_loss'),
         run('single overflow', FEW, {'dtype': 'float16'}, special='overflow'),
@@ -163,9 +181,19 @@ def planned() -> list[tuple[int, list[dict]]]:
             run(f'{name} signal beside', FEW, options, BESIDE, special='signal_in_update'),
             *late(name, options),
         ]
+        for optimizer in OPTIMIZERS:
+            case, half = CASES[optimizer], f'{name} {optimizer} half'
+            two += [
+                run(half, case, {'max_iters': 5}, options),
+                run(f'{name} {optimizer} resumed', case, options, out=half),
+            ]
     two.append(run('ddp signal_while_agreeing', FEW, special='signal_while_agreeing'))
     fsdp, hybrid = STRATEGIES['fsdp'], {'use_fsdp': True, 'fsdp_shard_size': 2}
-    three = [run(f'{name} six', SIX, options) for name, options in STRATEGIES.items()]
+    three = [
+        run(f'{name} six {optimizer}', six, options)
+        for name, options in STRATEGIES.items()
+        for optimizer, six in sixes.items()
+    ]
     three.append(run('fsdp narrow', NARROW, fsdp, {'max_iters': 4}))
     four = [run('hybrid half', GPT2, hybrid, {'max_iters': 10}), run('hybrid few', FEW, hybrid)]
     after = [
@@ -301,7 +329,11 @@ def differences(run: Left, reference: Left) -> dict[str, float]:
 # --- The same training ----------------------------------------------------------------------------
 
 FULL_PRECISION = [
-    *((strategy, case) for strategy in STRATEGIES for case in ('gpt2', 'llama', 'dropout')),
+    *(
+        (strategy, case)
+        for strategy in STRATEGIES
+        for case in ('gpt2', 'llama', 'dropout', *OPTIMIZERS)
+    ),
     *((variant, 'gpt2') for variant in VARIANTS),
 ]
 
@@ -321,9 +353,10 @@ def test_it_is_the_training_of_a_single_process(left, strategy, case):
     assert (metadata['strategy'], metadata['world_size']) == (name, 2)
 
 
+@pytest.mark.parametrize('optimizer', ['adamw', *OPTIMIZERS])
 @pytest.mark.parametrize('strategy', STRATEGIES)
-def test_three_ranks_divide_unevenly(left, strategy):
-    run, reference = left(f'{strategy} six'), left('single six')
+def test_three_ranks_divide_unevenly(left, strategy, optimizer):
+    run, reference = left(f'{strategy} six {optimizer}'), left(f'single six {optimizer}')
     assert max(differences(run, reference).values()) < 1e-5
     hashes, expected = (
         [step['data_hash'] for step in r.record['eval_steps']] for r in (run, reference)
@@ -405,7 +438,7 @@ def test_diagnostics_are_those_of_a_single_process(left, strategy):
     assert len(pairs) == 3
     for mine, theirs in pairs:
         assert figures(mine) == pytest.approx(figures(theirs), rel=1e-4)
-    assert len(figures(pairs[-1][1])) == 2 * 4 + 2 + 5
+    assert len(figures(pairs[-1][1])) == 2 * 4 + 3 + 5
     # And they disturb nothing.
     assert weight_difference(run.main['weights'], reference.main['weights']) < 1e-5
 
@@ -445,7 +478,7 @@ def test_the_record_says_what_each_rank_holds(left):
         *(
             f'{strategy} {kind}'
             for strategy in STRATEGIES
-            for kind in ('six', 'short', 'recomputed')
+            for kind in ('six adamw', 'short', 'recomputed')
         ),
         'hybrid few',
         'single gpt2',
@@ -460,6 +493,16 @@ def test_the_record_says_what_travels(left, name):
         assert others == pytest.approx([sent] * (run.record['config']['max_iters'] - 1), rel=1e-9)
         # Without resharding the evaluation has left whole parameters behind.
         assert first < sent if name == 'kept gpt2' else first == pytest.approx(sent, rel=1e-9)
+
+
+@pytest.mark.parametrize('ranks', ['', 'six '])
+@pytest.mark.parametrize('strategy', STRATEGIES)
+def test_the_record_says_what_travels_for_whole_matrices(left, strategy, ranks):
+    """On average: who owns which matrix makes a difference."""
+    run = left(f'{strategy} {ranks}muon')
+    recorded = run.record['startup_info']['parallel']['bytes_sent_per_update']
+    sent = torch.tensor([rank['sent'] for rank in run.ranks], dtype=torch.float64)
+    assert sent.mean(dim=0).tolist() == pytest.approx([recorded] * sent.size(1), rel=1e-9)
 
 
 @pytest.mark.parametrize('strategy', STRATEGIES)
@@ -508,10 +551,16 @@ def test_an_overflow_on_one_rank_is_an_overflow_on_all(left, strategy):
 # --- Checkpoints ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize('strategy', (*STRATEGIES, *VARIANTS))
-def test_a_resumed_run_ends_with_the_same_bits(left, strategy):
-    whole, resumed = left(f'{strategy} gpt2'), left(f'{strategy} resumed')
-    assert resumed.checkpoints() == [20, 10]
+RESUMED = [
+    *((f'{name} gpt2', f'{name} resumed') for name in (*STRATEGIES, *VARIANTS)),
+    *((f'{name} {o}', f'{name} {o} resumed') for name in STRATEGIES for o in OPTIMIZERS),
+]
+
+
+@pytest.mark.parametrize(('whole', 'resumed'), RESUMED)
+def test_a_resumed_run_ends_with_the_same_bits(left, whole, resumed):
+    whole, resumed = left(whole), left(resumed)
+    assert resumed.checkpoints() == whole.checkpoints() and len(whole.checkpoints()) == 2
     assert torch.equal(whole.curve('loss'), resumed.curve('loss'))
     assert weight_difference(whole.main['weights'], resumed.main['weights']) == 0
 
@@ -563,8 +612,12 @@ def test_a_checkpoint_is_exported_whoever_wrote_it(left, strategy, tmp_path):
     assert torch.equal(*logits)
 
 
-def test_a_checkpoint_goes_from_strategy_to_strategy(left):
-    end, reference = left(f'journey {len(JOURNEY) - 1}'), left('single six')
+@pytest.mark.parametrize('optimizer', ['adamw', *OPTIMIZERS])
+def test_a_checkpoint_goes_from_strategy_to_strategy(left, optimizer):
+    end, reference = (
+        left(f'{optimizer} journey {len(JOURNEY) - 1}'),
+        left(f'single six {optimizer}'),
+    )
     changes = [event['changed'] for event in end.record['events'] if event['event'] == 'resume']
     assert [change['strategy'][1] for change in changes] == ['single', 'ddp', 'fsdp', 'zero1']
     assert [change['world_size'][1] for change in changes] == [1, 2, 3, 2]

@@ -335,7 +335,7 @@ def test_the_command_needs_nothing_and_writes_nothing(run_script, tmp_path):
 @pytest.mark.parametrize(
     ('arguments', 'said'),
     [
-        (['--gpu=B200'], "gpu='B200' (command line) has no use without plan=True"),
+        (['--gpu=B200'], "gpu='B200' (command line) has no use here: it belongs to plan=True"),
         (['--plan', '--gpu=B2000'], 'Did you mean B200?'),
         (['--plan', '--plan_mfu=40'], 'plan_mfu takes'),
         (

@@ -156,10 +156,45 @@ def test_an_illegal_run_is_refused(argv, words):
 
 def test_files_of_different_kinds_of_value(config):
     found = settings(
-        config('learning_rate = 1\nwarmup_iters = None\ndevice = "cpu"\ndecay_lr = False')
+        config('learning_rate = 1\nwarmup_iters = None\ndevice = "cpu"\nuse_fsdp = False')
     ).run
     assert found.learning_rate == 1.0 and type(found.learning_rate) is float
-    assert (found.warmup_iters, found.device, found.decay_lr) == (None, 'cpu', False)
+    assert (found.warmup_iters, found.device, found.use_fsdp) == (None, 'cpu', False)
+
+
+@pytest.mark.parametrize(
+    ('argv', 'words'),
+    [
+        (['--muon_momentum=0.9'], ["optimizer='muon'", "optimizer='adamw' (default)"]),
+        (['--lion_beta1=0.9', '--optimizer=muon'], ["optimizer='lion'", "optimizer='muon'"]),
+        (['--beta2=0.9', '--optimizer=lion'], ["optimizer='adamw' or optimizer='muon'"]),
+        (['--decay_fraction=0.1'], ["lr_schedule='wsd'", "lr_schedule='cosine'"]),
+        (
+            ['--min_lr=0', '--lr_schedule=constant'],
+            ["lr_schedule='cosine' or lr_schedule='linear'"],
+        ),
+        (['--decay_lr=False', '--lr_schedule=wsd'], ['decay_lr=True', 'decay_lr=False']),
+        (['--decay_lr=False', '--warmup_iters=3'], ["lr_schedule='constant' or", 'decay_lr=False']),
+        (['--fsdp_shard_size=2'], ['use_fsdp=True', 'use_fsdp=False (default)']),
+    ],
+)
+def test_an_option_of_the_run_without_use_is_refused(argv, words):
+    (problem,) = problems_of(*argv)
+    assert problem.startswith(argv[0][2:].partition('=')[0]) or 'decay_lr' in argv[0]
+    assert 'has no use here' in problem
+    assert all(word in problem for word in words), problem
+
+
+def test_an_option_of_the_run_that_an_override_leaves_behind_is_dropped_and_told(config):
+    path = config("optimizer = 'muon'\nmuon_ns_steps = 6\nlr_schedule = 'wsd'\nmin_lr = 1e-5")
+    kept, dropped = complete(path), complete(path, '--optimizer=lion', '--lr_schedule=constant')
+    assert (kept.run.muon_ns_steps, kept.run.min_lr) == (6, 1e-5)
+    assert 'muon_ns_steps' not in dropped.run and dropped.run.lion_beta2 == 0.99
+    assert 'min_lr' not in dropped.to_dict() and dropped.run.warmup_iters == 250
+    notes = [line for line in dropped.explain().splitlines() if line.startswith('# dropped')]
+    assert len(notes) == 2 and 'muon_ns_steps=6 (' in notes[0] and 'min_lr=1e-05' in notes[1]
+    shown = printed(dropped.explain())
+    assert shown['optimizer'] == ("'lion'", 'command line') and 'muon_momentum' not in shown
 
 
 # --------------------------------------------------------------------------------------------------
@@ -212,6 +247,7 @@ def test_the_schedule_follows_max_iters_and_learning_rate(config, max_iters, war
     assert done.run.min_lr == pytest.approx(3e-4)
     for key in ('warmup_iters', 'lr_decay_iters', 'min_lr'):
         assert done.run.origins[key].startswith('derived: ') and key in done.derived
+    assert complete(path, '--optimizer=muon').run.muon_learning_rate == 3e-3
 
 
 def test_what_was_set_is_not_derived():
@@ -250,7 +286,7 @@ def test_nothing_stays_open_once_complete(dataset):
     done = complete('--arch_preset=llama', dataset=dataset('byte', 256))
     left = [key for key, value in done.to_dict().items() if value in (None, 'auto')]
     off = {'attention_softcap', 'logit_softcap', 'sliding_window'}
-    assert set(left) <= off | {'resume_run', 'peak_tflops', 'log_style', 'fsdp_shard_size'}
+    assert set(left) <= off | {'resume_run', 'peak_tflops', 'log_style'}
 
 
 @pytest.mark.parametrize(
