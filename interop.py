@@ -33,12 +33,16 @@ from weight_maps import NANOGPT, TRANSFORMERS, Family, Weight, function_of
 HARMLESS = ('block_size', 'vocab_size', 'attention_backend')
 
 
-def of_training() -> set[str]:
+def of_training(config: ModelArchitectureConfig) -> set[str]:
     """Options that act in training alone: a run with imported weights has its own."""
+    initialization = INITIALIZATION_REGISTRY[config.initialization]
     begin = {key for c in INITIALIZATION_REGISTRY for key in INITIALIZATION_REGISTRY[c].options}
+    begin.add('initialization')
+    if initialization.output_scale(config) != 1:
+        begin.clear()  # it acts on the logits, too
     dropout = {'dropout', 'attention_dropout', 'residual_dropout'}
     losses = {'z_loss', 'load_balance_weight', 'router_z_loss'}
-    return {'initialization', 'multiple_of', *begin, *dropout, *losses}
+    return {'multiple_of', *begin, *dropout, *losses}
 
 
 @dataclass
@@ -273,7 +277,7 @@ class Imported:
         """Refuse options that contradict the source. Raises UserError naming them."""
         architecture = settings.architecture
         theirs, now = self.source.config.to_dict(), architecture.to_dict()
-        free = {*HARMLESS, *of_training()}
+        free = {*HARMLESS, *of_training(architecture)}
         problems = [
             f'{key}={now.get(key)!r} ({architecture.origins.get(key, "not in use")}) contradicts '
             f'init_from={self.source.name}, which has {theirs.get(key)!r}: leave {key} out.'
@@ -313,7 +317,7 @@ def find(asked: CommandLine) -> Imported | None:
     if init_from.partition(':')[0] not in OPENERS:
         return None
     source = open_source(init_from)
-    own = of_training()
+    own = of_training(source.config)
     values = {key: value for key, value in source.config.to_dict().items() if key not in own}
     values['arch_preset'] = source.config.preset
     asked.layers.insert(0, Layer(init_from, values))
@@ -353,7 +357,7 @@ def _lost(family: Family, fields: dict, config: ModelArchitectureConfig) -> list
     except UserError:  # what is left out makes it illegal
         back = read
     lost = [key for key, value in function_of(config).items() if not _equal(back.get(key), value)]
-    return [key for key in lost if key not in {*HARMLESS, *of_training()}]
+    return [key for key in lost if key not in {*HARMLESS, *of_training(config)}]
 
 
 def _equal(one, other) -> bool:

@@ -346,7 +346,9 @@ def parameter_groups(model: nn.Module) -> list[ParameterGroup]:
         if isinstance(module, Component)
         for parameter, rows in module.matrices().items()
     }
-    hidden = ParameterGroup('matrices', [], True, rows=[])
+    initialization = INITIALIZATION_REGISTRY[model.config.initialization]
+    lr_scale = initialization.hidden_lr_scale(model.config)
+    hidden = ParameterGroup('matrices', [], True, rows=[], lr_scale=lr_scale)
     tables = ParameterGroup('tables', [], True)
     vectors = ParameterGroup('gains and biases', [], False)
     for parameter in model.parameters():

@@ -8,7 +8,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from components.contract import Auxiliary, Component
-from model_config import ModelArchitectureConfig
+from model_config import INITIALIZATION_REGISTRY, ModelArchitectureConfig
 
 
 class TokenEmbedding(Component, nn.Embedding):
@@ -37,12 +37,13 @@ class OutputHead(Component, nn.Module):
     def __init__(self, config: ModelArchitectureConfig):
         super().__init__()
         self.projection = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.scale = INITIALIZATION_REGISTRY[config.initialization].output_scale(config)
         self.softcap, self.z_loss = config.logit_softcap, config.z_loss
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """(B, T, C) -> (B, T, V); with `logit_softcap` c: c · tanh(logits / c), in fp32, so none is
         larger (Gemma Team 2024)."""
-        logits = self.projection(hidden)
+        logits = self.projection(hidden if self.scale == 1 else hidden * self.scale)
         if self.softcap is None:
             return logits
         return self.softcap * torch.tanh(logits.float() / self.softcap)

@@ -1,10 +1,10 @@
-"""Initialisations: how the weights begin."""
+"""Initialisations: how the weights begin, and what the model and the optimizer make of it."""
 
 from typing import ClassVar
 
 from components.contract import Component
 from model_config import INITIALIZATION_REGISTRY, ModelArchitectureConfig
-from registry import Option, above
+from registry import Option, above, at_least
 
 
 class Initialization(Component):
@@ -23,6 +23,16 @@ class Initialization(Component):
         """Of a weight. hidden: one of `matrices()`, neither table nor head; residual: one of
         `residual_weights()`."""
         return config.init_std
+
+    @classmethod
+    def output_scale(cls, config: ModelArchitectureConfig) -> float:
+        """What multiplies the hidden states before the output projection."""
+        return 1.0
+
+    @classmethod
+    def hidden_lr_scale(cls, config: ModelArchitectureConfig) -> float:
+        """What multiplies the learning rate of hidden matrices."""
+        return 1.0
 
 
 @INITIALIZATION_REGISTRY.register('normal', source='Devlin et al. 2019')
@@ -48,3 +58,35 @@ class GPT2Initialization(Initialization):
         if residual and config.depth_scaled_init:
             return config.init_std / (2 * config.n_layer) ** 0.5
         return config.init_std
+
+
+@INITIALIZATION_REGISTRY.register('mup', source='Yang et al. 2022, table 8; Dey et al. 2024')
+class MaximalUpdate(GPT2Initialization):
+    """Scaled from `mup_base_width`, where it is `gpt2`, so that a learning rate suits any width.
+
+    At m times that width hidden matrices begin at 1/√m of the deviation and learn at 1/m of the
+    rate, which is Adam's rule, and the output is multiplied by 1/m; tables, gains and biases stay.
+    The fan-in of hidden matrices is taken to grow as n_embd does. Heads of one size keep the scale
+    of their scores; where heads grow instead, set `attention_scale`.
+    """
+
+    tag = 'muP'
+    options: ClassVar = {
+        **GPT2Initialization.options,
+        'mup_base_width': Option(
+            int, 256, 'The n_embd for which the learning rate was chosen', check=at_least(1)
+        ),
+    }
+
+    @classmethod
+    def std(cls, config: ModelArchitectureConfig, hidden: bool, residual: bool) -> float:
+        std = super().std(config, hidden, residual)
+        return std * (config.mup_base_width / config.n_embd) ** 0.5 if hidden else std
+
+    @classmethod
+    def output_scale(cls, config: ModelArchitectureConfig) -> float:
+        return config.mup_base_width / config.n_embd
+
+    @classmethod
+    def hidden_lr_scale(cls, config: ModelArchitectureConfig) -> float:
+        return config.mup_base_width / config.n_embd

@@ -52,6 +52,7 @@ VALUES = {
     'logit_softcap': (2.0,),
     'z_loss': (0.0, 0.1),
     'init_std': (0.02, 0.1),
+    'mup_base_width': (4,),
     'num_experts': (3, 4),
     'experts_per_token': (1, 2),
     'shared_experts': (0, 1),

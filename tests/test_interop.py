@@ -549,16 +549,26 @@ def test_options_that_contradict_the_weights_are_refused(nanogpt_checkpoint, tmp
         f'--init_from=nanogpt:{tmp_path}',
         '--n_head=4',
         '--normalization=rmsnorm',
+        '--initialization=mup',
         '--vocab_size=256',
         code=2,
     ).stderr
     assert "normalization='rmsnorm' (command line) contradicts init_from=nanogpt:" in error
     assert "which has 'layernorm': leave normalization out" in error
+    assert "initialization='mup' (command line) contradicts" in error  # it scales the logits
     assert 'block_size=32: init_from=nanogpt:' in error and '--block_size=16' in error
     assert 'n_head' not in error and 'vocab_size' not in error
     error = train(f'--init_from=nanogpt:{tmp_path}', '--n_head=4', '--block_size=16', code=2).stderr
     assert 'vocab_size=40 (nanogpt:' in error
     assert 'at least 256 is needed: --vocab_size=256' in error
+
+
+@pytest.mark.parametrize(
+    'values', [{'initialization': 'normal'}, {'initialization': 'mup', 'mup_base_width': 16}]
+)
+def test_how_weights_begin_is_no_part_of_what_is_exported(values):
+    family, _ = interop.expressed_as(tiny(arch_preset='legacy', **values))
+    assert family.architecture == 'GPT2LMHeadModel'
 
 
 # --- Export ---------------------------------------------------------------------------------------
@@ -571,6 +581,7 @@ def test_options_that_contradict_the_weights_are_refused(nanogpt_checkpoint, tmp
         ({'position_encoding': 'none'}, "position_encoding='none'"),
         ({'activation': 'leaky_relu'}, "architecture: activation='leaky_relu'"),
         ({'logit_softcap': 3.0}, 'architecture: logit_softcap=3.0'),
+        ({'initialization': 'mup'}, "architecture: initialization='mup'"),
         ({'arch_preset': 'llama', 'normalization': 'layernorm'}, "normalization='layernorm'"),
         ({'arch_preset': 'llama', 'rope_fraction': 0.5}, 'rope_fraction=0.5'),
     ],
