@@ -56,7 +56,9 @@ OPTIONS = {
     'log_style': 'line',
     'init_from': 'auto',
 }
-MEASURED = ('time', 'time_ms', 'write_ms', 'steps', 'tokens_per_sec', 'mfu', 'memory')
+MEASURED = (
+    *('time', 'time_ms', 'write_ms', 'train_seconds', 'steps', 'tokens_per_sec', 'mfu', 'memory'),
+)
 STRATEGIES = {'single': {}, 'ddp': {}, 'zero1': {'use_zero1': True}, 'fsdp': {'use_fsdp': True}}
 KINDS = ('training', 'saving', 'start', 'saving', 'training')
 PATIENCE = 300  # seconds, for what should take a few

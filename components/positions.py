@@ -322,7 +322,8 @@ class RotaryPositionEncoding(PositionEncoding):
             ]
         return [
             f"position_encoding='rope' turns pairs of columns, and a head of {offered} has an odd "
-            f'one left over: choose an even head size.'
+            f'one left over: choose an even head size, by n_head (n_embd={config.n_embd} / '
+            f"n_head={config.n_head}) or by the attention's own option."
         ]
 
     def prepare(self, q_positions: torch.Tensor, k_positions: torch.Tensor) -> Positions:

@@ -389,11 +389,14 @@ class Run:
         settings = self.settings(read_command_line(self.argv, schema))
         parallel, model, updater = self.build(settings)
         self.update(model, updater)
-        flops, hardware = {'per_token': 1}, {'peak_tflops': 0.01, 'dtype': 'float32'}
+        flops, hardware = (
+            {'per_token': 1},
+            {'peak_tflops': 0.01, 'dtype': 'float32', 'world_size': 1},
+        )
         self.header = {
             'config': settings.to_dict(),
             'metadata': {'command': 'python train.py'},
-            'startup_info': {'flops': flops, 'hardware': hardware},
+            'startup_info': {'flops': flops, 'hardware': hardware, 'parallel': {}},
         }
         journal = {'kind': 'start', 'time': 0.0, 'run_name': 'r', 'start_time': '', **self.header}
         self.journal = json.dumps({**journal, 'architecture': {}})
