@@ -233,3 +233,37 @@ def test_a_run_goes_on_for_longer_with_other_options(copy, tmp_path, tiny_datase
     assert {group['weight_decay'] for group in optimizer.param_groups} == {0.3, 0.0}
     assert {group['betas'] for group in optimizer.param_groups} == {(0.9, 0.99)}
     assert {group['fused'] for group in optimizer.param_groups} == {True}
+
+
+def test_another_optimizer_is_refused_and_nothing_changes(copy, tmp_path, tiny_dataset):
+    before = sorted(copy.rglob('*'))
+    output = start(tmp_path, tiny_dataset, code=2, max_iters=12, optimizer='lion')
+    assert "cannot be resumed with optimizer='lion'" in output and "'adamw'" in output
+    assert 'Traceback' not in output and sorted(copy.rglob('*')) == before
+
+
+@pytest.mark.parametrize('optimizer', ['muon', 'lion'])
+def test_a_stable_phase_goes_on_for_longer_and_with_the_same_bits(
+    tmp_path, tiny_dataset, optimizer
+):
+    """wsd: cut off before its decay and given more updates, a run is the longer run."""
+    options = {
+        **{key: OPTIONS[key] for key in OPTIONS if key not in ('init_from', 'max_iters')},
+        'optimizer': optimizer,
+        'lr_schedule': 'wsd',
+        'decay_fraction': 0.5,
+        'warmup_iters': 1,
+    }
+    long, short = {'max_iters': 8}, {'max_iters': 4, 'lr_decay_iters': 8}
+    whole = train_here(tiny_dataset, tmp_path / 'whole', **options, **long)
+    train_here(tiny_dataset, tmp_path / 'cut', **options, **short)
+    resumed = train_here(tiny_dataset, tmp_path / 'cut', init_from='resume', **long)
+    rates = [entry['lr'] for entry in resumed.record['training_iterations']]
+    assert rates[0] == 3e-4 and rates[1:5] == [6e-4] * 4 and rates[5:] == sorted(rates[5:])[::-1]
+    assert rates[-1] < 3e-4
+    assert resumed.losses == whole.losses
+    for name, weight in whole.weights().items():
+        assert (resumed.weights()[name] == weight).all(), name
+    told = resumed.record['startup_info']['optimizer']
+    assert (told['name'], told['schedule']) == (optimizer, 'wsd')
+    jsonschema.validate(resumed.record, SCHEMA)
