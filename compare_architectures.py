@@ -53,7 +53,7 @@ LOSS_CONDITIONS = (
     *('dataset', 'train_sha256', 'val_sha256', 'tokenizer', 'vocab_size', 'model_vocab_size'),
     *('block_size', 'tokens_seen', 'tokens_per_iter', 'data_seed', 'eval_windows', 'max_iters'),
     *('optimizer', 'lr_schedule', 'learning_rate', 'min_lr', 'warmup_iters', 'lr_decay_iters'),
-    *('decay_lr', 'dtype', 'weights_from'),
+    *('decay_lr', 'weight_decay', 'grad_clip', 'dtype', 'weights_from'),
 )
 SPEED_CONDITIONS = (
     *('device', 'device_name', 'threads', 'strategy', 'world_size', 'compile', 'dtype'),

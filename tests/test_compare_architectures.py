@@ -457,6 +457,8 @@ CHANGES = [
     (CONFIG, 'warmup_iters', 50, True, False),
     (CONFIG, 'lr_decay_iters', 600000, True, False),
     (CONFIG, 'decay_lr', False, True, False),
+    (CONFIG, 'weight_decay', 0.3, True, False),
+    (CONFIG, 'grad_clip', 0.0, True, False),
     (CONFIG, 'max_iters', 200, True, False),
     (('metadata',), 'data_seed', 7, True, False),
     (('metadata',), 'weights_from', {'source': 'hf:gpt2'}, True, False),

@@ -73,6 +73,8 @@ OPTIMIZERS = {
     'lion': {'optimizer': 'lion', 'learning_rate': 0.003, 'weight_decay': 1.0},
 }
 
+OTHER_PRESETS = ('qwen3', 'gemma2', 'olmo2', 'pythia', 'deepseek')
+
 # What each strategy at two ranks is held against a single process in.
 CASES = {
     **{name: {**TEN, **options} for name, options in OPTIMIZERS.items()},
@@ -88,6 +90,9 @@ CASES = {
         **{'router_normalize': False, 'shared_experts': 1, 'log_interval': 3},
     },
     'diagnostics': {**GPT2, 'max_iters': 4, 'eval_interval': 2, 'diagnostics': True},
+    # Between them, the parts that the presets above have not: windows and caps, sandwich and
+    # reordered norms, norms of queries and keys, parallel branches, latent attention.
+    **{preset: {**TEN, 'arch_preset': preset} for preset in OTHER_PRESETS},
 }
 BESIDE = {'async_save': True}
 RECOMPUTED = {**CASES['dropout'], 'activation_checkpointing': 'full'}
@@ -332,7 +337,7 @@ FULL_PRECISION = [
     *(
         (strategy, case)
         for strategy in STRATEGIES
-        for case in ('gpt2', 'llama', 'dropout', *OPTIMIZERS)
+        for case in ('gpt2', 'llama', 'dropout', *OPTIMIZERS, *OTHER_PRESETS)
     ),
     *((variant, 'gpt2') for variant in VARIANTS),
 ]
