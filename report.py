@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 SUFFIXES = ('.png', '.svg', '.pdf')
 # Okabe & Ito 2008: told apart by the colour-blind too.
 COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000', '#8C6D31')
-REST = '#B0B0B0'  # lines beyond the colours
+LINES = ('-', '--', ':')  # for the first of each colour, the second, the third
 FRONTS = {
     'F': ('training FLOPs', lambda run: run.total_flops),
     'T': ('seconds of training', lambda run: run.curve[-1].seconds if run.curve else None),
@@ -71,8 +71,10 @@ def plot(comparison: 'Comparison', path: Path) -> None:
 # --- Pictures ------------------------------------------------------------------------------------
 
 
-def colour_of(rank: int) -> str:
-    return COLOURS[rank] if rank < len(COLOURS) else REST
+def style_of(rank: int) -> dict[str, str]:
+    """Colour and line of a group; the same again only after two dozen."""
+    again, place = divmod(rank, len(COLOURS))
+    return {'color': COLOURS[place], 'ls': LINES[again % len(LINES)]}
 
 
 def clear(axes: 'Axes', title: str, amounts: bool = True) -> None:
@@ -92,8 +94,8 @@ def draw_curves(comparison: 'Comparison', figure) -> None:
     several = any(len(run.curve) > 1 for run in every)
     for axes, (cost, title) in zip(figure.subplots(1, 3, sharey=True), COSTS.items()):
         for rank, (group, label) in enumerate(zip(comparison.groups, comparison.labels)):
-            draw_curve(axes, group, cost, label, colour_of(rank), behind=-rank)
-        clear(axes, title)
+            draw_curve(axes, group, cost, label, style_of(rank), behind=-rank)
+        clear(axes, title, amounts=cost != 'seconds')
         losses = [point.loss for run in every for point in run.curve]
         if losses and several:
             axes.set_ylim(*loss_limits(comparison))
@@ -118,7 +120,7 @@ def loss_limits(comparison: 'Comparison') -> tuple[float, float]:
     return low - margin, high + margin
 
 
-def draw_curve(axes: 'Axes', group: Group, cost: str, label: str, colour: str, behind: int) -> None:
+def draw_curve(axes: 'Axes', group: Group, cost: str, label: str, style: dict, behind: int) -> None:
     curves = [curve for run in group.members if (curve := curve_over(run.curve, cost))]
     if not curves:
         return
@@ -133,8 +135,8 @@ def draw_curve(axes: 'Axes', group: Group, cost: str, label: str, colour: str, b
             lows.append(found.mean if found.low is None else found.low)
             highs.append(found.mean if found.high is None else found.high)
     marker = 'o' if len(shown) < 25 else None
-    axes.plot(shown, means, color=colour, label=label, marker=marker, ms=3.5, zorder=10 + behind)
-    axes.fill_between(shown, lows, highs, color=colour, alpha=0.15, lw=0, zorder=behind)
+    axes.plot(shown, means, **style, label=label, marker=marker, ms=3.5, zorder=10 + behind)
+    axes.fill_between(shown, lows, highs, color=style['color'], alpha=0.15, lw=0, zorder=behind)
 
 
 def draw_fronts(comparison: 'Comparison', figure) -> None:
@@ -149,12 +151,14 @@ def draw_fronts(comparison: 'Comparison', figure) -> None:
                 continue
             spread = group.estimate
             error = 0 if spread.low is None else (spread.high - spread.low) / 2
-            axes.errorbar(amount, group.loss, yerr=error, fmt='o', color=colour_of(rank), capsize=3)
+            axes.errorbar(
+                amount, group.loss, yerr=error, fmt='o', color=style_of(rank)['color'], capsize=3
+            )
             if letter in comparison.fronts[rank]:
                 points.append((amount, group.loss))
         if len(points) > 1:
             axes.plot(*zip(*sorted(points)), color='#888888', lw=1, ls='--', zorder=0)
-        clear(axes, title)
+        clear(axes, title, amounts=letter == 'F')
     figure.axes[0].set_ylabel('best validation loss')
 
 
