@@ -26,6 +26,7 @@ from comparison_text import FORMATS, listing
 from errors import ArgumentParser, UserError, nearest, run_script
 from evidence import holm
 from judgement import (
+    FRONTS,
     SEEDS,
     AtEqualCost,
     CurvePoint,
@@ -41,6 +42,7 @@ from judgement import (
     judge,
     main_effects,
     pareto_front,
+    seeds_of,
     stability,
 )
 from training_logger import find_records, read_outline
@@ -311,10 +313,7 @@ def compare(runs: Iterable[Run], baseline: str | None = None, skipped=()) -> Com
 
 def hashes_of_shared_data(groups: Sequence[Group]) -> list[dict]:
     """What each group was trained on, over the seeds that all have; {} if they share none."""
-    by_seed = [
-        {tuple(run.config.get(key) for key in SEEDS): run.data_hash for run in group.members}
-        for group in groups
-    ]
+    by_seed = [{seeds_of(run): run.data_hash for run in group.members} for group in groups]
     shared = sorted(set.intersection(*map(set, by_seed)), key=str)
     hashes = [[found[seeds] for seeds in shared] for found in by_seed]
     return [
@@ -374,13 +373,8 @@ def axes_of(groups: Sequence[Group]) -> list[tuple[dict, Group]]:
 
 def fronts_of(groups: Sequence[Group]) -> list[str]:
     """For each group the Pareto fronts that it lies on: of loss against FLOPs, time, memory."""
-    costs = {
-        'F': lambda run: run.total_flops,
-        'T': lambda run: run.curve[-1].seconds if run.curve else None,
-        'M': lambda run: run.peak_memory_gb,
-    }
     letters = [''] * len(groups)
-    for letter, figure in costs.items():
+    for letter, (_, figure) in FRONTS.items():
         amounts = [group.mean(figure) for group in groups]
         points = [
             None

@@ -24,6 +24,14 @@ SEEDS = ('seed', 'data_seed')
 COSTS = {'tokens': 'tokens', 'flops': 'training FLOPs', 'seconds': 'seconds of training'}
 
 
+# The costs that a loss is held against, by the letter of their Pareto front: a title, and a run's.
+FRONTS: dict[str, tuple[str, Callable[[Any], float | None]]] = {
+    'F': ('training FLOPs', lambda run: run.total_flops),
+    'T': ('seconds of training', lambda run: run.curve[-1].seconds if run.curve else None),
+    'M': ('peak memory, GB', lambda run: run.peak_memory_gb),
+}
+
+
 class CurvePoint(NamedTuple):
     """A validation loss and what it had cost by then; None where the record does not tell."""
 
@@ -64,11 +72,15 @@ class Verdict:
     text: str
 
 
+def seeds_of(run) -> tuple:
+    return tuple(run.config.get(name) for name in SEEDS)
+
+
 def group_runs(runs: Iterable, key: Callable[[Any], Any]) -> list[Group]:
     """Finished runs that have a loss, by `key(run)`, and each other run by itself; best first."""
     by_key: dict[Any, dict[tuple, Any]] = {}
     for run in runs:
-        seeds = tuple(run.config.get(name) for name in SEEDS)
+        seeds = seeds_of(run)
         whole = run.status == 'finished' and run.val_loss is not None
         # A run repeated with the same seeds is no further evidence: the first counts.
         by_key.setdefault(('whole', key(run)) if whole else run, {}).setdefault(seeds, run)

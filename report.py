@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import comparison_text
 from errors import UserError
 from evidence import estimate
-from judgement import COSTS, Group, curve_over, loss_at
+from judgement import COSTS, FRONTS, Group, curve_over, loss_at
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,11 +26,6 @@ SUFFIXES = ('.png', '.svg', '.pdf')
 # Okabe & Ito 2008: told apart by the colour-blind too.
 COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000', '#8C6D31')
 LINES = ('-', '--', ':')  # for the first of each colour, the second, the third
-FRONTS = {
-    'F': ('training FLOPs', lambda run: run.total_flops),
-    'T': ('seconds of training', lambda run: run.curve[-1].seconds if run.curve else None),
-    'M': ('peak memory, GB', lambda run: run.peak_memory_gb),
-}
 
 
 def matplotlib_figure(width: float, height: float) -> 'Figure':

@@ -39,16 +39,17 @@ from pathlib import Path
 import torch
 
 import compare_architectures
+import hardware
 from comparison_text import duration, table
 from configurator import CommandLine, format_help, read_command_line
 from errors import UserError, run_script
 from registry import Option, at_least
+from report import write
 from study_points import (
     STUDY_KEYS,
     Point,
     Study,
     Variant,
-    device_of,
     iterations,
     points_of,
     read_study,
@@ -91,10 +92,12 @@ def main(argv: list[str]) -> int:
         print(format_help(__doc__, schema()))
         return 0
     study = read_study(asked)
-    base = settings_of(study, {}).run
-    device, dtype = device_of(study)
+    settings = settings_of(study, {})
+    base = settings.run
+    device = hardware.select_device(base.device)
+    dtype = hardware.resolve_dtype(base.dtype, device)
     prepare_if_missing(base.dataset)
-    dataset = load_dataset(base.dataset, settings_of(study, {}).architecture.block_size)
+    dataset = load_dataset(base.dataset, settings.architecture.block_size)
     found = variants(study, device, dtype, dataset)
     print(describe(study, found), flush=True)
     if asked.value('plan_only', schema):
@@ -216,10 +219,8 @@ def write_plan(study: Study, found: list[Variant], points: list[Point], runner: 
             for point in points
         ],
     }
-    temporary = runner.out_dir / 'study.json.tmp'
     runner.out_dir.mkdir(parents=True, exist_ok=True)
-    temporary.write_text(json.dumps(plan, indent=1), encoding='utf-8')
-    os.replace(temporary, runner.out_dir / 'study.json')
+    write(runner.out_dir / 'study.json', json.dumps(plan, indent=1).encode())
 
 
 # --- Processes -----------------------------------------------------------------------------------

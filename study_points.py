@@ -4,6 +4,7 @@ A study is a config file of `train.py` with some of the keys of `STUDY_KEYS` bes
 which are the base of every run. Nothing here starts a run; `study.py` does.
 """
 
+import functools
 import itertools
 import re
 from collections.abc import Callable, Iterator
@@ -11,7 +12,6 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-import hardware
 from configurator import COMMAND_LINE, CommandLine, Layer, accept_layer, flatten
 from errors import UserError, nearest
 from model_builder import build_model, flops_by_part
@@ -247,10 +247,16 @@ def _matched(study: Study, found: list[Variant], *where) -> Iterator[Variant]:
         value = size
         if measure(variant.settings.architecture) != target:
             step = study.match_step
-            times = nearest_integer(
-                lambda n, changed=changed, step=step: measure(changed(n * step).architecture),
-                target,
-            )
+            try:
+                times = nearest_integer(
+                    lambda n, changed=changed, step=step: measure(changed(n * step).architecture),
+                    target,
+                )
+            except ValueError:
+                raise UserError(
+                    f'{study.path}: match_by={study.match_by!r} has no effect on {study.match} of '
+                    f'{variant.label}. Choose another size.'
+                ) from None
             value = times * step
         if value != size:
             overrides = {**variant.overrides, study.match_by: value}
@@ -264,10 +270,16 @@ def _sizes(architecture: ModelArchitectureConfig) -> str:
 
 
 def nearest_integer(rising: Callable[[int], float], target: float) -> int:
-    """The n ≥ 1 at which a rising function comes nearest to `target`."""
+    """The n ≥ 1 at which a rising function comes nearest to `target`.
+
+    Raises ValueError if it does not rise.
+    """
+    rising = functools.cache(rising)
     high = 1
-    while rising(high) < target:
+    while (reached := rising(high)) < target:
         high *= 2
+        if rising(high) <= reached:
+            raise ValueError('not a rising function')
     low = high // 2
     while high - low > 1:
         middle = (low + high) // 2
@@ -337,10 +349,3 @@ def tuning_points(study: Study, found: list[Variant], chosen: dict[str, dict]) -
         for v in found
         for setting in (grid(study.tune) if study.tune else [])
     ]
-
-
-def device_of(study: Study) -> tuple[torch.device, str]:
-    """The device and dtype of the base. Raises UserError."""
-    run = settings_of(study, {}).run
-    device = hardware.select_device(run.device)
-    return device, hardware.resolve_dtype(run.dtype, device)

@@ -135,6 +135,14 @@ def test_the_nearest_integer():
         assert nearest_integer(lambda n: 3 * n + 0.5, target) == expected
 
 
+def test_a_size_without_effect_is_refused(read):
+    with pytest.raises(UserError, match="match_by='block_size' has no effect on params"):
+        read(
+            "arch_preset = 'llama'; sweep = {'bias': [True]}; match = 'params'\n"
+            "match_by = 'block_size'; match_step = 1; reference = {'n_layer': 3}"
+        )
+
+
 def params(variant):
     model = build_model(variant.settings.architecture)
     return sum(parameter.numel() for parameter in model.parameters())
