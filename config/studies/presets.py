@@ -1,5 +1,5 @@
 # Published mixes, each with the learning rate that suits it best, for as many training FLOPs as
-# about 1,000 updates of `legacy` cost.
+# 600 updates of `legacy` cost.
 question = 'Which published architecture learns most from the same training FLOPs?'
 
 sweep = {
@@ -7,13 +7,13 @@ sweep = {
     'seed': [1, 2, 3],
 }
 tune = {'learning_rate': [1e-3, 2e-3, 4e-3]}
-budget = {'flops': 8.0e12}
+budget = {'flops': 2.4e12}
 
-# Small enough for two CPU cores: 4 layers, 128 wide, 64 characters of context, 1,536 an update.
+# Small enough for two CPU cores: 4 layers, 128 wide, 64 characters of context, 768 an update.
 dataset = 'shakespeare_char'
 n_layer, n_head, n_embd, block_size = 4, 4, 128, 64
-batch_size, gradient_accumulation_steps = 24, 1
-eval_interval, eval_iters = 100, 400
+batch_size, gradient_accumulation_steps = 12, 1
+eval_interval, eval_iters = 100, 300
 log_interval = 20
 dtype = 'float32'
 always_save_checkpoint = False
