@@ -19,5 +19,6 @@ eval_interval, eval_iters = 100, 300
 log_interval = 20
 learning_rate = 2e-3
 dtype = 'float32'
+diagnostics = True  # for the loss by position
 always_save_checkpoint = False
 out_dir = 'out-study-positions'
