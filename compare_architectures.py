@@ -33,6 +33,7 @@ from judgement import (
     Effect,
     Group,
     Interaction,
+    Span,
     Stability,
     Verdict,
     at_equal_cost,
@@ -43,6 +44,7 @@ from judgement import (
     main_effects,
     pareto_front,
     seeds_of,
+    spans_of,
     stability,
 )
 from training_logger import find_records, read_outline
@@ -99,6 +101,7 @@ class Run:
     peak_memory_gb: float | None
     total_flops: float | None
     curve: list[CurvePoint]
+    spans: list[Span]  # the loss by position
     stability: Stability
     command: str
     data_hash: str | None  # of the sequences that it trained on
@@ -192,6 +195,7 @@ def run_of(record: dict[str, Any], path: Path) -> Run:
         peak_memory_gb=summary.get('peak_memory_gb'),
         total_flops=summary.get('total_flops'),
         curve=curve_of(record),
+        spans=spans_of(record),
         stability=stability(record),
         command=metadata.get('command') or '',
         data_hash=(record['eval_steps'] or [{}])[-1].get('data_hash'),

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from evidence import CONFIDENCE, Difference
-from judgement import COSTS, Group
+from judgement import COSTS, Group, mean_by_position
 
 if TYPE_CHECKING:
     from compare_architectures import Comparison, Values
@@ -51,6 +51,7 @@ def tables(comparison: 'Comparison') -> list[Section]:
         equal_cost,
         effects,
         dependences,
+        by_position,
         trouble,
         options,
         warnings,
@@ -276,6 +277,20 @@ def dependences(comparison: 'Comparison') -> Section | None:
     return Section('WHERE EFFECTS DEPEND ON ONE ANOTHER', notes, header, rows, '<<>>>')
 
 
+def by_position(comparison: 'Comparison') -> Section | None:
+    losses = [mean_by_position(group) for group in comparison.groups]
+    places = sorted({place for found in losses for place in found})
+    if not places:
+        return None
+    spans = [f'{a}-{b - 1}' if b - a > 1 else f'{a}' for a, b in places]
+    rows = [
+        [str(rank), *(shown(found.get(place), '{:.3f}'.format) for place in places)]
+        for rank, found in enumerate(losses, 1)
+    ]
+    notes = ['Mean validation loss at these positions of the context, the first being 0.']
+    return Section('LOSS BY POSITION', notes, ['#', *spans], rows, '>' * (1 + len(spans)))
+
+
 def trouble(comparison: 'Comparison') -> Section | None:
     rows = []
     for rank, group in enumerate(comparison.groups, 1):
@@ -442,6 +457,10 @@ def as_data(comparison: 'Comparison') -> dict[str, Any]:
                 'difference': test(verdict.difference),
                 'p_value': verdict.p_value,
                 'front': comparison.fronts[rank - 1],
+                'loss_by_position': [
+                    {'from': start, 'to': end, 'loss': loss}
+                    for (start, end), loss in mean_by_position(group).items()
+                ],
                 'runs': [str(run.folder) for run in group.members],
             }
         )

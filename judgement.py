@@ -275,6 +275,36 @@ def _losses(placed: Sequence[tuple[Axes, Group]], wanted: Axes) -> dict[tuple, f
     return next((group.losses for axes, group in placed if axes == wanted), {})
 
 
+# --- By position ---------------------------------------------------------------------------------
+
+
+class Span(NamedTuple):
+    """Positions `start` … `end` - 1 of the context, and the mean validation loss there."""
+
+    start: int
+    end: int
+    loss: float
+
+
+def spans_of(record: dict) -> list[Span]:
+    """The loss by position at the last evaluation after an update; empty where not recorded."""
+    for entry in reversed(record['eval_steps']):
+        if entry['iter'] > 0 and (found := entry.get('diagnostics')):
+            spans = found.get('val_loss_by_position') or []
+            return [Span(span['from'], span['to'], span['loss']) for span in spans]
+    return []
+
+
+def mean_by_position(group: Group) -> dict[tuple[int, int], float]:
+    """The mean over the seeds for each stretch of positions that all of them have."""
+    losses = [{(s.start, s.end): s.loss for s in run.spans} for run in group.members]
+    return {
+        place: statistics.fmean(found[place] for found in losses)
+        for place in losses[0]
+        if all(place in found for found in losses)
+    }
+
+
 # --- Stability -----------------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 import random
+import types
 
 import numpy as np
 import pytest
@@ -53,6 +54,26 @@ def test_the_front_holds_what_nothing_beats():
         )
         assert on_front == (not beaten)
     assert any(pareto_front(points))
+
+
+def test_the_loss_by_position_is_the_last_recorded_one_averaged_over_seeds():
+    def run(scale):
+        record = record_of([(0, 9.0), (20, 5.0), (40, 4.0), (50, 3.9)])
+        for entry in record['eval_steps'][:3]:  # not measured at the last
+            spans = [(0, 1), (1, 2), (2, 4)] if entry['iter'] else [(0, 4)]
+            entry['diagnostics'] = {
+                'val_loss_by_position': [
+                    {'from': a, 'to': b, 'loss': scale * (entry['iter'] + a)} for a, b in spans
+                ]
+            }
+        return types.SimpleNamespace(spans=judgement.spans_of(record))
+
+    assert run(1).spans == [(0, 1, 40), (1, 2, 41), (2, 4, 42)]
+    both = Group([run(1), run(2)], True, {}, None)
+    assert judgement.mean_by_position(both) == {(0, 1): 60, (1, 2): 61.5, (2, 4): 63}
+    both.members[1].spans.pop()
+    assert judgement.mean_by_position(both) == {(0, 1): 60, (1, 2): 61.5}
+    assert judgement.spans_of(record_of([(0, 9.0), (20, 5.0)])) == []
 
 
 def group(losses):
