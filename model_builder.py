@@ -374,26 +374,15 @@ def generate(
     tokens: torch.Tensor,
     max_new_tokens: int,
     *,
-    vocab_size: int,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    generator: torch.Generator | None = None,
+    choose: Callable[[torch.Tensor], torch.Tensor],
 ) -> Iterator[torch.Tensor]:
     """Continue tokens (B, T), yielding (B,) one at a time.
 
-    vocab_size: the data's; the padding of the table above it is never drawn. temperature 0 takes
-    the likeliest. The context is the last `block_size` tokens.
+    choose: picks them from the logits, (B, V) -> (B,), as a `sampling.Sampler` does. The context
+    is the last `block_size` tokens.
     """
     for _ in range(max_new_tokens):
         context = tokens[:, -model.config.block_size :]
-        logits = model(context, last_only=True)[:, -1, :vocab_size].float()  # (B, V)
-        if temperature == 0:
-            drawn = logits.argmax(dim=-1)
-        else:
-            logits = logits / temperature
-            if top_k is not None:
-                least = logits.topk(min(top_k, vocab_size)).values[:, -1:]
-                logits = logits.masked_fill(logits < least, float('-inf'))
-            drawn = torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
-        tokens = torch.cat((tokens, drawn[:, None]), dim=1)
-        yield drawn
+        chosen = choose(model(context, last_only=True)[:, -1])
+        tokens = torch.cat((tokens, chosen[:, None]), dim=1)
+        yield chosen

@@ -21,6 +21,7 @@ import resumption
 from configurator import read_config_file
 from errors import ArgumentParser, UserError, run_script
 from model_builder import generate
+from sampling import Sampler
 from text_codec import GPT2_END_OF_TEXT, Codec
 from token_data import load_dataset
 
@@ -72,7 +73,8 @@ def main(argv: list[str]) -> int:
     model = resumption.load_model(checkpoint, state, device).eval()
     print(f'{config.name}, {checkpoint.iter:,} updates, from {checkpoint.path}')
 
-    generator = torch.Generator(device).manual_seed(options.seed % 2**63)
+    generator = torch.Generator().manual_seed(options.seed % 2**63)
+    choose = Sampler(dataset.vocab_size, options.temperature, options.top_k, generator=generator)
     began = time.perf_counter()
     for _ in range(options.num_samples):
         print(SEPARATOR)
@@ -81,10 +83,7 @@ def main(argv: list[str]) -> int:
                 model,
                 torch.tensor([start], device=device),
                 options.max_new_tokens,
-                vocab_size=dataset.vocab_size,
-                temperature=options.temperature,
-                top_k=options.top_k or None,
-                generator=generator,
+                choose=choose,
             )
             tokens = start + [token.item() for token in drawn]
         text = codec.decode(tokens)

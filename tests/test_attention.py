@@ -11,6 +11,7 @@ from architectures import gradients, lively, some_tokens, tiny
 from components.attention_backends import AttentionNeeds
 from model_builder import build_model, generate, training_flops
 from model_config import ATTENTION_BACKEND_REGISTRY, ATTENTION_REGISTRY
+from sampling import Sampler
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -71,7 +72,8 @@ def test_flex_writes_what_manual_writes_and_trains_on_cuda_only():
     for backend in ('flex', 'manual'):
         model = lively(tiny(**values, attention_backend=backend, position_encoding='alibi')).eval()
         prompt = some_tokens(model.config, batch=2)[:, :1]
-        texts.append(torch.stack(list(generate(model, prompt, 9, vocab_size=11, temperature=0))))
+        drawn = generate(model, prompt, 9, choose=Sampler(11, temperature=0))
+        texts.append(torch.stack(list(drawn)))
     assert torch.equal(*texts) and len(texts[0].unique()) > 1
     flex = ATTENTION_BACKEND_REGISTRY['flex']
     config = tiny(attention_backend='flex', head_dim=16)

@@ -11,6 +11,7 @@ from conftest import PROJECT
 import checkpointing
 from model_builder import build_model, generate
 from model_config import ModelArchitectureConfig
+from sampling import Sampler
 from text_codec import Codec
 
 
@@ -90,7 +91,7 @@ def test_sampling_equals_the_model_in_the_checkpoint(train, run_script, tmp_path
             parameter.copy_(state['model'][name])
     codec = Codec({'kind': 'byte'})
     start = codec.encode('the ')
-    drawn = generate(model, torch.tensor([start]), 20, vocab_size=256, temperature=0)
+    drawn = generate(model, torch.tensor([start]), 20, choose=Sampler(256, temperature=0))
     assert codec.decode(start + [token.item() for token in drawn]) in out
 
 

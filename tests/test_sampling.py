@@ -1,0 +1,181 @@
+"""sampling.py: filters against transformers' own, draws against their probabilities."""
+
+import math
+
+import pytest
+import torch
+from scipy import stats
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from errors import UserError
+from sampling import Sampler
+
+pytestmark = pytest.mark.usefixtures('one_thread')
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def some_logits(rows, vocab_size, seed=0):
+    return 3 * torch.randn((rows, vocab_size), generator=seeded(seed))
+
+
+def theirs(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
+    """transformers' processors, in the order in which its `generate` applies them."""
+    processors = LogitsProcessorList([TemperatureLogitsWarper(float(temperature))])
+    if top_k:
+        processors.append(TopKLogitsWarper(top_k))
+    if top_p < 1:
+        processors.append(TopPLogitsWarper(top_p))
+    if min_p:
+        processors.append(MinPLogitsWarper(min_p))
+    return lambda logits: processors(None, logits).softmax(-1)
+
+
+def ours(**options):
+    """The probabilities that a Sampler draws by."""
+    seen = []
+
+    class Seen(Sampler):
+        def drawn(self, probabilities):
+            seen.append(probabilities)
+            return super().drawn(probabilities)
+
+    def probabilities(logits):
+        Seen(logits.size(-1), **options, generator=seeded())(logits)
+        return seen[-1].float()
+
+    return probabilities
+
+
+FILTERS = [
+    {},
+    {'temperature': 0.7},
+    {'temperature': 100.0},
+    {'top_k': 1},
+    {'top_k': 5},
+    {'top_k': 99},
+    {'top_p': 0.0},
+    {'top_p': 0.05},
+    {'top_p': 0.9},
+    {'min_p': 0.02},
+    {'min_p': 1.0},
+    {'temperature': 1.7, 'top_k': 12, 'top_p': 0.8},
+    {'top_k': 20, 'top_p': 0.95, 'min_p': 0.1},
+    {'temperature': 0.3, 'top_k': 7, 'top_p': 0.6, 'min_p': 0.05},
+]
+
+
+@pytest.mark.parametrize('options', FILTERS, ids=str)
+def test_the_probabilities_are_those_of_transformers(options):
+    logits = some_logits(64, 50)
+    expected = theirs(**options)(logits)
+    found = ours(**options)(logits)
+    assert torch.equal(found > 0, expected > 0)
+    torch.testing.assert_close(found, expected)
+    if options not in ({}, {'temperature': 0.7}, {'temperature': 100.0}, {'top_k': 99}):
+        assert (expected == 0).any()
+
+
+@pytest.mark.parametrize('options', [{'top_k': 2}, {'top_p': 0.5}, {'min_p': 0.5}], ids=str)
+def test_what_is_as_likely_as_the_last_one_kept(options):
+    """Ties and tokens that are impossible already."""
+    logits = torch.tensor([[1.0, 1, 1, 1, 1, 1], [0, 2, 2, 2, -math.inf, 0], [5, 5, 0, 0, 0, 0]])
+    found, expected = ours(**options)(logits), theirs(**options)(logits)
+    assert torch.equal(found > 0, expected > 0)
+    torch.testing.assert_close(found, expected)
+
+
+def test_temperature_0_takes_the_likeliest_and_the_first_of_equals():
+    logits = some_logits(40, 30)
+    for options in ({}, {'top_k': 3, 'top_p': 0.1, 'min_p': 0.9}):
+        assert torch.equal(Sampler(30, temperature=0, **options)(logits), logits.argmax(-1))
+    assert Sampler(3, temperature=0)(torch.tensor([[0.0, 4, 4]])).tolist() == [1]
+    for temperature in (1e-30, 1e-300):
+        drawn = Sampler(30, temperature=temperature, generator=seeded())(logits)
+        assert torch.equal(drawn, logits.argmax(-1))
+
+
+@pytest.mark.parametrize(
+    'options',
+    [{}, {'temperature': 0.5}, {'temperature': 2.0, 'top_k': 3}, {'top_p': 0.7}, {'min_p': 0.2}],
+    ids=str,
+)
+@pytest.mark.parametrize('streams', ['one', 'many'])
+def test_tokens_are_drawn_by_their_probability(options, streams):
+    number, rows = (40_000, 1) if streams == 'one' else (2_000, 20)
+    logits = some_logits(1, 10, seed=3)
+    expected = number * theirs(**options)(logits)[0].double()
+    generator = seeded(1) if streams == 'one' else [seeded(n) for n in range(rows)]
+    draws = number if streams == 'one' else number // rows
+    sampler = Sampler(10, **options, generator=generator)
+    if streams == 'one':
+        drawn = sampler(logits.expand(draws, -1))
+    else:
+        drawn = torch.cat([sampler(logits.expand(rows, -1)) for _ in range(draws)])
+    counts = drawn.bincount(minlength=10)
+    possible = expected > 0
+    assert counts[~possible].sum() == 0
+    expected = expected[possible] * (number / expected[possible].sum())
+    assert stats.chisquare(counts[possible].double(), expected).pvalue > 1e-3
+
+
+def test_consecutive_draws_of_a_stream_are_independent():
+    logits = torch.zeros((1, 4))
+    sampler = Sampler(4, generator=[seeded(7)])
+    drawn = torch.cat([sampler(logits) for _ in range(4_000)])
+    pairs = (4 * drawn[:-1] + drawn[1:]).bincount(minlength=16).view(4, 4)
+    assert stats.chi2_contingency(pairs.numpy()).pvalue > 1e-3
+
+
+def test_a_row_with_its_own_generator_is_drawn_the_same_in_any_batch():
+    logits = some_logits(6, 40)
+    together = Sampler(40, generator=[seeded(n) for n in range(6)])
+    alone = [Sampler(40, generator=[seeded(n)]) for n in range(6)]
+    for _ in range(20):
+        each = [sampler(row[None]) for sampler, row in zip(alone, logits)]
+        assert torch.equal(together(logits), torch.cat(each))
+
+
+@pytest.mark.parametrize('options', [{'temperature': 0}, {'temperature': 1e4}], ids=str)
+def test_the_padding_of_the_table_is_never_drawn(options):
+    logits = some_logits(500, 12)
+    logits[:, 7:] = 100
+    drawn = Sampler(7, **options, generator=seeded())(logits)
+    assert drawn.unique().tolist() == list(range(7))
+    logits[:, 7:] = math.nan
+    assert torch.equal(Sampler(7, **options, generator=seeded())(logits), drawn)
+
+
+class Fixed(Sampler):
+    """Every row gets the same number of [0, 1)."""
+
+    def uniform(self, rows):
+        return torch.full((rows,), self.generator, dtype=torch.float64)
+
+
+@pytest.mark.parametrize('number', [0.0, 0.5, 1 - 2**-53])
+def test_what_is_impossible_is_not_drawn_at_the_ends_of_the_range_either(number):
+    logits = torch.full((50, 9), -math.inf)
+    logits[:, 2:7] = some_logits(50, 5)
+    logits[:, 4] = -math.inf
+    drawn = Fixed(9, generator=number)(logits)
+    assert logits.gather(1, drawn[:, None]).isfinite().all()
+    ends = {0.0: 6, 1 - 2**-53: 2}
+    assert number not in ends or set(drawn.tolist()) == {ends[number]}
+
+
+@pytest.mark.parametrize('value', [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize('temperature', [0, 1])
+def test_logits_that_leave_nothing_to_draw_are_refused(value, temperature):
+    logits = some_logits(3, 5)
+    logits[1] = value
+    with pytest.raises(UserError, match=rf'highest logit is {value}.*--dtype=float32'):
+        Sampler(5, temperature=temperature)(logits)
