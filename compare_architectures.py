@@ -26,8 +26,10 @@ from comparison_text import FORMATS, listing
 from errors import ArgumentParser, UserError, nearest, run_script
 from evidence import holm
 from judgement import (
+    COSTS,
     FRONTS,
     SEEDS,
+    TIMES,
     AtEqualCost,
     CurvePoint,
     Effect,
@@ -137,7 +139,11 @@ class Comparison:
     repeated: bool
     baseline: Group
     baseline_reason: str
+    study: StudyPlan | None  # that all runs are of
     verdicts: list[Verdict]
+    concurrent: int  # the most runs at a time on one machine; of more than one, no times
+    costs: dict[str, str]  # COSTS that may be compared
+    front_costs: dict[str, tuple]  # FRONTS that may be compared
     fronts: list[str]  # on which Pareto fronts a group lies: letters of FTM
     equal_cost: list[AtEqualCost]
     effects: list[tuple[Effect, float | None]]  # with p-values corrected for their number
@@ -294,6 +300,12 @@ def compare(runs: Iterable[Run], baseline: str | None = None, skipped=()) -> Com
     if 'tokens_seen' not in loss_warnings:
         loss_warnings |= differing(hashes_of_shared_data(groups), ['data_hash'], 'unknown')
     loss_warnings, notes = without_fair_differences(groups, loss_warnings)
+    concurrent = max(run.conditions['concurrent_runs'] for run in oldest_first)
+    costs, front_costs = (
+        {key: what for key, what in known.items() if concurrent == 1 or key not in TIMES}
+        for known in (COSTS, FRONTS)
+    )
+    curves = all(len(run.curve) > 1 for run in firsts)
     placed = axes_of(groups)
     effects, dependences = main_effects(placed), interactions(placed)
     return Comparison(
@@ -302,9 +314,13 @@ def compare(runs: Iterable[Run], baseline: str | None = None, skipped=()) -> Com
         repeated=repeated,
         baseline=chosen,
         baseline_reason=reason,
+        study=study_of(groups),
         verdicts=judge(groups, chosen),
-        fronts=fronts_of(groups),
-        equal_cost=at_equal_cost(groups) if all(len(run.curve) > 1 for run in firsts) else [],
+        concurrent=concurrent,
+        costs=costs,
+        front_costs=front_costs,
+        fronts=fronts_of(groups, front_costs),
+        equal_cost=at_equal_cost(groups, costs) if curves else [],
         effects=list(zip(effects, corrected([effect.difference for effect in effects]))),
         interactions=list(zip(dependences, corrected([found.difference for found in dependences]))),
         options=differing([run.config for run in firsts], keys),
@@ -336,9 +352,8 @@ def without_fair_differences(
     groups: Sequence[Group], warnings: dict[str, Values]
 ) -> tuple[dict[str, Values], list[str]]:
     """The warnings, but for what an equal budget or tuning explains; that is told as notes."""
-    notes, runs = [], [run for group in groups for run in group.members]
-    plans = {id(run.study): run.study for run in runs}
-    plan = next(iter(plans.values())) if len(plans) == 1 else None
+    notes: list[str] = []
+    plan = study_of(groups)
     fair: set[str] = set()
     if 'tokens_seen' in warnings:
         flops = [run.total_flops for group in groups if group.finished for run in group.members]
@@ -364,21 +379,23 @@ def corrected(tests: Sequence) -> list[float | None]:
 
 def axes_of(groups: Sequence[Group]) -> list[tuple[dict, Group]]:
     """Where each group lies in the grid of its study; nothing unless all are of one study."""
-    firsts = [group.members[0] for group in groups if group.finished]
-    if len({id(run.study) for run in firsts}) != 1 or firsts[0].study is None:
-        return []
-    by_variant = {group.members[0].variant: group for group in groups if group.finished}
-    return [
-        (axes, by_variant[label])
-        for label, axes in firsts[0].study.variants.items()
-        if label in by_variant
-    ]
+    finished = [group for group in groups if group.finished]
+    plan = study_of(finished)
+    by_variant = {group.members[0].variant: group for group in finished}
+    variants = plan.variants if plan else {}
+    return [(axes, by_variant[label]) for label, axes in variants.items() if label in by_variant]
 
 
-def fronts_of(groups: Sequence[Group]) -> list[str]:
-    """For each group the Pareto fronts that it lies on: of loss against FLOPs, time, memory."""
+def study_of(groups: Sequence[Group]) -> StudyPlan | None:
+    """The study that all runs are of."""
+    plans = {run.study for group in groups for run in group.members}
+    return plans.pop() if len(plans) == 1 else None
+
+
+def fronts_of(groups: Sequence[Group], costs: dict[str, tuple]) -> list[str]:
+    """For each group the Pareto fronts that it lies on: of loss against each of the costs."""
     letters = [''] * len(groups)
-    for letter, (_, figure) in FRONTS.items():
+    for letter, (_, figure) in costs.items():
         amounts = [group.mean(figure) for group in groups]
         points = [
             None
@@ -445,15 +462,17 @@ def baseline_of(
 ) -> tuple[Group, str]:
     """The group that differences are to, and why it.
 
-    By default that of the oldest finished run that has a loss: an experiment starts from what it
-    is to be judged by, and that choice does not depend on how the others came out. A name stands
-    for all runs of one architecture, and then for the oldest of them.
+    By default a study's first variant, or that of the oldest finished run that has a loss: an
+    experiment starts from what it is to be judged by, and that choice does not depend on how the
+    others came out. A name stands for all runs of one architecture, and then for the oldest.
     """
 
     def oldest(candidates: Iterable[Group]) -> Group:
         return min(candidates, key=lambda g: (g.loss is None, not g.finished, g.members[0].start))
 
     if wanted is None:
+        if placed := axes_of(groups):
+            return placed[0][1], 'the first of the study; --baseline NAME chooses another'
         chosen = oldest(groups)
         finished = 'finished ' if chosen.finished else ''
         return chosen, f'the oldest {finished}run; --baseline NAME chooses another'
@@ -527,7 +546,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         '--baseline',
         metavar='NAME',
         help='(part of) an architecture, run or folder name: differences are to this run '
-        '(default: the oldest finished run compared)',
+        "(default: a study's first variant, else the oldest finished run)",
     )
     parser.add_argument(
         '--format', choices=FORMATS, default='text', help='of what is printed (default text)'

@@ -96,7 +96,7 @@ def headline(comparison: 'Comparison') -> str:
     if worse:
         parts.append(f'Worse than {name}: {listing(worse)}.')
     if alike:
-        smallest = max(verdict.difference.detectable for _, _, verdict in alike)
+        smallest = max(verdict.detectable for _, _, verdict in alike)
         names = listing([label for _, label, _ in alike])
         parts.append(
             f'Not told apart from {name}: {names}; true differences below {smallest:.4f} nats may '
@@ -160,7 +160,7 @@ def verdicts(comparison: 'Comparison') -> Section | None:
                 *difference_cells(test),
                 shown(verdict.p_value, p_text),
                 shown(test, lambda t: f'{t.noise:.4f}'),
-                shown(test, lambda t: f'{t.detectable:.4f}'),
+                shown(verdict.detectable, '{:.4f}'.format),
                 shown(test, lambda t: f'{t.count} {"pairs" if t.paired else "each"}'),
             ]
         )
@@ -169,7 +169,7 @@ def verdicts(comparison: 'Comparison') -> Section | None:
         f"Student's t-test{' of the pairs that share seeds' * any_paired(comparison)}; p is "
         f'corrected for {tested} comparison{"s" * (tested != 1)} (Holm). noise: standard deviation '
         f'of one difference, from seed to seed. detectable: the smallest true difference that this '
-        f'many seeds find four times in five; an effect below it may be there and not be seen.'
+        f'many seeds and comparisons find four times in five; a smaller one may well be missed.'
     ]
     header = ['#', 'verdict', 'difference', INTERVAL, 'p', 'noise', 'detectable', 'seeds']
     return Section(f'VERDICT against #{number}', notes, header, rows, '><>>>>>>')
@@ -180,40 +180,41 @@ def any_paired(comparison: 'Comparison') -> bool:
 
 
 def cost(comparison: 'Comparison') -> Section:
-    # Where a token goes through all of the model, its active parameters say nothing new.
     firsts = [group.members[0] for group in comparison.groups]
-    active = ['active'] * any(run.active_params != run.params for run in firsts)
-    header = ['params', *active, 'FLOPs/token', 'MFU', 'tokens/s', 'ms/iter', 'wall', 'peak GB']
-    front = ['front'] * comparison.repeated
-    last = 'architecture' if comparison.repeated else 'run'
-    rows = []
-    for rank, group in enumerate(comparison.groups, 1):
-        mean, first = group.mean, group.members[0]
-        rows.append(
-            [
-                str(rank),
-                shown(first.params, si),
-                *[shown(first.active_params, si)] * len(active),
-                shown(first.flops_per_token, si),
-                shown(mean(lambda run: run.mfu_percent), '{:.2f}%'.format),
-                shown(mean(lambda run: run.tokens_per_sec), '{:,.0f}'.format),
-                shown(mean(lambda run: run.time_ms), '{:,.1f}'.format),
-                shown(mean(lambda run: run.wall_seconds), duration),
-                shown(mean(lambda run: run.peak_memory_gb), '{:.2f}'.format),
-                *[comparison.fronts[rank - 1] or '-'] * len(front),
-                first.architecture if comparison.repeated else str(first.folder),
-            ]
-        )
+    columns = [('params', lambda run: run.params, si)]
+    # Where a token goes through all of the model, its active parameters say nothing new.
+    if any(run.active_params != run.params for run in firsts):
+        columns.append(('active', lambda run: run.active_params, si))
+    columns.append(('FLOPs/token', lambda run: run.flops_per_token, si))
     notes = []
-    if front:
-        notes = [
-            'front: no other has a lower loss for as little training FLOPs (F), time (T), '
-            'memory (M).'
+    if comparison.concurrent == 1:
+        columns += [
+            ('MFU', lambda run: run.mfu_percent, '{:.2f}%'.format),
+            ('tokens/s', lambda run: run.tokens_per_sec, '{:,.0f}'.format),
+            ('ms/iter', lambda run: run.time_ms, '{:,.1f}'.format),
+            ('wall', lambda run: run.wall_seconds, duration),
         ]
+    else:
+        notes.append(f'Trained {comparison.concurrent} at a time: times are not compared.')
+    columns.append(('peak GB', lambda run: run.peak_memory_gb, '{:.2f}'.format))
+    rows = [
+        [str(rank), *(shown(group.mean(figure), form) for _, figure, form in columns)]
+        for rank, group in enumerate(comparison.groups, 1)
+    ]
+    header = ['#', *(name for name, _, _ in columns)]
+    if comparison.repeated:
+        header.append('front')
+        rows = [[*row, front or '-'] for row, front in zip(rows, comparison.fronts)]
+        meanings = [
+            f'{title.split(",")[0].removesuffix(" of training").removeprefix("peak ")} ({letter})'
+            for letter, (title, _) in comparison.front_costs.items()
+        ]
+        notes.append(f'front: no other has a lower loss for as little {", ".join(meanings)}.')
+    header.append('architecture' if comparison.repeated else 'run')
+    names = [run.architecture if comparison.repeated else str(run.folder) for run in firsts]
+    rows = [[*row, name] for row, name in zip(rows, names)]
     title = 'COST (training FLOPs; they and MFU count attention over the full square)'
-    return Section(
-        title, notes, ['#', *header, *front, last], rows, '>' * len([*header, *front, '#']) + '<'
-    )
+    return Section(title, notes, header, rows, '>' * (len(header) - 1) + '<')
 
 
 def equal_cost(comparison: 'Comparison') -> Section | None:

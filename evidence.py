@@ -35,10 +35,15 @@ class Difference:
     high: float
     p_value: float
     noise: float  # standard deviation of one such difference, from seed to seed
-    # The smallest true difference that an experiment like this finds with probability POWER.
-    detectable: float
+    error: float  # standard error of the mean difference
+    freedom: float  # degrees of freedom
     paired: bool
     count: int  # pairs, or values of the smaller group
+
+    def detectable(self, comparisons: int = 1) -> float:
+        """The smallest true difference that such an experiment finds with probability POWER,
+        as one of `comparisons`, whatever becomes of the others."""
+        return self.error * detectable_ratio(self.freedom, comparisons) if self.error else 0.0
 
 
 def estimate(values: Sequence[float]) -> Estimate:
@@ -91,8 +96,7 @@ def _difference(mean: float, error: float, freedom: float, noise: float, **rest)
         p_value = 2 * student_tail(abs(mean) / error, freedom)
     else:  # runs that repeat one another to the last bit
         p_value = 0.0 if mean else 1.0
-    detectable = error * detectable_ratio(freedom)
-    return Difference(mean, mean - half, mean + half, p_value, noise, detectable, **rest)
+    return Difference(mean, mean - half, mean + half, p_value, noise, error, freedom, **rest)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -119,9 +123,12 @@ def student_quantile(probability: float, freedom: float) -> float:
 
 
 @functools.cache
-def detectable_ratio(freedom: float) -> float:
-    """The true difference, in standard errors, that the test finds with probability POWER."""
-    critical = student_quantile(0.5 + CONFIDENCE / 2, freedom)
+def detectable_ratio(freedom: float, comparisons: int = 1) -> float:
+    """The true difference, in standard errors, that the test finds with probability POWER.
+
+    Holm's correction asks for α / comparisons of the first, and of the others for less.
+    """
+    critical = student_quantile(1 - (1 - CONFIDENCE) / 2 / comparisons, freedom)
     return _root(lambda ratio: power(ratio, freedom, critical) - POWER)
 
 

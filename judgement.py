@@ -30,6 +30,7 @@ FRONTS: dict[str, tuple[str, Callable[[Any], float | None]]] = {
     'T': ('seconds of training', lambda run: run.curve[-1].seconds if run.curve else None),
     'M': ('peak memory, GB', lambda run: run.peak_memory_gb),
 }
+TIMES = ('seconds', 'T')  # of these two, what runs that trained beside one another cannot tell
 
 
 class CurvePoint(NamedTuple):
@@ -69,6 +70,7 @@ class Verdict:
     group: Group
     difference: Difference | None  # None: no test is possible
     p_value: float | None  # corrected for the number of comparisons (Holm)
+    detectable: float | None  # the smallest true difference that would likely have been found
     text: str
 
 
@@ -99,10 +101,12 @@ def judge(groups: Sequence[Group], baseline: Group) -> list[Verdict]:
         difference(group, baseline) if group is not baseline and group.finished else None
         for group in groups
     ]
-    corrected = iter(holm([d.p_value for d in found if d is not None]))
+    tests = [test for test in found if test is not None]
+    corrected = iter(holm([test.p_value for test in tests]))
     verdicts = []
     for group, test in zip(groups, found, strict=True):
         p_value = None if test is None else next(corrected)
+        detectable = None if test is None else test.detectable(len(tests))
         if group is baseline:
             text = 'baseline'
         elif test is None:
@@ -111,7 +115,7 @@ def judge(groups: Sequence[Group], baseline: Group) -> list[Verdict]:
             text = 'not told apart'
         else:
             text = 'better' if test.mean < 0 else 'worse'
-        verdicts.append(Verdict(group, test, p_value, text))
+        verdicts.append(Verdict(group, test, p_value, detectable, text))
     return verdicts
 
 
@@ -136,10 +140,10 @@ class AtEqualCost(NamedTuple):
     losses: list[float | None]  # mean over the members, in the order of the groups
 
 
-def at_equal_cost(groups: Sequence[Group]) -> list[AtEqualCost]:
-    """For tokens, FLOPs and seconds: the losses at the most that all runs have spent."""
+def at_equal_cost(groups: Sequence[Group], costs: Iterable[str] = COSTS) -> list[AtEqualCost]:
+    """For each cost: the losses at the most that all runs have spent of it."""
     rows = []
-    for cost in COSTS:
+    for cost in costs:
         curves = [[curve_over(run.curve, cost) for run in group.members] for group in groups]
         spent = [curve[-1][0] if curve else None for group in curves for curve in group]
         if not spent or None in spent:

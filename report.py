@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import comparison_text
 from errors import UserError
 from evidence import estimate
-from judgement import COSTS, FRONTS, Group, curve_over, loss_at
+from judgement import Group, curve_over, loss_at
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -87,7 +87,9 @@ def draw_curves(comparison: 'Comparison', figure) -> None:
     """Validation loss over tokens, FLOPs and seconds: means over seeds, with their interval."""
     every = [run for group in comparison.groups for run in group.members]
     several = any(len(run.curve) > 1 for run in every)
-    for axes, (cost, title) in zip(figure.subplots(1, 3, sharey=True), COSTS.items()):
+    costs = comparison.costs
+    places = figure.subplots(1, len(costs), sharey=True)
+    for axes, (cost, title) in zip(places, costs.items()):
         for rank, (group, label) in enumerate(zip(comparison.groups, comparison.labels)):
             draw_curve(axes, group, cost, label, style_of(rank), behind=-rank)
         clear(axes, title, amounts=cost != 'seconds')
@@ -136,9 +138,9 @@ def draw_curve(axes: 'Axes', group: Group, cost: str, label: str, style: dict, b
 
 def draw_fronts(comparison: 'Comparison', figure) -> None:
     """Final loss against what it cost, with the front that nothing else beats."""
-    for axes, (letter, (title, figure_of)) in zip(
-        figure.subplots(1, 3, sharey=True), FRONTS.items()
-    ):
+    costs = comparison.front_costs
+    places = figure.subplots(1, len(costs), sharey=True)
+    for axes, (letter, (title, figure_of)) in zip(places, costs.items()):
         points = []
         for rank, group in enumerate(comparison.groups):
             amount = group.mean(figure_of)
@@ -202,8 +204,7 @@ pre { overflow-x: auto; background: var(--wash); padding: .8rem 1rem; border-rad
 
 def report(comparison: 'Comparison', path: Path) -> None:
     """Write the page. Raises UserError."""
-    runs = [run for group in comparison.groups for run in group.members]
-    study = runs[0].study if len({run.study for run in runs}) == 1 else None
+    study = comparison.study
     title = (study and study.question) or 'Which architecture is better?'
     pictures = [
         ('Curves', 'wide', svg(13, 5.2, lambda figure: draw_curves(comparison, figure))),
@@ -223,7 +224,7 @@ def report(comparison: 'Comparison', path: Path) -> None:
         ),
         *map(section_html, comparison_text.tables(comparison)),
         '<h2>To repeat it</h2>',
-        f'<pre>{html.escape(commands(comparison, study))}</pre>',
+        f'<pre>{html.escape(commands(comparison))}</pre>',
     ]
     page = (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -234,10 +235,10 @@ def report(comparison: 'Comparison', path: Path) -> None:
     write(path, page.encode())
 
 
-def commands(comparison: 'Comparison', study) -> str:
+def commands(comparison: 'Comparison') -> str:
     """What was typed: the study's one command, or that of each run."""
-    if study is not None:
-        return study.command
+    if comparison.study is not None:
+        return comparison.study.command
     return '\n'.join(run.command for group in comparison.groups for run in group.members)
 
 

@@ -31,8 +31,11 @@ def test_the_power_is_that_of_the_noncentral_distribution(freedom):
     for ratio in (0.0, 0.5, 2.0, 5.0):
         expected = stats.nct.sf(critical, freedom, ratio) + stats.nct.cdf(-critical, freedom, ratio)
         assert evidence.power(ratio, freedom, critical) == pytest.approx(expected, abs=1e-5)
-    found = evidence.power(evidence.detectable_ratio(freedom), freedom, critical)
-    assert found == pytest.approx(evidence.POWER)
+    for comparisons in (1, 5):
+        critical = stats.t.ppf(1 - 0.025 / comparisons, freedom)
+        ratio = evidence.detectable_ratio(freedom, comparisons)
+        expected = stats.nct.sf(critical, freedom, ratio) + stats.nct.cdf(-critical, freedom, ratio)
+        assert expected == pytest.approx(evidence.POWER, abs=1e-4)
 
 
 def test_an_estimate():
@@ -77,7 +80,7 @@ def test_values_that_repeat_one_another():
     assert evidence.paired_difference([(1.0, 1.0), (2.0, 2.0)]).p_value == 1.0
     assert evidence.paired_difference([(1.5, 1.0), (2.5, 2.0)]).p_value == 0.0
     same = evidence.unpaired_difference([1.0, 1.0], [1.0, 1.0])
-    assert (same.p_value, same.detectable) == (1.0, 0.0)
+    assert (same.p_value, same.detectable()) == (1.0, 0.0)
 
 
 def test_holms_correction():

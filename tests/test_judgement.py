@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import judgement
-from evidence import estimate
+from evidence import detectable_ratio, estimate
 from judgement import Group, loss_at, pareto_front
 
 
@@ -114,3 +114,29 @@ def test_stability_counts_trouble():
     record['events'] = [{'event': 'rollback'}, {'event': 'note'}]
     record['summary'] = {'loss_spikes': 2, 'nonfinite_updates': 3, 'gradient_growth': 4.0}
     assert judgement.stability(record) == (2, 3, 1, 4.0)
+
+
+def test_several_comparisons_find_nothing_as_often_as_is_said_and_a_known_effect_too():
+    """Experiments of four variants, five seeds: 400 alike, 400 with one that truly differs."""
+    draw = random.Random(7)
+
+    def experiment(effect):
+        noise = {seed: draw.gauss(2.0, 0.2) for seed in range(5)}  # shared by all variants
+        return judgement.judge(
+            groups := [
+                group({(s, s): x + draw.gauss(shift, 0.02) for s, x in noise.items()})
+                for shift in (0.0, effect, 0.0, 0.0)
+            ],
+            groups[0],
+        )
+
+    trials = 400
+    falsely = sum(
+        any(v.text in ('better', 'worse') for v in experiment(0.0)) for _ in range(trials)
+    )
+    assert 0.01 < falsely / trials < 0.075  # at most 5 % of experiments, by Holm; 2.3 errors more
+    # Of a difference between two variants with this much noise each, corrected for three.
+    effect = 0.02 * 2**0.5 / 5**0.5 * detectable_ratio(4, 3)
+    found = sum(experiment(-effect)[1].text == 'better' for _ in range(trials))
+    assert found / trials > 0.8 - 0.05  # at least, for the first test's bar is the highest
+    assert found / trials < 0.93

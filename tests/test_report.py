@@ -11,6 +11,7 @@ import pytest
 from test_compare_architectures import STUDY, make_record
 
 import compare_architectures as ca
+import comparison_text
 import report
 from errors import UserError
 
@@ -48,6 +49,26 @@ def folder(tmp_path):
 @pytest.fixture
 def comparison(folder):
     return ca.compare(*ca.load([folder])[:1])
+
+
+def test_a_studys_baseline_is_its_first_variant(comparison):
+    assert comparison.baseline.members[0].variant == STUDY['variants'][0]['label']
+    assert comparison.baseline_reason.startswith('the first of the study')
+
+
+def test_times_of_runs_beside_one_another_are_not_compared(folder, tmp_path):
+    for path in folder.rglob('record.json'):
+        record = json.loads(path.read_text())
+        record['config']['concurrent_runs'] = 2
+        path.write_text(json.dumps(record))
+    beside = ca.compare(*ca.load([folder])[:1])
+    assert [row.cost for row in beside.equal_cost] == ['tokens', 'flops']
+    assert set(''.join(beside.fronts)) <= set('FM')
+    text = comparison_text.render(beside)
+    assert 'Trained 2 at a time: times are not compared.' in text
+    assert 'wall' not in text and 'tokens/s' not in text and 'time (T)' not in text
+    report.report(beside, tmp_path / 'report.html')
+    assert 'seconds of training' not in (tmp_path / 'report.html').read_text()
 
 
 class Page(HTMLParser):
