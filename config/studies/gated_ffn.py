@@ -3,7 +3,7 @@ question = 'Is a gated feed-forward network better than an ungated one with as m
 
 sweep = {
     'ffn_type': ['standard', 'glu', 'bilinear', 'reglu', 'geglu', 'swiglu'],
-    'seed': [1, 2, 3],
+    'seed': [1, 2, 3, 4, 5],
 }
 match = 'params'  # the gated ones get the d_ff that makes them as large
 match_step = 1
