@@ -1,13 +1,16 @@
 """Text to token ids and back, by the tokenizer that a dataset's meta.json describes.
 
-Knows tokenizers and nothing of datasets or models. tiktoken is imported only for GPT-2's.
+Knows tokenizers and nothing of datasets or models. tiktoken is imported only for byte pairs.
 """
 
 import hashlib
 import importlib.util
+import json
 from pathlib import Path
 
-from errors import UserError
+import numpy as np
+
+from errors import UserError, nearest
 
 # The hashes that tiktoken's own definition of GPT-2's encoding demands of the two files.
 GPT2_FILES = {
@@ -18,53 +21,83 @@ GPT2_SPLIT = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?
 GPT2_END_OF_TEXT = 50256
 
 REPLACEMENT = '\ufffd'
+END_OF_TEXT = '<|endoftext|>'  # how the token that ends a document is written
 
 
 class Codec:
-    """`encode` and `decode` for one tokenizer, `{'kind': 'gpt2' | 'char' | 'byte', ...}`.
+    """`encode` and `decode` for one tokenizer, `{'kind': 'gpt2' | 'byte' | 'char' | …, …}`.
 
-    A `char` tokenizer lists its characters in the order of their ids under `characters`.
-    Decoding never fails: what is no text comes out as U+FFFD. Raises UserError for a tokenizer
-    that is unknown or cannot be had here.
+    - `gpt2`: GPT-2's byte pairs; `tiktoken`: the encoding that tiktoken knows by `name`;
+    - `bpe`: byte pairs trained on a corpus, in `file` beside its meta.json, with its `sha256`;
+    - `byte`; `char`, which lists its `characters` in the order of their ids. With
+      `"end_of_text": true` one more id stands for the end of a document.
+
+    `folder` is the dataset's, which only `bpe` needs. `end_of_text` is the token that ends a
+    document, None where the vocabulary has none. Decoding never fails: what is no text comes out
+    as U+FFFD. Raises UserError for a tokenizer that is unknown or cannot be had here.
     """
 
-    def __init__(self, tokenizer: dict):
+    def __init__(self, tokenizer: dict, folder: Path | None = None):
         kind = tokenizer.get('kind')
-        makers = {'gpt2': _Gpt2, 'char': _Characters, 'byte': _Bytes}
+        makers = {
+            'gpt2': _gpt2,
+            'char': _Characters,
+            'byte': _Bytes,
+            'tiktoken': _known_to_tiktoken,
+            'bpe': _trained,
+        }
         if kind not in makers:
             raise UserError(
                 f'The tokenizer of this dataset is {kind!r}: text can be turned into tokens and '
                 f'back only for {", ".join(makers)}. Prepare the data with a prepare.py of this '
                 'project, or write a meta.json beside it that names the tokenizer.'
             )
-        self._codec = makers[kind](tokenizer)
+        self._codec = makers[kind](tokenizer, folder)
         self.vocab_size: int = self._codec.vocab_size
+        self.end_of_text: int | None = self._codec.end_of_text
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`. Raises UserError for characters that the vocabulary lacks."""
-        return self._codec.encode(text)
+        """Token ids of `text`. Raises UserError for characters that the vocabulary lacks.
+
+        A lone surrogate, which no UTF-8 can hold, counts as U+FFFD. What looks like an
+        end-of-text token is text like any other.
+        """
+        return self.encode_array(text).tolist()
+
+    def encode_array(self, text: str) -> np.ndarray:
+        """The same ids as an array, (N,) of an unsigned type; far less memory than a list."""
+        return self._codec.encode(valid_text(text))
 
     def decode(self, ids) -> str:
         """The text of an iterable of token ids."""
         return self._codec.decode(int(i) for i in ids)
 
 
-class _Bytes:
-    vocab_size = 256
+def valid_text(text: str) -> str:
+    """The text with U+FFFD for surrogates that are not one of a pair, as JSON may bring them."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')
+    return text
 
-    def __init__(self, tokenizer: dict):
-        pass
+
+class _Bytes:
+    def __init__(self, tokenizer: dict, folder: Path | None):
+        self.end_of_text = 256 if tokenizer.get('end_of_text') else None
+        self.vocab_size = 256 + (self.end_of_text is not None)
 
     def encode(self, text):
-        return list(text.encode())
+        return np.frombuffer(text.encode(), np.uint8)
 
     def decode(self, ids):
-        known = (bytes([i]) if i < 256 else REPLACEMENT.encode() for i in ids)
+        others = {self.end_of_text: END_OF_TEXT}
+        known = (bytes([i]) if i < 256 else others.get(i, REPLACEMENT).encode() for i in ids)
         return b''.join(known).decode(errors='replace')
 
 
 class _Characters:
-    def __init__(self, tokenizer: dict):
+    def __init__(self, tokenizer: dict, folder: Path | None):
         self.characters = tokenizer.get('characters')
         if not isinstance(self.characters, list) or not all(
             isinstance(c, str) and len(c) == 1 for c in self.characters
@@ -73,49 +106,152 @@ class _Characters:
                 'A tokenizer of kind char needs "characters", the list of its characters in the '
                 'order of their ids. Prepare the dataset anew.'
             )
-        self.ids = {character: i for i, character in enumerate(self.characters)}
-        self.vocab_size = len(self.characters)
+        count = len(self.characters)
+        self.end_of_text = count if tokenizer.get('end_of_text') else None
+        self.vocab_size = count + (self.end_of_text is not None)
+        code_points = [ord(character) for character in self.characters]
+        self.ids = np.full(max(code_points, default=0) + 2, count, np.uint32)  # the last: unknown
+        self.ids[code_points] = np.arange(count)
+
+    def encode(self, text):
+        code_points = np.frombuffer(text.encode('utf-32-le', 'surrogatepass'), '<u4')
+        ids = self.ids[np.minimum(code_points, len(self.ids) - 1)]
+        if (ids == len(self.characters)).any():
+            missing = sorted(set(text) - set(self.characters))
+            shown = ' '.join(repr(character) for character in missing[:10])
+            raise UserError(
+                f'The vocabulary of {len(self.characters)} characters has no {shown}'
+                f'{" …" if len(missing) > 10 else ""}. It knows: {"".join(self.characters)!r}'
+            )
+        return ids
+
+    def decode(self, ids):
+        known = dict(enumerate(self.characters))
+        if self.end_of_text is not None:
+            known[self.end_of_text] = END_OF_TEXT
+        return ''.join(known.get(i, REPLACEMENT) for i in ids)
+
+
+class _BytePairs:
+    """The byte pairs of a `tiktoken.Encoding`."""
+
+    def __init__(self, encoding):
+        self.encoding = encoding
+        self.vocab_size = encoding.n_vocab
+        self.end_of_text = encoding._special_tokens.get(END_OF_TEXT)
 
     def encode(self, text):
         try:
-            return [self.ids[character] for character in text]
-        except KeyError:
-            missing = sorted(set(text) - set(self.ids))
-            shown = ' '.join(repr(character) for character in missing[:10])
-            raise UserError(
-                f'The vocabulary of {self.vocab_size} characters has no {shown}'
-                f'{" …" if len(missing) > 10 else ""}. It knows: {"".join(self.characters)!r}'
-            ) from None
+            return self.encoding.encode_to_numpy(text, disallowed_special=())
+        except ValueError:  # too many spaces on end for the stack of its regular expressions
+            middle = len(text) // 2
+            return np.concatenate([self.encode(text[:middle]), self.encode(text[middle:])])
 
     def decode(self, ids):
-        known = self.characters
-        return ''.join(known[i] if i < len(known) else REPLACEMENT for i in ids)
+        return b''.join(map(self._bytes_of, ids)).decode(errors='replace')
+
+    def _bytes_of(self, token: int) -> bytes:
+        try:
+            return self.encoding.decode_single_token_bytes(token)
+        except (KeyError, OverflowError):  # beyond the vocabulary, or one of its gaps
+            return REPLACEMENT.encode()
 
 
-class _Gpt2:
-    """GPT-2's byte pairs (Radford et al. 2019), through tiktoken."""
+def _gpt2(tokenizer: dict, folder: Path | None) -> _BytePairs:
+    """GPT-2's byte pairs (Radford et al. 2019)."""
+    return _BytePairs(_gpt2_encoding())
 
-    vocab_size = GPT2_END_OF_TEXT + 1
 
-    def __init__(self, tokenizer: dict):
-        self.encoding = _gpt2_encoding()
+def _known_to_tiktoken(tokenizer: dict, folder: Path | None) -> _BytePairs:
+    """An encoding of tiktoken's own or of a plug-in of its: fetched by tiktoken at first use."""
+    tiktoken, name = _tiktoken(), tokenizer.get('name')
+    known = tiktoken.list_encoding_names()
+    if name not in known:
+        hint = nearest(name, known) if isinstance(name, str) else ''
+        raise UserError(
+            f'tiktoken knows no encoding {name!r}.{hint} There are: {", ".join(sorted(known))}'
+        )
+    if name == 'gpt2':
+        return _gpt2(tokenizer, folder)
+    try:
+        return _BytePairs(tiktoken.get_encoding(name))
+    except Exception as error:  # whatever the network and tiktoken's fetching can raise
+        raise UserError(
+            f'The encoding {name} could not be loaded: {type(error).__name__}: {error}. tiktoken '
+            'downloads its files at first use and keeps them in the folder that the environment '
+            'variable TIKTOKEN_CACHE_DIR names: load it once where there is a network and bring '
+            'that folder here, or choose the tokenizer gpt2, byte or bpe.'
+        ) from None
 
-    def encode(self, text):
-        return self.encoding.encode_ordinary(text)
 
-    def decode(self, ids):
-        token_bytes = self.encoding.decode_single_token_bytes
-        known = (token_bytes(i) if i < self.vocab_size else REPLACEMENT.encode() for i in ids)
-        return b''.join(known).decode(errors='replace')
+def _trained(tokenizer: dict, folder: Path | None) -> _BytePairs:
+    """Byte pairs trained on a corpus, from a tokenizer.json beside its meta.json."""
+    name, expected = tokenizer.get('file'), tokenizer.get('sha256')
+    if folder is None or not isinstance(name, str) or Path(name).name != name:
+        raise UserError(
+            f'A tokenizer of kind bpe needs "file", the name of a file beside meta.json; it is '
+            f'{name!r}. Prepare the dataset anew.'
+        )
+    path = Path(folder) / name
+    try:
+        content = path.read_bytes()
+        if (found := hashlib.sha256(content).hexdigest()) != expected:
+            raise ValueError(f'its SHA-256 is {found}, not {expected}')
+        return _BytePairs(byte_pair_encoding(json.loads(content)))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f'The tokenizer {path} cannot be used: {error}. Prepare the dataset anew.'
+        ) from None
+
+
+def byte_pair_encoding(description: dict):
+    """The `tiktoken.Encoding` of byte pairs in the form of Hugging Face's tokenizer.json.
+
+    Of a byte-level BPE with GPT-2's way to split text, whose vocabulary is in the order of the
+    merges. Raises KeyError, ValueError or TypeError for another.
+    """
+    of_character = {character: byte for byte, character in byte_characters().items()}
+    ranks = {
+        bytes(of_character[character] for character in token): rank
+        for token, rank in description['model']['vocab'].items()
+        if token != END_OF_TEXT
+    }
+    if not ranks.keys() >= {bytes([byte]) for byte in range(256)}:
+        raise ValueError('its vocabulary lacks some of the 256 bytes')
+    if sorted(ranks.values()) != list(range(len(ranks))):
+        raise ValueError(f'its ids are not 0 to {len(ranks) - 1}')
+    return _tiktoken().Encoding(
+        'bpe',
+        pat_str=GPT2_SPLIT,
+        mergeable_ranks=ranks,
+        special_tokens={END_OF_TEXT: len(ranks)},
+    )
+
+
+def byte_characters() -> dict[int, str]:
+    """The visible character that stands for each byte in GPT-2's files (Radford et al. 2019).
+
+    Printable bytes stand for themselves, the others, in order, for the characters from U+0100 on.
+    """
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = (byte for byte in range(256) if byte not in printable)
+    return {byte: chr(byte) for byte in printable} | {
+        byte: chr(256 + i) for i, byte in enumerate(others)
+    }
+
+
+def _tiktoken():
+    try:
+        import tiktoken
+    except ImportError:
+        raise UserError('Byte pairs need the package tiktoken: pip install tiktoken') from None
+    return tiktoken
 
 
 def _gpt2_encoding():
     """tiktoken's GPT-2 encoding: from the installed data package, else fetched by tiktoken."""
-    try:
-        import tiktoken
-        from tiktoken.load import data_gym_to_mergeable_bpe_ranks
-    except ImportError:
-        raise UserError('GPT-2 tokens need the package tiktoken: pip install tiktoken') from None
+    tiktoken = _tiktoken()
+    from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 
     tried = []
     # find_spec, not import: only the package's data is wanted, none of its code.
@@ -139,8 +275,8 @@ def _gpt2_encoding():
                 'gpt2',
                 pat_str=GPT2_SPLIT,
                 mergeable_ranks=ranks,
-                special_tokens={'<|endoftext|>': GPT2_END_OF_TEXT},
-                explicit_n_vocab=_Gpt2.vocab_size,
+                special_tokens={END_OF_TEXT: GPT2_END_OF_TEXT},
+                explicit_n_vocab=GPT2_END_OF_TEXT + 1,
             )
         except (OSError, ValueError) as error:
             tried.append(f'the files in {folder}: {error}')

@@ -224,6 +224,77 @@ def test_decoding_never_fails(tokenizer):
     assert isinstance(codec.decode(range(codec.vocab_size)), str)
 
 
+@pytest.mark.parametrize(
+    'tokenizer, last', [({'kind': 'byte'}, 255), ({'kind': 'char', 'characters': ['a', 'b']}, 1)]
+)
+def test_documents_of_bytes_and_characters_end_with_one_more_id(tokenizer, last):
+    assert Codec(tokenizer).end_of_text is None and Codec(tokenizer).vocab_size == last + 1
+    codec = Codec({**tokenizer, 'end_of_text': True})
+    assert codec.end_of_text == last + 1 and codec.vocab_size == last + 2
+    assert codec.decode([0, last + 1, last + 2]).endswith('<|endoftext|>\ufffd')
+    assert last + 1 not in codec.encode('ab') and GPT2.end_of_text == 50256
+
+
+def test_text_that_no_file_could_hold_is_encoded_all_the_same():
+    # A lone surrogate, as JSON may bring it, and a pair of them, which is one character.
+    for codec in (
+        GPT2,
+        Codec({'kind': 'byte'}),
+        Codec({'kind': 'char', 'characters': [*'a😀\ufffd']}),
+    ):
+        assert codec.decode(codec.encode('a\ud800a\ud83d\ude00')) == 'a\ufffda😀'
+    spaces = ' ' * 3_000_000  # more than the regular expressions' stack takes
+    assert GPT2.decode(GPT2.encode(spaces)) == spaces
+    assert GPT2.encode('<|endoftext|>') != [50256]
+
+
+ENCODINGS = """
+import tiktoken, tiktoken.load
+
+def small():
+    ranks = {bytes([i]): i for i in range(256)} | {b'th': 256, b'the': 257}
+    return {
+        'name': 'small',
+        'pat_str': r'\\S+|\\s+',
+        'mergeable_ranks': ranks,
+        'special_tokens': {'<|endoftext|>': 300},
+    }
+
+ENCODING_CONSTRUCTORS = {'small': small}
+"""
+
+
+@pytest.fixture
+def plug_in(tmp_path, monkeypatch):
+    """A plug-in of tiktoken's with the encoding 'small', for this process and its children."""
+    (tmp_path / 'plug_in' / 'tiktoken_ext').mkdir(parents=True)
+    (tmp_path / 'plug_in' / 'tiktoken_ext' / 'mine.py').write_text(ENCODINGS)
+    monkeypatch.setenv('PYTHONPATH', str(tmp_path / 'plug_in'))
+    monkeypatch.syspath_prepend(str(tmp_path / 'plug_in'))
+    monkeypatch.setattr(tiktoken.registry, 'ENCODING_CONSTRUCTORS', None)
+    monkeypatch.setattr(tiktoken.registry, 'ENCODINGS', {})
+    tiktoken.registry._available_plugin_modules.cache_clear()
+    yield
+    tiktoken.registry._available_plugin_modules.cache_clear()
+
+
+def test_any_encoding_that_tiktoken_knows(plug_in, monkeypatch):
+    codec = Codec({'kind': 'tiktoken', 'name': 'small'})
+    assert codec.encode('the thé') == [257, 32, 256, *'é'.encode()]
+    assert codec.end_of_text == 300 and codec.vocab_size == 301
+    assert codec.decode([257, 299, 300, 10**20]) == 'the\ufffd<|endoftext|>\ufffd'
+    assert Codec({'kind': 'tiktoken', 'name': 'gpt2'}).encode('hello world') == [31373, 995]
+    with pytest.raises(UserError, match=r"'cl100k'.*Did you mean cl100k_base\?.*gpt2, .*small"):
+        Codec({'kind': 'tiktoken', 'name': 'cl100k'})
+
+    def offline(name):
+        raise ConnectionError('no network')
+
+    monkeypatch.setattr(tiktoken, 'get_encoding', offline)
+    with pytest.raises(UserError, match=r'cl100k_base.*no network.*TIKTOKEN_CACHE_DIR.*gpt2'):
+        Codec({'kind': 'tiktoken', 'name': 'cl100k_base'})
+
+
 def test_what_the_vocabulary_lacks_is_named():
     with pytest.raises(UserError, match="vocabulary of 2 characters has no 'X' '\u00e9'"):
         Codec({'kind': 'char', 'characters': ['a', 'b']}).encode('aéXb')
