@@ -626,6 +626,11 @@ def _held(startup_info: dict) -> dict[str, str]:
     return {'Each process': ', '.join(parts)}
 
 
+def _above_peak(mfu: float) -> str:
+    busy = ' (more than the peak: that was measured while the machine was busy)'
+    return busy * (mfu > 100)
+
+
 def closing_block(document: dict, best: dict | None, record_path) -> str:
     """What the run came to, where its record is and what to type next."""
     summary, status = document['summary'], document['status']
@@ -639,7 +644,7 @@ def closing_block(document: dict, best: dict | None, record_path) -> str:
         'Best val loss': best_text,
         'Final val loss': _show(summary['final_val_loss'], '.4f'),
         'Final train loss': _show(summary['final_train_loss'], '.4f'),
-        'Average MFU': 'n/a' if mfu is None else f'{mfu:.2f}%',
+        'Average MFU': 'n/a' if mfu is None else f'{mfu:.2f}%{_above_peak(mfu)}',
         'Average iteration': _milliseconds(summary['avg_time_ms']),
         'Time': _duration(summary['wall_seconds']),
         'Tokens': _show(summary['total_tokens'], ','),

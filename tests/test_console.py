@@ -309,6 +309,12 @@ def test_the_closing_block_says_where_and_what_next():
     assert '--init_from' not in closing_block({**CLOSED, 'checkpoints': []}, None, 'r')
 
 
+@pytest.mark.parametrize(('mfu', 'told'), [(99.9, False), (100.5, True)])
+def test_more_than_the_peak_is_explained(mfu, told):
+    document = {**CLOSED, 'summary': {**CLOSED['summary'], 'avg_mfu': mfu}}
+    assert ('while the machine was busy' in closing_block(document, None, 'r')) == told
+
+
 @pytest.mark.parametrize(
     ('count', 'text'),
     [(999, '1.00 kB'), (3.5e6, '3.50 MB'), (1.5e9, '1.50 GB'), (999e9, '999.00 GB')],
