@@ -24,7 +24,7 @@ from torch.utils.serialization import config as serialization
 
 from errors import UserError
 from ranks import Alone
-from token_data import file_sha256
+from token_files import file_sha256
 
 FORMAT = 'architecture-checkpoint'
 VERSION = 1

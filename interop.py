@@ -24,7 +24,7 @@ from model_config import INITIALIZATION_REGISTRY, ModelArchitectureConfig
 from optimization import Updater
 from parallelism import SingleProcess
 from resumption import Progress
-from token_data import file_sha256
+from token_files import file_sha256
 from training_config import Settings, schema
 from training_logger import TrainingLogger
 from weight_maps import NANOGPT, TRANSFORMERS, Family, Weight, function_of

@@ -1,8 +1,6 @@
-"""Token files on disk, and the sequence that stands at (data seed, number).
+"""A dataset, and the sequence that stands at (data seed, number).
 
-A dataset is a folder with `train.bin`, `val.bin` (token ids, little endian, nothing else) and
-`meta.json`, which says what they hold. nanoGPT's folders, which have no meta.json, are read as they
-are. Knows no model and no tokenizer.
+The files are token_files'. Knows no model and no tokenizer.
 
 The global order
 ----------------
@@ -18,7 +16,6 @@ no window by more than one part in 10^7.
 
 import contextlib
 import hashlib
-import json
 import subprocess
 import sys
 from functools import cached_property
@@ -27,6 +24,15 @@ from pathlib import Path
 import numpy as np
 
 from errors import UserError, nearest
+from token_files import (
+    SPLITS,
+    Split,
+    files_sha256,
+    has_meta,
+    is_complete,
+    read_meta,
+    way_to_prepare,
+)
 
 try:
     import fcntl
@@ -34,10 +40,7 @@ except ImportError:  # Windows: two runs that start at once both prepare, which 
     fcntl = None
 
 DATA_ROOT = Path(__file__).resolve().parent / 'data'
-FORMAT_VERSION = 1
-SPLITS = ('train', 'val')
-DTYPES = {'uint8': '<u1', 'uint16': '<u2', 'uint32': '<u4'}
-GPT2_VOCAB_SIZE = 50257
+BYTE_PAIRS = ('gpt2', 'tiktoken', 'bpe')  # kinds of tokenizers that have them
 FULL_CHECK_BYTES = 64 * 2**20  # larger files are checked in samples: a start must not read 20 GB
 
 
@@ -52,7 +55,7 @@ def load_dataset(name: str, block_size: int, data_root: Path | str = DATA_ROOT) 
 
 def is_prepared(name: str, data_root: Path | str = DATA_ROOT) -> bool:
     """Whether the dataset's token files are there. Raises UserError if there is no such dataset."""
-    return _is_complete(_folder(name, Path(data_root)))
+    return is_complete(_folder(name, Path(data_root)))
 
 
 def prepare_if_missing(name: str, data_root: Path | str = DATA_ROOT) -> None:
@@ -65,10 +68,10 @@ def prepare_if_missing(name: str, data_root: Path | str = DATA_ROOT) -> None:
     folder = _folder(name, Path(data_root))
     script = folder / 'prepare.py'
     ours = folder.resolve().is_relative_to(Path(data_root).resolve())
-    if _is_complete(folder) or not (ours and script.exists()):
+    if is_complete(folder) or not (ours and script.exists()):
         return
     with exclusive(folder / 'prepare.lock.tmp', f'another process prepares {name}: waiting'):
-        if _is_complete(folder):
+        if is_complete(folder):
             return
         print(f'Dataset {name} is not prepared yet: running {script}', flush=True)
         code = subprocess.run([sys.executable, str(script)]).returncode
@@ -100,36 +103,35 @@ class TokenDataset:
     """The two splits of one dataset, read in windows of `block_size` tokens.
 
     `vocab_size` is the data's own; `tokenizer` the dict that describes the tokenizer (kind
-    'unknown' where nothing says); `meta` the meta.json, or what stands in for it; `notes` are
-    sentences for the start-up report.
+    'unknown' where nothing says); `end_of_text` the token that ends every document, or None;
+    `meta` the meta.json, or what stands in for it, in the form of version 2; `splits` the tokens;
+    `notes` are sentences for the start-up report.
     """
 
     def __init__(self, folder: Path, block_size: int):
         self.folder = folder
         self.block_size = block_size
         self.notes: list[str] = []
-        missing = [f'{split}.bin' for split in SPLITS if not (folder / f'{split}.bin').exists()]
-        if missing:
-            raise UserError(
-                f'The dataset {folder} has no {" and no ".join(missing)}. {_way_to_prepare(folder)}'
-            )
-        has_meta = (folder / 'meta.json').exists()
-        self.meta = _read_meta(folder) if has_meta else _meta_of_bare_folder(folder)
-        self._data = {split: self._open(split) for split in SPLITS}
+        self.meta = read_meta(folder)
+        self.splits = {
+            split: Split(folder, self.meta['splits'][split], self.meta['dtype']) for split in SPLITS
+        }
         self._check_length()
         if self.meta['vocab_size'] is None:
-            self.meta['vocab_size'] = 1 + max(int(data.max()) for data in self._data.values())
+            pieces = (piece for data in self.splits.values() for piece in data.pieces(2**20))
+            self.meta['vocab_size'] = 1 + max(int(piece.max()) for piece in pieces)
         for split in SPLITS:
             self._check_ids(split)
         self.vocab_size: int = self.meta['vocab_size']
         self.tokenizer: dict = self.meta['tokenizer']
+        self.end_of_text: int | None = self.meta['end_of_text']
         if self.tokenizer['kind'] == 'unknown':
             self.notes.append(
                 f'{folder} has a meta.pkl, which is not read (a pickle can run code): the '
                 f'vocabulary is the largest token + 1 = {self.vocab_size}, the tokenizer unknown, '
                 'so no bits per byte and no text samples.'
             )
-        elif not has_meta:
+        elif not has_meta(folder):
             self.notes.append(
                 f"{folder} has no meta.json: read as nanoGPT's GPT-2 tokens (uint16, vocabulary "
                 f'{self.vocab_size}); the byte count is unknown, so no bits per byte.'
@@ -142,13 +144,17 @@ class TokenDataset:
         Byte pairs are padded to a multiple of 64, which matrix multiplications like; characters
         and bytes are not.
         """
-        if self.tokenizer['kind'] == 'gpt2':
+        if self.tokenizer['kind'] in BYTE_PAIRS:
             return -(-self.vocab_size // 64) * 64
         return self.vocab_size
 
     def tokens(self, split: str) -> int:
         """Number of tokens in `split`."""
-        return len(self._data[split])
+        return len(self.splits[split])
+
+    def documents(self, split: str) -> int | None:
+        """Number of documents in `split`; None where they are not told apart."""
+        return self.meta['splits'][split]['documents']
 
     def bytes_per_token(self, split: str) -> float | None:
         """UTF-8 bytes of text per token of `split`; None where the byte count is unknown."""
@@ -156,10 +162,10 @@ class TokenDataset:
         return None if count is None else count / self.tokens(split)
 
     def sha256(self, split: str) -> str:
-        """SHA-256 of the token file: what meta.json says, or else computed at the first call."""
+        """SHA-256 of all tokens: what meta.json says, or else computed at the first call."""
         facts = self.meta['splits'][split]
         if facts['sha256'] is None:
-            facts['sha256'] = file_sha256(self.folder / f'{split}.bin')
+            facts['sha256'] = files_sha256(self.splits[split].paths)
         return facts['sha256']
 
     @cached_property
@@ -195,32 +201,16 @@ class TokenDataset:
 
         Targets are the inputs one token later.
         """
-        starts = np.asarray(starts, dtype=np.int64)
-        window = self._data[split][starts[:, None] + np.arange(self.block_size + 1)]  # (N, T + 1)
+        window = self.splits[split].windows(starts, self.block_size + 1)  # (N, T + 1)
         return window[:, :-1].astype(np.int64), window[:, 1:].astype(np.int64)
-
-    def _open(self, split: str) -> np.ndarray:
-        path = self.folder / f'{split}.bin'
-        dtype = np.dtype(DTYPES[self.meta['dtype']])
-        expected = self.meta['splits'][split]['tokens'] * dtype.itemsize
-        size = path.stat().st_size
-        if size != expected:
-            raise UserError(
-                f'{path} has {size:,} bytes where {expected:,} are expected '
-                f'({expected // dtype.itemsize:,} tokens of {dtype.name}): it is truncated or '
-                f'belongs to something else. {_way_to_prepare(self.folder)}'
-            )
-        if size == 0:
-            return np.empty(0, dtype)  # an empty file cannot be mapped
-        return np.asarray(np.memmap(path, dtype=dtype, mode='r'))
 
     def _check_length(self) -> None:
         shortest = min(SPLITS, key=self.tokens)
         length = self.tokens(shortest)
         if length < 2:
             raise UserError(
-                f'{self.folder / shortest}.bin has {length} tokens: too few for any block_size. '
-                f'{_way_to_prepare(self.folder)}'
+                f'The {shortest} split of {self.folder} has {length} tokens: too few for any '
+                f'block_size. {way_to_prepare(self.folder)}'
             )
         if length < self.block_size + 1:
             raise UserError(
@@ -230,20 +220,21 @@ class TokenDataset:
             )
 
     def _check_ids(self, split: str) -> None:
-        data = self._data[split]
+        data = self.splits[split]
         if data.nbytes > FULL_CHECK_BYTES:
             # 64 stretches of 64 Ki tokens from the first to the last.
             length = 2**16
             starts = np.arange(64) * (len(data) - length) // 63
-            largest = max(int(data[start : start + length].max()) for start in starts)
+            pieces = (data.read(start, length) for start in starts)
         else:
-            largest = int(data.max())
+            pieces = data.pieces(2**20)
+        largest = max(int(piece.max()) for piece in pieces)
         vocab_size = self.meta['vocab_size']
         if largest >= vocab_size:
             raise UserError(
-                f'{self.folder / split}.bin holds the token {largest}, but the vocabulary ends at '
-                f'{vocab_size - 1}: the file is of another tokenizer or another dtype. '
-                f'{_way_to_prepare(self.folder)}'
+                f'The {split} split of {self.folder} holds the token {largest}, but the vocabulary '
+                f'ends at {vocab_size - 1}: the files are of another tokenizer or another dtype. '
+                f'{way_to_prepare(self.folder)}'
             )
 
 
@@ -274,26 +265,6 @@ def digest(first_number: int, tokens: np.ndarray) -> int:
     return int(splitmix64(rows, numbers).sum())
 
 
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, in hex."""
-    digest = hashlib.sha256()
-    with open(path, 'rb') as file:
-        while chunk := file.read(2**20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _is_complete(folder: Path) -> bool:
-    return all((folder / f'{split}.bin').exists() for split in SPLITS)
-
-
-def _way_to_prepare(folder: Path) -> str:
-    script = folder / 'prepare.py'
-    if script.exists():
-        return f'To prepare it: python {script}'
-    return f'Write {SPLITS[0]}.bin, {SPLITS[1]}.bin and meta.json there, as a prepare.py would.'
-
-
 def _folder(name: str, data_root: Path) -> Path:
     for folder in (data_root / name, Path(name)):
         if name and folder.is_dir():
@@ -301,66 +272,9 @@ def _folder(name: str, data_root: Path) -> Path:
     known = sorted(
         folder.name
         for folder in (data_root.iterdir() if data_root.is_dir() else ())
-        if (folder / 'prepare.py').exists() or (folder / 'train.bin').exists()
+        if any((folder / file).exists() for file in ('prepare.py', 'meta.json', 'train.bin'))
     )
     raise UserError(
         f'dataset {name!r} is neither a folder in {data_root} nor the path of one.'
         f'{nearest(name, known)} There are: {", ".join(known) or "none"}'
     )
-
-
-def _meta_of_bare_folder(folder: Path) -> dict:
-    """What stands in for meta.json in one of nanoGPT's folders: GPT-2 tokens in uint16.
-
-    Where a meta.pkl lies beside them they are something else. It is not unpickled, for that would
-    run whatever code it holds: tokenizer 'unknown', vocab_size None.
-    """
-    is_gpt2 = not (folder / 'meta.pkl').exists()
-    size = {split: (folder / f'{split}.bin').stat().st_size for split in SPLITS}
-    return {
-        'tokenizer': {'kind': 'gpt2' if is_gpt2 else 'unknown'},
-        'vocab_size': GPT2_VOCAB_SIZE if is_gpt2 else None,
-        'dtype': 'uint16',
-        'splits': {
-            split: {'tokens': size[split] // 2, 'bytes': None, 'sha256': None} for split in SPLITS
-        },
-    }
-
-
-def _read_meta(folder: Path) -> dict:
-    """meta.json with every key that is read from it checked. Raises UserError."""
-    path = folder / 'meta.json'
-    try:
-        meta = json.loads(path.read_text(encoding='utf-8'))
-        problem = _problem_of_meta(meta)
-    except (OSError, ValueError, RecursionError) as error:
-        problem = str(error)
-    if problem:
-        raise UserError(f'{path} cannot be used: {problem}. {_way_to_prepare(folder)}')
-    return meta
-
-
-def _problem_of_meta(meta) -> str | None:
-    def is_count(value):
-        return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-    if not isinstance(meta, dict):
-        return 'it is no JSON object'
-    if meta.get('format_version') != FORMAT_VERSION:
-        return f'format_version is {meta.get("format_version")!r}, not {FORMAT_VERSION}'
-    if meta.get('dtype') not in list(DTYPES):  # a list also takes what has no hash
-        return f'dtype is {meta.get("dtype")!r}, not one of {", ".join(DTYPES)}'
-    if not is_count(meta.get('vocab_size')) or meta['vocab_size'] == 0:
-        return f'vocab_size is {meta.get("vocab_size")!r}, not a positive whole number'
-    tokenizer = meta.get('tokenizer')
-    if not isinstance(tokenizer, dict) or not isinstance(tokenizer.get('kind'), str):
-        return 'tokenizer is no object with a "kind"'
-    for split in SPLITS:
-        facts = meta['splits'].get(split) if isinstance(meta.get('splits'), dict) else None
-        if not isinstance(facts, dict) or not is_count(facts.get('tokens')):
-            return f'splits.{split}.tokens is missing or no whole number'
-        if facts.setdefault('bytes', None) is not None and not is_count(facts['bytes']):
-            return f'splits.{split}.bytes is {facts["bytes"]!r}, not a whole number or null'
-        if not isinstance(facts.setdefault('sha256', None), str | None):
-            return f'splits.{split}.sha256 is {facts["sha256"]!r}, not a string or null'
-    return None

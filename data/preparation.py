@@ -17,7 +17,8 @@ import numpy as np
 
 from errors import ArgumentParser, UserError
 from text_codec import Codec
-from token_data import DTYPES, FORMAT_VERSION, exclusive, file_sha256
+from token_data import exclusive
+from token_files import DTYPES, FORMAT_VERSION, file_sha256
 
 PIECE = 2**22  # characters encoded at once: bounds the memory that lists of ids take
 

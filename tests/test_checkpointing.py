@@ -30,7 +30,8 @@ from errors import UserError
 from model_builder import Transformer, parameter_groups
 from optimization import Updater
 from parallelism import SingleProcess
-from token_data import file_sha256, load_dataset
+from token_data import load_dataset
+from token_files import file_sha256
 from training_config import load_settings, schema
 from training_logger import TrainingLogger, read_record
 

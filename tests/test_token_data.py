@@ -15,7 +15,14 @@ from scipy import stats
 
 import token_data
 from errors import UserError
-from token_data import digest, load_dataset, prepare_if_missing, splitmix64, window_starts
+from token_data import (
+    digest,
+    is_prepared,
+    load_dataset,
+    prepare_if_missing,
+    splitmix64,
+    window_starts,
+)
 
 PROJECT = Path(token_data.__file__).parent
 
@@ -115,7 +122,14 @@ def test_evaluation_windows_are_even_and_do_not_overlap(tmp_path, block_size, ev
 
 @pytest.mark.parametrize(
     'kind, vocab_size, padded',
-    [('gpt2', 50257, 50304), ('gpt2', 50304, 50304), ('char', 65, 65), ('byte', 256, 256)],
+    [
+        ('gpt2', 50257, 50304),
+        ('gpt2', 50304, 50304),
+        ('tiktoken', 100277, 100288),
+        ('bpe', 1000, 1024),
+        ('char', 65, 65),
+        ('byte', 257, 257),
+    ],
 )
 def test_only_byte_pairs_are_padded(tmp_path, kind, vocab_size, padded):
     write_folder(tmp_path, 60, 60, kind=kind, vocab_size=vocab_size)
@@ -131,7 +145,8 @@ def test_dtype_and_counts_come_from_meta(tmp_path, dtype):
     assert data.tokens('train') == 250 and data.tokens('val') == 100
     assert data.bytes_per_token('train') == 3
     assert (data.read('val', [91])[1] == np.arange(92, 100)).all()
-    assert data.meta == meta and data.notes == []
+    assert data.meta['splits']['val']['tokens'] == 100 and data.meta['dtype'] == meta['dtype']
+    assert (data.end_of_text, data.documents('val'), data.notes) == (None, None, [])
 
 
 def test_hashes_of_meta_are_taken_and_not_computed(tmp_path):
@@ -143,6 +158,131 @@ def test_hashes_of_meta_are_taken_and_not_computed(tmp_path):
     meta['splits']['train']['sha256'] = 'another'
     (tmp_path / 'meta.json').write_text(json.dumps(meta))
     assert load_dataset(tmp_path, 8).hash != before
+
+
+# --- Shards ---------------------------------------------------------------------------------------
+
+
+def write_shards(folder, sizes, val=200, *, dtype='uint16', end_of_text=None):
+    """The tokens 0, 1, 2, … of 'train' in files of `sizes` tokens; returns the meta.json."""
+    meta = write_folder(folder, sum(sizes), val, dtype=dtype)
+    meta |= {'format_version': 2, 'end_of_text': end_of_text}
+    tokens = np.fromfile(folder / 'train.bin', dtype)
+    (folder / 'train.bin').unlink()
+    shards = []
+    for number, part in enumerate(np.split(tokens, np.cumsum(sizes)[:-1])):
+        name = f'train_{number:05d}.bin'
+        part.tofile(folder / name)
+        sha256 = hashlib.sha256(part.tobytes()).hexdigest()
+        shards.append({'file': name, 'tokens': len(part), 'sha256': sha256})
+    meta['splits']['train'] |= {'documents': 7, 'shards': shards}
+    meta['splits']['val'] |= {'documents': 1, 'shards': [{'file': 'val.bin', 'tokens': val}]}
+    (folder / 'meta.json').write_text(json.dumps(meta))
+    return meta
+
+
+@pytest.mark.parametrize('sizes', [[1000], [500, 500], [1] * 20 + [980], [3, 0, 17, 979, 0, 1]])
+@pytest.mark.parametrize('dtype', ['uint16', 'uint32'])
+def test_shards_read_as_the_single_file(tmp_path, sizes, dtype):
+    write_folder(tmp_path / 'one', 1000, 200, dtype=dtype)
+    write_shards(tmp_path / 'many', sizes, dtype=dtype, end_of_text=999)
+    one, many = load_dataset(tmp_path / 'one', 16), load_dataset(tmp_path / 'many', 16)
+    assert (many.tokens('train'), many.end_of_text, many.documents('train')) == (1000, 999, 7)
+    starts = np.arange(1000 - 16)
+    assert all(map(np.array_equal, many.read('train', starts), one.read('train', starts)))
+    assert all(map(np.array_equal, many.batch(7, 40, 50), one.batch(7, 40, 50)))
+    assert np.array_equal(many.splits['train'].read(0, 1000), np.arange(1000))
+    assert np.array_equal(np.concatenate([*many.splits['train'].pieces(333)]), np.arange(1000))
+
+
+def test_the_hash_of_shards_is_that_of_all_tokens_in_order(tmp_path):
+    meta = write_shards(tmp_path, [300, 700])
+    meta['splits']['train']['sha256'] = None
+    (tmp_path / 'meta.json').write_text(json.dumps(meta))
+    expected = hashlib.sha256(np.arange(1000, dtype='<u2').tobytes()).hexdigest()
+    assert load_dataset(tmp_path, 8).sha256('train') == expected
+
+
+def test_a_window_beyond_the_split_is_no_window(tmp_path):
+    write_shards(tmp_path, [300, 700])
+    split = load_dataset(tmp_path, 8).splits['train']
+    assert split.read(999, 1).tolist() == [999] and split.windows([], 5).shape == (0, 5)
+    for start, length in ((-1, 1), (1000, 1), (990, 11)):
+        with pytest.raises(IndexError):
+            split.read(start, length)
+
+
+def test_a_dataset_of_shards_is_prepared_when_all_are_there(tmp_path):
+    write_shards(tmp_path / 'toy', [300, 700])
+    assert is_prepared('toy', tmp_path)
+    (tmp_path / 'toy' / 'train_00001.bin').unlink()
+    assert not is_prepared('toy', tmp_path)
+
+
+def test_a_file_that_shrinks_under_a_run_is_one_error(tmp_path):
+    write_shards(tmp_path, [300, 700])
+    data = load_dataset(tmp_path, 16)
+    with open(tmp_path / 'train_00001.bin', 'r+b') as file:
+        file.truncate(600)
+    assert data.read('train', [500])[0][0, -1] == 515
+    with pytest.raises(UserError, match=r'train_00001\.bin has become shorter'):
+        data.read('train', [600])
+
+
+def shard(number, **values):
+    def corrupt(meta):
+        meta['splits']['train']['shards'][number] |= values
+
+    return corrupt
+
+
+def split_says(**values):
+    return lambda meta: meta['splits']['train'].update(values)
+
+
+@pytest.mark.parametrize(
+    'corrupt, says',
+    [
+        (shard(1, tokens=701), r'train\.tokens is 1,000, but its shards have 1,001'),
+        (shard(1, tokens='x'), r'train\.shards\[1\]\.tokens'),
+        (shard(0, file='../train_00000.bin'), r"shards\[0\]\.file is '\.\./train_00000\.bin'"),
+        (shard(0, file='/etc/passwd'), r"shards\[0\]\.file is '/etc/passwd'"),
+        (shard(0, file='x\0'), r'shards\[0\]\.file'),
+        (shard(0, file='train_7.bin'), r'has no train_7\.bin'),
+        (shard(0, sha256=7), r'shards\[0\]\.sha256 is 7'),
+        (split_says(shards=[]), r'train\.shards is missing'),
+        (split_says(shards=['train_00000.bin']), r'shards\[0\]\.file is None'),
+        (split_says(documents=-1), r'train\.documents is -1'),
+    ],
+)
+def test_shards_that_cannot_be_are_refused_in_one_message(tmp_path, corrupt, says):
+    meta = write_shards(tmp_path, [300, 700])
+    corrupt(meta)
+    (tmp_path / 'meta.json').write_text(json.dumps(meta))
+    with pytest.raises(UserError, match=says) as error:
+        load_dataset(tmp_path, 8)
+    assert len(error.value.problems) == 1 and str(tmp_path) in str(error.value)
+
+
+def test_missing_and_short_shards_are_named(tmp_path):
+    write_shards(tmp_path, [100] * 10)
+    with open(tmp_path / 'train_00003.bin', 'r+b') as file:
+        file.truncate(100)
+    with pytest.raises(UserError, match=r'train_00003\.bin has 100 bytes where 200 are expected'):
+        load_dataset(tmp_path, 8)
+    for number in range(3, 8):
+        (tmp_path / f'train_0000{number}.bin').unlink()
+    with pytest.raises(UserError, match=r'no train_00003\.bin .* and 2 more are missing'):
+        load_dataset(tmp_path, 8)
+    (tmp_path / 'train_00002.bin').unlink()
+    (tmp_path / 'train_00002.bin').mkdir()
+    for number in range(3, 8):
+        np.zeros(100, 'uint16').tofile(tmp_path / f'train_0000{number}.bin')
+    with pytest.raises(UserError, match=r'train_00002\.bin cannot be read: Is a directory'):
+        load_dataset(tmp_path, 8)
+
+
+# --- What does not match --------------------------------------------------------------------------
 
 
 def change(**values):
@@ -177,13 +317,18 @@ def cut_meta(folder):
         (cut_meta, r'meta\.json cannot be used'),
         (lambda folder: (folder / 'meta.json').write_bytes(b'\xff'), r'meta\.json cannot be used'),
         (lambda folder: (folder / 'meta.json').write_text('[]'), 'no JSON object'),
-        (change(format_version=2), 'format_version is 2'),
+        (change(format_version=3), 'format_version is 3, not 1 or 2'),
+        (change(format_version=2), r'splits\.train\.shards is missing'),
+        (change(end_of_text=1000), 'end_of_text is 1000'),
         (change(dtype='float32'), "dtype is 'float32', not one of uint8, uint16, uint32"),
         (change(dtype=None), 'dtype is None'),
         (change(dtype='uint8'), r'train\.bin has 2,000 bytes where 1,000'),
         (change(vocab_size=0), 'vocab_size is 0'),
         (change(vocab_size=True), 'vocab_size is True'),
-        (change(vocab_size=999), r'train\.bin holds the token 999, but the vocabulary ends at 998'),
+        (
+            change(vocab_size=999),
+            'train split .* holds the token 999, but the vocabulary ends at 998',
+        ),
         (change(tokenizer='gpt2'), 'tokenizer is no object'),
         (change(splits=None), r'splits\.train\.tokens'),
         (change(splits={'train': {'tokens': 1000}}), r'splits\.val\.tokens'),
@@ -221,7 +366,7 @@ def test_block_size_may_be_as_long_as_the_shorter_split_allows(tmp_path):
     data = load_dataset(tmp_path, 49)
     assert data.windows('val', 10).tolist() == [0]
     write_folder(tmp_path, 300, 0)
-    with pytest.raises(UserError, match=r'val\.bin has 0 tokens'):
+    with pytest.raises(UserError, match=r'val split .* has 0 tokens'):
         load_dataset(tmp_path, 1)
 
 

@@ -241,9 +241,9 @@ MISTAKES = {
         *('short_file/train.bin', '2,993 bytes', '3,000', 'truncated', 'Write train.bin'),
     ],
     'train.py --dataset=foreign_file': [
-        *('foreign_file/train.bin', 'token 80', 'ends at 9', 'another tokenizer'),
+        *('train split', 'foreign_file', 'token 80', 'ends at 9', 'another tokenizer'),
     ],
-    'train.py --dataset=over_range': ['over_range/val.bin', 'token 10', 'ends at 9'],
+    'train.py --dataset=over_range': ['val split', 'over_range', 'token 10', 'ends at 9'],
     'train.py --dataset=broken_meta': ['broken_meta/meta.json', 'line 1', 'Write train.bin'],
     'train.py --dataset=list_meta': ['list_meta/meta.json', 'no JSON object'],
     'train.py --dataset=odd_dtype': ['odd_dtype/meta.json', "'float32'", 'uint8, uint16, uint32'],
