@@ -60,8 +60,17 @@ def _are_checksums(value) -> bool:
     )
 
 
+def _is_vocabulary(value) -> bool:
+    return value is None or (
+        isinstance(value, dict)
+        and _is_dict(value.get('tokenizer'))
+        and _is_count(value.get('vocab_size'))
+    )
+
+
 # What an index holds beside its format and version, and how it is known to be that.
 _INDEX = {
+    'data': _is_vocabulary,
     'iter': _is_count,
     'val_loss': _is_loss,
     'files': _are_checksums,
@@ -70,6 +79,9 @@ _INDEX = {
         ('progress', 'config', 'chosen', 'commanded', 'architecture', 'surroundings'), _is_dict
     ),
 }
+
+
+_ADDED = {'data': None}  # since the first version, and what stands for it in older ones
 
 
 class BrokenCheckpoint(UserError):
@@ -282,6 +294,7 @@ def read_index(path: Path) -> Checkpoint:
         )
     if index.get('sha256') != index_sha256(index):
         raise BrokenCheckpoint(f'{file} is damaged: its SHA-256 is not the one that it gives.')
+    index = {**_ADDED, **index}
     wrong = [key for key, fits in _INDEX.items() if key not in index or not fits(index[key])]
     if wrong:
         raise BrokenCheckpoint(f'{file} lacks {", ".join(wrong)}, or has something else there.')

@@ -1,8 +1,9 @@
 """Continue a run: find its checkpoint, refuse another architecture, restore, say what changed."""
 
 import math
+import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from model_config import ModelArchitectureConfig
 from optimization import Updater
 from parallelism import SingleProcess, weights_here
 from ranks import job, restarts_left
+from text_codec import Codec
+from token_data import TokenDataset, load_dataset
 from training_config import Settings, schema
 from training_logger import TrainingLogger, latest_run, read_record
 
@@ -246,6 +249,35 @@ def architecture_of(checkpoint: checkpointing.Checkpoint) -> ModelArchitectureCo
     return ModelArchitectureConfig.from_dict(layer.values)
 
 
+def vocabulary_of(checkpoint: checkpointing.Checkpoint) -> tuple[Codec, int]:
+    """The tokenizer whose tokens the model was trained on, and how many of them there are.
+
+    The dataset itself is asked only where the checkpoint does not say. Raises UserError.
+    """
+    data = checkpoint.index['data']
+    if data is not None:
+        run_folder = checkpoint.path.absolute().parent.parent
+        return Codec(data['tokenizer'], run_folder), data['vocab_size']
+    try:
+        config = checkpoint.index['config']
+        dataset = load_dataset(config['dataset'], config['block_size'])
+    except UserError as error:
+        raise UserError(
+            *error.problems,
+            f'{checkpoint.path} is of the time when checkpoints did not tell their tokenizer, so '
+            'the dataset is needed.',
+        ) from error
+    return Codec(dataset.tokenizer, dataset.folder), dataset.vocab_size
+
+
+def keep_tokenizer(dataset: TokenDataset, run_folder: Path) -> None:
+    """Copy the file that the tokenizer is in, if it is in one, to where `vocabulary_of` looks."""
+    name = dataset.tokenizer.get('file')
+    if isinstance(name, str):
+        with suppress(OSError):  # training does without
+            shutil.copyfile(dataset.folder / Path(name).name, run_folder / Path(name).name)
+
+
 def _accepted(checkpoint: checkpointing.Checkpoint, origins: dict[str, str]) -> list[Layer]:
     """The values that the checkpoint's index has under each key, checked like a user's."""
     problems: list[str] = []
@@ -287,7 +319,9 @@ def _fitting(checkpoint: checkpointing.Checkpoint) -> Iterator[None]:
         raise UserError(f'{checkpoint.path} does not fit this model: {reason}') from error
 
 
-def checkpoint_index(settings: Settings, progress: Progress, surroundings: dict) -> dict:
+def checkpoint_index(
+    settings: Settings, progress: Progress, surroundings: dict, dataset: TokenDataset
+) -> dict:
     """What a checkpoint says of itself, beside its tensors: plain values only."""
     config = settings.to_dict()
     origins = {**settings.run.origins, **settings.architecture.origins}
@@ -307,4 +341,5 @@ def checkpoint_index(settings: Settings, progress: Progress, surroundings: dict)
         'architecture_name': settings.architecture.name,
         'surroundings': surroundings,
         'config_files': [file['path'] for file in settings.asked.config_files],
+        'data': {'tokenizer': dataset.tokenizer, 'vocab_size': dataset.vocab_size},
     }

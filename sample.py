@@ -2,16 +2,21 @@
 
     python sample.py --out_dir=out-llama
     python sample.py --out_dir=out-llama --start='ROMEO:' --num_samples=3 --temperature=0.8
+    python sample.py --out_dir=out-llama --start=FILE:prompt.txt --num_samples=1 --stop='JULIET:'
 
-The newest run in --out_dir is used, or the run or the checkpoint that --run names. A model with
-components from a config file needs that file again:
+The newest run in --out_dir is used, or the run or the checkpoint that --run names. A single sample
+appears as it is written, several when all are done. A model with components from a config file
+needs that file again:
 
     python sample.py config/mine.py --out_dir=out-mine
 """
 
 import argparse
+import math
 import sys
 import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,12 +25,16 @@ import hardware
 import resumption
 from configurator import read_config_file
 from errors import ArgumentParser, UserError, run_script
-from model_builder import generate
-from sampling import Sampler
-from text_codec import GPT2_END_OF_TEXT, Codec
-from token_data import load_dataset
+from model_builder import generate, name_seed
+from sampling import Sampler, TextStream
+from text_codec import Codec
 
 SEPARATOR = '-' * 80
+LIMITS = {
+    **dict.fromkeys(('num_samples', 'batch_size', 'max_new_tokens'), (1, math.inf)),
+    **dict.fromkeys(('temperature', 'top_k', 'seed'), (0, math.inf)),
+    **dict.fromkeys(('top_p', 'min_p'), (0, 1)),
+}
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -38,21 +47,59 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add('config', nargs='*', help='config files, for the components that they register')
     add('--out_dir', default='out', help='the folder of runs (default out)')
     add('--run', help=resumption.RUN_HELP)
-    add('--start', default='\n', help="the prompt, or FILE:prompt.txt (default '\\n')")
+    add(
+        '--start',
+        default='\n',
+        help="the prompt; FILE:prompt.txt reads it from a file, '-' from standard input "
+        "(default '\\n'; empty: an end-of-text token, where the vocabulary has one)",
+    )
     add('--num_samples', type=int, default=3, help='texts to write (default 3)')
-    add('--max_new_tokens', type=int, default=300, help='tokens in each (default 300)')
+    add('--batch_size', type=int, help='of them at a time (default: all)')
+    add('--max_new_tokens', type=int, default=300, help='tokens in each, at most (default 300)')
     add('--temperature', type=float, default=0.8, help='0: always the likeliest (default 0.8)')
     add('--top_k', type=int, default=200, help='draw from the likeliest k; 0: all (default 200)')
-    add('--seed', type=int, default=1337, help='of the draws (default 1337)')
+    add(
+        '--top_p',
+        type=float,
+        default=1.0,
+        help='of these from the likeliest that have this probability together (default 1: all)',
+    )
+    add(
+        '--min_p',
+        type=float,
+        default=0.0,
+        help='of these from those at least this part as likely as the likeliest (default 0: all)',
+    )
+    add(
+        '--stop',
+        action='append',
+        default=[],
+        metavar='TEXT',
+        help='end a text before this; may be given several times',
+    )
+    add(
+        '--ignore_end_of_text',
+        action='store_true',
+        help='go on after the token that ends a document',
+    )
+    add(
+        '--seed',
+        type=int,
+        default=1337,
+        help='of the draws: each text has a stream of its own, whatever the batch (default 1337)',
+    )
     add('--device', default='auto', help='auto, cpu, cuda, cuda:N or mps (default auto)')
     add('--dtype', default='auto', help='auto, float32, bfloat16 or float16 (default auto)')
     options = parser.parse(argv)
-    least = {'num_samples': 1, 'max_new_tokens': 1, 'temperature': 0, 'top_k': 0, 'seed': 0}
+    given = vars(options)
     problems = [
-        f'--{key}={getattr(options, key)}: takes a number of at least {low}.'
-        for key, low in least.items()
-        if not getattr(options, key) >= low
+        f'--{key}={given[key]}: takes a number of at least {low}'
+        + (f' and at most {high}.' if high < math.inf else '.')
+        for key, (low, high) in LIMITS.items()
+        if given[key] is not None and not low <= given[key] <= high
     ]
+    if '' in options.stop:
+        problems.append('--stop is empty: give the text before which to end.')
     for path in options.config:
         read_config_file(path, problems)
     if problems:
@@ -66,43 +113,133 @@ def main(argv: list[str]) -> int:
     dtype = hardware.resolve_dtype(options.dtype, device)
     prompt = read_prompt(options.start)
     checkpoint, state = resumption.find_checkpoint(options.out_dir, options.run)
-    config = resumption.architecture_of(checkpoint)
-    dataset = load_dataset(checkpoint.index['config']['dataset'], config.block_size)
-    codec = Codec(dataset.tokenizer)
-    start = codec.encode(prompt) or [GPT2_END_OF_TEXT]
+    name = resumption.architecture_of(checkpoint).name
+    codec, vocab_size = resumption.vocabulary_of(checkpoint)
+    tokens = prompt_tokens(codec, prompt)
     model = resumption.load_model(checkpoint, state, device).eval()
-    print(f'{config.name}, {checkpoint.iter:,} updates, from {checkpoint.path}')
+    start = torch.tensor(tokens[-model.config.block_size :], device=device)
+    show(f'{name}, {checkpoint.iter:,} updates, from {checkpoint.path}\n')
 
-    generator = torch.Generator().manual_seed(options.seed % 2**63)
-    choose = Sampler(dataset.vocab_size, options.temperature, options.top_k, generator=generator)
-    began = time.perf_counter()
-    for _ in range(options.num_samples):
-        print(SEPARATOR)
-        with hardware.autocast(device, dtype):
-            drawn = generate(
-                model,
-                torch.tensor([start], device=device),
-                options.max_new_tokens,
-                choose=choose,
-            )
-            tokens = start + [token.item() for token in drawn]
-        text = codec.decode(tokens)
-        encoding = sys.stdout.encoding or 'utf-8'
-        print(text.encode(encoding, 'replace').decode(encoding), flush=True)
-    print(SEPARATOR)
-    total = options.num_samples * options.max_new_tokens
-    print(f'{total:,} tokens, {total / (time.perf_counter() - began):,.1f} tokens/s')
+    speed, size = Speed(), options.batch_size or options.num_samples
+    filters = options.temperature, options.top_k, options.top_p, options.min_p
+    end_of_text = None if options.ignore_end_of_text else codec.end_of_text
+    try:
+        for first in range(0, options.num_samples, size):
+            numbers = range(first, min(first + size, options.num_samples))
+            streams = [stream_of(options.seed, number) for number in numbers]
+            choose = Sampler(vocab_size, *filters, streams)
+            texts = [TextStream(codec.decode, options.stop, end_of_text) for _ in numbers]
+            with hardware.autocast(device, dtype):
+                drawn = generate(
+                    model, start.expand(len(texts), -1), options.max_new_tokens, choose=choose
+                )
+                speed.begin(len(texts) * len(start))
+                write(drawn, texts, prompt, speed)
+    finally:
+        show(f'{SEPARATOR}\n{speed}\n')
     return 0
 
 
-def read_prompt(start: str) -> str:
-    """The prompt itself, or the text of the file that `FILE:path` names."""
-    if not start.startswith('FILE:'):
-        return start
+def write(
+    drawn: Iterator[torch.Tensor], texts: Sequence[TextStream], prompt: str, speed: 'Speed'
+) -> None:
+    """Show a batch of texts, one as its tokens are drawn, several when all are done.
+
+    An interruption leaves what was drawn until then.
+    """
+    alone = len(texts) == 1
+    if alone:
+        show(f'{SEPARATOR}\n{prompt}')
     try:
-        return Path(start[5:]).read_text(encoding='utf-8')
+        for step in drawn:
+            tokens = step.tolist()
+            speed.step(sum(not text.ended for text in texts))
+            for text, token in zip(texts, tokens):
+                fresh = text.add(token)
+                if alone:
+                    show(fresh)
+            if all(text.ended for text in texts):
+                break
+    finally:
+        for text in texts:
+            rest = text.finish()
+            show(f'{rest}\n' if alone else f'{SEPARATOR}\n{prompt}{text.text}\n')
+
+
+def show(text: str) -> None:
+    """Print in the letters that standard output has."""
+    encoding = sys.stdout.encoding or 'utf-8'
+    print(text.encode(encoding, 'replace').decode(encoding), end='', flush=True)
+
+
+def read_prompt(start: str) -> str:
+    """The prompt itself, or the text of the file that `FILE:path` names; `-` is standard input."""
+    if start != '-' and not start.startswith('FILE:'):
+        return start
+    path = start.removeprefix('FILE:')
+    if path == '-' and sys.stdin.isatty():
+        print('The prompt, ended by Ctrl-D at the beginning of a line:', file=sys.stderr)
+    try:
+        data = sys.stdin.buffer.read() if path == '-' else Path(path).read_bytes()
+        return data.decode('utf-8')
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f'--start={start}: the file cannot be read: {error}.') from error
+        raise UserError(f'--start={start}: the text cannot be read: {error}.') from error
+
+
+def prompt_tokens(codec: Codec, prompt: str) -> list[int]:
+    """The ids of the prompt; an empty one is the end of the document before."""
+    tokens = [int(token) for token in codec.encode(prompt)]
+    if not tokens and codec.end_of_text is not None:
+        return [codec.end_of_text]
+    if not tokens:
+        raise UserError(
+            '--start is empty, and this vocabulary has no end-of-text token to begin from: give '
+            "the beginning of the text, such as --start='The '."
+        )
+    return tokens
+
+
+def stream_of(seed: int, number: int) -> torch.Generator:
+    """What text `number` is drawn with."""
+    return torch.Generator().manual_seed(name_seed(seed, f'sample/{number}'))
+
+
+@dataclass
+class Speed:
+    """Tokens and seconds of the prompts, and of what came after the first new token of each."""
+
+    prompt_tokens: int = 0
+    prompt_seconds: float = 0.0
+    new_tokens: int = 0  # of texts that had not ended
+    later_tokens: int = 0  # of these, those after the first of each
+    later_seconds: float = 0.0
+    since: float = 0.0
+    at_prompt: bool = False
+
+    def begin(self, tokens: int) -> None:
+        """A batch of prompts of so many tokens begins."""
+        self.prompt_tokens += tokens
+        self.since, self.at_prompt = time.perf_counter(), True
+
+    def step(self, tokens: int) -> None:
+        """So many texts have got a token."""
+        now = time.perf_counter()
+        if self.at_prompt:
+            self.prompt_seconds += now - self.since
+        else:
+            self.later_tokens += tokens
+            self.later_seconds += now - self.since
+        self.new_tokens += tokens
+        self.since, self.at_prompt = now, False
+
+    def __str__(self) -> str:
+        def rate(tokens: int, seconds: float) -> str:
+            return f', {tokens / seconds:,.1f} tokens/s' if tokens and seconds else ''
+
+        return (
+            f'prompt: {self.prompt_tokens:,} tokens{rate(self.prompt_tokens, self.prompt_seconds)}'
+            f'; new: {self.new_tokens:,} tokens{rate(self.later_tokens, self.later_seconds)}'
+        )
 
 
 if __name__ == '__main__':

@@ -1,12 +1,16 @@
-"""Which token comes next: from a model's logits to token ids. Knows neither models nor text."""
+"""Which token comes next, and what text the tokens make as they come.
+
+Knows no model: `Sampler` is what `model_builder.generate` asks for each token.
+"""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from errors import UserError
+from text_codec import REPLACEMENT
 
 
 @dataclass(frozen=True)
@@ -82,3 +86,67 @@ class Sampler:
 
 def _first_not_finite(values: torch.Tensor) -> float:
     return values[~values.isfinite()][0].item()
+
+
+class TextStream:
+    """The text of one sample, token by token: whole characters, up to a stop string or the end.
+
+    decode: token ids -> text. stops: the text ends before the first of these that is complete,
+    wherever tokens begin and end. end_of_text: the token that ends a sample, itself no text.
+    """
+
+    def __init__(
+        self,
+        decode: Callable[[Iterable[int]], str],
+        stops: Sequence[str] = (),
+        end_of_text: int | None = None,
+    ):
+        self.decode, self.stops, self.end_of_text = decode, stops, end_of_text
+        self.text = ''  # what is certain
+        self.ended = False
+        self._pending: list[int] = []  # tokens since the last that ended a character
+        self._taken = 0  # characters of theirs that were taken already
+        self._held = ''  # which may become part of a stop string
+
+    def add(self, token: int) -> str:
+        """What a token makes certain of the text."""
+        if self.ended:
+            return ''
+        if token == self.end_of_text:
+            return self.finish()
+        self._pending.append(token)
+        text = self.decode(self._pending)
+        if text.endswith(REPLACEMENT):  # perhaps the first bytes of a character
+            return self._take(text[:-1])
+        fresh = self._take(text)
+        self._pending, self._taken = [], 0
+        return fresh
+
+    def finish(self) -> str:
+        """End the sample; what was held back of its text."""
+        if self.ended:
+            return ''
+        fresh = self._take(self.decode(self._pending))
+        if not self.ended:
+            fresh, self.ended = fresh + self._held, True
+            self.text += self._held
+        return fresh
+
+    def _take(self, text: str) -> str:
+        """What is certain now that the pending tokens are known to begin with `text`."""
+        held, self._taken = self._held + text[self._taken :], len(text)
+        found = [(held.find(stop) + len(stop), held.find(stop)) for stop in self.stops]
+        complete = [(end, begin) for end, begin in found if begin >= 0]
+        if complete:
+            self.ended, certain = True, min(complete)[1]
+        else:
+            certain = len(held) - max((begun(stop, held) for stop in self.stops), default=0)
+        fresh, self._held = held[:certain], held[certain:]
+        self.text += fresh
+        return fresh
+
+
+def begun(stop: str, text: str) -> int:
+    """How many characters at the end of `text` may be the beginning of `stop`."""
+    longest = min(len(stop) - 1, len(text))
+    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)

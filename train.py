@@ -126,6 +126,8 @@ def set_up(
         weights_from,
     )
     here = surroundings(header)
+    if parallel.is_main:
+        resumption.keep_tokenizer(dataset, logger.run_folder)
     if started_from:
         started_from.report(logger, header, here)
     else:
@@ -376,7 +378,9 @@ def save(session: Session) -> None:
             progress.iter, checkpointing.published(saver.folder)
         )
     session.agree_on_data()
-    index = resumption.checkpoint_index(session.settings, progress, session.surroundings)
+    index = resumption.checkpoint_index(
+        session.settings, progress, session.surroundings, session.dataset
+    )
     state = divided_state.collect(session.parallel, session.bare, session.updater, saver.kept)
     saver.begin(state, index, began)
 

@@ -402,7 +402,7 @@ class Run:
         journal = {'kind': 'start', 'time': 0.0, 'run_name': 'r', 'start_time': '', **self.header}
         self.journal = json.dumps({**journal, 'architecture': {}})
         progress = resumption.Progress(1, 1, 5.5, 5.5, [5.6])
-        index = resumption.checkpoint_index(settings, progress, {'threads': 1})
+        index = resumption.checkpoint_index(settings, progress, {'threads': 1}, self.dataset)
         state = divided_state.collect(parallel, model, updater)
         self.checkpoint = checkpointing.save(self.folder / 'checkpoints', state, index).path
         self.state = copy.deepcopy(state)

@@ -1,9 +1,12 @@
-"""sampling.py: filters against transformers' own, draws against their probabilities."""
+"""sampling.py: filters against transformers' own, draws against their probabilities, text."""
 
+import itertools
 import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy import stats
 from transformers import (
     LogitsProcessorList,
@@ -14,7 +17,7 @@ from transformers import (
 )
 
 from errors import UserError
-from sampling import Sampler
+from sampling import Sampler, TextStream
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -179,3 +182,67 @@ def test_logits_that_leave_nothing_to_draw_are_refused(value, temperature):
     logits[1] = value
     with pytest.raises(UserError, match=rf'highest logit is {value}.*--dtype=float32'):
         Sampler(5, temperature=temperature)(logits)
+
+
+# --- Text as it comes -----------------------------------------------------------------------------
+
+
+def as_bytes(tokens):
+    """Tokens are the pieces of a text's UTF-8 themselves."""
+    return b''.join(tokens).decode(errors='replace')
+
+
+def cut(text: str, stops) -> str:
+    """One character at a time: what stands before the first stop string that is complete."""
+    for end in range(len(text) + 1):
+        found = [stop for stop in stops if text[:end].endswith(stop)]
+        if found:
+            return text[: end - max(map(len, found))]
+    return text
+
+
+@st.composite
+def pieces(draw):
+    """A text of few letters, some of several bytes, and its bytes in pieces anyhow."""
+    text = draw(st.text('abé日😀', max_size=30))
+    data = text.encode()
+    cuts = draw(st.lists(st.integers(0, len(data)), max_size=40).map(sorted))
+    edges = [0, *cuts, len(data)]
+    return text, [data[a:b] for a, b in itertools.pairwise(edges)]
+
+
+@given(pieces(), st.lists(st.text('abé日😀', min_size=1, max_size=4), max_size=3))
+@settings(max_examples=300, deadline=None)
+def test_a_text_ends_before_a_stop_string_wherever_its_tokens_begin(text_and_pieces, stops):
+    text, tokens = text_and_pieces
+    stream = TextStream(as_bytes, stops)
+    shown = ''
+    for token in tokens:
+        fresh = stream.add(token)
+        assert '\ufffd' not in fresh
+        shown += fresh
+        assert shown == stream.text and text.startswith(shown)
+    ended_by_stop = stream.ended
+    shown += stream.finish()
+    assert shown == stream.text == cut(text, stops)
+    assert ended_by_stop == any(stop in text for stop in stops)
+    assert stream.ended and stream.finish() == stream.add(b'a') == ''
+
+
+def test_nothing_is_held_back_for_longer_than_it_must():
+    stream = TextStream(as_bytes, ['abb', 'é'])
+    told = [stream.add(token) for token in (b'x', b'a', b'b', b'a', b'\xc3', b'\xa0', b'a', b'c')]
+    assert told == ['x', '', '', 'ab', '', 'aà', '', 'ac']
+
+
+@given(st.lists(st.binary(min_size=1, max_size=3), max_size=20))
+@settings(max_examples=200, deadline=None)
+def test_bytes_that_are_no_text_come_out_as_they_do_all_at_once(tokens):
+    stream = TextStream(as_bytes)
+    assert ''.join(map(stream.add, tokens)) + stream.finish() == as_bytes(tokens)
+
+
+def test_the_end_of_text_ends_a_sample_and_is_no_text():
+    stream = TextStream(as_bytes, ['bc'], end_of_text=b'END')
+    assert [stream.add(token) for token in (b'a', b'b', b'END', b'c')] == ['a', '', 'b', '']
+    assert stream.text == 'ab' and stream.ended

@@ -207,7 +207,7 @@ MISTAKES = {
     # names
     'train.py --device=gpu': ["device='gpu'", 'auto', 'cpu'],
     'train.py --dtype=bf16': ["dtype='bf16'", "'float32'", 'Did you mean bfloat16?'],
-    'train.py --init_from=gpt3': ["init_from='gpt3'", "'scratch', 'resume', 'auto'"],
+    'train.py --init_from=gpt2': ["init_from='gpt2'", "'scratch', 'resume', 'auto'"],
     'train.py --arch_preset=lama': ["arch_preset='lama'", "'gpt2'", 'Did you mean llama?'],
     'train.py --normalization=rms': ["normalization='rms'", 'Did you mean rmsnorm?'],
     'train.py --activation=gelus': ["activation='gelus'", "'relu'", 'Did you mean gelu?'],
@@ -278,6 +278,10 @@ MISTAKES = {
     'sample.py --num_samples=-1': ['--num_samples=-1', 'at least 1'],
     'sample.py --max_new_tokens=0 --top_k=-1': ['--max_new_tokens=0', '--top_k=-1', '2 problems'],
     'sample.py --temperature=nan': ['--temperature=nan', 'at least 0'],
+    'sample.py --top_p=1.5 --min_p=-1 --batch_size=0 --stop=': [
+        *('--top_p=1.5', 'at most 1', '--min_p=-1', '--batch_size=0', '--stop is empty', '4 prob'),
+    ],
+    'sample.py --start=': ['--start is empty', 'no end-of-text token', '--start='],
     'sample.py --seed=x': ['--seed', "'x'", 'int'],
     'sample.py --run': ['--run', 'expected one argument'],
     'sample.py --out_dir=empty': ["out_dir='empty'", 'no run', '--out_dir='],
