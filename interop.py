@@ -1,5 +1,6 @@
 """Begin from other people's weights, and write ours for them, by the tables of `weight_maps`.
 
+    python train.py config/mine.py --init_from=gpt2                    # or gpt2-medium, -large, -xl
     python train.py config/mine.py --init_from=hf:FOLDER_OR_NAME       # Hugging Face
     python train.py config/mine.py --init_from=nanogpt:out/ckpt.pt     # nanoGPT
 
@@ -17,15 +18,20 @@ from pathlib import Path
 
 import torch
 
+import hub
 from configurator import CommandLine, Layer
 from errors import UserError, nearest
 from model_builder import Transformer, build_model
-from model_config import INITIALIZATION_REGISTRY, ModelArchitectureConfig
+from model_config import (
+    INITIALIZATION_REGISTRY,
+    ROPE_SCALING_REGISTRY,
+    ModelArchitectureConfig,
+)
 from optimization import Updater
 from parallelism import SingleProcess
 from resumption import Progress
 from token_files import file_sha256
-from training_config import Settings, schema
+from training_config import BEGINNINGS, GPT2_SIZES, Settings, schema
 from training_logger import TrainingLogger
 from weight_maps import NANOGPT, TRANSFORMERS, Family, Weight, function_of
 
@@ -43,6 +49,14 @@ def of_training(config: ModelArchitectureConfig) -> set[str]:
     dropout = {'dropout', 'attention_dropout', 'residual_dropout'}
     losses = {'z_loss', 'load_balance_weight', 'router_z_loss'}
     return {'multiple_of', *begin, *dropout, *losses}
+
+
+def of_longer_context(config: ModelArchitectureConfig) -> set[str]:
+    """Options that a run with imported weights may set to reach beyond their context."""
+    if config.to_dict().get('rope_scaling') != 'none':  # no RoPE, or it has been scaled before
+        return set()
+    scalings = (ROPE_SCALING_REGISTRY[name] for name in ROPE_SCALING_REGISTRY)
+    return {'rope_scaling', *(key for scaling in scalings for key in scaling.options)}
 
 
 @dataclass
@@ -138,12 +152,9 @@ def weight_of(
 # Where checkpoints are found
 
 
-def _open_hugging_face(place: str) -> Source:
+def _open_hugging_face(name: str, place: str) -> Source:
     """A folder with config.json and model.safetensors, or a name on the hub."""
-    name = f'hf:{place}'
-    folder = Path(place)
-    if not folder.is_dir():
-        folder = _download(place)
+    folder = Path(place) if Path(place).is_dir() else hub.model_folder(name, place)
     file = folder / 'config.json'
     try:
         fields = json.loads(file.read_text(encoding='utf-8'))
@@ -158,22 +169,14 @@ def _open_hugging_face(place: str) -> Source:
         )
     if fields.get('quantization_config'):
         raise UserError(f'{name}: quantization_config: only weights that are not quantized.')
-    files = _tensor_files(name, folder)
+    try:
+        files = hub.weight_files(folder)
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise UserError(f'{name}: the index of {folder} cannot be read: {error!r}.') from error
+    if not files:
+        raise UserError(f'{name}: {folder} has neither model.safetensors nor pytorch_model.bin.')
     tensors = {key: get for path in files for key, get in _open_tensors(name, path).items()}
     return Source(name, TRANSFORMERS[kind], fields, tensors, [file, *files])
-
-
-def _tensor_files(name: str, folder: Path) -> list[Path]:
-    """The files of a folder's weights: one, or those that an index names."""
-    for whole in ('model.safetensors', 'pytorch_model.bin'):
-        index = folder / f'{whole}.index.json'
-        if (folder / whole).is_file():
-            return [folder / whole]
-        if index.is_file():
-            shards = json.loads(index.read_text(encoding='utf-8'))['weight_map'].values()
-            # A name and no path: an index is data, and must not reach outside its folder.
-            return [folder / Path(shard).name for shard in sorted(set(shards))]
-    raise UserError(f'{name}: {folder} has neither model.safetensors nor pytorch_model.bin.')
 
 
 def _open_tensors(name: str, path: Path) -> dict[str, Callable[[], torch.Tensor]]:
@@ -206,32 +209,9 @@ def _unpickle(name: str, path: Path) -> dict:
     return found
 
 
-def _download(place: str) -> Path:
-    """The hub's files of that name, in its own cache."""
-    try:
-        import huggingface_hub
-    except ImportError as error:
-        raise UserError(
-            f'hf:{place}: there is no folder {place}, and to download a model of that name a '
-            f'package is needed: pip install huggingface_hub safetensors.'
-        ) from error
-    try:
-        found = huggingface_hub.list_repo_files(place)
-        kind = 'bin' if not any(file.endswith('.safetensors') for file in found) else 'safetensors'
-        wanted = ['config.json', f'*.{kind}', f'*.{kind}.index.json']
-        return Path(huggingface_hub.snapshot_download(place, allow_patterns=wanted))
-    except Exception as error:  # its own, those of its HTTP client, and of the network
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else ''
-        raise UserError(
-            f'hf:{place}: there is no folder {place}, and no model of that name could be fetched '
-            f'from huggingface.co ({type(error).__name__}: {reason}). Give the path of a folder '
-            f'that holds config.json and model.safetensors.'
-        ) from error
-
-
-def _open_nanogpt(place: str) -> Source:
+def _open_nanogpt(name: str, place: str) -> Source:
     """nanoGPT's ckpt.pt, or the folder that holds it."""
-    name, path = f'nanogpt:{place}', Path(place)
+    path = Path(place)
     path = path / 'ckpt.pt' if path.is_dir() else path
     if not path.is_file():
         raise UserError(f'{name}: there is no file {path}. Give the path of a ckpt.pt.')
@@ -248,9 +228,11 @@ OPENERS = {'hf': _open_hugging_face, 'nanogpt': _open_nanogpt}
 
 
 def open_source(name: str) -> Source:
-    """The checkpoint that `hf:…` or `nanogpt:…` names. Raises UserError."""
+    """The checkpoint that `gpt2…`, `hf:…` or `nanogpt:…` names. Raises UserError."""
     kind, _, place = name.partition(':')
-    return OPENERS[kind](place)
+    if name in GPT2_SIZES:
+        kind, place = 'hf', hub.ORGANISATION + name
+    return OPENERS[kind](name, place)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -277,18 +259,26 @@ class Imported:
         """Refuse options that contradict the source. Raises UserError naming them."""
         architecture = settings.architecture
         theirs, now = self.source.config.to_dict(), architecture.to_dict()
-        free = {*HARMLESS, *of_training(architecture)}
+        free = {*HARMLESS, *of_training(architecture), *of_longer_context(self.source.config)}
         problems = [
             f'{key}={now.get(key)!r} ({architecture.origins.get(key, "not in use")}) contradicts '
             f'init_from={self.source.name}, which has {theirs.get(key)!r}: leave {key} out.'
             for key in {**theirs, **now}
             if key not in free and theirs.get(key) != now.get(key)
         ]
+        known, scaling = self.source.config.block_size, now.get('rope_scaling')
+        if scaling not in ('none', theirs.get('rope_scaling')) and architecture.block_size <= known:
+            problems.append(
+                f'rope_scaling={scaling!r} is for more tokens than the {known} of '
+                f'init_from={self.source.name}, and block_size={architecture.block_size}: leave '
+                f'it out, or give a larger --block_size.'
+            )
         places = build_model(self.source.config).position_encoding.max_length
         if places is not None and architecture.block_size > places:
             problems.append(
                 f'block_size={architecture.block_size}: init_from={self.source.name} has places '
-                f'for {places} tokens, and learned ones cannot be made up: --block_size={places}.'
+                f'for {places} tokens, and learned ones cannot be made up: --block_size={places}, '
+                f'or less.'
             )
         if problems:
             raise UserError(*problems)
@@ -306,6 +296,14 @@ class Imported:
     def report(self, logger: TrainingLogger, header: dict, surroundings: dict) -> None:
         """Begin the record."""
         logger.start(**header)
+        asked, known = header['config'], self.source.config.block_size
+        if asked['block_size'] > known and asked.get('rope_scaling') == 'none':
+            logger.event(
+                'note',
+                None,
+                f'block_size={asked["block_size"]}: {self.source.name} was trained on {known} '
+                f'tokens, and RoPE as it is goes badly beyond that: --rope_scaling=yarn.',
+            )
 
 
 def find(asked: CommandLine) -> Imported | None:
@@ -314,13 +312,18 @@ def find(asked: CommandLine) -> Imported | None:
     Raises UserError if it cannot be read or expressed.
     """
     init_from = asked.value('init_from', schema)
-    if init_from.partition(':')[0] not in OPENERS:
+    if init_from in BEGINNINGS:
         return None
     source = open_source(init_from)
     own = of_training(source.config)
     values = {key: value for key, value in source.config.to_dict().items() if key not in own}
     values['arch_preset'] = source.config.preset
-    asked.layers.insert(0, Layer(init_from, values))
+    beneath = Layer(init_from, values)
+    asked.layers.insert(0, beneath)
+    if of_longer_context(source.config) and asked.value('rope_scaling', schema) != 'none':
+        known, wanted = source.config.block_size, asked.value('block_size', schema)
+        beneath.values['rope_scaling_factor'] = max(1.0, wanted / known)
+        beneath.values['rope_original_block_size'] = known
     return Imported(source)
 
 

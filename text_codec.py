@@ -70,7 +70,11 @@ class Codec:
 
     def decode(self, ids) -> str:
         """The text of an iterable of token ids."""
-        return self._codec.decode(int(i) for i in ids)
+        return b''.join(self.bytes_of(i) for i in ids).decode(errors='replace')
+
+    def bytes_of(self, token: int) -> bytes:
+        """What the token adds to a text in UTF-8; U+FFFD for what is no token."""
+        return self._codec.bytes_of(int(token))
 
 
 def valid_text(text: str) -> str:
@@ -90,10 +94,10 @@ class _Bytes:
     def encode(self, text):
         return np.frombuffer(text.encode(), np.uint8)
 
-    def decode(self, ids):
-        others = {self.end_of_text: END_OF_TEXT}
-        known = (bytes([i]) if i < 256 else others.get(i, REPLACEMENT).encode() for i in ids)
-        return b''.join(known).decode(errors='replace')
+    def bytes_of(self, token):
+        if token < 256:
+            return bytes([token])
+        return (END_OF_TEXT if token == self.end_of_text else REPLACEMENT).encode()
 
 
 class _Characters:
@@ -125,11 +129,10 @@ class _Characters:
             )
         return ids
 
-    def decode(self, ids):
-        known = dict(enumerate(self.characters))
-        if self.end_of_text is not None:
-            known[self.end_of_text] = END_OF_TEXT
-        return ''.join(known.get(i, REPLACEMENT) for i in ids)
+    def bytes_of(self, token):
+        if token < len(self.characters):
+            return self.characters[token].encode(errors='replace')
+        return (END_OF_TEXT if token == self.end_of_text else REPLACEMENT).encode()
 
 
 class _BytePairs:
@@ -147,10 +150,7 @@ class _BytePairs:
             middle = len(text) // 2
             return np.concatenate([self.encode(text[:middle]), self.encode(text[middle:])])
 
-    def decode(self, ids):
-        return b''.join(map(self._bytes_of, ids)).decode(errors='replace')
-
-    def _bytes_of(self, token: int) -> bytes:
+    def bytes_of(self, token):
         try:
             return self.encoding.decode_single_token_bytes(token)
         except (KeyError, OverflowError):  # beyond the vocabulary, or one of its gaps

@@ -35,18 +35,24 @@ def is_checkpointing(value: str) -> bool:
     return value in ('none', 'full') or (value.isdecimal() and int(value) >= 1)
 
 
+BEGINNINGS = ('scratch', 'resume', 'auto')  # without somebody's weights
+GPT2_SIZES = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
+
+
 def is_beginning(value: str) -> bool:
     kind, _, place = value.partition(':')
-    return value in ('scratch', 'resume', 'auto') or bool(kind in ('hf', 'nanogpt') and place)
+    return value in (*BEGINNINGS, *GPT2_SIZES) or bool(kind in ('hf', 'nanogpt') and place)
 
 
 # fmt: off
 RUN_OPTIONS = {
     'out_dir': Option(str, 'out', 'Runs are kept here, each in a folder of its own'),
     'init_from': Option(str, 'scratch', 'scratch: a new run; resume: the newest in out_dir; auto: '
-                        "whichever applies; hf: or nanogpt: a new run from somebody's weights",
-                        check=(is_beginning, "'scratch', 'resume', 'auto', 'hf:FOLDER_OR_NAME' (of "
-                               "Hugging Face) or 'nanogpt:CKPT.PT'")),
+                        "whichever applies; gpt2, gpt2-medium, gpt2-large, gpt2-xl, hf: or "
+                        "nanogpt: a new run from somebody's weights",
+                        check=(is_beginning, "'scratch', 'resume', 'auto', 'gpt2' (or gpt2-medium, "
+                               "gpt2-large, gpt2-xl), 'hf:FOLDER_OR_NAME' (of Hugging Face) or "
+                               "'nanogpt:CKPT.PT'")),
     'resume_run': Option(str | None, None, 'The run to resume, a folder or its name; None: the '
                          'newest in out_dir'),
     'eval_interval': Option(int, 2000, 'Updates between evaluations', check=at_least(1)),

@@ -140,6 +140,7 @@ def test_every_tokenizer_gives_the_text_back(text):
         ids = codec.encode(text)
         assert codec.decode(ids) == text
         assert codec.decode(np.array(ids, dtype=np.int64)) == text
+        assert b''.join(map(codec.bytes_of, ids)) == text.encode()
         assert all(0 <= i < codec.vocab_size for i in ids)
 
 

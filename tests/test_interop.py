@@ -1,6 +1,7 @@
 """interop.py and weight_maps.py: other people's models are ours, and ours theirs."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 import torch.nn.functional as F
 import transformers_models as reference
 from architectures import gradients, some_tokens, tiny
+from conftest import PROJECT
 from in_process import joined, train_here
 from safetensors.torch import load_file
 
@@ -15,6 +17,7 @@ import interop
 from errors import UserError
 from model_builder import build_model
 from model_config import ModelArchitectureConfig
+from training_logger import latest_run, read_record
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -344,24 +347,10 @@ def test_what_cannot_be_taken_over_is_named(llama, tmp_path, change, message):
         as_ours(rewritten(llama[1], tmp_path, change))
 
 
-def test_a_hub_that_cannot_be_reached(monkeypatch):
-    import huggingface_hub
-
-    def fail(name):
-        raise ConnectionError('no route to host')
-
-    monkeypatch.setattr(huggingface_hub, 'list_repo_files', fail)
-    with pytest.raises(UserError, match=r'hf:some/model: there is no folder.*no route to host'):
-        interop.open_source('hf:some/model')
-
-
-@pytest.mark.parametrize(
-    ('package', 'place'), [('safetensors', None), ('huggingface_hub', 'some/model')]
-)
-def test_a_missing_package_is_named(llama, monkeypatch, package, place):
-    monkeypatch.setitem(__import__('sys').modules, package, None)
-    with pytest.raises(UserError, match=f'pip install {package}'):
-        interop.open_source(f'hf:{place or llama[1]}')
+def test_a_missing_package_is_named(llama, monkeypatch):
+    monkeypatch.setitem(__import__('sys').modules, 'safetensors', None)
+    with pytest.raises(UserError, match='pip install safetensors'):
+        interop.open_source(f'hf:{llama[1]}')
 
 
 @pytest.mark.parametrize('family', interop.TRANSFORMERS)
@@ -541,6 +530,111 @@ def test_training_begins_with_their_weights_and_goes_on_without_them(tiny_datase
     assert again.code == 0
     assert again.record['metadata']['weights_from'] == weights_from
     assert again.record['config']['init_from'] == 'resume'
+
+
+@pytest.fixture
+def short_llama(tmp_path):
+    """A Llama of theirs for 16 tokens and all bytes, and its folder."""
+    folder = tmp_path / 'short'
+    theirs = lively_model({**THEIRS['llama-grouped-tied'], 'vocab_size': 256})
+    reference.saved(theirs, folder)
+    return theirs, folder
+
+
+@pytest.mark.parametrize(
+    ('scaling', 'options', 'theirs'),
+    [
+        ('linear', {}, {}),
+        ('yarn', {}, {'original_max_position_embeddings': 16}),
+        (
+            'llama3',
+            {'rope_scaling_factor': 8.0},
+            {
+                'factor': 8.0,
+                'original_max_position_embeddings': 16,
+                'low_freq_factor': 1.0,
+                'high_freq_factor': 4.0,
+            },
+        ),
+    ],
+)
+def test_rope_is_extended_to_a_longer_context(
+    short_llama, tiny_dataset, tmp_path, scaling, options, theirs
+):
+    """Before the first update it is transformers' model with the same scaling."""
+    model, folder = short_llama
+    options = {'n_head': 4, 'rope_scaling': scaling, **options}
+    run = train_here(
+        tiny_dataset,
+        tmp_path / 'out',
+        init_from=f'hf:{folder}',
+        block_size=48,
+        eval_only=True,
+        **options,
+    )
+    expected = lively_model(
+        {
+            **THEIRS['llama-grouped-tied'],
+            **rotary(rope_type=scaling, **{'factor': 3.0, **theirs}),
+            'vocab_size': 256,
+            'max_position_embeddings': 48,
+        }
+    )
+    expected.load_state_dict(model.state_dict())
+    tokens, targets = joined(run.evaluated_on[:2])
+    with torch.no_grad():
+        loss = F.cross_entropy(expected(tokens).logits.flatten(0, 1), targets.flatten()).item()
+        unscaled = F.cross_entropy(model(tokens).logits.flatten(0, 1), targets.flatten()).item()
+    found = run.record['eval_steps'][0]['train_loss']
+    assert found == pytest.approx(loss, rel=1e-5) != pytest.approx(unscaled, rel=1e-5)
+    assert run.events('note') == []
+
+
+def test_a_context_that_does_not_fit_the_scaling(short_llama, tiny_dataset, tmp_path, train):
+    folder = short_llama[1]
+    common = (f'--init_from=hf:{folder}', '--n_head=4')
+    error = train(*common, '--rope_scaling=yarn', '--block_size=16', code=2).stderr
+    assert "rope_scaling='yarn' is for more tokens than the 16 of init_from" in error
+    assert error.count('init_from') == 1
+    run = train_here(
+        tiny_dataset, tmp_path / 'long', init_from=f'hf:{folder}', n_head=4, eval_only=True
+    )
+    (note,) = run.events('note')
+    assert 'block_size=32' in note['message'] and '--rope_scaling=yarn' in note['message']
+
+
+def test_finetuning_gpt2(tiny_dataset, tmp_path, train, monkeypatch):
+    """The config file, from Hugging Face's cache: cropped, trained, resumed without the cache."""
+    home = tmp_path / 'home/hub/models--openai-community--gpt2'
+    theirs = lively_model({**GPT2, 'vocab_size': 256})
+    reference.saved(theirs, home / 'snapshots/1')
+    (home / 'refs').mkdir()
+    (home / 'refs/main').write_text('1')
+    monkeypatch.setenv('HF_HOME', str(tmp_path / 'home'))
+    config = PROJECT / 'config/finetune_shakespeare.py'
+    options = {'n_head': 4, 'block_size': 8, 'max_iters': 20, 'learning_rate': 0.01}
+    options |= {'batch_size': 8, 'eval_interval': 10}
+    arguments = [f'--{key}={value}' for key, value in options.items()]
+    train(config, f'--out_dir={tmp_path / "out"}', *arguments)
+    record = read_record(latest_run(tmp_path / 'out'))
+    assert record['metadata']['weights_from']['source'] == 'gpt2'
+    assert record['metadata']['weights_from']['architecture'] == 'GPT2LMHeadModel'
+    assert [record['config'][key] for key in ('dropout', 'decay_lr')] == [0.1, False]
+    assert {entry['lr'] for entry in record['training_iterations']} == {0.01}
+    losses = [entry['train_loss'] for entry in record['eval_steps']]
+    assert losses[-1] < 0.8 * losses[0], losses
+
+    shutil.rmtree(tmp_path / 'home')
+    longer = {**options, 'max_iters': 30, 'init_from': 'resume', 'dropout': 0.1}
+    again = train_here(tiny_dataset, tmp_path / 'out', **longer)
+    assert again.record['metadata']['weights_from'] == record['metadata']['weights_from']
+    assert again.record['eval_steps'][-1]['iter'] == 30
+    assert again.record['eval_steps'][-1]['train_loss'] < losses[0]
+    # What it began as: the 4 windows of 8 tokens that are evaluated, cropped for theirs, too.
+    tokens, targets = joined(again.evaluated_on[:1])
+    with torch.no_grad():
+        loss = F.cross_entropy(theirs(tokens).logits.flatten(0, 1), targets.flatten()).item()
+    assert losses[0] == pytest.approx(loss, rel=1e-5)
 
 
 def test_options_that_contradict_the_weights_are_refused(nanogpt_checkpoint, tmp_path, train):

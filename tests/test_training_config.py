@@ -146,7 +146,7 @@ def test_every_problem_of_run_and_architecture_at_once(config):
         (['--grad_clip=-1'], ['grad_clip', 'at least 0']),
         (['--learning_rate=0'], ['learning_rate', 'above 0']),
         (['--max_iters=0'], ['max_iters', 'at least 1']),
-        (['--init_from=gpt2'], ['init_from', "'resume'"]),
+        (['--init_from=gpt3'], ['init_from', "'resume'"]),
     ],
 )
 def test_an_illegal_run_is_refused(argv, words):

@@ -207,7 +207,7 @@ MISTAKES = {
     # names
     'train.py --device=gpu': ["device='gpu'", 'auto', 'cpu'],
     'train.py --dtype=bf16': ["dtype='bf16'", "'float32'", 'Did you mean bfloat16?'],
-    'train.py --init_from=gpt2': ["init_from='gpt2'", "'scratch', 'resume', 'auto'"],
+    'train.py --init_from=gpt3': ["init_from='gpt3'", "'scratch', 'resume', 'auto'"],
     'train.py --arch_preset=lama': ["arch_preset='lama'", "'gpt2'", 'Did you mean llama?'],
     'train.py --normalization=rms': ["normalization='rms'", 'Did you mean rmsnorm?'],
     'train.py --activation=gelus': ["activation='gelus'", "'relu'", 'Did you mean gelu?'],
