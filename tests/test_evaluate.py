@@ -1,0 +1,270 @@
+"""evaluate.py: bits per byte and multiple choice, recomputed another way."""
+
+import json
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+from in_process import train_here
+
+import evaluate
+import interop
+from errors import run_script
+from text_codec import Codec
+from token_files import Split
+
+pytestmark = pytest.mark.usefixtures('one_thread')
+
+TEXT = 'The naïve fox jumps.\r\n\r\nOver a “lazy” dog, quick and brown — again and again. ' * 6
+BLOCK_SIZE = 32
+
+
+def run(*arguments, code: int = 0) -> None:
+    with pytest.raises(SystemExit) as exit:
+        run_script(evaluate.main, [str(a) for a in ('--device=cpu', '--dtype=float32', *arguments)])
+    assert exit.value.code == code
+
+
+@pytest.fixture(scope='module')
+def of_bytes(tmp_path_factory, tiny_dataset):
+    """out_dir, and the model that was trained into it."""
+    out_dir = tmp_path_factory.mktemp('of_bytes')
+    options = {'arch_preset': 'llama', 'max_iters': 30, 'learning_rate': 0.01, 'batch_size': 8}
+    trained = train_here(tiny_dataset, out_dir, eval_interval=30, **options)
+    return out_dir, trained.session.bare.eval()
+
+
+@pytest.fixture(scope='module')
+def of_byte_pairs(tmp_path_factory):
+    """The same, of GPT-2's tokens, in an architecture that transformers has."""
+    folder, out_dir = tmp_path_factory.mktemp('pairs'), tmp_path_factory.mktemp('of_byte_pairs')
+    tokens = np.array(Codec({'kind': 'gpt2'}).encode(TEXT), np.uint16)
+    for split in ('train', 'val'):
+        tokens.tofile(folder / f'{split}.bin')
+    trained = train_here(folder, out_dir, arch_preset='legacy', n_embd=8, activation='gelu_tanh')
+    return out_dir, trained.session.bare.eval()
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / 'text.txt'
+    path.write_bytes(TEXT.encode())
+    return path
+
+
+def results(tmp_path, *arguments) -> dict:
+    path = tmp_path / 'results.json'
+    run(*arguments, f'--json={path}')
+    return json.loads(path.read_text(encoding='utf-8'))
+
+
+@torch.no_grad()
+def nats_one_by_one(model, tokens, stride) -> list[float]:
+    """Of each token but the first by a forward pass of its own, with the context that it is due."""
+    found = []
+    for i in range(1, len(tokens)):
+        # Up to BLOCK_SIZE all before it; then blocks of `stride` tokens that end like a window.
+        done = BLOCK_SIZE + 1
+        end = done if i < done else min(done + stride * ((i - done) // stride + 1), len(tokens))
+        start = max(0, end - BLOCK_SIZE - 1)
+        assert i < done or i - start > BLOCK_SIZE - stride
+        logits = model(torch.tensor([tokens[start:i]]))[0, -1]
+        found.append(-logits.double().log_softmax(-1)[tokens[i]].item())
+    return found
+
+
+@pytest.mark.parametrize('stride', [1, 7, None])
+def test_bits_per_byte_is_that_of_one_forward_pass_a_token(of_bytes, text, tmp_path, stride):
+    out_dir, model = of_bytes
+    given = [f'--stride={stride}', '--batch_size=3'] if stride else []
+    (found,) = results(tmp_path, f'--out_dir={out_dir}', f'--text={text}', *given)['text']
+    tokens = list(TEXT.encode())
+    nats = nats_one_by_one(model, tokens, stride or BLOCK_SIZE // 2)
+    assert found['nats'] == pytest.approx(sum(nats), rel=1e-6)
+    assert found['tokens'] == found['bytes'] == len(tokens) - 1
+    assert found['bits_per_byte'] == pytest.approx(np.mean(nats) / math.log(2), rel=1e-6)
+    assert found['perplexity'] == pytest.approx(math.exp(np.mean(nats)), rel=1e-5)
+
+
+def test_bits_per_byte_of_byte_pairs_by_transformers(of_byte_pairs, text, tmp_path, capsys):
+    from transformers import AutoModelForCausalLM
+
+    out_dir, model = of_byte_pairs
+    interop.export(model.config, dict(model.named_parameters()), tmp_path / 'theirs')
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / 'theirs').eval()
+    codec = Codec({'kind': 'gpt2'})
+    tokens = codec.encode(TEXT)
+    size = len(TEXT.encode()) - len(codec.decode(tokens[:1]).encode())
+    nats = nats_one_by_one(lambda given: theirs(given).logits, tokens, 5)
+    (found,) = results(tmp_path, f'--out_dir={out_dir}', f'--text={text}', '--stride=5')['text']
+    assert found['bytes'] == size and found['tokens'] == len(tokens) - 1 < size
+    bits = sum(nats) / math.log(2) / size
+    assert found['bits_per_byte'] == pytest.approx(bits, rel=1e-6)
+    assert f'{bits:.4f}' in capsys.readouterr().out
+
+
+def test_the_interval_is_students_where_blocks_are_alike_and_covers_where_not():
+    bits = [3.0, 5.0, 4.0, 7.0]
+    low, high = scipy.stats.t.interval(0.95, 3, np.mean(bits), scipy.stats.sem(bits))
+    assert 10 * evaluate.half_interval(bits, [10] * 4) == pytest.approx((high - low) / 2)
+    assert evaluate.half_interval(bits[:1], [10]) is None
+
+    drawn, covered = np.random.default_rng(0), 0
+    for _ in range(400):
+        sizes = drawn.integers(10, 40, size=30)
+        amounts = sizes * drawn.normal(2.0, 0.5, size=30)
+        half = evaluate.half_interval(amounts.tolist(), sizes.tolist())
+        covered += abs(amounts.sum() / sizes.sum() - 2.0) < half
+    assert 0.91 < covered / 400 < 0.98
+
+
+ITEMS = [
+    {'context': 'the quick brown', 'choices': [' fox', ' cat sat on a mat', 'x'], 'answer': 0},
+    {'context': 'over a ', 'choices': ['lazy', 'zzzzzzzzzzzz'], 'answer': 1},
+    {
+        'context': 'jumps ' * 20,
+        'choices': ['over a lazy dog.\n', 'the', ' naïve', 'q'],
+        'answer': 2,
+    },
+    {'context': 'naïve', 'choices': [' dog.\n', ' dog.\n the quick'], 'answer': 1},
+]
+
+
+def written(path, items):
+    path.write_text('\n'.join(json.dumps(item) for item in items) + '\n\n', encoding='utf-8')
+    return path
+
+
+@torch.no_grad()
+def log_likelihood(model, codec, context: str, choice: str) -> float:
+    """One token after another, with what fits of the context."""
+    before, tokens = codec.encode(context.rstrip()), codec.encode(context + choice)
+    kept = tokens[-BLOCK_SIZE - 1 :]
+    logits = model(torch.tensor([kept[:-1]]))[0].double().log_softmax(-1)
+    first = len(kept) - (len(tokens) - len(before))
+    return sum(logits[i - 1, kept[i]].item() for i in range(first, len(kept)))
+
+
+@pytest.mark.parametrize('kind', ['byte', 'gpt2'])
+def test_choices_by_brute_force(of_bytes, of_byte_pairs, tmp_path, kind, capsys):
+    out_dir, model = of_bytes if kind == 'byte' else of_byte_pairs
+    codec, items = Codec({'kind': kind}), ITEMS
+    if kind == 'gpt2':  # whose end-of-text token stands before what has no context
+        items = [*ITEMS, {'context': '', 'choices': ['The fox', ' jumps'], 'answer': 0}]
+    path = written(tmp_path / 'items.jsonl', items)
+    (found,) = results(tmp_path, f'--out_dir={out_dir}', f'--choices={path}')['choices']
+    right, right_norm = [], []
+    for item, told in zip(items, found['each'], strict=True):
+        context = item['context'] or '<|endoftext|>'
+        choices = item['choices']
+        if item['context']:
+            values = [log_likelihood(model, codec, context, choice) for choice in choices]
+        else:
+            values = []
+            for choice in choices:
+                tokens = torch.tensor([[50256, *codec.encode(choice)]])
+                with torch.no_grad():
+                    logits = model(tokens[:, :-1])[0].double().log_softmax(-1)
+                values.append(logits.gather(1, tokens[0, 1:, None]).sum().item())
+        assert told['log_likelihoods'] == pytest.approx(values, rel=1e-5)
+        assert told['bytes'] == [len(choice.encode()) for choice in choices]
+        by_byte = [value / len(choice.encode()) for value, choice in zip(values, choices)]
+        right.append(np.argmax(values) == item['answer'])
+        right_norm.append(np.argmax(by_byte) == item['answer'])
+    assert right != right_norm  # else the items show nothing
+    for key, values in (('acc', right), ('acc_norm', right_norm)):
+        assert found[key] == pytest.approx(np.mean(values))
+        assert found[f'{key}_stderr'] == pytest.approx(scipy.stats.sem(values))
+    assert found['items'] == len(items)
+    assert found['chance'] == pytest.approx(np.mean([1 / len(i['choices']) for i in items]))
+    table = capsys.readouterr().out
+    assert f'{np.mean(right):.4f}' in table and f'{np.mean(right_norm):.4f}' in table
+
+
+def test_items_from_the_validation_text(of_bytes, tmp_path, tiny_dataset):
+    out_dir, _ = of_bytes
+    paths = [tmp_path / 'one.jsonl', tmp_path / 'two.jsonl']
+    made = results(tmp_path, f'--out_dir={out_dir}', f'--make_choices={paths[0]}', '--num_items=40')
+    again = results(tmp_path, f'--out_dir={out_dir}', f'--choices={paths[0]}', '--batch_size=5')
+    (made,), (again,) = made['choices'], again['choices']
+    for one, two in zip(made['each'], again['each'], strict=True):
+        assert one['log_likelihoods'] == pytest.approx(two['log_likelihoods'], rel=1e-5)
+    run(f'--out_dir={out_dir}', f'--make_choices={paths[1]}', '--num_items=40')
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+
+    text = (tiny_dataset / 'val.bin').read_bytes().decode(errors='replace')
+    items = [json.loads(line) for line in paths[0].read_text(encoding='utf-8').splitlines()]
+    assert len(items) == 40 and {item['answer'] for item in items} == {0, 1, 2, 3}
+    for item in items:
+        assert len(set(item['choices'])) == 4 and all(choice in text for choice in item['choices'])
+        followers = [item['context'] + choice in text for choice in item['choices']]
+        assert followers == [number == item['answer'] for number in range(4)]
+
+
+def test_items_keep_within_documents(of_bytes, tmp_path, monkeypatch):
+    """Of a dataset that marks their ends."""
+    codec = Codec({'kind': 'byte', 'end_of_text': True})
+    documents = [codec.encode(f'{name * 9} ' * 40) for name in 'abcde']
+    tokens = np.concatenate([[*document, codec.end_of_text] for document in documents])
+    split = tmp_path / 'val'
+    tokens.astype('<u2').tofile(split)
+    facts = {'shards': [{'file': split.name, 'tokens': len(tokens)}]}
+    dataset = SimpleNamespace(splits={'val': Split(tmp_path, facts, 'uint16')}, end_of_text=256)
+    monkeypatch.setattr(evaluate, 'load_dataset', lambda name, block_size: dataset)
+    path = tmp_path / 'items.jsonl'
+    monkeypatch.setattr(evaluate.resumption, 'vocabulary_of', lambda checkpoint: (codec, 257))
+    run(f'--out_dir={of_bytes[0]}', f'--make_choices={path}', '--num_items=50')
+    for item in map(json.loads, path.read_text().splitlines()):
+        letters = {*item['context'], *item['choices'][item['answer']]} - {' '}
+        assert len(letters) == 1 and letters < set('abcde')
+    assert evaluate.items_from(['too short ' * 20], 5) == []
+
+
+MISTAKES = {
+    '': ['nothing to evaluate', '--text=FILE'],
+    '--text=nothing.txt': ['--text=nothing.txt', 'No such file'],
+    '--text=latin.txt': ['latin.txt', 'UTF-8'],
+    '--text=empty.txt': ['empty.txt has 0 token(s)'],
+    '--choices=bad.jsonl': ['line 1: it is no JSON', 'line 2: an item is', 'line 3: an item is'],
+    '--choices=empty.txt': ['has no items'],
+    '--choices=long.jsonl': ['line 1', '33 tokens', 'block_size=32'],
+    '--choices=bare.jsonl': ['line 1: its context is empty'],
+    '--text=text.txt --stride=33': ['--stride=33', 'block_size=32'],
+    '--text=text.txt --batch_size=0': ['--batch_size=0'],
+    '--text=text.txt --json=nowhere/a.json': ['there is no folder nowhere'],
+    '--make_choices=empty.txt': ['empty.txt is there already', '--choices=empty.txt'],
+    '--make_choices=many.jsonl --num_items=99999': ['--num_items='],
+    '--txt=text.txt': ['--txt', 'Did you mean --text'],
+    '--text=text.txt --out_dir=none': ['none', 'no run'],
+}
+
+
+@pytest.mark.parametrize('arguments', MISTAKES)
+def test_a_mistake_is_told(of_bytes, text, tmp_path, monkeypatch, capsys, arguments):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'latin.txt').write_bytes('naïve'.encode('latin-1'))
+    (tmp_path / 'empty.txt').touch()
+    (tmp_path / 'bad.jsonl').write_text('{\n[]\n{"context": "a", "choices": ["b"], "answer": 0}\n')
+    written(tmp_path / 'long.jsonl', [{'context': 'a', 'choices': ['b', 'b' * 33], 'answer': 0}])
+    written(tmp_path / 'bare.jsonl', [{'context': '', 'choices': ['b', 'c'], 'answer': 0}])
+    run(f'--out_dir={of_bytes[0]}', *arguments.split(), code=2)
+    error = capsys.readouterr().err
+    assert all(word in error for word in MISTAKES[arguments]), error
+    assert 'Traceback' not in error and not (tmp_path / 'many.jsonl').exists()
+
+
+def test_characters_that_the_vocabulary_lacks(tmp_path, monkeypatch, of_bytes, text, capsys):
+    codec = Codec({'kind': 'char', 'characters': ['a', 'b']})
+    monkeypatch.setattr(evaluate.resumption, 'vocabulary_of', lambda checkpoint: (codec, 2))
+    path = written(tmp_path / 'i.jsonl', [{'context': 'a', 'choices': ['b', 'é'], 'answer': 0}])
+    for key, given in (('text', text), ('choices', path)):
+        run(f'--out_dir={of_bytes[0]}', f'--{key}={given}', code=2)
+        error = capsys.readouterr().err
+        assert f'--{key}={given}' in error and 'The vocabulary of 2 characters has no' in error
+
+
+def test_the_script_starts(run_script):
+    assert '--make_choices' in run_script('evaluate.py', '--help').stdout
