@@ -22,6 +22,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import sinks
 from comparison_text import FORMATS, listing
 from errors import ArgumentParser, UserError, nearest, run_script
 from evidence import holm
@@ -71,7 +72,7 @@ BUDGETED = ('tokens_seen', 'max_iters', 'warmup_iters', 'lr_decay_iters')
 IMMATERIAL = frozenset(
     {
         *('out_dir', 'log_style', 'log_interval', 'always_save_checkpoint', 'async_save'),
-        'concurrent_runs',
+        *('concurrent_runs', *sinks.OPTIONS),
     }
 )
 

@@ -173,6 +173,12 @@ def startup_report(
         _field('Folder', str(run_folder)),
         _field('Seeds', f'{config["seed"]} (data order {config["data_seed"]})'),
     ]
+    if config['tensorboard_log']:
+        command = f'tensorboard --logdir={config["out_dir"]}'
+        sections['📁 RUN'].append(_field('TensorBoard', command))
+    if config['wandb_log']:
+        place = f'{config["wandb_project"]} / {config["wandb_run_name"]}'
+        sections['📁 RUN'].append(_field('Weights & Biases', place))
     if weights_from:
         came_from = f'{weights_from["source"]} ({weights_from["architecture"]})'
         sections['📁 RUN'].append(_field('Weights', came_from))

@@ -11,6 +11,7 @@ import torch
 
 import checkpointing
 import divided_state
+import sinks
 from configurator import COMMAND_LINE, CommandLine, Layer, accept_layer
 from errors import UserError, nearest
 from model_builder import Transformer, build_model
@@ -121,7 +122,11 @@ class Resumed:
         document = logger.resume(
             self.checkpoint.iter,
             checkpoint=str(path),
-            changed={key: pair for key, pair in changed.items() if key not in NOT_TAKEN_OVER},
+            changed={
+                key: pair
+                for key, pair in changed.items()
+                if key not in NOT_TAKEN_OVER and key not in sinks.OPTIONS
+            },
             config=header['config'],
             metadata=header['metadata'],
             startup_info=header['startup_info'],

@@ -40,6 +40,7 @@ import torch
 
 import compare_architectures
 import hardware
+import sinks
 from comparison_text import duration, table
 from configurator import CommandLine, format_help, read_command_line
 from errors import UserError, run_script
@@ -78,7 +79,7 @@ TIMED_UPDATES = 10  # to learn the seconds of an update; the record leaves the f
 # Options that say where a run goes and how it reports: two runs that differ in them are one.
 IMMATERIAL = (
     *('out_dir', 'init_from', 'resume_run', 'log_style', 'log_interval', 'debug'),
-    'concurrent_runs',
+    *('concurrent_runs', *sinks.OPTIONS),
 )
 
 
@@ -252,6 +253,7 @@ class Runner:
         self.passed = [f'--{key}={value}' for key, value in own.items() if key not in OPTIONS]
         options = [f'--{key}={value}' for key, value in own.items()]
         self.command = shlex.join(['python', 'study.py', study.path, *options])
+        self.wandb = asked.value('wandb_log', schema)
         self.stop_signal: int | None = None
         self.running: list[Job] = []
 
@@ -280,6 +282,7 @@ class Runner:
             *('python', 'train.py', self.study.path, *self.passed, *point.arguments()),
             *('--init_from=auto', f'--out_dir={self.folder(kind, point)}', '--log_style=line'),
             f'--concurrent_runs={jobs or self.jobs}',
+            *([f'--wandb_run_name={point.folder}'] if self.wandb else []),
         ]
 
     def records(self, kind: str, points: list[Point], jobs: int | None = None) -> dict:
@@ -341,6 +344,7 @@ class Runner:
         folder = self.folder(kind, point)
         folder.mkdir(parents=True, exist_ok=True)
         device, environment = self.surroundings[0], dict(os.environ)
+        environment.setdefault('WANDB_RUN_GROUP', point.variant)  # has no effect without W&B
         if jobs > 1 and device.type == 'cuda':
             environment['CUDA_VISIBLE_DEVICES'] = str(place % torch.cuda.device_count())
         elif jobs > 1:

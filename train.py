@@ -23,6 +23,7 @@ import hardware
 import interop
 import planning
 import resumption
+import sinks
 import stability
 from configurator import format_components, format_help, read_command_line
 from errors import run_script
@@ -110,6 +111,7 @@ def set_up(
         is_main=parallel.is_main,
         style=options.log_style,
         max_iters=options.max_iters,
+        sinks=sinks.asked_for(options),
     )
     weights_from = parallel.from_main(lambda: started_from and started_from.weights_from)
     header = record_header(

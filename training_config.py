@@ -7,9 +7,11 @@ settings = settings.complete(...)       # once the device and the dataset are kn
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 
 import torch
 
+import sinks
 from configurator import (
     CommandLine,
     Schema,
@@ -142,6 +144,7 @@ GROUPS = {
     'Optimizer': OPTIMIZER_OPTIONS,
     'System': SYSTEM_OPTIONS,
     'Several processes (started by torchrun)': PARALLEL_OPTIONS,
+    'Beside the record': sinks.OPTIONS,
 }
 PLAN = {'Plan (instead of a run)': PLAN_OPTIONS}
 
@@ -225,6 +228,10 @@ class Settings:
         derive('compile', not on_cpu, f'for {device.type}')
         # The cores and the memory that this takes are those of the training on a CPU.
         derive('async_save', not on_cpu, f'for {device.type}')
+
+        if run.wandb_log:
+            derive('wandb_project', Path(run.dataset).name, "the dataset's name")
+            derive('wandb_run_name', self.architecture.name, "the architecture's name")
 
         architecture = self.architecture
         if dataset is not None:
@@ -322,10 +329,14 @@ def device_problems(
 def run_problems(run: TrainingConfig, plan: FrozenConfig, ranks: int) -> list[str]:
     """What is wrong with the run's options taken together, a sentence each.
 
-    A plan asks for neither the device nor the data.
+    A plan asks for neither the device nor the data, nor for where else it would be logged.
     """
     problems = []
-    needed_here = (partial(select_device, run.device), partial(is_prepared, run.dataset))
+    needed_here = (
+        partial(select_device, run.device),
+        partial(is_prepared, run.dataset),
+        partial(sinks.check, run),
+    )
     for find in () if plan.plan else needed_here:
         try:
             find()

@@ -454,8 +454,8 @@ class _Journal:
         except OSError as error:
             raise _cannot_write(self.path, error) from error
 
-    def append(self, kind: str, entry: dict) -> None:
-        """Write one line. One that does not fit on the disk leaves no trace."""
+    def append(self, kind: str, entry: dict) -> dict:
+        """Write one line, and return it. One that does not fit on the disk leaves no trace."""
         line = _strict({'kind': kind, 'time': round(time.time(), 3), **entry})
         data = (json.dumps(line, allow_nan=False) + '\n').encode()
         size = os.fstat(self.fd).st_size
@@ -465,6 +465,7 @@ class _Journal:
         except OSError as error:
             os.ftruncate(self.fd, size)
             raise _cannot_write(self.path, error) from error
+        return line
 
     def close(self) -> None:
         os.close(self.fd)
@@ -525,11 +526,15 @@ class TrainingLogger:
 
     `style` and `stream` are the console's. Entries are those of `record_schema.json`; any float in
     them that is not finite is recorded as null. Every method raises UserError when the disk takes
-    no more, and leaves what was recorded before as it was.
+    no more, and leaves what was recorded before as it was. The `sinks` (`sinks.py`) are given what
+    the journal is given, after it.
     """
 
-    def __init__(self, run_folder, *, is_main=True, style='auto', stream=None, max_iters: int):
+    def __init__(
+        self, run_folder, *, is_main=True, style='auto', stream=None, max_iters: int, sinks=()
+    ):
         self.is_main = is_main
+        self.sinks = list(sinks)
         self.run_folder = run_folder and Path(run_folder)  # other ranks may have none
         self.console = console.Console(style, stream, max_iters=max_iters)
         self.journal = None
@@ -554,8 +559,9 @@ class TrainingLogger:
                 'startup_info': startup_info,
             },
         )
-        self._write_record()
+        document = self._write_record()
         self.console.begin(report, startup_info['hardware'])
+        self._begin_sinks(document, None)
 
     @_on_main
     def resume(
@@ -592,24 +598,25 @@ class TrainingLogger:
         self.evaluations = {entry['iter']: entry for entry in document['eval_steps']}
         report = console.resume_report(iter, checkpoint, changed, self.run_folder)
         self.console.begin(report, startup_info['hardware'])
+        self._begin_sinks(document, iter)
         return document
 
     @_on_main
     def held(self, entry: dict) -> None:
         """Record what a rank holds, which joins `startup_info.parallel`."""
-        self.journal.append('held', entry)
+        self._record('held', entry)
 
     @_on_main
     def iteration(self, entry: dict) -> None:
         """Record and show an entry of `training_iterations`. A lost loss becomes an event too."""
-        self.journal.append('iteration', entry)
+        self._record('iteration', entry)
         self.console.iteration(entry)
         self._note_nonfinite(entry, 'loss')
 
     @_on_main
     def evaluation(self, entry: dict) -> None:
         """Record and show an entry of `eval_steps`; bring record.json up to date if that is due."""
-        self.journal.append('evaluation', entry)
+        self._record('evaluation', entry)
         if time.monotonic() >= self.record_due:
             self._write_record()
         self.evaluations[entry['iter']] = _strict(entry)
@@ -619,7 +626,7 @@ class TrainingLogger:
     @_on_main
     def checkpoint(self, entry: dict) -> None:
         """Record and show an entry of `checkpoints`."""
-        self.journal.append('checkpoint', entry)
+        self._record('checkpoint', entry)
         self.console.show(console.checkpoint_line(entry))
 
     @_on_main
@@ -628,7 +635,7 @@ class TrainingLogger:
         entry = {'event': kind, 'iter': iter, **extra}
         if message is not None:
             entry['message'] = message
-        self.journal.append('event', entry)
+        self._record('event', entry)
         self.console.show(console.event_line(entry))
 
     @_on_main
@@ -638,8 +645,9 @@ class TrainingLogger:
         What was recorded after that, up to `from_iter`, is taken back. The rollback is an event.
         """
         entry = {'iter': iter, 'from_iter': from_iter, 'checkpoint': checkpoint, 'message': message}
-        self.journal.append('rollback', entry)
+        self._record('rollback', entry)
         self.evaluations = {n: e for n, e in self.evaluations.items() if n <= iter}
+        self._feed_evaluation(iter)
         self.console.rollback({'event': 'rollback', **entry})
 
     @_on_main
@@ -658,10 +666,10 @@ class TrainingLogger:
         if self.journal is None:
             return None
         end = {'status': status, 'end_time': _now(), 'time': round(time.time(), 3)}
-        path = self.run_folder / RECORD
+        path, document = self.run_folder / RECORD, None
         try:
             if reason:
-                self.journal.append('event', {'event': status, 'iter': None, 'message': reason})
+                self._record('event', {'event': status, 'iter': None, 'message': reason})
             document = assemble([*_parse(_read(self.journal.path)), {'kind': 'end', **end}])
             self.journal.append('end', {**end, 'summary': document['summary']})
             _write_record(path, document)
@@ -673,9 +681,60 @@ class TrainingLogger:
         finally:
             self.journal.close()
             self.journal = None
+            self._feed('end', status, document and document['summary'])
         best = _best(document['eval_steps'])
         self.console.show(console.closing_block(document, best, path))
         return document['summary']
+
+    def _record(self, kind: str, entry: dict) -> None:
+        """Write a line of the journal, and give the same line to the sinks."""
+        self._feed('take', self.journal.append(kind, entry))
+
+    def _begin_sinks(self, document: dict, iter: int | None) -> None:
+        try:
+            events = self._feed('begin', self.run_folder, document, iter)
+        except UserError as error:
+            self.sinks = []
+            self.finish('failed', reason=str(error))
+            raise
+        for event in events:
+            if event:
+                self.event(**event)
+        self._feed_evaluation(iter)
+
+    def _feed_evaluation(self, iter: int | None) -> None:
+        """Tell the sinks once more of the evaluation with which a run goes on from `iter`.
+
+        They may take back the whole of that step, and the evaluation is not made again.
+        """
+        if iter in self.evaluations:
+            self._feed('take', {'kind': 'evaluation', **self.evaluations[iter]})
+
+    def _feed(self, action: str, *arguments) -> list:
+        """Have every sink do that. One that cannot is given up: it is the record that counts.
+
+        Raises UserError where a sink has one.
+        """
+        answers, failed = [], {}
+        for sink in self.sinks:
+            try:
+                answers.append(getattr(sink, action)(*arguments))
+            except UserError:
+                raise
+            except Exception as error:
+                failed[sink] = ' '.join(str(error).split()).rstrip('.') or type(error).__name__
+        self.sinks = [sink for sink in self.sinks if sink not in failed]
+        for sink, reason in failed.items():
+            event = {
+                'event': 'sink_failed',
+                'iter': None,
+                'message': f'{sink.title} is told nothing more of this run: {reason}. '
+                'The record has it all.',
+            }
+            if self.journal:  # else it has its last line
+                self._record('event', event)
+            self.console.show(console.event_line(event))
+        return answers
 
     def _note_nonfinite(self, entry: dict, *keys: str) -> None:
         """The record has null for such a loss; an event says that it was measured, and what."""

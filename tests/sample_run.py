@@ -15,7 +15,15 @@ CAUSAL = {**FULL, 'attention_scores': FULL['attention_scores'] // 2}
 TOKENS_PER_ITER = 4096
 MAX_ITERS = 100
 
-CONFIG = {'arch_preset': 'llama', 'max_iters': MAX_ITERS, 'seed': 1, 'data_seed': 2}
+CONFIG = {
+    'arch_preset': 'llama',
+    'out_dir': 'out',
+    'max_iters': MAX_ITERS,
+    'seed': 1,
+    'data_seed': 2,
+    'tensorboard_log': False,
+    'wandb_log': False,
+}
 ARCHITECTURE = {
     'name': '12L-12H-768D-RoPE-RMS-SwiGLU-PreNorm',
     'hash': '3f9c0a7be21d',

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import PROJECT, TINY_RUN
+from event_files import assert_holds
 
 import checkpointing
 import export_checkpoint
@@ -680,6 +681,7 @@ def test_what_cannot_be_is_refused(left, name):
 
 def test_torchrun_starts_it_as_the_readme_says(tmp_path, tiny_dataset):
     options = {**TINY_RUN, 'dataset': tiny_dataset, 'out_dir': 'out', 'use_fsdp': True}
+    options |= {'tensorboard_log': True}
     subprocess.run(
         [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
         + [str(PROJECT / 'train.py'), str(PROJECT / 'config/arch_llama.py')]
@@ -688,9 +690,12 @@ def test_torchrun_starts_it_as_the_readme_says(tmp_path, tiny_dataset):
         check=True,
         timeout=120,
     )
-    record = read_record(latest_run(tmp_path / 'out'))
+    folder = latest_run(tmp_path / 'out')
+    record = read_record(folder)
     assert record['status'] == 'finished'
     assert record['metadata']['strategy'] == 'fsdp' and record['metadata']['world_size'] == 2
+    assert len(list(folder.glob('events*'))) == 1
+    assert_holds(folder, record)
 
 
 MISTAKEN = """
