@@ -23,6 +23,7 @@ from model_components import (
     Auxiliary,
     Component,
     Initial,
+    LayerCache,
     OutputHead,
     Positions,
     TokenEmbedding,
@@ -64,22 +65,29 @@ class Transformer(nn.Module):
             self.output_head.projection.weight = self.token_embedding.weight
 
     def forward(
-        self, tokens: torch.Tensor, targets: torch.Tensor | None = None, last_only: bool = False
+        self,
+        tokens: torch.Tensor,
+        targets: torch.Tensor | None = None,
+        last_only: bool = False,
+        cache: list[LayerCache] | None = None,
     ):
         """tokens (B, T) -> logits (B, T, V), or (B, 1, V) with `last_only`.
+
+        With a cache from `empty_cache` the tokens go on where those of the calls before ended.
 
         With targets (B, T), -100 where there is none: the summed loss in nats, the number of
         targets, and an Auxiliary: the auxiliary loss of blocks and head, a mean over the batch,
         which the reported loss never includes, and readings of (layers, ...).
         """
-        longest = self.position_encoding.max_length
-        if longest is not None and tokens.size(1) > longest:
+        first = cache[0].length if cache else 0
+        end, longest = first + tokens.size(1), self.position_encoding.max_length
+        if longest is not None and end > longest:
             raise UserError(
-                f'a sequence of {tokens.size(1)} tokens: position_encoding='
+                f'a sequence of {end} tokens: position_encoding='
                 f'{self.config.position_encoding!r} has places for block_size={longest} only.'
             )
-        positions = torch.arange(tokens.size(1), device=tokens.device)
-        prepared = self.prepare(positions)
+        positions = torch.arange(first, end, device=tokens.device)
+        prepared = self.prepare(positions, cache)
         x = self.token_embedding(tokens)  # (B, T, C)
         x = self.dropout(self.position_encoding.embed(x, positions))
         told = []
@@ -91,13 +99,33 @@ class Transformer(nn.Module):
         loss, count, auxiliary = self.output_head(self.final_norm(x), targets)
         return loss, count, together([*told, auxiliary])
 
-    def prepare(self, positions: torch.Tensor) -> list[Positions]:
+    def prepare(
+        self, positions: torch.Tensor, cache: list[LayerCache] | None = None
+    ) -> list[Positions]:
         """What each block is told of the positions (T,); blocks alike share one mask."""
-        placed = self.position_encoding.prepare(positions, positions)
         backend = ATTENTION_BACKEND_REGISTRY[self.config.attention_backend]
         needs = [block.attention.layer_needs for block in self.blocks]
-        masks = {n: backend.mask(n, placed.bias, positions, positions) for n in set(needs)}
-        return [placed._replace(bias=None, mask=masks[n]) for n in needs]
+        if cache is None:
+            placed = self.position_encoding.prepare(positions, positions)
+            masks = {n: backend.mask(n, placed.bias, positions, positions) for n in set(needs)}
+            return [placed._replace(bias=None, mask=masks[n]) for n in needs]
+        told = {}
+        for n, kept in dict(zip(needs, cache)).items():
+            k_positions = kept.positions(positions)
+            placed = self.position_encoding.prepare(positions, k_positions)
+            mask = backend.mask(n, placed.bias, positions, k_positions)
+            told[n] = placed._replace(bias=None, mask=mask)
+        return [told[n]._replace(cache=kept) for n, kept in zip(needs, cache)]
+
+    def empty_cache(self, tokens: int) -> list[LayerCache]:
+        """What to hand to every `forward` of one sequence of at most so many tokens."""
+        return [block.attention.empty_cache(tokens) for block in self.blocks]
+
+    @property
+    def uncacheable(self) -> list[str]:
+        """The components that cannot go on from a cache, so that the model cannot."""
+        components = [module for module in self.modules() if isinstance(module, Component)]
+        return sorted({type(module).__name__ for module in components if not module.cacheable})
 
     def report(self, means: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """What the record shows of readings that were averaged over micro-batches."""

@@ -10,6 +10,7 @@ from components.activations import Activation
 from components.attention import Attention, MultiHeadAttention
 from components.attention_backends import AttentionBackend, AttentionNeeds
 from components.blocks import Block
+from components.cache import LayerCache
 from components.contract import Auxiliary, Component, Initial, module_flops
 from components.ends import IGNORED, OutputHead, TokenEmbedding
 from components.feed_forward import FeedForward
@@ -32,6 +33,7 @@ __all__ = [
     'Initial',
     'Initialization',
     'LatentAttention',
+    'LayerCache',
     'MixtureOfExperts',
     'MultiHeadAttention',
     'Norm',

@@ -6,6 +6,7 @@ import torch
 import torch.nn as nn
 
 from components.attention_backends import AttentionNeeds
+from components.cache import LayerCache
 from components.contract import Component
 from components.positions import Positions
 from model_config import (
@@ -25,7 +26,8 @@ def is_pattern(value: str) -> bool:
 class Attention(Component, nn.Module):
     """Causal attention of `n_head` heads, whatever queries, keys and values are made of.
 
-    A subclass makes them in `forward`, and says how many columns a head of them has.
+    A subclass makes them in `forward`, and says how many columns a head of them has. If that goes
+    by what `positions.cache` keeps of earlier tokens, it says `cacheable = True`; `join` does.
     """
 
     part = 'attention'
@@ -55,6 +57,11 @@ class Attention(Component, nn.Module):
             requires=('sliding_window', AnyBut(None)),
         ),
     }
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        if 'forward' in vars(cls) and 'cacheable' not in vars(cls):
+            cls.cacheable = False  # what is true of another's forward need not be of this
 
     def __init__(self, config: ModelArchitectureConfig, layer: int):
         super().__init__()
@@ -116,12 +123,25 @@ class Attention(Component, nn.Module):
         """What a name says of its heads."""
         return []
 
+    def empty_cache(self, tokens: int) -> LayerCache:
+        """For so many tokens, or as many of them as this layer sees at once."""
+        return LayerCache(min(self.layer_needs.window or tokens, tokens))
+
     def join(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, positions: Positions
     ) -> torch.Tensor:
         """q (B, H, T, D), k (B, KV heads, T, D), v (B, KV heads, T, Dv) -> (B, T, C)."""
+        if positions.cache is not None:
+            k, v = positions.cache.extend(k, v)
+        return self.widened(self.found(q, k, v, positions))
+
+    def found(self, q, k, v, positions: Positions) -> torch.Tensor:
+        """q (B, H, T, D), k (B, KV heads, K, D), v (B, KV heads, K, Dv) -> (B, H, T, Dv)."""
         dropout = self.layer_needs.dropout if self.training else 0.0
-        y = self.attend(q, k, v, positions.mask, self.layer_needs, dropout)  # (B, H, T, Dv)
+        return self.attend(q, k, v, positions.mask, self.layer_needs, dropout)
+
+    def widened(self, y: torch.Tensor) -> torch.Tensor:
+        """What the heads have found, (B, H, T, Dv) -> (B, T, C)."""
         return self.output(y.transpose(1, 2).flatten(2))
 
     def flops(self, seq_len: int, causal: bool) -> dict[str, float]:
@@ -143,6 +163,7 @@ class Attention(Component, nn.Module):
 class MultiHeadAttention(Attention):
     """Multi-head attention; with `use_gqa`, heads share `num_kv_heads` keys and values."""
 
+    cacheable = True
     options: ClassVar = {
         'head_dim': Option(
             int | None, None, 'Columns of a head; None: n_embd / n_head', check=at_least(1)

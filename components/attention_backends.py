@@ -30,6 +30,14 @@ class AttentionNeeds:
     def features(self) -> set[str]:
         return {name for name, value in vars(self).items() if value and name != 'scale'}
 
+    def hides(self, queries: int, keys: int) -> bool:
+        """Whether more is hidden from the last of so many keys' queries than what is after them.
+
+        A query alone is the last, and sees all keys that its window reaches.
+        """
+        limited = self.window is not None and self.window < keys
+        return limited or queries not in (1, keys)
+
     def visible(self, q_positions: torch.Tensor, k_positions: torch.Tensor) -> torch.Tensor:
         """Whether queries at those positions may look at keys at those; the shapes broadcast."""
         return is_visible(q_positions - k_positions, self.window)
@@ -72,7 +80,7 @@ class AttentionBackend(Component):
     ) -> Any:
         """Who sees whom, in the form that `attend` takes: made once a forward pass for all layers
         with the same needs. bias (H or 1, Tq, Tk), positions (Tq,) and (Tk,); the queries are the
-        last of the keys."""
+        last of the keys, which may be in any order where there is a single query."""
         raise NotImplementedError
 
     @staticmethod
@@ -89,16 +97,26 @@ class AttentionBackend(Component):
 
 
 def additive_mask(needs, bias, q_positions, k_positions) -> torch.Tensor:
-    """What is added to the scores, fp32: (H or 1, Tq, Tk), -inf where a query may not look."""
+    """What is added to the scores, fp32: (1, H or 1, Tq, Tk), -inf where a query may not look."""
     hidden = ~needs.visible(q_positions[:, None], k_positions)
     if bias is None:
         bias = torch.zeros((1, *hidden.shape), device=hidden.device)
-    return bias.masked_fill(hidden, -math.inf)
+    return bias.masked_fill(hidden, -math.inf)[None]
 
 
 def shared_by_groups(x: torch.Tensor, heads: int) -> torch.Tensor:
     """Keys or values (B, KV heads, T, D), repeated for each head: (B, H, T, D)."""
     return x if x.size(1) == heads else x.repeat_interleave(heads // x.size(1), dim=1)
+
+
+def in_a_row(
+    q: torch.Tensor, mask: torch.Tensor | None, kv_heads: int
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Single queries (B, H, 1, D), in groups that share their keys, as queries of the key's head:
+    (B, KV heads, group, D), with their mask. So nothing kept has to be repeated for a new token."""
+    if mask is not None and mask.size(1) > 1:
+        mask = mask.view(mask.size(0), kv_heads, -1, mask.size(-1))
+    return q.view(q.size(0), kv_heads, -1, q.size(-1)), mask
 
 
 def as_wide_as_the_widest(*tensors: torch.Tensor) -> list[torch.Tensor]:
@@ -115,28 +133,29 @@ class ScaledDotProductAttention(AttentionBackend):
 
     @staticmethod
     def mask(needs, bias, q_positions, k_positions):
-        length = len(k_positions)
-        limited = needs.window is not None and needs.window < length
-        if bias is None and not limited and len(q_positions) == length:
+        if bias is None and not needs.hides(len(q_positions), len(k_positions)):
             return None
         return additive_mask(needs, bias, q_positions, k_positions)
 
     @staticmethod
     def attend(q, k, v, mask, needs, dropout):
+        shape, causal = q.shape, mask is None and q.size(2) > 1
+        if q.size(2) == 1:
+            q, mask = in_a_row(q, mask, k.size(1))
         if mask is not None:
             # The fused kernels that take a mask do not share keys and values among heads.
             k, v = shared_by_groups(k, q.size(1)), shared_by_groups(v, q.size(1))
-            mask = mask.to(q.dtype)[None]
+            mask = mask.to(q.dtype)
         width = v.size(-1)
         y = F.scaled_dot_product_attention(
             *as_wide_as_the_widest(q, k, v),
             attn_mask=mask,
             dropout_p=dropout,
-            is_causal=mask is None,
+            is_causal=causal,
             scale=needs.scale,
             enable_gqa=k.size(1) != q.size(1),
         )
-        return y[..., :width]
+        return y[..., :width].reshape(*shape[:3], width)
 
 
 @ATTENTION_BACKEND_REGISTRY.register('manual', source='Vaswani et al. 2017, written out')
@@ -149,12 +168,15 @@ class ManualAttention(AttentionBackend):
 
     @staticmethod
     def attend(q, k, v, mask, needs, dropout):
+        shape = q.shape
+        if q.size(2) == 1:
+            q, mask = in_a_row(q, mask, k.size(1))
         k, v = shared_by_groups(k, q.size(1)), shared_by_groups(v, q.size(1))
         scores = (q @ k.transpose(-2, -1)).float() * needs.scale  # (B, H, Tq, Tk)
         if needs.softcap is not None:
             scores = needs.softcap * torch.tanh(scores / needs.softcap)
         weights = F.dropout((scores + mask).softmax(dim=-1), dropout)
-        return weights.to(v.dtype) @ v
+        return (weights.to(v.dtype) @ v).reshape(*shape[:3], -1)
 
 
 # On a CPU there is nothing to gain by compiling it, and sampling would always begin with this.
@@ -190,6 +212,8 @@ class FlexAttention(AttentionBackend):
             return is_visible(q_positions[query] - k_positions[key], window)
 
         lengths = len(q_positions), len(k_positions)
+        if lengths[0] == 1 and not needs.hides(*lengths):
+            return None, bias
         return create_block_mask(visible, None, None, *lengths, device=q_positions.device), bias
 
     @staticmethod

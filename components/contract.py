@@ -53,6 +53,9 @@ class Component(Configurable):
     flops_part: ClassVar[str | None] = None
     # Its part of the architecture's name; '' for what goes without saying.
     tag: ClassVar[str] = ''
+    # Whether it gives the same for a sequence's tokens in several calls as in one, as everything
+    # does that looks at each token by itself. Without that a model generates without a cache.
+    cacheable: ClassVar[bool] = True
 
     @classmethod
     def name_tag(cls, config: ModelArchitectureConfig) -> str:

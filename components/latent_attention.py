@@ -17,9 +17,11 @@ class LatentAttention(Attention):
 
     A key is the head's own `qk_nope_head_dim` columns, made of the latent, and the
     `qk_rope_head_dim` columns that all heads share. The latents pass the chosen normalization. As
-    DeepSeek has it, what widens a latent has no bias.
+    DeepSeek has it, what widens a latent has no bias. Of a token, generation keeps its latent and
+    the shared columns: for all heads together, `kv_lora_rank + qk_rope_head_dim` numbers.
     """
 
+    cacheable = True
     options: ClassVar = {
         'q_lora_rank': Option(
             int | None, None, 'Width of the latent of queries; None: no latent', check=at_least(1)
@@ -114,15 +116,34 @@ class LatentAttention(Attention):
         """(B, T, C) -> (B, T, C)."""
         q = self.in_heads(self.q(self.q_norm(self.q_down(x)).to(x.dtype)))
         latent, k_turned = self.kv_down(x).split(self.split_latent, dim=-1)
-        k_v = self.in_heads(self.kv(self.kv_norm(latent).to(latent.dtype)))
-        k_own, v = k_v.split(self.split_key_value, dim=-1)
+        latent = self.kv_norm(latent).to(latent.dtype)
         q_own, q_turned = q.split(self.split_query, dim=-1)
-        q_turned = self.rotate(q_turned, positions.rotation)
+        q_turned = self.rotate(q_turned, positions.rotation).to(latent.dtype)
         k_turned = self.rotate(k_turned[:, None], positions.rotation)  # (B, 1, T, columns)
-        k_turned = k_turned.expand(-1, self.num_heads, -1, -1)
-        q = torch.cat((q_own, q_turned.to(v.dtype)), dim=-1)
-        k = torch.cat((k_own, k_turned.to(v.dtype)), dim=-1)
-        return self.join(q, k, v, positions)
+        k_turned = k_turned.to(latent.dtype)
+        if positions.cache is not None:
+            goes_on = positions.cache.length > 0
+            (kept,) = positions.cache.extend(torch.cat((latent[:, None], k_turned), dim=-1))
+            if goes_on:
+                return self.widened(self.found_in_latents(q_own, q_turned, kept, positions))
+        k_own, v = self.in_heads(self.kv(latent)).split(self.split_key_value, dim=-1)
+        q = torch.cat((q_own, q_turned), dim=-1)
+        k = torch.cat((k_own, k_turned.expand(-1, self.num_heads, -1, -1)), dim=-1)
+        return self.widened(self.found(q, k, v, positions))
+
+    def found_in_latents(
+        self, q_own: torch.Tensor, q_turned: torch.Tensor, kept: torch.Tensor, positions: Positions
+    ) -> torch.Tensor:
+        """What the heads find, (B, H, T, Dv), in kept tokens (B, 1, K, rank + turned columns).
+
+        No latent is widened: since a key is W · latent, q · key is (Wᵀ · q) · latent, and the mean
+        of values is the mean of latents, widened (DeepSeek-V2, section 2.1.2).
+        """
+        weight = self.kv.weight.unflatten(0, (self.num_heads, -1))  # (H, columns, rank)
+        to_key, to_value = weight.split(self.split_key_value, dim=1)
+        q = torch.cat((q_own @ to_key, q_turned), dim=-1)
+        means = self.found(q, kept, kept, positions)[..., : self.split_latent[0]]
+        return means @ to_value.mT
 
     def in_heads(self, x: torch.Tensor) -> torch.Tensor:
         """(B, T, heads' columns) -> (B, H, T, columns)."""

@@ -6,6 +6,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 import torch.nn as nn
 
+from components.cache import LayerCache
 from components.contract import Component
 from model_config import (
     ATTENTION_REGISTRY,
@@ -22,6 +23,7 @@ class Positions(NamedTuple):
     rotation: tuple[torch.Tensor, ...] = ()  # handed to `rotate`
     bias: torch.Tensor | None = None  # added to the scores, (H or 1, Tq, Tk), fp32
     mask: Any = None  # what the attention backend made of the bias and of who sees whom
+    cache: LayerCache | None = None  # of that layer, with the tokens before these; None: all here
 
 
 class PositionEncoding(Component, nn.Module):
