@@ -9,6 +9,7 @@ loss_sum, count, auxiliary = model(tokens, targets)
 
 import hashlib
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import partial
 from typing import NamedTuple
 
@@ -396,21 +397,42 @@ def parameter_groups(model: nn.Module) -> list[ParameterGroup]:
 # Text
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def generate(
     model: Transformer,
     tokens: torch.Tensor,
     max_new_tokens: int,
     *,
     choose: Callable[[torch.Tensor], torch.Tensor],
+    cache: bool = True,
 ) -> Iterator[torch.Tensor]:
     """Continue tokens (B, T), yielding (B,) one at a time.
 
     choose: picks them from the logits, (B, V) -> (B,), as a `sampling.Sampler` does. The context
     is the last `block_size` tokens.
+
+    cache: each token goes through the model once, as long as the text fits into a context and if no
+    component is `uncacheable`. When the oldest tokens are forgotten, everything that was made of
+    them changes: positions, and what deeper layers keep of the tokens that saw them. So from there
+    on each new token takes the whole context through the model, and the text is the same with and
+    without a cache.
     """
+    size = model.config.block_size
+    context = new = tokens[:, -size:]
+    cached = cache and not model.uncacheable
+    kept = model.empty_cache(min(size, tokens.size(1) + max_new_tokens)) if cached else None
     for _ in range(max_new_tokens):
-        context = tokens[:, -model.config.block_size :]
-        chosen = choose(model(context, last_only=True)[:, -1])
-        tokens = torch.cat((tokens, chosen[:, None]), dim=1)
+        if kept and kept[0].length + new.size(1) > size:
+            kept = None
+        with _eager_blocks(model):
+            logits = model(new if kept else context, last_only=True, cache=kept)
+        chosen = choose(logits[:, -1])
+        new = chosen[:, None]
+        context = torch.cat((context, new), dim=1)[:, -size:]
         yield chosen
+
+
+def _eager_blocks(model: Transformer):
+    """Not compiled ones, which would be compiled anew for each length."""
+    compiled = any(block._compiled_call_impl for block in model.blocks)
+    return torch.compiler.set_stance('force_eager') if compiled else nullcontext()

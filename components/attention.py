@@ -30,6 +30,7 @@ class Attention(Component, nn.Module):
     by what `positions.cache` keeps of earlier tokens, it says `cacheable = True`; `join` does.
     """
 
+    cacheable = False
     part = 'attention'
     flops_part = 'attention_projections'
     options: ClassVar = {

@@ -185,7 +185,10 @@ warnings.filterwarnings('ignore', message='flex_attention called without torch.c
 
 @ATTENTION_BACKEND_REGISTRY.register('flex', source='torch flex_attention; Dong et al. 2024')
 class FlexAttention(AttentionBackend):
-    """A kernel compiled for these scores, which skips what a window hides; trains on CUDA only."""
+    """A kernel compiled for these scores, which skips what a window hides; trains on CUDA only.
+
+    A single query, as in generation, is written out: it would be compiled anew for every length.
+    """
 
     supports = frozenset({'bias', 'softcap', 'window'})
 
@@ -206,18 +209,20 @@ class FlexAttention(AttentionBackend):
 
     @staticmethod
     def mask(needs, bias, q_positions, k_positions):
+        if len(q_positions) == 1:
+            return additive_mask(needs, bias, q_positions, k_positions)
         window = needs.window  # torch.compile would tell layers apart by whose `needs` these are
 
         def visible(batch, head, query, key):
             return is_visible(q_positions[query] - k_positions[key], window)
 
         lengths = len(q_positions), len(k_positions)
-        if lengths[0] == 1 and not needs.hides(*lengths):
-            return None, bias
         return create_block_mask(visible, None, None, *lengths, device=q_positions.device), bias
 
     @staticmethod
     def attend(q, k, v, mask, needs, dropout):
+        if q.size(2) == 1:
+            return ManualAttention.attend(q, k, v, mask, needs, dropout)
         block_mask, bias = mask
 
         def changed(score, batch, head, query, key):
