@@ -10,8 +10,9 @@ checkpoint that it names; whatever strategy wrote it, on any number of ranks. A 
 model.load_state_dict, where a tied table has both of its names. A .safetensors file has each tensor
 once, as safetensors.torch.load_model expects, and the config as JSON in its metadata. --format=hf
 writes a folder for transformers' AutoModelForCausalLM.from_pretrained, in the architecture there
-that computes the same; what transformers cannot express is refused by name. A model with
-components from a config file needs that file again, as for sample.py.
+that computes the same; what transformers cannot express is refused by name. The tokenizer is there
+too, for AutoTokenizer.from_pretrained (pip install tokenizers). A model with components from a
+config file needs that file again, as for sample.py.
 """
 
 import argparse
@@ -30,6 +31,7 @@ import torch
 import checkpointing
 import interop
 import resumption
+import tokenizer_files
 from configurator import read_config_file
 from errors import ArgumentParser, UserError, run_script
 from model_builder import Transformer
@@ -37,23 +39,39 @@ from model_builder import Transformer
 DTYPES = ('float32', 'bfloat16', 'float16')
 
 
-def write_pt(model: Transformer, config: dict, path: Path) -> None:
-    torch.save({'model': model.state_dict(), 'config': config}, path)
+class Exported(NamedTuple):
+    """What there is to write: the model, what the file says of it, and where it comes from."""
+
+    model: Transformer
+    config: dict
+    checkpoint: checkpointing.Checkpoint
 
 
-def write_safetensors(model: Transformer, config: dict, path: Path) -> None:
-    interop.save_tensors(dict(model.named_parameters()), path, {'config': json.dumps(config)})
+def write_pt(exported: Exported, path: Path) -> None:
+    torch.save({'model': exported.model.state_dict(), 'config': exported.config}, path)
 
 
-def write_hugging_face(model: Transformer, config: dict, path: Path) -> None:
+def write_safetensors(exported: Exported, path: Path) -> None:
+    metadata = {'config': json.dumps(exported.config)}
+    interop.save_tensors(dict(exported.model.named_parameters()), path, metadata)
+
+
+def write_hugging_face(exported: Exported, path: Path) -> None:
+    model = exported.model
     interop.export(model.config, dict(model.named_parameters()), path)
+    try:
+        codec, vocab_size = resumption.vocabulary_of(exported.checkpoint)
+        interop.tell_tokens(path, codec.end_of_text, range(vocab_size, model.config.vocab_size))
+        tokenizer_files.write(codec, path, model.config.block_size)
+    except UserError as error:
+        print(f'note: no tokenizer is written: {" ".join(error.problems)}')
 
 
 class Format(NamedTuple):
     """How a model is written to a path of that suffix; without one, to a folder."""
 
     suffix: str
-    write: Callable[[Transformer, dict, Path], None]
+    write: Callable[[Exported, Path], None]
     package: str | None = None  # that this needs, beside what training does
 
 
@@ -136,7 +154,7 @@ def main(argv: list[str]) -> int:
         'val_loss': checkpoint.val_loss,
         'dtype': options.dtype,
     }
-    write(options.format, model, config, options.output)
+    write(options.format, Exported(model, config, checkpoint), options.output)
     size = sum(file.stat().st_size for file in files_of(options.output))
     print(
         f'{model.config.name}, {checkpoint.iter:,} updates, from {checkpoint.path}\n'
@@ -154,14 +172,14 @@ def to_dtype(model: Transformer, dtype: torch.dtype) -> None:
             raise UserError(f'{name} has values beyond the range of --dtype={str(dtype)[6:]}.')
 
 
-def write(file_format: Format, model: Transformer, config: dict, output: Path) -> None:
+def write(file_format: Format, exported: Exported, output: Path) -> None:
     """Write to a temporary place and rename it: each file is whole, or as it was before.
 
     Of a folder that is there already, what is not written anew stays.
     """
     temporary = output.with_name(f'.{output.name}-{uuid.uuid4().hex[:8]}')
     try:
-        file_format.write(model, config, temporary)
+        file_format.write(exported, temporary)
         for path in files_of(temporary):
             with open(path, 'rb+') as file:
                 os.fsync(file.fileno())

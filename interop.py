@@ -393,8 +393,24 @@ def export(config: ModelArchitectureConfig, weights: dict[str, torch.Tensor], fo
     }
     folder.mkdir()
     save_tensors(tensors, folder / 'model.safetensors', {})
-    text = json.dumps(header, indent=2, sort_keys=True) + '\n'
-    (folder / 'config.json').write_text(text, encoding='utf-8')
+    _write_json(folder / 'config.json', header)
+
+
+def tell_tokens(folder: Path, end_of_text: int | None, unused: range) -> None:
+    """Say in an exported folder which token ends a text, and which ids no text has.
+
+    Raises OSError.
+    """
+    header = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
+    ends = dict.fromkeys(('bos_token_id', 'eos_token_id'), end_of_text)
+    _write_json(folder / 'config.json', header | ends)
+    # What generates pads with it, too; in the config it would be an embedding without a gradient.
+    generation = {**ends, 'pad_token_id': end_of_text, 'suppress_tokens': [*unused] or None}
+    _write_json(folder / 'generation_config.json', generation)
+
+
+def _write_json(path: Path, values: dict) -> None:
+    path.write_text(json.dumps(values, indent=2, sort_keys=True) + '\n', encoding='utf-8')
 
 
 def save_tensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:

