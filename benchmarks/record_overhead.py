@@ -27,6 +27,7 @@ import hardware  # noqa: E402
 import optimization  # noqa: E402
 import train  # noqa: E402
 from session import Session  # noqa: E402
+from token_files import DTYPES  # noqa: E402
 
 PRESETS = ('gpt2', 'llama', 'team', 'hybrid', 'custom')
 UPDATES, TURNS = 3, 15
@@ -35,11 +36,13 @@ UPDATES, TURNS = 3, 15
 def random_tokens(folder: Path, vocab_size: int = 50257) -> Path:
     """A dataset of so many different tokens; GPT-2's by default."""
     count, generator = 2**16, np.random.default_rng(0)
+    dtype = 'uint16' if vocab_size <= 2**16 else 'uint32'
     for split in ('train', 'val'):
-        generator.integers(vocab_size, size=count).astype('<u2').tofile(folder / f'{split}.bin')
+        tokens = generator.integers(vocab_size, size=count).astype(DTYPES[dtype])
+        tokens.tofile(folder / f'{split}.bin')
     facts = {'tokens': count}
     meta = {'format_version': 1, 'tokenizer': {'kind': 'gpt2'}, 'vocab_size': vocab_size}
-    meta |= {'dtype': 'uint16', 'splits': {'train': facts, 'val': facts}}
+    meta |= {'dtype': dtype, 'splits': {'train': facts, 'val': facts}}
     (folder / 'meta.json').write_text(json.dumps(meta))
     return folder
 

@@ -1,0 +1,466 @@
+"""One contestant of a benchmark, in a process of its own that waits for its turns.
+
+    python benchmarks/contestants.py '{"kind": "nanogpt", …}'
+
+Not to be typed: `training_speed.py` and `scaling.py` start it and say in `start` what it is told.
+Commands and answers are lines of JSON on standard input and output; whatever libraries print goes
+to standard error. A contestant that waits, waits in a read and gives back the memory that it does
+not use, so that it takes nothing from the one whose turn it is.
+
+Ours is `train.main` with its own loop: only its evaluation is left out, and each update waits for
+the turn. Peers run as their users run them, on the same batches in the same order: nanoGPT with the
+optimizer, precision, clipping and logging of its train.py; the others with fused AdamW.
+"""
+
+import contextlib
+import ctypes
+import gc
+import itertools
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+ADAMW = {'weight_decay': 0.1, 'learning_rate': 6e-4, 'betas': (0.9, 0.95)}
+GRAD_CLIP = 1.0
+BATCHES = 32  # that peers are given; then they begin again
+NEVER = 10**6  # updates
+SECONDS_A_PRODUCT = 0.15
+
+
+class Turns:
+    """What a contestant asks before each update: it goes on, or waits until it is its turn.
+
+    An answer comes after the first update and after each turn: one update that is not timed, and
+    then `steps` that are.
+    """
+
+    def __init__(self, answers):
+        self.answers, self.device = answers, None
+        self.updates = self.left = self.steps = 0
+        self.began = 0.0
+        self.set_aside = 0.0  # seconds before the first update that its users would not spend
+        self.measured: list[tuple[float, float]] = []  # loss and gradient norm of each update
+        self.facts = dict  # tells what there is to know once the first update is made
+
+    def before_update(self) -> None:
+        if self.updates == 0:
+            self.began = time.time() - self.set_aside
+        elif self.updates == 1:
+            self.synchronize()
+            times = {'first_began': self.began, 'first_ended': time.time() - self.set_aside}
+            self.answer({**times, **self.memory(), **self.facts()})
+        elif self.left == 0:
+            self.synchronize()
+            self.answer({'seconds': time.perf_counter() - self.began, **self.memory()})
+        elif self.left == self.steps:
+            self.synchronize()
+            self.began = time.perf_counter()
+        self.left -= 1
+        self.updates += 1
+
+    def answer(self, values: dict) -> None:
+        """Give back what is free, say it, and wait for the next turn."""
+        import torch
+
+        gc.collect()
+        with contextlib.suppress(AttributeError, OSError):  # not glibc
+            ctypes.CDLL(None).malloc_trim(0)
+        if self.device.type == 'cuda':
+            torch.cuda.empty_cache()
+        say(self.answers, {**values, 'measured': self.measured})
+        self.measured = []
+        self.steps = listen()['steps']
+        self.left = self.steps + 1
+
+    def synchronize(self) -> None:
+        import hardware
+
+        hardware.synchronize(self.device)
+
+    def memory(self) -> dict:
+        """The most since the process began: resident on a CPU, allocated on a GPU."""
+        import hardware
+
+        return {'peak_gb': hardware.memory_usage(self.device)['peak_gb']}
+
+
+def say(answers, values: dict) -> None:
+    answers.write(json.dumps(values) + '\n')
+    answers.flush()
+
+
+def listen() -> dict:
+    """The next command; where no more come, the process ends at once."""
+    line = sys.stdin.readline()
+    if not line:
+        os._exit(0)
+    return json.loads(line)
+
+
+# --- Ours -----------------------------------------------------------------------------------------
+
+
+def arguments(told: dict) -> list[str]:
+    """The command line of train.py."""
+    shape, folder = told['shape'], told['folder']
+    options = {
+        **shape['options'],
+        'vocab_size': shape['vocab_size'],
+        'gradient_accumulation_steps': 1,
+        'dataset': f'{folder}/data',
+        'out_dir': f'{folder}/out',
+        'device': told['device'],
+        'dtype': told['dtype'],
+        'compile': told.get('compile', False),
+        'activation_checkpointing': 'full' if told.get('checkpoint') else 'none',
+        'learning_rate': ADAMW['learning_rate'],
+        'weight_decay': ADAMW['weight_decay'],
+        'beta1': ADAMW['betas'][0],
+        'beta2': ADAMW['betas'][1],
+        'grad_clip': GRAD_CLIP,
+        'decay_lr': False,
+        'max_iters': NEVER,
+        'eval_interval': NEVER,
+        'log_interval': 1,
+    }
+    return [*(f'--{key}={value}' for key, value in options.items()), *told.get('given', [])]
+
+
+def ours(told: dict, turns: Turns) -> None:
+    """train.py itself."""
+    import hardware
+    import train
+
+    update, run = train.update, train.run
+
+    def update_in_turn(session, clock):
+        turns.before_update()
+        update(session, clock)
+
+    def run_in_turn(session):
+        turns.device = session.device
+        turns.facts = lambda: {
+            'parameters': sum(p.numel() for p in session.bare.parameters()),
+            'flops': session.flops_per_token,
+            'tokens': session.tokens_per_iter,
+            'threads': session.surroundings['threads'],
+        }
+        log = session.logger.iteration
+
+        def log_and_measure(entry):
+            log(entry)
+            turns.measured.append((entry['loss'], entry['gradients']['norm']))
+
+        session.logger.iteration = log_and_measure
+        return run(session)
+
+    train.update, train.run, train.evaluate = update_in_turn, run_in_turn, lambda session: False
+    # Each log entry begins a new interval; here the whole process counts.
+    hardware.reset_peak_memory = lambda device: None
+    train.main(arguments(told))
+
+
+def prepare(told: dict, turns: Turns) -> None:
+    """Tokens; the batches and the first weights of ours for the peers, and what their shape is."""
+    import numpy as np
+    import torch
+
+    import interop
+    import train
+    from benchmarks.record_overhead import random_tokens
+    from errors import UserError
+    from weight_maps import NANOGPT
+
+    shape, folder, sessions = told['shape'], Path(told['folder']), []
+    (folder / 'data').mkdir()
+    random_tokens(folder / 'data', shape['vocab_size'])
+    train.run = lambda session: sessions.append(session) or 0
+    train.main([*arguments(told), '--peak_tflops=1'])
+    (session,) = sessions
+    run, config, weights = session.settings.run, session.bare.config, session.bare.named_parameters
+    numbers = range(0, BATCHES * run.batch_size, run.batch_size)
+    batches = [session.dataset.batch(run.data_seed, n, run.batch_size) for n in numbers]
+    np.save(folder / 'batches.npy', np.array(batches))
+
+    def translated(family) -> dict:
+        found = {}
+        for name, tensor in weights():
+            weight, names, _ = interop.weight_of(family, name, config)
+            written = weight.write(tensor.detach(), config)
+            found.update((n, t.contiguous()) for n, t in zip(names, written))
+        return found
+
+    answer = {
+        'parameters': sum(tensor.numel() for _, tensor in weights()),
+        'flops': session.flops_per_token,
+        'd_ff': config.to_dict()['d_ff'],
+        'transformers': None,
+    }
+    if 'nanogpt' in told['peers']:
+        torch.save(translated(NANOGPT), folder / 'nanogpt.pt')
+    if 'transformers' in told['peers']:
+        try:
+            family, answer['transformers'] = interop.expressed_as(config)
+        except UserError as error:
+            answer['transformers_problem'] = str(error)
+        else:
+            torch.save(translated(family), folder / 'transformers.pt')
+    say(turns.answers, answer)
+
+
+# --- Peers ----------------------------------------------------------------------------------------
+
+
+def nanogpt(told: dict, turns: Turns) -> None:
+    """nanoGPT's model.py, with the recipe of its train.py."""
+    sys.path.insert(0, told['nanogpt'])
+    from model import GPT, GPTConfig
+
+    shape = told['shape']['options']
+    keys = ('n_layer', 'n_head', 'n_embd', 'block_size', 'dropout', 'bias')
+    config = GPTConfig(**{key: shape[key] for key in keys}, vocab_size=told['shape']['vocab_size'])
+    rates = ADAMW['weight_decay'], ADAMW['learning_rate'], ADAMW['betas']
+    peer(
+        told,
+        turns,
+        build=lambda: GPT(config),
+        optimizer=lambda model, device: model.configure_optimizers(*rates, device.type),
+        loss=lambda model, tokens, targets: model(tokens, targets),
+    )
+
+
+def transformers(told: dict, turns: Turns) -> None:
+    """transformers' model and loss, and fused AdamW as its Trainer has it."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    no_special_tokens = dict.fromkeys(('bos_token_id', 'eos_token_id', 'pad_token_id'))
+    config = AutoConfig.for_model(**{**no_special_tokens, **told['fields']})
+    config.use_cache = False
+
+    def loss(model, tokens, targets):
+        # Shifted already: else it would drop the last position of each sequence.
+        return None, model(input_ids=tokens, labels=targets, shift_labels=targets).loss
+
+    peer(
+        told,
+        turns,
+        build=lambda: AutoModelForCausalLM.from_config(config, attn_implementation='sdpa'),
+        optimizer=fused_adamw,
+        loss=loss,
+    )
+
+
+def x_transformers(told: dict, turns: Turns) -> None:
+    """x-transformers' decoder of the same shape, with its flash attention and fused AdamW."""
+    from torch.nn.functional import cross_entropy
+    from x_transformers import Decoder, TransformerWrapper
+
+    shape = told['shape']['options']
+    width, heads = shape['n_embd'], shape['n_head']
+    llama = told['shape']['family'] == 'llama'
+    layers = {
+        'dim': width,
+        'depth': shape['n_layer'],
+        'heads': heads,
+        'attn_dim_head': width // heads,
+        'attn_flash': True,
+        'attn_dropout': shape['dropout'],
+        'ff_dropout': shape['dropout'],
+        'ff_mult': told['d_ff'] / width,
+        'ff_no_bias': not shape['bias'],
+    }
+    if llama:
+        layers |= {
+            'rotary_pos_emb': True,
+            'rotary_emb_dim': width // heads,
+            'use_rmsnorm': True,
+            'ff_glu': True,
+            'ff_swish': True,
+        }
+
+    def loss(model, tokens, targets):
+        return None, cross_entropy(model(tokens).flatten(0, 1), targets.flatten())
+
+    peer(
+        told,
+        turns,
+        build=lambda: TransformerWrapper(
+            num_tokens=told['shape']['vocab_size'],
+            max_seq_len=shape['block_size'],
+            use_abs_pos_emb=not llama,
+            tie_embedding=not llama,
+            emb_dropout=shape['dropout'],
+            attn_layers=Decoder(**layers),
+        ),
+        optimizer=fused_adamw,
+        loss=loss,
+    )
+
+
+def fused_adamw(model, device):
+    import torch
+
+    groups = [
+        {'params': [p for p in model.parameters() if p.dim() >= 2]},
+        {'params': [p for p in model.parameters() if p.dim() < 2], 'weight_decay': 0.0},
+    ]
+    return torch.optim.AdamW(
+        groups,
+        lr=ADAMW['learning_rate'],
+        betas=ADAMW['betas'],
+        weight_decay=ADAMW['weight_decay'],
+        fused=True,
+    )
+
+
+def peer(told: dict, turns: Turns, build, optimizer, loss) -> None:
+    """Train a peer's model.
+
+    build() makes it; optimizer(model, device); loss(model, tokens, targets) gives what its users'
+    loop keeps until the next update, and the loss.
+    """
+    import numpy as np
+    import torch
+
+    import hardware
+
+    device = torch.device(told['device'])
+    turns.device = device
+    if device.type == 'cuda':
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.allow_tf32 = True
+    if told['mallopt']:
+        hardware.tune(device, deterministic=False)
+    torch.manual_seed(0)
+    bare = build().to(device).train()
+    steps = optimizer(bare, device)
+    began = time.perf_counter()
+    load(bare, told)
+    turns.set_aside = time.perf_counter() - began
+    model = torch.compile(bare) if told.get('compile') else bare
+    turns.facts = lambda: {
+        'parameters': sum(p.numel() for p in bare.parameters()),
+        'flops': {'per_token': counted_flops(build, loss, told['shape']['options']['block_size'])},
+        'tokens': batches[0][0].size,
+        'threads': torch.get_num_threads(),
+    }
+    batches = np.load(Path(told['folder'], 'batches.npy'))
+    kept = None
+    for batch in itertools.cycle(batches):
+        tokens, targets = (torch.from_numpy(array).to(device) for array in batch)
+        turns.before_update()
+        with hardware.autocast(device, told['dtype']):
+            kept, value = loss(model, tokens, targets)
+        value.backward()
+        norm = torch.nn.utils.clip_grad_norm_(bare.parameters(), GRAD_CLIP)
+        steps.step()
+        steps.zero_grad(set_to_none=True)
+        turns.measured.append((value.item(), norm.item()))
+    del kept
+
+
+def load(model, told: dict) -> None:
+    """Begin with the weights of ours, where they can be expressed."""
+    import torch
+
+    path = Path(told['folder'], f'{told["kind"]}.pt')
+    if path.exists():
+        weights = torch.load(path, weights_only=True)
+        missing, unknown = model.load_state_dict(weights, strict=False)
+        loaded = {model.state_dict()[name].data_ptr() for name in weights}
+        lacking = [n for n in missing if model.state_dict()[n].data_ptr() not in loaded]
+        assert not lacking and not unknown, (lacking, unknown)
+
+
+def counted_flops(build, loss, length: int) -> float:
+    """FLOPs a token of a training step, three times those of a forward pass, without computing.
+
+    As `model_builder.training_flops` has it: attention over the full square.
+    """
+    import torch
+    from torch._subclasses import FakeTensorMode  # meta tensors do not do: masks look at values
+    from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+    def attention(query, key, value, *_, **__) -> int:
+        return sdpa_flop_count(query, key, value)
+
+    # torch does not count this one by itself.
+    mapping = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention}
+    with FakeTensorMode(), torch.no_grad():
+        model, tokens = build(), torch.zeros((1, length), dtype=torch.long)
+        with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
+            loss(model, tokens, tokens)
+    return 3.0 * counter.get_total_flops() / length
+
+
+# --- What the machine can do ----------------------------------------------------------------------
+
+
+def products(told: dict, turns: Turns) -> None:
+    """At each turn, the fastest matrix multiplication of each dtype, in TFLOP/s."""
+    import torch
+
+    import hardware
+
+    device = torch.device(told['device'])
+    hardware.tune(device, deterministic=False)
+    while True:
+        say(
+            turns.answers,
+            {dtype: best_product(told['products'], dtype, device) for dtype in told['dtypes']},
+        )
+        listen()
+
+
+def best_product(shapes: list[list[int]], dtype: str, device) -> dict:
+    """tflops, and the shape (rows, inner, columns) that reached it."""
+    import torch
+
+    import hardware
+
+    best = {'tflops': 0.0, 'shape': None}
+    for rows, inner, columns in shapes:
+        x = torch.ones((rows, inner), dtype=getattr(torch, dtype), device=device)
+        weight = torch.ones((columns, inner), dtype=x.dtype, device=device)
+        torch.nn.functional.linear(x, weight)
+        hardware.synchronize(device)
+        fastest, now = float('inf'), time.perf_counter()
+        deadline = now + SECONDS_A_PRODUCT
+        while now < deadline:
+            began = now
+            torch.nn.functional.linear(x, weight)
+            hardware.synchronize(device)
+            now = time.perf_counter()
+            fastest = min(fastest, now - began)
+        tflops = 2 * rows * inner * columns / fastest / 1e12
+        best = max(best, {'tflops': tflops, 'shape': [rows, inner, columns]}, key=_tflops)
+    return best
+
+
+def _tflops(product: dict) -> float:
+    return product['tflops']
+
+
+KINDS = {
+    'ours': ours,
+    'other': ours,
+    'prepare': prepare,
+    'nanogpt': nanogpt,
+    'transformers': transformers,
+    'x-transformers': x_transformers,
+    'products': products,
+}
+
+
+def main() -> None:
+    told = json.loads(sys.argv[1])
+    answers = os.fdopen(os.dup(1), 'w')
+    os.dup2(2, 1)
+    sys.path.insert(0, told['project'])
+    KINDS[told['kind']](told, Turns(answers))
+
+
+if __name__ == '__main__':
+    main()

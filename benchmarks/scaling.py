@@ -1,0 +1,230 @@
+"""Cost against scale: tokens/s, MFU and memory by width, block size and vocabulary.
+
+    python benchmarks/scaling.py [--quick] [--csv=scaling.csv] [--plot=scaling.png]
+    python benchmarks/scaling.py --sweeps=block_size --activation_checkpointing=full
+
+One thing at a time is varied about a model of 6 layers, 768 wide, 1024 tokens long, vocabulary
+50,304, with 4096 tokens an update (one sequence where that is longer). Each point is train.py in a
+process of its own: an update or two that are not timed, then as many as take --seconds, and after
+it the fastest matrix multiplication at the point's shapes and at squares, which its MFU is against.
+
+`× arithmetic` is the time for a FLOP against that of the sweep's best point: where it grows,
+something grows faster than the arithmetic does. MFU and it count attention over the full square;
+`causal` over the half that a causal model needs.
+
+--quick takes 2 layers, narrow, and three points a sweep. A plot needs matplotlib (pip install
+matplotlib). Options that are not known here are train.py's.
+"""
+
+import argparse
+import csv
+import itertools
+import math
+import shutil
+import sys
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
+
+PROJECT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(PROJECT))
+
+import hardware  # noqa: E402
+from benchmarks.training_speed import (  # noqa: E402
+    Contestant,
+    Lost,
+    product_shapes,
+    shape,
+    table,
+    words,
+)
+from errors import ArgumentParser, UserError, run_script  # noqa: E402
+
+TOKENS = 4096  # an update
+HEAD = 64  # columns of one
+BASE = {'n_layer': 6, 'n_embd': 768, 'block_size': 1024, 'vocab_size': 50304}
+SWEEPS = {
+    'n_embd': (256, 512, 768, 1024, 1536, 2048),
+    'block_size': (256, 512, 1024, 2048, 4096, 8192),
+    'vocab_size': (256, 2048, 16384, 50304, 131072),
+}
+QUICK_BASE = {'n_layer': 2, 'n_embd': 128, 'block_size': 128, 'vocab_size': 512}
+QUICK = {
+    'n_embd': (64, 128, 256),
+    'block_size': (64, 128, 256),
+    'vocab_size': (256, 512, 2048),
+}
+COLUMNS = {
+    'sweep': '{}',
+    'value': '{:,}',
+    'parameters': '{:,}',
+    'flops_per_token': '{:.3g}',
+    'tokens': '{:,}',
+    'ms_an_update': '{:,.0f}',
+    'tokens_per_sec': '{:,.0f}',
+    'mfu_percent': '{:.1f}',
+    'mfu_causal_percent': '{:.1f}',
+    'product_tflops': '{:.3f}',
+    'peak_gb': '{:.2f}',
+    'times_arithmetic': '{:.2f}',
+}
+
+
+def point(base: dict, sweep: str, value: int, tokens: int) -> dict:
+    """The shape of one: the base's, with one thing changed."""
+    sizes = {**base, sweep: value}
+    vocab_size, block_size = sizes.pop('vocab_size'), sizes.pop('block_size')
+    sizes['n_head'] = max(1, sizes['n_embd'] // HEAD)
+    return shape('gpt2', vocab_size, block_size, max(1, tokens // block_size), **sizes)
+
+
+def measure(told: dict, seconds: float, name: str) -> dict:
+    """What is found of one point. Raises Lost."""
+    with tempfile.TemporaryDirectory(prefix='scaling_') as folder:
+        told = {**told, 'folder': folder}
+        running = []
+
+        def start(kind: str, **more) -> tuple[Contestant, dict]:
+            log = Path(folder, f'{kind}.log')
+            running.append(Contestant(f'{name}, {kind}', {**told, **more, 'kind': kind}, log))
+            return running[-1], running[-1].answer()
+
+        try:
+            prepared = start('prepare', peers=[])[1]
+            contestant, first = start('ours')
+            once = contestant.ask(steps=1)
+            steps = max(1, math.ceil(seconds / once['seconds']))
+            answer = contestant.ask(steps=steps)
+            shapes = product_shapes(told['shape'], prepared['d_ff'])
+            dtype = told['dtype']
+            probe, _ = start('products', products=shapes, dtypes=[dtype])
+            product = probe.ask()[dtype]['tflops']
+        finally:
+            for process in running:
+                process.end()
+    speed = first['tokens'] * steps / answer['seconds']
+    flops = first['flops']
+    return {
+        'parameters': first['parameters'],
+        'flops_per_token': flops['per_token'],
+        'tokens': first['tokens'],
+        'ms_an_update': 1e3 * answer['seconds'] / steps,
+        'tokens_per_sec': speed,
+        'mfu_percent': 100 * speed * flops['per_token'] / product / 1e12,
+        'mfu_causal_percent': 100 * speed * flops['per_token_causal'] / product / 1e12,
+        'product_tflops': product,
+        'peak_gb': max(first['peak_gb'], answer['peak_gb']),
+    }
+
+
+def times_arithmetic(rows: list[dict]) -> list[float]:
+    """Of the points of one sweep: the time for a FLOP over that of the best."""
+    times = [1.0 / (row['tokens_per_sec'] * row['flops_per_token']) for row in rows]
+    return [time / min(times) for time in times]
+
+
+def plot(rows: list[dict], path: Path) -> None:
+    """Tokens/s, MFU and memory over each sweep."""
+    import matplotlib
+
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+
+    by_sweep = {k: list(g) for k, g in itertools.groupby(rows, key=lambda row: row['sweep'])}
+    shown = ('tokens_per_sec', 'mfu_percent', 'peak_gb')
+    figure, axes = plt.subplots(
+        len(shown), len(by_sweep), squeeze=False, figsize=(4 * len(by_sweep), 8), sharex='col'
+    )
+    for column, (sweep, points) in enumerate(by_sweep.items()):
+        values = [row['value'] for row in points]
+        for axis, key in zip(axes[:, column], shown):
+            axis.plot(values, [row[key] for row in points], marker='o')
+            axis.set_xscale('log', base=2)
+            axis.set_ylim(bottom=0)
+            axis.grid(alpha=0.3)
+            axis.set_ylabel(key)
+        axes[-1, column].set_xlabel(sweep)
+    figure.tight_layout()
+    figure.savefig(path)
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The options; those of train.py in `given`. Raises UserError."""
+    parser = ArgumentParser(
+        prog='scaling.py',
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add('--sweeps', type=words, default=[*SWEEPS], help=f'default {",".join(SWEEPS)}')
+    add('--quick', action='store_true', help='small, three points a sweep')
+    add('--seconds', type=float, default=10.0, help='of a point, at least (default 10)')
+    add('--device', default='auto', help='auto, cpu, cuda or cuda:N')
+    add('--dtype', choices=('bfloat16', 'float32'), default='bfloat16', help='default bfloat16')
+    add('--compile', action='store_true', help='with torch.compile')
+    add('--csv', type=Path, help='write the table here')
+    add('--plot', type=Path, help='draw it here: .png, .svg or .pdf')
+    options, options.given = parser.parse_known_args(argv)
+    unknown = [sweep for sweep in options.sweeps if sweep not in SWEEPS]
+    if unknown:
+        raise UserError(f'--sweeps={",".join(unknown)}: there are {", ".join(SWEEPS)}.')
+    if options.plot and find_spec('matplotlib') is None:
+        raise UserError('--plot needs the package matplotlib: pip install matplotlib.')
+    return options
+
+
+def main(argv: list[str]) -> int:
+    options = parse(argv)
+    device = hardware.select_device(options.device)
+    base, sweeps, tokens = (QUICK_BASE, QUICK, 512) if options.quick else (BASE, SWEEPS, TOKENS)
+    points = [(sweep, value) for sweep in options.sweeps for value in sweeps[sweep]]
+    told = {
+        'device': str(device),
+        'dtype': options.dtype,
+        'compile': options.compile,
+        'given': options.given,
+    }
+    cache = tempfile.mkdtemp(prefix='scaling_cache_')
+    rows, lost = [], []
+    try:
+        for number, (sweep, value) in enumerate(points, start=1):
+            name = f'{sweep}={value}'
+            print(f'{number}/{len(points)} {name}', file=sys.stderr, flush=True)
+            its_shape = point(base, sweep, value, tokens)
+            try:
+                found = measure({**told, 'shape': its_shape, 'cache': cache}, options.seconds, name)
+            except Lost as error:
+                lost.append(str(error))
+            else:
+                rows.append({'sweep': sweep, 'value': value, **found})
+    finally:
+        shutil.rmtree(cache, ignore_errors=True)
+    for sweep in options.sweeps:
+        of_sweep = [row for row in rows if row['sweep'] == sweep]
+        for row, times in zip(of_sweep, times_arithmetic(of_sweep) if of_sweep else []):
+            row['times_arithmetic'] = times
+    versions = hardware.versions()
+    print(
+        f'{hardware.device_name(device)}; torch {versions["torch"]}; {options.dtype}, '
+        f'{"compiled" if options.compile else "not compiled"}; base '
+        + ', '.join(f'{key}={value}' for key, value in base.items())
+    )
+    print(table([tuple(COLUMNS), *(cells(row) for row in rows)]))
+    for problem in lost:
+        print(f'not measured: {problem}')
+    if options.csv:
+        with open(options.csv, 'w', newline='') as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            writer.writeheader()
+            writer.writerows(rows)
+    if options.plot and rows:
+        plot(rows, options.plot)
+    return int(bool(lost))
+
+
+def cells(row: dict) -> tuple[str, ...]:
+    return tuple(form.format(row[key]) for key, form in COLUMNS.items())
+
+
+if __name__ == '__main__':
+    run_script(main)

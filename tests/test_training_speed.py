@@ -1,0 +1,142 @@
+"""benchmarks/training_speed.py and scaling.py: who takes part, the turns, what is made of them."""
+
+import io
+import json
+
+import pytest
+import torch
+
+from benchmarks import contestants, scaling
+from benchmarks import training_speed as speed
+from errors import UserError
+from model_builder import build_model, count_parameters
+from model_config import ModelArchitectureConfig
+
+
+def result(name: str, seconds: list[float], **start) -> speed.Result:
+    """Of a contestant that makes 2 updates of 100 tokens a turn."""
+    known = {'tokens': 100, 'parameters': 10, 'flops': {'per_token': 5e9}, **start}
+    return speed.Result(
+        name, 'bfloat16', known, losses=[5.0, 4.0], norms=[1.0, 2.0], steps=2, seconds=seconds
+    )
+
+
+def test_a_turn_is_an_update_that_is_not_timed_and_then_those_that_are(monkeypatch):
+    answers, clock = io.StringIO(), iter(range(1000))
+    commands = iter([{'steps': 1}, {'steps': 3}])
+    monkeypatch.setattr(contestants, 'listen', lambda: next(commands))
+    monkeypatch.setattr(contestants.time, 'perf_counter', lambda: float(next(clock)))
+    turns = contestants.Turns(answers)
+    turns.device = torch.device('cpu')
+    turns.facts = lambda: {'parameters': 7}
+    made = []
+    with pytest.raises(StopIteration):  # no more commands
+        while True:
+            turns.before_update()
+            next(clock)  # an update takes a second
+            made.append(len(answers.getvalue().splitlines()))
+            turns.measured.append((float(len(made)), 0.0))
+    first, short, long = map(json.loads, answers.getvalue().splitlines())
+    # The first one, 1 + 1, 1 + 3.
+    assert made == [0, 1, 1, 2, 2, 2, 2]
+    assert first['parameters'] == 7 and first['first_ended'] >= first['first_began']
+    # The clock is read once before and once after, and each update moves it by one.
+    assert (short['seconds'], long['seconds']) == (2.0, 4.0)
+    assert [loss for loss, _ in long['measured']] == [4.0, 5.0, 6.0, 7.0]
+    assert all(answer['peak_gb'] > 0 for answer in (first, short, long))
+
+
+def test_only_what_ran_in_the_same_turn_is_compared():
+    ours, peer = result('ours/eager', [1.0, 2.0, 4.0]), result('nanogpt/eager', [2.0, 5.0, 4.0])
+    assert ours.speeds == [200.0, 100.0, 50.0]
+    found = speed.ratios(ours.speeds, peer.speeds)
+    assert found == {'median': 2.0, 'least': 1.0, 'most': 2.5}
+    # 5 GFLOP a token: 1, 0.5 and 0.25 TFLOP/s, of 2, 1 and 1.
+    products = [{'bfloat16': {'tflops': tflops}} for tflops in (2.0, 1.0, 1.0)]
+    flops = {'per_token': 5e9, 'per_token_causal': 4e9}
+    shares = speed.mfu(ours, flops, products)
+    assert shares['per_token'] == {'median': 50.0, 'least': 25.0, 'most': 50.0}
+    assert shares['per_token_causal']['median'] == pytest.approx(40.0)
+
+
+@pytest.mark.parametrize(
+    'change, problem',
+    [
+        ({}, None),
+        ({'losses': [5.0, 4.1]}, 'loss'),
+        ({'losses': [5.0, float('nan')]}, 'loss'),
+        ({'norms': [1.0, 2.2]}, 'norm'),
+        ({'parameters': 11}, 'parameters'),
+        ({'flops': {'per_token': 5.2e9}}, 'flops'),
+    ],
+)
+def test_other_work_is_found_out(change, problem):
+    peer = result('transformers/eager', [1.0])
+    for key, value in change.items():
+        if hasattr(peer, key):
+            setattr(peer, key, value)
+        else:
+            peer.start[key] = value
+    results = {r.name: r for r in (result('ours/eager', [1.0]), peer)}
+    prepared = {'parameters': 10, 'flops': {'per_token': 5e9}}
+    found = speed.agreement(results, prepared, comparable=True)
+    assert found['ours/eager']['problems'] == []
+    assert found['transformers/eager']['problems'] == [problem] * (problem is not None)
+    # Where something is dropped at random, losses say nothing.
+    found = speed.agreement(results, prepared, comparable=False)['transformers/eager']
+    assert not {'loss', 'norm'} & found.keys() and 'loss' not in found['problems']
+
+
+def test_who_takes_part():
+    def names(*argv: str, device: str = 'cpu') -> list[str]:
+        return list(speed.chosen(speed.parse(list(argv)), device)[0])
+
+    assert names('--contestants=ours', '--ours=eager,compile') == ['ours/eager', 'ours/compile']
+    assert names('--contestants=ours/compile') == ['ours/compile']
+    _, left_out = speed.chosen(speed.parse([]), 'cpu')
+    assert 'nanogpt: name a checkout with --nanogpt=PATH' in left_out
+    with pytest.raises(UserError, match=r'Did you mean transformers/compile\?'):
+        names('--contestants=transformer/compile')
+    with pytest.raises(UserError, match=r'there is no model\.py in it'):
+        names('--nanogpt=/nowhere')
+    with pytest.raises(UserError, match='--turns must be at least 1'):
+        names('--turns=0')
+    # What is not known here is train.py's.
+    assert speed.parse(['--attention_backend=manual']).given == ['--attention_backend=manual']
+
+
+def test_flops_of_any_model_are_counted_without_computing():
+    def attention(model, tokens, targets):
+        x = model[0](tokens)
+        return torch.nn.functional.scaled_dot_product_attention(x, x, x, is_causal=True), None
+
+    def build():
+        return torch.nn.Sequential(torch.nn.Embedding(10, 8), torch.nn.Linear(8, 10))
+
+    # Forward pass: two products of (16, 8) and (8, 16) with attention, one of (16, 8) and (8, 10).
+    with_attention = contestants.counted_flops(
+        build, lambda model, *data: attention(model, *data)[0][None], 16
+    )
+    assert with_attention == 3 * 2 * (2 * 16 * 16 * 8) / 16
+    assert contestants.counted_flops(build, lambda m, t, _: m(t), 16) == 3 * 2 * (16 * 8 * 10) / 16
+
+
+def test_the_shapes_are_the_models_that_they_are_called():
+    expected = {'gpt2-124m': 124_475_904, 'llama-12l': 162_220_800}
+    for name, parameters in expected.items():
+        sizes = {**speed.SHAPES[name]['options'], 'vocab_size': speed.SHAPES[name]['vocab_size']}
+        del sizes['batch_size']
+        model = build_model(ModelArchitectureConfig(**sizes))
+        assert count_parameters(model)['total_params'] == parameters
+
+
+def test_one_thing_is_varied_at_a_time():
+    wide = scaling.point(scaling.BASE, 'n_embd', 2048, 4096)['options']
+    long = scaling.point(scaling.BASE, 'block_size', 8192, 4096)['options']
+    assert wide['n_head'] == 32 and wide['block_size'] * wide['batch_size'] == 4096
+    assert long['n_embd'] == scaling.BASE['n_embd'] and long['batch_size'] == 1
+    rows = [
+        {'tokens_per_sec': 10.0, 'flops_per_token': 2.0},
+        {'tokens_per_sec': 5.0, 'flops_per_token': 3.0},
+    ]
+    assert scaling.times_arithmetic(rows) == [1.0, pytest.approx(4 / 3)]
