@@ -58,9 +58,9 @@ SAME_BUDGET = 0.01  # budgets that differ by less are equal
 # Some belong to both: block size changes what a token can see and what it costs.
 LOSS_CONDITIONS = (
     *('dataset', 'train_sha256', 'val_sha256', 'tokenizer', 'vocab_size', 'model_vocab_size'),
-    *('block_size', 'tokens_seen', 'tokens_per_iter', 'data_seed', 'eval_windows', 'max_iters'),
-    *('optimizer', 'lr_schedule', 'learning_rate', 'min_lr', 'warmup_iters', 'lr_decay_iters'),
-    *('decay_lr', 'weight_decay', 'grad_clip', 'dtype', 'weights_from'),
+    *('block_size', 'tokens_seen', 'tokens_per_iter', 'data_seed', 'sampling', 'eval_windows'),
+    *('max_iters', 'optimizer', 'lr_schedule', 'learning_rate', 'min_lr', 'warmup_iters'),
+    *('lr_decay_iters', 'decay_lr', 'weight_decay', 'grad_clip', 'dtype', 'weights_from'),
 )
 SPEED_CONDITIONS = (
     *('device', 'device_name', 'threads', 'strategy', 'world_size', 'compile', 'dtype'),
@@ -173,6 +173,7 @@ def run_of(record: dict[str, Any], path: Path) -> Run:
     known['tokens_seen'] = summary.get('total_tokens')
     known['weights_from'] = (metadata.get('weights_from') or {}).get('source', 'the seed')
     known.setdefault('concurrent_runs', 1)  # before there were studies
+    known.setdefault('sampling', 'random')  # before there was a choice
 
     # An evaluation before the first update judges the initialisation, not the training.
     measured = [e for e in record['eval_steps'] if e['iter'] > 0 and e['val_loss'] is not None]

@@ -264,6 +264,7 @@ def _data_section(data: dict, max_iters: int) -> list[str]:
     return [
         _field('Dataset', f'{data["dataset"]} ({data["tokenizer"]})'),
         _field('Tokens', f'{data["train_tokens"]:,} train │ {data["val_tokens"]:,} validation'),
+        *_documents(data),
         _field('Vocabulary', f'{data["vocab_size"]:,} data → {data["model_vocab_size"]:,} model'),
         _field(
             'Tokens/iteration',
@@ -273,14 +274,32 @@ def _data_section(data: dict, max_iters: int) -> list[str]:
         _field(
             'Whole run',
             f'{_count(max_iters, "iteration")} = {tokens:,} tokens = '
-            f'{tokens / data["train_tokens"]:.2f} epochs',
+            f'{data["planned_epochs"]:.2f} epochs',
         ),
+        _field('Order', _order(data)),
         _field(
             'Evaluation',
             f'{_count(windows["val"], "window")} validation │ {_show(windows["train"], ",")} train '
             f'(of {block:,} tokens)',
         ),
     ]
+
+
+def _documents(data: dict) -> list[str]:
+    train, validation = data['train_documents'], data['val_documents']
+    if train is None or validation is None:
+        return []
+    return [_field('Documents', f'{train:,} train │ {validation:,} validation')]
+
+
+def _order(data: dict) -> str:
+    """How windows are chosen, and how much of the split that shows the run."""
+    windows, unique = data['windows_per_epoch'], data['planned_unique_tokens']
+    share = f'{unique:,} of the tokens ({_percent(unique, data["train_tokens"]).strip()})'
+    if windows is None:
+        return f'windows drawn at random, again and again: the run meets about {share}'
+    chosen = f'each of {_count(windows, "window")} once an epoch, shuffled and cut anew in each'
+    return f'{chosen}: the run meets {share}'
 
 
 def _hardware_section(hardware: dict, parallel: dict) -> list[str]:
@@ -653,7 +672,7 @@ def closing_block(document: dict, best: dict | None, record_path) -> str:
         'Average MFU': 'n/a' if mfu is None else f'{mfu:.2f}%{_above_peak(mfu)}',
         'Average iteration': _milliseconds(summary['avg_time_ms']),
         'Time': _duration(summary['wall_seconds']),
-        'Tokens': _show(summary['total_tokens'], ','),
+        'Tokens': _tokens_seen(summary, document['startup_info']['data']),
         'Compute': _flops(summary['total_flops'], 'FLOPs'),
         'Peak memory': 'n/a' if memory is None else f'{memory:.2f} GB',
         **_held(document['startup_info']),
@@ -674,6 +693,17 @@ def closing_block(document: dict, best: dict | None, record_path) -> str:
             THICK,
         ]
     )
+
+
+def _tokens_seen(summary: dict, data: dict) -> str:
+    total, epochs, unique = (summary[key] for key in ('total_tokens', 'epochs', 'unique_tokens'))
+    text = _show(total, ',')
+    if epochs is not None:
+        text += f' ({epochs:.2f} epochs)'
+    if unique is not None:
+        about = '' if data['windows_per_epoch'] else 'about '
+        text += f', {about}{unique:,} different ones'
+    return text
 
 
 # ------------------------------------------------------------------------------------------------

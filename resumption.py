@@ -45,6 +45,7 @@ class Progress:
     rollbacks: int = 0
     data_digest: int = 0  # of the sequences trained on, as the ranks last agreed
     own_digest: int = 0  # of this rank's since then
+    one_order: bool = True  # whether its sequences so far are the first ones of a single order
 
     @classmethod
     def of(cls, index: dict) -> 'Progress':
@@ -58,6 +59,7 @@ class Progress:
             and all(type(n) is int and 0 <= n < 2**64 for n in digests)
             and all(type(x) is float and math.isfinite(x) for x in losses if x is not None)
             and None not in progress.recent_losses
+            and type(progress.one_order) is bool
             and progress.iter == index['iter']
         ):
             raise ValueError('its progress is not that of a run')
@@ -83,6 +85,7 @@ class Resumed:
     checkpoint: checkpointing.Checkpoint
     state: list[dict]
     warnings: list[str]
+    same_order: bool = True  # as far as its options have been compared with today's
 
     @property
     def weights_from(self) -> dict | None:
@@ -90,7 +93,7 @@ class Resumed:
         return read_record(self.run_folder)['metadata'].get('weights_from')
 
     def check(self, settings: Settings) -> None:
-        """Refuse another architecture or optimizer. Raises UserError naming what differs."""
+        """Refuse another architecture, optimizer or sampling. Raises UserError naming both."""
         index, optimizer = self.checkpoint.index, settings.run.optimizer
         trained_by = index['config'].get('optimizer', optimizer)
         if trained_by != optimizer:
@@ -100,6 +103,15 @@ class Resumed:
                 f'on from that. Leave optimizer out to go on with {trained_by!r}, or start a new '
                 f'run with --init_from=scratch.'
             )
+        sampled = index['config'].get('sampling', 'random')
+        if sampled != settings.run.sampling:
+            raise UserError(
+                f'{self.run_folder} cannot be resumed with sampling={settings.run.sampling!r}: its '
+                f'first {index["iter"]:,} updates took their data by {sampled!r}, and the numbers '
+                f'that come next mean other windows in another order. Leave sampling out to go on '
+                f'with {sampled!r}, or start a new run with --init_from=scratch.'
+            )
+        self.same_order = _order_of(index['config']) == _order_of(settings.to_dict())
         differing = _differences(index['architecture'], settings.architecture.to_dict())
         if differing:
             pairs = ', '.join(f'{k}={then!r} (now {now!r})' for k, (then, now) in differing.items())
@@ -112,7 +124,9 @@ class Resumed:
     def restore(self, parallel: SingleProcess, model: Transformer, updater: Updater) -> Progress:
         """Load weights and optimizer, and give the state up, to free its memory."""
         state, self.state = self.state, []
-        return restore(parallel, model, updater, self.checkpoint, state)
+        progress = restore(parallel, model, updater, self.checkpoint, state)
+        progress.one_order &= self.same_order
+        return progress
 
     def report(self, logger: TrainingLogger, header: dict, surroundings: dict) -> None:
         """Continue the record, with what changed and what was wrong."""
@@ -153,6 +167,12 @@ def _differences(then: dict, now: dict) -> dict[str, list]:
         for key in {**then, **now}
         if then.get(key) != now.get(key)
     }
+
+
+def _order_of(config: dict) -> tuple:
+    """What decides which data an update gets."""
+    sequences = config['batch_size'] * config['gradient_accumulation_steps']
+    return config['dataset'], config['data_seed'], sequences
 
 
 def find(asked: CommandLine) -> Resumed | None:

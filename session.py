@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -10,6 +11,7 @@ import diagnostics
 import hardware
 import resumption
 import token_data
+from data_order import EpochOrder, RandomOrder
 from interruption import Interruption
 from model_builder import Transformer
 from model_components import IGNORED
@@ -50,11 +52,16 @@ class Session:
         run, block_size = self.settings.run, self.settings.architecture.block_size
         return run.batch_size * run.gradient_accumulation_steps * block_size
 
+    @cached_property
+    def order(self) -> RandomOrder | EpochOrder:
+        """In which the windows of the training split are read."""
+        return self.dataset.order(self.settings.run.sampling, self.settings.run.data_seed)
+
     def training_batch(self, number: int) -> list[torch.Tensor]:
         """Micro-batch `number` of the run, (tokens, targets), on the device; noted as seen."""
         run, progress = self.settings.run, self.progress
         first = number * run.batch_size
-        tokens, targets = self.dataset.batch(run.data_seed, first, run.batch_size)
+        tokens, targets = self.dataset.batch(self.order, first, run.batch_size)
         progress.own_digest = (progress.own_digest + token_data.digest(first, tokens)) % 2**64
         return self.to_device((tokens, targets))
 
@@ -64,6 +71,19 @@ class Session:
         new = sum(self.parallel.gather(progress.own_digest))
         progress.data_digest, progress.own_digest = (progress.data_digest + new) % 2**64, 0
         return f'{progress.data_digest:016x}'
+
+    def seen(self) -> dict[str, float | int | None]:
+        """How much of the training split the updates so far have seen, and how often.
+
+        None where the numbers of the sequences are not simply those from 0 on.
+        """
+        progress, block_size = self.progress, self.settings.architecture.block_size
+        tokens = progress.iter * self.tokens_per_iter
+        counted = progress.one_order and progress.data_shift == 0
+        return {
+            'epochs': tokens / self.order.tokens_per_epoch if progress.one_order else None,
+            'unique_tokens': self.order.unique_tokens(tokens // block_size) if counted else None,
+        }
 
     def evaluation_due(self, iter: int) -> bool:
         """Whether the loss is measured after `iter` updates: at intervals, and at the end."""

@@ -135,6 +135,9 @@ def _optimizer(settings: Settings, optimizer: torch.optim.Optimizer) -> dict:
 
 def _data(settings: Settings, dataset: TokenDataset) -> dict:
     run, block_size = settings.run, settings.architecture.block_size
+    order = dataset.order(run.sampling, run.data_seed)
+    per_iter = run.batch_size * run.gradient_accumulation_steps
+    sequences = run.max_iters * per_iter
     return {
         'dataset': run.dataset,
         'path': str(dataset.folder),
@@ -143,6 +146,8 @@ def _data(settings: Settings, dataset: TokenDataset) -> dict:
         'model_vocab_size': settings.architecture.vocab_size,
         'train_tokens': dataset.tokens('train'),
         'val_tokens': dataset.tokens('val'),
+        'train_documents': dataset.documents('train'),
+        'val_documents': dataset.documents('val'),
         'train_sha256': dataset.sha256('train'),
         'val_sha256': dataset.sha256('val'),
         'train_bytes_per_token': dataset.bytes_per_token('train'),
@@ -150,7 +155,10 @@ def _data(settings: Settings, dataset: TokenDataset) -> dict:
         'batch_size': run.batch_size,
         'gradient_accumulation_steps': run.gradient_accumulation_steps,
         'block_size': block_size,
-        'tokens_per_iter': run.batch_size * run.gradient_accumulation_steps * block_size,
+        'tokens_per_iter': per_iter * block_size,
+        'windows_per_epoch': order.windows_per_epoch,
+        'planned_epochs': sequences * block_size / order.tokens_per_epoch,
+        'planned_unique_tokens': order.unique_tokens(sequences),
         'eval_windows': {
             split: dataset.window_count(split, run.eval_iters) for split in ('train', 'val')
         },

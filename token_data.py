@@ -1,17 +1,7 @@
-"""A dataset, and the sequence that stands at (data seed, number).
+"""A dataset: its facts, and the windows that training and evaluation read from it.
 
-The files are token_files'. Knows no model and no tokenizer.
-
-The global order
-----------------
-Training sequence number n of data seed s is the window of block_size + 1 tokens that starts at
-
-    (output n of SplitMix64 seeded with a hash of s) mod (tokens - block_size)
-
-a pure function of s and n (Steele, Lea & Flood 2014). No state: ranks and micro-batches only divide
-the numbers up, and a resumed run needs nothing but the number it had reached. Windows are drawn
-with replacement, as nanoGPT draws them. A 64-bit number modulo a split of even 10^12 tokens favours
-no window by more than one part in 10^7.
+The files are token_files', and which window comes when is data_order's. Knows no model and no
+tokenizer.
 """
 
 import contextlib
@@ -23,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data_order import ORDERS, EpochOrder, RandomOrder, splitmix64
 from errors import UserError, nearest
 from token_files import (
     SPLITS,
@@ -174,14 +165,16 @@ class TokenDataset:
         both = ''.join(self.sha256(split) for split in SPLITS)
         return hashlib.sha256(both.encode()).hexdigest()[:12]
 
-    def batch(self, data_seed: int, first_number: int, count: int):
-        """Training sequences number first_number … first_number + count - 1 of `data_seed`.
+    def order(self, sampling: str, data_seed: int) -> RandomOrder | EpochOrder:
+        """The order of the training sequences that `sampling` and `data_seed` choose."""
+        return ORDERS[sampling](data_seed, self.tokens('train'), self.block_size)
 
-        Returns (inputs, targets), each int64 (count, block_size); see the global order above.
+    def batch(self, order: RandomOrder | EpochOrder, first_number: int, count: int):
+        """Training sequences number first_number … first_number + count - 1 of the `order`.
+
+        Returns (inputs, targets), each int64 (count, block_size).
         """
-        numbers = int(first_number) + np.arange(count, dtype=np.uint64)
-        positions = self.tokens('train') - self.block_size
-        return self.read('train', window_starts(data_seed, numbers, positions))
+        return self.read('train', order.starts(first_number, count))
 
     def window_count(self, split: str, eval_iters: int) -> int:
         """`eval_iters`, or as many windows as the split holds without overlap if that is less."""
@@ -236,22 +229,6 @@ class TokenDataset:
                 f'ends at {vocab_size - 1}: the files are of another tokenizer or another dtype. '
                 f'{way_to_prepare(self.folder)}'
             )
-
-
-def window_starts(data_seed: int, numbers: np.ndarray, positions: int) -> np.ndarray:
-    """Starts, in [0, positions), of the sequences `numbers` (uint64) of `data_seed`: int64."""
-    # Mixing the seed sets the streams of neighbouring seeds far apart.
-    key = splitmix64(data_seed % 2**64, np.zeros(1, np.uint64))
-    return (splitmix64(key, numbers) % np.uint64(positions)).astype(np.int64)
-
-
-def splitmix64(seed, numbers: np.ndarray) -> np.ndarray:
-    """Outputs `numbers` (uint64, from 0) of the SplitMix64 generator that starts at `seed`."""
-    # All arithmetic is modulo 2^64, which is how numpy's uint64 arrays wrap.
-    x = np.asarray(seed, np.uint64) + (numbers + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
 
 
 def digest(first_number: int, tokens: np.ndarray) -> int:

@@ -354,6 +354,7 @@ def evaluate(session: Session) -> bool:
         'val_bits_per_byte': bytes_per_token and losses['val'] / math.log(2) / bytes_per_token,
         'lr': learning_rate_at(progress.iter, options),
         'data_hash': session.agree_on_data() if progress.iter else None,
+        **session.seen(),
     }
     if options.diagnostics:
         first = next(session.evaluation_batches('val', divided=False))

@@ -21,6 +21,7 @@ from configurator import (
     merge,
     with_component_options,
 )
+from data_order import ORDERS
 from errors import UserError
 from hardware import select_device
 from model_config import ModelArchitectureConfig
@@ -88,6 +89,9 @@ DATA_OPTIONS = {
                                           'None: by device', check=at_least(1)),
     'seed': Option(int, 1337, 'Of initialisation and dropout', check=at_least(0)),
     'data_seed': Option(int, 1337, 'Of the order of the data', check=at_least(0)),
+    'sampling': Option(str, 'random', "Windows of the training text: random: drawn anew each time, "
+                       "as nanoGPT draws them; epoch: each once an epoch, in a shuffled order",
+                       choices=tuple(ORDERS)),
 }
 OPTIMIZER_OPTIONS = {
     'max_iters': Option(int, 5000, 'Updates of the weights', check=at_least(1)),

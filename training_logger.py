@@ -371,6 +371,8 @@ def _summary(document: dict, wall_seconds: float) -> dict:
         'avg_mfu': _mean_per_step((e['mfu']['mfu_percent'], e['steps']) for e in steady),
         'avg_time_ms': _mean_per_step((e['time_ms'], e['steps']) for e in steady),
         'total_tokens': tokens,
+        # As the last evaluation found them.
+        **{key: (evaluations or [{}])[-1].get(key) for key in ('epochs', 'unique_tokens')},
         'total_flops': None if tokens is None or per_token is None else tokens * per_token,
         'wall_seconds': round(wall_seconds, 3),
         'peak_memory_gb': max((peak for peak in peaks if peak is not None), default=None),

@@ -108,9 +108,9 @@ def lost_loss(patch, rank):
     """The loss of one micro-batch, so of one rank, is infinite in one update."""
     read, forward, number = TokenDataset.batch, Transformer.forward, []
 
-    def batch(self, data_seed, first_number, count):
+    def batch(self, order, first_number, count):
         number[:] = [first_number // count]
-        return read(self, data_seed, first_number, count)
+        return read(self, order, first_number, count)
 
     def poisoned(self, *arguments):
         loss_sum, *others = forward(self, *arguments)

@@ -417,7 +417,8 @@ class Run:
         return parallel, model, Updater(optimizer, settings.run, CPU, parallel)
 
     def update(self, model, updater, number: int = 0) -> None:
-        loss, count, _ = model(*map(torch.from_numpy, self.dataset.batch(0, number, 2)))
+        batch = self.dataset.batch(self.dataset.order('random', 0), number, 2)
+        loss, count, _ = model(*map(torch.from_numpy, batch))
         updater.backward(loss / count)
         updater.update(1e-3, loss.detach(), measured=True)
 

@@ -461,6 +461,7 @@ CHANGES = [
     (CONFIG, 'grad_clip', 0.0, True, False),
     (CONFIG, 'max_iters', 200, True, False),
     (('metadata',), 'data_seed', 7, True, False),
+    (CONFIG, 'sampling', 'epoch', True, False),
     (('metadata',), 'weights_from', {'source': 'hf:gpt2'}, True, False),
     (('metadata',), 'strategy', 'fsdp', False, True),
     (('metadata',), 'world_size', 8, False, True),

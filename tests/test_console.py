@@ -42,6 +42,8 @@ CLOSED = {
         'avg_mfu': 31.5,
         'avg_time_ms': 234.0,
         'total_tokens': 409_600,
+        'epochs': 1.3564,
+        'unique_tokens': 223_456,
         'total_flops': 350.1e12,
         'wall_seconds': 3723.4,
         'peak_memory_gb': 30.0,
@@ -298,6 +300,7 @@ def test_the_closing_block_says_where_and_what_next():
     for expected in (
         'TRAINING INTERRUPTED after 40 of 100 iterations',
         '3.5000 (iter 30; 1.5000 bits per byte)',
+        '409,600 (1.36 epochs), about 223,456 different ones',
         '350.1 TFLOPs',
         '1:02:03',
         'out/run_1/record.json',
@@ -307,6 +310,29 @@ def test_the_closing_block_says_where_and_what_next():
         assert expected in text
     assert '--init_from' not in closing_block({**CLOSED, 'status': 'finished'}, None, 'r')
     assert '--init_from' not in closing_block({**CLOSED, 'checkpoints': []}, None, 'r')
+
+
+def with_data(**values):
+    return {**STARTUP_INFO, 'data': {**STARTUP_INFO['data'], **values}}
+
+
+def test_how_much_of_the_data_a_run_meets():
+    """At random it is an expectation, and says about; after another order nothing is known."""
+    text = ' '.join(shown(begun()).split())
+    assert '100 iterations = 409,600 tokens = 1.36 epochs' in text
+    assert 'the run meets about 223,000 of the tokens (73.8 %)' in text and 'Documents' not in text
+    info = with_data(windows_per_epoch=293, planned_unique_tokens=300_032, train_documents=1234)
+    assert 'Documents' not in shown(begun(info))
+    info['data']['val_documents'] = 56
+    text = ' '.join(shown(begun(info)).split())
+    assert 'each of 293 windows once an epoch, shuffled and cut anew in each' in text
+    assert 'the run meets 300,032 of the tokens (99.4 %)' in text
+    assert 'Documents: 1,234 train | 56 validation' in text
+    text = closing_block({**CLOSED, 'startup_info': info}, None, 'r')
+    assert '409,600 (1.36 epochs), 223,456 different ones' in text
+    unknown = {**CLOSED['summary'], 'epochs': None, 'unique_tokens': None}
+    text = closing_block({**CLOSED, 'summary': unknown}, None, 'r')
+    assert re.search('Tokens: +409,600$', text, re.M)
 
 
 @pytest.mark.parametrize(('mfu', 'told'), [(99.9, False), (100.5, True)])

@@ -30,10 +30,10 @@ run_script(train.main)
 IN_UPDATE_2 = """
 read = token_data.TokenDataset.batch
 
-def batch(self, data_seed, first_number, count):
+def batch(self, order, first_number, count):
     if first_number == 8:
         os.kill(os.getpid(), signal.{name})
-    return read(self, data_seed, first_number, count)
+    return read(self, order, first_number, count)
 
 token_data.TokenDataset.batch = batch
 """

@@ -82,7 +82,8 @@ def expected(run, tiny_dataset):
                 }
         if step == 7:
             break
-        batch = dataset.batch(DATA_SEED, step * SEQUENCES, SEQUENCES)
+        order = dataset.order('random', DATA_SEED)
+        batch = dataset.batch(order, step * SEQUENCES, SEQUENCES)
         loss = mean_loss(model, *map(torch.from_numpy, batch))
         optimizer.zero_grad()
         loss.backward()
@@ -193,6 +194,7 @@ def test_flops_and_utilisation_follow_from_the_time_of_a_step(run, counted):
         )
     summary = run.record['summary']
     assert summary['total_tokens'] == 7 * SEQUENCES * BLOCK
+    assert summary['epochs'] == 7 * SEQUENCES * BLOCK / 30_000
     assert summary['total_flops'] == pytest.approx(summary['total_tokens'] * total)
     info = run.record['startup_info']['hardware']
     half = 0.5 * PEAK * 1e12 / total
@@ -307,9 +309,22 @@ def test_the_hash_of_the_data_is_that_of_the_sequences_in_the_global_order(run, 
     per_update = MEASURED['batch_size'] * MEASURED['gradient_accumulation_steps']
     for step in run.record['eval_steps']:
         sequences = step['iter'] * per_update
-        tokens, _ = dataset.batch(run.record['config']['data_seed'], 0, sequences)
+        order = dataset.order('random', run.record['config']['data_seed'])
+        tokens, _ = dataset.batch(order, 0, sequences)
         assert step['data_hash'] == (f'{digest(0, tokens):016x}' if sequences else None)
     assert len(set(data_hashes(run))) == len(data_hashes(run)) > 2
+
+
+def test_the_different_tokens_are_about_those_that_were_read(run, tiny_dataset):
+    data = run.record['startup_info']['data']
+    first, last = run.record['eval_steps'][0], run.record['eval_steps'][-1]
+    assert (first['epochs'], first['unique_tokens']) == (0, 0)
+    text = (tiny_dataset / 'train.bin').read_bytes()
+    starts = [text.index(bytes(row)) for row in joined(run.trained_on)[0].tolist()]
+    read = len({place for start in starts for place in range(start, start + BLOCK)})
+    assert abs(last['unique_tokens'] - read) < 3 * BLOCK  # windows that overlap or do not
+    assert last['unique_tokens'] == data['planned_unique_tokens'] < 7 * SEQUENCES * BLOCK
+    assert last['epochs'] == data['planned_epochs'] and data['windows_per_epoch'] is None
 
 
 def test_another_architecture_sees_the_same_batches_and_windows(run, tiny_dataset, tmp_path):

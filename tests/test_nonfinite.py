@@ -33,9 +33,9 @@ def broken_data(monkeypatch):
     def install(is_bad, kind: str = 'loss') -> list[int]:
         batch, build = TokenDataset.batch, parallelism.build_model
 
-        def noted_batch(dataset, data_seed, first_number, count):
+        def noted_batch(dataset, order, first_number, count):
             asked.append(first_number)
-            return batch(dataset, data_seed, first_number, count)
+            return batch(dataset, order, first_number, count)
 
         def damage(model, arguments, output):
             number = asked[-1] if model.training else 0
@@ -79,7 +79,8 @@ def plain_weights(run: Run, data: list[int]) -> dict[str, torch.Tensor]:
         if number is None:
             continue
         rate = 1e-3 + 9e-3 * 0.5 * (1 + math.cos(math.pi * step / steps))
-        batch = run.session.dataset.batch(1337, number * SEQUENCES, SEQUENCES)
+        dataset = run.session.dataset
+        batch = dataset.batch(dataset.order('random', 1337), number * SEQUENCES, SEQUENCES)
         loss_sum, count, _ = model(*map(torch.from_numpy, batch))
         optimizer.zero_grad()
         (loss_sum / count).backward()

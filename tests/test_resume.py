@@ -7,15 +7,17 @@ evaluation and a checkpoint after every second one.
 import json
 import math
 import os
+import random
 import shutil
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import jsonschema
 import pytest
 from conftest import PROJECT, TINY_RUN
-from in_process import train_here
+from in_process import joined, train_here
 
 import checkpointing
 from benchmarks.fault_run import differences, without_measurements
@@ -162,6 +164,67 @@ def test_the_scaler_of_float16_goes_on(tmp_path, tiny_dataset):
     start(tmp_path, tiny_dataset, **options)
     assert resumed_at(the_run(tmp_path)) == [3]
     assert_same_end(the_run(tmp_path), whole, extra_checkpoints=(3,))
+
+
+def test_epochs_go_on_where_they_were(tmp_path):
+    """Killed in the second epoch and stopped in the third: each window once an epoch all the same.
+
+    The order of the text tells windows apart: its bytes are drawn at random.
+    """
+    folder = tmp_path / 'noise'
+    folder.mkdir()
+    splits = {}
+    for split, length in (('train', 13 * 32 + 32 + 5), ('val', 200)):
+        (folder / f'{split}.bin').write_bytes(random.Random(length).randbytes(length))
+        splits[split] = {'tokens': length, 'bytes': length}
+    train = (folder / 'train.bin').read_bytes()
+    meta = {'format_version': 1, 'tokenizer': {'kind': 'byte'}, 'vocab_size': 256, 'dtype': 'uint8'}
+    (folder / 'meta.json').write_text(json.dumps({**meta, 'splits': splits}))
+
+    options = {**OPTIONS, 'sampling': 'epoch', 'init_from': 'scratch'}
+    whole = train_here(folder, tmp_path / 'whole', **options)
+    start(tmp_path, folder, fault={'iter': 4, 'signal': 'SIGKILL'}, code=-9, sampling='epoch')
+    start(tmp_path, folder, fault={'iter': 6, 'signal': 'SIGTERM'}, code=143)  # taken over
+    start(tmp_path, folder)
+    record = read_record(the_run(tmp_path))
+    assert resumed_at(the_run(tmp_path)) == [4, 7]
+    facts = ('iter', 'val_loss', 'data_hash', 'epochs', 'unique_tokens')
+    assert [[step[key] for key in facts] for step in record['eval_steps']] == [
+        [step[key] for key in facts] for step in whole.record['eval_steps']
+    ]
+
+    inputs, _ = joined(whole.trained_on).numpy()  # (32, T), of two epochs and a part of the third
+    places = [train.index(window.astype('uint8').tobytes()) for window in inputs]
+    assert len(places) == 32
+    covered = set()
+    for epoch in (places[:13], places[13:26], places[26:]):
+        windows = sorted(epoch)
+        assert len(set(windows)) == len(epoch) and epoch != windows
+        assert {(b - a) % 32 for a, b in pairwise(windows)} == {0}
+        covered |= {token for place in epoch for token in range(place, place + 32)}
+    last = record['eval_steps'][-1]
+    assert last['unique_tokens'] == record['summary']['unique_tokens'] == len(covered)
+    assert last['epochs'] == record['summary']['epochs'] == 32 / 13
+    data = record['startup_info']['data']
+    assert (data['windows_per_epoch'], data['planned_epochs']) == (13, 32 / 13)
+    assert data['planned_unique_tokens'] == len(covered)
+    jsonschema.validate(record, SCHEMA)
+
+
+def test_another_sampling_is_refused(copy, tmp_path, tiny_dataset):
+    output = start(tmp_path, tiny_dataset, code=2, sampling='epoch')
+    assert "cannot be resumed with sampling='epoch'" in output and "by 'random'" in output
+    assert 'Leave sampling out' in output and 'Traceback' not in output
+    assert the_run(tmp_path) == copy and resumed_at(copy) == []
+
+
+def test_what_two_orders_have_shown_is_not_counted(copy, tmp_path, tiny_dataset):
+    start(tmp_path, tiny_dataset, max_iters=9, data_seed=7)
+    steps = read_record(copy)['eval_steps']
+    assert [step['epochs'] is None for step in steps] == [False] * 5 + [True]
+    assert steps[-2]['unique_tokens'] > 0 and steps[-1]['unique_tokens'] is None
+    start(tmp_path, tiny_dataset, max_iters=10)  # and it stays so
+    assert read_record(copy)['summary']['unique_tokens'] is None
 
 
 def test_another_architecture_is_refused_and_nothing_changes(copy, tmp_path, tiny_dataset):

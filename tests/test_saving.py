@@ -54,10 +54,10 @@ def test_a_save_waits_for_the_one_before_and_the_end_for_the_last(held, tiny_dat
 def fail_at(monkeypatch, update: int) -> None:
     read = TokenDataset.batch
 
-    def batch(self, data_seed, first_number, count):
+    def batch(self, order, first_number, count):
         if first_number == update * SEQUENCES:
             raise UserError('the data is gone')
-        return read(self, data_seed, first_number, count)
+        return read(self, order, first_number, count)
 
     monkeypatch.setattr(TokenDataset, 'batch', batch)
 

@@ -11,18 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fuzzing import CASES, fuzzed
-from scipy import stats
 
 import token_data
+from data_order import ORDERS
 from errors import UserError
-from token_data import (
-    digest,
-    is_prepared,
-    load_dataset,
-    prepare_if_missing,
-    splitmix64,
-    window_starts,
-)
+from token_data import digest, is_prepared, load_dataset, prepare_if_missing
 
 PROJECT = Path(token_data.__file__).parent
 
@@ -44,23 +37,12 @@ def write_folder(folder, train=1000, val=200, *, dtype='uint16', vocab_size=None
     return meta
 
 
-def test_splitmix64_gives_the_published_outputs():
-    # Vigna's reference implementation, seed 1234567.
-    published = [
-        6457827717110365317,
-        3203168211198807973,
-        9817491932198370423,
-        4593380528125082431,
-        16408922859458223821,
-    ]
-    assert splitmix64(1234567, np.arange(5, dtype=np.uint64)).tolist() == published
-
-
-def test_a_batch_is_the_windows_at_its_numbers(tmp_path):
+@pytest.mark.parametrize('sampling', ORDERS)
+def test_a_batch_is_the_windows_at_its_numbers(tmp_path, sampling):
     write_folder(tmp_path)
     data = load_dataset(tmp_path, 16)
-    inputs, targets = data.batch(data_seed=7, first_number=40, count=5)
-    starts = window_starts(7, np.arange(40, 45, dtype=np.uint64), 1000 - 16)
+    inputs, targets = data.batch(data.order(sampling, 7), first_number=40, count=5)
+    starts = ORDERS[sampling](7, 1000, 16).starts(40, 5)
     assert (inputs == starts[:, None] + np.arange(16)).all()  # token i is i
     assert (targets == inputs + 1).all()
     for array in (inputs, targets):
@@ -72,35 +54,20 @@ def test_a_batch_is_the_windows_at_its_numbers(tmp_path):
 def test_the_order_is_the_same_however_it_is_divided(tmp_path, parts):
     write_folder(tmp_path)
     data = load_dataset(tmp_path, 16)
-    whole = data.batch(3, 1000, 8)
+    order = data.order('random', 3)
+    whole = data.batch(order, 1000, 8)
     first = np.cumsum([1000, *parts[:-1]])
-    divided = [data.batch(3, number, count) for number, count in zip(first, parts)]
+    divided = [data.batch(order, number, count) for number, count in zip(first, parts)]
     for side in (0, 1):
         assert np.array_equal(np.concatenate([part[side] for part in divided]), whole[side])
 
 
 def test_every_start_is_reached_and_none_beyond(tmp_path):
     write_folder(tmp_path, train=12, val=12)
-    inputs, targets = load_dataset(tmp_path, 9).batch(0, 0, 200)
+    data = load_dataset(tmp_path, 9)
+    inputs, targets = data.batch(data.order('random', 0), 0, 200)
     assert set(inputs[:, 0]) == {0, 1, 2}
     assert targets.max() == 11
-
-
-@pytest.mark.parametrize('positions', [100, 2**32 + 12345, 9 * 10**11])
-def test_starts_are_uniform_and_seeds_independent(positions):
-    numbers = np.arange(50_000, dtype=np.uint64)
-    one, other = (window_starts(seed, numbers, positions) for seed in (1337, 1338))
-    counts = np.histogram(one, bins=100, range=(0, positions))[0]
-    assert stats.chisquare(counts).pvalue > 1e-3
-    assert stats.kendalltau(one[:5000], other[:5000]).pvalue > 1e-3
-    assert stats.kendalltau(one[:5000], one[1:5001]).pvalue > 1e-3
-    assert len(np.intersect1d(one, other)) < 200 or positions == 100
-
-
-def test_every_python_int_is_a_seed():
-    numbers = np.arange(4, dtype=np.uint64)
-    streams = {tuple(window_starts(seed, numbers, 10**6)) for seed in (-1, 0, 1, 2**63)}
-    assert len(streams) == 4
 
 
 @pytest.mark.parametrize('block_size', [1, 7, 64, 98, 99, 100, 199])
@@ -190,7 +157,9 @@ def test_shards_read_as_the_single_file(tmp_path, sizes, dtype):
     assert (many.tokens('train'), many.end_of_text, many.documents('train')) == (1000, 999, 7)
     starts = np.arange(1000 - 16)
     assert all(map(np.array_equal, many.read('train', starts), one.read('train', starts)))
-    assert all(map(np.array_equal, many.batch(7, 40, 50), one.batch(7, 40, 50)))
+    assert all(
+        map(np.array_equal, *(data.batch(data.order('epoch', 7), 40, 50) for data in (one, many)))
+    )
     assert np.array_equal(many.splits['train'].read(0, 1000), np.arange(1000))
     assert np.array_equal(np.concatenate([*many.splits['train'].pieces(333)]), np.arange(1000))
 
@@ -515,7 +484,7 @@ def test_a_fuzzed_dataset_loads_or_is_refused(tmp_path, name):
             assert np.max(windows) < data.vocab_size
             assert isinstance(data.sha256(split), str)
             assert (data.bytes_per_token(split) or 0) >= 0
-        inputs, _ = data.batch(data_seed=1, first_number=0, count=4)
+        inputs, _ = data.batch(data.order('epoch', 1), first_number=0, count=4)
         assert inputs.shape == (4, 16)
     assert refused > 0
 

@@ -1,0 +1,162 @@
+"""The global order: which window of the training split stands at sequence number n.
+
+An order is a pure function of the data seed and n. It has no state and no table: ranks and
+micro-batches only divide the numbers up, and a resumed run needs nothing but the number it had
+reached. A window of T tokens takes T + 1 of the split's N, since targets are one token later.
+
+`random`: number n starts at
+
+    (output n of SplitMix64 seeded with a hash of the data seed) mod (N - T)
+
+(Steele, Lea & Flood 2014). Windows are drawn with replacement, as nanoGPT draws them. A 64-bit
+number modulo a split of even 10^12 tokens favours no window by more than one part in 10^7.
+
+`epoch`: the split is cut into W = N // T - 1 consecutive windows (at least 1), and numbers
+e·W … (e+1)·W - 1 are all of them, once each, in an order that is shuffled anew in each epoch e.
+The cuts shift too, by a number below T that is drawn for each epoch, so that a text that is read
+often is not always cut in the same places; what then stands before the first and after the last
+window, fewer than 2·T tokens together, is left out of that epoch, other tokens in each.
+The shuffle is a permutation of [0, W) computed on the spot: a Feistel network (Luby & Rackoff 1988)
+on an even number of bits, applied again until it leads back below W (cycle walking; Black & Rogaway
+2002, "Ciphers with arbitrary finite domains").
+"""
+
+from functools import lru_cache
+
+import numpy as np
+
+ROUNDS = 6  # of the Feistel network: four are pseudo-random on many bits, few bits want more
+MIN_HALF_BITS = 3  # a network on fewer has too few permutations to choose from
+CHUNK = 4096  # numbers whose places are computed at a time: a shuffle costs as much for ten
+
+
+class RandomOrder:
+    """Windows drawn uniformly with replacement, every position of the split a possible start."""
+
+    windows_per_epoch = None  # no number of them is an epoch
+
+    def __init__(self, data_seed: int, tokens: int, block_size: int):
+        self.block_size, self.positions = block_size, tokens - block_size
+        self.tokens_per_epoch = tokens
+        self.key = _key(data_seed)
+
+    def starts(self, first_number: int, count: int) -> np.ndarray:
+        """Starts of the sequences first_number … first_number + count - 1: int64 (count,)."""
+        outputs = splitmix64(self.key, _numbers(first_number, count))
+        return (outputs % np.uint64(self.positions)).astype(np.int64)
+
+    def unique_tokens(self, sequences: int) -> int:
+        """Different tokens among the inputs of the first `sequences`: the expected number.
+
+        A token that c of the P possible windows hold is missed by all n with probability
+        (1 - c/P)^n. Near the ends of the split c falls to 1, one token at a time.
+        """
+        most = min(self.block_size, self.positions)
+        inputs = self.positions + self.block_size - 1
+        held_by = np.arange(1, most + 1)
+        count = np.full(most, 2)
+        count[-1] = inputs - 2 * (most - 1)
+        return round(float(count @ (1 - (1 - held_by / self.positions) ** sequences)))
+
+
+class EpochOrder:
+    """Every window of an epoch once, in an order and with cuts of the epoch's own."""
+
+    def __init__(self, data_seed: int, tokens: int, block_size: int):
+        self.block_size = block_size
+        self.windows_per_epoch = max(1, tokens // block_size - 1)
+        self.tokens_per_epoch = self.windows_per_epoch * block_size
+        self.shifts = min(block_size, tokens - self.tokens_per_epoch)  # cuts to choose from
+        self.key = _key(data_seed)
+        self._chunk = lru_cache(maxsize=2)(self._starts_of_chunk)
+
+    def starts(self, first_number: int, count: int) -> np.ndarray:
+        """Starts of the sequences first_number … first_number + count - 1: int64 (count,)."""
+        end = first_number + count
+        chunks = range(first_number // CHUNK, -(-end // CHUNK))
+        found = np.concatenate([self._chunk(chunk) for chunk in chunks])
+        skipped = first_number - chunks.start * CHUNK
+        return found[skipped : skipped + count]
+
+    def unique_tokens(self, sequences: int) -> int:
+        """Different tokens among the inputs of the first `sequences`: counted.
+
+        The epochs before this one cover all from the smallest shift on to where the windows of the
+        largest end. What this one may add is in its first and its last window.
+        """
+        epoch, seen = divmod(sequences, self.windows_per_epoch)
+        if epoch == 0:
+            return seen * self.block_size
+        shifts = self.shift(np.arange(epoch + 1, dtype=np.uint64)).tolist()
+        low, high, shift = min(shifts[:epoch]), max(shifts[:epoch]), shifts[epoch]
+        edges = np.array([0, self.windows_per_epoch - 1], np.uint64)
+        keys = np.repeat(self._epoch_keys(epoch), 2)
+        first, last = (unpermuted(edges, keys, self.windows_per_epoch) < seen).tolist()
+        added = first * max(0, low - shift) + last * max(0, shift - high)
+        return self.tokens_per_epoch + high - low + added
+
+    def shift(self, epochs: np.ndarray) -> np.ndarray:
+        """Where the first window of each of the `epochs` (uint64) begins: int64."""
+        drawn = splitmix64(self._epoch_keys(epochs), ROUNDS)  # one beyond the rounds'
+        return (drawn % np.uint64(self.shifts)).astype(np.int64)
+
+    def _epoch_keys(self, epochs) -> np.ndarray:
+        return splitmix64(self.key, epochs)
+
+    def _starts_of_chunk(self, chunk: int) -> np.ndarray:
+        size = self.windows_per_epoch
+        epochs, places = np.divmod(_numbers(chunk * CHUNK, CHUNK), np.uint64(size))
+        windows = permuted(places, self._epoch_keys(epochs), size)
+        return self.shift(epochs) + windows.astype(np.int64) * self.block_size
+
+
+ORDERS = {'random': RandomOrder, 'epoch': EpochOrder}
+
+
+def permuted(places: np.ndarray, keys: np.ndarray, size: int) -> np.ndarray:
+    """Where the permutation of [0, size) that each of `keys` chooses takes each of `places`.
+
+    All uint64, of one shape; `size` up to 2^62.
+    """
+    return _walk(places, keys, size, range(ROUNDS))
+
+
+def unpermuted(places: np.ndarray, keys: np.ndarray, size: int) -> np.ndarray:
+    """The inverse of `permuted`."""
+    return _walk(places, keys, size, range(ROUNDS - 1, -1, -1))
+
+
+def _walk(places: np.ndarray, keys: np.ndarray, size: int, rounds: range) -> np.ndarray:
+    half_bits = max(MIN_HALF_BITS, -(-(size - 1).bit_length() // 2))
+    places = _feistel(places, keys, half_bits, rounds)
+    while len(outside := np.flatnonzero(places >= size)):
+        places[outside] = _feistel(places[outside], keys[outside], half_bits, rounds)
+    return places
+
+
+def _feistel(numbers: np.ndarray, keys: np.ndarray, half_bits: int, rounds: range) -> np.ndarray:
+    """A permutation of [0, 4^half_bits) for each key; with the rounds reversed, its inverse."""
+    mask, shift = np.uint64(2**half_bits - 1), np.uint64(half_bits)
+    left, right = numbers >> shift, numbers & mask
+    for number in rounds:
+        left, right = right, left ^ (splitmix64(splitmix64(keys, number), right) & mask)
+    return right << shift | left
+
+
+def splitmix64(seed, numbers) -> np.ndarray:
+    """Outputs `numbers` (from 0) of the SplitMix64 generator that starts at `seed`: uint64 (N,)."""
+    # All arithmetic is modulo 2^64, which is how numpy's uint64 arrays, but not its scalars, wrap.
+    numbers = np.atleast_1d(np.asarray(numbers, np.uint64))
+    x = np.asarray(seed, np.uint64) + (numbers + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def _key(data_seed: int) -> np.ndarray:
+    # Mixing the seed sets the streams of neighbouring seeds far apart.
+    return splitmix64(data_seed % 2**64, 0)
+
+
+def _numbers(first: int, count: int) -> np.ndarray:
+    return int(first) + np.arange(count, dtype=np.uint64)
