@@ -37,7 +37,8 @@ def project(tmp_path):
     copy = tmp_path / 'project'
     unprepared = shutil.ignore_patterns('*.bin', '*.tmp', 'meta.json', '__pycache__')
     shutil.copytree(PROJECT / 'data', copy / 'data', ignore=unprepared)
-    for name in ('errors.py', 'text_codec.py', 'token_data.py', 'token_files.py'):
+    modules = ('errors.py', 'text_codec.py', 'token_data.py', 'token_files.py', 'data_order.py')
+    for name in modules:
         shutil.copy(PROJECT / name, copy)
     (copy / 'mine.txt').write_text(TEXT, encoding='utf-8')
     return copy
