@@ -73,6 +73,7 @@ IMMATERIAL = frozenset(
     {
         *('out_dir', 'log_style', 'log_interval', 'always_save_checkpoint', 'async_save'),
         *('concurrent_runs', *sinks.OPTIONS),
+        *('sample_interval', 'sample_prompt', 'sample_tokens'),
     }
 )
 
@@ -105,6 +106,7 @@ class Run:
     total_flops: float | None
     curve: list[CurvePoint]
     spans: list[Span]  # the loss by position
+    sample: dict[str, Any] | None  # the last text that it wrote: prompt, text and iter
     stability: Stability
     command: str
     data_hash: str | None  # of the sequences that it trained on
@@ -204,11 +206,18 @@ def run_of(record: dict[str, Any], path: Path) -> Run:
         total_flops=summary.get('total_flops'),
         curve=curve_of(record),
         spans=spans_of(record),
+        sample=last_sample(record),
         stability=stability(record),
         command=metadata.get('command') or '',
         data_hash=(record['eval_steps'] or [{}])[-1].get('data_hash'),
         **place_in_study(folder_of(path)),
     )
+
+
+def last_sample(record: dict[str, Any]) -> dict[str, Any] | None:
+    """What the run wrote at the last evaluation that has text."""
+    samples = [{**e['sample'], 'iter': e['iter']} for e in record['eval_steps'] if e.get('sample')]
+    return next((sample for sample in reversed(samples) if sample['text'] is not None), None)
 
 
 def place_in_study(folder: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from console import first_lines
 from evidence import CONFIDENCE, Difference
 from judgement import COSTS, Group, mean_by_position
 
@@ -23,7 +24,7 @@ INTERVAL = f'{CONFIDENCE:.0%} interval'
 
 @dataclass(frozen=True)
 class Section:
-    """A title, what it means, and a table or lines."""
+    """A title, what it means, and a table, lines or texts."""
 
     title: str
     notes: list[str] = field(default_factory=list)
@@ -31,6 +32,7 @@ class Section:
     rows: list[list[str]] = field(default_factory=list)
     align: str = ''  # '<' or '>' for each column
     lines: list[str] = field(default_factory=list)
+    texts: list[tuple[str, str]] = field(default_factory=list)  # headings and what is below them
 
 
 def sections(comparison: 'Comparison') -> list[Section]:
@@ -52,6 +54,7 @@ def tables(comparison: 'Comparison') -> list[Section]:
         effects,
         dependences,
         by_position,
+        samples,
         trouble,
         options,
         warnings,
@@ -292,6 +295,23 @@ def by_position(comparison: 'Comparison') -> Section | None:
     return Section('LOSS BY POSITION', notes, ['#', *spans], rows, '>' * (1 + len(spans)))
 
 
+def samples(comparison: 'Comparison') -> Section | None:
+    texts = []
+    for rank, (group, label) in enumerate(zip(comparison.groups, comparison.labels), 1):
+        sample = sample_of(group)
+        if sample is not None:
+            told = f'#{rank} {label}, after {sample["iter"]:,} updates'
+            texts.append((told, sample['prompt'] + sample['text']))
+    if not texts:
+        return None
+    notes = ['What each wrote at its last evaluation, one seed of each; see sample_interval.']
+    return Section('SAMPLES', notes, texts=texts)
+
+
+def sample_of(group: Group) -> dict | None:
+    return next((run.sample for run in group.members if run.sample), None)
+
+
 def trouble(comparison: 'Comparison') -> Section | None:
     rows = []
     for rank, group in enumerate(comparison.groups, 1):
@@ -397,17 +417,26 @@ def plain(section: Section) -> str:
     parts = [section.title, *map(wrapped, section.notes), *section.lines]
     if section.rows:
         parts.append(table([section.header, *section.rows], section.align))
-    return '\n'.join(parts)
+    return '\n'.join([*parts, *shortened(section.texts)])
+
+
+def shortened(texts: Sequence[tuple[str, str]]) -> list[str]:
+    """The first of the texts, below their headings, as lines."""
+    lines = []
+    for heading, text in texts[:LISTED]:
+        lines += [heading, *(f'    {line}'.rstrip() for line in first_lines(text, WIDTH - 4))]
+    return lines + [f'and {len(texts) - LISTED} more'] * (len(texts) > LISTED)
 
 
 def markdown(comparison: 'Comparison') -> str:
     """The same with tables that GitHub shows as such."""
     texts = []
     for section in sections(comparison):
-        parts = [f'### {section.title}' if section.rows or section.lines else section.title]
+        lines = [*section.lines, *shortened(section.texts)]
+        parts = [f'### {section.title}' if section.rows or lines else section.title]
         parts += section.notes
-        if section.lines:
-            parts.append('```\n' + '\n'.join(section.lines) + '\n```')
+        if lines:
+            parts.append('```\n' + '\n'.join(lines) + '\n```')
         if section.rows:
             rules = ['---:' if side == '>' else ':---' for side in section.align]
             cells = [
@@ -462,6 +491,7 @@ def as_data(comparison: 'Comparison') -> dict[str, Any]:
                     {'from': start, 'to': end, 'loss': loss}
                     for (start, end), loss in mean_by_position(group).items()
                 ],
+                'sample': sample_of(group),
                 'runs': [str(run.folder) for run in group.members],
             }
         )

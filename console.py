@@ -16,6 +16,7 @@ from errors import UserError, nearest
 STYLES = ('auto', 'block', 'line')
 WIDTH = 80
 VALUE_COLUMN = 25
+SAMPLE_LINES = 10
 THIN, THICK = '─' * WIDTH, '=' * WIDTH
 
 # The same text for a log file or a terminal that is not UTF-8.
@@ -623,6 +624,28 @@ def diagnostics_table(diagnostics: dict) -> str:
     return '\n'.join(lines)
 
 
+def sample_block(sample: dict) -> str:
+    """The beginning of what the model wrote, the prompt included."""
+    head = f'📝 Sample (took {_milliseconds(sample["time_ms"])})'
+    if sample['text'] is None:
+        return f'{head}: none, since the logits are not finite'
+    lines = first_lines(sample['prompt'] + sample['text'], WIDTH - 5)
+    return '\n'.join([head, *(f'   │ {line}'.rstrip() for line in lines)])
+
+
+def first_lines(text: str, width: int) -> list[str]:
+    """The first lines of a text that a model wrote, which may hold anything."""
+    paragraphs = visible(text).strip('\n').split('\n')
+    lines = [line for whole in paragraphs for line in textwrap.wrap(whole, width) or ['']]
+    return lines if len(lines) <= SAMPLE_LINES else [*lines[:SAMPLE_LINES], '…']
+
+
+def visible(text: str) -> str:
+    """The text with U+FFFD for what would move a cursor or turn the direction of writing."""
+    kept = (c if c == '\n' or c.isprintable() else ' ' if c.isspace() else '\ufffd' for c in text)
+    return ''.join(kept)
+
+
 def _positions(span: dict) -> str:
     """`0`, or `512-1023`: `to` itself is not part of a span."""
     first, last = span['from'], span['to'] - 1
@@ -745,6 +768,8 @@ class Console:
         self.show(evaluation_line(entry) if self.one_line else evaluation_block(entry, best))
         if 'diagnostics' in entry:
             self.show(diagnostics_table(entry['diagnostics']))
+        if 'sample' in entry:
+            self.show(sample_block(entry['sample']))
 
     def rollback(self, event: dict) -> None:
         self.first_logged = None  # the pace begins anew

@@ -8,10 +8,12 @@ import html
 import io
 import os
 from collections.abc import Sequence
+from itertools import starmap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import comparison_text
+from console import visible
 from errors import UserError
 from evidence import estimate
 from judgement import Group, curve_over, loss_at
@@ -194,6 +196,9 @@ table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabul
 th, td { padding: .3rem .7rem; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th { text-align: left; color: var(--soft); font-weight: 600; }
 .r { text-align: right; }
+.texts { display: grid; grid-template-columns: repeat(auto-fill, minmax(18rem, 1fr)); gap: 0 1rem; }
+.texts figure { margin: 0; min-width: 0; }
+.texts pre { white-space: pre-wrap; overflow-wrap: anywhere; }
 pre { overflow-x: auto; background: var(--wash); padding: .8rem 1rem; border-radius: 4px;
   font-size: .82rem; line-height: 1.45; }
 @media (max-width: 700px) { figure.wide { overflow-x: auto; } figure.wide svg { width: 860px; } }
@@ -253,12 +258,14 @@ def svg(width: float, height: float, draw) -> str:
 def section_html(section: comparison_text.Section) -> str:
     parts = [
         f'<h2>{html.escape(section.title)}</h2>'
-        if section.rows or section.lines
+        if section.rows or section.lines or section.texts
         else f'<p class="note">{html.escape(" ".join(section.title.split()))}</p>'
     ]
     parts += [f'<p class="note">{html.escape(note)}</p>' for note in section.notes]
     if section.lines:
         parts.append(f'<pre>{html.escape(chr(10).join(section.lines))}</pre>')
+    if section.texts:
+        parts.append(f'<div class="texts">{"".join(starmap(figure_html, section.texts))}</div>')
     if section.rows:
         sides = ['r' if side == '>' else 'l' for side in section.align]
 
@@ -275,3 +282,8 @@ def section_html(section: comparison_text.Section) -> str:
             f'<div class="scroll"><table><thead>{head}</thead><tbody>{rows}</tbody></table></div>'
         )
     return '\n'.join(parts)
+
+
+def figure_html(heading: str, text: str) -> str:
+    shown = html.escape(visible(text).strip('\n'))
+    return f'<figure><figcaption>{html.escape(heading)}</figcaption><pre>{shown}</pre></figure>'

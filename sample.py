@@ -25,9 +25,8 @@ import hardware
 import resumption
 from configurator import read_config_file
 from errors import ArgumentParser, UserError, run_script
-from model_builder import generate, name_seed
-from sampling import Sampler, TextStream
-from text_codec import Codec
+from model_builder import generate
+from sampling import TEMPERATURE, TOP_K, Sampler, TextStream, prompt_tokens, stream
 
 SEPARATOR = '-' * 80
 LIMITS = {
@@ -56,8 +55,18 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add('--num_samples', type=int, default=3, help='texts to write (default 3)')
     add('--batch_size', type=int, help='of them at a time (default: all)')
     add('--max_new_tokens', type=int, default=300, help='tokens in each, at most (default 300)')
-    add('--temperature', type=float, default=0.8, help='0: always the likeliest (default 0.8)')
-    add('--top_k', type=int, default=200, help='draw from the likeliest k; 0: all (default 200)')
+    add(
+        '--temperature',
+        type=float,
+        default=TEMPERATURE,
+        help=f'0: always the likeliest (default {TEMPERATURE})',
+    )
+    add(
+        '--top_k',
+        type=int,
+        default=TOP_K,
+        help=f'draw from the likeliest k; 0: all (default {TOP_K})',
+    )
     add(
         '--top_p',
         type=float,
@@ -115,7 +124,7 @@ def main(argv: list[str]) -> int:
     checkpoint, state = resumption.find_checkpoint(options.out_dir, options.run)
     name = resumption.architecture_of(checkpoint).name
     codec, vocab_size = resumption.vocabulary_of(checkpoint)
-    tokens = prompt_tokens(codec, prompt)
+    tokens = prompt_tokens(codec, prompt, 'start')
     model = resumption.load_model(checkpoint, state, device).eval()
     start = torch.tensor(tokens[-model.config.block_size :], device=device)
     show(f'{name}, {checkpoint.iter:,} updates, from {checkpoint.path}\n')
@@ -126,7 +135,7 @@ def main(argv: list[str]) -> int:
     try:
         for first in range(0, options.num_samples, size):
             numbers = range(first, min(first + size, options.num_samples))
-            streams = [stream_of(options.seed, number) for number in numbers]
+            streams = [stream(options.seed, number) for number in numbers]
             choose = Sampler(vocab_size, *filters, streams)
             texts = [TextStream(codec.decode, options.stop, end_of_text) for _ in numbers]
             with hardware.autocast(device, dtype):
@@ -184,24 +193,6 @@ def read_prompt(start: str) -> str:
         return data.decode('utf-8')
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f'--start={start}: the text cannot be read: {error}.') from error
-
-
-def prompt_tokens(codec: Codec, prompt: str) -> list[int]:
-    """The ids of the prompt; an empty one is the end of the document before."""
-    tokens = [int(token) for token in codec.encode(prompt)]
-    if not tokens and codec.end_of_text is not None:
-        return [codec.end_of_text]
-    if not tokens:
-        raise UserError(
-            '--start is empty, and this vocabulary has no end-of-text token to begin from: give '
-            "the beginning of the text, such as --start='The '."
-        )
-    return tokens
-
-
-def stream_of(seed: int, number: int) -> torch.Generator:
-    """What text `number` is drawn with."""
-    return torch.Generator().manual_seed(name_seed(seed, f'sample/{number}'))
 
 
 @dataclass

@@ -1,16 +1,25 @@
-"""Which token comes next, and what text the tokens make as they come.
+"""Which token comes next, what text the tokens make as they come, and a run's own sample.
 
-Knows no model: `Sampler` is what `model_builder.generate` asks for each token.
+`Sampler` is what `model_builder.generate` asks for each token.
 """
 
 import math
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from errors import UserError
-from text_codec import REPLACEMENT
+from model_builder import Transformer, generate, name_seed
+from text_codec import REPLACEMENT, Codec
+from token_data import TokenDataset
+
+TEMPERATURE, TOP_K = 0.8, 200  # unless somebody asks for others
+
+
+class NothingToDraw(UserError):
+    """The logits leave no token that could be drawn."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +36,7 @@ class Sampler:
     generator: on the CPU, one for all rows or one for each; a row takes one number a token from
     it, so that a row with a generator of its own is drawn the same in whatever batch it is.
 
-    Raises UserError for logits that leave nothing to draw from.
+    Raises NothingToDraw for logits that are not finite.
     """
 
     vocab_size: int
@@ -41,7 +50,7 @@ class Sampler:
         logits = logits[:, : self.vocab_size].float()
         highest = logits.amax(dim=-1, keepdim=True)
         if not highest.isfinite().all():
-            raise UserError(
+            raise NothingToDraw(
                 f'No token can be drawn: the highest logit is {_first_not_finite(highest)}. The '
                 'weights are damaged or their training diverged, or dtype=float16 is too narrow '
                 'for them: try --dtype=float32.'
@@ -150,3 +159,81 @@ def begun(stop: str, text: str) -> int:
     """How many characters at the end of `text` may be the beginning of `stop`."""
     longest = min(len(stop) - 1, len(text))
     return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
+
+
+# --------------------------------------------------------------------------------------------------
+# A sample, and a run's own
+
+
+def stream(seed: int, number: int) -> torch.Generator:
+    """What the text of that number is drawn with."""
+    return torch.Generator().manual_seed(name_seed(seed, f'sample/{number}'))
+
+
+def prompt_tokens(codec: Codec, prompt: str, option: str) -> list[int]:
+    """The ids of the prompt that `option` gives; an empty one is the end of the document before.
+
+    Raises UserError where the vocabulary lacks its characters.
+    """
+    tokens = [int(token) for token in codec.encode(prompt)]
+    if not tokens and codec.end_of_text is not None:
+        return [codec.end_of_text]
+    if not tokens:
+        raise UserError(
+            f'--{option} is empty, and this vocabulary has no end-of-text token to begin from: '
+            f"give the beginning of the text, such as --{option}='The '."
+        )
+    return tokens
+
+
+@dataclass(frozen=True)
+class OwnSample:
+    """The text that a run writes at evaluations: of one prompt, always with the same draws.
+
+    As sample.py writes its first with the same prompt and seed.
+    """
+
+    prompt: str
+    tokens: list[int]  # of the prompt
+    codec: Codec
+    vocab_size: int
+    max_new_tokens: int
+    seed: int
+
+    @classmethod
+    def of(cls, run, dataset: TokenDataset) -> 'OwnSample | None':
+        """What the options ask for. Raises UserError where the dataset cannot be read as text."""
+        if run.sample_interval == 0:
+            return None
+        try:
+            codec = Codec(dataset.tokenizer, dataset.folder)
+            tokens = prompt_tokens(codec, run.sample_prompt, 'sample_prompt')
+        except UserError as error:
+            raise UserError(
+                f'sample_interval={run.sample_interval}: no text can be written '
+                f'(--sample_interval=0 trains without). {error}'
+            ) from error
+        counts = dataset.vocab_size, run.sample_tokens
+        return cls(run.sample_prompt, tokens, codec, *counts, run.seed)
+
+    def write(self, model: Transformer) -> dict:
+        """An entry of the record: `prompt`, `text` (None: logits not finite) and `time_ms`.
+
+        The model is in evaluation mode. Every rank takes part, in as many forward passes.
+        """
+        began = time.perf_counter()
+        device = next(model.parameters()).device
+        choose = Sampler(
+            self.vocab_size, TEMPERATURE, TOP_K, generator=[stream(self.seed, number=0)]
+        )
+        prompt = torch.tensor([self.tokens[-model.config.block_size :]], device=device)
+        text = TextStream(self.codec.decode, end_of_text=self.codec.end_of_text)
+        try:
+            for token in generate(model, prompt, self.max_new_tokens, choose=choose):
+                text.add(token.item())
+            text.finish()
+            written = text.text
+        except NothingToDraw:
+            written = None
+        seconds = time.perf_counter() - began
+        return {'prompt': self.prompt, 'text': written, 'time_ms': seconds * 1e3}

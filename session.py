@@ -19,6 +19,7 @@ from optimization import Updater
 from optimizers import local
 from parallelism import SingleProcess
 from readings import Readings
+from sampling import OwnSample
 from saving import Saver
 from token_data import TokenDataset
 from training_config import Settings
@@ -43,6 +44,7 @@ class Session:
     update_size: diagnostics.UpdateSize
     interruption: Interruption
     saver: Saver
+    own_sample: OwnSample | None
     surroundings: dict  # threads, versions and the like, to be compared on a resume
     held: dict[str, int] | None = None  # bytes on a rank, once they are measured
     readings: Readings = field(default_factory=Readings)  # since the last logged update
@@ -88,6 +90,17 @@ class Session:
     def evaluation_due(self, iter: int) -> bool:
         """Whether the loss is measured after `iter` updates: at intervals, and at the end."""
         return iter % self.settings.run.eval_interval == 0 or iter >= self.settings.run.max_iters
+
+    def sample_due(self, iter: int) -> bool:
+        """Whether the evaluation after `iter` updates writes text too: at intervals, at the end."""
+        run = self.settings.run
+        at_the_end = iter >= run.max_iters
+        return self.own_sample is not None and (at_the_end or iter % run.sample_interval == 0)
+
+    def write_sample(self) -> dict:
+        """The run's own sample as the record has it."""
+        with self.autocast():
+            return self.own_sample.write(self.bare)
 
     def evaluation_batches(
         self, split: str, *, divided: bool = True

@@ -80,6 +80,7 @@ TIMED_UPDATES = 10  # to learn the seconds of an update; the record leaves the f
 IMMATERIAL = (
     *('out_dir', 'init_from', 'resume_run', 'log_style', 'log_interval', 'debug'),
     *('concurrent_runs', *sinks.OPTIONS),
+    *('sample_interval', 'sample_prompt', 'sample_tokens'),
 )
 
 

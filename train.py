@@ -31,6 +31,7 @@ from interruption import Interruption
 from model_builder import name_seed, parameter_groups, training_flops
 from optimization import Updater, learning_rate_at
 from parallelism import SingleProcess, choose_strategy, recomputed_blocks
+from sampling import OwnSample
 from saving import Saver
 from session import Session
 from startup import record_header, surroundings
@@ -88,6 +89,7 @@ def set_up(
 ) -> Session:
     """Build everything that the loop needs, and begin or continue the record."""
     options, architecture = settings.run, settings.architecture
+    own_sample = OwnSample.of(options, dataset)
     peak = hardware.peak_flops(device, options.dtype, options.peak_tflops)
     compiled = options.compile
     if compiled and (problem := hardware.compile_problem(device)):
@@ -151,6 +153,7 @@ def set_up(
         update_size=diagnostics.UpdateSize(groups, parallel),
         interruption=Interruption(speaks=parallel.is_main),
         saver=Saver(options, device, parallel, logger),
+        own_sample=own_sample,
         surroundings=here,
     )
 
@@ -367,7 +370,10 @@ def evaluate(session: Session) -> bool:
                 model, session.parallel, session.evaluation_batches('val'), session.autocast
             ),
         }
-    session.logger.evaluation({**entry, 'time_ms': (time.perf_counter() - began) * 1e3})
+    entry['time_ms'] = (time.perf_counter() - began) * 1e3
+    if session.sample_due(progress.iter):
+        entry['sample'] = session.write_sample()
+    session.logger.evaluation(entry)
     return progress.note_evaluation(losses['val'])
 
 

@@ -27,7 +27,7 @@ from hardware import select_device
 from model_config import ModelArchitectureConfig
 from model_config import schema as architecture_schema
 from ranks import world_size
-from registry import FrozenConfig, Option, Registry, above, at_least, between
+from registry import AnyBut, FrozenConfig, Option, Registry, above, at_least, between
 from token_data import TokenDataset, is_prepared
 
 OPTIMIZER_REGISTRY = Registry('optimizer', 'Optimizer', 'optimizers')
@@ -74,6 +74,12 @@ RUN_OPTIONS = {
     'on_nonfinite': Option(str, 'stop', 'What to do when a loss or gradient is not finite: the '
                            'weights are left alone, and the run stops, goes on, or goes back to '
                            'the last checkpoint', choices=('stop', 'skip', 'rollback')),
+    'sample_interval': Option(int, 0, 'Updates between evaluations that write text too; 0: none',
+                              check=at_least(0)),
+    'sample_prompt': Option(str, '\n', 'How that text begins',
+                            requires=('sample_interval', AnyBut(0))),
+    'sample_tokens': Option(int, 128, 'Its length', check=at_least(1),
+                            requires=('sample_interval', AnyBut(0))),
     'diagnostics': Option(bool, False, 'At evaluations also measure layers, the last update, and '
                           'the loss by position'),
     'concurrent_runs': Option(int, 1, 'Runs at a time on this machine, as study.py says; with more '
@@ -371,6 +377,15 @@ def run_problems(run: TrainingConfig, plan: FrozenConfig, ranks: int) -> list[st
             f'gradient_accumulation_steps={accumulation} counts the micro-batches of all '
             f'{ranks} ranks and must be a multiple of that: for example '
             f'--gradient_accumulation_steps={-(-accumulation // ranks) * ranks}.'
+        ),
+    )
+    every, between = run.sample_interval, run.eval_interval
+    check(
+        every % between != 0,
+        lambda: (
+            f'sample_interval={every}: text is written at evaluations, so this is a multiple of '
+            f'eval_interval={between}, for example '
+            f'--sample_interval={-(-every // between) * between}.'
         ),
     )
     check(

@@ -55,11 +55,11 @@ def train_here(dataset: Path, out_dir: Path, **options) -> Run:
     run = Run(code=-1, session=None)
     forward, set_up, threads = Transformer.forward, train.set_up, torch.get_num_threads()
 
-    def seen_forward(model, tokens, targets=None, last_only=False):
+    def seen_forward(model, tokens, targets=None, **options):
         if targets is not None:
             seen = run.trained_on if model.training else run.evaluated_on
             seen.append((tokens.clone(), targets.clone()))
-        return forward(model, tokens, targets, last_only)
+        return forward(model, tokens, targets, **options)
 
     def kept_set_up(*arguments):
         run.session = set_up(*arguments)

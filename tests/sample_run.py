@@ -167,6 +167,9 @@ DIAGNOSTICS = {
 }
 
 
+SAMPLE = {'prompt': 'ROMEO:\n', 'text': 'O <b>night</b> & \x1b[31mday\t!', 'time_ms': 812.0}
+
+
 def iteration(i, *, loss=3.2145, time_ms=234.0, steps=1, mfu=32.45, peak_gb=15.67, rss_gb=2.5):
     return {
         'iter': i,

@@ -10,6 +10,7 @@ from sample_run import (
     DIAGNOSTICS,
     MAX_ITERS,
     NO_PEAK,
+    SAMPLE,
     STARTUP_INFO,
     Utf8Terminal,
     checkpoint,
@@ -167,6 +168,29 @@ def test_diagnostics_follow_the_evaluation(style):
     assert [float(loss) for *_, loss in spans] == [
         span['loss'] for span in DIAGNOSTICS['val_loss_by_position']
     ]
+
+
+@pytest.mark.parametrize('style', ['block', 'line'])
+def test_a_sample_follows_the_evaluation_and_cannot_touch_the_terminal(style):
+    shown_on, entry = console_on(style=style), evaluation(10)
+    shown_on.evaluation(entry, entry)
+    alone = shown(shown_on)
+    shown_on.evaluation({**entry, 'sample': SAMPLE}, entry)
+    assert shown(shown_on)[len(alone) :].splitlines() == [
+        'Sample (took 812ms)',
+        '   | ROMEO:',
+        '   | O <b>night</b> & \ufffd[31mday !',
+    ]
+
+
+def test_the_first_lines_of_a_sample_are_shown():
+    sample = {**SAMPLE, 'text': 'word ' * 400}
+    lines = console.sample_block(sample).splitlines()
+    assert len(lines) == 1 + console.SAMPLE_LINES + 1 and lines[-1] == '   │ …'
+    assert max(map(len, lines)) <= 80
+    shown_words = ' '.join(line[5:] for line in lines[2:-1]).split()
+    assert len(shown_words) > 100 and set(shown_words) == {'word'}
+    assert 'not finite' in console.sample_block({**SAMPLE, 'text': None})
 
 
 def test_diagnostics_that_hold_nothing_take_no_line():

@@ -53,6 +53,7 @@ VARIANTS = {
     'unsharded': {'use_fsdp': True, 'fsdp_shard_size': 1},
 }
 GPT2 = {'arch_preset': 'gpt2'}  # tied, learned positions
+SAMPLES = {'sample_interval': 10, 'sample_prompt': 'AB', 'sample_tokens': 20}
 LLAMA = {'arch_preset': 'llama'}
 # Parameters of four rows: at three ranks the last has none of them.
 SIX = {
@@ -79,7 +80,7 @@ OTHER_PRESETS = ('qwen3', 'gemma2', 'olmo2', 'pythia', 'deepseek')
 # What each strategy at two ranks is held against a single process in.
 CASES = {
     **{name: {**TEN, **options} for name, options in OPTIMIZERS.items()},
-    'gpt2': {**GPT2},
+    'gpt2': {**GPT2, **SAMPLES},
     'llama': {**LLAMA},
     'dropout': {**TEN, 'dropout': 0.1},
     'bfloat16': {**TEN, 'dtype': 'bfloat16'},
@@ -168,7 +169,7 @@ def planned() -> list[tuple[int, list[dict]]]:
     ]
     two = refused(2)
     for name, options in {**STRATEGIES, **VARIANTS}.items():
-        cases = CASES if name in STRATEGIES else {'gpt2': GPT2}
+        cases = CASES if name in STRATEGIES else {'gpt2': CASES['gpt2']}
         two += [run(f'{name} {case}', values, options) for case, values in cases.items()]
         two += [
             run(f'{name} half', GPT2, {'max_iters': 10}, options),
@@ -306,7 +307,8 @@ def write_dataset(folder: Path) -> None:
         (folder / f'{split}.bin').write_bytes(content)
         digest = hashlib.sha256(content).hexdigest()
         splits[split] = {'tokens': count, 'bytes': count, 'sha256': digest}
-    meta = {'tokenizer': {'kind': 'unknown'}, 'vocab_size': VOCABULARY, 'dtype': 'uint8'}
+    tokenizer = {'kind': 'char', 'characters': [chr(ord('0') + n) for n in range(VOCABULARY)]}
+    meta = {'tokenizer': tokenizer, 'vocab_size': VOCABULARY, 'dtype': 'uint8'}
     (folder / 'meta.json').write_text(json.dumps({'format_version': 1, **meta, 'splits': splits}))
 
 
@@ -426,6 +428,16 @@ def test_a_mixture_of_experts_is_divided_like_any_network(left, strategy, how):
     for mine, theirs in zip(*readings, strict=True):
         assert len(theirs) == 6 and mine == pytest.approx(theirs, rel=1e-5)
     assert any(reading['busiest_expert'] > 1 for reading in readings[1])
+
+
+@pytest.mark.parametrize('strategy', [*STRATEGIES, *VARIANTS])
+def test_samples_are_those_of_a_single_process(left, strategy):
+    run, reference = (
+        {entry['iter']: entry['sample']['text'] for entry in left(name).record['eval_steps']}
+        for name in (f'{strategy} gpt2', 'single gpt2')
+    )
+    assert run == reference and list(run) == [0, 10, 20]
+    assert all(len(text) == 20 for text in run.values()) and len({*run.values()}) == 3
 
 
 @pytest.mark.parametrize('strategy', STRATEGIES)

@@ -1,22 +1,29 @@
-"""sample.py: what it writes from a checkpoint, and what it says of that."""
+"""sample.py, and the samples that a run writes itself: what is written, and what is said of it."""
 
+import copy
 import io
 import json
+import random
 import re
 import shutil
 import sys
 from types import SimpleNamespace
 
+import jsonschema
 import pytest
 import torch
+from conftest import PROJECT, TINY_RUN
 from in_process import train_here
+from torch._dynamo.utils import counters
 
 import checkpointing
+import hardware
 import resumption
 import sample
+import train
 from errors import UserError, run_script
 from model_builder import generate
-from sampling import Sampler
+from sampling import OwnSample, Sampler
 from text_codec import Codec
 
 LETTERS = 'abcdefé😀\n '
@@ -30,7 +37,7 @@ def write_dataset(folder, **tokenizer):
     vocab_size = len(LETTERS) + ends
     splits = {}
     for split, count in (('train', 3000), ('val', 500)):
-        tokens = bytes(i * i % vocab_size for i in range(count))
+        tokens = bytes(random.Random(split).choices(range(vocab_size), k=count))
         (folder / f'{split}.bin').write_bytes(tokens)
         splits[split] = {'tokens': count, 'bytes': None}
     meta = {
@@ -213,3 +220,139 @@ def test_the_file_of_a_tokenizer_is_kept_with_the_run(tmp_path):
     (data / 'tokenizer.json').write_text('{}')
     resumption.keep_tokenizer(dataset, tmp_path)
     assert (tmp_path / 'tokenizer.json').read_text() == '{}'
+
+
+# --- What a run writes itself ---------------------------------------------------------------------
+
+RUN = {'max_iters': 4, 'eval_interval': 2, 'dropout': 0.1, 'n_layer': 1, 'eval_iters': 2}
+SAMPLING = {'sample_interval': 2, 'sample_prompt': 'the ', 'sample_tokens': 40}
+
+
+def samples_of(run) -> dict[int, dict]:
+    return {e['iter']: e['sample'] for e in run.record['eval_steps'] if 'sample' in e}
+
+
+def plain(run) -> tuple[list, list]:
+    """What a run measured, but for times and samples."""
+    lists = run.record['training_iterations'], run.record['eval_steps']
+    left_out = ('time_ms', 'tokens_per_sec', 'mfu', 'memory', 'sample', 'train_seconds')
+    return tuple([{k: v for k, v in e.items() if k not in left_out} for e in o] for o in lists)
+
+
+@pytest.fixture(scope='module')
+def sampled(tiny_dataset, tmp_path_factory):
+    """A run that writes samples."""
+    return train_here(tiny_dataset, tmp_path_factory.mktemp('sampled'), **RUN, **SAMPLING)
+
+
+def test_samples_change_nothing_of_a_run(sampled, tiny_dataset, tmp_path):
+    without = train_here(tiny_dataset, tmp_path, **RUN)
+    assert samples_of(without) == {} and list(samples_of(sampled)) == [0, 2, 4]
+    assert plain(sampled) == plain(without)
+    for name, weight in without.weights().items():
+        assert torch.equal(weight, sampled.weights()[name]), name
+    jsonschema.validate(sampled.record, json.loads((PROJECT / 'record_schema.json').read_text()))
+
+
+def test_a_sample_leaves_the_session_as_it_was(sampled):
+    session = sampled.session
+    session.model.eval()
+    before = torch.get_rng_state()
+    first = session.write_sample()
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(parameter.grad is None for parameter in session.bare.parameters())
+    assert not any(module.training for module in session.bare.modules())
+    assert session.write_sample()['text'] == first['text'] == samples_of(sampled)[4]['text']
+
+
+def test_a_runs_sample_is_the_first_of_sample_py(sampled, written):
+    sample = samples_of(sampled)[4]
+    options = {'start': 'the ', 'temperature': 0.8, 'seed': sampled.session.settings.run.seed}
+    texts, *_ = written(**options, out_dir=sampled.folder.parent)
+    assert texts[0] == sample['prompt'] + sample['text']
+    assert sample['text'] != samples_of(sampled)[0]['text']
+
+
+def test_a_resumed_run_writes_the_same_samples(sampled, tiny_dataset, tmp_path):
+    train_here(tiny_dataset, tmp_path, **{**RUN, **SAMPLING, 'max_iters': 2, 'lr_decay_iters': 4})
+    options = {'max_iters': 4, 'init_from': 'resume'}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr('in_process.TINY_RUN', {'device': 'cpu', 'dtype': 'float32'})
+        resumed = train_here(tiny_dataset, tmp_path, **options)
+    texts = [{n: sample['text'] for n, sample in samples_of(r).items()} for r in (resumed, sampled)]
+    assert texts[0] == texts[1] and len(texts[0]) == 3
+
+
+def test_samples_count_neither_as_training_nor_as_evaluation(tiny_dataset, tmp_path, monkeypatch):
+    now = [0.0]
+
+    def clock():
+        now[0] += 0.001
+        return now[0]
+
+    def slow_write(self, model):
+        now[0] += 1000
+        return {'prompt': '', 'text': '', 'time_ms': 1e6}
+
+    for module in (hardware, train):
+        monkeypatch.setattr(module, 'time', SimpleNamespace(perf_counter=clock))
+    monkeypatch.setattr(OwnSample, 'write', slow_write)
+    run = train_here(tiny_dataset, tmp_path, **RUN, **SAMPLING)
+    entries = [*run.record['training_iterations'], *run.record['eval_steps']]
+    assert len(entries) == 4 + 3 and len(samples_of(run)) == 3
+    assert max(entry['time_ms'] for entry in entries) < 1e5
+
+
+def test_samples_come_at_intervals_and_at_the_end(tiny_dataset, tmp_path):
+    options = {**RUN, 'max_iters': 5, 'eval_interval': 1}
+    run = train_here(tiny_dataset, tmp_path, **options, sample_interval=2, sample_tokens=1)
+    assert list(samples_of(run)) == [0, 2, 4, 5] and len(run.record['eval_steps']) == 6
+    assert {sample['prompt'] for sample in samples_of(run).values()} == {'\n'}
+
+
+def test_no_compiled_block_is_compiled_anew_for_a_sample(sampled):
+    model = copy.deepcopy(sampled.session.bare)
+    for block in model.blocks:
+        block.compile(backend='eager')
+    counters.clear()
+    text = sampled.session.own_sample.write(model)['text']
+    assert counters['frames']['total'] == 0 and text == samples_of(sampled)[4]['text']
+    with torch.no_grad():
+        model(torch.zeros((1, 8), dtype=torch.long))
+    assert counters['frames']['total'] == 1
+
+
+def test_a_model_without_finite_logits_writes_nothing(sampled):
+    model = copy.deepcopy(sampled.session.bare)
+    torch.nn.init.constant_(model.token_embedding.weight, float('nan'))
+    assert sampled.session.own_sample.write(model)['text'] is None
+
+
+def test_a_sample_ends_where_its_document_does(tmp_path):
+    dataset = write_dataset(tmp_path / 'data', end_of_text=True)
+    run = train_here(dataset, tmp_path / 'out', **RUN, **{**SAMPLING, 'sample_prompt': ''})
+    assert all(len(sample['text']) < 40 for sample in samples_of(run).values())
+    (last,) = run.trained_on[-1:]
+    assert last[0].max() == len(LETTERS)  # the token is there
+
+
+@pytest.mark.parametrize(
+    ('tokenizer', 'prompt', 'words'),
+    [
+        ({'kind': 'unknown'}, 'a', "'unknown'"),
+        ({}, 'xyz', "has no 'x' 'y' 'z'"),
+        ({}, '', '--sample_prompt is empty'),
+    ],
+)
+def test_samples_that_cannot_be_written_are_refused_at_once(
+    tokenizer, prompt, words, tmp_path, capsys
+):
+    dataset = write_dataset(tmp_path / 'data', **tokenizer)
+    values = {**TINY_RUN, 'dataset': dataset, 'out_dir': tmp_path / 'out', 'eval_interval': 2}
+    values |= {'sample_interval': 2, 'sample_prompt': prompt}
+    with pytest.raises(SystemExit) as exit:
+        run_script(train.main, [f'--{key}={value}' for key, value in values.items()])
+    message = capsys.readouterr().err
+    assert exit.value.code == 2 and words in message and message.count('\n') == 1
+    assert 'sample_interval=2: no text can be written (--sample_interval=0' in message
+    assert not list(tmp_path.glob('out/run_*'))

@@ -147,6 +147,8 @@ def test_every_problem_of_run_and_architecture_at_once(config):
         (['--learning_rate=0'], ['learning_rate', 'above 0']),
         (['--max_iters=0'], ['max_iters', 'at least 1']),
         (['--init_from=gpt3'], ['init_from', "'resume'"]),
+        (['--sample_interval=300', '--eval_interval=200'], ['sample_interval=300', '=400']),
+        (['--sample_interval=-1'], ['sample_interval', 'at least 0']),
     ],
 )
 def test_an_illegal_run_is_refused(argv, words):
@@ -175,6 +177,7 @@ def test_files_of_different_kinds_of_value(config):
         ),
         (['--decay_lr=False', '--lr_schedule=wsd'], ['decay_lr=True', 'decay_lr=False']),
         (['--decay_lr=False', '--warmup_iters=3'], ["lr_schedule='constant' or", 'decay_lr=False']),
+        (['--sample_prompt=A'], ['sample_interval=(anything but 0)', 'sample_interval=0']),
         (['--fsdp_shard_size=2'], ['use_fsdp=True', 'use_fsdp=False (default)']),
     ],
 )

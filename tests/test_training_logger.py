@@ -24,6 +24,7 @@ from sample_run import (
     MAX_ITERS,
     METADATA,
     NO_PEAK,
+    SAMPLE,
     STARTUP_INFO,
     TOKENS_PER_ITER,
     checkpoint,
@@ -185,9 +186,9 @@ def log_a_run(folder):
     logger = resumed(folder, 15, {'learning_rate': [6e-4, 3e-4]})
     logger.iteration(iteration(20, time_ms=50_000.0, steps=5, mfu=0.2))  # warm-up again
     logger.iteration(iteration(30, loss=float('nan'), time_ms=300.0, steps=10, mfu=None))
-    logger.evaluation({**evaluation(40, 3.5, 1.5), 'diagnostics': DIAGNOSTICS})
+    logger.evaluation({**evaluation(40, 3.5, 1.5), 'diagnostics': DIAGNOSTICS, 'sample': SAMPLE})
     logger.iteration(iteration(99, loss=2.5, time_ms=100.0, steps=69, mfu=60.0, peak_gb=None))
-    logger.evaluation(evaluation(100, 3.75, 1.6))
+    logger.evaluation({**evaluation(100, 3.75, 1.6), 'sample': {**SAMPLE, 'text': None}})
     logger.checkpoint(checkpoint(100))
     return logger
 
@@ -200,6 +201,9 @@ def test_a_full_document_is_what_the_schema_says(folder):
     assert document['summary'] == summary
     assert document['status'] == 'finished'
     assert document['metadata'] == METADATA
+    assert [e.get('sample') for e in document['eval_steps']] == [
+        *(None, SAMPLE, {**SAMPLE, 'text': None}),
+    ]
     assert read(folder) == read(folder / 'journal.jsonl') == read(folder / 'record.json')
     (folder / 'journal.jsonl').unlink()
     assert read(folder) == document
