@@ -661,6 +661,47 @@ def test_the_loss_by_position_stands_where_it_was_recorded(compared):
     ]
 
 
+def test_the_last_sample_of_each_architecture_is_shown(compared):
+    records = [make_record(1, loss=4.0), make_record(2, loss=5.0, ffn_type='swiglu')]
+    assert 'SAMPLES' not in ct.render(ca.compare(run_rows(records)))
+    for record, texts in zip(records, (('old', 'new\n```\n\x1b[2J'), ('last', None))):
+        for entry, text in zip(record['eval_steps'][1:], texts):
+            entry['sample'] = {'prompt': 'A: ', 'text': text, 'time_ms': 1.0}
+    text = compared(*records)
+    found = text.partition('\nSAMPLES\n')[2].partition('\n\n')[0].splitlines()[1:]
+    (one, other) = (line.split(', after ') for line in found if line.startswith('#'))
+    assert one[0].startswith('#1 ') and 'swiglu' in other[0] and other[0].startswith('#2 ')
+    assert found == [
+        f'{one[0]}, after 100 updates',
+        *('    A: new', '    ```', '    \ufffd[2J'),
+        f'{other[0]}, after 50 updates',
+        '    A: last',
+    ]
+    # Four spaces keep the fence of Markdown closed.
+    markdown = compared(argv=['out-1', 'out-2', '--format=markdown'])
+    assert '### SAMPLES\n\n' in markdown and '\n    ```\n' in markdown
+    samples = [group['sample'] for group in json.loads(compared(argv=['--format=json']))['groups']]
+    assert samples == [
+        {'prompt': 'A: ', 'text': 'new\n```\n\x1b[2J', 'time_ms': 1.0, 'iter': 100},
+        {'prompt': 'A: ', 'text': 'last', 'time_ms': 1.0, 'iter': 50},
+    ]
+
+
+def test_samples_of_many_architectures_are_counted(compared):
+    records = [make_record(n, loss=n, n_layer=n) for n in range(1, 13)]
+    for record in records:
+        record['eval_steps'][-1]['sample'] = {'prompt': '', 'text': 'a', 'time_ms': 1.0}
+    shown = compared(*records).partition('\nSAMPLES\n')[2].partition('\n\n')[0]
+    assert shown.count('    a\n') == ct.LISTED and shown.endswith(f'and {12 - ct.LISTED} more')
+
+
+def test_whether_samples_were_written_is_no_difference(compared):
+    text = compared(
+        make_record(1), make_record(2, ffn_type='swiglu', sample_interval=50, sample_prompt='A')
+    )
+    assert 'sample_' not in text
+
+
 def run_rows(records):
     return [ca.run_of(record, Path('out/run/record.json')) for record in records]
 

@@ -102,6 +102,26 @@ def test_the_page_has_everything_inside(folder, tmp_path, capsys):
         assert number in text
 
 
+def test_samples_stand_side_by_side_and_are_no_markup(folder, tmp_path, capsys):
+    texts = {}
+    for number, path in enumerate(sorted(folder.rglob('record.json'))):
+        record = json.loads(path.read_text())
+        texts[number] = f'<script>x{number}</script> & "\x00\x1b[0m\n' + 30 * '<b>line</b>\n'
+        sample = {'prompt': '<i>', 'text': texts[number], 'time_ms': 1.0}
+        record['eval_steps'][-1]['sample'] = sample
+        path.write_text(json.dumps(record))
+    path = tmp_path / 'report.html'
+    ca.main([str(folder), '--report', str(path)])
+    text = path.read_text(encoding='utf-8')
+    page = Page(text)
+    variants = len(STUDY['variants'])
+    assert page.found['figcaption'] == variants and page.outside == []
+    assert not page.found.keys() & {'script', 'b', 'i'}
+    assert text.count('&lt;i&gt;&lt;script&gt;') == variants
+    assert text.count('&lt;b&gt;line&lt;/b&gt;') == 30 * variants  # all of it
+    assert '\x00' not in text and '\x1b' not in text
+
+
 def test_the_curves_are_the_means_of_the_records(comparison):
     figure = report.matplotlib_figure(9, 4)
     report.draw_curves(comparison, figure)
