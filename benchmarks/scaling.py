@@ -30,6 +30,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 
 import hardware  # noqa: E402
+from benchmarks.record_overhead import random_tokens  # noqa: E402
 from benchmarks.training_speed import (  # noqa: E402
     Contestant,
     Lost,
@@ -81,8 +82,7 @@ def point(base: dict, sweep: str, value: int, tokens: int) -> dict:
 def measure(told: dict, seconds: float, name: str) -> dict:
     """What is found of one point. Raises Lost."""
     with tempfile.TemporaryDirectory(prefix='scaling_') as folder:
-        told = {**told, 'folder': folder}
-        running = []
+        told, sizes, running = {**told, 'folder': folder}, told['shape']['options'], []
 
         def start(kind: str, **more) -> tuple[Contestant, dict]:
             log = Path(folder, f'{kind}.log')
@@ -90,13 +90,13 @@ def measure(told: dict, seconds: float, name: str) -> dict:
             return running[-1], running[-1].answer()
 
         try:
-            prepared = start('prepare', peers=[])[1]
+            Path(folder, 'data').mkdir()
+            random_tokens(Path(folder, 'data'), told['shape']['vocab_size'])
             contestant, first = start('ours')
             once = contestant.ask(steps=1)
             steps = max(1, math.ceil(seconds / once['seconds']))
             answer = contestant.ask(steps=steps)
-            shapes = product_shapes(told['shape'], prepared['d_ff'])
-            dtype = told['dtype']
+            dtype, shapes = told['dtype'], product_shapes(told['shape'], 4 * sizes['n_embd'])
             probe, _ = start('products', products=shapes, dtypes=[dtype])
             product = probe.ask()[dtype]['tflops']
         finally:

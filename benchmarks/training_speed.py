@@ -307,15 +307,18 @@ class Race:
         probe = self.launch('products', products=shapes, dtypes=dtypes)
         probe.answer()  # a warm-up
         self.waiting_since = {name: self.clocks(name) for name in self.results}
-        began = time.monotonic()
-        for turn in range(self.options.turns):
+        began, done = time.monotonic(), 0
+        for turn in range(1, self.options.turns + 1):
             for name in list(self.results):
                 self.attempt(name, self.turn)
-                speeds = self.results[name].speeds if name in self.results else [0]
-                self.say(
-                    f'turn {turn + 1}/{self.options.turns} {name}: {speeds[-1]:,.0f} tokens/s'
-                    + left(time.monotonic() - began, turn, self.options.turns)
-                )
+                if name in self.results:
+                    done += 1
+                    to_do = self.options.turns * len(self.results) - done
+                    left = (time.monotonic() - began) / done * to_do
+                    self.say(
+                        f'turn {turn}/{self.options.turns} {name}: '
+                        f'{self.results[name].speeds[-1]:,.0f} tokens/s | about {left:.0f} s left'
+                    )
             self.products.append(probe.ask())
 
     def attempt(self, name: str, action) -> None:
@@ -392,13 +395,6 @@ class Race:
     def say(self, text: str) -> None:
         spent = time.monotonic() - self.began
         print(f'{spent:6.0f} s  {text}', file=sys.stderr, flush=True)
-
-
-def left(spent: float, turn: int, turns: int) -> str:
-    """Time left, once there is a whole turn to judge by."""
-    if turn == 0:
-        return ''
-    return f' | about {max(0.0, spent / (turn + 0.5) * turns - spent):.0f} s left'
 
 
 # --- What is made of it ---------------------------------------------------------------------------
@@ -504,6 +500,7 @@ def summary(race: Race) -> dict:
         'tokens_per_update': next(iter(results.values())).start['tokens'],
         'flops': flops,
         'turns': race.options.turns,
+        'peers_mallopt': race.options.peers_mallopt,
         'products': race.products,
         'best_product_tflops': {
             dtype: spread([turn[dtype]['tflops'] for turn in race.products]) for dtype in dtypes
@@ -531,53 +528,78 @@ def best_peer(contestants: dict[str, dict]) -> str | None:
 
 
 def report(found: dict) -> str:
-    """The tables that are shown."""
-    shape, contestants = found['shape'], found['contestants']
-    sizes = shape['options']
+    """Everything that is shown."""
+    return '\n\n'.join(
+        [heading(found), speeds(found), against(found), same_work(found), *remarks(found)]
+    )
+
+
+def heading(found: dict) -> str:
+    """Where it ran, and what."""
+    shape = found['shape']
+    sizes, flops = shape['options'], found['flops']
     versions = ', '.join(f'{name} {value}' for name, value in found['versions'].items() if value)
-    lines = [
+    products = ', '.join(
+        f'{shown(values, 3)} TFLOP/s {dtype}'
+        for dtype, values in found['best_product_tflops'].items()
+    )
+    alike = ", the peers' processes set up like ours" if found['peers_mallopt'] else ''
+    return (
         f'{found["device"]}, {found["threads"]} threads, {found["memory_gb"]:.0f} GB; {versions}; '
-        f'commit {str(found["git_commit"])[:9]}{"" if found["git_clean"] else " with changes"}',
+        f'commit {str(found["git_commit"])[:9]}{"" if found["git_clean"] else " with changes"}\n'
         f'{shape["name"]}: {sizes["n_layer"]}L-{sizes["n_head"]}H-{sizes["n_embd"]}D, vocabulary '
         f'{shape["vocab_size"]:,}, dropout {sizes["dropout"]:g}; {sizes["batch_size"]} × '
-        f'{sizes["block_size"]} tokens an update; {found["flops"]["per_token"] / 1e9:.3f} GFLOP a '
-        f'token ({found["flops"]["per_token_causal"] / 1e9:.3f} causal)',
-        'fastest matrix multiplication: '
-        + ', '.join(
-            f'{shown(s, 3)} TFLOP/s {dtype}' for dtype, s in found['best_product_tflops'].items()
-        ),
-        f'Medians [least, most] of {found["turns"]} turns.',
-        '',
-    ]
+        f'{sizes["block_size"]} tokens an update; {flops["per_token"] / 1e9:.3f} GFLOP a token '
+        f'({flops["per_token_causal"] / 1e9:.3f} causal)\n'
+        f'fastest matrix multiplication: {products}\n'
+        f'Medians [least, most] of {found["turns"]} turns{alike}.'
+    )
+
+
+def speeds(found: dict) -> str:
+    """Each contestant by itself."""
     titles = 'dtype tokens/s MFU_% causal peak_GB set-up_s first_update_s compile_s warm'
     rows = [('', *(title.replace('_', ' ') for title in titles.split()))]
-    for name, entry in contestants.items():
-        compiled = entry['compile_seconds']
+    for name, entry in found['contestants'].items():
+        shares, compiled = entry['mfu_percent'], entry['compile_seconds']
         rows.append(
             (
                 name,
                 entry['dtype'],
                 shown(entry['tokens_per_sec'], 0),
-                f'{entry["mfu_percent"]["per_token"]["median"]:.1f}',
-                f'{entry["mfu_percent"]["per_token_causal"]["median"]:.1f}',
+                f'{shares["per_token"]["median"]:.1f}',
+                f'{shares["per_token_causal"]["median"]:.1f}',
                 f'{entry["peak_gb"]:.2f}',
                 f'{entry["set_up_seconds"]:.1f}',
                 f'{entry["first_update_seconds"]:.1f}',
                 *(f'{compiled[key]:.1f}' if key in compiled else '' for key in ('cold', 'warm')),
             )
         )
-    lines += [table(rows), '']
+    return (
+        f'{table(rows)}\n'
+        f'Set-up: from the command to the beginning of the first update, no evaluation before it.\n'
+        f'Compile: what the first update takes beyond a later one, with an empty cache and with a '
+        f'warm one.'
+    )
+
+
+def against(found: dict) -> str:
+    """Ours against everybody, in turns."""
+    contestants, best = found['contestants'], best_peer(found['contestants'])
     ours = [name for name in contestants if name.partition('/')[0] not in PEERS]
-    rows = [('tokens/s against (memory)', *ours)]
+    rows = [('tokens/s (memory) against', *ours)]
     for name, entry in contestants.items():
-        cells = []
-        for mine in ours:
-            against = entry['against'].get(mine)
-            memory = f' ({against["memory"]:.2f})' if against and against['memory'] else ''
-            cells.append(f'{shown(against["speed"], 2)}{memory}' if against else '')
-        best = ' ← the best peer' if name == best_peer(contestants) else ''
-        rows.append((name, *cells, best))
-    lines += [table(rows) if ours else '', '']
+        cells = [''] * len(ours)
+        for column, mine in enumerate(ours):
+            if ratio := entry['against'].get(mine):
+                cells[column] = shown(ratio['speed'], 2)
+                cells[column] += f' ({ratio["memory"]:.2f})' if ratio['memory'] else ''
+        rows.append((name, *cells, '← the best peer' if name == best else ''))
+    return table(rows)
+
+
+def same_work(found: dict) -> str:
+    """Whether all did the same."""
     rows = [('same work?', 'parameters', 'FLOPs', 'first loss', 'norm', 'loss', 'norm', '')]
     for name, entry in found['agreement'].items():
         rows.append(
@@ -591,17 +613,21 @@ def report(found: dict) -> str:
                 f'NOT THE SAME: {", ".join(entry["problems"])}' if entry['problems'] else '',
             )
         )
-    lines += [table(rows), '']
-    lines.append(
-        f'FLOPs, loss and norm: relative differences, of the first {CHECKED} updates at most; '
-        f'empty where the weights differ from the start.'
+    return (
+        f'{table(rows)}\n'
+        f'FLOPs, and loss and norm on the right: relative differences, these of the first '
+        f'{CHECKED} updates;\nempty where the first weights could not be made equal.'
     )
-    for name, entry in contestants.items():
-        if entry['computed_while_waiting'] > IDLE:
-            share = 100 * entry['computed_while_waiting']
-            lines.append(f'warning: {name} used {share:.1f} % of a core while it waited')
-    lines += [f'left out: {why}' for why in found['left_out']]
-    return '\n'.join(lines)
+
+
+def remarks(found: dict) -> list[str]:
+    """What should be known beside the figures."""
+    busy = [
+        f'warning: {name} used {100 * entry["computed_while_waiting"]:.1f} % of a core in waiting'
+        for name, entry in found['contestants'].items()
+        if entry['computed_while_waiting'] > IDLE
+    ]
+    return busy + [f'left out: {why}' for why in found['left_out']]
 
 
 def shown(values: dict, digits: int) -> str:

@@ -2,6 +2,7 @@
 
 import io
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -87,6 +88,41 @@ def test_other_work_is_found_out(change, problem):
     assert not {'loss', 'norm'} & found.keys() and 'loss' not in found['problems']
 
 
+def test_the_report_is_of_what_was_found():
+    times = {'set_up_seconds': 3.0, 'first_update_seconds': 9.0}
+    start = {**times, 'update_seconds': 1.5, 'threads': 2}
+    warm = {**times, 'first_update_seconds': 4.5}
+    results = [
+        result('ours/compile', [1.0, 1.0, 2.0], **start, cold=times, warm=warm),
+        result('nanogpt/eager', [3.0, 2.0, 8.0], **start),
+        result('transformers/eager', [4.0, 4.0, 4.0], **start),
+    ]
+    for contestant, peak in zip(results, (2.0, 4.0, 5.0)):
+        contestant.peak_gb = peak
+    results[1].waited, results[1].computed_waiting = 100.0, 7.0
+    race = SimpleNamespace(
+        options=SimpleNamespace(shape='tiny', turns=3, peers_mallopt=False),
+        device=torch.device('cpu'),
+        shape=speed.SHAPES['tiny'],
+        results={contestant.name: contestant for contestant in results},
+        products=[{'bfloat16': {'tflops': 1.0, 'shape': [1, 1, 1]}}] * 3,
+        prepared={'parameters': 10, 'flops': {'per_token': 5e9, 'per_token_causal': 4e9}},
+        left_out=['x-transformers: pip install x-transformers'],
+    )
+    found = json.loads(json.dumps(speed.summary(race)))
+    ours = found['contestants']['ours/compile']
+    # 1.5 s is a later update: 7.5 s of the first one are compiling, 3 with a warm cache.
+    assert ours['compile_seconds'] == {'cold': 7.5, 'warm': 3.0}
+    ratio = found['contestants']['nanogpt/eager']['against']['ours/compile']
+    assert ratio == {'speed': {'median': 3.0, 'least': 2.0, 'most': 4.0}, 'memory': 0.5}
+    lines = speed.report(found).splitlines()
+    (best,) = [line for line in lines if '← the best peer' in line]
+    # The median of 67, 100 and 25 tokens/s is above that of 50, 50 and 50.
+    assert best.startswith('nanogpt/eager') and '3.00 [2.00, 4.00] (0.50)' in best
+    assert any('nanogpt/eager used 7.0 % of a core' in line for line in lines)
+    assert 'left out: x-transformers: pip install x-transformers' in lines
+
+
 def test_who_takes_part():
     def names(*argv: str, device: str = 'cpu') -> list[str]:
         return list(speed.chosen(speed.parse(list(argv)), device)[0])
@@ -140,3 +176,39 @@ def test_one_thing_is_varied_at_a_time():
         {'tokens_per_sec': 5.0, 'flops_per_token': 3.0},
     ]
     assert scaling.times_arithmetic(rows) == [1.0, pytest.approx(4 / 3)]
+
+
+def test_a_point_is_measured_against_its_own_matrix_multiplication(monkeypatch):
+    first = {
+        'parameters': 7,
+        'tokens': 64,
+        'flops': {'per_token': 1e9, 'per_token_causal': 5e8},
+        'peak_gb': 1.0,
+    }
+    asked, ended = [], []
+
+    class Process:
+        def __init__(self, name, told, log):
+            self.kind = told['kind']
+
+        def answer(self):
+            return first
+
+        def ask(self, **command):
+            asked.append((self.kind, command))
+            if self.kind == 'products':
+                return {'float32': {'tflops': 2.0}}
+            return {'seconds': 0.5 * command['steps'], 'peak_gb': 3.0}
+
+        def end(self):
+            ended.append(self.kind)
+
+    monkeypatch.setattr(scaling, 'Contestant', Process)
+    told = {'shape': scaling.point(scaling.QUICK_BASE, 'n_embd', 64, 64), 'dtype': 'float32'}
+    found = scaling.measure(told, seconds=1.6, name='n_embd=64')
+    # Half a second an update: 4 fill 1.6 s; 128 tokens/s of 1 GFLOP are 6.4 % of 2 TFLOP/s.
+    assert asked[:2] == [('ours', {'steps': 1}), ('ours', {'steps': 4})]
+    assert (found['ms_an_update'], found['tokens_per_sec']) == (500.0, 128.0)
+    assert found['mfu_percent'] == pytest.approx(6.4)
+    assert found['mfu_causal_percent'] == pytest.approx(3.2)
+    assert found['peak_gb'] == 3.0 and ended == ['ours', 'products']
