@@ -87,6 +87,12 @@ class Session:
             'unique_tokens': self.order.unique_tokens(tokens // block_size) if counted else None,
         }
 
+    def checkpoint_index(self) -> dict:
+        """What a checkpoint of this moment says of itself."""
+        return resumption.checkpoint_index(
+            self.settings, self.progress, self.surroundings, self.dataset
+        )
+
     def evaluation_due(self, iter: int) -> bool:
         """Whether the loss is measured after `iter` updates: at intervals, and at the end."""
         return iter % self.settings.run.eval_interval == 0 or iter >= self.settings.run.max_iters

@@ -387,11 +387,8 @@ def save(session: Session) -> None:
             progress.iter, checkpointing.published(saver.folder)
         )
     session.agree_on_data()
-    index = resumption.checkpoint_index(
-        session.settings, progress, session.surroundings, session.dataset
-    )
     state = divided_state.collect(session.parallel, session.bare, session.updater, saver.kept)
-    saver.begin(state, index, began)
+    saver.begin(state, session.checkpoint_index(), began)
 
 
 if __name__ == '__main__':

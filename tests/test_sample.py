@@ -1,6 +1,7 @@
 """sample.py, and the samples that a run writes itself: what is written, and what is said of it."""
 
 import copy
+import hashlib
 import io
 import json
 import random
@@ -24,7 +25,7 @@ import train
 from errors import UserError, run_script
 from model_builder import generate
 from sampling import OwnSample, Sampler
-from text_codec import Codec
+from text_codec import Codec, byte_characters
 
 LETTERS = 'abcdefé😀\n '
 OPTIONS = {'temperature': 50.0, 'max_new_tokens': 40, 'num_samples': 3, 'start': 'abc'}
@@ -212,14 +213,22 @@ def test_a_checkpoint_that_does_not_tell_its_tokenizer_needs_the_dataset(trained
     assert vocab_size == len(LETTERS) and codec.decode([6, 7]) == 'é😀'
 
 
-def test_the_file_of_a_tokenizer_is_kept_with_the_run(tmp_path):
-    tokenizer, data = {'kind': 'bpe', 'file': 'tokenizer.json'}, tmp_path / 'data'
-    dataset = SimpleNamespace(tokenizer=tokenizer, folder=data)
-    resumption.keep_tokenizer(dataset, tmp_path)  # which is not there: nothing happens
-    data.mkdir()
-    (data / 'tokenizer.json').write_text('{}')
-    resumption.keep_tokenizer(dataset, tmp_path)
-    assert (tmp_path / 'tokenizer.json').read_text() == '{}'
+def test_the_file_of_a_tokenizer_is_kept_with_the_run(written, tmp_path):
+    """Byte pairs that were trained on the corpus: 256 bytes, `ab`, and the end of text."""
+    characters = byte_characters()
+    vocabulary = {characters[byte]: byte for byte in range(256)} | {'ab': 256}
+    content = json.dumps({'model': {'vocab': vocabulary}}).encode()
+    digest = hashlib.sha256(content).hexdigest()
+    data = tmp_path / 'data'
+    write_dataset(data, kind='bpe', file='tokenizer.json', sha256=digest)
+    (data / 'tokenizer.json').write_bytes(content)
+    run = train_here(data, tmp_path / 'out', max_iters=1, n_layer=1, vocab_size=258)
+    shutil.rmtree(data)
+    (text,), _, tail = written(out_dir=tmp_path / 'out', start='abab', num_samples=1)
+    assert text.startswith('abab') and 'prompt: 2 tokens' in tail
+    (run.folder / 'tokenizer.json').unlink()
+    with pytest.raises(UserError, match=r'tokenizer\.json cannot be used: .*No such file'):
+        sample.main([f'--out_dir={tmp_path / "out"}', '--device=cpu'])
 
 
 # --- What a run writes itself ---------------------------------------------------------------------
