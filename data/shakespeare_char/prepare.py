@@ -5,7 +5,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from data.preparation import prepare_shakespeare
+from data.shakespeare_text import prepare_shakespeare
 from errors import run_script
 
 

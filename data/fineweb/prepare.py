@@ -1,0 +1,25 @@
+"""FineWeb's sample of 10 billion tokens (Penedo et al. 2024), some 45 GB of text.
+
+Takes the options of data/prepare.py; --hf_subset=sample-100BT has ten times as much. Run me, or try
+a part first:
+
+    python data/fineweb/prepare.py --max_documents=20000
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from data import prepare
+from errors import run_script
+
+
+def main(argv=None):
+    folder = Path(__file__).resolve().parent
+    mine = ['--hf=HuggingFaceFW/fineweb', '--hf_subset=sample-10BT', '--val_fraction=0.001']
+    prepare.main([*mine, f'--out={folder}', *(sys.argv[1:] if argv is None else argv)])
+
+
+if __name__ == '__main__':
+    run_script(main)

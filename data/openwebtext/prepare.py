@@ -1,0 +1,25 @@
+"""OpenWebText (Gokaslan & Cohen 2019): 8 million pages, some 40 GB of text, 9 billion tokens.
+
+Takes the options of data/prepare.py. Run me, or try a part first:
+
+    python data/openwebtext/prepare.py --max_documents=20000
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from data import prepare
+from errors import run_script
+
+
+def main(argv=None):
+    folder = Path(__file__).resolve().parent
+    # The share that nanoGPT sets apart.
+    mine = ['--hf=Skylion007/openwebtext', '--val_fraction=0.0005', f'--out={folder}']
+    prepare.main([*mine, *(sys.argv[1:] if argv is None else argv)])
+
+
+if __name__ == '__main__':
+    run_script(main)
