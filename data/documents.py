@@ -143,6 +143,11 @@ class Source:
     unit: str
     max_documents: int | None = None
 
+    @property
+    def is_small(self) -> bool:
+        """Whether it is hardly a piece, and not worth starting processes for."""
+        return self.unit == 'B' and self.total is not None and self.total < 2 * PIECE_BYTES
+
     def identity(self) -> dict:
         """What has to be the same for a preparation to go on, in plain values."""
         raise NotImplementedError

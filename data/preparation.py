@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data.documents import PIECE_BYTES, Invalid, Piece, Position, Source
+from data.documents import Invalid, Piece, Position, Source
 from data.token_writer import TokenWriter
 from data.tokenizer_training import TOKENIZER_FILE, character_tokenizer, train_byte_pairs
 from data.workers import available_cores, in_order
@@ -231,8 +231,7 @@ def _differences(before: dict, now: dict) -> Iterator[str]:
 
 def _fill(work: Path, source: Source, options: Options, settings: dict) -> dict:
     """Write all token files into `work` and check them; the meta.json. Raises UserError."""
-    small = source.total is not None and source.unit == 'B' and source.total < 2 * PIECE_BYTES
-    workers = 1 if small else options.workers or available_cores()
+    workers = 1 if source.is_small else options.workers or available_cores()
     tokenizer = _complete_tokenizer(options, source, work, workers)
     codec = Codec(tokenizer, work)
     if options.is_validation and codec.end_of_text is None:
@@ -340,9 +339,12 @@ def _publish(work: Path, folder: Path, meta: dict) -> None:
             if re.fullmatch(rf'{split}(_\d{{5}})?\.bin', path.name):
                 path.unlink()
     (folder / TOKENIZER_FILE).unlink(missing_ok=True)
-    for name in ('meta.json', meta['tokenizer'].get('file')):
-        if name:
-            os.replace(work / name, folder / name)
+    if name := meta['tokenizer'].get(
+        'file'
+    ):  # a copy: should this be cut short, it is needed again
+        shutil.copyfile(work / name, work / 'copy')
+        os.replace(work / 'copy', folder / name)
+    os.replace(work / 'meta.json', folder / 'meta.json')
     for split in reversed(SPLITS):
         for number, shard in enumerate(meta['splits'][split]['shards']):
             os.replace(work / f'{split}_{number:05d}.bin', folder / shard['file'])

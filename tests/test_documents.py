@@ -1,0 +1,251 @@
+"""Sources of documents: what they give, from where they go on, and what they say of bad files."""
+
+import gzip
+import json
+import os
+import sys
+
+import datasets
+import pyarrow
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pyarrow import parquet
+
+from data import documents
+from data.documents import Files, HuggingFace, Invalid, Position, find_files
+from errors import UserError
+
+TEXTS = [f'Document {i} — naïve\n' * (1 + i % 7) for i in range(60)]
+
+
+def lines_of(texts):
+    return ''.join(json.dumps({'id': i, 'text': text}) + '\n' for i, text in enumerate(texts))
+
+
+@pytest.fixture(scope='module')
+def corpus(tmp_path_factory):
+    """A folder with a file of each kind; TEXTS are what it holds, in order."""
+    folder = tmp_path_factory.mktemp('corpus')
+    (folder / 'a.txt').write_text(TEXTS[0], encoding='utf-8')
+    (folder / 'b.jsonl').write_text(lines_of(TEXTS[1:20]).replace('\n', '\n\n', 3))
+    with gzip.open(folder / 'c.jsonl.gz', 'wt') as file:
+        file.write(lines_of(TEXTS[20:40]))
+    table = pyarrow.table({'id': list(range(19)), 'text': TEXTS[40:59]})
+    parquet.write_table(table, folder / 'd.parquet', row_group_size=7)
+    (folder / 'sub').mkdir()
+    (folder / 'sub' / 'e.md').write_text('\ufeff' + TEXTS[59], encoding='utf-8')
+    for name in ('image.png', '.hidden.txt', '.git/x.txt'):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b'\xff')
+    return folder
+
+
+def files(*names, field='text', cut=2**24, max_documents=None):
+    return Files(list(map(str, names)), field, cut, max_documents)
+
+
+def texts_of(source, position=None):
+    return [record.text() for piece in source.pieces(position) for record in piece.records]
+
+
+def through_json(position):
+    return Position(*json.loads(json.dumps(position)))
+
+
+def test_every_kind_of_file_gives_its_documents_in_order(corpus):
+    source = files(corpus)
+    assert texts_of(source) == TEXTS
+    assert source.total == sum(os.path.getsize(path) for path in source.paths)
+    assert len(source.paths) == 5
+
+
+@pytest.mark.parametrize('size', [1, 300, 2000])
+def test_a_source_goes_on_from_any_position(corpus, monkeypatch, size):
+    monkeypatch.setattr(documents, 'PIECE_BYTES', size)
+    monkeypatch.setattr(documents, 'ROWS', 4)
+    pieces = list(files(corpus).pieces())
+    done = [piece.position.done for piece in pieces]
+    assert done == sorted(done) and done[-1] == files(corpus).total
+    given_so_far = 0
+    for number, piece in enumerate(pieces):
+        given_so_far += len(piece.records)
+        assert piece.position.given == given_so_far
+        assert list(files(corpus).pieces(through_json(piece.position))) == pieces[number + 1 :]
+
+
+@pytest.mark.parametrize('limit', [1, 25, 59, 60, 61])
+def test_only_the_first_documents(corpus, monkeypatch, limit):
+    monkeypatch.setattr(documents, 'PIECE_BYTES', 300)
+    source = files(corpus, max_documents=limit)
+    assert texts_of(source) == TEXTS[:limit]
+    pieces = list(source.pieces())
+    assert texts_of(source, pieces[-1].position) == []
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(st.sampled_from('ab \n\ré日😀'), max_size=400), st.integers(4, 60))
+def test_long_texts_are_cut_into_documents_that_join_to_the_whole(tmp_path_factory, text, size):
+    path = tmp_path_factory.getbasetemp() / f'cut_{os.getpid()}.txt'
+    path.write_bytes(text.encode())
+    records = [record for piece in files(path, cut=size).pieces() for record in piece.records]
+    parts = [record.text() for record in records]
+    assert ''.join(parts) == text
+    sizes = [len(part.encode()) for part in parts]
+    assert all(size - 3 <= part <= 2 * size for part in sizes[:-1])
+    assert not sizes or sizes[-1] <= 2 * size
+    assert [record.place for record in records] == (
+        [str(path)] if len(parts) == 1 else [f'{path}, part {i + 1}' for i in range(len(parts))]
+    )
+
+
+def test_texts_are_cut_at_blank_lines_where_there_are_some(tmp_path):
+    (tmp_path / 'a.txt').write_text(''.join(f'line {i}\nline\n\n' for i in range(100)))
+    parts = texts_of(files(tmp_path, cut=100))
+    assert len(parts) > 5 and all(part.endswith('line\n\n') for part in parts)
+    assert len(texts_of(files(tmp_path, cut=100_000))) == 1
+    (tmp_path / 'a.txt').write_bytes(b'\x80' * 1000)
+    with pytest.raises(Invalid, match='part 1 is no UTF-8'):
+        texts_of(files(tmp_path, cut=100))
+
+
+ROWS = {
+    'no JSON': b'{"text": "a"}\n{"text": \n',
+    'no JSON object': b'{"text": "a"}\n["text"]\n',
+    "no field 'text', but 'txt', 'url'. Did you mean txt\\? .*--field=NAME": (
+        b'{"text": "a"}\n{"txt": "b", "url": 1}\n'
+    ),
+    'no text, but of type NoneType': b'{"text": "a"}\n{"text": null}\n',
+    'no JSON: .*utf-8': b'{"text": "a"}\n{"text": "\xff"}\n',
+}
+
+
+@pytest.mark.parametrize('says', ROWS)
+def test_a_bad_line_is_named_with_file_and_number(tmp_path, says):
+    path = tmp_path / 'rows.jsonl'
+    path.write_bytes(ROWS[says])
+    first, second = (record for piece in files(path).pieces() for record in piece.records)
+    assert first.text() == 'a'
+    with pytest.raises(Invalid, match=rf'rows\.jsonl, line 2.*{says}'):
+        second.text()
+
+
+def damaged(tmp_path, kind):
+    path = tmp_path / f'damaged.{kind}'
+    if kind == 'jsonl.gz':
+        whole = gzip.compress(lines_of(TEXTS).encode())
+        path.write_bytes(whole[:-20])
+    elif kind == 'txt':
+        path.write_bytes(b'text\xff')
+    elif kind == 'md':
+        path.symlink_to('nowhere')
+    else:
+        path.write_bytes(b'junk' * 100)
+    return path
+
+
+@pytest.mark.parametrize(
+    'kind, says',
+    [
+        ('jsonl.gz', 'cannot be read: .*end-of-stream'),
+        ('txt', 'no UTF-8 text: invalid start byte at byte 4'),
+        ('md', 'cannot be read: No such file'),
+        ('parquet', 'cannot be read: .*[Pp]arquet'),
+        ('jsonl', 'line 1 is no JSON'),
+    ],
+)
+def test_a_damaged_file_is_named_and_the_next_is_read(tmp_path, kind, says):
+    path = damaged(tmp_path, kind)
+    (tmp_path / 'next.txt').write_text('fine')
+    source = files(path, tmp_path / 'next.txt')
+    *_, bad, last = (record for piece in source.pieces() for record in piece.records)
+    with pytest.raises(Invalid, match=rf'damaged\.{kind}.*{says}'):
+        bad.text()
+    assert last.text() == 'fine'
+
+
+def test_a_line_without_end_is_not_taken_into_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(documents, 'LINE_LIMIT', 1000)
+    (tmp_path / 'a.jsonl').write_bytes(lines_of(TEXTS[:3]).encode() + b'x' * 5000)
+    *good, bad = (record for piece in files(tmp_path).pieces() for record in piece.records)
+    assert [record.text() for record in good] == TEXTS[:3]
+    with pytest.raises(Invalid, match=r'a\.jsonl cannot be read: line 4 is longer'):
+        bad.text()
+
+
+def test_parquet_without_the_field_says_which_there_are(corpus):
+    with pytest.raises(Invalid, match=r"d\.parquet, row 1 has no field 'txt', but 'id', 'text'"):
+        texts_of(files(corpus / 'd.parquet', field='txt'))
+    with pytest.raises(Invalid, match=r"the field 'id' is no text, but of type int"):
+        texts_of(files(corpus / 'd.parquet', field='id'))
+
+
+def test_files_folders_and_patterns(corpus, monkeypatch):
+    monkeypatch.chdir(corpus)
+    everything = ['a.txt', 'b.jsonl', 'c.jsonl.gz', 'd.parquet', 'sub/e.md']
+    assert find_files(['.']) == [f'./{name}' for name in everything]
+    assert find_files(['sub', str(corpus), 'a.txt'])[0] == 'sub/e.md'
+    assert len(find_files(['sub', str(corpus), 'a.txt'])) == 5  # each once
+    assert find_files(['*.txt', '**/*.md']) == ['a.txt', 'sub/e.md']
+    assert find_files(['image.png']) == ['image.png']  # named by the user: taken as text
+
+
+@pytest.mark.parametrize(
+    'name, says',
+    [
+        ('b.json', r'no file or folder b\.json\. Did you mean b\.jsonl\?'),
+        ('*.csv', r'no file or folder \*\.csv'),
+        ('code', r"code holds no file .* 2 that end in '\.py'.*'code/\*\*/\*\.py'"),
+        ('empty', 'empty holds no file .* it is empty'),
+    ],
+)
+def test_a_name_that_stands_for_nothing(tmp_path, monkeypatch, name, says):
+    monkeypatch.chdir(tmp_path)
+    for folder in ('code', 'empty'):
+        (tmp_path / folder).mkdir()
+    for file in ('b.jsonl', 'code/x.py', 'code/y.py', 'code/z.c'):
+        (tmp_path / file).touch()
+    with pytest.raises(UserError, match=says):
+        find_files([name])
+
+
+def test_a_dataset_of_hugging_faces_is_read_as_it_arrives(corpus, tmp_path, monkeypatch):
+    """From a folder, by the package itself; on the hub only where the bytes come from differs."""
+    monkeypatch.setattr(documents, 'PIECE_BYTES', 300)
+    (tmp_path / 'train.jsonl').write_text(lines_of(TEXTS))
+    pieces = list(HuggingFace(str(tmp_path), None, 'train', 'text', None).pieces())
+    assert len(pieces) > 3
+    assert [record.text() for piece in pieces for record in piece.records] == TEXTS
+    for number, piece in enumerate(pieces):
+        again = HuggingFace(str(tmp_path), None, 'train', 'text', None)
+        rest = [other.records for other in again.pieces(through_json(piece.position))]
+        assert rest == [other.records for other in pieces[number + 1 :]]
+    few = HuggingFace(str(tmp_path), None, 'train', 'text', 5)
+    assert texts_of(few) == TEXTS[:5] and few.total == 5
+    with pytest.raises(Invalid, match=r"row 1 has no field 'txt', but .*'text'"):
+        texts_of(HuggingFace(str(tmp_path), None, 'train', 'txt', None))
+    with pytest.raises(UserError, match=r'--hf=.* cannot be opened: .*tset'):
+        HuggingFace(str(tmp_path), None, 'tset', 'text', None)
+
+
+def test_a_download_that_breaks_off_is_one_error(tmp_path, monkeypatch):
+    (tmp_path / 'train.jsonl').write_text(lines_of(TEXTS))
+    source = HuggingFace(str(tmp_path), None, 'train', 'text', None)
+
+    def broken(self):
+        yield {'text': 'a'}
+        raise ConnectionError('no network\nand more')
+
+    monkeypatch.setattr(datasets.IterableDataset, '__iter__', broken)
+    with pytest.raises(UserError, match=r'after row 1: ConnectionError: no network$'):
+        texts_of(source)
+
+
+def test_a_missing_package_is_named(corpus, monkeypatch):
+    for name in ('pyarrow', 'datasets'):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(UserError, match='Parquet files need the package pyarrow: pip install pya'):
+        files(corpus)
+    with pytest.raises(UserError, match='pip install datasets'):
+        HuggingFace('openwebtext', None, 'train', 'text', None)
+    assert texts_of(files(corpus / 'a.txt')) == TEXTS[:1]
