@@ -131,14 +131,42 @@ def read_meta(folder: Path) -> dict:
     return _meta_of_bare_folder(folder)
 
 
+def damage(folder: Path, facts: dict) -> list[str]:
+    """A sentence for each file of a split, and for the split, that has not the SHA-256 it should.
+
+    `facts`: what meta.json says of the split. What it does not say is not compared.
+    """
+    problems, whole = [], hashlib.sha256()
+
+    def compare(what: str, expected: str | None, found: str) -> None:
+        if expected not in (None, found):
+            problems.append(f'{what} has the SHA-256 {found} where {expected} is expected.')
+
+    for shard in facts['shards']:
+        own = hashlib.sha256()
+        for chunk in _chunks(folder / shard['file']):
+            own.update(chunk)
+            whole.update(chunk)
+        compare(str(folder / shard['file']), shard['sha256'], own.hexdigest())
+    if len(facts['shards']) > 1:
+        first, last = facts['shards'][0]['file'], facts['shards'][-1]['file']
+        compare(f'{folder}, {first} to {last} together', facts['sha256'], whole.hexdigest())
+    return problems
+
+
 def files_sha256(paths: Iterable[Path]) -> str:
     """SHA-256 of the contents of files, one after the other, in hex."""
     digest = hashlib.sha256()
     for path in paths:
-        with open(path, 'rb') as file:
-            while chunk := file.read(2**20):
-                digest.update(chunk)
+        for chunk in _chunks(path):
+            digest.update(chunk)
     return digest.hexdigest()
+
+
+def _chunks(path: Path) -> Iterator[bytes]:
+    with open(path, 'rb') as file:
+        while chunk := file.read(2**20):
+            yield chunk
 
 
 def file_sha256(path: Path) -> str:

@@ -1,0 +1,223 @@
+"""Look into a dataset: its tokens, files and documents, and the text at any place.
+
+    python data/inspect_tokens.py shakespeare
+    python data/inspect_tokens.py FOLDER --split=val --at=1000 --length=200
+    python data/inspect_tokens.py FOLDER --document=7
+    python data/inspect_tokens.py FOLDER --verify
+
+Files are read a piece at a time, so memory stays the same however large they are.
+"""
+
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from errors import ArgumentParser, UserError, run_script
+from text_codec import Codec
+from token_data import TokenDataset, load_dataset
+from token_files import SPLITS, Split, damage
+
+PIECE = 2**20  # tokens read at a time
+BAR = 40  # characters that the longest bar of a histogram has
+
+
+class Lengths:
+    """How many documents have how many tokens; exact, in memory that the longest length bounds."""
+
+    SHORT = 2**20  # lengths below it are counted in an array, the few others one by one
+
+    def __init__(self):
+        self.short, self.long = np.zeros(self.SHORT, np.int64), Counter()
+
+    def add(self, lengths: np.ndarray) -> None:
+        is_short = lengths < self.SHORT
+        counts = np.bincount(lengths[is_short])
+        self.short[: len(counts)] += counts
+        self.long.update(lengths[~is_short].tolist())
+
+    def table(self) -> tuple[np.ndarray, np.ndarray]:
+        """The lengths that occur, in order, and how often each does."""
+        found = np.flatnonzero(self.short)
+        longer = sorted(self.long)
+        counts = [*self.short[found].tolist(), *(self.long[length] for length in longer)]
+        return np.array([*found.tolist(), *longer]), np.array(counts)
+
+
+def document_ends(split: Split, end_of_text: int) -> Iterator[np.ndarray]:
+    """Places of the end-of-text tokens in order, a piece of the split at a time."""
+    begin = 0
+    for piece in split.pieces(PIECE):
+        yield np.flatnonzero(piece == end_of_text) + begin
+        begin += len(piece)
+
+
+def lengths_of(split: Split, end_of_text: int) -> tuple[Lengths, int]:
+    """The lengths of all documents, without the token that ends them, and the tokens after the
+    last of those."""
+    lengths, before = Lengths(), -1
+    for ends in document_ends(split, end_of_text):
+        if len(ends):
+            lengths.add(np.diff(ends, prepend=before) - 1)
+            before = int(ends[-1])
+    return lengths, len(split) - 1 - before
+
+
+def find_document(split: Split, end_of_text: int, number: int) -> tuple[int, int]:
+    """Start and length of document `number`, from 0, without its end. Raises UserError."""
+    before, passed = -1, 0
+    for ends in document_ends(split, end_of_text):
+        if passed + len(ends) > number:
+            here = number - passed
+            start = int(ends[here - 1] if here else before) + 1
+            return start, int(ends[here]) - start
+        passed += len(ends)
+        before = int(ends[-1]) if len(ends) else before
+    raise UserError(f'--document={number}: the split has {passed:,}, from 0 to {passed - 1}.')
+
+
+def overview(data: TokenDataset) -> list[str]:
+    """What meta.json says, as lines."""
+    end = 'none' if data.end_of_text is None else data.end_of_text
+    return [
+        f'{data.folder}',
+        f'tokenizer {data.tokenizer["kind"]}, vocabulary {data.vocab_size:,}, '
+        f'{data.meta["dtype"]}, end of text: {end}',
+    ]
+
+
+def facts_of(data: TokenDataset, split: str) -> list[str]:
+    """Tokens, bytes and files of one split, as lines."""
+    tokens, per_token = data.tokens(split), data.bytes_per_token(split)
+    text = f'{split}: {tokens:,} tokens'
+    if per_token is not None:
+        text += f' of {data.meta["splits"][split]["bytes"]:,} bytes, {per_token:.3f} bytes a token'
+    lines = ['', text]
+    begin = 0
+    for shard in data.meta['splits'][split]['shards']:
+        sha256 = (shard['sha256'] or 'unknown')[:12]
+        line = f'  {shard["file"]:<20} {shard["tokens"]:>16,} tokens from {begin:>16,}'
+        lines.append(f'{line}  SHA-256 {sha256}')
+        begin += shard['tokens']
+    return lines
+
+
+def documents_of(data: TokenDataset, split: str) -> list[str]:
+    """Number and lengths of the documents of one split, as lines."""
+    if data.end_of_text is None:
+        return ['  documents: not told apart, as no token ends them']
+    lengths, rest = lengths_of(data.splits[split], data.end_of_text)
+    values, counts = lengths.table()
+    total, expected = int(counts.sum()), data.documents(split)
+    lines = [f'  documents: {total:,}']
+    if expected is not None and expected != total:
+        lines.append(f'  meta.json says {expected:,}: the files are not those that it describes')
+    if rest:
+        lines.append(f'  {rest:,} tokens at the end belong to a document that does not end')
+    if total:
+        lines.append(
+            f'  tokens in one, without its end: least {values[0]:,}, '
+            f'median {median(values, counts):,g}, mean {values @ counts / total:,.1f}, '
+            f'most {values[-1]:,}'
+        )
+        lines += histogram(values, counts)
+    return lines
+
+
+def median(values: np.ndarray, counts: np.ndarray) -> float:
+    """The median of `values`, which are in order, each `counts` times."""
+    reached, total = counts.cumsum(), int(counts.sum())
+    middle = np.searchsorted(reached, [(total - 1) // 2, total // 2], side='right')
+    return float(values[middle].mean())
+
+
+def histogram(values: np.ndarray, counts: np.ndarray) -> list[str]:
+    """A line for each doubling of the length, from the least to the most."""
+    doublings = [int(value).bit_length() for value in values]
+    heights = np.bincount(doublings, weights=counts).astype(np.int64)
+    lines = []
+    for doubling in range(doublings[0], len(heights)):
+        low, high = (2 ** (doubling - 1), 2**doubling - 1) if doubling else (0, 0)
+        count = int(heights[doubling])
+        bar = '#' * -(-BAR * count // int(heights.max()))
+        share = 100 * count / int(counts.sum())
+        lines.append(f'  {low:>12,} – {high:>12,} {count:>12,} {share:>5.1f} % {bar}'.rstrip())
+    return lines
+
+
+def show_text(data: TokenDataset, split: str, start: int, length: int) -> str:
+    """The tokens of one place as text, control characters written out."""
+    codec = Codec(data.tokenizer, data.folder)
+    return ''.join(
+        character if character.isprintable() or character in '\n\t' else f'\\x{ord(character):02x}'
+        for character in codec.decode(data.splits[split].read(start, length))
+    )
+
+
+def place_of(data: TokenDataset, options) -> tuple[int, int, str]:
+    """Start and length of what is to be shown, and a line about it. Raises UserError."""
+    split = data.splits[options.split]
+    if options.document is None:
+        if not 0 <= options.at < len(split):
+            raise UserError(
+                f'--at={options.at}: the {options.split} split has the tokens 0 to {len(split) - 1}'
+            )
+        length = min(options.length, len(split) - options.at)
+        title = f'tokens {options.at:,} to {options.at + length - 1:,} of {len(split):,}'
+        return options.at, length, title
+    if data.end_of_text is None:
+        raise UserError(f'--document: no token of {data.folder} ends its documents. Use --at.')
+    start, whole = find_document(split, data.end_of_text, options.document)
+    length = min(options.length, whole)
+    shown = '' if length == whole else f', of which the first {length:,} (--length shows more)'
+    return start, length, f'document {options.document:,}: {whole:,} tokens from {start:,}{shown}'
+
+
+def parse(argv: list[str] | None):
+    """The command line. Raises UserError."""
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('dataset', help='a folder below data/, or the path of one')
+    parser.add_argument('--split', choices=SPLITS, help='only this one (to show text: train)')
+    parser.add_argument('--at', type=int, metavar='N', help='show the text from token N on')
+    parser.add_argument('--document', type=int, metavar='N', help='show document N, from 0')
+    parser.add_argument('--length', type=int, default=500, help='tokens to show (default: 500)')
+    parser.add_argument('--verify', action='store_true', help='compute and compare the SHA-256')
+    options = parser.parse(argv)
+    if options.at is not None and options.document is not None:
+        raise UserError('--at and --document each say what to show: give one of them.')
+    if options.length < 1:
+        raise UserError(f'--length={options.length}: at least 1.')
+    if options.document is not None and options.document < 0:
+        raise UserError(f'--document={options.document}: the first is 0.')
+    return options
+
+
+def main(argv: list[str] | None = None) -> None:
+    sys.stdout.reconfigure(errors='backslashreplace')  # whatever the terminal cannot show
+    options = parse(argv)
+    data = load_dataset(options.dataset, block_size=1)
+    if options.at is not None or options.document is not None:
+        options.split = options.split or 'train'
+        start, length, title = place_of(data, options)
+        print(f'{options.split}, {title}:\n')
+        print(show_text(data, options.split, start, length))
+        return
+    chosen = [options.split] if options.split else SPLITS
+    print('\n'.join([*overview(data), *data.notes]))
+    for split in chosen:
+        print('\n'.join(facts_of(data, split)), flush=True)
+        if options.verify:
+            problems = damage(data.folder, data.meta['splits'][split])
+            if problems:
+                raise UserError(*problems)
+            print('  SHA-256: verified')
+        else:
+            print('\n'.join(documents_of(data, split)), flush=True)
+
+
+if __name__ == '__main__':
+    run_script(main)
