@@ -179,9 +179,8 @@ def prepare(told: dict, turns: Turns) -> None:
     train.run = lambda session: sessions.append(session) or 0
     train.main([*arguments(told), '--peak_tflops=1'])
     (session,) = sessions
-    run, config, weights = session.settings.run, session.bare.config, session.bare.named_parameters
-    numbers = range(0, BATCHES * run.batch_size, run.batch_size)
-    batches = [session.dataset.batch(run.data_seed, n, run.batch_size) for n in numbers]
+    config, weights = session.bare.config, session.bare.named_parameters
+    batches = [[t.cpu() for t in session.training_batch(number)] for number in range(BATCHES)]
     np.save(folder / 'batches.npy', np.array(batches))
 
     def translated(family) -> dict:
@@ -349,7 +348,11 @@ def peer(told: dict, turns: Turns, build, optimizer, loss) -> None:
     batches = np.load(Path(told['folder'], 'batches.npy'))
     kept = None
     for batch in itertools.cycle(batches):
-        tokens, targets = (torch.from_numpy(array).to(device) for array in batch)
+        tokens, targets = map(torch.from_numpy, batch)
+        if device.type == 'cuda':
+            tokens, targets = (
+                tensor.pin_memory().to(device, non_blocking=True) for tensor in (tokens, targets)
+            )
         turns.before_update()
         with hardware.autocast(device, told['dtype']):
             kept, value = loss(model, tokens, targets)
@@ -454,13 +457,16 @@ KINDS = {
 }
 
 
-def main() -> None:
-    told = json.loads(sys.argv[1])
+def main(argv: list[str]) -> int:
+    (told,) = map(json.loads, argv)
     answers = os.fdopen(os.dup(1), 'w')
     os.dup2(2, 1)
-    sys.path.insert(0, told['project'])
     KINDS[told['kind']](told, Turns(answers))
+    return 0
 
 
 if __name__ == '__main__':
-    main()
+    sys.path.insert(0, json.loads(sys.argv[1])['project'])
+    from errors import run_script
+
+    run_script(main)
