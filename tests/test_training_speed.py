@@ -1,12 +1,16 @@
 """benchmarks/training_speed.py and scaling.py: who takes part, the turns, what is made of them."""
 
+import contextlib
 import io
 import json
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+import hardware
+import train
 from benchmarks import contestants, scaling
 from benchmarks import training_speed as speed
 from errors import UserError
@@ -45,6 +49,71 @@ def test_a_turn_is_an_update_that_is_not_timed_and_then_those_that_are(monkeypat
     assert (short['seconds'], long['seconds']) == (2.0, 4.0)
     assert [loss for loss, _ in long['measured']] == [4.0, 5.0, 6.0, 7.0]
     assert all(answer['peak_gb'] > 0 for answer in (first, short, long))
+
+
+class Enough(Exception):
+    """No more commands."""
+
+
+def test_peers_do_the_same_work(monkeypatch, tmp_path):
+    # A peer that is our own model, on the batches that peers are given, with torch's AdamW and
+    # clipping, goes through the losses and gradient norms of train.py.
+    sizes = {'n_layer': 1, 'n_head': 2, 'n_embd': 16}
+    told = {
+        'shape': speed.shape('gpt2', 64, 16, 2, **sizes),
+        'folder': str(tmp_path),
+        'device': 'cpu',
+        'dtype': 'float32',
+        'peers': ['nanogpt', 'transformers'],
+        'mallopt': False,
+        'kind': 'mine',
+    }
+
+    def answers_of(contestant, *arguments) -> list[dict]:
+        """What it says of its set-up and of one turn of 3 updates."""
+        answers, commands = io.StringIO(), [{'steps': 3}]
+
+        def listen():
+            if not commands:
+                raise Enough
+            return commands.pop()
+
+        with monkeypatch.context() as patch:
+            patch.setattr(contestants, 'listen', listen)
+            for name in ('run', 'update', 'evaluate'):  # as they are, to be put back
+                patch.setattr(train, name, getattr(train, name))
+            patch.setattr(hardware, 'reset_peak_memory', hardware.reset_peak_memory)
+            with contextlib.suppress(Enough):
+                contestant(told, contestants.Turns(answers), *arguments)
+        return list(map(json.loads, answers.getvalue().splitlines()))
+
+    (prepared,) = answers_of(contestants.prepare)
+    config = ModelArchitectureConfig(
+        arch_preset='legacy', vocab_size=64, block_size=16, dropout=0.0, **sizes
+    )
+    assert prepared['parameters'] == count_parameters(build_model(config))['total_params']
+    assert (prepared['transformers']['model_type'], prepared['d_ff']) == ('gpt2', 64)
+    ours = answers_of(contestants.ours)
+
+    def loss(model, tokens, targets):
+        total, count, _ = model(tokens, targets)
+        return None, total / count
+
+    monkeypatch.setattr(contestants, 'counted_flops', lambda *_: 0.0)  # tested below
+    seeded = partial(build_model, config, 'cpu', 1337)
+    peer = answers_of(contestants.peer, seeded, contestants.fused_adamw, loss)
+    assert (
+        [len(answer['measured']) for answer in ours]
+        == [1, 4]
+        == [len(answer['measured']) for answer in peer]
+    )
+    for mine, theirs in zip(ours, peer, strict=True):
+        torch.testing.assert_close(
+            torch.tensor(mine['measured']), torch.tensor(theirs['measured']), rtol=1e-4, atol=0.0
+        )
+    assert ours[0]['parameters'] == peer[0]['parameters'] == prepared['parameters']
+    assert ours[0]['tokens'] == peer[0]['tokens'] == 2 * 16
+    assert ours[0]['flops'] == prepared['flops']
 
 
 def test_only_what_ran_in_the_same_turn_is_compared():
