@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -331,25 +332,42 @@ def find(asked: CommandLine) -> Imported | None:
 # Export
 
 
-def expressed_as(config: ModelArchitectureConfig) -> tuple[Family, dict]:
-    """The family of transformers that can express the architecture, and its config's fields.
+class Expression(NamedTuple):
+    """How transformers says an architecture: the family, its config's fields, and what they are."""
+
+    family: Family
+    fields: dict
+    config: ModelArchitectureConfig  # ours, or one of the same function
+
+
+def expressed_as(config: ModelArchitectureConfig) -> Expression:
+    """The architecture in the first family of transformers that can express it.
 
     Raises UserError naming what none can express.
     """
-    nearest_family, fewest = None, None
-    for family in TRANSFORMERS.values():
-        fields = family.write(config)
-        lost = _lost(family, fields, config)
-        if not lost:
-            return family, {'model_type': family.name, **fields}
-        if fewest is None or len(lost) < len(fewest):
-            nearest_family, fewest = family, lost
+    losses: list[tuple[Family, list[str]]] = []
+    for said in (config, *with_zero_biases(config)):
+        for family in TRANSFORMERS.values():
+            fields = family.write(said)
+            lost = _lost(family, fields, said)
+            if not lost:
+                return Expression(family, {'model_type': family.name, **fields}, said)
+            losses.append((family, lost))
+    family, lost = min(losses[: len(TRANSFORMERS)], key=lambda entry: len(entry[1]))
     options = function_of(config)
-    values = ', '.join(f'{key}={options[key]!r}' for key in fewest)
+    values = ', '.join(f'{key}={options[key]!r}' for key in lost)
     raise UserError(
         f'transformers cannot express this architecture: {values}. The nearest that it has is '
-        f'{nearest_family.architecture}, which cannot be that.'
+        f'{family.architecture}, which cannot be that.'
     )
+
+
+def with_zero_biases(config: ModelArchitectureConfig) -> Iterator[ModelArchitectureConfig]:
+    """The same function, were all its biases there and nothing but zeros; if that makes sense."""
+    options = config.to_dict()
+    if options['normalization'] in ('layernorm', 'layernorm_nobias'):
+        biases = {key: True for key in ('attention_bias', 'ffn_bias') if key in options}
+        yield config.replace(normalization='layernorm', **biases)
 
 
 def _lost(family: Family, fields: dict, config: ModelArchitectureConfig) -> list[str]:
@@ -376,17 +394,22 @@ def export(config: ModelArchitectureConfig, weights: dict[str, torch.Tensor], fo
     weights: whole parameters by name, tied ones once, in the dtype that they are to have. Raises
     UserError naming what transformers cannot express, and OSError.
     """
-    family, fields = expressed_as(config)
+    family, fields, said = expressed_as(config)
+    (dtype,) = {tensor.dtype for tensor in weights.values()}
+    biases = {
+        name: torch.zeros(parameter.shape, dtype=dtype)
+        for name, parameter in build_model(said).named_parameters()
+        if name not in weights
+    }
     tensors = {}
-    for name, tensor in weights.items():
-        weight, names, zeros = weight_of(family, name, config)
-        tensors.update(zip(names, weight.write(tensor.detach(), config)))
+    for name, tensor in (weights | biases).items():
+        weight, names, zeros = weight_of(family, name, said)
+        tensors.update(zip(names, weight.write(tensor.detach(), said)))
         if zeros:
             tensors[zeros] = tensor.new_zeros(len(tensor))
-    (dtype,) = {str(tensor.dtype).removeprefix('torch.') for tensor in weights.values()}
     header = {
         'architectures': [family.architecture],
-        'dtype': dtype,
+        'dtype': str(dtype).removeprefix('torch.'),
         # Which tokens begin and end a text is the tokenizer's; the defaults are other people's.
         **dict.fromkeys(('bos_token_id', 'eos_token_id', 'pad_token_id')),
         **fields,

@@ -246,7 +246,8 @@ class Weight:
     theirs: their names, one below the other in ours; with `{expert}` in them those of one expert
     in a stack of all. rows: how many of our rows each has; None: all the same. transposed: theirs
     are (in, out). order: our row i is their row order[i]. plus: ours = theirs + plus. fit: what is
-    done to a table of another length, on the way in. named: `theirs`, where it depends.
+    done to a table of another length, on the way in. unused: so many rows of theirs come first and
+    hold nothing. named: `theirs`, where it depends.
     zeros: a vector of theirs beside it, a number for each row, that is nothing but zeros here.
     """
 
@@ -256,6 +257,7 @@ class Weight:
     order: Callable[[ModelArchitectureConfig], torch.Tensor] | None = None
     plus: float = 0.0
     fit: Callable[[torch.Tensor, ModelArchitectureConfig], torch.Tensor] | None = None
+    unused: int = 0
     named: Callable[[ModelArchitectureConfig], tuple[str, ...]] | None = None
     zeros: str | None = None
 
@@ -286,6 +288,7 @@ class Weight:
     def _read(self, tensors: list[torch.Tensor], config: ModelArchitectureConfig) -> torch.Tensor:
         tensors = [tensor.T if self.transposed else tensor for tensor in tensors]
         joined = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
+        joined = joined[self.unused :]
         if self.order:
             joined = joined[self.order(config)]
         if self.plus:
@@ -297,6 +300,8 @@ class Weight:
             tensor = (tensor.float() - self.plus).to(tensor.dtype)
         if self.order:
             tensor = tensor[self.order(config).argsort()]
+        if self.unused:
+            tensor = torch.cat((tensor.new_zeros(self.unused, *tensor.shape[1:]), tensor))
         rows = self.rows(config) if self.rows else len(tensor) // len(self.theirs)
         return [part.T if self.transposed else part for part in tensor.split(rows)]
 
@@ -456,6 +461,63 @@ NANOGPT = Family(
     ),
     weights=_gpt2_weights(transposed=False),
     ignored=r'\.attn\.bias$|^lm_head\.weight$',  # the mask; the tied head
+)
+
+
+def _read_embedding_width(fields: dict, problems: list[str]) -> dict:
+    width, embedding = fields.get('hidden_size'), fields.get('word_embed_proj_dim')
+    if embedding not in (None, width):
+        problems.append(f'word_embed_proj_dim={embedding} of {width} cannot be expressed here.')
+    return {}
+
+
+_OPT = 'model.decoder.'
+_OPT_LAYER = _OPT + 'layers.{layer}.'
+OPT = Family(
+    name='opt',
+    architecture='OPTForCausalLM',
+    prefix='model.',
+    entries=(
+        same('n_layer', 'num_hidden_layers'),
+        same('n_head', 'num_attention_heads'),
+        same('n_embd', 'hidden_size'),
+        same('d_ff', 'ffn_dim', 3072),
+        same('block_size', 'max_position_embeddings', 2048),
+        same('vocab_size', 'vocab_size'),
+        same('activation', 'activation_function', 'relu', ACTIVATIONS),
+        same('weight_tying', 'tie_word_embeddings', True),
+        same('norm_position', 'do_layer_norm_before', True, {True: 'pre', False: 'post'}),
+        same('attention_bias', 'enable_bias', True),
+        same('ffn_bias', 'enable_bias', True),
+        ours_is(normalization='layernorm', position_encoding='learned_absolute'),
+        theirs_is(_remove_final_layer_norm=False, layer_norm_elementwise_affine=True),
+        Entry(_read_embedding_width, lambda config: {'word_embed_proj_dim': config.n_embd}),
+        written_only(dropout='residual_dropout', attention_dropout='attention_dropout'),
+    ),
+    weights={
+        'token_embedding.weight': one(_OPT + 'embed_tokens.weight', fit=fit_vocabulary),
+        'position_encoding.table.weight': one(
+            _OPT + 'embed_positions.weight', fit=fit_positions, unused=2
+        ),
+        'output_head.projection.weight': one('lm_head.weight', fit=fit_vocabulary),
+        **with_biases(
+            {
+                'final_norm.weight': one(_OPT + 'final_layer_norm.weight'),
+                'blocks.{layer}.attention_norm.weight': one(
+                    _OPT_LAYER + 'self_attn_layer_norm.weight'
+                ),
+                'blocks.{layer}.ffn_norm.weight': one(_OPT_LAYER + 'final_layer_norm.weight'),
+                'blocks.{layer}.attention.qkv.weight': Weight(
+                    tuple(f'{_OPT_LAYER}self_attn.{name}_proj.weight' for name in 'qkv')
+                ),
+                'blocks.{layer}.attention.output.weight': one(
+                    _OPT_LAYER + 'self_attn.out_proj.weight'
+                ),
+                'blocks.{layer}.ffn.up.weight': one(_OPT_LAYER + 'fc1.weight'),
+                'blocks.{layer}.ffn.down.weight': one(_OPT_LAYER + 'fc2.weight'),
+            }
+        ),
+    },
 )
 
 
@@ -923,6 +985,7 @@ TRANSFORMERS = {
         OLMO2,
         GEMMA2,
         GPT_NEOX,
+        OPT,
         MIXTRAL,
         DEEPSEEK_V2,
         DEEPSEEK_V3,

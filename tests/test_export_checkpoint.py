@@ -13,6 +13,7 @@ import torch
 from in_process import train_here
 
 import export_checkpoint
+import interop
 from errors import run_script
 from model_builder import Transformer, build_model
 from model_config import ModelArchitectureConfig
@@ -183,8 +184,12 @@ def test_a_tokenizer_that_cannot_be_had_is_told_and_the_weights_are_written(
     assert (output / 'model.safetensors').exists()
 
 
-def test_what_transformers_cannot_express_is_refused_by_name(trained, tmp_path, capsys):
+def test_what_transformers_cannot_express_is_refused_by_name(
+    trained, tmp_path, monkeypatch, capsys
+):
     out_dir, _, _ = trained['gpt2']
+    llama_alone = {'llama': interop.TRANSFORMERS['llama']}
+    monkeypatch.setattr(interop, 'TRANSFORMERS', llama_alone)
     export(f'--out_dir={out_dir}', '--format=hf', f'--output={tmp_path / "mine"}', code=2)
     error = capsys.readouterr().err
     assert "normalization='layernorm_nobias'" in error and "norm_position='post'" in error

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers_models as reference
-from architectures import gradients, some_tokens, tiny
+from architectures import gradients, lively, some_tokens, tiny
 from conftest import PROJECT
 from in_process import joined, train_here
 from safetensors.torch import load_file
@@ -52,6 +52,14 @@ LLAMA3 = rotary(
     original_max_position_embeddings=32,
 )
 YARN = rotary(rope_type='yarn', factor=4.0, original_max_position_embeddings=32)
+
+OPT = {
+    'num_hidden_layers': 2,
+    'num_attention_heads': 4,
+    'hidden_size': 32,
+    'ffn_dim': 48,
+    'max_position_embeddings': 16,
+}
 
 DEEPSEEK = {
     **SIZES,
@@ -125,6 +133,14 @@ THEIRS = {
         'hidden_act': 'gelu_fast',
         'rotary_pct': 0.5,
         'rotary_emb_base': 50.0,
+    },
+    'opt': {'model_type': 'opt', **OPT, 'enable_bias': False},
+    'opt-post': {
+        'model_type': 'opt',
+        **OPT,
+        'do_layer_norm_before': False,
+        'activation_function': 'gelu',
+        'tie_word_embeddings': False,
     },
     'mixtral': {
         'model_type': 'mixtral',
@@ -392,11 +408,36 @@ OF_PRESET = {
 def test_a_preset_is_the_architecture_that_it_is_named_after(preset):
     for values in ({}, {'n_layer': 3, 'n_head': 6, 'n_embd': 48}):
         config = ModelArchitectureConfig(arch_preset=preset, vocab_size=40, **values)
-        family, fields = interop.expressed_as(config)
+        family, fields, said = interop.expressed_as(config)
+        assert said is config
         assert family.name == OF_PRESET[preset]
         theirs = reference.from_fields(fields, device='meta')
         ours = build_model(config)
         assert sum(p.numel() for p in ours.parameters()) == theirs.num_parameters()
+
+
+WITHOUT_BIASES = {
+    'gpt2': ('gpt2', {}, 'OPTForCausalLM'),
+    'hybrid': ('hybrid', {}, 'GPTNeoXForCausalLM'),
+    'nanogpt': ('legacy', {'bias': False}, 'GPT2LMHeadModel'),
+}
+
+
+@pytest.mark.parametrize('name', WITHOUT_BIASES)
+def test_what_has_biases_there_gets_zeros(name, tmp_path):
+    """And comes back as the same function, biases and all."""
+    preset, values, architecture = WITHOUT_BIASES[name]
+    config = tiny(arch_preset=preset, **values)
+    ours = lively(config)
+    interop.export(config, dict(ours.named_parameters()), tmp_path / 'theirs')
+    theirs = reference.loaded(tmp_path / 'theirs')
+    assert type(theirs).__name__ == architecture
+    tokens = some_tokens(config, batch=2)
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(tokens).logits, ours(tokens), rtol=1e-5, atol=1e-5)
+    again = interop.open_source(f'hf:{tmp_path / "theirs"}')
+    assert again.config.normalization == 'layernorm'
+    assert_same_logits(again, theirs)
 
 
 # What transformers does not read in computing logits, or reads in training alone.
@@ -409,7 +450,7 @@ HARMLESS_FIELDS = {
     *('attn_pdrop', 'embd_pdrop', 'resid_pdrop'),
     *('attention_dropout', 'hidden_dropout', 'classifier_dropout'),
     *(f'summary_{what}' for what in ('type', 'use_proj', 'activation', 'proj_to_labels')),
-    'summary_first_dropout',
+    *('summary_first_dropout', 'dropout', 'layerdrop', 'init_std'),
 }
 
 
@@ -661,8 +702,8 @@ def test_options_that_contradict_the_weights_are_refused(nanogpt_checkpoint, tmp
     'values', [{'initialization': 'normal'}, {'initialization': 'mup', 'mup_base_width': 16}]
 )
 def test_how_weights_begin_is_no_part_of_what_is_exported(values):
-    family, _ = interop.expressed_as(tiny(arch_preset='legacy', **values))
-    assert family.architecture == 'GPT2LMHeadModel'
+    expression = interop.expressed_as(tiny(arch_preset='legacy', **values))
+    assert expression.family.architecture == 'GPT2LMHeadModel'
 
 
 # --- Export ---------------------------------------------------------------------------------------
@@ -671,7 +712,7 @@ def test_how_weights_begin_is_no_part_of_what_is_exported(values):
 @pytest.mark.parametrize(
     ('values', 'message'),
     [
-        ({'norm_position': 'post'}, "norm_position='post'. The nearest.* GPT2LMHeadModel"),
+        ({'norm_position': 'sandwich'}, "norm_position='sandwich'. The nearest.* GPT2LMHeadModel"),
         ({'position_encoding': 'none'}, "position_encoding='none'"),
         ({'activation': 'leaky_relu'}, "architecture: activation='leaky_relu'"),
         ({'logit_softcap': 3.0}, 'architecture: logit_softcap=3.0'),

@@ -23,7 +23,7 @@ def from_fields(fields: dict, device: str = 'cpu'):
 
 def of(config: ModelArchitectureConfig, device: str = 'cpu'):
     """Their model of an architecture of ours."""
-    _, fields = interop.expressed_as(config)
+    fields = interop.expressed_as(config).fields
     return from_fields({**NO_SPECIAL_TOKENS, **fields}, device)
 
 

@@ -1,0 +1,85 @@
+"""How far apart the logits are once a preset has gone into transformers' format and back.
+
+    python benchmarks/round_trips.py [preset …] [--key=value …]
+
+Each preset, small unless the sizes are given (--n_layer=12 --n_embd=768 …), with weights of every
+kind, in fp32: `export` is transformers' AutoModelForCausalLM on what we write against our model,
+`import` is our model of what transformers then writes itself against transformers' own. A
+difference is the largest of any logit, in parts of the largest logit. Anything above 1e-4, far more
+than the roundings of fp32, makes the exit code 1. What transformers cannot express is named.
+"""
+
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import interop
+from comparison_text import table
+from errors import UserError
+from model_builder import Transformer, build_model
+from model_config import PRESETS, ModelArchitectureConfig
+
+SIZES = {'n_layer': 4, 'n_head': 4, 'n_embd': 64, 'block_size': 64, 'vocab_size': 96}
+TOLERANCE = 1e-4
+
+
+def lively(config: ModelArchitectureConfig) -> Transformer:
+    """Initialised as for training, then moved, so that no gain is 1 and no bias 0."""
+    model = build_model(config, 'cpu', seed=1).eval()
+    generator = torch.Generator().manual_seed(2)
+    for parameter in model.parameters():
+        parameter.mul_(4.0 if parameter.dim() > 1 else 1.0)
+        parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((found - expected).abs().max() / expected.abs().max()).item()
+
+
+@torch.no_grad()
+def round_trip(config: ModelArchitectureConfig, folder: Path) -> tuple[str, float, float]:
+    """Their architecture's name, and the differences of export and import. Raises UserError."""
+    from transformers import AutoModelForCausalLM
+
+    model = lively(config)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(config.vocab_size, (2, config.block_size), generator=generator)
+    interop.export(config, dict(model.named_parameters()), folder / 'ours')
+    theirs = AutoModelForCausalLM.from_pretrained(
+        folder / 'ours', attn_implementation='eager'
+    ).eval()
+    their_logits = theirs(tokens).logits
+    theirs.save_pretrained(folder / 'theirs')
+    source = interop.open_source(f'hf:{folder / "theirs"}')
+    again = build_model(source.config, 'cpu').eval()
+    again.load_state_dict(dict(source.weights(source.config)), strict=False)
+    exported = difference(their_logits, model(tokens))
+    return source.family.architecture, exported, difference(again(tokens), their_logits)
+
+
+def main(arguments: list[str]) -> int:
+    given = dict(argument[2:].split('=') for argument in arguments if argument.startswith('--'))
+    sizes = SIZES | {key: int(value) for key, value in given.items()}
+    presets = [argument for argument in arguments if not argument.startswith('--')]
+    rows, worst = [('preset', 'in transformers', 'export', 'import')], 0.0
+    for preset in presets or [name for name in PRESETS if name != 'custom']:
+        config = ModelArchitectureConfig(arch_preset=preset, **sizes)
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                architecture, *differences = round_trip(config, Path(folder))
+            except UserError as error:
+                rows.append((preset, str(error).partition(': ')[2].partition(' The ')[0], '-', '-'))
+                continue
+        rows.append((preset, architecture, *(f'{value:.1e}' for value in differences)))
+        worst = max(worst, *differences)
+    print(table(rows, '<<>>'))
+    return int(worst > TOLERANCE)
+
+
+if __name__ == '__main__':
+    sys.exit(main(sys.argv[1:]))
