@@ -34,7 +34,13 @@ def model_folder(asked: str, name: str) -> Path:
     if not re.fullmatch(r'[\w-][\w.-]*(/[\w-][\w.-]*)?', name):
         raise UserError(f'{asked}: there is no folder {name}.')
     home = cache_folder() / _folder_name(name)
-    home.mkdir(parents=True, exist_ok=True)
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f'{asked}: the cache {cache_folder()} has no such model, and cannot be written to '
+            f'({error.strerror}): HF_HOME=FOLDER names another.'
+        ) from error
     with exclusive(home / 'download.lock.tmp', f'another process downloads {name}: waiting'):
         return find_cached(name) or _download(asked, name, home)
 

@@ -125,6 +125,12 @@ def test_a_model_in_the_cache_needs_no_hub(gpt2, monkeypatch):
     assert hub.find_cached('gpt2') == snapshot
 
 
+def test_a_cache_that_cannot_be_written_to(tmp_path):
+    (tmp_path / 'home').write_text('a file')
+    with pytest.raises(UserError, match=r'gpt2: the cache .*home/hub .*HF_HOME=FOLDER'):
+        interop.open_source('gpt2')
+
+
 def test_a_hub_that_cannot_be_reached_and_a_model_that_it_does_not_have(hosted, monkeypatch):
     with pytest.raises(UserError, match=r'gpt2-xl: .*cache .*home/hub .*HTTP Error 404.*hf:FOLDER'):
         interop.open_source('gpt2-xl')
