@@ -240,21 +240,11 @@ def _fill(work: Path, source: Source, options: Options, settings: dict) -> dict:
     width = np.dtype(dtype).itemsize
     encoder = Encoder(tokenizer, work, DTYPES[dtype], options.is_validation, options.skip_invalid)
     writer = TokenWriter(work, options.shard_tokens * width)
-    try:
-        progress = Progress(source, writer.position)
-        results = in_order(encoder, source.pieces(writer.position), workers)
-        with contextlib.closing(results):
-            for entry, tokens in results:
-                for complaint in entry.pop('complaints'):
-                    progress.left_out(complaint)
-                writer.add(entry, tokens)
-                progress.show(writer)
-    finally:
-        writer.close()
+    _encode(source, encoder, writer, workers)
     if problem := _too_little(source, options, writer.totals):
         shutil.rmtree(work)
         raise UserError(problem)
-    progress.end()
+    print('Reading it back ...', flush=True)
     return {
         'format_version': FORMAT_VERSION,
         'tokenizer': tokenizer,
@@ -270,6 +260,22 @@ def _fill(work: Path, source: Source, options: Options, settings: dict) -> dict:
             'invalid': writer.totals['invalid'],
         },
     }
+
+
+def _encode(source: Source, encoder: Encoder, writer: TokenWriter, workers: int) -> None:
+    """Encode what `writer` does not have yet, and keep what is done whatever happens."""
+    progress = Progress(source, writer.position)
+    results = in_order(encoder, source.pieces(writer.position), workers)
+    try:
+        with contextlib.closing(results):
+            for entry, tokens in results:
+                for complaint in entry.pop('complaints'):
+                    progress.left_out(complaint)
+                writer.add(entry, tokens)
+                progress.show(writer)
+    finally:
+        writer.close()
+    progress.end()
 
 
 def _complete_tokenizer(options: Options, source: Source, work: Path, workers: int) -> dict:
@@ -418,7 +424,7 @@ class Progress:
 
     def end(self) -> None:
         seconds = time.monotonic() - self.began
-        print(f'Encoded in {seconds:,.1f} s; reading it back ...', flush=True)
+        print(f'Encoded in {seconds:,.1f} s', flush=True)
 
     def _amount(self, done: float) -> str:
         total = self.source.total
