@@ -196,8 +196,9 @@ table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabul
 th, td { padding: .3rem .7rem; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th { text-align: left; color: var(--soft); font-weight: 600; }
 .r { text-align: right; }
-.texts { display: grid; grid-template-columns: repeat(auto-fill, minmax(18rem, 1fr)); gap: 0 1rem; }
+.texts { display: grid; grid-template-columns: repeat(auto-fit, minmax(18rem, 1fr)); gap: 0 1rem; }
 .texts figure { margin: 0; min-width: 0; }
+.texts figcaption { font-size: .9rem; }
 .texts pre { white-space: pre-wrap; overflow-wrap: anywhere; }
 pre { overflow-x: auto; background: var(--wash); padding: .8rem 1rem; border-radius: 4px;
   font-size: .82rem; line-height: 1.45; }
