@@ -14,7 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from model_builder import ParameterGroup, Transformer
-from model_components import IGNORED
+from model_components import IGNORED, documents_of
 from optimizers import local
 from parallelism import SingleProcess
 from ranks import Alone
@@ -47,7 +47,7 @@ def layer_statistics(
             torch.enable_grad(),
             parallel.micro_step(model, last=True),
         ):
-            with _probed_attention(bare, logits), autocast():
+            with _probed_attention(bare, tokens, logits), autocast():
                 loss_sum, count, auxiliary = model(tokens, targets)
             # A share of it, since the ranks' gradients are added up.
             ((loss_sum / count + auxiliary.loss) / parallel.world_size).backward()
@@ -68,8 +68,14 @@ def layer_statistics(
 
 
 @contextmanager
-def _probed_attention(model: Transformer, logits: list[torch.Tensor]) -> Iterator[None]:
+def _probed_attention(
+    model: Transformer, tokens: torch.Tensor, logits: list[torch.Tensor]
+) -> Iterator[None]:
     """Append the largest |scale · q kᵀ| of each block's attention, before caps and biases."""
+    elsewhere: torch.Tensor | bool = False  # in another document
+    if model.end_of_text is not None:
+        numbers = documents_of(tokens, model.end_of_text).numbers[:, None, None]
+        elsewhere = numbers[..., None] != numbers[..., None, :]  # (B, 1, 1, T, T)
 
     def probe(attend):
         def probed(q, k, v, mask, needs, dropout):
@@ -77,7 +83,7 @@ def _probed_attention(model: Transformer, logits: list[torch.Tensor]) -> Iterato
             scores = grouped.float() @ k.detach().float()[:, :, None].transpose(-2, -1)
             positions = torch.arange(q.size(2), device=q.device)
             hidden = ~needs.visible(positions[:, None], positions)
-            logits.append(scores.abs().masked_fill(hidden, 0.0).max() * needs.scale)
+            logits.append(scores.abs().masked_fill(hidden | elsewhere, 0.0).max() * needs.scale)
             return attend(q, k, v, mask, needs, dropout)
 
         return probed

@@ -36,8 +36,9 @@ from training_config import BEGINNINGS, GPT2_SIZES, Settings, schema
 from training_logger import TrainingLogger
 from weight_maps import NANOGPT, TRANSFORMERS, Family, Weight, function_of
 
-# How long sequences are, and how it is computed: a run with imported weights may have it otherwise.
-HARMLESS = ('block_size', 'vocab_size', 'attention_backend')
+# How long sequences are, how many documents are in one, and how it is computed: a run with imported
+# weights may have it otherwise, and another's model is given one document at a time.
+HARMLESS = ('block_size', 'vocab_size', 'attention_backend', 'document_mask', 'end_of_text')
 
 
 def of_training(config: ModelArchitectureConfig) -> set[str]:

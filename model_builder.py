@@ -21,13 +21,16 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from errors import UserError
 from model_components import (
+    AttentionNeeds,
     Auxiliary,
+    Cache,
     Component,
     Initial,
     LayerCache,
     OutputHead,
     Positions,
     TokenEmbedding,
+    documents_of,
     module_flops,
 )
 from model_config import (
@@ -50,6 +53,8 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelArchitectureConfig):
         super().__init__()
         self.config = config
+        # Where it is set, attention stops at the end of a document.
+        self.end_of_text = config.end_of_text if 'end_of_text' in config else None
         block = NORM_POSITION_REGISTRY[config.norm_position]
         norm = NORM_REGISTRY[config.normalization]
         self.token_embedding = TokenEmbedding(config)
@@ -70,27 +75,35 @@ class Transformer(nn.Module):
         tokens: torch.Tensor,
         targets: torch.Tensor | None = None,
         last_only: bool = False,
-        cache: list[LayerCache] | None = None,
+        cache: Cache | None = None,
     ):
         """tokens (B, T) -> logits (B, T, V), or (B, 1, V) with `last_only`.
 
         With a cache from `empty_cache` the tokens go on where those of the calls before ended.
 
+        Where the architecture has a `document_mask`, tokens see their own document only, and
+        absolute positions are counted from its beginning.
+
         With targets (B, T), -100 where there is none: the summed loss in nats, the number of
         targets, and an Auxiliary: the auxiliary loss of blocks and head, a mean over the batch,
         which the reported loss never includes, and readings of (layers, ...).
         """
-        first = cache[0].length if cache else 0
+        first = cache.length if cache else 0
         end, longest = first + tokens.size(1), self.position_encoding.max_length
         if longest is not None and end > longest:
             raise UserError(
                 f'a sequence of {end} tokens: position_encoding='
                 f'{self.config.position_encoding!r} has places for block_size={longest} only.'
             )
-        positions = torch.arange(first, end, device=tokens.device)
-        prepared = self.prepare(positions, cache)
+        positions = places = torch.arange(first, end, device=tokens.device)
+        documents = None
+        if self.end_of_text is not None:
+            text = cache.text.extend(tokens[..., None])[0][..., 0] if cache else tokens
+            documents, places = documents_of(text, self.end_of_text)
+            places = places[:, first:]
+        prepared = self.prepare(positions, documents, cache)
         x = self.token_embedding(tokens)  # (B, T, C)
-        x = self.dropout(self.position_encoding.embed(x, positions))
+        x = self.dropout(self.position_encoding.embed(x, places))
         told = []
         for block, its_positions in zip(self.blocks, prepared):
             x, auxiliary = block(x, its_positions)
@@ -101,26 +114,39 @@ class Transformer(nn.Module):
         return loss, count, together([*told, auxiliary])
 
     def prepare(
-        self, positions: torch.Tensor, cache: list[LayerCache] | None = None
+        self,
+        positions: torch.Tensor,
+        documents: torch.Tensor | None = None,
+        cache: Cache | None = None,
     ) -> list[Positions]:
-        """What each block is told of the positions (T,); blocks alike share one mask."""
-        backend = ATTENTION_BACKEND_REGISTRY[self.config.attention_backend]
-        needs = [block.attention.layer_needs for block in self.blocks]
-        if cache is None:
-            placed = self.position_encoding.prepare(positions, positions)
-            masks = {n: backend.mask(n, placed.bias, positions, positions) for n in set(needs)}
-            return [placed._replace(bias=None, mask=masks[n]) for n in needs]
-        told = {}
-        for n, kept in dict(zip(needs, cache)).items():
-            k_positions = kept.positions(positions)
-            placed = self.position_encoding.prepare(positions, k_positions)
-            mask = backend.mask(n, placed.bias, positions, k_positions)
-            told[n] = placed._replace(bias=None, mask=mask)
-        return [told[n]._replace(cache=kept) for n, kept in zip(needs, cache)]
+        """What each block is told of the positions (T,); blocks alike share one mask.
 
-    def empty_cache(self, tokens: int) -> list[LayerCache]:
-        """What to hand to every `forward` of one sequence of at most so many tokens."""
-        return [block.attention.empty_cache(tokens) for block in self.blocks]
+        documents: the number of that of each token so far, (B, all), where masks depend on them.
+        """
+        backend = ATTENTION_BACKEND_REGISTRY[self.config.attention_backend]
+        encoding = self.position_encoding
+
+        def among(needs: AttentionNeeds, placed: Positions, k_positions: torch.Tensor) -> Positions:
+            both = positions, k_positions
+            numbers = () if documents is None else [documents[:, each] for each in both]
+            mask = backend.mask(needs, placed.bias, *both, *numbers)
+            return placed._replace(bias=None, mask=mask)
+
+        layers = [block.attention.layer_needs for block in self.blocks]
+        if cache is None:
+            placed = encoding.prepare(positions, positions)
+            told = {needs: among(needs, placed, positions) for needs in set(layers)}
+            return [told[needs] for needs in layers]
+        told = {}
+        for needs, kept in dict(zip(layers, cache.layers)).items():
+            k_positions = kept.positions(positions)
+            told[needs] = among(needs, encoding.prepare(positions, k_positions), k_positions)
+        return [told[needs]._replace(cache=kept) for needs, kept in zip(layers, cache.layers)]
+
+    def empty_cache(self, tokens: int) -> Cache:
+        """What to hand to every `forward` of one batch of sequences of at most so many tokens."""
+        layers = [block.attention.empty_cache(tokens) for block in self.blocks]
+        return Cache(layers, LayerCache(tokens))
 
     @property
     def uncacheable(self) -> list[str]:
@@ -150,8 +176,9 @@ def build_model(
     seed: int | None = None,
 ) -> Transformer:
     """The model of `config`; on a real device its parameters are initialised from `seed`."""
-    if config.vocab_size is None:
-        raise UserError('vocab_size is not known yet: set it, or take it from a dataset.')
+    for key in ('vocab_size', 'end_of_text'):
+        if key in config and getattr(config, key) is None:
+            raise UserError(f'{key} is not known yet: set it, or take it from a dataset.')
     with torch.device('meta'):
         model = Transformer(config)
     if torch.device(device).type != 'meta':
@@ -422,7 +449,7 @@ def generate(
     cached = cache and not model.uncacheable
     kept = model.empty_cache(min(size, tokens.size(1) + max_new_tokens)) if cached else None
     for _ in range(max_new_tokens):
-        if kept and kept[0].length + new.size(1) > size:
+        if kept and kept.length + new.size(1) > size:
             kept = None
         with _eager_blocks(model):
             logits = model(new if kept else context, last_only=True, cache=kept)

@@ -10,8 +10,9 @@ from components.activations import Activation
 from components.attention import Attention, MultiHeadAttention
 from components.attention_backends import AttentionBackend, AttentionNeeds
 from components.blocks import Block
-from components.cache import LayerCache
+from components.cache import Cache, LayerCache
 from components.contract import Auxiliary, Component, Initial, module_flops
+from components.documents import Documents, documents_of
 from components.ends import IGNORED, OutputHead, TokenEmbedding
 from components.feed_forward import FeedForward
 from components.initialization import Initialization
@@ -28,7 +29,9 @@ __all__ = [
     'AttentionNeeds',
     'Auxiliary',
     'Block',
+    'Cache',
     'Component',
+    'Documents',
     'FeedForward',
     'Initial',
     'Initialization',
@@ -41,5 +44,6 @@ __all__ = [
     'PositionEncoding',
     'Positions',
     'TokenEmbedding',
+    'documents_of',
     'module_flops',
 ]

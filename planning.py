@@ -117,6 +117,9 @@ def completed(settings: Settings, gpu: hardware.Gpu | None) -> tuple[Settings, l
             f"The vocabulary is taken to be GPT-2's, {ASSUMED_VOCABULARY:,}, as the dataset "
             f'{run.dataset!r} is not prepared here; --vocab_size sets it.'
         )
+    architecture = settings.architecture
+    if 'end_of_text' in architecture and architecture.end_of_text is None:  # whichever token it is
+        settings = replace(settings, architecture=architecture.replace(end_of_text=0))
     return settings, notes
 
 

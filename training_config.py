@@ -246,6 +246,7 @@ class Settings:
         architecture = self.architecture
         if dataset is not None:
             architecture = with_vocabulary(architecture, dataset, run.dataset, derived)
+            architecture = with_end_of_text(architecture, dataset, run.dataset)
         for key, value in architecture.to_dict().items():
             _, _, why = architecture.origins[key].partition('derived: ')
             if why:
@@ -290,6 +291,32 @@ def with_vocabulary(
             f'vocab_size={architecture.vocab_size} ({architecture.origins["vocab_size"]}): the '
             f'dataset {name!r} has tokens up to {needed - 1}, so at least {needed} is needed: '
             f'--vocab_size={padded}.'
+        )
+    return architecture
+
+
+def with_end_of_text(
+    architecture: ModelArchitectureConfig, dataset: TokenDataset, name: str
+) -> ModelArchitectureConfig:
+    """The architecture with the dataset's end-of-text token, if it asks for one.
+
+    Raises UserError if neither says which token that is, or if it is in no vocabulary.
+    """
+    if 'end_of_text' not in architecture:
+        return architecture
+    if architecture.end_of_text is None:
+        if dataset.end_of_text is None:
+            raise UserError(
+                f'document_mask=True: the documents of the dataset {name!r} are not marked, for '
+                f'its meta.json names no end_of_text. Say which token ends one (--end_of_text=ID), '
+                f'prepare the data with documents, or leave it off (--document_mask=False).'
+            )
+        architecture = architecture.replace(end_of_text=dataset.end_of_text)
+        architecture.origins['end_of_text'] = 'derived: of the dataset'
+    if architecture.end_of_text >= dataset.vocab_size:
+        raise UserError(
+            f'end_of_text={architecture.end_of_text}: the dataset {name!r} has tokens up to '
+            f'{dataset.vocab_size - 1} only, so that none would end a document.'
         )
     return architecture
 

@@ -49,6 +49,7 @@ SIZES = {
 NUMBERS = (
     {'use_gqa': True, 'num_kv_heads': 1},
     {'sliding_window': 64},
+    {'document_mask': True, 'end_of_text': 0},
     {'attention_softcap': 50.0, 'attention_backend': 'manual'},
     {'logit_softcap': 30.0},
     {'z_loss': 1e-4},

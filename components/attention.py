@@ -57,6 +57,16 @@ class Attention(Component, nn.Module):
             check=(is_pattern, "letters L (local) and G (global), an L among them, as in 'LLLG'"),
             requires=('sliding_window', AnyBut(None)),
         ),
+        'document_mask': Option(
+            bool, False, 'A token sees its own document only, as if it were alone in the context'
+        ),
+        'end_of_text': Option(
+            int | None,
+            None,
+            "The token that ends a document; None: the dataset's",
+            check=at_least(0),
+            requires=('document_mask', True),
+        ),
     }
 
     def __init_subclass__(cls, **kwargs):
@@ -97,6 +107,7 @@ class Attention(Component, nn.Module):
             dropout=config.attention_dropout,
             softcap=config.attention_softcap,
             window=window,
+            documents=config.document_mask,
         )
 
     @classmethod
@@ -117,6 +128,8 @@ class Attention(Component, nn.Module):
         if config.sliding_window is not None:
             tags.append(f'SW{config.sliding_window}')
             tags += [config.attention_pattern] if 'G' in config.attention_pattern else []
+        if config.document_mask:
+            tags.append('DocMask')
         return '-'.join(tags)
 
     @classmethod

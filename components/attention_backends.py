@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from components.contract import Component
+from components.contract import Component, matmul_dtype
 from model_config import ATTENTION_BACKEND_REGISTRY, ATTENTION_REGISTRY, ModelArchitectureConfig
 
 
@@ -19,6 +19,7 @@ class AttentionNeeds:
 
     scale: what q kᵀ is multiplied by; every backend does that. softcap: scores become
     c · tanh(scores / c), before the bias. window: tokens that a query sees, itself included.
+    documents: it sees its own document only.
     """
 
     scale: float
@@ -26,6 +27,7 @@ class AttentionNeeds:
     dropout: float = 0.0
     softcap: float | None = None
     window: int | None = None
+    documents: bool = False
 
     def features(self) -> set[str]:
         return {name for name, value in vars(self).items() if value and name != 'scale'}
@@ -36,7 +38,7 @@ class AttentionNeeds:
         A query alone is the last, and sees all keys that its window reaches.
         """
         limited = self.window is not None and self.window < keys
-        return limited or queries not in (1, keys)
+        return limited or self.documents or queries not in (1, keys)
 
     def visible(self, q_positions: torch.Tensor, k_positions: torch.Tensor) -> torch.Tensor:
         """Whether queries at those positions may look at keys at those; the shapes broadcast."""
@@ -77,10 +79,13 @@ class AttentionBackend(Component):
         bias: torch.Tensor | None,
         q_positions: torch.Tensor,
         k_positions: torch.Tensor,
+        q_documents: torch.Tensor | None = None,
+        k_documents: torch.Tensor | None = None,
     ) -> Any:
         """Who sees whom, in the form that `attend` takes: made once a forward pass for all layers
         with the same needs. bias (H or 1, Tq, Tk), positions (Tq,) and (Tk,); the queries are the
-        last of the keys, which may be in any order where there is a single query."""
+        last of the keys, which may be in any order where there is a single query. Numbers of their
+        documents (B, Tq) and (B, Tk) are there where it `needs.documents`."""
         raise NotImplementedError
 
     @staticmethod
@@ -96,12 +101,16 @@ class AttentionBackend(Component):
         raise NotImplementedError
 
 
-def additive_mask(needs, bias, q_positions, k_positions) -> torch.Tensor:
-    """What is added to the scores, fp32: (1, H or 1, Tq, Tk), -inf where a query may not look."""
+def additive_mask(
+    needs, bias, q_positions, k_positions, q_documents=None, k_documents=None
+) -> torch.Tensor:
+    """(B or 1, H or 1, Tq, Tk), fp32: added to the scores, -inf where a query may not look."""
     hidden = ~needs.visible(q_positions[:, None], k_positions)
+    if needs.documents:
+        hidden = hidden | (q_documents[:, None, :, None] != k_documents[:, None, None])
     if bias is None:
-        bias = torch.zeros((1, *hidden.shape), device=hidden.device)
-    return bias.masked_fill(hidden, -math.inf)[None]
+        bias = torch.zeros((1, *hidden.shape[-2:]), device=hidden.device)
+    return bias[None].masked_fill(hidden, -math.inf)
 
 
 def shared_by_groups(x: torch.Tensor, heads: int) -> torch.Tensor:
@@ -129,13 +138,15 @@ def as_wide_as_the_widest(*tensors: torch.Tensor) -> list[torch.Tensor]:
 class ScaledDotProductAttention(AttentionBackend):
     """PyTorch's fused attention: flash where nothing but causality masks."""
 
-    supports = frozenset({'bias', 'dropout', 'window'})
+    supports = frozenset({'bias', 'dropout', 'window', 'documents'})
 
     @staticmethod
-    def mask(needs, bias, q_positions, k_positions):
+    def mask(needs, bias, q_positions, k_positions, *documents):
         if bias is None and not needs.hides(len(q_positions), len(k_positions)):
             return None
-        return additive_mask(needs, bias, q_positions, k_positions)
+        mask = additive_mask(needs, bias, q_positions, k_positions, *documents)
+        # Converted once for all layers, unless learned: gradients are added up in fp32.
+        return mask if mask.requires_grad else mask.to(matmul_dtype(mask))
 
     @staticmethod
     def attend(q, k, v, mask, needs, dropout):
@@ -162,7 +173,7 @@ class ScaledDotProductAttention(AttentionBackend):
 class ManualAttention(AttentionBackend):
     """Two matrix products and a softmax in fp32: does everything, keeps every score."""
 
-    supports = frozenset({'bias', 'dropout', 'softcap', 'window'})
+    supports = frozenset({'bias', 'dropout', 'softcap', 'window', 'documents'})
 
     mask = staticmethod(additive_mask)
 
@@ -190,7 +201,7 @@ class FlexAttention(AttentionBackend):
     A single query, as in generation, is written out: it would be compiled anew for every length.
     """
 
-    supports = frozenset({'bias', 'softcap', 'window'})
+    supports = frozenset({'bias', 'softcap', 'window', 'documents'})
 
     @classmethod
     def training_problems(cls, config: ModelArchitectureConfig, device: str) -> list[str]:
@@ -208,16 +219,24 @@ class FlexAttention(AttentionBackend):
         ]
 
     @staticmethod
-    def mask(needs, bias, q_positions, k_positions):
+    def mask(needs, bias, q_positions, k_positions, *documents):
         if len(q_positions) == 1:
-            return additive_mask(needs, bias, q_positions, k_positions)
+            return additive_mask(needs, bias, q_positions, k_positions, *documents)
         window = needs.window  # torch.compile would tell layers apart by whose `needs` these are
 
-        def visible(batch, head, query, key):
+        def seen(batch, head, query, key):
             return is_visible(q_positions[query] - k_positions[key], window)
 
-        lengths = len(q_positions), len(k_positions)
-        return create_block_mask(visible, None, None, *lengths, device=q_positions.device), bias
+        def seen_in_document(batch, head, query, key):
+            same = q_documents[batch, query] == k_documents[batch, key]
+            return seen(batch, head, query, key) & same
+
+        shape = None, None, len(q_positions), len(k_positions)
+        if needs.documents:
+            q_documents, k_documents = documents
+            shape = len(q_documents), *shape[1:]
+        rule = seen_in_document if needs.documents else seen
+        return create_block_mask(rule, *shape, device=q_positions.device), bias
 
     @staticmethod
     def attend(q, k, v, mask, needs, dropout):

@@ -1,5 +1,7 @@
 """What attentions keep of earlier tokens, so that generation goes through each token once."""
 
+from typing import NamedTuple
+
 import torch
 
 
@@ -52,3 +54,15 @@ class LayerCache:
     @property
     def nbytes(self) -> int:
         return sum(kept.nbytes for kept in self.kept)
+
+
+class Cache(NamedTuple):
+    """What generation keeps of a batch of sequences."""
+
+    layers: list[LayerCache]
+    text: LayerCache  # the tokens themselves, where it matters which documents they are of
+
+    @property
+    def length(self) -> int:
+        """Tokens of each sequence so far."""
+        return self.layers[0].length

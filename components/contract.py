@@ -121,3 +121,10 @@ def module_flops(module: nn.Module, seq_len: int, causal: bool, part: str) -> di
         for key, value in counted.items():
             total[key] = total.get(key, 0.0) + value
     return total
+
+
+def matmul_dtype(x: torch.Tensor) -> torch.dtype:
+    """The dtype of x's matrix multiplications: autocast's, where that is on."""
+    device = x.device.type
+    cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if cast else x.dtype

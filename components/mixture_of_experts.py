@@ -11,7 +11,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.flop_counter import register_flop_formula
 
-from components.contract import Auxiliary
+from components.contract import Auxiliary, matmul_dtype
 from components.feed_forward import FeedForward
 from model_config import FFN_REGISTRY, ModelArchitectureConfig
 from registry import Option, above, at_least
@@ -74,18 +74,11 @@ class ExpertLinear(nn.Linear):
 
     def forward(self, x: torch.Tensor, groups: Groups) -> torch.Tensor:
         """(rows, in) -> (rows, out)."""
-        dtype = matmul_dtype(x)
+        dtype = matmul_dtype(x)  # autocast does not know `grouped_mm`
         y = grouped_mm(x.to(dtype), self.weight.to(dtype).mT, groups.ends)
         if self.bias is None:
             return y
         return y + self.bias.to(dtype).view(-1, self.out_features).index_select(0, groups.expert)
-
-
-def matmul_dtype(x: torch.Tensor) -> torch.dtype:
-    """The dtype of x's matrix multiplications: autocast's, which does not know `grouped_mm`."""
-    device = x.device.type
-    cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    return torch.get_autocast_dtype(device) if cast else x.dtype
 
 
 def without_autocast(device: torch.device):

@@ -43,7 +43,8 @@ class PositionEncoding(Component, nn.Module):
         return Positions()
 
     def embed(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Token embeddings (B, T, C) and positions (T,) to what enters the first block."""
+        """Token embeddings (B, T, C) and positions, (T,) or where these are counted anew in each
+        document (B, T), to what enters the first block."""
         return x
 
     @staticmethod
@@ -93,8 +94,8 @@ class Sinusoidal(PositionEncoding):
         ]
 
     def embed(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        angles = positions[:, None] * rotary_frequencies(x.size(-1), 10000.0, x.device)
-        return x + torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(1)  # (T, C)
+        angles = positions[..., None] * rotary_frequencies(x.size(-1), 10000.0, x.device)
+        return x + torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(-2)  # (…, T, C)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -35,6 +35,7 @@ VALUES = {
     'attention_softcap': (1.5,),
     'sliding_window': (2, 4),
     'attention_pattern': ('L', 'LG'),
+    'end_of_text': (3,),
     'norm_eps': (1e-5, 0.1),
     'dyt_alpha': (0.5, 1.5),
     'rope_theta': (10000.0, 50.0),
@@ -62,6 +63,8 @@ VALUES = {
     'load_balance_weight': (0.0, 0.01),
     'router_z_loss': (0.0, 0.01),
 }
+# Which None stands for what the dataset says.
+NEVER_NONE = ('end_of_text',)
 
 
 def tiny(**values) -> ModelArchitectureConfig:
@@ -76,7 +79,8 @@ def values_of(key: str, option: Option) -> list:
     if option.choices is not None:
         return list(option.choices)
     values = (False, True) if option.base_type is bool else VALUES[key]
-    return [*([None] if option.optional else []), *values]
+    none = option.optional and key not in NEVER_NONE
+    return [*([None] if none else []), *values]
 
 
 def mixed(pick: Callable[[Sequence], object], **fixed) -> dict:

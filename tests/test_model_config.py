@@ -110,6 +110,7 @@ NUMBERS = {
     'attention_softcap': 0.001,
     'sliding_window': 3,
     'attention_pattern': 'LG',
+    'end_of_text': 7,
     'num_experts': 4,
     'experts_per_token': 3,
     'shared_experts': 2,
@@ -124,6 +125,7 @@ NUMBERS = {
 COMPANIONS = {
     ('use_gqa', True): {'num_kv_heads': 1},
     ('attention_backend', 'flex'): {'attention_dropout': 0.0},
+    ('document_mask', True): {'end_of_text': 3},
     ('attention_softcap', NUMBERS['attention_softcap']): {'attention_backend': 'manual'},
 }
 BASES = {
