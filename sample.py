@@ -128,6 +128,8 @@ def main(argv: list[str]) -> int:
     model = resumption.load_model(checkpoint, state, device).eval()
     start = torch.tensor(tokens[-model.config.block_size :], device=device)
     show(f'{name}, {checkpoint.iter:,} updates, from {checkpoint.path}\n')
+    if slow := ', '.join(model.uncacheable):
+        show(f'Without a cache, every token anew: {slow} does not say `cacheable = True`.\n')
 
     speed, size = Speed(), options.batch_size or options.num_samples
     filters = options.temperature, options.top_k, options.top_p, options.min_p

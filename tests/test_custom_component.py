@@ -183,3 +183,33 @@ def test_what_belonged_to_a_component_that_was_replaced_is_dropped(train, tmp_pa
         assert f"dropped: {key} ({path}), of no use with attention_type='plain'" in shown
     refused = train(path, '--attention_type=plain', '--num_kv_heads=2', code=2).stderr
     assert 'num_kv_heads=2 (command line) has no use here' in refused
+
+
+def test_text_of_an_attention_that_knows_no_cache_comes_with_a_note(train, run_script, tmp_path):
+    path = tmp_path / 'attention.py'
+    path.write_text(
+        textwrap.dedent(
+            """
+            from model_components import MultiHeadAttention
+            from model_config import ATTENTION_REGISTRY
+
+
+            @ATTENTION_REGISTRY.register('halved')
+            class HalvedAttention(MultiHeadAttention):
+                def forward(self, x, positions):
+                    return super().forward(x, positions) / 2
+            """
+        )
+    )
+    train(path, '--attention_type=halved', '--max_iters=1')
+    asked = ('--out_dir=out', '--start=the', '--num_samples=1', '--max_new_tokens=40')
+    note = 'Without a cache, every token anew: HalvedAttention'
+    uncached = run_script('sample.py', path, *asked).stdout
+    path.write_text(path.read_text() + '    cacheable = True\n')
+    cached = run_script('sample.py', path, *asked).stdout
+    assert note in uncached and note not in cached
+
+    def text(output):
+        return output.split('-' * 80)[1]
+
+    assert text(uncached) == text(cached) and len(text(cached)) > 40
