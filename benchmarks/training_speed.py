@@ -29,7 +29,6 @@ import json
 import math
 import os
 import shlex
-import shutil
 import signal
 import statistics
 import subprocess
@@ -699,15 +698,16 @@ def words(text: str) -> list[str]:
 
 def main(argv: list[str]) -> int:
     options = parse(argv)
-    folder = Path(tempfile.mkdtemp(prefix='training_speed_'))
-    race = Race(options, folder)
-    try:
-        race.run()
-    except Lost as lost:
-        raise UserError(str(lost)) from lost
-    finally:
-        race.end()
-        shutil.rmtree(folder, ignore_errors=True)
+    with tempfile.TemporaryDirectory(
+        prefix='training_speed_', ignore_cleanup_errors=True
+    ) as folder:
+        race = Race(options, Path(folder))
+        try:
+            race.run()
+        except Lost as lost:
+            raise UserError(str(lost)) from lost
+        finally:
+            race.end()
     found = summary(race)
     if options.json:
         options.json.write_text(json.dumps(found, indent=1) + '\n')
