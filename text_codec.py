@@ -75,7 +75,9 @@ class Codec:
 
     def decode(self, ids) -> str:
         """The text of an iterable of token ids."""
-        return b''.join(self.bytes_of(i) for i in ids).decode(errors='replace')
+        ids = ids.tolist() if hasattr(ids, 'tolist') else [int(i) for i in ids]
+        content = {i: self.bytes_of(i) for i in set(ids)}  # most come many times
+        return b''.join(map(content.__getitem__, ids)).decode(errors='replace')
 
     def bytes_of(self, token: int) -> bytes:
         """What the token adds to a text in UTF-8; U+FFFD for what is no token."""

@@ -89,7 +89,7 @@ class TokenWriter:
                         'The disk or the memory may be at fault. Prepare anew: --restart'
                     )
         return {
-            split: {'sha256': reader.whole.hexdigest(), 'shards': reader.digests()}
+            split: {'sha256': reader.digest(), 'shards': reader.digests()}
             for split, reader in readers.items()
         }
 
@@ -174,11 +174,11 @@ class TokenWriter:
 
 
 class _HashingReader:
-    """Files read as one, with SHA-256 of each and of `whole`."""
+    """Files read as one, with SHA-256 of each and of the whole."""
 
     def __init__(self, paths: list[Path]):
         self.paths = paths
-        self.whole = hashlib.sha256()
+        self._whole = hashlib.sha256()
         self._each = [hashlib.sha256() for _ in paths]
         self._number, self._file = -1, None
 
@@ -192,11 +192,16 @@ class _HashingReader:
                     break
                 self._next_file()
                 continue
-            self.whole.update(block)
+            if len(self.paths) > 1:  # of one file it is the file's
+                self._whole.update(block)
             self._each[self._number].update(block)
             blocks.append(block)
             size -= len(block)
         return b''.join(blocks)
+
+    def digest(self) -> str:
+        """Of all that the files hold."""
+        return (self._whole if len(self.paths) > 1 else self._each[0]).hexdigest()
 
     def digests(self) -> list[str]:
         """Of the files, in order."""
