@@ -284,7 +284,18 @@ def load(paths: Sequence[Path], latest: int | None = None) -> tuple[list[Run], l
             *(f'skipped {line}' for line in skipped),
         )
     runs.sort(key=lambda run: run.start, reverse=True)
-    return runs[:latest], skipped
+    return without_superseded(runs)[:latest], skipped
+
+
+def without_superseded(newest_first: Sequence[Run]) -> list[Run]:
+    """The runs, of each point of a study only the newest.
+
+    A point whose run was killed before it had saved anything is begun anew.
+    """
+    places: dict[Path, Run] = {}
+    for run in newest_first:
+        places.setdefault(run.folder if run.variant is None else run.folder.parent, run)
+    return list(places.values())
 
 
 # --- rows to a comparison ------------------------------------------------------------------------

@@ -13,6 +13,7 @@ reads while the run goes on is `console.py`'s.
 import functools
 import json
 import math
+import mmap
 import os
 import re
 import time
@@ -175,10 +176,10 @@ def read_outline(path) -> dict:
     record = path / RECORD
     if path.is_dir() and record.is_file() and (end := _last_line(path / JOURNAL)) is not None:
         try:
-            document = _checked(json.loads(_without_iterations(_read(record))))
+            document = _checked(json.loads(_without_iterations(record)))
             if all(end[key] == document[key] for key in ('status', 'end_time')):
                 return document
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             pass  # the journal says it all
     return {**read_record(path), 'training_iterations': []}
 
@@ -194,11 +195,17 @@ def _last_line(journal: Path) -> dict | None:
     return line if isinstance(line, dict) and line.get('kind') == 'end' else None
 
 
-def _without_iterations(data: bytes) -> bytes:
-    """The text of a record.json with an empty list in place of its longest one."""
-    head, found, rest = data.partition(b'\n "training_iterations": [\n')
-    _, closed, tail = rest.partition(b'\n ]')
-    return head + found.rstrip() + b']' + tail if found and closed else data
+def _without_iterations(path: Path) -> bytes:
+    """The text of a record.json with an empty list in place of its longest one, which is not read.
+
+    Raises OSError, or ValueError for an empty file.
+    """
+    with open(path, 'rb') as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
+        begin = text.find(b'\n "training_iterations": [')
+        end = text.rfind(b'\n "eval_steps": ')  # no string in JSON has a line end of its own
+        if not 0 <= begin < end:
+            return text[:]
+        return text[:begin] + b'\n "training_iterations": [],' + text[end:]
 
 
 def _read(path: Path) -> bytes:

@@ -788,6 +788,22 @@ def test_a_study_has_names_main_effects_and_dependences(study, capsys):
     assert f'{together:+.4f}' in line
 
 
+def test_a_run_that_was_begun_anew_is_not_compared(study, capsys):
+    folder, _ = study
+    ca.main([str(folder)])
+    before = capsys.readouterr().out
+    killed = make_record(0, loss=None, status='running', done=0, architecture='standard', seed=1)
+    place = folder / 'runs/0/seed=1' / killed['run_name']
+    place.mkdir()
+    (place / 'record.json').write_text(json.dumps(killed))
+    ca.main([str(folder)])
+    assert capsys.readouterr().out == before
+    (folder / 'study.json').unlink()  # without a study it is a run like any other
+    ca.read_plan.cache_clear()
+    ca.main([str(folder)])
+    assert killed['run_name'] in capsys.readouterr().out
+
+
 def test_every_format_says_the_same(study, capsys):
     folder, losses = study
     ca.main([str(folder), '--format', 'json'])

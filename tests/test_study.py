@@ -1,18 +1,14 @@
 """study.py and study_points.py: what is run, how variants are made equal, and what survives."""
 
 import json
-import os
 import random
-import signal
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
 from conftest import PROJECT, TINY_RUN
 
 import study_points
+from benchmarks.study_kills import study_kills
 from configurator import read_command_line
 from errors import UserError
 from model_builder import build_model, training_flops
@@ -299,26 +295,9 @@ class Broken(FeedForward):
     assert 'ffn_type=swiglu/seed=1: validation loss' in out
 
 
-def test_a_study_killed_at_random_ends_as_one_left_alone(study_file, tmp_path, tiny_dataset):
-    text = SMALL.replace('max_iters = 3', 'max_iters = 12') + '\neval_interval = 4'
-    quiet = study_file(text + f'\nout_dir = {str(tmp_path / "quiet")!r}', 'quiet.py')
-    killed = study_file(text + f'\nout_dir = {str(tmp_path / "killed")!r}', 'killed.py')
-    environment = {**os.environ, 'OMP_NUM_THREADS': '1'}
-
-    def start(path):
-        command = [sys.executable, str(PROJECT / 'study.py'), str(path)]
-        return subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL)
-
-    assert start(quiet).wait(timeout=200) == 0
-    choose = random.Random(3)
-    for number in range(2):
-        study = start(killed)
-        time.sleep(choose.uniform(5, 9))
-        study.send_signal(signal.SIGKILL if number else signal.SIGTERM)
-        code = study.wait(timeout=60)
-        assert code in (0, 143, -9)
-    assert start(killed).wait(timeout=200) == 0
-    assert losses(tmp_path / 'killed') == losses(tmp_path / 'quiet')
+def test_a_study_killed_at_random_ends_as_one_left_alone(tmp_path, capsys):
+    code = study_kills(tmp_path, kills=2, seeds=1, updates=12, rng=random.Random(3))
+    assert code == 0, capsys.readouterr().out
 
 
 def test_train_py_trains_the_base_of_a_study_and_says_so(study_file, run_script):

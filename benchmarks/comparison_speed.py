@@ -1,0 +1,115 @@
+"""Measure what it takes to compare many records, once their files are in the page cache.
+
+    python benchmarks/comparison_speed.py [--records=1000] [--iterations=415] [--folder=FOLDER]
+
+One short training gives a record and a journal, which are written again for 50 architectures and as
+many seeds as are needed, with so many logged iterations each and losses of their own. Then
+compare_architectures.py reads them all, five times: printed is the least CPU time (user and system)
+of a process, and that of one which only imports it.
+"""
+
+import argparse
+import copy
+import json
+import random
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+PROJECT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(PROJECT))
+
+from benchmarks.fault_run import write_dataset  # noqa: E402
+from benchmarks.study_kills import OPTIONS  # noqa: E402
+from training_logger import TrainingLogger, latest_run, read_record  # noqa: E402
+
+ARCHITECTURES, REPEATS = 50, 5
+
+
+def example(folder: Path) -> dict:
+    """The record of a short training."""
+    write_dataset(folder / 'dataset')
+    options = {**OPTIONS, 'dataset': folder / 'dataset', 'out_dir': folder / 'example'}
+    options |= {'max_iters': 20, 'eval_interval': 2}
+    command = [sys.executable, str(PROJECT / 'train.py')]
+    command += [f'--{key}={value}' for key, value in options.items()]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return read_record(latest_run(folder / 'example'))
+
+
+def write_run(folder: Path, record: dict, number: int, iterations: int) -> None:
+    """The example as run `number`, with losses of its own, by the project's own logger."""
+    rng = random.Random(number)
+    record = copy.deepcopy(record)
+    kind, seed = number % ARCHITECTURES, number // ARCHITECTURES
+    record['config'] |= {'seed': seed, 'data_seed': seed}
+    record['metadata'] |= {'seed': seed, 'data_seed': seed}
+    record['architecture'] |= {'name': f'architecture {kind}', 'hash': f'{kind:012}'}
+    folder.mkdir(parents=True)
+    with open('/dev/null', 'w') as nowhere:
+        logger = TrainingLogger(folder, style='line', stream=nowhere, max_iters=iterations)
+        logger.record_due = float('inf')  # once at the end is enough
+        parts = ('config', 'architecture', 'metadata', 'startup_info')
+        logger.start(**{part: record[part] for part in parts})
+        entry, evaluations = record['training_iterations'][-1], record['eval_steps']
+        due = {n * iterations // (len(evaluations) - 1): n for n in range(len(evaluations))}
+        for iter in range(iterations + 1):
+            if iter in due:
+                evaluation = {**evaluations[due[iter]], 'iter': iter}
+                evaluation['val_loss'] += 0.01 * kind + rng.gauss(0, 0.02)
+                logger.evaluation(evaluation)
+            if iter < iterations:
+                logger.iteration({**entry, 'iter': iter, 'loss': entry['loss'] + rng.gauss(0, 0.1)})
+        logger.finish()
+
+
+def cpu_seconds(arguments: list[str]) -> float:
+    """The least of a few processes."""
+    measured = []
+    for _ in range(REPEATS):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run([sys.executable, *arguments], check=True, cwd=PROJECT, capture_output=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        measured.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    return min(measured)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('--records', type=int, default=1000, help='how many (default 1000)')
+    parser.add_argument('--iterations', type=int, default=415, help='in each (default 415)')
+    parser.add_argument('--folder', help='where they are kept for another time (default: nowhere)')
+    options = parser.parse_args()
+    folder = Path(options.folder or tempfile.mkdtemp(prefix='comparison_speed_'))
+    try:
+        if not (folder / 'runs').exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            record = example(folder)
+            for number in range(options.records):
+                place = folder / 'runs' / f'{number:05}' / 'run_20260101_000000'
+                write_run(place, record, number, options.iterations)
+        size = sum(path.stat().st_size for path in folder.glob('runs/*/*/record.json'))
+        imported = cpu_seconds(['-c', 'import compare_architectures'])
+        compared = cpu_seconds(['compare_architectures.py', str(folder / 'runs')])
+        print(
+            json.dumps(
+                {
+                    'records': len(list((folder / 'runs').iterdir())),
+                    'record_megabytes': round(size / 1e6, 1),
+                    'cpu_seconds': round(compared, 3),
+                    'of_which_start': round(imported, 3),
+                }
+            )
+        )
+    finally:
+        if not options.folder:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,218 @@
+"""Kill one study again and again, and compare its result with that of a study left alone.
+
+    python benchmarks/study_kills.py [--kills=6] [--seeds=3] [--updates=60] [--folder=FOLDER]
+
+Four variants, each with so many seeds, are trained once without interruption. The same study then
+is ended at random moments and started again by the same command: by `kill -9` of it and its runs,
+by `kill -9` of the study alone, and by Ctrl-C. In the end every loss and gradient norm of every run
+has to be the same to the last bit, and so has the comparison, but for times, memory and paths. The
+exit code is 0 if nothing differs. One thread; the 12 runs, twice, take about 6 minutes on two slow
+cores.
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+
+PROJECT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(PROJECT))
+
+from benchmarks.fault_run import (  # noqa: E402
+    clock,
+    differences,
+    without_measurements,
+    write_dataset,
+)
+from training_logger import find_records, latest_run, read_record  # noqa: E402
+
+OPTIONS = {
+    'n_layer': 2,
+    'n_head': 2,
+    'n_embd': 32,
+    'block_size': 32,
+    'batch_size': 4,
+    'gradient_accumulation_steps': 1,
+    'dropout': 0.1,
+    'eval_interval': 10,
+    'eval_iters': 8,
+    'device': 'cpu',
+    'dtype': 'float32',
+    'peak_tflops': 1.0,  # else each start would measure it
+}
+SWEEP = {'ffn_type': ['standard', 'swiglu'], 'position_encoding': ['learned_absolute', 'rope']}
+# Of the comparison's JSON: what is measured, and where runs are kept.
+MEASURED = {
+    *('run', 'runs', 'folder', 'front', 'mfu_percent', 'tokens_per_sec', 'time_ms'),
+    *('wall_seconds', 'peak_memory_gb', 'seconds'),
+}
+KILLS = ('the study and its runs', 'Ctrl-C', 'the study alone')
+
+
+class StudyRun:
+    """One study in one folder, as many processes as it takes."""
+
+    def __init__(self, folder: Path, name: str, seeds: int, updates: int):
+        self.out, self.log = folder / name, folder / f'{name}.log'
+        self.file = folder / f'{name}.py'
+        options = {**OPTIONS, 'dataset': str(folder / 'dataset'), 'out_dir': str(self.out)}
+        options |= {'max_iters': updates, 'sweep': {**SWEEP, 'seed': [*range(1, seeds + 1)]}}
+        self.file.write_text(''.join(f'{key} = {value!r}\n' for key, value in options.items()))
+
+    def start(self) -> None:
+        with open(self.log, 'a') as log:
+            self.process = subprocess.Popen(
+                [sys.executable, str(PROJECT / 'study.py'), str(self.file)],
+                env={**os.environ, 'OMP_NUM_THREADS': '1'},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+
+    def finish(self) -> None:
+        if code := self.process.wait():
+            sys.exit(f'the study ended with code {code}; its output is in {self.log}')
+
+    def kill(self, kind: str) -> bool:
+        """End it in that way; whether there was something to end."""
+        if self.process.poll() is not None:
+            return False
+        if kind == 'Ctrl-C':
+            self.process.send_signal(signal.SIGINT)
+            return self.process.wait() != 0
+        runs = psutil.Process(self.process.pid).children(recursive=True)
+        self.process.kill()
+        if kind == 'the study and its runs':
+            for run in runs:
+                run.kill()
+        return self.process.wait() < 0
+
+    def records(self) -> dict[str, dict]:
+        """The newest record of each point, by its folder."""
+        points = self.out.glob('runs/*/*')
+        found = {str(point.relative_to(self.out)): latest_run(point) for point in points}
+        return {name: read_record(run) for name, run in sorted(found.items()) if run}
+
+    def comparison(self, format: str) -> str:
+        command = [
+            sys.executable,
+            str(PROJECT / 'compare_architectures.py'),
+            str(self.out / 'runs'),
+        ]
+        return subprocess.run(
+            [*command, f'--format={format}'], capture_output=True, text=True, check=True
+        ).stdout
+
+    def table(self) -> dict:
+        """What the comparison says, but for what is measured."""
+        data = _unmeasured(json.loads(self.comparison('json')))
+        data['equal_cost'] = [row for row in data['equal_cost'] if row['cost'] != 'seconds']
+        return data
+
+
+def _unmeasured(value):
+    if isinstance(value, dict):
+        return {k: _unmeasured(v) for k, v in value.items() if k not in MEASURED}
+    return [_unmeasured(item) for item in value] if isinstance(value, list) else value
+
+
+def result(record: dict) -> dict:
+    """What a run came to, to the last bit."""
+    return {
+        'status': record['status'],
+        'iterations': without_measurements(record['training_iterations']),
+        'evaluations': without_measurements(record['eval_steps']),
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('--kills', type=int, default=6, help='how many (default 6)')
+    parser.add_argument('--seeds', type=int, default=3, help='of each variant (default 3)')
+    parser.add_argument('--updates', type=int, default=60, help='of each run (default 60)')
+    parser.add_argument('--seed', type=int, default=0, help='of the moments (default 0)')
+    parser.add_argument('--folder', help='where the runs are kept (default: nowhere)')
+    options = parser.parse_args()
+    folder = Path(options.folder or tempfile.mkdtemp(prefix='study_kills_'))
+    folder.mkdir(parents=True, exist_ok=True)
+    if any(folder.iterdir()):
+        parser.error(f'--folder={folder} is not empty')
+    try:
+        rng = random.Random(options.seed)
+        return study_kills(folder, options.kills, options.seeds, options.updates, rng)
+    finally:
+        if not options.folder:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def study_kills(folder: Path, kills: int, seeds: int, updates: int, rng: random.Random) -> int:
+    """Both studies, the moments of the kills and the verdict, printed; 0 if nothing differs."""
+    write_dataset(folder / 'dataset')
+    quiet = StudyRun(folder, 'uninterrupted', seeds, updates)
+    began = time.perf_counter()
+    quiet.start()
+    while not [*quiet.out.glob('runs/*/*/run_*')] and quiet.process.poll() is None:
+        time.sleep(0.1)
+    start = time.perf_counter() - began
+    quiet.finish()
+    took, wanted = time.perf_counter() - began, quiet.records()
+    print(f'{len(wanted)} runs of {updates} updates without interruption: {took:.0f} s', flush=True)
+
+    study, made, began = StudyRun(folder, 'killed', seeds, updates), 0, time.perf_counter()
+    for number in range(kills):
+        study.start()
+        # All the lives together are too short for the study, without what each takes to start.
+        life = rng.uniform(0, start + (took - start) / kills)
+        time.sleep(life)
+        kind = KILLS[number % len(KILLS)]
+        if not study.kill(kind):
+            print('the study ended before all kills were made: raise --updates')
+            break
+        made += 1
+        records = study.records().values()
+        complete = sum(record['status'] == 'finished' for record in records)
+        done = sum(record['summary']['final_iter'] for record in records)
+        print(
+            f'kill {number + 1}/{kills} ({kind}) after {life:.1f} s: {complete} runs complete, '
+            f'{done} of {len(wanted) * updates} updates made',
+            flush=True,
+        )
+    study.start()
+    study.finish()
+
+    found = study.records()
+    different = {
+        'table': differences(study.table(), quiet.table(), 'table'),
+        'runs': [] if found.keys() == wanted.keys() else sorted(found.keys() ^ wanted.keys()),
+    }
+    if not different['runs']:
+        for part in ('status', 'iterations', 'evaluations'):
+            pairs = (
+                (name, result(found[name])[part], result(wanted[name])[part]) for name in found
+            )
+            different[part] = [place for n, a, b in pairs for place in differences(a, b, n)]
+    resumes = sum(e['event'] == 'resume' for record in found.values() for e in record['events'])
+    print(f'\nkills                    {made}')
+    print(f'resumes in the records   {resumes}')
+    print(f'runs begun anew          {len(find_records(study.out)) - len(found)}')
+    for part, places in different.items():
+        verdict = f'DIFFERENT: {", ".join(places[:5])}' if places else 'equal, to the last bit'
+        print(f'{part:<24} {verdict}')
+    print(f'time                     {clock(time.perf_counter() - began)} for the killed study')
+    print(f'\n{study.comparison("text")}')
+    return int(any(different.values()) or made < kills)
+
+
+if __name__ == '__main__':
+    sys.exit(main())
