@@ -173,7 +173,7 @@ def study_kills(folder: Path, kills: int, seeds: int, updates: int, rng: random.
     for number in range(kills):
         study.start()
         # All the lives together are too short for the study, without what each takes to start.
-        life = rng.uniform(0, start + (took - start) / kills)
+        life = start + rng.uniform(0, (took - start) / kills)
         time.sleep(life)
         kind = KILLS[number % len(KILLS)]
         if not study.kill(kind):
