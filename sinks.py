@@ -69,7 +69,7 @@ def _of_iteration(entry: dict) -> dict[str, float | None]:
         'train/grad_mean': gradients['mean'],
         'train/grad_std': gradients['std'],
         'train/loss_scale': entry['loss_scale'],
-        'train/tokens': entry['tokens_seen'],
+        'data/tokens': entry['tokens_seen'],
         'perf/iter_ms': entry['time_ms'],
         'perf/tokens_per_second': entry['tokens_per_sec'],
         'perf/mfu': mfu['mfu_percent'],
@@ -88,6 +88,8 @@ def _of_evaluation(entry: dict) -> dict[str, float | None]:
         'val/train_loss': entry[
             'train_loss'
         ],  # of the train split's fixed windows, without dropout
+        'data/epochs': entry.get('epochs'),  # records of before have neither
+        'data/unique_tokens': entry.get('unique_tokens'),
         'perf/evaluation_ms': entry['time_ms'],
     }
     diagnostics = entry.get('diagnostics')
@@ -160,6 +162,9 @@ class TensorBoard:
             self.writer.add_scalar(name, value, iter, walltime=line.get('time'))
         if line['kind'] in ('event', 'rollback'):
             self.writer.add_text('events', _sentence(line), iter or 0, walltime=line['time'])
+        if (sample := line.get('sample')) and sample['text'] is not None:
+            text = f'```\n{sample["prompt"]}{sample["text"]}\n```'
+            self.writer.add_text('sample', text, iter, walltime=line.get('time'))
         # As little is lost in a crash as of the record; and a full disk is noticed here.
         self.writer.flush()
 

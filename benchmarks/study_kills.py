@@ -1,6 +1,6 @@
 """Kill one study again and again, and compare its result with that of a study left alone.
 
-    python benchmarks/study_kills.py [--kills=6] [--seeds=3] [--updates=60] [--folder=FOLDER]
+    python benchmarks/study_kills.py [--kills=6] [--seeds=3] [--updates=300] [--folder=FOLDER]
 
 Four variants, each with so many seeds, are trained once without interruption. The same study then
 is ended at random moments and started again by the same command: by `kill -9` of it and its runs,
@@ -140,7 +140,7 @@ def main() -> int:
     )
     parser.add_argument('--kills', type=int, default=6, help='how many (default 6)')
     parser.add_argument('--seeds', type=int, default=3, help='of each variant (default 3)')
-    parser.add_argument('--updates', type=int, default=60, help='of each run (default 60)')
+    parser.add_argument('--updates', type=int, default=300, help='of each run (default 300)')
     parser.add_argument('--seed', type=int, default=0, help='of the moments (default 0)')
     parser.add_argument('--folder', help='where the runs are kept (default: nowhere)')
     options = parser.parse_args()

@@ -9,7 +9,7 @@ ITERATION = {
     'lr': 'train/lr',
     'time_ms': 'perf/iter_ms',
     'tokens_per_sec': 'perf/tokens_per_second',
-    'tokens_seen': 'train/tokens',
+    'tokens_seen': 'data/tokens',
     'loss_scale': 'train/loss_scale',
     'steps': None,
     'mfu.mfu_percent': 'perf/mfu',
@@ -30,10 +30,13 @@ EVALUATION = {
     'train_loss': 'val/train_loss',
     'val_loss': 'val/loss',
     'val_bits_per_byte': 'val/bits_per_byte',
+    'epochs': 'data/epochs',
+    'unique_tokens': 'data/unique_tokens',
     'time_ms': 'perf/evaluation_ms',
     'lr': None,
     'train_seconds': None,
     'data_hash': None,
+    'sample.time_ms': None,
 }
 
 

@@ -109,7 +109,8 @@ def log_with_a_rollback(logger):
     for i in range(4, 8):
         logger.iteration(iteration(i, loss=7.5 - i, peak_gb=None))
     logger.iteration(iteration(8, loss=float('nan')))
-    logger.evaluation(evaluation(9, 4.5, bits=None))
+    sample = {'prompt': 'To be', 'text': ' or not', 'time_ms': 1.0}
+    logger.evaluation({**evaluation(9, 4.5, bits=None), 'sample': sample})
     logger.finish()
 
 
@@ -150,9 +151,10 @@ def test_options_and_events_can_be_read_there(tmp_path):
     reader = read(logger.run_folder)
     texts = [
         tensor.tensor_proto.string_val[0].decode()
-        for tag in ('config/text_summary', 'events/text_summary')
-        for tensor in reader.Tensors(tag)
+        for tag in ('config', 'events', 'sample')
+        for tensor in reader.Tensors(f'{tag}/text_summary')
     ]
+    assert 'To be or not' in texts[-1]
     assert '| `arch_preset` | llama |' in texts[0] and '| `architecture_hash` | 3f9c' in texts[0]
     for text in (
         '**nonfinite** a bad batch',
