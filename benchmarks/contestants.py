@@ -201,11 +201,15 @@ def prepare(told: dict, turns: Turns) -> None:
         torch.save(translated(NANOGPT), folder / 'nanogpt.pt')
     if 'transformers' in told['peers']:
         try:
-            family, answer['transformers'] = interop.expressed_as(config)
+            family, fields, said = interop.expressed_as(config)
         except UserError as error:
             answer['transformers_problem'] = str(error)
         else:
-            torch.save(translated(family), folder / 'transformers.pt')
+            if said is config:
+                answer['transformers'] = fields
+                torch.save(translated(family), folder / 'transformers.pt')
+            else:
+                answer['transformers_problem'] = 'it has biases where ours has none'
     say(turns.answers, answer)
 
 
