@@ -102,6 +102,11 @@ class StudyRun:
         found = {str(point.relative_to(self.out)): latest_run(point) for point in points}
         return {name: read_record(run) for name, run in sorted(found.items()) if run}
 
+    def updates(self) -> int:
+        """Updates that the runs have logged, those that are then made again counted twice."""
+        journals = self.out.glob('runs/*/*/run_*/journal.jsonl')
+        return sum(journal.read_bytes().count(b'{"kind": "iteration"') for journal in journals)
+
     def comparison(self, format: str) -> str:
         command = [
             sys.executable,
@@ -162,19 +167,18 @@ def study_kills(folder: Path, kills: int, seeds: int, updates: int, rng: random.
     quiet = StudyRun(folder, 'uninterrupted', seeds, updates)
     began = time.perf_counter()
     quiet.start()
-    while not [*quiet.out.glob('runs/*/*/run_*')] and quiet.process.poll() is None:
-        time.sleep(0.1)
-    start = time.perf_counter() - began
     quiet.finish()
     took, wanted = time.perf_counter() - began, quiet.records()
     print(f'{len(wanted)} runs of {updates} updates without interruption: {took:.0f} s', flush=True)
 
-    study, made, began = StudyRun(folder, 'killed', seeds, updates), 0, time.perf_counter()
+    study, began = StudyRun(folder, 'killed', seeds, updates), time.perf_counter()
+    made, done, total = 0, 0, len(wanted) * updates
     for number in range(kills):
         study.start()
-        # All the lives together are too short for the study, without what each takes to start.
-        life = start + rng.uniform(0, (took - start) / kills)
-        time.sleep(life)
+        # As many updates as leave some for the kills to come, at whatever speed.
+        until = done + rng.uniform(0, 1.8) * (total - done) / (kills - number + 1)
+        while study.updates() < until and study.process.poll() is None:
+            time.sleep(0.05)
         kind = KILLS[number % len(KILLS)]
         if not study.kill(kind):
             print('the study ended before all kills were made: raise --updates')
@@ -182,10 +186,10 @@ def study_kills(folder: Path, kills: int, seeds: int, updates: int, rng: random.
         made += 1
         records = study.records().values()
         complete = sum(record['status'] == 'finished' for record in records)
-        done = sum(record['summary']['final_iter'] for record in records)
+        done = study.updates()
         print(
-            f'kill {number + 1}/{kills} ({kind}) after {life:.1f} s: {complete} runs complete, '
-            f'{done} of {len(wanted) * updates} updates made',
+            f'kill {number + 1}/{kills} ({kind}): {complete} runs complete, '
+            f'{done} of {total} updates made',
             flush=True,
         )
     study.start()
