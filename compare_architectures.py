@@ -373,7 +373,7 @@ def training_of(run: Run) -> tuple:
 def without_fair_differences(
     groups: Sequence[Group], warnings: dict[str, Values]
 ) -> tuple[dict[str, Values], list[str]]:
-    """The warnings, but for what an equal budget or tuning explains; that is told as notes."""
+    """The warnings, but for what a study, an equal budget or tuning explains; and notes on that."""
     notes: list[str] = []
     plan = study_of(groups)
     fair: set[str] = set()
@@ -387,9 +387,12 @@ def without_fair_differences(
             seconds = plan.budget['seconds']
             notes.append(f'Each trained for as many updates as {seconds:g} s were to buy it.')
             fair |= {*BUDGETED}
-    if plan and plan.tuned:
-        notes.append(f'Tuned for each by itself: {", ".join(plan.tuned)}.')
-        fair |= {*plan.tuned, *(['min_lr'] if 'learning_rate' in plan.tuned else [])}
+    if plan:
+        # What a study varies is its question; and the lowest rate follows from the highest.
+        own = {*plan.tuned, *(key for asked in plan.variants.values() for key in asked)}
+        fair |= {*own, *(['min_lr'] if 'learning_rate' in own else [])}
+        if plan.tuned:
+            notes.append(f'Tuned for each by itself: {", ".join(plan.tuned)}.')
     return {key: values for key, values in warnings.items() if key not in fair}, notes
 
 

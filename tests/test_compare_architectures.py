@@ -788,6 +788,24 @@ def test_a_study_has_names_main_effects_and_dependences(study, capsys):
     assert f'{together:+.4f}' in line
 
 
+def test_what_a_study_varies_is_its_question_and_not_unfair(study, capsys):
+    folder, _ = study
+    path = folder / 'study.json'
+    plan = json.loads(path.read_text()) | {'tuned': []}
+    ca.main([str(folder)])
+    assert warned(capsys.readouterr().out, 'Losses') == set()
+    path.write_text(json.dumps(plan))
+    ca.read_plan.cache_clear()
+    ca.main([str(folder)])
+    assert warned(capsys.readouterr().out, 'Losses') == {'learning_rate'}
+    for n, variant in enumerate(plan['variants']):
+        variant['asked']['learning_rate'] = 1e-3 * (n + 1)
+    path.write_text(json.dumps(plan))
+    ca.read_plan.cache_clear()
+    ca.main([str(folder)])
+    assert 'WARNINGS' not in capsys.readouterr().out
+
+
 def test_a_run_that_was_begun_anew_is_not_compared(study, capsys):
     folder, _ = study
     ca.main([str(folder)])
