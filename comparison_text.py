@@ -95,15 +95,17 @@ def headline(comparison: 'Comparison') -> str:
             f'{"pairs of " * test.paired}seeds).'
         )
     if len(better) > 1:
-        parts.append(f'So are {listing([label for _, label, _ in better[1:]])}.')
+        verb = 'is' if len(better) == 2 else 'are'
+        parts.append(f'So {verb} {listing([label for _, label, _ in better[1:]])}.')
     if worse:
         parts.append(f'Worse than {name}: {listing(worse)}.')
     if alike:
-        smallest = max(verdict.detectable for _, _, verdict in alike)
+        missed = sorted({f'{verdict.detectable:.4f}' for _, _, verdict in alike}, key=float)
         names = listing([label for _, label, _ in alike])
         parts.append(
-            f'Not told apart from {name}: {names}; true differences below {smallest:.4f} nats may '
-            f'well be missed with so few seeds.'
+            f'Not told apart from {name}: {names}; true differences below '
+            f'{" to ".join(dict.fromkeys([missed[0], missed[-1]]))} nats may well be missed with '
+            f'so few seeds.'
         )
     return ' '.join(parts) or f'Nothing can be tested against {name} yet.'
 
