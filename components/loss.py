@@ -2,6 +2,8 @@
 
 import torch
 
+from components.contract import matmul_dtype
+
 # Logits that are held at a time. Each further chunk adds up a whole gradient of the matrix, so a
 # chunk is as large as memory may well be.
 CHUNK_BYTES = 2**29
@@ -23,9 +25,7 @@ def linear_cross_entropy(
     c · tanh(logits / c). The gradient is computed at once in the place of the logits, and can be
     taken once. (Like Hsu et al. 2024, Liger kernel; a chunk at a time as in Wijmans et al. 2024.)
     """
-    device = hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-    arguments = hidden, weight, targets, dtype, softcap, ignored
+    arguments = hidden, weight, targets, matmul_dtype(weight), softcap, ignored
     if torch.is_grad_enabled():
         return _LinearCrossEntropy.apply(*arguments)
     return _loss_and_gradients(*arguments, wanted=(False, False))[0]
@@ -56,19 +56,18 @@ def _loss_and_gradients(hidden, weight, targets, dtype, softcap, ignored, wanted
     """(loss, ∂/∂hidden, ∂/∂weight), None for a gradient that is not wanted."""
     loss = torch.zeros((), device=hidden.device)
     of_hidden, of_weight = [], None
-    with torch.autocast(hidden.device.type, enabled=False):
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
-        rows = max(1, CHUNK_BYTES // (len(weight) * weight.element_size()))
-        for some, its_targets in zip(hidden.split(rows), targets.split(rows)):
-            logits = some @ weight.T  # (rows, V)
-            loss += _loss(logits, its_targets, softcap, ignored, into_gradient=any(wanted))
-            if wanted[0]:
-                of_hidden.append(logits @ weight)
-            if wanted[1]:
-                product = logits.T @ some
-                if len(hidden) > rows:  # several are added up in fp32
-                    product = product.float()
-                of_weight = product if of_weight is None else of_weight.add_(product)
+    hidden, weight = hidden.to(dtype), weight.to(dtype)
+    rows = max(1, CHUNK_BYTES // (len(weight) * weight.element_size()))
+    for some, its_targets in zip(hidden.split(rows), targets.split(rows)):
+        logits = some @ weight.T  # (rows, V)
+        loss += _loss(logits, its_targets, softcap, ignored, into_gradient=any(wanted))
+        if wanted[0]:
+            of_hidden.append(logits @ weight)
+        if wanted[1]:
+            product = logits.T @ some
+            if len(hidden) > rows:  # several are added up in fp32
+                product = product.float()
+            of_weight = product if of_weight is None else of_weight.add_(product)
     return loss, torch.cat(of_hidden) if wanted[0] else None, of_weight
 
 
