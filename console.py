@@ -695,7 +695,7 @@ def closing_block(document: dict, best: dict | None, record_path) -> str:
         'Average MFU': 'n/a' if mfu is None else f'{mfu:.2f}%{_above_peak(mfu)}',
         'Average iteration': _milliseconds(summary['avg_time_ms']),
         'Time': _duration(summary['wall_seconds']),
-        'Tokens': _tokens_seen(summary, document['startup_info']['data']),
+        'Tokens': _tokens_seen(summary, document['startup_info'].get('data', {})),
         'Compute': _flops(summary['total_flops'], 'FLOPs'),
         'Peak memory': 'n/a' if memory is None else f'{memory:.2f} GB',
         **_held(document['startup_info']),

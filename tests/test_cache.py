@@ -4,6 +4,7 @@ import random
 
 import pytest
 import torch
+import torch.nn.functional as F
 from architectures import covering, label, lively, some_tokens, tiny
 
 from components.cache import LayerCache
@@ -44,7 +45,7 @@ def kept_numbers(**values) -> list[int]:
     cache = model.empty_cache(6)
     with torch.no_grad():
         model(some_tokens(model.config, batch=2)[:, :3], cache=cache)
-    return [kept.nbytes // (2 * 4) for kept in cache]
+    return [kept.nbytes // (2 * 4) for kept in cache.layers]
 
 
 def test_layers_keep_no_more_than_they_must():
@@ -156,7 +157,7 @@ class ShiftedAttention(MultiHeadAttention):
     """Of what the token before was, which a cache of keys and values does not say."""
 
     def forward(self, x, positions):
-        return super().forward(x.roll(1, dims=1).index_fill(1, torch.tensor(0), 0.0), positions)
+        return super().forward(F.pad(x[:, :-1], (0, 0, 1, 0)), positions)
 
 
 def test_an_attention_with_a_forward_of_its_own_generates_without_a_cache():
