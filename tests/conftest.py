@@ -29,6 +29,17 @@ TINY_RUN = {
 }
 
 
+@pytest.fixture
+def register(monkeypatch):
+    """`register(registry, name, component)`, undone after the test."""
+
+    def add(registry, name, component):
+        monkeypatch.setattr(registry, '_components', {key: registry[key] for key in registry})
+        registry.register(name)(component)
+
+    return add
+
+
 @pytest.fixture(scope='module')
 def one_thread():
     """Tensors this small only suffer from threads."""

@@ -152,7 +152,6 @@ def test_each_token_goes_through_the_model_once(monkeypatch):
 # --- Components that know no cache ----------------------------------------------------------------
 
 
-@ATTENTION_REGISTRY.register('shifted')
 class ShiftedAttention(MultiHeadAttention):
     """Of what the token before was, which a cache of keys and values does not say."""
 
@@ -160,7 +159,8 @@ class ShiftedAttention(MultiHeadAttention):
         return super().forward(F.pad(x[:, :-1], (0, 0, 1, 0)), positions)
 
 
-def test_an_attention_with_a_forward_of_its_own_generates_without_a_cache():
+def test_an_attention_with_a_forward_of_its_own_generates_without_a_cache(register):
+    register(ATTENTION_REGISTRY, 'shifted', ShiftedAttention)
     config = tiny(attention_type='shifted')
     model = lively(config)
     assert model.uncacheable == ['ShiftedAttention'] and lively(tiny()).uncacheable == []

@@ -27,17 +27,6 @@ from model_config import (
 pytestmark = pytest.mark.usefixtures('one_thread')
 
 
-@pytest.fixture
-def register(monkeypatch):
-    """`register(registry, name, component)`, undone after the test."""
-
-    def add(registry, name, component):
-        monkeypatch.setattr(registry, '_components', {key: registry[key] for key in registry})
-        registry.register(name)(component)
-
-    return add
-
-
 class LearnedAlibi(PositionEncoding):
     """Scores fall with distance, by a slope of each head (Press et al. 2022), here trained."""
 
