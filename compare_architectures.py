@@ -284,17 +284,22 @@ def load(paths: Sequence[Path], latest: int | None = None) -> tuple[list[Run], l
             *(f'skipped {line}' for line in skipped),
         )
     runs.sort(key=lambda run: run.start, reverse=True)
-    return without_superseded(runs)[:latest], skipped
+    return evidence_among(runs)[:latest], skipped
 
 
-def without_superseded(newest_first: Sequence[Run]) -> list[Run]:
-    """The runs, of each point of a study only the newest.
+def evidence_among(newest_first: Sequence[Run]) -> list[Run]:
+    """The runs, of each point of a study only the newest, and none that it made to tune or to time.
 
-    A point whose run was killed before it had saved anything is begun anew.
+    A point whose run was killed before it had saved anything is begun anew. What chose an option
+    is no evidence for it; such runs are compared where no point of their study is among them.
     """
+    with_points = {run.study for run in newest_first if run.variant is not None}
     places: dict[Path, Run] = {}
     for run in newest_first:
-        places.setdefault(run.folder if run.variant is None else run.folder.parent, run)
+        if run.variant is not None:
+            places.setdefault(run.folder.parent, run)
+        elif run.study is None or run.study not in with_points:
+            places.setdefault(run.folder, run)
     return list(places.values())
 
 

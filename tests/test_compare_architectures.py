@@ -806,6 +806,20 @@ def test_what_a_study_varies_is_its_question_and_not_unfair(study, capsys):
     assert 'WARNINGS' not in capsys.readouterr().out
 
 
+def test_what_a_study_tuned_with_is_no_evidence(study, capsys):
+    folder, _ = study
+    ca.main([str(folder)])
+    before = capsys.readouterr().out
+    tuning = make_record(0, loss=1.0, architecture='standard', seed=0)
+    place = folder / 'tuning/0' / tuning['run_name']
+    place.mkdir(parents=True)
+    (place / 'record.json').write_text(json.dumps(tuning))
+    ca.main([str(folder)])
+    assert capsys.readouterr().out == before
+    ca.main([str(folder / 'tuning')])  # looked at by itself it is shown
+    assert '1.0000' in capsys.readouterr().out
+
+
 def test_a_run_that_was_begun_anew_is_not_compared(study, capsys):
     folder, _ = study
     ca.main([str(folder)])
