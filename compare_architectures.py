@@ -25,7 +25,6 @@ from typing import Any
 import sinks
 from comparison_text import FORMATS, listing
 from errors import ArgumentParser, UserError, nearest, run_script
-from evidence import holm
 from judgement import (
     COSTS,
     FRONTS,
@@ -40,6 +39,7 @@ from judgement import (
     Stability,
     Verdict,
     at_equal_cost,
+    corrected,
     curve_of,
     group_runs,
     interactions,
@@ -68,14 +68,14 @@ SPEED_CONDITIONS = (
 )
 # What a budget in FLOPs or seconds, or tuning, sets for each architecture by itself.
 BUDGETED = ('tokens_seen', 'max_iters', 'warmup_iters', 'lr_decay_iters')
-# Where a run is kept and how it reports; nothing that its figures depend on.
-IMMATERIAL = frozenset(
+# Where a run is kept, how it reports, what ran beside it; nothing that its losses depend on.
+REPORTING = frozenset(
     {
-        *('out_dir', 'log_style', 'log_interval', 'always_save_checkpoint', 'async_save'),
-        *('concurrent_runs', *sinks.OPTIONS),
+        *('out_dir', 'log_style', 'log_interval', 'concurrent_runs', *sinks.OPTIONS),
         *('sample_interval', 'sample_prompt', 'sample_tokens'),
     }
 )
+IMMATERIAL = REPORTING | {'always_save_checkpoint', 'async_save'}
 
 
 @dataclass(frozen=True, eq=False)
@@ -399,12 +399,6 @@ def without_fair_differences(
         if plan.tuned:
             notes.append(f'Tuned for each by itself: {", ".join(plan.tuned)}.')
     return {key: values for key, values in warnings.items() if key not in fair}, notes
-
-
-def corrected(tests: Sequence) -> list[float | None]:
-    """Holm's p-values of the tests that could be made."""
-    p_values = iter(holm([test.p_value for test in tests if test is not None]))
-    return [None if test is None else next(p_values) for test in tests]
 
 
 def axes_of(groups: Sequence[Group]) -> list[tuple[dict, Group]]:

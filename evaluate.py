@@ -35,8 +35,7 @@ import checkpointing
 import hardware
 import resumption
 from comparison_text import table
-from configurator import read_config_file
-from errors import ArgumentParser, UserError, run_script
+from errors import UserError, run_script
 from evidence import CONFIDENCE, student_quantile
 from model_builder import Transformer
 from model_components import IGNORED
@@ -53,15 +52,8 @@ MADE_SEED = 1337
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = ArgumentParser(
-        prog='evaluate.py',
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = resumption.checkpoint_parser('evaluate.py', __doc__)
     add = parser.add_argument
-    add('config', nargs='*', help='config files, for the components that they register')
-    add('--out_dir', default='out', help='the folder of runs (default out)')
-    add('--run', help=resumption.RUN_HELP)
     several = {'type': Path, 'action': 'append', 'default': [], 'metavar': 'FILE'}
     add('--text', help='text to find the bits per byte of; may be given several times', **several)
     add('--choices', help='items to choose in; may be given several times', **several)
@@ -91,10 +83,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
             f'--make_choices={options.make_choices} is there already: --choices='
             f'{options.make_choices} scores it.'
         )
-    for path in options.config:
-        read_config_file(path, problems)
-    if problems:
-        raise UserError(*problems)
+    resumption.read_components(options.config, problems)
     return options
 
 

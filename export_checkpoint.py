@@ -32,8 +32,7 @@ import checkpointing
 import interop
 import resumption
 import tokenizer_files
-from configurator import read_config_file
-from errors import ArgumentParser, UserError, run_script
+from errors import UserError, run_script
 from model_builder import Transformer
 
 DTYPES = ('float32', 'bfloat16', 'float16')
@@ -84,25 +83,15 @@ FORMATS = {
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """The options, with the chosen Format and an output that can be written."""
-    parser = ArgumentParser(
-        prog='export_checkpoint.py',
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = resumption.checkpoint_parser('export_checkpoint.py', __doc__)
     add = parser.add_argument
-    add('config', nargs='*', help='config files, for the components that they register')
-    add('--out_dir', default='out', help='the folder of runs (default out)')
-    add('--run', help=resumption.RUN_HELP)
     add('--output', type=Path, help='what to write (default model.pt; with --format=hf model/)')
     add('--format', choices=FORMATS, help="default: what --output's suffix says, or pt")
     add('--dtype', choices=DTYPES, default='float32', help='of the weights (default float32)')
     add('--overwrite', action='store_true', help='replace --output if it is there')
     options = parser.parse(argv)
     problems: list[str] = []
-    for path in options.config:
-        read_config_file(path, problems)
-    if problems:
-        raise UserError(*problems)
+    resumption.read_components(options.config, problems)
     options.format = choose_format(options.format, options.output)
     options.output = options.output or Path(f'model{options.format.suffix}')
     check_output(options.format, options.output, options.overwrite)

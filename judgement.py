@@ -101,12 +101,10 @@ def judge(groups: Sequence[Group], baseline: Group) -> list[Verdict]:
         difference(group, baseline) if group is not baseline and group.finished else None
         for group in groups
     ]
-    tests = [test for test in found if test is not None]
-    corrected = iter(holm([test.p_value for test in tests]))
+    comparisons = sum(test is not None for test in found)
     verdicts = []
-    for group, test in zip(groups, found, strict=True):
-        p_value = None if test is None else next(corrected)
-        detectable = None if test is None else test.detectable(len(tests))
+    for group, test, p_value in zip(groups, found, corrected(found), strict=True):
+        detectable = None if test is None else test.detectable(comparisons)
         if group is baseline:
             text = 'baseline'
         elif test is None:
@@ -117,6 +115,12 @@ def judge(groups: Sequence[Group], baseline: Group) -> list[Verdict]:
             text = 'better' if test.mean < 0 else 'worse'
         verdicts.append(Verdict(group, test, p_value, detectable, text))
     return verdicts
+
+
+def corrected(tests: Sequence[Difference | None]) -> list[float | None]:
+    """Holm's p-values of the tests that could be made."""
+    p_values = iter(holm([test.p_value for test in tests if test is not None]))
+    return [None if test is None else next(p_values) for test in tests]
 
 
 def difference(group: Group, baseline: Group) -> Difference | None:

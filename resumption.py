@@ -1,5 +1,6 @@
 """Continue a run: find its checkpoint, refuse another architecture, restore, say what changed."""
 
+import argparse
 import math
 import shutil
 from collections.abc import Iterator
@@ -12,8 +13,8 @@ import torch
 import checkpointing
 import divided_state
 import sinks
-from configurator import COMMAND_LINE, CommandLine, Layer, accept_layer
-from errors import UserError, nearest
+from configurator import COMMAND_LINE, CommandLine, Layer, accept_layer, read_config_file
+from errors import ArgumentParser, UserError, nearest
 from model_builder import Transformer, build_model
 from model_config import ModelArchitectureConfig
 from optimization import Updater
@@ -239,7 +240,28 @@ def run_folder(out_dir: str, name: str | None) -> Path:
     )
 
 
-RUN_HELP = 'a run folder, or its name in out_dir, or a checkpoint folder (default: the newest run)'
+def checkpoint_parser(prog: str, description: str) -> ArgumentParser:
+    """For a script that begins with a checkpoint: which one, and what its components need."""
+    parser = ArgumentParser(
+        prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add('config', nargs='*', help='config files, for the components that they register')
+    add('--out_dir', default='out', help='the folder of runs (default out)')
+    add(
+        '--run',
+        help='a run folder, or its name in out_dir, or a checkpoint folder '
+        '(default: the newest run)',
+    )
+    return parser
+
+
+def read_components(config_files: list[str], problems: list[str]) -> None:
+    """Let the files register their components. Raises UserError with all problems, if any."""
+    for path in config_files:
+        read_config_file(path, problems)
+    if problems:
+        raise UserError(*problems)
 
 
 def find_checkpoint(out_dir: str, name: str | None) -> tuple[checkpointing.Checkpoint, list[dict]]:

@@ -23,8 +23,7 @@ import torch
 
 import hardware
 import resumption
-from configurator import read_config_file
-from errors import ArgumentParser, UserError, run_script
+from errors import UserError, run_script
 from model_builder import generate
 from sampling import TEMPERATURE, TOP_K, Sampler, TextStream, prompt_tokens, stream
 
@@ -37,15 +36,8 @@ LIMITS = {
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = ArgumentParser(
-        prog='sample.py',
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = resumption.checkpoint_parser('sample.py', __doc__)
     add = parser.add_argument
-    add('config', nargs='*', help='config files, for the components that they register')
-    add('--out_dir', default='out', help='the folder of runs (default out)')
-    add('--run', help=resumption.RUN_HELP)
     add(
         '--start',
         default='\n',
@@ -109,10 +101,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     ]
     if '' in options.stop:
         problems.append('--stop is empty: give the text before which to end.')
-    for path in options.config:
-        read_config_file(path, problems)
-    if problems:
-        raise UserError(*problems)
+    resumption.read_components(options.config, problems)
     return options
 
 

@@ -40,7 +40,6 @@ import torch
 
 import compare_architectures
 import hardware
-import sinks
 from comparison_text import duration, table
 from configurator import CommandLine, format_help, read_command_line
 from errors import UserError, run_script
@@ -77,11 +76,7 @@ OPTIONS = {
 RUNS, TUNING, TIMING = 'runs', 'tuning', 'timing'  # folders below out_dir
 TIMED_UPDATES = 10  # to learn the seconds of an update; the record leaves the first out
 # Options that say where a run goes and how it reports: two runs that differ in them are one.
-IMMATERIAL = (
-    *('out_dir', 'init_from', 'resume_run', 'log_style', 'log_interval', 'debug'),
-    *('concurrent_runs', *sinks.OPTIONS),
-    *('sample_interval', 'sample_prompt', 'sample_tokens'),
-)
+IMMATERIAL = compare_architectures.REPORTING | {'init_from', 'resume_run', 'debug'}
 
 
 def schema() -> dict:

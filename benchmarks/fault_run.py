@@ -16,6 +16,7 @@ again: torchrun does, by --max-restarts, as often as there are kills and not onc
 """
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -28,6 +29,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -239,6 +241,20 @@ def clock(seconds: float) -> str:
     return f'{int(seconds) // 60}:{int(seconds) % 60:02d}'
 
 
+@contextlib.contextmanager
+def empty_folder(parser: argparse.ArgumentParser, name: str | None) -> Iterator[Path]:
+    """The folder `--folder` of the parser's script, or one that is removed in the end."""
+    folder = Path(name or tempfile.mkdtemp(prefix=f'{Path(parser.prog).stem}_'))
+    folder.mkdir(parents=True, exist_ok=True)
+    if any(folder.iterdir()):
+        parser.error(f'--folder={folder} is not empty')
+    try:
+        yield folder
+    finally:
+        if not name:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -252,17 +268,10 @@ def main() -> int:
     parser.add_argument('--ranks', type=int, default=2, help='of a strategy (default 2)')
     parser.add_argument('--folder', help='where the runs are kept (default: nowhere)')
     options = parser.parse_args()
-    folder = Path(options.folder or tempfile.mkdtemp(prefix='fault_run_'))
-    folder.mkdir(parents=True, exist_ok=True)
-    if any(folder.iterdir()):
-        parser.error(f'--folder={folder} is not empty')
-    try:
+    with empty_folder(parser, options.folder) as folder:
         rng = random.Random(options.seed)
         how = options.strategy, options.ranks
         return fault_run(folder, options.kills, options.updates, how, rng)
-    finally:
-        if not options.folder:
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def fault_run(

@@ -14,11 +14,9 @@ import argparse
 import json
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -30,6 +28,7 @@ sys.path.insert(0, str(PROJECT))
 from benchmarks.fault_run import (  # noqa: E402
     clock,
     differences,
+    empty_folder,
     without_measurements,
     write_dataset,
 )
@@ -149,16 +148,9 @@ def main() -> int:
     parser.add_argument('--seed', type=int, default=0, help='of the moments (default 0)')
     parser.add_argument('--folder', help='where the runs are kept (default: nowhere)')
     options = parser.parse_args()
-    folder = Path(options.folder or tempfile.mkdtemp(prefix='study_kills_'))
-    folder.mkdir(parents=True, exist_ok=True)
-    if any(folder.iterdir()):
-        parser.error(f'--folder={folder} is not empty')
-    try:
+    with empty_folder(parser, options.folder) as folder:
         rng = random.Random(options.seed)
         return study_kills(folder, options.kills, options.seeds, options.updates, rng)
-    finally:
-        if not options.folder:
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def study_kills(folder: Path, kills: int, seeds: int, updates: int, rng: random.Random) -> int:
