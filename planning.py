@@ -345,13 +345,14 @@ class Memory:
         self, strategy: Single, limit: float, checkpointing: str | None = None
     ) -> int:
         """The most sequences in a micro-batch that fit into `limit` bytes; 0 if none does."""
-        size = self.run.batch_size
+        size, most = self.run.batch_size, 0
         while True:
             one, two = (self.totals(strategy, n, checkpointing) for n in (size, 2 * size))
             if any(total > limit and doubled <= total for total, doubled in zip(one, two)):
                 return 0  # it is not for the batch's sake
             # Each moment is close to a line, bent upwards: outside `size` to 2 · `size` it says too
-            # many rather than too few, so the first that fits is the largest.
+            # many rather than too few. But downwards where the logits begin to come in chunks: from
+            # what fits, another look may find more.
             room = min(
                 (limit - total) / (doubled - total)
                 for total, doubled in zip(one, two)
@@ -359,9 +360,11 @@ class Memory:
             )
             size = math.floor(size * (1 + room))
             if size < 1:
-                return 0
+                return most
             if self.total(strategy, size, checkpointing) <= limit:
-                return size
+                if size <= most:
+                    return most
+                most = size
 
     def figures(self, strategy: Single, limit: float | None) -> dict:
         """What the report shows of a strategy: the fullest moment, and what fits."""

@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import hardware
+from components.loss import CHUNK_BYTES, SCRATCH_BYTES
 from model_builder import Transformer, parameter_groups
 from model_config import ModelArchitectureConfig
 from optimization import Updater
@@ -296,12 +297,16 @@ def gpu_kernels() -> Iterator[None]:
     The functions of `torch.nn.functional` are replaced: a mode that intercepts them is not in force
     while the backward pass recomputes a block.
     """
-    real = {name: getattr(F, name) for name in STAND_INS}
-    vars(F).update(STAND_INS)
+    changes = [(vars(F), STAND_INS)]
+    changes += [(sizes, {'cpu': sizes['cuda']}) for sizes in (CHUNK_BYTES, SCRATCH_BYTES)]
+    real = [{name: names[name] for name in others} for names, others in changes]
+    for names, others in changes:
+        names.update(others)
     try:
         yield
     finally:
-        vars(F).update(real)
+        for (names, _), before in zip(changes, real):
+            names.update(before)
 
 
 def fused_dropout(x: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False):

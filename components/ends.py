@@ -8,6 +8,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from components.contract import Auxiliary, Component
+from components.loss import linear_cross_entropy
 from model_config import INITIALIZATION_REGISTRY, ModelArchitectureConfig
 
 
@@ -43,10 +44,13 @@ class OutputHead(Component, nn.Module):
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """(B, T, C) -> (B, T, V); with `logit_softcap` c: c · tanh(logits / c), in fp32, so none is
         larger (Gemma Team 2024)."""
-        logits = self.projection(hidden if self.scale == 1 else hidden * self.scale)
+        logits = self.projection(self.scaled(hidden))
         if self.softcap is None:
             return logits
         return self.softcap * torch.tanh(logits.float() / self.softcap)
+
+    def scaled(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden if self.scale == 1 else hidden * self.scale
 
     def forward(
         self, hidden: torch.Tensor, targets: torch.Tensor | None = None
@@ -57,15 +61,19 @@ class OutputHead(Component, nn.Module):
         That is `z_loss` · log² Z, Z the sum of the exponentiated logits, in the mean over those
         targets (Chowdhery et al. 2022): it keeps the logits from drifting.
         """
-        logits = self.logits(hidden)
         if targets is None:
-            return logits
-        logits, targets = logits.flatten(0, 1).float(), targets.flatten()
-        loss = F.cross_entropy(logits, targets, reduction='sum')
+            return self.logits(hidden)
+        targets = targets.flatten()
         counted = targets != IGNORED
         count = counted.sum()
         if self.z_loss == 0:
+            scaled = self.scaled(hidden).flatten(0, 1)
+            weight = self.projection.weight
+            loss = linear_cross_entropy(scaled, weight, targets, self.softcap, IGNORED)
             return loss, count, Auxiliary(0.0, {})
+        # What the two losses weigh against each other is not known here, so all logits are kept.
+        logits = self.logits(hidden).flatten(0, 1).float()
+        loss = F.cross_entropy(logits, targets, reduction='sum')
         squares = logits.logsumexp(dim=-1).square().where(counted, 0.0)
         z_loss = squares.sum() / count.clamp(min=1)
         return loss, count, Auxiliary(self.z_loss * z_loss, {'z_loss': z_loss.detach()})

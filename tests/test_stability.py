@@ -12,6 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import stability
 import train
+from components import loss
 from configurator import read_command_line
 from errors import run_script
 from model_builder import build_model
@@ -106,17 +107,22 @@ def test_activations_are_what_a_real_forward_pass_keeps(choices, dtype):
 
 
 @pytest.mark.parametrize('choices', ARCHITECTURES, ids=lambda choices: choices['arch_preset'])
-def test_the_gigabytes_are_those_that_the_allocator_measures(choices):
+def test_the_gigabytes_are_those_that_the_allocator_measures(choices, monkeypatch):
     """Activations grow with the batch: a thousand times the batch that fits here is the oracle."""
     architecture = settings(**choices).architecture
     measured, told = {}, {}
     for option, blocks in {'none': (), '2': (1, 3, 5), 'full': range(6)}.items():
-        peak = peak_bytes(*micro_batch(architecture, 8, blocks))
+        with monkeypatch.context() as a_thousandth:
+            for bounds in (loss.CHUNK_BYTES, loss.SCRATCH_BYTES):
+                a_thousandth.setitem(bounds, 'cpu', bounds['cpu'] // 1000)
+            peak = peak_bytes(*micro_batch(architecture, 8, blocks))
         measured[option] = peak * 1000 / 1e9
         told[option] = message(**choices, batch_size=8000, activation_checkpointing=option)
         needed = float(re.search(r'activations (\S+) GB', told[option])[1])
-        # Beside what is kept, the backward pass needs a little of its own.
-        assert needed == pytest.approx(measured[option], rel=0.06)
+        # Beside what is kept, the backward pass needs some of its own: two gradients of what is
+        # widest in a block, (B, T, 4C) in fp32.
+        own = 2 * 4 * 8000 * SHAPE['block_size'] * 4 * SHAPE['n_embd'] / 1e9
+        assert 0.98 * needed <= measured[option] <= needed + own
     for option in ('none', '2'):
         saved = float(re.search(r'full saves about (\S+) of', told[option])[1])
         assert saved == pytest.approx(measured[option] - measured['full'], rel=0.06)

@@ -1,0 +1,115 @@
+"""components/loss.py: loss and gradients against torch's own, chunk by chunk."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from components import loss as module
+from components.loss import cross_entropy_, linear_cross_entropy
+
+IGNORED = -100
+
+
+def problem(count=37, width=12, vocabulary=29, seed=0):
+    torch.manual_seed(seed)
+    hidden = torch.randn(count, width, requires_grad=True)
+    weight = torch.randn(vocabulary, width, requires_grad=True)
+    targets = torch.randint(vocabulary, (count,))
+    targets[::5] = IGNORED
+    return hidden, weight, targets
+
+
+def plainly(hidden, weight, targets, softcap):
+    logits = (hidden @ weight.T).float()
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    return F.cross_entropy(logits, targets, reduction='sum', ignore_index=IGNORED)
+
+
+@pytest.fixture(params=[(2**29, 2**22), (29 * 4 * 8, 29 * 4 * 3), (1, 1)], ids=['1', '5', '37'])
+def chunks(request, monkeypatch):
+    """Everything in one chunk, in five, each row by itself."""
+    monkeypatch.setitem(module.CHUNK_BYTES, 'cpu', request.param[0])
+    monkeypatch.setitem(module.SCRATCH_BYTES, 'cpu', request.param[1])
+
+
+@pytest.mark.parametrize('softcap', [None, 2.0])
+def test_loss_and_gradients_are_those_of_all_logits_at_once(chunks, softcap):
+    hidden, weight, targets = problem()
+    expected = plainly(hidden, weight, targets, softcap)
+    gradients = torch.autograd.grad(0.37 * expected, (hidden, weight))
+    found = linear_cross_entropy(hidden, weight, targets, softcap, IGNORED)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(torch.autograd.grad(0.37 * found, (hidden, weight)), gradients)
+    with torch.no_grad():
+        without = linear_cross_entropy(hidden, weight, targets, softcap, IGNORED)
+    assert without == found and not without.requires_grad
+
+
+def test_gradients_only_where_they_are_wanted(chunks):
+    hidden, weight, targets = problem()
+    for frozen, free in ((hidden, weight), (weight, hidden)):
+        (expected,) = torch.autograd.grad(plainly(hidden, weight, targets, None), free)
+        frozen.requires_grad_(False)
+        found = linear_cross_entropy(hidden, weight, targets, None, IGNORED)
+        torch.testing.assert_close(torch.autograd.grad(found, free)[0], expected)
+        frozen.requires_grad_(True)
+
+
+def test_no_target_at_all_is_no_loss(chunks):
+    hidden, weight, _ = problem()
+    loss = linear_cross_entropy(hidden, weight, torch.full((37,), IGNORED), None, IGNORED)
+    loss.backward()
+    assert loss == 0 and not hidden.grad.any() and not weight.grad.any()
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_autocast_as_close_to_the_truth_as_torchs_own(chunks, dtype):
+    hidden, weight, targets = problem(width=64)
+    with torch.no_grad():
+        hidden *= 0.3
+        weight *= 0.3
+    true = torch.autograd.grad(plainly(hidden, weight, targets, None), (hidden, weight))
+    errors = []
+    for loss_of in (plainly, lambda *rest: linear_cross_entropy(*rest, IGNORED)):
+        with torch.autocast('cpu', dtype):
+            loss = loss_of(hidden, weight, targets, None)
+        assert loss.dtype == torch.float32
+        found = torch.autograd.grad(loss, (hidden, weight))
+        assert [gradient.dtype for gradient in found] == [torch.float32] * 2
+        errors.append(max((f - t).norm() / t.norm() for f, t in zip(found, true)))
+    assert errors[1] < 1.5 * errors[0] + 1e-6
+
+
+def test_it_is_differentiated_once():
+    hidden, weight, targets = problem()
+    loss = linear_cross_entropy(hidden, weight, targets, None, IGNORED)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match='differentiated once'):
+        loss.backward()
+
+
+@pytest.mark.parametrize('softcap', [None, 2.0])
+def test_the_operator_is_as_it_is_told_to_simulation_and_compilers(softcap):
+    logits, targets = torch.randn(7, 5), torch.randint(5, (7,))
+    torch.library.opcheck(cross_entropy_, (logits, targets, torch.empty(3, 5), softcap, -1, True))
+
+
+def test_nothing_as_large_as_all_logits_is_held(chunks):
+    """The largest tensor, but for what goes in and out, is a chunk of logits."""
+    hidden, weight, targets = problem(count=40, width=2, vocabulary=1000)
+    largest = 0
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            nonlocal largest
+            found = function(*args, **(kwargs or {}))
+            if isinstance(found, torch.Tensor):
+                largest = max(largest, found.untyped_storage().nbytes())
+            return found
+
+    with Sizes():
+        linear_cross_entropy(hidden, weight, targets, None, IGNORED).backward()
+    whole = 40 * 1000 * 4
+    assert largest <= max(min(module.CHUNK_BYTES['cpu'], whole), weight.nbytes)
