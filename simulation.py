@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import hardware
+from components import blocked_attention
 from components.loss import CHUNK_BYTES, SCRATCH_BYTES
 from model_builder import Transformer, parameter_groups
 from model_config import ModelArchitectureConfig
@@ -297,7 +298,7 @@ def gpu_kernels() -> Iterator[None]:
     The functions of `torch.nn.functional` are replaced: a mode that intercepts them is not in force
     while the backward pass recomputes a block.
     """
-    changes = [(vars(F), STAND_INS)]
+    changes = [(vars(F), STAND_INS), (vars(blocked_attention), {'serves': lambda q, k: False})]
     changes += [(sizes, {'cpu': sizes['cuda']}) for sizes in (CHUNK_BYTES, SCRATCH_BYTES)]
     real = [{name: names[name] for name in others} for names, others in changes]
     for names, others in changes:

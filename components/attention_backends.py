@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+from components import blocked_attention
 from components.contract import Component, matmul_dtype
 from model_config import ATTENTION_BACKEND_REGISTRY, ATTENTION_REGISTRY, ModelArchitectureConfig
 
@@ -136,7 +137,7 @@ def as_wide_as_the_widest(*tensors: torch.Tensor) -> list[torch.Tensor]:
 
 @ATTENTION_BACKEND_REGISTRY.register('sdpa', source='torch scaled_dot_product_attention')
 class ScaledDotProductAttention(AttentionBackend):
-    """PyTorch's fused attention: flash where nothing but causality masks."""
+    """PyTorch's fused attention: flash where nothing but causality masks, on a CPU in blocks."""
 
     supports = frozenset({'bias', 'dropout', 'window', 'documents'})
 
@@ -151,6 +152,9 @@ class ScaledDotProductAttention(AttentionBackend):
     @staticmethod
     def attend(q, k, v, mask, needs, dropout):
         shape, causal = q.shape, mask is None and q.size(2) > 1
+        if causal and dropout == 0 and blocked_attention.serves(q, k):
+            k, v = shared_by_groups(k, q.size(1)), shared_by_groups(v, q.size(1))
+            return blocked_attention.blocked_attention(q, k, v, needs.scale)
         if q.size(2) == 1:
             q, mask = in_a_row(q, mask, k.size(1))
         if mask is not None:

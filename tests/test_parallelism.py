@@ -382,7 +382,7 @@ def test_recomputing_blocks_changes_nothing(left, strategy):
 
 @pytest.mark.parametrize('strategy', STRATEGIES)
 @pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])
-def test_half_precision_differs_by_less_than_its_noise(left, strategy, dtype):
+def test_half_precision_differs_by_no_more_than_its_noise(left, strategy, dtype):
     run, reference, exact = (
         left(f'{strategy} {dtype}'),
         left(f'single {dtype}'),
@@ -392,8 +392,9 @@ def test_half_precision_differs_by_less_than_its_noise(left, strategy, dtype):
     noise = difference(expected, exact.curve('loss')[: len(expected)])
     assert noise > 1e-5, 'autocast was off'
     assert abs(losses[0] - expected[0]) < 1e-6  # nothing is rounded apart in the first forward pass
-    assert difference(losses, expected) < noise
-    assert difference(run.evaluations(), reference.evaluations()) < noise
+    # Two runs, each so far from the exact one.
+    assert difference(losses, expected) < 2 * noise
+    assert difference(run.evaluations(), reference.evaluations()) < 2 * noise
 
 
 @pytest.mark.parametrize('strategy', STRATEGIES)
