@@ -4,7 +4,9 @@ import pytest
 import torch
 from in_process import train_here
 
+from components.ends import FEW_ROWS
 from model_builder import build_model
+from model_config import ModelArchitectureConfig
 
 
 @pytest.fixture(scope='module')
@@ -48,3 +50,17 @@ def test_z_loss_is_in_the_gradient_alone_however_the_batch_is_divided(trained):
     assert first(plain)['readings'] == {}
     assert first(plain)['loss'] == pytest.approx(first(runs[1])['loss'])
     assert abs(first(plain)['gradients']['norm'] / norm - 1) > 0.1
+
+
+@pytest.mark.parametrize('rows', [0, 1, 2, FEW_ROWS, FEW_ROWS + 1])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_logits_of_a_few_rows_are_those_of_the_projection(rows, dtype):
+    sizes = {'n_layer': 1, 'n_head': 2, 'n_embd': 16, 'vocab_size': 37}
+    head = build_model(ModelArchitectureConfig(arch_preset='llama', **sizes), 'cpu', 1).output_head
+    hidden = torch.randn(rows, 1, 16)
+    with torch.autocast('cpu', dtype, enabled=dtype != torch.float32):
+        expected = head.logits(hidden).detach()  # with gradients: the projection's own way
+        with torch.no_grad():
+            found = head.logits(hidden)
+    assert found.is_contiguous() and found.dtype == dtype
+    torch.testing.assert_close(found, expected)
