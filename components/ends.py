@@ -62,9 +62,8 @@ class OutputHead(Component, nn.Module):
             or matmul_dtype(weight) != torch.float32
         ):
             return self.projection(hidden)
-        columns = hidden.reshape(rows, -1).T
-        columns = columns.repeat(1, 2) if rows == 1 else columns
-        return (weight @ columns)[:, :rows].T.contiguous().view(*hidden.shape[:-1], -1)
+        at_least_two = hidden.reshape(rows, -1).repeat(2 if rows == 1 else 1, 1)
+        return (weight @ at_least_two.T)[:, :rows].T.contiguous().view(*hidden.shape[:-1], -1)
 
     def scaled(self, hidden: torch.Tensor) -> torch.Tensor:
         return hidden if self.scale == 1 else hidden * self.scale
