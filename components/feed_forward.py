@@ -5,6 +5,7 @@ from typing import ClassVar
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from components.contract import Auxiliary, Component
 from model_config import ACTIVATION_REGISTRY, FFN_REGISTRY, ModelArchitectureConfig
@@ -44,6 +45,22 @@ class FeedForward(Component, nn.Module):
     def report(cls, means: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """What the record shows, name -> scalar, of its readings, each (layers, ...)."""
         return {name: mean.mean() for name, mean in means.items()}
+
+    def inside(self, wide: torch.Tensor) -> torch.Tensor:
+        """What `down` is applied to, from what the first matrix gives; element by element."""
+        raise NotImplementedError
+
+    def narrowed(self, wide: torch.Tensor, *groups) -> torch.Tensor:
+        """down(inside(wide)). Only `wide` is kept for the backward pass, which computes what is
+        inside again: torch stops as soon as it has that, before the product. Not so with groups,
+        whose product is an operator of ours, that torch would compute again too."""
+
+        def narrow(wide: torch.Tensor) -> torch.Tensor:
+            return self.down(self.inside(wide), *groups)
+
+        if groups or not torch.is_grad_enabled():
+            return narrow(wide)
+        return checkpoint(narrow, wide, use_reentrant=False)
 
     def residual_weights(self) -> list[nn.Parameter]:
         return [self.down.weight]
@@ -88,8 +105,11 @@ class StandardFeedForward(FeedForward):
     def name_tag(cls, config: ModelArchitectureConfig) -> str:
         return ACTIVATION_REGISTRY[config.activation].name_tag(config)
 
+    def inside(self, wide: torch.Tensor) -> torch.Tensor:
+        return self.activation(wide)
+
     def forward(self, x: torch.Tensor, *groups) -> tuple[torch.Tensor, Auxiliary]:
-        return self.down(self.activation(self.up(x, *groups)), *groups), Auxiliary(0.0, {})
+        return self.narrowed(self.up(x, *groups), *groups), Auxiliary(0.0, {})
 
 
 class GatedFeedForward(FeedForward):
@@ -127,9 +147,12 @@ class GatedFeedForward(FeedForward):
         """What the gate's half is passed through before the product."""
         raise NotImplementedError
 
+    def inside(self, wide: torch.Tensor) -> torch.Tensor:
+        gate, up = wide.chunk(2, dim=-1)
+        return self.activate(gate) * up
+
     def forward(self, x: torch.Tensor, *groups) -> tuple[torch.Tensor, Auxiliary]:
-        gate, up = self.gate_up(x, *groups).chunk(2, dim=-1)
-        return self.down(self.activate(gate) * up, *groups), Auxiliary(0.0, {})
+        return self.narrowed(self.gate_up(x, *groups), *groups), Auxiliary(0.0, {})
 
 
 @FFN_REGISTRY.register('swiglu', source='Shazeer 2020')

@@ -6,7 +6,7 @@ from components.contract import matmul_dtype
 
 # Of logits, held at a time. Each further chunk adds up a whole gradient of the matrix, so a chunk
 # is no smaller than memory wants it.
-CHUNK_BYTES = {'cpu': 2**28, 'cuda': 2**29}
+CHUNK_BYTES = {'cpu': 2**27, 'cuda': 2**29}
 # Of fp32 scores, within a chunk: on a CPU they stay in the cache, on a GPU they fill it.
 SCRATCH_BYTES = {'cpu': 2**22, 'cuda': 2**27}
 
@@ -59,26 +59,47 @@ def _loss_and_gradients(hidden, weight, targets, dtype, softcap, ignored, wanted
     of_all = len(hidden) * vocabulary * weight.element_size()
     chunks = -(-of_all // CHUNK_BYTES.get(kind, CHUNK_BYTES['cuda']))
     rows = -(-len(hidden) // max(1, chunks))  # equally many in each
-    at_a_time = max(1, SCRATCH_BYTES.get(kind, SCRATCH_BYTES['cuda']) // (4 * vocabulary))
-    scratch = hidden.new_empty((min(at_a_time, rows), vocabulary), dtype=torch.float32)
+    at_a_time = min(_rows_at_a_time(weight.T), rows)
+    scratch = hidden.new_empty((at_a_time, vocabulary), dtype=torch.float32)
     loss = torch.zeros((), device=hidden.device)
     of_hidden = torch.empty_like(hidden) if wanted[0] else None
-    of_weight = None
+    # Several are added up in fp32. All chunks use the same memory: an allocator that aligns what it
+    # gives finds no room in a hole of the same size.
+    summed_in = dtype if rows == len(hidden) else torch.float32
+    of_weight = torch.empty_like(weight, dtype=summed_in) if wanted[1] else None
+    product = torch.empty_like(weight) if wanted[1] and summed_in != dtype else None
+    all_logits = hidden.new_empty((rows, vocabulary))
     for first in range(0, len(hidden), rows):
         chunk = slice(first, first + rows)
-        logits = hidden[chunk] @ weight.T  # (rows, V)
+        some = hidden[chunk]
+        logits = torch.mm(some, weight.T, out=all_logits[: len(some)])
         loss += cross_entropy_(logits, targets[chunk], scratch, softcap, ignored, any(wanted))
         if wanted[0]:
             torch.mm(logits, weight, out=of_hidden[chunk])
         if wanted[1]:
-            product = logits.T @ hidden[chunk]
-            if of_weight is None:  # several are added up in fp32
-                of_weight = product if len(hidden) <= rows else product.float()
-            else:
-                of_weight += product
-            del product
-        del logits  # before there are more
+            _add_product(of_weight, logits.T, some, product, begin=first == 0)
     return loss, of_hidden, of_weight
+
+
+def _add_product(total, a, b, product, begin: bool) -> None:
+    """total += a b, or = where it is to `begin`; by way of `product` if total is in another dtype."""
+    if product is None:
+        torch.addmm(total, a, b, beta=0 if begin else 1, out=total)
+        return
+    torch.mm(a, b, out=product)
+    if begin:
+        total.copy_(product)
+        return
+    # A few rows at a time, since torch first makes them fp32.
+    pieces = (tensor.split(_rows_at_a_time(total)) for tensor in (total, product))
+    for into, some in zip(*pieces):
+        into += some
+
+
+def _rows_at_a_time(like: torch.Tensor) -> int:
+    """So many rows, each as long as those of a matrix, are worked on in fp32 at a time."""
+    limit = SCRATCH_BYTES.get(like.device.type, SCRATCH_BYTES['cuda'])
+    return max(1, limit // (4 * like.size(-1)))
 
 
 @torch.library.custom_op('components::cross_entropy_', mutates_args=('logits', 'scratch'))
@@ -105,14 +126,15 @@ def cross_entropy_(
             scores.div_(softcap).tanh_()
             slope = 1 - scores.square() if into_gradient else None
             scores.mul_(softcap)
-        log_z = scores.logsumexp(dim=-1, keepdim=True)
-        total += (log_z - scores.gather(1, place)).where(counted, 0.0).sum()
+        largest, chosen = scores.amax(dim=-1, keepdim=True), scores.gather(1, place)
+        exponentials = scores.sub_(largest).exp_()
+        z = exponentials.sum(dim=-1, keepdim=True)
+        total += (largest + z.log() - chosen).where(counted, 0.0).sum()
         if into_gradient:
-            gradient = scores.sub_(log_z).exp_()
-            gradient.scatter_add_(1, place, gradient.new_full(place.shape, -1.0))
+            gradient = exponentials.scatter_add_(1, place, -z)
             if softcap is not None:
                 gradient *= slope
-            torch.mul(gradient, counted, out=some)
+            some.copy_(gradient.mul_(counted / z))
     return total
 
 

@@ -168,11 +168,12 @@ def test_the_z_loss_is_the_papers_formula():
 def one_expert(ours: MixtureOfExperts, number: int, config):
     """Expert `number` as the dense network that it is, with the mixture's own weights."""
     dense = FFN_REGISTRY[config.expert_ffn](config, 0, config.expert_d_ff)
-    tensors = {}
-    for name, parameter in dense.named_parameters():
+    for name, parameter in list(dense.named_parameters()):
         stack = ours.experts.get_parameter(name).view(config.num_experts, *parameter.shape)
-        tensors[name] = stack[number]
-    return lambda x: torch.func.functional_call(dense, tensors, (x,))[0]
+        place, _, leaf = name.rpartition('.')
+        delattr(dense.get_submodule(place), leaf)
+        setattr(dense.get_submodule(place), leaf, stack[number])
+    return lambda x: dense(x)[0]
 
 
 def looped(ours: MixtureOfExperts, x, config):
