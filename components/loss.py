@@ -82,7 +82,7 @@ def _loss_and_gradients(hidden, weight, targets, dtype, softcap, ignored, wanted
 
 
 def _add_product(total, a, b, product, begin: bool) -> None:
-    """total += a b, or = where it is to `begin`; by way of `product` if total is in another dtype."""
+    """total += a b, or = where it is to `begin`; by way of `product` if that has another dtype."""
     if product is None:
         torch.addmm(total, a, b, beta=0 if begin else 1, out=total)
         return
