@@ -288,9 +288,7 @@ def test_what_is_not_finite_changes_nothing(
     gradients[1][2, 1, 1] = element * gradients[1][2, 1, 1]
     backward(updater, gradients)
     updater.update(1e-3, loss, measured=True)
-    # The first update makes the optimizer's state: zeros, at step 0.
-    made = [torch.zeros_like(t) for t in snapshot(updater)[len(before) :]]
-    assert equal(snapshot(updater), before + made)
+    assert equal(snapshot(updater), before)
     # In fp16 an overflowing gradient is the scaler's business, a lost loss is not.
     assert updater.skipped == (dtype == 'float32' or not torch.isfinite(loss))
     assert all(parameter.grad is None for parameter in updater.parameters)
@@ -304,7 +302,7 @@ def test_what_is_not_finite_changes_nothing(
         backward(one, gradients_of(5))
         one.update(1e-3, FINITE, measured=True)
     assert equal(snapshot(updater), snapshot(control))
-    assert not equal(snapshot(updater), before + made)
+    assert not equal(snapshot(updater), before)
 
 
 class _Waits(TorchDispatchMode):
