@@ -24,6 +24,7 @@ from configurator import (
 from data_order import ORDERS
 from errors import UserError
 from hardware import select_device
+from model_builder import build_model, flops_by_part
 from model_config import ModelArchitectureConfig
 from model_config import schema as architecture_schema
 from ranks import world_size
@@ -115,7 +116,8 @@ SYSTEM_OPTIONS = {
     'device': Option(str, 'auto', 'auto, cpu, cuda, cuda:N or mps'),
     'dtype': Option(str, 'auto', 'Of the matrix multiplications; float16 trains with a scaler',
                     choices=('auto', 'float32', 'bfloat16', 'float16')),
-    'compile': Option(bool | None, None, 'torch.compile, block by block; None: on a GPU'),
+    'compile': Option(bool | None, None, 'torch.compile, block by block; None: on a GPU, and on a '
+                      'CPU in runs so long that it pays'),
     'activation_checkpointing': Option(str, 'none', 'Recompute blocks in the backward pass instead '
                                        'of keeping them: none, full, or N for every N-th block',
                                        check=(is_checkpointing, 'none, full or a whole number of '
@@ -163,6 +165,10 @@ PLAN = {'Plan (instead of a run)': PLAN_OPTIONS}
 CPU_SEQUENCES = (1, 1)  # in a micro-batch, and in an update
 ACCELERATOR_SEQUENCES = (12, 480)
 CPU_EVAL_TOKENS = 8192
+# FLOPs of a process's training from which on torch.compile pays on a CPU. It takes half a minute,
+# once, and then 0 to 3 % off an update on two cores without AMX, and a fifth of the memory
+# (benchmarks/RESULTS.md). These make 3e11 to 5e11 a second: a run of 40 minutes.
+CPU_COMPILE_FLOPS = 1e15
 ACCELERATOR_EVAL_ITERS = 200
 
 
@@ -235,7 +241,6 @@ class Settings:
                 derive(key, value, why)
         derive('device', str(device), 'planned' if self.plan.plan else 'the best that is here')
         derive('dtype', dtype, f'what this {device.type} does in hardware')
-        derive('compile', not on_cpu, f'for {device.type}')
         # The cores and the memory that this takes are those of the training on a CPU.
         derive('async_save', not on_cpu, f'for {device.type}')
 
@@ -247,6 +252,12 @@ class Settings:
         if dataset is not None:
             architecture = with_vocabulary(architecture, dataset, run.dataset, derived)
             architecture = with_end_of_text(architecture, dataset, run.dataset)
+        if not on_cpu:
+            derive('compile', True, f'for {device.type}')
+        elif values['compile'] is None and dataset is not None:
+            flops = flops_of_run(values, architecture) / ranks
+            why = f'for cpu: it pays from about {CPU_COMPILE_FLOPS:.0e} FLOPs on, and this run has'
+            derive('compile', flops >= CPU_COMPILE_FLOPS, f'{why} {flops:.2g}')
         for key, value in architecture.to_dict().items():
             _, _, why = architecture.origins[key].partition('derived: ')
             if why:
@@ -271,6 +282,15 @@ class Settings:
         }
         origins = {**self.run.origins, **self.architecture.origins}
         return format_config(groups, origins, self.run.dropped + self.architecture.dropped)
+
+
+def flops_of_run(run: dict, architecture: ModelArchitectureConfig) -> float:
+    """Training FLOPs of all ranks, from the run's options once all of them are derived."""
+    if run['eval_only']:
+        return 0.0
+    sequences = run['batch_size'] * run['gradient_accumulation_steps'] * run['max_iters']
+    per_token = sum(flops_by_part(build_model(architecture), causal=False).values())
+    return sequences * architecture.block_size * per_token
 
 
 def with_vocabulary(

@@ -146,7 +146,7 @@ def _in_one(x: torch.Tensor) -> torch.Tensor:
     return x.reshape(-1, *x.shape[2:]).contiguous()
 
 
-# torch copies what it is given for a product unless that lies in one piece, or its transpose does; a
+# torch copies what it is given for a product unless that, or its transpose, lies in one piece; the
 # transpose of a part it copies element by element.
 
 

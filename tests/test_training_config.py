@@ -1,6 +1,7 @@
 """The settings of a run: everything merged, problems together, origins, derivation, vocabulary."""
 
 import json
+import math
 import re
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from configurator import flatten, read_command_line
 from errors import UserError
 from model_config import ModelArchitectureConfig
 from token_data import load_dataset
-from training_config import load_settings, schema
+from training_config import CPU_COMPILE_FLOPS, load_settings, schema
 
 CPU = torch.device('cpu')
 PROJECT = Path(training_config.__file__).parent
@@ -281,8 +282,39 @@ def test_the_batch_follows_the_device(device, argv):
         # nanoGPT's update of 12 × 40 sequences, however they are divided up.
         assert run.batch_size * run.gradient_accumulation_steps == 480
     if device == 'cpu':
-        assert run.gradient_accumulation_steps == 1 and run.compile is False
+        assert run.gradient_accumulation_steps == 1
     assert (run.device, run.dtype) == (device, 'float32')
+
+
+TOKENS_FOR_COMPILE = CPU_COMPILE_FLOPS / 854_654_976  # of GPT-2 124M, by hand: README's table
+
+
+@pytest.mark.parametrize(
+    ('argv', 'compiled'),
+    [
+        ([f'--max_iters={math.floor(TOKENS_FOR_COMPILE / 1024)}'], False),
+        ([f'--max_iters={math.ceil(TOKENS_FOR_COMPILE / 1024)}'], True),
+        ([f'--max_iters={math.ceil(TOKENS_FOR_COMPILE / 4096)}', '--batch_size=4'], True),
+        (['--max_iters=1000000000', '--eval_only=True'], False),
+        (['--max_iters=1000000000', '--compile=False'], False),
+        (['--max_iters=1', '--compile=True'], True),
+    ],
+)
+def test_on_a_cpu_long_runs_are_compiled(dataset, argv, compiled):
+    done = complete('--arch_preset=gpt2', *argv, dataset=dataset('gpt2', 50257))
+    assert done.run.compile is compiled
+    assert ('compile' in done.derived) == (not any('compile' in argument for argument in argv))
+    on_gpu = complete('--arch_preset=gpt2', '--max_iters=1', device=torch.device('cuda'))
+    assert on_gpu.run.compile is True
+
+
+@pytest.mark.parametrize(('share', 'compiled'), [(1.01, True), (0.51, False)])
+def test_what_counts_for_compile_is_a_ranks_share(dataset, monkeypatch, share, compiled):
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    updates = math.ceil(share * TOKENS_FOR_COMPILE / 1024)  # of a sequence for each rank
+    data = dataset('gpt2', 50257)
+    done = complete('--arch_preset=gpt2', f'--max_iters={updates}', dataset=data)
+    assert done.run.gradient_accumulation_steps == 2 and done.run.compile is compiled
 
 
 def test_nothing_stays_open_once_complete(dataset):
