@@ -146,6 +146,7 @@ def ours(told: dict, turns: Turns) -> None:
             'flops': session.flops_per_token,
             'tokens': session.tokens_per_iter,
             'threads': session.surroundings['threads'],
+            'bytes_sent': bytes_sent(session),
         }
         log = session.logger.iteration
 
@@ -157,9 +158,52 @@ def ours(told: dict, turns: Turns) -> None:
         return run(session)
 
     train.update, train.run, train.evaluate = update_in_turn, run_in_turn, lambda session: False
+    if told.get('without_collectives'):
+        without_collectives()
     # Each log entry begins a new interval; here the whole process counts.
     hardware.reset_peak_memory = lambda device: None
     train.main(arguments(told))
+
+
+def bytes_sent(session) -> float:
+    """What this rank sends in an update, as the record has it."""
+    parallel, run = session.parallel, session.settings.run
+    micro_steps = run.gradient_accumulation_steps // parallel.world_size
+    return session.updater.optimizer.bytes_sent + parallel.bytes_sent(session.bare, micro_steps)
+
+
+def without_collectives() -> None:
+    """Train as the first of so many ranks, with collectives that return at once.
+
+    So with wrong numbers; what the ranks tell one another beside them is what this one knows.
+    """
+    import torch
+    import torch.distributed as dist
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    import parallelism
+    from ranks import Alone, Together
+
+    class Done:
+        """For DDP to read, which the fake group's own does not do."""
+
+        def __init__(self, tensor):
+            self.tensor = tensor
+
+        def get_future(self):
+            future = torch.futures.Future()
+            future.set_result([self.tensor])
+            return future
+
+    def join(device, timeout):
+        size = int(os.environ['WORLD_SIZE'])
+        dist.init_process_group('fake', store=FakeStore(), rank=0, world_size=size)
+        return dist.HashStore(), dist.group.WORLD
+
+    parallelism.join = join
+    dist.all_reduce = lambda tensor, *_, async_op=False, **__: Done(tensor) if async_op else None
+    for name in ('sum', 'largest', 'gather', 'from_main', 'accountable', 'close'):
+        setattr(Together, name, vars(Alone)[name])
 
 
 def prepare(told: dict, turns: Turns) -> None:

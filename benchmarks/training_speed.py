@@ -100,10 +100,10 @@ class Lost(Exception):
 class Contestant:
     """A process that is told what to do and answers."""
 
-    def __init__(self, name: str, told: dict, log: Path):
+    def __init__(self, name: str, told: dict, log: Path, environment: dict | None = None):
         self.name, self.log = name, log
         self.began = time.time()
-        environment = {**os.environ}
+        environment = {**os.environ, **(environment or {})}
         if 'cache' in told:
             environment['TORCHINDUCTOR_CACHE_DIR'] = told['cache']
         script = PROJECT / 'benchmarks' / 'contestants.py'
@@ -127,11 +127,14 @@ class Contestant:
             raise Lost(f'{self.name} ended with exit code {code}:\n  ' + '\n  '.join(last))
         return json.loads(line)
 
-    def ask(self, **command) -> dict:
-        """What it answers to a command. Raises Lost."""
+    def tell(self, **command) -> None:
         with contextlib.suppress(BrokenPipeError):  # that there is no answer tells why
             self.process.stdin.write(json.dumps(command) + '\n')
             self.process.stdin.flush()
+
+    def ask(self, **command) -> dict:
+        """What it answers to a command. Raises Lost."""
+        self.tell(**command)
         return self.answer()
 
     def processor_seconds(self) -> float:

@@ -171,6 +171,10 @@ def test_what_belonged_to_a_component_that_was_replaced_is_dropped(train, tmp_pa
                 def problems(cls, config):
                     return []
 
+                @staticmethod
+                def kv_heads(config):
+                    return config.n_head
+
 
             use_gqa = True
             num_kv_heads = 1

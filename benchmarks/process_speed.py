@@ -1,0 +1,242 @@
+"""Processes with one thread each against one process with as many threads: what dividing costs.
+
+    python benchmarks/process_speed.py [--shape=char] [--processes=2] [--turns=5] [--json=FILE]
+
+The same update (model, sequences, precision) by one process and by several under DDP, ZeRO-1 and
+FSDP, on this machine's CPU by gloo. All stay alive and take turns, as in training_speed.py, so that
+only what ran in the same turn is compared.
+
+`efficiency` is the tokens/s of the processes over those of the one, which has as many threads.
+`communication` is the part of an update that goes with the collectives: each strategy runs once
+more with collectives that return at once (and so with wrong numbers), as many processes at a time.
+`memory` is that of all processes together. `sent` is what a process sends in an update, as the
+record has it.
+
+Options that are not known here are train.py's: --reduce_dtype=bfloat16.
+"""
+
+import argparse
+import json
+import math
+import socket
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+PROJECT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(PROJECT))
+
+import hardware  # noqa: E402
+from benchmarks.record_overhead import random_tokens  # noqa: E402
+from benchmarks.training_speed import (  # noqa: E402
+    SHAPES,
+    Contestant,
+    Lost,
+    ratios,
+    shown,
+    spread,
+    table,
+)
+from errors import ArgumentParser, UserError, run_script  # noqa: E402
+
+STRATEGIES = {
+    'ddp': [],
+    'zero1': ['--use_zero1=True'],
+    'fsdp': ['--use_fsdp=True'],
+}
+ALONE = 'single'
+
+
+@dataclass
+class Team:
+    """The processes of one contestant, which begin and end a turn together."""
+
+    members: list[Contestant]
+    facts: dict = field(default_factory=dict)
+    seconds: list[float] = field(default_factory=list)  # an update, of each turn
+    peak_gb: float = 0.0
+
+    def answers(self) -> list[dict]:
+        found = [member.answer() for member in self.members]
+        self.peak_gb = max(self.peak_gb, sum(answer['peak_gb'] for answer in found))
+        return found
+
+    def turn(self, steps: int) -> float:
+        """Seconds an update, those of the slowest process."""
+        for member in self.members:
+            member.tell(steps=steps)
+        return max(answer['seconds'] for answer in self.answers()) / steps
+
+    def end(self) -> None:
+        for member in self.members:
+            member.end()
+
+
+# --- Who takes part -------------------------------------------------------------------------------
+
+
+def launch(name: str, options: argparse.Namespace, folder: Path) -> Team:
+    """Start a contestant: 'single', a strategy, or one 'without' its collectives. Raises Lost."""
+    strategy, _, without = name.partition(' ')
+    processes = 1 if strategy == ALONE else options.processes
+    sizes = options.shape_told['options']
+    own = {
+        'kind': 'ours',
+        'shape': options.shape_told,
+        'folder': str(folder),
+        'device': 'cpu',
+        'dtype': options.dtype,
+        'without_collectives': bool(without),
+        'given': [
+            f'--gradient_accumulation_steps={options.processes}',
+            f'--batch_size={sizes["batch_size"] // options.processes}',
+            *STRATEGIES.get(strategy, []),
+            *options.given,
+        ],
+    }
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+    members = []
+    for rank in range(processes):
+        environment = {'OMP_NUM_THREADS': str(options.processes // processes)}
+        if processes > 1:
+            environment |= {'RANK': str(rank), 'LOCAL_RANK': str(rank)}
+            environment |= {'WORLD_SIZE': str(processes), 'LOCAL_WORLD_SIZE': str(processes)}
+            environment |= {'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(port)}
+        log = folder / f'{name.replace(" ", "-")}-{rank}.log'
+        members.append(Contestant(f'{name}, rank {rank}', own, log, environment))
+    team = Team(members)
+    team.facts = team.answers()[0]
+    team.turn(1)  # the second update is the first that is like all others
+    return team
+
+
+def race(options: argparse.Namespace, folder: Path) -> dict[str, Team]:
+    """Start all, and let them take turns. Raises Lost."""
+    names = [ALONE, *(f'{s}{end}' for s in STRATEGIES for end in ('', ' without'))]
+    teams: dict[str, Team] = {}
+    began = time.monotonic()
+
+    def say(text: str) -> None:
+        print(f'{time.monotonic() - began:6.0f} s  {text}', file=sys.stderr, flush=True)
+
+    try:
+        for name in names:
+            say(f'starting {name}')
+            teams[name] = launch(name, options, folder)
+        steps = max(1, math.ceil(options.seconds / teams[ALONE].turn(1)))
+        begun, done = time.monotonic(), 0
+        for turn in range(1, options.turns + 1):
+            for name, team in teams.items():
+                team.seconds.append(team.turn(steps))
+                done += 1
+                left = (time.monotonic() - begun) / done * (options.turns * len(teams) - done)
+                say(
+                    f'turn {turn}/{options.turns} {name}: {1e3 * team.seconds[-1]:,.0f} ms an '
+                    f'update | about {left:.0f} s left'
+                )
+    finally:
+        for team in teams.values():
+            team.end()
+    return teams
+
+
+# --- What is made of it ---------------------------------------------------------------------------
+
+
+def summary(teams: dict[str, Team]) -> list[dict]:
+    """A row for each strategy, and first one for the single process."""
+    alone = teams[ALONE]
+    rows = []
+    for name in (ALONE, *STRATEGIES):
+        team = teams[name]
+        row = {
+            'strategy': name,
+            'tokens_per_sec': spread([alone.facts['tokens'] / s for s in team.seconds]),
+            'efficiency': ratios(alone.seconds, team.seconds),
+            'memory_gb': team.peak_gb,
+            'bytes_sent': team.facts['bytes_sent'],
+        }
+        if name != ALONE:
+            without = teams[f'{name} without'].seconds
+            shares = [1 - short / whole for short, whole in zip(without, team.seconds)]
+            row['communication_percent'] = spread([100 * share for share in shares])
+        rows.append(row)
+    return rows
+
+
+def report(rows: list[dict], options: argparse.Namespace) -> str:
+    threads = options.processes
+    lines = [
+        ('strategy', 'tokens/s', 'efficiency', 'communication %', 'memory GB', 'sent MB'),
+    ]
+    for row in rows:
+        communication = row.get('communication_percent')
+        lines.append(
+            (
+                row['strategy'],
+                shown(row['tokens_per_sec'], 0),
+                shown(row['efficiency'], 2),
+                shown(communication, 1) if communication else '',
+                f'{row["memory_gb"]:.2f}',
+                f'{row["bytes_sent"] / 1e6:,.1f}',
+            )
+        )
+    return '\n'.join(
+        [
+            f'{hardware.device_name(torch.device("cpu"))}; torch {torch.__version__}; '
+            f'{options.shape}, {options.dtype}; {threads} processes with a thread each against one '
+            f'with {threads}; medians of {options.turns} turns [least, most]',
+            table(lines),
+        ]
+    )
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The options; those of train.py in `given`. Raises UserError."""
+    parser = ArgumentParser(
+        prog='process_speed.py',
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add('--shape', choices=list(SHAPES), default='char', help='of training_speed.py (default char)')
+    add('--processes', type=int, default=2, help='and threads of the one (default 2)')
+    add('--turns', type=int, default=5, help='default 5')
+    add('--seconds', type=float, default=4.0, help='of a turn, at least (default 4)')
+    add('--dtype', choices=('bfloat16', 'float32'), default='bfloat16', help='default bfloat16')
+    add('--json', type=Path, help='write every figure here')
+    options, options.given = parser.parse_known_args(argv)
+    options.shape_told = SHAPES[options.shape]
+    sequences = options.shape_told['options']['batch_size']
+    if options.processes < 2 or sequences % options.processes:
+        raise UserError(
+            f'--processes={options.processes}: at least 2, and a divisor of the {sequences} '
+            f'sequences that --shape={options.shape} has in an update.'
+        )
+    return options
+
+
+def main(argv: list[str]) -> int:
+    options = parse(argv)
+    with tempfile.TemporaryDirectory(prefix='process_speed_') as name:
+        folder = Path(name)
+        (folder / 'data').mkdir()
+        random_tokens(folder / 'data', options.shape_told['vocab_size'])
+        try:
+            rows = summary(race(options, folder))
+        except Lost as lost:
+            raise UserError(str(lost)) from lost
+    print(report(rows, options))
+    if options.json:
+        options.json.write_text(json.dumps({'shape': options.shape, 'rows': rows}, indent=1))
+    return 0
+
+
+if __name__ == '__main__':
+    run_script(main)
