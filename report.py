@@ -202,7 +202,7 @@ th { text-align: left; color: var(--soft); font-weight: 600; }
 .texts pre { white-space: pre-wrap; overflow-wrap: anywhere; }
 pre { overflow-x: auto; background: var(--wash); padding: .8rem 1rem; border-radius: 4px;
   font-size: .82rem; line-height: 1.45; }
-@media (max-width: 700px) { figure.wide { overflow-x: auto; } figure.wide svg { width: 860px; } }
+@media (max-width: 700px) { .picture { overflow-x: auto; } .picture svg { width: 860px; } }
 @media print { body { max-width: none; font-size: 11pt; } h2 { break-after: avoid; }
   figure, tr { break-inside: avoid; } pre { white-space: pre-wrap; } }
 """
@@ -213,20 +213,20 @@ def report(comparison: 'Comparison', path: Path) -> None:
     study = comparison.study
     title = (study and study.question) or 'Which architecture is better?'
     pictures = [
-        ('Curves', 'wide', svg(13, 5.2, lambda figure: draw_curves(comparison, figure))),
-        ('Loss against cost', 'wide', svg(13, 4, lambda figure: draw_fronts(comparison, figure))),
+        ('Curves', svg(13, 5.2, lambda figure: draw_curves(comparison, figure))),
+        ('Loss against cost', svg(13, 4, lambda figure: draw_fronts(comparison, figure))),
     ]
     if comparison.effects:
         height = 1.2 + 0.45 * len(comparison.effects)
         drawing = svg(9, height, lambda figure: draw_effects(comparison, figure.subplots()))
-        pictures.append(('Main effects', '', drawing))
+        pictures.append(('Main effects', drawing))
     body = [
         f'<h1>{html.escape(title)}</h1>',
         f'<p class="verdict">{html.escape(comparison_text.headline(comparison))}</p>',
         *(
             f'<h2>{name}</h2>'
-            f'<figure class="{kind}" role="img" aria-label="{name}">{drawing}</figure>'
-            for name, kind, drawing in pictures
+            f'<figure class="picture" role="img" aria-label="{name}">{drawing}</figure>'
+            for name, drawing in pictures
         ),
         *map(section_html, comparison_text.tables(comparison)),
         '<h2>To repeat it</h2>',
