@@ -73,7 +73,7 @@ def measure(session: Session) -> dict[str, list[float]]:
         times['sum'].append(timed(device, optimization.element_sum, gradients))
         session.progress.iter += 1
         clock.steps += 1
-        times['entry'].append(timed(device, train.log_update, session, clock, 1e-3, measured))
+        times['entry'].append(timed(device, train.log_update, session, clock, 1e-3, measured, []))
     return times
 
 
