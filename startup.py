@@ -18,6 +18,14 @@ from training_config import OPTIMIZER_REGISTRY, SCHEDULE_REGISTRY, Settings
 HELD = ('parameter_bytes', 'gradient_bytes', 'optimizer_bytes')
 
 
+def bytes_sent_per_update(
+    run, model: Transformer, optimizer: torch.optim.Optimizer, parallel: SingleProcess
+) -> float:
+    """What a rank sends in an update, of the strategy and of the optimizer."""
+    micro_steps = run.gradient_accumulation_steps // parallel.world_size
+    return optimizer.bytes_sent + parallel.bytes_sent(model, micro_steps)
+
+
 def record_header(
     settings: Settings,
     dataset: TokenDataset,
@@ -79,10 +87,7 @@ def record_header(
                 'activation_checkpointing': run.activation_checkpointing,
             },
             'parallel': {
-                'bytes_sent_per_update': optimizer.bytes_sent
-                + parallel.bytes_sent(
-                    model, run.gradient_accumulation_steps // parallel.world_size
-                ),
+                'bytes_sent_per_update': bytes_sent_per_update(run, model, optimizer, parallel),
                 # Known once there has been an update (`Session.record_held`).
                 **dict.fromkeys(HELD),
             },

@@ -132,6 +132,7 @@ def ours(told: dict, turns: Turns) -> None:
     """train.py itself."""
     import hardware
     import train
+    from startup import bytes_sent_per_update
 
     update, run = train.update, train.run
 
@@ -146,7 +147,9 @@ def ours(told: dict, turns: Turns) -> None:
             'flops': session.flops_per_token,
             'tokens': session.tokens_per_iter,
             'threads': session.surroundings['threads'],
-            'bytes_sent': bytes_sent(session),
+            'bytes_sent': bytes_sent_per_update(
+                session.settings.run, session.bare, session.updater.optimizer, session.parallel
+            ),
         }
         log = session.logger.iteration
 
@@ -163,13 +166,6 @@ def ours(told: dict, turns: Turns) -> None:
     # Each log entry begins a new interval; here the whole process counts.
     hardware.reset_peak_memory = lambda device: None
     train.main(arguments(told))
-
-
-def bytes_sent(session) -> float:
-    """What this rank sends in an update, as the record has it."""
-    parallel, run = session.parallel, session.settings.run
-    micro_steps = run.gradient_accumulation_steps // parallel.world_size
-    return session.updater.optimizer.bytes_sent + parallel.bytes_sent(session.bare, micro_steps)
 
 
 def without_collectives() -> None:

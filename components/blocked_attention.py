@@ -160,5 +160,5 @@ def _weights(queries: torch.Tensor, keys: torch.Tensor, rows: slice, scale: floa
     scores = _scaled_product(queries, keys.mT, scale)
     count = rows.stop - rows.start
     later = torch.full((count, count), -torch.inf, dtype=scores.dtype).triu(1)
-    scores[:, :, rows] += later  # four times as fast as to fill under a mask
+    scores[:, :, rows] += later  # 2.7 times as fast as a fill under a mask
     return torch.softmax(scores, dim=-1)
