@@ -24,6 +24,7 @@ from typing import NamedTuple
 import numpy
 import psutil
 import torch
+from torch._functorch import config as functorch_config
 
 from errors import UserError, nearest
 
@@ -420,6 +421,9 @@ def tune(device: torch.device, deterministic: bool) -> None:
         torch.backends.cudnn.allow_tf32 = True
     elif device.type == 'cpu':
         _keep_freed_memory()
+        # Compiled code recomputes what costs no product, the norms' outputs above all, although a
+        # product of the backward pass takes it.
+        functorch_config.ban_recompute_materialized_backward = False
 
 
 def _keep_freed_memory() -> None:

@@ -10,7 +10,6 @@ loss_sum, count, auxiliary = model(tokens, targets)
 import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -332,6 +331,16 @@ def flops_by_part(model: Transformer, causal: bool) -> dict[str, float]:
     return {part: 3.0 * value / length for part, value in counted.items()}
 
 
+def recompute(block: nn.Module) -> None:
+    """Let the block keep only its input, and the backward pass compute the rest again."""
+    forward = block.forward
+
+    def recomputed(*arguments):  # of our own: torch's `checkpoint` itself would not be compiled
+        return checkpoint(forward, *arguments, use_reentrant=False)
+
+    block.forward = recomputed
+
+
 def recomputed_flops(config: ModelArchitectureConfig, blocks: list[int]) -> int:
     """FLOPs of one sequence's matrix multiplications that checkpointing those blocks repeats.
 
@@ -344,8 +353,7 @@ def recomputed_flops(config: ModelArchitectureConfig, blocks: list[int]) -> int:
     for recomputed in (blocks, []):
         model = build_model(config)
         for number in recomputed:
-            block = model.blocks[number]
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+            recompute(model.blocks[number])
         with FlopCounterMode(display=False) as counter:
             model(tokens).sum().backward()
         counted.append(counter.get_total_flops())

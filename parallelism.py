@@ -20,7 +20,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint
 
 from errors import UserError
 from matrix_exchange import MatrixExchange, Undivided
@@ -30,6 +29,7 @@ from model_builder import (
     build_model,
     initial_values,
     name_seed,
+    recompute,
 )
 from model_config import ModelArchitectureConfig
 from optimizers import local
@@ -351,8 +351,7 @@ def _sharded(model: nn.Module) -> list[FSDPModule]:
 def prepare_blocks(model: Transformer, recomputed: list[int], compiled: bool) -> None:
     """Let the blocks `recomputed` keep only their input; compile; in this order."""
     for number in recomputed:
-        block = model.blocks[number]
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        recompute(model.blocks[number])
     if compiled:
         for block in model.blocks:  # identical blocks share one graph
             block.compile()

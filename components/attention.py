@@ -8,7 +8,7 @@ import torch.nn as nn
 from components.attention_backends import AttentionNeeds
 from components.cache import LayerCache
 from components.contract import Component
-from components.positions import Positions
+from components.positions import PositionEncoding, Positions
 from model_config import (
     ATTENTION_BACKEND_REGISTRY,
     ATTENTION_REGISTRY,
@@ -209,6 +209,8 @@ class MultiHeadAttention(Attention):
         norm, whole = NORM_REGISTRY[config.qk_norm], self.norms_projections(config)
         self.normed = self.rows[:2] if whole else (config.head_dim, config.head_dim)
         self.q_norm, self.k_norm = (norm(config, width) for width in self.normed)
+        turned = self.rotate is not PositionEncoding.rotate
+        self.replaces_q_and_k = turned and config.qk_norm == 'none'
 
     @classmethod
     def head_dims(cls, config) -> tuple[int, int]:
@@ -260,6 +262,8 @@ class MultiHeadAttention(Attention):
             self.rotate(self.in_heads(normed), positions.rotation).to(v.dtype)
             for normed in (normed_q, normed_k)
         )
+        if self.replaces_q_and_k:
+            v = v.contiguous()  # a view would keep those that were replaced
         return self.join(q, k, self.in_heads(v), positions)
 
     def in_heads(self, x: torch.Tensor) -> torch.Tensor:

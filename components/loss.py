@@ -57,17 +57,20 @@ def _loss_and_gradients(hidden, weight, targets, dtype, softcap, ignored, wanted
     kind, vocabulary = hidden.device.type, len(weight)
     hidden, weight = hidden.to(dtype), weight.to(dtype)
     of_all = len(hidden) * vocabulary * weight.element_size()
-    chunks = -(-of_all // CHUNK_BYTES.get(kind, CHUNK_BYTES['cuda']))
+    chunks = -(-of_all // _chunk_bytes(kind))
     rows = -(-len(hidden) // max(1, chunks))  # equally many in each
     at_a_time = min(_rows_at_a_time(weight.T), rows)
     scratch = hidden.new_empty((at_a_time, vocabulary), dtype=torch.float32)
     loss = torch.zeros((), device=hidden.device)
     of_hidden = torch.empty_like(hidden) if wanted[0] else None
-    # Several are added up in fp32. All chunks use the same memory: an allocator that aligns what it
-    # gives finds no room in a hole of the same size.
+    # Several are added up in fp32, by way of products of a quarter of a chunk's size. All use the
+    # same memory: an allocator that aligns what it gives finds no room in a hole of the same size.
     summed_in = dtype if rows == len(hidden) else torch.float32
     of_weight = torch.empty_like(weight, dtype=summed_in) if wanted[1] else None
-    product = torch.empty_like(weight) if wanted[1] and summed_in != dtype else None
+    product = None
+    if wanted[1] and summed_in != dtype:
+        pieces = -(-4 * weight.nbytes // _chunk_bytes(kind))
+        product = weight.new_empty((-(-vocabulary // pieces), weight.size(1)))
     all_logits = hidden.new_empty((rows, vocabulary))
     for first in range(0, len(hidden), rows):
         chunk = slice(first, first + rows)
@@ -82,18 +85,24 @@ def _loss_and_gradients(hidden, weight, targets, dtype, softcap, ignored, wanted
 
 
 def _add_product(total, a, b, product, begin: bool) -> None:
-    """total += a b, or = where it is to `begin`; by way of `product` if that has another dtype."""
+    """total += a b, or = where it is to `begin`; by way of `product`, some rows at a time, if that
+    has another dtype."""
     if product is None:
         torch.addmm(total, a, b, beta=0 if begin else 1, out=total)
         return
-    torch.mm(a, b, out=product)
-    if begin:
-        total.copy_(product)
-        return
-    # A few rows at a time, since torch first makes them fp32.
-    pieces = (tensor.split(_rows_at_a_time(total)) for tensor in (total, product))
-    for into, some in zip(*pieces):
-        into += some
+    for into, some in zip(total.split(len(product)), a.split(len(product))):
+        found = torch.mm(some, b, out=product[: len(some)])
+        if begin:
+            into.copy_(found)
+            continue
+        # A few rows at a time, since torch first makes them fp32.
+        pieces = (tensor.split(_rows_at_a_time(total)) for tensor in (into, found))
+        for of_total, of_product in zip(*pieces):
+            of_total += of_product
+
+
+def _chunk_bytes(kind: str) -> int:
+    return CHUNK_BYTES.get(kind, CHUNK_BYTES['cuda'])
 
 
 def _rows_at_a_time(like: torch.Tensor) -> int:

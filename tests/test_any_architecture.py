@@ -26,6 +26,7 @@ from model_builder import (
     count_parameters,
     initial_values,
     parameter_groups,
+    recompute,
     training_flops,
 )
 from model_config import (
@@ -164,4 +165,27 @@ def test_blocks_are_one_graph_each_kind_and_compute_the_same(chosen):
     torch.testing.assert_close(model(tokens), expected)
     kinds = {(type(block.ffn), block.attention.layer_needs) for block in model.blocks}
     assert len(graphs) <= len(kinds)
+    torch.compiler.reset()
+
+
+def test_a_recomputed_block_is_compiled_as_well():
+    """Compiled around the recomputation, as one graph that alike blocks share."""
+    config = tiny(n_layer=3, dropout=0.0)
+    plain, model = lively(config), lively(config)
+    tokens, graphs = some_tokens(config, batch=2), []
+
+    def count(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    for block in model.blocks:
+        recompute(block)
+        block.compile(fullgraph=True, backend=count)
+    for one in (plain, model):
+        one(tokens).square().mean().backward()
+    assert len(graphs) == 1
+    expected = gradients(plain)
+    for name, gradient in gradients(model).items():
+        torch.testing.assert_close(gradient, expected[name])
     torch.compiler.reset()

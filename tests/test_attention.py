@@ -343,3 +343,33 @@ def test_stacked_matrices_add_up_to_their_projection(attention_type):
     for weight, rows in attention.matrices().items():
         assert sum(rows) == weight.size(0)
     assert len(attention.matrices()) == sum(p.dim() == 2 for p in attention.parameters())
+
+
+@pytest.mark.parametrize(
+    ('values', 'kept'),
+    [
+        ({'position_encoding': 'rope'}, False),
+        ({'position_encoding': 'rope', 'use_gqa': True, 'num_kv_heads': 2}, False),
+        ({'position_encoding': 'rope', 'qk_norm': 'rmsnorm'}, True),  # which keeps its input
+        ({'position_encoding': 'learned_absolute'}, True),  # q and k are parts of it
+    ],
+)
+def test_the_product_of_which_queries_and_keys_were_made_goes_with_them(values, kept):
+    config = tiny(attention_type='standard', attention_backend='sdpa', dropout=0.0, **values)
+    model, products, held = build_model(config, device='cpu', seed=1), set(), set()
+    for block in model.blocks:
+        block.attention.qkv.register_forward_hook(
+            lambda module, inputs, output: products.add(output.untyped_storage().data_ptr())
+        )
+        block.attention.register_forward_hook(lambda *_: check())
+
+    def note(tensor):
+        held.add(tensor.untyped_storage().data_ptr())
+        return tensor
+
+    def check():
+        assert bool(products & held) == kept
+        products.clear()
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        model(some_tokens(config, batch=2))

@@ -9,6 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from torch._functorch import config as functorch_config
 
 import hardware
 from errors import UserError
@@ -337,6 +338,37 @@ def test_cuda_readings_are_in_gb_of_the_allocator(cuda, monkeypatch):
 
 
 # --- Surroundings ---------------------------------------------------------------------------------
+
+
+def test_compiled_code_on_a_cpu_keeps_no_output_of_a_norm(monkeypatch):
+    """Only the stream, the norm's two numbers a row, and the product, which is the result."""
+    monkeypatch.setattr(functorch_config, 'ban_recompute_materialized_backward', True)
+    rows, width = 64, 32
+    norm, linear = torch.nn.LayerNorm(width), torch.nn.Linear(width, width)
+
+    def kept() -> int:
+        saved = {}
+
+        def note(tensor):
+            saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        torch.compiler.reset()
+        compiled = torch.compile(
+            lambda x: linear(norm(x)), backend='aot_eager_decomp_partition', fullgraph=True
+        )
+        x = torch.randn(rows, width, requires_grad=True)
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            compiled(x)
+        torch.compiler.reset()
+        given = [x, *norm.parameters(), *linear.parameters()]
+        for tensor in given:
+            saved.pop(tensor.untyped_storage().data_ptr(), None)
+        return sum(saved.values())
+
+    before = kept()
+    hardware.tune(CPU, deterministic=False)
+    assert before - kept() == rows * width * 4
 
 
 def test_compile_needs_the_compiler_that_cxx_names(monkeypatch):
