@@ -169,16 +169,25 @@ def ours(told: dict, turns: Turns) -> None:
 
 
 def without_collectives() -> None:
-    """Train as the first of so many ranks, with collectives that return at once.
+    """Train as the first of so many ranks, with collectives that return at once; what the ranks
+    tell one another beside them is what this one knows."""
+    import parallelism
+    from ranks import Alone, Together
 
-    So with wrong numbers; what the ranks tell one another beside them is what this one knows.
-    """
+    def join(device, timeout):
+        return form_make_believe_group(int(os.environ['WORLD_SIZE']))
+
+    parallelism.join = join
+    for name in ('sum', 'largest', 'gather', 'from_main', 'accountable', 'close'):
+        setattr(Together, name, vars(Alone)[name])
+
+
+def form_make_believe_group(ranks: int) -> tuple:
+    """What `ranks.join` gives, as the first of so many, of whose collectives each returns at once;
+    so with wrong numbers."""
     import torch
     import torch.distributed as dist
     from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    import parallelism
-    from ranks import Alone, Together
 
     class Done:
         """For DDP to read, which the fake group's own does not do."""
@@ -191,15 +200,9 @@ def without_collectives() -> None:
             future.set_result([self.tensor])
             return future
 
-    def join(device, timeout):
-        size = int(os.environ['WORLD_SIZE'])
-        dist.init_process_group('fake', store=FakeStore(), rank=0, world_size=size)
-        return dist.HashStore(), dist.group.WORLD
-
-    parallelism.join = join
+    dist.init_process_group('fake', store=FakeStore(), rank=0, world_size=ranks)
     dist.all_reduce = lambda tensor, *_, async_op=False, **__: Done(tensor) if async_op else None
-    for name in ('sum', 'largest', 'gather', 'from_main', 'accountable', 'close'):
-        setattr(Together, name, vars(Alone)[name])
+    return dist.HashStore(), dist.group.WORLD
 
 
 def prepare(told: dict, turns: Turns) -> None:

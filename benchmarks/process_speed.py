@@ -37,6 +37,7 @@ from benchmarks.training_speed import (  # noqa: E402
     Contestant,
     Lost,
     ratios,
+    seconds_left,
     shown,
     spread,
     table,
@@ -135,7 +136,7 @@ def race(options: argparse.Namespace, folder: Path) -> dict[str, Team]:
             for name, team in teams.items():
                 team.seconds.append(team.turn(steps))
                 done += 1
-                left = (time.monotonic() - begun) / done * (options.turns * len(teams) - done)
+                left = seconds_left(begun, done, options.turns * len(teams))
                 say(
                     f'turn {turn}/{options.turns} {name}: {1e3 * team.seconds[-1]:,.0f} ms an '
                     f'update | about {left:.0f} s left'

@@ -23,6 +23,7 @@ import math
 import shutil
 import sys
 import tempfile
+import time
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -35,6 +36,7 @@ from benchmarks.training_speed import (  # noqa: E402
     Contestant,
     Lost,
     product_shapes,
+    seconds_left,
     shape,
     table,
     words,
@@ -185,11 +187,12 @@ def main(argv: list[str]) -> int:
         'given': options.given,
     }
     cache = tempfile.mkdtemp(prefix='scaling_cache_')
-    rows, lost = [], []
+    rows, lost, began = [], [], time.monotonic()
     try:
         for number, (sweep, value) in enumerate(points, start=1):
             name = f'{sweep}={value}'
-            print(f'{number}/{len(points)} {name}', file=sys.stderr, flush=True)
+            left = f'{seconds_left(began, number - 1, len(points)):.0f} s' if rows else 'unknown'
+            print(f'{number}/{len(points)} {name} | left: {left}', file=sys.stderr, flush=True)
             its_shape = point(base, sweep, value, tokens)
             try:
                 found = measure({**told, 'shape': its_shape, 'cache': cache}, options.seconds, name)

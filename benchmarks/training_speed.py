@@ -246,6 +246,11 @@ def product_shapes(shape: dict, d_ff: int) -> list[list[int]]:
 # --- The race -------------------------------------------------------------------------------------
 
 
+def seconds_left(began: float, done: int, of_all: int) -> float:
+    """For the rest of equal parts, of which so many are done since `began` (time.monotonic())."""
+    return (time.monotonic() - began) / done * (of_all - done)
+
+
 class Race:
     """The contestants, and what has been found of them."""
 
@@ -315,8 +320,7 @@ class Race:
                 self.attempt(name, self.turn)
                 if name in self.results:
                     done += 1
-                    to_do = self.options.turns * len(self.results) - done
-                    left = (time.monotonic() - began) / done * to_do
+                    left = seconds_left(began, done, self.options.turns * len(self.results))
                     self.say(
                         f'turn {turn}/{self.options.turns} {name}: '
                         f'{self.results[name].speeds[-1]:,.0f} tokens/s | about {left:.0f} s left'

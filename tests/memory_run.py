@@ -13,12 +13,11 @@ import sys
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import hardware
 import parallelism
+from benchmarks.contestants import form_make_believe_group
 from configurator import read_command_line
 from model_builder import parameter_groups
 from optimization import Updater
@@ -26,22 +25,6 @@ from planning import completed
 from training_config import Settings, load_settings, schema
 
 CPU = torch.device('cpu')
-
-
-class Done:
-    """A collective that is over; the fake group's own has no result for DDP to read."""
-
-    def __init__(self, tensor: torch.Tensor):
-        self.tensor = tensor
-
-    def get_future(self) -> torch.futures.Future:
-        future = torch.futures.Future()
-        future.set_result([self.tensor])
-        return future
-
-
-def all_reduce(tensor, op=None, group=None, async_op=False):
-    return Done(tensor) if async_op else None
 
 
 def strategy(run) -> type[parallelism.SingleProcess]:
@@ -107,9 +90,8 @@ def measure(options: list[str]) -> int:
 def main(path: str) -> None:
     cases = json.loads(Path(path).read_text())
     (ranks,) = {int(case[-1].partition('world_size=')[2]) for case in cases} - {1}
-    dist.init_process_group('fake', store=FakeStore(), rank=0, world_size=ranks)
-    dist.all_reduce = all_reduce
-    parallelism.join = lambda device, timeout: (dist.HashStore(), dist.group.WORLD)
+    group = form_make_believe_group(ranks)
+    parallelism.join = lambda device, timeout: group
     print(json.dumps([measure(case) for case in cases]))
 
 
