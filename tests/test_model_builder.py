@@ -318,11 +318,11 @@ LAYERS, LENGTH, WIDTH, HIDDEN, HEADS, HEAD = 2, 6, 16, 40, 4, 4
         # Two element-wise steps, silu and the product, where there was one.
         ({'ffn_type': 'swiglu'}, LAYERS * LENGTH * HIDDEN),
         # Of each half of queries and keys: two products and their sum or difference; then both
-        # joined. Once for all layers: the product of positions and the D/2 frequencies, its cosine
+        # joined; and the values' copy. Once for all layers: the product of positions and the D/2 frequencies, its cosine
         # and sine, both scaled, and four steps to the frequencies themselves.
         (
             {'position_encoding': 'rope'},
-            LAYERS * 2 * (3 * LENGTH * WIDTH + LENGTH * WIDTH)
+            LAYERS * (2 * (3 * LENGTH * WIDTH + LENGTH * WIDTH) + LENGTH * WIDTH)
             + 5 * LENGTH * HEAD // 2
             + 4 * HEAD // 2,
         ),
