@@ -200,6 +200,11 @@ def main(argv: list[str]) -> int:
                 lost.append(str(error))
             else:
                 rows.append({'sweep': sweep, 'value': value, **found})
+                shown = ('tokens_per_sec', 'mfu_percent', 'peak_gb')
+                told_now = (f'{key} {COLUMNS[key].format(found[key])}' for key in shown)
+                print('   ', ', '.join(told_now), file=sys.stderr, flush=True)
+    except KeyboardInterrupt:  # what was found is told
+        lost.append(f'{name} and what follows: interrupted')
     finally:
         shutil.rmtree(cache, ignore_errors=True)
     for sweep in options.sweeps:

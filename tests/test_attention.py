@@ -355,21 +355,22 @@ def test_stacked_matrices_add_up_to_their_projection(attention_type):
     ],
 )
 def test_the_product_of_which_queries_and_keys_were_made_goes_with_them(values, kept):
+    """By its size, which nothing else has that attention keeps."""
     config = tiny(attention_type='standard', attention_backend='sdpa', dropout=0.0, **values)
-    model, products, held = build_model(config, device='cpu', seed=1), set(), set()
-    for block in model.blocks:
-        block.attention.qkv.register_forward_hook(
-            lambda module, inputs, output: products.add(output.untyped_storage().data_ptr())
-        )
-        block.attention.register_forward_hook(lambda *_: check())
+    model, held, sizes = build_model(config, device='cpu', seed=1), set(), set()
+
+    def check(attention, *_):
+        product = attention.qkv.out_features * 2 * config.block_size * 4
+        assert (product in held) == kept
+        sizes.update(held)
 
     def note(tensor):
-        held.add(tensor.untyped_storage().data_ptr())
+        held.add(tensor.untyped_storage().nbytes())
         return tensor
 
-    def check():
-        assert bool(products & held) == kept
-        products.clear()
-
+    for block in model.blocks:
+        block.attention.register_forward_pre_hook(lambda *_: held.clear())
+        block.attention.register_forward_hook(check)
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         model(some_tokens(config, batch=2))
+    assert sizes  # the hooks were called

@@ -318,8 +318,9 @@ LAYERS, LENGTH, WIDTH, HIDDEN, HEADS, HEAD = 2, 6, 16, 40, 4, 4
         # Two element-wise steps, silu and the product, where there was one.
         ({'ffn_type': 'swiglu'}, LAYERS * LENGTH * HIDDEN),
         # Of each half of queries and keys: two products and their sum or difference; then both
-        # joined; and the values' copy. Once for all layers: the product of positions and the D/2 frequencies, its cosine
-        # and sine, both scaled, and four steps to the frequencies themselves.
+        # joined; and the values' copy. Once for all layers: the product of positions and the D/2
+        # frequencies, its cosine and sine, both scaled, and four steps to the frequencies
+        # themselves.
         (
             {'position_encoding': 'rope'},
             LAYERS * (2 * (3 * LENGTH * WIDTH + LENGTH * WIDTH) + LENGTH * WIDTH)
