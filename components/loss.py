@@ -57,7 +57,7 @@ def _loss_and_gradients(hidden, weight, targets, dtype, softcap, ignored, wanted
     kind, vocabulary = hidden.device.type, len(weight)
     hidden, weight = hidden.to(dtype), weight.to(dtype)
     of_all = len(hidden) * vocabulary * weight.element_size()
-    chunks = -(-of_all // _chunk_bytes(kind))
+    chunks = -(-of_all // _limit(CHUNK_BYTES, kind))
     rows = -(-len(hidden) // max(1, chunks))  # equally many in each
     at_a_time = min(_rows_at_a_time(weight.T), rows)
     scratch = hidden.new_empty((at_a_time, vocabulary), dtype=torch.float32)
@@ -69,7 +69,7 @@ def _loss_and_gradients(hidden, weight, targets, dtype, softcap, ignored, wanted
     of_weight = torch.empty_like(weight, dtype=summed_in) if wanted[1] else None
     product = None
     if wanted[1] and summed_in != dtype:
-        pieces = -(-4 * weight.nbytes // _chunk_bytes(kind))
+        pieces = -(-4 * weight.nbytes // _limit(CHUNK_BYTES, kind))
         product = weight.new_empty((-(-vocabulary // pieces), weight.size(1)))
     all_logits = hidden.new_empty((rows, vocabulary))
     for first in range(0, len(hidden), rows):
@@ -101,14 +101,14 @@ def _add_product(total, a, b, product, begin: bool) -> None:
             of_total += of_product
 
 
-def _chunk_bytes(kind: str) -> int:
-    return CHUNK_BYTES.get(kind, CHUNK_BYTES['cuda'])
+def _limit(sizes: dict[str, int], kind: str) -> int:
+    """That of this kind of device; of one that is not known, a GPU's."""
+    return sizes.get(kind, sizes['cuda'])
 
 
 def _rows_at_a_time(like: torch.Tensor) -> int:
     """So many rows, each as long as those of a matrix, are worked on in fp32 at a time."""
-    limit = SCRATCH_BYTES.get(like.device.type, SCRATCH_BYTES['cuda'])
-    return max(1, limit // (4 * like.size(-1)))
+    return max(1, _limit(SCRATCH_BYTES, like.device.type) // (4 * like.size(-1)))
 
 
 @torch.library.custom_op('components::cross_entropy_', mutates_args=('logits', 'scratch'))
