@@ -3,7 +3,9 @@
 import itertools
 import mmap
 import os
+import platform
 import subprocess
+import sys
 from pathlib import Path
 
 import psutil
@@ -14,6 +16,7 @@ from torch._functorch import config as functorch_config
 import hardware
 from errors import UserError
 
+PROJECT = Path(hardware.__file__).parent
 CPU = torch.device('cpu')
 
 
@@ -338,6 +341,24 @@ def test_cuda_readings_are_in_gb_of_the_allocator(cuda, monkeypatch):
 
 
 # --- Surroundings ---------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='another C library')
+def test_freed_memory_is_not_faulted_in_anew():
+    """64 MB are 16,384 pages or 32 huge ones; a few times, since a hole can be taken by others."""
+    program = """
+import resource, torch, hardware
+hardware.tune(torch.device('cpu'), deterministic=False)
+faults = []
+for _ in range(8):
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+    torch.ones(2**24)
+print(min(after - before for before, after in zip(faults, faults[1:])))
+"""
+    done = subprocess.run(
+        [sys.executable, '-c', program], cwd=PROJECT, capture_output=True, text=True, check=True
+    )
+    assert int(done.stdout) < 16
 
 
 def test_compiled_code_on_a_cpu_keeps_no_output_of_a_norm(monkeypatch):
