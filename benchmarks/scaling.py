@@ -133,18 +133,21 @@ def plot(rows: list[dict], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     by_sweep = {k: list(g) for k, g in itertools.groupby(rows, key=lambda row: row['sweep'])}
-    shown = ('tokens_per_sec', 'mfu_percent', 'peak_gb')
+    shown = {'tokens_per_sec': 'tokens/s', 'mfu_percent': 'MFU %', 'peak_gb': 'peak memory, GB'}
     figure, axes = plt.subplots(
         len(shown), len(by_sweep), squeeze=False, figsize=(4 * len(by_sweep), 8), sharex='col'
     )
     for column, (sweep, points) in enumerate(by_sweep.items()):
         values = [row['value'] for row in points]
-        for axis, key in zip(axes[:, column], shown):
-            axis.plot(values, [row[key] for row in points], marker='o')
+        for axis, (key, label) in zip(axes[:, column], shown.items()):
+            found = [row[key] for row in points]
+            axis.plot(values, found, marker='o')
             axis.set_xscale('log', base=2)
-            axis.set_ylim(bottom=0)
+            axis.set_xticks(values, [f'{value:,}' for value in values], rotation=30)
+            axis.set_xticks([], minor=True)
+            axis.set_ylim(0, 1.1 * max(found))
             axis.grid(alpha=0.3)
-            axis.set_ylabel(key)
+            axis.set_ylabel(label)
         axes[-1, column].set_xlabel(sweep)
     figure.tight_layout()
     figure.savefig(path)
