@@ -440,7 +440,7 @@ def _keep_freed_memory() -> None:
     mallopt(m_mmap_max, 0)  # M_MMAP_THRESHOLD may be refused above 32 MB
     mallopt(m_trim_threshold, -1)  # never: any threshold that fits is less than a step frees
     # The splinters that are left beside an aligned tensor join it again when it is freed, so that
-    # one of its size fits there.
+    # one of its size more often fits there.
     mallopt(m_mxfast, 0)
 
 
