@@ -71,6 +71,8 @@ COLUMNS = {
     'peak_gb': '{:.2f}',
     'times_arithmetic': '{:.2f}',
 }
+# What is drawn, and told of a point once it is found.
+SHOWN = {'tokens_per_sec': 'tokens/s', 'mfu_percent': 'MFU %', 'peak_gb': 'peak memory, GB'}
 
 
 def point(base: dict, sweep: str, value: int, tokens: int) -> dict:
@@ -133,13 +135,12 @@ def plot(rows: list[dict], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     by_sweep = {k: list(g) for k, g in itertools.groupby(rows, key=lambda row: row['sweep'])}
-    shown = {'tokens_per_sec': 'tokens/s', 'mfu_percent': 'MFU %', 'peak_gb': 'peak memory, GB'}
     figure, axes = plt.subplots(
-        len(shown), len(by_sweep), squeeze=False, figsize=(4 * len(by_sweep), 8), sharex='col'
+        len(SHOWN), len(by_sweep), squeeze=False, figsize=(4 * len(by_sweep), 8), sharex='col'
     )
     for column, (sweep, points) in enumerate(by_sweep.items()):
         values = [row['value'] for row in points]
-        for axis, (key, label) in zip(axes[:, column], shown.items()):
+        for axis, (key, label) in zip(axes[:, column], SHOWN.items()):
             found = [row[key] for row in points]
             axis.plot(values, found, marker='o')
             axis.set_xscale('log', base=2)
@@ -203,8 +204,7 @@ def main(argv: list[str]) -> int:
                 lost.append(str(error))
             else:
                 rows.append({'sweep': sweep, 'value': value, **found})
-                shown = ('tokens_per_sec', 'mfu_percent', 'peak_gb')
-                told_now = (f'{key} {COLUMNS[key].format(found[key])}' for key in shown)
+                told_now = (f'{key} {COLUMNS[key].format(found[key])}' for key in SHOWN)
                 print('   ', ', '.join(told_now), file=sys.stderr, flush=True)
     except KeyboardInterrupt:  # what was found is told
         lost.append(f'{name} and what follows: interrupted')

@@ -12,13 +12,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import PROJECT
 from scipy import stats
 
 import compare_architectures as ca
 import comparison_text as ct
 from errors import UserError
 
-ROOT = Path(ca.__file__).parent
 GPT2, LLAMA = '12L-12H-768D-AbsPos-LN-NB-GELU-PostNorm', '12L-12H-768D-RoPE-RMS-SwiGLU-PreNorm'
 
 
@@ -873,7 +873,7 @@ def test_mistakes_on_the_command_line(tmp_path, monkeypatch, argv, message):
 
 def script(folder, *argv, **environ):
     return subprocess.run(
-        [sys.executable, str(ROOT / 'compare_architectures.py'), *argv],
+        [sys.executable, str(PROJECT / 'compare_architectures.py'), *argv],
         cwd=folder,
         env={**os.environ, **environ},
         capture_output=True,
@@ -903,7 +903,7 @@ def test_ascii_terminals_are_enough(tmp_path):
 def test_neither_torch_nor_numpy_is_imported():
     code = 'import compare_architectures, sys; print({"torch", "numpy"} & sys.modules.keys())'
     done = subprocess.run(
-        [sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, timeout=60
+        [sys.executable, '-c', code], cwd=PROJECT, capture_output=True, text=True, timeout=60
     )
     assert done.stdout.strip() == 'set()', done.stderr
 

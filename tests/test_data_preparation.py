@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import tiktoken
 import tiktoken_ext.openai_public
+from conftest import PROJECT
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -29,7 +30,6 @@ from text_codec import Codec
 from token_data import load_dataset
 from token_files import is_complete
 
-PROJECT = Path(text_codec.__file__).parent
 TEXT = ''.join(f'Line {i}: to be, or not to be — that’s number {i * i}!\n' for i in range(300))
 
 

@@ -11,12 +11,12 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from conftest import PROJECT
 from torch._functorch import config as functorch_config
 
 import hardware
 from errors import UserError
 
-PROJECT = Path(hardware.__file__).parent
 CPU = torch.device('cpu')
 
 

@@ -10,14 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import PROJECT
 from fuzzing import CASES, fuzzed
 
 import token_data
 from data_order import ORDERS
 from errors import UserError
 from token_data import digest, is_prepared, load_dataset, prepare_if_missing
-
-PROJECT = Path(token_data.__file__).parent
 
 
 def write_folder(folder, train=1000, val=200, *, dtype='uint16', vocab_size=None, kind='byte'):

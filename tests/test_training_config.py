@@ -3,13 +3,12 @@
 import json
 import math
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import PROJECT
 
-import training_config
 from configurator import flatten, read_command_line
 from errors import UserError
 from model_config import ModelArchitectureConfig
@@ -17,7 +16,6 @@ from token_data import load_dataset
 from training_config import CPU_COMPILE_FLOPS, load_settings, schema
 
 CPU = torch.device('cpu')
-PROJECT = Path(training_config.__file__).parent
 
 
 def settings(*argv):
