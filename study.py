@@ -19,8 +19,11 @@ What stands behind the file on the command line is handed to every run. Keys of 
     match       'params' or 'flops': make the variants equal to the `reference` (a dict of options,
                 by default the base) by changing `match_by` ('d_ff', or another size) in steps of
                 `match_step` (8)
+    baseline    the variant that the others are compared with, a dict of options (by default the
+                `reference`, else the first of the grid)
     budget      {'iterations' | 'tokens' | 'flops' | 'seconds': amount} for each run
-    tune        {option: [values]}: each variant first chooses its own best, at `tune_seed` (0)
+    tune        {option: [values]}: each variant first chooses its own best, at `tune_seed` (0),
+                which is no seed of the sweep
 """
 
 import contextlib
@@ -35,6 +38,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -50,6 +54,7 @@ from study_points import (
     Point,
     Study,
     Variant,
+    baseline_of,
     iterations,
     points_of,
     read_study,
@@ -96,12 +101,13 @@ def main(argv: list[str]) -> int:
     prepare_if_missing(base.dataset)
     dataset = load_dataset(base.dataset, settings.architecture.block_size)
     found = variants(study, device, dtype, dataset)
+    baseline = baseline_of(study, found)
     print(describe(study, found), flush=True)
     if asked.value('plan_only', schema):
         return 0
     runner = Runner(study, asked, Path(base.out_dir), (device, dtype, dataset))
     with runner:
-        return conduct(study, found, runner)
+        return conduct(study, found, baseline, runner)
 
 
 def describe(study: Study, found: list[Variant]) -> str:
@@ -127,9 +133,10 @@ def describe(study: Study, found: list[Variant]) -> str:
 # --- What is run, and in which order -------------------------------------------------------------
 
 
-def conduct(study: Study, found: list[Variant], runner: 'Runner') -> int:
+def conduct(study: Study, found: list[Variant], baseline: Variant, runner: 'Runner') -> int:
     """Time and tune where the study asks for it, run every point, compare. The exit code."""
     chosen: dict[str, dict] = {variant.label: {} for variant in found}
+    tuning: dict[str, Tuned] = {}
     seconds: dict[str, float] = {}
     try:
         if 'seconds' in study.budget:
@@ -139,10 +146,11 @@ def conduct(study: Study, found: list[Variant], runner: 'Runner') -> int:
             if updates is not None:
                 chosen[variant.label]['max_iters'] = updates
         if study.tune:
-            for label, best in tuned(study, found, chosen, runner).items():
-                chosen[label] |= best
+            tuning = tuned(study, found, chosen, runner)
+            for label, best in tuning.items():
+                chosen[label] |= best.values
         points = points_of(study, found, chosen)
-        write_plan(study, found, points, runner)
+        write_plan(study, found, baseline, tuning, points, runner)
         failed = runner.run(RUNS, points)
     except Stopped as stop:
         print(f'\nstopped, with everything saved. To go on: {runner.command}')
@@ -166,9 +174,16 @@ def seconds_of_updates(found: list[Variant], runner: 'Runner') -> dict[str, floa
     return {p.variant: records[p]['summary']['avg_time_ms'] / 1000 for p in points}
 
 
+class Tuned(NamedTuple):
+    """What tuning chose for a variant, and which of the values are the first or last of a list."""
+
+    values: dict
+    at_edge: list[str]
+
+
 def tuned(
     study: Study, found: list[Variant], chosen: dict[str, dict], runner: 'Runner'
-) -> dict[str, dict]:
+) -> dict[str, Tuned]:
     """Each variant's best setting of the keys of `tune`, by validation loss."""
     points = tuning_points(study, found, chosen)
     records = runner.records(TUNING, points)
@@ -182,19 +197,29 @@ def tuned(
         if variant.label not in best:
             raise UserError(f'{study.path}: no run that tuned {variant.label} has a loss.')
         loss, point = best[variant.label]
-        result[variant.label] = {key: point.overrides[key] for key in study.tune}
-        shown = ', '.join(f'{k}={v}' for k, v in result[variant.label].items())
-        edge = [
-            key
-            for key, values in study.tune.items()
-            if len(values) > 1 and point.overrides[key] in (values[0], values[-1])
-        ]
-        beyond = f'; {", ".join(edge)} is at the end of its list: try beyond' if edge else ''
+        values = {key: point.overrides[key] for key in study.tune}
+        at_edge = [key for key, choices in study.tune.items() if is_at_edge(values[key], choices)]
+        result[variant.label] = Tuned(values, at_edge)
+        shown = ', '.join(f'{k}={v}' for k, v in values.items())
+        beyond = f'; {", ".join(at_edge)} is at the end of its list: try beyond' if at_edge else ''
         print(f'tuned {variant.label}: {shown} (validation loss {loss:.4f}{beyond})')
     return result
 
 
-def write_plan(study: Study, found: list[Variant], points: list[Point], runner: 'Runner') -> None:
+def is_at_edge(value, choices: list) -> bool:
+    """Whether a larger or smaller value than any of the list might be better still."""
+    numbers = all(type(choice) in (int, float) for choice in choices)
+    return numbers and len(choices) > 1 and value in (min(choices), max(choices))
+
+
+def write_plan(
+    study: Study,
+    found: list[Variant],
+    baseline: Variant,
+    tuning: dict[str, Tuned],
+    points: list[Point],
+    runner: 'Runner',
+) -> None:
     """`study.json` beside the runs: the question, what was made equal, every command."""
     plan = {
         'question': study.question,
@@ -204,8 +229,16 @@ def write_plan(study: Study, found: list[Variant], points: list[Point], runner: 
         'match_by': study.match_by,
         'budget': study.budget,
         'tuned': list(study.tune),
+        'baseline': baseline.label,
         'variants': [
-            {'label': v.label, 'asked': v.asked, 'matched': v.matched or None} for v in found
+            {
+                'label': v.label,
+                'asked': v.asked,
+                'matched': v.matched or None,
+                'tuned': tuning[v.label].values if v.label in tuning else {},
+                'tuned_at_edge': tuning[v.label].at_edge if v.label in tuning else [],
+            }
+            for v in found
         ],
         'points': [
             {

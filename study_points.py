@@ -67,6 +67,7 @@ STUDY_KEYS: dict[str, tuple] = {
         'a whole number: the size found is a multiple of it',
     ),
     'reference': ({}, _is_point, _POINT),
+    'baseline': ({}, _is_point, _POINT),
     'budget': (
         {},
         lambda v: _is_budget(v) and len(v) <= 1,
@@ -91,6 +92,7 @@ class Study:
     match_by: str
     match_step: int
     reference: dict
+    baseline: dict
     budget: dict
 
 
@@ -145,9 +147,29 @@ def read_study(asked: CommandLine) -> Study:
         problems.append(
             f'{path}: match_by={study.match_by!r} is no option.{nearest(study.match_by, known)}'
         )
+    problems += _seed_problems(study)
     if problems:
         raise UserError(*dict.fromkeys(problems))
     return study
+
+
+def _seed_problems(study: Study) -> Iterator[str]:
+    """Seeds that would make a run count as evidence for the value that it chose."""
+    for name in ('ablate', 'tune', 'exclude'):
+        points = study.exclude if name == 'exclude' else [getattr(study, name)]
+        for key in SEED_KEYS:
+            if any(key in point for point in points):
+                yield f'{study.path}: {name} has {key!r}: seeds stand in sweep only.'
+    if not study.tune:
+        return
+    base = {key: study.asked.value(key, schema) for key in SEED_KEYS}
+    used = {seed for point in seeds_of(study).values() for seed in {**base, **point}.values()}
+    if study.tune_seed in used:
+        unused = next(seed for seed in itertools.count() if seed not in used)
+        yield (
+            f'{study.path}: tune_seed={study.tune_seed} is a seed of the runs themselves, so that '
+            f'a run that chose an option would be evidence for it. Set tune_seed = {unused}.'
+        )
 
 
 def _named_points(study: Study) -> Iterator[tuple[str, dict]]:
@@ -159,6 +181,7 @@ def _named_points(study: Study) -> Iterator[tuple[str, dict]]:
     for point in study.exclude:
         yield 'exclude', point
     yield 'reference', study.reference
+    yield 'baseline', study.baseline
 
 
 def grid(choices: dict[str, list]) -> list[dict]:
@@ -205,6 +228,43 @@ def _distinct(study: Study, found: list[Variant]) -> list[Variant]:
     for variant in found:
         by_config.setdefault(repr(sorted(variant.settings.to_dict().items(), key=str)), variant)
     return list(by_config.values())
+
+
+def baseline_of(study: Study, found: list[Variant]) -> Variant:
+    """The variant that the others are compared with: `baseline`, else the `reference` if it is a
+    variant, else the first. Raises UserError."""
+    if not study.baseline:
+        matching = _variants_at(study, found, study.reference) if study.reference else []
+        return matching[0] if len(matching) == 1 else found[0]
+    matching = _variants_at(study, found, study.baseline)
+    if len(matching) == 1:
+        return matching[0]
+    labels = ', '.join(variant.label for variant in matching or found)
+    if matching:
+        raise UserError(
+            f'{study.path}: baseline={study.baseline!r} fits {len(matching)} variants: {labels}. '
+            f'Add the options that tell them apart.'
+        )
+    raise UserError(
+        f'{study.path}: baseline={study.baseline!r} is none of the variants, which are: {labels}.'
+    )
+
+
+def _variants_at(study: Study, found: list[Variant], point: dict) -> list[Variant]:
+    """The variants that agree with every option of a point.
+
+    Where it gives each option of the sweep, ablations that it does not name are left out.
+    """
+
+    def agrees(variant: Variant) -> bool:
+        values = {**variant.settings.to_dict(), **variant.asked}
+        return all(key in values and values[key] == value for key, value in point.items())
+
+    matching = [variant for variant in found if agrees(variant)]
+    if set(study.sweep) - set(SEED_KEYS) <= point.keys():
+        fewest = min((len(variant.asked) for variant in matching), default=0)
+        matching = [variant for variant in matching if len(variant.asked) == fewest]
+    return matching
 
 
 def settings_of(study: Study, overrides: dict) -> Settings:

@@ -13,7 +13,15 @@ from benchmarks.study_kills import study_kills
 from configurator import read_command_line
 from errors import UserError
 from model_builder import build_model, training_flops
-from study_points import STUDY_KEYS, nearest_integer, points_of, read_study, tuning_points
+from study import is_at_edge
+from study_points import (
+    STUDY_KEYS,
+    baseline_of,
+    nearest_integer,
+    points_of,
+    read_study,
+    tuning_points,
+)
 from token_data import load_dataset
 from training_config import schema
 from training_logger import latest_run, read_record
@@ -123,6 +131,52 @@ def test_mistakes_in_a_study(read, text, message):
     assert message in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ('text', 'label'),
+    [
+        ("sweep = {'bias': [True, False]}", 'bias=True'),
+        ("sweep = {'bias': [True, False]}; baseline = {'bias': False}", 'bias=False'),
+        ("sweep = {'bias': [True, False]}; reference = {'bias': False}", 'bias=False'),
+        ("sweep = {'bias': [True, False]}; reference = {'n_layer': 7}", 'bias=True'),
+        ("ablate = {'bias': [False], 'n_layer': [3]}; arch_preset = 'legacy'", 'base'),
+        (
+            "ablate = {'bias': [False], 'n_layer': [3]}; baseline = {'n_layer': 3}\n"
+            "arch_preset = 'legacy'",
+            'n_layer=3',
+        ),
+        (  # what the ablations leave alone need not be said
+            "sweep = {'n_head': [1, 2]}; ablate = {'n_layer': [3]}; baseline = {'n_head': 2}",
+            'n_head=2',
+        ),
+        (
+            "sweep = {'n_head': [1, 2]}; ablate = {'n_layer': [3]}\n"
+            "baseline = {'n_head': 2, 'n_layer': 3}",
+            'n_head=2 n_layer=3',
+        ),
+    ],
+)
+def test_the_baseline_is_a_point_else_the_reference_else_the_first(read, text, label):
+    assert baseline_of(*read(text)).label == label
+
+
+@pytest.mark.parametrize(
+    ('text', 'message'),
+    [
+        ("sweep = {'n_head': [1, 2]}; baseline = {'n_head': 4}", 'none of the variants'),
+        (
+            "sweep = {'n_head': [1, 2], 'bias': [True, False]}; baseline = {'bias': True}",
+            'fits 2 variants: n_head=1 bias=True, n_head=2 bias=True',
+        ),
+        ("sweep = {'bias': [True]}; baseline = {'bais': True}", 'Did you mean bias?'),
+        ("sweep = {'bias': [True]}; baseline = 'bias'", 'baseline takes a dict of options'),
+    ],
+)
+def test_a_baseline_that_is_no_single_variant_is_refused(read, text, message):
+    with pytest.raises(UserError) as error:
+        baseline_of(*read(text))
+    assert message in str(error.value)
+
+
 # --- Fair sizes and budgets ----------------------------------------------------------------------
 
 
@@ -221,6 +275,41 @@ def test_tuning_has_a_seed_apart(read):
         (bias, rate) for bias in (True, False) for rate in (1e-3, 1e-2)
     ]
     assert {p.overrides['seed'] for p in points} == {0}
+
+
+@pytest.mark.parametrize(
+    'text',
+    [
+        "'seed': [0, 1, 2]}",
+        "'data_seed': [5, 0]}",
+        "'seed': [1], 'data_seed': [0]}",
+        '}; seed = 0',  # no seed is swept: the runs have the base's
+        '}; data_seed = 0',
+        "'seed': [3, 4]}; tune_seed = 4",
+    ],
+)
+def test_a_run_that_tunes_shares_no_seed_with_the_runs_themselves(read, text):
+    with pytest.raises(UserError, match='tune_seed=') as error:
+        read(f"tune = {{'learning_rate': [1e-3, 1e-2]}}; sweep = {{'bias': [True], {text}")
+    unused = str(error.value).partition('Set tune_seed = ')[2].rstrip('.')
+    read(
+        f"tune = {{'learning_rate': [1e-3, 1e-2]}}; sweep = {{'bias': [True], {text}\n"
+        f'tune_seed = {unused}'
+    )
+
+
+@pytest.mark.parametrize('key', ['seed', 'data_seed'])
+@pytest.mark.parametrize('name', ['ablate', 'tune', 'exclude'])
+def test_seeds_stand_in_the_sweep_alone(read, name, key):
+    value = f"[{{'{key}': 3}}]" if name == 'exclude' else f"{{'{key}': [3, 4]}}"
+    with pytest.raises(UserError, match=f"{name} has '{key}'"):
+        read(f"sweep = {{'bias': [True, False]}}; {name} = {value}")
+
+
+def test_the_end_of_a_list_is_its_least_or_largest_number():
+    assert is_at_edge(3e-3, [1e-3, 3e-3]) and is_at_edge(1, [4, 1, 2])
+    assert not is_at_edge(2, [4, 1, 2]) and not is_at_edge(1, [1])
+    assert not is_at_edge('lion', ['adamw', 'lion']) and not is_at_edge(True, [False, True])
 
 
 # --- Running it ----------------------------------------------------------------------------------

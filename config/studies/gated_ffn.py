@@ -5,6 +5,7 @@ sweep = {
     'ffn_type': ['standard', 'glu', 'bilinear', 'reglu', 'geglu', 'swiglu'],
     'seed': [1, 2, 3, 4, 5],
 }
+baseline = {'ffn_type': 'standard'}
 match = 'params'  # the gated ones get the d_ff that makes them as large
 match_step = 1
 reference = {'ffn_type': 'standard'}

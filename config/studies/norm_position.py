@@ -8,6 +8,7 @@ sweep = {
     'depth_scaled_init': [True, False],
     'seed': [1, 2, 3],
 }
+baseline = {'norm_position': 'pre', 'warmup_iters': 100, 'depth_scaled_init': True}
 
 arch_preset = 'legacy'
 

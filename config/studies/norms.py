@@ -2,6 +2,7 @@
 question = 'Is RMSNorm as good as LayerNorm, and is a norm needed at all?'
 
 sweep = {'normalization': ['layernorm', 'rmsnorm', 'none'], 'seed': [1, 2, 3, 4, 5]}
+baseline = {'normalization': 'layernorm'}
 on_nonfinite = 'skip'  # without a norm, training may go wild
 
 arch_preset = 'llama'

@@ -6,6 +6,7 @@ sweep = {
     'position_encoding': ['learned_absolute', 'rope', 'alibi', 'none'],
     'seed': [1, 2, 3, 4, 5],
 }
+baseline = {'position_encoding': 'rope'}
 
 arch_preset = 'llama'
 weight_tying = True

@@ -6,6 +6,7 @@ sweep = {
     'arch_preset': ['legacy', 'gpt2', 'hybrid', 'llama', 'qwen3', 'gemma2', 'olmo2', 'pythia'],
     'seed': [1, 2, 3],
 }
+baseline = {'arch_preset': 'legacy'}
 tune = {'learning_rate': [5e-4, 1e-3, 2e-3, 4e-3, 8e-3]}
 budget = {'flops': 2.4e12}
 
