@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 from errors import UserError, nearest
 from registry import Option, Registry
+from text_files import decode
 
 Schema = dict[str, dict[str, Option]]
 
@@ -301,7 +302,7 @@ def read_config_file(path: str, problems: list[str]) -> tuple[dict, str]:
         problems.append(f'config file {path} does not exist.{nearest(path, beside)}{there}')
         return {}, ''
     try:
-        text = file.read_text(encoding='utf-8')
+        text = decode(file.read_bytes())
         tree = ast.parse(text, filename=path)
     except SyntaxError as error:
         where = f', line {error.lineno}' if error.lineno else ''

@@ -25,6 +25,7 @@ from configurator import (
 )
 from errors import UserError
 from registry import FrozenConfig, Option, Registry, above, at_least, fraction
+from text_files import parse_json
 
 _HOME = 'model_components'
 ATTENTION_REGISTRY = Registry('attention_type', 'Attention', _HOME)
@@ -361,7 +362,7 @@ class ModelArchitectureConfig(FrozenConfig):
     @classmethod
     def load(cls, path: str | Path) -> 'ModelArchitectureConfig':
         """Read what `save` wrote."""
-        return cls.from_dict(json.loads(Path(path).read_text(encoding='utf-8')))
+        return cls.from_dict(parse_json(Path(path).read_bytes()))
 
     @classmethod
     def from_dict(cls, values: dict) -> 'ModelArchitectureConfig':

@@ -26,6 +26,7 @@ import resumption
 from errors import UserError, run_script
 from model_builder import generate
 from sampling import TEMPERATURE, TOP_K, Sampler, TextStream, prompt_tokens, stream
+from text_files import decode
 
 SEPARATOR = '-' * 80
 LIMITS = {
@@ -180,9 +181,8 @@ def read_prompt(start: str) -> str:
     if path == '-' and sys.stdin.isatty():
         print('The prompt, ended by Ctrl-D at the beginning of a line:', file=sys.stderr)
     try:
-        data = sys.stdin.buffer.read() if path == '-' else Path(path).read_bytes()
-        return data.decode('utf-8')
-    except (OSError, UnicodeDecodeError) as error:
+        return decode(sys.stdin.buffer.read() if path == '-' else Path(path).read_bytes())
+    except (OSError, ValueError) as error:
         raise UserError(f'--start={start}: the text cannot be read: {error}.') from error
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from errors import UserError, nearest
+from text_files import valid_text
 
 # The hashes that tiktoken's own definition of GPT-2's encoding demands of the two files.
 GPT2_FILES = {
@@ -82,15 +83,6 @@ class Codec:
     def bytes_of(self, token: int) -> bytes:
         """What the token adds to a text in UTF-8; U+FFFD for what is no token."""
         return self._codec.bytes_of(int(token))
-
-
-def valid_text(text: str) -> str:
-    """The text with U+FFFD for surrogates that are not one of a pair, as JSON may bring them."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')
-    return text
 
 
 class _Bytes:

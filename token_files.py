@@ -7,7 +7,6 @@ folders, which have no meta.json, are read as they are. Knows no model and no to
 """
 
 import hashlib
-import json
 import re
 import weakref
 from bisect import bisect_right
@@ -18,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from errors import UserError
+from text_files import parse_json
 
 FORMAT_VERSION = 2
 READABLE_VERSIONS = (1, 2)
@@ -227,9 +227,9 @@ def _meta_of_bare_folder(folder: Path) -> dict:
 def _read_meta_file(folder: Path) -> dict:
     path = folder / 'meta.json'
     try:
-        meta = json.loads(path.read_text(encoding='utf-8'))
+        meta = parse_json(path.read_bytes())
         problem = _problem_of_meta(meta)
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         problem = str(error)
     if problem:
         raise UserError(f'{path} cannot be used: {problem}. {way_to_prepare(folder)}')

@@ -11,7 +11,6 @@ import gzip
 import hashlib
 import importlib
 import itertools
-import json
 import os
 import zlib
 from collections import Counter
@@ -20,12 +19,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from errors import UserError, nearest
+from text_files import decode, is_blank, parse_json
 
 PIECE_BYTES = 2**20
 LINE_LIMIT = 2**28  # bytes: what is longer is no line of JSON, and need not fit into memory
 ROWS = 256  # of a Parquet file, read at once
 SUFFIXES = ('.txt', '.md', '.jsonl', '.jsonl.gz', '.parquet')  # what is looked for in folders
-BYTE_ORDER_MARK = b'\xef\xbb\xbf'
 
 
 class Invalid(UserError):
@@ -45,11 +44,9 @@ class Text(NamedTuple):
     def text(self) -> str:
         """The document. Raises Invalid."""
         try:
-            return self.content.removeprefix(BYTE_ORDER_MARK).decode()
-        except UnicodeDecodeError as error:
-            raise Invalid(
-                f'{self.place} is no UTF-8 text: {error.reason} at byte {error.start:,}.'
-            ) from None
+            return decode(self.content)
+        except ValueError as error:
+            raise Invalid(f'{self.place} is {error}.') from None
 
 
 class JsonLine(NamedTuple):
@@ -68,8 +65,8 @@ class JsonLine(NamedTuple):
         """The document. Raises Invalid."""
         place = f'{self.path}, line {self.number}'
         try:
-            row = json.loads(self.line.removeprefix(BYTE_ORDER_MARK))
-        except (ValueError, RecursionError) as error:
+            row = parse_json(self.line)
+        except ValueError as error:
             raise Invalid(f'{place} is no JSON: {error}.') from None
         if not isinstance(row, dict):
             raise Invalid(f'{place} is no JSON object, so it has no field {self.field!r}.')
@@ -278,7 +275,7 @@ def _lines(path: str, source: Files, offset: int, number: int):
             if len(line) == LINE_LIMIT:
                 raise OSError(f'line {number + 1} is longer than {LINE_LIMIT:,} bytes')
             offset, number = offset + len(line), number + 1
-            if not line.isspace():
+            if not is_blank(line):
                 yield JsonLine(path, number, source.field, line), raw.tell(), offset, number
 
 

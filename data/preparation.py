@@ -26,7 +26,8 @@ from data.token_writer import TokenWriter
 from data.tokenizer_training import TOKENIZER_FILE, character_tokenizer, train_byte_pairs
 from data.workers import available_cores, in_order
 from errors import UserError
-from text_codec import Codec, valid_text
+from text_codec import Codec
+from text_files import valid_text
 from token_data import DATA_ROOT, exclusive
 from token_files import DTYPES, FORMAT_VERSION, SPLITS, is_complete
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from data.preparation import write_dataset
 from errors import ArgumentParser, UserError
+from text_files import decode, read_text
 
 TINYSHAKESPEARE_URL = (
     'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
@@ -42,12 +43,7 @@ def prepare_shakespeare(script: str, tokenizer_of, argv: list[str] | None) -> No
 
 def read_source(path: Path) -> tuple[str, str]:
     """The text of the user's own file, and where it came from."""
-    try:
-        return path.read_bytes().decode(), str(path.resolve())
-    except OSError as error:
-        raise UserError(f'--source={path} cannot be read: {error.strerror}') from None
-    except UnicodeDecodeError as error:
-        raise UserError(f'--source={path} is no UTF-8 text: {error}') from None
+    return read_text(path, f'--source={path}'), str(path.resolve())
 
 
 def find_shakespeare(sources=None) -> tuple[str, str]:
@@ -73,7 +69,7 @@ def find_shakespeare(sources=None) -> tuple[str, str]:
             failures.append(f'{name}: {error}')
         else:
             print(f'{len(content):,} bytes, SHA-256 as expected')
-            return content.decode(), name
+            return decode(content), name
     raise UserError(
         'No text of Shakespeare could be had. Tried ' + '; '.join(failures) + '. Ways on: '
         '--source=FILE with a text of your own, or the dataset python_stdlib, which needs no '

@@ -9,7 +9,8 @@ from pathlib import Path
 from data.documents import Invalid, Piece, Source, optional_package
 from data.workers import in_order
 from errors import UserError
-from text_codec import END_OF_TEXT, valid_text
+from text_codec import END_OF_TEXT
+from text_files import valid_text
 
 TRAINING_BYTES = 2**27  # of text; more changes the most frequent pairs little and takes memory
 TOKENIZER_FILE = 'tokenizer.json'

@@ -10,9 +10,11 @@ import scipy.stats
 import torch
 from in_process import train_here
 
+import choice_items
 import evaluate
 import interop
-from errors import run_script
+import scoring
+from errors import UserError, run_script
 from text_codec import Codec
 from token_files import Split
 
@@ -109,14 +111,14 @@ def test_bits_per_byte_of_byte_pairs_by_transformers(of_byte_pairs, text, tmp_pa
 def test_the_interval_is_students_where_blocks_are_alike_and_covers_where_not():
     bits = [3.0, 5.0, 4.0, 7.0]
     low, high = scipy.stats.t.interval(0.95, 3, np.mean(bits), scipy.stats.sem(bits))
-    assert 10 * evaluate.half_interval(bits, [10] * 4) == pytest.approx((high - low) / 2)
-    assert evaluate.half_interval(bits[:1], [10]) is None
+    assert 10 * scoring.half_interval(bits, [10] * 4) == pytest.approx((high - low) / 2)
+    assert scoring.half_interval(bits[:1], [10]) is None
 
     drawn, covered = np.random.default_rng(0), 0
     for _ in range(400):
         sizes = drawn.integers(10, 40, size=30)
         amounts = sizes * drawn.normal(2.0, 0.5, size=30)
-        half = evaluate.half_interval(amounts.tolist(), sizes.tolist())
+        half = scoring.half_interval(amounts.tolist(), sizes.tolist())
         covered += abs(amounts.sum() / sizes.sum() - 2.0) < half
     assert 0.91 < covered / 400 < 0.98
 
@@ -156,7 +158,7 @@ def test_choices_by_brute_force(of_bytes, of_byte_pairs, tmp_path, kind, capsys)
         items = [*ITEMS, {'context': '', 'choices': ['The fox', ' jumps'], 'answer': 0}]
     path = written(tmp_path / 'items.jsonl', items)
     (found,) = results(tmp_path, f'--out_dir={out_dir}', f'--choices={path}')['choices']
-    right, right_norm = [], []
+    right, right_norm, right_bytes = [], [], []
     for item, told in zip(items, found['each'], strict=True):
         context = item['context'] or '<|endoftext|>'
         choices = item['choices']
@@ -171,17 +173,96 @@ def test_choices_by_brute_force(of_bytes, of_byte_pairs, tmp_path, kind, capsys)
                 values.append(logits.gather(1, tokens[0, 1:, None]).sum().item())
         assert told['log_likelihoods'] == pytest.approx(values, rel=1e-5)
         assert told['bytes'] == [len(choice.encode()) for choice in choices]
+        assert told['characters'] == [len(choice) for choice in choices]
+        # As lm-evaluation-harness has it: float(len(i)) and float(len(i.encode('utf-8'))).
+        by_character = [value / len(choice) for value, choice in zip(values, choices)]
         by_byte = [value / len(choice.encode()) for value, choice in zip(values, choices)]
         right.append(np.argmax(values) == item['answer'])
-        right_norm.append(np.argmax(by_byte) == item['answer'])
+        right_norm.append(np.argmax(by_character) == item['answer'])
+        right_bytes.append(np.argmax(by_byte) == item['answer'])
     assert right != right_norm  # else the items show nothing
-    for key, values in (('acc', right), ('acc_norm', right_norm)):
+    for key, values in (('acc', right), ('acc_norm', right_norm), ('acc_bytes', right_bytes)):
         assert found[key] == pytest.approx(np.mean(values))
         assert found[f'{key}_stderr'] == pytest.approx(scipy.stats.sem(values))
     assert found['items'] == len(items)
     assert found['chance'] == pytest.approx(np.mean([1 / len(i['choices']) for i in items]))
-    table = capsys.readouterr().out
-    assert f'{np.mean(right):.4f}' in table and f'{np.mean(right_norm):.4f}' in table
+    header, row = capsys.readouterr().out.splitlines()[-2:]
+    shown = dict(zip(header.replace('± error', '±').split(), row.split()))
+    assert {key: shown[key] for key in ('acc', 'acc_norm', 'acc_bytes')} == {
+        'acc': f'{np.mean(right):.4f}',
+        'acc_norm': f'{np.mean(right_norm):.4f}',
+        'acc_bytes': f'{np.mean(right_bytes):.4f}',
+    }
+
+
+def test_characters_and_bytes_rank_choices_differently():
+    """Of letters with several bytes each the byte is likelier than the character."""
+    result = {'log_likelihoods': [-6.0, -7.0], 'characters': [3, 4], 'bytes': [12, 4]}
+    assert scoring.likeliest(result, None) == 0
+    assert scoring.likeliest(result, 'characters') == 1
+    assert scoring.likeliest(result, 'bytes') == 0
+
+
+def test_results_are_on_the_disk_before_they_are_shown(of_bytes, text, tmp_path, monkeypatch):
+    path = tmp_path / 'results.json'
+
+    def broken(*_, **__):
+        assert json.loads(path.read_text())['text'][0]['tokens']
+        raise BrokenPipeError
+
+    monkeypatch.setattr('builtins.print', broken)
+    with pytest.raises(BrokenPipeError):
+        evaluate.main([f'--out_dir={of_bytes[0]}', f'--text={text}', f'--json={path}'])
+    assert path.exists()
+
+
+def test_results_that_cannot_be_written_are_shown(of_bytes, text, tmp_path, monkeypatch, capsys):
+    def full(path, results):
+        raise UserError('--json: no space left')
+
+    monkeypatch.setattr(evaluate, 'write_json', full)
+    run(f'--out_dir={of_bytes[0]}', f'--text={text}', f'--json={tmp_path}/a.json', code=2)
+    shown = capsys.readouterr()
+    assert 'bits/byte' in shown.out and 'no space left' in shown.err
+
+
+def test_likelihoods_that_are_no_numbers_are_no_result(of_bytes, text, monkeypatch, capsys):
+    monkeypatch.setattr(scoring.Scorer, '_batch', lambda *_: [math.nan] * 99)
+    run(f'--out_dir={of_bytes[0]}', f'--text={text}', code=2)
+    assert 'a likelihood that is no number' in capsys.readouterr().err
+    assert scoring.perplexity(1e6) is None and scoring.perplexity(0) == 1
+
+
+def test_lines_of_items_end_at_line_feeds_alone(of_bytes, tmp_path):
+    """A byte order mark, carriage returns and separators within a text change nothing."""
+    item = {'context': 'the\u2028quick\x85brown', 'choices': [' fox\u2029', ' dog'], 'answer': 0}
+    plain = json.dumps(item).encode() + b'\n'
+    as_is = json.dumps(item, ensure_ascii=False).encode() + b'\n'
+    forms = {
+        'plain': plain * 2,
+        'raw': as_is * 2,
+        'windows': b'\xef\xbb\xbf' + plain[:-1] + b'\r\n' + as_is,
+    }
+    each = []
+    for name, content in forms.items():
+        (tmp_path / name).write_bytes(content)
+        (found,) = results(tmp_path, f'--out_dir={of_bytes[0]}', f'--choices={tmp_path / name}')[
+            'choices'
+        ]
+        each.append(found['each'])
+    assert each[0] == each[1] == each[2] and [e['line'] for e in each[0]] == [1, 2]
+
+
+def test_half_a_surrogate_pair_is_a_replacement_character(of_bytes, tmp_path):
+    for name, half in (('half', '\\ud83d'), ('replaced', '\ufffd')):
+        line = f'{{"context": "a b{half}", "choices": [" c{half}", " d"], "answer": 0}}\n'
+        (tmp_path / name).write_text(line, encoding='utf-8')
+    half, replaced = results(
+        tmp_path,
+        f'--out_dir={of_bytes[0]}',
+        *(f'--choices={tmp_path / n}' for n in ('half', 'replaced')),
+    )['choices']
+    assert half['each'] == replaced['each'] and half['each'][0]['bytes'][0] == 5
 
 
 def test_items_from_the_validation_text(of_bytes, tmp_path, tiny_dataset):
@@ -212,7 +293,12 @@ def test_items_keep_within_documents(of_bytes, tmp_path, monkeypatch):
     split = tmp_path / 'val'
     tokens.astype('<u2').tofile(split)
     facts = {'shards': [{'file': split.name, 'tokens': len(tokens)}]}
-    dataset = SimpleNamespace(splits={'val': Split(tmp_path, facts, 'uint16')}, end_of_text=256)
+    dataset = SimpleNamespace(
+        splits={'val': Split(tmp_path, facts, 'uint16')},
+        end_of_text=256,
+        block_size=BLOCK_SIZE,
+        folder=tmp_path,
+    )
     monkeypatch.setattr(evaluate, 'load_dataset', lambda name, block_size: dataset)
     path = tmp_path / 'items.jsonl'
     monkeypatch.setattr(evaluate.resumption, 'vocabulary_of', lambda checkpoint: (codec, 257))
@@ -220,7 +306,7 @@ def test_items_keep_within_documents(of_bytes, tmp_path, monkeypatch):
     for item in map(json.loads, path.read_text().splitlines()):
         letters = {*item['context'], *item['choices'][item['answer']]} - {' '}
         assert len(letters) == 1 and letters < set('abcde')
-    assert evaluate.items_from(['too short ' * 20], 5) == []
+    assert choice_items.items_from(['too short ' * 20], 5) == []
 
 
 MISTAKES = {
@@ -228,6 +314,15 @@ MISTAKES = {
     '--text=nothing.txt': ['--text=nothing.txt', 'No such file'],
     '--text=latin.txt': ['latin.txt', 'UTF-8'],
     '--text=empty.txt': ['empty.txt has 0 token(s)'],
+    '--text=.': ['--text=. cannot be read: Is a directory'],
+    '--choices=.': ['--choices=. cannot be read: Is a directory'],
+    '--choices=latin.txt': ['--choices=latin.txt, line 1: it is no JSON'],
+    '--text=utf16.txt': ['utf16.txt is no UTF-8 text but UTF-16', 'iconv'],
+    '--choices=odd.jsonl': [f'line {n}: ' for n in range(1, 6)],
+    '--choices=wide.jsonl': ['line 1: its choice', '300000 tokens'],
+    '--choices=deep.jsonl': ['line 1: it is no JSON: nested too deeply'],
+    '--text=text.txt --json=.': ['--json=. is a folder'],
+    '--text=text.txt --json=text.txt': ['--json=text.txt would overwrite'],
     '--choices=bad.jsonl': ['line 1: it is no JSON', 'line 2: an item is', 'line 3: an item is'],
     '--choices=empty.txt': ['has no items'],
     '--choices=long.jsonl': ['line 1', '33 tokens', 'block_size=32'],
@@ -248,6 +343,12 @@ def test_a_mistake_is_told(of_bytes, text, tmp_path, monkeypatch, capsys, argume
     (tmp_path / 'latin.txt').write_bytes('naïve'.encode('latin-1'))
     (tmp_path / 'empty.txt').touch()
     (tmp_path / 'bad.jsonl').write_text('{\n[]\n{"context": "a", "choices": ["b"], "answer": 0}\n')
+    (tmp_path / 'utf16.txt').write_bytes('text'.encode('utf-16'))
+    odd = [{'answer': a} for a in (None, '0', 1.0, True, 2)]
+    fine = {'context': 'a', 'choices': ['b', 'c']}
+    written(tmp_path / 'odd.jsonl', [fine | answer for answer in odd])
+    written(tmp_path / 'wide.jsonl', [fine | {'choices': ['b', 'c' * 300_000], 'answer': 0}])
+    (tmp_path / 'deep.jsonl').write_text('[' * 200_000 + '\n')
     written(tmp_path / 'long.jsonl', [{'context': 'a', 'choices': ['b', 'b' * 33], 'answer': 0}])
     written(tmp_path / 'bare.jsonl', [{'context': '', 'choices': ['b', 'c'], 'answer': 0}])
     run(f'--out_dir={of_bytes[0]}', *arguments.split(), code=2)

@@ -232,7 +232,7 @@ MISTAKES = {
     'train.py raises.py': ['raises.py, line 3', 'division by zero'],
     'train.py exits.py': ['exits.py, line 3', 'SystemExit'],
     'train.py imports.py': ['imports.py, line 1', "No module named 'no_such_module'"],
-    'train.py binary.py': ['binary.py', 'cannot be read', 'utf-8'],
+    'train.py binary.py': ['binary.py', 'cannot be read', 'UTF-8'],
     # data
     'train.py --dataset=shakespeer': ["'shakespeer'", 'Did you mean shakespeare?', 'python_stdlib'],
     'train.py --dataset=empty': ['empty has no train.bin', 'Write train.bin, val.bin'],

@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from data.preparation import write_dataset
 from errors import ArgumentParser, UserError, run_script
+from text_files import decode
 
 NOT_THE_LIBRARY = {'site-packages', 'dist-packages', 'test', 'tests', 'idle_test'}
 
@@ -29,8 +30,8 @@ def library_texts(root: Path) -> dict[str, str]:
         relative = path.relative_to(root)
         if NOT_THE_LIBRARY.isdisjoint(relative.parts):
             try:
-                text = path.read_bytes().decode()
-            except (OSError, UnicodeDecodeError):
+                text = decode(path.read_bytes())
+            except (OSError, ValueError):
                 continue
             digest = hashlib.sha256(relative.as_posix().encode()).digest()
             texts['val' if digest[0] < 26 else 'train'].append(text)
