@@ -320,7 +320,8 @@ def read_config_file(path: str, problems: list[str]) -> tuple[dict, str]:
     except BaseException as error:  # also SystemExit: a config file must not end the program
         lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
         where = f', line {lines[-1]}' if lines else ''
-        problems.append(f'config file {path}{where}: {type(error).__name__}: {error}')
+        kind = '' if isinstance(error, UserError) else f'{type(error).__name__}: '
+        problems.append(f'config file {path}{where}: {kind}{error}')
         return {}, text
     imported, assigned = set(), set()
     for node in ast.walk(tree):
@@ -380,7 +381,7 @@ def format_components(schema: Schema) -> str:
         lines += [f'{registry.title} ({", ".join(flags)}):', '']
         for name in registry:
             component = registry[name]
-            tag = getattr(component, 'tag', '')
+            tag = '' if component.tag == name else component.tag
             about = ' '.join((inspect.getdoc(component) or '').partition('\n\n')[0].split())
             details = [about, registry.source(name) and f'Source: {registry.source(name)}.']
             if component.options:

@@ -24,7 +24,17 @@ from configurator import (
     with_component_options,
 )
 from errors import UserError
-from registry import FrozenConfig, Option, Registry, above, at_least, fraction
+from registry import (
+    FrozenConfig,
+    Option,
+    Registry,
+    above,
+    at_least,
+    derived_values_of,
+    fraction,
+    sentences_of,
+    tag_of,
+)
 from text_files import parse_json
 
 _HOME = 'model_components'
@@ -345,7 +355,7 @@ class ModelArchitectureConfig(FrozenConfig):
     def name(self) -> str:
         """For people: sizes, then the tag of each chosen component that has one."""
         chosen = dict(self.components())
-        tags = [chosen[r.option].name_tag(self) for r in REGISTRIES if r.option in CORE_OPTIONS]
+        tags = [tag_of(chosen[r.option], self) for r in REGISTRIES if r.option in CORE_OPTIONS]
         sizes = [f'{self.n_layer}L', f'{self.n_head}H', f'{self.n_embd}D']
         return '-'.join(sizes + [tag for tag in tags if tag])
 
@@ -393,7 +403,7 @@ def _derive(values: dict, origins: dict[str, str]) -> None:
     fill('attention_dropout', values['dropout'], 'dropout')
     fill('residual_dropout', values['dropout'], 'dropout')
     for _, component in chosen_components(CORE_OPTIONS, values):
-        for key, derived in component.derived_values(FrozenConfig(values, origins)).items():
+        for key, derived in derived_values_of(component, FrozenConfig(values, origins)).items():
             fill(key, *derived)
 
 
@@ -401,5 +411,5 @@ def _problems(config: ModelArchitectureConfig) -> list[str]:
     """Everything that is wrong with the architecture as a whole, a sentence each."""
     problems = []
     for _, component in config.components():
-        problems += component.problems(config)
+        problems += sentences_of(component, 'problems', config)
     return list(dict.fromkeys(problems))  # one component may be chosen for two places

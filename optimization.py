@@ -25,6 +25,9 @@ class Schedule(Configurable):
         raise NotImplementedError
 
 
+SCHEDULE_REGISTRY.expect(Schedule, learning_rate=('step', 'run'))
+
+
 class WarmUp(Schedule):
     """Linear warm-up, as in nanoGPT: rate · (step + 1) / (warmup_iters + 1)."""
 

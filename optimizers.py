@@ -37,6 +37,13 @@ class OptimizerComponent(Configurable):
         raise NotImplementedError
 
 
+OPTIMIZER_REGISTRY.expect(
+    OptimizerComponent,
+    torch.optim.Optimizer,
+    constructed_with=('groups', 'run', 'parallel'),
+    step=(),
+    state_keys=('parameter',),
+)
 DECAY = between(0, 0.999999)  # of a running average
 
 

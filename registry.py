@@ -15,6 +15,7 @@ import typing
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
+from class_contract import Contract, violations
 from errors import UserError, nearest
 
 
@@ -25,15 +26,34 @@ class Registry:
     is read twice) replaces itself.
     """
 
+    contract: Contract | None = None
+
     def __init__(self, option: str, title: str, home: str):
         self.option, self.title, self.home = option, title, home
         self._components: dict[str, type] = {}
         self._sources: dict[str, str] = {}
 
+    def expect(
+        self,
+        *bases: type,
+        constructed_with: tuple[str, ...] | None = None,
+        **methods: tuple[str, ...],
+    ) -> None:
+        """Say what its components must be; see `Contract`. What is registered from here on is
+        checked."""
+        self.contract = Contract(bases, constructed_with, methods)
+
     def register(self, name: str, source: str = '') -> Callable[[type], type]:
-        """Class decorator: `@NORM_REGISTRY.register('rmsnorm', source='Zhang & Sennrich 2019')`."""
+        """Class decorator: `@NORM_REGISTRY.register('rmsnorm', source='Zhang & Sennrich 2019')`.
+
+        A class that sets no `tag` gets its name as one. Raises UserError where the class is not
+        what the registry expects.
+        """
+        if not isinstance(name, str) or not name:
+            raise UserError(f'{self.option}={name!r}: a component is registered under a string.')
 
         def add(component: type) -> type:
+            self._check(name, component)
             old = self._components.get(name)
             if old is not None and _place(old) != _place(component):
                 raise UserError(
@@ -42,9 +62,24 @@ class Registry:
                 )
             self._components[name] = component
             self._sources[name] = source
+            if 'tag' not in vars(component):
+                component.tag = name
             return component
 
         return add
+
+    def _check(self, name: str, component: type) -> None:
+        if self.contract is None:
+            return
+        problems = list(violations(component, self.contract))
+        if not problems:
+            problems = [
+                f'{component.__name__}.options: {problem}'
+                for key, option in component.options.items()
+                for problem in option_problems(key, option)
+            ]
+        if problems:
+            raise UserError(f'{self.option}={name!r}: {" ".join(problems)}')
 
     def __getitem__(self, name: str) -> type:
         self._fill()
@@ -215,6 +250,25 @@ class Option:
         return self.accept(key, value)
 
 
+def option_problems(key: object, option: object) -> list[str]:
+    """What is wrong with an entry of a component's `options`, a sentence each."""
+    if not isinstance(key, str) or not key.isidentifier():
+        return [f'{key!r} must be a name, as it becomes --NAME=value.']
+    if not isinstance(option, Option):
+        return [f'{key!r} must be an Option (from registry import Option), and is {option!r}.']
+    if not set(option._types()) <= {int, float, bool, str, types.NoneType}:
+        return [f'the type of {key!r} must be int, float, bool or str, or one of them | None.']
+    if isinstance(option.choices, Registry):  # whose names are not all known yet
+        return []
+    try:
+        option.accept(key, option.default)
+    except UserError as error:
+        return [f'its default is not allowed: {problem}' for problem in error.problems]
+    except Exception as error:  # a check that is no (function, text), choices that are no tuple
+        return [f'the check or the choices of {key!r}: {type(error).__name__}: {error}.']
+    return []
+
+
 _BOOLEANS = {'true': True, 'false': False, '1': True, '0': False, 'yes': True, 'no': False}
 
 
@@ -255,6 +309,8 @@ class Configurable:
 
     # Its own options: name -> Option. They become command-line flags and config keys.
     options: typing.ClassVar[dict[str, Option]] = {}
+    # Its part of the architecture's name; '' for what goes without saying.
+    tag: typing.ClassVar[str] = ''
 
     @classmethod
     def derived_values(cls, config: FrozenConfig) -> dict[str, tuple]:
@@ -265,3 +321,38 @@ class Configurable:
     def problems(cls, config: FrozenConfig) -> list[str]:
         """What it cannot be combined with, a sentence each."""
         return []
+
+
+def derived_values_of(component: type[Configurable], config: FrozenConfig) -> dict[str, tuple]:
+    """`component.derived_values(config)`; UserError if that is no dict of (value, why)."""
+    derived = component.derived_values(config)
+    if not isinstance(derived, dict) or not all(
+        isinstance(entry, tuple) and len(entry) == 2 for entry in derived.values()
+    ):
+        raise UserError(
+            f'{component.__name__}.derived_values(config) must return a dict, '
+            f'option -> (value, why), and returned {derived!r}.'
+        )
+    return derived
+
+
+def sentences_of(component: type[Configurable], method: str, *arguments) -> list[str]:
+    """What `component.problems(config)`, or another `method` of its kind, returns; UserError if
+    that is no list of sentences."""
+    problems = getattr(component, method)(*arguments)
+    if not isinstance(problems, list) or not all(isinstance(each, str) for each in problems):
+        raise UserError(
+            f'{component.__name__}.{method} must return a list of strings, and returned '
+            f'{problems!r}.'
+        )
+    return problems
+
+
+def tag_of(component: type[Configurable], config: FrozenConfig) -> str:
+    """`component.name_tag(config)`; UserError if that is no string."""
+    tag = component.name_tag(config)
+    if not isinstance(tag, str):
+        raise UserError(
+            f'{component.__name__}.name_tag(config) must return a string, and returned {tag!r}.'
+        )
+    return tag

@@ -28,7 +28,17 @@ from model_builder import build_model, flops_by_part
 from model_config import ModelArchitectureConfig
 from model_config import schema as architecture_schema
 from ranks import world_size
-from registry import AnyBut, FrozenConfig, Option, Registry, above, at_least, between
+from registry import (
+    AnyBut,
+    FrozenConfig,
+    Option,
+    Registry,
+    above,
+    at_least,
+    between,
+    derived_values_of,
+    sentences_of,
+)
 from token_data import TokenDataset, is_prepared
 
 OPTIMIZER_REGISTRY = Registry('optimizer', 'Optimizer', 'optimizers')
@@ -237,7 +247,7 @@ class Settings:
         else:
             derive('eval_iters', ACCELERATOR_EVAL_ITERS, f'for {device.type}')
         for component in run.components():
-            for key, (value, why) in component.derived_values(run).items():
+            for key, (value, why) in derived_values_of(component, run).items():
                 derive(key, value, why)
         derive('device', str(device), 'planned' if self.plan.plan else 'the best that is here')
         derive('dtype', dtype, f'what this {device.type} does in hardware')
@@ -379,7 +389,7 @@ def device_problems(
     return [
         where + problem
         for _, component in architecture.components()
-        for problem in component.training_problems(architecture, device)
+        for problem in sentences_of(component, 'training_problems', architecture, device)
     ]
 
 
@@ -405,7 +415,7 @@ def run_problems(run: TrainingConfig, plan: FrozenConfig, ranks: int) -> list[st
             problems.append(problem())
 
     for component in run.components():
-        problems += component.problems(run)
+        problems += sentences_of(component, 'problems', run)
     check(
         run.use_fsdp and run.use_zero1,
         lambda: (

@@ -15,6 +15,9 @@ class Activation(Component, nn.Module):
         super().__init__()
 
 
+ACTIVATION_REGISTRY.expect(Activation, constructed_with=('config',), forward=('x',))
+
+
 @ACTIVATION_REGISTRY.register('gelu', source='Hendrycks & Gimpel 2016, exact')
 class GELU(Activation):
     """x · Φ(x), Φ the normal distribution function."""

@@ -16,7 +16,7 @@ from model_config import (
     POSITION_ENCODING_REGISTRY,
     ModelArchitectureConfig,
 )
-from registry import AnyBut, Option, above, at_least
+from registry import AnyBut, Option, above, at_least, tag_of
 
 
 def is_pattern(value: str) -> bool:
@@ -120,7 +120,8 @@ class Attention(Component, nn.Module):
 
     @classmethod
     def name_tag(cls, config: ModelArchitectureConfig) -> str:
-        tags = cls.head_tags(config)
+        tags = [cls.tag] if cls.tag else []
+        tags += cls.head_tags(config)
         if config.attention_scale != cls.head_dims(config)[0] ** -0.5:
             tags.append(f'Scale{config.attention_scale:g}')
         if config.attention_softcap is not None:
@@ -173,10 +174,19 @@ class Attention(Component, nn.Module):
         return [self.output.weight]
 
 
+ATTENTION_REGISTRY.expect(
+    Attention,
+    constructed_with=('config', 'layer'),
+    head_dims=('config',),
+    forward=('x', 'positions'),
+)
+
+
 @ATTENTION_REGISTRY.register('standard', source='Vaswani et al. 2017; grouped: Ainslie et al. 2023')
 class MultiHeadAttention(Attention):
     """Multi-head attention; with `use_gqa`, heads share `num_kv_heads` keys and values."""
 
+    tag = ''
     cacheable = True
     options: ClassVar = {
         'head_dim': Option(
@@ -238,7 +248,7 @@ class MultiHeadAttention(Attention):
         if config.use_gqa:
             tags.append('MQA' if config.num_kv_heads == 1 else f'GQA{config.num_kv_heads}')
         if 'qk_norm_scope' in config:
-            tag = f'QK{NORM_REGISTRY[config.qk_norm].name_tag(config)}'
+            tag = f'QK{tag_of(NORM_REGISTRY[config.qk_norm], config)}'
             tags.append(tag + ('proj' if cls.norms_projections(config) else ''))
         return tags
 

@@ -102,6 +102,13 @@ class AttentionBackend(Component):
         raise NotImplementedError
 
 
+ATTENTION_BACKEND_REGISTRY.expect(
+    AttentionBackend,
+    mask=('needs', 'bias', 'q_positions', 'k_positions', 'q_documents', 'k_documents'),
+    attend=('q', 'k', 'v', 'mask', 'needs', 'dropout'),
+)
+
+
 def additive_mask(
     needs, bias, q_positions, k_positions, q_documents=None, k_documents=None
 ) -> torch.Tensor:
@@ -139,6 +146,7 @@ def as_wide_as_the_widest(*tensors: torch.Tensor) -> list[torch.Tensor]:
 class ScaledDotProductAttention(AttentionBackend):
     """PyTorch's fused attention: flash where nothing but causality masks, on a CPU in blocks."""
 
+    tag = ''
     supports = frozenset({'bias', 'dropout', 'window', 'documents'})
 
     @staticmethod
@@ -177,6 +185,7 @@ class ScaledDotProductAttention(AttentionBackend):
 class ManualAttention(AttentionBackend):
     """Two matrix products and a softmax in fp32: does everything, keeps every score."""
 
+    tag = ''
     supports = frozenset({'bias', 'dropout', 'softcap', 'window', 'documents'})
 
     mask = staticmethod(additive_mask)
@@ -205,6 +214,7 @@ class FlexAttention(AttentionBackend):
     A single query, as in generation, is written out: it would be compiled anew for every length.
     """
 
+    tag = ''
     supports = frozenset({'bias', 'softcap', 'window', 'documents'})
 
     @classmethod

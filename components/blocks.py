@@ -39,6 +39,11 @@ class Block(Component, nn.Module):
         return 'attention_norm', 'ffn_norm'
 
 
+NORM_POSITION_REGISTRY.expect(
+    Block, constructed_with=('config', 'layer'), forward=('x', 'positions')
+)
+
+
 @NORM_POSITION_REGISTRY.register('pre', source='Radford et al. 2019; Xiong et al. 2020')
 class PreNormBlock(Block):
     """x + branch(norm(x)), attention then FFN."""

@@ -51,14 +51,16 @@ class Component(Configurable):
     part: ClassVar[str | None] = None
     # The heading of its linear layers' FLOPs; None: `part`.
     flops_part: ClassVar[str | None] = None
-    # Its part of the architecture's name; '' for what goes without saying.
-    tag: ClassVar[str] = ''
     # Whether it gives the same for a sequence's tokens in several calls as in one, as everything
     # does that looks at each token by itself. Without that a model generates without a cache.
     cacheable: ClassVar[bool] = True
 
     @classmethod
     def name_tag(cls, config: ModelArchitectureConfig) -> str:
+        """Its part of the architecture's name: the class's `tag`, and what its options add to it.
+
+        Where a class sets no `tag`, that is the name it is registered under.
+        """
         return cls.tag
 
     @classmethod

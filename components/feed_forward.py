@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from components.contract import Auxiliary, Component
 from model_config import ACTIVATION_REGISTRY, FFN_REGISTRY, ModelArchitectureConfig
-from registry import Option, at_least
+from registry import Option, at_least, tag_of
 
 
 class FeedForward(Component, nn.Module):
@@ -66,10 +66,14 @@ class FeedForward(Component, nn.Module):
         return [self.down.weight]
 
 
+FFN_REGISTRY.expect(FeedForward, constructed_with=('config', 'layer'), forward=('x',))
+
+
 @FFN_REGISTRY.register('standard', source='Vaswani et al. 2017')
 class StandardFeedForward(FeedForward):
     """down(activation(up(x))), four times as wide inside."""
 
+    tag = ''
     options: ClassVar = {
         **FeedForward.options,
         'activation': Option(
@@ -103,7 +107,8 @@ class StandardFeedForward(FeedForward):
 
     @classmethod
     def name_tag(cls, config: ModelArchitectureConfig) -> str:
-        return ACTIVATION_REGISTRY[config.activation].name_tag(config)
+        activation = tag_of(ACTIVATION_REGISTRY[config.activation], config)
+        return '-'.join(filter(None, (cls.tag, activation)))
 
     def inside(self, wide: torch.Tensor) -> torch.Tensor:
         return self.activation(wide)

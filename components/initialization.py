@@ -35,6 +35,9 @@ class Initialization(Component):
         return 1.0
 
 
+INITIALIZATION_REGISTRY.expect(Initialization)
+
+
 @INITIALIZATION_REGISTRY.register('normal', source='Devlin et al. 2019')
 class NormalInitialization(Initialization):
     """One standard deviation for every weight."""
@@ -46,6 +49,7 @@ class NormalInitialization(Initialization):
 class GPT2Initialization(Initialization):
     """One standard deviation; what writes into the stream has it divided by √(2 · n_layer)."""
 
+    tag = ''
     options: ClassVar = {
         **Initialization.options,
         'depth_scaled_init': Option(

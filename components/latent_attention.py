@@ -21,6 +21,7 @@ class LatentAttention(Attention):
     the shared columns: for all heads together, `kv_lora_rank + qk_rope_head_dim` numbers.
     """
 
+    tag = ''  # `head_tags` say it
     cacheable = True
     options: ClassVar = {
         'q_lora_rank': Option(

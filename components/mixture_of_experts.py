@@ -14,7 +14,7 @@ from torch.utils.flop_counter import register_flop_formula
 from components.contract import Auxiliary, matmul_dtype
 from components.feed_forward import FeedForward
 from model_config import FFN_REGISTRY, ModelArchitectureConfig
-from registry import Option, above, at_least
+from registry import Option, above, at_least, tag_of
 
 # --------------------------------------------------------------------------------------------------
 # Matrix products by groups of rows
@@ -105,6 +105,7 @@ class MixtureOfExperts(FeedForward):
     in fp32.
     """
 
+    tag = 'MoE'
     options: ClassVar = {
         'expert_ffn': Option(
             str,
@@ -196,8 +197,8 @@ class MixtureOfExperts(FeedForward):
     @classmethod
     def name_tag(cls, config: ModelArchitectureConfig) -> str:
         shared = f'+{config.shared_experts}' if config.shared_experts else ''
-        expert = FFN_REGISTRY[config.expert_ffn].name_tag(config)
-        return f'MoE{config.experts_per_token}of{config.num_experts}{shared}-{expert}'
+        expert = tag_of(FFN_REGISTRY[config.expert_ffn], config)
+        return f'{cls.tag}{config.experts_per_token}of{config.num_experts}{shared}-{expert}'
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, Auxiliary]:
         tokens = x.flatten(0, -2)  # (N, C)

@@ -10,6 +10,8 @@ from components.contract import Component, Initial
 from model_config import NORM_REGISTRY, ModelArchitectureConfig
 from registry import Option, above
 
+NORM_REGISTRY.expect(Component, nn.Module, constructed_with=('config', 'width'), forward=('x',))
+
 
 class ElementwiseAffine(Component, nn.Module):
     """Gains and, where `has_bias`, biases over the last dimension: `Norm(config, width)`."""

@@ -14,7 +14,7 @@ from model_config import (
     ROPE_SCALING_REGISTRY,
     ModelArchitectureConfig,
 )
-from registry import Option, above, at_least
+from registry import Option, above, at_least, tag_of
 
 
 class Positions(NamedTuple):
@@ -51,6 +51,9 @@ class PositionEncoding(Component, nn.Module):
     def rotate(x: torch.Tensor, rotation: tuple[torch.Tensor, ...]) -> torch.Tensor:
         """Queries or keys (B, H, T, D), turned by their positions."""
         return x
+
+
+POSITION_ENCODING_REGISTRY.expect(PositionEncoding, constructed_with=('config',))
 
 
 @POSITION_ENCODING_REGISTRY.register('none', source='Haviv et al. 2022')
@@ -131,10 +134,14 @@ class RotaryScaling(Component):
         return 1.0
 
 
+ROPE_SCALING_REGISTRY.expect(RotaryScaling)
+
+
 @ROPE_SCALING_REGISTRY.register('none', source='Su et al. 2021')
 class NoScaling(RotaryScaling):
     """The frequencies as they are."""
 
+    tag = ''
     options: ClassVar = {}
 
 
@@ -308,7 +315,7 @@ class RotaryPositionEncoding(PositionEncoding):
     @classmethod
     def name_tag(cls, config: ModelArchitectureConfig) -> str:
         part = '' if config.rope_fraction == 1 else f'{config.rope_fraction:g}'
-        scaling = ROPE_SCALING_REGISTRY[config.rope_scaling].name_tag(config)
+        scaling = tag_of(ROPE_SCALING_REGISTRY[config.rope_scaling], config)
         return cls.tag + part + (f'-{scaling}' if scaling else '')
 
     @classmethod

@@ -10,7 +10,6 @@ from architectures import gradients, lively, some_tokens, tiny
 from errors import UserError
 from model_builder import build_model
 from model_components import (
-    AttentionBackend,
     AttentionNeeds,
     PositionEncoding,
     Positions,
@@ -121,7 +120,7 @@ def test_a_position_encoding_that_biases_scores(alibi, kv_heads):
     [('bias', {'position_encoding': 'learned_alibi'}), ('dropout', {'attention_dropout': 0.1})],
 )
 def test_a_backend_that_lacks_what_the_scores_need_is_refused(register, alibi, feature, values):
-    class CausalOnly(AttentionBackend):
+    class CausalOnly(ATTENTION_BACKEND_REGISTRY['manual']):
         supports = frozenset()
 
     register(ATTENTION_BACKEND_REGISTRY, 'causal_only', CausalOnly)
