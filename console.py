@@ -507,10 +507,16 @@ def _hfu(mfu: dict) -> str | None:
     return shown if shown != of_model else None
 
 
+def memory_peak(entry: dict) -> float | None:
+    """The peak of the memory in use, GB: the device's, else what it tells, else the process's."""
+    keys = ('peak_gb', 'reserved_gb', 'allocated_gb', 'rss_gb')
+    known = (entry['memory'][key] for key in keys if entry['memory'][key] is not None)
+    return next(known, None)
+
+
 def iteration_line(entry: dict, eta: float | None) -> str:
     """One line in nanoGPT's form, which scripts that read nanoGPT's logs understand."""
-    mfu, memory = entry['mfu']['mfu_percent'], entry['memory']
-    peak = memory['rss_gb'] if memory['peak_gb'] is None else memory['peak_gb']
+    mfu, peak = entry['mfu']['mfu_percent'], memory_peak(entry)
     hfu, scale = _hfu(entry['mfu']), entry['loss_scale']
     parts = {
         'loss': _show(entry['loss'], '.4f'),

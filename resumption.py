@@ -38,6 +38,7 @@ class Progress:
     """How far a run has come. Plain numbers, kept in the checkpoint's index."""
 
     iter: int = 0  # updates made
+    tokens: int = 0  # that they were made of
     evaluated_at: int | None = None  # updates made when it was last evaluated
     val_loss: float | None = None  # found by that evaluation
     best_val_loss: float | None = None
@@ -52,7 +53,9 @@ class Progress:
     def of(cls, index: dict) -> 'Progress':
         """What a checkpoint's index says. Raises TypeError or ValueError if that makes no sense."""
         progress = cls(**index['progress'])
-        counts = [progress.iter, progress.data_shift, progress.rollbacks]
+        if 'tokens' not in index['progress']:  # an older version's: of one batch size throughout
+            progress.tokens = progress.iter * _tokens_per_iter(index['config'])
+        counts = [progress.iter, progress.tokens, progress.data_shift, progress.rollbacks]
         digests = [progress.data_digest, progress.own_digest]
         losses = [progress.val_loss, progress.best_val_loss, *progress.recent_losses]
         if not (
@@ -170,10 +173,17 @@ def _differences(then: dict, now: dict) -> dict[str, list]:
     }
 
 
+def _sequences_per_iter(config: dict) -> int:
+    return config['batch_size'] * config['gradient_accumulation_steps']
+
+
+def _tokens_per_iter(config: dict) -> int:
+    return _sequences_per_iter(config) * config['block_size']
+
+
 def _order_of(config: dict) -> tuple:
     """What decides which data an update gets."""
-    sequences = config['batch_size'] * config['gradient_accumulation_steps']
-    return config['dataset'], config['data_seed'], sequences
+    return config['dataset'], config['data_seed'], _sequences_per_iter(config)
 
 
 def find(asked: CommandLine) -> Resumed | None:

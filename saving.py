@@ -39,6 +39,7 @@ class Saver:
         self.worker = ThreadPoolExecutor(1, 'saver') if run.async_save else _AtOnce()
         self.work = self.worker.submit(bool)  # what it was given last: nothing yet
         self.save: checkpointing.Save | None = None  # begun, and not yet published
+        self.seen: dict[str, float | int | None] = {}  # the data that its updates have seen
         self.seconds = 0.0  # that it has taken from training
 
     @property
@@ -51,16 +52,17 @@ class Saver:
         """Whether this rank has not yet written its part of it."""
         return self.under_way and not self.work.done()
 
-    def begin(self, state: dict, index: dict, began: float) -> None:
+    def begin(self, state: dict, index: dict, seen: dict, began: float) -> None:
         """Save what was collected by way of `kept`, none being under way. Raises UserError.
 
-        began: when this began to take time from training.
+        seen: the data that the updates so far have seen, for the record. began: when this began
+        to take time from training.
         """
         self.work.result()
         hardware.synchronize(self.device)  # the copies are complete
         self.save = checkpointing.Save(self.folder, index, self.ranks)
         self.work = self.worker.submit(self.save.write, state)
-        self.seconds = time.perf_counter() - began
+        self.seen, self.seconds = seen, time.perf_counter() - began
         if not self.run.async_save:
             self.publish()
 
@@ -79,6 +81,7 @@ class Saver:
             {
                 'iter': checkpoint.iter,
                 'val_loss': checkpoint.val_loss,
+                **self.seen,
                 'path': str(checkpoint.path.relative_to(self.logger.run_folder)),
                 'time_ms': self.seconds * 1e3,
                 'write_ms': save.seconds * 1e3,

@@ -80,9 +80,9 @@ class Session:
         None where the numbers of the sequences are not simply those from 0 on.
         """
         progress, block_size = self.progress, self.settings.architecture.block_size
-        tokens = progress.iter * self.tokens_per_iter
-        counted = progress.one_order and progress.data_shift == 0
+        tokens, counted = progress.tokens, progress.one_order and progress.data_shift == 0
         return {
+            'tokens_seen': tokens,
             'epochs': tokens / self.order.tokens_per_epoch if progress.one_order else None,
             'unique_tokens': self.order.unique_tokens(tokens // block_size) if counted else None,
         }

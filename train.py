@@ -240,6 +240,7 @@ def update(session: Session, clock: hardware.StepClock) -> None:
     sums = session.updater.update(learning_rate, loss, measured=logged)
     session.update_size.end()
     progress.iter += 1
+    progress.tokens += session.tokens_per_iter
     clock.steps += 1
     if logged:
         readings = session.bare.report(session.readings.take(session.parallel))
@@ -276,7 +277,7 @@ def log_update(
             'time_ms': seconds * 1e3,
             'steps': steps,
             'tokens_per_sec': tokens_per_second,
-            'tokens_seen': session.progress.iter * session.tokens_per_iter,
+            **session.seen(),
             'mfu': {
                 'mfu_percent': peak and 100 * achieved / peak,
                 'mfu_causal_percent': peak and 100 * causal / peak,
@@ -388,7 +389,7 @@ def save(session: Session) -> None:
         )
     session.agree_on_data()
     state = divided_state.collect(session.parallel, session.bare, session.updater, saver.kept)
-    saver.begin(state, session.checkpoint_index(), began)
+    saver.begin(state, session.checkpoint_index(), session.seen(), began)
 
 
 if __name__ == '__main__':

@@ -177,7 +177,10 @@ def read_outline(path) -> dict:
     if path.is_dir() and record.is_file() and (end := _last_line(path / JOURNAL)) is not None:
         try:
             document = _checked(json.loads(_without_iterations(record)))
-            if all(end[key] == document[key] for key in ('status', 'end_time')):
+            if (
+                all(end[key] == document[key] for key in ('status', 'end_time'))
+                and 'train_seconds' in document['summary']
+            ):
                 return document
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             pass  # the journal says it all
@@ -238,13 +241,18 @@ def _is_whole(tail: bytes) -> bool:
 
 
 def _checked(document) -> dict:
-    """The document, if its outline is right. The schema says the rest, and tests hold us to it."""
+    """The document, if its outline is right. The schema says the rest, and tests hold us to it.
+
+    Earlier versions averaged rates: where a record.json has their averages, they are taken again.
+    """
     if document['schema_version'] != SCHEMA_VERSION:
         raise ValueError(f'schema_version {document["schema_version"]} is not {SCHEMA_VERSION}')
     for keys, kind in ((LISTS, list), (OBJECTS, dict)):
         for key in keys:
             if not isinstance(document[key], kind):
                 raise TypeError(f'{key} is no {kind.__name__}')
+    if 'train_seconds' not in document['summary'] and document['training_iterations']:
+        document['summary'] |= _speed(document['training_iterations'], document['events'])
     return document
 
 
@@ -351,38 +359,30 @@ def _take_back(lists: dict, k: int) -> None:
 
 
 def _summary(document: dict, wall_seconds: float) -> dict:
-    """What the run came to; None where nothing tells."""
+    """What the run came to; None where nothing tells. Counts are those after `final_iter` updates,
+    the last that an iteration, an evaluation or a checkpoint recorded."""
     iterations, evaluations = document['training_iterations'], document['eval_steps']
-    done = [entry['iter'] + 1 for entry in iterations]
-    done += [entry['iter'] for entry in evaluations + document['checkpoints']]
+    entries = [(entry['iter'] + 1, entry) for entry in iterations]
+    entries += [(entry['iter'], entry) for entry in evaluations + document['checkpoints']]
+    final_iter = max((done for done, _ in entries), default=0)
     best = _best(evaluations)
-    final = iterations[-1] if iterations else {}
-    tokens = final.get('tokens_seen')
+    seen = _seen([entry for done, entry in entries if done == final_iter], document, final_iter)
+    tokens = seen.pop('tokens_seen')
     per_token = document['startup_info']['flops']['per_token']
     events = document['events']
-
-    # A process warms up (compilation, caches) in its first logged step: no part of an average.
-    starts = [0, *(event['iter'] for event in events if event['event'] == 'resume')]
-    warm_up = {next((e['iter'] for e in iterations if e['iter'] >= k), None) for k in starts}
-    steady = [entry for entry in iterations if entry['iter'] not in warm_up] or iterations
-    memory = [entry['memory'] for entry in iterations]
-    peaks = [m['rss_gb'] if m['peak_gb'] is None else m['peak_gb'] for m in memory]
-
     return {
         'total_iterations': document['config'].get('max_iters'),
-        'final_iter': max(done, default=0),
-        'final_train_loss': final.get('loss'),
+        'final_iter': final_iter,
+        'final_train_loss': iterations[-1]['loss'] if iterations else None,
         'best_val_loss': best and best['val_loss'],
         'final_val_loss': evaluations[-1]['val_loss'] if evaluations else None,
         'val_bits_per_byte': best and best['val_bits_per_byte'],
-        'avg_mfu': _mean_per_step((e['mfu']['mfu_percent'], e['steps']) for e in steady),
-        'avg_time_ms': _mean_per_step((e['time_ms'], e['steps']) for e in steady),
+        **_speed(iterations, events),
         'total_tokens': tokens,
-        # As the last evaluation found them.
-        **{key: (evaluations or [{}])[-1].get(key) for key in ('epochs', 'unique_tokens')},
+        **seen,
         'total_flops': None if tokens is None or per_token is None else tokens * per_token,
         'wall_seconds': round(wall_seconds, 3),
-        'peak_memory_gb': max((peak for peak in peaks if peak is not None), default=None),
+        'peak_memory_gb': max(filter(None, map(console.memory_peak, iterations)), default=None),
         # A loss that is logged as not finite is an event of this kind too, but counts no updates.
         'nonfinite_updates': sum(e.get('count', 0) for e in events if e['event'] == 'nonfinite'),
         'loss_spikes': sum(event['event'] == 'loss_spike' for event in events),
@@ -390,15 +390,49 @@ def _summary(document: dict, wall_seconds: float) -> dict:
     }
 
 
+def _seen(at_the_end: list[dict], document: dict, final_iter: int) -> dict:
+    """The data that `final_iter` updates have seen, from the entries of that moment.
+
+    Records of before have the tokens in iterations alone: what came after the last is added.
+    """
+    keys = ('tokens_seen', 'epochs', 'unique_tokens')
+    seen = {key: next((e[key] for e in at_the_end if key in e), None) for key in keys}
+    iterations = document['training_iterations']
+    if seen['tokens_seen'] is None and iterations:
+        last, per_iter = iterations[-1], document['startup_info']['data'].get('tokens_per_iter')
+        seen['tokens_seen'] = last['tokens_seen']
+        if per_iter is not None:
+            seen['tokens_seen'] += (final_iter - last['iter'] - 1) * per_iter
+    return seen
+
+
+def _speed(iterations: list[dict], events: list[dict]) -> dict:
+    """Averages over the updates, each from totals: all time over all updates, and all FLOPs over
+    those that the peak allows in that time. A mean of rates would count slow updates too little.
+    """
+    # A process warms up (compilation, caches) in its first logged step: no part of an average.
+    starts = [0, *(event['iter'] for event in events if event['event'] == 'resume')]
+    warm_up = {next((e['iter'] for e in iterations if e['iter'] >= k), None) for k in starts}
+    steady = [entry for entry in iterations if entry['iter'] not in warm_up] or iterations
+    timed = [(e, e['time_ms'] * e['steps']) for e in steady if e['time_ms'] is not None]
+    steps, milliseconds = sum(e['steps'] for e, _ in timed), sum(ms for _, ms in timed)
+    possible = achieved = 0.0  # TFLOP/s times ms
+    for entry, ms in timed:
+        mfu = entry['mfu']
+        if mfu['mfu_percent'] is not None and mfu['hardware_peak_tflops'] is not None:
+            possible += mfu['hardware_peak_tflops'] * ms
+            achieved += mfu['hardware_peak_tflops'] * ms * mfu['mfu_percent'] / 100
+    trained = [e['time_ms'] * e['steps'] for e in iterations if e['time_ms'] is not None]
+    return {
+        'avg_mfu': 100 * achieved / possible if possible else None,
+        'avg_time_ms': milliseconds / steps if steps else None,
+        'train_seconds': round(sum(trained) / 1000, 6) if trained else None,
+    }
+
+
 def _best(evaluations: Iterable[dict]) -> dict | None:
     measured = [entry for entry in evaluations if entry['val_loss'] is not None]
     return min(measured, key=lambda entry: entry['val_loss'], default=None)
-
-
-def _mean_per_step(values: Iterable[tuple[float | None, int]]) -> float | None:
-    known = [(value, steps) for value, steps in values if value is not None]
-    total = sum(steps for _, steps in known)
-    return sum(value * steps for value, steps in known) / total if total else None
 
 
 # ------------------------------------------------------------------------------------------------

@@ -12,6 +12,8 @@ ITERATION = {
     'tokens_seen': 'data/tokens',
     'loss_scale': 'train/loss_scale',
     'steps': None,
+    'epochs': None,  # evaluations have both
+    'unique_tokens': None,
     'mfu.mfu_percent': 'perf/mfu',
     'mfu.mfu_causal_percent': 'perf/mfu_causal',
     'mfu.hfu_percent': 'perf/hfu',
@@ -32,6 +34,7 @@ EVALUATION = {
     'val_bits_per_byte': 'val/bits_per_byte',
     'epochs': 'data/epochs',
     'unique_tokens': 'data/unique_tokens',
+    'tokens_seen': None,  # iterations have it
     'time_ms': 'perf/evaluation_ms',
     'lr': None,
     'train_seconds': None,

@@ -33,6 +33,7 @@ from sample_run import (
 )
 
 import training_logger
+from console import memory_peak
 from errors import UserError
 from training_logger import (
     TrainingLogger,
@@ -263,7 +264,7 @@ def test_summary_figures(folder):
     summary = log_a_run(folder).finish()
     # Updates 1-10 and 21-99 count; 0 and the first five after the resume warm up.
     times = [200.0] * 10 + [300.0] * 10 + [100.0] * 69
-    mfus = [30.0] * 10 + [60.0] * 69
+    mfu = (30.0 * 10 * 200 + 60.0 * 69 * 100) / (10 * 200 + 69 * 100)
     lines = [json.loads(line) for line in (folder / 'journal.jsonl').read_text().splitlines()]
     resume = next(i for i, line in enumerate(lines) if line['kind'] == 'resume')
     first, second = (
@@ -276,8 +277,9 @@ def test_summary_figures(folder):
         'best_val_loss': 3.5,
         'final_val_loss': 3.75,
         'val_bits_per_byte': 1.5,
-        'avg_mfu': pytest.approx(statistics.fmean(mfus)),
+        'avg_mfu': pytest.approx(mfu),
         'avg_time_ms': pytest.approx(statistics.fmean(times)),
+        'train_seconds': pytest.approx(90.0 + 5 * 50.0 + sum(times) / 1e3),
         'total_tokens': 100 * TOKENS_PER_ITER,
         **{'epochs': None, 'unique_tokens': None},  # older runs do not say
         # 6 x parameters that multiply, and attention over the full square
@@ -367,10 +369,21 @@ def test_what_nothing_tells_is_null(folder):
 
 def test_the_only_logged_step_is_no_warm_up(folder):
     logger = started(folder)
-    logger.iteration(iteration(0, time_ms=7.0, peak_gb=None))
+    logger.iteration(iteration(0, time_ms=7.0))
     summary = logger.finish('interrupted')
     assert (summary['avg_time_ms'], summary['final_iter']) == (7.0, 1)
-    assert summary['peak_memory_gb'] == 2.5
+
+
+def test_peak_memory_is_the_devices_or_else_the_processs(folder):
+    logger, entry = started(folder), iteration(0)
+    memory = {'allocated_gb': 1.0, 'peak_gb': 4.0, 'reserved_gb': 2.0, 'rss_gb': 3.0}
+    for key, expected in (('peak_gb', 4.0), ('reserved_gb', 2.0), ('allocated_gb', 1.0)):
+        entry['memory'] = dict(memory)
+        assert memory_peak(entry) == expected
+        memory[key] = None
+    logger.iteration({**entry, 'memory': memory})
+    assert memory_peak({'memory': memory}) == logger.finish()['peak_memory_gb'] == 3.0
+    assert memory_peak({'memory': dict.fromkeys(memory)}) is None
 
 
 def test_values_that_are_not_finite_become_null_and_are_told_of(folder):
