@@ -68,9 +68,18 @@ def _is_vocabulary(value) -> bool:
     )
 
 
+def _are_amounts(value) -> bool:
+    return _is_dict(value) and all(
+        type(amount) in (int, float) and amount >= 0
+        for amount in value.values()
+        if amount is not None
+    )
+
+
 # What an index holds beside its format and version, and how it is known to be that.
 _INDEX = {
     'data': _is_vocabulary,
+    'seen': _are_amounts,
     'iter': _is_count,
     'val_loss': _is_loss,
     'files': _are_checksums,
@@ -81,7 +90,7 @@ _INDEX = {
 }
 
 
-_ADDED = {'data': None}  # since the first version, and what stands for it in older ones
+_ADDED = {'data': None, 'seen': {}}  # since the first version, and what stands for it in older ones
 
 
 class BrokenCheckpoint(UserError):

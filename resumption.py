@@ -38,7 +38,6 @@ class Progress:
     """How far a run has come. Plain numbers, kept in the checkpoint's index."""
 
     iter: int = 0  # updates made
-    tokens: int = 0  # that they were made of
     evaluated_at: int | None = None  # updates made when it was last evaluated
     val_loss: float | None = None  # found by that evaluation
     best_val_loss: float | None = None
@@ -48,6 +47,7 @@ class Progress:
     data_digest: int = 0  # of the sequences trained on, as the ranks last agreed
     own_digest: int = 0  # of this rank's since then
     one_order: bool = True  # whether its sequences so far are the first ones of a single order
+    tokens: int = 0  # in the sequences of all its updates
 
     @classmethod
     def of(cls, index: dict) -> 'Progress':
@@ -151,7 +151,7 @@ class Resumed:
         )
         if document and str(path) not in [entry['path'] for entry in document['checkpoints']]:
             # The process died between publishing it and saying so.
-            entry = {key: index[key] for key in ('iter', 'val_loss')}
+            entry = {'iter': index['iter'], 'val_loss': index['val_loss'], **index['seen']}
             logger.checkpoint({**entry, 'path': str(path), 'time_ms': None, 'write_ms': None})
         for warning in self.warnings:
             logger.event('broken_checkpoint', self.checkpoint.iter, warning)

@@ -39,7 +39,6 @@ class Saver:
         self.worker = ThreadPoolExecutor(1, 'saver') if run.async_save else _AtOnce()
         self.work = self.worker.submit(bool)  # what it was given last: nothing yet
         self.save: checkpointing.Save | None = None  # begun, and not yet published
-        self.seen: dict[str, float | int | None] = {}  # the data that its updates have seen
         self.seconds = 0.0  # that it has taken from training
 
     @property
@@ -52,17 +51,16 @@ class Saver:
         """Whether this rank has not yet written its part of it."""
         return self.under_way and not self.work.done()
 
-    def begin(self, state: dict, index: dict, seen: dict, began: float) -> None:
+    def begin(self, state: dict, index: dict, began: float) -> None:
         """Save what was collected by way of `kept`, none being under way. Raises UserError.
 
-        seen: the data that the updates so far have seen, for the record. began: when this began
-        to take time from training.
+        began: when this began to take time from training.
         """
         self.work.result()
         hardware.synchronize(self.device)  # the copies are complete
         self.save = checkpointing.Save(self.folder, index, self.ranks)
         self.work = self.worker.submit(self.save.write, state)
-        self.seen, self.seconds = seen, time.perf_counter() - began
+        self.seconds = time.perf_counter() - began
         if not self.run.async_save:
             self.publish()
 
@@ -81,7 +79,7 @@ class Saver:
             {
                 'iter': checkpoint.iter,
                 'val_loss': checkpoint.val_loss,
-                **self.seen,
+                **checkpoint.index['seen'],
                 'path': str(checkpoint.path.relative_to(self.logger.run_folder)),
                 'time_ms': self.seconds * 1e3,
                 'write_ms': save.seconds * 1e3,

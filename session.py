@@ -89,9 +89,10 @@ class Session:
 
     def checkpoint_index(self) -> dict:
         """What a checkpoint of this moment says of itself."""
-        return resumption.checkpoint_index(
+        index = resumption.checkpoint_index(
             self.settings, self.progress, self.surroundings, self.dataset
         )
+        return {**index, 'seen': self.seen()}
 
     def evaluation_due(self, iter: int) -> bool:
         """Whether the loss is measured after `iter` updates: at intervals, and at the end."""

@@ -389,7 +389,7 @@ def save(session: Session) -> None:
         )
     session.agree_on_data()
     state = divided_state.collect(session.parallel, session.bare, session.updater, saver.kept)
-    saver.begin(state, session.checkpoint_index(), session.seen(), began)
+    saver.begin(state, session.checkpoint_index(), began)
 
 
 if __name__ == '__main__':

@@ -37,7 +37,7 @@ from training_logger import TrainingLogger, read_record
 
 CPU = torch.device('cpu')
 PARTS = ('progress', 'config', 'chosen', 'commanded', 'architecture', 'surroundings')
-INDEX = {'config_files': [], 'data': None, **{part: {} for part in PARTS}}
+INDEX = {'config_files': [], 'data': None, 'seen': {}, **{part: {} for part in PARTS}}
 
 
 def save(folder: Path, iter: int, val_loss: float | None = None, value: float | None = None):
