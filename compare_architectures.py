@@ -14,7 +14,6 @@ import argparse
 import functools
 import importlib
 import json
-import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from typing import Any
 
 import sinks
 from comparison_text import FORMATS, listing
+from console_output import write_text
 from errors import ArgumentParser, UserError, nearest, run_script
 from judgement import (
     COSTS,
@@ -591,10 +591,7 @@ def main(argv: Sequence[str]) -> None:
     for path, draw in ((settings.plot, 'plot'), (settings.report, 'report')):
         if path is not None:
             getattr(importlib.import_module('report'), draw)(comparison, path)
-    text = FORMATS[settings.format](comparison)
-    # A name or path may hold what this terminal cannot show.
-    encoding = sys.stdout.encoding or 'utf-8'
-    print(text.encode(encoding, 'backslashreplace').decode(encoding), end='')
+    write_text(FORMATS[settings.format](comparison), end='')
 
 
 if __name__ == '__main__':

@@ -5,12 +5,13 @@ file, or a terminal that is not UTF-8, gets the same words, with rules of ASCII 
 """
 
 import math
-import re
 import sys
 import textwrap
 import time
+from collections.abc import Callable
 from datetime import timedelta
 
+from console_output import is_terminal, plain, visible, write_progress
 from errors import UserError, nearest
 
 STYLES = ('auto', 'block', 'line')
@@ -19,10 +20,6 @@ VALUE_COLUMN = 25
 SAMPLE_LINES = 10
 THIN, THICK = '─' * WIDTH, '=' * WIDTH
 
-# The same text for a log file or a terminal that is not UTF-8.
-_ASCII = str.maketrans({'─': '-', '│': '|', '├': '|', '└': '`', '×': 'x', '→': '->'})
-_EMOJI = re.compile('^[\u2600-\u27bf\U0001f300-\U0001faff] ', re.MULTILINE)
-
 _ACRONYMS = {'ffn': 'FFN', 'rope': 'RoPE', 'gqa': 'GQA', 'qk': 'QK', 'kv': 'KV'}
 _SIZES = {'n_layer': 'Layers', 'n_head': 'Heads', 'n_embd': 'Width', 'd_ff': 'FFN Width'}
 
@@ -30,10 +27,6 @@ _SIZES = {'n_layer': 'Layers', 'n_head': 'Heads', 'n_embd': 'Width', 'd_ff': 'FF
 # ------------------------------------------------------------------------------------------------
 # Figures and tables
 # ------------------------------------------------------------------------------------------------
-
-
-def _plain(text: str) -> str:
-    return _EMOJI.sub('', text).translate(_ASCII)
 
 
 def _show(value, form: str) -> str:
@@ -641,15 +634,9 @@ def sample_block(sample: dict) -> str:
 
 def first_lines(text: str, width: int) -> list[str]:
     """The first lines of a text that a model wrote, which may hold anything."""
-    paragraphs = visible(text).strip('\n').split('\n')
+    paragraphs = visible(text).replace('\t', ' ').strip('\n').split('\n')
     lines = [line for whole in paragraphs for line in textwrap.wrap(whole, width) or ['']]
     return lines if len(lines) <= SAMPLE_LINES else [*lines[:SAMPLE_LINES], '…']
-
-
-def visible(text: str) -> str:
-    """The text with U+FFFD for what would move a cursor or turn the direction of writing."""
-    kept = (c if c == '\n' or c.isprintable() else ' ' if c.isspace() else '\ufffd' for c in text)
-    return ''.join(kept)
 
 
 def _positions(span: dict) -> str:
@@ -744,15 +731,24 @@ class Console:
     """Shows a run as it goes on `stream`, standard output unless given.
 
     `style` is `block` (the design document's form; `auto` means it) or `line` (nanoGPT's form).
+    `on_lost` is called, with the reason, when the stream takes no more; the rest is not shown.
     """
 
-    def __init__(self, style: str = 'auto', stream=None, *, max_iters: int):
+    def __init__(
+        self,
+        style: str = 'auto',
+        stream=None,
+        *,
+        max_iters: int,
+        on_lost: Callable[[str], None] = lambda reason: None,
+    ):
         if style not in STYLES:
             raise UserError(
                 f'log_style={style!r} is not one of {", ".join(STYLES)}.{nearest(style, STYLES)}'
             )
         self.one_line = style == 'line'
         self.stream = stream or sys.stdout
+        self.on_lost, self.is_lost = on_lost, False
         self.max_iters = max_iters
         self.no_peak = None  # why there is no MFU
         self.first_logged = None  # (iter, time) where the pace is taken from
@@ -782,13 +778,15 @@ class Console:
         self.show(event_line(event))
 
     def show(self, text: str) -> None:
-        """Print `text` in the letters that the stream has."""
-        encoding = getattr(self.stream, 'encoding', None) or 'utf-8'
-        is_utf8 = encoding.lower().replace('-', '') == 'utf8'
-        if not (self.stream.isatty() and is_utf8):
-            text = _plain(text)
-        # A path may hold letters that the stream cannot show; that must not end the run.
-        print(text.encode(encoding, 'replace').decode(encoding), file=self.stream, flush=True)
+        """Print `text` in the letters that the stream has; a stream that is gone ends no run."""
+        if self.is_lost:
+            return
+        if not is_terminal(self.stream):
+            text = plain(text)
+        reason = write_progress(text, stream=self.stream)
+        if reason:
+            self.is_lost = True
+            self.on_lost(reason)
 
     def _time_left(self, iter: int) -> float | None:
         """Seconds, from the pace since the first logged iteration, evaluations included.

@@ -1,8 +1,7 @@
 """A user's mistake gets one clear message and exit code 2, never a traceback.
 
 Raise `UserError` wherever the person at the keyboard can mend the matter; wrap a script's entry
-point in `run_script`. `ArgumentParser` turns argparse's complaints into such errors. A leaf: it
-knows nothing else of the project.
+point in `run_script`. `ArgumentParser` turns argparse's complaints into such errors.
 """
 
 import argparse
@@ -13,6 +12,9 @@ import os
 import sys
 import time
 import traceback
+
+import console_output
+from console_output import OutputLost, write_error, write_text
 
 PATIENCE = 10  # seconds that a rank waits for the first one to report a mistake
 
@@ -58,6 +60,9 @@ class ArgumentParser(argparse.ArgumentParser):
     def error(self, message: str):
         raise UserError(f'{message}. See --help.')
 
+    def _print_message(self, message: str, file=None) -> None:
+        write_text(message, end='')  # of --help
+
     def parse(self, argv: list[str] | None) -> argparse.Namespace:
         """The arguments, of the command line if None. Raises UserError."""
         options, unknown = self.parse_known_intermixed_args(argv)
@@ -71,49 +76,64 @@ class ArgumentParser(argparse.ArgumentParser):
 def run_script(main, argv: list[str] | None = None) -> None:
     """Run `main(argv)` as a script and exit: 0, its own code, 2 on a UserError, 130 on Ctrl-C.
 
-    1 where a process of the job failed, be it this one or another. `--debug` among the arguments
-    shows the traceback of a UserError too.
+    1 where a process of the job failed, be it this one or another; 141 where the reader of the
+    output is gone (`| head`). `--debug` among the arguments shows the traceback of a UserError too.
     """
+    console_output.open_streams()
     argv = sys.argv[1:] if argv is None else argv
     try:
         code = main(argv)
     except UserError as error:
-        if '--debug' in argv or '--debug=True' in argv:
-            traceback.print_exc()
-        name = os.path.basename(sys.argv[0])
-        rank = os.environ.get('RANK', '0')
-        _tell_torchrun('\n'.join(error.problems))
-        if rank != '0' and not isinstance(error, LostRank):
-            # The first of torchrun's processes says it for all, and torchrun then ends this one.
-            # If that does not happen, the mistake is this rank's alone.
-            time.sleep(PATIENCE)
-        if rank != '0':
-            name = f'{name}, rank {rank}'
-        sys.stdout.flush()
-        if len(error.problems) == 1:
-            print(f'{name}: {error.problems[0]}', file=sys.stderr)
-        else:
-            print(f'{name}: {len(error.problems)} problems', file=sys.stderr)
-            for problem in error.problems:
-                print(f'  - {problem}', file=sys.stderr)
+        _report(error, debug='--debug' in argv or '--debug=True' in argv)
         leave(error.exit_code)
     except ToldElsewhere as error:
         _tell_torchrun(str(error))
         leave(1)
-    except BrokenPipeError:
-        # The reader (`| head`) has gone; point stdout at nothing so that the exit is silent.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
+    except (OutputLost, BrokenPipeError) as error:
+        console_output.flush_streams()
+        if isinstance(error, BrokenPipeError) or error.reader_gone:
+            leave(141)
+        write_error(f'{_name()}: {error}.')
+        leave(2)
     except KeyboardInterrupt:
-        print('\ninterrupted', file=sys.stderr)
-        sys.exit(130)
+        write_error('\ninterrupted')
+        leave(130)
     except Exception as error:
-        if 'RANK' not in os.environ:
+        if _rank() is None:
             raise
         sys.excepthook(*sys.exc_info())
         _tell_torchrun(f'{type(error).__name__}: {error}')
         leave(1)
     leave(code or 0)
+
+
+def _name() -> str:
+    return os.path.basename(sys.argv[0])
+
+
+def _rank() -> str | None:
+    """This process's number in its job; None where it is in none (`ranks.check_environment`)."""
+    return os.environ.get('RANK') if 'WORLD_SIZE' in os.environ else None
+
+
+def _report(error: UserError, debug: bool) -> None:
+    """Show the problems on standard error; of a job's processes the first one says it for all."""
+    if debug:
+        write_error(traceback.format_exc(), end='')
+    name, rank = _name(), _rank() or '0'
+    _tell_torchrun('\n'.join(error.problems))
+    if rank != '0' and not isinstance(error, LostRank):
+        # torchrun ends this process when the first has spoken. If that does not happen, the
+        # mistake is this rank's alone.
+        time.sleep(PATIENCE)
+    if rank != '0':
+        name = f'{name}, rank {rank}'
+    console_output.flush_streams()
+    if len(error.problems) == 1:
+        write_error(f'{name}: {error.problems[0]}')
+    else:
+        lines = [f'{name}: {len(error.problems)} problems']
+        write_error('\n'.join([*lines, *(f'  - {problem}' for problem in error.problems)]))
 
 
 def _tell_torchrun(message: str) -> None:
@@ -131,8 +151,7 @@ def leave(code: int) -> None:
     FSDP keeps gloo's threads beyond `destroy_process_group`, and now and then one of them would
     abort the process (SIGABRT) while the interpreter is taken down, after all work was done.
     """
-    if 'RANK' in os.environ:
-        sys.stdout.flush()
-        sys.stderr.flush()
+    console_output.flush_streams()
+    if _rank() is not None:
         os._exit(code)
     sys.exit(code)

@@ -30,6 +30,7 @@ import hardware
 import resumption
 from choice_items import made_choices, read_items
 from comparison_text import table
+from console_output import write_text
 from errors import UserError, run_script
 from evidence import CONFIDENCE
 from scoring import ChoiceResult, Scorer, TextResult, score_items, score_text
@@ -117,8 +118,10 @@ def main(argv: list[str]) -> int:
                 },
             )
     finally:
-        print(f'{config.name}, {checkpoint.iter:,} updates, from {checkpoint.path}, in {dtype}')
-        print('\n\n'.join(filter(None, (text_table(read), choice_table(chosen)))))
+        write_text(
+            f'{config.name}, {checkpoint.iter:,} updates, from {checkpoint.path}, in {dtype}'
+        )
+        write_text('\n\n'.join(filter(None, (text_table(read), choice_table(chosen)))))
     return 0
 
 

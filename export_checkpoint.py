@@ -32,6 +32,7 @@ import checkpointing
 import interop
 import resumption
 import tokenizer_files
+from console_output import write_progress
 from errors import UserError, run_script
 from model_builder import Transformer
 
@@ -63,7 +64,7 @@ def write_hugging_face(exported: Exported, path: Path) -> None:
         interop.tell_tokens(path, codec.end_of_text, range(vocab_size, model.config.vocab_size))
         tokenizer_files.write(codec, path, model.config.block_size)
     except UserError as error:
-        print(f'note: no tokenizer is written: {" ".join(error.problems)}')
+        write_progress(f'note: no tokenizer is written: {" ".join(error.problems)}')
 
 
 class Format(NamedTuple):
@@ -145,7 +146,7 @@ def main(argv: list[str]) -> int:
     }
     write(options.format, Exported(model, config, checkpoint), options.output)
     size = sum(file.stat().st_size for file in files_of(options.output))
-    print(
+    write_progress(
         f'{model.config.name}, {checkpoint.iter:,} updates, from {checkpoint.path}\n'
         f'{sum(p.numel() for p in model.parameters()):,} parameters in {options.dtype} → '
         f'{options.output} ({size / 1e9:.2f} GB)'

@@ -14,6 +14,7 @@ import urllib.request
 import uuid
 from pathlib import Path
 
+from console_output import write_progress
 from errors import UserError
 from token_data import exclusive
 
@@ -132,7 +133,7 @@ def _fetch(url: str, path: Path, size: int, sha256: str | None) -> None:
     """A file of `size` bytes, checked; one that is there already is not fetched again."""
     if path.is_file() and path.stat().st_size == size:
         return
-    print(f'Downloading {url} ({size / 1e9:.2f} GB)', flush=True)
+    write_progress(f'Downloading {url} ({size / 1e9:.2f} GB)')
     temporary = path.with_name(f'{path.name}.{uuid.uuid4().hex[:8]}.incomplete')
     digest, received = hashlib.sha256(), 0
     try:

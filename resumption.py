@@ -14,6 +14,7 @@ import checkpointing
 import divided_state
 import sinks
 from configurator import COMMAND_LINE, CommandLine, Layer, accept_layer, read_config_file
+from console_output import write_progress
 from errors import ArgumentParser, UserError, nearest
 from model_builder import Transformer, build_model
 from model_config import ModelArchitectureConfig
@@ -283,7 +284,7 @@ def find_checkpoint(out_dir: str, name: str | None) -> tuple[checkpointing.Check
         checkpoint = checkpointing.read_index(Path(name))
         return checkpoint, checkpointing.load_state(checkpoint)
     folder = run_folder(out_dir, name)
-    found = checkpointing.newest(folder / 'checkpoints', warn=print)
+    found = checkpointing.newest(folder / 'checkpoints', warn=write_progress)
     if found is None:
         raise UserError(f'{folder} has no checkpoint. Name another run with --run.')
     return found

@@ -23,6 +23,7 @@ import torch
 
 import hardware
 import resumption
+from console_output import write_error, write_text
 from errors import UserError, run_script
 from model_builder import generate
 from sampling import TEMPERATURE, TOP_K, Sampler, TextStream, prompt_tokens, stream
@@ -117,9 +118,9 @@ def main(argv: list[str]) -> int:
     tokens = prompt_tokens(codec, prompt, 'start')
     model = resumption.load_model(checkpoint, state, device).eval()
     start = torch.tensor(tokens[-model.config.block_size :], device=device)
-    show(f'{name}, {checkpoint.iter:,} updates, from {checkpoint.path}\n')
+    write_text(f'{name}, {checkpoint.iter:,} updates, from {checkpoint.path}')
     if slow := ', '.join(model.uncacheable):
-        show(f'Without a cache, every token anew: {slow} does not say `cacheable = True`.\n')
+        write_text(f'Without a cache, every token anew: {slow} does not say `cacheable = True`.')
 
     speed, size = Speed(), options.batch_size or options.num_samples
     filters = options.temperature, options.top_k, options.top_p, options.min_p
@@ -137,7 +138,7 @@ def main(argv: list[str]) -> int:
                 speed.begin(len(texts) * len(start))
                 write(drawn, texts, prompt, speed)
     finally:
-        show(f'{SEPARATOR}\n{speed}\n')
+        write_text(f'{SEPARATOR}\n{speed}')
     return 0
 
 
@@ -150,7 +151,7 @@ def write(
     """
     alone = len(texts) == 1
     if alone:
-        show(f'{SEPARATOR}\n{prompt}')
+        write_text(f'{SEPARATOR}\n{prompt}', end='')
     try:
         for step in drawn:
             tokens = step.tolist()
@@ -158,19 +159,13 @@ def write(
             for text, token in zip(texts, tokens):
                 fresh = text.add(token)
                 if alone:
-                    show(fresh)
+                    write_text(fresh, end='')
             if all(text.ended for text in texts):
                 break
     finally:
         for text in texts:
             rest = text.finish()
-            show(f'{rest}\n' if alone else f'{SEPARATOR}\n{prompt}{text.text}\n')
-
-
-def show(text: str) -> None:
-    """Print in the letters that standard output has."""
-    encoding = sys.stdout.encoding or 'utf-8'
-    print(text.encode(encoding, 'replace').decode(encoding), end='', flush=True)
+            write_text(rest if alone else f'{SEPARATOR}\n{prompt}{text.text}')
 
 
 def read_prompt(start: str) -> str:
@@ -179,7 +174,7 @@ def read_prompt(start: str) -> str:
         return start
     path = start.removeprefix('FILE:')
     if path == '-' and sys.stdin.isatty():
-        print('The prompt, ended by Ctrl-D at the beginning of a line:', file=sys.stderr)
+        write_error('The prompt, ended by Ctrl-D at the beginning of a line:')
     try:
         return decode(sys.stdin.buffer.read() if path == '-' else Path(path).read_bytes())
     except (OSError, ValueError) as error:

@@ -46,6 +46,7 @@ import compare_architectures
 import hardware
 from comparison_text import duration, table
 from configurator import CommandLine, format_help, read_command_line
+from console_output import is_terminal, overwrite_line, write_progress, write_text
 from errors import UserError, run_script
 from registry import Option, at_least
 from report import write
@@ -91,7 +92,7 @@ def schema() -> dict:
 def main(argv: list[str]) -> int:
     asked = read_command_line(argv, schema, aside=STUDY_KEYS)
     if asked.help and not asked.problems:
-        print(format_help(__doc__, schema()))
+        write_text(format_help(__doc__, schema()))
         return 0
     study = read_study(asked)
     settings = settings_of(study, {})
@@ -102,7 +103,7 @@ def main(argv: list[str]) -> int:
     dataset = load_dataset(base.dataset, settings.architecture.block_size)
     found = variants(study, device, dtype, dataset)
     baseline = baseline_of(study, found)
-    print(describe(study, found), flush=True)
+    write_progress(describe(study, found))
     if asked.value('plan_only', schema):
         return 0
     runner = Runner(study, asked, Path(base.out_dir), (device, dtype, dataset))
@@ -153,14 +154,16 @@ def conduct(study: Study, found: list[Variant], baseline: Variant, runner: 'Runn
         write_plan(study, found, baseline, tuning, points, runner)
         failed = runner.run(RUNS, points)
     except Stopped as stop:
-        print(f'\nstopped, with everything saved. To go on: {runner.command}')
+        write_progress(f'\nstopped, with everything saved. To go on: {runner.command}')
         return 128 + stop.signal
     if len(failed) < len(points):
-        print()
+        write_progress('')
         compare_architectures.main([str(runner.out_dir / RUNS)])
     for point in failed:
         console = runner.folder(RUNS, point) / 'console.txt'
-        print(f'failed: {point.folder}: {console} says why; the same command tries it again')
+        write_progress(
+            f'failed: {point.folder}: {console} says why; the same command tries it again'
+        )
     return 1 if failed else 0
 
 
@@ -202,7 +205,7 @@ def tuned(
         result[variant.label] = Tuned(values, at_edge)
         shown = ', '.join(f'{k}={v}' for k, v in values.items())
         beyond = f'; {", ".join(at_edge)} is at the end of its list: try beyond' if at_edge else ''
-        print(f'tuned {variant.label}: {shown} (validation loss {loss:.4f}{beyond})')
+        write_progress(f'tuned {variant.label}: {shown} (validation loss {loss:.4f}{beyond})')
     return result
 
 
@@ -412,7 +415,7 @@ class Progress:
         self.ended_points: set[Point] = set()
         done = len(points) - len(waiting)
         if done:
-            print(f'{kind}: {done} of {len(points)} runs are complete already')
+            write_progress(f'{kind}: {done} of {len(points)} runs are complete already')
 
     def _updates(self, point: Point) -> int:
         return settings_of(self.runner.study, point.overrides).run.max_iters
@@ -447,7 +450,7 @@ class Progress:
     def show(self) -> None:
         now = time.monotonic()
         if not self.runner.running or now - self.shown < (
-            1.0 if sys.stdout.isatty() else self.EVERY
+            1.0 if is_terminal(sys.stdout) else self.EVERY
         ):
             return
         self.shown = now
@@ -466,10 +469,12 @@ class Progress:
         self._print(f'{current}; time left {remaining}', passing=True)
 
     def _print(self, text: str, passing: bool = False) -> None:
-        if not sys.stdout.isatty():
-            print(text, flush=True)
+        if not is_terminal(sys.stdout):
+            write_progress(text)
         else:  # a passing line is written over by the next
-            print(f'\r\x1b[K{text}', end='' if passing else '\n', flush=True)
+            overwrite_line(text)
+            if not passing:
+                write_progress('')
 
 
 if __name__ == '__main__':

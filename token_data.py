@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from console_output import write_progress
 from data_order import ORDERS, EpochOrder, RandomOrder, splitmix64
 from errors import UserError, nearest
 from token_files import (
@@ -64,7 +65,7 @@ def prepare_if_missing(name: str, data_root: Path | str = DATA_ROOT) -> None:
     with exclusive(folder / 'prepare.lock.tmp', f'another process prepares {name}: waiting'):
         if is_complete(folder):
             return
-        print(f'Dataset {name} is not prepared yet: running {script}', flush=True)
+        write_progress(f'Dataset {name} is not prepared yet: running {script}')
         code = subprocess.run([sys.executable, str(script)]).returncode
     if code != 0:
         raise UserError(
@@ -85,7 +86,7 @@ def exclusive(lock_path: Path, message: str):
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                print(message, flush=True)
+                write_progress(message)
                 fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 

@@ -26,6 +26,7 @@ import resumption
 import sinks
 import stability
 from configurator import format_components, format_help, read_command_line
+from console_output import write_progress, write_text
 from errors import run_script
 from interruption import Interruption
 from model_builder import name_seed, parameter_groups, training_flops
@@ -44,15 +45,15 @@ from training_logger import TrainingLogger, new_run_folder
 def main(argv: list[str]) -> int:
     asked = read_command_line(argv, schema, aside=STUDY_KEYS)
     if asked.help and not asked.problems:
-        print(format_help(__doc__, schema()))
+        write_text(format_help(__doc__, schema()))
         return 0
     if asked.list_components and not asked.problems:
-        print(format_components(schema()))
+        write_text(format_components(schema()))
         return 0
     started_from = resumption.find(asked) or interop.find(asked)
     settings = load_settings(asked)
     if settings.plan.plan:
-        print(planning.report(settings))
+        write_text(planning.report(settings))
         return 0
     device = hardware.select_device(settings.run.device)
     hardware.tune(device, settings.run.deterministic)
@@ -60,7 +61,7 @@ def main(argv: list[str]) -> int:
     data = settings.run.dataset, settings.architecture.block_size
     if asked.print_config:
         dataset = load_dataset(*data) if is_prepared(settings.run.dataset) else None
-        print(settings.complete(device, dtype, dataset).explain())
+        write_text(settings.complete(device, dtype, dataset).explain())
         return 0
     parallel = choose_strategy(settings.run, device)
     prepare_if_missing(settings.run.dataset)
@@ -94,7 +95,9 @@ def set_up(
     compiled = options.compile
     if compiled and (problem := hardware.compile_problem(device)):
         if parallel.is_main:
-            print(f'warning: compile is off, since {problem}. --compile=False silences this.')
+            write_progress(
+                f'warning: compile is off, since {problem}. --compile=False silences this.'
+            )
         compiled = False
 
     recomputed = recomputed_blocks(options.activation_checkpointing, architecture.n_layer)

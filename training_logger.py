@@ -579,7 +579,9 @@ class TrainingLogger:
         self.is_main = is_main
         self.sinks = list(sinks)
         self.run_folder = run_folder and Path(run_folder)  # other ranks may have none
-        self.console = console.Console(style, stream, max_iters=max_iters)
+        self.console = console.Console(
+            style, stream, max_iters=max_iters, on_lost=self._note_console_lost
+        )
         self.journal = None
         self.evaluations = {}  # by iter
         self.record_due = 0.0  # when record.json may be written next, on the monotonic clock
@@ -732,6 +734,12 @@ class TrainingLogger:
     def _record(self, kind: str, entry: dict) -> None:
         """Write a line of the journal, and give the same line to the sinks."""
         self._feed('take', self.journal.append(kind, entry))
+
+    def _note_console_lost(self, reason: str) -> None:
+        """Record that the run goes on without being shown."""
+        if self.journal:  # else it has its last line
+            event = {'event': 'console_lost', 'iter': None, 'message': reason}
+            self._record('event', event)
 
     def _begin_sinks(self, document: dict, iter: int | None) -> None:
         try:

@@ -17,6 +17,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from console_output import write_text
 from errors import ArgumentParser, UserError, run_script
 from text_codec import Codec
 from token_data import TokenDataset, load_dataset
@@ -197,26 +198,25 @@ def parse(argv: list[str] | None):
 
 
 def main(argv: list[str] | None = None) -> None:
-    sys.stdout.reconfigure(errors='backslashreplace')  # whatever the terminal cannot show
     options = parse(argv)
     data = load_dataset(options.dataset, block_size=1)
     if options.at is not None or options.document is not None:
         options.split = options.split or 'train'
         start, length, title = place_of(data, options)
-        print(f'{options.split}, {title}:\n')
-        print(show_text(data, options.split, start, length))
+        write_text(f'{options.split}, {title}:\n')
+        write_text(show_text(data, options.split, start, length))
         return
     chosen = [options.split] if options.split else SPLITS
-    print('\n'.join([*overview(data), *data.notes]))
+    write_text('\n'.join([*overview(data), *data.notes]))
     for split in chosen:
-        print('\n'.join(facts_of(data, split)), flush=True)
+        write_text('\n'.join(facts_of(data, split)))
         if options.verify:
             problems = damage(data.folder, data.meta['splits'][split])
             if problems:
                 raise UserError(*problems)
-            print('  SHA-256: verified')
+            write_text('  SHA-256: verified')
         else:
-            print('\n'.join(documents_of(data, split)), flush=True)
+            write_text('\n'.join(documents_of(data, split)))
 
 
 if __name__ == '__main__':

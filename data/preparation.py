@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from console_output import write_progress
 from data.documents import Invalid, Piece, Position, Source
 from data.token_writer import TokenWriter
 from data.tokenizer_training import TOKENIZER_FILE, character_tokenizer, train_byte_pairs
@@ -173,7 +174,7 @@ def prepare(folder: Path, source: Source, options: Options) -> None:
             work = folder / 'unfinished.tmp'
             if not options.restart and _is_of(folder, settings):
                 shutil.rmtree(work, ignore_errors=True)
-                print(
+                write_progress(
                     f'{folder} is prepared from exactly this already. To do it anew: --restart\n'
                     f'{_how_to_train(folder)}'
                 )
@@ -186,7 +187,7 @@ def prepare(folder: Path, source: Source, options: Options) -> None:
             f'The dataset cannot be written to {folder}: {error}. What is done so far is kept: '
             'when the matter is mended, the same command goes on from there.'
         ) from None
-    print(_summary(folder, meta), _how_to_train(folder), sep='\n')
+    write_progress(f'{_summary(folder, meta)}\n{_how_to_train(folder)}')
 
 
 def _is_of(folder: Path, settings: dict) -> bool:
@@ -245,7 +246,7 @@ def _fill(work: Path, source: Source, options: Options, settings: dict) -> dict:
     if problem := _too_little(source, options, writer.totals):
         shutil.rmtree(work)
         raise UserError(problem)
-    print('Reading it back ...', flush=True)
+    write_progress('Reading it back ...')
     return {
         'format_version': FORMAT_VERSION,
         'tokenizer': tokenizer,
@@ -402,7 +403,7 @@ class Progress:
         self.before = (position or Position()).done
         self.last, self.named = self.began, 0
         if position:
-            print(f'Going on after {self._amount(self.before)}', flush=True)
+            write_progress(f'Going on after {self._amount(self.before)}')
 
     def show(self, writer: TokenWriter) -> None:
         now = time.monotonic()
@@ -415,17 +416,17 @@ class Progress:
         if self.source.total and rate:
             left = max(self.source.total - done, 0) / rate
             line += f', {int(left // 3600)}:{int(left // 60 % 60):02d}:{int(left % 60):02d} left'
-        print(line, flush=True)
+        write_progress(line)
 
     def left_out(self, complaint: str) -> None:
         """Name the first few documents that are left out."""
         self.named += 1
         if self.named <= NAMED_INVALID:
-            print(f'Left out: {complaint}', flush=True)
+            write_progress(f'Left out: {complaint}')
 
     def end(self) -> None:
         seconds = time.monotonic() - self.began
-        print(f'Encoded in {seconds:,.1f} s', flush=True)
+        write_progress(f'Encoded in {seconds:,.1f} s')
 
     def _amount(self, done: float) -> str:
         total = self.source.total

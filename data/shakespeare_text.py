@@ -10,6 +10,7 @@ import tempfile
 import urllib.request
 from pathlib import Path
 
+from console_output import write_progress
 from data.preparation import write_dataset
 from errors import ArgumentParser, UserError
 from text_files import decode, read_text
@@ -58,17 +59,17 @@ def find_shakespeare(sources=None) -> tuple[str, str]:
     )
     failures = []
     for name, fetch, expected in sources:
-        print(f'Text: {name} ... ', end='', flush=True)
+        write_progress(f'Text: {name} ... ', end='')
         try:
             content = fetch()
             found = hashlib.sha256(content).hexdigest()
             if found != expected:
                 raise OSError(f'SHA-256 is {found}, not {expected}')
         except (OSError, http.client.HTTPException, subprocess.SubprocessError) as error:
-            print(f'failed: {error}')
+            write_progress(f'failed: {error}')
             failures.append(f'{name}: {error}')
         else:
-            print(f'{len(content):,} bytes, SHA-256 as expected')
+            write_progress(f'{len(content):,} bytes, SHA-256 as expected')
             return decode(content), name
     raise UserError(
         'No text of Shakespeare could be had. Tried ' + '; '.join(failures) + '. Ways on: '

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from console_output import write_progress
 from data.documents import Invalid, Piece, Source, optional_package
 from data.workers import in_order
 from errors import UserError
@@ -49,7 +50,7 @@ class TrainingSample:
 
 def character_tokenizer(source: Source, workers: int) -> dict:
     """Every character of the corpus, in the order of their code points."""
-    print('Collecting the characters ...', flush=True)
+    write_progress('Collecting the characters ...')
     found = set()
     for some in in_order(characters, source.pieces(), workers):
         found |= some
@@ -72,7 +73,7 @@ def train_byte_pairs(
     known = source.total if source.unit == 'B' else None
     fraction = min(1.0, TRAINING_BYTES / known) if known else 1.0
     share = 'the' if fraction == 1 else f'{fraction:.1%} of the'
-    print(f'Training {vocab_size:,} byte pairs on {share} training documents ...', flush=True)
+    write_progress(f'Training {vocab_size:,} byte pairs on {share} training documents ...')
     sample = in_order(TrainingSample(is_validation, fraction), source.pieces(), workers)
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)

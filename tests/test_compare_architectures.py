@@ -673,7 +673,7 @@ def test_the_last_sample_of_each_architecture_is_shown(compared):
     assert one[0].startswith('#1 ') and 'swiglu' in other[0] and other[0].startswith('#2 ')
     assert found == [
         f'{one[0]}, after 100 updates',
-        *('    A: new', '    ```', '    \ufffd[2J'),
+        *('    A: new', '    ```', '    \\x1b[2J'),
         f'{other[0]}, after 50 updates',
         '    A: last',
     ]

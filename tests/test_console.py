@@ -179,7 +179,7 @@ def test_a_sample_follows_the_evaluation_and_cannot_touch_the_terminal(style):
     assert shown(shown_on)[len(alone) :].splitlines() == [
         'Sample (took 812ms)',
         '   | ROMEO:',
-        '   | O <b>night</b> & \ufffd[31mday !',
+        '   | O <b>night</b> & \\x1b[31mday !',
     ]
 
 

@@ -22,6 +22,7 @@ import hardware
 import resumption
 import sample
 import train
+from console_output import visible
 from errors import UserError, run_script
 from model_builder import generate
 from sampling import OwnSample, Sampler
@@ -147,8 +148,13 @@ def test_the_prompt_comes_from_a_file_or_standard_input(written, tmp_path, monke
 
 
 def test_a_lone_text_is_shown_as_it_comes(written, monkeypatch):
-    shown, show = [], sample.show
-    monkeypatch.setattr(sample, 'show', lambda text: [shown.append(text), show(text)])
+    shown, write_text = [], sample.write_text
+
+    def show(text, end='\n'):
+        shown.append(text)
+        write_text(text, end)
+
+    monkeypatch.setattr(sample, 'write_text', show)
     (text,), *_ = written(num_samples=1)
     assert shown[2:-2] == list(text[3:])  # between the prompt and the line end: a letter a token
     shown.clear()
@@ -278,7 +284,7 @@ def test_a_runs_sample_is_the_first_of_sample_py(sampled, written):
     sample = samples_of(sampled)[4]
     options = {'start': 'the ', 'temperature': 0.8, 'seed': sampled.session.settings.run.seed}
     texts, *_ = written(**options, out_dir=sampled.folder.parent)
-    assert texts[0] == sample['prompt'] + sample['text']
+    assert texts[0] == visible(sample['prompt'] + sample['text'])
     assert sample['text'] != samples_of(sampled)[0]['text']
 
 
