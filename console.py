@@ -667,9 +667,12 @@ def _held(startup_info: dict) -> dict[str, str]:
     return {'Each process': ', '.join(parts)}
 
 
-def _above_peak(mfu: float) -> str:
-    busy = ' (more than the peak: that was measured while the machine was busy)'
-    return busy * (mfu > 100)
+def _above_peak(mfu: float, source: str | None) -> str:
+    if mfu <= 100:
+        return ''
+    measured = (source or '').startswith('measured')
+    why = 'was measured while the machine was busy' if measured else f'is from {source}'
+    return f' (more than the peak, which {why})'
 
 
 def closing_block(document: dict, best: dict | None, record_path) -> str:
@@ -681,11 +684,12 @@ def closing_block(document: dict, best: dict | None, record_path) -> str:
         best_text = f'{best["val_loss"]:.4f} (iter {best["iter"]:,}'
         best_text += ')' if bits is None else f'; {bits:.4f} bits per byte)'
     mfu, memory = summary['avg_mfu'], summary['peak_memory_gb']
+    source = document['startup_info']['hardware'].get('peak_source')
     fields = {
         'Best val loss': best_text,
         'Final val loss': _show(summary['final_val_loss'], '.4f'),
         'Final train loss': _show(summary['final_train_loss'], '.4f'),
-        'Average MFU': 'n/a' if mfu is None else f'{mfu:.2f}%{_above_peak(mfu)}',
+        'Average MFU': 'n/a' if mfu is None else f'{mfu:.2f}%{_above_peak(mfu, source)}',
         'Average iteration': _milliseconds(summary['avg_time_ms']),
         'Time': _duration(summary['wall_seconds']),
         'Tokens': _tokens_seen(summary, document['startup_info'].get('data', {})),

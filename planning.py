@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 import console
+import gpu_specs
 import hardware
 from errors import UserError
 from model_builder import count_parameters, training_flops
@@ -41,16 +42,16 @@ def plan(settings: Settings) -> dict:
 
     Raises UserError for a GPU that is not known, or a dtype that it does not have.
     """
-    gpu = hardware.find_gpu(settings.plan.gpu) if settings.plan.gpu else None
+    gpu = gpu_specs.find_gpu(settings.plan.gpu) if settings.plan.gpu else None
     settings, notes = completed(settings, gpu)
     run, architecture = settings.run, settings.architecture
     memory = Memory(settings, on_gpu=run.device != 'cpu')
     model = memory.simulation.model
     recomputed = recomputed_blocks(run.activation_checkpointing, architecture.n_layer)
     flops = training_flops(model, recomputed)
-    peak = gpu.peak(run.dtype) if gpu else hardware.Peak(None, 'pass --gpu', measured=False)
+    peak = gpu.peak(run.dtype) if gpu else gpu_specs.Peak(None, 'pass --gpu', measured=False)
     if run.peak_tflops is not None:
-        peak = hardware.Peak(run.peak_tflops, '--peak_tflops', measured=False)
+        peak = gpu_specs.Peak(run.peak_tflops, '--peak_tflops', measured=False)
     limit = gpu and USABLE * gpu.memory_gb * hardware.GB
     tokens = run.batch_size * run.gradient_accumulation_steps * architecture.block_size
     counted = count_parameters(model)
@@ -88,7 +89,7 @@ def plan(settings: Settings) -> dict:
     }
 
 
-def completed(settings: Settings, gpu: hardware.Gpu | None) -> tuple[Settings, list[str]]:
+def completed(settings: Settings, gpu: gpu_specs.Gpu | None) -> tuple[Settings, list[str]]:
     """The settings with what depends on the planned device and the data, and what was assumed."""
     run, notes = settings.run, []
     if gpu:
@@ -444,7 +445,7 @@ def _notes(memory: Memory, settings: Settings) -> Iterator[str]:
 # Time
 
 
-def _time(settings: Settings, flops: dict, peak: hardware.Peak, tokens_per_iter: int):
+def _time(settings: Settings, flops: dict, peak: gpu_specs.Peak, tokens_per_iter: int):
     """How long the run takes on all devices at the MFU given; None without a peak."""
     if peak.tflops is None:
         return None

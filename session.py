@@ -12,6 +12,7 @@ import hardware
 import resumption
 import token_data
 from data_order import EpochOrder, RandomOrder
+from gpu_specs import Peak
 from interruption import Interruption
 from model_builder import Transformer
 from model_components import IGNORED
@@ -40,7 +41,7 @@ class Session:
     logger: TrainingLogger
     progress: resumption.Progress
     flops_per_token: dict
-    peak: hardware.Peak
+    peak: Peak
     update_size: diagnostics.UpdateSize
     interruption: Interruption
     saver: Saver
@@ -85,6 +86,24 @@ class Session:
             'tokens_seen': tokens,
             'epochs': tokens / self.order.tokens_per_epoch if progress.one_order else None,
             'unique_tokens': self.order.unique_tokens(tokens // block_size) if counted else None,
+        }
+
+    def utilization(self, tokens_per_second: float) -> dict[str, float | str | None]:
+        """FLOP/s of all ranks, and their share of the peak; None where that is not known."""
+        flops = self.flops_per_token
+        peak = self.peak.tflops and self.peak.tflops * self.parallel.world_size
+        achieved, causal, recomputed = (
+            tokens_per_second * flops[key] / 1e12
+            for key in ('per_token', 'per_token_causal', 'recomputed_per_token')
+        )
+        return {
+            'mfu_percent': peak and 100 * achieved / peak,
+            'mfu_causal_percent': peak and 100 * causal / peak,
+            'hfu_percent': peak and 100 * (achieved + recomputed) / peak,
+            'achieved_tflops': achieved,
+            'hardware_peak_tflops': peak,
+            'flops_per_token': flops['per_token'],
+            'architecture': self.settings.architecture.name,
         }
 
     def checkpoint_index(self) -> dict:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 import hardware
+from gpu_specs import Peak
 from model_builder import Transformer, count_parameters
 from parallelism import SingleProcess
 from ranks import job
@@ -32,7 +33,7 @@ def record_header(
     model: Transformer,
     optimizer: torch.optim.Optimizer,
     flops: dict,
-    peak: hardware.Peak,
+    peak: Peak,
     device: torch.device,
     parallel: SingleProcess,
     compiled: bool,

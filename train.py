@@ -91,7 +91,9 @@ def set_up(
     """Build everything that the loop needs, and begin or continue the record."""
     options, architecture = settings.run, settings.architecture
     own_sample = OwnSample.of(options, dataset)
-    peak = hardware.peak_flops(device, options.dtype, options.peak_tflops)
+    peak = parallel.from_main(
+        lambda: hardware.peak_flops(device, options.dtype, options.peak_tflops)
+    )
     compiled = options.compile
     if compiled and (problem := hardware.compile_problem(device)):
         if parallel.is_main:
@@ -267,11 +269,6 @@ def log_update(
     loss, norm, total, skipped, *values = measured.tolist()
     seconds, steps = clock.take()
     iter, tokens_per_second = session.progress.iter - 1, session.tokens_per_iter / seconds
-    peak = session.peak.tflops and session.peak.tflops * session.parallel.world_size
-    achieved, causal, recomputed = (
-        tokens_per_second * session.flops_per_token[key] / 1e12
-        for key in ('per_token', 'per_token_causal', 'recomputed_per_token')
-    )
     session.logger.iteration(
         {
             'iter': iter,
@@ -281,15 +278,7 @@ def log_update(
             'steps': steps,
             'tokens_per_sec': tokens_per_second,
             **session.seen(),
-            'mfu': {
-                'mfu_percent': peak and 100 * achieved / peak,
-                'mfu_causal_percent': peak and 100 * causal / peak,
-                'hfu_percent': peak and 100 * (achieved + recomputed) / peak,
-                'achieved_tflops': achieved,
-                'hardware_peak_tflops': peak,
-                'flops_per_token': session.flops_per_token['per_token'],
-                'architecture': session.settings.architecture.name,
-            },
+            'mfu': session.utilization(tokens_per_second),
             'memory': memory,
             'gradients': session.updater.statistics(norm, total),
             'loss_scale': session.updater.loss_scale,

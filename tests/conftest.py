@@ -29,6 +29,14 @@ TINY_RUN = {
 }
 
 
+@pytest.fixture(scope='session', autouse=True)
+def no_memory_of_the_user(tmp_path_factory):
+    """What runs remember of this machine goes into a folder of the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv('XDG_CACHE_HOME', str(tmp_path_factory.mktemp('cache')))
+        yield
+
+
 @pytest.fixture
 def register(monkeypatch):
     """`register(registry, name, component)`, undone after the test."""

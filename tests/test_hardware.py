@@ -1,6 +1,5 @@
 """hardware.py: devices, precision, peaks, memory readings."""
 
-import itertools
 import mmap
 import os
 import platform
@@ -14,6 +13,7 @@ import torch
 from conftest import PROJECT
 from torch._functorch import config as functorch_config
 
+import gpu_specs
 import hardware
 from errors import UserError
 
@@ -148,87 +148,6 @@ def test_unknown_dtype_suggests_the_nearest():
 
 # --- Peaks ----------------------------------------------------------------------------------------
 
-# As drivers call them; dense TFLOP/s in bf16, fp16, tf32, fp32, fp8 from the makers' data sheets.
-KNOWN = {
-    'Tesla V100-SXM2-16GB': (None, 125, None, 15.7, None),
-    'Tesla V100-SXM2-32GB': (None, 125, None, 15.7, None),
-    'Tesla V100-SXM3-32GB': (None, 125, None, 15.7, None),
-    'Tesla V100-PCIE-16GB': (None, 112, None, 14, None),
-    'Tesla T4': (None, 65, None, 8.1, None),
-    'NVIDIA A10': (125, 125, 62.5, 31.2, None),
-    'NVIDIA A30': (165, 165, None, None, None),
-    'NVIDIA A40': (149.7, 149.7, None, None, None),
-    'NVIDIA A100-SXM4-40GB': (312, 312, 156, 19.5, None),
-    'A100-SXM4-40GB': (312, 312, 156, 19.5, None),
-    'NVIDIA A100-PCIE-40GB': (312, 312, 156, 19.5, None),
-    'NVIDIA A100 80GB PCIe': (312, 312, 156, 19.5, None),
-    'NVIDIA RTX A6000': (154.8, 154.8, None, 38.7, None),
-    'NVIDIA L4': (121, 121, None, 30.3, 242),
-    'NVIDIA L40S': (362, 362, 183, 91.6, 733),
-    'NVIDIA GeForce RTX 3090': (71, 71, 35.6, 35.6, None),
-    'NVIDIA GeForce RTX 4090': (165.2, 165.2, 82.6, 82.6, 330.3),
-    'NVIDIA GeForce RTX 5090': (209.5, 209.5, 104.8, 104.8, 419),
-    'NVIDIA H100 80GB HBM3': (989, 989, 494.5, 67, 1979),
-    'NVIDIA H200': (989, 989, 494.5, 67, 1979),
-    'NVIDIA GH200 480GB': (989, 989, 494.5, 67, 1979),
-    'NVIDIA GH200 144G HBM3e': (989, 989, 494.5, 67, 1979),
-    'NVIDIA H800': (989, 989, 494.5, 67, 1979),
-    'NVIDIA H100 PCIe': (756, 756, 378, 51, 1513),
-    'NVIDIA H100 NVL': (835, 835, None, None, None),
-    'NVIDIA H200 NVL': (836, 836, None, None, None),
-    'NVIDIA H20': (148, 148, None, None, None),
-    'NVIDIA B200': (2250, 2250, 1125, 75, 4500),
-    'NVIDIA B300 SXM6 AC': (2250, 2250, 1125, 75, 4500),
-    'NVIDIA GB200': (2500, 2500, 1250, 80, 5000),
-    'NVIDIA GB300': (2500, 2500, None, None, None),
-    'AMD Instinct MI250X': (383 / 2, 383 / 2, None, 47.9 / 2, None),  # a device is one of two dies
-    'AMD Instinct MI300X': (1307, 1307, 653.7, 163.4, 2615),
-    'AMD Instinct MI325X': (1307, 1307, None, None, None),
-    'AMD Instinct MI355X': (2500, 2500, None, None, None),
-}
-# Each looks like one of the above and is something else.
-UNKNOWN = [
-    'NVIDIA A100-SXM4-80GB MIG 1g.10gb',
-    'NVIDIA H100 80GB HBM3 MIG 3g.40gb',
-    'NVIDIA GeForce RTX 3090 Ti',
-    'NVIDIA GeForce RTX 4090 D',
-    'NVIDIA GeForce RTX 4090 Laptop GPU',
-    'NVIDIA GeForce RTX 5090 Laptop GPU',
-    'NVIDIA RTX A4000',
-    'NVIDIA RTX 6000 Ada Generation',
-    'NVIDIA A10G',
-    'NVIDIA A10-24Q',
-    'NVIDIA A800-SXM4-80GB',
-    'NVIDIA T400 4GB',
-    'NVIDIA L40',
-    'NVIDIA H800 PCIe',
-    'Tesla V100S-PCIE-32GB',
-    'GRID A100-40C',
-    'AMD Instinct MI300A',
-    'AMD Radeon Graphics',
-    'NVIDIA',
-    '',
-]
-
-
-@pytest.mark.parametrize('name', KNOWN)
-def test_peak_of_known_device(name):
-    found = [hardware.peak_for_name(name, c) for c in ('bf16', 'fp16', 'tf32', 'fp32', 'fp8')]
-    assert tuple(pair and pair[0] for pair in found) == pytest.approx(KNOWN[name])
-    assert all(pair is None or pair[1] for pair in found)  # each figure has a source
-
-
-@pytest.mark.parametrize('name', UNKNOWN)
-def test_lookalikes_have_no_peak(name):
-    for column in ('bf16', 'fp16', 'tf32', 'fp32', 'fp8'):
-        assert hardware.peak_for_name(name, column) is None
-
-
-def test_every_device_of_the_table_is_tested():
-    tested = {hardware.peak_for_name(name, 'fp16') for name in KNOWN}
-    listed = {(peaks[1], source) for _, peaks, source in hardware._PEAKS}
-    assert tested == listed
-
 
 @pytest.fixture
 def matmul():
@@ -251,7 +170,29 @@ def test_peak_follows_the_dtype_of_the_matrix_multiplications(cuda, matmul):
 
 
 @pytest.mark.parametrize(
-    ('name', 'dtype'), [('NVIDIA RTX A4000', 'bfloat16'), ('NVIDIA A40', 'float32')]
+    ('name', 'capability', 'tf32', 'fp32'),
+    [
+        ('Tesla V100-SXM2-32GB', (7, 0), 15.7, 15.7),
+        ('Tesla T4', (7, 5), 8.1, 8.1),
+        ('NVIDIA L4', (8, 9), 60, 30.3),
+        ('NVIDIA RTX A6000', (8, 6), 77.4, 38.7),
+        ('NVIDIA H100 80GB HBM3', (9, 0), 494.5, 67),
+        ('AMD Instinct MI250X', (9, 0), 47.85, 47.85),
+        ('AMD Instinct MI300X', (9, 4), 653.7, 163.4),
+    ],
+)
+def test_float32_takes_tf32_where_the_gpu_has_it_and_torch_may(
+    cuda, matmul, name, capability, tf32, fp32
+):
+    device = cuda(name, capability)
+    hardware.tune(device, deterministic=False)
+    assert hardware.peak_flops(device, 'float32').tflops == tf32
+    matmul.allow_tf32 = False
+    assert hardware.peak_flops(device, 'float32').tflops == fp32
+
+
+@pytest.mark.parametrize(
+    ('name', 'dtype'), [('NVIDIA RTX A4000', 'bfloat16'), ('NVIDIA GB300', 'float32')]
 )
 def test_unknown_peak_gives_the_reason_and_the_flag(cuda, name, dtype):
     peak = hardware.peak_flops(cuda(name), dtype)
@@ -267,24 +208,7 @@ def test_mps_has_no_peak():
 def test_override_comes_first(cuda):
     for device in (CPU, cuda('NVIDIA RTX A4000'), cuda('NVIDIA H100 80GB HBM3')):
         peak = hardware.peak_flops(device, 'bfloat16', override=12.5)
-        assert peak == hardware.Peak(12.5, '--peak_tflops', measured=False)
-
-
-def test_cpu_peak_is_measured_labelled_and_leaves_the_random_stream_alone():
-    before = torch.get_rng_state()
-    peak = hardware.peak_flops(CPU, 'float32')
-    assert torch.equal(torch.get_rng_state(), before)
-    assert peak.measured and peak.tflops > 0
-    assert peak.source.startswith('measured: ') and 'float32' in peak.source
-    assert f'{torch.get_num_threads()} thread' in peak.source
-
-
-def test_cpu_peak_is_operations_over_time(monkeypatch):
-    clock = itertools.count(step=0.1)  # a tenth of a second passes between two looks at the clock
-    monkeypatch.setattr(hardware.time, 'perf_counter', lambda: next(clock))
-    peak = hardware.peak_flops(CPU, 'float32')
-    assert '1,024-cubed' in peak.source
-    assert peak.tflops == pytest.approx(2 * 1024**3 / 0.1 / 1e12)
+        assert peak == gpu_specs.Peak(12.5, '--peak_tflops', measured=False)
 
 
 # --- Memory ---------------------------------------------------------------------------------------

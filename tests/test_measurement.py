@@ -15,6 +15,7 @@ from conftest import PROJECT, TINY_RUN
 from in_process import joined, train_here
 from torch.utils.flop_counter import FlopCounterMode
 
+import gpu_specs
 import hardware
 import parallelism
 from model_builder import build_model, training_flops
@@ -273,7 +274,7 @@ def test_a_given_peak_is_taken_and_an_unknown_one_leaves_mfu_unknown(
 ):
     info = run.record['startup_info']['hardware']
     assert (info['peak_tflops'], info['peak_source']) == (PEAK, '--peak_tflops')
-    unknown = hardware.Peak(None, 'nobody knows', measured=False)
+    unknown = gpu_specs.Peak(None, 'nobody knows', measured=False)
     monkeypatch.setattr(hardware, 'peak_flops', lambda *arguments: unknown)
     record = train_here(tiny_dataset, tmp_path, max_iters=1).record
     mfu = record['training_iterations'][0]['mfu']

@@ -12,6 +12,7 @@ from conftest import PROJECT
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 
+import gpu_specs
 import hardware
 import planning
 import simulation
@@ -220,6 +221,9 @@ def test_the_time_is_flops_over_speed():
     assert planned['time']['seconds'] == pytest.approx(flops / (8 * 2250e12 * 0.5))
     assert planned['time']['device_hours'] == pytest.approx(planned['time']['seconds'] * 8 / 3600)
     assert plan(**SMALL, gpu='L4', peak_tflops=100.0)['hardware']['peak_tflops'] == 100
+    for gpu, tflops in (('L4', 60), ('T4', 8.1), ('MI250X', 47.85)):  # TF32, where there is it
+        planned = plan(**SMALL, gpu=gpu, dtype='float32')
+        assert planned['hardware']['peak_tflops'] == tflops
 
 
 # --- What fits ------------------------------------------------------------------------------------
@@ -279,7 +283,7 @@ def test_no_gpu_no_verdict():
     ],
 )
 def test_a_gpu_by_the_names_that_people_use(typed, name, memory):
-    gpu = hardware.find_gpu(typed)
+    gpu = gpu_specs.find_gpu(typed)
     assert (gpu.name, gpu.memory_gb) == (name, memory)
     assert gpu.memory_source and gpu.peak('float16').tflops > 0
 
@@ -296,11 +300,11 @@ def test_a_gpu_by_the_names_that_people_use(typed, name, memory):
 )
 def test_a_gpu_that_is_not_one(typed, said):
     with pytest.raises(UserError, match=said):
-        hardware.find_gpu(typed)
+        gpu_specs.find_gpu(typed)
 
 
 def test_every_gpu_with_a_peak_has_a_memory():
-    assert hardware._MEMORY_OF.keys() == hardware._BY_NAME.keys()
+    assert gpu_specs._MEMORY_OF.keys() == gpu_specs._BY_NAME.keys()
 
 
 def test_the_gpu_decides_the_precision():
