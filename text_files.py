@@ -5,13 +5,20 @@ feeds and nowhere else: JSON lines may hold U+2028, U+0085 or a form feed as the
 surrogate pair, which JSON can write and UTF-8 cannot, counts as U+FFFD. A leaf but for errors.
 """
 
+import codecs
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from errors import UserError
 
+CHUNK = 2**20  # bytes read at a time
 BYTE_ORDER_MARK = b'\xef\xbb\xbf'
+_SPACES = re.compile(r'[ \t\r\n]*')
+_JSON = json.JSONDecoder()
+_LONGEST_WORD = len('-Infinity\\u')
 UTF16_MARKS = (b'\xff\xfe', b'\xfe\xff')
 # What a file begins with that is no text at all, and what to do about it.
 SIGNATURES = {
@@ -30,16 +37,31 @@ def decode(content: bytes) -> str:
     try:
         return content.removeprefix(BYTE_ORDER_MARK).decode()
     except UnicodeDecodeError as error:
-        if content.startswith(UTF16_MARKS):
-            raise ValueError(
-                'no UTF-8 text but UTF-16: save it as UTF-8, or convert it: '
-                'iconv -f UTF-16 -t UTF-8 OLD > NEW'
-            ) from None
-        for begin, what in SIGNATURES.items():
-            if content.startswith(begin):
-                raise ValueError(f'no UTF-8 text but {what}') from None
-        mark = len(content) - len(content.removeprefix(BYTE_ORDER_MARK))
-        raise ValueError(f'no UTF-8 text: {error.reason} at byte {error.start + mark:,}') from None
+        raise ValueError(no_text(content) or _reason(content, error)) from None
+
+
+def no_text(begin: bytes) -> str | None:
+    """What a file that begins so is, if no text, to complete 'FILE is …'; None: it may be text."""
+    if begin.startswith(UTF16_MARKS):
+        return (
+            'no UTF-8 text but UTF-16: save it as UTF-8, or convert it: '
+            'iconv -f UTF-16 -t UTF-8 OLD > NEW'
+        )
+    for signature, what in SIGNATURES.items():
+        if begin.startswith(signature):
+            return f'no UTF-8 text but {what}'
+    if begin[257:262] == b'ustar':
+        return 'no text but a tar archive: unpack it first'
+    try:
+        codecs.getincrementaldecoder('utf-8')().decode(begin.removeprefix(BYTE_ORDER_MARK))
+    except UnicodeDecodeError as error:
+        return _reason(begin, error)
+    return None
+
+
+def _reason(content: bytes, error: UnicodeDecodeError) -> str:
+    mark = len(content) - len(content.removeprefix(BYTE_ORDER_MARK))
+    return f'no UTF-8 text: {error.reason} at byte {error.start + mark:,}'
 
 
 def read_bytes(path: Path | str, name: str) -> bytes:
@@ -102,3 +124,72 @@ def valid_text(text: str) -> str:
     except UnicodeEncodeError:
         return text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')
     return text
+
+
+def json_values(file: BinaryIO, limit: int) -> Iterator:
+    """The values in a file of JSON, one after another; an array stands for its items.
+
+    A piece of the file at a time. Raises ValueError for what is no JSON, and for a value that is
+    longer than `limit` characters.
+    """
+    text = _Scanner(file, limit)
+    while begin := text.peek():
+        if begin != '[':
+            yield text.value()
+            continue
+        text.at += 1
+        while (begin := text.peek()) != ']':
+            yield text.value()
+            if (after := text.peek()) not in (',', ']'):
+                raise ValueError(
+                    f'{after!r} where , or ] is expected' if after else 'it is cut off'
+                )
+            text.at += after == ','
+        text.at += 1
+
+
+class _Scanner:
+    """JSON of which a part is in memory, from `at` on not yet read."""
+
+    def __init__(self, file: BinaryIO, limit: int):
+        self.file, self.limit = file, limit
+        self.text, self.at, self.ended = '', 0, False
+        self._decode = codecs.getincrementaldecoder('utf-8')('surrogatepass').decode
+        self._begun = False
+
+    def peek(self) -> str:
+        """The next character that is no space; '' at the end."""
+        while True:
+            self.at = _SPACES.match(self.text, self.at).end()
+            if self.at < len(self.text) or self.ended:
+                return self.text[self.at : self.at + 1]
+            self._read()
+
+    def value(self):
+        """The value that begins here. Raises ValueError."""
+        while True:
+            try:
+                value, end = _JSON.raw_decode(self.text, self.at)
+                if end < len(self.text) or self.ended:  # else a number may go on
+                    self.at = end
+                    return value
+            except json.JSONDecodeError as error:
+                # A word or an escape that is cut off is told by its beginning.
+                near = 0 if self.ended else _LONGEST_WORD
+                cut_off = error.msg.startswith('Unter') or error.pos + near >= len(self.text)
+                if self.ended or not cut_off:
+                    raise ValueError('it is cut off' if cut_off else error.msg) from None
+            except RecursionError:
+                raise ValueError('nested too deeply') from None
+            if len(self.text) - self.at > self.limit:
+                raise ValueError(f'it is longer than {self.limit:,} characters')
+            self._read()
+
+    def _read(self) -> None:
+        """As much again as there is, so that a long value is not parsed too often."""
+        rest = self.text[self.at :]
+        content = self.file.read(max(CHUNK, len(rest)))
+        if not self._begun:
+            content, self._begun = content.removeprefix(BYTE_ORDER_MARK), True
+        self.ended = not content
+        self.text, self.at = rest + self._decode(content, final=self.ended), 0

@@ -24,6 +24,7 @@ from pathlib import Path
 
 import console
 from errors import UserError
+from folders import walk
 
 try:
     import fcntl
@@ -114,30 +115,26 @@ def _job_of(folder: Path) -> str | None:
 def find_records(root) -> list[Path]:
     """The run folders at or below `root`, sorted by path; folders that cannot be read are left out.
 
-    Does not look inside runs, hidden folders, virtual environments or data, nor follow links.
+    Links to folders are followed, so that runs on another disk count, and each real folder counts
+    once. Does not look inside runs, hidden folders, virtual environments or data.
     """
-    found, folders = [], [Path(root)]
-    while folders:
-        folder = folders.pop()
-        try:
-            with os.scandir(folder) as listing:
-                entries = list(listing)
-        except OSError:
-            continue
-        names = {entry.name for entry in entries}
+    runs = []
+    for folder, subfolders, files in walk(Path(root)):
+        names = {entry.name for entry in files}
         if names & {JOURNAL, RECORD}:
-            found.append(folder)
+            runs.append(Path(folder))
         # A lone record.json may be a copy, or another program's: runs can still lie below it.
-        is_run = JOURNAL in names or (RECORD in names and _RUN_NAME.fullmatch(folder.name))
-        if not is_run and 'pyvenv.cfg' not in names:
-            folders += [
-                folder / entry.name
-                for entry in entries
-                if entry.name not in _NOT_SEARCHED
-                and not entry.name.startswith('.')
-                and entry.is_dir(follow_symlinks=False)
-            ]
-    return sorted(found)
+        is_run = JOURNAL in names or (
+            RECORD in names and _RUN_NAME.fullmatch(os.path.basename(folder))
+        )
+        if is_run or 'pyvenv.cfg' in names:
+            subfolders.clear()
+        subfolders[:] = [
+            entry
+            for entry in subfolders
+            if entry.name not in _NOT_SEARCHED and not entry.name.startswith('.')
+        ]
+    return sorted(runs)
 
 
 # ------------------------------------------------------------------------------------------------

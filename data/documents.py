@@ -1,4 +1,4 @@
-"""Where documents come from: files of text, JSON lines or Parquet, and Hugging Face datasets.
+"""Where documents come from: files of text, JSON or Parquet, and Hugging Face datasets.
 
 A source gives its documents in order, in pieces of about a megabyte. It only reads; what takes
 time, such as parsing JSON, is left to the `text` of each record, which another process may call.
@@ -6,25 +6,27 @@ Where a source stands after a piece is a few plain values, from which it can go 
 """
 
 import bisect
-import glob
-import gzip
 import hashlib
-import importlib
 import itertools
 import os
-import zlib
-from collections import Counter
-from collections.abc import Iterable, Iterator
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+from data.corpus_files import (
+    JSON,
+    SNIFFED,
+    find_files,
+    kind_of,
+    opened,
+    optional_package,
+    zstandard,
+)
 from errors import UserError, nearest
-from text_files import decode, is_blank, parse_json
+from text_files import BYTE_ORDER_MARK, decode, is_blank, json_values, parse_json
 
 PIECE_BYTES = 2**20
 LINE_LIMIT = 2**28  # bytes: what is longer is no line of JSON, and need not fit into memory
 ROWS = 256  # of a Parquet file, read at once
-SUFFIXES = ('.txt', '.md', '.jsonl', '.jsonl.gz', '.parquet')  # what is looked for in folders
 
 
 class Invalid(UserError):
@@ -68,8 +70,6 @@ class JsonLine(NamedTuple):
             row = parse_json(self.line)
         except ValueError as error:
             raise Invalid(f'{place} is no JSON: {error}.') from None
-        if not isinstance(row, dict):
-            raise Invalid(f'{place} is no JSON object, so it has no field {self.field!r}.')
         return _text_of(row, self.field, place)
 
 
@@ -79,11 +79,11 @@ class Row(NamedTuple):
     path: str
     number: int
     field: str
-    row: dict[str, Any]
+    row: Any
 
     @property
     def size(self) -> int:
-        value = self.row.get(self.field)
+        value = self.row.get(self.field) if isinstance(self.row, dict) else None
         return len(value) if isinstance(value, str) else 1
 
     def text(self) -> str:
@@ -106,16 +106,24 @@ class Broken(NamedTuple):
 Record = Text | JsonLine | Row | Broken
 
 
-def _text_of(row: dict, field: str, place: str) -> str:
-    if field not in row:
-        raise Invalid(
-            f'{place} has no field {field!r}, but {", ".join(map(repr, row)) or "none at all"}.'
-            f'{nearest(field, row)} Name the one that holds the text: --field=NAME'
+def _text_of(row, field: str, place: str) -> str:
+    if not isinstance(row, dict):
+        raise Invalid(f'{place} is no JSON object, so it has no field {field!r}.')
+    if isinstance(row.get(field), str):
+        return row[field]
+    texts = [name for name in row if isinstance(row[name], str)]
+    if field in row:
+        problem = (
+            f'{place}: the field {field!r} is no text, but of type {type(row[field]).__name__}.'
         )
-    if not isinstance(row[field], str):
-        kind = type(row[field]).__name__
-        raise Invalid(f'{place}: the field {field!r} is no text, but of type {kind}.')
-    return row[field]
+    else:
+        names = ', '.join(map(repr, row)) or 'none at all'
+        problem = f'{place} has no field {field!r}, but {names}.{nearest(field, texts)}'
+    if not texts:
+        raise Invalid(f'{problem} No field of it is text.')
+    # The longest is most likely what is meant, if it has no name like it.
+    likely = max(texts, key=lambda name: (bool(nearest(field, [name])), len(row[name])))
+    raise Invalid(f'{problem} If all rows have their text there: --field={likely}')
 
 
 class Position(NamedTuple):
@@ -139,6 +147,7 @@ class Source:
     total: int | None  # how much there is, in `unit`; None: unknown
     unit: str
     max_documents: int | None = None
+    notes: Sequence[str] = ()  # sentences on what is left out of it
 
     @property
     def is_small(self) -> bool:
@@ -189,7 +198,7 @@ class Files(Source):
     ):
         self.names, self.field, self.cut = list(names), field, cut
         self.max_documents = max_documents
-        self.paths = find_files(self.names)
+        self.paths, self.notes = find_files(self.names)
         stats = [_size_and_time(path) for path in self.paths]
         self.sizes = [size for size, _ in stats]
         self.total = sum(self.sizes)
@@ -197,8 +206,11 @@ class Files(Source):
         for path, (size, changed) in zip(self.paths, stats):
             listing.update(f'{os.path.abspath(path)}\0{size}\0{changed}\n'.encode(errors='replace'))
         self.listing = listing.hexdigest()
-        if any(path.lower().endswith('.parquet') for path in self.paths):
+        endings = {os.path.splitext(path.lower())[1] for path in self.paths}
+        if '.parquet' in endings:
             optional_package('pyarrow', 'Parquet files')
+        if '.zst' in endings:
+            zstandard()
 
     def identity(self) -> dict:
         return {
@@ -220,56 +232,82 @@ class Files(Source):
         before = sum(self.sizes[:first])
         for number in range(first, len(self.paths)):
             path, size = self.paths[number], self.sizes[number]
-            readers = {'.jsonl': _lines, '.jsonl.gz': _lines, '.parquet': _rows}
-            read = next((readers[end] for end in readers if path.lower().endswith(end)), _texts)
             try:
-                for record, done, *marks in read(path, self, *begin):
+                for record, done, *marks in reader_of(path)(path, self, *begin):
                     self.at = before + min(done, size), [number, *marks]
                     yield record
-            except (OSError, EOFError, zlib.error) as error:
+            except OSError as error:
                 self.at = before + size, [number + 1, 0, 0]
-                yield Broken(path, getattr(error, 'strerror', None) or str(error))
+                yield Broken(path, error.strerror or str(error))
             begin, before = (0, 0), before + size
 
 
+def reader_of(path: str):
+    """What gives (record, bytes of the file done, two marks to go on from) for such a file."""
+    if path.lower().endswith('.parquet'):
+        return _rows
+    return _json if kind_of(path) in JSON else _texts
+
+
 def _texts(path: str, source: Files, offset: int, number: int):
-    """(Text, bytes done, offset, parts so far) for the file, or for each part of a long one."""
-    with open(path, 'rb') as file:
-        size = os.fstat(file.fileno()).st_size
+    """A text, or the parts of a long one. Marks: offset in what the file holds, parts so far."""
+    with opened(path) as (file, raw):
         file.seek(offset)
-        while content := _part(file, source.cut, size - offset):
-            offset, number = offset + len(content), number + 1
-            place = path if len(content) == size else f'{path}, part {number}'
-            yield Text(place, content), offset, offset, number
+        rest = file.read(2 * source.cut)
+        if not offset and rest[257:262] == b'ustar':
+            raise OSError('it is a tar archive: unpack it first')
+        while rest:
+            end = _end_of_part(rest, source.cut)
+            part, rest = rest[:end], rest[end:]
+            rest += file.read(2 * source.cut - len(rest))
+            place = f'{path}, part {number + 1}' if rest or number else path
+            offset, number = offset + end, number + 1
+            yield Text(place, part), offset if file is raw else raw.tell(), offset, number
 
 
-def _part(file, size: int, left: int) -> bytes:
-    """The next `size` bytes of a text and what belongs to them: up to a blank line if one is near.
+def _end_of_part(content: bytes, size: int) -> int:
+    """Where a part of about `size` bytes ends: after a blank line if one is near.
 
     Near is within `size` bytes more; otherwise a line's end counts, and else a character's.
     """
-    content = file.read(min(2 * size, left))
     if len(content) <= size:
-        return content
+        return len(content)
     for ending in (b'\n\n', b'\r\n\r\n', b'\n'):
-        if (found := content.find(ending, size - 1)) >= 0:
-            end = found + len(ending)
-            break
-    else:
-        if len(content) < 2 * size:
-            return content
-        end = len(content)
+        if (begin := content.find(ending, size - 1)) >= 0:
+            return begin + len(ending)
+    end = len(content)
+    if end == 2 * size:  # there may be more
         while end > size and content[end - 1] & 0xC0 == 0x80:  # within a character of UTF-8
             end -= 1
         end -= end > size and content[end - 1] >= 0xC0
-    file.seek(end - len(content), os.SEEK_CUR)
-    return content[:end]
+    return end
+
+
+def _json(path: str, source: Files, *marks: int):
+    """JSON lines; or values that go over several lines, or a whole array."""
+    with opened(path) as (file, _):
+        begin = file.read(SNIFFED).removeprefix(BYTE_ORDER_MARK).lstrip()
+    first_line = begin.partition(b'\n')[0]
+    is_array = begin.startswith(b'[')
+    if is_array or (
+        kind_of(path) == '.json' and len(first_line) < len(begin) and not _is_json(first_line)
+    ):
+        yield from _values(path, source, *marks)
+    else:
+        yield from _lines(path, source, *marks)
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        parse_json(line)
+    except ValueError:
+        return False
+    return True
 
 
 def _lines(path: str, source: Files, offset: int, number: int):
-    """(JsonLine, bytes of the file done, offset in what it holds, lines so far)."""
-    with open(path, 'rb') as raw:
-        file = gzip.GzipFile(fileobj=raw) if path.lower().endswith('.gz') else raw
+    """A JsonLine each. Marks: offset in what the file holds, lines so far."""
+    with opened(path) as (file, raw):
         file.seek(offset)
         while line := file.readline(LINE_LIMIT):
             if len(line) == LINE_LIMIT:
@@ -277,6 +315,22 @@ def _lines(path: str, source: Files, offset: int, number: int):
             offset, number = offset + len(line), number + 1
             if not is_blank(line):
                 yield JsonLine(path, number, source.field, line), raw.tell(), offset, number
+
+
+def _values(path: str, source: Files, number: int, _):
+    """A Row for each value. Marks: rows so far, 0."""
+    row = 0
+    with opened(path) as (file, raw):
+        try:
+            for value in json_values(file, LINE_LIMIT):
+                row += 1
+                if row > number:
+                    yield Row(path, row, source.field, value), raw.tell(), row, 0
+        except ValueError as error:
+            raise OSError(
+                f'row {row + 1} is no JSON: {error}. That row and what follows it in the file '
+                'would be left out'
+            ) from None
 
 
 def _rows(path: str, source: Files, number: int, _):
@@ -288,7 +342,11 @@ def _rows(path: str, source: Files, number: int, _):
     try:
         with parquet.ParquetFile(path) as file:
             if field not in file.schema_arrow.names:
-                yield Row(path, 1, field, dict.fromkeys(file.schema_arrow.names)), size, 0, 0
+                schema = file.schema_arrow
+                kinds = {name: str(schema.field(name).type) for name in schema.names}
+                # Only whether they are text counts, and not which.
+                row = {name: '' if 'string' in kind else 0 for name, kind in kinds.items()}
+                yield Row(path, 1, field, row), size, 0, 0
                 return
             groups = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
             ends = list(itertools.accumulate(groups))
@@ -357,58 +415,6 @@ class HuggingFace(Source):
 
 def _brief(error: Exception) -> str:
     return f'{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}'
-
-
-def optional_package(name: str, purpose: str):
-    """The module `name`. Raises UserError that says how to install it."""
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        raise UserError(f'{purpose} need the package {name}: pip install {name}') from None
-
-
-def find_files(names: Iterable[str]) -> list[str]:
-    """The files that files, folders and glob patterns stand for, each once, in that order.
-
-    A folder stands for all files in and below it that end in one of SUFFIXES; what is hidden is
-    left out. Raises UserError for a name that stands for nothing.
-    """
-    found = {}
-    for name in names:
-        matches = [name] if os.path.lexists(name) else sorted(glob.glob(name, recursive=True))
-        files = [file for match in matches for file in _below(match)]
-        if not files:
-            raise UserError(_nothing_there(name, matches))
-        for file in files:
-            found.setdefault(os.path.abspath(file), file)
-    return list(found.values())
-
-
-def _below(path: str) -> list[str]:
-    """The file itself, or the files of a folder that end in one of SUFFIXES."""
-    if not os.path.isdir(path):
-        return [path]
-    return sorted(file for file in _all_below(path) if file.lower().endswith(SUFFIXES))
-
-
-def _all_below(folder: str) -> Iterator[str]:
-    for parent, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith('.')]
-        yield from (os.path.join(parent, name) for name in files if not name.startswith('.'))
-
-
-def _nothing_there(name: str, matches: list[str]) -> str:
-    if not matches:
-        parent = os.path.dirname(name) or '.'
-        beside = os.listdir(parent) if os.path.isdir(parent) else []
-        return f'There is no file or folder {name}.{nearest(os.path.basename(name), beside)}'
-    others = Counter(Path(file).suffix for match in matches for file in _all_below(match))
-    message = f'{name} holds no file that ends in {", ".join(SUFFIXES)}'
-    if not others:
-        return f'{message}: it is empty.'
-    ((suffix, count),) = others.most_common(1)
-    pattern = os.path.join(matches[0], '**', f'*{suffix}')
-    return f"{message}, but {count:,} that end in {suffix!r}. To read those as text: '{pattern}'"
 
 
 def _size_and_time(path: str) -> tuple[int, int]:

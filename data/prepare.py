@@ -4,8 +4,12 @@
     python train.py --dataset=mine
 
 PATHS are files, folders and glob patterns (in quotes): .txt, .md and any other text, a document a
-file; .jsonl, .jsonl.gz and .parquet, a document a row, in the field that --field names (.parquet:
-pip install pyarrow). Or --hf names a dataset on Hugging Face's hub (pip install datasets).
+file; .jsonl, .ndjson, .json and .parquet, a document a row, in the field that --field names. A
+.json file may hold lines, an array of objects, or one object. All but .parquet may be compressed:
+.gz, .bz2, .xz or .zst. Packages: pyarrow for .parquet; backports.zstd for .zst, up to Python 3.13.
+A folder stands for all such files in and below it, those behind links too, each real folder once,
+but for plain .json, which a pattern names: 'my_texts/**/*.json'. What is left out is named. Or --hf
+names a dataset on Hugging Face's hub (package datasets).
 
 A document ends with the end-of-text token, and is for training or for validation as a whole: its
 own hash decides. What is interrupted goes on where it was when the same command is given again.

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from console_output import write_progress
-from data.documents import Invalid, Piece, Source, optional_package
+from data.corpus_files import optional_package
+from data.documents import Invalid, Piece, Source
 from data.workers import in_order
 from errors import UserError
 from text_codec import END_OF_TEXT

@@ -39,7 +39,15 @@ def project(tmp_path):
     copy = tmp_path / 'project'
     unprepared = shutil.ignore_patterns('*.bin', '*.tmp', 'meta.json', '__pycache__')
     shutil.copytree(PROJECT / 'data', copy / 'data', ignore=unprepared)
-    modules = ('errors', 'text_codec', 'text_files', 'token_data', 'token_files', 'data_order')
+    modules = (
+        'errors',
+        'folders',
+        'text_codec',
+        'text_files',
+        'token_data',
+        'token_files',
+        'data_order',
+    )
     for name in modules:
         shutil.copy(PROJECT / f'{name}.py', copy)
     (copy / 'mine.txt').write_text(TEXT, encoding='utf-8')

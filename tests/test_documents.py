@@ -1,8 +1,12 @@
 """Sources of documents: what they give, from where they go on, and what they say of bad files."""
 
+import bz2
+import glob
 import gzip
 import json
+import lzma
 import os
+import re
 import sys
 
 import datasets
@@ -12,8 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from data import documents
-from data.documents import Files, HuggingFace, Invalid, Position, find_files
+import text_files
+from data import corpus_files, documents
+from data.corpus_files import find_files
+from data.documents import Files, HuggingFace, Invalid, Position
 from errors import UserError
 
 TEXTS = [f'Document {i} — naïve\n' * (1 + i % 7) for i in range(60)]
@@ -112,7 +118,7 @@ def test_texts_are_cut_at_blank_lines_where_there_are_some(tmp_path):
 ROWS = {
     'no JSON': b'{"text": "a"}\n{"text": \n',
     'no JSON object': b'{"text": "a"}\n["text"]\n',
-    "no field 'text', but 'txt', 'url'. Did you mean txt\\? .*--field=NAME": (
+    "no field 'text', but 'txt', 'url'. Did you mean txt\\? .*--field=txt": (
         b'{"text": "a"}\n{"txt": "b", "url": 1}\n'
     ),
     'no text, but of type NoneType': b'{"text": "a"}\n{"text": null}\n',
@@ -183,11 +189,196 @@ def test_parquet_without_the_field_says_which_there_are(corpus):
 def test_files_folders_and_patterns(corpus, monkeypatch):
     monkeypatch.chdir(corpus)
     everything = ['a.txt', 'b.jsonl', 'c.jsonl.gz', 'd.parquet', 'sub/e.md']
-    assert find_files(['.']) == [f'./{name}' for name in everything]
-    assert find_files(['sub', str(corpus), 'a.txt'])[0] == 'sub/e.md'
-    assert len(find_files(['sub', str(corpus), 'a.txt'])) == 5  # each once
-    assert find_files(['*.txt', '**/*.md']) == ['a.txt', 'sub/e.md']
-    assert find_files(['image.png']) == ['image.png']  # named by the user: taken as text
+    assert find_files(['.']).paths == [f'./{name}' for name in everything]
+    assert find_files(['sub', str(corpus), 'a.txt']).paths[0] == 'sub/e.md'
+    assert len(find_files(['sub', str(corpus), 'a.txt']).paths) == 5  # each once
+    assert find_files(['*.txt', '**/*.md']) == (['a.txt', 'sub/e.md'], [])
+    assert find_files(['image.png']).paths == ['image.png']  # named by the user: taken as text
+
+
+PATTERNS = ['**', '**/*', '**/*.txt', 'a/**/*.txt', 'a/**/b/*', '*/**/*.t?t', '**/b/**', 'a/*.txt']
+
+
+@pytest.mark.parametrize('pattern', PATTERNS)
+def test_a_pattern_stands_for_what_glob_says(tmp_path, monkeypatch, pattern):
+    for name in (
+        'x.txt',
+        'a/x.txt',
+        'a/b/x.txt',
+        'a/b/c/y.tat',
+        'b/b/z',
+        '.hidden/x.txt',
+        'c[1]/x.txt',
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    monkeypatch.chdir(tmp_path)
+    for base in ('', f'{tmp_path}/', './'):
+        theirs = {
+            os.path.normpath(path)
+            for path in glob.glob(base + pattern, recursive=True)
+            if os.path.normpath(path) not in ('.', str(tmp_path), 'a')
+        }
+        ours = {os.path.normpath(path) for path in corpus_files.matching(base + pattern)}
+        assert ours - {'a'} == theirs and ours
+
+
+@pytest.fixture
+def linked(tmp_path):
+    """A corpus with parts on another disk, by links of every kind; its names for the files."""
+    corpus, disk = tmp_path / 'corpus', tmp_path / 'disk'
+    for folder in (corpus / 'own', disk / 'deep'):
+        folder.mkdir(parents=True)
+    for name in ('corpus/a.txt', 'corpus/own/b.txt', 'disk/c.txt', 'disk/deep/d.txt', 'e.txt'):
+        (tmp_path / name).write_text(name)
+    (corpus / 'away').symlink_to(disk)
+    (corpus / 'away_too').symlink_to(disk / 'deep')  # a second way to the same folder
+    (corpus / 'an_own').symlink_to(corpus / 'own')  # its own name wins, though it comes later
+    (corpus / 'f.txt').symlink_to(tmp_path / 'e.txt')
+    (corpus / 'g.txt').symlink_to(corpus / 'a.txt')  # a file under two names is two documents
+    for loop in (corpus / 'loop', disk / 'deep' / 'loop', disk / 'up'):
+        loop.symlink_to(corpus)
+    (corpus / 'self').symlink_to('self')
+    return corpus, ['a.txt', 'away/c.txt', 'away/deep/d.txt', 'f.txt', 'g.txt', 'own/b.txt']
+
+
+def test_linked_folders_are_followed_each_real_one_once(linked):
+    corpus, names = linked
+    expected = [str(corpus / name) for name in names]
+    paths, (note,) = find_files([str(corpus)])
+    assert paths == expected
+    assert 'Left out' in note and '1 of them links that lead nowhere' in note and 'self' in note
+    for other in (
+        [f'{corpus}/**/*.txt'],
+        [str(corpus), str(corpus / 'away')],
+        [f'{corpus}/*', str(corpus)],
+    ):
+        found = [path for path in find_files(other).paths if not path.endswith('self')]
+        assert sorted(map(os.path.realpath, found)) == sorted(map(os.path.realpath, expected))
+
+
+def test_what_a_folder_holds_beside_is_named(tmp_path):
+    for name in ('a.txt', 'b.py', 'c.py', 'd.json', 'e', 'f.tar.gz', '.hidden.py'):
+        (tmp_path / name).touch()
+    paths, (note,) = find_files([str(tmp_path)])
+    assert paths == [str(tmp_path / 'a.txt')]
+    assert "5 files, 2 that end in '.py'" in note and "1 that end in '.json'" in note
+    assert "1 that end in '.tar.gz'" in note and '1 without an ending' in note
+
+
+def test_a_folder_that_cannot_be_read_is_an_error(linked, monkeypatch):
+    corpus, _ = linked
+    scandir = os.scandir
+
+    def denied(path):
+        if str(path).endswith('deep'):
+            raise PermissionError(13, 'Permission denied', path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, 'scandir', denied)
+    with pytest.raises(UserError, match=r'away/deep cannot be read: Permission denied'):
+        find_files([str(corpus)])
+
+
+# --- JSON in all its forms ------------------------------------------------------------------------
+
+
+COMPRESS = {
+    '': bytes,
+    '.gz': gzip.compress,
+    '.bz2': bz2.compress,
+    '.xz': lzma.compress,
+    '.zst': corpus_files.zstandard().compress,
+}
+FORMS = {
+    'a.jsonl': lines_of(TEXTS),
+    'a.ndjson': lines_of(TEXTS),
+    'lines.json': lines_of(TEXTS),
+    'array.json': json.dumps([{'text': text} for text in TEXTS]),
+    'pretty.json': json.dumps([{'text': text} for text in TEXTS], indent=2),
+    'array.jsonl': '[\n' + lines_of(TEXTS).replace('\n', ',\n')[:-2] + '\n]\n',
+    'objects.json': ''.join(json.dumps({'text': text}, indent=1) for text in TEXTS),
+    'windows.json': '\ufeff' + json.dumps([{'text': text} for text in TEXTS], ensure_ascii=False),
+}
+
+
+@pytest.mark.parametrize('compression', COMPRESS)
+@pytest.mark.parametrize('form', FORMS)
+def test_json_is_read_in_every_form(tmp_path, monkeypatch, form, compression):
+    monkeypatch.setattr(documents, 'PIECE_BYTES', 300)
+    monkeypatch.setattr(text_files, 'CHUNK', 64)
+    path = tmp_path / (form + compression)
+    path.write_bytes(COMPRESS[compression](FORMS[form].encode()))
+    pieces = list(files(path).pieces())
+    assert [record.text() for piece in pieces for record in piece.records] == TEXTS
+    for piece in pieces[::5]:
+        rest = texts_of(files(path), through_json(piece.position))
+        assert rest == TEXTS[piece.position.given :]
+    if compression or not form.endswith('.json'):  # else a pattern has to name it
+        assert find_files([str(tmp_path)]).paths == [str(path)]
+
+
+def test_compressed_texts_are_cut_like_plain_ones(tmp_path, monkeypatch):
+    (tmp_path / 'a.txt').write_text(''.join(TEXTS))
+    plain = [
+        r.content for piece in files(tmp_path / 'a.txt', cut=500).pieces() for r in piece.records
+    ]
+    assert len(plain) > 5
+    for compression, compress in COMPRESS.items():
+        path = tmp_path / f'b.txt{compression}'
+        path.write_bytes(compress(''.join(TEXTS).encode()))
+        cut = [r.content for piece in files(path, cut=500).pieces() for r in piece.records]
+        assert cut == plain
+        assert texts_of(files(path)) == [''.join(TEXTS)]
+
+
+@pytest.mark.parametrize(
+    'name, content, says',
+    [
+        (
+            'a.json',
+            '[{"text": "a"}, {"text": "b"} {"text": "c"}]',
+            'row 3 is no JSON: .* , or ] is',
+        ),
+        ('a.json', '[{"text": "a"}, {"text": "b"', 'row 2 is no JSON: it is cut off'),
+        ('a.json', '[{"text": "a"}, {"text": nul}]', 'row 2 is no JSON: Expecting value'),
+        ('a.json', '[{"text": "a"}', 'row 2 is no JSON: it is cut off'),
+        ('a.json', '[{"text": "a"}, "b"]', 'row 2 is no JSON object'),
+        ('a.json', '[{"text": "a"}, {"text": "' + 'x' * 9999, 'row 2 is no JSON: it is longer'),
+        ('a.tar', 'a' * 257 + 'ustar', 'a tar archive: unpack it first'),
+        ('a.jsonl', '{"text": "a"}\n{"id": 1}\n', "'id'. No field of it is text"),
+    ],
+)
+def test_json_that_is_none_is_named_with_its_place(tmp_path, monkeypatch, name, content, says):
+    monkeypatch.setattr(documents, 'LINE_LIMIT', 1000)
+    monkeypatch.setattr(text_files, 'CHUNK', 64)
+    (tmp_path / name).write_text(content)
+    *good, bad = (r for piece in files(tmp_path / name).pieces() for r in piece.records)
+    assert [record.text() for record in good] in (['a'], ['a', 'b'], [])
+    with pytest.raises(Invalid, match=re.escape(str(tmp_path / name)) + f'.*{says}'):
+        bad.text()
+
+
+@pytest.mark.parametrize('suffix', ['.gz', '.bz2', '.xz', '.zst'])
+def test_damaged_compressed_files_are_named(tmp_path, suffix):
+    whole = COMPRESS[suffix](lines_of(TEXTS * 20).encode())
+    for content in (whole[: len(whole) // 2], b'junk' * 50):
+        (tmp_path / f'a.jsonl{suffix}').write_bytes(content)
+        (tmp_path / f'b.txt{suffix}').write_bytes(content)
+        for name in (f'a.jsonl{suffix}', f'b.txt{suffix}'):
+            *_, bad = (r for piece in files(tmp_path / name).pieces() for r in piece.records)
+            with pytest.raises(Invalid, match=rf'{name} cannot be read: '):
+                bad.text()
+
+
+def test_zstandard_without_its_package_is_one_line(tmp_path, monkeypatch):
+    for name in ('compression', 'compression.zstd', 'backports', 'backports.zstd'):
+        monkeypatch.setitem(sys.modules, name, None)
+    (tmp_path / 'a.jsonl.zst').touch()
+    with pytest.raises(
+        UserError, match=r'\(\.zst\) need the package .*: pip install backports\.zstd$'
+    ):
+        files(tmp_path)
 
 
 @pytest.mark.parametrize(

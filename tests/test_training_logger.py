@@ -171,6 +171,18 @@ def test_find_records_finds_runs_and_searches_nothing_else(tmp_path):
     assert set(find_records(tmp_path)) == {tmp_path, runs[0], renamed}
 
 
+def test_find_records_follows_links_to_other_disks_once(tmp_path):
+    disk, out = tmp_path / 'disk', tmp_path / 'out'
+    run = started(new_run_folder(disk / 'llama')).run_folder
+    own = started(new_run_folder(out / 'gpt2')).run_folder
+    for name in ('away', 'again'):
+        (out / name).symlink_to(disk)
+    (disk / 'back').symlink_to(out)
+    (out / 'gone').symlink_to('nowhere')
+    (out / 'self').symlink_to('self')
+    assert find_records(out) == sorted([own, out / 'again' / 'llama' / run.name])
+
+
 # --- the document ---------------------------------------------------------------------------------
 
 
