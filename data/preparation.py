@@ -168,7 +168,8 @@ def prepare(folder: Path, source: Source, options: Options) -> None:
         'val_fraction': options.val_fraction,
         'shard_tokens': options.shard_tokens,
     }
-    print(*source.notes, sep='\n', end='\n' * bool(source.notes), flush=True)
+    for note in source.notes:
+        write_progress(note)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with exclusive(folder / 'publish.lock.tmp', f'another process writes {folder}: waiting'):

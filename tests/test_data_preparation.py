@@ -39,17 +39,8 @@ def project(tmp_path):
     copy = tmp_path / 'project'
     unprepared = shutil.ignore_patterns('*.bin', '*.tmp', 'meta.json', '__pycache__')
     shutil.copytree(PROJECT / 'data', copy / 'data', ignore=unprepared)
-    modules = (
-        'errors',
-        'folders',
-        'text_codec',
-        'text_files',
-        'token_data',
-        'token_files',
-        'data_order',
-    )
-    for name in modules:
-        shutil.copy(PROJECT / f'{name}.py', copy)
+    for module in PROJECT.glob('*.py'):
+        shutil.copy(module, copy)
     (copy / 'mine.txt').write_text(TEXT, encoding='utf-8')
     return copy
 

@@ -210,7 +210,7 @@ def test_results_are_on_the_disk_before_they_are_shown(of_bytes, text, tmp_path,
         assert json.loads(path.read_text())['text'][0]['tokens']
         raise BrokenPipeError
 
-    monkeypatch.setattr('builtins.print', broken)
+    monkeypatch.setattr(evaluate, 'write_text', broken)
     with pytest.raises(BrokenPipeError):
         evaluate.main([f'--out_dir={of_bytes[0]}', f'--text={text}', f'--json={path}'])
     assert path.exists()
