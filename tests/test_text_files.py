@@ -103,7 +103,5 @@ def test_what_reads_input_has_no_way_of_its_own():
         PROJECT / f'{name}.py' for name in ('choice_items', 'configurator', 'evaluate', 'sample')
     ]
     modules += PROJECT.glob('data/**/*.py')
-    own = re.compile(
-        r"\.read_text\(encoding|json\.loads\(line|\.decode\('utf-8'\)|text\.splitlines\(\)"
-    )
+    own = re.compile(r"\.read_text\(encoding|\.decode\('utf-8'\)|text\.splitlines\(\)")
     assert [str(path) for path in modules if own.search(path.read_text(encoding='utf-8'))] == []
