@@ -46,6 +46,17 @@ class WarmUp(Schedule):
         return {'warmup_iters': (min(2000, config.max_iters // 20), why)}
 
     @classmethod
+    def notes(cls, config) -> list[str]:
+        if config.warmup_iters < config.max_iters:
+            return []
+        highest = cls.learning_rate(config.max_iters - 1, config)
+        return [
+            f'warmup_iters={config.warmup_iters} is not below max_iters={config.max_iters}: the '
+            f'run ends in its warm-up, at a learning rate of {highest:.3g}; learning_rate is '
+            f'{config.learning_rate:g}.'
+        ]
+
+    @classmethod
     def learning_rate(cls, step: int, run) -> float:
         if step < run.warmup_iters:
             return run.learning_rate * (step + 1) / (run.warmup_iters + 1)
@@ -66,7 +77,7 @@ class Constant(WarmUp):
 
 
 class Decay(WarmUp):
-    """From the highest rate to `min_lr` at `lr_decay_iters`, where it stays."""
+    """From the highest rate to `min_lr` at `lr_decay_iters`, where it stays, without a jump."""
 
     options: ClassVar = {
         **WarmUp.options,
@@ -89,24 +100,51 @@ class Decay(WarmUp):
 
     @classmethod
     def problems(cls, config) -> list[str]:
-        if config.min_lr is None or config.min_lr <= config.learning_rate:
-            return []
-        return [
-            f'min_lr={config.min_lr:g} is above learning_rate={config.learning_rate:g}: the rate '
-            f'would rise. Lower min_lr, or leave it out for learning_rate / 10.'
-        ]
+        problems, end, warm_up = [], config.lr_decay_iters, config.warmup_iters
+        if config.min_lr is not None and config.min_lr > config.learning_rate:
+            problems.append(
+                f'min_lr={config.min_lr:g} is above learning_rate={config.learning_rate:g}: the '
+                f'rate would rise. Lower min_lr, or leave it out for learning_rate / 10.'
+            )
+        if warm_up is None:
+            warm_up, _ = cls.derived_values(config)['warmup_iters']
+        if end is not None and end <= warm_up < config.max_iters:
+            problems.append(
+                f'lr_decay_iters={end} is not above warmup_iters={warm_up}: the rate would fall to '
+                f'min_lr in one update. Raise lr_decay_iters, or shorten the warm-up, for example '
+                f'to --warmup_iters={end // 20}.'
+            )
+        return problems
+
+    @classmethod
+    def notes(cls, config) -> list[str]:
+        notes, end, updates = super().notes(config), config.lr_decay_iters, config.max_iters
+        if notes:  # it is never reached
+            return notes
+        if end < updates:
+            notes.append(
+                f'lr_decay_iters={end} is below max_iters={updates}: from update {end} on, the '
+                f'learning rate stays at min_lr={config.min_lr:g}.'
+            )
+        elif end > updates:
+            last = cls.learning_rate(updates - 1, config)
+            notes.append(
+                f'lr_decay_iters={end} is above max_iters={updates}: the run ends before its decay '
+                f'does, at a learning rate of {last:.3g}; min_lr is {config.min_lr:g}.'
+            )
+        return notes
 
     @classmethod
     def after_warm_up(cls, step: int, run) -> float:
         if step >= run.lr_decay_iters:
             return run.min_lr
-        begin = cls.decay_begins(run)
+        begin = max(cls.decay_begins(run), run.warmup_iters)  # from the top, whenever it is reached
         progress = max(0.0, (step - begin) / (run.lr_decay_iters - begin))
         return run.min_lr + cls.height(progress, run) * (run.learning_rate - run.min_lr)
 
     @classmethod
     def decay_begins(cls, run) -> int:
-        """In which update."""
+        """In which update; after the warm-up in any case."""
         return run.warmup_iters
 
     @classmethod
@@ -156,6 +194,28 @@ class WarmUpStableDecay(Decay):
             choices=tuple(DECAY_SHAPES),
         ),
     }
+
+    @classmethod
+    def problems(cls, config) -> list[str]:
+        problems, end, updates = super().problems(config), config.lr_decay_iters, config.max_iters
+        reached = end is not None and end < updates and (config.warmup_iters or 0) < updates
+        if config.decay_fraction == 0 and reached:
+            problems.append(
+                f'decay_fraction=0 with lr_decay_iters={end} below max_iters={config.max_iters}: '
+                f'the rate would fall to min_lr in one update. Raise decay_fraction, or leave '
+                f'lr_decay_iters out for a rate that does not decay.'
+            )
+        return problems
+
+    @classmethod
+    def notes(cls, config) -> list[str]:
+        notes, begin = super().notes(config), cls.decay_begins(config)
+        if begin < config.warmup_iters < min(config.lr_decay_iters, config.max_iters):
+            notes.append(
+                f'The warm-up reaches into the decay, which would begin at update {begin}: it '
+                f'begins at {config.warmup_iters} instead, and is shorter.'
+            )
+        return notes
 
     @classmethod
     def decay_begins(cls, run) -> int:

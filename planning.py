@@ -84,7 +84,7 @@ def plan(settings: Settings) -> dict:
         'memory': {s.label: memory.figures(s, limit) for s in memory.strategies(settings.ranks)},
         'advice': list(_advice(settings, memory, limit)) if limit else [],
         'time': _time(settings, flops, peak, tokens),
-        'notes': [*notes, *_notes(memory, settings)],
+        'notes': [*notes, *settings.notes, *_notes(memory, settings)],
         'derived': settings.derived,
     }
 

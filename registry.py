@@ -322,6 +322,11 @@ class Configurable:
         """What it cannot be combined with, a sentence each."""
         return []
 
+    @classmethod
+    def notes(cls, config: FrozenConfig) -> list[str]:
+        """What a user may not expect of these options, all of them derived; a sentence each."""
+        return []
+
 
 def derived_values_of(component: type[Configurable], config: FrozenConfig) -> dict[str, tuple]:
     """`component.derived_values(config)`; UserError if that is no dict of (value, why)."""

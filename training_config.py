@@ -204,11 +204,18 @@ class Settings:
 
     @property
     def notes(self) -> list[str]:
-        """What the user should know of how the files were read."""
-        if not self.asked.aside:
-            return []
-        path = self.asked.config_files[-1]['path']
-        return [f'{path} holds a study: this is one run of it; python study.py {path} runs all']
+        """What the user should know of how the files were read and, once the options are
+        complete, of what they come to."""
+        notes = []
+        if self.asked.aside:
+            path = self.asked.config_files[-1]['path']
+            notes = [
+                f'{path} holds a study: this is one run of it; python study.py {path} runs all'
+            ]
+        if not self.run.eval_only:
+            for component in self.run.components():
+                notes += sentences_of(component, 'notes', self.run)
+        return notes
 
     def to_dict(self) -> dict:
         """Every resolved option, flat, as in the record."""

@@ -1,19 +1,32 @@
 """optimization.py: the schedules, and one measured and guarded update, by each optimizer."""
 
 import copy
+import itertools
 import math
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from in_process import train_here
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import divided_state
+import planning
+from configurator import read_command_line
+from errors import UserError
 from model_builder import ParameterGroup
 from optimization import Updater, learning_rate_at
 from parallelism import SingleProcess
-from training_config import OPTIMIZER_REGISTRY
+from training_config import (
+    OPTIMIZER_REGISTRY,
+    SCHEDULE_REGISTRY,
+    Settings,
+    load_settings,
+    schema,
+)
 
 CPU = torch.device('cpu')
 RUN = SimpleNamespace(
@@ -138,23 +151,109 @@ def test_schedules_are_torchs(changed, schedules, milestones):
     assert ours == pytest.approx(torchs_rates(run, *schedules, milestones=milestones), rel=1e-9)
 
 
-@pytest.mark.parametrize('lr_decay_iters', [1, 2, 7, 100])
-@pytest.mark.parametrize('warmup_iters', [0, 1, 60, 200])
-@pytest.mark.parametrize('decay_fraction', [0.0, 0.5, 1.0])
-@pytest.mark.parametrize('lr_schedule', ['cosine', 'linear', 'wsd'])
-def test_no_schedule_leaves_its_bounds(lr_schedule, decay_fraction, warmup_iters, lr_decay_iters):
-    run = options(
-        lr_schedule=lr_schedule,
-        decay_fraction=decay_fraction,
-        decay_shape='1-sqrt',
-        warmup_iters=warmup_iters,
-        lr_decay_iters=lr_decay_iters,
-    )
-    rates = [learning_rate_at(step, run) for step in range(220)]
-    assert all(0 < rate <= run.learning_rate for rate in rates)
-    rising, falling = rates[:warmup_iters], rates[warmup_iters:]
+SHAPES_OF_DECAY = {
+    # The most that one of n updates of a decay may take off, as a share of the whole.
+    'cosine': lambda n: math.pi / (2 * n),
+    'linear': lambda n: 1 / n,
+    '1-sqrt': lambda n: math.sqrt(1 / n),
+}
+
+
+def resolved(**chosen) -> tuple[SimpleNamespace, list[str]]:
+    """The run's options with what is open derived, and the problems of the schedule before that."""
+    given = {'lr_decay_iters': None, 'min_lr': None, 'warmup_iters': None, **chosen}
+    run = options(**given)
+    schedule = SCHEDULE_REGISTRY[run.lr_schedule]
+    problems = schedule.problems(run)
+    for key, (value, _) in schedule.derived_values(run).items():
+        if getattr(run, key) is None:
+            setattr(run, key, value)
+    return run, problems
+
+
+def planned_settings(**chosen) -> Settings:
+    arguments = [f'--{key}={value}' for key, value in {'plan': True, **chosen}.items()]
+    return load_settings(read_command_line(arguments, schema))
+
+
+updates = st.integers(0, 60)
+
+
+@given(
+    lr_schedule=st.sampled_from(('constant', 'cosine', 'linear', 'wsd')),
+    max_iters=st.integers(1, 60),
+    warmup_iters=st.none() | updates,
+    lr_decay_iters=st.none() | st.integers(1, 60),
+    min_lr=st.none() | st.sampled_from((0.0, 1e-5, 6e-4, 1e-3)),
+    decay_fraction=st.sampled_from((0.0, 0.1, 0.5, 1.0)) | st.floats(0, 1),
+    decay_shape=st.sampled_from(('1-sqrt', 'linear')),
+)
+@settings(max_examples=500, deadline=None)
+def test_a_learning_rate_never_jumps_nor_leaves_its_bounds(**chosen):
+    run, problems = resolved(**chosen)
+    top, warm_up, end = run.learning_rate, run.warmup_iters, run.lr_decay_iters
+    rates = [learning_rate_at(step, run) for step in range(run.max_iters)]
+    named = run.decay_shape if run.lr_schedule == 'wsd' else run.lr_schedule
+    decays = named != 'constant'
+    length = 1
+    if decays:
+        span = round(run.decay_fraction * end) if run.lr_schedule == 'wsd' else end
+        length = max(1, min(span, end - warm_up))
+    if problems:  # there is a jump, or a rise
+        fall = max((a - b for a, b in itertools.pairwise(rates)), default=0.0)
+        assert run.min_lr >= top or fall > 0.49 * top - run.min_lr
+        return
+    lowest = min(top / (warm_up + 1), run.min_lr if decays else top)
+    assert all(lowest <= rate <= top for rate in rates)
+    rising, falling = rates[: warm_up + 1], rates[warm_up:]
     assert rising == sorted(rising) and falling == sorted(falling, reverse=True)
-    assert rates[-1] == run.min_lr
+    assert all(b - a <= 1.001 * top / (warm_up + 1) for a, b in itertools.pairwise(rising))
+    if warm_up < run.max_iters:
+        assert rates[warm_up] == top
+    if decays:
+        most = SHAPES_OF_DECAY[named](length) * (top - run.min_lr)
+        assert all(a - b <= most * 1.001 for a, b in itertools.pairwise(falling))
+        assert warm_up >= run.max_iters or all(rate == run.min_lr for rate in rates[end:])
+    # What does not end as a schedule is expected to is said.
+    notes = ' '.join(SCHEDULE_REGISTRY[run.lr_schedule].notes(run))
+    assert ('ends in its warm-up' in notes) == (warm_up >= run.max_iters)
+    if decays:
+        assert ('stays at min_lr' in notes) == (max(end, warm_up) < run.max_iters)
+        assert ('ends before its decay' in notes) == (warm_up < run.max_iters < end)
+    if run.lr_schedule == 'wsd' and warm_up < min(end, run.max_iters):
+        assert ('is shorter' in notes) == (end - max(1, round(run.decay_fraction * end)) < warm_up)
+
+
+@pytest.mark.parametrize(
+    ('chosen', 'why'),
+    [
+        (
+            {'lr_decay_iters': 10, 'warmup_iters': 10},
+            'lr_decay_iters=10 is not above warmup_iters=10',
+        ),
+        ({'lr_decay_iters': 2}, r'warmup_iters=3: .*--warmup_iters=0'),  # a derived warm-up
+        (
+            {'lr_schedule': 'wsd', 'decay_fraction': 0.0, 'lr_decay_iters': 30, 'warmup_iters': 5},
+            'decay_fraction=0 with lr_decay_iters=30',
+        ),
+        ({'min_lr': 1.0}, 'min_lr=1 is above'),
+    ],
+)
+def test_a_schedule_that_would_jump_is_refused(chosen, why):
+    with pytest.raises(UserError, match=why):
+        planned_settings(max_iters=60, **chosen)
+
+
+def test_what_a_schedule_comes_to_is_said_in_the_run_and_in_the_plan(tiny_dataset, tmp_path):
+    run = train_here(tiny_dataset, tmp_path, max_iters=4, lr_decay_iters=2, eval_iters=1)
+    said = [event['message'] for event in run.events('note')]
+    assert any(note.startswith('lr_decay_iters=2 is below max_iters=4') for note in said)
+    rates = [entry['lr'] for entry in run.record['training_iterations']]
+    assert rates[2:] == [run.record['config']['min_lr']] * 2
+    plan = planning.plan(
+        planned_settings(max_iters=4, warmup_iters=9, n_layer=1, n_embd=8, n_head=1)
+    )
+    assert any(note.startswith('warmup_iters=9 is not below') for note in plan['notes'])
 
 
 # --- An update ------------------------------------------------------------------------------------
