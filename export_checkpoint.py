@@ -10,7 +10,8 @@ checkpoint that it names; whatever strategy wrote it, on any number of ranks. A 
 model.load_state_dict, where a tied table has both of its names. A .safetensors file has each tensor
 once, as safetensors.torch.load_model expects, and the config as JSON in its metadata. --format=hf
 writes a folder for transformers' AutoModelForCausalLM.from_pretrained, in the architecture there
-that computes the same; what transformers cannot express is refused by name. The tokenizer is there
+that computes the same; what transformers cannot express is refused by name. Where transformers is
+installed, it loads the folder before success is reported. The tokenizer is there
 too, for AutoTokenizer.from_pretrained (pip install tokenizers). A model with components from a
 config file needs that file again, as for sample.py.
 """
@@ -59,6 +60,7 @@ def write_safetensors(exported: Exported, path: Path) -> None:
 def write_hugging_face(exported: Exported, path: Path) -> None:
     model = exported.model
     interop.export(model.config, dict(model.named_parameters()), path)
+    write_progress(f'Check: {interop.check_export(model, path)}.')
     try:
         codec, vocab_size = resumption.vocabulary_of(exported.checkpoint)
         interop.tell_tokens(path, codec.end_of_text, range(vocab_size, model.config.vocab_size))

@@ -189,7 +189,7 @@ def test_what_transformers_cannot_express_is_refused_by_name(
 ):
     out_dir, _, _ = trained['gpt2']
     llama_alone = {'llama': interop.TRANSFORMERS['llama']}
-    monkeypatch.setattr(interop, 'TRANSFORMERS', llama_alone)
+    monkeypatch.setattr(interop.exporter, 'TRANSFORMERS', llama_alone)
     export(f'--out_dir={out_dir}', '--format=hf', f'--output={tmp_path / "mine"}', code=2)
     error = capsys.readouterr().err
     assert "normalization='layernorm_nobias'" in error and "norm_position='post'" in error

@@ -341,12 +341,12 @@ def resized(fields, tensors):
     [
         (with_field(model_type='lama'), "model_type='lama' is not known here.* Did you mean llama"),
         (with_field(hidden_act='relu'), "hidden_act='relu' cannot be expressed here; 'silu' can"),
-        (with_field(hidden_size=None), 'n_embd=None'),
+        (with_field(hidden_size=None), 'hidden_size=None: it takes a whole number'),
         (with_field(quantization_config={'bits': 4}), 'quantization_config'),
         (with_field(rope_parameters={'rope_type': 'dynamic'}), "rope_type='dynamic'"),
         (
             with_field(rope_parameters={'rope_type': 'linear', 'factor': 2.0, 'truncate': False}),
-            'truncate=False cannot be expressed here',
+            'rope_parameters: truncate=False: cannot be expressed here',
         ),
         (with_field(rope_parameters={'rope_type': 'linear'}), 'factor is missing'),
         (without('model.norm.weight'), "has no tensor 'model.norm.weight'"),
@@ -355,7 +355,7 @@ def resized(fields, tensors):
             "has a tensor 'extra' that LlamaForCausalLM of its config has no place for",
         ),
         (with_field(num_hidden_layers=1), "has a tensor 'model.layers.1.*no place for"),
-        (resized, r'model.norm.weight make a tensor of \(31,\), and \(32,\) was expected'),
+        (resized, r'model.norm.weight is a tensor of \(31,\), and \(32,\) was expected'),
     ],
 )
 def test_what_cannot_be_taken_over_is_named(llama, tmp_path, change, message):

@@ -1,0 +1,223 @@
+"""Our weights as a folder for transformers, in the architecture there that computes the same."""
+
+import contextlib
+import copy
+import io
+import json
+import math
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil
+import torch
+
+from errors import UserError
+from interop.source import weight_of
+from model_builder import Transformer, build_model
+from model_config import INITIALIZATION_REGISTRY, ModelArchitectureConfig
+from weight_maps import TRANSFORMERS, Family, function_of
+
+# Logits of the same function, computed in another order in fp32.
+TOLERANCE = 1e-3
+TOKENS = 16  # of the text that they are compared on
+WAY_OUT = 'A file takes any architecture: --output=model.safetensors.'
+# How long sequences are, how many documents are in one, and how it is computed: a run with imported
+# weights may have it otherwise, and another's model is given one document at a time.
+HARMLESS = ('block_size', 'vocab_size', 'attention_backend', 'document_mask', 'end_of_text')
+
+
+def of_training(config: ModelArchitectureConfig) -> set[str]:
+    """Options that act in training alone: a run with imported weights has its own."""
+    initialization = INITIALIZATION_REGISTRY[config.initialization]
+    begin = {key for c in INITIALIZATION_REGISTRY for key in INITIALIZATION_REGISTRY[c].options}
+    begin.add('initialization')
+    if initialization.output_scale(config) != 1:
+        begin.clear()  # it acts on the logits, too
+    dropout = {'dropout', 'attention_dropout', 'residual_dropout'}
+    losses = {'z_loss', 'load_balance_weight', 'router_z_loss'}
+    return {'multiple_of', *begin, *dropout, *losses}
+
+
+class Expression(NamedTuple):
+    """How transformers says an architecture: the family, its config's fields, and what they are."""
+
+    family: Family
+    fields: dict
+    config: ModelArchitectureConfig  # ours, or one of the same function
+
+
+def expressed_as(config: ModelArchitectureConfig) -> Expression:
+    """The architecture in the first family of transformers that can express it.
+
+    Raises UserError naming what none can express.
+    """
+    losses: list[tuple[Family, list[str]]] = []
+    refusals: dict[str, str | None] = {}
+    for said in (config, *with_zero_biases(config)):
+        for family in TRANSFORMERS.values():
+            fields = family.write(said)
+            lost = _lost(family, fields, said)
+            refusal = None if lost else family.unloadable(fields)
+            if not lost and not refusal:
+                return Expression(family, {'model_type': family.name, **fields}, said)
+            refusals.setdefault(family.name, refusal)
+            losses.append((family, lost))
+    family, lost = min(losses[: len(TRANSFORMERS)], key=lambda entry: len(entry[1]))
+    options = function_of(config)
+    values = refusals[family.name] or ', '.join(f'{key}={options[key]!r}' for key in lost)
+    raise UserError(
+        f'transformers cannot express this architecture: {values}. The nearest that it has is '
+        f'{family.architecture}, which cannot be that. {WAY_OUT}'
+    )
+
+
+def with_zero_biases(config: ModelArchitectureConfig) -> Iterator[ModelArchitectureConfig]:
+    """The same function, were all its biases there and nothing but zeros; if that makes sense."""
+    options = config.to_dict()
+    if options['normalization'] in ('layernorm', 'layernorm_nobias'):
+        biases = {key: True for key in ('attention_bias', 'ffn_bias') if key in options}
+        yield config.replace(normalization='layernorm', **biases)
+
+
+def _lost(family: Family, fields: dict, config: ModelArchitectureConfig) -> list[str]:
+    """The options that come back as something else when the fields are read again."""
+    read = family.read(fields, [])
+    try:
+        back = function_of(ModelArchitectureConfig(**{'arch_preset': 'custom', **read}))
+    except UserError:  # what is left out makes it illegal
+        back = read
+    lost = [key for key, value in function_of(config).items() if not _equal(back.get(key), value)]
+    return [key for key in lost if key not in {*HARMLESS, *of_training(config)}]
+
+
+def _equal(one, other) -> bool:
+    """Whether values are the same, but for the rounding of a formula."""
+    if isinstance(one, float) and isinstance(other, float):
+        return math.isclose(one, other, rel_tol=1e-12)
+    return one == other
+
+
+def export(config: ModelArchitectureConfig, weights: dict[str, torch.Tensor], folder: Path) -> None:
+    """Write a folder that transformers' AutoModelForCausalLM.from_pretrained loads.
+
+    weights: whole parameters by name, tied ones once, in the dtype that they are to have. Raises
+    UserError naming what transformers cannot express, and OSError.
+    """
+    family, fields, said = expressed_as(config)
+    (dtype,) = {tensor.dtype for tensor in weights.values()}
+    biases = {
+        name: torch.zeros(parameter.shape, dtype=dtype)
+        for name, parameter in build_model(said).named_parameters()
+        if name not in weights
+    }
+    tensors = {}
+    for name, tensor in (weights | biases).items():
+        weight, names, zeros = weight_of(family, name, said)
+        tensors.update(zip(names, weight.write(tensor.detach(), said)))
+        if zeros:
+            tensors[zeros] = tensor.new_zeros(len(tensor))
+    header = {
+        'architectures': [family.architecture],
+        'dtype': str(dtype).removeprefix('torch.'),
+        # Which tokens begin and end a text is the tokenizer's; the defaults are other people's.
+        **dict.fromkeys(('bos_token_id', 'eos_token_id', 'pad_token_id')),
+        **fields,
+    }
+    folder.mkdir()
+    save_tensors(tensors, folder / 'model.safetensors', {})
+    _write_json(folder / 'config.json', header)
+
+
+def tell_tokens(folder: Path, end_of_text: int | None, unused: range) -> None:
+    """Say in an exported folder which token ends a text, and which ids no text has.
+
+    Raises OSError.
+    """
+    header = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
+    ends = dict.fromkeys(('bos_token_id', 'eos_token_id'), end_of_text)
+    _write_json(folder / 'config.json', header | ends)
+    # What generates pads with it, too; in the config it would be an embedding without a gradient.
+    generation = {**ends, 'pad_token_id': end_of_text, 'suppress_tokens': [*unused] or None}
+    _write_json(folder / 'generation_config.json', generation)
+
+
+def _write_json(path: Path, values: dict) -> None:
+    path.write_text(json.dumps(values, indent=2, sort_keys=True) + '\n', encoding='utf-8')
+
+
+def save_tensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Write a .safetensors file, on the CPU. Raises OSError."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    written = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    try:
+        save_file(written, path, metadata={'format': 'pt', **metadata})
+    except SafetensorError as error:  # so a full disk is told
+        raise OSError(str(error)) from error
+
+
+# --------------------------------------------------------------------------------------------------
+# What transformers says to it
+
+
+@torch.no_grad()
+def check_export(model: Transformer, folder: Path) -> str:
+    """Load an exported folder with transformers, and compare its logits with the model's.
+
+    Returns what was checked, in words: without transformers nothing beyond its rules as they are
+    written here; without memory for two more models, only the config and what it makes. Raises
+    UserError where transformers makes something else of the folder.
+    """
+    try:
+        with _silent():
+            from transformers import AutoConfig, AutoModelForCausalLM, __version__
+    except ImportError:
+        return 'transformers is not installed, so it was not loaded as a check'
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    enough = psutil.virtual_memory().available > 2 * 4 * parameters
+    try:
+        with _silent():
+            if enough:
+                theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+                off = _difference(copy.deepcopy(model).float().eval(), theirs)
+                problem = off > TOLERANCE and f'its logits are {off:.1e} off'
+            else:
+                with torch.device('meta'):
+                    theirs = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+                made = sum(
+                    p.numel() for p in build_model(expressed_as(model.config).config).parameters()
+                )
+                problem = theirs.num_parameters() != made and 'it has other parameters'
+    except Exception as error:  # whatever their code makes of a folder that it cannot read
+        problem = f'{type(error).__name__}: {error}'
+    if problem:
+        raise UserError(
+            f'transformers {__version__} cannot use what was written ({problem}). {WAY_OUT}'
+        )
+    if enough:
+        return f'transformers {__version__} loads it and gives the same logits'
+    return f'transformers {__version__} reads its config; there is no memory to load its weights'
+
+
+def _difference(ours: Transformer, theirs: torch.nn.Module) -> float:
+    """How far their logits are from ours, in parts of these."""
+    length = min(TOKENS, ours.config.block_size)
+    tokens = torch.arange(length)[None] * 7919 % ours.config.vocab_size
+    expected = ours(tokens)
+    logits = theirs(tokens).logits[..., : ours.config.vocab_size]
+    if expected.shape != logits.shape:
+        return math.inf
+    same = torch.equal(expected.isnan(), logits.isnan())  # of weights that are not finite
+    off = torch.linalg.norm((logits - expected).nan_to_num(0.0, 0.0, 0.0))
+    return (off / torch.linalg.norm(expected.nan_to_num())).item() if same else math.inf
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """transformers draws progress bars and warns of what the check itself reports."""
+    with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        yield
