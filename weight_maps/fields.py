@@ -9,6 +9,8 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from registry import Option
+
 # No size of a model is larger; sums and products of such numbers stay computable.
 LARGEST = 2**31
 
@@ -97,18 +99,21 @@ def brief(value) -> str:
 class Fields:
     """A config.json, or an object inside it: what is read of it, and what is wrong with it.
 
-    aliases: other names of transformers' for the same fields. problems: gets a sentence for each
-    value that cannot be read. within: the name of the object, for messages.
+    problems: gets a sentence for each value that cannot be read. options: those of ours, which say
+    of what type a field is that is one of them. aliases: other names of transformers' for the same
+    fields. within: the name of the object, for messages.
     """
 
     def __init__(
         self,
         values: dict,
         problems: list[str],
+        options: dict[str, Option],
         aliases: dict[str, str] | None = None,
         within: str = '',
     ):
-        self.values, self.problems, self.within = dict(values), problems, within
+        self.values, self.problems = dict(values), problems
+        self.options, self.within = options, within
         for alias, name in (aliases or {}).items():
             if alias in self.values:
                 self.agree(alias, name)
@@ -164,7 +169,8 @@ class Fields:
 
     def inner(self, name: str) -> 'Fields':
         """An object inside it; an empty one where it is missing or null."""
-        return Fields(self.take(name, dict, optional=True) or {}, self.problems, within=name)
+        values = self.take(name, dict, optional=True) or {}
+        return Fields(values, self.problems, self.options, within=name)
 
     def called(self, name: str) -> str:
         return f'{self.within}: {name}' if self.within else name

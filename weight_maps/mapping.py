@@ -38,7 +38,7 @@ def same(ours: str, theirs: str, default=REQUIRED, values: dict | None = None) -
             fields.problems.append(f'{fields.called(theirs)} is missing.')
             return {}
         if values is None:
-            option = architecture_options()[ours]
+            option = fields.options[ours]
             value = fields.take(theirs, option.base_type, default, option.optional)
             return {} if value is REQUIRED else {ours: value}
         value = fields.value(theirs, default)
@@ -210,7 +210,7 @@ class Family:
 
     def read(self, fields: dict, problems: list[str]) -> dict:
         """Our options for their fields; what cannot be expressed is added to `problems`."""
-        theirs = Fields(fields, problems, self.aliases)
+        theirs = Fields(fields, problems, architecture_options(), self.aliases)
         options = {
             key: value for entry in self.entries for key, value in entry.read(theirs).items()
         }

@@ -1,0 +1,75 @@
+"""Every way in which a folder of somebody's can be wrong: none may end in a traceback.
+
+    python tests/stress/damaged_files.py [number of random cases] [part of a kind's name]
+
+Each value of the config.json of each family set to null, NaN, texts, lists, objects, negative and
+huge numbers, and deep nesting; likewise the index of the shards, the header of .safetensors, the
+pickles and nanoGPT's checkpoint; and files with bytes changed at random. Each folder is opened,
+checked and read; whatever is not a UserError is shown, and makes the exit code 1.
+"""
+
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
+
+import foreign_configs  # noqa: E402
+from foreign_files import Folders  # noqa: E402
+
+import interop  # noqa: E402
+from errors import UserError  # noqa: E402
+
+
+def outcome(name: str) -> str:
+    """'read', 'refused', or the last line of a traceback."""
+    try:
+        source = interop.open_source(name)
+        source.check()
+        for _ in source.weights(source.config):
+            pass
+    except UserError:
+        return 'refused'
+    except Exception:
+        return traceback.format_exc().strip().splitlines()[-1]
+    return 'read'
+
+
+def main(cases: int = 200, part: str = '') -> int:
+    torch.set_num_threads(1)
+    failed = 0
+    with tempfile.TemporaryDirectory() as folder:
+        folders = Folders(Path(folder))
+        kinds = {f'config.json of {f}': folders.configs(f) for f in foreign_configs.BASES}
+        kinds |= {
+            'index': folders.indices('llama'),
+            'header': folders.headers('llama'),
+            'pickles and bytes': folders.pickles('llama', cases),
+            'nanoGPT': folders.nanogpt(),
+        }
+        for kind, damaged in kinds.items():
+            if part not in kind:
+                continue
+            counts, slowest = Counter(), (0.0, '')
+            for label, name in damaged:
+                start = time.perf_counter()
+                result = outcome(name)
+                slowest = max(slowest, (time.perf_counter() - start, label))
+                counts[result if result in ('read', 'refused') else 'traceback'] += 1
+                if result not in ('read', 'refused'):
+                    failed += 1
+                    print(f'{label}: {result}')
+            counted = ', '.join(f'{n:,} {what}' for what, n in sorted(counts.items()))
+            print(f'{kind}: {counted}; slowest {slowest[0]:.2f} s ({slowest[1]!r})', flush=True)
+    print(f'{failed} tracebacks')
+    return bool(failed)
+
+
+if __name__ == '__main__':
+    sys.exit(main(*map(int, sys.argv[1:2]), *sys.argv[2:3]))
