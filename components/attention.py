@@ -1,5 +1,6 @@
 """Attentions."""
 
+import math
 from typing import ClassVar
 
 import torch
@@ -255,11 +256,13 @@ class MultiHeadAttention(Attention):
     @classmethod
     def problems(cls, config: ModelArchitectureConfig) -> list[str]:
         problems = uneven_heads(config, 'head_dim')
-        divisors = [h for h in range(1, config.n_head + 1) if config.n_head % h == 0]
-        if config.use_gqa and config.num_kv_heads not in divisors:
+        heads, shared = config.n_head, config.get('num_kv_heads')
+        if config.use_gqa and (not shared or heads % shared):
+            small = [h for h in range(1, math.isqrt(heads) + 1) if heads % h == 0]
+            divisors = sorted({*small, *(heads // h for h in small)})
             problems.append(
-                f'num_kv_heads={config.num_kv_heads}: use_gqa=True needs a num_kv_heads that '
-                f'divides n_head={config.n_head}: one of {", ".join(map(str, divisors))}.'
+                f'num_kv_heads={shared}: use_gqa=True needs a num_kv_heads that '
+                f'divides n_head={heads}: one of {", ".join(map(str, divisors))}.'
             )
         return problems
 
