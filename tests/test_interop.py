@@ -440,37 +440,6 @@ def test_what_has_biases_there_gets_zeros(name, tmp_path):
     assert_same_logits(again, theirs)
 
 
-# What transformers does not read in computing logits, or reads in training alone.
-HARMLESS_FIELDS = {
-    # Of DeepSeek; groups are for another `topk_method`, and the other sizes follow.
-    *('n_group', 'topk_group', 'head_dim', 'qk_head_dim', 'num_nextn_predict_layers'),
-    *('bos_token_id', 'eos_token_id', 'pad_token_id', 'max_window_layers'),
-    *('initializer_range', 'use_cache', 'pretraining_tp', 'output_router_logits', 'is_decoder'),
-    *('reorder_and_upcast_attn', 'router_jitter_noise', 'router_aux_loss_coef'),
-    *('attn_pdrop', 'embd_pdrop', 'resid_pdrop'),
-    *('attention_dropout', 'hidden_dropout', 'classifier_dropout'),
-    *(f'summary_{what}' for what in ('type', 'use_proj', 'activation', 'proj_to_labels')),
-    *('summary_first_dropout', 'dropout', 'layerdrop', 'init_std'),
-}
-
-
-@pytest.mark.parametrize('family', interop.TRANSFORMERS)
-def test_every_field_of_transformers_is_read_or_known_to_be_harmless(family):
-    from transformers import AutoConfig, PreTrainedConfig
-
-    read = set()
-
-    class Fields(dict):
-        def get(self, key, default=None):
-            read.add(key)
-            return super().get(key, default)
-
-    full = Fields(AutoConfig.for_model(family).to_dict())
-    interop.TRANSFORMERS[family].read(full, [])
-    of_every_model = PreTrainedConfig().to_dict().keys() - {'tie_word_embeddings'}
-    assert full.keys() - read - of_every_model - HARMLESS_FIELDS == set()
-
-
 # --- Tables of another length ---------------------------------------------------------------------
 
 
