@@ -1,87 +1,105 @@
-"""What a study asks, as a list of runs: grid, ablations, replicates, fair sizes and budgets.
+"""What a study is: its keys, read and checked, and the names of its variants and folders.
 
 A study is a config file of `train.py` with some of the keys of `STUDY_KEYS` beside the usual ones,
-which are the base of every run. Nothing here starts a run; `study.py` does.
+which are the base of every run. `study_variants.py` makes runs of it, and `study.py` runs them.
 """
 
-import functools
+import hashlib
 import itertools
+import math
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
-
-import torch
+import reprlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 
 from configurator import COMMAND_LINE, CommandLine, Layer, accept_layer, flatten
 from errors import UserError, nearest
-from model_builder import build_model, flops_by_part
-from model_config import ModelArchitectureConfig
-from token_data import TokenDataset
-from training_config import Settings, load_settings, schema
+from registry import Option
+from training_config import PLAN_OPTIONS, Settings, load_settings, schema
 
 SEED_KEYS = ('seed', 'data_seed')
 BUDGETS = ('iterations', 'tokens', 'flops', 'seconds')
-MEASURES: dict[str, Callable[[ModelArchitectureConfig], float]] = {
-    'params': lambda a: sum(parameter.numel() for parameter in build_model(a).parameters()),
-    'flops': lambda a: sum(flops_by_part(build_model(a), causal=False).values()),  # a token
+MATCHES = ('params', 'flops')
+LARGEST_STUDY = 10_000  # runs; each is checked and has a folder before the first begins
+# Options that the study sets for each run.
+RESERVED = {
+    *('out_dir', 'init_from', 'resume_run', 'log_style', 'concurrent_runs', 'wandb_run_name'),
+    *('debug', *PLAN_OPTIONS),
 }
+LONGEST_NAME = 255  # bytes in the name of a folder, on nearly every file system
+
+_shown = reprlib.Repr()  # short whatever the value is, and never an error
+_shown.maxstring = _shown.maxother = 60
 
 
-def _is_grid(value) -> bool:
-    return isinstance(value, dict) and all(
-        isinstance(key, str) and isinstance(values, list | tuple) and len(values) > 0
-        for key, values in value.items()
-    )
+# --- Keys ----------------------------------------------------------------------------------------
+
+_GRID = "a dict of lists, such as {'ffn_type': ['standard', 'swiglu']}"
+_POINT = "a dict of options, such as {'ffn_type': 'standard'}"
+_BUDGET = f"a dict of one of {', '.join(BUDGETS)} and a finite amount, such as {{'tokens': 1e7}}"
 
 
 def _is_point(value) -> bool:
     return isinstance(value, dict) and all(isinstance(key, str) for key in value)
 
 
+def _is_grid(value) -> bool:
+    return _is_point(value) and all(isinstance(values, list | tuple) for values in value.values())
+
+
 def _is_budget(value) -> bool:
-    return isinstance(value, dict) and all(
-        key in BUDGETS and type(amount) in (int, float) and amount > 0
-        for key, amount in value.items()
-    )
+    return isinstance(value, dict) and len(value) <= 1 and all(map(_is_amount, value.items()))
+
+
+def _is_amount(item: tuple) -> bool:
+    kind, amount = item
+    try:
+        return kind in BUDGETS and type(amount) in (int, float) and 0 < float(amount) < math.inf
+    except OverflowError:
+        return False
+
+
+def _is_whole(least: int) -> Callable[[object], bool]:
+    return lambda value: type(value) is int and value >= least
+
+
+def _is_text(value) -> bool:
+    return isinstance(value, str)
 
 
 # key -> (default, whether a value is one, what it is in words)
-_GRID = "a dict of lists, such as {'ffn_type': ['standard', 'swiglu']}"
-_POINT = "a dict of options, such as {'ffn_type': 'standard'}"
 STUDY_KEYS: dict[str, tuple] = {
-    'question': ('', lambda v: isinstance(v, str), 'a line of text'),
+    'question': ('', _is_text, 'a line of text'),
     'sweep': ({}, _is_grid, _GRID),
     'ablate': ({}, _is_grid, _GRID),
     'exclude': (
         [],
-        lambda v: isinstance(v, list | tuple) and all(map(_is_point, v)),
+        lambda value: isinstance(value, list | tuple) and all(map(_is_point, value)),
         f'a list of points, each {_POINT}',
     ),
     'tune': ({}, _is_grid, "a dict of lists, such as {'learning_rate': [3e-4, 1e-3, 3e-3]}"),
-    'tune_seed': (0, lambda v: type(v) is int and v >= 0, 'a whole number of at least 0'),
-    'match': ('none', lambda v: v in (*MEASURES, 'none'), f'one of {[*MEASURES, "none"]}'),
-    'match_by': ('d_ff', lambda v: isinstance(v, str), 'the name of an option that sets a size'),
-    'match_step': (
-        8,
-        lambda v: type(v) is int and v >= 1,
-        'a whole number: the size found is a multiple of it',
+    'tune_seed': (0, _is_whole(0), 'a whole number of at least 0'),
+    'match': (
+        'none',
+        lambda value: _is_text(value) and value in (*MATCHES, 'none'),
+        f'one of {[*MATCHES, "none"]}',
     ),
+    'match_by': ('d_ff', _is_text, 'the name of an option that sets a size'),
+    'match_step': (8, _is_whole(1), 'a whole number: the size is a multiple of it'),
     'reference': ({}, _is_point, _POINT),
     'baseline': ({}, _is_point, _POINT),
-    'budget': (
-        {},
-        lambda v: _is_budget(v) and len(v) <= 1,
-        f"a dict of one of {', '.join(BUDGETS)}, such as {{'tokens': 1e7}}",
-    ),
+    'budget': ({}, _is_budget, _BUDGET),
 }
+GRIDS = ('sweep', 'ablate', 'tune')
 
 
 @dataclass(frozen=True)
 class Study:
-    """What a study file asks."""
+    """A study file's keys, and what it is read from."""
 
     path: str
-    asked: CommandLine  # the file and the command line: the base of every run
+    command_line: CommandLine  # the file and the command line: the base of every run
     question: str
     sweep: dict[str, list]
     ablate: dict[str, list]
@@ -96,85 +114,69 @@ class Study:
     budget: dict
 
 
-@dataclass(frozen=True)
-class Variant:
-    """One architecture, or one way to train it, of a study: what it sets over the base."""
+def read_study(command_line: CommandLine) -> Study:
+    """The study that the one config file of a command line holds.
 
-    label: str
-    asked: dict  # its place in the grid
-    overrides: dict  # the same, and what was changed to match it
-    settings: Settings
-    matched: dict = field(default_factory=dict)  # {'value', 'was', 'mismatch'} of `match_by`
-
-
-@dataclass(frozen=True, eq=False)  # a key by itself
-class Point:
-    """One run of a study."""
-
-    folder: str  # below the study's, unique
-    variant: str
-    overrides: dict
-
-    def arguments(self) -> list[str]:
-        """As `train.py` takes them."""
-        return [f'--{key}={value}' for key, value in self.overrides.items()]
-
-
-def read_study(asked: CommandLine) -> Study:
-    """The study that the one config file of a command line holds. Raises UserError."""
-    problems = list(asked.problems)
-    if len(asked.config_files) != 1:
-        raise UserError(*problems, 'a study is one config file: study.py config/studies/NAME.py')
-    path = asked.config_files[0]['path']
-    values = {}
+    Raises UserError with every mistake, those of the file's other keys and of the command line too.
+    """
+    if len(command_line.config_files) != 1:
+        usage = 'a study is one config file: study.py config/studies/NAME.py'
+        raise UserError(*command_line.problems, usage)
+    path = command_line.config_files[0]['path']
+    problems, values = [], {}
     for key, (default, fits, kind) in STUDY_KEYS.items():
-        values[key] = asked.aside.get(key, default)
+        values[key] = command_line.aside.get(key, default)
         if not fits(values[key]):
-            problems.append(f'{path}: {key}={values[key]!r}: {key} takes {kind}.')
-    if not problems and not (values['sweep'] or values['ablate']):
+            problems.append(f'{path}: {key}={_shown.repr(values[key])}: {key} takes {kind}.')
+            values[key] = default
+    study = Study(path, command_line, **values)
+    if not problems and not (study.sweep or study.ablate) and _was_read(command_line):
         problems.append(
-            f"{path} asks nothing: a study has a grid, such as sweep = {{'ffn_type': ['standard', "
-            f"'swiglu'], 'seed': [1, 2, 3]}}, or ablate = {{…}}."
+            f"{path} defines no runs: set sweep = {{'ffn_type': ['standard', 'swiglu'], "
+            f"'seed': [1, 2, 3]}}, or ablate = {{…}}."
         )
-    if problems:
-        raise UserError(*problems)
-    study = Study(path, asked, **values)
-    known = flatten(schema())
-    for name, point in _named_points(study):
-        layer = Layer(f'{path}, {name}', point)
-        accept_layer(layer, schema(), problems)
-    if study.match != 'none' and study.match_by not in known:
-        problems.append(
-            f'{path}: match_by={study.match_by!r} is no option.{nearest(study.match_by, known)}'
-        )
-    problems += _seed_problems(study)
+    problems += list(_grid_problems(study)) or [*_value_problems(study), *_key_problems(study)]
+    problems += _base_problems(path, lambda key: command_line.value(key, schema))
+    try:
+        load_settings(command_line)
+    except UserError as error:
+        problems += error.problems
     if problems:
         raise UserError(*dict.fromkeys(problems))
     return study
 
 
-def _seed_problems(study: Study) -> Iterator[str]:
-    """Seeds that would make a run count as evidence for the value that it chose."""
-    for name in ('ablate', 'tune', 'exclude'):
-        points = study.exclude if name == 'exclude' else [getattr(study, name)]
-        for key in SEED_KEYS:
-            if any(key in point for point in points):
-                yield f'{study.path}: {name} has {key!r}: seeds stand in sweep only.'
-    if not study.tune:
-        return
-    base = {key: study.asked.value(key, schema) for key in SEED_KEYS}
-    used = {seed for point in seeds_of(study).values() for seed in {**base, **point}.values()}
-    if study.tune_seed in used:
-        unused = next(seed for seed in itertools.count() if seed not in used)
+def _was_read(command_line: CommandLine) -> bool:
+    """Whether the config file could be: otherwise its mistake is that, not what it lacks."""
+    return bool(command_line.layers[0].values or command_line.aside or not command_line.problems)
+
+
+def _grid_problems(study: Study) -> Iterator[str]:
+    """Lists without values, and grids so large that not even their values are looked at."""
+    for name in GRIDS:
+        for key, values in getattr(study, name).items():
+            if not values:
+                yield f'{study.path}: {name}[{key!r}] is empty. Give it values, or leave it out.'
+    seeds = math.prod(len(v) for k, v in study.sweep.items() if k in SEED_KEYS)
+    swept = math.prod(len(v) for k, v in study.sweep.items() if k not in SEED_KEYS)
+    variants = swept * (1 + sum(map(len, study.ablate.values())))
+    settings = math.prod(map(len, study.tune.values())) if study.tune else 0
+    runs = variants * (seeds + settings)
+    if runs > LARGEST_STUDY:
+        tuning = f' and {_count(settings)} settings to tune' if study.tune else ''
         yield (
-            f'{study.path}: tune_seed={study.tune_seed} is a seed of the runs themselves, so that '
-            f'a run that chose an option would be evidence for it. Set tune_seed = {unused}.'
+            f'{study.path}: {_count(variants)} variants, each with {_count(seeds)} seeds{tuning}, '
+            f'are {_count(runs)} runs. A study has at most {LARGEST_STUDY:,}: shorten its lists.'
         )
+
+
+def _count(number: int) -> str:
+    return f'{number:,}' if number < 10**15 else f'about 1e{len(str(number)) - 1}'
 
 
 def _named_points(study: Study) -> Iterator[tuple[str, dict]]:
     """Every value that the study sets, as points, so that each is checked by itself."""
-    for name in ('sweep', 'ablate', 'tune'):
+    for name in GRIDS:
         for key, values in getattr(study, name).items():
             for value in values:
                 yield name, {key: value}
@@ -184,193 +186,124 @@ def _named_points(study: Study) -> Iterator[tuple[str, dict]]:
     yield 'baseline', study.baseline
 
 
+def _value_problems(study: Study) -> Iterator[str]:
+    """Options that do not exist, and values that they do not take."""
+    options = flatten(schema())
+    for name, point in _named_points(study):
+        problems: list[str] = []
+        accepted = accept_layer(Layer(f'{study.path}, {name}', point), {'': options}, problems)
+        yield from problems
+        for key, value in accepted.values.items():
+            if key in RESERVED:
+                yield f'{study.path}: {name} has {key!r}, which the study sets for each run.'
+            elif argument(key, value, options) is None:
+                yield (
+                    f'{study.path}, {name}: {key}={_shown.repr(value)} cannot stand on the command '
+                    f'line of a run.'
+                )
+    for name in GRIDS:
+        for key, values in getattr(study, name).items():
+            plain = Counter(v for v in values if isinstance(v, int | float | str | None))
+            if again := [_shown.repr(value) for value, times in plain.items() if times > 1]:
+                yield f'{study.path}: {name}[{key!r}] has {", ".join(again)} more than once.'
+    if study.match != 'none' and study.match_by not in options:
+        hint = nearest(study.match_by, options)
+        yield f'{study.path}: match_by={study.match_by!r} is no option.{hint}'
+
+
+def _key_problems(study: Study) -> Iterator[str]:
+    """Keys that contradict each other: a variant would not be what its name says."""
+    path = study.path
+    for name in ('ablate', 'tune', 'exclude'):
+        points = study.exclude if name == 'exclude' else [getattr(study, name)]
+        for key in SEED_KEYS:
+            if any(key in point for point in points):
+                yield f'{path}: {name} has {key!r}: seeds stand in sweep only.'
+    for key in study.tune:
+        if key in study.sweep or key in study.ablate:
+            yield f'{path}: {key!r} is in tune and in the grid: it is either varied or tuned.'
+    for name in GRIDS:
+        for key in getattr(study, name):
+            if study.budget and key == 'max_iters':
+                yield f'{path}: {name} has max_iters, which the budget decides. Leave out either.'
+            if study.match != 'none' and key == study.match_by:
+                yield (
+                    f'{path}: {name} has {key!r}, which match_by changes. Leave it out of {name}, '
+                    f'or match by another size.'
+                )
+    if not study.tune:
+        return
+    base = {key: study.command_line.value(key, schema) for key in SEED_KEYS}
+    used = {seed for point in seeds_of(study).values() for seed in {**base, **point}.values()}
+    if study.tune_seed in used:
+        unused = next(seed for seed in itertools.count() if seed not in used)
+        yield (
+            f'{path}: tune_seed={study.tune_seed} is a seed of the runs themselves, so that a run '
+            f'that chose an option would be evidence for it. Set tune_seed = {unused}.'
+        )
+
+
+def _base_problems(path: str, base: Callable[[str], object]) -> Iterator[str]:
+    """What the base may not set: the study begins or continues each run in a folder of its own."""
+    if base('init_from') not in ('scratch', 'auto'):
+        yield (
+            f'{path}: init_from={base("init_from")!r}: a study trains from scratch, and continues '
+            f'what was interrupted by itself. Leave init_from out.'
+        )
+    if base('resume_run') is not None:
+        yield f'{path}: resume_run={base("resume_run")!r} names one run. Leave it out of a study.'
+    if base('plan'):
+        yield f'{path}: plan=True shows one run. --plan_only shows the runs of a study.'
+
+
+def argument(key: str, value, options: dict[str, Option]) -> str | None:
+    """`--key=value` as train.py reads it back, to the same value; None if nothing is."""
+    for text in (str(value), f"'{value}'"):
+        try:
+            text.encode()
+            if '\0' not in text and options[key].parse(key, text) == value:
+                return f'--{key}={text}'
+        except (UserError, ValueError):
+            continue
+    return None
+
+
+# --- Points --------------------------------------------------------------------------------------
+
+
 def grid(choices: dict[str, list]) -> list[dict]:
     """Every combination, the last key varying fastest."""
     return [dict(zip(choices, values)) for values in itertools.product(*choices.values())]
 
 
 def overrides_of(study: Study) -> list[dict]:
-    """What each variant sets over the base: the grid, each with the ablations one at a time."""
+    """What each variant sets over the base: the grid, each with the ablations one at a time.
+
+    Raises UserError if `exclude` leaves nothing, or names a point that there is not.
+    """
     combinations = grid({k: v for k, v in study.sweep.items() if k not in SEED_KEYS})
     ablations = [{}, *({key: value} for key, values in study.ablate.items() for value in values)]
-    variants = [{**point, **ablation} for point in combinations for ablation in ablations]
-    return [
-        point
-        for point in variants
-        if not any(excluded.items() <= point.items() for excluded in study.exclude)
-    ]
-
-
-def variants(study: Study, device: torch.device, dtype: str, dataset: TokenDataset):
-    """The study's variants, checked all at once and matched in size. Raises UserError."""
-    found, problems = [], []
-    for overrides in overrides_of(study):
-        try:
-            settings = settings_of(study, overrides).complete(device, dtype, dataset)
-        except UserError as error:
-            problems += [f'{label_of(overrides)}: {problem}' for problem in error.problems]
-        else:
-            found.append(Variant(label_of(overrides), overrides, overrides, settings))
+    points = [{**point, **ablation} for point in combinations for ablation in ablations]
+    problems, left = [], points
+    for excluded in study.exclude:
+        left = [point for point in left if not excluded.items() <= point.items()]
+        if not any(excluded.items() <= point.items() for point in points):
+            problems.append(
+                f'{study.path}: exclude has {excluded!r}, which is no point of the grid.'
+            )
+    if not left:
+        problems.append(f'{study.path}: exclude leaves no point of the grid.')
     if problems:
-        raise UserError(
-            *problems,
-            f'{study.path}: leave such points out with exclude = [{{…}}, …], or change the grid.',
-        )
-    if not found:
-        raise UserError(f'{study.path}: exclude leaves no point of the grid.')
-    found = _distinct(study, found)
-    return found if study.match == 'none' else [*_matched(study, found, device, dtype, dataset)]
-
-
-def _distinct(study: Study, found: list[Variant]) -> list[Variant]:
-    """Each way to train once: an ablation may set what the base has already."""
-    by_config: dict[str, Variant] = {}
-    for variant in found:
-        by_config.setdefault(repr(sorted(variant.settings.to_dict().items(), key=str)), variant)
-    return list(by_config.values())
-
-
-def baseline_of(study: Study, found: list[Variant]) -> Variant:
-    """The variant that the others are compared with: `baseline`, else the `reference` if it is a
-    variant, else the first. Raises UserError."""
-    if not study.baseline:
-        matching = _variants_at(study, found, study.reference) if study.reference else []
-        return matching[0] if len(matching) == 1 else found[0]
-    matching = _variants_at(study, found, study.baseline)
-    if len(matching) == 1:
-        return matching[0]
-    labels = ', '.join(variant.label for variant in matching or found)
-    if matching:
-        raise UserError(
-            f'{study.path}: baseline={study.baseline!r} fits {len(matching)} variants: {labels}. '
-            f'Add the options that tell them apart.'
-        )
-    raise UserError(
-        f'{study.path}: baseline={study.baseline!r} is none of the variants, which are: {labels}.'
-    )
-
-
-def _variants_at(study: Study, found: list[Variant], point: dict) -> list[Variant]:
-    """The variants that agree with every option of a point.
-
-    Where it gives each option of the sweep, ablations that it does not name are left out.
-    """
-
-    def agrees(variant: Variant) -> bool:
-        values = {**variant.settings.to_dict(), **variant.asked}
-        return all(key in values and values[key] == value for key, value in point.items())
-
-    matching = [variant for variant in found if agrees(variant)]
-    if set(study.sweep) - set(SEED_KEYS) <= point.keys():
-        fewest = min((len(variant.asked) for variant in matching), default=0)
-        matching = [variant for variant in matching if len(variant.asked) == fewest]
-    return matching
+        raise UserError(*problems)
+    return left
 
 
 def settings_of(study: Study, overrides: dict) -> Settings:
     """The base with `overrides`, as train.py would merge them. Raises UserError."""
     problems: list[str] = []
     layer = accept_layer(Layer(COMMAND_LINE, overrides), schema(), problems)
-    asked = replace(study.asked, layers=[*study.asked.layers, layer], problems=problems)
-    return load_settings(asked)
-
-
-def label_of(overrides: dict) -> str:
-    """`ffn_type=swiglu position_encoding=rope`, or `base`."""
-    return ' '.join(f'{key}={value}' for key, value in overrides.items()) or 'base'
-
-
-def folder_of(label: str) -> str:
-    """The label as the name of a folder."""
-    return re.sub(r'[^\w.=+-]+', '_', label)
-
-
-# --- Fair sizes ----------------------------------------------------------------------------------
-
-
-def _matched(study: Study, found: list[Variant], *where) -> Iterator[Variant]:
-    """The variants with `match_by` set such that `match` agrees with the reference's."""
-    measure = MEASURES[study.match]
-    target = measure(settings_of(study, study.reference).complete(*where).architecture)
-    for variant in found:
-        size = variant.settings.architecture.to_dict().get(study.match_by)
-        if type(size) is not int:
-            raise UserError(
-                f'{study.path}: {variant.label} has no size {study.match_by!r} to match by; its '
-                f'sizes are {_sizes(variant.settings.architecture)}. Choose one by match_by.'
-            )
-
-        def changed(value: int, variant=variant) -> Settings:
-            overrides = {**variant.overrides, study.match_by: value}
-            return settings_of(study, overrides).complete(*where)
-
-        value = size
-        if measure(variant.settings.architecture) != target:
-            step = study.match_step
-            try:
-                times = nearest_integer(
-                    lambda n, changed=changed, step=step: measure(changed(n * step).architecture),
-                    target,
-                )
-            except ValueError:
-                raise UserError(
-                    f'{study.path}: match_by={study.match_by!r} has no effect on {study.match} of '
-                    f'{variant.label}. Choose another size.'
-                ) from None
-            value = times * step
-        if value != size:
-            overrides = {**variant.overrides, study.match_by: value}
-            variant = replace(variant, overrides=overrides, settings=changed(value))
-        mismatch = measure(variant.settings.architecture) / target - 1
-        yield replace(variant, matched={'value': value, 'was': size, 'mismatch': mismatch})
-
-
-def _sizes(architecture: ModelArchitectureConfig) -> str:
-    return ', '.join(key for key, value in architecture.to_dict().items() if type(value) is int)
-
-
-def nearest_integer(rising: Callable[[int], float], target: float) -> int:
-    """The n ≥ 1 at which a rising function comes nearest to `target`.
-
-    Raises ValueError if it does not rise.
-    """
-    rising = functools.cache(rising)
-    high = 1
-    while (reached := rising(high)) < target:
-        high *= 2
-        if rising(high) <= reached:
-            raise ValueError('not a rising function')
-    low = high // 2
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if rising(middle) < target else (low, middle)
-    near = [n for n in (low, high) if n >= 1]
-    return min(near, key=lambda n: abs(rising(n) - target))
-
-
-# --- Fair budgets --------------------------------------------------------------------------------
-
-
-def iterations(study: Study, variant: Variant, seconds_per_update: float | None) -> int | None:
-    """Updates that the budget buys this variant; None: what the base says. Raises UserError."""
-    if not study.budget:
-        return None
-    ((kind, amount),) = study.budget.items()
-    run, architecture = variant.settings.run, variant.settings.architecture
-    tokens = run.batch_size * run.gradient_accumulation_steps * architecture.block_size
-    price = {
-        'iterations': lambda: 1,
-        'tokens': lambda: tokens,
-        'flops': lambda: tokens * MEASURES['flops'](architecture),
-        'seconds': lambda: seconds_per_update,
-    }[kind]()
-    updates = int(amount / price)
-    if updates < 1:
-        raise UserError(
-            f'{study.path}: budget={study.budget!r} buys {variant.label} no update: one takes '
-            f'{price:.4g} {kind}.'
-        )
-    return updates
+    layers = [*study.command_line.layers, layer]
+    return load_settings(replace(study.command_line, layers=layers, problems=problems))
 
 
 def seeds_of(study: Study) -> dict[str, dict]:
@@ -381,31 +314,41 @@ def seeds_of(study: Study) -> dict[str, dict]:
     return {label_of(point) if point else '': point for point in grid(seeds)}
 
 
-def points_of(study: Study, found: list[Variant], chosen: dict[str, dict]) -> list[Point]:
-    """Every run: all variants at the first seed, then at the next, so that pairs grow together.
+# --- Names ---------------------------------------------------------------------------------------
 
-    chosen: by the variant's label, what the budget and the tuning add.
+
+def label_of(overrides: dict, show: Callable[[object], str] = str) -> str:
+    """`ffn_type=swiglu position_encoding=rope`, or `base`."""
+    return ' '.join(f'{key}={show(value)}' for key, value in overrides.items()) or 'base'
+
+
+def labels_of(points: Iterable[dict]) -> list[str]:
+    """A label for each point. Where two would be one, as of None and 'None', a later one quotes."""
+    labels: dict[str, None] = {}
+    for point in points:
+        label = label_of(point)
+        labels[label_of(point, repr) if label in labels else label] = None
+    return list(labels)
+
+
+def _folder_name(label: str) -> str:
+    return re.sub(r'[^\w.=+-]+', '_', label)
+
+
+def folder_names(labels: list[str], clean: Callable[[str], str] = _folder_name) -> list[str]:
+    """The labels as names of folders, all different on every file system.
+
+    One that is too long, or that another label has taken, ends in a hash of its label. A label
+    that the cleaning only loses spaces of takes its name first.
     """
-    return [
-        Point(
-            folder='/'.join(folder_of(part) for part in (v.label, name) if part),
-            variant=v.label,
-            overrides={**v.overrides, **chosen.get(v.label, {}), **seed},
-        )
-        for name, seed in seeds_of(study).items()
-        for v in found
-    ]
-
-
-def tuning_points(study: Study, found: list[Variant], chosen: dict[str, dict]) -> list[Point]:
-    """The runs that choose each variant's own values of the keys of `tune`, at a seed apart."""
-    seed = {'seed': study.tune_seed, 'data_seed': study.tune_seed}
-    return [
-        Point(
-            folder=f'{folder_of(v.label)}/{folder_of(label_of(setting))}',
-            variant=v.label,
-            overrides={**v.overrides, **chosen.get(v.label, {}), **setting, **seed},
-        )
-        for v in found
-        for setting in (grid(study.tune) if study.tune else [])
-    ]
+    names: dict[str, str] = {}
+    taken: set[str] = set()
+    for label in sorted(labels, key=lambda label: clean(label) != label.replace(' ', '_')):
+        name = clean(label)
+        if len(name.encode()) > LONGEST_NAME or name.casefold() in taken:
+            digest = hashlib.sha256(label.encode()).hexdigest()[:12]
+            cut = name.encode()[: LONGEST_NAME - 55].decode(errors='ignore')
+            name = f'{cut}-{digest}'
+        taken.add(name.casefold())
+        names[label] = name
+    return [names[label] for label in labels]

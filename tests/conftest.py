@@ -142,3 +142,17 @@ def train(run_script, tiny_dataset):
         return run_script('train.py', f'--dataset={tiny_dataset}', *tiny, *arguments, code=code)
 
     return run
+
+
+@pytest.fixture
+def study_file(tmp_path, tiny_dataset):
+    """study_file('sweep = …') -> the path of a study of tiny runs."""
+
+    def write(text: str, name: str = 'study.py') -> Path:
+        settings = {**TINY_RUN, 'dataset': str(tiny_dataset), 'out_dir': str(tmp_path / 'out')}
+        lines = [f'{key} = {value!r}' for key, value in settings.items()]
+        path = tmp_path / name
+        path.write_text('\n'.join([*lines, text]), encoding='utf-8')
+        return path
+
+    return write

@@ -1,46 +1,21 @@
 """study.py and study_points.py: what is run, how variants are made equal, and what survives."""
 
-import json
-import random
 import re
 
 import pytest
 import torch
-from conftest import PROJECT, TINY_RUN
 
 import study_points
-from benchmarks.study_kills import study_kills
-from configurator import read_command_line
+from configurator import flatten, read_command_line
 from errors import UserError
 from model_builder import build_model, training_flops
 from study import is_at_edge
-from study_points import (
-    STUDY_KEYS,
-    baseline_of,
-    nearest_integer,
-    points_of,
-    read_study,
-    tuning_points,
-)
+from study_points import STUDY_KEYS, read_study
+from study_variants import Layout, baseline_of, iterations, nearest_integer, variants_of
 from token_data import load_dataset
 from training_config import schema
-from training_logger import latest_run, read_record
 
 pytestmark = pytest.mark.usefixtures('one_thread')
-
-
-@pytest.fixture
-def study_file(tmp_path, tiny_dataset):
-    """study_file('sweep = …') -> the path of a study of tiny runs."""
-
-    def write(text: str, name: str = 'study.py'):
-        settings = {**TINY_RUN, 'dataset': str(tiny_dataset), 'out_dir': str(tmp_path / 'out')}
-        lines = [f'{key} = {value!r}' for key, value in settings.items()]
-        path = tmp_path / name
-        path.write_text('\n'.join([*lines, text]))
-        return path
-
-    return write
 
 
 @pytest.fixture
@@ -51,7 +26,7 @@ def read(study_file, tiny_dataset):
         argv = [str(study_file(text)), *arguments]
         study = read_study(read_command_line(argv, schema, aside=STUDY_KEYS))
         dataset = load_dataset(str(tiny_dataset), 32)
-        return study, study_points.variants(study, torch.device('cpu'), 'float32', dataset)
+        return study, variants_of(study, (torch.device('cpu'), 'float32', dataset))
 
     return resolve
 
@@ -63,7 +38,7 @@ def test_a_grid_with_seeds_is_run_seed_by_seed_and_pairs_the_data(read):
     study, found = read(
         "sweep = {'ffn_type': ['standard', 'swiglu'], 'bias': [True, False], 'seed': [7, 8]}"
     )
-    points = points_of(study, found, {})
+    points = Layout(study, found).runs
     assert [p.overrides['seed'] for p in points] == [7] * 4 + [8] * 4
     assert all(p.overrides['data_seed'] == p.overrides['seed'] for p in points)
     assert len({p.folder for p in points}) == 8
@@ -74,7 +49,7 @@ def test_a_grid_with_seeds_is_run_seed_by_seed_and_pairs_the_data(read):
 
 def test_both_seeds_may_be_varied_by_themselves(read):
     study, found = read("sweep = {'seed': [1, 2], 'data_seed': [3, 4, 5]}")
-    points = points_of(study, found, {})
+    points = Layout(study, found).runs
     assert {(p.overrides['seed'], p.overrides['data_seed']) for p in points} == {
         (seed, data) for seed in (1, 2) for data in (3, 4, 5)
     }
@@ -114,7 +89,7 @@ def test_illegal_points_are_all_told_before_anything_runs(read):
 @pytest.mark.parametrize(
     ('text', 'message'),
     [
-        ('', 'asks nothing'),
+        ('', 'defines no runs'),
         ("sweep = {'ffn_typ': ['swiglu']}", 'Did you mean ffn_type?'),
         ("sweep = {'ffn_type': 'swiglu'}", 'sweep takes a dict of lists'),
         ("sweep = {'ffn_type': ['swiglo']}", 'Did you mean swiglu?'),
@@ -129,6 +104,175 @@ def test_mistakes_in_a_study(read, text, message):
     with pytest.raises(UserError) as error:
         read(text)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ('text', 'message'),
+    [
+        *(
+            (f"sweep = {{'bias': [True]}}; budget = {{'tokens': {amount}}}", 'a finite amount')
+            for amount in ("float('inf')", "float('nan')", '-1', '0', 'True', "'1e6'", '10**400')
+        ),
+        ("sweep = {'bias': [True]}; budget = {'tokens': 1, 'flops': 1}", 'a dict of one of'),
+        ("sweep = {'learning_rate': [1e-3, float('inf')]}", 'not a finite number'),
+        ("sweep = {'bias': [True]}; tune = {'learning_rate': [float('nan')]}", 'not a finite'),
+        ("sweep = {'bias': []}", "sweep['bias'] is empty"),
+        ("sweep = {'bias': [True]}; tune = {'learning_rate': ()}", "tune['learning_rate'] is"),
+        ("sweep = {'bias': [True, False, True]}", "sweep['bias'] has True more than once"),
+        ("sweep = {'bias': [True], 'seed': [1, 2, 1]}", "sweep['seed'] has 1 more than once"),
+        ("ablate = {'weight_decay': [0, 0.0]}", "ablate['weight_decay'] has 0 more than once"),
+        ("sweep = {'ffn_type': [['standard']]}", 'list given'),
+        ("sweep = {'ffn_type': [{}]}", 'dict given'),
+        ("sweep = {'n_layer': [1, True]}", 'bool given'),
+        ("sweep = {'bias': [True]}; match = ['params']", 'match takes one of'),
+        ('sweep = {3: [True]}', 'sweep takes a dict of lists'),
+        ('sweep = [1] * 10**6', 'sweep takes a dict of lists'),
+        ("sweep = {'sample_prompt': ['a\\0b'], 'sample_interval': [2000]}", 'cannot stand on'),
+        ("sweep = {'sample_prompt': ['\\ud800'], 'sample_interval': [2000]}", 'cannot stand on'),
+        ("sweep = {'out_dir': ['a', 'b']}", "'out_dir', which the study sets"),
+        ("sweep = {'bias': [True]}; init_from = 'resume'", 'a study trains from scratch'),
+        ("sweep = {'bias': [True]}; plan = True", '--plan_only shows'),
+        (
+            "sweep = {'max_iters': [1, 2]}; budget = {'tokens': 1e4}",
+            'max_iters, which the budget decides',
+        ),
+        (
+            "sweep = {'d_ff': [64, 128]}; match = 'params'",
+            "sweep has 'd_ff', which match_by changes",
+        ),
+        ("sweep = {'bias': [True]}; tune = {'bias': [True]}", 'either varied or tuned'),
+        ("sweep = {'n_head': [1, 2]}; exclude = [{'n_head': 4}]", 'no point of the grid'),
+        (
+            "sweep = {'bias': [True]}; tune = {'n_layer': [1, 2]}; budget = {'seconds': 1}",
+            'tune changes the cost of an update',
+        ),
+        (
+            "sweep = {'bias': [True]}; tune = {'n_layer': [1, 2]}; match = 'params'",
+            'tune changes the params that match made equal',
+        ),
+        ("sweep = {'bias': [True]}; tune = {'n_head': [2, 5]}", 'bias=True, n_head=5: n_head=5'),
+    ],
+)
+def test_mistakes_in_values_and_in_keys_that_contradict_each_other(read, text, message):
+    with pytest.raises(UserError) as error:
+        read(text)
+    assert message in str(error.value)
+    assert len(str(error.value)) < 2000
+
+
+def test_a_study_with_several_mistakes_tells_all(read):
+    with pytest.raises(UserError) as error:
+        read(
+            "sweep = {'ffn_typ': ['swiglu'], 'seed': [0, 1]}; budget = {'tokens': float('nan')}\n"
+            "tune = {'learning_rate': [1e-3]}; dropuot = 0.1; n_head = 5",
+            '--n_lyer=3',
+            '--batch_size=0',
+        )
+    text = '\n'.join(error.value.problems)
+    for message in (
+        *('ffn_type?', 'budget takes', 'tune_seed=0', 'dropout?', 'n_layer?'),
+        *('batch_size takes', 'n_head=5 does not divide'),
+    ):
+        assert text.count(message) == 1, message
+
+
+def test_a_config_that_cannot_be_read_is_told_as_that_alone(tmp_path):
+    path = tmp_path / 'broken.py'
+    for text in ('sweep = {', 'raise ValueError', ''):
+        path.write_text(text)
+        with pytest.raises(UserError) as error:
+            read_study(read_command_line([str(path)], schema, aside=STUDY_KEYS))
+        assert len([p for p in error.value.problems if str(path) in p]) == 1
+
+
+@pytest.mark.parametrize(
+    ('text', 'count'),
+    [
+        (f'sweep = {{{", ".join(f"{key!r}: [0.1] * 10" for key in "abcdef")}}}', '1,000,000 runs'),
+        ("sweep = {'seed': [*range(10**6)]}", '1,000,000 runs'),
+        (f'sweep = {{{", ".join(f"{str(k)!r}: [1] * 10" for k in range(300))}}}', 'about 1e300'),
+        (
+            "sweep = {'bias': [True, False]}; tune = {'learning_rate': [1e-3] * 9999}",
+            'are 20,000 runs',
+        ),
+        ("ablate = {'learning_rate': [1e-3] * 10**4}", 'are 10,001 runs'),
+    ],
+)
+def test_a_huge_grid_is_refused_by_its_count(read, monkeypatch, text, count):
+    monkeypatch.setattr(study_points, 'grid', lambda choices: pytest.fail('was multiplied out'))
+    with pytest.raises(UserError, match='A study has at most 10,000') as error:
+        read(text)
+    assert count in str(error.value) and len(str(error.value)) < 2000
+
+
+def test_a_budget_that_no_run_takes_is_told_before_anything_runs(read):
+    with pytest.raises(UserError, match='budget='):
+        read("sweep = {'bias': [True]}; budget = {'iterations': 1e300}")
+
+
+def test_a_budget_of_tokens_holds_for_each_setting_that_is_tuned(read):
+    study, found = read(
+        "sweep = {'bias': [True]}; tune = {'batch_size': [1, 2, 4]}; budget = {'tokens': 4096}"
+    )
+    points = Layout(study, found).tuning
+    assert [p.overrides['max_iters'] for p in points] == [64, 32, 16]
+    assert {p.tokens for p in points} == {4096}
+
+
+# --- Names ---------------------------------------------------------------------------------------
+
+
+def test_labels_and_folders_are_all_different_and_short_enough():
+    values = ['a/b', 'a_b', 'a b', 'a:b', 'A_B', 'x' * 300, 'x' * 301, 'ä' * 200, 'ä' * 201, '/']
+    values += [None, 'None', '', "'", 'x bias=True', 'a/b-0123', '..', '\n', '\t']
+    points = [{'sample_prompt': value} for value in values]
+    points += [{'sample_prompt': 'x', 'bias': True}]
+    labels = study_points.labels_of(points)
+    assert len(set(labels)) == len(points)
+    names = study_points.folder_names(labels)
+    assert len({name.casefold() for name in names}) == len(points)
+    assert max(len(name.encode()) for name in names) <= 255
+    assert not any('/' in name or name in ('.', '..') for name in names)
+    # Each has its own, whatever the order, and whatever else is there.
+    assert dict(zip(labels, names))['sample_prompt=a_b'] == 'sample_prompt=a_b'
+    assert study_points.folder_names([*labels, 'new=1'])[:-1] == names
+
+
+def test_ordinary_labels_have_the_folders_that_they_always_had():
+    labels = ['base', 'ffn_type=swiglu', 'norm_position=pre warmup_iters=0', 'learning_rate=1e-05']
+    labels += ['dataset=data/shakespeare', 'n_layer=2 bias=True', 'seed=1 data_seed=2']
+    assert study_points.folder_names(labels) == [re.sub(r'[^\w.=+-]+', '_', x) for x in labels]
+
+
+def test_points_have_folders_of_their_own(read):
+    study, found = read(
+        "sample_interval = 2000; sweep = {'sample_prompt': ['a/b', 'a_b', 'x' * 300]}\n"
+        "tune = {'weight_decay': [0, 0.1]}; budget = {'seconds': 1}"
+    )
+    layout = Layout(study, found, seconds=dict.fromkeys((v.label for v in found), 0.1))
+    for points in layout.points().values():
+        assert len({point.folder for point in points}) == len(points) > 0
+        assert max(len(part) for p in points for part in p.folder.split('/')) <= 255
+
+
+@pytest.mark.parametrize(
+    ('key', 'value'),
+    [
+        ('sample_prompt', "'quoted'"),
+        ('sample_prompt', '"quoted"'),
+        ('sample_prompt', ' two words\n'),
+        ('sample_prompt', '--n_layer=3'),
+        ('wandb_run_name', 'None'),
+        ('wandb_run_name', None),
+        ('learning_rate', 1 / 3),
+        ('weight_decay', 0),
+        ('bias', False),
+    ],
+)
+def test_a_value_reaches_the_run_as_it_is(key, value):
+    text = study_points.argument(key, value, flatten(schema()))
+    asked = read_command_line([text], schema)
+    assert not asked.problems and asked.layers[-1].values == {key: value}
 
 
 @pytest.mark.parametrize(
@@ -252,7 +396,7 @@ def test_a_size_that_a_variant_lacks_is_refused(read):
 )
 def test_budgets(read, budget, expected):
     study, (variant,) = read(f"sweep = {{'bias': [True]}}; budget = {budget}")
-    assert study_points.iterations(study, variant, seconds_per_update=0.5) == expected
+    assert iterations(study, '', variant.choices[0], seconds_per_update=0.5) == expected
 
 
 def test_a_budget_of_flops_buys_each_its_own_number_of_tokens(read):
@@ -260,17 +404,16 @@ def test_a_budget_of_flops_buys_each_its_own_number_of_tokens(read):
     for variant in found:
         per_token = training_flops(build_model(variant.settings.architecture))['per_token']
         expected = int(1e9 / (per_token * 128))
-        assert study_points.iterations(study, variant, None) == expected
-    study, (variant,) = read("sweep = {'bias': [True]}; budget = {'flops': 10}")
+        assert iterations(study, '', variant.choices[0], None) == expected
     with pytest.raises(UserError, match='no update'):
-        study_points.iterations(study, variant, None)
+        read("sweep = {'bias': [True]}; budget = {'flops': 10}")
 
 
 def test_tuning_has_a_seed_apart(read):
     study, found = read(
         "sweep = {'bias': [True, False], 'seed': [1, 2]}; tune = {'learning_rate': [1e-3, 1e-2]}"
     )
-    points = tuning_points(study, found, {})
+    points = Layout(study, found).tuning
     assert [(p.overrides['bias'], p.overrides['learning_rate']) for p in points] == [
         (bias, rate) for bias in (True, False) for rate in (1e-3, 1e-2)
     ]
@@ -310,99 +453,3 @@ def test_the_end_of_a_list_is_its_least_or_largest_number():
     assert is_at_edge(3e-3, [1e-3, 3e-3]) and is_at_edge(1, [4, 1, 2])
     assert not is_at_edge(2, [4, 1, 2]) and not is_at_edge(1, [1])
     assert not is_at_edge('lion', ['adamw', 'lion']) and not is_at_edge(True, [False, True])
-
-
-# --- Running it ----------------------------------------------------------------------------------
-
-SMALL = (
-    "max_iters = 3; eval_iters = 2; sweep = {'ffn_type': ['standard', 'swiglu'], 'seed': [1, 2]}"
-)
-
-
-def losses(out):
-    """Final validation loss by folder of the point."""
-    plan = json.loads((out / 'study.json').read_text())
-    return {
-        point['folder']: read_record(latest_run(out / point['folder']))['summary']['final_val_loss']
-        for point in plan['points']
-    }
-
-
-def test_a_study_from_the_command_line(study_file, run_script, tmp_path):
-    path = study_file(SMALL + "; question = 'Gated?'")
-    plan = run_script('study.py', path, '--plan_only').stdout
-    assert 'Gated?' in plan and '2 variants, 2 seeds of each' in plan
-    assert not (tmp_path / 'out').exists()
-
-    out = run_script('study.py', path, '--jobs=2').stdout
-    assert '[4/4]' in out and 'RANKING' in out
-    found = losses(tmp_path / 'out')
-    assert len(found) == 4 and None not in found.values()
-    plan = json.loads((tmp_path / 'out/study.json').read_text())
-    assert plan['question'] == 'Gated?'
-    for point in plan['points']:
-        record = read_record(latest_run(tmp_path / 'out' / point['folder']))
-        assert record['config']['concurrent_runs'] == 2
-        assert record['config']['seed'] == record['config']['data_seed']
-
-    # What is complete is not run again, and a study that has changed does not mix with it.
-    again = run_script('study.py', path).stdout
-    assert '4 of 4 runs are complete already' in again and losses(tmp_path / 'out') == found
-    assert len(list((tmp_path / 'out').rglob('run_*'))) == 4
-    changed = run_script('study.py', path, '--learning_rate=0.01', code=2).stderr
-    assert 'learning_rate=0.0006 (now 0.01)' in changed and 'Traceback' not in changed
-
-
-def test_a_point_that_fails_does_not_stop_the_others(study_file, run_script, tmp_path):
-    (tmp_path / 'out/runs/ffn_type=standard').mkdir(parents=True)
-    (tmp_path / 'out/runs/ffn_type=standard/seed=1').mkdir()
-    (tmp_path / 'out/runs/ffn_type=standard/seed=1/run_20260101_000000').write_text('in the way')
-    text = SMALL.replace('[1, 2]', '[1]') + "; on_nonfinite = 'stop'"
-    path = study_file(text.replace("'standard'", "'standard', 'broken'"))
-    broken = """
-import torch
-from model_components import FeedForward
-from model_config import FFN_REGISTRY
-
-@FFN_REGISTRY.register('broken')
-class Broken(FeedForward):
-    tag = 'Broken'
-
-    def __init__(self, config, layer):
-        super().__init__()
-        self.down = torch.nn.Linear(config.n_embd, config.n_embd)
-
-    @classmethod
-    def default_d_ff(cls, config):
-        return 8
-
-    def forward(self, x):
-        return self.down(x) * float('inf'), 0.0
-"""
-    path.write_text(broken + path.read_text())
-    out = run_script('study.py', path, code=1).stdout
-    assert 'failed: ffn_type=broken/seed=1' in out and 'console.txt' in out
-    assert 'ffn_type=swiglu/seed=1: validation loss' in out
-
-
-def test_a_study_killed_at_random_ends_as_one_left_alone(tmp_path, capsys):
-    code = study_kills(tmp_path, kills=2, seeds=1, updates=12, rng=random.Random(3))
-    assert code == 0, capsys.readouterr().out
-
-
-def test_train_py_trains_the_base_of_a_study_and_says_so(study_file, run_script):
-    out = run_script('train.py', study_file(SMALL)).stdout
-    assert 'holds a study' in out
-
-
-def test_jobs_must_be_a_number(study_file, run_script):
-    error = run_script('study.py', study_file(SMALL), '--jobs=0', code=2).stderr
-    assert 'at least 1' in error
-
-
-@pytest.mark.parametrize(
-    'path', sorted((PROJECT / 'config/studies').glob('*.py')), ids=lambda p: p.stem
-)
-def test_the_projects_own_studies_can_be_run(path, run_script, tiny_dataset, tmp_path):
-    out = run_script('study.py', path, f'--dataset={tiny_dataset}', '--plan_only').stdout
-    assert int(re.search(r'(\d+) seeds of each', out)[1]) >= 3 and '?' in out.splitlines()[0]
