@@ -341,9 +341,9 @@ def _performance_section(flops: dict, hardware: dict) -> list[str]:
     return [
         _field('FLOPs per token', _flops(flops['per_token'], 'FLOPs') + ' (forward + backward)'),
         '',
-        *_table('Part', ['full square', 'share', 'causal half', 'share'], rows),
+        *_table('Part', ['full square', 'share', 'causal', 'share'], rows),
         '',
-        _field('Attention/FFN ratio', _show(ratio, '.2f') + ' (causal half)'),
+        _field('Attention/FFN ratio', _show(ratio, '.2f') + ' (causal)'),
         _field(
             'Element-wise',
             _show(flops['elementwise_per_token'], ',.0f')

@@ -304,8 +304,8 @@ def training_flops(model: Transformer, recomputed_blocks: list[int] | None = Non
     """The record's `startup_info.flops`: FLOPs a token of a training step, in both conventions.
 
     Matrix multiplications of the forward pass, and twice that for the backward pass. `per_token`
-    counts attention over the full square (Chowdhery et al. 2022, appendix B, as nanoGPT and
-    torchtitan do), `per_token_causal` over the half that a causal model needs. What it costs to
+    counts attention over the full square, whatever its windows (Chowdhery et al. 2022, appendix B,
+    as nanoGPT and torchtitan do), `per_token_causal` the pairs that are seen. What it costs to
     recompute `recomputed_blocks` is apart, and in neither.
     """
     length = model.config.block_size

@@ -161,13 +161,14 @@ class Attention(Component, nn.Module):
         return self.output(y.transpose(1, 2).flatten(2))
 
     def flops(self, seq_len: int, causal: bool) -> dict[str, float]:
-        """Of the scores: 2 · (D + Dv) for each head and pair of a query and a key that it sees.
+        """Of the scores: 2 · (D + Dv) for each head and pair of a query and a key.
 
-        A causal window of w ≤ T tokens has w · T - w² / 2 pairs (without a window w is T, and that
-        is half the square). By the full convention there are twice as many.
+        The full square has T² pairs whatever the window: what a dense product computes before a
+        mask hides most of it. Causal are the pairs that are seen: half the square, T² / 2, and of a
+        window of w < T tokens w · T - w² / 2. (So the diagonal's first w pairs count half.)
         """
         window = min(self.layer_needs.window or seq_len, seq_len)
-        pairs = (window * seq_len - window**2 / 2) * (1 if causal else 2)
+        pairs = window * seq_len - window**2 / 2 if causal else seq_len**2
         scores = 2.0 * self.num_heads * (self.qk_head_dim + self.v_head_dim) * pairs
         return {**super().flops(seq_len, causal), 'attention_scores': scores}
 

@@ -71,7 +71,7 @@ class Component(Configurable):
     def flops(self, seq_len: int, causal: bool) -> dict[str, float]:
         """Matrix-multiplication FLOPs of one sequence's forward pass, by part.
 
-        causal: count only the half of the attention square that a causal model needs.
+        causal: of attention, count the pairs that are seen only, not the full square.
         The default adds up the linear layers and components inside.
         """
         return module_flops(self, seq_len, causal, self.flops_part or self.part or 'other')

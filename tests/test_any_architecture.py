@@ -105,7 +105,7 @@ def test_a_token_changes_its_own_logits_and_no_earlier_ones(config):
 
 @pytest.mark.parametrize('chosen', covering(), ids=label)
 def test_flops_of_a_step_equal_the_counter_on_the_meta_device(chosen):
-    config = tiny(**chosen).replace(sliding_window=None)  # the counter takes it for the square
+    config = tiny(**chosen)
     tokens = torch.empty((3, config.block_size), dtype=torch.long, device='meta')
     with FlopCounterMode(display=False) as counter:
         loss, _, auxiliary = build_model(config.replace(attention_backend='manual'))(tokens, tokens)

@@ -7,9 +7,10 @@ import re
 import pytest
 import torch
 from architectures import gradients, lively, some_tokens, tiny
+from torch.utils.flop_counter import FlopCounterMode
 
 from components.attention_backends import AttentionNeeds
-from model_builder import build_model, generate, training_flops
+from model_builder import build_model, generate, recompute, training_flops
 from model_config import ATTENTION_BACKEND_REGISTRY, ATTENTION_REGISTRY
 from sampling import Sampler
 
@@ -301,16 +302,42 @@ def test_layers_of_a_kind_share_one_mask(monkeypatch):
     assert windows == [2, 2, 2, 6, 2, 2, 2, 6]
 
 
-@pytest.mark.parametrize('window', [1, 2, 5, 6, 100])
-def test_flops_of_a_window_are_its_closed_form(window):
-    config = tiny(sliding_window=window, attention_pattern='LG', head_dim=6)
-    flops = training_flops(build_model(config))
-    length, seen = 6, min(window, 6)
-    # One triangle of T² / 2 without what lies more than w back, (T - w)² / 2; and the global layer.
-    pairs = length**2 / 2 - (length - seen) ** 2 / 2 + length**2 / 2
-    per_token = 3 * 4 * 4 * 6 * pairs / length
-    assert flops['breakdown_causal']['attention_scores'] == pytest.approx(per_token)
-    assert flops['breakdown']['attention_scores'] == pytest.approx(2 * per_token)
+@pytest.mark.parametrize('window', [None, 1, 2, 5, 6, 100])
+def test_flops_are_what_a_dense_product_computes_and_what_is_seen(window):
+    """The one against torch's counter, with recomputation too; the other pair by pair."""
+    pattern = {} if window is None else {'attention_pattern': 'LG'}
+    config = tiny(
+        sliding_window=window, head_dim=6, attention_backend='manual', n_layer=2, **pattern
+    )
+    length = config.block_size
+    tokens = torch.zeros((1, length), dtype=torch.long)
+
+    def counted(recomputed: list[int]) -> tuple[int, int]:
+        model = build_model(config, 'cpu', 0)
+        for number in recomputed:
+            recompute(model.blocks[number])
+        with FlopCounterMode(display=False) as counter:
+            model(tokens, tokens)[0].backward()
+        products = counter.get_flop_counts()['Global'][torch.ops.aten.bmm]
+        return counter.get_total_flops(), products
+
+    total, square = counted([])
+    flops = training_flops(build_model(config), [0, 1])
+    assert flops['per_token'] * length == pytest.approx(total)
+    assert flops['breakdown']['attention_scores'] * length == pytest.approx(square)
+    again = flops['recomputed_per_token'] * length
+    assert total + again == pytest.approx(counted([0, 1])[0])
+
+    places = torch.arange(length)
+    seen = 0.0
+    for block in build_model(config).blocks:
+        needs = block.attention.layer_needs
+        pairs = needs.visible(places[:, None], places).sum().item()
+        seen += pairs - min(needs.window or length, length) / 2
+    per_pair = 3 * 2 * (6 + 6) * config.n_head
+    assert flops['breakdown_causal']['attention_scores'] * length == pytest.approx(per_pair * seen)
+    others = {part: value for part, value in flops['breakdown'].items() if 'scores' not in part}
+    assert others.items() <= flops['breakdown_causal'].items()
 
 
 @pytest.mark.parametrize(

@@ -247,7 +247,7 @@ def test_the_startup_report_shows_every_choice_and_figures_that_add_up():
         'FFN Type': 'swiglu',
         'Tokens/iteration': '1 sequence x 4 accumulation x 1,024 tokens = 4,096',
         'Vocabulary': '50,257 data -> 50,304 model',
-        'Attention/FFN ratio': '0.67 (causal half)',
+        'Attention/FFN ratio': '0.67 (causal)',
         'Expected tokens/s': '182,516 at 50 % MFU',
         'Peak': '312.0 TFLOP/s (NVIDIA A100 datasheet, dense bfloat16)',
         'warmup_iters': '5: 5 % of max_iters',
