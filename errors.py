@@ -12,11 +12,16 @@ import os
 import sys
 import time
 import traceback
+from collections.abc import Callable
 
 import console_output
 from console_output import OutputLost, write_error, write_text
 
 PATIENCE = 10  # seconds that a rank waits for the first one to report a mistake
+
+
+# Each turns an exception that is a user's mistake into a UserError, and returns None for others.
+explainers: list[Callable[[Exception], 'UserError | None']] = []
 
 
 class UserError(Exception):
@@ -82,7 +87,7 @@ def run_script(main, argv: list[str] | None = None) -> None:
     console_output.open_streams()
     argv = sys.argv[1:] if argv is None else argv
     try:
-        code = main(argv)
+        code = _explained(main, argv)
     except UserError as error:
         _report(error, debug='--debug' in argv or '--debug=True' in argv)
         leave(error.exit_code)
@@ -134,6 +139,18 @@ def _report(error: UserError, debug: bool) -> None:
     else:
         lines = [f'{name}: {len(error.problems)} problems']
         write_error('\n'.join([*lines, *(f'  - {problem}' for problem in error.problems)]))
+
+
+def _explained(main: Callable[[list[str]], int | None], argv: list[str]) -> int | None:
+    """main(argv), with a UserError for every exception that an explainer knows as one."""
+    try:
+        return main(argv)
+    except (UserError, ToldElsewhere, OutputLost, BrokenPipeError):
+        raise
+    except Exception as error:
+        for mistake in filter(None, (explain(error) for explain in explainers)):
+            raise mistake from error
+        raise
 
 
 def _tell_torchrun(message: str) -> None:

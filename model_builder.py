@@ -1,4 +1,4 @@
-"""Assemble a transformer from its config; initialise, count, group parameters, generate.
+"""Assemble a transformer from its config; count, group parameters, generate.
 
 config = ModelArchitectureConfig(arch_preset='llama', vocab_size=50304)
 model = build_model(config)                       # on the meta device: costs nothing
@@ -7,7 +7,6 @@ logits = model(tokens)                            # (B, T) -> (B, T, V)
 loss_sum, count, auxiliary = model(tokens, targets)
 """
 
-import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import NamedTuple
@@ -18,13 +17,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
+from component_checks import check_built, check_form, flops_disagreements, observed
+from component_faults import is_foreign
 from errors import UserError
 from model_components import (
     AttentionNeeds,
     Auxiliary,
     Cache,
     Component,
-    Initial,
     LayerCache,
     OutputHead,
     Positions,
@@ -41,6 +41,7 @@ from model_config import (
     POSITION_ENCODING_REGISTRY,
     ModelArchitectureConfig,
 )
+from weight_initialization import initialize
 
 
 class Transformer(nn.Module):
@@ -180,79 +181,12 @@ def build_model(
             raise UserError(f'{key} is not known yet: set it, or take it from a dataset.')
     with torch.device('meta'):
         model = Transformer(config)
+    check_built(model)
     if torch.device(device).type != 'meta':
         model.to_empty(device=device)
         model.tie_weights()
         initialize(model, 0 if seed is None else seed)
     return model
-
-
-# --------------------------------------------------------------------------------------------------
-# Initialisation
-
-
-def initial_values(model: nn.Module) -> dict[str, Callable]:
-    """Parameter name -> the function (tensor, generator) that fills it; tied ones once.
-
-    Raises RuntimeError for a parameter that nobody initialises: a fault of its component.
-    """
-    config = model.config
-    initialization = INITIALIZATION_REGISTRY[config.initialization]
-    components = [module for module in model.modules() if isinstance(module, Component)]
-    hidden = {id(weight) for component in components for weight in component.matrices()}
-    residual = {id(weight) for component in components for weight in component.residual_weights()}
-
-    def normal(weight: nn.Parameter) -> Callable:
-        of = id(weight)
-        return Initial.normal(initialization.std(config, of in hidden, of in residual))
-
-    rules, seen = {}, set()
-    for prefix, module in model.named_modules():
-        own = module.initial_values() if isinstance(module, Component) else {}
-        for name, parameter in module.named_parameters(prefix='', recurse=False):
-            if id(parameter) in seen:
-                continue
-            seen.add(id(parameter))
-            full_name = f'{prefix}.{name}' if prefix else name
-            if name in own:
-                rules[full_name] = own[name]
-            elif id(parameter) in hidden or (
-                isinstance(module, (nn.Linear, nn.Embedding)) and name == 'weight'
-            ):
-                rules[full_name] = normal(parameter)
-            elif isinstance(module, nn.Linear) and name == 'bias':
-                rules[full_name] = Initial.zeros
-            else:
-                raise RuntimeError(
-                    f'nobody initialises {full_name}: give {type(module).__name__} an '
-                    f'initial_values() that names {name!r}'
-                )
-    return rules
-
-
-@torch.no_grad()
-def initialize(model: nn.Module, seed: int) -> None:
-    """Fill every parameter from a stream of its own, given by (seed, parameter name).
-
-    Drawn on the CPU, so that the values are the same on every device, and like-named parameters
-    of two architectures start equal.
-    """
-    parameters = dict(model.named_parameters())
-    for name, fill in initial_values(model).items():
-        generator = torch.Generator().manual_seed(name_seed(seed, name))
-        parameter = parameters[name]
-        if parameter.device.type == 'cpu':
-            fill(parameter, generator)
-        else:
-            values = torch.empty(parameter.shape, dtype=parameter.dtype)
-            fill(values, generator)
-            parameter.copy_(values)
-
-
-def name_seed(seed: int, name: str) -> int:
-    """A 63-bit seed from a seed and a name."""
-    digest = hashlib.sha256(f'{seed}/{name}'.encode()).digest()
-    return int.from_bytes(digest[:8], 'little') >> 1
 
 
 # --------------------------------------------------------------------------------------------------
@@ -391,6 +325,32 @@ def elementwise_operations(config: ModelArchitectureConfig) -> int:
     return counter.elements
 
 
+def check_calls(config: ModelArchitectureConfig) -> None:
+    """Raise UserError for a component whose methods do not return what those of its kind return.
+
+    What a dataset says may still be open. The project's own are held by its tests.
+    """
+    if not _has_foreign_components(config):
+        return
+    of_data = {'vocab_size': 64, 'end_of_text': 0}
+    still_open = {k: v for k, v in of_data.items() if k in config and config.get(k) is None}
+    model = build_model(config.replace(attention_backend='manual', **still_open)).eval()
+    tokens = torch.empty((2, min(8, config.block_size)), dtype=torch.long, device='meta')
+    with torch.no_grad(), observed(model, check_form):
+        model(tokens)
+
+
+def _has_foreign_components(config: ModelArchitectureConfig) -> bool:
+    return any(is_foreign(component) for _, component in config.components())
+
+
+def flops_notes(config: ModelArchitectureConfig) -> list[str]:
+    """Where the FLOPs that a user's components say they take are not what PyTorch counts."""
+    if not _has_foreign_components(config):
+        return []
+    return flops_disagreements(build_model(config.replace(attention_backend='manual')).eval())
+
+
 class ParameterGroup(NamedTuple):
     """Parameters that an optimizer treats alike."""
 
@@ -459,7 +419,7 @@ def generate(
     for _ in range(max_new_tokens):
         if kept and kept.length + new.size(1) > size:
             kept = None
-        with _eager_blocks(model):
+        with eager_blocks(model):
             logits = model(new if kept else context, last_only=True, cache=kept)
         chosen = choose(logits[:, -1])
         new = chosen[:, None]
@@ -467,7 +427,7 @@ def generate(
         yield chosen
 
 
-def _eager_blocks(model: Transformer):
+def eager_blocks(model: Transformer):
     """Not compiled ones, which would be compiled anew for each length."""
     compiled = any(block._compiled_call_impl for block in model.blocks)
     return torch.compiler.set_stance('force_eager') if compiled else nullcontext()

@@ -27,14 +27,13 @@ from model_builder import (
     ParameterGroup,
     Transformer,
     build_model,
-    initial_values,
-    name_seed,
     recompute,
 )
 from model_config import ModelArchitectureConfig
 from optimizers import local
 from ranks import Alone, Together, join, world_size
 from training_config import OPTIMIZER_REGISTRY
+from weight_initialization import initial_values, initialize_buffers, name_seed
 
 
 class Piece(NamedTuple):
@@ -292,11 +291,11 @@ class FullySharded(DataParallel):
     @torch.no_grad()
     def initialize(self, model: Transformer) -> None:
         """Each parameter from its own generator, one at a time, as in a single process."""
-        parameters = dict(model.named_parameters())
-        for name, fill in initial_values(model).items():
-            parameter = parameters[name]
+        initialize_buffers(model)
+        values = initial_values(model)
+        for name, parameter in model.named_parameters():
             whole = torch.empty(parameter.shape)
-            fill(whole, torch.Generator().manual_seed(name_seed(self.run.seed, name)))
+            values[name](whole, torch.Generator().manual_seed(name_seed(self.run.seed, name)))
             mine, begin = local(parameter).view(-1), shard_offset(parameter)
             mine.copy_(whole.view(-1)[begin : begin + len(mine)])
 

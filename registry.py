@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 from class_contract import Contract, violations
 from errors import UserError, nearest
 
+ALL_REGISTRIES: list['Registry'] = []  # all that there are
+
 
 class Registry:
     """Components by name, for one option; filled by importing the module `home` when first read.
@@ -32,6 +34,11 @@ class Registry:
         self.option, self.title, self.home = option, title, home
         self._components: dict[str, type] = {}
         self._sources: dict[str, str] = {}
+        ALL_REGISTRIES.append(self)
+
+    def registered(self) -> Iterator[tuple[str, type]]:
+        """Names and components so far, without importing those of the project."""
+        yield from self._components.items()
 
     def expect(
         self,

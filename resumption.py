@@ -25,6 +25,7 @@ from text_codec import Codec
 from token_data import TokenDataset, load_dataset
 from training_config import Settings, schema
 from training_logger import TrainingLogger, latest_run, read_record
+from weight_initialization import initialize_buffers
 
 # Options that say how to start, not what to train: never taken over from the earlier process.
 NOT_TAKEN_OVER = ('out_dir', 'init_from', 'resume_run', 'eval_only', 'debug')
@@ -296,6 +297,7 @@ def load_model(
     """The model that a checkpoint was taken of. Raises UserError."""
     model = build_model(architecture_of(checkpoint)).to_empty(device=device)
     model.tie_weights()
+    initialize_buffers(model)
     with _fitting(checkpoint):
         divided_state.load_weights(divided_state.StoredState(state), weights_here(model))
     return model

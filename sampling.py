@@ -11,9 +11,10 @@ from dataclasses import dataclass
 import torch
 
 from errors import UserError
-from model_builder import Transformer, generate, name_seed
+from model_builder import Transformer, generate
 from text_codec import REPLACEMENT, Codec
 from token_data import TokenDataset
+from weight_initialization import name_seed
 
 TEMPERATURE, TOP_K = 0.8, 200  # unless somebody asks for others
 

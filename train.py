@@ -25,11 +25,12 @@ import planning
 import resumption
 import sinks
 import stability
+import start_checks
 from configurator import format_components, format_help, read_command_line
 from console_output import write_progress, write_text
 from errors import run_script
 from interruption import Interruption
-from model_builder import name_seed, parameter_groups, training_flops
+from model_builder import parameter_groups, training_flops
 from optimization import Updater, learning_rate_at
 from parallelism import SingleProcess, choose_strategy, recomputed_blocks
 from sampling import OwnSample
@@ -40,6 +41,7 @@ from study_points import STUDY_KEYS
 from token_data import TokenDataset, is_prepared, load_dataset, prepare_if_missing
 from training_config import Settings, load_settings, schema
 from training_logger import TrainingLogger, new_run_folder
+from weight_initialization import name_seed
 
 
 def main(argv: list[str]) -> int:
@@ -110,6 +112,7 @@ def set_up(
     progress = (
         started_from.restore(parallel, bare, updater) if started_from else resumption.Progress()
     )
+    checked = start_checks.check_model(bare, device, options.dtype)
 
     logger = TrainingLogger(
         parallel.from_main(
@@ -141,7 +144,7 @@ def set_up(
         started_from.report(logger, header, here)
     else:
         logger.start(**header)
-    for note in [*dataset.notes, *settings.notes, *resumption.notes(options)]:
+    for note in [*dataset.notes, *settings.notes, *resumption.notes(options), *checked]:
         logger.event('note', None, note)
     return Session(
         settings=settings,

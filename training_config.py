@@ -24,7 +24,7 @@ from configurator import (
 from data_order import ORDERS
 from errors import UserError
 from hardware import select_device
-from model_builder import build_model, flops_by_part
+from model_builder import build_model, check_calls, flops_by_part
 from model_config import ModelArchitectureConfig
 from model_config import schema as architecture_schema
 from ranks import world_size
@@ -269,6 +269,7 @@ class Settings:
         if dataset is not None:
             architecture = with_vocabulary(architecture, dataset, run.dataset, derived)
             architecture = with_end_of_text(architecture, dataset, run.dataset)
+        check_calls(architecture)
         if not on_cpu:
             derive('compile', True, f'for {device.type}')
         elif values['compile'] is None and dataset is not None:

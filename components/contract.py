@@ -1,11 +1,13 @@
 """What every component offers, and how its parameters begin."""
 
+import math
 from collections.abc import Callable, Iterator
 from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn as nn
 
+from errors import UserError
 from model_config import ModelArchitectureConfig
 from registry import Configurable
 
@@ -115,7 +117,7 @@ def module_flops(module: nn.Module, seq_len: int, causal: bool, part: str) -> di
     total: dict[str, float] = {}
     for child in module.children():
         if isinstance(child, Component):
-            counted = child.flops(seq_len, causal)
+            counted = _flops_of(child, seq_len, causal)
         elif isinstance(child, nn.Linear):
             counted = {part: 2.0 * child.in_features * child.out_features * seq_len}
         else:
@@ -123,6 +125,18 @@ def module_flops(module: nn.Module, seq_len: int, causal: bool, part: str) -> di
         for key, value in counted.items():
             total[key] = total.get(key, 0.0) + value
     return total
+
+
+def _flops_of(component: Component, seq_len: int, causal: bool) -> dict[str, float]:
+    counted = component.flops(seq_len, causal)
+    if not isinstance(counted, dict) or not all(
+        isinstance(value, (int, float)) and 0 <= value < math.inf for value in counted.values()
+    ):
+        raise UserError(
+            f'{type(component).__name__}.flops(seq_len, causal) must return a dict, part -> FLOPs '
+            f'of one sequence, and returned {counted!r}.'
+        )
+    return counted
 
 
 def matmul_dtype(x: torch.Tensor) -> torch.dtype:

@@ -24,7 +24,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from model_builder import (
     build_model,
     count_parameters,
-    initial_values,
     parameter_groups,
     recompute,
     training_flops,
@@ -36,6 +35,7 @@ from model_config import (
     ModelArchitectureConfig,
     architecture_options,
 )
+from weight_initialization import initial_values
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 

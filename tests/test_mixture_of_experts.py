@@ -15,8 +15,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from components.mixture_of_experts import ExpertLinear, MixtureOfExperts, grouped_mm
 from errors import UserError
-from model_builder import build_model, count_parameters, initialize, training_flops
+from model_builder import build_model, count_parameters, training_flops
 from model_config import FFN_REGISTRY
+from weight_initialization import initialize
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 

@@ -193,7 +193,7 @@ def test_a_parameter_that_nobody_initialises_is_a_fault(monkeypatch):
     components = {name: NORM_REGISTRY[name] for name in NORM_REGISTRY}
     monkeypatch.setattr(NORM_REGISTRY, '_components', components)
     NORM_REGISTRY.register('forgetful')(Forgetful)
-    with pytest.raises(RuntimeError, match=r'blocks\.0\.attention_norm\.gain.*Forgetful'):
+    with pytest.raises(UserError, match=r'blocks\.0\.attention_norm\.gain.*Forgetful'):
         build_model(tiny(normalization='forgetful'), device='cpu')
 
 
