@@ -482,7 +482,7 @@ def _time_section(hardware: dict, time: dict | None, max_iters: int) -> list[str
         _field(
             'Whole run',
             f'{_duration(time["seconds"])} for {_count(max_iters, "iteration")} = '
-            f'{time["device_hours"]:,.1f} device hours',
+            f'{time["device_hours"]:,.1f} device hours, without evaluations',
         ),
     ]
 
