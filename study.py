@@ -9,8 +9,9 @@ The file is a config file of train.py with a grid beside the usual keys, for exa
 
 Each point is a process of its own: train.py with the options of the point, in a folder of its own
 below out_dir. Points that are complete are skipped, interrupted ones resumed, failed ones reported
-and tried again the next time. Ctrl-C stops after the update in progress, with everything saved.
-What stands behind the file on the command line is handed to every run. Keys of a study:
+and tried again the next time; one that diverged is complete. Ctrl-C stops after the update in
+progress, with everything saved. A folder takes one study at a time. What stands behind the file on
+the command line is handed to every run. Keys of a study:
 
     question    what it is to answer, a line for the report
     sweep       {option: [values]}: every combination; 'seed' varies the data's seed with it

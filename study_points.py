@@ -163,10 +163,10 @@ def _grid_problems(study: Study) -> Iterator[str]:
     settings = math.prod(map(len, study.tune.values())) if study.tune else 0
     runs = variants * (seeds + settings)
     if runs > LARGEST_STUDY:
-        tuning = f' and {_count(settings)} settings to tune' if study.tune else ''
         yield (
-            f'{study.path}: {_count(variants)} variants, each with {_count(seeds)} seeds{tuning}, '
-            f'are {_count(runs)} runs. A study has at most {LARGEST_STUDY:,}: shorten its lists.'
+            f'{study.path}: {_count(variants)} variants × ({_count(seeds)} seeds + '
+            f'{_count(settings)} settings to tune) = {_count(runs)} runs. A study has at most '
+            f'{LARGEST_STUDY:,}: shorten its lists.'
         )
 
 

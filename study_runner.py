@@ -132,6 +132,7 @@ class Outcome(NamedTuple):
 
 
 FINISHED = Outcome('finished')
+ENDING = ('nonfinite', 'rollback', 'resume', 'failed')  # events that tell why a run ended
 # What to do about a run that came to this, after its folder and the reason.
 ADVICE = {
     'diverged': 'counts as diverged; remove its folder to train it again',
@@ -157,11 +158,15 @@ def outcome_of(code: int, last_line: str, out_of_memory: bool) -> Outcome:
 
 
 def outcome_in(record: dict) -> Outcome | None:
-    """What a record says that the run came to, if that is final."""
+    """What a record says that the run came to, if that is final.
+
+    A run that diverged ends because of an update that is not finite, not merely after one.
+    """
     if record['status'] == 'finished':
         return FINISHED
-    nonfinite = figure(record, 'nonfinite_updates')
-    if record['status'] == 'failed' and nonfinite:
+    events = [event['event'] for event in record['events'] if event['event'] in ENDING]
+    stops = record['config'].get('on_nonfinite') != 'skip'
+    if record['status'] == 'failed' and events[-2:] == ['nonfinite', 'failed'] and stops:
         return Outcome('diverged', 'loss or gradient not finite')
     return None
 

@@ -193,9 +193,9 @@ def test_a_config_that_cannot_be_read_is_told_as_that_alone(tmp_path):
         (f'sweep = {{{", ".join(f"{str(k)!r}: [1] * 10" for k in range(300))}}}', 'about 1e300'),
         (
             "sweep = {'bias': [True, False]}; tune = {'learning_rate': [1e-3] * 9999}",
-            'are 20,000 runs',
+            '= 20,000 runs',
         ),
-        ("ablate = {'learning_rate': [1e-3] * 10**4}", 'are 10,001 runs'),
+        ("ablate = {'learning_rate': [1e-3] * 10**4}", '= 10,001 runs'),
     ],
 )
 def test_a_huge_grid_is_refused_by_its_count(read, monkeypatch, text, count):

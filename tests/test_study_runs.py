@@ -351,6 +351,50 @@ def test_a_signal_stops_the_runs_and_then_the_study(study_file, scripted, capsys
     assert not re.search(r'^(interrupted|failed): ', text, flags=re.M)
 
 
+def test_the_comparison_at_the_end_can_be_interrupted(study_file, scripted, monkeypatch):
+    scripted('')
+    handlers = [signal.getsignal(number) for number in study_runner.STOPPING]
+    seen = []
+    monkeypatch.setattr(
+        study.compare_architectures,
+        'main',
+        lambda argv: seen.extend(map(signal.getsignal, study_runner.STOPPING)),
+    )
+    assert run_study(study_file(FIVE)) == 0
+    assert seen == handlers
+
+
+@pytest.mark.parametrize(
+    ('events', 'policy', 'kind'),
+    [
+        (['nonfinite', 'nonfinite', 'failed'], 'stop', 'diverged'),
+        (['note', 'rollback', 'nonfinite', 'broken_checkpoint', 'failed'], 'rollback', 'diverged'),
+        (['nonfinite', 'rollback', 'failed'], 'rollback', None),  # of another cause, later
+        (['nonfinite', 'failed'], 'skip', None),
+        (['failed'], 'stop', None),
+        (['nonfinite', 'failed', 'resume', 'failed'], 'stop', None),
+    ],
+)
+def test_a_run_that_fails_after_a_nonfinite_update_has_not_diverged(events, policy, kind):
+    record = {'status': 'failed', 'config': {'on_nonfinite': policy}}
+    outcome = study_runner.outcome_in({**record, 'events': [{'event': name} for name in events]})
+    assert (outcome and outcome.kind) == kind
+
+
+def test_a_full_disk_leaves_the_plan_of_before(study_file, trained_here, tmp_path, monkeypatch):
+    path, out = study_file(SMALL.replace('[1, 2]', '[1]')), tmp_path / 'out'
+    assert run_study(path) == 0
+    before = (out / 'study.json').read_bytes()
+
+    def full(path, data):
+        raise OSError(28, 'No space left on device')
+
+    monkeypatch.setattr(study.Path, 'write_bytes', full)
+    with pytest.raises(UserError, match=r'study\.json: cannot be written \(No space left'):
+        run_study(path)
+    assert (out / 'study.json').read_bytes() == before
+
+
 def test_a_study_that_cannot_tune_says_so(study_file, scripted, capsys):
     scripted("sys.exit(2 if 'learning_rate=0.01' in out else 0)")
     path = study_file("sweep = {'bias': [True]}; tune = {'learning_rate': [1e-3, 1e-2]}")
