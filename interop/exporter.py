@@ -53,20 +53,18 @@ def expressed_as(config: ModelArchitectureConfig) -> Expression:
 
     Raises UserError naming what none can express.
     """
-    losses: list[tuple[Family, list[str]]] = []
-    refusals: dict[str, str | None] = {}
+    losses: list[tuple[Family, list[str], str | None]] = []
     for said in (config, *with_zero_biases(config)):
         for family in TRANSFORMERS.values():
-            fields = family.write(said)
-            lost = _lost(family, fields, said)
-            refusal = None if lost else family.unloadable(fields)
+            fields, problems = family.write(said), []
+            lost = _lost(family, fields, said, problems)
+            refusal = None if lost else next(iter(problems), None) or family.unloadable(fields)
             if not lost and not refusal:
                 return Expression(family, {'model_type': family.name, **fields}, said)
-            refusals.setdefault(family.name, refusal)
-            losses.append((family, lost))
-    family, lost = min(losses[: len(TRANSFORMERS)], key=lambda entry: len(entry[1]))
+            losses.append((family, lost, refusal))
+    family, lost, refusal = min(losses[: len(TRANSFORMERS)], key=lambda entry: len(entry[1]))
     options = function_of(config)
-    values = refusals[family.name] or ', '.join(f'{key}={options[key]!r}' for key in lost)
+    values = (refusal or '').rstrip('.') or ', '.join(f'{key}={options[key]!r}' for key in lost)
     raise UserError(
         f'transformers cannot express this architecture: {values}. The nearest that it has is '
         f'{family.architecture}, which cannot be that. {WAY_OUT}'
@@ -81,9 +79,11 @@ def with_zero_biases(config: ModelArchitectureConfig) -> Iterator[ModelArchitect
         yield config.replace(normalization='layernorm', **biases)
 
 
-def _lost(family: Family, fields: dict, config: ModelArchitectureConfig) -> list[str]:
+def _lost(
+    family: Family, fields: dict, config: ModelArchitectureConfig, problems: list[str]
+) -> list[str]:
     """The options that come back as something else when the fields are read again."""
-    read = family.read(fields, [])
+    read = family.read(fields, problems)
     try:
         back = function_of(ModelArchitectureConfig(**{'arch_preset': 'custom', **read}))
     except UserError:  # what is left out makes it illegal

@@ -170,7 +170,13 @@ class Source:
         if None in here:
             return False
         one, other = (stored.read() for stored in here)
-        return one.data_ptr() != other.data_ptr() and not torch.equal(one, other)
+        differ = one.data_ptr() != other.data_ptr() and not torch.equal(one, other)
+        if differ and self.family.ties_always:
+            raise UserError(
+                f'{self.name}: {head} and {table} differ, and {self.family.architecture} has one '
+                f'table for both: which of them is right cannot be said.'
+            )
+        return differ
 
     def _name_here(self, name: str) -> str:
         """The name in this checkpoint, which may be that of a base model without the prefix."""

@@ -1,6 +1,7 @@
 """Folders of somebody's with one thing wrong: a config value, an index, a header, a pickle.
 
-`damaged(...)` yields (what is wrong, the `init_from` of such a folder); the folder is used again.
+`Folders` yields what is wrong, and what makes such a folder and returns the name to begin from it
+by. A folder is used again.
 """
 
 import json
@@ -8,7 +9,9 @@ import math
 import random
 import shutil
 import struct
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import foreign_configs
@@ -16,6 +19,10 @@ import torch
 import transformers_models as reference
 from fuzzing import fuzzed
 
+import interop
+from errors import UserError
+
+Case = tuple[str, Callable[[], str]]
 DEEP = '[' * 100_000
 # What a value is set to: of other types, and of sizes that no model has.
 WRONG = (
@@ -51,6 +58,20 @@ PICKLES = (
 )
 
 
+def outcome(name: str) -> str:
+    """'read', 'refused', or the last line of a traceback."""
+    try:
+        source = interop.open_source(name)
+        source.check()
+        for _ in source.weights(source.config):
+            pass
+    except UserError:
+        return 'refused'
+    except Exception:
+        return traceback.format_exc().strip().splitlines()[-1]
+    return 'read'
+
+
 class Folders:
     """Whole folders of tiny models, one a family, and copies with something wrong."""
 
@@ -79,7 +100,7 @@ class Folders:
         (self.copy / file).write_bytes(content)
         return f'hf:{self.copy}'
 
-    def configs(self, family: str) -> Iterator[tuple[str, str]]:
+    def configs(self, family: str) -> Iterator[Case]:
         """Each value of its config.json, of objects within too, set to each that is wrong."""
         fields = json.loads((self.whole(family) / 'config.json').read_text())
         fields['rope_scaling'] = None
@@ -90,24 +111,27 @@ class Folders:
                     changed = {**values, key: wrong}
                     whole = {**fields, within: changed} if within else changed
                     label = f'{family}: {within}.{key}={str(wrong)[:20]!r}'
-                    yield label, self._config(family, json.dumps(whole))
+                    yield label, partial(self._config, family, json.dumps(whole))
                 deep = json.dumps({**values, key: 'DEEP'}).replace('"DEEP"', DEEP)
                 if not within:
-                    yield f'{family}: {key} nested', self._config(family, deep)
+                    yield f'{family}: {key} nested', partial(self._config, family, deep)
         for text in ('', '[]', '3', 'null', '{', DEEP, '\ufeff{}', '{"a":' + '9' * 5000 + '}'):
-            yield f'{family}: config.json {text[:10]!r}', self._config(family, text)
+            yield f'{family}: config.json {text[:10]!r}', partial(self._config, family, text)
 
     def _config(self, family: str, text: str) -> str:
         return self.damage(family, 'config.json', text.encode('utf-8', 'surrogatepass'))
 
-    def indices(self, family: str) -> Iterator[tuple[str, str]]:
+    def indices(self, family: str) -> Iterator[Case]:
         weights = 'model.safetensors'
         for text in (*map(json.dumps, INDICES), DEEP, '', '{'):
             for kind in (weights, 'pytorch_model.bin'):
                 name = f'{kind}.index.json'
-                yield f'{name} {text[:40]}', self.damage(family, name, text.encode(), weights)
+                yield (
+                    f'{name} {text[:40]}',
+                    partial(self.damage, family, name, text.encode(), weights),
+                )
 
-    def headers(self, family: str) -> Iterator[tuple[str, str]]:
+    def headers(self, family: str) -> Iterator[Case]:
         name = 'model.safetensors'
         whole = (self.whole(family) / name).read_bytes()
         (length,) = struct.unpack('<Q', whole[:8])
@@ -120,36 +144,35 @@ class Folders:
                 texts += [json.dumps({**header, key: other}) for other in changed]
         for text in (*texts, DEEP, '{'):
             content = struct.pack('<Q', len(text)) + text.encode() + data
-            yield f'header {text[:60]}', self.damage(family, name, content)
+            yield f'header {text[:60]}', partial(self.damage, family, name, content)
         for size in (0, 2**40, 2**64 - 1, len(whole)):
             content = struct.pack('<Q', size) + whole[8:]
-            yield f'header of {size} bytes', self.damage(family, name, content)
+            yield f'header of {size} bytes', partial(self.damage, family, name, content)
 
-    def pickles(self, family: str, cases: int) -> Iterator[tuple[str, str]]:
+    def pickles(self, family: str, cases: int) -> Iterator[Case]:
         """Other things than tensors by name, and bytes made wrong at random."""
         name, other = 'pytorch_model.bin', 'model.safetensors'
         for content in PICKLES:
             torch.save(content, self.folder / name)
             damaged = (self.folder / name).read_bytes()
-            yield f'{name} {str(content)[:40]}', self.damage(family, name, damaged, other)
+            yield f'{name} {str(content)[:40]}', partial(self.damage, family, name, damaged, other)
         from safetensors.torch import load_file
 
         tensors = load_file(self.whole(family) / other)
         for zipped in (True, False):
             torch.save(tensors, self.folder / name, _use_new_zipfile_serialization=zipped)
             content = (self.folder / name).read_bytes()
-            yield f'{name} whole', self.damage(family, name, content, other)
+            yield f'{name} whole', partial(self.damage, family, name, content, other)
             for number in range(cases):
                 damaged = fuzzed(content, random.Random(number))
-                yield f'{name} fuzzed {number}', self.damage(family, name, damaged, other)
+                yield f'{name} fuzzed {number}', partial(self.damage, family, name, damaged, other)
         content = (self.whole(family) / other).read_bytes()
         for number in range(cases):
             damaged = fuzzed(content, random.Random(number))
-            yield f'{other} fuzzed {number}', self.damage(family, other, damaged)
+            yield f'{other} fuzzed {number}', partial(self.damage, family, other, damaged)
 
-    def nanogpt(self) -> Iterator[tuple[str, str]]:
+    def nanogpt(self) -> Iterator[Case]:
         """model_args and state of nanoGPT's set to what they are not."""
-        path = self.folder / 'ckpt.pt'
         arguments = {'n_layer': 1, 'n_head': 2, 'n_embd': 8, 'block_size': 8, 'vocab_size': 9}
         cases = [{'model_args': {**arguments, key: w}} for key in arguments for w in WRONG]
         cases += [{'model_args': {**arguments, 'bias': wrong}} for wrong in WRONG]
@@ -160,8 +183,8 @@ class Folders:
             whole = (
                 {'model': {'a': torch.zeros(1)}, **content} if type(content) is dict else content
             )
-            try:
-                torch.save(whole, path)
-            except (UnicodeEncodeError, OverflowError):
-                continue  # no pickle can hold it
-            yield f'ckpt.pt {str(content)[:60]}', f'nanogpt:{path}'
+            yield f'ckpt.pt {str(content)[:60]}', partial(self._checkpoint, whole)
+
+    def _checkpoint(self, content) -> str:
+        torch.save(content, self.folder / 'ckpt.pt')
+        return f'nanogpt:{self.folder / "ckpt.pt"}'

@@ -1,5 +1,6 @@
 """hub.py: models are found in Hugging Face's cache, or fetched whole from a hub."""
 
+import contextlib
 import hashlib
 import http.server
 import json
@@ -36,7 +37,10 @@ def gpt2(tmp_path_factory):
 
 @pytest.fixture
 def hosted(gpt2, monkeypatch):
-    """A hub on this machine that has gpt2 only: (its files, which may be changed; paths asked)."""
+    """A hub on this machine that has gpt2 only: (its files, which may be changed; paths asked).
+
+    A file that is an iterator is sent on and on; 'listing' and 'revision' replace its answers.
+    """
     files = {path.name: path.read_bytes() for path in gpt2[1].iterdir()}
     files |= {'pytorch_model.bin': b'pickled', 'tf_model.h5': b'other', 'vocab.json': b'{}'}
     sums = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
@@ -45,6 +49,10 @@ def hosted(gpt2, monkeypatch):
 
     def answer_to(path: str) -> bytes | None:
         name = hub.ORGANISATION + 'gpt2'
+        kind = path.removeprefix(f'/api/models/{name}/').partition('/')[0]
+        replaced = {'tree': 'listing', 'revision': 'revision'}.get(kind)
+        if replaced in files:
+            return files[replaced]
         if path == f'/api/models/{name}/revision/main':
             return json.dumps({'sha': REVISION}).encode()
         if path == f'/api/models/{name}/tree/{REVISION}':
@@ -61,7 +69,9 @@ def hosted(gpt2, monkeypatch):
             body = answer_to(self.path)
             self.send_response(404 if body is None else 200)
             self.end_headers()
-            self.wfile.write(body or b'')
+            with contextlib.suppress(OSError):  # whoever reads has gone
+                for part in (body or b'',) if isinstance(body, bytes | None) else body:
+                    self.wfile.write(part)
 
         def log_message(self, *arguments):
             pass
@@ -108,6 +118,48 @@ def test_what_is_not_what_the_hub_says_is_not_kept(hosted, damage):
     assert [path.name for path in hub.cache_folder().rglob('*model*.safetensors*')] == []
     files['model.safetensors'] = whole
     interop.open_source('gpt2')
+
+
+@pytest.mark.parametrize('answer', ['model.safetensors', 'listing', 'revision', 'config.json'])
+def test_an_endless_answer_is_read_no_further_than_it_was_announced(hosted, monkeypatch, answer):
+    files, _ = hosted
+    monkeypatch.setattr(hub, 'MOST_JSON', 100_000)
+    sent = []
+    files[answer] = (sent.append(2**16) or bytes(2**16) for _ in range(2000))
+    with pytest.raises(UserError, match=r'bytes, and more came|longer than|no JSON'):
+        interop.open_source('gpt2')
+    # What was on its way when the reader went: far from all.
+    assert sum(sent) < 20 * 2**20
+    assert [path.name for path in hub.cache_folder().rglob('*.incomplete')] == []
+
+
+LISTINGS = (
+    *(3, None, {}, 'x', [3], [None], [[]], [{'type': 'file'}], [{'type': 'file', 'path': 3}]),
+    *(
+        [{'type': 'file', 'path': path, 'size': size} for path in ('config.json', 'model.bin')]
+        for size in (None, '5', -1, 1.5, True, 10**30, [])
+    ),
+    [
+        {'type': 'file', 'path': 'config.json', 'size': 2, 'lfs': 'x'},
+        {'type': 'file', 'path': 'model.safetensors', 'size': 10**15},
+    ],
+)
+
+
+@pytest.mark.parametrize('number', range(len(LISTINGS)))
+def test_a_listing_that_is_none_or_of_what_no_disk_holds(hosted, number):
+    files, asked = hosted
+    files['listing'] = json.dumps(LISTINGS[number]).encode()
+    with pytest.raises(UserError, match=r'could not be downloaded'):
+        interop.open_source('gpt2')
+    assert not any('/resolve/' in path for path in asked)
+
+
+@pytest.mark.parametrize('revision', [b'[]', b'{"sha": 3}', b'[' * 100_000, b'\xff', b''])
+def test_a_revision_that_is_none(hosted, revision):
+    hosted[0]['revision'] = revision
+    with pytest.raises(UserError, match=r'could not be downloaded'):
+        interop.open_source('gpt2')
 
 
 def test_a_model_in_the_cache_needs_no_hub(gpt2, monkeypatch):

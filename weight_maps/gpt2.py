@@ -87,4 +87,5 @@ NANOGPT = Family(
     ),
     weights=_gpt2_weights(transposed=False),
     ignored=r'\.attn\.bias$',  # the mask
+    ties_always=True,
 )

@@ -8,7 +8,7 @@ from model_config import ModelArchitectureConfig, architecture_options
 from weight_maps.fields import Fields, alike, brief
 from weight_maps.tensors import Weight
 
-MOST_LAYERS = 100_000  # what is made for each layer stays small
+MOST_LAYERS = 5_000  # what is made for each layer stays small
 
 
 class Entry(NamedTuple):
@@ -182,7 +182,8 @@ def layer_letters(config: ModelArchitectureConfig) -> str:
 def shortest_pattern(letters: str) -> str:
     """The least that, repeated, begins with those letters."""
     for length in range(1, len(letters)):
-        if all(letter == letters[n % length] for n, letter in enumerate(letters)):
+        repeated = letters[:length] * (len(letters) // length + 1)
+        if repeated.startswith(letters):
             return letters[:length]
     return letters
 
@@ -194,7 +195,8 @@ class Family:
     name: transformers' model_type. architecture: its class. prefix: what their names begin with in
     a whole model, and lack in a checkpoint of its base. ignored: a pattern of tensors that hold no
     weights. aliases: other names that transformers has for fields. harmless: fields that change no
-    logits in this family. unloadable: what its config class refuses, of the fields that are
+    logits in this family. ties_always: the output head is the token table, whatever the files
+    hold. unloadable: what its config class refuses, of the fields that are
     written; None if nothing. What a family has no entry for in our options is at its default in it.
     """
 
@@ -206,6 +208,7 @@ class Family:
     ignored: str = r'$^'
     aliases: dict[str, str] = field(default_factory=dict)
     harmless: frozenset[str] = frozenset()
+    ties_always: bool = False
     unloadable: Callable[[dict], str | None] = lambda fields: None
 
     def read(self, fields: dict, problems: list[str]) -> dict:

@@ -95,10 +95,22 @@ def _read(
             options[ours] = default
         else:
             options |= same(ours, key, default).read(given)
+    if kind == 'yarn':
+        _refuse_crossed_bounds(given, options)
     for key in sorted(given.unread, key=str):
         if given.values[key] is not None:
             given.refuse(key, 'cannot be expressed here')
     return {**options, 'rope_scaling': kind}
+
+
+def _refuse_crossed_bounds(given: Fields, options: dict) -> None:
+    """YaRN changes the pairs between two bounds; where these cross, transformers scales nothing."""
+    length = options.get('rope_original_block_size') or 0
+    slow, fast = options.get('rope_beta_slow') or 0, options.get('rope_beta_fast') or 0
+    if not 2 * math.pi * slow < length < 2 * math.pi * fast * options['rope_theta']:
+        given.refuse(
+            _LENGTH, 'no pair of columns makes between beta_slow and beta_fast turns in it'
+        )
 
 
 def _number(fields: Fields, given: Fields, key: str, name: str | None, default: float) -> float:

@@ -11,7 +11,6 @@ checked and read; whatever is not a UserError is shown, and makes the exit code 
 import sys
 import tempfile
 import time
-import traceback
 from collections import Counter
 from pathlib import Path
 
@@ -21,24 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
 
 import foreign_configs  # noqa: E402
-from foreign_files import Folders  # noqa: E402
-
-import interop  # noqa: E402
-from errors import UserError  # noqa: E402
-
-
-def outcome(name: str) -> str:
-    """'read', 'refused', or the last line of a traceback."""
-    try:
-        source = interop.open_source(name)
-        source.check()
-        for _ in source.weights(source.config):
-            pass
-    except UserError:
-        return 'refused'
-    except Exception:
-        return traceback.format_exc().strip().splitlines()[-1]
-    return 'read'
+from foreign_files import Folders, outcome  # noqa: E402
 
 
 def main(cases: int = 200, part: str = '') -> int:
@@ -57,7 +39,8 @@ def main(cases: int = 200, part: str = '') -> int:
             if part not in kind:
                 continue
             counts, slowest = Counter(), (0.0, '')
-            for label, name in damaged:
+            for label, make in damaged:
+                name = make()
                 start = time.perf_counter()
                 result = outcome(name)
                 slowest = max(slowest, (time.perf_counter() - start, label))
