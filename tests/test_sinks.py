@@ -24,7 +24,9 @@ import study
 import train
 from configurator import read_command_line
 from errors import UserError
-from study_points import STUDY_KEYS, Point, read_study
+from study_points import STUDY_KEYS, read_study
+from study_runner import Runner
+from study_variants import Point
 from training_logger import TrainingLogger, new_run_folder, read_record
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -243,10 +245,10 @@ def test_rows_go_on_from_where_a_rollback_went_back_to(wandb, tmp_path):
 def test_a_study_gives_each_of_its_runs_a_name(tiny_dataset, tmp_path, wandb):
     path = tmp_path / 'study.py'
     path.write_text(f"dataset = {str(tiny_dataset)!r}\nsweep = {{'bias': [True, False]}}")
-    point = Point('bias=True', 'bias=True', {'bias': True})
+    point = Point('bias=True', 'bias=True', {'bias': True}, choice=None, updates=None)
     for given, named in ((['--wandb_log'], True), ([], False)):
         asked = read_command_line([str(path), *given], study.schema, aside=STUDY_KEYS)
-        runner = study.Runner(read_study(asked), asked, tmp_path, ())
+        runner = Runner(read_study(asked), tmp_path, (), jobs=1, own_options=set())
         assert ('--wandb_run_name=bias=True' in runner.arguments('runs', point)) == named
 
 
