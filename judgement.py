@@ -1,66 +1,82 @@
-"""What a set of runs says, and how far it can be believed: groups over seeds, verdicts, costs.
+"""What a set of runs says, and how far it can be believed: groups over seeds, verdicts, effects.
 
-Plain data in, plain data out: rows that `compare_architectures` has read, no torch, no numpy.
+Plain data in, plain data out: rows that `comparison.runs` has read, no torch, no numpy.
 """
 
+import functools
 import statistics
-from bisect import bisect_left
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any, NamedTuple
 
-from evidence import (
-    CONFIDENCE,
+from comparison.noise import difference
+from comparison.significance import (
+    ALPHA,
     Difference,
     Estimate,
+    Interval,
     estimate,
     holm,
+    holm_confidences,
     paired_difference,
-    unpaired_difference,
 )
 
 SEEDS = ('seed', 'data_seed')
-COSTS = {'tokens': 'tokens', 'flops': 'training FLOPs', 'seconds': 'seconds of training'}
+FINISHED, DIVERGED, UNMEASURED = 'finished', 'diverged', 'without a validation loss'
 
-
-# The costs that a loss is held against, by the letter of their Pareto front: a title, and a run's.
-FRONTS: dict[str, tuple[str, Callable[[Any], float | None]]] = {
-    'F': ('training FLOPs', lambda run: run.total_flops),
-    'T': ('seconds of training', lambda run: run.curve[-1].seconds if run.curve else None),
-    'M': ('peak memory, GB', lambda run: run.peak_memory_gb),
-}
-TIMES = ('seconds', 'T')  # of these two, what runs that trained beside one another cannot tell
-
-
-class CurvePoint(NamedTuple):
-    """A validation loss and what it had cost by then; None where the record does not tell."""
-
-    iter: int
-    tokens: float | None
-    flops: float | None
-    seconds: float | None
-    loss: float
+# What a test finds. BASELINE and NOT_TESTED are no findings of a test.
+BETTER, WORSE, EQUIVALENT, NOT_SIGNIFICANT = 'better', 'worse', 'equivalent', 'not significant'
+BASELINE, NOT_TESTED = 'baseline', 'not tested'
+# What becomes of a finding where the runs do not allow it.
+BLOCKED, PROVISIONAL = 'blocked', 'provisional'
 
 
 @dataclass(frozen=True, eq=False)
 class Group:
     """Runs of one architecture, trained alike, that differ in their seeds alone."""
 
-    members: list  # the runs, one for each pair of seeds
-    finished: bool
-    losses: dict[tuple, float]  # by (seed, data_seed); empty where none is known
-    estimate: Estimate | None
+    members: list  # the runs, one for each pair of seeds, whatever became of them
+
+    @functools.cached_property
+    def losses(self) -> dict[tuple, float]:
+        """The scores of the finished runs by (seed, data_seed)."""
+        return {seeds_of(run): run.val_loss for run in self.members if run.outcome == FINISHED}
+
+    @functools.cached_property
+    def estimate(self) -> Estimate | None:
+        return estimate([*self.losses.values()]) if self.losses else None
+
+    @functools.cached_property
+    def outcomes(self) -> Counter:
+        """How many runs ended in each way, finished ones first."""
+        counts = Counter(run.outcome for run in self.members)
+        return Counter(dict(sorted(counts.items(), key=lambda item: item[0] != FINISHED)))
+
+    @property
+    def finished(self) -> bool:
+        """Whether every run is."""
+        return self.outcomes[FINISHED] == len(self.members)
+
+    @functools.cached_property
+    def evidence(self) -> list:
+        """The finished runs; without any, all of them, as far as they came."""
+        return [run for run in self.members if run.outcome == FINISHED] or self.members
 
     @property
     def loss(self) -> float | None:
-        """The mean over the seeds."""
-        return self.estimate and self.estimate.mean
+        """The mean score of the finished runs; without any, that of the others so far."""
+        return self.mean(lambda run: run.val_loss)
 
     def mean(self, figure: Callable[[Any], float | None]) -> float | None:
-        """The mean of a run's figure over the members that have it."""
-        known = [value for value in map(figure, self.members) if value is not None]
+        """The mean of a run's figure over the evidence that has it."""
+        known = self.figures(figure)
         return statistics.fmean(known) if known else None
+
+    def figures(self, figure: Callable[[Any], float | None]) -> list[float]:
+        """A run's figure, of the evidence that has it."""
+        return [value for value in map(figure, self.evidence) if value is not None]
 
 
 @dataclass(frozen=True)
@@ -68,10 +84,27 @@ class Verdict:
     """How a group stands to the baseline's."""
 
     group: Group
-    difference: Difference | None  # None: no test is possible
-    p_value: float | None  # corrected for the number of comparisons (Holm)
-    detectable: float | None  # the smallest true difference that would likely have been found
-    text: str
+    finding: str
+    difference: Difference | None = None  # None: no test is possible
+    p_value: float | None = None  # corrected for the number of comparisons (Holm)
+    interval: Interval | None = None  # of the same procedure
+    equivalence_p_value: float | None = None  # corrected too; None without a margin
+    detectable: float | None = None  # the smallest true difference that would likely be found
+    blocked: tuple[str, ...] = ()  # reasons why the finding is not to be believed
+    reservations: tuple[str, ...] = ()  # reasons why it may change, or why there is none
+
+    @property
+    def text(self) -> str:
+        """The finding, or `blocked` or `provisional` in its place."""
+        if self.finding in (BASELINE, NOT_TESTED):
+            return self.finding
+        if self.blocked:
+            return BLOCKED
+        return PROVISIONAL if self.reservations else self.finding
+
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        return (*self.blocked, *self.reservations)
 
 
 def seeds_of(run) -> tuple:
@@ -79,120 +112,165 @@ def seeds_of(run) -> tuple:
 
 
 def group_runs(runs: Iterable, key: Callable[[Any], Any]) -> list[Group]:
-    """Finished runs that have a loss, by `key(run)`, and each other run by itself; best first."""
-    by_key: dict[Any, dict[tuple, Any]] = {}
+    """All runs, oldest first, by `key(run)`; best first."""
+    attempts: dict[Any, dict[tuple, list]] = {}
     for run in runs:
-        seeds = seeds_of(run)
-        whole = run.status == 'finished' and run.val_loss is not None
-        # A run repeated with the same seeds is no further evidence: the first counts.
-        by_key.setdefault(('whole', key(run)) if whole else run, {}).setdefault(seeds, run)
-    groups = []
-    for members in by_key.values():
-        losses = {s: run.val_loss for s, run in members.items() if run.val_loss is not None}
-        finished = all(run.status == 'finished' for run in members.values())
-        found = estimate([*losses.values()]) if losses else None
-        groups.append(Group([*members.values()], finished, losses, found))
+        attempts.setdefault(key(run), {}).setdefault(seeds_of(run), []).append(run)
+    groups = [Group([*map(evidence_of, by_seeds.values())]) for by_seeds in attempts.values()]
     return sorted(groups, key=lambda g: (g.loss is None, g.loss or 0.0, g.members[0].start))
 
 
-def judge(groups: Sequence[Group], baseline: Group) -> list[Verdict]:
-    """Each group against the baseline, in the given order."""
-    found = [
-        difference(group, baseline) if group is not baseline and group.finished else None
-        for group in groups
+def evidence_of(attempts: Sequence):
+    """The one of several runs with equal seeds, oldest first, that counts.
+
+    A repeated run is no further evidence. One that diverged is evidence that no repetition undoes;
+    else the first that finished counts, else the last.
+    """
+    for outcome in (DIVERGED, FINISHED):
+        for run in attempts:
+            if run.outcome == outcome:
+                return run
+    return attempts[-1]
+
+
+# --- Verdicts ------------------------------------------------------------------------------------
+
+
+class Corrected(NamedTuple):
+    """A test as one of several: its p-value by Holm, and the interval of that procedure."""
+
+    difference: Difference
+    p_value: float
+    interval: Interval
+
+
+def judge(
+    groups: Sequence[Group],
+    baseline: Group,
+    margin: float | None = None,
+    unlike: Callable[[Group], str | None] = lambda group: None,
+) -> list[Verdict]:
+    """Each group against the baseline, in the given order.
+
+    margin: differences below it do not matter, in nats a token. With it, a group may be found
+    equivalent: the two one-sided tests of all groups are corrected like those of differences.
+    unlike(group): why the losses of a group and the baseline's are not directly comparable.
+    """
+    # A group without its worst runs has too little spread to tell the noise of the others.
+    whole = [group for group in groups if not group.outcomes[DIVERGED]]
+    tests = []
+    for group in groups:
+        others = [other.losses for other in whole if other is not group and other is not baseline]
+        own = group is baseline
+        tests.append(None if own else difference(group.losses, baseline.losses, others))
+    corrections = corrected(tests)
+    equivalence = [
+        None if test is None or margin is None else test.equivalence_p_value(margin)
+        for test in tests
     ]
-    comparisons = sum(test is not None for test in found)
+    equivalence = _holm_of_known(equivalence)
+    count = sum(test is not None for test in tests)
     verdicts = []
-    for group, test, p_value in zip(groups, found, corrected(found), strict=True):
-        detectable = None if test is None else test.detectable(comparisons)
+    for group, correction, equivalence_p_value in zip(groups, corrections, equivalence):
         if group is baseline:
-            text = 'baseline'
-        elif test is None:
-            text = 'unknown'  # one seed, or not finished
-        elif p_value >= 1 - CONFIDENCE:
-            text = 'not told apart'
+            verdict = Verdict(group, BASELINE)
+        elif correction is None:
+            reasons = (*_why_not_tested(group, baseline), *_reservations(group, baseline))
+            verdict = Verdict(group, NOT_TESTED, reservations=reasons)
         else:
-            text = 'better' if test.mean < 0 else 'worse'
-        verdicts.append(Verdict(group, test, p_value, detectable, text))
+            verdict = Verdict(
+                group,
+                _finding(correction, equivalence_p_value),
+                *correction,
+                equivalence_p_value=equivalence_p_value,
+                detectable=correction.difference.detectable(count),
+                reservations=_reservations(group, baseline),
+            )
+            verdict = replace(verdict, blocked=_blocked(verdict, baseline))
+        if group is not baseline and (reason := unlike(group)):
+            verdict = replace(verdict, reservations=(*verdict.reservations, reason))
+        verdicts.append(verdict)
     return verdicts
 
 
-def corrected(tests: Sequence[Difference | None]) -> list[float | None]:
-    """Holm's p-values of the tests that could be made."""
-    p_values = iter(holm([test.p_value for test in tests if test is not None]))
-    return [None if test is None else next(p_values) for test in tests]
+def corrected(tests: Sequence[Difference | None]) -> list[Corrected | None]:
+    """The tests that could be made, corrected for their number."""
+    p_values = [test.p_value for test in tests if test is not None]
+    corrections = iter(zip(holm(p_values), holm_confidences(p_values)))
+    results: list[Corrected | None] = []
+    for test in tests:
+        if test is None:
+            results.append(None)
+        else:
+            p_value, confidence = next(corrections)
+            results.append(Corrected(test, p_value, test.interval(confidence)))
+    return results
 
 
-def difference(group: Group, baseline: Group) -> Difference | None:
-    """Paired where at least two pairs of seeds are shared, else of two groups; None: too few."""
-    shared = [seeds for seeds in group.losses if seeds in baseline.losses]
-    if len(shared) > 1:
-        return paired_difference([(group.losses[s], baseline.losses[s]) for s in shared])
-    if min(len(group.losses), len(baseline.losses)) > 1:
-        return unpaired_difference([*group.losses.values()], [*baseline.losses.values()])
-    return None
+def _holm_of_known(p_values: Sequence[float | None]) -> list[float | None]:
+    corrections = iter(holm([p_value for p_value in p_values if p_value is not None]))
+    return [None if p_value is None else next(corrections) for p_value in p_values]
 
 
-# --- Loss against cost ---------------------------------------------------------------------------
+def _finding(correction: Corrected, equivalence_p_value: float | None) -> str:
+    if equivalence_p_value is not None and equivalence_p_value < ALPHA:
+        return EQUIVALENT  # whether or not there is a difference, it is below the margin
+    if correction.p_value >= ALPHA:
+        return NOT_SIGNIFICANT
+    return BETTER if correction.difference.mean < 0 else WORSE
 
 
-class AtEqualCost(NamedTuple):
-    """The losses of all groups where each has spent the same."""
+def _blocked(verdict: Verdict, baseline: Group) -> tuple[str, ...]:
+    """Why a finding in favor of a group that lost its worst runs does not hold.
 
-    cost: str  # a key of COSTS
-    amount: float  # the most that every run has spent
-    losses: list[float | None]  # mean over the members, in the order of the groups
-
-
-def at_equal_cost(groups: Sequence[Group], costs: Iterable[str] = COSTS) -> list[AtEqualCost]:
-    """For each cost: the losses at the most that all runs have spent of it."""
-    rows = []
-    for cost in costs:
-        curves = [[curve_over(run.curve, cost) for run in group.members] for group in groups]
-        spent = [curve[-1][0] if curve else None for group in curves for curve in group]
-        if not spent or None in spent:
-            continue
-        amount = min(spent)
-        means = []
-        for group in curves:
-            losses = [loss_at(curve, amount) for curve in group]
-            means.append(None if None in losses else statistics.fmean(losses))
-        rows.append(AtEqualCost(cost, amount, means))
-    return rows
+    The runs that finished are no fair sample of a group in which others diverged: their mean is
+    too good. So such a group can lose, and cannot win or draw.
+    """
+    favored = {
+        BETTER: [verdict.group],
+        WORSE: [baseline],
+        EQUIVALENT: [verdict.group, baseline],
+    }.get(verdict.finding, [])
+    return tuple(
+        f'{_share(group, DIVERGED)} of {_whose(group, baseline)} diverged'
+        for group in favored
+        if group.outcomes[DIVERGED]
+    )
 
 
-def curve_over(curve: Iterable[CurvePoint], cost: str) -> list[tuple[float, float]]:
-    """(cost, loss) where both are known, by rising cost."""
-    return [
-        (getattr(point, cost), point.loss) for point in curve if getattr(point, cost) is not None
-    ]
+def _reservations(group: Group, baseline: Group) -> tuple[str, ...]:
+    """What is still to come, or is missing for another reason than divergence."""
+    return tuple(
+        f'{_share(each, outcome)} of {_whose(each, baseline)}: {outcome}'
+        for each in (group, baseline)
+        for outcome in each.outcomes
+        if outcome not in (FINISHED, DIVERGED)
+    )
 
 
-def loss_at(curve: Sequence[tuple[float, float]], amount: float) -> float | None:
-    """The loss at a cost, straight between the measured points; None outside of them."""
-    costs = [cost for cost, _ in curve]
-    place = bisect_left(costs, amount)
-    if place == len(curve):
-        return None
-    cost, loss = curve[place]
-    if cost == amount:
-        return loss
-    if place == 0:
-        return None
-    before, loss_before = curve[place - 1]
-    return loss_before + (loss - loss_before) * (amount - before) / (cost - before)
-
-
-def pareto_front(points: Sequence[tuple[float, float] | None]) -> list[bool]:
-    """Of (cost, loss) points: those that none other is as good as in both and better in one."""
-
-    def dominated(point: tuple[float, float]) -> bool:
-        return any(
-            other is not None and other != point and other[0] <= point[0] and other[1] <= point[1]
-            for other in points
+def _why_not_tested(group: Group, baseline: Group) -> tuple[str, ...]:
+    few = [each for each in (group, baseline) if len(each.losses) < 2]
+    if not few:
+        return ('the seeds repeat one another, so there is no noise to compare with',)
+    reasons = []
+    for each in few:
+        count = len(each.losses)
+        reasons.append(
+            f'{_whose(each, baseline)} has {count or "no"} finished seed{"s" * (count != 1)}, '
+            'and a test needs two'
         )
+        if each.outcomes[DIVERGED]:
+            reasons.append(f'{_share(each, DIVERGED)} of {_whose(each, baseline)} diverged')
+    return tuple(reasons)
 
-    return [point is not None and not dominated(point) for point in points]
+
+def _share(group: Group, outcome: str) -> str:
+    count = len(group.members)
+    return f'{group.outcomes[outcome]} of {count} seed{"s" * (count > 1)}'
+
+
+def _whose(group: Group, baseline: Group) -> str:
+    return 'the baseline' if group is baseline else 'this architecture'
 
 
 # --- Main effects of a grid ----------------------------------------------------------------------
@@ -204,9 +282,9 @@ class Effect(NamedTuple):
     option: str
     value: Any
     against: Any
-    difference: Difference | None  # paired over seeds and the rest of the grid; None: too few
+    difference: Difference | None  # over seeds; None: too few
     mean: float | None
-    pairs: int
+    pairs: int  # of runs that differ in this option alone
 
 
 class Interaction(NamedTuple):
@@ -223,50 +301,70 @@ Axes = dict[str, Any]  # option -> value: where a group lies in the grid
 
 
 def main_effects(placed: Sequence[tuple[Axes, Group]]) -> list[Effect]:
-    """Each value against the first of its option, over all pairs that differ in nothing else."""
-    values = _values(placed)
+    """Each value against the first of its option, over all pairs that differ in nothing else.
+
+    A seed gives every cell of the grid its initial weights and its data, so its pairs share their
+    luck: the mean over the cells is one observation for each seed.
+    """
     effects = []
-    for option, (first, *others) in values.items():
+    for option, (first, *others) in _values(placed).items():
         for value in others:
-            pairs = [
-                (loss, losses[seeds])
+            cells = [
+                {s: (loss, reference[s]) for s, loss in group.losses.items() if s in reference}
                 for axes, group in placed
                 if axes.get(option) == value
-                for losses in [_losses(placed, {**axes, option: first})]
-                for seeds, loss in group.losses.items()
-                if seeds in losses
+                for reference in [_losses(placed, {**axes, option: first})]
             ]
-            mean = statistics.fmean(a - b for a, b in pairs) if pairs else None
-            test = paired_difference(pairs) if len(pairs) > 1 else None
-            effects.append(Effect(option, value, first, test, mean, len(pairs)))
+            effects.append(Effect(option, value, first, *_by_seed(cells)))
     return effects
 
 
 def interactions(placed: Sequence[tuple[Axes, Group]]) -> list[Interaction]:
     """For every two options: (A and B changed) − (A alone) − (B alone) + (neither), by seed."""
     values = _values(placed)
-    found = []
+    results = []
     for one, two in combinations(values, 2):
         for a in values[one][1:]:
             for b in values[two][1:]:
                 corner = (values[one][0], values[two][0])
-                sums = []
+                cells = []
                 for axes, group in placed:
                     if (axes.get(one), axes.get(two)) != (a, b):
                         continue
-                    corners = [
+                    only_a, only_b, neither = (
                         _losses(placed, {**axes, one: x, two: y})
                         for x, y in ((a, corner[1]), (corner[0], b), corner)
-                    ]
-                    for seeds, loss in group.losses.items():
-                        if all(seeds in losses for losses in corners):
-                            only_a, only_b, neither = (losses[seeds] for losses in corners)
-                            sums.append((loss - only_a, only_b - neither))
-                if sums:
-                    mean = statistics.fmean(x - y for x, y in sums)
-                    test = paired_difference(sums) if len(sums) > 1 else None
-                    found.append(Interaction((one, two), (a, b), corner, test, mean))
-    return found
+                    )
+                    cells.append(
+                        {
+                            seeds: (loss - only_a[seeds], only_b[seeds] - neither[seeds])
+                            for seeds, loss in group.losses.items()
+                            if seeds in only_a and seeds in only_b and seeds in neither
+                        }
+                    )
+                test, mean, _ = _by_seed(cells)
+                if mean is not None:
+                    results.append(Interaction((one, two), (a, b), corner, test, mean))
+    return results
+
+
+def _by_seed(
+    cells: Sequence[dict[tuple, tuple[float, float]]],
+) -> tuple[Difference | None, float | None, int]:
+    """The paired test of the seeds' means over cells, the mean, and the number of pairs.
+
+    It goes over the seeds that every cell has, so that all seeds average the same cells. Without
+    such a seed there is a mean and no test.
+    """
+    cells = [cell for cell in cells if cell]
+    shared = [seeds for seeds in (cells[0] if cells else {}) if all(seeds in c for c in cells)]
+    if not shared:
+        pairs = [pair for cell in cells for pair in cell.values()]
+        mean = statistics.fmean(a - b for a, b in pairs) if pairs else None
+        return None, mean, len(pairs)
+    means = [tuple(map(statistics.fmean, zip(*(cell[seeds] for cell in cells)))) for seeds in shared]
+    mean = statistics.fmean(a - b for a, b in means)
+    return paired_difference(means), mean, len(cells) * len(shared)
 
 
 def _values(placed: Sequence[tuple[Axes, Group]]) -> dict[str, list]:
@@ -276,84 +374,8 @@ def _values(placed: Sequence[tuple[Axes, Group]]) -> dict[str, list]:
         for option, value in axes.items():
             if value not in values.setdefault(option, []):
                 values[option].append(value)
-    return {option: found for option, found in values.items() if len(found) > 1}
+    return {option: known for option, known in values.items() if len(known) > 1}
 
 
-def _losses(placed: Sequence[tuple[Axes, Group]], wanted: Axes) -> dict[tuple, float]:
-    return next((group.losses for axes, group in placed if axes == wanted), {})
-
-
-# --- By position ---------------------------------------------------------------------------------
-
-
-class Span(NamedTuple):
-    """Positions `start` … `end` - 1 of the context, and the mean validation loss there."""
-
-    start: int
-    end: int
-    loss: float
-
-
-def spans_of(record: dict) -> list[Span]:
-    """The loss by position at the last evaluation after an update; empty where not recorded."""
-    for entry in reversed(record['eval_steps']):
-        if entry['iter'] > 0 and (found := entry.get('diagnostics')):
-            spans = found.get('val_loss_by_position') or []
-            return [Span(span['from'], span['to'], span['loss']) for span in spans]
-    return []
-
-
-def mean_by_position(group: Group) -> dict[tuple[int, int], float]:
-    """The mean over the seeds for each stretch of positions that all of them have."""
-    losses = [{(s.start, s.end): s.loss for s in run.spans} for run in group.members]
-    return {
-        place: statistics.fmean(found[place] for found in losses)
-        for place in losses[0]
-        if all(place in found for found in losses)
-    }
-
-
-# --- Stability -----------------------------------------------------------------------------------
-
-
-class Stability(NamedTuple):
-    """Trouble in a run's training."""
-
-    spikes: int
-    nonfinite: int
-    rollbacks: int
-    gradient_growth: float | None  # the norm late against early; None: too short a log
-
-
-def stability(record: dict) -> Stability:
-    """Of one record."""
-    summary, events = record['summary'], record['events']
-    return Stability(
-        spikes=summary.get('loss_spikes') or 0,
-        nonfinite=summary.get('nonfinite_updates') or 0,
-        rollbacks=sum(event.get('event') == 'rollback' for event in events),
-        gradient_growth=summary.get('gradient_growth'),
-    )
-
-
-def curve_of(record: dict) -> list[CurvePoint]:
-    """The validation losses after at least one update, with what they had cost."""
-    data, flops = (
-        record['startup_info'].get('data') or {},
-        record['startup_info'].get('flops') or {},
-    )
-    tokens_per_iter, per_token = data.get('tokens_per_iter'), flops.get('per_token')
-    points = []
-    for entry in record['eval_steps']:
-        if entry['iter'] > 0 and entry['val_loss'] is not None:
-            tokens = tokens_per_iter and entry['iter'] * tokens_per_iter
-            points.append(
-                CurvePoint(
-                    iter=entry['iter'],
-                    tokens=tokens,
-                    flops=tokens and per_token and tokens * per_token,
-                    seconds=entry.get('train_seconds'),
-                    loss=entry['val_loss'],
-                )
-            )
-    return sorted(points)
+def _losses(placed: Sequence[tuple[Axes, Group]], place: Axes) -> dict[tuple, float]:
+    return next((group.losses for axes, group in placed if axes == place), {})

@@ -1,8 +1,8 @@
-"""Statistics of a few seeds: intervals, paired and unpaired tests, what could have been detected.
+"""Statistics of a few seeds: intervals, moderated t-tests, equivalence, detectable differences.
 
 Plain Python, since a comparison starts neither numpy nor torch; tests hold it to scipy. All tests
-are two-sided and take the losses of seeds as draws from a normal distribution, which is what is
-known to hold roughly for losses of equal runs, and cannot be checked with five of them.
+take the losses of seeds as draws from a normal distribution, which is what is known to hold
+roughly for losses of equal runs, and cannot be checked with five of them.
 """
 
 import functools
@@ -10,9 +10,11 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 CONFIDENCE = 0.95
-POWER = 0.8  # a detectable effect is one that so many of such experiments would find
+ALPHA = 1 - CONFIDENCE
+POWER = 0.8  # a detectable difference is one that so many of such experiments would find
 
 
 @dataclass(frozen=True)
@@ -26,24 +28,50 @@ class Estimate:
     high: float | None
 
 
-@dataclass(frozen=True)
-class Difference:
-    """How far one group's mean lies from another's, and what speaks for it."""
+class Interval(NamedTuple):
+    """A confidence interval and its level."""
 
-    mean: float
     low: float
     high: float
-    p_value: float
-    noise: float  # standard deviation of one such difference, from seed to seed
-    error: float  # standard error of the mean difference
-    freedom: float  # degrees of freedom
-    paired: bool
-    count: int  # pairs, or values of the smaller group
+    confidence: float
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A difference of two means in standard errors that follow Student's distribution."""
+
+    mean: float
+    error: float  # standard error of the mean difference, above zero
+    freedom: float  # degrees of freedom of that error
+    noise: float  # standard deviation of the difference of one pair of runs
+    paired: bool  # every run has a partner with its seed
+    counts: tuple[int, int]  # runs of the group, and of the baseline
+
+    @functools.cached_property
+    def p_value(self) -> float:
+        """Two-sided, of the hypothesis that there is no difference."""
+        return 2 * student_tail(abs(self.mean) / self.error, self.freedom)
+
+    def interval(self, confidence: float = CONFIDENCE) -> Interval:
+        half = student_quantile(0.5 + confidence / 2, self.freedom) * self.error
+        return Interval(self.mean - half, self.mean + half, confidence)
+
+    def equivalence_p_value(self, margin: float) -> float:
+        """Of the hypothesis that the difference is `margin` or more, in either direction.
+
+        Two one-sided tests (Schuirmann 1987): the larger of their p-values.
+        """
+        distance = (margin - abs(self.mean)) / self.error
+        tail = student_tail(abs(distance), self.freedom)
+        return tail if distance >= 0 else 1 - tail
 
     def detectable(self, comparisons: int = 1) -> float:
-        """The smallest true difference that such an experiment finds with probability POWER,
-        as one of `comparisons`, whatever becomes of the others."""
-        return self.error * detectable_ratio(self.freedom, comparisons) if self.error else 0.0
+        """The smallest true difference that such an experiment finds with probability POWER.
+
+        It assumes that the standard error is the true one. It is for one of `comparisons`,
+        whatever becomes of the others.
+        """
+        return self.error * detectable_ratio(self.freedom, comparisons)
 
 
 def estimate(values: Sequence[float]) -> Estimate:
@@ -56,47 +84,25 @@ def estimate(values: Sequence[float]) -> Estimate:
     return Estimate(mean, count, deviation, mean - half, mean + half)
 
 
-def paired_difference(pairs: Sequence[tuple[float, float]]) -> Difference:
+def paired_difference(pairs: Sequence[tuple[float, float]]) -> Difference | None:
     """Of (value, baseline) pairs that share a seed: Student's t-test of their differences.
 
-    Raises ValueError for fewer than two pairs.
+    None for fewer than two pairs, and where all pairs differ by the same.
     """
     if len(pairs) < 2:
-        raise ValueError('a paired test needs two pairs')
+        return None
     differences = [value - baseline for value, baseline in pairs]
-    error = statistics.stdev(differences) / math.sqrt(len(pairs))
-    mean = statistics.fmean(differences)
     noise = statistics.stdev(differences)
-    return _difference(mean, error, len(pairs) - 1, noise, paired=True, count=len(pairs))
-
-
-def unpaired_difference(values: Sequence[float], baseline: Sequence[float]) -> Difference:
-    """Of independent groups whose deviations may differ: Welch's t-test.
-
-    Raises ValueError if a group has fewer than two values.
-    """
-    if min(len(values), len(baseline)) < 2:
-        raise ValueError('an unpaired test needs two values in each group')
-    parts = [statistics.variance(group) / len(group) for group in (values, baseline)]
-    error, mean = math.sqrt(sum(parts)), statistics.fmean(values) - statistics.fmean(baseline)
-    # Welch–Satterthwaite; without any spread it does not matter.
-    squares = sum(
-        part**2 / (len(group) - 1) for part, group in zip(parts, (values, baseline), strict=True)
+    if not noise > 0:
+        return None
+    return Difference(
+        mean=statistics.fmean(differences),
+        error=noise / math.sqrt(len(pairs)),
+        freedom=len(pairs) - 1,
+        noise=noise,
+        paired=True,
+        counts=(len(pairs), len(pairs)),
     )
-    freedom = sum(parts) ** 2 / squares if squares else len(values) + len(baseline) - 2
-    count = min(len(values), len(baseline))
-    noise = math.sqrt(statistics.variance(values) + statistics.variance(baseline))
-    return _difference(mean, error, freedom, noise, paired=False, count=count)
-
-
-def _difference(mean: float, error: float, freedom: float, noise: float, **rest) -> Difference:
-    """From the difference's standard error and its degrees of freedom."""
-    half = student_quantile(0.5 + CONFIDENCE / 2, freedom) * error
-    if error:
-        p_value = 2 * student_tail(abs(mean) / error, freedom)
-    else:  # runs that repeat one another to the last bit
-        p_value = 0.0 if mean else 1.0
-    return Difference(mean, mean - half, mean + half, p_value, noise, error, freedom, **rest)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -108,11 +114,27 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
+def holm_confidences(p_values: Sequence[float]) -> list[float]:
+    """The confidence level at which Holm's procedure tested each hypothesis, in the given order.
+
+    The r-th smallest p-value of k is tested at ALPHA / (k - r + 1). The procedure ends at the first
+    that is not significant, and all later ones share its level. So an interval of this level
+    contains zero if and only if the corrected p-value is not significant.
+    """
+    confidences, level, ended = [0.0] * len(p_values), ALPHA, False
+    for rank, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        if not ended:
+            level = ALPHA / (len(p_values) - rank)
+            ended = p_values[index] >= level
+        confidences[index] = 1 - level
+    return confidences
+
+
 # --- Student's distribution ----------------------------------------------------------------------
 
 
 def student_tail(t: float, freedom: float) -> float:
-    """P(T > t) for t ≥ 0: half the regularised incomplete beta function at ν / (ν + t²)."""
+    """P(T > t) for t ≥ 0: half the regularized incomplete beta function at ν / (ν + t²)."""
     return 0.5 * _incomplete_beta(freedom / (freedom + t * t), freedom / 2, 0.5)
 
 
@@ -126,9 +148,9 @@ def student_quantile(probability: float, freedom: float) -> float:
 def detectable_ratio(freedom: float, comparisons: int = 1) -> float:
     """The true difference, in standard errors, that the test finds with probability POWER.
 
-    Holm's correction asks for α / comparisons of the first, and of the others for less.
+    The level is that of Holm's first test, ALPHA / comparisons, which is the strictest.
     """
-    critical = student_quantile(1 - (1 - CONFIDENCE) / 2 / comparisons, freedom)
+    critical = student_quantile(1 - ALPHA / 2 / comparisons, freedom)
     return _root(lambda ratio: power(ratio, freedom, critical) - POWER)
 
 

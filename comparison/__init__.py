@@ -1,0 +1,1 @@
+"""From records to answers: runs, groups over seeds, statistics, tables. Imports no torch."""

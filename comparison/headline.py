@@ -1,0 +1,215 @@
+"""The answer in a sentence or two: each difference with its interval, and how sure it is."""
+
+from collections.abc import Sequence
+
+from comparison.compare import Comparison, rises_of
+from comparison.formatting import LISTED, listing, nats, p_text
+from comparison.significance import Interval
+from judgement import (
+    BASELINE,
+    BETTER,
+    BLOCKED,
+    DIVERGED,
+    EQUIVALENT,
+    FINISHED,
+    NOT_SIGNIFICANT,
+    NOT_TESTED,
+    WORSE,
+    Group,
+    Verdict,
+)
+
+
+def headline(comparison: Comparison) -> str:
+    """What the runs say about the question."""
+    ranked = [
+        (group, label)
+        for group, label in zip(comparison.groups, comparison.labels)
+        if group.losses or not comparison.repeated and group.loss is not None
+    ]
+    if not ranked:
+        return ' '.join(['No finished run has a validation loss yet.', *_incomplete(comparison)])
+    if len(comparison.groups) == 1:
+        (group, label), *_ = ranked
+        text = f'{label} reaches a validation loss of {nats(group.loss)} nats a token.'
+        return ' '.join([text, *_incomplete(comparison)])
+    if not comparison.repeated:
+        return _of_single_runs(comparison, ranked)
+    tested = [verdict for verdict in comparison.verdicts if verdict.difference is not None]
+    sentences = [_one(comparison, *tested)] if len(tested) == 1 else _several(comparison, tested)
+    if not tested:
+        sentences = [_untested(comparison)]
+    sentences += _incomplete(comparison)
+    if comparison.loss_warnings:
+        sentences.append(_unlike(comparison))
+    return ' '.join(sentences)
+
+
+def _of_single_runs(comparison: Comparison, ranked: Sequence[tuple[Group, str]]) -> str:
+    best, label = ranked[0]
+    sentences = [f'{label} reaches a validation loss of {nats(best.loss)}.']
+    if len(ranked) > 1:
+        second, other = ranked[1]
+        sentences = [
+            f'{label} has the lowest validation loss, {nats(best.loss)} against '
+            f'{nats(second.loss)} of {other}. With one seed each, this may be chance.'
+        ]
+    if comparison.loss_warnings:
+        sentences.append(_unlike(comparison))
+    return ' '.join([*sentences, *_incomplete(comparison)])
+
+
+def _unlike(comparison: Comparison) -> str:
+    names = listing(list(comparison.loss_warnings))
+    return f'The losses are not directly comparable: {names} differ (see WARNINGS).'
+
+
+def _incomplete(comparison: Comparison) -> list[str]:
+    """A sentence for each group that lost seeds, or still waits for some."""
+    sentences = []
+    for group, label in zip(comparison.groups, comparison.labels):
+        if not group.finished:
+            sentences.append(f'{label}: {outcomes_text(group)}.')
+        elif rises_of(group):
+            runs = len(rises_of(group))
+            which = 'it ends' if len(group.members) == 1 else f'{runs} of its runs end'
+            sentences.append(f'{label}: {which} well above the best validation loss.')
+    if len(sentences) > LISTED:
+        sentences[LISTED:] = [f'{len(sentences) - LISTED} more are incomplete.']
+    return sentences
+
+
+def outcomes_text(group: Group) -> str:
+    """`3 of 5 seeds finished, 2 diverged`, or what became of a single run."""
+    count = len(group.members)
+    others = [(outcome, n) for outcome, n in group.outcomes.items() if outcome != FINISHED]
+    if count == 1:
+        return _outcome(others[0][0]) if others else FINISHED
+    parts = [f'{n} {_outcome(outcome)}' for outcome, n in others]
+    return ', '.join([f'{group.outcomes[FINISHED]} of {count} seeds finished', *parts])
+
+
+def _outcome(outcome: str) -> str:
+    # A journal without an end looks the same whether the run lives or was killed.
+    return 'running or crashed' if outcome == 'running' else outcome
+
+
+# --- Tested differences --------------------------------------------------------------------------
+
+
+def _one(comparison: Comparison, verdict: Verdict) -> str:
+    """The whole answer where there is one difference."""
+    label = comparison.labels[comparison.groups.index(verdict.group)]
+    name, test = comparison.baseline_label, verdict.difference
+    interval, level = verdict.interval, f'{verdict.interval.confidence:.0%} interval'
+    group, baseline = test.counts
+    seeds = f'{group} seeds each' if group == baseline else f'{group} against {baseline} seeds'
+    if verdict.finding in (BETTER, WORSE):
+        low, high = _amounts(interval)
+        facts = f'{level} {low} to {high}, p {p_text(verdict.p_value)}, {seeds}'
+        verb = 'would be' if verdict.text == BLOCKED else 'is'
+        text = f'{label} {verb} {verdict.finding} than {name} by {nats(abs(test.mean))} nats a token'
+        return f'{text} ({facts}){_why(verdict)}.'
+    facts = f'{test.mean:+.4f} nats a token, {level} {interval.low:+.4f} to {interval.high:+.4f}'
+    if verdict.finding == EQUIVALENT:
+        verb = 'would differ' if verdict.text == BLOCKED else 'differs'
+        margin = f'by less than the margin of {comparison.margin:g}'
+        return f'{label} {verb} from {name} {margin} ({facts}, {seeds}){_why(verdict)}.'
+    return (
+        f'No significant difference between {label} and {name} ({facts}, p '
+        f'{p_text(verdict.p_value)}, {seeds}){_why(verdict)}. {_missed([verdict])}'
+    )
+
+
+def _why(verdict: Verdict) -> str:
+    if verdict.text == BLOCKED:
+        return f', but that is no verdict: {"; ".join(verdict.blocked)}'
+    if verdict.reservations:
+        return f', provisionally: {"; ".join(verdict.reservations)}'
+    return ''
+
+
+def _several(comparison: Comparison, tested: Sequence[Verdict]) -> list[str]:
+    """A list of differences for each finding, each with its interval."""
+    name = comparison.baseline_label
+    label_of = dict(zip(map(id, comparison.groups), comparison.labels))
+
+    def items(verdicts: Sequence[Verdict]) -> str:
+        return _semicolons([f'{label_of[id(v.group)]} {_difference(v)}' for v in verdicts])
+
+    def having(finding: str, blocked: bool = False) -> list[Verdict]:
+        return [v for v in tested if v.finding == finding and (v.text == BLOCKED) == blocked]
+
+    sentences = []
+    for finding, title in (
+        (BETTER, f'Better than {name}'),
+        (WORSE, f'Worse than {name}'),
+        (EQUIVALENT, f'Within the margin of {comparison.margin} of {name}'),
+        (NOT_SIGNIFICANT, f'No significant difference from {name}'),
+    ):
+        if verdicts := having(finding):
+            sentences.append(f'{title}: {items(verdicts)}.')
+            if finding == NOT_SIGNIFICANT:
+                sentences.append(_missed(verdicts))
+    for finding in (BETTER, WORSE, EQUIVALENT):
+        if verdicts := having(finding, blocked=True):
+            sentences.append(
+                f'No verdict, though {finding} by the seeds that finished, since others diverged: '
+                f'{items(verdicts)}.'
+            )
+    if tested:
+        sentences.append(
+            f'(Nats a token, with intervals corrected for {len(tested)} comparisons.)'
+        )
+    return sentences
+
+
+def _difference(verdict: Verdict) -> str:
+    test, interval = verdict.difference, verdict.interval
+    provisional = ', provisional' if verdict.reservations else ''
+    if verdict.finding in (BETTER, WORSE):
+        low, high = _amounts(interval)
+        return f'by {nats(abs(test.mean))} ({low} to {high}{provisional})'
+    return f'{test.mean:+.4f} ({interval.low:+.4f} to {interval.high:+.4f}{provisional})'
+
+
+def _amounts(interval: Interval) -> tuple[str, str]:
+    """The bounds of a significant difference as amounts, the smaller first."""
+    low, high = sorted((abs(interval.low), abs(interval.high)))
+    return nats(low), nats(high)
+
+
+def _semicolons(texts: Sequence[str]) -> str:
+    more = len(texts) - LISTED
+    return '; '.join(texts[:LISTED]) + (f'; and {more} more' if more > 0 else '')
+
+
+def _missed(verdicts: Sequence[Verdict]) -> str:
+    """What 'not significant' leaves open."""
+    amounts = sorted(verdict.detectable for verdict in verdicts)
+    span = ' to '.join(dict.fromkeys([nats(amounts[0]), nats(amounts[-1])]))
+    return (
+        f'That does not show that they are equal: with so few seeds, true differences below '
+        f'{span} would probably go undetected.'
+    )
+
+
+def _untested(comparison: Comparison) -> str:
+    name = comparison.baseline_label
+    reasons = dict.fromkeys(
+        reason
+        for verdict in comparison.verdicts
+        if verdict.text == NOT_TESTED
+        for reason in verdict.reasons
+    )
+    why = f': {"; ".join([*reasons][:3])}' if reasons else ''
+    return f'Nothing can be tested against {name} yet{why}.'
+
+
+def verdict_text(verdict: Verdict) -> str:
+    """The verdict of a table's row."""
+    if verdict.text in (BASELINE, NOT_TESTED) or verdict.text == verdict.finding:
+        return verdict.text
+    return f'{verdict.text} ({verdict.finding})'
+
+
