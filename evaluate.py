@@ -29,10 +29,10 @@ import numpy as np
 import hardware
 import resumption
 from choice_items import made_choices, read_items
-from comparison_text import table
+from comparison.formatting import table
+from comparison.significance import CONFIDENCE
 from console_output import write_text
 from errors import UserError, run_script
-from evidence import CONFIDENCE
 from scoring import ChoiceResult, Scorer, TextResult, score_items, score_text
 from text_codec import Codec
 from text_files import read_text

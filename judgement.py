@@ -362,7 +362,9 @@ def _by_seed(
         pairs = [pair for cell in cells for pair in cell.values()]
         mean = statistics.fmean(a - b for a, b in pairs) if pairs else None
         return None, mean, len(pairs)
-    means = [tuple(map(statistics.fmean, zip(*(cell[seeds] for cell in cells)))) for seeds in shared]
+    means = [
+        tuple(map(statistics.fmean, zip(*(cell[seeds] for cell in cells)))) for seeds in shared
+    ]
     mean = statistics.fmean(a - b for a, b in means)
     return paired_difference(means), mean, len(cells) * len(shared)
 

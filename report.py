@@ -12,17 +12,19 @@ from itertools import starmap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import comparison_text
-from console import visible
+from comparison.compare import Comparison
+from comparison.costs import curve_over, loss_at
+from comparison.headline import headline
+from comparison.significance import estimate
+from comparison.tables import Section, tables
+from console_output import visible
 from errors import UserError
-from evidence import estimate
-from judgement import Group, curve_over, loss_at
+from judgement import Group
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from compare_architectures import Comparison
 
 SUFFIXES = ('.png', '.svg', '.pdf')
 # Okabe & Ito 2008: told apart by the colour-blind too.
@@ -52,7 +54,7 @@ def write(path: Path, data: bytes) -> None:
         raise UserError(f'{path}: cannot be written ({error.strerror}).') from error
 
 
-def plot(comparison: 'Comparison', path: Path) -> None:
+def plot(comparison: Comparison, path: Path) -> None:
     """Curves and fronts as one picture. Raises UserError."""
     if path.suffix.lower() not in SUFFIXES:
         raise UserError(f'--plot={path}: the name ends in one of {", ".join(SUFFIXES)}.')
@@ -85,7 +87,7 @@ def clear(axes: 'Axes', title: str, amounts: bool = True) -> None:
     axes.spines[['top', 'right']].set_visible(False)
 
 
-def draw_curves(comparison: 'Comparison', figure) -> None:
+def draw_curves(comparison: Comparison, figure) -> None:
     """Validation loss over tokens, FLOPs and seconds: means over seeds, with their interval."""
     every = [run for group in comparison.groups for run in group.members]
     several = any(len(run.curve) > 1 for run in every)
@@ -110,7 +112,7 @@ def columns(labels: Sequence[str]) -> int:
     return max(1, min(4, 170 // (max(map(len, labels)) + 6)))
 
 
-def loss_limits(comparison: 'Comparison') -> tuple[float, float]:
+def loss_limits(comparison: Comparison) -> tuple[float, float]:
     """From the lowest loss to what had been reached after a quarter of the evaluations."""
     curves = [run.curve for group in comparison.groups for run in group.members if run.curve]
     low = min(point.loss for curve in curves for point in curve)
@@ -138,7 +140,7 @@ def draw_curve(axes: 'Axes', group: Group, cost: str, label: str, style: dict, b
     axes.fill_between(shown, lows, highs, color=style['color'], alpha=0.15, lw=0, zorder=behind)
 
 
-def draw_fronts(comparison: 'Comparison', figure) -> None:
+def draw_fronts(comparison: Comparison, figure) -> None:
     """Final loss against what it cost, with the front that nothing else beats."""
     costs = comparison.front_costs
     places = figure.subplots(1, len(costs), sharey=True)
@@ -161,7 +163,7 @@ def draw_fronts(comparison: 'Comparison', figure) -> None:
     figure.axes[0].set_ylabel('best validation loss')
 
 
-def draw_effects(comparison: 'Comparison', axes: 'Axes') -> None:
+def draw_effects(comparison: Comparison, axes: 'Axes') -> None:
     """Each main effect with its interval; left of zero is better."""
     told = [effect for effect, _ in comparison.effects if effect.mean is not None]
     for place, effect in enumerate(told):
@@ -208,7 +210,7 @@ pre { overflow-x: auto; background: var(--wash); padding: .8rem 1rem; border-rad
 """
 
 
-def report(comparison: 'Comparison', path: Path) -> None:
+def report(comparison: Comparison, path: Path) -> None:
     """Write the page. Raises UserError."""
     study = comparison.study
     title = (study and study.question) or 'Which architecture is better?'
@@ -222,13 +224,13 @@ def report(comparison: 'Comparison', path: Path) -> None:
         pictures.append(('Main effects', drawing))
     body = [
         f'<h1>{html.escape(title)}</h1>',
-        f'<p class="verdict">{html.escape(comparison_text.headline(comparison))}</p>',
+        f'<p class="verdict">{html.escape(headline(comparison))}</p>',
         *(
             f'<h2>{name}</h2>'
             f'<figure class="picture" role="img" aria-label="{name}">{drawing}</figure>'
             for name, drawing in pictures
         ),
-        *map(section_html, comparison_text.tables(comparison)),
+        *map(section_html, tables(comparison)),
         '<h2>To repeat it</h2>',
         f'<pre>{html.escape(commands(comparison))}</pre>',
     ]
@@ -241,7 +243,7 @@ def report(comparison: 'Comparison', path: Path) -> None:
     write(path, page.encode())
 
 
-def commands(comparison: 'Comparison') -> str:
+def commands(comparison: Comparison) -> str:
     """What was typed: the study's one command, or that of each run."""
     if comparison.study is not None:
         return comparison.study.command
@@ -256,7 +258,7 @@ def svg(width: float, height: float, draw) -> str:
     return text.getvalue().partition('<svg')[1] + text.getvalue().partition('<svg')[2]
 
 
-def section_html(section: comparison_text.Section) -> str:
+def section_html(section: Section) -> str:
     parts = [
         f'<h2>{html.escape(section.title)}</h2>'
         if section.rows or section.lines or section.texts

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 
 import hardware
+from comparison.significance import CONFIDENCE, student_quantile
 from errors import UserError
-from evidence import CONFIDENCE, student_quantile
 from model_builder import Transformer
 from model_components import IGNORED
 from text_codec import Codec

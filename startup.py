@@ -3,6 +3,7 @@
 import hashlib
 import platform
 import shlex
+import sys
 from pathlib import Path
 
 import torch
@@ -16,6 +17,13 @@ from registry import Configurable
 from token_data import TokenDataset
 from training_config import OPTIMIZER_REGISTRY, SCHEDULE_REGISTRY, Settings
 
+# Modules on which no loss depends.
+SHOWING = frozenset(
+    {
+        *('console.py', 'console_output.py', 'training_logger.py', 'sinks.py', 'planning.py'),
+        *('simulation.py', 'sampling.py', 'study_points.py', 'errors.py', 'startup.py'),
+    }
+)
 HELD = ('parameter_bytes', 'gradient_bytes', 'optimizer_bytes')
 
 
@@ -60,6 +68,7 @@ def record_header(
             'git_commit': commit,
             'git_clean': clean,
             'versions': hardware.versions(),
+            'code': source_hashes(),
             'command': shlex.join(['python', 'train.py', *argv]),
             'weights_from': weights_from,
             'threads': torch.get_num_threads(),
@@ -95,6 +104,26 @@ def record_header(
             'data': _data(settings, dataset),
             'derived': settings.derived,
         },
+    }
+
+
+def source_hashes() -> dict[str, str]:
+    """The first digits of the SHA-256 of each source file that training depends on.
+
+    These are the project's modules that have been imported, without those that only show or store.
+    A component of a config file is in `config_files`.
+    """
+    root = Path(__file__).resolve().parent
+    files = {getattr(module, '__file__', None) for module in [*sys.modules.values()]}
+    paths = {Path(file).resolve() for file in files if file}
+    ours = {path.relative_to(root).as_posix(): path for path in paths if root in path.parents}
+    return {
+        name: hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+        for name, path in sorted(ours.items())
+        if path.suffix == '.py'
+        and path.name not in SHOWING
+        and not {'site-packages', 'tests', 'benchmarks'} & set(path.parts)
+        and path.exists()
     }
 
 

@@ -36,7 +36,7 @@ from typing import NamedTuple
 
 import compare_architectures
 import hardware
-from comparison_text import duration, table
+from comparison.formatting import duration, table
 from configurator import format_help, read_command_line
 from console_output import write_progress, write_text
 from errors import UserError, run_script

@@ -18,7 +18,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import interop
-from comparison_text import table
+from comparison.formatting import table
 from errors import UserError
 from model_builder import Transformer, build_model
 from model_config import PRESETS, ModelArchitectureConfig

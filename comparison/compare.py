@@ -11,6 +11,7 @@ from comparison.conditions import (
     differing,
     differing_conditions,
     unlike_code,
+    unlike_evaluations,
     unlike_loss_conditions,
 )
 from comparison.costs import COSTS, FRONTS, TIMES, AtEqualCost, at_equal_cost, fronts_of
@@ -64,6 +65,7 @@ class Comparison:
     notes: list[str]
     loss_warnings: dict[str, Values]
     speed_warnings: dict[str, Values]
+    best_warnings: dict[str, Values]  # what makes best losses incomparable, and final ones not
     code_warning: str | None
     skipped: list[str]
 
@@ -95,7 +97,10 @@ def compare(
         groups = group_runs(oldest_first, lambda run: run.folder)
     labels = labels_of(groups)
     chosen, reason = baseline_of(groups, labels, baseline)
-    loss_warnings, notes = without_fair_differences(groups, unlike_loss_conditions(groups))
+    unlike = unlike_loss_conditions(groups)
+    if score == 'best':
+        unlike |= unlike_evaluations(groups)
+    loss_warnings, notes = without_fair_differences(groups, unlike)
     concurrent = max(run.conditions['concurrent_runs'][-1] for run in oldest_first)
     costs, front_costs = (
         {key: what for key, what in known.items() if concurrent == 1 or key not in TIMES}
@@ -128,6 +133,7 @@ def compare(
         notes=notes,
         loss_warnings=loss_warnings,
         speed_warnings=differing_conditions(groups, SPEED_CONDITIONS, lambda group: group.members),
+        best_warnings=unlike_evaluations(groups) if score == 'final' else {},
         code_warning=unlike_code(groups),
         skipped=list(skipped),
     )
@@ -157,7 +163,7 @@ def _unlike(
         for key, values in warnings.items()
         if len({text for text, having in values.items() if set(ranks) & set(having)}) > 1
     ]
-    return f'losses are not directly comparable: {listing(keys)} differ' if keys else None
+    return f'losses are not directly comparable ({listing(keys)})' if keys else None
 
 
 def without_fair_differences(

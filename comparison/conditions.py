@@ -12,14 +12,16 @@ LOSS_CONDITIONS = (
     *('block_size', 'tokens_seen', 'tokens_per_iter', 'data_seed', 'sampling', 'eval_windows'),
     *('max_iters', 'optimizer', 'lr_schedule', 'learning_rate', 'min_lr', 'warmup_iters'),
     *('lr_decay_iters', 'decay_lr', 'weight_decay', 'grad_clip', 'dtype', 'weights_from'),
-    'evaluations',
 )
+# What the best of several evaluations depends on besides.
+BEST_CONDITIONS = ('eval_interval', 'evaluations')
 SPEED_CONDITIONS = (
     *('device', 'device_name', 'threads', 'strategy', 'world_size', 'compile', 'dtype'),
     *('block_size', 'batch_size', 'tokens_per_iter', 'model_vocab_size', 'concurrent_runs'),
     'peak_tflops',
 )
 CODE = ('torch', 'git_commit')  # told apart from options: most changes of code change no losses
+_FIXED = (*LOSS_CONDITIONS, *BEST_CONDITIONS, *SPEED_CONDITIONS, *CODE)
 # Where a run is kept, how it reports, what ran beside it; nothing that its losses depend on.
 REPORTING = frozenset(
     {
@@ -48,11 +50,11 @@ RESOLVED = frozenset({'init_from', 'arch_preset', 'eval_iters', 'eval_only', *SE
 Values = dict[str, list[int]]
 
 
-def conditions_of(record: dict[str, Any], evaluations: int | None) -> dict[str, tuple]:
+def conditions_of(record: dict[str, Any], evaluations: int) -> dict[str, tuple]:
     """The values of all conditions, each in the order in which the run had them.
 
     A run that was resumed with other options, on another machine or on other data has several
-    values. evaluations: how many there were, where that is a condition.
+    values. evaluations: how many validation losses the run has.
     """
     config, metadata, startup = record['config'], record['metadata'], record['startup_info']
     summary = record['summary']
@@ -73,7 +75,7 @@ def conditions_of(record: dict[str, Any], evaluations: int | None) -> dict[str, 
         raise ValueError(f'concurrent_runs is {known["concurrent_runs"]!r}, not a count')
     # Every other option of training is a condition too.
     others = config.keys() - choices.keys() - IMMATERIAL - OF_SPEED - RESOLVED
-    keys = dict.fromkeys((*LOSS_CONDITIONS, *SPEED_CONDITIONS, *CODE, *sorted(others)))
+    keys = dict.fromkeys((*_FIXED, *sorted(others)))
     current = {key: known.get(key) for key in keys if key in known or key not in others}
     earlier = earlier_values(record)
     earlier['torch'] = earlier.get('version of torch', [])
@@ -93,8 +95,7 @@ def earlier_values(record: dict[str, Any]) -> dict[str, list]:
 
 def loss_conditions(runs: Iterable) -> list[str]:
     """The keys of what must agree for losses: the fixed ones, and all other training options."""
-    fixed = {*LOSS_CONDITIONS, *SPEED_CONDITIONS, *CODE}
-    others = dict.fromkeys(key for run in runs for key in run.conditions if key not in fixed)
+    others = dict.fromkeys(key for run in runs for key in run.conditions if key not in _FIXED)
     return [*LOSS_CONDITIONS, *others]
 
 
@@ -145,6 +146,11 @@ def value_text(key: str, value: Any, unknown: str) -> str:
     if key in ('tokens_seen', 'tokens_per_iter') and type(value) in (int, float):
         return f'{value:,}'
     return str(value)[:12] if key.endswith('_sha256') else str(value)
+
+
+def unlike_evaluations(groups: Sequence[Group]) -> dict[str, Values]:
+    """What differs of all that the best of several evaluations depends on besides."""
+    return differing_conditions(groups, BEST_CONDITIONS, lambda group: group.evidence)
 
 
 def unlike_loss_conditions(groups: Sequence[Group]) -> dict[str, Values]:

@@ -17,6 +17,17 @@ FRONTS: dict[str, tuple[str, Callable[[Any], float | None]]] = {
 TIMES = ('seconds', 'T')  # of these two, what runs that trained beside one another cannot tell
 SAME_COST = 0.01  # amounts that differ by less are equal, whatever their noise
 
+
+class CurvePoint(NamedTuple):
+    """A validation loss and what it had cost by then; None where the record does not tell."""
+
+    iter: int
+    tokens: float | None
+    flops: float | None
+    seconds: float | None
+    loss: float
+
+
 # --- Loss against cost ---------------------------------------------------------------------------
 
 
@@ -105,8 +116,7 @@ def pareto_front(points: Sequence[tuple[Amounts, float] | None]) -> list[bool]:
         return (one[1] < other[1] and (same or cheaper)) or (one[1] == other[1] and cheaper)
 
     return [
-        point is not None
-        and not any(other is not None and beats(other, point) for other in points)
+        point is not None and not any(other is not None and beats(other, point) for other in points)
         for point in points
     ]
 

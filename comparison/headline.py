@@ -9,7 +9,6 @@ from judgement import (
     BASELINE,
     BETTER,
     BLOCKED,
-    DIVERGED,
     EQUIVALENT,
     FINISHED,
     NOT_SIGNIFICANT,
@@ -25,7 +24,7 @@ def headline(comparison: Comparison) -> str:
     ranked = [
         (group, label)
         for group, label in zip(comparison.groups, comparison.labels)
-        if group.losses or not comparison.repeated and group.loss is not None
+        if group.losses or (not comparison.repeated and group.loss is not None)
     ]
     if not ranked:
         return ' '.join(['No finished run has a validation loss yet.', *_incomplete(comparison)])
@@ -40,7 +39,7 @@ def headline(comparison: Comparison) -> str:
     if not tested:
         sentences = [_untested(comparison)]
     sentences += _incomplete(comparison)
-    if comparison.loss_warnings:
+    if comparison.loss_warnings and len(tested) != 1:
         sentences.append(_unlike(comparison))
     return ' '.join(sentences)
 
@@ -61,7 +60,7 @@ def _of_single_runs(comparison: Comparison, ranked: Sequence[tuple[Group, str]])
 
 def _unlike(comparison: Comparison) -> str:
     names = listing(list(comparison.loss_warnings))
-    return f'The losses are not directly comparable: {names} differ (see WARNINGS).'
+    return f'The losses are not directly comparable ({names}; see WARNINGS).'
 
 
 def _incomplete(comparison: Comparison) -> list[str]:
@@ -108,7 +107,9 @@ def _one(comparison: Comparison, verdict: Verdict) -> str:
         low, high = _amounts(interval)
         facts = f'{level} {low} to {high}, p {p_text(verdict.p_value)}, {seeds}'
         verb = 'would be' if verdict.text == BLOCKED else 'is'
-        text = f'{label} {verb} {verdict.finding} than {name} by {nats(abs(test.mean))} nats a token'
+        text = (
+            f'{label} {verb} {verdict.finding} than {name} by {nats(abs(test.mean))} nats a token'
+        )
         return f'{text} ({facts}){_why(verdict)}.'
     facts = f'{test.mean:+.4f} nats a token, {level} {interval.low:+.4f} to {interval.high:+.4f}'
     if verdict.finding == EQUIVALENT:
@@ -158,9 +159,7 @@ def _several(comparison: Comparison, tested: Sequence[Verdict]) -> list[str]:
                 f'{items(verdicts)}.'
             )
     if tested:
-        sentences.append(
-            f'(Nats a token, with intervals corrected for {len(tested)} comparisons.)'
-        )
+        sentences.append(f'(Nats a token, with intervals corrected for {len(tested)} comparisons.)')
     return sentences
 
 
@@ -211,5 +210,3 @@ def verdict_text(verdict: Verdict) -> str:
     if verdict.text in (BASELINE, NOT_TESTED) or verdict.text == verdict.finding:
         return verdict.text
     return f'{verdict.text} ({verdict.finding})'
-
-

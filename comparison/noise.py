@@ -46,9 +46,7 @@ class Variance(NamedTuple):
     freedom: float
 
 
-def difference(
-    group: Losses, baseline: Losses, others: Sequence[Losses] = ()
-) -> Difference | None:
+def difference(group: Losses, baseline: Losses, others: Sequence[Losses] = ()) -> Difference | None:
     """Mean of `group` minus mean of `baseline`, from all their runs.
 
     With seeds that both have, this is the paired t-test with a moderated variance; without any, it

@@ -144,9 +144,7 @@ def run_of(record: dict[str, Any], path: Path, score: str = 'final') -> Run:
         mapping(record, part) for part in ('config', 'metadata', 'startup_info')
     )
     architecture, summary = mapping(record, 'architecture'), mapping(record, 'summary')
-    data, hardware, model, flops = (
-        mapping(startup, part) for part in ('data', 'hardware', 'model', 'flops')
-    )
+    data, model, flops = (mapping(startup, part) for part in ('data', 'model', 'flops'))
     for key in ('seed', 'data_seed'):
         count(config, key)
     status = text(record, 'status')
@@ -172,7 +170,7 @@ def run_of(record: dict[str, Any], path: Path, score: str = 'final') -> Run:
         architecture_hash=_required(text(architecture, 'hash'), 'hash of the architecture'),
         choices=mapping(architecture, 'choices'),
         config=config,
-        conditions=conditions_of(record, len(measured) if score == 'best' else None),
+        conditions=conditions_of(record, len(measured)),
         code={str(file): str(digest) for file, digest in mapping(metadata, 'code').items()},
         params=total_params,
         active_params=count(model, 'active_params') or total_params,
@@ -386,5 +384,3 @@ def without_other_attempts(newest_first: Sequence[Run]) -> list[Run]:
             points.add(run.folder.parent)
             compared.append(run)
     return compared
-
-

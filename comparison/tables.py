@@ -21,7 +21,7 @@ from comparison.formatting import (
 from comparison.headline import headline, outcomes_text, verdict_text
 from comparison.noise import PRIOR_FREEDOM
 from comparison.significance import ALPHA, CONFIDENCE
-from judgement import BASELINE, DIVERGED, FINISHED, NOT_TESTED, Corrected, Group
+from judgement import BASELINE, DIVERGED, FINISHED, Corrected, Group
 
 TABLE_RUNS = 6  # more rows than this and options are grouped by value instead of tabulated
 GROWTH = 2.0  # of the gradient norm, from which on it is shown
@@ -166,7 +166,8 @@ def verdicts(comparison: Comparison) -> Section | None:
         if verdict.text == BASELINE:
             continue
         if verdict.reasons:
-            reasons.append(f'#{rank} {verdict.text}: {"; ".join(verdict.reasons)}.')
+            line = f'#{rank} {verdict.text}: {"; ".join(verdict.reasons)}.'
+            reasons.append(wrapped(line, '   '))
         test, interval = verdict.difference, verdict.interval
         rows.append(
             [
@@ -209,7 +210,7 @@ def _verdict_notes(comparison: Comparison) -> list[str]:
     several = f'corrected for {len(tests)} comparisons (Holm)'
     correction = f' p is {several}; each interval has the level of its test.' * (len(tests) > 1)
     notes = [
-        f'Student\'s t-test of {pairs}{others}.{correction} noise: standard deviation of the '
+        f"Student's t-test of {pairs}{others}.{correction} noise: standard deviation of the "
         'difference of one pair of runs. detectable: the smallest true difference that this many '
         'seeds and comparisons find four times in five, if the noise is as estimated here.'
     ]
@@ -230,7 +231,9 @@ def tuning(comparison: Comparison) -> Section | None:
     for rank, group in enumerate(comparison.groups, 1):
         label = group.members[0].variant
         chosen, at_edge = plan.tuning.get(label, {}), plan.at_edge.get(label, [])
-        values = [or_dash(chosen.get(key, group.members[0].config.get(key)), str) for key in plan.tuned]
+        values = [
+            or_dash(chosen.get(key, group.members[0].config.get(key)), str) for key in plan.tuned
+        ]
         edge = f'{", ".join(at_edge)} at the end of its list: try beyond' if at_edge else ''
         rows.append([str(rank), *values, edge, or_dash(label, str)])
     header = ['#', *plan.tuned, '', 'architecture']
@@ -436,7 +439,7 @@ def options(comparison: Comparison) -> Section | None:
 def warnings(comparison: Comparison) -> Section | None:
     lines = []
     if comparison.loss_warnings:
-        lines += ['Losses are not directly comparable. Besides the architecture, these differ:']
+        lines += ['Losses are not like with like. Besides the architecture, these differ:']
         lines += [grouped(comparison.loss_warnings)]
         if {'tokenizer', 'vocab_size'} & comparison.loss_warnings.keys():
             lines += [
@@ -448,8 +451,13 @@ def warnings(comparison: Comparison) -> Section | None:
         lines += [f'Not ranked, no validation loss after an update: {rank_ranges(untrained)}']
     if comparison.speed_warnings:
         lines += [
-            'Time and memory are not directly comparable. Besides the architecture, these differ:',
+            'Time and memory are not like with like. Besides the architecture, these differ:',
             grouped(comparison.speed_warnings),
+        ]
+    if comparison.best_warnings:
+        lines += [
+            'The best losses are of different numbers of evaluations: compare the final ones only.',
+            grouped(comparison.best_warnings),
         ]
     if comparison.code_warning:
         lines.append(wrapped(comparison.code_warning, '  '))

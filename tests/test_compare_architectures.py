@@ -11,12 +11,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+from comparison import formats as ct
 import pytest
 from conftest import PROJECT
 from scipy import stats
 
 import compare_architectures as ca
-import comparison_text as ct
 from errors import UserError
 
 GPT2, LLAMA = '12L-12H-768D-AbsPos-LN-NB-GELU-PostNorm', '12L-12H-768D-RoPE-RMS-SwiGLU-PreNorm'

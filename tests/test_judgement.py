@@ -6,9 +6,9 @@ import types
 
 import numpy as np
 import pytest
+from evidence import detectable_ratio, estimate
 
 import judgement
-from evidence import detectable_ratio, estimate
 from judgement import Group, loss_at, pareto_front
 
 

@@ -7,11 +7,11 @@ import shutil
 import subprocess
 from html.parser import HTMLParser
 
+from comparison import formats as comparison_text
 import pytest
 from test_compare_architectures import STUDY, make_record
 
 import compare_architectures as ca
-import comparison_text
 import report
 from errors import UserError
 

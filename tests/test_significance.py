@@ -2,10 +2,9 @@
 
 import random
 
+import evidence
 import pytest
 from scipy import stats
-
-import evidence
 
 
 def draws(seed, count, mean=0.0, deviation=1.0):

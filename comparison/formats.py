@@ -1,0 +1,259 @@
+"""Sections as plain text, Markdown, CSV or JSON. What comes from records is escaped here."""
+
+import csv
+import io
+import json
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from comparison.compare import Comparison
+from comparison.costs import mean_by_position
+from comparison.formatting import LISTED, WIDTH, table, wrapped
+from comparison.tables import Section, sample_of, sections
+from console import first_lines
+from console_output import visible
+from judgement import BASELINE, NOT_TESTED, Corrected, Verdict
+
+
+def one_line(text: str) -> str:
+    """The text without what would move a cursor, as one line."""
+    return visible(text).replace('\n', '\\n').replace('\t', '\\t')
+
+
+# --- Text ----------------------------------------------------------------------------------------
+
+
+def render(comparison: Comparison) -> str:
+    """Plain text of about a hundred columns."""
+    return '\n\n'.join(map(plain, sections(comparison))) + '\n'
+
+
+def plain(section: Section) -> str:
+    parts = [visible(section.title), *(visible(wrapped(note)) for note in section.notes)]
+    parts += map(visible, section.lines)
+    if section.rows:
+        rows = [[one_line(cell) for cell in row] for row in (section.header, *section.rows)]
+        parts.append(table(rows, section.align))
+    return '\n'.join([*parts, *shortened(section.texts)])
+
+
+def shortened(texts: Sequence[tuple[str, str]]) -> list[str]:
+    """The first of the texts, below their headings, as lines."""
+    lines = []
+    for heading, text in texts[:LISTED]:
+        excerpt = (f'    {line}'.rstrip() for line in first_lines(text, WIDTH - 4))
+        lines += [one_line(heading), *excerpt]
+    return lines + [f'and {len(texts) - LISTED} more'] * (len(texts) > LISTED)
+
+
+# --- Markdown ------------------------------------------------------------------------------------
+
+# What Markdown or HTML would take as markup; an underscore only where it can open emphasis.
+_MARKUP = re.compile(r'[\\`*|<>&\[\]$~@]|(?<![^\W_])_|_(?![^\W_])')
+
+
+def in_markdown(text: str) -> str:
+    """The text as Markdown that shows it as it is."""
+    return _MARKUP.sub(lambda match: f'&#{ord(match[0])};', one_line(text))
+
+
+def markdown(comparison: Comparison) -> str:
+    """The same with tables that GitHub shows as such."""
+    texts = []
+    for section in sections(comparison):
+        lines = [*map(visible, section.lines), *shortened(section.texts)]
+        title = in_markdown(' '.join(section.title.split()))
+        parts = [f'### {title}' if section.rows or lines else title]
+        parts += map(in_markdown, section.notes)
+        if lines:
+            # Longer than any run of backticks in the lines, so that none of them ends the block.
+            fence = '`' * max(3, 1 + max(map(len, re.findall('`*', '\n'.join(lines)))))
+            parts.append(f'{fence}\n' + '\n'.join(lines) + f'\n{fence}')
+        if section.rows:
+            rules = ['---:' if side == '>' else ':---' for side in section.align]
+            rows = [[in_markdown(cell) for cell in row] for row in (section.header, *section.rows)]
+            parts.append('\n'.join(f'| {" | ".join(r)} |' for r in (rows[0], rules, *rows[1:])))
+        texts.append('\n\n'.join(parts))
+    return '\n\n'.join(texts) + '\n'
+
+
+# --- Data ----------------------------------------------------------------------------------------
+
+
+def as_csv(comparison: Comparison) -> str:
+    """A line for each run, with plain numbers."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator='\n')
+    runs = list(as_data(comparison)['runs'])
+    writer.writerow(runs[0] if runs else [])
+    for run in runs:
+        writer.writerow(map(in_csv, run.values()))
+    return out.getvalue()
+
+
+def in_csv(value: Any) -> Any:
+    """A cell that no spreadsheet takes for a formula."""
+    if value is None:
+        return ''
+    if isinstance(value, str):
+        text = one_line(value)
+        return f"'{text}" if text.startswith(('=', '+', '-', '@')) else text
+    return value
+
+
+def as_json(comparison: Comparison) -> str:
+    return json.dumps(as_data(comparison), indent=1, allow_nan=False, default=str) + '\n'
+
+
+def as_data(comparison: Comparison) -> dict[str, Any]:
+    """Everything as plain values: the verdict, groups, effects, and every run."""
+    return {
+        'baseline': comparison.baseline_label,
+        'score': comparison.score,
+        'margin': comparison.margin,
+        'verdict': answer(comparison),
+        'groups': [
+            _group_data(comparison, rank, verdict)
+            for rank, verdict in enumerate(comparison.verdicts, 1)
+        ],
+        'equal_cost': [row._asdict() for row in comparison.equal_cost],
+        'effects': [
+            {**effect._asdict(), **_test_data(correction)}
+            for effect, correction in comparison.effects
+        ],
+        'interactions': [
+            {**interaction._asdict(), **_test_data(correction)}
+            for interaction, correction in comparison.interactions
+        ],
+        'options_that_differ': comparison.options,
+        'notes': comparison.notes,
+        'loss_warnings': comparison.loss_warnings,
+        'speed_warnings': comparison.speed_warnings,
+        'code_warning': comparison.code_warning,
+        'skipped': comparison.skipped,
+        'runs': [
+            _run_data(run, rank, label)
+            for rank, (group, label) in enumerate(zip(comparison.groups, comparison.labels), 1)
+            for run in group.members
+        ],
+    }
+
+
+def answered(comparison: Comparison) -> Verdict | None:
+    """The verdict that answers the question: on the best group that is not the baseline.
+
+    None where there is nothing to compare.
+    """
+    others = [verdict for verdict in comparison.verdicts if verdict.text != BASELINE]
+    return others[0] if others else None
+
+
+def answer(comparison: Comparison) -> dict[str, Any] | None:
+    """That verdict for a script."""
+    verdict = answered(comparison)
+    if verdict is None:
+        return None
+    difference, interval = verdict.difference, verdict.interval
+    reasons = list(verdict.reasons)
+    if not comparison.repeated:
+        reasons.insert(0, 'one seed of each')
+    return {
+        'architecture': comparison.labels[comparison.groups.index(verdict.group)],
+        'baseline': comparison.baseline_label,
+        'verdict': verdict.text,
+        'finding': None if verdict.finding == NOT_TESTED else verdict.finding,
+        'reasons': list(dict.fromkeys(reasons)),
+        'difference': difference and difference.mean,
+        'interval': interval and [interval.low, interval.high],
+        'confidence': interval and interval.confidence,
+        'p_value': verdict.p_value,
+        'equivalence_p_value': verdict.equivalence_p_value,
+        'detectable': verdict.detectable,
+        'comparisons': sum(v.difference is not None for v in comparison.verdicts),
+    }
+
+
+def _test_data(correction: Corrected | None) -> dict[str, Any]:
+    """A corrected test."""
+    if correction is None:
+        return {'difference': None, 'p_value': None}
+    test, interval = correction.difference, correction.interval
+    return {
+        'difference': {
+            'mean': test.mean,
+            'low': interval.low,
+            'high': interval.high,
+            'confidence': interval.confidence,
+            'p_value': test.p_value,
+            'noise': test.noise,
+            'error': test.error,
+            'freedom': test.freedom,
+            'paired': test.paired,
+            'count': min(test.counts),
+            'counts': list(test.counts),
+        },
+        'p_value': correction.p_value,
+    }
+
+
+def _group_data(comparison: Comparison, rank: int, verdict: Verdict) -> dict[str, Any]:
+    group = verdict.group
+    first = group.members[0]
+    correction = None
+    if verdict.difference is not None:
+        correction = Corrected(verdict.difference, verdict.p_value, verdict.interval)
+    return {
+        'rank': rank,
+        'label': comparison.labels[rank - 1],
+        'architecture': first.architecture,
+        'val_loss': group.loss,
+        'best_val_loss': group.mean(lambda run: run.best_val_loss),
+        'interval': group.estimate and [group.estimate.low, group.estimate.high],
+        'deviation': group.estimate and group.estimate.deviation,
+        'seeds': len(group.losses),
+        'outcomes': dict(group.outcomes),
+        'finished': group.finished,
+        'verdict': verdict.text,
+        'finding': verdict.finding,
+        'reasons': list(verdict.reasons),
+        **_test_data(correction),
+        'equivalence_p_value': verdict.equivalence_p_value,
+        'detectable': verdict.detectable,
+        'front': comparison.fronts[rank - 1],
+        'loss_by_position': [
+            {'from': start, 'to': end, 'loss': loss}
+            for (start, end), loss in mean_by_position(group).items()
+        ],
+        'sample': sample_of(group),
+        'runs': [str(run.folder) for run in group.members],
+    }
+
+
+def _run_data(run, rank: int, label: str) -> dict[str, Any]:
+    return {
+        'rank': rank,
+        'label': label,
+        'run': run.name,
+        'folder': str(run.folder),
+        'status': run.status,
+        'outcome': run.outcome,
+        'seed': run.config.get('seed'),
+        'data_seed': run.config.get('data_seed'),
+        **{
+            key: getattr(run, key)
+            for key in (
+                *('val_loss', 'best_val_loss', 'evaluations', 'bits_per_byte', 'params'),
+                *('flops_per_token', 'total_flops', 'mfu_percent', 'tokens_per_sec', 'time_ms'),
+                *('wall_seconds', 'active_params', 'peak_memory_gb'),
+            )
+        },
+    }
+
+
+FORMATS: dict[str, Callable[[Comparison], str]] = {
+    'text': render,
+    'markdown': markdown,
+    'csv': as_csv,
+    'json': as_json,
+}
