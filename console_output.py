@@ -14,7 +14,7 @@ import os
 import re
 import sys
 
-# What stands for characters that an encoding may lack; a question mark stands for the others.
+# What stands for characters that an encoding may lack; escapes stand for the others.
 _ASCII = {'─': '-', '│': '|', '├': '|', '└': '`', '×': 'x', '→': '->'}
 _SUBSTITUTES = {
     **_ASCII,
@@ -121,8 +121,8 @@ def _substitute(error: UnicodeError) -> tuple[str, int]:
     if not isinstance(error, UnicodeEncodeError):
         raise error
     lacking = visible(error.object[error.start : error.end])
-    shown = (c if c.isascii() else _SUBSTITUTES.get(c, '?') for c in lacking)
-    return ''.join(shown), error.end
+    shown = ''.join(c if c.isascii() else _SUBSTITUTES.get(c, c) for c in lacking)
+    return shown.encode('ascii', 'backslashreplace').decode(), error.end
 
 
 SUBSTITUTE = 'substitute'  # as an `errors` of str.encode and of streams

@@ -165,15 +165,15 @@ def draw_fronts(comparison: Comparison, figure) -> None:
 
 def draw_effects(comparison: Comparison, axes: 'Axes') -> None:
     """Each main effect with its interval; left of zero is better."""
-    told = [effect for effect, _ in comparison.effects if effect.mean is not None]
-    for place, effect in enumerate(told):
+    drawn = [each for each in comparison.effects if each[0].mean is not None]
+    for place, (effect, correction) in enumerate(drawn):
         test = effect.difference
-        error = 0 if test is None else (test.high - test.low) / 2
+        error = 0 if correction is None else correction.interval.high - test.mean
         colour = '#888888' if error == 0 or abs(effect.mean) < error else COLOURS[effect.mean > 0]
         axes.errorbar(effect.mean, place, xerr=error, fmt='o', color=colour, capsize=3)
     axes.axvline(0, color='#888888', lw=1)
-    names = [f'{e.option}: {e.value} against {e.against}' for e in told]
-    axes.set_yticks(range(len(told)), names)
+    names = [f'{e.option}: {e.value} against {e.against}' for e, _ in drawn]
+    axes.set_yticks(range(len(drawn)), names)
     axes.invert_yaxis()
     clear(axes, 'change of the loss, all else equal (lower is better)', amounts=False)
 

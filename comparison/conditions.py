@@ -65,7 +65,7 @@ def conditions_of(record: dict[str, Any], evaluations: int) -> dict[str, tuple]:
     known['device'] = str(hardware.get('device') or '').split(':')[0] or None  # any cuda:N alike
     known['eval_windows'] = (data.get('eval_windows') or {}).get('val')
     known['tokens_seen'] = summary.get('total_tokens')
-    known['weights_from'] = (metadata.get('weights_from') or {}).get('source', 'the seed')
+    known['weights_from'] = str((metadata.get('weights_from') or {}).get('source', 'the seed'))
     known['evaluations'] = evaluations
     known['peak_tflops'] = hardware.get('peak_tflops')
     known['torch'] = (metadata.get('versions') or {}).get('torch')
@@ -161,11 +161,17 @@ def unlike_loss_conditions(groups: Sequence[Group]) -> dict[str, Values]:
     warnings = differing_conditions(groups, keys, lambda group: group.members)
     # What an unfinished run has seen so far says nothing about its group, unless that is all.
     warnings |= differing_conditions(groups, ['tokens_seen'], lambda group: group.evidence)
-    seeds = [{seeds_of(run) for run in group.members} for group in groups]
-    if any(each != seeds[0] for each in seeds):
+    if not _data_seeds_agree(groups):
         warnings |= differing_conditions(groups, ['data_seed'], lambda group: group.members)
     warnings |= unlike_data(groups)
     return {key: warnings[key] for key in (*keys, *warnings) if key in warnings}
+
+
+def _data_seeds_agree(groups: Sequence[Group]) -> bool:
+    """Whether all groups have the same seeds of the data order, or all draw several at random."""
+    seeds = [{str(run.conditions['data_seed']) for run in group.members} for group in groups]
+    drawn = all(len(own) == len(g.members) > 1 for own, g in zip(seeds, groups))
+    return drawn or all(own == seeds[0] for own in seeds)
 
 
 def unlike_data(groups: Sequence[Group]) -> dict[str, Values]:
@@ -183,7 +189,7 @@ def unlike_data(groups: Sequence[Group]) -> dict[str, Values]:
         for place, (rank, run) in enumerate(runs):
             for other_rank, other in runs[place + 1 :]:
                 shared = run.data_hashes.keys() & other.data_hashes.keys()
-                per_iter = {r.conditions['tokens_per_iter'] for r in (run, other)}
+                per_iter = {str(r.conditions['tokens_per_iter']) for r in (run, other)}
                 if not shared or len(per_iter) > 1:
                     continue
                 hashes = [r.data_hashes[max(shared)] for r in (run, other)]

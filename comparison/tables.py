@@ -227,20 +227,21 @@ def tuning(comparison: Comparison) -> Section | None:
     plan = comparison.study
     if plan is None or not plan.tuned:
         return None
-    rows = []
-    for rank, group in enumerate(comparison.groups, 1):
-        label = group.members[0].variant
-        chosen, at_edge = plan.tuning.get(label, {}), plan.at_edge.get(label, [])
-        values = [
-            or_dash(chosen.get(key, group.members[0].config.get(key)), str) for key in plan.tuned
-        ]
-        edge = f'{", ".join(at_edge)} at the end of its list: try beyond' if at_edge else ''
-        rows.append([str(rank), *values, edge, or_dash(label, str)])
-    header = ['#', *plan.tuned, '', 'architecture']
-    if not any(row[-2] for row in rows):
-        header, rows = [*header[:-2], header[-1]], [[*row[:-2], row[-1]] for row in rows]
+    rows, edges = [], []
+    for rank, (group, label) in enumerate(zip(comparison.groups, comparison.labels), 1):
+        run = group.members[0]
+        chosen = {key: run.config.get(key) for key in plan.tuned}
+        chosen |= plan.tuning.get(run.variant, {})
+        rows.append([str(rank), *(or_dash(chosen[key], str) for key in plan.tuned), label])
+        if at_edge := plan.at_edge.get(run.variant):
+            edges.append(f'#{rank} {listing(at_edge)}')
     notes = ['Each architecture trained with its own best of the values that the study tried.']
-    return Section('TUNING', notes, header, rows, '>' + '>' * len(plan.tuned) + '<' * 2)
+    if edges:
+        notes.append(
+            f'At the end of its list, so that a value beyond it may be better: {"; ".join(edges)}.'
+        )
+    header = ['#', *plan.tuned, 'architecture']
+    return Section('TUNING', notes, header, rows, '>' * (1 + len(plan.tuned)) + '<')
 
 
 # --- Costs ---------------------------------------------------------------------------------------

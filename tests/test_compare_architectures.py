@@ -11,115 +11,29 @@ import subprocess
 import sys
 from pathlib import Path
 
-from comparison import formats as ct
 import pytest
 from conftest import PROJECT
+from run_records import (
+    GPT2,
+    LLAMA,
+    STUDY,
+    make_record,
+    replicated,
+    rows,
+    run_rows,
+    section,
+    warned,
+    write,
+)
 from scipy import stats
 
 import compare_architectures as ca
+from comparison.compare import compare
+from comparison.formats import render
+from comparison.formatting import LISTED, duration, si
+from comparison.runs import load, read_plan
+from comparison.tables import rank_ranges
 from errors import UserError
-
-GPT2, LLAMA = '12L-12H-768D-AbsPos-LN-NB-GELU-PostNorm', '12L-12H-768D-RoPE-RMS-SwiGLU-PreNorm'
-
-
-def make_record(number=1, *, loss=5.0, status='finished', done=100, architecture=GPT2, **config):
-    """A record as training writes it. `number` orders the runs in time; `config` overrides keys."""
-    choices = {'n_layer': 12, 'bias': False, 'ffn_type': 'standard'}
-    choices |= {key: config[key] for key in choices.keys() & config.keys()}
-    config = {
-        'out_dir': f'out-{number}',
-        'dataset': 'shakespeare',
-        'batch_size': 4,
-        'gradient_accumulation_steps': 4,
-        'max_iters': 100,
-        'optimizer': 'adamw',
-        'learning_rate': 6e-4,
-        'decay_lr': True,
-        'lr_schedule': 'cosine',
-        'warmup_iters': 5,
-        'lr_decay_iters': 100,
-        'min_lr': 6e-5,
-        'device': 'auto',
-        'seed': 1337,
-        'data_seed': 1337,
-        'log_style': 'auto',
-        'log_interval': 1,
-        'arch_preset': 'custom',
-        **choices,
-        **config,
-    }
-    evaluations = [(0, 10.9)] + ([(done // 2, loss + 0.5), (done, loss)] if loss else [])
-    return {
-        'schema_version': 1,
-        'run_name': f'run_20260101_1200{number:02d}',
-        'start_time': f'2026-01-01T12:00:{number:02d}+00:00',
-        'end_time': None,
-        'status': status,
-        'config': config,
-        'architecture': {
-            'name': architecture,
-            'hash': f'{architecture}{sorted(choices.items())}',
-            'choices': choices,
-        },
-        'metadata': {
-            'seed': config['seed'],
-            'data_seed': config['data_seed'],
-            'strategy': 'single',
-            'world_size': 1,
-        },
-        'startup_info': {
-            'model': {'total_params': 123_550_464},
-            'flops': {'per_token': 854_654_976, 'per_token_causal': 798_031_872},
-            'hardware': {
-                'device': 'cpu',
-                'device_name': 'Some CPU',
-                'world_size': 1,
-                'dtype': 'bfloat16',
-                'threads': 2,
-                'compile': False,
-            },
-            'data': {
-                'dataset': config['dataset'],
-                'tokenizer': 'gpt2',
-                'vocab_size': 50257,
-                'model_vocab_size': 50304,
-                'train_sha256': 'ab' * 32,
-                'val_sha256': 'cd' * 32,
-                'batch_size': config['batch_size'],
-                'block_size': 256,
-                'tokens_per_iter': 4096,
-                'eval_windows': {'train': 50, 'val': 50},
-            },
-        },
-        'training_iterations': [],
-        'eval_steps': [
-            {'iter': i, 'train_loss': value, 'val_loss': value, 'val_bits_per_byte': value * 0.4}
-            for i, value in evaluations
-        ],
-        'checkpoints': [],
-        'events': [],
-        'summary': {
-            'total_iterations': config['max_iters'],
-            'final_iter': done,
-            'best_val_loss': loss,
-            'avg_mfu': 31.234,
-            'avg_time_ms': 2412.34,
-            'total_tokens': done * 4096,
-            'wall_seconds': 431.2,
-            'peak_memory_gb': 3.2149,
-        },
-    }
-
-
-def write(folder: Path, *records) -> list[Path]:
-    """Each record in a run folder of its own below its out_dir."""
-    paths = []
-    for record in records:
-        path = folder / record['config']['out_dir'] / record['run_name']
-        path.mkdir(parents=True)
-        (path / 'record.json').write_text(json.dumps(record), encoding='utf-8')
-        paths.append(path)
-    return paths
 
 
 @pytest.fixture
@@ -135,33 +49,6 @@ def compared(tmp_path, monkeypatch, capsys):
     return run
 
 
-def section(text: str, title: str) -> list[str]:
-    """The lines of the block that starts with `title`, without it."""
-    for block in text.split('\n\n'):
-        if block.startswith(title):
-            return block.splitlines()[1:]
-    return []
-
-
-def rows(text: str, title: str) -> list[dict[str, str]]:
-    """A block's table as dicts. Columns are two or more spaces apart."""
-    lines = section(text, title)
-    start = next(i for i, line in enumerate(lines) if line.startswith(('#  ', 'option ')))
-    header, *body = [re.split(r' {2,}', line.strip()) for line in lines[start:]]
-    return [dict(zip(header, row, strict=True)) for row in body]
-
-
-def warned(text: str, about: str) -> set[str]:
-    """The keys warned about beneath the heading that starts with `about`."""
-    keys, inside = set(), False
-    for line in section(text, 'WARNINGS'):
-        if not line.startswith(' '):
-            inside = line.startswith(about)
-        elif inside and re.match(r'  \w', line):
-            keys.add(line.split()[0])
-    return keys
-
-
 # --- figures -------------------------------------------------------------------------------------
 
 
@@ -174,7 +61,7 @@ def test_ranking_shows_the_figures_of_the_records(compared):
     assert [row['#'] for row in shown] == ['1', '2', '3']
     assert [row['val loss'] for row in shown] == ['5.9872', '6.0000', '6.4123']
     assert [row['vs #3'] for row in shown] == ['-0.4252', '-0.4123', 'baseline']
-    ahead = rows(ct.render(ca.compare(ca.load([])[0], 'out-2')), 'RANKING')
+    ahead = rows(render(compare(load([])[0], 'out-2')), 'RANKING')
     assert [row['vs #1'] for row in ahead] == ['baseline', '+0.0128', '+0.4252']
     for row in shown:
         assert float(row['bits/byte']) == pytest.approx(float(row['val loss']) * 0.4, abs=1e-4)
@@ -226,8 +113,13 @@ def test_an_untrained_loss_is_not_ranked(compared):
     ]
     untrained['eval_steps'] = untrained['eval_steps'][:1]
     text = compared(untrained, diverged, trained)
-    assert [row['val loss'] for row in rows(text, 'RANKING')] == ['6.0000', '9.0000', 'none']
-    assert 'Not ranked, no validation loss after an update: #3' in text
+    ranked = [(row['val loss'], row['status']) for row in rows(text, 'RANKING')]
+    assert ranked[0] == ('6.0000', 'finished 100/100')
+    assert set(ranked[1:]) == {
+        ('none', 'without a validation loss 100/100'),
+        ('none', 'diverged 100/100'),
+    }
+    assert 'Not ranked, no validation loss after an update: #2-3' in text
 
 
 @pytest.mark.parametrize(
@@ -235,12 +127,12 @@ def test_an_untrained_loss_is_not_ranked(compared):
     [(0.04, '0.0s'), (59.4, '59.4s'), (59.96, '1m 00s'), (3599.7, '1h 00m'), (7384, '2h 03m')],
 )
 def test_durations(seconds, text):
-    assert ct.duration(seconds) == text
+    assert duration(seconds) == text
 
 
 @pytest.mark.parametrize('value, text', [(512, '512'), (1e3, '1.00K'), (2.5e9, '2.50G')])
 def test_large_numbers(value, text):
-    assert ct.si(value) == text
+    assert si(value) == text
 
 
 # --- names ---------------------------------------------------------------------------------------
@@ -274,17 +166,17 @@ def test_every_way_to_name_a_run_finds_it_once(tmp_path):
     copy.parent.mkdir()
     copy.write_bytes((folder / 'record.json').read_bytes())
     for path in (folder, folder.parent, folder / 'record.json', copy):
-        runs, skipped = ca.load([path])
+        runs, skipped = load([path])
         assert [run.name for run in runs] == [folder.name] and not skipped
-    runs, _ = ca.load([folder, folder.parent, folder / 'record.json', tmp_path])
+    runs, _ = load([folder, folder.parent, folder / 'record.json', tmp_path])
     assert len(runs) == 2
-    assert len(ca.load([copy, folder])[0]) == 2
+    assert len(load([copy, folder])[0]) == 2
 
 
 def test_a_record_alone_in_a_folder_of_another_name(tmp_path):
     (folder,) = write(tmp_path, make_record(1))
     renamed = folder.rename(tmp_path / 'my-best-run')
-    assert [run.folder for run in ca.load([renamed])[0]] == [renamed]
+    assert [run.folder for run in load([renamed])[0]] == [renamed]
 
 
 def test_a_broken_record_is_skipped_by_name(compared, tmp_path):
@@ -303,13 +195,13 @@ def test_a_broken_record_is_skipped_by_name(compared, tmp_path):
 def test_nothing_found_says_where_and_what_to_type(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=re.escape(str(tmp_path))) as error:
-        ca.load([])
+        load([])
     assert 'python train.py' in str(error.value)
     (tmp_path / 'empty').mkdir()
     with pytest.raises(UserError, match='empty: no run there'):
-        ca.load([Path('empty')])
+        load([Path('empty')])
     with pytest.raises(UserError, match='absent: no such file'):
-        ca.load([Path('absent'), Path('empty')])
+        load([Path('absent'), Path('empty')])
 
 
 def test_order_of_reading_does_not_matter(tmp_path):
@@ -318,7 +210,7 @@ def test_order_of_reading_does_not_matter(tmp_path):
     texts = set()
     for seed in range(4):
         random.Random(seed).shuffle(paths)
-        texts.add(ct.render(ca.compare(ca.load(paths)[0])))
+        texts.add(render(compare(load(paths)[0])))
     assert len(texts) == 1
 
 
@@ -326,7 +218,7 @@ def test_order_of_reading_does_not_matter(tmp_path):
 
 
 def baseline(runs, name=None):
-    return ca.compare(runs, name).baseline.members[0].name[-2:]
+    return compare(runs, name).baseline.members[0].name[-2:]
 
 
 @pytest.fixture
@@ -344,7 +236,7 @@ def runs(tmp_path, monkeypatch):
         make_record(5, out_dir='out-llama', **llama),
         make_record(6, out_dir='out-llama-bias', bias=True, **llama),
     )
-    return ca.load([])[0]
+    return load([])[0]
 
 
 def test_the_default_baseline_is_the_oldest_finished_run_with_a_loss(runs):
@@ -385,7 +277,7 @@ def test_a_baseline_that_names_no_single_run(runs, name, message):
 
 
 def test_a_baseline_without_a_loss_gives_no_differences(runs):
-    text = ct.render(ca.compare(runs, 'run_20260101_120002'))
+    text = render(compare(runs, 'run_20260101_120002'))
     differences = [row['vs #6'] for row in rows(text, 'RANKING')]
     assert differences == ['-'] * 5 + ['baseline']
     assert 'The baseline has no validation loss' in text
@@ -428,7 +320,7 @@ def test_wide_values_are_grouped(compared):
 
 def test_long_lists_are_cut_and_count_what_they_leave_out(compared):
     ranks = [*range(1, 40, 2), 40, 41]  # fifteen spans, the last of three runs
-    shown, more = re.fullmatch(r'(.*) and (\d+) more', ct.numbers(ranks)).groups()
+    shown, more = re.fullmatch(r'(.*) and (\d+) more', rank_ranges(ranks)).groups()
     assert len(shown.split()) + int(more) == len(ranks)
     text = compared(*(make_record(n, loss=n, beta2=n) for n in range(1, 13)))
     (shown,) = section(text, 'OPTIONS')
@@ -532,7 +424,8 @@ def test_unfinished_runs_are_marked(compared, status):
 def test_a_killed_run_is_read_from_its_journal(compared, tmp_path):
     record = make_record(1)
     outline = ('config', 'architecture', 'metadata', 'startup_info')
-    mfu = {'mfu_percent': 30.0, 'mfu_causal_percent': 28.0}
+    mfu = {'mfu_percent': 30.0, 'mfu_causal_percent': 28.0, 'hardware_peak_tflops': 0.01}
+    mfu |= {'achieved_tflops': 0.003}
     memory = {'allocated_gb': None, 'peak_gb': None, 'reserved_gb': None, 'rss_gb': 2.5}
     lines = [
         {'kind': 'start', 'time': 0.0, **{key: record[key] for key in outline}}
@@ -563,7 +456,7 @@ def test_one_seed_gives_no_error_bar(compared):
     twins = (make_record(2), make_record(3, out_dir='again'))  # one seed run twice is one seed
     text = compared(make_record(1, ffn_type='swiglu'), *twins)
     assert 'no error bar' in text and '--seed=2' in text and '+/-' not in text
-    assert 'no error bar' not in ct.render(ca.compare(ca.load([Path('out-1')])[0]))
+    assert 'no error bar' not in render(compare(load([Path('out-1')])[0]))
 
 
 def test_several_seeds_give_mean_and_interval(compared):
@@ -579,56 +472,14 @@ def test_several_seeds_give_mean_and_interval(compared):
         make_record(6, loss=7.0, seed=6, bias=True),
     )
     shown = rows(text, 'RANKING')
-    assert [row['val loss'] for row in shown] == ['4.0000', '5.0100', '6.0000', '7.0000']
-    assert [row['seeds'] for row in shown] == ['1', '3', '1', '1']
+    # An interrupted seed belongs to its group, and its loss so far is no score.
+    assert [row['val loss'] for row in shown] == ['5.0100', '6.0000', '7.0000']
+    assert [row['seeds'] for row in shown] == ['3/4', '1', '1']
+    assert shown[0]['status'] == '1 interrupted'
     half = stats.t.ppf(0.975, 2) * stats.sem(losses)
-    assert [row['+/-'] for row in shown] == ['-', f'{half:.4f}', '-', '-']
-    assert [row['vs #2'] for row in shown] == ['-1.0100', 'baseline', '+0.9900', '+1.9900']
-    assert {row['verdict'] for row in rows(text, 'VERDICT')} == {'unknown'}
-
-
-def replicated(losses: dict[str, list[float]], **extra) -> list[dict]:
-    """Records of architectures that differ in `ffn_type`, with seeds 1, 2, …"""
-    return [
-        make_record(10 * n + seed, loss=loss, seed=seed, ffn_type=ffn, architecture=ffn, **extra)
-        for n, (ffn, values) in enumerate(losses.items())
-        for seed, loss in enumerate(values, 1)
-    ]
-
-
-def test_verdicts_are_those_of_scipys_paired_tests(compared):
-    losses = {
-        'standard': [5.00, 5.10, 4.95, 5.03, 5.06],
-        'swiglu': [4.90, 5.01, 4.86, 4.92, 4.97],
-        'geglu': [5.01, 5.08, 4.97, 5.02, 5.09],
-    }
-    text = compared(*replicated(losses))
-    shown = {row['#']: row for row in rows(text, 'VERDICT')}
-    tests = {name: stats.ttest_rel(losses[name], losses['standard']) for name in losses}
-    order = sorted(losses, key=lambda name: statistics.mean(losses[name]))
-    p_values = [tests[name].pvalue for name in order if name != 'standard']
-    expected = dict(zip(p_values, [min(2 * min(p_values), 1), max(p_values)]))
-    assert len(shown) == 2
-    for rank, name in enumerate(order, 1):
-        if name == 'standard':
-            continue
-        row, test = shown[str(rank)], tests[name]
-        assert row['p'] == (ct.p_text(expected[test.pvalue]))
-        interval = test.confidence_interval(0.95)
-        assert row['95% interval'] == f'{interval.low:+.4f} {interval.high:+.4f}'
-        assert row['seeds'] == '5 pairs'
-    assert shown[str(order.index('swiglu') + 1)]['verdict'] == 'better'
-    assert shown[str(order.index('geglu') + 1)]['verdict'] == 'not told apart'
-
-
-def test_seeds_that_are_not_shared_are_compared_unpaired(compared):
-    records = replicated({'standard': [5.0, 5.1, 4.9], 'swiglu': [4.9, 5.0, 4.8]})
-    for record in records[3:]:
-        record['config']['seed'] += 100
-    row = rows(compared(*records), 'VERDICT')[0]
-    assert row['seeds'] == '3 each'
-    expected = stats.ttest_ind([4.9, 5.0, 4.8], [5.0, 5.1, 4.9], equal_var=False)
-    assert row['p'] == ct.p_text(expected.pvalue)
+    assert [row['+/-'] for row in shown] == [f'{half:.4f}', '-', '-']
+    assert [row['vs #1'] for row in shown] == ['baseline', '+0.9900', '+1.9900']
+    assert {row['verdict'] for row in rows(text, 'VERDICT')} == {'not tested'}
 
 
 def test_a_run_repeated_with_the_same_seeds_is_no_further_evidence(compared):
@@ -642,16 +493,16 @@ def test_data_that_was_not_the_same_is_told_by_its_hash(compared):
     records = replicated({'standard': [5.0, 5.1], 'swiglu': [4.9, 5.0]})
     for record in records:
         record['eval_steps'][-1]['data_hash'] = f'{record["config"]["seed"]:016x}'
-    assert 'WARNINGS' not in ct.render(ca.compare(run_rows(records)))
+    assert 'WARNINGS' not in render(compare(run_rows(records)))
     records[3]['eval_steps'][-1]['data_hash'] = 'f' * 16  # seed 2 of one architecture alone
-    assert warned(ct.render(ca.compare(run_rows(records))), 'Losses') == {'data_hash'}
+    assert warned(render(compare(run_rows(records))), 'Losses') == {'data_hash'}
     records[3]['config']['seed'] = 3  # seeds that are not shared have other data
-    assert 'WARNINGS' not in ct.render(ca.compare(run_rows(records)))
+    assert 'WARNINGS' not in render(compare(run_rows(records)))
 
 
 def test_the_loss_by_position_stands_where_it_was_recorded(compared):
     one, other = make_record(1), make_record(2, ffn_type='swiglu')
-    assert 'LOSS BY POSITION' not in ct.render(ca.compare(run_rows([one, other])))
+    assert 'LOSS BY POSITION' not in render(compare(run_rows([one, other])))
     spans = [{'from': 0, 'to': 1, 'loss': 3.25}, {'from': 1, 'to': 64, 'loss': 1.75}]
     one['eval_steps'][-1]['diagnostics'] = {'val_loss_by_position': spans}
     shown = rows(compared(one, other), 'LOSS BY POSITION')
@@ -663,7 +514,7 @@ def test_the_loss_by_position_stands_where_it_was_recorded(compared):
 
 def test_the_last_sample_of_each_architecture_is_shown(compared):
     records = [make_record(1, loss=4.0), make_record(2, loss=5.0, ffn_type='swiglu')]
-    assert 'SAMPLES' not in ct.render(ca.compare(run_rows(records)))
+    assert 'SAMPLES' not in render(compare(run_rows(records)))
     for record, texts in zip(records, (('old', 'new\n```\n\x1b[2J'), ('last', None))):
         for entry, text in zip(record['eval_steps'][1:], texts):
             entry['sample'] = {'prompt': 'A: ', 'text': text, 'time_ms': 1.0}
@@ -672,9 +523,9 @@ def test_the_last_sample_of_each_architecture_is_shown(compared):
     (one, other) = (line.split(', after ') for line in found if line.startswith('#'))
     assert one[0].startswith('#1 ') and 'swiglu' in other[0] and other[0].startswith('#2 ')
     assert found == [
-        f'{one[0]}, after 100 updates',
+        f'{one[0]}, after 100 iterations',
         *('    A: new', '    ```', '    \\x1b[2J'),
-        f'{other[0]}, after 50 updates',
+        f'{other[0]}, after 50 iterations',
         '    A: last',
     ]
     # Four spaces keep the fence of Markdown closed.
@@ -692,7 +543,7 @@ def test_samples_of_many_architectures_are_counted(compared):
     for record in records:
         record['eval_steps'][-1]['sample'] = {'prompt': '', 'text': 'a', 'time_ms': 1.0}
     shown = compared(*records).partition('\nSAMPLES\n')[2].partition('\n\n')[0]
-    assert shown.count('    a\n') == ct.LISTED and shown.endswith(f'and {12 - ct.LISTED} more')
+    assert shown.count('    a\n') == LISTED and shown.endswith(f'and {12 - LISTED} more')
 
 
 def test_whether_samples_were_written_is_no_difference(compared):
@@ -700,10 +551,6 @@ def test_whether_samples_were_written_is_no_difference(compared):
         make_record(1), make_record(2, ffn_type='swiglu', sample_interval=50, sample_prompt='A')
     )
     assert 'sample_' not in text
-
-
-def run_rows(records):
-    return [ca.run_of(record, Path('out/run/record.json')) for record in records]
 
 
 def test_equal_flops_are_told_instead_of_warned_about(compared):
@@ -714,19 +561,6 @@ def test_equal_flops_are_told_instead_of_warned_about(compared):
     assert 'the same FLOPs (within 0.00%)' in text and 'WARNINGS' not in text
 
 
-STUDY = {
-    'question': 'Gated?',
-    'command': 'python study.py gated.py',
-    'budget': {},
-    'tuned': ['learning_rate'],
-    'variants': [
-        {'label': f'ffn_type={ffn} bias={bias}', 'asked': {'ffn_type': ffn, 'bias': bias}}
-        for ffn in ('standard', 'swiglu')
-        for bias in (True, False)
-    ],
-}
-
-
 @pytest.fixture
 def study(tmp_path):
     """Four variants with two seeds each; the loss is additive but for swiglu without bias."""
@@ -735,7 +569,7 @@ def study(tmp_path):
         for seed in (1, 2):
             asked = variant['asked']
             gated, plain = asked['ffn_type'] == 'swiglu', not asked['bias']
-            noise = 0.001 * (n - 1.5) * (2 * seed - 3)
+            noise = 0.001 * (n * n - 3) * (2 * seed - 3)
             loss = 5 + 0.1 * seed - 0.2 * gated + 0.05 * plain + 0.3 * gated * plain + noise
             record = make_record(
                 10 * n + seed,
@@ -754,7 +588,7 @@ def study(tmp_path):
             points.append({'folder': point, 'variant': variant['label']})
             losses[asked['ffn_type'], asked['bias'], seed] = loss
     (tmp_path / 'out/study.json').write_text(json.dumps({**STUDY, 'points': points}))
-    ca.read_plan.cache_clear()
+    read_plan.cache_clear()
     return tmp_path / 'out', losses
 
 
@@ -764,7 +598,7 @@ def test_a_study_has_names_main_effects_and_dependences(study, capsys):
     text = capsys.readouterr().out
     names = {row['architecture'] for row in rows(text, 'RANKING')}
     assert names == {variant['label'] for variant in STUDY['variants']}
-    assert 'Tuned for each by itself: learning_rate.' in text
+    assert 'Tuned for each by itself: learning_rate; see TUNING.' in text
     assert warned(text, 'Losses') == set()  # seeds and rates differ as the study means them to
 
     lines = section(text, 'MAIN EFFECTS')
@@ -777,7 +611,7 @@ def test_a_study_has_names_main_effects_and_dependences(study, capsys):
     assert row[1:4] == ['swiglu', 'standard', f'{statistics.mean(gated):+.4f}']
     assert row[-1] == '4'
 
-    (line,) = [x for x in section(text, 'WHERE EFFECTS') if x.startswith('ffn_type=swiglu')]
+    (line,) = [x for x in section(text, 'INTERACTIONS') if x.startswith('ffn_type=swiglu')]
     together = statistics.mean(
         losses['swiglu', False, s]
         - losses['swiglu', True, s]
@@ -795,13 +629,13 @@ def test_what_a_study_varies_is_its_question_and_not_unfair(study, capsys):
     ca.main([str(folder)])
     assert warned(capsys.readouterr().out, 'Losses') == set()
     path.write_text(json.dumps(plan))
-    ca.read_plan.cache_clear()
+    read_plan.cache_clear()
     ca.main([str(folder)])
     assert warned(capsys.readouterr().out, 'Losses') == {'learning_rate'}
     for n, variant in enumerate(plan['variants']):
         variant['asked']['learning_rate'] = 1e-3 * (n + 1)
     path.write_text(json.dumps(plan))
-    ca.read_plan.cache_clear()
+    read_plan.cache_clear()
     ca.main([str(folder)])
     assert 'WARNINGS' not in capsys.readouterr().out
 
@@ -831,7 +665,7 @@ def test_a_run_that_was_begun_anew_is_not_compared(study, capsys):
     ca.main([str(folder)])
     assert capsys.readouterr().out == before
     (folder / 'study.json').unlink()  # without a study it is a run like any other
-    ca.read_plan.cache_clear()
+    read_plan.cache_clear()
     ca.main([str(folder)])
     assert killed['run_name'] in capsys.readouterr().out
 

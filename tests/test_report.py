@@ -7,12 +7,14 @@ import shutil
 import subprocess
 from html.parser import HTMLParser
 
-from comparison import formats as comparison_text
 import pytest
-from test_compare_architectures import STUDY, make_record
+from run_records import STUDY, make_record
 
 import compare_architectures as ca
 import report
+from comparison.compare import compare
+from comparison.formats import render
+from comparison.runs import load, read_plan
 from errors import UserError
 
 CHROMIUM = shutil.which('chromium') or shutil.which('google-chrome')
@@ -42,13 +44,13 @@ def folder(tmp_path):
             points.append({'folder': point, 'variant': variant['label']})
     plan = {**STUDY, 'question': 'Is <b> & c better?', 'points': points}
     (tmp_path / 'out/study.json').write_text(json.dumps(plan))
-    ca.read_plan.cache_clear()
+    read_plan.cache_clear()
     return tmp_path / 'out'
 
 
 @pytest.fixture
 def comparison(folder):
-    return ca.compare(*ca.load([folder])[:1])
+    return compare(*load([folder])[:1])
 
 
 def test_a_studys_baseline_is_its_first_variant(comparison):
@@ -61,10 +63,10 @@ def test_times_of_runs_beside_one_another_are_not_compared(folder, tmp_path):
         record = json.loads(path.read_text())
         record['config']['concurrent_runs'] = 2
         path.write_text(json.dumps(record))
-    beside = ca.compare(*ca.load([folder])[:1])
+    beside = compare(*load([folder])[:1])
     assert [row.cost for row in beside.equal_cost] == ['tokens', 'flops']
     assert set(''.join(beside.fronts)) <= set('FM')
-    text = comparison_text.render(beside)
+    text = render(beside)
     assert 'Trained 2 at a time: times are not compared.' in text
     assert 'wall' not in text and 'tokens/s' not in text and 'time (T)' not in text
     report.report(beside, tmp_path / 'report.html')

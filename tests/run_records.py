@@ -1,0 +1,162 @@
+"""Records as training writes them, made by hand, and what a comparison prints, read back."""
+
+import json
+import re
+from pathlib import Path
+
+from comparison.runs import run_of
+
+GPT2, LLAMA = '12L-12H-768D-AbsPos-LN-NB-GELU-PostNorm', '12L-12H-768D-RoPE-RMS-SwiGLU-PreNorm'
+
+
+def make_record(number=1, *, loss=5.0, status='finished', done=100, architecture=GPT2, **config):
+    """A record as training writes it. `number` orders the runs in time; `config` overrides keys."""
+    choices = {'n_layer': 12, 'bias': False, 'ffn_type': 'standard'}
+    choices |= {key: config[key] for key in choices.keys() & config.keys()}
+    config = {
+        'out_dir': f'out-{number}',
+        'dataset': 'shakespeare',
+        'batch_size': 4,
+        'gradient_accumulation_steps': 4,
+        'max_iters': 100,
+        'optimizer': 'adamw',
+        'learning_rate': 6e-4,
+        'decay_lr': True,
+        'lr_schedule': 'cosine',
+        'warmup_iters': 5,
+        'lr_decay_iters': 100,
+        'min_lr': 6e-5,
+        'device': 'auto',
+        'seed': 1337,
+        'data_seed': 1337,
+        'log_style': 'auto',
+        'log_interval': 1,
+        'arch_preset': 'custom',
+        **choices,
+        **config,
+    }
+    evaluations = [(0, 10.9)] + ([(done // 2, loss + 0.5), (done, loss)] if loss else [])
+    return {
+        'schema_version': 1,
+        'run_name': f'run_20260101_1200{number:02d}',
+        'start_time': f'2026-01-01T12:00:{number:02d}+00:00',
+        'end_time': None,
+        'status': status,
+        'config': config,
+        'architecture': {
+            'name': architecture,
+            'hash': f'{architecture}{sorted(choices.items())}',
+            'choices': choices,
+        },
+        'metadata': {
+            'seed': config['seed'],
+            'data_seed': config['data_seed'],
+            'strategy': 'single',
+            'world_size': 1,
+        },
+        'startup_info': {
+            'model': {'total_params': 123_550_464},
+            'flops': {'per_token': 854_654_976, 'per_token_causal': 798_031_872},
+            'hardware': {
+                'device': 'cpu',
+                'device_name': 'Some CPU',
+                'world_size': 1,
+                'dtype': 'bfloat16',
+                'threads': 2,
+                'compile': False,
+            },
+            'data': {
+                'dataset': config['dataset'],
+                'tokenizer': 'gpt2',
+                'vocab_size': 50257,
+                'model_vocab_size': 50304,
+                'train_sha256': 'ab' * 32,
+                'val_sha256': 'cd' * 32,
+                'batch_size': config['batch_size'],
+                'block_size': 256,
+                'tokens_per_iter': 4096,
+                'eval_windows': {'train': 50, 'val': 50},
+            },
+        },
+        'training_iterations': [],
+        'eval_steps': [
+            {'iter': i, 'train_loss': value, 'val_loss': value, 'val_bits_per_byte': value * 0.4}
+            for i, value in evaluations
+        ],
+        'checkpoints': [],
+        'events': [],
+        'summary': {
+            'total_iterations': config['max_iters'],
+            'final_iter': done,
+            'best_val_loss': loss,
+            'avg_mfu': 31.234,
+            'avg_time_ms': 2412.34,
+            'total_tokens': done * 4096,
+            'wall_seconds': 431.2,
+            'peak_memory_gb': 3.2149,
+        },
+    }
+
+
+def write(folder: Path, *records) -> list[Path]:
+    """Each record in a run folder of its own below its out_dir."""
+    paths = []
+    for record in records:
+        path = folder / record['config']['out_dir'] / record['run_name']
+        path.mkdir(parents=True)
+        (path / 'record.json').write_text(json.dumps(record), encoding='utf-8')
+        paths.append(path)
+    return paths
+
+
+def section(text: str, title: str) -> list[str]:
+    """The lines of the block that starts with `title`, without it."""
+    for block in text.split('\n\n'):
+        if block.startswith(title):
+            return block.splitlines()[1:]
+    return []
+
+
+def rows(text: str, title: str) -> list[dict[str, str]]:
+    """A block's table as dicts. Columns are two or more spaces apart."""
+    lines = section(text, title)
+    start = next(i for i, line in enumerate(lines) if line.startswith(('#  ', 'option ')))
+    header, *body = [re.split(r' {2,}', line.strip()) for line in lines[start:]]
+    return [dict(zip(header, row, strict=True)) for row in body]
+
+
+def warned(text: str, about: str) -> set[str]:
+    """The keys warned about beneath the heading that starts with `about`."""
+    keys, inside = set(), False
+    for line in section(text, 'WARNINGS'):
+        if not line.startswith(' '):
+            inside = line.startswith(about)
+        elif inside and re.match(r'  \w', line):
+            keys.add(line.split()[0])
+    return keys
+
+
+def replicated(losses: dict[str, list[float]], **extra) -> list[dict]:
+    """Records of architectures that differ in `ffn_type`, with seeds 1, 2, …"""
+    return [
+        make_record(10 * n + seed, loss=loss, seed=seed, ffn_type=ffn, architecture=ffn, **extra)
+        for n, (ffn, values) in enumerate(losses.items())
+        for seed, loss in enumerate(values, 1)
+    ]
+
+
+def run_rows(records):
+    return [run_of(record, Path('out/run/record.json')) for record in records]
+
+
+STUDY = {
+    'question': 'Gated?',
+    'command': 'python study.py gated.py',
+    'budget': {},
+    'tuned': ['learning_rate'],
+    'variants': [
+        {'label': f'ffn_type={ffn} bias={bias}', 'asked': {'ffn_type': ffn, 'bias': bias}}
+        for ffn in ('standard', 'swiglu')
+        for bias in (True, False)
+    ],
+}
