@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 import hardware
-from comparison_text import duration
+from comparison.formatting import duration
 from console_output import is_terminal, overwrite_line, write_progress
 from errors import UserError
 from model_builder import parameter_groups

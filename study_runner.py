@@ -20,7 +20,7 @@ from typing import IO, TYPE_CHECKING, NamedTuple
 
 import torch
 
-import compare_architectures
+from comparison.conditions import REPORTING
 from configurator import flatten
 from console_output import write_progress
 from errors import UserError
@@ -39,7 +39,7 @@ except ImportError:  # Windows
 
 TRAIN = Path(__file__).with_name('train.py')
 # Options that say where a run goes and how it reports: two runs that differ in them are one.
-IMMATERIAL = compare_architectures.REPORTING | {'init_from', 'resume_run', 'debug'}
+IMMATERIAL = REPORTING | {'init_from', 'resume_run', 'debug'}
 STOPPING = tuple(
     getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGHUP') if hasattr(signal, name)
 )
