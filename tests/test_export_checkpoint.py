@@ -14,7 +14,7 @@ from in_process import train_here
 
 import export_checkpoint
 import interop
-from errors import run_script
+from errors import UserError, run_script
 from model_builder import Transformer, build_model
 from model_config import ModelArchitectureConfig
 from text_codec import Codec
@@ -101,7 +101,8 @@ def test_a_hugging_face_folder_goes_on_in_transformers(trained, tmp_path, dtype,
         *tokenizer,
     ]
     size = sum(file.stat().st_size for file in files)
-    assert f'{size / 1e9:.2f} GB' in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f'{size / 1e9:.2f} GB' in out and 'loads it and gives the same logits' in out
     model = AutoModelForCausalLM.from_pretrained(output)
     assert model.dtype == getattr(torch, dtype)
     with torch.no_grad():
@@ -193,6 +194,18 @@ def test_what_transformers_cannot_express_is_refused_by_name(
     export(f'--out_dir={out_dir}', '--format=hf', f'--output={tmp_path / "mine"}', code=2)
     error = capsys.readouterr().err
     assert "normalization='layernorm_nobias'" in error and "norm_position='post'" in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_transformers_cannot_load_is_not_left_there(trained, tmp_path, monkeypatch, capsys):
+    out_dir, _, _ = trained['llama']
+
+    def refuse(model, folder):
+        raise UserError('transformers cannot use what was written')
+
+    monkeypatch.setattr(interop, 'check_export', refuse)
+    export(f'--out_dir={out_dir}', '--format=hf', f'--output={tmp_path / "mine"}', code=2)
+    assert 'cannot use what was written' in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 
