@@ -92,6 +92,7 @@ def main(argv: list[str]) -> int:
     if options.make_choices:
         data = checkpoint.index['config']
         dataset = load_dataset(data['dataset'], data['block_size'])
+        dataset.check_content(('val',))
         items = made_choices(dataset, codec, options.num_items)
         write_file(options.make_choices, items, 'make_choices')
     texts = {path: read_tokens(path, codec) for path in options.text}

@@ -28,7 +28,7 @@ from training_logger import TrainingLogger, latest_run, read_record
 from weight_initialization import initialize_buffers
 
 # Options that say how to start, not what to train: never taken over from the earlier process.
-NOT_TAKEN_OVER = ('out_dir', 'init_from', 'resume_run', 'eval_only', 'debug')
+NOT_TAKEN_OVER = ('out_dir', 'init_from', 'resume_run', 'eval_only', 'verify_data', 'debug')
 
 
 # How the origin of a value begins that nobody chose.

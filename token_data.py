@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import numpy as np
 from console_output import write_progress
 from data_order import ORDERS, EpochOrder, RandomOrder, splitmix64
 from errors import UserError, nearest
+from token_check import check_content
 from token_files import (
     SPLITS,
     Split,
@@ -104,6 +106,7 @@ class TokenDataset:
         self.folder = folder
         self.block_size = block_size
         self.notes: list[str] = []
+        self._sha256: dict[str, str] = {}
         self.meta = read_meta(folder)
         self.splits = {
             split: Split(folder, self.meta['splits'][split], self.meta['dtype']) for split in SPLITS
@@ -117,7 +120,7 @@ class TokenDataset:
         self.vocab_size: int = self.meta['vocab_size']
         self.tokenizer: dict = self.meta['tokenizer']
         self.end_of_text: int | None = self.meta['end_of_text']
-        if self.tokenizer['kind'] == 'unknown':
+        if self.tokenizer['kind'] == 'unknown' and not has_meta(folder):
             self.notes.append(
                 f'{folder} has a meta.pkl, which is not read (a pickle can run code): the '
                 f'vocabulary is the largest token + 1 = {self.vocab_size}, the tokenizer unknown, '
@@ -154,11 +157,28 @@ class TokenDataset:
         return None if count is None else count / self.tokens(split)
 
     def sha256(self, split: str) -> str:
-        """SHA-256 of all tokens: what meta.json says, or else computed at the first call."""
-        facts = self.meta['splits'][split]
-        if facts['sha256'] is None:
-            facts['sha256'] = files_sha256(self.splits[split].paths)
-        return facts['sha256']
+        """SHA-256 of all tokens: as checked; else what meta.json says, or computed at once."""
+        if split not in self._sha256:
+            facts = self.meta['splits'][split]
+            self._sha256[split] = facts['sha256'] or files_sha256(self.splits[split].paths)
+        return self._sha256[split]
+
+    def check_content(
+        self,
+        splits: Sequence[str] = SPLITS,
+        *,
+        full: bool = False,
+        from_main: Callable = lambda make: make(),
+    ) -> None:
+        """See to it that the files hold what was hashed. Raises UserError.
+
+        full: by hashing them, whatever their sizes and times. from_main: what lets one process do
+        it for all.
+        """
+        facts = self.meta['splits']
+        self._sha256 |= from_main(
+            lambda: check_content(self.folder, facts, splits, full=full, say=write_progress)
+        )
 
     @cached_property
     def hash(self) -> str:

@@ -8,6 +8,7 @@ folders, which have no meta.json, are read as they are. Knows no model and no to
 
 import hashlib
 import re
+import shlex
 import weakref
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
@@ -18,6 +19,7 @@ import numpy as np
 
 from errors import UserError
 from text_files import parse_json
+from token_formats import Ids, recognize
 
 FORMAT_VERSION = 2
 READABLE_VERSIONS = (1, 2)
@@ -131,27 +133,35 @@ def read_meta(folder: Path) -> dict:
     return _meta_of_bare_folder(folder)
 
 
-def damage(folder: Path, facts: dict) -> list[str]:
-    """A sentence for each file of a split, and for the split, that has not the SHA-256 it should.
+def hash_split(folder: Path, facts: dict) -> tuple[str, list[str]]:
+    """The SHA-256 of a split, and a sentence for each file, and the whole, that has not its own.
 
-    `facts`: what meta.json says of the split. What it does not say is not compared.
+    `facts`: what meta.json says of the split. What it does not say is not compared. Raises
+    UserError for a file that cannot be read.
     """
     problems, whole = [], hashlib.sha256()
 
-    def compare(what: str, expected: str | None, found: str) -> None:
-        if expected not in (None, found):
-            problems.append(f'{what} has the SHA-256 {found} where {expected} is expected.')
+    def compare(what: str, expected: str | None, actual: str) -> None:
+        if expected not in (None, actual):
+            problems.append(f'{what} has the SHA-256 {actual} where {expected} is expected.')
 
     for shard in facts['shards']:
-        own = hashlib.sha256()
-        for chunk in _chunks(folder / shard['file']):
-            own.update(chunk)
-            whole.update(chunk)
-        compare(str(folder / shard['file']), shard['sha256'], own.hexdigest())
-    if len(facts['shards']) > 1:
-        first, last = facts['shards'][0]['file'], facts['shards'][-1]['file']
-        compare(f'{folder}, {first} to {last} together', facts['sha256'], whole.hexdigest())
-    return problems
+        path, own = folder / shard['file'], hashlib.sha256()
+        try:
+            for chunk in _chunks(path):
+                own.update(chunk)
+                if len(facts['shards']) > 1:
+                    whole.update(chunk)
+        except OSError as error:
+            raise UserError(f'{path} cannot be read: {error.strerror}.') from None
+        compare(str(path), shard['sha256'], own.hexdigest())
+    if len(facts['shards']) == 1:
+        if facts['sha256'] != facts['shards'][0]['sha256']:
+            compare(str(path), facts['sha256'], own.hexdigest())
+        return own.hexdigest(), problems
+    first, last = facts['shards'][0]['file'], facts['shards'][-1]['file']
+    compare(f'{folder}, {first} to {last} together', facts['sha256'], whole.hexdigest())
+    return whole.hexdigest(), problems
 
 
 def files_sha256(paths: Iterable[Path]) -> str:
@@ -180,6 +190,12 @@ def way_to_prepare(folder: Path) -> str:
     if script.exists():
         return f'To prepare it: python {script}'
     return f'Write {SPLITS[0]}.bin, {SPLITS[1]}.bin and meta.json there, as a prepare.py would.'
+
+
+def import_hint(folder: Path) -> str:
+    """The command that makes a dataset of its own of the ids in a folder."""
+    quoted = [shlex.quote(str(path)) for path in (folder, f'{folder}-ids')]
+    return f'python data/import_tokens.py {quoted[0]} --out={quoted[1]}'
 
 
 def _require(folder: Path, names: list[str]) -> None:
@@ -214,7 +230,7 @@ def _meta_of_bare_folder(folder: Path) -> dict:
     run whatever code it holds: tokenizer 'unknown', vocab_size None.
     """
     is_gpt2 = not (folder / 'meta.pkl').exists()
-    size = {split: (folder / f'{split}.bin').stat().st_size for split in SPLITS}
+    size = {split: _size_of_uint16(folder / f'{split}.bin') for split in SPLITS}
     return {
         'tokenizer': {'kind': 'gpt2' if is_gpt2 else 'unknown'},
         'vocab_size': GPT2_VOCAB_SIZE if is_gpt2 else None,
@@ -222,6 +238,27 @@ def _meta_of_bare_folder(folder: Path) -> dict:
         'dtype': 'uint16',
         'splits': {split: _facts(split, size[split] // 2, None, None) for split in SPLITS},
     }
+
+
+def _size_of_uint16(path: Path) -> int:
+    """The bytes of a bare file of ids. Raises UserError for what shows not to be uint16."""
+    try:
+        size, ids = path.stat().st_size, recognize(path)
+    except OSError as error:
+        raise UserError(f'{path} cannot be read: {error.strerror}.') from None
+    if isinstance(ids, str):
+        raise UserError(f'{path} holds no token ids: it is {ids}.')
+    if ids == Ids() and size % 2:
+        raise UserError(
+            f'{path} has {size:,} bytes, an odd number: no uint16 ids, or not all of them. If each '
+            f'byte is an id: {import_hint(path.parent)} --dtype=uint8'
+        )
+    if ids != Ids():
+        raise UserError(
+            f'{path} looks like {ids}; without a meta.json beside it, uint16 is read. To make a '
+            f'dataset of it: {import_hint(path.parent)}'
+        )
+    return size
 
 
 def _read_meta_file(folder: Path) -> dict:

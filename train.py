@@ -68,6 +68,7 @@ def main(argv: list[str]) -> int:
     parallel = choose_strategy(settings.run, device)
     prepare_if_missing(settings.run.dataset)
     dataset = load_dataset(*data)
+    dataset.check_content(full=settings.run.verify_data, from_main=parallel.from_main)
     settings = settings.complete(device, dtype, dataset)
     if started_from:
         started_from.check(settings)

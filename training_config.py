@@ -99,6 +99,8 @@ RUN_OPTIONS = {
 }
 DATA_OPTIONS = {
     'dataset': Option(str, 'shakespeare', 'Folder below data/, or a path to one'),
+    'verify_data': Option(bool, False, 'Hash the token files at the start; else only those whose '
+                          'size or time has changed since the last check'),
     'batch_size': Option(int | None, None, 'Sequences in a micro-batch; None: by device',
                          check=at_least(1)),
     'gradient_accumulation_steps': Option(int | None, None,

@@ -21,7 +21,7 @@ from console_output import write_text
 from errors import ArgumentParser, UserError, run_script
 from text_codec import Codec
 from token_data import TokenDataset, load_dataset
-from token_files import SPLITS, Split, damage
+from token_files import SPLITS, Split
 
 PIECE = 2**20  # tokens read at a time
 BAR = 40  # characters that the longest bar of a histogram has
@@ -211,9 +211,7 @@ def main(argv: list[str] | None = None) -> None:
     for split in chosen:
         write_text('\n'.join(facts_of(data, split)))
         if options.verify:
-            problems = damage(data.folder, data.meta['splits'][split])
-            if problems:
-                raise UserError(*problems)
+            data.check_content((split,), full=True)
             write_text('  SHA-256: verified')
         else:
             write_text('\n'.join(documents_of(data, split)))

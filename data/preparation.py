@@ -12,7 +12,6 @@ import json
 import os
 import re
 import shutil
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,20 +22,20 @@ import numpy as np
 
 from console_output import write_progress
 from data.documents import Invalid, Piece, Position, Source
+from data.progress import NAMED_INVALID, Progress, how_to_train, summary
 from data.token_writer import TokenWriter
 from data.tokenizer_training import TOKENIZER_FILE, character_tokenizer, train_byte_pairs
 from data.workers import available_cores, in_order
 from errors import UserError
 from text_codec import Codec
 from text_files import valid_text
-from token_data import DATA_ROOT, exclusive
-from token_files import DTYPES, FORMAT_VERSION, SPLITS, is_complete
+from token_check import check_content, remember
+from token_data import exclusive
+from token_files import DTYPES, FORMAT_VERSION, SPLITS, is_complete, read_meta
 
 PIECE = 2**22  # characters encoded at once: bounds the memory that a long document takes
 SHARD_TOKENS = 10**9
 VAL_FRACTION = 0.1
-PROGRESS_SECONDS = 5
-NAMED_INVALID = 10  # documents left out that are named
 
 
 @dataclass(frozen=True)
@@ -178,7 +177,7 @@ def prepare(folder: Path, source: Source, options: Options) -> None:
                 shutil.rmtree(work, ignore_errors=True)
                 write_progress(
                     f'{folder} is prepared from exactly this already. To do it anew: --restart\n'
-                    f'{_how_to_train(folder)}'
+                    f'{how_to_train(folder)}'
                 )
                 return
             _make_unfinished(work, settings, options.restart)
@@ -189,16 +188,23 @@ def prepare(folder: Path, source: Source, options: Options) -> None:
             f'The dataset cannot be written to {folder}: {error}. What is done so far is kept: '
             'when the matter is mended, the same command goes on from there.'
         ) from None
-    write_progress(f'{_summary(folder, meta)}\n{_how_to_train(folder)}')
+    write_progress(f'{summary(folder, meta)}\n{how_to_train(folder)}')
 
 
 def _is_of(folder: Path, settings: dict) -> bool:
     """Whether `folder` holds a whole dataset of these settings."""
     try:
         meta = json.loads((folder / 'meta.json').read_bytes())
-        return meta['preparation']['fingerprint'] == _fingerprint(settings) and is_complete(folder)
+        if meta['preparation']['fingerprint'] != _fingerprint(settings) or not is_complete(folder):
+            return False
     except (OSError, ValueError, KeyError, TypeError):
         return False
+    try:
+        check_content(folder, read_meta(folder)['splits'], say=write_progress)
+    except UserError:
+        write_progress(f'The tokens in {folder} are not those that were prepared: made anew.')
+        return False
+    return True
 
 
 def _fingerprint(settings: dict) -> str:
@@ -359,6 +365,7 @@ def _publish(work: Path, folder: Path, meta: dict) -> None:
         for number, shard in enumerate(meta['splits'][split]['shards']):
             os.replace(work / f'{split}_{number:05d}.bin', folder / shard['file'])
     shutil.rmtree(work)
+    remember(folder, meta['splits'])
 
 
 def _write_json(path: Path, value: dict) -> None:
@@ -369,77 +376,6 @@ def _write_json(path: Path, value: dict) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
-
-
-def _summary(folder: Path, meta: dict) -> str:
-    lines = [
-        f'{folder}: {meta["tokenizer"]["kind"]} tokens, vocabulary {meta["vocab_size"]:,}, '
-        f'{meta["dtype"]}; read back and checked'
-    ]
-    for split, facts in meta['splits'].items():
-        documents = '' if facts['documents'] is None else f', {facts["documents"]:,} documents'
-        files = f', {len(facts["shards"])} files' * (len(facts['shards']) > 1)
-        lines.append(
-            f'{split}: {facts["tokens"]:,} tokens of {facts["bytes"]:,} bytes{documents}{files}, '
-            f'SHA-256 {facts["sha256"][:12]}…'
-        )
-    left_out = {key: meta['preparation'][key] for key in ('empty', 'invalid')}
-    if any(left_out.values()):
-        lines.append(
-            f'left out: {left_out["empty"]:,} empty documents, {left_out["invalid"]:,} that could '
-            'not be used'
-        )
-    return '\n'.join(lines)
-
-
-def _how_to_train(folder: Path) -> str:
-    ours = folder.resolve().parent == DATA_ROOT.resolve()
-    return f'To train on it: python train.py --dataset={folder.name if ours else folder}'
-
-
-class Progress:
-    """A line every few seconds: how much is done, how fast, and the time left."""
-
-    def __init__(self, source: Source, position: Position | None):
-        self.source, self.began = source, time.monotonic()
-        self.before = (position or Position()).done
-        self.last, self.named = self.began, 0
-        if position:
-            write_progress(f'Going on after {self._amount(self.before)}')
-
-    def show(self, writer: TokenWriter) -> None:
-        now = time.monotonic()
-        if now - self.last < PROGRESS_SECONDS:
-            return
-        self.last, done = now, writer.position.done
-        rate = (done - self.before) / (now - self.began)
-        documents = sum(writer.totals[split]['documents'] for split in SPLITS)
-        line = f'{self._amount(done)}, {documents:,} documents, {self._size(rate)}/s'
-        if self.source.total and rate:
-            left = max(self.source.total - done, 0) / rate
-            line += f', {int(left // 3600)}:{int(left // 60 % 60):02d}:{int(left % 60):02d} left'
-        write_progress(line)
-
-    def left_out(self, complaint: str) -> None:
-        """Name the first few documents that are left out."""
-        self.named += 1
-        if self.named <= NAMED_INVALID:
-            write_progress(f'Left out: {complaint}')
-
-    def end(self) -> None:
-        seconds = time.monotonic() - self.began
-        write_progress(f'Encoded in {seconds:,.1f} s')
-
-    def _amount(self, done: float) -> str:
-        total = self.source.total
-        if not total:
-            return self._size(done)
-        return f'{done / total:4.0%} of {self._size(total)}'
-
-    def _size(self, amount: float) -> str:
-        if self.source.unit == 'B':
-            return f'{amount / 1e6:,.1f} MB'
-        return f'{amount:,.0f} {self.source.unit}'
 
 
 def write_dataset(folder: Path, tokenizer: dict, texts: dict[str, str], origin: str) -> None:

@@ -107,7 +107,8 @@ def test_changed_files_are_named(shown, folder):
     path.write_bytes(b'\0' + path.read_bytes()[1:])
     with pytest.raises(UserError) as error:
         shown('--verify')
-    file, split = error.value.problems
+    file, split, way_on = error.value.problems
+    assert 'import_tokens.py' in way_on
     assert 'train_00001.bin has the SHA-256' in file and 'is expected' in file
     assert 'train_00000.bin to train_00002.bin together has the SHA-256' in split
 

@@ -69,6 +69,7 @@ def run(*arguments):
 def contents(folder):
     """The files of a dataset but for the lock; meta.json without what tells where it came from."""
     found = {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix != '.tmp'}
+    assert set(json.loads(found.pop('checked.json'))) == set(SPLITS)
     meta = json.loads(found.pop('meta.json'))
     return found, {key: meta[key] for key in ('splits', 'tokenizer', 'vocab_size', 'dtype')}
 

@@ -1,0 +1,208 @@
+"""Make a dataset of token ids that another program wrote, or that were changed by hand.
+
+    python data/import_tokens.py FOLDER --out=data/mine
+    python data/import_tokens.py FOLDER --out=data/mine --dtype=uint32 --tokenizer=cl100k_base
+
+FOLDER holds the ids for training and for validation: the files that its meta.json names, or
+train.bin and val.bin, or train.npy and val.npy. Integers of any width and order of bytes, whole
+floating-point numbers, files of numpy.save and of llm.c are read; which they are is told by their
+content where --dtype does not say. FOLDER is left as it is.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from console_output import write_progress
+from data.prepare import OWN_TOKENIZERS
+from errors import ArgumentParser, UserError, nearest, run_script
+from text_codec import Codec, tiktoken_names
+from token_check import remember
+from token_files import DTYPES, FORMAT_VERSION, GPT2_VOCAB_SIZE, SPLITS, has_meta, read_meta
+from token_formats import Ids, recognize
+
+PIECE = 2**20  # ids read at a time
+KINDS = ('uint8', 'uint16', 'uint32', 'uint64', 'int16', 'int32', 'int64')
+LARGEST_ID = 2**32 - 1
+
+
+def parse(argv: list[str] | None):
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add('folder', metavar='FOLDER', type=Path, help='where the ids are')
+    add('--out', metavar='FOLDER', type=Path, required=True, help='the dataset, such as data/mine')
+    add('--dtype', choices=KINDS, help='of the ids (default: told by the files)')
+    add('--big_endian', action='store_true', help='the most significant byte of an id comes first')
+    add(
+        '--tokenizer',
+        help="that made the ids: gpt2, byte, one of tiktoken's, or unknown (default: what "
+        'meta.json says; else gpt2 if all ids are below 50257 and there is no meta.pkl)',
+    )
+    options = parser.parse(argv)
+    if options.big_endian and not options.dtype:
+        raise UserError('--big_endian needs --dtype, such as --dtype=uint32.')
+    if options.out.exists() and any(options.out.iterdir()):
+        raise UserError(f'--out={options.out} is there already: give a new folder.')
+    return options
+
+
+def main(argv: list[str] | None = None) -> None:
+    options = parse(argv)
+    paths, meta = files_of(options.folder)
+    given = Ids(options.dtype, options.big_endian) if options.dtype else None
+    if given is None and meta:
+        given = Ids(meta['dtype'])
+    ids = {path: ids_in(path, given) for split in SPLITS for path in paths[split]}
+    largest = max(int(piece.max()) for path, kind in ids.items() for piece in pieces(path, kind))
+    if largest > LARGEST_ID:
+        raise UserError(f'The id {largest} is larger than {LARGEST_ID}, the largest that is kept.')
+    described = description(options, meta, largest)
+    options.out.mkdir(parents=True, exist_ok=True)
+    if name := described['tokenizer'].get('file'):
+        shutil.copyfile(options.folder / name, options.out / name)
+    write(options.out, paths, ids, described)
+    for split in SPLITS:
+        kinds = ', '.join(dict.fromkeys(str(ids[path]) for path in paths[split]))
+        tokens = described['splits'][split]['tokens']
+        write_progress(f'{split}: {tokens:,} ids, which were {kinds}')
+    write_progress(
+        f'{options.out}: {described["dtype"]}, tokenizer {described["tokenizer"]["kind"]}, '
+        f'vocabulary {described["vocab_size"]:,}\n'
+        f'To train on it: python train.py --dataset={options.out}'
+    )
+
+
+def files_of(folder: Path) -> tuple[dict[str, list[Path]], dict | None]:
+    """The files of each split, and what meta.json says. Raises UserError."""
+    if has_meta(folder):
+        meta = read_meta(folder)
+        shards = {split: meta['splits'][split]['shards'] for split in SPLITS}
+        return {s: [folder / shard['file'] for shard in shards[s]] for s in SPLITS}, meta
+    for ending in ('.bin', '.npy'):
+        files = {split: [folder / f'{split}{ending}'] for split in SPLITS}
+        if all(path.is_file() for (path,) in files.values()):
+            return files, None
+    raise UserError(f'{folder} holds neither train.bin and val.bin nor train.npy and val.npy.')
+
+
+def ids_in(path: Path, given: Ids | None) -> Ids:
+    """How a file keeps its ids. Raises UserError."""
+    try:
+        ids, size = recognize(path), path.stat().st_size
+    except OSError as error:
+        raise UserError(f'{path} cannot be read: {error.strerror}.') from None
+    if isinstance(ids, str):
+        raise UserError(f'{path} holds no token ids: it is {ids}.')
+    if given is not None and not ids.program:
+        ids = given
+    elif given is not None:
+        ids = replace(ids, dtype=given.dtype, big_endian=given.big_endian)
+    width = ids.numpy_dtype.itemsize
+    if (size - ids.skip) % width:
+        raise UserError(
+            f'{path} has {size - ids.skip:,} bytes, no multiple of the {width} of {ids.dtype}: it '
+            'is cut off, or of another type. Say of which: --dtype=uint8 or another'
+        )
+    if size == ids.skip:
+        raise UserError(f'{path} is empty.')
+    return ids
+
+
+def pieces(path: Path, ids: Ids) -> Iterator[np.ndarray]:
+    """The ids of a file, int64 or uint64, a piece at a time. Raises UserError for what is none."""
+    dtype = ids.numpy_dtype
+    with open(path, 'rb') as file:
+        file.seek(ids.skip)
+        begin = 0
+        while content := file.read(PIECE * dtype.itemsize):
+            values = np.frombuffer(content, dtype)
+            with np.errstate(invalid='ignore'):  # found out by the comparison
+                whole = values.astype(np.uint64 if dtype.kind == 'u' else np.int64)
+            wrong = np.flatnonzero((whole != values) | (values < 0))
+            if len(wrong):
+                raise UserError(
+                    f'{path}: number {begin + int(wrong[0]):,} is {values[wrong[0]]}, which is no '
+                    'id. If the files are of another type, say of which: --dtype=uint32 or another'
+                )
+            yield whole
+            begin += len(whole)
+
+
+def description(options, meta: dict | None, largest: int) -> dict:
+    """meta.json but for the splits. Raises UserError."""
+    name = options.tokenizer
+    if name is None and meta:
+        tokenizer = meta['tokenizer']
+    elif name is None:
+        is_gpt2 = largest < GPT2_VOCAB_SIZE and not (options.folder / 'meta.pkl').exists()
+        tokenizer = {'kind': 'gpt2' if is_gpt2 else 'unknown'}
+    else:
+        tokenizer = named_tokenizer(name)
+    if tokenizer['kind'] == 'unknown':
+        vocab_size = max(largest + 1, meta['vocab_size'] if meta and name is None else 0)
+    else:
+        vocab_size = Codec(tokenizer, options.folder).vocab_size
+    if largest >= vocab_size:
+        raise UserError(
+            f'The largest id is {largest}, but the tokenizer {tokenizer["kind"]} has {vocab_size}: '
+            'say which made them, or --tokenizer=unknown'
+        )
+    dtype = next(name for name in DTYPES if vocab_size <= np.iinfo(name).max + 1)
+    return {
+        'format_version': FORMAT_VERSION,
+        'tokenizer': tokenizer,
+        'vocab_size': vocab_size,
+        'end_of_text': meta['end_of_text'] if meta else None,
+        'dtype': dtype,
+        'source': {'ids': str(options.folder.resolve())},
+    }
+
+
+def named_tokenizer(name: str) -> dict:
+    """What meta.json says of the tokenizer that --tokenizer names. Raises UserError."""
+    if name in ('gpt2', 'unknown'):
+        return {'kind': name}
+    if name == 'byte':
+        return OWN_TOKENIZERS['byte']
+    known = ['gpt2', 'byte', 'unknown', *tiktoken_names()]
+    if name not in known:
+        raise UserError(f'--tokenizer={name} is unknown.{nearest(name, known)} There are: {known}')
+    return {'kind': 'tiktoken', 'name': name}
+
+
+def write(out: Path, paths: dict, ids: dict[Path, Ids], meta: dict) -> None:
+    """Write the token files and then meta.json, which is completed. Raises UserError."""
+    meta['splits'] = {}
+    try:
+        for split in SPLITS:
+            digest, tokens = hashlib.sha256(), 0
+            with open(out / f'{split}.tmp', 'wb') as file:
+                for path in paths[split]:
+                    for piece in pieces(path, ids[path]):
+                        content = piece.astype(DTYPES[meta['dtype']]).tobytes()
+                        file.write(content)
+                        digest.update(content)
+                        tokens += len(piece)
+            shard = {'file': f'{split}.bin', 'tokens': tokens, 'sha256': digest.hexdigest()}
+            facts = {'tokens': tokens, 'bytes': None, 'documents': None}
+            meta['splits'][split] = {**facts, 'sha256': digest.hexdigest(), 'shards': [shard]}
+        text = json.dumps(meta, indent=1) + '\n'
+        (out / 'meta.json').write_text(text, encoding='utf-8')
+        for split in SPLITS:
+            os.replace(out / f'{split}.tmp', out / f'{split}.bin')
+    except OSError as error:
+        raise UserError(f'The dataset cannot be written to {out}: {error.strerror}.') from None
+    remember(out, meta['splits'])
+
+
+if __name__ == '__main__':
+    run_script(main)

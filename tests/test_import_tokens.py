@@ -1,0 +1,204 @@
+"""Ids of other programs: recognized, refused where they would be misread, and imported."""
+
+import json
+import re
+import shlex
+
+import numpy as np
+import pytest
+
+from data import import_tokens
+from errors import UserError
+from text_codec import Codec
+from token_data import load_dataset
+from token_files import SPLITS
+from token_formats import Ids, recognize
+
+TEXT = 'The quick brown fox jumps over a lazy dog, and 17 other animals — naïvely — again.\n' * 60
+GPT2 = np.array(Codec({'kind': 'gpt2'}).encode(TEXT))
+rng = np.random.default_rng(0)
+CORPORA = {
+    'gpt2': GPT2,
+    'uniform': rng.integers(0, 50257, 5000),
+    'characters': rng.integers(0, 65, 5000),
+    'wide': rng.integers(0, 100_000, 5000),
+}
+FORMS = {
+    '<u4': 'uint32',
+    '<i4': 'uint32',
+    '>u4': 'uint32, big endian',
+    '<i8': 'int64',
+    '>i8': 'int64, big endian',
+    '<f4': 'float32',
+    '<f8': 'float64',
+}
+
+
+def llm_c(ids, magic=20240520, dtype='<u2'):
+    header = np.zeros(256, '<i4')
+    header[:3] = magic, 1, len(ids)
+    return header.tobytes() + ids.astype(dtype).tobytes()
+
+
+def npy(ids, dtype, path):
+    with open(path, 'wb') as file:
+        np.save(file, ids.astype(dtype))
+    return path.read_bytes()
+
+
+def bare(folder, content):
+    folder.mkdir(exist_ok=True)
+    for split in SPLITS:
+        (folder / f'{split}.bin').write_bytes(content)
+    return folder
+
+
+@pytest.mark.parametrize('corpus', CORPORA)
+def test_how_ids_are_kept_is_told_by_their_bytes(tmp_path, corpus):
+    ids, path = CORPORA[corpus], tmp_path / 'train.bin'
+    for dtype, name in FORMS.items():
+        path.write_bytes(ids.astype(dtype).tobytes())
+        assert str(recognize(path)) == name, dtype
+    if corpus == 'wide':
+        return
+    path.write_bytes(ids.astype('<u2').tobytes())
+    assert recognize(path) == Ids()
+    if corpus != 'uniform':  # of random ids both bytes look alike
+        path.write_bytes(ids.astype('>u2').tobytes())
+        assert recognize(path) == Ids('uint16', big_endian=True)
+
+
+@pytest.mark.parametrize(
+    'ids',
+    [np.arange(1000), np.zeros(1000), np.arange(1000) % 2, np.arange(50), np.full(500, 50256)],
+)
+def test_uint16_is_not_taken_for_something_else(tmp_path, ids):
+    (tmp_path / 'train.bin').write_bytes(ids.astype('<u2').tobytes())
+    assert recognize(tmp_path / 'train.bin') == Ids()
+
+
+def test_a_large_file_is_told_by_samples(tmp_path):
+    path = tmp_path / 'train.bin'
+    ids = np.tile(GPT2, 400)
+    for dtype, name in {**FORMS, '<u2': 'uint16'}.items():
+        path.write_bytes(ids.astype(dtype).tobytes())
+        assert str(recognize(path)) == name
+
+
+def contents(tmp_path):
+    """Files that are not what nanoGPT writes, each with what the refusal says."""
+    return {
+        'uint32': (GPT2.astype('<u4').tobytes(), 'looks like uint32;'),
+        'int64': (GPT2.astype('<i8').tobytes(), 'looks like int64;'),
+        'wide': (CORPORA['wide'].astype('<u4').tobytes(), 'looks like uint32;'),
+        'big': (GPT2.astype('>u2').tobytes(), 'looks like uint16, big endian;'),
+        'float': (GPT2.astype('<f4').tobytes(), 'looks like float32;'),
+        'half': (CORPORA['characters'].astype('<f2').tobytes(), 'looks like float16;'),
+        'npy': (npy(GPT2, '<u2', tmp_path / 'a'), 'uint16, behind a header of numpy.save'),
+        'npy64': (npy(GPT2, '>i8', tmp_path / 'a'), 'int64, big endian, behind a header of numpy'),
+        'llm.c': (llm_c(GPT2), 'uint16, behind a header of llm.c'),
+        'llama': (llm_c(CORPORA['wide'], 20240801, '<u4'), 'uint32, behind a header of llm.c'),
+        'bytes': (TEXT.encode(), 'looks like uint8;'),
+        'odd': (TEXT.encode()[:255], '255 bytes, an odd number'),
+    }
+
+
+NAMES = [
+    *('uint32', 'int64', 'wide', 'big', 'float', 'half', 'npy', 'npy64', 'llm.c', 'llama'),
+    *('bytes', 'odd'),
+]
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_what_would_be_misread_is_refused_and_the_advice_works(tmp_path, name):
+    """The command that the message gives is run, and makes the dataset."""
+    content, says = contents(tmp_path)[name]
+    folder = bare(tmp_path / 'their ids', content)
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(UserError, match=re.escape(says)) as error:
+        load_dataset(folder, 8)
+    (command,) = re.findall(r'python data/import_tokens\.py (.*)', str(error.value))
+    import_tokens.main(shlex.split(command))
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+    data = load_dataset(f'{folder}-ids', 8)
+    data.check_content(full=True)
+    ids = {'wide': CORPORA['wide'], 'llama': CORPORA['wide'], 'half': CORPORA['characters']}
+    raw = np.frombuffer(content, np.uint8)
+    expected = ids.get(name, raw if name in ('bytes', 'odd') else GPT2)
+    for split in SPLITS:
+        assert np.array_equal(data.splits[split].read(0, data.tokens(split)), expected)
+    kind = 'unknown' if name in ('wide', 'llama') else 'gpt2'
+    assert data.tokenizer == {'kind': kind}
+    assert data.vocab_size == (50257 if kind == 'gpt2' else expected.max() + 1)
+
+
+@pytest.mark.parametrize(
+    'content, says',
+    [
+        (b'PK\x03\x04' + b'x' * 999, 'holds no token ids: it is a zip archive: unpack it first'),
+        (b'\x93NUMPY\x01\x00\x05\x00junk', 'a damaged file of numpy.save'),
+    ],
+)
+def test_what_holds_no_ids_is_named(tmp_path, content, says):
+    folder = bare(tmp_path / 'f', content)
+    for call in (lambda: load_dataset(folder, 8), lambda: run(folder, tmp_path / 'out')):
+        with pytest.raises(UserError, match=re.escape(says)):
+            call()
+    assert not (tmp_path / 'out').exists()
+
+
+def run(folder, out, *options):
+    import_tokens.main([str(folder), f'--out={out}', *options])
+    return load_dataset(out, 8)
+
+
+def test_arrays_of_two_dimensions_are_not_flattened(tmp_path):
+    folder = bare(tmp_path / 'f', npy(np.ones((50, 50)), '<u2', tmp_path / 'a'))
+    with pytest.raises(UserError, match=r'of the shape \(50, 50\), not ids in a row'):
+        run(folder, tmp_path / 'out')
+
+
+@pytest.mark.parametrize(
+    'values, options, says',
+    [
+        ([1, -1] * 50, ['--dtype=int32'], 'number 1 is -1, which is no id'),
+        ([2**40] * 99, ['--dtype=int64'], 'larger than 4294967295'),
+        ([1] * 99, ['--dtype=uint64', '--tokenizer=gtp2'], 'Did you mean gpt2'),
+        ([60_000] * 99, ['--dtype=uint64', '--tokenizer=gpt2'], '--tokenizer=unknown'),
+        ([1] * 99, ['--big_endian'], '--big_endian needs --dtype'),
+    ],
+)
+def test_ids_that_are_none_are_one_message(tmp_path, values, options, says):
+    dtype = options[0].partition('=')[2] or 'uint16'
+    folder = bare(tmp_path / 'f', np.array(values, np.int64).astype(dtype).tobytes())
+    with pytest.raises(UserError, match=re.escape(says)):
+        run(folder, tmp_path / 'out', *options)
+    assert not (tmp_path / 'out').exists()
+
+
+def test_arrays_saved_by_numpy_are_taken_by_their_own_names(tmp_path):
+    for split in SPLITS:
+        np.save(tmp_path / f'{split}.npy', GPT2)
+    data = run(tmp_path, tmp_path / 'out')
+    assert np.array_equal(data.splits['val'].read(0, len(GPT2)), GPT2)
+    with pytest.raises(UserError, match='is there already'):
+        run(tmp_path, tmp_path / 'out')
+    with pytest.raises(UserError, match='holds neither'):
+        run(tmp_path / 'out' / '..' / '..', tmp_path / 'more')
+
+
+def test_a_dataset_that_was_changed_is_taken_with_its_tokenizer(tmp_path, tiny_dataset):
+    meta = json.loads((tiny_dataset / 'meta.json').read_text())
+    for split in SPLITS:
+        content = bytearray((tiny_dataset / f'{split}.bin').read_bytes())
+        content[7] ^= 1
+        (tmp_path / f'{split}.bin').write_bytes(content)
+    (tmp_path / 'meta.json').write_text(json.dumps(meta))
+    with pytest.raises(UserError) as error:
+        load_dataset(tmp_path, 8).check_content()
+    (command,) = re.findall(r'python data/import_tokens\.py (.*)', str(error.value))
+    import_tokens.main(shlex.split(command))
+    data = load_dataset(f'{tmp_path}-ids', 8)
+    data.check_content(full=True)
+    assert data.tokenizer == meta['tokenizer'] and data.bytes_per_token('val') is None
+    assert data.splits['val'].read(0, 9).astype('u1').tobytes() == content[:9]
