@@ -40,6 +40,10 @@ class Text(NamedTuple):
     content: bytes
 
     @property
+    def raw(self) -> bytes:
+        return self.content
+
+    @property
     def size(self) -> int:
         return len(self.content)
 
@@ -58,6 +62,10 @@ class JsonLine(NamedTuple):
     number: int
     field: str
     line: bytes
+
+    @property
+    def raw(self) -> bytes:
+        return self.line
 
     @property
     def size(self) -> int:
@@ -82,6 +90,10 @@ class Row(NamedTuple):
     row: Any
 
     @property
+    def raw(self) -> bytes:
+        return repr(self.row).encode(errors='replace')
+
+    @property
     def size(self) -> int:
         value = self.row.get(self.field) if isinstance(self.row, dict) else None
         return len(value) if isinstance(value, str) else 1
@@ -97,6 +109,7 @@ class Broken(NamedTuple):
     place: str
     reason: str
     size: int = 1
+    raw: bytes = b''
 
     def text(self) -> str:
         """Raises Invalid."""
@@ -162,11 +175,19 @@ class Source:
         """The records from `marks` (None: the start) on, with `self.at` kept up to date."""
         raise NotImplementedError
 
-    def way_to_more(self) -> str:
-        """A sentence on how the user gets more documents out of it."""
-        return 'Take more of them: a larger --max_documents or --val_fraction.'
+    def files(self) -> list:
+        """What tells the files apart from what they may become, in plain values, in order."""
+        return []
+
+    def unchanged(self, before: list, positions: Sequence[Position]) -> int:
+        """How many pieces, which end at `positions`, are as when `files()` was `before`."""
+        return 0
 
     at: tuple[int, Any] = (0, None)  # done, and the marks, behind the last record given
+
+    def mark(self) -> tuple[int, Any]:
+        """`at`, for the position behind a piece, which ends here."""
+        return self.at
 
     def pieces(self, position: Position | None = None) -> Iterator[Piece]:
         """The records from `position` on, in pieces of about PIECE_BYTES."""
@@ -177,12 +198,12 @@ class Source:
             size += record.size
             given += 1
             if size >= PIECE_BYTES or given == self.max_documents:
-                yield Piece(records, Position(given, *self.at))
+                yield Piece(records, Position(given, *self.mark()))
                 records, size = [], 0
             if given == self.max_documents:
                 return
         if records:
-            yield Piece(records, Position(given, *self.at))
+            yield Piece(records, Position(given, *self.mark()))
 
 
 class Files(Source):
@@ -202,10 +223,8 @@ class Files(Source):
         stats = [_size_and_time(path) for path in self.paths]
         self.sizes = [size for size, _ in stats]
         self.total = sum(self.sizes)
-        listing = hashlib.sha256()
-        for path, (size, changed) in zip(self.paths, stats):
-            listing.update(f'{os.path.abspath(path)}\0{size}\0{changed}\n'.encode(errors='replace'))
-        self.listing = listing.hexdigest()
+        self.times = [time for _, time in stats]
+        self._segment = hashlib.sha256()  # of the records since the file or the piece began
         endings = {os.path.splitext(path.lower())[1] for path in self.paths}
         if '.parquet' in endings:
             optional_package('pyarrow', 'Parquet files')
@@ -217,29 +236,79 @@ class Files(Source):
             'paths': self.names,
             'files': len(self.paths),
             'bytes': self.total,
-            'listing': self.listing,
+            'listing': self._listing(),
             'field': self.field,
             'cut': self.cut,
             'max_documents': self.max_documents,
         }
 
-    def way_to_more(self):
-        part = max(self.total // 200, 64)
-        return f'To make more documents, cut the texts at blank lines: --cut={part}'
+    def _listing(self) -> str:
+        lines = (f'{path}\0{size}\0{time}\n' for path, size, time in self.files())
+        return hashlib.sha256(''.join(lines).encode(errors='replace')).hexdigest()
+
+    def files(self):
+        paths = map(os.path.abspath, self.paths)
+        return [list(file) for file in zip(paths, self.sizes, self.times)]
+
+    @property
+    def has_only_texts(self) -> bool:
+        return all(reader_of(path) is _texts for path in self.paths)
+
+    def with_cut(self, cut: int) -> 'Files':
+        """The same files, cut otherwise."""
+        return Files(self.names, self.field, cut, self.max_documents)
+
+    def mark(self):
+        done, marks = self.at
+        digest, self._segment = self._segment.hexdigest(), hashlib.sha256()
+        return done, [*marks, digest]
+
+    def unchanged(self, before, positions):
+        now = self.files()
+        pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(before, now))
+        same = sum(1 for _ in pairs)
+        # A file that has changed may hold the same up to somewhere: it is read again that far.
+        is_changed = same < min(len(before), len(now)) and before[same][0] == now[same][0]
+        records = reader_of(now[same][0])(now[same][0], self, 0, 0) if is_changed else iter(())
+        kept = 0
+        for position in positions:
+            if len(position.marks) != 4:  # of a version that kept no digest
+                break
+            number, *mark, digest = position.marks
+            within = number == same and mark != [0, 0]
+            if number > same or (within and not _gives(records, mark, digest)):
+                break
+            kept += 1
+        return kept
 
     def records(self, marks):
-        first, *begin = marks or (0, 0, 0)
+        first, *begin = (marks or (0, 0, 0))[:3]
         before = sum(self.sizes[:first])
         for number in range(first, len(self.paths)):
             path, size = self.paths[number], self.sizes[number]
             try:
+                self._segment = hashlib.sha256()
                 for record, done, *marks in reader_of(path)(path, self, *begin):
+                    self._segment.update(record.raw)
                     self.at = before + min(done, size), [number, *marks]
                     yield record
             except OSError as error:
                 self.at = before + size, [number + 1, 0, 0]
                 yield Broken(path, error.strerror or str(error))
             begin, before = (0, 0), before + size
+
+
+def _gives(records: Iterator, mark: list[int], digest: str) -> bool:
+    """Whether the next records up to a mark are those of which the digest was taken."""
+    segment = hashlib.sha256()
+    try:
+        for record, _, *marks in records:
+            segment.update(record.raw)
+            if marks[0] >= mark[0]:
+                return marks == mark and segment.hexdigest() == digest
+    except OSError:
+        pass
+    return False
 
 
 def reader_of(path: str):

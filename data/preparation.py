@@ -21,10 +21,12 @@ from typing import NamedTuple
 import numpy as np
 
 from console_output import write_progress
+from data.advice import how_to_divide
 from data.documents import Invalid, Piece, Position, Source
 from data.progress import NAMED_INVALID, Progress, how_to_train, summary
 from data.token_writer import TokenWriter
 from data.tokenizer_training import TOKENIZER_FILE, character_tokenizer, train_byte_pairs
+from data.unfinished import open_unfinished, tokenizer_of, write_json
 from data.workers import available_cores, in_order
 from errors import UserError
 from text_codec import Codec
@@ -81,8 +83,9 @@ class Encoder:
             except Invalid as error:
                 if not self.skip_invalid:
                     raise UserError(
-                        f'{error} --skip_invalid leaves such documents out and counts them; what '
-                        'is done so far is kept.'
+                        f'{error} Mend it, and the same command goes on: what is done so far is '
+                        'kept. Or add --skip_invalid, which leaves such documents out and counts '
+                        'them.'
                     ) from None
                 entry['invalid'] += 1
                 entry['complaints'] += [str(error)] * (len(entry['complaints']) < NAMED_INVALID)
@@ -180,7 +183,7 @@ def prepare(folder: Path, source: Source, options: Options) -> None:
                     f'{how_to_train(folder)}'
                 )
                 return
-            _make_unfinished(work, settings, options.restart)
+            open_unfinished(work, source, settings, options.restart)
             meta = _fill(work, source, options, settings)
             _publish(work, folder, meta)
     except OSError as error:
@@ -209,34 +212,6 @@ def _is_of(folder: Path, settings: dict) -> bool:
 
 def _fingerprint(settings: dict) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-
-
-def _make_unfinished(work: Path, settings: dict, restart: bool) -> None:
-    """See to it that `work` is a folder of these settings. Raises UserError if it is of others."""
-    path = work / 'settings.json'
-    if path.exists() and not restart:
-        before = json.loads(path.read_bytes())
-        if before != json.loads(json.dumps(settings)):
-            raise UserError(
-                f'{work} holds an unfinished preparation of something else: '
-                f'{"; ".join(_differences(before, settings))}. Give the same command as then to go '
-                'on with it, or --restart to throw it away.'
-            )
-        return
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir()
-    _write_json(path, settings)
-
-
-def _differences(before: dict, now: dict) -> Iterator[str]:
-    for key in {**before, **now}:
-        old, new = before.get(key), now.get(key)
-        if isinstance(old, dict) and isinstance(new, dict):
-            yield from _differences(old, new)
-        elif old != new and key == 'listing':
-            yield 'the files, their sizes or their times have changed since'
-        elif old != new:
-            yield f'{key} was {old!r}, now {new!r}'
 
 
 def _fill(work: Path, source: Source, options: Options, settings: dict) -> dict:
@@ -290,17 +265,12 @@ def _encode(source: Source, encoder: Encoder, writer: TokenWriter, workers: int)
 
 def _complete_tokenizer(options: Options, source: Source, work: Path, workers: int) -> dict:
     """The tokenizer with what has to be made from the corpus, which is kept in `work`."""
-    path, tokenizer = work / 'made_tokenizer.json', options.tokenizer
-    if path.exists():
-        return json.loads(path.read_bytes())
+    tokenizer = options.tokenizer
     if tokenizer['kind'] == 'char' and 'characters' not in tokenizer:
-        tokenizer = {**tokenizer, **character_tokenizer(source, workers)}
-    elif tokenizer['kind'] == 'bpe':
-        rule = options.is_validation
-        tokenizer = train_byte_pairs(source, tokenizer['vocab_size'], rule, work, workers)
-    else:
-        return tokenizer
-    _write_json(path, tokenizer)
+        return tokenizer_of(work, lambda: {**tokenizer, **character_tokenizer(source, workers)})
+    if tokenizer['kind'] == 'bpe':
+        size, rule = tokenizer['vocab_size'], options.is_validation
+        return tokenizer_of(work, lambda: train_byte_pairs(source, size, rule, work, workers))
     return tokenizer
 
 
@@ -339,7 +309,7 @@ def _too_little(source: Source, options: Options, totals: dict) -> str | None:
     return (
         f'There are too few documents, {count}: none of them is left for the {missing[0]} split. '
         f'The hash of a document decides, and a share of {options.val_fraction} goes to val. '
-        f'{source.way_to_more()}'
+        f'{how_to_divide(source, options.val_fraction)}'
     )
 
 
@@ -349,7 +319,7 @@ def _publish(work: Path, folder: Path, meta: dict) -> None:
     The first token file goes first and the last comes last: a folder without one that is named
     counts as not prepared, so at no moment do tokens stand beside a meta.json that is not theirs.
     """
-    _write_json(work / 'meta.json', meta)
+    write_json(work / 'meta.json', meta)
     for split in SPLITS:
         for path in sorted(folder.glob(f'{split}*.bin')):
             if re.fullmatch(rf'{split}(_\d{{5}})?\.bin', path.name):
@@ -366,16 +336,6 @@ def _publish(work: Path, folder: Path, meta: dict) -> None:
             os.replace(work / f'{split}_{number:05d}.bin', folder / shard['file'])
     shutil.rmtree(work)
     remember(folder, meta['splits'])
-
-
-def _write_json(path: Path, value: dict) -> None:
-    """Write a JSON file whole or not at all."""
-    temporary = path.with_suffix('.new')
-    with open(temporary, 'w', encoding='utf-8') as file:
-        file.write(json.dumps(value, indent=1) + '\n')
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def write_dataset(folder: Path, tokenizer: dict, texts: dict[str, str], origin: str) -> None:

@@ -15,6 +15,7 @@ from errors import UserError
 from text_codec import Codec
 from token_files import SPLITS
 
+JOURNAL = 'journal.jsonl'
 COMMIT_SECONDS = 2  # of work that an end may cost
 BLOCK = 2**20  # bytes read at once
 
@@ -120,7 +121,7 @@ class TokenWriter:
 
     @property
     def _journal_path(self) -> Path:
-        return self.folder / 'journal.jsonl'
+        return self.folder / JOURNAL
 
     def _end(self, split: str) -> int:
         return self.totals[split]['token_bytes']
@@ -171,6 +172,26 @@ class TokenWriter:
                 path.unlink()
         if offset := self._end(split) % self.shard_bytes:
             os.truncate(kept[-1], offset)
+
+
+def read_positions(folder: Path) -> list[Position]:
+    """Where the source stood after each piece that the journal in a folder holds."""
+    positions = []
+    with contextlib.suppress(FileNotFoundError), open(folder / JOURNAL, 'rb') as journal:
+        for line in journal:
+            try:
+                positions.append(Position(*json.loads(line)['position']))
+            except (ValueError, KeyError, TypeError):
+                break
+    return positions
+
+
+def cut_journal(folder: Path, count: int) -> None:
+    """Keep only the first `count` pieces; opening the writer cuts off their tokens."""
+    with contextlib.suppress(FileNotFoundError), open(folder / JOURNAL, 'r+b') as journal:
+        for _ in range(count):
+            journal.readline()
+        journal.truncate(journal.tell())
 
 
 class _HashingReader:

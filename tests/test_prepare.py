@@ -494,7 +494,9 @@ def test_invalid_documents_are_left_out_where_asked_and_work_is_kept(tmp_path, c
     lines[300:300] = ['{"txt": "a"}\n', '{"text": " "}\n', '{\n']
     (tmp_path / 'a.jsonl').write_text(''.join(lines))
     arguments = tmp_path / 'a.jsonl', f'--out={tmp_path}/mine', '--tokenizer=byte'
-    with pytest.raises(UserError, match=r'a\.jsonl, line 301 has no field.*--skip_invalid leaves'):
+    with pytest.raises(
+        UserError, match=r'a\.jsonl, line 301 has no field.*--skip_invalid, which leaves'
+    ):
         run(*arguments)
     run(*arguments, '--skip_invalid')  # goes on
     out = capsys.readouterr().out
