@@ -8,6 +8,7 @@ from typing import ClassVar, NamedTuple
 
 import torch
 
+from errors import UserError
 from optimizers import local
 from registry import Configurable, Option, at_least, between
 from training_config import SCHEDULE_REGISTRY
@@ -230,7 +231,14 @@ def learning_rate_at(step: int, run) -> float:
     """The learning rate of update `step` (from 0); without `decay_lr` the same for all."""
     if not run.decay_lr:
         return run.learning_rate
-    return SCHEDULE_REGISTRY[run.lr_schedule].learning_rate(step, run)
+    schedule = SCHEDULE_REGISTRY[run.lr_schedule]
+    rate = schedule.learning_rate(step, run)
+    if not isinstance(rate, (int, float)) or not 0 <= rate < math.inf:
+        raise UserError(
+            f'lr_schedule={run.lr_schedule!r}: {schedule.__name__}.learning_rate({step}, run) must '
+            f'return a number of at least 0, and returned {rate!r}.'
+        )
+    return rate
 
 
 # --------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch.distributed.tensor import DTensor
 
+from errors import UserError
 from model_builder import ParameterGroup
 from registry import Configurable, Option, above, at_least, between
 from training_config import OPTIMIZER_REGISTRY
@@ -64,6 +65,25 @@ def torch_groups(
         }
         for group in groups
     ]
+
+
+def complete_optimizer(
+    optimizer: torch.optim.Optimizer, groups: list[ParameterGroup]
+) -> torch.optim.Optimizer:
+    """The optimizer; UserError if it leaves out parameters, or what its groups must say."""
+    name = type(optimizer).__name__
+    for group in optimizer.param_groups:
+        missing = {'name', 'rule', 'weight_decay', 'lr_scale'} - group.keys()
+        if missing:
+            raise UserError(
+                f'{name}.__init__ must hand torch_groups(groups, run, parallel, rule) to torch: a '
+                f'group of parameters lacks {", ".join(sorted(missing))}.'
+            )
+    taken = sum(len(group['params']) for group in optimizer.param_groups)
+    given = sum(len(group.parameters) for group in groups)
+    if taken != given:
+        raise UserError(f'{name}.__init__ takes {taken} of {given} parameters: it must take all.')
+    return optimizer
 
 
 def begin_state(optimizer: torch.optim.Optimizer, *names: str) -> None:

@@ -30,7 +30,7 @@ from model_builder import (
     recompute,
 )
 from model_config import ModelArchitectureConfig
-from optimizers import local
+from optimizers import complete_optimizer, local
 from ranks import Alone, Together, join, world_size
 from training_config import OPTIMIZER_REGISTRY
 from weight_initialization import initial_values, initialize_buffers, name_seed
@@ -70,7 +70,7 @@ class SingleProcess(Alone):
 
     def build_optimizer(self, groups: list[ParameterGroup], run) -> torch.optim.Optimizer:
         """The optimizer of `run`, once all of its options are known."""
-        return OPTIMIZER_REGISTRY[run.optimizer](groups, run, self)
+        return complete_optimizer(OPTIMIZER_REGISTRY[run.optimizer](groups, run, self), groups)
 
     def piece(self, parameter: nn.Parameter) -> Piece:
         """What this rank's optimizer updates of a parameter."""

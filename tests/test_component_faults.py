@@ -1,6 +1,7 @@
 """Mistakes in a component of a config file: one message with class, method, line; exit code 2."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ import registry
 import train
 from component_faults import explain, is_foreign
 from errors import UserError, run_script
-from model_builder import build_model, check_calls
+from model_builder import build_model, check_calls, parameter_groups
 from model_components import Activation, Auxiliary, Initial, Positions
 from model_config import (
     ACTIVATION_REGISTRY,
@@ -23,6 +24,8 @@ from model_config import (
     NORM_REGISTRY,
     POSITION_ENCODING_REGISTRY,
 )
+from optimizers import OptimizerComponent, torch_groups
+from parallelism import SingleProcess
 from training_config import OPTIMIZER_REGISTRY, SCHEDULE_REGISTRY
 from weight_initialization import name_seed
 
@@ -350,6 +353,42 @@ def test_an_exception_of_a_components_own_code_is_one_line(
     run('debug', {place: 'helper()'}, '--debug')
     error = capsys.readouterr().err
     assert 'Traceback' in error and told in error
+
+
+@pytest.mark.parametrize(
+    ('values', 'told'),
+    [
+        ({'DO_SCHEDULE': 'return None'}, 'OwnSchedule.learning_rate(0, run) must return a number'),
+        ({'DO_SCHEDULE': 'return -1.0'}, 'at least 0, and returned -1.0'),
+        ({'DO_SCHEDULE': "return float('nan')"}, 'at least 0, and returned nan'),
+    ],
+)
+def test_a_schedule_that_returns_no_rate_is_named(tmp_path, tiny_dataset, capsys, values, told):
+    assert train_with(tmp_path, tiny_dataset, values, '--out_dir', tmp_path / 'out') == 2
+    error = capsys.readouterr().err
+    assert told in error and 'Traceback' not in error
+
+
+@pytest.mark.parametrize(
+    ('made', 'told'),
+    [
+        (lambda groups, run, parallel: [{'params': groups[0].parameters}], 'lacks lr_scale, name'),
+        (lambda *all: torch_groups(*all, 'SGD')[:1], 'of 28 parameters: it must take all'),
+    ],
+)
+def test_an_optimizer_takes_all_parameters_in_groups_that_say_what_they_are(made, told):
+    class Sgd(OptimizerComponent, torch.optim.SGD):
+        def __init__(self, groups, run, parallel):
+            super().__init__(made(groups, run, parallel), lr=0.0)
+
+        def state_keys(self, parameter):
+            return frozenset()
+
+    OPTIMIZER_REGISTRY.register('mine')(Sgd)
+    run = SimpleNamespace(optimizer='mine', weight_decay=0.1)
+    groups = parameter_groups(build_model(tiny(), 'cpu', seed=1))
+    with pytest.raises(UserError, match=re.escape(told)):
+        SingleProcess(run, torch.device('cpu')).build_optimizer(groups, run)
 
 
 def test_a_component_that_sees_the_future_is_not_trained(tmp_path, tiny_dataset, capsys):
