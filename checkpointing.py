@@ -8,6 +8,7 @@ a second time, after a resume or a rollback, is published as `iter_00000100_2` b
 goes. No code is stored.
 """
 
+import contextlib
 import hashlib
 import json
 import math
@@ -244,7 +245,8 @@ def write_failure(error: BaseException) -> str:
 def _cannot_write(final: Path, reason: str) -> UserError:
     return UserError(
         f'the checkpoint {final} could not be written: {reason}. Earlier checkpoints and the '
-        f'record are intact. Make room, then continue the run with --init_from=resume.'
+        f'record are intact. Make room or mend the folder, then continue the run with '
+        f'--init_from=resume.'
     )
 
 
@@ -276,7 +278,7 @@ def _load_file(path: Path, expected: dict) -> dict:
             f'({size:,} bytes, {expected["bytes"]:,} expected).'
         )
     try:
-        state = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
+        state = load_tensors(path)
     except Exception as error:  # a foreign file makes the unpickler fail in every way there is
         # Its own words would send people to weights_only=False, which runs what a file says.
         raise BrokenCheckpoint(
@@ -286,6 +288,17 @@ def _load_file(path: Path, expected: dict) -> dict:
     if not isinstance(state, dict):
         raise BrokenCheckpoint(f'{path} holds no checkpoint of this program.')
     return state
+
+
+def load_tensors(path: Path):
+    """What torch wrote to the file: tensors and plain values only, mapped from the file.
+
+    Read into memory where the name is not UTF-8, which torch's own reader does not open.
+    """
+    if os.fsencode(path) != str(path).encode(errors='replace'):
+        with open(path, 'rb') as file:
+            return torch.load(file, map_location='cpu', weights_only=True)
+    return torch.load(path, map_location='cpu', weights_only=True, mmap=True)
 
 
 def read_index(path: Path) -> Checkpoint:
@@ -383,7 +396,8 @@ def prune(saved: Checkpoint, keep_last: int, keep_best: bool) -> None:
             kept.add(min(scored, key=lambda pair: pair[0])[1])
     for path in paths:
         if path not in kept:
-            _remove(path)
+            with contextlib.suppress(OSError):  # what cannot be removed stays
+                _remove(path)
 
 
 def remove_leftovers(folder: Path) -> None:

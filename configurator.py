@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from errors import UserError, nearest
+from errors import UserError, closest, nearest
+from paths import expanded_path
 from registry import Option, Registry
 from text_files import decode
 
@@ -59,15 +60,17 @@ def read_command_line(
     """Read config files (arguments that end in .py) and `--key=value` options.
 
     Also `--key value`, `--flag` and `--no-flag`. Problems are collected, not raised, so that the
-    caller can add its own and report all of them at once. Keys of `aside` are put aside, unread.
+    caller can add its own and report all of them at once; but UserError is raised for a file that
+    cannot be read or run. Keys of `aside` are put aside, unread.
     """
     asked = CommandLine(layers=[])
-    paths = [argument for argument in argv if _is_config_file(argument)]
-    for path in paths:
+    for path in filter(_is_config_file, argv):
         values, text = read_config_file(path, asked.problems)
         asked.config_files.append({'path': path, 'text': text})
         asked.aside |= {key: values.pop(key) for key in aside if key in values}
         asked.layers.append(Layer(path, values))
+    if asked.problems:  # what a file would have registered is unknown: the rest cannot be judged
+        raise UserError(*asked.problems)
     found = schema()  # after the files, which may have registered components
     asked.layers = [accept_layer(layer, found, asked.problems) for layer in asked.layers]
     asked.layers.append(Layer(COMMAND_LINE, _parse_options(argv, flatten(found), asked)))
@@ -292,16 +295,14 @@ def read_config_file(path: str, problems: list[str]) -> tuple[dict, str]:
 
     Imports, functions, classes and names that start with `_` are the file's own.
     """
-    file = Path(path)
-    if file.is_dir():
-        problems.append(f'config file {path} is a folder: give a Python file in it.')
-        return {}, ''
-    if not file.is_file():
-        beside = [str(f) for f in file.parent.glob('*.py')] if file.parent.is_dir() else []
-        there = f' In {file.parent} there are: {", ".join(sorted(beside))}.' if beside else ''
-        problems.append(f'config file {path} does not exist.{nearest(path, beside)}{there}')
-        return {}, ''
     try:
+        file = expanded_path(path)
+        if file.is_dir():
+            problems.append(f'config file {path} is a folder: give a Python file in it.')
+            return {}, ''
+        if not file.is_file():
+            problems.append(f'config file {path} does not exist.{_instead(path, file.parent)}')
+            return {}, ''
         text = decode(file.read_bytes())
         tree = ast.parse(text, filename=path)
     except SyntaxError as error:
@@ -320,8 +321,7 @@ def read_config_file(path: str, problems: list[str]) -> tuple[dict, str]:
     except BaseException as error:  # also SystemExit: a config file must not end the program
         lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
         where = f', line {lines[-1]}' if lines else ''
-        kind = '' if isinstance(error, UserError) else f'{type(error).__name__}: '
-        problems.append(f'config file {path}{where}: {kind}{error}')
+        problems.append(f'config file {path}{where}: {_message(error)}')
         return {}, text
     imported, assigned = set(), set()
     for node in ast.walk(tree):
@@ -336,6 +336,24 @@ def read_config_file(path: str, problems: list[str]) -> tuple[dict, str]:
         if not key.startswith('_') and key not in imported - assigned and not isinstance(value, own)
     }
     return values, text
+
+
+def _message(error: BaseException) -> str:
+    """What the error says of itself; the class may be the file's own, and fail at that."""
+    kind = type(error).__name__
+    try:
+        return str(error) if isinstance(error, UserError) else f'{kind}: {error}'
+    except Exception:
+        return kind
+
+
+def _instead(path: str, folder: Path) -> str:
+    """Which config file may be meant, or which there are."""
+    beside = sorted(file.name for file in folder.glob('*.py')) if folder.is_dir() else []
+    meant = closest(Path(path).name, beside)
+    if meant is not None:
+        return f' Did you mean {folder / meant}?'
+    return f' In {folder} there are: {", ".join(beside)}.' if beside else ''
 
 
 def format_help(usage: str, schema: Schema) -> str:

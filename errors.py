@@ -13,9 +13,11 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 
 import console_output
 from console_output import OutputLost, write_error, write_text
+from paths import NoHome, expand_home, expanded_path
 
 PATIENCE = 10  # seconds that a rank waits for the first one to report a mistake
 
@@ -46,20 +48,29 @@ class ToldElsewhere(Exception):
 
 def nearest(name: str, allowed) -> str:
     """`' Did you mean x?'` for the closest allowed name, or an empty string."""
+    candidate = closest(name, allowed)
+    return '' if candidate is None else f' Did you mean {candidate}?'
+
+
+def closest(name: str, allowed) -> str | None:
+    """The allowed name that is nearest to `name`; None where none is near."""
     allowed = list(allowed)
     folded = {candidate.lower().replace('-', '_'): candidate for candidate in allowed}
     close = difflib.get_close_matches(name.lower().replace('-', '_'), folded, n=1, cutoff=0.6)
-    return f' Did you mean {folded[close[0]]}?' if close else ''
+    return folded[close[0]] if close else None
 
 
 class ArgumentParser(argparse.ArgumentParser):
     """argparse's, with UserErrors for complaints, and near names for unknown options.
 
-    Options and paths may come in any order; nothing is abbreviated. `--debug` is for `run_script`.
+    Options and paths may come in any order; nothing is abbreviated. Options of `type=Path`, and
+    those of `type=expand_home`, may begin with `~`. `--debug` is for `run_script`.
     """
 
     def __init__(self, **options):
         super().__init__(allow_abbrev=False, **options)
+        self.register('type', Path, _as_argument(expanded_path))
+        self.register('type', expand_home, _as_argument(expand_home))
         self.add_argument('--debug', action='store_true', help='show the traceback of a mistake')
 
     def error(self, message: str):
@@ -78,11 +89,22 @@ class ArgumentParser(argparse.ArgumentParser):
         return options
 
 
+def _as_argument(convert):
+    def converted(text: str):
+        try:
+            return convert(text)
+        except NoHome as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return converted
+
+
 def run_script(main, argv: list[str] | None = None) -> None:
     """Run `main(argv)` as a script and exit: 0, its own code, 2 on a UserError, 130 on Ctrl-C.
 
-    1 where a process of the job failed, be it this one or another; 141 where the reader of the
-    output is gone (`| head`). `--debug` among the arguments shows the traceback of a UserError too.
+    1 where a process of the job failed, be it this one or another. 0 where the reader of the output
+    has read enough (`| head`): a shell's pipefail would take anything else for a failure. `--debug`
+    among the arguments shows the traceback of a UserError too.
     """
     console_output.open_streams()
     argv = sys.argv[1:] if argv is None else argv
@@ -97,7 +119,7 @@ def run_script(main, argv: list[str] | None = None) -> None:
     except (OutputLost, BrokenPipeError) as error:
         console_output.flush_streams()
         if isinstance(error, BrokenPipeError) or error.reader_gone:
-            leave(141)
+            leave(0)
         write_error(f'{_name()}: {error}.')
         leave(2)
     except KeyboardInterrupt:

@@ -175,6 +175,13 @@ def memory_usage(device: torch.device) -> dict[str, float | None]:
     return {key: None if value is None else value / GB for key, value in readings.items()}
 
 
+def total_memory(device: torch.device) -> int:
+    """The bytes of the device's memory; of a CPU the machine's, with its swap space."""
+    if device.type == 'cuda':
+        return torch.cuda.get_device_properties(device).total_memory
+    return psutil.virtual_memory().total + psutil.swap_memory().total
+
+
 def reset_peak_memory(device: torch.device) -> None:
     """Start a new interval for the peak; where that is not permitted it stays the lifetime's."""
     if device.type == 'cuda':

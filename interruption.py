@@ -1,22 +1,33 @@
 """Signals as requests that a run answers at its next update boundary."""
 
+import contextlib
 import os
 import signal
 import time
 
 from ranks import Alone
 
-STOPPING = tuple(getattr(signal, name) for name in ('SIGINT', 'SIGTERM') if hasattr(signal, name))
-SAVING = getattr(signal, 'SIGUSR1', None)  # not on Windows
+# Not on Windows.
+SAVING = getattr(signal, 'SIGUSR1', None)
+HANG_UP = getattr(signal, 'SIGHUP', None)  # the terminal was closed
+
+
+def stopping_signals() -> list[int]:
+    """The signals that ask to stop: SIGINT, SIGTERM, and SIGHUP unless `nohup` has it ignored."""
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if HANG_UP is not None and signal.getsignal(HANG_UP) != signal.SIG_IGN:
+        numbers.append(HANG_UP)
+    return numbers
 
 
 class Interruption:
-    """While entered: SIGINT and SIGTERM ask to stop, SIGUSR1 asks for a checkpoint.
+    """While entered: `stopping_signals` ask to stop, SIGUSR1 asks for a checkpoint.
 
-    A second SIGINT or SIGTERM ends the process at once, with the signal's exit code and nothing
+    A second one to stop ends the process at once, with the signal's exit code and nothing
     saved; what was published before stays whole. The same signal within a second is the same
-    request: Slurm signals every process, and torchrun passes on what it gets. speaks: whether this
-    process is the one to say that it has heard.
+    request: Slurm signals every process, and torchrun passes on what it gets; so is SIGHUP, which
+    comes with SIGTERM where a session ends. speaks: whether this process is the one to say that it
+    has heard.
     """
 
     def __init__(self, speaks: bool = True):
@@ -33,7 +44,7 @@ class Interruption:
 
     @property
     def exit_code(self) -> int:
-        """130 for SIGINT, 143 for SIGTERM, 0 if nobody asked to stop."""
+        """130 for SIGINT, 143 for SIGTERM, 129 for SIGHUP, 0 if nobody asked to stop."""
         return 128 + self.stop_signal if self.stop_signal else 0
 
     @property
@@ -52,7 +63,7 @@ class Interruption:
         self.writing = bool(writing)
 
     def __enter__(self) -> 'Interruption':
-        self._before = {number: signal.signal(number, self._stop) for number in STOPPING}
+        self._before = {number: signal.signal(number, self._stop) for number in stopping_signals()}
         if SAVING is not None:
             self._before[SAVING] = signal.signal(SAVING, self._save)
         return self
@@ -63,7 +74,8 @@ class Interruption:
 
     def _stop(self, number: int, frame) -> None:
         before, self._asked_at = self._asked_at, time.monotonic()
-        if number == self._asked_to_stop and self._asked_at - before < 1.0:
+        is_same = number == self._asked_to_stop or HANG_UP in (number, self._asked_to_stop)
+        if is_same and self._asked_to_stop is not None and self._asked_at - before < 1.0:
             return
         if self._asked_to_stop is not None:
             os._exit(128 + number)
@@ -71,8 +83,10 @@ class Interruption:
         if not self.speaks:
             return
         name = signal.Signals(number).name
-        # os.write: print may be in the middle of something when a signal arrives.
-        os.write(2, f'\n{name}: saving after this update; once more to stop at once\n'.encode())
+        # os.write: print may be in the middle of something when a signal arrives. The terminal may
+        # be gone, which is what SIGHUP says.
+        with contextlib.suppress(OSError):
+            os.write(2, f'\n{name}: saving after this update; once more to stop at once\n'.encode())
 
     def _save(self, number: int, frame) -> None:
         self._asked_to_save = True

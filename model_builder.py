@@ -175,12 +175,23 @@ def build_model(
     device: str | torch.device = 'meta',
     seed: int | None = None,
 ) -> Transformer:
-    """The model of `config`; on a real device its parameters are initialised from `seed`."""
+    """The model of `config`; on a real device its parameters are initialised from `seed`.
+
+    Raises UserError for a size that no tensor can have.
+    """
     for key in ('vocab_size', 'end_of_text'):
         if key in config and getattr(config, key) is None:
             raise UserError(f'{key} is not known yet: set it, or take it from a dataset.')
-    with torch.device('meta'):
-        model = Transformer(config)
+    try:
+        with torch.device('meta'):
+            model = Transformer(config)
+    except (RuntimeError, OverflowError, TypeError) as error:
+        if 'overflow' not in str(error).lower():
+            raise
+        sizes = {key: value for key, value in config.to_dict().items() if type(value) is int}
+        largest = sorted(sizes, key=sizes.get)[-3:]
+        shown = ', '.join(f'{key}={sizes[key]:,}' for key in reversed(largest))
+        raise UserError(f'no tensor can be as large as this model needs: {shown}.') from error
     check_built(model)
     if torch.device(device).type != 'meta':
         model.to_empty(device=device)

@@ -257,8 +257,8 @@ PRESET_OPTION = Option(
 )
 
 CORE_OPTIONS = {
-    'n_layer': Option(int, 12, 'Number of blocks', check=at_least(1)),
-    'n_head': Option(int, 12, 'Number of (query) heads', check=at_least(1)),
+    'n_layer': Option(int, 12, 'Number of blocks', check=at_least(1, at_most=10_000)),
+    'n_head': Option(int, 12, 'Number of (query) heads', check=at_least(1, at_most=10_000)),
     'n_embd': Option(int, 768, 'Width of the residual stream', check=at_least(1)),
     'block_size': Option(int, 1024, 'Context length in tokens', check=at_least(1)),
     'vocab_size': Option(

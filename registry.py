@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 
 from class_contract import Contract, violations
 from errors import UserError, nearest
+from paths import NoHome, expand_home
 
 ALL_REGISTRIES: list['Registry'] = []  # all that there are
 
@@ -135,12 +136,16 @@ def _place(component: type) -> tuple[str, str]:
     return component.__module__, component.__qualname__
 
 
+LARGEST_INT = 2**63 - 1  # what numpy and torch count with
+SHOWN_LENGTH = 200  # characters of a value in a message
+
 Check = tuple[Callable[[typing.Any], bool], str]
 
 
 @functools.cache  # equal options compare equal
-def at_least(low: float) -> Check:
-    return (lambda value: value >= low), f'at least {low:g}'
+def at_least(low: float, at_most: float = math.inf) -> Check:
+    limit = '' if at_most == math.inf else f', at most {at_most:,}'
+    return (lambda value: low <= value <= at_most), f'at least {low:g}{limit}'
 
 
 @functools.cache
@@ -177,6 +182,7 @@ class Option:
     check: (predicate, what is allowed in words), asked of every value that is not None.
     requires: (other option, value or AnyBut(value)): without it this option has no use.
     aliases: value -> (other option, its value), for values that are another way to set that one.
+    is_path: a leading `~` stands for the home folder.
     """
 
     type: typing.Any
@@ -186,6 +192,7 @@ class Option:
     check: Check | None = None
     requires: tuple[str, typing.Any] | None = None
     aliases: dict[str, tuple[str, typing.Any]] = field(default_factory=dict, hash=False)
+    is_path: bool = False
 
     @property
     def base_type(self) -> type:
@@ -226,15 +233,26 @@ class Option:
         if base is float and isinstance(value, int) and not isinstance(value, bool):
             value = float(value) if abs(value) <= sys.float_info.max else math.inf
         if not isinstance(value, base) or (base is not bool and isinstance(value, bool)):
-            shown = type(value).__name__
-            raise UserError(f'{key}={value!r}: {shown} given, but {key} takes {self.allowed()}.')
+            given = type(value).__name__
+            raise UserError(
+                f'{key}={show_value(value)}: {given} given, but {key} takes {self.allowed()}.'
+            )
+        if base is int and abs(value) > LARGEST_INT:
+            raise UserError(
+                f'{key}={show_value(value)}: no whole number may be above {LARGEST_INT:,}.'
+            )
+        if self.is_path:
+            try:
+                value = expand_home(value)
+            except NoHome as error:
+                raise UserError(f'{key}={error}') from error
         if base is float and not math.isfinite(value):
             raise UserError(f'{key}={value!r}: not a finite number; {key} takes {self.allowed()}.')
         if self.choices is not None and value not in (*self.choices, *self.aliases):
             hint = nearest(value, (*self.choices, *self.aliases))
-            raise UserError(f'{key}={value!r}: {key} takes {self.allowed()}.{hint}')
+            raise UserError(f'{key}={show_value(value)}: {key} takes {self.allowed()}.{hint}')
         if self.check is not None and not self.check[0](value):
-            raise UserError(f'{key}={value!r}: {key} takes {self.allowed()}.')
+            raise UserError(f'{key}={show_value(value)}: {key} takes {self.allowed()}.')
         return value
 
     def parse(self, key: str, text: str) -> typing.Any:
@@ -274,6 +292,15 @@ def option_problems(key: object, option: object) -> list[str]:
     except Exception as error:  # a check that is no (function, text), choices that are no tuple
         return [f'the check or the choices of {key!r}: {type(error).__name__}: {error}.']
     return []
+
+
+def show_value(value) -> str:
+    """The value for a message: short, whatever a config file has set."""
+    try:
+        text = repr(value)
+    except Exception:  # its class is the file's own, or it is an int of thousands of digits
+        text = f'a value of type {type(value).__name__}'
+    return text if len(text) <= SHOWN_LENGTH else f'{text[:SHOWN_LENGTH]}…'
 
 
 _BOOLEANS = {'true': True, 'false': False, '1': True, '0': False, 'yes': True, 'no': False}

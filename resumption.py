@@ -12,7 +12,9 @@ import torch
 
 import checkpointing
 import divided_state
+import ranks
 import sinks
+import stability
 from configurator import COMMAND_LINE, CommandLine, Layer, accept_layer, read_config_file
 from console_output import write_progress
 from errors import ArgumentParser, UserError, nearest
@@ -20,6 +22,7 @@ from model_builder import Transformer, build_model
 from model_config import ModelArchitectureConfig
 from optimization import Updater
 from parallelism import SingleProcess, weights_here
+from paths import expand_home
 from ranks import job, restarts_left
 from text_codec import Codec
 from token_data import TokenDataset, load_dataset
@@ -221,10 +224,11 @@ def find(asked: CommandLine) -> Resumed | None:
 def notes(run) -> list[str]:
     """What a person may not have thought of, a sentence or two each."""
     if run.init_from != 'scratch' or restarts_left() <= 0:
-        return []
+        return ranks.notes()
     return [
+        *ranks.notes(),
         'torchrun may start this job again, which with init_from=scratch begins a new run each '
-        'time: --init_from=auto goes on with this one.'
+        'time: --init_from=auto goes on with this one.',
     ]
 
 
@@ -258,10 +262,16 @@ def checkpoint_parser(prog: str, description: str) -> ArgumentParser:
         prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add('config', nargs='*', help='config files, for the components that they register')
-    add('--out_dir', default='out', help='the folder of runs (default out)')
+    add(
+        'config',
+        nargs='*',
+        type=expand_home,
+        help='config files, for the components that they register',
+    )
+    add('--out_dir', type=expand_home, default='out', help='the folder of runs (default out)')
     add(
         '--run',
+        type=expand_home,
         help='a run folder, or its name in out_dir, or a checkpoint folder '
         '(default: the newest run)',
     )
@@ -295,7 +305,9 @@ def load_model(
     checkpoint: checkpointing.Checkpoint, state: list[dict], device: torch.device
 ) -> Transformer:
     """The model that a checkpoint was taken of. Raises UserError."""
-    model = build_model(architecture_of(checkpoint)).to_empty(device=device)
+    model = build_model(architecture_of(checkpoint))
+    stability.check_size(model, device)
+    model.to_empty(device=device)
     model.tie_weights()
     initialize_buffers(model)
     with _fitting(checkpoint):
@@ -340,18 +352,20 @@ def keep_tokenizer(dataset: TokenDataset, run_folder: Path) -> None:
 
 def _accepted(checkpoint: checkpointing.Checkpoint, origins: dict[str, str]) -> list[Layer]:
     """The values that the checkpoint's index has under each key, checked like a user's."""
-    problems: list[str] = []
-    layers = [
-        accept_layer(Layer(origin, checkpoint.index[key]), schema(), problems)
-        for key, origin in origins.items()
-    ]
-    if problems:
-        files = ', '.join(checkpoint.index['config_files']) or 'the one that registers them'
-        raise UserError(
-            *problems,
-            f'A checkpoint carries no code: if a config file registered what is unknown here, '
-            f'give that file again ({files}).',
+    layers, unknown, options = [], {}, schema()
+    for name, origin in origins.items():
+        values = checkpoint.index[name]
+        layers.append(accept_layer(Layer(origin, values), options, []))
+        unknown |= {key: value for key, value in values.items() if key not in layers[-1].values}
+    if unknown:
+        files = ' '.join(checkpoint.index['config_files'])
+        way = (
+            f'A checkpoint carries no code: give the config file again that registered it: {files}'
+            if files
+            else 'No config file registered it: another version of this program wrote it.'
         )
+        shown = ', '.join(f'{key}={value!r:.60}' for key, value in unknown.items())
+        raise UserError(f'{checkpoint.path} has what is unknown here: {shown}. {way}')
     return layers
 
 

@@ -17,15 +17,15 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 import hardware
 import resumption
-from console_output import write_error, write_text
+from console_output import is_terminal, write_error, write_text
 from errors import UserError, run_script
 from model_builder import generate
+from paths import expanded_path
 from sampling import TEMPERATURE, TOP_K, Sampler, TextStream, prompt_tokens, stream
 from text_files import decode
 
@@ -173,10 +173,10 @@ def read_prompt(start: str) -> str:
     if start != '-' and not start.startswith('FILE:'):
         return start
     path = start.removeprefix('FILE:')
-    if path == '-' and sys.stdin.isatty():
+    if path == '-' and is_terminal(sys.stdin):
         write_error('The prompt, ended by Ctrl-D at the beginning of a line:')
     try:
-        return decode(sys.stdin.buffer.read() if path == '-' else Path(path).read_bytes())
+        return decode(sys.stdin.buffer.read() if path == '-' else expanded_path(path).read_bytes())
     except (OSError, ValueError) as error:
         raise UserError(f'--start={start}: the text cannot be read: {error}.') from error
 

@@ -80,6 +80,45 @@ def explained(settings: Settings, parallel: SingleProcess, device: torch.device)
             raise
 
 
+def check_size(
+    model: Transformer,
+    device: torch.device,
+    bytes_per_parameter: int = 4,
+    ranks: int = 1,
+    activations: int = 0,
+) -> None:
+    """Raise UserError if the device's memory cannot hold the least that is needed on each rank.
+
+    Before anything is allocated: a machine that is short of memory ends processes without a word.
+    """
+    count = sum(parameter.numel() for parameter in model.parameters())
+    weights, memory = count * bytes_per_parameter // ranks, hardware.total_memory(device)
+    if weights + activations <= memory:
+        return
+    held = 'weights' if bytes_per_parameter == 4 else 'weights and their gradients'
+    each = ' on each rank' if ranks > 1 else ''
+    more = f', the inputs of the blocks {activations / 1e9:,.1f} GB' if activations else ''
+    raise UserError(
+        f'too large for {hardware.device_name(device)} and its {memory / 1e9:,.1f} GB of memory: '
+        f'the {count:,} {held} take at least {weights / 1e9:,.1f} GB{each}{more}. Lower n_layer, '
+        'n_embd, vocab_size, batch_size or block_size; --plan shows what each of them needs.'
+    )
+
+
+def check_training_size(settings: Settings, parallel: SingleProcess, device: torch.device) -> None:
+    """The same for a run: in training each block's input is kept, in two bytes a value or more."""
+    run, architecture = settings.run, settings.architecture
+    tokens = run.batch_size * architecture.block_size
+    blocks = 1 if run.eval_only else architecture.n_layer
+    check_size(
+        build_model(architecture),
+        device,
+        bytes_per_parameter=4 if run.eval_only else 8,
+        ranks=parallel.world_size if run.use_fsdp else 1,
+        activations=tokens * 2 * (8 + architecture.n_embd * blocks),  # 8: ids and targets
+    )
+
+
 def out_of_memory_error(settings: Settings, device_name: str) -> UserError:
     """What to type instead, with the numbers: half the micro-batch, twice the accumulation."""
     run, architecture = settings.run, settings.architecture

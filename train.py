@@ -73,6 +73,7 @@ def main(argv: list[str]) -> int:
     if started_from:
         started_from.check(settings)
     with stability.explained(settings, parallel, device):
+        stability.check_training_size(settings, parallel, device)
         session = set_up(settings, parallel, device, dataset, started_from, argv)
     code = run(session)
     parallel.close()

@@ -4,6 +4,7 @@ settings = load_settings(argv)          # merged and checked; derived values sti
 settings = settings.complete(...)       # once the device and the dataset are known
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -60,15 +61,15 @@ def is_beginning(value: str) -> bool:
 
 # fmt: off
 RUN_OPTIONS = {
-    'out_dir': Option(str, 'out', 'Runs are kept here, each in a folder of its own'),
+    'out_dir': Option(str, 'out', 'Runs are kept here, each in a folder of its own', is_path=True),
     'init_from': Option(str, 'scratch', 'scratch: a new run; resume: the newest in out_dir; auto: '
                         "whichever applies; gpt2, gpt2-medium, gpt2-large, gpt2-xl, hf: or "
                         "nanogpt: a new run from somebody's weights",
                         check=(is_beginning, "'scratch', 'resume', 'auto', 'gpt2' (or gpt2-medium, "
                                "gpt2-large, gpt2-xl), 'hf:FOLDER_OR_NAME' (of Hugging Face) or "
-                               "'nanogpt:CKPT.PT'")),
+                               "'nanogpt:CKPT.PT'"), is_path=True),
     'resume_run': Option(str | None, None, 'The run to resume, a folder or its name; None: the '
-                         'newest in out_dir'),
+                         'newest in out_dir', is_path=True),
     'eval_interval': Option(int, 2000, 'Updates between evaluations', check=at_least(1)),
     'eval_iters': Option(int | None, None, 'Evaluation windows of block_size tokens; '
                          'None: by device', check=at_least(1)),
@@ -98,7 +99,7 @@ RUN_OPTIONS = {
     'debug': Option(bool, False, "Show the traceback of a user's mistake too"),
 }
 DATA_OPTIONS = {
-    'dataset': Option(str, 'shakespeare', 'Folder below data/, or a path to one'),
+    'dataset': Option(str, 'shakespeare', 'Folder below data/, or a path to one', is_path=True),
     'verify_data': Option(bool, False, 'Hash the token files at the start; else only those whose '
                           'size or time has changed since the last check'),
     'batch_size': Option(int | None, None, 'Sequences in a micro-batch; None: by device',
@@ -149,7 +150,7 @@ PARALLEL_OPTIONS = {
     'reduce_dtype': Option(str, 'float32', 'In which gradients travel',
                            choices=('float32', 'bfloat16')),
     'distributed_timeout': Option(int, 600, 'Seconds after which a silent rank is given up',
-                                  check=at_least(1)),
+                                  check=at_least(1, at_most=10**7)),
 }
 # What --plan is told. These say nothing about the run itself, so no record or checkpoint has them.
 PLAN_OPTIONS = {
@@ -268,6 +269,7 @@ class Settings:
             derive('wandb_run_name', self.architecture.name, "the architecture's name")
 
         architecture = self.architecture
+        check_token_count(values, architecture)
         if dataset is not None:
             architecture = with_vocabulary(architecture, dataset, run.dataset, derived)
             architecture = with_end_of_text(architecture, dataset, run.dataset)
@@ -302,6 +304,18 @@ class Settings:
         }
         origins = {**self.run.origins, **self.architecture.origins}
         return format_config(groups, origins, self.run.dropped + self.architecture.dropped)
+
+
+def check_token_count(run: dict, architecture: ModelArchitectureConfig) -> None:
+    """Raise UserError where the whole run has more tokens than can be counted exactly."""
+    keys = ('max_iters', 'gradient_accumulation_steps', 'batch_size')
+    tokens = math.prod(run[key] for key in keys) * architecture.block_size
+    if tokens > 2**53:
+        factors = ' × '.join(f'{key}={run[key]:,}' for key in keys)
+        raise UserError(
+            f'{factors} × block_size={architecture.block_size:,} are {tokens:.3g} tokens in all, '
+            'and no run can count more than 2**53 (9e15). Lower one of them.'
+        )
 
 
 def flops_of_run(run: dict, architecture: ModelArchitectureConfig) -> float:

@@ -10,6 +10,7 @@ Plain numbers come in, JSON goes out: nothing here knows torch, devices or compo
 reads while the run goes on is `console.py`'s.
 """
 
+import contextlib
 import functools
 import json
 import math
@@ -55,6 +56,8 @@ OBJECTS = ('config', 'architecture', 'metadata', 'startup_info', 'summary')
 # ------------------------------------------------------------------------------------------------
 
 _RUN_NAME = re.compile(r'run_(\d{8}_\d{6})(?:_(\d+))?')
+# At the beginning of a journal and of a record.json. In the texts of both quotes are escaped.
+_START_TIME = re.compile(rb'"start_time": "([^"]*)"')
 # Big folders that hold no runs; hidden ones and virtual environments are left out as well.
 _NOT_SEARCHED = {'data', 'node_modules', 'site-packages', '__pycache__'}
 
@@ -86,7 +89,7 @@ def new_run_folder(out_dir, now: datetime | None = None) -> Path:
 
 
 def latest_run(out_dir, job: str | None = None) -> Path | None:
-    """The newest run in `out_dir` by its name (`_2` before `_10`), or None.
+    """The run in `out_dir` that began last, or None; of one second by name (`_2` before `_10`).
 
     Given a `job`, the newest of those that it began or went on with last, if there are any. A
     folder without a journal or record belongs to a run that ended before it began: not counted.
@@ -94,12 +97,42 @@ def latest_run(out_dir, job: str | None = None) -> Path | None:
     runs = []
     for folder in Path(out_dir).glob('run_*'):
         match = _RUN_NAME.fullmatch(folder.name)
-        held = [folder / name for name in (JOURNAL, RECORD) if (folder / name).is_file()]
-        if match and any(path.stat().st_size for path in held):
-            runs.append((match[1], int(match[2] or 1), folder))
+        if match and (began := _began(folder)) is not None:
+            runs.append((began, match[1], int(match[2] or 1), folder))
     folders = [folder for *_, folder in sorted(runs, reverse=True)]
     of_job = (folder for folder in folders if job is not None and _job_of(folder) == job)
     return next(of_job, folders[0] if folders else None)
+
+
+def _began(folder: Path) -> float | None:
+    """When a run began, in seconds since 1970; None where it never did.
+
+    The time in its folder's name is local, so that it depends on the time zone; it stands in only
+    where neither journal nor record tell.
+    """
+    began = None
+    for name in (JOURNAL, RECORD):
+        try:
+            with open(folder / name, 'rb') as file:
+                head = file.read(4096)
+        except OSError:
+            continue
+        if not head:
+            continue
+        stated = _START_TIME.search(head)
+        try:
+            return datetime.fromisoformat(stated[1].decode()).timestamp()
+        except (TypeError, ValueError, OverflowError, OSError):  # TypeError: not stated there
+            began = began or _local_time(folder.name)
+    return began
+
+
+def _local_time(name: str) -> float:
+    """The time in the name of a run's folder."""
+    try:
+        return datetime.strptime(_RUN_NAME.fullmatch(name)[1], '%Y%m%d_%H%M%S').timestamp()
+    except (ValueError, OverflowError, OSError):
+        return 0.0  # digits, but no date
 
 
 def _job_of(folder: Path) -> str | None:
@@ -523,7 +556,8 @@ def _write_record(path: Path, document: dict) -> None:
     except OSError as error:
         raise _cannot_write(path, error) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def _to_json(document: dict) -> str:
@@ -540,9 +574,12 @@ def _to_json(document: dict) -> str:
 
 
 def _cannot_write(path: Path, error: OSError) -> UserError:
+    what = error.strerror
+    if error.filename not in (None, str(path), path):
+        what += f': {error.filename}'
     return UserError(
-        f'{path}: cannot be written ({error.strerror}). What was recorded before is intact. '
-        'Make room, then continue the run with --init_from=resume.'
+        f'{path}: cannot be written ({what}). What was recorded before is intact. '
+        'Make room or mend the folder, then continue the run with --init_from=resume.'
     )
 
 

@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from console_output import write_text
 from errors import ArgumentParser, UserError, run_script
+from paths import expand_home
 from text_codec import Codec
 from token_data import TokenDataset, load_dataset
 from token_files import SPLITS, Split
@@ -181,7 +182,9 @@ def place_of(data: TokenDataset, options) -> tuple[int, int, str]:
 def parse(argv: list[str] | None):
     """The command line. Raises UserError."""
     parser = ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('dataset', help='a folder below data/, or the path of one')
+    parser.add_argument(
+        'dataset', type=expand_home, help='a folder below data/, or the path of one'
+    )
     parser.add_argument('--split', choices=SPLITS, help='only this one (to show text: train)')
     parser.add_argument('--at', type=int, metavar='N', help='show the text from token N on')
     parser.add_argument('--document', type=int, metavar='N', help='show document N, from 0')

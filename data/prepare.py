@@ -25,6 +25,7 @@ from data.documents import Files, HuggingFace, Source
 from data.preparation import SHARD_TOKENS, VAL_FRACTION, Options, prepare
 from data.tokenizer_training import SMALLEST_BPE
 from errors import ArgumentParser, UserError, nearest, run_script
+from paths import expand_home
 from text_codec import tiktoken_names
 
 OWN_TOKENIZERS = {
@@ -43,8 +44,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add('paths', nargs='*', metavar='PATHS', help='files, folders and glob patterns')
-    add('--out', metavar='FOLDER', help='the dataset, such as data/mine')
+    add(
+        'paths',
+        nargs='*',
+        type=expand_home,
+        metavar='PATHS',
+        help='files, folders and glob patterns',
+    )
+    add('--out', type=expand_home, metavar='FOLDER', help='the dataset, such as data/mine')
     add(
         '--tokenizer',
         default='gpt2',

@@ -34,10 +34,12 @@ def prepare_shakespeare(script: str, tokenizer_of, argv: list[str] | None) -> No
     """
     folder = Path(script).resolve().parent
     parser = ArgumentParser(description=f'Write train.bin, val.bin and meta.json into {folder}.')
-    parser.add_argument('--source', metavar='FILE', help='a UTF-8 text of your own instead')
+    parser.add_argument(
+        '--source', type=Path, metavar='FILE', help='a UTF-8 text of your own instead'
+    )
     source = parser.parse(argv).source
 
-    text, origin = read_source(Path(source)) if source else find_shakespeare()
+    text, origin = read_source(source) if source else find_shakespeare()
     cut = len(text) * 9 // 10
     write_dataset(folder, tokenizer_of(text), {'train': text[:cut], 'val': text[cut:]}, origin)
 

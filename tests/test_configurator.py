@@ -11,6 +11,7 @@ from configurator import (
     format_help,
     read_command_line,
 )
+from errors import UserError
 from registry import Option, Registry, at_least
 
 SHAPES = Registry('shape', 'Shape', home='errors')
@@ -35,6 +36,13 @@ SCHEMA = {
 
 def read(*argv):
     return read_command_line(list(argv), lambda: SCHEMA)
+
+
+def refused(*argv):
+    """The problems of files that cannot be read."""
+    with pytest.raises(UserError) as refusal:
+        read(*argv)
+    return refusal.value.problems
 
 
 def merged(asked):
@@ -242,17 +250,31 @@ def test_a_mistake_in_a_file_is_one_problem_that_names_the_file(config, text, wo
 )
 def test_a_file_that_cannot_be_run_is_a_problem_with_its_line(config, text, words):
     path = config(text)
-    asked = read(path, '--width=3')
-    (problem,) = asked.problems
+    (problem,) = refused(path, '--width=3', '--registered_by_the_file=4')
     assert path in problem and all(word in problem for word in words), problem
-    assert merged(asked)['width'] == 3  # the rest was read all the same
 
 
 def test_a_file_that_is_not_utf8_is_a_problem(tmp_path):
     path = tmp_path / 'latin.py'
     path.write_bytes("title = 'naïve'".encode('latin-1'))
-    (problem,) = read(str(path)).problems
+    (problem,) = refused(str(path))
     assert str(path) in problem
+
+
+def test_an_error_that_cannot_say_what_it_is(config):
+    text = 'class Odd(Exception):\n    def __str__(self):\n        raise ValueError\nraise Odd'
+    (problem,) = refused(config(text))
+    assert problem.endswith('line 4: Odd')
+
+
+def test_values_that_cannot_be_shown(config):
+    odd = 'class Odd:\n    def __repr__(self):\n        raise ValueError\ntitle = Odd()'
+    (problem,) = read(config(odd)).problems
+    assert 'title=a value of type Odd' in problem
+    (problem,) = read(config('width = 10**5000')).problems
+    assert 'width=a value of type int' in problem
+    (problem,) = read(config("width = 'x' * 10**6")).problems
+    assert len(problem) < 500
 
 
 def test_ctrl_c_in_a_config_file_still_interrupts(config):
@@ -262,9 +284,11 @@ def test_ctrl_c_in_a_config_file_still_interrupts(config):
 
 def test_a_missing_file_is_answered_with_those_that_are_there(config, tmp_path):
     there = config('width = 2', 'arch_gpt.py')
-    (problem,) = read(str(tmp_path / 'arch_gtp.py')).problems
-    assert 'arch_gtp.py does not exist' in problem and f'Did you mean {there}?' in problem
-    (problem,) = read(str(tmp_path / 'no' / 'where.py')).problems
+    (problem,) = refused(str(tmp_path / 'arch_gtp.py'))
+    assert problem.endswith(f'arch_gtp.py does not exist. Did you mean {there}?')
+    (problem,) = refused(str(tmp_path / 'zzz.py'))
+    assert problem.endswith(f'zzz.py does not exist. In {tmp_path} there are: arch_gpt.py.')
+    (problem,) = refused(str(tmp_path / 'no' / 'where.py'))
     assert 'where.py does not exist' in problem
 
 
@@ -283,12 +307,15 @@ def test_a_file_that_registers_a_component_adds_its_options(config):
 
 def test_all_problems_are_reported_at_once(config, tmp_path):
     first = config("widht = 1\nshape = 'circel'", 'first.py')
-    missing = str(tmp_path / 'missing.py')
-    asked = read(first, missing, '--heigth=2', '--width=wide', '--scale', 'stray')
-    wrong = ['widht', 'circel', 'missing.py', '--heigth', '--width=wide', '--scale=stray']
+    asked = read(first, '--heigth=2', '--width=wide', '--scale', 'stray')
+    wrong = ['widht', 'circel', '--heigth', '--width=wide', '--scale=stray']
     assert len(asked.problems) == len(wrong)
     for words in wrong:
         assert sum(words in problem for problem in asked.problems) == 1, words
+    # What a missing file would have registered is unknown: the rest is not judged.
+    missing = [str(tmp_path / name) for name in ('missing.py', 'other.py')]
+    problems = refused(first, *missing, '--heigth=2')
+    assert [path in problem for path, problem in zip(missing, problems)] == [True, True]
 
 
 # --------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from conftest import PROJECT, TINY_RUN
 
 import checkpointing
 from interruption import Interruption
+from ranks import Alone
 from training_logger import latest_run, read_record
 
 if not hasattr(signal, 'SIGUSR1'):
@@ -135,6 +136,7 @@ def test_a_stopped_run_saves_closes_its_record_and_can_go_on(start, tmp_path):
     ('name', 'code', 'status', 'saved', 'updates'),
     [
         ('SIGTERM', 143, 'interrupted', [3], 3),
+        ('SIGHUP', 129, 'interrupted', [3], 3),
         ('SIGUSR1', 0, 'finished', [3, 5], 5),
     ],
 )
@@ -184,6 +186,43 @@ def test_one_signal_that_comes_twice_is_one_request(monkeypatch):
         assert ended == [143]
 
 
+@pytest.mark.parametrize('names', [('SIGTERM', 'SIGHUP'), ('SIGHUP', 'SIGTERM')])
+def test_the_end_of_a_session_is_one_request(names, monkeypatch):
+    """systemd sends SIGTERM and SIGHUP together."""
+    ended = []
+    monkeypatch.setattr('interruption.os._exit', ended.append)
+    monkeypatch.setattr('interruption.time.monotonic', lambda: 100.0)
+    with Interruption(speaks=False) as interruption:
+        for name in names:
+            signal.raise_signal(getattr(signal, name))
+        interruption.agree(Alone())
+        assert not ended and interruption.exit_code == 128 + getattr(signal, names[0])
+        signal.raise_signal(signal.SIGINT)
+        assert bool(ended) == (names[0] == 'SIGTERM')
+
+
+def test_nohup_keeps_a_run_from_hearing_that_the_terminal_is_closed():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Interruption() as interruption:
+            signal.raise_signal(signal.SIGHUP)
+            interruption.agree(Alone())
+            assert not interruption.pending
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_signal_is_heard_though_standard_error_is_gone(monkeypatch):
+    def gone(descriptor, data):
+        raise OSError(5, 'Input/output error')
+
+    monkeypatch.setattr('interruption.os.write', gone)
+    with Interruption() as interruption:
+        signal.raise_signal(signal.SIGHUP)
+        interruption.agree(Alone())
+        assert interruption.exit_code == 129
+
+
 def test_only_the_main_rank_says_that_it_heard(capfd):
     for speaks in (True, False):
         with Interruption(speaks):
@@ -192,7 +231,7 @@ def test_only_the_main_rank_says_that_it_heard(capfd):
 
 
 def test_afterwards_signals_mean_what_they_meant_before():
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
     before = [signal.getsignal(number) for number in numbers]
     with Interruption() as interruption:
         assert not set(before) & {signal.getsignal(number) for number in numbers}

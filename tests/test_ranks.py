@@ -11,7 +11,57 @@ import sys
 import pytest
 from conftest import PROJECT
 
-pytestmark = pytest.mark.skipif(sys.platform != 'linux', reason='ranks are forked')
+import ranks
+from errors import UserError
+
+TORCHRUN = {
+    **{'RANK': '1', 'LOCAL_RANK': '1', 'WORLD_SIZE': '2'},
+    **{'MASTER_ADDR': 'localhost', 'MASTER_PORT': '29500'},
+}
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    for key in (*TORCHRUN, 'SLURM_STEP_NUM_TASKS'):
+        monkeypatch.delenv(key, raising=False)
+
+    def change(**values):
+        for key, value in values.items():
+            monkeypatch.delenv(key, raising=False)
+            if value is not None:
+                monkeypatch.setenv(key, value)
+
+    return change
+
+
+def test_what_torchrun_sets_is_whole_or_not_there(environment):
+    assert ranks.world_size() == 1
+    environment(MASTER_ADDR='somewhere')  # of another program
+    assert ranks.world_size() == 1
+    environment(**TORCHRUN)
+    assert ranks.world_size() == 2
+    for key in TORCHRUN:
+        environment(**{**TORCHRUN, key: None})
+        with pytest.raises(UserError, match=f'but {key} is not set.*unset .*torchrun'):
+            ranks.world_size()
+    for key in TORCHRUN.keys() - {'MASTER_ADDR', 'MASTER_PORT'}:
+        environment(**{**dict.fromkeys(TORCHRUN), key: '1'})  # left over from another job
+        with pytest.raises(UserError, match=f'{key}=1 in the environment.*unset {key}'):
+            ranks.world_size()
+    for odd in ({'WORLD_SIZE': 'two'}, {'RANK': '2'}, {'RANK': '-1'}, {'WORLD_SIZE': '0'}):
+        environment(**{**TORCHRUN, **odd})
+        with pytest.raises(UserError, match=f'{next(iter(odd))}={next(iter(odd.values()))}'):
+            ranks.world_size()
+
+
+def test_tasks_of_slurm_that_know_nothing_of_each_other_are_told(environment):
+    assert ranks.notes() == []
+    environment(SLURM_STEP_NUM_TASKS='2')
+    (note,) = ranks.notes()
+    assert 'runs this command 2 times' in note and 'scripts/train.slurm' in note
+    environment(**TORCHRUN)
+    assert ranks.notes() == []
+
 
 FORKED = r"""
 import json, multiprocessing, os, pathlib, signal, sys, time
@@ -128,6 +178,8 @@ if __name__ == '__main__':
 @pytest.fixture(scope='module')
 def answers(tmp_path_factory):
     """What the ranks of each case left: the last of those that share a name."""
+    if sys.platform != 'linux':
+        pytest.skip('ranks are forked')
     folder = tmp_path_factory.mktemp('ranks')
     (folder / 'forked.py').write_text(FORKED)
     subprocess.run(

@@ -308,7 +308,9 @@ def test_on_a_cpu_long_runs_are_compiled(dataset, argv, compiled):
 
 @pytest.mark.parametrize(('share', 'compiled'), [(1.01, True), (0.51, False)])
 def test_what_counts_for_compile_is_a_ranks_share(dataset, monkeypatch, share, compiled):
-    monkeypatch.setenv('WORLD_SIZE', '2')
+    torchrun = {'RANK': '0', 'LOCAL_RANK': '0', 'WORLD_SIZE': '2'}
+    for key, value in {**torchrun, 'MASTER_ADDR': 'localhost', 'MASTER_PORT': '1'}.items():
+        monkeypatch.setenv(key, value)
     updates = math.ceil(share * TOKENS_FOR_COMPILE / 1024)  # of a sequence for each rank
     data = dataset('gpt2', 50257)
     done = complete('--arch_preset=gpt2', f'--max_iters={updates}', dataset=data)

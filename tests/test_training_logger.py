@@ -115,6 +115,41 @@ def test_runs_of_one_second_do_not_collide_and_the_newest_is_found(tmp_path):
     assert latest_run(tmp_path / 'nowhere') is None
 
 
+def test_the_newest_run_is_the_one_that_began_last_whatever_the_time_zone(tmp_path):
+    """Names are in local time: a container in UTC, a host in Tokyo, the hour after summer time."""
+    names = {'run_20260102_120000': '+09:00', 'run_20260102_040000': '+00:00'}  # 03:00, 04:00 UTC
+    for name, zone in names.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        hour = name[13:15]
+        line = {'kind': 'start', 'time': 0.0, 'run_name': name}
+        line['start_time'] = f'2026-01-02T{hour}:00:00{zone}'
+        (folder / 'journal.jsonl').write_text(json.dumps(line) + '\n')
+    assert latest_run(tmp_path).name == 'run_20260102_040000'
+    # A record alone tells it too; without a time the name does.
+    (tmp_path / 'run_20260102_040000' / 'journal.jsonl').rename(
+        tmp_path / 'run_20260102_040000' / 'record.json'
+    )
+    assert latest_run(tmp_path).name == 'run_20260102_040000'
+    for nonsense in ('', '{}', '{"start_time": "yesterday"}', '{"start_time": 5}'):
+        for name in ('run_20260103_000000', 'run_99999999_999999'):
+            (tmp_path / name).mkdir(exist_ok=True)
+            (tmp_path / name / 'journal.jsonl').write_text(nonsense)
+        newest = 'run_20260103_000000' if nonsense else 'run_20260102_040000'
+        assert latest_run(tmp_path).name == newest
+
+
+def test_a_folder_in_the_way_of_the_record_is_named(tmp_path):
+    for name in ('record.json', 'record.json.tmp'):
+        folder = new_run_folder(tmp_path / name)
+        logger = started(folder)
+        (folder / 'record.json').unlink()
+        (folder / name).mkdir()
+        with pytest.raises(UserError, match=f'{name}.*What was recorded before is intact'):
+            logger.finish()
+        assert read(folder)['status'] == 'finished'
+
+
 def test_a_job_finds_the_run_that_it_began_or_went_on_with(tmp_path):
     first, second, third = (
         new_run_folder(tmp_path, datetime(2026, 1, 2, 3, 4, second)) for second in range(3)

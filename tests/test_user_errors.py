@@ -204,6 +204,18 @@ MISTAKES = {
     'train.py --activation_checkpointing=some': [
         *('activation_checkpointing', "'some'", 'none, full or a whole number of at least 1'),
     ],
+    # sizes that no machine has, at once
+    'train.py --max_iters=1e26': ['max_iters=1000000000', 'above 9,223,372,036,854,775,807'],
+    'train.py --max_iters=1e15': ['max_iters=1,000,000,000,000,000', 'tokens in all', 'Lower one'],
+    'train.py --n_layer=1000000': ['n_layer=1000000', 'at most 10,000'],
+    'train.py --n_head=1000000000': ['n_head=1000000000', 'at most 10,000'],
+    'train.py --vocab_size=1000000000000': ['too large', 'GB of memory', 'Lower', 'vocab_size'],
+    'train.py --vocab_size=1000000000000000000': ['no tensor', 'vocab_size=1,000,000,000,000'],
+    'train.py --n_embd=1000000000': ['no tensor', 'n_embd=1,000,000,000'],
+    'train.py --n_embd=1000000': ['too large', '192,0', 'GB', '--plan'],
+    'train.py --batch_size=1000000000': ['too large', 'inputs of the blocks', 'batch_size'],
+    'train.py --plan --batch_size=1000000000000': ['tokens in all', 'batch_size=1,000,000,000,000'],
+    'train.py --distributed_timeout=1e15': ['distributed_timeout', 'at most 10,000,000'],
     # names
     'train.py --device=gpu': ["device='gpu'", 'auto', 'cpu'],
     'train.py --dtype=bf16': ["dtype='bf16'", "'float32'", 'Did you mean bfloat16?'],
