@@ -29,6 +29,8 @@ from training_config import Settings
 USABLE = 0.9
 # The vocabulary where no data says: GPT-2's 50,257 byte pairs, padded to a multiple of 64.
 ASSUMED_VOCABULARY = 50304
+# Tokens of a micro-batch that a plan goes through: ten times what the largest GPU trains on.
+LARGEST_MICRO_BATCH = 2**22
 DDP_BUCKET = 25 * 2**20  # bytes; a larger parameter has a bucket of its own
 
 
@@ -40,10 +42,12 @@ def report(settings: Settings) -> str:
 def plan(settings: Settings) -> dict:
     """Everything that `console.plan_report` shows, as plain values; sizes in GB of 10⁹ bytes.
 
-    Raises UserError for a GPU that is not known, or a dtype that it does not have.
+    Raises UserError for a GPU that is not known, a dtype that it does not have, or a micro-batch
+    that no device holds.
     """
     gpu = gpu_specs.find_gpu(settings.plan.gpu) if settings.plan.gpu else None
     settings, notes = completed(settings, gpu)
+    _check_size(settings)
     run, architecture = settings.run, settings.architecture
     memory = Memory(settings, on_gpu=run.device != 'cpu')
     model = memory.simulation.model
@@ -87,6 +91,17 @@ def plan(settings: Settings) -> dict:
         'notes': [*notes, *settings.notes, *_notes(memory, settings)],
         'derived': settings.derived,
     }
+
+
+def _check_size(settings: Settings) -> None:
+    """Raise UserError for a micro-batch that would take minutes to go through, and fits nowhere."""
+    tokens = settings.run.batch_size * settings.architecture.block_size
+    if tokens > LARGEST_MICRO_BATCH:
+        raise UserError(
+            f'batch_size={settings.run.batch_size:,} × block_size='
+            f'{settings.architecture.block_size:,} are {tokens:,} tokens in a micro-batch: a plan '
+            f'takes at most {LARGEST_MICRO_BATCH:,}. Lower batch_size.'
+        )
 
 
 def completed(settings: Settings, gpu: gpu_specs.Gpu | None) -> tuple[Settings, list[str]]:

@@ -214,7 +214,11 @@ MISTAKES = {
     'train.py --n_embd=1000000000': ['no tensor', 'n_embd=1,000,000,000'],
     'train.py --n_embd=1000000': ['too large', '192,0', 'GB', '--plan'],
     'train.py --batch_size=1000000000': ['too large', 'inputs of the blocks', 'batch_size'],
-    'train.py --plan --batch_size=1000000000000': ['tokens in all', 'batch_size=1,000,000,000,000'],
+    'train.py --plan --batch_size=1000000000': [
+        'batch_size=1,000,000,000',
+        'micro-batch',
+        'at most',
+    ],
     'train.py --distributed_timeout=1e15': ['distributed_timeout', 'at most 10,000,000'],
     # names
     'train.py --device=gpu': ["device='gpu'", 'auto', 'cpu'],
@@ -299,7 +303,7 @@ MISTAKES = {
     'sample.py --out_dir=empty': ["out_dir='empty'", 'no run', '--out_dir='],
     'sample.py --run=run_1': ["'run_1'", 'out/run_1', 'Runs in out: run_'],
     'sample.py --start=FILE:none.txt': ['--start=FILE:none.txt', 'No such file'],
-    'sample.py --start=FILE:latin.txt': ['--start=FILE:latin.txt', 'utf-8'],
+    'sample.py --start=FILE:latin.txt': ['--start=FILE:latin.txt', 'no UTF-8 text'],
     'sample.py --start=xyz': ['10 characters', "'x' 'y' 'z'", "'abcdefgh \\n'"],
     'sample.py --device=gpu': ["device='gpu'", 'auto', 'cpu'],
     'sample.py --dtype=bf16': ["dtype='bf16'", 'float32', 'Did you mean bfloat16?'],
