@@ -39,7 +39,7 @@ except ImportError:  # Windows
 
 TRAIN = Path(__file__).with_name('train.py')
 # Options that say where a run goes and how it reports: two runs that differ in them are one.
-IMMATERIAL = REPORTING | {'init_from', 'resume_run', 'debug'}
+IMMATERIAL = REPORTING | {'init_from', 'resume_run', 'verify_data', 'debug'}
 STOPPING = tuple(
     getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGHUP') if hasattr(signal, name)
 )

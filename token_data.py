@@ -23,6 +23,7 @@ from token_files import (
     Split,
     files_sha256,
     has_meta,
+    import_hint,
     is_complete,
     read_meta,
     way_to_prepare,
@@ -248,7 +249,8 @@ class TokenDataset:
             raise UserError(
                 f'The {split} split of {self.folder} holds the token {largest}, but the vocabulary '
                 f'ends at {vocab_size - 1}: the files are of another tokenizer or another dtype. '
-                f'{way_to_prepare(self.folder)}'
+                f'{way_to_prepare(self.folder)} To take the ids as they are: '
+                f'{import_hint(self.folder)} --tokenizer=unknown'
             )
 
 

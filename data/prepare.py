@@ -12,7 +12,8 @@ but for plain .json, which a pattern names: 'my_texts/**/*.json'. What is left o
 names a dataset on Hugging Face's hub (package datasets).
 
 A document ends with the end-of-text token, and is for training or for validation as a whole: its
-own hash decides. What is interrupted goes on where it was when the same command is given again.
+own hash decides. What is interrupted goes on where it was when the same command is given again,
+also after a bad file was mended or removed: what comes before the change is kept.
 """
 
 import argparse

@@ -202,3 +202,18 @@ def test_a_dataset_that_was_changed_is_taken_with_its_tokenizer(tmp_path, tiny_d
     data.check_content(full=True)
     assert data.tokenizer == meta['tokenizer'] and data.bytes_per_token('val') is None
     assert data.splits['val'].read(0, 9).astype('u1').tobytes() == content[:9]
+
+
+@pytest.mark.parametrize('described', [False, True])
+def test_ids_beyond_the_vocabulary_are_taken_as_it_says(tmp_path, tiny_dataset, described):
+    folder = bare(tmp_path / 'f', (rng.integers(0, 60_000, 999)).astype('<u2').tobytes())
+    if described:
+        meta = json.loads((tiny_dataset / 'meta.json').read_text()) | {'dtype': 'uint16'}
+        meta['splits'] = {split: {'tokens': 999} for split in SPLITS}
+        (folder / 'meta.json').write_text(json.dumps(meta))
+    with pytest.raises(UserError, match='but the vocabulary ends at') as error:
+        load_dataset(folder, 8)
+    (command,) = re.findall(r'python data/import_tokens\.py (.*)', str(error.value))
+    import_tokens.main(shlex.split(command))
+    data = load_dataset(f'{folder}-ids', 8)
+    assert data.tokenizer == {'kind': 'unknown'} and 50257 < data.vocab_size <= 60_000
