@@ -17,6 +17,7 @@ import re
 import shutil
 import time
 import uuid
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -293,12 +294,14 @@ def _load_file(path: Path, expected: dict) -> dict:
 def load_tensors(path: Path):
     """What torch wrote to the file: tensors and plain values only, mapped from the file.
 
-    Read into memory where the name is not UTF-8, which torch's own reader does not open.
+    Read into memory where the name is not UTF-8, which torch's own reader does not open, or where
+    torch before version 1.6 wrote it, which was no zip archive.
     """
+    mapped = zipfile.is_zipfile(path)
     if os.fsencode(path) != str(path).encode(errors='replace'):
         with open(path, 'rb') as file:
             return torch.load(file, map_location='cpu', weights_only=True)
-    return torch.load(path, map_location='cpu', weights_only=True, mmap=True)
+    return torch.load(path, map_location='cpu', weights_only=True, mmap=mapped)
 
 
 def read_index(path: Path) -> Checkpoint:

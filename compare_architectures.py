@@ -16,6 +16,8 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+import first_import  # noqa: F401
+
 from comparison.compare import compare
 from comparison.formats import FORMATS, answered
 from comparison.runs import SCORES, load

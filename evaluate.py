@@ -24,6 +24,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+import first_import  # noqa: F401
+
 import numpy as np
 
 import hardware

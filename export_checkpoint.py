@@ -27,6 +27,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import first_import  # noqa: F401
+
 import torch
 
 import checkpointing

@@ -18,6 +18,8 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import first_import  # noqa: F401
+
 import torch
 
 import hardware

@@ -34,6 +34,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import first_import  # noqa: F401
+
 import compare_architectures
 import hardware
 from comparison.formatting import duration, table

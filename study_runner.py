@@ -24,6 +24,7 @@ from comparison.conditions import REPORTING
 from configurator import flatten
 from console_output import write_progress
 from errors import UserError
+from interruption import stopping_signals
 from study_points import Study, argument, settings_of
 from study_variants import TIMING, Point, Where
 from training_config import schema
@@ -249,7 +250,7 @@ class Runner:
     def active(self) -> Iterator[None]:
         """While entered, the folder is this study's, and signals stop the runs."""
         with locked(self.out_dir) as self.lock:
-            before = {number: signal.signal(number, self._stop) for number in STOPPING}
+            before = {number: signal.signal(number, self._stop) for number in stopping_signals()}
             try:
                 yield
             finally:

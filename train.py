@@ -14,6 +14,8 @@ import sys
 import time
 from functools import partial
 
+import first_import  # noqa: F401
+
 import torch
 
 import checkpointing

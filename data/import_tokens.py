@@ -18,9 +18,11 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import first_import  # noqa: F401
+
+import numpy as np
 
 from console_output import write_progress
 from data.prepare import OWN_TOKENIZERS

@@ -13,9 +13,11 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import first_import  # noqa: F401
+
+import numpy as np
 
 from console_output import write_text
 from errors import ArgumentParser, UserError, run_script

@@ -22,6 +22,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import first_import  # noqa: F401
+
 from data.documents import Files, HuggingFace, Source
 from data.preparation import SHARD_TOKENS, VAL_FRACTION, Options, prepare
 from data.tokenizer_training import SMALLEST_BPE

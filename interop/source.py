@@ -6,7 +6,6 @@ see `weight_maps.fields`, and every tensor is a parameter's, known to hold no we
 """
 
 import re
-import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,6 +15,7 @@ from typing import NamedTuple
 import torch
 
 import hub
+from checkpointing import load_tensors
 from errors import UserError, nearest
 from model_builder import build_model
 from model_config import ModelArchitectureConfig
@@ -274,9 +274,7 @@ def _stored(name: str, path: Path, state: dict, prefix: str = '') -> dict[str, S
 
 def _unpickle(name: str, path: Path) -> dict:
     try:
-        # Before version 1.6 torch wrote no zip archive, and only such can be mapped.
-        mapped = zipfile.is_zipfile(path)
-        content = torch.load(path, map_location='cpu', weights_only=True, mmap=mapped)
+        content = load_tensors(path)
     except OSError as error:
         raise UserError(f'{name}: {path} cannot be read: {error.strerror}.') from error
     except Exception as error:  # a foreign file makes the unpickler fail in every way there is

@@ -1,10 +1,13 @@
 """A user's mistake ends a script with a message and exit code 2, without a traceback."""
 
+import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from conftest import PROJECT
 
 import errors
 from errors import UserError, nearest, run_script
@@ -50,6 +53,34 @@ def test_ctrl_c_ends_with_130(capsys):
 
     assert outcome(main) == 130
     assert 'Traceback' not in capsys.readouterr().err
+
+
+def test_ctrl_c_while_modules_are_imported(tmp_path):
+    program = tmp_path / 'command.py'
+    program.write_text('import first_import\n\nraise KeyboardInterrupt  # in an import')
+    done = subprocess.run(
+        [sys.executable, program],
+        env={**os.environ, 'PYTHONPATH': str(PROJECT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.returncode, done.stderr) == (130, '\ninterrupted\n')
+
+
+def test_every_command_imports_that_before_what_takes_long():
+    commands = [
+        path
+        for path in [*PROJECT.glob('*.py'), *PROJECT.glob('data/**/*.py')]
+        if '\n    run_script(main' in path.read_text(encoding='utf-8')
+    ]
+    assert len(commands) >= 13
+    for path in commands:
+        body = ast.parse(path.read_text(encoding='utf-8')).body
+        imports = [node for node in body if isinstance(node, ast.Import | ast.ImportFrom)]
+        names = [getattr(node, 'module', None) or node.names[0].name for node in imports]
+        ours = [name for name in names if name.partition('.')[0] not in sys.stdlib_module_names]
+        assert ours[0] == 'first_import', path
 
 
 def test_a_fault_of_the_program_keeps_its_traceback():

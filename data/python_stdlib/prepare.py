@@ -12,6 +12,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import first_import  # noqa: F401
+
 from data.preparation import write_dataset
 from errors import ArgumentParser, UserError, run_script
 from text_files import decode
