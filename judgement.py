@@ -69,10 +69,18 @@ class Group:
         """The mean score of the finished runs; without any, that of the others so far."""
         return self.mean(lambda run: run.val_loss)
 
-    def mean(self, figure: Callable[[Any], float | None]) -> float | None:
-        """The mean of a run's figure over the evidence that has it."""
-        known = self.figures(figure)
-        return statistics.fmean(known) if known else None
+    def mean(
+        self,
+        figure: Callable[[Any], float | None],
+        weight: Callable[[Any], float | None] = lambda run: 1.0,
+    ) -> float | None:
+        """The mean of a run's figure over the evidence that has it, and that has a weight."""
+        pairs = [(figure(run), weight(run)) for run in self.evidence]
+        known = [(value, factor) for value, factor in pairs if value is not None and factor]
+        if not known:
+            return None
+        values, factors = zip(*known)
+        return statistics.fmean(values, factors)
 
     def figures(self, figure: Callable[[Any], float | None]) -> list[float]:
         """A run's figure, of the evidence that has it."""

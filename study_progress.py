@@ -16,6 +16,7 @@ import torch
 
 import hardware
 from comparison.formatting import duration
+from comparison.runs import causal_flops
 from console_output import is_terminal, overwrite_line, write_progress
 from errors import UserError
 from model_builder import parameter_groups
@@ -208,7 +209,7 @@ def _recorded_speeds(runner: Runner, layout: Layout) -> Iterator[tuple[str, floa
         for point in points:
             with contextlib.suppress(UserError, KeyError, AttributeError, TypeError):
                 record = runner.record(kind, point)
-                flops, seconds = figure(record, 'total_flops'), figure(record, 'wall_seconds')
+                flops, seconds = causal_flops(record), figure(record, 'wall_seconds')
                 if not flops or not seconds:
                     continue
                 jobs = record['config'].get('concurrent_runs') or 1

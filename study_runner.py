@@ -21,6 +21,7 @@ from typing import IO, TYPE_CHECKING, NamedTuple
 import torch
 
 from comparison.conditions import REPORTING
+from comparison.runs import stopped_by_nonfinite
 from configurator import flatten
 from console_output import write_progress
 from errors import UserError
@@ -133,7 +134,6 @@ class Outcome(NamedTuple):
 
 
 FINISHED = Outcome('finished')
-ENDING = ('nonfinite', 'rollback', 'resume', 'failed')  # events that tell why a run ended
 # What to do about a run that came to this, after its folder and the reason.
 ADVICE = {
     'diverged': 'counts as diverged; remove its folder to train it again',
@@ -165,9 +165,7 @@ def outcome_in(record: dict) -> Outcome | None:
     """
     if record['status'] == 'finished':
         return FINISHED
-    events = [event['event'] for event in record['events'] if event['event'] in ENDING]
-    stops = record['config'].get('on_nonfinite') != 'skip'
-    if record['status'] == 'failed' and events[-2:] == ['nonfinite', 'failed'] and stops:
+    if stopped_by_nonfinite(record):
         return Outcome('diverged', 'loss or gradient not finite')
     return None
 

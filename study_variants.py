@@ -30,7 +30,7 @@ from training_config import Settings
 
 MEASURES: dict[str, Callable[[ModelArchitectureConfig], float]] = {
     'params': lambda a: sum(parameter.numel() for parameter in build_model(a).parameters()),
-    'flops': lambda a: sum(flops_by_part(build_model(a), causal=False).values()),  # a token
+    'flops': lambda a: sum(flops_by_part(build_model(a), causal=True).values()),  # a token
 }
 RUNS, TUNING, TIMING = 'runs', 'tuning', 'timing'  # kinds of runs; their folders below out_dir
 MOST_UPDATES = 10**12  # in a run

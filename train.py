@@ -383,6 +383,7 @@ def save(session: Session) -> None:
     saver.publish()
     began = time.perf_counter()
     if not session.updater.weights_are_finite():
+        session.logger.event('nonfinite', progress.iter, 'the weights are not all finite')
         raise stability.nonfinite_weights_error(
             progress.iter, checkpointing.published(saver.folder)
         )

@@ -174,7 +174,7 @@ def without_fair_differences(
     plan = study_of(groups)
     fair: set[str] = set()
     if 'tokens_seen' in warnings and all(group.losses for group in groups):
-        flops = [run.total_flops for group in groups for run in group.evidence]
+        flops = [run.causal_flops for group in groups for run in group.evidence]
         if all(flops) and max(flops) / min(flops) - 1 < SAME_BUDGET:
             spread = max(flops) / min(flops) - 1
             notes.append(f'Each trained with the same FLOPs (within {spread:.2%}), not tokens.')

@@ -10,7 +10,7 @@ from judgement import Group
 COSTS = {'tokens': 'tokens', 'flops': 'training FLOPs', 'seconds': 'seconds of training'}
 # The costs that a loss is held against, by the letter of their Pareto front: a title, and a run's.
 FRONTS: dict[str, tuple[str, Callable[[Any], float | None]]] = {
-    'F': ('training FLOPs', lambda run: run.total_flops),
+    'F': ('training FLOPs', lambda run: run.causal_flops),
     'T': ('seconds of training', lambda run: run.curve[-1].seconds if run.curve else None),
     'M': ('peak memory, GB', lambda run: run.peak_memory_gb),
 }

@@ -244,7 +244,8 @@ def _run_data(run, rank: int, label: str) -> dict[str, Any]:
             key: getattr(run, key)
             for key in (
                 *('val_loss', 'best_val_loss', 'evaluations', 'bits_per_byte', 'params'),
-                *('flops_per_token', 'total_flops', 'mfu_percent', 'tokens_per_sec', 'time_ms'),
+                *('flops_per_token', 'causal_flops_per_token', 'total_flops', 'causal_flops'),
+                *('mfu_percent', 'tokens_per_sec', 'time_ms'),
                 *('wall_seconds', 'active_params', 'peak_memory_gb'),
             )
         },

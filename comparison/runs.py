@@ -16,6 +16,7 @@ from judgement import DIVERGED, FINISHED, UNMEASURED
 from training_logger import STATUSES, find_records, read_outline
 
 SCORES = ('final', 'best')
+ENDING = ('nonfinite', 'rollback', 'resume', 'failed')  # events that tell why a run ended
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +39,7 @@ class Run:
     params: int | None
     active_params: int | None  # those that one token uses
     flops_per_token: float | None
+    causal_flops_per_token: float | None
     val_loss: float | None  # nats a token, of the evaluation that counts
     bits_per_byte: float | None  # of the same evaluation
     best_val_loss: float | None  # after at least one update
@@ -49,6 +51,9 @@ class Run:
     wall_seconds: float | None
     peak_memory_gb: float | None
     total_flops: float | None
+    causal_flops: float | None
+    train_seconds: float | None
+    peak_tflops: float | None  # of all devices
     curve: list[CurvePoint]
     spans: list[Span]  # the loss by position
     sample: dict[str, Any] | None  # the last text that it wrote: prompt, text and iter
@@ -175,6 +180,7 @@ def run_of(record: dict[str, Any], path: Path, score: str = 'final') -> Run:
         params=total_params,
         active_params=count(model, 'active_params') or total_params,
         flops_per_token=number(flops, 'per_token'),
+        causal_flops_per_token=number(flops, 'per_token_causal'),
         val_loss=None if outcome == DIVERGED else counted.get('val_loss'),
         bits_per_byte=None if outcome == DIVERGED else counted.get('val_bits_per_byte'),
         best_val_loss=best.get('val_loss'),
@@ -186,7 +192,10 @@ def run_of(record: dict[str, Any], path: Path, score: str = 'final') -> Run:
         wall_seconds=number(summary, 'wall_seconds'),
         peak_memory_gb=number(summary, 'peak_memory_gb'),
         total_flops=number(summary, 'total_flops'),
-        curve=curve_of(measured, tokens_per_iter, number(flops, 'per_token')),
+        causal_flops=causal_flops(record),
+        train_seconds=number(summary, 'train_seconds') or number(summary, 'wall_seconds'),
+        peak_tflops=number(mapping(startup, 'hardware'), 'peak_tflops'),
+        curve=curve_of(measured, tokens_per_iter, number(flops, 'per_token_causal')),
         spans=spans_of(record),
         sample=last_sample(record),
         stability=stability_of(record),
@@ -223,12 +232,33 @@ def outcome_of(record: dict, status: str, evaluations: list[dict]) -> str:
     """
     if evaluations and evaluations[-1]['val_loss'] is None:
         return DIVERGED
-    nonfinite = count(mapping(record, 'summary'), 'nonfinite_updates') or any(
-        event.get('event') == 'nonfinite' for event in entries(record, 'events')
-    )
-    if status == 'failed' and nonfinite:
+    if stopped_by_nonfinite(record):
         return DIVERGED
     return UNMEASURED if status == FINISHED and not evaluations else status
+
+
+def stopped_by_nonfinite(record: dict) -> bool:
+    """Whether a run failed because of an update that was not finite, and not merely after one."""
+    if record['status'] != 'failed' or mapping(record, 'config').get('on_nonfinite') == 'skip':
+        return False
+    kinds = [event.get('event') for event in entries(record, 'events')]
+    if 'nonfinite' in kinds:
+        return [kind for kind in kinds if kind in ENDING][-2:] == ['nonfinite', 'failed']
+    return bool(count(mapping(record, 'summary'), 'nonfinite_updates'))
+
+
+def causal_flops(record: dict) -> float | None:
+    """What a run computed, with attention over its causal half: fair to windows.
+
+    A record's own total counts the full square.
+    """
+    flops = mapping(mapping(record, 'startup_info'), 'flops')
+    total, full, causal = (
+        number(mapping(record, 'summary'), 'total_flops'),
+        number(flops, 'per_token'),
+        number(flops, 'per_token_causal'),
+    )
+    return total * causal / full if total is not None and full and causal else None
 
 
 def curve_of(
@@ -237,7 +267,9 @@ def curve_of(
     """The validation losses after at least one update, with what they had cost."""
     points = []
     for entry in measured:
-        tokens = tokens_per_iter and entry['iter'] * tokens_per_iter
+        tokens = count(entry, 'tokens_seen')
+        if tokens is None:  # an older record
+            tokens = tokens_per_iter and entry['iter'] * tokens_per_iter
         points.append(
             CurvePoint(
                 iter=entry['iter'],

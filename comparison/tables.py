@@ -253,12 +253,12 @@ def cost(comparison: Comparison) -> Section:
     # Where a token goes through all of the model, its active parameters say nothing new.
     if any(run.active_params != run.params for run in firsts):
         columns.append(('active', lambda run: run.active_params, si))
-    columns.append(('FLOPs/token', lambda run: run.flops_per_token, si))
+    columns.append(('FLOPs/token', lambda run: run.causal_flops_per_token, si))
     notes = []
     if comparison.concurrent == 1:
         columns += [
-            ('MFU', lambda run: run.mfu_percent, '{:.2f}%'.format),
-            ('tokens/s', lambda run: run.tokens_per_sec, '{:,.0f}'.format),
+            ('MFU', lambda run: run.mfu_percent, '{:.2f}%'.format, _peak_seconds),
+            ('tokens/s', lambda run: run.tokens_per_sec, '{:,.0f}'.format, _seconds),
             ('ms/iter', lambda run: run.time_ms, '{:,.1f}'.format),
             ('wall', lambda run: run.wall_seconds, duration),
         ]
@@ -266,10 +266,13 @@ def cost(comparison: Comparison) -> Section:
         notes.append(f'Trained {comparison.concurrent} at a time: times are not compared.')
     columns.append(('peak GB', lambda run: run.peak_memory_gb, '{:.2f}'.format))
     rows = [
-        [str(rank), *(or_dash(group.mean(figure), form) for _, figure, form in columns)]
+        [
+            str(rank),
+            *(or_dash(group.mean(figure, *weight), form) for _, figure, form, *weight in columns),
+        ]
         for rank, group in enumerate(comparison.groups, 1)
     ]
-    header = ['#', *(name for name, _, _ in columns)]
+    header = ['#', *(name for name, *_ in columns)]
     if comparison.repeated and any(comparison.fronts):
         header.append('front')
         rows = [[*row, front or '-'] for row, front in zip(rows, comparison.fronts)]
@@ -283,8 +286,17 @@ def cost(comparison: Comparison) -> Section:
     header.append('architecture' if comparison.repeated else 'run')
     names = [run.architecture if comparison.repeated else str(run.folder) for run in firsts]
     rows = [[*row, name] for row, name in zip(rows, names)]
-    title = 'COST (training FLOPs; they and MFU count attention over the full square)'
+    title = 'COST (training FLOPs, with attention over its causal half; MFU counts the full square)'
     return Section(title, notes, header, rows, '>' * (len(header) - 1) + '<')
+
+
+def _seconds(run) -> float | None:
+    """What a rate of several runs is weighted by, so that their mean is a total over a total."""
+    return run.train_seconds
+
+
+def _peak_seconds(run) -> float | None:
+    return run.train_seconds and run.train_seconds * (run.peak_tflops or 1.0)
 
 
 def equal_cost(comparison: Comparison) -> Section | None:

@@ -146,7 +146,7 @@ def replicated(losses: dict[str, list[float]], **extra) -> list[dict]:
 
 
 def run_rows(records):
-    return [run_of(record, Path('out/run/record.json')) for record in records]
+    return [run_of(record, Path('out', record['run_name'], 'record.json')) for record in records]
 
 
 STUDY = {

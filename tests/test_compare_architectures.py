@@ -72,7 +72,7 @@ def test_cost_shows_the_figures_of_the_record(compared):
     assert row == {
         '#': '1',
         'params': '123.55M',
-        'FLOPs/token': '854.65M',
+        'FLOPs/token': '798.03M',
         'MFU': '31.23%',
         'tokens/s': f'{round(4096 / 2.41234):,}',
         'ms/iter': '2,412.3',

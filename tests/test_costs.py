@@ -86,7 +86,7 @@ def test_stability_counts_trouble():
 
 
 def run(loss, outcome='finished', **figures):
-    figures = {'total_flops': None, 'peak_memory_gb': None, 'curve': []} | figures
+    figures = {'causal_flops': None, 'peak_memory_gb': None, 'curve': []} | figures
     config = {'seed': loss, 'data_seed': loss}
     return types.SimpleNamespace(val_loss=loss, outcome=outcome, config=config, **figures)
 
@@ -103,9 +103,9 @@ def test_costs_within_their_noise_make_no_front():
 
 def test_a_group_of_which_runs_diverged_lies_on_no_front():
     groups = [
-        Group([run(2.0, total_flops=1e9), run(2.1, 'diverged', total_flops=1e8)]),
-        Group([run(3.0, total_flops=2e9)]),
-        Group([run(2.5, total_flops=3e9)]),
+        Group([run(2.0, causal_flops=1e9), run(2.1, 'diverged', causal_flops=1e8)]),
+        Group([run(3.0, causal_flops=2e9)]),
+        Group([run(2.5, causal_flops=3e9)]),
     ]
     assert costs.fronts_of(groups, {'F': costs.FRONTS['F']}) == ['', 'F', 'F']
 

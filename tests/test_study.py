@@ -369,9 +369,9 @@ def test_matching_flops_by_depth_against_a_named_reference(read):
         build_model(
             study_points.settings_of(study, study.reference).architecture.replace(vocab_size=256)
         )
-    )['per_token']
+    )['per_token_causal']
     for variant in found:
-        flops = training_flops(build_model(variant.settings.architecture))['per_token']
+        flops = training_flops(build_model(variant.settings.architecture))['per_token_causal']
         assert variant.matched['mismatch'] == pytest.approx(flops / target - 1)
     assert found[1].settings.architecture.n_layer == 4
     assert found[0].settings.architecture.n_layer > 8
@@ -402,7 +402,7 @@ def test_budgets(read, budget, expected):
 def test_a_budget_of_flops_buys_each_its_own_number_of_tokens(read):
     study, found = read("sweep = {'n_layer': [1, 4]}; budget = {'flops': 1e9}")
     for variant in found:
-        per_token = training_flops(build_model(variant.settings.architecture))['per_token']
+        per_token = training_flops(build_model(variant.settings.architecture))['per_token_causal']
         expected = int(1e9 / (per_token * 128))
         assert iterations(study, '', variant.choices[0], None) == expected
     with pytest.raises(UserError, match='no update'):

@@ -21,6 +21,7 @@ import study_runner
 import train
 from benchmarks.study_kills import study_kills
 from compare_architectures import load
+from comparison.runs import causal_flops
 from errors import UserError
 from model_builder import build_model, training_flops
 from study_runner import locked, outcome_of
@@ -231,8 +232,7 @@ def test_the_time_is_that_of_the_flops_left_at_the_recorded_speed(
     assert run_study(path) == 0
     records = [read_record(latest_run(out / p['folder'])) for p in plan_in(out)['points']]
     speed = {  # seconds a FLOP
-        r['architecture']['name']: r['summary']['wall_seconds'] / r['summary']['total_flops']
-        for r in records
+        r['architecture']['name']: r['summary']['wall_seconds'] / causal_flops(r) for r in records
     }
     assert len(speed) == 2
     more = study_file(SMALL.replace('[1, 2]', '[1, 2, 3, 4]'), 'more.py')
@@ -245,9 +245,12 @@ def test_the_time_is_that_of_the_flops_left_at_the_recorded_speed(
     assert f'at the speed of 4 runs in {out}' in text
     by_architecture = {}
     for r in records:
-        by_architecture.setdefault(r['architecture']['name'], []).append(r['summary'])
+        by_architecture.setdefault(r['architecture']['name'], []).append(r)
     expected = sum(
-        2 * sum(s['wall_seconds'] / s['total_flops'] for s in runs) / 2 * runs[0]['total_flops']
+        2
+        * sum(r['summary']['wall_seconds'] / causal_flops(r) for r in runs)
+        / 2
+        * causal_flops(runs[0])
         for runs in by_architecture.values()
     )
     assert kept[0].seconds == pytest.approx(expected)
