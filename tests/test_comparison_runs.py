@@ -261,7 +261,7 @@ def test_no_value_of_a_record_stops_the_comparison_of_the_others(tmp_path):
                 continue  # skipped by name, see load
             compared += 1
             comparison = compare([*rest, run])
-            for form in (FORMATS['json'], FORMATS[cases % 2 and 'text' or 'csv']):
+            for form in (FORMATS['json'], FORMATS[(cases % 2 and 'text') or 'csv']):
                 assert '\x1b' not in visible(form(comparison))
                 json.dumps(form(comparison), allow_nan=False)
     assert cases > 1000 and cases / 4 < compared < cases
