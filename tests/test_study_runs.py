@@ -199,7 +199,7 @@ def test_a_plan_counts_runs_tokens_and_flops(study_file, trained_here, capsys):
     updates, total = 400 // 128, 0
     for n_layer in (1, 3):
         run = run_of_one(study_file(f"sweep = {{'n_layer': [{n_layer}]}}", 'one.py'))
-        flops = training_flops(build_model(run))['per_token'] * updates * 128
+        flops = training_flops(build_model(run))['per_token_causal'] * updates * 128
         (row,) = [line.split() for line in plan.splitlines() if f'n_layer={n_layer} ' in line]
         assert row[1:4] == [str(updates * 128), f'{flops:.3g}', f'{5 * flops:.3g}']
         total += 5 * flops
