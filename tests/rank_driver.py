@@ -112,8 +112,10 @@ def lost_loss(patch, rank):
         number[:] = [first_number // count]
         return read(self, order, first_number, count)
 
-    def poisoned(self, *arguments):
-        loss_sum, *others = forward(self, *arguments)
+    def poisoned(self, tokens, *targets):
+        if not targets:  # at start, where the model is checked
+            return forward(self, tokens)
+        loss_sum, *others = forward(self, tokens, *targets)
         if self.training and number[0] == ONE_TOO_MANY * BATCHES + 1:
             loss_sum = loss_sum * float('inf')
         return loss_sum, *others
