@@ -7,6 +7,7 @@ whose options join the schema.
 
 import ast
 import inspect
+import os
 import shutil
 import textwrap
 import traceback
@@ -101,7 +102,7 @@ def _parse_options(argv: list[str], options: dict[str, Option], asked: CommandLi
             continue
         if not argument.startswith('--'):
             known = [f'--{key}' for key in options]
-            known += [f'{argument}.py'] if Path(f'{argument}.py').is_file() else []
+            known += [f'{argument}.py'] if os.path.isfile(f'{argument}.py') else []
             name, equals, text = argument.partition('=')
             asked.problems.append(
                 f'{argument!r} is neither an option (--key=value) nor a config file (*.py).'

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import console_output
 from console_output import OutputLost, write_error, write_text
-from paths import NoHome, expand_home, expanded_path
+from paths import BadPath, expand_home, expanded_path
 
 PATIENCE = 10  # seconds that a rank waits for the first one to report a mistake
 
@@ -76,6 +76,14 @@ class ArgumentParser(argparse.ArgumentParser):
     def error(self, message: str):
         raise UserError(f'{message}. See --help.')
 
+    def _get_values(self, action, arg_strings):
+        if action.option_strings and action.nargs is None and arg_strings == ['--']:
+            # --key=--: a value like any other, which argparse would drop.
+            value = self._get_value(action, '--')
+            self._check_value(action, value)
+            return value
+        return super()._get_values(action, arg_strings)
+
     def _print_message(self, message: str, file=None) -> None:
         write_text(message, end='')  # of --help
 
@@ -93,7 +101,7 @@ def _as_argument(convert):
     def converted(text: str):
         try:
             return convert(text)
-        except NoHome as error:
+        except BadPath as error:
             raise argparse.ArgumentTypeError(str(error)) from error
 
     return converted

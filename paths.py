@@ -4,28 +4,35 @@ import os
 import re
 from pathlib import Path
 
-_HOME = re.compile(r'((?:[a-z]+:)?)(~.*)', re.DOTALL)
+_PARTS = re.compile(r'((?:hf|nanogpt):|)(.*)', re.DOTALL)
 
 
-class NoHome(ValueError):
-    """A `~name` that is nobody's home folder."""
+class BadPath(ValueError):
+    """A text that cannot be the path of anything here, and why."""
 
 
 def expand_home(text: str) -> str:
-    """The path with the home folder for its `~` or `~user`, also behind `hf:` and the like.
+    """The path with the home folder for its `~` or `~user`, also behind `hf:` and `nanogpt:`.
 
     A shell does this only at the beginning of a word, so that `--out_dir=~/runs` arrives as it is.
-    Raises NoHome.
+    Raises BadPath, also for a path that cannot even be asked for: a folder on its way that may not
+    be entered, a name that is too long.
     """
-    match = _HOME.fullmatch(text)
-    if match is None:
-        return text
-    prefix, path = match.groups()
-    expanded = os.path.expanduser(path)
-    if expanded.startswith('~'):
+    prefix, path = _PARTS.fullmatch(text).groups()
+    if path.startswith('~'):
+        path = os.path.expanduser(path)
+    if path.startswith('~'):
         name = re.split(r'[/\\]', path)[0]
-        raise NoHome(f'{text!r}: {name} is no home folder. For a file of that name: ./{path}')
-    return prefix + expanded
+        raise BadPath(f'{text!r}: {name} is no home folder. For a file of that name: ./{path}')
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        pass  # whether it must be there is for others to say
+    except OSError as error:
+        raise BadPath(f'{text!r:.200}: {error.strerror}.') from error
+    except ValueError as error:
+        raise BadPath(f'{text!r:.200}: {error}.') from error
+    return prefix + path
 
 
 def expanded_path(text: str) -> Path:

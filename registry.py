@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 from class_contract import Contract, violations
 from errors import UserError, nearest
-from paths import NoHome, expand_home
+from paths import BadPath, expand_home
 
 ALL_REGISTRIES: list['Registry'] = []  # all that there are
 
@@ -182,7 +182,7 @@ class Option:
     check: (predicate, what is allowed in words), asked of every value that is not None.
     requires: (other option, value or AnyBut(value)): without it this option has no use.
     aliases: value -> (other option, its value), for values that are another way to set that one.
-    is_path: a leading `~` stands for the home folder.
+    is_path: a leading `~` stands for the home folder (`paths.expand_home`).
     """
 
     type: typing.Any
@@ -244,7 +244,7 @@ class Option:
         if self.is_path:
             try:
                 value = expand_home(value)
-            except NoHome as error:
+            except BadPath as error:
                 raise UserError(f'{key}={error}') from error
         if base is float and not math.isfinite(value):
             raise UserError(f'{key}={value!r}: not a finite number; {key} takes {self.allowed()}.')

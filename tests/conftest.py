@@ -61,6 +61,12 @@ def one_thread():
 def tiny_dataset(tmp_path_factory) -> Path:
     """A dataset folder of bytes with some order in them: 30,000 to train on, 5,000 to validate."""
     folder = tmp_path_factory.mktemp('tiny_dataset')
+    write_tiny_dataset(folder)
+    return folder
+
+
+def write_tiny_dataset(folder: Path) -> None:
+    folder.mkdir(exist_ok=True)
     choose = random.Random(0).choice
     words = ['the', 'quick', 'brown', 'fox', 'jumps', 'over', 'a', 'lazy', 'dog.\n', 'naïve']
     splits = {}
@@ -74,7 +80,6 @@ def tiny_dataset(tmp_path_factory) -> Path:
         }
     meta = {'format_version': 1, 'tokenizer': {'kind': 'byte'}, 'vocab_size': 256, 'dtype': 'uint8'}
     (folder / 'meta.json').write_text(json.dumps({**meta, 'splits': splits}))
-    return folder
 
 
 @pytest.fixture

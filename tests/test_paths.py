@@ -9,9 +9,10 @@ import pytest
 
 from configurator import flatten, read_command_line
 from errors import ArgumentParser, UserError
-from paths import NoHome, expand_home
+from paths import BadPath, expand_home
 from training_config import schema
 
+LONG = 'a' * 300
 PATH_OPTIONS = ('out_dir', 'dataset', 'resume_run')
 
 
@@ -27,7 +28,13 @@ def test_only_a_home_folder_is_expanded(home):
     assert expand_home('hf:~/a') == f'hf:{home}/a'
     for text in ('', 'a', 'a/~', '/~', './~x', 'a~', 'hf:a/~b', 'C:\\a'):
         assert expand_home(text) == text
-    with pytest.raises(NoHome, match=r'~nobody-at-all is no home folder.*\./~nobody-at-all/x'):
+    for text in (f'~/{LONG}', LONG, f'hf:~/{LONG}', 'a\0b', '~/\0'):
+        with pytest.raises(BadPath, match=r'too long|null'):
+            expand_home(text)
+    (home / 'loop').symlink_to(home / 'loop')
+    with pytest.raises(BadPath, match='symbolic links'):
+        expand_home('~/loop')
+    with pytest.raises(BadPath, match=r'~nobody-at-all is no home folder.*\./~nobody-at-all/x'):
         expand_home('~nobody-at-all/x')
 
 
