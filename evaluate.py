@@ -178,9 +178,9 @@ def write_json(path: Path, results: dict) -> None:
 
 
 def write_file(path: Path, text: str, option: str) -> None:
-    """Raises UserError."""
+    """Write JSON, where a name that is not UTF-8 has escapes. Raises UserError."""
     try:
-        path.write_text(text, encoding='utf-8')
+        path.write_text(text, encoding='utf-8', errors='backslashreplace')
     except OSError as error:
         raise UserError(f'--{option}={path} cannot be written: {error.strerror}.') from error
 

@@ -33,7 +33,8 @@ from text_files import decode
 
 SEPARATOR = '-' * 80
 LIMITS = {
-    **dict.fromkeys(('num_samples', 'batch_size', 'max_new_tokens'), (1, math.inf)),
+    **dict.fromkeys(('num_samples', 'batch_size'), (1, 1_000_000)),
+    'max_new_tokens': (1, math.inf),
     **dict.fromkeys(('temperature', 'top_k', 'seed'), (0, math.inf)),
     **dict.fromkeys(('top_p', 'min_p'), (0, 1)),
 }

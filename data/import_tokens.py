@@ -52,7 +52,8 @@ def parse(argv: list[str] | None):
     options = parser.parse(argv)
     if options.big_endian and not options.dtype:
         raise UserError('--big_endian needs --dtype, such as --dtype=uint32.')
-    if options.out.exists() and any(options.out.iterdir()):
+    is_empty = options.out.is_dir() and not any(options.out.iterdir())
+    if options.out.exists() and not is_empty:
         raise UserError(f'--out={options.out} is there already: give a new folder.')
     return options
 

@@ -14,6 +14,7 @@ import importlib
 import os
 import random
 import resource
+import shutil
 import signal
 import sys
 import tempfile
@@ -39,7 +40,7 @@ BASE = {
     'export_checkpoint.py': ['--output=new.pt'],
     'study.py': ['study.py', *TINY, '--dataset=data', '--plan_only'],
     'compare_architectures.py': [],
-    'data/prepare.py': ['text.txt', '--out=new', '--tokenizer=byte'],
+    'data/prepare.py': ['texts', '--out=new', '--tokenizer=byte'],
     'data/inspect_tokens.py': ['data'],
     'data/import_tokens.py': ['data', '--out=new'],
 }
@@ -62,6 +63,9 @@ def odd_lines(command: str, rng: random.Random):
 def prepare_folder() -> None:
     write_tiny_dataset(Path('data'))
     Path('text.txt').write_text('the quick brown fox\n' * 200)
+    Path('texts').mkdir()
+    for number in range(30):
+        Path('texts', f'{number}.txt').write_text(f'text number {number}\n' * 20)
     Path('study.py').write_text("sweep = {'seed': [1, 2]}\n")
     Path('empty.py').write_text('')
     Path('record.json').write_text('{}')
@@ -130,6 +134,8 @@ def main(lines: int = 300, seed: int = 0) -> int:
             line = next(source[command])
             code, said = outcome(command, line)
             counts[code] += 1
+            for path in Path().glob('new*'):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
             if code not in (0, 2):
                 faults += 1
                 last = said.strip().splitlines()[-1:] or ['']
