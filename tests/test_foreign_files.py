@@ -72,6 +72,22 @@ def test_a_config_of_other_sizes_than_the_tensors_is_refused(folders, message):
         changed(folders, 'llama', **MISFITS[message]).check()
 
 
+@pytest.mark.parametrize(
+    ('family', 'sizes'),
+    [
+        (
+            'gpt_neox',
+            {'hidden_size': 10**9, 'num_attention_heads': 125 * 10**6, 'intermediate_size': 8},
+        ),
+        ('deepseek_v2', {'qk_nope_head_dim': 10**9, 'v_head_dim': 10**9}),
+        ('llama', {'num_attention_heads': 10**9, 'num_key_value_heads': 10**9}),
+    ],
+)
+def test_nothing_of_a_huge_size_is_made_to_refuse_it(folders, family, sizes):
+    with pytest.raises(UserError, match=r'was expected after its config|no machine has room'):
+        changed(folders, family, **sizes).check()
+
+
 def test_more_positions_than_the_config_says_are_not_cropped_silently(folders):
     with pytest.raises(UserError, match=r'wpe.weight is a tensor of \(16, 32\), and \(8, 32\)'):
         changed(folders, 'gpt2', n_positions=8).check()

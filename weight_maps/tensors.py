@@ -67,7 +67,7 @@ class Weight:
     def _write(self, tensor: torch.Tensor, config: ModelArchitectureConfig) -> list[torch.Tensor]:
         if self.plus:
             tensor = (tensor.float() - self.plus).to(tensor.dtype)
-        if self.order:
+        if self.order and not tensor.is_meta:  # of which only the shape counts
             tensor = tensor[self.order(config).argsort()]
         if self.unused:
             tensor = torch.cat((tensor.new_zeros(self.unused, *tensor.shape[1:]), tensor))
