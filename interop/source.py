@@ -94,8 +94,8 @@ class Source:
         self._check_counts(config)
         try:
             parameters = dict(build_model(config).named_parameters())
-        except RuntimeError as error:  # torch cannot even count its elements
-            raise UserError(f'{self.name}: no machine has room for its config: {error}.') from error
+        except UserError as error:
+            raise UserError(*(f'{self.name}: {problem}' for problem in error.problems)) from error
         sources, shapes, zeros = {}, {}, set()
         for name, parameter in parameters.items():
             weight, theirs, beside = weight_of(self.family, name, config)
