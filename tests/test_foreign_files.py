@@ -84,7 +84,9 @@ def test_a_config_of_other_sizes_than_the_tensors_is_refused(folders, message):
     ],
 )
 def test_nothing_of_a_huge_size_is_made_to_refuse_it(folders, family, sizes):
-    with pytest.raises(UserError, match='was expected after its config|no tensor can be|takes int'):
+    with pytest.raises(
+        UserError, match=r'was expected after its config|no tensor can be|takes int'
+    ):
         changed(folders, family, **sizes).check()
 
 
