@@ -18,11 +18,13 @@ from pathlib import Path
 
 import first_import  # noqa: F401
 
-from comparison.compare import compare
+from comparison import html_report, plots
+from comparison.compare import Comparison, compare
 from comparison.formats import FORMATS, answered
 from comparison.runs import SCORES, load
 from console_output import write_text
 from errors import ArgumentParser, run_script
+from file_writing import check_destination
 from judgement import BETTER, BLOCKED, EQUIVALENT, NOT_SIGNIFICANT, NOT_TESTED, PROVISIONAL, WORSE
 
 VERDICTS = (BETTER, WORSE, EQUIVALENT, NOT_SIGNIFICANT, PROVISIONAL, BLOCKED, NOT_TESTED)
@@ -102,18 +104,33 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return parser.parse(argv)
 
 
+def check_pictures(settings: argparse.Namespace) -> None:
+    """Raises UserError where --plot or --report cannot be written."""
+    if settings.plot:
+        check_destination('--plot', settings.plot, plots.SUFFIXES)
+    if settings.report:
+        check_destination('--report', settings.report, html_report.SUFFIXES)
+    if settings.plot or settings.report:
+        with plots.drawing():  # matplotlib is here
+            pass
+
+
+def write_pictures(settings: argparse.Namespace, comparison: Comparison) -> None:
+    if settings.plot:
+        plots.plot(comparison, settings.plot)
+    if settings.report:
+        html_report.report(comparison, settings.report)
+
+
 def main(argv: Sequence[str]) -> int:
     settings = parse(argv)
+    check_pictures(settings)
     runs, skipped = load(settings.paths, settings.latest, settings.score)
     comparison = compare(runs, settings.baseline, skipped, settings.score, settings.margin)
-    if settings.plot or settings.report:
-        import report  # needs matplotlib, an optional package
-
-        if settings.plot:
-            report.plot(comparison, settings.plot)
-        if settings.report:
-            report.report(comparison, settings.report)
-    write_text(FORMATS[settings.format](comparison), end='')
+    try:
+        write_pictures(settings, comparison)
+    finally:  # a picture that cannot be written is no reason to lose the text
+        write_text(FORMATS[settings.format](comparison), end='')
     verdict = answered(comparison)
     reached = NOT_TESTED if verdict is None else verdict.text
     return UNMET if settings.fail_unless and reached not in settings.fail_unless else 0

@@ -42,8 +42,8 @@ from comparison.formatting import duration, table
 from configurator import format_help, read_command_line
 from console_output import write_progress, write_text
 from errors import UserError, run_script
+from file_writing import write_file
 from registry import Option, at_least
-from report import write
 from study_points import STUDY_KEYS, Study, read_study, seeds_of, settings_of
 from study_progress import Progress, estimate
 from study_runner import ADVICE, Outcome, Runner, Stopped, figure
@@ -276,7 +276,7 @@ def write_plan(plan: Plan, points: list[Point]) -> None:
         ],
     }
     runner.out_dir.mkdir(parents=True, exist_ok=True)
-    write(runner.out_dir / 'study.json', json.dumps(data, indent=1).encode())
+    write_file(runner.out_dir / 'study.json', json.dumps(data, indent=1).encode())
 
 
 # --- What it says beforehand ---------------------------------------------------------------------

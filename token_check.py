@@ -8,11 +8,11 @@ folder that cannot be written does without.
 
 import contextlib
 import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from errors import UserError
+from file_writing import replace_file
 from text_files import parse_json
 from token_files import SPLITS, hash_split, import_hint, way_to_prepare
 
@@ -93,10 +93,5 @@ def _read(folder: Path) -> dict[str, dict]:
 
 
 def _write(folder: Path, known: dict[str, dict]) -> None:
-    temporary = folder / f'{CHECKED}.{os.getpid()}.tmp'
     with contextlib.suppress(OSError):
-        try:
-            temporary.write_text(json.dumps(known, indent=1) + '\n', encoding='utf-8')
-            os.replace(temporary, folder / CHECKED)
-        finally:
-            temporary.unlink(missing_ok=True)
+        replace_file(folder / CHECKED, (json.dumps(known, indent=1) + '\n').encode())

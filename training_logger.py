@@ -10,7 +10,6 @@ Plain numbers come in, JSON goes out: nothing here knows torch, devices or compo
 reads while the run goes on is `console.py`'s.
 """
 
-import contextlib
 import functools
 import json
 import math
@@ -25,6 +24,7 @@ from pathlib import Path
 
 import console
 from errors import UserError
+from file_writing import replace_file
 from folders import walk
 
 try:
@@ -546,18 +546,10 @@ class _Journal:
 
 def _write_record(path: Path, document: dict) -> None:
     """Replace `path` in one step: whatever goes wrong, the file there is whole, old or new."""
-    temporary = path.with_name(path.name + '.tmp')
     try:
-        with open(temporary, 'w', encoding='utf-8') as file:
-            file.write(_to_json(document))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        replace_file(path, _to_json(document).encode())
     except OSError as error:
         raise _cannot_write(path, error) from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
 
 
 def _to_json(document: dict) -> str:

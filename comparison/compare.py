@@ -109,6 +109,8 @@ def compare(
     curves = all(len(run.curve) > 1 for group in groups for run in group.evidence)
     placed = axes_of(groups)
     effects, dependences = main_effects(placed), interactions(placed)
+    if len({effect.option for effect in effects}) == 1:
+        effects = []  # the verdicts say it, of all runs and with all that is known of the noise
     verdicts = judge(
         groups, chosen, margin, lambda group: _unlike(groups, group, chosen, loss_warnings)
     )

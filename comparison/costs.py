@@ -95,8 +95,7 @@ def fronts_of(groups: Sequence[Group], costs: dict[str, tuple]) -> list[str]:
             (amounts, group.loss) if group.finished and (amounts := group.figures(figure)) else None
             for group in groups
         ]
-        known = [amounts for amounts, _ in filter(None, points)]
-        if all(same_cost(known[0], amounts) for amounts in known[1:]):
+        if all_same([amounts for amounts, _ in filter(None, points)]):
             continue
         for place, on_front in enumerate(pareto_front(points)):
             letters[place] += letter if on_front else ''
@@ -130,6 +129,11 @@ def same_cost(one: Amounts, other: Amounts) -> bool:
         return True
     means = statistics.fmean(one), statistics.fmean(other)
     return abs(means[0] - means[1]) <= SAME_COST * max(means)
+
+
+def all_same(amounts: Sequence[Amounts]) -> bool:
+    """Whether the groups' costs do not differ, so that there is no trading them for loss."""
+    return all(same_cost(amounts[0], others) for others in amounts[1:])
 
 
 # --- By position ---------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from console_output import write_progress
 from data.documents import Source
 from data.token_writer import cut_journal, read_positions
 from errors import UserError
+from file_writing import replace_file
 
 SETTINGS, FILES, TOKENIZER = 'settings.json', 'files.json', 'made_tokenizer.json'
 FORMER_TOKENIZER = 'former_tokenizer.json'  # made of the files as they were before
@@ -71,12 +72,7 @@ def tokenizer_of(work: Path, make) -> dict:
 
 def write_json(path: Path, value) -> None:
     """Write a JSON file whole or not at all."""
-    temporary = path.with_suffix('.new')
-    with open(temporary, 'w', encoding='utf-8') as file:
-        file.write(json.dumps(value, indent=1) + '\n')
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    replace_file(path, (json.dumps(value, indent=1) + '\n').encode())
 
 
 def _read(path: Path):

@@ -1,10 +1,12 @@
 """Records as training writes them, made by hand, and what a comparison prints, read back."""
 
 import json
+import math
 import re
 from pathlib import Path
 
-from comparison.runs import run_of
+from comparison.compare import compare
+from comparison.runs import load, read_plan, run_of
 
 GPT2, LLAMA = '12L-12H-768D-AbsPos-LN-NB-GELU-PostNorm', '12L-12H-768D-RoPE-RMS-SwiGLU-PreNorm'
 
@@ -160,3 +162,45 @@ STUDY = {
         for bias in (True, False)
     ],
 }
+
+
+def decaying(n: int, seed: int) -> list[float]:
+    """Ten validation losses of variant `n`."""
+    return [3 + 4 * math.exp(-i / 30) + 0.1 * n + 0.01 * seed * (n + 1) for i in range(10, 101, 10)]
+
+
+def study_record(n: int, seed: int, losses: list, options: dict | None = None) -> dict:
+    """A record of variant `n` with these losses, one at each tenth of its iterations."""
+    options = options or {}
+    record = make_record(seed, seed=seed, data_seed=seed, architecture=f'a{n}', **options)
+    record['architecture']['hash'] = f'a{n}'
+    record['run_name'] = f'run_20260101_12{n:02d}{seed:02d}'
+    record['start_time'] = f'2026-01-01T12:{n:02d}:{seed:02d}+00:00'
+    record['eval_steps'] = [
+        {'iter': 10 * i, 'val_loss': loss, 'train_loss': 3.0, 'val_bits_per_byte': 1.0}
+        | {'train_seconds': float(i)}
+        for i, loss in enumerate([10.9, *losses])
+    ]
+    record['summary'] |= {'total_flops': 1e15 * (1 + n), 'peak_memory_gb': 1.0 + n}
+    record['startup_info']['flops']['per_token'] = 1e9 * (1 + n)
+    return record
+
+
+def write_study(folder: Path, variants: list[dict], records: list[list[dict]], **plan) -> Path:
+    """A study's folder: its plan, and for each of its variants the records of its seeds."""
+    points = []
+    for n, (variant, of_variant) in enumerate(zip(variants, records, strict=True)):
+        for record in of_variant:
+            point = f'runs/{n}/seed={record["config"]["seed"]}'
+            run = folder / point / record['run_name']
+            run.mkdir(parents=True)
+            (run / 'record.json').write_text(json.dumps(record))
+            points.append({'folder': point, 'variant': variant['label']})
+    plan = {**STUDY, 'variants': variants, 'points': points, **plan}
+    (folder / 'study.json').write_text(json.dumps(plan))
+    read_plan.cache_clear()
+    return folder
+
+
+def compared(folder: Path, **options):
+    return compare(*load([folder])[:1], **options)

@@ -1,0 +1,250 @@
+"""A comparison as one page: the answer first and last, and the pictures and tables between.
+
+The page is one file with everything inside, for a screen, a phone or paper. Text that comes from
+records is escaped in `escaped`, and nowhere else.
+"""
+
+import html
+import re
+from collections.abc import Sequence
+from itertools import starmap
+from pathlib import Path
+
+from comparison import plots
+from comparison.compare import Comparison
+from comparison.formats import one_line
+from comparison.headline import headline
+from comparison.panels import (
+    Panel,
+    Row,
+    caption,
+    differences,
+    effects,
+    labels_of,
+    legend,
+    panels_of,
+    style_number,
+)
+from comparison.tables import Section, tables
+from console_output import visible
+from file_writing import write_file
+
+SUFFIXES = ('.html', '.htm')
+DRAWN_ROWS = 20  # of a figure of intervals, so that it fits on a page
+
+STYLE = """
+:root { color-scheme: light; --ink: #1b1f24; --soft: #57606a; --line: #d9dee4; --wash: #f5f7f9; }
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 1180px; padding: 1.5rem 1rem 3rem; color: var(--ink);
+  background: #fff; font: 16px/1.55 system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif;
+  overflow-wrap: anywhere; }
+h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 0 .75rem; }
+h2 { font-size: 1.15rem; margin: 2.5rem 0 .5rem; }
+p { margin: .4rem 0; }
+.answer { font-size: 1.15rem; padding: 1rem 1.2rem; background: var(--wash);
+  border-left: 4px solid #0072B2; border-radius: 4px; }
+.note, figcaption { color: var(--soft); font-size: .92rem; }
+figure { margin: .75rem 0; }
+.panels { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(19rem, 100%), 22.5rem));
+  gap: .5rem 1rem; }
+.panels svg, .rows svg { width: 100%; height: auto; display: block; }
+.rows { max-width: 30rem; }
+.legend { list-style: none; display: flex; flex-wrap: wrap; gap: .1rem 1.4rem; margin: .3rem 0;
+  padding: 0; font-size: .9rem; }
+.legend li { display: flex; }
+.legend svg { flex: none; width: 2rem; height: .8rem; margin: .4rem .4rem 0 0; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .3rem .7rem; border-bottom: 1px solid var(--line); white-space: nowrap;
+  text-align: left; }
+th { color: var(--soft); font-weight: 600; }
+th.r, td.r { text-align: right; }
+.texts { display: grid; gap: 0 1rem;
+  grid-template-columns: repeat(auto-fit, minmax(min(18rem, 100%), 1fr)); }
+.texts figure { margin: 0; min-width: 0; }
+pre { white-space: pre-wrap; background: var(--wash); padding: .8rem 1rem; border-radius: 4px;
+  font-size: .82rem; line-height: 1.45; }
+@media print { @page { margin: 12mm; } html { font-size: 12px; } body { font-size: 1rem;
+  max-width: none; padding: 0; } h2 { break-after: avoid; margin-top: 1.6rem; }
+  figure, tr, .answer { break-inside: avoid; } .panels { grid-template-columns: repeat(3, 1fr); }
+  .scroll { overflow: visible; } th, td { padding: .2rem .4rem; white-space: normal; }
+  td.r { white-space: nowrap; } }
+"""
+
+
+def report(comparison: Comparison, path: Path) -> None:
+    """Write the page. Raises UserError."""
+    write_file(path, page(comparison).encode())
+
+
+def page(comparison: Comparison) -> str:
+    """The page. Raises UserError without matplotlib."""
+    title = escaped(
+        (comparison.study and comparison.study.question) or 'Which architecture is better?'
+    )
+    answer = escaped(headline(comparison))
+    body = [
+        f'<h1>{title}</h1>',
+        f'<p class="answer">{answer}</p>',
+        *pictures(comparison),
+        *map(section_html, tables(comparison)),
+        '<h2>To repeat it</h2>',
+        f'<pre>{escaped(commands(comparison))}</pre>',
+        '<h2>Answer</h2>',
+        f'<p class="answer">{answer}</p>',
+    ]
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f'<link rel="icon" href="data:,"><title>{title}</title>'
+        f'<style>{STYLE}</style></head>\n<body><main>\n'
+        + '\n'.join(body)
+        + '\n</main></body></html>\n'
+    )
+
+
+def escaped(text: str) -> str:
+    """The text as HTML shows it, with what would steer a terminal or turn the writing visible."""
+    return html.escape(visible(text))
+
+
+def commands(comparison: Comparison) -> str:
+    """What was typed: the study's one command, or that of each run."""
+    if comparison.study is not None:
+        return comparison.study.command
+    return '\n'.join(run.command for group in comparison.groups for run in group.members)
+
+
+# --- Pictures ------------------------------------------------------------------------------------
+
+
+def pictures(comparison: Comparison) -> list[str]:
+    baseline = labels_of(comparison)[comparison.baseline_rank - 1]
+    curves, fronts = panels_of(comparison)
+    return [
+        *_rows(
+            f'Differences from {baseline}',
+            differences(comparison),
+            'With the interval of each test; in color where the difference is significant.',
+        ),
+        *_panels(comparison, 'Curves', curves),
+        *_panels(comparison, 'Loss against cost', fronts),
+        *_rows(
+            'Main effects',
+            effects(comparison),
+            'What each value does to the loss, all else equal, with its interval; in color where '
+            'that is significant.',
+        ),
+    ]
+
+
+def _panels(comparison: Comparison, title: str, panels: Sequence[Panel]) -> list[str]:
+    """A figure of several panels, each a drawing, so that they find room on any screen."""
+    if not panels:
+        return []
+    drawings = []
+    for number, panel in enumerate(panels):
+        groups = len({line.rank for line in panel.lines})
+        what = f'{" ".join(panel.title.split())}, of {groups} architecture{"s" * (groups > 1)}.'
+        drawing = plots.svg(
+            *plots.PANEL,
+            f'{title} {number}',
+            lambda axes, panel=panel: plots.draw_panel(comparison, panel, axes),
+        )
+        drawings.append(_image(drawing, f'{what} The final losses are in the table RANKING.'))
+    return [
+        f'<h2>{title}</h2><figure><div class="panels">{"".join(drawings)}</div>'
+        f'{legend_html(comparison)}<figcaption>{escaped(caption(panels))}</figcaption></figure>'
+    ]
+
+
+def _rows(title: str, rows: Sequence[Row], note: str) -> list[str]:
+    """A figure of intervals, of the first if there are very many."""
+    if not rows:
+        return []
+    if len(rows) > DRAWN_ROWS:
+        note = f'The first {DRAWN_ROWS} of {len(rows)}. {note}'
+        rows = rows[:DRAWN_ROWS]
+    height = 0.6 + plots.ROW_HEIGHT * len(rows)
+    drawing = plots.svg(4.2, height, title, lambda axes: plots.draw_rows(rows, axes))
+    numbers = '; '.join(f'{row.text}: {row.mean:+.4f}' for row in rows)
+    return [
+        f'<h2>{escaped(title)}</h2><figure><div class="rows">{_image(drawing, numbers)}</div>'
+        f'<figcaption>{escaped(note)}</figcaption></figure>'
+    ]
+
+
+def _image(drawing: str, text: str) -> str:
+    """The drawing as an image with a text in its place, and no names that another drawing has."""
+    used = set(re.findall(r'(?:href="#|url\(#)([^")]+)', drawing))
+    drawing = re.sub(r' id="([^"]+)"', lambda match: match[0] if match[1] in used else '', drawing)
+    return f'<div role="img" aria-label="{escaped(one_line(text))}">{drawing}</div>'
+
+
+def legend_html(comparison: Comparison) -> str:
+    items = []
+    for rank, text in legend(comparison):
+        swatch = _swatch(plots.style_of(style_number(comparison, rank)))
+        items.append(f'<li>{swatch}<span>{escaped(one_line(text))}</span></li>')
+    return f'<ul class="legend">{"".join(items)}</ul>'
+
+
+def _swatch(style: dict[str, str]) -> str:
+    """The line and the mark of a group."""
+    dashes = ' stroke-dasharray="5 3"' if style['ls'] == '--' else ''
+    marks = {
+        'o': '<circle cx="16" cy="6" r="3.5"/>',
+        's': '<rect x="12.5" y="2.5" width="7" height="7"/>',
+        'D': '<path d="M16 1.5 20.5 6 16 10.5 11.5 6Z"/>',
+    }
+    return (
+        f'<svg viewBox="0 0 32 12" aria-hidden="true" fill="{style["color"]}">'
+        f'<path d="M0 6H32" stroke="{style["color"]}" stroke-width="2"{dashes}/>'
+        f'{marks[style["marker"]]}</svg>'
+    )
+
+
+# --- Tables --------------------------------------------------------------------------------------
+
+
+def section_html(section: Section) -> str:
+    title = escaped(one_line(' '.join(section.title.split())))
+    if not (section.rows or section.lines or section.texts):
+        return f'<p class="note">{title}</p>'
+    parts = [f'<h2>{title}</h2>']
+    parts += [f'<p class="note">{escaped(note)}</p>' for note in section.notes]
+    if section.lines:
+        # Lines that go on are indented further than new ones; a screen breaks them where it must.
+        lines = re.sub(r'\n {3,}', ' ', '\n'.join(section.lines))
+        parts.append(f'<pre>{escaped(lines)}</pre>')
+    if section.texts:
+        parts.append(f'<div class="texts">{"".join(starmap(figure_html, section.texts))}</div>')
+    if section.rows:
+        parts.append(table_html(title, section))
+    return '\n'.join(parts)
+
+
+def table_html(title: str, section: Section) -> str:
+    """A table that scrolls by itself where it is wider than the screen."""
+    sides = [' class="r"' if side == '>' else '' for side in section.align]
+
+    def row(cells: list[str], tag: str, scope: str = '') -> str:
+        inner = ''.join(
+            f'<{tag}{scope}{side}>{escaped(one_line(cell))}</{tag}>'
+            for side, cell in zip(sides, cells, strict=True)
+        )
+        return f'<tr>{inner}</tr>'
+
+    head = row(section.header, 'th', ' scope="col"')
+    rows = ''.join(row(cells, 'td') for cells in section.rows)
+    return (
+        f'<div class="scroll" role="region" aria-label="{title}" tabindex="0">'
+        f'<table><thead>{head}</thead><tbody>{rows}</tbody></table></div>'
+    )
+
+
+def figure_html(heading: str, text: str) -> str:
+    return (
+        f'<figure><figcaption>{escaped(one_line(heading))}</figcaption>'
+        f'<pre>{escaped(text.strip(chr(10)))}</pre></figure>'
+    )

@@ -1,0 +1,237 @@
+"""The pictures of a comparison, drawn with matplotlib, an optional package.
+
+Text that comes from records is drawn as it is: no mathematics, no control characters.
+"""
+
+import contextlib
+import io
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from comparison.compare import Comparison
+from comparison.formats import one_line
+from comparison.panels import (
+    BLOWN_UP,
+    FINISHED,
+    UNFINISHED,
+    Line,
+    Panel,
+    Row,
+    caption,
+    legend,
+    panels_of,
+    style_number,
+)
+from errors import UserError
+from file_writing import write_file
+from judgement import BETTER, DIVERGED, WORSE
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+SUFFIXES = ('.png', '.svg', '.pdf')
+# Okabe & Ito 2008, which color-blind readers can tell apart; the first is the baseline's.
+COLORS = ('#000000', '#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#8C6D31')
+DASHES = ('-', '--')  # of the first group of each color and of the second
+GROUP_MARKS = ('o', 's')
+REST = '#BBBBBB'  # of groups without a style of their own
+SOFT = '#888888'
+END_MARKS = {DIVERGED: 'X', BLOWN_UP: '^', UNFINISHED: '>'}
+FINDINGS = {BETTER: '#0072B2', WORSE: '#D55E00', None: SOFT}
+MANY_POINTS = 25  # from which on they have no marks
+
+PANEL = (3.75, 3.0)  # inches
+ROW_HEIGHT = 0.42
+SETTINGS = {
+    'font.family': 'DejaVu Sans',  # comes with matplotlib
+    'font.size': 8.5,
+    'axes.titlesize': 9.5,
+    'axes.spines.top': False,
+    'axes.spines.right': False,
+    'axes.grid': True,
+    'axes.axisbelow': True,
+    'grid.alpha': 0.3,
+    'legend.frameon': False,
+    'figure.constrained_layout.use': True,
+    'text.parse_math': False,
+    'svg.fonttype': 'none',  # text stays text
+}
+
+
+@contextlib.contextmanager
+def drawing(salt: str = 'comparison') -> Iterator[None]:
+    """Where figures are made and saved: with the settings here, whatever the user's own are.
+
+    salt: makes the names inside an SVG differ from those of another. Raises UserError without
+    matplotlib.
+    """
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise UserError(
+            '--plot and --report draw with matplotlib, which is not installed: pip install '
+            'matplotlib. Without it, --format gives the tables.'
+        ) from error
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update({**SETTINGS, 'svg.hashsalt': salt})
+        yield
+
+
+def new_figure(width: float, height: float) -> 'Figure':
+    """An empty figure that needs no screen."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height))
+
+
+def drawable(text: str) -> str:
+    """The text as one line of characters that the font has."""
+    from matplotlib.font_manager import findfont, get_font
+
+    font = get_font(findfont('DejaVu Sans'))
+    return ''.join(
+        character
+        if font.get_char_index(ord(character))
+        else character.encode('ascii', 'backslashreplace').decode()
+        for character in one_line(text)
+    )
+
+
+# --- One panel -----------------------------------------------------------------------------------
+
+
+def style_of(number: int | None) -> dict[str, str]:
+    """Color, dashes and marks of a group."""
+    if number is None:
+        return {'color': REST, 'ls': '-', 'marker': 'o'}
+    if number == 0:
+        return {'color': COLORS[0], 'ls': '-', 'marker': 'D'}
+    again, place = divmod(number - 1, len(COLORS) - 1)
+    return {'color': COLORS[1 + place], 'ls': DASHES[again], 'marker': GROUP_MARKS[again]}
+
+
+def draw_panel(comparison: Comparison, panel: Panel, axes: 'Axes') -> None:
+    from matplotlib.ticker import EngFormatter, MaxNLocator
+
+    axes.set(xlim=panel.x_limits, ylim=panel.y_limits, xlabel=panel.cost, ylabel=panel.loss)
+    axes.set_title(panel.title)
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.ticklabel_format(useOffset=False, style='plain')
+    if panel.x_limits[1] >= 1e4:
+        axes.xaxis.set_major_formatter(EngFormatter(sep=''))
+    if len(panel.front) > 1:
+        axes.plot(*zip(*panel.front), color=SOFT, lw=1, ls='--', zorder=1.5, label='front')
+    for line in reversed(panel.lines):  # so that the best are on top
+        draw_line(axes, panel, line, style_number(comparison, line.rank))
+
+
+def draw_line(axes: 'Axes', panel: Panel, line: Line, number: int | None) -> None:
+    """A curve with its band, or a point with its bar; and a mark where it did not end well."""
+    style = style_of(number)
+    amounts, losses, lows, highs = zip(*line.points)
+    color, mark, name = style['color'], style.pop('marker'), f'#{line.rank}'
+    depth = 1 if number is None else 3  # of groups without a style below the others
+    if len(amounts) > 1:
+        width = 1.6 if line.ending == FINISHED and number is not None else 0.8
+        mark = None if number is None or len(amounts) >= MANY_POINTS else mark
+        axes.plot(amounts, losses, **style, lw=width, marker=mark, ms=3, zorder=depth, label=name)
+        if number is not None:
+            axes.fill_between(amounts, lows, highs, color=color, alpha=0.15, lw=0, zorder=2)
+    else:
+        axes.vlines(amounts, lows, highs, color=color, lw=1.2, zorder=depth)
+        if line.ending == FINISHED:
+            axes.plot(amounts, losses, color=color, marker=mark, ms=5, zorder=depth, label=name)
+    if line.ending != FINISHED:
+        ends = zip((amounts[-1], losses[-1]), (panel.x_limits, panel.y_limits))
+        x, y = (min(max(end, low), high) for end, (low, high) in ends)  # else at the edge
+        look = {'marker': END_MARKS[line.ending], 'ms': 7, 'mec': 'white', 'mew': 0.6}
+        label = f'{name} {line.ending}'
+        axes.plot([x], [y], color=color, clip_on=False, zorder=5, label=label, **look)
+
+
+# --- Intervals -----------------------------------------------------------------------------------
+
+
+def draw_rows(rows: Sequence[Row], axes: 'Axes') -> None:
+    """Differences below their names, so that long names and narrow screens do no harm."""
+    for place, row in enumerate(rows):
+        color = FINDINGS[row.finding]
+        if row.low is not None:
+            axes.hlines(place, row.low, row.high, color=color, lw=1.6)
+        axes.plot(
+            [row.mean],
+            [place],
+            color=color,
+            marker='o',
+            ls='',
+            ms=5,
+            mfc=color if row.finding else 'white',
+        )
+        axes.annotate(
+            drawable(row.text),
+            (0, place),
+            xycoords=axes.get_yaxis_transform(),
+            xytext=(2, 7),
+            textcoords='offset points',
+            bbox={'fc': 'white', 'ec': 'none', 'pad': 1},
+        )
+    axes.axvline(0, color=SOFT, lw=1)
+    axes.set(ylim=(len(rows) - 0.5, -0.9), yticks=[], xlabel='nats a token; below 0 is better')
+    axes.spines['left'].set_visible(False)
+    axes.ticklabel_format(axis='x', useOffset=False, style='plain')
+
+
+# --- A file of all panels ------------------------------------------------------------------------
+
+
+def figure_of(comparison: Comparison) -> 'Figure':
+    """Curves above, fronts below, and one legend."""
+    curves, fronts = panels_of(comparison)
+    rows = [panels for panels in (curves, fronts) if panels]
+    if not rows:
+        figure = new_figure(6, 2)
+        figure.text(0.5, 0.5, 'No run has a validation loss after an update.', ha='center')
+        return figure
+    width = max(7.0, 4.2 * max(map(len, rows)))
+    entries = [(rank, drawable(text)) for rank, text in legend(comparison)]
+    columns = max(1, min(4, int(width * 11) // (max(len(text) for _, text in entries) + 6)))
+    notes = textwrap.wrap(caption([*curves, *fronts]), int(width * 15))
+    below = 0.2 * -(-len(entries) // columns) + 0.18 * len(notes) + 0.3
+    heights = [*(3.6 for _ in rows), below]
+    figure = new_figure(width, sum(heights))
+    *parts, last = figure.subfigures(len(heights), 1, height_ratios=heights).flat
+    for panels, part in zip(rows, parts):
+        for panel, axes in zip(panels, part.subplots(1, len(panels), squeeze=False).flat):
+            draw_panel(comparison, panel, axes)
+    handles = [handle_of(style_number(comparison, rank)) for rank, _ in entries]
+    last.legend(handles, [text for _, text in entries], loc='upper center', ncols=columns)
+    last.text(0.5, 0.02, '\n'.join(notes), ha='center', va='bottom', fontsize=8, color='#555555')
+    return figure
+
+
+def handle_of(number: int | None):
+    from matplotlib.lines import Line2D
+
+    return Line2D([], [], **style_of(number), ms=4, lw=1.6)
+
+
+def plot(comparison: Comparison, path: Path) -> None:
+    """Write all panels as one picture. Raises UserError."""
+    data = io.BytesIO()
+    with drawing():
+        figure_of(comparison).savefig(data, format=path.suffix[1:].lower(), dpi=150)
+    write_file(path, data.getvalue())
+
+
+def svg(width: float, height: float, name: str, draw: Callable[['Axes'], None]) -> str:
+    """What `draw(axes)` draws, as an element to stand in a page."""
+    text = io.StringIO()
+    with drawing(name):
+        figure = new_figure(width, height)
+        draw(figure.subplots())
+        figure.savefig(text, format='svg', metadata={'Date': None})
+    return ''.join(text.getvalue().partition('<svg')[1:])
