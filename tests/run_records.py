@@ -182,7 +182,9 @@ def study_record(n: int, seed: int, losses: list, options: dict | None = None) -
         for i, loss in enumerate([10.9, *losses])
     ]
     record['summary'] |= {'total_flops': 1e15 * (1 + n), 'peak_memory_gb': 1.0 + n}
-    record['startup_info']['flops']['per_token'] = 1e9 * (1 + n)
+    record['startup_info']['flops'] = dict.fromkeys(
+        ('per_token', 'per_token_causal'), 1e9 * (1 + n)
+    )
     return record
 
 

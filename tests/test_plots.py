@@ -226,7 +226,8 @@ def test_no_front_panel_of_costs_that_are_equal(tmp_path):
 
 def test_costs_in_proportion_share_a_panel_that_names_both(tmp_path):
     def change(record, n, seed):
-        record['startup_info']['flops']['per_token'] = 1e9 * (1 + 0.001 * n)
+        flops = 1e9 * (1 + 0.001 * n)
+        record['startup_info']['flops'] = {'per_token': flops, 'per_token_causal': flops}
         for entry in record['eval_steps']:
             entry['train_seconds'] = entry['iter'] * (1 + n)
         record['summary']['peak_memory_gb'] = 2.0 * (1 + n)  # in proportion to the seconds
