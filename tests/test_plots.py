@@ -415,7 +415,7 @@ def test_a_full_disk_takes_the_picture_and_not_the_text(tmp_path, monkeypatch, c
 
     study(tmp_path)
     monkeypatch.setattr(file_writing.os, 'fsync', full)
-    with pytest.raises(UserError, match='cannot be written .No space left'):
+    with pytest.raises(UserError, match=r'cannot be written \(No space left'):
         ca.main([str(tmp_path), f'--plot={tmp_path / "plot.png"}'])
     assert not [*tmp_path.glob('plot*')]
     assert 'RANKING' in capsys.readouterr().out
