@@ -97,9 +97,14 @@ class Verdict:
     p_value: float | None = None  # corrected for the number of comparisons (Holm)
     interval: Interval | None = None  # of the same procedure
     equivalence_p_value: float | None = None  # corrected too; None without a margin
-    detectable: float | None = None  # the smallest true difference that would likely be found
+    comparisons: int = 0  # how many groups were tested
     blocked: tuple[str, ...] = ()  # reasons why the finding is not to be believed
     reservations: tuple[str, ...] = ()  # reasons why it may change, or why there is none
+
+    @functools.cached_property
+    def detectable(self) -> float | None:
+        """The smallest true difference that would likely have been found, see `Difference`."""
+        return self.difference and self.difference.detectable(self.comparisons)
 
     @property
     def text(self) -> str:
@@ -191,7 +196,7 @@ def judge(
                 _finding(correction, equivalence_p_value),
                 *correction,
                 equivalence_p_value=equivalence_p_value,
-                detectable=correction.difference.detectable(count),
+                comparisons=count,
                 reservations=_reservations(group, baseline),
             )
             verdict = replace(verdict, blocked=_blocked(verdict, baseline))
