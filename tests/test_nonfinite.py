@@ -38,6 +38,8 @@ def broken_data(monkeypatch):
             return batch(dataset, order, first_number, count)
 
         def damage(model, arguments, output):
+            if isinstance(output, torch.Tensor):  # no loss: the model is checked, or writes text
+                return None
             number = asked[-1] if model.training else 0
             if number % SEQUENCES == 0 or not is_bad(number // SEQUENCES):
                 return None
@@ -290,6 +292,8 @@ def test_an_evaluation_that_is_not_finite_is_no_best_and_stops_nothing(
     build, calls = parallelism.build_model, itertools.count()
 
     def damage(model, arguments, output):
+        if isinstance(output, torch.Tensor):  # no loss: the model is checked at start
+            return None
         if model.training or next(calls) != call:  # two splits an evaluation
             return None
         return torch.tensor(math.nan), *output[1:]
