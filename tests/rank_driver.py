@@ -289,6 +289,7 @@ def go_through(runs: list[dict], rank: int, size: int, folder: Path, stage: int)
     if size > 1:
         store = dist.FileStore(f'{folder}/stage_{stage}.store', size)
         os.environ |= {'RANK': str(rank), 'LOCAL_RANK': str(rank), 'WORLD_SIZE': str(size)}
+        os.environ |= {'MASTER_ADDR': 'localhost', 'MASTER_PORT': '29500'}  # unused: see `store`
         dist.init_process_group(
             'gloo',
             store=store,
