@@ -175,7 +175,7 @@ class Muon(OptimizerComponent, torch.optim.Optimizer):
     options: ClassVar = {
         **AdamW.options,
         'muon_momentum': Option(float, 0.95, "Of Muon's matrices", check=DECAY),
-        'muon_ns_steps': Option(int, 5, 'Newton–Schulz iterations', check=at_least(1)),
+        'muon_ns_steps': Option(int, 5, 'Newton–Schulz iterations', check=at_least(1, at_most=100)),
         'muon_adjust_lr_fn': Option(
             str,
             'match_rms_adamw',

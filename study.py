@@ -67,7 +67,7 @@ OPTIONS = {
         1,
         'Runs at a time, on the GPUs that there are or sharing the cores; '
         'times are then not compared',
-        check=at_least(1),
+        check=at_least(1, at_most=1000),
     ),
     'plan_only': Option(bool, False, 'Show the runs and what they take, and start none'),
 }

@@ -90,7 +90,7 @@ RUN_OPTIONS = {
                               check=at_least(0)),
     'sample_prompt': Option(str, '\n', 'How that text begins',
                             requires=('sample_interval', AnyBut(0))),
-    'sample_tokens': Option(int, 128, 'Its length', check=at_least(1),
+    'sample_tokens': Option(int, 128, 'Its length', check=at_least(1, at_most=1_000_000),
                             requires=('sample_interval', AnyBut(0))),
     'diagnostics': Option(bool, False, 'At evaluations also measure layers, the last update, and '
                           'the loss by position'),

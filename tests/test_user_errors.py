@@ -219,6 +219,9 @@ MISTAKES = {
         'micro-batch',
         'at most',
     ],
+    'train.py --optimizer=muon --muon_ns_steps=1e9': ['muon_ns_steps', 'at most 100'],
+    'train.py --sample_interval=2000 --sample_tokens=1e9': ['sample_tokens', 'at most 1,000,000'],
+    'sample.py --num_samples=4611686018427387904': ['--num_samples', 'at most 1000000'],
     'train.py --distributed_timeout=1e15': ['distributed_timeout', 'at most 10,000,000'],
     # names
     'train.py --device=gpu': ["device='gpu'", 'auto', 'cpu'],
