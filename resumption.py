@@ -34,6 +34,9 @@ from weight_initialization import initialize_buffers
 NOT_TAKEN_OVER = ('out_dir', 'init_from', 'resume_run', 'eval_only', 'verify_data', 'debug')
 
 
+# What is derived for a new run, and stays as it was when that is resumed.
+DERIVED_ONCE = ('eval_interval',)
+
 # How the origin of a value begins that nobody chose.
 OPEN = ('default', 'derived', 'dataset')
 
@@ -217,7 +220,9 @@ def find(asked: CommandLine) -> Resumed | None:
     checkpoint, state = found
     origins = {'chosen': f'run {folder.name}', 'commanded': f'run {folder.name}, {COMMAND_LINE}'}
     beneath, above = _accepted(checkpoint, origins)
-    asked.layers[:] = [beneath, *asked.layers[:-1], above, asked.layers[-1]]
+    once = {key: checkpoint.index['config'].get(key) for key in DERIVED_ONCE}
+    lowest = accept_layer(Layer(origins['chosen'], once), schema(), [])
+    asked.layers[:] = [lowest, beneath, *asked.layers[:-1], above, asked.layers[-1]]
     return Resumed(folder, checkpoint, state, warnings)
 
 

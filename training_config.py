@@ -70,7 +70,8 @@ RUN_OPTIONS = {
                                "'nanogpt:CKPT.PT'"), is_path=True),
     'resume_run': Option(str | None, None, 'The run to resume, a folder or its name; None: the '
                          'newest in out_dir', is_path=True),
-    'eval_interval': Option(int, 2000, 'Updates between evaluations', check=at_least(1)),
+    'eval_interval': Option(int | None, None, 'Updates between evaluations; None: a tenth of '
+                            'max_iters, from 20 to 2000, or sample_interval', check=at_least(1)),
     'eval_iters': Option(int | None, None, 'Evaluation windows of block_size tokens; '
                          'None: by device', check=at_least(1)),
     'eval_only': Option(bool, False, 'Evaluate once and stop'),
@@ -183,6 +184,10 @@ CPU_EVAL_TOKENS = 8192
 # (benchmarks/RESULTS.md). These make 3e11 to 5e11 a second: a run of 40 minutes.
 CPU_COMPILE_FLOPS = 1e15
 ACCELERATOR_EVAL_ITERS = 200
+# Enough evaluations for a curve. On a CPU one takes as long as five updates of a sequence, and a
+# checkpoint is saved with it: hence not more often.
+EVALUATIONS = 10
+EVAL_INTERVALS = (20, 2000)  # the least and the most
 
 
 class TrainingConfig(FrozenConfig):
@@ -243,6 +248,7 @@ class Settings:
 
         values, origins = run.to_dict(), dict(run.origins)
         on_cpu = device.type == 'cpu'
+        derive('eval_interval', *eval_interval_of(run))
         batch_size, sequences = CPU_SEQUENCES if on_cpu else ACCELERATOR_SEQUENCES
         block_size = self.architecture.block_size
         derive('batch_size', batch_size, f'for {device.type}')
@@ -316,6 +322,15 @@ def check_token_count(run: dict, architecture: ModelArchitectureConfig) -> None:
             f'{factors} × block_size={architecture.block_size:,} are {tokens:.3g} tokens in all, '
             'and no run can count more than 2**53 (9e15). Lower one of them.'
         )
+
+
+def eval_interval_of(run: TrainingConfig) -> tuple[int, str]:
+    """Updates between evaluations where nobody set it, and why."""
+    least, most = EVAL_INTERVALS
+    interval = min(most, max(least, run.max_iters // EVALUATIONS))
+    if run.sample_interval % interval != 0:
+        return run.sample_interval, 'as sample_interval: text is written at evaluations'
+    return interval, f'max_iters / {EVALUATIONS}, from {least} to {most}'
 
 
 def flops_of_run(run: dict, architecture: ModelArchitectureConfig) -> float:
@@ -462,7 +477,7 @@ def run_problems(run: TrainingConfig, plan: FrozenConfig, ranks: int) -> list[st
     )
     every, between = run.sample_interval, run.eval_interval
     check(
-        every % between != 0,
+        between is not None and every % between != 0,
         lambda: (
             f'sample_interval={every}: text is written at evaluations, so this is a multiple of '
             f'eval_interval={between}, for example '

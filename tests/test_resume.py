@@ -330,3 +330,15 @@ def test_a_stable_phase_goes_on_for_longer_and_with_the_same_bits(
     told = resumed.record['startup_info']['optimizer']
     assert (told['name'], told['schedule']) == (optimizer, 'wsd')
     jsonschema.validate(resumed.record, SCHEMA)
+
+
+def test_a_resumed_run_is_evaluated_as_often_as_before(tiny_dataset, tmp_path):
+    options = {'n_layer': 1, 'eval_iters': 1, 'log_interval': 100}
+    first = train_here(tiny_dataset, tmp_path, max_iters=4, **options)
+    assert first.record['config']['eval_interval'] == 20
+    assert first.record['startup_info']['derived']['eval_interval'].startswith('20 (max_iters / 10')
+    # A new run of so many updates would be evaluated every 22.
+    train_here(tiny_dataset, tmp_path, max_iters=220, init_from='resume', **options)
+    record = read_record(first.folder)
+    assert [entry['iter'] for entry in record['eval_steps']] == [0, 4, *range(20, 221, 20)]
+    assert 'eval_interval' not in record['events'][0]['changed']

@@ -227,6 +227,7 @@ def test_the_printed_config_shows_every_value_and_where_it_came_from(config):
         'n_layer': 'default',
         'd_ff': "derived: swiglu's own rule",
         'warmup_iters': 'derived: max_iters / 20, at most 2000',
+        'eval_interval': 'derived: max_iters / 10, from 20 to 2000',
     }
     assert {key: shown[key][1] for key in expected} == expected
     assert done.architecture.name in text
@@ -252,8 +253,30 @@ def test_the_schedule_follows_max_iters_and_learning_rate(config, max_iters, war
     assert complete(path, '--optimizer=muon').run.muon_learning_rate == 3e-3
 
 
+@pytest.mark.parametrize(
+    ('max_iters', 'interval'),
+    [(1, 20), (100, 20), (300, 30), (5000, 500), (20_000, 2000), (600_000, 2000)],
+)
+def test_evaluations_follow_max_iters(config, max_iters, interval):
+    path = config('max_iters = 777')
+    done = complete(path, f'--max_iters={max_iters}')
+    assert done.run.eval_interval == interval
+    assert done.run.origins['eval_interval'] == 'derived: max_iters / 10, from 20 to 2000'
+    assert done.derived['eval_interval'].startswith(f'{interval:,} (max_iters / 10')
+
+
+@pytest.mark.parametrize(('sample_interval', 'interval'), [(1000, 500), (500, 500), (300, 300)])
+def test_evaluations_are_where_text_is_to_be_written(sample_interval, interval):
+    done = complete('--max_iters=5000', f'--sample_interval={sample_interval}')
+    assert done.run.eval_interval == interval
+    assert done.run.sample_interval % interval == 0
+    (problem,) = problems_of('--sample_interval=300', '--eval_interval=500')
+    assert 'eval_interval=500' in problem
+
+
 def test_what_was_set_is_not_derived():
     asked = {
+        'eval_interval': 7,
         'warmup_iters': 7,
         'lr_decay_iters': 30,
         'min_lr': 0.0,
