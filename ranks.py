@@ -29,8 +29,8 @@ def check_environment() -> None:
     Such variables are left over from another job, or somebody's own launcher has set them.
     """
     known = {key: os.environ[key] for key in ENVIRONMENT if key in os.environ}
-    if not {'RANK', 'LOCAL_RANK', 'WORLD_SIZE'} & set(known):
-        return
+    if known == {'WORLD_SIZE': '1'} or not {'RANK', 'LOCAL_RANK', 'WORLD_SIZE'} & set(known):
+        return  # a world of one says nothing else than no variable does
     shown = ', '.join(f'{key}={value}' for key, value in known.items())
     missing = [key for key in ENVIRONMENT if key not in known]
     if missing:

@@ -45,9 +45,11 @@ def test_what_torchrun_sets_is_whole_or_not_there(environment):
         with pytest.raises(UserError, match=f'but {key} is not set.*unset .*torchrun'):
             ranks.world_size()
     for key in TORCHRUN.keys() - {'MASTER_ADDR', 'MASTER_PORT'}:
-        environment(**{**dict.fromkeys(TORCHRUN), key: '1'})  # left over from another job
-        with pytest.raises(UserError, match=f'{key}=1 in the environment.*unset {key}'):
+        environment(**{**dict.fromkeys(TORCHRUN), key: '2'})  # left over from another job
+        with pytest.raises(UserError, match=f'{key}=2 in the environment.*unset {key}'):
             ranks.world_size()
+    environment(**{**dict.fromkeys(TORCHRUN), 'WORLD_SIZE': '1'})
+    assert ranks.world_size() == 1
     for odd in ({'WORLD_SIZE': 'two'}, {'RANK': '2'}, {'RANK': '-1'}, {'WORLD_SIZE': '0'}):
         environment(**{**TORCHRUN, **odd})
         with pytest.raises(UserError, match=f'{next(iter(odd))}={next(iter(odd.values()))}'):
