@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import PROJECT
 
+import file_writing
 import study
 import study_progress
 import study_runner
@@ -389,10 +390,10 @@ def test_a_full_disk_leaves_the_plan_of_before(study_file, trained_here, tmp_pat
     assert run_study(path) == 0
     before = (out / 'study.json').read_bytes()
 
-    def full(path, data):
+    def full(descriptor):
         raise OSError(28, 'No space left on device')
 
-    monkeypatch.setattr(study.Path, 'write_bytes', full)
+    monkeypatch.setattr(file_writing.os, 'fsync', full)
     with pytest.raises(UserError, match=r'study\.json: cannot be written \(No space left'):
         run_study(path)
     assert (out / 'study.json').read_bytes() == before
