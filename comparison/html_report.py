@@ -68,7 +68,7 @@ pre { white-space: pre-wrap; background: var(--wash); padding: .8rem 1rem; borde
   max-width: none; padding: 0; } h2 { break-after: avoid; margin-top: 1.6rem; }
   figure, tr, .answer { break-inside: avoid; } .panels { grid-template-columns: repeat(3, 1fr); }
   .scroll { overflow: visible; } th, td { padding: .2rem .4rem; white-space: normal; }
-  td.r { white-space: nowrap; } }
+  th, td.r { white-space: nowrap; } }
 """
 
 
