@@ -169,8 +169,9 @@ def judge(
     equivalent: the two one-sided tests of all groups are corrected like those of differences.
     unlike(group): why the losses of a group and the baseline's are not directly comparable.
     """
-    # A group without its worst runs has too little spread to tell the noise of the others.
-    whole = [group for group in groups if not group.outcomes[DIVERGED]]
+    # What is left of a group that lost its worst runs has too little spread to tell the noise of
+    # the others, and one with a run that blew up has far too much.
+    whole = [group for group in groups if not any(run.blown_up for run in group.members)]
     tests = []
     for group in groups:
         others = [other.losses for other in whole if other is not group and other is not baseline]

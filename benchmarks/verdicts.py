@@ -62,7 +62,8 @@ NOISE: dict[str, Callable[[random.Random, int, int], float]] = {
 def run(seed: int, loss: float | None) -> SimpleNamespace:
     outcome = 'diverged' if loss is None else 'finished'
     config = {'seed': seed, 'data_seed': seed}
-    return SimpleNamespace(config=config, val_loss=loss, outcome=outcome)
+    lost = loss is None
+    return SimpleNamespace(config=config, val_loss=loss, outcome=outcome, blown_up=lost)
 
 
 def experiment(

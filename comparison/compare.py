@@ -19,6 +19,7 @@ from comparison.formatting import listing
 from comparison.runs import Run, StudyPlan
 from errors import UserError, nearest
 from judgement import (
+    DIVERGED,
     SEEDS,
     Corrected,
     Effect,
@@ -214,14 +215,10 @@ def rises_of(group: Group) -> list[Run]:
     return [
         run
         for run in group.members
-        if run.curve and run.curve[-1].loss - run.best_val_loss > RISE * abs(run.best_val_loss)
+        if run.outcome != DIVERGED
+        and run.curve
+        and run.curve[-1].loss - run.best_val_loss > RISE * abs(run.best_val_loss)
     ]
-
-
-def worse_than_untrained(run: Run) -> bool:
-    """Whether a run ended above the validation loss before its first update."""
-    known = run.curve and run.untrained_loss is not None
-    return bool(known) and run.curve[-1].loss > run.untrained_loss
 
 
 # --- Names ---------------------------------------------------------------------------------------

@@ -145,6 +145,8 @@ def value_text(key: str, value: Any, unknown: str) -> str:
         return unknown
     if key in ('tokens_seen', 'tokens_per_iter') and type(value) in (int, float):
         return f'{value:,}'
+    if isinstance(value, float):
+        return f'{value:.4g}' if key == 'peak_tflops' else f'{value:.12g}'
     return str(value)[:12] if key.endswith('_sha256') else str(value)
 
 

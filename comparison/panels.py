@@ -11,7 +11,7 @@ import textwrap
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from comparison.compare import Comparison, worse_than_untrained
+from comparison.compare import Comparison
 from comparison.costs import SAME_COST, all_same
 from comparison.runs import Run
 from comparison.significance import ALPHA
@@ -109,7 +109,7 @@ def curve_panels(comparison: Comparison) -> list[Panel]:
 def ending_of(run: Run) -> str:
     if run.outcome == DIVERGED:
         return DIVERGED
-    if worse_than_untrained(run):
+    if run.blown_up:
         return BLOWN_UP
     return FINISHED if run.outcome in (FINISHED, UNMEASURED) else UNFINISHED
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from comparison.compare import RISE, Comparison, rises_of, worse_than_untrained
+from comparison.compare import RISE, Comparison, rises_of
 from comparison.conditions import Values
 from comparison.costs import COSTS, mean_by_position
 from comparison.formatting import (
@@ -479,19 +479,18 @@ def warnings(comparison: Comparison) -> Section | None:
 
 
 def _unfinished_lines(comparison: Comparison) -> list[str]:
-    lines = [
-        f'  #{rank} {run.name}: {_run_status(run)}'
-        for rank, group in enumerate(comparison.groups, 1)
-        for run in group.members
-        if run.outcome != FINISHED
-    ]
-    if not lines:
-        return []
-    if any(run.outcome not in (FINISHED, DIVERGED) for g in comparison.groups for run in g.members):
-        lines.insert(0, 'Not finished: these runs have no final loss, so ranks may change.')
-    else:
-        lines.insert(0, 'Diverged: these runs have no final loss.')
-    return lines
+    """The runs without a final loss: those that diverged, and those that may still get one."""
+    diverged, unfinished = [], []
+    for rank, group in enumerate(comparison.groups, 1):
+        for run in group.members:
+            if run.outcome != FINISHED:
+                lines = diverged if run.outcome == DIVERGED else unfinished
+                lines.append(f'  #{rank} {run.name}: {_run_status(run)}')
+    if diverged:
+        diverged.insert(0, 'Diverged, so without a final loss:')
+    if unfinished:
+        unfinished.insert(0, 'Not finished: these runs have no final loss, so ranks may change.')
+    return diverged + unfinished
 
 
 def _run_status(run) -> str:
@@ -503,7 +502,7 @@ def _rise_lines(comparison: Comparison) -> list[str]:
     lines = []
     for rank, group in enumerate(comparison.groups, 1):
         for run in rises_of(group):
-            above = ', and above its untrained loss' * worse_than_untrained(run)
+            above = ', and above its untrained loss' * run.blown_up
             lines.append(
                 f'  #{rank} {run.name}: final {nats(run.curve[-1].loss)}, best '
                 f'{nats(run.best_val_loss)}{above}'

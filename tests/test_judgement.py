@@ -16,7 +16,10 @@ from judgement import Group
 
 def run(seeds, loss, outcome='finished'):
     config = {'seed': seeds[0], 'data_seed': seeds[1]}
-    return types.SimpleNamespace(config=config, val_loss=loss, outcome=outcome, start=0)
+    blown_up = outcome == 'diverged'
+    return types.SimpleNamespace(
+        config=config, val_loss=loss, outcome=outcome, blown_up=blown_up, start=0
+    )
 
 
 def group(losses, **others):
@@ -225,3 +228,15 @@ def test_several_comparisons_are_significant_as_rarely_as_is_said_and_find_a_kno
     hits = sum(experiment(draw, (0, -effect, 0, 0))[1].text == 'better' for _ in range(trials))
     # At least the power, but for three standard errors: the bar of the first test is the highest.
     assert 0.8 - 0.06 < hits / trials < 0.95
+
+
+def test_a_run_that_blew_up_is_no_noise_of_the_others():
+    draw = random.Random(9)
+    groups = [
+        group({(s, s): 3 + shift + draw.gauss(0, 0.01) for s in range(3)})
+        for shift in (0.0, -0.2, 0.1)
+    ]
+    before = judgement.judge(groups, groups[0])[1].difference
+    groups.append(group({(1, 1): 3.0, (2, 2): 31.0, (3, 3): 3.0}))
+    groups[-1].members[1].blown_up = True
+    assert judgement.judge(groups, groups[0])[1].difference == before
