@@ -609,11 +609,12 @@ def test_what_is_written_beside_the_training_is_what_was_saved(left, strategy):
     assert mine.index['progress'] == theirs.index['progress']
     assert fault_run.differences(*map(checkpointing.load_state, (mine, theirs))) == []
     journal = (late.folder / 'journal.jsonl').read_text().splitlines()
-    told = [(line['kind'], line.get('iter')) for line in map(json.loads, journal)]
-    assert told.index(('checkpoint', 10)) > told.index(('iteration', 11))
+    entries = [(line['kind'], line.get('iter')) for line in map(json.loads, journal)]
+    assert entries.index(('checkpoint', 10)) > entries.index(('iteration', 11))
 
     resumed = left(f'{strategy} late resumed')
-    assert resumed.record['events'][0]['iter'] == 12 and resumed.checkpoints() == [20, 12, 10]
+    (resume,) = (event for event in resumed.record['events'] if event['event'] == 'resume')
+    assert resume['iter'] == 12 and resumed.checkpoints() == [20, 12, 10]
     assert torch.equal(whole.curve('loss'), resumed.curve('loss'))
     assert weight_difference(whole.main['weights'], resumed.main['weights']) == 0
 
