@@ -16,16 +16,23 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-import first_import  # noqa: F401
-
+from common import first_import  # noqa: F401
+from common.console_output import write_text
+from common.errors import ArgumentParser, run_script
+from common.files import check_destination
 from comparison import html_report, plots
+from comparison.analysis import (
+    BETTER,
+    BLOCKED,
+    EQUIVALENT,
+    NOT_SIGNIFICANT,
+    NOT_TESTED,
+    PROVISIONAL,
+    WORSE,
+)
 from comparison.compare import Comparison, compare
 from comparison.formats import FORMATS, answered
 from comparison.runs import SCORES, load
-from console_output import write_text
-from errors import ArgumentParser, run_script
-from file_writing import check_destination
-from judgement import BETTER, BLOCKED, EQUIVALENT, NOT_SIGNIFICANT, NOT_TESTED, PROVISIONAL, WORSE
 
 VERDICTS = (BETTER, WORSE, EQUIVALENT, NOT_SIGNIFICANT, PROVISIONAL, BLOCKED, NOT_TESTED)
 UNMET = 1  # exit code where the verdict is not one of --fail_unless

@@ -17,10 +17,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from errors import UserError, closest, nearest
-from paths import expanded_path
-from registry import Option, Registry
-from text_files import decode
+from common.errors import UserError, closest, nearest
+from common.paths import expanded_path
+from common.registry import Option, Registry
+from common.text_files import decode
 
 Schema = dict[str, dict[str, Option]]
 

@@ -24,21 +24,22 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-import first_import  # noqa: F401
-
 import numpy as np
 
-import hardware
-import resumption
-from choice_items import made_choices, read_items
-from comparison.formatting import table
+from common import (
+    first_import,  # noqa: F401
+    hardware,
+)
+from common.console_output import write_text
+from common.errors import UserError, run_script
+from common.formatting import table
+from common.text_files import read_text
 from comparison.significance import CONFIDENCE
-from console_output import write_text
-from errors import UserError, run_script
-from scoring import ChoiceResult, Scorer, TextResult, score_items, score_text
-from text_codec import Codec
-from text_files import read_text
-from token_data import load_dataset
+from data.dataset import load_dataset
+from data.tokenizer import Codec
+from inference.multiple_choice import made_choices, read_items
+from inference.scoring import ChoiceResult, Scorer, TextResult, score_items, score_text
+from training import resumption
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

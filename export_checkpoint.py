@@ -27,17 +27,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-import first_import  # noqa: F401
-
 import torch
 
-import checkpointing
 import interop
-import resumption
-import tokenizer_files
-from console_output import write_progress
-from errors import UserError, run_script
+from common import first_import  # noqa: F401
+from common.console_output import write_progress
+from common.errors import UserError, run_script
+from interop import hf_tokenizer
 from model_builder import Transformer
+from training import checkpointing, resumption
 
 DTYPES = ('float32', 'bfloat16', 'float16')
 
@@ -66,7 +64,7 @@ def write_hugging_face(exported: Exported, path: Path) -> None:
     try:
         codec, vocab_size = resumption.vocabulary_of(exported.checkpoint)
         interop.tell_tokens(path, codec.end_of_text, range(vocab_size, model.config.vocab_size))
-        tokenizer_files.write(codec, path, model.config.block_size)
+        hf_tokenizer.write(codec, path, model.config.block_size)
     except UserError as error:
         write_progress(f'note: no tokenizer is written: {" ".join(error.problems)}')
 

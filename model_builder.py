@@ -17,9 +17,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-from component_checks import check_built, check_form, flops_disagreements, observed
-from component_faults import is_foreign
-from errors import UserError
+from common.errors import UserError
+from components.checks import check_built, check_form, flops_disagreements, observed
+from components.faults import is_foreign
+from components.weight_initialization import initialize
 from model_components import (
     AttentionNeeds,
     Auxiliary,
@@ -41,7 +42,6 @@ from model_config import (
     POSITION_ENCODING_REGISTRY,
     ModelArchitectureConfig,
 )
-from weight_initialization import initialize
 
 
 class Transformer(nn.Module):

@@ -9,15 +9,15 @@ The package `components` has a module for each kind; importing this one fills th
 from components.activations import Activation
 from components.attention import Attention, MultiHeadAttention
 from components.attention_backends import AttentionBackend, AttentionNeeds
+from components.base import Auxiliary, Component, Initial, module_flops
 from components.blocks import Block
-from components.cache import Cache, LayerCache
-from components.contract import Auxiliary, Component, Initial, module_flops
-from components.documents import Documents, documents_of
+from components.document_mask import Documents, documents_of
 from components.ends import IGNORED, OutputHead, TokenEmbedding
 from components.feed_forward import FeedForward
 from components.initialization import Initialization
+from components.kv_cache import Cache, LayerCache
 from components.latent_attention import LatentAttention
-from components.mixture_of_experts import MixtureOfExperts
+from components.moe import MixtureOfExperts
 from components.norms import Norm
 from components.positions import PositionEncoding, Positions
 

@@ -15,16 +15,8 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from configurator import (
-    Layer,
-    Merged,
-    accept_layer,
-    chosen_components,
-    merge,
-    with_component_options,
-)
-from errors import UserError
-from registry import (
+from common.errors import UserError
+from common.registry import (
     FrozenConfig,
     Option,
     Registry,
@@ -35,7 +27,15 @@ from registry import (
     sentences_of,
     tag_of,
 )
-from text_files import parse_json
+from common.text_files import parse_json
+from configurator import (
+    Layer,
+    Merged,
+    accept_layer,
+    chosen_components,
+    merge,
+    with_component_options,
+)
 
 _HOME = 'model_components'
 ATTENTION_REGISTRY = Registry('attention_type', 'Attention', _HOME)

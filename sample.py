@@ -18,18 +18,19 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import first_import  # noqa: F401
-
 import torch
 
-import hardware
-import resumption
-from console_output import is_terminal, write_error, write_text
-from errors import UserError, run_script
+from common import (
+    first_import,  # noqa: F401
+    hardware,
+)
+from common.console_output import is_terminal, write_error, write_text
+from common.errors import UserError, run_script
+from common.paths import expanded_path
+from common.text_files import decode
+from inference.sampling import TEMPERATURE, TOP_K, Sampler, TextStream, prompt_tokens, stream
 from model_builder import generate
-from paths import expanded_path
-from sampling import TEMPERATURE, TOP_K, Sampler, TextStream, prompt_tokens, stream
-from text_files import decode
+from training import resumption
 
 SEPARATOR = '-' * 80
 LIMITS = {

@@ -34,20 +34,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import first_import  # noqa: F401
-
 import compare_architectures
-import hardware
-from comparison.formatting import duration, table
+from common import (
+    first_import,  # noqa: F401
+    hardware,
+)
+from common.console_output import write_progress, write_text
+from common.errors import UserError, run_script
+from common.files import write_file
+from common.formatting import duration, table
+from common.registry import Option, at_least
 from configurator import format_help, read_command_line
-from console_output import write_progress, write_text
-from errors import UserError, run_script
-from file_writing import write_file
-from registry import Option, at_least
-from study_points import STUDY_KEYS, Study, read_study, seeds_of, settings_of
-from study_progress import Progress, estimate
-from study_runner import ADVICE, Outcome, Runner, Stopped, figure
-from study_variants import (
+from data.dataset import load_dataset, prepare_if_missing
+from studies.grid import STUDY_KEYS, Study, read_study, seeds_of, settings_of
+from studies.progress import Progress, estimate
+from studies.runner import ADVICE, Outcome, Runner, Stopped, figure
+from studies.variants import (
     RUNS,
     TIMING,
     TUNING,
@@ -58,7 +60,6 @@ from study_variants import (
     baseline_of,
     variants_of,
 )
-from token_data import load_dataset, prepare_if_missing
 from training_config import schema as training_schema
 
 OPTIONS = {

@@ -14,36 +14,33 @@ import sys
 import time
 from functools import partial
 
-import first_import  # noqa: F401
-
 import torch
 
-import checkpointing
-import diagnostics
-import divided_state
-import hardware
 import interop
-import planning
-import resumption
-import sinks
-import stability
-import start_checks
+from common import (
+    first_import,  # noqa: F401
+    hardware,
+)
+from common.console_output import write_progress, write_text
+from common.errors import run_script
+from components.weight_initialization import name_seed
 from configurator import format_components, format_help, read_command_line
-from console_output import write_progress, write_text
-from errors import run_script
-from interruption import Interruption
+from data.dataset import TokenDataset, is_prepared, load_dataset, prepare_if_missing
+from inference.sampling import OwnSample
 from model_builder import parameter_groups, training_flops
-from optimization import Updater, learning_rate_at
-from parallelism import SingleProcess, choose_strategy, recomputed_blocks
-from sampling import OwnSample
-from saving import Saver
-from session import Session
-from startup import record_header, surroundings
-from study_points import STUDY_KEYS
-from token_data import TokenDataset, is_prepared, load_dataset, prepare_if_missing
+from optim.step import Updater, learning_rate_at
+from parallel import sharded_state
+from parallel.strategies import SingleProcess, choose_strategy, recomputed_blocks
+from planning import estimates
+from records import trackers
+from studies.grid import STUDY_KEYS
+from training import checkpointing, diagnostics, resumption, stability, start_checks
+from training.checkpoint_writer import Saver
+from training.record_header import record_header, surroundings
+from training.session import Session
+from training.signals import Interruption
 from training_config import Settings, load_settings, schema
 from training_logger import TrainingLogger, new_run_folder
-from weight_initialization import name_seed
 
 
 def main(argv: list[str]) -> int:
@@ -57,7 +54,7 @@ def main(argv: list[str]) -> int:
     started_from = resumption.find(asked) or interop.find(asked)
     settings = load_settings(asked)
     if settings.plan.plan:
-        write_text(planning.report(settings))
+        write_text(estimates.report(settings))
         return 0
     device = hardware.select_device(settings.run.device)
     hardware.tune(device, settings.run.deterministic)
@@ -125,7 +122,7 @@ def set_up(
         is_main=parallel.is_main,
         style=options.log_style,
         max_iters=options.max_iters,
-        sinks=sinks.asked_for(options),
+        sinks=trackers.asked_for(options),
     )
     weights_from = parallel.from_main(lambda: started_from and started_from.weights_from)
     header = record_header(
@@ -388,7 +385,7 @@ def save(session: Session) -> None:
             progress.iter, checkpointing.published(saver.folder)
         )
     session.agree_on_data()
-    state = divided_state.collect(session.parallel, session.bare, session.updater, saver.kept)
+    state = sharded_state.collect(session.parallel, session.bare, session.updater, saver.kept)
     saver.begin(state, session.checkpoint_index(), began)
 
 

@@ -12,24 +12,9 @@ from pathlib import Path
 
 import torch
 
-import sinks
-from configurator import (
-    CommandLine,
-    Schema,
-    chosen_components,
-    flatten,
-    format_config,
-    merge,
-    with_component_options,
-)
-from data_order import ORDERS
-from errors import UserError
-from hardware import select_device
-from model_builder import build_model, check_calls, flops_by_part
-from model_config import ModelArchitectureConfig
-from model_config import schema as architecture_schema
-from ranks import world_size
-from registry import (
+from common.errors import UserError
+from common.hardware import select_device
+from common.registry import (
     AnyBut,
     FrozenConfig,
     Option,
@@ -40,7 +25,22 @@ from registry import (
     derived_values_of,
     sentences_of,
 )
-from token_data import TokenDataset, is_prepared
+from configurator import (
+    CommandLine,
+    Schema,
+    chosen_components,
+    flatten,
+    format_config,
+    merge,
+    with_component_options,
+)
+from data.dataset import TokenDataset, is_prepared
+from data.order import ORDERS
+from model_builder import build_model, check_calls, flops_by_part
+from model_config import ModelArchitectureConfig
+from model_config import schema as architecture_schema
+from parallel.process_group import world_size
+from records import trackers
 
 OPTIMIZER_REGISTRY = Registry('optimizer', 'Optimizer', 'optimizers')
 SCHEDULE_REGISTRY = Registry('lr_schedule', 'Learning-rate schedule', 'optimization')
@@ -170,7 +170,7 @@ GROUPS = {
     'Optimizer': OPTIMIZER_OPTIONS,
     'System': SYSTEM_OPTIONS,
     'Several processes (started by torchrun)': PARALLEL_OPTIONS,
-    'Beside the record': sinks.OPTIONS,
+    'Beside the record': trackers.OPTIONS,
 }
 PLAN = {'Plan (instead of a run)': PLAN_OPTIONS}
 
@@ -441,7 +441,7 @@ def run_problems(run: TrainingConfig, plan: FrozenConfig, ranks: int) -> list[st
     needed_here = (
         partial(select_device, run.device),
         partial(is_prepared, run.dataset),
-        partial(sinks.check, run),
+        partial(trackers.check, run),
     )
     for find in () if plan.plan else needed_here:
         try:

@@ -22,10 +22,10 @@ from collections.abc import Iterable
 from datetime import datetime
 from pathlib import Path
 
-import console
-from errors import UserError
-from file_writing import replace_file
-from folders import walk
+from common.errors import UserError
+from common.files import replace_file
+from common.folders import walk
+from records import console
 
 try:
     import fcntl

@@ -17,9 +17,9 @@ import torch.nn.functional as F
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 
-import hardware  # noqa: E402
-from components.blocked_attention import blocked_attention  # noqa: E402
-from errors import ArgumentParser, run_script  # noqa: E402
+from common import hardware  # noqa: E402
+from common.errors import ArgumentParser, run_script  # noqa: E402
+from components.cpu_attention import blocked_attention  # noqa: E402
 
 # Sequences, heads, tokens, columns: of training_speed.py's shapes, and the longest of scaling.py.
 SHAPES = [(4, 12, 1024, 64), (64, 6, 256, 64), (1, 12, 4096, 64), (1, 12, 8192, 64)]

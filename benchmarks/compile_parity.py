@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from model_builder import Transformer, build_model
 from model_config import PRESETS, ModelArchitectureConfig
-from parallelism import prepare_blocks
+from parallel.strategies import prepare_blocks
 
 SIZES = {'n_layer': 4, 'n_head': 4, 'n_embd': 64, 'block_size': 32, 'vocab_size': 96}
 TOLERANCE = 1e-5

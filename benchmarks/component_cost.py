@@ -26,15 +26,15 @@ import torch
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 
-import hardware  # noqa: E402
 import train  # noqa: E402
 from benchmarks.record_overhead import random_tokens, timed  # noqa: E402
+from common import hardware  # noqa: E402
+from common.errors import UserError  # noqa: E402
+from common.registry import AnyBut, Option, Registry  # noqa: E402
 from configurator import flatten, owners  # noqa: E402
-from errors import UserError  # noqa: E402
 from model_config import architecture_options  # noqa: E402
-from registry import AnyBut, Option, Registry  # noqa: E402
-from session import Session  # noqa: E402
-from stability import activation_bytes  # noqa: E402
+from training.session import Session  # noqa: E402
+from training.stability import activation_bytes  # noqa: E402
 
 SIZES = {
     'n_layer': 2,

@@ -75,13 +75,13 @@ class Turns:
         self.left = self.steps + 1
 
     def synchronize(self) -> None:
-        import hardware
+        from common import hardware
 
         hardware.synchronize(self.device)
 
     def memory(self) -> dict:
         """The most since the process began: resident on a CPU, allocated on a GPU."""
-        import hardware
+        from common import hardware
 
         return {'peak_gb': hardware.memory_usage(self.device)['peak_gb']}
 
@@ -130,9 +130,9 @@ def arguments(told: dict) -> list[str]:
 
 def ours(told: dict, turns: Turns) -> None:
     """train.py itself."""
-    import hardware
     import train
-    from startup import bytes_sent_per_update
+    from common import hardware
+    from training.record_header import bytes_sent_per_update
 
     update, run = train.update, train.run
 
@@ -171,13 +171,13 @@ def ours(told: dict, turns: Turns) -> None:
 def without_collectives() -> None:
     """Train as the first of so many ranks, with collectives that return at once; what the ranks
     tell one another beside them is what this one knows."""
-    import parallelism
-    from ranks import Alone, Together
+    from parallel import strategies
+    from parallel.process_group import Alone, Together
 
     def join(device, timeout):
         return form_make_believe_group(int(os.environ['WORLD_SIZE']))
 
-    parallelism.join = join
+    strategies.join = join
     for name in ('sum', 'largest', 'gather', 'from_main', 'accountable', 'close'):
         setattr(Together, name, vars(Alone)[name])
 
@@ -213,8 +213,8 @@ def prepare(told: dict, turns: Turns) -> None:
     import interop
     import train
     from benchmarks.record_overhead import random_tokens
-    from errors import UserError
-    from weight_maps import NANOGPT
+    from common.errors import UserError
+    from interop.families import NANOGPT
 
     shape, folder, sessions = told['shape'], Path(told['folder']), []
     (folder / 'data').mkdir()
@@ -370,7 +370,7 @@ def peer(told: dict, turns: Turns, build, optimizer, loss) -> None:
     import numpy as np
     import torch
 
-    import hardware
+    from common import hardware
 
     device = torch.device(told['device'])
     turns.device = device
@@ -452,7 +452,7 @@ def products(told: dict, turns: Turns) -> None:
     """At each turn, the fastest matrix multiplication of each dtype, in TFLOP/s."""
     import torch
 
-    import hardware
+    from common import hardware
 
     device = torch.device(told['device'])
     hardware.tune(device, deterministic=False)
@@ -468,7 +468,7 @@ def best_product(shapes: list[list[int]], dtype: str, device) -> dict:
     """tflops, and the shape (rows, inner, columns) that reached it."""
     import torch
 
-    import hardware
+    from common import hardware
 
     best = {'tflops': 0.0, 'shape': None}
     for rows, inner, columns in shapes:
@@ -514,6 +514,6 @@ def main(argv: list[str]) -> int:
 
 if __name__ == '__main__':
     sys.path.insert(0, json.loads(sys.argv[1])['project'])
-    from errors import run_script
+    from common.errors import run_script
 
     run_script(main)

@@ -35,9 +35,9 @@ sys.path.insert(0, str(PROJECT))
 
 import psutil  # noqa: E402
 
-from data.workers import available_cores  # noqa: E402
-from errors import ArgumentParser, UserError, run_script  # noqa: E402
-from text_codec import Codec  # noqa: E402
+from common.errors import ArgumentParser, UserError, run_script  # noqa: E402
+from data.preparation.workers import available_cores  # noqa: E402
+from data.tokenizer import Codec  # noqa: E402
 
 SUFFIXES = ('.py', '.pyi', '.md', '.txt', '.rst', '.h', '.hpp', '.pm', '.js')
 LARGEST = 2**22  # bytes of a file: larger ones are tables

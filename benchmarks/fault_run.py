@@ -38,7 +38,7 @@ import torch
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 
-import checkpointing  # noqa: E402
+from training import checkpointing  # noqa: E402
 from training_logger import latest_run, read_record  # noqa: E402
 
 OPTIONS = {

@@ -23,8 +23,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import hardware
 import interop
+from common import hardware
 from model_builder import Transformer, build_model, generate
 from model_config import ModelArchitectureConfig
 

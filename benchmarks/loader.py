@@ -27,12 +27,12 @@ import psutil
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 
-import hardware  # noqa: E402
 import train  # noqa: E402
-from data_order import ORDERS  # noqa: E402
-from session import Session  # noqa: E402
-from token_data import TokenDataset, load_dataset  # noqa: E402
-from token_files import GPT2_VOCAB_SIZE  # noqa: E402
+from common import hardware  # noqa: E402
+from data.dataset import TokenDataset, load_dataset  # noqa: E402
+from data.order import ORDERS  # noqa: E402
+from data.token_files import GPT2_VOCAB_SIZE  # noqa: E402
+from training.session import Session  # noqa: E402
 
 FILE_TOKENS = 2**26  # 128 MB of uint16
 WARM_UP, UPDATES = 2, 10

@@ -30,7 +30,6 @@ import torch
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 
-import hardware  # noqa: E402
 from benchmarks.record_overhead import random_tokens  # noqa: E402
 from benchmarks.training_speed import (  # noqa: E402
     SHAPES,
@@ -42,7 +41,8 @@ from benchmarks.training_speed import (  # noqa: E402
     spread,
     table,
 )
-from errors import ArgumentParser, UserError, run_script  # noqa: E402
+from common import hardware  # noqa: E402
+from common.errors import ArgumentParser, UserError, run_script  # noqa: E402
 
 STRATEGIES = {
     'ddp': [],

@@ -23,11 +23,10 @@ import torch
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 
-import hardware  # noqa: E402
-import optimization  # noqa: E402
 import train  # noqa: E402
-from session import Session  # noqa: E402
-from token_files import DTYPES  # noqa: E402
+from common import hardware  # noqa: E402
+from data.token_files import DTYPES  # noqa: E402
+from training.session import Session  # noqa: E402
 
 PRESETS = ('gpt2', 'llama', 'team', 'hybrid', 'custom')
 UPDATES, TURNS = 3, 15

@@ -18,8 +18,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import interop
-from comparison.formatting import table
-from errors import UserError
+from common.errors import UserError
+from common.formatting import table
 from model_builder import Transformer, build_model
 from model_config import PRESETS, ModelArchitectureConfig
 

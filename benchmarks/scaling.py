@@ -30,7 +30,6 @@ from pathlib import Path
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 
-import hardware  # noqa: E402
 from benchmarks.record_overhead import random_tokens  # noqa: E402
 from benchmarks.training_speed import (  # noqa: E402
     Contestant,
@@ -41,7 +40,8 @@ from benchmarks.training_speed import (  # noqa: E402
     table,
     words,
 )
-from errors import ArgumentParser, UserError, run_script  # noqa: E402
+from common import hardware  # noqa: E402
+from common.errors import ArgumentParser, UserError, run_script  # noqa: E402
 
 TOKENS = 4096  # an update
 HEAD = 64  # columns of one

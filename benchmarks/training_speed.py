@@ -45,8 +45,8 @@ import psutil
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 
-import hardware  # noqa: E402
-from errors import ArgumentParser, UserError, nearest, run_script  # noqa: E402
+from common import hardware  # noqa: E402
+from common.errors import ArgumentParser, UserError, nearest, run_script  # noqa: E402
 
 GPT2 = {'arch_preset': 'legacy', 'n_layer': 12, 'n_head': 12, 'n_embd': 768, 'bias': True}
 LLAMA = {**GPT2, 'arch_preset': 'llama', 'bias': False}

@@ -31,8 +31,8 @@ from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from comparison.analysis import Group, judge, main_effects
 from comparison.significance import ALPHA, holm, paired_difference
-from judgement import Group, judge, main_effects
 
 SEEDS = (3, 5)
 VARIANTS = (2, 3, 4, 6, 8)

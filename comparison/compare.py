@@ -4,21 +4,9 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from comparison.conditions import (
-    IMMATERIAL,
-    SPEED_CONDITIONS,
-    Values,
-    differing,
-    differing_conditions,
-    unlike_code,
-    unlike_evaluations,
-    unlike_loss_conditions,
-)
-from comparison.costs import COSTS, FRONTS, TIMES, AtEqualCost, at_equal_cost, fronts_of
-from comparison.formatting import listing
-from comparison.runs import Run, StudyPlan
-from errors import UserError, nearest
-from judgement import (
+from common.errors import UserError, nearest
+from common.formatting import listing
+from comparison.analysis import (
     DIVERGED,
     SEEDS,
     Corrected,
@@ -32,6 +20,18 @@ from judgement import (
     judge,
     main_effects,
 )
+from comparison.conditions import (
+    IMMATERIAL,
+    SPEED_CONDITIONS,
+    Values,
+    differing,
+    differing_conditions,
+    unlike_code,
+    unlike_evaluations,
+    unlike_loss_conditions,
+)
+from comparison.costs import COSTS, FRONTS, TIMES, AtEqualCost, at_equal_cost, fronts_of
+from comparison.runs import Run, StudyPlan
 
 SAME_BUDGET = 0.01  # budgets that differ by less are equal
 # What a budget in FLOPs or seconds, or tuning, sets for each architecture by itself.

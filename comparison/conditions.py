@@ -3,8 +3,8 @@
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import sinks
-from judgement import SEEDS, Group, seeds_of
+from comparison.analysis import SEEDS, Group, seeds_of
+from records import trackers
 
 # Some belong to both: block size changes what a token can see and what it costs.
 LOSS_CONDITIONS = (
@@ -25,7 +25,7 @@ _FIXED = (*LOSS_CONDITIONS, *BEST_CONDITIONS, *SPEED_CONDITIONS, *CODE)
 # Where a run is kept, how it reports, what ran beside it; nothing that its losses depend on.
 REPORTING = frozenset(
     {
-        *('out_dir', 'log_style', 'log_interval', 'concurrent_runs', *sinks.OPTIONS),
+        *('out_dir', 'log_style', 'log_interval', 'concurrent_runs', *trackers.OPTIONS),
         *('sample_interval', 'sample_prompt', 'sample_tokens'),
     }
 )

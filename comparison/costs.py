@@ -5,7 +5,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
-from judgement import Group
+from comparison.analysis import Group
 
 COSTS = {'tokens': 'tokens', 'flops': 'training FLOPs', 'seconds': 'seconds of training'}
 # The costs that a loss is held against, by the letter of their Pareto front: a title, and a run's.

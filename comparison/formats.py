@@ -7,13 +7,13 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from common.console_output import visible
+from common.formatting import LISTED, WIDTH, table, wrapped
+from comparison.analysis import BASELINE, NOT_TESTED, Corrected, Verdict
 from comparison.compare import Comparison
 from comparison.costs import mean_by_position
-from comparison.formatting import LISTED, WIDTH, table, wrapped
 from comparison.tables import Section, sample_of, sections
-from console import first_lines
-from console_output import visible
-from judgement import BASELINE, NOT_TESTED, Corrected, Verdict
+from records.console import first_lines
 
 
 def one_line(text: str) -> str:

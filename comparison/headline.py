@@ -2,10 +2,8 @@
 
 from collections.abc import Sequence
 
-from comparison.compare import Comparison, rises_of
-from comparison.formatting import LISTED, listing, nats, p_text
-from comparison.significance import Interval
-from judgement import (
+from common.formatting import LISTED, listing, nats, p_text
+from comparison.analysis import (
     BASELINE,
     BETTER,
     BLOCKED,
@@ -17,6 +15,8 @@ from judgement import (
     Group,
     Verdict,
 )
+from comparison.compare import Comparison, rises_of
+from comparison.significance import Interval
 
 
 def headline(comparison: Comparison) -> str:

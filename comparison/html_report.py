@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from itertools import starmap
 from pathlib import Path
 
+from common.console_output import visible
+from common.files import write_file
 from comparison import plots
 from comparison.compare import Comparison
 from comparison.formats import one_line
@@ -26,8 +28,6 @@ from comparison.panels import (
     style_number,
 )
 from comparison.tables import Section, tables
-from console_output import visible
-from file_writing import write_file
 
 SUFFIXES = ('.html', '.htm')
 DRAWN_ROWS = 20  # of a figure of intervals, so that it fits on a page

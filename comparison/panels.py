@@ -11,11 +11,7 @@ import textwrap
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from comparison.compare import Comparison
-from comparison.costs import SAME_COST, all_same
-from comparison.runs import Run
-from comparison.significance import ALPHA
-from judgement import (
+from comparison.analysis import (
     BETTER,
     BLOCKED,
     DIVERGED,
@@ -25,6 +21,10 @@ from judgement import (
     WORSE,
     Group,
 )
+from comparison.compare import Comparison
+from comparison.costs import SAME_COST, all_same
+from comparison.runs import Run
+from comparison.significance import ALPHA
 
 # How a run ended, beside DIVERGED and FINISHED.
 BLOWN_UP, UNFINISHED = 'ended above the untrained loss', 'not finished'

@@ -10,6 +10,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from common.errors import UserError
+from common.files import write_file
+from comparison.analysis import BETTER, DIVERGED, WORSE
 from comparison.compare import Comparison
 from comparison.formats import one_line
 from comparison.panels import (
@@ -24,9 +27,6 @@ from comparison.panels import (
     panels_of,
     style_number,
 )
-from errors import UserError
-from file_writing import write_file
-from judgement import BETTER, DIVERGED, WORSE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -9,10 +9,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from common.errors import UserError
+from comparison.analysis import DIVERGED, FINISHED, UNMEASURED
 from comparison.conditions import conditions_of
 from comparison.costs import CurvePoint, Span, Stability
-from errors import UserError
-from judgement import DIVERGED, FINISHED, UNMEASURED
 from training_logger import STATUSES, find_records, read_outline
 
 SCORES = ('final', 'best')

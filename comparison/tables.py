@@ -3,10 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from comparison.compare import RISE, Comparison, rises_of
-from comparison.conditions import Values
-from comparison.costs import COSTS, mean_by_position
-from comparison.formatting import (
+from common.formatting import (
     LISTED,
     WIDTH,
     duration,
@@ -18,10 +15,13 @@ from comparison.formatting import (
     table,
     wrapped,
 )
+from comparison.analysis import BASELINE, DIVERGED, FINISHED, Corrected, Group
+from comparison.compare import RISE, Comparison, rises_of
+from comparison.conditions import Values
+from comparison.costs import COSTS, mean_by_position
 from comparison.headline import headline, outcomes_text, verdict_text
 from comparison.noise import PRIOR_FREEDOM
 from comparison.significance import ALPHA, CONFIDENCE
-from judgement import BASELINE, DIVERGED, FINISHED, Corrected, Group
 
 TABLE_RUNS = 6  # more rows than this and options are grouped by value instead of tabulated
 GROWTH = 2.0  # of the gradient norm, from which on it is shown

@@ -4,7 +4,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from components.contract import Component
+from components.base import Component
 from model_config import ACTIVATION_REGISTRY, ModelArchitectureConfig
 
 

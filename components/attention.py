@@ -6,9 +6,10 @@ from typing import ClassVar
 import torch
 import torch.nn as nn
 
+from common.registry import AnyBut, Option, above, at_least, tag_of
 from components.attention_backends import AttentionNeeds
-from components.cache import LayerCache
-from components.contract import Component
+from components.base import Component
+from components.kv_cache import LayerCache
 from components.positions import PositionEncoding, Positions
 from model_config import (
     ATTENTION_BACKEND_REGISTRY,
@@ -17,7 +18,6 @@ from model_config import (
     POSITION_ENCODING_REGISTRY,
     ModelArchitectureConfig,
 )
-from registry import AnyBut, Option, above, at_least, tag_of
 
 
 def is_pattern(value: str) -> bool:

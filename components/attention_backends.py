@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from components import blocked_attention
-from components.contract import Component, matmul_dtype
+from components import cpu_attention
+from components.base import Component, matmul_dtype
 from model_config import ATTENTION_BACKEND_REGISTRY, ATTENTION_REGISTRY, ModelArchitectureConfig
 
 
@@ -160,9 +160,9 @@ class ScaledDotProductAttention(AttentionBackend):
     @staticmethod
     def attend(q, k, v, mask, needs, dropout):
         shape, causal = q.shape, mask is None and q.size(2) > 1
-        if causal and dropout == 0 and blocked_attention.serves(q, k):
+        if causal and dropout == 0 and cpu_attention.serves(q, k):
             k, v = shared_by_groups(k, q.size(1)), shared_by_groups(v, q.size(1))
-            return blocked_attention.blocked_attention(q, k, v, needs.scale)
+            return cpu_attention.blocked_attention(q, k, v, needs.scale)
         if q.size(2) == 1:
             q, mask = in_a_row(q, mask, k.size(1))
         if mask is not None:

@@ -4,7 +4,8 @@ from typing import ClassVar
 
 import torch.nn as nn
 
-from components.contract import Component
+from common.registry import Option
+from components.base import Component
 from model_config import (
     ATTENTION_REGISTRY,
     FFN_REGISTRY,
@@ -12,7 +13,6 @@ from model_config import (
     NORM_REGISTRY,
     ModelArchitectureConfig,
 )
-from registry import Option
 
 
 class Block(Component, nn.Module):

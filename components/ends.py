@@ -7,8 +7,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from components.contract import Auxiliary, Component, matmul_dtype
-from components.loss import linear_cross_entropy
+from components.base import Auxiliary, Component, matmul_dtype
+from components.linear_cross_entropy import linear_cross_entropy
 from model_config import INITIALIZATION_REGISTRY, ModelArchitectureConfig
 
 

@@ -7,9 +7,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from components.contract import Auxiliary, Component
+from common.registry import Option, at_least, tag_of
+from components.base import Auxiliary, Component
 from model_config import ACTIVATION_REGISTRY, FFN_REGISTRY, ModelArchitectureConfig
-from registry import Option, at_least, tag_of
 
 
 class FeedForward(Component, nn.Module):

@@ -2,9 +2,9 @@
 
 from typing import ClassVar
 
-from components.contract import Component
+from common.registry import Option, above, at_least
+from components.base import Component
 from model_config import INITIALIZATION_REGISTRY, ModelArchitectureConfig
-from registry import Option, above, at_least
 
 
 class Initialization(Component):

@@ -5,10 +5,10 @@ from typing import ClassVar
 import torch
 import torch.nn as nn
 
+from common.registry import Option, at_least
 from components.attention import Attention, uneven_heads
 from components.positions import Positions
 from model_config import ATTENTION_REGISTRY, NORM_REGISTRY, ModelArchitectureConfig
-from registry import Option, at_least
 
 
 @ATTENTION_REGISTRY.register('mla', source='DeepSeek-AI 2024 (DeepSeek-V2), as in V3')

@@ -6,9 +6,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from components.contract import Component, Initial
+from common.registry import Option, above
+from components.base import Component, Initial
 from model_config import NORM_REGISTRY, ModelArchitectureConfig
-from registry import Option, above
 
 NORM_REGISTRY.expect(Component, nn.Module, constructed_with=('config', 'width'), forward=('x',))
 

@@ -6,15 +6,15 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 import torch.nn as nn
 
-from components.cache import LayerCache
-from components.contract import Component
+from common.registry import Option, above, at_least, tag_of
+from components.base import Component
+from components.kv_cache import LayerCache
 from model_config import (
     ATTENTION_REGISTRY,
     POSITION_ENCODING_REGISTRY,
     ROPE_SCALING_REGISTRY,
     ModelArchitectureConfig,
 )
-from registry import Option, above, at_least, tag_of
 
 
 class Positions(NamedTuple):

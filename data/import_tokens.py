@@ -20,17 +20,16 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import first_import  # noqa: F401
-
 import numpy as np
 
-from console_output import write_progress
+from common import first_import  # noqa: F401
+from common.console_output import write_progress
+from common.errors import ArgumentParser, UserError, nearest, run_script
 from data.prepare import OWN_TOKENIZERS
-from errors import ArgumentParser, UserError, nearest, run_script
-from text_codec import Codec, tiktoken_names
-from token_check import remember
-from token_files import DTYPES, FORMAT_VERSION, GPT2_VOCAB_SIZE, SPLITS, has_meta, read_meta
-from token_formats import Ids, recognize
+from data.token_check import remember
+from data.token_files import DTYPES, FORMAT_VERSION, GPT2_VOCAB_SIZE, SPLITS, has_meta, read_meta
+from data.token_formats import Ids, recognize
+from data.tokenizer import Codec, tiktoken_names
 
 PIECE = 2**20  # ids read at a time
 KINDS = ('uint8', 'uint16', 'uint32', 'uint64', 'int16', 'int32', 'int64')

@@ -15,16 +15,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import first_import  # noqa: F401
-
 import numpy as np
 
-from console_output import write_text
-from errors import ArgumentParser, UserError, run_script
-from paths import expand_home
-from text_codec import Codec
-from token_data import TokenDataset, load_dataset
-from token_files import SPLITS, Split
+from common import first_import  # noqa: F401
+from common.console_output import write_text
+from common.errors import ArgumentParser, UserError, run_script
+from common.paths import expand_home
+from data.dataset import TokenDataset, load_dataset
+from data.token_files import SPLITS, Split
+from data.tokenizer import Codec
 
 PIECE = 2**20  # tokens read at a time
 BAR = 40  # characters that the longest bar of a histogram has

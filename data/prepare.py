@@ -22,14 +22,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import first_import  # noqa: F401
-
-from data.documents import Files, HuggingFace, Source
-from data.preparation import SHARD_TOKENS, VAL_FRACTION, Options, prepare
-from data.tokenizer_training import SMALLEST_BPE
-from errors import ArgumentParser, UserError, nearest, run_script
-from paths import expand_home
-from text_codec import tiktoken_names
+from common import first_import  # noqa: F401
+from common.errors import ArgumentParser, UserError, nearest, run_script
+from common.paths import expand_home
+from data.preparation.pipeline import SHARD_TOKENS, VAL_FRACTION, Options, prepare
+from data.preparation.sources import Files, HuggingFace, Source
+from data.preparation.train_tokenizer import SMALLEST_BPE
+from data.tokenizer import tiktoken_names
 
 OWN_TOKENIZERS = {
     'gpt2': {'kind': 'gpt2'},

@@ -7,9 +7,9 @@ python export_checkpoint.py --format=hf --output=FOLDER
 """
 
 from interop.exporter import check_export, export, expressed_as, save_tensors, tell_tokens
+from interop.families import TRANSFORMERS
 from interop.pretrained import Imported, find
 from interop.source import Source, open_source, weight_of
-from weight_maps import TRANSFORMERS
 
 __all__ = [
     'TRANSFORMERS',

@@ -13,11 +13,11 @@ from typing import NamedTuple
 import psutil
 import torch
 
-from errors import UserError
+from common.errors import UserError
+from interop.families import TRANSFORMERS, Family, function_of
 from interop.source import weight_of
 from model_builder import Transformer, build_model
 from model_config import INITIALIZATION_REGISTRY, ModelArchitectureConfig
-from weight_maps import TRANSFORMERS, Family, function_of
 
 # Logits of the same function, computed in another order in fp32.
 TOLERANCE = 1e-3

@@ -4,16 +4,16 @@ from dataclasses import dataclass
 
 import torch
 
+from common.errors import UserError
 from configurator import CommandLine, Layer
-from errors import UserError
+from data.token_files import file_sha256
 from interop.exporter import HARMLESS, of_training
 from interop.source import Source, open_source
 from model_builder import Transformer, build_model
 from model_config import ROPE_SCALING_REGISTRY, ModelArchitectureConfig
-from optimization import Updater
-from parallelism import SingleProcess
-from resumption import Progress
-from token_files import file_sha256
+from optim.step import Updater
+from parallel.strategies import SingleProcess
+from training.resumption import Progress
 from training_config import BEGINNINGS, Settings, schema
 from training_logger import TrainingLogger
 

@@ -14,14 +14,14 @@ from typing import NamedTuple
 
 import torch
 
-import hub
-from checkpointing import load_tensors
-from errors import UserError, nearest
+from common.errors import UserError, nearest
+from interop import hub
+from interop.families import NANOGPT, TRANSFORMERS, Family, Weight
+from interop.fields import brief
 from model_builder import build_model
 from model_config import ModelArchitectureConfig
+from training.checkpointing import load_tensors
 from training_config import GPT2_SIZES
-from weight_maps import NANOGPT, TRANSFORMERS, Family, Weight
-from weight_maps.fields import brief
 
 SHOWN = 3  # tensors that a message names
 # Of safetensors' types those that weights have; the others are quantized or no numbers.

@@ -10,10 +10,10 @@ from hypothesis import assume, note
 from hypothesis import strategies as st
 
 import model_components  # noqa: F401  fills the registries before their names are listed
-from errors import UserError
+from common.errors import UserError
+from common.registry import Option, Registry
 from model_builder import Transformer, build_model
 from model_config import CORE_OPTIONS, ModelArchitectureConfig
-from registry import Option, Registry
 
 SIZES = {'n_layer': 2, 'n_head': 4, 'n_embd': 16, 'block_size': 6, 'vocab_size': 11}
 

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from common.errors import ArgumentParser
 from configurator import flatten
-from errors import ArgumentParser
 from study import schema as study_schema
 from training_config import schema
 

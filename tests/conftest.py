@@ -88,8 +88,8 @@ def held(monkeypatch) -> list[list[int]]:
 
     The iters of the checkpoints that were there then, each time.
     """
-    import checkpointing
-    from saving import Saver
+    from training import checkpointing
+    from training.checkpoint_writer import Saver
 
     write, publish = checkpointing.Save.write, Saver.publish
     insisted, there = threading.Event(), []

@@ -16,9 +16,9 @@ from pathlib import Path
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 
-import checkpointing  # noqa: E402
 import train  # noqa: E402
-from errors import run_script  # noqa: E402
+from common.errors import run_script  # noqa: E402
+from training import checkpointing  # noqa: E402
 from training_logger import TrainingLogger  # noqa: E402
 
 

@@ -19,7 +19,7 @@ import torch
 import transformers_models as reference
 
 import interop
-from errors import UserError
+from common.errors import UserError
 from model_builder import build_model
 
 SIZES = {

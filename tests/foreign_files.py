@@ -20,7 +20,7 @@ import transformers_models as reference
 from fuzzing import fuzzed
 
 import interop
-from errors import UserError
+from common.errors import UserError
 
 Case = tuple[str, Callable[[], str]]
 DEEP = '[' * 100_000

@@ -7,11 +7,11 @@ import pytest
 import torch
 from conftest import TINY_RUN
 
-import checkpointing
 import train
-from errors import run_script
+from common.errors import run_script
 from model_builder import Transformer
-from session import Session
+from training import checkpointing
+from training.session import Session
 from training_logger import latest_run, read_record
 
 

@@ -15,22 +15,22 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-import hardware
-import parallelism
 from benchmarks.contestants import form_make_believe_group
+from common import hardware
 from configurator import read_command_line
 from model_builder import parameter_groups
-from optimization import Updater
-from planning import completed
+from optim.step import Updater
+from parallel import strategies
+from planning.estimates import completed
 from training_config import Settings, load_settings, schema
 
 CPU = torch.device('cpu')
 
 
-def strategy(run) -> type[parallelism.SingleProcess]:
+def strategy(run) -> type[strategies.SingleProcess]:
     if run.use_fsdp:
-        return parallelism.FullySharded
-    return parallelism.ZeRO1 if run.use_zero1 else parallelism.DataParallel
+        return strategies.FullySharded
+    return strategies.ZeRO1 if run.use_zero1 else strategies.DataParallel
 
 
 class Training:
@@ -38,9 +38,9 @@ class Training:
 
     def __init__(self, settings: Settings):
         self.run, self.architecture = settings.run, settings.architecture
-        made = strategy(self.run) if settings.ranks > 1 else parallelism.SingleProcess
+        made = strategy(self.run) if settings.ranks > 1 else strategies.SingleProcess
         self.parallel = made(self.run, CPU)
-        recomputed = parallelism.recomputed_blocks(
+        recomputed = strategies.recomputed_blocks(
             self.run.activation_checkpointing, self.architecture.n_layer
         )
         bare, self.model = self.parallel.build(self.architecture, recomputed, False)
@@ -91,7 +91,7 @@ def main(path: str) -> None:
     cases = json.loads(Path(path).read_text())
     (ranks,) = {int(case[-1].partition('world_size=')[2]) for case in cases} - {1}
     group = form_make_believe_group(ranks)
-    parallelism.join = lambda device, timeout: group
+    strategies.join = lambda device, timeout: group
     print(json.dumps([measure(case) for case in cases]))
 
 

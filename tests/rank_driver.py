@@ -27,16 +27,16 @@ import torch.distributed as dist
 from torch._dynamo.utils import counters
 from torch.distributed.tensor import DTensor
 
-import errors
-import parallelism
 import train
-from checkpointing import Save
-from errors import UserError, run_script
-from interruption import Interruption
+from common import errors
+from common.errors import UserError, run_script
+from data.dataset import TokenDataset
 from model_builder import Transformer
-from optimization import Updater
-from ranks import Together, announce
-from token_data import TokenDataset
+from optim.step import Updater
+from parallel import strategies
+from parallel.process_group import Together, announce
+from training.checkpointing import Save
+from training.signals import Interruption
 
 ONE_TOO_MANY = 2  # in which update a special thing happens, counted from 0
 BATCHES = 4  # in an update
@@ -257,7 +257,7 @@ def run(plan: dict, rank: int, store: dist.Store | None) -> dict:
         if store is not None:
             known = dist.PrefixStore(plan['name'], store), dist.group.WORLD
             announce(known[0], rank)
-            patch.setattr(parallelism, 'join', lambda device, timeout: known)
+            patch.setattr(strategies, 'join', lambda device, timeout: known)
         if 'special' in plan:
             SPECIALS[plan['special']](patch, rank)
         with pytest.raises(SystemExit) as exit:

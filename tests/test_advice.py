@@ -16,11 +16,11 @@ from conftest import PROJECT
 from in_process import train_here
 
 import evaluate
+from common.errors import UserError
 from data import prepare
-from data.workers import in_order
-from errors import UserError
-from text_codec import Codec
-from token_data import load_dataset
+from data.dataset import load_dataset
+from data.preparation.workers import in_order
+from data.tokenizer import Codec
 
 TEXTS = [f'Document number {i} of a small corpus, {"and so on " * (i % 5)}' for i in range(60)]
 

@@ -21,6 +21,7 @@ from architectures import (
 from hypothesis import given, settings
 from torch.utils.flop_counter import FlopCounterMode
 
+from components.weight_initialization import initial_values
 from model_builder import (
     build_model,
     count_parameters,
@@ -35,7 +36,6 @@ from model_config import (
     ModelArchitectureConfig,
     architecture_options,
 )
-from weight_initialization import initial_values
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 

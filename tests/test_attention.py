@@ -10,9 +10,9 @@ from architectures import gradients, lively, some_tokens, tiny
 from torch.utils.flop_counter import FlopCounterMode
 
 from components.attention_backends import AttentionNeeds
+from inference.sampling import Sampler
 from model_builder import build_model, generate, recompute, training_flops
 from model_config import ATTENTION_BACKEND_REGISTRY, ATTENTION_REGISTRY
-from sampling import Sampler
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 

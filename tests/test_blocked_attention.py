@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from components import blocked_attention as module
+from components import cpu_attention as module
 from components.attention_backends import AttentionNeeds, ManualAttention, ScaledDotProductAttention
 
 SCALE = 0.3

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from architectures import covering, label, lively, some_tokens, tiny
 
-from components.cache import LayerCache
+from components.kv_cache import LayerCache
 from model_builder import generate
 from model_components import Attention, LatentAttention, MultiHeadAttention
 from model_config import ATTENTION_REGISTRY, PRESETS, ModelArchitectureConfig

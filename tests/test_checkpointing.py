@@ -21,17 +21,16 @@ import torch
 from conftest import TINY_RUN
 from fuzzing import CASES, fuzzed
 
-import checkpointing
-import divided_state
-import resumption
-from checkpointing import BrokenCheckpoint
+from common.errors import UserError
 from configurator import read_command_line
-from errors import UserError
+from data.dataset import load_dataset
+from data.token_files import file_sha256
 from model_builder import Transformer, parameter_groups
-from optimization import Updater
-from parallelism import SingleProcess
-from token_data import load_dataset
-from token_files import file_sha256
+from optim.step import Updater
+from parallel import sharded_state
+from parallel.strategies import SingleProcess
+from training import checkpointing, resumption
+from training.checkpointing import BrokenCheckpoint
 from training_config import load_settings, schema
 from training_logger import TrainingLogger, read_record
 
@@ -403,7 +402,7 @@ class Run:
         self.journal = json.dumps({**journal, 'architecture': {}})
         progress = resumption.Progress(1, 1, 5.5, 5.5, [5.6])
         index = resumption.checkpoint_index(settings, progress, {'threads': 1}, self.dataset)
-        state = divided_state.collect(parallel, model, updater)
+        state = sharded_state.collect(parallel, model, updater)
         self.checkpoint = checkpointing.save(self.folder / 'checkpoints', state, index).path
         self.state = copy.deepcopy(state)
 
@@ -431,7 +430,7 @@ class Run:
         resumed.check(settings)
         parallel, model, updater = self.build(settings)
         progress = resumed.restore(parallel, model, updater)
-        loaded = copy.deepcopy(divided_state.collect(parallel, model, updater))
+        loaded = copy.deepcopy(sharded_state.collect(parallel, model, updater))
         logger = TrainingLogger(self.folder, style='line', max_iters=1, stream=io.StringIO())
         resumed.report(logger, self.header, {'threads': 1})
         logger.finish('interrupted')

@@ -11,8 +11,8 @@ import torch
 import torch.nn as nn
 from architectures import tiny
 
-import optimizers
-from errors import UserError
+from common.errors import UserError
+from common.registry import Option, at_least
 from model_components import (
     Activation,
     Attention,
@@ -35,8 +35,8 @@ from model_config import (
     REGISTRIES,
     ROPE_SCALING_REGISTRY,
 )
-from optimization import Schedule
-from registry import Option, at_least
+from optim import optimizers
+from optim.step import Schedule
 from training_config import OPTIMIZER_REGISTRY, SCHEDULE_REGISTRY
 
 ALL = (*REGISTRIES, OPTIMIZER_REGISTRY, SCHEDULE_REGISTRY)

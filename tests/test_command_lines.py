@@ -8,7 +8,7 @@ from itertools import islice
 import pytest
 from command_lines import COMMANDS, bad_lines, main_of
 
-from errors import run_script
+from common.errors import run_script
 
 LINES = int(os.environ.get('FUZZ_CASES', '100'))
 

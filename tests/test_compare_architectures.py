@@ -28,12 +28,12 @@ from run_records import (
 from scipy import stats
 
 import compare_architectures as ca
+from common.errors import UserError
+from common.formatting import LISTED, duration, si
 from comparison.compare import compare
 from comparison.formats import render
-from comparison.formatting import LISTED, duration, si
 from comparison.runs import load, read_plan
 from comparison.tables import rank_ranges
-from errors import UserError
 
 
 @pytest.fixture

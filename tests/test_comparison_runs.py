@@ -9,10 +9,10 @@ import pytest
 from run_records import make_record, replicated, rows, run_rows, write
 
 import compare_architectures as ca
+from common.console_output import visible
 from comparison.compare import compare
 from comparison.formats import FORMATS, in_csv, in_markdown, render
 from comparison.runs import load, run_of
-from console_output import visible
 
 HERE = Path('out/run/record.json')
 
@@ -370,7 +370,7 @@ def test_the_answer_goes_in_the_direction_of_the_question(tmp_path, capsys):
     'argument', ['--margin=0', '--margin=-1', '--margin=nan', '--margin=x', '--fail_unless=good']
 )
 def test_mistakes_in_the_new_options(argument):
-    from errors import UserError
+    from common.errors import UserError
 
     with pytest.raises(UserError, match=r'margin|verdicts are better'):
         ca.parse([argument])

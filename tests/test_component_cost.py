@@ -1,8 +1,8 @@
 """benchmarks/component_cost.py: every component is measured, with what it needs to have a use."""
 
 from benchmarks.component_cost import variants
+from common.registry import Registry
 from model_config import ModelArchitectureConfig, architecture_options
-from registry import Registry
 
 
 def test_every_component_is_measured_with_what_it_needs():

@@ -9,10 +9,11 @@ from architectures import tiny
 from conftest import TINY_RUN
 from torch import nn
 
-import registry
 import train
-from component_faults import explain, is_foreign
-from errors import UserError, run_script
+from common import registry
+from common.errors import UserError, run_script
+from components.faults import explain, is_foreign
+from components.weight_initialization import name_seed
 from model_builder import build_model, check_calls, parameter_groups
 from model_components import Activation, Auxiliary, Initial, Positions
 from model_config import (
@@ -24,10 +25,9 @@ from model_config import (
     NORM_REGISTRY,
     POSITION_ENCODING_REGISTRY,
 )
-from optimizers import OptimizerComponent, torch_groups
-from parallelism import SingleProcess
+from optim.optimizers import OptimizerComponent, torch_groups
+from parallel.strategies import SingleProcess
 from training_config import OPTIMIZER_REGISTRY, SCHEDULE_REGISTRY
-from weight_initialization import name_seed
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -272,8 +272,8 @@ SOURCE = """
 import torch
 from model_components import Activation, Initial
 from model_config import ACTIVATION_REGISTRY
-from optimization import Schedule
-from optimizers import AdamW
+from optim.step import Schedule
+from optim.optimizers import AdamW
 from training_config import OPTIMIZER_REGISTRY, SCHEDULE_REGISTRY
 
 

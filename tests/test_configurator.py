@@ -4,6 +4,8 @@ import re
 
 import pytest
 
+from common.errors import UserError
+from common.registry import Option, Registry, at_least
 from configurator import (
     COMMAND_LINE,
     flatten,
@@ -11,8 +13,6 @@ from configurator import (
     format_help,
     read_command_line,
 )
-from errors import UserError
-from registry import Option, Registry, at_least
 
 SHAPES = Registry('shape', 'Shape', home='errors')
 for name in ('square', 'circle', 'dark_triangle'):

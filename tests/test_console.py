@@ -18,8 +18,9 @@ from sample_run import (
     iteration,
 )
 
-import console
-from console import (
+from common.errors import UserError
+from records import console
+from records.console import (
     Console,
     checkpoint_line,
     closing_block,
@@ -27,7 +28,6 @@ from console import (
     resume_report,
     startup_report,
 )
-from errors import UserError
 
 CLOSED = {
     'status': 'interrupted',

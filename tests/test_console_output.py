@@ -10,10 +10,17 @@ import unicodedata
 import pytest
 from conftest import PROJECT, TINY_RUN
 
-import console_output
+from common import console_output
+from common.console_output import (
+    OutputLost,
+    plain,
+    visible,
+    write_error,
+    write_progress,
+    write_text,
+)
+from common.errors import run_script
 from configurator import format_components, format_help
-from console_output import OutputLost, plain, visible, write_error, write_progress, write_text
-from errors import run_script
 from training_config import schema
 
 NARROW = ('ascii', 'cp1252', 'cp437', 'cp932', 'latin-1')
@@ -165,8 +172,8 @@ def test_no_file_gets_the_number_of_a_closed_stream(tmp_path):
 
 
 LONG = """
-from errors import run_script
-from console_output import write_progress
+from common.errors import run_script
+from common.console_output import write_progress
 run_script(lambda argv: write_progress('x' * 100_000) and 0)
 """
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from comparison import costs, runs
+from comparison.analysis import Group
 from comparison.costs import loss_at, pareto_front, same_cost
-from judgement import Group
 
 
 def record_of(evaluations):

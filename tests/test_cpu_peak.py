@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-import cpu_peak
-from cpu_peak import Best
+from common import cpu_peak
+from common.cpu_peak import Best
 
 CPU = 'Some CPU'
 

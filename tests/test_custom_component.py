@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from model_components import Norm, Positions, PositionEncoding
 from model_config import NORM_REGISTRY, POSITION_ENCODING_REGISTRY
-from registry import Option, above
+from common.registry import Option, above
 
 
 @NORM_REGISTRY.register('power_norm', source='made up')

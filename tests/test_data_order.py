@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from data_order import CHUNK, ORDERS, EpochOrder, RandomOrder, permuted, splitmix64, unpermuted
+from data.order import CHUNK, ORDERS, EpochOrder, RandomOrder, permuted, splitmix64, unpermuted
 
 # (tokens, block_size): one window and no token more, nearly two, one token left over, primes, …
 SIZES = [

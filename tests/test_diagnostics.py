@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from architectures import lively, some_tokens, tiny
 from in_process import train_here
 
-import diagnostics
 from model_builder import build_model, parameter_groups
-from parallelism import SingleProcess, prepare_blocks
+from parallel.strategies import SingleProcess, prepare_blocks
+from training import diagnostics
 
 ALONE = SingleProcess(None, torch.device('cpu'))
 MODELS = [

@@ -16,11 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-import text_files
-from data import corpus_files, documents
-from data.corpus_files import find_files
-from data.documents import Files, HuggingFace, Invalid, Position
-from errors import UserError
+from common import text_files
+from common.errors import UserError
+from data.preparation import corpus_files, sources
+from data.preparation.corpus_files import find_files
+from data.preparation.sources import Files, HuggingFace, Invalid, Position
 
 TEXTS = [f'Document {i} — naïve\n' * (1 + i % 7) for i in range(60)]
 
@@ -68,8 +68,8 @@ def test_every_kind_of_file_gives_its_documents_in_order(corpus):
 
 @pytest.mark.parametrize('size', [1, 300, 2000])
 def test_a_source_goes_on_from_any_position(corpus, monkeypatch, size):
-    monkeypatch.setattr(documents, 'PIECE_BYTES', size)
-    monkeypatch.setattr(documents, 'ROWS', 4)
+    monkeypatch.setattr(sources, 'PIECE_BYTES', size)
+    monkeypatch.setattr(sources, 'ROWS', 4)
     pieces = list(files(corpus).pieces())
     done = [piece.position.done for piece in pieces]
     assert done == sorted(done) and done[-1] == files(corpus).total
@@ -82,7 +82,7 @@ def test_a_source_goes_on_from_any_position(corpus, monkeypatch, size):
 
 @pytest.mark.parametrize('limit', [1, 25, 59, 60, 61])
 def test_only_the_first_documents(corpus, monkeypatch, limit):
-    monkeypatch.setattr(documents, 'PIECE_BYTES', 300)
+    monkeypatch.setattr(sources, 'PIECE_BYTES', 300)
     source = files(corpus, max_documents=limit)
     assert texts_of(source) == TEXTS[:limit]
     pieces = list(source.pieces())
@@ -171,7 +171,7 @@ def test_a_damaged_file_is_named_and_the_next_is_read(tmp_path, kind, says):
 
 
 def test_a_line_without_end_is_not_taken_into_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(documents, 'LINE_LIMIT', 1000)
+    monkeypatch.setattr(sources, 'LINE_LIMIT', 1000)
     (tmp_path / 'a.jsonl').write_bytes(lines_of(TEXTS[:3]).encode() + b'x' * 5000)
     *good, bad = (record for piece in files(tmp_path).pieces() for record in piece.records)
     assert [record.text() for record in good] == TEXTS[:3]
@@ -305,7 +305,7 @@ FORMS = {
 @pytest.mark.parametrize('compression', COMPRESS)
 @pytest.mark.parametrize('form', FORMS)
 def test_json_is_read_in_every_form(tmp_path, monkeypatch, form, compression):
-    monkeypatch.setattr(documents, 'PIECE_BYTES', 300)
+    monkeypatch.setattr(sources, 'PIECE_BYTES', 300)
     monkeypatch.setattr(text_files, 'CHUNK', 64)
     path = tmp_path / (form + compression)
     path.write_bytes(COMPRESS[compression](FORMS[form].encode()))
@@ -350,7 +350,7 @@ def test_compressed_texts_are_cut_like_plain_ones(tmp_path, monkeypatch):
     ],
 )
 def test_json_that_is_none_is_named_with_its_place(tmp_path, monkeypatch, name, content, says):
-    monkeypatch.setattr(documents, 'LINE_LIMIT', 1000)
+    monkeypatch.setattr(sources, 'LINE_LIMIT', 1000)
     monkeypatch.setattr(text_files, 'CHUNK', 64)
     (tmp_path / name).write_text(content)
     *good, bad = (r for piece in files(tmp_path / name).pieces() for r in piece.records)
@@ -402,7 +402,7 @@ def test_a_name_that_stands_for_nothing(tmp_path, monkeypatch, name, says):
 
 def test_a_dataset_of_hugging_faces_is_read_as_it_arrives(corpus, tmp_path, monkeypatch):
     """From a folder, by the package itself; on the hub only where the bytes come from differs."""
-    monkeypatch.setattr(documents, 'PIECE_BYTES', 300)
+    monkeypatch.setattr(sources, 'PIECE_BYTES', 300)
     (tmp_path / 'train.jsonl').write_text(lines_of(TEXTS))
     pieces = list(HuggingFace(str(tmp_path), None, 'train', 'text', None).pieces())
     assert len(pieces) > 3

@@ -8,12 +8,12 @@ import pytest
 import torch
 from conftest import PROJECT
 
-import checkpointing
-from console_output import visible
+from common.console_output import visible
+from data.tokenizer import Codec
+from inference.sampling import Sampler
 from model_builder import build_model, generate
 from model_config import ModelArchitectureConfig
-from sampling import Sampler
-from text_codec import Codec
+from training import checkpointing
 
 
 def record_of(folder):

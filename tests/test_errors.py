@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from conftest import PROJECT
 
-import errors
-from errors import UserError, nearest, run_script
+from common import errors
+from common.errors import UserError, nearest, run_script
 
 
 def outcome(main, argv=()):
@@ -93,7 +93,7 @@ def test_a_fault_of_the_program_keeps_its_traceback():
 
 def test_a_reader_that_goes_away_is_no_error():
     program = (
-        'from errors import run_script\n'
+        'from common.errors import run_script\n'
         "run_script(lambda argv: print(*range(10**5), sep='\\n', flush=True), [])"
     )
     writer = subprocess.Popen(

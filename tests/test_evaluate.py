@@ -10,13 +10,12 @@ import scipy.stats
 import torch
 from in_process import train_here
 
-import choice_items
 import evaluate
 import interop
-import scoring
-from errors import UserError, run_script
-from text_codec import Codec
-from token_files import Split
+from common.errors import UserError, run_script
+from data.token_files import Split
+from data.tokenizer import Codec
+from inference import multiple_choice, scoring
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -307,7 +306,7 @@ def test_items_keep_within_documents(of_bytes, tmp_path, monkeypatch):
     for item in map(json.loads, path.read_text().splitlines()):
         letters = {*item['context'], *item['choices'][item['answer']]} - {' '}
         assert len(letters) == 1 and letters < set('abcde')
-    assert choice_items.items_from(['too short ' * 20], 5) == []
+    assert multiple_choice.items_from(['too short ' * 20], 5) == []
 
 
 MISTAKES = {

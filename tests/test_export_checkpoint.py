@@ -14,10 +14,10 @@ from in_process import train_here
 
 import export_checkpoint
 import interop
-from errors import UserError, run_script
+from common.errors import UserError, run_script
+from data.tokenizer import Codec
 from model_builder import Transformer, build_model
 from model_config import ModelArchitectureConfig
-from text_codec import Codec
 
 safetensors = pytest.importorskip('safetensors.torch')
 TOKENS = torch.arange(24).view(2, 12) * 7 % 256

@@ -9,7 +9,7 @@ from architectures import lively, tiny
 from safetensors.torch import load_file, save_file
 
 import interop
-from errors import UserError
+from common.errors import UserError
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 UNEVEN_EXPERTS = {'n_embd': 24, 'n_head': 16}  # whose rows are of whole 16 bytes

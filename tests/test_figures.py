@@ -18,9 +18,9 @@ from sample_run import (
     iteration,
 )
 
-from data_order import EpochOrder, RandomOrder
-from resumption import Progress
-from token_data import TokenDataset
+from data.dataset import TokenDataset
+from data.order import EpochOrder, RandomOrder
+from training.resumption import Progress
 from training_logger import assemble, read_outline, read_record
 
 PER_TOKEN = STARTUP_INFO['flops']['per_token']

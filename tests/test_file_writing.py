@@ -5,9 +5,9 @@ import os
 
 import pytest
 
-import file_writing
-from errors import UserError
-from file_writing import check_destination, replace_file, write_file
+from common import files
+from common.errors import UserError
+from common.files import check_destination, replace_file, write_file
 
 
 @pytest.mark.parametrize('function', ['fsync', 'replace'])
@@ -18,7 +18,7 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch,
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(file_writing.os, function, full)
+    monkeypatch.setattr(files.os, function, full)
     with pytest.raises(UserError, match=r'a\.json: cannot be written \(No space left on device\)'):
         write_file(path, b'new')
     assert path.read_bytes() == b'old'
@@ -30,7 +30,7 @@ def test_what_is_written_is_on_the_disk_before_it_has_its_name(tmp_path, monkeyp
     for name in ('fsync', 'replace'):
         real = getattr(os, name)
         monkeypatch.setattr(
-            file_writing.os, name, lambda *a, name=name, real=real: (order.append(name), real(*a))
+            files.os, name, lambda *a, name=name, real=real: (order.append(name), real(*a))
         )
     replace_file(tmp_path / 'a', b'new')
     assert order == ['fsync', 'replace'] and (tmp_path / 'a').read_bytes() == b'new'
@@ -44,6 +44,6 @@ def test_a_link_stays_a_link(tmp_path):
 
 
 def test_no_permission_is_said_beforehand(tmp_path, monkeypatch):
-    monkeypatch.setattr(file_writing.os, 'access', lambda *_: False)  # root may write everywhere
+    monkeypatch.setattr(files.os, 'access', lambda *_: False)  # root may write everywhere
     with pytest.raises(UserError, match='no permission to write in the folder'):
         check_destination('--plot', tmp_path / 'p.png', ('.png',))

@@ -10,7 +10,7 @@ from foreign_files import Folders, outcome
 from safetensors.torch import load_file, save_file
 
 import interop
-from errors import UserError
+from common.errors import UserError
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 

@@ -10,7 +10,7 @@ import pytest
 from conftest import PROJECT, TINY_RUN
 from in_process import train_here
 
-import checkpointing
+from training import checkpointing
 from training_logger import RECORD, latest_run, read_record
 
 resource = pytest.importorskip('resource')
@@ -18,7 +18,7 @@ resource = pytest.importorskip('resource')
 LIMITED = """
 import resource, sys
 import train
-from errors import run_script
+from common.errors import run_script
 
 limit = int(sys.argv.pop(1))  # of bytes in a file; Python is told by an error, not killed
 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))

@@ -2,8 +2,8 @@
 
 import pytest
 
-import gpu_specs
-from gpu_specs import peak_for_name, peak_of_products
+from common import gpu_specs
+from common.gpu_specs import peak_for_name, peak_of_products
 
 # As drivers call them; dense TFLOP/s in bf16, fp16, tf32, fp32, fp8 from the makers' data sheets.
 KNOWN = {

@@ -13,9 +13,8 @@ import torch
 from conftest import PROJECT
 from torch._functorch import config as functorch_config
 
-import gpu_specs
-import hardware
-from errors import UserError
+from common import gpu_specs, hardware
+from common.errors import UserError
 
 CPU = torch.device('cpu')
 

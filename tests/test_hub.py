@@ -10,9 +10,9 @@ import pytest
 import torch
 import transformers_models as reference
 
-import hub
 import interop
-from errors import UserError
+from common.errors import UserError
+from interop import hub
 
 REVISION = '0123456789abcdef' * 2 + '01234567'
 GPT2 = {'model_type': 'gpt2', 'n_layer': 1, 'n_head': 2, 'n_embd': 8, 'n_positions': 8}

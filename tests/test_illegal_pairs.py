@@ -2,9 +2,9 @@
 
 import pytest
 
+from common.registry import Configurable, Registry
 from configurator import Layer
 from model_config import ModelArchitectureConfig, architecture_options
-from registry import Configurable, Registry
 
 MLA = {'attention_type': 'mla'}
 ROPE = {'position_encoding': 'rope'}

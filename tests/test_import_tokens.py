@@ -7,12 +7,12 @@ import shlex
 import numpy as np
 import pytest
 
+from common.errors import UserError
 from data import import_tokens
-from errors import UserError
-from text_codec import Codec
-from token_data import load_dataset
-from token_files import SPLITS
-from token_formats import Ids, recognize
+from data.dataset import load_dataset
+from data.token_files import SPLITS
+from data.token_formats import Ids, recognize
+from data.tokenizer import Codec
 
 TEXT = 'The quick brown fox jumps over a lazy dog, and 17 other animals — naïvely — again.\n' * 60
 GPT2 = np.array(Codec({'kind': 'gpt2'}).encode(TEXT))

@@ -8,9 +8,9 @@ import tracemalloc
 import numpy as np
 import pytest
 
+from common.errors import UserError
 from data import inspect_tokens
-from errors import UserError
-from token_data import load_dataset
+from data.dataset import load_dataset
 
 END = 256  # of a document of bytes
 DOCUMENTS = ['naïve – 日本語\x1b[31m\n', '', 'a' * 5, 'to be', *('x' * n for n in (60, 64, 700))]

@@ -14,7 +14,7 @@ from in_process import joined, train_here
 from safetensors.torch import load_file
 
 import interop
-from errors import UserError
+from common.errors import UserError
 from model_builder import build_model
 from model_config import ModelArchitectureConfig
 from training_logger import latest_run, read_record

@@ -9,9 +9,9 @@ import time
 import pytest
 from conftest import PROJECT, TINY_RUN
 
-import checkpointing
-from interruption import Interruption
-from ranks import Alone
+from parallel.process_group import Alone
+from training import checkpointing
+from training.signals import Interruption
 from training_logger import latest_run, read_record
 
 if not hasattr(signal, 'SIGUSR1'):
@@ -21,7 +21,7 @@ if not hasattr(signal, 'SIGUSR1'):
 DRIVER = """
 import os, pathlib, signal, sys, time
 import checkpointing, token_data, train
-from errors import run_script
+from common.errors import run_script
 
 {preparation}
 run_script(train.main)

@@ -9,9 +9,9 @@ import types
 
 import pytest
 
-import judgement
+from comparison import analysis
+from comparison.analysis import Group
 from comparison.significance import detectable_ratio
-from judgement import Group
 
 
 def run(seeds, loss, outcome='finished'):
@@ -37,24 +37,24 @@ def test_main_effects_and_dependences_of_an_additive_grid():
         ({'a': i, 'b': j}, group({s: 3 + a[i] + b[j] + noise for s, noise in seeds.items()}))
         for i, j in itertools.product(a, b)
     ]
-    effects = {(e.option, e.value): e for e in judgement.main_effects(placed)}
+    effects = {(e.option, e.value): e for e in analysis.main_effects(placed)}
     assert {key: e.mean for key, e in effects.items()} == {
         ('a', 'y'): pytest.approx(-0.3),
         ('a', 'z'): pytest.approx(0.1),
         ('b', 2): pytest.approx(0.25),
     }
     assert effects['a', 'y'].pairs == 6 and effects['b', 2].pairs == 9
-    found = judgement.interactions(placed)
+    found = analysis.interactions(placed)
     assert len(found) == 2 and all(i.mean == pytest.approx(0, abs=1e-12) for i in found)
 
     placed[-1] = (placed[-1][0], group({s: loss - 1 for s, loss in placed[-1][1].losses.items()}))
-    means = {i.values: i.mean for i in judgement.interactions(placed)}
+    means = {i.values: i.mean for i in analysis.interactions(placed)}
     assert means == {('y', 2): pytest.approx(0, abs=1e-12), ('z', 2): pytest.approx(-1)}
 
 
 def test_effects_leave_out_what_has_no_counterpart():
     placed = [({'a': 1}, group({(1, 1): 2.0})), ({'a': 2}, group({(2, 2): 3.0}))]
-    (effect,) = judgement.main_effects(placed)
+    (effect,) = analysis.main_effects(placed)
     assert (effect.mean, effect.difference, effect.pairs) == (None, None, 0)
 
 
@@ -72,7 +72,7 @@ def test_main_effects_take_the_seed_as_the_unit():
             for b in range(4)
             for a in (0, 1)
         ]
-        effect = next(e for e in judgement.main_effects(placed) if e.option == 'A')
+        effect = next(e for e in analysis.main_effects(placed) if e.option == 'A')
         significant += effect.difference.p_value < 0.05
     assert 0.01 < significant / trials < 0.09  # 5 %, and three standard errors
 
@@ -88,7 +88,7 @@ def test_effects_go_over_the_seeds_that_every_cell_has():
         ({'a': a, 'b': b}, group({(s, s): x for s, x in losses.items()}))
         for (a, b), losses in cells.items()
     ]
-    effect = next(e for e in judgement.main_effects(placed) if e.option == 'a')
+    effect = next(e for e in analysis.main_effects(placed) if e.option == 'a')
     assert (effect.mean, effect.difference, effect.pairs) == (pytest.approx((1 + 3) / 2), None, 2)
 
 
@@ -100,7 +100,7 @@ def shifted(shift, count=5):
 
 
 def verdict_of(variant, baseline, **options):
-    return judgement.judge([variant, baseline], baseline, **options)[0]
+    return analysis.judge([variant, baseline], baseline, **options)[0]
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def test_a_diverged_run_blocks_what_favors_its_group(
         assert '1 of 6 seeds' in verdict.reasons[0] and 'diverged' in verdict.reasons[0]
 
 
-@pytest.mark.parametrize('outcome', ['interrupted', 'running', 'failed', judgement.UNMEASURED])
+@pytest.mark.parametrize('outcome', ['interrupted', 'running', 'failed', analysis.UNMEASURED])
 @pytest.mark.parametrize('which', [0, 1])
 def test_an_unfinished_run_makes_a_verdict_provisional(outcome, which):
     groups = [group(shifted(shift), **{outcome: None} if n == which else {})
@@ -178,7 +178,7 @@ def test_a_repeated_run_counts_once_and_divergence_is_not_undone():
         run((3, 3), None, 'interrupted'),
         run((3, 3), None, 'running'),
     ]
-    (merged,) = judgement.group_runs(runs, lambda run: 'one')
+    (merged,) = analysis.group_runs(runs, lambda run: 'one')
     assert merged.losses == {(1, 1): 3.0}
     assert merged.outcomes == {'finished': 1, 'diverged': 1, 'running': 1}
 
@@ -198,7 +198,7 @@ def experiment(draw, effects, seeds=5, lose=()):
                 [run(s, *((None, 'diverged') if s in worst else (x,))) for s, x in losses.items()]
             )
         )
-    return judgement.judge(groups, groups[0])
+    return analysis.judge(groups, groups[0])
 
 
 @pytest.mark.parametrize('lose', [(0,), (1,), (0, 1)])
@@ -236,7 +236,7 @@ def test_a_run_that_blew_up_is_no_noise_of_the_others():
         group({(s, s): 3 + shift + draw.gauss(0, 0.01) for s in range(3)})
         for shift in (0.0, -0.2, 0.1)
     ]
-    before = judgement.judge(groups, groups[0])[1].difference
+    before = analysis.judge(groups, groups[0])[1].difference
     groups.append(group({(1, 1): 3.0, (2, 2): 31.0, (3, 3): 3.0}))
     groups[-1].members[1].blown_up = True
-    assert judgement.judge(groups, groups[0])[1].difference == before
+    assert analysis.judge(groups, groups[0])[1].difference == before

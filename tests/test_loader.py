@@ -1,7 +1,7 @@
 """benchmarks/loader.py: an epoch of a file is read in memory that stays the same."""
 
 from benchmarks import loader
-from token_data import load_dataset
+from data.dataset import load_dataset
 
 
 def test_an_epoch_visits_every_window_and_takes_no_memory(tmp_path, monkeypatch):

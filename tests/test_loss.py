@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from components import loss as module
-from components.loss import cross_entropy_, linear_cross_entropy
+from components import linear_cross_entropy as module
+from components.linear_cross_entropy import cross_entropy_, linear_cross_entropy
 
 IGNORED = -100
 

@@ -15,12 +15,11 @@ from conftest import PROJECT, TINY_RUN
 from in_process import joined, train_here
 from torch.utils.flop_counter import FlopCounterMode
 
-import gpu_specs
-import hardware
-import parallelism
+from common import gpu_specs, hardware
+from data.dataset import digest, load_dataset
 from model_builder import build_model, training_flops
-from parallelism import prepare_blocks, recomputed_blocks
-from token_data import digest, load_dataset
+from parallel import strategies
+from parallel.strategies import prepare_blocks, recomputed_blocks
 
 BLOCK, DATA_SEED = TINY_RUN['block_size'], 5
 SEQUENCES = 8  # in an update
@@ -236,14 +235,14 @@ def test_time_is_of_training_alone(tiny_dataset, tmp_path, monkeypatch):
         now += 1.0 if module.training else 100.0
 
     monkeypatch.setattr(hardware, 'time', SimpleNamespace(perf_counter=lambda: now))
-    build = parallelism.build_model
+    build = strategies.build_model
 
     def build_ticking(*arguments):
         model = build(*arguments)
         model.register_forward_pre_hook(tick)
         return model
 
-    monkeypatch.setattr(parallelism, 'build_model', build_ticking)
+    monkeypatch.setattr(strategies, 'build_model', build_ticking)
     record = train_here(
         tiny_dataset, tmp_path, **{**MEASURED, 'max_iters': 9, 'log_interval': 4}
     ).record

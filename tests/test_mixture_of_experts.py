@@ -13,11 +13,11 @@ from in_process import train_here
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from components.mixture_of_experts import ExpertLinear, MixtureOfExperts, grouped_mm
-from errors import UserError
+from common.errors import UserError
+from components.moe import ExpertLinear, MixtureOfExperts, grouped_mm
+from components.weight_initialization import initialize
 from model_builder import build_model, count_parameters, training_flops
 from model_config import FFN_REGISTRY
-from weight_initialization import initialize
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 import transformers_models as reference
 from architectures import covering, gradients, label, lively, some_tokens, tiny
 
-from errors import UserError
+from common.errors import UserError
+from inference.sampling import Sampler
 from model_builder import (
     build_model,
     count_parameters,
@@ -19,7 +20,6 @@ from model_builder import (
     training_flops,
 )
 from model_config import NORM_REGISTRY, ModelArchitectureConfig
-from sampling import Sampler
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from architectures import gradients, lively, some_tokens, tiny
 
-from errors import UserError
+from common.errors import UserError
 from model_builder import build_model
 from model_components import (
     AttentionNeeds,

@@ -6,15 +6,15 @@ import pytest
 import torch
 
 import model_components  # noqa: F401  fills the registries before the parameters below are listed
+from common.errors import UserError
+from common.registry import Registry
 from configurator import Layer
-from errors import UserError
 from model_builder import build_model, training_flops
 from model_config import (
     PRESETS,
     ModelArchitectureConfig,
     architecture_options,
 )
-from registry import Registry
 
 SMALL = {'n_layer': 2, 'n_head': 2, 'n_embd': 32, 'block_size': 16, 'vocab_size': 50}
 

@@ -10,12 +10,11 @@ import pytest
 import torch
 from in_process import Run, train_here
 
-import checkpointing
-import parallelism
-import stability
+from data.dataset import TokenDataset
 from model_builder import build_model
-from optimization import Updater
-from token_data import TokenDataset
+from optim.step import Updater
+from parallel import strategies
+from training import checkpointing, stability
 
 SEQUENCES = 4  # in an update, two micro-batches of two
 OPTIONS = {'eval_iters': 1, 'n_layer': 1, 'learning_rate': 1e-2, 'warmup_iters': 0}
@@ -31,7 +30,7 @@ def broken_data(monkeypatch):
     asked = []
 
     def install(is_bad, kind: str = 'loss') -> list[int]:
-        batch, build = TokenDataset.batch, parallelism.build_model
+        batch, build = TokenDataset.batch, strategies.build_model
 
         def noted_batch(dataset, order, first_number, count):
             asked.append(first_number)
@@ -55,7 +54,7 @@ def broken_data(monkeypatch):
             return model
 
         monkeypatch.setattr(TokenDataset, 'batch', noted_batch)
-        monkeypatch.setattr(parallelism, 'build_model', build_damaged)
+        monkeypatch.setattr(strategies, 'build_model', build_damaged)
         return asked
 
     return install
@@ -289,7 +288,7 @@ def test_there_is_nothing_to_go_back_to_before_the_first_checkpoint(
 def test_an_evaluation_that_is_not_finite_is_no_best_and_stops_nothing(
     tiny_dataset, tmp_path, monkeypatch, call, split
 ):
-    build, calls = parallelism.build_model, itertools.count()
+    build, calls = strategies.build_model, itertools.count()
 
     def damage(model, arguments, output):
         if isinstance(output, torch.Tensor):  # no loss: the model is checked at start
@@ -303,7 +302,7 @@ def test_an_evaluation_that_is_not_finite_is_no_best_and_stops_nothing(
         model.register_forward_hook(damage)
         return model
 
-    monkeypatch.setattr(parallelism, 'build_model', build_damaged)
+    monkeypatch.setattr(strategies, 'build_model', build_damaged)
     run = train_here(tiny_dataset, tmp_path, **OPTIONS, max_iters=4, eval_interval=2)
     assert run.code == 0
     steps = run.record['eval_steps']

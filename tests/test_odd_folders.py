@@ -10,7 +10,7 @@ import pytest
 from conftest import TINY_RUN
 from in_process import train_here
 
-from errors import run_script
+from common.errors import run_script
 
 TINY = [f'--{key}={value}' for key, value in TINY_RUN.items()]
 

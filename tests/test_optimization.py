@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from in_process import train_here
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import divided_state
-import planning
+from common.errors import UserError
 from configurator import read_command_line
-from errors import UserError
 from model_builder import ParameterGroup
-from optimization import Updater, learning_rate_at
-from parallelism import SingleProcess
+from optim.step import Updater, learning_rate_at
+from parallel import sharded_state
+from parallel.strategies import SingleProcess
+from planning import estimates
 from training_config import (
     OPTIMIZER_REGISTRY,
     SCHEDULE_REGISTRY,
@@ -250,7 +250,7 @@ def test_what_a_schedule_comes_to_is_said_in_the_run_and_in_the_plan(tiny_datase
     assert any(note.startswith('lr_decay_iters=2 is below max_iters=4') for note in said)
     rates = [entry['lr'] for entry in run.record['training_iterations']]
     assert rates[2:] == [run.record['config']['min_lr']] * 2
-    plan = planning.plan(
+    plan = estimates.plan(
         planned_settings(max_iters=4, warmup_iters=9, n_layer=1, n_embd=8, n_head=1)
     )
     assert any(note.startswith('warmup_iters=9 is not below') for note in plan['notes'])
@@ -466,9 +466,9 @@ def test_a_saved_and_loaded_updater_goes_on_bit_for_bit(optimizer, dtype):
     with torch.no_grad():
         for parameter in other.parameters:
             parameter.fill_(math.nan)  # the weights come with the rest
-    state = divided_state.collect(one.parallel, module_of(one), one)
-    stored = divided_state.StoredState([state])
-    divided_state.restore(stored, other.parallel, module_of(other), other)
+    state = sharded_state.collect(one.parallel, module_of(one), one)
+    stored = sharded_state.StoredState([state])
+    sharded_state.restore(stored, other.parallel, module_of(other), other)
     before = snapshot(one)
     for updater in (other, one):
         assert equal(snapshot(updater), before)  # the other's update did not reach into this one

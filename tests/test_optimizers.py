@@ -8,8 +8,8 @@ from test_optimization import CPU, options
 
 from model_builder import ParameterGroup, build_model, parameter_groups
 from model_config import ModelArchitectureConfig
-from optimizers import orthogonalized
-from parallelism import SingleProcess
+from optim.optimizers import orthogonalized
+from parallel.strategies import SingleProcess
 from training_config import OPTIMIZER_REGISTRY
 
 DECAY = 0.1

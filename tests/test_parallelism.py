@@ -16,11 +16,11 @@ import torch
 from conftest import PROJECT, TINY_RUN
 from event_files import assert_holds
 
-import checkpointing
 import export_checkpoint
 from benchmarks import fault_run
 from model_builder import build_model
 from model_config import ModelArchitectureConfig
+from training import checkpointing
 from training_logger import latest_run, read_record
 
 fcntl = pytest.importorskip('fcntl', reason='ranks are forked')
@@ -714,7 +714,7 @@ def test_torchrun_starts_it_as_the_readme_says(tmp_path, tiny_dataset):
 
 MISTAKEN = """
 import errors, os, time
-from errors import UserError, run_script
+from common.errors import UserError, run_script
 
 errors.PATIENCE = 3
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from common.errors import ArgumentParser, UserError
+from common.paths import BadPath, expand_home
 from configurator import flatten, read_command_line
-from errors import ArgumentParser, UserError
-from paths import BadPath, expand_home
 from training_config import schema
 
 LONG = 'a' * 300

@@ -12,16 +12,14 @@ from conftest import PROJECT
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 
-import gpu_specs
-import hardware
-import planning
-import simulation
-from components.loss import CHUNK_BYTES, SCRATCH_BYTES
+from common import gpu_specs, hardware
+from common.errors import UserError
+from components.linear_cross_entropy import CHUNK_BYTES, SCRATCH_BYTES
 from configurator import read_command_line
-from errors import UserError
 from model_builder import Transformer, build_model, count_parameters, training_flops
 from model_config import ModelArchitectureConfig
-from parallelism import prepare_blocks, recomputed_blocks
+from parallel.strategies import prepare_blocks, recomputed_blocks
+from planning import estimates, simulation
 from training_config import Settings, load_settings, schema
 
 SMALL = {
@@ -49,7 +47,7 @@ def settings_of(**options) -> Settings:
 
 @cache
 def _plan(options: tuple) -> dict:
-    return planning.plan(settings_of(**dict(options)))
+    return estimates.plan(settings_of(**dict(options)))
 
 
 def plan(**options) -> dict:
@@ -110,7 +108,7 @@ def test_memory_is_what_training_takes(tmp_path):
 def test_a_micro_step_is_what_torchs_tracker_sees(dtype, checkpointing, tied):
     options = {**SMALL, 'weight_tying': tied, 'dtype': dtype, 'device': 'cpu'}
     settings = settings_of(**options, gradient_accumulation_steps=1)
-    completed, _ = planning.completed(settings, None)
+    completed, _ = estimates.completed(settings, None)
     recomputed = recomputed_blocks(checkpointing, 4)
     simulated = simulation.Simulation(completed.run, completed.architecture, on_gpu=False)
     ours = max(m.held.sum() for m in simulated.micro_step(2, recomputed, accumulates=False))
@@ -140,7 +138,7 @@ def test_a_micro_step_is_what_torchs_tracker_sees(dtype, checkpointing, tied):
 )
 def test_equal_blocks_need_not_all_be_run(monkeypatch, checkpointing, options, accumulates):
     settings = settings_of(**{**SMALL, 'n_layer': 9}, **options, device='cpu')
-    completed, _ = planning.completed(settings, None)
+    completed, _ = estimates.completed(settings, None)
     simulated = simulation.Simulation(completed.run, completed.architecture, on_gpu=True)
     recomputed = recomputed_blocks(checkpointing, 9)
     assert simulation._period(simulated.blocks, set(recomputed)) < 3
@@ -264,7 +262,7 @@ def test_no_gpu_no_verdict():
     planned = plan(**SMALL)
     assert planned['time'] is None
     assert {found['fits'] for found in planned['memory'].values()} == {None}
-    report = planning.report(settings_of(**SMALL))
+    report = estimates.report(settings_of(**SMALL))
     assert '--gpu=' in report and 'Largest batch_size' not in report
 
 
@@ -360,5 +358,5 @@ def test_the_command_needs_nothing_and_writes_nothing(run_script, tmp_path):
 )
 def test_a_mistake_is_told(arguments, said):
     with pytest.raises(UserError) as error:
-        planning.report(load_settings(read_command_line(arguments, schema)))
+        estimates.report(load_settings(read_command_line(arguments, schema)))
     assert said in str(error.value)

@@ -9,8 +9,10 @@ import pytest
 from run_records import STUDY, compared, decaying, study_record, write_study
 
 import compare_architectures as ca
-import file_writing
+from common import files
+from common.errors import UserError
 from comparison import plots
+from comparison.analysis import DIVERGED
 from comparison.panels import (
     BLOWN_UP,
     LONGEST_LABEL,
@@ -25,8 +27,6 @@ from comparison.panels import (
     shortened,
     style_number,
 )
-from errors import UserError
-from judgement import DIVERGED
 
 matplotlib = pytest.importorskip('matplotlib')
 
@@ -414,7 +414,7 @@ def test_a_full_disk_takes_the_picture_and_not_the_text(tmp_path, monkeypatch, c
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     study(tmp_path)
-    monkeypatch.setattr(file_writing.os, 'fsync', full)
+    monkeypatch.setattr(files.os, 'fsync', full)
     with pytest.raises(UserError, match=r'cannot be written \(No space left'):
         ca.main([str(tmp_path), f'--plot={tmp_path / "plot.png"}'])
     assert not [*tmp_path.glob('plot*')]

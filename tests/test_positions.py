@@ -6,8 +6,8 @@ import pytest
 import torch
 from architectures import lively, some_tokens, tiny
 
+from common.errors import UserError
 from components.positions import alibi_slopes, rotary_frequencies
-from errors import UserError
 from model_builder import build_model
 from model_config import POSITION_ENCODING_REGISTRY, ROPE_SCALING_REGISTRY
 

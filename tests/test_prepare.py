@@ -20,13 +20,14 @@ from conftest import PROJECT, TINY_RUN
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import documents, preparation, prepare, token_writer, tokenizer_training
-from data.preparation import ByHash
-from data.workers import in_order
-from errors import UserError
-from text_codec import Codec
-from token_data import load_dataset
-from token_files import SPLITS
+from common.errors import UserError
+from data import prepare
+from data.dataset import load_dataset
+from data.preparation import pipeline, sources, token_writer, train_tokenizer
+from data.preparation.pipeline import ByHash
+from data.preparation.workers import in_order
+from data.token_files import SPLITS
+from data.tokenizer import Codec
 
 WORDS = [
     'the',
@@ -48,7 +49,7 @@ TEXTS = [' '.join(choose(WORDS) for _ in range(choose(range(1, 90)))) + f' {i}' 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch):
     """Some thirty pieces, and a journal line at once for each."""
-    monkeypatch.setattr(documents, 'PIECE_BYTES', 3000)
+    monkeypatch.setattr(sources, 'PIECE_BYTES', 3000)
     monkeypatch.setattr(token_writer, 'COMMIT_SECONDS', 0)
 
 
@@ -217,7 +218,7 @@ def test_byte_pairs_see_no_validation_text(tmp_path):
 
 
 def test_large_corpora_train_byte_pairs_on_a_part(corpus, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(tokenizer_training, 'TRAINING_BYTES', 20_000)
+    monkeypatch.setattr(train_tokenizer, 'TRAINING_BYTES', 20_000)
     run(corpus, f'--out={tmp_path}', '--tokenizer=bpe')
     share = 20_000 / sum(path.stat().st_size for path in corpus.iterdir())
     assert f'on {share:.1%} of the training documents' in capsys.readouterr().out
@@ -312,13 +313,13 @@ def test_work_done_before_an_end_is_not_done_again(corpus, tmp_path, capsys, mon
     lines = (tmp_path / 'unfinished.tmp' / 'journal.jsonl').read_text().splitlines()
     kept = json.loads(lines[-1])['position'][1]
     encoded = []
-    real = preparation.Encoder.__call__
+    real = pipeline.Encoder.__call__
 
     def watched(self, piece):
         encoded.append(piece)
         return real(self, piece)
 
-    monkeypatch.setattr(preparation.Encoder, '__call__', watched)
+    monkeypatch.setattr(pipeline.Encoder, '__call__', watched)
     run(corpus, f'--out={tmp_path}', '--tokenizer=byte')
     total = sum(path.stat().st_size for path in corpus.iterdir())
     assert 0 < kept < total

@@ -4,7 +4,7 @@ import pytest
 
 from benchmarks import process_speed as speed
 from benchmarks.process_speed import ALONE, STRATEGIES, Team
-from errors import UserError
+from common.errors import UserError
 
 
 def team(seconds, gigabytes=1.0, tokens=100, sent=0.0):

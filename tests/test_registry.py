@@ -5,8 +5,17 @@ import pickle
 
 import pytest
 
-from errors import UserError
-from registry import AnyBut, FrozenConfig, Option, Registry, above, at_least, between, fraction
+from common.errors import UserError
+from common.registry import (
+    AnyBut,
+    FrozenConfig,
+    Option,
+    Registry,
+    above,
+    at_least,
+    between,
+    fraction,
+)
 
 COUNT = Option(int, 3, 'A number')
 RATE = Option(float, 0.5, 'A rate')

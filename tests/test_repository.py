@@ -8,10 +8,10 @@ import sys
 import pytest
 from conftest import PROJECT
 
+from common.registry import Registry
 from configurator import flatten, read_config_file
 from model_builder import build_model, count_parameters, training_flops
 from model_config import PRESETS, ModelArchitectureConfig
-from registry import Registry
 from training_config import schema
 
 README = (PROJECT / 'README.md').read_text(encoding='utf-8')

@@ -19,8 +19,8 @@ import pytest
 from conftest import PROJECT, TINY_RUN
 from in_process import joined, train_here
 
-import checkpointing
 from benchmarks.fault_run import differences, without_measurements
+from training import checkpointing
 from training_logger import latest_run, read_record
 
 OPTIONS = {

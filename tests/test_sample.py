@@ -17,16 +17,15 @@ from conftest import PROJECT, TINY_RUN
 from in_process import train_here
 from torch._dynamo.utils import counters
 
-import checkpointing
-import hardware
-import resumption
 import sample
 import train
-from console_output import visible
-from errors import UserError, run_script
+from common import hardware
+from common.console_output import visible
+from common.errors import UserError, run_script
+from data.tokenizer import Codec, byte_characters
+from inference.sampling import OwnSample, Sampler
 from model_builder import generate
-from sampling import OwnSample, Sampler
-from text_codec import Codec, byte_characters
+from training import checkpointing, resumption
 
 LETTERS = 'abcdefé😀\n '
 OPTIONS = {'temperature': 50.0, 'max_new_tokens': 40, 'num_samples': 3, 'start': 'abc'}

@@ -16,8 +16,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from errors import UserError
-from sampling import Sampler, TextStream
+from common.errors import UserError
+from inference.sampling import Sampler, TextStream
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 

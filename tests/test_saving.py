@@ -8,13 +8,12 @@ import pytest
 import torch
 from in_process import train_here
 
-import checkpointing
-import divided_state
-import saving
 import train
-from errors import UserError
+from common.errors import UserError
+from data.dataset import TokenDataset
 from model_builder import Transformer
-from token_data import TokenDataset
+from parallel import sharded_state
+from training import checkpoint_writer, checkpointing
 
 OPTIONS = {'n_layer': 1, 'eval_iters': 1, 'eval_interval': 2, 'async_save': True}
 SEQUENCES = 4  # in an update
@@ -119,9 +118,9 @@ def test_seconds_taken_from_training_and_seconds_of_writing(
                 time.sleep(0.001)
 
     clock = SimpleNamespace(perf_counter=lambda: now[0])
-    for module in (saving, checkpointing, train):
+    for module in (checkpoint_writer, checkpointing, train):
         monkeypatch.setattr(module, 'time', clock)
-    monkeypatch.setattr(divided_state, 'collect', taking(2, divided_state.collect))
+    monkeypatch.setattr(sharded_state, 'collect', taking(2, sharded_state.collect))
     monkeypatch.setattr(checkpointing, '_write_state', slow_write)
     monkeypatch.setattr(checkpointing, '_publish', taking(1, checkpointing._publish))
     monkeypatch.setattr(train, 'update', update_beside)
@@ -166,7 +165,7 @@ def test_the_benchmark_measures_both_ways(run_script):
 
 
 def test_copies_are_left_alone_by_what_happens_to_their_originals():
-    copies = divided_state.HostCopies(torch.device('cpu'))
+    copies = sharded_state.HostCopies(torch.device('cpu'))
     flat = torch.arange(6.0)
     places = {('a', ''): flat[:4], ('b', 'step'): torch.tensor(7.0), ('c', ''): torch.empty(0)}
     taken = {place: copies(tensor, place) for place, tensor in places.items()}

@@ -19,19 +19,19 @@ from sample_run import (
     iteration,
 )
 
-import sinks
 import study
 import train
+from common.errors import UserError
 from configurator import read_command_line
-from errors import UserError
-from study_points import STUDY_KEYS, read_study
-from study_runner import Runner
-from study_variants import Point
+from records import trackers
+from studies.grid import STUDY_KEYS, read_study
+from studies.runner import Runner
+from studies.variants import Point
 from training_logger import TrainingLogger, new_run_folder, read_record
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
-SINKS = pytest.mark.parametrize('sink', sinks.SINKS, ids=lambda sink: sink.package)
+SINKS = pytest.mark.parametrize('sink', trackers.SINKS, ids=lambda sink: sink.package)
 RICH = {'ffn_type': 'moe', 'num_experts': 3, 'experts_per_token': 2, 'diagnostics': True}
 
 
@@ -93,7 +93,7 @@ def logger_in(folder, **options):
     options = SimpleNamespace(**{'wandb_project': 'p', 'wandb_run_name': 'n', **options})
     options.get = lambda key: getattr(options, key, False)
     return TrainingLogger(
-        folder, stream=io.StringIO(), max_iters=MAX_ITERS, sinks=sinks.asked_for(options)
+        folder, stream=io.StringIO(), max_iters=MAX_ITERS, sinks=trackers.asked_for(options)
     )
 
 
@@ -333,6 +333,6 @@ def test_what_is_not_asked_for_is_not_imported(tiny_dataset, tmp_path, monkeypat
     for name in ('wandb', 'tensorboard', 'torch.utils.tensorboard'):
         monkeypatch.setitem(sys.modules, name, None)  # importing it fails
     assert not train_here(tiny_dataset, tmp_path / 'without').events('sink_failed')
-    monkeypatch.setattr(sinks, '_is_installed', lambda package: True)
+    monkeypatch.setattr(trackers, '_is_installed', lambda package: True)
     run = train_here(tiny_dataset, tmp_path / 'with', tensorboard_log=True, wandb_log=True)
     assert run.code == 0 and len(run.events('sink_failed')) == 2

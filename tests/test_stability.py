@@ -10,14 +10,14 @@ import torch
 from conftest import PROJECT, TINY_RUN
 from torch.profiler import ProfilerActivity, profile
 
-import stability
 import train
-from components import loss
+from common.errors import run_script
+from components import linear_cross_entropy as loss
 from configurator import read_command_line
-from errors import run_script
 from model_builder import build_model
-from optimization import Updater
-from parallelism import prepare_blocks
+from optim.step import Updater
+from parallel.strategies import prepare_blocks
+from training import stability
 from training_config import load_settings, schema
 from training_logger import latest_run, read_record
 
@@ -210,7 +210,7 @@ def test_memory_that_really_does_not_suffice(what, tiny_dataset, tmp_path):
 import os, resource, sys
 sys.path.insert(0, {str(PROJECT)!r})
 import torch, parallelism, train
-from errors import run_script
+from common.errors import run_script
 
 build = parallelism.build_model
 

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from architectures import covering, legal, tiny
 from torch import nn
 
+from common.errors import UserError
 from components.attention import MultiHeadAttention
-from errors import UserError
 from model_builder import build_model, flops_notes
 from model_components import Activation, Attention, Auxiliary, FeedForward, Initial, Norm
 from model_config import (
@@ -23,7 +23,7 @@ from model_config import (
     POSITION_ENCODING_REGISTRY,
     PRESETS,
 )
-from start_checks import ROUNDING, check_model
+from training.start_checks import ROUNDING, check_model
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 CPU = torch.device('cpu')

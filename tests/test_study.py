@@ -5,14 +5,14 @@ import re
 import pytest
 import torch
 
-import study_points
+from common.errors import UserError
 from configurator import flatten, read_command_line
-from errors import UserError
+from data.dataset import load_dataset
 from model_builder import build_model, training_flops
+from studies import grid
+from studies.grid import STUDY_KEYS, read_study
+from studies.variants import Layout, baseline_of, iterations, nearest_integer, variants_of
 from study import is_at_edge
-from study_points import STUDY_KEYS, read_study
-from study_variants import Layout, baseline_of, iterations, nearest_integer, variants_of
-from token_data import load_dataset
 from training_config import schema
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -199,7 +199,7 @@ def test_a_config_that_cannot_be_read_is_told_as_that_alone(tmp_path):
     ],
 )
 def test_a_huge_grid_is_refused_by_its_count(read, monkeypatch, text, count):
-    monkeypatch.setattr(study_points, 'grid', lambda choices: pytest.fail('was multiplied out'))
+    monkeypatch.setattr(grid, 'grid', lambda choices: pytest.fail('was multiplied out'))
     with pytest.raises(UserError, match='A study has at most 10,000') as error:
         read(text)
     assert count in str(error.value) and len(str(error.value)) < 2000
@@ -227,21 +227,21 @@ def test_labels_and_folders_are_all_different_and_short_enough():
     values += [None, 'None', '', "'", 'x bias=True', 'a/b-0123', '..', '\n', '\t']
     points = [{'sample_prompt': value} for value in values]
     points += [{'sample_prompt': 'x', 'bias': True}]
-    labels = study_points.labels_of(points)
+    labels = grid.labels_of(points)
     assert len(set(labels)) == len(points)
-    names = study_points.folder_names(labels)
+    names = grid.folder_names(labels)
     assert len({name.casefold() for name in names}) == len(points)
     assert max(len(name.encode()) for name in names) <= 255
     assert not any('/' in name or name in ('.', '..') for name in names)
     # Each has its own, whatever the order, and whatever else is there.
     assert dict(zip(labels, names))['sample_prompt=a_b'] == 'sample_prompt=a_b'
-    assert study_points.folder_names([*labels, 'new=1'])[:-1] == names
+    assert grid.folder_names([*labels, 'new=1'])[:-1] == names
 
 
 def test_ordinary_labels_have_the_folders_that_they_always_had():
     labels = ['base', 'ffn_type=swiglu', 'norm_position=pre warmup_iters=0', 'learning_rate=1e-05']
     labels += ['dataset=data/shakespeare', 'n_layer=2 bias=True', 'seed=1 data_seed=2']
-    assert study_points.folder_names(labels) == [re.sub(r'[^\w.=+-]+', '_', x) for x in labels]
+    assert grid.folder_names(labels) == [re.sub(r'[^\w.=+-]+', '_', x) for x in labels]
 
 
 def test_points_have_folders_of_their_own(read):
@@ -270,7 +270,7 @@ def test_points_have_folders_of_their_own(read):
     ],
 )
 def test_a_value_reaches_the_run_as_it_is(key, value):
-    text = study_points.argument(key, value, flatten(schema()))
+    text = grid.argument(key, value, flatten(schema()))
     asked = read_command_line([text], schema)
     assert not asked.problems and asked.layers[-1].values == {key: value}
 
@@ -366,9 +366,7 @@ def test_matching_flops_by_depth_against_a_named_reference(read):
         "reference = {'n_embd': 32, 'n_layer': 4}"
     )
     target = training_flops(
-        build_model(
-            study_points.settings_of(study, study.reference).architecture.replace(vocab_size=256)
-        )
+        build_model(grid.settings_of(study, study.reference).architecture.replace(vocab_size=256))
     )['per_token_causal']
     for variant in found:
         flops = training_flops(build_model(variant.settings.architecture))['per_token_causal']

@@ -15,17 +15,17 @@ import pytest
 import torch
 from conftest import PROJECT
 
-import file_writing
 import study
-import study_progress
-import study_runner
 import train
 from benchmarks.study_kills import study_kills
+from common import files as file_writing
+from common.errors import UserError
 from compare_architectures import load
 from comparison.runs import causal_flops
-from errors import UserError
 from model_builder import build_model, training_flops
-from study_runner import locked, outcome_of
+from studies import progress as study_progress
+from studies import runner
+from studies.runner import locked, outcome_of
 from training_logger import latest_run, read_record
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -56,7 +56,7 @@ class TrainedHere:
 @pytest.fixture
 def trained_here(monkeypatch):
     """The runs of a study are trained in this process."""
-    monkeypatch.setattr(study_runner, 'start_process', TrainedHere)
+    monkeypatch.setattr(runner, 'start_process', TrainedHere)
 
 
 @pytest.fixture
@@ -74,7 +74,7 @@ def scripted(monkeypatch, tmp_path):
             "seed, out = int(options.get('seed', -1)), options['out_dir']\n"
         )
         path.write_text(head + text)
-        monkeypatch.setattr(study_runner, 'TRAIN', path)
+        monkeypatch.setattr(runner, 'TRAIN', path)
         monkeypatch.setattr(study.compare_architectures, 'main', lambda argv: None)
 
     return script
@@ -357,12 +357,12 @@ def test_a_signal_stops_the_runs_and_then_the_study(study_file, scripted, capsys
 
 def test_the_comparison_at_the_end_can_be_interrupted(study_file, scripted, monkeypatch):
     scripted('')
-    handlers = [signal.getsignal(number) for number in study_runner.STOPPING]
+    handlers = [signal.getsignal(number) for number in runner.STOPPING]
     seen = []
     monkeypatch.setattr(
         study.compare_architectures,
         'main',
-        lambda argv: seen.extend(map(signal.getsignal, study_runner.STOPPING)),
+        lambda argv: seen.extend(map(signal.getsignal, runner.STOPPING)),
     )
     assert run_study(study_file(FIVE)) == 0
     assert seen == handlers
@@ -381,7 +381,7 @@ def test_the_comparison_at_the_end_can_be_interrupted(study_file, scripted, monk
 )
 def test_a_run_that_fails_after_a_nonfinite_update_has_not_diverged(events, policy, kind):
     record = {'status': 'failed', 'config': {'on_nonfinite': policy}}
-    outcome = study_runner.outcome_in({**record, 'events': [{'event': name} for name in events]})
+    outcome = runner.outcome_in({**record, 'events': [{'event': name} for name in events]})
     assert (outcome and outcome.kind) == kind
 
 
@@ -529,7 +529,7 @@ def test_the_lock_ends_with_the_process_however_it_ends(tmp_path):
         [
             sys.executable,
             '-c',
-            'import sys, time; from pathlib import Path; from study_runner import locked\n'
+            'import sys, time; from pathlib import Path; from studies.runner import locked\n'
             'with locked(Path(sys.argv[1])): print(flush=True); time.sleep(60)',
             str(tmp_path),
         ],
@@ -552,8 +552,8 @@ def test_the_runs_of_a_killed_study_are_waited_for(tmp_path, monkeypatch, capsys
         run = subprocess.Popen(['sleep', '60'], pass_fds=lock)
     ended = subprocess.Popen(['true'])
     ended.wait()
-    (tmp_path / 'study.lock').write_text(f'{ended.pid} {study_runner.socket.gethostname()}\n')
-    monkeypatch.setattr(study_runner.time, 'sleep', lambda _: (run.kill(), run.wait()))
+    (tmp_path / 'study.lock').write_text(f'{ended.pid} {runner.socket.gethostname()}\n')
+    monkeypatch.setattr(runner.time, 'sleep', lambda _: (run.kill(), run.wait()))
     with locked(tmp_path):
         assert (
             f'waiting for the runs of a killed study (pid {ended.pid})' in capsys.readouterr().out
@@ -561,8 +561,8 @@ def test_the_runs_of_a_killed_study_are_waited_for(tmp_path, monkeypatch, capsys
 
     with locked(tmp_path) as lock:
         run = subprocess.Popen(['sleep', '60'], pass_fds=lock)
-    (tmp_path / 'study.lock').write_text(f'{ended.pid} {study_runner.socket.gethostname()}\n')
-    monkeypatch.setattr(study_runner, 'PATIENCE', -1.0)
+    (tmp_path / 'study.lock').write_text(f'{ended.pid} {runner.socket.gethostname()}\n')
+    monkeypatch.setattr(runner, 'PATIENCE', -1.0)
     with pytest.raises(UserError, match='has ended, but not its runs'), locked(tmp_path):
         pass
     run.kill()

@@ -13,7 +13,7 @@ import psutil
 import pytest
 from conftest import PROJECT, TINY_RUN
 
-import checkpointing
+from training import checkpointing
 from training_logger import latest_run, read_record
 
 pytestmark = pytest.mark.skipif(

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 
 import configurator
 import sample
-from data import shakespeare_text
-from data.documents import Files
-from errors import UserError
-from text_files import decode, parse_json, read_lines, read_text, valid_text
-from token_data import load_dataset
+from common.errors import UserError
+from common.text_files import decode, parse_json, read_lines, read_text, valid_text
+from data.dataset import load_dataset
+from data.preparation import shakespeare
+from data.preparation.sources import Files
 
 MARK = codecs.BOM_UTF8
 
@@ -78,7 +78,7 @@ def test_every_command_reads_through_it(tmp_path, tiny_dataset):
     options, text = configurator.read_config_file(str(with_mark(b'n_layer = 2\n')), problems)
     assert (options, text, problems) == ({'n_layer': 2}, 'n_layer = 2\n', [])
     assert sample.read_prompt(f'FILE:{with_mark(b"hello")}') == 'hello'
-    assert shakespeare_text.read_source(with_mark(b'hello'))[0] == 'hello'
+    assert shakespeare.read_source(with_mark(b'hello'))[0] == 'hello'
     for name, content in (('a.txt', b'hello'), ('a.jsonl', b'{"text": "hello"}\n')):
         (tmp_path / name).write_bytes(MARK + content)
         (piece,) = Files([str(tmp_path / name)], 'text', 2**20).pieces()

@@ -10,11 +10,10 @@ import pytest
 from conftest import TINY_RUN
 from in_process import train_here
 
-import token_check
-from data import inspect_tokens
-from errors import UserError, run_script
-from token_check import CHECKED
-from token_data import load_dataset
+from common.errors import UserError, run_script
+from data import inspect_tokens, token_check
+from data.dataset import load_dataset
+from data.token_check import CHECKED
 
 
 @pytest.fixture

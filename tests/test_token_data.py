@@ -13,10 +13,10 @@ import pytest
 from conftest import PROJECT
 from fuzzing import CASES, fuzzed
 
-import token_data
-from data_order import ORDERS
-from errors import UserError
-from token_data import digest, is_prepared, load_dataset, prepare_if_missing
+from common.errors import UserError
+from data import dataset
+from data.dataset import digest, is_prepared, load_dataset, prepare_if_missing
+from data.order import ORDERS
 
 
 def write_folder(folder, train=1000, val=200, *, dtype='uint16', vocab_size=None, kind='byte'):
@@ -316,7 +316,7 @@ def test_what_does_not_match_is_refused_in_one_message(tmp_path, corrupt, says):
 @pytest.mark.parametrize('place', [0, -1])
 def test_large_files_are_checked_in_samples(tmp_path, monkeypatch, place):
     write_folder(tmp_path, 300_000, 1000, dtype='uint8', vocab_size=256)
-    monkeypatch.setattr(token_data, 'FULL_CHECK_BYTES', 100_000)
+    monkeypatch.setattr(dataset, 'FULL_CHECK_BYTES', 100_000)
     load_dataset(tmp_path, 8)
     tokens = np.zeros(300_000, 'uint8')
     tokens[place] = 200

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import tiktoken
 
-import tokenizer_files
-from errors import UserError
-from text_codec import GPT2_SPLIT, Codec, byte_characters, byte_pair_encoding
+from common.errors import UserError
+from data.tokenizer import GPT2_SPLIT, Codec, byte_characters, byte_pair_encoding
+from interop import hf_tokenizer
 
 # As tiktoken has it for cl100k_base, possessive quantifiers included.
 CL100K_SPLIT = (
@@ -51,7 +51,7 @@ def test_gpt2s_merges_are_openais():
     ranks = {codec.bytes_of(token): token for token in range(codec.end_of_text)}
     written = [
         ' '.join(''.join(named[byte] for byte in part) for part in pair)
-        for pair in tokenizer_files.merges(ranks)
+        for pair in hf_tokenizer.merges(ranks)
     ]
     assert written == lines
 
@@ -62,9 +62,9 @@ def test_other_byte_pairs_with_special_tokens_and_gaps(monkeypatch, tmp_path, sp
 
     special = {'<|endoftext|>': 401, '<|fim_prefix|>': 402, '<|endofprompt|>': 410}
     codec = codec_of(monkeypatch, split, special)
-    tokenizer_files.write(codec, tmp_path, 64)
+    hf_tokenizer.write(codec, tmp_path, 64)
     theirs = AutoTokenizer.from_pretrained(tmp_path)
-    text = tokenizer_files.DIFFICULT + ' fim_prefix endofprompt 1234567 ' + 'a' * 50
+    text = hf_tokenizer.DIFFICULT + ' fim_prefix endofprompt 1234567 ' + 'a' * 50
     assert theirs(text, add_special_tokens=False)['input_ids'] == codec.encode(text)
     assert {name: theirs.convert_tokens_to_ids(name) for name in special} == special
     assert (theirs.eos_token_id, theirs.model_max_length) == (401, 64)
@@ -74,12 +74,12 @@ def test_what_cannot_be_said_exactly_is_not_written(monkeypatch, tmp_path):
     """Possessive, {1,4}+ leaves no digit for what follows; in tokenizers it would."""
     codec = codec_of(monkeypatch, r'\p{N}{1,4}+\p{N}|[\s\S]', {})
     with pytest.raises(UserError, match='exactly'):
-        tokenizer_files.write(codec, tmp_path, 64)
+        hf_tokenizer.write(codec, tmp_path, 64)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_character_that_is_not_in_the_vocabulary_is_an_error_there_too(tmp_path):
-    tokenizer = tokenizer_files.convert(Codec({'kind': 'char', 'characters': ['a', '\n']}))
+    tokenizer = hf_tokenizer.convert(Codec({'kind': 'char', 'characters': ['a', '\n']}))
     assert tokenizer.encode('a\na').ids == [0, 1, 0]
     with pytest.raises(Exception, match='WordLevel'):
         tokenizer.encode('ab')

@@ -9,10 +9,10 @@ import pytest
 import torch
 from conftest import PROJECT
 
+from common.errors import UserError
 from configurator import flatten, read_command_line
-from errors import UserError
+from data.dataset import load_dataset
 from model_config import ModelArchitectureConfig
-from token_data import load_dataset
 from training_config import CPU_COMPILE_FLOPS, load_settings, schema
 
 CPU = torch.device('cpu')

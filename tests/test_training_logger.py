@@ -33,8 +33,8 @@ from sample_run import (
 )
 
 import training_logger
-from console import memory_peak
-from errors import UserError
+from common.errors import UserError
+from records.console import memory_peak
 from training_logger import (
     TrainingLogger,
     assemble,

@@ -9,11 +9,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import hardware
 import train
 from benchmarks import contestants, scaling
 from benchmarks import training_speed as speed
-from errors import UserError
+from common import hardware
+from common.errors import UserError
 from model_builder import build_model, count_parameters
 from model_config import ModelArchitectureConfig
 

@@ -11,8 +11,9 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from data import documents, preparation, prepare, token_writer, unfinished
-from errors import UserError
+from common.errors import UserError
+from data import prepare
+from data.preparation import pipeline, sources, token_writer, unfinished
 
 choose = random.Random(1).choice
 WORDS = ['the', 'quick', 'naïve', 'fox', '日本', 'over', 'a', 'dog.\n\n']
@@ -21,20 +22,20 @@ TEXTS = [' '.join(choose(WORDS) for _ in range(choose(range(9, 60)))) + f' {i}' 
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch):
-    monkeypatch.setattr(documents, 'PIECE_BYTES', 1500)
+    monkeypatch.setattr(sources, 'PIECE_BYTES', 1500)
     monkeypatch.setattr(token_writer, 'COMMIT_SECONDS', 0)
 
 
 @pytest.fixture
 def encoded(monkeypatch):
     """The pieces that are encoded."""
-    pieces, real = [], preparation.Encoder.__call__
+    pieces, real = [], pipeline.Encoder.__call__
 
     def watched(self, piece):
         pieces.append(piece)
         return real(self, piece)
 
-    monkeypatch.setattr(preparation.Encoder, '__call__', watched)
+    monkeypatch.setattr(pipeline.Encoder, '__call__', watched)
     return pieces
 
 

@@ -14,8 +14,8 @@ import pytest
 import torch
 from conftest import PROJECT, TINY_RUN
 
-import checkpointing
-from errors import run_script
+from common.errors import run_script
+from training import checkpointing
 
 LETTERS = 'abcdefgh \n'  # the vocabulary of the dataset
 TOKENS = {'train': 3000, 'val': 500}

@@ -10,10 +10,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import first_import  # noqa: F401
-
+from common import first_import  # noqa: F401
+from common.errors import run_script
 from data import prepare
-from errors import run_script
 
 
 def main(argv=None):

@@ -12,11 +12,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import first_import  # noqa: F401
-
-from data.preparation import write_dataset
-from errors import ArgumentParser, UserError, run_script
-from text_files import decode
+from common import first_import  # noqa: F401
+from common.errors import ArgumentParser, UserError, run_script
+from common.text_files import decode
+from data.preparation.pipeline import write_dataset
 
 NOT_THE_LIBRARY = {'site-packages', 'dist-packages', 'test', 'tests', 'idle_test'}
 

@@ -5,10 +5,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import first_import  # noqa: F401
-
-from data.shakespeare_text import prepare_shakespeare
-from errors import run_script
+from common import first_import  # noqa: F401
+from common.errors import run_script
+from data.preparation.shakespeare import prepare_shakespeare
 
 
 def main(argv=None):

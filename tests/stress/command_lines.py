@@ -28,7 +28,7 @@ import torch  # noqa: E402
 from command_lines import COMMANDS, HUGE, NONSENSE, bad_lines, main_of, options_of  # noqa: E402
 from conftest import TINY_RUN, write_tiny_dataset  # noqa: E402
 
-import errors  # noqa: E402
+from common import errors  # noqa: E402
 
 SECONDS, MEMORY = 60, 12 * 2**30
 TINY = [f'--{key}={value}' for key, value in TINY_RUN.items()]

@@ -1,0 +1,156 @@
+"""A CPU's peak: the fastest matrix multiplication that any start on this machine has measured.
+
+Other work on the machine slows a measurement down to a fraction of the peak, and nothing makes it
+faster. So the best of several short ones counts, and it is remembered: utilizations of two runs
+compare only if both are held against one peak.
+
+The memory is a file of JSON lines in the user's cache folder, a line for each new best. Lines are
+only ever added, each by one write, so processes need no lock. A file that cannot be read or written
+is done without.
+"""
+
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil
+import torch
+
+from common.gpu_specs import Peak
+
+SIZES = (1024, 2048)
+SECONDS = 0.07  # for the multiplications of one size, one after the other
+ROUNDS = 3  # of all sizes, where nothing is remembered; else a single one
+
+
+class Best(NamedTuple):
+    """The fastest multiplication of two square matrices, and their size."""
+
+    tflops: float
+    size: int
+
+
+def peak(cpu: str, dtype: str) -> Peak:
+    """The peak of this process's threads on the processor `cpu`, multiplying in `dtype`."""
+    threads = torch.get_num_threads()
+    key = {'cpu': cpu, 'threads': threads, 'dtype': dtype, 'torch': str(torch.__version__)}
+    earlier = _recall(key)
+    now = measure(dtype, rounds=ROUNDS if earlier is None else 1)
+    best = now if earlier is None else max(now, earlier)
+    source = (
+        f'measured: {best.size:,}-cubed {dtype} matrix multiplication on {threads} '
+        f'thread{"s" if threads != 1 else ""}'
+    )
+    if best == earlier:
+        source += f', in an earlier run; {now.tflops / best.tflops:.0%} of that now'
+    elif not _remember(key, best):
+        source += ', not remembered for other runs'
+    share, why = _share(threads)
+    return Peak(share * best.tflops, source + why, measured=True)
+
+
+def measure(dtype: str, rounds: int) -> Best:
+    """The best of `rounds` times all sizes.
+
+    On a busy machine a small multiplication is slowed many times over by threads that wait for each
+    other, so the sizes are a model's. `linear` is what a model calls: in float16 `mm` can be ten
+    times slower.
+    """
+    generator = torch.Generator().manual_seed(0)  # leaves the run's own random stream alone
+    best, operands = Best(0.0, 0), {}
+    for _ in range(rounds):
+        fastest = 0.0
+        for size in SIZES:
+            if 8 * fastest > 2 * SECONDS:  # twice the size is eight times the work
+                break
+            if size not in operands:
+                pair = torch.randn(2, size, size, generator=generator).to(getattr(torch, dtype))
+                operands[size] = pair
+                torch.nn.functional.linear(*pair)  # warm-up
+            fastest = _fastest(*operands[size])
+            best = max(best, Best(2 * size**3 / fastest / 1e12, size))
+    return best
+
+
+def _fastest(x: torch.Tensor, weight: torch.Tensor) -> float:
+    """Seconds of the fastest of the multiplications that `SECONDS` have room for; one at least."""
+    fastest, now = math.inf, time.perf_counter()
+    deadline = now + SECONDS
+    while now < deadline:
+        start = now
+        torch.nn.functional.linear(x, weight)
+        now = time.perf_counter()
+        fastest = min(fastest, now - start)
+    return fastest
+
+
+def _share(threads: int) -> tuple[float, str]:
+    """The part of its peak that each of several processes has where they share cores; and why."""
+    processes = _whole_number(os.environ.get('LOCAL_WORLD_SIZE', '')) or 1
+    cores = psutil.cpu_count(logical=False) or os.cpu_count() or 1
+    if hasattr(os, 'sched_getaffinity'):
+        cores = min(cores, len(os.sched_getaffinity(0)))
+    if processes == 1 or processes * threads <= cores:
+        return 1.0, ''
+    share = cores / (processes * threads)
+    return share, f'; {share:.0%} of it, as {processes} processes share {cores} cores'
+
+
+def _whole_number(text: str) -> int:
+    return int(text) if text.isdecimal() else 0
+
+
+# --- The memory -----------------------------------------------------------------------------------
+
+
+def cache_file() -> Path | None:
+    """Where the best is remembered; None where the user has no home."""
+    chosen = os.environ.get('XDG_CACHE_HOME', '')
+    if os.path.isabs(chosen):  # others are to be ignored (XDG Base Directory Specification)
+        base = Path(chosen)
+    else:
+        try:
+            home = Path.home()
+        except RuntimeError:
+            return None
+        places = {'darwin': home / 'Library' / 'Caches', 'win32': home / 'AppData' / 'Local'}
+        base = places.get(sys.platform, home / '.cache')
+    return base / 'architecture-training-suite' / 'cpu_peak.jsonl'
+
+
+def _recall(key: dict) -> Best | None:
+    """The best that is remembered; None without one. What is no line of ours is passed over."""
+    file = cache_file()
+    try:
+        lines = file.read_bytes().splitlines() if file else []
+    except OSError:
+        return None
+    known = []
+    for line in lines:
+        try:
+            entry = json.loads(line)
+            best = Best(float(entry['tflops']), int(entry['size']))
+            if all(entry[name] == value for name, value in key.items()):
+                known.append(best)
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+            continue  # torn, or of another version
+    return max((b for b in known if math.isfinite(b.tflops) and b.tflops > 0), default=None)
+
+
+def _remember(key: dict, best: Best) -> bool:
+    """Add a line; whether that could be done."""
+    file = cache_file()
+    if file is None:
+        return False
+    line = json.dumps({**key, **best._asdict()})
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with open(file, 'ab', buffering=0) as added:
+            added.write(f'\n{line}'.encode())  # the line end first: a torn line before it ends here
+    except OSError:
+        return False
+    return True

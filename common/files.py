@@ -1,0 +1,56 @@
+"""How a file that others may read is replaced: whole or not at all. A leaf but for errors."""
+
+import contextlib
+import os
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from common.errors import UserError
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file in one step: whatever goes wrong, the one there is whole, old or new.
+
+    Raises OSError, and leaves nothing else behind. A link stays one: what it leads to is replaced.
+    """
+    path = Path(os.path.realpath(path))
+    temporary = path.with_name(f'{path.name}.{os.getpid()}.tmp')  # several processes may write
+    try:
+        with open(temporary, 'wb') as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """`replace_file` for a command. Raises UserError."""
+    try:
+        replace_file(path, content)
+    except OSError as error:
+        raise UserError(f'{path}: cannot be written ({error.strerror or error}).') from error
+
+
+def check_destination(option: str, path: Path, suffixes: Sequence[str]) -> None:
+    """Raises UserError where no such file can be written, before any work is done for it."""
+    if os.path.isdir(path):
+        raise UserError(f'{option}={path} is a folder: give the name of a file.')
+    if path.suffix.lower() not in suffixes:
+        raise UserError(
+            f'{option}={path}: the name ends in {" or ".join(suffixes)}, for example '
+            f'{option}={shlex.quote(str(path.with_suffix(suffixes[0])))}'
+        )
+    folder = path.parent
+    if not os.path.isdir(folder):
+        if os.path.exists(folder):
+            raise UserError(f'{option}={path}: {folder} is a file, not a folder.')
+        raise UserError(
+            f'{option}={path}: the folder {folder} does not exist. Make it first: '
+            f'mkdir -p {shlex.quote(str(folder))}'
+        )
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f'{option}={path}: no permission to write in the folder {folder}.')

@@ -1,0 +1,333 @@
+"""Devices: which one to use, how fast it is at best, what memory is in use, which dtypes it runs.
+
+Peaks are those of `gpu_specs` and `cpu_peak`, for one device, in TFLOP/s. Sizes are in GB of 10⁹
+bytes. Nothing here knows about models.
+"""
+
+import contextlib
+import ctypes
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import time
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy
+import psutil
+import torch
+from torch._functorch import config as functorch_config
+
+from common import cpu_peak
+from common.errors import UserError, nearest
+from common.gpu_specs import Peak, peak_of_products
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
+GB = 1e9
+DTYPES = ('float32', 'bfloat16', 'float16')
+
+
+# --- Devices --------------------------------------------------------------------------------------
+
+
+def select_device(name: str) -> torch.device:
+    """The device called `name`: 'auto' (CUDA, else MPS, else CPU), 'cuda', 'cuda:1', 'mps', 'cpu'.
+
+    A process started by torchrun takes the CUDA device of its LOCAL_RANK for 'auto' and 'cuda'.
+    Raises UserError for a name that is unknown or not available on this machine.
+    """
+    cuda_count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    available = [f'cuda:{index}' for index in range(cuda_count)]
+    available += ['mps'] * torch.backends.mps.is_available() + ['cpu']
+
+    chosen = available[0] if name == 'auto' else name
+    if name == 'cuda' or (name == 'auto' and cuda_count):
+        chosen = f'cuda:{os.environ.get("LOCAL_RANK", 0)}'
+    if chosen in available:
+        return torch.device(chosen)
+
+    if cuda_count and 'LOCAL_RANK' in os.environ and name in ('auto', 'cuda'):
+        raise UserError(
+            f'device={name!r}: this process needs {chosen} (LOCAL_RANK) and the machine has '
+            f'{cuda_count} CUDA device(s). Start at most {cuda_count} processes '
+            f'(torchrun --nproc-per-node={cuda_count}) or use --device=cpu.'
+        )
+    built_without = name.startswith('cuda') and not torch.backends.cuda.is_built()
+    why = f' (torch {torch.__version__} is built without CUDA)' if built_without else ''
+    raise UserError(
+        f'device={name!r} is not available here{why}: use one of auto, {", ".join(available)}.'
+    )
+
+
+def device_name(device: torch.device) -> str:
+    """The name that the driver gives the device; for a CPU its model and number of cores."""
+    if device.type == 'cuda':
+        return torch.cuda.get_device_name(device)
+    cpu = _cpu_model()
+    if device.type == 'mps':
+        return f'{cpu} GPU'
+    cores = psutil.cpu_count(logical=False) or os.cpu_count()
+    return f'{cpu}, {cores} core{"s" if cores != 1 else ""}'
+
+
+def _cpu_model() -> str:
+    reported = torch.cpu.get_capabilities().get('cpu_name')
+    return reported or platform.processor() or platform.machine() or 'unknown CPU'
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until all work queued on the device is done, so that the clock can be read."""
+    if device.type == 'cuda':
+        torch.cuda.synchronize(device)
+    elif device.type == 'mps':
+        torch.mps.synchronize()
+
+
+# --- Precision ------------------------------------------------------------------------------------
+
+
+def resolve_dtype(name: str, device: torch.device) -> str:
+    """The dtype of matrix multiplications: `name`, or for 'auto' the fastest that trains well.
+
+    'auto' is bfloat16 where the hardware multiplies it natively, else float16 on CUDA and float32
+    elsewhere. Raises UserError for an unknown dtype and for bfloat16 on a GPU without it.
+    """
+    if name != 'auto' and name not in DTYPES:
+        allowed = ('auto', *DTYPES)
+        raise UserError(
+            f'dtype={name!r} is unknown: use one of {", ".join(allowed)}.{nearest(name, allowed)}'
+        )
+    if device.type == 'cuda':
+        # Older GPUs only emulate bfloat16. AMD's Instinct cards report 9 and have it.
+        native = torch.cuda.get_device_capability(device)[0] >= 8
+        if name == 'bfloat16' and not native:
+            raise UserError(
+                f"dtype='bfloat16': {device_name(device)} has no bfloat16 hardware: "
+                'use --dtype=float16 or --dtype=float32.'
+            )
+        fallback = 'float16'
+    else:
+        capabilities = torch.cpu.get_capabilities()
+        native = device.type == 'cpu' and any(
+            capabilities.get(feature) for feature in ('amx_bf16', 'avx512_bf16', 'sve_bf16')
+        )
+        fallback = 'float32'
+    if name != 'auto':
+        return name
+    return 'bfloat16' if native else fallback
+
+
+# --- Peak throughput ------------------------------------------------------------------------------
+
+
+def peak_flops(device: torch.device, dtype: str, override: float | None = None) -> Peak:
+    """The peak of one device when its matrix multiplications run in `dtype`.
+
+    `override` (--peak_tflops) comes first, then the table for a GPU; a CPU is measured, which
+    takes about half a second the first time. Unknown is None with the reason as source.
+    """
+    if override is not None:
+        return Peak(override, '--peak_tflops', measured=False)
+    if device.type == 'cpu':
+        return cpu_peak.peak(_cpu_model(), dtype)
+    name = device_name(device)
+    if device.type == 'cuda':
+        tf32 = torch.backends.cuda.matmul.fp32_precision == 'tf32'
+        return peak_of_products(name, dtype, tf32)
+    return Peak(None, f'no peak known for {name}; pass --peak_tflops', measured=False)
+
+
+# --- Memory ---------------------------------------------------------------------------------------
+
+
+def memory_usage(device: torch.device) -> dict[str, float | None]:
+    """allocated_gb, peak_gb, reserved_gb, rss_gb; None where the device does not tell.
+
+    The peak is since the last `reset_peak_memory`: of the device's memory on CUDA, of the
+    process's resident memory on a CPU. It takes about 0.1 ms on a CPU.
+    """
+    allocated = peak = reserved = None
+    if device.type == 'cuda':
+        statistics = torch.cuda.memory_stats(device)
+        allocated = statistics.get('allocated_bytes.all.current', 0)
+        peak = statistics.get('allocated_bytes.all.peak', 0)
+        reserved = statistics.get('reserved_bytes.all.current', 0)
+    elif device.type == 'mps':
+        allocated = torch.mps.current_allocated_memory()
+        reserved = torch.mps.driver_allocated_memory()
+    else:
+        peak = _peak_rss()
+    readings = {
+        'allocated_gb': allocated,
+        'peak_gb': peak,
+        'reserved_gb': reserved,
+        'rss_gb': psutil.Process().memory_info().rss,
+    }
+    return {key: None if value is None else value / GB for key, value in readings.items()}
+
+
+def total_memory(device: torch.device) -> int:
+    """The bytes of the device's memory; of a CPU the machine's, with its swap space."""
+    if device.type == 'cuda':
+        return torch.cuda.get_device_properties(device).total_memory
+    return psutil.virtual_memory().total + psutil.swap_memory().total
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Start a new interval for the peak; where that is not permitted it stays the lifetime's."""
+    if device.type == 'cuda':
+        torch.cuda.reset_peak_memory_stats(device)
+    elif device.type == 'cpu':
+        with contextlib.suppress(OSError):
+            Path('/proc/self/clear_refs').write_text('5')
+
+
+def _peak_rss() -> int | None:
+    """The largest resident size in bytes: since the last reset on Linux, else of the lifetime."""
+    try:
+        high_water = re.search(rb'VmHWM:\s+(\d+) kB', Path('/proc/self/status').read_bytes())
+    except OSError:
+        high_water = None
+    if high_water:
+        return int(high_water[1]) * 1024
+    if resource is None:
+        return None
+    unit = 1 if sys.platform == 'darwin' else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def autocast(device: torch.device, dtype: str) -> contextlib.AbstractContextManager:
+    """Matrix multiplications in `dtype`; nothing to do for 'float32'."""
+    if dtype == 'float32':
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, getattr(torch, dtype))
+
+
+# --- Speed ----------------------------------------------------------------------------------------
+
+
+def tune(device: torch.device, deterministic: bool) -> None:
+    """Settings of the whole process; `deterministic` asks for kernels that are, at any price."""
+    if deterministic:
+        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+    if device.type == 'cuda':
+        # fp32 products in TF32, as nanoGPT has it; `gpu_specs.Gpu.peak` plans with that.
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.allow_tf32 = True
+    elif device.type == 'cpu':
+        _keep_freed_memory()
+        # Compiled code recomputes what costs no product, the norms' outputs above all, although a
+        # product of the backward pass takes it.
+        functorch_config.ban_recompute_materialized_backward = False
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc keep freed blocks, so that each step does not fault its memory in anew.
+
+    By default every large tensor is mapped and unmapped: on two cores a step of a 12-layer model
+    took about 1.4 times as long. (Settings: mallopt(3).)
+    """
+    m_mxfast, m_trim_threshold, m_mmap_max = 1, -1, -4
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # not glibc
+        return
+    mallopt(m_mmap_max, 0)  # M_MMAP_THRESHOLD may be refused above 32 MB
+    mallopt(m_trim_threshold, -1)  # never: any threshold that fits is less than a step frees
+    # The splinters that are left beside an aligned tensor join it again when it is freed, so that
+    # one of its size more often fits there.
+    mallopt(m_mxfast, 0)
+
+
+# --- Time ----------------------------------------------------------------------------------------
+
+
+class StepClock:
+    """Seconds that went into updates since the last log entry, and their number."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.restart()
+
+    def restart(self) -> None:
+        self.seconds, self.steps, self.began = 0.0, 0, time.perf_counter()
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Do not count what goes on inside: an evaluation, a checkpoint."""
+        self._add()
+        yield
+        self.began = time.perf_counter()
+
+    def take(self) -> tuple[float, int]:
+        """Seconds an update, and the number of updates that they are the mean of."""
+        self._add()
+        return self.seconds / self.steps, self.steps
+
+    def _add(self) -> None:
+        synchronize(self.device)
+        self.seconds += time.perf_counter() - self.began
+
+
+# --- Surroundings ---------------------------------------------------------------------------------
+
+
+def compile_problem(device: torch.device) -> str | None:
+    """Why torch.compile cannot work on this device, or None where nothing is missing."""
+    default = 'clang++' if sys.platform == 'darwin' else 'g++'
+    compiler = os.environ.get('CXX', default)
+    if shutil.which(compiler) is None:
+        return f'there is no C++ compiler ({compiler} is not on the PATH)'
+    include = sysconfig.get_path('include')
+    if not Path(include, 'Python.h').exists():
+        return f"Python's development headers are missing (no Python.h in {include})"
+    if device.type == 'cuda':
+        if find_spec('triton') is None:
+            return 'the package triton is not installed'
+        if torch.version.cuda and torch.cuda.get_device_capability(device)[0] < 7:
+            return f'{device_name(device)} is older than triton supports'
+    return None
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of python, torch, numpy and the CUDA that torch was built for (None: without)."""
+    return {
+        'python': platform.python_version(),
+        'torch': str(torch.__version__),  # a plain string: records and checkpoints hold it
+        'numpy': numpy.__version__,
+        'cuda': torch.version.cuda,
+    }
+
+
+def git_state(folder: str | os.PathLike) -> tuple[str | None, bool | None]:
+    """(commit, clean) of the git work tree that holds `folder`; (None, None) where there is none.
+
+    Clean means that no file differs from the commit and none is untracked, ignored files aside.
+    """
+    command = ['git', '-C', str(folder), 'status', '--porcelain=v2', '--branch']
+    try:
+        status = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            timeout=5,
+            check=True,
+            env={**os.environ, 'GIT_OPTIONAL_LOCKS': '0'},  # disturb no git at work beside us
+        ).stdout.splitlines()
+    except (OSError, subprocess.SubprocessError):
+        return None, None
+    commit = re.fullmatch(r'# branch\.oid ([0-9a-f]+)', status[0])
+    if commit is None:  # a repository without a commit
+        return None, None
+    return commit[1], all(line.startswith('#') for line in status)

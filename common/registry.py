@@ -1,0 +1,399 @@
+"""`Option`, `Registry`, `FrozenConfig`, `Configurable`: what configuration is made of. A leaf.
+
+An `Option` is one key that a user can set: its type, default, one line of help and what is
+allowed. A `Registry` maps names to components and is itself the list of allowed values of the
+option that chooses among them. A `FrozenConfig` holds resolved values and where they came from.
+A `Configurable` is what every component is to the configuration.
+"""
+
+import functools
+import importlib
+import math
+import sys
+import types
+import typing
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from common.class_contract import Contract, violations
+from common.errors import UserError, nearest
+from common.paths import BadPath, expand_home
+
+ALL_REGISTRIES: list['Registry'] = []  # all that there are
+
+
+class Registry:
+    """Components by name, for one option; filled by importing the module `home` when first read.
+
+    The same name from two places is an error; the same class defined again (a config file that
+    is read twice) replaces itself.
+    """
+
+    contract: Contract | None = None
+
+    def __init__(self, option: str, title: str, home: str):
+        self.option, self.title, self.home = option, title, home
+        self._components: dict[str, type] = {}
+        self._sources: dict[str, str] = {}
+        ALL_REGISTRIES.append(self)
+
+    def registered(self) -> Iterator[tuple[str, type]]:
+        """Names and components so far, without importing those of the project."""
+        yield from self._components.items()
+
+    def expect(
+        self,
+        *bases: type,
+        constructed_with: tuple[str, ...] | None = None,
+        **methods: tuple[str, ...],
+    ) -> None:
+        """Say what its components must be; see `Contract`. What is registered from here on is
+        checked."""
+        self.contract = Contract(bases, constructed_with, methods)
+
+    def register(self, name: str, source: str = '') -> Callable[[type], type]:
+        """Class decorator: `@NORM_REGISTRY.register('rmsnorm', source='Zhang & Sennrich 2019')`.
+
+        A class that sets no `tag` gets its name as one. Raises UserError where the class is not
+        what the registry expects.
+        """
+        if not isinstance(name, str) or not name:
+            raise UserError(f'{self.option}={name!r}: a component is registered under a string.')
+
+        def add(component: type) -> type:
+            self._check(name, component)
+            old = self._components.get(name)
+            if old is not None and _place(old) != _place(component):
+                raise UserError(
+                    f'{self.option}={name!r} is registered twice: by {".".join(_place(old))} and '
+                    f'by {".".join(_place(component))}. Give one of them another name.'
+                )
+            self._components[name] = component
+            self._sources[name] = source
+            if 'tag' not in vars(component):
+                component.tag = name
+            return component
+
+        return add
+
+    def _check(self, name: str, component: type) -> None:
+        if self.contract is None:
+            return
+        problems = list(violations(component, self.contract))
+        if not problems:
+            problems = [
+                f'{component.__name__}.options: {problem}'
+                for key, option in component.options.items()
+                for problem in option_problems(key, option)
+            ]
+        if problems:
+            raise UserError(f'{self.option}={name!r}: {" ".join(problems)}')
+
+    def __getitem__(self, name: str) -> type:
+        self._fill()
+        return self._components[name]
+
+    def __contains__(self, name: object) -> bool:
+        self._fill()
+        return name in self._components
+
+    def __iter__(self) -> Iterator[str]:
+        self._fill()
+        return iter(self._components)
+
+    def where(self, fits: Callable[[type], bool], option: str, title: str) -> 'Registry':
+        """For another option: those of its components that fit, later ones included."""
+        return _Part(self, fits, option, title)
+
+    def source(self, name: str) -> str:
+        """The paper or program that the component comes from."""
+        return self._sources[name]
+
+    def _fill(self) -> None:
+        importlib.import_module(self.home)
+
+
+class _Part(Registry):
+    """What fits of another registry."""
+
+    def __init__(self, whole: Registry, fits: Callable[[type], bool], option: str, title: str):
+        super().__init__(option, title, whole.home)
+        self.whole, self.fits, self._sources = whole, fits, whole._sources
+
+    def __getitem__(self, name: str) -> type:
+        if name not in self:
+            raise KeyError(name)
+        return self.whole[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.whole and self.fits(self.whole[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name in self.whole if name in self)
+
+
+def _place(component: type) -> tuple[str, str]:
+    return component.__module__, component.__qualname__
+
+
+LARGEST_INT = 2**63 - 1  # what numpy and torch count with
+SHOWN_LENGTH = 200  # characters of a value in a message
+
+Check = tuple[Callable[[typing.Any], bool], str]
+
+
+@functools.cache  # equal options compare equal
+def at_least(low: float, at_most: float = math.inf) -> Check:
+    limit = '' if at_most == math.inf else f', at most {at_most:,}'
+    return (lambda value: low <= value <= at_most), f'at least {low:g}{limit}'
+
+
+@functools.cache
+def above(low: float) -> Check:
+    return (lambda value: value > low), f'above {low:g}'
+
+
+@functools.cache
+def between(low: float, high: float) -> Check:
+    return (lambda value: low <= value <= high), f'from {low:g} to {high:g}'
+
+
+@functools.cache
+def fraction(value_name: str = 'a fraction') -> Check:
+    return (lambda value: 0 <= value < 1), f'{value_name} from 0 up to, but not including, 1'
+
+
+@dataclass(frozen=True)
+class AnyBut:
+    """In `Option.requires`: every value of the other option but this one."""
+
+    value: typing.Any
+
+    def __repr__(self) -> str:
+        return f'(anything but {self.value!r})'
+
+
+@dataclass(frozen=True)
+class Option:
+    """One key that a user can set.
+
+    type: int, float, bool or str, or one of them `| None`, where None means "derived" or "off".
+    choices: the allowed strings, as a tuple or as the Registry that they are names in.
+    check: (predicate, what is allowed in words), asked of every value that is not None.
+    requires: (other option, value or AnyBut(value)): without it this option has no use.
+    aliases: value -> (other option, its value), for values that are another way to set that one.
+    is_path: a leading `~` stands for the home folder (`paths.expand_home`).
+    """
+
+    type: typing.Any
+    default: typing.Any
+    help: str
+    choices: tuple[str, ...] | Registry | None = None
+    check: Check | None = None
+    requires: tuple[str, typing.Any] | None = None
+    aliases: dict[str, tuple[str, typing.Any]] = field(default_factory=dict, hash=False)
+    is_path: bool = False
+
+    @property
+    def base_type(self) -> type:
+        return next(t for t in self._types() if t is not types.NoneType)
+
+    @property
+    def optional(self) -> bool:
+        return types.NoneType in self._types()
+
+    def has_use(self, values: dict) -> bool:
+        """Whether the values of all options are such that this one is read."""
+        if self.requires is None:
+            return True
+        key, needed = self.requires
+        value = values.get(key)
+        return value != needed.value if isinstance(needed, AnyBut) else value == needed
+
+    def _types(self) -> tuple:
+        return typing.get_args(self.type) or (self.type,)
+
+    def type_name(self) -> str:
+        return self.base_type.__name__ + (' or None' if self.optional else '')
+
+    def allowed(self) -> str:
+        """What a value may be, in words."""
+        if self.choices is not None:
+            names = ', '.join(repr(name) for name in self.choices)
+            return f'one of {names}' + (' or None' if self.optional else '')
+        if self.check is not None and self.base_type is str:
+            return self.check[1]
+        return self.type_name() + (f', {self.check[1]}' if self.check else '')
+
+    def accept(self, key: str, value: typing.Any) -> typing.Any:
+        """The value as this option's type (int widens to float); UserError if it is not allowed."""
+        base = self.base_type
+        if value is None and self.optional:
+            return None
+        if base is float and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value) if abs(value) <= sys.float_info.max else math.inf
+        if not isinstance(value, base) or (base is not bool and isinstance(value, bool)):
+            given = type(value).__name__
+            raise UserError(
+                f'{key}={show_value(value)}: {given} given, but {key} takes {self.allowed()}.'
+            )
+        if base is int and abs(value) > LARGEST_INT:
+            raise UserError(
+                f'{key}={show_value(value)}: no whole number may be above {LARGEST_INT:,}.'
+            )
+        if self.is_path:
+            try:
+                value = expand_home(value)
+            except BadPath as error:
+                raise UserError(f'{key}={error}') from error
+        if base is float and not math.isfinite(value):
+            raise UserError(f'{key}={value!r}: not a finite number; {key} takes {self.allowed()}.')
+        if self.choices is not None and value not in (*self.choices, *self.aliases):
+            hint = nearest(value, (*self.choices, *self.aliases))
+            raise UserError(f'{key}={show_value(value)}: {key} takes {self.allowed()}.{hint}')
+        if self.check is not None and not self.check[0](value):
+            raise UserError(f'{key}={show_value(value)}: {key} takes {self.allowed()}.')
+        return value
+
+    def parse(self, key: str, text: str) -> typing.Any:
+        """The value that `text`, from the command line, stands for; UserError if none."""
+        base = self.base_type
+        if self.optional and text in ('None', 'none', 'null') and text not in (self.choices or ()):
+            return None
+        try:
+            if base is bool:
+                value = _BOOLEANS[text.lower()]
+            elif base is int:
+                number = float(text) if 'e' in text.lower() else int(text.replace('_', ''))
+                value = int(number) if number == int(number) else number
+            elif base is float:
+                value = float(text)
+            else:
+                value = text[1:-1] if len(text) > 1 and text[0] == text[-1] in '"\'' else text
+        except (KeyError, ValueError, OverflowError):
+            raise UserError(f'--{key}={text}: {key} takes {self.allowed()}.') from None
+        return self.accept(key, value)
+
+
+def option_problems(key: object, option: object) -> list[str]:
+    """What is wrong with an entry of a component's `options`, a sentence each."""
+    if not isinstance(key, str) or not key.isidentifier():
+        return [f'{key!r} must be a name, as it becomes --NAME=value.']
+    if not isinstance(option, Option):
+        return [
+            f'{key!r} must be an Option (from common.registry import Option), and is {option!r}.'
+        ]
+    if not set(option._types()) <= {int, float, bool, str, types.NoneType}:
+        return [f'the type of {key!r} must be int, float, bool or str, or one of them | None.']
+    if isinstance(option.choices, Registry):  # whose names are not all known yet
+        return []
+    try:
+        option.accept(key, option.default)
+    except UserError as error:
+        return [f'its default is not allowed: {problem}' for problem in error.problems]
+    except Exception as error:  # a check that is no (function, text), choices that are no tuple
+        return [f'the check or the choices of {key!r}: {type(error).__name__}: {error}.']
+    return []
+
+
+def show_value(value) -> str:
+    """The value for a message: short, whatever a config file has set."""
+    try:
+        text = repr(value)
+    except Exception:  # its class is the file's own, or it is an int of thousands of digits
+        text = f'a value of type {type(value).__name__}'
+    return text if len(text) <= SHOWN_LENGTH else f'{text[:SHOWN_LENGTH]}…'
+
+
+_BOOLEANS = {'true': True, 'false': False, '1': True, '0': False, 'yes': True, 'no': False}
+
+
+class FrozenConfig:
+    """Resolved values as read-only attributes, with the origin of each (`origins[key]`).
+
+    Options that nothing chosen has a use for are not attributes. `dropped` says, a sentence each,
+    which values an override left behind.
+    """
+
+    def __init__(self, values: dict, origins: dict[str, str], dropped: list[str] | None = None):
+        self.__dict__['_values'] = dict(values)
+        self.__dict__['origins'] = dict(origins)
+        self.__dict__['dropped'] = dropped or []
+
+    def __getattr__(self, key: str):
+        try:
+            return self.__dict__['_values'][key]
+        except KeyError:
+            raise AttributeError(f'{type(self).__name__} has no option {key!r} here') from None
+
+    def __setattr__(self, key: str, value) -> None:
+        raise AttributeError(f'{type(self).__name__} is frozen: {key} cannot be set')
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._values
+
+    def get(self, key: str):
+        """The value; None where nothing chosen has a use for the option."""
+        return self._values.get(key)
+
+    def to_dict(self) -> dict:
+        return dict(self._values)
+
+
+class Configurable:
+    """What anything in a registry tells the configuration, each with a default."""
+
+    # Its own options: name -> Option. They become command-line flags and config keys.
+    options: typing.ClassVar[dict[str, Option]] = {}
+    # Its part of the architecture's name; '' for what goes without saying.
+    tag: typing.ClassVar[str] = ''
+
+    @classmethod
+    def derived_values(cls, config: FrozenConfig) -> dict[str, tuple]:
+        """For options that may be left open (None): key -> (value, why), from the other options."""
+        return {}
+
+    @classmethod
+    def problems(cls, config: FrozenConfig) -> list[str]:
+        """What it cannot be combined with, a sentence each."""
+        return []
+
+    @classmethod
+    def notes(cls, config: FrozenConfig) -> list[str]:
+        """What a user may not expect of these options, all of them derived; a sentence each."""
+        return []
+
+
+def derived_values_of(component: type[Configurable], config: FrozenConfig) -> dict[str, tuple]:
+    """`component.derived_values(config)`; UserError if that is no dict of (value, why)."""
+    derived = component.derived_values(config)
+    if not isinstance(derived, dict) or not all(
+        isinstance(entry, tuple) and len(entry) == 2 for entry in derived.values()
+    ):
+        raise UserError(
+            f'{component.__name__}.derived_values(config) must return a dict, '
+            f'option -> (value, why), and returned {derived!r}.'
+        )
+    return derived
+
+
+def sentences_of(component: type[Configurable], method: str, *arguments) -> list[str]:
+    """What `component.problems(config)`, or another `method` of its kind, returns; UserError if
+    that is no list of sentences."""
+    problems = getattr(component, method)(*arguments)
+    if not isinstance(problems, list) or not all(isinstance(each, str) for each in problems):
+        raise UserError(
+            f'{component.__name__}.{method} must return a list of strings, and returned '
+            f'{problems!r}.'
+        )
+    return problems
+
+
+def tag_of(component: type[Configurable], config: FrozenConfig) -> str:
+    """`component.name_tag(config)`; UserError if that is no string."""
+    tag = component.name_tag(config)
+    if not isinstance(tag, str):
+        raise UserError(
+            f'{component.__name__}.name_tag(config) must return a string, and returned {tag!r}.'
+        )
+    return tag

@@ -1,0 +1,270 @@
+"""What components must give, checked where a model is built and where it first runs.
+
+`check_built` looks at a model's parts, `observed` shows each call of a component's method, and
+`check_form` says whether what such a call returned is what its kind returns. `flops_disagreements`
+holds what `flops()` says against what PyTorch counts.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from common.errors import UserError
+from common.registry import Registry
+from model_components import Attention, Auxiliary, Block, Component, Positions
+from model_config import (
+    ACTIVATION_REGISTRY,
+    ATTENTION_BACKEND_REGISTRY,
+    ATTENTION_REGISTRY,
+    FFN_REGISTRY,
+    NORM_POSITION_REGISTRY,
+    NORM_REGISTRY,
+    POSITION_ENCODING_REGISTRY,
+)
+
+FLOPS_TOLERANCE = 0.03
+
+
+class Call(NamedTuple):
+    """One call of a component's method, once it has returned."""
+
+    registry: Registry
+    component: type
+    method: str
+    inputs: tuple
+    output: object
+
+    @property
+    def label(self) -> str:
+        """The method, for people."""
+        return f'{label(self.registry, self.component)}.{self.method}'
+
+    @property
+    def time_dim(self) -> int:
+        """Where time is in the tensors that come in and go out; the batch is in front of it."""
+        return 2 if self.method in ('rotate', 'attend') else 1
+
+
+def label(registry: Registry, component: type) -> str:
+    """A component for people: its option, its name there, its class."""
+    name = next((n for n, known in registry.registered() if known is component), None)
+    prefix = '' if name is None else f'{registry.option}={name!r}: '
+    return prefix + component.__name__
+
+
+def registered_class(module: nn.Module) -> tuple[Registry, type] | None:
+    """The registry of a module and its class there; of what is derived from one, that one.
+
+    FSDP derives a class of its own from that of each module that it divides.
+    """
+    for ancestor in type(module).__mro__:
+        for registry in _FORMS:
+            if any(known is ancestor for _, known in registry.registered()):
+                return registry, ancestor
+    return None
+
+
+def check_built(model: nn.Module) -> None:
+    """Raise UserError for a component whose constructor left out what all of its kind have."""
+    pending = [model]
+    while pending:
+        module = pending.pop()
+        name = type(module).__name__
+        if '_modules' not in vars(module):
+            raise UserError(f'{name}.__init__ must call super().__init__ first.')
+        needed = {Attention: ('layer_needs',), Block: ('attention', 'ffn')}
+        for base, attributes in needed.items():
+            if isinstance(module, base):
+                for missing in (a for a in attributes if not hasattr(module, a)):
+                    raise UserError(
+                        f'{name}.__init__ must call super().__init__(config, layer), or set '
+                        f'self.{missing}.'
+                    )
+        pending += module.children()
+
+
+# --------------------------------------------------------------------------------------------------
+# What calls return
+
+
+@contextmanager
+def observed(model: nn.Module, see: Callable[[Call], None]) -> Iterator[None]:
+    """Hand each call of a component's method to `see`, when it has returned, inner ones first."""
+    with _replaced_methods(model, see):
+        handles = []
+        for module in model.modules():
+            if known := registered_class(module):
+                hook = partial(_see_forward, see, *known)
+                handles.append(module.register_forward_hook(hook, with_kwargs=True))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _see_forward(see, registry, component, module, args, kwargs, output) -> None:
+    see(Call(registry, component, 'forward', (*args, *kwargs.values()), output))
+
+
+@contextmanager
+def _replaced_methods(model: nn.Module, see: Callable[[Call], None]) -> Iterator[None]:
+    """Show the calls of what is no module's forward: positions, and attention's backend."""
+    config, encoding = model.config, model.position_encoding
+    positions = POSITION_ENCODING_REGISTRY, POSITION_ENCODING_REGISTRY[config.position_encoding]
+    backend = ATTENTION_BACKEND_REGISTRY, ATTENTION_BACKEND_REGISTRY[config.attention_backend]
+    places = [(encoding, 'prepare', *positions), (encoding, 'embed', *positions)]
+    for block in model.blocks:
+        for method, owner in (('rotate', positions), ('attend', backend)):
+            if hasattr(block.attention, method):
+                places.append((block.attention, method, *owner))
+    replaced = []
+    for owner, method, registry, component in places:
+        call, own = getattr(owner, method), vars(owner).get(method)
+        replaced.append((owner, method, own))
+        setattr(owner, method, partial(_call_and_see, see, call, registry, component, method))
+    try:
+        yield
+    finally:
+        for owner, method, own in replaced:
+            delattr(owner, method)
+            if own is not None:
+                setattr(owner, method, own)
+
+
+def _call_and_see(see, call, registry, component, method, *inputs):
+    output = call(*inputs)
+    see(Call(registry, component, method, inputs, output))
+    return output
+
+
+def check_form(call: Call) -> None:
+    """Raise UserError where what a method returned is not what its kind returns."""
+    form = _METHOD_FORMS.get(call.method) or _FORMS[call.registry]
+    if problem := form(call.inputs, call.output):
+        raise UserError(f'{call.label} must return {problem}.')
+
+
+def _tensor(shape: tuple[int, ...], like: torch.Tensor, output: object) -> str | None:
+    """What is expected and what there is, where the output is no such tensor."""
+    expected = f'a tensor {tuple(shape)}'
+    if not isinstance(output, torch.Tensor):
+        return f'{expected}, and returned {_described(output)}'
+    if output.shape != shape:
+        return f'{expected}, and returned {tuple(output.shape)}'
+    if output.device != like.device:
+        return f'{expected} on {like.device}, and returned one on {output.device}'
+    if output.dtype not in (like.dtype, torch.float32, torch.bfloat16, torch.float16):
+        return f'{expected} of {like.dtype} or float32, and returned one of {output.dtype}'
+    return None
+
+
+def _described(output: object) -> str:
+    if isinstance(output, tuple):
+        return f'a tuple of {", ".join(map(_described, output)) or "nothing"}'
+    return 'None' if output is None else f'{type(output).__name__} {output!r}'[:80]
+
+
+def _same_shape(inputs: tuple, output: object) -> str | None:
+    return _tensor(inputs[0].shape, inputs[0], output)
+
+
+def _with_auxiliary(inputs: tuple, output: object) -> str | None:
+    x = inputs[0]
+    if not isinstance(output, tuple) or len(output) != 2:
+        given = _tensor(x.shape, x, output) or f'a tensor {tuple(output.shape)} alone'
+        given = given.partition('and returned ')[2] or given
+        return f'a pair, a tensor {tuple(x.shape)} and an Auxiliary, and returned {given}'
+    first, auxiliary = output
+    if not isinstance(auxiliary, Auxiliary):
+        return f'an Auxiliary beside its tensor, and returned {_described(auxiliary)}'
+    loss, readings = auxiliary
+    if not isinstance(loss, (int, float)) and not (
+        isinstance(loss, torch.Tensor) and not loss.dim()
+    ):
+        return f'an Auxiliary with a number as its loss, and that is {_described(loss)}'
+    if not isinstance(readings, dict) or not all(
+        isinstance(each, torch.Tensor) for each in readings.values()
+    ):
+        return f'an Auxiliary with a dict of tensors, and that is {_described(readings)}'
+    return _tensor(x.shape, x, first)
+
+
+def _prepared(inputs: tuple, output: object) -> str | None:
+    if not isinstance(output, Positions):
+        return f'Positions, and returned {_described(output)}'
+    if output.bias is None:
+        return None
+    tail = tuple(len(positions) for positions in inputs)
+    if not isinstance(output.bias, torch.Tensor) or tuple(output.bias.shape[1:]) != tail:
+        shape = tuple(getattr(output.bias, 'shape', ()))
+        return f'Positions with a bias (heads or 1, {tail[0]}, {tail[1]}), and that is {shape}'
+    return None
+
+
+def _attended(inputs: tuple, output: object) -> str | None:
+    q, _, v = inputs[:3]
+    return _tensor((*q.shape[:3], v.size(-1)), q, output)
+
+
+_FORMS = {
+    ACTIVATION_REGISTRY: _same_shape,
+    NORM_REGISTRY: _same_shape,
+    ATTENTION_REGISTRY: _same_shape,
+    FFN_REGISTRY: _with_auxiliary,
+    NORM_POSITION_REGISTRY: _with_auxiliary,
+}
+_METHOD_FORMS = {
+    'prepare': _prepared,
+    'embed': _same_shape,
+    'rotate': _same_shape,
+    'attend': _attended,
+}
+
+
+# --------------------------------------------------------------------------------------------------
+# FLOPs
+
+
+def flops_disagreements(model: nn.Module) -> list[str]:
+    """Where `flops()` is not what PyTorch counts, a sentence for each class.
+
+    model: on the meta device, with attention written out, so that all of it is counted.
+    """
+    windows = [block.attention.layer_needs.window for block in model.blocks]
+    length = min([model.config.block_size, *filter(None, windows)])  # within all windows
+    tokens = torch.empty((1, length), dtype=torch.long, device='meta')
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(tokens)
+    counts = counter.get_flop_counts()
+    counted = {name.partition('.')[2]: sum(ops.values()) for name, ops in counts.items()}
+
+    def wrong(path: str, module: nn.Module) -> Iterator[str]:
+        if isinstance(module, Component):
+            declared = sum(module.flops(length, False).values())
+            there = counted.get(path, 0)
+            if abs(declared - there) <= FLOPS_TOLERANCE * max(declared, there):
+                return
+        inner = [
+            sentence
+            for name, child in module.named_children()
+            for sentence in wrong(f'{path}.{name}' if path else name, child)
+        ]
+        # A class with a flops() of its own answers for what is inside it, too.
+        if not isinstance(module, Component) or (inner and type(module).flops is Component.flops):
+            yield from inner
+            return
+        registry, component = registered_class(module) or (None, type(module))
+        name = label(registry, component) if registry else component.__name__
+        yield (
+            f'{name}.flops() says {declared:,.0f} FLOPs of a sequence of {length} tokens, and '
+            f'PyTorch counts {there:,}. MFU, FLOP budgets and matching go by flops(). (An '
+            f'operator without a formula counts as 0 there.)'
+        )
+
+    return list(dict.fromkeys(wrong('', model)))

@@ -1,0 +1,86 @@
+"""A mistake in the code of a user's own component: one sentence instead of a traceback."""
+
+import inspect
+import traceback
+from collections.abc import Iterator
+from types import CodeType, FrameType
+from typing import NamedTuple
+
+from common import errors
+from common.errors import UserError
+from common.registry import ALL_REGISTRIES, Registry
+
+# What the project registers itself. A mistake in these is no user's, and keeps its traceback.
+OWN_MODULES = ('components', 'optimizers', 'optimization')
+
+
+class _Place(NamedTuple):
+    """A component, and the method of it that a frame runs."""
+
+    registry: Registry
+    name: str
+    component: type
+    method: str
+
+
+def explain(error: Exception) -> UserError | None:
+    """The error as the user's mistake, if it was raised inside a component that is no part of the
+    project: its class, method, file and line. Else None."""
+    components = list(_foreign_components())
+    frames = list(traceback.walk_tb(error.__traceback__))
+    for index in reversed(range(len(frames))):
+        place = _place(frames[index][0], components)
+        if place is None:
+            continue
+        file = frames[index][0].f_code.co_filename
+        line = next(n for frame, n in reversed(frames) if frame.f_code.co_filename == file)
+        told = f'{type(error).__name__}: {error}' if str(error) else type(error).__name__
+        return UserError(
+            f'{place.registry.option}={place.name!r}: {place.component.__name__}.{place.method} '
+            f'raised {told} ({file}, line {line}). --debug shows the traceback.'
+        )
+    return None
+
+
+def is_foreign(component: type) -> bool:
+    """Whether a class is no part of the project."""
+    return component.__module__.partition('.')[0] not in (*OWN_MODULES, 'torch', 'builtins', 'abc')
+
+
+def _foreign_components() -> Iterator[tuple[Registry, str, type]]:
+    for registry in ALL_REGISTRIES:
+        for name, component in registry.registered():
+            if is_foreign(component):
+                yield registry, name, component
+
+
+def _place(frame: FrameType, components: list[tuple[Registry, str, type]]) -> _Place | None:
+    """The component whose method the frame runs: one that it defines, or has from the project."""
+    code, owner = frame.f_code, frame.f_locals.get('self', frame.f_locals.get('cls'))
+    owner = owner if isinstance(owner, type) else type(owner)
+    for registry, name, component in components:
+        for ancestor in component.__mro__:
+            if ancestor.__module__.partition('.')[0] in ('torch', 'builtins', 'abc'):
+                continue
+            if not is_foreign(ancestor) and owner is not component:
+                continue
+            for method, value in vars(ancestor).items():
+                if code in _codes(value):
+                    return _Place(registry, name, component, method)
+    return None
+
+
+def _codes(value: object) -> Iterator[CodeType]:
+    """The code of a method, and of the functions that it makes."""
+    if isinstance(value, property):
+        value = value.fget
+    value = inspect.unwrap(getattr(value, '__func__', value), stop=lambda f: False)
+    code = getattr(value, '__code__', None)
+    pending = [code] if isinstance(code, CodeType) else []
+    while pending:
+        code = pending.pop()
+        yield code
+        pending += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
+
+
+errors.explainers.append(explain)

@@ -1,0 +1,287 @@
+"""Mixtures of experts: every token goes through a few of many feed-forward networks."""
+
+import inspect
+import math
+from contextlib import nullcontext
+from functools import partial
+from typing import ClassVar, NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.flop_counter import register_flop_formula
+
+from common.registry import Option, above, at_least, tag_of
+from components.base import Auxiliary, matmul_dtype
+from components.feed_forward import FeedForward
+from model_config import FFN_REGISTRY, ModelArchitectureConfig
+
+# --------------------------------------------------------------------------------------------------
+# Matrix products by groups of rows
+
+
+@torch.library.custom_op('components::grouped_mm', mutates_args=())
+def grouped_mm(a: torch.Tensor, b: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """torch's own: rows a (N, in) times b (groups, in, out) -> (N, out), the rows of group g being
+    ends[g - 1] … ends[g]; or, for the gradient of b, a (in, N) times b (N, out) -> (groups, in,
+    out).
+
+    An operator around it because torch's knows neither the shapes of fp32 results on the meta
+    device, which compiling needs too, nor what it costs. `ends` stays on the device.
+    """
+    return F.grouped_mm(a, b, offs=ends)
+
+
+@grouped_mm.register_fake
+def _(a, b, ends):
+    by_rows = b.dim() == 3
+    return a.new_empty((len(a), b.size(2)) if by_rows else (len(ends), len(a), b.size(1)))
+
+
+@register_flop_formula(torch.ops.components.grouped_mm)
+def _(a_shape, b_shape, *_, **__) -> int:
+    return 2 * math.prod(a_shape) * b_shape[-1]
+
+
+def _keep_operands(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _gradients(ctx, grad):
+    a, b, ends = ctx.saved_tensors
+    grad = grad.contiguous()  # that of a sum is expanded, which torch's refuses
+    return grouped_mm(grad, b.mT, ends), grouped_mm(a.mT, grad, ends), None
+
+
+grouped_mm.register_autograd(_gradients, setup_context=_keep_operands)
+
+
+class Groups(NamedTuple):
+    """Rows in the order of their experts."""
+
+    ends: torch.Tensor  # (experts,) int32: where the rows of each end
+    expert: torch.Tensor  # (rows,): whose each row is
+
+
+class ExpertLinear(nn.Linear):
+    """A linear layer for each expert: weight (experts, out, in), bias (experts · out)."""
+
+    def __init__(self, experts: int, in_features: int, out_features: int, bias: bool = True):
+        super().__init__(in_features, out_features, bias=False)
+        self.weight = nn.Parameter(torch.empty(experts, out_features, in_features))
+        if bias:  # in one dimension, as optimizers know biases by
+            self.bias = nn.Parameter(torch.empty(experts * out_features))
+
+    def forward(self, x: torch.Tensor, groups: Groups) -> torch.Tensor:
+        """(rows, in) -> (rows, out)."""
+        dtype = matmul_dtype(x)  # autocast does not know `grouped_mm`
+        y = grouped_mm(x.to(dtype), self.weight.to(dtype).mT, groups.ends)
+        if self.bias is None:
+            return y
+        return y + self.bias.to(dtype).view(-1, self.out_features).index_select(0, groups.expert)
+
+
+def without_autocast(device: torch.device):
+    known = torch.amp.is_autocast_available(device.type)  # not the meta device
+    return torch.autocast(device.type, enabled=False) if known else nullcontext()
+
+
+# --------------------------------------------------------------------------------------------------
+# The mixture
+
+SCORES = {'softmax': partial(torch.softmax, dim=-1), 'sigmoid': torch.sigmoid}
+
+
+def can_be_expert(ffn: type[FeedForward]) -> bool:
+    """Whether its width, and what its linear layers are, can be said."""
+    return {'width', 'linear'} <= inspect.signature(ffn).parameters.keys()
+
+
+@FFN_REGISTRY.register('moe', source='Shazeer et al. 2017; shared experts: Dai et al. 2024')
+class MixtureOfExperts(FeedForward):
+    """A router gives each token `experts_per_token` experts, whose outputs are added by its scores.
+
+    Every choice is honoured: no capacity, nothing dropped. The router and both auxiliary losses are
+    in fp32.
+    """
+
+    tag = 'MoE'
+    options: ClassVar = {
+        'expert_ffn': Option(
+            str,
+            'swiglu',
+            'What each expert is',
+            choices=FFN_REGISTRY.where(can_be_expert, 'expert_ffn', 'Expert of a mixture'),
+        ),
+        'num_experts': Option(int, 8, 'Experts that the router chooses from', check=at_least(1)),
+        'experts_per_token': Option(int, 2, 'Experts that a token goes through', check=at_least(1)),
+        'shared_experts': Option(
+            int, 0, 'Experts for every token, beside the chosen ones', check=at_least(0)
+        ),
+        'expert_d_ff': Option(
+            int | None, None, 'Hidden width of an expert; None: d_ff', check=at_least(1)
+        ),
+        'dense_layers': Option(
+            int, 0, 'First layers that have one expert_ffn of width d_ff instead', check=at_least(0)
+        ),
+        'router_score': Option(str, 'softmax', "Of the router's logits", choices=tuple(SCORES)),
+        'router_normalize': Option(bool, True, "A token's chosen scores are made to add up to 1"),
+        'router_scale': Option(float, 1.0, 'Multiplies the chosen scores', check=above(0)),
+        'load_balance_weight': Option(
+            float,
+            0.01,
+            "Weight of the loss that evens out the experts' load, which is taken over a "
+            'micro-batch, so that batch_size matters to it, and added up over the layers',
+            check=at_least(0),
+        ),
+        'router_z_loss': Option(
+            float, 0.0, 'Weight of the loss on large router logits, likewise', check=at_least(0)
+        ),
+    }
+
+    def __init__(self, config: ModelArchitectureConfig, layer: int):
+        super().__init__()
+        self.num_experts, self.chosen = config.num_experts, config.experts_per_token
+        self.score, self.normalize = SCORES[config.router_score], config.router_normalize
+        self.scale = config.router_scale
+        self.balance_weight, self.z_weight = config.load_balance_weight, config.router_z_loss
+        expert, width = FFN_REGISTRY[config.expert_ffn], config.expert_d_ff
+        self.router = nn.Linear(config.n_embd, config.num_experts, bias=False)
+        self.experts = expert(config, layer, width, partial(ExpertLinear, config.num_experts))
+        shared = config.shared_experts * width  # as one network, since their outputs are added
+        self.shared = expert(config, layer, shared) if shared else None
+
+    @classmethod
+    def at_layer(cls, config: ModelArchitectureConfig, layer: int) -> FeedForward:
+        if layer < config.dense_layers:
+            return FFN_REGISTRY[config.expert_ffn](config, layer)
+        return cls(config, layer)
+
+    @classmethod
+    def derived_values(cls, config) -> dict[str, tuple]:
+        width = FFN_REGISTRY[config.expert_ffn].default_d_ff(config)
+        return {
+            'd_ff': (width, f"{config.expert_ffn}'s own rule"),
+            'expert_d_ff': (config.d_ff or width, 'd_ff'),
+        }
+
+    @classmethod
+    def problems(cls, config: ModelArchitectureConfig) -> list[str]:
+        problems = []
+        experts, chosen = config.num_experts, config.experts_per_token
+        if chosen > experts:
+            problems.append(
+                f'experts_per_token={chosen} is more than num_experts={experts}: at most all of '
+                f'them, --experts_per_token={experts}.'
+            )
+        if chosen == 1 and experts > 1 and config.router_normalize:
+            problems.append(
+                'experts_per_token=1 with router_normalize=True gives every token the weight 1, '
+                'whatever the router says, so that it cannot learn: --router_normalize=False.'
+            )
+        if config.dense_layers >= config.n_layer:
+            problems.append(
+                f'dense_layers={config.dense_layers} leaves no mixture in n_layer='
+                f'{config.n_layer} layers: choose fewer, or ffn_type={config.expert_ffn!r}.'
+            )
+        for key in ('n_embd', 'expert_d_ff'):
+            size = config.to_dict()[key]
+            if size % 8:
+                problems.append(
+                    f"{key}={size}: ffn_type='moe' multiplies stacks of matrices, whose rows must "
+                    f'begin at multiples of 16 bytes: choose a multiple of 8, '
+                    f'--{key}={math.ceil(size / 8) * 8}.'
+                )
+        return problems
+
+    @classmethod
+    def name_tag(cls, config: ModelArchitectureConfig) -> str:
+        shared = f'+{config.shared_experts}' if config.shared_experts else ''
+        expert = tag_of(FFN_REGISTRY[config.expert_ffn], config)
+        return f'{cls.tag}{config.experts_per_token}of{config.num_experts}{shared}-{expert}'
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, Auxiliary]:
+        tokens = x.flatten(0, -2)  # (N, C)
+        with without_autocast(x.device):
+            logits = self.router(tokens.float())  # (N, experts)
+        scores = self.score(logits)
+        weights, chosen = scores.topk(self.chosen)  # (N, k)
+        if self.normalize:
+            weights = weights / weights.sum(dim=-1, keepdim=True).clamp(min=1e-20)
+        groups, order = self.group(chosen)
+        y = self.mixed(tokens, weights * self.scale, groups, order).view(x.shape)
+        if self.shared is not None:
+            y = y + self.shared(x)[0]
+        return y, self.auxiliary(logits, scores, groups)
+
+    def group(self, chosen: torch.Tensor) -> tuple[Groups, torch.Tensor]:
+        """Choices (N, k) in the order of their experts, and where each stood: (N · k,)."""
+        expert, order = chosen.flatten().sort(stable=True)
+        every = torch.arange(self.num_experts, device=chosen.device)
+        ends = torch.searchsorted(expert, every, right=True, out_int32=True)
+        return Groups(ends, expert), order
+
+    def mixed(
+        self, tokens: torch.Tensor, weights: torch.Tensor, groups: Groups, order: torch.Tensor
+    ) -> torch.Tensor:
+        """tokens (N, C) through their experts, added by weights (N, k)."""
+        rows = tokens.to(matmul_dtype(tokens)).index_select(0, order // self.chosen)
+        y, _ = self.experts(rows, groups)
+        y = y.index_select(0, order.argsort()).view(*weights.shape, -1)  # (N, k, C)
+        return (y * weights[..., None]).sum(dim=1).to(y.dtype)
+
+    def auxiliary(self, logits: torch.Tensor, scores: torch.Tensor, groups: Groups) -> Auxiliary:
+        """Both losses of the router, as means over the tokens, and what tells of its balance.
+
+        The first (Fedus et al. 2022; with several experts a token as Mixtral) is experts · Σ load ·
+        probability, where an expert's load is the fraction of tokens that choose it and its
+        probability the mean score; at best, k. The second (Zoph et al. 2022) is log² Σ exp logits.
+        """
+        load = groups.ends.diff(prepend=groups.ends.new_zeros(1)) / len(logits)  # (experts,)
+        probability = (scores / scores.sum(dim=-1, keepdim=True)).mean(dim=0)
+        balance = self.num_experts * (load * probability).sum()
+        z = logits.logsumexp(dim=-1).square().mean()
+        return Auxiliary(
+            self.balance_weight * balance + self.z_weight * z,
+            {
+                'expert_load': load,
+                'load_balance_loss': balance.detach(),
+                'router_z_loss': z.detach(),
+            },
+        )
+
+    @classmethod
+    def report(cls, means: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """How evenly the experts are used, each layer's load by itself.
+
+        The busiest expert's share of a layer's choices, 1 where all are equal: in the mean and in
+        the worst layer; how many equally loaded experts would have the same entropy; and how many,
+        over all layers, no token has chosen. Both losses, without weight, in the mean over layers.
+        """
+        load = means['expert_load']  # (layers, experts)
+        share = load / load.sum(dim=-1, keepdim=True)
+        busiest = share.amax(dim=-1) * share.size(-1)
+        return {
+            'busiest_expert': busiest.mean(),
+            'busiest_expert_worst_layer': busiest.max(),
+            'effective_experts': torch.special.entr(share).sum(dim=-1).exp().mean(),
+            'idle_experts': (load == 0).sum().float(),
+            'load_balance_loss': means['load_balance_loss'].mean(),
+            'router_z_loss': means['router_z_loss'].mean(),
+        }
+
+    def flops(self, seq_len: int, causal: bool) -> dict[str, float]:
+        # The router and the shared experts for every token, and k of the others.
+        total = super().flops(seq_len, causal)
+        once = self.experts.flops(seq_len, causal)
+        return {p: value + (self.chosen - 1) * once.get(p, 0.0) for p, value in total.items()}
+
+    def inactive_params(self) -> int:
+        idle = self.num_experts - self.chosen
+        return sum(p.numel() for p in self.experts.parameters()) // self.num_experts * idle
+
+    def residual_weights(self) -> list[nn.Parameter]:
+        return []  # its experts say theirs
+
+    def matrices(self) -> dict[nn.Parameter, tuple[int, ...]]:
+        return {}  # the router's rows are experts, as the head's are tokens

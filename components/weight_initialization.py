@@ -1,0 +1,189 @@
+"""How the parameters and constant buffers of a model begin.
+
+Each is filled from a stream of its own, so that like-named ones of two architectures start equal.
+"""
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+
+from common.errors import UserError
+from model_components import Component, Initial
+from model_config import INITIALIZATION_REGISTRY
+
+Fill = Callable[[torch.Tensor, torch.Generator], None]
+
+
+class _Owned(NamedTuple):
+    """A parameter or buffer of a component: directly its own, or of a plain module inside."""
+
+    name: str  # within the component
+    module: nn.Module  # whose attribute it is
+    tensor: torch.Tensor
+
+
+def initial_values(model: nn.Module) -> dict[str, Fill]:
+    """Name of a parameter or buffer -> what fills it; tied ones once.
+
+    Raises UserError for a component that leaves one of them open, or names what it does not have.
+    """
+    config = model.config
+    initialization = INITIALIZATION_REGISTRY[config.initialization]
+    named = [(n, module) for n, module in model.named_modules() if isinstance(module, Component)]
+    hidden, residual = _described_weights(module for _, module in named)
+
+    def normal(weight: torch.Tensor) -> Fill:
+        std = initialization.std(config, id(weight) in hidden, id(weight) in residual)
+        if not isinstance(std, (int, float)) or not 0 <= std < math.inf:
+            raise UserError(
+                f'{initialization.__name__}.std must return a standard deviation, a number of at '
+                f'least 0, and returned {std!r}.'
+            )
+        return Initial.normal(std)
+
+    rules: dict[str, Fill] = {}
+    seen = set()
+    for prefix, component in named:
+        owned = list(_owned(component))
+        given = _values_of(component, {entry.name for entry in owned})
+        for name, module, tensor in owned:
+            if id(tensor) in seen:
+                continue
+            seen.add(id(tensor))
+            attribute, full_name = name.rpartition('.')[2], f'{prefix}.{name}'
+            if name in given:
+                rules[full_name] = _checked(component, name, given[name])
+            elif id(tensor) in hidden or (
+                isinstance(module, (nn.Linear, nn.Embedding)) and attribute == 'weight'
+            ):
+                rules[full_name] = normal(tensor)
+            elif isinstance(module, nn.Linear) and attribute == 'bias':
+                rules[full_name] = Initial.zeros
+            else:
+                raise UserError(
+                    f'{full_name} is not initialized: {type(component).__name__}.initial_values() '
+                    f'must return an entry for {name!r}, a function (tensor, generator) such as '
+                    f'Initial.zeros or Initial.constant(1.0).'
+                )
+    return rules
+
+
+def _owned(module: nn.Module, at: str = '') -> Iterator[_Owned]:
+    """What a component has to initialize: all but what components inside it have."""
+    for name, tensor in (
+        *module.named_parameters(recurse=False),
+        *module.named_buffers(recurse=False),
+    ):
+        yield _Owned(at + name, module, tensor)
+    for name, child in module.named_children():
+        if not isinstance(child, Component):
+            yield from _owned(child, f'{at}{name}.')
+
+
+def _values_of(component: nn.Module, names: set[str]) -> dict[str, Fill]:
+    """What the component's `initial_values()` returns. Raises UserError."""
+    method = f'{type(component).__name__}.initial_values()'
+    given = component.initial_values()
+    if not isinstance(given, dict) or not all(callable(fill) for fill in given.values()):
+        raise UserError(
+            f'{method} must return a dict, name -> function (tensor, generator), such as '
+            f"{{'scale': Initial.ones}}, and returned {given!r}."
+        )
+    for name in given.keys() - names:
+        if getattr(component, name, component) is None:  # a parameter that was left out
+            continue
+        owned = ', '.join(map(repr, sorted(names))) or 'none'
+        raise UserError(
+            f'{method} names {name!r}, which is no parameter or buffer of '
+            f'{type(component).__name__}. Its own: {owned}.'
+        )
+    return given
+
+
+def _checked(component: nn.Module, name: str, fill: Fill) -> Fill:
+    """`fill`, with a UserError where it fails or leaves a value that is not finite."""
+    what = f'{type(component).__name__}.initial_values()[{name!r}]'
+
+    def checked(tensor: torch.Tensor, generator: torch.Generator) -> None:
+        try:
+            fill(tensor, generator)
+        except Exception as error:
+            raise UserError(
+                f'{what}, called with a tensor {tuple(tensor.shape)} and a generator, raised '
+                f'{type(error).__name__}: {error}'
+            ) from error
+        if not tensor.isfinite().all():
+            raise UserError(f'{what} leaves values in the tensor that are not finite.')
+
+    return checked
+
+
+def _described_weights(components: Iterator[nn.Module]) -> tuple[set[int], set[int]]:
+    """The ids of hidden matrices, and of what writes into the residual stream. Raises UserError."""
+    hidden, residual = set(), set()
+    for component in components:
+        name, matrices = type(component).__name__, component.matrices()
+        for weight, rows in _items(matrices, f'{name}.matrices()'):
+            if sum(rows) != weight.shape[-2]:
+                raise UserError(
+                    f'{name}.matrices(): the rows {rows} do not add up to those of a parameter '
+                    f'{tuple(weight.shape)}.'
+                )
+            hidden.add(id(weight))
+        weights = component.residual_weights()
+        if not isinstance(weights, list) or not all(isinstance(w, nn.Parameter) for w in weights):
+            raise UserError(
+                f'{name}.residual_weights() must return a list of parameters, and returned '
+                f'{weights!r}.'
+            )
+        residual |= {id(weight) for weight in weights}
+    return hidden, residual
+
+
+def _items(matrices: object, method: str) -> Iterator[tuple[nn.Parameter, tuple[int, ...]]]:
+    for weight, rows in matrices.items() if isinstance(matrices, dict) else [(matrices, None)]:
+        if not isinstance(weight, nn.Parameter) or weight.dim() < 2 or not isinstance(rows, tuple):
+            raise UserError(
+                f'{method} must return a dict, parameter of at least two dimensions -> rows of '
+                f'each matrix in it, such as {{self.up.weight: (64,)}}.'
+            )
+        yield weight, rows
+
+
+@torch.no_grad()
+def initialize(model: nn.Module, seed: int) -> None:
+    """Fill every parameter from a stream of its own, given by (seed, parameter name).
+
+    Drawn on the CPU, so that the values are the same on every device.
+    """
+    initialize_buffers(model)
+    values = initial_values(model)
+    for name, parameter in model.named_parameters():
+        whole = parameter
+        if parameter.device.type != 'cpu':
+            whole = torch.empty(parameter.shape, dtype=parameter.dtype)
+        values[name](whole, torch.Generator().manual_seed(name_seed(seed, name)))
+        if whole is not parameter:
+            parameter.copy_(whole)
+
+
+@torch.no_grad()
+def initialize_buffers(model: nn.Module) -> None:
+    """Fill every buffer. No checkpoint has them: they are constants, the same for every seed."""
+    if next(model.buffers(), None) is None:
+        return
+    values = initial_values(model)
+    for name, buffer in model.named_buffers():
+        whole = torch.empty(buffer.shape, dtype=buffer.dtype)
+        values[name](whole, torch.Generator().manual_seed(name_seed(0, name)))
+        buffer.copy_(whole)
+
+
+def name_seed(seed: int, name: str) -> int:
+    """A 63-bit seed from a seed and a name."""
+    digest = hashlib.sha256(f'{seed}/{name}'.encode()).digest()
+    return int.from_bytes(digest[:8], 'little') >> 1

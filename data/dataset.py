@@ -1,0 +1,280 @@
+"""A dataset: its facts, and the windows that training and evaluation read from it.
+
+The files are token_files', and which window comes when is data_order's. Knows no model and no
+tokenizer.
+"""
+
+import contextlib
+import hashlib
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from common.console_output import write_progress
+from common.errors import UserError, nearest
+from data.order import ORDERS, EpochOrder, RandomOrder, splitmix64
+from data.token_check import check_content
+from data.token_files import (
+    SPLITS,
+    Split,
+    files_sha256,
+    has_meta,
+    import_hint,
+    is_complete,
+    read_meta,
+    way_to_prepare,
+)
+
+try:
+    import fcntl
+except ImportError:  # Windows: two runs that start at once both prepare, which is only wasteful
+    fcntl = None
+
+DATA_ROOT = Path(__file__).resolve().parent / 'data'
+BYTE_PAIRS = ('gpt2', 'tiktoken', 'bpe')  # kinds of tokenizers that have them
+FULL_CHECK_BYTES = 64 * 2**20  # larger files are checked in samples: a start must not read 20 GB
+
+
+def load_dataset(name: str, block_size: int, data_root: Path | str = DATA_ROOT) -> 'TokenDataset':
+    """The dataset `name`: a folder below `data_root`, or the path of one.
+
+    Raises UserError if there is none, if it does not match its meta.json, or if a split is shorter
+    than the block_size + 1 tokens of one window.
+    """
+    return TokenDataset(_folder(name, Path(data_root)), block_size)
+
+
+def is_prepared(name: str, data_root: Path | str = DATA_ROOT) -> bool:
+    """Whether the dataset's token files are there. Raises UserError if there is no such dataset."""
+    return is_complete(_folder(name, Path(data_root)))
+
+
+def prepare_if_missing(name: str, data_root: Path | str = DATA_ROOT) -> None:
+    """Run `data/<name>/prepare.py` if the dataset has one and its token files are missing.
+
+    Only below `data_root`: the name may come from a checkpoint, and no code is run from there. Any
+    number of processes may call this at once: one prepares and the others wait. Raises UserError if
+    the script fails; the reason is then on the screen.
+    """
+    folder = _folder(name, Path(data_root))
+    script = folder / 'prepare.py'
+    ours = folder.resolve().is_relative_to(Path(data_root).resolve())
+    if is_complete(folder) or not (ours and script.exists()):
+        return
+    with exclusive(folder / 'prepare.lock.tmp', f'another process prepares {name}: waiting'):
+        if is_complete(folder):
+            return
+        write_progress(f'Dataset {name} is not prepared yet: running {script}')
+        code = subprocess.run([sys.executable, str(script)]).returncode
+    if code != 0:
+        raise UserError(
+            f'Preparing the dataset {name} failed (exit code {code}); the reason is above. '
+            f'To try it alone: python {script}'
+        )
+
+
+@contextlib.contextmanager
+def exclusive(lock_path: Path, message: str):
+    """Hold the lock file `lock_path`; if another process holds it, say `message` and wait."""
+    try:
+        lock = open(lock_path, 'w')  # noqa: SIM115 closed, and with that unlocked, below
+    except OSError as error:
+        raise UserError(f'Cannot write to {lock_path.parent}: {error.strerror}') from None
+    with lock:
+        if fcntl:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                write_progress(message)
+                fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+class TokenDataset:
+    """The two splits of one dataset, read in windows of `block_size` tokens.
+
+    `vocab_size` is the data's own; `tokenizer` the dict that describes the tokenizer (kind
+    'unknown' where nothing says); `end_of_text` the token that ends every document, or None;
+    `meta` the meta.json, or what stands in for it, in the form of version 2; `splits` the tokens;
+    `notes` are sentences for the start-up report.
+    """
+
+    def __init__(self, folder: Path, block_size: int):
+        self.folder = folder
+        self.block_size = block_size
+        self.notes: list[str] = []
+        self._sha256: dict[str, str] = {}
+        self.meta = read_meta(folder)
+        self.splits = {
+            split: Split(folder, self.meta['splits'][split], self.meta['dtype']) for split in SPLITS
+        }
+        self._check_length()
+        if self.meta['vocab_size'] is None:
+            pieces = (piece for data in self.splits.values() for piece in data.pieces(2**20))
+            self.meta['vocab_size'] = 1 + max(int(piece.max()) for piece in pieces)
+        for split in SPLITS:
+            self._check_ids(split)
+        self.vocab_size: int = self.meta['vocab_size']
+        self.tokenizer: dict = self.meta['tokenizer']
+        self.end_of_text: int | None = self.meta['end_of_text']
+        if self.tokenizer['kind'] == 'unknown' and not has_meta(folder):
+            self.notes.append(
+                f'{folder} has a meta.pkl, which is not read (a pickle can run code): the '
+                f'vocabulary is the largest token + 1 = {self.vocab_size}, the tokenizer unknown, '
+                'so no bits per byte and no text samples.'
+            )
+        elif not has_meta(folder):
+            self.notes.append(
+                f"{folder} has no meta.json: read as nanoGPT's GPT-2 tokens (uint16, vocabulary "
+                f'{self.vocab_size}); the byte count is unknown, so no bits per byte.'
+            )
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """The vocabulary that a model of this data has.
+
+        Byte pairs are padded to a multiple of 64, which matrix multiplications like; characters
+        and bytes are not.
+        """
+        if self.tokenizer['kind'] in BYTE_PAIRS:
+            return -(-self.vocab_size // 64) * 64
+        return self.vocab_size
+
+    def tokens(self, split: str) -> int:
+        """Number of tokens in `split`."""
+        return len(self.splits[split])
+
+    def documents(self, split: str) -> int | None:
+        """Number of documents in `split`; None where they are not told apart."""
+        return self.meta['splits'][split]['documents']
+
+    def bytes_per_token(self, split: str) -> float | None:
+        """UTF-8 bytes of text per token of `split`; None where the byte count is unknown."""
+        count = self.meta['splits'][split]['bytes']
+        return None if count is None else count / self.tokens(split)
+
+    def sha256(self, split: str) -> str:
+        """SHA-256 of all tokens: as checked; else what meta.json says, or computed at once."""
+        if split not in self._sha256:
+            facts = self.meta['splits'][split]
+            self._sha256[split] = facts['sha256'] or files_sha256(self.splits[split].paths)
+        return self._sha256[split]
+
+    def check_content(
+        self,
+        splits: Sequence[str] = SPLITS,
+        *,
+        full: bool = False,
+        from_main: Callable = lambda make: make(),
+    ) -> None:
+        """See to it that the files hold what was hashed. Raises UserError.
+
+        full: by hashing them, whatever their sizes and times. from_main: what lets one process do
+        it for all.
+        """
+        facts = self.meta['splits']
+        self._sha256 |= from_main(
+            lambda: check_content(self.folder, facts, splits, full=full, say=write_progress)
+        )
+
+    @cached_property
+    def hash(self) -> str:
+        """Twelve hex digits that stand for the contents of both splits."""
+        both = ''.join(self.sha256(split) for split in SPLITS)
+        return hashlib.sha256(both.encode()).hexdigest()[:12]
+
+    def order(self, sampling: str, data_seed: int) -> RandomOrder | EpochOrder:
+        """The order of the training sequences that `sampling` and `data_seed` choose."""
+        return ORDERS[sampling](data_seed, self.tokens('train'), self.block_size)
+
+    def batch(self, order: RandomOrder | EpochOrder, first_number: int, count: int):
+        """Training sequences number first_number … first_number + count - 1 of the `order`.
+
+        Returns (inputs, targets), each int64 (count, block_size).
+        """
+        return self.read('train', order.starts(first_number, count))
+
+    def window_count(self, split: str, eval_iters: int) -> int:
+        """`eval_iters`, or as many windows as the split holds without overlap if that is less."""
+        return min(eval_iters, (self.tokens(split) - 1) // self.block_size)
+
+    def windows(self, split: str, eval_iters: int) -> np.ndarray:
+        """Starts of the evaluation windows: evenly spaced over the whole split, none overlapping.
+
+        The same whatever the batch size, the number of ranks or the architecture.
+        """
+        count = self.window_count(split, eval_iters)
+        last = self.tokens(split) - self.block_size - 1
+        return np.arange(count) * last // max(count - 1, 1)
+
+    def read(self, split: str, starts):
+        """The windows of `split` at `starts`: (inputs, targets), int64 (len(starts), block_size).
+
+        Targets are the inputs one token later.
+        """
+        window = self.splits[split].windows(starts, self.block_size + 1)  # (N, T + 1)
+        return window[:, :-1].astype(np.int64), window[:, 1:].astype(np.int64)
+
+    def _check_length(self) -> None:
+        shortest = min(SPLITS, key=self.tokens)
+        length = self.tokens(shortest)
+        if length < 2:
+            raise UserError(
+                f'The {shortest} split of {self.folder} has {length} tokens: too few for any '
+                f'block_size. {way_to_prepare(self.folder)}'
+            )
+        if length < self.block_size + 1:
+            raise UserError(
+                f'block_size {self.block_size} is too large for the dataset {self.folder}: its '
+                f'{shortest} split has {length:,} tokens and a window takes block_size + 1. '
+                f'The largest allowed is {length - 1}: --block_size={length - 1}'
+            )
+
+    def _check_ids(self, split: str) -> None:
+        data = self.splits[split]
+        if data.nbytes > FULL_CHECK_BYTES:
+            # 64 stretches of 64 Ki tokens from the first to the last.
+            length = 2**16
+            starts = np.arange(64) * (len(data) - length) // 63
+            pieces = (data.read(start, length) for start in starts)
+        else:
+            pieces = data.pieces(2**20)
+        largest = max(int(piece.max()) for piece in pieces)
+        vocab_size = self.meta['vocab_size']
+        if largest >= vocab_size:
+            raise UserError(
+                f'The {split} split of {self.folder} holds the token {largest}, but the vocabulary '
+                f'ends at {vocab_size - 1}: the files are of another tokenizer or another dtype. '
+                f'{way_to_prepare(self.folder)} To take the ids as they are: '
+                f'{import_hint(self.folder)} --tokenizer=unknown'
+            )
+
+
+def digest(first_number: int, tokens: np.ndarray) -> int:
+    """64 bits that stand for the sequences first_number … and their tokens (count, block_size).
+
+    Those of several batches add up, modulo 2^64, to that of all, in whatever order they came.
+    """
+    positions = np.arange(tokens.shape[1], dtype=np.uint64)
+    numbers = int(first_number) + np.arange(len(tokens), dtype=np.uint64)
+    rows = ((tokens.astype(np.uint64) + np.uint64(1)) * splitmix64(0, positions)).sum(axis=1)
+    return int(splitmix64(rows, numbers).sum())
+
+
+def _folder(name: str, data_root: Path) -> Path:
+    for folder in (data_root / name, Path(name)):
+        if name and folder.is_dir():
+            return folder
+    known = sorted(
+        folder.name
+        for folder in (data_root.iterdir() if data_root.is_dir() else ())
+        if any((folder / file).exists() for file in ('prepare.py', 'meta.json', 'train.bin'))
+    )
+    raise UserError(
+        f'dataset {name!r} is neither a folder in {data_root} nor the path of one.'
+        f'{nearest(name, known)} There are: {", ".join(known) or "none"}'
+    )

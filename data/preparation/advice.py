@@ -1,0 +1,41 @@
+"""What to do about a corpus that leaves nothing for one of the splits: advice that works."""
+
+import hashlib
+
+from data.preparation.sources import Files, Source
+from data.preparation.train_tokenizer import texts_of
+
+PARTS, SMALLEST_CUT = 200, 64  # about as many parts are aimed at; bytes of one
+
+
+def how_to_divide(source: Source, val_fraction: float) -> str:
+    """An option with which both splits get documents, tried out on the corpus; or what it lacks."""
+    if source.unit != 'B':  # it would have to be fetched again
+        return 'Take more of them: a larger --max_documents, or another --val_fraction.'
+    cuts = ()
+    if isinstance(source, Files) and source.has_only_texts:
+        cuts = dict.fromkeys((max(source.total // PARTS, SMALLEST_CUT), SMALLEST_CUT))
+    shares, option = shares_of(source), ''
+    for cut in cuts:
+        shares, option = shares_of(source.with_cut(cut)), f'--cut={cut} '
+        if shares and shares[0] < val_fraction <= shares[-1]:
+            return f'To make more documents, cut the texts at blank lines: {option.strip()}'
+    if len(shares) < 2:
+        return 'At least two different documents are needed.'
+    first = 0 if shares[0] >= val_fraction else len(shares) - 2  # of the two that are divided
+    between = (shares[first] + shares[first + 1]) / 2
+    return (
+        f'To divide {"its parts" if cuts else "them"}, choose another share for validation: '
+        f'{option}--val_fraction={between:.6g}'
+    )
+
+
+def shares_of(source: Source) -> list[float]:
+    """For each different document the share for validation above which it is in it, in order."""
+    digests = {
+        hashlib.sha256(text.encode()).digest()[:8]
+        for piece in source.pieces()
+        for text in texts_of(piece)
+        if text and not text.isspace()
+    }
+    return sorted(int.from_bytes(digest, 'big') / 2**64 for digest in digests)

@@ -1,0 +1,224 @@
+"""The files of a corpus: what files, folders and patterns stand for, and how they are opened."""
+
+import bz2
+import fnmatch
+import glob
+import gzip
+import importlib
+import lzma
+import os
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+from common.errors import UserError, nearest
+from common.folders import walk
+from common.text_files import no_text
+
+COMPRESSED = ('.gz', '.bz2', '.xz', '.zst')
+TEXTS, LINES = ('.txt', '.md'), ('.jsonl', '.ndjson')
+JSON = (*LINES, '.json')
+SHOWN_SUFFIXES = 5
+SNIFFED = 2**16  # bytes by which a file is judged
+
+
+class Corpus(NamedTuple):
+    """The files, each once, and a sentence on what the folders among the names hold beside them."""
+
+    paths: list[str]
+    notes: list[str]
+
+
+def kind_of(path: str) -> str:
+    """The end of a file's name that says what it holds, without what says how it is compressed."""
+    return os.path.splitext(stem_of(path))[1]
+
+
+def stem_of(path: str) -> str:
+    """The path in lower case, without the end that says how the file is compressed."""
+    stem, suffix = os.path.splitext(path.lower())
+    return stem if suffix in COMPRESSED else path.lower()
+
+
+def is_of_a_corpus(path: str) -> bool:
+    """Whether a file is read that a folder holds.
+
+    A plain .json file is not: in a folder of data it says what the data is more often than it is
+    the data.
+    """
+    kind = kind_of(path)
+    plain = stem_of(path) == path.lower()
+    return kind in (*TEXTS, *LINES) or kind == ('.parquet' if plain else '.json')
+
+
+READ = f'{", ".join((*TEXTS, *LINES))} (also with {", ".join(COMPRESSED)}), .json.gz or .parquet'
+
+
+def find_files(names: Iterable[str]) -> Corpus:
+    """The files that files, folders and glob patterns stand for, each once, in that order.
+
+    A folder stands for all files in and below it for which `is_of_a_corpus` holds, those behind
+    links too; what is hidden is left out. Each real folder counts once, however many links lead to
+    it; a link to a file counts as a file. Raises UserError for a name that stands for nothing.
+    """
+    paths, notes = {}, []
+    for name in names:
+        matches = [name] if os.path.lexists(name) else sorted(matching(name))
+        files, others = [], []
+        for match in matches:
+            if os.path.isdir(match):
+                for file in sorted(files_below(match)):
+                    (files if is_of_a_corpus(file) else others).append(file)
+            else:
+                files.append(match)
+        if not files:
+            raise UserError(_nothing_there(name, matches, others))
+        if others:
+            notes.append(f'Left out of {name}: {_listed(others)}.')
+        for file in files:
+            folder, base = os.path.split(file)
+            paths.setdefault(os.path.join(os.path.realpath(folder), base), file)
+    return Corpus(list(paths.values()), notes)
+
+
+def files_below(folder: str) -> Iterator[str]:
+    """The files in and below a folder but for hidden ones. Raises UserError."""
+    for entry in entries_below(folder):
+        if not os.path.isdir(entry):
+            yield entry
+
+
+def entries_below(folder: str) -> Iterator[str]:
+    """The files and folders in and below a folder but for hidden ones. Raises UserError."""
+    for _, folders, files in walk(folder, _unreadable):
+        folders[:] = [entry for entry in folders if not entry.name.startswith('.')]
+        yield from (entry.path for entry in folders)
+        yield from (entry.path for entry in files if not entry.name.startswith('.'))
+
+
+def _unreadable(error: OSError) -> None:
+    raise UserError(
+        f'The folder {error.filename} cannot be read: {error.strerror}. Give the paths that are to '
+        'be read instead of the folder around them.'
+    )
+
+
+def matching(pattern: str) -> Iterator[str]:
+    """What a pattern stands for. `**` is any number of folders, each real one once.
+
+    glob.glob would follow links that form a loop until a name gets too long.
+    """
+    parts = pattern.replace(os.sep, '/').split('/')
+    if '**' not in parts:
+        yield from glob.glob(pattern)
+        return
+    first = parts.index('**')
+    base, rest = '/'.join(parts[:first]), [part for part in parts[first:] if part]
+    root = '/' if pattern.startswith('/') else '.'
+    for folder in filter(os.path.isdir, sorted(glob.glob(base)) if base else [root]):
+        for path in entries_below(folder):
+            relative = os.path.relpath(path, folder)
+            if _matches(relative.split(os.sep), rest):
+                yield path if folder != '.' else relative
+
+
+def _matches(names: list[str], patterns: list[str]) -> bool:
+    if not patterns:
+        return not names
+    first, *rest = patterns
+    if first == '**':
+        return any(_matches(names[skipped:], rest) for skipped in range(len(names) + 1))
+    return bool(names) and fnmatch.fnmatchcase(names[0], first) and _matches(names[1:], rest)
+
+
+def _nothing_there(name: str, matches: list[str], others: list[str]) -> str:
+    if not matches:
+        parent = os.path.dirname(name) or '.'
+        beside = os.listdir(parent) if os.path.isdir(parent) else []
+        return f'There is no file or folder {name}.{nearest(os.path.basename(name), beside)}'
+    message = f'{name} holds no file that ends in {READ}'
+    if not others:
+        return f'{message}: it is empty.'
+    ((suffix, count),) = Counter(map(_ending, others)).most_common(1)
+    message += f', but {count:,} that end in {suffix!r}'
+    example = next(path for path in others if _ending(path) == suffix)
+    if problem := why_no_text(example):
+        return f'{message}. {example} is {problem}.'
+    pattern = os.path.join(matches[0], '**', f'*{suffix}')
+    what = 'JSON' if kind_of(example) == '.json' else 'text'
+    return f"{message}. To read those as {what}: '{pattern}'"
+
+
+def _ending(path: str) -> str:
+    """The end of a name: .csv, .tar.gz."""
+    return path[len(os.path.splitext(stem_of(path))[0]) :]
+
+
+def _listed(paths: list[str]) -> str:
+    """The endings of files, how many have each, and an example."""
+    dangling = [path for path in paths if not os.path.exists(path)]
+    ended = Counter(_ending(path) for path in paths)
+    parts = [
+        f'{count:,} that end in {suffix!r}' if suffix else f'{count:,} without an ending'
+        for suffix, count in ended.most_common(SHOWN_SUFFIXES)
+    ]
+    if len(ended) > SHOWN_SUFFIXES:
+        parts.append(
+            f'{sum(ended.values()) - sum(n for _, n in ended.most_common(SHOWN_SUFFIXES)):,} others'
+        )
+    text = f'{len(paths):,} files, {", ".join(parts)} (such as {paths[0]})'
+    if dangling:
+        text += f'; {len(dangling):,} of them links that lead nowhere (such as {dangling[0]})'
+    return text
+
+
+# --------------------------------------------------------------------------------------------------
+# Reading
+
+
+def optional_package(name: str, purpose: str):
+    """The module `name`. Raises UserError that says how to install it."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise UserError(f'{purpose} need the package {name}: pip install {name}') from None
+
+
+def zstandard():
+    """Python's module for Zstandard, or its backport. Raises UserError."""
+    try:
+        return importlib.import_module('compression.zstd')  # from Python 3.14 on
+    except ImportError:
+        return optional_package('backports.zstd', 'Zstandard files (.zst)')
+
+
+@contextmanager
+def opened(path: str):
+    """(What the file holds, unpacked; the file itself). What is wrong with it is an OSError."""
+    suffix = os.path.splitext(path.lower())[1]
+    unpack = {
+        '.gz': lambda raw: gzip.GzipFile(fileobj=raw),
+        '.bz2': bz2.BZ2File,
+        '.xz': lzma.LZMAFile,
+        '.zst': lambda raw: zstandard().ZstdFile(raw),
+    }
+    errors = [EOFError, zlib.error, lzma.LZMAError]
+    if suffix == '.zst':
+        errors.append(zstandard().ZstdError)
+    with open(path, 'rb') as raw:
+        try:
+            yield unpack[suffix](raw) if suffix in unpack else raw, raw
+        except tuple(errors) as error:
+            raise OSError(str(error)) from error
+
+
+def why_no_text(path: str) -> str | None:
+    """Why a file is no text, to complete 'FILE is …', by its first bytes; None: it may be one."""
+    try:
+        with opened(path) as (file, _):
+            begin = file.read(SNIFFED)
+    except OSError as error:
+        return f'not readable: {error.strerror or error}'
+    return no_text(begin)

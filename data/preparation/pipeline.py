@@ -1,0 +1,394 @@
+"""From documents to a dataset: encoded by all cores, kept as it goes, checked, then published.
+
+    documents.Source --pieces--> Encoder, in every process --tokens--> TokenWriter --> meta.json
+
+Pieces are cut without regard to the processes and written in their order, so that the files are the
+same however many take part and however often they were interrupted.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from common.console_output import write_progress
+from common.errors import UserError
+from common.text_files import valid_text
+from data.dataset import exclusive
+from data.preparation.advice import how_to_divide
+from data.preparation.progress import NAMED_INVALID, Progress, how_to_train, summary
+from data.preparation.sources import Invalid, Piece, Position, Source
+from data.preparation.token_writer import TokenWriter
+from data.preparation.train_tokenizer import TOKENIZER_FILE, character_tokenizer, train_byte_pairs
+from data.preparation.unfinished import open_unfinished, tokenizer_of, write_json
+from data.preparation.workers import available_cores, in_order
+from data.token_check import check_content, remember
+from data.token_files import DTYPES, FORMAT_VERSION, SPLITS, is_complete, read_meta
+from data.tokenizer import Codec
+
+PIECE = 2**22  # characters encoded at once: bounds the memory that a long document takes
+SHARD_TOKENS = 10**9
+VAL_FRACTION = 0.1
+
+
+@dataclass(frozen=True)
+class ByHash:
+    """Whether a document is for validation: a share `val_fraction` of all, by their hashes alone.
+
+    So no other document moves one, equal ones stay together, and a larger share only adds some.
+    """
+
+    val_fraction: float
+
+    def __call__(self, digest: bytes) -> bool:
+        return int.from_bytes(digest[:8], 'big') < self.val_fraction * 2**64
+
+
+@dataclass
+class Encoder:
+    """A piece of the corpus to (its journal entry, the token bytes of each split).
+
+    The entry says `position`, the numbers of `empty` and `invalid` documents left out, and of each
+    of the `splits`: `token_bytes`, their `sha256`, `documents`, `bytes` of text, and `samples`, the
+    first text as (start, tokens, SHA-256 of its UTF-8).
+
+    Without `is_validation` the records say their splits, and nothing marks where they end.
+    """
+
+    tokenizer: dict
+    folder: Path
+    dtype: str
+    is_validation: ByHash | None
+    skip_invalid: bool = False
+
+    @cached_property
+    def codec(self) -> Codec:
+        return Codec(self.tokenizer, self.folder)
+
+    def __call__(self, piece: Piece) -> tuple[dict, dict[str, bytes]]:
+        parts = {split: _Part(self.dtype) for split in SPLITS}
+        entry = {'position': piece.position, 'empty': 0, 'invalid': 0, 'complaints': []}
+        for record in piece.records:
+            try:
+                text = valid_text(record.text())
+            except Invalid as error:
+                if not self.skip_invalid:
+                    raise UserError(
+                        f'{error} Mend it, and the same command goes on: what is done so far is '
+                        'kept. Or add --skip_invalid, which leaves such documents out and counts '
+                        'them.'
+                    ) from None
+                entry['invalid'] += 1
+                entry['complaints'] += [str(error)] * (len(entry['complaints']) < NAMED_INVALID)
+                continue
+            if not text or text.isspace():
+                entry['empty'] += 1
+                continue
+            content = text.encode()
+            digest = hashlib.sha256(content)
+            ids = [self.codec.encode_array(part) for part in pieces(text)]
+            if self.is_validation is None:
+                parts[record.split].add(ids, len(content), digest)
+            else:
+                split = 'val' if self.is_validation(digest.digest()) else 'train'
+                parts[split].add(ids, len(content), digest, self.codec.end_of_text)
+        tokens = {split: b''.join(part.tokens) for split, part in parts.items()}
+        entry['splits'] = {split: part.facts(tokens[split]) for split, part in parts.items()}
+        return entry, tokens
+
+
+class _Part:
+    """What a piece gives to one split."""
+
+    def __init__(self, dtype: str):
+        self.dtype = dtype
+        self.tokens: list[bytes] = []
+        self.samples: list[tuple[int, int, str]] = []
+        self.documents = self.bytes = 0
+
+    def add(self, ids: list[np.ndarray], size: int, digest, end: int | None = None) -> None:
+        if not self.samples:
+            self.samples.append((0, sum(map(len, ids)), digest.hexdigest()))
+        self.tokens += [some.astype(self.dtype).tobytes() for some in ids]
+        if end is not None:
+            self.tokens.append(np.array(end, self.dtype).tobytes())
+            self.documents += 1
+        self.bytes += size
+
+    def facts(self, tokens: bytes) -> dict:
+        return {
+            'token_bytes': len(tokens),
+            'sha256': hashlib.sha256(tokens).hexdigest(),
+            'documents': self.documents,
+            'bytes': self.bytes,
+            'samples': self.samples,
+        }
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a corpus is prepared.
+
+    tokenizer: as in meta.json, or without what has yet to be made from the corpus: `file` (kind
+        bpe, to `vocab_size`) or `characters` (kind char).
+    val_fraction: of the documents, by hash; None: the records say their splits, and no token marks
+        where they end.
+    workers: processes; None: as many as there are cores.
+    """
+
+    tokenizer: dict
+    val_fraction: float | None = VAL_FRACTION
+    shard_tokens: int = SHARD_TOKENS
+    workers: int | None = None
+    skip_invalid: bool = False
+    restart: bool = False
+
+    @property
+    def is_validation(self) -> ByHash | None:
+        return None if self.val_fraction is None else ByHash(self.val_fraction)
+
+
+def prepare(folder: Path, source: Source, options: Options) -> None:
+    """Make the dataset `folder` of the documents of `source`, or go on with it.
+
+    Readers see either the old dataset, none, or the whole new one. Raises UserError for documents
+    that cannot be used, for a split that would be empty, for an unfinished preparation of something
+    else, and for a folder that cannot be written.
+    """
+    settings = {
+        'source': source.identity(),
+        'tokenizer': options.tokenizer,
+        'val_fraction': options.val_fraction,
+        'shard_tokens': options.shard_tokens,
+    }
+    for note in source.notes:
+        write_progress(note)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with exclusive(folder / 'publish.lock.tmp', f'another process writes {folder}: waiting'):
+            work = folder / 'unfinished.tmp'
+            if not options.restart and _is_of(folder, settings):
+                shutil.rmtree(work, ignore_errors=True)
+                write_progress(
+                    f'{folder} is prepared from exactly this already. To do it anew: --restart\n'
+                    f'{how_to_train(folder)}'
+                )
+                return
+            open_unfinished(work, source, settings, options.restart)
+            meta = _fill(work, source, options, settings)
+            _publish(work, folder, meta)
+    except OSError as error:
+        raise UserError(
+            f'The dataset cannot be written to {folder}: {error}. What is done so far is kept: '
+            'when the matter is mended, the same command goes on from there.'
+        ) from None
+    write_progress(f'{summary(folder, meta)}\n{how_to_train(folder)}')
+
+
+def _is_of(folder: Path, settings: dict) -> bool:
+    """Whether `folder` holds a whole dataset of these settings."""
+    try:
+        meta = json.loads((folder / 'meta.json').read_bytes())
+        if meta['preparation']['fingerprint'] != _fingerprint(settings) or not is_complete(folder):
+            return False
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    try:
+        check_content(folder, read_meta(folder)['splits'], say=write_progress)
+    except UserError:
+        write_progress(f'The tokens in {folder} are not those that were prepared: made anew.')
+        return False
+    return True
+
+
+def _fingerprint(settings: dict) -> str:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def _fill(work: Path, source: Source, options: Options, settings: dict) -> dict:
+    """Write all token files into `work` and check them; the meta.json. Raises UserError."""
+    workers = 1 if source.is_small else options.workers or available_cores()
+    tokenizer = _complete_tokenizer(options, source, work, workers)
+    codec = Codec(tokenizer, work)
+    if options.is_validation and codec.end_of_text is None:
+        raise UserError(f'The tokenizer {tokenizer} has no token for the end of a document.')
+    dtype = next(name for name in DTYPES if codec.vocab_size <= np.iinfo(name).max + 1)
+    width = np.dtype(dtype).itemsize
+    encoder = Encoder(tokenizer, work, DTYPES[dtype], options.is_validation, options.skip_invalid)
+    writer = TokenWriter(work, options.shard_tokens * width)
+    _encode(source, encoder, writer, workers)
+    if problem := _too_little(source, options, writer.totals):
+        shutil.rmtree(work)
+        raise UserError(problem)
+    write_progress('Reading it back ...')
+    return {
+        'format_version': FORMAT_VERSION,
+        'tokenizer': tokenizer,
+        'vocab_size': codec.vocab_size,
+        'end_of_text': codec.end_of_text if options.is_validation else None,
+        'dtype': dtype,
+        'splits': _facts(writer, codec, dtype, options),
+        'source': source.identity(),
+        'preparation': {
+            'fingerprint': _fingerprint(settings),
+            'val_fraction': options.val_fraction,
+            'empty': writer.totals['empty'],
+            'invalid': writer.totals['invalid'],
+        },
+    }
+
+
+def _encode(source: Source, encoder: Encoder, writer: TokenWriter, workers: int) -> None:
+    """Encode what `writer` does not have yet, and keep what is done whatever happens."""
+    progress = Progress(source, writer.position)
+    results = in_order(encoder, source.pieces(writer.position), workers)
+    try:
+        with contextlib.closing(results):
+            for entry, tokens in results:
+                for complaint in entry.pop('complaints'):
+                    progress.left_out(complaint)
+                writer.add(entry, tokens)
+                progress.show(writer)
+    finally:
+        writer.close()
+    progress.end()
+
+
+def _complete_tokenizer(options: Options, source: Source, work: Path, workers: int) -> dict:
+    """The tokenizer with what has to be made from the corpus, which is kept in `work`."""
+    tokenizer = options.tokenizer
+    if tokenizer['kind'] == 'char' and 'characters' not in tokenizer:
+        return tokenizer_of(work, lambda: {**tokenizer, **character_tokenizer(source, workers)})
+    if tokenizer['kind'] == 'bpe':
+        size, rule = tokenizer['vocab_size'], options.is_validation
+        return tokenizer_of(work, lambda: train_byte_pairs(source, size, rule, work, workers))
+    return tokenizer
+
+
+def _facts(writer: TokenWriter, codec: Codec, dtype: str, options: Options) -> dict[str, dict]:
+    """What meta.json says of the splits, by what was read back."""
+    width, splits = np.dtype(dtype).itemsize, {}
+    for split, checked in writer.check(codec, DTYPES[dtype]).items():
+        totals, paths = writer.totals[split], writer.shards(split)
+        names = [f'{split}.bin'] if len(paths) == 1 else [path.name for path in paths]
+        splits[split] = {
+            'tokens': totals['token_bytes'] // width,
+            'bytes': totals['bytes'],
+            'documents': totals['documents'] if options.is_validation else None,
+            'sha256': checked['sha256'],
+            'shards': [
+                {'file': name, 'tokens': path.stat().st_size // width, 'sha256': digest}
+                for name, path, digest in zip(names, paths, checked['shards'])
+            ],
+        }
+    return splits
+
+
+def _too_little(source: Source, options: Options, totals: dict) -> str | None:
+    """What is wrong where a split has no tokens."""
+    missing = [split for split in SPLITS if not totals[split]['token_bytes']]
+    if not missing:
+        return None
+    if options.is_validation is None:
+        return f'{source} is too short: it leaves nothing for the {missing[0]} split.'
+    count = sum(totals[split]['documents'] for split in SPLITS)
+    if not count:
+        return (
+            f'There is no document to prepare: {totals["empty"]} were empty and '
+            f'{totals["invalid"]} could not be used.'
+        )
+    return (
+        f'There are too few documents, {count}: none of them is left for the {missing[0]} split. '
+        f'The hash of a document decides, and a share of {options.val_fraction} goes to val. '
+        f'{how_to_divide(source, options.val_fraction)}'
+    )
+
+
+def _publish(work: Path, folder: Path, meta: dict) -> None:
+    """Move the files of `work` into place, and remove it.
+
+    The first token file goes first and the last comes last: a folder without one that is named
+    counts as not prepared, so at no moment do tokens stand beside a meta.json that is not theirs.
+    """
+    write_json(work / 'meta.json', meta)
+    for split in SPLITS:
+        for path in sorted(folder.glob(f'{split}*.bin')):
+            if re.fullmatch(rf'{split}(_\d{{5}})?\.bin', path.name):
+                path.unlink()
+    (folder / TOKENIZER_FILE).unlink(missing_ok=True)
+    if name := meta['tokenizer'].get(
+        'file'
+    ):  # a copy: should this be cut short, it is needed again
+        shutil.copyfile(work / name, work / 'copy')
+        os.replace(work / 'copy', folder / name)
+    os.replace(work / 'meta.json', folder / 'meta.json')
+    for split in reversed(SPLITS):
+        for number, shard in enumerate(meta['splits'][split]['shards']):
+            os.replace(work / f'{split}_{number:05d}.bin', folder / shard['file'])
+    shutil.rmtree(work)
+    remember(folder, meta['splits'])
+
+
+def write_dataset(folder: Path, tokenizer: dict, texts: dict[str, str], origin: str) -> None:
+    """Make the dataset `folder` of the `texts` of 'train' and 'val', which came from `origin`.
+
+    No token marks where they end. Raises UserError as `prepare` does.
+    """
+    options = Options(tokenizer, val_fraction=None, workers=1, restart=True)
+    prepare(folder, GivenTexts(texts, origin), options)
+
+
+class GivenText(NamedTuple):
+    """A text whose split is known."""
+
+    split: str
+    content: str
+
+    def text(self) -> str:
+        return self.content
+
+
+class GivenTexts(Source):
+    """The texts of 'train' and 'val', in pieces that encode as the whole would."""
+
+    unit = 'B'
+
+    def __init__(self, texts: dict[str, str], origin: str):
+        self.texts, self.origin = texts, origin
+        self.total = None
+        self.sha256 = hashlib.sha256(''.join(texts.values()).encode()).hexdigest()
+
+    def __str__(self) -> str:
+        return self.origin
+
+    def identity(self) -> dict:
+        return {'text': self.origin, 'sha256': self.sha256}
+
+    def pieces(self, position=None):
+        for split, text in self.texts.items():
+            for part in pieces(text):
+                yield Piece([GivenText(split, part)], Position())
+
+
+def pieces(text: str, size: int = PIECE) -> Iterator[str]:
+    """`text` in pieces of `size` characters or more, whose tokens together are those of the whole.
+
+    No way of splitting text that tiktoken's encodings use joins the end of a line to a letter or
+    digit that follows: only there is the text cut.
+    """
+    start = 0
+    boundary = re.compile(r'(?<=\S\n)(?=\w)')
+    while start < len(text):
+        cut = boundary.search(text, start + size)
+        end = cut.start() if cut else len(text)
+        yield text[start:end]
+        start = end

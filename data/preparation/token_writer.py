@@ -1,0 +1,255 @@
+"""Token files that outlive any end of the process that writes them."""
+
+import contextlib
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from common.errors import UserError
+from data.preparation.sources import Position
+from data.token_files import SPLITS
+from data.tokenizer import Codec
+
+JOURNAL = 'journal.jsonl'
+COMMIT_SECONDS = 2  # of work that an end may cost
+BLOCK = 2**20  # bytes read at once
+
+
+class TokenWriter:
+    """Token files in `folder`, in shards of `shard_bytes`, and a journal of what they hold.
+
+    A line of the journal stands for the tokens of one piece of the corpus, and is written after
+    these are on the disk. Opened again after whatever end, it cuts off what no line stands for, and
+    is where the last line left it: at `position`, None for the start, with `totals`. OSErrors of
+    writing are raised as they are.
+    """
+
+    def __init__(self, folder: Path, shard_bytes: int):
+        self.folder, self.shard_bytes = folder, shard_bytes
+        self.position: Position | None = None
+        self.totals = {'empty': 0, 'invalid': 0}
+        self.totals |= {s: {'token_bytes': 0, 'bytes': 0, 'documents': 0} for s in SPLITS}
+        self._files = {}
+        self._uncommitted: list[str] = []
+        self._committed_at = time.monotonic()
+        kept = self._recover()
+        self._journal = open(self._journal_path, 'ab')  # noqa: SIM115 closed by close()
+        self._journal.truncate(kept)
+
+    def add(self, entry: dict, tokens: dict[str, bytes]) -> None:
+        """Append the `tokens` of each split. `entry` says what they are: see `Encoder`."""
+        for split, content in tokens.items():
+            self._write(split, memoryview(content))
+        self._count(entry)
+        self._uncommitted.append(json.dumps(entry) + '\n')
+        if time.monotonic() - self._committed_at > COMMIT_SECONDS:
+            self.commit()
+
+    def commit(self) -> None:
+        """See to it that what was added outlives even a loss of power."""
+        for _, file in self._files.values():
+            _to_disk(file)
+        self._journal.write(''.join(self._uncommitted).encode())
+        _to_disk(self._journal)
+        self._uncommitted = []
+        self._committed_at = time.monotonic()
+
+    def close(self) -> None:
+        """Keep what can be kept: on a full disk the last lines may be lost, and nothing else."""
+        with contextlib.suppress(OSError):
+            self.commit()
+        for file in (self._journal, *(file for _, file in self._files.values())):
+            with contextlib.suppress(OSError):
+                file.close()
+
+    def shards(self, split: str) -> list[Path]:
+        """The files of the split, in order."""
+        count = -(-self.totals[split]['token_bytes'] // self.shard_bytes)
+        return [self._shard(split, number) for number in range(count)]
+
+    def check(self, codec: Codec, dtype: str) -> dict[str, dict]:
+        """Read everything back: SHA-256 of each split, and of each shard in order.
+
+        The bytes have to be those that the encoding process counted and hashed, every document has
+        to end with its token, and a document of each piece has to decode to its text. Raises
+        UserError.
+        """
+        readers = {split: _HashingReader(self.shards(split)) for split in SPLITS}
+        for entry in self._entries():
+            for split, facts in entry['splits'].items():
+                tokens = readers[split].read(facts['token_bytes'])
+                problem = _difference(tokens, facts, codec, dtype)
+                if problem:
+                    raise UserError(
+                        f'The {split} tokens in {self.folder} are not what was written: {problem}. '
+                        'The disk or the memory may be at fault. Prepare anew: --restart'
+                    )
+        return {
+            split: {'sha256': reader.digest(), 'shards': reader.digests()}
+            for split, reader in readers.items()
+        }
+
+    def _entries(self) -> Iterator[dict]:
+        with open(self._journal_path, 'rb') as journal:
+            yield from map(json.loads, journal)
+
+    def _recover(self) -> int:
+        """Take in the journal as far as the token files go; the bytes of it that count."""
+        sizes = {split: self._size_on_disk(split) for split in SPLITS}
+        kept = 0
+        with contextlib.suppress(FileNotFoundError), open(self._journal_path, 'rb') as journal:
+            for line in journal:
+                try:
+                    entry = json.loads(line)
+                    after = {s: self._end(s) + entry['splits'][s]['token_bytes'] for s in SPLITS}
+                except (ValueError, KeyError, TypeError):
+                    break
+                if any(after[split] > sizes[split] for split in SPLITS):
+                    break
+                self._count(entry)
+                for split in SPLITS:
+                    self.totals[split]['token_bytes'] = after[split]
+                kept += len(line)
+        for split in SPLITS:
+            self._cut_off(split)
+        return kept
+
+    @property
+    def _journal_path(self) -> Path:
+        return self.folder / JOURNAL
+
+    def _end(self, split: str) -> int:
+        return self.totals[split]['token_bytes']
+
+    def _count(self, entry: dict) -> None:
+        self.position = Position(*entry['position'])
+        for key in ('empty', 'invalid'):
+            self.totals[key] += entry[key]
+        for split, facts in entry['splits'].items():
+            for key in ('bytes', 'documents'):
+                self.totals[split][key] += facts[key]
+
+    def _write(self, split: str, content: memoryview) -> None:
+        while content:
+            number, offset = divmod(self._end(split), self.shard_bytes)
+            part = content[: self.shard_bytes - offset]
+            self._open(split, number).write(part)
+            self.totals[split]['token_bytes'] += len(part)
+            content = content[len(part) :]
+
+    def _open(self, split: str, number: int):
+        opened, file = self._files.get(split, (None, None))
+        if opened != number:
+            if file:
+                _to_disk(file)
+                file.close()
+            file = open(self._shard(split, number), 'ab')  # noqa: SIM115 closed by close()
+            self._files[split] = number, file
+        return file
+
+    def _shard(self, split: str, number: int) -> Path:
+        return self.folder / f'{split}_{number:05d}.bin'
+
+    def _size_on_disk(self, split: str) -> int:
+        """Bytes up to the first shard that is not full."""
+        size = number = 0
+        while (path := self._shard(split, number)).exists():
+            size += path.stat().st_size
+            number += 1
+            if size < number * self.shard_bytes:
+                break
+        return size
+
+    def _cut_off(self, split: str) -> None:
+        kept = self.shards(split)
+        for path in self.folder.glob(f'{split}_*.bin'):
+            if path not in kept:
+                path.unlink()
+        if offset := self._end(split) % self.shard_bytes:
+            os.truncate(kept[-1], offset)
+
+
+def read_positions(folder: Path) -> list[Position]:
+    """Where the source stood after each piece that the journal in a folder holds."""
+    positions = []
+    with contextlib.suppress(FileNotFoundError), open(folder / JOURNAL, 'rb') as journal:
+        for line in journal:
+            try:
+                positions.append(Position(*json.loads(line)['position']))
+            except (ValueError, KeyError, TypeError):
+                break
+    return positions
+
+
+def cut_journal(folder: Path, count: int) -> None:
+    """Keep only the first `count` pieces; opening the writer cuts off their tokens."""
+    with contextlib.suppress(FileNotFoundError), open(folder / JOURNAL, 'r+b') as journal:
+        for _ in range(count):
+            journal.readline()
+        journal.truncate(journal.tell())
+
+
+class _HashingReader:
+    """Files read as one, with SHA-256 of each and of the whole."""
+
+    def __init__(self, paths: list[Path]):
+        self.paths = paths
+        self._whole = hashlib.sha256()
+        self._each = [hashlib.sha256() for _ in paths]
+        self._number, self._file = -1, None
+
+    def read(self, size: int) -> bytes:
+        """The next `size` bytes, or all that is left."""
+        blocks = []
+        while size:
+            block = self._file.read(min(size, BLOCK)) if self._file else b''
+            if not block:
+                if self._number + 1 == len(self.paths):
+                    break
+                self._next_file()
+                continue
+            if len(self.paths) > 1:  # of one file it is the file's
+                self._whole.update(block)
+            self._each[self._number].update(block)
+            blocks.append(block)
+            size -= len(block)
+        return b''.join(blocks)
+
+    def digest(self) -> str:
+        """Of all that the files hold."""
+        return (self._whole if len(self.paths) > 1 else self._each[0]).hexdigest()
+
+    def digests(self) -> list[str]:
+        """Of the files, in order."""
+        return [digest.hexdigest() for digest in self._each]
+
+    def _next_file(self) -> None:
+        if self._file:
+            self._file.close()
+        self._number += 1
+        self._file = open(self.paths[self._number], 'rb')  # noqa: SIM115 closed here or at the end
+
+
+def _difference(tokens: bytes, facts: dict, codec: Codec, dtype: str) -> str | None:
+    """What is wrong with the tokens of one piece, whose `facts` the journal has."""
+    if hashlib.sha256(tokens).hexdigest() != facts['sha256']:
+        return 'their SHA-256 differs'
+    ids = np.frombuffer(tokens, dtype)
+    ends = 0 if codec.end_of_text is None else np.count_nonzero(ids == codec.end_of_text)
+    if ends != facts['documents']:
+        return f'{facts["documents"]} documents have {ends} end-of-text tokens'
+    for start, count, digest in facts['samples']:
+        text = codec.decode(ids[start : start + count])
+        if hashlib.sha256(text.encode()).hexdigest() != digest:
+            return f'a document does not decode to its text: {text[:60]!r}'
+    return None
+
+
+def _to_disk(file) -> None:
+    file.flush()
+    os.fsync(file.fileno())

@@ -1,0 +1,104 @@
+"""Tokenizers that are made from the corpus: its characters, or byte pairs trained on it."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from common.console_output import write_progress
+from common.errors import UserError
+from common.text_files import valid_text
+from data.preparation.corpus_files import optional_package
+from data.preparation.sources import Invalid, Piece, Source
+from data.preparation.workers import in_order
+from data.tokenizer import END_OF_TEXT
+
+TRAINING_BYTES = 2**27  # of text; more changes the most frequent pairs little and takes memory
+TOKENIZER_FILE = 'tokenizer.json'
+SMALLEST_BPE = 257  # the bytes and the end of text
+
+
+def texts_of(piece: Piece) -> Iterator[str]:
+    """The documents of a piece without those that cannot be used."""
+    for record in piece.records:
+        try:
+            yield valid_text(record.text())
+        except Invalid:
+            continue
+
+
+def characters(piece: Piece) -> set[str]:
+    """The characters of a piece."""
+    return set().union(*texts_of(piece))
+
+
+@dataclass(frozen=True)
+class TrainingSample:
+    """Of a piece's documents those for training, and of them the share `fraction`, by hash."""
+
+    is_validation: Callable[[bytes], bool]
+    fraction: float
+
+    def __call__(self, piece: Piece) -> list[str]:
+        return [text for text in texts_of(piece) if self._takes(text)]
+
+    def _takes(self, text: str) -> bool:
+        digest = hashlib.sha256(text.encode()).digest()
+        share = int.from_bytes(digest[8:16], 'big') / 2**64  # the first eight bytes split
+        return share < self.fraction and not self.is_validation(digest)
+
+
+def character_tokenizer(source: Source, workers: int) -> dict:
+    """Every character of the corpus, in the order of their code points."""
+    write_progress('Collecting the characters ...')
+    found = set()
+    for some in in_order(characters, source.pieces(), workers):
+        found |= some
+    return {'kind': 'char', 'characters': sorted(found)}
+
+
+def train_byte_pairs(
+    source: Source,
+    vocab_size: int,
+    is_validation: Callable[[bytes], bool],
+    folder: Path,
+    workers: int,
+) -> dict:
+    """Byte pairs (Sennrich et al. 2016) of a sample of the training documents.
+
+    Writes them as Hugging Face's tokenizer.json into `folder`. The vocabulary has `vocab_size`
+    tokens, or as many as the text gives, the end of text last. Raises UserError.
+    """
+    tokenizers = optional_package('tokenizers', 'Byte pairs trained on a corpus')
+    known = source.total if source.unit == 'B' else None
+    fraction = min(1.0, TRAINING_BYTES / known) if known else 1.0
+    share = 'the' if fraction == 1 else f'{fraction:.1%} of the'
+    write_progress(f'Training {vocab_size:,} byte pairs on {share} training documents ...')
+    sample = in_order(TrainingSample(is_validation, fraction), source.pieces(), workers)
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size - 1,
+        initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_first(sample, TRAINING_BYTES), trainer)
+    tokenizer.add_special_tokens([END_OF_TEXT])
+    content = json.dumps(json.loads(tokenizer.to_str()), ensure_ascii=False, indent=1).encode()
+    try:
+        (folder / TOKENIZER_FILE).write_bytes(content)
+    except OSError as error:
+        raise UserError(f'{folder / TOKENIZER_FILE} cannot be written: {error.strerror}') from None
+    digest = hashlib.sha256(content).hexdigest()
+    return {'kind': 'bpe', 'file': TOKENIZER_FILE, 'sha256': digest}
+
+
+def _first(lists: Iterator[list[str]], size: int) -> Iterator[str]:
+    for texts in lists:
+        for text in texts:
+            yield text
+            size -= len(text)
+            if size <= 0:
+                return

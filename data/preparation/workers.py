@@ -1,0 +1,70 @@
+"""Work shared out to processes, with the results in the order of the work."""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import connection
+
+from common.errors import UserError
+
+AHEAD = 2  # items under way for each process: none waits, and memory stays small
+
+_task: Callable
+
+
+def in_order(task: Callable, items: Iterable, workers: int) -> Iterator:
+    """`task(item)` for each item, in order, by so many processes; 1: by this one.
+
+    However many items there are, only a few are in memory. `task` is sent to each process once.
+    Raises what reading `items` or a task raises, and UserError if a process is lost.
+    """
+    if workers == 1:
+        yield from map(task, items)
+        return
+    # spawn: a fork would copy the threads' locks of packages that read Parquet or the network.
+    context = multiprocessing.get_context('spawn')
+    pool = ProcessPoolExecutor(workers, context, _begin, [task])
+    under_way = deque()
+    try:
+        for item in items:
+            under_way.append(pool.submit(_do, item))
+            if len(under_way) > AHEAD * workers:
+                yield under_way.popleft().result()
+        while under_way:
+            yield under_way.popleft().result()
+    except BrokenProcessPool:
+        raise UserError(
+            'A process of the preparation was ended from outside, perhaps because memory ran out. '
+            'Run the same command again: it goes on where it was. Fewer processes take less '
+            f'memory: --workers={max(workers // 2, 1)}'
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def available_cores() -> int:
+    """The processor cores that this process may use."""
+    if hasattr(os, 'sched_getaffinity'):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _begin(task: Callable) -> None:
+    global _task
+    _task = task
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process is told, and ends the others
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    connection.wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)
+
+
+def _do(item):
+    return _task(item)

@@ -1,0 +1,329 @@
+"""The files of a dataset: meta.json, and the splits' tokens in one file each or in several.
+
+A dataset is a folder with `meta.json`, which says what it holds, and token files (token ids, little
+endian, nothing else): `train.bin` and `val.bin`, or `train_00000.bin`, `train_00001.bin`, … where a
+split is kept in shards. However many files there are, a split is one sequence of tokens. nanoGPT's
+folders, which have no meta.json, are read as they are. Knows no model and no tokenizer.
+"""
+
+import hashlib
+import re
+import shlex
+import weakref
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator
+from itertools import accumulate
+from pathlib import Path
+
+import numpy as np
+
+from common.errors import UserError
+from common.text_files import parse_json
+from data.token_formats import Ids, recognize
+
+FORMAT_VERSION = 2
+READABLE_VERSIONS = (1, 2)
+SPLITS = ('train', 'val')
+DTYPES = {'uint8': '<u1', 'uint16': '<u2', 'uint32': '<u4'}
+GPT2_VOCAB_SIZE = 50257
+SHOWN_MISSING = 3  # missing files that a message names
+
+
+class Split:
+    """The tokens of one split: a single sequence, in whatever files it lies.
+
+    Files are read and not mapped, so that memory holds what was asked for and nothing else however
+    long a run goes on, and a file cut short under a run is an error and not a crash. Raises
+    UserError for a file that is missing, unreadable or not as long as `facts` says.
+    """
+
+    def __init__(self, folder: Path, facts: dict, dtype: str):
+        self.dtype = np.dtype(DTYPES[dtype])
+        self.paths = [folder / shard['file'] for shard in facts['shards']]
+        sizes = [shard['tokens'] for shard in facts['shards']]
+        self._ends = list(accumulate(sizes))
+        self._files = [self._open(*file) for file in zip(self.paths, sizes)]
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    @property
+    def nbytes(self) -> int:
+        return len(self) * self.dtype.itemsize
+
+    def read(self, start: int, length: int) -> np.ndarray:
+        """The `length` tokens from `start` on, (length,) of the files' dtype."""
+        return self.windows([start], length)[0]
+
+    def windows(self, starts: Iterable[int], length: int) -> np.ndarray:
+        """The windows of `length` tokens at `starts`, (len(starts), length) of the files' dtype.
+
+        Raises IndexError for one that is not within the split.
+        """
+        starts = np.asarray(starts, dtype=np.int64)
+        if len(starts) and not 0 <= starts.min() <= starts.max() <= len(self) - length:
+            raise IndexError(f'no window of {length} tokens at {starts.min()} … {starts.max()}')
+        tokens = np.empty((len(starts), length), self.dtype)
+        for row, start in zip(tokens, starts.tolist()):
+            self._fill(row, start)
+        return tokens
+
+    def pieces(self, length: int) -> Iterator[np.ndarray]:
+        """The whole split in order, `length` tokens at a time; the last piece may be shorter."""
+        for start in range(0, len(self), length):
+            yield self.read(start, min(length, len(self) - start))
+
+    def _fill(self, tokens: np.ndarray, start: int) -> None:
+        shard = bisect_right(self._ends, start)
+        while len(tokens):
+            end = self._ends[shard]
+            here = tokens[: end - start]
+            begin = self._ends[shard - 1] if shard else 0
+            self._files[shard].seek((start - begin) * self.dtype.itemsize)
+            if self._files[shard].readinto(here) != here.nbytes:
+                raise UserError(f'{self.paths[shard]} has become shorter since the run began.')
+            tokens, start, shard = tokens[len(here) :], end, shard + 1
+
+    def _open(self, path: Path, tokens: int):
+        expected = tokens * self.dtype.itemsize
+        try:
+            size = path.stat().st_size
+            file = open(path, 'rb', buffering=0)  # noqa: SIM115 closed with the split
+        except OSError as error:
+            raise UserError(
+                f'{path} cannot be read: {error.strerror}. {way_to_prepare(path.parent)}'
+            ) from None
+        weakref.finalize(self, file.close)
+        if size != expected:
+            raise UserError(
+                f'{path} has {size:,} bytes where {expected:,} are expected '
+                f'({tokens:,} tokens of {self.dtype.name}): it is truncated or '
+                f'belongs to something else. {way_to_prepare(path.parent)}'
+            )
+        return file
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether all token files are there that meta.json names, or else train.bin and val.bin.
+
+    Whoever publishes a dataset takes a token file away first and puts it back last, so that at no
+    moment token files stand beside a meta.json that is not theirs.
+    """
+    try:
+        names = _file_names(_read_meta_file(folder)) if has_meta(folder) else _bare_names()
+    except UserError:  # what is wrong with it is told when it is loaded
+        names = _bare_names()
+    return all((folder / name).exists() for name in names)
+
+
+def has_meta(folder: Path) -> bool:
+    return (folder / 'meta.json').exists()
+
+
+def read_meta(folder: Path) -> dict:
+    """meta.json in the form of version 2 with every key that is read from it checked.
+
+    For a bare folder what stands in for it. Raises UserError, also where token files are missing.
+    """
+    if has_meta(folder):
+        meta = _read_meta_file(folder)
+        _require(folder, _file_names(meta))
+        return meta
+    _require(folder, _bare_names())
+    return _meta_of_bare_folder(folder)
+
+
+def hash_split(folder: Path, facts: dict) -> tuple[str, list[str]]:
+    """The SHA-256 of a split, and a sentence for each file, and the whole, that has not its own.
+
+    `facts`: what meta.json says of the split. What it does not say is not compared. Raises
+    UserError for a file that cannot be read.
+    """
+    problems, whole = [], hashlib.sha256()
+
+    def compare(what: str, expected: str | None, actual: str) -> None:
+        if expected not in (None, actual):
+            problems.append(f'{what} has the SHA-256 {actual} where {expected} is expected.')
+
+    for shard in facts['shards']:
+        path, own = folder / shard['file'], hashlib.sha256()
+        try:
+            for chunk in _chunks(path):
+                own.update(chunk)
+                if len(facts['shards']) > 1:
+                    whole.update(chunk)
+        except OSError as error:
+            raise UserError(f'{path} cannot be read: {error.strerror}.') from None
+        compare(str(path), shard['sha256'], own.hexdigest())
+    if len(facts['shards']) == 1:
+        if facts['sha256'] != facts['shards'][0]['sha256']:
+            compare(str(path), facts['sha256'], own.hexdigest())
+        return own.hexdigest(), problems
+    first, last = facts['shards'][0]['file'], facts['shards'][-1]['file']
+    compare(f'{folder}, {first} to {last} together', facts['sha256'], whole.hexdigest())
+    return whole.hexdigest(), problems
+
+
+def files_sha256(paths: Iterable[Path]) -> str:
+    """SHA-256 of the contents of files, one after the other, in hex."""
+    digest = hashlib.sha256()
+    for path in paths:
+        for chunk in _chunks(path):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _chunks(path: Path) -> Iterator[bytes]:
+    with open(path, 'rb') as file:
+        while chunk := file.read(2**20):
+            yield chunk
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, in hex."""
+    return files_sha256([path])
+
+
+def way_to_prepare(folder: Path) -> str:
+    """What to do about a dataset that cannot be used."""
+    script = folder / 'prepare.py'
+    if script.exists():
+        return f'To prepare it: python {script}'
+    return f'Write {SPLITS[0]}.bin, {SPLITS[1]}.bin and meta.json there, as a prepare.py would.'
+
+
+def import_hint(folder: Path) -> str:
+    """The command that makes a dataset of its own of the ids in a folder."""
+    quoted = [shlex.quote(str(path)) for path in (folder, f'{folder}-ids')]
+    return f'python data/import_tokens.py {quoted[0]} --out={quoted[1]}'
+
+
+def _require(folder: Path, names: list[str]) -> None:
+    missing = [name for name in names if not (folder / name).exists()]
+    if missing:
+        more = len(missing) - SHOWN_MISSING
+        raise UserError(
+            f'The dataset {folder} has no {" and no ".join(missing[:SHOWN_MISSING])}'
+            f'{f" and {more} more are missing" if more > 0 else ""}. {way_to_prepare(folder)}'
+        )
+
+
+def _bare_names() -> list[str]:
+    return [f'{split}.bin' for split in SPLITS]
+
+
+def _file_names(meta: dict) -> list[str]:
+    return [shard['file'] for split in SPLITS for shard in meta['splits'][split]['shards']]
+
+
+def _facts(split: str, tokens: int, byte_count: int | None, sha256: str | None) -> dict:
+    """What version 2 says of a split that lies in one file."""
+    shard = {'file': f'{split}.bin', 'tokens': tokens, 'sha256': sha256}
+    facts = {'tokens': tokens, 'bytes': byte_count, 'documents': None, 'sha256': sha256}
+    return {**facts, 'shards': [shard]}
+
+
+def _meta_of_bare_folder(folder: Path) -> dict:
+    """What stands in for meta.json in one of nanoGPT's folders: GPT-2 tokens in uint16.
+
+    Where a meta.pkl lies beside them they are something else. It is not unpickled, for that would
+    run whatever code it holds: tokenizer 'unknown', vocab_size None.
+    """
+    is_gpt2 = not (folder / 'meta.pkl').exists()
+    size = {split: _size_of_uint16(folder / f'{split}.bin') for split in SPLITS}
+    return {
+        'tokenizer': {'kind': 'gpt2' if is_gpt2 else 'unknown'},
+        'vocab_size': GPT2_VOCAB_SIZE if is_gpt2 else None,
+        'end_of_text': None,
+        'dtype': 'uint16',
+        'splits': {split: _facts(split, size[split] // 2, None, None) for split in SPLITS},
+    }
+
+
+def _size_of_uint16(path: Path) -> int:
+    """The bytes of a bare file of ids. Raises UserError for what shows not to be uint16."""
+    try:
+        size, ids = path.stat().st_size, recognize(path)
+    except OSError as error:
+        raise UserError(f'{path} cannot be read: {error.strerror}.') from None
+    if isinstance(ids, str):
+        raise UserError(f'{path} holds no token ids: it is {ids}.')
+    if ids == Ids() and size % 2:
+        raise UserError(
+            f'{path} has {size:,} bytes, an odd number: no uint16 ids, or not all of them. If each '
+            f'byte is an id: {import_hint(path.parent)} --dtype=uint8'
+        )
+    if ids != Ids():
+        raise UserError(
+            f'{path} looks like {ids}; without a meta.json beside it, uint16 is read. To make a '
+            f'dataset of it: {import_hint(path.parent)}'
+        )
+    return size
+
+
+def _read_meta_file(folder: Path) -> dict:
+    path = folder / 'meta.json'
+    try:
+        meta = parse_json(path.read_bytes())
+        problem = _problem_of_meta(meta)
+    except (OSError, ValueError) as error:
+        problem = str(error)
+    if problem:
+        raise UserError(f'{path} cannot be used: {problem}. {way_to_prepare(folder)}')
+    return meta
+
+
+def _is_count(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _problem_of_meta(meta) -> str | None:
+    """What is wrong with the meta.json, which is brought into the form of version 2 on the way."""
+    if not isinstance(meta, dict):
+        return 'it is no JSON object'
+    if meta.get('format_version') not in READABLE_VERSIONS:
+        known = ' or '.join(map(str, READABLE_VERSIONS))
+        return f'format_version is {meta.get("format_version")!r}, not {known}'
+    if meta.get('dtype') not in list(DTYPES):  # a list also takes what has no hash
+        return f'dtype is {meta.get("dtype")!r}, not one of {", ".join(DTYPES)}'
+    if not _is_count(meta.get('vocab_size')) or meta['vocab_size'] == 0:
+        return f'vocab_size is {meta.get("vocab_size")!r}, not a positive whole number'
+    end = meta.setdefault('end_of_text', None)
+    if end is not None and not (_is_count(end) and end < meta['vocab_size']):
+        return f'end_of_text is {end!r}, not a token below vocab_size or null'
+    tokenizer = meta.get('tokenizer')
+    if not isinstance(tokenizer, dict) or not isinstance(tokenizer.get('kind'), str):
+        return 'tokenizer is no object with a "kind"'
+    for split in SPLITS:
+        facts = meta['splits'].get(split) if isinstance(meta.get('splits'), dict) else None
+        if not isinstance(facts, dict) or not _is_count(facts.get('tokens')):
+            return f'splits.{split}.tokens is missing or no whole number'
+        for key in ('bytes', 'documents'):
+            if facts.setdefault(key, None) is not None and not _is_count(facts[key]):
+                return f'splits.{split}.{key} is {facts[key]!r}, not a whole number or null'
+        if not isinstance(facts.setdefault('sha256', None), str | None):
+            return f'splits.{split}.sha256 is {facts["sha256"]!r}, not a string or null'
+        if meta['format_version'] == 1:
+            facts['shards'] = _facts(split, facts['tokens'], None, facts['sha256'])['shards']
+        if problem := _problem_of_shards(facts):
+            return f'splits.{split}.{problem}'
+    return None
+
+
+def _problem_of_shards(facts: dict) -> str | None:
+    shards = facts.get('shards')
+    if not isinstance(shards, list) or not shards:
+        return 'shards is missing or no list of files'
+    for number, shard in enumerate(shards):
+        name = shard.get('file') if isinstance(shard, dict) else None
+        # A dataset may be somebody else's: it names files beside its meta.json and nowhere else.
+        if not isinstance(name, str) or not re.fullmatch(r'\w[\w.-]{0,199}', name, re.ASCII):
+            return f'shards[{number}].file is {name!r}, not the plain name of a file'
+        if not _is_count(shard.get('tokens')):
+            return f'shards[{number}].tokens is missing or no whole number'
+        if not isinstance(shard.setdefault('sha256', None), str | None):
+            return f'shards[{number}].sha256 is {shard["sha256"]!r}, not a string or null'
+    total = sum(shard['tokens'] for shard in shards)
+    if total != facts['tokens']:
+        return f'tokens is {facts["tokens"]:,}, but its shards have {total:,}'
+    return None

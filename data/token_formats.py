@@ -1,0 +1,134 @@
+"""What a file of token ids holds, told by its bytes: for folders in which nothing else says it.
+
+nanoGPT's files are uint16, little endian, without a header. Others look alike from outside: read as
+uint16 they give ids that are wrong, and a loss that may look splendid.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from common.text_files import SIGNATURES, no_text
+
+NUMPY = b'\x93NUMPY'
+LLM_C = {20240520: 'uint16', 20240801: 'uint32'}  # first word of a header of 256 words: its ids
+LLM_C_HEADER = 1024
+SAMPLES, SAMPLE_BYTES = 64, 4096
+FEWEST_BYTES = 256  # of less nothing is concluded
+FEWEST_IDS = 4  # that are different: two may take turns in uint16 as well
+LARGEST_HIGH_HALF = 15  # of an id: vocabularies below 2^20
+ENTROPY_GAP = 0.5  # bits by which the high bytes of ids vary less than the low ones
+
+
+@dataclass(frozen=True)
+class Ids:
+    """How a file keeps its ids: `dtype` is numpy's name of the type, `skip` bytes come first."""
+
+    dtype: str = 'uint16'
+    big_endian: bool = False
+    skip: int = 0
+    program: str = ''
+
+    @property
+    def numpy_dtype(self) -> np.dtype:
+        return np.dtype(self.dtype).newbyteorder('>' if self.big_endian else '<')
+
+    def __str__(self) -> str:
+        order = ', big endian' if self.big_endian else ''
+        header = f', behind a header of {self.program}' if self.program else ''
+        return f'{self.dtype}{order}{header}'
+
+
+def recognize(path: Path) -> Ids | str:
+    """How the ids in a file are kept, uint16 if nothing else can be told; or what it is instead.
+
+    Raises OSError.
+    """
+    size = path.stat().st_size
+    with open(path, 'rb') as file:
+        begin = file.read(LLM_C_HEADER)
+        if begin.startswith(NUMPY):
+            file.seek(0)
+            return _numpy_header(file)
+        word = int.from_bytes(begin[:4], 'little')
+        if len(begin) == LLM_C_HEADER and word in LLM_C:
+            return Ids(LLM_C[word], skip=LLM_C_HEADER, program='llm.c')
+        for signature, what in SIGNATURES.items():
+            if len(signature) > 3 and begin.startswith(signature):
+                return what
+        last = max(size - SAMPLE_BYTES, 0)
+        starts = sorted({last * i // (SAMPLES - 1) // 8 * 8 for i in range(SAMPLES)})
+        sample = bytearray()
+        for start in starts:
+            file.seek(start)
+            content = file.read(SAMPLE_BYTES)
+            sample += content[: len(content) // 8 * 8]
+    return _by_content(bytes(sample), size)
+
+
+def _numpy_header(file) -> Ids | str:
+    try:
+        version = np.lib.format.read_magic(file)
+        read = {(1, 0): np.lib.format.read_array_header_1_0}.get(
+            version, np.lib.format.read_array_header_2_0
+        )
+        shape, _, dtype = read(file)
+    except ValueError:
+        return 'a damaged file of numpy.save'
+    if len(shape) != 1 or dtype.kind not in 'uif':
+        return f'a file of numpy.save with {dtype} of the shape {shape}, not ids in a row'
+    big_endian = dtype.newbyteorder('=') != dtype
+    return Ids(dtype.newbyteorder('=').name, big_endian, file.tell(), 'numpy.save')
+
+
+def _by_content(sample: bytes, size: int) -> Ids:
+    """By what no text in uint16 looks like."""
+    if len(sample) < FEWEST_BYTES or not any(sample):
+        return Ids()
+    for big_endian in (False, True):
+        order = '>' if big_endian else '<'
+        for dtype, width in (('float16', 2), ('float32', 4), ('float64', 8)):
+            if size % width == 0 and _are_ids(np.frombuffer(sample, f'{order}f{width}')):
+                return Ids(dtype, big_endian)
+        for dtype, width in (('int64', 8), ('uint32', 4)):
+            if size % width == 0 and _are_wide(np.frombuffer(sample, f'{order}u{width}')):
+                return Ids(dtype, big_endian)
+    values = np.frombuffer(sample, np.uint8)
+    # The high bytes of ids are small ones now and then; those of a text never.
+    if values.min() >= ord('\t') and no_text(sample[:SAMPLE_BYTES]) is None:
+        return Ids('uint8')
+    low, high = values[::2], values[1::2]
+    if not low.any() or _entropy(high) > _entropy(low) + ENTROPY_GAP:
+        return Ids('uint16', big_endian=True)
+    return Ids()
+
+
+def _are_ids(values: np.ndarray) -> bool:
+    """Whether these floating-point numbers are whole and like ids."""
+    with np.errstate(invalid='ignore'):
+        values = values.astype(np.float64)
+    return bool(
+        np.isfinite(values).all()
+        and values.max() >= 1
+        and values.min() >= 0
+        and values.max() < 2**24
+        and (values == np.floor(values)).all()
+    )
+
+
+def _are_wide(values: np.ndarray) -> bool:
+    """Whether these are ids whose upper halves are next to unused."""
+    lower, upper = values & 0xFFFF, values >> 16
+    if len(np.unique(lower)) < FEWEST_IDS:
+        return False
+    if not upper.any():
+        return True
+    return bool(upper.max() <= LARGEST_HIGH_HALF and lower.max() > 255)
+
+
+def _entropy(values: np.ndarray) -> float:
+    """Bits that a byte has, by its frequencies."""
+    share = np.bincount(values, minlength=256) / len(values)
+    share = share[share > 0]
+    return float(-(share * np.log2(share)).sum())

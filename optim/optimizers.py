@@ -1,0 +1,321 @@
+"""The optimizers, by registry: AdamW; Muon for hidden matrices with AdamW for the rest; Lion.
+
+Each updates what a rank holds of the parameters, which may be a stretch of one (see `Piece`), and
+must train as a single process would.
+"""
+
+import math
+from collections.abc import Callable
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from common.errors import UserError
+from common.registry import Configurable, Option, above, at_least, between
+from model_builder import ParameterGroup
+from training_config import OPTIMIZER_REGISTRY
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """What this rank holds of a tensor that may be divided, in the tensor's own memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+class OptimizerComponent(Configurable):
+    """What an optimizer offers beside torch's own methods: `Name(groups, run, parallel)`.
+
+    Its `param_groups` are those of `torch_groups`. Before each step `found_inf` is set, a scalar on
+    the device: where it is 1, weights and state must stay as they are, and nothing may wait for
+    the device to know.
+    """
+
+    found_inf: torch.Tensor | None = None
+    bytes_sent: float = 0.0  # that a rank sends in an update, beside what the strategy does
+
+    def state_keys(self, parameter: torch.Tensor) -> frozenset[str]:
+        """The names of what it keeps for a parameter; `step` is a number, others have its shape."""
+        raise NotImplementedError
+
+
+OPTIMIZER_REGISTRY.expect(
+    OptimizerComponent,
+    torch.optim.Optimizer,
+    constructed_with=('groups', 'run', 'parallel'),
+    step=(),
+    state_keys=('parameter',),
+)
+DECAY = between(0, 0.999999)  # of a running average
+
+
+def torch_groups(
+    groups: list[ParameterGroup], run, parallel, rule: str, lr_scale: float = 1.0
+) -> list[dict]:
+    """The groups as torch has them, over what this rank updates.
+
+    rule: by which they are updated, for people. lr_scale: of all of them, beside their own.
+    """
+    return [
+        {
+            'name': group.name,
+            'rule': rule,
+            'params': [parallel.piece(p).key for p in group.parameters],
+            'weight_decay': run.weight_decay if group.decayed else 0.0,
+            'lr_scale': group.lr_scale * lr_scale,
+        }
+        for group in groups
+    ]
+
+
+def complete_optimizer(
+    optimizer: torch.optim.Optimizer, groups: list[ParameterGroup]
+) -> torch.optim.Optimizer:
+    """The optimizer; UserError if it leaves out parameters, or what its groups must say."""
+    name = type(optimizer).__name__
+    for group in optimizer.param_groups:
+        missing = {'name', 'rule', 'weight_decay', 'lr_scale'} - group.keys()
+        if missing:
+            raise UserError(
+                f'{name}.__init__ must hand torch_groups(groups, run, parallel, rule) to torch: a '
+                f'group of parameters lacks {", ".join(sorted(missing))}.'
+            )
+    taken = sum(len(group['params']) for group in optimizer.param_groups)
+    given = sum(len(group.parameters) for group in groups)
+    if taken != given:
+        raise UserError(f'{name}.__init__ takes {taken} of {given} parameters: it must take all.')
+    return optimizer
+
+
+def begin_state(optimizer: torch.optim.Optimizer, *names: str) -> None:
+    """Zeros of those names for each parameter. Before the first activation rather than in the first
+    step: on a CPU they would lie in the midst of where activations go (0.1 to 0.3 GB at 124M)."""
+    for group in optimizer.param_groups:
+        for key in group['params']:
+            optimizer.state[key] = {name: torch.zeros_like(key) for name in names}
+
+
+# --------------------------------------------------------------------------------------------------
+# AdamW
+
+
+@OPTIMIZER_REGISTRY.register('adamw', source='Loshchilov & Hutter 2019')
+class AdamW(OptimizerComponent, torch.optim.AdamW):
+    """Adam with decoupled weight decay: torch's, with fused kernels."""
+
+    options: ClassVar = {
+        'beta1': Option(float, 0.9, 'Decay of the mean gradient in AdamW', check=DECAY),
+        'beta2': Option(float, 0.95, 'Decay of its mean square in AdamW', check=DECAY),
+    }
+
+    def __init__(self, groups: list[ParameterGroup], run, parallel):
+        super().__init__(
+            torch_groups(groups, run, parallel, 'fused AdamW'),
+            lr=0.0,
+            betas=(run.beta1, run.beta2),
+            fused=True,
+        )
+        begin_state(self, 'exp_avg', 'exp_avg_sq')
+        for key, state in self.state.items():
+            state['step'] = torch.zeros((), device=key.device)
+
+    def state_keys(self, parameter: torch.Tensor) -> frozenset[str]:
+        return frozenset(('step', 'exp_avg', 'exp_avg_sq'))
+
+
+# --------------------------------------------------------------------------------------------------
+# Muon
+
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Jordan et al. 2024: the steepest at zero
+# Elements of the matrices that one rank works on at a time, which bounds the memory for it.
+STACKED_ELEMENTS = 2**26
+
+# What makes the learning rate fit a matrix (R, C), whose update has singular values near 1.
+LR_ADJUSTMENTS: dict[str, Callable[[int, int], float]] = {
+    # Liu et al. 2025: the root mean square of an AdamW update, so that its rate and decay fit.
+    'match_rms_adamw': lambda rows, columns: 0.2 * math.sqrt(max(rows, columns)),
+    # Jordan et al. 2024.
+    'original': lambda rows, columns: math.sqrt(max(1.0, rows / columns)),
+}
+
+
+def orthogonalized(matrices: torch.Tensor, steps: int, dtype: torch.dtype) -> torch.Tensor:
+    """(..., R, C) -> U Vᵀ of each matrix's U S Vᵀ, roughly: singular values of 0.7 to 1.2.
+
+    By the quintic Newton–Schulz iteration of Jordan et al. 2024, in `dtype`.
+    """
+    a, b, c = NEWTON_SCHULZ
+    norm = torch.linalg.vector_norm(matrices, dim=(-2, -1), keepdim=True)
+    x = (matrices / norm.clamp(min=1e-7)).to(dtype).flatten(0, -3)
+    tall = x.size(-2) > x.size(-1)
+    x = x.mT if tall else x
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.mT if tall else x).reshape(matrices.shape)
+
+
+class _Stack(NamedTuple):
+    """Matrices of one shape, which are orthogonalised together."""
+
+    group: dict  # of the optimizer
+    keys: list[torch.Tensor]  # what this rank updates of each
+    shape: torch.Size  # of each, whole
+    rows: tuple[int, ...]  # of the matrices stacked in each
+    numbers: range  # of each, in the exchange
+
+
+@OPTIMIZER_REGISTRY.register('muon', source='Jordan et al. 2024; Liu et al. 2025')
+class Muon(OptimizerComponent, torch.optim.Optimizer):
+    """Orthogonalised momentum (Nesterov's) for hidden matrices, fused AdamW for the rest.
+
+    Matrices that share a parameter (queries, keys and values; experts) are each orthogonalised by
+    themselves. The iteration runs in bfloat16 where the run's matrix multiplications do.
+    """
+
+    options: ClassVar = {
+        **AdamW.options,
+        'muon_momentum': Option(float, 0.95, "Of Muon's matrices", check=DECAY),
+        'muon_ns_steps': Option(int, 5, 'Newton–Schulz iterations', check=at_least(1, at_most=100)),
+        'muon_adjust_lr_fn': Option(
+            str,
+            'match_rms_adamw',
+            "Fit the rate to a matrix's shape: as large an update as AdamW's, so that its "
+            'learning_rate and weight_decay do; or as Jordan has it (learning rate about 0.02)',
+            choices=tuple(LR_ADJUSTMENTS),
+        ),
+        'muon_learning_rate': Option(
+            float | None, None, 'Highest rate of the matrices; None: learning_rate', check=above(0)
+        ),
+    }
+
+    def __init__(self, groups: list[ParameterGroup], run, parallel):
+        matrices = [group for group in groups if group.rows is not None]
+        rest = [group for group in groups if group.rows is None]
+        lr_scale = run.muon_learning_rate / run.learning_rate
+        super().__init__(torch_groups(matrices, run, parallel, 'Muon', lr_scale), {'lr': 0.0})
+        begin_state(self, 'momentum_buffer')
+        self.momentum, self.ns_steps = run.muon_momentum, run.muon_ns_steps
+        self.adjustment = LR_ADJUSTMENTS[run.muon_adjust_lr_fn]
+        self.dtype = torch.bfloat16 if run.dtype == 'bfloat16' else torch.float32
+        self.stacks, whole = self._stacked(matrices, parallel)
+        self.exchange = parallel.matrix_exchange(whole, self.dtype)
+        self.bytes_sent = self.exchange.bytes_sent
+        self.matrices = frozenset(key for stack in self.stacks for key in stack.keys)
+
+        self.rest = AdamW(rest, run, parallel)
+        self.state.update(self.rest.state)
+        self.rest.state = self.state
+        self.param_groups = [*self.param_groups, *self.rest.param_groups]
+
+    def _stacked(
+        self, groups: list[ParameterGroup], parallel
+    ) -> tuple[list[_Stack], list[torch.Tensor]]:
+        """The matrices by shape, and all of them in the order of their numbers."""
+        stacks, ordered = [], []
+        for group, described in zip(self.param_groups, groups):
+            alike: dict[tuple, list[torch.Tensor]] = {}
+            for parameter, rows in zip(described.parameters, described.rows):
+                alike.setdefault((parameter.shape, rows), []).append(parameter)
+            for (shape, rows), parameters in alike.items():
+                most = max(1, parallel.world_size * STACKED_ELEMENTS // shape.numel())
+                for first in range(0, len(parameters), most):
+                    some = parameters[first : first + most]
+                    numbers = range(len(ordered), len(ordered) + len(some))
+                    keys = [parallel.piece(p).key for p in some]
+                    stacks.append(_Stack(group, keys, shape, rows, numbers))
+                    ordered += some
+        return stacks, ordered
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for stack in self.stacks:
+            self._update(stack)
+        self.rest.found_inf = self.found_inf
+        self.rest.step()
+
+    def _update(self, stack: _Stack) -> None:
+        wholes = self.exchange.collect(stack.numbers, [self._momentum_step(k) for k in stack.keys])
+        directions = self._directions(wholes, stack) if wholes else []
+        pieces = self.exchange.hand_back(stack.numbers, directions)
+        rate = stack.group['lr'] * (1.0 - self.found_inf)
+        for key, direction in zip(stack.keys, pieces):
+            weight = local(key).view(-1)
+            weight.mul_(1.0 - rate * stack.group['weight_decay']).sub_(direction.float() * rate)
+
+    def _momentum_step(self, key: torch.Tensor) -> torch.Tensor:
+        """Average this rank's part of the gradient; Nesterov's look ahead, 1-D."""
+        momentum = local(self.state[key]['momentum_buffer']).view(-1)
+        if key.grad is None:  # every rank exchanges every matrix
+            gradient = torch.zeros_like(momentum)
+        else:  # with no gradient at all, what follows is finite and of no effect
+            gradient = local(key.grad).reshape(-1).masked_fill(self.found_inf > 0, 0.0)
+        momentum.lerp_(gradient, (1.0 - self.momentum) * (1.0 - self.found_inf))
+        return gradient.lerp(momentum, self.momentum)
+
+    def _directions(self, wholes: list[torch.Tensor], stack: _Stack) -> list[torch.Tensor]:
+        """Whole matrices, flattened -> what is to be subtracted from them, flattened."""
+        stacked = torch.stack([whole.view(stack.shape) for whole in wholes])  # (N, …, R, C)
+        columns = stack.shape[-1]
+        parts = [
+            orthogonalized(part, self.ns_steps, self.dtype)
+            * self.adjustment(part.size(-2), columns)
+            for part in stacked.split(stack.rows, dim=-2)
+        ]
+        return list(torch.cat(parts, dim=-2).flatten(1))
+
+    @classmethod
+    def derived_values(cls, config) -> dict[str, tuple]:
+        return {'muon_learning_rate': (config.learning_rate, 'learning_rate')}
+
+    def state_keys(self, parameter: torch.Tensor) -> frozenset[str]:
+        matrix = parameter in self.matrices
+        return frozenset(('momentum_buffer',)) if matrix else self.rest.state_keys(parameter)
+
+
+# --------------------------------------------------------------------------------------------------
+# Lion
+
+
+@OPTIMIZER_REGISTRY.register('lion', source='Chen et al. 2023')
+class Lion(OptimizerComponent, torch.optim.Optimizer):
+    """The sign of an average of gradient and momentum, every element by the learning rate."""
+
+    options: ClassVar = {
+        'lion_beta1': Option(
+            float, 0.9, 'Share of the momentum in what Lion takes the sign of', check=DECAY
+        ),
+        'lion_beta2': Option(float, 0.99, "Decay of Lion's momentum", check=DECAY),
+    }
+
+    def __init__(self, groups: list[ParameterGroup], run, parallel):
+        super().__init__(torch_groups(groups, run, parallel, 'Lion'), {'lr': 0.0})
+        begin_state(self, 'exp_avg')
+        self.beta1, self.beta2 = run.lion_beta1, run.lion_beta2
+
+    @torch.no_grad()
+    def step(self) -> None:
+        kept = 1.0 - self.found_inf
+        for group in self.param_groups:
+            keys = [key for key in group['params'] if key.grad is not None]
+            if not keys:
+                continue
+            weights, gradients = map(local, keys), [local(key.grad) for key in keys]
+            momenta = [local(self.state[key]['exp_avg']) for key in keys]
+            for gradient in gradients:  # with no gradient at all, what follows is of no effect
+                gradient.masked_fill_(self.found_inf > 0, 0.0)
+            rate = group['lr'] * kept
+            self._step(list(weights), gradients, momenta, rate, group['weight_decay'], kept)
+
+    def _step(self, weights, gradients, momenta, rate, weight_decay, kept) -> None:
+        signs = torch._foreach_lerp(gradients, momenta, self.beta1)
+        torch._foreach_sign_(signs)
+        torch._foreach_mul_(signs, rate)
+        torch._foreach_mul_(weights, 1.0 - rate * weight_decay)
+        torch._foreach_sub_(weights, signs)
+        share = (1.0 - self.beta2) * kept
+        torch._foreach_mul_(momenta, 1.0 - share)
+        torch._foreach_mul_(gradients, share)
+        torch._foreach_add_(momenta, gradients)
+
+    def state_keys(self, parameter: torch.Tensor) -> frozenset[str]:
+        return frozenset(('exp_avg',))

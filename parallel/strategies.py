@@ -1,0 +1,402 @@
+"""How a model is trained on the devices that there are: one interface, four strategies.
+
+`SingleProcess` is the reference that every other must equal: `DataParallel` (DDP), `ZeRO1` (DDP
+with the optimizer's state divided) and `FullySharded` (FSDP2). torchrun starts the processes; the
+flags `use_zero1` and `use_fsdp` choose. Model code is written for one device, and `train.py` asks
+for nothing but these methods. Each method that communicates is called by every rank.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from common.errors import UserError
+from components.weight_initialization import initial_values, initialize_buffers, name_seed
+from model_builder import (
+    ParameterGroup,
+    Transformer,
+    build_model,
+    recompute,
+)
+from model_config import ModelArchitectureConfig
+from optim.optimizers import complete_optimizer, local
+from parallel.matrix_exchange import MatrixExchange, Undivided
+from parallel.process_group import Alone, Together, join, world_size
+from training_config import OPTIMIZER_REGISTRY
+
+
+class Piece(NamedTuple):
+    """What a rank holds of a parameter: its elements offset … offset + len(tensor), flattened."""
+
+    tensor: torch.Tensor  # 1-D, sharing the parameter's memory
+    offset: int
+    key: torch.Tensor  # what the optimizer knows it as
+
+
+class SingleProcess(Alone):
+    """One process, one device."""
+
+    name = 'single'
+
+    def __init__(self, run, device: torch.device):
+        self.run, self.device = run, device
+
+    # --- The model ---
+
+    def build(
+        self, config: ModelArchitectureConfig, recomputed: list[int], compiled: bool
+    ) -> tuple[Transformer, nn.Module]:
+        """The initialised model, and what to call in training.
+
+        In this order: recompute the blocks of those numbers, compile block by block, wrap.
+        """
+        model = build_model(config, self.device, self.run.seed)
+        prepare_blocks(model, recomputed, compiled)
+        return model, self.wrap(model)
+
+    def wrap(self, model: Transformer) -> nn.Module:
+        return model
+
+    def build_optimizer(self, groups: list[ParameterGroup], run) -> torch.optim.Optimizer:
+        """The optimizer of `run`, once all of its options are known."""
+        return complete_optimizer(OPTIMIZER_REGISTRY[run.optimizer](groups, run, self), groups)
+
+    def piece(self, parameter: nn.Parameter) -> Piece:
+        """What this rank's optimizer updates of a parameter."""
+        return piece_here(parameter)
+
+    def matrix_exchange(self, matrices: list[nn.Parameter], dtype: torch.dtype) -> Undivided:
+        """Where an optimizer gets whole matrices; `dtype` is that of what becomes of them."""
+        return Undivided()
+
+    # --- One update ---
+
+    @contextmanager
+    def micro_step(self, model: nn.Module, last: bool) -> Iterator[None]:
+        """Around a forward and backward pass: gradients travel only in the last of an update."""
+        yield
+
+    def norm(self, gradients: list[torch.Tensor]) -> torch.Tensor:
+        """The 2-norm of the whole gradient, from what this rank holds of it."""
+        return torch.nn.utils.get_total_norm(gradients)
+
+    def sum_of_parts(self, part: torch.Tensor) -> torch.Tensor:
+        """A sum over all elements of the gradient, from that over those which this rank holds."""
+        return part
+
+    def bytes_sent(self, model: Transformer, micro_steps: int) -> float:
+        """Bytes of parameters and gradients that a rank sends in an update of so many micro-steps.
+
+        By rings (Patarasuk & Yuan 2009), as nccl-tests count the bandwidth of the bus: all-gather
+        and reduce-scatter among n ranks send (n - 1) / n of the whole, all-reduce twice that.
+        """
+        return 0.0
+
+    # --- Checkpoints ---
+
+    def weights(self, model: Transformer) -> dict[str, Piece]:
+        """What this rank holds of each parameter, by name; tied ones once."""
+        return weights_here(model)
+
+    def optimized(self, model: Transformer) -> dict[str, Piece]:
+        """What this rank's optimizer updates of each parameter, by name."""
+        return self.weights(model)
+
+    @property
+    def saves(self) -> tuple[bool, bool]:
+        """Whether this rank's weights, and its optimizer's state, belong in a checkpoint."""
+        return True, True
+
+
+class DataParallel(Together, SingleProcess):
+    """Each rank holds the whole model and sees its own part of the batch (Li et al. 2020)."""
+
+    name = 'ddp'
+
+    def __init__(self, run, device):
+        Together.__init__(self, *join(device, timedelta(seconds=run.distributed_timeout)))
+        SingleProcess.__init__(self, run, device)
+
+    def wrap(self, model):
+        wrapped = DistributedDataParallel(
+            model,
+            device_ids=[self.device.index] if self.device.type == 'cuda' else None,
+            gradient_as_bucket_view=True,
+        )
+        wrapped.register_comm_hook(getattr(torch, self.run.reduce_dtype), _sum)
+        return wrapped
+
+    matrix_group: dist.ProcessGroup | None = None  # ranks that hold the matrices among them
+
+    def matrix_exchange(self, matrices, dtype):
+        pieces = map(self.piece, matrices)
+        held = [(piece.offset, piece.offset + len(piece.tensor)) for piece in pieces]
+        sizes = [parameter.numel() for parameter in matrices]
+        return MatrixExchange(sizes, held, dtype, self.device, self.matrix_group)
+
+    @contextmanager
+    def micro_step(self, model, last):
+        model.require_backward_grad_sync = last  # read by the forward pass
+        yield
+
+    def bytes_sent(self, model, micro_steps):
+        size = getattr(torch, self.run.reduce_dtype).itemsize
+        elements = sum(parameter.numel() for parameter in model.parameters())
+        return 2 * _ring(size * elements, self.world_size)
+
+    @property
+    def saves(self):
+        return self.is_main, self.is_main
+
+
+def _sum(dtype: torch.dtype, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    """DDP's communication hook: the plain sum over the ranks, travelling in `dtype`.
+
+    Not the mean, for which each share of the loss would have to be multiplied by the world size:
+    under the fp16 scaler that would overflow so much earlier.
+    """
+    buffer = bucket.buffer()
+    future = dist.all_reduce(buffer.to(dtype), async_op=True).get_future()
+    return future.then(lambda done: buffer.copy_(done.value()[0]))
+
+
+class ZeRO1(DataParallel):
+    """DDP with the optimizer's state divided among the ranks (Rajbhandari et al. 2020, stage 1).
+
+    The parameters are views of one flat buffer. Each rank updates an equal stretch of it, wherever
+    that begins and ends, and the stretches are gathered in place.
+    """
+
+    name = 'zero1'
+
+    def wrap(self, model):
+        parameters = list(model.parameters())
+        elements = sum(p.numel() for p in parameters)
+        self.stretch = -(-elements // self.world_size)
+        self.begin = self.rank * self.stretch
+        self.flat = torch.zeros(self.stretch * self.world_size, device=self.device)
+        self.pieces: dict[nn.Parameter, Piece] = {}
+        at = 0
+        for parameter in parameters:
+            size = parameter.numel()
+            view = self.flat[at : at + size].view_as(parameter)
+            view.copy_(parameter.data)
+            parameter.data = view
+            low = min(max(at, self.begin), at + size)
+            high = max(low, min(at + size, self.begin + self.stretch))
+            mine = self.flat[low:high]  # which may be empty
+            self.pieces[parameter] = Piece(mine, low - at, nn.Parameter(mine))
+            at += size
+        return super().wrap(model)
+
+    def build_optimizer(self, groups, run):
+        return _StretchOptimizer(super().build_optimizer(groups, run), self)
+
+    def piece(self, parameter):
+        return self.pieces[parameter]
+
+    def gather_stretches(self) -> None:
+        """Bring every rank's stretch of the parameters to all."""
+        mine = self.flat[self.begin : self.begin + self.stretch].clone()
+        dist.all_gather_into_tensor(self.flat, mine)
+
+    def bytes_sent(self, model, micro_steps):
+        return super().bytes_sent(model, micro_steps) + _ring(self.flat.nbytes, self.world_size)
+
+    def optimized(self, model):
+        return {name: self.pieces[p] for name, p in model.named_parameters()}
+
+    @property
+    def saves(self):
+        return self.is_main, True
+
+
+class _StretchOptimizer(torch.optim.Optimizer):
+    """The optimizer of a run over this rank's stretch; looks like one over all parameters."""
+
+    found_inf: torch.Tensor | None = None
+
+    def __init__(self, inner: torch.optim.Optimizer, parallel: ZeRO1):
+        parameters = {piece.key: parameter for parameter, piece in parallel.pieces.items()}
+        groups = [
+            {**group, 'params': [parameters[key] for key in group['params']]}
+            for group in inner.param_groups
+        ]
+        super().__init__(groups, {})
+        self.inner, self.parallel = inner, parallel
+        self.state, self.state_keys = inner.state, inner.state_keys
+        self.bytes_sent = inner.bytes_sent
+
+    def step(self) -> None:
+        for parameter, piece in self.parallel.pieces.items():
+            end = piece.offset + len(piece.tensor)
+            piece.key.grad = parameter.grad.view(-1)[piece.offset : end]
+        for group, inner in zip(self.param_groups, self.inner.param_groups):
+            inner['lr'] = group['lr']
+        self.inner.found_inf = self.found_inf
+        self.inner.step()
+        self.inner.zero_grad(set_to_none=True)
+        self.parallel.gather_stretches()
+
+
+class FullySharded(DataParallel):
+    """Parameters, gradients and optimizer state divided, gathered block by block (FSDP2).
+
+    With `fsdp_shard_size` they are divided among that many ranks and repeated over the rest.
+    """
+
+    name = 'fsdp'
+
+    def __init__(self, run, device):
+        super().__init__(run, device)
+        size = run.fsdp_shard_size or self.world_size
+        shape = (size,) if size == self.world_size else (self.world_size // size, size)
+        names = ('replicate', 'shard')[-len(shape) :]
+        self.mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
+        self.shard_group = self.matrix_group = self.mesh.get_group('shard')
+
+    def build(self, config, recomputed, compiled):
+        model = build_model(config)  # on the meta device: the whole is never in one place
+        prepare_blocks(model, recomputed, compiled)
+        reduce_dtype = getattr(torch, self.run.reduce_dtype)
+        shard = partial(
+            fully_shard,
+            mesh=self.mesh,
+            reshard_after_forward=self.run.fsdp_reshard_after_forward,
+            # Parameters travel in fp32 and autocast casts them, as under every other strategy.
+            mp_policy=MixedPrecisionPolicy(reduce_dtype=reduce_dtype),
+        )
+        for block in model.blocks:
+            shard(block)
+        shard(model)  # the tied table and head are in one group: the root's
+        for module in _sharded(model):  # gradients are added up, as under DDP
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+        model.to_empty(device=self.device)
+        model.tie_weights()
+        self.initialize(model)
+        return model, model
+
+    @torch.no_grad()
+    def initialize(self, model: Transformer) -> None:
+        """Each parameter from its own generator, one at a time, as in a single process."""
+        initialize_buffers(model)
+        values = initial_values(model)
+        for name, parameter in model.named_parameters():
+            whole = torch.empty(parameter.shape)
+            values[name](whole, torch.Generator().manual_seed(name_seed(self.run.seed, name)))
+            mine, begin = local(parameter).view(-1), shard_offset(parameter)
+            mine.copy_(whole.view(-1)[begin : begin + len(mine)])
+
+    @contextmanager
+    def micro_step(self, model, last):
+        model.set_requires_gradient_sync(last)
+        model.set_is_last_backward(last)
+        yield
+
+    def norm(self, gradients):
+        return self.sum_of_parts(super().norm(gradients).square()).sqrt()
+
+    def sum_of_parts(self, part):
+        dist.all_reduce(part, group=self.shard_group)
+        return part
+
+    def bytes_sent(self, model, micro_steps):
+        ranks = self.mesh.size(self.mesh.ndim - 1)
+        # Every rank's rows are as many as those of the one that has most.
+        elements = sum(
+            ranks * rows_of_a_rank(p) * (p.numel() // p.shape[0]) for p in model.parameters()
+        )
+        gathers = micro_steps * (2 if self.run.fsdp_reshard_after_forward else 1)
+        gradients = getattr(torch, self.run.reduce_dtype).itemsize * elements
+        return (
+            gathers * _ring(4 * elements, ranks)
+            + _ring(gradients, ranks)
+            + 2 * _ring(gradients / ranks, self.world_size // ranks)  # among the replicas
+        )
+
+    def weights(self, model):
+        # Without fsdp_reshard_after_forward an evaluation leaves whole parameters in place of ours.
+        for module in _sharded(model):
+            module.reshard()
+        return super().weights(model)
+
+    @property
+    def saves(self):
+        first_replica = self.mesh.ndim == 1 or self.mesh.get_local_rank('replicate') == 0
+        return first_replica, first_replica
+
+
+def _ring(whole: float, ranks: int) -> float:
+    """What one of `ranks` sends of `whole` until each has got, or added to, all the others'."""
+    return (ranks - 1) / ranks * whole
+
+
+def _sharded(model: nn.Module) -> list[FSDPModule]:
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def prepare_blocks(model: Transformer, recomputed: list[int], compiled: bool) -> None:
+    """Let the blocks `recomputed` keep only their input; compile; in this order."""
+    for number in recomputed:
+        recompute(model.blocks[number])
+    if compiled:
+        for block in model.blocks:  # identical blocks share one graph
+            block.compile()
+
+
+def weights_here(model: Transformer) -> dict[str, Piece]:
+    """What this rank holds of each parameter, by name; tied ones once."""
+    return {name: piece_here(parameter) for name, parameter in model.named_parameters()}
+
+
+def piece_here(parameter: nn.Parameter) -> Piece:
+    """What this rank holds of a parameter."""
+    return Piece(local(parameter).view(-1), shard_offset(parameter), parameter)
+
+
+def shard_offset(parameter: torch.Tensor) -> int:
+    """Where the elements that this rank holds of a parameter begin in the flattened whole."""
+    if not isinstance(parameter, DTensor):
+        return 0
+    mesh = parameter.device_mesh
+    rank, rows = mesh.get_local_rank(mesh.ndim - 1), rows_of_a_rank(parameter)
+    return min(rank * rows, parameter.shape[0]) * (parameter.numel() // parameter.shape[0])
+
+
+def rows_of_a_rank(parameter: DTensor) -> int:
+    """FSDP2 divides the first dimension into chunks of so many, the last ones smaller or empty."""
+    mesh = parameter.device_mesh
+    return -(-parameter.shape[0] // mesh.size(mesh.ndim - 1))
+
+
+def recomputed_blocks(activation_checkpointing: str, n_layer: int) -> list[int]:
+    """The blocks that 'none', 'full' or 'N', every N-th, stands for."""
+    if activation_checkpointing == 'none':
+        return []
+    every = 1 if activation_checkpointing == 'full' else int(activation_checkpointing)
+    return list(range(every - 1, n_layer, every))
+
+
+def choose_strategy(run, device: torch.device) -> SingleProcess:
+    """The strategy that the options ask for, with the processes that torchrun started."""
+    flag = 'use_fsdp' if run.use_fsdp else 'use_zero1' if run.use_zero1 else None
+    if flag and 'WORLD_SIZE' not in os.environ:
+        raise UserError(
+            f'{flag}=True needs processes that torchrun starts: torchrun --standalone '
+            f'--nproc_per_node=2 train.py … --{flag}=True. To go on alone: --{flag}=False.'
+        )
+    if flag:
+        return FullySharded(run, device) if run.use_fsdp else ZeRO1(run, device)
+    return DataParallel(run, device) if world_size() > 1 else SingleProcess(run, device)

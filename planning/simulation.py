@@ -1,0 +1,365 @@
+"""The bytes that a training step holds, found without a device and without its time.
+
+The real model goes forward and backward, and the real optimizer steps, on fake tensors, which have
+a size and no contents; every storage is watched from its making to its end. So nothing here knows
+a component or an optimizer. A GPU's fused kernels have stand-ins that keep what those keep.
+"""
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from enum import IntEnum
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from common import hardware
+from components import cpu_attention
+from components.linear_cross_entropy import CHUNK_BYTES, SCRATCH_BYTES
+from model_builder import Transformer, parameter_groups
+from model_config import ModelArchitectureConfig
+from optim.step import Updater
+from parallel.strategies import SingleProcess, prepare_blocks
+
+CPU = torch.device('cpu')
+
+
+class Kind(IntEnum):
+    """What a storage that is made during a micro-step is for."""
+
+    ACTIVATIONS = 0
+    WEIGHT_COPIES = 1  # autocast's, in the dtype of the matrix multiplications
+    LOGITS = 2  # and all else of the output head and the loss
+    GRADIENTS = 3
+
+
+class Segment(NamedTuple):
+    """A stretch of time: bytes by Kind, against those at its beginning."""
+
+    peak: np.ndarray  # at its fullest moment
+    change: np.ndarray  # at its end
+    freed: dict[int, np.ndarray]  # what ended in it, by the number of the segment that made it
+
+
+class Moment(NamedTuple):
+    """The fullest moment of a segment: bytes by Kind, beside what is always there."""
+
+    phase: str  # 'forward', 'loss', 'backward' or 'update'
+    block: int | None  # None: before the first block
+    held: np.ndarray
+
+
+# --------------------------------------------------------------------------------------------------
+# Watching storages
+
+
+class MemoryWatch(TorchDispatchMode):
+    """Adds up, by Kind, the storages that operations make, from their making to their end.
+
+    Those of `weights` and `gradients` are there already and not counted.
+    """
+
+    def __init__(self, weights: list[torch.Tensor], gradients: list[torch.Tensor]):
+        super().__init__()
+        self.weights = {storage_of(weight) for weight in weights}
+        self.passed_over = self.weights | {storage_of(gradient) for gradient in gradients}
+        self.live: dict[int, tuple[weakref.ref, int, Kind, int]] = {}
+        self.now = np.zeros(len(Kind), dtype=np.int64)
+        self.kind = Kind.ACTIVATIONS
+        self.segments: list[Segment] = []
+        self._begin()
+
+    def _begin(self) -> None:
+        self.start, self.peak = self.now.copy(), self.now.copy()
+        self.freed: dict[int, np.ndarray] = {}
+
+    def next_segment(self, kind: Kind = Kind.ACTIVATIONS) -> None:
+        """End a segment; what is made in the next one is of that kind."""
+        segment = Segment(self.peak - self.start, self.now - self.start, self.freed)
+        self.segments.append(segment)
+        self.kind = kind
+        self._begin()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        cast = func is torch.ops.aten._to_copy.default and storage_of(args[0]) in self.weights
+        for output in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(output, torch.Tensor):
+                self._note(output, Kind.WEIGHT_COPIES if cast else self.kind)
+        return result
+
+    def _note(self, tensor: torch.Tensor, kind: Kind) -> None:
+        key = storage_of(tensor)
+        if key in self.live or key in self.passed_over:
+            return
+        storage = tensor.untyped_storage()
+        size = storage.nbytes()
+        ended = weakref.ref(storage, lambda _: self._forget(key))
+        self.live[key] = ended, size, kind, len(self.segments)
+        self.now[kind] += size
+        if self.now.sum() > self.peak.sum():
+            self.peak = self.now.copy()
+
+    def _forget(self, key: int) -> None:
+        _, size, kind, segment = self.live.pop(key)
+        self.now[kind] -= size
+        self.freed.setdefault(segment, np.zeros_like(self.now))[kind] += size
+
+    def keep_gradient(self, parameter: torch.Tensor) -> None:
+        """The parameter's gradient, just made, is not working memory."""
+        key = storage_of(parameter.grad)
+        if key in self.live:
+            ended, size, kind, segment = self.live[key]
+            self.live[key] = ended, size, Kind.GRADIENTS, segment
+            self.now[kind] -= size
+            self.now[Kind.GRADIENTS] += size
+
+
+def storage_of(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+# --------------------------------------------------------------------------------------------------
+# The model
+
+
+class Simulation:
+    """The real model of a run, and its optimizer, on fake tensors."""
+
+    def __init__(self, run, architecture: ModelArchitectureConfig, on_gpu: bool):
+        self.run, self.block_size = run, architecture.block_size
+        self.fake = FakeTensorMode()
+        self.kernels = gpu_kernels if on_gpu else nullcontext
+        with self.fake:
+            self.model = Transformer(architecture).train()
+        self.blocks = list(self.model.blocks)
+
+    def update(self) -> tuple[int, int]:
+        """Bytes that the optimizer keeps, and those that an update takes beside them."""
+        alone = SingleProcess(self.run, CPU)
+        with self.fake:
+            optimizer = alone.build_optimizer(parameter_groups(self.model), self.run)
+            updater = Updater(optimizer, self.run, CPU, alone)
+            loss = torch.zeros(())
+            updater.scaler.scale(loss)  # as the backward pass begins; it is set up by that
+            with self._watch(accumulates=True) as watch:
+                updater.update(self.run.learning_rate, loss, measured=True)
+                watch.next_segment()
+            (segment,) = watch.segments
+            states = optimizer.state.values()
+            values = [value for state in states for value in state.values()]
+            kept = sum(value.nbytes for value in values if isinstance(value, torch.Tensor))
+        return kept, int((segment.peak - segment.change).sum())
+
+    def micro_step(self, batch_size: int, recomputed: list[int], accumulates: bool) -> list[Moment]:
+        """One forward and backward pass of `batch_size` sequences, moment by moment.
+
+        accumulates: gradients of an earlier micro-step are there. They are not counted; without
+        them those that are made are.
+        """
+        with self._shortened(recomputed) as (period, repeats):
+            with self.fake, self._watch(accumulates) as watch, self.kernels():
+                self._forward_and_backward(batch_size, watch)
+            count = len(self.model.blocks)
+        first, *segments, last = watch.segments
+        forward, (head, exit, loss), backward = (
+            segments[:count],
+            segments[count : count + 3],
+            segments[: count + 2 : -1],
+        )
+        # With the end of autocast goes what it kept of every block.
+        middle = range(1 + period, 1 + 2 * period)
+        kept = sum(exit.freed[number] for number in middle if number in exit.freed)
+        exit = exit._replace(change=exit.change - (repeats - 1) * kept)
+        forward, backward = (_repeated(part, period, repeats) for part in (forward, backward))
+        numbers = range(len(self.blocks))
+        phases = [
+            ('forward', None, first),
+            *(('forward', number, forward[number]) for number in numbers),
+            *(('loss', None, segment) for segment in (head, exit, loss)),
+            *(('backward', number, backward[number]) for number in reversed(numbers)),
+            ('backward', None, last),
+        ]
+        moments, held = [], np.zeros(len(Kind), dtype=np.int64)
+        for phase, block, segment in phases:
+            moments.append(Moment(phase, block, held + segment.peak))
+            held = held + segment.change
+        return moments
+
+    @contextmanager
+    def _shortened(self, recomputed: list[int]) -> Iterator[tuple[int, int]]:
+        """With three periods of blocks where they repeat: the period, and how often the middle
+        one of the three is to be counted."""
+        period = _period(self.blocks, set(recomputed))
+        periods, rest = divmod(len(self.blocks), period)
+        kept = min(periods, 3)
+        self.model.blocks = nn.ModuleList(self.blocks[: kept * period + rest])
+        here = [number for number in recomputed if number < len(self.model.blocks)]
+        prepare_blocks(self.model, here, compiled=False)
+        try:
+            yield period, periods - kept + 1
+        finally:
+            for number in here:
+                del self.blocks[number].forward
+            self.model.blocks = nn.ModuleList(self.blocks)
+
+    @contextmanager
+    def _watch(self, accumulates: bool) -> Iterator[MemoryWatch]:
+        parameters = list(self.model.parameters())
+        for parameter in parameters:
+            parameter.grad = torch.empty_like(parameter) if accumulates else None
+        watch = MemoryWatch(parameters, [p.grad for p in parameters if accumulates])
+        with watch:
+            yield watch
+
+    def _forward_and_backward(self, batch_size: int, watch: MemoryWatch) -> None:
+        """As in the training loop, with a segment for each block, each way."""
+        handles = [
+            parameter.register_post_accumulate_grad_hook(watch.keep_gradient)
+            for parameter in self.model.parameters()
+        ]
+        first, last = self.model.blocks[0], self.model.blocks[-1]
+
+        def on_gradient(tensor: torch.Tensor) -> None:
+            tensor.register_hook(lambda _: watch.next_segment())
+
+        def before(block: nn.Module, inputs: tuple) -> None:
+            watch.next_segment()
+            if block is first:
+                on_gradient(inputs[0])
+
+        def after(block: nn.Module, inputs: tuple, outputs: tuple) -> None:
+            if block is last:
+                watch.next_segment(Kind.LOGITS)
+            on_gradient(outputs[0])
+
+        for block in self.model.blocks:
+            handles += [block.register_forward_pre_hook(before), block.register_forward_hook(after)]
+        tokens = torch.zeros((batch_size, self.block_size), dtype=torch.long)
+        with hardware.autocast(CPU, self.run.dtype):
+            loss_sum, _, auxiliary = self.model(tokens, tokens)
+            watch.next_segment()
+        watch.next_segment(Kind.LOGITS)
+        (loss_sum / tokens.numel() + auxiliary.loss).backward()
+        watch.next_segment()
+        for handle in handles:
+            handle.remove()
+
+
+def _repeated(segments: list[Segment], period: int, times: int) -> list[Segment]:
+    """Those of three periods, by the number of their block, with the middle one so many times."""
+    return segments[:period] + segments[period : 2 * period] * times + segments[2 * period :]
+
+
+def _period(blocks: list[nn.Module], recomputed: set[int]) -> int:
+    """After how many blocks the same come again; their number if that is not so."""
+    count = len(blocks)
+    for period in range(1, count // 3 + 1):
+        pairs = [(number, number + period) for number in range(count - period)]
+        if all((a in recomputed) == (b in recomputed) for a, b in pairs) and all(
+            _alike(blocks[a], blocks[b]) for a, b in pairs
+        ):
+            return period
+    return count
+
+
+_OF_ANY_MODULE = vars(nn.Module()).keys() - {'training'}
+
+
+def _alike(one: nn.Module, other: nn.Module) -> bool:
+    """Whether two modules do the same, up to the values of their parameters."""
+
+    def facts(module: nn.Module) -> dict:
+        own = {key: value for key, value in vars(module).items() if key not in _OF_ANY_MODULE}
+        tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+        shapes = [(name, t.shape, t.dtype, t.requires_grad) for name, t in tensors]
+        return {'own': own, 'tensors': shapes, 'children': [n for n, _ in module.named_children()]}
+
+    try:
+        same = type(one) is type(other) and facts(one) == facts(other)
+    except RuntimeError:  # tensors that are no parameters do not compare
+        return False
+    return same and all(map(_alike, one.children(), other.children()))
+
+
+# --------------------------------------------------------------------------------------------------
+# What a GPU's fused kernels keep
+
+
+@contextmanager
+def gpu_kernels() -> Iterator[None]:
+    """What torch runs as one kernel on a GPU, and in pieces on a CPU, keeps what the GPU would.
+
+    The functions of `torch.nn.functional` are replaced: a mode that intercepts them is not in force
+    while the backward pass recomputes a block.
+    """
+    changes = [(vars(F), STAND_INS), (vars(cpu_attention), {'serves': lambda q, k: False})]
+    changes += [(sizes, {'cpu': sizes['cuda']}) for sizes in (CHUNK_BYTES, SCRATCH_BYTES)]
+    real = [{name: names[name] for name in others} for names, others in changes]
+    for names, others in changes:
+        names.update(others)
+    try:
+        yield
+    finally:
+        for (names, _), before in zip(changes, real):
+            names.update(before)
+
+
+def fused_dropout(x: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False):
+    """Keeps a mask of one byte an element."""
+    return torch.native_dropout(x, p, True)[0] if training and p > 0 else x
+
+
+class FusedRMSNorm(torch.autograd.Function):
+    """Keeps its input, the weight and one number a row."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight, x.new_empty(x.shape[:-1]))
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, weight, _ = ctx.saved_tensors
+        return torch.empty_like(x), None if weight is None else torch.empty_like(weight)
+
+
+def fused_rms_norm(x: torch.Tensor, shape, weight: torch.Tensor | None = None, eps=None):
+    return FusedRMSNorm.apply(x, weight)
+
+
+class FusedAttention(torch.autograd.Function):
+    """Keeps its inputs, its output and one number a query (Dao 2023); never the scores."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, mask):
+        batch, heads, length, _ = q.shape
+        output = q.new_empty(batch, length, heads, v.size(-1)).transpose(1, 2)  # (B, H, T, D)
+        log_sums = q.new_empty(batch, heads, length, dtype=torch.float32)
+        ctx.save_for_backward(q, k, v, mask, output, log_sums)
+        return output
+
+    @staticmethod
+    def backward(ctx, gradient):
+        q, k, v, mask, _, _ = ctx.saved_tensors
+        _sum_in_float32 = torch.empty_like(q, dtype=torch.float32)  # of q's gradient
+        needed = zip((q, k, v, mask), ctx.needs_input_grad)
+        return tuple(torch.empty_like(tensor) if wanted else None for tensor, wanted in needed)
+
+
+def fused_attention(q, k, v, attn_mask=None, **_):
+    if torch.is_autocast_enabled('cpu'):
+        q, k, v = (tensor.to(torch.get_autocast_dtype('cpu')) for tensor in (q, k, v))
+    return FusedAttention.apply(q, k, v, attn_mask)
+
+
+STAND_INS = {
+    'dropout': fused_dropout,
+    'rms_norm': fused_rms_norm,
+    'scaled_dot_product_attention': fused_attention,
+}

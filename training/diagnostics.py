@@ -1,0 +1,150 @@
+"""What goes on inside a model, measured at evaluations on request (`diagnostics=True`).
+
+Layer by layer: the size of the residual stream, the gradient, the largest attention logit; the
+size of the last update against the weights; and the loss by position in the context, which is
+what tells position encodings apart.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from model_builder import ParameterGroup, Transformer
+from model_components import IGNORED, documents_of
+from optim.optimizers import local
+from parallel.process_group import Alone
+from parallel.strategies import SingleProcess
+
+
+def layer_statistics(
+    bare: Transformer,
+    model: nn.Module,
+    parallel: SingleProcess,
+    tokens: torch.Tensor,
+    targets: torch.Tensor,
+    autocast,
+) -> list[dict]:
+    """For each block, on one batch (B, T) in evaluation mode: `activation_rms` of the stream that
+    leaves it, `gradient_norm` of its parameters for the mean loss, and `max_attention_logit`.
+
+    model: `bare` as it is called in training. Every rank is given the same batch. Leaves no
+    gradient behind; to be called between updates.
+    """
+    squares: list[torch.Tensor] = []
+    hooks = [
+        block.register_forward_hook(lambda _, __, out: squares.append(out[0].float().pow(2).mean()))
+        for block in bare.blocks
+    ]
+    logits: list[torch.Tensor] = []
+    try:
+        # Hooks and probes would make compiled blocks compile anew.
+        with (
+            torch.compiler.set_stance('force_eager'),
+            torch.enable_grad(),
+            parallel.micro_step(model, last=True),
+        ):
+            with _probed_attention(bare, tokens, logits), autocast():
+                loss_sum, count, auxiliary = model(tokens, targets)
+            # A share of it, since the ranks' gradients are added up.
+            ((loss_sum / count + auxiliary.loss) / parallel.world_size).backward()
+        norms = [
+            parallel.norm([local(p.grad) for p in block.parameters() if p.grad is not None])
+            for block in bare.blocks
+        ]
+    finally:
+        for hook in hooks:
+            hook.remove()
+        model.zero_grad(set_to_none=True)
+    measured = torch.stack([torch.stack(squares).sqrt(), torch.stack(norms), torch.stack(logits)])
+    keys = ('activation_rms', 'gradient_norm', 'max_attention_logit')
+    return [
+        {'layer': layer, **dict(zip(keys, values))}
+        for layer, values in enumerate(measured.T.tolist())
+    ]
+
+
+@contextmanager
+def _probed_attention(
+    model: Transformer, tokens: torch.Tensor, logits: list[torch.Tensor]
+) -> Iterator[None]:
+    """Append the largest |scale · q kᵀ| of each block's attention, before caps and biases."""
+    elsewhere: torch.Tensor | bool = False  # in another document
+    if model.end_of_text is not None:
+        numbers = documents_of(tokens, model.end_of_text).numbers[:, None, None]
+        elsewhere = numbers[..., None] != numbers[..., None, :]  # (B, 1, 1, T, T)
+
+    def probe(attend):
+        def probed(q, k, v, mask, needs, dropout):
+            grouped = q.detach().unflatten(1, (k.size(1), -1))  # (B, KV heads, group, T, D)
+            scores = grouped.float() @ k.detach().float()[:, :, None].transpose(-2, -1)
+            positions = torch.arange(q.size(2), device=q.device)
+            hidden = ~needs.visible(positions[:, None], positions)
+            logits.append(scores.abs().masked_fill(hidden | elsewhere, 0.0).max() * needs.scale)
+            return attend(q, k, v, mask, needs, dropout)
+
+        return probed
+
+    attentions = [block.attention for block in model.blocks]
+    originals = [attention.attend for attention in attentions]
+    try:
+        for attention, attend in zip(attentions, originals):
+            attention.attend = probe(attend)
+        yield
+    finally:
+        for attention, attend in zip(attentions, originals):
+            attention.attend = attend
+
+
+@torch.no_grad()
+def loss_by_position(
+    model: nn.Module, ranks: Alone, batches: Iterator[list[torch.Tensor]], autocast
+) -> list[dict]:
+    """Mean loss in nats over positions [0, 1), [1, 2), [2, 4), [4, 8), … of the context.
+
+    batches: (tokens, targets), each (B, T), of this rank.
+    """
+    total: torch.Tensor | int = 0  # summed loss and number of targets, by position: (2, T)
+    for tokens, targets in batches:
+        with autocast():
+            logits = model(tokens)
+        losses = F.cross_entropy(
+            logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction='none'
+        ).view(targets.shape)
+        total += torch.stack([losses.sum(0), (targets != IGNORED).sum(0)])
+    loss_sum, count = ranks.sum(total)
+    mean = (loss_sum / count).tolist()
+    edges = [0] + [2**k for k in range(len(mean).bit_length()) if 2**k < len(mean)] + [len(mean)]
+    return [
+        {'from': low, 'to': high, 'loss': sum(mean[low:high]) / (high - low)}
+        for low, high in pairwise(edges)
+    ]
+
+
+class UpdateSize:
+    """How large an update is against the weights it changes: ‖Δw‖ / ‖w‖ for each group."""
+
+    def __init__(self, groups: list[ParameterGroup], parallel: SingleProcess):
+        self.groups = {group.name: [local(p) for p in group.parameters] for group in groups}
+        self.parallel = parallel
+        self.before: list[list[torch.Tensor]] | None = None
+        self.ratios: dict[str, float] | None = None
+
+    def begin(self) -> None:
+        """Remember the weights: one more copy of them, until `end`."""
+        self.before = [[p.clone() for p in weights] for weights in self.groups.values()]
+
+    @torch.no_grad()
+    def end(self) -> None:
+        """Compare, if `begin` was called."""
+        if self.before is None:
+            return
+        self.ratios = {}
+        norm = self.parallel.norm
+        for (name, weights), before in zip(self.groups.items(), self.before):
+            change = torch._foreach_sub(weights, before)
+            self.ratios[name] = (norm(change) / norm(before)).item()
+        self.before = None

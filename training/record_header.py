@@ -1,0 +1,200 @@
+"""The head of a run's record: every option, the architecture, and what was counted at start-up."""
+
+import hashlib
+import platform
+import shlex
+import sys
+from pathlib import Path
+
+import torch
+
+from common import hardware
+from common.gpu_specs import Peak
+from common.registry import Configurable
+from data.dataset import TokenDataset
+from model_builder import Transformer, count_parameters
+from parallel.process_group import job
+from parallel.strategies import SingleProcess
+from training_config import OPTIMIZER_REGISTRY, SCHEDULE_REGISTRY, Settings
+
+# Modules on which no loss depends.
+SHOWING = frozenset(
+    {
+        *('console.py', 'console_output.py', 'training_logger.py', 'sinks.py', 'planning.py'),
+        *('simulation.py', 'sampling.py', 'study_points.py', 'errors.py', 'startup.py'),
+    }
+)
+HELD = ('parameter_bytes', 'gradient_bytes', 'optimizer_bytes')
+
+
+def bytes_sent_per_update(
+    run, model: Transformer, optimizer: torch.optim.Optimizer, parallel: SingleProcess
+) -> float:
+    """What a rank sends in an update, of the strategy and of the optimizer."""
+    micro_steps = run.gradient_accumulation_steps // parallel.world_size
+    return optimizer.bytes_sent + parallel.bytes_sent(model, micro_steps)
+
+
+def record_header(
+    settings: Settings,
+    dataset: TokenDataset,
+    model: Transformer,
+    optimizer: torch.optim.Optimizer,
+    flops: dict,
+    peak: Peak,
+    device: torch.device,
+    parallel: SingleProcess,
+    compiled: bool,
+    argv: list[str],
+    weights_from: dict | None,
+) -> dict:
+    """`config`, `architecture`, `metadata` and `startup_info` of the record."""
+    run, architecture = settings.run, settings.architecture
+    commit, clean = hardware.git_state(Path(__file__).parent)
+    total_peak = peak.tflops and peak.tflops * parallel.world_size
+    return {
+        'config': settings.to_dict(),
+        'architecture': {
+            'name': architecture.name,
+            'hash': architecture.hash,
+            'choices': architecture.to_dict(),
+        },
+        'metadata': {
+            'seed': run.seed,
+            'data_seed': run.data_seed,
+            'strategy': parallel.name,
+            'world_size': parallel.world_size,
+            'job': job(),
+            'git_commit': commit,
+            'git_clean': clean,
+            'versions': hardware.versions(),
+            'code': source_hashes(),
+            'command': shlex.join(['python', 'train.py', *argv]),
+            'weights_from': weights_from,
+            'threads': torch.get_num_threads(),
+            'deterministic': run.deterministic,
+            'platform': platform.platform(),
+            'config_files': [
+                {**file, 'sha256': hashlib.sha256(file['text'].encode()).hexdigest()}
+                for file in settings.asked.config_files
+            ],
+        },
+        'startup_info': {
+            'model': count_parameters(model),
+            'flops': flops,
+            'optimizer': _optimizer(settings, optimizer),
+            'hardware': {
+                'device': str(device),
+                'device_name': hardware.device_name(device),
+                'world_size': parallel.world_size,
+                'dtype': run.dtype,
+                'peak_tflops': total_peak,
+                'peak_source': peak.source,
+                'threads': torch.get_num_threads(),
+                'expected_tokens_per_sec_at_50_mfu': total_peak
+                and 0.5 * total_peak * 1e12 / flops['per_token'],
+                'compile': compiled,
+                'activation_checkpointing': run.activation_checkpointing,
+            },
+            'parallel': {
+                'bytes_sent_per_update': bytes_sent_per_update(run, model, optimizer, parallel),
+                # Known once there has been an update (`Session.record_held`).
+                **dict.fromkeys(HELD),
+            },
+            'data': _data(settings, dataset),
+            'derived': settings.derived,
+        },
+    }
+
+
+def source_hashes() -> dict[str, str]:
+    """The first digits of the SHA-256 of each source file that training depends on.
+
+    These are the project's modules that have been imported, without those that only show or store.
+    A component of a config file is in `config_files`.
+    """
+    root = Path(__file__).resolve().parent
+    files = {getattr(module, '__file__', None) for module in [*sys.modules.values()]}
+    paths = {Path(file).resolve() for file in files if file}
+    ours = {path.relative_to(root).as_posix(): path for path in paths if root in path.parents}
+    return {
+        name: hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+        for name, path in sorted(ours.items())
+        if path.suffix == '.py'
+        and path.name not in SHOWING
+        and not {'site-packages', 'tests', 'benchmarks'} & set(path.parts)
+        and path.exists()
+    }
+
+
+def surroundings(header: dict) -> dict:
+    """What can change the last bits of a run, or its meaning, beside its options."""
+    metadata, info = header['metadata'], header['startup_info']
+    return {
+        'threads': metadata['threads'],
+        'world_size': metadata['world_size'],
+        'strategy': metadata['strategy'],
+        'git_commit': metadata['git_commit'],
+        'device_name': info['hardware']['device_name'],
+        **{f'version of {name}': version for name, version in metadata['versions'].items()},
+        **{key: info['data'][key] for key in ('train_sha256', 'val_sha256')},
+    }
+
+
+def _optimizer(settings: Settings, optimizer: torch.optim.Optimizer) -> dict:
+    run = settings.run
+    schedule = SCHEDULE_REGISTRY[run.lr_schedule] if run.decay_lr else None
+
+    def options(component: type[Configurable] | None) -> dict:
+        keys = component.options if component else ()
+        return {key: getattr(run, key) for key in keys if key in run}
+
+    return {
+        'name': run.optimizer,
+        'options': options(OPTIMIZER_REGISTRY[run.optimizer]),
+        'learning_rate': run.learning_rate,
+        'schedule': run.lr_schedule if schedule else 'none',
+        'schedule_options': options(schedule),
+        'weight_decay': run.weight_decay,
+        'grad_clip': run.grad_clip,
+        'groups': [
+            {
+                'tensors': len(group['params']),
+                'params': sum(parameter.numel() for parameter in group['params']),
+                **{key: group[key] for key in ('name', 'rule', 'weight_decay', 'lr_scale')},
+            }
+            for group in optimizer.param_groups
+        ],
+    }
+
+
+def _data(settings: Settings, dataset: TokenDataset) -> dict:
+    run, block_size = settings.run, settings.architecture.block_size
+    order = dataset.order(run.sampling, run.data_seed)
+    per_iter = run.batch_size * run.gradient_accumulation_steps
+    sequences = run.max_iters * per_iter
+    return {
+        'dataset': run.dataset,
+        'path': str(dataset.folder),
+        'tokenizer': dataset.tokenizer['kind'] if dataset.tokenizer else None,
+        'vocab_size': dataset.vocab_size,
+        'model_vocab_size': settings.architecture.vocab_size,
+        'train_tokens': dataset.tokens('train'),
+        'val_tokens': dataset.tokens('val'),
+        'train_documents': dataset.documents('train'),
+        'val_documents': dataset.documents('val'),
+        'train_sha256': dataset.sha256('train'),
+        'val_sha256': dataset.sha256('val'),
+        'train_bytes_per_token': dataset.bytes_per_token('train'),
+        'val_bytes_per_token': dataset.bytes_per_token('val'),
+        'batch_size': run.batch_size,
+        'gradient_accumulation_steps': run.gradient_accumulation_steps,
+        'block_size': block_size,
+        'tokens_per_iter': per_iter * block_size,
+        'windows_per_epoch': order.windows_per_epoch,
+        'planned_epochs': sequences * block_size / order.tokens_per_epoch,
+        'planned_unique_tokens': order.unique_tokens(sequences),
+        'eval_windows': {
+            split: dataset.window_count(split, run.eval_iters) for split in ('train', 'val')
+        },
+    }

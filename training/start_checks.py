@@ -1,0 +1,369 @@
+"""What a run looks at before its first update: that no component sees what it must not see.
+
+Later tokens and other sequences must not change a token's logits, or its loss says nothing. That is
+tried on the built model, whatever it is divided among and wherever its weights are from: with a few
+tokens, changed from some position on, block by block, in training and in evaluation. Positions must
+reach the output. Weights and random state are as before when this is done.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from common import hardware
+from common.errors import UserError
+from components.checks import Call, check_form, label, observed, registered_class
+from model_builder import Transformer, eager_blocks, flops_notes
+from model_components import PositionEncoding
+from model_config import ATTENTION_REGISTRY, POSITION_ENCODING_REGISTRY
+
+SHORT, LONG = 6, 66  # tokens: every pair of positions; what works in chunks of 64
+# Differences below this part of the values' standard deviation are rounding, where the kernels of
+# equal rows may differ (experts of a mixture get other numbers of them).
+CPU_ROUNDING = 1e-5
+ROUNDING = {'float32': 5e-3, 'bfloat16': 0.05, 'float16': 0.02}  # on a GPU fp32 means TF32
+SMALL = 0.05  # Gains and biases below this are replaced, so that no leak hides behind them.
+
+
+class Probe(NamedTuple):
+    """Tokens (B, T) twice, and where the second are to give the same as the first, (B, T)."""
+
+    tokens: torch.Tensor
+    changed: torch.Tensor
+    unaffected: torch.Tensor
+
+    def judges(self, call: Call) -> bool:
+        """Whether what a call returned is of the positions of these tokens."""
+        output = _first(call.output)
+        if not _is_float(output) or output.dim() <= call.time_dim:
+            return False
+        return output.movedim(call.time_dim, 1).shape[:2] == self.unaffected.shape
+
+    def gap(
+        self,
+        first: torch.Tensor,
+        second: torch.Tensor,
+        time_dim: int = 1,
+        scale: torch.Tensor | None = None,
+    ) -> float:
+        """The largest difference where there must be none, in standard deviations of `scale`.
+
+        Both are (B, T, …), or (B, H, T, …) with `time_dim` 2; 0 for tensors of another form. scale:
+        what was computed, if it is a part only of `first`, whose last bits count as rounding.
+        """
+        if first.dim() <= time_dim or first.shape != second.shape:
+            return 0.0
+        last_bits = 4 * torch.finfo(first.dtype).eps
+        scale = first if scale is None else scale
+        first, second = (x.movedim(time_dim, 1).float() for x in (first, second))
+        if first.shape[:2] != self.unaffected.shape:
+            return 0.0
+        a, b = first[self.unaffected], second[self.unaffected]
+        if torch.equal(a, b):
+            return 0.0
+        difference = torch.where((a == b) | (a.isnan() & b.isnan()), 0.0, (a - b).abs())
+        largest = difference.nan_to_num(nan=math.inf, posinf=math.inf).max()
+        largest = largest - last_bits * a.nan_to_num(0.0, 0.0, 0.0).abs().max()
+        scale = scale.movedim(time_dim, 1).float()
+        varied = scale - scale.mean((0, 1))  # a bias of all positions would hide much
+        unit = varied.square().mean().sqrt().nan_to_num(1.0, 1.0).clamp(min=1e-30)
+        return max(0.0, (largest / unit).item())
+
+
+def check_model(model: Transformer, device: torch.device, dtype: str) -> list[str]:
+    """Raise UserError where what a token gets depends on later tokens, or on other sequences.
+
+    Returns what the user should know: a position encoding that does not reach the output, FLOPs
+    that are not what a component says. Every rank of a job calls this, since a divided model
+    communicates. A CPU computes in fp32 here, where rounding hides nothing.
+    """
+    dtype, rounding = precision(device, dtype)
+    with (
+        _lively(model, device),
+        _without_head(model),
+        eager_blocks(model),
+        torch.no_grad(),
+        hardware.autocast(device, dtype),
+    ):
+        runs = _Runs(model, device, rounding)
+        model.train()
+        short = runs.compare(_probe(model, min(SHORT, model.config.block_size), device))
+        notes = runs.position_notes(short)
+        model.eval()
+        runs.compare(_probe(model, min(LONG, model.config.block_size), device))
+    return notes + flops_notes(model.config)
+
+
+def precision(device: torch.device, dtype: str) -> tuple[str, float]:
+    """The dtype of matrix products here, and what is rounding in it."""
+    return ('float32', CPU_ROUNDING) if device.type == 'cpu' else (dtype, ROUNDING[dtype])
+
+
+def _tokens(model: Transformer, shape: tuple[int, int], device) -> tuple[torch.Tensor, ...]:
+    """Tokens of one document, and others that differ from them everywhere."""
+    vocabulary = [t for t in range(min(model.config.vocab_size, 1000)) if t != model.end_of_text]
+    known, generator = torch.tensor(vocabulary), torch.Generator().manual_seed(0)
+    index = torch.randint(len(known), shape, generator=generator)
+    other = index + torch.randint(1, max(2, len(known)), shape, generator=generator)
+    return known[index].to(device), known[other % len(known)].to(device)
+
+
+def _probe(model: Transformer, length: int, device: torch.device) -> Probe:
+    """Sequence i changes from position i on, the last one not at all.
+
+    Of a long one, there is one that changes near its end, where the last of its chunks of 3 to 64
+    tokens is cut in two.
+    """
+    cuts = range(length + 1) if length <= SHORT else (length - 5, length)
+    tokens, other = _tokens(model, (len(cuts), length), device)
+    unaffected = torch.arange(length, device=device) < torch.tensor(cuts, device=device)[:, None]
+    return Probe(tokens, torch.where(unaffected, tokens, other), unaffected)
+
+
+class _Runs:
+    """Forward passes of one model, each block fed what it got in the first of them."""
+
+    def __init__(self, model: Transformer, device: torch.device, rounding: float):
+        self.model, self.device, self.rounding = model, device, rounding
+
+    def forward(self, tokens: torch.Tensor, see: Callable[[Call], None] | None = None):
+        """The last hidden states, with equal dropout every time."""
+        torch.manual_seed(0)
+        if see is None:
+            return self.model(tokens)
+        with observed(self.model, see):
+            return self.model(tokens)
+
+    def base(self, tokens: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """What goes into each block and comes out of it, and the last hidden states."""
+        stream: list[torch.Tensor] = []
+        with _at_blocks(self.model, lambda place, x: stream.append(x.clone())):
+            return stream, self.forward(tokens, check_form)
+
+    def compare(self, probe: Probe) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """Raise UserError where the changed tokens change what they must not. Returns `base`."""
+        stream, hidden = self.base(probe.tokens)
+        gaps, into, before = [], [], iter(stream)
+
+        def force(place: str, x: torch.Tensor) -> torch.Tensor | None:
+            expected, added = next(before), None
+            if place == 'out' and into[-1].shape == expected.shape:
+                added = expected - into[-1]
+            gaps.append(probe.gap(expected, x, scale=added))
+            into.append(expected)
+            if place == 'out' or x.shape[:2] != probe.unaffected.shape:
+                return None
+            mask = probe.unaffected.view(*probe.unaffected.shape, *[1] * (x.dim() - 2))
+            return torch.where(mask, expected, x)
+
+        with _at_blocks(self.model, force):
+            gaps.append(probe.gap(hidden, self.forward(probe.changed)))
+        if max(gaps) > self.rounding:
+            raise self.leak(probe)
+        return stream, hidden
+
+    def leak(self, probe: Probe) -> UserError:
+        """What to say of it: the first call whose input is the same and whose output is not."""
+        calls: list[list[Call]] = []
+        for tokens in (probe.tokens, probe.tokens, probe.changed):
+            seen: list[Call] = []
+            self.forward(tokens, lambda call, seen=seen: seen.append(_copied(call)))
+            calls.append(seen)
+        when = 'in training' if self.model.training else 'in evaluation'
+        again = probe._replace(unaffected=torch.ones_like(probe.unaffected))
+        for before, after in zip(calls[0], calls[1]):
+            if self._differs(again, before, after):
+                return UserError(
+                    f'{before.label} gives something else when it is called again with the same '
+                    f'input and random seed ({when}): no run with it could be repeated.'
+                )
+        culprit = 'The model'
+        for before, after in zip(calls[0], calls[2]):
+            if self._differs(probe, before, after):
+                open_ones = {
+                    label(c.registry, c.component) for c in calls[0] if not probe.judges(c)
+                }
+                culprit = before.label + _inside(self.model, before.component, open_ones)
+                break
+        alone = probe._replace(unaffected=probe.unaffected & probe.unaffected.all(1, keepdim=True))
+        first, second = self.forward(probe.tokens), self.forward(probe.changed)
+        if alone.gap(first, second) > self.rounding:
+            return UserError(
+                f'{culprit} mixes the sequences of a batch ({when}): other sequences change what '
+                f'it gives for one. So a loss would depend on what else is in the batch. Each '
+                f'sequence must be computed by itself.'
+            )
+        return UserError(
+            f'{culprit} is not causal ({when}): later tokens change what it gives for earlier '
+            f'positions. So the model sees the tokens that it is to predict, and its loss says '
+            f'nothing. Whatever looks along the sequence must look at earlier positions only.'
+        )
+
+    def _differs(self, probe: Probe, before: Call, after: Call) -> bool:
+        """Whether a call's inputs are the same where they must be, and its output is not."""
+        dim = before.time_dim
+        pairs = [(x, y) for x, y in zip(before.inputs, after.inputs) if _is_float(x)]
+        same = all(probe.gap(x, y, dim) <= self.rounding / 10 for x, y in pairs)
+        outputs = _first(before.output), _first(after.output)
+        return same and _is_float(outputs[0]) and probe.gap(*outputs, dim) > self.rounding
+
+    def position_notes(self, short: tuple[list[torch.Tensor], torch.Tensor]) -> list[str]:
+        """A sentence if the last token gets the same from those before it wherever they are.
+
+        Compared with a pass in which all positions are 0, in each block by itself. short: the
+        `base` of the short probe, which lies within most windows.
+        """
+        model, config = self.model, self.model.config
+        encoding = POSITION_ENCODING_REGISTRY[config.position_encoding]
+        hooks = ('prepare', 'embed', 'rotate')
+        if all(getattr(encoding, hook) is getattr(PositionEncoding, hook) for hook in hooks):
+            return []
+        length = min(SHORT, config.block_size)
+        reach = min([length, *filter(None, (b.attention.layer_needs.window for b in model.blocks))])
+        if reach < 2:
+            return []
+        tokens = _probe(model, length, self.device).tokens[:, :reach]
+        stream = short[0] if reach == length else self.base(tokens)[0]
+        reached, before = [], iter(stream)
+
+        def force(place: str, x: torch.Tensor) -> torch.Tensor | None:
+            expected = next(before)
+            reached.append(not torch.equal(expected[:, -1], x[:, -1]))
+            return expected if place == 'in' else None
+
+        with _without_positions(model), _at_blocks(model, force):
+            self.forward(tokens)
+        if any(reached):
+            return []
+        attention = ATTENTION_REGISTRY[config.attention_type]
+        return [
+            f'position_encoding={config.position_encoding!r} does not reach the output: the model '
+            f'gives the same with all positions 0. {label(ATTENTION_REGISTRY, attention)} may not '
+            f"use it; if that is meant, set position_encoding='none'."
+        ]
+
+
+def _is_float(x: object) -> bool:
+    return isinstance(x, torch.Tensor) and x.is_floating_point()
+
+
+def _first(output: object) -> object:
+    return output[0] if isinstance(output, tuple) and output else output
+
+
+def _copied(call: Call) -> Call:
+    """The call with copies of its tensors, which later ones may overwrite."""
+
+    def copied(x: object) -> object:
+        return x.clone() if isinstance(x, torch.Tensor) else x
+
+    return call._replace(inputs=tuple(map(copied, call.inputs)), output=copied(_first(call.output)))
+
+
+def _inside(model: Transformer, component: type, candidates: set[str]) -> str:
+    """Which of the candidates, whose rows are of no one position, are inside the component."""
+    names = {
+        label(*known)
+        for module in model.modules()
+        if (outer := registered_class(module)) and outer[1] is component
+        for child in module.modules()
+        if (known := registered_class(child)) and known[1] is not component
+    } & candidates
+    return f' (or what is inside: {", ".join(sorted(names))})' if names else ''
+
+
+@contextmanager
+def _at_blocks(model: Transformer, see: Callable) -> Iterator[None]:
+    """Call see('in' or 'out', x) at each block; a tensor that it returns for 'in' is taken."""
+
+    def before(block: nn.Module, inputs: tuple) -> tuple | None:
+        x = see('in', inputs[0])
+        return None if x is None else (x, *inputs[1:])
+
+    def after(block: nn.Module, inputs: tuple, outputs: tuple) -> None:
+        see('out', outputs[0])
+
+    handles = []
+    for block in model.blocks:
+        handles.append(block.register_forward_pre_hook(before))
+        handles.append(block.register_forward_hook(after))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _without_head(model: Transformer) -> Iterator[None]:
+    """Let the model give hidden states: the head is no component, a third of the work, and takes
+    each token by itself."""
+    model.output_head.forward = lambda hidden: hidden
+    try:
+        yield
+    finally:
+        del model.output_head.forward
+
+
+@contextmanager
+def _without_positions(model: Transformer) -> Iterator[None]:
+    """Let all positions be 0."""
+    prepare, encoding = type(model).prepare, model.position_encoding
+    model.prepare = lambda positions, *rest: prepare(model, torch.zeros_like(positions), *rest)
+    embed = type(encoding).embed
+    encoding.embed = lambda x, places: embed(encoding, x, torch.zeros_like(places))
+    try:
+        yield
+    finally:
+        del model.prepare, encoding.embed
+
+
+@contextmanager
+def _lively(model: Transformer, device: torch.device) -> Iterator[None]:
+    """Weights that hide nothing: those that are zero, and small gains and biases, are drawn anew.
+
+    Afterwards everything is as before: weights, buffers, mode, random state. Raises UserError for a
+    buffer that a forward pass changes, since no checkpoint has buffers.
+    """
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    mode, saved = model.training, []
+    generators = [] if device.type != 'cuda' else [device]
+    with torch.random.fork_rng(devices=generators), torch.no_grad():
+        for parameter in model.parameters():
+            here = parameter.to_local() if isinstance(parameter, DTensor) else parameter.data
+            if not here.numel() or not _hides(here):
+                continue
+            saved.append((here, None if not here.any() else here.clone()))
+            std = 0.5 if here.dim() < 2 else here.shape[-1] ** -0.5
+            generator = torch.Generator().manual_seed(len(saved))
+            here.copy_(torch.empty(here.shape).normal_(0.0, std, generator=generator))
+        try:
+            yield
+            for name, buffer in model.named_buffers():
+                if not torch.equal(buffer, buffers[name]):
+                    raise UserError(
+                        f'the buffer {name} changes in a forward pass. Buffers are constants: no '
+                        f'checkpoint has them, so a resumed run would go on with other values.'
+                    )
+        finally:
+            for here, values in saved:
+                here.zero_() if values is None else here.copy_(values)
+            for name, buffer in model.named_buffers():
+                buffer.copy_(buffers[name])
+            for module in model.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()  # what was gathered is of those weights
+            model.train(mode)
+
+
+def _hides(weight: torch.Tensor) -> bool:
+    """Whether what is multiplied by it may be too small to be seen."""
+    if weight.dim() < 2:
+        return bool(weight.abs().max() < SMALL)
+    return not weight.view(-1)[:64].any() and not weight.any()
