@@ -1,6 +1,7 @@
 """The head of a run's record: every option, the architecture, and what was counted at start-up."""
 
 import hashlib
+import os
 import platform
 import shlex
 import sys
@@ -114,8 +115,11 @@ def source_hashes() -> dict[str, str]:
     A component of a config file is in `config_files`.
     """
     root = Path(__file__).resolve().parent
+    # As they were imported, and where links lead: to resolve the path of every module takes long.
+    beginnings = tuple({f'{folder}{os.sep}' for folder in (Path(__file__).absolute().parent, root)})
     files = {getattr(module, '__file__', None) for module in [*sys.modules.values()]}
-    paths = {Path(file).resolve() for file in files if file}
+    files = {os.path.abspath(file) for file in files if file}
+    paths = {Path(file).resolve() for file in files if file.startswith(beginnings)}
     ours = {path.relative_to(root).as_posix(): path for path in paths if root in path.parents}
     return {
         name: hashlib.sha256(path.read_bytes()).hexdigest()[:16]
