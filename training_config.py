@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from common.environment import world_size
 from common.errors import UserError
 from common.hardware import select_device
 from common.registry import (
@@ -39,11 +40,10 @@ from data.order import ORDERS
 from model_builder import build_model, check_calls, flops_by_part
 from model_config import ModelArchitectureConfig
 from model_config import schema as architecture_schema
-from parallel.process_group import world_size
 from records import trackers
 
-OPTIMIZER_REGISTRY = Registry('optimizer', 'Optimizer', 'optimizers')
-SCHEDULE_REGISTRY = Registry('lr_schedule', 'Learning-rate schedule', 'optimization')
+OPTIMIZER_REGISTRY = Registry('optimizer', 'Optimizer', 'optim.optimizers')
+SCHEDULE_REGISTRY = Registry('lr_schedule', 'Learning-rate schedule', 'optim.step')
 
 
 def is_checkpointing(value: str) -> bool:

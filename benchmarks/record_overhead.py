@@ -26,6 +26,7 @@ sys.path.insert(0, str(PROJECT))
 import train  # noqa: E402
 from common import hardware  # noqa: E402
 from data.token_files import DTYPES  # noqa: E402
+from optim.step import element_sum  # noqa: E402
 from training.session import Session  # noqa: E402
 
 PRESETS = ('gpt2', 'llama', 'team', 'hybrid', 'custom')
@@ -69,7 +70,7 @@ def measure(session: Session) -> dict[str, list[float]]:
     for turn in range(TURNS):
         if turn % (TURNS // UPDATES) == 0:
             times['update'].append(timed(device, train.update, session, clock))
-        times['sum'].append(timed(device, optimization.element_sum, gradients))
+        times['sum'].append(timed(device, element_sum, gradients))
         session.progress.iter += 1
         clock.steps += 1
         times['entry'].append(timed(device, train.log_update, session, clock, 1e-3, measured, []))

@@ -1,12 +1,19 @@
-"""How a file that others may read is replaced: whole or not at all. A leaf but for errors."""
+"""Files that several processes use: replaced whole or not at all, locked, hashed."""
 
 import contextlib
+import hashlib
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+from common.console_output import write_progress
 from common.errors import UserError
+
+try:
+    import fcntl
+except ImportError:  # Windows: two runs that start at once both prepare, which is only wasteful
+    fcntl = None
 
 
 def replace_file(path: Path, content: bytes) -> None:
@@ -54,3 +61,41 @@ def check_destination(option: str, path: Path, suffixes: Sequence[str]) -> None:
         )
     if not os.access(folder, os.W_OK | os.X_OK):
         raise UserError(f'{option}={path}: no permission to write in the folder {folder}.')
+
+
+@contextlib.contextmanager
+def exclusive(lock_path: Path, message: str):
+    """Hold the lock file `lock_path`; if another process holds it, say `message` and wait."""
+    try:
+        lock = open(lock_path, 'w')  # noqa: SIM115 closed, and with that unlocked, below
+    except OSError as error:
+        raise UserError(f'Cannot write to {lock_path.parent}: {error.strerror}') from None
+    with lock:
+        if fcntl:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                write_progress(message)
+                fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def files_sha256(paths: Iterable[Path]) -> str:
+    """SHA-256 of the contents of files, one after the other, in hex."""
+    digest = hashlib.sha256()
+    for path in paths:
+        for chunk in file_chunks(path):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def file_chunks(path: Path) -> Iterator[bytes]:
+    """The content of a file, a mebibyte at a time."""
+    with open(path, 'rb') as file:
+        while chunk := file.read(2**20):
+            yield chunk
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, in hex."""
+    return files_sha256([path])

@@ -66,7 +66,8 @@ pre { white-space: pre-wrap; background: var(--wash); padding: .8rem 1rem; borde
   font-size: .82rem; line-height: 1.45; }
 @media print { @page { margin: 12mm; } html { font-size: 12px; } body { font-size: 1rem;
   max-width: none; padding: 0; } h2 { break-after: avoid; margin-top: 1.6rem; }
-  figure, tr, .answer { break-inside: avoid; } .panels { grid-template-columns: repeat(3, 1fr); }
+  figure, tr, table, .answer { break-inside: avoid; }
+  .panels { grid-template-columns: repeat(3, 1fr); }
   .scroll { overflow: visible; } th, td { padding: .2rem .4rem; white-space: normal; }
   th, td.r { white-space: nowrap; } }
 """

@@ -16,7 +16,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from common.errors import UserError
 from common.registry import Registry
-from model_components import Attention, Auxiliary, Block, Component, Positions
+from components.attention import Attention
+from components.base import Auxiliary, Component
+from components.blocks import Block
+from components.positions import Positions
 from model_config import (
     ACTIVATION_REGISTRY,
     ATTENTION_BACKEND_REGISTRY,

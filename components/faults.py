@@ -11,7 +11,7 @@ from common.errors import UserError
 from common.registry import ALL_REGISTRIES, Registry
 
 # What the project registers itself. A mistake in these is no user's, and keeps its traceback.
-OWN_MODULES = ('components', 'optimizers', 'optimization')
+OWN_MODULES = ('components', 'optim')
 
 
 class _Place(NamedTuple):

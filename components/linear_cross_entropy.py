@@ -1,5 +1,7 @@
 """The last matrix product and the cross-entropy in one, which never holds all of the logits."""
 
+from collections.abc import Sequence
+
 import torch
 
 from components.base import matmul_dtype
@@ -72,7 +74,7 @@ def _loss_and_gradients(hidden, weight, targets, dtype, softcap, ignored, wanted
         pieces = -(-4 * weight.nbytes // _limit(CHUNK_BYTES, kind))
         product = weight.new_empty((-(-vocabulary // pieces), weight.size(1)))
     all_logits = hidden.new_empty((rows, vocabulary))
-    for first in range(0, len(hidden), rows):
+    for first in chunk_starts(len(hidden), rows):
         chunk = slice(first, first + rows)
         some = hidden[chunk]
         logits = torch.mm(some, weight.T, out=all_logits[: len(some)])
@@ -82,6 +84,12 @@ def _loss_and_gradients(hidden, weight, targets, dtype, softcap, ignored, wanted
         if wanted[1]:
             _add_product(of_weight, logits.T, some, product, begin=first == 0)
     return loss, of_hidden, of_weight
+
+
+def chunk_starts(length: int, rows: int) -> Sequence[int]:
+    """First row of each chunk of `rows` of `length` rows. A simulation of the memory, in which one
+    chunk is like another, replaces it."""
+    return range(0, length, rows)
 
 
 def _add_product(total, a, b, product, begin: bool) -> None:

@@ -12,7 +12,7 @@ import torch
 import torch.nn as nn
 
 from common.errors import UserError
-from model_components import Component, Initial
+from components.base import Component, Initial
 from model_config import INITIALIZATION_REGISTRY
 
 Fill = Callable[[torch.Tensor, torch.Generator], None]

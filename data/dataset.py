@@ -4,7 +4,6 @@ The files are token_files', and which window comes when is data_order's. Knows n
 tokenizer.
 """
 
-import contextlib
 import hashlib
 import subprocess
 import sys
@@ -16,12 +15,12 @@ import numpy as np
 
 from common.console_output import write_progress
 from common.errors import UserError, nearest
+from common.files import exclusive, files_sha256
 from data.order import ORDERS, EpochOrder, RandomOrder, splitmix64
 from data.token_check import check_content
 from data.token_files import (
     SPLITS,
     Split,
-    files_sha256,
     has_meta,
     import_hint,
     is_complete,
@@ -29,12 +28,7 @@ from data.token_files import (
     way_to_prepare,
 )
 
-try:
-    import fcntl
-except ImportError:  # Windows: two runs that start at once both prepare, which is only wasteful
-    fcntl = None
-
-DATA_ROOT = Path(__file__).resolve().parent / 'data'
+DATA_ROOT = Path(__file__).resolve().parent
 BYTE_PAIRS = ('gpt2', 'tiktoken', 'bpe')  # kinds of tokenizers that have them
 FULL_CHECK_BYTES = 64 * 2**20  # larger files are checked in samples: a start must not read 20 GB
 
@@ -75,23 +69,6 @@ def prepare_if_missing(name: str, data_root: Path | str = DATA_ROOT) -> None:
             f'Preparing the dataset {name} failed (exit code {code}); the reason is above. '
             f'To try it alone: python {script}'
         )
-
-
-@contextlib.contextmanager
-def exclusive(lock_path: Path, message: str):
-    """Hold the lock file `lock_path`; if another process holds it, say `message` and wait."""
-    try:
-        lock = open(lock_path, 'w')  # noqa: SIM115 closed, and with that unlocked, below
-    except OSError as error:
-        raise UserError(f'Cannot write to {lock_path.parent}: {error.strerror}') from None
-    with lock:
-        if fcntl:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                write_progress(message)
-                fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 class TokenDataset:

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from common.errors import UserError
+from common.files import file_chunks
 from common.text_files import parse_json
 from data.token_formats import Ids, recognize
 
@@ -148,7 +149,7 @@ def hash_split(folder: Path, facts: dict) -> tuple[str, list[str]]:
     for shard in facts['shards']:
         path, own = folder / shard['file'], hashlib.sha256()
         try:
-            for chunk in _chunks(path):
+            for chunk in file_chunks(path):
                 own.update(chunk)
                 if len(facts['shards']) > 1:
                     whole.update(chunk)
@@ -162,26 +163,6 @@ def hash_split(folder: Path, facts: dict) -> tuple[str, list[str]]:
     first, last = facts['shards'][0]['file'], facts['shards'][-1]['file']
     compare(f'{folder}, {first} to {last} together', facts['sha256'], whole.hexdigest())
     return whole.hexdigest(), problems
-
-
-def files_sha256(paths: Iterable[Path]) -> str:
-    """SHA-256 of the contents of files, one after the other, in hex."""
-    digest = hashlib.sha256()
-    for path in paths:
-        for chunk in _chunks(path):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _chunks(path: Path) -> Iterator[bytes]:
-    with open(path, 'rb') as file:
-        while chunk := file.read(2**20):
-            yield chunk
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, in hex."""
-    return files_sha256([path])
 
 
 def way_to_prepare(folder: Path) -> str:

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from common.console_output import write_progress
 from common.errors import UserError
-from data.dataset import exclusive
+from common.files import exclusive
 
 TIMEOUT = 30  # seconds of silence
 MOST_JSON = 2**26  # bytes: the longest index of a model's shards is a tenth of that

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 
 from common.errors import UserError
+from common.files import file_sha256
 from configurator import CommandLine, Layer
-from data.token_files import file_sha256
 from interop.exporter import HARMLESS, of_training
 from interop.source import Source, open_source
 from model_builder import Transformer, build_model

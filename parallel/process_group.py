@@ -13,70 +13,11 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
+from common.environment import restarts_left
 from common.errors import LostRank, ToldElsewhere, UserError
 
 ANSWER_SECONDS = 10  # that a rank which lost contact waits to hear why the others end
 SAME_SECONDS = 3  # that a rank which fails waits for one before it to say the same
-
-
-# What torchrun tells each process, by the environment.
-ENVIRONMENT = ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT')
-
-
-def check_environment() -> None:
-    """Raise UserError where the environment says half of what torchrun says, or nonsense.
-
-    Such variables are left over from another job, or somebody's own launcher has set them.
-    """
-    known = {key: os.environ[key] for key in ENVIRONMENT if key in os.environ}
-    if known == {'WORLD_SIZE': '1'} or not {'RANK', 'LOCAL_RANK', 'WORLD_SIZE'} & set(known):
-        return  # a world of one says nothing else than no variable does
-    shown = ', '.join(f'{key}={value}' for key, value in known.items())
-    missing = [key for key in ENVIRONMENT if key not in known]
-    if missing:
-        wrong = f'{", ".join(missing)} {"is" if len(missing) == 1 else "are"} not set'
-    elif not all(known[key].isdecimal() for key in ENVIRONMENT if key != 'MASTER_ADDR'):
-        wrong = 'all but MASTER_ADDR must be whole numbers'
-    elif not int(known['LOCAL_RANK']) <= int(known['RANK']) < int(known['WORLD_SIZE']):
-        wrong = 'no such process can be'
-    else:
-        return
-    raise UserError(
-        f'{shown} in the environment, but {wrong}. For one process: unset {" ".join(known)}. For '
-        'several, torchrun sets all of them: torchrun --standalone --nproc_per_node=2 train.py …'
-    )
-
-
-def notes() -> list[str]:
-    """What a person may not have thought of, a sentence or two each."""
-    tasks = os.environ.get('SLURM_STEP_NUM_TASKS', '1')
-    if tasks == '1' or 'WORLD_SIZE' in os.environ:
-        return []
-    return [
-        f'Slurm runs this command {tasks} times (SLURM_STEP_NUM_TASKS), and each of them trains '
-        'alone, a run of its own. For one run on all of them start torchrun in each: '
-        'scripts/train.slurm does.'
-    ]
-
-
-def world_size() -> int:
-    """The number of processes that torchrun started; 1 without it. Raises UserError."""
-    check_environment()
-    return int(os.environ.get('WORLD_SIZE', '1'))
-
-
-def job() -> str | None:
-    """torchrun's name for the job, the same after a restart; None where it has none of its own."""
-    name = os.environ.get('TORCHELASTIC_RUN_ID', 'none')
-    return None if name == 'none' else name
-
-
-def restarts_left() -> int:
-    """How often torchrun will start the job again if a rank fails."""
-    made, most = (
-        os.environ.get(f'TORCHELASTIC_{k}', '0') for k in ('RESTART_COUNT', 'MAX_RESTARTS')
-    )
-    return int(most) - int(made)
 
 
 class Alone:

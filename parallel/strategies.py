@@ -21,6 +21,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from common.environment import world_size
 from common.errors import UserError
 from components.weight_initialization import initial_values, initialize_buffers, name_seed
 from model_builder import (
@@ -32,7 +33,7 @@ from model_builder import (
 from model_config import ModelArchitectureConfig
 from optim.optimizers import complete_optimizer, local
 from parallel.matrix_exchange import MatrixExchange, Undivided
-from parallel.process_group import Alone, Together, join, world_size
+from parallel.process_group import Alone, Together, join
 from training_config import OPTIMIZER_REGISTRY
 
 

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from common import hardware
 from components import cpu_attention
-from components.linear_cross_entropy import CHUNK_BYTES, SCRATCH_BYTES
+from components import linear_cross_entropy as loss_module
 from model_builder import Transformer, parameter_groups
 from model_config import ModelArchitectureConfig
 from optim.step import Updater
@@ -163,7 +163,7 @@ class Simulation:
         them those that are made are.
         """
         with self._shortened(recomputed) as (period, repeats):
-            with self.fake, self._watch(accumulates) as watch, self.kernels():
+            with self.fake, self._watch(accumulates) as watch, self.kernels(), few_chunks():
                 self._forward_and_backward(batch_size, watch)
             count = len(self.model.blocks)
         first, *segments, last = watch.segments
@@ -299,7 +299,31 @@ def gpu_kernels() -> Iterator[None]:
     while the backward pass recomputes a block.
     """
     changes = [(vars(F), STAND_INS), (vars(cpu_attention), {'serves': lambda q, k: False})]
-    changes += [(sizes, {'cpu': sizes['cuda']}) for sizes in (CHUNK_BYTES, SCRATCH_BYTES)]
+    changes += [
+        (sizes, {'cpu': sizes['cuda']})
+        for sizes in (loss_module.CHUNK_BYTES, loss_module.SCRATCH_BYTES)
+    ]
+    with _replaced(changes):
+        yield
+
+
+@contextmanager
+def few_chunks() -> Iterator[None]:
+    """The loss takes its first two chunks of rows and its last alone: those between use the same
+    memory as the second. A large batch has hundreds."""
+
+    def starts(length: int, rows: int) -> list[int]:
+        every = chunk_starts(length, rows)
+        return sorted({*every[:2], every[-1]})
+
+    chunk_starts = loss_module.chunk_starts
+    with _replaced([(vars(loss_module), {'chunk_starts': starts})]):
+        yield
+
+
+@contextmanager
+def _replaced(changes: list[tuple[dict, dict]]) -> Iterator[None]:
+    """Each (names, replacements): the names stand for their replacements."""
     real = [{name: names[name] for name in others} for names, others in changes]
     for names, others in changes:
         names.update(others)

@@ -39,7 +39,7 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-TRAIN = Path(__file__).with_name('train.py')
+TRAIN = Path(__file__).resolve().parents[1] / 'train.py'
 # Options that say where a run goes and how it reports: two runs that differ in them are one.
 IMMATERIAL = REPORTING | {'init_from', 'resume_run', 'verify_data', 'debug'}
 STOPPING = tuple(

@@ -42,7 +42,9 @@ def register(monkeypatch):
     """`register(registry, name, component)`, undone after the test."""
 
     def add(registry, name, component):
-        monkeypatch.setattr(registry, '_components', {key: registry[key] for key in registry})
+        components = {key: registry[key] for key in registry}  # imports the project's own first
+        monkeypatch.setattr(registry, '_components', components)
+        monkeypatch.setattr(registry, '_sources', dict(registry._sources))
         registry.register(name)(component)
 
     return add

@@ -22,9 +22,9 @@ from conftest import TINY_RUN
 from fuzzing import CASES, fuzzed
 
 from common.errors import UserError
+from common.files import file_sha256
 from configurator import read_command_line
 from data.dataset import load_dataset
-from data.token_files import file_sha256
 from model_builder import Transformer, parameter_groups
 from optim.step import Updater
 from parallel import sharded_state

@@ -34,7 +34,7 @@ def record_of(folder):
 def test_a_config_file_trains_the_architecture_that_it_names(train, tmp_path, preset, name):
     out = train(str(PROJECT / f'config/arch_{preset}.py')).stdout
     record = record_of(tmp_path)
-    schema = json.loads((PROJECT / 'record_schema.json').read_text())
+    schema = json.loads((PROJECT / 'records/record_schema.json').read_text())
     jsonschema.validate(record, schema)
     assert record['architecture']['name'] == name and name in out
     assert record['status'] == 'finished'

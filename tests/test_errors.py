@@ -57,7 +57,7 @@ def test_ctrl_c_ends_with_130(capsys):
 
 def test_ctrl_c_while_modules_are_imported(tmp_path):
     program = tmp_path / 'command.py'
-    program.write_text('import first_import\n\nraise KeyboardInterrupt  # in an import')
+    program.write_text('import common.first_import\n\nraise KeyboardInterrupt  # in an import')
     done = subprocess.run(
         [sys.executable, program],
         env={**os.environ, 'PYTHONPATH': str(PROJECT)},
@@ -80,7 +80,7 @@ def test_every_command_imports_that_before_what_takes_long():
         imports = [node for node in body if isinstance(node, ast.Import | ast.ImportFrom)]
         names = [getattr(node, 'module', None) or node.names[0].name for node in imports]
         ours = [name for name in names if name.partition('.')[0] not in sys.stdlib_module_names]
-        assert ours[0] == 'first_import', path
+        assert ours[0] == 'common.first_import', path
 
 
 def test_a_fault_of_the_program_keeps_its_traceback():

@@ -408,7 +408,7 @@ def test_the_fp16_scale_is_recorded(run, tiny_dataset, tmp_path):
 
 @pytest.mark.parametrize('changed', [{}, {'dtype': 'float16', 'diagnostics': True}])
 def test_the_record_is_as_the_schema_says(run, tiny_dataset, tmp_path, changed):
-    schema = json.loads((PROJECT / 'record_schema.json').read_text())
+    schema = json.loads((PROJECT / 'records/record_schema.json').read_text())
     record = (
         train_here(tiny_dataset, tmp_path, max_iters=2, **changed).record if changed else run.record
     )

@@ -482,7 +482,7 @@ def test_the_record_has_the_balance_since_the_last_logged_update(trained):
 
 def test_the_record_keeps_to_its_schema_and_counts_active_parameters(trained):
     run, _ = trained
-    schema = json.loads((PROJECT / 'record_schema.json').read_text())
+    schema = json.loads((PROJECT / 'records/record_schema.json').read_text())
     jsonschema.Draft202012Validator(schema).validate(run.record)
     model = run.record['startup_info']['model']
     expert = 3 * 32 * 16

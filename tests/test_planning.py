@@ -1,5 +1,6 @@
 """--plan says what a run takes: held against what was measured, torch's own tracker, and paper."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -14,6 +15,7 @@ from torch.distributed._tools.mem_tracker import MemTracker
 
 from common import gpu_specs, hardware
 from common.errors import UserError
+from components import linear_cross_entropy as loss
 from components.linear_cross_entropy import CHUNK_BYTES, SCRATCH_BYTES
 from configurator import read_command_line
 from model_builder import Transformer, build_model, count_parameters, training_flops
@@ -148,6 +150,26 @@ def test_equal_blocks_need_not_all_be_run(monkeypatch, checkpointing, options, a
     assert [(m.phase, m.block, m.held.tolist()) for m in short] == [
         (m.phase, m.block, m.held.tolist()) for m in long
     ]
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_chunks_of_the_loss_need_not_all_be_run(monkeypatch, dtype):
+    monkeypatch.setitem(CHUNK_BYTES, 'cpu', 2**16)
+    rows, chunk_starts = [], loss.chunk_starts
+    settings = settings_of(**{**SMALL, 'dtype': dtype, 'device': 'cpu'})
+    completed, _ = estimates.completed(settings, None)
+    simulated = simulation.Simulation(completed.run, completed.architecture, on_gpu=False)
+
+    def all_starts(length, size):
+        rows.append(len(range(0, length, size)))
+        return chunk_starts(length, size)
+
+    monkeypatch.setattr(loss, 'chunk_starts', all_starts)
+    few = simulated.micro_step(5, [], False)
+    assert rows[0] > 3
+    monkeypatch.setattr(simulation, 'few_chunks', contextlib.nullcontext)
+    every = simulated.micro_step(5, [], False)
+    assert [m.held.tolist() for m in few] == [m.held.tolist() for m in every]
 
 
 def test_blocks_that_differ_are_all_run():

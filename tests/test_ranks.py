@@ -11,8 +11,8 @@ import sys
 import pytest
 from conftest import PROJECT
 
+from common.environment import notes, world_size
 from common.errors import UserError
-from parallel import process_group
 
 TORCHRUN = {
     **{'RANK': '1', 'LOCAL_RANK': '1', 'WORLD_SIZE': '2'},
@@ -35,34 +35,34 @@ def environment(monkeypatch):
 
 
 def test_what_torchrun_sets_is_whole_or_not_there(environment):
-    assert process_group.world_size() == 1
+    assert world_size() == 1
     environment(MASTER_ADDR='somewhere')  # of another program
-    assert process_group.world_size() == 1
+    assert world_size() == 1
     environment(**TORCHRUN)
-    assert process_group.world_size() == 2
+    assert world_size() == 2
     for key in TORCHRUN:
         environment(**{**TORCHRUN, key: None})
         with pytest.raises(UserError, match=f'but {key} is not set.*unset .*torchrun'):
-            process_group.world_size()
+            world_size()
     for key in TORCHRUN.keys() - {'MASTER_ADDR', 'MASTER_PORT'}:
         environment(**{**dict.fromkeys(TORCHRUN), key: '2'})  # left over from another job
         with pytest.raises(UserError, match=f'{key}=2 in the environment.*unset {key}'):
-            process_group.world_size()
+            world_size()
     environment(**{**dict.fromkeys(TORCHRUN), 'WORLD_SIZE': '1'})
-    assert process_group.world_size() == 1
+    assert world_size() == 1
     for odd in ({'WORLD_SIZE': 'two'}, {'RANK': '2'}, {'RANK': '-1'}, {'WORLD_SIZE': '0'}):
         environment(**{**TORCHRUN, **odd})
         with pytest.raises(UserError, match=f'{next(iter(odd))}={next(iter(odd.values()))}'):
-            process_group.world_size()
+            world_size()
 
 
 def test_tasks_of_slurm_that_know_nothing_of_each_other_are_told(environment):
-    assert process_group.notes() == []
+    assert notes() == []
     environment(SLURM_STEP_NUM_TASKS='2')
-    (note,) = process_group.notes()
+    (note,) = notes()
     assert 'runs this command 2 times' in note and 'scripts/train.slurm' in note
     environment(**TORCHRUN)
-    assert process_group.notes() == []
+    assert notes() == []
 
 
 FORKED = r"""

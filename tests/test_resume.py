@@ -32,7 +32,7 @@ OPTIONS = {
     'log_style': 'line',
     'init_from': 'auto',
 }
-SCHEMA = json.loads((PROJECT / 'record_schema.json').read_text())
+SCHEMA = json.loads((PROJECT / 'records/record_schema.json').read_text())
 
 
 def start(cwd: Path, dataset: Path, *, fault=None, code=0, threads=1, **options) -> str:

@@ -265,7 +265,9 @@ def test_samples_change_nothing_of_a_run(sampled, tiny_dataset, tmp_path):
     assert plain(sampled) == plain(without)
     for name, weight in without.weights().items():
         assert torch.equal(weight, sampled.weights()[name]), name
-    jsonschema.validate(sampled.record, json.loads((PROJECT / 'record_schema.json').read_text()))
+    jsonschema.validate(
+        sampled.record, json.loads((PROJECT / 'records/record_schema.json').read_text())
+    )
 
 
 def test_a_sample_leaves_the_session_as_it_was(sampled):

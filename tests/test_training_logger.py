@@ -46,7 +46,7 @@ from training_logger import (
 from training_logger import read_record as read
 
 ROOT = Path(__file__).parent.parent
-SCHEMA = json.loads((ROOT / 'record_schema.json').read_text())
+SCHEMA = json.loads((ROOT / 'records/record_schema.json').read_text())
 VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)
 
 

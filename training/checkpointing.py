@@ -25,7 +25,7 @@ import torch
 from torch.utils.serialization import config as serialization
 
 from common.errors import UserError
-from data.token_files import file_sha256
+from common.files import file_sha256
 from parallel.process_group import Alone
 
 FORMAT = 'architecture-checkpoint'

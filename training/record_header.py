@@ -1,6 +1,7 @@
 """The head of a run's record: every option, the architecture, and what was counted at start-up."""
 
 import hashlib
+import os
 import platform
 import shlex
 import sys
@@ -9,19 +10,20 @@ from pathlib import Path
 import torch
 
 from common import hardware
+from common.environment import job
 from common.gpu_specs import Peak
 from common.registry import Configurable
 from data.dataset import TokenDataset
 from model_builder import Transformer, count_parameters
-from parallel.process_group import job
 from parallel.strategies import SingleProcess
 from training_config import OPTIMIZER_REGISTRY, SCHEDULE_REGISTRY, Settings
 
+PROJECT = Path(__file__).absolute().parents[1]
 # Modules on which no loss depends.
 SHOWING = frozenset(
     {
-        *('console.py', 'console_output.py', 'training_logger.py', 'sinks.py', 'planning.py'),
-        *('simulation.py', 'sampling.py', 'study_points.py', 'errors.py', 'startup.py'),
+        *('console.py', 'console_output.py', 'training_logger.py', 'trackers.py', 'estimates.py'),
+        *('simulation.py', 'sampling.py', 'grid.py', 'errors.py', 'record_header.py'),
     }
 )
 HELD = ('parameter_bytes', 'gradient_bytes', 'optimizer_bytes')
@@ -50,7 +52,7 @@ def record_header(
 ) -> dict:
     """`config`, `architecture`, `metadata` and `startup_info` of the record."""
     run, architecture = settings.run, settings.architecture
-    commit, clean = hardware.git_state(Path(__file__).parent)
+    commit, clean = hardware.git_state(PROJECT)
     total_peak = peak.tflops and peak.tflops * parallel.world_size
     return {
         'config': settings.to_dict(),
@@ -113,9 +115,12 @@ def source_hashes() -> dict[str, str]:
     These are the project's modules that have been imported, without those that only show or store.
     A component of a config file is in `config_files`.
     """
-    root = Path(__file__).resolve().parent
+    root = PROJECT.resolve()
+    # As they were imported, and where links lead: to resolve the path of every module takes long.
+    beginnings = tuple({f'{folder}{os.sep}' for folder in (PROJECT, PROJECT.resolve())})
     files = {getattr(module, '__file__', None) for module in [*sys.modules.values()]}
-    paths = {Path(file).resolve() for file in files if file}
+    files = {os.path.abspath(file) for file in files if file}
+    paths = {Path(file).resolve() for file in files if file.startswith(beginnings)}
     ours = {path.relative_to(root).as_posix(): path for path in paths if root in path.parents}
     return {
         name: hashlib.sha256(path.read_bytes()).hexdigest()[:16]

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import torch
 
+from common import environment
 from common.console_output import write_progress
+from common.environment import job, restarts_left
 from common.errors import ArgumentParser, UserError, nearest
 from common.paths import expand_home
 from components.weight_initialization import initialize_buffers
@@ -20,8 +22,7 @@ from data.tokenizer import Codec
 from model_builder import Transformer, build_model
 from model_config import ModelArchitectureConfig
 from optim.step import Updater
-from parallel import process_group, sharded_state
-from parallel.process_group import job, restarts_left
+from parallel import sharded_state
 from parallel.strategies import SingleProcess, weights_here
 from records import trackers
 from training import checkpointing, stability
@@ -227,9 +228,9 @@ def find(asked: CommandLine) -> Resumed | None:
 def notes(run) -> list[str]:
     """What a person may not have thought of, a sentence or two each."""
     if run.init_from != 'scratch' or restarts_left() <= 0:
-        return process_group.notes()
+        return environment.notes()
     return [
-        *process_group.notes(),
+        *environment.notes(),
         'torchrun may start this job again, which with init_from=scratch begins a new run each '
         'time: --init_from=auto goes on with this one.',
     ]

@@ -22,8 +22,8 @@ import numpy as np
 
 from common.console_output import write_progress
 from common.errors import UserError
+from common.files import exclusive
 from common.text_files import valid_text
-from data.dataset import exclusive
 from data.preparation.advice import how_to_divide
 from data.preparation.progress import NAMED_INVALID, Progress, how_to_train, summary
 from data.preparation.sources import Invalid, Piece, Position, Source
