@@ -100,7 +100,7 @@ def test_restart(tmp_path, capsys):
     shutil.copytree(tmp_path / 'mine', tmp_path / 'other')
     (tmp_path / 'b.jsonl').write_text(lines_of(TEXTS[:40]) + '{\n')
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr('data.documents.PIECE_BYTES', 500)
+        patch.setattr('data.preparation.sources.PIECE_BYTES', 500)
         error_of('b.jsonl', '--out=other')
     assert not work.exists()
     advised = option(error_of('a.jsonl', '--out=other', '--val_fraction=0.3'), 'restart')

@@ -83,7 +83,7 @@ def test_own_text_makes_a_dataset_that_decodes_to_it(project, dataset, dtype):
 
 def test_standard_library_is_prepared_as_it_is(project):
     """Also: train.py's way in, from a folder elsewhere, with nothing there yet."""
-    code = 'import token_data; token_data.prepare_if_missing("python_stdlib")'
+    code = 'from data import dataset; dataset.prepare_if_missing("python_stdlib")'
     run = subprocess.run(
         [sys.executable, '-c', code], cwd=project, capture_output=True, text=True, timeout=120
     )

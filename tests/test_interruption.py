@@ -20,7 +20,9 @@ if not hasattr(signal, 'SIGUSR1'):
 # train.py with something done to it first.
 DRIVER = """
 import os, pathlib, signal, sys, time
-import checkpointing, token_data, train
+import train
+from data import dataset as token_data
+from training import checkpointing
 from common.errors import run_script
 
 {preparation}
@@ -174,8 +176,8 @@ def test_a_second_signal_ends_a_save_at_once_and_publishes_nothing(start, tmp_pa
 def test_one_signal_that_comes_twice_is_one_request(monkeypatch):
     """As Slurm's does to a process that torchrun started; what comes later is a second request."""
     ended, now = [], [100.0]
-    monkeypatch.setattr('interruption.os._exit', ended.append)
-    monkeypatch.setattr('interruption.time.monotonic', lambda: now[0])
+    monkeypatch.setattr('training.signals.os._exit', ended.append)
+    monkeypatch.setattr('training.signals.time.monotonic', lambda: now[0])
     with Interruption(speaks=False):
         for moment in (100.0, 100.9, 101.0):
             now[0] = moment
@@ -190,8 +192,8 @@ def test_one_signal_that_comes_twice_is_one_request(monkeypatch):
 def test_the_end_of_a_session_is_one_request(names, monkeypatch):
     """systemd sends SIGTERM and SIGHUP together."""
     ended = []
-    monkeypatch.setattr('interruption.os._exit', ended.append)
-    monkeypatch.setattr('interruption.time.monotonic', lambda: 100.0)
+    monkeypatch.setattr('training.signals.os._exit', ended.append)
+    monkeypatch.setattr('training.signals.time.monotonic', lambda: 100.0)
     with Interruption(speaks=False) as interruption:
         for name in names:
             signal.raise_signal(getattr(signal, name))
@@ -216,7 +218,7 @@ def test_a_signal_is_heard_though_standard_error_is_gone(monkeypatch):
     def gone(descriptor, data):
         raise OSError(5, 'Input/output error')
 
-    monkeypatch.setattr('interruption.os.write', gone)
+    monkeypatch.setattr('training.signals.os.write', gone)
     with Interruption() as interruption:
         signal.raise_signal(signal.SIGHUP)
         interruption.agree(Alone())

@@ -713,7 +713,8 @@ def test_torchrun_starts_it_as_the_readme_says(tmp_path, tiny_dataset):
 
 
 MISTAKEN = """
-import errors, os, time
+import os, time
+from common import errors
 from common.errors import UserError, run_script
 
 errors.PATIENCE = 3

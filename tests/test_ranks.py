@@ -72,7 +72,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-import errors, ranks
+from common import errors
+from parallel import process_group as ranks
 from common.errors import UserError, run_script
 
 errors.PATIENCE, ranks.ANSWER_SECONDS = 1, 2

@@ -209,7 +209,8 @@ def test_memory_that_really_does_not_suffice(what, tiny_dataset, tmp_path):
     driver = f"""
 import os, resource, sys
 sys.path.insert(0, {str(PROJECT)!r})
-import torch, parallelism, train
+import torch, train
+from parallel import strategies as parallelism
 from common.errors import run_script
 
 build = parallelism.build_model

@@ -398,7 +398,7 @@ for split in ('val', 'train'):
 def test_processes_that_start_at_once_prepare_once(tmp_path):
     (tmp_path / 'toy').mkdir()
     (tmp_path / 'toy' / 'prepare.py').write_text(PREPARE)
-    code = 'import sys, token_data; token_data.prepare_if_missing("toy", sys.argv[1])'
+    code = 'import sys; from data import dataset; dataset.prepare_if_missing("toy", sys.argv[1])'
     command = [sys.executable, '-c', code, str(tmp_path)]
     processes = [
         subprocess.Popen(command, cwd=PROJECT, stdout=subprocess.PIPE, text=True) for _ in range(3)
@@ -489,7 +489,7 @@ def test_a_fuzzed_dataset_loads_or_is_refused(tmp_path, name):
 
 
 def test_neither_torch_nor_a_tokenizer_is_imported():
-    code = 'import sys, token_data; print({"torch", "tiktoken"} & set(sys.modules))'
+    code = 'import sys, data.dataset; print({"torch", "tiktoken"} & set(sys.modules))'
     run = subprocess.run(
         [sys.executable, '-c', code], cwd=PROJECT, capture_output=True, text=True, timeout=120
     )
