@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+from common import old_imports
 from common.errors import UserError, closest, nearest
 from common.paths import expanded_path
 from common.registry import Option, Registry
@@ -315,6 +316,7 @@ def read_config_file(path: str, problems: list[str]) -> tuple[dict, str]:
         return {}, ''
     # `__name__` makes a component of this file recognisable when the file is read again.
     namespace = {'__name__': f'config:{file.resolve()}', '__file__': str(file.resolve())}
+    old_imports.allow()
     try:
         exec(compile(tree, path, 'exec'), namespace)
     except KeyboardInterrupt:
