@@ -246,7 +246,9 @@ def test_the_smallest_models_pass(values):
 
 @pytest.mark.parametrize('values', [{'ffn_type': 'moe'}, {'position_encoding': 'rope'}])
 def test_in_the_coarse_products_of_a_gpu_rounding_is_no_leak(monkeypatch, register, values):
-    monkeypatch.setattr('training.start_checks.precision', lambda device, dtype: (dtype, ROUNDING[dtype]))
+    monkeypatch.setattr(
+        'training.start_checks.precision', lambda device, dtype: (dtype, ROUNDING[dtype])
+    )
     register(ACTIVATION_REGISTRY, 'leak', activation(LEAKS['the next token']))
     model = build_model(tiny(**values), 'cpu', seed=1)
     assert check_model(model, CPU, 'bfloat16') == []
