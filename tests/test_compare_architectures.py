@@ -32,7 +32,7 @@ from comparison.compare import compare
 from comparison.formats import render
 from comparison.formatting import LISTED, duration, si
 from comparison.runs import load, read_plan
-from comparison.tables import rank_ranges
+from comparison.warning_lines import rank_ranges
 from errors import UserError
 
 
