@@ -60,9 +60,9 @@ NOISE: dict[str, Callable[[random.Random, int, int], float]] = {
 
 
 def run(seed: int, loss: float | None) -> SimpleNamespace:
-    outcome = 'diverged' if loss is None else 'finished'
-    config = {'seed': seed, 'data_seed': seed}
     lost = loss is None
+    outcome = 'diverged' if lost else 'finished'
+    config = {'seed': seed, 'data_seed': seed}
     return SimpleNamespace(config=config, val_loss=loss, outcome=outcome, blown_up=lost)
 
 

@@ -44,7 +44,6 @@ class Run:
     bits_per_byte: float | None  # of the same evaluation
     best_val_loss: float | None  # after at least one update
     untrained_loss: float | None  # before the first update
-    blown_up: bool  # ended above that, or diverged
     evaluations: int  # after at least one update
     mfu_percent: float | None
     time_ms: float | None  # an iteration
@@ -63,6 +62,14 @@ class Run:
     data_hashes: dict[int, str]  # iterations -> hash of the sequences that it trained on by then
     study: 'StudyPlan | None' = None
     variant: str | None = None  # the run's place in that study
+
+    @property
+    def blown_up(self) -> bool:
+        """Whether it diverged, or ended above the loss before its first update."""
+        if self.outcome == DIVERGED:
+            return True
+        known = bool(self.curve) and self.untrained_loss is not None
+        return known and self.curve[-1].loss > self.untrained_loss
 
 
 @dataclass(frozen=True, eq=False)
@@ -186,7 +193,6 @@ def run_of(record: dict[str, Any], path: Path, score: str = 'final') -> Run:
         bits_per_byte=None if outcome == DIVERGED else counted.get('val_bits_per_byte'),
         best_val_loss=best.get('val_loss'),
         untrained_loss=untrained_loss(record),
-        blown_up=outcome == DIVERGED or ended_above_start(record, measured),
         evaluations=len(measured),
         mfu_percent=number(summary, 'avg_mfu'),
         time_ms=time_ms,
@@ -224,12 +230,6 @@ def evaluations_of(record: dict) -> list[dict]:
 def untrained_loss(record: dict) -> float | None:
     before = [entry for entry in entries(record, 'eval_steps') if entry['iter'] == 0]
     return number(before[0], 'val_loss') if before else None
-
-
-def ended_above_start(record: dict, measured: list[dict]) -> bool:
-    """Whether the last validation loss is above that of the model before its first update."""
-    untrained = untrained_loss(record)
-    return bool(measured) and untrained is not None and measured[-1]['val_loss'] > untrained
 
 
 def outcome_of(record: dict, status: str, evaluations: list[dict]) -> str:

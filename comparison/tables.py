@@ -1,10 +1,8 @@
 """A comparison as sections of titled tables, whatever their format."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from common.formatting import (
-    LISTED,
     WIDTH,
     duration,
     listing,
@@ -16,12 +14,12 @@ from common.formatting import (
     wrapped,
 )
 from comparison.analysis import BASELINE, DIVERGED, FINISHED, Corrected, Group
-from comparison.compare import RISE, Comparison, rises_of
-from comparison.conditions import Values
+from comparison.compare import Comparison
 from comparison.costs import COSTS, mean_by_position
 from comparison.headline import headline, outcomes_text, verdict_text
 from comparison.noise import PRIOR_FREEDOM
 from comparison.significance import ALPHA, CONFIDENCE
+from comparison.warning_lines import grouped, warning_lines
 
 TABLE_RUNS = 6  # more rows than this and options are grouped by value instead of tabulated
 GROWTH = 2.0  # of the gradient norm, from which on it is shown
@@ -450,67 +448,8 @@ def options(comparison: Comparison) -> Section | None:
 
 
 def warnings(comparison: Comparison) -> Section | None:
-    lines = []
-    if comparison.loss_warnings:
-        lines += ['Losses are not like with like. Besides the architecture, these differ:']
-        lines += [grouped(comparison.loss_warnings)]
-        if {'tokenizer', 'vocab_size'} & comparison.loss_warnings.keys():
-            lines += [
-                'Across vocabularies, compare bits/byte (of the same text), not loss a token.'
-            ]
-    lines += _unfinished_lines(comparison) + _rise_lines(comparison)
-    untrained = [rank for rank, group in enumerate(comparison.groups, 1) if group.loss is None]
-    if untrained:
-        lines += [f'Not ranked, no validation loss after an update: {rank_ranges(untrained)}']
-    if comparison.speed_warnings:
-        lines += [
-            'Time and memory are not like with like. Besides the architecture, these differ:',
-            grouped(comparison.speed_warnings),
-        ]
-    if comparison.best_warnings:
-        lines += [
-            'The best losses are of different numbers of evaluations: compare the final ones only.',
-            grouped(comparison.best_warnings),
-        ]
-    if comparison.code_warning:
-        lines.append(wrapped(comparison.code_warning, '  '))
-    lines += [f'Skipped {line}' for line in comparison.skipped]
+    lines = warning_lines(comparison)
     return Section('WARNINGS', lines=lines) if lines else None
-
-
-def _unfinished_lines(comparison: Comparison) -> list[str]:
-    """The runs without a final loss: those that diverged, and those that may still get one."""
-    diverged, unfinished = [], []
-    for rank, group in enumerate(comparison.groups, 1):
-        for run in group.members:
-            if run.outcome != FINISHED:
-                lines = diverged if run.outcome == DIVERGED else unfinished
-                lines.append(f'  #{rank} {run.name}: {_run_status(run)}')
-    if diverged:
-        diverged.insert(0, 'Diverged, so without a final loss:')
-    if unfinished:
-        unfinished.insert(0, 'Not finished: these runs have no final loss, so ranks may change.')
-    return diverged + unfinished
-
-
-def _run_status(run) -> str:
-    outcome = 'running or crashed' if run.outcome == 'running' else run.outcome
-    return f'{outcome} {run.iters_done}/{or_dash(run.max_iters, str)}'
-
-
-def _rise_lines(comparison: Comparison) -> list[str]:
-    lines = []
-    for rank, group in enumerate(comparison.groups, 1):
-        for run in rises_of(group):
-            above = ', and above its untrained loss' * run.blown_up
-            lines.append(
-                f'  #{rank} {run.name}: final {nats(run.curve[-1].loss)}, best '
-                f'{nats(run.best_val_loss)}{above}'
-            )
-    if lines:
-        advice = '' if comparison.score == 'best' else '; --score=best judges by the best'
-        lines.insert(0, f'Ended more than {RISE:.0%} above the best validation loss{advice}:')
-    return lines
 
 
 def single_seeds(comparison: Comparison) -> Section | None:
@@ -527,31 +466,3 @@ def single_seeds(comparison: Comparison) -> Section | None:
             'of each give one: train again with --seed=2, then --seed=3.'
         )
     )
-
-
-def grouped(options: dict[str, Values]) -> str:
-    """One paragraph a key: each value with the groups that have it."""
-    width = max(map(len, options))
-    paragraphs = []
-    for key, values in options.items():
-        all_ranks = [rank for ranks in values.values() for rank in ranks]
-        partial = {rank for rank in all_ranks if all_ranks.count(rank) > 1}
-        texts = [
-            f'{text} ({rank_ranges(ranks)}{" in part" * bool(partial.intersection(ranks))})'
-            for text, ranks in values.items()
-        ]
-        paragraphs.append(wrapped(f'  {key:{width}}  {listing(texts)}', ' ' * (width + 4)))
-    return '\n'.join(paragraphs)
-
-
-def rank_ranges(ranks: Sequence[int]) -> str:
-    """Ascending ranks as `#1-3 #7`, in few enough spans for a line."""
-    spans: list[list[int]] = []
-    for rank in ranks:
-        if spans and rank == spans[-1][1] + 1:
-            spans[-1][1] = rank
-        else:
-            spans.append([rank, rank])
-    texts = [f'#{first}' if first == last else f'#{first}-{last}' for first, last in spans]
-    more = sum(last - first + 1 for first, last in spans[LISTED:])
-    return ' '.join(texts[:LISTED]) + (f' and {more} more' if more else '')

@@ -33,7 +33,7 @@ from common.formatting import LISTED, duration, si
 from comparison.compare import compare
 from comparison.formats import render
 from comparison.runs import load, read_plan
-from comparison.tables import rank_ranges
+from comparison.warning_lines import rank_ranges
 
 
 @pytest.fixture

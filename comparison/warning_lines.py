@@ -1,0 +1,101 @@
+"""What a comparison warns of, line by line; and how groups are named by their ranks."""
+
+from collections.abc import Sequence
+
+from common.formatting import LISTED, listing, nats, or_dash, wrapped
+from comparison.analysis import DIVERGED, FINISHED
+from comparison.compare import RISE, Comparison, rises_of
+from comparison.conditions import Values
+
+
+def warning_lines(comparison: Comparison) -> list[str]:
+    """What makes the runs hard to compare, and what was left out; empty where nothing does."""
+    lines = []
+    if comparison.loss_warnings:
+        lines += ['Losses are not like with like. Besides the architecture, these differ:']
+        lines += [grouped(comparison.loss_warnings)]
+        if {'tokenizer', 'vocab_size'} & comparison.loss_warnings.keys():
+            lines += [
+                'Across vocabularies, compare bits/byte (of the same text), not loss a token.'
+            ]
+    lines += _unfinished_lines(comparison) + _rise_lines(comparison)
+    untrained = [rank for rank, group in enumerate(comparison.groups, 1) if group.loss is None]
+    if untrained:
+        lines += [f'Not ranked, no validation loss after an update: {rank_ranges(untrained)}']
+    if comparison.speed_warnings:
+        lines += [
+            'Time and memory are not like with like. Besides the architecture, these differ:',
+            grouped(comparison.speed_warnings),
+        ]
+    if comparison.best_warnings:
+        lines += [
+            'The best losses are of different numbers of evaluations: compare the final ones only.',
+            grouped(comparison.best_warnings),
+        ]
+    if comparison.code_warning:
+        lines.append(wrapped(comparison.code_warning, '  '))
+    lines += [f'Skipped {line}' for line in comparison.skipped]
+    return lines
+
+
+def _unfinished_lines(comparison: Comparison) -> list[str]:
+    """The runs without a final loss: those that diverged, and those that may still get one."""
+    diverged, unfinished = [], []
+    for rank, group in enumerate(comparison.groups, 1):
+        for run in group.members:
+            if run.outcome != FINISHED:
+                lines = diverged if run.outcome == DIVERGED else unfinished
+                lines.append(f'  #{rank} {run.name}: {_run_status(run)}')
+    if diverged:
+        diverged.insert(0, 'Diverged, so without a final loss:')
+    if unfinished:
+        unfinished.insert(0, 'Not finished: these runs have no final loss, so ranks may change.')
+    return diverged + unfinished
+
+
+def _run_status(run) -> str:
+    outcome = 'running or crashed' if run.outcome == 'running' else run.outcome
+    return f'{outcome} {run.iters_done}/{or_dash(run.max_iters, str)}'
+
+
+def _rise_lines(comparison: Comparison) -> list[str]:
+    lines = []
+    for rank, group in enumerate(comparison.groups, 1):
+        for run in rises_of(group):
+            above = ', and above its untrained loss' * run.blown_up
+            lines.append(
+                f'  #{rank} {run.name}: final {nats(run.curve[-1].loss)}, best '
+                f'{nats(run.best_val_loss)}{above}'
+            )
+    if lines:
+        advice = '' if comparison.score == 'best' else '; --score=best judges by the best'
+        lines.insert(0, f'Ended more than {RISE:.0%} above the best validation loss{advice}:')
+    return lines
+
+
+def grouped(options: dict[str, Values]) -> str:
+    """One paragraph a key: each value with the groups that have it."""
+    width = max(map(len, options))
+    paragraphs = []
+    for key, values in options.items():
+        all_ranks = [rank for ranks in values.values() for rank in ranks]
+        partial = {rank for rank in all_ranks if all_ranks.count(rank) > 1}
+        texts = [
+            f'{text} ({rank_ranges(ranks)}{" in part" * bool(partial.intersection(ranks))})'
+            for text, ranks in values.items()
+        ]
+        paragraphs.append(wrapped(f'  {key:{width}}  {listing(texts)}', ' ' * (width + 4)))
+    return '\n'.join(paragraphs)
+
+
+def rank_ranges(ranks: Sequence[int]) -> str:
+    """Ascending ranks as `#1-3 #7`, in few enough spans for a line."""
+    spans: list[list[int]] = []
+    for rank in ranks:
+        if spans and rank == spans[-1][1] + 1:
+            spans[-1][1] = rank
+        else:
+            spans.append([rank, rank])
+    texts = [f'#{first}' if first == last else f'#{first}-{last}' for first, last in spans]
+    more = sum(last - first + 1 for first, last in spans[LISTED:])
+    return ' '.join(texts[:LISTED]) + (f' and {more} more' if more else '')
