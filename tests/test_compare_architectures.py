@@ -12,8 +12,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import PROJECT
-from run_records import (
+from helpers.project import PROJECT
+from helpers.run_records import (
     GPT2,
     LLAMA,
     STUDY,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
-from in_process import train_here
+from helpers.in_process import train_here
 
 import evaluate
 import interop

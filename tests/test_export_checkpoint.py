@@ -10,7 +10,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from in_process import train_here
+from helpers.in_process import train_here
 
 import export_checkpoint
 import interop

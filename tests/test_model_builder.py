@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-import transformers_models as reference
-from architectures import covering, gradients, label, lively, some_tokens, tiny
+from helpers import transformers_models as reference
+from helpers.architectures import covering, gradients, label, lively, some_tokens, tiny
 
 from common.errors import UserError
 from inference.sampling import Sampler

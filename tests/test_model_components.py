@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from architectures import gradients, lively, some_tokens, tiny
+from helpers.architectures import gradients, lively, some_tokens, tiny
 
 from common.errors import UserError
 from model_builder import build_model

@@ -13,8 +13,8 @@ from types import SimpleNamespace
 import jsonschema
 import pytest
 import torch
-from conftest import PROJECT, TINY_RUN
-from in_process import train_here
+from helpers.in_process import train_here
+from helpers.project import PROJECT, TINY_RUN
 from torch._dynamo.utils import counters
 
 import sample

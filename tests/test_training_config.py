@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import PROJECT
+from helpers.project import PROJECT
 
 from common.errors import UserError
 from configurator import flatten, read_command_line

@@ -15,9 +15,7 @@ from pathlib import Path
 
 import jsonschema
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from sample_run import (
+from helpers.sample_run import (
     ARCHITECTURE,
     CONFIG,
     DIAGNOSTICS,
@@ -31,6 +29,8 @@ from sample_run import (
     evaluation,
     iteration,
 )
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import training_logger
 from common.errors import UserError

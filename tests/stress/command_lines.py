@@ -25,8 +25,8 @@ PROJECT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(PROJECT), str(PROJECT / 'tests')]
 
 import torch  # noqa: E402
-from command_lines import COMMANDS, HUGE, NONSENSE, bad_lines, main_of, options_of  # noqa: E402
-from conftest import TINY_RUN, write_tiny_dataset  # noqa: E402
+from helpers.command_lines import COMMANDS, HUGE, NONSENSE, bad_lines, main_of, options_of  # noqa: E402
+from helpers.project import TINY_RUN, write_tiny_dataset  # noqa: E402
 
 from common import errors  # noqa: E402
 

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
 
 import foreign_configs  # noqa: E402
-from foreign_files import Folders, outcome  # noqa: E402
+from helpers.foreign_files import Folders, outcome  # noqa: E402
 
 
 def main(cases: int = 200, part: str = '') -> int:

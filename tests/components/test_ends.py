@@ -1,0 +1,66 @@
+"""components/ends.py in a run: what the z-loss changes, and what it leaves alone."""
+
+import pytest
+import torch
+from helpers.in_process import train_here
+
+from components.ends import FEW_ROWS
+from model_builder import build_model
+from model_config import ModelArchitectureConfig
+
+
+@pytest.fixture(scope='module')
+def trained(tiny_dataset, tmp_path_factory):
+    """train_here of one update over four sequences, with fixed options."""
+
+    def run(**options):
+        folder = tmp_path_factory.mktemp('ends')
+        values = {'max_iters': 1, 'warmup_iters': 0, 'grad_clip': 0.0, 'eval_iters': 2, **options}
+        return train_here(tiny_dataset, folder, **values)
+
+    return run
+
+
+def test_z_loss_is_in_the_gradient_alone_however_the_batch_is_divided(trained):
+    """The gradient is that of one plain formula over all tokens; no reported loss includes it, and
+    the record shows it."""
+    divided = [{'batch_size': 4 // n, 'gradient_accumulation_steps': n} for n in (1, 2, 4)]
+    runs = [trained(z_loss=0.5, **division) for division in divided]
+    plain = trained(**divided[1])
+    tokens, targets = (torch.cat(part) for part in zip(*runs[1].trained_on))
+    model = build_model(runs[0].session.settings.architecture, device='cpu', seed=1337)
+    logits = model(tokens)
+    log_z = logits.logsumexp(-1)
+    loss = (log_z - logits.gather(-1, targets[..., None])[..., 0]).mean()
+    (loss + 0.5 * log_z.square().mean()).backward()
+    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]).item()
+
+    def first(run):
+        (entry,) = run.record['training_iterations']
+        return entry
+
+    for run in runs:
+        assert first(run)['gradients']['norm'] == pytest.approx(norm, rel=1e-4)
+        assert first(run)['readings'] == {
+            'z_loss': pytest.approx(log_z.square().mean().item(), rel=1e-5)
+        }
+        assert first(run)['loss'] == pytest.approx(loss.item(), rel=1e-6)
+        before = run.record['eval_steps'][0]
+        assert before['val_loss'] == pytest.approx(plain.record['eval_steps'][0]['val_loss'])
+    assert first(plain)['readings'] == {}
+    assert first(plain)['loss'] == pytest.approx(first(runs[1])['loss'])
+    assert abs(first(plain)['gradients']['norm'] / norm - 1) > 0.1
+
+
+@pytest.mark.parametrize('rows', [0, 1, 2, FEW_ROWS, FEW_ROWS + 1])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_logits_of_a_few_rows_are_those_of_the_projection(rows, dtype):
+    sizes = {'n_layer': 1, 'n_head': 2, 'n_embd': 16, 'vocab_size': 37}
+    head = build_model(ModelArchitectureConfig(arch_preset='llama', **sizes), 'cpu', 1).output_head
+    hidden = torch.randn(rows, 1, 16)
+    with torch.autocast('cpu', dtype, enabled=dtype != torch.float32):
+        expected = head.logits(hidden).detach()  # with gradients: the projection's own way
+        with torch.no_grad():
+            found = head.logits(hidden)
+    assert found.is_contiguous() and found.dtype == dtype
+    torch.testing.assert_close(found, expected)

@@ -1,0 +1,118 @@
+"""components/initialization.py: how weights begin, by rule; and what width does to training."""
+
+import hashlib
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers.architectures import SIZES, some_tokens, tiny
+
+from model_builder import build_model, parameter_groups
+
+pytestmark = pytest.mark.usefixtures('one_thread')
+
+RESIDUAL = ('attention.output.weight', 'ffn.down.weight')
+TABLES = ('token_embedding.weight', 'output_head.projection.weight', 'table.weight')
+
+
+@pytest.mark.parametrize(
+    ('values', 'table', 'hidden', 'residual'),
+    [
+        ({}, 0.02, 0.02, 0.02 / math.sqrt(2 * 3)),
+        ({'init_std': 0.1}, 0.1, 0.1, 0.1 / math.sqrt(2 * 3)),
+        ({'depth_scaled_init': False}, 0.02, 0.02, 0.02),
+        ({'initialization': 'normal'}, 0.02, 0.02, 0.02),
+        ({'initialization': 'normal', 'init_std': 0.1}, 0.1, 0.1, 0.1),
+        # Four times as wide as the base: half the deviation in hidden matrices.
+        (
+            {'initialization': 'mup', 'mup_base_width': 4},
+            0.02,
+            0.01,
+            0.01 / math.sqrt(2 * 3),
+        ),
+        (
+            {'initialization': 'mup', 'mup_base_width': 4, 'depth_scaled_init': False},
+            0.02,
+            0.01,
+            0.01,
+        ),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize('ffn_type', ['standard', 'swiglu'])
+def test_every_weight_is_drawn_by_its_name_with_the_rules_deviation(
+    values, table, hidden, residual, ffn_type
+):
+    """Bit for bit, from a stream of its own: what `gpt2` has always been."""
+    config = tiny(**{**SIZES, 'n_layer': 3}, ffn_type=ffn_type, weight_tying=False, **values)
+    for name, parameter in build_model(config, device='cpu', seed=5).named_parameters():
+        if parameter.dim() < 2:
+            continue
+        std = table if name.endswith(TABLES) else residual if name.endswith(RESIDUAL) else hidden
+        digest = hashlib.sha256(f'5/{name}'.encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], 'little') >> 1)
+        drawn = torch.empty(parameter.shape).normal_(0.0, 1.0, generator=generator)
+        torch.testing.assert_close(parameter, drawn * std, rtol=1e-6, atol=0)
+        if values == {}:
+            generator.manual_seed(int.from_bytes(digest[:8], 'little') >> 1)
+            assert torch.equal(parameter, drawn.normal_(0.0, std, generator=generator))
+
+
+def test_maximal_update_at_its_base_width_is_gpt2():
+    one = build_model(tiny(), device='cpu', seed=1)
+    two = build_model(tiny(initialization='mup', mup_base_width=16), device='cpu', seed=1)
+    tokens = some_tokens(one.config, batch=2)
+    assert torch.equal(one(tokens), two(tokens))
+    assert {group.lr_scale for group in parameter_groups(two)} == {1.0}
+    assert two.config.name == one.config.name + '-muP'
+
+
+def test_maximal_update_scales_the_rate_of_hidden_matrices_and_the_output():
+    config = tiny(initialization='mup', mup_base_width=4, weight_tying=False)
+    model = build_model(config, device='cpu', seed=1)
+    scales = {id(p): g.lr_scale for g in parameter_groups(model) for p in g.parameters}
+    for name, parameter in model.named_parameters():
+        hidden = parameter.dim() > 1 and not name.endswith(TABLES)
+        assert scales[id(parameter)] == (0.25 if hidden else 1.0), name
+    x = torch.randn(1, 2, 16)
+    expected = 0.25 * x @ model.output_head.projection.weight.T
+    torch.testing.assert_close(model.output_head(x), expected)
+
+
+def changes_after_some_updates(width, **values):
+    """Mean change of the last block's output and of the logits by four updates of Adam."""
+    config = tiny(
+        arch_preset='llama',
+        n_head=width // 16,
+        n_embd=width,
+        block_size=16,
+        vocab_size=64,
+        **values,
+    )
+    model = build_model(config, device='cpu', seed=1)
+    optimizer = torch.optim.Adam(
+        [{'params': g.parameters, 'lr': 0.01 * g.lr_scale} for g in parameter_groups(model)]
+    )
+    tokens = some_tokens(config, batch=8)
+    streams = []
+    model.blocks[-1].register_forward_hook(lambda _, __, out: streams.append(out[0].detach()))
+    first = model(tokens).detach()
+    for _ in range(4):
+        loss = F.cross_entropy(model(tokens)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    last = model(tokens).detach()
+    return [(b - a).abs().mean().item() for a, b in ((streams[0], streams[-1]), (first, last))]
+
+
+def test_width_leaves_the_size_of_updates_alone_under_mup_and_not_under_gpt2():
+    """The coordinate check of Yang et al. 2022, appendix D.1."""
+    narrow, wide = 32, 256
+    base = changes_after_some_updates(narrow)
+    scaled = changes_after_some_updates(wide, initialization='mup', mup_base_width=narrow)
+    plain = changes_after_some_updates(wide)
+    for at_base, under_mup, under_gpt2 in zip(base, scaled, plain):
+        assert 0.5 * at_base < under_mup < 2 * at_base
+        assert under_gpt2 > 4 * at_base

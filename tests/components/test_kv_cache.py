@@ -1,0 +1,186 @@
+"""components/cache.py: what generation keeps of earlier tokens, and that it changes nothing."""
+
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers.architectures import covering, label, lively, some_tokens, tiny
+
+from components.kv_cache import LayerCache
+from model_builder import generate
+from model_components import Attention, LatentAttention, MultiHeadAttention
+from model_config import ATTENTION_REGISTRY, PRESETS, ModelArchitectureConfig
+
+pytestmark = pytest.mark.usefixtures('one_thread')
+
+
+# --- One layer's cache ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('capacity', [1, 3, 8])
+@pytest.mark.parametrize('seed', range(4))
+def test_what_is_seen_is_all_that_was_ever_handed_over_or_its_end(capacity, seed):
+    """Pieces of random sizes: each token sees itself and the capacity - 1 before it, once each."""
+    choose = random.Random(seed)
+    x = torch.randn(2, 3, 20, 4)
+    cache, memory = LayerCache(capacity), set()
+    while cache.length < 20:
+        start = cache.length
+        end = min(20, start + choose.choice([1, 1, 1, 2, 5]))
+        places = cache.positions(torch.arange(start, end))
+        one, other = cache.extend(x[..., start:end, :], -x[..., start:end, :2])
+        assert torch.equal(one, x[..., places, :]) and torch.equal(other, -x[..., places, :2])
+        assert len(set(places.tolist())) == len(places) and places.max() == end - 1
+        assert set(range(max(0, start - capacity + 1), end)) <= set(places.tolist())
+        assert len(places) <= max(capacity, capacity + end - start)
+        memory.add(tuple(kept.data_ptr() for kept in cache.kept))
+        assert cache.nbytes == 2 * 3 * capacity * (4 + 2) * 4
+    assert len(memory) == 1
+
+
+def kept_numbers(**values) -> list[int]:
+    """Numbers a token and place in the layers' caches of 6 tokens: (layers,)."""
+    model = lively(tiny(**values)).eval()
+    cache = model.empty_cache(6)
+    with torch.no_grad():
+        model(some_tokens(model.config, batch=2)[:, :3], cache=cache)
+    return [kept.nbytes // (2 * 4) for kept in cache.layers]
+
+
+def test_layers_keep_no_more_than_they_must():
+    """n_embd 16 in 4 heads: keys and values of the key heads; of a window that; latents as such."""
+    assert kept_numbers() == [6 * 2 * 16] * 2
+    assert kept_numbers(use_gqa=True, num_kv_heads=1) == [6 * 2 * 4] * 2
+    assert kept_numbers(sliding_window=2) == [2 * 2 * 16] * 2
+    assert kept_numbers(sliding_window=4, attention_pattern='LG') == [4 * 2 * 16, 6 * 2 * 16]
+    latent = {'attention_type': 'mla', 'kv_lora_rank': 7, 'qk_rope_head_dim': 2}
+    assert kept_numbers(**latent) == [6 * (7 + 2)] * 2
+
+
+# --- A model goes on from its cache ---------------------------------------------------------------
+
+
+@torch.no_grad()
+def check_in_pieces(config):
+    """In whatever pieces, the logits of all tokens at once; of a batch of different texts."""
+    torch._dynamo.reset()  # each length would count as flex compiled anew
+    model, tokens = lively(config).eval(), some_tokens(config, batch=3)
+    expected, length = model(tokens), config.block_size
+    for sizes in ([1] * length, [3, *[1] * (length - 3)], [2, length - 2], [length - 1, 1]):
+        cache = model.empty_cache(length)
+        logits = [model(piece, cache=cache) for piece in tokens.split(sizes, dim=1)]
+        torch.testing.assert_close(torch.cat(logits, dim=1), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize('preset', PRESETS)
+def test_every_preset_goes_on_from_its_cache(preset):
+    sizes = {'n_layer': 2, 'n_head': 4, 'n_embd': 32, 'block_size': 12, 'vocab_size': 11}
+    check_in_pieces(ModelArchitectureConfig(arch_preset=preset, **sizes))
+
+
+@pytest.mark.parametrize('chosen', covering()[::6], ids=label)
+def test_mixed_choices_go_on_from_their_cache(chosen):
+    check_in_pieces(tiny(**chosen).replace(init_std=0.02))
+
+
+ATTENTIONS = {
+    'heads': {},
+    'groups': {'use_gqa': True, 'num_kv_heads': 2},
+    'one key head': {'use_gqa': True, 'num_kv_heads': 1, 'qk_norm': 'rmsnorm'},
+    'latents': {'attention_type': 'mla', 'kv_lora_rank': 8, 'qk_rope_head_dim': 4},
+}
+ENCODINGS = {
+    'none': {},
+    'learned_absolute': {},
+    'sinusoidal': {},
+    'rope': {'rope_fraction': 0.5, 'rope_scaling': 'yarn', 'rope_original_block_size': 4},
+    'alibi': {},
+    't5_relative': {'t5_buckets': 4},
+}
+
+
+@pytest.mark.parametrize('attention', ATTENTIONS.values(), ids=ATTENTIONS)
+@pytest.mark.parametrize('encoding', ENCODINGS)
+def test_every_attention_goes_on_with_every_encoding(attention, encoding):
+    """And with windows, on the backends that write text on any device."""
+    placed = {'position_encoding': encoding, **ENCODINGS[encoding], **attention}
+    windows = {'sliding_window': 3, 'attention_pattern': 'LG'}
+    check_in_pieces(tiny(**placed))
+    check_in_pieces(tiny(**placed, **windows))
+    check_in_pieces(tiny(**placed, **windows, attention_backend='manual', attention_softcap=2.0))
+
+
+# --- Text -----------------------------------------------------------------------------------------
+
+
+def texts(config, prompt, count):
+    """Logits and text, with the cache and without."""
+    model, results = lively(config).eval(), []
+    for cache in (True, False):
+        logits = []
+
+        def choose(each, logits=logits):
+            logits.append(each)
+            return (each.argmax(dim=-1) + len(logits)) % config.vocab_size
+
+        text = list(generate(model, prompt, count, choose=choose, cache=cache))
+        results.append((torch.stack(logits), torch.stack(text)))
+    return results
+
+
+@pytest.mark.parametrize('encoding', ['learned_absolute', 'rope', 'alibi'])
+@pytest.mark.parametrize('prompt', [1, 4, 6, 9])
+def test_text_is_the_same_with_and_without_a_cache(encoding, prompt):
+    """Also beyond the context, where the oldest tokens are forgotten, and of a longer prompt."""
+    config = tiny(position_encoding=encoding, sliding_window=4, attention_pattern='LG')
+    tokens = some_tokens(config, batch=3).repeat(1, 2)[:, :prompt]
+    (logits, text), (expected, written) = texts(config, tokens, 10)
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(text, written) and len(text.unique()) > 2
+
+
+@torch.no_grad()
+def test_each_token_goes_through_the_model_once(monkeypatch):
+    model, lengths = lively(tiny(position_encoding='rope')).eval(), []
+    model.blocks[0].register_forward_hook(lambda _, args, __: lengths.append(args[0].size(1)))
+    prompt = some_tokens(model.config, batch=2)[:, :3]
+    list(generate(model, prompt, 6, choose=lambda logits: logits.argmax(-1)))
+    assert lengths == [3, 1, 1, 1, 6, 6]  # the context holds 6
+
+
+# --- Components that know no cache ----------------------------------------------------------------
+
+
+class ShiftedAttention(MultiHeadAttention):
+    """Of what the token before was, which a cache of keys and values does not say."""
+
+    def forward(self, x, positions):
+        return super().forward(F.pad(x[:, :-1], (0, 0, 1, 0)), positions)
+
+
+def test_an_attention_with_a_forward_of_its_own_generates_without_a_cache(register):
+    register(ATTENTION_REGISTRY, 'shifted', ShiftedAttention)
+    config = tiny(attention_type='shifted')
+    model = lively(config)
+    assert model.uncacheable == ['ShiftedAttention'] and lively(tiny()).uncacheable == []
+    (logits, text), (expected, written) = texts(config, some_tokens(config, batch=2)[:, :2], 8)
+    assert torch.equal(logits, expected) and torch.equal(text, written)
+
+
+def test_only_who_writes_a_forward_has_to_say_that_it_knows_the_cache():
+    class Renamed(MultiHeadAttention):
+        tag = 'Renamed'
+
+    class Own(LatentAttention):
+        cacheable = True
+
+        def forward(self, x, positions):
+            return super().forward(x, positions)
+
+    class OwnAgain(Own):
+        def forward(self, x, positions):
+            return super().forward(x, positions)
+
+    assert Renamed.cacheable and Own.cacheable and not OwnAgain.cacheable
+    assert not Attention.cacheable and MultiHeadAttention.cacheable

@@ -1,0 +1,507 @@
+"""components/mixture_of_experts.py: against transformers' classes, plain loops and formulas."""
+
+import json
+import math
+from functools import partial
+
+import jsonschema
+import pytest
+import torch
+from helpers.architectures import gradients, lively, some_tokens, tiny
+from helpers.in_process import train_here
+from helpers.project import PROJECT
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+from common.errors import UserError
+from components.moe import ExpertLinear, MixtureOfExperts, grouped_mm
+from components.weight_initialization import initialize
+from model_builder import build_model, count_parameters, training_flops
+from model_config import FFN_REGISTRY
+
+pytestmark = pytest.mark.usefixtures('one_thread')
+
+MOE = {'ffn_type': 'moe', 'bias': False, 'num_experts': 5, 'experts_per_token': 2}
+
+
+def mixture(**values) -> MixtureOfExperts:
+    """The first one of a tiny model."""
+    model = lively(tiny(**{**MOE, **values}))
+    return next(m for m in model.modules() if isinstance(m, MixtureOfExperts))
+
+
+def some_input(rows=7, width=16, seed=0):
+    x = torch.randn(3, rows, width, generator=torch.Generator().manual_seed(seed))
+    return x.requires_grad_()
+
+
+def output_and_gradients(module, x):
+    """Of a sum with a weight for each element; gradients by parameter, and of x."""
+    x.grad = None
+    y = module(x)
+    y = y[0] if isinstance(y, tuple) else y
+    weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(5))
+    (y * weights).sum().backward()
+    return y.detach(), gradients(module), x.grad
+
+
+# --- Transformers' own ----------------------------------------------------------------------------
+
+
+def mixtral(ours):
+    from transformers import MixtralConfig
+    from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
+
+    return MixtralSparseMoeBlock(
+        MixtralConfig(
+            hidden_size=16,
+            intermediate_size=24,
+            num_local_experts=ours.num_experts,
+            num_experts_per_tok=ours.chosen,
+        )
+    )
+
+
+def deepseek_v2(ours):
+    from transformers import DeepseekV2Config
+    from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Moe
+
+    return DeepseekV2Moe(
+        DeepseekV2Config(
+            hidden_size=16,
+            num_attention_heads=2,
+            moe_intermediate_size=24,
+            n_routed_experts=ours.num_experts,
+            num_experts_per_tok=ours.chosen,
+            n_shared_experts=2,
+            topk_method='greedy',
+            routed_scaling_factor=1.7,
+        )
+    )
+
+
+def deepseek_v3(ours):
+    from transformers import DeepseekV3Config
+    from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
+
+    return DeepseekV3MoE(
+        DeepseekV3Config(
+            hidden_size=16,
+            moe_intermediate_size=24,
+            n_routed_experts=ours.num_experts,
+            num_experts_per_tok=ours.chosen,
+            n_shared_experts=2,
+            n_group=1,
+            topk_group=1,
+            norm_topk_prob=True,
+            routed_scaling_factor=2.5,
+        )
+    )
+
+
+def as_ours(tensors: dict) -> dict:
+    """Their tensors by our names; the shared network's gate stands above its up-projection."""
+    named = {
+        'router.weight': tensors['gate.weight'],
+        'experts.gate_up.weight': tensors['experts.gate_up_proj'],
+        'experts.down.weight': tensors['experts.down_proj'],
+    }
+    if 'shared_experts.up_proj.weight' in tensors:
+        both = [tensors[f'shared_experts.{half}_proj.weight'] for half in ('gate', 'up')]
+        named['shared.gate_up.weight'] = torch.cat(both)
+        named['shared.down.weight'] = tensors['shared_experts.down_proj.weight']
+    return named
+
+
+@pytest.mark.parametrize(
+    ('make', 'values'),
+    [
+        (mixtral, {}),
+        (mixtral, {'num_experts': 8, 'experts_per_token': 3}),
+        (deepseek_v2, {'router_normalize': False, 'router_scale': 1.7, 'shared_experts': 2}),
+        (deepseek_v3, {'router_score': 'sigmoid', 'router_scale': 2.5, 'shared_experts': 2}),
+    ],
+    ids=['mixtral', 'mixtral-8-3', 'deepseek-v2', 'deepseek-v3'],
+)
+def test_it_is_the_mixture_of_transformers(make, values):
+    ours = mixture(expert_d_ff=24, **values)
+    theirs, x = make(ours), some_input()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.normal_(0.0, 0.4, generator=torch.Generator().manual_seed(1))
+    ours.load_state_dict(as_ours(dict(theirs.named_parameters())))
+    y, grads, grad_x = output_and_gradients(ours, x)
+    their_y, their_grads, their_grad_x = output_and_gradients(theirs, x)
+    torch.testing.assert_close(y, their_y, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(grad_x, their_grad_x, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(grads, as_ours(their_grads), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('chosen', [1, 2, 3])
+def test_the_balance_loss_is_that_of_transformers(chosen):
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+    ours = mixture(experts_per_token=chosen, router_normalize=chosen > 1, load_balance_weight=0.5)
+    x = some_input()
+    logits = torch.nn.functional.linear(x, ours.router.weight).flatten(0, 1)
+    theirs = load_balancing_loss_func((logits,), ours.num_experts, chosen)
+    loss, readings = ours(x)[1]
+    torch.testing.assert_close(readings['load_balance_loss'], theirs)
+    torch.testing.assert_close(loss, 0.5 * theirs)
+    (expected,) = torch.autograd.grad(theirs, ours.router.weight)
+    (grad,) = torch.autograd.grad(loss, ours.router.weight)
+    torch.testing.assert_close(2 * grad, expected)
+
+
+def test_the_z_loss_is_the_papers_formula():
+    ours = mixture(load_balance_weight=0.0, router_z_loss=0.25)
+    x = some_input()
+    loss, readings = ours(x)[1]
+    rows = (x.flatten(0, 1).double() @ ours.router.weight.double().T).tolist()
+    z = sum(math.log(sum(math.exp(v) for v in row)) ** 2 for row in rows) / len(rows)
+    assert readings['router_z_loss'].item() == pytest.approx(z, rel=1e-5)
+    assert loss.item() == pytest.approx(0.25 * z, rel=1e-5)
+
+
+# --- A plain loop ---------------------------------------------------------------------------------
+
+
+def one_expert(ours: MixtureOfExperts, number: int, config):
+    """Expert `number` as the dense network that it is, with the mixture's own weights."""
+    dense = FFN_REGISTRY[config.expert_ffn](config, 0, config.expert_d_ff)
+    for name, parameter in list(dense.named_parameters()):
+        stack = ours.experts.get_parameter(name).view(config.num_experts, *parameter.shape)
+        place, _, leaf = name.rpartition('.')
+        delattr(dense.get_submodule(place), leaf)
+        setattr(dense.get_submodule(place), leaf, stack[number])
+    return lambda x: dense(x)[0]
+
+
+def looped(ours: MixtureOfExperts, x, config):
+    """Token by token, choice by choice."""
+    experts = [one_expert(ours, number, config) for number in range(config.num_experts)]
+    out = []
+    for token in x.flatten(0, 1):
+        scores = torch.softmax(ours.router(token), dim=-1)
+        best = scores.argsort(descending=True)[: config.experts_per_token].tolist()
+        total = sum(scores[number] for number in best)
+        out.append(sum(scores[n] / total * experts[n](token[None])[0] for n in best))
+    return torch.stack(out).view(x.shape)
+
+
+EXPERTS = [name for name in FFN_REGISTRY if name != 'moe']
+
+
+@pytest.mark.parametrize('bias', [False, True])
+@pytest.mark.parametrize('expert', EXPERTS)
+def test_any_network_can_be_the_expert(expert, bias):
+    config = tiny(**{**MOE, 'expert_ffn': expert, 'bias': bias, 'd_ff': 24})
+    ours, x = lively(config).blocks[0].ffn, some_input()
+    y, grads, grad_x = output_and_gradients(ours, x)
+    ours.zero_grad()
+    their_y, their_grads, their_grad_x = output_and_gradients(
+        type('Loop', (torch.nn.Module,), {'forward': lambda self, x: looped(ours, x, config)})(), x
+    )
+    torch.testing.assert_close(y, their_y, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(grad_x, their_grad_x, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(grads, gradients(ours), rtol=1e-4, atol=1e-5)
+    assert their_grads == {} and len(grads) == (5 if bias else 3)
+
+
+@pytest.mark.parametrize('values', [{}, {'router_normalize': False}, {'router_score': 'sigmoid'}])
+def test_a_single_expert_is_the_dense_network(values):
+    model = lively(tiny(**{**MOE, 'num_experts': 1, 'experts_per_token': 1, **values}))
+    dense = build_model(tiny(ffn_type='swiglu', bias=False), device='cpu')
+    for block, moe in zip(dense.blocks, model.blocks):
+        with torch.no_grad():
+            block.load_state_dict(
+                {
+                    name: moe.state_dict()[name.replace('ffn.', 'ffn.experts.')].view(p.shape)
+                    for name, p in block.named_parameters()
+                }
+            )
+    for part in ('token_embedding', 'position_encoding', 'final_norm'):
+        getattr(dense, part).load_state_dict(getattr(model, part).state_dict())
+    tokens = some_tokens(model.config, batch=3)
+    torch.testing.assert_close(model(tokens), dense(tokens))
+
+
+def test_an_expert_that_no_token_reaches_has_a_gradient_of_zero():
+    ours = mixture(num_experts=8, experts_per_token=1, router_normalize=False)
+    x = some_input(rows=1)  # three tokens
+    _, grads, _ = output_and_gradients(ours, x)
+    idle = ours(x)[1].readings['expert_load'] == 0
+    assert 5 <= idle.sum() < 8
+    for name in ('experts.gate_up.weight', 'experts.down.weight'):
+        sizes = grads[name].abs().amax(dim=(1, 2))
+        assert torch.equal(sizes == 0, idle), name
+
+
+def test_the_operator_is_sound():
+    """torch's own checks: schema, gradient, shapes without data, tracing."""
+    a = torch.randn(9, 16, requires_grad=True)
+    b = torch.randn(3, 16, 8, requires_grad=True)
+    ends = torch.tensor([4, 4, 9], dtype=torch.int32)
+    torch.library.opcheck(grouped_mm, (a, b, ends))
+    expected = torch.cat([a[:4] @ b[0], a[4:] @ b[2]])
+    torch.testing.assert_close(grouped_mm(a, b, ends), expected)
+
+
+# --- What it costs --------------------------------------------------------------------------------
+
+SHARED = {'shared_experts': 1, 'dense_layers': 1, 'expert_d_ff': 24, 'd_ff': 40, 'n_layer': 3}
+
+
+def test_flops_are_those_of_a_plain_loop_and_of_the_formula():
+    config = tiny(**MOE, expert_d_ff=24)
+    ours, x = lively(config).blocks[0].ffn, some_input().detach()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        looped(ours, x, config)
+    rows = x.numel() // 16
+    assert ours.flops(rows, causal=False) == {'ffn': counter.get_total_flops()}
+    router, expert = 2 * 16 * 5, 2 * 3 * 16 * 24
+    assert ours.flops(rows, causal=True) == {'ffn': rows * (router + 2 * expert)}
+
+
+def test_flops_with_shared_experts_and_dense_layers():
+    config = tiny(**MOE, **SHARED)
+    router, expert, dense = 2 * 16 * 5, 2 * 3 * 16 * 24, 2 * 3 * 16 * 40
+    per_token = dense + 2 * (router + (2 + 1) * expert)
+    assert training_flops(build_model(config))['breakdown']['ffn'] == 3 * per_token
+
+
+def test_active_parameters_are_those_that_a_token_uses():
+    counted = count_parameters(build_model(tiny(**MOE, **SHARED)))
+    expert, dense, router = 3 * 16 * 24, 3 * 16 * 40, 5 * 16
+    assert counted['components']['ffn'] == dense + 2 * (router + (5 + 1) * expert)
+    assert counted['total_params'] - counted['active_params'] == 2 * (5 - 2) * expert
+    # With biases: 24 + 24 of the gate and up, 16 of the projection down.
+    biased = count_parameters(build_model(tiny(**{**MOE, 'bias': True}, **SHARED)))
+    assert biased['total_params'] - biased['active_params'] == 2 * 3 * (expert + 24 + 24 + 16)
+    dense = count_parameters(build_model(tiny(ffn_type='swiglu')))
+    assert dense['total_params'] == dense['active_params']
+
+
+def test_dense_layers_come_first_and_have_the_width_of_the_dense_network():
+    blocks = build_model(tiny(**MOE, **SHARED)).blocks
+    assert [type(block.ffn).__name__ for block in blocks] == ['SwiGLU', *['MixtureOfExperts'] * 2]
+    assert blocks[0].ffn.down.in_features == 40
+    assert blocks[1].ffn.experts.down.weight.shape == (5, 16, 24)
+    assert blocks[1].ffn.shared.down.in_features == 24
+
+
+# --- Beginnings and optimizers --------------------------------------------------------------------
+
+
+def test_experts_begin_as_dense_networks_each_by_itself():
+    config = tiny(**MOE, n_embd=64, expert_d_ff=256)
+    model = build_model(config)
+    model.to_empty(device='cpu')
+    initialize(model, seed=1)
+    experts = model.blocks[0].ffn.experts
+    dense = build_model(tiny(ffn_type='swiglu', n_embd=64, d_ff=256), 'cpu', seed=1).blocks[0].ffn
+    for name in ('gate_up.weight', 'down.weight'):
+        stack, one = experts.get_parameter(name), dense.get_parameter(name)
+        torch.testing.assert_close(stack.std(dim=(1, 2)), one.std().expand(5), rtol=0.05, atol=0)
+        assert stack.flatten(1).unique(dim=0).size(0) == 5
+
+
+def test_stacks_of_matrices_are_named_for_optimizers():
+    block = build_model(tiny(**MOE, expert_d_ff=24, shared_experts=1)).blocks[0]
+    experts = block.ffn.experts
+    assert experts.matrices() == {experts.gate_up.weight: (24, 24), experts.down.weight: (16,)}
+    assert experts.residual_weights() == [experts.down.weight]
+    assert block.ffn.matrices() == {} and block.ffn.residual_weights() == []
+
+
+def test_biases_of_experts_do_not_decay():
+    experts = build_model(tiny(**{**MOE, 'bias': True})).blocks[0].ffn.experts
+    assert {p.dim() for layer in (experts.gate_up, experts.down) for p in [layer.bias]} == {1}
+    assert isinstance(experts.down, ExpertLinear)
+
+
+# --- Precision, compilation, recomputation --------------------------------------------------------
+
+
+def test_under_autocast_the_router_and_its_losses_stay_in_single_precision():
+    ours, x = mixture(shared_experts=1, router_z_loss=0.1), some_input()
+    y, auxiliary = ours(x)
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        short, short_auxiliary = ours(x)
+    assert short.dtype == torch.bfloat16 and auxiliary.loss.dtype == torch.float32
+    assert torch.equal(auxiliary.loss, short_auxiliary.loss)
+    for name, reading in auxiliary.readings.items():
+        assert torch.equal(reading, short_auxiliary.readings[name]) and not reading.requires_grad
+    error = torch.linalg.norm(short.float() - y) / torch.linalg.norm(y)
+    assert 0 < error < 0.02
+
+
+def test_it_runs_on_the_meta_device_forwards_and_backwards():
+    model = build_model(tiny(**MOE, **SHARED))
+    tokens = torch.empty((3, 6), dtype=torch.long, device='meta')
+    loss, _, auxiliary = model(tokens, tokens)
+    (loss + auxiliary.loss).backward()
+    assert all(p.grad.shape == p.shape for p in model.parameters())
+    assert {name: r.shape for name, r in auxiliary.readings.items()} == {
+        'expert_load': (2, 5),
+        'load_balance_loss': (2,),
+        'router_z_loss': (2,),
+    }
+
+
+def results(model, tokens):
+    loss, count, auxiliary = model(tokens, tokens.roll(-1, dims=1))
+    (loss / count + auxiliary.loss).backward()
+    return loss.detach(), auxiliary.loss.detach(), auxiliary.readings, gradients(model)
+
+
+def test_blocks_compile_whole_and_make_one_graph_of_each_kind():
+    config = tiny(**MOE, **{**SHARED, 'n_layer': 4})
+    tokens = some_tokens(config, batch=2)
+    expected = results(lively(config), tokens)
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    model = lively(config)
+    torch._dynamo.reset()
+    for block in model.blocks:
+        block.compile(fullgraph=True, backend=backend)
+    torch.testing.assert_close(results(model, tokens), expected)
+    assert len(graphs) == 2  # a dense layer's, and that of the three others
+
+
+def test_recomputing_blocks_counts_nothing_twice():
+    config = tiny(**MOE, **SHARED)
+    tokens = some_tokens(config, batch=2)
+    model = lively(config)
+    for block in model.blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    torch.testing.assert_close(results(model, tokens), results(lively(config), tokens))
+
+
+# --- Refusals and names ---------------------------------------------------------------------------
+
+
+def test_a_mixture_is_no_expert():
+    with pytest.raises(UserError, match="expert_ffn takes one of 'standard', 'swiglu'"):
+        tiny(ffn_type='moe', expert_ffn='moe')
+
+
+def test_options_of_mixtures_are_of_no_use_elsewhere():
+    with pytest.raises(UserError, match="belongs to ffn_type='moe'"):
+        tiny(ffn_type='swiglu', num_experts=4)
+
+
+def test_widths_are_derived():
+    assert tiny(**MOE, n_embd=64).expert_d_ff == tiny(ffn_type='swiglu', n_embd=64).d_ff == 168
+    assert tiny(**MOE, expert_ffn='standard').expert_d_ff == 64
+    assert tiny(**MOE, d_ff=40).expert_d_ff == 40
+    config = tiny(**MOE, expert_d_ff=24)
+    assert (config.d_ff, config.expert_d_ff) == (40, 24)
+
+
+def test_the_name_tells_how_many_of_how_many():
+    assert '-MoE2of5-SwiGLU-' in tiny(**MOE).name
+    name = tiny(**MOE, expert_ffn='standard', activation='relu2', shared_experts=1).name
+    assert '-MoE2of5+1-ReLU2-' in name
+
+
+# --- Balance in the record ------------------------------------------------------------------------
+
+
+def by_hand(kept: list[torch.Tensor], layers: int) -> dict[str, float]:
+    """What the record should say of router logits (N, experts), layer after layer, 2 chosen."""
+    busiest, effective, idle, balances, zs = [], [], 0, [], []
+    for layer in range(layers):
+        counts, experts = None, kept[0].size(1)
+        for logits in kept[layer::layers]:
+            here, probability = [0] * experts, [0.0] * experts
+            for row in logits.double().tolist():
+                total = sum(map(math.exp, row))
+                for number in sorted(range(experts), key=lambda n: -row[n])[:2]:
+                    here[number] += 1
+                probability = [p + math.exp(v) / total for p, v in zip(probability, row)]
+                zs.append(math.log(total) ** 2)
+            n = len(logits)
+            balances.append(experts * sum(c * p for c, p in zip(here, probability)) / n / n)
+            counts = [a + b for a, b in zip(counts or [0] * experts, here)]
+        shares = [count / sum(counts) for count in counts]
+        busiest.append(experts * max(shares))
+        effective.append(math.exp(-sum(s * math.log(s) for s in shares if s)))
+        idle += shares.count(0.0)
+    return {
+        'busiest_expert': sum(busiest) / layers,
+        'busiest_expert_worst_layer': max(busiest),
+        'effective_experts': sum(effective) / layers,
+        'idle_experts': idle,
+        'load_balance_loss': sum(balances) / len(balances),
+        'router_z_loss': sum(zs) / len(zs),
+    }
+
+
+TRAINED = {
+    'ffn_type': 'moe',
+    'num_experts': 6,
+    'expert_d_ff': 16,
+    'max_iters': 5,
+    'log_interval': 2,
+    'eval_interval': 2,
+    'learning_rate': 0.01,
+}
+
+
+@pytest.fixture(scope='module')
+def trained(tiny_dataset, tmp_path_factory):
+    """A run of five updates, and the router logits of each of its training passes."""
+    kept, auxiliary = [], MixtureOfExperts.auxiliary
+
+    def seen(self, logits, *others):
+        if self.training and torch.is_grad_enabled():  # not in the check at start
+            kept.append(logits.detach())
+        return auxiliary(self, logits, *others)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MixtureOfExperts, 'auxiliary', seen)
+        run = train_here(tiny_dataset, tmp_path_factory.mktemp('moe'), **TRAINED)
+    return run, kept
+
+
+def test_the_record_has_the_balance_since_the_last_logged_update(trained):
+    run, kept = trained
+    entries = run.record['training_iterations']
+    assert [entry['iter'] for entry in entries] == [0, 2, 4]
+    a_step = 2 * 2  # two micro-batches of two layers
+    assert len(kept) == 5 * a_step  # and none of them from an evaluation
+    for entry, first, last in zip(entries, (0, 1, 3), (1, 3, 5)):
+        expected = by_hand(kept[first * a_step : last * a_step], layers=2)
+        assert entry['readings'] == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_record_keeps_to_its_schema_and_counts_active_parameters(trained):
+    run, _ = trained
+    schema = json.loads((PROJECT / 'records/record_schema.json').read_text())
+    jsonschema.Draft202012Validator(schema).validate(run.record)
+    model = run.record['startup_info']['model']
+    expert = 3 * 32 * 16
+    assert model['total_params'] - model['active_params'] == 2 * (6 - 2) * (expert + 3 * 16 + 16)
+
+
+def test_the_auxiliary_loss_acts_and_is_no_part_of_the_reported_loss(
+    trained, tiny_dataset, tmp_path
+):
+    run, _ = trained
+    heavy = train_here(tiny_dataset, tmp_path, **TRAINED, load_balance_weight=10.0)
+    assert heavy.losses[0] == run.losses[0]
+    assert heavy.losses[-1] != run.losses[-1]
+    busiest = [r.record['training_iterations'][-1]['readings'] for r in (heavy, run)]
+    assert busiest[0]['load_balance_loss'] < busiest[1]['load_balance_loss']
+
+
+def test_the_start_up_report_and_the_iterations_show_it(train):
+    arguments = [f'--{key}={value}' for key, value in TRAINED.items()]
+    out = train(*arguments, '--max_iters=1', '--log_style=block').stdout
+    assert 'Active: ' in out and 'for each token' in out
+    assert 'Busiest Expert=' in out and 'Idle Experts=' in out

@@ -1,0 +1,231 @@
+"""One field of a config.json after another set to another legal value, against transformers.
+
+`Flips` makes tiny models of every family of transformers' that is read here: transformers' own of a
+config.json, saved, and ours of the folder. They must have equal logits, or ours must be refused by
+name; what transformers itself refuses says nothing.
+"""
+
+import contextlib
+import dataclasses
+import io
+import json
+import shutil
+import types
+import typing
+import warnings
+from pathlib import Path
+
+import torch
+
+import interop
+from common.errors import UserError
+from helpers import transformers_models as reference
+from model_builder import build_model
+
+SIZES = {
+    'num_hidden_layers': 2,
+    'num_attention_heads': 4,
+    'hidden_size': 32,
+    'intermediate_size': 48,
+    'max_position_embeddings': 16,
+}
+_GROUPED = {**SIZES, 'num_key_value_heads': 2, 'head_dim': 12}
+_DEEPSEEK = {
+    **SIZES,
+    'num_key_value_heads': 4,
+    'q_lora_rank': 12,
+    'kv_lora_rank': 10,
+    'qk_nope_head_dim': 6,
+    'qk_rope_head_dim': 4,
+    'v_head_dim': 5,
+    'n_routed_experts': 4,
+    'num_experts_per_tok': 2,
+    'moe_intermediate_size': 16,
+    'n_shared_experts': 1,
+    'first_k_dense_replace': 1,
+}
+# Tiny models; what is left out is at transformers' default.
+BASES = {
+    'gpt2': {'n_layer': 2, 'n_head': 4, 'n_embd': 32, 'n_positions': 16},
+    'llama': {**_GROUPED, 'rope_parameters': {'rope_type': 'default', 'rope_theta': 50.0}},
+    'mistral': {**_GROUPED, 'sliding_window': 5},
+    'qwen3': {**_GROUPED, 'use_sliding_window': True, 'sliding_window': 5, 'max_window_layers': 1},
+    'olmo2': {**SIZES, 'num_key_value_heads': 2},
+    'gemma2': {**_GROUPED, 'sliding_window': 5, 'query_pre_attn_scalar': 20},
+    'gpt_neox': {**SIZES, 'rotary_pct': 0.5, 'rotary_emb_base': 50.0},
+    'opt': {
+        **{key: SIZES[key] for key in SIZES if key != 'intermediate_size'},
+        'ffn_dim': 48,
+    },
+    'mixtral': {**_GROUPED, 'num_local_experts': 4},
+    'deepseek_v2': _DEEPSEEK,
+    'deepseek_v3': {**_DEEPSEEK, 'n_group': 1, 'topk_group': 1},
+}
+LLAMA3 = {
+    'rope_type': 'llama3',
+    'rope_theta': 50.0,
+    'factor': 8.0,
+    'low_freq_factor': 1.0,
+    'high_freq_factor': 4.0,
+    'original_max_position_embeddings': 12,
+}
+YARN = {
+    'type': 'yarn',
+    'factor': 4.0,
+    'rope_theta': 50.0,
+    'original_max_position_embeddings': 8,
+}
+_TEXTS = {
+    'hidden_act': ('relu', 'gelu', 'gelu_pytorch_tanh', 'silu'),
+    'topk_method': ('group_limited_greedy', 'greedy', 'noaux_tc'),
+    'scoring_func': ('sigmoid', 'softmax'),
+    'summary_type': ('last', 'mean'),
+    'dtype': ('bfloat16',),
+    'torch_dtype': ('float16',),
+}
+_TEXTS['activation_function'] = _TEXTS['hidden_activation'] = _TEXTS['hidden_act']
+# What a config.json may have beside the fields of its class, and parts of models read.
+BESIDE = {
+    'is_causal': (False, None, True),
+    'rope_scaling': (LLAMA3, YARN, {'type': 'linear', 'factor': 4.0}, None),
+    'rope_parameters': (LLAMA3, YARN, {'rope_type': 'linear', 'factor': 2.0, 'rope_theta': 9.0}),
+    'rope_theta': (7.0,),
+    'rotary_emb_base': (7.0,),
+    'rotary_pct': (0.25,),
+    'partial_rotary_factor': (0.5, 1.0),
+    'original_max_position_embeddings': (4,),
+    'layer_types': (['full_attention'] * 2, ['sliding_attention', 'full_attention']),
+    'sliding_window': (3, None),
+    'use_sliding_window': (True, False),
+    'head_dim': (8, 16),
+    'qk_head_dim': (8,),
+    'attention_chunk_size': (4,),
+    'use_bidirectional_attention': (True,),
+    'is_decoder': (True,),
+    'is_encoder_decoder': (True,),
+    'add_cross_attention': (True,),
+    'per_layer_config': ({'0': {'attention_bias': True}},),
+    'tie_word_embeddings': (True, False),
+    'attention_bias': (True,),
+    'mlp_bias': (True,),
+    'scoring_func': ('softmax',),
+    'moe_layer_freq': (2,),
+    'pretraining_tp': (2,),
+    'n_ctx': (8,),
+    'chunk_size_feed_forward': (4,),
+    'tie_last_hidden_states': (False,),
+    'kv_sharing_modes': (['a'],),
+    'torch_dtype': ('float16',),
+    'rope_interleaved': (True,),
+    'temperature': (0.5,),
+    'architectures': (['GPT2Model'],),
+    'foo': (1,),
+}
+
+
+def config_class(family: str):
+    from transformers import AutoConfig
+
+    return type(AutoConfig.for_model(family))
+
+
+def other_values(field: dataclasses.Field, base) -> list:
+    """Values that the type of a field allows, other than what it is."""
+    if field.name in _TEXTS:
+        return [text for text in _TEXTS[field.name] if text != base]
+    kinds = typing.get_args(field.type) or (field.type,)
+    values: list = [None] if types.NoneType in kinds and base is not None else []
+    if bool in kinds:
+        values.append(not base)
+    elif int in kinds or float in kinds:
+        number = 1 if base is None else base
+        if isinstance(number, bool) or not isinstance(number, (int, float)):
+            return values
+        values += [2 * number or 1] if int in kinds and float not in kinds else [number / 2 or 0.1]
+        values += [number + 1] if int in kinds else [number * 1.5 + 0.1]
+    return values
+
+
+LEFT_OUT = ...  # as a value: the field is not there
+
+
+def flips(family: str, each: int | None = None) -> list[dict]:
+    """Changes of one field: of the family's class, or beside them. each: at most so many values."""
+    cls = config_class(family)
+    default, base = cls(), BASES[family]
+    pairs = []
+    for field in dataclasses.fields(cls):
+        if field.name in ('transformers_version', 'id2label', 'label2id', 'problem_type'):
+            continue  # dicts and texts that are about other heads, and are listed as harmless
+        value = base.get(field.name, getattr(default, field.name, None))
+        pairs += [(field.name, other) for other in other_values(field, value)[:each]]
+    pairs += [(name, value) for name, values in BESIDE.items() for value in values]
+    changes = [{name: value} for name, value in pairs]
+    for alias, name in cls.attribute_map.items():
+        value = base.get(name, getattr(default, name, None))
+        changes += [{alias: 2 * value}, {alias: value}, {alias: value, name: LEFT_OUT}]
+    return [change for n, change in enumerate(changes) if change not in changes[:n]]
+
+
+class Flips:
+    """Compares models of config.jsons with a change, in a folder that is overwritten."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def outcome(self, family: str, changes: dict) -> str:
+        """'equal', 'refused', 'illegal' (to transformers), or how they differ."""
+        fields = {
+            'model_type': family,
+            'vocab_size': 40,
+            **reference.NO_SPECIAL_TOKENS,
+            **BASES[family],
+            **changes,
+        }
+        fields = {name: value for name, value in fields.items() if value is not LEFT_OUT}
+        problems: list[str] = []
+        interop.TRANSFORMERS[family].read(fields, problems)
+        if problems:
+            return 'refused'
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir()
+        try:
+            with _silent():
+                theirs, expected, tokens = self._theirs(fields)
+        except Exception:
+            return 'illegal'
+        try:
+            source = interop.open_source(f'hf:{self.folder}')
+            ours = build_model(source.config, 'cpu').eval()
+            ours.load_state_dict(dict(source.weights(source.config)), strict=False)
+        except UserError:
+            return 'refused'
+        with torch.no_grad():
+            logits = ours(tokens)
+        off = (logits - expected).norm() / expected.norm()
+        return 'equal' if off < 1e-4 else f'DIFFERENT by {off:.2g}: {type(theirs).__name__}'
+
+    def _theirs(self, fields: dict):
+        """Their model of that config.json, its logits, and the tokens; saved beside it."""
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        file = self.folder / 'config.json'
+        file.write_text(json.dumps(fields))
+        config = AutoConfig.from_pretrained(self.folder)
+        model = AutoModelForCausalLM.from_config(
+            config, attn_implementation='eager', dtype=torch.float32
+        )
+        reference.randomise(model.eval())
+        tokens = torch.arange(24).view(2, 12) * 7 % 40
+        with torch.no_grad():
+            expected = model(tokens, return_dict=True).logits
+        model.save_pretrained(self.folder)
+        file.write_text(json.dumps(fields))
+        return model, expected, tokens
+
+
+@contextlib.contextmanager
+def _silent():
+    with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        yield

@@ -1,0 +1,99 @@
+"""What is exported loads in transformers, or is refused with the way out."""
+
+import json
+import sys
+from types import SimpleNamespace
+
+import pytest
+from helpers.architectures import lively, tiny
+from safetensors.torch import load_file, save_file
+
+import interop
+from common.errors import UserError
+
+pytestmark = pytest.mark.usefixtures('one_thread')
+UNEVEN_EXPERTS = {'n_embd': 24, 'n_head': 16}  # whose rows are of whole 16 bytes
+UNEVEN = {'n_embd': 30, 'n_head': 4}  # transformers divides the one by the other in some families
+
+
+def exported(folder, **values):
+    """The model, and the folder that it was exported to."""
+    model = lively(tiny(**values)).eval()
+    interop.export(model.config, dict(model.named_parameters()), folder)
+    return model, folder
+
+
+LOADS = {
+    # Llama's config class refuses such a width, Mistral's does not.
+    'uneven-llama': ({'arch_preset': 'llama', **UNEVEN, 'head_dim': 8}, 'mistral'),
+    'uneven-mixtral': ({'arch_preset': 'mixtral', **UNEVEN_EXPERTS, 'head_dim': 4}, 'mixtral'),
+    'gemma2-without-a-window': ({'arch_preset': 'gemma2', 'sliding_window': None}, 'gemma2'),
+    'gemma2-all-windows': ({'arch_preset': 'gemma2', 'attention_pattern': 'L'}, 'gemma2'),
+    'qwen3-without-a-window': ({'arch_preset': 'qwen3', 'head_dim': 8}, 'qwen3'),
+}
+
+
+@pytest.mark.parametrize('name', LOADS)
+def test_what_is_exported_loads(name, tmp_path):
+    values, family = LOADS[name]
+    model, folder = exported(tmp_path / 'theirs', **values)
+    assert json.loads((folder / 'config.json').read_text())['model_type'] == family
+    assert 'gives the same logits' in interop.check_export(model, folder)
+
+
+REFUSED = {
+    'n_embd=30 must be a multiple of n_head=4': {
+        'arch_preset': 'gemma2',
+        **UNEVEN,
+        'head_dim': 8,
+    },
+    'n_embd=24 must be a multiple of n_head=16': {
+        'arch_preset': 'deepseek',
+        **UNEVEN_EXPERTS,
+        'qk_nope_head_dim': 4,
+        'qk_rope_head_dim': 2,
+        'v_head_dim': 4,
+    },
+    'between beta_slow and beta_fast turns': {
+        'arch_preset': 'llama',
+        'rope_scaling': 'yarn',
+        'rope_original_block_size': 4,
+    },
+}
+
+
+@pytest.mark.parametrize('message', REFUSED)
+def test_what_transformers_would_refuse_is_refused_here_with_the_way_out(message):
+    with pytest.raises(UserError, match=message) as refusal:
+        interop.expressed_as(tiny(**REFUSED[message]))
+    assert '--output=model.safetensors' in str(refusal.value)
+
+
+def test_a_folder_of_which_transformers_makes_something_else_is_found_out(tmp_path):
+    model, folder = exported(tmp_path / 'theirs', arch_preset='llama')
+    tensors = load_file(folder / 'model.safetensors')
+    name = 'model.layers.0.mlp.down_proj.weight'
+    save_file({**tensors, name: 2 * tensors[name]}, folder / 'model.safetensors', {'format': 'pt'})
+    with pytest.raises(UserError, match=r'logits are .* off.*--output=model\.safetensors'):
+        interop.check_export(model, folder)
+    fields = json.loads((folder / 'config.json').read_text())
+    (folder / 'config.json').write_text(json.dumps({**fields, 'hidden_size': 30}))
+    with pytest.raises(UserError, match='cannot use what was written'):
+        interop.check_export(model, folder)
+
+
+def test_without_memory_for_the_weights_the_config_is_checked(tmp_path, monkeypatch):
+    model, folder = exported(tmp_path / 'theirs', arch_preset='gemma2')
+    nothing = SimpleNamespace(available=0)
+    monkeypatch.setattr('interop.exporter.psutil.virtual_memory', lambda: nothing)
+    assert 'there is no memory to load its weights' in interop.check_export(model, folder)
+    fields = json.loads((folder / 'config.json').read_text())
+    (folder / 'config.json').write_text(json.dumps({**fields, 'intermediate_size': 8}))
+    with pytest.raises(UserError, match='it has other parameters'):
+        interop.check_export(model, folder)
+
+
+def test_without_transformers_it_says_so(tmp_path, monkeypatch):
+    model, folder = exported(tmp_path / 'theirs', arch_preset='llama')
+    monkeypatch.setitem(sys.modules, 'transformers', None)
+    assert 'transformers is not installed' in interop.check_export(model, folder)

@@ -1,0 +1,158 @@
+"""Every field of a config.json of theirs: equal logits with transformers, or a refusal by name."""
+
+import math
+
+import pytest
+from helpers import foreign_configs
+from helpers.foreign_configs import BASES, LLAMA3, Flips
+
+import interop
+
+pytestmark = pytest.mark.usefixtures('one_thread')
+
+
+@pytest.mark.parametrize('family', BASES)
+def test_no_field_is_read_otherwise_than_transformers_reads_it(family, tmp_path):
+    flips = Flips(tmp_path / 'model')
+    assert flips.outcome(family, {}) == 'equal'
+    outcomes = {
+        str(change): flips.outcome(family, change)
+        for change in foreign_configs.flips(family, each=1)
+    }
+    differing = {k: v for k, v in outcomes.items() if v not in ('equal', 'refused', 'illegal')}
+    assert differing == {}
+    counts = {what: list(outcomes.values()).count(what) for what in ('equal', 'refused')}
+    assert counts['equal'] > 30 and counts['refused'] > 15, counts
+
+
+def test_every_family_is_tried():
+    assert BASES.keys() == interop.TRANSFORMERS.keys()
+
+
+def problems_of(model_type: str, **fields) -> list[str]:
+    problems: list[str] = []
+    interop.TRANSFORMERS[model_type].read(
+        {'model_type': model_type, 'vocab_size': 40, **BASES[model_type], **fields}, problems
+    )
+    return problems
+
+
+# What model cards and other programs put into a config.json, by hand or by version.
+CONTRADICTIONS = {
+    'is_causal=False': ('llama', {'is_causal': False}),
+    'is_causal=None': ('opt', {'is_causal': None}),
+    'rope_scaling=': ('llama', {'rope_scaling': LLAMA3}),
+    'original_max_position_embeddings=8 and': (
+        'qwen3',
+        {'original_max_position_embeddings': 8, 'rope_parameters': LLAMA3},
+    ),
+    "layer_types=None: .*'ministral'": ('mistral', {'layer_types': None}),
+    'head_dim=16': ('gpt_neox', {'head_dim': 16}),
+    'num_attention_heads=8 and n_head=4 contradict': ('gpt2', {'num_attention_heads': 8}),
+    'num_experts=8 and n_routed_experts=4': ('deepseek_v2', {'num_experts': 8}),
+    'partial_rotary_factor=0.5': (
+        'deepseek_v3',
+        {'partial_rotary_factor': 0.5, 'rope_scaling': {'type': 'linear', 'factor': 2.0}},
+    ),
+    'rope_theta=7.0, where rope_theta is 50.0': ('gpt_neox', {'rope_theta': 7.0}),
+    'rope_theta=50.0 and rope_theta=7.0': ('llama', {'rope_theta': 7.0}),
+    'foo=1: .*delete it from config.json': ('olmo2', {'foo': 1}),
+    'rope_parameters: rope_theta=nan: it takes a finite number': (
+        'olmo2',
+        {'rope_parameters': {'rope_type': 'default', 'rope_theta': math.nan}},
+    ),
+    'attention_bias=1: it takes true or false': ('qwen3', {'attention_bias': 1}),
+    '1000000 layers are more': ('gpt2', {'n_layer': 10**6}),
+}
+
+
+@pytest.mark.parametrize('message', CONTRADICTIONS)
+def test_what_is_refused_is_named(message):
+    family, fields = CONTRADICTIONS[message]
+    with pytest.raises(AssertionError, match=message):
+        assert problems_of(family, **fields) == []
+
+
+# Beside the sizes: the fields of published checkpoints, of whatever version of transformers.
+PUBLISHED = {
+    'gpt2': (
+        'gpt2',
+        {
+            'n_ctx': 1024,
+            'summary_type': 'cls_index',
+            'summary_first_dropout': 0.1,
+            'n_special': 0,
+            'predict_special_tokens': True,
+            'output_past': True,
+            'task_specific_params': {'text-generation': {'do_sample': True, 'max_length': 50}},
+        },
+    ),
+    'llama-2': (
+        'llama',
+        {
+            '_name_or_path': 'meta-llama/Llama-2-7b-hf',
+            'architectures': ['LlamaForCausalLM'],
+            'pretraining_tp': 1,
+            'rope_scaling': None,
+            'torch_dtype': 'float16',
+            'use_cache': True,
+            'max_length': 4096,
+            'pad_token_id': 0,
+        },
+    ),
+    'smollm2': (
+        'llama',
+        {
+            'is_llama_config': True,
+            'rope_interleaved': False,
+            'transformers.js_config': {'kv_cache_dtype': {'fp16': 'float16'}},
+        },
+    ),
+    'gemma-2': (
+        'gemma2',
+        {'hidden_act': 'gelu_pytorch_tanh', 'cache_implementation': 'hybrid'},
+    ),
+    'pythia': ('gpt_neox', {'tie_word_embeddings': False, 'classifier_dropout': 0.1}),
+    'opt-125m': (
+        'opt',
+        {'activation_dropout': 0.0, 'prefix': '</s>', 'layerdrop': 0.0, 'init_std': 0.02},
+    ),
+    'deepseek-v2-lite': (
+        'deepseek_v2',
+        {
+            'auto_map': {'AutoConfig': 'configuration_deepseek.DeepseekV2Config'},
+            'aux_loss_alpha': 0.001,
+            'seq_aux': True,
+            'ep_size': 1,
+            'moe_layer_freq': 1,
+            'n_group': 1,
+            'topk_group': 1,
+            'topk_method': 'greedy',
+            'scoring_func': 'softmax',
+            'norm_topk_prob': False,
+            'q_lora_rank': None,
+            'rope_theta': 10000,
+            'rope_scaling': {
+                'beta_fast': 32,
+                'beta_slow': 1,
+                'factor': 40,
+                'mscale': 0.707,
+                'mscale_all_dim': 0.707,
+                'original_max_position_embeddings': 4096,
+                'type': 'yarn',
+            },
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize('name', PUBLISHED)
+def test_a_published_config_reads(name):
+    family, fields = PUBLISHED[name]
+    assert problems_of(family, **fields) == []
+
+
+def test_what_of_deepseek_does_not_read():
+    """As README says: V2 and V3 choose within groups of experts."""
+    assert 'topk_method' in problems_of('deepseek_v2', topk_method='group_limited_greedy')[0]
+    assert 'topk_group=4' in problems_of('deepseek_v3', n_group=8, topk_group=4)[0]

@@ -1,0 +1,464 @@
+"""optimization.py: the schedules, and one measured and guarded update, by each optimizer."""
+
+import copy
+import itertools
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from helpers.in_process import train_here
+from helpers.optimizer_options import RUN, options
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from common.errors import UserError
+from configurator import read_command_line
+from model_builder import ParameterGroup
+from optim.step import Updater, learning_rate_at
+from parallel import sharded_state
+from parallel.strategies import SingleProcess
+from planning import estimates
+from training_config import (
+    OPTIMIZER_REGISTRY,
+    SCHEDULE_REGISTRY,
+    Settings,
+    load_settings,
+    schema,
+)
+
+CPU = torch.device('cpu')
+FINITE = torch.tensor(1.0)
+NAN = torch.tensor(math.nan)
+
+
+# --- The schedule ---------------------------------------------------------------------------------
+
+
+def nanogpt_lr(it, learning_rate, min_lr, warmup_iters, lr_decay_iters):
+    """nanoGPT's three cases, in the order of its comments."""
+    if it < warmup_iters:  # 1) linear warm-up
+        return learning_rate * (it + 1) / (warmup_iters + 1)
+    if it > lr_decay_iters:  # 2) the minimum
+        return min_lr
+    ratio = (it - warmup_iters) / (lr_decay_iters - warmup_iters)  # 3) cosine in between
+    return min_lr + (learning_rate - min_lr) * (1 + math.cos(math.pi * ratio)) / 2
+
+
+@pytest.mark.parametrize(('warmup', 'decay'), [(10, 100), (0, 100), (0, 1), (99, 100), (1, 7)])
+def test_the_learning_rate_is_nanogpts(warmup, decay):
+    run = options(warmup_iters=warmup, lr_decay_iters=decay)
+    ours = [learning_rate_at(step, run) for step in range(2 * decay)]
+    theirs = [nanogpt_lr(step, 6e-4, 6e-5, warmup, decay) for step in range(2 * decay)]
+    assert ours == pytest.approx(theirs, rel=1e-12)
+
+
+def test_the_corners_of_the_schedule():
+    assert learning_rate_at(0, RUN) == pytest.approx(6e-4 / 11)
+    assert learning_rate_at(10, RUN) == 6e-4  # warm-up is over, the cosine begins at the top
+    assert learning_rate_at(55, RUN) == pytest.approx((6e-4 + 6e-5) / 2)
+    assert learning_rate_at(100, RUN) == learning_rate_at(10**9, RUN) == 6e-5
+    # Warm-up as long as the decay, or longer: straight to the minimum, no division by zero.
+    assert learning_rate_at(100, options(warmup_iters=100)) == 6e-5
+    assert learning_rate_at(100, options(warmup_iters=101)) == pytest.approx(6e-4 * 101 / 102)
+
+
+def test_without_decay_the_rate_is_constant():
+    run = options(decay_lr=False)
+    assert {learning_rate_at(step, run) for step in (0, 5, 10, 50, 1000)} == {6e-4}
+
+
+def torchs_rates(run, *schedules, milestones=()) -> list[float]:
+    """Of the first 2 · 100 updates, as torch's own schedulers have them, one after the other."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=run.learning_rate)
+    made = [make(optimizer) for make in schedules]
+    scheduler = torch.optim.lr_scheduler.SequentialLR(optimizer, made, list(milestones))
+    rates = []
+    for _ in range(200):
+        rates.append(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+    return rates
+
+
+def warm_up(updates):
+    return lambda optimizer: torch.optim.lr_scheduler.LinearLR(
+        optimizer, 1 / (updates + 1), 1.0, updates
+    )
+
+
+def straight(to, updates):
+    return lambda optimizer: torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, to, updates)
+
+
+def constant(optimizer):
+    return torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
+
+
+def root(to, updates):
+    """Hägele et al. 2024, equation 1: f(n) = 1 − √n, here down to a share `to`."""
+    return lambda optimizer: torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda n: to + (1 - to) * (1 - math.sqrt(min(1.0, n / updates)))
+    )
+
+
+@pytest.mark.parametrize(
+    ('changed', 'schedules', 'milestones'),
+    [
+        ({'lr_schedule': 'linear'}, [warm_up(10), straight(0.1, 90)], [10]),
+        ({'lr_schedule': 'constant'}, [warm_up(10), constant], [10]),
+        (
+            {'lr_schedule': 'wsd', 'decay_fraction': 0.3, 'decay_shape': 'linear'},
+            [warm_up(10), constant, straight(0.1, 30)],
+            [10, 70],
+        ),
+        (
+            {'lr_schedule': 'wsd', 'decay_fraction': 0.2, 'decay_shape': '1-sqrt'},
+            [warm_up(10), constant, root(0.1, 20)],
+            [10, 80],
+        ),
+    ],
+    ids=['linear', 'constant', 'wsd linear', 'wsd 1-sqrt'],
+)
+def test_schedules_are_torchs(changed, schedules, milestones):
+    run = options(**changed)
+    ours = [learning_rate_at(step, run) for step in range(200)]
+    assert ours == pytest.approx(torchs_rates(run, *schedules, milestones=milestones), rel=1e-9)
+
+
+SHAPES_OF_DECAY = {
+    # The most that one of n updates of a decay may take off, as a share of the whole.
+    'cosine': lambda n: math.pi / (2 * n),
+    'linear': lambda n: 1 / n,
+    '1-sqrt': lambda n: math.sqrt(1 / n),
+}
+
+
+def resolved(**chosen) -> tuple[SimpleNamespace, list[str]]:
+    """The run's options with what is open derived, and the problems of the schedule before that."""
+    given = {'lr_decay_iters': None, 'min_lr': None, 'warmup_iters': None, **chosen}
+    run = options(**given)
+    schedule = SCHEDULE_REGISTRY[run.lr_schedule]
+    problems = schedule.problems(run)
+    for key, (value, _) in schedule.derived_values(run).items():
+        if getattr(run, key) is None:
+            setattr(run, key, value)
+    return run, problems
+
+
+def planned_settings(**chosen) -> Settings:
+    arguments = [f'--{key}={value}' for key, value in {'plan': True, **chosen}.items()]
+    return load_settings(read_command_line(arguments, schema))
+
+
+updates = st.integers(0, 60)
+
+
+@given(
+    lr_schedule=st.sampled_from(('constant', 'cosine', 'linear', 'wsd')),
+    max_iters=st.integers(1, 60),
+    warmup_iters=st.none() | updates,
+    lr_decay_iters=st.none() | st.integers(1, 60),
+    min_lr=st.none() | st.sampled_from((0.0, 1e-5, 6e-4, 1e-3)),
+    decay_fraction=st.sampled_from((0.0, 0.1, 0.5, 1.0)) | st.floats(0, 1),
+    decay_shape=st.sampled_from(('1-sqrt', 'linear')),
+)
+@settings(max_examples=500, deadline=None)
+def test_a_learning_rate_never_jumps_nor_leaves_its_bounds(**chosen):
+    run, problems = resolved(**chosen)
+    top, warm_up, end = run.learning_rate, run.warmup_iters, run.lr_decay_iters
+    rates = [learning_rate_at(step, run) for step in range(run.max_iters)]
+    named = run.decay_shape if run.lr_schedule == 'wsd' else run.lr_schedule
+    decays = named != 'constant'
+    length = 1
+    if decays:
+        span = round(run.decay_fraction * end) if run.lr_schedule == 'wsd' else end
+        length = max(1, min(span, end - warm_up))
+    if problems:  # there is a jump, or a rise
+        fall = max((a - b for a, b in itertools.pairwise(rates)), default=0.0)
+        assert run.min_lr >= top or fall > 0.49 * top - run.min_lr
+        return
+    lowest = min(top / (warm_up + 1), run.min_lr if decays else top)
+    assert all(lowest <= rate <= top for rate in rates)
+    rising, falling = rates[: warm_up + 1], rates[warm_up:]
+    assert rising == sorted(rising) and falling == sorted(falling, reverse=True)
+    assert all(b - a <= 1.001 * top / (warm_up + 1) for a, b in itertools.pairwise(rising))
+    if warm_up < run.max_iters:
+        assert rates[warm_up] == top
+    if decays:
+        most = SHAPES_OF_DECAY[named](length) * (top - run.min_lr)
+        assert all(a - b <= most * 1.001 for a, b in itertools.pairwise(falling))
+        assert warm_up >= run.max_iters or all(rate == run.min_lr for rate in rates[end:])
+    # What does not end as a schedule is expected to is said.
+    notes = ' '.join(SCHEDULE_REGISTRY[run.lr_schedule].notes(run))
+    assert ('ends in its warm-up' in notes) == (warm_up >= run.max_iters)
+    if decays:
+        assert ('stays at min_lr' in notes) == (max(end, warm_up) < run.max_iters)
+        assert ('ends before its decay' in notes) == (warm_up < run.max_iters < end)
+    if run.lr_schedule == 'wsd' and warm_up < min(end, run.max_iters):
+        assert ('is shorter' in notes) == (end - max(1, round(run.decay_fraction * end)) < warm_up)
+
+
+@pytest.mark.parametrize(
+    ('chosen', 'why'),
+    [
+        (
+            {'lr_decay_iters': 10, 'warmup_iters': 10},
+            'lr_decay_iters=10 is not above warmup_iters=10',
+        ),
+        ({'lr_decay_iters': 2}, r'warmup_iters=3: .*--warmup_iters=0'),  # a derived warm-up
+        (
+            {'lr_schedule': 'wsd', 'decay_fraction': 0.0, 'lr_decay_iters': 30, 'warmup_iters': 5},
+            'decay_fraction=0 with lr_decay_iters=30',
+        ),
+        ({'min_lr': 1.0}, 'min_lr=1 is above'),
+    ],
+)
+def test_a_schedule_that_would_jump_is_refused(chosen, why):
+    with pytest.raises(UserError, match=why):
+        planned_settings(max_iters=60, **chosen)
+
+
+def test_what_a_schedule_comes_to_is_said_in_the_run_and_in_the_plan(tiny_dataset, tmp_path):
+    run = train_here(tiny_dataset, tmp_path, max_iters=4, lr_decay_iters=2, eval_iters=1)
+    said = [event['message'] for event in run.events('note')]
+    assert any(note.startswith('lr_decay_iters=2 is below max_iters=4') for note in said)
+    rates = [entry['lr'] for entry in run.record['training_iterations']]
+    assert rates[2:] == [run.record['config']['min_lr']] * 2
+    plan = estimates.plan(
+        planned_settings(max_iters=4, warmup_iters=9, n_layer=1, n_embd=8, n_head=1)
+    )
+    assert any(note.startswith('warmup_iters=9 is not below') for note in plan['notes'])
+
+
+# --- An update ------------------------------------------------------------------------------------
+
+SHAPES = ((7, 5), (5,), (3, 4, 2))
+
+
+def an_updater(**changed) -> Updater:
+    """Over three parameters: a matrix, a stack of three, and one that is not decayed."""
+    generator = torch.Generator().manual_seed(0)
+    a, b, c = (torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in SHAPES)
+    groups = [
+        ParameterGroup('matrices', [a, c], True, rows=[(7,), (4,)]),
+        ParameterGroup('not decayed', [b], False, lr_scale=0.5),
+    ]
+    run = options(**changed)
+    parallel = SingleProcess(run, CPU)
+    return Updater(parallel.build_optimizer(groups, run), run, CPU, parallel)
+
+
+def module_of(updater: Updater) -> torch.nn.Module:
+    """Something that has the updater's parameters under names."""
+    return torch.nn.ParameterList(updater.parameters)
+
+
+def gradients_of(step: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(1000 + step)
+    return [torch.randn(shape, generator=generator) + 0.3 for shape in (SHAPES[0], *SHAPES[:0:-1])]
+
+
+def backward(updater: Updater, gradients: list[torch.Tensor]) -> None:
+    """Through the scaler, if there is one: the loss Σ parameter · gradient has this gradient."""
+    updater.backward(sum((p * g).sum() for p, g in zip(updater.parameters, gradients)))
+
+
+def snapshot(updater: Updater) -> list[torch.Tensor]:
+    """Weights and everything that the optimizer keeps for them."""
+    kept = [t for p in updater.parameters for t in updater.optimizer.state[p].values()]
+    return [tensor.detach().clone() for tensor in (*updater.parameters, *kept)]
+
+
+def equal(left: list[torch.Tensor], right: list[torch.Tensor]) -> bool:
+    return len(left) == len(right) and all(torch.equal(a, b) for a, b in zip(left, right))
+
+
+@pytest.mark.parametrize('grad_clip', [0.0, 0.5, 1e6])
+@pytest.mark.parametrize('dtype', ['float32', 'float16'])
+def test_statistics_are_of_every_element_before_clipping(grad_clip, dtype):
+    updater = an_updater(grad_clip=grad_clip, dtype=dtype)
+    backward(updater, gradients_of(0))
+    backward(updater, gradients_of(1))  # a second micro-batch
+    sums = updater.update(1e-3, FINITE, measured=True)
+    first, second = gradients_of(0), gradients_of(1)
+    flat = np.concatenate([(a + b).numpy().ravel() for a, b in zip(first, second)])
+    flat = flat.astype(np.float64)
+    found = updater.statistics(sums.norm.item(), sums.total.item())
+    assert found == pytest.approx(
+        {'norm': np.sqrt((flat**2).sum()), 'mean': flat.mean(), 'std': flat.std()}, rel=1e-5
+    )
+
+
+def test_a_parameter_without_gradient_counts_as_zeros():
+    updater = an_updater()
+    first = gradients_of(0)[0]
+    (updater.parameters[0] * first).sum().backward()
+    sums = updater.update(1e-3, FINITE, measured=True)
+    flat = np.zeros(sum(math.prod(shape) for shape in SHAPES))
+    flat[: first.numel()] = first.numpy().ravel()
+    found = updater.statistics(sums.norm.item(), sums.total.item())
+    assert found['mean'] == pytest.approx(flat.mean(), rel=1e-5)
+    assert found['std'] == pytest.approx(flat.std(), rel=1e-5)
+
+
+@pytest.mark.parametrize('grad_clip', [0.0, 0.5, 1e6], ids=['off', 'clips', 'never reached'])
+def test_updates_are_plain_adamw_with_torchs_clipping_bit_for_bit(grad_clip):
+    updater = an_updater(grad_clip=grad_clip)
+    plain = copy.deepcopy(updater.parameters)
+    optimizer = torch.optim.AdamW(
+        [
+            {'params': [plain[0], plain[1]], 'weight_decay': 0.1},
+            {'params': [plain[2]], 'weight_decay': 0.0},
+        ],
+        lr=6e-4,
+        betas=(0.9, 0.95),
+        fused=True,
+    )
+    for step in range(5):
+        rate = learning_rate_at(step, RUN)
+        backward(updater, gradients_of(step))
+        updater.update(rate, FINITE, measured=step % 2 == 0)
+
+        for parameter, gradient in zip(plain, gradients_of(step)):
+            parameter.grad = gradient
+        if grad_clip:
+            norm = torch.nn.utils.clip_grad_norm_(plain, grad_clip)
+            assert (norm > grad_clip) == (grad_clip == 0.5)
+        for group, scale in zip(optimizer.param_groups, (1.0, 0.5)):
+            group['lr'] = rate * scale
+        optimizer.step()
+        assert equal(updater.parameters, plain)
+    assert not equal(an_updater().parameters, plain)
+    assert updater.skipped == 0
+    assert all(parameter.grad is None for parameter in updater.parameters)
+
+
+LOSSES_AND_GRADIENTS = [
+    pytest.param(NAN, 1.0, id='loss nan'),
+    pytest.param(torch.tensor(math.inf), 1.0, id='loss inf'),
+    pytest.param(FINITE, math.nan, id='gradient nan'),
+    pytest.param(FINITE, math.inf, id='gradient inf'),
+    pytest.param(FINITE, -math.inf, id='gradient -inf'),
+    pytest.param(NAN, math.nan, id='both'),
+]
+
+
+@pytest.mark.parametrize('grad_clip', [0.0, 1.0])
+@pytest.mark.parametrize(('loss', 'element'), LOSSES_AND_GRADIENTS)
+@pytest.mark.parametrize('dtype', ['float32', 'float16'])
+@pytest.mark.parametrize('steps_before', [0, 2])
+@pytest.mark.parametrize('optimizer', list(OPTIMIZER_REGISTRY))
+def test_what_is_not_finite_changes_nothing(
+    optimizer, loss, element, grad_clip, dtype, steps_before
+):
+    changed = {'optimizer': optimizer, 'grad_clip': grad_clip, 'dtype': dtype}
+    updater = an_updater(**changed)
+    for step in range(steps_before):
+        backward(updater, gradients_of(step))
+        updater.update(1e-3, FINITE, measured=True)
+    before = snapshot(updater)
+    gradients = gradients_of(9)
+    gradients[1][2, 1, 1] = element * gradients[1][2, 1, 1]
+    backward(updater, gradients)
+    updater.update(1e-3, loss, measured=True)
+    assert equal(snapshot(updater), before)
+    # In fp16 an overflowing gradient is the scaler's business, a lost loss is not.
+    assert updater.skipped == (dtype == 'float32' or not torch.isfinite(loss))
+    assert all(parameter.grad is None for parameter in updater.parameters)
+
+    # And it goes on as if that update had not been there.
+    control = an_updater(**changed)
+    for step in range(steps_before):
+        backward(control, gradients_of(step))
+        control.update(1e-3, FINITE, measured=True)
+    for one in (updater, control):
+        backward(one, gradients_of(5))
+        one.update(1e-3, FINITE, measured=True)
+    assert equal(snapshot(updater), snapshot(control))
+    assert not equal(snapshot(updater), before)
+
+
+class _Waits(TorchDispatchMode):
+    """Notes the operations that would wait for a GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(name in str(func) for name in ('_local_scalar', 'nonzero', 'equal')):
+            self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize('optimizer', list(OPTIMIZER_REGISTRY))
+def test_no_update_waits_for_the_device(optimizer):
+    updater = an_updater(optimizer=optimizer)
+    for step, loss in enumerate((FINITE, NAN)):
+        backward(updater, gradients_of(step))
+        with _Waits() as waits:
+            updater.update(1e-3, loss, measured=True)
+        assert waits.seen == []
+    with _Waits() as waits:
+        assert updater.skipped == 1
+    assert waits.seen
+
+
+def test_skipped_updates_add_up():
+    updater = an_updater()
+    for loss in (FINITE, NAN, FINITE, NAN, NAN):
+        backward(updater, gradients_of(0))
+        updater.update(1e-3, loss, measured=False)
+    assert updater.skipped == 3
+
+
+def test_the_fp16_scale_halves_at_an_overflow_and_is_reported():
+    updater = an_updater(dtype='float16')
+    before = updater.loss_scale
+    assert before == torch.amp.GradScaler('cpu').get_scale()
+    backward(updater, gradients_of(0))
+    updater.update(1e-3, FINITE, measured=False)
+    assert updater.loss_scale == before
+    overflow = gradients_of(1)
+    overflow[0][0, 0] = math.inf
+    backward(updater, overflow)
+    updater.update(1e-3, FINITE, measured=False)
+    assert updater.loss_scale == before / 2
+    assert updater.skipped == 0
+    assert an_updater().loss_scale is None
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'float16'])
+@pytest.mark.parametrize('optimizer', list(OPTIMIZER_REGISTRY))
+def test_a_saved_and_loaded_updater_goes_on_bit_for_bit(optimizer, dtype):
+    one, other = (an_updater(optimizer=optimizer, dtype=dtype) for _ in range(2))
+    overflow = gradients_of(1)
+    overflow[0][0, 0] = math.inf
+    for gradients in (gradients_of(0), overflow):
+        backward(one, gradients)
+        one.update(1e-3, FINITE, measured=False)
+    with torch.no_grad():
+        for parameter in other.parameters:
+            parameter.fill_(math.nan)  # the weights come with the rest
+    state = sharded_state.collect(one.parallel, module_of(one), one)
+    stored = sharded_state.StoredState([state])
+    sharded_state.restore(stored, other.parallel, module_of(other), other)
+    before = snapshot(one)
+    for updater in (other, one):
+        assert equal(snapshot(updater), before)  # the other's update did not reach into this one
+        backward(updater, gradients_of(2))
+        updater.update(1e-3, FINITE, measured=False)
+    assert equal(snapshot(one), snapshot(other)) and not equal(snapshot(one), before)
+    assert one.loss_scale == other.loss_scale
+
+
+@pytest.mark.parametrize('element', [math.nan, math.inf])
+def test_weights_that_are_not_finite_are_told(element):
+    updater = an_updater()
+    assert updater.weights_are_finite()
+    with torch.no_grad():
+        updater.parameters[1][0, 0, 0] = element
+    assert not updater.weights_are_finite()

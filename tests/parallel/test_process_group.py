@@ -1,0 +1,264 @@
+"""Ranks that die, hang or fail: each ends with one message that names the cause.
+
+`FORKED` goes through all the cases in groups that it forks, beside a store like torchrun's.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from helpers.project import PROJECT
+
+from common.environment import notes, world_size
+from common.errors import UserError
+
+TORCHRUN = {
+    **{'RANK': '1', 'LOCAL_RANK': '1', 'WORLD_SIZE': '2'},
+    **{'MASTER_ADDR': 'localhost', 'MASTER_PORT': '29500'},
+}
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    for key in (*TORCHRUN, 'SLURM_STEP_NUM_TASKS'):
+        monkeypatch.delenv(key, raising=False)
+
+    def change(**values):
+        for key, value in values.items():
+            monkeypatch.delenv(key, raising=False)
+            if value is not None:
+                monkeypatch.setenv(key, value)
+
+    return change
+
+
+def test_what_torchrun_sets_is_whole_or_not_there(environment):
+    assert world_size() == 1
+    environment(MASTER_ADDR='somewhere')  # of another program
+    assert world_size() == 1
+    environment(**TORCHRUN)
+    assert world_size() == 2
+    for key in TORCHRUN:
+        environment(**{**TORCHRUN, key: None})
+        with pytest.raises(UserError, match=f'but {key} is not set.*unset .*torchrun'):
+            world_size()
+    for key in TORCHRUN.keys() - {'MASTER_ADDR', 'MASTER_PORT'}:
+        environment(**{**dict.fromkeys(TORCHRUN), key: '2'})  # left over from another job
+        with pytest.raises(UserError, match=f'{key}=2 in the environment.*unset {key}'):
+            world_size()
+    environment(**{**dict.fromkeys(TORCHRUN), 'WORLD_SIZE': '1'})
+    assert world_size() == 1
+    for odd in ({'WORLD_SIZE': 'two'}, {'RANK': '2'}, {'RANK': '-1'}, {'WORLD_SIZE': '0'}):
+        environment(**{**TORCHRUN, **odd})
+        with pytest.raises(UserError, match=f'{next(iter(odd))}={next(iter(odd.values()))}'):
+            world_size()
+
+
+def test_tasks_of_slurm_that_know_nothing_of_each_other_are_told(environment):
+    assert notes() == []
+    environment(SLURM_STEP_NUM_TASKS='2')
+    (note,) = notes()
+    assert 'runs this command 2 times' in note and 'scripts/train.slurm' in note
+    environment(**TORCHRUN)
+    assert notes() == []
+
+
+FORKED = r"""
+import json, multiprocessing, os, pathlib, signal, sys, time
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from common import errors
+from parallel import process_group as ranks
+from common.errors import UserError, run_script
+
+errors.PATIENCE, ranks.ANSWER_SECONDS = 1, 2
+CPU, TIMEOUT = torch.device('cpu'), timedelta(seconds=3)
+os.environ |= {'MASTER_ADDR': 'localhost', 'TORCHELASTIC_USE_AGENT_STORE': 'True'}
+
+
+def keep_store(tell):
+    # In a process of its own: a process that has threads, as this has, cannot be forked safely.
+    server = dist.TCPStore('localhost', 0, is_master=True, wait_for_workers=False)
+    tell.send(server.port)
+    time.sleep(600)
+
+
+def killed(parallel):
+    if parallel.rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def hangs(parallel):
+    if parallel.rank == 1:
+        time.sleep(600)
+
+
+def bug(parallel):
+    if parallel.rank == 1:
+        raise ZeroDivisionError('on rank 1')
+
+
+def bug_of_all(parallel):
+    raise ZeroDivisionError('on all')
+
+
+def mistake(parallel):
+    if parallel.rank == 1:
+        raise UserError('a mistake')
+
+
+def fine(parallel):
+    pass
+
+
+def late(parallel):
+    pass  # rank 1 does not even come
+
+
+def rank_of(case, rank, size, folder):
+    os.environ |= {'RANK': str(rank), 'WORLD_SIZE': str(size)}
+    os.environ['TORCHELASTIC_ERROR_FILE'] = f'{folder}/{case}.{rank}.json'
+    with open(f'{folder}/{case}.{rank}.txt', 'w') as out:
+        os.dup2(out.fileno(), 1)
+        os.dup2(out.fileno(), 2)
+
+    def main(argv):
+        if case == 'late' and rank == 1:
+            time.sleep(600)
+        parallel = ranks.Together(*ranks.join(CPU, TIMEOUT))
+        with parallel.accountable():
+            assert parallel.largest([float(rank)]) == [size - 1.0]
+            CASES[case](parallel)
+            parallel.largest([1.0])
+
+    run_script(main, [])
+
+
+def of_other_host(parallel):
+    # As if rank 1 ran elsewhere, where nobody can look for its process.
+    parallel._process = lambda rank: ('elsewhere', 1)
+    killed(parallel)
+
+
+CASES = {
+    case.__name__: case
+    for case in (fine, killed, hangs, late, bug, bug_of_all, mistake, of_other_host)
+}
+PLAN = [('killed', 2), ('fine', 2), ('killed', 3), *((case, 3) for case in CASES), ('fine', 4)]
+
+if __name__ == '__main__':
+    folder, context, answers = sys.argv[1], multiprocessing.get_context('fork'), []
+    told, tell = context.Pipe()
+    context.Process(target=keep_store, args=(tell,), daemon=True).start()
+    os.environ['MASTER_PORT'] = str(told.recv())
+    for case, size in PLAN:
+        processes = [
+            context.Process(target=rank_of, args=(case, rank, size, folder)) for rank in range(size)
+        ]
+        for process in processes:
+            process.start()
+        # As torchrun does: what has died is taken note of, what hangs is killed in the end.
+        while alive := [rank for rank in range(size) if processes[rank].is_alive()]:
+            if alive == [1] and case in ('hangs', 'late'):
+                processes[1].kill()
+            time.sleep(0.02)
+        texts = [pathlib.Path(f'{folder}/{case}.{rank}.txt').read_text() for rank in range(size)]
+        files = [pathlib.Path(f'{folder}/{case}.{rank}.json') for rank in range(size)]
+        known = [json.loads(f.read_text())['message'] if f.exists() else None for f in files]
+        for file in files:
+            file.unlink(missing_ok=True)
+        codes = [process.exitcode for process in processes]
+        answers.append({'case': case, 'codes': codes, 'said': texts, 'for_torchrun': known})
+    pathlib.Path(folder, 'answers.json').write_text(json.dumps(answers))
+"""
+
+
+@pytest.fixture(scope='module')
+def answers(tmp_path_factory):
+    """What the ranks of each case left: the last of those that share a name."""
+    if sys.platform != 'linux':
+        pytest.skip('ranks are forked')
+    folder = tmp_path_factory.mktemp('ranks')
+    (folder / 'forked.py').write_text(FORKED)
+    subprocess.run(
+        [sys.executable, folder / 'forked.py', folder],
+        env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(PROJECT)},
+        check=True,
+        timeout=120,
+    )
+    return json.loads((folder / 'answers.json').read_text())
+
+
+def of(answers: list[dict], case: str) -> dict:
+    return [answer for answer in answers if answer['case'] == case][-1]
+
+
+def only_speaker(answer: dict) -> tuple[int, str]:
+    """The one rank that said anything, and what."""
+    ((rank, text),) = [(rank, text) for rank, text in enumerate(answer['said']) if text]
+    return rank, text
+
+
+def test_what_dead_processes_left_in_the_store_hinders_no_successor(answers):
+    """Groups of other sizes, one after the other, on the store of one torchrun."""
+    fine = [answer for answer in answers if answer['case'] == 'fine']
+    assert [answer['codes'] for answer in fine] == [[0] * 2, [0] * 3, [0] * 4]
+    assert not any(text for answer in fine for text in answer['said'])
+
+
+def test_a_killed_rank_is_named_once(answers):
+    for answer in [answer for answer in answers if answer['case'] == 'killed']:
+        assert answer['codes'] == [1, -9, 1][: len(answer['codes'])]
+        rank, text = only_speaker(answer)
+        assert rank == 0 and 'rank 1' in text and 'ended without a word' in text
+        assert '--init_from=auto' in text and 'Traceback' not in text and 'gloo' not in text
+        assert all('rank 1' in known['message'] for known in answer['for_torchrun'] if known)
+
+
+@pytest.mark.parametrize('case', ['hangs', 'of_other_host'])
+def test_a_rank_that_does_not_come_is_named_once(answers, case):
+    answer = of(answers, case)
+    assert answer['codes'] == [1, -9, 1]
+    rank, text = only_speaker(answer)
+    assert rank == 0 and 'rank 1' in text and 'rank 2' not in text
+    assert 'did not come' in text and '--distributed_timeout' in text and 'Traceback' not in text
+
+
+def test_a_rank_that_never_starts_is_named(answers):
+    answer = of(answers, 'late')
+    assert answer['codes'] == [2, -9, 2]
+    first, _, third = answer['said']
+    assert 'rank 1 did not start' in first and '--distributed_timeout=3' in first
+    assert 'find one another' in third and 'Traceback' not in first + third
+
+
+def test_a_bug_of_one_rank_is_told_by_it_alone(answers):
+    answer = of(answers, 'bug')
+    assert answer['codes'] == [1, 1, 1]
+    rank, text = only_speaker(answer)
+    assert rank == 1 and text.count('Traceback') == 1 and 'ZeroDivisionError: on rank 1' in text
+    cause, *_, consequence = (answer['for_torchrun'][rank] for rank in (1, 2, 0))
+    assert cause['message'] == 'ZeroDivisionError: on rank 1'
+    assert consequence['message'] == 'rank 1 failed: ZeroDivisionError: on rank 1'
+    # torchrun takes the earliest for the root.
+    times = [int(known['extraInfo']['timestamp']) for known in answer['for_torchrun']]
+    assert times[1] == min(times)
+
+
+def test_a_bug_of_all_ranks_is_told_once(answers):
+    answer = of(answers, 'bug_of_all')
+    assert answer['codes'] == [1, 1, 1]
+    rank, text = only_speaker(answer)
+    assert rank == 0 and text.count('Traceback') == 1 and 'ZeroDivisionError: on all' in text
+
+
+def test_a_mistake_of_one_rank_is_told_by_it_alone(answers):
+    answer = of(answers, 'mistake')
+    assert answer['codes'] == [1, 2, 1]
+    rank, text = only_speaker(answer)
+    assert rank == 1 and 'rank 1: a mistake' in text and 'Traceback' not in text

@@ -1,0 +1,760 @@
+"""Every strategy trains as a single process does: on CPUs with gloo, in groups that do many runs.
+
+`rank_driver.py` goes through `PLAN` once; the tests judge what its ranks left.
+"""
+
+import hashlib
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.event_files import assert_holds
+from helpers.project import PROJECT, TINY_RUN
+
+import export_checkpoint
+from benchmarks import fault_run
+from model_builder import build_model
+from model_config import ModelArchitectureConfig
+from training import checkpointing
+from training_logger import latest_run, read_record
+
+fcntl = pytest.importorskip('fcntl', reason='ranks are forked')
+pytestmark = pytest.mark.skipif(sys.platform != 'linux', reason='ranks are forked')
+
+VOCABULARY = 67  # no number of ranks divides it
+BASE = {
+    **TINY_RUN,
+    'n_embd': 16,
+    'block_size': 16,
+    'vocab_size': VOCABULARY,
+    'gradient_accumulation_steps': 4,
+    'max_iters': 20,
+    'learning_rate': 0.01,
+    'warmup_iters': 2,
+    'lr_decay_iters': 20,
+    'eval_interval': 10,
+    'eval_iters': 5,
+    'keep_last': 9,
+    'log_style': 'line',
+}
+ALONE = {'use_fsdp': False, 'use_zero1': False}  # or a resumed run goes on as it was
+STRATEGIES = {
+    'ddp': {},
+    'zero1': {'use_zero1': True},
+    'fsdp': {'use_fsdp': True},
+}
+VARIANTS = {
+    'kept': {'use_fsdp': True, 'fsdp_reshard_after_forward': False},
+    'unsharded': {'use_fsdp': True, 'fsdp_shard_size': 1},
+}
+GPT2 = {'arch_preset': 'gpt2'}  # tied, learned positions
+SAMPLES = {'sample_interval': 10, 'sample_prompt': 'AB', 'sample_tokens': 20}
+LLAMA = {'arch_preset': 'llama'}
+# Parameters of four rows: at three ranks the last has none of them.
+SIX = {
+    **GPT2,
+    'batch_size': 1,
+    'gradient_accumulation_steps': 6,
+    'max_iters': 10,
+    'learning_rate': 0.003,
+    'lr_decay_iters': 10,
+    'eval_interval': 2,
+}
+NARROW = {**SIX, **LLAMA, 'n_embd': 4, 'n_layer': 1}
+TEN = {**LLAMA, 'max_iters': 10, 'eval_interval': 5}
+FEW = {**LLAMA, 'max_iters': 6, 'eval_interval': 3}
+
+# Beside AdamW. ZeRO-1 cuts matrices in the middle, FSDP all of them.
+OPTIMIZERS = {
+    'muon': {'optimizer': 'muon'},
+    'lion': {'optimizer': 'lion', 'learning_rate': 0.003, 'weight_decay': 1.0},
+}
+
+OTHER_PRESETS = ('qwen3', 'gemma2', 'olmo2', 'pythia', 'deepseek')
+
+# What each strategy at two ranks is held against a single process in.
+CASES = {
+    **{name: {**TEN, **options} for name, options in OPTIMIZERS.items()},
+    'gpt2': {**GPT2, **SAMPLES},
+    'llama': {**LLAMA},
+    'dropout': {**TEN, 'dropout': 0.1},
+    'bfloat16': {**TEN, 'dtype': 'bfloat16'},
+    'float16': {**TEN, 'dtype': 'float16'},
+    # Its stacks of three are divided unevenly, and a layer's readings add up over ranks.
+    'mixture': {
+        **TEN,
+        **{'ffn_type': 'moe', 'num_experts': 3, 'experts_per_token': 1, 'dense_layers': 1},
+        **{'router_normalize': False, 'shared_experts': 1, 'log_interval': 3},
+    },
+    'diagnostics': {**GPT2, 'max_iters': 4, 'eval_interval': 2, 'diagnostics': True},
+    # Between them, the parts that the presets above have not: windows and caps, sandwich and
+    # reordered norms, norms of queries and keys, parallel branches, latent attention. At a rate
+    # ten times as high OLMo 2 is so lively that the last bits grow a thousandfold in ten updates.
+    **{p: {**TEN, 'learning_rate': 0.001, 'arch_preset': p} for p in OTHER_PRESETS},
+}
+BESIDE = {'async_save': True}
+RECOMPUTED = {**CASES['dropout'], 'activation_checkpointing': 'full'}
+MIXTURE_RECOMPUTED = {**CASES['mixture'], 'activation_checkpointing': 'full'}
+COMPILED = {**GPT2, 'max_iters': 3, 'eval_interval': 3, 'compile': True}
+
+# (ranks, options, what the message says)
+REFUSED = {
+    'fsdp alone': (1, {'use_fsdp': True}, 'torchrun'),
+    'zero1 alone': (1, {'use_zero1': True}, 'torchrun'),
+    'shards of nothing': (1, {'fsdp_shard_size': 2}, 'use_fsdp=True'),
+    'kept by nobody': (2, {'fsdp_reshard_after_forward': False}, 'use_fsdp=True'),
+    'both': (2, {'use_fsdp': True, 'use_zero1': True}, 'Leave one of them out'),
+    'accumulation': (2, {'gradient_accumulation_steps': 3}, '--gradient_accumulation_steps=4'),
+    'shards': (2, {'use_fsdp': True, 'fsdp_shard_size': 3}, 'fsdp_shard_size=3'),
+}
+
+# Checkpoints from strategy to strategy: ranks, options, and the update that each goes on to.
+JOURNEY = [
+    (2, STRATEGIES['fsdp'], 2),
+    (1, ALONE, 4),
+    (2, ALONE, 6),
+    (3, STRATEGIES['fsdp'], 8),
+    (2, {'use_fsdp': False, 'use_zero1': True}, 10),
+]
+
+
+def planned() -> list[tuple[int, list[dict]]]:
+    """The stages of `rank_driver.py`; a run has `out` where it goes on with another's."""
+
+    def run(name, *options, out=None, special=None):
+        values = {key: value for some in options for key, value in some.items()}
+        values |= {'init_from': 'resume'} if out else {}
+        extra = {'special': special} if special else {}
+        return {'name': name, 'options': values, 'out': out or name, **extra}
+
+    def refused(ranks):
+        return [run(n, GPT2, options) for n, (size, options, _) in REFUSED.items() if size == ranks]
+
+    sixes = {'adamw': SIX, **{name: {**SIX, **LLAMA, **o} for name, o in OPTIMIZERS.items()}}
+
+    def leg(number):
+        ranks, options, updates = JOURNEY[number]
+        out = 'journey 0' if number else None
+        return ranks, [
+            run(
+                f'{optimizer} journey {number}',
+                six,
+                options,
+                {'max_iters': updates},
+                out=out and f'{optimizer} {out}',
+            )
+            for optimizer, six in sixes.items()
+        ]
+
+    def late(name, options):
+        twelve = {'max_iters': 12}
+        return [
+            run(f'{name} late', GPT2, options, BESIDE, twelve, special='written_late'),
+            run(f'{name} late resumed', GPT2, options, out=f'{name} late'),
+        ]
+
+    single = [run(f'single {name}', options) for name, options in CASES.items()]
+    single += [
+        *late('single', ALONE),
+        *(run(f'single six {optimizer}', six) for optimizer, six in sixes.items()),
+        run('single narrow', NARROW),
+        run('single lost_loss', FEW, {'on_nonfinite': 'skip'}, special='lost_loss'),
+        run('single overflow', FEW, {'dtype': 'float16'}, special='overflow'),
+        *refused(1),
+    ]
+    two = refused(2)
+    for name, options in {**STRATEGIES, **VARIANTS}.items():
+        cases = CASES if name in STRATEGIES else {'gpt2': CASES['gpt2']}
+        two += [run(f'{name} {case}', values, options) for case, values in cases.items()]
+        two += [
+            run(f'{name} half', GPT2, {'max_iters': 10}, options),
+            run(f'{name} resumed', GPT2, options, out=f'{name} half'),
+        ]
+    for name, options in STRATEGIES.items():
+        two += [
+            run(f'{name} recomputed', RECOMPUTED, options),
+            run(f'{name} mixture recomputed', MIXTURE_RECOMPUTED, options),
+            run(f'{name} compiled', COMPILED, options),
+            run(f'{name} lost_loss', FEW, {'on_nonfinite': 'skip'}, options, special='lost_loss'),
+            run(f'{name} overflow', FEW, {'dtype': 'float16'}, options, special='overflow'),
+            run(f'{name} short', TEN, {'reduce_dtype': 'bfloat16'}, options),
+            run(f'{name} full_disk', FEW, options, special='full_disk'),
+            run(f'{name} full_disk beside', FEW, options, BESIDE, special='full_disk'),
+            run(f'{name} signal_in_update', FEW, options, special='signal_in_update'),
+            run(f'{name} signal beside', FEW, options, BESIDE, special='signal_in_update'),
+            *late(name, options),
+        ]
+        for optimizer in OPTIMIZERS:
+            case, half = CASES[optimizer], f'{name} {optimizer} half'
+            two += [
+                run(half, case, {'max_iters': 5}, options),
+                run(f'{name} {optimizer} resumed', case, options, out=half),
+            ]
+    two.append(run('ddp signal_while_agreeing', FEW, special='signal_while_agreeing'))
+    fsdp, hybrid = STRATEGIES['fsdp'], {'use_fsdp': True, 'fsdp_shard_size': 2}
+    three = [
+        run(f'{name} six {optimizer}', six, options)
+        for name, options in STRATEGIES.items()
+        for optimizer, six in sixes.items()
+    ]
+    three.append(run('fsdp narrow', NARROW, fsdp, {'max_iters': 4}))
+    four = [run('hybrid half', GPT2, hybrid, {'max_iters': 10}), run('hybrid few', FEW, hybrid)]
+    after = [
+        run('single narrow resumed', NARROW, ALONE, out='fsdp narrow'),
+        run('single hybrid resumed', GPT2, ALONE, out='hybrid half'),
+    ]
+    return [
+        (1, single),
+        (2, [*two, *leg(0)[1]]),
+        leg(1),
+        leg(2),
+        (3, [*leg(3)[1], *three]),
+        leg(4),
+        (4, four),
+        (1, after),
+    ]
+
+
+# --- What the ranks left --------------------------------------------------------------------------
+
+
+class Left:
+    """What one run left, by rank."""
+
+    def __init__(self, folder: Path, name: str, ranks: int):
+        files = [folder / f'{name}.{rank}.pt' for rank in range(ranks)]
+        self.ranks = [torch.load(file, weights_only=True) for file in files]
+        problems = [left['error'] for left in self.ranks if 'error' in left]
+        assert not problems, problems[0]
+        self.main = self.ranks[0]
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.main['folder'])
+
+    @property
+    def record(self) -> dict:
+        return read_record(self.folder)
+
+    def curve(self, key: str, *, below: str | None = None) -> torch.Tensor:
+        """A figure of every update: loss, loss_scale, or one below `gradients`."""
+        entries = self.record['training_iterations']
+        return torch.tensor(
+            [(entry[below] if below else entry)[key] for entry in entries], dtype=torch.float64
+        )
+
+    def evaluations(self) -> torch.Tensor:
+        keys = ('train_loss', 'val_loss')
+        return torch.tensor([[e[key] for key in keys] for e in self.record['eval_steps']])
+
+    def checkpoints(self) -> list[int]:
+        """The updates of those that are published; each is read and verified."""
+        found = map(checkpointing.read_index, checkpointing.published(self.folder / 'checkpoints'))
+        return [checkpoint.iter for checkpoint in found if checkpointing.load_state(checkpoint)]
+
+
+@pytest.fixture(scope='module')
+def left(tmp_path_factory):
+    """left(name): what a planned run left. The first of pytest's workers has them all run."""
+    common = tmp_path_factory.getbasetemp()
+    if 'PYTEST_XDIST_WORKER' in os.environ:
+        common = common.parent
+    folder, plan = common / 'ranks', planned()
+    with open(common / 'ranks.lock', 'w') as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            folder.mkdir()
+            go_through(plan, folder)
+    ranks = {run['name']: size for size, runs in plan for run in runs}
+    return lambda name: Left(folder, name, ranks[name])
+
+
+def go_through(plan: list[tuple[int, list[dict]]], folder: Path) -> None:
+    dataset = folder / 'data'
+    write_dataset(dataset)
+    for _, runs in plan:
+        for run in runs:
+            places = {'dataset': str(dataset), 'out_dir': str(folder / run.pop('out'))}
+            run['options'] = {**BASE, **places, **run['options']}
+    (folder / 'plan.json').write_text(json.dumps(plan))
+    subprocess.run(
+        [sys.executable, PROJECT / 'tests/helpers/rank_driver.py', folder / 'plan.json', folder],
+        env={
+            **os.environ,
+            'OMP_NUM_THREADS': '1',
+            'PYTHONPATH': str(PROJECT),
+            'TORCHINDUCTOR_COMPILE_THREADS': '1',  # no pool of processes for each rank
+        },
+        check=True,
+        timeout=600,
+    )
+
+
+def write_dataset(folder: Path) -> None:
+    """Tokens below 67, each following from the one before up to a toss of a coin."""
+    folder.mkdir()
+    splits = {}
+    for split, count in (('train', 8000), ('val', 2000)):
+        tokens, choose = [0], random.Random(split).choice
+        while len(tokens) < count:
+            tokens.append((tokens[-1] * 3 + choose((1, 5))) % VOCABULARY)
+        content = bytes(tokens)
+        (folder / f'{split}.bin').write_bytes(content)
+        digest = hashlib.sha256(content).hexdigest()
+        splits[split] = {'tokens': count, 'bytes': count, 'sha256': digest}
+    tokenizer = {'kind': 'char', 'characters': [chr(ord('0') + n) for n in range(VOCABULARY)]}
+    meta = {'tokenizer': tokenizer, 'vocab_size': VOCABULARY, 'dtype': 'uint8'}
+    (folder / 'meta.json').write_text(json.dumps({'format_version': 1, **meta, 'splits': splits}))
+
+
+def difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    assert a.shape == b.shape and a.isfinite().all() and b.isfinite().all()
+    return (a - b).abs().max().item()
+
+
+def weight_difference(a: dict, b: dict) -> float:
+    assert a.keys() == b.keys()
+    return max(difference(a[name], b[name]) for name in a)
+
+
+def differences(run: Left, reference: Left) -> dict[str, float]:
+    """Figure -> the largest difference between two runs of as many updates."""
+    found = {
+        'loss': difference(run.curve('loss'), reference.curve('loss')),
+        'evaluations': difference(run.evaluations(), reference.evaluations()),
+        'weights': weight_difference(run.main['weights'], reference.main['weights']),
+    }
+    for key in ('norm', 'mean', 'std'):
+        mine, theirs = (each.curve(key, below='gradients') for each in (run, reference))
+        found[f'gradient {key}'] = difference(mine, theirs)
+    return found
+
+
+# --- The same training ----------------------------------------------------------------------------
+
+FULL_PRECISION = [
+    *(
+        (strategy, case)
+        for strategy in STRATEGIES
+        for case in ('gpt2', 'llama', 'dropout', *OPTIMIZERS, *OTHER_PRESETS)
+    ),
+    *((variant, 'gpt2') for variant in VARIANTS),
+]
+
+
+@pytest.mark.parametrize(('strategy', 'case'), FULL_PRECISION)
+def test_it_is_the_training_of_a_single_process(left, strategy, case):
+    run, reference = left(f'{strategy} {case}'), left(f'single {case}')
+    assert max(differences(run, reference).values()) < 1e-5
+    for rank in run.ranks:
+        assert weight_difference(rank['weights'], run.main['weights']) == 0
+        for name, initial in reference.main['initial'].items():
+            assert torch.equal(rank['initial'][name], initial), name
+    losses = reference.curve('loss')
+    assert losses[-1] < losses[0] - 0.02, 'nothing was learned, so nothing was compared'
+    name = 'fsdp' if strategy in VARIANTS else strategy
+    metadata = run.record['metadata']
+    assert (metadata['strategy'], metadata['world_size']) == (name, 2)
+
+
+@pytest.mark.parametrize('optimizer', ['adamw', *OPTIMIZERS])
+@pytest.mark.parametrize('strategy', STRATEGIES)
+def test_three_ranks_divide_unevenly(left, strategy, optimizer):
+    run, reference = left(f'{strategy} six {optimizer}'), left(f'single six {optimizer}')
+    assert max(differences(run, reference).values()) < 1e-5
+    hashes, expected = (
+        [step['data_hash'] for step in r.record['eval_steps']] for r in (run, reference)
+    )
+    assert hashes == expected and hashes[-1] is not None
+
+
+@pytest.mark.parametrize('strategy', STRATEGIES)
+def test_recomputing_blocks_changes_nothing(left, strategy):
+    """Dropout of 0.1 included: the masks are drawn again."""
+    run, reference = left(f'{strategy} recomputed'), left('single dropout')
+    assert max(differences(run, reference).values()) < 1e-5
+
+
+@pytest.mark.parametrize('strategy', STRATEGIES)
+@pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])
+def test_half_precision_differs_by_no_more_than_its_noise(left, strategy, dtype):
+    run, reference, exact = (
+        left(f'{strategy} {dtype}'),
+        left(f'single {dtype}'),
+        left('single llama'),
+    )
+    losses, expected = run.curve('loss'), reference.curve('loss')
+    noise = difference(expected, exact.curve('loss')[: len(expected)])
+    assert noise > 1e-5, 'autocast was off'
+    assert abs(losses[0] - expected[0]) < 1e-6  # nothing is rounded apart in the first forward pass
+    assert difference(losses, expected) < noise
+    # After one more update than the losses that noise is of: two runs, each so far from the exact.
+    assert difference(run.evaluations(), reference.evaluations()) < 2 * noise
+
+
+@pytest.mark.parametrize('strategy', STRATEGIES)
+def test_gradients_may_travel_in_bfloat16(left, strategy):
+    norms, expected = (
+        left(name).curve('norm', below='gradients')
+        for name in (f'{strategy} short', 'single llama')
+    )
+    error = abs(norms[0] / expected[0] - 1)
+    assert 0 < error < 2**-8  # half a unit in the last place of bfloat16 is 2^-9 of a value
+    losses = left(f'{strategy} short').curve('loss')
+    assert difference(losses, left('single llama').curve('loss')[: len(losses)]) < 0.02
+
+
+@pytest.mark.parametrize('strategy', STRATEGIES)
+def test_compiled_blocks_are_the_same_blocks(left, strategy):
+    run = left(f'{strategy} compiled')
+    if not run.record['startup_info']['hardware']['compile']:
+        pytest.skip('there is no compiler')
+    assert all(rank['compiled_frames'] > 0 for rank in run.ranks)
+    assert difference(run.curve('loss'), left('single gpt2').curve('loss')[:3]) < 1e-5
+
+
+@pytest.mark.parametrize('how', ['mixture', 'mixture recomputed'])
+@pytest.mark.parametrize('strategy', STRATEGIES)
+def test_a_mixture_of_experts_is_divided_like_any_network(left, strategy, how):
+    run, reference = left(f'{strategy} {how}'), left('single mixture')
+    assert max(differences(run, reference).values()) < 1e-5
+    entries = run.record['training_iterations'], reference.record['training_iterations']
+    readings = [[entry['readings'] for entry in each] for each in entries]
+    assert [entry['iter'] for entry in entries[0]] == [0, 3, 6, 9]
+    for mine, theirs in zip(*readings, strict=True):
+        assert len(theirs) == 6 and mine == pytest.approx(theirs, rel=1e-5)
+    assert any(reading['busiest_expert'] > 1 for reading in readings[1])
+
+
+@pytest.mark.parametrize('strategy', [*STRATEGIES, *VARIANTS])
+def test_samples_are_those_of_a_single_process(left, strategy):
+    run, reference = (
+        {entry['iter']: entry['sample']['text'] for entry in left(name).record['eval_steps']}
+        for name in (f'{strategy} gpt2', 'single gpt2')
+    )
+    assert run == reference and list(run) == [0, 10, 20]
+    assert all(len(text) == 20 for text in run.values()) and len({*run.values()}) == 3
+
+
+@pytest.mark.parametrize('strategy', STRATEGIES)
+def test_diagnostics_are_those_of_a_single_process(left, strategy):
+    """Of the whole gradient and update, and of every window, which two ranks divide unevenly."""
+
+    def figures(entry: dict) -> list[float]:
+        found = entry['diagnostics']
+        return [
+            *(value for layer in found['layers'] for value in layer.values()),
+            *found['update_to_weight'].values(),
+            *(stretch['loss'] for stretch in found['val_loss_by_position']),
+        ]
+
+    run, reference = (left(f'{name} diagnostics') for name in (strategy, 'single'))
+    pairs = list(zip(run.record['eval_steps'], reference.record['eval_steps'], strict=True))
+    assert len(pairs) == 3
+    for mine, theirs in pairs:
+        assert figures(mine) == pytest.approx(figures(theirs), rel=1e-4)
+    assert len(figures(pairs[-1][1])) == 2 * 4 + 3 + 5
+    # And they disturb nothing.
+    assert weight_difference(run.main['weights'], reference.main['weights']) < 1e-5
+
+
+# --- Each is what it says -------------------------------------------------------------------------
+
+
+def test_what_is_divided_takes_a_part_of_the_memory_on_each_rank(left):
+    whole = left('single gpt2').main
+    for strategy in (*STRATEGIES, *VARIANTS):
+        ranks = left(f'{strategy} gpt2').ranks
+        for key, divided in (
+            ('parameter_bytes', strategy in ('fsdp', 'kept')),
+            ('optimizer_bytes', strategy in ('zero1', 'fsdp', 'kept')),
+        ):
+            share = [rank[key] / whole[key] for rank in ranks]
+            assert max(share) == pytest.approx(0.5 if divided else 1, rel=0.02), (strategy, key)
+
+
+def test_the_record_says_what_each_rank_holds(left):
+    for strategy in ('single', *STRATEGIES, *VARIANTS):
+        run = left(f'{strategy} gpt2')
+        held = run.record['startup_info']['parallel']
+        for key in ('parameter_bytes', 'optimizer_bytes'):
+            assert held[key] == max(rank[key] for rank in run.ranks), (strategy, key)
+        gradients = [
+            sum(g.nbytes for g in rank['gradients'][-1] if g is not None) for rank in run.ranks
+        ]
+        assert held['gradient_bytes'] == max(gradients), strategy
+
+
+@pytest.mark.parametrize(
+    'name',
+    [
+        *(f'{strategy} {case}' for strategy in STRATEGIES for case in ('gpt2', 'llama')),
+        *(f'{variant} gpt2' for variant in VARIANTS),
+        *(
+            f'{strategy} {kind}'
+            for strategy in STRATEGIES
+            for kind in ('six adamw', 'short', 'recomputed')
+        ),
+        'hybrid few',
+        'single gpt2',
+    ],
+)
+def test_the_record_says_what_travels(left, name):
+    """An update sends what the collectives that it calls carry, plain numbers apart."""
+    run = left(name)
+    sent = run.record['startup_info']['parallel']['bytes_sent_per_update']
+    for rank in run.ranks:
+        first, *others = rank['sent']
+        assert others == pytest.approx([sent] * (run.record['config']['max_iters'] - 1), rel=1e-9)
+        # Without resharding the evaluation has left whole parameters behind.
+        assert first < sent if name == 'kept gpt2' else first == pytest.approx(sent, rel=1e-9)
+
+
+@pytest.mark.parametrize('ranks', ['', 'six '])
+@pytest.mark.parametrize('strategy', STRATEGIES)
+def test_the_record_says_what_travels_for_whole_matrices(left, strategy, ranks):
+    """On average: who owns which matrix makes a difference."""
+    run = left(f'{strategy} {ranks}muon')
+    recorded = run.record['startup_info']['parallel']['bytes_sent_per_update']
+    sent = torch.tensor([rank['sent'] for rank in run.ranks], dtype=torch.float64)
+    assert sent.mean(dim=0).tolist() == pytest.approx([recorded] * sent.size(1), rel=1e-9)
+
+
+@pytest.mark.parametrize('strategy', STRATEGIES)
+def test_gradients_travel_once_an_update(left, strategy):
+    """Until the last of a rank's two micro-batches it has the gradient of its own at most."""
+    single = left('single gpt2').main['gradients']  # sums of one, two, three and four micro-batches
+    ranks = [rank['gradients'] for rank in left(f'{strategy} gpt2').ranks]
+    for number, whole in enumerate(single[-1]):
+        first, last = ([rank[step][number] for rank in ranks] for step in (0, 1))
+        if strategy == 'fsdp':
+            assert first == [None, None]
+            torch.testing.assert_close(torch.cat(last), whole)
+            continue
+        torch.testing.assert_close(first[0], single[0][number])
+        torch.testing.assert_close(first[1], single[1][number] - single[0][number])
+        assert torch.equal(*last)
+        torch.testing.assert_close(last[0], whole)
+
+
+# --- Values that are not finite -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('strategy', STRATEGIES)
+def test_a_loss_that_one_rank_loses_is_skipped_by_all(left, strategy):
+    run, reference = left(f'{strategy} lost_loss'), left('single lost_loss')
+    kinds = [[e['event'] for e in each.record['events']] for each in (run, reference)]
+    assert kinds[0] == kinds[1] and 'nonfinite' in kinds[0]
+    mine, theirs = (each.record['training_iterations'] for each in (run, reference))
+    assert [e['loss'] is None for e in mine] == [e['iter'] == 2 for e in mine]
+    assert mine[-1]['loss'] == pytest.approx(theirs[-1]['loss'], abs=1e-5)
+    assert weight_difference(run.main['weights'], reference.main['weights']) < 1e-5
+
+
+@pytest.mark.parametrize('strategy', STRATEGIES)
+def test_an_overflow_on_one_rank_is_an_overflow_on_all(left, strategy):
+    run, reference = left(f'{strategy} overflow'), left('single overflow')
+    scales = reference.curve('loss_scale')
+    assert scales[2] == scales[1] / 2, 'nothing overflowed'
+    assert torch.equal(run.curve('loss_scale'), scales)
+    assert [rank['scale'] for rank in run.ranks] == [scales[-1], scales[-1]]
+    assert difference(run.curve('loss'), reference.curve('loss')) < 1e-3
+    # The update was skipped by all: its successor starts from the same weights.
+    assert weight_difference(run.ranks[1]['weights'], run.main['weights']) == 0
+
+
+# --- Checkpoints ----------------------------------------------------------------------------------
+
+
+RESUMED = [
+    *((f'{name} gpt2', f'{name} resumed') for name in (*STRATEGIES, *VARIANTS)),
+    *((f'{name} {o}', f'{name} {o} resumed') for name in STRATEGIES for o in OPTIMIZERS),
+]
+
+
+@pytest.mark.parametrize(('whole', 'resumed'), RESUMED)
+def test_a_resumed_run_ends_with_the_same_bits(left, whole, resumed):
+    whole, resumed = left(whole), left(resumed)
+    assert resumed.checkpoints() == whole.checkpoints() and len(whole.checkpoints()) == 2
+    assert torch.equal(whole.curve('loss'), resumed.curve('loss'))
+    assert weight_difference(whole.main['weights'], resumed.main['weights']) == 0
+
+
+@pytest.mark.parametrize('strategy', (*STRATEGIES, *VARIANTS))
+def test_a_checkpoint_holds_the_weights_of_the_end(left, strategy):
+    """Once, whichever rank wrote them: piece after piece they are the live ones."""
+    run = left(f'{strategy} gpt2')
+    _, files = checkpointing.newest(run.folder / 'checkpoints', print)
+    for name, weight in run.main['weights'].items():
+        pieces = [
+            (file['offsets']['model'][name], file['model'][name].reshape(-1))
+            for file in files
+            if name in file['model']
+        ]
+        pieces.sort(key=lambda piece: piece[0])
+        assert torch.equal(torch.cat([piece for _, piece in pieces]), weight.reshape(-1)), name
+
+
+@pytest.mark.parametrize('strategy', ('single', *STRATEGIES))
+def test_what_is_written_beside_the_training_is_what_was_saved(left, strategy):
+    """Though it is written two updates later; and a run that resumes ends with the same bits."""
+    late, whole = left(f'{strategy} late'), left(f'{strategy} gpt2')
+    after_ten = [run.folder / 'checkpoints' / 'iter_00000010' for run in (late, whole)]
+    mine, theirs = map(checkpointing.read_index, after_ten)
+    assert mine.index['progress'] == theirs.index['progress']
+    assert fault_run.differences(*map(checkpointing.load_state, (mine, theirs))) == []
+    journal = (late.folder / 'journal.jsonl').read_text().splitlines()
+    entries = [(line['kind'], line.get('iter')) for line in map(json.loads, journal)]
+    assert entries.index(('checkpoint', 10)) > entries.index(('iteration', 11))
+
+    resumed = left(f'{strategy} late resumed')
+    (resume,) = (event for event in resumed.record['events'] if event['event'] == 'resume')
+    assert resume['iter'] == 12 and resumed.checkpoints() == [20, 12, 10]
+    assert torch.equal(whole.curve('loss'), resumed.curve('loss'))
+    assert weight_difference(whole.main['weights'], resumed.main['weights']) == 0
+
+
+@pytest.mark.parametrize('strategy', STRATEGIES)
+def test_a_checkpoint_is_exported_whoever_wrote_it(left, strategy, tmp_path):
+    run, output = left(f'{strategy} gpt2'), tmp_path / 'model.pt'
+    export_checkpoint.main([f'--run={run.folder}', f'--output={output}'])
+    exported = torch.load(output, weights_only=True)
+    config = ModelArchitectureConfig.from_dict(exported['config']['architecture'])
+    models = build_model(config, 'cpu', seed=1), build_model(config, 'cpu', seed=2)
+    models[0].load_state_dict(exported['model'])
+    models[1].load_state_dict(run.main['weights'], strict=False)  # the tied name is left out
+    with torch.no_grad():
+        logits = [model.eval()(torch.arange(16).view(2, 8)) for model in models]
+    assert torch.equal(*logits)
+
+
+@pytest.mark.parametrize('optimizer', ['adamw', *OPTIMIZERS])
+def test_a_checkpoint_goes_from_strategy_to_strategy(left, optimizer):
+    end, reference = (
+        left(f'{optimizer} journey {len(JOURNEY) - 1}'),
+        left(f'single six {optimizer}'),
+    )
+    changes = [event['changed'] for event in end.record['events'] if event['event'] == 'resume']
+    assert [change['strategy'][1] for change in changes] == ['single', 'ddp', 'fsdp', 'zero1']
+    assert [change['world_size'][1] for change in changes] == [1, 2, 3, 2]
+    assert max(differences(end, reference).values()) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ('resumed', 'reference'),
+    [('single narrow resumed', 'single narrow'), ('single hybrid resumed', 'single gpt2')],
+)
+def test_ranks_that_hold_nothing_or_copies(left, resumed, reference):
+    """Three ranks of which one holds no row, and two shards on each of two replicas."""
+    assert max(differences(left(resumed), left(reference)).values()) < 1e-5
+
+
+# --- Endings --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ('name', 'updates'),
+    [
+        *((f'{strategy} signal_in_update', 3) for strategy in STRATEGIES),
+        *((f'{strategy} signal beside', 3) for strategy in STRATEGIES),
+        ('ddp signal_while_agreeing', 2),
+    ],
+)
+def test_a_signal_to_one_rank_stops_all_at_the_same_update(left, name, updates):
+    run = left(name)
+    assert [rank['code'] for rank in run.ranks] == [143, 143]
+    assert run.record['status'] == 'interrupted'
+    assert run.record['summary']['final_iter'] == updates
+    assert updates in run.checkpoints() and len(set(run.checkpoints())) == len(run.checkpoints())
+
+
+@pytest.mark.parametrize('strategy', STRATEGIES)
+@pytest.mark.parametrize('special', ['full_disk', 'full_disk beside'])
+def test_a_rank_that_cannot_write_stops_all(left, strategy, special):
+    run = left(f'{strategy} {special}')
+    assert [rank['code'] for rank in run.ranks] == [2, 2]
+    (problem,) = run.main['problems']
+    assert run.ranks[1]['problems'] == (problem,) and os.strerror(28) in problem
+    assert run.record['status'] == 'failed'
+    assert not list((run.folder / 'checkpoints').iterdir())
+
+
+@pytest.mark.parametrize('name', REFUSED)
+def test_what_cannot_be_is_refused(left, name):
+    run, (_, _, words) = left(name), REFUSED[name]
+    assert {rank['code'] for rank in run.ranks} == {2}
+    assert words in run.main['stderr']
+    assert all(len(rank['problems']) == 1 for rank in run.ranks)
+    assert not any('folder' in rank for rank in run.ranks)
+
+
+def test_torchrun_starts_it_as_the_readme_says(tmp_path, tiny_dataset):
+    options = {**TINY_RUN, 'dataset': tiny_dataset, 'out_dir': 'out', 'use_fsdp': True}
+    options |= {'tensorboard_log': True}
+    subprocess.run(
+        [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
+        + [str(PROJECT / 'train.py'), str(PROJECT / 'config/arch_llama.py')]
+        + [f'--{key}={value}' for key, value in options.items()],
+        cwd=tmp_path,
+        check=True,
+        timeout=120,
+    )
+    folder = latest_run(tmp_path / 'out')
+    record = read_record(folder)
+    assert record['status'] == 'finished'
+    assert record['metadata']['strategy'] == 'fsdp' and record['metadata']['world_size'] == 2
+    assert len(list(folder.glob('events*'))) == 1
+    assert_holds(folder, record)
+
+
+MISTAKEN = """
+import os, time
+from common import errors
+from common.errors import UserError, run_script
+
+errors.PATIENCE = 3
+
+def main(argv):
+    rank = os.environ['RANK']
+    if rank == '0':
+        time.sleep({delay})
+    if rank in '{ranks}':
+        raise UserError('a mistake')
+    time.sleep(60)
+
+run_script(main)
+"""
+
+
+@pytest.mark.parametrize(
+    ('ranks', 'delay', 'said'),
+    [('01', 1, 'script.py: a mistake'), ('1', 0, 'script.py, rank 1: a mistake')],
+)
+def test_under_torchrun_a_mistake_is_told_once(tmp_path, ranks, delay, said):
+    """Also when the first rank comes to it last, and when another makes it alone."""
+    script = tmp_path / 'script.py'
+    script.write_text(MISTAKEN.format(ranks=ranks, delay=delay))
+    result = subprocess.run(
+        [
+            sys.executable,
+            '-m',
+            'torch.distributed.run',
+            '--standalone',
+            '--nproc_per_node=2',
+            script,
+        ],
+        env={**os.environ, 'PYTHONPATH': str(PROJECT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 1
+    told = [line for line in result.stderr.splitlines() if 'a mistake' in line]
+    # By one rank, and by torchrun in its closing report.
+    assert [line for line in told if not line.startswith('  traceback : ')] == [said]
+    assert told[-1] == '  traceback : a mistake'

@@ -1,0 +1,338 @@
+"""TensorBoard and Weights & Biases get what the record has, and can do the run no harm."""
+
+import importlib
+import io
+import sys
+from types import SimpleNamespace
+
+import pytest
+from helpers.event_files import assert_holds, read, shown_of
+from helpers.in_process import train_here
+from helpers.sample_run import (
+    ARCHITECTURE,
+    CONFIG,
+    MAX_ITERS,
+    METADATA,
+    STARTUP_INFO,
+    checkpoint,
+    evaluation,
+    iteration,
+)
+
+import study
+import train
+from common.errors import UserError
+from configurator import read_command_line
+from records import trackers
+from studies.grid import STUDY_KEYS, read_study
+from studies.runner import Runner
+from studies.variants import Point
+from training_logger import TrainingLogger, new_run_folder, read_record
+
+pytestmark = pytest.mark.usefixtures('one_thread')
+
+SINKS = pytest.mark.parametrize('sink', trackers.SINKS, ids=lambda sink: sink.package)
+RICH = {'ffn_type': 'moe', 'num_experts': 3, 'experts_per_token': 2, 'diagnostics': True}
+
+
+@pytest.fixture
+def crash(monkeypatch):
+    """crash(n): the next run ends before its update n."""
+
+    def at(iter):
+        update = train.update
+
+        def dying(session, clock):
+            if session.progress.iter == iter:
+                monkeypatch.setattr(train, 'update', update)
+                raise RuntimeError('crashed')
+            update(session, clock)
+
+        monkeypatch.setattr(train, 'update', dying)
+
+    return at
+
+
+@pytest.fixture
+def wandb(monkeypatch):
+    """A stand-in for the package: `runs` are the arguments of `init`, with what was done to each.
+
+    As in the real one, every call names what the arguments are called there, and `log` without a
+    step adds a row.
+    """
+    module = SimpleNamespace(runs=[], broken=None, __spec__=SimpleNamespace(origin='wandb'))
+    module.errors = SimpleNamespace(UsageError=type('UsageError', (Exception,), {}))
+
+    class Run:
+        def __init__(self, project, name, config, allow_val_change, dir, id, resume):
+            if project == 'without a key':
+                raise module.errors.UsageError('No API key configured.')
+            self.project, self.name, self.config, self.dir = project, name, config, dir
+            self.id, self.resume = id or f'id{len(module.runs)}', resume
+            self.offline, self.url = False, f'https://wandb.example/{project}/runs/{self.id}'
+            self.rows, self.metrics, self.summary, self.exit_code = [], {}, {}, None
+            module.runs.append(self)
+
+        def define_metric(self, name, step_metric=None):
+            self.metrics[name] = step_metric
+
+        def log(self, data):
+            if module.broken and len(self.rows) == module.broken:
+                raise ConnectionError('the service is gone')
+            self.rows.append(data)
+
+        def finish(self, exit_code=None):
+            self.exit_code = exit_code
+
+    module.init = Run
+    monkeypatch.setitem(sys.modules, 'wandb', module)
+    return module
+
+
+def logger_in(folder, **options):
+    options = SimpleNamespace(**{'wandb_project': 'p', 'wandb_run_name': 'n', **options})
+    options.get = lambda key: getattr(options, key, False)
+    return TrainingLogger(
+        folder, stream=io.StringIO(), max_iters=MAX_ITERS, sinks=trackers.asked_for(options)
+    )
+
+
+def log_with_a_rollback(logger):
+    """A run that goes back from 7 to the evaluation and checkpoint of 4, and sees other data."""
+    logger.start(CONFIG, ARCHITECTURE, METADATA, STARTUP_INFO)
+    for i in range(4):
+        logger.iteration(iteration(i, loss=9.0 - i))
+    logger.evaluation(evaluation(4, 5.5))
+    logger.checkpoint(checkpoint(4))
+    for i in range(4, 7):
+        logger.iteration(iteration(i, loss=8.0 - i))
+    logger.event('nonfinite', 6, 'a bad batch', count=1)
+    logger.rollback(4, from_iter=7, checkpoint='checkpoints/4', message='went back')
+    for i in range(4, 8):
+        logger.iteration(iteration(i, loss=7.5 - i, peak_gb=None))
+    logger.iteration(iteration(8, loss=float('nan')))
+    sample = {'prompt': 'To be', 'text': ' or not', 'time_ms': 1.0}
+    logger.evaluation({**evaluation(9, 4.5, bits=None), 'sample': sample})
+    logger.finish()
+
+
+# --- TensorBoard ---------------------------------------------------------------------------------
+
+
+def test_event_files_hold_every_number_of_the_record_after_a_crash_too(
+    tiny_dataset, tmp_path, crash
+):
+    options = {**RICH, 'max_iters': 9, 'eval_interval': 4, 'tensorboard_log': True}
+    crash(6)
+    with pytest.raises(RuntimeError):
+        train_here(tiny_dataset, tmp_path / 'out', **options)
+    (run,) = (tmp_path / 'out').iterdir()
+    before = read(run).Scalars('train/loss')
+    assert [event.step for event in before] == list(range(6))
+    resumed = train_here(tiny_dataset, tmp_path / 'out', **options, init_from='resume')
+    assert resumed.code == 0 and resumed.folder == run
+    assert_holds(run, resumed.record)
+
+    # Being watched changes nothing.
+    alone = train_here(tiny_dataset, tmp_path / 'alone', **{**options, 'tensorboard_log': False})
+    assert alone.losses == resumed.losses
+    assert not list(alone.folder.glob('events*'))
+
+
+def test_what_a_rollback_takes_back_is_not_shown(tmp_path):
+    logger = logger_in(new_run_folder(tmp_path), tensorboard_log=True)
+    log_with_a_rollback(logger)
+    record = read_record(logger.run_folder)
+    assert_holds(logger.run_folder, record)
+    assert [e['loss'] for e in record['training_iterations']][4:] == [3.5, 2.5, 1.5, 0.5, None]
+
+
+def test_options_and_events_can_be_read_there(tmp_path):
+    logger = logger_in(new_run_folder(tmp_path), tensorboard_log=True)
+    log_with_a_rollback(logger)
+    reader = read(logger.run_folder)
+    texts = [
+        tensor.tensor_proto.string_val[0].decode()
+        for tag in ('config', 'events', 'sample')
+        for tensor in reader.Tensors(f'{tag}/text_summary')
+    ]
+    assert 'To be or not' in texts[-1]
+    assert '| `arch_preset` | llama |' in texts[0] and '| `architecture_hash` | 3f9c' in texts[0]
+    for text in (
+        '**nonfinite** a bad batch',
+        '**rollback** went back',
+        '**nonfinite** loss is nan',
+    ):
+        assert any(text in event for event in texts[1:])
+    from tensorboard.plugins.hparams import metadata
+
+    start = metadata.parse_session_start_info_plugin_data(
+        reader.SummaryMetadata('_hparams_/session_start_info').plugin_data.content
+    )
+    assert start.hparams['arch_preset'].string_value == 'llama'
+    assert start.hparams['max_iters'].number_value == MAX_ITERS
+    assert '_hparams_/session_end_info' in reader.summary_metadata
+
+
+def test_an_evaluation_alone_is_shown(tiny_dataset, tmp_path):
+    run = train_here(tiny_dataset, tmp_path, eval_only=True, tensorboard_log=True)
+    assert run.code == 0
+    assert_holds(run.folder, run.record)
+    assert read(run.folder).Scalars('val/loss')[0].step == 0
+
+
+# --- Weights & Biases ----------------------------------------------------------------------------
+
+
+def rows_shown(run):
+    """Name -> step -> value, of the rows of a stand-in's run; the last one of a step holds."""
+    shown = {}
+    for row in run.rows:
+        for name, value in row.items():
+            if name != 'iter':
+                shown.setdefault(name, {})[row['iter']] = value
+    return shown
+
+
+def test_a_wandb_run_has_every_number_and_is_gone_on_with_under_its_id(
+    wandb, tiny_dataset, tmp_path, crash
+):
+    options = {**RICH, 'max_iters': 9, 'eval_interval': 4, 'wandb_log': True}
+    crash(6)
+    with pytest.raises(RuntimeError):
+        train_here(tiny_dataset, tmp_path / 'out', **options)
+    options |= {'init_from': 'resume', 'wandb_run_name': 'mine'}
+    run = train_here(tiny_dataset, tmp_path / 'out', **options)
+    first, second = wandb.runs
+    record = run.record
+    assert (run.code, first.exit_code, second.exit_code) == (0, 1, 0)
+    assert first.id == second.id and second.resume == 'allow'
+    assert {event['id'] for event in record['events'] if event['event'] == 'wandb_run'} == {
+        first.id
+    }
+    assert first.project == tiny_dataset.name and first.name == record['architecture']['name']
+    assert second.name == 'mine' and second.dir == str(run.folder)
+    assert first.metrics['*'] == 'iter'
+    first.rows += second.rows
+    assert rows_shown(first) == shown_of(record)
+    assert second.summary == record['summary']
+    assert {**second.config, **record['config']} == second.config
+    assert second.config['total_params'] == record['startup_info']['model']['total_params']
+    assert 'wandb' not in {key for e in record['events'] for key in e.get('changed', {})}
+
+
+def test_what_wandb_calls_the_users_mistake_is_one(wandb, tiny_dataset, tmp_path, capsys):
+    options = {'wandb_log': True, 'wandb_project': 'without a key'}
+    with pytest.raises(AttributeError):  # train_here looks for a session
+        train_here(tiny_dataset, tmp_path, **options)
+    out, told = capsys.readouterr()
+    assert 'No API key configured. WANDB_MODE=offline' in told and told.count('\n') == 1
+    assert 'told nothing more' not in out
+    (folder,) = tmp_path.iterdir()
+    assert read_record(folder)['status'] == 'failed'
+
+
+def test_rows_go_on_from_where_a_rollback_went_back_to(wandb, tmp_path):
+    logger = logger_in(new_run_folder(tmp_path), wandb_log=True)
+    log_with_a_rollback(logger)
+    (run,) = wandb.runs
+    shown, expected = rows_shown(run), shown_of(read_record(logger.run_folder))
+    assert shown.pop('train/loss') == {**expected.pop('train/loss')}
+    assert shown.pop('memory/peak_gb').keys() >= expected.pop('memory/peak_gb').keys()
+    assert shown == expected
+
+
+def test_a_study_gives_each_of_its_runs_a_name(tiny_dataset, tmp_path, wandb):
+    path = tmp_path / 'study.py'
+    path.write_text(f"dataset = {str(tiny_dataset)!r}\nsweep = {{'bias': [True, False]}}")
+    point = Point('bias=True', 'bias=True', {'bias': True}, choice=None, updates=None)
+    for given, named in ((['--wandb_log'], True), ([], False)):
+        asked = read_command_line([str(path), *given], study.schema, aside=STUDY_KEYS)
+        runner = Runner(read_study(asked), tmp_path, (), jobs=1, own_options=set())
+        assert ('--wandb_run_name=bias=True' in runner.arguments('runs', point)) == named
+
+
+# --- What goes wrong -----------------------------------------------------------------------------
+
+
+@SINKS
+@pytest.mark.parametrize('there', [None, SimpleNamespace(origin=None)], ids=['nothing', 'a folder'])
+def test_a_package_that_is_not_there_is_asked_for_before_anything_is_made(
+    sink, there, tiny_dataset, tmp_path, monkeypatch
+):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, 'find_spec', lambda name: there if name == sink.package else find(name)
+    )
+    asked = [f'--dataset={tiny_dataset}', f'--out_dir={tmp_path / "out"}', f'--{sink.option}']
+    with pytest.raises(UserError, match=f'{sink.option}=True .* pip install {sink.package}'):
+        train.main(asked)
+    assert not (tmp_path / 'out').exists()
+    assert train.main([*asked, '--plan', '--block_size=8']) == 0
+
+
+def test_a_sink_that_fails_is_given_up_and_the_run_goes_on(
+    tiny_dataset, tmp_path, monkeypatch, wandb, capsys
+):
+    from torch.utils.tensorboard import SummaryWriter
+
+    flush, lines = SummaryWriter.flush, []
+
+    def full(writer):
+        lines.append(1)
+        if len(lines) == 5:
+            raise OSError('No space left on device')
+        flush(writer)
+
+    monkeypatch.setattr(SummaryWriter, 'flush', full)
+    wandb.broken = 3
+    run = train_here(
+        tiny_dataset, tmp_path, max_iters=8, tensorboard_log=True, wandb_log=True, log_style='line'
+    )
+    assert run.code == 0 and run.record['status'] == 'finished'
+    assert [entry['iter'] for entry in run.record['training_iterations']] == list(range(8))
+    board, weights = (event['message'] for event in run.events('sink_failed'))
+    assert 'TensorBoard' in board and 'No space left' in board
+    assert 'Weights & Biases' in weights and 'the service is gone' in weights
+    assert capsys.readouterr().out.count('is told nothing more') == 2
+    assert len(lines) == 5 and len(wandb.runs[0].rows) == 3
+
+
+@pytest.mark.parametrize('action', ['begin', 'end'])
+def test_a_sink_may_fail_first_or_last(tmp_path, action):
+    class Fails:
+        title = 'A sink'
+
+        def __getattr__(self, name):
+            def answer(*arguments):
+                if name == action:
+                    raise ValueError
+                return {}
+
+            return answer
+
+    logger = TrainingLogger(
+        new_run_folder(tmp_path), stream=io.StringIO(), max_iters=MAX_ITERS, sinks=[Fails()]
+    )
+    log_with_a_rollback(logger)
+    assert 'A sink is told nothing more of this run: ValueError' in logger.console.stream.getvalue()
+    record = read_record(logger.run_folder)
+    assert record['status'] == 'finished'
+    assert ('sink_failed' in {e['event'] for e in record['events']}) == (action == 'begin')
+
+
+def test_other_ranks_have_no_sinks(tmp_path):
+    class Untouched:
+        """Has no methods."""
+
+    logger = TrainingLogger(None, is_main=False, max_iters=MAX_ITERS, sinks=[Untouched()])
+    log_with_a_rollback(logger)
+
+
+def test_what_is_not_asked_for_is_not_imported(tiny_dataset, tmp_path, monkeypatch):
+    for name in ('wandb', 'tensorboard', 'torch.utils.tensorboard'):
+        monkeypatch.setitem(sys.modules, name, None)  # importing it fails
+    assert not train_here(tiny_dataset, tmp_path / 'without').events('sink_failed')
+    monkeypatch.setattr(trackers, '_is_installed', lambda package: True)
+    run = train_here(tiny_dataset, tmp_path / 'with', tensorboard_log=True, wandb_log=True)
+    assert run.code == 0 and len(run.events('sink_failed')) == 2

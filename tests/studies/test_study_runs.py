@@ -1,0 +1,607 @@
+"""study.py: what becomes of runs, of two studies in one folder, and of a study that is stopped."""
+
+import contextlib
+import io
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from helpers.project import PROJECT
+
+import study
+import train
+from benchmarks.study_kills import study_kills
+from common import files as file_writing
+from common.errors import UserError
+from compare_architectures import load
+from comparison.runs import causal_flops
+from model_builder import build_model, training_flops
+from studies import progress as study_progress
+from studies import runner
+from studies.runner import locked, outcome_of
+from training_logger import latest_run, read_record
+
+pytestmark = pytest.mark.usefixtures('one_thread')
+
+SMALL = (
+    "max_iters = 3; eval_iters = 2; sweep = {'ffn_type': ['standard', 'swiglu'], 'seed': [1, 2]}"
+)
+
+
+class TrainedHere:
+    """A stand-in for the process of a run: train.py, at once, in this process."""
+
+    def __init__(self, command, output, environment, lock):
+        text, threads = io.TextIOWrapper(output, encoding='utf-8'), torch.get_num_threads()
+        with contextlib.redirect_stdout(text):
+            try:
+                self.returncode = train.main(command[2:]) or 0
+            except UserError as error:
+                print(f'train.py: {error}')
+                self.returncode = error.exit_code
+        text.detach()
+        torch.set_num_threads(threads)
+
+    def poll(self) -> int:
+        return self.returncode
+
+
+@pytest.fixture
+def trained_here(monkeypatch):
+    """The runs of a study are trained in this process."""
+    monkeypatch.setattr(runner, 'start_process', TrainedHere)
+
+
+@pytest.fixture
+def scripted(monkeypatch, tmp_path):
+    """scripted('…'): what the process of a run does instead of training.
+
+    `seed` is the run's, `out` its folder; os, signal, sys and time are imported.
+    """
+
+    def script(text: str) -> None:
+        path = tmp_path / 'scripted_train.py'
+        head = (
+            'import os, signal, sys, time\n'
+            "options = dict(a[2:].split('=', 1) for a in sys.argv[1:] if a.startswith('--'))\n"
+            "seed, out = int(options.get('seed', -1)), options['out_dir']\n"
+        )
+        path.write_text(head + text)
+        monkeypatch.setattr(runner, 'TRAIN', path)
+        monkeypatch.setattr(study.compare_architectures, 'main', lambda argv: None)
+
+    return script
+
+
+def run_study(path, *arguments) -> int:
+    return study.main([str(path), *arguments])
+
+
+def plan_in(out) -> dict:
+    return json.loads((out / 'study.json').read_text())
+
+
+def losses(out):
+    """Final validation loss by folder of the point."""
+    return {
+        point['folder']: read_record(latest_run(out / point['folder']))['summary']['final_val_loss']
+        for point in plan_in(out)['points']
+    }
+
+
+# --- From begin to end ---------------------------------------------------------------------------
+
+
+def test_a_study_from_the_command_line(study_file, run_script, tmp_path):
+    path = study_file(SMALL.replace('[1, 2]', '[1]') + "; question = 'Gated?'")
+    out = run_script('study.py', path, '--jobs=2').stdout
+    assert 'Gated?' in out and '2 variants, 1 seed of each' in out
+    assert '[2/2]' in out and 'RANKING' in out
+    assert len(losses(tmp_path / 'out')) == 2 and None not in losses(tmp_path / 'out').values()
+    plan = plan_in(tmp_path / 'out')
+    assert plan['question'] == 'Gated?'
+    for point in plan['points']:
+        record = read_record(latest_run(tmp_path / 'out' / point['folder']))
+        assert record['config']['concurrent_runs'] == 2
+        assert record['config']['seed'] == record['config']['data_seed']
+
+
+def test_what_is_complete_is_not_run_again_nor_mixed(study_file, trained_here, tmp_path, capsys):
+    path, out = study_file(SMALL), tmp_path / 'out'
+    assert run_study(path) == 0
+    before = losses(out)
+    assert run_study(path) == 0
+    assert '4 of 4 runs are complete already' in capsys.readouterr().out
+    assert losses(out) == before and len(list(out.rglob('run_*'))) == 4
+    with pytest.raises(UserError, match=r'learning_rate=0\.0006 \(now 0\.01\)'):
+        run_study(path, '--learning_rate=0.01')
+
+
+TUNED = (
+    "max_iters = 3; eval_iters = 2; sweep = {'bias': [True, False], 'seed': [1]}\n"
+    "tune = {'learning_rate': [1e-9, 1e-3, 1e-2]}; baseline = {'bias': False}\n"
+)
+
+
+def test_tuning_chooses_by_the_final_loss_and_is_told(study_file, trained_here, tmp_path, capsys):
+    path, out = study_file(TUNED), tmp_path / 'out'
+    assert run_study(path) == 0
+    text = capsys.readouterr().out
+    plan = plan_in(out)
+    assert plan['baseline'] == 'bias=False' and plan['tuned'] == ['learning_rate']
+    for variant in plan['variants']:
+        tuning = {
+            rate: read_record(latest_run(out / f'tuning/{variant["label"]}/learning_rate={rate}'))
+            for rate in (1e-9, 1e-3, 1e-2)
+        }
+        best = min(tuning, key=lambda rate: tuning[rate]['summary']['final_val_loss'])
+        assert variant['tuned'] == {'learning_rate': best}
+        assert variant['tuned_at_edge'] == ['learning_rate'] * (best != 1e-3)
+        (run,) = [p for p in plan['points'] if p['variant'] == variant['label']]
+        assert read_record(latest_run(out / run['folder']))['config']['learning_rate'] == best
+        assert f'tuned {variant["label"]}: learning_rate={best}' in text
+    # One counter over the tuning runs and those to compare.
+    assert re.findall(r'^\[(\d)/8\] (tuning )?', text, flags=re.M) == [
+        *((str(n), 'tuning ') for n in range(1, 7)),
+        *((str(n), '') for n in (7, 8)),
+    ]
+    # The same choice again from the records alone; the comparison leaves tuning out.
+    assert run_study(path) == 0 and plan_in(out) == plan
+    assert len(load([out])[0]) == 2
+
+
+def test_a_setting_that_diverges_is_the_worst(study_file, trained_here, tmp_path, capsys):
+    text = "max_iters = 3; eval_iters = 2; sweep = {'bias': [True], 'seed': [1]}\n"
+    path = study_file(f"{text}tune = {{'learning_rate': [1e-3, 1e30]}}")
+    assert run_study(path) == 0
+    assert plan_in(tmp_path / 'out')['variants'][0]['tuned'] == {'learning_rate': 1e-3}
+    assert 'learning_rate=1e+30: diverged' in capsys.readouterr().out
+    path = study_file(f"{text}tune = {{'learning_rate': [1e30]}}")
+    with pytest.raises(UserError, match='every run that tuned bias=True diverged'):
+        run_study(path)
+
+
+def test_a_budget_in_seconds_is_timed_first(study_file, trained_here, tmp_path, capsys):
+    path = study_file(
+        "eval_iters = 1; sweep = {'n_layer': [1, 2], 'seed': [1]}; budget = {'seconds': 0.2}"
+    )
+    assert run_study(path, '--plan_only') == 0
+    text = capsys.readouterr().out
+    assert '4 runs (2 to time an update, 2 to compare); 0 complete' in text
+    assert run_study(path) == 0
+    out = tmp_path / 'out'
+    for point in plan_in(out)['points']:
+        timed = read_record(latest_run(out / 'timing' / point['variant']))['summary']
+        updates = read_record(latest_run(out / point['folder']))['config']['max_iters']
+        assert updates == int(0.2 / (timed['avg_time_ms'] / 1000))
+    assert '[2/4] timing n_layer=2' in capsys.readouterr().out
+
+
+# --- What it takes -------------------------------------------------------------------------------
+
+
+def test_a_plan_counts_runs_tokens_and_flops(study_file, trained_here, capsys):
+    text = (
+        "eval_iters = 2; sweep = {'n_layer': [1, 3], 'seed': [1, 2, 3]}\n"
+        "tune = {'learning_rate': [1e-3, 1e-2]}; budget = {'tokens': 400}"
+    )
+    path = study_file(text)
+    assert run_study(path, '--plan_only') == 0
+    plan = capsys.readouterr().out
+    assert '10 runs (4 to tune learning_rate at seed 0, 6 to compare); 0 complete' in plan
+    assert 'few updates made now' in plan
+    updates, total = 400 // 128, 0
+    for n_layer in (1, 3):
+        run = run_of_one(study_file(f"sweep = {{'n_layer': [{n_layer}]}}", 'one.py'))
+        flops = training_flops(build_model(run))['per_token_causal'] * updates * 128
+        (row,) = [line.split() for line in plan.splitlines() if f'n_layer={n_layer} ' in line]
+        assert row[1:4] == [str(updates * 128), f'{flops:.3g}', f'{5 * flops:.3g}']
+        total += 5 * flops
+    assert f'in all: {10 * updates * 128:,} tokens, {total:.3g} training FLOPs' in plan
+
+    assert run_study(path, '--seed=7') == 0
+    capsys.readouterr()
+    assert run_study(path, '--plan_only', '--seed=7') == 0
+    assert '6 to compare); 10 complete' in capsys.readouterr().out
+
+
+def run_of_one(path):
+    """The architecture of a study's one variant."""
+    captured = {}
+
+    def keep(plan, measure):
+        captured['plan'] = plan
+        return ''
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(study, 'describe', keep)
+        run_study(path, '--plan_only')
+    return captured['plan'].variants[0].settings.architecture
+
+
+def test_the_time_is_that_of_the_flops_left_at_the_recorded_speed(
+    study_file, trained_here, tmp_path, capsys, monkeypatch
+):
+    path, out = study_file(SMALL), tmp_path / 'out'
+    assert run_study(path) == 0
+    records = [read_record(latest_run(out / p['folder'])) for p in plan_in(out)['points']]
+    speed = {  # seconds a FLOP
+        r['architecture']['name']: r['summary']['wall_seconds'] / causal_flops(r) for r in records
+    }
+    assert len(speed) == 2
+    more = study_file(SMALL.replace('[1, 2]', '[1, 2, 3, 4]'), 'more.py')
+    kept = []
+    estimate = study.estimate
+    monkeypatch.setattr(study, 'estimate', lambda *a: kept.append(estimate(*a)) or kept[-1])
+    capsys.readouterr()
+    assert run_study(more, '--plan_only') == 0
+    assert '8 runs; 4 complete' in (text := capsys.readouterr().out)
+    assert f'at the speed of 4 runs in {out}' in text
+    by_architecture = {}
+    for r in records:
+        by_architecture.setdefault(r['architecture']['name'], []).append(r)
+    expected = sum(
+        2
+        * sum(r['summary']['wall_seconds'] / causal_flops(r) for r in runs)
+        / 2
+        * causal_flops(runs[0])
+        for runs in by_architecture.values()
+    )
+    assert kept[0].seconds == pytest.approx(expected)
+
+
+def test_time_left_is_that_of_the_whole_study(study_file, trained_here, monkeypatch):
+    """Work in FLOPs over all kinds of runs, at the rate of what was made since the start."""
+    seen = []
+    ended = study_progress.Progress.ended
+
+    def timed(progress, job, outcome):
+        progress.began = time.monotonic() - 10.0  # as if all so far had taken ten seconds
+        ended(progress, job, outcome)
+        points = [point for kind in progress.points.values() for point in kind]
+        made = sum(point.flops for point in progress.over)
+        left = sum(point.flops for point in points if point not in progress.over)
+        seen.append((progress.seconds_left(), left, made))
+
+    monkeypatch.setattr(study_progress.Progress, 'ended', timed)
+    text = "max_iters = 2; eval_iters = 1; sweep = {'n_layer': [1, 3], 'seed': [1]}"
+    assert run_study(study_file(f"{text}; tune = {{'learning_rate': [1e-3, 1e-2]}}")) == 0
+    assert len(seen) == 6 and seen[-1][0] == 0.0
+    for seconds, left, made in seen:
+        assert seconds == pytest.approx(10.0 * left / made, rel=0.05)
+
+
+# --- What becomes of runs ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ('code', 'kind', 'reason', 'final'),
+    [
+        (0, 'finished', '', 0),
+        (2, 'failed', 'n_head=3 does not divide', 2),
+        (130, 'interrupted', 'SIGINT', 130),
+        (143, 'interrupted', 'SIGTERM', 143),
+        (-signal.SIGTERM, 'interrupted', 'SIGTERM', 143),
+        (129, 'interrupted', 'SIGHUP', 129),
+        (-signal.SIGKILL, 'killed', 'SIGKILL', 137),
+        (137, 'killed', 'SIGKILL', 137),
+        (-signal.SIGSEGV, 'killed', 'SIGSEGV', 139),
+        (255, 'failed', 'n_head=3 does not divide', 255),
+    ],
+)
+def test_an_exit_code_says_how_a_run_ended(code, kind, reason, final):
+    assert outcome_of(code, 'n_head=3 does not divide', False) == (kind, reason, final)
+
+
+def test_a_want_of_memory_is_named():
+    outcome = outcome_of(-signal.SIGKILL, '', out_of_memory=True)
+    assert outcome.kind == 'killed' and 'ran out of memory' in outcome.reason
+
+
+FIVE = "sweep = {'bias': [True], 'seed': [1, 2, 3, 4, 5]}"
+
+
+def test_interrupted_killed_and_failed_runs_are_told_apart(study_file, scripted, capsys):
+    scripted(
+        'if seed == 1: sys.exit(143)\n'
+        'if seed == 2: os.kill(os.getpid(), signal.SIGKILL)\n'
+        'if seed == 3: os.kill(os.getpid(), signal.SIGTERM)\n'
+        "if seed == 4: sys.exit('no room for \\x1b[31mthis')\n"
+    )
+    assert run_study(study_file(FIVE), '--jobs=5') == 1
+    text = capsys.readouterr().out
+    assert '\x1b' not in text
+    for seed, what, advice in (
+        (1, 'interrupted', '(SIGTERM): the same command continues it'),
+        (2, 'killed', 'the same command continues it'),
+        (3, 'interrupted', '(SIGTERM): the same command continues it'),
+        (4, 'failed', 'the same command tries it again'),
+    ):
+        (line,) = re.findall(rf'^\w+: bias=True/seed={seed}\b.*$', text, flags=re.M)
+        assert line.startswith(what) and line.endswith(advice)
+        assert re.search(rf'^\[\d/5\] bias=True/seed={seed}: {what}', text, flags=re.M)
+    assert '(SIGKILL' in text and 'no room for' in text
+    assert 'seed=5: ' in text and not re.search(r'^\w+: bias=True/seed=5', text, flags=re.M)
+
+
+def test_a_study_of_interrupted_runs_alone_ends_as_they_did(study_file, scripted):
+    scripted('sys.exit(143 if seed == 2 else 0)')
+    assert run_study(study_file(FIVE)) == 143
+
+
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_stops_the_runs_and_then_the_study(study_file, scripted, capsys, tmp_path, number):
+    scripted(
+        'if seed == 2:\n'
+        '    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))\n'
+        f'    os.kill(os.getppid(), {int(number)})\n'
+        '    time.sleep(60)\n'
+        '    sys.exit(1)\n'
+    )
+    before = signal.getsignal(number)
+    path = study_file(FIVE)
+    assert run_study(path) == 128 + number
+    assert signal.getsignal(number) is before
+    text = capsys.readouterr().out
+    assert 'seed=2: interrupted (SIGTERM)' in text and 'seed=3' not in text
+    assert text.rstrip().endswith(f'To go on: python study.py {path}')
+    assert not re.search(r'^(interrupted|failed): ', text, flags=re.M)
+
+
+def test_the_comparison_at_the_end_can_be_interrupted(study_file, scripted, monkeypatch):
+    scripted('')
+    handlers = [signal.getsignal(number) for number in runner.STOPPING]
+    seen = []
+    monkeypatch.setattr(
+        study.compare_architectures,
+        'main',
+        lambda argv: seen.extend(map(signal.getsignal, runner.STOPPING)),
+    )
+    assert run_study(study_file(FIVE)) == 0
+    assert seen == handlers
+
+
+@pytest.mark.parametrize(
+    ('events', 'policy', 'kind'),
+    [
+        (['nonfinite', 'nonfinite', 'failed'], 'stop', 'diverged'),
+        (['note', 'rollback', 'nonfinite', 'broken_checkpoint', 'failed'], 'rollback', 'diverged'),
+        (['nonfinite', 'rollback', 'failed'], 'rollback', None),  # of another cause, later
+        (['nonfinite', 'failed'], 'skip', None),
+        (['failed'], 'stop', None),
+        (['nonfinite', 'failed', 'resume', 'failed'], 'stop', None),
+    ],
+)
+def test_a_run_that_fails_after_a_nonfinite_update_has_not_diverged(events, policy, kind):
+    record = {'status': 'failed', 'config': {'on_nonfinite': policy}}
+    outcome = runner.outcome_in({**record, 'events': [{'event': name} for name in events]})
+    assert (outcome and outcome.kind) == kind
+
+
+def test_a_full_disk_leaves_the_plan_of_before(study_file, trained_here, tmp_path, monkeypatch):
+    path, out = study_file(SMALL.replace('[1, 2]', '[1]')), tmp_path / 'out'
+    assert run_study(path) == 0
+    before = (out / 'study.json').read_bytes()
+
+    def full(descriptor):
+        raise OSError(28, 'No space left on device')
+
+    monkeypatch.setattr(file_writing.os, 'fsync', full)
+    with pytest.raises(UserError, match=r'study\.json: cannot be written \(No space left'):
+        run_study(path)
+    assert (out / 'study.json').read_bytes() == before
+
+
+def test_a_study_that_cannot_tune_says_so(study_file, scripted, capsys):
+    scripted("sys.exit(2 if 'learning_rate=0.01' in out else 0)")
+    path = study_file("sweep = {'bias': [True]}; tune = {'learning_rate': [1e-3, 1e-2]}")
+    assert run_study(path) == 1
+    text = capsys.readouterr().out
+    assert 'failed: bias=True/learning_rate=0.01' in text
+    assert 'The study goes on once its tuning runs have ended' in text
+
+
+def test_a_point_that_diverges_is_a_result_and_does_not_stop_the_others(
+    study_file, trained_here, tmp_path, capsys
+):
+    path = study_file(
+        "max_iters = 3; eval_iters = 2; sweep = {'learning_rate': [1e30, 1e-3], 'seed': [1]}"
+    )
+    assert run_study(path) == 0
+    text = capsys.readouterr().out
+    assert 'diverged: learning_rate=1e+30/seed=1' in text
+    assert re.search(r'learning_rate=0.001/seed=1: validation loss \d', text)
+    # It is not trained again.
+    assert run_study(path) == 0
+    assert '2 of 2 runs are complete already' in capsys.readouterr().out
+    assert len(list((tmp_path / 'out').rglob('run_*'))) == 2
+
+
+# --- What lies in the folder ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    'change',
+    [
+        lambda run: (run / 'journal.jsonl').write_text('{"kind": "sta\n{}\n'),
+        lambda run: (run / 'journal.jsonl').write_bytes(b'\xff\xfe\x00broken\n'),
+        lambda run: (run / 'journal.jsonl').unlink() or (run / 'record.json').write_text('[]'),
+        lambda run: (
+            (run / 'journal.jsonl').unlink() or (run / 'record.json').write_text('{"a": 1}')
+        ),
+    ],
+)
+def test_an_unreadable_record_is_named_and_left_alone(
+    study_file, trained_here, tmp_path, capsys, change
+):
+    path = study_file(SMALL.replace('[1, 2]', '[1]'))
+    assert run_study(path) == 0
+    run = latest_run(tmp_path / 'out/runs/ffn_type=swiglu/seed=1')
+    change(run)
+    files = {file: file.read_bytes() for file in run.iterdir() if file.is_file()}
+    assert run_study(path) == 1
+    text = capsys.readouterr().out
+    assert re.search(r'^unreadable: ffn_type=swiglu/seed=1 \(.*: move its folder', text, flags=re.M)
+    assert {file: file.read_bytes() for file in run.iterdir() if file.is_file()} == files
+
+
+def test_a_summary_without_figures_is_no_traceback(study_file, trained_here, tmp_path):
+    path = study_file(TUNED)
+    assert run_study(path) == 0
+    for value in (None, 'x', [], {}, float('nan'), 10**400):
+        for run in (tmp_path / 'out').rglob('run_*'):
+            (run / 'journal.jsonl').unlink(missing_ok=True)
+            record = json.loads((run / 'record.json').read_text())
+            record['summary'] = dict.fromkeys(record['summary'], value)
+            (run / 'record.json').write_text(json.dumps(record))
+        with pytest.raises(UserError, match='every run that tuned'):
+            run_study(path)
+
+
+def test_a_file_in_the_way_is_one_message(study_file, trained_here, tmp_path):
+    path, out = study_file(SMALL), tmp_path / 'out'
+    out.write_text('in the way')
+    with pytest.raises(UserError, match=r'a study cannot write there .* --out_dir=FOLDER'):
+        run_study(path)
+    out.unlink()
+    (out / 'runs').mkdir(parents=True)
+    (out / 'runs/ffn_type=standard').write_text('in the way')
+    with pytest.raises(UserError, match='a run cannot be started there'):
+        run_study(path)
+    (out / 'runs/ffn_type=standard').unlink()
+    (out / 'study.json').unlink()
+    (out / 'study.json').mkdir()
+    with pytest.raises(UserError, match=r'study\.json: cannot be written'):
+        run_study(path)
+
+
+@pytest.mark.parametrize('text', ['', '{', '[]', 'null', '{"points": 3}', '\x00'])
+def test_a_broken_plan_is_replaced(study_file, trained_here, tmp_path, text):
+    path, out = study_file(SMALL), tmp_path / 'out'
+    out.mkdir()
+    (out / 'study.json').write_text(text)
+    assert run_study(path) == 0
+    assert len(plan_in(out)['points']) == 4
+
+
+def test_a_plan_of_before_is_still_read(study_file, trained_here, tmp_path):
+    """Without a baseline and without what tuning chose."""
+    out = tmp_path / 'out'
+    assert run_study(study_file(TUNED)) == 0
+    plan = plan_in(out)
+    del plan['baseline']
+    for variant in plan['variants']:
+        del variant['tuned'], variant['tuned_at_edge']
+    (out / 'study.json').write_text(json.dumps(plan))
+    runs, _ = load([out])
+    assert {run.variant for run in runs} == {'bias=True', 'bias=False'}
+    assert run_study(study_file(TUNED)) == 0
+    assert 'baseline' in plan_in(out)
+
+
+# --- One study in a folder -----------------------------------------------------------------------
+
+
+def test_a_second_study_in_the_folder_is_refused(study_file, trained_here, tmp_path):
+    out = tmp_path / 'out'
+    with (
+        locked(out),
+        pytest.raises(UserError, match=rf'{out}: another study \(pid {os.getpid()}\)'),
+    ):
+        run_study(study_file(SMALL))
+    assert run_study(study_file(SMALL)) == 0  # the lock has ended with its study
+
+
+def test_a_plan_is_shown_while_the_study_runs(study_file, tmp_path, capsys):
+    with locked(tmp_path / 'out'):
+        assert run_study(study_file(SMALL), '--plan_only') == 0
+
+
+def test_the_lock_ends_with_the_process_however_it_ends(tmp_path):
+    holder = subprocess.Popen(
+        [
+            sys.executable,
+            '-c',
+            'import sys, time; from pathlib import Path; from studies.runner import locked\n'
+            'with locked(Path(sys.argv[1])): print(flush=True); time.sleep(60)',
+            str(tmp_path),
+        ],
+        cwd=PROJECT,
+        stdout=subprocess.PIPE,
+    )
+    holder.stdout.readline()
+    with pytest.raises(UserError, match=rf'pid {holder.pid}\)'), locked(tmp_path):
+        pass
+    holder.kill()
+    holder.wait()
+    holder.stdout.close()
+    with locked(tmp_path):
+        pass
+
+
+def test_the_runs_of_a_killed_study_are_waited_for(tmp_path, monkeypatch, capsys):
+    """They have the lock too, and save before they end."""
+    with locked(tmp_path) as lock:
+        run = subprocess.Popen(['sleep', '60'], pass_fds=lock)
+    ended = subprocess.Popen(['true'])
+    ended.wait()
+    (tmp_path / 'study.lock').write_text(f'{ended.pid} {runner.socket.gethostname()}\n')
+    monkeypatch.setattr(runner.time, 'sleep', lambda _: (run.kill(), run.wait()))
+    with locked(tmp_path):
+        assert (
+            f'waiting for the runs of a killed study (pid {ended.pid})' in capsys.readouterr().out
+        )
+
+    with locked(tmp_path) as lock:
+        run = subprocess.Popen(['sleep', '60'], pass_fds=lock)
+    (tmp_path / 'study.lock').write_text(f'{ended.pid} {runner.socket.gethostname()}\n')
+    monkeypatch.setattr(runner, 'PATIENCE', -1.0)
+    with pytest.raises(UserError, match='has ended, but not its runs'), locked(tmp_path):
+        pass
+    run.kill()
+    run.wait()
+
+
+def test_a_study_killed_at_random_ends_as_one_left_alone(tmp_path, capsys):
+    code = study_kills(tmp_path, kills=2, seeds=1, updates=12, rng=random.Random(3))
+    assert code == 0, capsys.readouterr().out
+
+
+# --- Beside it -----------------------------------------------------------------------------------
+
+
+def test_train_py_trains_the_base_of_a_study_and_says_so(study_file, run_script):
+    out = run_script('train.py', study_file(SMALL)).stdout
+    assert 'holds a study' in out
+
+
+@pytest.mark.parametrize(
+    ('path', 'baseline'),
+    [
+        ('gated_ffn', 'ffn_type=standard'),
+        ('norm_position', 'norm_position=pre warmup_iters=100 depth_scaled_init=True'),
+        ('norms', 'normalization=layernorm'),
+        ('positions', 'position_encoding=rope'),
+        ('presets', 'arch_preset=legacy'),
+    ],
+)
+def test_the_projects_own_studies_can_be_run(
+    path, baseline, tiny_dataset, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(study_progress, 'MEASURING_SECONDS', -1.0)
+    path, out = PROJECT / f'config/studies/{path}.py', f'--out_dir={tmp_path / "out"}'
+    assert run_study(path, f'--dataset={tiny_dataset}', '--plan_only', out) == 0
+    text = capsys.readouterr().out
+    assert int(re.search(r'(\d+) seeds of each', text)[1]) >= 3 and '?' in text.splitlines()[0]
+    assert text.splitlines()[1].endswith(f'; baseline: {baseline}')
+
+
+def test_all_of_the_projects_own_studies_are_tested():
+    assert len(list((PROJECT / 'config/studies').glob('*.py'))) == 5

@@ -1,0 +1,181 @@
+"""saving.py: what is written beside the training is as good as what it waits for."""
+
+import json
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers.in_process import train_here
+
+import train
+from common.errors import UserError
+from data.dataset import TokenDataset
+from model_builder import Transformer
+from parallel import sharded_state
+from training import checkpoint_writer, checkpointing
+
+OPTIONS = {'n_layer': 1, 'eval_iters': 1, 'eval_interval': 2, 'async_save': True}
+SEQUENCES = 4  # in an update
+
+
+def journal(run) -> list[tuple]:
+    """Kind and iter of every line."""
+    lines = map(json.loads, (run.folder / 'journal.jsonl').read_text().splitlines())
+    return [(line['kind'], line.get('iter')) for line in lines]
+
+
+def on_disk(run_folder) -> list[int]:
+    """The iters of the checkpoints there, each read and verified."""
+    found = map(checkpointing.read_index, checkpointing.published(run_folder / 'checkpoints'))
+    return [checkpoint.iter for checkpoint in found if checkpointing.load_state(checkpoint)]
+
+
+def test_a_save_waits_for_the_one_before_and_the_end_for_the_last(held, tiny_dataset, tmp_path):
+    run = train_here(tiny_dataset, tmp_path, **OPTIONS, max_iters=6, keep_best=False)
+    assert run.code == 0
+    # Published when the next one begins, and once nothing is left to do.
+    told = [line for line in journal(run) if line[0] in ('iteration', 'checkpoint', 'end')]
+    assert told == [
+        *(('iteration', n) for n in (0, 1, 2, 3)),
+        ('checkpoint', 2),
+        *(('iteration', n) for n in (4, 5)),
+        ('checkpoint', 4),
+        ('checkpoint', 6),
+        ('end', None),
+    ]
+    # One is always there once the first is: older ones go when a newer one is published.
+    assert held == [[], [2], [4]]
+    assert on_disk(run.folder) == [6]
+    assert not [path for path in (run.folder / 'checkpoints').iterdir() if path.name[0] == '.']
+
+
+def fail_at(monkeypatch, update: int) -> None:
+    read = TokenDataset.batch
+
+    def batch(self, order, first_number, count):
+        if first_number == update * SEQUENCES:
+            raise UserError('the data is gone')
+        return read(self, order, first_number, count)
+
+    monkeypatch.setattr(TokenDataset, 'batch', batch)
+
+
+def test_a_run_that_fails_leaves_what_was_under_way(
+    held, monkeypatch, tiny_dataset, tmp_path, capsys
+):
+    fail_at(monkeypatch, update=3)
+    run = train_here(tiny_dataset, tmp_path, **OPTIONS)
+    assert (run.code, run.record['status']) == (2, 'failed')
+    assert 'the data is gone' in capsys.readouterr().err
+    assert on_disk(run.folder) == [2] == [entry['iter'] for entry in run.record['checkpoints']]
+
+
+def test_what_made_a_run_fail_is_told_though_its_last_save_fails_too(
+    held, monkeypatch, tiny_dataset, tmp_path, capsys
+):
+    fail_at(monkeypatch, update=3)
+
+    def save(*arguments):
+        raise OSError(28, 'No space left on device')
+
+    monkeypatch.setattr(torch, 'save', save)
+    run = train_here(tiny_dataset, tmp_path, **OPTIONS)
+    assert (run.code, run.record['status']) == (2, 'failed')
+    error = capsys.readouterr().err
+    assert 'the data is gone' in error and 'No space left' not in error
+    assert list((run.folder / 'checkpoints').iterdir()) == []
+
+
+@pytest.mark.parametrize('async_save', [False, True])
+def test_seconds_taken_from_training_and_seconds_of_writing(
+    async_save, monkeypatch, tiny_dataset, tmp_path
+):
+    """By a clock that stands still but for collecting (2 s), writing (5 s) and publishing (1 s)."""
+    now, written = [0.0], []
+
+    def taking(seconds, function):
+        def slow(*arguments):
+            now[0] += seconds
+            return function(*arguments)
+
+        return slow
+
+    write, update = checkpointing._write_state, train.update
+
+    def slow_write(*arguments):
+        while async_save and not written:  # until training goes on
+            time.sleep(0.001)
+        facts = taking(5, write)(*arguments)
+        written.append(now[0])
+        return facts
+
+    def update_beside(session, clock):
+        update(session, clock)
+        if async_save and session.progress.iter == 3:
+            written.append('may be')
+            while len(written) < 2:
+                time.sleep(0.001)
+
+    clock = SimpleNamespace(perf_counter=lambda: now[0])
+    for module in (checkpoint_writer, checkpointing, train):
+        monkeypatch.setattr(module, 'time', clock)
+    monkeypatch.setattr(sharded_state, 'collect', taking(2, sharded_state.collect))
+    monkeypatch.setattr(checkpointing, '_write_state', slow_write)
+    monkeypatch.setattr(checkpointing, '_publish', taking(1, checkpointing._publish))
+    monkeypatch.setattr(train, 'update', update_beside)
+    options = {**OPTIONS, 'async_save': async_save}
+    run = train_here(tiny_dataset, tmp_path, **options, max_iters=3)
+    first, last = run.record['checkpoints']
+    assert (first['iter'], last['iter']) == (2, 3)
+    assert first['time_ms'] == (3000 if async_save else 8000)
+    assert last['time_ms'] == 8000  # nothing is left to do beside it
+    assert first['write_ms'] == last['write_ms'] == 5000
+
+
+def test_a_parameter_that_is_never_used_is_saved_and_resumed(tiny_dataset, tmp_path, monkeypatch):
+    """As an expert that no token reaches: without a gradient the optimizer keeps nothing of it."""
+    build = Transformer.__init__
+
+    def build_with_more(model, config):
+        build(model, config)
+        model.final_norm.unused = torch.nn.Parameter(torch.empty(3))
+        values = model.final_norm.initial_values()
+        values['unused'] = lambda tensor, generator: tensor.fill_(0.5)
+        model.final_norm.initial_values = lambda: values
+
+    monkeypatch.setattr(Transformer, '__init__', build_with_more)
+    options = {**OPTIONS, 'dropout': 0.1, 'lr_decay_iters': 4}
+    whole = train_here(tiny_dataset, tmp_path / 'whole', **options, max_iters=4)
+    half = train_here(tiny_dataset, tmp_path / 'half', **options, max_iters=2)
+    resumed = train_here(
+        tiny_dataset, tmp_path / 'half', **options, max_iters=4, init_from='resume'
+    )
+    assert half.folder == resumed.folder and resumed.code == 0
+    weights, expected = resumed.weights(), whole.weights()
+    assert torch.equal(weights['final_norm.unused'], torch.full((3,), 0.5))
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
+def test_the_benchmark_measures_both_ways(run_script):
+    tiny = '--n_layer=1', '--n_embd=8', '--n_head=1', '--block_size=16'
+    done = run_script('benchmarks/saving.py', 'single', '--turns=1', *tiny, timeout=300)
+    rows = [line.split() for line in done.stdout.splitlines() if line.startswith('single')]
+    assert [row[1] for row in rows] == ['at', 'beside'] and '0 s left' in done.stderr
+
+
+def test_copies_are_left_alone_by_what_happens_to_their_originals():
+    copies = sharded_state.HostCopies(torch.device('cpu'))
+    flat = torch.arange(6.0)
+    places = {('a', ''): flat[:4], ('b', 'step'): torch.tensor(7.0), ('c', ''): torch.empty(0)}
+    taken = {place: copies(tensor, place) for place, tensor in places.items()}
+    expected = {place: tensor.clone() for place, tensor in places.items()}
+    for tensor in places.values():
+        tensor.add_(1)
+    assert all(torch.equal(taken[place], expected[place]) for place in places)
+    # No more is written than the part that is meant.
+    assert all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in taken.values())
+    # The next ones lie where these did.
+    again = {place: copies(tensor, place) for place, tensor in places.items()}
+    assert all(torch.equal(again[place], tensor) for place, tensor in places.items())
+    assert all(again[place].data_ptr() == taken[place].data_ptr() for place in places)

@@ -1,0 +1,636 @@
+"""checkpointing.py: whole or not there, whatever fails; and nothing in a file is trusted.
+
+The hostile files go the way that a resume takes: find, settings, architecture, weights, optimizer,
+record, and one update with what was loaded.
+"""
+
+import builtins
+import copy
+import errno
+import io
+import json
+import math
+import os
+import pickle
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.fuzzing import CASES, fuzzed
+from helpers.project import TINY_RUN
+
+from common.errors import UserError
+from common.files import file_sha256
+from configurator import read_command_line
+from data.dataset import load_dataset
+from model_builder import Transformer, parameter_groups
+from optim.step import Updater
+from parallel import sharded_state
+from parallel.strategies import SingleProcess
+from training import checkpointing, resumption
+from training.checkpointing import BrokenCheckpoint
+from training_config import load_settings, schema
+from training_logger import TrainingLogger, read_record
+
+CPU = torch.device('cpu')
+PARTS = ('progress', 'config', 'chosen', 'commanded', 'architecture', 'surroundings')
+INDEX = {'config_files': [], 'data': None, 'seen': {}, **{part: {} for part in PARTS}}
+
+
+def save(folder: Path, iter: int, val_loss: float | None = None, value: float | None = None):
+    """A checkpoint whose tensors are all `value`, or `iter`."""
+    state = {'model': {'weight': torch.full((7, 3), float(iter if value is None else value))}}
+    return checkpointing.save(folder, state, {**INDEX, 'iter': iter, 'val_loss': val_loss})
+
+
+def value_of(state: list[dict]) -> float:
+    (written,) = state
+    (value,) = set(written['model']['weight'].flatten().tolist())
+    return value
+
+
+def sealed(path: Path, **changed) -> None:
+    """Change a checkpoint's index, and make every sum right again, as a forger would."""
+    index = {**json.loads((path / 'index.json').read_text()), **changed}
+    if 'files' not in changed:
+        state = path / 'state.pt'
+        facts = {'bytes': state.stat().st_size, 'sha256': file_sha256(state)}
+        index['files'] = {'state.pt': facts}
+    index['sha256'] = checkpointing.index_sha256(index)
+    (path / 'index.json').write_text(json.dumps(index))
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in path.iterdir()}
+
+
+# --- Saving ---------------------------------------------------------------------------------------
+
+
+def test_what_is_loaded_is_what_was_saved(tmp_path):
+    state = {
+        'model': {
+            'float32': torch.randn(3, 5),
+            'bfloat16': torch.randn(4).bfloat16(),
+            'nothing': torch.empty(0, 2),
+        },
+        'optimizer': {'float32': {'step': torch.tensor(7.0)}},
+        'offsets': {'model': {'float32': 2**40}},
+        'scaler': {'scale': 65536.0, '_growth_tracker': 3},
+    }
+    index = {
+        **INDEX,
+        'iter': 123_456_789,
+        'val_loss': 0.1 + 0.2,
+        'config_files': ['config/naïve.py'],
+        'progress': {'recent_losses': [1e-300, 2.5]},
+        'config': {'n': 2**60, 'none': None},
+    }
+    published = checkpointing.save(tmp_path / 'new' / 'checkpoints', state, index)
+    checkpoint, (loaded,) = checkpointing.newest(published.path.parent, pytest.fail)
+    assert checkpoint == published and checkpoint.path.name == 'iter_123456789'
+    assert {key: checkpoint.index[key] for key in index} == index
+    tensors = loaded['model']
+    assert {name: t.dtype for name, t in tensors.items()} == {
+        name: t.dtype for name, t in state['model'].items()
+    }
+    assert all(torch.equal(tensors[name], t) for name, t in state['model'].items())
+    for key in ('optimizer', 'offsets', 'scaler'):
+        assert loaded[key] == state[key]
+
+
+class Killed(BaseException):
+    """Stands for the end of the process: nothing catches it, nothing is tidied up."""
+
+
+class FailingSteps:
+    """While entered, the `n`-th step that a save takes on the disk ends in `error`."""
+
+    def __init__(self, n: int, error: BaseException):
+        self.left, self.error = n, error
+
+    def __enter__(self) -> 'FailingSteps':
+        self.patch = pytest.MonkeyPatch()
+        for name in ('mkdir', 'fsync', 'rename', 'unlink', 'rmdir'):
+            self.patch.setattr(os, name, self._step(getattr(os, name)))
+        self.patch.setattr(checkpointing, 'open', self._open, raising=False)
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.patch.undo()
+
+    def _step(self, call):
+        def step(*args, **kwargs):
+            self.left -= 1
+            if self.left == 0 or (self.left < 0 and isinstance(self.error, Killed)):
+                raise self.error  # nothing comes after a kill
+            return call(*args, **kwargs)
+
+        return step
+
+    def _open(self, path, mode='r', **kwargs):
+        file = builtins.open(path, mode, **kwargs)  # noqa: SIM115 its user closes it
+        if 'w' in mode:
+            file = _Written(file, self._step(file.write))
+        return file
+
+
+class _Written:
+    """A file whose writes are steps."""
+
+    def __init__(self, file, write):
+        self.file, self.write = file, write
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.file.close()
+
+
+@pytest.mark.parametrize('iter', [8, 12], ids=['again', 'new'])
+@pytest.mark.parametrize(
+    'error', [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), Killed()], ids=['disk full', 'kill']
+)
+def test_a_save_that_fails_at_any_step_harms_nothing(tmp_path, iter, error):
+    """Every step in turn, until there are no more: 8 is saved a second time, or 12 comes anew."""
+    for n in range(1, 1000):
+        folder = tmp_path / str(n)
+        before = [save(folder, 4), save(folder, 8)]
+        kept = {checkpoint.path: contents(checkpoint.path) for checkpoint in before}
+        failed = False
+        with FailingSteps(n, error) as steps:
+            try:
+                save(folder, iter, value=99.0)
+            except UserError as message:
+                failed = True
+                assert str(folder) in str(message) and os.strerror(errno.ENOSPC) in str(message)
+            except Killed:
+                failed = True
+
+        warnings = []
+        newest, state = checkpointing.newest(folder, warnings.append)
+        assert warnings == []
+        if value_of(state) == 99.0:
+            assert newest.iter == iter  # published: only tidying up can have failed
+            kept.pop(before[-1].path if iter == 8 else None, None)
+        else:
+            assert failed and newest.iter == 8
+        assert all(contents(path) == then for path, then in kept.items())
+        if isinstance(error, OSError) and value_of(state) != 99.0:
+            assert names(folder) == ['iter_00000004', 'iter_00000008']
+
+        # The next save succeeds, is the newest, and sweeps up.
+        assert value_of(checkpointing.newest(folder, pytest.fail)[1]) in (8.0, 99.0)
+        again = save(folder, iter, value=100.0)
+        newest, state = checkpointing.newest(folder, pytest.fail)
+        assert newest == again and value_of(state) == 100.0
+        assert not [name for name in names(folder) if name.startswith('.')]
+        assert [p for p in checkpointing.published(folder) if p.name.startswith('iter_0')] == (
+            checkpointing.published(folder)
+        )
+        shutil.rmtree(folder)
+        if steps.left > 0:
+            break
+    assert n > 10  # so many steps a save has at the least; the last n failed nowhere
+    assert not failed
+
+
+def test_what_a_crash_left_behind_is_no_checkpoint_and_is_removed(tmp_path):
+    save(tmp_path, 4)
+    for name in ('.saving-iter_00000008-1234abcd', '.saving-removed-iter_00000002-1234abcd'):
+        shutil.copytree(tmp_path / 'iter_00000004', tmp_path / name)
+    (tmp_path / 'notes').mkdir()  # somebody's own
+    assert [path.name for path in checkpointing.published(tmp_path)] == ['iter_00000004']
+    assert checkpointing.newest(tmp_path, pytest.fail)[0].iter == 4
+    save(tmp_path, 6)
+    assert names(tmp_path) == ['iter_00000004', 'iter_00000006', 'notes']
+
+
+def test_no_folder_and_an_empty_one_hold_no_checkpoint(tmp_path):
+    assert checkpointing.newest(tmp_path, pytest.fail) is None
+    assert checkpointing.newest(tmp_path / 'none', pytest.fail) is None
+
+
+# --- Retention ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('keep_last', [1, 2])
+@pytest.mark.parametrize('keep_best', [False, True])
+@pytest.mark.parametrize(
+    ('losses', 'best'),
+    [
+        ([3.0, 1.0, 2.0, 2.5, 1.5], 2),  # a later, worse one does not push the best out
+        ([1.0, None, None, None, None], 1),  # nor do saves that were not evaluated
+        ([None] * 5, None),
+        ([2.0, 1.0, 1.0, 3.0, 1.0], 5),  # of equals the newest
+        ([5.0, 4.0, 3.0, 2.0, 1.0], 5),
+        ([-1.0, 0.0, 1.0, 2.0, 3.0], 1),
+    ],
+)
+def test_the_newest_and_the_best_stay(tmp_path, losses, best, keep_last, keep_best):
+    for iter, loss in enumerate(losses, 1):
+        checkpointing.prune(save(tmp_path, iter, loss), keep_last, keep_best)
+    expected = {5, 4} if keep_last == 2 else {5}
+    if keep_best and best:
+        expected.add(best)
+    found = [checkpointing.read_index(path).iter for path in checkpointing.published(tmp_path)]
+    assert found == sorted(expected, reverse=True)
+
+
+def test_a_broken_one_that_claims_to_be_newer_pushes_nothing_out(tmp_path):
+    """After the fall-back from a broken 8 to 4, the save at 6 is the newest that counts."""
+    save(tmp_path, 4, 1.0)
+    (save(tmp_path, 8, 0.5).path / 'state.pt').write_bytes(b'')
+    checkpointing.prune(save(tmp_path, 6, 2.0), keep_last=1, keep_best=True)
+    assert names(tmp_path) == ['iter_00000004', 'iter_00000006', 'iter_00000008']
+    warnings = []
+    assert checkpointing.newest(tmp_path, warnings.append)[0].iter == 6
+    checkpointing.prune(save(tmp_path, 8, 2.0), keep_last=1, keep_best=True)  # reached again
+    assert [checkpointing.read_index(p).iter for p in checkpointing.published(tmp_path)] == [8, 4]
+    assert checkpointing.newest(tmp_path, pytest.fail)[0].iter == 8
+
+
+@pytest.mark.parametrize('lost', [math.nan, math.inf, -math.inf])
+def test_a_lost_loss_is_unknown_and_never_the_best(lost):
+    progress = resumption.Progress(iter=4, best_val_loss=2.0)
+    assert not progress.note_evaluation(lost)
+    assert (progress.val_loss, progress.best_val_loss) == (None, 2.0)
+    assert progress.note_evaluation(1.5) and progress.best_val_loss == 1.5
+
+
+# --- Damage ---------------------------------------------------------------------------------------
+
+
+def flip(content: bytes, bit: int) -> bytes:
+    changed = bytearray(content)
+    changed[bit // 8] ^= 1 << bit % 8
+    return bytes(changed)
+
+
+DAMAGE = {
+    'truncated': lambda content: content[: len(content) // 2],
+    'one byte short': lambda content: content[:-1],
+    'a bit flipped': lambda content: flip(content, 4 * len(content)),
+    'foreign': lambda content: b'PK\x03\x04 no checkpoint \xff\xfe',
+    'empty': lambda content: b'',
+    'gone': None,
+}
+
+
+@pytest.mark.parametrize('damage', DAMAGE)
+@pytest.mark.parametrize('name', ['state.pt', 'index.json'])
+def test_a_damaged_file_is_named_and_the_checkpoint_before_is_used(tmp_path, name, damage):
+    save(tmp_path, 4)
+    file = save(tmp_path, 8).path / name
+    if DAMAGE[damage]:
+        file.write_bytes(DAMAGE[damage](file.read_bytes()))
+    else:
+        file.unlink()
+    warnings = []
+    checkpoint, state = checkpointing.newest(tmp_path, warnings.append)
+    assert checkpoint.iter == 4 and value_of(state) == 4.0
+    assert len(warnings) == 1 and str(file) in warnings[0] and str(checkpoint.path) in warnings[0]
+
+    shutil.rmtree(checkpoint.path)
+    with pytest.raises(BrokenCheckpoint) as error:
+        checkpointing.newest(tmp_path, pytest.fail)
+    assert str(file) in str(error.value)
+
+
+@pytest.mark.parametrize('name', ['state.pt', 'index.json'])
+def test_no_single_bit_flips_unseen(tmp_path, name):
+    checkpoint = save(tmp_path, 4, 2.5)
+    file = checkpoint.path / name
+    content = file.read_bytes()
+    for bit in random.Random(0).sample(range(8 * len(content)), 200):
+        file.write_bytes(flip(content, bit))
+        try:
+            found = checkpointing.read_index(checkpoint.path)
+            checkpointing.load_state(found)
+        except BrokenCheckpoint:
+            continue
+        assert name == 'index.json' and found == checkpoint  # white space, or case in an escape
+
+
+# --- Hostile files --------------------------------------------------------------------------------
+
+
+class Exploit:
+    """Makes the file that it names when it is unpickled as pickle would do it."""
+
+    def __init__(self, marker: Path):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.system, (f'touch {self.marker}',)
+
+
+def zip_of(state) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.getvalue()
+
+
+def legacy_file_of(state) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(state, buffer, _use_new_zipfile_serialization=False)
+    return buffer.getvalue()
+
+
+def pickle_of(state) -> bytes:
+    return pickle.dumps(state, protocol=2)
+
+
+@pytest.mark.parametrize('write', [zip_of, legacy_file_of, pickle_of])
+def test_a_pickle_in_the_state_is_never_executed(tmp_path, write):
+    marker, path = tmp_path / 'executed', save(tmp_path / 'checkpoints', 4).path
+    state = path / 'state.pt'
+    state.write_bytes(write({'model': {'weight': torch.ones(2)}, 'more': Exploit(marker)}))
+    sealed(path)
+    with pytest.raises(BrokenCheckpoint, match=r'state\.pt'):
+        checkpointing.newest(path.parent, pytest.fail)
+    assert not marker.exists()
+
+    if write is pickle_of:
+        pickle.loads(state.read_bytes())
+    else:
+        torch.load(state, weights_only=False)
+    assert marker.exists()  # so the file was armed
+
+
+@pytest.mark.parametrize('content', [[1, 2], 'text', 7, None, torch.ones(3)])
+def test_a_state_that_is_no_dict_is_refused(tmp_path, content):
+    path = save(tmp_path, 4).path
+    (path / 'state.pt').write_bytes(zip_of(content))
+    sealed(path)
+    with pytest.raises(BrokenCheckpoint, match=r'state\.pt'):
+        checkpointing.newest(tmp_path, pytest.fail)
+
+
+class Run:
+    """A run of one update by a model of one block, and the way a resume takes into it."""
+
+    def __init__(self, out_dir: Path, dataset: Path):
+        tiny = {**TINY_RUN, 'n_layer': 1, 'n_embd': 8, 'block_size': 8, 'log_style': 'line'}
+        tiny |= {'dataset': dataset, 'out_dir': out_dir}
+        self.argv = [f'--{key}={value}' for key, value in tiny.items()]
+        self.folder, self.dataset = out_dir / 'run_20260101_000000', load_dataset(str(dataset), 8)
+        self.folder.mkdir(parents=True)
+        settings = self.settings(read_command_line(self.argv, schema))
+        parallel, model, updater = self.build(settings)
+        self.update(model, updater)
+        flops, hardware = (
+            {'per_token': 1},
+            {'peak_tflops': 0.01, 'dtype': 'float32', 'world_size': 1},
+        )
+        self.header = {
+            'config': settings.to_dict(),
+            'metadata': {'command': 'python train.py'},
+            'startup_info': {'flops': flops, 'hardware': hardware, 'parallel': {}},
+        }
+        journal = {'kind': 'start', 'time': 0.0, 'run_name': 'r', 'start_time': '', **self.header}
+        self.journal = json.dumps({**journal, 'architecture': {}})
+        progress = resumption.Progress(1, 1, 5.5, 5.5, [5.6])
+        index = resumption.checkpoint_index(settings, progress, {'threads': 1}, self.dataset)
+        state = sharded_state.collect(parallel, model, updater)
+        self.checkpoint = checkpointing.save(self.folder / 'checkpoints', state, index).path
+        self.state = copy.deepcopy(state)
+
+    def settings(self, asked):
+        return load_settings(asked).complete(CPU, 'float32', self.dataset)
+
+    def build(self, settings) -> tuple[SingleProcess, Transformer, Updater]:
+        parallel = SingleProcess(settings.run, CPU)
+        model, _ = parallel.build(settings.architecture, recomputed=[], compiled=False)
+        optimizer = parallel.build_optimizer(parameter_groups(model), settings.run)
+        return parallel, model, Updater(optimizer, settings.run, CPU, parallel)
+
+    def update(self, model, updater, number: int = 0) -> None:
+        batch = self.dataset.batch(self.dataset.order('random', 0), number, 2)
+        loss, count, _ = model(*map(torch.from_numpy, batch))
+        updater.backward(loss / count)
+        updater.update(1e-3, loss.detach(), measured=True)
+
+    def resume(self) -> dict:
+        """Resume, train for one update, and return the state as it was loaded."""
+        (self.folder / 'journal.jsonl').write_text(self.journal)
+        asked = read_command_line([*self.argv, '--init_from=resume'], schema)
+        resumed = resumption.find(asked)
+        settings = self.settings(asked)
+        resumed.check(settings)
+        parallel, model, updater = self.build(settings)
+        progress = resumed.restore(parallel, model, updater)
+        loaded = copy.deepcopy(sharded_state.collect(parallel, model, updater))
+        logger = TrainingLogger(self.folder, style='line', max_iters=1, stream=io.StringIO())
+        resumed.report(logger, self.header, {'threads': 1})
+        logger.finish('interrupted')
+        read_record(self.folder)
+        self.update(model, updater, progress.data_shift)
+        return loaded
+
+
+@pytest.fixture
+def run(tmp_path, tiny_dataset) -> Run:
+    return Run(tmp_path / 'out', tiny_dataset)
+
+
+def equal(left, right) -> bool:
+    """Whether two states are the same, tensors by type and bits."""
+    if isinstance(left, dict):
+        return left.keys() == right.keys() and all(equal(left[k], right[k]) for k in left)
+    if isinstance(left, torch.Tensor):
+        return left.dtype == right.dtype and torch.equal(left, right)
+    return left == right
+
+
+def test_the_run_that_the_hostile_files_go_into_resumes(run):
+    assert equal(run.resume(), run.state)
+
+
+NESTED: list = []
+for _ in range(500):
+    NESTED = [NESTED]
+HOSTILE_INDEXES = {
+    'iter is a string': {'iter': '1'},
+    'iter is true': {'iter': True},
+    'iter is negative': {'iter': -1},
+    'iter is not that of the progress': {'iter': 2},
+    'val_loss is a string': {'val_loss': '5.5'},
+    'val_loss is NaN': {'val_loss': math.nan},
+    'val_loss is huge': {'val_loss': 10**400},
+    'no state.pt': {'files': {}},
+    'no sum': {'files': {'state.pt': {'bytes': 1}}},
+    'the file of the second rank alone': {'files': {'state_1.pt': {'bytes': 1, 'sha256': ''}}},
+    'another file': {'files': {'../../../../etc/passwd': {'bytes': 1, 'sha256': ''}}},
+    'files is a list': {'files': ['state.pt']},
+    'sum is a number': {'files': {'state.pt': {'bytes': 1, 'sha256': 5}}},
+    'size is a string': {'files': {'state.pt': {'bytes': '1', 'sha256': 'ab'}}},
+    'config_files holds a number': {'config_files': [1]},
+    'another format': {'format': 'other'},
+    'another version': {'version': 99},
+    'progress is a list': {'progress': [1]},
+    'progress is nested': {'progress': {'iter': NESTED}},
+    'progress has another key': {'progress': {'iter': 1, 'path': '../..'}},
+    'progress goes back': {'progress': {'iter': 1, 'rollbacks': -1}},
+    'progress is huge': {'progress': {'iter': 1, 'data_shift': 10**30}},
+    'progress has strings for losses': {'progress': {'iter': 1, 'recent_losses': ['a']}},
+    'progress has a number for losses': {'progress': {'iter': 1, 'recent_losses': 5}},
+    'progress has a lost loss': {'progress': {'iter': 1, 'best_val_loss': math.nan}},
+    'an unknown option': {'chosen': {'rm': '-rf'}},
+    'an option of another type': {'chosen': {'n_layer': [1]}},
+    'an option commanded that is unknown': {'commanded': {'rm': '-rf'}},
+    'an option that is too large': {'chosen': {'learning_rate': 10**400}},
+    'an option that is nested': {'chosen': {'dropout': NESTED}},
+    'another architecture': {'architecture': {'n_layer': 10**9}},
+    'architecture is a list': {'architecture': []},
+}
+
+
+@pytest.mark.parametrize('case', HOSTILE_INDEXES)
+def test_an_index_that_makes_no_sense_is_refused_by_name(run, case):
+    sealed(run.checkpoint, **HOSTILE_INDEXES[case])
+    with pytest.raises(UserError) as error:
+        run.resume()
+    assert run.folder.name in str(error.value)
+    assert (run.folder / 'journal.jsonl').read_text() == run.journal
+
+
+@pytest.mark.parametrize(
+    'text', ['[' * 100_000, '{"iter": ' + '9' * 5000 + '}', '\ud800', '[]', '"x"', 'null', 'NaN']
+)
+def test_an_index_that_is_no_index_is_refused_by_name(run, text):
+    (run.checkpoint / 'index.json').write_text(text, errors='surrogatepass')
+    with pytest.raises(BrokenCheckpoint, match=r'index\.json'):
+        run.resume()
+
+
+def changed(state: dict, part: str, change) -> dict:
+    """The state with `change` made of each value in one part of it."""
+    return {**state, part: {name: change(value) for name, value in state[part].items()}}
+
+
+def moments(state: dict, **values) -> dict:
+    """The state with other values in the first parameter's optimizer state."""
+    name, kept = next(iter(state['optimizer'].items()))
+    return {**state, 'optimizer': {**state['optimizer'], name: {**kept, **values}}}
+
+
+def offset(state: dict, part: str, value) -> dict:
+    """The state with another offset for the first parameter."""
+    name = next(iter(state[part]))
+    offsets = {**state['offsets'], part: {**state['offsets'][part], name: value}}
+    return {**state, 'offsets': offsets}
+
+
+def first_weight(state: dict) -> torch.Tensor:
+    return next(iter(state['model'].values()))
+
+
+PARTS_OF_A_STATE = ('model', 'optimizer', 'offsets', 'scaler')
+HOSTILE_STATES = {
+    **{
+        f'no {part}': lambda state, part=part: {k: v for k, v in state.items() if k != part}
+        for part in PARTS_OF_A_STATE
+    },
+    **{
+        f'{part} is text': lambda state, part=part: {**state, part: 'x'}
+        for part in ('model', 'optimizer', 'offsets')
+    },
+    'weights are a list': lambda state: {**state, 'model': [1]},
+    'a weight too few': lambda state: {**state, 'model': dict(list(state['model'].items())[1:])},
+    'a weight too many': lambda state: {
+        **offset(state, 'model', 0),
+        'model': {**state['model'], 'x': torch.ones(1)},
+        'offsets': {**state['offsets'], 'model': {**state['offsets']['model'], 'x': 0}},
+    },
+    'a weight is text': lambda state: changed(state, 'model', lambda weight: 'x'),
+    'a weight of another shape': lambda state: changed(state, 'model', lambda weight: weight[:1]),
+    'optimizer of no parameters': lambda state: {**state, 'optimizer': {}},
+    'one moment': lambda state: changed(
+        state, 'optimizer', lambda kept: {key: kept[key] for key in ('step', 'exp_avg')}
+    ),
+    'a third moment': lambda state: moments(state, max_exp_avg_sq=first_weight(state)),
+    'moments too small': lambda state: moments(state, exp_avg=torch.zeros(1)),
+    'moments are numbers': lambda state: moments(state, exp_avg_sq=torch.tensor(0.0)),
+    'moments are text': lambda state: moments(state, exp_avg='x'),
+    'many steps': lambda state: moments(state, step=torch.ones(9)),
+    'as many steps as weights': lambda state: moments(state, step=first_weight(state)),
+    'steps are text': lambda state: moments(state, step='1'),
+    **{
+        f'{part} at {value!r}': lambda state, part=part, value=value: offset(state, part, value)
+        for part in ('model', 'optimizer')
+        for value in (-1, 1, 10**30, 0.0, '0', None)
+    },
+}
+
+
+@pytest.mark.parametrize('case', HOSTILE_STATES)
+def test_a_state_that_does_not_fit_is_refused_by_name(run, case):
+    (run.checkpoint / 'state.pt').write_bytes(zip_of(HOSTILE_STATES[case](run.state)))
+    sealed(run.checkpoint)
+    with pytest.raises(UserError, match=run.checkpoint.name):
+        run.resume()
+
+
+def test_what_the_optimizer_steps_on_is_its_own(run):
+    """Tensors without memory of their own, and of other types, are made into what it needs."""
+    states = changed(
+        run.state,
+        'optimizer',
+        lambda kept: {
+            'step': kept['step'].long(),
+            'exp_avg': torch.zeros(1).expand(kept['exp_avg'].shape),
+            'exp_avg_sq': kept['exp_avg_sq'].double(),
+        },
+    )
+    (run.checkpoint / 'state.pt').write_bytes(zip_of(states))
+    sealed(run.checkpoint)
+    zeros = {
+        name: torch.zeros_like(kept['exp_avg']) for name, kept in run.state['optimizer'].items()
+    }
+    expected = {
+        name: {**kept, 'exp_avg': zeros[name]} for name, kept in run.state['optimizer'].items()
+    }
+    assert equal(run.resume(), {**run.state, 'optimizer': expected})
+
+
+def test_a_parameter_that_never_had_a_gradient_goes_on_without_a_history(run):
+    name = next(iter(run.state['optimizer']))
+    state = {**run.state, 'optimizer': {**run.state['optimizer'], name: {}}}
+    (run.checkpoint / 'state.pt').write_bytes(zip_of(state))
+    sealed(run.checkpoint)
+    assert equal(run.resume(), state)
+
+
+@pytest.mark.parametrize('name', ['state.pt', 'index.json'])
+def test_a_fuzzed_checkpoint_resumes_or_is_refused(run, name):
+    """All sums are made right again, so that what lies behind them is reached."""
+    rng, file = random.Random(name), run.checkpoint / name
+    originals = contents(run.checkpoint)
+    refused = 0
+    for _ in range(CASES):
+        for other, content in originals.items():
+            (run.checkpoint / other).write_bytes(content)
+        file.write_bytes(fuzzed(originals[name], rng))
+        try:
+            index = json.loads((run.checkpoint / 'index.json').read_text())
+            files = index['files'] if name == 'index.json' else None
+            sealed(run.checkpoint, **({'files': files} if files else {}))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            pass  # it is no index any more, and stays as it is
+        try:
+            run.resume()
+        except UserError as error:
+            refused += 1
+            assert run.folder.name in str(error)
+    assert refused > 0

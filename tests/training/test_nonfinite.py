@@ -1,0 +1,356 @@
+"""A loss or gradient that is not finite, end to end: stop, skip, roll back; and loss spikes.
+
+Bad data is what breaks these runs: sequences whose loss, or whose gradient, is not finite.
+"""
+
+import itertools
+import math
+
+import pytest
+import torch
+from helpers.in_process import Run, train_here
+
+from data.dataset import TokenDataset
+from model_builder import build_model
+from optim.step import Updater
+from parallel import strategies
+from training import checkpointing, stability
+
+SEQUENCES = 4  # in an update, two micro-batches of two
+OPTIONS = {'eval_iters': 1, 'n_layer': 1, 'learning_rate': 1e-2, 'warmup_iters': 0}
+
+
+@pytest.fixture
+def broken_data(monkeypatch):
+    """broken_data(is_bad, kind): the second micro-batch of update n of the data is bad.
+
+    kind: what is then not finite, 'loss' or 'gradient'; or 'spike', a finite one far too large.
+    Returns the list of the first sequence numbers that training asked for.
+    """
+    asked = []
+
+    def install(is_bad, kind: str = 'loss') -> list[int]:
+        batch, build = TokenDataset.batch, strategies.build_model
+
+        def noted_batch(dataset, order, first_number, count):
+            asked.append(first_number)
+            return batch(dataset, order, first_number, count)
+
+        def damage(model, arguments, output):
+            if isinstance(output, torch.Tensor):  # no loss: the model is checked, or writes text
+                return None
+            number = asked[-1] if model.training else 0
+            if number % SEQUENCES == 0 or not is_bad(number // SEQUENCES):
+                return None
+            loss_sum, count, auxiliary = output
+            if kind == 'gradient':
+                loss_sum.register_hook(lambda gradient: gradient * math.inf)
+                return None
+            return loss_sum * (math.nan if kind == 'loss' else 100.0), count, auxiliary
+
+        def build_damaged(*arguments):
+            model = build(*arguments)
+            model.register_forward_hook(damage)
+            return model
+
+        monkeypatch.setattr(TokenDataset, 'batch', noted_batch)
+        monkeypatch.setattr(strategies, 'build_model', build_damaged)
+        return asked
+
+    return install
+
+
+def updates_of(asked: list[int]) -> list[int]:
+    """Which updates' worth of data was trained on, in order."""
+    assert asked[1::2] == [first + 2 for first in asked[::2]]
+    return [first // SEQUENCES for first in asked[::2]]
+
+
+def plain_weights(run: Run, data: list[int]) -> dict[str, torch.Tensor]:
+    """What plain AdamW makes of the updates `data` (None: left out, but the schedule goes on)."""
+    settings = run.session.settings
+    model = build_model(settings.architecture, 'cpu', settings.run.seed)
+    groups = [
+        {'params': [p for p in model.parameters() if (p.dim() > 1) == decayed], 'weight_decay': w}
+        for decayed, w in ((True, 0.1), (False, 0.0))
+    ]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
+    steps = len(data)
+    for step, number in enumerate(data):
+        if number is None:
+            continue
+        rate = 1e-3 + 9e-3 * 0.5 * (1 + math.cos(math.pi * step / steps))
+        dataset = run.session.dataset
+        batch = dataset.batch(dataset.order('random', 1337), number * SEQUENCES, SEQUENCES)
+        loss_sum, count, _ = model(*map(torch.from_numpy, batch))
+        optimizer.zero_grad()
+        (loss_sum / count).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group['lr'] = rate
+        optimizer.step()
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def assert_close(found: dict, expected: dict) -> None:
+    assert found.keys() == expected.keys()
+    for name, weight in expected.items():
+        torch.testing.assert_close(found[name], weight, rtol=1e-3, atol=1e-4)
+
+
+def counted(run: Run) -> list[tuple[int, int]]:
+    """(iter, count) of the events that count skipped updates."""
+    return [(e['iter'], e['count']) for e in run.events('nonfinite') if 'count' in e]
+
+
+KINDS = pytest.mark.parametrize('kind', ['loss', 'gradient'])
+
+
+# --- stop -----------------------------------------------------------------------------------------
+
+
+@KINDS
+def test_a_run_stops_and_keeps_the_last_good_checkpoint(
+    broken_data, tiny_dataset, tmp_path, capsys, kind
+):
+    broken_data(lambda update: update == 3, kind)
+    run = train_here(tiny_dataset, tmp_path, **OPTIONS, max_iters=9, eval_interval=2)
+    assert run.code == 2
+    error = capsys.readouterr().err
+    assert 'not finite in 1 update(s) up to iter 3' in error
+    assert '--on_nonfinite=skip' in error and '--on_nonfinite=rollback' in error
+    assert 'iter_00000002' in error and 'Traceback' not in error
+    record = run.record
+    assert record['status'] == 'failed'
+    assert counted(run) == [(3, 1)]
+    last = record['training_iterations'][-1]
+    assert (last['iter'], last['loss'] is None) == (3, kind == 'loss')
+    assert last['gradients']['norm'] is None
+    folders = [path.name for path in (run.folder / 'checkpoints').iterdir()]
+    assert folders == ['iter_00000002']
+    # Even in memory nothing was harmed.
+    assert all(torch.isfinite(weight).all() for weight in run.weights().values())
+
+
+def test_before_the_first_checkpoint_there_is_none_to_name(
+    broken_data, tiny_dataset, tmp_path, capsys
+):
+    broken_data(lambda update: update == 0)
+    run = train_here(tiny_dataset, tmp_path, **OPTIONS)
+    assert (run.code, run.record['status']) == (2, 'failed')
+    assert 'None is saved yet' in capsys.readouterr().err
+    assert not list((run.folder / 'checkpoints').iterdir())
+
+
+@pytest.mark.parametrize(('log_interval', 'eval_interval'), [(5, 100), (100, 4)])
+def test_between_logged_updates_it_is_found_at_the_next_log_or_before_a_save(
+    broken_data, tiny_dataset, tmp_path, capsys, log_interval, eval_interval
+):
+    broken_data(lambda update: update in (1, 3))
+    run = train_here(
+        tiny_dataset,
+        tmp_path,
+        **OPTIONS,
+        max_iters=9,
+        log_interval=log_interval,
+        eval_interval=eval_interval,
+    )
+    assert run.code == 2
+    found_at = 5 if log_interval == 5 else 3  # the last update made
+    assert counted(run) == [(found_at, 2)]
+    assert f'2 update(s) up to iter {found_at}' in capsys.readouterr().err
+    assert not list((run.folder / 'checkpoints').iterdir())
+
+
+# --- skip -----------------------------------------------------------------------------------------
+
+
+@KINDS
+@pytest.mark.parametrize('log_interval', [1, 4])
+def test_skipping_leaves_out_just_those_updates(
+    broken_data, tiny_dataset, tmp_path, kind, log_interval
+):
+    asked = broken_data(lambda update: update in (2, 3, 5), kind)
+    run = train_here(
+        tiny_dataset,
+        tmp_path,
+        **OPTIONS,
+        max_iters=8,
+        log_interval=log_interval,
+        on_nonfinite='skip',
+    )
+    assert (run.code, run.record['status']) == (0, 'finished')
+    assert updates_of(asked) == list(range(8))
+    expected = [(2, 1), (3, 1), (5, 1)] if log_interval == 1 else [(4, 2), (7, 1)]
+    assert counted(run) == expected
+    assert run.record['summary']['final_iter'] == 8
+    assert_close(run.weights(), plain_weights(run, [0, 1, None, None, 4, None, 6, 7]))
+    assert run.saved_weights().keys() == run.weights().keys()
+    for name, weight in run.weights().items():
+        assert torch.equal(run.saved_weights()[name], weight)
+
+
+# --- rollback -------------------------------------------------------------------------------------
+
+
+@KINDS
+@pytest.mark.parametrize('log_interval', [1, 100])
+def test_a_rollback_goes_back_and_leaves_out_the_data_between(
+    broken_data, tiny_dataset, tmp_path, kind, log_interval
+):
+    asked = broken_data(lambda update: update == 5, kind)
+    run = train_here(
+        tiny_dataset,
+        tmp_path,
+        **OPTIONS,
+        max_iters=9,
+        eval_interval=3,
+        log_interval=log_interval,
+        on_nonfinite='rollback',
+    )
+    record = run.record
+    assert (run.code, record['status']) == (0, 'finished')
+    # Back to the checkpoint of 3 updates; the data of 3, 4 and 5 is left out.
+    assert updates_of(asked) == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]
+    assert_close(run.weights(), plain_weights(run, [0, 1, 2, 6, 7, 8, 9, 10, 11]))
+    (event,) = run.events('rollback')
+    assert (event['iter'], event['from_iter']) == (3, 6)
+    assert event['checkpoint'] == 'checkpoints/iter_00000003'
+    # Each iteration stands in the record once: what was taken back is not in it.
+    logged = list(range(9)) if log_interval == 1 else [0, 8]
+    assert [e['iter'] for e in record['training_iterations']] == logged
+    assert None not in run.losses
+    assert [e['iter'] for e in record['eval_steps']] == [0, 3, 6, 9]
+    assert record['summary']['final_iter'] == 9
+
+
+def test_a_rollback_goes_back_to_what_is_still_being_written(
+    held, broken_data, tiny_dataset, tmp_path
+):
+    asked = broken_data(lambda update: update == 5)
+    options = {'max_iters': 9, 'eval_interval': 3, 'on_nonfinite': 'rollback', 'async_save': True}
+    run = train_here(tiny_dataset, tmp_path, **OPTIONS, **options)
+    assert (run.code, run.record['status']) == (0, 'finished')
+    assert updates_of(asked) == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]
+    assert_close(run.weights(), plain_weights(run, [0, 1, 2, 6, 7, 8, 9, 10, 11]))
+    assert [event['iter'] for event in run.events('rollback')] == [3]
+    assert [entry['iter'] for entry in run.record['checkpoints']] == [3, 6, 9]
+
+
+def test_a_second_rollback_leaves_out_more(broken_data, tiny_dataset, tmp_path):
+    asked = broken_data(lambda update: update in (4, 7))
+    run = train_here(
+        tiny_dataset, tmp_path, **OPTIONS, max_iters=6, eval_interval=3, on_nonfinite='rollback'
+    )
+    assert run.code == 0
+    # 0 1 2 | 3 4!, back to 3: 5 6 7!, back to 3: 8 9 10
+    assert updates_of(asked) == list(range(11))
+    assert_close(run.weights(), plain_weights(run, [0, 1, 2, 8, 9, 10]))
+    assert [event['from_iter'] for event in run.events('rollback')] == [5, 6]
+
+
+def test_a_resumed_run_remembers_what_it_left_out(broken_data, tiny_dataset, tmp_path):
+    asked = broken_data(lambda update: update == 4)
+    options = {**OPTIONS, 'eval_interval': 3, 'on_nonfinite': 'rollback', 'lr_decay_iters': 9}
+    train_here(tiny_dataset, tmp_path, **options, max_iters=6)
+    before = len(asked)
+    run = train_here(tiny_dataset, tmp_path, **options, max_iters=9, init_from='resume')
+    assert updates_of(asked[before:]) == [8, 9, 10]
+    assert run.session.progress.rollbacks == 1
+    assert_close(run.weights(), plain_weights(run, [0, 1, 2, 5, 6, 7, 8, 9, 10]))
+
+
+def test_a_run_goes_back_only_so_often(broken_data, tiny_dataset, tmp_path, capsys):
+    asked = broken_data(lambda update: update >= 2)
+    run = train_here(
+        tiny_dataset, tmp_path, **OPTIONS, max_iters=9, eval_interval=2, on_nonfinite='rollback'
+    )
+    assert (run.code, run.record['status']) == (2, 'failed')
+    assert len(run.events('rollback')) == stability.MAX_ROLLBACKS
+    assert updates_of(asked) == list(range(2 + 1 + stability.MAX_ROLLBACKS))
+    assert 'iter_00000002' in capsys.readouterr().err
+    assert [path.name for path in (run.folder / 'checkpoints').iterdir()] == ['iter_00000002']
+
+
+def test_there_is_nothing_to_go_back_to_before_the_first_checkpoint(
+    broken_data, tiny_dataset, tmp_path, capsys
+):
+    broken_data(lambda update: update == 1)
+    run = train_here(tiny_dataset, tmp_path, **OPTIONS, on_nonfinite='rollback')
+    assert (run.code, run.record['status']) == (2, 'failed')
+    assert 'None is saved yet' in capsys.readouterr().err
+
+
+# --- Evaluations and weights ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(('call', 'split'), [(2, 'train_loss'), (3, 'val_loss')])
+def test_an_evaluation_that_is_not_finite_is_no_best_and_stops_nothing(
+    tiny_dataset, tmp_path, monkeypatch, call, split
+):
+    build, calls = strategies.build_model, itertools.count()
+
+    def damage(model, arguments, output):
+        if isinstance(output, torch.Tensor):  # no loss: the model is checked at start
+            return None
+        if model.training or next(calls) != call:  # two splits an evaluation
+            return None
+        return torch.tensor(math.nan), *output[1:]
+
+    def build_damaged(*arguments):
+        model = build(*arguments)
+        model.register_forward_hook(damage)
+        return model
+
+    monkeypatch.setattr(strategies, 'build_model', build_damaged)
+    run = train_here(tiny_dataset, tmp_path, **OPTIONS, max_iters=4, eval_interval=2)
+    assert run.code == 0
+    steps = run.record['eval_steps']
+    assert [step[split] is None for step in steps] == [False, True, False]
+    assert [event['iter'] for event in run.events('nonfinite')] == [2]
+    known = [step['val_loss'] for step in steps if step['val_loss'] is not None]
+    assert run.record['summary']['best_val_loss'] == min(known)
+
+
+def test_weights_that_are_not_finite_are_not_saved(tiny_dataset, tmp_path, monkeypatch, capsys):
+    update = Updater.update
+
+    def overflowing(self, *arguments, **keywords):
+        sums = update(self, *arguments, **keywords)
+        if next(updates) == 3:
+            self.parameters[0].data.view(-1)[0] = math.inf
+        return sums
+
+    updates = itertools.count(1)
+    monkeypatch.setattr(Updater, 'update', overflowing)
+    run = train_here(
+        tiny_dataset, tmp_path, **OPTIONS, max_iters=4, eval_interval=1, always_save_checkpoint=True
+    )
+    assert (run.code, run.record['status']) == (2, 'failed')
+    error = capsys.readouterr().err
+    assert 'weights are not all finite after 3 updates' in error and 'not touched' not in error
+    assert 'The last checkpoint is' in error and 'iter_00000002' in error
+    assert checkpointing.published(run.folder / 'checkpoints')[0].name == 'iter_00000002'
+
+
+# --- Spikes ---------------------------------------------------------------------------------------
+
+
+def test_a_loss_spike_is_an_event(broken_data, tiny_dataset, tmp_path):
+    broken_data(lambda update: update == 40, 'spike')
+    options = {**OPTIONS, 'learning_rate': 1e-4, 'block_size': 8, 'n_embd': 16}
+    run = train_here(tiny_dataset, tmp_path, **options, max_iters=44)
+    assert run.code == 0
+    assert [event['iter'] for event in run.events('loss_spike')] == [40]
+    assert not run.events('nonfinite')
+
+
+def test_what_a_spike_is():
+    """More than six standard deviations above the mean of the last 32 logged losses."""
+    losses = [4.0 + 0.1 * (-1) ** i for i in range(32)]  # mean 4, deviation 0.1
+    for loss, expected in ((4.59, False), (4.61, True), (math.inf, True), (0.0, False)):
+        recent = list(losses)
+        assert stability.is_spike(loss, recent) == expected
+        assert recent == ([*losses[1:], loss] if math.isfinite(loss) else losses)
+    assert not stability.is_spike(math.nan, list(losses))
+    assert not stability.is_spike(1e9, losses[1:])  # too few to tell yet

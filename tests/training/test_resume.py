@@ -1,0 +1,344 @@
+"""A run that was interrupted ends as one that was not: the same bits, the same record.
+
+Each process is one start of train.py on one thread: 8 updates of 2 micro-batches with dropout, an
+evaluation and a checkpoint after every second one.
+"""
+
+import json
+import math
+import os
+import random
+import shutil
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import jsonschema
+import pytest
+from helpers.in_process import joined, train_here
+from helpers.project import PROJECT, TINY_RUN
+
+from benchmarks.fault_run import differences, without_measurements
+from training import checkpointing
+from training_logger import latest_run, read_record
+
+OPTIONS = {
+    **TINY_RUN,
+    'dropout': 0.1,
+    'max_iters': 8,
+    'eval_interval': 2,
+    'keep_last': 2,
+    'log_style': 'line',
+    'init_from': 'auto',
+}
+SCHEMA = json.loads((PROJECT / 'records/record_schema.json').read_text())
+
+
+def start(cwd: Path, dataset: Path, *, fault=None, code=0, threads=1, **options) -> str:
+    """One process, from start to end, with its output; the run folder is in cwd/out."""
+    script = [PROJECT / 'train.py']
+    if fault:
+        script = [PROJECT / 'tests/helpers/faulty_train.py', json.dumps(fault)]
+    values = {**OPTIONS, 'dataset': dataset, 'out_dir': 'out', **options}
+    result = subprocess.run(
+        [sys.executable, *script, *(f'--{key}={value}' for key, value in values.items())],
+        cwd=cwd,
+        env={**os.environ, 'OMP_NUM_THREADS': str(threads)},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert result.returncode == code, f'{result.stdout}\n{result.stderr}'
+    return result.stdout + result.stderr
+
+
+def the_run(cwd: Path) -> Path:
+    return latest_run(cwd / 'out')
+
+
+def assert_same_end(run: Path, reference: Path, extra_checkpoints: tuple = ()) -> None:
+    """Weights, optimizer, scaler, progress and record, all but times and resumes."""
+    (ours, state), (theirs, expected) = (
+        checkpointing.newest(folder / 'checkpoints', pytest.fail) for folder in (run, reference)
+    )
+    assert {*state[0]} == {*expected[0]} == {'model', 'optimizer', 'offsets', 'scaler'}
+    assert differences(state, expected) == []
+    assert ours.iter == theirs.iter and ours.index['progress'] == theirs.index['progress']
+
+    record, wanted = read_record(run), read_record(reference)
+    for key in ('training_iterations', 'eval_steps', 'architecture'):
+        found, there = record[key], wanted[key]
+        if isinstance(found, list):
+            found, there = without_measurements(found), without_measurements(there)
+        assert found == there
+    saved = without_measurements(record['checkpoints'])
+    assert [e for e in saved if e['iter'] not in extra_checkpoints] == without_measurements(
+        wanted['checkpoints']
+    )
+    assert [e['iter'] for e in saved] == sorted({e['iter'] for e in saved})  # each once
+    assert record['status'] == wanted['status'] == 'finished'
+    assert record == read_record(run / 'record.json')
+    jsonschema.validate(record, SCHEMA)
+
+
+def resumed_at(run: Path) -> list[int]:
+    return [event['iter'] for event in read_record(run)['events'] if event['event'] == 'resume']
+
+
+@pytest.fixture(scope='module')
+def uninterrupted(tmp_path_factory, tiny_dataset) -> Path:
+    """The run that all others are held against. There was nothing to resume: it started anew."""
+    folder = tmp_path_factory.mktemp('uninterrupted')
+    start(folder, tiny_dataset)
+    run = the_run(folder)
+    record = read_record(run)
+    assert [entry['iter'] for entry in record['training_iterations']] == list(range(8))
+    assert [entry['iter'] for entry in record['eval_steps']] == [0, 2, 4, 6, 8]
+    assert record['events'] == []
+    return run
+
+
+@pytest.fixture
+def copy(uninterrupted, tmp_path) -> Path:
+    """The run that had no interruption, to go on with."""
+    return Path(shutil.copytree(uninterrupted, tmp_path / 'out' / uninterrupted.name))
+
+
+def test_stopped_and_killed_between_saves(tmp_path, tiny_dataset, uninterrupted):
+    """SIGTERM saves at once, after 3 updates; then kill -9 loses the update after the save at 4."""
+    start(tmp_path, tiny_dataset, fault={'iter': 2, 'signal': 'SIGTERM'}, code=143)
+    assert read_record(the_run(tmp_path))['status'] == 'interrupted'
+    start(tmp_path, tiny_dataset, fault={'iter': 4, 'signal': 'SIGKILL'}, code=-9)
+    assert read_record(the_run(tmp_path))['status'] == 'running'
+    start(tmp_path, tiny_dataset)
+    assert resumed_at(the_run(tmp_path)) == [3, 4]
+    assert_same_end(the_run(tmp_path), uninterrupted, extra_checkpoints=(3,))
+
+
+def test_killed_in_saves(tmp_path, tiny_dataset, uninterrupted):
+    start(tmp_path, tiny_dataset, fault={'save': 2, 'call': 'rename', 'nth': 1}, code=-9)
+    lost = the_run(tmp_path)  # nothing is published yet, so the next one starts anew
+    faults = [
+        ({'save': 4, 'call': 'fsync', 'nth': 1}, 2),  # while state.pt is written
+        ({'save': 4, 'call': 'fsync', 'nth': 4}, 4),  # published, but not recorded
+        ({'save': 6, 'call': 'rename', 'nth': 2}, 6),  # while an older one is removed
+    ]
+    for number, (fault, newest) in enumerate(faults):
+        start(tmp_path, tiny_dataset, fault=fault, code=-9)
+        published = checkpointing.published(the_run(tmp_path) / 'checkpoints')
+        assert published[0].name == f'iter_{newest:08d}'
+        for path in published:  # none is unreadable
+            checkpointing.load_state(checkpointing.read_index(path))
+        assert len(resumed_at(the_run(tmp_path))) == number
+    start(tmp_path, tiny_dataset)
+    run = the_run(tmp_path)
+    assert set((tmp_path / 'out').iterdir()) == {lost, run}
+    assert resumed_at(run) == [2, 4, 6]
+    assert_same_end(run, uninterrupted)
+    names = sorted(path.name for path in (run / 'checkpoints').iterdir())
+    assert names == ['iter_00000006', 'iter_00000008']  # no leftovers
+
+
+def test_killed_while_a_checkpoint_is_written_beside_the_training(
+    tmp_path, tiny_dataset, uninterrupted
+):
+    fault = {'save': 4, 'call': 'fsync', 'nth': 1}  # no later than that of state.pt
+    start(tmp_path, tiny_dataset, fault=fault, code=-9, async_save=True)
+    published = checkpointing.published(the_run(tmp_path) / 'checkpoints')
+    assert [path.name for path in published] == ['iter_00000002']
+    start(tmp_path, tiny_dataset, async_save=True)
+    assert resumed_at(the_run(tmp_path)) == [2]
+    assert_same_end(the_run(tmp_path), uninterrupted)
+
+
+def test_the_scaler_of_float16_goes_on(tmp_path, tiny_dataset):
+    options = {'dtype': 'float16', 'log_interval': 2}
+    start(tmp_path, tiny_dataset, out_dir='whole', **options)
+    (whole,) = (tmp_path / 'whole').iterdir()
+    _, (state,) = checkpointing.newest(whole / 'checkpoints', pytest.fail)
+    scaler = state['scaler']
+    assert scaler['_growth_tracker'] > 3 or scaler['scale'] != 65536  # it has a history
+    start(tmp_path, tiny_dataset, fault={'iter': 2, 'signal': 'SIGTERM'}, code=143, **options)
+    start(tmp_path, tiny_dataset, **options)
+    assert resumed_at(the_run(tmp_path)) == [3]
+    assert_same_end(the_run(tmp_path), whole, extra_checkpoints=(3,))
+
+
+def test_epochs_go_on_where_they_were(tmp_path):
+    """Killed in the second epoch and stopped in the third: each window once an epoch all the same.
+
+    The order of the text tells windows apart: its bytes are drawn at random.
+    """
+    folder = tmp_path / 'noise'
+    folder.mkdir()
+    splits = {}
+    for split, length in (('train', 13 * 32 + 32 + 5), ('val', 200)):
+        (folder / f'{split}.bin').write_bytes(random.Random(length).randbytes(length))
+        splits[split] = {'tokens': length, 'bytes': length}
+    train = (folder / 'train.bin').read_bytes()
+    meta = {'format_version': 1, 'tokenizer': {'kind': 'byte'}, 'vocab_size': 256, 'dtype': 'uint8'}
+    (folder / 'meta.json').write_text(json.dumps({**meta, 'splits': splits}))
+
+    options = {**OPTIONS, 'sampling': 'epoch', 'init_from': 'scratch'}
+    whole = train_here(folder, tmp_path / 'whole', **options)
+    start(tmp_path, folder, fault={'iter': 4, 'signal': 'SIGKILL'}, code=-9, sampling='epoch')
+    start(tmp_path, folder, fault={'iter': 6, 'signal': 'SIGTERM'}, code=143)  # taken over
+    start(tmp_path, folder)
+    record = read_record(the_run(tmp_path))
+    assert resumed_at(the_run(tmp_path)) == [4, 7]
+    facts = ('iter', 'val_loss', 'data_hash', 'epochs', 'unique_tokens')
+    assert [[step[key] for key in facts] for step in record['eval_steps']] == [
+        [step[key] for key in facts] for step in whole.record['eval_steps']
+    ]
+
+    inputs, _ = joined(whole.trained_on).numpy()  # (32, T), of two epochs and a part of the third
+    places = [train.index(window.astype('uint8').tobytes()) for window in inputs]
+    assert len(places) == 32
+    covered = set()
+    for epoch in (places[:13], places[13:26], places[26:]):
+        windows = sorted(epoch)
+        assert len(set(windows)) == len(epoch) and epoch != windows
+        assert {(b - a) % 32 for a, b in pairwise(windows)} == {0}
+        covered |= {token for place in epoch for token in range(place, place + 32)}
+    last = record['eval_steps'][-1]
+    assert last['unique_tokens'] == record['summary']['unique_tokens'] == len(covered)
+    assert last['epochs'] == record['summary']['epochs'] == 32 / 13
+    data = record['startup_info']['data']
+    assert (data['windows_per_epoch'], data['planned_epochs']) == (13, 32 / 13)
+    assert data['planned_unique_tokens'] == len(covered)
+    jsonschema.validate(record, SCHEMA)
+
+
+def test_another_sampling_is_refused(copy, tmp_path, tiny_dataset):
+    output = start(tmp_path, tiny_dataset, code=2, sampling='epoch')
+    assert "cannot be resumed with sampling='epoch'" in output and "by 'random'" in output
+    assert 'Leave sampling out' in output and 'Traceback' not in output
+    assert the_run(tmp_path) == copy and resumed_at(copy) == []
+
+
+def test_what_two_orders_have_shown_is_not_counted(copy, tmp_path, tiny_dataset):
+    start(tmp_path, tiny_dataset, max_iters=9, data_seed=7)
+    steps = read_record(copy)['eval_steps']
+    assert [step['epochs'] is None for step in steps] == [False] * 5 + [True]
+    assert steps[-2]['unique_tokens'] > 0 and steps[-1]['unique_tokens'] is None
+    start(tmp_path, tiny_dataset, max_iters=10)  # and it stays so
+    assert read_record(copy)['summary']['unique_tokens'] is None
+
+
+def test_another_architecture_is_refused_and_nothing_changes(copy, tmp_path, tiny_dataset):
+    def contents():
+        return {path: path.read_bytes() for path in copy.rglob('*') if path.is_file()}
+
+    before = contents()
+    output = start(tmp_path, tiny_dataset, code=2, n_layer=3, normalization='rmsnorm')
+    assert 'n_layer=2 (now 3)' in output
+    assert "normalization='layernorm' (now 'rmsnorm')" in output
+    assert 'dropout' not in output and 'Traceback' not in output
+    assert contents() == before and the_run(tmp_path) == copy
+
+
+def test_a_run_that_is_done_is_done(copy, tmp_path, tiny_dataset, uninterrupted):
+    assert 'all updates of this run are made' in start(tmp_path, tiny_dataset)
+    assert resumed_at(the_run(tmp_path)) == [8]
+    assert_same_end(copy, uninterrupted)
+
+
+def test_moved_elsewhere_with_its_newest_checkpoint_broken(
+    copy, tmp_path, tiny_dataset, uninterrupted
+):
+    moved = copy.rename(tmp_path / 'another name')
+    broken = moved / 'checkpoints' / 'iter_00000008' / 'state.pt'
+    broken.write_bytes(broken.read_bytes()[:-100])
+    output = start(tmp_path, tiny_dataset, init_from='resume', resume_run=moved)
+    assert 'iter_00000008' in output and 'damaged' in output and 'iter_00000006' in output
+    assert resumed_at(moved) == [6]
+    (event,) = [e for e in read_record(moved)['events'] if e['event'] == 'broken_checkpoint']
+    assert 'state.pt' in event['message']
+    # The new one stands beside the name of the broken one, which it replaced.
+    again = moved / 'checkpoints' / 'iter_00000008_2'
+    assert again.is_dir() and not broken.exists()
+    assert list((tmp_path / 'out').iterdir()) == []
+    again.rename(broken.parent)
+    for name in ('journal.jsonl', 'record.json'):
+        text = (moved / name).read_text()
+        (moved / name).write_text(text.replace('iter_00000008_2"', 'iter_00000008"'))
+    assert_same_end(moved, uninterrupted)
+
+
+def test_a_run_goes_on_for_longer_with_other_options(copy, tmp_path, tiny_dataset):
+    changes = {'max_iters': 12, 'learning_rate': 3e-4, 'weight_decay': 0.3, 'beta2': 0.99}
+    here = tmp_path / 'here'
+    shutil.copytree(copy, here / copy.name)
+    output = start(tmp_path, tiny_dataset, threads=2, **changes)
+    record = read_record(copy)
+    (event,) = record['events']
+    assert event['event'] == 'resume' and event['iter'] == 8
+    expected = {
+        'max_iters': [8, 12],
+        'learning_rate': [6e-4, 3e-4],
+        'weight_decay': [0.1, 0.3],
+        'beta2': [0.95, 0.99],
+        'threads': [1, 2],
+    }
+    assert event['changed'].items() >= expected.items()
+    assert 'dropout' not in event['changed']
+    for key in expected:
+        assert key in output
+    assert record['config']['max_iters'] == record['summary']['final_iter'] == 12
+    assert [entry['iter'] for entry in record['training_iterations']] == list(range(12))
+    assert [entry['iter'] for entry in record['eval_steps']] == [0, 2, 4, 6, 8, 10, 12]
+    # The changes take effect: a cosine from 3e-4 to a tenth of it over 12 updates, and AdamW's.
+    cosine = [3e-5 + 2.7e-4 * (1 + math.cos(math.pi * i / 12)) / 2 for i in range(8, 12)]
+    assert [e['lr'] for e in record['training_iterations'][8:]] == pytest.approx(cosine)
+    optimizer = train_here(tiny_dataset, here, **{**OPTIONS, **changes}).session.updater.optimizer
+    assert {group['weight_decay'] for group in optimizer.param_groups} == {0.3, 0.0}
+    assert {group['betas'] for group in optimizer.param_groups} == {(0.9, 0.99)}
+    assert {group['fused'] for group in optimizer.param_groups} == {True}
+
+
+def test_another_optimizer_is_refused_and_nothing_changes(copy, tmp_path, tiny_dataset):
+    before = sorted(copy.rglob('*'))
+    output = start(tmp_path, tiny_dataset, code=2, max_iters=12, optimizer='lion')
+    assert "cannot be resumed with optimizer='lion'" in output and "'adamw'" in output
+    assert 'Traceback' not in output and sorted(copy.rglob('*')) == before
+
+
+@pytest.mark.parametrize('optimizer', ['muon', 'lion'])
+def test_a_stable_phase_goes_on_for_longer_and_with_the_same_bits(
+    tmp_path, tiny_dataset, optimizer
+):
+    """wsd: cut off before its decay and given more updates, a run is the longer run."""
+    options = {
+        **{key: OPTIONS[key] for key in OPTIONS if key not in ('init_from', 'max_iters')},
+        'optimizer': optimizer,
+        'lr_schedule': 'wsd',
+        'decay_fraction': 0.5,
+        'warmup_iters': 1,
+    }
+    long, short = {'max_iters': 8}, {'max_iters': 4, 'lr_decay_iters': 8}
+    whole = train_here(tiny_dataset, tmp_path / 'whole', **options, **long)
+    train_here(tiny_dataset, tmp_path / 'cut', **options, **short)
+    resumed = train_here(tiny_dataset, tmp_path / 'cut', init_from='resume', **long)
+    rates = [entry['lr'] for entry in resumed.record['training_iterations']]
+    assert rates[0] == 3e-4 and rates[1:5] == [6e-4] * 4 and rates[5:] == sorted(rates[5:])[::-1]
+    assert rates[-1] < 3e-4
+    assert resumed.losses == whole.losses
+    for name, weight in whole.weights().items():
+        assert (resumed.weights()[name] == weight).all(), name
+    told = resumed.record['startup_info']['optimizer']
+    assert (told['name'], told['schedule']) == (optimizer, 'wsd')
+    jsonschema.validate(resumed.record, SCHEMA)
+
+
+def test_a_resumed_run_is_evaluated_as_often_as_before(tiny_dataset, tmp_path):
+    options = {'n_layer': 1, 'eval_iters': 1, 'log_interval': 100}
+    first = train_here(tiny_dataset, tmp_path, max_iters=4, **options)
+    assert first.record['config']['eval_interval'] == 20
+    assert first.record['startup_info']['derived']['eval_interval'].startswith('20 (max_iters / 10')
+    # A new run of so many updates would be evaluated every 22.
+    train_here(tiny_dataset, tmp_path, max_iters=220, init_from='resume', **options)
+    record = read_record(first.folder)
+    assert [entry['iter'] for entry in record['eval_steps']] == [0, 4, *range(20, 221, 20)]
+    assert 'eval_interval' not in record['events'][0]['changed']

@@ -1,0 +1,241 @@
+"""Signals: a run answers them at its next update boundary, and a second one at once."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from helpers.project import PROJECT, TINY_RUN
+
+from parallel.process_group import Alone
+from training import checkpointing
+from training.signals import Interruption
+from training_logger import latest_run, read_record
+
+if not hasattr(signal, 'SIGUSR1'):
+    pytest.skip('signals of POSIX', allow_module_level=True)
+
+# train.py with something done to it first.
+DRIVER = """
+import os, pathlib, signal, sys, time
+import train
+from data import dataset as token_data
+from training import checkpointing
+from common.errors import run_script
+
+{preparation}
+run_script(train.main)
+"""
+
+# A signal that this process gets while it reads the first of the two micro-batches of update 2.
+IN_UPDATE_2 = """
+read = token_data.TokenDataset.batch
+
+def batch(self, order, first_number, count):
+    if first_number == 8:
+        os.kill(os.getpid(), signal.{name})
+    return read(self, order, first_number, count)
+
+token_data.TokenDataset.batch = batch
+"""
+
+# The second save writes its state and then hangs.
+SLOW_SAVE = """
+save, saves = checkpointing.torch.save, []
+
+def slow(state, file):
+    save(state, file)
+    saves.append(file)
+    if len(saves) == 2:
+        pathlib.Path('saving').touch()
+        for _ in range(6000):  # a signal just before a long sleep would wait for its end
+            time.sleep(0.1)
+
+checkpointing.torch.save = slow
+"""
+
+
+@pytest.fixture
+def start(tmp_path, tiny_dataset):
+    """start(preparation, key=value, …): train.py, tiny, into tmp_path/out; a running process."""
+    processes = []
+
+    def run(preparation='', **options):
+        values = {**TINY_RUN, 'dataset': tiny_dataset, 'eval_interval': 10**6, **options}
+        arguments = [f'--{key}={value}' for key, value in values.items()]
+        process = subprocess.Popen(
+            [sys.executable, '-c', DRIVER.format(preparation=preparation), *arguments],
+            cwd=tmp_path,
+            env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(PROJECT)},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        processes.append(process)
+        return process
+
+    yield run
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+def wait_for(condition, process):
+    """Until `condition()` holds; fails if the process ends first."""
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def finish(process):
+    """The exit code, and what it said on stderr."""
+    _, stderr = process.communicate(timeout=120)
+    assert 'Traceback' not in stderr, stderr
+    return process.returncode, stderr
+
+
+def record(tmp_path):
+    return read_record(latest_run(tmp_path / 'out'))
+
+
+def iterations(tmp_path):
+    return [entry['iter'] for entry in record(tmp_path)['training_iterations']]
+
+
+def checkpoints(tmp_path):
+    """The iters of the checkpoints on the disk, the newest first; each must be readable."""
+    paths = checkpointing.published(latest_run(tmp_path / 'out') / 'checkpoints')
+    found = [checkpointing.read_index(path) for path in paths]
+    assert all(checkpointing.load_state(checkpoint)[0]['model'] for checkpoint in found)
+    return [checkpoint.iter for checkpoint in found]
+
+
+def test_a_stopped_run_saves_closes_its_record_and_can_go_on(start, tmp_path):
+    process = start(max_iters=10**6)
+    wait_for(lambda: latest_run(tmp_path / 'out') and len(iterations(tmp_path)) >= 3, process)
+    process.send_signal(signal.SIGINT)
+    code, stderr = finish(process)
+    assert code == 130
+    assert 'SIGINT' in stderr and 'once more to stop at once' in stderr
+    left = record(tmp_path)
+    updates = left['summary']['final_iter']
+    assert left['status'] == 'interrupted' and left['end_time']
+    assert iterations(tmp_path) == list(range(updates))
+    assert checkpoints(tmp_path) == [updates] == [c['iter'] for c in left['checkpoints']]
+
+    resumed = start(init_from='resume', max_iters=updates + 2)
+    assert finish(resumed)[0] == 0
+    after = record(tmp_path)
+    assert after['status'] == 'finished' and iterations(tmp_path) == list(range(updates + 2))
+    assert after['training_iterations'][:updates] == left['training_iterations']
+
+
+@pytest.mark.parametrize(
+    ('name', 'code', 'status', 'saved', 'updates'),
+    [
+        ('SIGTERM', 143, 'interrupted', [3], 3),
+        ('SIGHUP', 129, 'interrupted', [3], 3),
+        ('SIGUSR1', 0, 'finished', [3, 5], 5),
+    ],
+)
+def test_the_answer_comes_when_the_update_is_complete(
+    name, code, status, saved, updates, start, tmp_path
+):
+    process = start(IN_UPDATE_2.format(name=name), max_iters=5, keep_last=9)
+    assert finish(process)[0] == code
+    left = record(tmp_path)
+    assert left['status'] == status
+    assert [entry['iter'] for entry in left['checkpoints']] == saved
+    assert checkpoints(tmp_path) == saved[::-1]
+    assert iterations(tmp_path) == list(range(updates))
+
+
+def test_a_second_signal_ends_a_save_at_once_and_publishes_nothing(start, tmp_path):
+    process = start(SLOW_SAVE, max_iters=10**6, eval_interval=2, keep_last=9)
+    wait_for((tmp_path / 'saving').exists, process)
+    process.send_signal(signal.SIGINT)
+    # Two that come before the first is answered would count as one.
+    assert process.stderr.readline() == '\n' and 'SIGINT' in process.stderr.readline()
+    process.send_signal(signal.SIGTERM)
+    assert finish(process)[0] == 143
+    folder = latest_run(tmp_path / 'out') / 'checkpoints'
+    assert len(list(folder.glob('.saving-*'))) == 1, 'the save was under way'
+    assert checkpoints(tmp_path) == [2]
+    assert record(tmp_path)['status'] == 'running' and iterations(tmp_path) == list(range(4))
+
+    resumed = start(init_from='resume', max_iters=5, keep_last=9)
+    assert finish(resumed)[0] == 0
+    assert checkpoints(tmp_path) == [5, 2] and not list(folder.glob('.saving-*'))
+    assert record(tmp_path)['status'] == 'finished' and iterations(tmp_path) == list(range(5))
+
+
+def test_one_signal_that_comes_twice_is_one_request(monkeypatch):
+    """As Slurm's does to a process that torchrun started; what comes later is a second request."""
+    ended, now = [], [100.0]
+    monkeypatch.setattr('training.signals.os._exit', ended.append)
+    monkeypatch.setattr('training.signals.time.monotonic', lambda: now[0])
+    with Interruption(speaks=False):
+        for moment in (100.0, 100.9, 101.0):
+            now[0] = moment
+            signal.raise_signal(signal.SIGTERM)
+            assert not ended
+        now[0] = 102.5
+        signal.raise_signal(signal.SIGTERM)
+        assert ended == [143]
+
+
+@pytest.mark.parametrize('names', [('SIGTERM', 'SIGHUP'), ('SIGHUP', 'SIGTERM')])
+def test_the_end_of_a_session_is_one_request(names, monkeypatch):
+    """systemd sends SIGTERM and SIGHUP together."""
+    ended = []
+    monkeypatch.setattr('training.signals.os._exit', ended.append)
+    monkeypatch.setattr('training.signals.time.monotonic', lambda: 100.0)
+    with Interruption(speaks=False) as interruption:
+        for name in names:
+            signal.raise_signal(getattr(signal, name))
+        interruption.agree(Alone())
+        assert not ended and interruption.exit_code == 128 + getattr(signal, names[0])
+        signal.raise_signal(signal.SIGINT)
+        assert bool(ended) == (names[0] == 'SIGTERM')
+
+
+def test_nohup_keeps_a_run_from_hearing_that_the_terminal_is_closed():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Interruption() as interruption:
+            signal.raise_signal(signal.SIGHUP)
+            interruption.agree(Alone())
+            assert not interruption.pending
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_signal_is_heard_though_standard_error_is_gone(monkeypatch):
+    def gone(descriptor, data):
+        raise OSError(5, 'Input/output error')
+
+    monkeypatch.setattr('training.signals.os.write', gone)
+    with Interruption() as interruption:
+        signal.raise_signal(signal.SIGHUP)
+        interruption.agree(Alone())
+        assert interruption.exit_code == 129
+
+
+def test_only_the_main_rank_says_that_it_heard(capfd):
+    for speaks in (True, False):
+        with Interruption(speaks):
+            signal.raise_signal(signal.SIGTERM)
+        assert ('SIGTERM' in capfd.readouterr().err) == speaks
+
+
+def test_afterwards_signals_mean_what_they_meant_before():
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+    before = [signal.getsignal(number) for number in numbers]
+    with Interruption() as interruption:
+        assert not set(before) & {signal.getsignal(number) for number in numbers}
+        assert not interruption.pending and interruption.exit_code == 0
+    assert [signal.getsignal(number) for number in numbers] == before

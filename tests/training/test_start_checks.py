@@ -1,0 +1,427 @@
+"""At start: no later token and no other sequence changes what a token gets; positions reach it."""
+
+import math
+from typing import ClassVar
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers.architectures import covering, legal, tiny
+from torch import nn
+
+from common.errors import UserError
+from components.attention import MultiHeadAttention
+from model_builder import build_model, flops_notes
+from model_components import Activation, Attention, Auxiliary, FeedForward, Initial, Norm
+from model_config import (
+    ACTIVATION_REGISTRY,
+    ATTENTION_BACKEND_REGISTRY,
+    ATTENTION_REGISTRY,
+    FFN_REGISTRY,
+    NORM_POSITION_REGISTRY,
+    NORM_REGISTRY,
+    POSITION_ENCODING_REGISTRY,
+    PRESETS,
+)
+from training.start_checks import ROUNDING, check_model
+
+pytestmark = pytest.mark.usefixtures('one_thread')
+CPU = torch.device('cpu')
+
+
+def checked(**values) -> list[str]:
+    """The notes of the check of a tiny model."""
+    return check_model(build_model(tiny(**values), 'cpu', seed=1), CPU, 'float32')
+
+
+def activation(function, **attributes) -> type:
+    """An activation called Leak that computes function(self, x), x (B, T, width)."""
+    return type('Leak', (Activation,), {'forward': function, 'tag': 'Leak', **attributes})
+
+
+class Gated(Activation):
+    """Looks ahead behind a gate that begins at `start`."""
+
+    start: ClassVar = 0.0
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.gate = nn.Parameter(torch.empty(1))
+
+    def initial_values(self):
+        return {'gate': Initial.constant(self.start)}
+
+    def forward(self, x):
+        return F.gelu(x) + self.gate * x.roll(-1, 1)
+
+
+def one_position(self, x):
+    return torch.cat((x[:, :3], x[:, 3:4] + x[:, 4:5], x[:, 4:]), dim=1) if x.size(1) > 4 else x
+
+
+# --- Later tokens ---------------------------------------------------------------------------------
+
+LEAKS = {
+    'the next token': lambda self, x: x + x.roll(-1, 1),
+    'the last token': lambda self, x: x + x[:, -1:],
+    'a mean over the sequence': lambda self, x: x - x.mean(1, keepdim=True),
+    'a sum from behind': lambda self, x: x + x.flip(1).cumsum(1).flip(1),
+    'the largest of the sequence': lambda self, x: x / x.abs().amax(1, keepdim=True),
+    'a choice without gradient': lambda self, x: x * (x >= x.median(1, keepdim=True).values),
+    'one position alone': one_position,
+    'training alone': lambda self, x: x + x.roll(-1, 1) if self.training else F.gelu(x),
+    'evaluation alone': lambda self, x: F.gelu(x) if self.training else x + x.roll(-1, 1),
+    'very little': lambda self, x: F.gelu(x) + 0.01 * x.roll(-1, 1),
+}
+
+
+@pytest.mark.parametrize('leak', LEAKS)
+def test_a_component_that_sees_later_tokens_is_named(register, leak):
+    register(ACTIVATION_REGISTRY, 'leak', activation(LEAKS[leak]))
+    with pytest.raises(UserError, match=r"activation='leak': Leak\.forward is not causal"):
+        checked(activation='leak')
+
+
+@pytest.mark.parametrize('chunk', [7, 16, 32, 64])
+def test_what_shows_in_whole_chunks_alone_is_seen(register, chunk):
+    """A mean over each whole chunk, as in a linear attention that forgot its triangle."""
+
+    def forward(self, x):
+        whole = x.size(1) // chunk * chunk
+        parts = x[:, :whole].unflatten(1, (-1, chunk)) if whole else x[:, :0, None]
+        return torch.cat(
+            (parts.mean(2, keepdim=True).expand_as(parts).flatten(1, 2), x[:, whole:]), 1
+        )
+
+    register(ACTIVATION_REGISTRY, 'leak', activation(forward))
+    with pytest.raises(UserError, match=r'Leak\.forward is not causal'):
+        checked(activation='leak', block_size=80)
+
+
+@pytest.mark.parametrize('start', [0.0, 1e-6])
+def test_no_leak_hides_behind_a_weight_that_begins_at_nothing(register, start):
+    register(ACTIVATION_REGISTRY, 'leak', type('Leak', (Gated,), {'start': start}))
+    with pytest.raises(UserError, match=r'Leak\.forward is not causal'):
+        checked(activation='leak')
+
+
+class NoOutput(MultiHeadAttention):
+    """Sees all tokens; what it adds to the stream begins at zero."""
+
+    def initial_values(self):
+        return {'output.weight': Initial.zeros, 'output.bias': Initial.zeros}
+
+    def join(self, q, k, v, positions):
+        return self.widened(F.scaled_dot_product_attention(q, k, v))
+
+
+class Unmasked(ATTENTION_BACKEND_REGISTRY['sdpa']):
+    @staticmethod
+    def attend(q, k, v, mask, needs, dropout):
+        return F.scaled_dot_product_attention(q, k, v)
+
+
+class RollingRope(POSITION_ENCODING_REGISTRY['rope']):
+    @staticmethod
+    def rotate(x, rotation):
+        return POSITION_ENCODING_REGISTRY['rope'].rotate(x, rotation).roll(-1, 2)
+
+
+class RollingEmbedding(POSITION_ENCODING_REGISTRY['learned_absolute']):
+    def embed(self, x, positions):
+        return super().embed(x, positions).roll(-1, 1)
+
+
+class RollingBlock(NORM_POSITION_REGISTRY['pre']):
+    def forward(self, x, positions):
+        return super().forward(x + 0.5 * x.roll(-1, 1), positions)
+
+
+class RollingNorm(Norm):
+    def forward(self, x):
+        return F.rms_norm(x.float(), self.width, self.weight).roll(-1, 1)
+
+
+class RollingFeedForward(FFN_REGISTRY['swiglu']):
+    def forward(self, x):
+        y, auxiliary = super().forward(x)
+        return y.roll(-1, 1), auxiliary
+
+
+@pytest.mark.parametrize(
+    ('registry', 'component', 'method'),
+    [
+        (ATTENTION_REGISTRY, NoOutput, 'forward'),
+        (ATTENTION_BACKEND_REGISTRY, Unmasked, 'attend'),
+        (POSITION_ENCODING_REGISTRY, RollingRope, 'rotate'),
+        (POSITION_ENCODING_REGISTRY, RollingEmbedding, 'embed'),
+        (NORM_POSITION_REGISTRY, RollingBlock, 'forward'),
+        (NORM_REGISTRY, RollingNorm, 'forward'),
+        (FFN_REGISTRY, RollingFeedForward, 'forward'),
+    ],
+    ids=lambda value: getattr(value, '__name__', ''),
+)
+def test_the_component_is_named_whichever_registry_it_is_in(register, registry, component, method):
+    register(registry, 'mine', component)
+    named = rf"{registry.option}='mine': {component.__name__}\.{method} is not causal"
+    with pytest.raises(UserError, match=named):
+        checked(**{registry.option: 'mine'})
+
+
+def test_what_cannot_be_told_apart_is_named_as_inside(register):
+    """An expert's activation has the tokens of all sequences in one row."""
+    register(ACTIVATION_REGISTRY, 'leak', activation(lambda self, x: x + x.roll(-1, 0)))
+    with pytest.raises(UserError, match=r"ffn_type='moe': .*inside: activation='leak': Leak"):
+        checked(ffn_type='moe', expert_ffn='standard', activation='leak')
+
+
+# --- Other sequences ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    'function',
+    [
+        lambda self, x: x - x.mean(0, keepdim=True),
+        lambda self, x: x + x.roll(1, 0),
+        lambda self, x: x / x.std(dim=(0, 1)) if self.training else x,
+    ],
+)
+def test_a_component_that_mixes_sequences_is_named(register, function):
+    register(ACTIVATION_REGISTRY, 'leak', activation(function))
+    with pytest.raises(UserError, match=r'Leak\.forward mixes the sequences of a batch'):
+        checked(activation='leak')
+
+
+def test_a_choice_among_all_tokens_by_an_expert_is_seen(register):
+    class ExpertChoice(FeedForward):
+        """The half of all tokens with the largest scores goes through (Zhou et al. 2022)."""
+
+        def __init__(self, config, layer):
+            super().__init__()
+            self.score = nn.Linear(config.n_embd, 1)
+            self.down = nn.Linear(config.n_embd, config.n_embd)
+
+        @classmethod
+        def default_d_ff(cls, config):
+            return config.n_embd
+
+        def forward(self, x):
+            score = self.score(x)
+            return self.down(x) * (score > score.median()), Auxiliary(0.0, {})
+
+    register(FFN_REGISTRY, 'expert_choice', ExpertChoice)
+    with pytest.raises(
+        UserError, match=r'ExpertChoice\.forward (mixes the sequences|is not causal)'
+    ):
+        checked(ffn_type='expert_choice', vocab_size=200, n_layer=4)
+
+
+def test_what_no_seed_repeats_is_not_called_a_leak(register):
+    noise = torch.Generator().manual_seed(0)
+    own = activation(lambda self, x: x + torch.randn(x.shape, generator=noise))
+    register(ACTIVATION_REGISTRY, 'leak', own)
+    with pytest.raises(UserError, match='gives something else when it is called again'):
+        checked(activation='leak')
+
+
+# --- What is as it should be ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('values', covering()[::12], ids=range(len(covering()[::12])))
+def test_the_projects_components_pass_without_a_word(values):
+    assert check_model(build_model(legal(values), 'cpu', seed=1), CPU, 'float32') == []
+
+
+@pytest.mark.parametrize('preset', PRESETS)
+def test_every_preset_passes(preset):
+    sizes = {'n_embd': 32, 'd_ff': 32} if preset in ('mixtral', 'deepseek') else {'n_embd': 32}
+    small = {'expert_d_ff': 16} if preset in ('mixtral', 'deepseek') else {}
+    assert checked(arch_preset=preset, **sizes, **small) == []
+
+
+@pytest.mark.parametrize('values', [{'block_size': 1}, {'vocab_size': 1}, {'block_size': 2}])
+def test_the_smallest_models_pass(values):
+    assert checked(**values) == []
+
+
+@pytest.mark.parametrize('values', [{'ffn_type': 'moe'}, {'position_encoding': 'rope'}])
+def test_in_the_coarse_products_of_a_gpu_rounding_is_no_leak(monkeypatch, register, values):
+    monkeypatch.setattr(
+        'training.start_checks.precision', lambda device, dtype: (dtype, ROUNDING[dtype])
+    )
+    register(ACTIVATION_REGISTRY, 'leak', activation(LEAKS['the next token']))
+    model = build_model(tiny(**values), 'cpu', seed=1)
+    assert check_model(model, CPU, 'bfloat16') == []
+    leaking = build_model(tiny(activation='leak'), 'cpu', seed=1)
+    with pytest.raises(UserError, match='is not causal'):
+        check_model(leaking, CPU, 'bfloat16')
+
+
+def test_nothing_of_the_model_and_no_random_state_is_changed(register):
+    class WithBuffer(Gated):
+        def __init__(self, config):
+            super().__init__(config)
+            self.register_buffer('scale', torch.empty(3))
+
+        def initial_values(self):
+            return {**super().initial_values(), 'scale': Initial.normal(1.0)}
+
+        def forward(self, x):
+            return F.gelu(x) * (1 + self.gate) * self.scale.sum()
+
+    register(ACTIVATION_REGISTRY, 'gated', WithBuffer)
+    model = build_model(tiny(activation='gated', dropout=0.1), 'cpu', seed=1).eval()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert any('gate' in name and not tensor.any() for name, tensor in before.items())
+    modules = [
+        (m, set(vars(m)), len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()
+    ]
+    torch.manual_seed(5)
+    state = torch.random.get_rng_state()
+    assert check_model(model, CPU, 'float32') == []
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert before.keys() == model.state_dict().keys()
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert not any(module.training for module in model.modules())
+    for module, names, hooks, pre_hooks in modules:
+        assert set(vars(module)) == names
+        assert (len(module._forward_hooks), len(module._forward_pre_hooks)) == (hooks, pre_hooks)
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+
+
+def test_after_a_leak_is_seen_the_weights_are_as_before(register):
+    register(ACTIVATION_REGISTRY, 'leak', type('Leak', (Gated,), {}))
+    model = build_model(tiny(activation='leak'), 'cpu', seed=1)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(UserError):
+        check_model(model, CPU, 'float32')
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_a_buffer_that_changes_is_refused_since_no_checkpoint_has_it(register):
+    class Running(Activation):
+        def __init__(self, config):
+            super().__init__(config)
+            self.register_buffer('mean', torch.empty(1))
+
+        def initial_values(self):
+            return {'mean': Initial.zeros}
+
+        def forward(self, x):
+            y = x - self.mean
+            if self.training and not x.is_meta:
+                self.mean.lerp_(torch.ones_like(self.mean), 0.1)
+            return y
+
+    register(ACTIVATION_REGISTRY, 'running', Running)
+    with pytest.raises(UserError, match=r'gives something else|ffn\.activation\.mean changes'):
+        checked(activation='running')
+
+
+# --- Positions ------------------------------------------------------------------------------------
+
+
+class NeverRotates(Attention):
+    """Causal attention by hand, which uses no positions."""
+
+    @classmethod
+    def head_dims(cls, config):
+        size = config.n_embd // config.n_head
+        return size, size
+
+    def __init__(self, config, layer):
+        super().__init__(config, layer)
+        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd)
+
+    def forward(self, x, positions):
+        q, k, v = (
+            part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for part in self.qkv(x).chunk(3, dim=-1)
+        )
+        scores = q @ k.mT / math.sqrt(q.size(-1))
+        hidden = torch.ones(x.size(1), x.size(1), dtype=torch.bool, device=x.device).triu(1)
+        return self.widened(scores.masked_fill(hidden, -math.inf).softmax(-1) @ v)
+
+
+@pytest.mark.parametrize('encoding', ['rope', 'alibi', 't5_relative'])
+def test_positions_that_do_not_reach_the_output_are_noted(register, encoding):
+    register(ATTENTION_REGISTRY, 'mine', NeverRotates)
+    (note,) = checked(attention_type='mine', position_encoding=encoding, attention_backend='manual')
+    assert f"position_encoding='{encoding}' does not reach the output" in note
+    assert "attention_type='mine': NeverRotates" in note and "position_encoding='none'" in note
+
+
+@pytest.mark.parametrize('encoding', ['none', 'learned_absolute', 'sinusoidal'])
+def test_there_is_nothing_to_note_where_no_attention_has_to_do_with_positions(register, encoding):
+    register(ATTENTION_REGISTRY, 'mine', NeverRotates)
+    assert checked(attention_type='mine', position_encoding=encoding) == []
+
+
+def test_one_layer_that_uses_positions_suffices(register):
+    class Sometimes(NeverRotates):
+        def __init__(self, config, layer):
+            super().__init__(config, layer)
+            self.layer = layer
+
+        def forward(self, x, positions):
+            if self.layer == 0:
+                return super().forward(x, positions)
+            q, k, v = (
+                part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+                for part in self.qkv(x).chunk(3, dim=-1)
+            )
+            q, k = (self.rotate(each, positions.rotation) for each in (q, k))
+            return self.join(q, k, v, positions)
+
+    register(ATTENTION_REGISTRY, 'mine', Sometimes)
+    assert checked(attention_type='mine', position_encoding='rope') == []
+
+
+# --- FLOPs ----------------------------------------------------------------------------------------
+
+
+def test_flops_that_are_counted_as_others_are_noted(register):
+    class Linear(NeverRotates):
+        """(Σ k vᵀ) q, without a softmax: no pair of tokens meets; scores as in the standard one."""
+
+        def forward(self, x, positions):
+            q, k, v = (
+                part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+                for part in self.qkv(x).chunk(3, dim=-1)
+            )
+            states = (k[..., None] * v[..., None, :]).cumsum(2)  # (B, H, T, D, Dv)
+            return self.widened((q[..., None, :] @ states)[..., 0, :])
+
+    class Counted(Linear):
+        def flops(self, seq_len, causal):
+            total = super().flops(seq_len, causal)
+            scores = 2.0 * self.num_heads * self.qk_head_dim * self.v_head_dim * seq_len
+            return {**total, 'attention_scores': scores}
+
+    sizes = {'block_size': 64, 'position_encoding': 'none'}
+    register(ATTENTION_REGISTRY, 'mine', Linear)
+    (note,) = checked(attention_type='mine', **sizes)
+    assert "attention_type='mine': Linear.flops() says" in note
+    # Of a sequence: 8 · C² of the projections a token, and what the scores of the standard take or
+    # what this one takes, for C = 16 and heads of 4.
+    assert f'{64 * 8 * 16**2 + 4 * 64 * 64 * 16:,} FLOPs of a sequence of 64 tokens' in note
+    assert f'PyTorch counts {64 * 8 * 16**2 + 2 * 64 * 16 * 4:,}' in note
+    register(ATTENTION_REGISTRY, 'counted', Counted)
+    assert checked(attention_type='counted', **sizes) == []
+
+
+def test_products_outside_of_linear_layers_are_noted_of_the_class_that_makes_them(register):
+    class Squared(Activation):
+        def __init__(self, config):
+            super().__init__(config)
+            self.weight = nn.Parameter(torch.empty(config.d_ff, config.d_ff))
+
+        def initial_values(self):
+            return {'weight': Initial.normal(0.1)}
+
+        def forward(self, x):
+            return x @ self.weight
+
+    register(ACTIVATION_REGISTRY, 'squared', Squared)
+    (note,) = flops_notes(tiny(activation='squared', ffn_bias=True))
+    assert "activation='squared': Squared.flops() says 0 FLOPs" in note

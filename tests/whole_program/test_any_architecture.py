@@ -1,0 +1,191 @@
+"""What holds of every architecture, on legal ones drawn at random and on a covering few."""
+
+import json
+import os
+
+import pytest
+import torch
+from helpers.architectures import (
+    architectures,
+    covering,
+    gradients,
+    label,
+    legal,
+    lively,
+    sample,
+    some_tokens,
+    tiny,
+    values_of,
+    with_backend,
+)
+from hypothesis import given, settings
+from torch.utils.flop_counter import FlopCounterMode
+
+from components.weight_initialization import initial_values
+from model_builder import (
+    build_model,
+    count_parameters,
+    parameter_groups,
+    recompute,
+    training_flops,
+)
+from model_config import (
+    ATTENTION_BACKEND_REGISTRY,
+    CORE_OPTIONS,
+    REGISTRIES,
+    ModelArchitectureConfig,
+    architecture_options,
+)
+
+pytestmark = pytest.mark.usefixtures('one_thread')
+
+# The same ones in every run; ARCHITECTURES=2000 tries more of them.
+CASES = int(os.environ.get('ARCHITECTURES', '40'))
+at_random = settings(max_examples=CASES, deadline=None, derandomize=True, database=None)
+
+
+def loss_and_gradients(config, tokens):
+    model = lively(config)
+    torch.manual_seed(3)
+    loss, count, auxiliary = model(tokens, tokens.roll(-1, dims=1))
+    (loss / count + auxiliary.loss).backward()
+    return (loss / count).detach(), gradients(model)
+
+
+@at_random
+@given(architectures())
+def test_every_parameter_has_one_beginning_one_group_and_one_part(config):
+    model = build_model(config)
+    parameters = dict(model.named_parameters())
+    assert set(initial_values(model)) == set(parameters)
+    grouped = [id(p) for group in parameter_groups(model) for p in group.parameters]
+    assert sorted(grouped) == sorted(id(p) for p in parameters.values())
+    assert 'other' not in count_parameters(model)['components']
+
+
+@at_random
+@given(
+    # A larger beginning makes some architectures so steep that rounding decides.
+    architectures(dropout=0.0, attention_dropout=None, residual_dropout=None, init_std=0.02)
+)
+def test_every_backend_gives_the_same_finite_loss_and_gradients(config):
+    tokens = some_tokens(config, batch=2)
+    results = {}
+    for backend in ATTENTION_BACKEND_REGISTRY:
+        if same := with_backend(config, backend):
+            if ATTENTION_BACKEND_REGISTRY[backend].training_problems(same, 'cpu'):
+                with torch.no_grad():
+                    loss, count, _ = lively(same)(tokens, tokens.roll(-1, dims=1))
+                results[backend] = loss / count, {}
+            else:
+                results[backend] = loss_and_gradients(same, tokens)
+    for backend, (loss, grads) in results.items():
+        assert torch.isfinite(loss), backend
+        assert all(torch.isfinite(grad).all() for grad in grads.values()), backend
+        expected_loss, expected = results['manual']
+        torch.testing.assert_close(loss, expected_loss)
+        for name, grad in grads.items():
+            error = torch.linalg.norm(grad - expected[name])
+            assert error <= 1e-4 * torch.linalg.norm(expected[name]) + 1e-6, (backend, name)
+
+
+@at_random
+@given(architectures(logit_softcap=None))  # a cap may leave nothing of lively logits but a sign
+def test_a_token_changes_its_own_logits_and_no_earlier_ones(config):
+    model = lively(config).eval()
+    length = config.block_size
+    tokens = some_tokens(config, batch=1).expand(length, length)
+    changed = tokens.clone()  # row t: token t is another one
+    changed.diagonal().add_(1).remainder_(config.vocab_size)
+    with torch.no_grad():
+        different = (model(tokens) != model(changed)).any(dim=-1)
+    assert not different.tril(-1).any()
+    assert different.diagonal().all()
+
+
+@pytest.mark.parametrize('chosen', covering(), ids=label)
+def test_flops_of_a_step_equal_the_counter_on_the_meta_device(chosen):
+    config = tiny(**chosen)
+    tokens = torch.empty((3, config.block_size), dtype=torch.long, device='meta')
+    with FlopCounterMode(display=False) as counter:
+        loss, _, auxiliary = build_model(config.replace(attention_backend='manual'))(tokens, tokens)
+        (loss + auxiliary.loss).backward()
+    flops = training_flops(build_model(config))
+    assert flops['per_token'] == counter.get_total_flops() / tokens.numel()
+    assert flops['per_token'] == sum(flops['breakdown'].values())
+
+
+def test_the_hash_is_equal_exactly_when_the_options_are():
+    configs = [tiny(**values) for values in sample(400)]
+    described = {json.dumps(config.to_dict(), sort_keys=True) for config in configs}
+    assert len({config.hash for config in configs}) == len(described) > 390
+
+
+def test_a_config_comes_back_from_its_dict_and_its_file(tmp_path):
+    for values in covering():
+        config = tiny(**values)
+        again = ModelArchitectureConfig.from_dict(json.loads(json.dumps(config.to_dict())))
+        config.save(tmp_path / 'architecture.json')
+        loaded = ModelArchitectureConfig.load(tmp_path / 'architecture.json')
+        for copy in (again, loaded):
+            assert copy.hash == config.hash and copy.to_dict() == config.to_dict()
+            assert copy.name == config.name
+
+
+@pytest.mark.parametrize('registry', [r for r in REGISTRIES if r.option in CORE_OPTIONS])
+def test_the_name_follows_exactly_the_choices_that_have_a_tag(registry):
+    """Beside each combination of a few, the same with every other choice of one registry."""
+    option = architecture_options()[registry.option]
+    for values in covering()[::8]:
+        names = {}
+        for name in values_of(registry.option, option):
+            core = {key: values[key] for key in values if key in CORE_OPTIONS}
+            if config := legal({**core, registry.option: name}):
+                names[name] = config.name
+        tagged = registry is not ATTENTION_BACKEND_REGISTRY
+        assert len(set(names.values())) == (len(names) if tagged else 1), names
+
+
+@torch.no_grad()  # flex has no backward pass on a CPU
+@pytest.mark.parametrize('chosen', covering()[::16], ids=label)
+def test_blocks_are_one_graph_each_kind_and_compute_the_same(chosen):
+    """Compiled whole, without a break, and alike layers share their graph."""
+    config = tiny(**chosen).replace(n_layer=4, init_std=0.02)
+    model, tokens = lively(config).eval(), some_tokens(config, batch=2)
+    expected = model(tokens)
+    graphs = []
+
+    def count(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    for block in model.blocks:
+        block.compile(fullgraph=True, backend=count)
+    torch.testing.assert_close(model(tokens), expected)
+    kinds = {(type(block.ffn), block.attention.layer_needs) for block in model.blocks}
+    assert len(graphs) <= len(kinds)
+    torch.compiler.reset()
+
+
+def test_a_recomputed_block_is_compiled_as_well():
+    """Compiled around the recomputation, as one graph that alike blocks share."""
+    config = tiny(n_layer=3, dropout=0.0)
+    plain, model = lively(config), lively(config)
+    tokens, graphs = some_tokens(config, batch=2), []
+
+    def count(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    for block in model.blocks:
+        recompute(block)
+        block.compile(fullgraph=True, backend=count)
+    for one in (plain, model):
+        one(tokens).square().mean().backward()
+    assert len(graphs) == 1
+    expected = gradients(plain)
+    for name, gradient in gradients(model).items():
+        torch.testing.assert_close(gradient, expected[name])
+    torch.compiler.reset()
