@@ -32,6 +32,7 @@ from common import (
 )
 from common.console_output import write_text
 from common.errors import UserError, run_script
+from common.files import replace_file
 from common.formatting import table
 from common.text_files import read_text
 from comparison.significance import CONFIDENCE
@@ -97,7 +98,7 @@ def main(argv: list[str]) -> int:
         dataset = load_dataset(data['dataset'], data['block_size'])
         dataset.check_content(('val',))
         items = made_choices(dataset, codec, options.num_items)
-        write_file(options.make_choices, items, 'make_choices')
+        write_output(options.make_choices, items, 'make_choices')
     texts = {path: read_tokens(path, codec) for path in options.text}
     paths = [*([options.make_choices] if options.make_choices else []), *options.choices]
     items = {path: read_items(path, codec, config.block_size) for path in paths}
@@ -175,13 +176,13 @@ def choice_table(results: Sequence[ChoiceResult]) -> str:
 
 
 def write_json(path: Path, results: dict) -> None:
-    write_file(path, json.dumps(results, indent=2, ensure_ascii=False) + '\n', 'json')
+    write_output(path, json.dumps(results, indent=2, ensure_ascii=False) + '\n', 'json')
 
 
-def write_file(path: Path, text: str, option: str) -> None:
+def write_output(path: Path, text: str, option: str) -> None:
     """Write JSON, where a name that is not UTF-8 has escapes. Raises UserError."""
     try:
-        path.write_text(text, encoding='utf-8', errors='backslashreplace')
+        replace_file(path, text.encode('utf-8', 'backslashreplace'))
     except OSError as error:
         raise UserError(f'--{option}={path} cannot be written: {error.strerror}.') from error
 

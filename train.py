@@ -32,7 +32,9 @@ from optim.step import Updater, learning_rate_at
 from parallel import sharded_state
 from parallel.strategies import SingleProcess, choose_strategy, recomputed_blocks
 from planning import estimates
-from records import trackers
+from planning.report import plan_report
+from records.run_folders import new_run_folder
+from records.trackers import enabled_trackers
 from studies.grid import STUDY_KEYS
 from training import checkpointing, diagnostics, resumption, stability, start_checks
 from training.checkpoint_writer import Saver
@@ -40,7 +42,7 @@ from training.record_header import record_header, surroundings
 from training.session import Session
 from training.signals import Interruption
 from training_config import Settings, load_settings, schema
-from training_logger import TrainingLogger, new_run_folder
+from training_logger import TrainingLogger
 
 
 def main(argv: list[str]) -> int:
@@ -54,7 +56,7 @@ def main(argv: list[str]) -> int:
     started_from = resumption.find(asked) or interop.find(asked)
     settings = load_settings(asked)
     if settings.plan.plan:
-        write_text(estimates.report(settings))
+        write_text(plan_report(estimates.plan(settings)))
         return 0
     device = hardware.select_device(settings.run.device)
     hardware.tune(device, settings.run.deterministic)
@@ -122,7 +124,7 @@ def set_up(
         is_main=parallel.is_main,
         style=options.log_style,
         max_iters=options.max_iters,
-        sinks=trackers.asked_for(options),
+        trackers=enabled_trackers(options),
     )
     weights_from = parallel.from_main(lambda: started_from and started_from.weights_from)
     header = record_header(

@@ -441,7 +441,7 @@ def run_problems(run: TrainingConfig, plan: FrozenConfig, ranks: int) -> list[st
     needed_here = (
         partial(select_device, run.device),
         partial(is_prepared, run.dataset),
-        partial(trackers.check, run),
+        partial(trackers.check_packages, run),
     )
     for find in () if plan.plan else needed_here:
         try:

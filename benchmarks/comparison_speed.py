@@ -24,7 +24,9 @@ sys.path.insert(0, str(PROJECT))
 
 from benchmarks.fault_run import write_dataset  # noqa: E402
 from benchmarks.study_kills import OPTIONS  # noqa: E402
-from training_logger import TrainingLogger, latest_run, read_record  # noqa: E402
+from records.record import read_record  # noqa: E402
+from records.run_folders import latest_run  # noqa: E402
+from training_logger import TrainingLogger  # noqa: E402
 
 ARCHITECTURES, REPEATS = 50, 5
 

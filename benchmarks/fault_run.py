@@ -38,8 +38,9 @@ import torch
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 
+from records.record import read_record  # noqa: E402
+from records.run_folders import latest_run  # noqa: E402
 from training import checkpointing  # noqa: E402
-from training_logger import latest_run, read_record  # noqa: E402
 
 OPTIONS = {
     'n_layer': 4,

@@ -33,10 +33,11 @@ import torch  # noqa: E402
 import train  # noqa: E402
 from benchmarks.record_overhead import random_tokens  # noqa: E402
 from common import hardware  # noqa: E402
+from records.record import read_record  # noqa: E402
+from records.run_folders import latest_run  # noqa: E402
 from training.checkpoint_writer import Saver  # noqa: E402
 from training.session import Session  # noqa: E402
 from training_config import TrainingConfig  # noqa: E402
-from training_logger import latest_run, read_record  # noqa: E402
 
 STRATEGIES = {
     'single': [],

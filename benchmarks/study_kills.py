@@ -32,7 +32,8 @@ from benchmarks.fault_run import (  # noqa: E402
     without_measurements,
     write_dataset,
 )
-from training_logger import find_records, latest_run, read_record  # noqa: E402
+from records.record import read_record  # noqa: E402
+from records.run_folders import find_records, latest_run  # noqa: E402
 
 OPTIONS = {
     'n_layer': 2,

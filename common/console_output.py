@@ -10,12 +10,13 @@ work go on in silence. A leaf: it knows nothing else of the project.
 import codecs
 import contextlib
 import errno
+import io
 import os
 import re
 import sys
 
 # What stands for characters that an encoding may lack; escapes stand for the others.
-_ASCII = {'─': '-', '│': '|', '├': '|', '└': '`', '×': 'x', '→': '->'}
+_ASCII: dict[str, str | int | None] = {'─': '-', '│': '|', '├': '|', '└': '`', '×': 'x', '→': '->'}
 _SUBSTITUTES = {
     **_ASCII,
     **{'…': '...', '–': '-', '—': '-', '−': '-', '±': '+/-', '≥': '>=', '≤': '<=', '·': '*'},
@@ -162,8 +163,9 @@ def open_streams() -> None:
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 for the process's life
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(AttributeError, OSError, ValueError):
-            stream.reconfigure(errors=SUBSTITUTE)
+        with contextlib.suppress(OSError, ValueError):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors=SUBSTITUTE)
 
 
 def flush_streams() -> None:

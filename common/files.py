@@ -13,14 +13,18 @@ from common.errors import UserError
 try:
     import fcntl
 except ImportError:  # Windows: two runs that start at once both prepare, which is only wasteful
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
 
 def replace_file(path: Path, content: bytes) -> None:
     """Write a file in one step: whatever goes wrong, the one there is whole, old or new.
 
     Raises OSError, and leaves nothing else behind. A link stays one: what it leads to is replaced.
+    A pipe or a terminal, which cannot be, is written to.
     """
+    if path.exists() and not path.is_file() and not path.is_dir():
+        path.write_bytes(content)
+        return
     path = Path(os.path.realpath(path))
     temporary = path.with_name(f'{path.name}.{os.getpid()}.tmp')  # several processes may write
     try:
@@ -63,20 +67,34 @@ def check_destination(option: str, path: Path, suffixes: Sequence[str]) -> None:
         raise UserError(f'{option}={path}: no permission to write in the folder {folder}.')
 
 
-@contextlib.contextmanager
-def exclusive(lock_path: Path, message: str):
-    """Hold the lock file `lock_path`; if another process holds it, say `message` and wait."""
+def lock_file(fd: int, wait: bool = False) -> bool:
+    """Lock an open file for this process until it is closed, however the process ends.
+
+    Whether it could be locked; `wait`: not before it can. Where the system or the file system has
+    no locks, it counts as locked.
+    """
+    if fcntl is None:
+        return True
     try:
-        lock = open(lock_path, 'w')  # noqa: SIM115 closed, and with that unlocked, below
+        fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass  # a file system that has no locks
+    return True
+
+
+@contextlib.contextmanager
+def file_lock(path: Path, message: str) -> Iterator[None]:
+    """Hold the lock file `path`; if another process holds it, say `message` and wait."""
+    try:
+        lock = open(path, 'w')  # noqa: SIM115 closed, and with that unlocked, below
     except OSError as error:
-        raise UserError(f'Cannot write to {lock_path.parent}: {error.strerror}') from None
+        raise UserError(f'Cannot write to {path.parent}: {error.strerror}') from None
     with lock:
-        if fcntl:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                write_progress(message)
-                fcntl.flock(lock, fcntl.LOCK_EX)
+        if not lock_file(lock.fileno()):
+            write_progress(message)
+            lock_file(lock.fileno(), wait=True)
         yield
 
 

@@ -13,7 +13,8 @@ def walk(
     its own keeps it; a loop ends where it closes. Folders taken out of the second list are not
     entered. `on_error` gets the OSError of a folder that cannot be read, which is then left out.
     """
-    seen, own, linked = set(), [os.fspath(root)], []
+    seen, own = set(), [os.fspath(root)]
+    linked: list[str] = []
     while own or linked:
         folder = own.pop() if own else linked.pop(0)
         try:
@@ -26,7 +27,8 @@ def walk(
         if (stat.st_dev, stat.st_ino) in seen:
             continue
         seen.add((stat.st_dev, stat.st_ino))
-        folders, others = [], []
+        folders: list[os.DirEntry] = []
+        others: list[os.DirEntry] = []
         for entry in entries:
             (folders if os.path.isdir(entry) else others).append(entry)
         yield folder, folders, others

@@ -1,11 +1,107 @@
-"""How the comparison writes numbers, lists and tables."""
+"""How numbers, lists and tables are written, wherever people read them."""
 
 import textwrap
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from typing import Any
 
-WIDTH = 100  # columns that the text aims at
+from common.console_output import visible
+
+WIDTH = 100  # columns that the text of a comparison aims at
 LISTED = 8  # as many names or values as one line lists
+SAMPLE_LINES = 10  # that are shown of a text that a model wrote
+
+# --- Numbers --------------------------------------------------------------------------------------
+
+
+def or_dash(value: Any, form: Callable[[Any], str], unknown: str = '-') -> str:
+    return unknown if value is None else form(value)
+
+
+def or_na(value: Any, form: str) -> str:
+    """The value in a format such as `.4f`; `n/a` for an unknown one."""
+    return 'n/a' if value is None else format(value, form)
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 sequence`, `2,048 sequences`."""
+    return f'{number:,} {noun}' + ('' if number == 1 else 's')
+
+
+def percent(part: float, whole: float) -> str:
+    """Six columns and the sign, so that shares stand below each other."""
+    return f'{100 * part / whole:5.1f} %' if whole else '    n/a'
+
+
+def p_text(p_value: float) -> str:
+    return '<0.0001' if p_value < 1e-4 else f'{p_value:.4f}'
+
+
+def nats(value: float) -> str:
+    return f'{value:.4f}'
+
+
+def _scaled(value: float, prefixes: Sequence[str], digits: int) -> tuple[float, str]:
+    """The value in the first of the prefixes, thousands apart, in which it reads below 1000."""
+    *smaller, largest = prefixes
+    for prefix in smaller:
+        if abs(value) < 1000 - 0.5 * 10**-digits:
+            return value, prefix
+        value /= 1000
+    return value, largest
+
+
+def si(value: float) -> str:
+    """`162.15M`, with the largest of K, M, G, T that leaves a whole part; `512` below those."""
+    value, prefix = _scaled(value, ('', 'K', 'M', 'G', 'T'), digits=2)
+    return f'{value:.2f}{prefix}' if prefix else f'{value:.0f}'
+
+
+def flop_count(value: float | None, unit: str = 'F') -> str:
+    """FLOPs or FLOP/s with the prefix that suits their size: `854.7 MF`, `101.2 TFLOP/s`."""
+    if value is None:
+        return 'n/a'
+    value, prefix = _scaled(value, ('', 'K', 'M', 'G', 'T', 'P', 'E', 'Z'), digits=1)
+    return f'{value:,.1f} {prefix}{unit}'
+
+
+def teraflops(value: float | None, unit: str = 'F') -> str:
+    """`flop_count` of so many 10¹² FLOPs."""
+    return flop_count(None if value is None else value * 1e12, unit)
+
+
+def byte_count(count: float) -> str:
+    """`1.50 GB`, or MB or kB of what is less."""
+    value, prefix = _scaled(count / 1000, ('k', 'M', 'G'), digits=2)
+    return f'{value:.2f} {prefix}B'
+
+
+# --- Times ----------------------------------------------------------------------------------------
+
+
+def duration(seconds: float) -> str:
+    """`2h 03m`, `1m 00s`, `59.4s`."""
+    minutes, hours = round(seconds) // 60, round(seconds) // 3600
+    if hours:
+        return f'{hours}h {minutes % 60:02d}m'
+    return f'{minutes}m {round(seconds) % 60:02d}s' if minutes else f'{seconds:.1f}s'
+
+
+def clock(seconds: float | None) -> str:
+    """`0:12:30`, or `2 days, 3:04:05`."""
+    return 'n/a' if seconds is None else str(timedelta(seconds=round(seconds)))
+
+
+def milliseconds(value: float | None) -> str:
+    """`2.34ms`, `234ms`, `12.3s`."""
+    if value is None:
+        return 'n/a'
+    if value < 10:
+        return f'{value:.2f}ms'
+    return f'{value:.0f}ms' if value < 10_000 else f'{value / 1000:.1f}s'
+
+
+# --- Lines and tables -----------------------------------------------------------------------------
 
 
 def table(rows: Sequence[Sequence[str]], align: str) -> str:
@@ -23,34 +119,14 @@ def wrapped(text: str, indent: str = '') -> str:
     )
 
 
-def listing(texts: Sequence[str]) -> str:
-    """The texts with commas, at most LISTED of them."""
-    more = len(texts) - LISTED
-    return ', '.join(texts[:LISTED]) + (f' and {more} more' if more > 0 else '')
+def join_names(names: Sequence[str]) -> str:
+    """The names with commas, at most LISTED of them."""
+    more = len(names) - LISTED
+    return ', '.join(names[:LISTED]) + (f' and {more} more' if more > 0 else '')
 
 
-def or_dash(value: Any, form: Callable[[Any], str], unknown: str = '-') -> str:
-    return unknown if value is None else form(value)
-
-
-def si(value: float) -> str:
-    """`162.15M`, with the largest of K, M, G, T that leaves a whole part."""
-    for size, unit in ((1e12, 'T'), (1e9, 'G'), (1e6, 'M'), (1e3, 'K')):
-        if value >= size:
-            return f'{value / size:.2f}{unit}'
-    return f'{value:.0f}'
-
-
-def duration(seconds: float) -> str:
-    minutes, hours = round(seconds) // 60, round(seconds) // 3600
-    if hours:
-        return f'{hours}h {minutes % 60:02d}m'
-    return f'{minutes}m {round(seconds) % 60:02d}s' if minutes else f'{seconds:.1f}s'
-
-
-def p_text(p_value: float) -> str:
-    return '<0.0001' if p_value < 1e-4 else f'{p_value:.4f}'
-
-
-def nats(value: float) -> str:
-    return f'{value:.4f}'
+def first_lines(text: str, width: int) -> list[str]:
+    """The first lines of a text that a model wrote, which may hold anything."""
+    paragraphs = visible(text).replace('\t', ' ').strip('\n').split('\n')
+    lines = [line for whole in paragraphs for line in textwrap.wrap(whole, width) or ['']]
+    return lines if len(lines) <= SAMPLE_LINES else [*lines[:SAMPLE_LINES], '…']

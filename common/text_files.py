@@ -106,6 +106,11 @@ def parse_json(content: bytes):
         raise ValueError('nested too deeply') from None
 
 
+def is_count(value) -> bool:
+    """Whether a value that a file holds is a whole number from 0."""
+    return type(value) is int and value >= 0
+
+
 def valid_json(value):
     """The value with `valid_text` in place of each text in it."""
     if isinstance(value, str):
@@ -160,7 +165,8 @@ class _Scanner:
     def peek(self) -> str:
         """The next character that is no space; '' at the end."""
         while True:
-            self.at = _SPACES.match(self.text, self.at).end()
+            spaces = _SPACES.match(self.text, self.at)
+            self.at = spaces.end() if spaces else self.at
             if self.at < len(self.text) or self.ended:
                 return self.text[self.at : self.at + 1]
             self._read()

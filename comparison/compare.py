@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from common.errors import UserError, nearest
-from common.formatting import listing
+from common.formatting import join_names
 from comparison.analysis import (
     DIVERGED,
     SEEDS,
@@ -166,7 +166,7 @@ def _unlike(
         for key, values in warnings.items()
         if len({text for text, having in values.items() if set(ranks) & set(having)}) > 1
     ]
-    return f'losses are not directly comparable ({listing(keys)})' if keys else None
+    return f'losses are not directly comparable ({join_names(keys)})' if keys else None
 
 
 def without_fair_differences(
@@ -276,7 +276,7 @@ def baseline_of(
         raise UserError(
             f'--baseline {name}: no run compared here has this in its architecture, name or '
             f'folder.{nearest(name, [each for known in names for each in known])} Architectures '
-            f'here: {listing(architectures)}'
+            f'here: {join_names(architectures)}'
         )
     if len({group.members[0].architecture_hash for group in matches}) > 1:
         ambiguous = [
@@ -286,7 +286,7 @@ def baseline_of(
         ]
         raise UserError(
             f'--baseline {name}: matches {len(matches)} runs of different architectures: '
-            f'{listing(ambiguous)}. Type more of the architecture, run or folder name'
+            f'{join_names(ambiguous)}. Type more of the architecture, run or folder name'
         )
     several = '' if len(matches) == 1 else f', the oldest of {len(matches)} that match'
     return _oldest(matches), f'--baseline {name}{several}'

@@ -8,12 +8,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from common.console_output import visible
-from common.formatting import LISTED, WIDTH, table, wrapped
+from common.formatting import LISTED, WIDTH, first_lines, table, wrapped
 from comparison.analysis import BASELINE, NOT_TESTED, Corrected, Verdict
 from comparison.compare import Comparison
 from comparison.costs import mean_by_position
 from comparison.tables import Section, sample_of, sections
-from records.console import first_lines
 
 
 def one_line(text: str) -> str:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from common.formatting import LISTED, listing, nats, p_text
+from common.formatting import LISTED, join_names, nats, p_text
 from comparison.analysis import (
     BASELINE,
     BETTER,
@@ -59,7 +59,7 @@ def _of_single_runs(comparison: Comparison, ranked: Sequence[tuple[Group, str]])
 
 
 def _unlike(comparison: Comparison) -> str:
-    names = listing(list(comparison.loss_warnings))
+    names = join_names(list(comparison.loss_warnings))
     return f'The losses are not directly comparable ({names}; see WARNINGS).'
 
 

@@ -13,7 +13,8 @@ from common.errors import UserError
 from comparison.analysis import DIVERGED, FINISHED, UNMEASURED
 from comparison.conditions import conditions_of
 from comparison.costs import CurvePoint, Span, Stability
-from training_logger import STATUSES, find_records, read_outline
+from records.record import STATUSES, read_outline
+from records.run_folders import find_records
 
 SCORES = ('final', 'best')
 ENDING = ('nonfinite', 'rollback', 'resume', 'failed')  # events that tell why a run ended

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from common.formatting import (
     WIDTH,
     duration,
-    listing,
+    join_names,
     nats,
     or_dash,
     p_text,
@@ -232,7 +232,7 @@ def tuning(comparison: Comparison) -> Section | None:
         chosen |= plan.tuning.get(run.variant, {})
         rows.append([str(rank), *(or_dash(chosen[key], str) for key in plan.tuned), label])
         if at_edge := plan.at_edge.get(run.variant):
-            edges.append(f'#{rank} {listing(at_edge)}')
+            edges.append(f'#{rank} {join_names(at_edge)}')
     notes = ['Each architecture trained with its own best of the values that the study tried.']
     if edges:
         notes.append(

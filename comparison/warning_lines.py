@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from common.formatting import LISTED, listing, nats, or_dash, wrapped
+from common.formatting import LISTED, join_names, nats, or_dash, wrapped
 from comparison.analysis import DIVERGED, FINISHED
 from comparison.compare import RISE, Comparison, rises_of
 from comparison.conditions import Values
@@ -84,7 +84,7 @@ def grouped(options: dict[str, Values]) -> str:
             f'{text} ({rank_ranges(ranks)}{" in part" * bool(partial.intersection(ranks))})'
             for text, ranks in values.items()
         ]
-        paragraphs.append(wrapped(f'  {key:{width}}  {listing(texts)}', ' ' * (width + 4)))
+        paragraphs.append(wrapped(f'  {key:{width}}  {join_names(texts)}', ' ' * (width + 4)))
     return '\n'.join(paragraphs)
 
 

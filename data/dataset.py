@@ -15,7 +15,7 @@ import numpy as np
 
 from common.console_output import write_progress
 from common.errors import UserError, nearest
-from common.files import exclusive, files_sha256
+from common.files import file_lock, files_sha256
 from data.order import ORDERS, EpochOrder, RandomOrder, splitmix64
 from data.token_check import check_content
 from data.token_files import (
@@ -59,7 +59,7 @@ def prepare_if_missing(name: str, data_root: Path | str = DATA_ROOT) -> None:
     ours = folder.resolve().is_relative_to(Path(data_root).resolve())
     if is_complete(folder) or not (ours and script.exists()):
         return
-    with exclusive(folder / 'prepare.lock.tmp', f'another process prepares {name}: waiting'):
+    with file_lock(folder / 'prepare.lock.tmp', f'another process prepares {name}: waiting'):
         if is_complete(folder):
             return
         write_progress(f'Dataset {name} is not prepared yet: running {script}')

@@ -19,7 +19,7 @@ import numpy as np
 
 from common.errors import UserError
 from common.files import file_chunks
-from common.text_files import parse_json
+from common.text_files import is_count, parse_json
 from data.token_formats import Ids, recognize
 
 FORMAT_VERSION = 2
@@ -254,10 +254,6 @@ def _read_meta_file(folder: Path) -> dict:
     return meta
 
 
-def _is_count(value) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
 def _problem_of_meta(meta) -> str | None:
     """What is wrong with the meta.json, which is brought into the form of version 2 on the way."""
     if not isinstance(meta, dict):
@@ -267,20 +263,20 @@ def _problem_of_meta(meta) -> str | None:
         return f'format_version is {meta.get("format_version")!r}, not {known}'
     if meta.get('dtype') not in list(DTYPES):  # a list also takes what has no hash
         return f'dtype is {meta.get("dtype")!r}, not one of {", ".join(DTYPES)}'
-    if not _is_count(meta.get('vocab_size')) or meta['vocab_size'] == 0:
+    if not is_count(meta.get('vocab_size')) or meta['vocab_size'] == 0:
         return f'vocab_size is {meta.get("vocab_size")!r}, not a positive whole number'
     end = meta.setdefault('end_of_text', None)
-    if end is not None and not (_is_count(end) and end < meta['vocab_size']):
+    if end is not None and not (is_count(end) and end < meta['vocab_size']):
         return f'end_of_text is {end!r}, not a token below vocab_size or null'
     tokenizer = meta.get('tokenizer')
     if not isinstance(tokenizer, dict) or not isinstance(tokenizer.get('kind'), str):
         return 'tokenizer is no object with a "kind"'
     for split in SPLITS:
         facts = meta['splits'].get(split) if isinstance(meta.get('splits'), dict) else None
-        if not isinstance(facts, dict) or not _is_count(facts.get('tokens')):
+        if not isinstance(facts, dict) or not is_count(facts.get('tokens')):
             return f'splits.{split}.tokens is missing or no whole number'
         for key in ('bytes', 'documents'):
-            if facts.setdefault(key, None) is not None and not _is_count(facts[key]):
+            if facts.setdefault(key, None) is not None and not is_count(facts[key]):
                 return f'splits.{split}.{key} is {facts[key]!r}, not a whole number or null'
         if not isinstance(facts.setdefault('sha256', None), str | None):
             return f'splits.{split}.sha256 is {facts["sha256"]!r}, not a string or null'
@@ -300,7 +296,7 @@ def _problem_of_shards(facts: dict) -> str | None:
         # A dataset may be somebody else's: it names files beside its meta.json and nowhere else.
         if not isinstance(name, str) or not re.fullmatch(r'\w[\w.-]{0,199}', name, re.ASCII):
             return f'shards[{number}].file is {name!r}, not the plain name of a file'
-        if not _is_count(shard.get('tokens')):
+        if not is_count(shard.get('tokens')):
             return f'shards[{number}].tokens is missing or no whole number'
         if not isinstance(shard.setdefault('sha256', None), str | None):
             return f'shards[{number}].sha256 is {shard["sha256"]!r}, not a string or null'

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from common.console_output import write_progress
 from common.errors import UserError
-from common.files import exclusive
+from common.files import file_lock
 
 TIMEOUT = 30  # seconds of silence
 MOST_JSON = 2**26  # bytes: the longest index of a model's shards is a tenth of that
@@ -45,7 +45,7 @@ def model_folder(source: str, name: str) -> Path:
             f'{source}: the cache {cache_folder()} has no such model, and cannot be written to '
             f'({error.strerror}): HF_HOME=FOLDER names another.'
         ) from error
-    with exclusive(home / 'download.lock.tmp', f'another process downloads {name}: waiting'):
+    with file_lock(home / 'download.lock.tmp', f'another process downloads {name}: waiting'):
         return find_cached(name) or _download(source, name, home)
 
 

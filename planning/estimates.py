@@ -1,6 +1,6 @@
 """What a run would need: parameters, FLOPs, memory of each strategy, and time. No device, no data.
 
-    print(report(settings))                         # what --plan shows
+    print(plan_report(plan(settings)))              # what --plan shows, by planning/report.py
     plan(settings)['memory']['fsdp']['total_gb']    # the same as data
 
 `simulation` finds what a micro-step holds on one device. What a strategy divides, repeats and sends
@@ -21,7 +21,6 @@ from data.dataset import is_prepared, load_dataset
 from model_builder import count_parameters, training_flops
 from parallel.strategies import recomputed_blocks
 from planning.simulation import Kind, Moment, Simulation
-from records import console
 from training_config import Settings
 
 # Of a GPU's memory; the rest is for the CUDA context, NCCL and what fragmentation wastes.
@@ -33,13 +32,8 @@ LARGEST_MICRO_BATCH = 2**22
 DDP_BUCKET = 25 * 2**20  # bytes; a larger parameter has a bucket of its own
 
 
-def report(settings: Settings) -> str:
-    """The plan as text. Raises UserError, as `plan` does."""
-    return console.plan_report(plan(settings))
-
-
 def plan(settings: Settings) -> dict:
-    """Everything that `console.plan_report` shows, as plain values; sizes in GB of 10⁹ bytes.
+    """Everything that `report.plan_report` shows, as plain values; sizes in GB of 10⁹ bytes.
 
     Raises UserError for a GPU that is not known, a dtype that it does not have, or a micro-batch
     that no device holds.

@@ -1,19 +1,22 @@
 """Where a run shows beside its record: TensorBoard and Weights & Biases, each only if asked for.
 
-A sink is handed every line of the journal just as it was written, and makes scalars of it under the
-names of `scalars`, with the record's `iter` as the step. The record stays the truth: a sink that
-fails is given up (`TrainingLogger`), and nothing is ever read back from one. What they need is
+A tracker is handed every line of the journal just as it was written, and makes scalars of it under
+the names of `scalars`, with the record's `iter` as the step. The record stays the truth: a tracker
+that fails is given up (`TrainingLogger`), and nothing is ever read back from one. What they need is
 imported when a run with them begins, on the rank that writes the record.
 """
 
+import abc
 import importlib.util
 import os
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from common.errors import UserError
-from common.registry import Option
+from common.registry import FrozenConfig, Option
+from records.record_types import EvaluationEntry, IterationEntry, JournalLine, Record, Summary
 
 OPTIONS = {
     'tensorboard_log': Option(
@@ -26,41 +29,18 @@ OPTIONS = {
 FINISH_SECONDS = 120  # that the end of a run waits for W&B to take what is left
 
 
-def check(run) -> None:
-    """Raise UserError if a sink is asked for whose package is not installed."""
-    problems = [
-        f'{sink.option}=True needs the package {sink.package}, which is not installed: '
-        f'pip install {sink.package}, or go without by --{sink.option}=False.'
-        for sink in SINKS
-        if run.get(sink.option) and not _is_installed(sink.package)
-    ]
-    if problems:
-        raise UserError(*problems)
-
-
-def _is_installed(package: str) -> bool:
-    """Whether it can be imported; a mere folder of that name, such as W&B leaves, is no package."""
-    spec = importlib.util.find_spec(package)
-    return spec is not None and spec.origin is not None
-
-
-def asked_for(run) -> list['TensorBoard | WeightsAndBiases']:
-    """The sinks that the options of a run ask for, not yet begun."""
-    return [sink(run) for sink in SINKS if run.get(sink.option)]
-
-
 # --- What is shown -------------------------------------------------------------------------------
 
 
-def scalars(line: dict) -> dict[str, float]:
+def scalars(line: JournalLine) -> dict[str, float]:
     """The figures of a line of the journal by name; without those that are unknown."""
-    named = _SCALARS.get(line['kind'])
-    return (
-        {name: value for name, value in named(line).items() if value is not None} if named else {}
-    )
+    scalars_of = _SCALARS.get(line['kind'])
+    if scalars_of is None:
+        return {}
+    return {name: value for name, value in scalars_of(line).items() if value is not None}
 
 
-def _of_iteration(entry: dict) -> dict[str, float | None]:
+def _iteration_scalars(entry: IterationEntry) -> dict[str, float | None]:
     gradients, mfu = entry['gradients'], entry['mfu']
     return {
         'train/loss': entry['loss'],
@@ -81,13 +61,12 @@ def _of_iteration(entry: dict) -> dict[str, float | None]:
     }
 
 
-def _of_evaluation(entry: dict) -> dict[str, float | None]:
+def _evaluation_scalars(entry: EvaluationEntry) -> dict[str, float | None]:
     figures = {
         'val/loss': entry['val_loss'],
         'val/bits_per_byte': entry['val_bits_per_byte'],
-        'val/train_loss': entry[
-            'train_loss'
-        ],  # of the train split's fixed windows, without dropout
+        # Of the train split's fixed windows, without dropout.
+        'val/train_loss': entry['train_loss'],
         'data/epochs': entry.get('epochs'),  # records of before have neither
         'data/unique_tokens': entry.get('unique_tokens'),
         'perf/evaluation_ms': entry['time_ms'],
@@ -95,8 +74,10 @@ def _of_evaluation(entry: dict) -> dict[str, float | None]:
     diagnostics = entry.get('diagnostics')
     if diagnostics:
         for row in diagnostics['layers']:
-            for key in row.keys() - {'layer'}:
-                figures[f'layers/{key}/{row["layer"]:02}'] = row[key]
+            layer = f'{row["layer"]:02}'
+            figures[f'layers/activation_rms/{layer}'] = row['activation_rms']
+            figures[f'layers/gradient_norm/{layer}'] = row['gradient_norm']
+            figures[f'layers/max_attention_logit/{layer}'] = row['max_attention_logit']
         for group, ratio in diagnostics['update_to_weight'].items():
             figures[f'update_to_weight/{group}'] = ratio
         for span in diagnostics['val_loss_by_position']:
@@ -104,56 +85,80 @@ def _of_evaluation(entry: dict) -> dict[str, float | None]:
     return figures
 
 
-_SCALARS: dict[str, Callable] = {'iteration': _of_iteration, 'evaluation': _of_evaluation}
+_SCALARS: dict[str, Callable] = {
+    'iteration': _iteration_scalars,
+    'evaluation': _evaluation_scalars,
+}
 
 
-def _facts(document: dict) -> dict[str, bool | int | float | str | None]:
+def _run_values(record: Record) -> dict[str, bool | int | float | str | None]:
     """What runs are told apart and sorted by: every option, and what came of them."""
-    info = document['startup_info']
-    facts = {
-        **document['config'],
-        'architecture_name': document['architecture']['name'],
-        'architecture_hash': document['architecture']['hash'],
+    info = record['startup_info']
+    values: dict[str, Any] = {
+        **record['config'],
+        'architecture_name': record['architecture']['name'],
+        'architecture_hash': record['architecture']['hash'],
         'total_params': info['model']['total_params'],
         'flops_per_token': info['flops']['per_token'],
         'device_name': info['hardware']['device_name'],
-        'git_commit': document['metadata']['git_commit'],
+        'git_commit': record['metadata']['git_commit'],
     }
     plain = bool | int | float | str | None
-    return {key: value if isinstance(value, plain) else str(value) for key, value in facts.items()}
+    return {key: value if isinstance(value, plain) else str(value) for key, value in values.items()}
 
 
-# --- The sinks -----------------------------------------------------------------------------------
+# --- The trackers ---------------------------------------------------------------------------------
 
 
-class TensorBoard:
+class Tracker(abc.ABC):
+    """What shows a run beside its record, under the option that asks for it."""
+
+    title: str
+    option: str
+    package: str  # that it needs
+
+    @abc.abstractmethod
+    def __init__(self, run: FrozenConfig): ...
+
+    @abc.abstractmethod
+    def begin(self, folder: Path, record: Record, iter: int | None) -> dict[str, Any]:
+        """Show the run of `record`; go on with it after `iter` updates if that is no None.
+
+        Returns what is to be recorded of it: the arguments of `TrainingLogger.event`, or nothing.
+        """
+
+    @abc.abstractmethod
+    def log(self, line: JournalLine) -> None:
+        """Show a line of the journal."""
+
+    @abc.abstractmethod
+    def close(self, status: str, summary: Summary | None) -> None:
+        """End what was begun."""
+
+
+class TensorBoard(Tracker):
     """Event files in the run folder. What a resume or a rollback takes back is hidden there too."""
 
     title, option, package = 'TensorBoard', 'tensorboard_log', 'tensorboard'
 
-    def __init__(self, run):
+    def __init__(self, run: FrozenConfig):
         pass
 
-    def begin(self, folder: Path, document: dict, iter: int | None) -> dict:
-        """Show the run of `document`; go on with it after `iter` updates if that is no None.
-
-        Returns what is to be recorded of it: the arguments of `TrainingLogger.event`, or nothing.
-        """
+    def begin(self, folder: Path, record: Record, iter: int | None) -> dict[str, Any]:
         from torch.utils.tensorboard.summary import hparams
 
         self.folder = folder
         self._open(iter)
-        facts = _facts(document)
-        *start, self.ended = hparams(facts, {'val/loss': None})
+        values = _run_values(record)
+        *start, self.ended = hparams(values, {'val/loss': None})
         for summary in start:
             self.writer.file_writer.add_summary(summary)
-        table = '\n'.join(f'| `{key}` | {value} |' for key, value in facts.items())
+        table = '\n'.join(f'| `{key}` | {value} |' for key, value in values.items())
         self.writer.add_text('config', f'| | |\n| --- | --- |\n{table}', iter or 0)
         self.writer.flush()
         return {}
 
-    def take(self, line: dict) -> None:
-        """Show a line of the journal."""
+    def log(self, line: JournalLine) -> None:
         iter = line.get('iter')
         if line['kind'] == 'rollback':
             self.writer.close()
@@ -168,8 +173,7 @@ class TensorBoard:
         # As little is lost in a crash as of the record; and a full disk is noticed here.
         self.writer.flush()
 
-    def end(self, status: str, summary: dict | None) -> None:
-        """Close what was begun."""
+    def close(self, status: str, summary: Summary | None) -> None:
         if status == 'finished':
             self.writer.file_writer.add_summary(self.ended)
         self.writer.close()
@@ -180,7 +184,7 @@ class TensorBoard:
         self.writer = SummaryWriter(str(self.folder), purge_step=purge_step)
 
 
-class WeightsAndBiases:
+class WeightsAndBiases(Tracker):
     """A run at Weights & Biases, gone on with under its id. `iter` is the x axis of every figure.
 
     W&B's own step cannot go back, as it would have to after a resume or a rollback.
@@ -188,11 +192,11 @@ class WeightsAndBiases:
 
     title, option, package = 'Weights & Biases', 'wandb_log', 'wandb'
 
-    def __init__(self, run):
+    def __init__(self, run: FrozenConfig):
         self.project, self.name = run.wandb_project, run.wandb_run_name
 
-    def begin(self, folder: Path, document: dict, iter: int | None) -> dict:
-        """See `TensorBoard.begin`. The id of the run is known from the record.
+    def begin(self, folder: Path, record: Record, iter: int | None) -> dict[str, Any]:
+        """See `Tracker`. The id of the run is known from the record.
 
         Raises UserError for what W&B calls one.
         """
@@ -200,12 +204,12 @@ class WeightsAndBiases:
         os.environ.setdefault('WANDB_FINISH_TIMEOUT', str(FINISH_SECONDS))
         import wandb
 
-        ids = [event['id'] for event in document['events'] if event['event'] == 'wandb_run']
+        ids = [event['id'] for event in record['events'] if event['event'] == 'wandb_run']
         try:
             self.run = wandb.init(
                 project=self.project,
                 name=self.name,
-                config={**_facts(document), 'run_folder': str(folder)},
+                config={**_run_values(record), 'run_folder': str(folder)},
                 allow_val_change=True,
                 dir=str(folder),
                 id=ids[-1] if ids else None,
@@ -217,16 +221,16 @@ class WeightsAndBiases:
                 f'folder; --wandb_log=False goes without.'
             ) from error
         self.run.define_metric('*', step_metric='iter')
-        kept = Path(self.run.dir).parent
-        where = f'offline: wandb sync {kept} uploads it' if self.run.offline else self.run.url
+        where = self.run.url
+        if self.run.offline:
+            where = f'offline: wandb sync {Path(self.run.dir).parent} uploads it'
         return {'kind': 'wandb_run', 'iter': None, 'message': where, 'id': self.run.id}
 
-    def take(self, line: dict) -> None:
-        """Show a line of the journal."""
+    def log(self, line: JournalLine) -> None:
         if figures := scalars(line):
             self.run.log({'iter': line['iter'], **figures})
 
-    def end(self, status: str, summary: dict | None) -> None:
+    def close(self, status: str, summary: Summary | None) -> None:
         """Close what was begun; the record's summary joins W&B's."""
         self.run.summary.update(summary or {})
         self.run.finish(exit_code=int(status != 'finished'))
@@ -239,4 +243,27 @@ def _sentence(line: dict) -> str:
     return f'{when} **{name}** {message}'.rstrip()
 
 
-SINKS = (TensorBoard, WeightsAndBiases)
+TRACKERS: tuple[type[Tracker], ...] = (TensorBoard, WeightsAndBiases)
+
+
+def check_packages(run: FrozenConfig) -> None:
+    """Raise UserError if a tracker is asked for whose package is not installed."""
+    problems = [
+        f'{tracker.option}=True needs the package {tracker.package}, which is not installed: '
+        f'pip install {tracker.package}, or go without by --{tracker.option}=False.'
+        for tracker in TRACKERS
+        if run.get(tracker.option) and not _is_installed(tracker.package)
+    ]
+    if problems:
+        raise UserError(*problems)
+
+
+def _is_installed(package: str) -> bool:
+    """Whether it can be imported; a mere folder of that name, such as W&B leaves, is no package."""
+    spec = importlib.util.find_spec(package)
+    return spec is not None and spec.origin is not None
+
+
+def enabled_trackers(run: FrozenConfig) -> list[Tracker]:
+    """The trackers that the options of a run ask for, not yet begun."""
+    return [tracker(run) for tracker in TRACKERS if run.get(tracker.option)]

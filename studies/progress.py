@@ -22,11 +22,11 @@ from comparison.runs import causal_flops
 from model_builder import parameter_groups
 from optim.step import Updater
 from parallel.strategies import SingleProcess, recomputed_blocks
+from records.run_folders import latest_run
 from studies.grid import settings_of
 from studies.runner import Job, Outcome, Runner, figure
 from studies.variants import RUNS, TIMING, Choice, Layout, Point
 from training.stability import is_out_of_memory
-from training_logger import latest_run
 
 # A measurement of a variant takes as long as this many FLOPs at most, and of all of them so many
 # seconds: enough for models that train on such a device within a day.

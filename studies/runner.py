@@ -22,22 +22,19 @@ import torch
 
 from common.console_output import write_progress
 from common.errors import UserError
+from common.files import lock_file
 from comparison.conditions import REPORTING
 from comparison.runs import stopped_by_nonfinite
 from configurator import flatten
+from records.record import read_outline
+from records.run_folders import latest_run
 from studies.grid import Study, argument, settings_of
 from studies.variants import TIMING, Point, Where
 from training.signals import stopping_signals
 from training_config import schema
-from training_logger import latest_run, read_outline
 
 if TYPE_CHECKING:
     from studies.progress import Progress
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 TRAIN = Path(__file__).resolve().parents[1] / 'train.py'
 # Options that say where a run goes and how it reports: two runs that differ in them are one.
@@ -67,9 +64,9 @@ def locked(out_dir: Path) -> Iterator[list[int]]:
             f'another folder by --out_dir=FOLDER.'
         ) from error
     try:
-        if fcntl is not None:
+        if os.name == 'posix':
             _acquire(lock, out_dir)
-        yield [lock] if fcntl is not None else []
+        yield [lock] if os.name == 'posix' else []
     finally:
         os.close(lock)
 
@@ -77,14 +74,7 @@ def locked(out_dir: Path) -> Iterator[list[int]]:
 def _acquire(lock: int, out_dir: Path) -> None:
     """Take the lock. Raises UserError if another study holds it: at once if that one is alive."""
     until, waiting, here = time.monotonic() + PATIENCE, False, socket.gethostname()
-    while True:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except BlockingIOError:
-            pass
-        except OSError:  # a file system that has no locks
-            break
+    while not lock_file(lock):
         pid, _, host = os.pread(lock, 300, 0).decode(errors='replace').strip().partition(' ')
         where = f'pid {pid or "unknown"}' + (f' on {host}' if host not in ('', here) else '')
         if host != here or _is_alive(pid):

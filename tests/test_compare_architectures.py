@@ -29,7 +29,7 @@ from scipy import stats
 
 import compare_architectures as ca
 from common.errors import UserError
-from common.formatting import LISTED, duration, si
+from common.formatting import LISTED
 from comparison.compare import compare
 from comparison.formats import render
 from comparison.runs import load, read_plan
@@ -120,19 +120,6 @@ def test_an_untrained_loss_is_not_ranked(compared):
         ('none', 'diverged 100/100'),
     }
     assert 'Not ranked, no validation loss after an update: #2-3' in text
-
-
-@pytest.mark.parametrize(
-    'seconds, text',
-    [(0.04, '0.0s'), (59.4, '59.4s'), (59.96, '1m 00s'), (3599.7, '1h 00m'), (7384, '2h 03m')],
-)
-def test_durations(seconds, text):
-    assert duration(seconds) == text
-
-
-@pytest.mark.parametrize('value, text', [(512, '512'), (1e3, '1.00K'), (2.5e9, '2.50G')])
-def test_large_numbers(value, text):
-    assert si(value) == text
 
 
 # --- names ---------------------------------------------------------------------------------------

@@ -33,17 +33,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import training_logger
+from common import files
 from common.errors import UserError
-from records.console import memory_peak
-from training_logger import (
-    TrainingLogger,
-    assemble,
-    find_records,
-    latest_run,
-    new_run_folder,
-    read_outline,
-)
-from training_logger import read_record as read
+from records import record
+from records.record import assemble, read_outline
+from records.record import read_record as read
+from records.run_folders import find_records, latest_run, new_run_folder
+from records.summary import memory_peak
+from training_logger import TrainingLogger
 
 ROOT = Path(__file__).parent.parent
 SCHEMA = json.loads((ROOT / 'records/record_schema.json').read_text())
@@ -260,7 +257,7 @@ def test_what_a_rank_holds_joins_what_was_known_at_the_start(folder):
     held = {'parameter_bytes': 100, 'gradient_bytes': 50, 'optimizer_bytes': 200}
     logger = started(folder)
     assert read(folder)['startup_info'] == STARTUP_INFO
-    logger.held(held)
+    logger.memory_footprint(held)
     logger.finish()
     document = read(folder)
     expected = {**STARTUP_INFO, 'parallel': {'bytes_sent_per_update': 0.0, **held}}
@@ -638,13 +635,13 @@ logger = resumed({folder!r}, 0)
 @pytest.mark.parametrize('absence', ['no fcntl', 'no locks'])
 def test_a_system_without_locks_trains_all_the_same(folder, monkeypatch, absence):
     if absence == 'no fcntl':
-        monkeypatch.setattr(training_logger, 'fcntl', None)
+        monkeypatch.setattr(files, 'fcntl', None)
     else:
 
         def unsupported(*args):
             raise OSError(95, 'Operation not supported')
 
-        monkeypatch.setattr(training_logger.fcntl, 'flock', unsupported)
+        monkeypatch.setattr(files.fcntl, 'flock', unsupported)
     assert started(folder).finish()['final_iter'] == 0
 
 
@@ -761,7 +758,7 @@ def test_the_record_is_kept_up_to_date_in_a_hundredth_of_the_time(folder, monkey
         written.append((now[0], len(document['eval_steps'])))
 
     monkeypatch.setattr(training_logger.time, 'monotonic', lambda: now[0])
-    monkeypatch.setattr(training_logger, '_write_record', slow)
+    monkeypatch.setattr(training_logger, 'write_record', slow)
     logger = started(folder, style='line')
     for n in range(100):
         now[0] += 10.0
@@ -843,8 +840,8 @@ def test_a_record_of_another_version_is_refused(folder):
 
 
 def test_the_schema_knows_the_version_and_the_states_that_are_written():
-    assert SCHEMA['properties']['schema_version'] == {'const': training_logger.SCHEMA_VERSION}
-    assert SCHEMA['properties']['status']['enum'] == list(training_logger.STATUSES)
+    assert SCHEMA['properties']['schema_version'] == {'const': record.SCHEMA_VERSION}
+    assert SCHEMA['properties']['status']['enum'] == list(record.STATUSES)
 
 
 # --- ranks and console ----------------------------------------------------------------------------
@@ -859,7 +856,7 @@ def test_other_ranks_write_and_show_nothing(folder, capsys):
     logger.checkpoint(checkpoint(0))
     logger.event('signal', 0)
     resumed(folder, 0, is_main=False, stream=None)
-    logger_in(None, is_main=False).event('signal', 0)
+    logger_in(folder, is_main=False).event('signal', 0)
     assert logger.finish() is None
     assert sorted(folder.rglob('*')) == before
     assert capsys.readouterr().out == ''

@@ -26,15 +26,12 @@ from torch.utils.serialization import config as serialization
 
 from common.errors import UserError
 from common.files import file_sha256
+from common.text_files import is_count
 from parallel.process_group import Alone
 
 FORMAT = 'architecture-checkpoint'
 VERSION = 1
 _NAME = re.compile(r'iter_(\d{8,})(?:_(\d+))?')
-
-
-def _is_count(value) -> bool:
-    return type(value) is int and value >= 0
 
 
 def _is_loss(value) -> bool:
@@ -56,7 +53,7 @@ def _are_checksums(value) -> bool:
         and all(
             isinstance(facts, dict)
             and type(facts.get('sha256')) is str
-            and _is_count(facts.get('bytes'))
+            and is_count(facts.get('bytes'))
             for facts in value.values()
         )
     )
@@ -66,7 +63,7 @@ def _is_vocabulary(value) -> bool:
     return value is None or (
         isinstance(value, dict)
         and _is_dict(value.get('tokenizer'))
-        and _is_count(value.get('vocab_size'))
+        and is_count(value.get('vocab_size'))
     )
 
 
@@ -82,7 +79,7 @@ def _are_amounts(value) -> bool:
 _INDEX = {
     'data': _is_vocabulary,
     'seen': _are_amounts,
-    'iter': _is_count,
+    'iter': is_count,
     'val_loss': _is_loss,
     'files': _are_checksums,
     'config_files': _are_names,

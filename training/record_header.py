@@ -11,6 +11,7 @@ import torch
 
 from common import hardware
 from common.environment import job
+from common.files import file_sha256
 from common.gpu_specs import Peak
 from common.registry import Configurable
 from data.dataset import TokenDataset
@@ -19,11 +20,11 @@ from parallel.strategies import SingleProcess
 from training_config import OPTIMIZER_REGISTRY, SCHEDULE_REGISTRY, Settings
 
 PROJECT = Path(__file__).absolute().parents[1]
-# Modules on which no loss depends.
+# Modules, and packages of modules, on which no loss depends.
 SHOWING = frozenset(
     {
-        *('console.py', 'console_output.py', 'training_logger.py', 'trackers.py', 'estimates.py'),
-        *('simulation.py', 'sampling.py', 'grid.py', 'errors.py', 'record_header.py'),
+        *('records', 'planning', 'console_output.py', 'formatting.py', 'training_logger.py'),
+        *('sampling.py', 'grid.py', 'errors.py', 'record_header.py'),
     }
 )
 HELD = ('parameter_bytes', 'gradient_bytes', 'optimizer_bytes')
@@ -123,10 +124,10 @@ def source_hashes() -> dict[str, str]:
     paths = {Path(file).resolve() for file in files if file.startswith(beginnings)}
     ours = {path.relative_to(root).as_posix(): path for path in paths if root in path.parents}
     return {
-        name: hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+        name: file_sha256(path)[:16]
         for name, path in sorted(ours.items())
         if path.suffix == '.py'
-        and path.name not in SHOWING
+        and not SHOWING & set(name.split('/'))
         and not {'site-packages', 'tests', 'benchmarks'} & set(path.parts)
         and path.exists()
     }

@@ -25,9 +25,11 @@ from optim.step import Updater
 from parallel import sharded_state
 from parallel.strategies import SingleProcess, weights_here
 from records import trackers
+from records.record import read_record
+from records.run_folders import latest_run
 from training import checkpointing, stability
 from training_config import Settings, schema
-from training_logger import TrainingLogger, latest_run, read_record
+from training_logger import TrainingLogger
 
 # Options that say how to start, not what to train: never taken over from the earlier process.
 NOT_TAKEN_OVER = ('out_dir', 'init_from', 'resume_run', 'eval_only', 'verify_data', 'debug')

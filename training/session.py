@@ -170,7 +170,7 @@ class Session:
                 'optimizer_bytes': sum(_bytes(state.values()) for state in states),
             }
             self.held = dict(zip(held, map(int, self.parallel.largest(list(held.values())))))
-            self.logger.held(self.held)
+            self.logger.memory_footprint(self.held)
 
     def largest_memory(self) -> dict[str, float | None]:
         """The memory in use, the largest over the ranks."""

@@ -22,7 +22,7 @@ import numpy as np
 
 from common.console_output import write_progress
 from common.errors import UserError
-from common.files import exclusive
+from common.files import file_lock
 from common.text_files import valid_text
 from data.preparation.advice import how_to_divide
 from data.preparation.progress import NAMED_INVALID, Progress, how_to_train, summary
@@ -174,7 +174,7 @@ def prepare(folder: Path, source: Source, options: Options) -> None:
         write_progress(note)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with exclusive(folder / 'publish.lock.tmp', f'another process writes {folder}: waiting'):
+        with file_lock(folder / 'publish.lock.tmp', f'another process writes {folder}: waiting'):
             work = folder / 'unfinished.tmp'
             if not options.restart and _is_of(folder, settings):
                 shutil.rmtree(work, ignore_errors=True)

@@ -4,6 +4,7 @@ import time
 from pathlib import Path
 
 from common.console_output import write_progress
+from common.formatting import clock
 from data.dataset import DATA_ROOT
 from data.preparation.sources import Position, Source
 from data.preparation.token_writer import TokenWriter
@@ -59,7 +60,7 @@ class Progress:
         line = f'{self._amount(done)}, {documents:,} documents, {self._size(rate)}/s'
         if self.source.total and rate:
             left = max(self.source.total - done, 0) / rate
-            line += f', {int(left // 3600)}:{int(left // 60 % 60):02d}:{int(left % 60):02d} left'
+            line += f', {clock(left)} left'
         write_progress(line)
 
     def left_out(self, complaint: str) -> None:

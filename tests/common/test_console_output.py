@@ -188,7 +188,8 @@ def test_what_stays_in_a_buffer_is_no_error_at_the_end(tmp_path):
 def test_a_run_outlives_its_console(tiny_dataset, tmp_path, monkeypatch, capsys):
     """It trains to its end, says so once on standard error, and its record has it as an event."""
     import train
-    from training_logger import latest_run, read_record
+    from records.record import read_record
+    from records.run_folders import latest_run
 
     values = {**TINY_RUN, 'dataset': tiny_dataset, 'out_dir': tmp_path, 'max_iters': 2}
     monkeypatch.setattr(sys, 'stdout', full())

@@ -10,9 +10,10 @@ import train
 from common.errors import run_script
 from helpers.project import TINY_RUN
 from model_builder import Transformer
+from records.record import read_record
+from records.run_folders import latest_run
 from training import checkpointing
 from training.session import Session
-from training_logger import latest_run, read_record
 
 
 @dataclass

@@ -142,6 +142,12 @@ STARTUP_INFO = {
     },
     'derived': {'warmup_iters': '5: 5 % of max_iters'},
 }
+HEADER = {
+    'config': CONFIG,
+    'architecture': ARCHITECTURE,
+    'metadata': METADATA,
+    'startup_info': STARTUP_INFO,
+}
 NO_PEAK = {
     **STARTUP_INFO,
     'hardware': {

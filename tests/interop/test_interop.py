@@ -17,7 +17,8 @@ import interop
 from common.errors import UserError
 from model_builder import build_model
 from model_config import ModelArchitectureConfig
-from training_logger import latest_run, read_record
+from records.record import read_record
+from records.run_folders import latest_run
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 

@@ -20,8 +20,9 @@ import export_checkpoint
 from benchmarks import fault_run
 from model_builder import build_model
 from model_config import ModelArchitectureConfig
+from records.record import read_record
+from records.run_folders import latest_run
 from training import checkpointing
-from training_logger import latest_run, read_record
 
 fcntl = pytest.importorskip('fcntl', reason='ranks are forked')
 pytestmark = pytest.mark.skipif(sys.platform != 'linux', reason='ranks are forked')

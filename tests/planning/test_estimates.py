@@ -22,6 +22,7 @@ from model_builder import Transformer, build_model, count_parameters, training_f
 from model_config import ModelArchitectureConfig
 from parallel.strategies import prepare_blocks, recomputed_blocks
 from planning import estimates, simulation
+from planning.report import plan_report
 from training_config import Settings, load_settings, schema
 
 SMALL = {
@@ -289,7 +290,7 @@ def test_no_gpu_no_verdict():
     planned = plan(**SMALL)
     assert planned['time'] is None
     assert {found['fits'] for found in planned['memory'].values()} == {None}
-    report = estimates.report(settings_of(**SMALL))
+    report = plan_report(estimates.plan(settings_of(**SMALL)))
     assert '--gpu=' in report and 'Largest batch_size' not in report
 
 
@@ -385,5 +386,5 @@ def test_the_command_needs_nothing_and_writes_nothing(run_script, tmp_path):
 )
 def test_a_mistake_is_told(arguments, said):
     with pytest.raises(UserError) as error:
-        estimates.report(load_settings(read_command_line(arguments, schema)))
+        plan_report(estimates.plan(load_settings(read_command_line(arguments, schema))))
     assert said in str(error.value)

@@ -5,9 +5,8 @@ import re
 
 import pytest
 from helpers.sample_run import (
-    ARCHITECTURE,
-    CONFIG,
     DIAGNOSTICS,
+    HEADER,
     MAX_ITERS,
     NO_PEAK,
     SAMPLE,
@@ -19,15 +18,10 @@ from helpers.sample_run import (
 )
 
 from common.errors import UserError
+from common.formatting import SAMPLE_LINES
 from records import console
-from records.console import (
-    Console,
-    checkpoint_line,
-    closing_block,
-    event_line,
-    resume_report,
-    startup_report,
-)
+from records.console import Console, checkpoint_line, closing_block, event_line
+from records.startup_report import resume_report, startup_report
 
 CLOSED = {
     'status': 'interrupted',
@@ -58,7 +52,7 @@ def console_on(stream=None, **options):
 
 def begun(startup_info=STARTUP_INFO, stream=None, **options):
     shown_on = console_on(stream, **options)
-    report = startup_report(CONFIG, ARCHITECTURE, startup_info, 'out/run_1')
+    report = startup_report({**HEADER, 'startup_info': startup_info}, 'out/run_1')
     shown_on.begin(report, startup_info['hardware'])
     return shown_on
 
@@ -186,7 +180,7 @@ def test_a_sample_follows_the_evaluation_and_cannot_touch_the_terminal(style):
 def test_the_first_lines_of_a_sample_are_shown():
     sample = {**SAMPLE, 'text': 'word ' * 400}
     lines = console.sample_block(sample).splitlines()
-    assert len(lines) == 1 + console.SAMPLE_LINES + 1 and lines[-1] == '   │ …'
+    assert len(lines) == 1 + SAMPLE_LINES + 1 and lines[-1] == '   │ …'
     assert max(map(len, lines)) <= 80
     shown_words = ' '.join(line[5:] for line in lines[2:-1]).split()
     assert len(shown_words) > 100 and set(shown_words) == {'word'}
@@ -225,7 +219,7 @@ def test_the_pace_begins_anew_after_a_rollback(monkeypatch):
     lines = console_on(style='line')
     monkeypatch.setattr(console.time, 'monotonic', lambda: next(clock))
     lines.iteration(iteration(9))
-    lines.rollback({'event': 'rollback', 'iter': 5, 'message': 'loss is nan'})
+    lines.rollback(5, 'loss is nan')
     assert 'rollback at iter 5: loss is nan' in shown(lines)
     lines.iteration(iteration(9))
     lines.iteration(iteration(19))  # 10 updates in 10 s and 80 to go
@@ -410,7 +404,7 @@ def test_a_log_file_gets_plain_text_and_80_columns_and_a_terminal_the_same_words
         measured = {**evaluation(6, 10.9), 'diagnostics': DIAGNOSTICS}
         shown_on.evaluation(measured, measured)
         shown_on.show(checkpoint_line(checkpoint(6)))
-        shown_on.show(event_line({'event': 'signal', 'iter': 6, 'message': 'SIGTERM'}))
+        shown_on.show(event_line('signal', 6, 'SIGTERM'))
         shown_on.show(closing_block(CLOSED, evaluation(6, 10.9), 'out/run_1/record.json'))
         texts.append(stream.getvalue())
     plain, fancy = texts
@@ -431,19 +425,3 @@ def test_a_stream_that_lacks_letters_does_not_end_the_run():
 def test_an_unknown_style_is_the_users_mistake():
     with pytest.raises(UserError, match=r"log_style='lines' .*Did you mean line\?"):
         console_on(style='lines')
-
-
-@pytest.mark.parametrize(
-    'value, text',
-    [
-        (None, 'n/a'),
-        (0, '0.0 F'),
-        (854_654_976, '854.7 MF'),
-        (35.1e9, '35.1 GF'),
-        (999.96e9, '1.0 TF'),
-        (312e12, '312.0 TF'),
-        (3e24, '3,000.0 ZF'),
-    ],
-)
-def test_flops_have_the_unit_that_suits_them(value, text):
-    assert console._flops(value) == text

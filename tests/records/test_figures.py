@@ -20,8 +20,8 @@ from helpers.sample_run import (
 
 from data.dataset import TokenDataset
 from data.order import EpochOrder, RandomOrder
+from records.record import assemble, read_outline, read_record
 from training.resumption import Progress
-from training_logger import assemble, read_outline, read_record
 
 PER_TOKEN = STARTUP_INFO['flops']['per_token']
 START = {

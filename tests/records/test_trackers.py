@@ -24,14 +24,18 @@ import train
 from common.errors import UserError
 from configurator import read_command_line
 from records import trackers
+from records.record import read_record
+from records.run_folders import new_run_folder
 from studies.grid import STUDY_KEYS, read_study
 from studies.runner import Runner
 from studies.variants import Point
-from training_logger import TrainingLogger, new_run_folder, read_record
+from training_logger import TrainingLogger
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
-SINKS = pytest.mark.parametrize('sink', trackers.SINKS, ids=lambda sink: sink.package)
+EACH_TRACKER = pytest.mark.parametrize(
+    'tracker', trackers.TRACKERS, ids=lambda tracker: tracker.package
+)
 RICH = {'ffn_type': 'moe', 'num_experts': 3, 'experts_per_token': 2, 'diagnostics': True}
 
 
@@ -93,7 +97,10 @@ def logger_in(folder, **options):
     options = SimpleNamespace(**{'wandb_project': 'p', 'wandb_run_name': 'n', **options})
     options.get = lambda key: getattr(options, key, False)
     return TrainingLogger(
-        folder, stream=io.StringIO(), max_iters=MAX_ITERS, sinks=trackers.asked_for(options)
+        folder,
+        stream=io.StringIO(),
+        max_iters=MAX_ITERS,
+        trackers=trackers.enabled_trackers(options),
     )
 
 
@@ -255,17 +262,17 @@ def test_a_study_gives_each_of_its_runs_a_name(tiny_dataset, tmp_path, wandb):
 # --- What goes wrong -----------------------------------------------------------------------------
 
 
-@SINKS
+@EACH_TRACKER
 @pytest.mark.parametrize('there', [None, SimpleNamespace(origin=None)], ids=['nothing', 'a folder'])
 def test_a_package_that_is_not_there_is_asked_for_before_anything_is_made(
-    sink, there, tiny_dataset, tmp_path, monkeypatch
+    tracker, there, tiny_dataset, tmp_path, monkeypatch
 ):
     find = importlib.util.find_spec
     monkeypatch.setattr(
-        importlib.util, 'find_spec', lambda name: there if name == sink.package else find(name)
+        importlib.util, 'find_spec', lambda name: there if name == tracker.package else find(name)
     )
-    asked = [f'--dataset={tiny_dataset}', f'--out_dir={tmp_path / "out"}', f'--{sink.option}']
-    with pytest.raises(UserError, match=f'{sink.option}=True .* pip install {sink.package}'):
+    asked = [f'--dataset={tiny_dataset}', f'--out_dir={tmp_path / "out"}', f'--{tracker.option}']
+    with pytest.raises(UserError, match=f'{tracker.option}=True .* pip install {tracker.package}'):
         train.main(asked)
     assert not (tmp_path / 'out').exists()
     assert train.main([*asked, '--plan', '--block_size=8']) == 0
@@ -298,10 +305,10 @@ def test_a_sink_that_fails_is_given_up_and_the_run_goes_on(
     assert len(lines) == 5 and len(wandb.runs[0].rows) == 3
 
 
-@pytest.mark.parametrize('action', ['begin', 'end'])
+@pytest.mark.parametrize('action', ['begin', 'close'])
 def test_a_sink_may_fail_first_or_last(tmp_path, action):
     class Fails:
-        title = 'A sink'
+        title = 'A tracker'
 
         def __getattr__(self, name):
             def answer(*arguments):
@@ -312,20 +319,22 @@ def test_a_sink_may_fail_first_or_last(tmp_path, action):
             return answer
 
     logger = TrainingLogger(
-        new_run_folder(tmp_path), stream=io.StringIO(), max_iters=MAX_ITERS, sinks=[Fails()]
+        new_run_folder(tmp_path), stream=io.StringIO(), max_iters=MAX_ITERS, trackers=[Fails()]
     )
     log_with_a_rollback(logger)
-    assert 'A sink is told nothing more of this run: ValueError' in logger.console.stream.getvalue()
+    assert (
+        'A tracker is told nothing more of this run: ValueError' in logger.console.stream.getvalue()
+    )
     record = read_record(logger.run_folder)
     assert record['status'] == 'finished'
     assert ('sink_failed' in {e['event'] for e in record['events']}) == (action == 'begin')
 
 
-def test_other_ranks_have_no_sinks(tmp_path):
+def test_other_ranks_have_no_trackers(tmp_path):
     class Untouched:
         """Has no methods."""
 
-    logger = TrainingLogger(None, is_main=False, max_iters=MAX_ITERS, sinks=[Untouched()])
+    logger = TrainingLogger(tmp_path, is_main=False, max_iters=MAX_ITERS, trackers=[Untouched()])
     log_with_a_rollback(logger)
 
 

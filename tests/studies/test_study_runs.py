@@ -23,10 +23,11 @@ from common.errors import UserError
 from compare_architectures import load
 from comparison.runs import causal_flops
 from model_builder import build_model, training_flops
+from records.record import read_record
+from records.run_folders import latest_run
 from studies import progress as study_progress
 from studies import runner
 from studies.runner import locked, outcome_of
-from training_logger import latest_run, read_record
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 

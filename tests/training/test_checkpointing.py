@@ -29,10 +29,11 @@ from model_builder import Transformer, parameter_groups
 from optim.step import Updater
 from parallel import sharded_state
 from parallel.strategies import SingleProcess
+from records.record import read_record
 from training import checkpointing, resumption
 from training.checkpointing import BrokenCheckpoint
 from training_config import load_settings, schema
-from training_logger import TrainingLogger, read_record
+from training_logger import TrainingLogger
 
 CPU = torch.device('cpu')
 PARTS = ('progress', 'config', 'chosen', 'commanded', 'architecture', 'surroundings')

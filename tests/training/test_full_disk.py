@@ -10,8 +10,9 @@ import pytest
 from helpers.in_process import train_here
 from helpers.project import PROJECT, TINY_RUN
 
+from records.record import read_record
+from records.run_folders import RECORD, latest_run
 from training import checkpointing
-from training_logger import RECORD, latest_run, read_record
 
 resource = pytest.importorskip('resource')
 

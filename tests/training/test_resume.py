@@ -20,8 +20,9 @@ from helpers.in_process import joined, train_here
 from helpers.project import PROJECT, TINY_RUN
 
 from benchmarks.fault_run import differences, without_measurements
+from records.record import read_record
+from records.run_folders import latest_run
 from training import checkpointing
-from training_logger import latest_run, read_record
 
 OPTIONS = {
     **TINY_RUN,

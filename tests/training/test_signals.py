@@ -10,9 +10,10 @@ import pytest
 from helpers.project import PROJECT, TINY_RUN
 
 from parallel.process_group import Alone
+from records.record import read_record
+from records.run_folders import latest_run
 from training import checkpointing
 from training.signals import Interruption
-from training_logger import latest_run, read_record
 
 if not hasattr(signal, 'SIGUSR1'):
     pytest.skip('signals of POSIX', allow_module_level=True)

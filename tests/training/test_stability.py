@@ -17,9 +17,10 @@ from configurator import read_command_line
 from model_builder import build_model
 from optim.step import Updater
 from parallel.strategies import prepare_blocks
+from records.record import read_record
+from records.run_folders import latest_run
 from training import stability
 from training_config import load_settings, schema
-from training_logger import latest_run, read_record
 
 
 def test_a_spike_is_six_deviations_above_the_last_32_finite_losses():

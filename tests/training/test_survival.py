@@ -13,8 +13,9 @@ import psutil
 import pytest
 from helpers.project import PROJECT, TINY_RUN
 
+from records.record import read_record
+from records.run_folders import latest_run
 from training import checkpointing
-from training_logger import latest_run, read_record
 
 pytestmark = pytest.mark.skipif(
     sys.platform != 'linux' or not shutil.which('bash'), reason='signals and scripts of Linux'
