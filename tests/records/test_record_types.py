@@ -46,7 +46,7 @@ def blocks(block=Record, schema=SCHEMA):
 
 
 @pytest.mark.parametrize(
-    'block, schema', blocks(), ids=lambda value: getattr(value, '__name__', '')
+    'block, schema', [*blocks()], ids=lambda value: getattr(value, '__name__', '')
 )
 def test_typed_dict_has_the_keys_of_its_schema(block, schema):
     assert block.__required_keys__ | block.__optional_keys__ == schema['properties'].keys()
