@@ -16,7 +16,7 @@ import re
 import sys
 
 # What stands for characters that an encoding may lack; escapes stand for the others.
-_ASCII: dict[str, str | int | None] = {'─': '-', '│': '|', '├': '|', '└': '`', '×': 'x', '→': '->'}
+_ASCII = {'─': '-', '│': '|', '├': '|', '└': '`', '×': 'x', '→': '->'}
 _SUBSTITUTES = {
     **_ASCII,
     **{'…': '...', '–': '-', '—': '-', '−': '-', '±': '+/-', '≥': '>=', '≤': '<=', '·': '*'},
@@ -54,7 +54,7 @@ def _escape(character: str) -> str:
 
 def plain(text: str) -> str:
     """The text with rules of ASCII and without the emoji that lines begin with."""
-    return _EMOJI.sub('', text).translate(str.maketrans(_ASCII))
+    return _EMOJI.sub('', text).translate(str.maketrans({**_ASCII}))
 
 
 def is_terminal(stream) -> bool:

@@ -18,7 +18,9 @@ def expand_home(text: str) -> str:
     Raises BadPath, also for a path that cannot even be asked for: a folder on its way that may not
     be entered, a name that is too long.
     """
-    prefix, path = _PARTS.fullmatch(text).groups()
+    match = _PARTS.fullmatch(text)
+    assert match, text  # as every text does
+    prefix, path = match.groups()
     if path.startswith('~'):
         path = os.path.expanduser(path)
     if path.startswith('~'):

@@ -41,7 +41,7 @@ def scalars(line: JournalLine) -> dict[str, float]:
 
 
 def _iteration_scalars(entry: IterationEntry) -> dict[str, float | None]:
-    gradients, mfu = entry['gradients'], entry['mfu']
+    gradients, mfu, memory = entry['gradients'], entry['mfu'], entry['memory']
     return {
         'train/loss': entry['loss'],
         'train/lr': entry['lr'],
@@ -56,7 +56,10 @@ def _iteration_scalars(entry: IterationEntry) -> dict[str, float | None]:
         'perf/mfu_causal': mfu['mfu_causal_percent'],
         'perf/hfu': mfu['hfu_percent'],
         'perf/achieved_tflops': mfu['achieved_tflops'],
-        **{f'memory/{key}': value for key, value in entry['memory'].items()},
+        'memory/allocated_gb': memory['allocated_gb'],
+        'memory/peak_gb': memory['peak_gb'],
+        'memory/reserved_gb': memory['reserved_gb'],
+        'memory/rss_gb': memory['rss_gb'],
         **{f'readings/{key}': value for key, value in entry['readings'].items()},
     }
 
@@ -152,7 +155,7 @@ class TensorBoard(Tracker):
         values = _run_values(record)
         *start, self.ended = hparams(values, {'val/loss': None})
         for summary in start:
-            self.writer.file_writer.add_summary(summary)
+            self._add_summary(summary)
         table = '\n'.join(f'| `{key}` | {value} |' for key, value in values.items())
         self.writer.add_text('config', f'| | |\n| --- | --- |\n{table}', iter or 0)
         self.writer.flush()
@@ -175,8 +178,12 @@ class TensorBoard(Tracker):
 
     def close(self, status: str, summary: Summary | None) -> None:
         if status == 'finished':
-            self.writer.file_writer.add_summary(self.ended)
+            self._add_summary(self.ended)
         self.writer.close()
+
+    def _add_summary(self, summary) -> None:
+        assert self.writer.file_writer is not None  # as long as the writer is open
+        self.writer.file_writer.add_summary(summary)
 
     def _open(self, purge_step: int | None) -> None:
         from torch.utils.tensorboard import SummaryWriter

@@ -10,6 +10,8 @@ import pytest
 import torch
 from helpers.project import PROJECT, TINY_RUN, write_tiny_dataset
 
+from records.run_folders import new_run_folder
+
 
 @pytest.fixture(scope='session', autouse=True)
 def no_memory_of_the_user(tmp_path_factory):
@@ -128,3 +130,9 @@ def study_file(tmp_path, tiny_dataset):
         return path
 
     return write
+
+
+@pytest.fixture
+def run_folder(tmp_path) -> Path:
+    """The folder of a run that has not begun."""
+    return new_run_folder(tmp_path)

@@ -47,7 +47,7 @@ def full():
 # --- What is shown ------------------------------------------------------------------------------
 
 
-def test_nothing_that_steers_a_terminal_passes():
+def test_control_characters_are_escaped():
     every = ''.join(map(chr, range(0x3000))) + '\udcff\ud800'
     shown = visible(every)
     unsafe = {c for c in shown if unicodedata.category(c) in ('Cc', 'Cs', 'Zl', 'Zp')}
@@ -60,7 +60,7 @@ def test_nothing_that_steers_a_terminal_passes():
 
 
 @pytest.mark.parametrize('encoding', NARROW)
-def test_what_the_encoding_lacks_is_replaced(encoding, monkeypatch):
+def test_unencodable_characters_are_replaced(encoding, monkeypatch):
     texts = [format_help('', schema()), format_components(schema()), '├─ é 日 😀 … ± \udcff']
     raw = io.BytesIO()
     monkeypatch.setattr(sys, 'stdout', stream_on(raw, encoding))
@@ -72,7 +72,7 @@ def test_what_the_encoding_lacks_is_replaced(encoding, monkeypatch):
     assert lines[-1].startswith('|- ') and r'\udcff' in lines[-1]
 
 
-def test_a_letter_that_the_encoding_has_is_kept(monkeypatch):
+def test_encodable_characters_are_kept(monkeypatch):
     raw = io.BytesIO()
     monkeypatch.setattr(sys, 'stdout', stream_on(raw, 'cp1252'))
     write_text('± é … ≥ 日')
@@ -80,7 +80,7 @@ def test_a_letter_that_the_encoding_has_is_kept(monkeypatch):
     assert plain('🚀 a │ b') == 'a | b'
 
 
-def test_print_too_is_safe_in_a_script(monkeypatch):
+def test_print_is_safe_in_scripts(monkeypatch):
     raw = io.BytesIO()
     monkeypatch.setattr(sys, 'stdout', stream_on(raw, 'ascii'))
     with pytest.raises(SystemExit) as ended:
@@ -88,7 +88,7 @@ def test_print_too_is_safe_in_a_script(monkeypatch):
     assert ended.value.code == 0 and raw.getvalue() == b'\\xe9 -> \\u65e5\n'
 
 
-def test_no_command_writes_around_this_module():
+def test_nothing_writes_around_console_output():
     """`print`, and writing to sys.stdout or sys.stderr, happen nowhere else."""
     around = []
     elsewhere = ('.', 'tests', 'benchmarks', 'common/console_output.py')
@@ -106,7 +106,7 @@ def test_no_command_writes_around_this_module():
 # --- A stream that is gone ------------------------------------------------------------------------
 
 
-def test_results_that_cannot_be_written_end_a_command(monkeypatch, capsys):
+def test_unwritable_results_end_command(monkeypatch, capsys):
     monkeypatch.setattr(sys, 'stdout', full())
     with pytest.raises(SystemExit) as ended:
         run_script(lambda argv: write_text('results'), [])
@@ -115,7 +115,7 @@ def test_results_that_cannot_be_written_end_a_command(monkeypatch, capsys):
     assert message.count('\n') == 1 and 'No space left on device' in message
 
 
-def test_work_goes_on_in_silence_and_says_so_once(monkeypatch, capsys):
+def test_unwritable_progress_is_reported_once(monkeypatch, capsys):
     monkeypatch.setattr(sys, 'stdout', full())
     assert 'No space left' in write_progress('one')
     assert write_progress('two') is None
@@ -124,7 +124,7 @@ def test_work_goes_on_in_silence_and_says_so_once(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize('gone', [None, 'closed'])
-def test_a_closed_stream_is_no_traceback(gone, monkeypatch):
+def test_closed_stream_raises_no_traceback(gone, monkeypatch):
     stream = gone and stream_on(io.BytesIO())
     if stream:
         stream.close()
@@ -166,7 +166,7 @@ with open('checkpoint', 'wb'):
 
 
 @pytest.mark.skipif(os.name != 'posix', reason='descriptors of POSIX')
-def test_no_file_gets_the_number_of_a_closed_stream(tmp_path):
+def test_files_do_not_reuse_closed_stream_descriptors(tmp_path):
     assert shell(NATIVE, '<&- >&- 2>&-', tmp_path).returncode == 0
     assert (tmp_path / 'checkpoint').read_bytes() == b''
 
@@ -179,13 +179,13 @@ run_script(lambda argv: write_progress('x' * 100_000) and 0)
 
 
 @pytest.mark.skipif(not os.path.exists('/dev/full'), reason='a device of Linux')
-def test_what_stays_in_a_buffer_is_no_error_at_the_end(tmp_path):
+def test_unflushed_buffer_is_no_error_at_exit(tmp_path):
     done = shell(LONG, '>/dev/full', tmp_path)
     assert done.returncode == 0 and done.stderr.count('\n') == 1, done.stderr
     assert shell(LONG, '>/dev/full 2>&1', tmp_path).returncode == 0
 
 
-def test_a_run_outlives_its_console(tiny_dataset, tmp_path, monkeypatch, capsys):
+def test_run_continues_without_console(tiny_dataset, tmp_path, monkeypatch, capsys):
     """It trains to its end, says so once on standard error, and its record has it as an event."""
     import train
     from records.record import read_record
@@ -203,7 +203,7 @@ def test_a_run_outlives_its_console(tiny_dataset, tmp_path, monkeypatch, capsys)
     assert 'No space left on device' in event['message']
 
 
-def test_silence_leaves_other_streams_alone(monkeypatch):
+def test_silence_affects_one_stream(monkeypatch):
     stream, raw = full(), io.BytesIO()
     monkeypatch.setattr(sys, 'stdout', stream)
     monkeypatch.setattr(sys, 'stderr', stream_on(raw))

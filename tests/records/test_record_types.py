@@ -1,16 +1,13 @@
 """The record's blocks have the same keys as types and in the schema."""
 
-import json
 import types
 import typing
 
 import pytest
-from helpers.project import PROJECT
+from helpers.record_schema import SCHEMA
 
 from records import record_types
 from records.record_types import Record
-
-SCHEMA = json.loads((PROJECT / 'records/record_schema.json').read_text())
 
 
 def resolved(schema):

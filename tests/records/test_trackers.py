@@ -93,7 +93,7 @@ def wandb(monkeypatch):
     return module
 
 
-def logger_in(folder, **options):
+def make_logger(folder, **options):
     options = SimpleNamespace(**{'wandb_project': 'p', 'wandb_run_name': 'n', **options})
     options.get = lambda key: getattr(options, key, False)
     return TrainingLogger(
@@ -126,9 +126,7 @@ def log_with_a_rollback(logger):
 # --- TensorBoard ---------------------------------------------------------------------------------
 
 
-def test_event_files_hold_every_number_of_the_record_after_a_crash_too(
-    tiny_dataset, tmp_path, crash
-):
+def test_tensorboard_has_all_numbers_after_crash(tiny_dataset, tmp_path, crash):
     options = {**RICH, 'max_iters': 9, 'eval_interval': 4, 'tensorboard_log': True}
     crash(6)
     with pytest.raises(RuntimeError):
@@ -146,16 +144,16 @@ def test_event_files_hold_every_number_of_the_record_after_a_crash_too(
     assert not list(alone.folder.glob('events*'))
 
 
-def test_what_a_rollback_takes_back_is_not_shown(tmp_path):
-    logger = logger_in(new_run_folder(tmp_path), tensorboard_log=True)
+def test_tensorboard_hides_rolled_back_steps(tmp_path):
+    logger = make_logger(new_run_folder(tmp_path), tensorboard_log=True)
     log_with_a_rollback(logger)
     record = read_record(logger.run_folder)
     assert_holds(logger.run_folder, record)
     assert [e['loss'] for e in record['training_iterations']][4:] == [3.5, 2.5, 1.5, 0.5, None]
 
 
-def test_options_and_events_can_be_read_there(tmp_path):
-    logger = logger_in(new_run_folder(tmp_path), tensorboard_log=True)
+def test_tensorboard_has_options_and_events(tmp_path):
+    logger = make_logger(new_run_folder(tmp_path), tensorboard_log=True)
     log_with_a_rollback(logger)
     reader = read(logger.run_folder)
     texts = [
@@ -181,7 +179,7 @@ def test_options_and_events_can_be_read_there(tmp_path):
     assert '_hparams_/session_end_info' in reader.summary_metadata
 
 
-def test_an_evaluation_alone_is_shown(tiny_dataset, tmp_path):
+def test_tensorboard_shows_eval_only_run(tiny_dataset, tmp_path):
     run = train_here(tiny_dataset, tmp_path, eval_only=True, tensorboard_log=True)
     assert run.code == 0
     assert_holds(run.folder, run.record)
@@ -191,7 +189,7 @@ def test_an_evaluation_alone_is_shown(tiny_dataset, tmp_path):
 # --- Weights & Biases ----------------------------------------------------------------------------
 
 
-def rows_shown(run):
+def logged_rows(run):
     """Name -> step -> value, of the rows of a stand-in's run; the last one of a step holds."""
     shown = {}
     for row in run.rows:
@@ -201,9 +199,7 @@ def rows_shown(run):
     return shown
 
 
-def test_a_wandb_run_has_every_number_and_is_gone_on_with_under_its_id(
-    wandb, tiny_dataset, tmp_path, crash
-):
+def test_wandb_has_all_numbers_and_resumes_by_id(wandb, tiny_dataset, tmp_path, crash):
     options = {**RICH, 'max_iters': 9, 'eval_interval': 4, 'wandb_log': True}
     crash(6)
     with pytest.raises(RuntimeError):
@@ -221,14 +217,14 @@ def test_a_wandb_run_has_every_number_and_is_gone_on_with_under_its_id(
     assert second.name == 'mine' and second.dir == str(run.folder)
     assert first.metrics['*'] == 'iter'
     first.rows += second.rows
-    assert rows_shown(first) == shown_of(record)
+    assert logged_rows(first) == shown_of(record)
     assert second.summary == record['summary']
     assert {**second.config, **record['config']} == second.config
     assert second.config['total_params'] == record['startup_info']['model']['total_params']
     assert 'wandb' not in {key for e in record['events'] for key in e.get('changed', {})}
 
 
-def test_what_wandb_calls_the_users_mistake_is_one(wandb, tiny_dataset, tmp_path, capsys):
+def test_wandb_usage_error_is_user_error(wandb, tiny_dataset, tmp_path, capsys):
     options = {'wandb_log': True, 'wandb_project': 'without a key'}
     with pytest.raises(AttributeError):  # train_here looks for a session
         train_here(tiny_dataset, tmp_path, **options)
@@ -239,17 +235,17 @@ def test_what_wandb_calls_the_users_mistake_is_one(wandb, tiny_dataset, tmp_path
     assert read_record(folder)['status'] == 'failed'
 
 
-def test_rows_go_on_from_where_a_rollback_went_back_to(wandb, tmp_path):
-    logger = logger_in(new_run_folder(tmp_path), wandb_log=True)
+def test_wandb_rows_after_rollback(wandb, tmp_path):
+    logger = make_logger(new_run_folder(tmp_path), wandb_log=True)
     log_with_a_rollback(logger)
     (run,) = wandb.runs
-    shown, expected = rows_shown(run), shown_of(read_record(logger.run_folder))
+    shown, expected = logged_rows(run), shown_of(read_record(logger.run_folder))
     assert shown.pop('train/loss') == {**expected.pop('train/loss')}
     assert shown.pop('memory/peak_gb').keys() >= expected.pop('memory/peak_gb').keys()
     assert shown == expected
 
 
-def test_a_study_gives_each_of_its_runs_a_name(tiny_dataset, tmp_path, wandb):
+def test_study_names_wandb_runs(tiny_dataset, tmp_path, wandb):
     path = tmp_path / 'study.py'
     path.write_text(f"dataset = {str(tiny_dataset)!r}\nsweep = {{'bias': [True, False]}}")
     point = Point('bias=True', 'bias=True', {'bias': True}, choice=None, updates=None)
@@ -264,7 +260,7 @@ def test_a_study_gives_each_of_its_runs_a_name(tiny_dataset, tmp_path, wandb):
 
 @EACH_TRACKER
 @pytest.mark.parametrize('there', [None, SimpleNamespace(origin=None)], ids=['nothing', 'a folder'])
-def test_a_package_that_is_not_there_is_asked_for_before_anything_is_made(
+def test_missing_package_is_reported_before_run_starts(
     tracker, there, tiny_dataset, tmp_path, monkeypatch
 ):
     find = importlib.util.find_spec
@@ -278,7 +274,7 @@ def test_a_package_that_is_not_there_is_asked_for_before_anything_is_made(
     assert train.main([*asked, '--plan', '--block_size=8']) == 0
 
 
-def test_a_sink_that_fails_is_given_up_and_the_run_goes_on(
+def test_failing_tracker_is_dropped_and_run_continues(
     tiny_dataset, tmp_path, monkeypatch, wandb, capsys
 ):
     from torch.utils.tensorboard import SummaryWriter
@@ -306,7 +302,7 @@ def test_a_sink_that_fails_is_given_up_and_the_run_goes_on(
 
 
 @pytest.mark.parametrize('action', ['begin', 'close'])
-def test_a_sink_may_fail_first_or_last(tmp_path, action):
+def test_tracker_failing_at_begin_or_close(tmp_path, action):
     class Fails:
         title = 'A tracker'
 
@@ -338,7 +334,7 @@ def test_other_ranks_have_no_trackers(tmp_path):
     log_with_a_rollback(logger)
 
 
-def test_what_is_not_asked_for_is_not_imported(tiny_dataset, tmp_path, monkeypatch):
+def test_disabled_trackers_are_not_imported(tiny_dataset, tmp_path, monkeypatch):
     for name in ('wandb', 'tensorboard', 'torch.utils.tensorboard'):
         monkeypatch.setitem(sys.modules, name, None)  # importing it fails
     assert not train_here(tiny_dataset, tmp_path / 'without').events('sink_failed')

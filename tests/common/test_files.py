@@ -11,7 +11,7 @@ from common.files import check_destination, replace_file, write_file
 
 
 @pytest.mark.parametrize('function', ['fsync', 'replace'])
-def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, function):
+def test_full_disk_leaves_old_file(tmp_path, monkeypatch, function):
     path = tmp_path / 'a.json'
     path.write_bytes(b'old')
 
@@ -25,7 +25,7 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch,
     assert [*tmp_path.iterdir()] == [path]
 
 
-def test_what_is_written_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+def test_fsync_before_rename(tmp_path, monkeypatch):
     order = []
     for name in ('fsync', 'replace'):
         real = getattr(os, name)
@@ -36,14 +36,14 @@ def test_what_is_written_is_on_the_disk_before_it_has_its_name(tmp_path, monkeyp
     assert order == ['fsync', 'replace'] and (tmp_path / 'a').read_bytes() == b'new'
 
 
-def test_a_link_stays_a_link(tmp_path):
+def test_link_stays_a_link(tmp_path):
     (tmp_path / 'real').write_bytes(b'old')
     (tmp_path / 'link').symlink_to(tmp_path / 'real')
     replace_file(tmp_path / 'link', b'new')
     assert (tmp_path / 'link').is_symlink() and (tmp_path / 'real').read_bytes() == b'new'
 
 
-def test_no_permission_is_said_beforehand(tmp_path, monkeypatch):
+def test_check_destination_reports_missing_permission(tmp_path, monkeypatch):
     monkeypatch.setattr(files.os, 'access', lambda *_: False)  # root may write everywhere
     with pytest.raises(UserError, match='no permission to write in the folder'):
         check_destination('--plot', tmp_path / 'p.png', ('.png',))
