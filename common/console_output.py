@@ -54,7 +54,9 @@ def _escape(character: str) -> str:
 
 def plain(text: str) -> str:
     """The text with rules of ASCII and without the emoji that lines begin with."""
-    return _EMOJI.sub('', text).translate(str.maketrans({**_ASCII}))
+    return _EMOJI.sub('', text).translate(
+        {ord(character): substitute for character, substitute in _ASCII.items()}
+    )
 
 
 def is_terminal(stream) -> bool:
