@@ -37,7 +37,7 @@ from common.formatting import table
 from common.text_files import read_text
 from comparison.significance import CONFIDENCE
 from data.dataset import load_dataset
-from data.tokenizer import Codec
+from data.tokenizer import Tokenizer
 from inference.multiple_choice import made_choices, read_items
 from inference.scoring import ChoiceResult, Scorer, TextResult, score_items, score_text
 from training import resumption
@@ -89,7 +89,7 @@ def main(argv: list[str]) -> int:
     dtype = hardware.resolve_dtype(options.dtype, device)
     checkpoint, state = resumption.find_checkpoint(options.out_dir, options.run)
     config = resumption.architecture_of(checkpoint)
-    codec, _ = resumption.vocabulary_of(checkpoint)
+    tokenizer, _ = resumption.vocabulary_of(checkpoint)
     stride = options.stride or max(1, config.block_size // 2)
     if stride > config.block_size:
         raise UserError(f'--stride={stride}: at most block_size={config.block_size} are scored.')
@@ -97,15 +97,15 @@ def main(argv: list[str]) -> int:
         data = checkpoint.index['config']
         dataset = load_dataset(data['dataset'], data['block_size'])
         dataset.check_content(('val',))
-        items = made_choices(dataset, codec, options.num_items)
+        items = made_choices(dataset, tokenizer, options.num_items)
         write_output(options.make_choices, items, 'make_choices')
-    texts = {path: read_tokens(path, codec) for path in options.text}
+    texts = {path: read_tokens(path, tokenizer) for path in options.text}
     paths = [*([options.make_choices] if options.make_choices else []), *options.choices]
-    items = {path: read_items(path, codec, config.block_size) for path in paths}
+    items = {path: read_items(path, tokenizer, config.block_size) for path in paths}
 
     model = resumption.load_model(checkpoint, state, device).eval()
     scorer = Scorer(model, device, dtype, options.batch_size)
-    read = [score_text(scorer, path, text, codec, stride) for path, text in texts.items()]
+    read = [score_text(scorer, path, text, tokenizer, stride) for path, text in texts.items()]
     chosen = [score_items(scorer, path, questions) for path, questions in items.items()]
     try:  # the file first: what follows may fail with the terminal that it is shown on
         if options.json:
@@ -130,11 +130,11 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def read_tokens(path: Path, codec: Codec) -> np.ndarray:
+def read_tokens(path: Path, tokenizer: Tokenizer) -> np.ndarray:
     """The tokens of a text to score. Raises UserError."""
     text = read_text(path, f'--text={path}')
     try:
-        tokens = codec.encode_array(text)
+        tokens = tokenizer.encode_array(text)
     except UserError as error:
         raise UserError(*(f'--text={path}: {problem}' for problem in error.problems)) from error
     if len(tokens) < 2:

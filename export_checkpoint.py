@@ -62,9 +62,9 @@ def write_hugging_face(exported: Exported, path: Path) -> None:
     interop.export(model.config, dict(model.named_parameters()), path)
     write_progress(f'Check: {interop.check_export(model, path)}.')
     try:
-        codec, vocab_size = resumption.vocabulary_of(exported.checkpoint)
-        interop.tell_tokens(path, codec.end_of_text, range(vocab_size, model.config.vocab_size))
-        hf_tokenizer.write(codec, path, model.config.block_size)
+        tokenizer, vocab_size = resumption.vocabulary_of(exported.checkpoint)
+        interop.tell_tokens(path, tokenizer.end_of_text, range(vocab_size, model.config.vocab_size))
+        hf_tokenizer.write(tokenizer, path, model.config.block_size)
     except UserError as error:
         write_progress(f'note: no tokenizer is written: {" ".join(error.problems)}')
 

@@ -118,8 +118,8 @@ def main(argv: list[str]) -> int:
     prompt = read_prompt(options.start)
     checkpoint, state = resumption.find_checkpoint(options.out_dir, options.run)
     name = resumption.architecture_of(checkpoint).name
-    codec, vocab_size = resumption.vocabulary_of(checkpoint)
-    tokens = prompt_tokens(codec, prompt, 'start')
+    tokenizer, vocab_size = resumption.vocabulary_of(checkpoint)
+    tokens = prompt_tokens(tokenizer, prompt, 'start')
     model = resumption.load_model(checkpoint, state, device).eval()
     start = torch.tensor(tokens[-model.config.block_size :], device=device)
     write_text(f'{name}, {checkpoint.iter:,} updates, from {checkpoint.path}')
@@ -128,13 +128,13 @@ def main(argv: list[str]) -> int:
 
     speed, size = Speed(), options.batch_size or options.num_samples
     filters = options.temperature, options.top_k, options.top_p, options.min_p
-    end_of_text = None if options.ignore_end_of_text else codec.end_of_text
+    end_of_text = None if options.ignore_end_of_text else tokenizer.end_of_text
     try:
         for first in range(0, options.num_samples, size):
             numbers = range(first, min(first + size, options.num_samples))
             streams = [stream(options.seed, number) for number in numbers]
             choose = Sampler(vocab_size, *filters, streams)
-            texts = [TextStream(codec.decode, options.stop, end_of_text) for _ in numbers]
+            texts = [TextStream(tokenizer.decode, options.stop, end_of_text) for _ in numbers]
             with hardware.autocast(device, dtype):
                 drawn = generate(
                     model, start.expand(len(texts), -1), options.max_new_tokens, choose=choose

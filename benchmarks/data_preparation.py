@@ -37,7 +37,7 @@ import psutil  # noqa: E402
 
 from common.errors import ArgumentParser, UserError, run_script  # noqa: E402
 from data.preparation.workers import available_cores  # noqa: E402
-from data.tokenizer import Codec  # noqa: E402
+from data.tokenizer import Tokenizer  # noqa: E402
 
 SUFFIXES = ('.py', '.pyi', '.md', '.txt', '.rst', '.h', '.hpp', '.pm', '.js')
 LARGEST = 2**22  # bytes of a file: larger ones are tables
@@ -104,7 +104,7 @@ def texts_of(paths: list[Path]) -> Iterator[str]:
 
 def tiktoken_rate(paths: list[Path], threads: int) -> float:
     """Bytes of text a second of tiktoken's own batch encoder, reading not counted."""
-    encoding = Codec({'kind': 'gpt2'})._codec.encoding
+    encoding = Tokenizer({'kind': 'gpt2'})._backend.encoding
     seconds = total = size = 0
     batch = []
     for text in [*texts_of(paths), None]:

@@ -12,7 +12,6 @@ is done without.
 import json
 import math
 import os
-import sys
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +20,7 @@ import psutil
 import torch
 
 from common.gpu_specs import Peak
+from common.paths import cache_folder
 
 SIZES = (1024, 2048)
 SECONDS = 0.07  # for the multiplications of one size, one after the other
@@ -109,17 +109,8 @@ def _whole_number(text: str) -> int:
 
 def cache_file() -> Path | None:
     """Where the best is remembered; None where the user has no home."""
-    chosen = os.environ.get('XDG_CACHE_HOME', '')
-    if os.path.isabs(chosen):  # others are to be ignored (XDG Base Directory Specification)
-        base = Path(chosen)
-    else:
-        try:
-            home = Path.home()
-        except RuntimeError:
-            return None
-        places = {'darwin': home / 'Library' / 'Caches', 'win32': home / 'AppData' / 'Local'}
-        base = places.get(sys.platform, home / '.cache')
-    return base / 'architecture-training-suite' / 'cpu_peak.jsonl'
+    folder = cache_folder()
+    return folder / 'cpu_peak.jsonl' if folder else None
 
 
 def _recall(key: dict) -> Best | None:

@@ -1,7 +1,8 @@
-"""Paths as people give them, for every option of every command that is one. A leaf."""
+"""Paths as people give them, for every option that is one; and the cache folder. A leaf."""
 
 import os
 import re
+import sys
 from pathlib import Path
 
 _PARTS = re.compile(r'((?:hf|nanogpt):|)(.*)', re.DOTALL)
@@ -40,3 +41,18 @@ def expand_home(text: str) -> str:
 def expanded_path(text: str) -> Path:
     """The same as a Path."""
     return Path(expand_home(text))
+
+
+def cache_folder() -> Path | None:
+    """This project's folder among the user's caches; None where the user has no home."""
+    chosen = os.environ.get('XDG_CACHE_HOME', '')
+    if os.path.isabs(chosen):  # others are to be ignored (XDG Base Directory Specification)
+        base = Path(chosen)
+    else:
+        try:
+            home = Path.home()
+        except RuntimeError:
+            return None
+        by_platform = {'darwin': home / 'Library' / 'Caches', 'win32': home / 'AppData' / 'Local'}
+        base = by_platform.get(sys.platform, home / '.cache')
+    return base / 'architecture-training-suite'

@@ -29,7 +29,7 @@ from data.prepare import OWN_TOKENIZERS
 from data.token_check import remember
 from data.token_files import DTYPES, FORMAT_VERSION, GPT2_VOCAB_SIZE, SPLITS, has_meta, read_meta
 from data.token_formats import Ids, recognize
-from data.tokenizer import Codec, tiktoken_names
+from data.tokenizer import Tokenizer, tiktoken_names
 
 PIECE = 2**20  # ids read at a time
 KINDS = ('uint8', 'uint16', 'uint32', 'uint64', 'int16', 'int32', 'int64')
@@ -152,7 +152,7 @@ def description(options, meta: dict | None, largest: int) -> dict:
     if tokenizer['kind'] == 'unknown':
         vocab_size = max(largest + 1, meta['vocab_size'] if meta and name is None else 0)
     else:
-        vocab_size = Codec(tokenizer, options.folder).vocab_size
+        vocab_size = Tokenizer(tokenizer, options.folder).vocab_size
     if largest >= vocab_size:
         raise UserError(
             f'The largest id is {largest}, but the tokenizer {tokenizer["kind"]} has {vocab_size}: '

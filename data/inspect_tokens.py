@@ -23,7 +23,7 @@ from common.errors import ArgumentParser, UserError, run_script
 from common.paths import expand_home
 from data.dataset import TokenDataset, load_dataset
 from data.token_files import SPLITS, Split
-from data.tokenizer import Codec
+from data.tokenizer import Tokenizer
 
 PIECE = 2**20  # tokens read at a time
 BAR = 40  # characters that the longest bar of a histogram has
@@ -154,10 +154,10 @@ def histogram(values: np.ndarray, counts: np.ndarray) -> list[str]:
 
 def show_text(data: TokenDataset, split: str, start: int, length: int) -> str:
     """The tokens of one place as text, control characters written out."""
-    codec = Codec(data.tokenizer, data.folder)
+    tokenizer = Tokenizer(data.tokenizer, data.folder)
     return ''.join(
         character if character.isprintable() or character in '\n\t' else f'\\x{ord(character):02x}'
-        for character in codec.decode(data.splits[split].read(start, length))
+        for character in tokenizer.decode(data.splits[split].read(start, length))
     )
 
 

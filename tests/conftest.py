@@ -1,6 +1,7 @@
 """Shared by the tests: a small dataset on disk, and the scripts run as a user runs them."""
 
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -8,16 +9,26 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.project import PROJECT, TINY_RUN, write_tiny_dataset
+from helpers.project import PROJECT, TINY_RUN, published_gpt2_folder, write_tiny_dataset
+
+from common.paths import cache_folder
+from data.gpt2_vocabulary import MERGES_FILE
 
 from records.run_folders import new_run_folder
 
 
 @pytest.fixture(scope='session', autouse=True)
 def no_memory_of_the_user(tmp_path_factory):
-    """What runs remember of this machine goes into a folder of the tests."""
+    """What runs remember of this machine goes into a folder of the tests.
+
+    GPT-2's vocabulary is there already, so that no test needs a network.
+    """
+    cache = tmp_path_factory.mktemp('cache')
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv('XDG_CACHE_HOME', str(tmp_path_factory.mktemp('cache')))
+        patch.setenv('XDG_CACHE_HOME', str(cache))
+        folder = cache_folder()
+        folder.mkdir()
+        shutil.copyfile(published_gpt2_folder() / 'vocab.bpe', folder / MERGES_FILE)
         yield
 
 

@@ -14,7 +14,7 @@ import evaluate
 import interop
 from common.errors import UserError, run_script
 from data.token_files import Split
-from data.tokenizer import Codec
+from data.tokenizer import Tokenizer
 from inference import multiple_choice, scoring
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -42,7 +42,7 @@ def of_bytes(tmp_path_factory, tiny_dataset):
 def of_byte_pairs(tmp_path_factory):
     """The same, of GPT-2's tokens, in an architecture that transformers has."""
     folder, out_dir = tmp_path_factory.mktemp('pairs'), tmp_path_factory.mktemp('of_byte_pairs')
-    tokens = np.array(Codec({'kind': 'gpt2'}).encode(TEXT), np.uint16)
+    tokens = np.array(Tokenizer({'kind': 'gpt2'}).encode(TEXT), np.uint16)
     for split in ('train', 'val'):
         tokens.tofile(folder / f'{split}.bin')
     trained = train_here(folder, out_dir, arch_preset='legacy', n_embd=8, activation='gelu_tanh')
@@ -96,9 +96,9 @@ def test_bits_per_byte_of_byte_pairs_by_transformers(of_byte_pairs, text, tmp_pa
     out_dir, model = of_byte_pairs
     interop.export(model.config, dict(model.named_parameters()), tmp_path / 'theirs')
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / 'theirs').eval()
-    codec = Codec({'kind': 'gpt2'})
-    tokens = codec.encode(TEXT)
-    size = len(TEXT.encode()) - len(codec.decode(tokens[:1]).encode())
+    tokenizer = Tokenizer({'kind': 'gpt2'})
+    tokens = tokenizer.encode(TEXT)
+    size = len(TEXT.encode()) - len(tokenizer.decode(tokens[:1]).encode())
     nats = nats_one_by_one(lambda given: theirs(given).logits, tokens, 5)
     (found,) = results(tmp_path, f'--out_dir={out_dir}', f'--text={text}', '--stride=5')['text']
     assert found['bytes'] == size and found['tokens'] == len(tokens) - 1 < size
@@ -140,9 +140,9 @@ def written(path, items):
 
 
 @torch.no_grad()
-def log_likelihood(model, codec, context: str, choice: str) -> float:
+def log_likelihood(model, tokenizer, context: str, choice: str) -> float:
     """One token after another, with what fits of the context."""
-    before, tokens = codec.encode(context.rstrip()), codec.encode(context + choice)
+    before, tokens = tokenizer.encode(context.rstrip()), tokenizer.encode(context + choice)
     kept = tokens[-BLOCK_SIZE - 1 :]
     logits = model(torch.tensor([kept[:-1]]))[0].double().log_softmax(-1)
     first = len(kept) - (len(tokens) - len(before))
@@ -152,7 +152,7 @@ def log_likelihood(model, codec, context: str, choice: str) -> float:
 @pytest.mark.parametrize('kind', ['byte', 'gpt2'])
 def test_choices_by_brute_force(of_bytes, of_byte_pairs, tmp_path, kind, capsys):
     out_dir, model = of_bytes if kind == 'byte' else of_byte_pairs
-    codec, items = Codec({'kind': kind}), ITEMS
+    tokenizer, items = Tokenizer({'kind': kind}), ITEMS
     if kind == 'gpt2':  # whose end-of-text token stands before what has no context
         items = [*ITEMS, {'context': '', 'choices': ['The fox', ' jumps'], 'answer': 0}]
     path = written(tmp_path / 'items.jsonl', items)
@@ -162,11 +162,11 @@ def test_choices_by_brute_force(of_bytes, of_byte_pairs, tmp_path, kind, capsys)
         context = item['context'] or '<|endoftext|>'
         choices = item['choices']
         if item['context']:
-            values = [log_likelihood(model, codec, context, choice) for choice in choices]
+            values = [log_likelihood(model, tokenizer, context, choice) for choice in choices]
         else:
             values = []
             for choice in choices:
-                tokens = torch.tensor([[50256, *codec.encode(choice)]])
+                tokens = torch.tensor([[50256, *tokenizer.encode(choice)]])
                 with torch.no_grad():
                     logits = model(tokens[:, :-1])[0].double().log_softmax(-1)
                 values.append(logits.gather(1, tokens[0, 1:, None]).sum().item())
@@ -286,9 +286,9 @@ def test_items_from_the_validation_text(of_bytes, tmp_path, tiny_dataset):
 
 def test_items_keep_within_documents(of_bytes, tmp_path, monkeypatch):
     """Of a dataset that marks their ends."""
-    codec = Codec({'kind': 'byte', 'end_of_text': True})
-    documents = [codec.encode(f'{name * 9} ' * 40) for name in 'abcde']
-    tokens = np.concatenate([[*document, codec.end_of_text] for document in documents])
+    tokenizer = Tokenizer({'kind': 'byte', 'end_of_text': True})
+    documents = [tokenizer.encode(f'{name * 9} ' * 40) for name in 'abcde']
+    tokens = np.concatenate([[*document, tokenizer.end_of_text] for document in documents])
     split = tmp_path / 'val'
     tokens.astype('<u2').tofile(split)
     facts = {'shards': [{'file': split.name, 'tokens': len(tokens)}]}
@@ -301,7 +301,7 @@ def test_items_keep_within_documents(of_bytes, tmp_path, monkeypatch):
     )
     monkeypatch.setattr(evaluate, 'load_dataset', lambda name, block_size: dataset)
     path = tmp_path / 'items.jsonl'
-    monkeypatch.setattr(evaluate.resumption, 'vocabulary_of', lambda checkpoint: (codec, 257))
+    monkeypatch.setattr(evaluate.resumption, 'vocabulary_of', lambda checkpoint: (tokenizer, 257))
     run(f'--out_dir={of_bytes[0]}', f'--make_choices={path}', '--num_items=50')
     for item in map(json.loads, path.read_text().splitlines()):
         letters = {*item['context'], *item['choices'][item['answer']]} - {' '}
@@ -358,8 +358,8 @@ def test_a_mistake_is_told(of_bytes, text, tmp_path, monkeypatch, capsys, argume
 
 
 def test_characters_that_the_vocabulary_lacks(tmp_path, monkeypatch, of_bytes, text, capsys):
-    codec = Codec({'kind': 'char', 'characters': ['a', 'b']})
-    monkeypatch.setattr(evaluate.resumption, 'vocabulary_of', lambda checkpoint: (codec, 2))
+    tokenizer = Tokenizer({'kind': 'char', 'characters': ['a', 'b']})
+    monkeypatch.setattr(evaluate.resumption, 'vocabulary_of', lambda checkpoint: (tokenizer, 2))
     path = written(tmp_path / 'i.jsonl', [{'context': 'a', 'choices': ['b', 'é'], 'answer': 0}])
     for key, given in (('text', text), ('choices', path)):
         run(f'--out_dir={of_bytes[0]}', f'--{key}={given}', code=2)

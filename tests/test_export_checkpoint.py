@@ -15,7 +15,7 @@ from helpers.in_process import train_here
 import export_checkpoint
 import interop
 from common.errors import UserError, run_script
-from data.tokenizer import Codec
+from data.tokenizer import Tokenizer
 from model_builder import Transformer, build_model
 from model_config import ModelArchitectureConfig
 
@@ -135,9 +135,9 @@ def test_the_tokenizer_goes_with_it(tmp_path, kind, capsys):
         described['characters'] = sorted(set(TEXT))
     if kind == 'byte-documents':
         described['end_of_text'] = True
-    codec, data = Codec(described), tmp_path / 'data'
-    ids = codec.encode(TEXT)
-    end = [] if codec.end_of_text is None else [codec.end_of_text]
+    tokenizer, data = Tokenizer(described), tmp_path / 'data'
+    ids = tokenizer.encode(TEXT)
+    end = [] if tokenizer.end_of_text is None else [tokenizer.end_of_text]
     data.mkdir()
     splits = {}
     for split in ('train', 'val'):
@@ -145,31 +145,31 @@ def test_the_tokenizer_goes_with_it(tmp_path, kind, capsys):
         tokens.tofile(data / f'{split}.bin')
         digest = hashlib.sha256(tokens.tobytes()).hexdigest()
         splits[split] = {'tokens': len(tokens), 'bytes': 3 * len(TEXT.encode()), 'sha256': digest}
-    meta = {'format_version': 1, 'tokenizer': described, 'vocab_size': codec.vocab_size}
+    meta = {'format_version': 1, 'tokenizer': described, 'vocab_size': tokenizer.vocab_size}
     (data / 'meta.json').write_text(json.dumps({**meta, 'dtype': 'uint16', 'splits': splits}))
     run = train_here(data, tmp_path / 'out', arch_preset='llama', n_embd=8, max_iters=2)
 
     output = tmp_path / 'theirs'
     export(f'--out_dir={tmp_path / "out"}', '--format=hf', f'--output={output}')
     assert 'note' not in capsys.readouterr().out
-    tokenizer = AutoTokenizer.from_pretrained(output)
+    loaded = AutoTokenizer.from_pretrained(output)
     theirs = AutoModelForCausalLM.from_pretrained(output).eval()
-    found = tokenizer(TEXT, add_special_tokens=False, return_tensors='pt')['input_ids']
+    found = loaded(TEXT, add_special_tokens=False, return_tensors='pt')['input_ids']
     assert found[0].tolist() == ids
-    assert tokenizer.decode(found[0]) == TEXT
-    assert tokenizer.eos_token_id == codec.end_of_text
-    assert theirs.config.eos_token_id == codec.end_of_text
-    assert theirs.generation_config.eos_token_id == codec.end_of_text
-    assert tokenizer.model_max_length == 32
+    assert loaded.decode(found[0]) == TEXT
+    assert loaded.eos_token_id == tokenizer.end_of_text
+    assert theirs.config.eos_token_id == tokenizer.end_of_text
+    assert theirs.generation_config.eos_token_id == tokenizer.end_of_text
+    assert loaded.model_max_length == 32
     padded = run.session.bare.config.vocab_size
-    assert (padded > codec.vocab_size) == (kind == 'gpt2')
+    assert (padded > tokenizer.vocab_size) == (kind == 'gpt2')
     with torch.no_grad():
         tokens = found[:, :16]
         expected = run.session.bare.eval()(tokens)
         torch.testing.assert_close(theirs(tokens).logits, expected, rtol=1e-4, atol=1e-5)
-        theirs.lm_head.weight[codec.vocab_size :] += 100 * theirs.model.norm.weight  # if drawn
+        theirs.lm_head.weight[tokenizer.vocab_size :] += 100 * theirs.model.norm.weight  # if drawn
         drawn = theirs.generate(tokens, max_new_tokens=5, do_sample=False)
-    assert drawn.max() < codec.vocab_size
+    assert drawn.max() < tokenizer.vocab_size
 
 
 def test_a_tokenizer_that_cannot_be_had_is_told_and_the_weights_are_written(

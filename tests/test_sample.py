@@ -22,7 +22,8 @@ import train
 from common import hardware
 from common.console_output import visible
 from common.errors import UserError, run_script
-from data.tokenizer import Codec, byte_characters
+from data.gpt2_vocabulary import byte_characters
+from data.tokenizer import Tokenizer
 from inference.sampling import OwnSample, Sampler
 from model_builder import generate
 from training import checkpointing, resumption
@@ -87,12 +88,12 @@ def model_of(folder):
 
 def test_the_texts_are_what_the_model_says_beyond_its_context_too(trained, written):
     texts, head, _ = written(temperature=0)
-    codec = Codec({'kind': 'char', 'characters': list(LETTERS)})
+    tokenizer = Tokenizer({'kind': 'char', 'characters': list(LETTERS)})
     choose = Sampler(len(LETTERS), temperature=0)
     drawn = generate(
-        model_of(trained / 'plain'), torch.tensor([codec.encode('abc')]), 40, choose=choose
+        model_of(trained / 'plain'), torch.tensor([tokenizer.encode('abc')]), 40, choose=choose
     )
-    expected = 'abc' + codec.decode([token.item() for token in drawn])
+    expected = 'abc' + tokenizer.decode([token.item() for token in drawn])
     assert texts == [expected] * 3 and len(expected) == 43
     assert '1 updates' in head and 'iter_00000001' in head
 
@@ -214,8 +215,8 @@ def test_a_checkpoint_that_does_not_tell_its_tokenizer_needs_the_dataset(trained
     assert 'did not tell their tokenizer' in str(refused.value)
     dataset = write_dataset(tmp_path / 'data')
     checkpoint.index['config']['dataset'] = str(dataset)
-    codec, vocab_size = resumption.vocabulary_of(checkpoint)
-    assert vocab_size == len(LETTERS) and codec.decode([6, 7]) == 'é😀'
+    tokenizer, vocab_size = resumption.vocabulary_of(checkpoint)
+    assert vocab_size == len(LETTERS) and tokenizer.decode([6, 7]) == 'é😀'
 
 
 def test_the_file_of_a_tokenizer_is_kept_with_the_run(written, tmp_path):

@@ -18,7 +18,7 @@ from common.paths import expand_home
 from components.weight_initialization import initialize_buffers
 from configurator import COMMAND_LINE, CommandLine, Layer, accept_layer, read_config_file
 from data.dataset import TokenDataset, load_dataset
-from data.tokenizer import Codec
+from data.tokenizer import Tokenizer
 from model_builder import Transformer, build_model
 from model_config import ModelArchitectureConfig
 from optim.step import Updater
@@ -327,7 +327,7 @@ def architecture_of(checkpoint: checkpointing.Checkpoint) -> ModelArchitectureCo
     return ModelArchitectureConfig.from_dict(layer.values)
 
 
-def vocabulary_of(checkpoint: checkpointing.Checkpoint) -> tuple[Codec, int]:
+def vocabulary_of(checkpoint: checkpointing.Checkpoint) -> tuple[Tokenizer, int]:
     """The tokenizer whose tokens the model was trained on, and how many of them there are.
 
     The dataset itself is asked only where the checkpoint does not say. Raises UserError.
@@ -335,7 +335,7 @@ def vocabulary_of(checkpoint: checkpointing.Checkpoint) -> tuple[Codec, int]:
     data = checkpoint.index['data']
     if data is not None:
         run_folder = checkpoint.path.absolute().parent.parent
-        return Codec(data['tokenizer'], run_folder), data['vocab_size']
+        return Tokenizer(data['tokenizer'], run_folder), data['vocab_size']
     try:
         config = checkpoint.index['config']
         dataset = load_dataset(config['dataset'], config['block_size'])
@@ -345,7 +345,7 @@ def vocabulary_of(checkpoint: checkpointing.Checkpoint) -> tuple[Codec, int]:
             f'{checkpoint.path} is of the time when checkpoints did not tell their tokenizer, so '
             'the dataset is needed.',
         ) from error
-    return Codec(dataset.tokenizer, dataset.folder), dataset.vocab_size
+    return Tokenizer(dataset.tokenizer, dataset.folder), dataset.vocab_size
 
 
 def keep_tokenizer(dataset: TokenDataset, run_folder: Path) -> None:

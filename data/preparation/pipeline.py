@@ -33,7 +33,7 @@ from data.preparation.unfinished import open_unfinished, tokenizer_of, write_jso
 from data.preparation.workers import available_cores, in_order
 from data.token_check import check_content, remember
 from data.token_files import DTYPES, FORMAT_VERSION, SPLITS, is_complete, read_meta
-from data.tokenizer import Codec
+from data.tokenizer import Tokenizer
 
 PIECE = 2**22  # characters encoded at once: bounds the memory that a long document takes
 SHARD_TOKENS = 10**9
@@ -64,15 +64,15 @@ class Encoder:
     Without `is_validation` the records say their splits, and nothing marks where they end.
     """
 
-    tokenizer: dict
+    description: dict
     folder: Path
     dtype: str
     is_validation: ByHash | None
     skip_invalid: bool = False
 
     @cached_property
-    def codec(self) -> Codec:
-        return Codec(self.tokenizer, self.folder)
+    def tokenizer(self) -> Tokenizer:
+        return Tokenizer(self.description, self.folder)
 
     def __call__(self, piece: Piece) -> tuple[dict, dict[str, bytes]]:
         parts = {split: _Part(self.dtype) for split in SPLITS}
@@ -95,12 +95,12 @@ class Encoder:
                 continue
             content = text.encode()
             digest = hashlib.sha256(content)
-            ids = [self.codec.encode_array(part) for part in pieces(text)]
+            ids = [self.tokenizer.encode_array(part) for part in pieces(text)]
             if self.is_validation is None:
                 parts[record.split].add(ids, len(content), digest)
             else:
                 split = 'val' if self.is_validation(digest.digest()) else 'train'
-                parts[split].add(ids, len(content), digest, self.codec.end_of_text)
+                parts[split].add(ids, len(content), digest, self.tokenizer.end_of_text)
         tokens = {split: b''.join(part.tokens) for split, part in parts.items()}
         entry['splits'] = {split: part.facts(tokens[split]) for split, part in parts.items()}
         return entry, tokens
@@ -217,13 +217,13 @@ def _fingerprint(settings: dict) -> str:
 def _fill(work: Path, source: Source, options: Options, settings: dict) -> dict:
     """Write all token files into `work` and check them; the meta.json. Raises UserError."""
     workers = 1 if source.is_small else options.workers or available_cores()
-    tokenizer = _complete_tokenizer(options, source, work, workers)
-    codec = Codec(tokenizer, work)
-    if options.is_validation and codec.end_of_text is None:
-        raise UserError(f'The tokenizer {tokenizer} has no token for the end of a document.')
-    dtype = next(name for name in DTYPES if codec.vocab_size <= np.iinfo(name).max + 1)
+    description = _complete_tokenizer(options, source, work, workers)
+    tokenizer = Tokenizer(description, work)
+    if options.is_validation and tokenizer.end_of_text is None:
+        raise UserError(f'The tokenizer {description} has no token for the end of a document.')
+    dtype = next(name for name in DTYPES if tokenizer.vocab_size <= np.iinfo(name).max + 1)
     width = np.dtype(dtype).itemsize
-    encoder = Encoder(tokenizer, work, DTYPES[dtype], options.is_validation, options.skip_invalid)
+    encoder = Encoder(description, work, DTYPES[dtype], options.is_validation, options.skip_invalid)
     writer = TokenWriter(work, options.shard_tokens * width)
     _encode(source, encoder, writer, workers)
     if problem := _too_little(source, options, writer.totals):
@@ -232,11 +232,11 @@ def _fill(work: Path, source: Source, options: Options, settings: dict) -> dict:
     write_progress('Reading it back ...')
     return {
         'format_version': FORMAT_VERSION,
-        'tokenizer': tokenizer,
-        'vocab_size': codec.vocab_size,
-        'end_of_text': codec.end_of_text if options.is_validation else None,
+        'tokenizer': description,
+        'vocab_size': tokenizer.vocab_size,
+        'end_of_text': tokenizer.end_of_text if options.is_validation else None,
         'dtype': dtype,
-        'splits': _facts(writer, codec, dtype, options),
+        'splits': _facts(writer, tokenizer, dtype, options),
         'source': source.identity(),
         'preparation': {
             'fingerprint': _fingerprint(settings),
@@ -274,10 +274,12 @@ def _complete_tokenizer(options: Options, source: Source, work: Path, workers: i
     return tokenizer
 
 
-def _facts(writer: TokenWriter, codec: Codec, dtype: str, options: Options) -> dict[str, dict]:
+def _facts(
+    writer: TokenWriter, tokenizer: Tokenizer, dtype: str, options: Options
+) -> dict[str, dict]:
     """What meta.json says of the splits, by what was read back."""
     width, splits = np.dtype(dtype).itemsize, {}
-    for split, checked in writer.check(codec, DTYPES[dtype]).items():
+    for split, checked in writer.check(tokenizer, DTYPES[dtype]).items():
         totals, paths = writer.totals[split], writer.shards(split)
         names = [f'{split}.bin'] if len(paths) == 1 else [path.name for path in paths]
         splits[split] = {

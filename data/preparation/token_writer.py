@@ -13,7 +13,7 @@ import numpy as np
 from common.errors import UserError
 from data.preparation.sources import Position
 from data.token_files import SPLITS
-from data.tokenizer import Codec
+from data.tokenizer import Tokenizer
 
 JOURNAL = 'journal.jsonl'
 COMMIT_SECONDS = 2  # of work that an end may cost
@@ -72,7 +72,7 @@ class TokenWriter:
         count = -(-self.totals[split]['token_bytes'] // self.shard_bytes)
         return [self._shard(split, number) for number in range(count)]
 
-    def check(self, codec: Codec, dtype: str) -> dict[str, dict]:
+    def check(self, tokenizer: Tokenizer, dtype: str) -> dict[str, dict]:
         """Read everything back: SHA-256 of each split, and of each shard in order.
 
         The bytes have to be those that the encoding process counted and hashed, every document has
@@ -83,7 +83,7 @@ class TokenWriter:
         for entry in self._entries():
             for split, facts in entry['splits'].items():
                 tokens = readers[split].read(facts['token_bytes'])
-                problem = _difference(tokens, facts, codec, dtype)
+                problem = _difference(tokens, facts, tokenizer, dtype)
                 if problem:
                     raise UserError(
                         f'The {split} tokens in {self.folder} are not what was written: {problem}. '
@@ -235,16 +235,16 @@ class _HashingReader:
         self._file = open(self.paths[self._number], 'rb')  # noqa: SIM115 closed here or at the end
 
 
-def _difference(tokens: bytes, facts: dict, codec: Codec, dtype: str) -> str | None:
+def _difference(tokens: bytes, facts: dict, tokenizer: Tokenizer, dtype: str) -> str | None:
     """What is wrong with the tokens of one piece, whose `facts` the journal has."""
     if hashlib.sha256(tokens).hexdigest() != facts['sha256']:
         return 'their SHA-256 differs'
     ids = np.frombuffer(tokens, dtype)
-    ends = 0 if codec.end_of_text is None else np.count_nonzero(ids == codec.end_of_text)
+    ends = 0 if tokenizer.end_of_text is None else np.count_nonzero(ids == tokenizer.end_of_text)
     if ends != facts['documents']:
         return f'{facts["documents"]} documents have {ends} end-of-text tokens'
     for start, count, digest in facts['samples']:
-        text = codec.decode(ids[start : start + count])
+        text = tokenizer.decode(ids[start : start + count])
         if hashlib.sha256(text.encode()).hexdigest() != digest:
             return f'a document does not decode to its text: {text[:60]!r}'
     return None

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import os
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -156,11 +157,11 @@ def test_without_a_place_for_a_memory_a_run_measures_and_says_so(tmp_path, measu
 
 def test_the_memory_is_in_the_users_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(cpu_peak.Path, 'home', lambda: tmp_path)
-    monkeypatch.setattr(cpu_peak.sys, 'platform', 'linux')
+    monkeypatch.setattr(sys, 'platform', 'linux')
     for ignored in ('', 'relative/path'):
         monkeypatch.setenv('XDG_CACHE_HOME', ignored)
         assert cpu_peak.cache_file().is_relative_to(tmp_path / '.cache')
-    monkeypatch.setattr(cpu_peak.sys, 'platform', 'darwin')
+    monkeypatch.setattr(sys, 'platform', 'darwin')
     assert cpu_peak.cache_file().is_relative_to(tmp_path / 'Library' / 'Caches')
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'x'))
     assert cpu_peak.cache_file().is_relative_to(tmp_path / 'x')

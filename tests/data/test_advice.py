@@ -20,7 +20,7 @@ from common.errors import UserError
 from data import prepare
 from data.dataset import load_dataset
 from data.preparation.workers import in_order
-from data.tokenizer import Codec
+from data.tokenizer import Tokenizer
 
 TEXTS = [f'Document number {i} of a small corpus, {"and so on " * (i % 5)}' for i in range(60)]
 
@@ -198,8 +198,8 @@ def test_choices_that_are_there_and_items_that_are_enough(tmp_path, tiny_dataset
 
 
 def test_unknown_characters_and_tokenizers_name_what_there_is():
-    message = error_of({'kind': 'tiktoken', 'name': 'gpt3'}, call=Codec)
-    assert Codec({'kind': 'tiktoken', 'name': 'gpt2'}).vocab_size == 50257 and 'gpt2' in message
+    message = error_of({'kind': 'tiktoken', 'name': 'gpt3'}, call=Tokenizer)
+    assert Tokenizer({'kind': 'tiktoken', 'name': 'gpt2'}).vocab_size == 50257 and 'gpt2' in message
 
 
 def test_a_dataset_that_was_changed_is_prepared_again_by_the_same_command(tmp_path, capsys):

@@ -12,13 +12,10 @@ from data import import_tokens
 from data.dataset import load_dataset
 from data.token_files import SPLITS
 from data.token_formats import Ids, recognize
-from data.tokenizer import Codec
 
 TEXT = 'The quick brown fox jumps over a lazy dog, and 17 other animals — naïvely — again.\n' * 60
-GPT2 = np.array(Codec({'kind': 'gpt2'}).encode(TEXT))
 rng = np.random.default_rng(0)
 CORPORA = {
-    'gpt2': GPT2,
     'uniform': rng.integers(0, 50257, 5000),
     'characters': rng.integers(0, 65, 5000),
     'wide': rng.integers(0, 100_000, 5000),
@@ -32,6 +29,11 @@ FORMS = {
     '<f4': 'float32',
     '<f8': 'float64',
 }
+
+
+@pytest.fixture(scope='module')
+def text_ids(gpt2_tokenizer):
+    return np.array(gpt2_tokenizer.encode(TEXT))
 
 
 def llm_c(ids, magic=20240520, dtype='<u2'):
@@ -53,9 +55,9 @@ def bare(folder, content):
     return folder
 
 
-@pytest.mark.parametrize('corpus', CORPORA)
-def test_how_ids_are_kept_is_told_by_their_bytes(tmp_path, corpus):
-    ids, path = CORPORA[corpus], tmp_path / 'train.bin'
+@pytest.mark.parametrize('corpus', ['text', *CORPORA])
+def test_format_is_recognized_by_content(tmp_path, text_ids, corpus):
+    ids, path = CORPORA.get(corpus, text_ids), tmp_path / 'train.bin'
     for dtype, name in FORMS.items():
         path.write_bytes(ids.astype(dtype).tobytes())
         assert str(recognize(path)) == name, dtype
@@ -72,31 +74,34 @@ def test_how_ids_are_kept_is_told_by_their_bytes(tmp_path, corpus):
     'ids',
     [np.arange(1000), np.zeros(1000), np.arange(1000) % 2, np.arange(50), np.full(500, 50256)],
 )
-def test_uint16_is_not_taken_for_something_else(tmp_path, ids):
+def test_uint16_is_recognized(tmp_path, ids):
     (tmp_path / 'train.bin').write_bytes(ids.astype('<u2').tobytes())
     assert recognize(tmp_path / 'train.bin') == Ids()
 
 
-def test_a_large_file_is_told_by_samples(tmp_path):
+def test_large_file_is_recognized_by_samples(tmp_path, text_ids):
     path = tmp_path / 'train.bin'
-    ids = np.tile(GPT2, 400)
+    ids = np.tile(text_ids, 400)
     for dtype, name in {**FORMS, '<u2': 'uint16'}.items():
         path.write_bytes(ids.astype(dtype).tobytes())
         assert str(recognize(path)) == name
 
 
-def contents(tmp_path):
+def contents(tmp_path, text_ids):
     """Files that are not what nanoGPT writes, each with what the refusal says."""
     return {
-        'uint32': (GPT2.astype('<u4').tobytes(), 'looks like uint32;'),
-        'int64': (GPT2.astype('<i8').tobytes(), 'looks like int64;'),
+        'uint32': (text_ids.astype('<u4').tobytes(), 'looks like uint32;'),
+        'int64': (text_ids.astype('<i8').tobytes(), 'looks like int64;'),
         'wide': (CORPORA['wide'].astype('<u4').tobytes(), 'looks like uint32;'),
-        'big': (GPT2.astype('>u2').tobytes(), 'looks like uint16, big endian;'),
-        'float': (GPT2.astype('<f4').tobytes(), 'looks like float32;'),
+        'big': (text_ids.astype('>u2').tobytes(), 'looks like uint16, big endian;'),
+        'float': (text_ids.astype('<f4').tobytes(), 'looks like float32;'),
         'half': (CORPORA['characters'].astype('<f2').tobytes(), 'looks like float16;'),
-        'npy': (npy(GPT2, '<u2', tmp_path / 'a'), 'uint16, behind a header of numpy.save'),
-        'npy64': (npy(GPT2, '>i8', tmp_path / 'a'), 'int64, big endian, behind a header of numpy'),
-        'llm.c': (llm_c(GPT2), 'uint16, behind a header of llm.c'),
+        'npy': (npy(text_ids, '<u2', tmp_path / 'a'), 'uint16, behind a header of numpy.save'),
+        'npy64': (
+            npy(text_ids, '>i8', tmp_path / 'a'),
+            'int64, big endian, behind a header of numpy',
+        ),
+        'llm.c': (llm_c(text_ids), 'uint16, behind a header of llm.c'),
         'llama': (llm_c(CORPORA['wide'], 20240801, '<u4'), 'uint32, behind a header of llm.c'),
         'bytes': (TEXT.encode(), 'looks like uint8;'),
         'odd': (TEXT.encode()[:255], '255 bytes, an odd number'),
@@ -110,9 +115,9 @@ NAMES = [
 
 
 @pytest.mark.parametrize('name', NAMES)
-def test_what_would_be_misread_is_refused_and_the_advice_works(tmp_path, name):
+def test_misread_files_are_refused_with_a_working_command(tmp_path, text_ids, name):
     """The command that the message gives is run, and makes the dataset."""
-    content, says = contents(tmp_path)[name]
+    content, says = contents(tmp_path, text_ids)[name]
     folder = bare(tmp_path / 'their ids', content)
     before = {path: path.read_bytes() for path in folder.iterdir()}
     with pytest.raises(UserError, match=re.escape(says)) as error:
@@ -124,7 +129,7 @@ def test_what_would_be_misread_is_refused_and_the_advice_works(tmp_path, name):
     data.check_content(full=True)
     ids = {'wide': CORPORA['wide'], 'llama': CORPORA['wide'], 'half': CORPORA['characters']}
     raw = np.frombuffer(content, np.uint8)
-    expected = ids.get(name, raw if name in ('bytes', 'odd') else GPT2)
+    expected = ids.get(name, raw if name in ('bytes', 'odd') else text_ids)
     for split in SPLITS:
         assert np.array_equal(data.splits[split].read(0, data.tokens(split)), expected)
     kind = 'unknown' if name in ('wide', 'llama') else 'gpt2'
@@ -139,7 +144,7 @@ def test_what_would_be_misread_is_refused_and_the_advice_works(tmp_path, name):
         (b'\x93NUMPY\x01\x00\x05\x00junk', 'a damaged file of numpy.save'),
     ],
 )
-def test_what_holds_no_ids_is_named(tmp_path, content, says):
+def test_files_without_ids_are_refused(tmp_path, content, says):
     folder = bare(tmp_path / 'f', content)
     for call in (lambda: load_dataset(folder, 8), lambda: run(folder, tmp_path / 'out')):
         with pytest.raises(UserError, match=re.escape(says)):
@@ -152,7 +157,7 @@ def run(folder, out, *options):
     return load_dataset(out, 8)
 
 
-def test_arrays_of_two_dimensions_are_not_flattened(tmp_path):
+def test_two_dimensional_arrays_are_refused(tmp_path):
     folder = bare(tmp_path / 'f', npy(np.ones((50, 50)), '<u2', tmp_path / 'a'))
     with pytest.raises(UserError, match=r'of the shape \(50, 50\), not ids in a row'):
         run(folder, tmp_path / 'out')
@@ -168,7 +173,7 @@ def test_arrays_of_two_dimensions_are_not_flattened(tmp_path):
         ([1] * 99, ['--big_endian'], '--big_endian needs --dtype'),
     ],
 )
-def test_ids_that_are_none_are_one_message(tmp_path, values, options, says):
+def test_invalid_ids_are_refused(tmp_path, values, options, says):
     dtype = options[0].partition('=')[2] or 'uint16'
     folder = bare(tmp_path / 'f', np.array(values, np.int64).astype(dtype).tobytes())
     with pytest.raises(UserError, match=re.escape(says)):
@@ -176,18 +181,18 @@ def test_ids_that_are_none_are_one_message(tmp_path, values, options, says):
     assert not (tmp_path / 'out').exists()
 
 
-def test_arrays_saved_by_numpy_are_taken_by_their_own_names(tmp_path):
+def test_npy_files_are_imported(tmp_path, text_ids):
     for split in SPLITS:
-        np.save(tmp_path / f'{split}.npy', GPT2)
+        np.save(tmp_path / f'{split}.npy', text_ids)
     data = run(tmp_path, tmp_path / 'out')
-    assert np.array_equal(data.splits['val'].read(0, len(GPT2)), GPT2)
+    assert np.array_equal(data.splits['val'].read(0, len(text_ids)), text_ids)
     with pytest.raises(UserError, match='is there already'):
         run(tmp_path, tmp_path / 'out')
     with pytest.raises(UserError, match='holds neither'):
         run(tmp_path / 'out' / '..' / '..', tmp_path / 'more')
 
 
-def test_a_dataset_that_was_changed_is_taken_with_its_tokenizer(tmp_path, tiny_dataset):
+def test_changed_dataset_is_imported_with_its_tokenizer(tmp_path, tiny_dataset):
     meta = json.loads((tiny_dataset / 'meta.json').read_text())
     for split in SPLITS:
         content = bytearray((tiny_dataset / f'{split}.bin').read_bytes())
@@ -205,7 +210,7 @@ def test_a_dataset_that_was_changed_is_taken_with_its_tokenizer(tmp_path, tiny_d
 
 
 @pytest.mark.parametrize('described', [False, True])
-def test_ids_beyond_the_vocabulary_are_taken_as_it_says(tmp_path, tiny_dataset, described):
+def test_ids_beyond_the_vocabulary_are_imported(tmp_path, tiny_dataset, described):
     folder = bare(tmp_path / 'f', (rng.integers(0, 60_000, 999)).astype('<u2').tobytes())
     if described:
         meta = json.loads((tiny_dataset / 'meta.json').read_text()) | {'dtype': 'uint16'}

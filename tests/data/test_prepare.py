@@ -27,7 +27,7 @@ from data.preparation import pipeline, sources, token_writer, train_tokenizer
 from data.preparation.pipeline import ByHash
 from data.preparation.workers import in_order
 from data.token_files import SPLITS
-from data.tokenizer import Codec
+from data.tokenizer import Tokenizer
 
 WORDS = [
     'the',
@@ -82,14 +82,14 @@ def is_validation(text, fraction=0.1):
 def documents_of(folder):
     """The documents of each split as the token files have them."""
     data = load_dataset(folder, 8)
-    codec = Codec(data.tokenizer, folder)
+    tokenizer = Tokenizer(data.tokenizer, folder)
     found = {}
     for split in SPLITS:
         tokens = data.splits[split].read(0, data.tokens(split)).astype(np.int64)
         ends = np.flatnonzero(tokens == data.end_of_text)
         assert ends[-1] == len(tokens) - 1 and len(ends) == data.documents(split)
-        assert codec.end_of_text == data.end_of_text
-        found[split] = [codec.decode(part[:-1]) for part in np.split(tokens, ends + 1)[:-1]]
+        assert tokenizer.end_of_text == data.end_of_text
+        found[split] = [tokenizer.decode(part[:-1]) for part in np.split(tokens, ends + 1)[:-1]]
         assert (
             sum(len(text.encode()) for text in found[split]) == data.meta['splits'][split]['bytes']
         )
@@ -188,19 +188,19 @@ def test_byte_pairs_are_those_of_the_trainers_own_package(corpus, tmp_path):
     run(corpus, f'--out={tmp_path}', '--tokenizer=bpe', '--vocab_size=400')
     theirs = tokenizers.Tokenizer.from_file(str(tmp_path / 'tokenizer.json'))
     data = load_dataset(tmp_path, 8)
-    codec = Codec(data.tokenizer, tmp_path)
+    tokenizer = Tokenizer(data.tokenizer, tmp_path)
     ordinary = [text for text in TEXTS if '<|endoftext|>' not in text]
     assert len(ordinary) > 20
     for text in ordinary:
-        assert codec.encode(text) == theirs.encode(text).ids
-        assert theirs.decode(codec.encode(text)) == text
-    assert theirs.token_to_id('<|endoftext|>') == codec.end_of_text == 399
-    assert theirs.get_vocab_size() == codec.vocab_size == 400
+        assert tokenizer.encode(text) == theirs.encode(text).ids
+        assert theirs.decode(tokenizer.encode(text)) == text
+    assert theirs.token_to_id('<|endoftext|>') == tokenizer.end_of_text == 399
+    assert theirs.get_vocab_size() == tokenizer.vocab_size == 400
     # Trained on what is for training: a text of its own in the validation split changes nothing.
     assert data.padded_vocab_size == 448
     (tmp_path / 'tokenizer.json').write_bytes(b'{}')
     with pytest.raises(UserError, match=r'tokenizer\.json cannot be used: its SHA-256'):
-        Codec(data.tokenizer, tmp_path)
+        Tokenizer(data.tokenizer, tmp_path)
 
 
 def test_byte_pairs_see_no_validation_text(tmp_path):
@@ -410,8 +410,8 @@ def test_a_disk_that_spoils_bytes_is_found_out(corpus, tmp_path, monkeypatch):
 
 
 def test_tokens_that_do_not_decode_to_their_text_are_found_out(corpus, tmp_path, monkeypatch):
-    encode = Codec.encode_array
-    monkeypatch.setattr(Codec, 'encode_array', lambda self, text: encode(self, text.lower()))
+    encode = Tokenizer.encode_array
+    monkeypatch.setattr(Tokenizer, 'encode_array', lambda self, text: encode(self, text.lower()))
     (tmp_path / 'a.jsonl').write_text(''.join(f'{{"text": "ABC{i}"}}\n' for i in range(99)))
     with pytest.raises(UserError, match='does not decode to its text: '):
         run(tmp_path / 'a.jsonl', f'--out={tmp_path}/mine', '--tokenizer=byte')

