@@ -16,6 +16,7 @@ import torch
 
 from common.errors import UserError, nearest
 from interop import hub
+from interop.checkpoint_folder import read_object, weight_files
 from interop.families import NANOGPT, TRANSFORMERS, Family, Weight
 from interop.fields import brief
 from model_builder import build_model
@@ -207,8 +208,8 @@ def _open_hugging_face(name: str, place: str) -> Source:
     folder = Path(place) if Path(place).is_dir() else hub.model_folder(name, place)
     file = folder / 'config.json'
     try:
-        fields = hub.read_object(file)
-        files = hub.weight_files(folder)
+        fields = read_object(file)
+        files = weight_files(folder)
     except (OSError, ValueError) as error:
         raise UserError(f'{name}: {folder} cannot be read: {error}.') from error
     kind = fields.get('model_type')
@@ -309,5 +310,5 @@ def open_source(name: str) -> Source:
     """The checkpoint that `gpt2…`, `hf:…` or `nanogpt:…` names. Raises UserError."""
     kind, _, place = name.partition(':')
     if name in GPT2_SIZES:
-        kind, place = 'hf', hub.ORGANISATION + name
+        kind, place = 'hf', hub.ORGANIZATION + name
     return OPENERS[kind](name, place)

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from common.errors import UserError, nearest
 from common.folders import walk
+from common.packages import optional_package
 from common.text_files import no_text
 
 COMPRESSED = ('.gz', '.bz2', '.xz', '.zst')
@@ -176,14 +177,6 @@ def _listed(paths: list[str]) -> str:
 
 # --------------------------------------------------------------------------------------------------
 # Reading
-
-
-def optional_package(name: str, purpose: str):
-    """The module `name`. Raises UserError that says how to install it."""
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        raise UserError(f'{purpose} need the package {name}: pip install {name}') from None
 
 
 def zstandard():

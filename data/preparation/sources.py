@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from common.errors import UserError, nearest
+from common.packages import optional_package
 from common.text_files import BYTE_ORDER_MARK, decode, is_blank, json_values, parse_json
 from data.preparation.corpus_files import (
     JSON,
@@ -20,7 +21,6 @@ from data.preparation.corpus_files import (
     find_files,
     kind_of,
     opened,
-    optional_package,
     zstandard,
 )
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from common.console_output import write_progress
 from common.errors import UserError
+from common.packages import optional_package
 from common.text_files import valid_text
-from data.preparation.corpus_files import optional_package
 from data.preparation.sources import Invalid, Piece, Source
 from data.preparation.workers import in_order
 from data.tokenizer import END_OF_TEXT

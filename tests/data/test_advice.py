@@ -174,15 +174,12 @@ def test_the_largest_block_size(tmp_path):
     load_dataset('mine', int(option(message, 'block_size').partition('=')[2]))
 
 
-def test_packages_that_are_to_be_installed_are_known_ones():
+def test_packages_to_install_are_declared():
     known = (PROJECT / 'pyproject.toml').read_text() + (PROJECT / 'requirements.txt').read_text()
-    for path in [*PROJECT.glob('data/**/*.py'), PROJECT / 'data/tokenizer.py']:
-        for name in re.findall(r'pip install ([\w.]+)', path.read_text(encoding='utf-8')):
-            assert name == 'name' or name in known, f'{path}: {name}'
-    for package in re.findall(
-        r"optional_package\('([\w.]+)'", (PROJECT / 'data/preparation/corpus_files.py').read_text()
-    ):
-        assert package in known
+    for path in [*PROJECT.glob('data/**/*.py'), *PROJECT.glob('interop/**/*.py')]:
+        text = path.read_text(encoding='utf-8')
+        for name in re.findall(r"pip install (\w[\w.]*\w)|optional_package\(\s*'([\w.]+)'", text):
+            assert ''.join(name) in known, f'{path}: {name}'
 
 
 def test_choices_that_are_there_and_items_that_are_enough(tmp_path, tiny_dataset):

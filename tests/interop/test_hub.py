@@ -1,28 +1,37 @@
-"""hub.py: models are found in Hugging Face's cache, or fetched whole from a hub."""
+"""Models of the hub: found in Hugging Face's cache, or fetched into it."""
 
-import contextlib
 import hashlib
 import http.server
 import json
+import os
+import shutil
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from helpers import transformers_models as reference
+from helpers.project import PROJECT
+from huggingface_hub import constants, errors
 
 import interop
 from common.errors import UserError
 from interop import hub
 
 REVISION = '0123456789abcdef' * 2 + '01234567'
+NAME = 'openai-community/gpt2'
 GPT2 = {'model_type': 'gpt2', 'n_layer': 1, 'n_head': 2, 'n_embd': 8, 'n_positions': 8}
 
 
 @pytest.fixture(autouse=True)
-def empty_cache(tmp_path, monkeypatch):
-    for name in ('HF_HUB_CACHE', 'HF_ENDPOINT', 'XDG_CACHE_HOME'):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv('HF_HOME', str(tmp_path / 'home'))
+def cache(tmp_path, monkeypatch) -> Path:
+    """An empty cache; the package reads the environment when it is imported."""
+    folder = tmp_path / 'home' / 'hub'
+    monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(folder))
+    return folder
 
 
 @pytest.fixture(scope='module')
@@ -36,51 +45,79 @@ def gpt2(tmp_path_factory):
 
 
 @pytest.fixture
-def hosted(gpt2, monkeypatch):
-    """A hub on this machine that has gpt2 only: (its files, which may be changed; paths asked).
-
-    A file that is an iterator is sent on and on; 'listing' and 'revision' replace its answers.
-    """
+def address(gpt2):
+    """A hub on this machine that has GPT-2 only: (its address, its files, the paths requested)."""
     files = {path.name: path.read_bytes() for path in gpt2[1].iterdir()}
     files |= {'pytorch_model.bin': b'pickled', 'tf_model.h5': b'other', 'vocab.json': b'{}'}
-    sums = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
-    sizes = {name: len(content) for name, content in files.items()}
-    asked = []
-
-    def answer_to(path: str) -> bytes | None:
-        name = hub.ORGANISATION + 'gpt2'
-        kind = path.removeprefix(f'/api/models/{name}/').partition('/')[0]
-        replaced = {'tree': 'listing', 'revision': 'revision'}.get(kind)
-        if replaced in files:
-            return files[replaced]
-        if path == f'/api/models/{name}/revision/main':
-            return json.dumps({'sha': REVISION}).encode()
-        if path == f'/api/models/{name}/tree/{REVISION}':
-            listing = [{'type': 'directory', 'path': 'onnx'}]
-            for file, size in sizes.items():
-                lfs = {'lfs': {'oid': sums[file]}} if file.startswith('model') else {}
-                listing.append({'type': 'file', 'path': file, 'size': size, **lfs})
-            return json.dumps(listing).encode()
-        return files.get(path.removeprefix(f'/{name}/resolve/{REVISION}/'))
+    files |= {'model.py': b'raise SystemExit', 'onnx/model.safetensors': b'other'}
+    requests = []
 
     class Handler(http.server.BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            self.do_GET()
+
         def do_GET(self):
-            asked.append(self.path)
-            body = answer_to(self.path)
+            path = self.path.partition('?')[0]
+            requests.append(path)
+            body, headers = None, {}
+            if path.startswith(f'/api/models/{NAME}/tree/'):
+                listing = [
+                    {'type': 'file', 'path': file, 'size': len(content), 'oid': 'a' * 40}
+                    for file, content in files.items()
+                ]
+                body = json.dumps(listing).encode()
+            elif path.startswith(f'/api/models/{NAME}'):
+                info = {'id': NAME, 'sha': REVISION, 'siblings': [], 'tags': [], 'private': False}
+                body = json.dumps(info).encode()
+            elif path.startswith(f'/{NAME}/resolve/{REVISION}/'):
+                body = files.get(path.removeprefix(f'/{NAME}/resolve/{REVISION}/'))
+                etag = hashlib.sha1(body or b'').hexdigest()
+                headers = {'ETag': f'"{etag}"', 'X-Repo-Commit': REVISION}
             self.send_response(404 if body is None else 200)
+            for key, value in headers.items():
+                self.send_header(key, value)
+            if body is None:
+                self.send_header('X-Error-Code', 'RepoNotFound')
+            self.send_header('Content-Length', str(len(body or b'')))
+            self.send_header('Content-Type', 'application/json')
             self.end_headers()
-            with contextlib.suppress(OSError):  # whoever reads has gone
-                for part in (body or b'',) if isinstance(body, bytes | None) else body:
-                    self.wfile.write(part)
+            if self.command == 'GET':
+                self.wfile.write(body or b'')
 
         def log_message(self, *arguments):
             pass
 
     with http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        monkeypatch.setenv('HF_ENDPOINT', f'http://127.0.0.1:{server.server_port}')
-        yield files, asked
+        yield f'http://127.0.0.1:{server.server_port}', files, requests
         server.shutdown()
+
+
+@pytest.fixture
+def snapshot_download(monkeypatch, cache):
+    """What the package does without a cache: raises, or brings the files that match of a folder."""
+
+    class Download:
+        def __init__(self):
+            self.result: Path | Exception = ConnectionError('no network')
+            self.patterns: list[list[str]] = []
+
+        def __call__(self, name, allow_patterns, local_files_only=False):
+            if local_files_only:
+                raise errors.LocalEntryNotFoundError('not there')
+            self.patterns.append(allow_patterns)
+            if isinstance(self.result, Exception):
+                raise self.result
+            folder = cache / 'snapshot'
+            folder.mkdir(parents=True, exist_ok=True)
+            for path in self.result.iterdir():
+                if any(path.match(pattern) for pattern in allow_patterns):
+                    shutil.copy(path, folder)
+            return str(folder)
+
+    download = Download()
+    monkeypatch.setattr(huggingface_hub, 'snapshot_download', download)
+    return download
 
 
 def assert_is(source: interop.Source, model) -> None:
@@ -89,105 +126,123 @@ def assert_is(source: interop.Source, model) -> None:
     assert torch.equal(source.tensors[name].read(), model.state_dict()[name])
 
 
-def test_a_model_is_downloaded_once_and_into_the_cache_that_others_read(gpt2, hosted):
-    from transformers import AutoModelForCausalLM
-
-    _, asked = hosted
-    assert_is(interop.open_source('gpt2'), gpt2[0])
-    fetched = {path.rpartition('/')[2] for path in asked if '/resolve/' in path}
-    assert fetched == {'config.json', 'model.safetensors'}  # nothing that is pickled
-
-    asked.clear()
-    again = interop.open_source('gpt2')
-    assert_is(again, gpt2[0])
-    assert asked == [] and again.name == 'gpt2'
-    assert_is(interop.open_source('hf:openai-community/gpt2'), gpt2[0])
-    theirs = AutoModelForCausalLM.from_pretrained(
-        'openai-community/gpt2', local_files_only=True, cache_dir=hub.cache_folder()
-    )
-    assert torch.equal(theirs.transformer.wte.weight, gpt2[0].transformer.wte.weight)
-
-
-@pytest.mark.parametrize('damage', ['cut', 'changed'])
-def test_what_is_not_what_the_hub_says_is_not_kept(hosted, damage):
-    files, _ = hosted
-    whole = files['model.safetensors']
-    files['model.safetensors'] = whole[:-1] + (b'' if damage == 'cut' else b'?')
-    with pytest.raises(UserError, match=r'gpt2: .*(bytes, and|another SHA-256)'):
-        interop.open_source('gpt2')
-    assert [path.name for path in hub.cache_folder().rglob('*model*.safetensors*')] == []
-    files['model.safetensors'] = whole
-    interop.open_source('gpt2')
-
-
-@pytest.mark.parametrize('answer', ['model.safetensors', 'listing', 'revision', 'config.json'])
-def test_an_endless_answer_is_read_no_further_than_it_was_announced(hosted, monkeypatch, answer):
-    files, _ = hosted
-    monkeypatch.setattr(hub, 'MOST_JSON', 100_000)
-    sent = []
-    files[answer] = (sent.append(2**16) or bytes(2**16) for _ in range(2000))
-    with pytest.raises(UserError, match=r'bytes, and more came|longer than|no JSON'):
-        interop.open_source('gpt2')
-    # What was on its way when the reader went: far from all.
-    assert sum(sent) < 20 * 2**20
-    assert [path.name for path in hub.cache_folder().rglob('*.incomplete')] == []
-
-
-LISTINGS = (
-    *(3, None, {}, 'x', [3], [None], [[]], [{'type': 'file'}], [{'type': 'file', 'path': 3}]),
-    *(
-        [{'type': 'file', 'path': path, 'size': size} for path in ('config.json', 'model.bin')]
-        for size in (None, '5', -1, 1.5, True, 10**30, [])
-    ),
-    [
-        {'type': 'file', 'path': 'config.json', 'size': 2, 'lfs': 'x'},
-        {'type': 'file', 'path': 'model.safetensors', 'size': 10**15},
-    ],
-)
-
-
-@pytest.mark.parametrize('number', range(len(LISTINGS)))
-def test_a_listing_that_is_none_or_of_what_no_disk_holds(hosted, number):
-    files, asked = hosted
-    files['listing'] = json.dumps(LISTINGS[number]).encode()
-    with pytest.raises(UserError, match=r'could not be downloaded'):
-        interop.open_source('gpt2')
-    assert not any('/resolve/' in path for path in asked)
-
-
-@pytest.mark.parametrize('revision', [b'[]', b'{"sha": 3}', b'[' * 100_000, b'\xff', b''])
-def test_a_revision_that_is_none(hosted, revision):
-    hosted[0]['revision'] = revision
-    with pytest.raises(UserError, match=r'could not be downloaded'):
-        interop.open_source('gpt2')
-
-
-def test_a_model_in_the_cache_needs_no_hub(gpt2, monkeypatch):
-    """Under the name that it had before it belonged to an organisation, too."""
-    monkeypatch.setenv('HF_ENDPOINT', 'http://127.0.0.1:9')
-    home = hub.cache_folder() / 'models--gpt2'
+def in_cache(cache: Path, name: str, folder: Path) -> Path:
+    """The folder as a snapshot of the model `name`."""
+    home = cache / f'models--{name.replace("/", "--")}'
     snapshot = home / 'snapshots' / REVISION
     snapshot.parent.mkdir(parents=True)
-    snapshot.symlink_to(gpt2[1])
-    assert hub.find_cached('openai-community/gpt2') is None
+    shutil.copytree(folder, snapshot)
     (home / 'refs').mkdir()
     (home / 'refs/main').write_text(REVISION)
+    return snapshot
+
+
+def test_download_by_the_package(gpt2, address, tmp_path):
+    """By the real huggingface_hub: once, the files that are read, into the cache others read."""
+    url, _, requests = address
+    code = (
+        'import interop; source = interop.open_source("gpt2"); '
+        'print(source.name, *sorted(source.tensors)[:1])'
+    )
+
+    def run(endpoint: str) -> subprocess.CompletedProcess:
+        variables = {'HF_HOME': str(tmp_path / 'home'), 'HF_ENDPOINT': endpoint}
+        return subprocess.run(
+            [sys.executable, '-c', code],
+            cwd=PROJECT,
+            env={**os.environ, **variables, 'HF_HUB_DISABLE_TELEMETRY': '1', 'HF_HUB_OFFLINE': '0'},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+
+    first = run(url)
+    assert first.returncode == 0, first.stderr
+    assert f'Downloading {url}/{NAME}' in first.stdout and 'gpt2 transformer.h.0' in first.stdout
+    fetched = {path.rpartition('/')[2] for path in requests if '/resolve/' in path}
+    assert fetched == {'config.json', 'model.safetensors'}  # nothing that is pickled or code
+    again = run('http://127.0.0.1:9')
+    assert again.returncode == 0 and 'Downloading' not in again.stdout
     assert_is(interop.open_source('gpt2'), gpt2[0])
-    (home / 'refs/main').write_text(f'../../../{snapshot}')  # leads nowhere else
-    assert hub.find_cached('gpt2') == snapshot
+    refused = subprocess.run(
+        [sys.executable, '-c', 'import interop; interop.open_source("hf:some/model")'],
+        cwd=PROJECT,
+        env={**os.environ, 'HF_HOME': str(tmp_path / 'home'), 'HF_ENDPOINT': url},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert 'there is no such model, or it is private' in refused.stderr
 
 
-def test_a_cache_that_cannot_be_written_to(tmp_path):
-    (tmp_path / 'home').write_text('a file')
-    with pytest.raises(UserError, match=r'gpt2: the cache .*home/hub .*HF_HOME=FOLDER'):
-        interop.open_source('gpt2')
+def test_cached_model_needs_no_hub(gpt2, cache, monkeypatch):
+    """Under the name that it had before it belonged to an organization, too."""
+    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
+    in_cache(cache, 'gpt2', gpt2[1])
+    assert_is(interop.open_source('gpt2'), gpt2[0])
+    assert_is(interop.open_source('hf:openai-community/gpt2'), gpt2[0])
 
 
-def test_a_hub_that_cannot_be_reached_and_a_model_that_it_does_not_have(hosted, monkeypatch):
-    with pytest.raises(UserError, match=r'gpt2-xl: .*cache .*home/hub .*HTTP Error 404.*hf:FOLDER'):
+def test_incomplete_snapshot_is_not_used(gpt2, cache):
+    snapshot = in_cache(cache, 'gpt2', gpt2[1])
+    assert hub.find_cached(huggingface_hub, 'gpt2') == snapshot
+    (snapshot / 'model.safetensors').unlink()
+    assert hub.find_cached(huggingface_hub, 'gpt2') is None
+
+
+def test_pickled_weights_only_where_there_are_no_others(gpt2, snapshot_download, tmp_path):
+    snapshot_download.result = gpt2[1]
+    assert_is(interop.open_source('hf:some/model'), gpt2[0])
+    assert snapshot_download.patterns == [['config.json', *hub.SAFETENSORS]]
+    assert not any('.bin' in pattern for pattern in hub.SAFETENSORS)
+
+    shutil.copytree(gpt2[1], tmp_path / 'pickled')
+    (tmp_path / 'pickled/model.safetensors').unlink()
+    torch.save(gpt2[0].state_dict(), tmp_path / 'pickled/pytorch_model.bin')
+    shutil.rmtree(tmp_path / 'home')
+    snapshot_download.result = tmp_path / 'pickled'
+    assert_is(interop.open_source('hf:some/model'), gpt2[0])
+    assert len(snapshot_download.patterns) == 3
+
+
+def hub_error(kind: str) -> Exception:
+    """An error of the package's, without the answer that it would be made of."""
+    error = getattr(errors, kind).__new__(getattr(errors, kind))
+    error.args = ('of the hub',)
+    return error
+
+
+@pytest.mark.parametrize(
+    'error, says',
+    [
+        (
+            errors.LocalEntryNotFoundError('offline'),
+            'could not be downloaded (the hub cannot be reached)',
+        ),
+        ('RepositoryNotFoundError', '(there is no such model, or it is private: log in'),
+        ('GatedRepoError', '(it is restricted: ask for access on that page, then log in'),
+        (PermissionError(13, 'Permission denied'), '(Permission denied; HF_HOME=FOLDER names'),
+        (RuntimeError('first line\nsecond'), '(RuntimeError: first line)'),
+        (RuntimeError(), '(RuntimeError: )'),
+    ],
+)
+def test_failed_download_is_one_line(snapshot_download, cache, error, says):
+    snapshot_download.result = hub_error(error) if isinstance(error, str) else error
+    with pytest.raises(UserError) as refused:
         interop.open_source('gpt2-xl')
-    monkeypatch.setenv('HF_ENDPOINT', 'http://127.0.0.1:9')
-    with pytest.raises(UserError, match=r'127.0.0.1:9/some/model could not.*refused'):
-        interop.open_source('hf:some/model')
+    message = str(refused.value)
+    assert message.startswith(f'gpt2-xl: no folder here and no model in the cache {cache}')
+    assert says in message and '--init_from=hf:FOLDER' in message and '\n' not in message
+
+
+def test_impossible_names_are_not_looked_up(snapshot_download, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r'hf:\.\./model: there is no folder \.\./model'):
         interop.open_source('hf:../model')
+    assert snapshot_download.patterns == []
+
+
+def test_missing_package_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'huggingface_hub', None)
+    with pytest.raises(UserError, match=r'gpt2: .*package huggingface_hub: pip install hugg'):
+        interop.open_source('gpt2')

@@ -1,0 +1,14 @@
+"""Packages that only some features need: imported where they are used. A leaf but for errors."""
+
+import importlib
+from types import ModuleType
+
+from common.errors import UserError
+
+
+def optional_package(name: str, purpose: str) -> ModuleType:
+    """The module `name`. Raises UserError that says how to install it."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise UserError(f'{purpose} need the package {name}: pip install {name}') from None
