@@ -294,7 +294,7 @@ def test_a_resumed_run_writes_the_same_samples(sampled, tiny_dataset, tmp_path):
     train_here(tiny_dataset, tmp_path, **{**RUN, **SAMPLING, 'max_iters': 2, 'lr_decay_iters': 4})
     options = {'max_iters': 4, 'init_from': 'resume'}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr('in_process.TINY_RUN', {'device': 'cpu', 'dtype': 'float32'})
+        patch.setattr('helpers.in_process.TINY_RUN', {'device': 'cpu', 'dtype': 'float32'})
         resumed = train_here(tiny_dataset, tmp_path, **options)
     texts = [{n: sample['text'] for n, sample in samples_of(r).items()} for r in (resumed, sampled)]
     assert texts[0] == texts[1] and len(texts[0]) == 3
