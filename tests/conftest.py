@@ -13,7 +13,6 @@ from helpers.project import PROJECT, TINY_RUN, published_gpt2_folder, write_tiny
 
 from common.paths import cache_folder
 from data.gpt2_vocabulary import MERGES_FILE
-
 from records.run_folders import new_run_folder
 
 
