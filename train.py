@@ -108,14 +108,16 @@ def set_up(
         compiled = False
 
     recomputed = recomputed_blocks(options.activation_checkpointing, architecture.n_layer)
-    bare, model = parallel.build(architecture, recomputed, compiled)
-    groups = parameter_groups(bare)
-    flops = training_flops(bare, recomputed)
+    raw_model, model = parallel.build(architecture, recomputed, compiled)
+    groups = parameter_groups(raw_model)
+    flops = training_flops(raw_model, recomputed)
     updater = Updater(parallel.build_optimizer(groups, options), options, device, parallel)
     progress = (
-        started_from.restore(parallel, bare, updater) if started_from else resumption.Progress()
+        started_from.restore(parallel, raw_model, updater)
+        if started_from
+        else resumption.Progress()
     )
-    checked = start_checks.check_model(bare, device, options.dtype)
+    checked = start_checks.check_model(raw_model, device, options.dtype)
 
     logger = TrainingLogger(
         parallel.from_main(
@@ -130,7 +132,7 @@ def set_up(
     header = record_header(
         settings,
         dataset,
-        bare,
+        raw_model,
         updater.optimizer,
         flops,
         peak,
@@ -154,7 +156,7 @@ def set_up(
         parallel=parallel,
         device=device,
         dataset=dataset,
-        bare=bare,
+        raw_model=raw_model,
         model=model,
         updater=updater,
         logger=logger,
@@ -254,7 +256,7 @@ def update(session: Session, clock: hardware.StepClock) -> None:
     progress.tokens += session.tokens_per_iter
     clock.steps += 1
     if logged:
-        readings = session.bare.report(session.readings.take(session.parallel))
+        readings = session.raw_model.report(session.readings.take(session.parallel))
         measured = [loss, sums.norm, sums.total, session.updater.skipped, *readings.values()]
         log_update(session, clock, learning_rate, torch.stack(measured), list(readings))
 
@@ -318,7 +320,7 @@ def rolled_back(session: Session, skipped: int) -> bool:
         raise stability.nonfinite_error(failed.iter, skipped, checkpointing.published(folder))
     checkpoint, state = found
     session.progress = resumption.restore(
-        session.parallel, session.bare, session.updater, checkpoint, state
+        session.parallel, session.raw_model, session.updater, checkpoint, state
     )
     # Leave out the data between the checkpoint and here, or the same thing would happen again.
     left_out = failed.iter - checkpoint.iter
@@ -362,7 +364,7 @@ def evaluate(session: Session) -> bool:
         first = next(session.evaluation_batches('val', divided=False))
         entry['diagnostics'] = {
             'layers': diagnostics.layer_statistics(
-                session.bare, model, session.parallel, *first, session.autocast
+                session.raw_model, model, session.parallel, *first, session.autocast
             ),
             'update_to_weight': session.update_size.ratios or {},
             'val_loss_by_position': diagnostics.loss_by_position(
@@ -387,7 +389,7 @@ def save(session: Session) -> None:
             progress.iter, checkpointing.published(saver.folder)
         )
     session.agree_on_data()
-    state = sharded_state.collect(session.parallel, session.bare, session.updater, saver.kept)
+    state = sharded_state.collect(session.parallel, session.raw_model, session.updater, saver.kept)
     saver.begin(state, session.checkpoint_index(), began)
 
 

@@ -110,7 +110,7 @@ def memory(session: Session) -> tuple[float, float]:
     """MB that a forward pass keeps; MB of weights, gradients and the optimizer's state."""
     run, architecture = session.settings.run, session.settings.architecture
     outside, block = activation_bytes(architecture, run.batch_size, getattr(torch, run.dtype))
-    state = 2 * sum(p.nbytes for p in session.bare.parameters()) + sum(
+    state = 2 * sum(p.nbytes for p in session.raw_model.parameters()) + sum(
         value.nbytes
         for kept in session.updater.optimizer.state.values()
         for value in kept.values()

@@ -143,12 +143,12 @@ def ours(told: dict, turns: Turns) -> None:
     def run_in_turn(session):
         turns.device = session.device
         turns.facts = lambda: {
-            'parameters': sum(p.numel() for p in session.bare.parameters()),
+            'parameters': sum(p.numel() for p in session.raw_model.parameters()),
             'flops': session.flops_per_token,
             'tokens': session.tokens_per_iter,
             'threads': session.surroundings['threads'],
             'bytes_sent': bytes_sent_per_update(
-                session.settings.run, session.bare, session.updater.optimizer, session.parallel
+                session.settings.run, session.raw_model, session.updater.optimizer, session.parallel
             ),
         }
         log = session.logger.iteration
@@ -222,7 +222,7 @@ def prepare(told: dict, turns: Turns) -> None:
     train.run = lambda session: sessions.append(session) or 0
     train.main([*arguments(told), '--peak_tflops=1'])
     (session,) = sessions
-    config, weights = session.bare.config, session.bare.named_parameters
+    config, weights = session.raw_model.config, session.raw_model.named_parameters
     batches = [[t.cpu() for t in session.training_batch(number)] for number in range(BATCHES)]
     np.save(folder / 'batches.npy', np.array(batches))
 
@@ -380,14 +380,14 @@ def peer(told: dict, turns: Turns, build, optimizer, loss) -> None:
     if told['mallopt']:
         hardware.tune(device, deterministic=False)
     torch.manual_seed(0)
-    bare = build().to(device).train()
-    steps = optimizer(bare, device)
+    raw_model = build().to(device).train()
+    steps = optimizer(raw_model, device)
     began = time.perf_counter()
-    load(bare, told)
+    load(raw_model, told)
     turns.set_aside = time.perf_counter() - began
-    model = torch.compile(bare) if told.get('compile') else bare
+    model = torch.compile(raw_model) if told.get('compile') else raw_model
     turns.facts = lambda: {
-        'parameters': sum(p.numel() for p in bare.parameters()),
+        'parameters': sum(p.numel() for p in raw_model.parameters()),
         'flops': {'per_token': counted_flops(build, loss, told['shape']['options']['block_size'])},
         'tokens': batches[0][0].size,
         'threads': torch.get_num_threads(),
@@ -404,7 +404,7 @@ def peer(told: dict, turns: Turns, build, optimizer, loss) -> None:
         with hardware.autocast(device, told['dtype']):
             kept, value = loss(model, tokens, targets)
         value.backward()
-        norm = torch.nn.utils.clip_grad_norm_(bare.parameters(), GRAD_CLIP)
+        norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), GRAD_CLIP)
         steps.step()
         steps.zero_grad(set_to_none=True)
         turns.measured.append((value.item(), norm.item()))

@@ -35,7 +35,7 @@ def of_bytes(tmp_path_factory, tiny_dataset):
     out_dir = tmp_path_factory.mktemp('of_bytes')
     options = {'arch_preset': 'llama', 'max_iters': 30, 'learning_rate': 0.01, 'batch_size': 8}
     trained = train_here(tiny_dataset, out_dir, eval_interval=30, **options)
-    return out_dir, trained.session.bare.eval()
+    return out_dir, trained.session.raw_model.eval()
 
 
 @pytest.fixture(scope='module')
@@ -46,7 +46,7 @@ def of_byte_pairs(tmp_path_factory):
     for split in ('train', 'val'):
         tokens.tofile(folder / f'{split}.bin')
     trained = train_here(folder, out_dir, arch_preset='legacy', n_embd=8, activation='gelu_tanh')
-    return out_dir, trained.session.bare.eval()
+    return out_dir, trained.session.raw_model.eval()
 
 
 @pytest.fixture

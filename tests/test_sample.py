@@ -277,8 +277,8 @@ def test_a_sample_leaves_the_session_as_it_was(sampled):
     before = torch.get_rng_state()
     first = session.write_sample()
     assert torch.equal(torch.get_rng_state(), before)
-    assert all(parameter.grad is None for parameter in session.bare.parameters())
-    assert not any(module.training for module in session.bare.modules())
+    assert all(parameter.grad is None for parameter in session.raw_model.parameters())
+    assert not any(module.training for module in session.raw_model.modules())
     assert session.write_sample()['text'] == first['text'] == samples_of(sampled)[4]['text']
 
 
@@ -328,7 +328,7 @@ def test_samples_come_at_intervals_and_at_the_end(tiny_dataset, tmp_path):
 
 
 def test_no_compiled_block_is_compiled_anew_for_a_sample(sampled):
-    model = copy.deepcopy(sampled.session.bare)
+    model = copy.deepcopy(sampled.session.raw_model)
     for block in model.blocks:
         block.compile(backend='eager')
     torch._dynamo.reset()  # what other tests of this process compiled is no part of the count
@@ -341,7 +341,7 @@ def test_no_compiled_block_is_compiled_anew_for_a_sample(sampled):
 
 
 def test_a_model_without_finite_logits_writes_nothing(sampled):
-    model = copy.deepcopy(sampled.session.bare)
+    model = copy.deepcopy(sampled.session.raw_model)
     torch.nn.init.constant_(model.token_embedding.weight, float('nan'))
     assert sampled.session.own_sample.write(model)['text'] is None
 

@@ -21,7 +21,7 @@ from parallel.strategies import SingleProcess
 
 
 def layer_statistics(
-    bare: Transformer,
+    raw_model: Transformer,
     model: nn.Module,
     parallel: SingleProcess,
     tokens: torch.Tensor,
@@ -31,13 +31,13 @@ def layer_statistics(
     """For each block, on one batch (B, T) in evaluation mode: `activation_rms` of the stream that
     leaves it, `gradient_norm` of its parameters for the mean loss, and `max_attention_logit`.
 
-    model: `bare` as it is called in training. Every rank is given the same batch. Leaves no
+    model: `raw_model` as it is called in training. Every rank is given the same batch. Leaves no
     gradient behind; to be called between updates.
     """
     squares: list[torch.Tensor] = []
     hooks = [
         block.register_forward_hook(lambda _, __, out: squares.append(out[0].float().pow(2).mean()))
-        for block in bare.blocks
+        for block in raw_model.blocks
     ]
     logits: list[torch.Tensor] = []
     try:
@@ -47,13 +47,13 @@ def layer_statistics(
             torch.enable_grad(),
             parallel.micro_step(model, last=True),
         ):
-            with _probed_attention(bare, tokens, logits), autocast():
+            with _probed_attention(raw_model, tokens, logits), autocast():
                 loss_sum, count, auxiliary = model(tokens, targets)
             # A share of it, since the ranks' gradients are added up.
             ((loss_sum / count + auxiliary.loss) / parallel.world_size).backward()
         norms = [
             parallel.norm([local(p.grad) for p in block.parameters() if p.grad is not None])
-            for block in bare.blocks
+            for block in raw_model.blocks
         ]
     finally:
         for hook in hooks:

@@ -34,7 +34,7 @@ class Session:
     parallel: SingleProcess
     device: torch.device
     dataset: TokenDataset
-    bare: Transformer
+    raw_model: Transformer
     model: torch.nn.Module  # the same, as it is called in training
     updater: Updater
     logger: TrainingLogger
@@ -125,7 +125,7 @@ class Session:
     def write_sample(self) -> dict:
         """The run's own sample as the record has it."""
         with self.autocast():
-            return self.own_sample.write(self.bare)
+            return self.own_sample.write(self.raw_model)
 
     def evaluation_batches(
         self, split: str, *, divided: bool = True
@@ -165,7 +165,7 @@ class Session:
         if self.held is None:
             states = self.updater.optimizer.state.values()
             held = {
-                'parameter_bytes': _bytes(self.bare.parameters()),
+                'parameter_bytes': _bytes(self.raw_model.parameters()),
                 'gradient_bytes': self.updater.gradient_bytes,
                 'optimizer_bytes': sum(_bytes(state.values()) for state in states),
             }

@@ -43,8 +43,8 @@ class Training:
         recomputed = strategies.recomputed_blocks(
             self.run.activation_checkpointing, self.architecture.n_layer
         )
-        bare, self.model = self.parallel.build(self.architecture, recomputed, False)
-        optimizer = self.parallel.build_optimizer(parameter_groups(bare), self.run)
+        raw_model, self.model = self.parallel.build(self.architecture, recomputed, False)
+        optimizer = self.parallel.build_optimizer(parameter_groups(raw_model), self.run)
         self.updater = Updater(optimizer, self.run, CPU, self.parallel)
         self.micro_steps = self.run.gradient_accumulation_steps // settings.ranks
 

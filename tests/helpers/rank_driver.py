@@ -215,7 +215,7 @@ def nbytes(tensor: torch.Tensor) -> int:
 
 
 def weights(session) -> dict[str, torch.Tensor]:
-    return {name: whole(p) for name, p in session.bare.named_parameters()}
+    return {name: whole(p) for name, p in session.raw_model.named_parameters()}
 
 
 def run(plan: dict, rank: int, store: dist.Store | None) -> dict:
@@ -226,7 +226,7 @@ def run(plan: dict, rank: int, store: dist.Store | None) -> dict:
     def kept_set_up(*arguments):
         left['session'] = session = set_up(*arguments)
         left['initial'] = weights(session)
-        left['parameter_bytes'] = sum(nbytes(p) for p in session.bare.parameters())
+        left['parameter_bytes'] = sum(nbytes(p) for p in session.raw_model.parameters())
         return session
 
     def watched(self, loss):

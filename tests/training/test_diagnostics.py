@@ -200,7 +200,7 @@ def test_the_record_of_a_run_has_the_figures(tiny_dataset, tmp_path):
     batch = next(session.evaluation_batches('val'))
     session.model.eval()
     expected = diagnostics.layer_statistics(
-        session.bare, session.model, ALONE, *batch, session.autocast
+        session.raw_model, session.model, ALONE, *batch, session.autocast
     )
     for ours, theirs in zip(last['layers'], expected, strict=True):
         assert ours == pytest.approx(theirs)
