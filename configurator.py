@@ -262,7 +262,7 @@ def _used(core: dict[str, Option], values: dict) -> Iterator[str]:
     seen = set()
     while queue:
         key, option = queue.pop(0)
-        if key in seen or not option.has_use(values):
+        if key in seen or not option.is_active(values):
             continue
         seen.add(key)
         yield key

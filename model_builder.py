@@ -1,14 +1,13 @@
-"""Assemble a transformer from its config; count, group parameters, generate.
+"""Assemble a transformer from its config; count its parameters and FLOPs; group its parameters.
 
 config = ModelArchitectureConfig(arch_preset='llama', vocab_size=50304)
 model = build_model(config)                       # on the meta device: costs nothing
 model = build_model(config, device='cpu', seed=1337)
 logits = model(tokens)                            # (B, T) -> (B, T, V)
-loss_sum, count, auxiliary = model(tokens, targets)
+loss_sum, count, aux = model(tokens, targets)
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -18,19 +17,19 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from common.errors import UserError
-from components.checks import check_built, check_form, flops_disagreements, observed
+from components.checks import check_built, check_form, flops_disagreements, observe_calls
 from components.faults import is_foreign
 from components.weight_initialization import initialize
 from model_components import (
-    AttentionNeeds,
-    Auxiliary,
+    AttentionInputs,
+    AttentionSpec,
+    AuxOutput,
     Cache,
     Component,
     LayerCache,
     OutputHead,
-    Positions,
     TokenEmbedding,
-    documents_of,
+    locate_documents,
     module_flops,
 )
 from model_config import (
@@ -66,7 +65,7 @@ class Transformer(nn.Module):
         self.tie_weights()
 
     def tie_weights(self) -> None:
-        """Let the head use the token table where the config says so (again after `to_empty`)."""
+        """Let the head share the embedding where the config says so (again after `to_empty`)."""
         if self.config.weight_tying:
             self.output_head.projection.weight = self.token_embedding.weight
 
@@ -85,8 +84,8 @@ class Transformer(nn.Module):
         absolute positions are counted from its beginning.
 
         With targets (B, T), -100 where there is none: the summed loss in nats, the number of
-        targets, and an Auxiliary: the auxiliary loss of blocks and head, a mean over the batch,
-        which the reported loss never includes, and readings of (layers, ...).
+        targets, and an AuxOutput: the auxiliary loss of blocks and head, a mean over the batch,
+        which the reported loss never includes, and metrics of (layers, ...).
         """
         first = cache.length if cache else 0
         end, longest = first + tokens.size(1), self.position_encoding.max_length
@@ -95,53 +94,64 @@ class Transformer(nn.Module):
                 f'a sequence of {end} tokens: position_encoding='
                 f'{self.config.position_encoding!r} has places for block_size={longest} only.'
             )
-        positions = places = torch.arange(first, end, device=tokens.device)
-        documents = None
+        # Positions in the text and, where these differ, in each token's own document.
+        pos = doc_positions = torch.arange(first, end, device=tokens.device)
+        doc_ids = None
         if self.end_of_text is not None:
             text = cache.text.extend(tokens[..., None])[0][..., 0] if cache else tokens
-            documents, places = documents_of(text, self.end_of_text)
-            places = places[:, first:]
-        prepared = self.prepare(positions, documents, cache)
+            doc_ids, doc_positions = locate_documents(text, self.end_of_text)
+            doc_positions = doc_positions[:, first:]
+        attn_inputs = self.attention_inputs(pos, doc_ids, cache)
+
+        # Embedding, then the blocks, each with what it says beside its output.
         x = self.token_embedding(tokens)  # (B, T, C)
-        x = self.dropout(self.position_encoding.embed(x, places))
-        told = []
-        for block, its_positions in zip(self.blocks, prepared):
-            x, auxiliary = block(x, its_positions)
-            told.append(auxiliary)
+        x = self.dropout(self.position_encoding.embed(x, doc_positions))
+        aux_outputs = []
+        for block, block_inputs in zip(self.blocks, attn_inputs):
+            x, aux = block(x, block_inputs)
+            aux_outputs.append(aux)
+
+        # Logits, or the loss.
         if targets is None:
             return self.output_head(self.final_norm(x[:, -1:] if last_only else x))
-        loss, count, auxiliary = self.output_head(self.final_norm(x), targets)
-        return loss, count, together([*told, auxiliary])
+        loss, count, aux = self.output_head(self.final_norm(x), targets)
+        return loss, count, merge_aux([*aux_outputs, aux])
 
-    def prepare(
+    def attention_inputs(
         self,
-        positions: torch.Tensor,
-        documents: torch.Tensor | None = None,
+        pos: torch.Tensor,
+        doc_ids: torch.Tensor | None = None,
         cache: Cache | None = None,
-    ) -> list[Positions]:
-        """What each block is told of the positions (T,); blocks alike share one mask.
+    ) -> list[AttentionInputs]:
+        """What each block's attention is given for positions (T,); blocks alike share one mask.
 
-        documents: the number of that of each token so far, (B, all), where masks depend on them.
+        doc_ids: the document of each token so far, (B, all), where masks depend on them.
         """
         backend = ATTENTION_BACKEND_REGISTRY[self.config.attention_backend]
         encoding = self.position_encoding
 
-        def among(needs: AttentionNeeds, placed: Positions, k_positions: torch.Tensor) -> Positions:
-            both = positions, k_positions
-            numbers = () if documents is None else [documents[:, each] for each in both]
-            mask = backend.mask(needs, placed.bias, *both, *numbers)
-            return placed._replace(bias=None, mask=mask)
+        def with_mask(
+            spec: AttentionSpec, inputs: AttentionInputs, k_pos: torch.Tensor
+        ) -> AttentionInputs:
+            documents = () if doc_ids is None else (doc_ids[:, pos], doc_ids[:, k_pos])
+            mask = backend.mask(spec, inputs.bias, pos, k_pos, *documents)
+            return inputs._replace(bias=None, mask=mask)
 
-        layers = [block.attention.layer_needs for block in self.blocks]
+        specs = [block.attention.spec for block in self.blocks]
+        # Training: the tokens are queries and keys, and one rotation serves all layers.
         if cache is None:
-            placed = encoding.prepare(positions, positions)
-            told = {needs: among(needs, placed, positions) for needs in set(layers)}
-            return [told[needs] for needs in layers]
-        told = {}
-        for needs, kept in dict(zip(layers, cache.layers)).items():
-            k_positions = kept.positions(positions)
-            told[needs] = among(needs, encoding.prepare(positions, k_positions), k_positions)
-        return [told[needs]._replace(cache=kept) for needs, kept in zip(layers, cache.layers)]
+            inputs = encoding.prepare(pos, pos)
+            by_spec = {spec: with_mask(spec, inputs, pos) for spec in set(specs)}
+            return [by_spec[spec] for spec in specs]
+        # Generation: the keys are those that a layer's cache holds, by its window.
+        by_spec = {}
+        for spec, layer_cache in dict(zip(specs, cache.layers)).items():
+            k_pos = layer_cache.positions(pos)
+            by_spec[spec] = with_mask(spec, encoding.prepare(pos, k_pos), k_pos)
+        return [
+            by_spec[spec]._replace(cache=layer_cache)
+            for spec, layer_cache in zip(specs, cache.layers)
+        ]
 
     def empty_cache(self, tokens: int) -> Cache:
         """What to hand to every `forward` of one batch of sequences of at most so many tokens."""
@@ -154,20 +164,21 @@ class Transformer(nn.Module):
         components = [module for module in self.modules() if isinstance(module, Component)]
         return sorted({type(module).__name__ for module in components if not module.cacheable})
 
-    def report(self, means: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """What the record shows of readings that were averaged over micro-batches."""
-        of_head = {n: mean.mean() for n, mean in means.items() if n in OutputHead.readings}
+    def summarize_metrics(self, means: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """What the record shows of metrics that were averaged over micro-batches."""
+        of_head = {n: mean.mean() for n, mean in means.items() if n in OutputHead.metric_names}
         of_blocks = {n: mean for n, mean in means.items() if n not in of_head}
-        return {**FFN_REGISTRY[self.config.ffn_type].report(of_blocks), **of_head}
+        return {**FFN_REGISTRY[self.config.ffn_type].summarize_metrics(of_blocks), **of_head}
 
 
-def together(told: list[Auxiliary]) -> Auxiliary:
-    """The losses added up, and each reading stacked over the layers that have it."""
-    names = dict.fromkeys(name for auxiliary in told for name in auxiliary.readings)
-    readings = {
-        name: torch.stack([a.readings[name] for a in told if name in a.readings]) for name in names
+def merge_aux(aux_outputs: list[AuxOutput]) -> AuxOutput:
+    """The losses added up, and each metric stacked over the layers that have it."""
+    names = dict.fromkeys(name for aux in aux_outputs for name in aux.metrics)
+    metrics = {
+        name: torch.stack([aux.metrics[name] for aux in aux_outputs if name in aux.metrics])
+        for name in names
     }
-    return Auxiliary(sum(auxiliary.loss for auxiliary in told), readings)
+    return AuxOutput(sum(aux.loss for aux in aux_outputs), metrics)
 
 
 def build_model(
@@ -175,7 +186,7 @@ def build_model(
     device: str | torch.device = 'meta',
     seed: int | None = None,
 ) -> Transformer:
-    """The model of `config`; on a real device its parameters are initialised from `seed`.
+    """The model of `config`; on a real device its parameters are initialized from `seed`.
 
     Raises UserError for a size that no tensor can have.
     """
@@ -272,8 +283,8 @@ def training_flops(model: Transformer, recomputed_blocks: list[int] | None = Non
 def flops_by_part(model: Transformer, causal: bool) -> dict[str, float]:
     """Matrix-multiplication FLOPs a token of a training step: three times the forward pass's."""
     length = model.config.block_size
-    counted = module_flops(model, length, causal, 'other')
-    return {part: 3.0 * value / length for part, value in counted.items()}
+    forward = module_flops(model, length, causal, 'other')
+    return {part: 3.0 * flops / length for part, flops in forward.items()}
 
 
 def recompute(block: nn.Module) -> None:
@@ -294,15 +305,15 @@ def recomputed_flops(config: ModelArchitectureConfig, blocks: list[int]) -> int:
     """
     config = config.replace(attention_backend='manual')
     tokens = torch.empty((1, config.block_size), dtype=torch.long, device='meta')
-    counted = []
+    flops = []
     for recomputed in (blocks, []):
         model = build_model(config)
         for number in recomputed:
             recompute(model.blocks[number])
         with FlopCounterMode(display=False) as counter:
             model(tokens).sum().backward()
-        counted.append(counter.get_total_flops())
-    return counted[0] - counted[1]
+        flops.append(counter.get_total_flops())
+    return flops[0] - flops[1]
 
 
 class _ElementCounter(TorchDispatchMode):
@@ -316,8 +327,8 @@ class _ElementCounter(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         operation = func.overloadpacket
         # A product's output gets its shape by `_unsafe_view`, which writes nothing either.
-        silent = operation in flop_registry or operation is torch.ops.aten._unsafe_view
-        if not func.is_view and not silent:
+        writes_nothing = operation in flop_registry or operation is torch.ops.aten._unsafe_view
+        if not func.is_view and not writes_nothing:
             outputs = result if isinstance(result, (tuple, list)) else (result,)
             self.elements += sum(o.numel() for o in outputs if isinstance(o, torch.Tensor))
         return result
@@ -343,11 +354,11 @@ def check_calls(config: ModelArchitectureConfig) -> None:
     """
     if not _has_foreign_components(config):
         return
-    of_data = {'vocab_size': 64, 'end_of_text': 0}
-    still_open = {k: v for k, v in of_data.items() if k in config and config.get(k) is None}
-    model = build_model(config.replace(attention_backend='manual', **still_open)).eval()
+    data_values = {'vocab_size': 64, 'end_of_text': 0}
+    missing = {k: v for k, v in data_values.items() if k in config and config.get(k) is None}
+    model = build_model(config.replace(attention_backend='manual', **missing)).eval()
     tokens = torch.empty((2, min(8, config.block_size)), dtype=torch.long, device='meta')
-    with torch.no_grad(), observed(model, check_form):
+    with torch.no_grad(), observe_calls(model, check_form):
         model(tokens)
 
 
@@ -374,7 +385,9 @@ class ParameterGroup(NamedTuple):
 
 
 def parameter_groups(model: nn.Module) -> list[ParameterGroup]:
-    """Hidden matrices and tables decay; gains and biases do not (as in nanoGPT)."""
+    """Hidden matrices and embeddings decay; gains and biases do not (as in nanoGPT).
+
+    Their names stand in checkpoints."""
     matrices = {
         parameter: rows
         for module in model.modules()
@@ -384,7 +397,7 @@ def parameter_groups(model: nn.Module) -> list[ParameterGroup]:
     initialization = INITIALIZATION_REGISTRY[model.config.initialization]
     lr_scale = initialization.hidden_lr_scale(model.config)
     hidden = ParameterGroup('matrices', [], True, rows=[], lr_scale=lr_scale)
-    tables = ParameterGroup('tables', [], True)
+    embeddings = ParameterGroup('tables', [], True)
     vectors = ParameterGroup('gains and biases', [], False)
     for parameter in model.parameters():
         if not parameter.requires_grad:
@@ -395,50 +408,5 @@ def parameter_groups(model: nn.Module) -> list[ParameterGroup]:
             hidden.parameters.append(parameter)
             hidden.rows.append(rows)
         else:
-            (tables if parameter.dim() >= 2 else vectors).parameters.append(parameter)
-    return [group for group in (hidden, tables, vectors) if group.parameters]
-
-
-# --------------------------------------------------------------------------------------------------
-# Text
-
-
-@torch.inference_mode()
-def generate(
-    model: Transformer,
-    tokens: torch.Tensor,
-    max_new_tokens: int,
-    *,
-    choose: Callable[[torch.Tensor], torch.Tensor],
-    cache: bool = True,
-) -> Iterator[torch.Tensor]:
-    """Continue tokens (B, T), yielding (B,) one at a time.
-
-    choose: picks them from the logits, (B, V) -> (B,), as a `sampling.Sampler` does. The context
-    is the last `block_size` tokens.
-
-    cache: each token goes through the model once, as long as the text fits into a context and if no
-    component is `uncacheable`. When the oldest tokens are forgotten, everything that was made of
-    them changes: positions, and what deeper layers keep of the tokens that saw them. So from there
-    on each new token takes the whole context through the model, and the text is the same with and
-    without a cache.
-    """
-    size = model.config.block_size
-    context = new = tokens[:, -size:]
-    cached = cache and not model.uncacheable
-    kept = model.empty_cache(min(size, tokens.size(1) + max_new_tokens)) if cached else None
-    for _ in range(max_new_tokens):
-        if kept and kept.length + new.size(1) > size:
-            kept = None
-        with eager_blocks(model):
-            logits = model(new if kept else context, last_only=True, cache=kept)
-        chosen = choose(logits[:, -1])
-        new = chosen[:, None]
-        context = torch.cat((context, new), dim=1)[:, -size:]
-        yield chosen
-
-
-def eager_blocks(model: Transformer):
-    """Not compiled ones, which would be compiled anew for each length."""
-    compiled = any(block._compiled_call_impl for block in model.blocks)
-    return torch.compiler.set_stance('force_eager') if compiled else nullcontext()
+            (embeddings if parameter.dim() >= 2 else vectors).parameters.append(parameter)
+    return [group for group in (hidden, embeddings, vectors) if group.parameters]

@@ -28,8 +28,8 @@ from common.console_output import is_terminal, write_error, write_text
 from common.errors import UserError, run_script
 from common.paths import expanded_path
 from common.text_files import decode
+from inference.generate import generate
 from inference.sampling import TEMPERATURE, TOP_K, Sampler, TextStream, prompt_tokens, stream
-from model_builder import generate
 from training import resumption
 
 SEPARATOR = '-' * 80

@@ -248,7 +248,7 @@ def update(session: Session, clock: hardware.StepClock) -> None:
             share = loss_sum / session.tokens_per_iter
             session.updater.backward(share + auxiliary.loss / micro_steps)
         loss += share.detach()
-        session.readings.add(auxiliary.readings)
+        session.readings.add(auxiliary.metrics)
     loss = session.parallel.sum(loss)
     sums = session.updater.update(learning_rate, loss, measured=logged)
     session.update_size.end()
@@ -256,7 +256,7 @@ def update(session: Session, clock: hardware.StepClock) -> None:
     progress.tokens += session.tokens_per_iter
     clock.steps += 1
     if logged:
-        readings = session.raw_model.report(session.readings.take(session.parallel))
+        readings = session.raw_model.summarize_metrics(session.readings.take(session.parallel))
         measured = [loss, sums.norm, sums.total, session.updater.skipped, *readings.values()]
         log_update(session, clock, learning_rate, torch.stack(measured), list(readings))
 

@@ -25,7 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import interop
 from common import hardware
-from model_builder import Transformer, build_model, generate
+from inference.generate import generate
+from model_builder import Transformer, build_model
 from model_config import ModelArchitectureConfig
 
 PRESETS = ('legacy', 'llama')

@@ -202,7 +202,7 @@ class Option:
     def optional(self) -> bool:
         return types.NoneType in self._types()
 
-    def has_use(self, values: dict) -> bool:
+    def is_active(self, values: dict) -> bool:
         """Whether the values of all options are such that this one is read."""
         if self.requires is None:
             return True

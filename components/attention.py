@@ -6,11 +6,12 @@ from typing import ClassVar
 import torch
 import torch.nn as nn
 
-from common.registry import AnyBut, Option, above, at_least, tag_of
-from components.attention_backends import AttentionNeeds
+from common.old_names import renamed_attribute
+from common.registry import AnyBut, FrozenConfig, Option, above, at_least, tag_of
+from components.attention_backends import AttentionSpec
 from components.base import Component
 from components.kv_cache import LayerCache
-from components.positions import PositionEncoding, Positions
+from components.positions import AttentionInputs, PositionEncoding
 from model_config import (
     ATTENTION_BACKEND_REGISTRY,
     ATTENTION_REGISTRY,
@@ -27,10 +28,18 @@ def is_pattern(value: str) -> bool:
 class Attention(Component, nn.Module):
     """Causal attention of `n_head` heads, whatever queries, keys and values are made of.
 
-    A subclass makes them in `forward`, and says how many columns a head of them has. If that goes
-    by what `positions.cache` keeps of earlier tokens, it says `cacheable = True`; `join` does.
+    A subclass makes them in `forward`, and says how many dimensions a head of them has. If
+    `forward` goes by what `attn_inputs.cache` keeps of earlier tokens, as `attend_and_project`
+    does, the class says `cacheable = True`.
     """
 
+    renamed_methods: ClassVar = {
+        'needs': 'layer_spec',
+        'join': 'attend_and_project',
+        'found': 'attend_heads',
+        'widened': 'project_output',
+    }
+    layer_needs = renamed_attribute('layer_needs', 'spec')
     cacheable = False
     part = 'attention'
     flops_part = 'attention_projections'
@@ -77,7 +86,7 @@ class Attention(Component, nn.Module):
 
     def __init__(self, config: ModelArchitectureConfig, layer: int):
         super().__init__()
-        self.num_heads, self.layer_needs = config.n_head, self.needs(config, layer)
+        self.num_heads, self.spec = config.n_head, self.layer_spec(config, layer)
         self.qk_head_dim, self.v_head_dim = self.head_dims(config)
         self.attend = ATTENTION_BACKEND_REGISTRY[config.attention_backend].attend
         self.rotate = POSITION_ENCODING_REGISTRY[config.position_encoding].rotate
@@ -86,23 +95,23 @@ class Attention(Component, nn.Module):
         )
 
     @classmethod
-    def head_dims(cls, config) -> tuple[int, int]:
-        """Columns of a head: of queries and keys, and of values."""
+    def head_dims(cls, config: FrozenConfig) -> tuple[int, int]:
+        """Dimensions of a head: of queries and keys, and of values."""
         raise NotImplementedError
 
     @classmethod
     def rotary_dim(cls, config: ModelArchitectureConfig) -> int:
-        """Columns of a query or key that a position encoding may turn."""
+        """Dimensions of a query or key that a position encoding may rotate."""
         return cls.head_dims(config)[0]
 
     @classmethod
-    def needs(cls, config: ModelArchitectureConfig, layer: int) -> AttentionNeeds:
-        """What the scores of that layer need of a backend."""
+    def layer_spec(cls, config: ModelArchitectureConfig, layer: int) -> AttentionSpec:
+        """What the scores of that layer are, for a backend."""
         window = config.sliding_window
         if window is not None:
             pattern = config.attention_pattern
             window = window if pattern[layer % len(pattern)] == 'L' else None
-        return AttentionNeeds(
+        return AttentionSpec(
             scale=config.attention_scale,
             bias=POSITION_ENCODING_REGISTRY[config.position_encoding].has_bias,
             dropout=config.attention_dropout,
@@ -112,7 +121,7 @@ class Attention(Component, nn.Module):
         )
 
     @classmethod
-    def derived_values(cls, config) -> dict[str, tuple]:
+    def derived_values(cls, config: FrozenConfig) -> dict[str, tuple]:
         scale = cls.head_dims(config)[0] ** -0.5
         return {
             'attention_bias': (config.bias, 'bias'),
@@ -141,23 +150,25 @@ class Attention(Component, nn.Module):
 
     def empty_cache(self, tokens: int) -> LayerCache:
         """For so many tokens, or as many of them as this layer sees at once."""
-        return LayerCache(min(self.layer_needs.window or tokens, tokens))
+        return LayerCache(min(self.spec.window or tokens, tokens))
 
-    def join(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, positions: Positions
+    def attend_and_project(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attn_inputs: AttentionInputs
     ) -> torch.Tensor:
         """q (B, H, T, D), k (B, KV heads, T, D), v (B, KV heads, T, Dv) -> (B, T, C)."""
-        if positions.cache is not None:
-            k, v = positions.cache.extend(k, v)
-        return self.widened(self.found(q, k, v, positions))
+        if attn_inputs.cache is not None:
+            k, v = attn_inputs.cache.extend(k, v)
+        return self.project_output(self.attend_heads(q, k, v, attn_inputs))
 
-    def found(self, q, k, v, positions: Positions) -> torch.Tensor:
+    def attend_heads(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attn_inputs: AttentionInputs
+    ) -> torch.Tensor:
         """q (B, H, T, D), k (B, KV heads, K, D), v (B, KV heads, K, Dv) -> (B, H, T, Dv)."""
-        dropout = self.layer_needs.dropout if self.training else 0.0
-        return self.attend(q, k, v, positions.mask, self.layer_needs, dropout)
+        dropout = self.spec.dropout if self.training else 0.0
+        return self.attend(q, k, v, attn_inputs.mask, self.spec, dropout)
 
-    def widened(self, y: torch.Tensor) -> torch.Tensor:
-        """What the heads have found, (B, H, T, Dv) -> (B, T, C)."""
+    def project_output(self, y: torch.Tensor) -> torch.Tensor:
+        """Of the heads' outputs, (B, H, T, Dv) -> (B, T, C)."""
         return self.output(y.transpose(1, 2).flatten(2))
 
     def flops(self, seq_len: int, causal: bool) -> dict[str, float]:
@@ -167,7 +178,7 @@ class Attention(Component, nn.Module):
         mask hides most of it. Causal are the pairs that are seen: half the square, T² / 2, and of a
         window of w < T tokens w · T - w² / 2. (So the diagonal's first w pairs count half.)
         """
-        window = min(self.layer_needs.window or seq_len, seq_len)
+        window = min(self.spec.window or seq_len, seq_len)
         pairs = window * seq_len - window**2 / 2 if causal else seq_len**2
         scores = 2.0 * self.num_heads * (self.qk_head_dim + self.v_head_dim) * pairs
         return {**super().flops(seq_len, causal), 'attention_scores': scores}
@@ -180,7 +191,7 @@ ATTENTION_REGISTRY.expect(
     Attention,
     constructed_with=('config', 'layer'),
     head_dims=('config',),
-    forward=('x', 'positions'),
+    forward=('x', 'attn_inputs'),
 )
 
 
@@ -218,14 +229,14 @@ class MultiHeadAttention(Attention):
         self.head_dim, kv_heads = config.head_dim, self.kv_heads(config)
         self.rows = tuple(heads * config.head_dim for heads in (config.n_head, kv_heads, kv_heads))
         self.qkv = nn.Linear(config.n_embd, sum(self.rows), bias=config.attention_bias)
-        norm, whole = NORM_REGISTRY[config.qk_norm], self.norms_projections(config)
-        self.normed = self.rows[:2] if whole else (config.head_dim, config.head_dim)
-        self.q_norm, self.k_norm = (norm(config, width) for width in self.normed)
-        turned = self.rotate is not PositionEncoding.rotate
-        self.replaces_q_and_k = turned and config.qk_norm == 'none'
+        norm, per_projection = NORM_REGISTRY[config.qk_norm], self.norms_projections(config)
+        self.norm_dims = self.rows[:2] if per_projection else (config.head_dim, config.head_dim)
+        self.q_norm, self.k_norm = (norm(config, width) for width in self.norm_dims)
+        rotated = self.rotate is not PositionEncoding.rotate
+        self.replaces_q_and_k = rotated and config.qk_norm == 'none'
 
     @classmethod
-    def head_dims(cls, config) -> tuple[int, int]:
+    def head_dims(cls, config: FrozenConfig) -> tuple[int, int]:
         head_dim = config.head_dim or max(1, config.n_embd // config.n_head)
         return head_dim, head_dim
 
@@ -238,7 +249,7 @@ class MultiHeadAttention(Attention):
         return 'qk_norm_scope' in config and config.qk_norm_scope == 'projection'
 
     @classmethod
-    def derived_values(cls, config) -> dict[str, tuple]:
+    def derived_values(cls, config: FrozenConfig) -> dict[str, tuple]:
         head_dim, _ = cls.head_dims(config)
         return {'head_dim': (head_dim, 'n_embd / n_head'), **super().derived_values(config)}
 
@@ -257,31 +268,31 @@ class MultiHeadAttention(Attention):
     @classmethod
     def problems(cls, config: ModelArchitectureConfig) -> list[str]:
         problems = uneven_heads(config, 'head_dim')
-        heads, shared = config.n_head, config.get('num_kv_heads')
-        if config.use_gqa and (not shared or heads % shared):
+        heads, kv_heads = config.n_head, config.get('num_kv_heads')
+        if config.use_gqa and (not kv_heads or heads % kv_heads):
             small = [h for h in range(1, math.isqrt(heads) + 1) if heads % h == 0]
             divisors = sorted({*small, *(heads // h for h in small)})
             problems.append(
-                f'num_kv_heads={shared}: use_gqa=True needs a num_kv_heads that '
+                f'num_kv_heads={kv_heads}: use_gqa=True needs a num_kv_heads that '
                 f'divides n_head={heads}: one of {", ".join(map(str, divisors))}.'
             )
         return problems
 
-    def forward(self, x: torch.Tensor, positions: Positions) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, attn_inputs: AttentionInputs) -> torch.Tensor:
         """(B, T, C) -> (B, T, C)."""
         q, k, v = self.qkv(x).split(self.rows, dim=-1)
-        normed_q = self.q_norm(q.unflatten(-1, (-1, self.normed[0])))
-        normed_k = self.k_norm(k.unflatten(-1, (-1, self.normed[1])))
+        normed_q = self.q_norm(q.unflatten(-1, (-1, self.norm_dims[0])))
+        normed_k = self.k_norm(k.unflatten(-1, (-1, self.norm_dims[1])))
         q, k = (
-            self.rotate(self.in_heads(normed), positions.rotation).to(v.dtype)
+            self.rotate(self.split_heads(normed), attn_inputs.rotation).to(v.dtype)
             for normed in (normed_q, normed_k)
         )
         if self.replaces_q_and_k:
-            v = v.contiguous()  # a view would keep those that were replaced
-        return self.join(q, k, self.in_heads(v), positions)
+            v = v.contiguous()  # a view would keep the q and k that were replaced
+        return self.attend_and_project(q, k, self.split_heads(v), attn_inputs)
 
-    def in_heads(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, T, ...) with all heads' columns -> (B, heads, T, D)."""
+    def split_heads(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, T, ...) with the dimensions of all heads -> (B, heads, T, D)."""
         return x.flatten(2).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
     def matrices(self) -> dict[nn.Parameter, tuple[int, ...]]:
@@ -292,9 +303,9 @@ def uneven_heads(config: ModelArchitectureConfig, key: str) -> list[str]:
     """The problem of a head size `key` that was to follow from sizes which do not divide."""
     if config.n_embd % config.n_head == 0 or not config.origins[key].startswith('derived'):
         return []
-    wanted = min(config.n_head, config.n_embd)
-    near = (h for distance in range(wanted) for h in (wanted - distance, wanted + distance))
-    heads = next(h for h in near if config.n_embd % h == 0)
+    most = min(config.n_head, config.n_embd)
+    nearest = (h for distance in range(most) for h in (most - distance, most + distance))
+    heads = next(h for h in nearest if config.n_embd % h == 0)
     return [
         f'n_head={config.n_head} does not divide n_embd={config.n_embd}, and {key} is to be '
         f'n_embd / n_head. The nearest that does: --n_head={heads}; or set {key}.'

@@ -1,4 +1,4 @@
-"""Ways to compute attention, and what an attention asks of them."""
+"""Ways to compute attention, and the specification that an attention hands to them."""
 
 import math
 import warnings
@@ -9,14 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+from common.old_names import renamed_attribute
 from components import cpu_attention
 from components.base import Component, matmul_dtype
 from model_config import ATTENTION_BACKEND_REGISTRY, ATTENTION_REGISTRY, ModelArchitectureConfig
 
 
 @dataclass(frozen=True)
-class AttentionNeeds:
-    """What the scores of a layer need. A backend says which of the fields it supports.
+class AttentionSpec:
+    """What the scores of a layer are. A backend says which of the fields it supports.
 
     scale: what q kᵀ is multiplied by; every backend does that. softcap: scores become
     c · tanh(scores / c), before the bias. window: tokens that a query sees, itself included.
@@ -33,7 +34,7 @@ class AttentionNeeds:
     def features(self) -> set[str]:
         return {name for name, value in vars(self).items() if value and name != 'scale'}
 
-    def hides(self, queries: int, keys: int) -> bool:
+    def needs_mask(self, queries: int, keys: int) -> bool:
         """Whether more is hidden from the last of so many keys' queries than what is after them.
 
         A query alone is the last, and sees all keys that its window reaches.
@@ -41,12 +42,15 @@ class AttentionNeeds:
         limited = self.window is not None and self.window < keys
         return limited or self.documents or queries not in (1, keys)
 
-    def visible(self, q_positions: torch.Tensor, k_positions: torch.Tensor) -> torch.Tensor:
+    def is_visible(self, q_positions: torch.Tensor, k_positions: torch.Tensor) -> torch.Tensor:
         """Whether queries at those positions may look at keys at those; the shapes broadcast."""
-        return is_visible(q_positions - k_positions, self.window)
+        return within_window(q_positions - k_positions, self.window)
+
+    hides = renamed_attribute('hides', 'needs_mask')
+    visible = renamed_attribute('visible', 'is_visible')
 
 
-def is_visible(distance: torch.Tensor, window: int | None) -> torch.Tensor:
+def within_window(distance: torch.Tensor, window: int | None) -> torch.Tensor:
     """Whether a query may look so far back."""
     past = distance >= 0
     return past if window is None else past & (distance < window)
@@ -60,23 +64,23 @@ class AttentionBackend(Component):
     @classmethod
     def problems(cls, config: ModelArchitectureConfig) -> list[str]:
         attention = ATTENTION_REGISTRY[config.attention_type]
-        needs = set().union(
-            *(attention.needs(config, layer).features() for layer in range(config.n_layer))
+        features = set().union(
+            *(attention.layer_spec(config, layer).features() for layer in range(config.n_layer))
         )
         able = [
             name
             for name in ATTENTION_BACKEND_REGISTRY
-            if needs <= ATTENTION_BACKEND_REGISTRY[name].supports
+            if features <= ATTENTION_BACKEND_REGISTRY[name].supports
         ]
         return [
             f'attention_backend={config.attention_backend!r} does not do {feature}, which this '
             f'architecture needs. What does all that it needs: {", ".join(able)}.'
-            for feature in sorted(needs - cls.supports)
+            for feature in sorted(features - cls.supports)
         ]
 
     @staticmethod
     def mask(
-        needs: AttentionNeeds,
+        spec: AttentionSpec,
         bias: torch.Tensor | None,
         q_positions: torch.Tensor,
         k_positions: torch.Tensor,
@@ -84,9 +88,9 @@ class AttentionBackend(Component):
         k_documents: torch.Tensor | None = None,
     ) -> Any:
         """Who sees whom, in the form that `attend` takes: made once a forward pass for all layers
-        with the same needs. bias (H or 1, Tq, Tk), positions (Tq,) and (Tk,); the queries are the
+        with the same spec. bias (H or 1, Tq, Tk), positions (Tq,) and (Tk,); the queries are the
         last of the keys, which may be in any order where there is a single query. Numbers of their
-        documents (B, Tq) and (B, Tk) are there where it `needs.documents`."""
+        documents (B, Tq) and (B, Tk) are there for `spec.documents`."""
         raise NotImplementedError
 
     @staticmethod
@@ -95,7 +99,7 @@ class AttentionBackend(Component):
         k: torch.Tensor,
         v: torch.Tensor,
         mask: Any,
-        needs: AttentionNeeds,
+        spec: AttentionSpec,
         dropout: float,
     ) -> torch.Tensor:
         """q (B, H, Tq, D), k (B, KV heads, Tk, D), v (B, KV heads, Tk, Dv) -> (B, H, Tq, Dv)."""
@@ -104,42 +108,47 @@ class AttentionBackend(Component):
 
 ATTENTION_BACKEND_REGISTRY.expect(
     AttentionBackend,
-    mask=('needs', 'bias', 'q_positions', 'k_positions', 'q_documents', 'k_documents'),
-    attend=('q', 'k', 'v', 'mask', 'needs', 'dropout'),
+    mask=('spec', 'bias', 'q_positions', 'k_positions', 'q_documents', 'k_documents'),
+    attend=('q', 'k', 'v', 'mask', 'spec', 'dropout'),
 )
 
 
 def additive_mask(
-    needs, bias, q_positions, k_positions, q_documents=None, k_documents=None
+    spec: AttentionSpec,
+    bias: torch.Tensor | None,
+    q_positions: torch.Tensor,
+    k_positions: torch.Tensor,
+    q_documents: torch.Tensor | None = None,
+    k_documents: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """(B or 1, H or 1, Tq, Tk), fp32: added to the scores, -inf where a query may not look."""
-    hidden = ~needs.visible(q_positions[:, None], k_positions)
-    if needs.documents:
+    hidden = ~spec.is_visible(q_positions[:, None], k_positions)
+    if spec.documents:
         hidden = hidden | (q_documents[:, None, :, None] != k_documents[:, None, None])
     if bias is None:
         bias = torch.zeros((1, *hidden.shape[-2:]), device=hidden.device)
     return bias[None].masked_fill(hidden, -math.inf)
 
 
-def shared_by_groups(x: torch.Tensor, heads: int) -> torch.Tensor:
+def repeat_kv(x: torch.Tensor, heads: int) -> torch.Tensor:
     """Keys or values (B, KV heads, T, D), repeated for each head: (B, H, T, D)."""
     return x if x.size(1) == heads else x.repeat_interleave(heads // x.size(1), dim=1)
 
 
-def in_a_row(
+def fold_single_query(
     q: torch.Tensor, mask: torch.Tensor | None, kv_heads: int
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Single queries (B, H, 1, D), in groups that share their keys, as queries of the key's head:
-    (B, KV heads, group, D), with their mask. So nothing kept has to be repeated for a new token."""
+    (B, KV heads, group, D), with their mask. So no cached key is repeated for a new token."""
     if mask is not None and mask.size(1) > 1:
         mask = mask.view(mask.size(0), kv_heads, -1, mask.size(-1))
     return q.view(q.size(0), kv_heads, -1, q.size(-1)), mask
 
 
-def as_wide_as_the_widest(*tensors: torch.Tensor) -> list[torch.Tensor]:
-    """Zeros beside the columns that are there: the flash kernels take one width only."""
-    width = max(x.size(-1) for x in tensors)
-    return [x if x.size(-1) == width else F.pad(x, (0, width - x.size(-1))) for x in tensors]
+def pad_head_dims(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    """Heads of one size, filled up with zeros: the flash kernels take one size only."""
+    head_dim = max(x.size(-1) for x in tensors)
+    return [x if x.size(-1) == head_dim else F.pad(x, (0, head_dim - x.size(-1))) for x in tensors]
 
 
 @ATTENTION_BACKEND_REGISTRY.register('sdpa', source='torch scaled_dot_product_attention')
@@ -150,35 +159,38 @@ class ScaledDotProductAttention(AttentionBackend):
     supports = frozenset({'bias', 'dropout', 'window', 'documents'})
 
     @staticmethod
-    def mask(needs, bias, q_positions, k_positions, *documents):
-        if bias is None and not needs.hides(len(q_positions), len(k_positions)):
+    def mask(spec, bias, q_positions, k_positions, *documents):
+        if bias is None and not spec.needs_mask(len(q_positions), len(k_positions)):
             return None
-        mask = additive_mask(needs, bias, q_positions, k_positions, *documents)
+        mask = additive_mask(spec, bias, q_positions, k_positions, *documents)
         # Converted once for all layers, unless learned: gradients are added up in fp32.
         return mask if mask.requires_grad else mask.to(matmul_dtype(mask))
 
     @staticmethod
-    def attend(q, k, v, mask, needs, dropout):
+    def attend(q, k, v, mask, spec, dropout):
         shape, causal = q.shape, mask is None and q.size(2) > 1
-        if causal and dropout == 0 and cpu_attention.serves(q, k):
-            k, v = shared_by_groups(k, q.size(1)), shared_by_groups(v, q.size(1))
-            return cpu_attention.blocked_attention(q, k, v, needs.scale)
+        # On a CPU in bfloat16: blocks of batched products, faster than torch's kernel.
+        if causal and dropout == 0 and cpu_attention.supports(q, k):
+            k, v = repeat_kv(k, q.size(1)), repeat_kv(v, q.size(1))
+            return cpu_attention.blocked_attention(q, k, v, spec.scale)
+        # A single new token: its heads become the queries of the key's head.
         if q.size(2) == 1:
-            q, mask = in_a_row(q, mask, k.size(1))
+            q, mask = fold_single_query(q, mask, k.size(1))
         if mask is not None:
             # The fused kernels that take a mask do not share keys and values among heads.
-            k, v = shared_by_groups(k, q.size(1)), shared_by_groups(v, q.size(1))
+            k, v = repeat_kv(k, q.size(1)), repeat_kv(v, q.size(1))
             mask = mask.to(q.dtype)
-        width = v.size(-1)
+        # Values may be narrower than keys: filled up with zeros, which are cut off again.
+        v_head_dim = v.size(-1)
         y = F.scaled_dot_product_attention(
-            *as_wide_as_the_widest(q, k, v),
+            *pad_head_dims(q, k, v),
             attn_mask=mask,
             dropout_p=dropout,
             is_causal=causal,
-            scale=needs.scale,
+            scale=spec.scale,
             enable_gqa=k.size(1) != q.size(1),
         )
-        return y[..., :width].reshape(*shape[:3], width)
+        return y[..., :v_head_dim].reshape(*shape[:3], v_head_dim)
 
 
 @ATTENTION_BACKEND_REGISTRY.register('manual', source='Vaswani et al. 2017, written out')
@@ -191,14 +203,14 @@ class ManualAttention(AttentionBackend):
     mask = staticmethod(additive_mask)
 
     @staticmethod
-    def attend(q, k, v, mask, needs, dropout):
+    def attend(q, k, v, mask, spec, dropout):
         shape = q.shape
         if q.size(2) == 1:
-            q, mask = in_a_row(q, mask, k.size(1))
-        k, v = shared_by_groups(k, q.size(1)), shared_by_groups(v, q.size(1))
-        scores = (q @ k.transpose(-2, -1)).float() * needs.scale  # (B, H, Tq, Tk)
-        if needs.softcap is not None:
-            scores = needs.softcap * torch.tanh(scores / needs.softcap)
+            q, mask = fold_single_query(q, mask, k.size(1))
+        k, v = repeat_kv(k, q.size(1)), repeat_kv(v, q.size(1))
+        scores = (q @ k.transpose(-2, -1)).float() * spec.scale  # (B, H, Tq, Tk)
+        if spec.softcap is not None:
+            scores = spec.softcap * torch.tanh(scores / spec.softcap)
         weights = F.dropout((scores + mask).softmax(dim=-1), dropout)
         return (weights.to(v.dtype) @ v).reshape(*shape[:3], -1)
 
@@ -233,42 +245,42 @@ class FlexAttention(AttentionBackend):
         ]
 
     @staticmethod
-    def mask(needs, bias, q_positions, k_positions, *documents):
+    def mask(spec, bias, q_positions, k_positions, *documents):
         if len(q_positions) == 1:
-            return additive_mask(needs, bias, q_positions, k_positions, *documents)
-        window = needs.window  # torch.compile would tell layers apart by whose `needs` these are
+            return additive_mask(spec, bias, q_positions, k_positions, *documents)
+        window = spec.window  # torch.compile would tell layers apart by whose `spec` these are
 
-        def seen(batch, head, query, key):
-            return is_visible(q_positions[query] - k_positions[key], window)
+        def is_visible(batch, head, query, key):
+            return within_window(q_positions[query] - k_positions[key], window)
 
-        def seen_in_document(batch, head, query, key):
-            same = q_documents[batch, query] == k_documents[batch, key]
-            return seen(batch, head, query, key) & same
+        def is_visible_in_document(batch, head, query, key):
+            same_document = q_documents[batch, query] == k_documents[batch, key]
+            return is_visible(batch, head, query, key) & same_document
 
         shape = None, None, len(q_positions), len(k_positions)
-        if needs.documents:
+        if spec.documents:
             q_documents, k_documents = documents
             shape = len(q_documents), *shape[1:]
-        rule = seen_in_document if needs.documents else seen
-        return create_block_mask(rule, *shape, device=q_positions.device), bias
+        mask_mod = is_visible_in_document if spec.documents else is_visible
+        return create_block_mask(mask_mod, *shape, device=q_positions.device), bias
 
     @staticmethod
-    def attend(q, k, v, mask, needs, dropout):
+    def attend(q, k, v, mask, spec, dropout):
         if q.size(2) == 1:
-            return ManualAttention.attend(q, k, v, mask, needs, dropout)
+            return ManualAttention.attend(q, k, v, mask, spec, dropout)
         block_mask, bias = mask
 
-        def changed(score, batch, head, query, key):
-            if needs.softcap is not None:
-                score = needs.softcap * torch.tanh(score / needs.softcap)
+        def score_mod(score, batch, head, query, key):
+            if spec.softcap is not None:
+                score = spec.softcap * torch.tanh(score / spec.softcap)
             return score if bias is None else score + bias[head % bias.size(0), query, key]
 
         return flex_attention(
             q,
             k,
             v,
-            score_mod=None if needs.softcap is None and bias is None else changed,
+            score_mod=None if spec.softcap is None and bias is None else score_mod,
             block_mask=block_mask,
-            scale=needs.scale,
+            scale=spec.scale,
             enable_gqa=k.size(1) != q.size(1),
         )

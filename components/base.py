@@ -1,4 +1,4 @@
-"""What every component offers, and how its parameters begin."""
+"""The contract: what every component offers, and how its parameters begin."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -8,8 +8,11 @@ import torch
 import torch.nn as nn
 
 from common.errors import UserError
+from common.old_names import RenamedMethods, renamed_attribute, renamed_classes
 from common.registry import Configurable
 from model_config import ModelArchitectureConfig
+
+Fill = Callable[[torch.Tensor, torch.Generator], None]  # what fills a parameter
 
 
 class Initial:
@@ -24,25 +27,27 @@ class Initial:
         tensor.fill_(1.0)
 
     @staticmethod
-    def constant(value: float) -> Callable[[torch.Tensor, torch.Generator], None]:
+    def constant(value: float) -> Fill:
         return lambda tensor, generator: tensor.fill_(value)
 
     @staticmethod
-    def normal(std: float) -> Callable[[torch.Tensor, torch.Generator], None]:
+    def normal(std: float) -> Fill:
         return lambda tensor, generator: tensor.normal_(0.0, std, generator=generator)
 
 
-class Auxiliary(NamedTuple):
+class AuxOutput(NamedTuple):
     """What a component gives beside its output."""
 
     # Added to the loss in training and part of no reported one.
     loss: torch.Tensor | float
-    # What it tells of itself for the record: name -> tensor, without gradient, the same names and
-    # shapes each time. Those of all layers are stacked, and averaged over micro-batches.
-    readings: dict[str, torch.Tensor]
+    # What it measures of itself for the record: name -> tensor, without gradient, the same names
+    # and shapes each time. Those of all layers are stacked, and averaged over micro-batches.
+    metrics: dict[str, torch.Tensor]
+
+    readings = renamed_attribute('readings', 'metrics')
 
 
-class Component(Configurable):
+class Component(RenamedMethods, Configurable):
     """What every component offers. All of it has a default, so that most need little.
 
     A component in a registry is constructed with the config; blocks, attentions and feed-forward
@@ -82,7 +87,7 @@ class Component(Configurable):
         """How many of its parameters, without those of components inside, a token does not use."""
         return 0
 
-    def initial_values(self) -> dict:
+    def initial_values(self) -> dict[str, Fill]:
         """What fills each parameter that is directly its own: a function (tensor, generator).
 
         Linear layers and embeddings inside need no mention, nor does what `matrices()` names.
@@ -144,3 +149,6 @@ def matmul_dtype(x: torch.Tensor) -> torch.dtype:
     device = x.device.type
     cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     return torch.get_autocast_dtype(device) if cast else x.dtype
+
+
+__getattr__ = renamed_classes(__name__, {'Auxiliary': 'AuxOutput'})

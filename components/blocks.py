@@ -18,11 +18,11 @@ from model_config import (
 class Block(Component, nn.Module):
     """Attention and feed-forward network around the residual stream; a layout adds its norms.
 
-    forward: x (B, T, C) and the prepared positions -> x (B, T, C) and what the FFN tells beside its
-    output. Dropout acts on what is added to the stream, after any norm of it.
+    forward: x (B, T, C) and its AttentionInputs -> x (B, T, C) and the AuxOutput of the FFN.
+    Dropout acts on what is added to the stream, after any norm of it.
     """
 
-    # Whether the stream that leaves the last block still has to be normalised.
+    # Whether the stream that leaves the last block still has to be normalized.
     final_norm: ClassVar[bool] = True
 
     def __init__(self, config: ModelArchitectureConfig, layer: int):
@@ -40,38 +40,38 @@ class Block(Component, nn.Module):
 
 
 NORM_POSITION_REGISTRY.expect(
-    Block, constructed_with=('config', 'layer'), forward=('x', 'positions')
+    Block, constructed_with=('config', 'layer'), forward=('x', 'attn_inputs')
 )
 
 
 @NORM_POSITION_REGISTRY.register('pre', source='Radford et al. 2019; Xiong et al. 2020')
 class PreNormBlock(Block):
-    """x + branch(norm(x)), attention then FFN."""
+    """x + sublayer(norm(x)), attention then FFN."""
 
     tag = 'PreNorm'
 
-    def forward(self, x, positions):
-        x = x + self.dropout(self.attention(self.attention_norm(x), positions))
-        y, auxiliary = self.ffn(self.ffn_norm(x))
-        return x + self.dropout(y), auxiliary
+    def forward(self, x, attn_inputs):
+        x = x + self.dropout(self.attention(self.attention_norm(x), attn_inputs))
+        y, aux = self.ffn(self.ffn_norm(x))
+        return x + self.dropout(y), aux
 
 
 @NORM_POSITION_REGISTRY.register('post', source='Vaswani et al. 2017')
 class PostNormBlock(Block):
-    """norm(x + branch(x)); no norm follows the last block."""
+    """norm(x + sublayer(x)); no norm follows the last block."""
 
     tag = 'PostNorm'
     final_norm = False
 
-    def forward(self, x, positions):
-        x = self.attention_norm(x + self.dropout(self.attention(x, positions)))
-        y, auxiliary = self.ffn(x)
-        return self.ffn_norm(x + self.dropout(y)), auxiliary
+    def forward(self, x, attn_inputs):
+        x = self.attention_norm(x + self.dropout(self.attention(x, attn_inputs)))
+        y, aux = self.ffn(x)
+        return self.ffn_norm(x + self.dropout(y)), aux
 
 
 @NORM_POSITION_REGISTRY.register('sandwich', source='Ding et al. 2021; Gemma 2: Gemma Team 2024')
 class SandwichNormBlock(Block):
-    """x + norm(branch(norm(x)))."""
+    """x + norm(sublayer(norm(x)))."""
 
     tag = 'SandwichNorm'
 
@@ -79,23 +79,23 @@ class SandwichNormBlock(Block):
     def norms(cls, config: ModelArchitectureConfig) -> tuple[str, ...]:
         return 'attention_norm', 'attention_output_norm', 'ffn_norm', 'ffn_output_norm'
 
-    def forward(self, x, positions):
-        y = self.attention(self.attention_norm(x), positions)
+    def forward(self, x, attn_inputs):
+        y = self.attention(self.attention_norm(x), attn_inputs)
         x = x + self.dropout(self.attention_output_norm(y))
-        y, auxiliary = self.ffn(self.ffn_norm(x))
-        return x + self.dropout(self.ffn_output_norm(y)), auxiliary
+        y, aux = self.ffn(self.ffn_norm(x))
+        return x + self.dropout(self.ffn_output_norm(y)), aux
 
 
 @NORM_POSITION_REGISTRY.register('reordered', source='Liu et al. 2022; OLMo 2: OLMo et al. 2024')
 class ReorderedNormBlock(Block):
-    """x + norm(branch(x))."""
+    """x + norm(sublayer(x))."""
 
     tag = 'ReorderedNorm'
 
-    def forward(self, x, positions):
-        x = x + self.dropout(self.attention_norm(self.attention(x, positions)))
-        y, auxiliary = self.ffn(x)
-        return x + self.dropout(self.ffn_norm(y)), auxiliary
+    def forward(self, x, attn_inputs):
+        x = x + self.dropout(self.attention_norm(self.attention(x, attn_inputs)))
+        y, aux = self.ffn(x)
+        return x + self.dropout(self.ffn_norm(y)), aux
 
 
 @NORM_POSITION_REGISTRY.register('parallel', source='Wang & Komatsuzaki 2021; Black et al. 2022')
@@ -122,8 +122,8 @@ class ParallelBlock(Block):
         super().__init__(config, layer)
         self.shared_norm = config.parallel_shared_norm
 
-    def forward(self, x, positions):
+    def forward(self, x, attn_inputs):
         normed = self.attention_norm(x)
-        attended = self.attention(normed, positions)
-        y, auxiliary = self.ffn(normed if self.shared_norm else self.ffn_norm(x))
-        return x + self.dropout(attended) + self.dropout(y), auxiliary
+        attended = self.attention(normed, attn_inputs)
+        y, aux = self.ffn(normed if self.shared_norm else self.ffn_norm(x))
+        return x + self.dropout(attended) + self.dropout(y), aux

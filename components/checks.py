@@ -1,8 +1,8 @@
 """What components must give, checked where a model is built and where it first runs.
 
-`check_built` looks at a model's parts, `observed` shows each call of a component's method, and
+`check_built` looks at a model's parts, `observe_calls` shows each call of a component's method, and
 `check_form` says whether what such a call returned is what its kind returns. `flops_disagreements`
-holds what `flops()` says against what PyTorch counts.
+compares what `flops()` says with what PyTorch counts.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,9 +17,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from common.errors import UserError
 from common.registry import Registry
 from components.attention import Attention
-from components.base import Auxiliary, Component
+from components.base import AuxOutput, Component
 from components.blocks import Block
-from components.positions import Positions
+from components.positions import AttentionInputs
 from model_config import (
     ACTIVATION_REGISTRY,
     ATTENTION_BACKEND_REGISTRY,
@@ -80,8 +80,8 @@ def check_built(model: nn.Module) -> None:
         name = type(module).__name__
         if '_modules' not in vars(module):
             raise UserError(f'{name}.__init__ must call super().__init__ first.')
-        needed = {Attention: ('layer_needs',), Block: ('attention', 'ffn')}
-        for base, attributes in needed.items():
+        required = {Attention: ('spec',), Block: ('attention', 'ffn')}
+        for base, attributes in required.items():
             if isinstance(module, base):
                 for missing in (a for a in attributes if not hasattr(module, a)):
                     raise UserError(
@@ -96,13 +96,13 @@ def check_built(model: nn.Module) -> None:
 
 
 @contextmanager
-def observed(model: nn.Module, see: Callable[[Call], None]) -> Iterator[None]:
-    """Hand each call of a component's method to `see`, when it has returned, inner ones first."""
-    with _replaced_methods(model, see):
+def observe_calls(model: nn.Module, on_call: Callable[[Call], None]) -> Iterator[None]:
+    """Hand each call of a component's method to `on_call` once it has returned, inner ones first."""
+    with _observed_methods(model, on_call):
         handles = []
         for module in model.modules():
-            if known := registered_class(module):
-                hook = partial(_see_forward, see, *known)
+            if registered := registered_class(module):
+                hook = partial(_on_forward, on_call, *registered)
                 handles.append(module.register_forward_hook(hook, with_kwargs=True))
         try:
             yield
@@ -111,38 +111,38 @@ def observed(model: nn.Module, see: Callable[[Call], None]) -> Iterator[None]:
                 handle.remove()
 
 
-def _see_forward(see, registry, component, module, args, kwargs, output) -> None:
-    see(Call(registry, component, 'forward', (*args, *kwargs.values()), output))
+def _on_forward(on_call, registry, component, module, args, kwargs, output) -> None:
+    on_call(Call(registry, component, 'forward', (*args, *kwargs.values()), output))
 
 
 @contextmanager
-def _replaced_methods(model: nn.Module, see: Callable[[Call], None]) -> Iterator[None]:
+def _observed_methods(model: nn.Module, on_call: Callable[[Call], None]) -> Iterator[None]:
     """Show the calls of what is no module's forward: positions, and attention's backend."""
     config, encoding = model.config, model.position_encoding
     positions = POSITION_ENCODING_REGISTRY, POSITION_ENCODING_REGISTRY[config.position_encoding]
     backend = ATTENTION_BACKEND_REGISTRY, ATTENTION_BACKEND_REGISTRY[config.attention_backend]
-    places = [(encoding, 'prepare', *positions), (encoding, 'embed', *positions)]
+    methods = [(encoding, 'prepare', *positions), (encoding, 'embed', *positions)]
     for block in model.blocks:
         for method, owner in (('rotate', positions), ('attend', backend)):
             if hasattr(block.attention, method):
-                places.append((block.attention, method, *owner))
-    replaced = []
-    for owner, method, registry, component in places:
-        call, own = getattr(owner, method), vars(owner).get(method)
-        replaced.append((owner, method, own))
-        setattr(owner, method, partial(_call_and_see, see, call, registry, component, method))
+                methods.append((block.attention, method, *owner))
+    originals = []
+    for owner, method, registry, component in methods:
+        call, original = getattr(owner, method), vars(owner).get(method)
+        originals.append((owner, method, original))
+        setattr(owner, method, partial(_call_observed, on_call, call, registry, component, method))
     try:
         yield
     finally:
-        for owner, method, own in replaced:
+        for owner, method, original in originals:
             delattr(owner, method)
-            if own is not None:
-                setattr(owner, method, own)
+            if original is not None:
+                setattr(owner, method, original)
 
 
-def _call_and_see(see, call, registry, component, method, *inputs):
+def _call_observed(on_call, call, registry, component, method, *inputs):
     output = call(*inputs)
-    see(Call(registry, component, method, inputs, output))
+    on_call(Call(registry, component, method, inputs, output))
     return output
 
 
@@ -177,36 +177,38 @@ def _same_shape(inputs: tuple, output: object) -> str | None:
     return _tensor(inputs[0].shape, inputs[0], output)
 
 
-def _with_auxiliary(inputs: tuple, output: object) -> str | None:
+def _with_aux_output(inputs: tuple, output: object) -> str | None:
     x = inputs[0]
     if not isinstance(output, tuple) or len(output) != 2:
         given = _tensor(x.shape, x, output) or f'a tensor {tuple(output.shape)} alone'
         given = given.partition('and returned ')[2] or given
-        return f'a pair, a tensor {tuple(x.shape)} and an Auxiliary, and returned {given}'
-    first, auxiliary = output
-    if not isinstance(auxiliary, Auxiliary):
-        return f'an Auxiliary beside its tensor, and returned {_described(auxiliary)}'
-    loss, readings = auxiliary
+        return f'a pair, a tensor {tuple(x.shape)} and an AuxOutput, and returned {given}'
+    first, aux = output
+    if not isinstance(aux, AuxOutput):
+        return f'an AuxOutput beside its tensor, and returned {_described(aux)}'
+    loss, metrics = aux
     if not isinstance(loss, (int, float)) and not (
         isinstance(loss, torch.Tensor) and not loss.dim()
     ):
-        return f'an Auxiliary with a number as its loss, and that is {_described(loss)}'
-    if not isinstance(readings, dict) or not all(
-        isinstance(each, torch.Tensor) for each in readings.values()
+        return f'an AuxOutput with a number as its loss, and that is {_described(loss)}'
+    if not isinstance(metrics, dict) or not all(
+        isinstance(each, torch.Tensor) for each in metrics.values()
     ):
-        return f'an Auxiliary with a dict of tensors, and that is {_described(readings)}'
+        return f'an AuxOutput with a dict of tensors, and that is {_described(metrics)}'
     return _tensor(x.shape, x, first)
 
 
 def _prepared(inputs: tuple, output: object) -> str | None:
-    if not isinstance(output, Positions):
-        return f'Positions, and returned {_described(output)}'
+    if not isinstance(output, AttentionInputs):
+        return f'AttentionInputs, and returned {_described(output)}'
     if output.bias is None:
         return None
     tail = tuple(len(positions) for positions in inputs)
     if not isinstance(output.bias, torch.Tensor) or tuple(output.bias.shape[1:]) != tail:
         shape = tuple(getattr(output.bias, 'shape', ()))
-        return f'Positions with a bias (heads or 1, {tail[0]}, {tail[1]}), and that is {shape}'
+        return (
+            f'AttentionInputs with a bias (heads or 1, {tail[0]}, {tail[1]}), and that is {shape}'
+        )
     return None
 
 
@@ -219,8 +221,8 @@ _FORMS = {
     ACTIVATION_REGISTRY: _same_shape,
     NORM_REGISTRY: _same_shape,
     ATTENTION_REGISTRY: _same_shape,
-    FFN_REGISTRY: _with_auxiliary,
-    NORM_POSITION_REGISTRY: _with_auxiliary,
+    FFN_REGISTRY: _with_aux_output,
+    NORM_POSITION_REGISTRY: _with_aux_output,
 }
 _METHOD_FORMS = {
     'prepare': _prepared,
@@ -239,7 +241,7 @@ def flops_disagreements(model: nn.Module) -> list[str]:
 
     model: on the meta device, with attention written out, so that all of it is counted.
     """
-    windows = [block.attention.layer_needs.window for block in model.blocks]
+    windows = [block.attention.spec.window for block in model.blocks]
     length = min([model.config.block_size, *filter(None, windows)])  # within all windows
     tokens = torch.empty((1, length), dtype=torch.long, device='meta')
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
@@ -247,16 +249,16 @@ def flops_disagreements(model: nn.Module) -> list[str]:
     counts = counter.get_flop_counts()
     counted = {name.partition('.')[2]: sum(ops.values()) for name, ops in counts.items()}
 
-    def wrong(path: str, module: nn.Module) -> Iterator[str]:
+    def disagreements(path: str, module: nn.Module) -> Iterator[str]:
         if isinstance(module, Component):
             declared = sum(module.flops(length, False).values())
-            there = counted.get(path, 0)
-            if abs(declared - there) <= FLOPS_TOLERANCE * max(declared, there):
+            measured = counted.get(path, 0)
+            if abs(declared - measured) <= FLOPS_TOLERANCE * max(declared, measured):
                 return
         inner = [
             sentence
             for name, child in module.named_children()
-            for sentence in wrong(f'{path}.{name}' if path else name, child)
+            for sentence in disagreements(f'{path}.{name}' if path else name, child)
         ]
         # A class with a flops() of its own answers for what is inside it, too.
         if not isinstance(module, Component) or (inner and type(module).flops is Component.flops):
@@ -266,8 +268,8 @@ def flops_disagreements(model: nn.Module) -> list[str]:
         name = label(registry, component) if registry else component.__name__
         yield (
             f'{name}.flops() says {declared:,.0f} FLOPs of a sequence of {length} tokens, and '
-            f'PyTorch counts {there:,}. MFU, FLOP budgets and matching go by flops(). (An '
+            f'PyTorch counts {measured:,}. MFU, FLOP budgets and matching go by flops(). (An '
             f'operator without a formula counts as 0 there.)'
         )
 
-    return list(dict.fromkeys(wrong('', model)))
+    return list(dict.fromkeys(disagreements('', model)))

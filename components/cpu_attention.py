@@ -17,7 +17,7 @@ LONG = 2048
 SCORE_BYTES = 2**23  # of the scores that are worked on at a time
 
 
-def serves(q: torch.Tensor, k: torch.Tensor) -> bool:
+def supports(q: torch.Tensor, k: torch.Tensor) -> bool:
     """Whether causal attention of these is for here: on a CPU, in bfloat16 (in fp32 torch's kernel
     is as fast), and not of new tokens only."""
     return (
@@ -39,14 +39,17 @@ def blocked_attention(
 
 @torch.library.custom_op('components::blocked_attention', mutates_args=())
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
-    output = _heads_inside(q, v.size(-1))
-    for some in _groups(q):
-        keys, values = _in_one(k[some]), _in_one(v[some])
-        for rows in _blocks(q.size(2)):
-            seen = slice(0, rows.stop)
-            weights = _weights(_in_one(q[(*some, rows)]), keys[:, seen].contiguous(), rows, scale)
-            y = weights @ values[:, seen]
-            output[(*some, rows)] = y.view_as(output[(*some, rows)])
+    output = _empty_heads(q, v.size(-1))
+    for heads in _head_groups(q):
+        keys, values = _fold_heads(k[heads]), _fold_heads(v[heads])
+        for rows in _query_blocks(q.size(2)):
+            past = slice(0, rows.stop)
+            # P = softmax(scale · Q Kᵀ), under the causal mask
+            queries = _fold_heads(q[(*heads, rows)])
+            weights = _attention_weights(queries, keys[:, past].contiguous(), rows, scale)
+            # O = P V
+            y = weights @ values[:, past]
+            output[(*heads, rows)] = y.view_as(output[(*heads, rows)])
     return output
 
 
@@ -55,44 +58,53 @@ def backward(
     gradient: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The gradients of q, k and v; those of keys and values are added up in fp32."""
-    found = [_heads_inside(tensor, tensor.size(-1)) for tensor in (q, k, v)]
-    for some in _groups(q):
-        keys, values = _in_one(k[some]), _in_one(v[some])
-        of_keys, of_values = (torch.zeros_like(x, dtype=torch.float32) for x in (keys, values))
-        for rows in _blocks(q.size(2)):
-            seen = slice(0, rows.stop)
-            queries, own = _in_one(q[(*some, rows)]), _in_one(gradient[(*some, rows)])
-            keys_seen, values_seen = (x[:, seen].contiguous() for x in (keys, values))
-            weights = _weights(queries, keys_seen, rows, scale)
-            of_values[:, seen] += weights.mT @ own
-            of_weights = own @ values_seen.mT
-            of_scores = torch._softmax_backward_data(of_weights, weights, -1, q.dtype)
-            of_queries = _scaled_product(of_scores, keys_seen, scale)
-            found[0][(*some, rows)] = of_queries.view_as(found[0][(*some, rows)])
-            of_keys[:, seen] += _scaled_product(of_scores.mT, queries, scale)
-        for of_all, own in zip(found[1:], (of_keys, of_values)):
-            of_all[some] = own.view_as(of_all[some])
-    return tuple(found)
+    grad_q, grad_k, grad_v = (_empty_heads(tensor, tensor.size(-1)) for tensor in (q, k, v))
+    for heads in _head_groups(q):
+        keys, values = _fold_heads(k[heads]), _fold_heads(v[heads])
+        sum_dk, sum_dv = (torch.zeros_like(x, dtype=torch.float32) for x in (keys, values))
+        for rows in _query_blocks(q.size(2)):
+            past = slice(0, rows.stop)
+            queries, d_output = (
+                _fold_heads(q[(*heads, rows)]),
+                _fold_heads(gradient[(*heads, rows)]),
+            )
+            past_keys, past_values = keys[:, past].contiguous(), values[:, past].contiguous()
+            # P once more, as in the forward pass
+            weights = _attention_weights(queries, past_keys, rows, scale)
+            # dV += Pᵀ dO
+            sum_dv[:, past] += weights.mT @ d_output
+            # dP = dO Vᵀ
+            d_weights = d_output @ past_values.mT
+            # dS = P ∘ (dP - Σ P ∘ dP), the softmax's
+            d_scores = torch._softmax_backward_data(d_weights, weights, -1, q.dtype)
+            # dQ = scale · dS K
+            d_queries = _scaled_product(d_scores, past_keys, scale)
+            grad_q[(*heads, rows)] = d_queries.view_as(grad_q[(*heads, rows)])
+            # dK += scale · dSᵀ Q
+            sum_dk[:, past] += _scaled_product(d_scores.mT, queries, scale)
+        grad_k[heads] = sum_dk.view_as(grad_k[heads])
+        grad_v[heads] = sum_dv.view_as(grad_v[heads])
+    return grad_q, grad_k, grad_v
 
 
 @attend.register_fake
 def _(q, k, v, scale):
-    return _heads_inside(q, v.size(-1))
+    return _empty_heads(q, v.size(-1))
 
 
 @backward.register_fake
 def _(gradient, q, k, v, scale):
-    return tuple(_heads_inside(tensor, tensor.size(-1)) for tensor in (q, k, v))
+    return tuple(_empty_heads(tensor, tensor.size(-1)) for tensor in (q, k, v))
 
 
-def _keep(ctx, inputs, output):
+def _save_for_backward(ctx, inputs, output):
     *tensors, ctx.scale = inputs
     ctx.save_for_backward(*tensors)
 
 
 attend.register_autograd(
     lambda ctx, gradient: (*backward(gradient, *ctx.saved_tensors, ctx.scale), None),
-    setup_context=_keep,
+    setup_context=_save_for_backward,
 )
 
 
@@ -107,41 +119,42 @@ def _(gradient, q, k, v, *_, **__) -> int:
     return 2 * q[0] * q[1] * q[2] * k[2] * (3 * q[3] + 2 * v[3])
 
 
-# --- Pieces ---------------------------------------------------------------------------------------
+# --- Blocks ---------------------------------------------------------------------------------------
 
 
-def _heads_inside(like: torch.Tensor, width: int) -> torch.Tensor:
+def _empty_heads(like: torch.Tensor, width: int) -> torch.Tensor:
     """Uninitialized (B, H, T, width) that lies in memory as (B, T, H, width)."""
     batch, heads, length, _ = like.shape
     return like.new_empty((batch, length, heads, width)).transpose(1, 2)
 
 
-def _groups(q: torch.Tensor) -> Iterator[tuple[slice, slice]]:
+def _head_groups(q: torch.Tensor) -> Iterator[tuple[slice, slice]]:
     """Sequences and heads that are worked on at a time."""
     batch, heads, length, _ = q.shape
-    scores = _block(length) * length * q.element_size()
-    at_a_time = max(1, SCORE_BYTES // scores)
-    sequences = max(1, at_a_time // heads)
+    scores = _block_size(length) * length * q.element_size()
+    heads_per_group = max(1, SCORE_BYTES // scores)
+    sequences = max(1, heads_per_group // heads)
     for first in range(0, batch, sequences):
-        for head in range(0, heads, at_a_time):
+        for head in range(0, heads, heads_per_group):
             yield (
                 slice(first, min(first + sequences, batch)),
-                slice(head, min(head + at_a_time, heads)),
+                slice(head, min(head + heads_per_group, heads)),
             )
 
 
-def _blocks(length: int) -> Iterator[slice]:
-    block = _block(length)
+def _query_blocks(length: int) -> Iterator[slice]:
+    """The queries that are worked on at a time."""
+    block = _block_size(length)
     for first in range(0, length, block):
         yield slice(first, min(first + block, length))
 
 
-def _block(length: int) -> int:
+def _block_size(length: int) -> int:
     """Queries at a time: longer texts have more to gain from fewer passes over the keys."""
     return min(length, BLOCK * (2 if length >= LONG else 1))
 
 
-def _in_one(x: torch.Tensor) -> torch.Tensor:
+def _fold_heads(x: torch.Tensor) -> torch.Tensor:
     """(B, H, T, D) -> (B · H, T, D), contiguous."""
     return x.reshape(-1, *x.shape[2:]).contiguous()
 
@@ -155,7 +168,9 @@ def _scaled_product(a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Ten
     return torch.baddbmm(product, a, b, beta=0, alpha=scale, out=product)
 
 
-def _weights(queries: torch.Tensor, keys: torch.Tensor, rows: slice, scale: float) -> torch.Tensor:
+def _attention_weights(
+    queries: torch.Tensor, keys: torch.Tensor, rows: slice, scale: float
+) -> torch.Tensor:
     """(groups, rows, keys up to the last row's): what each query takes of each value."""
     scores = _scaled_product(queries, keys.mT, scale)
     count = rows.stop - rows.start

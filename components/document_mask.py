@@ -4,18 +4,23 @@ from typing import NamedTuple
 
 import torch
 
+from common.old_names import renamed_attribute
+
 
 class Documents(NamedTuple):
-    """The document of each token, numbered from 1, and its place in it from 0: (B, T) each.
+    """The document of each token, numbered from 1, and its position in it from 0: (B, T) each.
 
-    What the window cuts off counts as absent: its first token is at place 0.
+    What the window cuts off counts as absent: its first token is at position 0.
     """
 
-    numbers: torch.Tensor
-    places: torch.Tensor
+    ids: torch.Tensor
+    positions: torch.Tensor
+
+    numbers = renamed_attribute('numbers', 'ids')
+    places = renamed_attribute('places', 'positions')
 
 
-def documents_of(tokens: torch.Tensor, end_of_text: int) -> Documents:
+def locate_documents(tokens: torch.Tensor, end_of_text: int) -> Documents:
     """Of tokens (B, T); the end-of-text token is the last of the document that it ends."""
     begins = (tokens == end_of_text).roll(1, dims=1)
     begins[:, 0] = True

@@ -11,10 +11,10 @@ from common.errors import UserError
 from common.registry import ALL_REGISTRIES, Registry
 
 # What the project registers itself. A mistake in these is no user's, and keeps its traceback.
-OWN_MODULES = ('components', 'optim')
+PROJECT_PACKAGES = ('components', 'optim')
 
 
-class _Place(NamedTuple):
+class _ComponentMethod(NamedTuple):
     """A component, and the method of it that a frame runs."""
 
     registry: Registry
@@ -29,22 +29,28 @@ def explain(error: Exception) -> UserError | None:
     components = list(_foreign_components())
     frames = list(traceback.walk_tb(error.__traceback__))
     for index in reversed(range(len(frames))):
-        place = _place(frames[index][0], components)
-        if place is None:
+        culprit = _component_method(frames[index][0], components)
+        if culprit is None:
             continue
         file = frames[index][0].f_code.co_filename
         line = next(n for frame, n in reversed(frames) if frame.f_code.co_filename == file)
-        told = f'{type(error).__name__}: {error}' if str(error) else type(error).__name__
+        message = f'{type(error).__name__}: {error}' if str(error) else type(error).__name__
         return UserError(
-            f'{place.registry.option}={place.name!r}: {place.component.__name__}.{place.method} '
-            f'raised {told} ({file}, line {line}). --debug shows the traceback.'
+            f'{culprit.registry.option}={culprit.name!r}: '
+            f'{culprit.component.__name__}.{culprit.method} '
+            f'raised {message} ({file}, line {line}). --debug shows the traceback.'
         )
     return None
 
 
 def is_foreign(component: type) -> bool:
     """Whether a class is no part of the project."""
-    return component.__module__.partition('.')[0] not in (*OWN_MODULES, 'torch', 'builtins', 'abc')
+    return component.__module__.partition('.')[0] not in (
+        *PROJECT_PACKAGES,
+        'torch',
+        'builtins',
+        'abc',
+    )
 
 
 def _foreign_components() -> Iterator[tuple[Registry, str, type]]:
@@ -54,7 +60,9 @@ def _foreign_components() -> Iterator[tuple[Registry, str, type]]:
                 yield registry, name, component
 
 
-def _place(frame: FrameType, components: list[tuple[Registry, str, type]]) -> _Place | None:
+def _component_method(
+    frame: FrameType, components: list[tuple[Registry, str, type]]
+) -> _ComponentMethod | None:
     """The component whose method the frame runs: one that it defines, or has from the project."""
     code, owner = frame.f_code, frame.f_locals.get('self', frame.f_locals.get('cls'))
     owner = owner if isinstance(owner, type) else type(owner)
@@ -66,7 +74,7 @@ def _place(frame: FrameType, components: list[tuple[Registry, str, type]]) -> _P
                 continue
             for method, value in vars(ancestor).items():
                 if code in _codes(value):
-                    return _Place(registry, name, component, method)
+                    return _ComponentMethod(registry, name, component, method)
     return None
 
 

@@ -1,5 +1,6 @@
 """Feed-forward networks."""
 
+from collections.abc import Callable
 from typing import ClassVar
 
 import torch
@@ -7,30 +8,35 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from common.registry import Option, at_least, tag_of
-from components.base import Auxiliary, Component
+from common.registry import FrozenConfig, Option, at_least, tag_of
+from components.base import AuxOutput, Component
 from model_config import ACTIVATION_REGISTRY, FFN_REGISTRY, ModelArchitectureConfig
 
 
 class FeedForward(Component, nn.Module):
-    """(B, T, C) -> (B, T, C), and what else there is to tell (nothing when dense).
+    """(B, T, C) -> (B, T, C) and an AuxOutput (which says nothing when dense).
 
     One whose constructor takes `width` (None: d_ff) and `linear`, what makes its linear layers, can
     be an expert of a mixture: these layers are then called with the groups of the rows, too.
     """
 
+    renamed_methods: ClassVar = {
+        'inside': 'nonlinearity',
+        'narrowed': 'activate_and_project',
+        'report': 'summarize_metrics',
+    }
     part = 'ffn'
     options: ClassVar = {
         'ffn_bias': Option(bool | None, None, 'Biases in the FFN; None: bias'),
     }
 
     @classmethod
-    def default_d_ff(cls, config) -> int:
+    def default_d_ff(cls, config: FrozenConfig) -> int:
         """The hidden width where `d_ff` is not set."""
         raise NotImplementedError
 
     @classmethod
-    def derived_values(cls, config) -> dict[str, tuple]:
+    def derived_values(cls, config: FrozenConfig) -> dict[str, tuple]:
         return {
             'd_ff': (cls.default_d_ff(config), f"{config.ffn_type}'s own rule"),
             'ffn_bias': (config.bias, 'bias'),
@@ -42,25 +48,25 @@ class FeedForward(Component, nn.Module):
         return cls(config, layer)
 
     @classmethod
-    def report(cls, means: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """What the record shows, name -> scalar, of its readings, each (layers, ...)."""
+    def summarize_metrics(cls, means: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """What the record shows, name -> scalar, of its metrics, each (layers, ...)."""
         return {name: mean.mean() for name, mean in means.items()}
 
-    def inside(self, wide: torch.Tensor) -> torch.Tensor:
+    def nonlinearity(self, hidden: torch.Tensor) -> torch.Tensor:
         """What `down` is applied to, from what the first matrix gives; element by element."""
         raise NotImplementedError
 
-    def narrowed(self, wide: torch.Tensor, *groups) -> torch.Tensor:
-        """down(inside(wide)). Only `wide` is kept for the backward pass, which computes what is
-        inside again: torch stops as soon as it has that, before the product. Not so with groups,
-        whose product is an operator of ours, that torch would compute again too."""
+    def activate_and_project(self, hidden: torch.Tensor, *groups) -> torch.Tensor:
+        """down(nonlinearity(hidden)). Only `hidden` is kept for the backward pass, which computes
+        the nonlinearity again: torch stops as soon as it has that, before the product. Not so with
+        groups, whose product is an operator of ours, that torch would compute again too."""
 
-        def narrow(wide: torch.Tensor) -> torch.Tensor:
-            return self.down(self.inside(wide), *groups)
+        def project(hidden: torch.Tensor) -> torch.Tensor:
+            return self.down(self.nonlinearity(hidden), *groups)
 
         if groups or not torch.is_grad_enabled():
-            return narrow(wide)
-        return checkpoint(narrow, wide, use_reentrant=False)
+            return project(hidden)
+        return checkpoint(project, hidden, use_reentrant=False)
 
     def residual_weights(self) -> list[nn.Parameter]:
         return [self.down.weight]
@@ -93,7 +99,7 @@ class StandardFeedForward(FeedForward):
         config: ModelArchitectureConfig,
         layer: int,
         width: int | None = None,
-        linear=nn.Linear,
+        linear: Callable[..., nn.Module] = nn.Linear,
     ):
         super().__init__()
         width = width or config.d_ff
@@ -102,7 +108,7 @@ class StandardFeedForward(FeedForward):
         self.down = linear(width, config.n_embd, bias=config.ffn_bias)
 
     @classmethod
-    def default_d_ff(cls, config) -> int:
+    def default_d_ff(cls, config: FrozenConfig) -> int:
         return 4 * config.n_embd
 
     @classmethod
@@ -110,11 +116,11 @@ class StandardFeedForward(FeedForward):
         activation = tag_of(ACTIVATION_REGISTRY[config.activation], config)
         return '-'.join(filter(None, (cls.tag, activation)))
 
-    def inside(self, wide: torch.Tensor) -> torch.Tensor:
-        return self.activation(wide)
+    def nonlinearity(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.activation(hidden)
 
-    def forward(self, x: torch.Tensor, *groups) -> tuple[torch.Tensor, Auxiliary]:
-        return self.narrowed(self.up(x, *groups), *groups), Auxiliary(0.0, {})
+    def forward(self, x: torch.Tensor, *groups) -> tuple[torch.Tensor, AuxOutput]:
+        return self.activate_and_project(self.up(x, *groups), *groups), AuxOutput(0.0, {})
 
 
 class GatedFeedForward(FeedForward):
@@ -132,15 +138,15 @@ class GatedFeedForward(FeedForward):
         config: ModelArchitectureConfig,
         layer: int,
         width: int | None = None,
-        linear=nn.Linear,
+        linear: Callable[..., nn.Module] = nn.Linear,
     ):
         super().__init__()
-        width = width or config.d_ff
+        self.config, width = config, width or config.d_ff
         self.gate_up = linear(config.n_embd, 2 * width, bias=config.ffn_bias)
         self.down = linear(width, config.n_embd, bias=config.ffn_bias)
 
     @classmethod
-    def default_d_ff(cls, config) -> int:
+    def default_d_ff(cls, config: FrozenConfig) -> int:
         multiple = config.multiple_of
         return max(1, round(8 * config.n_embd / 3 / multiple)) * multiple
 
@@ -152,12 +158,12 @@ class GatedFeedForward(FeedForward):
         """What the gate's half is passed through before the product."""
         raise NotImplementedError
 
-    def inside(self, wide: torch.Tensor) -> torch.Tensor:
-        gate, up = wide.chunk(2, dim=-1)
+    def nonlinearity(self, hidden: torch.Tensor) -> torch.Tensor:
+        gate, up = hidden.chunk(2, dim=-1)
         return self.activate(gate) * up
 
-    def forward(self, x: torch.Tensor, *groups) -> tuple[torch.Tensor, Auxiliary]:
-        return self.narrowed(self.gate_up(x, *groups), *groups), Auxiliary(0.0, {})
+    def forward(self, x: torch.Tensor, *groups) -> tuple[torch.Tensor, AuxOutput]:
+        return self.activate_and_project(self.gate_up(x, *groups), *groups), AuxOutput(0.0, {})
 
 
 @FFN_REGISTRY.register('swiglu', source='Shazeer 2020')
@@ -180,18 +186,8 @@ class GEGLU(GatedFeedForward):
         'geglu_tanh': Option(bool, False, "GELU's tanh approximation in GEGLU, as Gemma has it"),
     }
 
-    def __init__(
-        self,
-        config: ModelArchitectureConfig,
-        layer: int,
-        width: int | None = None,
-        linear=nn.Linear,
-    ):
-        super().__init__(config, layer, width, linear)
-        self.approximate = 'tanh' if config.geglu_tanh else 'none'
-
     def activate(self, gate: torch.Tensor) -> torch.Tensor:
-        return F.gelu(gate, approximate=self.approximate)
+        return F.gelu(gate, approximate='tanh' if self.config.geglu_tanh else 'none')
 
 
 @FFN_REGISTRY.register('reglu', source='Shazeer 2020')

@@ -14,46 +14,49 @@ class LayerCache:
 
     def __init__(self, capacity: int):
         self.capacity, self.length = capacity, 0  # length: tokens so far, forgotten ones included
-        self.kept: tuple[torch.Tensor, ...] = ()  # (B, ..., capacity, D) each
+        self.tensors: tuple[torch.Tensor, ...] = ()  # (B, ..., capacity, D) each
 
     def extend(self, *new: torch.Tensor) -> list[torch.Tensor]:
         """Keep (B, ..., T, D) of the next T tokens; returns all that these may look at, (B, ..., K,
         D), in the order of `positions`."""
         start, count = self.length, new[0].size(-2)
         self.length += count
-        if not self.kept:
-            self.kept = tuple(x.new_empty((*x.shape[:-2], self.capacity, x.size(-1))) for x in new)
-        if self._overwrites_what_they_see(start, count):
-            seen = [torch.cat((old, x), dim=-2) for old, x in zip(self._until(start), new)]
+        if not self.tensors:
+            self.tensors = tuple(
+                x.new_empty((*x.shape[:-2], self.capacity, x.size(-1))) for x in new
+            )
+        if self._overwrites_visible(start, count):
+            # Several tokens at once, the first of which still see what the last write over.
+            visible = [torch.cat((old, x), dim=-2) for old, x in zip(self._until(start), new)]
             last = torch.arange(start, self.length, device=new[0].device)[-self.capacity :]
-            for kept, x in zip(self.kept, new):
-                kept.index_copy_(-2, last % self.capacity, x[..., -self.capacity :, :])
-            return seen
-        for kept, x in zip(self.kept, new):
-            kept.narrow(-2, start % self.capacity, count).copy_(x)
+            for cached, x in zip(self.tensors, new):
+                cached.index_copy_(-2, last % self.capacity, x[..., -self.capacity :, :])
+            return visible
+        for cached, x in zip(self.tensors, new):
+            cached.narrow(-2, start % self.capacity, count).copy_(x)
         return self._until(self.length)
 
     def positions(self, new: torch.Tensor) -> torch.Tensor:
         """Positions (K,) of what tokens at the next positions (T,) will look at."""
         start, count = self.length, len(new)
-        if self._overwrites_what_they_see(start, count):
+        if self._overwrites_visible(start, count):
             return torch.cat((self._positions_until(start, new.device), new))
         return self._positions_until(start + count, new.device)
 
-    def _overwrites_what_they_see(self, start: int, count: int) -> bool:
+    def _overwrites_visible(self, start: int, count: int) -> bool:
         """One token alone overwrites what its window has just left behind."""
         return count > 1 and start + count > self.capacity
 
     def _until(self, end: int) -> list[torch.Tensor]:
-        return [kept.narrow(-2, 0, min(end, self.capacity)) for kept in self.kept]
+        return [cached.narrow(-2, 0, min(end, self.capacity)) for cached in self.tensors]
 
     def _positions_until(self, end: int, device: torch.device) -> torch.Tensor:
-        places = torch.arange(min(end, self.capacity), device=device)
-        return places if end <= self.capacity else end - 1 - (end - 1 - places) % self.capacity
+        slots = torch.arange(min(end, self.capacity), device=device)
+        return slots if end <= self.capacity else end - 1 - (end - 1 - slots) % self.capacity
 
     @property
     def nbytes(self) -> int:
-        return sum(kept.nbytes for kept in self.kept)
+        return sum(cached.nbytes for cached in self.tensors)
 
 
 class Cache(NamedTuple):

@@ -5,9 +5,9 @@ from typing import ClassVar
 import torch
 import torch.nn as nn
 
-from common.registry import Option, at_least
+from common.registry import FrozenConfig, Option, at_least
 from components.attention import Attention, uneven_heads
-from components.positions import Positions
+from components.positions import AttentionInputs
 from model_config import ATTENTION_REGISTRY, NORM_REGISTRY, ModelArchitectureConfig
 
 
@@ -22,6 +22,10 @@ class LatentAttention(Attention):
     """
 
     tag = ''  # `head_tags` say it
+    renamed_methods: ClassVar = {
+        **Attention.renamed_methods,
+        'found_in_latents': 'attend_absorbed',
+    }
     cacheable = True
     options: ClassVar = {
         'q_lora_rank': Option(
@@ -54,11 +58,8 @@ class LatentAttention(Attention):
 
     def __init__(self, config: ModelArchitectureConfig, layer: int):
         super().__init__(config, layer)
-        norm, width, bias = (
-            NORM_REGISTRY[config.normalization],
-            config.n_embd,
-            config.attention_bias,
-        )
+        norm = NORM_REGISTRY[config.normalization]
+        width, bias = config.n_embd, config.attention_bias
         heads, q_rank = config.n_head, config.q_lora_rank
         self.split_query = (config.qk_nope_head_dim, config.qk_rope_head_dim)
         self.split_latent = (config.kv_lora_rank, config.qk_rope_head_dim)
@@ -73,19 +74,19 @@ class LatentAttention(Attention):
         self.kv = nn.Linear(config.kv_lora_rank, heads * sum(self.split_key_value), bias=False)
 
     @classmethod
-    def _sizes(cls, config) -> dict[str, int]:
+    def _head_sizes(cls, config: FrozenConfig) -> dict[str, int]:
         """The head sizes, derived where they are open (DeepSeek-V2, section 2.1.4)."""
-        own = config.qk_nope_head_dim or max(1, config.n_embd // config.n_head)
+        nope = config.qk_nope_head_dim or max(1, config.n_embd // config.n_head)
         return {
-            'qk_nope_head_dim': own,
-            'qk_rope_head_dim': config.qk_rope_head_dim or 2 * -(-own // 4),
-            'v_head_dim': config.v_head_dim or own,
-            'kv_lora_rank': config.kv_lora_rank or 4 * own,
+            'qk_nope_head_dim': nope,
+            'qk_rope_head_dim': config.qk_rope_head_dim or 2 * -(-nope // 4),
+            'v_head_dim': config.v_head_dim or nope,
+            'kv_lora_rank': config.kv_lora_rank or 4 * nope,
         }
 
     @classmethod
-    def head_dims(cls, config) -> tuple[int, int]:
-        sizes = cls._sizes(config)
+    def head_dims(cls, config: FrozenConfig) -> tuple[int, int]:
+        sizes = cls._head_sizes(config)
         return sizes['qk_nope_head_dim'] + sizes['qk_rope_head_dim'], sizes['v_head_dim']
 
     @classmethod
@@ -93,14 +94,14 @@ class LatentAttention(Attention):
         return config.qk_rope_head_dim
 
     @classmethod
-    def derived_values(cls, config) -> dict[str, tuple]:
+    def derived_values(cls, config: FrozenConfig) -> dict[str, tuple]:
         why = {
             'qk_nope_head_dim': 'n_embd / n_head',
             'qk_rope_head_dim': 'half of qk_nope_head_dim',
             'v_head_dim': 'qk_nope_head_dim',
             'kv_lora_rank': '4 x qk_nope_head_dim',
         }
-        derived = {key: (size, why[key]) for key, size in cls._sizes(config).items()}
+        derived = {key: (size, why[key]) for key, size in cls._head_sizes(config).items()}
         return {**derived, **super().derived_values(config)}
 
     @classmethod
@@ -113,41 +114,53 @@ class LatentAttention(Attention):
     def problems(cls, config: ModelArchitectureConfig) -> list[str]:
         return uneven_heads(config, 'qk_nope_head_dim')
 
-    def forward(self, x: torch.Tensor, positions: Positions) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, attn_inputs: AttentionInputs) -> torch.Tensor:
         """(B, T, C) -> (B, T, C)."""
-        q = self.in_heads(self.q(self.q_norm(self.q_down(x)).to(x.dtype)))
-        latent, k_turned = self.kv_down(x).split(self.split_latent, dim=-1)
+        # Queries, latents, and the part of the key that all heads share.
+        q = self.split_heads(self.q(self.q_norm(self.q_down(x)).to(x.dtype)))
+        latent, k_rope = self.kv_down(x).split(self.split_latent, dim=-1)
         latent = self.kv_norm(latent).to(latent.dtype)
-        q_own, q_turned = q.split(self.split_query, dim=-1)
-        q_turned = self.rotate(q_turned, positions.rotation).to(latent.dtype)
-        k_turned = self.rotate(k_turned[:, None], positions.rotation)  # (B, 1, T, columns)
-        k_turned = k_turned.to(latent.dtype)
-        if positions.cache is not None:
-            goes_on = positions.cache.length > 0
-            (kept,) = positions.cache.extend(torch.cat((latent[:, None], k_turned), dim=-1))
-            if goes_on:
-                return self.widened(self.found_in_latents(q_own, q_turned, kept, positions))
-        k_own, v = self.in_heads(self.kv(latent)).split(self.split_key_value, dim=-1)
-        q = torch.cat((q_own, q_turned), dim=-1)
-        k = torch.cat((k_own, k_turned.expand(-1, self.num_heads, -1, -1)), dim=-1)
-        return self.widened(self.found(q, k, v, positions))
 
-    def found_in_latents(
-        self, q_own: torch.Tensor, q_turned: torch.Tensor, kept: torch.Tensor, positions: Positions
+        # Positions rotate only the `rope` dimensions.
+        q_nope, q_rope = q.split(self.split_query, dim=-1)
+        q_rope = self.rotate(q_rope, attn_inputs.rotation).to(latent.dtype)
+        k_rope = self.rotate(k_rope[:, None], attn_inputs.rotation)  # (B, 1, T, rope dims)
+        k_rope = k_rope.to(latent.dtype)
+
+        # Generation: once there are earlier tokens, attend to the latents themselves.
+        if attn_inputs.cache is not None:
+            continues = attn_inputs.cache.length > 0
+            (cached,) = attn_inputs.cache.extend(torch.cat((latent[:, None], k_rope), dim=-1))
+            if continues:
+                y = self.attend_absorbed(q_nope, q_rope, cached, attn_inputs)
+                return self.project_output(y)
+
+        # Training: keys and values of each head from the latent.
+        k_nope, v = self.split_heads(self.kv(latent)).split(self.split_key_value, dim=-1)
+        q = torch.cat((q_nope, q_rope), dim=-1)
+        k = torch.cat((k_nope, k_rope.expand(-1, self.num_heads, -1, -1)), dim=-1)
+        return self.project_output(self.attend_heads(q, k, v, attn_inputs))
+
+    def attend_absorbed(
+        self,
+        q_nope: torch.Tensor,
+        q_rope: torch.Tensor,
+        cached: torch.Tensor,
+        attn_inputs: AttentionInputs,
     ) -> torch.Tensor:
-        """What the heads find, (B, H, T, Dv), in kept tokens (B, 1, K, rank + turned columns).
+        """The heads' outputs, (B, H, T, Dv), from cached tokens (B, 1, K, rank + rope dims).
 
         No latent is widened: since a key is W · latent, q · key is (Wᵀ · q) · latent, and the mean
         of values is the mean of latents, widened (DeepSeek-V2, section 2.1.2).
         """
-        weight = self.kv.weight.unflatten(0, (self.num_heads, -1))  # (H, columns, rank)
+        weight = self.kv.weight.unflatten(0, (self.num_heads, -1))  # (H, dims, rank)
         to_key, to_value = weight.split(self.split_key_value, dim=1)
-        q = torch.cat((q_own @ to_key, q_turned), dim=-1)
-        means = self.found(q, kept, kept, positions)[..., : self.split_latent[0]]
+        q = torch.cat((q_nope @ to_key, q_rope), dim=-1)
+        means = self.attend_heads(q, cached, cached, attn_inputs)[..., : self.split_latent[0]]
         return means @ to_value.mT
 
-    def in_heads(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, T, heads' columns) -> (B, H, T, columns)."""
+    def split_heads(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, T, dimensions of all heads) -> (B, H, T, D)."""
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
     def matrices(self) -> dict[nn.Parameter, tuple[int, ...]]:

@@ -1,4 +1,8 @@
-"""The last matrix product and the cross-entropy in one, which never holds all of the logits."""
+"""The last matrix product and the cross-entropy in one, which never holds all of the logits.
+
+torch.nn.functional.cross_entropy takes the logits whole, and autograd keeps them for the backward
+pass; torch has nothing that joins the two.
+"""
 
 from collections.abc import Sequence
 
@@ -30,93 +34,113 @@ def linear_cross_entropy(
     arguments = hidden, weight, targets, matmul_dtype(weight), softcap, ignored
     if torch.is_grad_enabled():
         return _LinearCrossEntropy.apply(*arguments)
-    return _loss_and_gradients(*arguments, wanted=(False, False))[0]
+    return _loss_and_gradients(*arguments, needs_grad=(False, False))[0]
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, *rest):
+        # The gradients are computed here, while the logits are at hand, and kept until `backward`.
         ctx.dtypes = hidden.dtype, weight.dtype
         loss, *ctx.gradients = _loss_and_gradients(
-            hidden, weight, *rest, wanted=ctx.needs_input_grad[:2]
+            hidden, weight, *rest, needs_grad=ctx.needs_input_grad[:2]
         )
         return loss
 
     @staticmethod
-    def backward(ctx, upstream):
+    def backward(ctx, grad_loss):
         if ctx.gradients is None:
             raise RuntimeError('this loss can be differentiated once: its gradients are gone')
-        found, ctx.gradients = ctx.gradients, None
-        gradients = [
-            None if gradient is None else gradient.to(dtype).mul_(upstream)
-            for gradient, dtype in zip(found, ctx.dtypes)
+        # Scaled in place by the gradient that comes in, so that they exist once.
+        gradients, ctx.gradients = ctx.gradients, None
+        scaled = [
+            None if gradient is None else gradient.to(dtype).mul_(grad_loss)
+            for gradient, dtype in zip(gradients, ctx.dtypes)
         ]
-        return *gradients, None, None, None, None
+        return *scaled, None, None, None, None
 
 
-def _loss_and_gradients(hidden, weight, targets, dtype, softcap, ignored, wanted):
-    """(loss, ∂/∂hidden, ∂/∂weight), None for a gradient that is not wanted."""
-    kind, vocabulary = hidden.device.type, len(weight)
+def _loss_and_gradients(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    dtype: torch.dtype,
+    softcap: float | None,
+    ignored: int,
+    needs_grad: tuple[bool, bool],
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """(loss, ∂/∂hidden, ∂/∂weight), None for a gradient that is not needed."""
+    needs_grad_hidden, needs_grad_weight = needs_grad
+    device, vocabulary = hidden.device.type, len(weight)
     hidden, weight = hidden.to(dtype), weight.to(dtype)
-    of_all = len(hidden) * vocabulary * weight.element_size()
-    chunks = -(-of_all // _limit(CHUNK_BYTES, kind))
-    rows = -(-len(hidden) // max(1, chunks))  # equally many in each
-    at_a_time = min(_rows_at_a_time(weight.T), rows)
-    scratch = hidden.new_empty((at_a_time, vocabulary), dtype=torch.float32)
+
+    # Chunks of equally many rows, and within them rows whose fp32 scores fit into the scratch.
+    all_logit_bytes = len(hidden) * vocabulary * weight.element_size()
+    chunks = -(-all_logit_bytes // _limit(CHUNK_BYTES, device))
+    chunk_rows = -(-len(hidden) // max(1, chunks))
+    scratch_rows = min(_scratch_rows(weight.T), chunk_rows)
+
+    # All memory is taken before the loop: an allocator that aligns what it gives finds no room in
+    # a hole of the same size. The gradient of the weight is added up in fp32 where there are
+    # several chunks, by way of products of a quarter of a chunk's size.
+    scratch = hidden.new_empty((scratch_rows, vocabulary), dtype=torch.float32)
     loss = torch.zeros((), device=hidden.device)
-    of_hidden = torch.empty_like(hidden) if wanted[0] else None
-    # Several are added up in fp32, by way of products of a quarter of a chunk's size. All use the
-    # same memory: an allocator that aligns what it gives finds no room in a hole of the same size.
-    summed_in = dtype if rows == len(hidden) else torch.float32
-    of_weight = torch.empty_like(weight, dtype=summed_in) if wanted[1] else None
+    grad_hidden = torch.empty_like(hidden) if needs_grad_hidden else None
+    accum_dtype = dtype if chunk_rows == len(hidden) else torch.float32
+    grad_weight = torch.empty_like(weight, dtype=accum_dtype) if needs_grad_weight else None
     product = None
-    if wanted[1] and summed_in != dtype:
-        pieces = -(-4 * weight.nbytes // _limit(CHUNK_BYTES, kind))
-        product = weight.new_empty((-(-vocabulary // pieces), weight.size(1)))
-    all_logits = hidden.new_empty((rows, vocabulary))
-    for first in chunk_starts(len(hidden), rows):
-        chunk = slice(first, first + rows)
-        some = hidden[chunk]
-        logits = torch.mm(some, weight.T, out=all_logits[: len(some)])
-        loss += cross_entropy_(logits, targets[chunk], scratch, softcap, ignored, any(wanted))
-        if wanted[0]:
-            torch.mm(logits, weight, out=of_hidden[chunk])
-        if wanted[1]:
-            _add_product(of_weight, logits.T, some, product, begin=first == 0)
-    return loss, of_hidden, of_weight
+    if needs_grad_weight and accum_dtype != dtype:
+        parts = -(-4 * weight.nbytes // _limit(CHUNK_BYTES, device))
+        product = weight.new_empty((-(-vocabulary // parts), weight.size(1)))
+    logit_buffer = hidden.new_empty((chunk_rows, vocabulary))
+
+    for first in chunk_starts(len(hidden), chunk_rows):
+        rows = slice(first, first + chunk_rows)
+        chunk = hidden[rows]
+        # Forward: the logits, then the loss, which turns them into their own gradient.
+        logits = torch.mm(chunk, weight.T, out=logit_buffer[: len(chunk)])
+        loss += cross_entropy_(logits, targets[rows], scratch, softcap, ignored, any(needs_grad))
+        # Backward: ∂hidden = ∂logits · weight, and ∂weight = ∂logitsᵀ · hidden over all chunks.
+        if grad_hidden is not None:
+            torch.mm(logits, weight, out=grad_hidden[rows])
+        if grad_weight is not None:
+            _add_product(grad_weight, logits.T, chunk, product, begin=first == 0)
+    return loss, grad_hidden, grad_weight
 
 
-def chunk_starts(length: int, rows: int) -> Sequence[int]:
-    """First row of each chunk of `rows` of `length` rows. A simulation of the memory, in which one
-    chunk is like another, replaces it."""
-    return range(0, length, rows)
+def chunk_starts(length: int, chunk_rows: int) -> Sequence[int]:
+    """First row of each chunk of `chunk_rows` of `length` rows. A simulation of the memory, in
+    which one chunk is like another, replaces it."""
+    return range(0, length, chunk_rows)
 
 
-def _add_product(total, a, b, product, begin: bool) -> None:
-    """total += a b, or = where it is to `begin`; by way of `product`, some rows at a time, if that
-    has another dtype."""
+def _add_product(
+    total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, product: torch.Tensor | None, begin: bool
+) -> None:
+    """total += a b, or = where it is to `begin`; by way of `product`, as many rows of a at a time
+    as that has, if it has another dtype."""
     if product is None:
         torch.addmm(total, a, b, beta=0 if begin else 1, out=total)
         return
-    for into, some in zip(total.split(len(product)), a.split(len(product))):
-        found = torch.mm(some, b, out=product[: len(some)])
+    for total_part, a_part in zip(total.split(len(product)), a.split(len(product))):
+        product_part = torch.mm(a_part, b, out=product[: len(a_part)])
         if begin:
-            into.copy_(found)
+            total_part.copy_(product_part)
             continue
         # A few rows at a time, since torch first makes them fp32.
-        pieces = (tensor.split(_rows_at_a_time(total)) for tensor in (into, found))
-        for of_total, of_product in zip(*pieces):
-            of_total += of_product
+        rows = _scratch_rows(total)
+        for total_rows, product_rows in zip(total_part.split(rows), product_part.split(rows)):
+            total_rows += product_rows
 
 
-def _limit(sizes: dict[str, int], kind: str) -> int:
+def _limit(sizes: dict[str, int], device: str) -> int:
     """That of this kind of device; of one that is not known, a GPU's."""
-    return sizes.get(kind, sizes['cuda'])
+    return sizes.get(device, sizes['cuda'])
 
 
-def _rows_at_a_time(like: torch.Tensor) -> int:
-    """So many rows, each as long as those of a matrix, are worked on in fp32 at a time."""
-    return max(1, _limit(SCRATCH_BYTES, like.device.type) // (4 * like.size(-1)))
+def _scratch_rows(matrix: torch.Tensor) -> int:
+    """How many rows, each as long as those of the matrix, are worked on in fp32 at a time."""
+    return max(1, _limit(SCRATCH_BYTES, matrix.device.type) // (4 * matrix.size(-1)))
 
 
 @torch.library.custom_op('components::cross_entropy_', mutates_args=('logits', 'scratch'))
@@ -134,24 +158,29 @@ def cross_entropy_(
     One operator, so that what simulates or compiles it need not follow the loop.
     """
     total = torch.zeros((), device=logits.device)
-    pieces = (tensor.split(len(scratch)) for tensor in (logits, targets))
-    for some, its_targets in zip(*pieces):
-        counted = (its_targets != ignored)[:, None]
-        place = its_targets[:, None].where(counted, 0)
-        scores = scratch[: len(some)].copy_(some)
+    for part, part_targets in zip(logits.split(len(scratch)), targets.split(len(scratch))):
+        counted = (part_targets != ignored)[:, None]
+        target_index = part_targets[:, None].where(counted, 0)
+
+        # The scores in fp32, under the soft cap, whose slope tanh' = 1 - tanh² the gradient takes.
+        scores = scratch[: len(part)].copy_(part)
         if softcap is not None:
             scores.div_(softcap).tanh_()
             slope = 1 - scores.square() if into_gradient else None
             scores.mul_(softcap)
-        largest, chosen = scores.amax(dim=-1, keepdim=True), scores.gather(1, place)
+
+        # The loss: log Σ exp(scores) - score of the target, the largest score taken out first.
+        largest, target_score = scores.amax(dim=-1, keepdim=True), scores.gather(1, target_index)
         exponentials = scores.sub_(largest).exp_()
         z = exponentials.sum(dim=-1, keepdim=True)
-        total += (largest + z.log() - chosen).where(counted, 0.0).sum()
+        total += (largest + z.log() - target_score).where(counted, 0.0).sum()
+
+        # Its gradient by the logits: (softmax - one-hot of the target) · slope, 0 if not counted.
         if into_gradient:
-            gradient = exponentials.scatter_add_(1, place, -z)
+            gradient = exponentials.scatter_add_(1, target_index, -z)
             if softcap is not None:
                 gradient *= slope
-            some.copy_(gradient.mul_(counted / z))
+            part.copy_(gradient.mul_(counted / z))
     return total
 
 

@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import ClassVar, NamedTuple
 
@@ -11,8 +11,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.flop_counter import register_flop_formula
 
-from common.registry import Option, above, at_least, tag_of
-from components.base import Auxiliary, matmul_dtype
+from common.registry import FrozenConfig, Option, above, at_least, tag_of
+from components.base import AuxOutput, matmul_dtype
 from components.feed_forward import FeedForward
 from model_config import FFN_REGISTRY, ModelArchitectureConfig
 
@@ -43,7 +43,7 @@ def _(a_shape, b_shape, *_, **__) -> int:
     return 2 * math.prod(a_shape) * b_shape[-1]
 
 
-def _keep_operands(ctx, inputs, output):
+def _save_operands(ctx, inputs, output):
     ctx.save_for_backward(*inputs)
 
 
@@ -53,10 +53,10 @@ def _gradients(ctx, grad):
     return grouped_mm(grad, b.mT, ends), grouped_mm(a.mT, grad, ends), None
 
 
-grouped_mm.register_autograd(_gradients, setup_context=_keep_operands)
+grouped_mm.register_autograd(_gradients, setup_context=_save_operands)
 
 
-class Groups(NamedTuple):
+class ExpertGroups(NamedTuple):
     """Rows in the order of their experts."""
 
     ends: torch.Tensor  # (experts,) int32: where the rows of each end
@@ -72,7 +72,7 @@ class ExpertLinear(nn.Linear):
         if bias:  # in one dimension, as optimizers know biases by
             self.bias = nn.Parameter(torch.empty(experts * out_features))
 
-    def forward(self, x: torch.Tensor, groups: Groups) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, groups: ExpertGroups) -> torch.Tensor:
         """(rows, in) -> (rows, out)."""
         dtype = matmul_dtype(x)  # autocast does not know `grouped_mm`
         y = grouped_mm(x.to(dtype), self.weight.to(dtype).mT, groups.ends)
@@ -81,9 +81,9 @@ class ExpertLinear(nn.Linear):
         return y + self.bias.to(dtype).view(-1, self.out_features).index_select(0, groups.expert)
 
 
-def without_autocast(device: torch.device):
-    known = torch.amp.is_autocast_available(device.type)  # not the meta device
-    return torch.autocast(device.type, enabled=False) if known else nullcontext()
+def without_autocast(device: torch.device) -> AbstractContextManager:
+    available = torch.amp.is_autocast_available(device.type)  # not on the meta device
+    return torch.autocast(device.type, enabled=False) if available else nullcontext()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -141,7 +141,8 @@ class MixtureOfExperts(FeedForward):
 
     def __init__(self, config: ModelArchitectureConfig, layer: int):
         super().__init__()
-        self.num_experts, self.chosen = config.num_experts, config.experts_per_token
+        self.num_experts = config.num_experts
+        self.experts_per_token = config.experts_per_token
         self.score, self.normalize = SCORES[config.router_score], config.router_normalize
         self.scale = config.router_scale
         self.balance_weight, self.z_weight = config.load_balance_weight, config.router_z_loss
@@ -158,7 +159,7 @@ class MixtureOfExperts(FeedForward):
         return cls(config, layer)
 
     @classmethod
-    def derived_values(cls, config) -> dict[str, tuple]:
+    def derived_values(cls, config: FrozenConfig) -> dict[str, tuple]:
         width = FFN_REGISTRY[config.expert_ffn].default_d_ff(config)
         return {
             'd_ff': (width, f"{config.expert_ffn}'s own rule"),
@@ -200,38 +201,42 @@ class MixtureOfExperts(FeedForward):
         expert = tag_of(FFN_REGISTRY[config.expert_ffn], config)
         return f'{cls.tag}{config.experts_per_token}of{config.num_experts}{shared}-{expert}'
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, Auxiliary]:
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, AuxOutput]:
+        # The router's scores, and for each token the experts that have the highest.
         tokens = x.flatten(0, -2)  # (N, C)
         with without_autocast(x.device):
             logits = self.router(tokens.float())  # (N, experts)
         scores = self.score(logits)
-        weights, chosen = scores.topk(self.chosen)  # (N, k)
+        weights, chosen = scores.topk(self.experts_per_token)  # (N, k)
         if self.normalize:
             weights = weights / weights.sum(dim=-1, keepdim=True).clamp(min=1e-20)
-        groups, order = self.group(chosen)
-        y = self.mixed(tokens, weights * self.scale, groups, order).view(x.shape)
+        # Every token through its experts, and through the shared ones.
+        groups, order = self.group_by_expert(chosen)
+        y = self.mix_experts(tokens, weights * self.scale, groups, order).view(x.shape)
         if self.shared is not None:
             y = y + self.shared(x)[0]
-        return y, self.auxiliary(logits, scores, groups)
+        return y, self.aux_output(logits, scores, groups)
 
-    def group(self, chosen: torch.Tensor) -> tuple[Groups, torch.Tensor]:
+    def group_by_expert(self, chosen: torch.Tensor) -> tuple[ExpertGroups, torch.Tensor]:
         """Choices (N, k) in the order of their experts, and where each stood: (N · k,)."""
         expert, order = chosen.flatten().sort(stable=True)
-        every = torch.arange(self.num_experts, device=chosen.device)
-        ends = torch.searchsorted(expert, every, right=True, out_int32=True)
-        return Groups(ends, expert), order
+        experts = torch.arange(self.num_experts, device=chosen.device)
+        ends = torch.searchsorted(expert, experts, right=True, out_int32=True)
+        return ExpertGroups(ends, expert), order
 
-    def mixed(
-        self, tokens: torch.Tensor, weights: torch.Tensor, groups: Groups, order: torch.Tensor
+    def mix_experts(
+        self, tokens: torch.Tensor, weights: torch.Tensor, groups: ExpertGroups, order: torch.Tensor
     ) -> torch.Tensor:
         """tokens (N, C) through their experts, added by weights (N, k)."""
-        rows = tokens.to(matmul_dtype(tokens)).index_select(0, order // self.chosen)
+        rows = tokens.to(matmul_dtype(tokens)).index_select(0, order // self.experts_per_token)
         y, _ = self.experts(rows, groups)
         y = y.index_select(0, order.argsort()).view(*weights.shape, -1)  # (N, k, C)
         return (y * weights[..., None]).sum(dim=1).to(y.dtype)
 
-    def auxiliary(self, logits: torch.Tensor, scores: torch.Tensor, groups: Groups) -> Auxiliary:
-        """Both losses of the router, as means over the tokens, and what tells of its balance.
+    def aux_output(
+        self, logits: torch.Tensor, scores: torch.Tensor, groups: ExpertGroups
+    ) -> AuxOutput:
+        """Both losses of the router, as means over the tokens, and metrics of its balance.
 
         The first (Fedus et al. 2022; with several experts a token as Mixtral) is experts · Σ load ·
         probability, where an expert's load is the fraction of tokens that choose it and its
@@ -241,7 +246,7 @@ class MixtureOfExperts(FeedForward):
         probability = (scores / scores.sum(dim=-1, keepdim=True)).mean(dim=0)
         balance = self.num_experts * (load * probability).sum()
         z = logits.logsumexp(dim=-1).square().mean()
-        return Auxiliary(
+        return AuxOutput(
             self.balance_weight * balance + self.z_weight * z,
             {
                 'expert_load': load,
@@ -251,7 +256,7 @@ class MixtureOfExperts(FeedForward):
         )
 
     @classmethod
-    def report(cls, means: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def summarize_metrics(cls, means: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """How evenly the experts are used, each layer's load by itself.
 
         The busiest expert's share of a layer's choices, 1 where all are equal: in the mean and in
@@ -273,15 +278,16 @@ class MixtureOfExperts(FeedForward):
     def flops(self, seq_len: int, causal: bool) -> dict[str, float]:
         # The router and the shared experts for every token, and k of the others.
         total = super().flops(seq_len, causal)
-        once = self.experts.flops(seq_len, causal)
-        return {p: value + (self.chosen - 1) * once.get(p, 0.0) for p, value in total.items()}
+        one_expert = self.experts.flops(seq_len, causal)
+        others = self.experts_per_token - 1
+        return {part: flops + others * one_expert.get(part, 0.0) for part, flops in total.items()}
 
     def inactive_params(self) -> int:
-        idle = self.num_experts - self.chosen
+        idle = self.num_experts - self.experts_per_token
         return sum(p.numel() for p in self.experts.parameters()) // self.num_experts * idle
 
     def residual_weights(self) -> list[nn.Parameter]:
-        return []  # its experts say theirs
+        return []  # its experts name theirs
 
     def matrices(self) -> dict[nn.Parameter, tuple[int, ...]]:
         return {}  # the router's rows are experts, as the head's are tokens

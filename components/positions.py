@@ -6,7 +6,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 import torch.nn as nn
 
-from common.registry import Option, above, at_least, tag_of
+from common.registry import FrozenConfig, Option, above, at_least, tag_of
 from components.base import Component
 from components.kv_cache import LayerCache
 from model_config import (
@@ -17,8 +17,9 @@ from model_config import (
 )
 
 
-class Positions(NamedTuple):
-    """What is prepared once a forward pass: by the position encoding, the mask by the backend."""
+class AttentionInputs(NamedTuple):
+    """What every attention is given beside x, prepared once a forward pass: by the position
+    encoding, and the mask by the attention backend."""
 
     rotation: tuple[torch.Tensor, ...] = ()  # handed to `rotate`
     bias: torch.Tensor | None = None  # added to the scores, (H or 1, Tq, Tk), fp32
@@ -30,7 +31,7 @@ class PositionEncoding(Component, nn.Module):
     """Three hooks, each with a do-nothing default. Tables are made in `prepare`, never stored."""
 
     part = 'position_encoding'
-    # What its scores need of an attention backend beside causality.
+    # Whether it adds to the scores, which the attention backend must do.
     has_bias: ClassVar[bool] = False
     # The longest sequence that it can place; None: any.
     max_length: int | None = None
@@ -38,9 +39,9 @@ class PositionEncoding(Component, nn.Module):
     def __init__(self, config: ModelArchitectureConfig):
         super().__init__()
 
-    def prepare(self, q_positions: torch.Tensor, k_positions: torch.Tensor) -> Positions:
+    def prepare(self, q_positions: torch.Tensor, k_positions: torch.Tensor) -> AttentionInputs:
         """Called once a forward pass with positions (Tq,) and (Tk,)."""
-        return Positions()
+        return AttentionInputs()
 
     def embed(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Token embeddings (B, T, C) and positions, (T,) or where these are counted anew in each
@@ -49,7 +50,7 @@ class PositionEncoding(Component, nn.Module):
 
     @staticmethod
     def rotate(x: torch.Tensor, rotation: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        """Queries or keys (B, H, T, D), turned by their positions."""
+        """Queries or keys (B, H, T, D), rotated by their positions."""
         return x
 
 
@@ -80,7 +81,7 @@ class LearnedAbsolute(PositionEncoding):
 
 @POSITION_ENCODING_REGISTRY.register('sinusoidal', source='Vaswani et al. 2017, section 3.5')
 class Sinusoidal(PositionEncoding):
-    """Adds sin(t · 10000^(-2i/C)) to column 2i and the cosine to column 2i + 1.
+    """Adds sin(t · 10000^(-2i/C)) to dimension 2i and the cosine to dimension 2i + 1.
 
     Vaswani et al. multiply the token embeddings by √C first (`scale_embeddings`).
     """
@@ -105,9 +106,9 @@ class Sinusoidal(PositionEncoding):
 # Rotations
 
 
-def rotary_frequencies(columns: int, theta: float, device: torch.device) -> torch.Tensor:
-    """theta^(-2i/columns) for each pair of columns, in radians a token, (columns/2,) in fp32."""
-    exponents = torch.arange(0, columns, 2, device=device, dtype=torch.float) / columns
+def rotary_frequencies(dims: int, theta: float, device: torch.device) -> torch.Tensor:
+    """theta^(-2i/dims) for each pair of dimensions, in radians a token, (dims/2,) in fp32."""
+    exponents = torch.arange(0, dims, 2, device=device, dtype=torch.float) / dims
     return (theta**exponents).reciprocal()
 
 
@@ -162,6 +163,8 @@ class ScalingByWavelength(RotaryScaling):
     What is fast and slow is reckoned in turns within `rope_original_block_size` tokens.
     """
 
+    renamed_methods: ClassVar = {'kept': 'kept_fraction'}
+
     options: ClassVar = {
         **RotaryScaling.options,
         'rope_original_block_size': Option(
@@ -173,18 +176,18 @@ class ScalingByWavelength(RotaryScaling):
     }
 
     @classmethod
-    def derived_values(cls, config) -> dict[str, tuple]:
+    def derived_values(cls, config: FrozenConfig) -> dict[str, tuple]:
         length = max(1, round(config.block_size / config.rope_scaling_factor))
         return {'rope_original_block_size': (length, 'block_size / rope_scaling_factor')}
 
     @staticmethod
-    def kept(frequencies: torch.Tensor, config: ModelArchitectureConfig) -> torch.Tensor:
+    def kept_fraction(frequencies: torch.Tensor, config: ModelArchitectureConfig) -> torch.Tensor:
         """How much of each frequency is kept, from 0 (interpolated) to 1."""
         raise NotImplementedError
 
     @classmethod
     def scaled(cls, frequencies, config):
-        kept = cls.kept(frequencies, config)
+        kept = cls.kept_fraction(frequencies, config)
         return frequencies * (kept + (1 - kept) / config.rope_scaling_factor)
 
 
@@ -215,7 +218,7 @@ class Llama3Scaling(ScalingByWavelength):
         return _wrong_order('rope_low_freq_factor', 'rope_high_freq_factor', config)
 
     @staticmethod
-    def kept(frequencies, config):
+    def kept_fraction(frequencies, config):
         turns = config.rope_original_block_size * frequencies / (2 * math.pi)
         low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
         return ((turns - low) / (high - low)).clamp(0, 1)
@@ -243,7 +246,7 @@ class YarnScaling(ScalingByWavelength):
     }
 
     @classmethod
-    def derived_values(cls, config) -> dict[str, tuple]:
+    def derived_values(cls, config: FrozenConfig) -> dict[str, tuple]:
         factor = 0.1 * math.log(config.rope_scaling_factor) + 1
         derived = {'rope_attention_factor': (factor, '0.1 ln(rope_scaling_factor) + 1')}
         return {**super().derived_values(config), **derived}
@@ -259,7 +262,7 @@ class YarnScaling(ScalingByWavelength):
         return problems
 
     @staticmethod
-    def kept(frequencies, config):
+    def kept_fraction(frequencies, config):
         pairs = len(frequencies)
 
         def pair_with(turns: float) -> float:
@@ -303,14 +306,14 @@ class RotaryPositionEncoding(PositionEncoding):
 
     def __init__(self, config: ModelArchitectureConfig):
         super().__init__(config)
-        self.config, self.columns = config, self.turned_columns(config)
+        self.config, self.num_dims = config, self.rotated_dims(config)
         self.scaling = ROPE_SCALING_REGISTRY[config.rope_scaling]
 
     @staticmethod
-    def turned_columns(config: ModelArchitectureConfig) -> int:
-        """How many columns of a head turn; a fraction is rounded down, as in transformers."""
-        offered = ATTENTION_REGISTRY[config.attention_type].rotary_dim(config)
-        return int(offered * config.rope_fraction)
+    def rotated_dims(config: ModelArchitectureConfig) -> int:
+        """How many dimensions of a head turn; a fraction is rounded down, as in transformers."""
+        rotary_dim = ATTENTION_REGISTRY[config.attention_type].rotary_dim(config)
+        return int(rotary_dim * config.rope_fraction)
 
     @classmethod
     def name_tag(cls, config: ModelArchitectureConfig) -> str:
@@ -320,35 +323,37 @@ class RotaryPositionEncoding(PositionEncoding):
 
     @classmethod
     def problems(cls, config: ModelArchitectureConfig) -> list[str]:
-        offered = ATTENTION_REGISTRY[config.attention_type].rotary_dim(config)
-        turned = cls.turned_columns(config)
-        if turned > 0 and turned % 2 == 0:
+        rotary_dim = ATTENTION_REGISTRY[config.attention_type].rotary_dim(config)
+        rotated = cls.rotated_dims(config)
+        if rotated > 0 and rotated % 2 == 0:
             return []
         if config.rope_fraction < 1:
             return [
-                f'rope_fraction={config.rope_fraction:g} of a head of {offered} is {turned} '
+                f'rope_fraction={config.rope_fraction:g} of a head of {rotary_dim} is {rotated} '
                 f'column(s), and RoPE turns pairs: choose a fraction that gives an even number, '
-                f'such as {max(turned // 2 * 2, 2) / offered:g}.'
+                f'such as {max(rotated // 2 * 2, 2) / rotary_dim:g}.'
             ]
         return [
-            f"position_encoding='rope' turns pairs of columns, and a head of {offered} has an odd "
-            f'one left over: choose an even head size, by n_head (n_embd={config.n_embd} / '
+            f"position_encoding='rope' turns pairs of columns, and a head of {rotary_dim} has an "
+            f'odd one left over: choose an even head size, by n_head (n_embd={config.n_embd} / '
             f"n_head={config.n_head}) or by the attention's own option."
         ]
 
-    def prepare(self, q_positions: torch.Tensor, k_positions: torch.Tensor) -> Positions:
-        frequencies = rotary_frequencies(self.columns, self.config.rope_theta, q_positions.device)
-        angles = q_positions[:, None] * self.scaling.scaled(frequencies, self.config)  # (T, D/2)
+    def prepare(self, q_positions: torch.Tensor, k_positions: torch.Tensor) -> AttentionInputs:
+        # The angle of each position and pair, (T, rotated dims / 2)
+        frequencies = rotary_frequencies(self.num_dims, self.config.rope_theta, q_positions.device)
+        angles = q_positions[:, None] * self.scaling.scaled(frequencies, self.config)
         factor = self.scaling.attention_factor(self.config)
-        return Positions(rotation=(angles.cos() * factor, angles.sin() * factor))
+        return AttentionInputs(rotation=(angles.cos() * factor, angles.sin() * factor))
 
     @staticmethod
     def rotate(x: torch.Tensor, rotation: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        cos, sin = rotation
+        cos, sin = rotation  # (T, rotated dims / 2) each
         half = cos.size(-1)
-        first, second, still = x.float().tensor_split((half, 2 * half), dim=-1)
-        turned = (first * cos - second * sin, second * cos + first * sin, still)
-        return torch.cat(turned, dim=-1).to(x.dtype)
+        # Pairs are (i, i + half), in fp32; what is beyond 2 · half passes through.
+        first, second, passthrough = x.float().tensor_split((half, 2 * half), dim=-1)
+        rotated = (first * cos - second * sin, second * cos + first * sin, passthrough)
+        return torch.cat(rotated, dim=-1).to(x.dtype)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -364,11 +369,12 @@ class ALiBi(PositionEncoding):
 
     def __init__(self, config: ModelArchitectureConfig):
         super().__init__(config)
-        self.heads = config.n_head
+        self.num_heads = config.n_head
 
-    def prepare(self, q_positions: torch.Tensor, k_positions: torch.Tensor) -> Positions:
-        slopes = alibi_slopes(self.heads, q_positions.device)
-        return Positions(bias=slopes[:, None, None] * (k_positions - q_positions[:, None]))
+    def prepare(self, q_positions: torch.Tensor, k_positions: torch.Tensor) -> AttentionInputs:
+        slopes = alibi_slopes(self.num_heads, q_positions.device)
+        # -slope · (query's position - key's position), (H, Tq, Tk)
+        return AttentionInputs(bias=slopes[:, None, None] * (k_positions - q_positions[:, None]))
 
 
 def alibi_slopes(heads: int, device: torch.device) -> torch.Tensor:
@@ -414,14 +420,14 @@ class T5Relative(PositionEncoding):
             f'--t5_max_distance={4 * config.t5_buckets}.'
         ]
 
-    def prepare(self, q_positions: torch.Tensor, k_positions: torch.Tensor) -> Positions:
+    def prepare(self, q_positions: torch.Tensor, k_positions: torch.Tensor) -> AttentionInputs:
         distance = (q_positions[:, None] - k_positions).clamp(min=0)  # (T, T); the future is masked
-        return Positions(bias=self.table(self.bucket(distance)).movedim(-1, 0))
+        return AttentionInputs(bias=self.table(self.bucket(distance)).movedim(-1, 0))
 
     def bucket(self, distance: torch.Tensor) -> torch.Tensor:
         """The bucket of each distance, from 0."""
         buckets = self.table.num_embeddings
-        single = buckets // 2
-        growth = (distance.clamp(min=single) / single).log() / math.log(self.max_distance / single)
-        shared = single + (growth * (buckets - single)).long()
-        return torch.where(distance < single, distance, shared.clamp(max=buckets - 1))
+        exact = buckets // 2  # distances below have a bucket each, the rest grow logarithmically
+        growth = (distance.clamp(min=exact) / exact).log() / math.log(self.max_distance / exact)
+        shared = exact + (growth * (buckets - exact)).long()
+        return torch.where(distance < exact, distance, shared.clamp(max=buckets - 1))

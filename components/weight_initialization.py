@@ -5,20 +5,18 @@ Each is filled from a stream of its own, so that like-named ones of two architec
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 
 from common.errors import UserError
-from components.base import Component, Initial
+from components.base import Component, Fill, Initial
 from model_config import INITIALIZATION_REGISTRY
 
-Fill = Callable[[torch.Tensor, torch.Generator], None]
 
-
-class _Owned(NamedTuple):
+class _OwnedTensor(NamedTuple):
     """A parameter or buffer of a component: directly its own, or of a plain module inside."""
 
     name: str  # within the component
@@ -34,7 +32,7 @@ def initial_values(model: nn.Module) -> dict[str, Fill]:
     config = model.config
     initialization = INITIALIZATION_REGISTRY[config.initialization]
     named = [(n, module) for n, module in model.named_modules() if isinstance(module, Component)]
-    hidden, residual = _described_weights(module for _, module in named)
+    hidden, residual = _weight_roles(module for _, module in named)
 
     def normal(weight: torch.Tensor) -> Fill:
         std = initialization.std(config, id(weight) in hidden, id(weight) in residual)
@@ -45,55 +43,55 @@ def initial_values(model: nn.Module) -> dict[str, Fill]:
             )
         return Initial.normal(std)
 
-    rules: dict[str, Fill] = {}
+    fill_of: dict[str, Fill] = {}
     seen = set()
     for prefix, component in named:
-        owned = list(_owned(component))
-        given = _values_of(component, {entry.name for entry in owned})
+        owned = list(_owned_tensors(component))
+        fills = _declared_fills(component, {entry.name for entry in owned})
         for name, module, tensor in owned:
             if id(tensor) in seen:
                 continue
             seen.add(id(tensor))
             attribute, full_name = name.rpartition('.')[2], f'{prefix}.{name}'
-            if name in given:
-                rules[full_name] = _checked(component, name, given[name])
+            if name in fills:
+                fill_of[full_name] = _checked_fill(component, name, fills[name])
             elif id(tensor) in hidden or (
                 isinstance(module, (nn.Linear, nn.Embedding)) and attribute == 'weight'
             ):
-                rules[full_name] = normal(tensor)
+                fill_of[full_name] = normal(tensor)
             elif isinstance(module, nn.Linear) and attribute == 'bias':
-                rules[full_name] = Initial.zeros
+                fill_of[full_name] = Initial.zeros
             else:
                 raise UserError(
                     f'{full_name} is not initialized: {type(component).__name__}.initial_values() '
                     f'must return an entry for {name!r}, a function (tensor, generator) such as '
                     f'Initial.zeros or Initial.constant(1.0).'
                 )
-    return rules
+    return fill_of
 
 
-def _owned(module: nn.Module, at: str = '') -> Iterator[_Owned]:
+def _owned_tensors(module: nn.Module, prefix: str = '') -> Iterator[_OwnedTensor]:
     """What a component has to initialize: all but what components inside it have."""
     for name, tensor in (
         *module.named_parameters(recurse=False),
         *module.named_buffers(recurse=False),
     ):
-        yield _Owned(at + name, module, tensor)
+        yield _OwnedTensor(prefix + name, module, tensor)
     for name, child in module.named_children():
         if not isinstance(child, Component):
-            yield from _owned(child, f'{at}{name}.')
+            yield from _owned_tensors(child, f'{prefix}{name}.')
 
 
-def _values_of(component: nn.Module, names: set[str]) -> dict[str, Fill]:
+def _declared_fills(component: nn.Module, names: set[str]) -> dict[str, Fill]:
     """What the component's `initial_values()` returns. Raises UserError."""
     method = f'{type(component).__name__}.initial_values()'
-    given = component.initial_values()
-    if not isinstance(given, dict) or not all(callable(fill) for fill in given.values()):
+    fills = component.initial_values()
+    if not isinstance(fills, dict) or not all(callable(fill) for fill in fills.values()):
         raise UserError(
             f'{method} must return a dict, name -> function (tensor, generator), such as '
-            f"{{'scale': Initial.ones}}, and returned {given!r}."
+            f"{{'scale': Initial.ones}}, and returned {fills!r}."
         )
-    for name in given.keys() - names:
+    for name in fills.keys() - names:
         if getattr(component, name, component) is None:  # a parameter that was left out
             continue
         owned = ', '.join(map(repr, sorted(names))) or 'none'
@@ -101,14 +99,14 @@ def _values_of(component: nn.Module, names: set[str]) -> dict[str, Fill]:
             f'{method} names {name!r}, which is no parameter or buffer of '
             f'{type(component).__name__}. Its own: {owned}.'
         )
-    return given
+    return fills
 
 
-def _checked(component: nn.Module, name: str, fill: Fill) -> Fill:
+def _checked_fill(component: nn.Module, name: str, fill: Fill) -> Fill:
     """`fill`, with a UserError where it fails or leaves a value that is not finite."""
     what = f'{type(component).__name__}.initial_values()[{name!r}]'
 
-    def checked(tensor: torch.Tensor, generator: torch.Generator) -> None:
+    def fill_and_check(tensor: torch.Tensor, generator: torch.Generator) -> None:
         try:
             fill(tensor, generator)
         except Exception as error:
@@ -119,15 +117,15 @@ def _checked(component: nn.Module, name: str, fill: Fill) -> Fill:
         if not tensor.isfinite().all():
             raise UserError(f'{what} leaves values in the tensor that are not finite.')
 
-    return checked
+    return fill_and_check
 
 
-def _described_weights(components: Iterator[nn.Module]) -> tuple[set[int], set[int]]:
+def _weight_roles(components: Iterator[nn.Module]) -> tuple[set[int], set[int]]:
     """The ids of hidden matrices, and of what writes into the residual stream. Raises UserError."""
     hidden, residual = set(), set()
     for component in components:
         name, matrices = type(component).__name__, component.matrices()
-        for weight, rows in _items(matrices, f'{name}.matrices()'):
+        for weight, rows in _checked_matrices(matrices, f'{name}.matrices()'):
             if sum(rows) != weight.shape[-2]:
                 raise UserError(
                     f'{name}.matrices(): the rows {rows} do not add up to those of a parameter '
@@ -144,7 +142,9 @@ def _described_weights(components: Iterator[nn.Module]) -> tuple[set[int], set[i
     return hidden, residual
 
 
-def _items(matrices: object, method: str) -> Iterator[tuple[nn.Parameter, tuple[int, ...]]]:
+def _checked_matrices(
+    matrices: object, method: str
+) -> Iterator[tuple[nn.Parameter, tuple[int, ...]]]:
     for weight, rows in matrices.items() if isinstance(matrices, dict) else [(matrices, None)]:
         if not isinstance(weight, nn.Parameter) or weight.dim() < 2 or not isinstance(rows, tuple):
             raise UserError(

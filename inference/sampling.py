@@ -1,6 +1,6 @@
 """Which token comes next, what text the tokens make as they come, and a run's own sample.
 
-`Sampler` is what `model_builder.generate` asks for each token.
+`Sampler` is what `inference.generate.generate` asks for each token.
 """
 
 import math
@@ -14,7 +14,8 @@ from common.errors import UserError
 from components.weight_initialization import name_seed
 from data.dataset import TokenDataset
 from data.tokenizer import REPLACEMENT, Tokenizer
-from model_builder import Transformer, generate
+from inference.generate import generate
+from model_builder import Transformer
 
 TEMPERATURE, TOP_K = 0.8, 200  # unless somebody asks for others
 

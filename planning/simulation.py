@@ -298,7 +298,7 @@ def gpu_kernels() -> Iterator[None]:
     The functions of `torch.nn.functional` are replaced: a mode that intercepts them is not in force
     while the backward pass recomputes a block.
     """
-    changes = [(vars(F), STAND_INS), (vars(cpu_attention), {'serves': lambda q, k: False})]
+    changes = [(vars(F), STAND_INS), (vars(cpu_attention), {'supports': lambda q, k: False})]
     changes += [
         (sizes, {'cpu': sizes['cuda']})
         for sizes in (loss_module.CHUNK_BYTES, loss_module.SCRATCH_BYTES)

@@ -11,11 +11,11 @@ from helpers import transformers_models as reference
 from helpers.architectures import covering, gradients, label, lively, some_tokens, tiny
 
 from common.errors import UserError
+from inference.generate import generate
 from inference.sampling import Sampler
 from model_builder import (
     build_model,
     count_parameters,
-    generate,
     parameter_groups,
     training_flops,
 )

@@ -10,9 +10,9 @@ from helpers.architectures import gradients, lively, some_tokens, tiny
 from common.errors import UserError
 from model_builder import build_model
 from model_components import (
-    AttentionNeeds,
+    AttentionInputs,
+    AttentionSpec,
     PositionEncoding,
-    Positions,
 )
 from model_config import (
     ACTIVATION_REGISTRY,
@@ -41,7 +41,7 @@ class LearnedAlibi(PositionEncoding):
 
     def prepare(self, q_positions, k_positions):
         distance = k_positions - q_positions[:, None]  # (T, T), negative in the past
-        return Positions(bias=self.slopes[:, None, None] * distance)
+        return AttentionInputs(bias=self.slopes[:, None, None] * distance)
 
 
 @pytest.fixture
@@ -91,7 +91,7 @@ def test_a_backend_is_attention_as_written_in_the_paper(backend, kv_heads, bias_
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, h, 5, 8, generator=generator) for h in (4, kv_heads, kv_heads))
     bias = torch.randn(bias_heads, 5, 5, generator=generator) if bias_heads else None
-    needs, positions = AttentionNeeds(8**-0.5, bias=bias is not None), torch.arange(5)
+    needs, positions = AttentionSpec(8**-0.5, bias=bias is not None), torch.arange(5)
     backend = ATTENTION_BACKEND_REGISTRY[backend]
     y = backend.attend(q, k, v, backend.mask(needs, bias, positions, positions), needs, 0.0)
     torch.testing.assert_close(y, attention_written_as_a_loop(q, k, v, bias).float())

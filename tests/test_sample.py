@@ -24,8 +24,8 @@ from common.console_output import visible
 from common.errors import UserError, run_script
 from data.gpt2_vocabulary import byte_characters
 from data.tokenizer import Tokenizer
+from inference.generate import generate
 from inference.sampling import OwnSample, Sampler
-from model_builder import generate
 from training import checkpointing, resumption
 
 LETTERS = 'abcdefé😀\n '

@@ -14,7 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from model_builder import ParameterGroup, Transformer
-from model_components import IGNORED, documents_of
+from model_components import IGNORED, locate_documents
 from optim.optimizers import local
 from parallel.process_group import Alone
 from parallel.strategies import SingleProcess
@@ -74,17 +74,17 @@ def _probed_attention(
     """Append the largest |scale · q kᵀ| of each block's attention, before caps and biases."""
     elsewhere: torch.Tensor | bool = False  # in another document
     if model.end_of_text is not None:
-        numbers = documents_of(tokens, model.end_of_text).numbers[:, None, None]
+        numbers = locate_documents(tokens, model.end_of_text).ids[:, None, None]
         elsewhere = numbers[..., None] != numbers[..., None, :]  # (B, 1, 1, T, T)
 
     def probe(attend):
-        def probed(q, k, v, mask, needs, dropout):
+        def probed(q, k, v, mask, spec, dropout):
             grouped = q.detach().unflatten(1, (k.size(1), -1))  # (B, KV heads, group, T, D)
             scores = grouped.float() @ k.detach().float()[:, :, None].transpose(-2, -1)
             positions = torch.arange(q.size(2), device=q.device)
-            hidden = ~needs.visible(positions[:, None], positions)
-            logits.append(scores.abs().masked_fill(hidden | elsewhere, 0.0).max() * needs.scale)
-            return attend(q, k, v, mask, needs, dropout)
+            hidden = ~spec.is_visible(positions[:, None], positions)
+            logits.append(scores.abs().masked_fill(hidden | elsewhere, 0.0).max() * spec.scale)
+            return attend(q, k, v, mask, spec, dropout)
 
         return probed
 

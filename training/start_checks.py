@@ -18,8 +18,9 @@ from torch.distributed.tensor import DTensor
 
 from common import hardware
 from common.errors import UserError
-from components.checks import Call, check_form, label, observed, registered_class
-from model_builder import Transformer, eager_blocks, flops_notes
+from components.checks import Call, check_form, label, observe_calls, registered_class
+from inference.generate import eager_blocks
+from model_builder import Transformer, flops_notes
 from model_components import PositionEncoding
 from model_config import ATTENTION_REGISTRY, POSITION_ENCODING_REGISTRY
 
@@ -137,7 +138,7 @@ class _Runs:
         torch.manual_seed(0)
         if see is None:
             return self.model(tokens)
-        with observed(self.model, see):
+        with observe_calls(self.model, see):
             return self.model(tokens)
 
     def base(self, tokens: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
@@ -225,7 +226,7 @@ class _Runs:
         if all(getattr(encoding, hook) is getattr(PositionEncoding, hook) for hook in hooks):
             return []
         length = min(SHORT, config.block_size)
-        reach = min([length, *filter(None, (b.attention.layer_needs.window for b in model.blocks))])
+        reach = min([length, *filter(None, (b.attention.spec.window for b in model.blocks))])
         if reach < 2:
             return []
         tokens = _probe(model, length, self.device).tokens[:, :reach]
@@ -314,14 +315,16 @@ def _without_head(model: Transformer) -> Iterator[None]:
 @contextmanager
 def _without_positions(model: Transformer) -> Iterator[None]:
     """Let all positions be 0."""
-    prepare, encoding = type(model).prepare, model.position_encoding
-    model.prepare = lambda positions, *rest: prepare(model, torch.zeros_like(positions), *rest)
+    attention_inputs, encoding = type(model).attention_inputs, model.position_encoding
+    model.attention_inputs = lambda pos, *rest: attention_inputs(
+        model, torch.zeros_like(pos), *rest
+    )
     embed = type(encoding).embed
     encoding.embed = lambda x, places: embed(encoding, x, torch.zeros_like(places))
     try:
         yield
     finally:
-        del model.prepare, encoding.embed
+        del model.attention_inputs, encoding.embed
 
 
 @contextmanager

@@ -80,10 +80,10 @@ def test_other_text_is_refused_with_key_value_and_what_is_allowed(option, text):
 )
 def test_an_option_has_a_use_with_what_it_requires(needed, useful, useless):
     option = Option(int, 3, 'A number', requires=('other', needed))
-    assert all(option.has_use({'other': value}) for value in useful)
-    assert not any(option.has_use({'other': value}) for value in useless)
+    assert all(option.is_active({'other': value}) for value in useful)
+    assert not any(option.is_active({'other': value}) for value in useless)
     assert option == Option(int, 3, 'A number', requires=('other', needed))
-    assert COUNT.has_use({})
+    assert COUNT.is_active({})
 
 
 @pytest.mark.parametrize(

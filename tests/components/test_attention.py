@@ -9,9 +9,10 @@ import torch
 from helpers.architectures import gradients, lively, some_tokens, tiny
 from torch.utils.flop_counter import FlopCounterMode
 
-from components.attention_backends import AttentionNeeds
+from components.attention_backends import AttentionSpec
+from inference.generate import generate
 from inference.sampling import Sampler
-from model_builder import build_model, generate, recompute, training_flops
+from model_builder import build_model, recompute, training_flops
 from model_config import ATTENTION_BACKEND_REGISTRY, ATTENTION_REGISTRY
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -53,7 +54,7 @@ def test_every_backend_is_the_plain_loop_for_all_that_it_accepts(backend, window
         k = torch.randn(2, kv_heads, 6, 8, generator=generator)
         v = torch.randn(2, kv_heads, 6, v_width, generator=generator)
         bias = torch.randn(bias_heads, queries, 6, generator=generator) if bias_heads else None
-        needs = AttentionNeeds(0.4, bias is not None, softcap=softcap, window=window)
+        needs = AttentionSpec(0.4, bias is not None, softcap=softcap, window=window)
         positions = torch.arange(6)
         mask = backend.mask(needs, bias, positions[6 - queries :], positions)
         y = backend.attend(q, k, v, mask, needs, 0.0)
@@ -212,7 +213,7 @@ def test_the_attention_of_transformers(name, fields, values, backend):
     )
     attention, their_config = theirs(name, **fields)
     model = build_model(config, 'cpu')
-    placed = model.prepare(torch.arange(6))
+    placed = model.attention_inputs(torch.arange(6))
     for layer, block in enumerate(model.blocks):
         pattern = values.get('attention_pattern', 'L')
         local = pattern[layer % len(pattern)] == 'L'
@@ -270,7 +271,7 @@ def test_the_latent_attention_of_transformers(q_rank, bias, backend):
     model = build_model(config, 'cpu')
     compare(
         model.blocks[0].attention,
-        model.prepare(torch.arange(6))[0],
+        model.attention_inputs(torch.arange(6))[0],
         randomised(attention(their_config, 0)),
         rope(4),
         None,
@@ -296,7 +297,7 @@ def test_layers_of_a_kind_share_one_mask(monkeypatch):
     monkeypatch.setattr(backend, 'mask', lambda *given: made.append(original(*given)) or made[-1])
     values = {'n_layer': 8, 'sliding_window': 2, 'attention_pattern': 'LLLG'}
     model = build_model(tiny(**values, attention_backend='manual'), 'cpu')
-    placed = model.prepare(torch.arange(6))
+    placed = model.attention_inputs(torch.arange(6))
     assert len(made) == 2
     windows = [(p.mask > -1).sum(-1).max().item() for p in placed]
     assert windows == [2, 2, 2, 6, 2, 2, 2, 6]
@@ -331,7 +332,7 @@ def test_flops_are_what_a_dense_product_computes_and_what_is_seen(window):
     places = torch.arange(length)
     seen = 0.0
     for block in build_model(config).blocks:
-        needs = block.attention.layer_needs
+        needs = block.attention.spec
         pairs = needs.visible(places[:, None], places).sum().item()
         seen += pairs - min(needs.window or length, length) / 2
     per_pair = 3 * 2 * (6 + 6) * config.n_head

@@ -15,7 +15,7 @@ from common.errors import UserError, run_script
 from components.faults import explain, is_foreign
 from components.weight_initialization import name_seed
 from model_builder import build_model, check_calls, parameter_groups
-from model_components import Activation, Auxiliary, Initial, Positions
+from model_components import Activation, AttentionInputs, AuxOutput, Initial
 from model_config import (
     ACTIVATION_REGISTRY,
     ATTENTION_REGISTRY,
@@ -51,7 +51,7 @@ def own_registries(monkeypatch):
 
 # --- What methods return --------------------------------------------------------------------------
 
-AUXILIARY = Auxiliary(0.0, {})
+AUXILIARY = AuxOutput(0.0, {})
 
 
 @pytest.mark.parametrize(
@@ -76,14 +76,14 @@ AUXILIARY = Auxiliary(0.0, {})
             FFN_REGISTRY,
             'standard',
             'forward',
-            lambda self, x: (x, Auxiliary(x, {})),
+            lambda self, x: (x, AuxOutput(x, {})),
             'a number as its loss',
         ),
         (
             FFN_REGISTRY,
             'standard',
             'forward',
-            lambda self, x: (x, Auxiliary(0.0, {'a': 1.0})),
+            lambda self, x: (x, AuxOutput(0.0, {'a': 1.0})),
             'a dict of tensors',
         ),
         (NORM_POSITION_REGISTRY, 'pre', 'forward', lambda self, x, positions: x, 'alone'),
@@ -93,7 +93,7 @@ AUXILIARY = Auxiliary(0.0, {})
             POSITION_ENCODING_REGISTRY,
             'alibi',
             'prepare',
-            lambda self, q, k: Positions(bias=torch.zeros(len(q), len(k))),
+            lambda self, q, k: AttentionInputs(bias=torch.zeros(len(q), len(k))),
             'a bias (heads or 1, 6, 6)',
         ),
         (
@@ -216,7 +216,7 @@ def test_a_buffer_or_an_inner_parameter_that_nothing_fills_is_named():
             ATTENTION_REGISTRY,
             'standard',
             {'__init__': lambda self, config, layer: nn.Module.__init__(self)},
-            'must call super().__init__(config, layer), or set self.layer_needs',
+            'must call super().__init__(config, layer), or set self.spec',
         ),
         (
             NORM_POSITION_REGISTRY,

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from components import cpu_attention as module
-from components.attention_backends import AttentionNeeds, ManualAttention, ScaledDotProductAttention
+from components.attention_backends import AttentionSpec, ManualAttention, ScaledDotProductAttention
 
 SCALE = 0.3
 
@@ -67,7 +67,7 @@ def test_sdpa_takes_it_under_autocast_and_shares_keys(kv_heads, monkeypatch):
     real = module.blocked_attention
     monkeypatch.setattr(module, 'blocked_attention', lambda *a: served.append(1) or real(*a))
     tensors, upstream = inputs(20, heads=4, kv_heads=kv_heads)
-    needs = AttentionNeeds(scale=SCALE)
+    needs = AttentionSpec(scale=SCALE)
     mask = torch.zeros(20, 20).masked_fill(torch.ones(20, 20).triu(1).bool(), -torch.inf)
     with torch.autocast('cpu', torch.bfloat16):
         expected = ManualAttention.attend(*tensors, mask, needs, 0.0)

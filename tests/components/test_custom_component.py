@@ -10,7 +10,7 @@ CONFIG = '''
 import torch
 import torch.nn.functional as F
 
-from model_components import Norm, Positions, PositionEncoding
+from model_components import Norm, AttentionInputs, PositionEncoding
 from model_config import NORM_REGISTRY, POSITION_ENCODING_REGISTRY
 from common.registry import Option, above
 
@@ -50,7 +50,7 @@ class Slopes(PositionEncoding):
         heads = torch.arange(1, self.n_head + 1, device=q_positions.device)
         slopes = 2.0 ** (-8.0 * heads / self.n_head)
         distance = (q_positions[:, None] - k_positions[None, :]).float()
-        return Positions(bias=-slopes[:, None, None] * distance)
+        return AttentionInputs(bias=-slopes[:, None, None] * distance)
 
 
 arch_preset = 'llama'

@@ -11,7 +11,7 @@ from helpers.in_process import train_here
 from hypothesis import given, settings
 
 from common.errors import UserError
-from components.document_mask import documents_of
+from components.document_mask import locate_documents
 from configurator import read_command_line
 from data.dataset import load_dataset
 from model_builder import build_model
@@ -33,7 +33,7 @@ def documents(row):
 
 
 def test_each_token_has_the_number_of_its_document_and_its_place_there():
-    numbers, places = documents_of(TOKENS, END)
+    numbers, places = locate_documents(TOKENS, END)
     for row, its_numbers, its_places in zip(TOKENS, numbers.tolist(), places.tolist()):
         expected = [
             (n, t - begin)

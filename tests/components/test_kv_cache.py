@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from helpers.architectures import covering, label, lively, some_tokens, tiny
 
 from components.kv_cache import LayerCache
-from model_builder import generate
+from inference.generate import generate
 from model_components import Attention, LatentAttention, MultiHeadAttention
 from model_config import ATTENTION_REGISTRY, PRESETS, ModelArchitectureConfig
 

@@ -89,7 +89,7 @@ def mixed(pick: Callable[[Sequence], object], **fixed) -> dict:
 
     def add(options: dict[str, Option]) -> None:
         for key, option in options.items():
-            if key in SIZES or key in chosen or not option.has_use(chosen):
+            if key in SIZES or key in chosen or not option.is_active(chosen):
                 continue
             chosen[key] = fixed[key] if key in fixed else pick(values_of(key, option))
             if isinstance(option.choices, Registry):

@@ -29,7 +29,7 @@ EVERY_MODEL = pytest.mark.parametrize(
 def unrolled(model, tokens):
     """(streams that leave the blocks, each block's scaled causal scores, logits), by hand."""
     positions = torch.arange(tokens.size(1))
-    prepared = model.prepare(positions)
+    prepared = model.attention_inputs(positions)
     x = model.position_encoding.embed(model.token_embedding(tokens), positions)
     streams, scores = [], []
     for block, placed in zip(model.blocks, prepared):

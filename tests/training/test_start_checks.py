@@ -12,7 +12,7 @@ from torch import nn
 from common.errors import UserError
 from components.attention import MultiHeadAttention
 from model_builder import build_model, flops_notes
-from model_components import Activation, Attention, Auxiliary, FeedForward, Initial, Norm
+from model_components import Activation, Attention, AuxOutput, FeedForward, Initial, Norm
 from model_config import (
     ACTIVATION_REGISTRY,
     ATTENTION_BACKEND_REGISTRY,
@@ -207,7 +207,7 @@ def test_a_choice_among_all_tokens_by_an_expert_is_seen(register):
 
         def forward(self, x):
             score = self.score(x)
-            return self.down(x) * (score > score.median()), Auxiliary(0.0, {})
+            return self.down(x) * (score > score.median()), AuxOutput(0.0, {})
 
     register(FFN_REGISTRY, 'expert_choice', ExpertChoice)
     with pytest.raises(

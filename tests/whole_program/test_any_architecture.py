@@ -163,7 +163,7 @@ def test_blocks_are_one_graph_each_kind_and_compute_the_same(chosen):
     for block in model.blocks:
         block.compile(fullgraph=True, backend=count)
     torch.testing.assert_close(model(tokens), expected)
-    kinds = {(type(block.ffn), block.attention.layer_needs) for block in model.blocks}
+    kinds = {(type(block.ffn), block.attention.spec) for block in model.blocks}
     assert len(graphs) <= len(kinds)
     torch.compiler.reset()
 

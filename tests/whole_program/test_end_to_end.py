@@ -10,8 +10,9 @@ from helpers.project import PROJECT
 
 from common.console_output import visible
 from data.tokenizer import Tokenizer
+from inference.generate import generate
 from inference.sampling import Sampler
-from model_builder import build_model, generate
+from model_builder import build_model
 from model_config import ModelArchitectureConfig
 from training import checkpointing
 

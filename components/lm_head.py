@@ -1,30 +1,14 @@
-"""Both ends of the transformer: tokens in, logits and loss out."""
+"""The output head: hidden states to logits, and to the loss."""
 
-import math
 from typing import ClassVar
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from components.base import Auxiliary, Component, matmul_dtype
+from components.base import AuxOutput, Component, matmul_dtype
 from components.linear_cross_entropy import linear_cross_entropy
 from model_config import INITIALIZATION_REGISTRY, ModelArchitectureConfig
-
-
-class TokenEmbedding(Component, nn.Embedding):
-    """(B, T) tokens -> (B, T, C); times √C with `scale_embeddings` (Vaswani et al. 2017)."""
-
-    part = 'token_embedding'
-
-    def __init__(self, config: ModelArchitectureConfig):
-        super().__init__(config.vocab_size, config.n_embd)
-        self.scale = math.sqrt(config.n_embd) if config.scale_embeddings else None
-
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        x = super().forward(tokens)
-        return x if self.scale is None else x * self.scale
-
 
 IGNORED = -100  # a target that does not count, as in torch's cross-entropy
 FEW_ROWS = 8
@@ -34,7 +18,7 @@ class OutputHead(Component, nn.Module):
     """Hidden states to logits, and to the loss: one place for all that concerns it."""
 
     part = 'output_head'
-    readings: ClassVar = ('z_loss',)  # the names of what it tells, without weight, if it does
+    metric_names: ClassVar = ('z_loss',)  # of its AuxOutput, without weight, where there is one
 
     def __init__(self, config: ModelArchitectureConfig):
         super().__init__()
@@ -45,7 +29,7 @@ class OutputHead(Component, nn.Module):
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """(B, T, C) -> (B, T, V); with `logit_softcap` c: c · tanh(logits / c), in fp32, so none is
         larger (Gemma Team 2024)."""
-        logits = self.project(self.scaled(hidden))
+        logits = self.project(self.scale_hidden(hidden))
         if self.softcap is None:
             return logits
         return self.softcap * torch.tanh(logits.float() / self.softcap)
@@ -65,12 +49,12 @@ class OutputHead(Component, nn.Module):
         at_least_two = hidden.reshape(rows, -1).repeat(2 if rows == 1 else 1, 1)
         return (weight @ at_least_two.T)[:, :rows].T.contiguous().view(*hidden.shape[:-1], -1)
 
-    def scaled(self, hidden: torch.Tensor) -> torch.Tensor:
+    def scale_hidden(self, hidden: torch.Tensor) -> torch.Tensor:
         return hidden if self.scale == 1 else hidden * self.scale
 
     def forward(
         self, hidden: torch.Tensor, targets: torch.Tensor | None = None
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor, Auxiliary]:
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor, AuxOutput]:
         """hidden (B, T, C) -> logits (B, T, V); with targets (B, T): the loss in nats, summed over
         the targets that are not -100, in fp32, their number, and the auxiliary loss.
 
@@ -83,16 +67,16 @@ class OutputHead(Component, nn.Module):
         counted = targets != IGNORED
         count = counted.sum()
         if self.z_loss == 0:
-            scaled = self.scaled(hidden).flatten(0, 1)
+            scaled = self.scale_hidden(hidden).flatten(0, 1)
             weight = self.projection.weight
             loss = linear_cross_entropy(scaled, weight, targets, self.softcap, IGNORED)
-            return loss, count, Auxiliary(0.0, {})
+            return loss, count, AuxOutput(0.0, {})
         # What the two losses weigh against each other is not known here, so all logits are kept.
         logits = self.logits(hidden).flatten(0, 1).float()
         loss = F.cross_entropy(logits, targets, reduction='sum')
         squares = logits.logsumexp(dim=-1).square().where(counted, 0.0)
         z_loss = squares.sum() / count.clamp(min=1)
-        return loss, count, Auxiliary(self.z_loss * z_loss, {'z_loss': z_loss.detach()})
+        return loss, count, AuxOutput(self.z_loss * z_loss, {'z_loss': z_loss.detach()})
 
     def matrices(self) -> dict[nn.Parameter, tuple[int, ...]]:
-        return {}  # its rows are tokens, as in the table
+        return {}  # its rows are tokens, as in the embedding

@@ -1,0 +1,23 @@
+"""The token embedding: where tokens enter the model."""
+
+import math
+
+import torch
+import torch.nn as nn
+
+from components.base import Component
+from model_config import ModelArchitectureConfig
+
+
+class TokenEmbedding(Component, nn.Embedding):
+    """(B, T) tokens -> (B, T, C); times √C with `scale_embeddings` (Vaswani et al. 2017)."""
+
+    part = 'token_embedding'
+
+    def __init__(self, config: ModelArchitectureConfig):
+        super().__init__(config.vocab_size, config.n_embd)
+        self.scale = math.sqrt(config.n_embd) if config.scale_embeddings else None
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = super().forward(tokens)
+        return x if self.scale is None else x * self.scale
