@@ -97,7 +97,7 @@ def check_built(model: nn.Module) -> None:
 
 @contextmanager
 def observe_calls(model: nn.Module, on_call: Callable[[Call], None]) -> Iterator[None]:
-    """Hand each call of a component's method to `on_call` once it has returned, inner ones first."""
+    """Hand each call of a component's method to `on_call` once it has returned, inner first."""
     with _observed_methods(model, on_call):
         handles = []
         for module in model.modules():

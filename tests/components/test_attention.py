@@ -333,7 +333,7 @@ def test_flops_are_what_a_dense_product_computes_and_what_is_seen(window):
     seen = 0.0
     for block in build_model(config).blocks:
         needs = block.attention.spec
-        pairs = needs.visible(places[:, None], places).sum().item()
+        pairs = needs.is_visible(places[:, None], places).sum().item()
         seen += pairs - min(needs.window or length, length) / 2
     per_pair = 3 * 2 * (6 + 6) * config.n_head
     assert flops['breakdown_causal']['attention_scores'] * length == pytest.approx(per_pair * seen)

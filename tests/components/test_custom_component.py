@@ -10,9 +10,8 @@ CONFIG = '''
 import torch
 import torch.nn.functional as F
 
-from model_components import Norm, AttentionInputs, PositionEncoding
-from model_config import NORM_REGISTRY, POSITION_ENCODING_REGISTRY
-from common.registry import Option, above
+from model_components import NORM_REGISTRY, POSITION_ENCODING_REGISTRY, AttentionInputs
+from model_components import Norm, Option, PositionEncoding, above
 
 
 @NORM_REGISTRY.register('power_norm', source='made up')

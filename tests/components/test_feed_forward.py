@@ -41,7 +41,7 @@ def test_output_and_gradients_are_those_without_recomputation(ffn_type, noisy):
         ffn.activation = Noisy()
     first = ffn.up if ffn_type == 'standard' else ffn.gate_up
     torch.manual_seed(1)
-    plain = ffn.down(ffn.inside(first(x)))
+    plain = ffn.down(ffn.nonlinearity(first(x)))
     expected = gradients(ffn, plain, x)
     torch.manual_seed(1)
     found, _ = ffn(x)
@@ -54,15 +54,15 @@ def test_output_and_gradients_are_those_without_recomputation(ffn_type, noisy):
 @pytest.mark.parametrize('ffn_type', DENSE)
 def test_what_is_inside_is_not_kept(ffn_type, monkeypatch):
     ffn, x = network(ffn_type), torch.randn(2, 5, 16, requires_grad=True)
-    made, products, inside = [], [], ffn.inside
+    made, products, nonlinearity = [], [], ffn.nonlinearity
     ffn.down.register_forward_hook(lambda *_: products.append(1))
 
-    def watched(wide):
-        result = inside(wide)
+    def watched(hidden):
+        result = nonlinearity(hidden)
         made.append(weakref.ref(result.untyped_storage()))
         return result
 
-    monkeypatch.setattr(ffn, 'inside', watched)
+    monkeypatch.setattr(ffn, 'nonlinearity', watched)
     output, _ = ffn(x)
     assert [storage() for storage in made] == [None]
     gradients(ffn, output, x)

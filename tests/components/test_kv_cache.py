@@ -34,7 +34,7 @@ def test_what_is_seen_is_all_that_was_ever_handed_over_or_its_end(capacity, seed
         assert len(set(places.tolist())) == len(places) and places.max() == end - 1
         assert set(range(max(0, start - capacity + 1), end)) <= set(places.tolist())
         assert len(places) <= max(capacity, capacity + end - start)
-        memory.add(tuple(kept.data_ptr() for kept in cache.kept))
+        memory.add(tuple(tensor.data_ptr() for tensor in cache.tensors))
         assert cache.nbytes == 2 * 3 * capacity * (4 + 2) * 4
     assert len(memory) == 1
 

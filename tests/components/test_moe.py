@@ -57,7 +57,7 @@ def mixtral(ours):
             hidden_size=16,
             intermediate_size=24,
             num_local_experts=ours.num_experts,
-            num_experts_per_tok=ours.chosen,
+            num_experts_per_tok=ours.experts_per_token,
         )
     )
 
@@ -72,7 +72,7 @@ def deepseek_v2(ours):
             num_attention_heads=2,
             moe_intermediate_size=24,
             n_routed_experts=ours.num_experts,
-            num_experts_per_tok=ours.chosen,
+            num_experts_per_tok=ours.experts_per_token,
             n_shared_experts=2,
             topk_method='greedy',
             routed_scaling_factor=1.7,
@@ -89,7 +89,7 @@ def deepseek_v3(ours):
             hidden_size=16,
             moe_intermediate_size=24,
             n_routed_experts=ours.num_experts,
-            num_experts_per_tok=ours.chosen,
+            num_experts_per_tok=ours.experts_per_token,
             n_shared_experts=2,
             n_group=1,
             topk_group=1,
@@ -230,7 +230,7 @@ def test_an_expert_that_no_token_reaches_has_a_gradient_of_zero():
     ours = mixture(num_experts=8, experts_per_token=1, router_normalize=False)
     x = some_input(rows=1)  # three tokens
     _, grads, _ = output_and_gradients(ours, x)
-    idle = ours(x)[1].readings['expert_load'] == 0
+    idle = ours(x)[1].metrics['expert_load'] == 0
     assert 5 <= idle.sum() < 8
     for name in ('experts.gate_up.weight', 'experts.down.weight'):
         sizes = grads[name].abs().amax(dim=(1, 2))
@@ -325,13 +325,13 @@ def test_biases_of_experts_do_not_decay():
 
 def test_under_autocast_the_router_and_its_losses_stay_in_single_precision():
     ours, x = mixture(shared_experts=1, router_z_loss=0.1), some_input()
-    y, auxiliary = ours(x)
+    y, aux = ours(x)
     with torch.autocast('cpu', dtype=torch.bfloat16):
-        short, short_auxiliary = ours(x)
-    assert short.dtype == torch.bfloat16 and auxiliary.loss.dtype == torch.float32
-    assert torch.equal(auxiliary.loss, short_auxiliary.loss)
-    for name, reading in auxiliary.readings.items():
-        assert torch.equal(reading, short_auxiliary.readings[name]) and not reading.requires_grad
+        short, short_aux = ours(x)
+    assert short.dtype == torch.bfloat16 and aux.loss.dtype == torch.float32
+    assert torch.equal(aux.loss, short_aux.loss)
+    for name, metric in aux.metrics.items():
+        assert torch.equal(metric, short_aux.metrics[name]) and not metric.requires_grad
     error = torch.linalg.norm(short.float() - y) / torch.linalg.norm(y)
     assert 0 < error < 0.02
 
@@ -339,10 +339,10 @@ def test_under_autocast_the_router_and_its_losses_stay_in_single_precision():
 def test_it_runs_on_the_meta_device_forwards_and_backwards():
     model = build_model(tiny(**MOE, **SHARED))
     tokens = torch.empty((3, 6), dtype=torch.long, device='meta')
-    loss, _, auxiliary = model(tokens, tokens)
-    (loss + auxiliary.loss).backward()
+    loss, _, aux = model(tokens, tokens)
+    (loss + aux.loss).backward()
     assert all(p.grad.shape == p.shape for p in model.parameters())
-    assert {name: r.shape for name, r in auxiliary.readings.items()} == {
+    assert {name: r.shape for name, r in aux.metrics.items()} == {
         'expert_load': (2, 5),
         'load_balance_loss': (2,),
         'router_z_loss': (2,),
@@ -350,9 +350,9 @@ def test_it_runs_on_the_meta_device_forwards_and_backwards():
 
 
 def results(model, tokens):
-    loss, count, auxiliary = model(tokens, tokens.roll(-1, dims=1))
-    (loss / count + auxiliary.loss).backward()
-    return loss.detach(), auxiliary.loss.detach(), auxiliary.readings, gradients(model)
+    loss, count, aux = model(tokens, tokens.roll(-1, dims=1))
+    (loss / count + aux.loss).backward()
+    return loss.detach(), aux.loss.detach(), aux.metrics, gradients(model)
 
 
 def test_blocks_compile_whole_and_make_one_graph_of_each_kind():
@@ -456,15 +456,15 @@ TRAINED = {
 @pytest.fixture(scope='module')
 def trained(tiny_dataset, tmp_path_factory):
     """A run of five updates, and the router logits of each of its training passes."""
-    kept, auxiliary = [], MixtureOfExperts.auxiliary
+    kept, aux_output = [], MixtureOfExperts.aux_output
 
     def seen(self, logits, *others):
         if self.training and torch.is_grad_enabled():  # not in the check at start
             kept.append(logits.detach())
-        return auxiliary(self, logits, *others)
+        return aux_output(self, logits, *others)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(MixtureOfExperts, 'auxiliary', seen)
+        patch.setattr(MixtureOfExperts, 'aux_output', seen)
         run = train_here(tiny_dataset, tmp_path_factory.mktemp('moe'), **TRAINED)
     return run, kept
 

@@ -371,7 +371,7 @@ def test_one_layer_that_uses_positions_suffices(register):
                 for part in self.qkv(x).chunk(3, dim=-1)
             )
             q, k = (self.rotate(each, positions.rotation) for each in (q, k))
-            return self.join(q, k, v, positions)
+            return self.attend_and_project(q, k, v, positions)
 
     register(ATTENTION_REGISTRY, 'mine', Sometimes)
     assert checked(attention_type='mine', position_encoding='rope') == []
