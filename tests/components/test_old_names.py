@@ -96,18 +96,17 @@ REGISTRIES = {
 
 
 @pytest.fixture
-def old_components(monkeypatch):
+def register_old_components(monkeypatch):
     monkeypatch.setattr(old_names, '_noted', set())
     old_imports.allow()
-    exec(compile(COMPONENTS, 'old_config.py', 'exec'), {'__name__': 'old_config'})
-    yield
+    code = compile(COMPONENTS, 'old_config.py', 'exec')
+    yield lambda: exec(code, {'__name__': 'old_config'})
     for name, registry in REGISTRIES.items():
         del registry._components[name], registry._sources[name]
 
 
-def test_components_of_an_earlier_version_train_and_each_old_name_is_noted_once(
-    old_components, capsys
-):
+def test_components_with_old_names_train_and_are_noted_once(register_old_components, capsys):
+    register_old_components()
     config = tiny(
         attention_type='old_attention',
         ffn_type='old_ffn',
