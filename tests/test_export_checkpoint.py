@@ -31,7 +31,7 @@ def trained(tmp_path_factory, tiny_dataset) -> dict[str, tuple]:
         out_dir = tmp_path_factory.mktemp(preset)
         options = {'arch_preset': preset, 'eval_interval': 2, 'keep_last': 2, 'max_iters': 4}
         run = train_here(tiny_dataset, out_dir, **options)
-        found[preset] = out_dir, logits_of(run.session.bare), run
+        found[preset] = out_dir, logits_of(run.session.raw_model), run
     return found
 
 
@@ -156,6 +156,7 @@ def test_the_tokenizer_goes_with_it(tmp_path, kind, capsys):
     theirs = AutoModelForCausalLM.from_pretrained(output).eval()
     found = loaded(TEXT, add_special_tokens=False, return_tensors='pt')['input_ids']
     assert found[0].tolist() == ids
+<<<<<<< HEAD
     assert loaded.decode(found[0]) == TEXT
     assert loaded.eos_token_id == tokenizer.end_of_text
     assert theirs.config.eos_token_id == tokenizer.end_of_text
@@ -163,9 +164,18 @@ def test_the_tokenizer_goes_with_it(tmp_path, kind, capsys):
     assert loaded.model_max_length == 32
     padded = run.session.bare.config.vocab_size
     assert (padded > tokenizer.vocab_size) == (kind == 'gpt2')
+=======
+    assert tokenizer.decode(found[0]) == TEXT
+    assert tokenizer.eos_token_id == codec.end_of_text
+    assert theirs.config.eos_token_id == codec.end_of_text
+    assert theirs.generation_config.eos_token_id == codec.end_of_text
+    assert tokenizer.model_max_length == 32
+    padded = run.session.raw_model.config.vocab_size
+    assert (padded > codec.vocab_size) == (kind == 'gpt2')
+>>>>>>> 2abb5ca (Tests name the raw model and the helpers as they are)
     with torch.no_grad():
         tokens = found[:, :16]
-        expected = run.session.bare.eval()(tokens)
+        expected = run.session.raw_model.eval()(tokens)
         torch.testing.assert_close(theirs(tokens).logits, expected, rtol=1e-4, atol=1e-5)
         theirs.lm_head.weight[tokenizer.vocab_size :] += 100 * theirs.model.norm.weight  # if drawn
         drawn = theirs.generate(tokens, max_new_tokens=5, do_sample=False)

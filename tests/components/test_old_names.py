@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers.architectures import some_tokens, tiny
 
 from common import old_imports, old_names
 from model_builder import build_model
@@ -11,7 +12,6 @@ from model_components import (
     FFN_REGISTRY,
     POSITION_ENCODING_REGISTRY,
 )
-from tests.helpers.architectures import some_tokens, tiny
 
 COMPONENTS = """
 import torch
