@@ -162,7 +162,7 @@ def test_the_tokenizer_goes_with_it(tmp_path, kind, capsys):
     assert theirs.config.eos_token_id == tokenizer.end_of_text
     assert theirs.generation_config.eos_token_id == tokenizer.end_of_text
     assert loaded.model_max_length == 32
-    padded = run.session.bare.config.vocab_size
+    padded = run.session.raw_model.config.vocab_size
     assert (padded > tokenizer.vocab_size) == (kind == 'gpt2')
 =======
     assert tokenizer.decode(found[0]) == TEXT
