@@ -156,7 +156,6 @@ def test_the_tokenizer_goes_with_it(tmp_path, kind, capsys):
     theirs = AutoModelForCausalLM.from_pretrained(output).eval()
     found = loaded(TEXT, add_special_tokens=False, return_tensors='pt')['input_ids']
     assert found[0].tolist() == ids
-<<<<<<< HEAD
     assert loaded.decode(found[0]) == TEXT
     assert loaded.eos_token_id == tokenizer.end_of_text
     assert theirs.config.eos_token_id == tokenizer.end_of_text
@@ -164,15 +163,6 @@ def test_the_tokenizer_goes_with_it(tmp_path, kind, capsys):
     assert loaded.model_max_length == 32
     padded = run.session.raw_model.config.vocab_size
     assert (padded > tokenizer.vocab_size) == (kind == 'gpt2')
-=======
-    assert tokenizer.decode(found[0]) == TEXT
-    assert tokenizer.eos_token_id == codec.end_of_text
-    assert theirs.config.eos_token_id == codec.end_of_text
-    assert theirs.generation_config.eos_token_id == codec.end_of_text
-    assert tokenizer.model_max_length == 32
-    padded = run.session.raw_model.config.vocab_size
-    assert (padded > codec.vocab_size) == (kind == 'gpt2')
->>>>>>> 2abb5ca (Tests name the raw model and the helpers as they are)
     with torch.no_grad():
         tokens = found[:, :16]
         expected = run.session.raw_model.eval()(tokens)
