@@ -35,11 +35,11 @@ from benchmarks.training_speed import (  # noqa: E402
     SHAPES,
     Contestant,
     Lost,
+    padded_table,
     ratios,
     seconds_left,
     shown,
     spread,
-    table,
 )
 from common import hardware  # noqa: E402
 from common.errors import ArgumentParser, UserError, run_script  # noqa: E402
@@ -193,7 +193,7 @@ def report(rows: list[dict], options: argparse.Namespace) -> str:
             f'{hardware.device_name(torch.device("cpu"))}; torch {torch.__version__}; '
             f'{options.shape}, {options.dtype}; {threads} processes with a thread each against one '
             f'with {threads}; medians of {options.turns} turns [least, most]',
-            table(lines),
+            padded_table(lines),
         ]
     )
 

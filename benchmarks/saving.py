@@ -33,6 +33,7 @@ import torch  # noqa: E402
 import train  # noqa: E402
 from benchmarks.record_overhead import random_tokens  # noqa: E402
 from common import hardware  # noqa: E402
+from common.formatting import table  # noqa: E402
 from records.record import read_record  # noqa: E402
 from records.run_folders import latest_run  # noqa: E402
 from training.checkpoint_writer import Saver  # noqa: E402
@@ -160,7 +161,7 @@ def measured(strategy: str, ranks: int, turns: int, given: list[str]) -> dict[st
     return found
 
 
-def table(found: dict[str, dict[str, list[dict]]]) -> str:
+def results_table(found: dict[str, dict[str, list[dict]]]) -> str:
     titles = ('', '', 'taken from training', 'first', 'waited', 'writing', 'beside', 'an update')
     rows = [titles]
     for strategy, by_mode in found.items():
@@ -180,10 +181,7 @@ def table(found: dict[str, dict[str, list[dict]]]) -> str:
                     f'{middle["update"]:.2f}',
                 )
             )
-    widths = [max(map(len, column)) + 2 for column in zip(*rows)]
-    return '\n'.join(
-        ''.join(f'{cell:<{width}}' for cell, width in zip(cells, widths)).rstrip() for cells in rows
-    )
+    return table(rows, '<' * len(titles))
 
 
 def main(argv: list[str]) -> None:
@@ -210,7 +208,7 @@ def main(argv: list[str]) -> None:
         f'took; waited: time_ms\nof the record; writing: write_ms, of the slowest rank; beside: '
         f'updates made meanwhile.\n'
     )
-    print(table(found))
+    print(results_table(found))
 
 
 if __name__ == '__main__':

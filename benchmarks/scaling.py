@@ -34,10 +34,10 @@ from benchmarks.record_overhead import random_tokens  # noqa: E402
 from benchmarks.training_speed import (  # noqa: E402
     Contestant,
     Lost,
+    padded_table,
     product_shapes,
     seconds_left,
     shape,
-    table,
     words,
 )
 from common import hardware  # noqa: E402
@@ -220,7 +220,7 @@ def main(argv: list[str]) -> int:
         f'{"compiled" if options.compile else "not compiled"}; base '
         + ', '.join(f'{key}={value}' for key, value in base.items())
     )
-    print(table([tuple(COLUMNS), *(cells(row) for row in rows)]))
+    print(padded_table([tuple(COLUMNS), *(cells(row) for row in rows)]))
     for problem in lost:
         print(f'not measured: {problem}')
     if options.csv:

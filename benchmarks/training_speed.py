@@ -47,6 +47,7 @@ sys.path.insert(0, str(PROJECT))
 
 from common import hardware  # noqa: E402
 from common.errors import ArgumentParser, UserError, nearest, run_script  # noqa: E402
+from common.formatting import table  # noqa: E402
 
 GPT2 = {'arch_preset': 'legacy', 'n_layer': 12, 'n_head': 12, 'n_embd': 768, 'bias': True}
 LLAMA = {**GPT2, 'arch_preset': 'llama', 'bias': False}
@@ -582,7 +583,7 @@ def speeds(found: dict) -> str:
             )
         )
     return (
-        f'{table(rows)}\n'
+        f'{padded_table(rows)}\n'
         f'Set-up: from the command to the beginning of the first update, no evaluation before it.\n'
         f'Compile: what the first update takes beyond a later one, with an empty cache and with a '
         f'warm one.'
@@ -601,7 +602,7 @@ def against(found: dict) -> str:
                 cells[column] = shown(ratio['speed'], 2)
                 cells[column] += f' ({ratio["memory"]:.2f})' if ratio['memory'] else ''
         rows.append((name, *cells, '← the best peer' if name == best else ''))
-    return table(rows)
+    return padded_table(rows)
 
 
 def same_work(found: dict) -> str:
@@ -620,7 +621,7 @@ def same_work(found: dict) -> str:
             )
         )
     return (
-        f'{table(rows)}\n'
+        f'{padded_table(rows)}\n'
         f'FLOPs, and loss and norm on the right: relative differences, these of the first '
         f'{CHECKED} updates;\nempty where the first weights could not be made equal.'
     )
@@ -641,13 +642,10 @@ def shown(values: dict, digits: int) -> str:
     return f'{middle} [{least}, {most}]'
 
 
-def table(rows: list[tuple]) -> str:
+def padded_table(rows: list[tuple]) -> str:
+    """A table of rows that may lack cells on the right."""
     most = max(map(len, rows))
-    rows = [(*row, *[''] * (most - len(row))) for row in rows]
-    widths = [max(map(len, column)) + 2 for column in zip(*rows)]
-    return '\n'.join(
-        ''.join(f'{cell:<{width}}' for cell, width in zip(cells, widths)).rstrip() for cells in rows
-    )
+    return table([(*row, *[''] * (most - len(row))) for row in rows], '<' * most)
 
 
 # --- The command line -----------------------------------------------------------------------------

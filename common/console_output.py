@@ -14,6 +14,7 @@ import io
 import os
 import re
 import sys
+from typing import TextIO
 
 # What stands for characters that an encoding may lack; escapes stand for the others.
 _ASCII = {'─': '-', '│': '|', '├': '|', '└': '`', '×': 'x', '→': '->'}
@@ -59,10 +60,10 @@ def plain(text: str) -> str:
     )
 
 
-def is_terminal(stream) -> bool:
+def is_terminal(stream: TextIO | None) -> bool:
     """Whether somebody watches the stream, which may be None or closed."""
     try:
-        return stream.isatty()
+        return stream is not None and stream.isatty()
     except (AttributeError, OSError, ValueError):
         return False
 
@@ -72,7 +73,7 @@ def write_text(text: str, end: str = '\n') -> None:
     _write(sys.stdout, visible(text) + end)
 
 
-def write_progress(text: str, end: str = '\n', stream=None) -> str | None:
+def write_progress(text: str, end: str = '\n', stream: TextIO | None = None) -> str | None:
     """Write a word on work that goes on, whatever becomes of the stream.
 
     stream: standard output unless given. Where it takes no more, standard error says so once, and
@@ -92,7 +93,7 @@ def write_error(text: str, end: str = '\n') -> None:
         _write(sys.stderr, visible(text) + end)
 
 
-def _write_or_go_on(text: str, stream) -> str | None:
+def _write_or_go_on(text: str, stream: TextIO | None) -> str | None:
     try:
         _write(sys.stdout if stream is None else stream, text)
     except OutputLost as error:
@@ -101,7 +102,7 @@ def _write_or_go_on(text: str, stream) -> str | None:
     return None
 
 
-def _write(stream, text: str) -> None:
+def _write(stream: TextIO | None, text: str) -> None:
     if stream is None:  # Python's word for a standard stream that was closed at the start
         return
     try:

@@ -7,6 +7,8 @@ file, or a terminal that is not UTF-8, gets the same words, with rules of ASCII 
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
+from typing import TextIO
 
 from common.console_output import is_terminal, plain, write_progress
 from common.errors import UserError, nearest
@@ -226,7 +228,7 @@ def _above_peak_note(mfu: float, source: str | None) -> str:
     return f' (more than the peak, which {why})'
 
 
-def closing_block(record: Record, best: EvaluationEntry | None, record_path) -> str:
+def closing_block(record: Record, best: EvaluationEntry | None, record_path: Path | str) -> str:
     """What the run came to, where its record is and what to type next."""
     summary, status = record['summary'], record['status']
     best_text = 'n/a'
@@ -290,7 +292,7 @@ class Console:
     def __init__(
         self,
         style: str = 'auto',
-        stream=None,
+        stream: TextIO | None = None,
         *,
         max_iters: int,
         on_lost: Callable[[str], None] = lambda reason: None,

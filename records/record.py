@@ -37,7 +37,7 @@ _MALFORMED = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
 # --- Reading --------------------------------------------------------------------------------------
 
 
-def read_record(path) -> Record:
+def read_record(path: str | os.PathLike) -> Record:
     """The document of a run: `path` is its folder, its journal or its record.json.
 
     In a folder the journal comes first, since it is never behind; a torn last line is left out.
@@ -61,7 +61,7 @@ def read_record(path) -> Record:
         ) from error
 
 
-def read_outline(path) -> Record:
+def read_outline(path: str | os.PathLike) -> Record:
     """The document without `training_iterations`, which are most of it and take longest to read.
 
     Of a run that has ended, in a folder, only record.json is read. Raises UserError.

@@ -22,7 +22,7 @@ _START_TIME = re.compile(rb'"start_time": "([^"]*)"')
 _NOT_SEARCHED = {'data', 'node_modules', 'site-packages', '__pycache__'}
 
 
-def new_run_folder(out_dir, now: datetime | None = None) -> Path:
+def new_run_folder(out_dir: str | os.PathLike, now: datetime | None = None) -> Path:
     """Make `out_dir/run_<date>_<time>/checkpoints/` and return the run's folder, which is new.
 
     A second run of the same second gets the suffix `_2`, and so on: `mkdir` decides the race.
@@ -48,7 +48,7 @@ def new_run_folder(out_dir, now: datetime | None = None) -> Path:
     return folder
 
 
-def latest_run(out_dir, job: str | None = None) -> Path | None:
+def latest_run(out_dir: str | os.PathLike, job: str | None = None) -> Path | None:
     """The run in `out_dir` that began last, or None; of one second by name (`_2` before `_10`).
 
     Given a `job`, the newest of those that it began or went on with last, if there are any. A
@@ -57,20 +57,20 @@ def latest_run(out_dir, job: str | None = None) -> Path | None:
     runs = []
     for folder in Path(out_dir).glob('run_*'):
         match = _RUN_NAME.fullmatch(folder.name)
-        if match and (began := _began(folder)) is not None:
-            runs.append((began, match[1], int(match[2] or 1), folder))
+        if match and (start := _start_time(folder)) is not None:
+            runs.append((start, match[1], int(match[2] or 1), folder))
     folders = [folder for *_, folder in sorted(runs, reverse=True)]
-    of_job = (folder for folder in folders if job is not None and _job_of(folder) == job)
-    return next(of_job, folders[0] if folders else None)
+    folders_of_job = (folder for folder in folders if job is not None and _last_job(folder) == job)
+    return next(folders_of_job, folders[0] if folders else None)
 
 
-def _began(folder: Path) -> float | None:
+def _start_time(folder: Path) -> float | None:
     """When a run began, in seconds since 1970; None where it never did.
 
     The time in its folder's name is local, so that it depends on the time zone; it stands in only
     where neither journal nor record tell.
     """
-    began = None
+    start = None
     for name in (JOURNAL, RECORD):
         try:
             with open(folder / name, 'rb') as file:
@@ -79,14 +79,14 @@ def _began(folder: Path) -> float | None:
             continue
         if not head:
             continue
-        stated = _START_TIME.search(head)
+        match = _START_TIME.search(head)
         try:
-            if stated is not None:
-                return datetime.fromisoformat(stated[1].decode()).timestamp()
+            if match is not None:
+                return datetime.fromisoformat(match[1].decode()).timestamp()
         except (ValueError, OverflowError, OSError):
             pass
-        began = began or _local_time(folder.name)
-    return began
+        start = start or _local_time(folder.name)
+    return start
 
 
 def _local_time(name: str) -> float:
@@ -98,7 +98,7 @@ def _local_time(name: str) -> float:
         return 0.0  # digits, but no date
 
 
-def _job_of(folder: Path) -> str | None:
+def _last_job(folder: Path) -> str | None:
     """The job that began a run or went on with it last; None where its journal does not tell."""
     try:
         data = (folder / JOURNAL).read_bytes()
@@ -108,7 +108,7 @@ def _job_of(folder: Path) -> str | None:
         return None
 
 
-def find_records(root) -> list[Path]:
+def find_records(root: str | os.PathLike) -> list[Path]:
     """The run folders at or below `root`, sorted by path; folders that cannot be read are left out.
 
     Links to folders are followed, so that runs on another disk count, and each real folder counts

@@ -4,6 +4,7 @@ Every table is checked against the total that stands beside it.
 """
 
 import math
+from pathlib import Path
 from typing import Any
 
 from common.formatting import byte_count, counted, flop_count, or_na, percent, teraflops
@@ -27,7 +28,7 @@ from records.report_layout import (
 )
 
 
-def startup_report(header: RecordHeader, run_folder) -> str:
+def startup_report(header: RecordHeader, run_folder: Path | str) -> str:
     """The TRAINING INITIALIZATION report, some 70 lines of at most 80 columns.
 
     Asserts that every table adds up to the total that stands beside it.
@@ -52,7 +53,7 @@ def startup_report(header: RecordHeader, run_folder) -> str:
     return report_text('🚀 TRAINING INITIALIZATION', sections)
 
 
-def _run_section(header: RecordHeader, run_folder) -> list[str]:
+def _run_section(header: RecordHeader, run_folder: Path | str) -> list[str]:
     config, weights_from = header['config'], header['metadata'].get('weights_from')
     fields = {
         'Folder': str(run_folder),
@@ -133,7 +134,7 @@ def _with_options(name: str, options: dict[str, Any]) -> str:
     return ', '.join([name, *(f'{key} {_option_text(value)}' for key, value in options.items())])
 
 
-def _option_text(value) -> str:
+def _option_text(value: Any) -> str:
     return f'{value:,}' if type(value) is int else f'{value:g}' if type(value) is float else value
 
 
@@ -248,12 +249,14 @@ def performance_section(flops: FlopsInfo, expected_tokens_per_sec: float | None)
     ]
 
 
-def resume_report(k: int, checkpoint: str, changed: dict[str, list], run_folder) -> str:
+def resume_report(
+    iter: int, checkpoint: str, changed: dict[str, list], run_folder: Path | str
+) -> str:
     """What a resumed run says instead of the start-up report.
 
     `changed` is key → [old, new], for options and for what lies around them: versions, device.
     """
-    lines = [THICK, f'🔁 RESUMED from {checkpoint} at iteration {k:,}', THICK]
+    lines = [THICK, f'🔁 RESUMED from {checkpoint} at iteration {iter:,}', THICK]
     lines.append(field_line('Folder', str(run_folder)))
     if changed:
         warning = "Changed since the checkpoint; results may differ from an uninterrupted run's:"
