@@ -15,6 +15,15 @@ from common.paths import cache_folder
 from data.gpt2_vocabulary import MERGES_FILE
 from records.run_folders import new_run_folder
 
+STARTS_PROCESSES = {'run_script', 'train'}
+
+
+def pytest_collection_modifyitems(items):
+    """Tests that start the program as a user does are slow; others that are carry the marker."""
+    for item in items:
+        if STARTS_PROCESSES & set(item.fixturenames):
+            item.add_marker('slow')
+
 
 @pytest.fixture(scope='session', autouse=True)
 def no_memory_of_the_user(tmp_path_factory):

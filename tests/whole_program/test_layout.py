@@ -79,7 +79,7 @@ def test_units_of_the_design_document_load_no_torch():
     ]
     code = (
         f'import sys, {", ".join(modules)}\n'
-        'sys.exit(" ".join({"torch", "tensorboard", "wandb", "matplotlib"} & set(sys.modules)))'
+        'sys.exit(bool({"torch", "tensorboard", "wandb", "matplotlib"} & set(sys.modules)))'
     )
     subprocess.run([sys.executable, '-c', code], cwd=PROJECT, check=True)
 
