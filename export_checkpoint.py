@@ -63,8 +63,10 @@ def write_hugging_face(exported: Exported, path: Path) -> None:
     write_progress(f'Check: {interop.check_export(model, path)}.')
     try:
         tokenizer, vocab_size = resumption.vocabulary_of(exported.checkpoint)
-        interop.tell_tokens(path, tokenizer.end_of_text, range(vocab_size, model.config.vocab_size))
-        hf_tokenizer.write(tokenizer, path, model.config.block_size)
+        interop.write_generation_config(
+            path, tokenizer.end_of_text, range(vocab_size, model.config.vocab_size)
+        )
+        hf_tokenizer.write_tokenizer(tokenizer, path, model.config.block_size)
     except UserError as error:
         write_progress(f'note: no tokenizer is written: {" ".join(error.problems)}')
 

@@ -53,7 +53,7 @@ def main(argv: list[str]) -> int:
     if asked.list_components and not asked.problems:
         write_text(format_components(schema()))
         return 0
-    started_from = resumption.find(asked) or interop.find(asked)
+    started_from = resumption.find(asked) or interop.find_pretrained(asked)
     settings = load_settings(asked)
     if settings.plan.plan:
         write_text(plan_report(estimates.plan(settings)))
@@ -90,7 +90,7 @@ def set_up(
     parallel: SingleProcess,
     device: torch.device,
     dataset: TokenDataset,
-    started_from: resumption.Resumed | interop.Imported | None,
+    started_from: resumption.Resumed | interop.PretrainedSource | None,
     argv: list[str],
 ) -> Session:
     """Build everything that the loop needs, and begin or continue the record."""

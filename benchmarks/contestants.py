@@ -229,7 +229,7 @@ def prepare(told: dict, turns: Turns) -> None:
     def translated(family) -> dict:
         found = {}
         for name, tensor in weights():
-            weight, names, _ = interop.weight_of(family, name, config)
+            weight, names, _ = interop.tensor_map_of(family, name, config)
             written = weight.write(tensor.detach(), config)
             found.update((n, t.contiguous()) for n, t in zip(names, written))
         return found
@@ -244,7 +244,7 @@ def prepare(told: dict, turns: Turns) -> None:
         torch.save(translated(NANOGPT), folder / 'nanogpt.pt')
     if 'transformers' in told['peers']:
         try:
-            family, fields, said = interop.expressed_as(config)
+            family, fields, said = interop.convert_config(config)
         except UserError as error:
             answer['transformers_problem'] = str(error)
         else:

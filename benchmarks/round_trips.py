@@ -55,7 +55,7 @@ def round_trip(config: ModelArchitectureConfig, folder: Path) -> tuple[str, floa
     ).eval()
     their_logits = theirs(tokens).logits
     theirs.save_pretrained(folder / 'theirs')
-    source = interop.open_source(f'hf:{folder / "theirs"}')
+    source = interop.open_checkpoint(f'hf:{folder / "theirs"}')
     again = build_model(source.config, 'cpu').eval()
     again.load_state_dict(dict(source.weights(source.config)), strict=False)
     exported = difference(their_logits, model(tokens))

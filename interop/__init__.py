@@ -1,4 +1,4 @@
-"""Begin from other people's weights, and write ours for them, by the tables of `weight_maps`.
+"""Begin from other people's weights, and write ours for them, by the tables of `families`.
 
 python train.py config/mine.py --init_from=gpt2                    # or gpt2-medium, -large, -xl
 python train.py config/mine.py --init_from=hf:FOLDER_OR_NAME       # Hugging Face
@@ -6,21 +6,27 @@ python train.py config/mine.py --init_from=nanogpt:out/ckpt.pt     # nanoGPT
 python export_checkpoint.py --format=hf --output=FOLDER
 """
 
-from interop.exporter import check_export, export, expressed_as, save_tensors, tell_tokens
+from interop.exporter import (
+    check_export,
+    convert_config,
+    export,
+    save_tensors,
+    write_generation_config,
+)
 from interop.families import TRANSFORMERS
-from interop.pretrained import Imported, find
-from interop.source import Source, open_source, weight_of
+from interop.pretrained import PretrainedSource, find_pretrained
+from interop.pretrained_checkpoint import PretrainedCheckpoint, open_checkpoint, tensor_map_of
 
 __all__ = [
     'TRANSFORMERS',
-    'Imported',
-    'Source',
+    'PretrainedCheckpoint',
+    'PretrainedSource',
     'check_export',
+    'convert_config',
     'export',
-    'expressed_as',
-    'find',
-    'open_source',
+    'find_pretrained',
+    'open_checkpoint',
     'save_tensors',
-    'tell_tokens',
-    'weight_of',
+    'tensor_map_of',
+    'write_generation_config',
 ]

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-MOST_JSON = 2**26  # bytes: the longest index of a model's shards is a tenth of that
+MAX_JSON_BYTES = 2**26  # bytes: the longest index of a model's shards is a tenth of that
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -16,7 +16,7 @@ def weight_files(folder: Path) -> list[Path]:
         if (folder / whole).is_file():
             return [folder / whole]
         if index.is_file():
-            shards = read_object(index).get('weight_map')
+            shards = read_json_object(index).get('weight_map')
             names = shards.values() if isinstance(shards, dict) else (None,)
             if not all(isinstance(name, str) and Path(name).name for name in names):
                 raise ValueError(f'{index.name} has no weight_map of tensors to files')
@@ -25,12 +25,12 @@ def weight_files(folder: Path) -> list[Path]:
     return []
 
 
-def read_object(path: Path) -> dict:
+def read_json_object(path: Path) -> dict:
     """The JSON object in a file of somebody's. Raises OSError, or ValueError saying what it is."""
     with open(path, 'rb') as file:
-        content = file.read(MOST_JSON + 1)
-    if len(content) > MOST_JSON:
-        raise ValueError(f'{path.name} is longer than {MOST_JSON:,} bytes')
+        content = file.read(MAX_JSON_BYTES + 1)
+    if len(content) > MAX_JSON_BYTES:
+        raise ValueError(f'{path.name} is longer than {MAX_JSON_BYTES:,} bytes')
     try:
         values = json.loads(content)
     except RecursionError:

@@ -14,64 +14,64 @@ import psutil
 import torch
 
 from common.errors import UserError
-from interop.families import TRANSFORMERS, Family, function_of
-from interop.source import weight_of
+from interop.families import TRANSFORMERS, Family, canonical_options
+from interop.pretrained_checkpoint import tensor_map_of
 from model_builder import Transformer, build_model
 from model_config import INITIALIZATION_REGISTRY, ModelArchitectureConfig
 
 # Logits of the same function, computed in another order in fp32.
 TOLERANCE = 1e-3
-TOKENS = 16  # of the text that they are compared on
-WAY_OUT = 'A file takes any architecture: --output=model.safetensors.'
+CHECKED_TOKENS = 16  # of the text that they are compared on
+FILE_HINT = 'A file takes any architecture: --output=model.safetensors.'
 # How long sequences are, how many documents are in one, and how it is computed: a run with imported
 # weights may have it otherwise, and another's model is given one document at a time.
-HARMLESS = ('block_size', 'vocab_size', 'attention_backend', 'document_mask', 'end_of_text')
+RUN_TIME_OPTIONS = ('block_size', 'vocab_size', 'attention_backend', 'document_mask', 'end_of_text')
 
 
-def of_training(config: ModelArchitectureConfig) -> set[str]:
+def training_only_options(config: ModelArchitectureConfig) -> set[str]:
     """Options that act in training alone: a run with imported weights has its own."""
     initialization = INITIALIZATION_REGISTRY[config.initialization]
-    begin = {key for c in INITIALIZATION_REGISTRY for key in INITIALIZATION_REGISTRY[c].options}
-    begin.add('initialization')
+    initial = {key for c in INITIALIZATION_REGISTRY for key in INITIALIZATION_REGISTRY[c].options}
+    initial.add('initialization')
     if initialization.output_scale(config) != 1:
-        begin.clear()  # it acts on the logits, too
+        initial.clear()  # it acts on the logits, too
     dropout = {'dropout', 'attention_dropout', 'residual_dropout'}
     losses = {'z_loss', 'load_balance_weight', 'router_z_loss'}
-    return {'multiple_of', *begin, *dropout, *losses}
+    return {'multiple_of', *initial, *dropout, *losses}
 
 
-class Expression(NamedTuple):
-    """How transformers says an architecture: the family, its config's fields, and what they are."""
+class ConvertedConfig(NamedTuple):
+    """An architecture as transformers has it: the family, and the fields of its config."""
 
     family: Family
     fields: dict
     config: ModelArchitectureConfig  # ours, or one of the same function
 
 
-def expressed_as(config: ModelArchitectureConfig) -> Expression:
+def convert_config(config: ModelArchitectureConfig) -> ConvertedConfig:
     """The architecture in the first family of transformers that can express it.
 
     Raises UserError naming what none can express.
     """
-    losses: list[tuple[Family, list[str], str | None]] = []
-    for said in (config, *with_zero_biases(config)):
+    attempts: list[tuple[Family, list[str], str | None]] = []
+    for variant in (config, *zero_bias_variants(config)):
         for family in TRANSFORMERS.values():
-            fields, problems = family.write(said), []
-            lost = _lost(family, fields, said, problems)
-            refusal = None if lost else next(iter(problems), None) or family.unloadable(fields)
+            fields, problems = family.write(variant), []
+            lost = _lost_options(family, fields, variant, problems)
+            refusal = None if lost else next(iter(problems), None) or family.check_loadable(fields)
             if not lost and not refusal:
-                return Expression(family, {'model_type': family.name, **fields}, said)
-            losses.append((family, lost, refusal))
-    family, lost, refusal = min(losses[: len(TRANSFORMERS)], key=lambda entry: len(entry[1]))
-    options = function_of(config)
+                return ConvertedConfig(family, {'model_type': family.name, **fields}, variant)
+            attempts.append((family, lost, refusal))
+    family, lost, refusal = min(attempts[: len(TRANSFORMERS)], key=lambda attempt: len(attempt[1]))
+    options = canonical_options(config)
     values = (refusal or '').rstrip('.') or ', '.join(f'{key}={options[key]!r}' for key in lost)
     raise UserError(
         f'transformers cannot express this architecture: {values}. The nearest that it has is '
-        f'{family.architecture}, which cannot be that. {WAY_OUT}'
+        f'{family.architecture}, which cannot be that. {FILE_HINT}'
     )
 
 
-def with_zero_biases(config: ModelArchitectureConfig) -> Iterator[ModelArchitectureConfig]:
+def zero_bias_variants(config: ModelArchitectureConfig) -> Iterator[ModelArchitectureConfig]:
     """The same function, were all its biases there and nothing but zeros; if that makes sense."""
     options = config.to_dict()
     if options['normalization'] in ('layernorm', 'layernorm_nobias'):
@@ -79,20 +79,24 @@ def with_zero_biases(config: ModelArchitectureConfig) -> Iterator[ModelArchitect
         yield config.replace(normalization='layernorm', **biases)
 
 
-def _lost(
+def _lost_options(
     family: Family, fields: dict, config: ModelArchitectureConfig, problems: list[str]
 ) -> list[str]:
     """The options that come back as something else when the fields are read again."""
     read = family.read(fields, problems)
     try:
-        back = function_of(ModelArchitectureConfig(**{'arch_preset': 'custom', **read}))
+        back = canonical_options(ModelArchitectureConfig(**{'arch_preset': 'custom', **read}))
     except UserError:  # what is left out makes it illegal
         back = read
-    lost = [key for key, value in function_of(config).items() if not _equal(back.get(key), value)]
-    return [key for key in lost if key not in {*HARMLESS, *of_training(config)}]
+    lost = [
+        key
+        for key, value in canonical_options(config).items()
+        if not _nearly_equal(back.get(key), value)
+    ]
+    return [key for key in lost if key not in {*RUN_TIME_OPTIONS, *training_only_options(config)}]
 
 
-def _equal(one, other) -> bool:
+def _nearly_equal(one, other) -> bool:
     """Whether values are the same, but for the rounding of a formula."""
     if isinstance(one, float) and isinstance(other, float):
         return math.isclose(one, other, rel_tol=1e-12)
@@ -105,19 +109,19 @@ def export(config: ModelArchitectureConfig, weights: dict[str, torch.Tensor], fo
     weights: whole parameters by name, tied ones once, in the dtype that they are to have. Raises
     UserError naming what transformers cannot express, and OSError.
     """
-    family, fields, said = expressed_as(config)
+    family, fields, variant = convert_config(config)
     (dtype,) = {tensor.dtype for tensor in weights.values()}
     biases = {
         name: torch.zeros(parameter.shape, dtype=dtype)
-        for name, parameter in build_model(said).named_parameters()
+        for name, parameter in build_model(variant).named_parameters()
         if name not in weights
     }
     tensors = {}
     for name, tensor in (weights | biases).items():
-        weight, names, zeros = weight_of(family, name, said)
-        tensors.update(zip(names, weight.write(tensor.detach(), said)))
-        if zeros:
-            tensors[zeros] = tensor.new_zeros(len(tensor))
+        tensor_map, names, zero_vector = tensor_map_of(family, name, variant)
+        tensors.update(zip(names, tensor_map.write(tensor.detach(), variant)))
+        if zero_vector:
+            tensors[zero_vector] = tensor.new_zeros(len(tensor))
     header = {
         'architectures': [family.architecture],
         'dtype': str(dtype).removeprefix('torch.'),
@@ -130,7 +134,7 @@ def export(config: ModelArchitectureConfig, weights: dict[str, torch.Tensor], fo
     _write_json(folder / 'config.json', header)
 
 
-def tell_tokens(folder: Path, end_of_text: int | None, unused: range) -> None:
+def write_generation_config(folder: Path, end_of_text: int | None, unused: range) -> None:
     """Say in an exported folder which token ends a text, and which ids no text has.
 
     Raises OSError.
@@ -188,14 +192,14 @@ def check_export(model: Transformer, folder: Path) -> str:
                 with torch.device('meta'):
                     theirs = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
                 made = sum(
-                    p.numel() for p in build_model(expressed_as(model.config).config).parameters()
+                    p.numel() for p in build_model(convert_config(model.config).config).parameters()
                 )
                 problem = theirs.num_parameters() != made and 'it has other parameters'
     except Exception as error:  # whatever their code makes of a folder that it cannot read
         problem = f'{type(error).__name__}: {error}'
     if problem:
         raise UserError(
-            f'transformers {__version__} cannot use what was written ({problem}). {WAY_OUT}'
+            f'transformers {__version__} cannot use what was written ({problem}). {FILE_HINT}'
         )
     if enough:
         return f'transformers {__version__} loads it and gives the same logits'
@@ -204,7 +208,7 @@ def check_export(model: Transformer, folder: Path) -> str:
 
 def _difference(ours: Transformer, theirs: torch.nn.Module) -> float:
     """How far their logits are from ours, in parts of these."""
-    length = min(TOKENS, ours.config.block_size)
+    length = min(CHECKED_TOKENS, ours.config.block_size)
     tokens = torch.arange(length)[None] * 7919 % ours.config.vocab_size
     expected = ours(tokens)
     logits = theirs(tokens).logits[..., : ours.config.vocab_size]

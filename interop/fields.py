@@ -1,8 +1,8 @@
 """The fields of somebody's config.json: each is read with its type, and none is left unread.
 
 transformers keeps whatever a config.json holds, and any part of a model may read it. So a field has
-one of three fates here: an entry of the family reads it, it is known to change no logits, or it is
-refused by name.
+one of three fates here: a field map of the family reads it, it is known to change no logits, or it
+is refused by name.
 """
 
 import math
@@ -12,10 +12,10 @@ from typing import Any
 from common.registry import Option
 
 # No size of a model is larger; sums and products of such numbers stay computable.
-LARGEST = 2**31
+MAX_SIZE = 2**31
 
 # Fields that change no logits, whatever they hold, in every family.
-HARMLESS = frozenset(
+IRRELEVANT_FIELDS = frozenset(
     {
         # Where the file comes from and which program reads it.
         *('_name_or_path', 'name_or_path', '_commit_hash', 'model_type', 'architectures'),
@@ -55,7 +55,7 @@ HARMLESS = frozenset(
     }
 )
 
-# Fields that may only be this, in every family where no entry reads them.
+# Fields that may only be this, in every family where no field map reads them.
 CONSTANTS = {
     'is_causal': True,  # else each token sees those after it
     'add_cross_attention': False,
@@ -84,13 +84,13 @@ _KINDS: dict[type, tuple[str, Callable[[Any], bool]]] = {
 }
 
 
-def alike(one, other) -> bool:
+def same_value(first: Any, second: Any) -> bool:
     """Equal, and of one type: 1 is neither true nor '1', but it is 1.0."""
-    numbers = all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in (one, other))
-    return (numbers or type(one) is type(other)) and one == other
+    numbers = all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in (first, second))
+    return (numbers or type(first) is type(second)) and first == second
 
 
-def brief(value) -> str:
+def short_repr(value) -> str:
     """The value as it is shown in a message."""
     text = repr(value)
     return text if len(text) <= 60 else f'{text[:57]}...'
@@ -116,7 +116,7 @@ class Fields:
         self.options, self.within = options, within
         for alias, name in (aliases or {}).items():
             if alias in self.values:
-                self.agree(alias, name)
+                self.require_agreement(alias, name)
                 self.values.setdefault(name, self.values.pop(alias))
         self.unread = set(self.values)
 
@@ -134,7 +134,7 @@ class Fields:
         words, is_one = _KINDS[kind]
         if not is_one(value):
             self.refuse(name, f'it takes {words}{" or null" if optional else ""}')
-        elif kind is int and not -LARGEST < value < LARGEST:
+        elif kind is int and not -MAX_SIZE < value < MAX_SIZE:
             self.refuse(name, 'no size of a model is that large')
         else:
             return value
@@ -146,41 +146,43 @@ class Fields:
         return self.values.get(name, default)
 
     def refuse(self, name: str, why: str) -> None:
-        self.problems.append(f'{self.called(name)}={brief(self.values.get(name))}: {why}.')
+        self.problems.append(f'{self.full_name(name)}={short_repr(self.values.get(name))}: {why}.')
 
     def require(self, name: str, constant) -> None:
         """The field may only be the constant; null is as good as false."""
         value = self.value(name, constant)
         void = constant is None or constant is False
-        if not alike(value, constant) and not (void and (value is None or value is False)):
+        if not same_value(value, constant) and not (void and (value is None or value is False)):
             self.problems.append(
-                f'{self.called(name)}={brief(value)} cannot be expressed here; {constant!r} can.'
+                f'{self.full_name(name)}={short_repr(value)} cannot be expressed here; '
+                f'{constant!r} can.'
             )
 
-    def agree(self, name: str, other: str) -> None:
+    def require_agreement(self, name: str, other: str) -> None:
         """Two fields that say the same must not contradict each other."""
         if name in self.values and other in self.values:
-            mine, theirs = self.values[name], self.values[other]
-            if not alike(mine, theirs):
+            first, second = self.values[name], self.values[other]
+            if not same_value(first, second):
                 self.problems.append(
-                    f'{self.called(name)}={brief(mine)} and {self.called(other)}={brief(theirs)} '
+                    f'{self.full_name(name)}={short_repr(first)} and '
+                    f'{self.full_name(other)}={short_repr(second)} '
                     f'contradict each other: delete one of them.'
                 )
 
-    def inner(self, name: str) -> 'Fields':
+    def subobject(self, name: str) -> 'Fields':
         """An object inside it; an empty one where it is missing or null."""
         values = self.take(name, dict, optional=True) or {}
         return Fields(values, self.problems, self.options, within=name)
 
-    def called(self, name: str) -> str:
+    def full_name(self, name: str) -> str:
         return f'{self.within}: {name}' if self.within else name
 
-    def refuse_unread(self, harmless: frozenset[str] = frozenset()) -> None:
-        """Whatever no entry has read must be harmless, or is refused. null says nothing."""
+    def refuse_unread(self, irrelevant: frozenset[str] = frozenset()) -> None:
+        """Whatever no field map has read must be irrelevant, or is refused. null says nothing."""
         for name, constant in CONSTANTS.items():
             if name in self.unread:
                 self.require(name, constant)
-        for name in sorted(self.unread - HARMLESS - harmless, key=str):
+        for name in sorted(self.unread - IRRELEVANT_FIELDS - irrelevant, key=str):
             if self.values[name] is not None:
                 self.refuse(
                     name,

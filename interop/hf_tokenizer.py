@@ -27,7 +27,7 @@ DIFFICULT = (
 SAMPLED = 20_000  # random tokens that the files must give back
 
 
-def write(tokenizer: Tokenizer, folder: Path, max_length: int) -> None:
+def write_tokenizer(tokenizer: Tokenizer, folder: Path, max_length: int) -> None:
     """tokenizer.json and tokenizer_config.json. max_length: in tokens.
 
     Raises UserError where they cannot be written, and OSError.

@@ -1,69 +1,71 @@
-"""Their fields and our options: entries that say the same in both, and what a family is made of."""
+"""Fields of transformers' configs and options of ours, mapped both ways; and what a family is."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from dataclasses import dataclass
+from dataclasses import field as dataclass_field
+from typing import Any, NamedTuple
 
-from interop.fields import Fields, alike, brief
-from interop.tensors import Weight
+from interop.fields import Fields, same_value, short_repr
+from interop.tensors import TensorMap
 from model_config import ModelArchitectureConfig, architecture_options
 
-MOST_LAYERS = 5_000  # what is made for each layer stays small
+MAX_LAYERS = 5_000  # what is made for each layer stays small
 
 
-class Entry(NamedTuple):
-    """Fields of theirs and the options of ours that say the same.
+class FieldMap(NamedTuple):
+    """Fields of transformers' config and the options of ours that say the same.
 
-    read: their fields -> our options; what cannot be expressed here is added to the fields'
-    problems, a sentence each. write: our config -> their fields. An option that they cannot
-    express is left out by `write`: `interop.export` reads back what was written and finds it.
+    read: fields -> options; what cannot be expressed here is added to the fields' problems, a
+    sentence each. write: our config -> fields. An option that cannot be expressed there is left
+    out by `write`: `interop.export` reads back what was written and finds it.
     """
 
     read: Callable[[Fields], dict]
     write: Callable[[ModelArchitectureConfig], dict]
 
 
-REQUIRED = object()
+REQUIRED = object()  # the default of a field without one
 
 
-def same(ours: str, theirs: str, default=REQUIRED, values: dict | None = None) -> Entry:
-    """One field is one option. default: what the field is where it is missing.
+def field(option: str, name: str, default: Any = REQUIRED, values: dict | None = None) -> FieldMap:
+    """The field `name` is the option `option`. default: what the field is where it is missing.
 
-    values: theirs -> ours where they are called otherwise; of several, the first is written.
+    values: the field's -> the option's where they are called otherwise; of several, the first is
+    written.
     """
-    back = {mine: name for name, mine in reversed((values or {}).items())}
+    field_values = {value: key for key, value in reversed((values or {}).items())}
 
     def read(fields: Fields) -> dict:
-        if theirs not in fields and default is REQUIRED:
-            fields.problems.append(f'{fields.called(theirs)} is missing.')
+        if name not in fields and default is REQUIRED:
+            fields.problems.append(f'{fields.full_name(name)} is missing.')
             return {}
         if values is None:
-            option = fields.options[ours]
-            value = fields.take(theirs, option.base_type, default, option.optional)
-            return {} if value is REQUIRED else {ours: value}
-        value = fields.value(theirs, default)
-        for name, mine in values.items():
-            if alike(value, name):
-                return {ours: mine}
-        known = ', '.join(repr(name) for name in values)
-        fields.problems.append(f'{theirs}={brief(value)} cannot be expressed here; {known} can.')
+            declared = fields.options[option]
+            value = fields.take(name, declared.base_type, default, declared.optional)
+            return {} if value is REQUIRED else {option: value}
+        value = fields.value(name, default)
+        for key, option_value in values.items():
+            if same_value(value, key):
+                return {option: option_value}
+        known = ', '.join(map(repr, values))
+        fields.problems.append(f'{name}={short_repr(value)} cannot be expressed here; {known} can.')
         return {}
 
     def write(config: ModelArchitectureConfig) -> dict:
-        value = config.to_dict().get(ours)
+        value = config.to_dict().get(option)
         if values is None:
-            return {theirs: value}
-        return {theirs: back[value]} if value in back else {}
+            return {name: value}
+        return {name: field_values[value]} if value in field_values else {}
 
-    return Entry(read, write)
-
-
-def ours_is(**options) -> Entry:
-    """What all of that family have in our terms, and no field of theirs says."""
-    return Entry(lambda fields: options, lambda config: {})
+    return FieldMap(read, write)
 
 
-def theirs_is(**constants) -> Entry:
+def constant_option(**options) -> FieldMap:
+    """Options that all models of a family have alike and no field of theirs says."""
+    return FieldMap(lambda fields: options, lambda config: {})
+
+
+def required_field(**constants) -> FieldMap:
     """Fields that may only be this here, which is also what they are where they are missing."""
 
     def read(fields: Fields) -> dict:
@@ -71,22 +73,22 @@ def theirs_is(**constants) -> Entry:
             fields.require(name, value)
         return {}
 
-    return Entry(read, lambda config: constants)
+    return FieldMap(read, lambda config: constants)
 
 
-def written_only(**fields: str) -> Entry:
+def export_only(**fields: str) -> FieldMap:
     """Their field = our option, for what does not change the function: it is a run's own."""
 
-    def read(theirs: Fields) -> dict:
-        theirs.unread -= fields.keys()
+    def read(config_fields: Fields) -> dict:
+        config_fields.unread -= fields.keys()
         return {}
 
-    return Entry(
+    return FieldMap(
         read, lambda config: {name: config.to_dict()[option] for name, option in fields.items()}
     )
 
 
-def heads_split_the_width() -> Entry:
+def head_size_field() -> FieldMap:
     """A head's size that only some of a family's parts read must be what the others compute."""
 
     def read(fields: Fields) -> dict:
@@ -97,10 +99,10 @@ def heads_split_the_width() -> Entry:
             fields.refuse('head_dim', f'{heads} heads of a width of {width} have another size')
         return {}
 
-    return Entry(read, lambda config: {})
+    return FieldMap(read, lambda config: {})
 
 
-def kv_heads(default: int | None = None) -> Entry:
+def kv_heads_field(default: int | None = None) -> FieldMap:
     """Grouped-query attention. default: their number where the field is missing; None: n_head."""
 
     def read(fields: Fields) -> dict:
@@ -109,10 +111,10 @@ def kv_heads(default: int | None = None) -> Entry:
         shared = heads if shared is None else shared
         return {'use_gqa': True, 'num_kv_heads': shared} if shared != heads else {'use_gqa': False}
 
-    return Entry(read, lambda config: {'num_key_value_heads': kv_heads_of(config)})
+    return FieldMap(read, lambda config: {'num_key_value_heads': num_kv_heads_of(config)})
 
 
-def kv_heads_of(config: ModelArchitectureConfig) -> int:
+def num_kv_heads_of(config: ModelArchitectureConfig) -> int:
     options = config.to_dict()
     return config.num_kv_heads if options.get('use_gqa') else config.n_head
 
@@ -120,9 +122,9 @@ def kv_heads_of(config: ModelArchitectureConfig) -> int:
 _WINDOW, _FULL = 'sliding_attention', 'full_attention'
 
 
-def windows(
+def windows_field(
     default: int, has_window: Callable[[int, Fields], bool], switch: str | None = None
-) -> Entry:
+) -> FieldMap:
     """A sliding window in some of the layers.
 
     default: its size where the field is missing. has_window: whether a layer has it, where
@@ -136,12 +138,12 @@ def windows(
         layers = fields.take('num_hidden_layers', int, 0)
         types = fields.take('layer_types', list, optional=True)
         if types is None:
-            layers = range(min(layers, MOST_LAYERS))
+            layers = range(min(layers, MAX_LAYERS))
             types = [_WINDOW if has_window(layer, fields) else _FULL for layer in layers]
         elif len(types) != layers:
             fields.refuse('layer_types', f'{len(types)} of them for {layers} layers')
         for kind in sorted(set(types) - {_WINDOW, _FULL}):
-            fields.problems.append(f'layer_types has {brief(kind)}, unknown here.')
+            fields.problems.append(f'layer_types has {short_repr(kind)}, unknown here.')
         letters = ''.join('L' if kind == _WINDOW else 'G' for kind in types)
         if window is None or 'L' not in letters:
             return {'sliding_window': None}
@@ -154,26 +156,26 @@ def windows(
             # Without a switch a model of theirs makes the mask even if no layer has a use for it.
             'sliding_window': default if window is None and not switch else window,
             **({switch: window is not None} if switch else {}),
-            'layer_types': [names[letter] for letter in layer_letters(config)],
+            'layer_types': [names[letter] for letter in expanded_pattern(config)],
         }
 
-    return Entry(read, write)
+    return FieldMap(read, write)
 
 
-def function_of(config: ModelArchitectureConfig) -> dict:
+def canonical_options(config: ModelArchitectureConfig) -> dict:
     """The options such that two ways of saying the same are the same."""
     options = config.to_dict()
     del options['bias']  # what the options of each part are where they are left open
     if 'attention_pattern' in options:
-        options['attention_pattern'] = layer_letters(config)
+        options['attention_pattern'] = expanded_pattern(config)
     if 'use_gqa' in options:
-        options |= {'use_gqa': True, 'num_kv_heads': kv_heads_of(config)}
+        options |= {'use_gqa': True, 'num_kv_heads': num_kv_heads_of(config)}
     if options.get('dense_layers') == 0:
         del options['d_ff']  # a width that no layer has
     return options
 
 
-def layer_letters(config: ModelArchitectureConfig) -> str:
+def expanded_pattern(config: ModelArchitectureConfig) -> str:
     """For each layer L (its attention has a window) or G (it has none)."""
     pattern = config.to_dict().get('attention_pattern', 'G')
     return ''.join(pattern[layer % len(pattern)] for layer in range(config.n_layer))
@@ -190,45 +192,51 @@ def shortest_pattern(letters: str) -> str:
 
 @dataclass(frozen=True)
 class Family:
-    """One architecture of other people.
+    """One architecture of transformers, or of nanoGPT.
 
     name: transformers' model_type. architecture: its class. prefix: what their names begin with in
-    a whole model, and lack in a checkpoint of its base. ignored: a pattern of tensors that hold no
-    weights. aliases: other names that transformers has for fields. harmless: fields that change no
-    logits in this family. ties_always: the output head is the token table, whatever the files
-    hold. unloadable: what its config class refuses, of the fields that are
-    written; None if nothing. What a family has no entry for in our options is at its default in it.
+    a whole model, and lack in a checkpoint of its base. ignored_tensors: a pattern of those that
+    hold no weights. aliases: other names that transformers has for fields. irrelevant_fields:
+    those that change no logits in this family. ties_always: the output head is the token table,
+    whatever the files hold. check_loadable: what its config class refuses, of the fields that are
+    written; None if nothing. An option that no field map has is at its default in the family.
     """
 
     name: str
     architecture: str
     prefix: str
-    entries: tuple[Entry, ...]
-    weights: dict[str, Weight]
-    ignored: str = r'$^'
-    aliases: dict[str, str] = field(default_factory=dict)
-    harmless: frozenset[str] = frozenset()
+    field_maps: tuple[FieldMap, ...]
+    weights: dict[str, TensorMap]
+    ignored_tensors: str = r'$^'
+    aliases: dict[str, str] = dataclass_field(default_factory=dict)
+    irrelevant_fields: frozenset[str] = frozenset()
     ties_always: bool = False
-    unloadable: Callable[[dict], str | None] = lambda fields: None
+    check_loadable: Callable[[dict], str | None] = lambda fields: None
 
     def read(self, fields: dict, problems: list[str]) -> dict:
         """Our options for their fields; what cannot be expressed is added to `problems`."""
-        theirs = Fields(fields, problems, architecture_options(), self.aliases)
+        config_fields = Fields(fields, problems, architecture_options(), self.aliases)
         options = {
-            key: value for entry in self.entries for key, value in entry.read(theirs).items()
+            key: value
+            for field_map in self.field_maps
+            for key, value in field_map.read(config_fields).items()
         }
-        theirs.refuse_unread(self.harmless)
-        if options.get('n_layer', 0) > MOST_LAYERS:
+        config_fields.refuse_unread(self.irrelevant_fields)
+        if options.get('n_layer', 0) > MAX_LAYERS:
             problems.append(f'{options["n_layer"]} layers are more than any model has.')
-        problems[:] = dict.fromkeys(problems)  # two entries may read the same field
+        problems[:] = dict.fromkeys(problems)  # two field maps may read the same field
         return options
 
     def write(self, config: ModelArchitectureConfig) -> dict:
         """Their fields for our options."""
-        return {key: v for entry in self.entries for key, v in entry.write(config).items()}
+        return {
+            key: value
+            for field_map in self.field_maps
+            for key, value in field_map.write(config).items()
+        }
 
 
-def heads_must_divide_the_width(fields: dict) -> str | None:
+def check_heads_divide_width(fields: dict) -> str | None:
     """transformers' config classes of some families refuse other widths, whatever `head_dim` is."""
     width, heads = fields['hidden_size'], fields['num_attention_heads']
     return (

@@ -2,8 +2,8 @@
 
 import math
 
-from interop.fields import Fields, brief
-from interop.mapping import REQUIRED, Entry, same
+from interop.fields import Fields, short_repr
+from interop.mapping import REQUIRED, FieldMap, field
 from model_config import ModelArchitectureConfig
 
 # Of each scaling of ours: their key -> (our option, what it is where it is missing).
@@ -26,16 +26,16 @@ _SCALINGS = {
 _LENGTH = 'original_max_position_embeddings'
 
 
-def rope(
+def rope_fields(
     default_theta: float = 10000.0, theta: str = 'rope_theta', fraction: str | None = None
-) -> Entry:
+) -> FieldMap:
     """theta and fraction: what version 4 calls these fields of the family.
 
     Without a name for the fraction the whole head turns.
     """
 
     def read(fields: Fields) -> dict:
-        return _read(fields, parameters(fields), default_theta, theta, fraction)
+        return _read(fields, read_rope_parameters(fields), default_theta, theta, fraction)
 
     def write(config: ModelArchitectureConfig) -> dict:
         if config.position_encoding != 'rope':
@@ -46,14 +46,14 @@ def rope(
         }
         scaling = _SCALINGS.get(config.rope_scaling)
         if scaling:
-            values = {name: config.to_dict()[ours] for name, (ours, _) in scaling.items()}
+            values = {name: config.to_dict()[option] for name, (option, _) in scaling.items()}
             written['rope_scaling'] = {'rope_type': config.rope_scaling, **values}
         return written
 
-    return Entry(read, write)
+    return FieldMap(read, write)
 
 
-def parameters(fields: Fields) -> Fields:
+def read_rope_parameters(fields: Fields) -> Fields:
     """The object of rotary parameters: `rope_parameters`, or as version 4 called it.
 
     Of two that differ transformers takes `rope_scaling` and drops the other, its `rope_theta` too:
@@ -61,64 +61,76 @@ def parameters(fields: Fields) -> Fields:
     """
     values = fields.value('rope_scaling'), fields.value('rope_parameters')
     if all(values):
-        fields.agree('rope_scaling', 'rope_parameters')
-    return fields.inner('rope_scaling' if values[0] else 'rope_parameters')
+        fields.require_agreement('rope_scaling', 'rope_parameters')
+    return fields.subobject('rope_scaling' if values[0] else 'rope_parameters')
 
 
 def _read(
-    fields: Fields, given: Fields, default_theta: float, theta: str, fraction: str | None
+    fields: Fields, rope_parameters: Fields, default_theta: float, theta: str, fraction: str | None
 ) -> dict:
+    # The base frequency and the share of a head that is rotated.
     options = {
         'position_encoding': 'rope',
-        'rope_theta': _number(fields, given, 'rope_theta', theta, default_theta),
+        'rope_theta': _number(fields, rope_parameters, 'rope_theta', theta, default_theta),
     }
-    turned = _number(fields, given, 'partial_rotary_factor', fraction, 0.25 if fraction else 1.0)
+    rotated = _number(
+        fields, rope_parameters, 'partial_rotary_factor', fraction, 0.25 if fraction else 1.0
+    )
     if fraction:
-        options['rope_fraction'] = turned
-    elif turned != 1:
-        fields.problems.append(f'partial_rotary_factor={turned} cannot be expressed here; 1.0 can.')
-    given.agree('rope_type', 'type')  # which it was before version 4.43
-    before = given.take('type', str, 'default')
-    kind = given.take('rope_type', str, before)
+        options['rope_fraction'] = rotated
+    elif rotated != 1:
+        fields.problems.append(
+            f'partial_rotary_factor={rotated} cannot be expressed here; 1.0 can.'
+        )
+    # Which scaling it is.
+    rope_parameters.require_agreement('rope_type', 'type')  # which it was before version 4.43
+    legacy_kind = rope_parameters.take('type', str, 'default')
+    kind = rope_parameters.take('rope_type', str, legacy_kind)
     kind = 'none' if kind == 'default' else kind
-    length = _original_length(fields, given)
+    original_length = _original_length(fields, rope_parameters)
     if kind not in ('none', *_SCALINGS):
-        fields.problems.append(f'rope_type={brief(kind)} cannot be expressed here.')
+        fields.problems.append(f'rope_type={short_repr(kind)} cannot be expressed here.')
         return options
+    # The numbers of that scaling, some of which may be left out.
     scaling = _SCALINGS.get(kind, {})
-    if _LENGTH in scaling and length is not None:
-        given.values[_LENGTH] = length
-    for key, (ours, default) in scaling.items():
-        missing = key not in given or (given.values[key] is None and default is not REQUIRED)
+    if _LENGTH in scaling and original_length is not None:
+        rope_parameters.values[_LENGTH] = original_length
+    for key, (option, default) in scaling.items():
+        missing = key not in rope_parameters or (
+            rope_parameters.values[key] is None and default is not REQUIRED
+        )
         if missing and default is not REQUIRED:
-            given.value(key)
-            options[ours] = default
+            rope_parameters.value(key)
+            options[option] = default
         else:
-            options |= same(ours, key, default).read(given)
+            options |= field(option, key, default).read(rope_parameters)
     if kind == 'yarn':
-        _refuse_crossed_bounds(given, options)
-    for key in sorted(given.unread, key=str):
-        if given.values[key] is not None:
-            given.refuse(key, 'cannot be expressed here')
+        _refuse_crossed_bounds(rope_parameters, options)
+    # Whatever else is in there might mean something.
+    for key in sorted(rope_parameters.unread, key=str):
+        if rope_parameters.values[key] is not None:
+            rope_parameters.refuse(key, 'cannot be expressed here')
     return {**options, 'rope_scaling': kind}
 
 
-def _refuse_crossed_bounds(given: Fields, options: dict) -> None:
+def _refuse_crossed_bounds(rope_parameters: Fields, options: dict) -> None:
     """YaRN changes the pairs between two bounds; where these cross, transformers scales nothing."""
     length = options.get('rope_original_block_size') or 0
     slow, fast = options.get('rope_beta_slow') or 0, options.get('rope_beta_fast') or 0
     if not 2 * math.pi * slow < length < 2 * math.pi * fast * options['rope_theta']:
-        given.refuse(
+        rope_parameters.refuse(
             _LENGTH, 'no pair of columns makes between beta_slow and beta_fast turns in it'
         )
 
 
-def _number(fields: Fields, given: Fields, key: str, name: str | None, default: float) -> float:
+def _number(
+    fields: Fields, rope_parameters: Fields, key: str, name: str | None, default: float
+) -> float:
     """A number in the object, or beside it under the family's own name for it.
 
     Under any other name transformers does not read it: it must be the same, then.
     """
-    read = {given.called(key): given.take(key, float, optional=True)}
+    read = {rope_parameters.full_name(key): rope_parameters.take(key, float, optional=True)}
     unread = {} if name == key else {key: fields.take(key, float, optional=True)}
     if name:
         read[name] = fields.take(name, float, optional=True)
@@ -131,14 +143,14 @@ def _number(fields: Fields, given: Fields, key: str, name: str | None, default: 
     return value
 
 
-def _original_length(fields: Fields, given: Fields) -> int | None:
+def _original_length(fields: Fields, rope_parameters: Fields) -> int | None:
     """The context before it was scaled: in the object, beside it, or the context itself."""
-    inside = given.values.get(_LENGTH)
+    inside = rope_parameters.values.get(_LENGTH)
     beside = fields.take(_LENGTH, int, optional=True)
     if None not in (inside, beside) and inside != beside:
         fields.problems.append(
-            f'{_LENGTH}={beside} and the one of rope_scaling, {brief(inside)}, contradict each '
-            f'other: delete one of them.'
+            f'{_LENGTH}={beside} and the one of rope_scaling, {short_repr(inside)}, contradict '
+            f'each other: delete one of them.'
         )
     if beside is not None or inside is not None:
         return inside if beside is None else beside
@@ -149,35 +161,35 @@ def _yarn_factor(weight: float, factor: float) -> float:
     return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
-def deepseek_rope() -> Entry:
-    """As `rope`, with YaRN's factors as DeepSeek has them: one of them scales the scores."""
-    plain = rope()
+def deepseek_rope_fields() -> FieldMap:
+    """As `rope_fields`, with YaRN's factors as DeepSeek has them: one of them scales the scores."""
+    plain = rope_fields()
 
     def read(fields: Fields) -> dict:
-        given = parameters(fields)
-        of_rotation, of_both = (
-            given.take(key, float, optional=True) for key in ('mscale', 'mscale_all_dim')
+        rope_parameters = read_rope_parameters(fields)
+        mscale, mscale_all_dim = (
+            rope_parameters.take(key, float, optional=True) for key in ('mscale', 'mscale_all_dim')
         )
-        options = _read(fields, given, 10000.0, 'rope_theta', None)
+        options = _read(fields, rope_parameters, 10000.0, 'rope_theta', None)
         factor = options.get('rope_scaling_factor')
-        if factor is None or not of_both:
+        if factor is None or not mscale_all_dim:
             return options
-        of_scores = _yarn_factor(of_both, factor)
-        if of_rotation and options.get('rope_attention_factor', 0) is None:
-            options['rope_attention_factor'] = _yarn_factor(of_rotation, factor) / of_scores
-        columns = fields.take('qk_nope_head_dim', int, 128)
-        columns += fields.take('qk_rope_head_dim', int, 64)
-        if columns <= 0:  # which the options' own rules refuse
+        score_factor = _yarn_factor(mscale_all_dim, factor)
+        if mscale and options.get('rope_attention_factor', 0) is None:
+            options['rope_attention_factor'] = _yarn_factor(mscale, factor) / score_factor
+        head_dim = fields.take('qk_nope_head_dim', int, 128)
+        head_dim += fields.take('qk_rope_head_dim', int, 64)
+        if head_dim <= 0:  # which the options' own rules refuse
             return options
-        return {**options, 'attention_scale': columns**-0.5 * of_scores * of_scores}
+        return {**options, 'attention_scale': head_dim**-0.5 * score_factor * score_factor}
 
     def write(config: ModelArchitectureConfig) -> dict:
         written, options = plain.write(config), config.to_dict()
         scaling = written.get('rope_scaling')
         if scaling and 'qk_nope_head_dim' in options and scaling['factor'] > 1:
-            columns = config.qk_nope_head_dim + config.qk_rope_head_dim
-            of_scores = (config.attention_scale * columns**0.5) ** 0.5
-            scaling['mscale_all_dim'] = (of_scores - 1) / (0.1 * math.log(scaling['factor']))
+            head_dim = config.qk_nope_head_dim + config.qk_rope_head_dim
+            score_factor = (config.attention_scale * head_dim**0.5) ** 0.5
+            scaling['mscale_all_dim'] = (score_factor - 1) / (0.1 * math.log(scaling['factor']))
         return written
 
-    return Entry(read, write)
+    return FieldMap(read, write)

@@ -1,9 +1,9 @@
 """Other people's formats as tables: the fields of a config and the tensors of a checkpoint.
 
-A `Family` holds one architecture of theirs. Each of its entries says the same in their fields and
-in our options, both ways, and each of its weights says which of their tensors a parameter of ours
-is made of, both ways: `interop` imports and exports by the same tables. `{layer}` in a name stands
-for the number of the layer.
+A `Family` holds one architecture of theirs. Each of its field maps relates fields of their config
+to options of ours, and each of its tensor maps tensors of theirs to a parameter of ours, both ways:
+`interop` imports and exports by the same tables. `{layer}` in a name stands for the number of the
+layer.
 """
 
 from interop.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
@@ -12,8 +12,8 @@ from interop.families.gpt2 import GPT2, NANOGPT
 from interop.families.gpt_neox import GPT_NEOX
 from interop.families.llama import LLAMA, MISTRAL, MIXTRAL, OLMO2, QWEN3
 from interop.families.opt import OPT
-from interop.mapping import Family, function_of
-from interop.tensors import Weight
+from interop.mapping import Family, canonical_options
+from interop.tensors import TensorMap
 
 # By transformers' model_type; the first that can express an architecture is what it is exported as.
 TRANSFORMERS = {
@@ -33,4 +33,4 @@ TRANSFORMERS = {
     )
 }
 
-__all__ = ['NANOGPT', 'TRANSFORMERS', 'Family', 'Weight', 'function_of']
+__all__ = ['NANOGPT', 'TRANSFORMERS', 'Family', 'TensorMap', 'canonical_options']

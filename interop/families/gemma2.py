@@ -1,19 +1,19 @@
 """Gemma 2."""
 
-from interop.families.llama import ATTENTION, ENDS, GATED, LAYER, llama_like
+from interop.families.llama import ATTENTION, EMBEDDING_AND_HEAD, GATED_FFN, LAYER, llama_fields
 from interop.fields import Fields
 from interop.mapping import (
-    Entry,
     Family,
-    heads_must_divide_the_width,
-    kv_heads,
-    ours_is,
-    same,
-    theirs_is,
-    windows,
+    FieldMap,
+    check_heads_divide_width,
+    constant_option,
+    field,
+    kv_heads_field,
+    required_field,
+    windows_field,
 )
-from interop.rope import rope
-from interop.tensors import one, with_biases
+from interop.rope import rope_fields
+from interop.tensors import tensor, with_biases
 from model_config import ModelArchitectureConfig
 
 
@@ -40,39 +40,45 @@ GEMMA2 = Family(
     name='gemma2',
     architecture='Gemma2ForCausalLM',
     prefix='model.',
-    harmless=frozenset({'hidden_act', 'sliding_window_size'}),  # of old files; not read there
-    unloadable=heads_must_divide_the_width,
-    entries=(
-        *llama_like(block_size=8192),
-        same('d_ff', 'intermediate_size'),
-        same('head_dim', 'head_dim', 256),
-        same('attention_bias', 'attention_bias', False),
-        same('attention_softcap', 'attn_logit_softcapping', 50.0),
-        same('logit_softcap', 'final_logit_softcapping', 30.0),
-        same('weight_tying', 'tie_word_embeddings', True),
-        ours_is(norm_position='sandwich', ffn_type='geglu', ffn_bias=False, scale_embeddings=True),
-        theirs_is(use_bidirectional_attention=None),
-        same(
+    irrelevant_fields=frozenset(
+        {'hidden_act', 'sliding_window_size'}
+    ),  # of old files; not read there
+    check_loadable=check_heads_divide_width,
+    field_maps=(
+        *llama_fields(block_size=8192),
+        field('d_ff', 'intermediate_size'),
+        field('head_dim', 'head_dim', 256),
+        field('attention_bias', 'attention_bias', False),
+        field('attention_softcap', 'attn_logit_softcapping', 50.0),
+        field('logit_softcap', 'final_logit_softcapping', 30.0),
+        field('weight_tying', 'tie_word_embeddings', True),
+        constant_option(
+            norm_position='sandwich', ffn_type='geglu', ffn_bias=False, scale_embeddings=True
+        ),
+        required_field(use_bidirectional_attention=None),
+        field(
             'geglu_tanh',
             'hidden_activation',
             'gelu_pytorch_tanh',
             {'gelu_pytorch_tanh': True, 'gelu_new': True, 'gelu': False},
         ),
-        Entry(_read_scale, _write_scale),
-        Entry(_read_backend, lambda config: {}),
-        windows(4096, lambda layer, fields: layer % 2 == 0),
-        kv_heads(4),
-        rope(),
+        FieldMap(_read_scale, _write_scale),
+        FieldMap(_read_backend, lambda config: {}),
+        windows_field(4096, lambda layer, fields: layer % 2 == 0),
+        kv_heads_field(4),
+        rope_fields(),
     ),
-    weights=GATED
+    weights=GATED_FFN
     | with_biases(ATTENTION)
     | {
-        'token_embedding.weight': ENDS['token_embedding.weight'],
-        'output_head.projection.weight': ENDS['output_head.projection.weight'],
+        'token_embedding.weight': EMBEDDING_AND_HEAD['token_embedding.weight'],
+        'output_head.projection.weight': EMBEDDING_AND_HEAD['output_head.projection.weight'],
         # x · (1 + weight)
-        'final_norm.weight': one('model.norm.weight', plus=1.0),
+        'final_norm.weight': tensor('model.norm.weight', offset=1.0),
         **{
-            f'blocks.{{layer}}.{ours}.weight': one(f'{LAYER}{theirs}_layernorm.weight', plus=1.0)
+            f'blocks.{{layer}}.{ours}.weight': tensor(
+                f'{LAYER}{theirs}_layernorm.weight', offset=1.0
+            )
             for ours, theirs in {
                 'attention_norm': 'input',
                 'attention_output_norm': 'post_attention',

@@ -2,23 +2,23 @@
 
 from interop.fields import Fields
 from interop.mapping import (
-    Entry,
     Family,
-    heads_must_divide_the_width,
-    kv_heads,
-    kv_heads_of,
-    ours_is,
-    same,
-    windows,
-    written_only,
+    FieldMap,
+    check_heads_divide_width,
+    constant_option,
+    export_only,
+    field,
+    kv_heads_field,
+    num_kv_heads_of,
+    windows_field,
 )
-from interop.rope import rope
-from interop.tensors import Weight, fit_vocabulary, one, with_biases
+from interop.rope import rope_fields
+from interop.tensors import TensorMap, resize_vocabulary, tensor, with_biases
 from model_config import ModelArchitectureConfig
 
 
 def _query_key_value_rows(config: ModelArchitectureConfig) -> tuple[int, ...]:
-    shared = kv_heads_of(config)
+    shared = num_kv_heads_of(config)
     return tuple(heads * config.head_dim for heads in (config.n_head, shared, shared))
 
 
@@ -29,67 +29,67 @@ def projections(block: str, *names: str) -> tuple[str, ...]:
     return tuple(f'{LAYER}{block}.{name}_proj.weight' for name in names)
 
 
-def llama_like(block_size: int, norm_eps: float = 1e-6) -> tuple[Entry, ...]:
+def llama_fields(block_size: int, norm_eps: float = 1e-6) -> tuple[FieldMap, ...]:
     """What Llama and its descendants share; the defaults of two fields differ among them."""
     return (
-        same('n_layer', 'num_hidden_layers'),
-        same('n_head', 'num_attention_heads'),
-        same('n_embd', 'hidden_size'),
-        same('block_size', 'max_position_embeddings', block_size),
-        same('vocab_size', 'vocab_size'),
-        same('norm_eps', 'rms_norm_eps', norm_eps),
-        ours_is(normalization='rmsnorm', bias=False),
-        written_only(attention_dropout='attention_dropout'),
+        field('n_layer', 'num_hidden_layers'),
+        field('n_head', 'num_attention_heads'),
+        field('n_embd', 'hidden_size'),
+        field('block_size', 'max_position_embeddings', block_size),
+        field('vocab_size', 'vocab_size'),
+        field('norm_eps', 'rms_norm_eps', norm_eps),
+        constant_option(normalization='rmsnorm', bias=False),
+        export_only(attention_dropout='attention_dropout'),
     )
 
 
-def swiglu(act: str = 'hidden_act') -> Entry:
-    return same('ffn_type', act, 'silu', {'silu': 'swiglu'})
+def swiglu_field(act: str = 'hidden_act') -> FieldMap:
+    return field('ffn_type', act, 'silu', {'silu': 'swiglu'})
 
 
-ENDS = {
-    'token_embedding.weight': one('model.embed_tokens.weight', fit=fit_vocabulary),
-    'final_norm.weight': one('model.norm.weight'),
-    'output_head.projection.weight': one('lm_head.weight', fit=fit_vocabulary),
+EMBEDDING_AND_HEAD = {
+    'token_embedding.weight': tensor('model.embed_tokens.weight', resize=resize_vocabulary),
+    'final_norm.weight': tensor('model.norm.weight'),
+    'output_head.projection.weight': tensor('lm_head.weight', resize=resize_vocabulary),
 }
 ATTENTION = {
-    'blocks.{layer}.attention.qkv.weight': Weight(
+    'blocks.{layer}.attention.qkv.weight': TensorMap(
         projections('self_attn', 'q', 'k', 'v'), rows=_query_key_value_rows
     ),
-    'blocks.{layer}.attention.output.weight': Weight(projections('self_attn', 'o')),
+    'blocks.{layer}.attention.output.weight': TensorMap(projections('self_attn', 'o')),
 }
-GATED = {
-    'blocks.{layer}.ffn.gate_up.weight': Weight(projections('mlp', 'gate', 'up')),
-    'blocks.{layer}.ffn.down.weight': Weight(projections('mlp', 'down')),
+GATED_FFN = {
+    'blocks.{layer}.ffn.gate_up.weight': TensorMap(projections('mlp', 'gate', 'up')),
+    'blocks.{layer}.ffn.down.weight': TensorMap(projections('mlp', 'down')),
 }
 PRE_NORMS = {
-    'blocks.{layer}.attention_norm.weight': one(LAYER + 'input_layernorm.weight'),
-    'blocks.{layer}.ffn_norm.weight': one(LAYER + 'post_attention_layernorm.weight'),
+    'blocks.{layer}.attention_norm.weight': tensor(LAYER + 'input_layernorm.weight'),
+    'blocks.{layer}.ffn_norm.weight': tensor(LAYER + 'post_attention_layernorm.weight'),
 }
 _QK_NORMS = {
-    'blocks.{layer}.attention.q_norm.weight': one(LAYER + 'self_attn.q_norm.weight'),
-    'blocks.{layer}.attention.k_norm.weight': one(LAYER + 'self_attn.k_norm.weight'),
+    'blocks.{layer}.attention.q_norm.weight': tensor(LAYER + 'self_attn.q_norm.weight'),
+    'blocks.{layer}.attention.k_norm.weight': tensor(LAYER + 'self_attn.k_norm.weight'),
 }
-TABLES_OF_COSINES = r'rotary_emb\.inv_freq$'
+ROTARY_BUFFERS = r'rotary_emb\.inv_freq$'
 
 LLAMA = Family(
     name='llama',
     architecture='LlamaForCausalLM',
     prefix='model.',
-    entries=(
-        *llama_like(block_size=2048),
-        same('d_ff', 'intermediate_size'),
-        same('head_dim', 'head_dim', None),
-        same('attention_bias', 'attention_bias', False),
-        same('ffn_bias', 'mlp_bias', False),
-        same('weight_tying', 'tie_word_embeddings', False),
-        kv_heads(),
-        rope(),
-        swiglu(),
+    field_maps=(
+        *llama_fields(block_size=2048),
+        field('d_ff', 'intermediate_size'),
+        field('head_dim', 'head_dim', None),
+        field('attention_bias', 'attention_bias', False),
+        field('ffn_bias', 'mlp_bias', False),
+        field('weight_tying', 'tie_word_embeddings', False),
+        kv_heads_field(),
+        rope_fields(),
+        swiglu_field(),
     ),
-    unloadable=heads_must_divide_the_width,
-    weights=ENDS | PRE_NORMS | with_biases(ATTENTION | GATED),
-    ignored=TABLES_OF_COSINES,
+    check_loadable=check_heads_divide_width,
+    weights=EMBEDDING_AND_HEAD | PRE_NORMS | with_biases(ATTENTION | GATED_FFN),
+    ignored_tensors=ROTARY_BUFFERS,
 )
 
 
@@ -105,72 +105,72 @@ MISTRAL = Family(
     name='mistral',
     architecture='MistralForCausalLM',
     prefix='model.',
-    entries=(
-        *llama_like(block_size=4096 * 32),
-        same('d_ff', 'intermediate_size'),
-        same('head_dim', 'head_dim', None),
-        same('sliding_window', 'sliding_window', 4096),
-        same('weight_tying', 'tie_word_embeddings', False),
-        Entry(_refuse_layer_types, lambda config: {}),
-        kv_heads(8),
-        rope(),
-        swiglu(),
+    field_maps=(
+        *llama_fields(block_size=4096 * 32),
+        field('d_ff', 'intermediate_size'),
+        field('head_dim', 'head_dim', None),
+        field('sliding_window', 'sliding_window', 4096),
+        field('weight_tying', 'tie_word_embeddings', False),
+        FieldMap(_refuse_layer_types, lambda config: {}),
+        kv_heads_field(8),
+        rope_fields(),
+        swiglu_field(),
     ),
-    weights=ENDS | PRE_NORMS | ATTENTION | GATED,
-    ignored=TABLES_OF_COSINES,
+    weights=EMBEDDING_AND_HEAD | PRE_NORMS | ATTENTION | GATED_FFN,
+    ignored_tensors=ROTARY_BUFFERS,
 )
 
 QWEN3 = Family(
     name='qwen3',
     architecture='Qwen3ForCausalLM',
     prefix='model.',
-    entries=(
-        *llama_like(block_size=32768),
-        same('d_ff', 'intermediate_size'),
-        same('head_dim', 'head_dim', 128),
-        same('attention_bias', 'attention_bias', False),
-        same('weight_tying', 'tie_word_embeddings', False),
-        ours_is(qk_norm='rmsnorm', qk_norm_scope='head', ffn_bias=False),
-        windows(
+    field_maps=(
+        *llama_fields(block_size=32768),
+        field('d_ff', 'intermediate_size'),
+        field('head_dim', 'head_dim', 128),
+        field('attention_bias', 'attention_bias', False),
+        field('weight_tying', 'tie_word_embeddings', False),
+        constant_option(qk_norm='rmsnorm', qk_norm_scope='head', ffn_bias=False),
+        windows_field(
             4096,
             lambda layer, fields: layer >= fields.take('max_window_layers', int, 28),
             switch='use_sliding_window',
         ),
-        kv_heads(32),
-        rope(),
-        swiglu(),
+        kv_heads_field(32),
+        rope_fields(),
+        swiglu_field(),
     ),
-    harmless=frozenset({'max_window_layers'}),  # where layer_types says it
-    weights=ENDS | PRE_NORMS | _QK_NORMS | GATED | with_biases(ATTENTION),
+    irrelevant_fields=frozenset({'max_window_layers'}),  # where layer_types says it
+    weights=EMBEDDING_AND_HEAD | PRE_NORMS | _QK_NORMS | GATED_FFN | with_biases(ATTENTION),
 )
 
 OLMO2 = Family(
     name='olmo2',
     architecture='Olmo2ForCausalLM',
     prefix='model.',
-    entries=(
-        *llama_like(block_size=2048, norm_eps=1e-5),
-        same('d_ff', 'intermediate_size'),
-        same('head_dim', 'head_dim', None),
-        same('attention_bias', 'attention_bias', False),
-        same('weight_tying', 'tie_word_embeddings', False),
-        ours_is(
+    field_maps=(
+        *llama_fields(block_size=2048, norm_eps=1e-5),
+        field('d_ff', 'intermediate_size'),
+        field('head_dim', 'head_dim', None),
+        field('attention_bias', 'attention_bias', False),
+        field('weight_tying', 'tie_word_embeddings', False),
+        constant_option(
             norm_position='reordered',
             qk_norm='rmsnorm',
             qk_norm_scope='projection',
             ffn_bias=False,
         ),
-        kv_heads(),
-        rope(),
-        swiglu(),
+        kv_heads_field(),
+        rope_fields(),
+        swiglu_field(),
     ),
-    weights=ENDS
+    weights=EMBEDDING_AND_HEAD
     | _QK_NORMS
-    | GATED
+    | GATED_FFN
     | with_biases(ATTENTION)
     | {
-        'blocks.{layer}.attention_norm.weight': one(LAYER + 'post_attention_layernorm.weight'),
-        'blocks.{layer}.ffn_norm.weight': one(LAYER + 'post_feedforward_layernorm.weight'),
+        'blocks.{layer}.attention_norm.weight': tensor(LAYER + 'post_attention_layernorm.weight'),
+        'blocks.{layer}.ffn_norm.weight': tensor(LAYER + 'post_feedforward_layernorm.weight'),
     },
 )
 
@@ -179,28 +179,30 @@ MIXTRAL = Family(
     name='mixtral',
     architecture='MixtralForCausalLM',
     prefix='model.',
-    entries=(
-        *llama_like(block_size=4096 * 32, norm_eps=1e-5),
-        same('expert_d_ff', 'intermediate_size'),
-        same('head_dim', 'head_dim', None),
-        same('sliding_window', 'sliding_window', None),
-        same('num_experts', 'num_local_experts', 8),
-        same('experts_per_token', 'num_experts_per_tok', 2),
-        same('expert_ffn', 'hidden_act', 'silu', {'silu': 'swiglu'}),
-        same('weight_tying', 'tie_word_embeddings', False),
-        ours_is(ffn_type='moe', router_score='softmax', router_normalize=True),
-        kv_heads(8),
-        rope(default_theta=1e6),
+    field_maps=(
+        *llama_fields(block_size=4096 * 32, norm_eps=1e-5),
+        field('expert_d_ff', 'intermediate_size'),
+        field('head_dim', 'head_dim', None),
+        field('sliding_window', 'sliding_window', None),
+        field('num_experts', 'num_local_experts', 8),
+        field('experts_per_token', 'num_experts_per_tok', 2),
+        field('expert_ffn', 'hidden_act', 'silu', {'silu': 'swiglu'}),
+        field('weight_tying', 'tie_word_embeddings', False),
+        constant_option(ffn_type='moe', router_score='softmax', router_normalize=True),
+        kv_heads_field(8),
+        rope_fields(default_theta=1e6),
     ),
     aliases={'num_experts': 'num_local_experts'},
-    weights=ENDS
+    weights=EMBEDDING_AND_HEAD
     | PRE_NORMS
     | ATTENTION
     | {
-        'blocks.{layer}.ffn.router.weight': one(_MIXTRAL_MOE + 'gate.weight'),
-        'blocks.{layer}.ffn.experts.gate_up.weight': Weight(
+        'blocks.{layer}.ffn.router.weight': tensor(_MIXTRAL_MOE + 'gate.weight'),
+        'blocks.{layer}.ffn.experts.gate_up.weight': TensorMap(
             tuple(f'{_MIXTRAL_MOE}experts.{{expert}}.{name}.weight' for name in ('w1', 'w3'))
         ),
-        'blocks.{layer}.ffn.experts.down.weight': one(_MIXTRAL_MOE + 'experts.{expert}.w2.weight'),
+        'blocks.{layer}.ffn.experts.down.weight': tensor(
+            _MIXTRAL_MOE + 'experts.{expert}.w2.weight'
+        ),
     },
 )

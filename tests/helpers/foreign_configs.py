@@ -195,7 +195,7 @@ class Flips:
         except Exception:
             return 'illegal'
         try:
-            source = interop.open_source(f'hf:{self.folder}')
+            source = interop.open_checkpoint(f'hf:{self.folder}')
             ours = build_model(source.config, 'cpu').eval()
             ours.load_state_dict(dict(source.weights(source.config)), strict=False)
         except UserError:

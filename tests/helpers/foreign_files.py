@@ -61,7 +61,7 @@ PICKLES = (
 def outcome(name: str) -> str:
     """'read', 'refused', or the last line of a traceback."""
     try:
-        source = interop.open_source(name)
+        source = interop.open_checkpoint(name)
         source.check()
         for _ in source.weights(source.config):
             pass

@@ -23,7 +23,7 @@ def from_fields(fields: dict, device: str = 'cpu'):
 
 def of(config: ModelArchitectureConfig, device: str = 'cpu'):
     """Their model of an architecture of ours."""
-    fields = interop.expressed_as(config).fields
+    fields = interop.convert_config(config).fields
     return from_fields({**NO_SPECIAL_TOKENS, **fields}, device)
 
 
@@ -34,11 +34,11 @@ def randomise(module: nn.Module, std: float = 0.3) -> None:
         parameter.normal_(0.0, std, generator=generator)
 
 
-def saved(model, folder: Path, gradients: bool = False) -> interop.Source:
+def saved(model, folder: Path, gradients: bool = False) -> interop.PretrainedCheckpoint:
     """What the model writes by itself: its weights, or its gradients as if they were weights."""
     state = {name: parameter.grad for name, parameter in model.named_parameters()}
     model.save_pretrained(folder, state_dict=state if gradients else None)
-    return interop.open_source(f'hf:{folder}')
+    return interop.open_checkpoint(f'hf:{folder}')
 
 
 def loaded(folder: Path):

@@ -65,7 +65,7 @@ REFUSED = {
 @pytest.mark.parametrize('message', REFUSED)
 def test_what_transformers_would_refuse_is_refused_here_with_the_way_out(message):
     with pytest.raises(UserError, match=message) as refusal:
-        interop.expressed_as(tiny(**REFUSED[message]))
+        interop.convert_config(tiny(**REFUSED[message]))
     assert '--output=model.safetensors' in str(refusal.value)
 
 

@@ -41,7 +41,7 @@ def test_no_damage_ends_in_a_traceback(folders, kind, arguments, every):
     assert list(outcomes.values()).count('refused') > 10
 
 
-def changed(folders, family, change=lambda tensors: None, **fields) -> interop.Source:
+def changed(folders, family, change=lambda tensors: None, **fields) -> interop.PretrainedCheckpoint:
     """A copy of the family's folder with other tensors and fields, opened."""
     whole = folders.whole(family)
     tensors = load_file(whole / 'model.safetensors')
@@ -49,7 +49,7 @@ def changed(folders, family, change=lambda tensors: None, **fields) -> interop.S
     config = json.loads((whole / 'config.json').read_text())
     name = folders.damage(family, 'config.json', json.dumps({**config, **fields}).encode())
     save_file(tensors, folders.copy / 'model.safetensors')
-    return interop.open_source(name)
+    return interop.open_checkpoint(name)
 
 
 EMBEDDING = 'model.embed_tokens.weight'
@@ -110,14 +110,14 @@ def test_a_tensor_in_two_shards_is_refused(folders):
         shutil.copy(folders.copy / 'model.safetensors', folders.copy / f'{shard}.safetensors')
     (folders.copy / 'model.safetensors').unlink()
     with pytest.raises(UserError, match=r'two\.safetensors has .*, and another file has it, too'):
-        interop.open_source(name)
+        interop.open_checkpoint(name)
 
 
 def test_a_pickle_from_before_torch_1_6_reads(folders):
     tensors = load_file(folders.whole('llama') / 'model.safetensors')
     name = folders.damage('llama', 'pytorch_model.bin', b'', 'model.safetensors')
     torch.save(tensors, folders.copy / 'pytorch_model.bin', _use_new_zipfile_serialization=False)
-    source = interop.open_source(name)
+    source = interop.open_checkpoint(name)
     source.check()
     assert torch.equal(source.tensors[EMBEDDING].read(), tensors[EMBEDDING])
 
@@ -150,7 +150,7 @@ def test_nanogpts_two_names_of_one_table(tmp_path, same):
     state = {'transformer.wte.weight': torch.zeros(9, 8), 'lm_head.weight': torch.zeros(9, 8)}
     state['lm_head.weight'][0] = 0 if same else 1
     torch.save({'model_args': sizes, 'model': state}, tmp_path / 'ckpt.pt')
-    source = interop.open_source(f'nanogpt:{tmp_path}')
+    source = interop.open_checkpoint(f'nanogpt:{tmp_path}')
     if same:
         assert source.config.weight_tying
     else:
@@ -160,4 +160,4 @@ def test_nanogpts_two_names_of_one_table(tmp_path, same):
 
 def test_every_base_is_whole(folders):
     for family in foreign_configs.BASES:
-        interop.open_source(f'hf:{folders.whole(family)}').check()
+        interop.open_checkpoint(f'hf:{folders.whole(family)}').check()

@@ -62,7 +62,7 @@ def test_other_byte_pairs_with_special_tokens_and_gaps(monkeypatch, tmp_path, sp
 
     special = {'<|endoftext|>': 401, '<|fim_prefix|>': 402, '<|endofprompt|>': 410}
     tokenizer = tiktoken_tokenizer(monkeypatch, split, special)
-    hf_tokenizer.write(tokenizer, tmp_path, 64)
+    hf_tokenizer.write_tokenizer(tokenizer, tmp_path, 64)
     theirs = AutoTokenizer.from_pretrained(tmp_path)
     text = hf_tokenizer.DIFFICULT + ' fim_prefix endofprompt 1234567 ' + 'a' * 50
     assert theirs(text, add_special_tokens=False)['input_ids'] == tokenizer.encode(text)
@@ -74,7 +74,7 @@ def test_inexact_conversion_is_not_written(monkeypatch, tmp_path):
     """Possessive, {1,4}+ leaves no digit for what follows; in tokenizers it would."""
     tokenizer = tiktoken_tokenizer(monkeypatch, r'\p{N}{1,4}+\p{N}|[\s\S]', {})
     with pytest.raises(UserError, match='exactly'):
-        hf_tokenizer.write(tokenizer, tmp_path, 64)
+        hf_tokenizer.write_tokenizer(tokenizer, tmp_path, 64)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -120,7 +120,7 @@ def snapshot_download(monkeypatch, cache):
     return download
 
 
-def assert_is(source: interop.Source, model) -> None:
+def assert_is(source: interop.PretrainedCheckpoint, model) -> None:
     """The source is that model, in one tensor at least."""
     name = 'transformer.wte.weight'
     assert torch.equal(source.tensors[name].read(), model.state_dict()[name])
@@ -141,7 +141,7 @@ def test_download_by_the_package(gpt2, address, tmp_path):
     """By the real huggingface_hub: once, the files that are read, into the cache others read."""
     url, _, requests = address
     code = (
-        'import interop; source = interop.open_source("gpt2"); '
+        'import interop; source = interop.open_checkpoint("gpt2"); '
         'print(source.name, *sorted(source.tensors)[:1])'
     )
 
@@ -163,9 +163,9 @@ def test_download_by_the_package(gpt2, address, tmp_path):
     assert fetched == {'config.json', 'model.safetensors'}  # nothing that is pickled or code
     again = run('http://127.0.0.1:9')
     assert again.returncode == 0 and 'Downloading' not in again.stdout
-    assert_is(interop.open_source('gpt2'), gpt2[0])
+    assert_is(interop.open_checkpoint('gpt2'), gpt2[0])
     refused = subprocess.run(
-        [sys.executable, '-c', 'import interop; interop.open_source("hf:some/model")'],
+        [sys.executable, '-c', 'import interop; interop.open_checkpoint("hf:some/model")'],
         cwd=PROJECT,
         env={**os.environ, 'HF_HOME': str(tmp_path / 'home'), 'HF_ENDPOINT': url},
         capture_output=True,
@@ -179,8 +179,8 @@ def test_cached_model_needs_no_hub(gpt2, cache, monkeypatch):
     """Under the name that it had before it belonged to an organization, too."""
     monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
     in_cache(cache, 'gpt2', gpt2[1])
-    assert_is(interop.open_source('gpt2'), gpt2[0])
-    assert_is(interop.open_source('hf:openai-community/gpt2'), gpt2[0])
+    assert_is(interop.open_checkpoint('gpt2'), gpt2[0])
+    assert_is(interop.open_checkpoint('hf:openai-community/gpt2'), gpt2[0])
 
 
 def test_incomplete_snapshot_is_not_used(gpt2, cache):
@@ -192,7 +192,7 @@ def test_incomplete_snapshot_is_not_used(gpt2, cache):
 
 def test_pickled_weights_only_where_there_are_no_others(gpt2, snapshot_download, tmp_path):
     snapshot_download.result = gpt2[1]
-    assert_is(interop.open_source('hf:some/model'), gpt2[0])
+    assert_is(interop.open_checkpoint('hf:some/model'), gpt2[0])
     assert snapshot_download.patterns == [['config.json', *hub.SAFETENSORS]]
     assert not any('.bin' in pattern for pattern in hub.SAFETENSORS)
 
@@ -201,7 +201,7 @@ def test_pickled_weights_only_where_there_are_no_others(gpt2, snapshot_download,
     torch.save(gpt2[0].state_dict(), tmp_path / 'pickled/pytorch_model.bin')
     shutil.rmtree(tmp_path / 'home')
     snapshot_download.result = tmp_path / 'pickled'
-    assert_is(interop.open_source('hf:some/model'), gpt2[0])
+    assert_is(interop.open_checkpoint('hf:some/model'), gpt2[0])
     assert len(snapshot_download.patterns) == 3
 
 
@@ -229,7 +229,7 @@ def hub_error(kind: str) -> Exception:
 def test_failed_download_is_one_line(snapshot_download, cache, error, says):
     snapshot_download.result = hub_error(error) if isinstance(error, str) else error
     with pytest.raises(UserError) as refused:
-        interop.open_source('gpt2-xl')
+        interop.open_checkpoint('gpt2-xl')
     message = str(refused.value)
     assert message.startswith(f'gpt2-xl: no folder here and no model in the cache {cache}')
     assert says in message and '--init_from=hf:FOLDER' in message and '\n' not in message
@@ -238,11 +238,11 @@ def test_failed_download_is_one_line(snapshot_download, cache, error, says):
 def test_impossible_names_are_not_looked_up(snapshot_download, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r'hf:\.\./model: there is no folder \.\./model'):
-        interop.open_source('hf:../model')
+        interop.open_checkpoint('hf:../model')
     assert snapshot_download.patterns == []
 
 
 def test_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, 'huggingface_hub', None)
     with pytest.raises(UserError, match=r'gpt2: .*package huggingface_hub: pip install hugg'):
-        interop.open_source('gpt2')
+        interop.open_checkpoint('gpt2')

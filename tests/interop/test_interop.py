@@ -219,12 +219,12 @@ def parity(fields: dict, folder: Path) -> dict[str, float]:
     our_gradients = gradients(ours)
     as_weights = dict(reference.saved(theirs, folder / 'gradients', True).weights(config))
     constants = {
-        name: interop.weight_of(source.family, name, config)[0].plus for name in our_gradients
+        name: interop.tensor_map_of(source.family, name, config)[0].plus for name in our_gradients
     }
     their_gradients = {name: g - constants[name] for name, g in as_weights.items()}
 
     interop.export(config, dict(ours.named_parameters()), folder / 'ours')
-    again = interop.open_source(f'hf:{folder / "ours"}')
+    again = interop.open_checkpoint(f'hf:{folder / "ours"}')
     assert again.config.to_dict() == config.to_dict()
     read_again = dict(again.weights(config))
     assert all(torch.equal(read_again[name], weights[name]) for name in weights)
@@ -248,7 +248,7 @@ def test_the_same_model_as_transformers(name, tmp_path):
 # --- Folders of every kind ------------------------------------------------------------------------
 
 
-def as_ours(source: interop.Source):
+def as_ours(source: interop.PretrainedCheckpoint):
     """Our model with the weights of the source."""
     model = build_model(source.config, 'cpu')
     model.load_state_dict(dict(source.weights(source.config)), strict=False)
@@ -264,17 +264,17 @@ def llama(tmp_path_factory):
     return model, folder
 
 
-def rewritten(folder: Path, to: Path, change) -> interop.Source:
+def rewritten(folder: Path, to: Path, change) -> interop.PretrainedCheckpoint:
     """The folder with `change(fields, tensors)` applied to a copy, as pytorch_model.bin."""
     fields = json.loads((folder / 'config.json').read_text())
     tensors = load_file(folder / 'model.safetensors')
     change(fields, tensors)
     (to / 'config.json').write_text(json.dumps(fields))
     torch.save(tensors, to / 'pytorch_model.bin')
-    return interop.open_source(f'hf:{to}')
+    return interop.open_checkpoint(f'hf:{to}')
 
 
-def assert_same_logits(source: interop.Source, theirs) -> None:
+def assert_same_logits(source: interop.PretrainedCheckpoint, theirs) -> None:
     tokens = some_tokens(source.config, batch=2)
     torch.testing.assert_close(as_ours(source)(tokens), theirs(tokens).logits, rtol=1e-5, atol=1e-5)
 
@@ -283,7 +283,7 @@ def test_sharded_safetensors(llama, tmp_path):
     model, _ = llama
     model.save_pretrained(tmp_path, max_shard_size='8KB')
     assert len(list(tmp_path.glob('model-*.safetensors'))) > 1
-    assert_same_logits(interop.open_source(f'hf:{tmp_path}'), model)
+    assert_same_logits(interop.open_checkpoint(f'hf:{tmp_path}'), model)
 
 
 def test_a_config_of_transformers_4_and_a_pickle_without_the_models_prefix(llama, tmp_path):
@@ -310,7 +310,7 @@ def test_an_index_does_not_reach_outside_its_folder(llama, tmp_path):
     index = {'weight_map': {'model.norm.weight': '../outside.safetensors'}}
     (inside / 'model.safetensors.index.json').write_text(json.dumps(index))
     with pytest.raises(UserError, match=r'inside/outside\.safetensors cannot be read'):
-        interop.open_source(f'hf:{inside}')
+        interop.open_checkpoint(f'hf:{inside}')
 
 
 def test_a_pickle_with_code_in_it_is_not_run(llama, tmp_path):
@@ -321,7 +321,7 @@ def test_a_pickle_with_code_in_it_is_not_run(llama, tmp_path):
     (tmp_path / 'config.json').write_text((llama[1] / 'config.json').read_text())
     torch.save({'model.norm.weight': Trap()}, tmp_path / 'pytorch_model.bin')
     with pytest.raises(UserError, match='whatever else it holds was not run'):
-        interop.open_source(f'hf:{tmp_path}')
+        interop.open_checkpoint(f'hf:{tmp_path}')
     assert not (tmp_path / 'trapped').exists()
 
 
@@ -367,7 +367,7 @@ def test_what_cannot_be_taken_over_is_named(llama, tmp_path, change, message):
 def test_a_missing_package_is_named(llama, monkeypatch):
     monkeypatch.setitem(__import__('sys').modules, 'safetensors', None)
     with pytest.raises(UserError, match='pip install safetensors'):
-        interop.open_source(f'hf:{llama[1]}')
+        interop.open_checkpoint(f'hf:{llama[1]}')
 
 
 @pytest.mark.parametrize('family', interop.TRANSFORMERS)
@@ -409,7 +409,7 @@ OF_PRESET = {
 def test_a_preset_is_the_architecture_that_it_is_named_after(preset):
     for values in ({}, {'n_layer': 3, 'n_head': 6, 'n_embd': 48}):
         config = ModelArchitectureConfig(arch_preset=preset, vocab_size=40, **values)
-        family, fields, said = interop.expressed_as(config)
+        family, fields, said = interop.convert_config(config)
         assert said is config
         assert family.name == OF_PRESET[preset]
         theirs = reference.from_fields(fields, device='meta')
@@ -436,7 +436,7 @@ def test_what_has_biases_there_gets_zeros(name, tmp_path):
     tokens = some_tokens(config, batch=2)
     with torch.no_grad():
         torch.testing.assert_close(theirs(tokens).logits, ours(tokens), rtol=1e-5, atol=1e-5)
-    again = interop.open_source(f'hf:{tmp_path / "theirs"}')
+    again = interop.open_checkpoint(f'hf:{tmp_path / "theirs"}')
     assert again.config.normalization == 'layernorm'
     assert_same_logits(again, theirs)
 
@@ -493,7 +493,7 @@ def nanogpt_checkpoint(tmp_path):
             'config': {'dataset': 'shakespeare_char'},
         }
         torch.save(checkpoint, tmp_path / 'ckpt.pt')
-        return interop.open_source(f'nanogpt:{tmp_path}'), theirs
+        return interop.open_checkpoint(f'nanogpt:{tmp_path}'), theirs
 
     return write
 
@@ -672,7 +672,7 @@ def test_options_that_contradict_the_weights_are_refused(nanogpt_checkpoint, tmp
     'values', [{'initialization': 'normal'}, {'initialization': 'mup', 'mup_base_width': 16}]
 )
 def test_how_weights_begin_is_no_part_of_what_is_exported(values):
-    expression = interop.expressed_as(tiny(arch_preset='legacy', **values))
+    expression = interop.convert_config(tiny(arch_preset='legacy', **values))
     assert expression.family.architecture == 'GPT2LMHeadModel'
 
 
