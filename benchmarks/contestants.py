@@ -229,8 +229,8 @@ def prepare(told: dict, turns: Turns) -> None:
     def translated(family) -> dict:
         found = {}
         for name, tensor in weights():
-            weight, names, _ = interop.tensor_map_of(family, name, config)
-            written = weight.write(tensor.detach(), config)
+            tensor_map, names, _ = interop.tensor_map_of(family, name, config)
+            written = tensor_map.write(tensor.detach(), config)
             found.update((n, t.contiguous()) for n, t in zip(names, written))
         return found
 
@@ -244,11 +244,11 @@ def prepare(told: dict, turns: Turns) -> None:
         torch.save(translated(NANOGPT), folder / 'nanogpt.pt')
     if 'transformers' in told['peers']:
         try:
-            family, fields, said = interop.convert_config(config)
+            family, fields, variant = interop.convert_config(config)
         except UserError as error:
             answer['transformers_problem'] = str(error)
         else:
-            if said is config:
+            if variant is config:
                 answer['transformers'] = fields
                 torch.save(translated(family), folder / 'transformers.pt')
             else:

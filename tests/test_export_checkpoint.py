@@ -53,7 +53,7 @@ def export(*arguments, code: int = 0) -> None:
 
 
 @pytest.mark.parametrize('preset', ['gpt2', 'llama'])
-def test_a_pt_file_has_the_weights_and_what_they_belong_to(trained, tmp_path, preset, capsys):
+def test_pt_file(trained, tmp_path, preset, capsys):
     out_dir, logits, run = trained[preset]
     output = tmp_path / 'model.pt'
     export(f'--out_dir={out_dir}', f'--output={output}')
@@ -75,7 +75,7 @@ def test_a_pt_file_has_the_weights_and_what_they_belong_to(trained, tmp_path, pr
 
 
 @pytest.mark.parametrize('preset', ['gpt2', 'llama'])
-def test_a_safetensors_file_loads_as_its_own_loader_expects(trained, tmp_path, preset):
+def test_safetensors_file(trained, tmp_path, preset):
     out_dir, logits, _ = trained[preset]
     output = tmp_path / 'model.safetensors'
     export(f'--out_dir={out_dir}', f'--output={output}')
@@ -88,7 +88,7 @@ def test_a_safetensors_file_loads_as_its_own_loader_expects(trained, tmp_path, p
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
-def test_a_hugging_face_folder_goes_on_in_transformers(trained, tmp_path, dtype, capsys):
+def test_hugging_face_folder(trained, tmp_path, dtype, capsys):
     from transformers import AutoModelForCausalLM
 
     out_dir, logits, _ = trained['llama']
@@ -126,7 +126,7 @@ TEXT = "The naïve fox,  it's 12345!\n\n“jumps” 🦊 over\t"
 
 
 @pytest.mark.parametrize('kind', ['byte', 'byte-documents', 'char', 'gpt2'])
-def test_the_tokenizer_goes_with_it(tmp_path, kind, capsys):
+def test_tokenizer_is_exported(tmp_path, kind, capsys):
     """From the folder alone transformers makes the same tokens and logits of a text."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -172,9 +172,7 @@ def test_the_tokenizer_goes_with_it(tmp_path, kind, capsys):
     assert drawn.max() < tokenizer.vocab_size
 
 
-def test_a_tokenizer_that_cannot_be_had_is_told_and_the_weights_are_written(
-    trained, tmp_path, monkeypatch, capsys
-):
+def test_weights_are_written_without_a_tokenizer(trained, tmp_path, monkeypatch, capsys):
     out_dir, _, _ = trained['llama']
     monkeypatch.setitem(__import__('sys').modules, 'tokenizers', None)
     output = tmp_path / 'mine'
@@ -185,9 +183,7 @@ def test_a_tokenizer_that_cannot_be_had_is_told_and_the_weights_are_written(
     assert (output / 'model.safetensors').exists()
 
 
-def test_what_transformers_cannot_express_is_refused_by_name(
-    trained, tmp_path, monkeypatch, capsys
-):
+def test_inexpressible_architecture_is_refused(trained, tmp_path, monkeypatch, capsys):
     out_dir, _, _ = trained['gpt2']
     llama_alone = {'llama': interop.TRANSFORMERS['llama']}
     monkeypatch.setattr(interop.exporter, 'TRANSFORMERS', llama_alone)
@@ -197,7 +193,7 @@ def test_what_transformers_cannot_express_is_refused_by_name(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_transformers_cannot_load_is_not_left_there(trained, tmp_path, monkeypatch, capsys):
+def test_failed_check_leaves_no_folder(trained, tmp_path, monkeypatch, capsys):
     out_dir, _, _ = trained['llama']
 
     def refuse(model, folder):
@@ -211,7 +207,7 @@ def test_what_transformers_cannot_load_is_not_left_there(trained, tmp_path, monk
 
 @pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])
 @pytest.mark.parametrize('suffix', ['pt', 'safetensors'])
-def test_weights_are_rounded_to_the_dtype_asked_for(trained, tmp_path, monkeypatch, dtype, suffix):
+def test_weights_are_rounded_to_the_dtype(trained, tmp_path, monkeypatch, dtype, suffix):
     out_dir, _, run = trained['gpt2']
     monkeypatch.chdir(tmp_path)
     export(f'--out_dir={out_dir}', f'--format={suffix}', f'--dtype={dtype}')
@@ -223,7 +219,7 @@ def test_weights_are_rounded_to_the_dtype_asked_for(trained, tmp_path, monkeypat
         assert torch.equal(weights[name], weight.to(getattr(torch, dtype))), name
 
 
-def test_a_run_or_a_checkpoint_may_be_named(trained, tmp_path):
+def test_run_and_checkpoint_options(trained, tmp_path):
     out_dir, _, run = trained['llama']
     copied = shutil.copytree(run.folder / 'checkpoints/iter_00000002', tmp_path / 'best')
     named = {
@@ -238,9 +234,7 @@ def test_a_run_or_a_checkpoint_may_be_named(trained, tmp_path):
         assert torch.load(output, weights_only=True)['config']['iter'] == iter
 
 
-def test_a_file_is_replaced_only_when_that_is_asked_for_and_in_one_step(
-    trained, tmp_path, capsys, monkeypatch
-):
+def test_overwrite_is_explicit_and_atomic(trained, tmp_path, capsys, monkeypatch):
     out_dir, _, _ = trained['gpt2']
     output = tmp_path / 'model.pt'
     output.write_text('precious')
@@ -280,9 +274,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize('arguments', MISTAKES)
-def test_a_mistake_is_told_and_nothing_is_written(
-    trained, tmp_path, monkeypatch, capsys, arguments
-):
+def test_mistakes_write_nothing(trained, tmp_path, monkeypatch, capsys, arguments):
     out_dir, _, run = trained['gpt2']
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'folder.pt').mkdir()
@@ -299,14 +291,14 @@ def test_a_mistake_is_told_and_nothing_is_written(
     assert 'Traceback' not in error and sorted(tmp_path.rglob('*')) == before
 
 
-def test_a_package_that_is_missing_is_named_before_anything_is_read(tmp_path, monkeypatch, capsys):
+def test_missing_package_is_named_first(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
     export('--output=model.safetensors', code=2)
     assert 'pip install safetensors' in capsys.readouterr().err
 
 
-def test_values_that_a_dtype_does_not_have_are_refused(trained, tmp_path, monkeypatch, capsys):
+def test_values_beyond_the_dtype_are_refused(trained, tmp_path, monkeypatch, capsys):
     out_dir, _, _ = trained['gpt2']
     load_model = export_checkpoint.resumption.load_model
 
@@ -322,7 +314,7 @@ def test_values_that_a_dtype_does_not_have_are_refused(trained, tmp_path, monkey
     export(f'--out_dir={out_dir}', f'--output={output}', '--dtype=bfloat16')
 
 
-def test_a_full_disk_in_safetensors_is_told(trained, tmp_path):
+def test_full_disk_is_reported(trained, tmp_path):
     out_dir, _, _ = trained['gpt2']
     resource = pytest.importorskip('resource')
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -335,5 +327,5 @@ def test_a_full_disk_in_safetensors_is_told(trained, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_script_starts(run_script):
+def test_script_starts(run_script):
     assert '--overwrite' in run_script('export_checkpoint.py', '--help').stdout

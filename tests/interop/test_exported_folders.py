@@ -34,7 +34,7 @@ LOADS = {
 
 
 @pytest.mark.parametrize('name', LOADS)
-def test_what_is_exported_loads(name, tmp_path):
+def test_exported_folder_loads(name, tmp_path):
     values, family = LOADS[name]
     model, folder = exported(tmp_path / 'theirs', **values)
     assert json.loads((folder / 'config.json').read_text())['model_type'] == family
@@ -63,13 +63,13 @@ REFUSED = {
 
 
 @pytest.mark.parametrize('message', REFUSED)
-def test_what_transformers_would_refuse_is_refused_here_with_the_way_out(message):
+def test_configs_that_transformers_refuses_are_refused(message):
     with pytest.raises(UserError, match=message) as refusal:
         interop.convert_config(tiny(**REFUSED[message]))
     assert '--output=model.safetensors' in str(refusal.value)
 
 
-def test_a_folder_of_which_transformers_makes_something_else_is_found_out(tmp_path):
+def test_changed_folder_fails_the_check(tmp_path):
     model, folder = exported(tmp_path / 'theirs', arch_preset='llama')
     tensors = load_file(folder / 'model.safetensors')
     name = 'model.layers.0.mlp.down_proj.weight'
@@ -82,7 +82,7 @@ def test_a_folder_of_which_transformers_makes_something_else_is_found_out(tmp_pa
         interop.check_export(model, folder)
 
 
-def test_without_memory_for_the_weights_the_config_is_checked(tmp_path, monkeypatch):
+def test_check_without_memory_reads_the_config(tmp_path, monkeypatch):
     model, folder = exported(tmp_path / 'theirs', arch_preset='gemma2')
     nothing = SimpleNamespace(available=0)
     monkeypatch.setattr('interop.exporter.psutil.virtual_memory', lambda: nothing)
@@ -93,7 +93,7 @@ def test_without_memory_for_the_weights_the_config_is_checked(tmp_path, monkeypa
         interop.check_export(model, folder)
 
 
-def test_without_transformers_it_says_so(tmp_path, monkeypatch):
+def test_check_without_transformers(tmp_path, monkeypatch):
     model, folder = exported(tmp_path / 'theirs', arch_preset='llama')
     monkeypatch.setitem(sys.modules, 'transformers', None)
     assert 'transformers is not installed' in interop.check_export(model, folder)

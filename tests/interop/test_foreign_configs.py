@@ -12,7 +12,7 @@ pytestmark = pytest.mark.usefixtures('one_thread')
 
 
 @pytest.mark.parametrize('family', BASES)
-def test_no_field_is_read_otherwise_than_transformers_reads_it(family, tmp_path):
+def test_fields_are_read_as_transformers_reads_them(family, tmp_path):
     flips = Flips(tmp_path / 'model')
     assert flips.outcome(family, {}) == 'equal'
     outcomes = {
@@ -25,7 +25,7 @@ def test_no_field_is_read_otherwise_than_transformers_reads_it(family, tmp_path)
     assert counts['equal'] > 30 and counts['refused'] > 15, counts
 
 
-def test_every_family_is_tried():
+def test_all_families_are_covered():
     assert BASES.keys() == interop.TRANSFORMERS.keys()
 
 
@@ -67,7 +67,7 @@ CONTRADICTIONS = {
 
 
 @pytest.mark.parametrize('message', CONTRADICTIONS)
-def test_what_is_refused_is_named(message):
+def test_refused_fields_are_named(message):
     family, fields = CONTRADICTIONS[message]
     with pytest.raises(AssertionError, match=message):
         assert problems_of(family, **fields) == []
@@ -147,12 +147,12 @@ PUBLISHED = {
 
 
 @pytest.mark.parametrize('name', PUBLISHED)
-def test_a_published_config_reads(name):
+def test_published_config_is_read(name):
     family, fields = PUBLISHED[name]
     assert problems_of(family, **fields) == []
 
 
-def test_what_of_deepseek_does_not_read():
+def test_refused_deepseek_fields():
     """As README says: V2 and V3 choose within groups of experts."""
     assert 'topk_method' in problems_of('deepseek_v2', topk_method='group_limited_greedy')[0]
     assert 'topk_group=4' in problems_of('deepseek_v3', n_group=8, topk_group=4)[0]

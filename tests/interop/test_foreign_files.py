@@ -31,7 +31,7 @@ def folders(tmp_path_factory):
         ('nanogpt', (), 3),
     ],
 )
-def test_no_damage_ends_in_a_traceback(folders, kind, arguments, every):
+def test_damaged_files_end_in_an_error_message(folders, kind, arguments, every):
     damaged = getattr(folders, kind)(*arguments)
     outcomes = {}
     for number, (label, make) in enumerate(damaged):
@@ -67,7 +67,7 @@ MISFITS = {
 
 
 @pytest.mark.parametrize('message', MISFITS)
-def test_a_config_of_other_sizes_than_the_tensors_is_refused(folders, message):
+def test_mismatched_sizes_are_refused(folders, message):
     with pytest.raises(UserError, match=message):
         changed(folders, 'llama', **MISFITS[message]).check()
 
@@ -83,19 +83,19 @@ def test_a_config_of_other_sizes_than_the_tensors_is_refused(folders, message):
         ('llama', {'num_attention_heads': 10**9, 'num_key_value_heads': 10**9}),
     ],
 )
-def test_nothing_of_a_huge_size_is_made_to_refuse_it(folders, family, sizes):
+def test_huge_sizes_are_refused_without_allocation(folders, family, sizes):
     with pytest.raises(
         UserError, match=r'was expected after its config|no tensor can be|takes int'
     ):
         changed(folders, family, **sizes).check()
 
 
-def test_more_positions_than_the_config_says_are_not_cropped_silently(folders):
+def test_extra_positions_are_refused(folders):
     with pytest.raises(UserError, match=r'wpe.weight is a tensor of \(16, 32\), and \(8, 32\)'):
         changed(folders, 'gpt2', n_positions=8).check()
 
 
-def test_quantized_tensors_without_a_word_in_the_config_are_refused(folders):
+def test_undeclared_quantized_tensors_are_refused(folders):
     def quantize(tensors):
         tensors['model.norm.weight'] = tensors['model.norm.weight'].to(torch.int8)
 
@@ -103,7 +103,7 @@ def test_quantized_tensors_without_a_word_in_the_config_are_refused(folders):
         changed(folders, 'llama', quantize).check()
 
 
-def test_a_tensor_in_two_shards_is_refused(folders):
+def test_duplicate_tensor_in_shards_is_refused(folders):
     index = json.dumps({'weight_map': {'a': 'one.safetensors', 'b': 'two.safetensors'}}).encode()
     name = folders.damage('llama', 'model.safetensors.index.json', index)
     for shard in ('one', 'two'):
@@ -113,7 +113,7 @@ def test_a_tensor_in_two_shards_is_refused(folders):
         interop.open_checkpoint(name)
 
 
-def test_a_pickle_from_before_torch_1_6_reads(folders):
+def test_legacy_pickle_is_read(folders):
     tensors = load_file(folders.whole('llama') / 'model.safetensors')
     name = folders.damage('llama', 'pytorch_model.bin', b'', 'model.safetensors')
     torch.save(tensors, folders.copy / 'pytorch_model.bin', _use_new_zipfile_serialization=False)
@@ -122,7 +122,7 @@ def test_a_pickle_from_before_torch_1_6_reads(folders):
     assert torch.equal(source.tensors[EMBEDDING].read(), tensors[EMBEDDING])
 
 
-def test_a_head_that_its_config_calls_tied_is_used_untied(folders):
+def test_differing_tied_head_is_used_untied(folders):
     """As transformers does; a copy of the table is no head of its own."""
 
     def untie(tensors):
@@ -145,7 +145,7 @@ def test_a_head_that_its_config_calls_tied_is_used_untied(folders):
 
 
 @pytest.mark.parametrize('same', [True, False])
-def test_nanogpts_two_names_of_one_table(tmp_path, same):
+def test_nanogpt_tied_table_under_two_names(tmp_path, same):
     sizes = {'n_layer': 1, 'n_head': 2, 'n_embd': 8, 'block_size': 8, 'vocab_size': 9}
     state = {'transformer.wte.weight': torch.zeros(9, 8), 'lm_head.weight': torch.zeros(9, 8)}
     state['lm_head.weight'][0] = 0 if same else 1
@@ -158,6 +158,6 @@ def test_nanogpts_two_names_of_one_table(tmp_path, same):
             _ = source.config
 
 
-def test_every_base_is_whole(folders):
+def test_undamaged_folders_are_read(folders):
     for family in foreign_configs.BASES:
         interop.open_checkpoint(f'hf:{folders.whole(family)}').check()

@@ -57,7 +57,7 @@ def test_gpt2_merges_are_the_published_ones():
 
 
 @pytest.mark.parametrize('split', [GPT2_SPLIT, CL100K_SPLIT])
-def test_other_byte_pairs_with_special_tokens_and_gaps(monkeypatch, tmp_path, split):
+def test_special_tokens_and_vocabulary_gaps(monkeypatch, tmp_path, split):
     from transformers import AutoTokenizer
 
     special = {'<|endoftext|>': 401, '<|fim_prefix|>': 402, '<|endofprompt|>': 410}

@@ -184,7 +184,7 @@ THEIRS = {
 }
 
 
-def lively_model(fields: dict):
+def randomized_model(fields: dict):
     """Their model of that config, 40 tokens, with random weights of every kind."""
     model = reference.from_fields({**reference.NO_SPECIAL_TOKENS, 'vocab_size': 40, **fields})
     reference.randomise(model)
@@ -202,7 +202,7 @@ def largest(ours: dict, theirs: dict) -> float:
 
 def parity(fields: dict, folder: Path) -> dict[str, float]:
     """The largest differences of our model from theirs, and of what is exported, read again."""
-    theirs = lively_model(fields)
+    theirs = randomized_model(fields)
     source = reference.saved(theirs, folder / 'theirs')
     config = source.config
     ours = build_model(config, 'cpu')
@@ -219,7 +219,7 @@ def parity(fields: dict, folder: Path) -> dict[str, float]:
     our_gradients = gradients(ours)
     as_weights = dict(reference.saved(theirs, folder / 'gradients', True).weights(config))
     constants = {
-        name: interop.tensor_map_of(source.family, name, config)[0].plus for name in our_gradients
+        name: interop.tensor_map_of(source.family, name, config)[0].offset for name in our_gradients
     }
     their_gradients = {name: g - constants[name] for name, g in as_weights.items()}
 
@@ -240,7 +240,7 @@ def parity(fields: dict, folder: Path) -> dict[str, float]:
 
 
 @pytest.mark.parametrize('name', THEIRS)
-def test_the_same_model_as_transformers(name, tmp_path):
+def test_parity_with_transformers(name, tmp_path):
     differences = parity(THEIRS[name], tmp_path)
     assert max(differences.values()) < 1e-5, differences
 
@@ -259,7 +259,7 @@ def as_ours(source: interop.PretrainedCheckpoint):
 def llama(tmp_path_factory):
     """A Llama of theirs, and the folder that it was saved in."""
     folder = tmp_path_factory.mktemp('llama')
-    model = lively_model(THEIRS['llama-grouped-tied'])
+    model = randomized_model(THEIRS['llama-grouped-tied'])
     reference.saved(model, folder)
     return model, folder
 
@@ -286,7 +286,7 @@ def test_sharded_safetensors(llama, tmp_path):
     assert_same_logits(interop.open_checkpoint(f'hf:{tmp_path}'), model)
 
 
-def test_a_config_of_transformers_4_and_a_pickle_without_the_models_prefix(llama, tmp_path):
+def test_transformers_4_config_and_unprefixed_pickle(llama, tmp_path):
     model, folder = llama
 
     def change(fields, tensors):
@@ -301,7 +301,7 @@ def test_a_config_of_transformers_4_and_a_pickle_without_the_models_prefix(llama
     assert_same_logits(rewritten(folder, tmp_path, change), model)
 
 
-def test_an_index_does_not_reach_outside_its_folder(llama, tmp_path):
+def test_index_cannot_name_files_outside_its_folder(llama, tmp_path):
     _, folder = llama
     outside, inside = tmp_path / 'outside.safetensors', tmp_path / 'inside'
     inside.mkdir()
@@ -313,7 +313,7 @@ def test_an_index_does_not_reach_outside_its_folder(llama, tmp_path):
         interop.open_checkpoint(f'hf:{inside}')
 
 
-def test_a_pickle_with_code_in_it_is_not_run(llama, tmp_path):
+def test_pickled_code_is_not_run(llama, tmp_path):
     class Trap:
         def __reduce__(self):
             return (Path.touch, (tmp_path / 'trapped',))
@@ -359,19 +359,19 @@ def resized(fields, tensors):
         (resized, r'model.norm.weight is a tensor of \(31,\), and \(32,\) was expected'),
     ],
 )
-def test_what_cannot_be_taken_over_is_named(llama, tmp_path, change, message):
+def test_inexpressible_checkpoints_are_refused(llama, tmp_path, change, message):
     with pytest.raises(UserError, match=message):
         as_ours(rewritten(llama[1], tmp_path, change))
 
 
-def test_a_missing_package_is_named(llama, monkeypatch):
+def test_missing_package_is_named(llama, monkeypatch):
     monkeypatch.setitem(__import__('sys').modules, 'safetensors', None)
     with pytest.raises(UserError, match='pip install safetensors'):
         interop.open_checkpoint(f'hf:{llama[1]}')
 
 
 @pytest.mark.parametrize('family', interop.TRANSFORMERS)
-def test_a_field_that_is_left_out_is_transformers_default(family):
+def test_missing_fields_have_transformers_defaults(family):
     """The two ways of saying the same: their defaults written out, and only what has none here."""
     from transformers import AutoConfig
 
@@ -406,7 +406,7 @@ OF_PRESET = {
 
 
 @pytest.mark.parametrize('preset', OF_PRESET)
-def test_a_preset_is_the_architecture_that_it_is_named_after(preset):
+def test_presets_export_as_their_namesakes(preset):
     for values in ({}, {'n_layer': 3, 'n_head': 6, 'n_embd': 48}):
         config = ModelArchitectureConfig(arch_preset=preset, vocab_size=40, **values)
         family, fields, said = interop.convert_config(config)
@@ -425,7 +425,7 @@ WITHOUT_BIASES = {
 
 
 @pytest.mark.parametrize('name', WITHOUT_BIASES)
-def test_what_has_biases_there_gets_zeros(name, tmp_path):
+def test_missing_biases_are_exported_as_zeros(name, tmp_path):
     """And comes back as the same function, biases and all."""
     preset, values, architecture = WITHOUT_BIASES[name]
     config = tiny(arch_preset=preset, **values)
@@ -444,8 +444,8 @@ def test_what_has_biases_there_gets_zeros(name, tmp_path):
 # --- Tables of another length ---------------------------------------------------------------------
 
 
-def test_more_and_fewer_tokens_and_fewer_positions(tmp_path):
-    theirs = lively_model(THEIRS['gpt2'])
+def test_vocabulary_and_positions_are_resized(tmp_path):
+    theirs = randomized_model(THEIRS['gpt2'])
     source = reference.saved(theirs, tmp_path)
     tokens = some_tokens(source.config, batch=2)[:, :8]
     expected = theirs(tokens).logits
@@ -475,7 +475,7 @@ def nanogpt_checkpoint(tmp_path):
     """
 
     def write(bias: bool):
-        theirs = lively_model({**GPT2, 'activation_function': 'gelu'})
+        theirs = randomized_model({**GPT2, 'activation_function': 'gelu'})
         state = {}
         for name, tensor in theirs.state_dict().items():
             if name.endswith('bias') and not bias:
@@ -499,7 +499,7 @@ def nanogpt_checkpoint(tmp_path):
 
 
 @pytest.mark.parametrize('bias', [True, False])
-def test_nanogpts_checkpoint_loads_under_legacy(nanogpt_checkpoint, bias):
+def test_nanogpt_checkpoint_loads(nanogpt_checkpoint, bias):
     source, theirs = nanogpt_checkpoint(bias)
     legacy = ModelArchitectureConfig(
         arch_preset='legacy', **GPT2_SIZES, block_size=16, vocab_size=40, bias=bias
@@ -512,9 +512,9 @@ def test_nanogpts_checkpoint_loads_under_legacy(nanogpt_checkpoint, bias):
 # --- Train on -------------------------------------------------------------------------------------
 
 
-def test_training_begins_with_their_weights_and_goes_on_without_them(tiny_dataset, tmp_path):
+def test_training_from_pretrained_weights_and_resume(tiny_dataset, tmp_path):
     folder, sizes = tmp_path / 'theirs', {'vocab_size': 256, 'max_position_embeddings': 64}
-    theirs = lively_model({**THEIRS['llama-grouped-tied'], **sizes})
+    theirs = randomized_model({**THEIRS['llama-grouped-tied'], **sizes})
     reference.saved(theirs, folder)
     # Everything that TINY_RUN chooses but the number of its heads is theirs, or harmless.
     options = {'n_head': 4, 'arch_preset': 'gpt2', 'dropout': 0.1, 'block_size': 16}
@@ -547,7 +547,7 @@ def test_training_begins_with_their_weights_and_goes_on_without_them(tiny_datase
 def short_llama(tmp_path):
     """A Llama of theirs for 16 tokens and all bytes, and its folder."""
     folder = tmp_path / 'short'
-    theirs = lively_model({**THEIRS['llama-grouped-tied'], 'vocab_size': 256})
+    theirs = randomized_model({**THEIRS['llama-grouped-tied'], 'vocab_size': 256})
     reference.saved(theirs, folder)
     return theirs, folder
 
@@ -569,7 +569,7 @@ def short_llama(tmp_path):
         ),
     ],
 )
-def test_rope_is_extended_to_a_longer_context(
+def test_rope_extension_to_a_longer_context(
     short_llama, tiny_dataset, tmp_path, scaling, options, theirs
 ):
     """Before the first update it is transformers' model with the same scaling."""
@@ -583,7 +583,7 @@ def test_rope_is_extended_to_a_longer_context(
         eval_only=True,
         **options,
     )
-    expected = lively_model(
+    expected = randomized_model(
         {
             **THEIRS['llama-grouped-tied'],
             **rotary(rope_type=scaling, **{'factor': 3.0, **theirs}),
@@ -601,7 +601,7 @@ def test_rope_is_extended_to_a_longer_context(
     assert run.events('note') == []
 
 
-def test_a_context_that_does_not_fit_the_scaling(short_llama, tiny_dataset, tmp_path, train):
+def test_scaling_without_a_longer_context_is_refused(short_llama, tiny_dataset, tmp_path, train):
     folder = short_llama[1]
     common = (f'--init_from=hf:{folder}', '--n_head=4')
     error = train(*common, '--rope_scaling=yarn', '--block_size=16', code=2).stderr
@@ -617,7 +617,7 @@ def test_a_context_that_does_not_fit_the_scaling(short_llama, tiny_dataset, tmp_
 def test_finetuning_gpt2(tiny_dataset, tmp_path, train, monkeypatch):
     """The config file, from Hugging Face's cache: cropped, trained, resumed without the cache."""
     home = tmp_path / 'home/hub/models--openai-community--gpt2'
-    theirs = lively_model({**GPT2, 'vocab_size': 256})
+    theirs = randomized_model({**GPT2, 'vocab_size': 256})
     reference.saved(theirs, home / 'snapshots/1')
     (home / 'refs').mkdir()
     (home / 'refs/main').write_text('1')
@@ -648,7 +648,7 @@ def test_finetuning_gpt2(tiny_dataset, tmp_path, train, monkeypatch):
     assert losses[0] == pytest.approx(loss, rel=1e-5)
 
 
-def test_options_that_contradict_the_weights_are_refused(nanogpt_checkpoint, tmp_path, train):
+def test_contradicting_options_are_refused(nanogpt_checkpoint, tmp_path, train):
     nanogpt_checkpoint(True)
     error = train(
         f'--init_from=nanogpt:{tmp_path}',
@@ -671,7 +671,7 @@ def test_options_that_contradict_the_weights_are_refused(nanogpt_checkpoint, tmp
 @pytest.mark.parametrize(
     'values', [{'initialization': 'normal'}, {'initialization': 'mup', 'mup_base_width': 16}]
 )
-def test_how_weights_begin_is_no_part_of_what_is_exported(values):
+def test_initialization_is_not_exported(values):
     expression = interop.convert_config(tiny(arch_preset='legacy', **values))
     assert expression.family.architecture == 'GPT2LMHeadModel'
 
@@ -691,7 +691,7 @@ def test_how_weights_begin_is_no_part_of_what_is_exported(values):
         ({'arch_preset': 'llama', 'rope_fraction': 0.5}, 'rope_fraction=0.5'),
     ],
 )
-def test_what_transformers_cannot_express_is_named(values, message, tmp_path):
+def test_inexpressible_options_are_named(values, message, tmp_path):
     config = tiny(**{'arch_preset': 'legacy', **values})
     with pytest.raises(UserError, match=message):
         interop.export(config, {}, tmp_path / 'out')
