@@ -1,10 +1,10 @@
-"""components/ends.py in a run: what the z-loss changes, and what it leaves alone."""
+"""components/lm_head.py in a run: what the z-loss changes, and what it leaves alone."""
 
 import pytest
 import torch
 from helpers.in_process import train_here
 
-from components.ends import FEW_ROWS
+from components.lm_head import FEW_ROWS
 from model_builder import build_model
 from model_config import ModelArchitectureConfig
 
