@@ -31,7 +31,7 @@ from model_builder import parameter_groups, training_flops
 from optim.step import Updater, learning_rate_at
 from parallel import sharded_state
 from parallel.strategies import SingleProcess, choose_strategy, recomputed_blocks
-from planning import estimates
+from planning.plan import plan_run
 from planning.report import plan_report
 from records.run_folders import new_run_folder
 from records.trackers import enabled_trackers
@@ -56,7 +56,7 @@ def main(argv: list[str]) -> int:
     started_from = resumption.find(asked) or interop.find_pretrained(asked)
     settings = load_settings(asked)
     if settings.plan.plan:
-        write_text(plan_report(estimates.plan(settings)))
+        write_text(plan_report(plan_run(settings)))
         return 0
     device = hardware.select_device(settings.run.device)
     hardware.tune(device, settings.run.deterministic)

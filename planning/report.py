@@ -1,4 +1,4 @@
-"""What --plan shows, made of what `estimates.plan` reckons; at most 80 columns wide."""
+"""What --plan shows, made of what `plan.plan_run` gives; at most 80 columns wide."""
 
 import math
 import textwrap

@@ -3,6 +3,9 @@
 The real model goes forward and backward, and the real optimizer steps, on fake tensors, which have
 a size and no contents; every storage is watched from its making to its end. So nothing here knows
 a component or an optimizer. A GPU's fused kernels have stand-ins that keep what those keep.
+
+Not torch's MemTracker or FSDPMemTracker: those see what the kernels of this machine allocate, layer
+by layer, under one strategy that must be set up. Tests hold this to MemTracker.
 """
 
 import weakref
@@ -25,11 +28,12 @@ from model_builder import Transformer, parameter_groups
 from model_config import ModelArchitectureConfig
 from optim.step import Updater
 from parallel.strategies import SingleProcess, prepare_blocks
+from training_config import TrainingConfig
 
 CPU = torch.device('cpu')
 
 
-class Kind(IntEnum):
+class MemoryCategory(IntEnum):
     """What a storage that is made during a micro-step is for."""
 
     ACTIVATIONS = 0
@@ -39,27 +43,27 @@ class Kind(IntEnum):
 
 
 class Segment(NamedTuple):
-    """A stretch of time: bytes by Kind, against those at its beginning."""
+    """A stretch of time: bytes by MemoryCategory, against those at its beginning."""
 
     peak: np.ndarray  # at its fullest moment
     change: np.ndarray  # at its end
     freed: dict[int, np.ndarray]  # what ended in it, by the number of the segment that made it
 
 
-class Moment(NamedTuple):
-    """The fullest moment of a segment: bytes by Kind, beside what is always there."""
+class MemorySnapshot(NamedTuple):
+    """The fullest moment of a segment: bytes by MemoryCategory, beside what is always there."""
 
     phase: str  # 'forward', 'loss', 'backward' or 'update'
     block: int | None  # None: before the first block
-    held: np.ndarray
+    bytes_by_category: np.ndarray
 
 
 # --------------------------------------------------------------------------------------------------
 # Watching storages
 
 
-class MemoryWatch(TorchDispatchMode):
-    """Adds up, by Kind, the storages that operations make, from their making to their end.
+class MemoryTracker(TorchDispatchMode):
+    """Adds up, by MemoryCategory, the storages that operations make, until each is freed.
 
     Those of `weights` and `gradients` are there already and not counted.
     """
@@ -67,22 +71,22 @@ class MemoryWatch(TorchDispatchMode):
     def __init__(self, weights: list[torch.Tensor], gradients: list[torch.Tensor]):
         super().__init__()
         self.weights = {storage_of(weight) for weight in weights}
-        self.passed_over = self.weights | {storage_of(gradient) for gradient in gradients}
-        self.live: dict[int, tuple[weakref.ref, int, Kind, int]] = {}
-        self.now = np.zeros(len(Kind), dtype=np.int64)
-        self.kind = Kind.ACTIVATIONS
+        self.ignored = self.weights | {storage_of(gradient) for gradient in gradients}
+        self.live: dict[int, tuple[weakref.ref, int, MemoryCategory, int]] = {}
+        self.allocated = np.zeros(len(MemoryCategory), dtype=np.int64)
+        self.category = MemoryCategory.ACTIVATIONS
         self.segments: list[Segment] = []
         self._begin()
 
     def _begin(self) -> None:
-        self.start, self.peak = self.now.copy(), self.now.copy()
+        self.start, self.peak = self.allocated.copy(), self.allocated.copy()
         self.freed: dict[int, np.ndarray] = {}
 
-    def next_segment(self, kind: Kind = Kind.ACTIVATIONS) -> None:
+    def next_segment(self, category: MemoryCategory = MemoryCategory.ACTIVATIONS) -> None:
         """End a segment; what is made in the next one is of that kind."""
-        segment = Segment(self.peak - self.start, self.now - self.start, self.freed)
+        segment = Segment(self.peak - self.start, self.allocated - self.start, self.freed)
         self.segments.append(segment)
-        self.kind = kind
+        self.category = category
         self._begin()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -90,34 +94,34 @@ class MemoryWatch(TorchDispatchMode):
         cast = func is torch.ops.aten._to_copy.default and storage_of(args[0]) in self.weights
         for output in result if isinstance(result, (tuple, list)) else (result,):
             if isinstance(output, torch.Tensor):
-                self._note(output, Kind.WEIGHT_COPIES if cast else self.kind)
+                self._on_allocate(output, MemoryCategory.WEIGHT_COPIES if cast else self.category)
         return result
 
-    def _note(self, tensor: torch.Tensor, kind: Kind) -> None:
+    def _on_allocate(self, tensor: torch.Tensor, category: MemoryCategory) -> None:
         key = storage_of(tensor)
-        if key in self.live or key in self.passed_over:
+        if key in self.live or key in self.ignored:
             return
         storage = tensor.untyped_storage()
         size = storage.nbytes()
-        ended = weakref.ref(storage, lambda _: self._forget(key))
-        self.live[key] = ended, size, kind, len(self.segments)
-        self.now[kind] += size
-        if self.now.sum() > self.peak.sum():
-            self.peak = self.now.copy()
+        reference = weakref.ref(storage, lambda _: self._on_free(key))
+        self.live[key] = reference, size, category, len(self.segments)
+        self.allocated[category] += size
+        if self.allocated.sum() > self.peak.sum():
+            self.peak = self.allocated.copy()
 
-    def _forget(self, key: int) -> None:
-        _, size, kind, segment = self.live.pop(key)
-        self.now[kind] -= size
-        self.freed.setdefault(segment, np.zeros_like(self.now))[kind] += size
+    def _on_free(self, key: int) -> None:
+        _, size, category, segment = self.live.pop(key)
+        self.allocated[category] -= size
+        self.freed.setdefault(segment, np.zeros_like(self.allocated))[category] += size
 
-    def keep_gradient(self, parameter: torch.Tensor) -> None:
+    def mark_gradient(self, parameter: torch.Tensor) -> None:
         """The parameter's gradient, just made, is not working memory."""
         key = storage_of(parameter.grad)
         if key in self.live:
-            ended, size, kind, segment = self.live[key]
-            self.live[key] = ended, size, Kind.GRADIENTS, segment
-            self.now[kind] -= size
-            self.now[Kind.GRADIENTS] += size
+            reference, size, category, segment = self.live[key]
+            self.live[key] = reference, size, MemoryCategory.GRADIENTS, segment
+            self.allocated[category] -= size
+            self.allocated[MemoryCategory.GRADIENTS] += size
 
 
 def storage_of(tensor: torch.Tensor) -> int:
@@ -131,7 +135,7 @@ def storage_of(tensor: torch.Tensor) -> int:
 class Simulation:
     """The real model of a run, and its optimizer, on fake tensors."""
 
-    def __init__(self, run, architecture: ModelArchitectureConfig, on_gpu: bool):
+    def __init__(self, run: TrainingConfig, architecture: ModelArchitectureConfig, on_gpu: bool):
         self.run, self.block_size = run, architecture.block_size
         self.fake = FakeTensorMode()
         self.kernels = gpu_kernels if on_gpu else nullcontext
@@ -141,55 +145,63 @@ class Simulation:
 
     def update(self) -> tuple[int, int]:
         """Bytes that the optimizer keeps, and those that an update takes beside them."""
-        alone = SingleProcess(self.run, CPU)
+        single_process = SingleProcess(self.run, CPU)
         with self.fake:
-            optimizer = alone.build_optimizer(parameter_groups(self.model), self.run)
-            updater = Updater(optimizer, self.run, CPU, alone)
+            optimizer = single_process.build_optimizer(parameter_groups(self.model), self.run)
+            updater = Updater(optimizer, self.run, CPU, single_process)
             loss = torch.zeros(())
             updater.scaler.scale(loss)  # as the backward pass begins; it is set up by that
-            with self._watch(accumulates=True) as watch:
+            with self._tracked(accumulates=True) as tracker:
                 updater.update(self.run.learning_rate, loss, measured=True)
-                watch.next_segment()
-            (segment,) = watch.segments
+                tracker.next_segment()
+            (segment,) = tracker.segments
             states = optimizer.state.values()
-            values = [value for state in states for value in state.values()]
-            kept = sum(value.nbytes for value in values if isinstance(value, torch.Tensor))
-        return kept, int((segment.peak - segment.change).sum())
+            state_values = [value for state in states for value in state.values()]
+            state_bytes = sum(
+                value.nbytes for value in state_values if isinstance(value, torch.Tensor)
+            )
+        return state_bytes, int((segment.peak - segment.change).sum())
 
-    def micro_step(self, batch_size: int, recomputed: list[int], accumulates: bool) -> list[Moment]:
+    def micro_step(
+        self, batch_size: int, recomputed: list[int], accumulates: bool
+    ) -> list[MemorySnapshot]:
         """One forward and backward pass of `batch_size` sequences, moment by moment.
 
         accumulates: gradients of an earlier micro-step are there. They are not counted; without
         them those that are made are.
         """
+        # Run the model, of which three periods of equal blocks are left.
         with self._shortened(recomputed) as (period, repeats):
-            with self.fake, self._watch(accumulates) as watch, self.kernels(), few_chunks():
-                self._forward_and_backward(batch_size, watch)
+            with self.fake, self._tracked(accumulates) as tracker, self.kernels(), few_chunks():
+                self._forward_and_backward(batch_size, tracker)
             count = len(self.model.blocks)
-        first, *segments, last = watch.segments
+        # Tell the segments apart: embedding, blocks, loss, blocks backward, embedding backward.
+        first, *segments, last = tracker.segments
         forward, (head, exit, loss), backward = (
             segments[:count],
             segments[count : count + 3],
             segments[: count + 2 : -1],
         )
-        # With the end of autocast goes what it kept of every block.
+        # With the end of autocast goes what it kept of every block: count the blocks left out.
         middle = range(1 + period, 1 + 2 * period)
-        kept = sum(exit.freed[number] for number in middle if number in exit.freed)
-        exit = exit._replace(change=exit.change - (repeats - 1) * kept)
+        freed = sum(exit.freed[number] for number in middle if number in exit.freed)
+        exit = exit._replace(change=exit.change - (repeats - 1) * freed)
+        # Put the blocks that were left out back, as copies of the middle period.
         forward, backward = (_repeated(part, period, repeats) for part in (forward, backward))
-        numbers = range(len(self.blocks))
+        blocks = range(len(self.blocks))
         phases = [
             ('forward', None, first),
-            *(('forward', number, forward[number]) for number in numbers),
+            *(('forward', block, forward[block]) for block in blocks),
             *(('loss', None, segment) for segment in (head, exit, loss)),
-            *(('backward', number, backward[number]) for number in reversed(numbers)),
+            *(('backward', block, backward[block]) for block in reversed(blocks)),
             ('backward', None, last),
         ]
-        moments, held = [], np.zeros(len(Kind), dtype=np.int64)
+        # Add up: each segment begins where the one before it ended.
+        snapshots, allocated = [], np.zeros(len(MemoryCategory), dtype=np.int64)
         for phase, block, segment in phases:
-            moments.append(Moment(phase, block, held + segment.peak))
-            held = held + segment.change
-        return moments
+            snapshots.append(MemorySnapshot(phase, block, allocated + segment.peak))
+            allocated = allocated + segment.change
+        return snapshots
 
     @contextmanager
     def _shortened(self, recomputed: list[int]) -> Iterator[tuple[int, int]]:
@@ -197,56 +209,56 @@ class Simulation:
         one of the three is to be counted."""
         period = _period(self.blocks, set(recomputed))
         periods, rest = divmod(len(self.blocks), period)
-        kept = min(periods, 3)
-        self.model.blocks = nn.ModuleList(self.blocks[: kept * period + rest])
-        here = [number for number in recomputed if number < len(self.model.blocks)]
-        prepare_blocks(self.model, here, compiled=False)
+        periods_left = min(periods, 3)
+        self.model.blocks = nn.ModuleList(self.blocks[: periods_left * period + rest])
+        recomputed_left = [number for number in recomputed if number < len(self.model.blocks)]
+        prepare_blocks(self.model, recomputed_left, compiled=False)
         try:
-            yield period, periods - kept + 1
+            yield period, periods - periods_left + 1
         finally:
-            for number in here:
+            for number in recomputed_left:
                 del self.blocks[number].forward
             self.model.blocks = nn.ModuleList(self.blocks)
 
     @contextmanager
-    def _watch(self, accumulates: bool) -> Iterator[MemoryWatch]:
+    def _tracked(self, accumulates: bool) -> Iterator[MemoryTracker]:
         parameters = list(self.model.parameters())
         for parameter in parameters:
             parameter.grad = torch.empty_like(parameter) if accumulates else None
-        watch = MemoryWatch(parameters, [p.grad for p in parameters if accumulates])
-        with watch:
-            yield watch
+        tracker = MemoryTracker(parameters, [p.grad for p in parameters if accumulates])
+        with tracker:
+            yield tracker
 
-    def _forward_and_backward(self, batch_size: int, watch: MemoryWatch) -> None:
+    def _forward_and_backward(self, batch_size: int, tracker: MemoryTracker) -> None:
         """As in the training loop, with a segment for each block, each way."""
         handles = [
-            parameter.register_post_accumulate_grad_hook(watch.keep_gradient)
+            parameter.register_post_accumulate_grad_hook(tracker.mark_gradient)
             for parameter in self.model.parameters()
         ]
         first, last = self.model.blocks[0], self.model.blocks[-1]
 
-        def on_gradient(tensor: torch.Tensor) -> None:
-            tensor.register_hook(lambda _: watch.next_segment())
+        def end_segment_on_gradient(tensor: torch.Tensor) -> None:
+            tensor.register_hook(lambda _: tracker.next_segment())
 
         def before(block: nn.Module, inputs: tuple) -> None:
-            watch.next_segment()
+            tracker.next_segment()
             if block is first:
-                on_gradient(inputs[0])
+                end_segment_on_gradient(inputs[0])
 
         def after(block: nn.Module, inputs: tuple, outputs: tuple) -> None:
             if block is last:
-                watch.next_segment(Kind.LOGITS)
-            on_gradient(outputs[0])
+                tracker.next_segment(MemoryCategory.LOGITS)
+            end_segment_on_gradient(outputs[0])
 
         for block in self.model.blocks:
             handles += [block.register_forward_pre_hook(before), block.register_forward_hook(after)]
         tokens = torch.zeros((batch_size, self.block_size), dtype=torch.long)
         with hardware.autocast(CPU, self.run.dtype):
             loss_sum, _, auxiliary = self.model(tokens, tokens)
-            watch.next_segment()
-        watch.next_segment(Kind.LOGITS)
+            tracker.next_segment()
+        tracker.next_segment(MemoryCategory.LOGITS)
         (loss_sum / tokens.numel() + auxiliary.loss).backward()
-        watch.next_segment()
+        tracker.next_segment()
         for handle in handles:
             handle.remove()
 
@@ -258,33 +270,39 @@ def _repeated(segments: list[Segment], period: int, times: int) -> list[Segment]
 
 def _period(blocks: list[nn.Module], recomputed: set[int]) -> int:
     """After how many blocks the same come again; their number if that is not so."""
-    count = len(blocks)
-    for period in range(1, count // 3 + 1):
-        pairs = [(number, number + period) for number in range(count - period)]
+    n_blocks = len(blocks)
+    for period in range(1, n_blocks // 3 + 1):
+        pairs = [(number, number + period) for number in range(n_blocks - period)]
         if all((a in recomputed) == (b in recomputed) for a, b in pairs) and all(
-            _alike(blocks[a], blocks[b]) for a, b in pairs
+            _same_module(blocks[a], blocks[b]) for a, b in pairs
         ):
             return period
-    return count
+    return n_blocks
 
 
 _OF_ANY_MODULE = vars(nn.Module()).keys() - {'training'}
 
 
-def _alike(one: nn.Module, other: nn.Module) -> bool:
+def _same_module(one: nn.Module, other: nn.Module) -> bool:
     """Whether two modules do the same, up to the values of their parameters."""
 
     def facts(module: nn.Module) -> dict:
-        own = {key: value for key, value in vars(module).items() if key not in _OF_ANY_MODULE}
+        attributes = {
+            key: value for key, value in vars(module).items() if key not in _OF_ANY_MODULE
+        }
         tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
         shapes = [(name, t.shape, t.dtype, t.requires_grad) for name, t in tensors]
-        return {'own': own, 'tensors': shapes, 'children': [n for n, _ in module.named_children()]}
+        return {
+            'own': attributes,
+            'tensors': shapes,
+            'children': [n for n, _ in module.named_children()],
+        }
 
     try:
         same = type(one) is type(other) and facts(one) == facts(other)
     except RuntimeError:  # tensors that are no parameters do not compare
         return False
-    return same and all(map(_alike, one.children(), other.children()))
+    return same and all(map(_same_module, one.children(), other.children()))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -373,7 +391,9 @@ class FusedAttention(torch.autograd.Function):
         q, k, v, mask, _, _ = ctx.saved_tensors
         _sum_in_float32 = torch.empty_like(q, dtype=torch.float32)  # of q's gradient
         needed = zip((q, k, v, mask), ctx.needs_input_grad)
-        return tuple(torch.empty_like(tensor) if wanted else None for tensor, wanted in needed)
+        return tuple(
+            torch.empty_like(tensor) if needs_grad else None for tensor, needs_grad in needed
+        )
 
 
 def fused_attention(q, k, v, attn_mask=None, **_):

@@ -15,7 +15,7 @@ from components.document_mask import locate_documents
 from configurator import read_command_line
 from data.dataset import load_dataset
 from model_builder import build_model
-from planning import estimates
+from planning.plan import plan_run
 from training_config import load_settings, schema
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -183,6 +183,6 @@ def test_a_plan_needs_no_data_and_has_the_mask(tmp_path):
     for masked in (False, True):
         argv_of_one = ['--plan', '--dataset=elsewhere', f'--document_mask={masked}', *argv]
         settings = load_settings(read_command_line(argv_of_one, schema))
-        (figures,) = estimates.plan(settings)['memory'].values()
+        (figures,) = plan_run(settings)['memory'].values()
         held.append(figures['total_gb'] * 1e9)
     assert held[1] - held[0] >= 4 * 64 * 64 * 4  # a mask of (B, 1, T, T) in fp32

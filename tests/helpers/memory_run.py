@@ -1,4 +1,4 @@
-"""Memory that training really takes on a CPU, for `test_planning.py`.
+"""Memory that training really takes on a CPU, for `tests/planning/test_plan.py`.
 
     python memory_run.py CASES.json
 
@@ -21,7 +21,7 @@ from configurator import read_command_line
 from model_builder import parameter_groups
 from optim.step import Updater
 from parallel import strategies
-from planning.estimates import completed
+from planning.plan import completed_settings
 from training_config import Settings, load_settings, schema
 
 CPU = torch.device('cpu')
@@ -72,7 +72,7 @@ def bytes_held(work) -> tuple[int, int]:
 
 
 def measure(options: list[str]) -> int:
-    settings, _ = completed(load_settings(read_command_line(options, schema)), None)
+    settings, _ = completed_settings(load_settings(read_command_line(options, schema)), None)
     made = []
 
     def begin() -> None:

@@ -20,7 +20,7 @@ from model_builder import ParameterGroup
 from optim.step import Updater, learning_rate_at
 from parallel import sharded_state
 from parallel.strategies import SingleProcess
-from planning import estimates
+from planning.plan import plan_run
 from training_config import (
     OPTIMIZER_REGISTRY,
     SCHEDULE_REGISTRY,
@@ -227,9 +227,7 @@ def test_what_a_schedule_comes_to_is_said_in_the_run_and_in_the_plan(tiny_datase
     assert any(note.startswith('lr_decay_iters=2 is below max_iters=4') for note in said)
     rates = [entry['lr'] for entry in run.record['training_iterations']]
     assert rates[2:] == [run.record['config']['min_lr']] * 2
-    plan = estimates.plan(
-        planned_settings(max_iters=4, warmup_iters=9, n_layer=1, n_embd=8, n_head=1)
-    )
+    plan = plan_run(planned_settings(max_iters=4, warmup_iters=9, n_layer=1, n_embd=8, n_head=1))
     assert any(note.startswith('warmup_iters=9 is not below') for note in plan['notes'])
 
 

@@ -21,8 +21,10 @@ from configurator import read_command_line
 from model_builder import Transformer, build_model, count_parameters, training_flops
 from model_config import ModelArchitectureConfig
 from parallel.strategies import prepare_blocks, recomputed_blocks
-from planning import estimates, simulation
+from planning import simulation
+from planning.plan import completed_settings, plan_run
 from planning.report import plan_report
+from planning.simulation import MemorySnapshot
 from training_config import Settings, load_settings, schema
 
 SMALL = {
@@ -50,7 +52,11 @@ def settings_of(**options) -> Settings:
 
 @cache
 def _plan(options: tuple) -> dict:
-    return estimates.plan(settings_of(**dict(options)))
+    return plan_run(settings_of(**dict(options)))
+
+
+def sizes(snapshots: list[MemorySnapshot]) -> list[tuple]:
+    return [(s.phase, s.block, s.bytes_by_category.tolist()) for s in snapshots]
 
 
 def plan(**options) -> dict:
@@ -76,7 +82,7 @@ FLAGS = {
 }
 
 
-def test_memory_is_what_training_takes(tmp_path):
+def test_planned_memory_matches_training(tmp_path):
     """Of every strategy, with and without gradients that accumulate, on 4 ranks."""
     cases = [
         (label, {**SMALL, 'device': 'cpu', **case, **flags}, micro_steps)
@@ -112,13 +118,14 @@ def test_memory_is_what_training_takes(tmp_path):
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
 @pytest.mark.parametrize('checkpointing', ['none', 'full'])
 @pytest.mark.parametrize('tied', [False, True])
-def test_a_micro_step_is_what_torchs_tracker_sees(dtype, checkpointing, tied):
+def test_micro_step_matches_torch_mem_tracker(dtype, checkpointing, tied):
     options = {**SMALL, 'weight_tying': tied, 'dtype': dtype, 'device': 'cpu'}
     settings = settings_of(**options, gradient_accumulation_steps=1)
-    completed, _ = estimates.completed(settings, None)
+    completed, _ = completed_settings(settings, None)
     recomputed = recomputed_blocks(checkpointing, 4)
     simulated = simulation.Simulation(completed.run, completed.architecture, on_gpu=False)
-    ours = max(m.held.sum() for m in simulated.micro_step(2, recomputed, accumulates=False))
+    snapshots = simulated.micro_step(2, recomputed, accumulates=False)
+    peak_bytes = max(snapshot.bytes_by_category.sum() for snapshot in snapshots)
     with FakeTensorMode():
         model, tracker = Transformer(completed.architecture), MemTracker()
         prepare_blocks(model, recomputed, compiled=False)
@@ -131,7 +138,7 @@ def test_a_micro_step_is_what_torchs_tracker_sees(dtype, checkpointing, tied):
         (peak,) = tracker.get_tracker_snapshot('peak').values()
     parameters = sum(parameter.nbytes for parameter in model.parameters())
     # The tracker rounds every tensor up to the 512 bytes of CUDA's allocator.
-    assert ours == pytest.approx(peak['Total'] - parameters, rel=0.02)
+    assert peak_bytes == pytest.approx(peak['Total'] - parameters, rel=0.02)
 
 
 @pytest.mark.parametrize('accumulates', [False, True])
@@ -143,26 +150,24 @@ def test_a_micro_step_is_what_torchs_tracker_sees(dtype, checkpointing, tied):
         ('2', {'dtype': 'float32', 'dropout': 0.1}),
     ],
 )
-def test_equal_blocks_need_not_all_be_run(monkeypatch, checkpointing, options, accumulates):
+def test_simulation_skips_equal_blocks(monkeypatch, checkpointing, options, accumulates):
     settings = settings_of(**{**SMALL, 'n_layer': 9}, **options, device='cpu')
-    completed, _ = estimates.completed(settings, None)
+    completed, _ = completed_settings(settings, None)
     simulated = simulation.Simulation(completed.run, completed.architecture, on_gpu=True)
     recomputed = recomputed_blocks(checkpointing, 9)
     assert simulation._period(simulated.blocks, set(recomputed)) < 3
     short = simulated.micro_step(2, recomputed, accumulates)
     monkeypatch.setattr(simulation, '_period', lambda blocks, recomputed: len(blocks))
     long = simulated.micro_step(2, recomputed, accumulates)
-    assert [(m.phase, m.block, m.held.tolist()) for m in short] == [
-        (m.phase, m.block, m.held.tolist()) for m in long
-    ]
+    assert sizes(short) == sizes(long)
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
-def test_chunks_of_the_loss_need_not_all_be_run(monkeypatch, dtype):
+def test_simulation_skips_equal_loss_chunks(monkeypatch, dtype):
     monkeypatch.setitem(CHUNK_BYTES, 'cpu', 2**16)
     chunks, chunk_starts = [], loss.chunk_starts
     settings = settings_of(**{**SMALL, 'dtype': dtype, 'device': 'cpu'})
-    completed, _ = estimates.completed(settings, None)
+    completed, _ = completed_settings(settings, None)
     simulated = simulation.Simulation(completed.run, completed.architecture, on_gpu=False)
 
     def all_starts(length, size):
@@ -175,10 +180,10 @@ def test_chunks_of_the_loss_need_not_all_be_run(monkeypatch, dtype):
     assert chunks[0] > 3
     monkeypatch.setattr(simulation, 'few_chunks', contextlib.nullcontext)
     every = simulated.micro_step(5, [], False)
-    assert [m.held.tolist() for m in few] == [m.held.tolist() for m in every]
+    assert sizes(few) == sizes(every)
 
 
-def test_blocks_that_differ_are_all_run():
+def test_simulation_runs_blocks_that_differ():
     simulated = simulation.Simulation(
         settings_of(**SMALL).run, ModelArchitectureConfig(**SMALL_ARCHITECTURE), on_gpu=False
     )
@@ -193,7 +198,7 @@ SMALL_ARCHITECTURE = {key: value for key, value in SMALL.items() if key != 'batc
 # --- Against paper --------------------------------------------------------------------------------
 
 
-def test_a_7b_model_is_what_one_reckons_by_hand():
+def test_7b_memory_matches_hand_calculation():
     """llama at 4096 wide, 32 deep, 4096 tokens, bf16, in bytes an element of the stream (B·T·C)."""
     planned = plan(**LLAMA_7B, block_size=4096, gpu='H100', batch_size=1, world_size=8)
     number = planned['model']['total_params']
@@ -230,7 +235,7 @@ RECOMPUTED = {'activation_checkpointing': 'full', 'weight_tying': True}
 
 
 @pytest.mark.parametrize('options', [{}, RECOMPUTED])
-def test_the_counts_are_the_models(options):
+def test_counts_match_model(options):
     planned = plan(**SMALL, **options)
     architecture = {**SMALL_ARCHITECTURE, **{k: v for k, v in options.items() if k[0] == 'w'}}
     model = build_model(ModelArchitectureConfig(**architecture))
@@ -239,7 +244,7 @@ def test_the_counts_are_the_models(options):
     assert planned['flops'] == training_flops(model, recomputed)
 
 
-def test_the_time_is_flops_over_speed():
+def test_time_is_flops_over_speed():
     planned = plan(**SMALL, gpu='B200', world_size=8, max_iters=7, plan_mfu=0.5)
     tokens = 2 * 240 * 64  # two sequences at a time of the GPU's 480
     assert planned['batch']['tokens_per_iter'] == tokens
@@ -256,7 +261,7 @@ def test_the_time_is_flops_over_speed():
 
 
 @pytest.mark.parametrize('checkpointing', ['none', 'full'])
-def test_the_largest_batch_fits_and_no_larger_one(checkpointing):
+def test_largest_batch_fits_and_next_does_not(checkpointing):
     options = {
         **{**SMALL, 'n_embd': 1024, 'block_size': 1024},
         'gpu': 'T4',
@@ -264,33 +269,33 @@ def test_the_largest_batch_fits_and_no_larger_one(checkpointing):
         'activation_checkpointing': checkpointing,
         'gradient_accumulation_steps': 8,
     }
-    for label, found in plan(**options)['memory'].items():
-        largest = found['largest_batch_size']
+    for label, memory in plan(**options)['memory'].items():
+        largest = memory['largest_batch_size']
         for size, fits in ((largest, True), (largest + 1, False)):
             again = plan(**{**options, 'batch_size': size})['memory'][label]
             assert again['fits'] is fits, (label, size, again)
 
 
-def test_what_to_try_where_nothing_fits_is_what_a_plan_of_it_says():
+def test_advice_matches_plans_of_it():
     options = {**LLAMA_7B, 'n_layer': 9, 'block_size': 4096, 'gpu': 'H100', 'world_size': 8}
     planned = plan(**options)
-    assert not any(found['fits'] for found in planned['memory'].values())
+    assert not any(memory['fits'] for memory in planned['memory'].values())
     assert len(planned['advice']) == 3
     for advice in planned['advice']:
         if advice.startswith('--'):
             typed, _, rest = advice.partition(': ')
             tried = dict(option.split('=') for option in typed.replace('--', '').split())
             label, amount = rest.split()[0], float(rest.split()[2])
-            found = plan(**{**options, **tried})['memory'][label]
-            assert found['total_gb'] == pytest.approx(amount, abs=0.051)
-            assert found['fits'] is (not rest.endswith('does not fit.'))
+            memory = plan(**{**options, **tried})['memory'][label]
+            assert memory['total_gb'] == pytest.approx(amount, abs=0.051)
+            assert memory['fits'] is (not rest.endswith('does not fit.'))
 
 
-def test_no_gpu_no_verdict():
+def test_plan_without_gpu_has_no_verdict():
     planned = plan(**SMALL)
     assert planned['time'] is None
-    assert {found['fits'] for found in planned['memory'].values()} == {None}
-    report = plan_report(estimates.plan(settings_of(**SMALL)))
+    assert {memory['fits'] for memory in planned['memory'].values()} == {None}
+    report = plan_report(plan_run(settings_of(**SMALL)))
     assert '--gpu=' in report and 'Largest batch_size' not in report
 
 
@@ -308,14 +313,14 @@ def test_no_gpu_no_verdict():
         ('V100-PCIE-16GB', 'V100 PCIE', 16),
     ],
 )
-def test_a_gpu_by_the_names_that_people_use(typed, name, memory):
+def test_find_gpu_by_common_names(typed, name, memory):
     gpu = gpu_specs.find_gpu(typed)
     assert (gpu.name, gpu.memory_gb) == (name, memory)
     assert gpu.memory_source and gpu.peak('float16').tflops > 0
 
 
 @pytest.mark.parametrize(
-    ('typed', 'said'),
+    ('typed', 'message'),
     [
         ('B20', 'Did you mean'),
         ('A100', '--gpu=A100-40GB or --gpu=A100-80GB'),
@@ -324,16 +329,16 @@ def test_a_gpu_by_the_names_that_people_use(typed, name, memory):
         ('80GB', 'not known'),
     ],
 )
-def test_a_gpu_that_is_not_one(typed, said):
-    with pytest.raises(UserError, match=said):
+def test_find_gpu_rejects_unknown_or_ambiguous_name(typed, message):
+    with pytest.raises(UserError, match=message):
         gpu_specs.find_gpu(typed)
 
 
-def test_every_gpu_with_a_peak_has_a_memory():
+def test_every_gpu_with_peak_has_memory():
     assert gpu_specs._MEMORY_OF.keys() == gpu_specs._BY_NAME.keys()
 
 
-def test_the_gpu_decides_the_precision():
+def test_gpu_decides_dtype():
     assert plan(**SMALL, gpu='T4')['hardware']['dtype'] == 'float16'
     assert plan(**SMALL, gpu='L4')['hardware']['dtype'] == 'bfloat16'
     with pytest.raises(UserError, match='T4 has no bfloat16'):
@@ -361,7 +366,7 @@ dataset = 'of the cluster'
 """
 
 
-def test_the_command_needs_nothing_and_writes_nothing(run_script, tmp_path):
+def test_plan_command_needs_no_data_and_writes_nothing(run_script, tmp_path):
     (tmp_path / 'mine.py').write_text(COMPONENT)
     flags = ('--use_fsdp', '--n_layer=4', '--world_size=8', '--gpu=B200')
     out = run_script('train.py', 'mine.py', '--plan', *flags).stdout
@@ -372,7 +377,7 @@ def test_the_command_needs_nothing_and_writes_nothing(run_script, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ('arguments', 'said'),
+    ('arguments', 'message'),
     [
         (['--gpu=B200'], "gpu='B200' (command line) has no use here: it belongs to plan=True"),
         (['--plan', '--gpu=B2000'], 'Did you mean B200?'),
@@ -384,7 +389,7 @@ def test_the_command_needs_nothing_and_writes_nothing(run_script, tmp_path):
         (['--plan', '--use_fsdp', '--world_size=8', '--fsdp_shard_size=3'], 'fsdp_shard_size=3'),
     ],
 )
-def test_a_mistake_is_told(arguments, said):
+def test_plan_reports_mistakes(arguments, message):
     with pytest.raises(UserError) as error:
-        plan_report(estimates.plan(load_settings(read_command_line(arguments, schema))))
-    assert said in str(error.value)
+        plan_report(plan_run(load_settings(read_command_line(arguments, schema))))
+    assert message in str(error.value)

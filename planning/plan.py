@@ -1,0 +1,227 @@
+"""What a run would need: parameters, FLOPs, memory of each strategy, and time.
+
+`plan_report(plan_run(settings))`, of `planning.report`, is what --plan shows;
+`plan_run(settings)['memory']['fsdp']['total_gb']` is the same as data. Neither a device nor data is
+needed.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+
+from common import gpu_specs, hardware
+from common.errors import UserError
+from data.dataset import is_prepared, load_dataset
+from model_builder import count_parameters, training_flops
+from parallel.strategies import recomputed_blocks
+from planning.memory import FSDPMemory, MemoryEstimator, strategy_label
+from training_config import Settings
+
+# Of a GPU's memory; the rest is for the CUDA context, NCCL and what fragmentation wastes.
+USABLE = 0.9
+# The vocabulary where no data says: GPT-2's 50,257 byte pairs, padded to a multiple of 64.
+ASSUMED_VOCABULARY = 50304
+# Tokens of a micro-batch that a plan goes through: ten times what the largest GPU trains on.
+LARGEST_MICRO_BATCH = 2**22
+
+
+def plan_run(settings: Settings) -> dict:
+    """Everything that `planning.report` shows, as plain values; sizes in GB of 10⁹ bytes.
+
+    Raises UserError for a GPU that is not known, a dtype that it does not have, or a micro-batch
+    that no device holds.
+    """
+    gpu = gpu_specs.find_gpu(settings.plan.gpu) if settings.plan.gpu else None
+    settings, notes = completed_settings(settings, gpu)
+    _check_size(settings)
+    run, architecture = settings.run, settings.architecture
+    memory = MemoryEstimator(settings, on_gpu=run.device != 'cpu')
+    model = memory.simulation.model
+    recomputed = recomputed_blocks(run.activation_checkpointing, architecture.n_layer)
+    flops, counts = training_flops(model, recomputed), count_parameters(model)
+    peak, limit = _peak(settings, gpu), gpu and USABLE * gpu.memory_gb * hardware.GB
+    tokens_per_iter = run.batch_size * run.gradient_accumulation_steps * architecture.block_size
+    return {
+        'architecture': {'name': architecture.name, 'hash': architecture.hash},
+        'model': counts,
+        'flops': flops,
+        'batch': _batch(settings, tokens_per_iter, counts['total_params']),
+        'hardware': _hardware(settings, gpu, peak, limit),
+        'chosen': strategy_label(run, settings.ranks),
+        'memory': {
+            strategy.label: memory.summary(strategy, limit)
+            for strategy in memory.strategies(settings.ranks)
+        },
+        'advice': list(_advice(settings, memory, limit)) if limit else [],
+        'time': _time(settings, flops, peak, tokens_per_iter),
+        'notes': [*notes, *settings.notes, *_notes(memory, settings)],
+        'derived': settings.derived,
+    }
+
+
+def _peak(settings: Settings, gpu: gpu_specs.Gpu | None) -> gpu_specs.Peak:
+    """Of one device."""
+    if settings.run.peak_tflops is not None:
+        return gpu_specs.Peak(settings.run.peak_tflops, '--peak_tflops', measured=False)
+    if gpu is None:
+        return gpu_specs.Peak(None, 'pass --gpu', measured=False)
+    return gpu.peak(settings.run.dtype)
+
+
+def _batch(settings: Settings, tokens_per_iter: int, total_params: int) -> dict:
+    run = settings.run
+    return {
+        'batch_size': run.batch_size,
+        'gradient_accumulation_steps': run.gradient_accumulation_steps,
+        'block_size': settings.architecture.block_size,
+        'tokens_per_iter': tokens_per_iter,
+        'micro_steps_per_rank': run.gradient_accumulation_steps // settings.ranks,
+        'max_iters': run.max_iters,
+        'tokens': tokens_per_iter * run.max_iters,
+        'tokens_per_parameter': tokens_per_iter * run.max_iters / total_params,
+    }
+
+
+def _hardware(
+    settings: Settings, gpu: gpu_specs.Gpu | None, peak: gpu_specs.Peak, limit: float | None
+) -> dict:
+    run = settings.run
+    return {
+        'device': gpu.name if gpu else run.device,
+        'world_size': settings.ranks,
+        'dtype': run.dtype,
+        'activation_checkpointing': run.activation_checkpointing,
+        'memory_gb': gpu and gpu.memory_gb,
+        'memory_source': gpu and gpu.memory_source,
+        'usable_gb': limit and limit / hardware.GB,
+        'peak_tflops': peak.tflops and peak.tflops * settings.ranks,
+        'peak_source': peak.source,
+    }
+
+
+def _check_size(settings: Settings) -> None:
+    """Raise UserError for a micro-batch that would take minutes to go through, and fits nowhere."""
+    tokens = settings.run.batch_size * settings.architecture.block_size
+    if tokens > LARGEST_MICRO_BATCH:
+        raise UserError(
+            f'batch_size={settings.run.batch_size:,} × block_size='
+            f'{settings.architecture.block_size:,} are {tokens:,} tokens in a micro-batch: a plan '
+            f'takes at most {LARGEST_MICRO_BATCH:,}. Lower batch_size.'
+        )
+
+
+def completed_settings(settings: Settings, gpu: gpu_specs.Gpu | None) -> tuple[Settings, list[str]]:
+    """The settings with what depends on the planned device and the data, and what was assumed."""
+    run, notes = settings.run, []
+    if gpu:
+        if run.device != 'auto' and not run.device.startswith('cuda'):
+            raise UserError(
+                f'gpu={settings.plan.gpu!r} plans for a GPU and device={run.device!r} asks for '
+                f'another: leave one of them out.'
+            )
+        device, dtype = torch.device('cuda'), gpu.resolve_dtype(run.dtype)
+    elif run.device.startswith('cuda'):
+        device, dtype = torch.device('cuda'), 'bfloat16' if run.dtype == 'auto' else run.dtype
+    else:
+        device = hardware.select_device(run.device)
+        dtype = hardware.resolve_dtype(run.dtype, device)
+    try:
+        prepared = is_prepared(run.dataset)
+    except UserError:  # it may be where the run will be
+        prepared = False
+    block_size = settings.architecture.block_size
+    dataset = load_dataset(run.dataset, block_size) if prepared else None
+    settings = settings.complete(device, dtype, dataset)
+    if settings.architecture.vocab_size is None:
+        architecture = settings.architecture.replace(vocab_size=ASSUMED_VOCABULARY)
+        settings = replace(settings, architecture=architecture)
+        notes.append(
+            f"The vocabulary is taken to be GPT-2's, {ASSUMED_VOCABULARY:,}, as the dataset "
+            f'{run.dataset!r} is not prepared here; --vocab_size sets it.'
+        )
+    architecture = settings.architecture
+    if 'end_of_text' in architecture and architecture.end_of_text is None:  # whichever token it is
+        settings = replace(settings, architecture=architecture.replace(end_of_text=0))
+    return settings, notes
+
+
+def _advice(settings: Settings, memory: MemoryEstimator, limit: float) -> Iterator[str]:
+    """What to try where nothing fits, with what it comes to."""
+    run, ranks = settings.run, settings.ranks
+    sequences = run.batch_size * run.gradient_accumulation_steps
+
+    def leanest(batch_size: int, checkpointing: str, ranks: int) -> tuple[float, str]:
+        peaks = [
+            (memory.peak(strategy, batch_size, checkpointing), strategy.label)
+            for strategy in memory.strategies(ranks)
+        ]
+        return min(peaks)
+
+    def sentence(options: str, batch_size: int, checkpointing: str, ranks: int) -> str:
+        total, label = leanest(batch_size, checkpointing, ranks)
+        verdict = 'fits' if total <= limit else 'does not fit'
+        return f'{options}: {label} takes {total / hardware.GB:.1f} GB, which {verdict}.'
+
+    def smaller_batch(checkpointing: str) -> tuple[str, int] | None:
+        largest = max(
+            memory.largest_batch(strategy, limit, checkpointing)
+            for strategy in memory.strategies(ranks)
+        )
+        if not 0 < largest < run.batch_size:
+            return None
+        steps = -(-sequences // (largest * ranks)) * ranks
+        return f'--batch_size={largest} --gradient_accumulation_steps={steps}', largest
+
+    checkpointing = run.activation_checkpointing
+    if leanest(run.batch_size, checkpointing, ranks)[0] <= limit:
+        return
+    # A smaller micro-batch, then recomputation, then both.
+    if batch := smaller_batch(checkpointing):
+        yield sentence(*batch, checkpointing, ranks)
+    if checkpointing != 'full':
+        options = '--activation_checkpointing=full'
+        yield sentence(options, run.batch_size, 'full', ranks)
+        fits = leanest(run.batch_size, 'full', ranks)[0] <= limit
+        if not fits and (batch := smaller_batch('full')):
+            batch_options, batch_size = batch
+            yield sentence(f'{options} {batch_options}', batch_size, 'full', ranks)
+    # More devices.
+    for more in (ranks * 2**power for power in range(1, 12)):
+        if memory.peak(FSDPMemory(memory.units, run, more), run.batch_size) <= limit:
+            yield sentence(f'--world_size={more}', run.batch_size, checkpointing, more)
+            return
+    yield 'More devices alone do not help: the micro-batch itself is too large.'
+
+
+def _notes(memory: MemoryEstimator, settings: Settings) -> Iterator[str]:
+    """What a reader of the figures should know."""
+    run, ranks = settings.run, settings.ranks
+    steps = run.gradient_accumulation_steps // ranks
+    if ranks > 1 and steps > 1:
+        shard = FSDPMemory(memory.units, run, ranks).parameter_bytes / hardware.GB
+        yield (
+            f'While gradients accumulate, over {steps} micro-batches on each device, FSDP keeps '
+            f'them whole and DDP and ZeRO-1 hold them beside their buckets. With '
+            f'gradient_accumulation_steps={ranks} FSDP would keep {shard:.1f} GB of them, and the '
+            f'others only the buckets.'
+        )
+    if run.compile:
+        yield 'Memory is that without torch.compile, which often needs less.'
+
+
+def _time(
+    settings: Settings, flops: dict, peak: gpu_specs.Peak, tokens_per_iter: int
+) -> dict | None:
+    """How long the run takes on all devices at the MFU given; None without a peak."""
+    if peak.tflops is None:
+        return None
+    rate = settings.ranks * peak.tflops * 1e12 * settings.plan.plan_mfu / flops['per_token']
+    per_iter = tokens_per_iter / rate
+    return {
+        'mfu': settings.plan.plan_mfu,
+        'tokens_per_sec': rate,
+        'seconds_per_iter': per_iter,
+        'seconds': per_iter * settings.run.max_iters,
+        'device_hours': per_iter * settings.run.max_iters * settings.ranks / 3600,
+    }
