@@ -6,8 +6,8 @@ python compare_architectures.py out-gpt2 out-llama/run_20260101_120000
 python compare_architectures.py --baseline gpt2      differences to the run that this names
 python compare_architectures.py out-mine --format=json --fail_unless=better
 
-Three steps, each handing plain data to the next: `comparison.runs` turns records into `Run` rows,
-`comparison.compare` groups, ranks and judges them, `comparison.formats` makes text of that. Only
+Three steps, each handing plain data to the next: `comparison.load` turns records into `Run` rows,
+`comparison.compare` groups, ranks and tests them, `comparison.formats` makes text of that. Only
 records are read: no torch, no numpy.
 """
 
@@ -31,20 +31,20 @@ from comparison.analysis import (
     WORSE,
 )
 from comparison.compare import Comparison, compare
-from comparison.formats import FORMATS, answered
-from comparison.runs import SCORES, load
+from comparison.formats import FORMATS
+from comparison.load import SCORES, load_runs
 
 VERDICTS = (BETTER, WORSE, EQUIVALENT, NOT_SIGNIFICANT, PROVISIONAL, BLOCKED, NOT_TESTED)
-UNMET = 1  # exit code where the verdict is not one of --fail_unless
+EXIT_UNMET = 1  # the exit code where the verdict is not one of --fail_unless
 
 
-def positive(text: str) -> int:
+def positive_int(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f'{text} is not a whole number above zero')
     return int(text)
 
 
-def margin(text: str) -> float:
+def positive_nats(text: str) -> float:
     try:
         value = float(text)
     except ValueError:
@@ -54,7 +54,7 @@ def margin(text: str) -> float:
     return value
 
 
-def verdicts(text: str) -> list[str]:
+def verdict_list(text: str) -> list[str]:
     """`better,not_significant` as verdicts."""
     names = [name.strip().replace('_', ' ') for name in text.split(',')]
     for name in names:
@@ -64,7 +64,7 @@ def verdicts(text: str) -> list[str]:
     return names
 
 
-def parse(argv: Sequence[str]) -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = ArgumentParser(
         prog='compare_architectures.py',
         description='Rank runs by validation loss: what each reached, what it cost, what differs.',
@@ -77,7 +77,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         metavar='PATH',
         help='run folder, folder that holds runs, or record file (default: the working folder)',
     )
-    add('--latest', type=positive, metavar='N', help='number of the newest runs to compare')
+    add('--latest', type=positive_int, metavar='N', help='number of the newest runs to compare')
     add(
         '--baseline',
         metavar='NAME',
@@ -93,16 +93,16 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     add(
         '--margin',
-        type=margin,
+        type=positive_nats,
         metavar='NATS',
         help='difference in nats a token below which architectures count as equivalent, if the '
         'runs can show that',
     )
     add(
         '--fail_unless',
-        type=verdicts,
+        type=verdict_list,
         metavar='VERDICTS',
-        help=f'verdicts, separated by commas, without which the exit code is {UNMET}: '
+        help=f'verdicts, separated by commas, without which the exit code is {EXIT_UNMET}: '
         + ', '.join(verdict.replace(' ', '_') for verdict in VERDICTS),
     )
     add('--format', choices=FORMATS, default='text', help='format of the output (default text)')
@@ -111,36 +111,36 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return parser.parse(argv)
 
 
-def check_pictures(settings: argparse.Namespace) -> None:
+def check_pictures(options: argparse.Namespace) -> None:
     """Raises UserError where --plot or --report cannot be written."""
-    if settings.plot:
-        check_destination('--plot', settings.plot, plots.SUFFIXES)
-    if settings.report:
-        check_destination('--report', settings.report, html_report.SUFFIXES)
-    if settings.plot or settings.report:
+    if options.plot:
+        check_destination('--plot', options.plot, plots.SUFFIXES)
+    if options.report:
+        check_destination('--report', options.report, html_report.SUFFIXES)
+    if options.plot or options.report:
         with plots.drawing():  # matplotlib is here
             pass
 
 
-def write_pictures(settings: argparse.Namespace, comparison: Comparison) -> None:
-    if settings.plot:
-        plots.plot(comparison, settings.plot)
-    if settings.report:
-        html_report.report(comparison, settings.report)
+def write_pictures(options: argparse.Namespace, comparison: Comparison) -> None:
+    if options.plot:
+        plots.plot(comparison, options.plot)
+    if options.report:
+        html_report.write_report(comparison, options.report)
 
 
 def main(argv: Sequence[str]) -> int:
-    settings = parse(argv)
-    check_pictures(settings)
-    runs, skipped = load(settings.paths, settings.latest, settings.score)
-    comparison = compare(runs, settings.baseline, skipped, settings.score, settings.margin)
+    options = parse_arguments(argv)
+    check_pictures(options)
+    runs, skipped = load_runs(options.paths, options.latest, options.score)
+    comparison = compare(runs, options.baseline, skipped, options.score, options.margin)
     try:
-        write_pictures(settings, comparison)
+        write_pictures(options, comparison)
     finally:  # a picture that cannot be written is no reason to lose the text
-        write_text(FORMATS[settings.format](comparison), end='')
-    verdict = answered(comparison)
+        write_text(FORMATS[options.format](comparison), end='')
+    verdict = comparison.main_verdict
     reached = NOT_TESTED if verdict is None else verdict.text
-    return UNMET if settings.fail_unless and reached not in settings.fail_unless else 0
+    return EXIT_UNMET if options.fail_unless and reached not in options.fail_unless else 0
 
 
 if __name__ == '__main__':

@@ -3,9 +3,9 @@
     python benchmarks/verdicts.py --trials=5000 --jobs=2
 
 Each experiment draws losses of several variants and seeds (the effect of a seed is shared by all
-variants), and hands them to `judgement.judge`, the same function that compare_architectures.py
-calls. Beside it stands the separate procedure: the paired t-test of each variant by itself with
-Holm's correction, on the runs that finished. Printed are Markdown tables:
+variants), and hands them to `comparison.analysis.test_against_baseline`, the same function that
+compare_architectures.py calls. Beside it stands the separate procedure: the paired t-test of each
+variant by itself with Holm's correction, on the runs that finished. Printed are Markdown tables:
 
   false positives  of experiments without any true difference, those with a significant one
   power            how often a true difference of one variant is found
@@ -31,7 +31,9 @@ from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from comparison.analysis import Group, judge, main_effects
+from comparison.analysis import test_against_baseline
+from comparison.effects import main_effects
+from comparison.groups import Group
 from comparison.significance import ALPHA, holm, paired_difference
 
 SEEDS = (3, 5)
@@ -76,18 +78,18 @@ def experiment(
 ) -> list[dict[int, float]]:
     """The losses of each variant by seed."""
     seed_sets = seed_sets or [range(seeds)] * variants
-    luck = {s: draw.gauss(3, SEED_DEVIATION) for own in seed_sets for s in own}
+    luck = {s: draw.gauss(3, SEED_DEVIATION) for seed_set in seed_sets for s in seed_set}
     effects = effects or {}
     return [
-        {s: luck[s] + effects.get(v, 0.0) + NOISE[noise](draw, v, variants) for s in own}
-        for v, own in enumerate(seed_sets)
+        {s: luck[s] + effects.get(v, 0.0) + NOISE[noise](draw, v, variants) for s in variant_seeds}
+        for v, variant_seeds in enumerate(seed_sets)
     ]
 
 
-def judged(tables: list[dict[int, float | None]], margin: float | None = None) -> list:
+def verdicts_of(tables: list[dict[int, float | None]], margin: float | None = None) -> list:
     """The verdicts on all but the baseline."""
     groups = [Group([run(seed, loss) for seed, loss in table.items()]) for table in tables]
-    return judge(groups, groups[0], margin)[1:]
+    return test_against_baseline(groups, groups[0], margin)[1:]
 
 
 def separate(tables: list[dict[int, float | None]]) -> list[str]:
@@ -121,7 +123,7 @@ def is_significant(text: str) -> bool:
 def false_positives(draw, variants, seeds, noise):
     tables = experiment(draw, variants, seeds, noise)
     return {
-        'this': any(is_significant(v.text) for v in judged(tables)),
+        'this': any(is_significant(v.text) for v in verdicts_of(tables)),
         'separate': any(map(is_significant, separate(tables))),
     }
 
@@ -129,7 +131,7 @@ def false_positives(draw, variants, seeds, noise):
 def power(draw, variants, seeds):
     tables = experiment(draw, variants, seeds, effects={1: -EFFECT})
     return {
-        'this': judged(tables)[0].text == 'better',
+        'this': verdicts_of(tables)[0].text == 'better',
         'separate': separate(tables)[0] == 'better',
     }
 
@@ -140,7 +142,7 @@ def lost_seeds(draw, variants, seeds, where):
         table = tables[number]
         for seed in sorted(table, key=table.get)[-math.floor(0.4 * seeds) :]:
             table[seed] = None
-    text, alone = judged(tables)[0].text, separate(tables)[0]
+    text, alone = verdicts_of(tables)[0].text, separate(tables)[0]
     return {
         'better': text == 'better',
         'worse': text == 'worse',
@@ -152,7 +154,7 @@ def lost_seeds(draw, variants, seeds, where):
 
 def shared_seeds(draw, *sets):
     tables = experiment(draw, len(sets), 0, seed_sets=sets)
-    return {'this': any(is_significant(v.text) for v in judged(tables))}
+    return {'this': any(is_significant(v.text) for v in verdicts_of(tables))}
 
 
 def evaluations(draw, seeds):
@@ -166,17 +168,19 @@ def evaluations(draw, seeds):
             final[seed], best[seed] = measured[-1], min(measured)
         by_score['final'].append(final)
         by_score['best'].append(best)
-    return {score: is_significant(judged(tables)[0].text) for score, tables in by_score.items()}
+    return {
+        score: is_significant(verdicts_of(tables)[0].text) for score, tables in by_score.items()
+    }
 
 
 def effects(draw, seeds):
     """A value's luck with a seed, 60 % of the variance, is shared by all cells."""
     luck = [[draw.gauss(0, 0.6**0.5) for _ in range(seeds)] for _ in (0, 1)]
-    placed = []
+    grid = []
     for b, a in itertools.product(range(4), (0, 1)):
         losses = {s: luck[a][s] + draw.gauss(0, 0.4**0.5) for s in range(seeds)}
-        placed.append(({'A': a, 'B': b}, Group([run(s, loss) for s, loss in losses.items()])))
-    effect = next(each for each in main_effects(placed) if each.option == 'A')
+        grid.append(({'A': a, 'B': b}, Group([run(s, loss) for s, loss in losses.items()])))
+    effect = next(each for each in main_effects(grid) if each.option == 'A')
     return {'significant': effect.difference.p_value < ALPHA}
 
 
@@ -184,8 +188,8 @@ def intervals(draw, variants, seeds):
     """The first half of the variants truly differs, by different amounts."""
     true = {v: -EFFECT * v for v in range(1, (variants + 1) // 2)}
     covered, agreeing = [], []
-    for v, verdict in enumerate(judged(experiment(draw, variants, seeds, effects=true)), 1):
-        low, high, _ = verdict.interval
+    for v, verdict in enumerate(verdicts_of(experiment(draw, variants, seeds, effects=true)), 1):
+        low, high, _ = verdict.test.interval
         covered.append(low <= true.get(v, 0.0) <= high)
         agreeing.append(is_significant(verdict.text) == (not low <= 0 <= high))
     return {
@@ -200,8 +204,8 @@ def equivalence(draw, seeds, margin):
     tables = experiment(draw, 2, seeds, effects={1: margin})
     equal = experiment(draw, 2, seeds)
     return {
-        'at the margin': judged(tables, margin)[0].text == 'equivalent',
-        'truly equal': judged(equal, margin)[0].text == 'equivalent',
+        'at the margin': verdicts_of(tables, margin)[0].text == 'equivalent',
+        'truly equal': verdicts_of(equal, margin)[0].text == 'equivalent',
     }
 
 

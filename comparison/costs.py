@@ -1,31 +1,22 @@
-"""Loss against cost: curves, losses at equal cost, Pareto fronts; and trouble on the way."""
+"""Loss against cost: losses at equal cost, Pareto fronts, and losses by position."""
 
 import statistics
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
-from comparison.analysis import Group
+from comparison.groups import Group, Metric
+from comparison.runs import CurvePoint
 
 COSTS = {'tokens': 'tokens', 'flops': 'training FLOPs', 'seconds': 'seconds of training'}
 # The costs that a loss is held against, by the letter of their Pareto front: a title, and a run's.
-FRONTS: dict[str, tuple[str, Callable[[Any], float | None]]] = {
+FRONTS: dict[str, tuple[str, Metric]] = {
     'F': ('training FLOPs', lambda run: run.causal_flops),
     'T': ('seconds of training', lambda run: run.curve[-1].seconds if run.curve else None),
     'M': ('peak memory, GB', lambda run: run.peak_memory_gb),
 }
 TIMES = ('seconds', 'T')  # of these two, what runs that trained beside one another cannot tell
 SAME_COST = 0.01  # amounts that differ by less are equal, whatever their noise
-
-
-class CurvePoint(NamedTuple):
-    """A validation loss and what it had cost by then; None where the record does not tell."""
-
-    iter: int
-    tokens: float | None
-    flops: float | None
-    seconds: float | None
-    loss: float
 
 
 # --- Loss against cost ---------------------------------------------------------------------------
@@ -36,22 +27,21 @@ class AtEqualCost(NamedTuple):
 
     cost: str  # a key of COSTS
     amount: float  # the most that every run has spent
-    losses: list[float | None]  # mean over the members, in the order of the groups
+    losses: list[float | None]  # mean over the runs, in the order of the groups
 
 
 def at_equal_cost(groups: Sequence[Group], costs: Iterable[str] = COSTS) -> list[AtEqualCost]:
     """For each cost: the losses at the most that all runs have spent of it."""
     rows = []
     for cost in costs:
-        curves = [[curve_over(run.curve, cost) for run in group.evidence] for group in groups]
-        spent = [curve[-1][0] if curve else None for group in curves for curve in group]
-        if not spent or None in spent:
+        curves = [[curve_over(run.curve, cost) for run in group.scored_runs] for group in groups]
+        if not all(curve for group in curves for curve in group):
             continue
-        amount = min(spent)
-        means = []
+        amount = min(curve[-1][0] for group in curves for curve in group)
+        means: list[float | None] = []
         for group in curves:
-            losses = [loss_at(curve, amount) for curve in group]
-            means.append(None if None in losses else statistics.fmean(losses))
+            losses = [loss for curve in group if (loss := loss_at(curve, amount)) is not None]
+            means.append(statistics.fmean(losses) if len(losses) == len(group) else None)
         rows.append(AtEqualCost(cost, amount, means))
     return rows
 
@@ -66,15 +56,15 @@ def curve_over(curve: Iterable[CurvePoint], cost: str) -> list[tuple[float, floa
 def loss_at(curve: Sequence[tuple[float, float]], amount: float) -> float | None:
     """The loss at a cost, straight between the measured points; None outside of them."""
     costs = [cost for cost, _ in curve]
-    place = bisect_left(costs, amount)
-    if place == len(curve):
+    index = bisect_left(costs, amount)
+    if index == len(curve):
         return None
-    cost, loss = curve[place]
+    cost, loss = curve[index]
     if cost == amount:
         return loss
-    if place == 0:
+    if index == 0:
         return None
-    before, loss_before = curve[place - 1]
+    before, loss_before = curve[index - 1]
     return loss_before + (loss - loss_before) * (amount - before) / (cost - before)
 
 
@@ -83,26 +73,28 @@ def loss_at(curve: Sequence[tuple[float, float]], amount: float) -> float | None
 Amounts = list[float]  # what the runs of a group cost
 
 
-def fronts_of(groups: Sequence[Group], costs: dict[str, tuple]) -> list[str]:
+def front_letters(groups: Sequence[Group], costs: dict[str, tuple[str, Metric]]) -> list[str]:
     """For each group the Pareto fronts that it lies on: of loss against each of the costs.
 
     Costs that are equal for all make no front. A group of which runs diverged lies on none: what
     is left of it is too good.
     """
     letters = [''] * len(groups)
-    for letter, (_, figure) in costs.items():
-        points = [
-            (amounts, group.loss) if group.finished and (amounts := group.figures(figure)) else None
-            for group in groups
-        ]
+    for letter, (_, metric) in costs.items():
+        points = [_front_point(group, metric) for group in groups]
         if all_same([amounts for amounts, _ in filter(None, points)]):
             continue
-        for place, on_front in enumerate(pareto_front(points)):
-            letters[place] += letter if on_front else ''
+        for index, on_front in enumerate(on_pareto_front(points)):
+            letters[index] += letter if on_front else ''
     return letters
 
 
-def pareto_front(points: Sequence[tuple[Amounts, float] | None]) -> list[bool]:
+def _front_point(group: Group, metric: Metric) -> tuple[Amounts, float] | None:
+    amounts, loss = group.values(metric), group.loss
+    return (amounts, loss) if group.finished and amounts and loss is not None else None
+
+
+def on_pareto_front(points: Sequence[tuple[Amounts, float] | None]) -> list[bool]:
     """Of (amounts, loss) points: those that none other beats.
 
     A point is beaten by a lower loss at a cost that is lower or the same, and by the same loss at
@@ -139,28 +131,11 @@ def all_same(amounts: Sequence[Amounts]) -> bool:
 # --- By position ---------------------------------------------------------------------------------
 
 
-class Span(NamedTuple):
-    """Positions `start` … `end` - 1 of the context, and the mean validation loss there."""
-
-    start: int
-    end: int
-    loss: float
-
-
-def mean_by_position(group: Group) -> dict[tuple[int, int], float]:
-    """The mean over the seeds for each stretch of positions that all of them have."""
-    losses = [{(s.start, s.end): s.loss for s in run.spans} for run in group.evidence]
+def mean_loss_by_position(group: Group) -> dict[tuple[int, int], float]:
+    """The mean over the seeds for each range of positions that all of them have."""
+    losses = [{(s.start, s.end): s.loss for s in run.position_losses} for run in group.scored_runs]
     return {
-        place: statistics.fmean(by_place[place] for by_place in losses)
-        for place in losses[0]
-        if all(place in by_place for by_place in losses)
+        positions: statistics.fmean(by_positions[positions] for by_positions in losses)
+        for positions in losses[0]
+        if all(positions in by_positions for by_positions in losses)
     }
-
-
-class Stability(NamedTuple):
-    """Trouble in a run's training."""
-
-    spikes: int
-    nonfinite: int
-    rollbacks: int
-    gradient_growth: float | None  # the norm late against early; None: too short a log

@@ -8,11 +8,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from common.console_output import visible
-from common.formatting import LISTED, WIDTH, first_lines, table, wrapped
-from comparison.analysis import BASELINE, NOT_TESTED, Corrected, Verdict
+from common.formatting import LISTED, WIDTH, table, wrapped
+from comparison.analysis import NOT_TESTED, CorrectedTest, Verdict
 from comparison.compare import Comparison
-from comparison.costs import mean_by_position
-from comparison.tables import Section, sample_of, sections
+from comparison.costs import mean_loss_by_position
+from comparison.runs import Run
+from comparison.section import Section
+from comparison.tables import sample_of, sections
+from records.console import first_lines
 
 
 def one_line(text: str) -> str:
@@ -23,21 +26,21 @@ def one_line(text: str) -> str:
 # --- Text ----------------------------------------------------------------------------------------
 
 
-def render(comparison: Comparison) -> str:
+def render_text(comparison: Comparison) -> str:
     """Plain text of about a hundred columns."""
-    return '\n\n'.join(map(plain, sections(comparison))) + '\n'
+    return '\n\n'.join(map(section_text, sections(comparison))) + '\n'
 
 
-def plain(section: Section) -> str:
+def section_text(section: Section) -> str:
     parts = [visible(section.title), *(visible(wrapped(note)) for note in section.notes)]
     parts += map(visible, section.lines)
     if section.rows:
         rows = [[one_line(cell) for cell in row] for row in (section.header, *section.rows)]
         parts.append(table(rows, section.align))
-    return '\n'.join([*parts, *shortened(section.texts)])
+    return '\n'.join([*parts, *excerpts(section.texts)])
 
 
-def shortened(texts: Sequence[tuple[str, str]]) -> list[str]:
+def excerpts(texts: Sequence[tuple[str, str]]) -> list[str]:
     """The first of the texts, below their headings, as lines."""
     lines = []
     for heading, text in texts[:LISTED]:
@@ -52,26 +55,28 @@ def shortened(texts: Sequence[tuple[str, str]]) -> list[str]:
 _MARKUP = re.compile(r'[\\`*|<>&\[\]$~@]|(?<![^\W_])_|_(?![^\W_])')
 
 
-def in_markdown(text: str) -> str:
+def escape_markdown(text: str) -> str:
     """The text as Markdown that shows it as it is."""
     return _MARKUP.sub(lambda match: f'&#{ord(match[0])};', one_line(text))
 
 
-def markdown(comparison: Comparison) -> str:
+def render_markdown(comparison: Comparison) -> str:
     """The same with tables that GitHub shows as such."""
     texts = []
     for section in sections(comparison):
-        lines = [*map(visible, section.lines), *shortened(section.texts)]
-        title = in_markdown(' '.join(section.title.split()))
+        lines = [*map(visible, section.lines), *excerpts(section.texts)]
+        title = escape_markdown(' '.join(section.title.split()))
         parts = [f'### {title}' if section.rows or lines else title]
-        parts += map(in_markdown, section.notes)
+        parts += map(escape_markdown, section.notes)
         if lines:
             # Longer than any run of backticks in the lines, so that none of them ends the block.
             fence = '`' * max(3, 1 + max(map(len, re.findall('`*', '\n'.join(lines)))))
             parts.append(f'{fence}\n' + '\n'.join(lines) + f'\n{fence}')
         if section.rows:
             rules = ['---:' if side == '>' else ':---' for side in section.align]
-            rows = [[in_markdown(cell) for cell in row] for row in (section.header, *section.rows)]
+            rows = [
+                [escape_markdown(cell) for cell in row] for row in (section.header, *section.rows)
+            ]
             parts.append('\n'.join(f'| {" | ".join(r)} |' for r in (rows[0], rules, *rows[1:])))
         texts.append('\n\n'.join(parts))
     return '\n\n'.join(texts) + '\n'
@@ -80,18 +85,18 @@ def markdown(comparison: Comparison) -> str:
 # --- Data ----------------------------------------------------------------------------------------
 
 
-def as_csv(comparison: Comparison) -> str:
+def render_csv(comparison: Comparison) -> str:
     """A line for each run, with plain numbers."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator='\n')
-    runs = list(as_data(comparison)['runs'])
+    runs = list(comparison_data(comparison)['runs'])
     writer.writerow(runs[0] if runs else [])
     for run in runs:
-        writer.writerow(map(in_csv, run.values()))
+        writer.writerow(map(csv_cell, run.values()))
     return out.getvalue()
 
 
-def in_csv(value: Any) -> Any:
+def csv_cell(value: Any) -> Any:
     """A cell that no spreadsheet takes for a formula."""
     if value is None:
         return ''
@@ -101,17 +106,17 @@ def in_csv(value: Any) -> Any:
     return value
 
 
-def as_json(comparison: Comparison) -> str:
-    return json.dumps(as_data(comparison), indent=1, allow_nan=False, default=str) + '\n'
+def render_json(comparison: Comparison) -> str:
+    return json.dumps(comparison_data(comparison), indent=1, allow_nan=False, default=str) + '\n'
 
 
-def as_data(comparison: Comparison) -> dict[str, Any]:
+def comparison_data(comparison: Comparison) -> dict[str, Any]:
     """Everything as plain values: the verdict, groups, effects, and every run."""
     return {
         'baseline': comparison.baseline_label,
         'score': comparison.score,
         'margin': comparison.margin,
-        'verdict': answer(comparison),
+        'verdict': answer_data(comparison),
         'groups': [
             _group_data(comparison, rank, verdict)
             for rank, verdict in enumerate(comparison.verdicts, 1)
@@ -134,26 +139,17 @@ def as_data(comparison: Comparison) -> dict[str, Any]:
         'runs': [
             _run_data(run, rank, label)
             for rank, (group, label) in enumerate(zip(comparison.groups, comparison.labels), 1)
-            for run in group.members
+            for run in group.runs
         ],
     }
 
 
-def answered(comparison: Comparison) -> Verdict | None:
-    """The verdict that answers the question: on the best group that is not the baseline.
-
-    None where there is nothing to compare.
-    """
-    others = [verdict for verdict in comparison.verdicts if verdict.text != BASELINE]
-    return others[0] if others else None
-
-
-def answer(comparison: Comparison) -> dict[str, Any] | None:
-    """That verdict for a script."""
-    verdict = answered(comparison)
+def answer_data(comparison: Comparison) -> dict[str, Any] | None:
+    """The main verdict for a script."""
+    verdict = comparison.main_verdict
     if verdict is None:
         return None
-    difference, interval = verdict.difference, verdict.interval
+    test = verdict.test
     reasons = list(verdict.reasons)
     if not comparison.repeated:
         reasons.insert(0, 'one seed of each')
@@ -163,17 +159,17 @@ def answer(comparison: Comparison) -> dict[str, Any] | None:
         'verdict': verdict.text,
         'finding': None if verdict.finding == NOT_TESTED else verdict.finding,
         'reasons': list(dict.fromkeys(reasons)),
-        'difference': difference and difference.mean,
-        'interval': interval and [interval.low, interval.high],
-        'confidence': interval and interval.confidence,
-        'p_value': verdict.p_value,
+        'difference': test and test.difference.mean,
+        'interval': test and [test.interval.low, test.interval.high],
+        'confidence': test and test.interval.confidence,
+        'p_value': test and test.p_value,
         'equivalence_p_value': verdict.equivalence_p_value,
-        'detectable': verdict.detectable,
-        'comparisons': sum(v.difference is not None for v in comparison.verdicts),
+        'detectable': test and test.detectable,
+        'comparisons': sum(v.test is not None for v in comparison.verdicts),
     }
 
 
-def _test_data(correction: Corrected | None) -> dict[str, Any]:
+def _test_data(correction: CorrectedTest | None) -> dict[str, Any]:
     """A corrected test."""
     if correction is None:
         return {'difference': None, 'p_value': None}
@@ -198,10 +194,7 @@ def _test_data(correction: Corrected | None) -> dict[str, Any]:
 
 def _group_data(comparison: Comparison, rank: int, verdict: Verdict) -> dict[str, Any]:
     group = verdict.group
-    first = group.members[0]
-    correction = None
-    if verdict.difference is not None:
-        correction = Corrected(verdict.difference, verdict.p_value, verdict.interval)
+    first = group.runs[0]
     return {
         'rank': rank,
         'label': comparison.labels[rank - 1],
@@ -216,20 +209,20 @@ def _group_data(comparison: Comparison, rank: int, verdict: Verdict) -> dict[str
         'verdict': verdict.text,
         'finding': verdict.finding,
         'reasons': list(verdict.reasons),
-        **_test_data(correction),
+        **_test_data(verdict.test),
         'equivalence_p_value': verdict.equivalence_p_value,
-        'detectable': verdict.detectable,
+        'detectable': verdict.test and verdict.test.detectable,
         'front': comparison.fronts[rank - 1],
         'loss_by_position': [
             {'from': start, 'to': end, 'loss': loss}
-            for (start, end), loss in mean_by_position(group).items()
+            for (start, end), loss in mean_loss_by_position(group).items()
         ],
         'sample': sample_of(group),
-        'runs': [str(run.folder) for run in group.members],
+        'runs': [str(run.folder) for run in group.runs],
     }
 
 
-def _run_data(run, rank: int, label: str) -> dict[str, Any]:
+def _run_data(run: Run, rank: int, label: str) -> dict[str, Any]:
     return {
         'rank': rank,
         'label': label,
@@ -252,8 +245,8 @@ def _run_data(run, rank: int, label: str) -> dict[str, Any]:
 
 
 FORMATS: dict[str, Callable[[Comparison], str]] = {
-    'text': render,
-    'markdown': markdown,
-    'csv': as_csv,
-    'json': as_json,
+    'text': render_text,
+    'markdown': render_markdown,
+    'csv': render_csv,
+    'json': render_json,
 }

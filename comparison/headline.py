@@ -2,21 +2,24 @@
 
 from collections.abc import Sequence
 
-from common.formatting import LISTED, join_names, nats, p_text
+from common.formatting import LISTED, join_names, nats, or_dash, p_text
 from comparison.analysis import (
     BASELINE,
     BETTER,
     BLOCKED,
     EQUIVALENT,
-    FINISHED,
     NOT_SIGNIFICANT,
     NOT_TESTED,
     WORSE,
-    Group,
+    CorrectedTest,
     Verdict,
 )
-from comparison.compare import Comparison, rises_of
+from comparison.compare import Comparison, runs_above_best
+from comparison.groups import Group
+from comparison.runs import FINISHED
 from comparison.significance import Interval
+
+Tested = tuple[Verdict, CorrectedTest]
 
 
 def headline(comparison: Comparison) -> str:
@@ -30,35 +33,38 @@ def headline(comparison: Comparison) -> str:
         return ' '.join(['No finished run has a validation loss yet.', *_incomplete(comparison)])
     if len(comparison.groups) == 1:
         (group, label), *_ = ranked
-        text = f'{label} reaches a validation loss of {nats(group.loss)} nats a token.'
+        text = f'{label} reaches a validation loss of {or_dash(group.loss, nats)} nats a token.'
         return ' '.join([text, *_incomplete(comparison)])
     if not comparison.repeated:
-        return _of_single_runs(comparison, ranked)
-    tested = [verdict for verdict in comparison.verdicts if verdict.difference is not None]
-    sentences = [_one(comparison, *tested)] if len(tested) == 1 else _several(comparison, tested)
+        return _single_seed_answer(comparison, ranked)
+    tested = [(v, v.test) for v in comparison.verdicts if v.test is not None]
     if not tested:
-        sentences = [_untested(comparison)]
+        sentences = [_nothing_tested(comparison)]
+    elif len(tested) == 1:
+        sentences = [_single_difference(comparison, *tested[0])]
+    else:
+        sentences = _several_differences(comparison, tested)
     sentences += _incomplete(comparison)
     if comparison.loss_warnings and len(tested) != 1:
-        sentences.append(_unlike(comparison))
+        sentences.append(_not_comparable(comparison))
     return ' '.join(sentences)
 
 
-def _of_single_runs(comparison: Comparison, ranked: Sequence[tuple[Group, str]]) -> str:
+def _single_seed_answer(comparison: Comparison, ranked: Sequence[tuple[Group, str]]) -> str:
     best, label = ranked[0]
-    sentences = [f'{label} reaches a validation loss of {nats(best.loss)}.']
+    sentences = [f'{label} reaches a validation loss of {or_dash(best.loss, nats)}.']
     if len(ranked) > 1:
         second, other = ranked[1]
         sentences = [
-            f'{label} has the lowest validation loss, {nats(best.loss)} against '
-            f'{nats(second.loss)} of {other}. With one seed each, this may be chance.'
+            f'{label} has the lowest validation loss, {or_dash(best.loss, nats)} against '
+            f'{or_dash(second.loss, nats)} of {other}. With one seed each, this may be chance.'
         ]
     if comparison.loss_warnings:
-        sentences.append(_unlike(comparison))
+        sentences.append(_not_comparable(comparison))
     return ' '.join([*sentences, *_incomplete(comparison)])
 
 
-def _unlike(comparison: Comparison) -> str:
+def _not_comparable(comparison: Comparison) -> str:
     names = join_names(list(comparison.loss_warnings))
     return f'The losses are not directly comparable ({names}; see WARNINGS).'
 
@@ -69,9 +75,9 @@ def _incomplete(comparison: Comparison) -> list[str]:
     for group, label in zip(comparison.groups, comparison.labels):
         if not group.finished:
             sentences.append(f'{label}: {outcomes_text(group)}.')
-        elif rises_of(group):
-            runs = len(rises_of(group))
-            which = 'it ends' if len(group.members) == 1 else f'{runs} of its runs end'
+        elif runs_above_best(group):
+            runs = len(runs_above_best(group))
+            which = 'it ends' if len(group.runs) == 1 else f'{runs} of its runs end'
             sentences.append(f'{label}: {which} well above the best validation loss.')
     if len(sentences) > LISTED:
         sentences[LISTED:] = [f'{len(sentences) - LISTED} more are incomplete.']
@@ -80,7 +86,7 @@ def _incomplete(comparison: Comparison) -> list[str]:
 
 def outcomes_text(group: Group) -> str:
     """`3 of 5 seeds finished, 2 diverged`, or what became of a single run."""
-    count = len(group.members)
+    count = len(group.runs)
     others = [(outcome, n) for outcome, n in group.outcomes.items() if outcome != FINISHED]
     if count == 1:
         return _outcome(others[0][0]) if others else FINISHED
@@ -96,29 +102,27 @@ def _outcome(outcome: str) -> str:
 # --- Tested differences --------------------------------------------------------------------------
 
 
-def _one(comparison: Comparison, verdict: Verdict) -> str:
+def _single_difference(comparison: Comparison, verdict: Verdict, test: CorrectedTest) -> str:
     """The whole answer where there is one difference."""
     label = comparison.labels[comparison.groups.index(verdict.group)]
-    name, test = comparison.baseline_label, verdict.difference
-    interval, level = verdict.interval, f'{verdict.interval.confidence:.0%} interval'
-    group, baseline = test.counts
+    name, interval, mean = comparison.baseline_label, test.interval, test.difference.mean
+    level, p_value = f'{interval.confidence:.0%} interval', p_text(test.p_value)
+    group, baseline = test.difference.counts
     seeds = f'{group} seeds each' if group == baseline else f'{group} against {baseline} seeds'
     if verdict.finding in (BETTER, WORSE):
         low, high = _amounts(interval)
-        facts = f'{level} {low} to {high}, p {p_text(verdict.p_value)}, {seeds}'
+        facts = f'{level} {low} to {high}, p {p_value}, {seeds}'
         verb = 'would be' if verdict.text == BLOCKED else 'is'
-        text = (
-            f'{label} {verb} {verdict.finding} than {name} by {nats(abs(test.mean))} nats a token'
-        )
+        text = f'{label} {verb} {verdict.finding} than {name} by {nats(abs(mean))} nats a token'
         return f'{text} ({facts}){_why(verdict)}.'
-    facts = f'{test.mean:+.4f} nats a token, {level} {interval.low:+.4f} to {interval.high:+.4f}'
+    facts = f'{mean:+.4f} nats a token, {level} {interval.low:+.4f} to {interval.high:+.4f}'
     if verdict.finding == EQUIVALENT:
         verb = 'would differ' if verdict.text == BLOCKED else 'differs'
         margin = f'by less than the margin of {comparison.margin:g}'
         return f'{label} {verb} from {name} {margin} ({facts}, {seeds}){_why(verdict)}.'
     return (
-        f'No significant difference between {label} and {name} ({facts}, p '
-        f'{p_text(verdict.p_value)}, {seeds}){_why(verdict)}. {_missed([verdict])}'
+        f'No significant difference between {label} and {name} ({facts}, p {p_value}, {seeds})'
+        f'{_why(verdict)}. {_undetected([test])}'
     )
 
 
@@ -130,16 +134,22 @@ def _why(verdict: Verdict) -> str:
     return ''
 
 
-def _several(comparison: Comparison, tested: Sequence[Verdict]) -> list[str]:
+def _several_differences(comparison: Comparison, tested: Sequence[Tested]) -> list[str]:
     """A list of differences for each finding, each with its interval."""
     name = comparison.baseline_label
     label_of = dict(zip(map(id, comparison.groups), comparison.labels))
 
-    def items(verdicts: Sequence[Verdict]) -> str:
-        return _semicolons([f'{label_of[id(v.group)]} {_difference(v)}' for v in verdicts])
+    def items(subset: Sequence[Tested]) -> str:
+        return _semicolons(
+            [f'{label_of[id(v.group)]} {_difference(v, test)}' for v, test in subset]
+        )
 
-    def having(finding: str, blocked: bool = False) -> list[Verdict]:
-        return [v for v in tested if v.finding == finding and (v.text == BLOCKED) == blocked]
+    def having(finding: str, blocked: bool = False) -> list[Tested]:
+        return [
+            (verdict, test)
+            for verdict, test in tested
+            if verdict.finding == finding and (verdict.text == BLOCKED) == blocked
+        ]
 
     sentences = []
     for finding, title in (
@@ -148,28 +158,28 @@ def _several(comparison: Comparison, tested: Sequence[Verdict]) -> list[str]:
         (EQUIVALENT, f'Within the margin of {comparison.margin} of {name}'),
         (NOT_SIGNIFICANT, f'No significant difference from {name}'),
     ):
-        if verdicts := having(finding):
-            sentences.append(f'{title}: {items(verdicts)}.')
+        if subset := having(finding):
+            sentences.append(f'{title}: {items(subset)}.')
             if finding == NOT_SIGNIFICANT:
-                sentences.append(_missed(verdicts))
+                sentences.append(_undetected([test for _, test in subset]))
     for finding in (BETTER, WORSE, EQUIVALENT):
-        if verdicts := having(finding, blocked=True):
+        if subset := having(finding, blocked=True):
             sentences.append(
                 f'No verdict, though {finding} by the seeds that finished, since others diverged: '
-                f'{items(verdicts)}.'
+                f'{items(subset)}.'
             )
     if tested:
         sentences.append(f'(Nats a token, with intervals corrected for {len(tested)} comparisons.)')
     return sentences
 
 
-def _difference(verdict: Verdict) -> str:
-    test, interval = verdict.difference, verdict.interval
+def _difference(verdict: Verdict, test: CorrectedTest) -> str:
+    interval, mean = test.interval, test.difference.mean
     provisional = ', provisional' if verdict.reservations else ''
     if verdict.finding in (BETTER, WORSE):
         low, high = _amounts(interval)
-        return f'by {nats(abs(test.mean))} ({low} to {high}{provisional})'
-    return f'{test.mean:+.4f} ({interval.low:+.4f} to {interval.high:+.4f}{provisional})'
+        return f'by {nats(abs(mean))} ({low} to {high}{provisional})'
+    return f'{mean:+.4f} ({interval.low:+.4f} to {interval.high:+.4f}{provisional})'
 
 
 def _amounts(interval: Interval) -> tuple[str, str]:
@@ -183,9 +193,9 @@ def _semicolons(texts: Sequence[str]) -> str:
     return '; '.join(texts[:LISTED]) + (f'; and {more} more' if more > 0 else '')
 
 
-def _missed(verdicts: Sequence[Verdict]) -> str:
+def _undetected(tests: Sequence[CorrectedTest]) -> str:
     """What 'not significant' leaves open."""
-    amounts = sorted(verdict.detectable for verdict in verdicts)
+    amounts = sorted(test.detectable for test in tests)
     span = ' to '.join(dict.fromkeys([nats(amounts[0]), nats(amounts[-1])]))
     return (
         f'That does not show that they are equal: with so few seeds, true differences below '
@@ -193,7 +203,7 @@ def _missed(verdicts: Sequence[Verdict]) -> str:
     )
 
 
-def _untested(comparison: Comparison) -> str:
+def _nothing_tested(comparison: Comparison) -> str:
     name = comparison.baseline_label
     reasons = dict.fromkeys(
         reason

@@ -7,6 +7,7 @@ records is escaped in `escaped`, and nowhere else.
 import html
 import re
 from collections.abc import Sequence
+from functools import partial
 from itertools import starmap
 from pathlib import Path
 
@@ -16,18 +17,11 @@ from comparison import plots
 from comparison.compare import Comparison
 from comparison.formats import one_line
 from comparison.headline import headline
-from comparison.panels import (
-    Panel,
-    Row,
-    caption,
-    differences,
-    effects,
-    labels_of,
-    legend,
-    panels_of,
-    style_number,
-)
-from comparison.tables import Section, tables
+from comparison.intervals import IntervalRow, difference_rows, effect_rows
+from comparison.panels import Panel, caption, panels_of
+from comparison.picture_labels import legend, short_labels, style_number
+from comparison.section import Section
+from comparison.tables import tables
 
 SUFFIXES = ('.html', '.htm')
 DRAWN_ROWS = 20  # of a figure of intervals, so that it fits on a page
@@ -73,12 +67,12 @@ pre { white-space: pre-wrap; background: var(--wash); padding: .8rem 1rem; borde
 """
 
 
-def report(comparison: Comparison, path: Path) -> None:
+def write_report(comparison: Comparison, path: Path) -> None:
     """Write the page. Raises UserError."""
-    write_file(path, page(comparison).encode())
+    write_file(path, report_page(comparison).encode())
 
 
-def page(comparison: Comparison) -> str:
+def report_page(comparison: Comparison) -> str:
     """The page. Raises UserError without matplotlib."""
     title = escaped(
         (comparison.study and comparison.study.question) or 'Which architecture is better?'
@@ -113,26 +107,26 @@ def commands(comparison: Comparison) -> str:
     """What was typed: the study's one command, or that of each run."""
     if comparison.study is not None:
         return comparison.study.command
-    return '\n'.join(run.command for group in comparison.groups for run in group.members)
+    return '\n'.join(run.command for group in comparison.groups for run in group.runs)
 
 
 # --- Pictures ------------------------------------------------------------------------------------
 
 
 def pictures(comparison: Comparison) -> list[str]:
-    baseline = labels_of(comparison)[comparison.baseline_rank - 1]
+    baseline = short_labels(comparison)[comparison.baseline_rank - 1]
     curves, fronts = panels_of(comparison)
     return [
         *_rows(
             f'Differences from {baseline}',
-            differences(comparison),
+            difference_rows(comparison),
             'With the interval of each test; in color where the difference is significant.',
         ),
         *_panels(comparison, 'Curves', curves),
         *_panels(comparison, 'Loss against cost', fronts),
         *_rows(
             'Main effects',
-            effects(comparison),
+            effect_rows(comparison),
             'What each value does to the loss, all else equal, with its interval; in color where '
             'that is significant.',
         ),
@@ -150,7 +144,7 @@ def _panels(comparison: Comparison, title: str, panels: Sequence[Panel]) -> list
         drawing = plots.svg(
             *plots.PANEL,
             f'{title} {number}',
-            lambda axes, panel=panel: plots.draw_panel(comparison, panel, axes),
+            partial(plots.draw_panel, comparison, panel),
         )
         drawings.append(_image(drawing, f'{what} The final losses are in the table RANKING.'))
     return [
@@ -159,7 +153,7 @@ def _panels(comparison: Comparison, title: str, panels: Sequence[Panel]) -> list
     ]
 
 
-def _rows(title: str, rows: Sequence[Row], note: str) -> list[str]:
+def _rows(title: str, rows: Sequence[IntervalRow], note: str) -> list[str]:
     """A figure of intervals, of the first if there are very many."""
     if not rows:
         return []

@@ -16,7 +16,7 @@ then holds its error rate even if one variant has three times the deviation of t
 import math
 import statistics
 from collections.abc import Hashable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from comparison.significance import Difference
 
@@ -29,7 +29,7 @@ PRIOR_FREEDOM = 3
 MIN_PAIR_FREEDOM = 3
 NO_SPREAD = 1e-12  # of the losses: below this, runs repeat one another to the last digit
 
-Losses = Mapping[Hashable, float]  # of one variant, by seed
+Losses = Mapping[Any, float]  # of one variant, by seed
 
 
 class Spread(NamedTuple):
@@ -46,7 +46,9 @@ class Variance(NamedTuple):
     freedom: float
 
 
-def difference(group: Losses, baseline: Losses, others: Sequence[Losses] = ()) -> Difference | None:
+def moderated_difference(
+    group: Losses, baseline: Losses, others: Sequence[Losses] = ()
+) -> Difference | None:
     """Mean of `group` minus mean of `baseline`, from all their runs.
 
     With seeds that both have, this is the paired t-test with a moderated variance; without any, it
@@ -66,7 +68,12 @@ def difference(group: Losses, baseline: Losses, others: Sequence[Losses] = ()) -
         for losses, sign, (on_shared, on_own) in zip((group, baseline), (1, -1), weights)
         for seed in losses
     )
-    within = [_moderated(_within([losses]), _within(others)) for losses in (group, baseline)]
+    of_others = _within(others)
+    within = [
+        of_one
+        for losses in (group, baseline)
+        if (of_one := _moderated(_within([losses]), of_others)) is not None  # with two runs it is
+    ]
     parts = _variance_parts(len(shared), weights, pair, within, (group, baseline))
     variance = sum(factor * part.value for factor, part in parts)
     largest = max(map(abs, (*group.values(), *baseline.values())))
@@ -74,12 +81,12 @@ def difference(group: Losses, baseline: Losses, others: Sequence[Losses] = ()) -
         return None
     # Satterthwaite's degrees of freedom of a sum of estimated variances.
     freedom = variance**2 / sum((factor * p.value) ** 2 / p.freedom for factor, p in parts)
-    of_one = 2 * pair.value if shared else sum(part.value for part in within)
+    of_pair = 2 * pair.value if shared and pair else sum(part.value for part in within)
     return Difference(
         mean=mean,
         error=math.sqrt(variance),
         freedom=freedom,
-        noise=math.sqrt(of_one),
+        noise=math.sqrt(of_pair),
         paired=bool(shared) and not partly,
         counts=(len(group), len(baseline)),
     )
@@ -122,7 +129,7 @@ def _variance_parts(
     shared: int,
     weights: tuple[tuple[float, float], ...],
     pair: Variance | None,
-    within: list[Variance | None],
+    within: list[Variance],
     tables: tuple[Losses, Losses],
 ) -> list[tuple[float, Variance]]:
     """The variance of the weighted difference as factors of estimated variances.
@@ -131,7 +138,7 @@ def _variance_parts(
     half of Var(a - b).
     """
     together = shared * weights[0][0] * weights[1][0]
-    parts = [(2 * together, pair)] if shared else []
+    parts = [(2 * together, pair)] if shared and pair else []
     for (on_shared, on_own), variance, losses in zip(weights, within, tables):
         factor = shared * on_shared**2 + (len(losses) - shared) * on_own**2 - together
         if factor > 1e-9:  # a negative one would take away what was estimated only

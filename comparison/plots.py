@@ -8,29 +8,22 @@ import io
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from common.errors import UserError
 from common.files import write_file
-from comparison.analysis import BETTER, DIVERGED, WORSE
+from comparison.analysis import BETTER, WORSE
 from comparison.compare import Comparison
 from comparison.formats import one_line
-from comparison.panels import (
-    BLOWN_UP,
-    FINISHED,
-    UNFINISHED,
-    Line,
-    Panel,
-    Row,
-    caption,
-    legend,
-    panels_of,
-    style_number,
-)
+from comparison.intervals import IntervalRow
+from comparison.panels import Panel, PlotLine, caption, panels_of
+from comparison.picture_labels import BLOWN_UP, UNFINISHED, legend, style_number
+from comparison.runs import DIVERGED, FINISHED
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
 SUFFIXES = ('.png', '.svg', '.pdf')
 # Okabe & Ito 2008, which color-blind readers can tell apart; the first is the baseline's.
@@ -45,7 +38,7 @@ MANY_POINTS = 25  # from which on they have no marks
 
 PANEL = (3.75, 3.0)  # inches
 ROW_HEIGHT = 0.42
-SETTINGS = {
+SETTINGS: dict[Any, Any] = {
     'font.family': 'DejaVu Sans',  # comes with matplotlib
     'font.size': 8.5,
     'axes.titlesize': 9.5,
@@ -104,7 +97,7 @@ def drawable(text: str) -> str:
 # --- One panel -----------------------------------------------------------------------------------
 
 
-def style_of(number: int | None) -> dict[str, str]:
+def style_of(number: int | None) -> dict[str, Any]:
     """Color, dashes and marks of a group."""
     if number is None:
         return {'color': REST, 'ls': '-', 'marker': 'o'}
@@ -129,7 +122,7 @@ def draw_panel(comparison: Comparison, panel: Panel, axes: 'Axes') -> None:
         draw_line(axes, panel, line, style_number(comparison, line.rank))
 
 
-def draw_line(axes: 'Axes', panel: Panel, line: Line, number: int | None) -> None:
+def draw_line(axes: 'Axes', panel: Panel, line: PlotLine, number: int | None) -> None:
     """A curve with its band, or a point with its bar; and a mark where it did not end well."""
     style = style_of(number)
     amounts, losses, lows, highs = zip(*line.points)
@@ -148,7 +141,12 @@ def draw_line(axes: 'Axes', panel: Panel, line: Line, number: int | None) -> Non
     if line.ending != FINISHED:
         ends = zip((amounts[-1], losses[-1]), (panel.x_limits, panel.y_limits))
         x, y = (min(max(end, low), high) for end, (low, high) in ends)  # else at the edge
-        look = {'marker': END_MARKS[line.ending], 'ms': 7, 'mec': 'white', 'mew': 0.6}
+        look: dict[str, Any] = {
+            'marker': END_MARKS[line.ending],
+            'ms': 7,
+            'mec': 'white',
+            'mew': 0.6,
+        }
         label = f'{name} {line.ending}'
         axes.plot([x], [y], color=color, clip_on=False, zorder=5, label=label, **look)
 
@@ -156,11 +154,11 @@ def draw_line(axes: 'Axes', panel: Panel, line: Line, number: int | None) -> Non
 # --- Intervals -----------------------------------------------------------------------------------
 
 
-def draw_rows(rows: Sequence[Row], axes: 'Axes') -> None:
+def draw_rows(rows: Sequence[IntervalRow], axes: 'Axes') -> None:
     """Differences below their names, so that long names and narrow screens do no harm."""
     for place, row in enumerate(rows):
         color = FINDINGS[row.finding]
-        if row.low is not None:
+        if row.low is not None and row.high is not None:
             axes.hlines(place, row.low, row.high, color=color, lw=1.6)
         axes.plot(
             [row.mean],
@@ -203,7 +201,7 @@ def figure_of(comparison: Comparison) -> 'Figure':
     below = 0.2 * -(-len(entries) // columns) + 0.18 * len(notes) + 0.3
     heights = [*(3.6 for _ in rows), below]
     figure = new_figure(width, sum(heights))
-    *parts, last = figure.subfigures(len(heights), 1, height_ratios=heights).flat
+    *parts, last = figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights).flat
     for panels, part in zip(rows, parts):
         for panel, axes in zip(panels, part.subplots(1, len(panels), squeeze=False).flat):
             draw_panel(comparison, panel, axes)
@@ -213,7 +211,7 @@ def figure_of(comparison: Comparison) -> 'Figure':
     return figure
 
 
-def handle_of(number: int | None):
+def handle_of(number: int | None) -> 'Line2D':
     from matplotlib.lines import Line2D
 
     return Line2D([], [], **style_of(number), ms=4, lw=1.6)

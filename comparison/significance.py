@@ -18,7 +18,7 @@ POWER = 0.8  # a detectable difference is one that so many of such experiments w
 
 
 @dataclass(frozen=True)
-class Estimate:
+class MeanEstimate:
     """A mean with its confidence interval; of one value it has none."""
 
     mean: float
@@ -74,14 +74,14 @@ class Difference:
         return self.error * detectable_ratio(self.freedom, comparisons)
 
 
-def estimate(values: Sequence[float]) -> Estimate:
+def estimate_mean(values: Sequence[float]) -> MeanEstimate:
     """Mean, deviation and Student's interval of independent values."""
     mean, count = statistics.fmean(values), len(values)
     if count < 2:
-        return Estimate(mean, count, None, None, None)
+        return MeanEstimate(mean, count, None, None, None)
     deviation = statistics.stdev(values)
     half = student_quantile(0.5 + CONFIDENCE / 2, count - 1) * deviation / math.sqrt(count)
-    return Estimate(mean, count, deviation, mean - half, mean + half)
+    return MeanEstimate(mean, count, deviation, mean - half, mean + half)
 
 
 def paired_difference(pairs: Sequence[tuple[float, float]]) -> Difference | None:

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 
 from common.formatting import LISTED, join_names, nats, or_dash, wrapped
-from comparison.analysis import DIVERGED, FINISHED
-from comparison.compare import RISE, Comparison, rises_of
-from comparison.conditions import Values
+from comparison.compare import RISE, Comparison, runs_above_best
+from comparison.differences import Values
+from comparison.runs import DIVERGED, FINISHED, Run
 
 
 def warning_lines(comparison: Comparison) -> list[str]:
@@ -13,7 +13,7 @@ def warning_lines(comparison: Comparison) -> list[str]:
     lines = []
     if comparison.loss_warnings:
         lines += ['Losses are not like with like. Besides the architecture, these differ:']
-        lines += [grouped(comparison.loss_warnings)]
+        lines += [options_with_ranks(comparison.loss_warnings)]
         if {'tokenizer', 'vocab_size'} & comparison.loss_warnings.keys():
             lines += [
                 'Across vocabularies, compare bits/byte (of the same text), not loss a token.'
@@ -25,12 +25,12 @@ def warning_lines(comparison: Comparison) -> list[str]:
     if comparison.speed_warnings:
         lines += [
             'Time and memory are not like with like. Besides the architecture, these differ:',
-            grouped(comparison.speed_warnings),
+            options_with_ranks(comparison.speed_warnings),
         ]
     if comparison.best_warnings:
         lines += [
             'The best losses are of different numbers of evaluations: compare the final ones only.',
-            grouped(comparison.best_warnings),
+            options_with_ranks(comparison.best_warnings),
         ]
     if comparison.code_warning:
         lines.append(wrapped(comparison.code_warning, '  '))
@@ -40,9 +40,10 @@ def warning_lines(comparison: Comparison) -> list[str]:
 
 def _unfinished_lines(comparison: Comparison) -> list[str]:
     """The runs without a final loss: those that diverged, and those that may still get one."""
-    diverged, unfinished = [], []
+    diverged: list[str] = []
+    unfinished: list[str] = []
     for rank, group in enumerate(comparison.groups, 1):
-        for run in group.members:
+        for run in group.runs:
             if run.outcome != FINISHED:
                 lines = diverged if run.outcome == DIVERGED else unfinished
                 lines.append(f'  #{rank} {run.name}: {_run_status(run)}')
@@ -53,7 +54,7 @@ def _unfinished_lines(comparison: Comparison) -> list[str]:
     return diverged + unfinished
 
 
-def _run_status(run) -> str:
+def _run_status(run: Run) -> str:
     outcome = 'running or crashed' if run.outcome == 'running' else run.outcome
     return f'{outcome} {run.iters_done}/{or_dash(run.max_iters, str)}'
 
@@ -61,11 +62,11 @@ def _run_status(run) -> str:
 def _rise_lines(comparison: Comparison) -> list[str]:
     lines = []
     for rank, group in enumerate(comparison.groups, 1):
-        for run in rises_of(group):
+        for run in runs_above_best(group):
             above = ', and above its untrained loss' * run.blown_up
             lines.append(
                 f'  #{rank} {run.name}: final {nats(run.curve[-1].loss)}, best '
-                f'{nats(run.best_val_loss)}{above}'
+                f'{or_dash(run.best_val_loss, nats)}{above}'
             )
     if lines:
         advice = '' if comparison.score == 'best' else '; --score=best judges by the best'
@@ -73,7 +74,7 @@ def _rise_lines(comparison: Comparison) -> list[str]:
     return lines
 
 
-def grouped(options: dict[str, Values]) -> str:
+def options_with_ranks(options: dict[str, Values]) -> str:
     """One paragraph a key: each value with the groups that have it."""
     width = max(map(len, options))
     paragraphs = []

@@ -31,8 +31,9 @@ import compare_architectures as ca
 from common.errors import UserError
 from common.formatting import LISTED
 from comparison.compare import compare
-from comparison.formats import render
-from comparison.runs import load, read_plan
+from comparison.formats import render_text
+from comparison.load import load_runs
+from comparison.study_plan import read_study_plan
 from comparison.warning_lines import rank_ranges
 
 
@@ -61,7 +62,7 @@ def test_ranking_shows_the_figures_of_the_records(compared):
     assert [row['#'] for row in shown] == ['1', '2', '3']
     assert [row['val loss'] for row in shown] == ['5.9872', '6.0000', '6.4123']
     assert [row['vs #3'] for row in shown] == ['-0.4252', '-0.4123', 'baseline']
-    ahead = rows(render(compare(load([])[0], 'out-2')), 'RANKING')
+    ahead = rows(render_text(compare(load_runs([])[0], 'out-2')), 'RANKING')
     assert [row['vs #1'] for row in ahead] == ['baseline', '+0.0128', '+0.4252']
     for row in shown:
         assert float(row['bits/byte']) == pytest.approx(float(row['val loss']) * 0.4, abs=1e-4)
@@ -153,17 +154,17 @@ def test_every_way_to_name_a_run_finds_it_once(tmp_path):
     copy.parent.mkdir()
     copy.write_bytes((folder / 'record.json').read_bytes())
     for path in (folder, folder.parent, folder / 'record.json', copy):
-        runs, skipped = load([path])
+        runs, skipped = load_runs([path])
         assert [run.name for run in runs] == [folder.name] and not skipped
-    runs, _ = load([folder, folder.parent, folder / 'record.json', tmp_path])
+    runs, _ = load_runs([folder, folder.parent, folder / 'record.json', tmp_path])
     assert len(runs) == 2
-    assert len(load([copy, folder])[0]) == 2
+    assert len(load_runs([copy, folder])[0]) == 2
 
 
 def test_a_record_alone_in_a_folder_of_another_name(tmp_path):
     (folder,) = write(tmp_path, make_record(1))
     renamed = folder.rename(tmp_path / 'my-best-run')
-    assert [run.folder for run in load([renamed])[0]] == [renamed]
+    assert [run.folder for run in load_runs([renamed])[0]] == [renamed]
 
 
 def test_a_broken_record_is_skipped_by_name(compared, tmp_path):
@@ -182,13 +183,13 @@ def test_a_broken_record_is_skipped_by_name(compared, tmp_path):
 def test_nothing_found_says_where_and_what_to_type(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=re.escape(str(tmp_path))) as error:
-        load([])
+        load_runs([])
     assert 'python train.py' in str(error.value)
     (tmp_path / 'empty').mkdir()
     with pytest.raises(UserError, match='empty: no run there'):
-        load([Path('empty')])
+        load_runs([Path('empty')])
     with pytest.raises(UserError, match='absent: no such file'):
-        load([Path('absent'), Path('empty')])
+        load_runs([Path('absent'), Path('empty')])
 
 
 def test_order_of_reading_does_not_matter(tmp_path):
@@ -197,7 +198,7 @@ def test_order_of_reading_does_not_matter(tmp_path):
     texts = set()
     for seed in range(4):
         random.Random(seed).shuffle(paths)
-        texts.add(render(compare(load(paths)[0])))
+        texts.add(render_text(compare(load_runs(paths)[0])))
     assert len(texts) == 1
 
 
@@ -205,7 +206,7 @@ def test_order_of_reading_does_not_matter(tmp_path):
 
 
 def baseline(runs, name=None):
-    return compare(runs, name).baseline.members[0].name[-2:]
+    return compare(runs, name).baseline.runs[0].name[-2:]
 
 
 @pytest.fixture
@@ -223,7 +224,7 @@ def runs(tmp_path, monkeypatch):
         make_record(5, out_dir='out-llama', **llama),
         make_record(6, out_dir='out-llama-bias', bias=True, **llama),
     )
-    return load([])[0]
+    return load_runs([])[0]
 
 
 def test_the_default_baseline_is_the_oldest_finished_run_with_a_loss(runs):
@@ -264,9 +265,9 @@ def test_a_baseline_that_names_no_single_run(runs, name, message):
 
 
 def test_a_baseline_without_a_loss_gives_no_differences(runs):
-    text = render(compare(runs, 'run_20260101_120002'))
-    differences = [row['vs #6'] for row in rows(text, 'RANKING')]
-    assert differences == ['-'] * 5 + ['baseline']
+    text = render_text(compare(runs, 'run_20260101_120002'))
+    difference_rows = [row['vs #6'] for row in rows(text, 'RANKING')]
+    assert difference_rows == ['-'] * 5 + ['baseline']
     assert 'The baseline has no validation loss' in text
 
 
@@ -443,7 +444,7 @@ def test_one_seed_gives_no_error_bar(compared):
     twins = (make_record(2), make_record(3, out_dir='again'))  # one seed run twice is one seed
     text = compared(make_record(1, ffn_type='swiglu'), *twins)
     assert 'no error bar' in text and '--seed=2' in text and '+/-' not in text
-    assert 'no error bar' not in render(compare(load([Path('out-1')])[0]))
+    assert 'no error bar' not in render_text(compare(load_runs([Path('out-1')])[0]))
 
 
 def test_several_seeds_give_mean_and_interval(compared):
@@ -480,18 +481,18 @@ def test_data_that_was_not_the_same_is_told_by_its_hash(compared):
     records = replicated({'standard': [5.0, 5.1], 'swiglu': [4.9, 5.0]})
     for record in records:
         record['eval_steps'][-1]['data_hash'] = f'{record["config"]["seed"]:016x}'
-    assert 'WARNINGS' not in render(compare(run_rows(records)))
+    assert 'WARNINGS' not in render_text(compare(run_rows(records)))
     records[3]['eval_steps'][-1]['data_hash'] = 'f' * 16  # seed 2 of one architecture alone
-    assert warned(render(compare(run_rows(records))), 'Losses') == {'data_hash'}
+    assert warned(render_text(compare(run_rows(records))), 'Losses') == {'data_hash'}
     records[3]['config']['seed'] = 3  # seeds that are not shared have other data
-    assert 'WARNINGS' not in render(compare(run_rows(records)))
+    assert 'WARNINGS' not in render_text(compare(run_rows(records)))
 
 
 def test_the_loss_by_position_stands_where_it_was_recorded(compared):
     one, other = make_record(1), make_record(2, ffn_type='swiglu')
-    assert 'LOSS BY POSITION' not in render(compare(run_rows([one, other])))
-    spans = [{'from': 0, 'to': 1, 'loss': 3.25}, {'from': 1, 'to': 64, 'loss': 1.75}]
-    one['eval_steps'][-1]['diagnostics'] = {'val_loss_by_position': spans}
+    assert 'LOSS BY POSITION' not in render_text(compare(run_rows([one, other])))
+    position_losses = [{'from': 0, 'to': 1, 'loss': 3.25}, {'from': 1, 'to': 64, 'loss': 1.75}]
+    one['eval_steps'][-1]['diagnostics'] = {'val_loss_by_position': position_losses}
     shown = rows(compared(one, other), 'LOSS BY POSITION')
     assert shown == [
         {'#': '1', '0': '3.250', '1-63': '1.750'},
@@ -501,7 +502,7 @@ def test_the_loss_by_position_stands_where_it_was_recorded(compared):
 
 def test_the_last_sample_of_each_architecture_is_shown(compared):
     records = [make_record(1, loss=4.0), make_record(2, loss=5.0, ffn_type='swiglu')]
-    assert 'SAMPLES' not in render(compare(run_rows(records)))
+    assert 'SAMPLES' not in render_text(compare(run_rows(records)))
     for record, texts in zip(records, (('old', 'new\n```\n\x1b[2J'), ('last', None))):
         for entry, text in zip(record['eval_steps'][1:], texts):
             entry['sample'] = {'prompt': 'A: ', 'text': text, 'time_ms': 1.0}
@@ -575,7 +576,7 @@ def study(tmp_path):
             points.append({'folder': point, 'variant': variant['label']})
             losses[asked['ffn_type'], asked['bias'], seed] = loss
     (tmp_path / 'out/study.json').write_text(json.dumps({**STUDY, 'points': points}))
-    read_plan.cache_clear()
+    read_study_plan.cache_clear()
     return tmp_path / 'out', losses
 
 
@@ -616,13 +617,13 @@ def test_what_a_study_varies_is_its_question_and_not_unfair(study, capsys):
     ca.main([str(folder)])
     assert warned(capsys.readouterr().out, 'Losses') == set()
     path.write_text(json.dumps(plan))
-    read_plan.cache_clear()
+    read_study_plan.cache_clear()
     ca.main([str(folder)])
     assert warned(capsys.readouterr().out, 'Losses') == {'learning_rate'}
     for n, variant in enumerate(plan['variants']):
         variant['asked']['learning_rate'] = 1e-3 * (n + 1)
     path.write_text(json.dumps(plan))
-    read_plan.cache_clear()
+    read_study_plan.cache_clear()
     ca.main([str(folder)])
     assert 'WARNINGS' not in capsys.readouterr().out
 
@@ -652,7 +653,7 @@ def test_a_run_that_was_begun_anew_is_not_compared(study, capsys):
     ca.main([str(folder)])
     assert capsys.readouterr().out == before
     (folder / 'study.json').unlink()  # without a study it is a run like any other
-    read_plan.cache_clear()
+    read_study_plan.cache_clear()
     ca.main([str(folder)])
     assert killed['run_name'] in capsys.readouterr().out
 

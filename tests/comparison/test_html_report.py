@@ -11,7 +11,7 @@ from helpers.run_records import STUDY, compared, decaying, study_record, write_s
 
 import compare_architectures as ca
 from comparison import html_report
-from comparison.formats import one_line, render
+from comparison.formats import one_line, render_text
 from comparison.headline import headline
 from comparison.tables import tables
 
@@ -47,7 +47,7 @@ def comparison(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def page_text(comparison):
-    return html_report.page(comparison)
+    return html_report.report_page(comparison)
 
 
 def change_records(folder, change):
@@ -127,7 +127,7 @@ def test_failures_reasons_and_tuning_are_on_the_page(folder):
             record['eval_steps'] = record['eval_steps'][:5]
 
     comparison = change_records(folder, change)
-    text = html_report.page(comparison)
+    text = html_report.report_page(comparison)
     assert '1 of 2 seeds finished, 1 diverged' in text
     assert '1 of 2 diverged' in text  # in the legends
     reasons = [reason for verdict in comparison.verdicts for reason in verdict.reasons]
@@ -156,10 +156,10 @@ def test_times_of_runs_beside_one_another_are_not_compared(folder):
     beside = change_records(folder, lambda _, record: record['config'].update(concurrent_runs=2))
     assert [row.cost for row in beside.equal_cost] == ['tokens', 'flops']
     assert set(''.join(beside.fronts)) <= set('FM')
-    text = render(beside)
+    text = render_text(beside)
     assert 'Trained 2 at a time: times are not compared.' in text
     assert 'wall' not in text and 'tokens/s' not in text and 'time (T)' not in text
-    assert 'seconds of training' not in html_report.page(beside)
+    assert 'seconds of training' not in html_report.report_page(beside)
 
 
 def test_samples_stand_side_by_side_and_are_no_markup(folder):
@@ -168,7 +168,7 @@ def test_samples_stand_side_by_side_and_are_no_markup(folder):
         record['eval_steps'][-1]['sample'] = {'prompt': '<i>', 'text': text, 'time_ms': 1.0}
 
     comparison = change_records(folder, change)
-    text = html_report.page(comparison)
+    text = html_report.report_page(comparison)
     page = Page(text)
     variants = len(STUDY['variants'])
     assert page.outside == [] and not {'script', 'b', 'i'} & {tag for tag, _ in page.elements}
@@ -182,7 +182,7 @@ def test_names_of_every_kind_are_shown_as_they_are(tmp_path):
     variants = [{'label': name, 'asked': {'ffn_type': name}} for name in odd]
     records = [[study_record(n, s, decaying(n, s)) for s in (1, 2)] for n in range(len(odd))]
     comparison = compared(write_study(tmp_path, variants, records, tuned=[]))
-    text = html_report.page(comparison)
+    text = html_report.report_page(comparison)
     page = Page(text)
     assert page.count('script') == 0 and '\x1b' not in text
     for name in odd:

@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from comparison import noise
-from comparison.noise import PRIOR_FREEDOM, difference
+from comparison.noise import PRIOR_FREEDOM, moderated_difference
 
 
 def losses(draw, seeds, mean=3.0, deviation=0.1):
@@ -18,7 +18,7 @@ def losses(draw, seeds, mean=3.0, deviation=0.1):
 def test_two_variants_with_shared_seeds_give_the_paired_test(count):
     draw = random.Random(count)
     one, two = losses(draw, range(count)), losses(draw, range(count), 3.1)
-    test = difference(one, two)
+    test = moderated_difference(one, two)
     expected = stats.ttest_rel([*one.values()], [*two.values()])
     assert test.paired and test.counts == (count, count)
     assert test.mean == pytest.approx(np.mean([*one.values()]) - np.mean([*two.values()]))
@@ -29,7 +29,7 @@ def test_two_variants_with_shared_seeds_give_the_paired_test(count):
 def test_two_variants_without_a_shared_seed_give_welchs_test():
     draw = random.Random(1)
     one, two = losses(draw, range(4)), losses(draw, range(10, 17), 3.1, 0.5)
-    test = difference(one, two)
+    test = moderated_difference(one, two)
     expected = stats.ttest_ind([*one.values()], [*two.values()], equal_var=False)
     assert not test.paired and test.counts == (4, 7)
     assert test.p_value == pytest.approx(expected.pvalue)
@@ -49,7 +49,7 @@ def test_the_noise_of_others_counts_as_a_few_degrees_of_freedom():
     freedom = seeds - 1 + prior
     variance = ((seeds - 1) * own + prior * rest) / freedom
     error = np.sqrt(2 * variance / seeds)
-    test = difference(one, two, others)
+    test = moderated_difference(one, two, others)
     assert test.freedom == pytest.approx(freedom) and test.error == pytest.approx(error)
     p_value = 2 * stats.t.sf(abs(table[0].mean() - table[1].mean()) / error, freedom)
     assert test.p_value == pytest.approx(p_value)
@@ -91,7 +91,7 @@ def test_partly_shared_seeds_use_all_runs():
 
     draw = random.Random(5)
     a, b = losses(draw, one), losses(draw, two)
-    test = difference(a, b)
+    test = moderated_difference(a, b)
     assert test.mean == pytest.approx(expected @ [*a.values(), *b.values()])
     assert test.counts == (6, 6) and not test.paired
 
@@ -100,17 +100,21 @@ def test_too_few_shared_seeds_subtract_nothing():
     draw = random.Random(6)
     one, two = losses(draw, range(1, 6)), losses(draw, range(4, 9))
     expected = stats.ttest_ind([*one.values()], [*two.values()], equal_var=False)
-    assert difference(one, two).p_value == pytest.approx(expected.pvalue)
+    assert moderated_difference(one, two).p_value == pytest.approx(expected.pvalue)
 
 
 def test_what_gives_no_test():
     draw = random.Random(7)
-    assert difference(losses(draw, [1]), losses(draw, [1, 2, 3])) is None
-    assert difference({1: 2.0, 2: 2.0}, {1: 3.0, 2: 3.0}) is None
-    assert difference({1: 2.1, 2: 2.2, 3: 2.3}, {1: 3.1, 2: 3.2, 3: 3.3}) is None  # all pairs alike
+    assert moderated_difference(losses(draw, [1]), losses(draw, [1, 2, 3])) is None
+    assert moderated_difference({1: 2.0, 2: 2.0}, {1: 3.0, 2: 3.0}) is None
+    assert (
+        moderated_difference({1: 2.1, 2: 2.2, 3: 2.3}, {1: 3.1, 2: 3.2, 3: 3.3}) is None
+    )  # all pairs alike
     # Others give the noise that two variants which repeat one another lack.
     others = [losses(draw, [1, 2, 3]) for _ in range(2)]
-    assert difference({1: 2.1, 2: 2.2, 3: 2.3}, {1: 3.1, 2: 3.2, 3: 3.3}, others) is not None
+    assert (
+        moderated_difference({1: 2.1, 2: 2.2, 3: 2.3}, {1: 3.1, 2: 3.2, 3: 3.3}, others) is not None
+    )
 
 
 @pytest.mark.parametrize(
@@ -126,5 +130,5 @@ def test_partly_shared_seeds_hold_the_error_rate(tables, rate):
         luck = {seed: draw.gauss(0, 0.7) for seed in range(10)}
         variants = [{s: 3 + luck[s] + draw.gauss(0, 0.7) for s in seeds} for seeds in tables]
         one, two, *others = variants
-        significant += difference(one, two, others).p_value < 0.05
+        significant += moderated_difference(one, two, others).p_value < 0.05
     assert significant / trials < rate

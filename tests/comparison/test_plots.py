@@ -12,21 +12,19 @@ import compare_architectures as ca
 from common import files
 from common.errors import UserError
 from comparison import plots
-from comparison.analysis import DIVERGED
-from comparison.panels import (
+from comparison.intervals import difference_rows, effect_rows
+from comparison.panels import caption, panels_of
+from comparison.picture_labels import (
     BLOWN_UP,
     LONGEST_LABEL,
-    STYLED,
+    STYLED_GROUPS,
     UNFINISHED,
-    caption,
-    differences,
-    effects,
-    labels_of,
+    ellipsized,
     legend,
-    panels_of,
-    shortened,
+    short_labels,
     style_number,
 )
+from comparison.runs import DIVERGED
 
 matplotlib = pytest.importorskip('matplotlib')
 
@@ -125,7 +123,7 @@ def test_a_run_that_went_wrong_is_marked_and_sets_no_limit(tmp_path, change, end
     comparison = study(
         tmp_path / 'with', lambda record, n, seed: change(record) if (n, seed) == (1, 1) else None
     )
-    group = next(g for g in comparison.groups if g.members[0].variant == 'arch_preset=p1')
+    group = next(g for g in comparison.groups if g.runs[0].variant == 'arch_preset=p1')
     rank = comparison.groups.index(group) + 1
     curves, fronts = panels_of(comparison)
     clean, _ = panels_of(without)
@@ -254,8 +252,7 @@ def test_fronts_show_means_ranges_and_the_front(tmp_path):
     panel = fronts[0]
     axes = drawn(comparison, panel)
     assert list(panel.front) == sorted(
-        (1e15 * (1 + int(group.members[0].architecture[1])), group.loss)
-        for group in comparison.groups
+        (1e15 * (1 + int(group.runs[0].architecture[1])), group.loss) for group in comparison.groups
     )
     assert axes.lines[0].get_linestyle() == '--'
     assert 'no other has a lower loss for as little' in caption(fronts)
@@ -269,19 +266,19 @@ def test_fronts_show_means_ranges_and_the_front(tmp_path):
 
 
 def test_names_are_without_the_option_that_all_vary(tmp_path):
-    assert labels_of(study(tmp_path / 'a')) == ['p0', 'p1', 'p2']
+    assert short_labels(study(tmp_path / 'a')) == ['p0', 'p1', 'p2']
     assert study(tmp_path / 'b').labels[0] == 'arch_preset=p0'  # the tables' are whole
     variants = [
         {'label': f'arch_preset=p{n} bias=False', 'asked': {'arch_preset': f'p{n}', 'bias': False}}
         for n in range(3)
     ]
-    assert labels_of(study(tmp_path / 'c', variants=variants))[0] == 'p0 bias=False'
+    assert short_labels(study(tmp_path / 'c', variants=variants))[0] == 'p0 bias=False'
     ablation = [
         {'label': 'reference', 'asked': {}},
         {'label': 'norm=rms', 'asked': {'norm': 'rms'}},
         {'label': 'norm=none', 'asked': {'norm': 'none'}},
     ]
-    assert labels_of(study(tmp_path / 'd', variants=ablation)) == ['reference', 'rms', 'none']
+    assert short_labels(study(tmp_path / 'd', variants=ablation)) == ['reference', 'rms', 'none']
 
 
 ODD = [
@@ -303,7 +300,7 @@ def test_any_name_can_be_drawn_and_is_drawn_as_it_is(tmp_path, recwarn):
         shown = [text.get_text() for text in texts]
         assert not any(text.get_parse_math() for text in texts)
         axes = plots.new_figure(4, 3).subplots()
-        plots.draw_rows(differences(comparison), axes)
+        plots.draw_rows(difference_rows(comparison), axes)
         assert not any(text.get_parse_math() for text in axes.texts)
         assert len(axes.texts) == len(ODD) - 1
     assert shown[0] == '#1 a$x^$ (baseline)'
@@ -320,7 +317,7 @@ def test_any_name_can_be_drawn_and_is_drawn_as_it_is(tmp_path, recwarn):
 @pytest.mark.parametrize('length', [LONGEST_LABEL, LONGEST_LABEL + 1, 200])
 def test_long_names_keep_both_ends(length):
     text = ''.join(chr(ord('a') + i % 26) for i in range(length))
-    short = shortened(text)
+    short = ellipsized(text)
     assert len(short) == min(length, LONGEST_LABEL)
     assert re.fullmatch(re.escape(short).replace('…', '.*'), text)
 
@@ -329,7 +326,7 @@ def test_each_group_has_a_look_of_its_own_and_the_rest_share_one(tmp_path):
     variants = [{'label': f'n={n}', 'asked': {'n': n}} for n in range(20)]
     comparison = study(tmp_path, variants=variants, seeds=(1, 2))
     entries = legend(comparison)
-    assert len(entries) == 1 + STYLED + 1
+    assert len(entries) == 1 + STYLED_GROUPS + 1
     assert entries[-1][1] == 'the others, from #16 on'
     looks = [tuple(plots.style_of(style_number(comparison, rank)).items()) for rank, _ in entries]
     assert len(set(looks)) == len(looks)
@@ -342,7 +339,7 @@ GRID = [{'label': v['label'], 'asked': v['asked']} for v in STUDY['variants']]
 
 def test_effects_are_drawn_with_the_interval_of_their_test(tmp_path):
     comparison = study(tmp_path, variants=GRID)
-    rows = effects(comparison)
+    rows = effect_rows(comparison)
     assert [row.text for row in rows] == [
         'ffn_type: swiglu against standard',
         'bias: False against True',
@@ -361,8 +358,8 @@ def test_effects_are_drawn_with_the_interval_of_their_test(tmp_path):
 def test_one_option_has_no_main_effects_beside_the_verdicts(tmp_path):
     comparison = study(tmp_path)
     assert comparison.effects == []
-    for row, verdict in zip(differences(comparison), comparison.verdicts[1:]):
-        assert (row.low, row.high) == (verdict.interval.low, verdict.interval.high)
+    for row, verdict in zip(difference_rows(comparison), comparison.verdicts[1:]):
+        assert (row.low, row.high) == (verdict.test.interval.low, verdict.test.interval.high)
         assert row.finding == verdict.text == 'worse'
 
 

@@ -11,8 +11,9 @@ from helpers.run_records import make_record, replicated, rows, run_rows, write
 import compare_architectures as ca
 from common.console_output import visible
 from comparison.compare import compare
-from comparison.formats import FORMATS, in_csv, in_markdown, render
-from comparison.runs import load, run_of
+from comparison.formats import FORMATS, csv_cell, escape_markdown, render_text
+from comparison.load import load_runs
+from comparison.runs import run_from_record
 
 HERE = Path('out/run/record.json')
 
@@ -45,7 +46,7 @@ def test_the_outcome_of_a_run(changes, outcome):
     record = make_record(1)
     for key, value in changes.items():
         record[key] = {**record[key], **value} if isinstance(value, dict) else value
-    run = run_of(record, HERE)
+    run = run_from_record(record, HERE)
     assert run.outcome == outcome
     assert outcome != 'diverged' or run.val_loss is None
 
@@ -54,7 +55,7 @@ def test_a_run_is_judged_by_its_last_evaluation_or_by_its_best():
     record = make_record(1)
     record['eval_steps'] = [{'iter': i, 'val_loss': x, 'val_bits_per_byte': x / 2}
                             for i, x in ((0, 1.0), (50, 2.9), (100, 9.0))]  # fmt: skip
-    final, best = run_of(record, HERE), run_of(record, HERE, 'best')
+    final, best = run_from_record(record, HERE), run_from_record(record, HERE, 'best')
     assert (final.val_loss, final.bits_per_byte, final.best_val_loss) == (9.0, 4.5, 2.9)
     assert (best.val_loss, best.bits_per_byte, best.evaluations) == (2.9, 1.45, 2)
 
@@ -95,7 +96,7 @@ def test_the_conditions_of_every_seed_count(seed):
     assert list(comparison.loss_warnings) == ['val_sha256']
     verdict = comparison.verdicts[0]
     assert verdict.text == 'provisional' and 'val_sha256' in verdict.reasons[0]
-    assert '(#1 in part)' in render(comparison)
+    assert '(#1 in part)' in render_text(comparison)
 
 
 def test_a_run_that_was_resumed_with_other_options_has_them_all():
@@ -125,7 +126,7 @@ def test_how_often_a_run_is_evaluated_is_a_condition_of_the_best():
         record['config']['eval_interval'] = 10
     final = compare(run_rows(records))
     assert final.loss_warnings == {} and list(final.best_warnings) == ['eval_interval']
-    assert 'best losses are of different numbers of evaluations' in render(final)
+    assert 'best losses are of different numbers of evaluations' in render_text(final)
     best = compare(run_rows(records), score='best')
     assert list(best.loss_warnings) == ['eval_interval']
     # Seeds that differ in it are still seeds of one architecture.
@@ -173,7 +174,7 @@ def test_rates_over_seeds_are_totals_over_totals():
     for record, (seconds, ms, mfu, peak) in zip(records, ((100, 1000, 20, 1), (300, 3000, 30, 2))):
         record['summary'] |= {'train_seconds': seconds, 'avg_time_ms': ms, 'avg_mfu': mfu}
         record['startup_info']['hardware']['peak_tflops'] = peak
-    cost = rows(render(compare(run_rows(records))), 'COST')[0]
+    cost = rows(render_text(compare(run_rows(records))), 'COST')[0]
     assert cost['tokens/s'] == f'{(4096 / 1 * 100 + 4096 / 3 * 300) / 400:,.0f}'
     assert cost['MFU'] == f'{(20 * 100 * 1 + 30 * 300 * 2) / (100 * 1 + 300 * 2):.2f}%'
 
@@ -191,15 +192,15 @@ def test_equal_flops_are_claimed_only_where_every_architecture_has_finished():
 
 def test_unequal_budgets_are_in_the_headline():
     records = [make_record(1, max_iters=20), make_record(2, ffn_type='swiglu', max_iters=3)]
-    text = ' '.join(render(compare(run_rows(records))).partition('\n\n')[0].split())
+    text = ' '.join(render_text(compare(run_rows(records))).partition('\n\n')[0].split())
     assert 'not directly comparable (max_iters; see WARNINGS)' in text
 
 
 def test_one_architecture_has_no_verdict_section_and_several_trainings_are_no_seeds():
-    text = render(compare(run_rows(replicated({'a': [5.0, 5.1]}))))
+    text = render_text(compare(run_rows(replicated({'a': [5.0, 5.1]}))))
     assert 'VERDICT' not in text and 'comparisons' not in text
     one, other = make_record(1), make_record(2, loss=4.0, weight_decay=0.5)
-    text = render(compare(run_rows([one, other])))
+    text = render_text(compare(run_rows([one, other])))
     assert 'One seed per architecture' not in text
     assert 'No two runs differ in their seeds alone' in text
 
@@ -249,14 +250,16 @@ def test_no_value_of_a_record_stops_the_comparison_of_the_others(tmp_path):
     template = full_record(4, loss=4.9, seed=4, ffn_type='b')
     folder = tmp_path / 'out-4' / template['run_name']
     folder.mkdir(parents=True)
-    rest = [run_of(record, Path(f'out/{n}/record.json')) for n, record in enumerate(others)]
+    rest = [
+        run_from_record(record, Path(f'out/{n}/record.json')) for n, record in enumerate(others)
+    ]
     cases = compared = 0
     for path in [*places(template)][1:]:
         for value in BAD:
             record = with_value(template, path, value)
             cases += 1
             try:
-                run = run_of(record, folder / 'record.json')
+                run = run_from_record(record, folder / 'record.json')
             except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
                 continue  # skipped by name, see load
             compared += 1
@@ -271,7 +274,7 @@ def test_a_malformed_record_is_skipped_by_name_with_the_key(tmp_path):
     bad = make_record(2)
     bad['summary']['peak_memory_gb'] = 'x'
     write(tmp_path, make_record(1), bad)
-    runs, (line,) = load([tmp_path])
+    runs, (line,) = load_runs([tmp_path])
     assert [run.name for run in runs] == [make_record(1)['run_name']]
     assert bad['run_name'] in line and "peak_memory_gb is 'x', not a number" in line
 
@@ -306,12 +309,12 @@ def test_text_from_records_is_escaped_in_every_format(tmp_path, monkeypatch, cap
 
 @pytest.mark.parametrize('text', ['=1+1', '+1', '-1', '@x'])
 def test_no_cell_is_a_formula(text):
-    assert in_csv(text) == f"'{text}"
-    assert in_csv(-1.5) == -1.5
+    assert csv_cell(text) == f"'{text}"
+    assert csv_cell(-1.5) == -1.5
 
 
 def test_ordinary_names_stay_readable_in_markdown():
-    assert in_markdown('ffn_type=swiglu 12L-12H') == 'ffn_type=swiglu 12L-12H'
+    assert escape_markdown('ffn_type=swiglu 12L-12H') == 'ffn_type=swiglu 12L-12H'
 
 
 # --- One verdict for scripts ---------------------------------------------------------------------
@@ -373,4 +376,4 @@ def test_mistakes_in_the_new_options(argument):
     from common.errors import UserError
 
     with pytest.raises(UserError, match=r'margin|verdicts are better'):
-        ca.parse([argument])
+        ca.parse_arguments([argument])

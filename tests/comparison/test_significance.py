@@ -40,11 +40,11 @@ def test_the_power_is_that_of_the_noncentral_distribution(freedom):
 
 def test_an_estimate():
     values = draws(1, 5, mean=3.0)
-    found = significance.estimate(values)
+    found = significance.estimate_mean(values)
     low, high = stats.t.interval(0.95, 4, loc=found.mean, scale=stats.sem(values))
     assert (found.low, found.high) == pytest.approx((low, high))
     assert found.deviation == pytest.approx(stats.tstd(values))
-    assert significance.estimate([2.5]) == significance.Estimate(2.5, 1, None, None, None)
+    assert significance.estimate_mean([2.5]) == significance.MeanEstimate(2.5, 1, None, None, None)
 
 
 @pytest.mark.parametrize('count', [2, 3, 5, 12])
@@ -63,9 +63,9 @@ def test_paired_differences(count):
 def test_equivalence_is_the_larger_of_two_one_sided_tests(margin):
     pairs = list(zip(draws(2, 6, 0.5, 0.4), draws(3, 6)))
     test = significance.paired_difference(pairs)
-    differences = [a - b for a, b in pairs]
-    below = stats.ttest_1samp(differences, margin, alternative='less').pvalue
-    above = stats.ttest_1samp(differences, -margin, alternative='greater').pvalue
+    difference_rows = [a - b for a, b in pairs]
+    below = stats.ttest_1samp(difference_rows, margin, alternative='less').pvalue
+    above = stats.ttest_1samp(difference_rows, -margin, alternative='greater').pvalue
     assert test.equivalence_p_value(margin) == pytest.approx(max(below, above))
 
 

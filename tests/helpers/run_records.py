@@ -3,10 +3,14 @@
 import json
 import math
 import re
+import types
 from pathlib import Path
 
 from comparison.compare import compare
-from comparison.runs import load, read_plan, run_of
+from comparison.groups import Group
+from comparison.load import load_runs
+from comparison.runs import run_from_record
+from comparison.study_plan import read_study_plan
 
 GPT2, LLAMA = '12L-12H-768D-AbsPos-LN-NB-GELU-PostNorm', '12L-12H-768D-RoPE-RMS-SwiGLU-PreNorm'
 
@@ -148,7 +152,10 @@ def replicated(losses: dict[str, list[float]], **extra) -> list[dict]:
 
 
 def run_rows(records):
-    return [run_of(record, Path('out', record['run_name'], 'record.json')) for record in records]
+    return [
+        run_from_record(record, Path('out', record['run_name'], 'record.json'))
+        for record in records
+    ]
 
 
 STUDY = {
@@ -200,9 +207,24 @@ def write_study(folder: Path, variants: list[dict], records: list[list[dict]], *
             points.append({'folder': point, 'variant': variant['label']})
     plan = {**STUDY, 'variants': variants, 'points': points, **plan}
     (folder / 'study.json').write_text(json.dumps(plan))
-    read_plan.cache_clear()
+    read_study_plan.cache_clear()
     return folder
 
 
 def compared(folder: Path, **options):
-    return compare(*load([folder])[:1], **options)
+    return compare(*load_runs([folder])[:1], **options)
+
+
+def fake_run(seeds, loss, outcome='finished'):
+    config = {'seed': seeds[0], 'data_seed': seeds[1]}
+    blown_up = outcome == 'diverged'
+    return types.SimpleNamespace(
+        config=config, val_loss=loss, outcome=outcome, blown_up=blown_up, start=0
+    )
+
+
+def fake_group(losses, **others):
+    """A group of finished runs with these losses by seed, and one run for each other outcome."""
+    runs = [fake_run(seeds, loss) for seeds, loss in losses.items()]
+    runs += [fake_run((99, outcome), None, outcome) for outcome in others]
+    return Group(runs)

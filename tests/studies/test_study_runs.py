@@ -20,7 +20,7 @@ import train
 from benchmarks.study_kills import study_kills
 from common import files as file_writing
 from common.errors import UserError
-from compare_architectures import load
+from comparison.load import load_runs
 from comparison.runs import causal_flops
 from model_builder import build_model, training_flops
 from records.record import read_record
@@ -155,7 +155,7 @@ def test_tuning_chooses_by_the_final_loss_and_is_told(study_file, trained_here, 
     ]
     # The same choice again from the records alone; the comparison leaves tuning out.
     assert run_study(path) == 0 and plan_in(out) == plan
-    assert len(load([out])[0]) == 2
+    assert len(load_runs([out])[0]) == 2
 
 
 def test_a_setting_that_diverges_is_the_worst(study_file, trained_here, tmp_path, capsys):
@@ -501,7 +501,7 @@ def test_a_plan_of_before_is_still_read(study_file, trained_here, tmp_path):
     for variant in plan['variants']:
         del variant['tuned'], variant['tuned_at_edge']
     (out / 'study.json').write_text(json.dumps(plan))
-    runs, _ = load([out])
+    runs, _ = load_runs([out])
     assert {run.variant for run in runs} == {'bias=True', 'bias=False'}
     assert run_study(study_file(TUNED)) == 0
     assert 'baseline' in plan_in(out)

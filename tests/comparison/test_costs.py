@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from comparison import costs, runs
-from comparison.analysis import Group
-from comparison.costs import loss_at, pareto_front, same_cost
+from comparison.costs import loss_at, on_pareto_front, same_cost
+from comparison.groups import Group
 
 
 def record_of(evaluations):
@@ -25,8 +25,8 @@ def record_of(evaluations):
 
 def test_a_curve_knows_what_each_loss_had_cost():
     record = record_of([(0, 9.0), (20, 5.0), (30, None), (40, 4.0)])
-    measured = [e for e in runs.evaluations_of(record) if e['val_loss'] is not None]
-    curve = runs.curve_of(measured, 100, 7.0)
+    measured = [e for e in runs.trained_evaluations(record) if e['val_loss'] is not None]
+    curve = runs.loss_curve(measured, 100, 7.0)
     assert [(p.iter, p.tokens, p.flops, p.seconds, p.loss) for p in curve] == [
         (20, 2000, 14000.0, 10.0, 5.0),
         (40, 4000, 28000.0, 20.0, 4.0),
@@ -48,7 +48,7 @@ def test_the_front_holds_what_nothing_beats():
     draw = random.Random(1)
     points = [(draw.randint(1, 9), draw.randint(0, 9)) for _ in range(40)]
     points[3] = None
-    fronts = pareto_front([point and ([point[0]], point[1]) for point in points])
+    fronts = on_pareto_front([point and ([point[0]], point[1]) for point in points])
     for point, on_front in zip(points, fronts):
         beaten = point is None or any(
             other and other[0] <= point[0] and other[1] <= point[1] and other != point
@@ -62,27 +62,30 @@ def test_the_loss_by_position_is_the_last_recorded_one_averaged_over_seeds():
     def run(scale):
         record = record_of([(0, 9.0), (20, 5.0), (40, 4.0), (50, 3.9)])
         for entry in record['eval_steps'][:3]:  # not measured at the last
-            spans = [(0, 1), (1, 2), (2, 4)] if entry['iter'] else [(0, 4)]
+            position_losses = [(0, 1), (1, 2), (2, 4)] if entry['iter'] else [(0, 4)]
             entry['diagnostics'] = {
                 'val_loss_by_position': [
-                    {'from': a, 'to': b, 'loss': scale * (entry['iter'] + a)} for a, b in spans
+                    {'from': a, 'to': b, 'loss': scale * (entry['iter'] + a)}
+                    for a, b in position_losses
                 ]
             }
-        return types.SimpleNamespace(outcome='finished', spans=runs.spans_of(record))
+        return types.SimpleNamespace(
+            outcome='finished', position_losses=runs.losses_by_position(record)
+        )
 
-    assert run(1).spans == [(0, 1, 40), (1, 2, 41), (2, 4, 42)]
+    assert run(1).position_losses == [(0, 1, 40), (1, 2, 41), (2, 4, 42)]
     both = Group([run(1), run(2)])
-    assert costs.mean_by_position(both) == {(0, 1): 60, (1, 2): 61.5, (2, 4): 63}
-    both.members[1].spans.pop()
-    assert costs.mean_by_position(both) == {(0, 1): 60, (1, 2): 61.5}
-    assert runs.spans_of(record_of([(0, 9.0), (20, 5.0)])) == []
+    assert costs.mean_loss_by_position(both) == {(0, 1): 60, (1, 2): 61.5, (2, 4): 63}
+    both.runs[1].position_losses.pop()
+    assert costs.mean_loss_by_position(both) == {(0, 1): 60, (1, 2): 61.5}
+    assert runs.losses_by_position(record_of([(0, 9.0), (20, 5.0)])) == []
 
 
 def test_stability_counts_trouble():
     record = record_of([])
     record['events'] = [{'event': 'rollback'}, {'event': 'note'}]
     record['summary'] = {'loss_spikes': 2, 'nonfinite_updates': 3, 'gradient_growth': 4.0}
-    assert runs.stability_of(record) == (2, 3, 1, 4.0)
+    assert runs.training_stability(record) == (2, 3, 1, 4.0)
 
 
 def run(loss, outcome='finished', **figures):
@@ -95,10 +98,10 @@ def test_costs_within_their_noise_make_no_front():
     memory = [(3.0, [0.3586, 0.3602]), (2.9, [0.3590, 0.3601]), (3.1, [0.3588])]
     groups = [Group([run(loss, peak_memory_gb=gb) for gb in amounts]) for loss, amounts in memory]
     fronts = {'M': costs.FRONTS['M']}
-    assert costs.fronts_of(groups, fronts) == ['', '', '']
+    assert costs.front_letters(groups, fronts) == ['', '', '']
     # A fourth that needs distinctly less makes one: it, and the best of the others.
     groups.append(Group([run(3.2, peak_memory_gb=0.2)]))
-    assert costs.fronts_of(groups, fronts) == ['', 'M', '', 'M']
+    assert costs.front_letters(groups, fronts) == ['', 'M', '', 'M']
 
 
 def test_a_group_of_which_runs_diverged_lies_on_no_front():
@@ -107,7 +110,7 @@ def test_a_group_of_which_runs_diverged_lies_on_no_front():
         Group([run(3.0, causal_flops=2e9)]),
         Group([run(2.5, causal_flops=3e9)]),
     ]
-    assert costs.fronts_of(groups, {'F': costs.FRONTS['F']}) == ['', 'F', 'F']
+    assert costs.front_letters(groups, {'F': costs.FRONTS['F']}) == ['', 'F', 'F']
 
 
 def test_amounts_are_equal_if_they_overlap_or_nearly_agree():

@@ -1,0 +1,131 @@
+"""How the groups of a comparison are called, and which of them the others are compared with."""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+from common.errors import UserError, nearest
+from common.formatting import join_names
+from comparison.differences import differing_values
+from comparison.effects import GridPoint
+from comparison.groups import Group
+from comparison.runs import Run
+from comparison.study_plan import StudyPlan
+
+
+def common_study(groups: Sequence[Group]) -> StudyPlan | None:
+    """The study that all runs are of."""
+    plans = {run.study for group in groups for run in group.runs}
+    return plans.pop() if len(plans) == 1 else None
+
+
+def study_grid(groups: Sequence[Group]) -> list[tuple[GridPoint, Group]]:
+    """Where each group lies in the grid of its study; nothing unless all are of one study."""
+    finished = [group for group in groups if group.losses]
+    plan = common_study(finished)
+    by_variant = {group.runs[0].variant: group for group in finished}
+    variants = plan.variants if plan else {}
+    return [(point, by_variant[label]) for label, point in variants.items() if label in by_variant]
+
+
+# --- Names ---------------------------------------------------------------------------------------
+
+
+def group_labels(groups: Sequence[Group]) -> list[str]:
+    """A study's names of its variants; else architecture names, with what tells two apart:
+    differing choices, or else the run's name."""
+    runs = [group.runs[0] for group in groups]
+    variants = [run.variant for run in runs if run.variant is not None]
+    if len(variants) == len(runs) and len({run.study for run in runs}) == 1:
+        return _unique(variants, runs)
+    by_architecture: dict[str, list[Run]] = {}
+    for run in runs:
+        by_architecture.setdefault(run.architecture, []).append(run)
+    keys = {}
+    for name, namesakes in by_architecture.items():
+        choices = dict.fromkeys(key for run in namesakes for key in run.choices)
+        keys[name] = differing_values([[run.choices] for run in namesakes], choices)
+    labels = []
+    for run in runs:
+        parts = [f'{key}={run.choices.get(key, "-")}' for key in keys[run.architecture]]
+        labels.append(run.architecture + (f' [{", ".join(parts)}]' if parts else ''))
+    return _unique(labels, runs)
+
+
+def _unique(labels: Sequence[str], runs: Sequence[Run]) -> list[str]:
+    """The labels, with the run's name where several are the same."""
+    counts = Counter(labels)
+    return [
+        f'{label} {run.name}' if counts[label] > 1 else label for label, run in zip(labels, runs)
+    ]
+
+
+# --- The baseline --------------------------------------------------------------------------------
+
+
+def select_baseline(
+    groups: Sequence[Group], labels: Sequence[str], name: str | None
+) -> tuple[Group, str]:
+    """The group that differences are to, and why it.
+
+    By default what a study names, or the oldest finished run that has a loss: an experiment starts
+    from what it is to be judged by, and that choice does not depend on how the others came out.
+    Raises UserError where the name matches none, or several architectures.
+    """
+    if name is None:
+        return _default_baseline(groups)
+    name = name.rstrip('/')
+    names = [_names(group, label) for group, label in zip(groups, labels)]
+    matches = _matches(groups, names, name)
+    if not matches:
+        architectures = list(dict.fromkeys(group.runs[0].architecture for group in groups))
+        raise UserError(
+            f'--baseline {name}: no run compared here has this in its architecture, name or '
+            f'folder.{nearest(name, [each for known in names for each in known])} Architectures '
+            f'here: {join_names(architectures)}'
+        )
+    if len({group.runs[0].architecture_hash for group in matches}) > 1:
+        ambiguous = [
+            f'{label} ({group.runs[0].folder})'
+            for group, label in zip(groups, labels)
+            if group in matches
+        ]
+        raise UserError(
+            f'--baseline {name}: matches {len(matches)} runs of different architectures: '
+            f'{join_names(ambiguous)}. Type more of the architecture, run or folder name'
+        )
+    several = '' if len(matches) == 1 else f', the oldest of {len(matches)} that match'
+    return _oldest(matches), f'--baseline {name}{several}'
+
+
+def _matches(groups: Sequence[Group], names: Sequence[set[str]], name: str) -> list[Group]:
+    """The groups of that name; without any, those with a name that it is a part of."""
+    exact = [group for group, known in zip(groups, names) if name in known]
+    part = name.casefold()
+    return exact or [
+        group
+        for group, known in zip(groups, names)
+        if any(part in each.casefold() for each in known)
+    ]
+
+
+def _names(group: Group, label: str) -> set[str]:
+    names = {label}
+    for run in group.runs:
+        names |= {run.architecture, run.name, str(run.folder), str(run.folder.parent)}
+    return names
+
+
+def _oldest(candidates: Iterable[Group]) -> Group:
+    """The oldest, finished ones with a loss first."""
+    return min(candidates, key=lambda g: (g.loss is None, not g.losses, g.runs[0].start))
+
+
+def _default_baseline(groups: Sequence[Group]) -> tuple[Group, str]:
+    plan, hint = common_study(groups), '--baseline NAME chooses another'
+    variants = {group.runs[0].variant: group for group in groups}
+    if plan and plan.baseline in variants:
+        return variants[plan.baseline], f'the baseline of the study; {hint}'
+    if grid := study_grid(groups):
+        return grid[0][1], f'the first of the study; {hint}'
+    oldest = _oldest(groups)
+    return oldest, f'the oldest {"finished " * bool(oldest.losses)}run; {hint}'

@@ -1,0 +1,96 @@
+"""What the runs cost, and their losses at equal cost."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from common.formatting import duration, nats, or_dash, si
+from comparison.compare import Comparison
+from comparison.costs import COSTS
+from comparison.groups import Metric
+from comparison.runs import Run
+from comparison.section import Section
+
+
+class Column(NamedTuple):
+    """A cost: its name, a run's figure, and how that is written."""
+
+    name: str
+    metric: Metric
+    form: Callable[[float], str]
+    weight: Metric = lambda run: 1.0  # of a run in the mean of its group
+
+
+def cost_section(comparison: Comparison) -> Section:
+    columns, notes = _columns(comparison), []
+    if comparison.concurrent > 1:
+        notes.append(f'Trained {comparison.concurrent} at a time: times are not compared.')
+    header = ['#', *(column.name for column in columns)]
+    rows = [
+        [
+            str(rank),
+            *(or_dash(group.mean(column.metric, column.weight), column.form) for column in columns),
+        ]
+        for rank, group in enumerate(comparison.groups, 1)
+    ]
+    if comparison.repeated and any(comparison.fronts):
+        header.append('front')
+        rows = [[*row, front or '-'] for row, front in zip(rows, comparison.fronts)]
+        notes.append(_front_note(comparison))
+    header.append('architecture' if comparison.repeated else 'run')
+    firsts = [group.runs[0] for group in comparison.groups]
+    names = [run.architecture if comparison.repeated else str(run.folder) for run in firsts]
+    rows = [[*row, name] for row, name in zip(rows, names)]
+    title = 'COST (training FLOPs, with attention over its causal half; MFU counts the full square)'
+    return Section(title, notes, header, rows, '>' * (len(header) - 1) + '<')
+
+
+def _columns(comparison: Comparison) -> list[Column]:
+    columns = [Column('params', lambda run: run.params, si)]
+    # Where a token goes through all of the model, its active parameters say nothing new.
+    if any(group.runs[0].active_params != group.runs[0].params for group in comparison.groups):
+        columns.append(Column('active', lambda run: run.active_params, si))
+    columns.append(Column('FLOPs/token', lambda run: run.causal_flops_per_token, si))
+    if comparison.concurrent == 1:
+        columns += [
+            Column('MFU', lambda run: run.mfu_percent, '{:.2f}%'.format, _peak_seconds),
+            Column('tokens/s', lambda run: run.tokens_per_sec, '{:,.0f}'.format, _seconds),
+            Column('ms/iter', lambda run: run.time_ms, '{:,.1f}'.format),
+            Column('wall', lambda run: run.wall_seconds, duration),
+        ]
+    return [*columns, Column('peak GB', lambda run: run.peak_memory_gb, '{:.2f}'.format)]
+
+
+def _seconds(run: Run) -> float | None:
+    """What a rate of several runs is weighted by, so that their mean is a total over a total."""
+    return run.train_seconds
+
+
+def _peak_seconds(run: Run) -> float | None:
+    return run.train_seconds and run.train_seconds * (run.peak_tflops or 1.0)
+
+
+def _front_note(comparison: Comparison) -> str:
+    shown = set(''.join(comparison.fronts))
+    meanings = [
+        f'{title.split(",")[0].removesuffix(" of training").removeprefix("peak ")} ({letter})'
+        for letter, (title, _) in comparison.front_costs.items()
+        if letter in shown
+    ]
+    return f'front: no other has a lower loss for as little {", ".join(meanings)}.'
+
+
+def equal_cost_section(comparison: Comparison) -> Section | None:
+    if not comparison.equal_cost:
+        return None
+    amounts = {'tokens': si, 'flops': si, 'seconds': duration}
+    units = {**COSTS, 'seconds': 'of training'}
+    header = [f'{amounts[c.cost](c.amount)} {units[c.cost]}' for c in comparison.equal_cost]
+    rows = [
+        [str(rank), *(or_dash(c.losses[rank - 1], nats) for c in comparison.equal_cost)]
+        for rank in range(1, len(comparison.groups) + 1)
+    ]
+    notes = [
+        'The losses at the most that all have spent, straight between evaluations. A run whose '
+        'schedule goes on beyond that is not at its best there.'
+    ]
+    return Section('LOSS AT EQUAL COST', notes, ['#', *header], rows, '>' * (1 + len(header)))

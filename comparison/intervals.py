@@ -1,0 +1,57 @@
+"""The differences that a picture of intervals shows, as plain data: verdicts and main effects."""
+
+from typing import NamedTuple
+
+from comparison.analysis import BETTER, BLOCKED, PROVISIONAL, WORSE
+from comparison.compare import Comparison
+from comparison.picture_labels import ellipsized, short_labels
+from comparison.significance import ALPHA
+
+
+class IntervalRow(NamedTuple):
+    """A difference with its interval."""
+
+    text: str
+    mean: float
+    low: float | None
+    high: float | None
+    finding: str | None  # BETTER or WORSE, if it is significant
+
+
+def difference_rows(comparison: Comparison) -> list[IntervalRow]:
+    """Each group against the baseline, with the interval of its test."""
+    rows = []
+    for rank, verdict in enumerate(comparison.verdicts, 1):
+        test = verdict.test
+        if test is None:
+            continue
+        note = f' ({verdict.text})' if verdict.text in (BLOCKED, PROVISIONAL) else ''
+        rows.append(
+            IntervalRow(
+                f'#{rank} {short_labels(comparison)[rank - 1]}{note}',
+                test.difference.mean,
+                test.interval.low,
+                test.interval.high,
+                verdict.text if verdict.text in (BETTER, WORSE) else None,
+            )
+        )
+    return rows
+
+
+def effect_rows(comparison: Comparison) -> list[IntervalRow]:
+    """What each value of a grid's option does."""
+    several = len({effect.option for effect, _ in comparison.effects}) > 1
+    rows = []
+    for effect, correction in comparison.effects:
+        if effect.mean is None:
+            continue
+        option = f'{effect.option}: ' * several
+        text = f'{option}{ellipsized(str(effect.value))} against {ellipsized(str(effect.against))}'
+        if correction is None:
+            rows.append(IntervalRow(text, effect.mean, None, None, None))
+            continue
+        significant = correction.p_value < ALPHA
+        finding = (BETTER if effect.mean < 0 else WORSE) if significant else None
+        low, high, _ = correction.interval
+        rows.append(IntervalRow(text, effect.mean, low, high, finding))
+    return rows

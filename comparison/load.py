@@ -1,0 +1,81 @@
+"""Which runs are compared: those below some folders, each once, without what is no evidence."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from common.errors import UserError
+from comparison.record_fields import MalformedRecord
+from comparison.runs import DIVERGED, Run, run_folder, run_from_record
+from training_logger import find_records, read_outline
+
+SCORES = ('final', 'best')
+
+
+def load_runs(
+    paths: Sequence[Path], latest: int | None = None, score: str = 'final'
+) -> tuple[list[Run], list[str]]:
+    """Rows of all runs at or below `paths`, newest first, and one line for each that is skipped.
+
+    score: whether a run is judged by its final evaluation or by its best. Raises UserError for a
+    path that does not exist and where no run can be read.
+    """
+    runs, skipped = [], []
+    for path in _record_paths(paths):
+        try:
+            runs.append(run_from_record(read_outline(path), path, score))
+        except UserError as error:
+            reason = ' '.join(str(error).split())
+            skipped.append(reason if str(path) in reason else f'{path}: {reason}')
+        except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
+            reason = f'{type(error).__name__}: {error}'
+            if isinstance(error, MalformedRecord):
+                reason = str(error)
+            skipped.append(f'{path}: not a complete record ({reason})')
+    if not runs:
+        raise UserError(
+            f'no run to compare at or below {", ".join(map(str, paths)) or Path.cwd()}. '
+            'Make one with: python train.py config/arch_llama.py --max_iters=100, '
+            'or say where runs are: python compare_architectures.py OUT_DIR',
+            *(f'skipped {line}' for line in skipped),
+        )
+    runs.sort(key=lambda run: run.start, reverse=True)
+    return drop_superseded_runs(drop_tuning_runs(runs))[:latest], skipped
+
+
+def _record_paths(paths: Sequence[Path]) -> list[Path]:
+    """The records at or below `paths`, or the working folder. Raises UserError."""
+    missing = [f'{path}: no such file or folder' for path in paths if not path.exists()]
+    if missing:
+        raise UserError(*missing)
+    records = [] if paths else find_records(Path('.'))
+    for path in paths:
+        # A folder with no run is left to the reader, which takes more than a search does.
+        records += ([] if path.is_file() else find_records(path)) or [path]
+    # A run that two paths lead to counts once.
+    return [*{run_folder(path).resolve(): path for path in reversed(records)}.values()]
+
+
+def drop_tuning_runs(runs: Sequence[Run]) -> list[Run]:
+    """The runs without those that a study made to tune or to time.
+
+    What chose an option is no evidence for it; such runs are compared where no trial of their study
+    is.
+    """
+    studies_with_trials = {run.study for run in runs if run.variant is not None}
+    return [run for run in runs if run.variant is not None or run.study not in studies_with_trials]
+
+
+def drop_superseded_runs(newest_first: Sequence[Run]) -> list[Run]:
+    """The runs, of each trial of a study only the newest.
+
+    A trial whose run was killed before it had saved anything is begun anew; one that diverged
+    stays, since that is evidence.
+    """
+    compared, trial_folders = [], set()
+    for run in newest_first:
+        if run.variant is not None:
+            if run.folder.parent in trial_folders and run.outcome != DIVERGED:
+                continue
+            trial_folders.add(run.folder.parent)
+        compared.append(run)
+    return compared
