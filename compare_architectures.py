@@ -13,7 +13,6 @@ records are read: no torch, no numpy.
 
 import argparse
 import math
-from collections.abc import Sequence
 from pathlib import Path
 
 from common import first_import  # noqa: F401
@@ -64,7 +63,7 @@ def verdict_list(text: str) -> list[str]:
     return names
 
 
-def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = ArgumentParser(
         prog='compare_architectures.py',
         description='Rank runs by validation loss: what each reached, what it cost, what differs.',
@@ -129,7 +128,7 @@ def write_pictures(options: argparse.Namespace, comparison: Comparison) -> None:
         html_report.write_report(comparison, options.report)
 
 
-def main(argv: Sequence[str]) -> int:
+def main(argv: list[str]) -> int:
     options = parse_arguments(argv)
     check_pictures(options)
     runs, skipped = load_runs(options.paths, options.latest, options.score)

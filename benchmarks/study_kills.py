@@ -61,11 +61,11 @@ KILLS = ('the study and its runs', 'Ctrl-C', 'the study alone')
 class StudyRun:
     """One study in one folder, as many processes as it takes."""
 
-    def __init__(self, folder: Path, name: str, seeds: int, updates: int):
+    def __init__(self, folder: Path, name: str, seeds: int, iterations: int):
         self.out, self.log = folder / name, folder / f'{name}.log'
         self.file = folder / f'{name}.py'
         options = {**OPTIONS, 'dataset': str(folder / 'dataset'), 'out_dir': str(self.out)}
-        options |= {'max_iters': updates, 'sweep': {**SWEEP, 'seed': [*range(1, seeds + 1)]}}
+        options |= {'max_iters': iterations, 'sweep': {**SWEEP, 'seed': [*range(1, seeds + 1)]}}
         self.file.write_text(''.join(f'{key} = {value!r}\n' for key, value in options.items()))
 
     def start(self) -> None:
@@ -98,11 +98,11 @@ class StudyRun:
 
     def records(self) -> dict[str, dict]:
         """The newest record of each point, by its folder."""
-        points = self.out.glob('runs/*/*')
-        found = {str(point.relative_to(self.out)): latest_run(point) for point in points}
+        trials = self.out.glob('runs/*/*')
+        found = {str(trial.relative_to(self.out)): latest_run(trial) for trial in trials}
         return {name: read_record(run) for name, run in sorted(found.items()) if run}
 
-    def updates(self) -> int:
+    def iterations(self) -> int:
         """Updates that the runs have logged, those that are then made again counted twice."""
         journals = self.out.glob('runs/*/*/run_*/journal.jsonl')
         return sum(journal.read_bytes().count(b'{"kind": "iteration"') for journal in journals)
@@ -151,26 +151,28 @@ def main() -> int:
     options = parser.parse_args()
     with empty_folder(parser, options.folder) as folder:
         rng = random.Random(options.seed)
-        return study_kills(folder, options.kills, options.seeds, options.updates, rng)
+        return study_kills(folder, options.kills, options.seeds, options.iterations, rng)
 
 
-def study_kills(folder: Path, kills: int, seeds: int, updates: int, rng: random.Random) -> int:
+def study_kills(folder: Path, kills: int, seeds: int, iterations: int, rng: random.Random) -> int:
     """Both studies, the moments of the kills and the verdict, printed; 0 if nothing differs."""
     write_dataset(folder / 'dataset')
-    quiet = StudyRun(folder, 'uninterrupted', seeds, updates)
+    quiet = StudyRun(folder, 'uninterrupted', seeds, iterations)
     began = time.perf_counter()
     quiet.start()
     quiet.finish()
     took, wanted = time.perf_counter() - began, quiet.records()
-    print(f'{len(wanted)} runs of {updates} updates without interruption: {took:.0f} s', flush=True)
+    print(
+        f'{len(wanted)} runs of {iterations} updates without interruption: {took:.0f} s', flush=True
+    )
 
-    study, began = StudyRun(folder, 'killed', seeds, updates), time.perf_counter()
-    made, done, total = 0, 0, len(wanted) * updates
+    study, began = StudyRun(folder, 'killed', seeds, iterations), time.perf_counter()
+    made, done, total = 0, 0, len(wanted) * iterations
     for number in range(kills):
         study.start()
         # As many updates as leave some for the kills to come, at whatever speed.
         until = done + rng.uniform(0, 1.8) * (total - done) / (kills - number + 1)
-        while study.updates() < until and study.process.poll() is None:
+        while study.iterations() < until and study.process.poll() is None:
             time.sleep(0.05)
         kind = KILLS[number % len(KILLS)]
         if not study.kill(kind):
@@ -179,7 +181,7 @@ def study_kills(folder: Path, kills: int, seeds: int, updates: int, rng: random.
         made += 1
         records = study.records().values()
         complete = sum(record['status'] == 'finished' for record in records)
-        done = study.updates()
+        done = study.iterations()
         print(
             f'kill {number + 1}/{kills} ({kind}): {complete} runs complete, '
             f'{done} of {total} updates made',
@@ -198,13 +200,13 @@ def study_kills(folder: Path, kills: int, seeds: int, updates: int, rng: random.
             pairs = (
                 (name, result(found[name])[part], result(wanted[name])[part]) for name in found
             )
-            different[part] = [place for n, a, b in pairs for place in differences(a, b, n)]
+            different[part] = [slot for n, a, b in pairs for slot in differences(a, b, n)]
     resumes = sum(e['event'] == 'resume' for record in found.values() for e in record['events'])
     print(f'\nkills                    {made}')
     print(f'resumes in the records   {resumes}')
     print(f'runs begun anew          {len(find_records(study.out)) - len(found)}')
-    for part, places in different.items():
-        verdict = f'DIFFERENT: {", ".join(places[:5])}' if places else 'equal, to the last bit'
+    for part, slots in different.items():
+        verdict = f'DIFFERENT: {", ".join(slots[:5])}' if slots else 'equal, to the last bit'
         print(f'{part:<24} {verdict}')
     print(f'time                     {clock(time.perf_counter() - began)} for the killed study')
     print(f'\n{study.comparison("text")}')

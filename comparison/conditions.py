@@ -1,5 +1,6 @@
 """What must agree for losses, or for time and memory, to speak of the architecture alone."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from records import trackers
@@ -50,7 +51,7 @@ SPEED_OPTIONS = frozenset(
 RESOLVED_OPTIONS = frozenset({'init_from', 'arch_preset', 'eval_iters', 'eval_only', *SEEDS})
 
 
-def run_conditions(record: dict[str, Any], evaluations: int) -> dict[str, tuple]:
+def run_conditions(record: Mapping[str, Any], evaluations: int) -> dict[str, tuple]:
     """The values of all conditions, each in the order in which the run had them.
 
     A run that was resumed with other options, on another machine or on other data has several
@@ -84,7 +85,7 @@ def run_conditions(record: dict[str, Any], evaluations: int) -> dict[str, tuple]
     return {key: (*earlier.get(key, ()), value) for key, value in current.items()}
 
 
-def earlier_values(record: dict[str, Any]) -> dict[str, list]:
+def earlier_values(record: Mapping[str, Any]) -> dict[str, list]:
     """What each option and fact was before the resumes that changed it."""
     values: dict[str, list] = {}
     for event in record['events']:

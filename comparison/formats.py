@@ -8,14 +8,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from common.console_output import visible
-from common.formatting import LISTED, WIDTH, table, wrapped
+from common.formatting import LISTED, WIDTH, first_lines, table, wrapped
 from comparison.analysis import NOT_TESTED, CorrectedTest, Verdict
 from comparison.compare import Comparison
 from comparison.costs import mean_loss_by_position
 from comparison.runs import Run
 from comparison.section import Section
 from comparison.tables import sample_of, sections
-from records.console import first_lines
 
 
 def one_line(text: str) -> str:

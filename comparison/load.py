@@ -6,7 +6,8 @@ from pathlib import Path
 from common.errors import UserError
 from comparison.record_fields import MalformedRecord
 from comparison.runs import DIVERGED, Run, run_folder, run_from_record
-from training_logger import find_records, read_outline
+from records.record import read_outline
+from records.run_folders import find_records
 
 SCORES = ('final', 'best')
 

@@ -1,6 +1,7 @@
 """The values of a record, read with a check of each: a comparison trusts no file."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 
@@ -8,7 +9,9 @@ class MalformedRecord(ValueError):
     """A record holds a value that no run writes."""
 
 
-def _value(source: dict, key: str, kind: type | tuple, what: str, default: Any = None) -> Any:
+def _value(
+    source: Mapping[str, Any], key: str, kind: type | tuple, what: str, default: Any = None
+) -> Any:
     """The value of `key`, or the default where it is missing or null. Raises MalformedRecord."""
     value = source.get(key)
     if value is None:
@@ -25,7 +28,7 @@ def _short(value: Any) -> str:
     return text if len(text) <= 40 else f'{text[:37]}…'
 
 
-def number(source: dict, key: str) -> float | None:
+def number(source: Mapping[str, Any], key: str) -> float | None:
     """A finite number that fits in a float, or None."""
     value = _value(source, key, (int, float), 'a number')
     if value is not None and abs(value) > 1e300:
@@ -33,22 +36,22 @@ def number(source: dict, key: str) -> float | None:
     return value
 
 
-def count(source: dict, key: str) -> int | None:
+def count(source: Mapping[str, Any], key: str) -> int | None:
     value = number(source, key)
     if value is not None and (value != int(value) or value < 0):
         raise MalformedRecord(f'{key} is {value!r}, not a count')
     return None if value is None else int(value)
 
 
-def text(source: dict, key: str) -> str | None:
+def text(source: Mapping[str, Any], key: str) -> str | None:
     return _value(source, key, str, 'a text')
 
 
-def mapping(source: dict, key: str) -> dict:
+def mapping(source: Mapping[str, Any], key: str) -> dict:
     return _value(source, key, dict, 'an object', {})
 
 
-def entries(source: dict, key: str) -> list[dict]:
+def entries(source: Mapping[str, Any], key: str) -> list[dict]:
     """A list of objects."""
     values = _value(source, key, list, 'a list', [])
     if not all(isinstance(value, dict) for value in values):

@@ -1,5 +1,6 @@
 """One record's figures as a row of a comparison, each value checked."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -16,7 +17,7 @@ from comparison.record_fields import (
     text,
 )
 from comparison.study_plan import StudyPlan, study_membership
-from training_logger import STATUSES
+from records.record import STATUSES
 
 FINISHED, DIVERGED, UNMEASURED = 'finished', 'diverged', 'without a validation loss'
 OUTCOME_EVENTS = ('nonfinite', 'rollback', 'resume', 'failed')  # events that tell why a run ended
@@ -106,7 +107,7 @@ class Run:
 # --- Records to rows -----------------------------------------------------------------------------
 
 
-def run_from_record(record: dict[str, Any], path: Path, score: str = 'final') -> Run:
+def run_from_record(record: Mapping[str, Any], path: Path, score: str = 'final') -> Run:
     """The row of one record. Raises ValueError where it is incomplete or malformed."""
     config, metadata = mapping(record, 'config'), mapping(record, 'metadata')
     architecture, summary = mapping(record, 'architecture'), mapping(record, 'summary')
@@ -140,7 +141,9 @@ def run_from_record(record: dict[str, Any], path: Path, score: str = 'final') ->
     )
 
 
-def _scores(record: dict, status: str, evaluations: list[dict], score: str) -> dict[str, Any]:
+def _scores(
+    record: Mapping[str, Any], status: str, evaluations: list[dict], score: str
+) -> dict[str, Any]:
     """What became of the run, and its validation losses."""
     startup = mapping(record, 'startup_info')
     measured = [entry for entry in evaluations if entry['val_loss'] is not None]
@@ -161,7 +164,7 @@ def _scores(record: dict, status: str, evaluations: list[dict], score: str) -> d
     }
 
 
-def _costs(record: dict) -> dict[str, Any]:
+def _costs(record: Mapping[str, Any]) -> dict[str, Any]:
     """What the run's model and its training take."""
     startup, summary = mapping(record, 'startup_info'), mapping(record, 'summary')
     data, model, flops = (mapping(startup, part) for part in ('data', 'model', 'flops'))
@@ -189,7 +192,7 @@ def run_folder(path: Path) -> Path:
     return path.parent if path.name in ('record.json', 'journal.jsonl') else path
 
 
-def trained_evaluations(record: dict) -> list[dict]:
+def trained_evaluations(record: Mapping[str, Any]) -> list[dict]:
     """The evaluations after at least one update, in order, their figures checked.
 
     One before the first update judges the initialization, not the training.
@@ -203,12 +206,12 @@ def trained_evaluations(record: dict) -> list[dict]:
     return sorted(after, key=lambda entry: entry['iter'])
 
 
-def untrained_loss(record: dict) -> float | None:
+def untrained_loss(record: Mapping[str, Any]) -> float | None:
     before = [entry for entry in entries(record, 'eval_steps') if entry['iter'] == 0]
     return number(before[0], 'val_loss') if before else None
 
 
-def run_outcome(record: dict, status: str, evaluations: list[dict]) -> str:
+def run_outcome(record: Mapping[str, Any], status: str, evaluations: list[dict]) -> str:
     """What became of a run.
 
     It diverged if it ended over a loss or gradient that was not finite, or if its last validation
@@ -221,7 +224,7 @@ def run_outcome(record: dict, status: str, evaluations: list[dict]) -> str:
     return UNMEASURED if status == FINISHED and not evaluations else status
 
 
-def stopped_by_nonfinite(record: dict) -> bool:
+def stopped_by_nonfinite(record: Mapping[str, Any]) -> bool:
     """Whether a run failed because of an update that was not finite, and not merely after one."""
     if record['status'] != 'failed' or mapping(record, 'config').get('on_nonfinite') == 'skip':
         return False
@@ -231,7 +234,7 @@ def stopped_by_nonfinite(record: dict) -> bool:
     return bool(count(mapping(record, 'summary'), 'nonfinite_updates'))
 
 
-def causal_flops(record: dict) -> float | None:
+def causal_flops(record: Mapping[str, Any]) -> float | None:
     """What a run computed, with attention over its causal half: fair to windows.
 
     A record's own total counts the full square.
@@ -266,7 +269,7 @@ def loss_curve(
     return points
 
 
-def losses_by_position(record: dict) -> list[PositionLoss]:
+def losses_by_position(record: Mapping[str, Any]) -> list[PositionLoss]:
     """The losses at the last evaluation after an update; empty where not recorded."""
     for entry in reversed(entries(record, 'eval_steps')):
         if entry['iter'] > 0 and (diagnostics := mapping(entry, 'diagnostics')):
@@ -279,7 +282,7 @@ def losses_by_position(record: dict) -> list[PositionLoss]:
     return []
 
 
-def last_sample(record: dict[str, Any]) -> dict[str, Any] | None:
+def last_sample(record: Mapping[str, Any]) -> dict[str, Any] | None:
     """What the run wrote at the last evaluation that has text."""
     for entry in reversed(entries(record, 'eval_steps')):
         sample = mapping(entry, 'sample')
@@ -288,7 +291,7 @@ def last_sample(record: dict[str, Any]) -> dict[str, Any] | None:
     return None
 
 
-def training_stability(record: dict) -> Stability:
+def training_stability(record: Mapping[str, Any]) -> Stability:
     summary = mapping(record, 'summary')
     return Stability(
         spikes=count(summary, 'loss_spikes') or 0,

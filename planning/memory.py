@@ -146,8 +146,9 @@ class FSDPMemory(SingleMemory):
         if snapshot.phase == 'update':
             return self.parameter_bytes
         if self.accumulates:  # whole, since nothing is sent before the last micro-step
-            casting = self.sent_share < 1 and snapshot.phase == 'backward' and block is not None
-            uncast = self.block_bytes[block] if casting else 0
+            uncast = 0
+            if self.sent_share < 1 and snapshot.phase == 'backward' and block is not None:
+                uncast = self.block_bytes[block]
             return int(self.gradient_bytes * self.sent_share) + uncast
         gradients = int(snapshot.bytes_by_category[MemoryCategory.GRADIENTS])
         if snapshot.phase == 'backward':  # later blocks' have been reduced and scattered

@@ -9,7 +9,7 @@ by layer, under one strategy that must be set up. Tests hold this to MemTracker.
 """
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from enum import IntEnum
 from typing import NamedTuple
@@ -68,7 +68,7 @@ class MemoryTracker(TorchDispatchMode):
     Those of `weights` and `gradients` are there already and not counted.
     """
 
-    def __init__(self, weights: list[torch.Tensor], gradients: list[torch.Tensor]):
+    def __init__(self, weights: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor]):
         super().__init__()
         self.weights = {storage_of(weight) for weight in weights}
         self.ignored = self.weights | {storage_of(gradient) for gradient in gradients}
@@ -116,7 +116,7 @@ class MemoryTracker(TorchDispatchMode):
 
     def mark_gradient(self, parameter: torch.Tensor) -> None:
         """The parameter's gradient, just made, is not working memory."""
-        key = storage_of(parameter.grad)
+        key = None if parameter.grad is None else storage_of(parameter.grad)
         if key in self.live:
             reference, size, category, segment = self.live[key]
             self.live[key] = reference, size, MemoryCategory.GRADIENTS, segment
@@ -225,7 +225,8 @@ class Simulation:
         parameters = list(self.model.parameters())
         for parameter in parameters:
             parameter.grad = torch.empty_like(parameter) if accumulates else None
-        tracker = MemoryTracker(parameters, [p.grad for p in parameters if accumulates])
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        tracker = MemoryTracker(parameters, gradients)
         with tracker:
             yield tracker
 
@@ -316,7 +317,10 @@ def gpu_kernels() -> Iterator[None]:
     The functions of `torch.nn.functional` are replaced: a mode that intercepts them is not in force
     while the backward pass recomputes a block.
     """
-    changes = [(vars(F), STAND_INS), (vars(cpu_attention), {'supports': lambda q, k: False})]
+    changes: list[tuple[dict, dict]] = [
+        (vars(F), STAND_INS),
+        (vars(cpu_attention), {'supports': lambda q, k: False}),
+    ]
     changes += [
         (sizes, {'cpu': sizes['cuda']})
         for sizes in (loss_module.CHUNK_BYTES, loss_module.SCRATCH_BYTES)

@@ -1,7 +1,7 @@
 """What a study is: its keys, read and checked, and the names of its variants and folders.
 
 A study is a config file of `train.py` with some of the keys of `STUDY_KEYS` beside the usual ones,
-which are the base of every run. `study_variants.py` makes runs of it, and `study.py` runs them.
+which are the base of every run. `studies.variants` and `studies.trials` make runs of it.
 """
 
 import hashlib
@@ -234,7 +234,7 @@ def _key_problems(study: Study) -> Iterator[str]:
     if not study.tune:
         return
     base = {key: study.command_line.value(key, schema) for key in SEED_KEYS}
-    used = {seed for point in seeds_of(study).values() for seed in {**base, **point}.values()}
+    used = {seed for point in study_seeds(study).values() for seed in {**base, **point}.values()}
     if study.tune_seed in used:
         unused = next(seed for seed in itertools.count() if seed not in used)
         yield (
@@ -276,7 +276,7 @@ def grid(choices: dict[str, list]) -> list[dict]:
     return [dict(zip(choices, values)) for values in itertools.product(*choices.values())]
 
 
-def overrides_of(study: Study) -> list[dict]:
+def variant_overrides(study: Study) -> list[dict]:
     """What each variant sets over the base: the grid, each with the ablations one at a time.
 
     Raises UserError if `exclude` leaves nothing, or names a point that there is not.
@@ -298,7 +298,7 @@ def overrides_of(study: Study) -> list[dict]:
     return left
 
 
-def settings_of(study: Study, overrides: dict) -> Settings:
+def merged_settings(study: Study, overrides: dict) -> Settings:
     """The base with `overrides`, as train.py would merge them. Raises UserError."""
     problems: list[str] = []
     layer = accept_layer(Layer(COMMAND_LINE, overrides), schema(), problems)
@@ -306,28 +306,28 @@ def settings_of(study: Study, overrides: dict) -> Settings:
     return load_settings(replace(study.command_line, layers=layers, problems=problems))
 
 
-def seeds_of(study: Study) -> dict[str, dict]:
+def study_seeds(study: Study) -> dict[str, dict]:
     """The replicates by name: both seeds together, unless the sweep varies them by themselves."""
     seeds = {key: study.sweep[key] for key in SEED_KEYS if key in study.sweep}
     if list(seeds) == ['seed']:
         return {f'seed={seed}': {'seed': seed, 'data_seed': seed} for seed in seeds['seed']}
-    return {label_of(point) if point else '': point for point in grid(seeds)}
+    return {point_label(point) if point else '': point for point in grid(seeds)}
 
 
 # --- Names ---------------------------------------------------------------------------------------
 
 
-def label_of(overrides: dict, show: Callable[[object], str] = str) -> str:
+def point_label(overrides: dict, show: Callable[[object], str] = str) -> str:
     """`ffn_type=swiglu position_encoding=rope`, or `base`."""
     return ' '.join(f'{key}={show(value)}' for key, value in overrides.items()) or 'base'
 
 
-def labels_of(points: Iterable[dict]) -> list[str]:
+def point_labels(points: Iterable[dict]) -> list[str]:
     """A label for each point. Where two would be one, as of None and 'None', a later one quotes."""
     labels: dict[str, None] = {}
     for point in points:
-        label = label_of(point)
-        labels[label_of(point, repr) if label in labels else label] = None
+        label = point_label(point)
+        labels[point_label(point, repr) if label in labels else label] = None
     return list(labels)
 
 

@@ -1,30 +1,24 @@
-"""The variants of a study: checked, made equal in size, given a fair budget, and laid out as runs.
-
-Nothing here starts a run; `study.py` does.
-"""
+"""The variants of a study: checked, made equal in size, and given a fair budget."""
 
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import torch
 
 from common.errors import UserError
-from common.registry import Option
 from data.dataset import TokenDataset
 from model_builder import build_model, flops_by_part
 from model_config import ModelArchitectureConfig
 from studies.grid import (
     SEED_KEYS,
     Study,
-    argument,
-    folder_names,
     grid,
-    label_of,
-    labels_of,
-    overrides_of,
-    seeds_of,
-    settings_of,
+    merged_settings,
+    point_label,
+    point_labels,
+    variant_overrides,
 )
 from training_config import Settings
 
@@ -32,19 +26,17 @@ MEASURES: dict[str, Callable[[ModelArchitectureConfig], float]] = {
     'params': lambda a: sum(parameter.numel() for parameter in build_model(a).parameters()),
     'flops': lambda a: sum(flops_by_part(build_model(a), causal=True).values()),  # a token
 }
-RUNS, TUNING, TIMING = 'runs', 'tuning', 'timing'  # kinds of runs; their folders below out_dir
-MOST_UPDATES = 10**12  # in a run
-TIMED_UPDATES = 10  # to learn the seconds of an update; the record leaves the first out
+MAX_ITERATIONS = 10**12  # in a run
 
 
 @dataclass(frozen=True)
-class Choice:
+class TuneChoice:
     """One setting of the keys of `tune`, with the variant's settings under it."""
 
     values: dict
     settings: Settings
-    tokens: int  # of an update
-    flops: float  # of an update
+    tokens_per_iter: int
+    flops_per_iter: float
 
 
 @dataclass(frozen=True)
@@ -52,54 +44,35 @@ class Variant:
     """One architecture, or one way to train it, of a study: what it sets over the base."""
 
     label: str
-    asked: dict  # its place in the grid
-    overrides: dict  # the same, and what was changed to match it
+    grid_point: dict[str, Any]
+    overrides: dict[str, Any]  # the same, and what was changed to match it
     settings: Settings
     matched: dict = field(default_factory=dict)  # {'value', 'was', 'mismatch'} of `match_by`
-    choices: tuple[Choice, ...] = ()  # what tuning chooses among; without it the one there is
+    choices: tuple[TuneChoice, ...] = ()  # what tuning chooses among; without it the one there is
 
     @property
-    def costliest(self) -> Choice:
-        return max(self.choices, key=lambda choice: choice.flops)
+    def costliest(self) -> TuneChoice:
+        return max(self.choices, key=lambda choice: choice.flops_per_iter)
 
 
-@dataclass(frozen=True, eq=False)  # a key by itself
-class Point:
-    """One run of a study."""
+class RunContext(NamedTuple):
+    """What the settings of every run of a study are completed with."""
 
-    folder: str  # below the study's, unique
-    variant: str
-    overrides: dict
-    choice: Choice
-    updates: int | None  # None: not known before the budget's seconds are
-
-    @property
-    def tokens(self) -> int | None:
-        return None if self.updates is None else self.updates * self.choice.tokens
-
-    @property
-    def flops(self) -> float | None:
-        return None if self.updates is None else self.updates * self.choice.flops
-
-    def arguments(self, options: dict[str, Option]) -> list[str]:
-        """As `train.py` takes them."""
-        arguments = (argument(key, value, options) for key, value in self.overrides.items())
-        return [text for text in arguments if text is not None]  # all can be: they were checked
+    device: torch.device
+    dtype: str
+    dataset: TokenDataset
 
 
-Where = tuple[torch.device, str, TokenDataset]  # what settings are completed with
-
-
-def variants_of(study: Study, where: Where) -> list[Variant]:
+def build_variants(study: Study, context: RunContext) -> list[Variant]:
     """The study's variants, checked all at once, matched in size, with what tuning chooses among.
 
     Raises UserError.
     """
-    points = overrides_of(study)
+    points = variant_overrides(study)
     variants, problems = [], []
-    for label, overrides in zip(labels_of(points), points, strict=True):
+    for label, overrides in zip(point_labels(points), points, strict=True):
         try:
-            settings = settings_of(study, overrides).complete(*where)
+            settings = merged_settings(study, overrides).complete(*context)
         except UserError as error:
             problems += [f'{label}: {problem}' for problem in error.problems]
         else:
@@ -109,13 +82,13 @@ def variants_of(study: Study, where: Where) -> list[Variant]:
             *problems,
             f'{study.path}: leave such points out with exclude = [{{…}}, …], or change the grid.',
         )
-    variants = _distinct(variants)
+    variants = _without_duplicates(variants)
     if study.match != 'none':
-        variants = _matched(study, variants, where)
-    return _with_choices(study, variants, where)
+        variants = _match_sizes(study, variants, context)
+    return _with_choices(study, variants, context)
 
 
-def _distinct(variants: list[Variant]) -> list[Variant]:
+def _without_duplicates(variants: list[Variant]) -> list[Variant]:
     """Each way to train once: an ablation may set what the base has already."""
     by_config: dict[str, Variant] = {}
     for variant in variants:
@@ -123,22 +96,25 @@ def _distinct(variants: list[Variant]) -> list[Variant]:
     return list(by_config.values())
 
 
-def _with_choices(study: Study, variants: list[Variant], where: Where) -> list[Variant]:
+def _with_choices(study: Study, variants: list[Variant], context: RunContext) -> list[Variant]:
     """The variants with what tuning chooses among. Raises UserError."""
     result, problems = [], []
     for variant in variants:
         flops = MEASURES['flops'](variant.settings.architecture)
         choices = []
         for values in grid(study.tune):  # without `tune` one, {}
-            label = f'{variant.label}, {label_of(values)}' if values else variant.label
+            label = f'{variant.label}, {point_label(values)}' if values else variant.label
             try:
-                choice = _choice(study, variant, values, flops, where)
+                choice = _checked_choice(study, variant, values, flops, context)
                 choices.append(choice)
-                iterations(study, label, choice, seconds_per_update=None)
+                budgeted_iterations(study, label, choice, seconds_per_iter=None)
             except UserError as error:
                 problems += [f'{label}: {problem}' for problem in error.problems]
         result.append(replace(variant, choices=tuple(choices)))
-        if 'seconds' in study.budget and len({(c.tokens, c.flops) for c in choices}) > 1:
+        if (
+            'seconds' in study.budget
+            and len({(c.tokens_per_iter, c.flops_per_iter) for c in choices}) > 1
+        ):
             problems.append(
                 f'{study.path}: {variant.label}: tune changes the cost of an update, and '
                 f'budget={study.budget!r} is shared out by that cost. Give the budget in flops or '
@@ -149,11 +125,13 @@ def _with_choices(study: Study, variants: list[Variant], where: Where) -> list[V
     return result
 
 
-def _choice(study: Study, variant: Variant, values: dict, flops: float, where: Where) -> Choice:
+def _checked_choice(
+    study: Study, variant: Variant, values: dict, flops: float, context: RunContext
+) -> TuneChoice:
     """A setting of `tune`, checked. flops: the variant's, a token. Raises UserError."""
     settings = variant.settings
     if values:
-        settings = settings_of(study, {**variant.overrides, **values}).complete(*where)
+        settings = merged_settings(study, {**variant.overrides, **values}).complete(*context)
         architecture = settings.architecture
         if architecture.to_dict() != variant.settings.architecture.to_dict():
             flops = MEASURES['flops'](architecture)
@@ -163,16 +141,16 @@ def _choice(study: Study, variant: Variant, values: dict, flops: float, where: W
                     raise UserError(f'tune changes the {study.match} that match made equal.')
     run = settings.run
     tokens = run.batch_size * run.gradient_accumulation_steps * settings.architecture.block_size
-    return Choice(values, settings, tokens, tokens * flops)
+    return TuneChoice(values, settings, tokens, tokens * flops)
 
 
-def baseline_of(study: Study, variants: list[Variant]) -> Variant:
+def baseline_variant(study: Study, variants: list[Variant]) -> Variant:
     """The variant that the others are compared with: `baseline`, else the `reference` if it is a
     variant, else the first. Raises UserError."""
     if not study.baseline:
-        matching = _variants_at(study, variants, study.reference) if study.reference else []
+        matching = _variants_at_point(study, variants, study.reference) if study.reference else []
         return matching[0] if len(matching) == 1 else variants[0]
-    matching = _variants_at(study, variants, study.baseline)
+    matching = _variants_at_point(study, variants, study.baseline)
     if len(matching) == 1:
         return matching[0]
     labels = ', '.join(variant.label for variant in matching or variants)
@@ -186,37 +164,38 @@ def baseline_of(study: Study, variants: list[Variant]) -> Variant:
     )
 
 
-def _variants_at(study: Study, variants: list[Variant], point: dict) -> list[Variant]:
+def _variants_at_point(study: Study, variants: list[Variant], point: dict) -> list[Variant]:
     """The variants that agree with every option of a point.
 
     Where it gives each option of the sweep, ablations that it does not name are left out.
     """
 
     def agrees(variant: Variant) -> bool:
-        values = {**variant.settings.to_dict(), **variant.asked}
+        values = {**variant.settings.to_dict(), **variant.grid_point}
         return all(key in values and values[key] == value for key, value in point.items())
 
     matching = [variant for variant in variants if agrees(variant)]
     if set(study.sweep) - set(SEED_KEYS) <= point.keys():
-        fewest = min((len(variant.asked) for variant in matching), default=0)
-        matching = [variant for variant in matching if len(variant.asked) == fewest]
+        fewest = min((len(variant.grid_point) for variant in matching), default=0)
+        matching = [variant for variant in matching if len(variant.grid_point) == fewest]
     return matching
 
 
 # --- Fair sizes ----------------------------------------------------------------------------------
 
 
-def _matched(study: Study, variants: list[Variant], where: Where) -> list[Variant]:
+def _match_sizes(study: Study, variants: list[Variant], context: RunContext) -> list[Variant]:
     """The variants with `match_by` set such that `match` agrees with the reference's.
 
     Raises UserError.
     """
     measure = MEASURES[study.match]
-    target = measure(settings_of(study, study.reference).complete(*where).architecture)
-    matched, problems = [], []
+    target = measure(merged_settings(study, study.reference).complete(*context).architecture)
+    matched: list[Variant] = []
+    problems: list[str] = []
     for variant in variants:
         try:
-            matched.append(_resized(study, variant, measure, target, where))
+            matched.append(_resize(study, variant, measure, target, context))
         except UserError as error:
             problems += error.problems
     if problems:
@@ -224,8 +203,8 @@ def _matched(study: Study, variants: list[Variant], where: Where) -> list[Varian
     return matched
 
 
-def _resized(
-    study: Study, variant: Variant, measure: Callable, target: float, where: Where
+def _resize(
+    study: Study, variant: Variant, measure: Callable, target: float, context: RunContext
 ) -> Variant:
     """The variant with the size at which `measure` comes nearest to `target`. Raises UserError."""
     size = variant.settings.architecture.to_dict().get(study.match_by)
@@ -237,7 +216,7 @@ def _resized(
 
     def changed(value: int) -> Settings:
         overrides = {**variant.overrides, study.match_by: value}
-        return settings_of(study, overrides).complete(*where)
+        return merged_settings(study, overrides).complete(*context)
 
     def measured(steps: int) -> float:
         return measure(changed(steps * study.match_step).architecture)
@@ -284,111 +263,33 @@ def nearest_integer(rising: Callable[[int], float], target: float) -> int:
 # --- Fair budgets --------------------------------------------------------------------------------
 
 
-def iterations(
-    study: Study, label: str, choice: Choice, seconds_per_update: float | None
+def budgeted_iterations(
+    study: Study, label: str, choice: TuneChoice, seconds_per_iter: float | None
 ) -> int | None:
-    """Updates that the budget buys; None: what the base says, or, where the budget is in seconds,
-    not known yet. Raises UserError."""
+    """Iterations that the budget buys. Raises UserError.
+
+    None: what the base says, or, where the budget is in seconds, not known yet.
+    """
     if not study.budget:
         return None
     ((kind, amount),) = study.budget.items()
     price = {
         'iterations': 1,
-        'tokens': choice.tokens,
-        'flops': choice.flops,
-        'seconds': seconds_per_update,
+        'tokens': choice.tokens_per_iter,
+        'flops': choice.flops_per_iter,
+        'seconds': seconds_per_iter,
     }[kind]
     if price is None:
         return None
-    updates = int(amount / price)
-    if updates < 1:
+    iterations = int(amount / price)
+    if iterations < 1:
         raise UserError(
             f'{study.path}: budget={study.budget!r} buys {label} no update: one takes '
             f'{price:.4g} {kind}.'
         )
-    if updates > MOST_UPDATES:
+    if iterations > MAX_ITERATIONS:
         raise UserError(
-            f'{study.path}: budget={study.budget!r} buys {label} {updates:.3g} updates. Give at '
-            f'most what {MOST_UPDATES:,} take.'
+            f'{study.path}: budget={study.budget!r} buys {label} {iterations:.3g} updates. Give at '
+            f'most what {MAX_ITERATIONS:,} take.'
         )
-    return updates
-
-
-# --- Runs ----------------------------------------------------------------------------------------
-
-
-class Layout:
-    """The runs of a study, as far as their options are known.
-
-    seconds: of an update of each variant, by label, once they are timed. chosen: what tuning chose
-    for each, by label. Where either is not known yet, a run stands for one at the largest cost.
-    """
-
-    def __init__(
-        self,
-        study: Study,
-        variants: list[Variant],
-        seconds: dict[str, float] | None = None,
-        chosen: dict[str, Choice] | None = None,
-    ):
-        self.study, self.variants = study, variants
-        self.seconds, self.chosen = seconds or {}, chosen or {}
-
-    def _point(self, folder: str, variant: Variant, choice: Choice, seed: dict) -> Point:
-        updates = iterations(self.study, variant.label, choice, self.seconds.get(variant.label))
-        budget = {} if updates is None else {'max_iters': updates}
-        if 'seconds' not in self.study.budget and updates is None:
-            updates = choice.settings.run.max_iters
-        overrides = {**variant.overrides, **budget, **choice.values, **seed}
-        return Point(folder, variant.label, overrides, choice, updates)
-
-    @property
-    def timing(self) -> list[Point]:
-        """A few updates of each variant, where the budget is in seconds."""
-        if 'seconds' not in self.study.budget:
-            return []
-        labels = [variant.label for variant in self.variants]
-        folders = folder_names(labels, clean=lambda label: label.replace('/', '_'))
-        updates = {'max_iters': TIMED_UPDATES}
-        return [
-            Point(folder, v.label, {**v.overrides, **updates}, v.choices[0], TIMED_UPDATES)
-            for folder, v in zip(folders, self.variants)
-        ]
-
-    @property
-    def tuning(self) -> list[Point]:
-        """The runs that choose each variant's values of the keys of `tune`, at a seed apart."""
-        if not self.study.tune:
-            return []
-        seed = dict.fromkeys(SEED_KEYS, self.study.tune_seed)
-        folders = folder_names(labels_of(grid(self.study.tune)))
-        return [
-            self._point(f'{place}/{folder}', variant, choice, seed)
-            for place, variant in self._places()
-            for folder, choice in zip(folders, variant.choices)
-        ]
-
-    @property
-    def runs(self) -> list[Point]:
-        """Every run that counts: all variants at the first seed, then at the next, so that pairs
-        grow together."""
-        seeds = seeds_of(self.study)
-        return [
-            self._point(
-                f'{place}/{folder}' if name else place,
-                variant,
-                self.chosen.get(variant.label, variant.costliest),
-                seeds[name],
-            )
-            for name, folder in zip(seeds, folder_names(list(seeds)))
-            for place, variant in self._places()
-        ]
-
-    def _places(self) -> list[tuple[str, Variant]]:
-        """Each variant with the name of its folder."""
-        labels = [variant.label for variant in self.variants]
-        return list(zip(folder_names(labels), self.variants))
-
-    def points(self) -> dict[str, list[Point]]:
-        """All runs by kind, in the order in which the kinds are run."""
-        return {TIMING: self.timing, TUNING: self.tuning, RUNS: self.runs}
+    return iterations

@@ -9,7 +9,7 @@ import pytest
 
 from common.errors import ArgumentParser
 from configurator import flatten
-from study import schema as study_schema
+from study import study_schema
 from training_config import schema
 
 # What no option takes for a number, a choice or a flag.

@@ -27,8 +27,8 @@ from records import trackers
 from records.record import read_record
 from records.run_folders import new_run_folder
 from studies.grid import STUDY_KEYS, read_study
-from studies.runner import Runner
-from studies.variants import Point
+from studies.runner import StudyRunner
+from studies.trials import Trial
 from training_logger import TrainingLogger
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -248,11 +248,11 @@ def test_wandb_rows_after_rollback(wandb, tmp_path):
 def test_study_names_wandb_runs(tiny_dataset, tmp_path, wandb):
     path = tmp_path / 'study.py'
     path.write_text(f"dataset = {str(tiny_dataset)!r}\nsweep = {{'bias': [True, False]}}")
-    point = Point('bias=True', 'bias=True', {'bias': True}, choice=None, updates=None)
+    trial = Trial('bias=True', 'bias=True', {'bias': True}, choice=None, iterations=None)
     for given, named in ((['--wandb_log'], True), ([], False)):
-        asked = read_command_line([str(path), *given], study.schema, aside=STUDY_KEYS)
-        runner = Runner(read_study(asked), tmp_path, (), jobs=1, own_options=set())
-        assert ('--wandb_run_name=bias=True' in runner.arguments('runs', point)) == named
+        command_line = read_command_line([str(path), *given], study.study_schema, aside=STUDY_KEYS)
+        runner = StudyRunner(read_study(command_line), tmp_path, (), jobs=1, study_options=set())
+        assert ('--wandb_run_name=bias=True' in runner.arguments('runs', trial)) == named
 
 
 # --- What goes wrong -----------------------------------------------------------------------------

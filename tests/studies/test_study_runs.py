@@ -25,9 +25,11 @@ from comparison.runs import causal_flops
 from model_builder import build_model, training_flops
 from records.record import read_record
 from records.run_folders import latest_run
-from studies import progress as study_progress
-from studies import runner
-from studies.runner import locked, outcome_of
+from studies import lock as lock_module
+from studies import overview, run_study, runner, time_estimate
+from studies.lock import study_lock
+from studies.outcome import STOP_SIGNALS, outcome_from_exit, outcome_from_record
+from studies.progress import StudyProgress
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -76,24 +78,24 @@ def scripted(monkeypatch, tmp_path):
         )
         path.write_text(head + text)
         monkeypatch.setattr(runner, 'TRAIN', path)
-        monkeypatch.setattr(study.compare_architectures, 'main', lambda argv: None)
+        monkeypatch.setattr(run_study, 'print_comparison', lambda folder: None)
 
     return script
 
 
-def run_study(path, *arguments) -> int:
+def main(path, *arguments) -> int:
     return study.main([str(path), *arguments])
 
 
-def plan_in(out) -> dict:
+def read_plan(out) -> dict:
     return json.loads((out / 'study.json').read_text())
 
 
 def losses(out):
     """Final validation loss by folder of the point."""
     return {
-        point['folder']: read_record(latest_run(out / point['folder']))['summary']['final_val_loss']
-        for point in plan_in(out)['points']
+        trial['folder']: read_record(latest_run(out / trial['folder']))['summary']['final_val_loss']
+        for trial in read_plan(out)['points']
     }
 
 
@@ -106,23 +108,23 @@ def test_a_study_from_the_command_line(study_file, run_script, tmp_path):
     assert 'Gated?' in out and '2 variants, 1 seed of each' in out
     assert '[2/2]' in out and 'RANKING' in out
     assert len(losses(tmp_path / 'out')) == 2 and None not in losses(tmp_path / 'out').values()
-    plan = plan_in(tmp_path / 'out')
+    plan = read_plan(tmp_path / 'out')
     assert plan['question'] == 'Gated?'
-    for point in plan['points']:
-        record = read_record(latest_run(tmp_path / 'out' / point['folder']))
+    for trial in plan['points']:
+        record = read_record(latest_run(tmp_path / 'out' / trial['folder']))
         assert record['config']['concurrent_runs'] == 2
         assert record['config']['seed'] == record['config']['data_seed']
 
 
 def test_what_is_complete_is_not_run_again_nor_mixed(study_file, trained_here, tmp_path, capsys):
     path, out = study_file(SMALL), tmp_path / 'out'
-    assert run_study(path) == 0
+    assert main(path) == 0
     before = losses(out)
-    assert run_study(path) == 0
+    assert main(path) == 0
     assert '4 of 4 runs are complete already' in capsys.readouterr().out
     assert losses(out) == before and len(list(out.rglob('run_*'))) == 4
     with pytest.raises(UserError, match=r'learning_rate=0\.0006 \(now 0\.01\)'):
-        run_study(path, '--learning_rate=0.01')
+        main(path, '--learning_rate=0.01')
 
 
 TUNED = (
@@ -133,9 +135,9 @@ TUNED = (
 
 def test_tuning_chooses_by_the_final_loss_and_is_told(study_file, trained_here, tmp_path, capsys):
     path, out = study_file(TUNED), tmp_path / 'out'
-    assert run_study(path) == 0
+    assert main(path) == 0
     text = capsys.readouterr().out
-    plan = plan_in(out)
+    plan = read_plan(out)
     assert plan['baseline'] == 'bias=False' and plan['tuned'] == ['learning_rate']
     for variant in plan['variants']:
         tuning = {
@@ -154,34 +156,34 @@ def test_tuning_chooses_by_the_final_loss_and_is_told(study_file, trained_here, 
         *((str(n), '') for n in (7, 8)),
     ]
     # The same choice again from the records alone; the comparison leaves tuning out.
-    assert run_study(path) == 0 and plan_in(out) == plan
+    assert main(path) == 0 and read_plan(out) == plan
     assert len(load_runs([out])[0]) == 2
 
 
 def test_a_setting_that_diverges_is_the_worst(study_file, trained_here, tmp_path, capsys):
     text = "max_iters = 3; eval_iters = 2; sweep = {'bias': [True], 'seed': [1]}\n"
     path = study_file(f"{text}tune = {{'learning_rate': [1e-3, 1e30]}}")
-    assert run_study(path) == 0
-    assert plan_in(tmp_path / 'out')['variants'][0]['tuned'] == {'learning_rate': 1e-3}
+    assert main(path) == 0
+    assert read_plan(tmp_path / 'out')['variants'][0]['tuned'] == {'learning_rate': 1e-3}
     assert 'learning_rate=1e+30: diverged' in capsys.readouterr().out
     path = study_file(f"{text}tune = {{'learning_rate': [1e30]}}")
     with pytest.raises(UserError, match='every run that tuned bias=True diverged'):
-        run_study(path)
+        main(path)
 
 
 def test_a_budget_in_seconds_is_timed_first(study_file, trained_here, tmp_path, capsys):
     path = study_file(
         "eval_iters = 1; sweep = {'n_layer': [1, 2], 'seed': [1]}; budget = {'seconds': 0.2}"
     )
-    assert run_study(path, '--plan_only') == 0
+    assert main(path, '--plan_only') == 0
     text = capsys.readouterr().out
     assert '4 runs (2 to time an update, 2 to compare); 0 complete' in text
-    assert run_study(path) == 0
+    assert main(path) == 0
     out = tmp_path / 'out'
-    for point in plan_in(out)['points']:
-        timed = read_record(latest_run(out / 'timing' / point['variant']))['summary']
-        updates = read_record(latest_run(out / point['folder']))['config']['max_iters']
-        assert updates == int(0.2 / (timed['avg_time_ms'] / 1000))
+    for trial in read_plan(out)['points']:
+        timed = read_record(latest_run(out / 'timing' / trial['variant']))['summary']
+        iterations = read_record(latest_run(out / trial['folder']))['config']['max_iters']
+        assert iterations == int(0.2 / (timed['avg_time_ms'] / 1000))
     assert '[2/4] timing n_layer=2' in capsys.readouterr().out
 
 
@@ -194,55 +196,61 @@ def test_a_plan_counts_runs_tokens_and_flops(study_file, trained_here, capsys):
         "tune = {'learning_rate': [1e-3, 1e-2]}; budget = {'tokens': 400}"
     )
     path = study_file(text)
-    assert run_study(path, '--plan_only') == 0
+    assert main(path, '--plan_only') == 0
     plan = capsys.readouterr().out
     assert '10 runs (4 to tune learning_rate at seed 0, 6 to compare); 0 complete' in plan
     assert 'few updates made now' in plan
-    updates, total = 400 // 128, 0
+    iterations, total = 400 // 128, 0
     for n_layer in (1, 3):
-        run = run_of_one(study_file(f"sweep = {{'n_layer': [{n_layer}]}}", 'one.py'))
-        flops = training_flops(build_model(run))['per_token_causal'] * updates * 128
+        architecture = architecture_of_one(
+            study_file(f"sweep = {{'n_layer': [{n_layer}]}}", 'one.py')
+        )
+        flops = training_flops(build_model(architecture))['per_token_causal'] * iterations * 128
         (row,) = [line.split() for line in plan.splitlines() if f'n_layer={n_layer} ' in line]
-        assert row[1:4] == [str(updates * 128), f'{flops:.3g}', f'{5 * flops:.3g}']
+        assert row[1:4] == [str(iterations * 128), f'{flops:.3g}', f'{5 * flops:.3g}']
         total += 5 * flops
-    assert f'in all: {10 * updates * 128:,} tokens, {total:.3g} training FLOPs' in plan
+    assert f'in all: {10 * iterations * 128:,} tokens, {total:.3g} training FLOPs' in plan
 
-    assert run_study(path, '--seed=7') == 0
+    assert main(path, '--seed=7') == 0
     capsys.readouterr()
-    assert run_study(path, '--plan_only', '--seed=7') == 0
+    assert main(path, '--plan_only', '--seed=7') == 0
     assert '6 to compare); 10 complete' in capsys.readouterr().out
 
 
-def run_of_one(path):
+def architecture_of_one(path):
     """The architecture of a study's one variant."""
-    captured = {}
+    states = []
 
-    def keep(plan, measure):
-        captured['plan'] = plan
+    def capture(state, measure):
+        states.append(state)
         return ''
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(study, 'describe', keep)
-        run_study(path, '--plan_only')
-    return captured['plan'].variants[0].settings.architecture
+        patch.setattr(study, 'describe', capture)
+        main(path, '--plan_only')
+    return states[0].variants[0].settings.architecture
 
 
 def test_the_time_is_that_of_the_flops_left_at_the_recorded_speed(
     study_file, trained_here, tmp_path, capsys, monkeypatch
 ):
     path, out = study_file(SMALL), tmp_path / 'out'
-    assert run_study(path) == 0
-    records = [read_record(latest_run(out / p['folder'])) for p in plan_in(out)['points']]
+    assert main(path) == 0
+    records = [read_record(latest_run(out / p['folder'])) for p in read_plan(out)['points']]
     speed = {  # seconds a FLOP
         r['architecture']['name']: r['summary']['wall_seconds'] / causal_flops(r) for r in records
     }
     assert len(speed) == 2
     more = study_file(SMALL.replace('[1, 2]', '[1, 2, 3, 4]'), 'more.py')
-    kept = []
-    estimate = study.estimate
-    monkeypatch.setattr(study, 'estimate', lambda *a: kept.append(estimate(*a)) or kept[-1])
+    estimates = []
+
+    def estimate(*arguments):
+        estimates.append(time_estimate.estimate_time(*arguments))
+        return estimates[-1]
+
+    monkeypatch.setattr(overview, 'estimate_time', estimate)
     capsys.readouterr()
-    assert run_study(more, '--plan_only') == 0
+    assert main(more, '--plan_only') == 0
     assert '8 runs; 4 complete' in (text := capsys.readouterr().out)
     assert f'at the speed of 4 runs in {out}' in text
     by_architecture = {}
@@ -255,25 +263,25 @@ def test_the_time_is_that_of_the_flops_left_at_the_recorded_speed(
         * causal_flops(runs[0])
         for runs in by_architecture.values()
     )
-    assert kept[0].seconds == pytest.approx(expected)
+    assert estimates[0].seconds == pytest.approx(expected)
 
 
 def test_time_left_is_that_of_the_whole_study(study_file, trained_here, monkeypatch):
     """Work in FLOPs over all kinds of runs, at the rate of what was made since the start."""
     seen = []
-    ended = study_progress.Progress.ended
+    on_trial_end = StudyProgress.on_trial_end
 
-    def timed(progress, job, outcome):
+    def timed(progress, running, outcome):
         progress.began = time.monotonic() - 10.0  # as if all so far had taken ten seconds
-        ended(progress, job, outcome)
-        points = [point for kind in progress.points.values() for point in kind]
-        made = sum(point.flops for point in progress.over)
-        left = sum(point.flops for point in points if point not in progress.over)
+        on_trial_end(progress, running, outcome)
+        trials = [trial for kind in progress.trials.values() for trial in kind]
+        made = sum(trial.flops for trial in progress.ended_trials)
+        left = sum(trial.flops for trial in trials if trial not in progress.ended_trials)
         seen.append((progress.seconds_left(), left, made))
 
-    monkeypatch.setattr(study_progress.Progress, 'ended', timed)
+    monkeypatch.setattr(StudyProgress, 'on_trial_end', timed)
     text = "max_iters = 2; eval_iters = 1; sweep = {'n_layer': [1, 3], 'seed': [1]}"
-    assert run_study(study_file(f"{text}; tune = {{'learning_rate': [1e-3, 1e-2]}}")) == 0
+    assert main(study_file(f"{text}; tune = {{'learning_rate': [1e-3, 1e-2]}}")) == 0
     assert len(seen) == 6 and seen[-1][0] == 0.0
     for seconds, left, made in seen:
         assert seconds == pytest.approx(10.0 * left / made, rel=0.05)
@@ -298,11 +306,11 @@ def test_time_left_is_that_of_the_whole_study(study_file, trained_here, monkeypa
     ],
 )
 def test_an_exit_code_says_how_a_run_ended(code, kind, reason, final):
-    assert outcome_of(code, 'n_head=3 does not divide', False) == (kind, reason, final)
+    assert outcome_from_exit(code, 'n_head=3 does not divide', False) == (kind, reason, final)
 
 
 def test_a_want_of_memory_is_named():
-    outcome = outcome_of(-signal.SIGKILL, '', out_of_memory=True)
+    outcome = outcome_from_exit(-signal.SIGKILL, '', out_of_memory=True)
     assert outcome.kind == 'killed' and 'ran out of memory' in outcome.reason
 
 
@@ -316,7 +324,7 @@ def test_interrupted_killed_and_failed_runs_are_told_apart(study_file, scripted,
         'if seed == 3: os.kill(os.getpid(), signal.SIGTERM)\n'
         "if seed == 4: sys.exit('no room for \\x1b[31mthis')\n"
     )
-    assert run_study(study_file(FIVE), '--jobs=5') == 1
+    assert main(study_file(FIVE), '--jobs=5') == 1
     text = capsys.readouterr().out
     assert '\x1b' not in text
     for seed, what, advice in (
@@ -334,7 +342,7 @@ def test_interrupted_killed_and_failed_runs_are_told_apart(study_file, scripted,
 
 def test_a_study_of_interrupted_runs_alone_ends_as_they_did(study_file, scripted):
     scripted('sys.exit(143 if seed == 2 else 0)')
-    assert run_study(study_file(FIVE)) == 143
+    assert main(study_file(FIVE)) == 143
 
 
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
@@ -348,7 +356,7 @@ def test_a_signal_stops_the_runs_and_then_the_study(study_file, scripted, capsys
     )
     before = signal.getsignal(number)
     path = study_file(FIVE)
-    assert run_study(path) == 128 + number
+    assert main(path) == 128 + number
     assert signal.getsignal(number) is before
     text = capsys.readouterr().out
     assert 'seed=2: interrupted (SIGTERM)' in text and 'seed=3' not in text
@@ -358,14 +366,14 @@ def test_a_signal_stops_the_runs_and_then_the_study(study_file, scripted, capsys
 
 def test_the_comparison_at_the_end_can_be_interrupted(study_file, scripted, monkeypatch):
     scripted('')
-    handlers = [signal.getsignal(number) for number in runner.STOPPING]
+    handlers = [signal.getsignal(number) for number in STOP_SIGNALS]
     seen = []
     monkeypatch.setattr(
-        study.compare_architectures,
-        'main',
-        lambda argv: seen.extend(map(signal.getsignal, runner.STOPPING)),
+        run_study,
+        'print_comparison',
+        lambda folder: seen.extend(map(signal.getsignal, STOP_SIGNALS)),
     )
-    assert run_study(study_file(FIVE)) == 0
+    assert main(study_file(FIVE)) == 0
     assert seen == handlers
 
 
@@ -382,13 +390,13 @@ def test_the_comparison_at_the_end_can_be_interrupted(study_file, scripted, monk
 )
 def test_a_run_that_fails_after_a_nonfinite_update_has_not_diverged(events, policy, kind):
     record = {'status': 'failed', 'config': {'on_nonfinite': policy}}
-    outcome = runner.outcome_in({**record, 'events': [{'event': name} for name in events]})
+    outcome = outcome_from_record({**record, 'events': [{'event': name} for name in events]})
     assert (outcome and outcome.kind) == kind
 
 
 def test_a_full_disk_leaves_the_plan_of_before(study_file, trained_here, tmp_path, monkeypatch):
     path, out = study_file(SMALL.replace('[1, 2]', '[1]')), tmp_path / 'out'
-    assert run_study(path) == 0
+    assert main(path) == 0
     before = (out / 'study.json').read_bytes()
 
     def full(descriptor):
@@ -396,14 +404,14 @@ def test_a_full_disk_leaves_the_plan_of_before(study_file, trained_here, tmp_pat
 
     monkeypatch.setattr(file_writing.os, 'fsync', full)
     with pytest.raises(UserError, match=r'study\.json: cannot be written \(No space left'):
-        run_study(path)
+        main(path)
     assert (out / 'study.json').read_bytes() == before
 
 
 def test_a_study_that_cannot_tune_says_so(study_file, scripted, capsys):
     scripted("sys.exit(2 if 'learning_rate=0.01' in out else 0)")
     path = study_file("sweep = {'bias': [True]}; tune = {'learning_rate': [1e-3, 1e-2]}")
-    assert run_study(path) == 1
+    assert main(path) == 1
     text = capsys.readouterr().out
     assert 'failed: bias=True/learning_rate=0.01' in text
     assert 'The study goes on once its tuning runs have ended' in text
@@ -415,12 +423,12 @@ def test_a_point_that_diverges_is_a_result_and_does_not_stop_the_others(
     path = study_file(
         "max_iters = 3; eval_iters = 2; sweep = {'learning_rate': [1e30, 1e-3], 'seed': [1]}"
     )
-    assert run_study(path) == 0
+    assert main(path) == 0
     text = capsys.readouterr().out
     assert 'diverged: learning_rate=1e+30/seed=1' in text
     assert re.search(r'learning_rate=0.001/seed=1: validation loss \d', text)
     # It is not trained again.
-    assert run_study(path) == 0
+    assert main(path) == 0
     assert '2 of 2 runs are complete already' in capsys.readouterr().out
     assert len(list((tmp_path / 'out').rglob('run_*'))) == 2
 
@@ -443,11 +451,11 @@ def test_an_unreadable_record_is_named_and_left_alone(
     study_file, trained_here, tmp_path, capsys, change
 ):
     path = study_file(SMALL.replace('[1, 2]', '[1]'))
-    assert run_study(path) == 0
+    assert main(path) == 0
     run = latest_run(tmp_path / 'out/runs/ffn_type=swiglu/seed=1')
     change(run)
     files = {file: file.read_bytes() for file in run.iterdir() if file.is_file()}
-    assert run_study(path) == 1
+    assert main(path) == 1
     text = capsys.readouterr().out
     assert re.search(r'^unreadable: ffn_type=swiglu/seed=1 \(.*: move its folder', text, flags=re.M)
     assert {file: file.read_bytes() for file in run.iterdir() if file.is_file()} == files
@@ -455,7 +463,7 @@ def test_an_unreadable_record_is_named_and_left_alone(
 
 def test_a_summary_without_figures_is_no_traceback(study_file, trained_here, tmp_path):
     path = study_file(TUNED)
-    assert run_study(path) == 0
+    assert main(path) == 0
     for value in (None, 'x', [], {}, float('nan'), 10**400):
         for run in (tmp_path / 'out').rglob('run_*'):
             (run / 'journal.jsonl').unlink(missing_ok=True)
@@ -463,24 +471,24 @@ def test_a_summary_without_figures_is_no_traceback(study_file, trained_here, tmp
             record['summary'] = dict.fromkeys(record['summary'], value)
             (run / 'record.json').write_text(json.dumps(record))
         with pytest.raises(UserError, match='every run that tuned'):
-            run_study(path)
+            main(path)
 
 
 def test_a_file_in_the_way_is_one_message(study_file, trained_here, tmp_path):
     path, out = study_file(SMALL), tmp_path / 'out'
     out.write_text('in the way')
     with pytest.raises(UserError, match=r'a study cannot write there .* --out_dir=FOLDER'):
-        run_study(path)
+        main(path)
     out.unlink()
     (out / 'runs').mkdir(parents=True)
     (out / 'runs/ffn_type=standard').write_text('in the way')
     with pytest.raises(UserError, match='a run cannot be started there'):
-        run_study(path)
+        main(path)
     (out / 'runs/ffn_type=standard').unlink()
     (out / 'study.json').unlink()
     (out / 'study.json').mkdir()
     with pytest.raises(UserError, match=r'study\.json: cannot be written'):
-        run_study(path)
+        main(path)
 
 
 @pytest.mark.parametrize('text', ['', '{', '[]', 'null', '{"points": 3}', '\x00'])
@@ -488,23 +496,23 @@ def test_a_broken_plan_is_replaced(study_file, trained_here, tmp_path, text):
     path, out = study_file(SMALL), tmp_path / 'out'
     out.mkdir()
     (out / 'study.json').write_text(text)
-    assert run_study(path) == 0
-    assert len(plan_in(out)['points']) == 4
+    assert main(path) == 0
+    assert len(read_plan(out)['points']) == 4
 
 
 def test_a_plan_of_before_is_still_read(study_file, trained_here, tmp_path):
     """Without a baseline and without what tuning chose."""
     out = tmp_path / 'out'
-    assert run_study(study_file(TUNED)) == 0
-    plan = plan_in(out)
+    assert main(study_file(TUNED)) == 0
+    plan = read_plan(out)
     del plan['baseline']
     for variant in plan['variants']:
         del variant['tuned'], variant['tuned_at_edge']
     (out / 'study.json').write_text(json.dumps(plan))
     runs, _ = load_runs([out])
     assert {run.variant for run in runs} == {'bias=True', 'bias=False'}
-    assert run_study(study_file(TUNED)) == 0
-    assert 'baseline' in plan_in(out)
+    assert main(study_file(TUNED)) == 0
+    assert 'baseline' in read_plan(out)
 
 
 # --- One study in a folder -----------------------------------------------------------------------
@@ -513,16 +521,16 @@ def test_a_plan_of_before_is_still_read(study_file, trained_here, tmp_path):
 def test_a_second_study_in_the_folder_is_refused(study_file, trained_here, tmp_path):
     out = tmp_path / 'out'
     with (
-        locked(out),
+        study_lock(out),
         pytest.raises(UserError, match=rf'{out}: another study \(pid {os.getpid()}\)'),
     ):
-        run_study(study_file(SMALL))
-    assert run_study(study_file(SMALL)) == 0  # the lock has ended with its study
+        main(study_file(SMALL))
+    assert main(study_file(SMALL)) == 0  # the lock has ended with its study
 
 
 def test_a_plan_is_shown_while_the_study_runs(study_file, tmp_path, capsys):
-    with locked(tmp_path / 'out'):
-        assert run_study(study_file(SMALL), '--plan_only') == 0
+    with study_lock(tmp_path / 'out'):
+        assert main(study_file(SMALL), '--plan_only') == 0
 
 
 def test_the_lock_ends_with_the_process_however_it_ends(tmp_path):
@@ -530,48 +538,48 @@ def test_the_lock_ends_with_the_process_however_it_ends(tmp_path):
         [
             sys.executable,
             '-c',
-            'import sys, time; from pathlib import Path; from studies.runner import locked\n'
-            'with locked(Path(sys.argv[1])): print(flush=True); time.sleep(60)',
+            'import sys, time; from pathlib import Path; from studies.lock import study_lock\n'
+            'with study_lock(Path(sys.argv[1])): print(flush=True); time.sleep(60)',
             str(tmp_path),
         ],
         cwd=PROJECT,
         stdout=subprocess.PIPE,
     )
     holder.stdout.readline()
-    with pytest.raises(UserError, match=rf'pid {holder.pid}\)'), locked(tmp_path):
+    with pytest.raises(UserError, match=rf'pid {holder.pid}\)'), study_lock(tmp_path):
         pass
     holder.kill()
     holder.wait()
     holder.stdout.close()
-    with locked(tmp_path):
+    with study_lock(tmp_path):
         pass
 
 
 def test_the_runs_of_a_killed_study_are_waited_for(tmp_path, monkeypatch, capsys):
     """They have the lock too, and save before they end."""
-    with locked(tmp_path) as lock:
+    with study_lock(tmp_path) as lock:
         run = subprocess.Popen(['sleep', '60'], pass_fds=lock)
     ended = subprocess.Popen(['true'])
     ended.wait()
-    (tmp_path / 'study.lock').write_text(f'{ended.pid} {runner.socket.gethostname()}\n')
-    monkeypatch.setattr(runner.time, 'sleep', lambda _: (run.kill(), run.wait()))
-    with locked(tmp_path):
+    (tmp_path / 'study.lock').write_text(f'{ended.pid} {lock_module.socket.gethostname()}\n')
+    monkeypatch.setattr(lock_module.time, 'sleep', lambda _: (run.kill(), run.wait()))
+    with study_lock(tmp_path):
         assert (
             f'waiting for the runs of a killed study (pid {ended.pid})' in capsys.readouterr().out
         )
 
-    with locked(tmp_path) as lock:
+    with study_lock(tmp_path) as lock:
         run = subprocess.Popen(['sleep', '60'], pass_fds=lock)
-    (tmp_path / 'study.lock').write_text(f'{ended.pid} {runner.socket.gethostname()}\n')
-    monkeypatch.setattr(runner, 'PATIENCE', -1.0)
-    with pytest.raises(UserError, match='has ended, but not its runs'), locked(tmp_path):
+    (tmp_path / 'study.lock').write_text(f'{ended.pid} {lock_module.socket.gethostname()}\n')
+    monkeypatch.setattr(lock_module, 'GRACE_SECONDS', -1.0)
+    with pytest.raises(UserError, match='has ended, but not its runs'), study_lock(tmp_path):
         pass
     run.kill()
     run.wait()
 
 
 def test_a_study_killed_at_random_ends_as_one_left_alone(tmp_path, capsys):
-    code = study_kills(tmp_path, kills=2, seeds=1, updates=12, rng=random.Random(3))
+    code = study_kills(tmp_path, kills=2, seeds=1, iterations=12, rng=random.Random(3))
     assert code == 0, capsys.readouterr().out
 
 
@@ -596,9 +604,9 @@ def test_train_py_trains_the_base_of_a_study_and_says_so(study_file, run_script)
 def test_the_projects_own_studies_can_be_run(
     path, baseline, tiny_dataset, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr(study_progress, 'MEASURING_SECONDS', -1.0)
+    monkeypatch.setattr(time_estimate, 'MEASURING_SECONDS', -1.0)
     path, out = PROJECT / f'config/studies/{path}.py', f'--out_dir={tmp_path / "out"}'
-    assert run_study(path, f'--dataset={tiny_dataset}', '--plan_only', out) == 0
+    assert main(path, f'--dataset={tiny_dataset}', '--plan_only', out) == 0
     text = capsys.readouterr().out
     assert int(re.search(r'(\d+) seeds of each', text)[1]) >= 3 and '?' in text.splitlines()[0]
     assert text.splitlines()[1].endswith(f'; baseline: {baseline}')

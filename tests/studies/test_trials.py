@@ -1,4 +1,4 @@
-"""study.py and study_points.py: what is run, how variants are made equal, and what survives."""
+"""studies/: which trials are run, how variants are made equal, and what survives."""
 
 import re
 
@@ -11,8 +11,14 @@ from data.dataset import load_dataset
 from model_builder import build_model, training_flops
 from studies import grid
 from studies.grid import STUDY_KEYS, read_study
-from studies.variants import Layout, baseline_of, iterations, nearest_integer, variants_of
-from study import is_at_edge
+from studies.state import is_at_edge
+from studies.trials import StudyTrials
+from studies.variants import (
+    baseline_variant,
+    budgeted_iterations,
+    build_variants,
+    nearest_integer,
+)
 from training_config import schema
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -26,7 +32,7 @@ def read(study_file, tiny_dataset):
         argv = [str(study_file(text)), *arguments]
         study = read_study(read_command_line(argv, schema, aside=STUDY_KEYS))
         dataset = load_dataset(str(tiny_dataset), 32)
-        return study, variants_of(study, (torch.device('cpu'), 'float32', dataset))
+        return study, build_variants(study, (torch.device('cpu'), 'float32', dataset))
 
     return resolve
 
@@ -35,33 +41,33 @@ def read(study_file, tiny_dataset):
 
 
 def test_a_grid_with_seeds_is_run_seed_by_seed_and_pairs_the_data(read):
-    study, found = read(
+    study, variants = read(
         "sweep = {'ffn_type': ['standard', 'swiglu'], 'bias': [True, False], 'seed': [7, 8]}"
     )
-    points = Layout(study, found).runs
-    assert [p.overrides['seed'] for p in points] == [7] * 4 + [8] * 4
-    assert all(p.overrides['data_seed'] == p.overrides['seed'] for p in points)
-    assert len({p.folder for p in points}) == 8
-    chosen = {(p.overrides['ffn_type'], p.overrides['bias']) for p in points}
+    trials = StudyTrials(study, variants).runs
+    assert [p.overrides['seed'] for p in trials] == [7] * 4 + [8] * 4
+    assert all(p.overrides['data_seed'] == p.overrides['seed'] for p in trials)
+    assert len({p.folder for p in trials}) == 8
+    chosen = {(p.overrides['ffn_type'], p.overrides['bias']) for p in trials}
     assert len(chosen) == 4
-    assert [v.settings.architecture.bias for v in found] == [True, False, True, False]
+    assert [v.settings.architecture.bias for v in variants] == [True, False, True, False]
 
 
 def test_both_seeds_may_be_varied_by_themselves(read):
-    study, found = read("sweep = {'seed': [1, 2], 'data_seed': [3, 4, 5]}")
-    points = Layout(study, found).runs
-    assert {(p.overrides['seed'], p.overrides['data_seed']) for p in points} == {
+    study, variants = read("sweep = {'seed': [1, 2], 'data_seed': [3, 4, 5]}")
+    trials = StudyTrials(study, variants).runs
+    assert {(p.overrides['seed'], p.overrides['data_seed']) for p in trials} == {
         (seed, data) for seed in (1, 2) for data in (3, 4, 5)
     }
 
 
 def test_ablations_are_single_changes_of_the_base(read):
-    _, found = read(
+    _, variants = read(
         "ablate = {'ffn_type': ['standard', 'swiglu'], 'normalization': ['rmsnorm']}\n"
         "arch_preset = 'legacy'"
     )
     # The standard FFN is the base itself, and is trained once.
-    assert [v.overrides for v in found] == [
+    assert [v.overrides for v in variants] == [
         {},
         {'ffn_type': 'swiglu'},
         {'normalization': 'rmsnorm'},
@@ -69,12 +75,12 @@ def test_ablations_are_single_changes_of_the_base(read):
 
 
 def test_exclude_leaves_points_out(read):
-    _, found = read(
+    _, variants = read(
         "sweep = {'position_encoding': ['rope', 'none'], 'n_head': [2, 32]}\n"
         "exclude = [{'position_encoding': 'rope', 'n_head': 32}]"
     )
-    assert len(found) == 3
-    assert {'position_encoding': 'rope', 'n_head': 32} not in [v.overrides for v in found]
+    assert len(variants) == 3
+    assert {'position_encoding': 'rope', 'n_head': 32} not in [v.overrides for v in variants]
 
 
 def test_illegal_points_are_all_told_before_anything_runs(read):
@@ -211,12 +217,12 @@ def test_a_budget_that_no_run_takes_is_told_before_anything_runs(read):
 
 
 def test_a_budget_of_tokens_holds_for_each_setting_that_is_tuned(read):
-    study, found = read(
+    study, variants = read(
         "sweep = {'bias': [True]}; tune = {'batch_size': [1, 2, 4]}; budget = {'tokens': 4096}"
     )
-    points = Layout(study, found).tuning
-    assert [p.overrides['max_iters'] for p in points] == [64, 32, 16]
-    assert {p.tokens for p in points} == {4096}
+    trials = StudyTrials(study, variants).tuning
+    assert [p.overrides['max_iters'] for p in trials] == [64, 32, 16]
+    assert {p.tokens for p in trials} == {4096}
 
 
 # --- Names ---------------------------------------------------------------------------------------
@@ -225,12 +231,12 @@ def test_a_budget_of_tokens_holds_for_each_setting_that_is_tuned(read):
 def test_labels_and_folders_are_all_different_and_short_enough():
     values = ['a/b', 'a_b', 'a b', 'a:b', 'A_B', 'x' * 300, 'x' * 301, 'ä' * 200, 'ä' * 201, '/']
     values += [None, 'None', '', "'", 'x bias=True', 'a/b-0123', '..', '\n', '\t']
-    points = [{'sample_prompt': value} for value in values]
-    points += [{'sample_prompt': 'x', 'bias': True}]
-    labels = grid.labels_of(points)
-    assert len(set(labels)) == len(points)
+    trials = [{'sample_prompt': value} for value in values]
+    trials += [{'sample_prompt': 'x', 'bias': True}]
+    labels = grid.point_labels(trials)
+    assert len(set(labels)) == len(trials)
     names = grid.folder_names(labels)
-    assert len({name.casefold() for name in names}) == len(points)
+    assert len({name.casefold() for name in names}) == len(trials)
     assert max(len(name.encode()) for name in names) <= 255
     assert not any('/' in name or name in ('.', '..') for name in names)
     # Each has its own, whatever the order, and whatever else is there.
@@ -245,14 +251,14 @@ def test_ordinary_labels_have_the_folders_that_they_always_had():
 
 
 def test_points_have_folders_of_their_own(read):
-    study, found = read(
+    study, variants = read(
         "sample_interval = 2000; sweep = {'sample_prompt': ['a/b', 'a_b', 'x' * 300]}\n"
         "tune = {'weight_decay': [0, 0.1]}; budget = {'seconds': 1}"
     )
-    layout = Layout(study, found, seconds=dict.fromkeys((v.label for v in found), 0.1))
-    for points in layout.points().values():
-        assert len({point.folder for point in points}) == len(points) > 0
-        assert max(len(part) for p in points for part in p.folder.split('/')) <= 255
+    layout = StudyTrials(study, variants, seconds=dict.fromkeys((v.label for v in variants), 0.1))
+    for trials in layout.by_kind().values():
+        assert len({trial.folder for trial in trials}) == len(trials) > 0
+        assert max(len(part) for p in trials for part in p.folder.split('/')) <= 255
 
 
 @pytest.mark.parametrize(
@@ -300,7 +306,7 @@ def test_a_value_reaches_the_run_as_it_is(key, value):
     ],
 )
 def test_the_baseline_is_a_point_else_the_reference_else_the_first(read, text, label):
-    assert baseline_of(*read(text)).label == label
+    assert baseline_variant(*read(text)).label == label
 
 
 @pytest.mark.parametrize(
@@ -317,7 +323,7 @@ def test_the_baseline_is_a_point_else_the_reference_else_the_first(read, text, l
 )
 def test_a_baseline_that_is_no_single_variant_is_refused(read, text, message):
     with pytest.raises(UserError) as error:
-        baseline_of(*read(text))
+        baseline_variant(*read(text))
     assert message in str(error.value)
 
 
@@ -344,10 +350,10 @@ def params(variant):
 
 
 def test_matching_parameters_by_d_ff_comes_as_near_as_any_step(read):
-    _, found = read(
+    _, variants = read(
         "arch_preset = 'legacy'; sweep = {'ffn_type': ['standard', 'swiglu']}; match = 'params'"
     )
-    standard, swiglu = found
+    standard, swiglu = variants
     assert standard.matched == {'value': 128, 'was': 128, 'mismatch': 0.0}
     target = params(standard)
     assert swiglu.matched['mismatch'] == pytest.approx(params(swiglu) / target - 1)
@@ -361,18 +367,20 @@ def test_matching_parameters_by_d_ff_comes_as_near_as_any_step(read):
 
 
 def test_matching_flops_by_depth_against_a_named_reference(read):
-    study, found = read(
+    study, variants = read(
         "sweep = {'n_embd': [16, 32]}; match = 'flops'; match_by = 'n_layer'; match_step = 1\n"
         "reference = {'n_embd': 32, 'n_layer': 4}"
     )
     target = training_flops(
-        build_model(grid.settings_of(study, study.reference).architecture.replace(vocab_size=256))
+        build_model(
+            grid.merged_settings(study, study.reference).architecture.replace(vocab_size=256)
+        )
     )['per_token_causal']
-    for variant in found:
+    for variant in variants:
         flops = training_flops(build_model(variant.settings.architecture))['per_token_causal']
         assert variant.matched['mismatch'] == pytest.approx(flops / target - 1)
-    assert found[1].settings.architecture.n_layer == 4
-    assert found[0].settings.architecture.n_layer > 8
+    assert variants[1].settings.architecture.n_layer == 4
+    assert variants[0].settings.architecture.n_layer > 8
 
 
 def test_a_size_that_a_variant_lacks_is_refused(read):
@@ -394,28 +402,28 @@ def test_a_size_that_a_variant_lacks_is_refused(read):
 )
 def test_budgets(read, budget, expected):
     study, (variant,) = read(f"sweep = {{'bias': [True]}}; budget = {budget}")
-    assert iterations(study, '', variant.choices[0], seconds_per_update=0.5) == expected
+    assert budgeted_iterations(study, '', variant.choices[0], seconds_per_iter=0.5) == expected
 
 
 def test_a_budget_of_flops_buys_each_its_own_number_of_tokens(read):
-    study, found = read("sweep = {'n_layer': [1, 4]}; budget = {'flops': 1e9}")
-    for variant in found:
+    study, variants = read("sweep = {'n_layer': [1, 4]}; budget = {'flops': 1e9}")
+    for variant in variants:
         per_token = training_flops(build_model(variant.settings.architecture))['per_token_causal']
         expected = int(1e9 / (per_token * 128))
-        assert iterations(study, '', variant.choices[0], None) == expected
+        assert budgeted_iterations(study, '', variant.choices[0], None) == expected
     with pytest.raises(UserError, match='no update'):
         read("sweep = {'bias': [True]}; budget = {'flops': 10}")
 
 
 def test_tuning_has_a_seed_apart(read):
-    study, found = read(
+    study, variants = read(
         "sweep = {'bias': [True, False], 'seed': [1, 2]}; tune = {'learning_rate': [1e-3, 1e-2]}"
     )
-    points = Layout(study, found).tuning
-    assert [(p.overrides['bias'], p.overrides['learning_rate']) for p in points] == [
+    trials = StudyTrials(study, variants).tuning
+    assert [(p.overrides['bias'], p.overrides['learning_rate']) for p in trials] == [
         (bias, rate) for bias in (True, False) for rate in (1e-3, 1e-2)
     ]
-    assert {p.overrides['seed'] for p in points} == {0}
+    assert {p.overrides['seed'] for p in trials} == {0}
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,73 @@
+"""One study at a time in a folder: a lock that the study and its runs share."""
+
+import contextlib
+import os
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from common.console_output import write_progress
+from common.errors import UserError
+from common.files import lock_file
+
+GRACE_SECONDS = 60.0  # for the runs of a study that was killed to save and end
+
+
+@contextlib.contextmanager
+def study_lock(out_dir: Path) -> Iterator[list[int]]:
+    """Keep other studies out of a folder; the file descriptors that hold the lock.
+
+    The lock ends with the processes that have one of them, however they end: the study, and its
+    runs, which save after it was killed. Raises UserError where another study runs.
+    """
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        lock = os.open(out_dir / 'study.lock', os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise UserError(
+            f'out_dir={str(out_dir)!r}: a study cannot write there ({error.strerror}). Choose '
+            f'another folder by --out_dir=FOLDER.'
+        ) from error
+    try:
+        if os.name == 'posix':
+            _acquire(lock, out_dir)
+        yield [lock] if os.name == 'posix' else []
+    finally:
+        os.close(lock)
+
+
+def _acquire(lock: int, out_dir: Path) -> None:
+    """Take the lock. Raises UserError if another study holds it: at once if that one is alive."""
+    until, waiting, here = time.monotonic() + GRACE_SECONDS, False, socket.gethostname()
+    while not lock_file(lock):
+        pid, _, host = os.pread(lock, 300, 0).decode(errors='replace').strip().partition(' ')
+        holder = f'pid {pid or "unknown"}' + (f' on {host}' if host not in ('', here) else '')
+        if host != here or _is_alive(pid):
+            raise UserError(
+                f'{out_dir}: another study ({holder}) is running there. Wait for its end, stop it, '
+                f'or choose another folder by --out_dir=FOLDER.'
+            )
+        if time.monotonic() > until:
+            raise UserError(
+                f'{out_dir}: the study that ran there ({holder}) has ended, but not its runs. Wait '
+                f'for the end of its train.py processes, or stop them.'
+            )
+        if not waiting:
+            write_progress(f'{out_dir}: waiting for the runs of a killed study ({holder}) to save')
+        waiting = True
+        time.sleep(0.2)
+    with contextlib.suppress(OSError):  # it is for the message alone
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, f'{os.getpid()} {here}\n'.encode(), 0)
+
+
+def _is_alive(pid: str) -> bool:
+    """Whether there is such a process; an unreadable number stands for one."""
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, ValueError, OverflowError):
+        return True
+    return True

@@ -1,0 +1,121 @@
+"""A study from its first trial to the comparison, and what it says of what did not finish."""
+
+import json
+import shlex
+from pathlib import Path
+
+from common.console_output import write_progress, write_text
+from common.files import write_file
+from comparison.compare import compare
+from comparison.formats import render_text
+from comparison.load import load_runs
+from studies.outcome import ADVICE, Outcome
+from studies.overview import values_text
+from studies.progress import StudyProgress
+from studies.runner import StudyRunner, StudyStopped
+from studies.state import StudyState
+from studies.trials import RUNS, TIMING, TUNING, Trial
+
+
+def run_study(state: StudyState) -> int:
+    """Time and tune where the study asks for it, run every trial, compare. The exit code."""
+    runner = state.runner
+    with runner.active():
+        try:
+            kind, outcomes = train_trials(state)
+        except StudyStopped as stop:
+            write_progress(f'\nstopped, with everything saved. To go on: {runner.command}')
+            return 128 + stop.signal
+    # From here on a signal ends the study as it ends any program.
+    if kind == RUNS and any(outcome.is_final for outcome in outcomes.values()):
+        write_progress('')
+        print_comparison(runner.out_dir / RUNS)
+    return report_unfinished(kind, outcomes, runner)
+
+
+def train_trials(state: StudyState) -> tuple[str, dict[Trial, Outcome]]:
+    """The kind of trials that the study came to, the last one or where it cannot go on; and what
+    became of those. Raises StudyStopped and UserError."""
+    study, runner = state.study, state.runner
+    progress = StudyProgress(runner, state.trials().by_kind())
+    for kind in (TIMING, TUNING):
+        trials = state.trials().by_kind()[kind]
+        outcomes = runner.run(kind, trials, progress)
+        allowed = ('finished', 'diverged') if kind == TUNING else ('finished',)
+        if any(outcome.kind not in allowed for outcome in outcomes.values()):
+            return kind, outcomes
+        if kind == TUNING and study.tune:
+            for label, tuned in (state.tuned(state.trials()) or {}).items():
+                edge = f'; {", ".join(tuned.at_edge)} is at the end of its list: try beyond'
+                write_progress(
+                    f'tuned {label}: {values_text(tuned.choice.values)} (validation loss '
+                    f'{tuned.loss:.4f}{edge if tuned.at_edge else ""})'
+                )
+    trials = state.trials().runs
+    write_study_plan(state, trials)
+    return RUNS, runner.run(RUNS, trials, progress)
+
+
+def print_comparison(folder: Path) -> None:
+    """What `compare_architectures.py` says of the runs in a folder. Raises UserError."""
+    runs, skipped = load_runs([folder])
+    write_text(render_text(compare(runs, skipped=skipped)), end='')
+
+
+def report_unfinished(kind: str, outcomes: dict[Trial, Outcome], runner: StudyRunner) -> int:
+    """Name each run that did not finish, and what to do. The exit code.
+
+    That of the signal if runs were interrupted and nothing else is wrong; diverged runs are results
+    like others, unless there are no others.
+    """
+    for trial, outcome in outcomes.items():
+        if outcome.kind == 'finished':
+            continue
+        reason = f' ({outcome.reason})' if outcome.reason else ''
+        if outcome.kind in ('failed', 'killed'):
+            reason += f', see {runner.console(kind, trial)}'
+        write_progress(f'{outcome.kind}: {trial.folder}{reason}: {ADVICE[outcome.kind]}')
+    kinds = {outcome.kind for outcome in outcomes.values()}
+    if kind != RUNS:
+        write_progress(f'The study goes on once its {kind} runs have ended: {runner.command}')
+    if kinds <= {'finished', 'diverged'} and 'finished' in kinds and kind == RUNS:
+        return 0
+    if kinds <= {'finished', 'diverged', 'interrupted'} and 'interrupted' in kinds:
+        return max(outcome.code for outcome in outcomes.values())
+    return 1
+
+
+def write_study_plan(state: StudyState, trials: list[Trial]) -> None:
+    """`study.json` beside the runs: the question, what was made equal or chosen, every command."""
+    study, runner = state.study, state.runner
+    tuned = state.tuned(state.trials()) or {}
+    data = {
+        'question': study.question,
+        'command': runner.command,
+        'study_file': study.command_line.config_files[0],
+        'match': study.match,
+        'match_by': study.match_by,
+        'budget': study.budget,
+        'tuned': list(study.tune),
+        'baseline': state.baseline.label,
+        'variants': [
+            {
+                'label': v.label,
+                'asked': v.grid_point,
+                'matched': v.matched or None,
+                'tuned': tuned[v.label].choice.values if v.label in tuned else {},
+                'tuned_at_edge': tuned[v.label].at_edge if v.label in tuned else [],
+            }
+            for v in state.variants
+        ],
+        'points': [
+            {
+                'folder': f'{RUNS}/{trial.folder}',
+                'variant': trial.variant,
+                'command': shlex.join(runner.arguments(RUNS, trial)),
+            }
+            for trial in trials
+        ],
+    }
+    runner.out_dir.mkdir(parents=True, exist_ok=True)
+    write_file(runner.out_dir / 'study.json', json.dumps(data, indent=1).encode())

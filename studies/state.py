@@ -1,0 +1,92 @@
+"""A study with what its trials so far decide about those to come: seconds, and tuned options."""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from common.errors import UserError
+from studies.grid import Study
+from studies.outcome import summary_value
+from studies.runner import StudyRunner
+from studies.trials import TIMING, TUNING, StudyTrials, Trial
+from studies.variants import TuneChoice, Variant
+
+
+class TunedVariant(NamedTuple):
+    """What tuning chose for a variant, and which of the values are the end of their list."""
+
+    choice: TuneChoice
+    loss: float
+    at_edge: list[str]
+
+
+@dataclass
+class StudyState:
+    """A study, with what its runs so far decide about those to come."""
+
+    study: Study
+    variants: list[Variant]
+    baseline: Variant
+    runner: StudyRunner
+
+    def trials(self) -> StudyTrials:
+        """The trials, by what is known by now. Raises UserError."""
+        seconds = self._seconds_per_iter(StudyTrials(self.study, self.variants))
+        if seconds is None:
+            return StudyTrials(self.study, self.variants)
+        tuned = self.tuned(StudyTrials(self.study, self.variants, seconds))
+        chosen = {label: variant.choice for label, variant in (tuned or {}).items()}
+        return StudyTrials(self.study, self.variants, seconds, chosen)
+
+    def is_decided(self, trials: StudyTrials) -> bool:
+        """Whether every option of the runs themselves is."""
+        timed = len(trials.seconds) == len(self.variants) or not trials.timing
+        return timed and (len(trials.chosen) == len(self.variants) or not self.study.tune)
+
+    def _seconds_per_iter(self, trials: StudyTrials) -> dict[str, float] | None:
+        """Of an iteration of each variant, by the timing runs; None if some are not finished."""
+        seconds = {}
+        for trial in trials.timing:
+            outcome = self.runner.outcome(TIMING, trial)
+            if outcome is None or outcome.kind != 'finished':
+                return None
+            time_ms = summary_value(self.runner.record(TIMING, trial), 'avg_time_ms')
+            if not time_ms:
+                raise UserError(f'{self.runner.folder(TIMING, trial)}: its record has no times.')
+            seconds[trial.variant] = time_ms / 1000
+        return seconds
+
+    def tuned(self, trials: StudyTrials) -> dict[str, TunedVariant] | None:
+        """Each variant's best setting of the keys of `tune`, by the final validation loss.
+
+        A run that diverged is the worst. None if some have not ended. Raises UserError.
+        """
+        best: dict[str, tuple[float, Trial]] = {}
+        for trial in trials.tuning:
+            outcome = self.runner.outcome(TUNING, trial)
+            if outcome is None or not outcome.is_final:
+                return None
+            loss = summary_value(self.runner.record(TUNING, trial), 'final_val_loss')
+            if outcome.kind != 'finished' or loss is None:
+                continue
+            if trial.variant not in best or loss < best[trial.variant][0]:
+                best[trial.variant] = loss, trial
+        tuned = {}
+        for variant in self.variants if self.study.tune else []:
+            if variant.label not in best:
+                raise UserError(
+                    f'{self.study.path}: every run that tuned {variant.label} diverged. Give tune '
+                    f'other values.'
+                )
+            loss, trial = best[variant.label]
+            values = trial.choice.values
+            at_edge = [
+                k for k, choices in self.study.tune.items() if is_at_edge(values[k], choices)
+            ]
+            tuned[variant.label] = TunedVariant(trial.choice, loss, at_edge)
+        return tuned
+
+
+def is_at_edge(value: Any, choices: list) -> bool:
+    """Whether a larger or smaller value than any of the list might be better still."""
+    numbers = all(type(choice) in (int, float) for choice in choices)
+    return numbers and len(choices) > 1 and value in (min(choices), max(choices))

@@ -1,0 +1,168 @@
+"""How long a study takes, estimated before it runs: by its budget, its records or a measurement."""
+
+import contextlib
+import math
+import statistics
+import time
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+from common import hardware
+from common.errors import UserError
+from comparison.runs import causal_flops
+from model_builder import parameter_groups
+from optim.step import Updater
+from parallel.strategies import SingleProcess, recomputed_blocks
+from studies.grid import merged_settings
+from studies.outcome import summary_value
+from studies.runner import StudyRunner, iterations_done
+from studies.trials import TIMING, StudyTrials, Trial
+from studies.variants import TuneChoice
+from training.stability import is_out_of_memory
+
+# A measurement of a variant takes as long as this many FLOPs at most, and of all of them so many
+# seconds: enough for models that train on such a device within a day.
+LARGEST_MEASURED = {'cpu': 2e12}
+
+
+LARGEST_MEASURED_ELSEWHERE = 1e15
+
+
+MEASURING_SECONDS = 15.0
+
+
+REPEAT_SECONDS = 0.3  # of repetitions, where they are short
+
+
+class TimeEstimate(NamedTuple):
+    """Seconds of what is left of a study, and what they are known from."""
+
+    seconds: float
+    source: str
+
+
+def estimate_time(
+    runner: StudyRunner, trials: StudyTrials, left: dict[str, list[Trial]], measure: bool
+) -> TimeEstimate | None:
+    """The time of the trials that are left; None if nothing tells.
+
+    From the runs in out_dir; without any, where `measure` is set, from a few updates made now.
+    """
+    devices = _devices(runner, runner.jobs)
+    if 'seconds' in runner.study.budget:
+        runs = sum(len(of_kind) for kind, of_kind in left.items() if kind != TIMING)
+        seconds = runner.study.budget['seconds'] * runs / devices
+        return TimeEstimate(seconds, 'by its budget, and some more for evaluations')
+    speeds: dict[str, list[float]] = {}
+    recorded = 0
+    for variant, speed in _recorded_speeds(runner, trials):
+        speeds.setdefault(variant, []).append(speed)
+        recorded += 1
+    source = f'at the speed of {recorded} run{"s" * (recorded > 1)} in {runner.out_dir}'
+    if not recorded and measure:
+        speeds = {variant: [speed] for variant, speed in _measured_speeds(runner, trials)}
+        source = 'at the speed of a few updates made now, and some more for the start of each run'
+    if not speeds:
+        return None
+    by_variant = {variant: statistics.fmean(values) for variant, values in speeds.items()}
+    typical = statistics.fmean(by_variant.values())
+    seconds = 0.0
+    for kind, of_kind in left.items():
+        for trial in of_kind:
+            share = trial.share(iterations_done(runner.folder(kind, trial)))
+            # A recorded speed is that of a whole run.
+            extra = 0.0 if recorded else _evaluation_flops(runner, trial)
+            flops = ((trial.flops or 0.0) + extra) * (1 - share)
+            seconds += flops * by_variant.get(trial.variant, typical)
+    return TimeEstimate(seconds / devices, source)
+
+
+def _devices(runner: StudyRunner, jobs: int) -> int:
+    """How many runs get a device of their own; on a CPU they share its cores."""
+    on_gpu = runner.context.device.type == 'cuda'
+    return max(1, min(jobs, torch.cuda.device_count())) if on_gpu else 1
+
+
+def _recorded_speeds(runner: StudyRunner, trials: StudyTrials) -> Iterator[tuple[str, float]]:
+    """Variant and seconds a FLOP, on a device of its own, of each run that has made some."""
+    for kind, of_kind in trials.by_kind().items():
+        for trial in of_kind:
+            with contextlib.suppress(UserError, KeyError, AttributeError, TypeError):
+                record = runner.record(kind, trial)
+                if record is None:
+                    continue
+                flops, seconds = causal_flops(record), summary_value(record, 'wall_seconds')
+                if not flops or not seconds:
+                    continue
+                jobs = record['config'].get('concurrent_runs') or 1
+                yield trial.variant, seconds * _devices(runner, jobs) / jobs / flops
+
+
+def _measured_speeds(runner: StudyRunner, trials: StudyTrials) -> Iterator[tuple[str, float]]:
+    """Variant and seconds a FLOP, measured now, as far as that takes no longer than seconds."""
+    began, device = time.perf_counter(), runner.context.device
+    largest = LARGEST_MEASURED.get(device.type, LARGEST_MEASURED_ELSEWHERE)
+    for variant in trials.variants:
+        choice = variant.choices[0]
+        steps = choice.settings.run.gradient_accumulation_steps
+        if (
+            choice.flops_per_iter / steps > largest
+            or time.perf_counter() - began > MEASURING_SECONDS
+        ):
+            continue
+        with contextlib.suppress(UserError):
+            yield (
+                variant.label,
+                measure_seconds_per_iter(choice, runner.context.device) / choice.flops_per_iter,
+            )
+
+
+def measure_seconds_per_iter(choice: TuneChoice, device: torch.device) -> float:
+    """How long an iteration takes now, without compilation: the mean of a few, one micro-step each.
+
+    Raises UserError where the memory does not suffice.
+    """
+    run, architecture = choice.settings.run, choice.settings.architecture
+    parallel = SingleProcess(run, device)
+    shape = run.batch_size, architecture.block_size
+    tokens = torch.randint(architecture.vocab_size, shape, device=device)
+    micro_step_times: list[float] = []
+    update_times: list[float] = []
+    until = 0.0
+    try:
+        recomputed = recomputed_blocks(run.activation_checkpointing, architecture.n_layer)
+        model, _ = parallel.build(architecture, recomputed, compiled=False)
+        optimizer = parallel.build_optimizer(parameter_groups(model), run)
+        updater = Updater(optimizer, run, device, parallel)
+        while len(update_times) < 3 or time.perf_counter() < until:
+            hardware.synchronize(device)
+            start = time.perf_counter()
+            with hardware.autocast(device, run.dtype):
+                loss_sum, _, auxiliary = model(tokens, tokens)
+            loss = loss_sum / tokens.numel()
+            updater.backward(loss + auxiliary.loss)
+            hardware.synchronize(device)
+            middle = time.perf_counter()
+            updater.update(run.learning_rate, loss.detach(), measured=False)
+            hardware.synchronize(device)
+            micro_step_times.append(middle - start)
+            update_times.append(time.perf_counter() - middle)
+            if len(update_times) == 1:  # which warmed up
+                until = time.perf_counter() + REPEAT_SECONDS
+    except (RuntimeError, MemoryError) as error:
+        if is_out_of_memory(error):
+            raise UserError('not enough memory to measure an update') from error
+        raise
+    micro_step, update = (statistics.fmean(times[1:]) for times in (micro_step_times, update_times))
+    return micro_step * run.gradient_accumulation_steps + update
+
+
+def _evaluation_flops(runner: StudyRunner, trial: Trial) -> float:
+    """Of a run's evaluations: forward passes, which are a third of training's FLOPs."""
+    settings = merged_settings(runner.study, trial.overrides).complete(*runner.context)
+    run, block_size = settings.run, settings.architecture.block_size
+    evaluations = 1 + math.ceil((trial.iterations or 0) / run.eval_interval)
+    tokens = 2 * run.eval_iters * block_size  # of both splits
+    return evaluations * tokens * trial.choice.flops_per_iter / trial.choice.tokens_per_iter / 3

@@ -1,0 +1,120 @@
+"""The runs of a study, its trials: which there are, what they set, and what each may cost."""
+
+from dataclasses import dataclass
+
+from common.registry import Option
+from studies.grid import SEED_KEYS, Study, argument, folder_names, grid, point_labels, study_seeds
+from studies.variants import TuneChoice, Variant, budgeted_iterations
+
+RUNS, TUNING, TIMING = 'runs', 'tuning', 'timing'  # kinds of trials; their folders below out_dir
+
+
+TIMED_ITERATIONS = 10  # to learn the seconds of one; the record leaves the first out
+
+
+@dataclass(frozen=True, eq=False)  # a key by itself
+class Trial:
+    """One run of a study."""
+
+    folder: str  # below the study's, unique
+    variant: str
+    overrides: dict
+    choice: TuneChoice
+    iterations: int | None  # None: not known before the budget's seconds are
+
+    @property
+    def tokens(self) -> int | None:
+        return None if self.iterations is None else self.iterations * self.choice.tokens_per_iter
+
+    @property
+    def flops(self) -> float | None:
+        return None if self.iterations is None else self.iterations * self.choice.flops_per_iter
+
+    def share(self, iterations_done: int) -> float:
+        """Which part of its iterations so many are."""
+        return min(1.0, iterations_done / self.iterations) if self.iterations else 0.0
+
+    def arguments(self, options: dict[str, Option]) -> list[str]:
+        """As `train.py` takes them."""
+        arguments = (argument(key, value, options) for key, value in self.overrides.items())
+        return [text for text in arguments if text is not None]  # all can be: they were checked
+
+
+class StudyTrials:
+    """The runs of a study, as far as their options are known.
+
+    seconds: of an iteration of each variant, by label, once they are timed. chosen: what tuning
+    chose for each, by label. Where either is not known yet, a run stands for one at the largest
+    cost.
+    """
+
+    def __init__(
+        self,
+        study: Study,
+        variants: list[Variant],
+        seconds: dict[str, float] | None = None,
+        chosen: dict[str, TuneChoice] | None = None,
+    ):
+        self.study, self.variants = study, variants
+        self.seconds, self.chosen = seconds or {}, chosen or {}
+
+    def _trial(self, folder: str, variant: Variant, choice: TuneChoice, seed: dict) -> Trial:
+        iterations = budgeted_iterations(
+            self.study, variant.label, choice, self.seconds.get(variant.label)
+        )
+        budget = {} if iterations is None else {'max_iters': iterations}
+        if 'seconds' not in self.study.budget and iterations is None:
+            iterations = choice.settings.run.max_iters
+        overrides = {**variant.overrides, **budget, **choice.values, **seed}
+        return Trial(folder, variant.label, overrides, choice, iterations)
+
+    @property
+    def timing(self) -> list[Trial]:
+        """A few iterations of each variant, where the budget is in seconds."""
+        if 'seconds' not in self.study.budget:
+            return []
+        labels = [variant.label for variant in self.variants]
+        folders = folder_names(labels, clean=lambda label: label.replace('/', '_'))
+        timed = {'max_iters': TIMED_ITERATIONS}
+        return [
+            Trial(folder, v.label, {**v.overrides, **timed}, v.choices[0], TIMED_ITERATIONS)
+            for folder, v in zip(folders, self.variants)
+        ]
+
+    @property
+    def tuning(self) -> list[Trial]:
+        """The runs that choose each variant's values of the keys of `tune`, at a seed apart."""
+        if not self.study.tune:
+            return []
+        seed = dict.fromkeys(SEED_KEYS, self.study.tune_seed)
+        folders = folder_names(point_labels(grid(self.study.tune)))
+        return [
+            self._trial(f'{parent}/{folder}', variant, choice, seed)
+            for parent, variant in self._variant_folders()
+            for folder, choice in zip(folders, variant.choices)
+        ]
+
+    @property
+    def runs(self) -> list[Trial]:
+        """Every run that counts: all variants at the first seed, then at the next, so that pairs
+        grow together."""
+        seeds = study_seeds(self.study)
+        return [
+            self._trial(
+                f'{parent}/{folder}' if name else parent,
+                variant,
+                self.chosen.get(variant.label, variant.costliest),
+                seeds[name],
+            )
+            for name, folder in zip(seeds, folder_names(list(seeds)))
+            for parent, variant in self._variant_folders()
+        ]
+
+    def _variant_folders(self) -> list[tuple[str, Variant]]:
+        """Each variant with the name of its folder."""
+        labels = [variant.label for variant in self.variants]
+        return list(zip(folder_names(labels), self.variants))
+
+    def by_kind(self) -> dict[str, list[Trial]]:
+        """All runs by kind, in the order in which the kinds are run."""
+        return {TIMING: self.timing, TUNING: self.tuning, RUNS: self.runs}
