@@ -22,20 +22,33 @@ from pathlib import Path
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 
-from benchmarks.fault_run import write_dataset  # noqa: E402
-from benchmarks.study_kills import OPTIONS  # noqa: E402
+from benchmarks.record_overhead import random_tokens  # noqa: E402
 from records.record import read_record  # noqa: E402
 from records.run_folders import latest_run  # noqa: E402
 from training_logger import TrainingLogger  # noqa: E402
 
 ARCHITECTURES, REPEATS = 50, 5
+OPTIONS = {
+    'n_layer': 2,
+    'n_head': 2,
+    'n_embd': 32,
+    'block_size': 32,
+    'batch_size': 4,
+    'gradient_accumulation_steps': 1,
+    'max_iters': 20,
+    'eval_interval': 2,
+    'eval_iters': 8,
+    'device': 'cpu',
+    'dtype': 'float32',
+    'peak_tflops': 1.0,  # else it would be measured
+}
 
 
 def example(folder: Path) -> dict:
     """The record of a short training."""
-    write_dataset(folder / 'dataset')
+    (folder / 'dataset').mkdir()
+    random_tokens(folder / 'dataset', vocab_size=256)
     options = {**OPTIONS, 'dataset': folder / 'dataset', 'out_dir': folder / 'example'}
-    options |= {'max_iters': 20, 'eval_interval': 2}
     command = [sys.executable, str(PROJECT / 'train.py')]
     command += [f'--{key}={value}' for key, value in options.items()]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
@@ -93,8 +106,8 @@ def main() -> None:
             folder.mkdir(parents=True, exist_ok=True)
             record = example(folder)
             for number in range(options.records):
-                place = folder / 'runs' / f'{number:05}' / 'run_20260101_000000'
-                write_run(place, record, number, options.iterations)
+                run_folder = folder / 'runs' / f'{number:05}' / 'run_20260101_000000'
+                write_run(run_folder, record, number, options.iterations)
         size = sum(path.stat().st_size for path in folder.glob('runs/*/*/record.json'))
         imported = cpu_seconds(['-c', 'import compare_architectures'])
         compared = cpu_seconds(['compare_architectures.py', str(folder / 'runs')])

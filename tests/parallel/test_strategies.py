@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.bit_equality import bit_differences
 from helpers.event_files import assert_holds
 from helpers.project import PROJECT, TINY_RUN
 
 import export_checkpoint
-from benchmarks import fault_run
 from model_builder import build_model
 from model_config import ModelArchitectureConfig
 from records.record import read_record
@@ -608,7 +608,7 @@ def test_what_is_written_beside_the_training_is_what_was_saved(left, strategy):
     after_ten = [run.folder / 'checkpoints' / 'iter_00000010' for run in (late, whole)]
     mine, theirs = map(checkpointing.read_index, after_ten)
     assert mine.index['progress'] == theirs.index['progress']
-    assert fault_run.differences(*map(checkpointing.load_state, (mine, theirs))) == []
+    assert bit_differences(*map(checkpointing.load_state, (mine, theirs))) == []
     journal = (late.folder / 'journal.jsonl').read_text().splitlines()
     entries = [(line['kind'], line.get('iter')) for line in map(json.loads, journal)]
     assert entries.index(('checkpoint', 10)) > entries.index(('iteration', 11))

@@ -19,7 +19,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
 
-import foreign_configs  # noqa: E402
+from helpers import foreign_configs  # noqa: E402
 from helpers.foreign_files import Folders, outcome  # noqa: E402
 
 

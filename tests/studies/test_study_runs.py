@@ -14,10 +14,10 @@ import time
 import pytest
 import torch
 from helpers.project import PROJECT
+from stress.study_kills import study_kills
 
 import study
 import train
-from benchmarks.study_kills import study_kills
 from common import files as file_writing
 from common.errors import UserError
 from comparison.load import load_runs

@@ -16,10 +16,10 @@ from pathlib import Path
 
 import jsonschema
 import pytest
+from helpers.bit_equality import bit_differences, without_measurements
 from helpers.in_process import joined, train_here
 from helpers.project import PROJECT, TINY_RUN
 
-from benchmarks.fault_run import differences, without_measurements
 from records.record import read_record
 from records.run_folders import latest_run
 from training import checkpointing
@@ -65,7 +65,7 @@ def assert_same_end(run: Path, reference: Path, extra_checkpoints: tuple = ()) -
         checkpointing.newest(folder / 'checkpoints', pytest.fail) for folder in (run, reference)
     )
     assert {*state[0]} == {*expected[0]} == {'model', 'optimizer', 'offsets', 'scaler'}
-    assert differences(state, expected) == []
+    assert bit_differences(state, expected) == []
     assert ours.iter == theirs.iter and ours.index['progress'] == theirs.index['progress']
 
     record, wanted = read_record(run), read_record(reference)

@@ -147,7 +147,7 @@ def test_a_killed_job_that_torchrun_restarts_ends_as_an_undisturbed_one(tmp_path
     result = subprocess.run(
         [
             sys.executable,
-            PROJECT / 'benchmarks' / 'fault_run.py',
+            PROJECT / 'tests/stress/fault_run.py',
             '--strategy=fsdp',
             '--kills=1',
             '--updates=30',

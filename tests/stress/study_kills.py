@@ -1,6 +1,6 @@
 """Kill one study again and again, and compare its result with that of a study left alone.
 
-    python benchmarks/study_kills.py [--kills=6] [--seeds=3] [--updates=300] [--folder=FOLDER]
+    python tests/stress/study_kills.py [--kills=6] [--seeds=3] [--updates=300] [--folder=FOLDER]
 
 Four variants, each with so many seeds, are trained once without interruption. The same study then
 is ended at random moments and started again by the same command: by `kill -9` of it and its runs,
@@ -22,16 +22,12 @@ from pathlib import Path
 
 import psutil
 
-PROJECT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(PROJECT))
+PROJECT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(PROJECT), str(PROJECT / 'tests')]
 
-from benchmarks.fault_run import (  # noqa: E402
-    clock,
-    differences,
-    empty_folder,
-    without_measurements,
-    write_dataset,
-)
+from helpers.bit_equality import bit_differences, without_measurements  # noqa: E402
+from stress.fault_run import clock, empty_folder, write_dataset  # noqa: E402
+
 from records.record import read_record  # noqa: E402
 from records.run_folders import find_records, latest_run  # noqa: E402
 
@@ -97,13 +93,13 @@ class StudyRun:
         return self.process.wait() < 0
 
     def records(self) -> dict[str, dict]:
-        """The newest record of each point, by its folder."""
+        """The newest record of each trial, by its folder."""
         trials = self.out.glob('runs/*/*')
-        found = {str(trial.relative_to(self.out)): latest_run(trial) for trial in trials}
-        return {name: read_record(run) for name, run in sorted(found.items()) if run}
+        runs = {str(trial.relative_to(self.out)): latest_run(trial) for trial in trials}
+        return {name: read_record(run) for name, run in sorted(runs.items()) if run}
 
     def iterations(self) -> int:
-        """Updates that the runs have logged, those that are then made again counted twice."""
+        """Iterations that the runs have logged, those that are then made again counted twice."""
         journals = self.out.glob('runs/*/*/run_*/journal.jsonl')
         return sum(journal.read_bytes().count(b'{"kind": "iteration"') for journal in journals)
 
@@ -151,23 +147,24 @@ def main() -> int:
     options = parser.parse_args()
     with empty_folder(parser, options.folder) as folder:
         rng = random.Random(options.seed)
-        return study_kills(folder, options.kills, options.seeds, options.iterations, rng)
+        return study_kills(folder, options.kills, options.seeds, options.updates, rng)
 
 
 def study_kills(folder: Path, kills: int, seeds: int, iterations: int, rng: random.Random) -> int:
     """Both studies, the moments of the kills and the verdict, printed; 0 if nothing differs."""
     write_dataset(folder / 'dataset')
-    quiet = StudyRun(folder, 'uninterrupted', seeds, iterations)
+    reference = StudyRun(folder, 'uninterrupted', seeds, iterations)
     began = time.perf_counter()
-    quiet.start()
-    quiet.finish()
-    took, wanted = time.perf_counter() - began, quiet.records()
+    reference.start()
+    reference.finish()
+    took, expected = time.perf_counter() - began, reference.records()
     print(
-        f'{len(wanted)} runs of {iterations} updates without interruption: {took:.0f} s', flush=True
+        f'{len(expected)} runs of {iterations} updates without interruption: {took:.0f} s',
+        flush=True,
     )
 
     study, began = StudyRun(folder, 'killed', seeds, iterations), time.perf_counter()
-    made, done, total = 0, 0, len(wanted) * iterations
+    killed, done, total = 0, 0, len(expected) * iterations
     for number in range(kills):
         study.start()
         # As many updates as leave some for the kills to come, at whatever speed.
@@ -178,9 +175,8 @@ def study_kills(folder: Path, kills: int, seeds: int, iterations: int, rng: rand
         if not study.kill(kind):
             print('the study ended before all kills were made: raise --updates')
             break
-        made += 1
-        records = study.records().values()
-        complete = sum(record['status'] == 'finished' for record in records)
+        killed += 1
+        complete = sum(r['status'] == 'finished' for r in study.records().values())
         done = study.iterations()
         print(
             f'kill {number + 1}/{kills} ({kind}): {complete} runs complete, '
@@ -190,27 +186,30 @@ def study_kills(folder: Path, kills: int, seeds: int, iterations: int, rng: rand
     study.start()
     study.finish()
 
-    found = study.records()
+    records = study.records()
     different = {
-        'table': differences(study.table(), quiet.table(), 'table'),
-        'runs': [] if found.keys() == wanted.keys() else sorted(found.keys() ^ wanted.keys()),
+        'table': bit_differences(study.table(), reference.table(), 'table'),
+        'runs': []
+        if records.keys() == expected.keys()
+        else sorted(records.keys() ^ expected.keys()),
     }
     if not different['runs']:
         for part in ('status', 'iterations', 'evaluations'):
             pairs = (
-                (name, result(found[name])[part], result(wanted[name])[part]) for name in found
+                (name, result(records[name])[part], result(expected[name])[part])
+                for name in records
             )
-            different[part] = [slot for n, a, b in pairs for slot in differences(a, b, n)]
-    resumes = sum(e['event'] == 'resume' for record in found.values() for e in record['events'])
-    print(f'\nkills                    {made}')
+            different[part] = [key for n, a, b in pairs for key in bit_differences(a, b, n)]
+    resumes = sum(e['event'] == 'resume' for record in records.values() for e in record['events'])
+    print(f'\nkills                    {killed}')
     print(f'resumes in the records   {resumes}')
-    print(f'runs begun anew          {len(find_records(study.out)) - len(found)}')
-    for part, slots in different.items():
-        verdict = f'DIFFERENT: {", ".join(slots[:5])}' if slots else 'equal, to the last bit'
+    print(f'runs begun anew          {len(find_records(study.out)) - len(records)}')
+    for part, keys in different.items():
+        verdict = f'DIFFERENT: {", ".join(keys[:5])}' if keys else 'equal, to the last bit'
         print(f'{part:<24} {verdict}')
     print(f'time                     {clock(time.perf_counter() - began)} for the killed study')
     print(f'\n{study.comparison("text")}')
-    return int(any(different.values()) or made < kills)
+    return int(any(different.values()) or killed < kills)
 
 
 if __name__ == '__main__':

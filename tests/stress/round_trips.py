@@ -1,6 +1,6 @@
 """How far apart the logits are once a preset has gone into transformers' format and back.
 
-    python benchmarks/round_trips.py [preset …] [--key=value …]
+    python tests/stress/round_trips.py [preset …] [--key=value …]
 
 Each preset, small unless the sizes are given (--n_layer=12 --n_embd=768 …), with weights of every
 kind, in fp32: `export` is transformers' AutoModelForCausalLM on what we write against our model,
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import interop
 from common.errors import UserError

@@ -1,12 +1,13 @@
 """Whether compiling changes what a preset computes: logits, loss and gradients, block by block.
 
-    python benchmarks/compile_parity.py [preset …]
+    python tests/stress/compile_parity.py [preset …]
 
 Each preset, tiny, in fp32: the model as it is, and the same with its blocks compiled as in training
-(`parallelism.prepare_blocks`). A difference is the norm of the difference of a tensor against the
-norm of the tensor, the largest of the model. Differences in the last bits are usual, since fused
-operations round less often; anything above 1e-5 makes the exit code 1. `graphs` counts what was
-compiled for a forward pass in training and one in evaluation; it must not grow with the layers.
+(`parallel.strategies.prepare_blocks`). A difference is the norm of the difference of a tensor
+against the norm of the tensor, the largest of the model. Differences in the last bits are usual,
+since fused operations round less often; anything above 1e-5 makes the exit code 1. `graphs` counts
+what was compiled for a forward pass in training and one in evaluation; it must not grow with the
+layers.
 """
 
 import sys
@@ -16,7 +17,7 @@ from pathlib import Path
 import torch
 from torch._dynamo.utils import counters
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from model_builder import Transformer, build_model
 from model_config import PRESETS, ModelArchitectureConfig

@@ -1,7 +1,7 @@
 """Kill one training again and again, and compare what comes out with a training left alone.
 
-    python benchmarks/fault_run.py [--kills=50] [--updates=800] [--seed=0] [--folder=FOLDER]
-    python benchmarks/fault_run.py --strategy=fsdp [--ranks=2] [--kills=20] [--updates=400]
+    python tests/stress/fault_run.py [--kills=50] [--updates=800] [--seed=0] [--folder=FOLDER]
+    python tests/stress/fault_run.py --strategy=fsdp [--ranks=2] [--kills=20] [--updates=400]
 
 A small model is trained once without interruption. The same training then gets `kill -9` after
 `kill -9`, each time to be started again by --init_from=auto: a fifth of them while it starts, two
@@ -31,12 +31,14 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
-import torch
 
-PROJECT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(PROJECT))
+PROJECT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(PROJECT), str(PROJECT / 'tests')]
+
+from helpers.bit_equality import bit_differences, without_measurements  # noqa: E402
 
 from records.record import read_record  # noqa: E402
 from records.run_folders import latest_run  # noqa: E402
@@ -59,31 +61,9 @@ OPTIONS = {
     'log_style': 'line',
     'init_from': 'auto',
 }
-MEASURED = (
-    *('time', 'time_ms', 'write_ms', 'train_seconds', 'steps', 'tokens_per_sec', 'mfu', 'memory'),
-)
 STRATEGIES = {'single': {}, 'ddp': {}, 'zero1': {'use_zero1': True}, 'fsdp': {'use_fsdp': True}}
 KINDS = ('training', 'saving', 'start', 'saving', 'training')
-PATIENCE = 300  # seconds, for what should take a few
-
-
-def differences(a, b, where: str = 'state') -> list[str]:
-    """The places where two states differ, be it by one bit."""
-    if isinstance(a, torch.Tensor):
-        same = a.dtype == b.dtype and a.shape == b.shape
-        same = same and torch.equal(*(t.contiguous().reshape(-1).view(torch.uint8) for t in (a, b)))
-        return [] if same else [where]
-    if isinstance(a, dict | list):
-        keys = a if isinstance(a, dict) else range(len(a))
-        if len(a) != len(b):
-            return [where]
-        return [place for key in keys for place in differences(a[key], b[key], f'{where}.{key}')]
-    return [] if a == b else [where]
-
-
-def without_measurements(entries: list[dict]) -> list[dict]:
-    """Entries of a record, less what no two runs have in common."""
-    return [{key: e[key] for key in e if key not in MEASURED} for e in entries]
+GRACE_SECONDS = 300  # seconds, for what should take a few
 
 
 def write_dataset(folder: Path) -> None:
@@ -103,15 +83,15 @@ def write_dataset(folder: Path) -> None:
 class Training:
     """One training in one folder, as many processes as it takes."""
 
-    def __init__(self, folder: Path, name: str, updates: int, strategy: str, ranks: int):
+    def __init__(self, folder: Path, name: str, iterations: int, strategy: str, ranks: int):
         self.out, self.log = folder / name, folder / f'{name}.log'
         self.ranks = 1 if strategy == 'single' else ranks
-        options = {**OPTIONS, **STRATEGIES[strategy], 'max_iters': updates}
+        options = {**OPTIONS, **STRATEGIES[strategy], 'max_iters': iterations}
         options |= {'dataset': folder / 'dataset', 'out_dir': self.out}
         options['gradient_accumulation_steps'] *= self.ranks
         self.options = [f'--{key}={value}' for key, value in options.items()]
         self.process: subprocess.Popen | None = None
-        self.spent: set[int] = set()  # processes of ranks that a kill has ended, or will have
+        self.killed: set[int] = set()  # processes of ranks that a kill has ended, or will have
 
     @property
     def run(self) -> Path | None:
@@ -151,12 +131,12 @@ class Training:
             children = psutil.Process(self.process.pid).children()
         except psutil.NoSuchProcess:
             return []
-        return [child.pid for child in children if child.pid not in self.spent]
+        return [child.pid for child in children if child.pid not in self.killed]
 
     def kill(self, rng: random.Random) -> bool:
         """Kill a random one of the processes; whether there was one left."""
         workers = self.workers()
-        self.spent.update(workers)
+        self.killed.update(workers)
         if self.process.poll() is not None or not workers:
             return False
         try:
@@ -176,18 +156,18 @@ class Training:
         self.wait()
         return time.perf_counter() - began
 
-    def end_of_journal(self) -> tuple[Path | None, int]:
+    def journal_end(self) -> tuple[Path | None, int]:
         run = self.run
         return run, (run / 'journal.jsonl').stat().st_size if run else 0
 
-    def updates_since(self, run: Path | None, size: int) -> int:
-        """Updates that the journal tells of after that end of it; -1 without a line of one."""
+    def iterations_since(self, run: Path | None, size: int) -> int:
+        """Iterations that the journal tells of after that end of it; -1 without a line of one."""
         if self.run is None:
             return -1
         with open(self.run / 'journal.jsonl', 'rb') as file:
             file.seek(size if self.run == run else 0)
-            made = re.findall(rb'"kind": "iteration".*?"iter": (\d+)', file.read())
-        return int(made[-1]) + 1 if made else -1
+            numbers = re.findall(rb'"kind": "iteration".*?"iter": (\d+)', file.read())
+        return int(numbers[-1]) + 1 if numbers else -1
 
     def leftovers(self) -> set[str]:
         """What a save, or a removal, has under way or has left behind."""
@@ -207,11 +187,11 @@ class Training:
 
 def wait_until(condition, process: subprocess.Popen) -> None:
     """Wait until the condition holds or the process has ended."""
-    deadline = time.perf_counter() + PATIENCE
+    deadline = time.perf_counter() + GRACE_SECONDS
     while process.poll() is None and not condition():
         if time.perf_counter() > deadline:
             process.kill()
-            sys.exit(f'train.py did not get on for {PATIENCE} seconds')
+            sys.exit(f'train.py did not get on for {GRACE_SECONDS} seconds')
         time.sleep(0.001)
 
 
@@ -220,14 +200,14 @@ def kill_once(
 ) -> bool | None:
     """Kill at a moment of that kind, and return whether it fell into a save.
 
-    until: updates made at that moment, where it is not the start. seconds: what a start, an update
-    and a save take. None if the training ended before.
+    until: iterations made at that moment, where it is not the start. seconds: what a start, an
+    update and a save take. None if the training ended before.
     """
-    end, before = training.end_of_journal(), training.leftovers()
+    end, before = training.journal_end(), training.leftovers()
     if kind == 'start':
         time.sleep(rng.uniform(0, seconds['start']))
     else:
-        wait_until(lambda: training.updates_since(*end) >= until, training.process)
+        wait_until(lambda: training.iterations_since(*end) >= until, training.process)
         time.sleep(rng.uniform(0, seconds['update']))
         if kind == 'saving':
             wait_until(lambda: training.leftovers() - before, training.process)
@@ -276,75 +256,105 @@ def main() -> int:
 
 
 def fault_run(
-    folder: Path, kills: int, updates: int, how: tuple[str, int], rng: random.Random
+    folder: Path, kills: int, iterations: int, how: tuple[str, int], rng: random.Random
 ) -> int:
+    """Both trainings, the kills and the verdict, printed; 0 if nothing differs."""
     write_dataset(folder / 'dataset')
-    whole = Training(folder, 'uninterrupted', updates, *how)
-    print(f'training {updates} updates without interruption', flush=True)
-    took = whole.finish()
-    wanted = read_record(whole.run)
-    trained = wanted['summary']['wall_seconds']
+    reference = Training(folder, 'uninterrupted', iterations, *how)
+    seconds = train_alone(reference, iterations)
+    began = time.perf_counter()
+    training = Training(folder, 'killed', iterations, *how)
+    outcome = kill_repeatedly(training, kills, iterations, seconds, rng)
+    different = compare_trainings(training, reference)
+    resumes = sum(event['event'] == 'resume' for event in read_record(training.run)['events'])
+    total = sum(outcome.kinds.values())
+    kinds = ', '.join(f'{n} {kind}' for kind, n in outcome.kinds.items())
+    print(f'\nkills                    {total} ({kinds})')
+    print(f'  that fell into a save  {outcome.in_saves}')
+    print(f'resumes in the record    {resumes}')
+    print(f'unreadable checkpoints   {len(outcome.unreadable)}')
+    for problem in outcome.unreadable:
+        print(f'  {problem}')
+    for part, keys in different.items():
+        verdict = f'DIFFERENT: {", ".join(keys[:5])}' if keys else 'equal, bit for bit'
+        print(f'{part:<24} {verdict}')
+    print(f'time                     {clock(time.perf_counter() - began)} for the killed training')
+    return int(bool(outcome.unreadable or any(different.values()) or total < kills))
+
+
+def train_alone(reference: Training, iterations: int) -> dict[str, float]:
+    """Train without interruption; the seconds that a start, an update and a save take."""
+    print(f'training {iterations} updates without interruption', flush=True)
+    took = reference.finish()
+    record = read_record(reference.run)
     seconds = {
-        'start': took - trained,
-        'update': wanted['summary']['avg_time_ms'] / 1e3,
-        'save': statistics.median(entry['time_ms'] for entry in wanted['checkpoints']) / 1e3,
+        'start': took - record['summary']['wall_seconds'],
+        'update': record['summary']['avg_time_ms'] / 1e3,
+        'save': statistics.median(entry['time_ms'] for entry in record['checkpoints']) / 1e3,
     }
     print(
-        f'{took:.0f} s, of which {seconds["start"]:.1f} s to start; {len(wanted["checkpoints"])} '
+        f'{took:.0f} s, of which {seconds["start"]:.1f} s to start; {len(record["checkpoints"])} '
         f'saves of {1e3 * seconds["save"]:.0f} ms',
         flush=True,
     )
+    return seconds
 
-    training = Training(folder, 'killed', updates, *how)
+
+class Kills(NamedTuple):
+    """What came of them: how many of each kind, those in saves, and checkpoints that broke."""
+
+    kinds: Counter
+    in_saves: int
+    unreadable: list[str]
+
+
+def kill_repeatedly(
+    training: Training,
+    kills: int,
+    iterations: int,
+    seconds: dict[str, float],
+    rng: random.Random,
+) -> Kills:
+    """Kill it so often, each time to be started again, and train to the end."""
     training.start(restarts=kills)
-    landed, in_save, unreadable, began = Counter(), 0, [], time.perf_counter()
+    kinds, in_saves, unreadable, began = Counter(), 0, [], time.perf_counter()
     for number in range(kills):
         done = checkpointing.read_index(training.checkpoints[0]).iter if training.checkpoints else 0
-        until = done + rng.uniform(0, 2) * (updates - done) / (kills - number + 1)
+        until = done + rng.uniform(0, 2) * (iterations - done) / (kills - number + 1)
         kind = KINDS[number % len(KINDS)]
-        hit = kill_once(training, kind, until, seconds, rng)
-        if hit is None:
+        in_save = kill_once(training, kind, until, seconds, rng)
+        if in_save is None:
             print('the training ended before all kills were made: raise --updates')
             break
-        landed[kind] += 1
-        in_save += hit
+        kinds[kind] += 1
+        in_saves += in_save
         training.start()
         unreadable += training.unreadable()
         elapsed = time.perf_counter() - began
         left = elapsed / (number + 1) * (kills - number - 1) + seconds['start']
         print(
-            f'kill {number + 1}/{kills} ({kind}{", in a save" if hit else ""}) with {done} of '
-            f'{updates} updates saved | {clock(left)} left',
+            f'kill {number + 1}/{kills} ({kind}{", in a save" if in_save else ""}) with {done} of '
+            f'{iterations} updates saved | {clock(left)} left',
             flush=True,
         )
     training.wait()
+    return Kills(kinds, in_saves, unreadable)
 
-    record = read_record(training.run)
+
+def compare_trainings(training: Training, reference: Training) -> dict[str, list[str]]:
+    """By part of the last checkpoint and of the record, where the two differ."""
     (_, states), (_, expected) = (
-        checkpointing.newest(t.run / 'checkpoints', print) for t in (training, whole)
+        checkpointing.newest(t.run / 'checkpoints', print) for t in (training, reference)
     )
     different = {
-        part: differences([s[part] for s in states], [s[part] for s in expected], part)
+        part: bit_differences([s[part] for s in states], [s[part] for s in expected], part)
         for part in expected[0]
     }
+    record, expected_record = read_record(training.run), read_record(reference.run)
     for key in ('training_iterations', 'eval_steps', 'checkpoints'):
-        same = without_measurements(record[key]) == without_measurements(wanted[key])
+        same = without_measurements(record[key]) == without_measurements(expected_record[key])
         different[key] = [] if same else [key]
-    resumes = sum(event['event'] == 'resume' for event in record['events'])
-
-    total = sum(landed.values())
-    kinds = ', '.join(f'{n} {kind}' for kind, n in landed.items())
-    print(f'\nkills                    {total} ({kinds})')
-    print(f'  that fell into a save  {in_save}')
-    print(f'resumes in the record    {resumes}')
-    print(f'unreadable checkpoints   {len(unreadable)}')
-    for problem in unreadable:
-        print(f'  {problem}')
-    for part, places in different.items():
-        verdict = f'DIFFERENT: {", ".join(places[:5])}' if places else 'equal, bit for bit'
-        print(f'{part:<24} {verdict}')
-    print(f'time                     {clock(time.perf_counter() - began)} for the killed training')
-    return int(bool(unreadable or any(different.values()) or total < kills))
+    return different
 
 
 if __name__ == '__main__':

@@ -1,15 +1,14 @@
-"""benchmarks/round_trips.py: its table is of what was measured."""
+"""tests/stress/round_trips.py: its table is of what was measured."""
 
 import pytest
 import torch
-
-from benchmarks import round_trips
+from stress import round_trips
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 SIZES = ['--n_layer=1', '--n_embd=32', '--block_size=8']
 
 
-def test_equal_ones_pass_and_what_is_damaged_does_not(capsys, monkeypatch):
+def test_damaged_export_fails(capsys, monkeypatch):
     assert round_trips.main(['gpt2', 'speedrun', *SIZES]) == 0
     header, gpt2, speedrun = capsys.readouterr().out.splitlines()
     assert header.split() == ['preset', 'in', 'transformers', 'export', 'import']
