@@ -13,6 +13,7 @@ The registries are declared here and filled by `model_components`; nothing here 
 import hashlib
 import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from common.errors import UserError
@@ -62,7 +63,7 @@ REGISTRIES = (
 )
 
 
-def _bias_follows_the_linear_layers(values: dict) -> str:
+def _layernorm_with_bias_of_linear_layers(values: dict) -> str:
     return 'layernorm' if values['bias'] else 'layernorm_nobias'
 
 
@@ -78,15 +79,15 @@ _LLAMA = {
 }
 
 
-def shared_heads(values: dict, queries: int) -> int:
+def kv_heads_in_groups_of(group: int, values: dict) -> int:
     """Key and value heads, each shared by so many query heads, or by the most that divides them."""
     heads = values['n_head']
-    return next(heads // n for n in range(queries, 0, -1) if heads % n == 0)
+    return next(heads // n for n in range(group, 0, -1) if heads % n == 0)
 
 
-_SHARED_BY_FOUR = {
+_GROUPS_OF_FOUR = {
     'use_gqa': True,
-    'num_kv_heads': lambda values: shared_heads(values, 4),
+    'num_kv_heads': partial(kv_heads_in_groups_of, 4),
     'd_ff': lambda values: 7 * values['n_embd'] // 2,
 }
 # A preset's value may be a function of the merged choices, so that it follows an override.
@@ -122,7 +123,7 @@ PRESETS = {
     # The true GPT-2 and nanoGPT model (Radford et al. 2019): pre-norm, `bias` as set, also in the
     # norms as nanoGPT has it.
     'legacy': {
-        'normalization': _bias_follows_the_linear_layers,
+        'normalization': _layernorm_with_bias_of_linear_layers,
         'position_encoding': 'learned_absolute',
         'attention_backend': 'sdpa',
         'ffn_type': 'standard',
@@ -134,16 +135,16 @@ PRESETS = {
     },
     # Grattafiori et al. 2024, the 8B model's ratios: 4 heads share keys and values, the FFN is 3.5
     # times as wide. What Llama 3.1 adds for long texts is rope_scaling='llama3'.
-    'llama3': {**_LLAMA, 'rope_theta': 5e5, **_SHARED_BY_FOUR},
+    'llama3': {**_LLAMA, 'rope_theta': 5e5, **_GROUPS_OF_FOUR},
     # Yang et al. 2025, the 0.6B model's ratios: heads of 128 columns, twice the width in all, two
-    # of which share keys and values; each head's queries and keys normalised; 3 times as wide.
+    # of which share keys and values; each head's queries and keys normalized; 3 times as wide.
     'qwen3': {
         **_LLAMA,
         'rope_theta': 1e6,
         'norm_eps': 1e-6,
         'head_dim': 128,
         'use_gqa': True,
-        'num_kv_heads': lambda values: shared_heads(values, 2),
+        'num_kv_heads': partial(kv_heads_in_groups_of, 2),
         'qk_norm': 'rmsnorm',
         'qk_norm_scope': 'head',
         'd_ff': lambda values: 3 * values['n_embd'],
@@ -158,7 +159,7 @@ PRESETS = {
         'norm_position': 'sandwich',
         'attention_backend': 'manual',
         'use_gqa': True,
-        'num_kv_heads': lambda values: shared_heads(values, 2),
+        'num_kv_heads': partial(kv_heads_in_groups_of, 2),
         'sliding_window': lambda values: max(1, values['block_size'] // 2),
         'attention_pattern': 'LG',
         'attention_softcap': 50.0,
@@ -169,7 +170,7 @@ PRESETS = {
         'scale_embeddings': True,
         'weight_tying': True,
     },
-    # OLMo et al. 2024, the 7B model's: norms after the branches, queries and keys normalised over
+    # OLMo et al. 2024, the 7B model's: norms after the branches, queries and keys normalized over
     # all heads at once, z-loss.
     'olmo2': {
         **_LLAMA,
@@ -184,7 +185,7 @@ PRESETS = {
     # (4096 of 8192 there) in all layers.
     'mistral': {
         **_LLAMA,
-        **_SHARED_BY_FOUR,
+        **_GROUPS_OF_FOUR,
         'sliding_window': lambda values: max(1, values['block_size'] // 2),
     },
     # Biderman et al. 2023, the 160M model as it is; GPT-NeoX: Black et al. 2022. Attention and FFN
@@ -207,7 +208,7 @@ PRESETS = {
         **_LLAMA,
         'rope_theta': 1e6,
         'use_gqa': True,
-        'num_kv_heads': lambda values: shared_heads(values, 4),
+        'num_kv_heads': partial(kv_heads_in_groups_of, 4),
         'ffn_type': 'moe',
         'expert_ffn': 'swiglu',
         'num_experts': 8,
@@ -232,7 +233,7 @@ PRESETS = {
         'router_normalize': False,
         'load_balance_weight': 0.001,
     },
-    # Keller Jordan et al. 2024, modded-nanogpt: squared ReLU, normalised queries and keys, capped
+    # Keller Jordan et al. 2024, modded-nanogpt: squared ReLU, normalized queries and keys, capped
     # logits.
     'speedrun': {
         'normalization': 'rmsnorm',

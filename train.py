@@ -28,7 +28,8 @@ from configurator import format_components, format_help, read_command_line
 from data.dataset import TokenDataset, is_prepared, load_dataset, prepare_if_missing
 from inference.sampling import OwnSample
 from model_builder import parameter_groups, training_flops
-from optim.step import Updater, learning_rate_at
+from optim.schedules import learning_rate_at
+from optim.step import Updater
 from parallel import sharded_state
 from parallel.strategies import SingleProcess, choose_strategy, recomputed_blocks
 from planning.plan import plan_run

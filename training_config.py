@@ -43,7 +43,7 @@ from model_config import schema as architecture_schema
 from records import trackers
 
 OPTIMIZER_REGISTRY = Registry('optimizer', 'Optimizer', 'optim.optimizers')
-SCHEDULE_REGISTRY = Registry('lr_schedule', 'Learning-rate schedule', 'optim.step')
+SCHEDULE_REGISTRY = Registry('lr_schedule', 'Learning-rate schedule', 'optim.schedules')
 
 
 def is_checkpointing(value: str) -> bool:

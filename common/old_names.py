@@ -5,7 +5,7 @@ The paths of modules that were moved are in `old_imports`.
 
 import sys
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from common.console_output import write_progress
 
@@ -33,11 +33,16 @@ def renamed_classes(module: str, new_names: dict[str, str]) -> Callable[[str], o
 def renamed_attribute(old: str, new: str) -> property:
     """For a class body: `old = renamed_attribute('old', 'new')`."""
 
-    def get(instance: object) -> object:
-        note_once(f'{type(instance).__name__}.{old}', new)
-        return getattr(instance, new)
+    return property(
+        lambda instance: by_old_name(instance, old, new),
+        lambda instance, value: setattr(instance, new, value),
+    )
 
-    return property(get, lambda instance, value: setattr(instance, new, value))
+
+def by_old_name(instance: object, old: str, new: str) -> Any:
+    """The attribute or method `new`, asked for as `old`."""
+    note_once(f'{type(instance).__name__}.{old}', new)
+    return getattr(instance, new)
 
 
 class RenamedMethods:

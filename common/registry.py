@@ -1,4 +1,4 @@
-"""`Option`, `Registry`, `FrozenConfig`, `Configurable`: what configuration is made of. A leaf.
+"""`Option`, `Registry`, `FrozenConfig`, `Configurable`: what configuration is made of.
 
 An `Option` is one key that a user can set: its type, default, one line of help and what is
 allowed. A `Registry` maps names to components and is itself the list of allowed values of the
@@ -62,11 +62,11 @@ class Registry:
 
         def add(component: type) -> type:
             self._check(name, component)
-            old = self._components.get(name)
-            if old is not None and _place(old) != _place(component):
+            known = self._components.get(name)
+            if known is not None and _full_name(known) != _full_name(component):
                 raise UserError(
-                    f'{self.option}={name!r} is registered twice: by {".".join(_place(old))} and '
-                    f'by {".".join(_place(component))}. Give one of them another name.'
+                    f'{self.option}={name!r} is registered twice: by {_full_name(known)} and '
+                    f'by {_full_name(component)}. Give one of them another name.'
                 )
             self._components[name] = component
             self._sources[name] = source
@@ -89,7 +89,7 @@ class Registry:
         if problems:
             raise UserError(f'{self.option}={name!r}: {" ".join(problems)}')
 
-    def __getitem__(self, name: str) -> type:
+    def __getitem__(self, name: str) -> typing.Any:
         self._fill()
         return self._components[name]
 
@@ -103,7 +103,7 @@ class Registry:
 
     def where(self, fits: Callable[[type], bool], option: str, title: str) -> 'Registry':
         """For another option: those of its components that fit, later ones included."""
-        return _Part(self, fits, option, title)
+        return _Subset(self, fits, option, title)
 
     def source(self, name: str) -> str:
         """The paper or program that the component comes from."""
@@ -113,14 +113,14 @@ class Registry:
         importlib.import_module(self.home)
 
 
-class _Part(Registry):
-    """What fits of another registry."""
+class _Subset(Registry):
+    """Those components of another registry that fit."""
 
     def __init__(self, whole: Registry, fits: Callable[[type], bool], option: str, title: str):
         super().__init__(option, title, whole.home)
         self.whole, self.fits, self._sources = whole, fits, whole._sources
 
-    def __getitem__(self, name: str) -> type:
+    def __getitem__(self, name: str) -> typing.Any:
         if name not in self:
             raise KeyError(name)
         return self.whole[name]
@@ -132,8 +132,8 @@ class _Part(Registry):
         return (name for name in self.whole if name in self)
 
 
-def _place(component: type) -> tuple[str, str]:
-    return component.__module__, component.__qualname__
+def _full_name(component: type) -> str:
+    return f'{component.__module__}.{component.__qualname__}'
 
 
 LARGEST_INT = 2**63 - 1  # what numpy and torch count with
@@ -281,7 +281,7 @@ def option_problems(key: object, option: object) -> list[str]:
         return [f'{key!r} must be a name, as it becomes --NAME=value.']
     if not isinstance(option, Option):
         return [
-            f'{key!r} must be an Option (from common.registry import Option), and is {option!r}.'
+            f'{key!r} must be an Option (from model_components import Option), and is {option!r}.'
         ]
     if not set(option._types()) <= {int, float, bool, str, types.NoneType}:
         return [f'the type of {key!r} must be int, float, bool or str, or one of them | None.']
@@ -339,9 +339,25 @@ class FrozenConfig:
     def to_dict(self) -> dict:
         return dict(self._values)
 
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self) and other._values == self._values
+
+    def __hash__(self) -> int:
+        return hash(tuple(sorted(self._values.items())))
+
+    def __repr__(self) -> str:
+        values = ', '.join(f'{key}={value!r}' for key, value in self._values.items())
+        return f'{type(self).__name__}({values})'
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *self._values})
+
 
 class Configurable:
-    """What anything in a registry tells the configuration, each with a default."""
+    """What anything in a registry tells the configuration, each with a default.
+
+    config: a ModelArchitectureConfig or a TrainingConfig, whichever the registry belongs to.
+    """
 
     # Its own options: name -> Option. They become command-line flags and config keys.
     options: typing.ClassVar[dict[str, Option]] = {}
@@ -349,17 +365,17 @@ class Configurable:
     tag: typing.ClassVar[str] = ''
 
     @classmethod
-    def derived_values(cls, config: FrozenConfig) -> dict[str, tuple]:
+    def derived_values(cls, config: typing.Any) -> dict[str, tuple]:
         """For options that may be left open (None): key -> (value, why), from the other options."""
         return {}
 
     @classmethod
-    def problems(cls, config: FrozenConfig) -> list[str]:
+    def problems(cls, config: typing.Any) -> list[str]:
         """What it cannot be combined with, a sentence each."""
         return []
 
     @classmethod
-    def notes(cls, config: FrozenConfig) -> list[str]:
+    def notes(cls, config: typing.Any) -> list[str]:
         """What a user may not expect of these options, all of them derived; a sentence each."""
         return []
 

@@ -183,7 +183,7 @@ class Attention(Component, nn.Module):
         scores = 2.0 * self.num_heads * (self.qk_head_dim + self.v_head_dim) * pairs
         return {**super().flops(seq_len, causal), 'attention_scores': scores}
 
-    def residual_weights(self) -> list[nn.Parameter]:
+    def residual_weights(self) -> list[torch.Tensor]:
         return [self.output.weight]
 
 
@@ -295,7 +295,7 @@ class MultiHeadAttention(Attention):
         """(B, T, ...) with the dimensions of all heads -> (B, heads, T, D)."""
         return x.flatten(2).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
-    def matrices(self) -> dict[nn.Parameter, tuple[int, ...]]:
+    def matrices(self) -> dict[torch.Tensor, tuple[int, ...]]:
         return {**super().matrices(), self.qkv.weight: self.rows}
 
 

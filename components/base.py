@@ -2,17 +2,17 @@
 
 import math
 from collections.abc import Callable, Iterator
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, cast
 
 import torch
 import torch.nn as nn
 
 from common.errors import UserError
-from common.old_names import RenamedMethods, renamed_attribute, renamed_classes
+from common.old_names import RenamedMethods, by_old_name, renamed_classes
 from common.registry import Configurable
 from model_config import ModelArchitectureConfig
 
-Fill = Callable[[torch.Tensor, torch.Generator], None]  # what fills a parameter
+Fill = Callable[[torch.Tensor, torch.Generator], object]  # what fills a parameter
 
 
 class Initial:
@@ -44,7 +44,9 @@ class AuxOutput(NamedTuple):
     # and shapes each time. Those of all layers are stacked, and averaged over micro-batches.
     metrics: dict[str, torch.Tensor]
 
-    readings = renamed_attribute('readings', 'metrics')
+    @property
+    def readings(self) -> dict[str, torch.Tensor]:
+        return by_old_name(self, 'readings', 'metrics')
 
 
 class Component(RenamedMethods, Configurable):
@@ -81,7 +83,8 @@ class Component(RenamedMethods, Configurable):
         causal: of attention, count the pairs that are seen only, not the full square.
         The default adds up the linear layers and components inside.
         """
-        return module_flops(self, seq_len, causal, self.flops_part or self.part or 'other')
+        part = self.flops_part or self.part or 'other'
+        return module_flops(cast(nn.Module, self), seq_len, causal, part)
 
     def inactive_params(self) -> int:
         """How many of its parameters, without those of components inside, a token does not use."""
@@ -94,18 +97,19 @@ class Component(RenamedMethods, Configurable):
         """
         return {}
 
-    def residual_weights(self) -> list[nn.Parameter]:
+    def residual_weights(self) -> list[torch.Tensor]:
         """The projections that write into the residual stream (for depth-scaled beginnings)."""
         return []
 
-    def matrices(self) -> dict[nn.Parameter, tuple[int, ...]]:
+    def matrices(self) -> dict[torch.Tensor, tuple[int, ...]]:
         """The hidden matrices directly its own, for optimizers that treat matrices as such.
 
         Parameter -> the rows of each matrix where several are stacked in one projection: (4, 4)
         for two of four rows. A parameter of more than two dimensions is a stack of such matrices.
         The default: its linear layers, each one matrix. The ends of the model have none.
         """
-        return {layer.weight: (layer.out_features,) for layer in own_linear_layers(self)}
+        layers = own_linear_layers(cast(nn.Module, self))
+        return {layer.weight: (layer.out_features,) for layer in layers}
 
 
 def own_linear_layers(module: nn.Module) -> Iterator[nn.Linear]:

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import torch
 
-from common.old_names import renamed_attribute
+from common.old_names import by_old_name
 
 
 class Documents(NamedTuple):
@@ -16,8 +16,13 @@ class Documents(NamedTuple):
     ids: torch.Tensor
     positions: torch.Tensor
 
-    numbers = renamed_attribute('numbers', 'ids')
-    places = renamed_attribute('places', 'positions')
+    @property
+    def numbers(self) -> torch.Tensor:
+        return by_old_name(self, 'numbers', 'ids')
+
+    @property
+    def places(self) -> torch.Tensor:
+        return by_old_name(self, 'places', 'positions')
 
 
 def locate_documents(tokens: torch.Tensor, end_of_text: int) -> Documents:

@@ -26,6 +26,7 @@ class FeedForward(Component, nn.Module):
         'report': 'summarize_metrics',
     }
     part = 'ffn'
+    down: nn.Linear  # the projection to the residual stream
     options: ClassVar = {
         'ffn_bias': Option(bool | None, None, 'Biases in the FFN; None: bias'),
     }
@@ -68,7 +69,7 @@ class FeedForward(Component, nn.Module):
             return project(hidden)
         return checkpoint(project, hidden, use_reentrant=False)
 
-    def residual_weights(self) -> list[nn.Parameter]:
+    def residual_weights(self) -> list[torch.Tensor]:
         return [self.down.weight]
 
 
@@ -150,7 +151,7 @@ class GatedFeedForward(FeedForward):
         multiple = config.multiple_of
         return max(1, round(8 * config.n_embd / 3 / multiple)) * multiple
 
-    def matrices(self) -> dict[nn.Parameter, tuple[int, ...]]:
+    def matrices(self) -> dict[torch.Tensor, tuple[int, ...]]:
         width = self.down.in_features
         return {**super().matrices(), self.gate_up.weight: (width, width)}
 

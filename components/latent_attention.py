@@ -163,5 +163,5 @@ class LatentAttention(Attention):
         """(B, T, dimensions of all heads) -> (B, H, T, D)."""
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
-    def matrices(self) -> dict[nn.Parameter, tuple[int, ...]]:
+    def matrices(self) -> dict[torch.Tensor, tuple[int, ...]]:
         return {**super().matrices(), self.kv_down.weight: self.split_latent}

@@ -78,5 +78,5 @@ class OutputHead(Component, nn.Module):
         z_loss = squares.sum() / count.clamp(min=1)
         return loss, count, AuxOutput(self.z_loss * z_loss, {'z_loss': z_loss.detach()})
 
-    def matrices(self) -> dict[nn.Parameter, tuple[int, ...]]:
+    def matrices(self) -> dict[torch.Tensor, tuple[int, ...]]:
         return {}  # its rows are tokens, as in the embedding

@@ -286,8 +286,8 @@ class MixtureOfExperts(FeedForward):
         idle = self.num_experts - self.experts_per_token
         return sum(p.numel() for p in self.experts.parameters()) // self.num_experts * idle
 
-    def residual_weights(self) -> list[nn.Parameter]:
+    def residual_weights(self) -> list[torch.Tensor]:
         return []  # its experts name theirs
 
-    def matrices(self) -> dict[nn.Parameter, tuple[int, ...]]:
+    def matrices(self) -> dict[torch.Tensor, tuple[int, ...]]:
         return {}  # the router's rows are experts, as the head's are tokens

@@ -30,6 +30,15 @@ def resolve(*layers):
     return ModelArchitectureConfig.resolve(named, problems), problems
 
 
+def test_config_is_shown_as_code_completed_and_compared():
+    config = small('llama', d_ff=64)
+    assert repr(config).startswith('ModelArchitectureConfig(n_layer=2, n_head=2, n_embd=32,')
+    values = eval(repr(config).removeprefix('ModelArchitectureConfig').replace('(', 'dict(', 1))
+    assert ModelArchitectureConfig.from_dict(values) == config != small('llama')
+    assert {'d_ff', 'rope_theta', 'hash', 'replace'} <= set(dir(config))
+    assert 'activation' not in dir(config)  # SwiGLU has none
+
+
 # --------------------------------------------------------------------------------------------------
 # Presets
 

@@ -36,7 +36,7 @@ from model_config import (
     ROPE_SCALING_REGISTRY,
 )
 from optim import optimizers
-from optim.step import Schedule
+from optim.schedules import Schedule
 from training_config import OPTIMIZER_REGISTRY, SCHEDULE_REGISTRY
 
 ALL = (*REGISTRIES, OPTIMIZER_REGISTRY, SCHEDULE_REGISTRY)
@@ -107,10 +107,10 @@ def test_a_class_with_a_mistake_is_refused_when_it_is_registered(register, attri
         (ACTIVATION_REGISTRY, Activation, 'Own must define forward(x)'),
         (NORM_REGISTRY, Norm, 'Own must define forward(x)'),
         (ATTENTION_REGISTRY, Attention, 'Own must define head_dims(config)'),
-        (ATTENTION_REGISTRY, Attention, 'Own must define forward(x, positions)'),
+        (ATTENTION_REGISTRY, Attention, 'Own must define forward(x, attn_inputs)'),
         (FFN_REGISTRY, FeedForward, 'Own must define forward(x)'),
-        (NORM_POSITION_REGISTRY, Block, 'Own must define forward(x, positions)'),
-        (SCHEDULE_REGISTRY, Schedule, 'Own must define learning_rate(step, run)'),
+        (NORM_POSITION_REGISTRY, Block, 'Own must define forward(x, attn_inputs)'),
+        (SCHEDULE_REGISTRY, Schedule, 'Own must define learning_rate(iteration, run)'),
     ],
 )
 def test_a_class_that_lacks_what_its_kind_needs_is_refused(register, registry, base, expected):

@@ -22,7 +22,7 @@ RATE = Option(float, 0.5, 'A rate')
 FLAG = Option(bool, False, 'A switch')
 NAME = Option(str, 'a', 'A name')
 LIMIT = Option(int | None, None, 'A limit', check=at_least(1))
-COLOUR = Option(str, 'red', 'A colour', choices=('red', 'green', 'dark_blue'))
+COLOR = Option(str, 'red', 'A color', choices=('red', 'green', 'dark_blue'))
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,7 @@ COLOUR = Option(str, 'red', 'A colour', choices=('red', 'green', 'dark_blue'))
         (NAME, 'None', 'None'),
         (LIMIT, 'None', None),
         (LIMIT, '5', 5),
-        (COLOUR, 'green', 'green'),
+        (COLOR, 'green', 'green'),
     ],
 )
 def test_text_of_the_command_line_becomes_the_options_type(option, text, value):
@@ -63,7 +63,7 @@ def test_text_of_the_command_line_becomes_the_options_type(option, text, value):
         *((RATE, text) for text in ('x', '', 'None', 'nan', 'inf', '-inf', '1e999')),
         *((FLAG, text) for text in ('maybe', '', '2', 'None')),
         *((LIMIT, text) for text in ('0', '-1', '0.5')),
-        *((COLOUR, text) for text in ('Red', 'blue', '', 'None')),
+        *((COLOR, text) for text in ('Red', 'blue', '', 'None')),
     ],
 )
 def test_other_text_is_refused_with_key_value_and_what_is_allowed(option, text):
@@ -93,7 +93,7 @@ def test_an_option_has_a_use_with_what_it_requires(needed, useful, useless):
         (COUNT, 2, 2),
         (FLAG, True, True),
         (LIMIT, None, None),
-        (COLOUR, 'dark_blue', 'dark_blue'),
+        (COLOR, 'dark_blue', 'dark_blue'),
     ],
 )
 def test_values_of_a_python_file_are_accepted_as_the_options_type(option, given, value):
@@ -119,8 +119,8 @@ def test_values_of_a_python_file_are_accepted_as_the_options_type(option, given,
         (NAME, None),
         (LIMIT, 0),
         (LIMIT, [5]),
-        (COLOUR, 5),
-        (COLOUR, 'blue'),
+        (COLOR, 5),
+        (COLOR, 'blue'),
     ],
 )
 def test_values_of_another_type_are_refused(option, given):
@@ -132,7 +132,7 @@ def test_values_of_another_type_are_refused(option, given):
 
 def test_a_misspelt_choice_is_answered_with_the_nearest():
     with pytest.raises(UserError, match=r'Did you mean dark_blue\?'):
-        COLOUR.parse('colour', 'dark-blu')
+        COLOR.parse('color', 'dark-blu')
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ def test_checks_hold_at_their_bounds(check, inside, outside):
 
 @pytest.fixture
 def shapes():
-    registry = Registry('shape', 'Shape', home='errors')
+    registry = Registry('shape', 'Shape', home='common.errors')
 
     @registry.register('square', source='Euclid')
     class Square:
@@ -193,7 +193,7 @@ def test_the_same_name_from_two_places_is_refused(shapes):
 
 
 def test_a_class_that_is_defined_again_replaces_itself():
-    registry = Registry('shape', 'Shape', home='errors')
+    registry = Registry('shape', 'Shape', home='common.errors')
 
     def define():
         @registry.register('square')
@@ -225,11 +225,20 @@ def test_resolved_values_cannot_be_set():
 def test_resolved_values_survive_copying(copied):
     config = FrozenConfig({'width': 8}, {'width': 'default'})
     again = copied(config)
-    assert again.to_dict() == config.to_dict() and again.origins == config.origins
+    assert again == config and again.origins == config.origins
+
+
+def test_resolved_values_are_shown_completed_and_compared():
+    config = FrozenConfig({'width': 8, 'name': 'a'}, {})
+    assert repr(config) == "FrozenConfig(width=8, name='a')"
+    assert {'width', 'name', 'to_dict', 'origins'} <= set(dir(config))
+    same, other = FrozenConfig({'name': 'a', 'width': 8}, {'width': 'file'}), FrozenConfig({}, {})
+    assert config == same and hash(config) == hash(same) and config != other
+    assert config != {'width': 8, 'name': 'a'}
 
 
 def test_a_part_of_a_registry_has_what_fits_of_it_later_ones_included():
-    whole = Registry('colour', 'Colour', home='registry')
+    whole = Registry('color', 'Color', home='common.registry')
     whole.register('red')(type('Red', (), {'warm': True}))
     part = whole.where(lambda component: component.warm, 'light', 'Light')
     whole.register('blue', source='The sky')(type('Blue', (), {'warm': False}))

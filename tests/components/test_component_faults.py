@@ -268,7 +268,7 @@ SOURCE = """
 import torch
 from model_components import Activation, Initial
 from model_config import ACTIVATION_REGISTRY
-from optim.step import Schedule
+from optim.schedules import Schedule
 from optim.optimizers import AdamW
 from training_config import OPTIMIZER_REGISTRY, SCHEDULE_REGISTRY
 

@@ -17,7 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from common.errors import UserError
 from configurator import read_command_line
 from model_builder import ParameterGroup
-from optim.step import Updater, learning_rate_at
+from optim.schedules import learning_rate_at
+from optim.step import Updater
 from parallel import sharded_state
 from parallel.strategies import SingleProcess
 from planning.plan import plan_run
