@@ -15,7 +15,8 @@ import argparse
 import math
 from pathlib import Path
 
-from common import first_import  # noqa: F401
+import common.first_import  # noqa: F401
+
 from common.console_output import write_text
 from common.errors import ArgumentParser, run_script
 from common.files import check_destination

@@ -24,12 +24,11 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+import common.first_import  # noqa: F401
+
 import numpy as np
 
-from common import (
-    first_import,  # noqa: F401
-    hardware,
-)
+from common import hardware
 from common.console_output import write_text
 from common.errors import UserError, run_script
 from common.files import replace_file

@@ -27,10 +27,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import common.first_import  # noqa: F401
+
 import torch
 
 import interop
-from common import first_import  # noqa: F401
 from common.console_output import write_progress
 from common.errors import UserError, run_script
 from interop import hf_tokenizer

@@ -18,12 +18,11 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import common.first_import  # noqa: F401
+
 import torch
 
-from common import (
-    first_import,  # noqa: F401
-    hardware,
-)
+from common import hardware
 from common.console_output import is_terminal, write_error, write_text
 from common.errors import UserError, run_script
 from common.paths import expanded_path

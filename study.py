@@ -29,10 +29,9 @@ the command line is handed to every run. Keys of a study:
 
 from pathlib import Path
 
-from common import (
-    first_import,  # noqa: F401
-    hardware,
-)
+import common.first_import  # noqa: F401
+
+from common import hardware
 from common.console_output import write_progress, write_text
 from common.errors import run_script
 from common.registry import Option, at_least

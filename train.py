@@ -14,13 +14,12 @@ import sys
 import time
 from functools import partial
 
+import common.first_import  # noqa: F401
+
 import torch
 
 import interop
-from common import (
-    first_import,  # noqa: F401
-    hardware,
-)
+from common import hardware
 from common.console_output import write_progress, write_text
 from common.errors import run_script
 from components.weight_initialization import name_seed

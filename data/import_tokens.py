@@ -18,11 +18,12 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import common.first_import  # noqa: F401
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
-from common import first_import  # noqa: F401
 from common.console_output import write_progress
 from common.errors import ArgumentParser, UserError, nearest, run_script
 from data.prepare import OWN_TOKENIZERS

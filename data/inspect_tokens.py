@@ -13,11 +13,12 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import common.first_import  # noqa: F401
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
-from common import first_import  # noqa: F401
 from common.console_output import write_text
 from common.errors import ArgumentParser, UserError, run_script
 from common.paths import expand_home

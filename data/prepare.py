@@ -20,9 +20,10 @@ import argparse
 import sys
 from pathlib import Path
 
+import common.first_import  # noqa: F401
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import first_import  # noqa: F401
 from common.errors import ArgumentParser, UserError, nearest, run_script
 from common.paths import expand_home
 from data.preparation.pipeline import SHARD_TOKENS, VAL_FRACTION, Options, prepare
