@@ -4,12 +4,10 @@ import ast
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from helpers.project import PROJECT
 
-from common import errors
 from common.errors import UserError, nearest, run_script
 
 
@@ -98,7 +96,7 @@ def test_a_reader_that_goes_away_is_no_error():
     )
     writer = subprocess.Popen(
         [sys.executable, '-c', program],
-        cwd=Path(errors.__file__).parent,
+        cwd=PROJECT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
