@@ -15,10 +15,10 @@ import types
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from common import old_imports
-from common.errors import UserError, closest, nearest
+from common.errors import UserError, closest_match, did_you_mean
 from common.paths import expanded_path
 from common.registry import Option, Registry
 from common.text_files import decode
@@ -26,6 +26,12 @@ from common.text_files import decode
 Schema = dict[str, dict[str, Option]]
 
 COMMAND_LINE = 'command line'
+# Arguments that ask for something to be shown -> the field of `CommandLine` that says so.
+SHOW_FLAGS = {
+    **dict.fromkeys(('--help', '-h'), 'help'),
+    **dict.fromkeys(('--print_config', '--print-config'), 'print_config'),
+    **dict.fromkeys(('--list_components', '--list-components'), 'list_components'),
+}
 
 
 @dataclass(frozen=True)
@@ -43,7 +49,7 @@ class CommandLine:
     layers: list[Layer]
     config_files: list[dict] = field(default_factory=list)  # {'path', 'text'}
     problems: list[str] = field(default_factory=list)
-    aside: dict = field(default_factory=dict)  # what files set under keys that are another script's
+    extra: dict = field(default_factory=dict)  # what files set under keys that are another script's
     help: bool = False
     print_config: bool = False
     list_components: bool = False
@@ -57,26 +63,30 @@ class CommandLine:
 
 
 def read_command_line(
-    argv: list[str], schema: Callable[[], Schema], aside: Iterable[str] = ()
+    argv: list[str], schema: Callable[[], Schema], extra: Iterable[str] = ()
 ) -> CommandLine:
     """Read config files (arguments that end in .py) and `--key=value` options.
 
     Also `--key value`, `--flag` and `--no-flag`. Problems are collected, not raised, so that the
     caller can add its own and report all of them at once; but UserError is raised for a file that
-    cannot be read or run. Keys of `aside` are put aside, unread.
+    cannot be read or run. Keys of `extra` are kept apart, unread.
     """
-    asked = CommandLine(layers=[])
+    command_line = CommandLine(layers=[])
     for path in filter(_is_config_file, argv):
-        values, text = read_config_file(path, asked.problems)
-        asked.config_files.append({'path': path, 'text': text})
-        asked.aside |= {key: values.pop(key) for key in aside if key in values}
-        asked.layers.append(Layer(path, values))
-    if asked.problems:  # what a file would have registered is unknown: the rest cannot be judged
-        raise UserError(*asked.problems)
-    found = schema()  # after the files, which may have registered components
-    asked.layers = [accept_layer(layer, found, asked.problems) for layer in asked.layers]
-    asked.layers.append(Layer(COMMAND_LINE, _parse_options(argv, flatten(found), asked)))
-    return asked
+        values, text = read_config_file(path, command_line.problems)
+        command_line.config_files.append({'path': path, 'text': text})
+        command_line.extra |= {key: values.pop(key) for key in extra if key in values}
+        command_line.layers.append(Layer(path, values))
+    if command_line.problems:  # what a file would have registered is unknown: judge no further
+        raise UserError(*command_line.problems)
+    groups = schema()  # after the files, which may have registered components
+    command_line.layers = [
+        validate_layer(layer, groups, command_line.problems) for layer in command_line.layers
+    ]
+    arguments = [argument for argument in argv if not _is_config_file(argument)]
+    values = _parse_arguments(arguments, flatten(groups), command_line)
+    command_line.layers.append(Layer(COMMAND_LINE, values))
+    return command_line
 
 
 def flatten(schema: Schema) -> dict[str, Option]:
@@ -87,66 +97,77 @@ def _is_config_file(argument: str) -> bool:
     return argument.endswith('.py') and not argument.startswith('-')
 
 
-def _parse_options(argv: list[str], options: dict[str, Option], asked: CommandLine) -> dict:
-    values = {}
-    arguments = [argument for argument in argv if not _is_config_file(argument)]
+def _parse_arguments(
+    arguments: list[str], options: dict[str, Option], command_line: CommandLine
+) -> dict:
+    """The values of the options; what they ask to be shown and what is wrong is noted."""
+    values: dict = {}
     while arguments:
         argument = arguments.pop(0)
-        if argument in ('--help', '-h'):
-            asked.help = True
-            continue
-        if argument in ('--print_config', '--print-config'):
-            asked.print_config = True
-            continue
-        if argument in ('--list_components', '--list-components'):
-            asked.list_components = True
-            continue
-        if not argument.startswith('--'):
-            known = [f'--{key}' for key in options]
-            known += [f'{argument}.py'] if os.path.isfile(f'{argument}.py') else []
-            name, equals, text = argument.partition('=')
-            asked.problems.append(
-                f'{argument!r} is neither an option (--key=value) nor a config file (*.py).'
-                f'{nearest(name, known)}'
-            )
-            continue
-        key, equals, text = argument[2:].partition('=')
-        key = key.replace('-', '_')
-        negated = key[3:] if key.startswith('no_') and key not in options else None
-        option = options.get(negated or key)
-        try:
-            if option is None:
-                raise UserError(f'unknown option --{key}.{nearest(key, options)} See --help.')
-            if negated:
-                if equals or option.base_type is not bool:
-                    raise UserError(
-                        f'{argument}: --no-KEY takes no value and is for flags only; {negated} '
-                        f'takes {option.allowed()}.'
-                    )
-                values[negated] = False
-            elif equals:
-                values[key] = option.parse(key, text)
-            elif option.base_type is bool and not (arguments and _is_boolean(arguments[0])):
-                values[key] = True
-            elif arguments and not arguments[0].startswith('--'):
-                values[key] = option.parse(key, arguments.pop(0))
-            else:
-                raise UserError(f'--{key} needs a value: {option.allowed()}.')
-        except UserError as error:
-            asked.problems.extend(error.problems)
+        if argument in SHOW_FLAGS:
+            setattr(command_line, SHOW_FLAGS[argument], True)
+        elif argument.startswith('--'):
+            try:
+                key, value = _parse_option(argument, arguments, options)
+                values[key] = value
+            except UserError as error:
+                command_line.problems.extend(error.problems)
+        else:
+            command_line.problems.append(_stray_argument_problem(argument, options))
     return values
+
+
+def _parse_option(
+    argument: str, following: list[str], options: dict[str, Option]
+) -> tuple[str, Any]:
+    """Key and value of an option, which may take its value from the arguments that follow it.
+
+    Raises UserError.
+    """
+    key, equals, text = argument[2:].partition('=')
+    key = key.replace('-', '_')
+    # --no-flag
+    if key.startswith('no_') and key not in options and key[3:] in options:
+        flag, option = key[3:], options[key[3:]]
+        if equals or option.base_type is not bool:
+            raise UserError(
+                f'{argument}: --no-KEY takes no value and is for flags only; {flag} '
+                f'takes {option.allowed()}.'
+            )
+        return flag, False
+    if key not in options:
+        raise UserError(f'unknown option --{key}.{did_you_mean(key, options)} See --help.')
+    option = options[key]
+    # --key=value
+    if equals:
+        return key, option.parse(key, text)
+    # --flag, which takes the next argument only if that is true or false
+    if option.base_type is bool and not (following and _is_boolean(following[0])):
+        return key, True
+    # --key value
+    if following and not following[0].startswith('--'):
+        return key, option.parse(key, following.pop(0))
+    raise UserError(f'--{key} needs a value: {option.allowed()}.')
+
+
+def _stray_argument_problem(argument: str, options: dict[str, Option]) -> str:
+    """What to say of an argument that is neither: dashes are missing, or a file's `.py`."""
+    known = [f'--{key}' for key in options]
+    known += [f'{argument}.py'] if os.path.isfile(f'{argument}.py') else []
+    hint = did_you_mean(argument.partition('=')[0], known)
+    return f'{argument!r} is neither an option (--key=value) nor a config file (*.py).{hint}'
 
 
 def _is_boolean(text: str) -> bool:
     return text.lower() in ('true', 'false')
 
 
-def accept_layer(layer: Layer, schema: Schema, problems: list[str]) -> Layer:
+def validate_layer(layer: Layer, schema: Schema, problems: list[str]) -> Layer:
     """The layer with the values that the schema allows; the others become problems."""
     options, accepted = flatten(schema), {}
     for key, value in layer.values.items():
         if key not in options:
-            problems.append(f'{layer.origin}: unknown option {key!r}.{nearest(key, options)}')
+            problems.append(f'{layer.origin}: unknown option {key!r}.{did_you_mean(key, options)}')
             continue
         try:
             accepted[key] = options[key].accept(key, value)
@@ -155,7 +176,7 @@ def accept_layer(layer: Layer, schema: Schema, problems: list[str]) -> Layer:
     return Layer(layer.origin, accepted)
 
 
-class Merged(NamedTuple):
+class MergedOptions(NamedTuple):
     """Values and origins of every option that the choices give a use; what was dropped, and why."""
 
     values: dict
@@ -165,49 +186,80 @@ class Merged(NamedTuple):
 
 def merge(
     core: dict[str, Option], layers: list[Layer], problems: list[str], preset: str | None = None
-) -> Merged:
+) -> MergedOptions:
     """Merge accepted values of rising precedence; keys of others are passed over.
 
     core: the options themselves, without those of the components that they choose among. preset:
     the option that names the first layer, so that what this layer or a default chose counts as
     chosen where the preset was named. A value may be a function of the merged values. An option
-    that nothing chosen has a use for is dropped if it stands beneath the choice; else it is added
+    that nothing chosen has a use for is dropped if it stands below the choice; else it is added
     to `problems`.
     """
     options = with_component_options(core)
-    values = {key: option.default for key, option in options.items()}
-    level = dict.fromkeys(options, 0)
-    origins = dict.fromkeys(options, 'default')
-    for number, layer in enumerate(layers, start=1):
-        for key, value, origin in _spelt_out(layer, options, problems):
-            values[key], level[key], origins[key] = value, number, origin
-    for key, value in list(values.items()):
+    # 1. Each option as the highest layer that has it says, or its default.
+    merged = _overlay(options, layers, problems)
+    # 2. Values that are functions of the others.
+    for key, value in list(merged.values.items()):
         if callable(value):
-            values[key] = value(values)
-
-    used = dict.fromkeys(_used(core, values))  # an ordered set
-    named_at, beneath = (level[preset], 1) if preset else (0, 0)
+            merged.values[key] = value(merged.values)
+    # 3. The options that what is chosen has a use for.
+    active = dict.fromkeys(_active_keys(core, merged.values))  # an ordered set
+    # 4. Those set without a use. Below the choice that took it away they are left over from what
+    #    the choice overrides; beside or above it they are a mistake.
     dropped = []
     for key in options:
-        if key in used or level[key] == 0:
+        if key in active or merged.level[key] == 0:
             continue
-        belongs = ' or '.join(f'{choice}={name!r}' for choice, name in owners(key, options))
-        deciding = dict.fromkeys(_deciding_choices(key, options, used))
-        chosen = ', '.join(f'{c}={values[c]!r} ({origins[c]})' for c in deciding)
-        chosen_at = max(level[c] if level[c] > beneath else named_at for c in deciding)
-        what = f'{key}={values[key]!r} ({origins[key]})'
-        if level[key] >= chosen_at:
+        deciding = dict.fromkeys(_deciding_choices(key, options, active))
+        chosen = ', '.join(map(merged.describe, deciding))
+        if merged.level[key] < merged.level_chosen_at(deciding, preset):
+            dropped.append(f'dropped: {merged.describe(key)}, of no use with {chosen}')
+        else:
+            belongs = ' or '.join(f'{choice}={name!r}' for choice, name in owners(key, options))
             problems.append(
-                f'{what} has no use here: it belongs to {belongs}, but {chosen} is '
+                f'{merged.describe(key)} has no use here: it belongs to {belongs}, but {chosen} is '
                 f'chosen. Choose one of those, or leave {key} out.'
             )
-        else:
-            dropped.append(f'dropped: {what}, of no use with {chosen}')
-    kept = {key: values[key] for key in used}
-    return Merged(kept, {key: origins[key] for key in used}, dropped)
+    return MergedOptions(
+        {key: merged.values[key] for key in active},
+        {key: merged.origins[key] for key in active},
+        dropped,
+    )
 
 
-def _spelt_out(
+class _Overlay(NamedTuple):
+    """By key: the value, the number of the layer that set it (0: none did), and its origin."""
+
+    values: dict
+    level: dict[str, int]
+    origins: dict[str, str]
+
+    def describe(self, key: str) -> str:
+        return f'{key}={self.values[key]!r} ({self.origins[key]})'
+
+    def level_chosen_at(self, choices: Iterable[str], preset: str | None) -> int:
+        """The highest level of the choices; those of the preset's layer, the first, and of the
+        defaults are made where the preset is named."""
+        named_at, preset_level = (self.level[preset], 1) if preset else (0, 0)
+        return max(
+            self.level[key] if self.level[key] > preset_level else named_at for key in choices
+        )
+
+
+def _overlay(options: dict[str, Option], layers: list[Layer], problems: list[str]) -> _Overlay:
+    """The defaults, and over them each layer in its turn."""
+    merged = _Overlay(
+        {key: option.default for key, option in options.items()},
+        dict.fromkeys(options, 0),
+        dict.fromkeys(options, 'default'),
+    )
+    for number, layer in enumerate(layers, start=1):
+        for key, value, origin in _resolve_aliases(layer, options, problems):
+            merged.values[key], merged.level[key], merged.origins[key] = value, number, origin
+    return merged
+
+
+def _resolve_aliases(
     layer: Layer, options: dict[str, Option], problems: list[str]
 ) -> Iterator[tuple[str, object, str]]:
     """Key, value and origin of the layer's options; an alias as the option that it stands for."""
@@ -256,7 +308,7 @@ def chosen_components(core: dict[str, Option], values: dict) -> Iterator[tuple[s
             yield key, option.choices[values[key]]
 
 
-def _used(core: dict[str, Option], values: dict) -> Iterator[str]:
+def _active_keys(core: dict[str, Option], values: dict) -> Iterator[str]:
     """Keys that the choices give a use: the core, and what each chosen component adds."""
     queue = list(core.items())
     seen = set()
@@ -283,13 +335,13 @@ def owners(key: str, options: dict[str, Option]) -> list[tuple[str, object]]:
     ]
 
 
-def _deciding_choices(key: str, options: dict[str, Option], used: dict) -> Iterator[str]:
+def _deciding_choices(key: str, options: dict[str, Option], active: dict) -> Iterator[str]:
     """The choices, themselves in use, that give `key` no use."""
     for choice, _ in owners(key, options):
-        if choice in used:
+        if choice in active:
             yield choice
         else:
-            yield from _deciding_choices(choice, options, used)
+            yield from _deciding_choices(choice, options, active)
 
 
 def read_config_file(path: str, problems: list[str]) -> tuple[dict, str]:
@@ -303,7 +355,7 @@ def read_config_file(path: str, problems: list[str]) -> tuple[dict, str]:
             problems.append(f'config file {path} is a folder: give a Python file in it.')
             return {}, ''
         if not file.is_file():
-            problems.append(f'config file {path} does not exist.{_instead(path, file.parent)}')
+            problems.append(f'config file {path} does not exist.{_suggest_file(path, file.parent)}')
             return {}, ''
         text = decode(file.read_bytes())
         tree = ast.parse(text, filename=path)
@@ -314,7 +366,7 @@ def read_config_file(path: str, problems: list[str]) -> tuple[dict, str]:
     except (OSError, ValueError, MemoryError, RecursionError) as error:  # the latter: nested deeply
         problems.append(f'config file {path} cannot be read: {error or type(error).__name__}.')
         return {}, ''
-    # `__name__` makes a component of this file recognisable when the file is read again.
+    # `__name__` makes a component of this file recognizable when the file is read again.
     namespace = {'__name__': f'config:{file.resolve()}', '__file__': str(file.resolve())}
     old_imports.allow()
     try:
@@ -350,10 +402,10 @@ def _message(error: BaseException) -> str:
         return kind
 
 
-def _instead(path: str, folder: Path) -> str:
+def _suggest_file(path: str, folder: Path) -> str:
     """Which config file may be meant, or which there are."""
     beside = sorted(file.name for file in folder.glob('*.py')) if folder.is_dir() else []
-    meant = closest(Path(path).name, beside)
+    meant = closest_match(Path(path).name, beside)
     if meant is not None:
         return f' Did you mean {folder / meant}?'
     return f' In {folder} there are: {", ".join(beside)}.' if beside else ''

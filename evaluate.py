@@ -39,11 +39,18 @@ from data.dataset import load_dataset
 from data.tokenizer import Tokenizer
 from inference.multiple_choice import made_choices, read_items
 from inference.scoring import ChoiceResult, Scorer, TextResult, score_items, score_text
-from training import resumption
+from training.load import (
+    checkpoint_parser,
+    find_checkpoint,
+    load_architecture,
+    load_model,
+    load_tokenizer,
+    register_components,
+)
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = resumption.checkpoint_parser('evaluate.py', __doc__)
+    parser = checkpoint_parser('evaluate.py', __doc__)
     add = parser.add_argument
     several = {'type': Path, 'action': 'append', 'default': [], 'metavar': 'FILE'}
     add('--text', help='text to find the bits per byte of; may be given several times', **several)
@@ -78,7 +85,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
             f'--make_choices={options.make_choices} is there already: --choices='
             f'{options.make_choices} scores it.'
         )
-    resumption.read_components(options.config, problems)
+    register_components(options.config, problems)
     return options
 
 
@@ -86,9 +93,9 @@ def main(argv: list[str]) -> int:
     options = parse(argv)
     device = hardware.select_device(options.device)
     dtype = hardware.resolve_dtype(options.dtype, device)
-    checkpoint, state = resumption.find_checkpoint(options.out_dir, options.run)
-    config = resumption.architecture_of(checkpoint)
-    tokenizer, _ = resumption.vocabulary_of(checkpoint)
+    checkpoint, state = find_checkpoint(options.out_dir, options.run)
+    config = load_architecture(checkpoint)
+    tokenizer, _ = load_tokenizer(checkpoint)
     stride = options.stride or max(1, config.block_size // 2)
     if stride > config.block_size:
         raise UserError(f'--stride={stride}: at most block_size={config.block_size} are scored.')
@@ -102,7 +109,7 @@ def main(argv: list[str]) -> int:
     paths = [*([options.make_choices] if options.make_choices else []), *options.choices]
     items = {path: read_items(path, tokenizer, config.block_size) for path in paths}
 
-    model = resumption.load_model(checkpoint, state, device).eval()
+    model = load_model(checkpoint, state, device).eval()
     scorer = Scorer(model, device, dtype, options.batch_size)
     read = [score_text(scorer, path, text, tokenizer, stride) for path, text in texts.items()]
     chosen = [score_items(scorer, path, questions) for path, questions in items.items()]

@@ -36,7 +36,14 @@ from common.console_output import write_progress
 from common.errors import UserError, run_script
 from interop import hf_tokenizer
 from model_builder import Transformer
-from training import checkpointing, resumption
+from training.checkpoint import Checkpoint, write_failure
+from training.load import (
+    checkpoint_parser,
+    find_checkpoint,
+    load_model,
+    load_tokenizer,
+    register_components,
+)
 
 DTYPES = ('float32', 'bfloat16', 'float16')
 
@@ -46,7 +53,7 @@ class Exported(NamedTuple):
 
     model: Transformer
     config: dict
-    checkpoint: checkpointing.Checkpoint
+    checkpoint: Checkpoint
 
 
 def write_pt(exported: Exported, path: Path) -> None:
@@ -63,7 +70,7 @@ def write_hugging_face(exported: Exported, path: Path) -> None:
     interop.export(model.config, dict(model.named_parameters()), path)
     write_progress(f'Check: {interop.check_export(model, path)}.')
     try:
-        tokenizer, vocab_size = resumption.vocabulary_of(exported.checkpoint)
+        tokenizer, vocab_size = load_tokenizer(exported.checkpoint)
         interop.write_generation_config(
             path, tokenizer.end_of_text, range(vocab_size, model.config.vocab_size)
         )
@@ -89,7 +96,7 @@ FORMATS = {
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """The options, with the chosen Format and an output that can be written."""
-    parser = resumption.checkpoint_parser('export_checkpoint.py', __doc__)
+    parser = checkpoint_parser('export_checkpoint.py', __doc__)
     add = parser.add_argument
     add('--output', type=Path, help='what to write (default model.pt; with --format=hf model/)')
     add('--format', choices=FORMATS, help="default: what --output's suffix says, or pt")
@@ -97,7 +104,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add('--overwrite', action='store_true', help='replace --output if it is there')
     options = parser.parse(argv)
     problems: list[str] = []
-    resumption.read_components(options.config, problems)
+    register_components(options.config, problems)
     options.format = choose_format(options.format, options.output)
     options.output = options.output or Path(f'model{options.format.suffix}')
     check_output(options.format, options.output, options.overwrite)
@@ -138,8 +145,8 @@ def check_output(file_format: Format, output: Path, overwrite: bool) -> None:
 
 def main(argv: list[str]) -> int:
     options = parse(argv)
-    checkpoint, state = resumption.find_checkpoint(options.out_dir, options.run)
-    model = resumption.load_model(checkpoint, state, torch.device('cpu'))
+    checkpoint, state = find_checkpoint(options.out_dir, options.run)
+    model = load_model(checkpoint, state, torch.device('cpu'))
     to_dtype(model, getattr(torch, options.dtype))
     config = {
         'architecture': checkpoint.index['architecture'],
@@ -184,7 +191,7 @@ def write(file_format: Format, exported: Exported, output: Path) -> None:
         else:
             os.replace(temporary, output)
     except (OSError, RuntimeError) as error:  # torch's zip writer makes the latter of the former
-        reason = checkpointing.write_failure(error)
+        reason = write_failure(error)
         raise UserError(f'--output={output} cannot be written: {reason}.') from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -31,10 +31,10 @@ from common.registry import (
 from common.text_files import parse_json
 from configurator import (
     Layer,
-    Merged,
-    accept_layer,
+    MergedOptions,
     chosen_components,
     merge,
+    validate_layer,
     with_component_options,
 )
 
@@ -319,7 +319,7 @@ class ModelArchitectureConfig(FrozenConfig):
 
     def __init__(self, **values):
         problems: list[str] = []
-        layer = accept_layer(Layer('argument', values), schema(), problems)
+        layer = validate_layer(Layer('argument', values), schema(), problems)
         resolved = ModelArchitectureConfig.resolve([layer], problems)
         if problems:
             raise UserError(*problems)
@@ -342,7 +342,7 @@ class ModelArchitectureConfig(FrozenConfig):
     def replace(self, **values) -> 'ModelArchitectureConfig':
         """The same architecture with other values, which are checked and derived anew."""
         problems: list[str] = []
-        changed = accept_layer(Layer('argument', values), schema(), problems)
+        changed = validate_layer(Layer('argument', values), schema(), problems)
         config = ModelArchitectureConfig.resolve([*self._layers, changed], problems)
         if problems:
             raise UserError(*problems)
@@ -381,7 +381,7 @@ class ModelArchitectureConfig(FrozenConfig):
         return cls(arch_preset='custom', **values)
 
 
-def _merge(layers: list[Layer], problems: list[str]) -> tuple[str, Merged]:
+def _merge(layers: list[Layer], problems: list[str]) -> tuple[str, MergedOptions]:
     """The preset, and what is merged from it and the layers above."""
     preset = PRESET_OPTION.default
     for layer in layers:

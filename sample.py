@@ -29,7 +29,14 @@ from common.paths import expanded_path
 from common.text_files import decode
 from inference.generate import generate
 from inference.sampling import TEMPERATURE, TOP_K, Sampler, TextStream, prompt_tokens, stream
-from training import resumption
+from training.load import (
+    checkpoint_parser,
+    find_checkpoint,
+    load_architecture,
+    load_model,
+    load_tokenizer,
+    register_components,
+)
 
 SEPARATOR = '-' * 80
 LIMITS = {
@@ -41,7 +48,7 @@ LIMITS = {
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = resumption.checkpoint_parser('sample.py', __doc__)
+    parser = checkpoint_parser('sample.py', __doc__)
     add = parser.add_argument
     add(
         '--start',
@@ -106,7 +113,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     ]
     if '' in options.stop:
         problems.append('--stop is empty: give the text before which to end.')
-    resumption.read_components(options.config, problems)
+    register_components(options.config, problems)
     return options
 
 
@@ -115,11 +122,11 @@ def main(argv: list[str]) -> int:
     device = hardware.select_device(options.device)
     dtype = hardware.resolve_dtype(options.dtype, device)
     prompt = read_prompt(options.start)
-    checkpoint, state = resumption.find_checkpoint(options.out_dir, options.run)
-    name = resumption.architecture_of(checkpoint).name
-    tokenizer, vocab_size = resumption.vocabulary_of(checkpoint)
+    checkpoint, state = find_checkpoint(options.out_dir, options.run)
+    name = load_architecture(checkpoint).name
+    tokenizer, vocab_size = load_tokenizer(checkpoint)
     tokens = prompt_tokens(tokenizer, prompt, 'start')
-    model = resumption.load_model(checkpoint, state, device).eval()
+    model = load_model(checkpoint, state, device).eval()
     start = torch.tensor(tokens[-model.config.block_size :], device=device)
     write_text(f'{name}, {checkpoint.iter:,} updates, from {checkpoint.path}')
     if slow := ', '.join(model.uncacheable):

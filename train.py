@@ -12,7 +12,6 @@ component is, and its source. --print_config shows each resolved value and where
 import math
 import sys
 import time
-from functools import partial
 
 import common.first_import  # noqa: F401
 
@@ -24,11 +23,11 @@ from common.console_output import write_progress, write_text
 from common.errors import run_script
 from components.weight_initialization import name_seed
 from configurator import format_components, format_help, read_command_line
-from data.dataset import TokenDataset, is_prepared, load_dataset, prepare_if_missing
-from inference.sampling import OwnSample
+from data.dataset import is_prepared, load_dataset, prepare_if_missing
+from inference.sampling import PeriodicSample
 from model_builder import parameter_groups, training_flops
 from optim.schedules import learning_rate_at
-from optim.step import Updater
+from optim.step import GradientSums, GuardedOptimizer
 from parallel import sharded_state
 from parallel.strategies import SingleProcess, choose_strategy, recomputed_blocks
 from planning.plan import plan_run
@@ -36,138 +35,152 @@ from planning.report import plan_report
 from records.run_folders import new_run_folder
 from records.trackers import enabled_trackers
 from studies.grid import STUDY_KEYS
-from training import checkpointing, diagnostics, resumption, stability, start_checks
-from training.checkpoint_writer import Saver
-from training.record_header import record_header, surroundings
-from training.session import Session
-from training.signals import Interruption
-from training_config import Settings, load_settings, schema
+from training import stability, start_checks
+from training.checkpoint import list_checkpoints
+from training.checkpoint_writer import CheckpointManager
+from training.diagnostics import UpdateRatio
+from training.load import copy_tokenizer_file
+from training.memory_check import check_training_size, user_friendly_errors
+from training.metrics import RunMetrics
+from training.record_header import record_header, run_environment
+from training.resume import ResumeSource, TrainingProgress, find_resume_source, restart_notes
+from training.session import RunContext, Session
+from training.signals import SignalHandler
+from training_config import TrainingConfig, load_settings, schema
 from training_logger import TrainingLogger
+
+InitSource = ResumeSource | interop.PretrainedSource
 
 
 def main(argv: list[str]) -> int:
-    asked = read_command_line(argv, schema, aside=STUDY_KEYS)
-    if asked.help and not asked.problems:
+    # What the command line asks for: a text about the options, or a run.
+    command_line = read_command_line(argv, schema, extra=STUDY_KEYS)
+    if command_line.help and not command_line.problems:
         write_text(format_help(__doc__, schema()))
         return 0
-    if asked.list_components and not asked.problems:
+    if command_line.list_components and not command_line.problems:
         write_text(format_components(schema()))
         return 0
-    started_from = resumption.find(asked) or interop.find_pretrained(asked)
-    settings = load_settings(asked)
+
+    # The settings, over those of a run to resume or of somebody's weights.
+    init_source = find_resume_source(command_line) or interop.find_pretrained(command_line)
+    settings = load_settings(command_line)
     if settings.plan.plan:
         write_text(plan_report(plan_run(settings)))
         return 0
+
+    # The device.
     device = hardware.select_device(settings.run.device)
     hardware.tune(device, settings.run.deterministic)
     dtype = hardware.resolve_dtype(settings.run.dtype, device)
     data = settings.run.dataset, settings.architecture.block_size
-    if asked.print_config:
+    if command_line.print_config:
         dataset = load_dataset(*data) if is_prepared(settings.run.dataset) else None
-        write_text(settings.complete(device, dtype, dataset).explain())
+        write_text(settings.resolve(device, dtype, dataset).explain())
         return 0
+
+    # The processes and the data; with these every option has its value.
     parallel = choose_strategy(settings.run, device)
     prepare_if_missing(settings.run.dataset)
     dataset = load_dataset(*data)
-    dataset.check_content(full=settings.run.verify_data, from_main=parallel.from_main)
-    settings = settings.complete(device, dtype, dataset)
-    if started_from:
-        started_from.check(settings)
-    with stability.explained(settings, parallel, device):
-        stability.check_training_size(settings, parallel, device)
-        session = set_up(settings, parallel, device, dataset, started_from, argv)
-    code = run(session)
+    dataset.check_content(full=settings.run.verify_data, from_main=parallel.broadcast_from_main)
+    settings = settings.resolve(device, dtype, dataset)
+    if init_source:
+        init_source.check(settings)
+
+    # The run.
+    context = RunContext(
+        settings=settings, parallel=parallel, device=device, dataset=dataset, argv=argv
+    )
+    with user_friendly_errors(settings, parallel, device):
+        check_training_size(settings, parallel, device)
+        session = set_up(context, init_source)
+    exit_code = run_training(session)
     parallel.close()
-    return code
+    return exit_code
 
 
 # --------------------------------------------------------------------------------------------------
 # Set-up
 
 
-def set_up(
-    settings: Settings,
-    parallel: SingleProcess,
-    device: torch.device,
-    dataset: TokenDataset,
-    started_from: resumption.Resumed | interop.PretrainedSource | None,
-    argv: list[str],
-) -> Session:
+def set_up(context: RunContext, init_source: InitSource | None) -> Session:
     """Build everything that the loop needs, and begin or continue the record."""
-    options, architecture = settings.run, settings.architecture
-    own_sample = OwnSample.of(options, dataset)
-    peak = parallel.from_main(
-        lambda: hardware.peak_flops(device, options.dtype, options.peak_tflops)
+    settings, parallel, device = context.settings, context.parallel, context.device
+    run, architecture, dataset = settings.run, settings.architecture, context.dataset
+    sample_writer = PeriodicSample.of(run, dataset)
+    peak = parallel.broadcast_from_main(
+        lambda: hardware.peak_flops(device, run.dtype, run.peak_tflops)
     )
-    compiled = options.compile
-    if compiled and (problem := hardware.compile_problem(device)):
-        if parallel.is_main:
-            write_progress(
-                f'warning: compile is off, since {problem}. --compile=False silences this.'
-            )
-        compiled = False
 
-    recomputed = recomputed_blocks(options.activation_checkpointing, architecture.n_layer)
+    # The model, as the strategy recomputes, compiles and wraps it, and its optimizer.
+    compiled = can_compile(run, device, parallel)
+    recomputed = recomputed_blocks(run.activation_checkpointing, architecture.n_layer)
     raw_model, model = parallel.build(architecture, recomputed, compiled)
-    groups = parameter_groups(raw_model)
-    flops = training_flops(raw_model, recomputed)
-    updater = Updater(parallel.build_optimizer(groups, options), options, device, parallel)
-    progress = (
-        started_from.restore(parallel, raw_model, updater)
-        if started_from
-        else resumption.Progress()
-    )
-    checked = start_checks.check_model(raw_model, device, options.dtype)
+    groups, flops = parameter_groups(raw_model), training_flops(raw_model, recomputed)
+    optimizer = GuardedOptimizer(parallel.build_optimizer(groups, run), run, device, parallel)
 
-    logger = TrainingLogger(
-        parallel.from_main(
-            lambda: (started_from and started_from.run_folder) or new_run_folder(options.out_dir)
-        ),
-        is_main=parallel.is_main,
-        style=options.log_style,
-        max_iters=options.max_iters,
-        trackers=enabled_trackers(options),
-    )
-    weights_from = parallel.from_main(lambda: started_from and started_from.weights_from)
+    # The weights and the progress of a checkpoint, or the weights of somebody's model.
+    progress = TrainingProgress()
+    if init_source:
+        progress = init_source.restore(parallel, raw_model, optimizer)
+    model_notes = start_checks.check_model(raw_model, device, run.dtype)
+
+    # The record, begun or continued.
+    logger = open_record(context, init_source)
     header = record_header(
-        settings,
-        dataset,
-        raw_model,
-        updater.optimizer,
-        flops,
-        peak,
-        device,
-        parallel,
-        compiled,
-        argv,
-        weights_from,
+        context,
+        model=raw_model,
+        optimizer=optimizer.inner,
+        flops=flops,
+        peak=peak,
+        compiled=compiled,
+        weights_from=parallel.broadcast_from_main(lambda: init_source and init_source.weights_from),
     )
-    here = surroundings(header)
+    environment = run_environment(header)
     if parallel.is_main:
-        resumption.keep_tokenizer(dataset, logger.run_folder)
-    if started_from:
-        started_from.report(logger, header, here)
+        copy_tokenizer_file(dataset, logger.run_folder)
+    if init_source:
+        init_source.report(logger, header, environment)
     else:
         logger.start(**header)
-    for note in [*dataset.notes, *settings.notes, *resumption.notes(options), *checked]:
+    for note in [*dataset.notes, *settings.notes, *restart_notes(run), *model_notes]:
         logger.event('note', None, note)
     return Session(
-        settings=settings,
-        parallel=parallel,
-        device=device,
-        dataset=dataset,
+        **vars(context),
         raw_model=raw_model,
         model=model,
-        updater=updater,
-        logger=logger,
+        optimizer=optimizer,
         progress=progress,
-        flops_per_token=flops,
-        peak=peak,
-        update_size=diagnostics.UpdateSize(groups, parallel),
-        interruption=Interruption(speaks=parallel.is_main),
-        saver=Saver(options, device, parallel, logger),
-        own_sample=own_sample,
-        surroundings=here,
+        logger=logger,
+        checkpoints=CheckpointManager(run, device, parallel, logger),
+        signals=SignalHandler(verbose=parallel.is_main),
+        metrics=RunMetrics(flops, peak, UpdateRatio(groups, parallel)),
+        sample_writer=sample_writer,
+        environment=environment,
+    )
+
+
+def can_compile(run: TrainingConfig, device: torch.device, parallel: SingleProcess) -> bool:
+    """Whether the blocks are compiled; a warning where that is command_line for and cannot be."""
+    if not run.compile or not (problem := hardware.compile_problem(device)):
+        return bool(run.compile)
+    if parallel.is_main:
+        write_progress(f'warning: compile is off, since {problem}. --compile=False silences this.')
+    return False
+
+
+def open_record(context: RunContext, init_source: InitSource | None) -> TrainingLogger:
+    """The logger of the run that is resumed, or of a new one."""
+    run, parallel = context.settings.run, context.parallel
+    return TrainingLogger(
+        parallel.broadcast_from_main(
+            lambda: (init_source and init_source.run_folder) or new_run_folder(run.out_dir)
+        ),
+        is_main=parallel.is_main,
+        style=run.log_style,
+        max_iters=run.max_iters,
+        trackers=enabled_trackers(run),
     )
 
 
@@ -175,65 +188,91 @@ def set_up(
 # The run
 
 
-def run(session: Session) -> int:
+def run_training(session: Session) -> int:
     """Train to the end, and close the record however it ends. Returns the exit code."""
-    with session.interruption:  # beyond the loop: torchrun asks the others to stop when one fails
+    with session.signals:  # beyond the loop: torchrun asks the others to stop when one fails
         try:
-            with stability.explained(session.settings, session.parallel, session.device):
+            with user_friendly_errors(session.settings, session.parallel, session.device):
                 train(session)
-                session.saver.finish()
+                session.checkpoints.finish()
         except BaseException as error:
-            session.saver.give_up()
+            session.checkpoints.abort()
             session.logger.finish('failed', reason=str(error) or type(error).__name__)
             raise
-        stopped = session.interruption.exit_code
-        session.logger.finish('interrupted' if stopped else 'finished')
-    return stopped
+        exit_code = session.signals.exit_code
+        session.logger.finish('interrupted' if exit_code else 'finished')
+    return exit_code
 
 
 def train(session: Session) -> None:
-    """`max_iters` updates, with evaluations before the first, at intervals and after the last."""
+    """`max_iters` iterations, with evaluations before the first, at intervals and at the end."""
     if session.settings.run.eval_only:
         evaluate(session)
         return
     hardware.reset_peak_memory(session.device)
     clock = hardware.StepClock(session.device)
+    signals, checkpoints = session.signals, session.checkpoints
     while True:
-        done = session.progress.iter
-        due = session.evaluation_due(done) and session.progress.evaluated_at != done
-        session.interruption.agree(session.parallel, session.saver.writing)
-        if session.saver.under_way and not session.interruption.writing:
+        # What any rank was command_line for by a signal, all of them know from here on.
+        signals.sync(session.parallel, checkpoints.writing)
+        # Publish the checkpoint that is being written, once every rank has written it.
+        if checkpoints.in_progress and not signals.checkpoint_writing:
             with clock.paused():
-                session.saver.publish()
-        if due or session.interruption.pending:
+                checkpoints.publish()
+        # Evaluate and save, where that is due or command_line for.
+        iter = session.progress.iter
+        evaluation_due = session.evaluation_due(iter) and session.progress.evaluated_at != iter
+        if evaluation_due or signals.pending:
             with clock.paused():
-                between_updates(session, due)
-            if session.interruption.stop_signal:
+                evaluate_and_checkpoint(session, evaluation_due)
+            if signals.stop_signal:
                 return
+        # Train; after a rollback there is more to do again.
         if session.progress.iter >= session.settings.run.max_iters:
             return
-        update(session, clock)
+        run_iteration(session, clock)
 
 
-def between_updates(session: Session, due: bool) -> None:
-    """Evaluate if it is `due`, and save if that, or somebody, asks for it."""
-    options = session.settings.run
-    if rolled_back(session, int(session.updater.skipped.item())):
+def evaluate_and_checkpoint(session: Session, evaluation_due: bool) -> None:
+    """Evaluate if that is due, and save if the result, an option or a signal asks for it."""
+    if stability.handle_nonfinite(session, int(session.optimizer.skipped.item())):
         return
-    improved = due and evaluate(session)
-    wanted = session.interruption.pending or improved or (due and options.always_save_checkpoint)
-    if wanted and session.progress.iter > 0:
+    improved = evaluation_due and evaluate(session)
+    always = evaluation_due and session.settings.run.always_save_checkpoint
+    if (session.signals.pending or improved or always) and session.progress.iter > 0:
         save(session)
 
 
-def update(session: Session, clock: hardware.StepClock) -> None:
+# --------------------------------------------------------------------------------------------------
+# One iteration
+
+
+def run_iteration(session: Session, clock: hardware.StepClock) -> None:
     """One update of the weights from sequences iter · G to (iter + 1) · G of the global order."""
-    options, progress, model = session.settings.run, session.progress, session.model
-    learning_rate = learning_rate_at(progress.iter, options)
-    logged = progress.iter % options.log_interval == 0 or progress.iter == options.max_iters - 1
-    if options.diagnostics and session.evaluation_due(progress.iter + 1):
-        session.update_size.begin()
-    micro_steps, ranks = options.gradient_accumulation_steps, session.parallel.world_size
+    run, progress, optimizer = session.settings.run, session.progress, session.optimizer
+    learning_rate = learning_rate_at(progress.iter, run)
+    is_logged = progress.iter % run.log_interval == 0 or progress.iter == run.max_iters - 1
+    # Remember the weights where the next evaluation tells how far they have moved.
+    if run.diagnostics and session.evaluation_due(progress.iter + 1):
+        session.metrics.update_ratio.begin()
+    # Forward and backward; the gradients of all ranks are added up in the last backward pass.
+    loss = session.parallel.all_reduce_sum(forward_backward(session))
+    # Measure and clip the gradient, and update the weights.
+    sums = optimizer.step(learning_rate, loss, measured=is_logged)
+    session.metrics.update_ratio.end()
+    # Count.
+    progress.iter += 1
+    progress.tokens += session.tokens_per_iter
+    clock.steps += 1
+    # Log.
+    if is_logged:
+        log_iteration(session, clock, learning_rate, loss, sums)
+
+
+def forward_backward(session: Session) -> torch.Tensor:
+    """Add up the gradients of this rank's micro-batches; its share of the iteration's mean loss."""
+    run, progress, model = session.settings.run, session.progress, session.model
+    micro_steps, ranks = run.gradient_accumulation_steps, session.parallel.world_size
     model.train()
     loss = torch.zeros((), device=session.device)
     for micro_step in range(session.parallel.rank, micro_steps, ranks):
@@ -241,106 +280,71 @@ def update(session: Session, clock: hardware.StepClock) -> None:
         number = (progress.iter + progress.data_shift) * micro_steps + micro_step
         batch = session.training_batch(number)
         # Dropout has a stream of its own at every micro-batch, so no random state is ever saved.
-        torch.manual_seed(name_seed(options.seed, f'dropout/{number}'))
+        torch.manual_seed(name_seed(run.seed, f'dropout/{number}'))
         with session.parallel.micro_step(model, last=micro_step + ranks >= micro_steps):
             with session.autocast():
                 loss_sum, _, auxiliary = model(*batch)
             share = loss_sum / session.tokens_per_iter
-            session.updater.backward(share + auxiliary.loss / micro_steps)
+            session.optimizer.backward(share + auxiliary.loss / micro_steps)
         loss += share.detach()
-        session.readings.add(auxiliary.metrics)
-    loss = session.parallel.sum(loss)
-    sums = session.updater.update(learning_rate, loss, measured=logged)
-    session.update_size.end()
-    progress.iter += 1
-    progress.tokens += session.tokens_per_iter
-    clock.steps += 1
-    if logged:
-        readings = session.raw_model.summarize_metrics(session.readings.take(session.parallel))
-        measured = [loss, sums.norm, sums.total, session.updater.skipped, *readings.values()]
-        log_update(session, clock, learning_rate, torch.stack(measured), list(readings))
+        session.metrics.aux.add(auxiliary.metrics)
+    return loss
 
 
-def log_update(
+def log_iteration(
     session: Session,
     clock: hardware.StepClock,
     learning_rate: float,
-    measured: torch.Tensor,
-    readings: list[str],
+    loss: torch.Tensor,
+    sums: GradientSums,
 ) -> None:
-    """Record the update just made. Reading `measured` is its one synchronisation.
-
-    readings: the names of its last figures, which the components report.
-    """
-    session.record_held()
-    memory = session.largest_memory()  # first: a rank that is lost is noticed on the host
-    loss, norm, total, skipped, *values = measured.tolist()
+    """Record the iteration just made. Reading what the device has measured is its one
+    synchronization."""
+    optimizer = session.optimizer
+    # Everything measured on the device, to be read at once.
+    aux = session.raw_model.summarize_metrics(session.metrics.aux.mean_and_reset(session.parallel))
+    measured = torch.stack([loss, sums.norm, sums.total, optimizer.skipped, *aux.values()])
+    # What is measured on the host comes first: there a rank that is lost is noticed.
+    session.record_memory_footprint()
+    memory = session.memory_usage()
+    loss_value, norm, total, skipped, *aux_values = measured.tolist()
     seconds, steps = clock.take()
-    iter, tokens_per_second = session.progress.iter - 1, session.tokens_per_iter / seconds
+    iter, (tokens_per_second, mfu) = session.progress.iter - 1, session.throughput(seconds)
     session.logger.iteration(
         {
             'iter': iter,
-            'loss': loss,
+            'loss': loss_value,
             'lr': learning_rate,
             'time_ms': seconds * 1e3,
             'steps': steps,
             'tokens_per_sec': tokens_per_second,
-            **session.seen(),
-            'mfu': session.utilization(tokens_per_second),
+            **session.data_seen(),
+            'mfu': mfu,
             'memory': memory,
-            'gradients': session.updater.statistics(norm, total),
-            'loss_scale': session.updater.loss_scale,
-            'readings': dict(zip(readings, values)),
+            'gradients': optimizer.statistics(norm, total),
+            'loss_scale': optimizer.loss_scale,
+            'readings': dict(zip(aux, aux_values)),
         }
     )
-    if stability.is_spike(loss, session.progress.recent_losses):
-        session.logger.event('loss_spike', iter, f'loss {loss:.4f} is far above those before')
-    rolled_back(session, int(skipped))
+    # What may have gone wrong.
+    if stability.is_spike(loss_value, session.progress.recent_losses):
+        session.logger.event('loss_spike', iter, f'loss {loss_value:.4f} is far above those before')
+    stability.handle_nonfinite(session, int(skipped))
     hardware.reset_peak_memory(session.device)
     clock.restart()
 
 
-def rolled_back(session: Session, skipped: int) -> bool:
-    """Do as `on_nonfinite` says about updates that the device has skipped; whether it went back.
-
-    Raises UserError if the run is to stop.
-    """
-    if not skipped:
-        return False
-    options, failed, folder = session.settings.run, session.progress, session.saver.folder
-    session.updater.skipped.zero_()
-    message = f'{skipped} update(s) skipped: loss or gradient not finite'
-    session.logger.event('nonfinite', failed.iter - 1, message, count=skipped)
-    if options.on_nonfinite == 'skip':
-        return False
-    session.saver.finish()
-    tell = partial(session.logger.event, 'broken_checkpoint', failed.iter)
-    found = checkpointing.newest(folder, tell) if options.on_nonfinite == 'rollback' else None
-    if found is None or failed.rollbacks == stability.MAX_ROLLBACKS:
-        raise stability.nonfinite_error(failed.iter, skipped, checkpointing.published(folder))
-    checkpoint, state = found
-    session.progress = resumption.restore(
-        session.parallel, session.raw_model, session.updater, checkpoint, state
-    )
-    # Leave out the data between the checkpoint and here, or the same thing would happen again.
-    left_out = failed.iter - checkpoint.iter
-    session.progress.data_shift = failed.data_shift + left_out
-    session.progress.rollbacks = failed.rollbacks + 1
-    session.logger.rollback(
-        checkpoint.iter,
-        from_iter=failed.iter,
-        checkpoint=str(checkpoint.path.relative_to(session.logger.run_folder)),
-        message=f"went back from iter {failed.iter}, leaving out {left_out} updates' worth of data",
-    )
-    return True
+# --------------------------------------------------------------------------------------------------
+# Between iterations
 
 
 @torch.no_grad()
 def evaluate(session: Session) -> bool:
     """Measure the loss on the fixed windows of both splits; whether it is the best so far."""
-    options, progress, model = session.settings.run, session.progress, session.model
+    run, progress, model = session.settings.run, session.progress, session.model
     began = time.perf_counter()
     model.eval()
+    # The mean loss of each split, over all ranks.
     losses = {}
     for split in ('train', 'val'):
         total = torch.zeros(2, device=session.device)  # summed loss, number of targets
@@ -348,7 +352,7 @@ def evaluate(session: Session) -> bool:
             with session.autocast():
                 loss_sum, count, _ = model(*batch)
             total += torch.stack([loss_sum, count.to(loss_sum.dtype)])
-        loss_sum, count = session.parallel.sum(total).tolist()
+        loss_sum, count = session.parallel.all_reduce_sum(total).tolist()
         losses[split] = loss_sum / count
     bytes_per_token = session.dataset.bytes_per_token('val')
     entry = {
@@ -356,21 +360,13 @@ def evaluate(session: Session) -> bool:
         'train_loss': losses['train'],
         'val_loss': losses['val'],
         'val_bits_per_byte': bytes_per_token and losses['val'] / math.log(2) / bytes_per_token,
-        'lr': learning_rate_at(progress.iter, options),
-        'data_hash': session.agree_on_data() if progress.iter else None,
-        **session.seen(),
+        'lr': learning_rate_at(progress.iter, run),
+        'data_hash': session.sync_data_hash() if progress.iter else None,
+        **session.data_seen(),
     }
-    if options.diagnostics:
-        first = next(session.evaluation_batches('val', divided=False))
-        entry['diagnostics'] = {
-            'layers': diagnostics.layer_statistics(
-                session.raw_model, model, session.parallel, *first, session.autocast
-            ),
-            'update_to_weight': session.update_size.ratios or {},
-            'val_loss_by_position': diagnostics.loss_by_position(
-                model, session.parallel, session.evaluation_batches('val'), session.autocast
-            ),
-        }
+    # What goes on inside the model, and what it writes, where that is command_line for.
+    if run.diagnostics:
+        entry['diagnostics'] = session.measure_diagnostics()
     entry['time_ms'] = (time.perf_counter() - began) * 1e3
     if session.sample_due(progress.iter):
         entry['sample'] = session.write_sample()
@@ -380,17 +376,17 @@ def evaluate(session: Session) -> bool:
 
 def save(session: Session) -> None:
     """Save this moment, when the save before it is done. Nothing that is not finite is saved."""
-    saver, progress = session.saver, session.progress
-    saver.publish()
+    checkpoints, iter = session.checkpoints, session.progress.iter
+    checkpoints.publish()
     began = time.perf_counter()
-    if not session.updater.weights_are_finite():
-        session.logger.event('nonfinite', progress.iter, 'the weights are not all finite')
-        raise stability.nonfinite_weights_error(
-            progress.iter, checkpointing.published(saver.folder)
-        )
-    session.agree_on_data()
-    state = sharded_state.collect(session.parallel, session.raw_model, session.updater, saver.kept)
-    saver.begin(state, session.checkpoint_index(), began)
+    if not session.optimizer.weights_are_finite():
+        session.logger.event('nonfinite', iter, 'the weights are not all finite')
+        raise stability.nonfinite_weights_error(iter, list_checkpoints(checkpoints.folder))
+    session.sync_data_hash()
+    state = sharded_state.collect(
+        session.parallel, session.raw_model, session.optimizer, checkpoints.snapshot
+    )
+    checkpoints.begin(state, session.checkpoint_index(), began)
 
 
 if __name__ == '__main__':

@@ -1,14 +1,15 @@
 """The run as data: nanoGPT's options, typed, and the merge of everything into one `Settings`.
 
-settings = load_settings(argv)          # merged and checked; derived values still open
-settings = settings.complete(...)       # once the device and the dataset are known
+settings = load_settings(command_line)  # merged and checked; derived values still open
+settings = settings.resolve(...)        # once the device and the dataset are known
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -46,17 +47,17 @@ OPTIMIZER_REGISTRY = Registry('optimizer', 'Optimizer', 'optim.optimizers')
 SCHEDULE_REGISTRY = Registry('lr_schedule', 'Learning-rate schedule', 'optim.schedules')
 
 
-def is_checkpointing(value: str) -> bool:
+def is_activation_checkpointing(value: str) -> bool:
     return value in ('none', 'full') or (value.isdecimal() and int(value) >= 1)
 
 
-BEGINNINGS = ('scratch', 'resume', 'auto')  # without somebody's weights
+INIT_FROM = ('scratch', 'resume', 'auto')  # without somebody's weights
 GPT2_SIZES = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
 
 
-def is_beginning(value: str) -> bool:
+def is_init_from(value: str) -> bool:
     kind, _, place = value.partition(':')
-    return value in (*BEGINNINGS, *GPT2_SIZES) or bool(kind in ('hf', 'nanogpt') and place)
+    return value in (*INIT_FROM, *GPT2_SIZES) or bool(kind in ('hf', 'nanogpt') and place)
 
 
 # fmt: off
@@ -65,7 +66,7 @@ RUN_OPTIONS = {
     'init_from': Option(str, 'scratch', 'scratch: a new run; resume: the newest in out_dir; auto: '
                         "whichever applies; gpt2, gpt2-medium, gpt2-large, gpt2-xl, hf: or "
                         "nanogpt: a new run from somebody's weights",
-                        check=(is_beginning, "'scratch', 'resume', 'auto', 'gpt2' (or gpt2-medium, "
+                        check=(is_init_from, "'scratch', 'resume', 'auto', 'gpt2' (or gpt2-medium, "
                                "gpt2-large, gpt2-xl), 'hf:FOLDER_OR_NAME' (of Hugging Face) or "
                                "'nanogpt:CKPT.PT'"), is_path=True),
     'resume_run': Option(str | None, None, 'The run to resume, a folder or its name; None: the '
@@ -134,8 +135,8 @@ SYSTEM_OPTIONS = {
                       'CPU in runs so long that it pays'),
     'activation_checkpointing': Option(str, 'none', 'Recompute blocks in the backward pass instead '
                                        'of keeping them: none, full, or N for every N-th block',
-                                       check=(is_checkpointing, 'none, full or a whole number of '
-                                              'at least 1')),
+                                       check=(is_activation_checkpointing,
+                                              'none, full or a whole number of at least 1')),
     'deterministic': Option(bool, False, 'Only deterministic kernels, slower on a GPU'),
     'peak_tflops': Option(float | None, None, 'Peak of one device for MFU; None: known or measured',
                           check=above(0)),
@@ -164,7 +165,7 @@ PLAN_OPTIONS = {
                        check=between(0.01, 1), requires=('plan', True)),
 }
 # fmt: on
-GROUPS = {
+OPTION_GROUPS = {
     'Run': RUN_OPTIONS,
     'Data': DATA_OPTIONS,
     'Optimizer': OPTIMIZER_OPTIONS,
@@ -172,7 +173,7 @@ GROUPS = {
     'Several processes (started by torchrun)': PARALLEL_OPTIONS,
     'Beside the record': trackers.OPTIONS,
 }
-PLAN = {'Plan (instead of a run)': PLAN_OPTIONS}
+PLAN_GROUP = {'Plan (instead of a run)': PLAN_OPTIONS}
 
 # On a CPU a single sequence keeps 100 iterations of the 12-layer presets within minutes; on a GPU
 # 12 sequences × 40 micro-batches × 1024 tokens = 491,520 tokens an update, as nanoGPT has it.
@@ -195,7 +196,7 @@ class TrainingConfig(FrozenConfig):
 
     def components(self) -> Iterator[type]:
         """The chosen optimizer, and the schedule if there is one."""
-        for _, component in chosen_components(flatten(GROUPS), self._values):
+        for _, component in chosen_components(flatten(OPTION_GROUPS), self._values):
             yield component
 
 
@@ -205,18 +206,17 @@ class Settings:
 
     run: TrainingConfig
     architecture: ModelArchitectureConfig
-    asked: CommandLine
+    command_line: CommandLine
     plan: FrozenConfig
     ranks: int  # processes that there are, or that are planned
     derived: dict[str, str] = field(default_factory=dict)  # key -> value and why
 
     @property
     def notes(self) -> list[str]:
-        """What the user should know of how the files were read and, once the options are
-        complete, of what they come to."""
+        """What the user should know of the files and, once options are resolved, of these."""
         notes = []
-        if self.asked.aside:
-            path = self.asked.config_files[-1]['path']
+        if self.command_line.extra:
+            path = self.command_line.config_files[-1]['path']
             notes = [
                 f'{path} holds a study: this is one run of it; python study.py {path} runs all'
             ]
@@ -230,71 +230,44 @@ class Settings:
         architecture = {'arch_preset': self.architecture.preset, **self.architecture.to_dict()}
         return {**self.run.to_dict(), **architecture}
 
-    def complete(
-        self, device: torch.device, dtype: str, dataset: TokenDataset | None
-    ) -> 'Settings':
+    def resolve(self, device: torch.device, dtype: str, dataset: TokenDataset | None) -> 'Settings':
         """Derive what depends on the device and the data; without data the vocabulary stays open.
 
         Raises UserError if vocab_size is too small for the data.
         """
-        run, derived = self.run, {}
-
-        def derive(key: str, value, why: str) -> None:
-            if key in run and values[key] in (None, 'auto'):
-                shown = f'{value:,}' if type(value) is int else value
-                shown = f'{value:g}' if type(value) is float else shown
-                derived[key] = f'{shown} ({why})'
-                values[key], origins[key] = value, f'derived: {why}'
-
-        values, origins = run.to_dict(), dict(run.origins)
-        on_cpu = device.type == 'cpu'
+        run, architecture = self.run, self.architecture
+        derivation = Derivation(run, device, self.ranks)
+        derive = derivation.derive
+        # By the run and its device.
         derive('eval_interval', *eval_interval_of(run))
-        batch_size, sequences = CPU_SEQUENCES if on_cpu else ACCELERATOR_SEQUENCES
-        block_size = self.architecture.block_size
-        derive('batch_size', batch_size, f'for {device.type}')
-        accumulation = max(1, round(sequences / values['batch_size']))
-        ranks = self.ranks
-        shared = f', in equal parts for {ranks} ranks' if ranks > 1 else ''
-        accumulation = -(-accumulation // ranks) * ranks
-        derive('gradient_accumulation_steps', accumulation, f'for {device.type}{shared}')
-        if on_cpu:
-            windows = max(8, CPU_EVAL_TOKENS // block_size)
-            derive('eval_iters', windows, f'for cpu: {CPU_EVAL_TOKENS:,} tokens, or 8 windows')
-        else:
-            derive('eval_iters', ACCELERATOR_EVAL_ITERS, f'for {device.type}')
+        derivation.derive_batch(architecture.block_size)
         for component in run.components():
             for key, (value, why) in derived_values_of(component, run).items():
                 derive(key, value, why)
         derive('device', str(device), 'planned' if self.plan.plan else 'the best that is here')
         derive('dtype', dtype, f'what this {device.type} does in hardware')
         # The cores and the memory that this takes are those of the training on a CPU.
-        derive('async_save', not on_cpu, f'for {device.type}')
-
+        derive('async_save', device.type != 'cpu', f'for {device.type}')
         if run.wandb_log:
             derive('wandb_project', Path(run.dataset).name, "the dataset's name")
-            derive('wandb_run_name', self.architecture.name, "the architecture's name")
-
-        architecture = self.architecture
-        check_token_count(values, architecture)
+            derive('wandb_run_name', architecture.name, "the architecture's name")
+        # By the data.
+        check_token_count(derivation.values, architecture)
         if dataset is not None:
-            architecture = with_vocabulary(architecture, dataset, run.dataset, derived)
+            architecture = with_vocabulary(architecture, dataset, run.dataset, derivation.shown)
             architecture = with_end_of_text(architecture, dataset, run.dataset)
         check_calls(architecture)
-        if not on_cpu:
-            derive('compile', True, f'for {device.type}')
-        elif values['compile'] is None and dataset is not None:
-            flops = flops_of_run(values, architecture) / ranks
-            why = f'for cpu: it pays from about {CPU_COMPILE_FLOPS:.0e} FLOPs on, and this run has'
-            derive('compile', flops >= CPU_COMPILE_FLOPS, f'{why} {flops:.2g}')
+        # By all of these.
+        derivation.derive_compile(architecture, has_data=dataset is not None)
         for key, value in architecture.to_dict().items():
             _, _, why = architecture.origins[key].partition('derived: ')
             if why:
-                derived[key] = f'{value} ({why})'
+                derivation.shown[key] = f'{value} ({why})'
         return replace(
             self,
-            run=TrainingConfig(values, origins, run.dropped),
+            run=TrainingConfig(derivation.values, derivation.origins, run.dropped),
             architecture=architecture,
-            derived=derived,
+            derived=derivation.shown,
         )
 
     def explain(self) -> str:
@@ -312,6 +285,49 @@ class Settings:
         return format_config(groups, origins, self.run.dropped + self.architecture.dropped)
 
 
+# --------------------------------------------------------------------------------------------------
+# Values that nobody gave
+
+
+class Derivation:
+    """The run's options while those that are open are derived."""
+
+    def __init__(self, run: TrainingConfig, device: torch.device, ranks: int):
+        self.values, self.origins = run.to_dict(), dict(run.origins)
+        self.shown: dict[str, str] = {}  # key -> value and why
+        self.device, self.ranks = device.type, ranks
+
+    def derive(self, key: str, value: Any, why: str) -> None:
+        """Give the option its value, unless somebody did or nothing chosen has a use for it."""
+        if key not in self.values or self.values[key] not in (None, 'auto'):
+            return
+        form = {int: ',', float: 'g'}.get(type(value), '')
+        self.shown[key] = f'{value:{form}} ({why})'
+        self.values[key], self.origins[key] = value, f'derived: {why}'
+
+    def derive_batch(self, block_size: int) -> None:
+        """The sizes of a micro-batch, of an iteration and of an evaluation, by kind of device."""
+        on_cpu, why = self.device == 'cpu', f'for {self.device}'
+        batch_size, sequences = CPU_SEQUENCES if on_cpu else ACCELERATOR_SEQUENCES
+        self.derive('batch_size', batch_size, why)
+        accumulation = max(1, round(sequences / self.values['batch_size']))
+        accumulation = -(-accumulation // self.ranks) * self.ranks
+        shared = f', in equal parts for {self.ranks} ranks' if self.ranks > 1 else ''
+        self.derive('gradient_accumulation_steps', accumulation, f'{why}{shared}')
+        windows = max(8, CPU_EVAL_TOKENS // block_size) if on_cpu else ACCELERATOR_EVAL_ITERS
+        tokens = f': {CPU_EVAL_TOKENS:,} tokens, or 8 windows' if on_cpu else ''
+        self.derive('eval_iters', windows, f'{why}{tokens}')
+
+    def derive_compile(self, architecture: ModelArchitectureConfig, has_data: bool) -> None:
+        """On a GPU; on a CPU if the run is long enough, which is open without data."""
+        if self.device != 'cpu':
+            self.derive('compile', True, f'for {self.device}')
+        elif self.values['compile'] is None and has_data:
+            flops = flops_of_run(self.values, architecture) / self.ranks
+            why = f'it pays from about {CPU_COMPILE_FLOPS:.0e} FLOPs on, and this run has'
+            self.derive('compile', flops >= CPU_COMPILE_FLOPS, f'for cpu: {why} {flops:.2g}')
+
+
 def check_token_count(run: dict, architecture: ModelArchitectureConfig) -> None:
     """Raise UserError where the whole run has more tokens than can be counted exactly."""
     keys = ('max_iters', 'gradient_accumulation_steps', 'batch_size')
@@ -325,7 +341,7 @@ def check_token_count(run: dict, architecture: ModelArchitectureConfig) -> None:
 
 
 def eval_interval_of(run: TrainingConfig) -> tuple[int, str]:
-    """Updates between evaluations where nobody set it, and why."""
+    """Iterations between evaluations where nobody set it, and why."""
     least, most = EVAL_INTERVALS
     interval = min(most, max(least, run.max_iters // EVALUATIONS))
     if run.sample_interval % interval != 0:
@@ -345,7 +361,7 @@ def flops_of_run(run: dict, architecture: ModelArchitectureConfig) -> float:
 def with_vocabulary(
     architecture: ModelArchitectureConfig, dataset: TokenDataset, name: str, derived: dict[str, str]
 ) -> ModelArchitectureConfig:
-    """The architecture with the dataset's vocabulary, noted in `derived`; or with its own, checked.
+    """The architecture with the dataset's vocabulary, noted in `derived`; or with its own.
 
     Raises UserError if its own is too small.
     """
@@ -367,10 +383,7 @@ def with_vocabulary(
 def with_end_of_text(
     architecture: ModelArchitectureConfig, dataset: TokenDataset, name: str
 ) -> ModelArchitectureConfig:
-    """The architecture with the dataset's end-of-text token, if it asks for one.
-
-    Raises UserError if neither says which token that is, or if it is in no vocabulary.
-    """
+    """The architecture with the dataset's end-of-text token, if it needs one. Raises UserError."""
     if 'end_of_text' not in architecture:
         return architecture
     if architecture.end_of_text is None:
@@ -392,26 +405,25 @@ def with_end_of_text(
 
 def run_schema() -> Schema:
     """The options of the run itself, by group, those of optimizers and schedules included."""
-    return {title: with_component_options(options) for title, options in GROUPS.items()}
+    return {title: with_component_options(options) for title, options in OPTION_GROUPS.items()}
 
 
 def schema() -> Schema:
     """Every option of a run, by group; what a config file registered included."""
-    return {**run_schema(), **PLAN, **architecture_schema()}
+    return {**run_schema(), **PLAN_GROUP, **architecture_schema()}
 
 
-def load_settings(asked: CommandLine) -> Settings:
+def load_settings(command_line: CommandLine) -> Settings:
     """Merge defaults < preset < config file < command line. UserError lists every problem."""
-    problems = list(asked.problems)
-    run = TrainingConfig(*merge(flatten(GROUPS), asked.layers, problems))
-    plan = FrozenConfig(*merge(flatten(PLAN), asked.layers, problems))
+    problems = list(command_line.problems)
+    run = TrainingConfig(*merge(flatten(OPTION_GROUPS), command_line.layers, problems))
+    plan = FrozenConfig(*merge(flatten(PLAN_GROUP), command_line.layers, problems))
     ranks = plan.world_size if plan.plan else world_size()
-    architecture = ModelArchitectureConfig.resolve(asked.layers, problems)
-    problems += run_problems(run, plan, ranks)
-    problems += device_problems(run, plan, architecture)
+    architecture = ModelArchitectureConfig.resolve(command_line.layers, problems)
+    problems += [*run_problems(run, plan, ranks), *device_problems(run, plan, architecture)]
     if problems:
         raise UserError(*problems)
-    return Settings(run, architecture, asked, plan, ranks)
+    return Settings(run, architecture, command_line, plan, ranks)
 
 
 def device_problems(
@@ -433,62 +445,54 @@ def device_problems(
 
 
 def run_problems(run: TrainingConfig, plan: FrozenConfig, ranks: int) -> list[str]:
-    """What is wrong with the run's options taken together, a sentence each.
-
-    A plan asks for neither the device nor the data, nor for where else it would be logged.
-    """
-    problems = []
-    needed_here = (
-        partial(select_device, run.device),
-        partial(is_prepared, run.dataset),
-        partial(trackers.check_packages, run),
-    )
-    for find in () if plan.plan else needed_here:
-        try:
-            find()
-        except UserError as error:
-            problems += error.problems
-
-    def check(wrong: bool, problem: Callable[[], str]) -> None:
-        if wrong:
-            problems.append(problem())
-
+    """What is wrong with the run's options taken together, a sentence each."""
+    problems = [] if plan.plan else problems_here(run)
     for component in run.components():
         problems += sentences_of(component, 'problems', run)
-    check(
-        run.use_fsdp and run.use_zero1,
-        lambda: (
+    return [*problems, *rank_problems(run, ranks), *option_problems(run)]
+
+
+def problems_here(run: TrainingConfig) -> list[str]:
+    """Of the device, the data, and where else the run is logged: a plan asks for none of them."""
+    problems: list[str] = []
+    checks = partial(select_device, run.device), partial(is_prepared, run.dataset)
+    for check in (*checks, partial(trackers.check_packages, run)):
+        try:
+            check()
+        except UserError as error:
+            problems += error.problems
+    return problems
+
+
+def rank_problems(run: TrainingConfig, ranks: int) -> Iterator[str]:
+    """Of how the run is divided among the ranks."""
+    if run.use_fsdp and run.use_zero1:
+        yield (
             'use_fsdp=True and use_zero1=True: FSDP divides the optimizer state already. Leave '
             'one of them out.'
-        ),
-    )
+        )
     size, accumulation = run.get('fsdp_shard_size'), run.gradient_accumulation_steps
-    check(
-        size is not None and ranks % size != 0,
-        lambda: f'fsdp_shard_size={size} does not divide the {ranks} ranks.',
-    )
-    check(
-        accumulation is not None and accumulation % ranks != 0,
-        lambda: (
+    if size is not None and ranks % size != 0:
+        yield f'fsdp_shard_size={size} does not divide the {ranks} ranks.'
+    if accumulation is not None and accumulation % ranks != 0:
+        yield (
             f'gradient_accumulation_steps={accumulation} counts the micro-batches of all '
             f'{ranks} ranks and must be a multiple of that: for example '
             f'--gradient_accumulation_steps={-(-accumulation // ranks) * ranks}.'
-        ),
-    )
-    every, between = run.sample_interval, run.eval_interval
-    check(
-        between is not None and every % between != 0,
-        lambda: (
+        )
+
+
+def option_problems(run: TrainingConfig) -> Iterator[str]:
+    """Of when the run writes text, and of what it begins from."""
+    every, interval = run.sample_interval, run.eval_interval
+    if interval is not None and every % interval != 0:
+        nearest = -(-every // interval) * interval
+        yield (
             f'sample_interval={every}: text is written at evaluations, so this is a multiple of '
-            f'eval_interval={between}, for example '
-            f'--sample_interval={-(-every // between) * between}.'
-        ),
-    )
-    check(
-        run.resume_run is not None and run.init_from not in ('resume', 'auto'),
-        lambda: (
+            f'eval_interval={interval}, for example --sample_interval={nearest}.'
+        )
+    if run.resume_run is not None and run.init_from not in ('resume', 'auto'):
+        yield (
             f'resume_run={run.resume_run!r} has no use with init_from={run.init_from}: add '
             f'--init_from=resume, or leave it out.'
-        ),
-    )
-    return problems
+        )

@@ -33,8 +33,8 @@ from common.errors import UserError  # noqa: E402
 from common.registry import AnyBut, Option, Registry  # noqa: E402
 from configurator import flatten, owners  # noqa: E402
 from model_config import architecture_options  # noqa: E402
+from training.memory_check import activation_bytes  # noqa: E402
 from training.session import Session  # noqa: E402
-from training.stability import activation_bytes  # noqa: E402
 
 SIZES = {
     'n_layer': 2,
@@ -91,7 +91,7 @@ def companions(key: str, options: dict[str, Option], default: dict) -> dict:
 def set_up(arguments: list[str], changes: dict) -> Session:
     """A run as train.py sets it up, and one update made: the optimizer's state is there."""
     sessions = []
-    train.run = lambda session: sessions.append(session) or 0
+    train.run_training = lambda session: sessions.append(session) or 0
     changed = [f'--{key}={value}' for key, value in changes.items()]
     with open(os.devnull, 'w') as nowhere, contextlib.redirect_stdout(nowhere):
         train.main([*arguments, *changed])
@@ -103,7 +103,7 @@ def set_up(arguments: list[str], changes: dict) -> Session:
 
 def update(session: Session) -> float:
     """Milliseconds of an update."""
-    return timed(session.device, train.update, session, hardware.StepClock(session.device))
+    return timed(session.device, train.run_iteration, session, hardware.StepClock(session.device))
 
 
 def memory(session: Session) -> tuple[float, float]:
@@ -112,7 +112,7 @@ def memory(session: Session) -> tuple[float, float]:
     outside, block = activation_bytes(architecture, run.batch_size, getattr(torch, run.dtype))
     state = 2 * sum(p.nbytes for p in session.raw_model.parameters()) + sum(
         value.nbytes
-        for kept in session.updater.optimizer.state.values()
+        for kept in session.optimizer.inner.state.values()
         for value in kept.values()
         if isinstance(value, torch.Tensor)
     )

@@ -134,21 +134,21 @@ def ours(told: dict, turns: Turns) -> None:
     from common import hardware
     from training.record_header import bytes_sent_per_update
 
-    update, run = train.update, train.run
+    run_iteration, run_training = train.run_iteration, train.run_training
 
-    def update_in_turn(session, clock):
+    def iteration_in_turn(session, clock):
         turns.before_update()
-        update(session, clock)
+        run_iteration(session, clock)
 
     def run_in_turn(session):
         turns.device = session.device
         turns.facts = lambda: {
             'parameters': sum(p.numel() for p in session.raw_model.parameters()),
-            'flops': session.flops_per_token,
+            'flops': session.metrics.flops_per_token,
             'tokens': session.tokens_per_iter,
-            'threads': session.surroundings['threads'],
+            'threads': session.environment['threads'],
             'bytes_sent': bytes_sent_per_update(
-                session.settings.run, session.raw_model, session.updater.optimizer, session.parallel
+                session.settings.run, session.raw_model, session.optimizer.inner, session.parallel
             ),
         }
         log = session.logger.iteration
@@ -158,9 +158,13 @@ def ours(told: dict, turns: Turns) -> None:
             turns.measured.append((entry['loss'], entry['gradients']['norm']))
 
         session.logger.iteration = log_and_measure
-        return run(session)
+        return run_training(session)
 
-    train.update, train.run, train.evaluate = update_in_turn, run_in_turn, lambda session: False
+    train.run_iteration, train.run_training, train.evaluate = (
+        iteration_in_turn,
+        run_in_turn,
+        lambda session: False,
+    )
     if told.get('without_collectives'):
         without_collectives()
     # Each log entry begins a new interval; here the whole process counts.
@@ -172,18 +176,25 @@ def without_collectives() -> None:
     """Train as the first of so many ranks, with collectives that return at once; what the ranks
     tell one another beside them is what this one knows."""
     from parallel import strategies
-    from parallel.process_group import Alone, Together
+    from parallel.process_group import MultiProcessGroup, SingleProcessGroup
 
-    def join(device, timeout):
+    def init_process_group(device, timeout):
         return form_make_believe_group(int(os.environ['WORLD_SIZE']))
 
-    strategies.join = join
-    for name in ('sum', 'largest', 'gather', 'from_main', 'accountable', 'close'):
-        setattr(Together, name, vars(Alone)[name])
+    strategies.init_process_group = init_process_group
+    for name in (
+        'all_reduce_sum',
+        'all_reduce_max',
+        'all_gather_object',
+        'broadcast_from_main',
+        'propagate_failures',
+        'close',
+    ):
+        setattr(MultiProcessGroup, name, vars(SingleProcessGroup)[name])
 
 
 def form_make_believe_group(ranks: int) -> tuple:
-    """What `ranks.join` gives, as the first of so many, of whose collectives each returns at once;
+    """What `init_process_group` gives, as the first of so many, whose collectives return at once;
     so with wrong numbers."""
     import torch
     import torch.distributed as dist
@@ -219,7 +230,7 @@ def prepare(told: dict, turns: Turns) -> None:
     shape, folder, sessions = told['shape'], Path(told['folder']), []
     (folder / 'data').mkdir()
     random_tokens(folder / 'data', shape['vocab_size'])
-    train.run = lambda session: sessions.append(session) or 0
+    train.run_training = lambda session: sessions.append(session) or 0
     train.main([*arguments(told), '--peak_tflops=1'])
     (session,) = sessions
     config, weights = session.raw_model.config, session.raw_model.named_parameters
@@ -236,7 +247,7 @@ def prepare(told: dict, turns: Turns) -> None:
 
     answer = {
         'parameters': sum(tensor.numel() for _, tensor in weights()),
-        'flops': session.flops_per_token,
+        'flops': session.metrics.flops_per_token,
         'd_ff': config.to_dict()['d_ff'],
         'transformers': None,
     }

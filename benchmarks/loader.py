@@ -119,7 +119,7 @@ def timed_updates(session: Session) -> dict:
         spent.clear()
         hardware.synchronize(session.device)
         began = time.perf_counter()
-        train.update(session, clock)
+        train.run_iteration(session, clock)
         hardware.synchronize(session.device)
         updates.append(time.perf_counter() - began)
         reads.append(sum(spent))
@@ -134,7 +134,7 @@ def timed_updates(session: Session) -> dict:
 def trained(arguments: list[str]) -> dict:
     """`timed_updates` of the run that these options of train.py set up."""
     found = {}
-    train.run = lambda session: found.update(timed_updates(session)) or 0
+    train.run_training = lambda session: found.update(timed_updates(session)) or 0
     with (
         tempfile.TemporaryDirectory() as folder,
         open(Path(folder, 'console'), 'w') as file,

@@ -58,18 +58,18 @@ def timed(device: torch.device, function, *arguments, **keywords) -> float:
 
 def measure(session: Session) -> dict[str, list[float]]:
     """Milliseconds of an update, of the gradient's sum and of a log entry."""
-    device, updater = session.device, session.updater
+    device, optimizer = session.device, session.optimizer
     clock = hardware.StepClock(device)
     session.progress.iter = 1  # the very first one is always logged
-    train.update(session, clock)  # warm-up: the optimizer's state, caches
+    train.run_iteration(session, clock)  # warm-up: the optimizer's state, caches
     times = {'update': [], 'sum': [], 'entry': []}
-    gradients = [torch.full_like(p, 1e-3) for p in updater.parameters]
+    gradients = [torch.full_like(p, 1e-3) for p in optimizer.parameters]
     measured = torch.ones(4, device=device)
     measured[3] = 0.0  # updates skipped
 
     for turn in range(TURNS):
         if turn % (TURNS // UPDATES) == 0:
-            times['update'].append(timed(device, train.update, session, clock))
+            times['update'].append(timed(device, train.run_iteration, session, clock))
         times['sum'].append(timed(device, element_sum, gradients))
         session.progress.iter += 1
         clock.steps += 1
@@ -84,7 +84,7 @@ def spread(values: list[float], unit: str) -> str:
 
 def main(argv: list[str]) -> None:
     found = {}
-    train.run = lambda session: found.update(measure(session)) or 0
+    train.run_training = lambda session: found.update(measure(session)) or 0
     threads = torch.get_num_threads()
     print(f'torch {torch.__version__}, {hardware.device_name(torch.device("cpu"))}, {threads=}')
     for preset in [name for name in argv if name in PRESETS] or PRESETS:

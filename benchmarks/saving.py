@@ -36,7 +36,7 @@ from common import hardware  # noqa: E402
 from common.formatting import table  # noqa: E402
 from records.record import read_record  # noqa: E402
 from records.run_folders import latest_run  # noqa: E402
-from training.checkpoint_writer import Saver  # noqa: E402
+from training.checkpoint_writer import CheckpointManager  # noqa: E402
 from training.session import Session  # noqa: E402
 from training_config import TrainingConfig  # noqa: E402
 
@@ -67,7 +67,7 @@ def measure(session: Session, turns: int) -> dict[str, list[dict]]:
     run, device = session.settings.run, session.device
 
     def update() -> None:
-        train.update(session, clock)
+        train.run_iteration(session, clock)
         hardware.synchronize(device)
 
     def plain() -> list[float]:
@@ -82,17 +82,17 @@ def measure(session: Session, turns: int) -> dict[str, list[dict]]:
         """Seconds until all is done, and updates made meanwhile."""
         began, made = time.perf_counter(), 0
         train.save(session)
-        while session.saver.under_way:
+        while session.checkpoints.in_progress:
             update()
             made += 1
-            session.interruption.agree(session.parallel, session.saver.writing)
-            if session.saver.under_way and not session.interruption.writing:
-                session.saver.publish()
-        session.saver.finish()
+            session.signals.sync(session.parallel, session.checkpoints.writing)
+            if session.checkpoints.in_progress and not session.signals.checkpoint_writing:
+                session.checkpoints.publish()
+        session.checkpoints.finish()
         return time.perf_counter() - began, made
 
     savers = {
-        mode: Saver(
+        mode: CheckpointManager(
             TrainingConfig({**run.to_dict(), 'async_save': asynchronous}, run.origins),
             device,
             session.parallel,
@@ -104,8 +104,8 @@ def measure(session: Session, turns: int) -> dict[str, list[dict]]:
     found = {mode: [] for mode in MODES}
     began, before = time.perf_counter(), plain()
     for turn in range(turns + 1):
-        for mode, saver in savers.items():
-            session.saver = saver
+        for mode, checkpoints in savers.items():
+            session.checkpoints = checkpoints
             seconds, made = save()
             after = plain()
             usual = statistics.median(before + after)
@@ -127,7 +127,7 @@ def work(turns: int, result: str, arguments: list[str]) -> None:
             Path(result).write_text(json.dumps(found))
         return 0
 
-    train.run = run
+    train.run_training = run
     with open(os.devnull, 'w') as nowhere, contextlib.redirect_stdout(nowhere):
         train.main(arguments)
 

@@ -46,7 +46,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 
 from common import hardware  # noqa: E402
-from common.errors import ArgumentParser, UserError, nearest, run_script  # noqa: E402
+from common.errors import ArgumentParser, UserError, did_you_mean, run_script  # noqa: E402
 from common.formatting import table  # noqa: E402
 
 GPT2 = {'arch_preset': 'legacy', 'n_layer': 12, 'n_head': 12, 'n_embd': 768, 'bias': True}
@@ -204,7 +204,7 @@ def chosen(options: argparse.Namespace, device: str) -> tuple[dict[str, dict], l
     everyone = [f'{kind}/{mode}' for kind in modes for mode in modes[kind]]
     for wanted in options.contestants:
         if wanted not in modes and wanted not in everyone:
-            hint = nearest(wanted, [*modes, *everyone])
+            hint = did_you_mean(wanted, [*modes, *everyone])
             raise UserError(
                 f'--contestants={wanted}: there are {", ".join(modes)}, and each of '
                 f'{", ".join(everyone)}.{hint}'

@@ -19,11 +19,11 @@ from common import console_output
 from common.console_output import OutputLost, write_error, write_text
 from common.paths import BadPath, expand_home, expanded_path
 
-PATIENCE = 10  # seconds that a rank waits for the first one to report a mistake
+GRACE_SECONDS = 10  # seconds that a rank waits for the first one to report a mistake
 
 
 # Each turns an exception that is a user's mistake into a UserError, and returns None for others.
-explainers: list[Callable[[Exception], 'UserError | None']] = []
+error_translators: list[Callable[[Exception], 'UserError | None']] = []
 
 
 class UserError(Exception):
@@ -36,23 +36,23 @@ class UserError(Exception):
         super().__init__('\n'.join(problems))
 
 
-class LostRank(UserError):
+class RankFailure(UserError):
     """Another process of the job was lost: nobody's mistake, and no traceback would help."""
 
     exit_code = 1
 
 
-class ToldElsewhere(Exception):
+class ReportedByOtherRank(Exception):
     """This process of a job ends for a reason that another one tells."""
 
 
-def nearest(name: str, allowed) -> str:
-    """`' Did you mean x?'` for the closest allowed name, or an empty string."""
-    candidate = closest(name, allowed)
+def did_you_mean(name: str, allowed) -> str:
+    """`' Did you mean x?'` for the closest_match allowed name, or an empty string."""
+    candidate = closest_match(name, allowed)
     return '' if candidate is None else f' Did you mean {candidate}?'
 
 
-def closest(name: str, allowed) -> str | None:
+def closest_match(name: str, allowed) -> str | None:
     """The allowed name that is nearest to `name`; None where none is near."""
     allowed = list(allowed)
     folded = {candidate.lower().replace('-', '_'): candidate for candidate in allowed}
@@ -92,7 +92,7 @@ class ArgumentParser(argparse.ArgumentParser):
         options, unknown = self.parse_known_intermixed_args(argv)
         if unknown:
             known = [name for action in self._actions for name in action.option_strings]
-            hint = nearest(unknown[0].partition('=')[0], known)
+            hint = did_you_mean(unknown[0].partition('=')[0], known)
             raise UserError(f'unknown option {unknown[0]}.{hint} See --help.')
         return options
 
@@ -120,26 +120,26 @@ def run_script(main, argv: list[str] | None = None) -> None:
         code = _explained(main, argv)
     except UserError as error:
         _report(error, debug='--debug' in argv or '--debug=True' in argv)
-        leave(error.exit_code)
-    except ToldElsewhere as error:
+        exit_process(error.exit_code)
+    except ReportedByOtherRank as error:
         _tell_torchrun(str(error))
-        leave(1)
+        exit_process(1)
     except (OutputLost, BrokenPipeError) as error:
         console_output.flush_streams()
         if isinstance(error, BrokenPipeError) or error.reader_gone:
-            leave(0)
+            exit_process(0)
         write_error(f'{_name()}: {error}.')
-        leave(2)
+        exit_process(2)
     except KeyboardInterrupt:
         write_error('\ninterrupted')
-        leave(130)
+        exit_process(130)
     except Exception as error:
         if _rank() is None:
             raise
         sys.excepthook(*sys.exc_info())
         _tell_torchrun(f'{type(error).__name__}: {error}')
-        leave(1)
-    leave(code or 0)
+        exit_process(1)
+    exit_process(code or 0)
 
 
 def _name() -> str:
@@ -157,10 +157,10 @@ def _report(error: UserError, debug: bool) -> None:
         write_error(traceback.format_exc(), end='')
     name, rank = _name(), _rank() or '0'
     _tell_torchrun('\n'.join(error.problems))
-    if rank != '0' and not isinstance(error, LostRank):
+    if rank != '0' and not isinstance(error, RankFailure):
         # torchrun ends this process when the first has spoken. If that does not happen, the
         # mistake is this rank's alone.
-        time.sleep(PATIENCE)
+        time.sleep(GRACE_SECONDS)
     if rank != '0':
         name = f'{name}, rank {rank}'
     console_output.flush_streams()
@@ -175,10 +175,10 @@ def _explained(main: Callable[[list[str]], int | None], argv: list[str]) -> int 
     """main(argv), with a UserError for every exception that an explainer knows as one."""
     try:
         return main(argv)
-    except (UserError, ToldElsewhere, OutputLost, BrokenPipeError):
+    except (UserError, ReportedByOtherRank, OutputLost, BrokenPipeError):
         raise
     except Exception as error:
-        for mistake in filter(None, (explain(error) for explain in explainers)):
+        for mistake in filter(None, (explain(error) for explain in error_translators)):
             raise mistake from error
         raise
 
@@ -192,7 +192,7 @@ def _tell_torchrun(message: str) -> None:
             json.dump({'message': {'message': message, 'extraInfo': when}}, file)
 
 
-def leave(code: int) -> None:
+def exit_process(code: int) -> None:
     """End the process; one of torchrun's without Python's own end.
 
     FSDP keeps gloo's threads beyond `destroy_process_group`, and now and then one of them would

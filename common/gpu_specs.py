@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from common.errors import UserError, nearest
+from common.errors import UserError, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ def find_gpu(name: str) -> Gpu:
 
     if not found:
         known = [full for one in _MEMORY_OF for full in shown(one)]
-        hint = nearest(name, known)
+        hint = did_you_mean(name, known)
         raise UserError(f'gpu={name!r} is not known.{hint} There are: {", ".join(known)}.')
     if len({(_BY_NAME[known], _MEMORY_OF[known]) for known in found}) > 1:
         choices = ', '.join(full for one in found for full in shown(one))

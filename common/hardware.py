@@ -24,7 +24,7 @@ import torch
 from torch._functorch import config as functorch_config
 
 from common import cpu_peak
-from common.errors import UserError, nearest
+from common.errors import UserError, did_you_mean
 from common.gpu_specs import Peak, peak_of_products
 
 try:
@@ -104,7 +104,8 @@ def resolve_dtype(name: str, device: torch.device) -> str:
     if name != 'auto' and name not in DTYPES:
         allowed = ('auto', *DTYPES)
         raise UserError(
-            f'dtype={name!r} is unknown: use one of {", ".join(allowed)}.{nearest(name, allowed)}'
+            f'dtype={name!r} is unknown: use one of {", ".join(allowed)}.'
+            f'{did_you_mean(name, allowed)}'
         )
     if device.type == 'cuda':
         # Older GPUs only emulate bfloat16. AMD's Instinct cards report 9 and have it.

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from common.class_contract import Contract, violations
-from common.errors import UserError, nearest
+from common.errors import UserError, did_you_mean
 from common.paths import BadPath, expand_home
 
 ALL_REGISTRIES: list['Registry'] = []  # all that there are
@@ -249,7 +249,7 @@ class Option:
         if base is float and not math.isfinite(value):
             raise UserError(f'{key}={value!r}: not a finite number; {key} takes {self.allowed()}.')
         if self.choices is not None and value not in (*self.choices, *self.aliases):
-            hint = nearest(value, (*self.choices, *self.aliases))
+            hint = did_you_mean(value, (*self.choices, *self.aliases))
             raise UserError(f'{key}={show_value(value)}: {key} takes {self.allowed()}.{hint}')
         if self.check is not None and not self.check[0](value):
             raise UserError(f'{key}={show_value(value)}: {key} takes {self.allowed()}.')

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from common.errors import UserError, nearest
+from common.errors import UserError, did_you_mean
 from common.formatting import join_names
 from comparison.differences import differing_values
 from comparison.effects import GridPoint
@@ -78,10 +78,10 @@ def select_baseline(
     matches = _matches(groups, names, name)
     if not matches:
         architectures = list(dict.fromkeys(group.runs[0].architecture for group in groups))
+        hint = did_you_mean(name, [each for known in names for each in known])
         raise UserError(
             f'--baseline {name}: no run compared here has this in its architecture, name or '
-            f'folder.{nearest(name, [each for known in names for each in known])} Architectures '
-            f'here: {join_names(architectures)}'
+            f'folder.{hint} Architectures here: {join_names(architectures)}'
         )
     if len({group.runs[0].architecture_hash for group in matches}) > 1:
         ambiguous = [

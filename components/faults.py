@@ -91,4 +91,4 @@ def _codes(value: object) -> Iterator[CodeType]:
         pending += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
 
 
-errors.explainers.append(explain)
+errors.error_translators.append(explain)

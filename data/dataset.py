@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from common.console_output import write_progress
-from common.errors import UserError, nearest
+from common.errors import UserError, did_you_mean
 from common.files import file_lock, files_sha256
 from data.order import ORDERS, EpochOrder, RandomOrder, splitmix64
 from data.token_check import check_content
@@ -253,5 +253,5 @@ def _folder(name: str, data_root: Path) -> Path:
     )
     raise UserError(
         f'dataset {name!r} is neither a folder in {data_root} nor the path of one.'
-        f'{nearest(name, known)} There are: {", ".join(known) or "none"}'
+        f'{did_you_mean(name, known)} There are: {", ".join(known) or "none"}'
     )

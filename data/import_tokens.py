@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 
 from common.console_output import write_progress
-from common.errors import ArgumentParser, UserError, nearest, run_script
+from common.errors import ArgumentParser, UserError, did_you_mean, run_script
 from data.prepare import OWN_TOKENIZERS
 from data.token_check import remember
 from data.token_files import DTYPES, FORMAT_VERSION, GPT2_VOCAB_SIZE, SPLITS, has_meta, read_meta
@@ -178,7 +178,9 @@ def named_tokenizer(name: str) -> dict:
         return OWN_TOKENIZERS['byte']
     known = ['gpt2', 'byte', 'unknown', *tiktoken_names()]
     if name not in known:
-        raise UserError(f'--tokenizer={name} is unknown.{nearest(name, known)} There are: {known}')
+        raise UserError(
+            f'--tokenizer={name} is unknown.{did_you_mean(name, known)} There are: {known}'
+        )
     return {'kind': 'tiktoken', 'name': name}
 
 

@@ -24,7 +24,7 @@ import common.first_import  # noqa: F401
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.errors import ArgumentParser, UserError, nearest, run_script
+from common.errors import ArgumentParser, UserError, did_you_mean, run_script
 from common.paths import expand_home
 from data.preparation.pipeline import SHARD_TOKENS, VAL_FRACTION, Options, prepare
 from data.preparation.sources import Files, HuggingFace, Source
@@ -114,9 +114,9 @@ def _problems(options: argparse.Namespace):
     if options.tokenizer not in OWN_TOKENIZERS:
         known = [*OWN_TOKENIZERS, *(n for n in tiktoken_names() if n not in OWN_TOKENIZERS)]
         if options.tokenizer not in known:
+            hint = did_you_mean(options.tokenizer, known)
             yield (
-                f'--tokenizer={options.tokenizer} is unknown.{nearest(options.tokenizer, known)} '
-                f'There are: {", ".join(known)}'
+                f'--tokenizer={options.tokenizer} is unknown.{hint} There are: {", ".join(known)}'
             )
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from common.errors import UserError, nearest
+from common.errors import UserError, did_you_mean
 from common.text_files import valid_text
 from data.gpt2_vocabulary import byte_characters, gpt2_ranks
 
@@ -193,7 +193,7 @@ def _known_to_tiktoken(description: dict, folder: Path | None) -> _BytePairs:
     """An encoding of tiktoken's own or of a plug-in of its: fetched by tiktoken at first use."""
     name, known = description.get('name'), tiktoken_names()
     if name not in known:
-        hint = nearest(name, known) if isinstance(name, str) else ''
+        hint = did_you_mean(name, known) if isinstance(name, str) else ''
         raise UserError(f'tiktoken knows no encoding {name!r}.{hint} There are: {", ".join(known)}')
     if name == 'gpt2':
         return _gpt2(description, folder)

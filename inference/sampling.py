@@ -189,7 +189,7 @@ def prompt_tokens(tokenizer: Tokenizer, prompt: str, option: str) -> list[int]:
 
 
 @dataclass(frozen=True)
-class OwnSample:
+class PeriodicSample:
     """The text that a run writes at evaluations: of one prompt, always with the same draws.
 
     As sample.py writes its first with the same prompt and seed.
@@ -203,7 +203,7 @@ class OwnSample:
     seed: int
 
     @classmethod
-    def of(cls, run, dataset: TokenDataset) -> 'OwnSample | None':
+    def of(cls, run, dataset: TokenDataset) -> 'PeriodicSample | None':
         """What the options ask for. Raises UserError where the dataset cannot be read as text."""
         if run.sample_interval == 0:
             return None

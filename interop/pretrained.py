@@ -11,10 +11,10 @@ from interop.exporter import RUN_TIME_OPTIONS, training_only_options
 from interop.pretrained_checkpoint import PretrainedCheckpoint, open_checkpoint
 from model_builder import Transformer, build_model
 from model_config import ROPE_SCALING_REGISTRY, ModelArchitectureConfig
-from optim.step import Updater
+from optim.step import GuardedOptimizer
 from parallel.strategies import SingleProcess
-from training.resumption import Progress
-from training_config import BEGINNINGS, Settings, schema
+from training.resume import TrainingProgress
+from training_config import INIT_FROM, Settings, schema
 from training_logger import TrainingLogger
 
 
@@ -28,7 +28,7 @@ def context_extension_options(config: ModelArchitectureConfig) -> set[str]:
 
 @dataclass
 class PretrainedSource:
-    """A new run that begins from somebody's weights. As `resumption.Resumed` to `train.py`."""
+    """A new run that begins from somebody's weights. As `ResumeSource` to `train.py`."""
 
     checkpoint: PretrainedCheckpoint
     run_folder = None  # a new one
@@ -75,14 +75,16 @@ class PretrainedSource:
             raise UserError(*problems)
 
     @torch.no_grad()
-    def restore(self, parallel: SingleProcess, model: Transformer, updater: Updater) -> Progress:
+    def restore(
+        self, parallel: SingleProcess, model: Transformer, optimizer: GuardedOptimizer
+    ) -> TrainingProgress:
         """Fill what this rank holds of each parameter; nothing has been trained yet."""
-        pieces = parallel.weights(model)
+        shards = parallel.weight_shards(model)
         for name, tensor in self.checkpoint.weights(model.config):
-            piece = pieces[name]
-            end = piece.offset + len(piece.tensor)
-            piece.tensor.copy_(tensor.reshape(-1)[piece.offset : end])
-        return Progress()
+            shard = shards[name]
+            end = shard.offset + len(shard.tensor)
+            shard.tensor.copy_(tensor.reshape(-1)[shard.offset : end])
+        return TrainingProgress()
 
     def report(self, logger: TrainingLogger, header: dict, surroundings: dict) -> None:
         """Begin the record."""
@@ -105,7 +107,7 @@ def find_pretrained(arguments: CommandLine) -> PretrainedSource | None:
     Raises UserError if it cannot be read or expressed.
     """
     init_from = arguments.value('init_from', schema)
-    if init_from in BEGINNINGS:
+    if init_from in INIT_FROM:
         return None
     checkpoint = open_checkpoint(init_from)
     checkpoint.check()

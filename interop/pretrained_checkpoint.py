@@ -14,14 +14,14 @@ from typing import NamedTuple
 
 import torch
 
-from common.errors import UserError, nearest
+from common.errors import UserError, did_you_mean
 from interop import hub
 from interop.checkpoint_folder import read_json_object, weight_files
 from interop.families import NANOGPT, TRANSFORMERS, Family, TensorMap
 from interop.fields import short_repr
 from model_builder import build_model
 from model_config import ModelArchitectureConfig
-from training.checkpointing import load_tensors
+from training.checkpoint import load_tensors
 from training_config import GPT2_SIZES
 
 MAX_NAMED = 3  # tensors that a message names
@@ -224,7 +224,7 @@ def _open_hugging_face(name: str, place: str) -> PretrainedCheckpoint:
         known = ', '.join(TRANSFORMERS)
         raise UserError(
             f'{name}: model_type={short_repr(kind)} is not known here; known are {known}.'
-            f'{nearest(kind, TRANSFORMERS) if isinstance(kind, str) else ""}'
+            f'{did_you_mean(kind, TRANSFORMERS) if isinstance(kind, str) else ""}'
         )
     if fields.get('quantization_config'):
         raise UserError(f'{name}: quantization_config: only weights that are not quantized.')

@@ -59,7 +59,7 @@ def torch_groups(
         {
             'name': group.name,
             'rule': rule,
-            'params': [parallel.piece(p).key for p in group.parameters],
+            'params': [parallel.shard(p).key for p in group.parameters],
             'weight_decay': run.weight_decay if group.decayed else 0.0,
             'lr_scale': group.lr_scale * lr_scale,
         }
@@ -221,7 +221,7 @@ class Muon(OptimizerComponent, torch.optim.Optimizer):
                 for first in range(0, len(parameters), most):
                     some = parameters[first : first + most]
                     numbers = range(len(ordered), len(ordered) + len(some))
-                    keys = [parallel.piece(p).key for p in some]
+                    keys = [parallel.shard(p).key for p in some]
                     stacks.append(_Stack(group, keys, shape, rows, numbers))
                     ordered += some
         return stacks, ordered
@@ -234,9 +234,9 @@ class Muon(OptimizerComponent, torch.optim.Optimizer):
         self.rest.step()
 
     def _update(self, stack: _Stack) -> None:
-        wholes = self.exchange.collect(stack.numbers, [self._momentum_step(k) for k in stack.keys])
+        wholes = self.exchange.gather(stack.numbers, [self._momentum_step(k) for k in stack.keys])
         directions = self._directions(wholes, stack) if wholes else []
-        pieces = self.exchange.hand_back(stack.numbers, directions)
+        pieces = self.exchange.scatter_back(stack.numbers, directions)
         rate = stack.group['lr'] * (1.0 - self.found_inf)
         for key, direction in zip(stack.keys, pieces):
             weight = local(key).view(-1)

@@ -21,7 +21,7 @@ def element_sum(tensors: list[torch.Tensor]) -> torch.Tensor:
     return torch.stack([tensor.sum() for tensor in tensors]).sum()
 
 
-class Updater:
+class GuardedOptimizer:
     """Turns summed gradients into one update of the weights, and skips it if they are not finite.
 
     The guard lives on the device: the fused optimizer is told to skip by a tensor, so no update
@@ -29,33 +29,33 @@ class Updater:
     """
 
     def __init__(
-        self, optimizer: torch.optim.Optimizer, run: TrainingConfig, device: torch.device, parallel
+        self, inner: torch.optim.Optimizer, run: TrainingConfig, device: torch.device, parallel
     ):
-        self.optimizer, self.grad_clip, self.parallel = optimizer, run.grad_clip, parallel
+        self.inner, self.grad_clip, self.parallel = inner, run.grad_clip, parallel
         self.scaler = torch.amp.GradScaler(device.type, enabled=run.dtype == 'float16')
         self.skipped = torch.zeros((), device=device)
         self.gradient_bytes = 0  # on this rank, in the last measured update
-        self.parameters = [p for group in optimizer.param_groups for p in group['params']]
+        self.parameters = [p for group in inner.param_groups for p in group['params']]
         self.elements = sum(p.numel() for p in self.parameters)
 
     def backward(self, loss: torch.Tensor) -> None:
         """Add the gradient of a micro-batch's share of the loss; strategies add up the ranks'."""
         self.scaler.scale(loss).backward()
 
-    def update(self, learning_rate: float, loss: torch.Tensor, measured: bool) -> GradientSums:
+    def step(self, learning_rate: float, loss: torch.Tensor, measured: bool) -> GradientSums:
         """Measure the gradient, clip it, step, and forget it.
 
         loss: of the whole update; one that is not finite forbids the step. measured: whether the
         sum over all elements is wanted, beside the norm that clipping needs anyway.
         """
-        for group in self.optimizer.param_groups:
+        for group in self.inner.param_groups:
             group['lr'] = learning_rate * group['lr_scale']
-        self.scaler.unscale_(self.optimizer)
+        self.scaler.unscale_(self.inner)
         gradients = [local(p.grad) for p in self.parameters if p.grad is not None]
         norm, total = self.parallel.norm(gradients), None
         if measured:
             self.gradient_bytes = sum(gradient.nbytes for gradient in gradients)
-            total = self.parallel.sum_of_parts(element_sum(gradients))
+            total = self.parallel.sum_over_shards(element_sum(gradients))
         if self.grad_clip:  # as torch.nn.utils.clip_grad_norm_ has it
             torch._foreach_mul_(gradients, (self.grad_clip / (norm + 1e-6)).clamp(max=1.0))
         lost = ~torch.isfinite(loss)
@@ -63,10 +63,10 @@ class Updater:
         # An overflowing gradient is how the scaler finds its scale; only a lost loss counts there.
         self.skipped += lost if self.scaler.is_enabled() else broken
         # Not by scaler.step, which would look at the gradient alone.
-        self.optimizer.found_inf = broken.float()
-        self.optimizer.step()
+        self.inner.found_inf = broken.float()
+        self.inner.step()
         self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.inner.zero_grad(set_to_none=True)
         return GradientSums(norm, total)
 
     @property
@@ -77,7 +77,7 @@ class Updater:
     def weights_are_finite(self) -> bool:
         """Whether every parameter is, at the price of a synchronisation."""
         norm = torch.nn.utils.get_total_norm([local(p) for p in self.parameters])
-        (broken,) = self.parallel.largest([0.0 if torch.isfinite(norm) else 1.0])
+        (broken,) = self.parallel.all_reduce_max([0.0 if torch.isfinite(norm) else 1.0])
         return not broken
 
     def statistics(self, norm: float, total: float) -> dict[str, float]:

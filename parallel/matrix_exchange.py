@@ -1,8 +1,14 @@
 """Hidden matrices brought together whole, for an optimizer that cannot work on a part of one.
 
-Ranks hold contiguous stretches of the flattened matrices: all of each (DDP), some rows of each
-(FSDP), or whatever falls into their share of all parameters (ZeRO-1). Each matrix has one owner
-among them, which is sent the others' pieces, works on the whole, and sends the pieces back.
+Ranks hold contiguous ranges of the flattened matrices: all of each (DDP), some rows of each (FSDP),
+or whatever falls into their share of all parameters (ZeRO-1). Each matrix has one owner among them.
+Of matrices A and B, whose shards on ranks 0 and 1 are A0 A1 and B0 B1, and which they own:
+
+                  rank 0      rank 1
+    shards        A0 B0       A1 B1
+    gather        A0 A1       B0 B1     fp32, by one all-to-all, unless owners hold them whole
+    optimizer     A'          B'        each whole matrix once, on its owner
+    scatter_back  A'0 B'0     A'1 B'1   `dtype`, by one all-to-all
 """
 
 from itertools import chain
@@ -10,114 +16,120 @@ from itertools import chain
 import torch
 import torch.distributed as dist
 
-Stretch = tuple[int, int]  # begin and end among the elements of a flattened matrix
+ShardRange = tuple[int, int]  # begin and end among the elements of a flattened matrix
 
 
-class Undivided:
+class LocalMatrices:
     """A single process: every matrix is whole already."""
 
-    bytes_sent: float = 0.0  # in an update, by a rank, on average
+    bytes_sent: float = 0.0  # in an iteration, by a rank, on average
 
-    def collect(self, numbers: range, pieces: list[torch.Tensor]) -> list[torch.Tensor]:
-        """From this rank's piece, 1-D, of each matrix: the whole ones that it owns, flattened."""
-        return pieces
+    def gather(self, indices: range, shards: list[torch.Tensor]) -> list[torch.Tensor]:
+        """From this rank's shard, 1-D, of each matrix: the whole ones that it owns, flattened."""
+        return shards
 
-    def hand_back(self, numbers: range, wholes: list[torch.Tensor]) -> list[torch.Tensor]:
-        """From what became of those that it owns: this rank's piece of each matrix."""
-        return wholes
+    def scatter_back(self, indices: range, matrices: list[torch.Tensor]) -> list[torch.Tensor]:
+        """From what became of those that it owns: this rank's shard of each matrix."""
+        return matrices
 
 
-class MatrixExchange(Undivided):
-    """Among the ranks of a group. Every rank calls every method, with the same numbers."""
+class MatrixExchange(LocalMatrices):
+    """Among the ranks of a group. Every rank calls every method, with the same indices."""
 
     def __init__(
         self,
         sizes: list[int],
-        held: list[Stretch],
+        shard_ranges: list[ShardRange],
         dtype: torch.dtype,
         device: torch.device,
         group: dist.ProcessGroup | None = None,
     ):
-        """sizes: elements of each matrix; held: this rank's stretch of each; dtype: of what is
-        handed back; group: None for all ranks."""
+        """sizes: elements of each matrix; shard_ranges: this rank's of each; dtype: of what is
+        scattered back; group: None for all ranks."""
         self.sizes, self.dtype, self.device, self.group = sizes, dtype, device, group
         self.rank = dist.get_rank(group)
         # By rank, then by matrix.
-        self.held: list[list[Stretch]] = [[] for _ in range(dist.get_world_size(group))]
-        dist.all_gather_object(self.held, held, group=group)
-        self.ranks = range(len(self.held))
-        self.owners = self._shared_out()
-        self.bytes_sent = sum(map(self._bytes_of, range(len(sizes)))) / len(self.held)
+        self.shard_ranges: list[list[ShardRange]] = [[] for _ in range(dist.get_world_size(group))]
+        dist.all_gather_object(self.shard_ranges, shard_ranges, group=group)
+        self.ranks = range(len(self.shard_ranges))
+        self.owners = self._assign_owners()
+        all_bytes = sum(self._bytes_sent_for(index) for index in range(len(sizes)))
+        self.bytes_sent = all_bytes / len(self.ranks)
 
-    def collect(self, numbers, pieces):
-        piece_of = dict(zip(numbers, pieces))
-        mine = self._owned(numbers, self.rank)
-        if not any(self._needs(self.owners[n], n) for n in numbers):
-            return [piece_of[n] for n in mine]
+    def gather(self, indices, shards):
+        shard_of, owned = dict(zip(indices, shards)), self._owned(indices, self.rank)
+        # Under DDP each owner holds its matrices whole: nothing travels.
+        if not any(self._lacks_part(self.owners[index], index) for index in indices):
+            return [shard_of[index] for index in owned]
+        # To each rank: my shards of the matrices that it owns and lacks a part of.
         outgoing = [
-            [piece_of[n] for n in self._owned(numbers, rank) if self._needs(rank, n)]
+            [shard_of[i] for i in self._owned(indices, rank) if self._lacks_part(rank, i)]
             for rank in self.ranks
         ]
-        missing = [n for n in mine if self._needs(self.rank, n)]
-        lengths = [[self._length(rank, n) for n in missing] for rank in self.ranks]
+        # From each rank: its shards of those that are mine.
+        incomplete = [index for index in owned if self._lacks_part(self.rank, index)]
+        lengths = [[self._length(rank, index) for index in incomplete] for rank in self.ranks]
         incoming = self._all_to_all(outgoing, lengths, torch.float32)
-        # Ranks hold the stretches of a matrix in their own order.
-        wholes = dict(zip(missing, map(torch.cat, zip(*incoming))))
-        return [wholes[n] if n in wholes else piece_of[n] for n in mine]
+        # Ranks hold the ranges of a matrix in their own order, so shards in it make the whole.
+        gathered = dict(zip(incomplete, map(torch.cat, zip(*incoming))))
+        return [gathered[index] if index in gathered else shard_of[index] for index in owned]
 
-    def hand_back(self, numbers, wholes):
-        mine = self._owned(numbers, self.rank)
-        piece_of = {n: w[slice(*self.held[self.rank][n])] for n, w in zip(mine, wholes)}
-        others = [rank for rank in self.ranks if rank != self.rank]
+    def scatter_back(self, indices, matrices):
+        owned = self._owned(indices, self.rank)
+        # My own shards of the matrices that I own stay here.
+        shard_of = {i: w[slice(*self.shard_ranges[self.rank][i])] for i, w in zip(owned, matrices)}
+        # To each other rank: its shards of them.
         outgoing = [
-            [whole[slice(*self.held[rank][n])] for n, whole in zip(mine, wholes)]
-            if rank in others
+            [whole[slice(*self.shard_ranges[rank][i])] for i, whole in zip(owned, matrices)]
+            if rank != self.rank
             else []
             for rank in self.ranks
         ]
-        owned = [self._owned(numbers, rank) if rank in others else [] for rank in self.ranks]
-        lengths = [[self._length(self.rank, n) for n in theirs] for theirs in owned]
+        # From each other rank: my shards of those that it owns.
+        theirs = [self._owned(indices, rank) if rank != self.rank else [] for rank in self.ranks]
+        lengths = [[self._length(self.rank, index) for index in of_rank] for of_rank in theirs]
         incoming = self._all_to_all(outgoing, lengths, self.dtype)
-        piece_of |= zip(chain(*owned), chain(*incoming))
-        return [piece_of[n] for n in numbers]
-
-    def _bytes_of(self, number: int) -> int:
-        """Sent for a matrix by all ranks: pieces in fp32 to its owner, and what it hands back."""
-        owner = self.owners[number]
-        others = sum(self._length(rank, number) for rank in self.ranks if rank != owner)
-        collected = torch.float32.itemsize if self._needs(owner, number) else 0
-        return others * (collected + self.dtype.itemsize)
-
-    def _length(self, rank: int, number: int) -> int:
-        begin, end = self.held[rank][number]
-        return end - begin
-
-    def _needs(self, rank: int, number: int) -> bool:
-        """Whether a rank holds less than the whole matrix."""
-        return self._length(rank, number) < self.sizes[number]
-
-    def _owned(self, numbers: range, rank: int) -> list[int]:
-        return [n for n in numbers if self.owners[n] == rank]
-
-    def _shared_out(self) -> list[int]:
-        """The owner of each matrix: a rank that holds it whole if one does, the least laden."""
-        load = [0] * len(self.held)
-        owners = []
-        for number, size in enumerate(self.sizes):
-            able = [rank for rank in self.ranks if not self._needs(rank, number)] or self.ranks
-            owner = min(able, key=load.__getitem__)
-            load[owner] += size
-            owners.append(owner)
-        return owners
+        shard_of |= zip(chain(*theirs), chain(*incoming))
+        return [shard_of[index] for index in indices]
 
     def _all_to_all(
         self, outgoing: list[list[torch.Tensor]], lengths: list[list[int]], dtype: torch.dtype
     ) -> list[list[torch.Tensor]]:
         """Send each rank its tensors; what each rank sent, in tensors of the `lengths` given."""
-        sizes = [sum(of_rank) for of_rank in lengths]
-        nothing = torch.empty(0, dtype=dtype, device=self.device)
-        sent = torch.cat([nothing, *chain(*outgoing)])
-        received = nothing.new_empty(sum(sizes))
+        received_sizes = [sum(of_rank) for of_rank in lengths]
         sent_sizes = [sum(map(torch.numel, tensors)) for tensors in outgoing]
-        dist.all_to_all_single(received, sent, sizes, sent_sizes, group=self.group)
-        return [part.split(of_rank) for part, of_rank in zip(received.split(sizes), lengths)]
+        empty = torch.empty(0, dtype=dtype, device=self.device)
+        sent = torch.cat([empty, *chain(*outgoing)])  # `empty`: of nothing there is no cat
+        received = empty.new_empty(sum(received_sizes))
+        dist.all_to_all_single(received, sent, received_sizes, sent_sizes, group=self.group)
+        parts = received.split(received_sizes)
+        return [part.split(of_rank) for part, of_rank in zip(parts, lengths)]
+
+    def _assign_owners(self) -> list[int]:
+        """The owner of each matrix: a rank that holds it whole if one does, the least laden."""
+        load = [0] * len(self.ranks)
+        owners = []
+        for index, size in enumerate(self.sizes):
+            able = [r for r in self.ranks if not self._lacks_part(r, index)] or self.ranks
+            owner = min(able, key=load.__getitem__)
+            load[owner] += size
+            owners.append(owner)
+        return owners
+
+    def _owned(self, indices: range, rank: int) -> list[int]:
+        return [index for index in indices if self.owners[index] == rank]
+
+    def _length(self, rank: int, index: int) -> int:
+        begin, end = self.shard_ranges[rank][index]
+        return end - begin
+
+    def _lacks_part(self, rank: int, index: int) -> bool:
+        """Whether a rank holds less than the whole matrix."""
+        return self._length(rank, index) < self.sizes[index]
+
+    def _bytes_sent_for(self, index: int) -> int:
+        """By all ranks for a matrix: shards in fp32 to its owner, and what it scatters back."""
+        owner = self.owners[index]
+        others = sum(self._length(rank, index) for rank in self.ranks if rank != owner)
+        gathered = torch.float32.itemsize if self._lacks_part(owner, index) else 0
+        return others * (gathered + self.dtype.itemsize)

@@ -32,12 +32,12 @@ from model_builder import (
 )
 from model_config import ModelArchitectureConfig
 from optim.optimizers import complete_optimizer, local
-from parallel.matrix_exchange import MatrixExchange, Undivided
-from parallel.process_group import Alone, Together, join
-from training_config import OPTIMIZER_REGISTRY
+from parallel.matrix_exchange import LocalMatrices, MatrixExchange
+from parallel.process_group import MultiProcessGroup, SingleProcessGroup, init_process_group
+from training_config import OPTIMIZER_REGISTRY, TrainingConfig
 
 
-class Piece(NamedTuple):
+class ParamShard(NamedTuple):
     """What a rank holds of a parameter: its elements offset … offset + len(tensor), flattened."""
 
     tensor: torch.Tensor  # 1-D, sharing the parameter's memory
@@ -45,12 +45,12 @@ class Piece(NamedTuple):
     key: torch.Tensor  # what the optimizer knows it as
 
 
-class SingleProcess(Alone):
+class SingleProcess(SingleProcessGroup):
     """One process, one device."""
 
     name = 'single'
 
-    def __init__(self, run, device: torch.device):
+    def __init__(self, run: TrainingConfig, device: torch.device):
         self.run, self.device = run, device
 
     # --- The model ---
@@ -58,7 +58,7 @@ class SingleProcess(Alone):
     def build(
         self, config: ModelArchitectureConfig, recomputed: list[int], compiled: bool
     ) -> tuple[Transformer, nn.Module]:
-        """The initialised model, and what to call in training.
+        """The initialized model, and what to call in training.
 
         In this order: recompute the blocks of those numbers, compile block by block, wrap.
         """
@@ -69,35 +69,38 @@ class SingleProcess(Alone):
     def wrap(self, model: Transformer) -> nn.Module:
         return model
 
-    def build_optimizer(self, groups: list[ParameterGroup], run) -> torch.optim.Optimizer:
+    def build_optimizer(
+        self, groups: list[ParameterGroup], run: TrainingConfig
+    ) -> torch.optim.Optimizer:
         """The optimizer of `run`, once all of its options are known."""
         return complete_optimizer(OPTIMIZER_REGISTRY[run.optimizer](groups, run, self), groups)
 
-    def piece(self, parameter: nn.Parameter) -> Piece:
+    def shard(self, parameter: nn.Parameter) -> ParamShard:
         """What this rank's optimizer updates of a parameter."""
-        return piece_here(parameter)
+        return local_shard(parameter)
 
-    def matrix_exchange(self, matrices: list[nn.Parameter], dtype: torch.dtype) -> Undivided:
+    def matrix_exchange(self, matrices: list[nn.Parameter], dtype: torch.dtype) -> LocalMatrices:
         """Where an optimizer gets whole matrices; `dtype` is that of what becomes of them."""
-        return Undivided()
+        return LocalMatrices()
 
-    # --- One update ---
+    # --- One iteration ---
 
     @contextmanager
     def micro_step(self, model: nn.Module, last: bool) -> Iterator[None]:
-        """Around a forward and backward pass: gradients travel only in the last of an update."""
+        """Around a forward and backward pass: gradients travel only in the last of an iteration."""
         yield
 
     def norm(self, gradients: list[torch.Tensor]) -> torch.Tensor:
         """The 2-norm of the whole gradient, from what this rank holds of it."""
         return torch.nn.utils.get_total_norm(gradients)
 
-    def sum_of_parts(self, part: torch.Tensor) -> torch.Tensor:
+    def sum_over_shards(self, part: torch.Tensor) -> torch.Tensor:
         """A sum over all elements of the gradient, from that over those which this rank holds."""
         return part
 
     def bytes_sent(self, model: Transformer, micro_steps: int) -> float:
-        """Bytes of parameters and gradients that a rank sends in an update of so many micro-steps.
+        """Bytes of parameters and gradients that a rank sends in an iteration of so many
+        micro-steps.
 
         By rings (Patarasuk & Yuan 2009), as nccl-tests count the bandwidth of the bus: all-gather
         and reduce-scatter among n ranks send (n - 1) / n of the whole, all-reduce twice that.
@@ -106,13 +109,13 @@ class SingleProcess(Alone):
 
     # --- Checkpoints ---
 
-    def weights(self, model: Transformer) -> dict[str, Piece]:
+    def weight_shards(self, model: Transformer) -> dict[str, ParamShard]:
         """What this rank holds of each parameter, by name; tied ones once."""
-        return weights_here(model)
+        return local_weights(model)
 
-    def optimized(self, model: Transformer) -> dict[str, Piece]:
+    def optimizer_shards(self, model: Transformer) -> dict[str, ParamShard]:
         """What this rank's optimizer updates of each parameter, by name."""
-        return self.weights(model)
+        return self.weight_shards(model)
 
     @property
     def saves(self) -> tuple[bool, bool]:
@@ -120,13 +123,14 @@ class SingleProcess(Alone):
         return True, True
 
 
-class DataParallel(Together, SingleProcess):
+class DataParallel(MultiProcessGroup, SingleProcess):
     """Each rank holds the whole model and sees its own part of the batch (Li et al. 2020)."""
 
     name = 'ddp'
 
-    def __init__(self, run, device):
-        Together.__init__(self, *join(device, timedelta(seconds=run.distributed_timeout)))
+    def __init__(self, run: TrainingConfig, device: torch.device):
+        timeout = timedelta(seconds=run.distributed_timeout)
+        MultiProcessGroup.__init__(self, *init_process_group(device, timeout))
         SingleProcess.__init__(self, run, device)
 
     def wrap(self, model):
@@ -135,16 +139,16 @@ class DataParallel(Together, SingleProcess):
             device_ids=[self.device.index] if self.device.type == 'cuda' else None,
             gradient_as_bucket_view=True,
         )
-        wrapped.register_comm_hook(getattr(torch, self.run.reduce_dtype), _sum)
+        wrapped.register_comm_hook(getattr(torch, self.run.reduce_dtype), _sum_hook)
         return wrapped
 
     matrix_group: dist.ProcessGroup | None = None  # ranks that hold the matrices among them
 
     def matrix_exchange(self, matrices, dtype):
-        pieces = map(self.piece, matrices)
-        held = [(piece.offset, piece.offset + len(piece.tensor)) for piece in pieces]
+        shards = map(self.shard, matrices)
+        shard_ranges = [(shard.offset, shard.offset + len(shard.tensor)) for shard in shards]
         sizes = [parameter.numel() for parameter in matrices]
-        return MatrixExchange(sizes, held, dtype, self.device, self.matrix_group)
+        return MatrixExchange(sizes, shard_ranges, dtype, self.device, self.matrix_group)
 
     @contextmanager
     def micro_step(self, model, last):
@@ -154,14 +158,14 @@ class DataParallel(Together, SingleProcess):
     def bytes_sent(self, model, micro_steps):
         size = getattr(torch, self.run.reduce_dtype).itemsize
         elements = sum(parameter.numel() for parameter in model.parameters())
-        return 2 * _ring(size * elements, self.world_size)
+        return 2 * _ring_bytes(size * elements, self.world_size)
 
     @property
     def saves(self):
         return self.is_main, self.is_main
 
 
-def _sum(dtype: torch.dtype, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+def _sum_hook(dtype: torch.dtype, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
     """DDP's communication hook: the plain sum over the ranks, travelling in `dtype`.
 
     Not the mean, for which each share of the loss would have to be multiplied by the world size:
@@ -175,8 +179,12 @@ def _sum(dtype: torch.dtype, bucket: dist.GradBucket) -> torch.futures.Future[to
 class ZeRO1(DataParallel):
     """DDP with the optimizer's state divided among the ranks (Rajbhandari et al. 2020, stage 1).
 
-    The parameters are views of one flat buffer. Each rank updates an equal stretch of it, wherever
-    that begins and ends, and the stretches are gathered in place.
+    The parameters are views of one flat buffer. Each rank updates an equal shard of it, wherever
+    that begins and ends, and the shards are gathered in place.
+
+    Not torch.distributed.optim.ZeroRedundancyOptimizer: that gives whole parameters to ranks, so
+    that they hold unequal amounts, and takes neither an optimizer with exchanges of its own (Muon)
+    nor a step that is skipped on the device.
     """
 
     name = 'zero1'
@@ -184,52 +192,55 @@ class ZeRO1(DataParallel):
     def wrap(self, model):
         parameters = list(model.parameters())
         elements = sum(p.numel() for p in parameters)
-        self.stretch = -(-elements // self.world_size)
-        self.begin = self.rank * self.stretch
-        self.flat = torch.zeros(self.stretch * self.world_size, device=self.device)
-        self.pieces: dict[nn.Parameter, Piece] = {}
+        self.shard_size = -(-elements // self.world_size)
+        self.shard_begin = self.rank * self.shard_size
+        self.flat = torch.zeros(self.shard_size * self.world_size, device=self.device)
+        self.shards: dict[nn.Parameter, ParamShard] = {}
         at = 0
         for parameter in parameters:
+            # Move the parameter into the buffer.
             size = parameter.numel()
             view = self.flat[at : at + size].view_as(parameter)
             view.copy_(parameter.data)
             parameter.data = view
-            low = min(max(at, self.begin), at + size)
-            high = max(low, min(at + size, self.begin + self.stretch))
-            mine = self.flat[low:high]  # which may be empty
-            self.pieces[parameter] = Piece(mine, low - at, nn.Parameter(mine))
+            # The part of it that lies in this rank's shard is what its optimizer knows.
+            low = min(max(at, self.shard_begin), at + size)
+            high = max(low, min(at + size, self.shard_begin + self.shard_size))
+            part = self.flat[low:high]  # which may be empty
+            self.shards[parameter] = ParamShard(part, low - at, nn.Parameter(part))
             at += size
         return super().wrap(model)
 
     def build_optimizer(self, groups, run):
-        return _StretchOptimizer(super().build_optimizer(groups, run), self)
+        return _ShardedOptimizer(super().build_optimizer(groups, run), self)
 
-    def piece(self, parameter):
-        return self.pieces[parameter]
+    def shard(self, parameter):
+        return self.shards[parameter]
 
-    def gather_stretches(self) -> None:
-        """Bring every rank's stretch of the parameters to all."""
-        mine = self.flat[self.begin : self.begin + self.stretch].clone()
-        dist.all_gather_into_tensor(self.flat, mine)
+    def all_gather_params(self) -> None:
+        """Bring every rank's shard of the parameters to all."""
+        shard = self.flat[self.shard_begin : self.shard_begin + self.shard_size].clone()
+        dist.all_gather_into_tensor(self.flat, shard)
 
     def bytes_sent(self, model, micro_steps):
-        return super().bytes_sent(model, micro_steps) + _ring(self.flat.nbytes, self.world_size)
+        gathered = _ring_bytes(self.flat.nbytes, self.world_size)
+        return super().bytes_sent(model, micro_steps) + gathered
 
-    def optimized(self, model):
-        return {name: self.pieces[p] for name, p in model.named_parameters()}
+    def optimizer_shards(self, model):
+        return {name: self.shards[p] for name, p in model.named_parameters()}
 
     @property
     def saves(self):
         return self.is_main, True
 
 
-class _StretchOptimizer(torch.optim.Optimizer):
-    """The optimizer of a run over this rank's stretch; looks like one over all parameters."""
+class _ShardedOptimizer(torch.optim.Optimizer):
+    """The optimizer of a run over this rank's shard; looks like one over all parameters."""
 
     found_inf: torch.Tensor | None = None
 
     def __init__(self, inner: torch.optim.Optimizer, parallel: ZeRO1):
-        parameters = {piece.key: parameter for parameter, piece in parallel.pieces.items()}
+        parameters = {shard.key: parameter for parameter, shard in parallel.shards.items()}
         groups = [
             {**group, 'params': [parameters[key] for key in group['params']]}
             for group in inner.param_groups
@@ -240,15 +251,17 @@ class _StretchOptimizer(torch.optim.Optimizer):
         self.bytes_sent = inner.bytes_sent
 
     def step(self) -> None:
-        for parameter, piece in self.parallel.pieces.items():
-            end = piece.offset + len(piece.tensor)
-            piece.key.grad = parameter.grad.view(-1)[piece.offset : end]
+        # Hand over this rank's part of the gradients, and what the schedule and the guard say.
+        for parameter, shard in self.parallel.shards.items():
+            end = shard.offset + len(shard.tensor)
+            shard.key.grad = parameter.grad.view(-1)[shard.offset : end]
         for group, inner in zip(self.param_groups, self.inner.param_groups):
             inner['lr'] = group['lr']
         self.inner.found_inf = self.found_inf
+        # Update this rank's shard, then gather everybody's.
         self.inner.step()
         self.inner.zero_grad(set_to_none=True)
-        self.parallel.gather_stretches()
+        self.parallel.all_gather_params()
 
 
 class FullySharded(DataParallel):
@@ -259,7 +272,7 @@ class FullySharded(DataParallel):
 
     name = 'fsdp'
 
-    def __init__(self, run, device):
+    def __init__(self, run: TrainingConfig, device: torch.device):
         super().__init__(run, device)
         size = run.fsdp_shard_size or self.world_size
         shape = (size,) if size == self.world_size else (self.world_size // size, size)
@@ -271,7 +284,7 @@ class FullySharded(DataParallel):
         model = build_model(config)  # on the meta device: the whole is never in one place
         prepare_blocks(model, recomputed, compiled)
         reduce_dtype = getattr(torch, self.run.reduce_dtype)
-        shard = partial(
+        shard_module = partial(
             fully_shard,
             mesh=self.mesh,
             reshard_after_forward=self.run.fsdp_reshard_after_forward,
@@ -279,9 +292,9 @@ class FullySharded(DataParallel):
             mp_policy=MixedPrecisionPolicy(reduce_dtype=reduce_dtype),
         )
         for block in model.blocks:
-            shard(block)
-        shard(model)  # the tied table and head are in one group: the root's
-        for module in _sharded(model):  # gradients are added up, as under DDP
+            shard_module(block)
+        shard_module(model)  # the tied table and head are in one group: the root's
+        for module in _fsdp_modules(model):  # gradients are added up, as under DDP
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
         model.to_empty(device=self.device)
@@ -297,8 +310,8 @@ class FullySharded(DataParallel):
         for name, parameter in model.named_parameters():
             whole = torch.empty(parameter.shape)
             values[name](whole, torch.Generator().manual_seed(name_seed(self.run.seed, name)))
-            mine, begin = local(parameter).view(-1), shard_offset(parameter)
-            mine.copy_(whole.view(-1)[begin : begin + len(mine)])
+            shard, begin = local(parameter).view(-1), shard_offset(parameter)
+            shard.copy_(whole.view(-1)[begin : begin + len(shard)])
 
     @contextmanager
     def micro_step(self, model, last):
@@ -307,9 +320,9 @@ class FullySharded(DataParallel):
         yield
 
     def norm(self, gradients):
-        return self.sum_of_parts(super().norm(gradients).square()).sqrt()
+        return self.sum_over_shards(super().norm(gradients).square()).sqrt()
 
-    def sum_of_parts(self, part):
+    def sum_over_shards(self, part):
         dist.all_reduce(part, group=self.shard_group)
         return part
 
@@ -317,21 +330,21 @@ class FullySharded(DataParallel):
         ranks = self.mesh.size(self.mesh.ndim - 1)
         # Every rank's rows are as many as those of the one that has most.
         elements = sum(
-            ranks * rows_of_a_rank(p) * (p.numel() // p.shape[0]) for p in model.parameters()
+            ranks * rows_per_rank(p) * (p.numel() // p.shape[0]) for p in model.parameters()
         )
         gathers = micro_steps * (2 if self.run.fsdp_reshard_after_forward else 1)
         gradients = getattr(torch, self.run.reduce_dtype).itemsize * elements
         return (
-            gathers * _ring(4 * elements, ranks)
-            + _ring(gradients, ranks)
-            + 2 * _ring(gradients / ranks, self.world_size // ranks)  # among the replicas
+            gathers * _ring_bytes(4 * elements, ranks)
+            + _ring_bytes(gradients, ranks)
+            + 2 * _ring_bytes(gradients / ranks, self.world_size // ranks)  # among the replicas
         )
 
-    def weights(self, model):
+    def weight_shards(self, model):
         # Without fsdp_reshard_after_forward an evaluation leaves whole parameters in place of ours.
-        for module in _sharded(model):
+        for module in _fsdp_modules(model):
             module.reshard()
-        return super().weights(model)
+        return super().weight_shards(model)
 
     @property
     def saves(self):
@@ -339,12 +352,12 @@ class FullySharded(DataParallel):
         return first_replica, first_replica
 
 
-def _ring(whole: float, ranks: int) -> float:
+def _ring_bytes(whole: float, ranks: int) -> float:
     """What one of `ranks` sends of `whole` until each has got, or added to, all the others'."""
     return (ranks - 1) / ranks * whole
 
 
-def _sharded(model: nn.Module) -> list[FSDPModule]:
+def _fsdp_modules(model: nn.Module) -> list[FSDPModule]:
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
@@ -357,14 +370,14 @@ def prepare_blocks(model: Transformer, recomputed: list[int], compiled: bool) ->
             block.compile()
 
 
-def weights_here(model: Transformer) -> dict[str, Piece]:
+def local_weights(model: Transformer) -> dict[str, ParamShard]:
     """What this rank holds of each parameter, by name; tied ones once."""
-    return {name: piece_here(parameter) for name, parameter in model.named_parameters()}
+    return {name: local_shard(parameter) for name, parameter in model.named_parameters()}
 
 
-def piece_here(parameter: nn.Parameter) -> Piece:
+def local_shard(parameter: nn.Parameter) -> ParamShard:
     """What this rank holds of a parameter."""
-    return Piece(local(parameter).view(-1), shard_offset(parameter), parameter)
+    return ParamShard(local(parameter).view(-1), shard_offset(parameter), parameter)
 
 
 def shard_offset(parameter: torch.Tensor) -> int:
@@ -372,11 +385,11 @@ def shard_offset(parameter: torch.Tensor) -> int:
     if not isinstance(parameter, DTensor):
         return 0
     mesh = parameter.device_mesh
-    rank, rows = mesh.get_local_rank(mesh.ndim - 1), rows_of_a_rank(parameter)
+    rank, rows = mesh.get_local_rank(mesh.ndim - 1), rows_per_rank(parameter)
     return min(rank * rows, parameter.shape[0]) * (parameter.numel() // parameter.shape[0])
 
 
-def rows_of_a_rank(parameter: DTensor) -> int:
+def rows_per_rank(parameter: DTensor) -> int:
     """FSDP2 divides the first dimension into chunks of so many, the last ones smaller or empty."""
     mesh = parameter.device_mesh
     return -(-parameter.shape[0] // mesh.size(mesh.ndim - 1))
@@ -390,7 +403,7 @@ def recomputed_blocks(activation_checkpointing: str, n_layer: int) -> list[int]:
     return list(range(every - 1, n_layer, every))
 
 
-def choose_strategy(run, device: torch.device) -> SingleProcess:
+def choose_strategy(run: TrainingConfig, device: torch.device) -> SingleProcess:
     """The strategy that the options ask for, with the processes that torchrun started."""
     flag = 'use_fsdp' if run.use_fsdp else 'use_zero1' if run.use_zero1 else None
     if flag and 'WORLD_SIZE' not in os.environ:

@@ -132,7 +132,7 @@ def completed_settings(settings: Settings, gpu: gpu_specs.Gpu | None) -> tuple[S
         prepared = False
     block_size = settings.architecture.block_size
     dataset = load_dataset(run.dataset, block_size) if prepared else None
-    settings = settings.complete(device, dtype, dataset)
+    settings = settings.resolve(device, dtype, dataset)
     if settings.architecture.vocab_size is None:
         architecture = settings.architecture.replace(vocab_size=ASSUMED_VOCABULARY)
         settings = replace(settings, architecture=architecture)

@@ -26,7 +26,7 @@ from components import cpu_attention
 from components import linear_cross_entropy as loss_module
 from model_builder import Transformer, parameter_groups
 from model_config import ModelArchitectureConfig
-from optim.step import Updater
+from optim.step import GuardedOptimizer
 from parallel.strategies import SingleProcess, prepare_blocks
 from training_config import TrainingConfig
 
@@ -147,15 +147,15 @@ class Simulation:
         """Bytes that the optimizer keeps, and those that an update takes beside them."""
         single_process = SingleProcess(self.run, CPU)
         with self.fake:
-            optimizer = single_process.build_optimizer(parameter_groups(self.model), self.run)
-            updater = Updater(optimizer, self.run, CPU, single_process)
+            inner = single_process.build_optimizer(parameter_groups(self.model), self.run)
+            optimizer = GuardedOptimizer(inner, self.run, CPU, single_process)
             loss = torch.zeros(())
-            updater.scaler.scale(loss)  # as the backward pass begins; it is set up by that
+            optimizer.scaler.scale(loss)  # as the backward pass begins; it is set up by that
             with self._tracked(accumulates=True) as tracker:
-                updater.update(self.run.learning_rate, loss, measured=True)
+                optimizer.step(self.run.learning_rate, loss, measured=True)
                 tracker.next_segment()
             (segment,) = tracker.segments
-            states = optimizer.state.values()
+            states = inner.state.values()
             state_values = [value for state in states for value in state.values()]
             state_bytes = sum(
                 value.nbytes for value in state_values if isinstance(value, torch.Tensor)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TextIO
 
 from common.console_output import is_terminal, plain, write_progress
-from common.errors import UserError, nearest
+from common.errors import UserError, did_you_mean
 from common.formatting import (
     byte_count,
     clock,
@@ -299,7 +299,8 @@ class Console:
     ):
         if style not in STYLES:
             raise UserError(
-                f'log_style={style!r} is not one of {", ".join(STYLES)}.{nearest(style, STYLES)}'
+                f'log_style={style!r} is not one of {", ".join(STYLES)}.'
+                f'{did_you_mean(style, STYLES)}'
             )
         self.one_line = style == 'line'
         self.stream = stream or sys.stdout

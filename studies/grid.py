@@ -13,9 +13,9 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
-from common.errors import UserError, nearest
+from common.errors import UserError, did_you_mean
 from common.registry import Option
-from configurator import COMMAND_LINE, CommandLine, Layer, accept_layer, flatten
+from configurator import COMMAND_LINE, CommandLine, Layer, flatten, validate_layer
 from training_config import PLAN_OPTIONS, Settings, load_settings, schema
 
 SEED_KEYS = ('seed', 'data_seed')
@@ -125,7 +125,7 @@ def read_study(command_line: CommandLine) -> Study:
     path = command_line.config_files[0]['path']
     problems, values = [], {}
     for key, (default, fits, kind) in STUDY_KEYS.items():
-        values[key] = command_line.aside.get(key, default)
+        values[key] = command_line.extra.get(key, default)
         if not fits(values[key]):
             problems.append(f'{path}: {key}={_shown.repr(values[key])}: {key} takes {kind}.')
             values[key] = default
@@ -148,7 +148,7 @@ def read_study(command_line: CommandLine) -> Study:
 
 def _was_read(command_line: CommandLine) -> bool:
     """Whether the config file could be: otherwise its mistake is that, not what it lacks."""
-    return bool(command_line.layers[0].values or command_line.aside or not command_line.problems)
+    return bool(command_line.layers[0].values or command_line.extra or not command_line.problems)
 
 
 def _grid_problems(study: Study) -> Iterator[str]:
@@ -191,7 +191,7 @@ def _value_problems(study: Study) -> Iterator[str]:
     options = flatten(schema())
     for name, point in _named_points(study):
         problems: list[str] = []
-        accepted = accept_layer(Layer(f'{study.path}, {name}', point), {'': options}, problems)
+        accepted = validate_layer(Layer(f'{study.path}, {name}', point), {'': options}, problems)
         yield from problems
         for key, value in accepted.values.items():
             if key in RESERVED:
@@ -207,7 +207,7 @@ def _value_problems(study: Study) -> Iterator[str]:
             if again := [_shown.repr(value) for value, times in plain.items() if times > 1]:
                 yield f'{study.path}: {name}[{key!r}] has {", ".join(again)} more than once.'
     if study.match != 'none' and study.match_by not in options:
-        hint = nearest(study.match_by, options)
+        hint = did_you_mean(study.match_by, options)
         yield f'{study.path}: match_by={study.match_by!r} is no option.{hint}'
 
 
@@ -301,7 +301,7 @@ def variant_overrides(study: Study) -> list[dict]:
 def merged_settings(study: Study, overrides: dict) -> Settings:
     """The base with `overrides`, as train.py would merge them. Raises UserError."""
     problems: list[str] = []
-    layer = accept_layer(Layer(COMMAND_LINE, overrides), schema(), problems)
+    layer = validate_layer(Layer(COMMAND_LINE, overrides), schema(), problems)
     layers = [*study.command_line.layers, layer]
     return load_settings(replace(study.command_line, layers=layers, problems=problems))
 

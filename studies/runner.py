@@ -37,7 +37,7 @@ from studies.outcome import (
 )
 from studies.trials import TIMING, Trial
 from studies.variants import RunContext
-from training.signals import stopping_signals
+from training.signals import stop_signals
 from training_config import schema
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ class StudyRunner:
     def active(self) -> Iterator[None]:
         """While entered, the folder is this study's, and signals stop the runs."""
         with study_lock(self.out_dir) as self.lock:
-            handlers = {number: signal.signal(number, self._stop) for number in stopping_signals()}
+            handlers = {number: signal.signal(number, self._stop) for number in stop_signals()}
             try:
                 yield
             finally:
@@ -195,7 +195,7 @@ class StudyRunner:
 
     def _check_options(self, kind: str, trial: Trial, config: dict) -> None:
         """Raises UserError if a run that has ended had other options than the trial."""
-        settings = merged_settings(self.study, trial.overrides).complete(*self.context)
+        settings = merged_settings(self.study, trial.overrides).resolve(*self.context)
         differing = [
             f'{key}={config[key]!r} (now {value!r})'
             for key, value in settings.to_dict().items()

@@ -13,14 +13,14 @@ from common import hardware
 from common.errors import UserError
 from comparison.runs import causal_flops
 from model_builder import parameter_groups
-from optim.step import Updater
+from optim.step import GuardedOptimizer
 from parallel.strategies import SingleProcess, recomputed_blocks
 from studies.grid import merged_settings
 from studies.outcome import summary_value
 from studies.runner import StudyRunner, iterations_done
 from studies.trials import TIMING, StudyTrials, Trial
 from studies.variants import TuneChoice
-from training.stability import is_out_of_memory
+from training.memory_check import is_out_of_memory
 
 # A measurement of a variant takes as long as this many FLOPs at most, and of all of them so many
 # seconds: enough for models that train on such a device within a day.
@@ -134,18 +134,18 @@ def measure_seconds_per_iter(choice: TuneChoice, device: torch.device) -> float:
     try:
         recomputed = recomputed_blocks(run.activation_checkpointing, architecture.n_layer)
         model, _ = parallel.build(architecture, recomputed, compiled=False)
-        optimizer = parallel.build_optimizer(parameter_groups(model), run)
-        updater = Updater(optimizer, run, device, parallel)
+        inner = parallel.build_optimizer(parameter_groups(model), run)
+        optimizer = GuardedOptimizer(inner, run, device, parallel)
         while len(update_times) < 3 or time.perf_counter() < until:
             hardware.synchronize(device)
             start = time.perf_counter()
             with hardware.autocast(device, run.dtype):
                 loss_sum, _, auxiliary = model(tokens, tokens)
             loss = loss_sum / tokens.numel()
-            updater.backward(loss + auxiliary.loss)
+            optimizer.backward(loss + auxiliary.loss)
             hardware.synchronize(device)
             middle = time.perf_counter()
-            updater.update(run.learning_rate, loss.detach(), measured=False)
+            optimizer.step(run.learning_rate, loss.detach(), measured=False)
             hardware.synchronize(device)
             micro_step_times.append(middle - start)
             update_times.append(time.perf_counter() - middle)
@@ -161,7 +161,7 @@ def measure_seconds_per_iter(choice: TuneChoice, device: torch.device) -> float:
 
 def _evaluation_flops(runner: StudyRunner, trial: Trial) -> float:
     """Of a run's evaluations: forward passes, which are a third of training's FLOPs."""
-    settings = merged_settings(runner.study, trial.overrides).complete(*runner.context)
+    settings = merged_settings(runner.study, trial.overrides).resolve(*runner.context)
     run, block_size = settings.run, settings.architecture.block_size
     evaluations = 1 + math.ceil((trial.iterations or 0) / run.eval_interval)
     tokens = 2 * run.eval_iters * block_size  # of both splits

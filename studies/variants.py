@@ -72,7 +72,7 @@ def build_variants(study: Study, context: RunContext) -> list[Variant]:
     variants, problems = [], []
     for label, overrides in zip(point_labels(points), points, strict=True):
         try:
-            settings = merged_settings(study, overrides).complete(*context)
+            settings = merged_settings(study, overrides).resolve(*context)
         except UserError as error:
             problems += [f'{label}: {problem}' for problem in error.problems]
         else:
@@ -131,7 +131,7 @@ def _checked_choice(
     """A setting of `tune`, checked. flops: the variant's, a token. Raises UserError."""
     settings = variant.settings
     if values:
-        settings = merged_settings(study, {**variant.overrides, **values}).complete(*context)
+        settings = merged_settings(study, {**variant.overrides, **values}).resolve(*context)
         architecture = settings.architecture
         if architecture.to_dict() != variant.settings.architecture.to_dict():
             flops = MEASURES['flops'](architecture)
@@ -190,7 +190,7 @@ def _match_sizes(study: Study, variants: list[Variant], context: RunContext) -> 
     Raises UserError.
     """
     measure = MEASURES[study.match]
-    target = measure(merged_settings(study, study.reference).complete(*context).architecture)
+    target = measure(merged_settings(study, study.reference).resolve(*context).architecture)
     matched: list[Variant] = []
     problems: list[str] = []
     for variant in variants:
@@ -216,7 +216,7 @@ def _resize(
 
     def changed(value: int) -> Settings:
         overrides = {**variant.overrides, study.match_by: value}
-        return merged_settings(study, overrides).complete(*context)
+        return merged_settings(study, overrides).resolve(*context)
 
     def measured(steps: int) -> float:
         return measure(changed(steps * study.match_step).architecture)

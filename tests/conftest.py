@@ -76,10 +76,10 @@ def held(monkeypatch) -> list[list[int]]:
 
     The iters of the checkpoints that were there then, each time.
     """
-    from training import checkpointing
-    from training.checkpoint_writer import Saver
+    from training.checkpoint import PendingCheckpoint, list_checkpoints, read_index
+    from training.checkpoint_writer import CheckpointManager
 
-    write, publish = checkpointing.Save.write, Saver.publish
+    write, publish = PendingCheckpoint.write, CheckpointManager.publish
     insisted, there = threading.Event(), []
 
     def held_write(self, state):
@@ -87,16 +87,16 @@ def held(monkeypatch) -> list[list[int]]:
         write(self, state)
 
     def insist(self):
-        if self.under_way:
+        if self.in_progress:
             self.folder.mkdir(exist_ok=True)
-            paths = checkpointing.published(self.folder)
-            there.append([checkpointing.read_index(path).iter for path in paths])
+            paths = list_checkpoints(self.folder)
+            there.append([read_index(path).iter for path in paths])
         insisted.set()
         publish(self)
         insisted.clear()
 
-    monkeypatch.setattr(checkpointing.Save, 'write', held_write)
-    monkeypatch.setattr(Saver, 'publish', insist)
+    monkeypatch.setattr(PendingCheckpoint, 'write', held_write)
+    monkeypatch.setattr(CheckpointManager, 'publish', insist)
     return there
 
 

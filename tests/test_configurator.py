@@ -14,7 +14,7 @@ from configurator import (
     read_command_line,
 )
 
-SHAPES = Registry('shape', 'Shape', home='errors')
+SHAPES = Registry('shape', 'Shape', home='common.errors')
 for name in ('square', 'circle', 'dark_triangle'):
     SHAPES.register(name)(type(name, (), {}))
 
@@ -45,8 +45,8 @@ def refused(*argv):
     return refusal.value.problems
 
 
-def merged(asked):
-    return {key: asked.value(key, lambda: SCHEMA) for key in flatten(SCHEMA)}
+def merged(command_line):
+    return {key: command_line.value(key, lambda: SCHEMA) for key in flatten(SCHEMA)}
 
 
 @pytest.fixture
@@ -94,9 +94,9 @@ def config(tmp_path):
     ],
 )
 def test_ways_to_set_an_option(argv, expected):
-    asked = read(*argv)
-    assert asked.problems == []
-    values = asked.layers[-1].values
+    command_line = read(*argv)
+    assert command_line.problems == []
+    values = command_line.layers[-1].values
     assert values == expected
     assert {key: type(value) for key, value in values.items()} == {
         key: type(value) for key, value in expected.items()
@@ -126,23 +126,27 @@ def test_ways_to_set_an_option(argv, expected):
     ],
 )
 def test_a_mistake_on_the_command_line_is_one_problem_that_explains_itself(argv, words):
-    asked = read(*argv)
-    (problem,) = asked.problems
+    command_line = read(*argv)
+    (problem,) = command_line.problems
     assert all(word in problem for word in words), problem
-    assert asked.layers[-1].values.keys() <= {'filled'}
+    assert command_line.layers[-1].values.keys() <= {'filled'}
 
 
 @pytest.mark.parametrize('flag', ['--help', '-h'])
 def test_help_is_noted_among_other_arguments(flag):
-    asked = read('--width=3', flag)
-    assert asked.help and not asked.print_config and asked.problems == []
-    assert asked.layers[-1].values == {'width': 3}
+    command_line = read('--width=3', flag)
+    assert command_line.help and not command_line.print_config and command_line.problems == []
+    assert command_line.layers[-1].values == {'width': 3}
 
 
 @pytest.mark.parametrize('flag', ['--print_config', '--print-config'])
 def test_print_config_is_noted_among_other_arguments(flag):
-    asked = read(flag, '--width=3')
-    assert asked.print_config and not asked.help and asked.layers[-1].values == {'width': 3}
+    command_line = read(flag, '--width=3')
+    assert (
+        command_line.print_config
+        and not command_line.help
+        and command_line.layers[-1].values == {'width': 3}
+    )
 
 
 # --------------------------------------------------------------------------------------------------
@@ -154,12 +158,12 @@ def test_each_level_wins_over_those_below_it(config):
     second = config('width = 2\nheight = 2', 'second.py')
     # The place of an option among the files does not matter.
     for argv in (['--width=3', first, second], [first, second, '--width=3']):
-        asked = read(*argv)
-        assert asked.problems == []
-        assert [layer.origin for layer in asked.layers] == [first, second, COMMAND_LINE]
+        command_line = read(*argv)
+        assert command_line.problems == []
+        assert [layer.origin for layer in command_line.layers] == [first, second, COMMAND_LINE]
         defaults = {key: option.default for key, option in flatten(SCHEMA).items()}
         levels = {'width': 3, 'height': 2, 'shape': 'circle', 'shift': 1}
-        assert merged(asked) == {**defaults, **levels}
+        assert merged(command_line) == {**defaults, **levels}
 
 
 def test_none_on_the_command_line_wins_over_the_files_value(config):
@@ -182,7 +186,7 @@ def test_an_int_in_a_file_widens_to_float(config):
 
 
 def test_what_is_the_files_own_is_no_option(config):
-    asked = read(
+    command_line = read(
         config(
             'import math\n'
             'import os.path as paths\n'
@@ -205,9 +209,9 @@ def test_what_is_the_files_own_is_no_option(config):
             'scale = pi * euler\n'
         )
     )
-    assert asked.problems == []
-    assert asked.layers[0].values.keys() == {'width', 'scale'}
-    assert asked.layers[0].values['width'] == 14
+    assert command_line.problems == []
+    assert command_line.layers[0].values.keys() == {'width', 'scale'}
+    assert command_line.layers[0].values['width'] == 14
 
 
 @pytest.mark.parametrize(
@@ -230,8 +234,8 @@ def test_what_is_the_files_own_is_no_option(config):
 )
 def test_a_mistake_in_a_file_is_one_problem_that_names_the_file(config, text, words):
     path = config(text)
-    asked = read(path)
-    (problem,) = asked.problems
+    command_line = read(path)
+    (problem,) = command_line.problems
     assert path in problem and all(word in problem for word in words), problem
 
 
@@ -300,18 +304,18 @@ def test_a_file_that_registers_a_component_adds_its_options(config):
         text['read'] = True
         return {**SCHEMA, 'Own': {'depth': Option(int, 1, 'Of the file')}}
 
-    asked = read_command_line([path, '--depth=6'], schema)
-    assert asked.problems == [] and asked.value('depth', schema) == 6
+    command_line = read_command_line([path, '--depth=6'], schema)
+    assert command_line.problems == [] and command_line.value('depth', schema) == 6
     assert read(path).problems  # without its component the key is unknown
 
 
 def test_all_problems_are_reported_at_once(config, tmp_path):
     first = config("widht = 1\nshape = 'circel'", 'first.py')
-    asked = read(first, '--heigth=2', '--width=wide', '--scale', 'stray')
+    command_line = read(first, '--heigth=2', '--width=wide', '--scale', 'stray')
     wrong = ['widht', 'circel', '--heigth', '--width=wide', '--scale=stray']
-    assert len(asked.problems) == len(wrong)
+    assert len(command_line.problems) == len(wrong)
     for words in wrong:
-        assert sum(words in problem for problem in asked.problems) == 1, words
+        assert sum(words in problem for problem in command_line.problems) == 1, words
     # What a missing file would have registered is unknown: the rest is not judged.
     missing = [str(tmp_path / name) for name in ('missing.py', 'other.py')]
     problems = refused(first, *missing, '--heigth=2')
@@ -344,8 +348,8 @@ def test_the_printed_config_is_a_config_file_that_gives_the_same_values(config):
     values = {'width': 5, 'height': None, 'shape': 'circle', 'title': "it's # 1", 'filled': False}
     origins = {key: f'from {key}' for key in values}
     text = format_config({'All of it': values}, origins, ['something was left out'])
-    asked = read(config(text))
-    assert asked.problems == [] and asked.layers[0].values == values
+    command_line = read(config(text))
+    assert command_line.problems == [] and command_line.layers[0].values == values
     for key in values:
         (line,) = [line for line in text.splitlines() if line.startswith(f'{key} = ')]
         assert line.endswith(f'# from {key}')

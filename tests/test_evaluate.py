@@ -301,7 +301,7 @@ def test_items_keep_within_documents(of_bytes, tmp_path, monkeypatch):
     )
     monkeypatch.setattr(evaluate, 'load_dataset', lambda name, block_size: dataset)
     path = tmp_path / 'items.jsonl'
-    monkeypatch.setattr(evaluate.resumption, 'vocabulary_of', lambda checkpoint: (tokenizer, 257))
+    monkeypatch.setattr(evaluate, 'load_tokenizer', lambda checkpoint: (tokenizer, 257))
     run(f'--out_dir={of_bytes[0]}', f'--make_choices={path}', '--num_items=50')
     for item in map(json.loads, path.read_text().splitlines()):
         letters = {*item['context'], *item['choices'][item['answer']]} - {' '}
@@ -359,7 +359,7 @@ def test_a_mistake_is_told(of_bytes, text, tmp_path, monkeypatch, capsys, argume
 
 def test_characters_that_the_vocabulary_lacks(tmp_path, monkeypatch, of_bytes, text, capsys):
     tokenizer = Tokenizer({'kind': 'char', 'characters': ['a', 'b']})
-    monkeypatch.setattr(evaluate.resumption, 'vocabulary_of', lambda checkpoint: (tokenizer, 2))
+    monkeypatch.setattr(evaluate, 'load_tokenizer', lambda checkpoint: (tokenizer, 2))
     path = written(tmp_path / 'i.jsonl', [{'context': 'a', 'choices': ['b', 'é'], 'answer': 0}])
     for key, given in (('text', text), ('choices', path)):
         run(f'--out_dir={of_bytes[0]}', f'--{key}={given}', code=2)

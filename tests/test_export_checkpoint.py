@@ -300,14 +300,14 @@ def test_missing_package_is_named_first(tmp_path, monkeypatch, capsys):
 
 def test_values_beyond_the_dtype_are_refused(trained, tmp_path, monkeypatch, capsys):
     out_dir, _, _ = trained['gpt2']
-    load_model = export_checkpoint.resumption.load_model
+    load_model = export_checkpoint.load_model
 
     def grown(*arguments):
         model = load_model(*arguments)
         next(model.parameters()).data[0, 0] = 1e5
         return model
 
-    monkeypatch.setattr(export_checkpoint.resumption, 'load_model', grown)
+    monkeypatch.setattr(export_checkpoint, 'load_model', grown)
     output = tmp_path / 'model.pt'
     export(f'--out_dir={out_dir}', f'--output={output}', '--dtype=float16', code=2)
     assert '--dtype=float16' in capsys.readouterr().err and not output.exists()

@@ -25,8 +25,9 @@ from common.errors import UserError, run_script
 from data.gpt2_vocabulary import byte_characters
 from data.tokenizer import Tokenizer
 from inference.generate import generate
-from inference.sampling import OwnSample, Sampler
-from training import checkpointing, resumption
+from inference.sampling import PeriodicSample, Sampler
+from training.checkpoint import index_sha256, read_index
+from training.load import find_checkpoint, load_model, load_tokenizer
 
 LETTERS = 'abcdefé😀\n '
 OPTIONS = {'temperature': 50.0, 'max_new_tokens': 40, 'num_samples': 3, 'start': 'abc'}
@@ -82,8 +83,8 @@ def written(trained, capsys):
 
 
 def model_of(folder):
-    checkpoint, state = resumption.find_checkpoint(str(folder), None)
-    return resumption.load_model(checkpoint, state, torch.device('cpu')).eval()
+    checkpoint, state = find_checkpoint(str(folder), None)
+    return load_model(checkpoint, state, torch.device('cpu')).eval()
 
 
 def test_the_texts_are_what_the_model_says_beyond_its_context_too(trained, written):
@@ -207,15 +208,15 @@ def test_a_checkpoint_that_does_not_tell_its_tokenizer_needs_the_dataset(trained
     (path,) = folder.glob('run_*/checkpoints/iter_*/index.json')
     index = json.loads(path.read_text())
     del index['data']
-    index['sha256'] = checkpointing.index_sha256(index)
+    index['sha256'] = index_sha256(index)
     path.write_text(json.dumps(index))
-    checkpoint = checkpointing.read_index(path.parent)
+    checkpoint = read_index(path.parent)
     with pytest.raises(UserError, match='plain_data') as refused:
-        resumption.vocabulary_of(checkpoint)
+        load_tokenizer(checkpoint)
     assert 'did not tell their tokenizer' in str(refused.value)
     dataset = write_dataset(tmp_path / 'data')
     checkpoint.index['config']['dataset'] = str(dataset)
-    tokenizer, vocab_size = resumption.vocabulary_of(checkpoint)
+    tokenizer, vocab_size = load_tokenizer(checkpoint)
     assert vocab_size == len(LETTERS) and tokenizer.decode([6, 7]) == 'é😀'
 
 
@@ -313,7 +314,7 @@ def test_samples_count_neither_as_training_nor_as_evaluation(tiny_dataset, tmp_p
 
     for module in (hardware, train):
         monkeypatch.setattr(module, 'time', SimpleNamespace(perf_counter=clock))
-    monkeypatch.setattr(OwnSample, 'write', slow_write)
+    monkeypatch.setattr(PeriodicSample, 'write', slow_write)
     run = train_here(tiny_dataset, tmp_path, **RUN, **SAMPLING)
     entries = [*run.record['training_iterations'], *run.record['eval_steps']]
     assert len(entries) == 4 + 3 and len(samples_of(run)) == 3
@@ -333,7 +334,7 @@ def test_no_compiled_block_is_compiled_anew_for_a_sample(sampled):
         block.compile(backend='eager')
     torch._dynamo.reset()  # what other tests of this process compiled is no part of the count
     counters.clear()
-    text = sampled.session.own_sample.write(model)['text']
+    text = sampled.session.sample_writer.write(model)['text']
     assert counters['frames']['total'] == 0 and text == samples_of(sampled)[4]['text']
     with torch.no_grad():
         model(torch.zeros((1, 8), dtype=torch.long))
@@ -343,7 +344,7 @@ def test_no_compiled_block_is_compiled_anew_for_a_sample(sampled):
 def test_a_model_without_finite_logits_writes_nothing(sampled):
     model = copy.deepcopy(sampled.session.raw_model)
     torch.nn.init.constant_(model.token_embedding.weight, float('nan'))
-    assert sampled.session.own_sample.write(model)['text'] is None
+    assert sampled.session.sample_writer.write(model)['text'] is None
 
 
 def test_a_sample_ends_where_its_document_does(tmp_path):

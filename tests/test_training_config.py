@@ -22,8 +22,8 @@ def settings(*argv):
     return load_settings(read_command_line(list(argv), schema))
 
 
-def complete(*argv, device=CPU, dataset=None):
-    return settings(*argv).complete(device, 'float32', dataset)
+def resolved(*argv, device=CPU, dataset=None):
+    return settings(*argv).resolve(device, 'float32', dataset)
 
 
 def problems_of(*argv):
@@ -189,7 +189,7 @@ def test_an_option_of_the_run_without_use_is_refused(argv, words):
 
 def test_an_option_of_the_run_that_an_override_leaves_behind_is_dropped_and_told(config):
     path = config("optimizer = 'muon'\nmuon_ns_steps = 6\nlr_schedule = 'wsd'\nmin_lr = 1e-5")
-    kept, dropped = complete(path), complete(path, '--optimizer=lion', '--lr_schedule=constant')
+    kept, dropped = resolved(path), resolved(path, '--optimizer=lion', '--lr_schedule=constant')
     assert (kept.run.muon_ns_steps, kept.run.min_lr) == (6, 1e-5)
     assert 'muon_ns_steps' not in dropped.run and dropped.run.lion_beta2 == 0.99
     assert 'min_lr' not in dropped.to_dict() and dropped.run.warmup_iters == 250
@@ -211,7 +211,7 @@ def printed(text):
 
 def test_the_printed_config_shows_every_value_and_where_it_came_from(config):
     path = config("arch_preset = 'gpt2'\nmax_iters = 40\nactivation = 'relu'")
-    done = complete(path, '--ffn_type=swiglu', '--seed=3')
+    done = resolved(path, '--ffn_type=swiglu', '--seed=3')
     text = done.explain()
     shown = printed(text)
     assert shown.keys() == done.to_dict().keys()
@@ -245,12 +245,12 @@ def test_the_printed_config_shows_every_value_and_where_it_came_from(config):
 def test_the_schedule_follows_max_iters_and_learning_rate(config, max_iters, warmup):
     # From whichever level they come: the file's max_iters is overridden.
     path = config('max_iters = 777\nlearning_rate = 3e-3')
-    done = complete(path, f'--max_iters={max_iters}')
+    done = resolved(path, f'--max_iters={max_iters}')
     assert (done.run.warmup_iters, done.run.lr_decay_iters) == (warmup, max_iters)
     assert done.run.min_lr == pytest.approx(3e-4)
     for key in ('warmup_iters', 'lr_decay_iters', 'min_lr'):
         assert done.run.origins[key].startswith('derived: ') and key in done.derived
-    assert complete(path, '--optimizer=muon').run.muon_learning_rate == 3e-3
+    assert resolved(path, '--optimizer=muon').run.muon_learning_rate == 3e-3
 
 
 @pytest.mark.parametrize(
@@ -259,7 +259,7 @@ def test_the_schedule_follows_max_iters_and_learning_rate(config, max_iters, war
 )
 def test_evaluations_follow_max_iters(config, max_iters, interval):
     path = config('max_iters = 777')
-    done = complete(path, f'--max_iters={max_iters}')
+    done = resolved(path, f'--max_iters={max_iters}')
     assert done.run.eval_interval == interval
     assert done.run.origins['eval_interval'] == 'derived: max_iters / 10, from 20 to 2000'
     assert done.derived['eval_interval'].startswith(f'{interval:,} (max_iters / 10')
@@ -267,7 +267,7 @@ def test_evaluations_follow_max_iters(config, max_iters, interval):
 
 @pytest.mark.parametrize(('sample_interval', 'interval'), [(1000, 500), (500, 500), (300, 300)])
 def test_evaluations_are_where_text_is_to_be_written(sample_interval, interval):
-    done = complete('--max_iters=5000', f'--sample_interval={sample_interval}')
+    done = resolved('--max_iters=5000', f'--sample_interval={sample_interval}')
     assert done.run.eval_interval == interval
     assert done.run.sample_interval % interval == 0
     (problem,) = problems_of('--sample_interval=300', '--eval_interval=500')
@@ -286,7 +286,7 @@ def test_what_was_set_is_not_derived():
         'compile': True,
         'd_ff': 99,
     }
-    done = complete(*(f'--{key}={value}' for key, value in asked.items()))
+    done = resolved(*(f'--{key}={value}' for key, value in asked.items()))
     assert {key: done.to_dict()[key] for key in asked} == asked
     assert not done.derived.keys() & asked.keys()
 
@@ -294,7 +294,7 @@ def test_what_was_set_is_not_derived():
 @pytest.mark.parametrize('device', ['cpu', 'cuda'])
 @pytest.mark.parametrize('argv', [[], ['--batch_size=4'], ['--batch_size=1000']])
 def test_the_batch_follows_the_device(device, argv):
-    done = complete(*argv, device=torch.device(device))
+    done = resolved(*argv, device=torch.device(device))
     run = done.run
     assert run.batch_size >= 1 and run.gradient_accumulation_steps >= 1
     if argv:
@@ -322,10 +322,10 @@ TOKENS_FOR_COMPILE = CPU_COMPILE_FLOPS / 854_654_976  # of GPT-2 124M, by hand: 
     ],
 )
 def test_on_a_cpu_long_runs_are_compiled(dataset, argv, compiled):
-    done = complete('--arch_preset=gpt2', *argv, dataset=dataset('gpt2', 50257))
+    done = resolved('--arch_preset=gpt2', *argv, dataset=dataset('gpt2', 50257))
     assert done.run.compile is compiled
     assert ('compile' in done.derived) == (not any('compile' in argument for argument in argv))
-    on_gpu = complete('--arch_preset=gpt2', '--max_iters=1', device=torch.device('cuda'))
+    on_gpu = resolved('--arch_preset=gpt2', '--max_iters=1', device=torch.device('cuda'))
     assert on_gpu.run.compile is True
 
 
@@ -336,12 +336,12 @@ def test_what_counts_for_compile_is_a_ranks_share(dataset, monkeypatch, share, c
         monkeypatch.setenv(key, value)
     updates = math.ceil(share * TOKENS_FOR_COMPILE / 1024)  # of a sequence for each rank
     data = dataset('gpt2', 50257)
-    done = complete('--arch_preset=gpt2', f'--max_iters={updates}', dataset=data)
+    done = resolved('--arch_preset=gpt2', f'--max_iters={updates}', dataset=data)
     assert done.run.gradient_accumulation_steps == 2 and done.run.compile is compiled
 
 
-def test_nothing_stays_open_once_complete(dataset):
-    done = complete('--arch_preset=llama', dataset=dataset('byte', 256))
+def test_resolved_settings_leave_nothing_open(dataset):
+    done = resolved('--arch_preset=llama', dataset=dataset('byte', 256))
     left = [key for key, value in done.to_dict().items() if value in (None, 'auto')]
     off = {'attention_softcap', 'logit_softcap', 'sliding_window'}
     off |= {'wandb_project', 'wandb_run_name'}
@@ -353,7 +353,7 @@ def test_nothing_stays_open_once_complete(dataset):
     [('byte', 256, 256), ('char', 65, 65), ('gpt2', 50257, 50304), ('gpt2', 50304, 50304)],
 )
 def test_the_vocabulary_comes_from_the_dataset(dataset, kind, vocab_size, rows):
-    done = complete('--arch_preset=llama', dataset=dataset(kind, vocab_size))
+    done = resolved('--arch_preset=llama', dataset=dataset(kind, vocab_size))
     assert done.architecture.vocab_size == rows
     assert done.architecture.origins['vocab_size'] == 'dataset'
     assert f'{rows:,}' in done.derived['vocab_size']
@@ -365,13 +365,13 @@ def test_the_vocabulary_comes_from_the_dataset(dataset, kind, vocab_size, rows):
 
 @pytest.mark.parametrize('rows', [50257, 50300, 60000])
 def test_a_vocabulary_may_be_larger_than_the_datas(dataset, rows):
-    done = complete(f'--vocab_size={rows}', dataset=dataset('gpt2', 50257))
+    done = resolved(f'--vocab_size={rows}', dataset=dataset('gpt2', 50257))
     assert done.architecture.vocab_size == rows and 'vocab_size' not in done.derived
 
 
 def test_a_vocabulary_is_never_smaller_than_the_datas(dataset):
     with pytest.raises(UserError) as refused:
-        complete('--vocab_size=50256', dataset=dataset('gpt2', 50257))
+        resolved('--vocab_size=50256', dataset=dataset('gpt2', 50257))
     (problem,) = refused.value.problems
     assert all(words in problem for words in ('50256', '50257', '50304'))
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from model_builder import ParameterGroup, Transformer
 from model_components import IGNORED, locate_documents
 from optim.optimizers import local
-from parallel.process_group import Alone
+from parallel.process_group import SingleProcessGroup
 from parallel.strategies import SingleProcess
 
 
@@ -101,7 +101,7 @@ def _probed_attention(
 
 @torch.no_grad()
 def loss_by_position(
-    model: nn.Module, ranks: Alone, batches: Iterator[list[torch.Tensor]], autocast
+    model: nn.Module, ranks: SingleProcessGroup, batches: Iterator[list[torch.Tensor]], autocast
 ) -> list[dict]:
     """Mean loss in nats over positions [0, 1), [1, 2), [2, 4), [4, 8), … of the context.
 
@@ -115,7 +115,7 @@ def loss_by_position(
             logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction='none'
         ).view(targets.shape)
         total += torch.stack([losses.sum(0), (targets != IGNORED).sum(0)])
-    loss_sum, count = ranks.sum(total)
+    loss_sum, count = ranks.all_reduce_sum(total)
     mean = (loss_sum / count).tolist()
     edges = [0] + [2**k for k in range(len(mean).bit_length()) if 2**k < len(mean)] + [len(mean)]
     return [
@@ -124,7 +124,7 @@ def loss_by_position(
     ]
 
 
-class UpdateSize:
+class UpdateRatio:
     """How large an update is against the weights it changes: ‖Δw‖ / ‖w‖ for each group."""
 
     def __init__(self, groups: list[ParameterGroup], parallel: SingleProcess):

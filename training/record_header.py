@@ -17,44 +17,35 @@ from common.registry import Configurable
 from data.dataset import TokenDataset
 from model_builder import Transformer, count_parameters
 from parallel.strategies import SingleProcess
-from training_config import OPTIMIZER_REGISTRY, SCHEDULE_REGISTRY, Settings
+from training.session import RunContext
+from training_config import OPTIMIZER_REGISTRY, SCHEDULE_REGISTRY, Settings, TrainingConfig
 
 PROJECT = Path(__file__).absolute().parents[1]
-# Modules, and packages of modules, on which no loss depends.
-SHOWING = frozenset(
-    {
-        *('records', 'planning', 'console_output.py', 'formatting.py', 'training_logger.py'),
-        *('sampling.py', 'grid.py', 'errors.py', 'record_header.py'),
-    }
+# Packages and modules on which no loss depends: they show, store, plan or say what goes wrong.
+DISPLAY_ONLY = (
+    *('comparison/', 'inference/', 'planning/', 'records/', 'studies/'),
+    *('training_logger.py', 'training/record_header.py'),
+    *('common/console_output.py', 'common/errors.py', 'common/formatting.py'),
 )
-HELD = ('parameter_bytes', 'gradient_bytes', 'optimizer_bytes')
-
-
-def bytes_sent_per_update(
-    run, model: Transformer, optimizer: torch.optim.Optimizer, parallel: SingleProcess
-) -> float:
-    """What a rank sends in an update, of the strategy and of the optimizer."""
-    micro_steps = run.gradient_accumulation_steps // parallel.world_size
-    return optimizer.bytes_sent + parallel.bytes_sent(model, micro_steps)
+MEMORY_FOOTPRINT = ('parameter_bytes', 'gradient_bytes', 'optimizer_bytes')
 
 
 def record_header(
-    settings: Settings,
-    dataset: TokenDataset,
+    context: RunContext,
+    *,
     model: Transformer,
     optimizer: torch.optim.Optimizer,
     flops: dict,
     peak: Peak,
-    device: torch.device,
-    parallel: SingleProcess,
     compiled: bool,
-    argv: list[str],
     weights_from: dict | None,
 ) -> dict:
-    """`config`, `architecture`, `metadata` and `startup_info` of the record."""
+    """`config`, `architecture`, `metadata` and `startup_info` of the record.
+
+    flops: of a token; peak: of one device; weights_from: of whom the initial weights are.
+    """
+    settings, parallel = context.settings, context.parallel
     run, architecture = settings.run, settings.architecture
-    commit, clean = hardware.git_state(PROJECT)
-    total_peak = peak.tflops and peak.tflops * parallel.world_size
     return {
         'config': settings.to_dict(),
         'architecture': {
@@ -62,52 +53,46 @@ def record_header(
             'hash': architecture.hash,
             'choices': architecture.to_dict(),
         },
-        'metadata': {
-            'seed': run.seed,
-            'data_seed': run.data_seed,
-            'strategy': parallel.name,
-            'world_size': parallel.world_size,
-            'job': job(),
-            'git_commit': commit,
-            'git_clean': clean,
-            'versions': hardware.versions(),
-            'code': source_hashes(),
-            'command': shlex.join(['python', 'train.py', *argv]),
-            'weights_from': weights_from,
-            'threads': torch.get_num_threads(),
-            'deterministic': run.deterministic,
-            'platform': platform.platform(),
-            'config_files': [
-                {**file, 'sha256': hashlib.sha256(file['text'].encode()).hexdigest()}
-                for file in settings.asked.config_files
-            ],
-        },
+        'metadata': _metadata(context, weights_from),
         'startup_info': {
             'model': count_parameters(model),
             'flops': flops,
             'optimizer': _optimizer(settings, optimizer),
-            'hardware': {
-                'device': str(device),
-                'device_name': hardware.device_name(device),
-                'world_size': parallel.world_size,
-                'dtype': run.dtype,
-                'peak_tflops': total_peak,
-                'peak_source': peak.source,
-                'threads': torch.get_num_threads(),
-                'expected_tokens_per_sec_at_50_mfu': total_peak
-                and 0.5 * total_peak * 1e12 / flops['per_token'],
-                'compile': compiled,
-                'activation_checkpointing': run.activation_checkpointing,
-            },
+            'hardware': _hardware(context, peak, flops, compiled),
             'parallel': {
                 'bytes_sent_per_update': bytes_sent_per_update(run, model, optimizer, parallel),
-                # Known once there has been an update (`Session.record_held`).
-                **dict.fromkeys(HELD),
+                # Known once there has been an iteration (`Session.record_memory_footprint`).
+                **dict.fromkeys(MEMORY_FOOTPRINT),
             },
-            'data': _data(settings, dataset),
+            'data': _data(settings, context.dataset),
             'derived': settings.derived,
         },
     }
+
+
+def run_environment(header: dict) -> dict:
+    """What can change the last bits of a run, or its meaning, beside its options."""
+    metadata, info = header['metadata'], header['startup_info']
+    return {
+        'threads': metadata['threads'],
+        'world_size': metadata['world_size'],
+        'strategy': metadata['strategy'],
+        'git_commit': metadata['git_commit'],
+        'device_name': info['hardware']['device_name'],
+        **{f'version of {name}': version for name, version in metadata['versions'].items()},
+        **{key: info['data'][key] for key in ('train_sha256', 'val_sha256')},
+    }
+
+
+def bytes_sent_per_update(
+    run: TrainingConfig,
+    model: Transformer,
+    optimizer: torch.optim.Optimizer,
+    parallel: SingleProcess,
+) -> float:
+    """What a rank sends in an iteration, of the strategy and of the optimizer."""
+    micro_steps = run.gradient_accumulation_steps // parallel.world_size
+    return optimizer.bytes_sent + parallel.bytes_sent(model, micro_steps)
 
 
 def source_hashes() -> dict[str, str]:
@@ -127,23 +112,52 @@ def source_hashes() -> dict[str, str]:
         name: file_sha256(path)[:16]
         for name, path in sorted(ours.items())
         if path.suffix == '.py'
-        and not SHOWING & set(name.split('/'))
+        and not name.startswith(DISPLAY_ONLY)
         and not {'site-packages', 'tests', 'benchmarks'} & set(path.parts)
         and path.exists()
     }
 
 
-def surroundings(header: dict) -> dict:
-    """What can change the last bits of a run, or its meaning, beside its options."""
-    metadata, info = header['metadata'], header['startup_info']
+def _metadata(context: RunContext, weights_from: dict | None) -> dict:
+    run, parallel = context.settings.run, context.parallel
+    commit, clean = hardware.git_state(PROJECT)
     return {
-        'threads': metadata['threads'],
-        'world_size': metadata['world_size'],
-        'strategy': metadata['strategy'],
-        'git_commit': metadata['git_commit'],
-        'device_name': info['hardware']['device_name'],
-        **{f'version of {name}': version for name, version in metadata['versions'].items()},
-        **{key: info['data'][key] for key in ('train_sha256', 'val_sha256')},
+        'seed': run.seed,
+        'data_seed': run.data_seed,
+        'strategy': parallel.name,
+        'world_size': parallel.world_size,
+        'job': job(),
+        'git_commit': commit,
+        'git_clean': clean,
+        'versions': hardware.versions(),
+        'code': source_hashes(),
+        'command': shlex.join(['python', 'train.py', *context.argv]),
+        'weights_from': weights_from,
+        'threads': torch.get_num_threads(),
+        'deterministic': run.deterministic,
+        'platform': platform.platform(),
+        'config_files': [
+            {**file, 'sha256': hashlib.sha256(file['text'].encode()).hexdigest()}
+            for file in context.settings.command_line.config_files
+        ],
+    }
+
+
+def _hardware(context: RunContext, peak: Peak, flops: dict, compiled: bool) -> dict:
+    run, world_size = context.settings.run, context.parallel.world_size
+    total_peak = peak.tflops and peak.tflops * world_size
+    return {
+        'device': str(context.device),
+        'device_name': hardware.device_name(context.device),
+        'world_size': world_size,
+        'dtype': run.dtype,
+        'peak_tflops': total_peak,
+        'peak_source': peak.source,
+        'threads': torch.get_num_threads(),
+        'expected_tokens_per_sec_at_50_mfu': total_peak
+        and 0.5 * total_peak * 1e12 / flops['per_token'],
+        'compile': compiled,
+        'activation_checkpointing': run.activation_checkpointing,
     }
 
 

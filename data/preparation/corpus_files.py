@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
-from common.errors import UserError, nearest
+from common.errors import UserError, did_you_mean
 from common.folders import walk
 from common.packages import optional_package
 from common.text_files import no_text
@@ -138,7 +138,7 @@ def _nothing_there(name: str, matches: list[str], others: list[str]) -> str:
     if not matches:
         parent = os.path.dirname(name) or '.'
         beside = os.listdir(parent) if os.path.isdir(parent) else []
-        return f'There is no file or folder {name}.{nearest(os.path.basename(name), beside)}'
+        return f'There is no file or folder {name}.{did_you_mean(os.path.basename(name), beside)}'
     message = f'{name} holds no file that ends in {READ}'
     if not others:
         return f'{message}: it is empty.'

@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from common.errors import UserError, nearest
+from common.errors import UserError, did_you_mean
 from common.packages import optional_package
 from common.text_files import BYTE_ORDER_MARK, decode, is_blank, json_values, parse_json
 from data.preparation.corpus_files import (
@@ -131,11 +131,11 @@ def _text_of(row, field: str, place: str) -> str:
         )
     else:
         names = ', '.join(map(repr, row)) or 'none at all'
-        problem = f'{place} has no field {field!r}, but {names}.{nearest(field, texts)}'
+        problem = f'{place} has no field {field!r}, but {names}.{did_you_mean(field, texts)}'
     if not texts:
         raise Invalid(f'{problem} No field of it is text.')
     # The longest is most likely what is meant, if it has no name like it.
-    likely = max(texts, key=lambda name: (bool(nearest(field, [name])), len(row[name])))
+    likely = max(texts, key=lambda name: (bool(did_you_mean(field, [name])), len(row[name])))
     raise Invalid(f'{problem} If all rows have their text there: --field={likely}')
 
 

@@ -80,7 +80,11 @@ def test_peers_do_the_same_work(monkeypatch, tmp_path):
 
         with monkeypatch.context() as patch:
             patch.setattr(contestants, 'listen', listen)
-            for name in ('run', 'update', 'evaluate'):  # as they are, to be put back
+            for name in (
+                'run_training',
+                'run_iteration',
+                'evaluate',
+            ):
                 patch.setattr(train, name, getattr(train, name))
             patch.setattr(hardware, 'reset_peak_memory', hardware.reset_peak_memory)
             with contextlib.suppress(Enough):

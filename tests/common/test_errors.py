@@ -8,7 +8,7 @@ import sys
 import pytest
 from helpers.project import PROJECT
 
-from common.errors import UserError, nearest, run_script
+from common.errors import UserError, did_you_mean, run_script
 
 
 def outcome(main, argv=()):
@@ -118,4 +118,4 @@ def test_a_reader_that_goes_away_is_no_error():
     ],
 )
 def test_nearest_suggests_only_what_is_near(name, expected):
-    assert nearest(name, ['n_layer', 'n_head', 'RMSNorm']) == expected
+    assert did_you_mean(name, ['n_layer', 'n_head', 'RMSNorm']) == expected

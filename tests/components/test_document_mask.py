@@ -160,8 +160,8 @@ def test_a_run_takes_the_token_from_the_dataset_and_masks_its_documents(marked, 
 
 def completed(*argv, dataset):
     data = load_dataset(dataset, 32)
-    asked = read_command_line(['--block_size=32', f'--dataset={dataset}', *argv], schema)
-    return load_settings(asked).complete(torch.device('cpu'), 'float32', data)
+    command_line = read_command_line(['--block_size=32', f'--dataset={dataset}', *argv], schema)
+    return load_settings(command_line).resolve(torch.device('cpu'), 'float32', data)
 
 
 def test_without_marked_documents_it_is_refused(tiny_dataset, marked):

@@ -18,7 +18,7 @@ sys.path.insert(0, str(PROJECT))
 
 import train  # noqa: E402
 from common.errors import run_script  # noqa: E402
-from training import checkpointing  # noqa: E402
+from training.checkpoint import PendingCheckpoint  # noqa: E402
 from training_logger import TrainingLogger  # noqa: E402
 
 
@@ -34,7 +34,7 @@ def signal_after(iter: int, name: str) -> None:
 
 
 def kill_in_save(iter: int, call: str, nth: int) -> None:
-    begin, original = checkpointing.Save.__init__, getattr(os, call)
+    begin, original = PendingCheckpoint.__init__, getattr(os, call)
     left = None
 
     def counted_begin(self, folder, index, ranks):
@@ -51,7 +51,7 @@ def kill_in_save(iter: int, call: str, nth: int) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
         return original(*args, **kwargs)
 
-    checkpointing.Save.__init__ = counted_begin
+    PendingCheckpoint.__init__ = counted_begin
     setattr(os, call, counted)
 
 

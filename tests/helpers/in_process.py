@@ -12,7 +12,7 @@ from helpers.project import TINY_RUN
 from model_builder import Transformer
 from records.record import read_record
 from records.run_folders import latest_run
-from training import checkpointing
+from training.checkpoint import load_latest
 from training.session import Session
 
 
@@ -47,7 +47,7 @@ class Run:
 
     def saved_weights(self) -> dict[str, torch.Tensor]:
         """Those of the newest checkpoint."""
-        return checkpointing.newest(self.folder / 'checkpoints', print)[1][0]['model']
+        return load_latest(self.folder / 'checkpoints', print)[1][0]['model']
 
 
 def train_here(dataset: Path, out_dir: Path, **options) -> Run:

@@ -19,7 +19,7 @@ from benchmarks.contestants import form_make_believe_group
 from common import hardware
 from configurator import read_command_line
 from model_builder import parameter_groups
-from optim.step import Updater
+from optim.step import GuardedOptimizer
 from parallel import strategies
 from planning.plan import completed_settings
 from training_config import Settings, load_settings, schema
@@ -44,8 +44,8 @@ class Training:
             self.run.activation_checkpointing, self.architecture.n_layer
         )
         raw_model, self.model = self.parallel.build(self.architecture, recomputed, False)
-        optimizer = self.parallel.build_optimizer(parameter_groups(raw_model), self.run)
-        self.updater = Updater(optimizer, self.run, CPU, self.parallel)
+        inner = self.parallel.build_optimizer(parameter_groups(raw_model), self.run)
+        self.optimizer = GuardedOptimizer(inner, self.run, CPU, self.parallel)
         self.micro_steps = self.run.gradient_accumulation_steps // settings.ranks
 
     def update(self) -> None:
@@ -55,8 +55,8 @@ class Training:
             with self.parallel.micro_step(self.model, last=number + 1 == self.micro_steps):
                 with hardware.autocast(CPU, self.run.dtype):
                     loss_sum, _, auxiliary = self.model(tokens, tokens)
-                self.updater.backward(loss_sum / tokens.numel() + auxiliary.loss)
-        self.updater.update(1e-3, loss_sum.detach(), measured=True)
+                self.optimizer.backward(loss_sum / tokens.numel() + auxiliary.loss)
+        self.optimizer.step(1e-3, loss_sum.detach(), measured=True)
 
 
 def bytes_held(work) -> tuple[int, int]:

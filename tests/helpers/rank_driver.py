@@ -32,11 +32,11 @@ from common import errors
 from common.errors import UserError, run_script
 from data.dataset import TokenDataset
 from model_builder import Transformer
-from optim.step import Updater
+from optim.step import GuardedOptimizer
 from parallel import strategies
-from parallel.process_group import Together, announce
-from training.checkpointing import Save
-from training.signals import Interruption
+from parallel.process_group import MultiProcessGroup, register_process
+from training.checkpoint import PendingCheckpoint
+from training.signals import SignalHandler
 
 ONE_TOO_MANY = 2  # in which update a special thing happens, counted from 0
 BATCHES = 4  # in an update
@@ -60,19 +60,19 @@ def signal_in_update(patch, rank):
 
 def signal_while_agreeing(patch, rank):
     """The last rank gets SIGTERM when the ranks have just told one another that none has."""
-    agree, calls = Interruption.agree, []
+    agree, calls = SignalHandler.sync, []
 
     def interrupted(self, ranks, *arguments):
-        def largest(numbers):
-            answer = ranks.largest(numbers)
+        def all_reduce_max(numbers):
+            answer = ranks.all_reduce_max(numbers)
             calls.append(1)
             if rank == world() - 1 and len(calls) == 2:
                 os.kill(os.getpid(), signal.SIGTERM)
             return answer
 
-        agree(self, SimpleNamespace(largest=largest), *arguments)
+        agree(self, SimpleNamespace(all_reduce_max=all_reduce_max), *arguments)
 
-    patch.setattr(Interruption, 'agree', interrupted)
+    patch.setattr(SignalHandler, 'sync', interrupted)
 
 
 def full_disk(patch, rank):
@@ -87,7 +87,12 @@ def full_disk(patch, rank):
 
 def written_late(patch, rank):
     """What is saved after 10 updates is written when two more are made."""
-    write, update, updates, made = Save.write, Updater.update, [], threading.Event()
+    write, update, updates, made = (
+        PendingCheckpoint.write,
+        GuardedOptimizer.step,
+        [],
+        threading.Event(),
+    )
 
     def late(self, state):
         assert self.index['iter'] != 10 or made.wait(60)
@@ -100,8 +105,8 @@ def written_late(patch, rank):
             made.set()
         return sums
 
-    patch.setattr(Save, 'write', late)
-    patch.setattr(Updater, 'update', counted)
+    patch.setattr(PendingCheckpoint, 'write', late)
+    patch.setattr(GuardedOptimizer, 'step', counted)
 
 
 def lost_loss(patch, rank):
@@ -126,7 +131,7 @@ def lost_loss(patch, rank):
 
 def overflow(patch, rank):
     """One element of the gradient overflows in one update: FSDP has it on one rank only."""
-    update, calls = Updater.update, []
+    update, calls = GuardedOptimizer.step, []
 
     def poisoned(self, *arguments, **keywords):
         calls.append(1)
@@ -137,7 +142,7 @@ def overflow(patch, rank):
             here.view(-1)[-1] = float('inf')
         return update(self, *arguments, **keywords)
 
-    patch.setattr(Updater, 'update', poisoned)
+    patch.setattr(GuardedOptimizer, 'step', poisoned)
 
 
 SPECIALS = {
@@ -160,7 +165,7 @@ SCALARS = 64  # bytes up to which a message is one of the few plain numbers of a
 
 def counted(patch) -> list[float]:
     """For each update the bytes that this rank sends, as it calls the collectives, by rings."""
-    sent, under_way, update = [], [], train.update
+    sent, under_way, update = [], [], train.run_iteration
 
     def counting(collective, factor):
         def called(*arguments, **options):
@@ -193,7 +198,7 @@ def counted(patch) -> list[float]:
     ):
         patch.setattr(dist, name, counting(getattr(dist, name), factor))
     patch.setattr(dist, 'all_to_all_single', counted_exchange)
-    patch.setattr(train, 'update', counted_update)
+    patch.setattr(train, 'run_iteration', counted_update)
     return sent
 
 
@@ -221,7 +226,7 @@ def weights(session) -> dict[str, torch.Tensor]:
 def run(plan: dict, rank: int, store: dist.Store | None) -> dict:
     """Train as planned, and measure the live objects. store: the ranks' own."""
     left = {'gradients': []}
-    set_up, backward = train.set_up, Updater.backward
+    set_up, backward = train.set_up, GuardedOptimizer.backward
 
     def kept_set_up(*arguments):
         left['session'] = session = set_up(*arguments)
@@ -249,15 +254,15 @@ def run(plan: dict, rank: int, store: dist.Store | None) -> dict:
     stderr = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(stderr):
         patch.setattr(train, 'set_up', kept_set_up)
-        patch.setattr(Updater, 'backward', watched)
+        patch.setattr(GuardedOptimizer, 'backward', watched)
         left['sent'] = counted(patch)
-        patch.setattr(errors, 'PATIENCE', 0)
-        patch.setattr(errors, 'leave', sys.exit)
-        patch.setattr(Together, 'close', lambda self: None)  # the next run needs them too
+        patch.setattr(errors, 'GRACE_SECONDS', 0)
+        patch.setattr(errors, 'exit_process', sys.exit)
+        patch.setattr(MultiProcessGroup, 'close', lambda self: None)  # the next run needs them too
         if store is not None:
             known = dist.PrefixStore(plan['name'], store), dist.group.WORLD
-            announce(known[0], rank)
-            patch.setattr(strategies, 'join', lambda device, timeout: known)
+            register_process(known[0], rank)
+            patch.setattr(strategies, 'init_process_group', lambda device, timeout: known)
         if 'special' in plan:
             SPECIALS[plan['special']](patch, rank)
         with pytest.raises(SystemExit) as exit:
@@ -268,10 +273,10 @@ def run(plan: dict, rank: int, store: dist.Store | None) -> dict:
     session = left.pop('session', None)
     if session:
         left['folder'] = str(session.logger.run_folder)
-        left['scale'] = session.updater.loss_scale
+        left['scale'] = session.optimizer.loss_scale
         left['optimizer_bytes'] = sum(
             nbytes(value)
-            for state in session.updater.optimizer.state.values()
+            for state in session.optimizer.inner.state.values()
             for value in state.values()
         )
         if left['code'] == 0:

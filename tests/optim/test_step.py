@@ -18,7 +18,7 @@ from common.errors import UserError
 from configurator import read_command_line
 from model_builder import ParameterGroup
 from optim.schedules import learning_rate_at
-from optim.step import Updater
+from optim.step import GuardedOptimizer
 from parallel import sharded_state
 from parallel.strategies import SingleProcess
 from planning.plan import plan_run
@@ -237,7 +237,7 @@ def test_what_a_schedule_comes_to_is_said_in_the_run_and_in_the_plan(tiny_datase
 SHAPES = ((7, 5), (5,), (3, 4, 2))
 
 
-def an_updater(**changed) -> Updater:
+def guarded_optimizer(**changed) -> GuardedOptimizer:
     """Over three parameters: a matrix, a stack of three, and one that is not decayed."""
     generator = torch.Generator().manual_seed(0)
     a, b, c = (torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in SHAPES)
@@ -247,12 +247,12 @@ def an_updater(**changed) -> Updater:
     ]
     run = options(**changed)
     parallel = SingleProcess(run, CPU)
-    return Updater(parallel.build_optimizer(groups, run), run, CPU, parallel)
+    return GuardedOptimizer(parallel.build_optimizer(groups, run), run, CPU, parallel)
 
 
-def module_of(updater: Updater) -> torch.nn.Module:
-    """Something that has the updater's parameters under names."""
-    return torch.nn.ParameterList(updater.parameters)
+def module_of(optimizer: GuardedOptimizer) -> torch.nn.Module:
+    """Something that has the optimizer's parameters under names."""
+    return torch.nn.ParameterList(optimizer.parameters)
 
 
 def gradients_of(step: int) -> list[torch.Tensor]:
@@ -260,15 +260,15 @@ def gradients_of(step: int) -> list[torch.Tensor]:
     return [torch.randn(shape, generator=generator) + 0.3 for shape in (SHAPES[0], *SHAPES[:0:-1])]
 
 
-def backward(updater: Updater, gradients: list[torch.Tensor]) -> None:
+def backward(optimizer: GuardedOptimizer, gradients: list[torch.Tensor]) -> None:
     """Through the scaler, if there is one: the loss Σ parameter · gradient has this gradient."""
-    updater.backward(sum((p * g).sum() for p, g in zip(updater.parameters, gradients)))
+    optimizer.backward(sum((p * g).sum() for p, g in zip(optimizer.parameters, gradients)))
 
 
-def snapshot(updater: Updater) -> list[torch.Tensor]:
+def snapshot(optimizer: GuardedOptimizer) -> list[torch.Tensor]:
     """Weights and everything that the optimizer keeps for them."""
-    kept = [t for p in updater.parameters for t in updater.optimizer.state[p].values()]
-    return [tensor.detach().clone() for tensor in (*updater.parameters, *kept)]
+    kept = [t for p in optimizer.parameters for t in optimizer.inner.state[p].values()]
+    return [tensor.detach().clone() for tensor in (*optimizer.parameters, *kept)]
 
 
 def equal(left: list[torch.Tensor], right: list[torch.Tensor]) -> bool:
@@ -278,35 +278,35 @@ def equal(left: list[torch.Tensor], right: list[torch.Tensor]) -> bool:
 @pytest.mark.parametrize('grad_clip', [0.0, 0.5, 1e6])
 @pytest.mark.parametrize('dtype', ['float32', 'float16'])
 def test_statistics_are_of_every_element_before_clipping(grad_clip, dtype):
-    updater = an_updater(grad_clip=grad_clip, dtype=dtype)
-    backward(updater, gradients_of(0))
-    backward(updater, gradients_of(1))  # a second micro-batch
-    sums = updater.update(1e-3, FINITE, measured=True)
+    optimizer = guarded_optimizer(grad_clip=grad_clip, dtype=dtype)
+    backward(optimizer, gradients_of(0))
+    backward(optimizer, gradients_of(1))  # a second micro-batch
+    sums = optimizer.step(1e-3, FINITE, measured=True)
     first, second = gradients_of(0), gradients_of(1)
     flat = np.concatenate([(a + b).numpy().ravel() for a, b in zip(first, second)])
     flat = flat.astype(np.float64)
-    found = updater.statistics(sums.norm.item(), sums.total.item())
+    found = optimizer.statistics(sums.norm.item(), sums.total.item())
     assert found == pytest.approx(
         {'norm': np.sqrt((flat**2).sum()), 'mean': flat.mean(), 'std': flat.std()}, rel=1e-5
     )
 
 
 def test_a_parameter_without_gradient_counts_as_zeros():
-    updater = an_updater()
+    optimizer = guarded_optimizer()
     first = gradients_of(0)[0]
-    (updater.parameters[0] * first).sum().backward()
-    sums = updater.update(1e-3, FINITE, measured=True)
+    (optimizer.parameters[0] * first).sum().backward()
+    sums = optimizer.step(1e-3, FINITE, measured=True)
     flat = np.zeros(sum(math.prod(shape) for shape in SHAPES))
     flat[: first.numel()] = first.numpy().ravel()
-    found = updater.statistics(sums.norm.item(), sums.total.item())
+    found = optimizer.statistics(sums.norm.item(), sums.total.item())
     assert found['mean'] == pytest.approx(flat.mean(), rel=1e-5)
     assert found['std'] == pytest.approx(flat.std(), rel=1e-5)
 
 
 @pytest.mark.parametrize('grad_clip', [0.0, 0.5, 1e6], ids=['off', 'clips', 'never reached'])
 def test_updates_are_plain_adamw_with_torchs_clipping_bit_for_bit(grad_clip):
-    updater = an_updater(grad_clip=grad_clip)
-    plain = copy.deepcopy(updater.parameters)
+    optimizer = guarded_optimizer(grad_clip=grad_clip)
+    plain = copy.deepcopy(optimizer.parameters)
     optimizer = torch.optim.AdamW(
         [
             {'params': [plain[0], plain[1]], 'weight_decay': 0.1},
@@ -318,8 +318,8 @@ def test_updates_are_plain_adamw_with_torchs_clipping_bit_for_bit(grad_clip):
     )
     for step in range(5):
         rate = learning_rate_at(step, RUN)
-        backward(updater, gradients_of(step))
-        updater.update(rate, FINITE, measured=step % 2 == 0)
+        backward(optimizer, gradients_of(step))
+        optimizer.step(rate, FINITE, measured=step % 2 == 0)
 
         for parameter, gradient in zip(plain, gradients_of(step)):
             parameter.grad = gradient
@@ -329,10 +329,10 @@ def test_updates_are_plain_adamw_with_torchs_clipping_bit_for_bit(grad_clip):
         for group, scale in zip(optimizer.param_groups, (1.0, 0.5)):
             group['lr'] = rate * scale
         optimizer.step()
-        assert equal(updater.parameters, plain)
-    assert not equal(an_updater().parameters, plain)
-    assert updater.skipped == 0
-    assert all(parameter.grad is None for parameter in updater.parameters)
+        assert equal(optimizer.parameters, plain)
+    assert not equal(guarded_optimizer().parameters, plain)
+    assert optimizer.skipped == 0
+    assert all(parameter.grad is None for parameter in optimizer.parameters)
 
 
 LOSSES_AND_GRADIENTS = [
@@ -354,30 +354,30 @@ def test_what_is_not_finite_changes_nothing(
     optimizer, loss, element, grad_clip, dtype, steps_before
 ):
     changed = {'optimizer': optimizer, 'grad_clip': grad_clip, 'dtype': dtype}
-    updater = an_updater(**changed)
+    optimizer = guarded_optimizer(**changed)
     for step in range(steps_before):
-        backward(updater, gradients_of(step))
-        updater.update(1e-3, FINITE, measured=True)
-    before = snapshot(updater)
+        backward(optimizer, gradients_of(step))
+        optimizer.step(1e-3, FINITE, measured=True)
+    before = snapshot(optimizer)
     gradients = gradients_of(9)
     gradients[1][2, 1, 1] = element * gradients[1][2, 1, 1]
-    backward(updater, gradients)
-    updater.update(1e-3, loss, measured=True)
-    assert equal(snapshot(updater), before)
+    backward(optimizer, gradients)
+    optimizer.step(1e-3, loss, measured=True)
+    assert equal(snapshot(optimizer), before)
     # In fp16 an overflowing gradient is the scaler's business, a lost loss is not.
-    assert updater.skipped == (dtype == 'float32' or not torch.isfinite(loss))
-    assert all(parameter.grad is None for parameter in updater.parameters)
+    assert optimizer.skipped == (dtype == 'float32' or not torch.isfinite(loss))
+    assert all(parameter.grad is None for parameter in optimizer.parameters)
 
     # And it goes on as if that update had not been there.
-    control = an_updater(**changed)
+    control = guarded_optimizer(**changed)
     for step in range(steps_before):
         backward(control, gradients_of(step))
-        control.update(1e-3, FINITE, measured=True)
-    for one in (updater, control):
+        control.step(1e-3, FINITE, measured=True)
+    for one in (optimizer, control):
         backward(one, gradients_of(5))
-        one.update(1e-3, FINITE, measured=True)
-    assert equal(snapshot(updater), snapshot(control))
-    assert not equal(snapshot(updater), before)
+        one.step(1e-3, FINITE, measured=True)
+    assert equal(snapshot(optimizer), snapshot(control))
+    assert not equal(snapshot(optimizer), before)
 
 
 class _Waits(TorchDispatchMode):
@@ -395,50 +395,50 @@ class _Waits(TorchDispatchMode):
 
 @pytest.mark.parametrize('optimizer', list(OPTIMIZER_REGISTRY))
 def test_no_update_waits_for_the_device(optimizer):
-    updater = an_updater(optimizer=optimizer)
+    optimizer = guarded_optimizer(optimizer=optimizer)
     for step, loss in enumerate((FINITE, NAN)):
-        backward(updater, gradients_of(step))
+        backward(optimizer, gradients_of(step))
         with _Waits() as waits:
-            updater.update(1e-3, loss, measured=True)
+            optimizer.step(1e-3, loss, measured=True)
         assert waits.seen == []
     with _Waits() as waits:
-        assert updater.skipped == 1
+        assert optimizer.skipped == 1
     assert waits.seen
 
 
 def test_skipped_updates_add_up():
-    updater = an_updater()
+    optimizer = guarded_optimizer()
     for loss in (FINITE, NAN, FINITE, NAN, NAN):
-        backward(updater, gradients_of(0))
-        updater.update(1e-3, loss, measured=False)
-    assert updater.skipped == 3
+        backward(optimizer, gradients_of(0))
+        optimizer.step(1e-3, loss, measured=False)
+    assert optimizer.skipped == 3
 
 
 def test_the_fp16_scale_halves_at_an_overflow_and_is_reported():
-    updater = an_updater(dtype='float16')
-    before = updater.loss_scale
+    optimizer = guarded_optimizer(dtype='float16')
+    before = optimizer.loss_scale
     assert before == torch.amp.GradScaler('cpu').get_scale()
-    backward(updater, gradients_of(0))
-    updater.update(1e-3, FINITE, measured=False)
-    assert updater.loss_scale == before
+    backward(optimizer, gradients_of(0))
+    optimizer.step(1e-3, FINITE, measured=False)
+    assert optimizer.loss_scale == before
     overflow = gradients_of(1)
     overflow[0][0, 0] = math.inf
-    backward(updater, overflow)
-    updater.update(1e-3, FINITE, measured=False)
-    assert updater.loss_scale == before / 2
-    assert updater.skipped == 0
-    assert an_updater().loss_scale is None
+    backward(optimizer, overflow)
+    optimizer.step(1e-3, FINITE, measured=False)
+    assert optimizer.loss_scale == before / 2
+    assert optimizer.skipped == 0
+    assert guarded_optimizer().loss_scale is None
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'float16'])
 @pytest.mark.parametrize('optimizer', list(OPTIMIZER_REGISTRY))
-def test_a_saved_and_loaded_updater_goes_on_bit_for_bit(optimizer, dtype):
-    one, other = (an_updater(optimizer=optimizer, dtype=dtype) for _ in range(2))
+def test_loaded_optimizer_continues_bit_for_bit(optimizer, dtype):
+    one, other = (guarded_optimizer(optimizer=optimizer, dtype=dtype) for _ in range(2))
     overflow = gradients_of(1)
     overflow[0][0, 0] = math.inf
     for gradients in (gradients_of(0), overflow):
         backward(one, gradients)
-        one.update(1e-3, FINITE, measured=False)
+        one.step(1e-3, FINITE, measured=False)
     with torch.no_grad():
         for parameter in other.parameters:
             parameter.fill_(math.nan)  # the weights come with the rest
@@ -446,18 +446,18 @@ def test_a_saved_and_loaded_updater_goes_on_bit_for_bit(optimizer, dtype):
     stored = sharded_state.StoredState([state])
     sharded_state.restore(stored, other.parallel, module_of(other), other)
     before = snapshot(one)
-    for updater in (other, one):
-        assert equal(snapshot(updater), before)  # the other's update did not reach into this one
-        backward(updater, gradients_of(2))
-        updater.update(1e-3, FINITE, measured=False)
+    for optimizer in (other, one):
+        assert equal(snapshot(optimizer), before)  # the other's update did not reach into this one
+        backward(optimizer, gradients_of(2))
+        optimizer.step(1e-3, FINITE, measured=False)
     assert equal(snapshot(one), snapshot(other)) and not equal(snapshot(one), before)
     assert one.loss_scale == other.loss_scale
 
 
 @pytest.mark.parametrize('element', [math.nan, math.inf])
 def test_weights_that_are_not_finite_are_told(element):
-    updater = an_updater()
-    assert updater.weights_are_finite()
+    optimizer = guarded_optimizer()
+    assert optimizer.weights_are_finite()
     with torch.no_grad():
-        updater.parameters[1][0, 0, 0] = element
-    assert not updater.weights_are_finite()
+        optimizer.parameters[1][0, 0, 0] = element
+    assert not optimizer.weights_are_finite()

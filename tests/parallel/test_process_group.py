@@ -76,7 +76,7 @@ from common import errors
 from parallel import process_group as ranks
 from common.errors import UserError, run_script
 
-errors.PATIENCE, ranks.ANSWER_SECONDS = 1, 2
+errors.GRACE_SECONDS, ranks.FAILURE_REPORT_SECONDS = 1, 2
 CPU, TIMEOUT = torch.device('cpu'), timedelta(seconds=3)
 os.environ |= {'MASTER_ADDR': 'localhost', 'TORCHELASTIC_USE_AGENT_STORE': 'True'}
 
@@ -130,11 +130,11 @@ def rank_of(case, rank, size, folder):
     def main(argv):
         if case == 'late' and rank == 1:
             time.sleep(600)
-        parallel = ranks.Together(*ranks.join(CPU, TIMEOUT))
-        with parallel.accountable():
-            assert parallel.largest([float(rank)]) == [size - 1.0]
+        parallel = ranks.MultiProcessGroup(*ranks.init_process_group(CPU, TIMEOUT))
+        with parallel.propagate_failures():
+            assert parallel.all_reduce_max([float(rank)]) == [size - 1.0]
             CASES[case](parallel)
-            parallel.largest([1.0])
+            parallel.all_reduce_max([1.0])
 
     run_script(main, [])
 

@@ -22,7 +22,7 @@ from model_builder import build_model
 from model_config import ModelArchitectureConfig
 from records.record import read_record
 from records.run_folders import latest_run
-from training import checkpointing
+from training.checkpoint import list_checkpoints, load_latest, load_state, read_index
 
 fcntl = pytest.importorskip('fcntl', reason='ranks are forked')
 pytestmark = pytest.mark.skipif(sys.platform != 'linux', reason='ranks are forked')
@@ -255,8 +255,8 @@ class Left:
 
     def checkpoints(self) -> list[int]:
         """The updates of those that are published; each is read and verified."""
-        found = map(checkpointing.read_index, checkpointing.published(self.folder / 'checkpoints'))
-        return [checkpoint.iter for checkpoint in found if checkpointing.load_state(checkpoint)]
+        found = map(read_index, list_checkpoints(self.folder / 'checkpoints'))
+        return [checkpoint.iter for checkpoint in found if load_state(checkpoint)]
 
 
 @pytest.fixture(scope='module')
@@ -590,7 +590,7 @@ def test_a_resumed_run_ends_with_the_same_bits(left, whole, resumed):
 def test_a_checkpoint_holds_the_weights_of_the_end(left, strategy):
     """Once, whichever rank wrote them: piece after piece they are the live ones."""
     run = left(f'{strategy} gpt2')
-    _, files = checkpointing.newest(run.folder / 'checkpoints', print)
+    _, files = load_latest(run.folder / 'checkpoints', print)
     for name, weight in run.main['weights'].items():
         pieces = [
             (file['offsets']['model'][name], file['model'][name].reshape(-1))
@@ -606,9 +606,9 @@ def test_what_is_written_beside_the_training_is_what_was_saved(left, strategy):
     """Though it is written two updates later; and a run that resumes ends with the same bits."""
     late, whole = left(f'{strategy} late'), left(f'{strategy} gpt2')
     after_ten = [run.folder / 'checkpoints' / 'iter_00000010' for run in (late, whole)]
-    mine, theirs = map(checkpointing.read_index, after_ten)
+    mine, theirs = map(read_index, after_ten)
     assert mine.index['progress'] == theirs.index['progress']
-    assert bit_differences(*map(checkpointing.load_state, (mine, theirs))) == []
+    assert bit_differences(*map(load_state, (mine, theirs))) == []
     journal = (late.folder / 'journal.jsonl').read_text().splitlines()
     entries = [(line['kind'], line.get('iter')) for line in map(json.loads, journal)]
     assert entries.index(('checkpoint', 10)) > entries.index(('iteration', 11))
@@ -718,7 +718,7 @@ import os, time
 from common import errors
 from common.errors import UserError, run_script
 
-errors.PATIENCE = 3
+errors.GRACE_SECONDS = 3
 
 def main(argv):
     rank = os.environ['RANK']

@@ -27,7 +27,7 @@ from data.dataset import TokenDataset
 from data.order import EpochOrder, RandomOrder
 from records.record import assemble, read_outline, read_record
 from records.summary import memory_peak
-from training.resumption import Progress
+from training.resume import TrainingProgress
 
 PER_TOKEN = STARTUP_INFO['flops']['per_token']
 START = {
@@ -277,7 +277,7 @@ def test_entries_count_data_up_to_their_update(tiny_dataset, tmp_path):
 
 
 def test_tokens_seen_with_changed_batch_size(tiny_dataset, tmp_path):
-    """Resumed with three times the batch: what came before it is not counted anew."""
+    """ResumeSource with three times the batch: what came before it is not counted anew."""
     first = train_here(tiny_dataset, tmp_path, max_iters=2)
     options = {'max_iters': 4, 'batch_size': 6, 'init_from': 'resume'}
     second = train_here(tiny_dataset, tmp_path, **options)
@@ -305,5 +305,5 @@ def test_tokens_of_older_records_up_to_last_update():
 
 def test_tokens_of_older_checkpoints():
     config = {'batch_size': 2, 'gradient_accumulation_steps': 3, 'block_size': 8}
-    progress = Progress.of({'iter': 5, 'progress': {'iter': 5}, 'config': config})
+    progress = TrainingProgress.of({'iter': 5, 'progress': {'iter': 5}, 'config': config})
     assert progress.tokens == 5 * 2 * 3 * 8

@@ -44,15 +44,15 @@ def crash(monkeypatch):
     """crash(n): the next run ends before its update n."""
 
     def at(iter):
-        update = train.update
+        update = train.run_iteration
 
         def dying(session, clock):
             if session.progress.iter == iter:
-                monkeypatch.setattr(train, 'update', update)
+                monkeypatch.setattr(train, 'run_iteration', update)
                 raise RuntimeError('crashed')
             update(session, clock)
 
-        monkeypatch.setattr(train, 'update', dying)
+        monkeypatch.setattr(train, 'run_iteration', dying)
 
     return at
 
@@ -267,11 +267,15 @@ def test_missing_package_is_reported_before_run_starts(
     monkeypatch.setattr(
         importlib.util, 'find_spec', lambda name: there if name == tracker.package else find(name)
     )
-    asked = [f'--dataset={tiny_dataset}', f'--out_dir={tmp_path / "out"}', f'--{tracker.option}']
+    arguments = [
+        f'--dataset={tiny_dataset}',
+        f'--out_dir={tmp_path / "out"}',
+        f'--{tracker.option}',
+    ]
     with pytest.raises(UserError, match=f'{tracker.option}=True .* pip install {tracker.package}'):
-        train.main(asked)
+        train.main(arguments)
     assert not (tmp_path / 'out').exists()
-    assert train.main([*asked, '--plan', '--block_size=8']) == 0
+    assert train.main([*arguments, '--plan', '--block_size=8']) == 0
 
 
 def test_failing_tracker_is_dropped_and_run_continues(

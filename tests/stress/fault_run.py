@@ -42,7 +42,13 @@ from helpers.bit_equality import bit_differences, without_measurements  # noqa: 
 
 from records.record import read_record  # noqa: E402
 from records.run_folders import latest_run  # noqa: E402
-from training import checkpointing  # noqa: E402
+from training.checkpoint import (  # noqa: E402
+    BrokenCheckpoint,
+    list_checkpoints,
+    load_latest,
+    load_state,
+    read_index,
+)
 
 OPTIONS = {
     'n_layer': 4,
@@ -99,7 +105,7 @@ class Training:
 
     @property
     def checkpoints(self) -> list[Path]:
-        return checkpointing.published(self.run / 'checkpoints') if self.run else []
+        return list_checkpoints(self.run / 'checkpoints') if self.run else []
 
     def start(self, restarts: int = 0) -> None:
         """Start it, or wait until torchrun has done so again."""
@@ -179,8 +185,8 @@ class Training:
         problems = []
         for path in self.checkpoints:
             try:
-                checkpointing.load_state(checkpointing.read_index(path))
-            except checkpointing.BrokenCheckpoint as error:
+                load_state(read_index(path))
+            except BrokenCheckpoint as error:
                 problems.append(str(error))
         return problems
 
@@ -319,7 +325,7 @@ def kill_repeatedly(
     training.start(restarts=kills)
     kinds, in_saves, unreadable, began = Counter(), 0, [], time.perf_counter()
     for number in range(kills):
-        done = checkpointing.read_index(training.checkpoints[0]).iter if training.checkpoints else 0
+        done = read_index(training.checkpoints[0]).iter if training.checkpoints else 0
         until = done + rng.uniform(0, 2) * (iterations - done) / (kills - number + 1)
         kind = KINDS[number % len(KINDS)]
         in_save = kill_once(training, kind, until, seconds, rng)
@@ -344,7 +350,7 @@ def kill_repeatedly(
 def compare_trainings(training: Training, reference: Training) -> dict[str, list[str]]:
     """By part of the last checkpoint and of the record, where the two differ."""
     (_, states), (_, expected) = (
-        checkpointing.newest(t.run / 'checkpoints', print) for t in (training, reference)
+        load_latest(t.run / 'checkpoints', print) for t in (training, reference)
     )
     different = {
         part: bit_differences([s[part] for s in states], [s[part] for s in expected], part)

@@ -30,7 +30,7 @@ def read(study_file, tiny_dataset):
 
     def resolve(text: str, *arguments: str):
         argv = [str(study_file(text)), *arguments]
-        study = read_study(read_command_line(argv, schema, aside=STUDY_KEYS))
+        study = read_study(read_command_line(argv, schema, extra=STUDY_KEYS))
         dataset = load_dataset(str(tiny_dataset), 32)
         return study, build_variants(study, (torch.device('cpu'), 'float32', dataset))
 
@@ -187,7 +187,7 @@ def test_a_config_that_cannot_be_read_is_told_as_that_alone(tmp_path):
     for text in ('sweep = {', 'raise ValueError', ''):
         path.write_text(text)
         with pytest.raises(UserError) as error:
-            read_study(read_command_line([str(path)], schema, aside=STUDY_KEYS))
+            read_study(read_command_line([str(path)], schema, extra=STUDY_KEYS))
         assert len([p for p in error.value.problems if str(path) in p]) == 1
 
 

@@ -13,7 +13,9 @@ from common.errors import UserError
 from data.dataset import TokenDataset
 from model_builder import Transformer
 from parallel import sharded_state
-from training import checkpoint_writer, checkpointing
+from training import checkpoint as checkpoint_module
+from training import checkpoint_writer
+from training.checkpoint import list_checkpoints, load_state, read_index
 
 OPTIONS = {'n_layer': 1, 'eval_iters': 1, 'eval_interval': 2, 'async_save': True}
 SEQUENCES = 4  # in an update
@@ -27,8 +29,8 @@ def journal(run) -> list[tuple]:
 
 def on_disk(run_folder) -> list[int]:
     """The iters of the checkpoints there, each read and verified."""
-    found = map(checkpointing.read_index, checkpointing.published(run_folder / 'checkpoints'))
-    return [checkpoint.iter for checkpoint in found if checkpointing.load_state(checkpoint)]
+    found = map(read_index, list_checkpoints(run_folder / 'checkpoints'))
+    return [checkpoint.iter for checkpoint in found if load_state(checkpoint)]
 
 
 def test_a_save_waits_for_the_one_before_and_the_end_for_the_last(held, tiny_dataset, tmp_path):
@@ -101,7 +103,7 @@ def test_seconds_taken_from_training_and_seconds_of_writing(
 
         return slow
 
-    write, update = checkpointing._write_state, train.update
+    write, update = checkpoint_module._write_state, train.run_iteration
 
     def slow_write(*arguments):
         while async_save and not written:  # until training goes on
@@ -118,12 +120,12 @@ def test_seconds_taken_from_training_and_seconds_of_writing(
                 time.sleep(0.001)
 
     clock = SimpleNamespace(perf_counter=lambda: now[0])
-    for module in (checkpoint_writer, checkpointing, train):
+    for module in (checkpoint_writer, checkpoint_module, train):
         monkeypatch.setattr(module, 'time', clock)
     monkeypatch.setattr(sharded_state, 'collect', taking(2, sharded_state.collect))
-    monkeypatch.setattr(checkpointing, '_write_state', slow_write)
-    monkeypatch.setattr(checkpointing, '_publish', taking(1, checkpointing._publish))
-    monkeypatch.setattr(train, 'update', update_beside)
+    monkeypatch.setattr(checkpoint_module, '_write_state', slow_write)
+    monkeypatch.setattr(checkpoint_module, '_publish', taking(1, checkpoint_module._publish))
+    monkeypatch.setattr(train, 'run_iteration', update_beside)
     options = {**OPTIONS, 'async_save': async_save}
     run = train_here(tiny_dataset, tmp_path, **options, max_iters=3)
     first, last = run.record['checkpoints']
@@ -165,7 +167,7 @@ def test_the_benchmark_measures_both_ways(run_script):
 
 
 def test_copies_are_left_alone_by_what_happens_to_their_originals():
-    copies = sharded_state.HostCopies(torch.device('cpu'))
+    copies = sharded_state.HostStaging(torch.device('cpu'))
     flat = torch.arange(6.0)
     places = {('a', ''): flat[:4], ('b', 'step'): torch.tensor(7.0), ('c', ''): torch.empty(0)}
     taken = {place: copies(tensor, place) for place, tensor in places.items()}

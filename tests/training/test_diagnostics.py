@@ -136,7 +136,7 @@ def test_update_to_weight_by_hand():
     model = lively(tiny())
     groups = parameter_groups(model)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    size = diagnostics.UpdateSize(groups, ALONE)
+    size = diagnostics.UpdateRatio(groups, ALONE)
     size.end()  # nobody asked
     assert size.ratios is None
     size.begin()

@@ -12,7 +12,7 @@ from helpers.project import PROJECT, TINY_RUN
 
 from records.record import read_record
 from records.run_folders import RECORD, latest_run
-from training import checkpointing
+from training.checkpoint import load_latest
 
 resource = pytest.importorskip('resource')
 
@@ -96,7 +96,7 @@ def assert_goes_on(train, run, updates):
     assert after['status'] == 'finished' and iterations(run) == list(range(updates))
     kept = min(event['iter'] for event in after['events'] if event['event'] == 'resume')
     assert after['training_iterations'][:kept] == before[:kept]
-    assert checkpointing.newest(run / 'checkpoints', pytest.fail)[0].iter == updates
+    assert load_latest(run / 'checkpoints', pytest.fail)[0].iter == updates
 
 
 def test_a_checkpoint_that_does_not_fit(start, train):
@@ -163,6 +163,6 @@ def test_a_file_system_that_is_full(start, train, out_dir, tmp_path):
     (tmp_path / 'kept').rename(out_dir)
     run = latest_run(out_dir)
     assert [path.name for path in (run / 'checkpoints').iterdir()] == ['iter_00000002']
-    assert checkpointing.newest(run / 'checkpoints', pytest.fail)[0].iter == 2
+    assert load_latest(run / 'checkpoints', pytest.fail)[0].iter == 2
     assert read_record(run)['status'] == 'failed' and iterations(run) == list(range(4))
     assert_goes_on(train, run, 6)

@@ -12,9 +12,10 @@ from helpers.in_process import Run, train_here
 
 from data.dataset import TokenDataset
 from model_builder import build_model
-from optim.step import Updater
+from optim.step import GuardedOptimizer
 from parallel import strategies
-from training import checkpointing, stability
+from training import stability
+from training.checkpoint import list_checkpoints
 
 SEQUENCES = 4  # in an update, two micro-batches of two
 OPTIONS = {'eval_iters': 1, 'n_layer': 1, 'learning_rate': 1e-2, 'warmup_iters': 0}
@@ -313,7 +314,7 @@ def test_an_evaluation_that_is_not_finite_is_no_best_and_stops_nothing(
 
 
 def test_weights_that_are_not_finite_are_not_saved(tiny_dataset, tmp_path, monkeypatch, capsys):
-    update = Updater.update
+    update = GuardedOptimizer.step
 
     def overflowing(self, *arguments, **keywords):
         sums = update(self, *arguments, **keywords)
@@ -322,7 +323,7 @@ def test_weights_that_are_not_finite_are_not_saved(tiny_dataset, tmp_path, monke
         return sums
 
     updates = itertools.count(1)
-    monkeypatch.setattr(Updater, 'update', overflowing)
+    monkeypatch.setattr(GuardedOptimizer, 'step', overflowing)
     run = train_here(
         tiny_dataset, tmp_path, **OPTIONS, max_iters=4, eval_interval=1, always_save_checkpoint=True
     )
@@ -330,7 +331,7 @@ def test_weights_that_are_not_finite_are_not_saved(tiny_dataset, tmp_path, monke
     error = capsys.readouterr().err
     assert 'weights are not all finite after 3 updates' in error and 'not touched' not in error
     assert 'The last checkpoint is' in error and 'iter_00000002' in error
-    assert checkpointing.published(run.folder / 'checkpoints')[0].name == 'iter_00000002'
+    assert list_checkpoints(run.folder / 'checkpoints')[0].name == 'iter_00000002'
 
 
 # --- Spikes ---------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from helpers.project import PROJECT, TINY_RUN
 
 from records.record import read_record
 from records.run_folders import latest_run
-from training import checkpointing
+from training.checkpoint import list_checkpoints, load_latest, load_state, read_index
 
 OPTIONS = {
     **TINY_RUN,
@@ -62,7 +62,7 @@ def the_run(cwd: Path) -> Path:
 def assert_same_end(run: Path, reference: Path, extra_checkpoints: tuple = ()) -> None:
     """Weights, optimizer, scaler, progress and record, all but times and resumes."""
     (ours, state), (theirs, expected) = (
-        checkpointing.newest(folder / 'checkpoints', pytest.fail) for folder in (run, reference)
+        load_latest(folder / 'checkpoints', pytest.fail) for folder in (run, reference)
     )
     assert {*state[0]} == {*expected[0]} == {'model', 'optimizer', 'offsets', 'scaler'}
     assert bit_differences(state, expected) == []
@@ -103,7 +103,7 @@ def uninterrupted(tmp_path_factory, tiny_dataset) -> Path:
 
 @pytest.fixture
 def copy(uninterrupted, tmp_path) -> Path:
-    """The run that had no interruption, to go on with."""
+    """The run that had no signals, to go on with."""
     return Path(shutil.copytree(uninterrupted, tmp_path / 'out' / uninterrupted.name))
 
 
@@ -128,10 +128,10 @@ def test_killed_in_saves(tmp_path, tiny_dataset, uninterrupted):
     ]
     for number, (fault, newest) in enumerate(faults):
         start(tmp_path, tiny_dataset, fault=fault, code=-9)
-        published = checkpointing.published(the_run(tmp_path) / 'checkpoints')
+        published = list_checkpoints(the_run(tmp_path) / 'checkpoints')
         assert published[0].name == f'iter_{newest:08d}'
         for path in published:  # none is unreadable
-            checkpointing.load_state(checkpointing.read_index(path))
+            load_state(read_index(path))
         assert len(resumed_at(the_run(tmp_path))) == number
     start(tmp_path, tiny_dataset)
     run = the_run(tmp_path)
@@ -147,7 +147,7 @@ def test_killed_while_a_checkpoint_is_written_beside_the_training(
 ):
     fault = {'save': 4, 'call': 'fsync', 'nth': 1}  # no later than that of state.pt
     start(tmp_path, tiny_dataset, fault=fault, code=-9, async_save=True)
-    published = checkpointing.published(the_run(tmp_path) / 'checkpoints')
+    published = list_checkpoints(the_run(tmp_path) / 'checkpoints')
     assert [path.name for path in published] == ['iter_00000002']
     start(tmp_path, tiny_dataset, async_save=True)
     assert resumed_at(the_run(tmp_path)) == [2]
@@ -158,7 +158,7 @@ def test_the_scaler_of_float16_goes_on(tmp_path, tiny_dataset):
     options = {'dtype': 'float16', 'log_interval': 2}
     start(tmp_path, tiny_dataset, out_dir='whole', **options)
     (whole,) = (tmp_path / 'whole').iterdir()
-    _, (state,) = checkpointing.newest(whole / 'checkpoints', pytest.fail)
+    _, (state,) = load_latest(whole / 'checkpoints', pytest.fail)
     scaler = state['scaler']
     assert scaler['_growth_tracker'] > 3 or scaler['scale'] != 65536  # it has a history
     start(tmp_path, tiny_dataset, fault={'iter': 2, 'signal': 'SIGTERM'}, code=143, **options)
@@ -293,7 +293,7 @@ def test_a_run_goes_on_for_longer_with_other_options(copy, tmp_path, tiny_datase
     # The changes take effect: a cosine from 3e-4 to a tenth of it over 12 updates, and AdamW's.
     cosine = [3e-5 + 2.7e-4 * (1 + math.cos(math.pi * i / 12)) / 2 for i in range(8, 12)]
     assert [e['lr'] for e in record['training_iterations'][8:]] == pytest.approx(cosine)
-    optimizer = train_here(tiny_dataset, here, **{**OPTIONS, **changes}).session.updater.optimizer
+    optimizer = train_here(tiny_dataset, here, **{**OPTIONS, **changes}).session.optimizer.inner
     assert {group['weight_decay'] for group in optimizer.param_groups} == {0.3, 0.0}
     assert {group['betas'] for group in optimizer.param_groups} == {(0.9, 0.99)}
     assert {group['fused'] for group in optimizer.param_groups} == {True}

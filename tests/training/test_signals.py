@@ -9,11 +9,11 @@ import time
 import pytest
 from helpers.project import PROJECT, TINY_RUN
 
-from parallel.process_group import Alone
+from parallel.process_group import SingleProcessGroup
 from records.record import read_record
 from records.run_folders import latest_run
-from training import checkpointing
-from training.signals import Interruption
+from training.checkpoint import list_checkpoints, load_state, read_index
+from training.signals import SignalHandler
 
 if not hasattr(signal, 'SIGUSR1'):
     pytest.skip('signals of POSIX', allow_module_level=True)
@@ -23,7 +23,7 @@ DRIVER = """
 import os, pathlib, signal, sys, time
 import train
 from data import dataset as token_data
-from training import checkpointing
+from training.checkpoint import list_checkpoints, load_state, read_index, torch
 from common.errors import run_script
 
 {preparation}
@@ -44,7 +44,7 @@ token_data.TokenDataset.batch = batch
 
 # The second save writes its state and then hangs.
 SLOW_SAVE = """
-save, saves = checkpointing.torch.save, []
+save, saves = torch.save, []
 
 def slow(state, file):
     save(state, file)
@@ -54,7 +54,7 @@ def slow(state, file):
         for _ in range(6000):  # a signal just before a long sleep would wait for its end
             time.sleep(0.1)
 
-checkpointing.torch.save = slow
+torch.save = slow
 """
 
 
@@ -109,9 +109,9 @@ def iterations(tmp_path):
 
 def checkpoints(tmp_path):
     """The iters of the checkpoints on the disk, the newest first; each must be readable."""
-    paths = checkpointing.published(latest_run(tmp_path / 'out') / 'checkpoints')
-    found = [checkpointing.read_index(path) for path in paths]
-    assert all(checkpointing.load_state(checkpoint)[0]['model'] for checkpoint in found)
+    paths = list_checkpoints(latest_run(tmp_path / 'out') / 'checkpoints')
+    found = [read_index(path) for path in paths]
+    assert all(load_state(checkpoint)[0]['model'] for checkpoint in found)
     return [checkpoint.iter for checkpoint in found]
 
 
@@ -179,7 +179,7 @@ def test_one_signal_that_comes_twice_is_one_request(monkeypatch):
     ended, now = [], [100.0]
     monkeypatch.setattr('training.signals.os._exit', ended.append)
     monkeypatch.setattr('training.signals.time.monotonic', lambda: now[0])
-    with Interruption(speaks=False):
+    with SignalHandler(verbose=False):
         for moment in (100.0, 100.9, 101.0):
             now[0] = moment
             signal.raise_signal(signal.SIGTERM)
@@ -195,11 +195,11 @@ def test_the_end_of_a_session_is_one_request(names, monkeypatch):
     ended = []
     monkeypatch.setattr('training.signals.os._exit', ended.append)
     monkeypatch.setattr('training.signals.time.monotonic', lambda: 100.0)
-    with Interruption(speaks=False) as interruption:
+    with SignalHandler(verbose=False) as signals:
         for name in names:
             signal.raise_signal(getattr(signal, name))
-        interruption.agree(Alone())
-        assert not ended and interruption.exit_code == 128 + getattr(signal, names[0])
+        signals.sync(SingleProcessGroup())
+        assert not ended and signals.exit_code == 128 + getattr(signal, names[0])
         signal.raise_signal(signal.SIGINT)
         assert bool(ended) == (names[0] == 'SIGTERM')
 
@@ -207,10 +207,10 @@ def test_the_end_of_a_session_is_one_request(names, monkeypatch):
 def test_nohup_keeps_a_run_from_hearing_that_the_terminal_is_closed():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with Interruption() as interruption:
+        with SignalHandler() as signals:
             signal.raise_signal(signal.SIGHUP)
-            interruption.agree(Alone())
-            assert not interruption.pending
+            signals.sync(SingleProcessGroup())
+            assert not signals.pending
     finally:
         signal.signal(signal.SIGHUP, before)
 
@@ -220,23 +220,23 @@ def test_a_signal_is_heard_though_standard_error_is_gone(monkeypatch):
         raise OSError(5, 'Input/output error')
 
     monkeypatch.setattr('training.signals.os.write', gone)
-    with Interruption() as interruption:
+    with SignalHandler() as signals:
         signal.raise_signal(signal.SIGHUP)
-        interruption.agree(Alone())
-        assert interruption.exit_code == 129
+        signals.sync(SingleProcessGroup())
+        assert signals.exit_code == 129
 
 
 def test_only_the_main_rank_says_that_it_heard(capfd):
-    for speaks in (True, False):
-        with Interruption(speaks):
+    for verbose in (True, False):
+        with SignalHandler(verbose):
             signal.raise_signal(signal.SIGTERM)
-        assert ('SIGTERM' in capfd.readouterr().err) == speaks
+        assert ('SIGTERM' in capfd.readouterr().err) == verbose
 
 
 def test_afterwards_signals_mean_what_they_meant_before():
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
     before = [signal.getsignal(number) for number in numbers]
-    with Interruption() as interruption:
+    with SignalHandler() as signals:
         assert not set(before) & {signal.getsignal(number) for number in numbers}
-        assert not interruption.pending and interruption.exit_code == 0
+        assert not signals.pending and signals.exit_code == 0
     assert [signal.getsignal(number) for number in numbers] == before

@@ -15,11 +15,11 @@ from common.errors import run_script
 from components import linear_cross_entropy as loss
 from configurator import read_command_line
 from model_builder import build_model
-from optim.step import Updater
+from optim.step import GuardedOptimizer
 from parallel.strategies import prepare_blocks
 from records.record import read_record
 from records.run_folders import latest_run
-from training import stability
+from training import memory_check, stability
 from training_config import load_settings, schema
 
 
@@ -56,11 +56,11 @@ ARCHITECTURES = [
 def settings(**options):
     arguments = [f'--{key}={value}' for key, value in {**SHAPE, **CPU, **options}.items()]
     asked = load_settings(read_command_line(arguments, schema))
-    return asked.complete(torch.device('cpu'), asked.run.dtype, dataset=None)
+    return asked.resolve(torch.device('cpu'), asked.run.dtype, dataset=None)
 
 
 def message(**options):
-    return str(stability.out_of_memory_error(settings(**options), 'the device'))
+    return str(memory_check.out_of_memory_error(settings(**options), 'the device'))
 
 
 def micro_batch(architecture, batch_size, recomputed=()):
@@ -102,7 +102,7 @@ def test_activations_are_what_a_real_forward_pass_keeps(choices, dtype):
         torch.autocast('cpu', dtype, enabled=dtype != torch.float32),
     ):
         model(tokens, tokens)
-    outside, per_block = stability.activation_bytes(asked.architecture, 3, dtype)
+    outside, per_block = memory_check.activation_bytes(asked.architecture, 3, dtype)
     measured = sum(storage.nbytes() for storage in kept.values())
     assert outside + SHAPE['n_layer'] * per_block == measured
 
@@ -151,7 +151,7 @@ def test_weights_gradients_and_moments_are_counted():
     model = build_model(asked.architecture)
     optimizer = 2 * sum(p.numel() for p in model.parameters())  # AdamW's moments
     size = 4 * (2 * sum(p.numel() for p in model.parameters()) + optimizer) / 1e9
-    text = str(stability.out_of_memory_error(asked, 'the device'))
+    text = str(memory_check.out_of_memory_error(asked, 'the device'))
     assert f'take {size:.2f} GB' in text and size > 1
 
 
@@ -181,7 +181,7 @@ def run_short(monkeypatch, capsys, dataset, out_dir, **options):
 def test_a_run_that_has_no_memory_left_says_so_once_and_fails(
     error, monkeypatch, capsys, tiny_dataset, tmp_path
 ):
-    monkeypatch.setattr(Updater, 'backward', raising(error))
+    monkeypatch.setattr(GuardedOptimizer, 'backward', raising(error))
     code, said = run_short(monkeypatch, capsys, tiny_dataset, tmp_path)
     assert code == 2 and said.startswith('train.py: out of memory on ') and said.count('\n') == 1
     assert '--batch_size=1 --gradient_accumulation_steps=4' in said
@@ -191,7 +191,9 @@ def test_a_run_that_has_no_memory_left_says_so_once_and_fails(
 
 
 def test_another_error_keeps_its_traceback_and_fails_the_run(monkeypatch, tiny_dataset, tmp_path):
-    monkeypatch.setattr(Updater, 'backward', raising(RuntimeError('a fault of the program')))
+    monkeypatch.setattr(
+        GuardedOptimizer, 'backward', raising(RuntimeError('a fault of the program'))
+    )
     values = {**TINY_RUN, 'dataset': tiny_dataset, 'out_dir': tmp_path}
     with pytest.raises(RuntimeError, match='a fault of the program'):
         run_script(train.main, [f'--{key}={value}' for key, value in values.items()])

@@ -15,7 +15,7 @@ from helpers.project import PROJECT, TINY_RUN
 
 from records.record import read_record
 from records.run_folders import latest_run
-from training import checkpointing
+from training.checkpoint import list_checkpoints, load_state, read_index
 
 pytestmark = pytest.mark.skipif(
     sys.platform != 'linux' or not shutil.which('bash'), reason='signals and scripts of Linux'
@@ -138,8 +138,8 @@ def test_a_job_on_two_nodes_is_killed_runs_out_of_time_and_ends(slurm, tmp_path,
     record = read_record(run)
     assert record['status'] == 'finished' and record['summary']['final_iter'] == stopped + 3
     assert [entry['iter'] for entry in record['training_iterations']] == list(range(stopped + 3))
-    for path in checkpointing.published(run / 'checkpoints'):
-        checkpointing.load_state(checkpointing.read_index(path))
+    for path in list_checkpoints(run / 'checkpoints'):
+        load_state(read_index(path))
     assert not (tmp_path / 'requeued').exists()
 
 

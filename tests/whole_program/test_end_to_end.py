@@ -14,7 +14,7 @@ from inference.generate import generate
 from inference.sampling import Sampler
 from model_builder import build_model
 from model_config import ModelArchitectureConfig
-from training import checkpointing
+from training.checkpoint import load_state, read_index
 
 
 def record_of(folder):
@@ -43,8 +43,8 @@ def test_a_config_file_trains_the_architecture_that_it_names(train, tmp_path, pr
     assert [e['iter'] for e in record['eval_steps']] == [0, 4]
     # The checkpoint holds the architecture that the record names.
     (folder,) = tmp_path.glob('*/run_*/checkpoints/iter_00000004')
-    checkpoint = checkpointing.read_index(folder)
-    (state,) = checkpointing.load_state(checkpoint)
+    checkpoint = read_index(folder)
+    (state,) = load_state(checkpoint)
     config = ModelArchitectureConfig.from_dict(record['architecture']['choices'])
     assert config.hash == record['architecture']['hash']
     expected = {name: p.shape for name, p in build_model(config).named_parameters()}
@@ -84,10 +84,10 @@ def test_sampling_equals_the_model_in_the_checkpoint(train, run_script, tmp_path
     arguments = ['--start=the ', '--num_samples=1', '--max_new_tokens=20', '--temperature=0']
     out = run_script('sample.py', *arguments, '--dtype=float32', '--device=cpu').stdout
     (folder,) = tmp_path.glob('out/run_*/checkpoints/iter_00000004')
-    checkpoint = checkpointing.read_index(folder)
+    checkpoint = read_index(folder)
     config = ModelArchitectureConfig.from_dict(checkpoint.index['architecture'])
     model = build_model(config, 'cpu', seed=0).eval()
-    (state,) = checkpointing.load_state(checkpoint)
+    (state,) = load_state(checkpoint)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(state['model'][name])
@@ -123,7 +123,7 @@ def test_bfloat16_follows_float32(train, tmp_path):
         losses[dtype] = [e['loss'] for e in record['training_iterations']]
         assert record['startup_info']['hardware']['dtype'] == dtype
         (folder,) = path.parent.glob('checkpoints/*')
-        (state,) = checkpointing.load_state(checkpointing.read_index(folder))
+        (state,) = load_state(read_index(folder))
         assert {weight.dtype for weight in state['model'].values()} == {torch.float32}
     assert losses['bfloat16'] != losses['float32']
     assert losses['bfloat16'] == pytest.approx(losses['float32'], abs=0.03)

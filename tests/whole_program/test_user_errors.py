@@ -15,7 +15,7 @@ import torch
 from helpers.project import PROJECT, TINY_RUN
 
 from common.errors import run_script
-from training import checkpointing
+from training.checkpoint import index_sha256
 
 LETTERS = 'abcdefgh \n'  # the vocabulary of the dataset
 TOKENS = {'train': 3000, 'val': 500}
@@ -88,7 +88,7 @@ def sealed(folder):
         'bytes': len(content),
         'sha256': hashlib.sha256(content).hexdigest(),
     }
-    index['sha256'] = checkpointing.index_sha256(index)
+    index['sha256'] = index_sha256(index)
     (folder / 'index.json').write_text(json.dumps(index))
 
 

@@ -1,4 +1,4 @@
-"""checkpointing.py: whole or not there, whatever fails; and nothing in a file is trusted.
+"""py: whole or not there, whatever fails; and nothing in a file is trusted.
 
 The hostile files go the way that a resume takes: find, settings, architecture, weights, optimizer,
 record, and one update with what was loaded.
@@ -26,12 +26,22 @@ from common.files import file_sha256
 from configurator import read_command_line
 from data.dataset import load_dataset
 from model_builder import Transformer, parameter_groups
-from optim.step import Updater
+from optim.step import GuardedOptimizer
 from parallel import sharded_state
 from parallel.strategies import SingleProcess
 from records.record import read_record
-from training import checkpointing, resumption
-from training.checkpointing import BrokenCheckpoint
+from training import checkpoint as checkpoint_module
+from training.checkpoint import (
+    BrokenCheckpoint,
+    index_sha256,
+    list_checkpoints,
+    load_latest,
+    load_state,
+    prune,
+    read_index,
+    save_checkpoint,
+)
+from training.resume import TrainingProgress, checkpoint_index, find_resume_source
 from training_config import load_settings, schema
 from training_logger import TrainingLogger
 
@@ -43,7 +53,7 @@ INDEX = {'config_files': [], 'data': None, 'seen': {}, **{part: {} for part in P
 def save(folder: Path, iter: int, val_loss: float | None = None, value: float | None = None):
     """A checkpoint whose tensors are all `value`, or `iter`."""
     state = {'model': {'weight': torch.full((7, 3), float(iter if value is None else value))}}
-    return checkpointing.save(folder, state, {**INDEX, 'iter': iter, 'val_loss': val_loss})
+    return save_checkpoint(folder, state, {**INDEX, 'iter': iter, 'val_loss': val_loss})
 
 
 def value_of(state: list[dict]) -> float:
@@ -59,7 +69,7 @@ def sealed(path: Path, **changed) -> None:
         state = path / 'state.pt'
         facts = {'bytes': state.stat().st_size, 'sha256': file_sha256(state)}
         index['files'] = {'state.pt': facts}
-    index['sha256'] = checkpointing.index_sha256(index)
+    index['sha256'] = index_sha256(index)
     (path / 'index.json').write_text(json.dumps(index))
 
 
@@ -93,8 +103,8 @@ def test_what_is_loaded_is_what_was_saved(tmp_path):
         'progress': {'recent_losses': [1e-300, 2.5]},
         'config': {'n': 2**60, 'none': None},
     }
-    published = checkpointing.save(tmp_path / 'new' / 'checkpoints', state, index)
-    checkpoint, (loaded,) = checkpointing.newest(published.path.parent, pytest.fail)
+    published = save_checkpoint(tmp_path / 'new' / 'checkpoints', state, index)
+    checkpoint, (loaded,) = load_latest(published.path.parent, pytest.fail)
     assert checkpoint == published and checkpoint.path.name == 'iter_123456789'
     assert {key: checkpoint.index[key] for key in index} == index
     tensors = loaded['model']
@@ -120,7 +130,7 @@ class FailingSteps:
         self.patch = pytest.MonkeyPatch()
         for name in ('mkdir', 'fsync', 'rename', 'unlink', 'rmdir'):
             self.patch.setattr(os, name, self._step(getattr(os, name)))
-        self.patch.setattr(checkpointing, 'open', self._open, raising=False)
+        self.patch.setattr(checkpoint_module, 'open', self._open, raising=False)
         return self
 
     def __exit__(self, *exception) -> None:
@@ -179,7 +189,7 @@ def test_a_save_that_fails_at_any_step_harms_nothing(tmp_path, iter, error):
                 failed = True
 
         warnings = []
-        newest, state = checkpointing.newest(folder, warnings.append)
+        newest, state = load_latest(folder, warnings.append)
         assert warnings == []
         if value_of(state) == 99.0:
             assert newest.iter == iter  # published: only tidying up can have failed
@@ -191,13 +201,13 @@ def test_a_save_that_fails_at_any_step_harms_nothing(tmp_path, iter, error):
             assert names(folder) == ['iter_00000004', 'iter_00000008']
 
         # The next save succeeds, is the newest, and sweeps up.
-        assert value_of(checkpointing.newest(folder, pytest.fail)[1]) in (8.0, 99.0)
+        assert value_of(load_latest(folder, pytest.fail)[1]) in (8.0, 99.0)
         again = save(folder, iter, value=100.0)
-        newest, state = checkpointing.newest(folder, pytest.fail)
+        newest, state = load_latest(folder, pytest.fail)
         assert newest == again and value_of(state) == 100.0
         assert not [name for name in names(folder) if name.startswith('.')]
-        assert [p for p in checkpointing.published(folder) if p.name.startswith('iter_0')] == (
-            checkpointing.published(folder)
+        assert [p for p in list_checkpoints(folder) if p.name.startswith('iter_0')] == (
+            list_checkpoints(folder)
         )
         shutil.rmtree(folder)
         if steps.left > 0:
@@ -211,15 +221,15 @@ def test_what_a_crash_left_behind_is_no_checkpoint_and_is_removed(tmp_path):
     for name in ('.saving-iter_00000008-1234abcd', '.saving-removed-iter_00000002-1234abcd'):
         shutil.copytree(tmp_path / 'iter_00000004', tmp_path / name)
     (tmp_path / 'notes').mkdir()  # somebody's own
-    assert [path.name for path in checkpointing.published(tmp_path)] == ['iter_00000004']
-    assert checkpointing.newest(tmp_path, pytest.fail)[0].iter == 4
+    assert [path.name for path in list_checkpoints(tmp_path)] == ['iter_00000004']
+    assert load_latest(tmp_path, pytest.fail)[0].iter == 4
     save(tmp_path, 6)
     assert names(tmp_path) == ['iter_00000004', 'iter_00000006', 'notes']
 
 
 def test_no_folder_and_an_empty_one_hold_no_checkpoint(tmp_path):
-    assert checkpointing.newest(tmp_path, pytest.fail) is None
-    assert checkpointing.newest(tmp_path / 'none', pytest.fail) is None
+    assert load_latest(tmp_path, pytest.fail) is None
+    assert load_latest(tmp_path / 'none', pytest.fail) is None
 
 
 # --- Retention ------------------------------------------------------------------------------------
@@ -240,11 +250,11 @@ def test_no_folder_and_an_empty_one_hold_no_checkpoint(tmp_path):
 )
 def test_the_newest_and_the_best_stay(tmp_path, losses, best, keep_last, keep_best):
     for iter, loss in enumerate(losses, 1):
-        checkpointing.prune(save(tmp_path, iter, loss), keep_last, keep_best)
+        prune(save(tmp_path, iter, loss), keep_last, keep_best)
     expected = {5, 4} if keep_last == 2 else {5}
     if keep_best and best:
         expected.add(best)
-    found = [checkpointing.read_index(path).iter for path in checkpointing.published(tmp_path)]
+    found = [read_index(path).iter for path in list_checkpoints(tmp_path)]
     assert found == sorted(expected, reverse=True)
 
 
@@ -252,18 +262,18 @@ def test_a_broken_one_that_claims_to_be_newer_pushes_nothing_out(tmp_path):
     """After the fall-back from a broken 8 to 4, the save at 6 is the newest that counts."""
     save(tmp_path, 4, 1.0)
     (save(tmp_path, 8, 0.5).path / 'state.pt').write_bytes(b'')
-    checkpointing.prune(save(tmp_path, 6, 2.0), keep_last=1, keep_best=True)
+    prune(save(tmp_path, 6, 2.0), keep_last=1, keep_best=True)
     assert names(tmp_path) == ['iter_00000004', 'iter_00000006', 'iter_00000008']
     warnings = []
-    assert checkpointing.newest(tmp_path, warnings.append)[0].iter == 6
-    checkpointing.prune(save(tmp_path, 8, 2.0), keep_last=1, keep_best=True)  # reached again
-    assert [checkpointing.read_index(p).iter for p in checkpointing.published(tmp_path)] == [8, 4]
-    assert checkpointing.newest(tmp_path, pytest.fail)[0].iter == 8
+    assert load_latest(tmp_path, warnings.append)[0].iter == 6
+    prune(save(tmp_path, 8, 2.0), keep_last=1, keep_best=True)  # reached again
+    assert [read_index(p).iter for p in list_checkpoints(tmp_path)] == [8, 4]
+    assert load_latest(tmp_path, pytest.fail)[0].iter == 8
 
 
 @pytest.mark.parametrize('lost', [math.nan, math.inf, -math.inf])
 def test_a_lost_loss_is_unknown_and_never_the_best(lost):
-    progress = resumption.Progress(iter=4, best_val_loss=2.0)
+    progress = TrainingProgress(iter=4, best_val_loss=2.0)
     assert not progress.note_evaluation(lost)
     assert (progress.val_loss, progress.best_val_loss) == (None, 2.0)
     assert progress.note_evaluation(1.5) and progress.best_val_loss == 1.5
@@ -298,13 +308,13 @@ def test_a_damaged_file_is_named_and_the_checkpoint_before_is_used(tmp_path, nam
     else:
         file.unlink()
     warnings = []
-    checkpoint, state = checkpointing.newest(tmp_path, warnings.append)
+    checkpoint, state = load_latest(tmp_path, warnings.append)
     assert checkpoint.iter == 4 and value_of(state) == 4.0
     assert len(warnings) == 1 and str(file) in warnings[0] and str(checkpoint.path) in warnings[0]
 
     shutil.rmtree(checkpoint.path)
     with pytest.raises(BrokenCheckpoint) as error:
-        checkpointing.newest(tmp_path, pytest.fail)
+        load_latest(tmp_path, pytest.fail)
     assert str(file) in str(error.value)
 
 
@@ -316,8 +326,8 @@ def test_no_single_bit_flips_unseen(tmp_path, name):
     for bit in random.Random(0).sample(range(8 * len(content)), 200):
         file.write_bytes(flip(content, bit))
         try:
-            found = checkpointing.read_index(checkpoint.path)
-            checkpointing.load_state(found)
+            found = read_index(checkpoint.path)
+            load_state(found)
         except BrokenCheckpoint:
             continue
         assert name == 'index.json' and found == checkpoint  # white space, or case in an escape
@@ -359,7 +369,7 @@ def test_a_pickle_in_the_state_is_never_executed(tmp_path, write):
     state.write_bytes(write({'model': {'weight': torch.ones(2)}, 'more': Exploit(marker)}))
     sealed(path)
     with pytest.raises(BrokenCheckpoint, match=r'state\.pt'):
-        checkpointing.newest(path.parent, pytest.fail)
+        load_latest(path.parent, pytest.fail)
     assert not marker.exists()
 
     if write is pickle_of:
@@ -375,7 +385,7 @@ def test_a_state_that_is_no_dict_is_refused(tmp_path, content):
     (path / 'state.pt').write_bytes(zip_of(content))
     sealed(path)
     with pytest.raises(BrokenCheckpoint, match=r'state\.pt'):
-        checkpointing.newest(tmp_path, pytest.fail)
+        load_latest(tmp_path, pytest.fail)
 
 
 class Run:
@@ -388,8 +398,8 @@ class Run:
         self.folder, self.dataset = out_dir / 'run_20260101_000000', load_dataset(str(dataset), 8)
         self.folder.mkdir(parents=True)
         settings = self.settings(read_command_line(self.argv, schema))
-        parallel, model, updater = self.build(settings)
-        self.update(model, updater)
+        parallel, model, optimizer = self.build(settings)
+        self.update(model, optimizer)
         flops, hardware = (
             {'per_token': 1},
             {'peak_tflops': 0.01, 'dtype': 'float32', 'world_size': 1},
@@ -401,42 +411,42 @@ class Run:
         }
         journal = {'kind': 'start', 'time': 0.0, 'run_name': 'r', 'start_time': '', **self.header}
         self.journal = json.dumps({**journal, 'architecture': {}})
-        progress = resumption.Progress(1, 1, 5.5, 5.5, [5.6])
-        index = resumption.checkpoint_index(settings, progress, {'threads': 1}, self.dataset)
-        state = sharded_state.collect(parallel, model, updater)
-        self.checkpoint = checkpointing.save(self.folder / 'checkpoints', state, index).path
+        progress = TrainingProgress(1, 1, 5.5, 5.5, [5.6])
+        index = checkpoint_index(settings, progress, {'threads': 1}, self.dataset)
+        state = sharded_state.collect(parallel, model, optimizer)
+        self.checkpoint = save_checkpoint(self.folder / 'checkpoints', state, index).path
         self.state = copy.deepcopy(state)
 
     def settings(self, asked):
-        return load_settings(asked).complete(CPU, 'float32', self.dataset)
+        return load_settings(asked).resolve(CPU, 'float32', self.dataset)
 
-    def build(self, settings) -> tuple[SingleProcess, Transformer, Updater]:
+    def build(self, settings) -> tuple[SingleProcess, Transformer, GuardedOptimizer]:
         parallel = SingleProcess(settings.run, CPU)
         model, _ = parallel.build(settings.architecture, recomputed=[], compiled=False)
-        optimizer = parallel.build_optimizer(parameter_groups(model), settings.run)
-        return parallel, model, Updater(optimizer, settings.run, CPU, parallel)
+        inner = parallel.build_optimizer(parameter_groups(model), settings.run)
+        return parallel, model, GuardedOptimizer(inner, settings.run, CPU, parallel)
 
-    def update(self, model, updater, number: int = 0) -> None:
+    def update(self, model, optimizer, number: int = 0) -> None:
         batch = self.dataset.batch(self.dataset.order('random', 0), number, 2)
         loss, count, _ = model(*map(torch.from_numpy, batch))
-        updater.backward(loss / count)
-        updater.update(1e-3, loss.detach(), measured=True)
+        optimizer.backward(loss / count)
+        optimizer.step(1e-3, loss.detach(), measured=True)
 
     def resume(self) -> dict:
         """Resume, train for one update, and return the state as it was loaded."""
         (self.folder / 'journal.jsonl').write_text(self.journal)
         asked = read_command_line([*self.argv, '--init_from=resume'], schema)
-        resumed = resumption.find(asked)
+        resumed = find_resume_source(asked)
         settings = self.settings(asked)
         resumed.check(settings)
-        parallel, model, updater = self.build(settings)
-        progress = resumed.restore(parallel, model, updater)
-        loaded = copy.deepcopy(sharded_state.collect(parallel, model, updater))
+        parallel, model, optimizer = self.build(settings)
+        progress = resumed.restore(parallel, model, optimizer)
+        loaded = copy.deepcopy(sharded_state.collect(parallel, model, optimizer))
         logger = TrainingLogger(self.folder, style='line', max_iters=1, stream=io.StringIO())
         resumed.report(logger, self.header, {'threads': 1})
         logger.finish('interrupted')
         read_record(self.folder)
-        self.update(model, updater, progress.data_shift)
+        self.update(model, optimizer, progress.data_shift)
         return loaded
 
 

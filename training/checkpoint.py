@@ -6,6 +6,9 @@ run, and SHA-256 sums of `state.pt` and of itself). It is written under a tempor
 and published by one rename, so a folder of that name is whole or it is not there. One that is saved
 a second time, after a resume or a rollback, is published as `iter_00000100_2` before the first
 goes. No code is stored.
+
+Not torch.distributed.checkpoint (DCP): its metadata are a pickle, which runs what it says, and it
+has neither checksums nor a rename that publishes all of a checkpoint at once.
 """
 
 import contextlib
@@ -27,7 +30,7 @@ from torch.utils.serialization import config as serialization
 from common.errors import UserError
 from common.files import file_sha256
 from common.text_files import is_count
-from parallel.process_group import Alone
+from parallel.process_group import SingleProcessGroup
 
 FORMAT = 'architecture-checkpoint'
 VERSION = 1
@@ -42,11 +45,11 @@ def _is_dict(value) -> bool:
     return isinstance(value, dict)
 
 
-def _are_names(value) -> bool:
+def _is_names(value) -> bool:
     return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
 
-def _are_checksums(value) -> bool:
+def _is_files(value) -> bool:
     return (
         isinstance(value, dict)
         and list(value) == [state_file(rank) for rank in range(len(value))] != []
@@ -67,7 +70,7 @@ def _is_vocabulary(value) -> bool:
     )
 
 
-def _are_amounts(value) -> bool:
+def _is_data_seen(value) -> bool:
     return _is_dict(value) and all(
         type(amount) in (int, float) and amount >= 0
         for amount in value.values()
@@ -76,20 +79,23 @@ def _are_amounts(value) -> bool:
 
 
 # What an index holds beside its format and version, and how it is known to be that.
-_INDEX = {
+_INDEX_CHECKS = {
     'data': _is_vocabulary,
-    'seen': _are_amounts,
+    'seen': _is_data_seen,
     'iter': is_count,
     'val_loss': _is_loss,
-    'files': _are_checksums,
-    'config_files': _are_names,
+    'files': _is_files,
+    'config_files': _is_names,
     **dict.fromkeys(
         ('progress', 'config', 'chosen', 'commanded', 'architecture', 'surroundings'), _is_dict
     ),
 }
 
 
-_ADDED = {'data': None, 'seen': {}}  # since the first version, and what stands for it in older ones
+_LATER_KEYS = {
+    'data': None,
+    'seen': {},
+}  # since the first version, and what stands for it in older ones
 
 
 class BrokenCheckpoint(UserError):
@@ -127,17 +133,23 @@ class _HashingFile:
         self.file.flush()
 
 
-class Save:
+class PendingCheckpoint:
     """A checkpoint on its way to `folder/iter_<index['iter']>`.
 
     Every rank makes one, writes its own part of the state to a file of its own, and publishes,
     which the main rank does for all. Only `write` talks to nobody: it may run in another thread.
+
+        made       folder .saving-iter_00000100-<random>/             by the main rank
+        write      state.pt, state_1.pt, …, synced and hashed         by each rank
+        publish    index.json with all hashes, synced; then renamed   by the main rank
     """
 
-    def __init__(self, folder: Path, index: dict, ranks: Alone):
+    def __init__(self, folder: Path, index: dict, process_group: SingleProcessGroup):
         """index: plain values, with `iter` and `val_loss` among them. Raises UserError as below."""
-        self.index, self.ranks = index, ranks
-        self.temporary, self.final = ranks.from_main(lambda: _begin(folder, index['iter']))
+        self.index, self.process_group = index, process_group
+        self.temporary, self.final = process_group.broadcast_from_main(
+            lambda: _make_folder(folder, index['iter'])
+        )
         self.facts: dict | None = None
         self.problem: str | None = None
         self.seconds = 0.0  # that writing took; once published, on the slowest rank
@@ -146,7 +158,7 @@ class Save:
         """Write this rank's file to the disk. Whatever prevents that is told by `publish`."""
         began = time.perf_counter()
         try:
-            self.facts = _write_state(self.temporary / state_file(self.ranks.rank), state)
+            self.facts = _write_state(self.temporary / state_file(self.process_group.rank), state)
         except (
             OSError,
             RuntimeError,
@@ -155,28 +167,35 @@ class Save:
         self.seconds = time.perf_counter() - began
 
     def publish(self) -> Checkpoint:
-        """Give it its name, when all have written; one of the same iter is then removed.
+        """Give it its name, when all have written; one of the same iteration is then removed.
 
         Raises UserError, on every rank, if anything could not be written; every checkpoint that was
         there before is then still whole.
         """
+        # What each rank has written, or why it could not.
         facts, problems, seconds = zip(
-            *self.ranks.gather((self.facts, self.problem, self.seconds)), strict=True
+            *self.process_group.all_gather_object((self.facts, self.problem, self.seconds)),
+            strict=True,
         )
         self.seconds = max(seconds)
+        # The index names every file by its hash, and itself.
         files = {state_file(rank): written for rank, written in enumerate(facts)}
         index = {'format': FORMAT, 'version': VERSION, **self.index, 'files': files}
         index['sha256'] = index_sha256(index)
-        told = [problem for problem in problems if problem is not None]
-        self.ranks.from_main(lambda: _publish(self.temporary, self.final, index, told))
+        failures = [problem for problem in problems if problem is not None]
+        self.process_group.broadcast_from_main(
+            lambda: _publish(self.temporary, self.final, index, failures)
+        )
         return Checkpoint(self.final, index)
 
 
-def save(folder: Path, state: dict, index: dict, ranks: Alone | None = None) -> Checkpoint:
-    """Write and publish at once what `Save` describes. Raises UserError, on every rank."""
-    begun = Save(folder, index, ranks or Alone())
-    begun.write(state)
-    return begun.publish()
+def save_checkpoint(
+    folder: Path, state: dict, index: dict, process_group: SingleProcessGroup | None = None
+) -> Checkpoint:
+    """Write and publish a checkpoint at once. Raises UserError, on every rank."""
+    pending = PendingCheckpoint(folder, index, process_group or SingleProcessGroup())
+    pending.write(state)
+    return pending.publish()
 
 
 def state_file(rank: int) -> str:
@@ -184,10 +203,10 @@ def state_file(rank: int) -> str:
     return f'state_{rank}.pt' if rank else 'state.pt'
 
 
-def _begin(folder: Path, iter: int) -> tuple[Path, Path]:
+def _make_folder(folder: Path, iter: int) -> tuple[Path, Path]:
     """A new folder to write to, and the name that it is to have."""
-    replaced = _of_iter(folder, iter)
-    again = f'_{_order(replaced[0])[1] + 1}' if replaced else ''
+    replaced = _checkpoints_at(folder, iter)
+    again = f'_{_iter_and_attempt(replaced[0])[1] + 1}' if replaced else ''
     final = folder / f'iter_{iter:08d}{again}'
     temporary = folder / f'.saving-{final.name}-{uuid.uuid4().hex[:8]}'
     try:
@@ -212,10 +231,12 @@ def _write_state(path: Path, state: dict) -> dict:
 
 def _publish(temporary: Path, final: Path, index: dict, problems: list[str]) -> None:
     """Rename the folder that every rank has written to, or remove it if one of them could not."""
-    replaced = _of_iter(final.parent, index['iter'])
+    replaced = _checkpoints_at(final.parent, index['iter'])
     try:
         if problems:
             raise _cannot_write(final, problems[0])
+        # The index and the folder reach the disk before the name, the name before what it replaces
+        # goes: whenever the machine dies, one of the two is there and whole.
         with open(temporary / 'index.json', 'w', encoding='utf-8') as text:
             json.dump(index, text, indent=1, allow_nan=False)
             text.flush()
@@ -267,10 +288,10 @@ def load_state(checkpoint: Checkpoint) -> list[dict]:
 
 def _load_file(path: Path, expected: dict) -> dict:
     try:
-        found, size = file_sha256(path), path.stat().st_size
+        sha256, size = file_sha256(path), path.stat().st_size
     except OSError as error:
         raise BrokenCheckpoint(f'{path} cannot be read: {error.strerror}') from error
-    if found != expected['sha256']:
+    if sha256 != expected['sha256']:
         raise BrokenCheckpoint(
             f'{path} is damaged: its SHA-256 is not the one that index.json gives '
             f'({size:,} bytes, {expected["bytes"]:,} expected).'
@@ -316,19 +337,19 @@ def read_index(path: Path) -> Checkpoint:
         )
     if index.get('sha256') != index_sha256(index):
         raise BrokenCheckpoint(f'{file} is damaged: its SHA-256 is not the one that it gives.')
-    index = {**_ADDED, **index}
-    wrong = [key for key, fits in _INDEX.items() if key not in index or not fits(index[key])]
+    index = {**_LATER_KEYS, **index}
+    wrong = [key for key, fits in _INDEX_CHECKS.items() if key not in index or not fits(index[key])]
     if wrong:
         raise BrokenCheckpoint(f'{file} lacks {", ".join(wrong)}, or has something else there.')
     return Checkpoint(path, index)
 
 
-def published(folder: Path) -> list[Path]:
+def list_checkpoints(folder: Path) -> list[Path]:
     """The folders of all checkpoints, the newest first."""
     if not folder.is_dir():
         return []
-    found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)]
-    return sorted(found, key=_order, reverse=True)
+    folders = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)]
+    return sorted(folders, key=_iter_and_attempt, reverse=True)
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -338,24 +359,24 @@ def is_checkpoint(path: Path) -> bool:
     )
 
 
-def _order(path: Path) -> tuple[int, int]:
+def _iter_and_attempt(path: Path) -> tuple[int, int]:
     """Updates done, and which checkpoint of that moment this is: 1, or 2 for `_2`."""
     match = _NAME.fullmatch(path.name)
     return int(match[1]), int(match[2] or 1)
 
 
-def _of_iter(folder: Path, iter: int) -> list[Path]:
+def _checkpoints_at(folder: Path, iter: int) -> list[Path]:
     """The checkpoints of one moment, the latest saved first."""
-    return [path for path in published(folder) if _order(path)[0] == iter]
+    return [path for path in list_checkpoints(folder) if _iter_and_attempt(path)[0] == iter]
 
 
-def newest(folder: Path, warn) -> tuple[Checkpoint, list[dict]] | None:
+def load_latest(folder: Path, warn) -> tuple[Checkpoint, list[dict]] | None:
     """The newest checkpoint that can be read, and its state; None if there is none at all.
 
     warn: told, a sentence each, of newer ones that are broken. Raises BrokenCheckpoint if all are.
     """
     problems = []
-    for path in published(folder):
+    for path in list_checkpoints(folder):
         try:
             checkpoint = read_index(path)
             state = load_state(checkpoint)
@@ -381,7 +402,7 @@ def prune(saved: Checkpoint, keep_last: int, keep_best: bool) -> None:
     counts for nothing and is left for somebody to look at. The best is that of the lowest
     validation loss; of equals the newest.
     """
-    paths = published(saved.path.parent)
+    paths = list_checkpoints(saved.path.parent)
     paths = paths[paths.index(saved.path) :]
     kept = set(paths[:keep_last])
     if keep_best:

@@ -1,49 +1,39 @@
 """Continue a run: find its checkpoint, refuse another architecture, restore, say what changed."""
 
-import argparse
 import math
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import torch
-
 from common import environment
-from common.console_output import write_progress
-from common.environment import job, restarts_left
-from common.errors import ArgumentParser, UserError, nearest
-from common.paths import expand_home
-from components.weight_initialization import initialize_buffers
-from configurator import COMMAND_LINE, CommandLine, Layer, accept_layer, read_config_file
-from data.dataset import TokenDataset, load_dataset
-from data.tokenizer import Tokenizer
-from model_builder import Transformer, build_model
-from model_config import ModelArchitectureConfig
-from optim.step import Updater
+from common.environment import restarts_left
+from common.errors import UserError
+from configurator import COMMAND_LINE, CommandLine, Layer, validate_layer
+from data.dataset import TokenDataset
+from model_builder import Transformer
+from optim.step import GuardedOptimizer
 from parallel import sharded_state
-from parallel.strategies import SingleProcess, weights_here
+from parallel.strategies import SingleProcess
 from records import trackers
 from records.record import read_record
 from records.run_folders import latest_run
-from training import checkpointing, stability
+from training.checkpoint import Checkpoint, load_latest
+from training.load import checked_layers, find_run, misfit_explained
 from training_config import Settings, schema
 from training_logger import TrainingLogger
 
 # Options that say how to start, not what to train: never taken over from the earlier process.
-NOT_TAKEN_OVER = ('out_dir', 'init_from', 'resume_run', 'eval_only', 'verify_data', 'debug')
+NOT_INHERITED = ('out_dir', 'init_from', 'resume_run', 'eval_only', 'verify_data', 'debug')
 
 
 # What is derived for a new run, and stays as it was when that is resumed.
 DERIVED_ONCE = ('eval_interval',)
 
 # How the origin of a value begins that nobody chose.
-OPEN = ('default', 'derived', 'dataset')
+UNCHOSEN_ORIGINS = ('default', 'derived', 'dataset')
 
 
 @dataclass
-class Progress:
+class TrainingProgress:
     """How far a run has come. Plain numbers, kept in the checkpoint's index."""
 
     iter: int = 0  # updates made
@@ -59,7 +49,7 @@ class Progress:
     tokens: int = 0  # in the sequences of all its updates
 
     @classmethod
-    def of(cls, index: dict) -> 'Progress':
+    def of(cls, index: dict) -> 'TrainingProgress':
         """What a checkpoint's index says. Raises TypeError or ValueError if that makes no sense."""
         progress = cls(**index['progress'])
         if 'tokens' not in index['progress']:  # an older version's: of one batch size throughout
@@ -91,11 +81,11 @@ class Progress:
 
 
 @dataclass
-class Resumed:
+class ResumeSource:
     """A run to continue, and the newest of its checkpoints that could be read."""
 
     run_folder: Path
-    checkpoint: checkpointing.Checkpoint
+    checkpoint: Checkpoint
     state: list[dict]
     warnings: list[str]
     same_order: bool = True  # as far as its options have been compared with today's
@@ -134,10 +124,12 @@ class Resumed:
                 f'--init_from=scratch.'
             )
 
-    def restore(self, parallel: SingleProcess, model: Transformer, updater: Updater) -> Progress:
+    def restore(
+        self, parallel: SingleProcess, model: Transformer, optimizer: GuardedOptimizer
+    ) -> TrainingProgress:
         """Load weights and optimizer, and give the state up, to free its memory."""
         state, self.state = self.state, []
-        progress = restore(parallel, model, updater, self.checkpoint, state)
+        progress = restore_checkpoint(parallel, model, optimizer, self.checkpoint, state)
         progress.one_order &= self.same_order
         return progress
 
@@ -152,7 +144,7 @@ class Resumed:
             changed={
                 key: pair
                 for key, pair in changed.items()
-                if key not in NOT_TAKEN_OVER and key not in trackers.OPTIONS
+                if key not in NOT_INHERITED and key not in trackers.OPTIONS
             },
             config=header['config'],
             metadata=header['metadata'],
@@ -195,22 +187,22 @@ def _order_of(config: dict) -> tuple:
     return config['dataset'], config['data_seed'], _sequences_per_iter(config)
 
 
-def find(asked: CommandLine) -> Resumed | None:
-    """The run that the command line asks to continue; its options join those that are asked for.
+def find_resume_source(command_line: CommandLine) -> ResumeSource | None:
+    """The run that the command line asks to continue; its options join those of the command line.
 
     What the run was given on the command line stands above today's config file and beneath today's
     command line; what its file and preset gave stands beneath today's file, which may have been
     edited. Raises UserError if there is nothing to resume and init_from=resume.
     """
-    init_from = asked.value('init_from', schema)
+    init_from = command_line.value('init_from', schema)
     if init_from not in ('resume', 'auto'):
         return None
-    out_dir, name = asked.value('out_dir', schema), asked.value('resume_run', schema)
+    out_dir, name = command_line.value('out_dir', schema), command_line.value('resume_run', schema)
     if init_from == 'auto' and name is None and latest_run(out_dir) is None:
         return None
-    folder = run_folder(out_dir, name)
+    folder = find_run(out_dir, name)
     warnings: list[str] = []
-    found = checkpointing.newest(folder / 'checkpoints', warnings.append)
+    found = load_latest(folder / 'checkpoints', warnings.append)
     if found is None:
         if init_from == 'auto':
             return None
@@ -220,14 +212,20 @@ def find(asked: CommandLine) -> Resumed | None:
         )
     checkpoint, state = found
     origins = {'chosen': f'run {folder.name}', 'commanded': f'run {folder.name}, {COMMAND_LINE}'}
-    beneath, above = _accepted(checkpoint, origins)
+    below, above = checked_layers(checkpoint, origins)
     once = {key: checkpoint.index['config'].get(key) for key in DERIVED_ONCE}
-    lowest = accept_layer(Layer(origins['chosen'], once), schema(), [])
-    asked.layers[:] = [lowest, beneath, *asked.layers[:-1], above, asked.layers[-1]]
-    return Resumed(folder, checkpoint, state, warnings)
+    lowest = validate_layer(Layer(origins['chosen'], once), schema(), [])
+    command_line.layers[:] = [
+        lowest,
+        below,
+        *command_line.layers[:-1],
+        above,
+        command_line.layers[-1],
+    ]
+    return ResumeSource(folder, checkpoint, state, warnings)
 
 
-def notes(run) -> list[str]:
+def restart_notes(run) -> list[str]:
     """What a person may not have thought of, a sentence or two each."""
     if run.init_from != 'scratch' or restarts_left() <= 0:
         return environment.notes()
@@ -238,176 +236,28 @@ def notes(run) -> list[str]:
     ]
 
 
-def run_folder(out_dir: str, name: str | None) -> Path:
-    """The run called `name`, a path or a name below `out_dir`; without a name the newest there.
-
-    A job that torchrun starts again goes on with its own, whatever else has begun there since.
-    Raises UserError if there is none.
-    """
-    if name is None:
-        newest = latest_run(out_dir, job())
-        if newest is None:
-            raise UserError(
-                f'out_dir={out_dir!r} holds no run. Give the folder that does by --out_dir=FOLDER, '
-                f'or start one there with train.py --init_from=scratch.'
-            )
-        return newest
-    for path in (Path(name), Path(out_dir) / name):
-        if path.is_dir():
-            return path
-    known = [path.parent.name for path in Path(out_dir).glob('run_*/checkpoints')]
-    raise UserError(
-        f'{name!r} is no run: neither {name} nor {Path(out_dir) / name} is a folder.'
-        f'{nearest(name, known)} Runs in {out_dir}: {", ".join(sorted(known)) or "none"}.'
-    )
-
-
-def checkpoint_parser(prog: str, description: str) -> ArgumentParser:
-    """For a script that begins with a checkpoint: which one, and what its components need."""
-    parser = ArgumentParser(
-        prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add(
-        'config',
-        nargs='*',
-        type=expand_home,
-        help='config files, for the components that they register',
-    )
-    add('--out_dir', type=expand_home, default='out', help='the folder of runs (default out)')
-    add(
-        '--run',
-        type=expand_home,
-        help='a run folder, or its name in out_dir, or a checkpoint folder '
-        '(default: the newest run)',
-    )
-    return parser
-
-
-def read_components(config_files: list[str], problems: list[str]) -> None:
-    """Let the files register their components. Raises UserError with all problems, if any."""
-    for path in config_files:
-        read_config_file(path, problems)
-    if problems:
-        raise UserError(*problems)
-
-
-def find_checkpoint(out_dir: str, name: str | None) -> tuple[checkpointing.Checkpoint, list[dict]]:
-    """The checkpoint in folder `name`, or the newest of the run of that name; and its state.
-
-    Raises UserError if there is none that can be used.
-    """
-    if name is not None and checkpointing.is_checkpoint(Path(name)):
-        checkpoint = checkpointing.read_index(Path(name))
-        return checkpoint, checkpointing.load_state(checkpoint)
-    folder = run_folder(out_dir, name)
-    found = checkpointing.newest(folder / 'checkpoints', warn=write_progress)
-    if found is None:
-        raise UserError(f'{folder} has no checkpoint. Name another run with --run.')
-    return found
-
-
-def load_model(
-    checkpoint: checkpointing.Checkpoint, state: list[dict], device: torch.device
-) -> Transformer:
-    """The model that a checkpoint was taken of. Raises UserError."""
-    model = build_model(architecture_of(checkpoint))
-    stability.check_size(model, device)
-    model.to_empty(device=device)
-    model.tie_weights()
-    initialize_buffers(model)
-    with _fitting(checkpoint):
-        sharded_state.load_weights(sharded_state.StoredState(state), weights_here(model))
-    return model
-
-
-def architecture_of(checkpoint: checkpointing.Checkpoint) -> ModelArchitectureConfig:
-    """The architecture that the checkpoint was trained with. Raises UserError."""
-    (layer,) = _accepted(checkpoint, {'architecture': str(checkpoint.path)})
-    return ModelArchitectureConfig.from_dict(layer.values)
-
-
-def vocabulary_of(checkpoint: checkpointing.Checkpoint) -> tuple[Tokenizer, int]:
-    """The tokenizer whose tokens the model was trained on, and how many of them there are.
-
-    The dataset itself is asked only where the checkpoint does not say. Raises UserError.
-    """
-    data = checkpoint.index['data']
-    if data is not None:
-        run_folder = checkpoint.path.absolute().parent.parent
-        return Tokenizer(data['tokenizer'], run_folder), data['vocab_size']
-    try:
-        config = checkpoint.index['config']
-        dataset = load_dataset(config['dataset'], config['block_size'])
-    except UserError as error:
-        raise UserError(
-            *error.problems,
-            f'{checkpoint.path} is of the time when checkpoints did not tell their tokenizer, so '
-            'the dataset is needed.',
-        ) from error
-    return Tokenizer(dataset.tokenizer, dataset.folder), dataset.vocab_size
-
-
-def keep_tokenizer(dataset: TokenDataset, run_folder: Path) -> None:
-    """Copy the file that the tokenizer is in, if it is in one, to where `vocabulary_of` looks."""
-    name = dataset.tokenizer.get('file')
-    if isinstance(name, str):
-        with suppress(OSError):  # training does without
-            shutil.copyfile(dataset.folder / Path(name).name, run_folder / Path(name).name)
-
-
-def _accepted(checkpoint: checkpointing.Checkpoint, origins: dict[str, str]) -> list[Layer]:
-    """The values that the checkpoint's index has under each key, checked like a user's."""
-    layers, unknown, options = [], {}, schema()
-    for name, origin in origins.items():
-        values = checkpoint.index[name]
-        layers.append(accept_layer(Layer(origin, values), options, []))
-        unknown |= {key: value for key, value in values.items() if key not in layers[-1].values}
-    if unknown:
-        files = ' '.join(checkpoint.index['config_files'])
-        way = (
-            f'A checkpoint carries no code: give the config file again that registered it: {files}'
-            if files
-            else 'No config file registered it: another version of this program wrote it.'
-        )
-        shown = ', '.join(f'{key}={value!r:.60}' for key, value in unknown.items())
-        raise UserError(f'{checkpoint.path} has what is unknown here: {shown}. {way}')
-    return layers
-
-
-def restore(
+def restore_checkpoint(
     parallel: SingleProcess,
     model: Transformer,
-    updater: Updater,
-    checkpoint: checkpointing.Checkpoint,
+    optimizer: GuardedOptimizer,
+    checkpoint: Checkpoint,
     state: list[dict],
-) -> Progress:
+) -> TrainingProgress:
     """Load weights and optimizer; how far the run had come. Raises UserError if they do not fit."""
-    with _fitting(checkpoint):
-        sharded_state.restore(sharded_state.StoredState(state), parallel, model, updater)
-        return Progress.of(checkpoint.index)
-
-
-@contextmanager
-def _fitting(checkpoint: checkpointing.Checkpoint) -> Iterator[None]:
-    try:
-        yield
-    except KeyError as error:
-        raise UserError(f'{checkpoint.path} does not fit this model: it has no {error}.') from error
-    except (RuntimeError, ValueError, TypeError, AttributeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f'{checkpoint.path} does not fit this model: {reason}') from error
+    with misfit_explained(checkpoint):
+        sharded_state.restore(sharded_state.StoredState(state), parallel, model, optimizer)
+        return TrainingProgress.of(checkpoint.index)
 
 
 def checkpoint_index(
-    settings: Settings, progress: Progress, surroundings: dict, dataset: TokenDataset
+    settings: Settings, progress: TrainingProgress, surroundings: dict, dataset: TokenDataset
 ) -> dict:
     """What a checkpoint says of itself, beside its tensors: plain values only."""
     config = settings.to_dict()
     origins = {**settings.run.origins, **settings.architecture.origins}
     chosen, commanded = {}, {}
     for key, value in config.items():
-        if key not in NOT_TAKEN_OVER and not origins[key].startswith(OPEN):
+        if key not in NOT_INHERITED and not origins[key].startswith(UNCHOSEN_ORIGINS):
             (commanded if origins[key].endswith(COMMAND_LINE) else chosen)[key] = value
     evaluated = progress.evaluated_at == progress.iter
     return {
@@ -420,6 +270,6 @@ def checkpoint_index(
         'architecture': settings.architecture.to_dict(),
         'architecture_name': settings.architecture.name,
         'surroundings': surroundings,
-        'config_files': [file['path'] for file in settings.asked.config_files],
+        'config_files': [file['path'] for file in settings.command_line.config_files],
         'data': {'tokenizer': dataset.tokenizer, 'vocab_size': dataset.vocab_size},
     }
