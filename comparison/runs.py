@@ -1,6 +1,5 @@
 """One record's figures as a row of a comparison, each value checked."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -18,6 +17,7 @@ from comparison.record_fields import (
 )
 from comparison.study_plan import StudyPlan, study_membership
 from records.record import STATUSES
+from records.record_types import Record
 
 FINISHED, DIVERGED, UNMEASURED = 'finished', 'diverged', 'without a validation loss'
 OUTCOME_EVENTS = ('nonfinite', 'rollback', 'resume', 'failed')  # events that tell why a run ended
@@ -107,7 +107,7 @@ class Run:
 # --- Records to rows -----------------------------------------------------------------------------
 
 
-def run_from_record(record: Mapping[str, Any], path: Path, score: str = 'final') -> Run:
+def run_from_record(record: Record, path: Path, score: str = 'final') -> Run:
     """The row of one record. Raises ValueError where it is incomplete or malformed."""
     config, metadata = mapping(record, 'config'), mapping(record, 'metadata')
     architecture, summary = mapping(record, 'architecture'), mapping(record, 'summary')
@@ -141,9 +141,7 @@ def run_from_record(record: Mapping[str, Any], path: Path, score: str = 'final')
     )
 
 
-def _scores(
-    record: Mapping[str, Any], status: str, evaluations: list[dict], score: str
-) -> dict[str, Any]:
+def _scores(record: Record, status: str, evaluations: list[dict], score: str) -> dict[str, Any]:
     """What became of the run, and its validation losses."""
     startup = mapping(record, 'startup_info')
     measured = [entry for entry in evaluations if entry['val_loss'] is not None]
@@ -164,7 +162,7 @@ def _scores(
     }
 
 
-def _costs(record: Mapping[str, Any]) -> dict[str, Any]:
+def _costs(record: Record) -> dict[str, Any]:
     """What the run's model and its training take."""
     startup, summary = mapping(record, 'startup_info'), mapping(record, 'summary')
     data, model, flops = (mapping(startup, part) for part in ('data', 'model', 'flops'))
@@ -192,7 +190,7 @@ def run_folder(path: Path) -> Path:
     return path.parent if path.name in ('record.json', 'journal.jsonl') else path
 
 
-def trained_evaluations(record: Mapping[str, Any]) -> list[dict]:
+def trained_evaluations(record: Record) -> list[dict]:
     """The evaluations after at least one update, in order, their figures checked.
 
     One before the first update judges the initialization, not the training.
@@ -206,12 +204,12 @@ def trained_evaluations(record: Mapping[str, Any]) -> list[dict]:
     return sorted(after, key=lambda entry: entry['iter'])
 
 
-def untrained_loss(record: Mapping[str, Any]) -> float | None:
+def untrained_loss(record: Record) -> float | None:
     before = [entry for entry in entries(record, 'eval_steps') if entry['iter'] == 0]
     return number(before[0], 'val_loss') if before else None
 
 
-def run_outcome(record: Mapping[str, Any], status: str, evaluations: list[dict]) -> str:
+def run_outcome(record: Record, status: str, evaluations: list[dict]) -> str:
     """What became of a run.
 
     It diverged if it ended over a loss or gradient that was not finite, or if its last validation
@@ -224,7 +222,7 @@ def run_outcome(record: Mapping[str, Any], status: str, evaluations: list[dict])
     return UNMEASURED if status == FINISHED and not evaluations else status
 
 
-def stopped_by_nonfinite(record: Mapping[str, Any]) -> bool:
+def stopped_by_nonfinite(record: Record) -> bool:
     """Whether a run failed because of an update that was not finite, and not merely after one."""
     if record['status'] != 'failed' or mapping(record, 'config').get('on_nonfinite') == 'skip':
         return False
@@ -234,7 +232,7 @@ def stopped_by_nonfinite(record: Mapping[str, Any]) -> bool:
     return bool(count(mapping(record, 'summary'), 'nonfinite_updates'))
 
 
-def causal_flops(record: Mapping[str, Any]) -> float | None:
+def causal_flops(record: Record) -> float | None:
     """What a run computed, with attention over its causal half: fair to windows.
 
     A record's own total counts the full square.
@@ -269,7 +267,7 @@ def loss_curve(
     return points
 
 
-def losses_by_position(record: Mapping[str, Any]) -> list[PositionLoss]:
+def losses_by_position(record: Record) -> list[PositionLoss]:
     """The losses at the last evaluation after an update; empty where not recorded."""
     for entry in reversed(entries(record, 'eval_steps')):
         if entry['iter'] > 0 and (diagnostics := mapping(entry, 'diagnostics')):
@@ -282,7 +280,7 @@ def losses_by_position(record: Mapping[str, Any]) -> list[PositionLoss]:
     return []
 
 
-def last_sample(record: Mapping[str, Any]) -> dict[str, Any] | None:
+def last_sample(record: Record) -> dict[str, Any] | None:
     """What the run wrote at the last evaluation that has text."""
     for entry in reversed(entries(record, 'eval_steps')):
         sample = mapping(entry, 'sample')
@@ -291,7 +289,7 @@ def last_sample(record: Mapping[str, Any]) -> dict[str, Any] | None:
     return None
 
 
-def training_stability(record: Mapping[str, Any]) -> Stability:
+def training_stability(record: Record) -> Stability:
     summary = mapping(record, 'summary')
     return Stability(
         spikes=count(summary, 'loss_spikes') or 0,

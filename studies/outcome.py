@@ -4,11 +4,11 @@ import contextlib
 import math
 import os
 import signal
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from comparison.runs import stopped_by_nonfinite
+from records.record_types import Record
 
 STOP_SIGNALS = tuple(
     getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGHUP') if hasattr(signal, name)
@@ -55,7 +55,7 @@ def outcome_from_exit(code: int, last_line: str, out_of_memory: bool) -> Outcome
     return Outcome('killed', f'{name}{memory}', 128 + number)
 
 
-def outcome_from_record(record: Mapping[str, Any]) -> Outcome | None:
+def outcome_from_record(record: Record) -> Outcome | None:
     """What a record says that the run came to, if that is final.
 
     A run that diverged ends because of an update that is not finite, not merely after one.
@@ -67,7 +67,7 @@ def outcome_from_record(record: Mapping[str, Any]) -> Outcome | None:
     return None
 
 
-def summary_value(record: Mapping[str, Any] | None, key: str) -> float | None:
+def summary_value(record: Record | None, key: str) -> float | None:
     """A number of a record's summary; None where there is none."""
     value = record and record['summary'].get(key)
     with contextlib.suppress(OverflowError):
