@@ -23,7 +23,7 @@ class Contract:
     methods: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
 
-def violations(component: object, contract: Contract) -> Iterator[str]:
+def violations(component: typing.Any, contract: Contract) -> Iterator[str]:
     """What keeps `component` from being registered, a sentence each."""
     missing = [
         base.__name__

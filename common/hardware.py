@@ -30,7 +30,7 @@ from common.gpu_specs import Peak, peak_of_products
 try:
     import resource
 except ImportError:  # Windows
-    resource = None
+    resource = None  # type: ignore[assignment]
 
 GB = 1e9
 DTYPES = ('float32', 'bfloat16', 'float16')

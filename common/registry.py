@@ -60,7 +60,7 @@ class Registry:
         if not isinstance(name, str) or not name:
             raise UserError(f'{self.option}={name!r}: a component is registered under a string.')
 
-        def add(component: type) -> type:
+        def add(component: typing.Any) -> type:
             self._check(name, component)
             known = self._components.get(name)
             if known is not None and _full_name(known) != _full_name(component):
@@ -76,7 +76,7 @@ class Registry:
 
         return add
 
-    def _check(self, name: str, component: type) -> None:
+    def _check(self, name: str, component: typing.Any) -> None:
         if self.contract is None:
             return
         problems = list(violations(component, self.contract))
@@ -126,7 +126,7 @@ class _Subset(Registry):
         return self.whole[name]
 
     def __contains__(self, name: object) -> bool:
-        return name in self.whole and self.fits(self.whole[name])
+        return isinstance(name, str) and name in self.whole and self.fits(self.whole[name])
 
     def __iter__(self) -> Iterator[str]:
         return (name for name in self.whole if name in self)
@@ -258,6 +258,7 @@ class Option:
     def parse(self, key: str, text: str) -> typing.Any:
         """The value that `text`, from the command line, stands for; UserError if none."""
         base = self.base_type
+        value: typing.Any
         if self.optional and text in ('None', 'none', 'null') and text not in (self.choices or ()):
             return None
         try:
@@ -405,7 +406,7 @@ def sentences_of(component: type[Configurable], method: str, *arguments) -> list
     return problems
 
 
-def tag_of(component: type[Configurable], config: FrozenConfig) -> str:
+def tag_of(component: typing.Any, config: FrozenConfig) -> str:
     """`component.name_tag(config)`; UserError if that is no string."""
     tag = component.name_tag(config)
     if not isinstance(tag, str):
