@@ -18,9 +18,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import common.first_import  # noqa: F401
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import common.first_import  # noqa: F401
 
 import numpy as np
 

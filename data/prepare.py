@@ -20,9 +20,9 @@ import argparse
 import sys
 from pathlib import Path
 
-import common.first_import  # noqa: F401
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import common.first_import  # noqa: F401
 
 from common.errors import ArgumentParser, UserError, did_you_mean, run_script
 from common.paths import expand_home

@@ -8,9 +8,9 @@ Takes the options of data/prepare.py. Run me, or try a part first:
 import sys
 from pathlib import Path
 
-import common.first_import  # noqa: F401
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import common.first_import  # noqa: F401
 
 from common.errors import run_script
 from data import prepare

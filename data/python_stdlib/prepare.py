@@ -10,9 +10,9 @@ import sys
 import sysconfig
 from pathlib import Path
 
-import common.first_import  # noqa: F401
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import common.first_import  # noqa: F401
 
 from common.errors import ArgumentParser, UserError, run_script
 from common.text_files import decode

@@ -3,9 +3,9 @@
 import sys
 from pathlib import Path
 
-import common.first_import  # noqa: F401
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import common.first_import  # noqa: F401
 
 from common.errors import run_script
 from data.preparation.shakespeare import prepare_shakespeare
