@@ -1,6 +1,6 @@
 """The optimizers, by registry: AdamW; Muon for hidden matrices with AdamW for the rest; Lion.
 
-Each updates what a rank holds of the parameters, which may be a stretch of one (see `Piece`), and
+Each updates what a rank holds of the parameters, which may be a part of one (a shard), and
 must train as a single process would.
 """
 
@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from common.errors import UserError
 from common.registry import Configurable, Option, above, at_least, between
 from model_builder import ParameterGroup
-from training_config import OPTIMIZER_REGISTRY
+from training_config import OPTIMIZER_REGISTRY, TrainingConfig
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
@@ -49,7 +49,11 @@ DECAY = between(0, 0.999999)  # of a running average
 
 
 def torch_groups(
-    groups: list[ParameterGroup], run, parallel, rule: str, lr_scale: float = 1.0
+    groups: list[ParameterGroup],
+    run: TrainingConfig,
+    parallel,
+    rule: str,
+    lr_scale: float = 1.0,
 ) -> list[dict]:
     """The groups as torch has them, over what this rank updates.
 
@@ -80,9 +84,9 @@ def complete_optimizer(
                 f'group of parameters lacks {", ".join(sorted(missing))}.'
             )
     taken = sum(len(group['params']) for group in optimizer.param_groups)
-    given = sum(len(group.parameters) for group in groups)
-    if taken != given:
-        raise UserError(f'{name}.__init__ takes {taken} of {given} parameters: it must take all.')
+    total = sum(len(group.parameters) for group in groups)
+    if taken != total:
+        raise UserError(f'{name}.__init__ takes {taken} of {total} parameters: it must take all.')
     return optimizer
 
 
@@ -107,7 +111,7 @@ class AdamW(OptimizerComponent, torch.optim.AdamW):
         'beta2': Option(float, 0.95, 'Decay of its mean square in AdamW', check=DECAY),
     }
 
-    def __init__(self, groups: list[ParameterGroup], run, parallel):
+    def __init__(self, groups: list[ParameterGroup], run: TrainingConfig, parallel):
         super().__init__(
             torch_groups(groups, run, parallel, 'fused AdamW'),
             lr=0.0,
@@ -138,38 +142,43 @@ LR_ADJUSTMENTS: dict[str, Callable[[int, int], float]] = {
 }
 
 
-def orthogonalized(matrices: torch.Tensor, steps: int, dtype: torch.dtype) -> torch.Tensor:
+def orthogonalize(matrices: torch.Tensor, steps: int, dtype: torch.dtype) -> torch.Tensor:
     """(..., R, C) -> U Vᵀ of each matrix's U S Vᵀ, roughly: singular values of 0.7 to 1.2.
 
     By the quintic Newton–Schulz iteration of Jordan et al. 2024, in `dtype`.
     """
     a, b, c = NEWTON_SCHULZ
+    # Singular values of at most 1, and the shorter side as rows.
     norm = torch.linalg.vector_norm(matrices, dim=(-2, -1), keepdim=True)
     x = (matrices / norm.clamp(min=1e-7)).to(dtype).flatten(0, -3)
     tall = x.size(-2) > x.size(-1)
     x = x.mT if tall else x
+    # x <- a x + (b x xᵀ + c (x xᵀ)²) x
     for _ in range(steps):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return (x.mT if tall else x).reshape(matrices.shape)
 
 
-class _Stack(NamedTuple):
-    """Matrices of one shape, which are orthogonalised together."""
+class _MatrixStack(NamedTuple):
+    """Matrices of one shape, which are orthogonalized together."""
 
     group: dict  # of the optimizer
     keys: list[torch.Tensor]  # what this rank updates of each
-    shape: torch.Size  # of each, whole
+    shape: torch.Size  # of each whole matrix
     rows: tuple[int, ...]  # of the matrices stacked in each
     numbers: range  # of each, in the exchange
 
 
 @OPTIMIZER_REGISTRY.register('muon', source='Jordan et al. 2024; Liu et al. 2025')
 class Muon(OptimizerComponent, torch.optim.Optimizer):
-    """Orthogonalised momentum (Nesterov's) for hidden matrices, fused AdamW for the rest.
+    """Orthogonalized momentum (Nesterov's) for hidden matrices, fused AdamW for the rest.
 
-    Matrices that share a parameter (queries, keys and values; experts) are each orthogonalised by
+    Matrices that share a parameter (queries, keys and values; experts) are each orthogonalized by
     themselves. The iteration runs in bfloat16 where the run's matrix multiplications do.
+
+    Not torch.optim.Muon, which takes whole 2-D parameters on one device: here several matrices may
+    be stacked in one parameter, a rank may hold a part of it, and a step is skipped on the device.
     """
 
     options: ClassVar = {
@@ -188,7 +197,7 @@ class Muon(OptimizerComponent, torch.optim.Optimizer):
         ),
     }
 
-    def __init__(self, groups: list[ParameterGroup], run, parallel):
+    def __init__(self, groups: list[ParameterGroup], run: TrainingConfig, parallel):
         matrices = [group for group in groups if group.rows is not None]
         rest = [group for group in groups if group.rows is None]
         lr_scale = run.muon_learning_rate / run.learning_rate
@@ -197,8 +206,8 @@ class Muon(OptimizerComponent, torch.optim.Optimizer):
         self.momentum, self.ns_steps = run.muon_momentum, run.muon_ns_steps
         self.adjustment = LR_ADJUSTMENTS[run.muon_adjust_lr_fn]
         self.dtype = torch.bfloat16 if run.dtype == 'bfloat16' else torch.float32
-        self.stacks, whole = self._stacked(matrices, parallel)
-        self.exchange = parallel.matrix_exchange(whole, self.dtype)
+        self.stacks, ordered = self._stack_by_shape(matrices, parallel)
+        self.exchange = parallel.matrix_exchange(ordered, self.dtype)
         self.bytes_sent = self.exchange.bytes_sent
         self.matrices = frozenset(key for stack in self.stacks for key in stack.keys)
 
@@ -207,43 +216,50 @@ class Muon(OptimizerComponent, torch.optim.Optimizer):
         self.rest.state = self.state
         self.param_groups = [*self.param_groups, *self.rest.param_groups]
 
-    def _stacked(
+    def _stack_by_shape(
         self, groups: list[ParameterGroup], parallel
-    ) -> tuple[list[_Stack], list[torch.Tensor]]:
+    ) -> tuple[list[_MatrixStack], list[torch.Tensor]]:
         """The matrices by shape, and all of them in the order of their numbers."""
-        stacks, ordered = [], []
-        for group, described in zip(self.param_groups, groups):
-            alike: dict[tuple, list[torch.Tensor]] = {}
-            for parameter, rows in zip(described.parameters, described.rows):
-                alike.setdefault((parameter.shape, rows), []).append(parameter)
-            for (shape, rows), parameters in alike.items():
-                most = max(1, parallel.world_size * STACKED_ELEMENTS // shape.numel())
-                for first in range(0, len(parameters), most):
-                    some = parameters[first : first + most]
-                    numbers = range(len(ordered), len(ordered) + len(some))
-                    keys = [parallel.shard(p).key for p in some]
-                    stacks.append(_Stack(group, keys, shape, rows, numbers))
-                    ordered += some
+        stacks: list[_MatrixStack] = []
+        ordered: list[torch.Tensor] = []
+        for group, matrices in zip(self.param_groups, groups):
+            by_shape: dict[tuple, list[torch.Tensor]] = {}
+            for parameter, rows in zip(matrices.parameters, matrices.rows or []):
+                by_shape.setdefault((parameter.shape, rows), []).append(parameter)
+            # Of each shape as many in a stack as the ranks have memory for.
+            for (shape, rows), parameters in by_shape.items():
+                stack_size = max(1, parallel.world_size * STACKED_ELEMENTS // shape.numel())
+                for first in range(0, len(parameters), stack_size):
+                    stacked = parameters[first : first + stack_size]
+                    numbers = range(len(ordered), len(ordered) + len(stacked))
+                    keys = [parallel.shard(p).key for p in stacked]
+                    stacks.append(_MatrixStack(group, keys, shape, rows, numbers))
+                    ordered += stacked
         return stacks, ordered
 
     @torch.no_grad()
     def step(self) -> None:
         for stack in self.stacks:
-            self._update(stack)
+            self._step_stack(stack)
         self.rest.found_inf = self.found_inf
         self.rest.step()
 
-    def _update(self, stack: _Stack) -> None:
-        wholes = self.exchange.gather(stack.numbers, [self._momentum_step(k) for k in stack.keys])
-        directions = self._directions(wholes, stack) if wholes else []
-        pieces = self.exchange.scatter_back(stack.numbers, directions)
+    def _step_stack(self, stack: _MatrixStack) -> None:
+        # Each rank averages its shards of the gradients.
+        shards = [self._momentum_step(key) for key in stack.keys]
+        # All-to-all: shards of every matrix -> the whole matrices that are this rank's to do.
+        matrices = self.exchange.gather(stack.numbers, shards)
+        directions = self._directions(matrices, stack) if matrices else []
+        # And back: what every rank has orthogonalized -> the shards that this one holds.
+        shards = self.exchange.scatter_back(stack.numbers, directions)
+        # Decoupled weight decay, then the step; a rate of 0 where the gradient is not finite.
         rate = stack.group['lr'] * (1.0 - self.found_inf)
-        for key, direction in zip(stack.keys, pieces):
+        for key, direction in zip(stack.keys, shards):
             weight = local(key).view(-1)
             weight.mul_(1.0 - rate * stack.group['weight_decay']).sub_(direction.float() * rate)
 
     def _momentum_step(self, key: torch.Tensor) -> torch.Tensor:
-        """Average this rank's part of the gradient; Nesterov's look ahead, 1-D."""
+        """Average this rank's shard of the gradient; Nesterov's look ahead, 1-D."""
         momentum = local(self.state[key]['momentum_buffer']).view(-1)
         if key.grad is None:  # every rank exchanges every matrix
             gradient = torch.zeros_like(momentum)
@@ -252,19 +268,19 @@ class Muon(OptimizerComponent, torch.optim.Optimizer):
         momentum.lerp_(gradient, (1.0 - self.momentum) * (1.0 - self.found_inf))
         return gradient.lerp(momentum, self.momentum)
 
-    def _directions(self, wholes: list[torch.Tensor], stack: _Stack) -> list[torch.Tensor]:
+    def _directions(self, matrices: list[torch.Tensor], stack: _MatrixStack) -> list[torch.Tensor]:
         """Whole matrices, flattened -> what is to be subtracted from them, flattened."""
-        stacked = torch.stack([whole.view(stack.shape) for whole in wholes])  # (N, …, R, C)
+        stacked = torch.stack([matrix.view(stack.shape) for matrix in matrices])  # (N, …, R, C)
         columns = stack.shape[-1]
-        parts = [
-            orthogonalized(part, self.ns_steps, self.dtype)
-            * self.adjustment(part.size(-2), columns)
+        # The matrices inside a parameter (q, k and v) by themselves, each with a rate of its own.
+        directions = [
+            orthogonalize(part, self.ns_steps, self.dtype) * self.adjustment(part.size(-2), columns)
             for part in stacked.split(stack.rows, dim=-2)
         ]
-        return list(torch.cat(parts, dim=-2).flatten(1))
+        return list(torch.cat(directions, dim=-2).flatten(1))
 
     @classmethod
-    def derived_values(cls, config) -> dict[str, tuple]:
+    def derived_values(cls, config: TrainingConfig) -> dict[str, tuple]:
         return {'muon_learning_rate': (config.learning_rate, 'learning_rate')}
 
     def state_keys(self, parameter: torch.Tensor) -> frozenset[str]:
@@ -287,14 +303,14 @@ class Lion(OptimizerComponent, torch.optim.Optimizer):
         'lion_beta2': Option(float, 0.99, "Decay of Lion's momentum", check=DECAY),
     }
 
-    def __init__(self, groups: list[ParameterGroup], run, parallel):
+    def __init__(self, groups: list[ParameterGroup], run: TrainingConfig, parallel):
         super().__init__(torch_groups(groups, run, parallel, 'Lion'), {'lr': 0.0})
         begin_state(self, 'exp_avg')
         self.beta1, self.beta2 = run.lion_beta1, run.lion_beta2
 
     @torch.no_grad()
     def step(self) -> None:
-        kept = 1.0 - self.found_inf
+        finite = 1.0 - self.found_inf  # 1, or 0 where nothing may change
         for group in self.param_groups:
             keys = [key for key in group['params'] if key.grad is not None]
             if not keys:
@@ -303,16 +319,16 @@ class Lion(OptimizerComponent, torch.optim.Optimizer):
             momenta = [local(self.state[key]['exp_avg']) for key in keys]
             for gradient in gradients:  # with no gradient at all, what follows is of no effect
                 gradient.masked_fill_(self.found_inf > 0, 0.0)
-            rate = group['lr'] * kept
-            self._step(list(weights), gradients, momenta, rate, group['weight_decay'], kept)
+            rate = group['lr'] * finite
+            self._step(list(weights), gradients, momenta, rate, group['weight_decay'], finite)
 
-    def _step(self, weights, gradients, momenta, rate, weight_decay, kept) -> None:
+    def _step(self, weights, gradients, momenta, rate, weight_decay, finite) -> None:
         signs = torch._foreach_lerp(gradients, momenta, self.beta1)
         torch._foreach_sign_(signs)
         torch._foreach_mul_(signs, rate)
         torch._foreach_mul_(weights, 1.0 - rate * weight_decay)
         torch._foreach_sub_(weights, signs)
-        share = (1.0 - self.beta2) * kept
+        share = (1.0 - self.beta2) * finite
         torch._foreach_mul_(momenta, 1.0 - share)
         torch._foreach_mul_(gradients, share)
         torch._foreach_add_(momenta, gradients)

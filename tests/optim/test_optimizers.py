@@ -8,7 +8,7 @@ from helpers.optimizer_options import options
 
 from model_builder import ParameterGroup, build_model, parameter_groups
 from model_config import ModelArchitectureConfig
-from optim.optimizers import orthogonalized
+from optim.optimizers import orthogonalize
 from parallel.strategies import SingleProcess
 from training_config import OPTIMIZER_REGISTRY
 
@@ -113,14 +113,14 @@ def test_newton_schulz_brings_singular_values_near_one_and_keeps_the_vectors():
     for shape in ((3, 20, 12), (2, 3, 12, 20), (1, 16, 16)):
         matrices = random(*shape, seed=3)
         u, _, vt = torch.linalg.svd(matrices, full_matrices=False)
-        found = orthogonalized(matrices, 5, torch.float32)
+        found = orthogonalize(matrices, 5, torch.float32)
         inside = u.mT @ found @ vt.mT  # diagonal if the singular vectors are the same
         diagonal = inside.diagonal(dim1=-2, dim2=-1)
         assert found.shape == shape
         torch.testing.assert_close(inside, torch.diag_embed(diagonal), atol=1e-4, rtol=0)
         large = torch.linalg.svdvals(matrices) > 0.1 * torch.linalg.matrix_norm(matrices)[..., None]
         assert diagonal[large].min() > 0.6 and diagonal.max() < 1.3
-    assert torch.equal(orthogonalized(torch.zeros(1, 3, 4), 5, torch.float32), torch.zeros(1, 3, 4))
+    assert torch.equal(orthogonalize(torch.zeros(1, 3, 4), 5, torch.float32), torch.zeros(1, 3, 4))
 
 
 @pytest.mark.parametrize('rows', [(4, 4, 4), (8, 2, 2), (12,)])
