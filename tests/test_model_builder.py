@@ -8,7 +8,14 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from helpers import transformers_models as reference
-from helpers.architectures import covering, gradients, label, lively, some_tokens, tiny
+from helpers.architectures import (
+    gradients,
+    label,
+    pairwise_architectures,
+    perturbed_model,
+    random_tokens,
+    tiny,
+)
 
 from common.errors import UserError
 from inference.generate import generate
@@ -38,7 +45,7 @@ def assert_same_model(model, weights_as_ours, theirs_forward, theirs_gradients_a
     tied = ['output_head.projection.weight'] if model.config.weight_tying else []
     assert (missing, unexpected) == (tied, [])
 
-    tokens = some_tokens(model.config, batch=3)
+    tokens = random_tokens(model.config, batch=3)
     targets = F.pad(tokens[:, 1:], (0, 1), value=-100)  # the last token has no successor
     logits, loss = theirs_forward(tokens, targets)
     loss.backward()
@@ -80,7 +87,7 @@ TORCH_LAYER = {
     ],
     ids=['post', 'post-bias', 'pre'],
 )
-def test_the_same_blocks_as_torchs_encoder_layer(values, activation):
+def test_blocks_match_torch_encoder_layer(values, activation):
     """The `gpt2` preset is post-norm without biases, and nothing stands behind its last block."""
     config = tiny(**SIZES, **values, activation=activation)
     theirs = nn.ModuleDict(
@@ -146,7 +153,7 @@ def weights(seed: int | None = 1337, **values) -> dict[str, torch.Tensor]:
     return build_model(tiny(**values), device='cpu', seed=seed).state_dict()
 
 
-def test_weights_are_given_by_the_seed_alone():
+def test_weights_depend_on_seed_only():
     first = weights(n_layer=2)
     before = torch.random.get_rng_state()
     again = weights(n_layer=2)
@@ -160,7 +167,7 @@ def test_weights_are_given_by_the_seed_alone():
     assert len({tuple(tensor.tolist()) for tensor in matrices}) == len(matrices) - 1  # the tied one
 
 
-def test_like_named_parameters_of_two_architectures_start_equal():
+def test_equal_names_start_equal_across_architectures():
     one = weights(arch_preset='gpt2')
     two = weights(arch_preset='llama', position_encoding='learned_absolute')
     common = [name for name in one if name in two and one[name].shape == two[name].shape]
@@ -171,7 +178,7 @@ def test_like_named_parameters_of_two_architectures_start_equal():
 
 
 @pytest.mark.parametrize('ffn', ['standard', 'swiglu'])
-def test_depth_scales_the_projections_into_the_residual_stream(ffn):
+def test_depth_scaled_residual_projections(ffn):
     config = tiny(ffn_type=ffn, n_layer=8, n_embd=64, vocab_size=200, block_size=100, bias=True)
     for name, parameter in build_model(config, device='cpu', seed=3).named_parameters():
         if parameter.dim() == 1:
@@ -184,7 +191,7 @@ def test_depth_scales_the_projections_into_the_residual_stream(ffn):
         assert abs(parameter.mean().item()) < 5 * std / math.sqrt(parameter.numel()), name
 
 
-def test_a_parameter_that_nobody_initialises_is_a_fault(monkeypatch):
+def test_uninitialized_parameter_is_error(monkeypatch):
     class Forgetful(NORM_REGISTRY['rmsnorm']):
         def __init__(self, config, width):
             super().__init__(config, width)
@@ -197,7 +204,7 @@ def test_a_parameter_that_nobody_initialises_is_a_fault(monkeypatch):
         build_model(tiny(normalization='forgetful'), device='cpu')
 
 
-def test_a_model_needs_a_vocabulary():
+def test_model_needs_vocab_size():
     with pytest.raises(UserError, match='vocab_size'):
         build_model(tiny(vocab_size=None))
 
@@ -205,7 +212,7 @@ def test_a_model_needs_a_vocabulary():
 # --- Parameters and FLOPs -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize('chosen', covering(), ids=label)
+@pytest.mark.parametrize('chosen', pairwise_architectures(), ids=label)
 def test_parameters_are_counted_and_grouped_once(chosen):
     config = tiny(**chosen)
     model = build_model(config)
@@ -254,7 +261,7 @@ def full_size():
     )
 
 
-def test_parameters_of_the_presets(full_size):
+def test_preset_parameter_counts(full_size):
     def count(name, **values):
         return count_parameters(build_model(preset(name, **values)))['total_params']
 
@@ -272,7 +279,7 @@ def test_parameters_of_the_presets(full_size):
 
 
 @pytest.mark.parametrize('name', ['gpt2', 'llama'])
-def test_flops_of_the_presets_are_the_closed_form(full_size, name):
+def test_preset_flops_match_closed_form(full_size, name):
     """6 for each parameter that multiplies, and 12 · L · H · Q · T (Chowdhery et al. 2022)."""
     theirs = getattr(full_size, name)
     multiplying = sum(
@@ -294,8 +301,8 @@ def test_flops_of_the_presets_are_the_closed_form(full_size, name):
     assert shorter['per_token'] == 6 * multiplying + square / 2
 
 
-@pytest.mark.parametrize('chosen', covering(), ids=label)
-def test_the_causal_convention_changes_the_scores_and_nothing_else(chosen):
+@pytest.mark.parametrize('chosen', pairwise_architectures(), ids=label)
+def test_causal_flops_differ_in_scores_only(chosen):
     """To a half, where nothing but causality hides."""
     config = tiny(**chosen)
     flops = training_flops(build_model(config))
@@ -347,7 +354,7 @@ LAYERS, LENGTH, WIDTH, HIDDEN, HEADS, HEAD = 2, 6, 16, 40, 4, 4
     ],
     ids=lambda value: label(value) if isinstance(value, dict) else '',
 )
-def test_elementwise_operations_tell_architectures_apart(changed, elements):
+def test_elementwise_operations_by_architecture(changed, elements):
     """What a change of the architecture adds, counted by hand."""
     plain = {
         'normalization': 'layernorm',
@@ -374,12 +381,12 @@ def continuation(model, tokens, count, **options):
 
 @pytest.fixture(scope='module', params=['learned_absolute', 'rope'])
 def model(request):
-    return lively(tiny(position_encoding=request.param, vocab_size=12)).eval()
+    return perturbed_model(tiny(position_encoding=request.param, vocab_size=12)).eval()
 
 
-def test_greedy_text_is_the_likeliest_token_each_time(model):
+def test_greedy_generation_takes_likeliest_token(model):
     """Also past the context's length, where the oldest tokens are forgotten."""
-    prompt = some_tokens(model.config, batch=3)[:, :2]
+    prompt = random_tokens(model.config, batch=3)[:, :2]
     text = prompt
     for _ in range(10):
         logits = model(text[:, -model.config.block_size :])[:, -1]
@@ -389,7 +396,7 @@ def test_greedy_text_is_the_likeliest_token_each_time(model):
         assert torch.equal(continuation(model, prompt, 10, **options), text[:, 2:]), options
 
 
-def test_a_seeded_generator_repeats_its_text(model):
+def test_seeded_generation_is_repeatable(model):
     def text(seed):
         generator = torch.Generator().manual_seed(seed)
         prompt = torch.zeros((2, 1), dtype=torch.long)
@@ -399,7 +406,7 @@ def test_a_seeded_generator_repeats_its_text(model):
     assert not torch.equal(text(5), text(6))
 
 
-def test_only_learned_positions_end_at_the_block_size():
+def test_only_learned_positions_are_limited_to_block_size():
     for name in ('rope', 'none', 'learned_absolute'):
         config = ModelArchitectureConfig(
             n_layer=1, n_head=2, n_embd=8, block_size=4, vocab_size=8, position_encoding=name

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.architectures import gradients, lively, some_tokens, tiny
+from helpers.architectures import gradients, perturbed_model, random_tokens, tiny
 
 from common.errors import UserError
 from model_builder import build_model
@@ -64,7 +64,7 @@ def loss_and_backward(model, tokens):
         ('hybrid', '12L-12H-768D-RoPE-LN-NB-GELU-PreNorm'),
     ],
 )
-def test_names_of_presets(preset, name):
+def test_name_tags_of_presets(preset, name):
     assert ModelArchitectureConfig(arch_preset=preset).name == name
 
 
@@ -87,7 +87,7 @@ def attention_written_as_a_loop(q, k, v, bias):
 @pytest.mark.parametrize('bias_heads', [None, 1, 4])
 @pytest.mark.parametrize('kv_heads', [4, 2, 1])
 @pytest.mark.parametrize('backend', list(ATTENTION_BACKEND_REGISTRY))
-def test_a_backend_is_attention_as_written_in_the_paper(backend, kv_heads, bias_heads):
+def test_backend_matches_paper_formula(backend, kv_heads, bias_heads):
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, h, 5, 8, generator=generator) for h in (4, kv_heads, kv_heads))
     bias = torch.randn(bias_heads, 5, 5, generator=generator) if bias_heads else None
@@ -98,11 +98,11 @@ def test_a_backend_is_attention_as_written_in_the_paper(backend, kv_heads, bias_
 
 
 @pytest.mark.parametrize('kv_heads', [4, 2])
-def test_a_position_encoding_that_biases_scores(alibi, kv_heads):
+def test_position_encoding_with_bias(alibi, kv_heads):
     """It reaches the scores in every backend alike, keeps causality, and its parameters learn."""
     values = {'position_encoding': alibi, 'use_gqa': True, 'num_kv_heads': kv_heads}
-    models = {b: lively(tiny(**values, attention_backend=b)) for b in ('sdpa', 'manual')}
-    tokens = some_tokens(models['manual'].config, batch=2)
+    models = {b: perturbed_model(tiny(**values, attention_backend=b)) for b in ('sdpa', 'manual')}
+    tokens = random_tokens(models['manual'].config, batch=2)
     losses = {backend: loss_and_backward(model, tokens) for backend, model in models.items()}
     for backend, model in models.items():
         torch.testing.assert_close(losses[backend], losses['manual'])
@@ -119,7 +119,7 @@ def test_a_position_encoding_that_biases_scores(alibi, kv_heads):
     ('feature', 'values'),
     [('bias', {'position_encoding': 'learned_alibi'}), ('dropout', {'attention_dropout': 0.1})],
 )
-def test_a_backend_that_lacks_what_the_scores_need_is_refused(register, alibi, feature, values):
+def test_backend_without_needed_feature_is_rejected(register, alibi, feature, values):
     class CausalOnly(ATTENTION_BACKEND_REGISTRY['manual']):
         supports = frozenset()
 
@@ -129,7 +129,7 @@ def test_a_backend_that_lacks_what_the_scores_need_is_refused(register, alibi, f
         tiny(attention_backend='causal_only', **values)
 
 
-def test_rope_scores_depend_on_the_distance_alone():
+def test_rope_scores_depend_on_distance_only():
     encoding = build_model(tiny(position_encoding='rope', rope_theta=50.0)).position_encoding
     q, k = torch.randn(2, 1, 1, 1, 4, generator=torch.Generator().manual_seed(0))
 
@@ -148,7 +148,7 @@ def test_rope_scores_depend_on_the_distance_alone():
 
 @pytest.mark.parametrize('eps', [1e-5, 0.5])
 @pytest.mark.parametrize('name', ['layernorm', 'layernorm_nobias', 'rmsnorm'])
-def test_norms_compute_their_formula_in_single_precision(name, eps):
+def test_norm_formulas_in_fp32(name, eps):
     norm = NORM_REGISTRY[name](tiny(normalization=name, norm_eps=eps), 16)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -166,19 +166,19 @@ def test_norms_compute_their_formula_in_single_precision(name, eps):
     torch.testing.assert_close(norm(x), exact.float(), rtol=1e-5, atol=1e-5)
 
 
-def test_dynamic_tanh_is_its_formula_and_begins_at_its_slope():
+def test_dynamic_tanh_formula_and_initial_slope():
     config = tiny(normalization='dyt', dyt_alpha=0.7)
     norm = build_model(config, device='cpu', seed=1).blocks[0].attention_norm
     x = torch.linspace(-3, 3, 16).bfloat16()[None]
     torch.testing.assert_close(norm(x), torch.tanh(0.7 * x.double()).float())
-    norm = lively(config).blocks[0].attention_norm
+    norm = perturbed_model(config).blocks[0].attention_norm
     alpha, weight, bias = (p.double() for p in (norm.alpha, norm.weight, norm.bias))
     exact = weight * torch.tanh(alpha * x.double()) + bias  # Zhu et al. 2025, algorithm 1
     torch.testing.assert_close(norm(x), exact.float())
     assert norm(x).dtype == torch.float32 and alpha != 0.7
 
 
-def test_no_norm_changes_nothing_and_has_no_parameters():
+def test_no_norm_is_identity():
     norm = NORM_REGISTRY['none'](tiny(normalization='none'), 16)
     x = torch.randn(3, 16)
     assert torch.equal(norm(x), x) and not list(norm.parameters())
@@ -216,9 +216,9 @@ def test_activations(name, formula):
     ],
     ids=lambda value: '-'.join(map(str, value.values())) if isinstance(value, dict) else '',
 )
-def test_gated_units_are_their_formula(values, gate):
+def test_gated_unit_formulas(values, gate):
     """Shazeer 2020, equations 5 and 6, with V and W one below the other in one projection."""
-    ffn = lively(tiny(**values, ffn_bias=True)).blocks[0].ffn
+    ffn = perturbed_model(tiny(**values, ffn_bias=True)).blocks[0].ffn
     x = torch.randn(3, 5, 16, generator=torch.Generator().manual_seed(0))
     w, v = ffn.gate_up.weight.chunk(2)
     b, c = ffn.gate_up.bias.chunk(2)
@@ -230,7 +230,7 @@ def test_gated_units_are_their_formula(values, gate):
 
 @pytest.mark.parametrize('ffn_type', ['standard', 'swiglu'])
 @pytest.mark.parametrize(('bias', 'ffn_bias'), [(True, False), (False, True), (True, None)])
-def test_biases_of_the_feed_forward_network_are_apart(ffn_type, bias, ffn_bias):
+def test_ffn_bias_is_separate(ffn_type, bias, ffn_bias):
     config = tiny(ffn_type=ffn_type, bias=bias, ffn_bias=ffn_bias)
     assert config.ffn_bias == (bias if ffn_bias is None else ffn_bias)
     block = build_model(config).blocks[0]
@@ -250,7 +250,7 @@ def test_biases_of_the_feed_forward_network_are_apart(ffn_type, bias, ffn_bias):
         ({'ffn_type': 'swiglu', 'n_embd': 64, 'd_ff': 7}, 7),
     ],
 )
-def test_hidden_width_of_the_feed_forward_network(values, d_ff):
+def test_default_d_ff(values, d_ff):
     config = tiny(**values)
     assert config.d_ff == d_ff
     assert build_model(config).blocks[0].ffn.down.in_features == d_ff
@@ -259,20 +259,20 @@ def test_hidden_width_of_the_feed_forward_network(values, d_ff):
 # --- Both ends ------------------------------------------------------------------------------------
 
 
-def test_embeddings_are_scaled_by_the_root_of_the_width():
+def test_scale_embeddings():
     config = tiny(position_encoding='none')
-    tokens = some_tokens(config, batch=2)
+    tokens = random_tokens(config, batch=2)
     plain, scaled = (
-        lively(config.replace(scale_embeddings=value)).token_embedding(tokens)
+        perturbed_model(config.replace(scale_embeddings=value)).token_embedding(tokens)
         for value in (False, True)
     )
     torch.testing.assert_close(scaled, 4.0 * plain)  # the width is 16
 
 
 @pytest.mark.parametrize('cap', [0.5, 30.0])
-def test_logits_are_capped_where_the_loss_and_the_text_see_them(cap):
-    plain, capped = lively(tiny()), lively(tiny(logit_softcap=cap))
-    tokens = some_tokens(plain.config, batch=2)
+def test_logit_softcap_in_loss_and_generation(cap):
+    plain, capped = perturbed_model(tiny()), perturbed_model(tiny(logit_softcap=cap))
+    tokens = random_tokens(plain.config, batch=2)
     expected = cap * torch.tanh(plain(tokens).double() / cap)
     torch.testing.assert_close(capped(tokens).double(), expected, rtol=1e-5, atol=1e-5)
     loss_sum, _, _ = capped(tokens, tokens)
@@ -281,10 +281,10 @@ def test_logits_are_capped_where_the_loss_and_the_text_see_them(cap):
 
 
 @pytest.mark.parametrize('cap', [None, 2.0])
-def test_z_loss_is_the_mean_square_of_log_z_beside_the_same_loss(cap):
-    plain = lively(tiny(logit_softcap=cap))
-    model = lively(tiny(logit_softcap=cap, z_loss=0.25))
-    tokens = some_tokens(plain.config, batch=2)
+def test_z_loss_formula(cap):
+    plain = perturbed_model(tiny(logit_softcap=cap))
+    model = perturbed_model(tiny(logit_softcap=cap, z_loss=0.25))
+    tokens = random_tokens(plain.config, batch=2)
     targets = tokens.roll(-1, dims=1)
     targets[:, -1] = -100
     loss_sum, count, auxiliary = model(tokens, targets)
@@ -303,12 +303,12 @@ def test_z_loss_is_the_mean_square_of_log_z_beside_the_same_loss(cap):
 
 @pytest.mark.parametrize('backend', ['sdpa', 'manual'])
 @pytest.mark.parametrize('key', ['dropout', 'attention_dropout', 'residual_dropout'])
-def test_each_dropout_acts_in_training_only(key, backend):
+def test_dropout_acts_in_training_only(key, backend):
     rates = {'dropout': 0.0, 'attention_dropout': 0.0, 'residual_dropout': 0.0}
     values = {'attention_backend': backend, 'ffn_type': 'swiglu'}
-    plain = lively(tiny(**values, **rates))
-    model = lively(tiny(**values, **{**rates, key: 0.5}))
-    tokens = some_tokens(model.config, batch=1)
+    plain = perturbed_model(tiny(**values, **rates))
+    model = perturbed_model(tiny(**values, **{**rates, key: 0.5}))
+    tokens = random_tokens(model.config, batch=1)
     torch.testing.assert_close(model.eval()(tokens), plain(tokens), rtol=0, atol=0)
     model.train()
     with torch.random.fork_rng():
@@ -323,11 +323,11 @@ def test_each_dropout_acts_in_training_only(key, backend):
 
 @pytest.mark.parametrize('norm_position', list(NORM_POSITION_REGISTRY))
 @pytest.mark.parametrize('silent', ['attention.output', 'ffn.down'])
-def test_residual_dropout_reaches_each_branch(silent, norm_position):
+def test_residual_dropout_reaches_each_sublayer(silent, norm_position):
     """With one branch adding nothing, what is dropped is of the other."""
-    model = lively(tiny(n_layer=1, norm_position=norm_position, residual_dropout=0.5))
+    model = perturbed_model(tiny(n_layer=1, norm_position=norm_position, residual_dropout=0.5))
     with torch.no_grad():
         for parameter in model.blocks[0].get_submodule(silent).parameters():
             parameter.zero_()
-    tokens = some_tokens(model.config, batch=1)
+    tokens = random_tokens(model.config, batch=1)
     assert not torch.equal(model(tokens), model(tokens))

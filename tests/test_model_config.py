@@ -30,7 +30,7 @@ def resolve(*layers):
     return ModelArchitectureConfig.resolve(named, problems), problems
 
 
-def test_config_is_shown_as_code_completed_and_compared():
+def test_config_repr_dir_and_eq():
     config = small('llama', d_ff=64)
     assert repr(config).startswith('ModelArchitectureConfig(n_layer=2, n_head=2, n_embd=32,')
     values = eval(repr(config).removeprefix('ModelArchitectureConfig').replace('(', 'dict(', 1))
@@ -68,7 +68,7 @@ def test_names_of_the_presets(preset, name):
         ('legacy', {'bias': True, 'weight_tying': True, 'd_ff': 3072}),
     ],
 )
-def test_what_the_names_of_the_presets_leave_unsaid(preset, choices):
+def test_defaults_of_presets(preset, choices):
     config = ModelArchitectureConfig(arch_preset=preset)
     assert {key: config.to_dict()[key] for key in choices} == choices
     sizes = (config.n_layer, config.n_head, config.n_embd, config.block_size, config.dropout)
@@ -76,13 +76,13 @@ def test_what_the_names_of_the_presets_leave_unsaid(preset, choices):
 
 
 @pytest.mark.parametrize('bias', [True, False])
-def test_the_norms_of_legacy_have_biases_when_its_linear_layers_do(bias):
+def test_legacy_norm_bias_follows_bias(bias):
     names = build_model(small('legacy', bias=bias)).state_dict()
     assert any(name.endswith('norm.bias') for name in names) == bias
     assert any(name.endswith('.bias') for name in names) == bias
 
 
-def test_a_norm_that_was_asked_for_wins_over_the_presets_rule():
+def test_explicit_norm_overrides_preset_rule():
     config = small('legacy', bias=False, normalization='layernorm')
     assert config.normalization == 'layernorm'
 
@@ -190,14 +190,14 @@ def base_behaviour(base):
     return model_and_behaviour(base_config(base))
 
 
-def test_the_same_config_builds_the_same_model():
+def test_equal_configs_build_equal_models():
     assert model_and_behaviour(base_config('llama')) == base_behaviour('llama')
 
 
 @pytest.mark.parametrize(
     ('base', 'values'), list(overrides()), ids=lambda value: str(value).replace("'", '')
 )
-def test_an_override_changes_config_hash_and_model_together(base, values):
+def test_override_changes_config_hash_and_model(base, values):
     before = base_config(base)
     after, problems = resolve({'arch_preset': before.preset, **SMALL, **BASES[base]}, values)
     assert problems == [] and {key: after.to_dict()[key] for key in values} == values
@@ -211,7 +211,7 @@ def test_an_override_changes_config_hash_and_model_together(base, values):
 # The hash and the name
 
 
-def test_the_hash_does_not_depend_on_how_a_value_was_written():
+def test_hash_is_independent_of_spelling():
     spelt = [
         small('llama', rope_theta=10000, dropout=0),
         small('llama', rope_theta=10000.0),
@@ -223,13 +223,13 @@ def test_the_hash_does_not_depend_on_how_a_value_was_written():
     assert all(type(config.rope_theta) is float for config in spelt)
 
 
-def test_presets_with_other_choices_have_other_names_and_hashes():
+def test_presets_have_distinct_names_and_hashes():
     configs = [small(preset) for preset in ('gpt2', 'llama', 'hybrid', 'legacy')]
     assert len({config.name for config in configs}) == 4
     assert len({config.hash for config in configs}) == 4
 
 
-def test_the_name_tells_grouped_queries_and_sizes():
+def test_name_shows_gqa_and_sizes():
     config = small('llama', use_gqa=True, num_kv_heads=1)
     assert config.name == '2L-2H-32D-MQA-RoPE-RMS-SwiGLU-PreNorm'
 
@@ -238,7 +238,7 @@ def test_the_name_tells_grouped_queries_and_sizes():
 # The merge and where values come from
 
 
-def test_a_preset_lies_beneath_every_level_whichever_names_it():
+def test_preset_is_below_every_layer():
     config, problems = resolve({'normalization': 'rmsnorm'}, {'arch_preset': 'gpt2'})
     assert problems == [] and config.preset == 'gpt2' and config.normalization == 'rmsnorm'
     config, problems = resolve({'arch_preset': 'gpt2', 'n_layer': 3}, {'arch_preset': 'llama'})
@@ -249,7 +249,7 @@ def test_a_preset_lies_beneath_every_level_whichever_names_it():
     )
 
 
-def test_every_value_knows_where_it_came_from():
+def test_origins_of_values():
     config, problems = resolve(
         {'arch_preset': 'llama', 'n_layer': 4, 'n_embd': 96},
         {'n_layer': 6, 'normalization': 'rmsnorm'},
@@ -267,7 +267,7 @@ def test_every_value_knows_where_it_came_from():
     assert {key: config.origins[key] for key in expected} == expected
 
 
-def test_every_problem_is_reported_at_once():
+def test_all_problems_are_reported():
     with pytest.raises(UserError) as refused:
         ModelArchitectureConfig(n_layers=2, n_layer=0, dropout=1.0, normalization='rms')
     problems = refused.value.problems
@@ -276,7 +276,7 @@ def test_every_problem_is_reported_at_once():
         assert any(words in problem for problem in problems)
 
 
-def test_illegal_combinations_are_reported_at_once():
+def test_all_illegal_combinations_are_reported():
     with pytest.raises(UserError) as refused:
         ModelArchitectureConfig(
             arch_preset='llama',
@@ -314,7 +314,7 @@ def test_illegal_combinations_are_reported_at_once():
         ([{'multiple_of': 16}], 'multiple_of', "ffn_type='swiglu'"),
     ],
 )
-def test_an_option_without_use_is_refused_at_the_choices_level_or_above(levels, key, belongs_to):
+def test_unused_option_is_rejected_at_same_or_higher_layer(levels, key, belongs_to):
     config, problems = resolve(*levels)
     (problem,) = problems
     assert problem.startswith(f'{key}=') and 'no use' in problem and belongs_to in problem
@@ -336,7 +336,7 @@ def test_an_option_without_use_is_refused_at_the_choices_level_or_above(levels, 
         ([{'arch_preset': 'llama', 'rope_theta': 5.0}, {'arch_preset': 'gpt2'}], 'rope_theta'),
     ],
 )
-def test_an_option_that_an_override_leaves_behind_is_dropped_with_a_note(levels, key):
+def test_override_drops_unused_option_with_note(levels, key):
     config, problems = resolve(*levels)
     assert problems == [] and key not in config
     (note,) = config.dropped
@@ -344,7 +344,7 @@ def test_an_option_that_an_override_leaves_behind_is_dropped_with_a_note(levels,
 
 
 @pytest.mark.parametrize('gated', ['swiglu', 'geglu', 'reglu', 'glu', 'bilinear'])
-def test_a_gated_activation_is_another_way_to_say_the_feed_forward_network(gated):
+def test_gated_activation_is_alias_of_ffn_type(gated):
     config, problems = resolve({'arch_preset': 'gpt2'}, {'activation': gated})
     assert problems == [] and config.ffn_type == gated and 'activation' not in config
     assert config.origins['ffn_type'] == f'level 2: activation={gated!r}'
@@ -356,7 +356,7 @@ def test_a_gated_activation_is_another_way_to_say_the_feed_forward_network(gated
     assert problems == [] and (back.ffn_type, back.activation) == ('standard', 'gelu')
 
 
-def test_an_activation_and_a_feed_forward_network_that_disagree_are_refused():
+def test_contradicting_activation_and_ffn_type_are_rejected():
     _, problems = resolve({'activation': 'geglu', 'ffn_type': 'swiglu'})
     (problem,) = problems
     assert "activation='geglu' (level 1) is another way to say ffn_type='geglu'" in problem
@@ -365,7 +365,7 @@ def test_an_activation_and_a_feed_forward_network_that_disagree_are_refused():
     assert problems == []
 
 
-def test_a_choice_that_comes_back_at_a_higher_level_keeps_its_options():
+def test_restored_choice_keeps_its_options():
     levels = [{'arch_preset': 'llama', 'rope_theta': 5.0}, {'position_encoding': 'none'}]
     config, problems = resolve(*levels, {'position_encoding': 'rope'})
     assert problems == [] and config.dropped == [] and config.rope_theta == 5.0
@@ -380,7 +380,7 @@ def nearest_multiple(number, multiple):
 
 
 @pytest.mark.parametrize(('n_embd', 'd_ff'), [(768, 2048), (64, 168), (1536, 4096), (2, 8)])
-def test_swiglu_is_eight_thirds_as_wide_to_the_nearest_multiple_of_8(n_embd, d_ff):
+def test_swiglu_default_width(n_embd, d_ff):
     assert (
         small('llama', n_embd=n_embd, n_head=1).d_ff == d_ff == nearest_multiple(8 * n_embd / 3, 8)
     )
@@ -388,13 +388,13 @@ def test_swiglu_is_eight_thirds_as_wide_to_the_nearest_multiple_of_8(n_embd, d_f
 
 @pytest.mark.parametrize('multiple', [1, 8, 64, 256])
 @pytest.mark.parametrize('n_embd', [32, 100, 768, 1000])
-def test_multiple_of_rounds_the_derived_width(n_embd, multiple):
+def test_multiple_of_rounds_derived_width(n_embd, multiple):
     config = small('llama', n_embd=n_embd, multiple_of=multiple)
     assert config.d_ff == nearest_multiple(8 * n_embd / 3, multiple)
     assert small('llama', n_embd=n_embd, multiple_of=multiple, d_ff=77).d_ff == 77
 
 
-def test_derived_values_follow_the_merge_not_the_preset():
+def test_derived_values_follow_merged_values():
     config, problems = resolve(
         {'arch_preset': 'llama', 'dropout': 0.1},
         {'n_embd': 384, 'ffn_type': 'standard', 'dropout': 0.2, 'residual_dropout': 0.3},
@@ -407,7 +407,7 @@ def test_derived_values_follow_the_merge_not_the_preset():
 # replace
 
 
-def test_replace_derives_anew_and_leaves_the_original_alone():
+def test_replace_derives_again():
     config = ModelArchitectureConfig(arch_preset='llama', dropout=0.1)
     before = config.to_dict()
     wider = config.replace(n_embd=384, dropout=0.2)
@@ -418,7 +418,7 @@ def test_replace_derives_anew_and_leaves_the_original_alone():
     assert wider.origins['n_embd'] == 'argument' and wider.origins['d_ff'].startswith('derived: ')
 
 
-def test_replace_follows_the_presets_rules_and_can_change_the_preset():
+def test_replace_follows_preset_rules():
     assert small('legacy').replace(bias=False).normalization == 'layernorm_nobias'
     assert (
         small('legacy', n_layer=1).replace(arch_preset='llama').hash
@@ -426,7 +426,7 @@ def test_replace_follows_the_presets_rules_and_can_change_the_preset():
     )
 
 
-def test_replace_drops_what_the_new_choice_has_no_use_for():
+def test_replace_drops_unused_options():
     changed = small('llama', rope_theta=5.0).replace(position_encoding='learned_absolute')
     assert 'rope_theta' not in changed
     (note,) = changed.dropped
@@ -437,14 +437,14 @@ def test_replace_drops_what_the_new_choice_has_no_use_for():
     'values',
     [{'n_layers': 3}, {'n_layer': '3'}, {'n_layer': 0}, {'n_head': 3}, {'activation': 'gelu'}],
 )
-def test_replace_checks_like_the_constructor(values):
+def test_replace_checks_values(values):
     with pytest.raises(UserError):
         small('llama').replace(**values)
     with pytest.raises(UserError):
         small('llama', **values)
 
 
-def test_the_resolved_config_is_frozen():
+def test_config_is_frozen():
     config = small('llama')
     for key in ('n_layer', 'new', 'preset'):
         with pytest.raises(AttributeError, match='frozen'):

@@ -51,7 +51,7 @@ def activation(**attributes) -> type:
 
 
 @pytest.mark.parametrize('registry', ALL, ids=lambda registry: registry.option)
-def test_a_class_that_is_no_component_is_refused_by_every_registry(register, registry):
+def test_registries_reject_non_components(register, registry):
     class Plain(nn.Module):
         def forward(self, x):
             return x
@@ -63,7 +63,7 @@ def test_a_class_that_is_no_component_is_refused_by_every_registry(register, reg
 
 
 @pytest.mark.parametrize('registry', ALL, ids=lambda registry: registry.option)
-def test_what_the_project_registers_is_what_it_expects(register, registry):
+def test_project_components_meet_their_contracts(register, registry):
     for name in list(registry):
         if registry[name].__module__.startswith('components.'):
             register(registry, name, registry[name])
@@ -95,7 +95,7 @@ def test_what_the_project_registers_is_what_it_expects(register, registry):
         ({'initial_values': {}}, 'Own.initial_values must be initial_values(self), and is {}'),
     ],
 )
-def test_a_class_with_a_mistake_is_refused_when_it_is_registered(register, attributes, expected):
+def test_faulty_class_is_rejected_at_registration(register, attributes, expected):
     with pytest.raises(UserError) as refused:
         register(ACTIVATION_REGISTRY, 'mine', activation(**attributes))
     assert "activation='mine': " in str(refused.value) and expected in str(refused.value)
@@ -113,7 +113,7 @@ def test_a_class_with_a_mistake_is_refused_when_it_is_registered(register, attri
         (SCHEDULE_REGISTRY, Schedule, 'Own must define learning_rate(iteration, run)'),
     ],
 )
-def test_a_class_that_lacks_what_its_kind_needs_is_refused(register, registry, base, expected):
+def test_class_without_required_method_is_rejected(register, registry, base, expected):
     with pytest.raises(UserError, match=re.escape(expected)):
         register(registry, 'mine', type('Own', (base,), {}))
 
@@ -141,14 +141,12 @@ def test_a_class_that_lacks_what_its_kind_needs_is_refused(register, registry, b
         (SCHEDULE_REGISTRY, 'cosine', {'learning_rate': 1e-3}, 'Own.learning_rate must be'),
     ],
 )
-def test_every_registry_checks_methods_and_attributes(
-    register, registry, base, attributes, expected
-):
+def test_registries_check_methods_and_attributes(register, registry, base, attributes, expected):
     with pytest.raises(UserError, match=re.escape(expected)):
         register(registry, 'mine', type('Own', (registry[base],), attributes))
 
 
-def test_a_component_need_not_have_every_base_of_the_projects_own(register):
+def test_component_may_have_fewer_bases(register):
     class Identity(Component, nn.Module):
         def __init__(self, config, width):
             super().__init__()
@@ -183,9 +181,7 @@ def test_a_component_need_not_have_every_base_of_the_projects_own(register):
         ('name_tag', None, 'Own.name_tag(config) must return a string'),
     ],
 )
-def test_a_wrong_answer_to_the_configuration_names_class_and_method(
-    register, method, returned, expected
-):
+def test_wrong_configuration_answer_names_class_and_method(register, method, returned, expected):
     own = activation(**{method: classmethod(lambda cls, config: returned)})
     register(ACTIVATION_REGISTRY, 'mine', own)
     with pytest.raises(UserError, match=re.escape(expected)):
@@ -214,7 +210,7 @@ BASES = {
 
 
 @pytest.mark.parametrize('registry', BASES, ids=lambda registry: registry.option)
-def test_the_name_has_the_tag_of_every_component_and_else_its_own_name(register, registry):
+def test_name_uses_tag_or_registered_name(register, registry):
     base = BASES[registry]
     base = registry[base] if isinstance(base, str) else base
     assert 'Mine' in name_with(register, registry, base, tag='Mine').split('-')
@@ -223,18 +219,18 @@ def test_the_name_has_the_tag_of_every_component_and_else_its_own_name(register,
     assert not base.tag or base.tag not in name_with(register, registry, base).split('-')
 
 
-def test_details_follow_an_attentions_tag(register):
+def test_attention_tag_precedes_details(register):
     register(ATTENTION_REGISTRY, 'mine', type('Own', (MultiHeadAttention,), {'tag': 'Mine'}))
     name = tiny(attention_type='mine', use_gqa=True, num_kv_heads=2, sliding_window=3).name
     assert '-Mine-GQA2-SW3-' in name
 
 
-def test_a_name_may_say_nothing_where_that_goes_without_saying(register):
+def test_empty_tag_is_allowed(register):
     same = name_with(register, ATTENTION_REGISTRY, MultiHeadAttention, tag='')
     assert same == tiny().name
 
 
-def test_the_names_of_presets_are_those_of_old_records():
+def test_preset_names_match_old_records():
     expected = {
         'gpt2': '2L-4H-16D-AbsPos-LN-NB-GELU-PostNorm',
         'llama': '2L-4H-16D-RoPE-RMS-SwiGLU-PreNorm',

@@ -51,7 +51,7 @@ COLOR = Option(str, 'red', 'A color', choices=('red', 'green', 'dark_blue'))
         (COLOR, 'green', 'green'),
     ],
 )
-def test_text_of_the_command_line_becomes_the_options_type(option, text, value):
+def test_parse_command_line_text(option, text, value):
     parsed = option.parse('key', text)
     assert parsed == value and type(parsed) is type(value)
 
@@ -66,7 +66,7 @@ def test_text_of_the_command_line_becomes_the_options_type(option, text, value):
         *((COLOR, text) for text in ('Red', 'blue', '', 'None')),
     ],
 )
-def test_other_text_is_refused_with_key_value_and_what_is_allowed(option, text):
+def test_parse_error_names_key_value_and_allowed(option, text):
     with pytest.raises(UserError) as refused:
         option.parse('some_key', text)
     (problem,) = refused.value.problems
@@ -78,7 +78,7 @@ def test_other_text_is_refused_with_key_value_and_what_is_allowed(option, text):
     ('needed', 'useful', 'useless'),
     [(True, [True], [False, None]), (AnyBut(None), [False, 0, 'none'], [None])],
 )
-def test_an_option_has_a_use_with_what_it_requires(needed, useful, useless):
+def test_option_is_active_with_its_requirement(needed, useful, useless):
     option = Option(int, 3, 'A number', requires=('other', needed))
     assert all(option.is_active({'other': value}) for value in useful)
     assert not any(option.is_active({'other': value}) for value in useless)
@@ -96,7 +96,7 @@ def test_an_option_has_a_use_with_what_it_requires(needed, useful, useless):
         (COLOR, 'dark_blue', 'dark_blue'),
     ],
 )
-def test_values_of_a_python_file_are_accepted_as_the_options_type(option, given, value):
+def test_accept_python_values(option, given, value):
     accepted = option.accept('key', given)
     assert accepted == value and type(accepted) is type(value)
 
@@ -123,14 +123,14 @@ def test_values_of_a_python_file_are_accepted_as_the_options_type(option, given,
         (COLOR, 'blue'),
     ],
 )
-def test_values_of_another_type_are_refused(option, given):
+def test_accept_rejects_other_types(option, given):
     with pytest.raises(UserError) as refused:
         option.accept('some_key', given)
     (problem,) = refused.value.problems
     assert f'some_key={given!r}' in problem and option.allowed() in problem
 
 
-def test_a_misspelt_choice_is_answered_with_the_nearest():
+def test_misspelled_choice_gets_suggestion():
     with pytest.raises(UserError, match=r'Did you mean dark_blue\?'):
         COLOR.parse('color', 'dark-blu')
 
@@ -144,7 +144,7 @@ def test_a_misspelt_choice_is_answered_with_the_nearest():
         (fraction(), (0, 0.999), (1, -0.001)),
     ],
 )
-def test_checks_hold_at_their_bounds(check, inside, outside):
+def test_checks_at_bounds(check, inside, outside):
     option = Option(float, 0.5, 'A number', check=check)
     assert [option.accept('x', value) for value in inside] == list(inside)
     for value in outside:
@@ -167,7 +167,7 @@ def shapes():
     return registry
 
 
-def test_a_registry_is_the_list_of_what_was_registered(shapes):
+def test_registry_lists_registered_components(shapes):
     option = Option(str, 'square', 'A shape', choices=shapes)
 
     @shapes.register('circle')
@@ -182,7 +182,7 @@ def test_a_registry_is_the_list_of_what_was_registered(shapes):
         option.accept('shape', 'triangle')
 
 
-def test_the_same_name_from_two_places_is_refused(shapes):
+def test_duplicate_name_is_rejected(shapes):
     class Other:
         pass
 
@@ -192,7 +192,7 @@ def test_the_same_name_from_two_places_is_refused(shapes):
     assert shapes['square'] is before
 
 
-def test_a_class_that_is_defined_again_replaces_itself():
+def test_redefined_class_replaces_itself():
     registry = Registry('shape', 'Shape', home='common.errors')
 
     def define():
@@ -210,7 +210,7 @@ def test_a_class_that_is_defined_again_replaces_itself():
 # Resolved values
 
 
-def test_resolved_values_cannot_be_set():
+def test_frozen_config_cannot_be_set():
     config = FrozenConfig({'width': 8}, {'width': 'default'})
     for key in ('width', 'new', 'origins'):
         with pytest.raises(AttributeError, match='frozen'):
@@ -222,13 +222,13 @@ def test_resolved_values_cannot_be_set():
 
 
 @pytest.mark.parametrize('copied', [copy.deepcopy, lambda c: pickle.loads(pickle.dumps(c))])
-def test_resolved_values_survive_copying(copied):
+def test_frozen_config_survives_copying(copied):
     config = FrozenConfig({'width': 8}, {'width': 'default'})
     again = copied(config)
     assert again == config and again.origins == config.origins
 
 
-def test_resolved_values_are_shown_completed_and_compared():
+def test_frozen_config_repr_dir_and_eq():
     config = FrozenConfig({'width': 8, 'name': 'a'}, {})
     assert repr(config) == "FrozenConfig(width=8, name='a')"
     assert {'width', 'name', 'to_dict', 'origins'} <= set(dir(config))
@@ -237,7 +237,7 @@ def test_resolved_values_are_shown_completed_and_compared():
     assert config != {'width': 8, 'name': 'a'}
 
 
-def test_a_part_of_a_registry_has_what_fits_of_it_later_ones_included():
+def test_registry_subset_includes_later_components():
     whole = Registry('color', 'Color', home='common.registry')
     whole.register('red')(type('Red', (), {'warm': True}))
     part = whole.where(lambda component: component.warm, 'light', 'Light')

@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from helpers.architectures import gradients, lively, some_tokens, tiny
+from helpers.architectures import gradients, perturbed_model, random_tokens, tiny
 from torch.utils.flop_counter import FlopCounterMode
 
 from components.attention_backends import AttentionSpec
@@ -39,7 +39,7 @@ def attention_in_a_loop(q, k, v, needs, bias):
 @pytest.mark.parametrize('backend', ['sdpa', 'manual', 'flex'])
 @pytest.mark.parametrize('window', [None, 1, 3, 20])
 @pytest.mark.parametrize('softcap', [None, 1.5])
-def test_every_backend_is_the_plain_loop_for_all_that_it_accepts(backend, window, softcap):
+def test_backend_matches_reference_loop(backend, window, softcap):
     """Heads shared or not, values of another width, biased or not, fewer queries than keys."""
     backend = ATTENTION_BACKEND_REGISTRY[backend]
     if softcap and 'softcap' not in backend.supports:
@@ -62,18 +62,20 @@ def test_every_backend_is_the_plain_loop_for_all_that_it_accepts(backend, window
 
 
 @pytest.mark.parametrize('values', [{'head_dim': 6, 'n_head': 3}, {'n_head': 4}])
-def test_heads_need_not_divide_the_width(values):
+def test_head_dim_need_not_divide_n_embd(values):
     config = tiny(**values)
     attention = build_model(config, 'cpu').blocks[0].attention
     assert attention.output.in_features == config.n_head * config.head_dim
 
 
-def test_flex_writes_what_manual_writes_and_trains_on_cuda_only():
+def test_flex_generates_like_manual_and_trains_on_cuda_only():
     values = {'sliding_window': 3, 'attention_pattern': 'LG', 'attention_softcap': 2.0}
     texts = []
     for backend in ('flex', 'manual'):
-        model = lively(tiny(**values, attention_backend=backend, position_encoding='alibi')).eval()
-        prompt = some_tokens(model.config, batch=2)[:, :1]
+        model = perturbed_model(
+            tiny(**values, attention_backend=backend, position_encoding='alibi')
+        ).eval()
+        prompt = random_tokens(model.config, batch=2)[:, :1]
         drawn = generate(model, prompt, 9, choose=Sampler(11, temperature=0))
         texts.append(torch.stack(list(drawn)))
     assert torch.equal(*texts) and len(texts[0].unique()) > 1
@@ -84,7 +86,7 @@ def test_flex_writes_what_manual_writes_and_trains_on_cuda_only():
     assert 'at least 16' in flex.training_problems(config.replace(head_dim=8), 'cuda')[0]
 
 
-def test_a_run_that_would_train_flex_on_a_cpu_is_refused_at_once(train):
+def test_training_flex_on_cpu_is_rejected(train):
     refused = train('--attention_backend=flex', code=2).stderr
     assert 'has no backward pass on cpu' in refused and 'Traceback' not in refused
     refused = train('--attention_backend=flex', '--plan', code=2).stderr
@@ -131,7 +133,7 @@ def compare(ours, positions, attention, rotary, window, weights):
         assert error < 1e-5 * torch.linalg.norm(wanted[name]), name
 
 
-def randomised(module):
+def randomize(module):
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in module.parameters():
@@ -200,7 +202,7 @@ def rope(columns):
     ],
     ids=['qwen3', 'olmo2', 'mistral', 'gemma2'],
 )
-def test_the_attention_of_transformers(name, fields, values, backend):
+def test_attention_matches_transformers(name, fields, values, backend):
     if 'attention_softcap' in values and backend == 'sdpa':
         return
     config = tiny(
@@ -220,7 +222,7 @@ def test_the_attention_of_transformers(name, fields, values, backend):
         compare(
             block.attention,
             placed[layer],
-            randomised(attention(their_config, layer)),
+            randomize(attention(their_config, layer)),
             rope(config.head_dim),
             config.sliding_window if local else None,
             standard_weights,
@@ -230,7 +232,7 @@ def test_the_attention_of_transformers(name, fields, values, backend):
 @pytest.mark.parametrize('backend', ['sdpa', 'manual'])
 @pytest.mark.parametrize('q_rank', [None, 5])
 @pytest.mark.parametrize('bias', [False, True])
-def test_the_latent_attention_of_transformers(q_rank, bias, backend):
+def test_latent_attention_matches_transformers(q_rank, bias, backend):
     """DeepSeek-V3's, with turned columns laid out in halves as ours are."""
     sizes = {
         'q_lora_rank': q_rank,
@@ -272,14 +274,14 @@ def test_the_latent_attention_of_transformers(q_rank, bias, backend):
     compare(
         model.blocks[0].attention,
         model.attention_inputs(torch.arange(6))[0],
-        randomised(attention(their_config, 0)),
+        randomize(attention(their_config, 0)),
         rope(4),
         None,
         weights,
     )
 
 
-def test_latent_sizes_follow_the_paper():
+def test_latent_sizes_match_paper():
     """DeepSeek-V2, section 2.1.4: the latent is four heads wide, the turned part half a head."""
     config = tiny(attention_type='mla', n_embd=5120, n_head=40, position_encoding='rope')
     sizes = (config.kv_lora_rank, config.qk_nope_head_dim, config.qk_rope_head_dim)
@@ -290,7 +292,7 @@ def test_latent_sizes_follow_the_paper():
 # --- Masks, FLOPs, names, matrices ----------------------------------------------------------------
 
 
-def test_layers_of_a_kind_share_one_mask(monkeypatch):
+def test_layers_with_equal_spec_share_mask(monkeypatch):
     made = []
     backend = ATTENTION_BACKEND_REGISTRY['manual']
     original = backend.mask
@@ -304,7 +306,7 @@ def test_layers_of_a_kind_share_one_mask(monkeypatch):
 
 
 @pytest.mark.parametrize('window', [None, 1, 2, 5, 6, 100])
-def test_flops_are_what_a_dense_product_computes_and_what_is_seen(window):
+def test_attention_flops_full_and_causal(window):
     """The one against torch's counter, with recomputation too; the other pair by pair."""
     pattern = {} if window is None else {'attention_pattern': 'LG'}
     config = tiny(
@@ -359,13 +361,13 @@ def test_flops_are_what_a_dense_product_computes_and_what_is_seen(window):
         ({'attention_type': 'mla', 'q_lora_rank': 9}, 'MLA16q9-4x2x4'),
     ],
 )
-def test_the_name_tells_what_differs(values, tag):
+def test_attention_name_tag(values, tag):
     config = tiny(**values)
     assert ATTENTION_REGISTRY[config.attention_type].name_tag(config) == tag
 
 
 @pytest.mark.parametrize('attention_type', ['standard', 'mla'])
-def test_stacked_matrices_add_up_to_their_projection(attention_type):
+def test_stacked_matrices_cover_projection(attention_type):
     config = tiny(attention_type=attention_type)
     attention = build_model(config).blocks[0].attention
     for weight, rows in attention.matrices().items():
@@ -382,7 +384,7 @@ def test_stacked_matrices_add_up_to_their_projection(attention_type):
         ({'position_encoding': 'learned_absolute'}, True),  # q and k are parts of it
     ],
 )
-def test_the_product_of_which_queries_and_keys_were_made_goes_with_them(values, kept):
+def test_qkv_projection_output_is_freed(values, kept):
     """By its size, which nothing else has that attention keeps."""
     config = tiny(attention_type='standard', attention_backend='sdpa', dropout=0.0, **values)
     model, held, sizes = build_model(config, device='cpu', seed=1), set(), set()
@@ -400,5 +402,5 @@ def test_the_product_of_which_queries_and_keys_were_made_goes_with_them(values, 
         block.attention.register_forward_pre_hook(lambda *_: held.clear())
         block.attention.register_forward_hook(check)
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        model(some_tokens(config, batch=2))
+        model(random_tokens(config, batch=2))
     assert sizes  # the hooks were called

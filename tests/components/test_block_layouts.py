@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn as nn
-from helpers.architectures import gradients, lively, some_tokens, tiny
+from helpers.architectures import gradients, perturbed_model, random_tokens, tiny
 
 from model_builder import build_model
 from model_config import NORM_POSITION_REGISTRY
@@ -77,13 +77,13 @@ def gpt_neox():
         ('parallel', gpt_neox, 'layernorm'),
     ],
 )
-def test_a_layout_is_that_of_transformers(norm_position, make, normalization):
+def test_block_layout_matches_transformers(norm_position, make, normalization):
     """Output, and gradients of every parameter, with the same branches inside both."""
     theirs, attention, norms, offset = make()
     config = tiny(
         norm_position=norm_position, normalization=normalization, position_encoding='rope'
     )
-    model = lively(config)
+    model = perturbed_model(config)
     block = model.blocks[0]
     places = torch.arange(config.block_size)
     positions = model.position_encoding.prepare(places, places)
@@ -120,22 +120,22 @@ def test_a_layout_is_that_of_transformers(norm_position, make, normalization):
                 torch.testing.assert_close(mine[full_name], grad, rtol=1e-4, atol=1e-4)
 
 
-def test_one_norm_may_serve_both_branches():
+def test_parallel_block_with_shared_norm():
     """GPT-J: x + attention(norm(x)) + FFN(norm(x)); two norms with equal gains are the same."""
-    two = lively(tiny(norm_position='parallel', n_layer=1))
-    one = lively(tiny(norm_position='parallel', parallel_shared_norm=True, n_layer=1))
+    two = perturbed_model(tiny(norm_position='parallel', n_layer=1))
+    one = perturbed_model(tiny(norm_position='parallel', parallel_shared_norm=True, n_layer=1))
     with torch.no_grad():
         for ours, theirs in ((one, two),):
             weights = {k: v for k, v in theirs.state_dict().items() if '.ffn_norm.' not in k}
             ours.load_state_dict(weights)
         two.blocks[0].ffn_norm.load_state_dict(two.blocks[0].attention_norm.state_dict())
-    tokens = some_tokens(one.config, batch=2)
+    tokens = random_tokens(one.config, batch=2)
     torch.testing.assert_close(one(tokens), two(tokens))
     assert 'Parallel1Norm' in one.config.name and one.config.name != two.config.name
 
 
 @pytest.mark.parametrize('norm_position', list(NORM_POSITION_REGISTRY))
-def test_a_final_norm_follows_exactly_where_the_stream_is_not_normalised(norm_position):
+def test_final_norm_where_residual_stream_is_not_normalized(norm_position):
     model = build_model(tiny(norm_position=norm_position, normalization='rmsnorm'))
     final = [name for name, _ in model.named_parameters() if name.startswith('final_norm')]
     assert final == ([] if norm_position == 'post' else ['final_norm.weight'])

@@ -105,7 +105,7 @@ AUXILIARY = AuxOutput(0.0, {})
         ),
     ],
 )
-def test_a_wrong_output_names_class_method_and_what_is_expected(
+def test_wrong_output_error_names_class_method_and_expectation(
     registry_, base, method, function, expected
 ):
     with pytest.raises(UserError) as refused:
@@ -143,7 +143,7 @@ def weighted(values) -> dict:
         ({'weight': Initial.constant(float('nan'))}, 'values in the tensor that are not finite'),
     ],
 )
-def test_initial_values_are_complete_and_name_what_there_is(values, expected):
+def test_initial_values_must_name_every_parameter(values, expected):
     with pytest.raises(UserError, match=re.escape(expected)):
         build(ACTIVATION_REGISTRY, 'gelu', **weighted(values))
 
@@ -164,7 +164,7 @@ class Inside(Activation):
         return self.norm(x.float()) + self.table.sum()
 
 
-def test_what_is_inside_plain_modules_is_named_with_dots_and_buffers_too():
+def test_initial_values_of_inner_modules_and_buffers():
     ACTIVATION_REGISTRY.register('inside')(Inside)
     models = [build_model(tiny(activation='inside'), 'cpu', seed) for seed in (1, 2)]
     for model in models:
@@ -177,7 +177,7 @@ def test_what_is_inside_plain_modules_is_named_with_dots_and_buffers_too():
     assert torch.equal(tables[0], torch.empty(5).normal_(generator=stream))
 
 
-def test_a_buffer_or_an_inner_parameter_that_nothing_fills_is_named():
+def test_uninitialized_buffer_or_inner_parameter_is_named():
     class Open(Inside):
         def initial_values(self):
             return {'norm.weight': Initial.ones, 'norm.bias': Initial.zeros}
@@ -228,7 +228,7 @@ def test_a_buffer_or_an_inner_parameter_that_nothing_fills_is_named():
         (ACTIVATION_REGISTRY, 'gelu', {'flops': lambda self, seq_len, causal: 7}, 'Own.flops'),
     ],
 )
-def test_what_else_a_model_is_built_from_is_checked(registry_, base, attributes, expected):
+def test_other_component_return_values_are_checked(registry_, base, attributes, expected):
     with pytest.raises(UserError, match=re.escape(expected)):
         build(registry_, base, **attributes).blocks[0].flops(4, True)
 
@@ -236,7 +236,7 @@ def test_what_else_a_model_is_built_from_is_checked(registry_, base, attributes,
 # --- What a component raises itself ---------------------------------------------------------------
 
 
-def test_only_components_of_others_are_explained():
+def test_only_foreign_components_are_explained():
     for each in (*registry.ALL_REGISTRIES, OPTIMIZER_REGISTRY, SCHEDULE_REGISTRY):
         for _, component in each.registered():
             ours = component.__module__.partition('.')[0] in ('components', 'optim')
@@ -247,7 +247,7 @@ def test_only_components_of_others_are_explained():
         assert explain(error) is None
 
 
-def test_a_method_of_the_project_that_fails_for_a_users_class_is_explained():
+def test_inherited_method_failing_for_user_class_is_explained():
     class NoDown(FFN_REGISTRY['standard']):
         def __init__(self, config, layer):
             super().__init__(config, layer)
@@ -336,9 +336,7 @@ def train_with(folder, dataset, values: dict, *arguments) -> int:
         ('DO_STEP', "optimizer='own': OwnOptimizer.step raised RuntimeError: mine"),
     ],
 )
-def test_an_exception_of_a_components_own_code_is_one_line(
-    tmp_path, tiny_dataset, capsys, place, told
-):
+def test_exception_in_user_component_is_one_line(tmp_path, tiny_dataset, capsys, place, told):
     def run(name: str, values: dict, *arguments: str) -> int:
         return train_with(tmp_path, tiny_dataset, values, '--out_dir', tmp_path / name, *arguments)
 
@@ -359,7 +357,7 @@ def test_an_exception_of_a_components_own_code_is_one_line(
         ({'DO_SCHEDULE': "return float('nan')"}, 'at least 0, and returned nan'),
     ],
 )
-def test_a_schedule_that_returns_no_rate_is_named(tmp_path, tiny_dataset, capsys, values, told):
+def test_schedule_without_valid_rate_is_named(tmp_path, tiny_dataset, capsys, values, told):
     assert train_with(tmp_path, tiny_dataset, values, '--out_dir', tmp_path / 'out') == 2
     error = capsys.readouterr().err
     assert told in error and 'Traceback' not in error
@@ -372,7 +370,7 @@ def test_a_schedule_that_returns_no_rate_is_named(tmp_path, tiny_dataset, capsys
         (lambda *all: torch_groups(*all, 'SGD')[:1], 'of 28 parameters: it must take all'),
     ],
 )
-def test_an_optimizer_takes_all_parameters_in_groups_that_say_what_they_are(made, told):
+def test_optimizer_must_take_all_parameters_in_described_groups(made, told):
     class Sgd(OptimizerComponent, torch.optim.SGD):
         def __init__(self, groups, run, parallel):
             super().__init__(made(groups, run, parallel), lr=0.0)
@@ -387,7 +385,7 @@ def test_an_optimizer_takes_all_parameters_in_groups_that_say_what_they_are(made
         SingleProcess(run, torch.device('cpu')).build_optimizer(groups, run)
 
 
-def test_a_component_that_sees_the_future_is_not_trained(tmp_path, tiny_dataset, capsys):
+def test_non_causal_component_is_not_trained(tmp_path, tiny_dataset, capsys):
     values = {'DO_FORWARD': 'return x + x.roll(-1, 1)'}
     assert train_with(tmp_path, tiny_dataset, values, '--out_dir', tmp_path / 'out') == 2
     assert 'ZZ.forward is not causal' in capsys.readouterr().err

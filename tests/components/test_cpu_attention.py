@@ -42,14 +42,14 @@ def pieces(request, monkeypatch):
 
 @pytest.mark.parametrize('length', [2, 33, 64])
 @pytest.mark.parametrize('v_width', [8, 5])
-def test_it_is_attention_whatever_the_pieces(pieces, length, v_width):
+def test_blocked_attention_matches_reference(pieces, length, v_width):
     tensors, upstream = inputs(length, v_width=v_width, dtype=torch.float64)
     expected = with_gradients(written_out, tensors, upstream)
     found = with_gradients(lambda *qkv: module.blocked_attention(*qkv, SCALE), tensors, upstream)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)  # sums are in fp32
 
 
-def test_in_bfloat16_it_is_as_close_to_the_truth_as_attention_written_out(pieces):
+def test_bfloat16_error_is_that_of_plain_attention(pieces):
     tensors, upstream = inputs(48, width=64, v_width=64, dtype=torch.bfloat16)
     exact = [x.detach().double().requires_grad_() for x in tensors]
     true = with_gradients(written_out, exact, upstream.double())
@@ -62,7 +62,7 @@ def test_in_bfloat16_it_is_as_close_to_the_truth_as_attention_written_out(pieces
 
 
 @pytest.mark.parametrize('kv_heads', [4, 2, 1])
-def test_sdpa_takes_it_under_autocast_and_shares_keys(kv_heads, monkeypatch):
+def test_sdpa_uses_blocked_attention_under_autocast(kv_heads, monkeypatch):
     served = []
     real = module.blocked_attention
     monkeypatch.setattr(module, 'blocked_attention', lambda *a: served.append(1) or real(*a))
@@ -84,13 +84,13 @@ def test_sdpa_takes_it_under_autocast_and_shares_keys(kv_heads, monkeypatch):
         assert gradient.shape == tensor.shape and gradient.dtype == torch.float32
 
 
-def test_the_operators_are_as_they_are_told_to_simulation_and_compilers():
+def test_blocked_attention_opcheck():
     (q, k, v), upstream = inputs(9, v_width=5)
     torch.library.opcheck(module.attend, (q, k, v, SCALE))
     torch.library.opcheck(module.backward, (upstream, q.detach(), k.detach(), v.detach(), SCALE))
 
 
-def test_its_flops_are_those_that_torch_counts():
+def test_flop_formula_matches_torch():
     tensors, upstream = inputs(32)
     flops = []
     for attention in (

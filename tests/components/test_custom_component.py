@@ -73,7 +73,7 @@ def record(tmp_path):
     return json.loads((folder / 'record.json').read_text())
 
 
-def test_a_components_option_is_in_the_help_of_its_file(config, run_script):
+def test_component_option_in_help(config, run_script):
     listed = run_script('train.py', config, '--help').stdout
     flat = ' '.join(listed.split())
     assert len(re.findall(r'^  --norm_power=float', listed, re.MULTILINE)) == 1
@@ -83,7 +83,7 @@ def test_a_components_option_is_in_the_help_of_its_file(config, run_script):
     assert '[Power]' in entry and 'norm_eps, norm_power.' in ' '.join(entry.split())
 
 
-def test_a_components_option_is_checked_like_any_other(config, train):
+def test_component_option_is_checked(config, train):
     wrong = train(
         config, '--normalization=rmsnorm', '--norm_power=2', '--norm_powr=2', code=2
     ).stderr
@@ -94,9 +94,7 @@ def test_a_components_option_is_checked_like_any_other(config, train):
     assert f'dropped: norm_power=3.0 ({config})' in left
 
 
-def test_training_resuming_and_comparing_a_model_of_own_components(
-    config, train, run_script, tmp_path
-):
+def test_train_resume_and_compare_custom_components(config, train, run_script, tmp_path):
     train(config, '--norm_power=2.5')
     run = record(tmp_path)
     assert run['status'] == 'finished' and run['summary']['final_iter'] == 4
@@ -136,7 +134,7 @@ def test_training_resuming_and_comparing_a_model_of_own_components(
     assert NAME in listed
 
 
-def test_a_file_may_be_given_twice_but_not_a_name(config, train, tmp_path):
+def test_config_file_twice_is_allowed_duplicate_name_is_not(config, train, tmp_path):
     assert 'slopes' in train(config, config, '--print_config').stdout
     other = tmp_path / 'other.py'
     other.write_text(CONFIG)
@@ -144,7 +142,7 @@ def test_a_file_may_be_given_twice_but_not_a_name(config, train, tmp_path):
     assert "normalization='power_norm' is registered twice" in refused and str(other) in refused
 
 
-def test_what_belonged_to_a_component_that_was_replaced_is_dropped(train, tmp_path):
+def test_options_of_replaced_component_are_dropped(train, tmp_path):
     """Through two choices: use_gqa belongs to the attention, num_kv_heads to use_gqa."""
     path = tmp_path / 'attention.py'
     path.write_text(
@@ -188,7 +186,7 @@ def test_what_belonged_to_a_component_that_was_replaced_is_dropped(train, tmp_pa
     assert 'num_kv_heads=2 (command line) has no use here' in refused
 
 
-def test_text_of_an_attention_that_knows_no_cache_comes_with_a_note(train, run_script, tmp_path):
+def test_sampling_uncacheable_attention_prints_note(train, run_script, tmp_path):
     path = tmp_path / 'attention.py'
     path.write_text(
         textwrap.dedent(

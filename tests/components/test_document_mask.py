@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from helpers.architectures import architectures, gradients, lively, tiny
+from helpers.architectures import architectures, gradients, perturbed_model, tiny
 from helpers.in_process import train_here
 from hypothesis import given, settings
 
@@ -32,7 +32,7 @@ def documents(row):
     return list(itertools.pairwise(edges))
 
 
-def test_each_token_has_the_number_of_its_document_and_its_place_there():
+def test_document_ids_and_positions():
     numbers, places = locate_documents(TOKENS, END)
     for row, its_numbers, its_places in zip(TOKENS, numbers.tolist(), places.tolist()):
         expected = [
@@ -68,9 +68,9 @@ CHOICES = {
 
 @pytest.mark.parametrize('backend', ['sdpa', 'manual'])
 @pytest.mark.parametrize('choice', CHOICES.values(), ids=CHOICES)
-def test_documents_in_one_window_are_as_each_by_itself(choice, backend):
+def test_documents_in_window_match_separate_documents(choice, backend):
     """Logits, loss and all gradients."""
-    model = lively(tiny(**choice, **MASKED, attention_backend=backend))
+    model = perturbed_model(tiny(**choice, **MASKED, attention_backend=backend))
     loss, _, _ = model(TOKENS, TOKENS.roll(-1, dims=1))
     alone = [loss_alone(model, row) for row in TOKENS]
     expected = sum(loss for loss, _ in alone)
@@ -86,19 +86,20 @@ def test_documents_in_one_window_are_as_each_by_itself(choice, backend):
 
 @torch.no_grad()
 @pytest.mark.parametrize('choice', ['rope', 'alibi'])
-def test_flex_keeps_documents_apart(choice):
+def test_flex_masks_documents(choice):
     torch._dynamo.reset()
     config = tiny(**CHOICES[choice], **MASKED)
     logits = [
-        lively(config.replace(attention_backend=backend))(TOKENS) for backend in ('flex', 'manual')
+        perturbed_model(config.replace(attention_backend=backend))(TOKENS)
+        for backend in ('flex', 'manual')
     ]
     torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
 
 
 @settings(max_examples=10, deadline=None, derandomize=True, database=None)
 @given(architectures(**MASKED, attention_backend='sdpa', init_std=0.02))
-def test_any_architecture_keeps_documents_apart(config):
-    model = lively(config).eval()
+def test_any_architecture_masks_documents(config):
+    model = perturbed_model(config).eval()
     with torch.no_grad():
         logits = model(TOKENS)
         alone = torch.stack([loss_alone(model, row)[1] for row in TOKENS])
@@ -107,8 +108,8 @@ def test_any_architecture_keeps_documents_apart(config):
 
 @torch.no_grad()
 @pytest.mark.parametrize('choice', CHOICES.values(), ids=CHOICES)
-def test_text_goes_on_from_a_cache_in_its_own_document(choice):
-    model = lively(tiny(**choice, **MASKED)).eval()
+def test_cached_generation_masks_documents(choice):
+    model = perturbed_model(tiny(**choice, **MASKED)).eval()
     expected = model(TOKENS)
     for sizes in ([1] * 6, [2, 1, 3], [5, 1]):
         cache = model.empty_cache(6)
@@ -116,9 +117,9 @@ def test_text_goes_on_from_a_cache_in_its_own_document(choice):
         torch.testing.assert_close(torch.cat(logits, dim=1), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_documents_are_looked_for_on_request_only():
+def test_documents_are_located_only_with_document_mask():
     config = tiny()
-    assert 'end_of_text' not in config and lively(config).end_of_text is None
+    assert 'end_of_text' not in config and perturbed_model(config).end_of_text is None
     assert tiny(**MASKED).name == config.name.replace('-AbsPos', '-DocMask-AbsPos')
     assert tiny(**MASKED).hash != config.hash
     with pytest.raises(UserError, match='end_of_text'):
@@ -140,7 +141,7 @@ def marked(tiny_dataset, tmp_path_factory):
     return folder
 
 
-def test_a_run_takes_the_token_from_the_dataset_and_masks_its_documents(marked, tmp_path):
+def test_run_takes_end_of_text_from_dataset(marked, tmp_path):
     plain, masked, named = (
         train_here(marked, tmp_path / str(number), arch_preset='llama', max_iters=2, **options)
         for number, options in enumerate(
@@ -164,7 +165,7 @@ def completed(*argv, dataset):
     return load_settings(command_line).resolve(torch.device('cpu'), 'float32', data)
 
 
-def test_without_marked_documents_it_is_refused(tiny_dataset, marked):
+def test_document_mask_without_end_of_text_is_rejected(tiny_dataset, marked):
     masked = '--document_mask=True'
     with pytest.raises(UserError, match=r'document_mask=True.*--end_of_text=ID'):
         completed(masked, dataset=tiny_dataset)
@@ -175,7 +176,7 @@ def test_without_marked_documents_it_is_refused(tiny_dataset, marked):
     assert 'end_of_text' not in completed(dataset=marked).architecture
 
 
-def test_a_plan_needs_no_data_and_has_the_mask(tmp_path):
+def test_plan_with_document_mask_needs_no_data(tmp_path):
     sizes = {'n_layer': 1, 'n_head': 2, 'n_embd': 16, 'block_size': 64, 'batch_size': 4}
     sizes['dtype'] = 'float32'
     argv = [f'--{key}={value}' for key, value in sizes.items()]

@@ -21,7 +21,7 @@ def trained(tiny_dataset, tmp_path_factory):
     return run
 
 
-def test_z_loss_is_in_the_gradient_alone_however_the_batch_is_divided(trained):
+def test_z_loss_affects_gradient_only(trained):
     """The gradient is that of one plain formula over all tokens; no reported loss includes it, and
     the record shows it."""
     divided = [{'batch_size': 4 // n, 'gradient_accumulation_steps': n} for n in (1, 2, 4)]
@@ -54,7 +54,7 @@ def test_z_loss_is_in_the_gradient_alone_however_the_batch_is_divided(trained):
 
 @pytest.mark.parametrize('rows', [0, 1, 2, FEW_ROWS, FEW_ROWS + 1])
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
-def test_logits_of_a_few_rows_are_those_of_the_projection(rows, dtype):
+def test_logits_of_few_rows_match_projection(rows, dtype):
     sizes = {'n_layer': 1, 'n_head': 2, 'n_embd': 16, 'vocab_size': 37}
     head = build_model(ModelArchitectureConfig(arch_preset='llama', **sizes), 'cpu', 1).output_head
     hidden = torch.randn(rows, 1, 16)

@@ -35,7 +35,7 @@ class Noisy(Activation):
 
 @pytest.mark.parametrize('noisy', [False, True])
 @pytest.mark.parametrize('ffn_type', DENSE)
-def test_output_and_gradients_are_those_without_recomputation(ffn_type, noisy):
+def test_recomputed_nonlinearity_changes_nothing(ffn_type, noisy):
     ffn, x = network(ffn_type), torch.randn(2, 5, 16, requires_grad=True)
     if noisy and ffn_type == 'standard':
         ffn.activation = Noisy()
@@ -52,7 +52,7 @@ def test_output_and_gradients_are_those_without_recomputation(ffn_type, noisy):
 
 
 @pytest.mark.parametrize('ffn_type', DENSE)
-def test_what_is_inside_is_not_kept(ffn_type, monkeypatch):
+def test_nonlinearity_output_is_not_saved(ffn_type, monkeypatch):
     ffn, x = network(ffn_type), torch.randn(2, 5, 16, requires_grad=True)
     made, products, nonlinearity = [], [], ffn.nonlinearity
     ffn.down.register_forward_hook(lambda *_: products.append(1))

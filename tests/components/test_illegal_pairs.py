@@ -61,13 +61,13 @@ def resolve(values):
 
 
 @pytest.mark.parametrize(('values', 'words'), ILLEGAL, ids=lambda value: str(value)[:60])
-def test_an_illegal_combination_is_refused_by_one_sentence(values, words):
+def test_illegal_combination_gives_one_sentence(values, words):
     _, problems = resolve(values)
     (problem,) = problems
     assert all(word in problem for word in words), problem
 
 
-def test_every_rule_of_a_component_is_in_the_table():
+def test_every_component_rule_is_in_table():
     """Each method `problems` that comes with the project refuses something above."""
 
     def rule(component):

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.architectures import SIZES, some_tokens, tiny
+from helpers.architectures import SIZES, random_tokens, tiny
 
 from model_builder import build_model, parameter_groups
 
@@ -41,9 +41,7 @@ TABLES = ('token_embedding.weight', 'output_head.projection.weight', 'table.weig
     ids=str,
 )
 @pytest.mark.parametrize('ffn_type', ['standard', 'swiglu'])
-def test_every_weight_is_drawn_by_its_name_with_the_rules_deviation(
-    values, table, hidden, residual, ffn_type
-):
+def test_weight_std_follows_rule_and_name(values, table, hidden, residual, ffn_type):
     """Bit for bit, from a stream of its own: what `gpt2` has always been."""
     config = tiny(**{**SIZES, 'n_layer': 3}, ffn_type=ffn_type, weight_tying=False, **values)
     for name, parameter in build_model(config, device='cpu', seed=5).named_parameters():
@@ -59,16 +57,16 @@ def test_every_weight_is_drawn_by_its_name_with_the_rules_deviation(
             assert torch.equal(parameter, drawn.normal_(0.0, std, generator=generator))
 
 
-def test_maximal_update_at_its_base_width_is_gpt2():
+def test_mup_at_base_width_is_gpt2():
     one = build_model(tiny(), device='cpu', seed=1)
     two = build_model(tiny(initialization='mup', mup_base_width=16), device='cpu', seed=1)
-    tokens = some_tokens(one.config, batch=2)
+    tokens = random_tokens(one.config, batch=2)
     assert torch.equal(one(tokens), two(tokens))
     assert {group.lr_scale for group in parameter_groups(two)} == {1.0}
     assert two.config.name == one.config.name + '-muP'
 
 
-def test_maximal_update_scales_the_rate_of_hidden_matrices_and_the_output():
+def test_mup_scales_hidden_lr_and_output():
     config = tiny(initialization='mup', mup_base_width=4, weight_tying=False)
     model = build_model(config, device='cpu', seed=1)
     scales = {id(p): g.lr_scale for g in parameter_groups(model) for p in g.parameters}
@@ -94,7 +92,7 @@ def changes_after_some_updates(width, **values):
     optimizer = torch.optim.Adam(
         [{'params': g.parameters, 'lr': 0.01 * g.lr_scale} for g in parameter_groups(model)]
     )
-    tokens = some_tokens(config, batch=8)
+    tokens = random_tokens(config, batch=8)
     streams = []
     model.blocks[-1].register_forward_hook(lambda _, __, out: streams.append(out[0].detach()))
     first = model(tokens).detach()
@@ -107,7 +105,7 @@ def changes_after_some_updates(width, **values):
     return [(b - a).abs().mean().item() for a, b in ((streams[0], streams[-1]), (first, last))]
 
 
-def test_width_leaves_the_size_of_updates_alone_under_mup_and_not_under_gpt2():
+def test_update_size_is_independent_of_width_under_mup():
     """The coordinate check of Yang et al. 2022, appendix D.1."""
     narrow, wide = 32, 256
     base = changes_after_some_updates(narrow)

@@ -5,7 +5,13 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.architectures import covering, label, lively, some_tokens, tiny
+from helpers.architectures import (
+    label,
+    pairwise_architectures,
+    perturbed_model,
+    random_tokens,
+    tiny,
+)
 
 from components.kv_cache import LayerCache
 from inference.generate import generate
@@ -20,7 +26,7 @@ pytestmark = pytest.mark.usefixtures('one_thread')
 
 @pytest.mark.parametrize('capacity', [1, 3, 8])
 @pytest.mark.parametrize('seed', range(4))
-def test_what_is_seen_is_all_that_was_ever_handed_over_or_its_end(capacity, seed):
+def test_cache_returns_last_tokens_within_capacity(capacity, seed):
     """Pieces of random sizes: each token sees itself and the capacity - 1 before it, once each."""
     choose = random.Random(seed)
     x = torch.randn(2, 3, 20, 4)
@@ -41,14 +47,14 @@ def test_what_is_seen_is_all_that_was_ever_handed_over_or_its_end(capacity, seed
 
 def kept_numbers(**values) -> list[int]:
     """Numbers a token and place in the layers' caches of 6 tokens: (layers,)."""
-    model = lively(tiny(**values)).eval()
+    model = perturbed_model(tiny(**values)).eval()
     cache = model.empty_cache(6)
     with torch.no_grad():
-        model(some_tokens(model.config, batch=2)[:, :3], cache=cache)
+        model(random_tokens(model.config, batch=2)[:, :3], cache=cache)
     return [kept.nbytes // (2 * 4) for kept in cache.layers]
 
 
-def test_layers_keep_no_more_than_they_must():
+def test_cache_size_by_layer():
     """n_embd 16 in 4 heads: keys and values of the key heads; of a window that; latents as such."""
     assert kept_numbers() == [6 * 2 * 16] * 2
     assert kept_numbers(use_gqa=True, num_kv_heads=1) == [6 * 2 * 4] * 2
@@ -65,7 +71,7 @@ def test_layers_keep_no_more_than_they_must():
 def check_in_pieces(config):
     """In whatever pieces, the logits of all tokens at once; of a batch of different texts."""
     torch._dynamo.reset()  # each length would count as flex compiled anew
-    model, tokens = lively(config).eval(), some_tokens(config, batch=3)
+    model, tokens = perturbed_model(config).eval(), random_tokens(config, batch=3)
     expected, length = model(tokens), config.block_size
     for sizes in ([1] * length, [3, *[1] * (length - 3)], [2, length - 2], [length - 1, 1]):
         cache = model.empty_cache(length)
@@ -74,13 +80,13 @@ def check_in_pieces(config):
 
 
 @pytest.mark.parametrize('preset', PRESETS)
-def test_every_preset_goes_on_from_its_cache(preset):
+def test_preset_continues_from_cache(preset):
     sizes = {'n_layer': 2, 'n_head': 4, 'n_embd': 32, 'block_size': 12, 'vocab_size': 11}
     check_in_pieces(ModelArchitectureConfig(arch_preset=preset, **sizes))
 
 
-@pytest.mark.parametrize('chosen', covering()[::6], ids=label)
-def test_mixed_choices_go_on_from_their_cache(chosen):
+@pytest.mark.parametrize('chosen', pairwise_architectures()[::6], ids=label)
+def test_random_architecture_continues_from_cache(chosen):
     check_in_pieces(tiny(**chosen).replace(init_std=0.02))
 
 
@@ -102,7 +108,7 @@ ENCODINGS = {
 
 @pytest.mark.parametrize('attention', ATTENTIONS.values(), ids=ATTENTIONS)
 @pytest.mark.parametrize('encoding', ENCODINGS)
-def test_every_attention_goes_on_with_every_encoding(attention, encoding):
+def test_attention_and_encoding_continue_from_cache(attention, encoding):
     """And with windows, on the backends that write text on any device."""
     placed = {'position_encoding': encoding, **ENCODINGS[encoding], **attention}
     windows = {'sliding_window': 3, 'attention_pattern': 'LG'}
@@ -116,7 +122,7 @@ def test_every_attention_goes_on_with_every_encoding(attention, encoding):
 
 def texts(config, prompt, count):
     """Logits and text, with the cache and without."""
-    model, results = lively(config).eval(), []
+    model, results = perturbed_model(config).eval(), []
     for cache in (True, False):
         logits = []
 
@@ -131,20 +137,20 @@ def texts(config, prompt, count):
 
 @pytest.mark.parametrize('encoding', ['learned_absolute', 'rope', 'alibi'])
 @pytest.mark.parametrize('prompt', [1, 4, 6, 9])
-def test_text_is_the_same_with_and_without_a_cache(encoding, prompt):
+def test_text_is_equal_with_and_without_cache(encoding, prompt):
     """Also beyond the context, where the oldest tokens are forgotten, and of a longer prompt."""
     config = tiny(position_encoding=encoding, sliding_window=4, attention_pattern='LG')
-    tokens = some_tokens(config, batch=3).repeat(1, 2)[:, :prompt]
+    tokens = random_tokens(config, batch=3).repeat(1, 2)[:, :prompt]
     (logits, text), (expected, written) = texts(config, tokens, 10)
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
     assert torch.equal(text, written) and len(text.unique()) > 2
 
 
 @torch.no_grad()
-def test_each_token_goes_through_the_model_once(monkeypatch):
-    model, lengths = lively(tiny(position_encoding='rope')).eval(), []
+def test_each_token_is_processed_once(monkeypatch):
+    model, lengths = perturbed_model(tiny(position_encoding='rope')).eval(), []
     model.blocks[0].register_forward_hook(lambda _, args, __: lengths.append(args[0].size(1)))
-    prompt = some_tokens(model.config, batch=2)[:, :3]
+    prompt = random_tokens(model.config, batch=2)[:, :3]
     list(generate(model, prompt, 6, choose=lambda logits: logits.argmax(-1)))
     assert lengths == [3, 1, 1, 1, 6, 6]  # the context holds 6
 
@@ -159,16 +165,16 @@ class ShiftedAttention(MultiHeadAttention):
         return super().forward(F.pad(x[:, :-1], (0, 0, 1, 0)), positions)
 
 
-def test_an_attention_with_a_forward_of_its_own_generates_without_a_cache(register):
+def test_custom_forward_generates_without_cache(register):
     register(ATTENTION_REGISTRY, 'shifted', ShiftedAttention)
     config = tiny(attention_type='shifted')
-    model = lively(config)
-    assert model.uncacheable == ['ShiftedAttention'] and lively(tiny()).uncacheable == []
-    (logits, text), (expected, written) = texts(config, some_tokens(config, batch=2)[:, :2], 8)
+    model = perturbed_model(config)
+    assert model.uncacheable == ['ShiftedAttention'] and perturbed_model(tiny()).uncacheable == []
+    (logits, text), (expected, written) = texts(config, random_tokens(config, batch=2)[:, :2], 8)
     assert torch.equal(logits, expected) and torch.equal(text, written)
 
 
-def test_only_who_writes_a_forward_has_to_say_that_it_knows_the_cache():
+def test_cacheable_resets_only_with_own_forward():
     class Renamed(MultiHeadAttention):
         tag = 'Renamed'
 

@@ -20,7 +20,7 @@ def problem(count=37, width=12, vocabulary=29, seed=0):
     return hidden, weight, targets
 
 
-def plainly(hidden, weight, targets, softcap):
+def reference_loss(hidden, weight, targets, softcap):
     logits = (hidden @ weight.T).float()
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
@@ -35,9 +35,9 @@ def chunks(request, monkeypatch):
 
 
 @pytest.mark.parametrize('softcap', [None, 2.0])
-def test_loss_and_gradients_are_those_of_all_logits_at_once(chunks, softcap):
+def test_loss_and_gradients_match_reference(chunks, softcap):
     hidden, weight, targets = problem()
-    expected = plainly(hidden, weight, targets, softcap)
+    expected = reference_loss(hidden, weight, targets, softcap)
     gradients = torch.autograd.grad(0.37 * expected, (hidden, weight))
     found = linear_cross_entropy(hidden, weight, targets, softcap, IGNORED)
     torch.testing.assert_close(found, expected)
@@ -47,17 +47,17 @@ def test_loss_and_gradients_are_those_of_all_logits_at_once(chunks, softcap):
     assert without == found and not without.requires_grad
 
 
-def test_gradients_only_where_they_are_wanted(chunks):
+def test_gradients_only_where_needed(chunks):
     hidden, weight, targets = problem()
     for frozen, free in ((hidden, weight), (weight, hidden)):
-        (expected,) = torch.autograd.grad(plainly(hidden, weight, targets, None), free)
+        (expected,) = torch.autograd.grad(reference_loss(hidden, weight, targets, None), free)
         frozen.requires_grad_(False)
         found = linear_cross_entropy(hidden, weight, targets, None, IGNORED)
         torch.testing.assert_close(torch.autograd.grad(found, free)[0], expected)
         frozen.requires_grad_(True)
 
 
-def test_no_target_at_all_is_no_loss(chunks):
+def test_loss_without_targets_is_zero(chunks):
     hidden, weight, _ = problem()
     loss = linear_cross_entropy(hidden, weight, torch.full((37,), IGNORED), None, IGNORED)
     loss.backward()
@@ -65,14 +65,14 @@ def test_no_target_at_all_is_no_loss(chunks):
 
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
-def test_autocast_as_close_to_the_truth_as_torchs_own(chunks, dtype):
+def test_autocast_error_is_that_of_torch(chunks, dtype):
     hidden, weight, targets = problem(width=64)
     with torch.no_grad():
         hidden *= 0.3
         weight *= 0.3
-    true = torch.autograd.grad(plainly(hidden, weight, targets, None), (hidden, weight))
+    true = torch.autograd.grad(reference_loss(hidden, weight, targets, None), (hidden, weight))
     errors = []
-    for loss_of in (plainly, lambda *rest: linear_cross_entropy(*rest, IGNORED)):
+    for loss_of in (reference_loss, lambda *rest: linear_cross_entropy(*rest, IGNORED)):
         with torch.autocast('cpu', dtype):
             loss = loss_of(hidden, weight, targets, None)
         assert loss.dtype == torch.float32
@@ -82,7 +82,7 @@ def test_autocast_as_close_to_the_truth_as_torchs_own(chunks, dtype):
     assert errors[1] < 1.5 * errors[0] + 1e-6
 
 
-def test_it_is_differentiated_once():
+def test_second_backward_is_rejected():
     hidden, weight, targets = problem()
     loss = linear_cross_entropy(hidden, weight, targets, None, IGNORED)
     loss.backward(retain_graph=True)
@@ -91,12 +91,12 @@ def test_it_is_differentiated_once():
 
 
 @pytest.mark.parametrize('softcap', [None, 2.0])
-def test_the_operator_is_as_it_is_told_to_simulation_and_compilers(softcap):
+def test_cross_entropy_opcheck(softcap):
     logits, targets = torch.randn(7, 5), torch.randint(5, (7,))
     torch.library.opcheck(cross_entropy_, (logits, targets, torch.empty(3, 5), softcap, -1, True))
 
 
-def test_nothing_as_large_as_all_logits_is_held(chunks):
+def test_no_tensor_as_large_as_all_logits(chunks):
     """The largest tensor, but for what goes in and out, is a chunk of logits."""
     hidden, weight, targets = problem(count=40, width=2, vocabulary=1000)
     largest = 0

@@ -7,7 +7,7 @@ from functools import partial
 import jsonschema
 import pytest
 import torch
-from helpers.architectures import gradients, lively, some_tokens, tiny
+from helpers.architectures import gradients, perturbed_model, random_tokens, tiny
 from helpers.in_process import train_here
 from helpers.project import PROJECT
 from torch.utils.checkpoint import checkpoint
@@ -26,7 +26,7 @@ MOE = {'ffn_type': 'moe', 'bias': False, 'num_experts': 5, 'experts_per_token': 
 
 def mixture(**values) -> MixtureOfExperts:
     """The first one of a tiny model."""
-    model = lively(tiny(**{**MOE, **values}))
+    model = perturbed_model(tiny(**{**MOE, **values}))
     return next(m for m in model.modules() if isinstance(m, MixtureOfExperts))
 
 
@@ -123,7 +123,7 @@ def as_ours(tensors: dict) -> dict:
     ],
     ids=['mixtral', 'mixtral-8-3', 'deepseek-v2', 'deepseek-v3'],
 )
-def test_it_is_the_mixture_of_transformers(make, values):
+def test_moe_matches_transformers(make, values):
     ours = mixture(expert_d_ff=24, **values)
     theirs, x = make(ours), some_input()
     with torch.no_grad():
@@ -138,7 +138,7 @@ def test_it_is_the_mixture_of_transformers(make, values):
 
 
 @pytest.mark.parametrize('chosen', [1, 2, 3])
-def test_the_balance_loss_is_that_of_transformers(chosen):
+def test_load_balance_loss_matches_transformers(chosen):
     from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
     ours = mixture(experts_per_token=chosen, router_normalize=chosen > 1, load_balance_weight=0.5)
@@ -153,7 +153,7 @@ def test_the_balance_loss_is_that_of_transformers(chosen):
     torch.testing.assert_close(2 * grad, expected)
 
 
-def test_the_z_loss_is_the_papers_formula():
+def test_router_z_loss_formula():
     ours = mixture(load_balance_weight=0.0, router_z_loss=0.25)
     x = some_input()
     loss, readings = ours(x)[1]
@@ -194,9 +194,9 @@ EXPERTS = [name for name in FFN_REGISTRY if name != 'moe']
 
 @pytest.mark.parametrize('bias', [False, True])
 @pytest.mark.parametrize('expert', EXPERTS)
-def test_any_network_can_be_the_expert(expert, bias):
+def test_any_ffn_can_be_expert(expert, bias):
     config = tiny(**{**MOE, 'expert_ffn': expert, 'bias': bias, 'd_ff': 24})
-    ours, x = lively(config).blocks[0].ffn, some_input()
+    ours, x = perturbed_model(config).blocks[0].ffn, some_input()
     y, grads, grad_x = output_and_gradients(ours, x)
     ours.zero_grad()
     their_y, their_grads, their_grad_x = output_and_gradients(
@@ -209,8 +209,8 @@ def test_any_network_can_be_the_expert(expert, bias):
 
 
 @pytest.mark.parametrize('values', [{}, {'router_normalize': False}, {'router_score': 'sigmoid'}])
-def test_a_single_expert_is_the_dense_network(values):
-    model = lively(tiny(**{**MOE, 'num_experts': 1, 'experts_per_token': 1, **values}))
+def test_single_expert_equals_dense_ffn(values):
+    model = perturbed_model(tiny(**{**MOE, 'num_experts': 1, 'experts_per_token': 1, **values}))
     dense = build_model(tiny(ffn_type='swiglu', bias=False), device='cpu')
     for block, moe in zip(dense.blocks, model.blocks):
         with torch.no_grad():
@@ -222,11 +222,11 @@ def test_a_single_expert_is_the_dense_network(values):
             )
     for part in ('token_embedding', 'position_encoding', 'final_norm'):
         getattr(dense, part).load_state_dict(getattr(model, part).state_dict())
-    tokens = some_tokens(model.config, batch=3)
+    tokens = random_tokens(model.config, batch=3)
     torch.testing.assert_close(model(tokens), dense(tokens))
 
 
-def test_an_expert_that_no_token_reaches_has_a_gradient_of_zero():
+def test_idle_expert_has_zero_gradient():
     ours = mixture(num_experts=8, experts_per_token=1, router_normalize=False)
     x = some_input(rows=1)  # three tokens
     _, grads, _ = output_and_gradients(ours, x)
@@ -237,7 +237,7 @@ def test_an_expert_that_no_token_reaches_has_a_gradient_of_zero():
         assert torch.equal(sizes == 0, idle), name
 
 
-def test_the_operator_is_sound():
+def test_grouped_mm_opcheck():
     """torch's own checks: schema, gradient, shapes without data, tracing."""
     a = torch.randn(9, 16, requires_grad=True)
     b = torch.randn(3, 16, 8, requires_grad=True)
@@ -252,9 +252,9 @@ def test_the_operator_is_sound():
 SHARED = {'shared_experts': 1, 'dense_layers': 1, 'expert_d_ff': 24, 'd_ff': 40, 'n_layer': 3}
 
 
-def test_flops_are_those_of_a_plain_loop_and_of_the_formula():
+def test_moe_flops_match_loop_and_formula():
     config = tiny(**MOE, expert_d_ff=24)
-    ours, x = lively(config).blocks[0].ffn, some_input().detach()
+    ours, x = perturbed_model(config).blocks[0].ffn, some_input().detach()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         looped(ours, x, config)
     rows = x.numel() // 16
@@ -263,14 +263,14 @@ def test_flops_are_those_of_a_plain_loop_and_of_the_formula():
     assert ours.flops(rows, causal=True) == {'ffn': rows * (router + 2 * expert)}
 
 
-def test_flops_with_shared_experts_and_dense_layers():
+def test_moe_flops_with_shared_experts_and_dense_layers():
     config = tiny(**MOE, **SHARED)
     router, expert, dense = 2 * 16 * 5, 2 * 3 * 16 * 24, 2 * 3 * 16 * 40
     per_token = dense + 2 * (router + (2 + 1) * expert)
     assert training_flops(build_model(config))['breakdown']['ffn'] == 3 * per_token
 
 
-def test_active_parameters_are_those_that_a_token_uses():
+def test_active_parameters():
     counted = count_parameters(build_model(tiny(**MOE, **SHARED)))
     expert, dense, router = 3 * 16 * 24, 3 * 16 * 40, 5 * 16
     assert counted['components']['ffn'] == dense + 2 * (router + (5 + 1) * expert)
@@ -282,7 +282,7 @@ def test_active_parameters_are_those_that_a_token_uses():
     assert dense['total_params'] == dense['active_params']
 
 
-def test_dense_layers_come_first_and_have_the_width_of_the_dense_network():
+def test_dense_layers_come_first_with_dense_width():
     blocks = build_model(tiny(**MOE, **SHARED)).blocks
     assert [type(block.ffn).__name__ for block in blocks] == ['SwiGLU', *['MixtureOfExperts'] * 2]
     assert blocks[0].ffn.down.in_features == 40
@@ -293,7 +293,7 @@ def test_dense_layers_come_first_and_have_the_width_of_the_dense_network():
 # --- Beginnings and optimizers --------------------------------------------------------------------
 
 
-def test_experts_begin_as_dense_networks_each_by_itself():
+def test_experts_are_initialized_like_dense_ffn():
     config = tiny(**MOE, n_embd=64, expert_d_ff=256)
     model = build_model(config)
     model.to_empty(device='cpu')
@@ -306,7 +306,7 @@ def test_experts_begin_as_dense_networks_each_by_itself():
         assert stack.flatten(1).unique(dim=0).size(0) == 5
 
 
-def test_stacks_of_matrices_are_named_for_optimizers():
+def test_expert_matrices_for_optimizers():
     block = build_model(tiny(**MOE, expert_d_ff=24, shared_experts=1)).blocks[0]
     experts = block.ffn.experts
     assert experts.matrices() == {experts.gate_up.weight: (24, 24), experts.down.weight: (16,)}
@@ -314,7 +314,7 @@ def test_stacks_of_matrices_are_named_for_optimizers():
     assert block.ffn.matrices() == {} and block.ffn.residual_weights() == []
 
 
-def test_biases_of_experts_do_not_decay():
+def test_expert_biases_do_not_decay():
     experts = build_model(tiny(**{**MOE, 'bias': True})).blocks[0].ffn.experts
     assert {p.dim() for layer in (experts.gate_up, experts.down) for p in [layer.bias]} == {1}
     assert isinstance(experts.down, ExpertLinear)
@@ -323,7 +323,7 @@ def test_biases_of_experts_do_not_decay():
 # --- Precision, compilation, recomputation --------------------------------------------------------
 
 
-def test_under_autocast_the_router_and_its_losses_stay_in_single_precision():
+def test_router_is_fp32_under_autocast():
     ours, x = mixture(shared_experts=1, router_z_loss=0.1), some_input()
     y, aux = ours(x)
     with torch.autocast('cpu', dtype=torch.bfloat16):
@@ -336,7 +336,7 @@ def test_under_autocast_the_router_and_its_losses_stay_in_single_precision():
     assert 0 < error < 0.02
 
 
-def test_it_runs_on_the_meta_device_forwards_and_backwards():
+def test_moe_runs_on_meta_device():
     model = build_model(tiny(**MOE, **SHARED))
     tokens = torch.empty((3, 6), dtype=torch.long, device='meta')
     loss, _, aux = model(tokens, tokens)
@@ -355,17 +355,17 @@ def results(model, tokens):
     return loss.detach(), aux.loss.detach(), aux.metrics, gradients(model)
 
 
-def test_blocks_compile_whole_and_make_one_graph_of_each_kind():
+def test_moe_blocks_compile_to_one_graph_per_kind():
     config = tiny(**MOE, **{**SHARED, 'n_layer': 4})
-    tokens = some_tokens(config, batch=2)
-    expected = results(lively(config), tokens)
+    tokens = random_tokens(config, batch=2)
+    expected = results(perturbed_model(config), tokens)
     graphs = []
 
     def backend(graph, inputs):
         graphs.append(graph)
         return graph
 
-    model = lively(config)
+    model = perturbed_model(config)
     torch._dynamo.reset()
     for block in model.blocks:
         block.compile(fullgraph=True, backend=backend)
@@ -373,29 +373,29 @@ def test_blocks_compile_whole_and_make_one_graph_of_each_kind():
     assert len(graphs) == 2  # a dense layer's, and that of the three others
 
 
-def test_recomputing_blocks_counts_nothing_twice():
+def test_recomputation_does_not_change_metrics():
     config = tiny(**MOE, **SHARED)
-    tokens = some_tokens(config, batch=2)
-    model = lively(config)
+    tokens = random_tokens(config, batch=2)
+    model = perturbed_model(config)
     for block in model.blocks:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-    torch.testing.assert_close(results(model, tokens), results(lively(config), tokens))
+    torch.testing.assert_close(results(model, tokens), results(perturbed_model(config), tokens))
 
 
 # --- Refusals and names ---------------------------------------------------------------------------
 
 
-def test_a_mixture_is_no_expert():
+def test_moe_cannot_be_expert():
     with pytest.raises(UserError, match="expert_ffn takes one of 'standard', 'swiglu'"):
         tiny(ffn_type='moe', expert_ffn='moe')
 
 
-def test_options_of_mixtures_are_of_no_use_elsewhere():
+def test_moe_options_are_rejected_elsewhere():
     with pytest.raises(UserError, match="belongs to ffn_type='moe'"):
         tiny(ffn_type='swiglu', num_experts=4)
 
 
-def test_widths_are_derived():
+def test_expert_widths_are_derived():
     assert tiny(**MOE, n_embd=64).expert_d_ff == tiny(ffn_type='swiglu', n_embd=64).d_ff == 168
     assert tiny(**MOE, expert_ffn='standard').expert_d_ff == 64
     assert tiny(**MOE, d_ff=40).expert_d_ff == 40
@@ -403,7 +403,7 @@ def test_widths_are_derived():
     assert (config.d_ff, config.expert_d_ff) == (40, 24)
 
 
-def test_the_name_tells_how_many_of_how_many():
+def test_moe_name_tag():
     assert '-MoE2of5-SwiGLU-' in tiny(**MOE).name
     name = tiny(**MOE, expert_ffn='standard', activation='relu2', shared_experts=1).name
     assert '-MoE2of5+1-ReLU2-' in name
@@ -469,7 +469,7 @@ def trained(tiny_dataset, tmp_path_factory):
     return run, kept
 
 
-def test_the_record_has_the_balance_since_the_last_logged_update(trained):
+def test_record_has_balance_since_last_log(trained):
     run, kept = trained
     entries = run.record['training_iterations']
     assert [entry['iter'] for entry in entries] == [0, 2, 4]
@@ -480,7 +480,7 @@ def test_the_record_has_the_balance_since_the_last_logged_update(trained):
         assert entry['readings'] == pytest.approx(expected, rel=1e-4)
 
 
-def test_the_record_keeps_to_its_schema_and_counts_active_parameters(trained):
+def test_record_matches_schema_and_counts_active_parameters(trained):
     run, _ = trained
     schema = json.loads((PROJECT / 'records/record_schema.json').read_text())
     jsonschema.Draft202012Validator(schema).validate(run.record)
@@ -489,9 +489,7 @@ def test_the_record_keeps_to_its_schema_and_counts_active_parameters(trained):
     assert model['total_params'] - model['active_params'] == 2 * (6 - 2) * (expert + 3 * 16 + 16)
 
 
-def test_the_auxiliary_loss_acts_and_is_no_part_of_the_reported_loss(
-    trained, tiny_dataset, tmp_path
-):
+def test_aux_loss_acts_but_is_not_reported(trained, tiny_dataset, tmp_path):
     run, _ = trained
     heavy = train_here(tiny_dataset, tmp_path, **TRAINED, load_balance_weight=10.0)
     assert heavy.losses[0] == run.losses[0]
@@ -500,7 +498,7 @@ def test_the_auxiliary_loss_acts_and_is_no_part_of_the_reported_loss(
     assert busiest[0]['load_balance_loss'] < busiest[1]['load_balance_loss']
 
 
-def test_the_start_up_report_and_the_iterations_show_it(train):
+def test_console_shows_moe_metrics(train):
     arguments = [f'--{key}={value}' for key, value in TRAINED.items()]
     out = train(*arguments, '--max_iters=1', '--log_style=block').stdout
     assert 'Active: ' in out and 'for each token' in out

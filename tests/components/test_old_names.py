@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers.architectures import some_tokens, tiny
+from helpers.architectures import random_tokens, tiny
 
 from common import old_imports, old_names
 from model_builder import build_model
@@ -105,7 +105,7 @@ def register_old_components(monkeypatch):
         del registry._components[name], registry._sources[name]
 
 
-def test_components_with_old_names_train_and_are_noted_once(register_old_components, capsys):
+def test_old_component_names_work_with_one_note(register_old_components, capsys):
     register_old_components()
     config = tiny(
         attention_type='old_attention',
@@ -114,7 +114,7 @@ def test_components_with_old_names_train_and_are_noted_once(register_old_compone
         attention_backend='old_backend',
     )
     model = build_model(config, 'cpu', 0)
-    tokens = some_tokens(config, 2)
+    tokens = random_tokens(config, 2)
     for _ in range(2):
         loss, _, aux = model(tokens, tokens)
         loss.backward()
@@ -136,6 +136,6 @@ def test_components_with_old_names_train_and_are_noted_once(register_old_compone
         assert note in notes
 
 
-def test_a_name_that_never_was_is_no_attribute():
+def test_unknown_name_is_import_error():
     with pytest.raises(ImportError, match='Nothing'):
         exec('from model_components import Nothing', {})

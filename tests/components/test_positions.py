@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from helpers.architectures import lively, some_tokens, tiny
+from helpers.architectures import perturbed_model, random_tokens, tiny
 
 from common.errors import UserError
 from components.positions import alibi_slopes, rotary_frequencies
@@ -46,7 +46,7 @@ SCALINGS = [
 
 
 @pytest.mark.parametrize('values', SCALINGS, ids=lambda v: v['rope_scaling'])
-def test_scaled_tables_are_those_of_transformers(values):
+def test_rope_scaling_matches_transformers(values):
     from transformers import LlamaConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -92,14 +92,14 @@ def test_scaled_tables_are_those_of_transformers(values):
     assert changed.any() and (config.rope_scaling == 'linear') == bool(changed.all())
 
 
-def test_yarn_over_a_context_so_short_that_no_pair_turns_interpolates_all_but_the_first():
+def test_yarn_with_tiny_context():
     config = tiny(position_encoding='rope', rope_scaling='yarn', rope_original_block_size=2)
     frequencies = torch.tensor([1.0, 0.01])
     scaled = ROPE_SCALING_REGISTRY['yarn'].scaled(frequencies, config)
     torch.testing.assert_close(scaled, torch.tensor([1.0, 0.01 / 8]))
 
 
-def test_the_original_context_is_derived_from_the_factor():
+def test_original_block_size_is_derived():
     values = {'position_encoding': 'rope', 'block_size': 4096, 'rope_scaling_factor': 4.0}
     for scaling in ('yarn', 'llama3'):
         assert tiny(**values, rope_scaling=scaling).rope_original_block_size == 1024
@@ -108,7 +108,7 @@ def test_the_original_context_is_derived_from_the_factor():
 
 
 @pytest.mark.parametrize('fraction', [1.0, 0.5, 0.25])
-def test_the_first_columns_of_a_head_turn_as_in_transformers(fraction):
+def test_partial_rope_matches_transformers(fraction):
     from transformers import GPTNeoXConfig
     from transformers.models.gpt_neox import modeling_gpt_neox as neox
 
@@ -131,7 +131,7 @@ def test_the_first_columns_of_a_head_turn_as_in_transformers(fraction):
 
 
 @pytest.mark.parametrize('heads', range(1, 34))
-def test_alibi_has_the_slopes_of_transformers(heads):
+def test_alibi_matches_transformers(heads):
     from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 
     theirs = build_alibi_tensor(torch.ones(1, 7), heads, torch.float32)  # (H, 1, T)
@@ -143,7 +143,7 @@ def test_alibi_has_the_slopes_of_transformers(heads):
     assert (bias.diagonal(dim1=1, dim2=2) == 0).all()
 
 
-def test_alibi_has_the_slopes_of_the_paper():
+def test_alibi_slopes_match_paper():
     """Press et al.: 1/2 … 1/256 for 8 heads, and for 16 those 'geometrically averaged' between."""
     eight = [2.0**-i for i in range(1, 9)]
     assert alibi_slopes(8, torch.device('cpu')).tolist() == pytest.approx(eight)
@@ -153,7 +153,7 @@ def test_alibi_has_the_slopes_of_the_paper():
 
 
 @pytest.mark.parametrize(('buckets', 'max_distance'), [(32, 128), (8, 20), (7, 12), (2, 2)])
-def test_t5_buckets_and_bias_are_those_of_transformers(buckets, max_distance):
+def test_t5_bias_matches_transformers(buckets, max_distance):
     from transformers import T5Config
     from transformers.models.t5.modeling_t5 import T5Attention
 
@@ -183,7 +183,7 @@ def test_t5_buckets_and_bias_are_those_of_transformers(buckets, max_distance):
     assert used.tolist() == list(range(buckets))
 
 
-def test_sinusoids_are_those_of_the_paper():
+def test_sinusoidal_matches_paper():
     table = encoding_of(position_encoding='sinusoidal').embed(
         torch.zeros(1, 9, 16), torch.arange(9)
     )
@@ -209,10 +209,10 @@ def label(values):
 
 
 @pytest.mark.parametrize('values', BOUNDLESS, ids=label)
-def test_twice_the_trained_length_is_finite_and_causal(values):
+def test_twice_block_size_is_finite_and_causal(values):
     config = tiny(**values)
-    model, length = lively(config).eval(), 2 * config.block_size
-    tokens = some_tokens(config.replace(block_size=length), batch=1).expand(length, length)
+    model, length = perturbed_model(config).eval(), 2 * config.block_size
+    tokens = random_tokens(config.replace(block_size=length), batch=1).expand(length, length)
     changed = tokens.clone()  # row t: token t is another one
     changed.diagonal().add_(1).remainder_(config.vocab_size)
     logits = model(tokens)
@@ -221,8 +221,8 @@ def test_twice_the_trained_length_is_finite_and_causal(values):
     assert torch.equal(different, torch.ones(length, length, dtype=torch.bool).triu())
 
 
-def test_learned_positions_end_with_the_trained_length():
-    model = lively(tiny(position_encoding='learned_absolute'))
+def test_learned_positions_end_at_block_size():
+    model = perturbed_model(tiny(position_encoding='learned_absolute'))
     tokens = torch.zeros(1, model.config.block_size + 1, dtype=torch.long)
     with pytest.raises(UserError) as refused:
         model(tokens)
@@ -231,9 +231,9 @@ def test_learned_positions_end_with_the_trained_length():
 
 
 @pytest.mark.parametrize('values', VARIANTS, ids=label)
-def test_the_order_of_the_past_matters_to_every_encoding_but_none(values):
+def test_encoding_depends_on_order_of_past(values):
     """One layer of attention without positions sees a set."""
-    model = lively(tiny(**values, n_layer=1)).eval()
+    model = perturbed_model(tiny(**values, n_layer=1)).eval()
     tokens = torch.tensor([[1, 2, 3, 4, 5, 6]])
     last, swapped = model(tokens)[0, -1], model(tokens[:, [1, 0, 2, 3, 4, 5]])[0, -1]
     blind = values['position_encoding'] == 'none'
@@ -241,8 +241,8 @@ def test_the_order_of_the_past_matters_to_every_encoding_but_none(values):
 
 
 @pytest.mark.parametrize('values', VARIANTS, ids=label)
-def test_tables_are_in_single_precision_under_autocast(values):
-    model = lively(tiny(**values))
+def test_rotation_and_bias_are_fp32_under_autocast(values):
+    model = perturbed_model(tiny(**values))
     positions = torch.arange(4)
     with torch.autocast('cpu', dtype=torch.bfloat16):
         prepared = model.position_encoding.prepare(positions, positions)
@@ -251,7 +251,7 @@ def test_tables_are_in_single_precision_under_autocast(values):
     assert {tensor.dtype for tensor in tensors} == {torch.float32}
 
 
-def test_names_tell_what_turns():
+def test_position_encoding_name_tag():
     rope = {'position_encoding': 'rope'}
     assert '-RoPE-LN-' in tiny(**rope).name
     assert '-RoPE0.5-LN-' in tiny(**rope, rope_fraction=0.5).name

@@ -83,7 +83,7 @@ def values_of(key: str, option: Option) -> list:
     return [*([None] if none else []), *values]
 
 
-def mixed(pick: Callable[[Sequence], object], **fixed) -> dict:
+def pick_values(pick: Callable[[Sequence], object], **fixed) -> dict:
     """A value, by `pick`, of each option that the other values give a use; `fixed` ones kept."""
     chosen: dict = {}
 
@@ -107,7 +107,7 @@ def with_backend(config: ModelArchitectureConfig, backend: str) -> ModelArchitec
         return None
 
 
-def legal(values: dict) -> ModelArchitectureConfig | None:
+def legal_config(values: dict) -> ModelArchitectureConfig | None:
     """The architecture, if there is one."""
     try:
         return tiny(**values)
@@ -118,33 +118,35 @@ def legal(values: dict) -> ModelArchitectureConfig | None:
 @st.composite
 def architectures(draw, **fixed) -> ModelArchitectureConfig:
     """For hypothesis: any legal tiny architecture."""
-    config = legal(mixed(lambda values: draw(st.sampled_from(values)), **fixed))
+    config = legal_config(pick_values(lambda values: draw(st.sampled_from(values)), **fixed))
     assume(config is not None)
     note(config.to_dict())
     return config
 
 
 @functools.cache
-def sample(number: int) -> tuple[dict, ...]:
+def random_architectures(number: int) -> tuple[dict, ...]:
     """The values of that many random legal architectures, the same in every run."""
     choose = random.Random(0).choice
-    mixes = (mixed(choose) for _ in itertools.count())
-    return tuple(itertools.islice((values for values in mixes if legal(values)), number))
+    candidates = (pick_values(choose) for _ in itertools.count())
+    return tuple(
+        itertools.islice((values for values in candidates if legal_config(values)), number)
+    )
 
 
 @functools.cache
-def covering() -> tuple[dict, ...]:
+def pairwise_architectures() -> tuple[dict, ...]:
     """A few legal architectures in which any two values of two options meet, if they can."""
 
     def pairs(values: dict) -> frozenset:
         return frozenset(itertools.combinations(values.items(), 2))
 
-    left = {index: pairs(values) for index, values in enumerate(sample(SAMPLED))}
+    left = {index: pairs(values) for index, values in enumerate(random_architectures(SAMPLED))}
     chosen = []
     while left:
         best = max(left, key=lambda index: len(left[index]))
         met = left[best]
-        chosen.append(sample(SAMPLED)[best])
+        chosen.append(random_architectures(SAMPLED)[best])
         left = {index: rest for index, unmet in left.items() if (rest := unmet - met)}
     return tuple(chosen)
 
@@ -157,7 +159,7 @@ def label(combination: dict) -> str:
     return '-'.join(str(value) for value in combination.values())
 
 
-def lively(config: ModelArchitectureConfig) -> Transformer:
+def perturbed_model(config: ModelArchitectureConfig) -> Transformer:
     """A model whose attention is far from uniform and whose gains and biases are not trivial."""
     model = build_model(config, device='cpu', seed=1)
     with torch.no_grad():
@@ -171,6 +173,6 @@ def gradients(model: Transformer) -> dict[str, torch.Tensor]:
     return {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
-def some_tokens(config: ModelArchitectureConfig, batch: int, seed: int = 0) -> torch.Tensor:
+def random_tokens(config: ModelArchitectureConfig, batch: int, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(config.vocab_size, (batch, config.block_size), generator=generator)

@@ -5,7 +5,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from helpers.architectures import lively, tiny
+from helpers.architectures import perturbed_model, tiny
 from safetensors.torch import load_file, save_file
 
 import interop
@@ -18,7 +18,7 @@ UNEVEN = {'n_embd': 30, 'n_head': 4}  # transformers divides the one by the othe
 
 def exported(folder, **values):
     """The model, and the folder that it was exported to."""
-    model = lively(tiny(**values)).eval()
+    model = perturbed_model(tiny(**values)).eval()
     interop.export(model.config, dict(model.named_parameters()), folder)
     return model, folder
 

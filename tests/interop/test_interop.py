@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import transformers_models as reference
-from helpers.architectures import gradients, lively, some_tokens, tiny
+from helpers.architectures import gradients, perturbed_model, random_tokens, tiny
 from helpers.in_process import joined, train_here
 from helpers.project import PROJECT
 from safetensors.torch import load_file
@@ -210,7 +210,7 @@ def parity(fields: dict, folder: Path) -> dict[str, float]:
     missing, unexpected = ours.load_state_dict(weights, strict=False)
     assert (not missing or config.weight_tying, unexpected) == (True, [])
 
-    tokens = some_tokens(config, batch=3)
+    tokens = random_tokens(config, batch=3)
     targets = F.pad(tokens[:, 1:], (0, 1), value=-100)  # the last token has no successor
     their_logits = theirs(tokens).logits
     F.cross_entropy(their_logits.flatten(0, 1), targets.flatten()).backward()
@@ -275,7 +275,7 @@ def rewritten(folder: Path, to: Path, change) -> interop.PretrainedCheckpoint:
 
 
 def assert_same_logits(source: interop.PretrainedCheckpoint, theirs) -> None:
-    tokens = some_tokens(source.config, batch=2)
+    tokens = random_tokens(source.config, batch=2)
     torch.testing.assert_close(as_ours(source)(tokens), theirs(tokens).logits, rtol=1e-5, atol=1e-5)
 
 
@@ -429,11 +429,11 @@ def test_missing_biases_are_exported_as_zeros(name, tmp_path):
     """And comes back as the same function, biases and all."""
     preset, values, architecture = WITHOUT_BIASES[name]
     config = tiny(arch_preset=preset, **values)
-    ours = lively(config)
+    ours = perturbed_model(config)
     interop.export(config, dict(ours.named_parameters()), tmp_path / 'theirs')
     theirs = reference.loaded(tmp_path / 'theirs')
     assert type(theirs).__name__ == architecture
-    tokens = some_tokens(config, batch=2)
+    tokens = random_tokens(config, batch=2)
     with torch.no_grad():
         torch.testing.assert_close(theirs(tokens).logits, ours(tokens), rtol=1e-5, atol=1e-5)
     again = interop.open_checkpoint(f'hf:{tmp_path / "theirs"}')
@@ -447,7 +447,7 @@ def test_missing_biases_are_exported_as_zeros(name, tmp_path):
 def test_vocabulary_and_positions_are_resized(tmp_path):
     theirs = randomized_model(THEIRS['gpt2'])
     source = reference.saved(theirs, tmp_path)
-    tokens = some_tokens(source.config, batch=2)[:, :8]
+    tokens = random_tokens(source.config, batch=2)[:, :8]
     expected = theirs(tokens).logits
     for vocab_size in (64, 40, 33):
         config = source.config.replace(vocab_size=vocab_size, block_size=8)

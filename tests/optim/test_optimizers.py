@@ -49,7 +49,7 @@ def random_gradients(weights):
 
 @pytest.mark.parametrize('optimizer', list(OPTIMIZER_REGISTRY))
 @pytest.mark.parametrize('preset', ['legacy', 'llama'])
-def test_who_decays_and_by_which_rule(preset, optimizer):
+def test_weight_decay_and_rule_of_groups(preset, optimizer):
     """Hidden matrices and tables decay; only hidden matrices are Muon's."""
     model = build_model(
         ModelArchitectureConfig(
@@ -83,9 +83,7 @@ MATRICES = ((8, 5), (5, 8), (6, 6), (8, 5), (1, 4))
 
 @pytest.mark.parametrize('adjust_lr_fn', ['original', 'match_rms_adamw'])
 @pytest.mark.parametrize(('dtype', 'tolerance'), [('float32', 1e-6), ('bfloat16', 2e-3)])
-def test_muon_is_torchs_on_matrices_and_adamw_on_the_rest(
-    monkeypatch, adjust_lr_fn, dtype, tolerance
-):
+def test_muon_matches_torch_with_adamw_for_rest(monkeypatch, adjust_lr_fn, dtype, tolerance):
     ours, theirs = parameters(*MATRICES, (3,)), parameters(*MATRICES, (3,))
     groups = [
         ParameterGroup('matrices', ours[:-1], True, rows=[(rows,) for rows, _ in MATRICES]),
@@ -109,7 +107,7 @@ def test_muon_is_torchs_on_matrices_and_adamw_on_the_rest(
     assert min(moved) > 10 * tolerance or dtype == 'bfloat16'
 
 
-def test_newton_schulz_brings_singular_values_near_one_and_keeps_the_vectors():
+def test_newton_schulz_singular_values():
     for shape in ((3, 20, 12), (2, 3, 12, 20), (1, 16, 16)):
         matrices = random(*shape, seed=3)
         u, _, vt = torch.linalg.svd(matrices, full_matrices=False)
@@ -125,7 +123,7 @@ def test_newton_schulz_brings_singular_values_near_one_and_keeps_the_vectors():
 
 @pytest.mark.parametrize('rows', [(4, 4, 4), (8, 2, 2), (12,)])
 @pytest.mark.parametrize('stack', [(), (3,)])
-def test_matrices_that_share_a_parameter_train_as_if_each_had_its_own(rows, stack):
+def test_stacked_matrices_train_separately(rows, stack):
     """Fused projections and experts: split by rows, and along the leading dimensions."""
     fused, other = parameters((*stack, sum(rows), 6), (3,))
     pieces = [
@@ -154,7 +152,7 @@ def test_matrices_that_share_a_parameter_train_as_if_each_had_its_own(rows, stac
     assert (fused - parameters(fused.shape)[0]).abs().max() > 1e-3
 
 
-def test_the_matrices_may_have_a_rate_of_their_own():
+def test_muon_learning_rate():
     weights, control = parameters((4, 4), (3,)), parameters((4, 4), (3,))
     for some, changed in (
         (weights, {'muon_learning_rate': 6e-4 * 5}),
@@ -173,7 +171,7 @@ def test_the_matrices_may_have_a_rate_of_their_own():
     assert not torch.equal(weights[1], control[1])
 
 
-def test_as_large_an_update_as_adamws():
+def test_match_rms_adamw_update_size():
     """What match_rms_adamw promises: Liu et al. 2025 aim at a root mean square of 0.2."""
     for shape in ((64, 64), (256, 64), (64, 256)):
         weight, other = torch.nn.Parameter(torch.zeros(shape)), torch.nn.Parameter(torch.zeros(1))
@@ -189,7 +187,7 @@ def test_as_large_an_update_as_adamws():
 # --- Lion -----------------------------------------------------------------------------------------
 
 
-def test_lion_is_its_papers_pseudo_code():
+def test_lion_matches_pseudocode():
     """Chen et al. 2023, algorithm 2, element by element in plain Python."""
     weights = parameters((3, 4), (5,))
     groups = [

@@ -49,14 +49,14 @@ def nanogpt_lr(it, learning_rate, min_lr, warmup_iters, lr_decay_iters):
 
 
 @pytest.mark.parametrize(('warmup', 'decay'), [(10, 100), (0, 100), (0, 1), (99, 100), (1, 7)])
-def test_the_learning_rate_is_nanogpts(warmup, decay):
+def test_cosine_matches_nanogpt(warmup, decay):
     run = options(warmup_iters=warmup, lr_decay_iters=decay)
     ours = [learning_rate_at(step, run) for step in range(2 * decay)]
     theirs = [nanogpt_lr(step, 6e-4, 6e-5, warmup, decay) for step in range(2 * decay)]
     assert ours == pytest.approx(theirs, rel=1e-12)
 
 
-def test_the_corners_of_the_schedule():
+def test_learning_rate_at_boundaries():
     assert learning_rate_at(0, RUN) == pytest.approx(6e-4 / 11)
     assert learning_rate_at(10, RUN) == 6e-4  # warm-up is over, the cosine begins at the top
     assert learning_rate_at(55, RUN) == pytest.approx((6e-4 + 6e-5) / 2)
@@ -66,7 +66,7 @@ def test_the_corners_of_the_schedule():
     assert learning_rate_at(100, options(warmup_iters=101)) == pytest.approx(6e-4 * 101 / 102)
 
 
-def test_without_decay_the_rate_is_constant():
+def test_learning_rate_without_decay_is_constant():
     run = options(decay_lr=False)
     assert {learning_rate_at(step, run) for step in (0, 5, 10, 50, 1000)} == {6e-4}
 
@@ -123,7 +123,7 @@ def root(to, updates):
     ],
     ids=['linear', 'constant', 'wsd linear', 'wsd 1-sqrt'],
 )
-def test_schedules_are_torchs(changed, schedules, milestones):
+def test_schedules_match_torch(changed, schedules, milestones):
     run = options(**changed)
     ours = [learning_rate_at(step, run) for step in range(200)]
     assert ours == pytest.approx(torchs_rates(run, *schedules, milestones=milestones), rel=1e-9)
@@ -167,7 +167,7 @@ updates = st.integers(0, 60)
     decay_shape=st.sampled_from(('1-sqrt', 'linear')),
 )
 @settings(max_examples=500, deadline=None)
-def test_a_learning_rate_never_jumps_nor_leaves_its_bounds(**chosen):
+def test_learning_rate_is_continuous_and_bounded(**chosen):
     run, problems = resolved(**chosen)
     top, warm_up, end = run.learning_rate, run.warmup_iters, run.lr_decay_iters
     rates = [learning_rate_at(step, run) for step in range(run.max_iters)]
@@ -217,12 +217,12 @@ def test_a_learning_rate_never_jumps_nor_leaves_its_bounds(**chosen):
         ({'min_lr': 1.0}, 'min_lr=1 is above'),
     ],
 )
-def test_a_schedule_that_would_jump_is_refused(chosen, why):
+def test_discontinuous_schedule_is_rejected(chosen, why):
     with pytest.raises(UserError, match=why):
         planned_settings(max_iters=60, **chosen)
 
 
-def test_what_a_schedule_comes_to_is_said_in_the_run_and_in_the_plan(tiny_dataset, tmp_path):
+def test_schedule_notes_in_run_and_plan(tiny_dataset, tmp_path):
     run = train_here(tiny_dataset, tmp_path, max_iters=4, lr_decay_iters=2, eval_iters=1)
     said = [event['message'] for event in run.events('note')]
     assert any(note.startswith('lr_decay_iters=2 is below max_iters=4') for note in said)
@@ -277,7 +277,7 @@ def equal(left: list[torch.Tensor], right: list[torch.Tensor]) -> bool:
 
 @pytest.mark.parametrize('grad_clip', [0.0, 0.5, 1e6])
 @pytest.mark.parametrize('dtype', ['float32', 'float16'])
-def test_statistics_are_of_every_element_before_clipping(grad_clip, dtype):
+def test_gradient_statistics_before_clipping(grad_clip, dtype):
     optimizer = guarded_optimizer(grad_clip=grad_clip, dtype=dtype)
     backward(optimizer, gradients_of(0))
     backward(optimizer, gradients_of(1))  # a second micro-batch
@@ -291,7 +291,7 @@ def test_statistics_are_of_every_element_before_clipping(grad_clip, dtype):
     )
 
 
-def test_a_parameter_without_gradient_counts_as_zeros():
+def test_parameter_without_gradient_counts_as_zeros():
     optimizer = guarded_optimizer()
     first = gradients_of(0)[0]
     (optimizer.parameters[0] * first).sum().backward()
@@ -304,7 +304,7 @@ def test_a_parameter_without_gradient_counts_as_zeros():
 
 
 @pytest.mark.parametrize('grad_clip', [0.0, 0.5, 1e6], ids=['off', 'clips', 'never reached'])
-def test_updates_are_plain_adamw_with_torchs_clipping_bit_for_bit(grad_clip):
+def test_step_is_adamw_with_torch_clipping(grad_clip):
     optimizer = guarded_optimizer(grad_clip=grad_clip)
     plain = copy.deepcopy(optimizer.parameters)
     optimizer = torch.optim.AdamW(
@@ -350,9 +350,7 @@ LOSSES_AND_GRADIENTS = [
 @pytest.mark.parametrize('dtype', ['float32', 'float16'])
 @pytest.mark.parametrize('steps_before', [0, 2])
 @pytest.mark.parametrize('optimizer', list(OPTIMIZER_REGISTRY))
-def test_what_is_not_finite_changes_nothing(
-    optimizer, loss, element, grad_clip, dtype, steps_before
-):
+def test_nonfinite_step_changes_nothing(optimizer, loss, element, grad_clip, dtype, steps_before):
     changed = {'optimizer': optimizer, 'grad_clip': grad_clip, 'dtype': dtype}
     optimizer = guarded_optimizer(**changed)
     for step in range(steps_before):
@@ -394,7 +392,7 @@ class _Waits(TorchDispatchMode):
 
 
 @pytest.mark.parametrize('optimizer', list(OPTIMIZER_REGISTRY))
-def test_no_update_waits_for_the_device(optimizer):
+def test_step_does_not_synchronize(optimizer):
     optimizer = guarded_optimizer(optimizer=optimizer)
     for step, loss in enumerate((FINITE, NAN)):
         backward(optimizer, gradients_of(step))
@@ -406,7 +404,7 @@ def test_no_update_waits_for_the_device(optimizer):
     assert waits.seen
 
 
-def test_skipped_updates_add_up():
+def test_skipped_steps_are_counted():
     optimizer = guarded_optimizer()
     for loss in (FINITE, NAN, FINITE, NAN, NAN):
         backward(optimizer, gradients_of(0))
@@ -414,7 +412,7 @@ def test_skipped_updates_add_up():
     assert optimizer.skipped == 3
 
 
-def test_the_fp16_scale_halves_at_an_overflow_and_is_reported():
+def test_fp16_scale_halves_at_overflow():
     optimizer = guarded_optimizer(dtype='float16')
     before = optimizer.loss_scale
     assert before == torch.amp.GradScaler('cpu').get_scale()
@@ -455,7 +453,7 @@ def test_loaded_optimizer_continues_bit_for_bit(optimizer, dtype):
 
 
 @pytest.mark.parametrize('element', [math.nan, math.inf])
-def test_weights_that_are_not_finite_are_told(element):
+def test_nonfinite_weights_are_detected(element):
     optimizer = guarded_optimizer()
     assert optimizer.weights_are_finite()
     with torch.no_grad():

@@ -27,7 +27,7 @@ SIZES = {'n_layer': 4, 'n_head': 4, 'n_embd': 64, 'block_size': 64, 'vocab_size'
 TOLERANCE = 1e-4
 
 
-def lively(config: ModelArchitectureConfig) -> Transformer:
+def perturbed_model(config: ModelArchitectureConfig) -> Transformer:
     """Initialised as for training, then moved, so that no gain is 1 and no bias 0."""
     model = build_model(config, 'cpu', seed=1).eval()
     generator = torch.Generator().manual_seed(2)
@@ -46,7 +46,7 @@ def round_trip(config: ModelArchitectureConfig, folder: Path) -> tuple[str, floa
     """Their architecture's name, and the differences of export and import. Raises UserError."""
     from transformers import AutoModelForCausalLM
 
-    model = lively(config)
+    model = perturbed_model(config)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(config.vocab_size, (2, config.block_size), generator=generator)
     interop.export(config, dict(model.named_parameters()), folder / 'ours')

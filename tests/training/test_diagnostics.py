@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.architectures import lively, some_tokens, tiny
+from helpers.architectures import perturbed_model, random_tokens, tiny
 from helpers.in_process import train_here
 
 from model_builder import build_model, parameter_groups
@@ -58,8 +58,8 @@ def unrolled(model, tokens):
 @pytest.mark.parametrize('recomputed', [[], [0, 1]], ids=['', 'recomputed'])
 def test_layers_by_hand(values, recomputed):
     config = tiny(**values, dropout=0.3)
-    model = lively(config).eval()
-    tokens, targets = some_tokens(config, 3, seed=0), some_tokens(config, 3, seed=1)
+    model = perturbed_model(config).eval()
+    tokens, targets = random_tokens(config, 3, seed=0), random_tokens(config, 3, seed=1)
     streams, scores, logits = unrolled(model, tokens)
     F.cross_entropy(logits.flatten(0, 1), targets.flatten()).backward()
     expected = [
@@ -118,8 +118,8 @@ def test_a_logit_that_only_the_future_has_is_not_counted():
 )
 def test_loss_by_position_by_hand(length, edges):
     config = tiny(block_size=length, n_layer=1)
-    model = lively(config).eval()
-    tokens, targets = some_tokens(config, 5, seed=0), some_tokens(config, 5, seed=1)
+    model = perturbed_model(config).eval()
+    tokens, targets = random_tokens(config, 5, seed=0), random_tokens(config, 5, seed=1)
     chances = model(tokens).softmax(-1).gather(-1, targets[..., None])[..., 0].detach()
     losses = -chances.log()  # (B, T)
     expected = [
@@ -133,7 +133,7 @@ def test_loss_by_position_by_hand(length, edges):
 
 
 def test_update_to_weight_by_hand():
-    model = lively(tiny())
+    model = perturbed_model(tiny())
     groups = parameter_groups(model)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     size = diagnostics.UpdateRatio(groups, ALONE)

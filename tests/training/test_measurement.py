@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.architectures import some_tokens, tiny
+from helpers.architectures import random_tokens, tiny
 from helpers.in_process import joined, train_here
 from helpers.project import PROJECT, TINY_RUN
 from torch.utils.flop_counter import FlopCounterMode
@@ -214,7 +214,7 @@ def test_which_blocks_are_recomputed(choice, blocks):
 def test_recomputation_is_what_torch_counts(norm_position, recomputed):
     """A pre-norm block ends in a product that nobody needs again, a post-norm block in a norm."""
     config = tiny(n_layer=3, attention_backend='manual', norm_position=norm_position)
-    tokens, totals = some_tokens(config, batch=1), []
+    tokens, totals = random_tokens(config, batch=1), []
     for numbers in (recomputed, []):
         model = build_model(config, 'cpu', 0)
         prepare_blocks(model, numbers, compiled=False)

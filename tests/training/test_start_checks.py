@@ -6,7 +6,7 @@ from typing import ClassVar
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.architectures import covering, legal, tiny
+from helpers.architectures import legal_config, pairwise_architectures, tiny
 from torch import nn
 
 from common.errors import UserError
@@ -227,9 +227,11 @@ def test_what_no_seed_repeats_is_not_called_a_leak(register):
 # --- What is as it should be ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize('values', covering()[::12], ids=range(len(covering()[::12])))
+@pytest.mark.parametrize(
+    'values', pairwise_architectures()[::12], ids=range(len(pairwise_architectures()[::12]))
+)
 def test_the_projects_components_pass_without_a_word(values):
-    assert check_model(build_model(legal(values), 'cpu', seed=1), CPU, 'float32') == []
+    assert check_model(build_model(legal_config(values), 'cpu', seed=1), CPU, 'float32') == []
 
 
 @pytest.mark.parametrize('preset', PRESETS)

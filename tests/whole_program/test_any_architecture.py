@@ -1,4 +1,4 @@
-"""What holds of every architecture, on legal ones drawn at random and on a covering few."""
+"""What holds of every architecture: on random legal ones, and on a few where every pair meets."""
 
 import json
 import os
@@ -7,13 +7,13 @@ import pytest
 import torch
 from helpers.architectures import (
     architectures,
-    covering,
     gradients,
     label,
-    legal,
-    lively,
-    sample,
-    some_tokens,
+    legal_config,
+    pairwise_architectures,
+    perturbed_model,
+    random_architectures,
+    random_tokens,
     tiny,
     values_of,
     with_backend,
@@ -45,7 +45,7 @@ at_random = settings(max_examples=CASES, deadline=None, derandomize=True, databa
 
 
 def loss_and_gradients(config, tokens):
-    model = lively(config)
+    model = perturbed_model(config)
     torch.manual_seed(3)
     loss, count, auxiliary = model(tokens, tokens.roll(-1, dims=1))
     (loss / count + auxiliary.loss).backward()
@@ -69,13 +69,13 @@ def test_every_parameter_has_one_beginning_one_group_and_one_part(config):
     architectures(dropout=0.0, attention_dropout=None, residual_dropout=None, init_std=0.02)
 )
 def test_every_backend_gives_the_same_finite_loss_and_gradients(config):
-    tokens = some_tokens(config, batch=2)
+    tokens = random_tokens(config, batch=2)
     results = {}
     for backend in ATTENTION_BACKEND_REGISTRY:
         if same := with_backend(config, backend):
             if ATTENTION_BACKEND_REGISTRY[backend].training_problems(same, 'cpu'):
                 with torch.no_grad():
-                    loss, count, _ = lively(same)(tokens, tokens.roll(-1, dims=1))
+                    loss, count, _ = perturbed_model(same)(tokens, tokens.roll(-1, dims=1))
                 results[backend] = loss / count, {}
             else:
                 results[backend] = loss_and_gradients(same, tokens)
@@ -90,11 +90,11 @@ def test_every_backend_gives_the_same_finite_loss_and_gradients(config):
 
 
 @at_random
-@given(architectures(logit_softcap=None))  # a cap may leave nothing of lively logits but a sign
+@given(architectures(logit_softcap=None))  # a cap may leave nothing of large logits but a sign
 def test_a_token_changes_its_own_logits_and_no_earlier_ones(config):
-    model = lively(config).eval()
+    model = perturbed_model(config).eval()
     length = config.block_size
-    tokens = some_tokens(config, batch=1).expand(length, length)
+    tokens = random_tokens(config, batch=1).expand(length, length)
     changed = tokens.clone()  # row t: token t is another one
     changed.diagonal().add_(1).remainder_(config.vocab_size)
     with torch.no_grad():
@@ -103,7 +103,7 @@ def test_a_token_changes_its_own_logits_and_no_earlier_ones(config):
     assert different.diagonal().all()
 
 
-@pytest.mark.parametrize('chosen', covering(), ids=label)
+@pytest.mark.parametrize('chosen', pairwise_architectures(), ids=label)
 def test_flops_of_a_step_equal_the_counter_on_the_meta_device(chosen):
     config = tiny(**chosen)
     tokens = torch.empty((3, config.block_size), dtype=torch.long, device='meta')
@@ -116,13 +116,13 @@ def test_flops_of_a_step_equal_the_counter_on_the_meta_device(chosen):
 
 
 def test_the_hash_is_equal_exactly_when_the_options_are():
-    configs = [tiny(**values) for values in sample(400)]
+    configs = [tiny(**values) for values in random_architectures(400)]
     described = {json.dumps(config.to_dict(), sort_keys=True) for config in configs}
     assert len({config.hash for config in configs}) == len(described) > 390
 
 
 def test_a_config_comes_back_from_its_dict_and_its_file(tmp_path):
-    for values in covering():
+    for values in pairwise_architectures():
         config = tiny(**values)
         again = ModelArchitectureConfig.from_dict(json.loads(json.dumps(config.to_dict())))
         config.save(tmp_path / 'architecture.json')
@@ -136,22 +136,22 @@ def test_a_config_comes_back_from_its_dict_and_its_file(tmp_path):
 def test_the_name_follows_exactly_the_choices_that_have_a_tag(registry):
     """Beside each combination of a few, the same with every other choice of one registry."""
     option = architecture_options()[registry.option]
-    for values in covering()[::8]:
+    for values in pairwise_architectures()[::8]:
         names = {}
         for name in values_of(registry.option, option):
             core = {key: values[key] for key in values if key in CORE_OPTIONS}
-            if config := legal({**core, registry.option: name}):
+            if config := legal_config({**core, registry.option: name}):
                 names[name] = config.name
         tagged = registry is not ATTENTION_BACKEND_REGISTRY
         assert len(set(names.values())) == (len(names) if tagged else 1), names
 
 
 @torch.no_grad()  # flex has no backward pass on a CPU
-@pytest.mark.parametrize('chosen', covering()[::16], ids=label)
+@pytest.mark.parametrize('chosen', pairwise_architectures()[::16], ids=label)
 def test_blocks_are_one_graph_each_kind_and_compute_the_same(chosen):
     """Compiled whole, without a break, and alike layers share their graph."""
     config = tiny(**chosen).replace(n_layer=4, init_std=0.02)
-    model, tokens = lively(config).eval(), some_tokens(config, batch=2)
+    model, tokens = perturbed_model(config).eval(), random_tokens(config, batch=2)
     expected = model(tokens)
     graphs = []
 
@@ -171,8 +171,8 @@ def test_blocks_are_one_graph_each_kind_and_compute_the_same(chosen):
 def test_a_recomputed_block_is_compiled_as_well():
     """Compiled around the recomputation, as one graph that alike blocks share."""
     config = tiny(n_layer=3, dropout=0.0)
-    plain, model = lively(config), lively(config)
-    tokens, graphs = some_tokens(config, batch=2), []
+    plain, model = perturbed_model(config), perturbed_model(config)
+    tokens, graphs = random_tokens(config, batch=2), []
 
     def count(graph, _):
         graphs.append(graph)
