@@ -1,4 +1,4 @@
-"""components/blocked_attention.py against attention written out, in double precision."""
+"""components/cpu_attention.py against attention written out, in double precision."""
 
 import pytest
 import torch

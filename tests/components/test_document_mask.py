@@ -1,4 +1,4 @@
-"""components/documents.py and document_mask: a token sees its own document only."""
+"""components/document_mask.py and document_mask: a token sees its own document only."""
 
 import itertools
 import json

@@ -1,4 +1,4 @@
-"""components/cache.py: what generation keeps of earlier tokens, and that it changes nothing."""
+"""components/kv_cache.py: what generation keeps of earlier tokens, and that it changes nothing."""
 
 import random
 

@@ -1,4 +1,4 @@
-"""components/loss.py: loss and gradients against torch's own, chunk by chunk."""
+"""components/linear_cross_entropy.py: loss and gradients against torch's own, chunk by chunk."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""optimizers.py: each against a reference of its own, and how matrices are divided."""
+"""optim/optimizers.py: each against a reference of its own, and how matrices are divided."""
 
 import math
 
