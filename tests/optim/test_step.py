@@ -96,7 +96,7 @@ def test_parameter_without_gradient_counts_as_zeros():
 def test_step_is_adamw_with_torch_clipping(grad_clip):
     optimizer = guarded_optimizer(grad_clip=grad_clip)
     plain = copy.deepcopy(optimizer.parameters)
-    optimizer = torch.optim.AdamW(
+    reference = torch.optim.AdamW(
         [
             {'params': [plain[0], plain[1]], 'weight_decay': 0.1},
             {'params': [plain[2]], 'weight_decay': 0.0},
@@ -115,9 +115,9 @@ def test_step_is_adamw_with_torch_clipping(grad_clip):
         if grad_clip:
             norm = torch.nn.utils.clip_grad_norm_(plain, grad_clip)
             assert (norm > grad_clip) == (grad_clip == 0.5)
-        for group, scale in zip(optimizer.param_groups, (1.0, 0.5)):
+        for group, scale in zip(reference.param_groups, (1.0, 0.5)):
             group['lr'] = rate * scale
-        optimizer.step()
+        reference.step()
         assert equal(optimizer.parameters, plain)
     assert not equal(guarded_optimizer().parameters, plain)
     assert optimizer.skipped == 0
