@@ -20,7 +20,7 @@ components from a config file needs that file again, as for sample.py.
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -29,6 +29,7 @@ import common.first_import  # noqa: F401
 import numpy as np
 
 from common import hardware
+from common.arguments import DEVICE_ARGUMENTS, Argument, add_arguments, range_problems
 from common.console_output import write_text
 from common.errors import UserError, run_script
 from common.files import replace_file
@@ -39,6 +40,7 @@ from data.dataset import load_dataset
 from data.tokenizer import Tokenizer
 from inference.multiple_choice import made_choices, read_items
 from inference.scoring import ChoiceResult, Scorer, TextResult, score_items, score_text
+from training.checkpoint import Checkpoint
 from training.load import (
     checkpoint_parser,
     find_checkpoint,
@@ -48,49 +50,58 @@ from training.load import (
     register_components,
 )
 
+FILES = {'action': 'append', 'metavar': 'FILE'}
+ARGUMENTS = {
+    'text': Argument(
+        'text to find the bits per byte of; may be given several times', Path, [], settings=FILES
+    ),
+    'choices': Argument('items to choose in; may be given several times', Path, [], settings=FILES),
+    'make_choices': Argument(
+        'items to write first, and to score', Path, settings={'metavar': 'FILE'}
+    ),
+    'num_items': Argument('of --make_choices (default 200)', int, 200, low=1),
+    'stride': Argument('tokens scored in a window (default: half of block_size)', int, low=1),
+    'batch_size': Argument('sequences at a time (default: what takes little memory)', int, low=1),
+    'json': Argument(
+        'write the results here, with those of each item', Path, settings={'metavar': 'FILE'}
+    ),
+    **DEVICE_ARGUMENTS,
+}
 
-def parse(argv: list[str]) -> argparse.Namespace:
+
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
+    """The options, checked. Raises UserError."""
     parser = checkpoint_parser('evaluate.py', __doc__)
-    add = parser.add_argument
-    several = {'type': Path, 'action': 'append', 'default': [], 'metavar': 'FILE'}
-    add('--text', help='text to find the bits per byte of; may be given several times', **several)
-    add('--choices', help='items to choose in; may be given several times', **several)
-    add('--make_choices', type=Path, metavar='FILE', help='items to write first, and to score')
-    add('--num_items', type=int, default=200, help='of --make_choices (default 200)')
-    add('--stride', type=int, help='tokens scored in a window (default: half of block_size)')
-    add('--batch_size', type=int, help='sequences at a time (default: what takes little memory)')
-    add('--json', type=Path, metavar='FILE', help='write the results here, with those of each item')
-    add('--device', default='auto', help='auto, cpu, cuda, cuda:N or mps (default auto)')
-    add('--dtype', default='auto', help='auto, float32, bfloat16 or float16 (default auto)')
+    add_arguments(parser, ARGUMENTS)
     options = parser.parse(argv)
-    problems = [
-        f'--{key}={value}: takes a number of at least 1.'
-        for key, value in vars(options).items()
-        if key in ('num_items', 'stride', 'batch_size') and value is not None and value < 1
-    ]
+    problems = [*range_problems(options, ARGUMENTS), *file_problems(options)]
+    register_components(options.config, problems)
+    return options
+
+
+def file_problems(options: argparse.Namespace) -> Iterator[str]:
+    """What is wrong with the files to read and to write."""
     if not (options.text or options.choices or options.make_choices):
-        problems.append(
+        yield (
             'nothing to evaluate: give --text=FILE, --choices=FILE.jsonl or '
             '--make_choices=FILE.jsonl.'
         )
     for key, path in (('make_choices', options.make_choices), ('json', options.json)):
         if path is not None and not path.parent.is_dir():
-            problems.append(f'--{key}={path}: there is no folder {path.parent}.')
+            yield f'--{key}={path}: there is no folder {path.parent}.'
     if options.json and options.json.is_dir():
-        problems.append(f'--json={options.json} is a folder: give the name of a file in it.')
+        yield f'--json={options.json} is a folder: give the name of a file in it.'
     elif options.json and options.json in (*options.text, *options.choices, options.make_choices):
-        problems.append(f'--json={options.json} would overwrite what is to be evaluated.')
+        yield f'--json={options.json} would overwrite what is to be evaluated.'
     if options.make_choices and options.make_choices.exists():
-        problems.append(
+        yield (
             f'--make_choices={options.make_choices} is there already: --choices='
             f'{options.make_choices} scores it.'
         )
-    register_components(options.config, problems)
-    return options
 
 
 def main(argv: list[str]) -> int:
-    options = parse(argv)
+    options = parse_arguments(argv)
     device = hardware.select_device(options.device)
     dtype = hardware.resolve_dtype(options.dtype, device)
     checkpoint, state = find_checkpoint(options.out_dir, options.run)
@@ -100,40 +111,45 @@ def main(argv: list[str]) -> int:
     if stride > config.block_size:
         raise UserError(f'--stride={stride}: at most block_size={config.block_size} are scored.')
     if options.make_choices:
-        data = checkpoint.index['config']
-        dataset = load_dataset(data['dataset'], data['block_size'])
-        dataset.check_content(('val',))
-        items = made_choices(dataset, tokenizer, options.num_items)
-        write_output(options.make_choices, items, 'make_choices')
+        make_choices(options.make_choices, checkpoint, tokenizer, options.num_items)
     texts = {path: read_tokens(path, tokenizer) for path in options.text}
     paths = [*([options.make_choices] if options.make_choices else []), *options.choices]
     items = {path: read_items(path, tokenizer, config.block_size) for path in paths}
 
     model = load_model(checkpoint, state, device).eval()
     scorer = Scorer(model, device, dtype, options.batch_size)
-    read = [score_text(scorer, path, text, tokenizer, stride) for path, text in texts.items()]
-    chosen = [score_items(scorer, path, questions) for path, questions in items.items()]
+    text_results = [
+        score_text(scorer, path, text, tokenizer, stride) for path, text in texts.items()
+    ]
+    choice_results = [score_items(scorer, path, questions) for path, questions in items.items()]
+    results = {
+        'architecture': config.name,
+        'checkpoint': str(checkpoint.path),
+        'iter': checkpoint.iter,
+        'dtype': dtype,
+        'block_size': config.block_size,
+        'stride': stride,
+        'text': [asdict(result) for result in text_results],
+        'choices': [asdict(result) for result in choice_results],
+    }
     try:  # the file first: what follows may fail with the terminal that it is shown on
         if options.json:
-            write_json(
-                options.json,
-                {
-                    'architecture': config.name,
-                    'checkpoint': str(checkpoint.path),
-                    'iter': checkpoint.iter,
-                    'dtype': dtype,
-                    'block_size': config.block_size,
-                    'stride': stride,
-                    'text': [asdict(result) for result in read],
-                    'choices': [asdict(result) for result in chosen],
-                },
-            )
+            write_json(options.json, results)
     finally:
         write_text(
             f'{config.name}, {checkpoint.iter:,} updates, from {checkpoint.path}, in {dtype}'
         )
-        write_text('\n\n'.join(filter(None, (text_table(read), choice_table(chosen)))))
+        tables = text_table(text_results), choice_table(choice_results)
+        write_text('\n\n'.join(filter(None, tables)))
     return 0
+
+
+def make_choices(path: Path, checkpoint: Checkpoint, tokenizer: Tokenizer, count: int) -> None:
+    """Write items of the validation text that the run was judged by. Raises UserError."""
+    trained = checkpoint.index['config']
+    dataset = load_dataset(trained['dataset'], trained['block_size'])
+    dataset.check_content(('val',))
+    write_output(path, made_choices(dataset, tokenizer, count), 'make_choices')
 
 
 def read_tokens(path: Path, tokenizer: Tokenizer) -> np.ndarray:

@@ -24,6 +24,7 @@ from common.console_output import visible
 from common.errors import UserError, run_script
 from data.gpt2_vocabulary import byte_characters
 from data.tokenizer import Tokenizer
+from inference import text_output
 from inference.generate import generate
 from inference.sampling import PeriodicSample, Sampler
 from training.checkpoint import index_sha256, read_index
@@ -76,7 +77,7 @@ def written(trained, capsys):
             run_script(sample.main, [*argv, '--dtype=float32', *flags])
         out, errors = capsys.readouterr()
         assert exit.value.code == code, errors
-        head, *texts, tail = out.split(f'{sample.SEPARATOR}\n')
+        head, *texts, tail = out.split(f'{text_output.SEPARATOR}\n')
         return [text.removesuffix('\n') for text in texts], head, tail
 
     return run
@@ -149,13 +150,14 @@ def test_the_prompt_comes_from_a_file_or_standard_input(written, tmp_path, monke
 
 
 def test_a_lone_text_is_shown_as_it_comes(written, monkeypatch):
-    shown, write_text = [], sample.write_text
+    shown, write_text = [], text_output.write_text
 
     def show(text, end='\n'):
         shown.append(text)
         write_text(text, end)
 
-    monkeypatch.setattr(sample, 'write_text', show)
+    for module in (sample, text_output):
+        monkeypatch.setattr(module, 'write_text', show)
     (text,), *_ = written(num_samples=1)
     assert shown[2:-2] == list(text[3:])  # between the prompt and the line end: a letter a token
     shown.clear()
@@ -181,8 +183,8 @@ def test_ctrl_c_leaves_what_was_written(written, monkeypatch):
 
 def test_the_speed_is_that_of_the_tokens_that_count(monkeypatch):
     times = iter([0.0, 0.5, 0.6, 0.7, 10.0, 10.5, 10.7])
-    monkeypatch.setattr(sample.time, 'perf_counter', lambda: next(times))
-    speed = sample.Speed()
+    monkeypatch.setattr(text_output.time, 'perf_counter', lambda: next(times))
+    speed = text_output.GenerationSpeed()
     assert str(speed) == 'prompt: 0 tokens; new: 0 tokens'
     for prompt, steps in ((3000, (3, 3, 1)), (1000, (1, 1))):
         speed.begin(prompt)
