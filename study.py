@@ -62,7 +62,7 @@ def study_schema() -> dict[str, dict[str, Option]]:
 
 
 def main(argv: list[str]) -> int:
-    command_line = read_command_line(argv, study_schema, aside=STUDY_KEYS)
+    command_line = read_command_line(argv, study_schema, extra=STUDY_KEYS)
     if command_line.help and not command_line.problems:
         write_text(format_help(__doc__, study_schema()))
         return 0

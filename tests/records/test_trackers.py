@@ -250,7 +250,7 @@ def test_study_names_wandb_runs(tiny_dataset, tmp_path, wandb):
     path.write_text(f"dataset = {str(tiny_dataset)!r}\nsweep = {{'bias': [True, False]}}")
     trial = Trial('bias=True', 'bias=True', {'bias': True}, choice=None, iterations=None)
     for given, named in ((['--wandb_log'], True), ([], False)):
-        command_line = read_command_line([str(path), *given], study.study_schema, aside=STUDY_KEYS)
+        command_line = read_command_line([str(path), *given], study.study_schema, extra=STUDY_KEYS)
         runner = StudyRunner(read_study(command_line), tmp_path, (), jobs=1, study_options=set())
         assert ('--wandb_run_name=bias=True' in runner.arguments('runs', trial)) == named
 
