@@ -200,7 +200,7 @@ def build_model(
         if 'overflow' not in str(error).lower():
             raise
         sizes = {key: value for key, value in config.to_dict().items() if type(value) is int}
-        largest = sorted(sizes, key=sizes.get)[-3:]
+        largest = sorted(sizes, key=sizes.__getitem__)[-3:]
         shown = ', '.join(f'{key}={sizes[key]:,}' for key in reversed(largest))
         raise UserError(f'no tensor can be as large as this model needs: {shown}.') from error
     check_built(model)
@@ -387,7 +387,8 @@ class ParameterGroup(NamedTuple):
 def parameter_groups(model: nn.Module) -> list[ParameterGroup]:
     """Hidden matrices and embeddings decay; gains and biases do not (as in nanoGPT).
 
-    Their names stand in checkpoints."""
+    The groups' names stand in checkpoints.
+    """
     matrices = {
         parameter: rows
         for module in model.modules()
@@ -396,7 +397,8 @@ def parameter_groups(model: nn.Module) -> list[ParameterGroup]:
     }
     initialization = INITIALIZATION_REGISTRY[model.config.initialization]
     lr_scale = initialization.hidden_lr_scale(model.config)
-    hidden = ParameterGroup('matrices', [], True, rows=[], lr_scale=lr_scale)
+    all_rows: list[tuple[int, ...]] = []
+    hidden = ParameterGroup('matrices', [], True, rows=all_rows, lr_scale=lr_scale)
     embeddings = ParameterGroup('tables', [], True)
     vectors = ParameterGroup('gains and biases', [], False)
     for parameter in model.parameters():
@@ -406,7 +408,7 @@ def parameter_groups(model: nn.Module) -> list[ParameterGroup]:
             rows = matrices[parameter]
             assert sum(rows) == parameter.shape[-2], (rows, parameter.shape)
             hidden.parameters.append(parameter)
-            hidden.rows.append(rows)
+            all_rows.append(rows)
         else:
             (embeddings if parameter.dim() >= 2 else vectors).parameters.append(parameter)
     return [group for group in (hidden, embeddings, vectors) if group.parameters]

@@ -123,7 +123,7 @@ def additive_mask(
 ) -> torch.Tensor:
     """(B or 1, H or 1, Tq, Tk), fp32: added to the scores, -inf where a query may not look."""
     hidden = ~spec.is_visible(q_positions[:, None], k_positions)
-    if spec.documents:
+    if spec.documents and q_documents is not None and k_documents is not None:
         hidden = hidden | (q_documents[:, None, :, None] != k_documents[:, None, None])
     if bias is None:
         bias = torch.zeros((1, *hidden.shape[-2:]), device=hidden.device)

@@ -8,7 +8,7 @@ compares what `flops()` says with what PyTorch counts.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -177,9 +177,10 @@ def _same_shape(inputs: tuple, output: object) -> str | None:
     return _tensor(inputs[0].shape, inputs[0], output)
 
 
-def _with_aux_output(inputs: tuple, output: object) -> str | None:
+def _with_aux_output(inputs: tuple, output: Any) -> str | None:
     x = inputs[0]
-    if not isinstance(output, tuple) or len(output) != 2:
+    is_pair = isinstance(output, tuple) and len(output) == 2
+    if not is_pair:
         given = _tensor(x.shape, x, output) or f'a tensor {tuple(output.shape)} alone'
         given = given.partition('and returned ')[2] or given
         return f'a pair, a tensor {tuple(x.shape)} and an AuxOutput, and returned {given}'

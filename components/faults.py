@@ -4,7 +4,7 @@ import inspect
 import traceback
 from collections.abc import Iterator
 from types import CodeType, FrameType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from common import errors
 from common.errors import UserError
@@ -78,7 +78,7 @@ def _component_method(
     return None
 
 
-def _codes(value: object) -> Iterator[CodeType]:
+def _codes(value: Any) -> Iterator[CodeType]:
     """The code of a method, and of the functions that it makes."""
     if isinstance(value, property):
         value = value.fget

@@ -9,17 +9,13 @@ from collections.abc import Callable
 from typing import ClassVar, NamedTuple
 
 import torch
-from torch.distributed.tensor import DTensor
 
 from common.errors import UserError
 from common.registry import Configurable, Option, above, at_least, between
+from common.tensors import local_tensor
 from model_builder import ParameterGroup
+from optim.strategy import ParallelStrategy
 from training_config import OPTIMIZER_REGISTRY, TrainingConfig
-
-
-def local(tensor: torch.Tensor) -> torch.Tensor:
-    """What this rank holds of a tensor that may be divided, in the tensor's own memory."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
 
 
 class OptimizerComponent(Configurable):
@@ -30,7 +26,7 @@ class OptimizerComponent(Configurable):
     the device to know.
     """
 
-    found_inf: torch.Tensor | None = None
+    found_inf: torch.Tensor
     bytes_sent: float = 0.0  # that a rank sends in an update, beside what the strategy does
 
     def state_keys(self, parameter: torch.Tensor) -> frozenset[str]:
@@ -51,7 +47,7 @@ DECAY = between(0, 0.999999)  # of a running average
 def torch_groups(
     groups: list[ParameterGroup],
     run: TrainingConfig,
-    parallel,
+    parallel: ParallelStrategy,
     rule: str,
     lr_scale: float = 1.0,
 ) -> list[dict]:
@@ -111,7 +107,9 @@ class AdamW(OptimizerComponent, torch.optim.AdamW):
         'beta2': Option(float, 0.95, 'Decay of its mean square in AdamW', check=DECAY),
     }
 
-    def __init__(self, groups: list[ParameterGroup], run: TrainingConfig, parallel):
+    def __init__(
+        self, groups: list[ParameterGroup], run: TrainingConfig, parallel: ParallelStrategy
+    ):
         super().__init__(
             torch_groups(groups, run, parallel, 'fused AdamW'),
             lr=0.0,
@@ -196,8 +194,11 @@ class Muon(OptimizerComponent, torch.optim.Optimizer):
             float | None, None, 'Highest rate of the matrices; None: learning_rate', check=above(0)
         ),
     }
+    param_groups: list[dict]
 
-    def __init__(self, groups: list[ParameterGroup], run: TrainingConfig, parallel):
+    def __init__(
+        self, groups: list[ParameterGroup], run: TrainingConfig, parallel: ParallelStrategy
+    ):
         matrices = [group for group in groups if group.rows is not None]
         rest = [group for group in groups if group.rows is None]
         lr_scale = run.muon_learning_rate / run.learning_rate
@@ -217,7 +218,7 @@ class Muon(OptimizerComponent, torch.optim.Optimizer):
         self.param_groups = [*self.param_groups, *self.rest.param_groups]
 
     def _stack_by_shape(
-        self, groups: list[ParameterGroup], parallel
+        self, groups: list[ParameterGroup], parallel: ParallelStrategy
     ) -> tuple[list[_MatrixStack], list[torch.Tensor]]:
         """The matrices by shape, and all of them in the order of their numbers."""
         stacks: list[_MatrixStack] = []
@@ -255,16 +256,16 @@ class Muon(OptimizerComponent, torch.optim.Optimizer):
         # Decoupled weight decay, then the step; a rate of 0 where the gradient is not finite.
         rate = stack.group['lr'] * (1.0 - self.found_inf)
         for key, direction in zip(stack.keys, shards):
-            weight = local(key).view(-1)
+            weight = local_tensor(key).view(-1)
             weight.mul_(1.0 - rate * stack.group['weight_decay']).sub_(direction.float() * rate)
 
     def _momentum_step(self, key: torch.Tensor) -> torch.Tensor:
         """Average this rank's shard of the gradient; Nesterov's look ahead, 1-D."""
-        momentum = local(self.state[key]['momentum_buffer']).view(-1)
+        momentum = local_tensor(self.state[key]['momentum_buffer']).view(-1)
         if key.grad is None:  # every rank exchanges every matrix
             gradient = torch.zeros_like(momentum)
         else:  # with no gradient at all, what follows is finite and of no effect
-            gradient = local(key.grad).reshape(-1).masked_fill(self.found_inf > 0, 0.0)
+            gradient = local_tensor(key.grad).reshape(-1).masked_fill(self.found_inf > 0, 0.0)
         momentum.lerp_(gradient, (1.0 - self.momentum) * (1.0 - self.found_inf))
         return gradient.lerp(momentum, self.momentum)
 
@@ -303,7 +304,9 @@ class Lion(OptimizerComponent, torch.optim.Optimizer):
         'lion_beta2': Option(float, 0.99, "Decay of Lion's momentum", check=DECAY),
     }
 
-    def __init__(self, groups: list[ParameterGroup], run: TrainingConfig, parallel):
+    def __init__(
+        self, groups: list[ParameterGroup], run: TrainingConfig, parallel: ParallelStrategy
+    ):
         super().__init__(torch_groups(groups, run, parallel, 'Lion'), {'lr': 0.0})
         begin_state(self, 'exp_avg')
         self.beta1, self.beta2 = run.lion_beta1, run.lion_beta2
@@ -315,8 +318,8 @@ class Lion(OptimizerComponent, torch.optim.Optimizer):
             keys = [key for key in group['params'] if key.grad is not None]
             if not keys:
                 continue
-            weights, gradients = map(local, keys), [local(key.grad) for key in keys]
-            momenta = [local(self.state[key]['exp_avg']) for key in keys]
+            weights, gradients = map(local_tensor, keys), [local_tensor(key.grad) for key in keys]
+            momenta = [local_tensor(self.state[key]['exp_avg']) for key in keys]
             for gradient in gradients:  # with no gradient at all, what follows is of no effect
                 gradient.masked_fill_(self.found_inf > 0, 0.0)
             rate = group['lr'] * finite

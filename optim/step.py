@@ -5,7 +5,8 @@ from typing import NamedTuple
 
 import torch
 
-from optim.optimizers import local
+from common.tensors import local_tensor
+from optim.strategy import ParallelStrategy
 from training_config import TrainingConfig
 
 
@@ -25,11 +26,15 @@ class GuardedOptimizer:
     """Turns summed gradients into one update of the weights, and skips it if they are not finite.
 
     The guard lives on the device: the fused optimizer is told to skip by a tensor, so no update
-    waits for a synchronisation. `skipped` counts such updates, on the device too.
+    waits for a synchronization. `skipped` counts such updates, on the device too.
     """
 
     def __init__(
-        self, inner: torch.optim.Optimizer, run: TrainingConfig, device: torch.device, parallel
+        self,
+        inner: torch.optim.Optimizer,
+        run: TrainingConfig,
+        device: torch.device,
+        parallel: ParallelStrategy,
     ):
         self.inner, self.grad_clip, self.parallel = inner, run.grad_clip, parallel
         self.scaler = torch.amp.GradScaler(device.type, enabled=run.dtype == 'float16')
@@ -48,22 +53,27 @@ class GuardedOptimizer:
         loss: of the whole update; one that is not finite forbids the step. measured: whether the
         sum over all elements is wanted, beside the norm that clipping needs anyway.
         """
+        # The learning rate of each group, and the gradients without the fp16 scale.
         for group in self.inner.param_groups:
             group['lr'] = learning_rate * group['lr_scale']
         self.scaler.unscale_(self.inner)
-        gradients = [local(p.grad) for p in self.parameters if p.grad is not None]
+        gradients = [local_tensor(p.grad) for p in self.parameters if p.grad is not None]
+
+        # Measure once, then clip by the same norm, as torch.nn.utils.clip_grad_norm_ has it.
         norm, total = self.parallel.norm(gradients), None
         if measured:
             self.gradient_bytes = sum(gradient.nbytes for gradient in gradients)
             total = self.parallel.sum_over_shards(element_sum(gradients))
-        if self.grad_clip:  # as torch.nn.utils.clip_grad_norm_ has it
+        if self.grad_clip:
             torch._foreach_mul_(gradients, (self.grad_clip / (norm + 1e-6)).clamp(max=1.0))
-        lost = ~torch.isfinite(loss)
-        broken = lost | ~torch.isfinite(norm)
-        # An overflowing gradient is how the scaler finds its scale; only a lost loss counts there.
-        self.skipped += lost if self.scaler.is_enabled() else broken
+
+        # Skip where loss or gradient is not finite. In fp16 an overflowing gradient is how the
+        # scaler finds its scale, so only the loss counts there.
+        bad_loss = ~torch.isfinite(loss)
+        nonfinite = bad_loss | ~torch.isfinite(norm)
+        self.skipped += bad_loss if self.scaler.is_enabled() else nonfinite
         # Not by scaler.step, which would look at the gradient alone.
-        self.inner.found_inf = broken.float()
+        self.inner.found_inf = nonfinite.float()
         self.inner.step()
         self.scaler.update()
         self.inner.zero_grad(set_to_none=True)
@@ -75,10 +85,10 @@ class GuardedOptimizer:
         return self.scaler.get_scale() if self.scaler.is_enabled() else None
 
     def weights_are_finite(self) -> bool:
-        """Whether every parameter is, at the price of a synchronisation."""
-        norm = torch.nn.utils.get_total_norm([local(p) for p in self.parameters])
-        (broken,) = self.parallel.all_reduce_max([0.0 if torch.isfinite(norm) else 1.0])
-        return not broken
+        """Whether every parameter is, at the price of a synchronization."""
+        norm = torch.nn.utils.get_total_norm([local_tensor(p) for p in self.parameters])
+        (nonfinite,) = self.parallel.all_reduce_max([0.0 if torch.isfinite(norm) else 1.0])
+        return not nonfinite
 
     def statistics(self, norm: float, total: float) -> dict[str, float]:
         """Norm, mean and standard deviation of the gradient's elements, from their sums."""

@@ -9,8 +9,8 @@ from collections.abc import Callable
 
 import torch
 
+from common.tensors import local_tensor
 from model_builder import Transformer
-from optim.optimizers import local
 from optim.step import GuardedOptimizer
 from parallel.strategies import ParamShard, SingleProcess
 
@@ -61,7 +61,7 @@ def collect(
             name: {
                 key: snapshot(value, (name, key))
                 if key == 'step'
-                else stored(name, key, local(value).view(-1))
+                else stored(name, key, local_tensor(value).view(-1))
                 for key, value in optimizer.inner.state.get(shard.key, {}).items()
             }
             for name, shard in optimized.items()
@@ -138,7 +138,7 @@ def restore(
                 state[key] = torch.tensor(number, dtype=torch.float32, device=shard.tensor.device)
             else:
                 state[key] = torch.zeros_like(shard.key)
-                stored.copy_to(local(state[key]).view(-1), shards, shard.offset, whole[name])
+                stored.copy_to(local_tensor(state[key]).view(-1), shards, shard.offset, whole[name])
         # None: it never had a gradient, as an expert that no token reached.
         if state and state.keys() != optimizer.inner.state_keys(shard.key):
             raise ValueError(f'the optimizer state has {", ".join(state)}')

@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from common.environment import world_size
 from common.errors import UserError
+from common.tensors import local_tensor
 from components.weight_initialization import initial_values, initialize_buffers, name_seed
 from model_builder import (
     ParameterGroup,
@@ -31,7 +32,7 @@ from model_builder import (
     recompute,
 )
 from model_config import ModelArchitectureConfig
-from optim.optimizers import complete_optimizer, local
+from optim.optimizers import complete_optimizer
 from parallel.matrix_exchange import LocalMatrices, MatrixExchange
 from parallel.process_group import MultiProcessGroup, SingleProcessGroup, init_process_group
 from training_config import OPTIMIZER_REGISTRY, TrainingConfig
@@ -310,7 +311,7 @@ class FullySharded(DataParallel):
         for name, parameter in model.named_parameters():
             whole = torch.empty(parameter.shape)
             values[name](whole, torch.Generator().manual_seed(name_seed(self.run.seed, name)))
-            shard, begin = local(parameter).view(-1), shard_offset(parameter)
+            shard, begin = local_tensor(parameter).view(-1), shard_offset(parameter)
             shard.copy_(whole.view(-1)[begin : begin + len(shard)])
 
     @contextmanager
@@ -377,7 +378,7 @@ def local_weights(model: Transformer) -> dict[str, ParamShard]:
 
 def local_shard(parameter: nn.Parameter) -> ParamShard:
     """What this rank holds of a parameter."""
-    return ParamShard(local(parameter).view(-1), shard_offset(parameter), parameter)
+    return ParamShard(local_tensor(parameter).view(-1), shard_offset(parameter), parameter)
 
 
 def shard_offset(parameter: torch.Tensor) -> int:

@@ -13,9 +13,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from common.tensors import local_tensor
 from model_builder import ParameterGroup, Transformer
 from model_components import IGNORED, locate_documents
-from optim.optimizers import local
 from parallel.process_group import SingleProcessGroup
 from parallel.strategies import SingleProcess
 
@@ -52,7 +52,7 @@ def layer_statistics(
             # A share of it, since the ranks' gradients are added up.
             ((loss_sum / count + auxiliary.loss) / parallel.world_size).backward()
         norms = [
-            parallel.norm([local(p.grad) for p in block.parameters() if p.grad is not None])
+            parallel.norm([local_tensor(p.grad) for p in block.parameters() if p.grad is not None])
             for block in raw_model.blocks
         ]
     finally:
@@ -128,7 +128,7 @@ class UpdateRatio:
     """How large an update is against the weights it changes: ‖Δw‖ / ‖w‖ for each group."""
 
     def __init__(self, groups: list[ParameterGroup], parallel: SingleProcess):
-        self.groups = {group.name: [local(p) for p in group.parameters] for group in groups}
+        self.groups = {group.name: [local_tensor(p) for p in group.parameters] for group in groups}
         self.parallel = parallel
         self.before: list[list[torch.Tensor]] | None = None
         self.ratios: dict[str, float] | None = None

@@ -13,13 +13,13 @@ import numpy as np
 import torch
 
 from common import hardware
+from common.tensors import local_tensor
 from data import dataset as token_data
 from data.dataset import TokenDataset
 from data.order import EpochOrder, RandomOrder
 from inference.sampling import PeriodicSample
 from model_builder import Transformer
 from model_components import IGNORED
-from optim.optimizers import local
 from optim.step import GuardedOptimizer
 from parallel.strategies import SingleProcess
 from training import diagnostics
@@ -216,4 +216,4 @@ class Session(RunContext):
 
 def _local_bytes(values: Iterable) -> int:
     """The bytes of the tensors among them, of sharded ones what this rank holds."""
-    return sum(local(value).nbytes for value in values if isinstance(value, torch.Tensor))
+    return sum(local_tensor(value).nbytes for value in values if isinstance(value, torch.Tensor))
