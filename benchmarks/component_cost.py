@@ -22,6 +22,7 @@ import time
 from pathlib import Path
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
@@ -32,8 +33,8 @@ from common import hardware  # noqa: E402
 from common.errors import UserError  # noqa: E402
 from common.registry import AnyBut, Option, Registry  # noqa: E402
 from configurator import flatten, owners  # noqa: E402
-from model_config import architecture_options  # noqa: E402
-from training.memory_check import activation_bytes  # noqa: E402
+from model_builder import Transformer  # noqa: E402
+from model_config import ModelArchitectureConfig, architecture_options  # noqa: E402
 from training.session import Session  # noqa: E402
 
 SIZES = {
@@ -117,6 +118,41 @@ def memory(session: Session) -> tuple[float, float]:
         if isinstance(value, torch.Tensor)
     )
     return (outside + architecture.n_layer * block) / 1e6, state / 1e6
+
+
+def activation_bytes(
+    architecture: ModelArchitectureConfig, batch_size: int, dtype: torch.dtype
+) -> tuple[int, int]:
+    """Bytes that a micro-batch's forward pass keeps for the backward pass: outside the blocks, and
+    in each block. Parameters apart; measured with tensors that hold no memory."""
+    one, two = (saved_bytes(architecture.replace(n_layer=n), batch_size, dtype) for n in (1, 2))
+    return one - (two - one), two - one
+
+
+def saved_bytes(architecture: ModelArchitectureConfig, batch_size: int, dtype: torch.dtype) -> int:
+    with FakeTensorMode(), torch.device('cpu'):
+        model = Transformer(architecture)
+        tokens = torch.zeros((batch_size, architecture.block_size), dtype=torch.long)
+        saved = SavedBytes(model)
+        with saved, torch.autocast('cpu', dtype, enabled=dtype != torch.float32):
+            model(tokens, tokens)
+    return saved.bytes
+
+
+class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
+    """Adds up the storage of what autograd saves, each storage once, the parameters' apart."""
+
+    def __init__(self, model: torch.nn.Module):
+        super().__init__(self._pack, lambda tensor: tensor)
+        self.bytes = 0
+        self.seen = {p.untyped_storage()._cdata for p in model.parameters()}
+
+    def _pack(self, tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self.seen:
+            self.seen.add(storage._cdata)
+            self.bytes += storage.nbytes()
+        return tensor
 
 
 def measure(sessions: dict[str, Session], seconds: float) -> dict[str, list[float]]:

@@ -239,6 +239,19 @@ class MemoryEstimator:
                 },
             )
 
+    def state_bytes(self, strategy: SingleMemory) -> float:
+        """Of weights, gradients and the optimizer's state, between two micro-steps."""
+        no_batch = MemorySnapshot('update', None, np.array([0, 0, 0, strategy.gradient_bytes]))
+        optimizer_bytes = self.optimizer_bytes * strategy.share
+        return strategy.parameter_bytes + strategy.gradients(no_batch) + optimizer_bytes
+
+    def activation_bytes(
+        self, strategy: SingleMemory, batch_size: int, checkpointing: str
+    ) -> float:
+        """Of activations, copies of weights and logits, at the moment that has most of them."""
+        snapshots = self._simulated(batch_size, checkpointing, strategy.accumulates)
+        return max(float(sum(snapshot.bytes_by_category[:3])) for snapshot in snapshots)
+
     def totals(
         self, strategy: SingleMemory, batch_size: int, checkpointing: str | None
     ) -> list[float]:

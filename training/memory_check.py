@@ -4,16 +4,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from common import hardware
 from common.errors import UserError
 from model_builder import Transformer, build_model, count_parameters
-from model_config import ModelArchitectureConfig
-from parallel.strategies import SingleProcess, recomputed_blocks
+from parallel.strategies import SingleProcess
+from planning.memory import MemoryEstimator, strategy_label
 from training_config import Settings
-
-BYTES_PER_PARAMETER = 4 * 4  # in fp32: the weight, its gradient, AdamW's two moments
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -79,20 +76,16 @@ def check_training_size(settings: Settings, parallel: SingleProcess, device: tor
 
 def out_of_memory_error(settings: Settings, device_name: str) -> UserError:
     """What to type instead, with the numbers: half the micro-batch, twice the accumulation."""
-    run, architecture = settings.run, settings.architecture
+    run, architecture, ranks = settings.run, settings.architecture, settings.ranks
     batch_size, accumulation = run.batch_size, run.gradient_accumulation_steps
     tokens = batch_size * accumulation * architecture.block_size
-    outside, per_block = activation_bytes(architecture, batch_size, getattr(torch, run.dtype))
-    stream = 4 * batch_size * architecture.block_size * architecture.n_embd
-
-    def kept(recomputed: int) -> int:
-        # Of recomputed blocks their inputs, and all of one block while it is recomputed.
-        whole = architecture.n_layer - recomputed + bool(recomputed)
-        return outside + whole * per_block + recomputed * stream
-
-    needed = kept(len(recomputed_blocks(run.activation_checkpointing, architecture.n_layer)))
-    saved = needed - kept(architecture.n_layer)
-    parameters = count_parameters(build_model(architecture))['total_params']
+    memory = MemoryEstimator(settings, on_gpu=run.device != 'cpu')
+    label = strategy_label(run, ranks)
+    strategy = next(each for each in memory.strategies(ranks) if each.label == label)
+    state_bytes = memory.state_bytes(strategy)
+    activations = memory.activation_bytes(strategy, batch_size, run.activation_checkpointing)
+    saved = activations - memory.activation_bytes(strategy, batch_size, 'full')
+    parameters = count_parameters(memory.simulation.model)['total_params']
     advice = []
     if batch_size % 2 == 0:
         advice.append(
@@ -102,48 +95,14 @@ def out_of_memory_error(settings: Settings, device_name: str) -> UserError:
     if saved > 0:
         advice.append(
             f'--activation_checkpointing=full saves about {saved / 1e9:.2f} of the '
-            f'{needed / 1e9:.2f} GB of activations, for one more forward pass of the blocks'
+            f'{activations / 1e9:.2f} GB of activations, for one more forward pass of the blocks'
         )
     advice.append(f'a --block_size below {architecture.block_size} or a smaller model needs less')
+    each_rank = ' on each rank' if ranks > 1 else ''
     return UserError(
         f'out of memory on {device_name} with batch_size={batch_size}, '
         f'gradient_accumulation_steps={accumulation}, block_size={architecture.block_size}: the '
-        f"{parameters:,} weights, their gradients and AdamW's moments take "
-        f'{BYTES_PER_PARAMETER * parameters / 1e9:.2f} GB, activations {needed / 1e9:.2f} GB. '
+        f'{parameters:,} weights, their gradients and the state of {run.optimizer} take '
+        f'{state_bytes / 1e9:.2f} GB{each_rank}, activations {activations / 1e9:.2f} GB. '
         f'Ways on: {"; ".join(advice)}.'
     )
-
-
-def activation_bytes(
-    architecture: ModelArchitectureConfig, batch_size: int, dtype: torch.dtype
-) -> tuple[int, int]:
-    """Bytes that a micro-batch's forward pass keeps for the backward pass: outside the blocks, and
-    in each block. Parameters apart; measured with tensors that hold no memory."""
-    one, two = (_saved_bytes(architecture.replace(n_layer=n), batch_size, dtype) for n in (1, 2))
-    return one - (two - one), two - one
-
-
-def _saved_bytes(architecture: ModelArchitectureConfig, batch_size: int, dtype: torch.dtype) -> int:
-    with FakeTensorMode(), torch.device('cpu'):
-        model = Transformer(architecture)
-        tokens = torch.zeros((batch_size, architecture.block_size), dtype=torch.long)
-        saved = _SavedBytes(model)
-        with saved, torch.autocast('cpu', dtype, enabled=dtype != torch.float32):
-            model(tokens, tokens)
-    return saved.bytes
-
-
-class _SavedBytes(torch.autograd.graph.saved_tensors_hooks):
-    """Adds up the storage of what autograd saves, each storage once, the parameters' apart."""
-
-    def __init__(self, model: torch.nn.Module):
-        super().__init__(self._pack, lambda tensor: tensor)
-        self.bytes = 0
-        self.seen = {p.untyped_storage()._cdata for p in model.parameters()}
-
-    def _pack(self, tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in self.seen:
-            self.seen.add(storage._cdata)
-            self.bytes += storage.nbytes()
-        return tensor
