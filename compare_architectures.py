@@ -59,8 +59,10 @@ def verdict_list(text: str) -> list[str]:
     names = [name.strip().replace('_', ' ') for name in text.split(',')]
     for name in names:
         if name not in VERDICTS:
-            known = ', '.join(verdict.replace(' ', '_') for verdict in VERDICTS)
-            raise argparse.ArgumentTypeError(f'{name!r} is not a verdict; verdicts are {known}')
+            all_verdicts = ', '.join(verdict.replace(' ', '_') for verdict in VERDICTS)
+            raise argparse.ArgumentTypeError(
+                f'{name!r} is not a verdict; verdicts are {all_verdicts}'
+            )
     return names
 
 

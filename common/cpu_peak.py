@@ -120,16 +120,16 @@ def _recall(key: dict) -> Best | None:
         lines = file.read_bytes().splitlines() if file else []
     except OSError:
         return None
-    known = []
+    remembered = []
     for line in lines:
         try:
             entry = json.loads(line)
             best = Best(float(entry['tflops']), int(entry['size']))
             if all(entry[name] == value for name, value in key.items()):
-                known.append(best)
+                remembered.append(best)
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             continue  # torn, or of another version
-    return max((b for b in known if math.isfinite(b.tflops) and b.tflops > 0), default=None)
+    return max((b for b in remembered if math.isfinite(b.tflops) and b.tflops > 0), default=None)
 
 
 def _remember(key: dict, best: Best) -> bool:

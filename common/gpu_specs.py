@@ -141,32 +141,32 @@ def find_gpu(name: str) -> Gpu:
     or could be several.
     """
     words = [w for w in re.split(r'[\s_-]+', name.upper()) if w]
-    asked = [int(w.rstrip('GB')) for w in words if re.fullmatch(r'\d+GB', w)]
-    bare = ''.join(word for word in words if not _MAKER_OR_MEMORY.fullmatch(word))
-    family = [known for known in _MEMORY_OF if bare and known.split()[0] == bare]
-    found = [known for known in _MEMORY_OF if bare == known.replace(' ', '')] or family
+    sizes_in_name = [int(w.rstrip('GB')) for w in words if re.fullmatch(r'\d+GB', w)]
+    model_name = ''.join(word for word in words if not _MAKER_OR_MEMORY.fullmatch(word))
+    family = [known for known in _MEMORY_OF if model_name and known.split()[0] == model_name]
+    matches = [known for known in _MEMORY_OF if model_name == known.replace(' ', '')] or family
 
-    def shown(known: str) -> list[str]:
+    def full_names(known: str) -> list[str]:
         sizes, typed = _MEMORY_OF[known][0], known.replace(' ', '-')
         return [f'{typed}-{size}GB' for size in sizes] if len(sizes) > 1 else [typed]
 
-    if not found:
-        known = [full for one in _MEMORY_OF for full in shown(one)]
+    if not matches:
+        known = [full for one in _MEMORY_OF for full in full_names(one)]
         hint = did_you_mean(name, known)
         raise UserError(f'gpu={name!r} is not known.{hint} There are: {", ".join(known)}.')
-    if len({(_BY_NAME[known], _MEMORY_OF[known]) for known in found}) > 1:
-        choices = ', '.join(full for one in found for full in shown(one))
+    if len({(_BY_NAME[known], _MEMORY_OF[known]) for known in matches}) > 1:
+        choices = ', '.join(full for one in matches for full in full_names(one))
         raise UserError(f'gpu={name!r} may be one of several: {choices}.')
-    sizes, source = _MEMORY_OF[found[0]]
-    fitting = [size for size in sizes if not asked or size in asked]
+    sizes, source = _MEMORY_OF[matches[0]]
+    fitting = [size for size in sizes if not sizes_in_name or size in sizes_in_name]
     if len(fitting) != 1:
-        start = name if not asked else found[0].replace(' ', '-')
+        start = name if not sizes_in_name else matches[0].replace(' ', '-')
         choices = ' or '.join(f'--gpu={start}-{size}GB' for size in sizes)
         raise UserError(
             f'gpu={name!r}: it comes with {" or ".join(map(str, sizes))} GB. Say '
             f'{choices if len(sizes) > 1 else f"--gpu={start}"}.'
         )
-    return Gpu(found[0], fitting[0], source)
+    return Gpu(matches[0], fitting[0], source)
 
 
 def peak_for_name(name: str, column: str) -> tuple[float, str] | None:
@@ -186,8 +186,8 @@ def peak_of_products(name: str, dtype: str, tf32: bool) -> Peak:
     """
     float32 = 'tf32' if tf32 and _multiplies(name, 'tf32') else 'fp32'
     column = {'bfloat16': 'bf16', 'float16': 'fp16', 'float32': float32}[dtype]
-    if found := peak_for_name(name, column):
-        value, source = found
+    if peak := peak_for_name(name, column):
+        value, source = peak
         return Peak(value, f'{name}, dense {column}: {source}', measured=False)
     return Peak(None, f'no {column} peak known for {name}; pass --peak_tflops', measured=False)
 
@@ -199,6 +199,6 @@ def _multiplies(name: str, column: str) -> bool:
 
 def _row(name: str) -> tuple[dict[str, float | None], str]:
     words = re.split(r'[\s-]+', name.upper())
-    bare = ' '.join(word for word in words if not _MAKER_OR_MEMORY.fullmatch(word))
-    peaks, source = _BY_NAME.get(bare, ((), ''))
+    model_name = ' '.join(word for word in words if not _MAKER_OR_MEMORY.fullmatch(word))
+    peaks, source = _BY_NAME.get(model_name, ((), ''))
     return dict(zip(_COLUMNS, peaks)), source

@@ -62,24 +62,24 @@ def run_conditions(record: Mapping[str, Any], evaluations: int) -> dict[str, tup
     data, hardware = (startup.get(part) or {} for part in ('data', 'hardware'))
     choices = record['architecture'].get('choices') or {}
     # What was resolved for this machine and this dataset stands above what was set.
-    known = {**config, **metadata, **hardware, **data}
-    known['device'] = str(hardware.get('device') or '').split(':')[0] or None  # any cuda:N alike
-    known['eval_windows'] = (data.get('eval_windows') or {}).get('val')
-    known['tokens_seen'] = summary.get('total_tokens')
-    known['weights_from'] = str((metadata.get('weights_from') or {}).get('source', 'the seed'))
-    known['evaluations'] = evaluations
-    known['peak_tflops'] = hardware.get('peak_tflops')
-    known['torch'] = (metadata.get('versions') or {}).get('torch')
-    known.setdefault('concurrent_runs', 1)  # before there were studies
-    known.setdefault('sampling', 'random')  # before there was a choice
-    if type(known['concurrent_runs']) is not int:
-        raise ValueError(f'concurrent_runs is {known["concurrent_runs"]!r}, not a count')
+    values = {**config, **metadata, **hardware, **data}
+    values['device'] = str(hardware.get('device') or '').split(':')[0] or None  # any cuda:N alike
+    values['eval_windows'] = (data.get('eval_windows') or {}).get('val')
+    values['tokens_seen'] = summary.get('total_tokens')
+    values['weights_from'] = str((metadata.get('weights_from') or {}).get('source', 'the seed'))
+    values['evaluations'] = evaluations
+    values['peak_tflops'] = hardware.get('peak_tflops')
+    values['torch'] = (metadata.get('versions') or {}).get('torch')
+    values.setdefault('concurrent_runs', 1)  # before there were studies
+    values.setdefault('sampling', 'random')  # before there was a choice
+    if type(values['concurrent_runs']) is not int:
+        raise ValueError(f'concurrent_runs is {values["concurrent_runs"]!r}, not a count')
     # Every other option of training is a condition too.
     others = (
         config.keys() - choices.keys() - MODEL_NEUTRAL_OPTIONS - SPEED_OPTIONS - RESOLVED_OPTIONS
     )
     keys = dict.fromkeys((*FIXED_CONDITIONS, *sorted(others)))
-    current = {key: known.get(key) for key in keys if key in known or key not in others}
+    current = {key: values.get(key) for key in keys if key in values or key not in others}
     earlier = earlier_values(record)
     earlier['torch'] = earlier.get('version of torch', [])
     return {key: (*earlier.get(key, ()), value) for key, value in current.items()}

@@ -70,11 +70,11 @@ def _peak_seconds(run: Run) -> float | None:
 
 
 def _front_note(comparison: Comparison) -> str:
-    shown = set(''.join(comparison.fronts))
+    letters_present = set(''.join(comparison.fronts))
     meanings = [
         f'{title.split(",")[0].removesuffix(" of training").removeprefix("peak ")} ({letter})'
         for letter, (title, _) in comparison.front_costs.items()
-        if letter in shown
+        if letter in letters_present
     ]
     return f'front: no other has a lower loss for as little {", ".join(meanings)}.'
 

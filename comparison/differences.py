@@ -66,7 +66,7 @@ def differing_conditions(
 def value_text(key: str, value: Any, unknown: str) -> str:
     """One value as text, or several that a run had in turn."""
     if isinstance(value, tuple):
-        distinct = [v for place, v in enumerate(value) if not place or v != value[place - 1]]
+        distinct = [v for index, v in enumerate(value) if not index or v != value[index - 1]]
         return ' then '.join(value_text(key, each, 'unknown') for each in distinct)
     if value is None:
         return unknown
@@ -115,8 +115,8 @@ def differing_data(groups: Sequence[Group]) -> dict[str, Values]:
             by_seeds.setdefault(run_seeds(run), []).append((rank, run))
     values: Values = {}
     for seeds, runs in by_seeds.items():
-        for place, (rank, run) in enumerate(runs):
-            for other_rank, other in runs[place + 1 :]:
+        for index, (rank, run) in enumerate(runs):
+            for other_rank, other in runs[index + 1 :]:
                 shared = run.data_hashes.keys() & other.data_hashes.keys()
                 per_iter = {str(r.conditions['tokens_per_iter']) for r in (run, other)}
                 if not shared or len(per_iter) > 1:
@@ -124,18 +124,18 @@ def differing_data(groups: Sequence[Group]) -> dict[str, Values]:
                 hashes = [r.data_hashes[max(shared)] for r in (run, other)]
                 if hashes[0] == hashes[1]:
                     continue
-                for each, digest in zip((rank, other_rank), hashes):
+                for differing_rank, digest in zip((rank, other_rank), hashes):
                     ranks = values.setdefault(f'{digest} (seed {seeds[0]})', [])
-                    ranks.extend([each] * (each not in ranks))
+                    ranks.extend([differing_rank] * (differing_rank not in ranks))
     return {'data_hash': values} if values else {}
 
 
 def code_difference(groups: Sequence[Group]) -> str | None:
     """The source files and the versions of torch that differ, in a sentence."""
     runs = [run for group in groups for run in group.runs]
-    known = [run for run in runs if run.code]
-    files = sorted({file for run in known for file in run.code})
-    changed = [file for file in files if len({run.code.get(file) for run in known}) > 1]
+    with_hashes = [run for run in runs if run.code]
+    files = sorted({file for run in with_hashes for file in run.code})
+    changed = [file for file in files if len({run.code.get(file) for run in with_hashes}) > 1]
     versions = differing_conditions(groups, CODE_CONDITIONS, lambda group: group.runs)
     parts = []
     if 'torch' in versions:
@@ -143,7 +143,7 @@ def code_difference(groups: Sequence[Group]) -> str | None:
     if changed:
         more = f' and {len(changed) - 4} more' if len(changed) > 4 else ''
         parts.append(f'the source files {", ".join(changed[:4])}{more}')
-    elif 'git_commit' in versions and len(known) < len(runs):
+    elif 'git_commit' in versions and len(with_hashes) < len(runs):
         # An older record does not tell which files its training depended on.
         parts.append(f'git commit {_values_with_ranks(versions["git_commit"])}')
     return f'The runs used different code: {"; ".join(parts)}.' if parts else None

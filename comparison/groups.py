@@ -60,10 +60,12 @@ class Group:
     ) -> float | None:
         """The mean of a run's metric over the scored runs that have it, and that have a weight."""
         pairs = [(metric(run), weight(run)) for run in self.scored_runs]
-        known = [(value, factor) for value, factor in pairs if value is not None and factor]
-        if not known:
+        weighted_values = [
+            (value, factor) for value, factor in pairs if value is not None and factor
+        ]
+        if not weighted_values:
             return None
-        values, factors = zip(*known)
+        values, factors = zip(*weighted_values)
         return statistics.fmean(values, factors)
 
     def values(self, metric: Metric) -> list[float]:

@@ -140,13 +140,17 @@ def _panels(comparison: Comparison, title: str, panels: Sequence[Panel]) -> list
     drawings = []
     for number, panel in enumerate(panels):
         groups = len({line.rank for line in panel.lines})
-        what = f'{" ".join(panel.title.split())}, of {groups} architecture{"s" * (groups > 1)}.'
+        description = (
+            f'{" ".join(panel.title.split())}, of {groups} architecture{"s" * (groups > 1)}.'
+        )
         drawing = plots.svg(
             *plots.PANEL,
             f'{title} {number}',
             partial(plots.draw_panel, comparison, panel),
         )
-        drawings.append(_image(drawing, f'{what} The final losses are in the table RANKING.'))
+        drawings.append(
+            _image(drawing, f'{description} The final losses are in the table RANKING.')
+        )
     return [
         f'<h2>{title}</h2><figure><div class="panels">{"".join(drawings)}</div>'
         f'{legend_html(comparison)}<figcaption>{escaped(caption(panels))}</figcaption></figure>'

@@ -174,10 +174,10 @@ def tuning_section(comparison: Comparison) -> Section | None:
     rows, edges = [], []
     for rank, (group, label) in enumerate(zip(comparison.groups, comparison.labels), 1):
         run = group.runs[0]
-        chosen = {key: run.config.get(key) for key in plan.tuned}
+        tuned_values = {key: run.config.get(key) for key in plan.tuned}
         variant = run.variant or ''
-        chosen |= plan.tuning.get(variant, {})
-        rows.append([str(rank), *(or_dash(chosen[key], str) for key in plan.tuned), label])
+        tuned_values |= plan.tuning.get(variant, {})
+        rows.append([str(rank), *(or_dash(tuned_values[key], str) for key in plan.tuned), label])
         if at_edge := plan.at_edge.get(variant):
             edges.append(f'#{rank} {join_names(at_edge)}')
     notes = ['Each architecture trained with its own best of the values that the study tried.']

@@ -58,7 +58,7 @@ def moderated_difference(
     if min(len(group), len(baseline)) < 2:
         return None
     shared = [seed for seed in group if seed in baseline]
-    pair = _moderated(_pair_spread(group, baseline), _rest_of_pairs(group, baseline, others))
+    pair = _moderated(_pair_spread(group, baseline), _other_pairs_spread(group, baseline, others))
     partly = not len(shared) == len(group) == len(baseline)
     if pair is None or (partly and pair.freedom < MIN_PAIR_FREEDOM):
         shared = []  # nothing tells well enough what a seed shares, so nothing is subtracted for it
@@ -92,17 +92,21 @@ def moderated_difference(
     )
 
 
-def _moderated(own: Spread, rest: Spread) -> Variance | None:
-    """The variance of `own`, averaged with that of `rest`; None with too few degrees of freedom.
+def _moderated(spread: Spread, prior_spread: Spread) -> Variance | None:
+    """The variance of `spread`, averaged with that of `prior_spread`.
 
-    The rest predicts a variance less well the fewer degrees of freedom it has itself and the more
+    None with too few degrees of freedom.
+
+    The prior predicts a variance less well the fewer degrees of freedom it has itself and the more
     the variances of variants differ, which PRIOR_FREEDOM stands for.
     """
-    prior = 1 / (1 / PRIOR_FREEDOM + 1 / rest.freedom) if rest.freedom > 0 else 0.0
-    freedom = own.freedom + prior
+    prior = 1 / (1 / PRIOR_FREEDOM + 1 / prior_spread.freedom) if prior_spread.freedom > 0 else 0.0
+    freedom = spread.freedom + prior
     if freedom < 1:
         return None
-    squares = own.squares + (prior * rest.squares / rest.freedom if prior else 0.0)
+    squares = spread.squares + (
+        prior * prior_spread.squares / prior_spread.freedom if prior else 0.0
+    )
     return Variance(squares / freedom, freedom)
 
 
@@ -115,9 +119,9 @@ def _weights(shared: int, group: int, baseline: int) -> tuple[tuple[float, float
     """
     if not shared:
         return (0.0, 1 / group), (0.0, 1 / baseline)
-    alone, alone_baseline = group - shared, baseline - shared
+    unpaired, unpaired_baseline = group - shared, baseline - shared
     # Normal equations of the two means: the covariance of a pair is [[2, 1], [1, 2]].
-    a, d = 2 * shared / 3 + alone / 2, 2 * shared / 3 + alone_baseline / 2
+    a, d = 2 * shared / 3 + unpaired / 2, 2 * shared / 3 + unpaired_baseline / 2
     b = -shared / 3
     determinant = a * d - b * b
     # The contrast (1, -1) times the inverse of [[a, b], [b, d]].
@@ -155,10 +159,12 @@ def _pair_spread(group: Losses, baseline: Losses) -> Spread:
     return Spread(_squares(differences) / 2, max(0, len(differences) - 1))
 
 
-def _rest_of_pairs(group: Losses, baseline: Losses, others: Sequence[Losses]) -> Spread:
+def _other_pairs_spread(group: Losses, baseline: Losses, others: Sequence[Losses]) -> Spread:
     """What the additive model of all variants leaves, without what the pair itself contributes."""
-    every, own = _residual([group, baseline, *others]), _pair_spread(group, baseline)
-    return Spread(max(0.0, every.squares - own.squares), every.freedom - own.freedom)
+    all_variants, of_pair = _residual([group, baseline, *others]), _pair_spread(group, baseline)
+    return Spread(
+        max(0.0, all_variants.squares - of_pair.squares), all_variants.freedom - of_pair.freedom
+    )
 
 
 def _within(variants: Sequence[Losses]) -> Spread:
@@ -200,20 +206,20 @@ def _residual(variants: Sequence[Losses]) -> Spread:
             break
     seeds = {seed for _, seed in cells}
     used = sum(bool(losses) for losses in variants)
-    freedom = len(cells) - used - len(seeds) + _parts(variants)
+    freedom = len(cells) - used - len(seeds) + _connected_components(variants)
     return Spread(math.fsum(x * x for x in cells.values()), freedom)
 
 
-def _parts(variants: Sequence[Losses]) -> int:
+def _connected_components(variants: Sequence[Losses]) -> int:
     """The number of sets of variants that no shared seed connects."""
-    parts: list[set] = []
+    components: list[set] = []
     for losses in variants:
-        joined = set(losses)
-        apart = []
-        for part in parts:
-            if part & joined:
-                joined |= part
+        component = set(losses)
+        disjoint = []
+        for other in components:
+            if other & component:
+                component |= other
             else:
-                apart.append(part)
-        parts = [*apart, joined] if joined else apart
-    return len(parts)
+                disjoint.append(other)
+        components = [*disjoint, component] if component else disjoint
+    return len(components)

@@ -198,10 +198,10 @@ def proportional(amounts: dict[str, list[float | None]]) -> list[list[str]]:
     return classes
 
 
-def _in_proportion(ones: Sequence[float | None], others: Sequence[float | None]) -> bool:
-    if any((one is None) != (other is None) for one, other in zip(ones, others)):
+def _in_proportion(values: Sequence[float | None], other_values: Sequence[float | None]) -> bool:
+    if any((one is None) != (other is None) for one, other in zip(values, other_values)):
         return False
-    ratios = [other / one for one, other in zip(ones, others) if one and other is not None]
+    ratios = [other / one for one, other in zip(values, other_values) if one and other is not None]
     return bool(ratios) and 0 < max(ratios) <= (1 + SAME_COST) * min(ratios)
 
 

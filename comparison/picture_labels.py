@@ -30,7 +30,7 @@ def short_labels(comparison: Comparison) -> list[str]:
     Without the name of the option where a study varies one only, and without `arch_preset=`.
     """
     plan = comparison.study
-    varied = {key for asked in plan.variants.values() for key in asked} if plan else set()
+    varied = {key for point in plan.variants.values() for key in point} if plan else set()
     names = varied if len(varied) == 1 else varied & {'arch_preset'}
     labels = comparison.labels
     for name in names:
@@ -48,16 +48,16 @@ def ellipsized(text: str, longest: int = LONGEST_LABEL) -> str:
 
 def legend(comparison: Comparison) -> list[tuple[int, str]]:
     """The groups that are told apart, by rank; those of the rest share one entry, the last."""
-    labels, entries, rest = short_labels(comparison), [], []
+    labels, entries, unstyled = short_labels(comparison), [], []
     for rank, (group, label) in enumerate(zip(comparison.groups, labels), 1):
         if style_number(comparison, rank) is None:
-            rest.append(rank)
+            unstyled.append(rank)
             continue
         notes = ['baseline'] if group is comparison.baseline and len(labels) > 1 else []
         notes += _endings_text(group)
         entries.append((rank, f'#{rank} {label}' + (f' ({", ".join(notes)})' if notes else '')))
-    if rest:
-        entries.append((rest[0], f'the others, from #{rest[0]} on'))
+    if unstyled:
+        entries.append((unstyled[0], f'the others, from #{unstyled[0]} on'))
     return entries
 
 

@@ -30,10 +30,10 @@ SUFFIXES = ('.png', '.svg', '.pdf')
 COLORS = ('#000000', '#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#8C6D31')
 DASHES = ('-', '--')  # of the first group of each color and of the second
 GROUP_MARKS = ('o', 's')
-REST = '#BBBBBB'  # of groups without a style of their own
-SOFT = '#888888'
+UNSTYLED_COLOR = '#BBBBBB'  # of groups without a style of their own
+SOFT_COLOR = '#888888'
 END_MARKS = {DIVERGED: 'X', BLOWN_UP: '^', UNFINISHED: '>'}
-FINDINGS = {BETTER: '#0072B2', WORSE: '#D55E00', None: SOFT}
+FINDINGS = {BETTER: '#0072B2', WORSE: '#D55E00', None: SOFT_COLOR}
 MANY_POINTS = 25  # from which on they have no marks
 
 PANEL = (3.75, 3.0)  # inches
@@ -100,11 +100,11 @@ def drawable(text: str) -> str:
 def style_of(number: int | None) -> dict[str, Any]:
     """Color, dashes and marks of a group."""
     if number is None:
-        return {'color': REST, 'ls': '-', 'marker': 'o'}
+        return {'color': UNSTYLED_COLOR, 'ls': '-', 'marker': 'o'}
     if number == 0:
         return {'color': COLORS[0], 'ls': '-', 'marker': 'D'}
-    again, place = divmod(number - 1, len(COLORS) - 1)
-    return {'color': COLORS[1 + place], 'ls': DASHES[again], 'marker': GROUP_MARKS[again]}
+    cycle, index = divmod(number - 1, len(COLORS) - 1)
+    return {'color': COLORS[1 + index], 'ls': DASHES[cycle], 'marker': GROUP_MARKS[cycle]}
 
 
 def draw_panel(comparison: Comparison, panel: Panel, axes: 'Axes') -> None:
@@ -117,7 +117,7 @@ def draw_panel(comparison: Comparison, panel: Panel, axes: 'Axes') -> None:
     if panel.x_limits[1] >= 1e4:
         axes.xaxis.set_major_formatter(EngFormatter(sep=''))
     if len(panel.front) > 1:
-        axes.plot(*zip(*panel.front), color=SOFT, lw=1, ls='--', zorder=1.5, label='front')
+        axes.plot(*zip(*panel.front), color=SOFT_COLOR, lw=1, ls='--', zorder=1.5, label='front')
     for line in reversed(panel.lines):  # so that the best are on top
         draw_line(axes, panel, line, style_number(comparison, line.rank))
 
@@ -156,13 +156,13 @@ def draw_line(axes: 'Axes', panel: Panel, line: PlotLine, number: int | None) ->
 
 def draw_rows(rows: Sequence[IntervalRow], axes: 'Axes') -> None:
     """Differences below their names, so that long names and narrow screens do no harm."""
-    for place, row in enumerate(rows):
+    for index, row in enumerate(rows):
         color = FINDINGS[row.finding]
         if row.low is not None and row.high is not None:
-            axes.hlines(place, row.low, row.high, color=color, lw=1.6)
+            axes.hlines(index, row.low, row.high, color=color, lw=1.6)
         axes.plot(
             [row.mean],
-            [place],
+            [index],
             color=color,
             marker='o',
             ls='',
@@ -171,13 +171,13 @@ def draw_rows(rows: Sequence[IntervalRow], axes: 'Axes') -> None:
         )
         axes.annotate(
             drawable(row.text),
-            (0, place),
+            (0, index),
             xycoords=axes.get_yaxis_transform(),
             xytext=(2, 7),
             textcoords='offset points',
             bbox={'fc': 'white', 'ec': 'none', 'pad': 1},
         )
-    axes.axvline(0, color=SOFT, lw=1)
+    axes.axvline(0, color=SOFT_COLOR, lw=1)
     axes.set(ylim=(len(rows) - 0.5, -0.9), yticks=[], xlabel='nats a token; below 0 is better')
     axes.spines['left'].set_visible(False)
     axes.ticklabel_format(axis='x', useOffset=False, style='plain')

@@ -10,14 +10,14 @@ class MalformedRecord(ValueError):
 
 
 def _value(
-    source: Mapping[str, Any], key: str, kind: type | tuple, what: str, default: Any = None
+    source: Mapping[str, Any], key: str, kind: type | tuple, description: str, default: Any = None
 ) -> Any:
     """The value of `key`, or the default where it is missing or null. Raises MalformedRecord."""
     value = source.get(key)
     if value is None:
         return default
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise MalformedRecord(f'{key} is {_short(value)}, not {what}')
+        raise MalformedRecord(f'{key} is {_short(value)}, not {description}')
     if isinstance(value, float) and not math.isfinite(value):
         raise MalformedRecord(f'{key} is {value}, which JSON cannot hold')
     return value

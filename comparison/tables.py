@@ -135,12 +135,12 @@ def single_seeds_section(comparison: Comparison) -> Section | None:
     if len(comparison.groups) < 2 or comparison.repeated:
         return None
     hashes = [group.runs[0].architecture_hash for group in comparison.groups]
-    what = 'One seed per architecture'
+    why = 'One seed per architecture'
     if len(set(hashes)) < len(hashes):
-        what = 'No two runs differ in their seeds alone'
+        why = 'No two runs differ in their seeds alone'
     return Section(
         wrapped(
-            f'{what}: the ranking has no error bar, and a difference may be chance. Several seeds '
+            f'{why}: the ranking has no error bar, and a difference may be chance. Several seeds '
             'of each give one: train again with --seed=2, then --seed=3.'
         )
     )

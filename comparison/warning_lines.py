@@ -81,11 +81,13 @@ def options_with_ranks(options: dict[str, Values]) -> str:
     for key, values in options.items():
         all_ranks = [rank for ranks in values.values() for rank in ranks]
         partial = {rank for rank in all_ranks if all_ranks.count(rank) > 1}
-        texts = [
+        values_with_ranks = [
             f'{text} ({rank_ranges(ranks)}{" in part" * bool(partial.intersection(ranks))})'
             for text, ranks in values.items()
         ]
-        paragraphs.append(wrapped(f'  {key:{width}}  {join_names(texts)}', ' ' * (width + 4)))
+        paragraphs.append(
+            wrapped(f'  {key:{width}}  {join_names(values_with_ranks)}', ' ' * (width + 4))
+        )
     return '\n'.join(paragraphs)
 
 

@@ -75,11 +75,12 @@ def _memory_section(plan: dict) -> list[str]:
     }
     rows['total'] = [f'{column["total_gb"]:,.1f}' for column in columns]
     below = {'Fullest in': [column['fullest'] for column in columns]}
-    usable, of = hardware['usable_gb'], hardware['memory_gb']
+    usable, total_gb = hardware['usable_gb'], hardware['memory_gb']
     if usable is None:
         limit = 'unknown: name the device, for example --gpu=A100-80GB'
     else:
-        limit = f'up to {usable:.1f} GB, {usable / of:.0%} of {of:,} ({hardware["memory_source"]})'
+        source = hardware['memory_source']
+        limit = f'up to {usable:.1f} GB, {usable / total_gb:.0%} of {total_gb:,} ({source})'
         below['Fits'] = ['yes' if column['fits'] else 'no' for column in columns]
         largest = [column['largest_batch_size'] for column in columns]
         below['Largest batch_size'] = [f'{size:,}' if size else 'none' for size in largest]

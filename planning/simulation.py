@@ -208,9 +208,9 @@ class Simulation:
         """With three periods of blocks where they repeat: the period, and how often the middle
         one of the three is to be counted."""
         period = _period(self.blocks, set(recomputed))
-        periods, rest = divmod(len(self.blocks), period)
+        periods, remainder = divmod(len(self.blocks), period)
         periods_left = min(periods, 3)
-        self.model.blocks = nn.ModuleList(self.blocks[: periods_left * period + rest])
+        self.model.blocks = nn.ModuleList(self.blocks[: periods_left * period + remainder])
         recomputed_left = [number for number in recomputed if number < len(self.model.blocks)]
         prepare_blocks(self.model, recomputed_left, compiled=False)
         try:

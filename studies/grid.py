@@ -29,8 +29,8 @@ RESERVED = {
 }
 LONGEST_NAME = 255  # bytes in the name of a folder, on nearly every file system
 
-_shown = reprlib.Repr()  # short whatever the value is, and never an error
-_shown.maxstring = _shown.maxother = 60
+_brief = reprlib.Repr()  # short whatever the value is, and never an error
+_brief.maxstring = _brief.maxother = 60
 
 
 # --- Keys ----------------------------------------------------------------------------------------
@@ -127,7 +127,7 @@ def read_study(command_line: CommandLine) -> Study:
     for key, (default, fits, kind) in STUDY_KEYS.items():
         values[key] = command_line.extra.get(key, default)
         if not fits(values[key]):
-            problems.append(f'{path}: {key}={_shown.repr(values[key])}: {key} takes {kind}.')
+            problems.append(f'{path}: {key}={_brief.repr(values[key])}: {key} takes {kind}.')
             values[key] = default
     study = Study(path, command_line, **values)
     if not problems and not (study.sweep or study.ablate) and _was_read(command_line):
@@ -198,14 +198,14 @@ def _value_problems(study: Study) -> Iterator[str]:
                 yield f'{study.path}: {name} has {key!r}, which the study sets for each run.'
             elif argument(key, value, options) is None:
                 yield (
-                    f'{study.path}, {name}: {key}={_shown.repr(value)} cannot stand on the command '
+                    f'{study.path}, {name}: {key}={_brief.repr(value)} cannot stand on the command '
                     f'line of a run.'
                 )
     for name in GRIDS:
         for key, values in getattr(study, name).items():
             plain = Counter(v for v in values if isinstance(v, int | float | str | None))
-            if again := [_shown.repr(value) for value, times in plain.items() if times > 1]:
-                yield f'{study.path}: {name}[{key!r}] has {", ".join(again)} more than once.'
+            if repeated := [_brief.repr(value) for value, times in plain.items() if times > 1]:
+                yield f'{study.path}: {name}[{key!r}] has {", ".join(repeated)} more than once.'
     if study.match != 'none' and study.match_by not in options:
         hint = did_you_mean(study.match_by, options)
         yield f'{study.path}: match_by={study.match_by!r} is no option.{hint}'

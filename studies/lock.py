@@ -39,16 +39,16 @@ def study_lock(out_dir: Path) -> Iterator[list[int]]:
 
 def _acquire(lock: int, out_dir: Path) -> None:
     """Take the lock. Raises UserError if another study holds it: at once if that one is alive."""
-    until, waiting, here = time.monotonic() + GRACE_SECONDS, False, socket.gethostname()
+    deadline, waiting, hostname = time.monotonic() + GRACE_SECONDS, False, socket.gethostname()
     while not lock_file(lock):
         pid, _, host = os.pread(lock, 300, 0).decode(errors='replace').strip().partition(' ')
-        holder = f'pid {pid or "unknown"}' + (f' on {host}' if host not in ('', here) else '')
-        if host != here or _is_alive(pid):
+        holder = f'pid {pid or "unknown"}' + (f' on {host}' if host not in ('', hostname) else '')
+        if host != hostname or _is_alive(pid):
             raise UserError(
                 f'{out_dir}: another study ({holder}) is running there. Wait for its end, stop it, '
                 f'or choose another folder by --out_dir=FOLDER.'
             )
-        if time.monotonic() > until:
+        if time.monotonic() > deadline:
             raise UserError(
                 f'{out_dir}: the study that ran there ({holder}) has ended, but not its runs. Wait '
                 f'for the end of its train.py processes, or stop them.'
@@ -59,7 +59,7 @@ def _acquire(lock: int, out_dir: Path) -> None:
         time.sleep(0.2)
     with contextlib.suppress(OSError):  # it is for the message alone
         os.ftruncate(lock, 0)
-        os.pwrite(lock, f'{os.getpid()} {here}\n'.encode(), 0)
+        os.pwrite(lock, f'{os.getpid()} {hostname}\n'.encode(), 0)
 
 
 def _is_alive(pid: str) -> bool:

@@ -72,15 +72,15 @@ class StudyProgress:
     def seconds_left(self) -> float | None:
         """Of the whole study; None while nothing tells."""
         shares = {running.trial: self._share(running.trial) for running in self.runner.running}
-        left = made = 0.0
+        remaining = done = 0.0
         for kind, trials in self.trials.items():
             for trial in trials:
                 work = self._work(kind, trial)
                 share = 1.0 if trial in self.ended_trials else shares.get(trial, 0.0)
-                left += work * (1 - share)
+                remaining += work * (1 - share)
                 if trial in self.work_before:
-                    made += max(0.0, work * share - self.work_before[trial])
-        return left * (time.monotonic() - self.began) / made if made else None
+                    done += max(0.0, work * share - self.work_before[trial])
+        return remaining * (time.monotonic() - self.began) / done if done else None
 
     def show(self) -> None:
         """Where it is, now and then."""

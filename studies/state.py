@@ -34,13 +34,13 @@ class StudyState:
         if seconds is None:
             return StudyTrials(self.study, self.variants)
         tuned = self.tuned(StudyTrials(self.study, self.variants, seconds))
-        chosen = {label: variant.choice for label, variant in (tuned or {}).items()}
-        return StudyTrials(self.study, self.variants, seconds, chosen)
+        tuned_choices = {label: variant.choice for label, variant in (tuned or {}).items()}
+        return StudyTrials(self.study, self.variants, seconds, tuned_choices)
 
     def is_decided(self, trials: StudyTrials) -> bool:
         """Whether every option of the runs themselves is."""
         timed = len(trials.seconds) == len(self.variants) or not trials.timing
-        return timed and (len(trials.chosen) == len(self.variants) or not self.study.tune)
+        return timed and (len(trials.tuned_choices) == len(self.variants) or not self.study.tune)
 
     def _seconds_per_iter(self, trials: StudyTrials) -> dict[str, float] | None:
         """Of an iteration of each variant, by the timing runs; None if some are not finished."""

@@ -43,8 +43,8 @@ class Trial:
 class StudyTrials:
     """The runs of a study, as far as their options are known.
 
-    seconds: of an iteration of each variant, by label, once they are timed. chosen: what tuning
-    chose for each, by label. Where either is not known yet, a run stands for one at the largest
+    seconds: of an iteration of each variant, by label, once they are timed.
+    tuned_choices: what tuning chose for each, by label. Where either is not known yet, a run stands for one at the largest
     cost.
     """
 
@@ -53,10 +53,10 @@ class StudyTrials:
         study: Study,
         variants: list[Variant],
         seconds: dict[str, float] | None = None,
-        chosen: dict[str, TuneChoice] | None = None,
+        tuned_choices: dict[str, TuneChoice] | None = None,
     ):
         self.study, self.variants = study, variants
-        self.seconds, self.chosen = seconds or {}, chosen or {}
+        self.seconds, self.tuned_choices = seconds or {}, tuned_choices or {}
 
     def _trial(self, folder: str, variant: Variant, choice: TuneChoice, seed: dict) -> Trial:
         iterations = budgeted_iterations(
@@ -103,7 +103,7 @@ class StudyTrials:
             self._trial(
                 f'{parent}/{folder}' if name else parent,
                 variant,
-                self.chosen.get(variant.label, variant.costliest),
+                self.tuned_choices.get(variant.label, variant.costliest),
                 seeds[name],
             )
             for name, folder in zip(seeds, folder_names(list(seeds)))
