@@ -44,8 +44,8 @@ class StudyTrials:
     """The runs of a study, as far as their options are known.
 
     seconds: of an iteration of each variant, by label, once they are timed.
-    tuned_choices: what tuning chose for each, by label. Where either is not known yet, a run stands for one at the largest
-    cost.
+    tuned_choices: what tuning chose for each, by label.
+    Where either is not known yet, a run stands for one at the largest cost.
     """
 
     def __init__(

@@ -53,7 +53,7 @@ def compared(tmp_path, monkeypatch, capsys):
 # --- figures -------------------------------------------------------------------------------------
 
 
-def test_ranking_shows_the_figures_of_the_records(compared):
+def test_ranking_shows_record_figures(compared):
     losses = {1: 6.41234, 2: 5.98719, 3: 6.0}
     text = compared(*(make_record(n, loss=loss) for n, loss in losses.items()))
     shown = rows(text, 'RANKING')
@@ -68,7 +68,7 @@ def test_ranking_shows_the_figures_of_the_records(compared):
         assert float(row['bits/byte']) == pytest.approx(float(row['val loss']) * 0.4, abs=1e-4)
 
 
-def test_cost_shows_the_figures_of_the_record(compared):
+def test_cost_shows_record_figures(compared):
     (row,) = rows(compared(make_record(1)), 'COST')
     assert row == {
         '#': '1',
@@ -83,7 +83,7 @@ def test_cost_shows_the_figures_of_the_record(compared):
     }
 
 
-def test_active_parameters_are_shown_where_they_are_fewer_than_all(compared):
+def test_active_parameters_shown_where_fewer(compared):
     dense, sparse = make_record(1), make_record(2)
     dense['startup_info']['model']['active_params'] = 123_550_464
     sparse['startup_info']['model'] |= {'total_params': 300_000_000, 'active_params': 98_765_432}
@@ -104,7 +104,7 @@ def test_unknown_figures_are_dashes(compared):
     assert {key for key, cell in figures.items() if cell != '-'} == {'#', 'run'}
 
 
-def test_an_untrained_loss_is_not_ranked(compared):
+def test_untrained_loss_is_not_ranked(compared):
     diverged, untrained, trained = (make_record(n, loss=6.0) for n in (1, 2, 3))
     # Both had their lowest loss before the first update.
     diverged['eval_steps'] = [
@@ -126,13 +126,13 @@ def test_an_untrained_loss_is_not_ranked(compared):
 # --- names ---------------------------------------------------------------------------------------
 
 
-def test_equal_names_of_different_architectures_show_what_differs(compared):
+def test_equal_names_show_differing_choices(compared):
     text = compared(make_record(1, bias=True, loss=4.0), make_record(2, bias=False))
     names = [row['architecture'] for row in rows(text, 'RANKING')]
     assert names == [f'{GPT2} [bias=True]', f'{GPT2} [bias=False]']
 
 
-def test_equal_architectures_are_told_apart_by_run(compared):
+def test_equal_architectures_are_labeled_by_run(compared):
     text = compared(make_record(1), make_record(2, loss=4.0), make_record(3, architecture=LLAMA))
     names = {row['architecture'] for row in rows(text, 'RANKING')}
     assert names == {f'{GPT2} run_20260101_120001', f'{GPT2} run_20260101_120002', LLAMA}
@@ -141,14 +141,14 @@ def test_equal_architectures_are_told_apart_by_run(compared):
 # --- which runs ----------------------------------------------------------------------------------
 
 
-def test_latest_takes_the_newest_by_start_time_whatever_the_zone(compared):
+def test_latest_uses_start_time_across_time_zones(compared):
     records = [make_record(n, loss=n) for n in (1, 2, 3)]
     records[0]['start_time'] = '2026-01-01T11:00:00-05:00'  # 16:00 in UTC, the newest of all
     text = compared(*records, argv=['--latest', '2'])
     assert [row['val loss'] for row in rows(text, 'RANKING')] == ['1.0000', '3.0000']
 
 
-def test_every_way_to_name_a_run_finds_it_once(tmp_path):
+def test_run_given_several_ways_counts_once(tmp_path):
     (folder, _) = write(tmp_path, make_record(1), make_record(2))
     copy = tmp_path / 'kept' / 'copy.json'
     copy.parent.mkdir()
@@ -161,13 +161,13 @@ def test_every_way_to_name_a_run_finds_it_once(tmp_path):
     assert len(load_runs([copy, folder])[0]) == 2
 
 
-def test_a_record_alone_in_a_folder_of_another_name(tmp_path):
+def test_record_file_in_other_folder(tmp_path):
     (folder,) = write(tmp_path, make_record(1))
     renamed = folder.rename(tmp_path / 'my-best-run')
     assert [run.folder for run in load_runs([renamed])[0]] == [renamed]
 
 
-def test_a_broken_record_is_skipped_by_name(compared, tmp_path):
+def test_broken_record_is_skipped_by_name(compared, tmp_path):
     (tmp_path / 'out-x' / 'run_20260101_130000').mkdir(parents=True)
     (tmp_path / 'out-x' / 'run_20260101_130000' / 'record.json').write_text('{"run_name"')
     incomplete = make_record(3)
@@ -180,7 +180,7 @@ def test_a_broken_record_is_skipped_by_name(compared, tmp_path):
     assert any('run_20260101_120003' in line and 'hash' in line for line in skipped)
 
 
-def test_nothing_found_says_where_and_what_to_type(tmp_path, monkeypatch):
+def test_no_runs_is_user_error_with_hint(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=re.escape(str(tmp_path))) as error:
         load_runs([])
@@ -192,7 +192,7 @@ def test_nothing_found_says_where_and_what_to_type(tmp_path, monkeypatch):
         load_runs([Path('absent'), Path('empty')])
 
 
-def test_order_of_reading_does_not_matter(tmp_path):
+def test_reading_order_does_not_matter(tmp_path):
     records = [make_record(n, loss=5 + n % 3, seed=n) for n in range(1, 9)]
     paths = write(tmp_path, *records)
     texts = set()
@@ -227,7 +227,7 @@ def runs(tmp_path, monkeypatch):
     return load_runs([])[0]
 
 
-def test_the_default_baseline_is_the_oldest_finished_run_with_a_loss(runs):
+def test_default_baseline_is_oldest_finished_run(runs):
     assert baseline(runs) == '03'
 
 
@@ -246,7 +246,7 @@ def test_the_default_baseline_is_the_oldest_finished_run_with_a_loss(runs):
         ('out-llama-bias/run_20260101_120006/', '06'),
     ],
 )
-def test_a_baseline_is_named_by_architecture_run_or_folder(runs, name, expected):
+def test_baseline_by_architecture_run_or_folder(runs, name, expected):
     assert baseline(runs, name) == expected
 
 
@@ -259,12 +259,12 @@ def test_a_baseline_is_named_by_architecture_run_or_folder(runs, name, expected)
         ('run_20260101_120008', 'Did you mean run_20260101_12000'),
     ],
 )
-def test_a_baseline_that_names_no_single_run(runs, name, message):
+def test_ambiguous_baseline_name_is_refused(runs, name, message):
     with pytest.raises(UserError, match=message):
         baseline(runs, name)
 
 
-def test_a_baseline_without_a_loss_gives_no_differences(runs):
+def test_baseline_without_loss_gives_no_differences(runs):
     text = render_text(compare(runs, 'run_20260101_120002'))
     difference_rows = [row['vs #6'] for row in rows(text, 'RANKING')]
     assert difference_rows == ['-'] * 5 + ['baseline']
@@ -306,7 +306,7 @@ def test_wide_values_are_grouped(compared):
     assert max(map(len, lines)) <= 100
 
 
-def test_long_lists_are_cut_and_count_what_they_leave_out(compared):
+def test_long_lists_are_cut_with_count(compared):
     ranks = [*range(1, 40, 2), 40, 41]  # fifteen spans, the last of three runs
     shown, more = re.fullmatch(r'(.*) and (\d+) more', rank_ranges(ranks)).groups()
     assert len(shown.split()) + int(more) == len(ranks)
@@ -355,7 +355,7 @@ CHANGES = [
 
 
 @pytest.mark.parametrize('where, key, value, loss, speed', CHANGES, ids=[c[1] for c in CHANGES])
-def test_what_is_not_comparable_is_named(compared, where, key, value, loss, speed):
+def test_incomparable_conditions_are_named(compared, where, key, value, loss, speed):
     records = [make_record(n, loss=n) for n in (1, 2, 3)]
     part = records[1]
     for name in where:
@@ -388,7 +388,7 @@ def test_what_is_not_comparable_is_named(compared, where, key, value, loss, spee
         (('summary',), 'avg_mfu', None),
     ],
 )
-def test_no_warning_where_runs_are_comparable(compared, where, key, value):
+def test_comparable_runs_give_no_warning(compared, where, key, value):
     records = [make_record(1), make_record(2)]
     part = records[1]
     for name in where:
@@ -409,7 +409,7 @@ def test_unfinished_runs_are_marked(compared, status):
     assert 'tokens_seen' in warned(text, 'Losses')
 
 
-def test_a_killed_run_is_read_from_its_journal(compared, tmp_path):
+def test_killed_run_is_read_from_journal(compared, tmp_path):
     record = make_record(1)
     outline = ('config', 'architecture', 'metadata', 'startup_info')
     mfu = {'mfu_percent': 30.0, 'mfu_causal_percent': 28.0, 'hardware_peak_tflops': 0.01}
@@ -440,14 +440,14 @@ def test_a_killed_run_is_read_from_its_journal(compared, tmp_path):
 # --- seeds ---------------------------------------------------------------------------------------
 
 
-def test_one_seed_gives_no_error_bar(compared):
+def test_single_seed_has_no_error_bar(compared):
     twins = (make_record(2), make_record(3, out_dir='again'))  # one seed run twice is one seed
     text = compared(make_record(1, ffn_type='swiglu'), *twins)
     assert 'no error bar' in text and '--seed=2' in text and '+/-' not in text
     assert 'no error bar' not in render_text(compare(load_runs([Path('out-1')])[0]))
 
 
-def test_several_seeds_give_mean_and_interval(compared):
+def test_seeds_give_mean_and_interval(compared):
     losses = [5.01, 5.05, 4.97]
     text = compared(
         *(
@@ -470,14 +470,14 @@ def test_several_seeds_give_mean_and_interval(compared):
     assert {row['verdict'] for row in rows(text, 'VERDICT')} == {'not tested'}
 
 
-def test_a_run_repeated_with_the_same_seeds_is_no_further_evidence(compared):
+def test_run_with_same_seeds_counts_once(compared):
     records = replicated({'standard': [5.0, 5.1], 'swiglu': [4.9, 5.0]})
     twin = make_record(99, loss=4.0, seed=1, ffn_type='swiglu', architecture='swiglu')
     shown = rows(compared(*records, twin), 'RANKING')
     assert [(row['val loss'], row['seeds']) for row in shown] == [('4.9500', '2'), ('5.0500', '2')]
 
 
-def test_data_that_was_not_the_same_is_told_by_its_hash(compared):
+def test_differing_data_hash_is_warned_about(compared):
     records = replicated({'standard': [5.0, 5.1], 'swiglu': [4.9, 5.0]})
     for record in records:
         record['eval_steps'][-1]['data_hash'] = f'{record["config"]["seed"]:016x}'
@@ -488,7 +488,7 @@ def test_data_that_was_not_the_same_is_told_by_its_hash(compared):
     assert 'WARNINGS' not in render_text(compare(run_rows(records)))
 
 
-def test_the_loss_by_position_stands_where_it_was_recorded(compared):
+def test_loss_by_position_shown_where_recorded(compared):
     one, other = make_record(1), make_record(2, ffn_type='swiglu')
     assert 'LOSS BY POSITION' not in render_text(compare(run_rows([one, other])))
     position_losses = [{'from': 0, 'to': 1, 'loss': 3.25}, {'from': 1, 'to': 64, 'loss': 1.75}]
@@ -500,7 +500,7 @@ def test_the_loss_by_position_stands_where_it_was_recorded(compared):
     ]
 
 
-def test_the_last_sample_of_each_architecture_is_shown(compared):
+def test_last_sample_of_each_architecture_is_shown(compared):
     records = [make_record(1, loss=4.0), make_record(2, loss=5.0, ffn_type='swiglu')]
     assert 'SAMPLES' not in render_text(compare(run_rows(records)))
     for record, texts in zip(records, (('old', 'new\n```\n\x1b[2J'), ('last', None))):
@@ -526,7 +526,7 @@ def test_the_last_sample_of_each_architecture_is_shown(compared):
     ]
 
 
-def test_samples_of_many_architectures_are_counted(compared):
+def test_many_samples_are_cut_with_count(compared):
     records = [make_record(n, loss=n, n_layer=n) for n in range(1, 13)]
     for record in records:
         record['eval_steps'][-1]['sample'] = {'prompt': '', 'text': 'a', 'time_ms': 1.0}
@@ -534,14 +534,14 @@ def test_samples_of_many_architectures_are_counted(compared):
     assert shown.count('    a\n') == LISTED and shown.endswith(f'and {12 - LISTED} more')
 
 
-def test_whether_samples_were_written_is_no_difference(compared):
+def test_sample_options_are_no_difference(compared):
     text = compared(
         make_record(1), make_record(2, ffn_type='swiglu', sample_interval=50, sample_prompt='A')
     )
     assert 'sample_' not in text
 
 
-def test_equal_flops_are_told_instead_of_warned_about(compared):
+def test_equal_flops_are_a_note_not_a_warning(compared):
     records = [make_record(1, max_iters=100), make_record(2, max_iters=105, ffn_type='swiglu')]
     for record, tokens in zip(records, (409_600, 430_080)):
         record['summary'] |= {'total_tokens': tokens, 'total_flops': 3.5e14 + tokens}
@@ -580,7 +580,7 @@ def study(tmp_path):
     return tmp_path / 'out', losses
 
 
-def test_a_study_has_names_main_effects_and_dependences(study, capsys):
+def test_study_has_labels_effects_and_interactions(study, capsys):
     folder, losses = study
     ca.main([str(folder)])
     text = capsys.readouterr().out
@@ -610,7 +610,7 @@ def test_a_study_has_names_main_effects_and_dependences(study, capsys):
     assert f'{together:+.4f}' in line
 
 
-def test_what_a_study_varies_is_its_question_and_not_unfair(study, capsys):
+def test_varied_options_give_no_warning(study, capsys):
     folder, _ = study
     path = folder / 'study.json'
     plan = json.loads(path.read_text()) | {'tuned': []}
@@ -628,7 +628,7 @@ def test_what_a_study_varies_is_its_question_and_not_unfair(study, capsys):
     assert 'WARNINGS' not in capsys.readouterr().out
 
 
-def test_what_a_study_tuned_with_is_no_evidence(study, capsys):
+def test_tuning_runs_are_not_compared(study, capsys):
     folder, _ = study
     ca.main([str(folder)])
     before = capsys.readouterr().out
@@ -642,7 +642,7 @@ def test_what_a_study_tuned_with_is_no_evidence(study, capsys):
     assert '1.0000' in capsys.readouterr().out
 
 
-def test_a_run_that_was_begun_anew_is_not_compared(study, capsys):
+def test_superseded_run_is_not_compared(study, capsys):
     folder, _ = study
     ca.main([str(folder)])
     before = capsys.readouterr().out
@@ -658,7 +658,7 @@ def test_a_run_that_was_begun_anew_is_not_compared(study, capsys):
     assert killed['run_name'] in capsys.readouterr().out
 
 
-def test_every_format_says_the_same(study, capsys):
+def test_all_formats_agree(study, capsys):
     folder, losses = study
     ca.main([str(folder), '--format', 'json'])
     data = json.loads(capsys.readouterr().out)
@@ -712,7 +712,7 @@ def test_exit_codes(tmp_path):
     assert script(tmp_path, 'out-1', '--latest', '2', 'out-2').stdout.count(b'run_2026') >= 2
 
 
-def test_ascii_terminals_are_enough(tmp_path):
+def test_ascii_terminal(tmp_path):
     write(tmp_path, make_record(1, out_dir='out-é'), make_record(2, loss=4.0, architecture='Ω'))
     done = script(tmp_path, PYTHONIOENCODING='ascii', PYTHONUTF8='0')
     assert done.returncode == 0 and not done.stderr
@@ -722,7 +722,7 @@ def test_ascii_terminals_are_enough(tmp_path):
     assert text.replace('é', '').replace('Ω', '').isascii()
 
 
-def test_neither_torch_nor_numpy_is_imported():
+def test_imports_neither_torch_nor_numpy():
     code = 'import compare_architectures, sys; print({"torch", "numpy"} & sys.modules.keys())'
     done = subprocess.run(
         [sys.executable, '-c', code], cwd=PROJECT, capture_output=True, text=True, timeout=60
@@ -730,7 +730,7 @@ def test_neither_torch_nor_numpy_is_imported():
     assert done.stdout.strip() == 'set()', done.stderr
 
 
-def test_lines_fit_a_hundred_columns(compared):
+def test_lines_fit_100_columns(compared):
     text = compared(
         make_record(1, architecture=LLAMA, loss=5.98, out_dir='out-llama'),
         make_record(2, architecture=GPT2, loss=6.41, out_dir='out-gpt2', ffn_type='swiglu'),

@@ -78,7 +78,7 @@ def nats_one_by_one(model, tokens, stride) -> list[float]:
 
 
 @pytest.mark.parametrize('stride', [1, 7, None])
-def test_bits_per_byte_is_that_of_one_forward_pass_a_token(of_bytes, text, tmp_path, stride):
+def test_bits_per_byte_matches_pass_per_token(of_bytes, text, tmp_path, stride):
     out_dir, model = of_bytes
     given = [f'--stride={stride}', '--batch_size=3'] if stride else []
     (found,) = results(tmp_path, f'--out_dir={out_dir}', f'--text={text}', *given)['text']
@@ -90,7 +90,7 @@ def test_bits_per_byte_is_that_of_one_forward_pass_a_token(of_bytes, text, tmp_p
     assert found['perplexity'] == pytest.approx(math.exp(np.mean(nats)), rel=1e-5)
 
 
-def test_bits_per_byte_of_byte_pairs_by_transformers(of_byte_pairs, text, tmp_path, capsys):
+def test_bits_per_byte_matches_transformers(of_byte_pairs, text, tmp_path, capsys):
     from transformers import AutoModelForCausalLM
 
     out_dir, model = of_byte_pairs
@@ -107,7 +107,7 @@ def test_bits_per_byte_of_byte_pairs_by_transformers(of_byte_pairs, text, tmp_pa
     assert f'{bits:.4f}' in capsys.readouterr().out
 
 
-def test_the_interval_is_students_where_blocks_are_alike_and_covers_where_not():
+def test_bits_per_byte_interval():
     bits = [3.0, 5.0, 4.0, 7.0]
     low, high = scipy.stats.t.interval(0.95, 3, np.mean(bits), scipy.stats.sem(bits))
     assert 10 * scoring.half_interval(bits, [10] * 4) == pytest.approx((high - low) / 2)
@@ -150,7 +150,7 @@ def log_likelihood(model, tokenizer, context: str, choice: str) -> float:
 
 
 @pytest.mark.parametrize('kind', ['byte', 'gpt2'])
-def test_choices_by_brute_force(of_bytes, of_byte_pairs, tmp_path, kind, capsys):
+def test_choices_match_brute_force(of_bytes, of_byte_pairs, tmp_path, kind, capsys):
     out_dir, model = of_bytes if kind == 'byte' else of_byte_pairs
     tokenizer, items = Tokenizer({'kind': kind}), ITEMS
     if kind == 'gpt2':  # whose end-of-text token stands before what has no context
@@ -202,7 +202,7 @@ def test_characters_and_bytes_rank_choices_differently():
     assert scoring.likeliest(result, 'bytes') == 0
 
 
-def test_results_are_on_the_disk_before_they_are_shown(of_bytes, text, tmp_path, monkeypatch):
+def test_results_are_written_before_shown(of_bytes, text, tmp_path, monkeypatch):
     path = tmp_path / 'results.json'
 
     def broken(*_, **__):
@@ -225,14 +225,14 @@ def test_results_that_cannot_be_written_are_shown(of_bytes, text, tmp_path, monk
     assert 'bits/byte' in shown.out and 'no space left' in shown.err
 
 
-def test_likelihoods_that_are_no_numbers_are_no_result(of_bytes, text, monkeypatch, capsys):
+def test_nonfinite_likelihoods_give_no_result(of_bytes, text, monkeypatch, capsys):
     monkeypatch.setattr(scoring.Scorer, '_batch', lambda *_: [math.nan] * 99)
     run(f'--out_dir={of_bytes[0]}', f'--text={text}', code=2)
     assert 'a likelihood that is no number' in capsys.readouterr().err
     assert scoring.perplexity(1e6) is None and scoring.perplexity(0) == 1
 
 
-def test_lines_of_items_end_at_line_feeds_alone(of_bytes, tmp_path):
+def test_item_lines_end_at_line_feeds_only(of_bytes, tmp_path):
     """A byte order mark, carriage returns and separators within a text change nothing."""
     item = {'context': 'the\u2028quick\x85brown', 'choices': [' fox\u2029', ' dog'], 'answer': 0}
     plain = json.dumps(item).encode() + b'\n'
@@ -252,7 +252,7 @@ def test_lines_of_items_end_at_line_feeds_alone(of_bytes, tmp_path):
     assert each[0] == each[1] == each[2] and [e['line'] for e in each[0]] == [1, 2]
 
 
-def test_half_a_surrogate_pair_is_a_replacement_character(of_bytes, tmp_path):
+def test_lone_surrogate_is_replaced(of_bytes, tmp_path):
     for name, half in (('half', '\\ud83d'), ('replaced', '\ufffd')):
         line = f'{{"context": "a b{half}", "choices": [" c{half}", " d"], "answer": 0}}\n'
         (tmp_path / name).write_text(line, encoding='utf-8')
@@ -264,7 +264,7 @@ def test_half_a_surrogate_pair_is_a_replacement_character(of_bytes, tmp_path):
     assert half['each'] == replaced['each'] and half['each'][0]['bytes'][0] == 5
 
 
-def test_items_from_the_validation_text(of_bytes, tmp_path, tiny_dataset):
+def test_items_from_validation_text(of_bytes, tmp_path, tiny_dataset):
     out_dir, _ = of_bytes
     paths = [tmp_path / 'one.jsonl', tmp_path / 'two.jsonl']
     made = results(tmp_path, f'--out_dir={out_dir}', f'--make_choices={paths[0]}', '--num_items=40')
@@ -284,7 +284,7 @@ def test_items_from_the_validation_text(of_bytes, tmp_path, tiny_dataset):
         assert followers == [number == item['answer'] for number in range(4)]
 
 
-def test_items_keep_within_documents(of_bytes, tmp_path, monkeypatch):
+def test_items_stay_within_documents(of_bytes, tmp_path, monkeypatch):
     """Of a dataset that marks their ends."""
     tokenizer = Tokenizer({'kind': 'byte', 'end_of_text': True})
     documents = [tokenizer.encode(f'{name * 9} ' * 40) for name in 'abcde']
@@ -338,7 +338,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize('arguments', MISTAKES)
-def test_a_mistake_is_told(of_bytes, text, tmp_path, monkeypatch, capsys, arguments):
+def test_mistakes_are_reported(of_bytes, text, tmp_path, monkeypatch, capsys, arguments):
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'latin.txt').write_bytes('naïve'.encode('latin-1'))
     (tmp_path / 'empty.txt').touch()
@@ -357,7 +357,7 @@ def test_a_mistake_is_told(of_bytes, text, tmp_path, monkeypatch, capsys, argume
     assert 'Traceback' not in error and not (tmp_path / 'many.jsonl').exists()
 
 
-def test_characters_that_the_vocabulary_lacks(tmp_path, monkeypatch, of_bytes, text, capsys):
+def test_characters_missing_from_vocabulary(tmp_path, monkeypatch, of_bytes, text, capsys):
     tokenizer = Tokenizer({'kind': 'char', 'characters': ['a', 'b']})
     monkeypatch.setattr(evaluate, 'load_tokenizer', lambda checkpoint: (tokenizer, 2))
     path = written(tmp_path / 'i.jsonl', [{'context': 'a', 'choices': ['b', 'é'], 'answer': 0}])
@@ -367,5 +367,5 @@ def test_characters_that_the_vocabulary_lacks(tmp_path, monkeypatch, of_bytes, t
         assert f'--{key}={given}' in error and 'The vocabulary of 2 characters has no' in error
 
 
-def test_the_script_starts(run_script):
+def test_evaluate_help(run_script):
     assert '--make_choices' in run_script('evaluate.py', '--help').stdout

@@ -88,7 +88,7 @@ def model_of(folder):
     return load_model(checkpoint, state, torch.device('cpu')).eval()
 
 
-def test_the_texts_are_what_the_model_says_beyond_its_context_too(trained, written):
+def test_texts_match_model_beyond_context(trained, written):
     texts, head, _ = written(temperature=0)
     tokenizer = Tokenizer({'kind': 'char', 'characters': list(LETTERS)})
     choose = Sampler(len(LETTERS), temperature=0)
@@ -100,7 +100,7 @@ def test_the_texts_are_what_the_model_says_beyond_its_context_too(trained, writt
     assert '1 updates' in head and 'iter_00000001' in head
 
 
-def test_a_text_hangs_on_its_seed_and_number_alone(written):
+def test_text_depends_on_seed_and_number_only(written):
     together, *_ = written()
     assert len(set(together)) == 3 and all(len(text) == 43 for text in together)
     for options in ({'batch_size': 1}, {'batch_size': 2}, {'num_samples': 2}):
@@ -111,7 +111,7 @@ def test_a_text_hangs_on_its_seed_and_number_alone(written):
     assert letters == set(LETTERS)  # nothing from the padding of the vocabulary
 
 
-def test_a_text_ends_before_the_first_stop_string(written):
+def test_text_ends_before_first_stop_string(written):
     whole, *_ = written()
     for batch_size in (1, 3):
         texts, *_ = written(
@@ -121,7 +121,7 @@ def test_a_text_ends_before_the_first_stop_string(written):
         assert texts == expected != whole
 
 
-def test_a_text_ends_where_its_document_does(written):
+def test_text_ends_at_end_of_text_token(written):
     whole, *_ = written('documents', '--ignore_end_of_text')
     texts, _, tail = written('documents')
     expected = [text.partition('<|endoftext|>')[0] for text in whole]
@@ -134,13 +134,13 @@ def test_a_text_ends_where_its_document_does(written):
     assert text and not text.startswith('abc')
 
 
-def test_an_empty_prompt_needs_an_end_of_text(trained):
+def test_empty_prompt_needs_end_of_text(trained):
     with pytest.raises(UserError, match=r'no end-of-text token.*--start='):
         sample.main([f'--out_dir={trained / "plain"}', '--device=cpu', '--start='])
 
 
 @pytest.mark.parametrize('start', ['-', 'FILE:-', 'FILE:prompt.txt'])
-def test_the_prompt_comes_from_a_file_or_standard_input(written, tmp_path, monkeypatch, start):
+def test_prompt_from_file_or_stdin(written, tmp_path, monkeypatch, start):
     (expected,), *_ = written(num_samples=1, start='é😀\nb')
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'prompt.txt').write_bytes('é😀\nb'.encode())
@@ -149,7 +149,7 @@ def test_the_prompt_comes_from_a_file_or_standard_input(written, tmp_path, monke
     assert text == expected and text.startswith('é😀\nb')
 
 
-def test_a_lone_text_is_shown_as_it_comes(written, monkeypatch):
+def test_single_text_is_streamed(written, monkeypatch):
     shown, write_text = [], text_output.write_text
 
     def show(text, end='\n'):
@@ -165,7 +165,7 @@ def test_a_lone_text_is_shown_as_it_comes(written, monkeypatch):
     assert len(shown) == 1 + 3 + 1
 
 
-def test_ctrl_c_leaves_what_was_written(written, monkeypatch):
+def test_ctrl_c_keeps_written_text(written, monkeypatch):
     whole, *_ = written()
 
     def interrupted(*arguments, **options):
@@ -181,7 +181,7 @@ def test_ctrl_c_leaves_what_was_written(written, monkeypatch):
         assert f'new: {7 * count} tokens' in tail
 
 
-def test_the_speed_is_that_of_the_tokens_that_count(monkeypatch):
+def test_generation_speed(monkeypatch):
     times = iter([0.0, 0.5, 0.6, 0.7, 10.0, 10.5, 10.7])
     monkeypatch.setattr(text_output.time, 'perf_counter', lambda: next(times))
     speed = text_output.GenerationSpeed()
@@ -194,7 +194,7 @@ def test_the_speed_is_that_of_the_tokens_that_count(monkeypatch):
     assert str(speed) == 'prompt: 4,000 tokens, 4,000.0 tokens/s; new: 9 tokens, 12.5 tokens/s'
 
 
-def test_what_is_said_of_a_run_is_counted(written):
+def test_summary_counts_tokens(written):
     _, _, tail = written(batch_size=2, num_samples=3, max_new_tokens=20)
     counted = re.fullmatch(
         r'prompt: 9 tokens, [\d,.]+ tokens/s; new: 60 tokens, [\d,.]+ tokens/s\n', tail
@@ -204,7 +204,7 @@ def test_what_is_said_of_a_run_is_counted(written):
     assert tail.startswith('prompt: 48 tokens, ')
 
 
-def test_a_checkpoint_that_does_not_tell_its_tokenizer_needs_the_dataset(trained, tmp_path):
+def test_checkpoint_without_tokenizer_needs_dataset(trained, tmp_path):
     folder = tmp_path / 'old'
     shutil.copytree(trained / 'plain', folder)
     (path,) = folder.glob('run_*/checkpoints/iter_*/index.json')
@@ -222,7 +222,7 @@ def test_a_checkpoint_that_does_not_tell_its_tokenizer_needs_the_dataset(trained
     assert vocab_size == len(LETTERS) and tokenizer.decode([6, 7]) == 'é😀'
 
 
-def test_the_file_of_a_tokenizer_is_kept_with_the_run(written, tmp_path):
+def test_tokenizer_file_is_kept_with_run(written, tmp_path):
     """Byte pairs that were trained on the corpus: 256 bytes, `ab`, and the end of text."""
     characters = byte_characters()
     vocabulary = {characters[byte]: byte for byte in range(256)} | {'ab': 256}
@@ -263,7 +263,7 @@ def sampled(tiny_dataset, tmp_path_factory):
     return train_here(tiny_dataset, tmp_path_factory.mktemp('sampled'), **RUN, **SAMPLING)
 
 
-def test_samples_change_nothing_of_a_run(sampled, tiny_dataset, tmp_path):
+def test_samples_do_not_change_training(sampled, tiny_dataset, tmp_path):
     without = train_here(tiny_dataset, tmp_path, **RUN)
     assert samples_of(without) == {} and list(samples_of(sampled)) == [0, 2, 4]
     assert plain(sampled) == plain(without)
@@ -274,7 +274,7 @@ def test_samples_change_nothing_of_a_run(sampled, tiny_dataset, tmp_path):
     )
 
 
-def test_a_sample_leaves_the_session_as_it_was(sampled):
+def test_sample_leaves_session_unchanged(sampled):
     session = sampled.session
     session.model.eval()
     before = torch.get_rng_state()
@@ -285,7 +285,7 @@ def test_a_sample_leaves_the_session_as_it_was(sampled):
     assert session.write_sample()['text'] == first['text'] == samples_of(sampled)[4]['text']
 
 
-def test_a_runs_sample_is_the_first_of_sample_py(sampled, written):
+def test_periodic_sample_matches_sample_py(sampled, written):
     sample = samples_of(sampled)[4]
     options = {'start': 'the ', 'temperature': 0.8, 'seed': sampled.session.settings.run.seed}
     texts, *_ = written(**options, out_dir=sampled.folder.parent)
@@ -293,7 +293,7 @@ def test_a_runs_sample_is_the_first_of_sample_py(sampled, written):
     assert sample['text'] != samples_of(sampled)[0]['text']
 
 
-def test_a_resumed_run_writes_the_same_samples(sampled, tiny_dataset, tmp_path):
+def test_resumed_run_writes_same_samples(sampled, tiny_dataset, tmp_path):
     train_here(tiny_dataset, tmp_path, **{**RUN, **SAMPLING, 'max_iters': 2, 'lr_decay_iters': 4})
     options = {'max_iters': 4, 'init_from': 'resume'}
     with pytest.MonkeyPatch.context() as patch:
@@ -303,7 +303,7 @@ def test_a_resumed_run_writes_the_same_samples(sampled, tiny_dataset, tmp_path):
     assert texts[0] == texts[1] and len(texts[0]) == 3
 
 
-def test_samples_count_neither_as_training_nor_as_evaluation(tiny_dataset, tmp_path, monkeypatch):
+def test_sample_time_is_not_counted(tiny_dataset, tmp_path, monkeypatch):
     now = [0.0]
 
     def clock():
@@ -323,14 +323,14 @@ def test_samples_count_neither_as_training_nor_as_evaluation(tiny_dataset, tmp_p
     assert max(entry['time_ms'] for entry in entries) < 1e5
 
 
-def test_samples_come_at_intervals_and_at_the_end(tiny_dataset, tmp_path):
+def test_samples_at_intervals_and_at_end(tiny_dataset, tmp_path):
     options = {**RUN, 'max_iters': 5, 'eval_interval': 1}
     run = train_here(tiny_dataset, tmp_path, **options, sample_interval=2, sample_tokens=1)
     assert list(samples_of(run)) == [0, 2, 4, 5] and len(run.record['eval_steps']) == 6
     assert {sample['prompt'] for sample in samples_of(run).values()} == {'\n'}
 
 
-def test_no_compiled_block_is_compiled_anew_for_a_sample(sampled):
+def test_sampling_does_not_recompile_blocks(sampled):
     model = copy.deepcopy(sampled.session.raw_model)
     for block in model.blocks:
         block.compile(backend='eager')
@@ -343,13 +343,13 @@ def test_no_compiled_block_is_compiled_anew_for_a_sample(sampled):
     assert counters['frames']['total'] > 0  # the count does see a compiled block
 
 
-def test_a_model_without_finite_logits_writes_nothing(sampled):
+def test_nonfinite_logits_give_no_sample(sampled):
     model = copy.deepcopy(sampled.session.raw_model)
     torch.nn.init.constant_(model.token_embedding.weight, float('nan'))
     assert sampled.session.sample_writer.write(model)['text'] is None
 
 
-def test_a_sample_ends_where_its_document_does(tmp_path):
+def test_periodic_sample_ends_at_end_of_text(tmp_path):
     dataset = write_dataset(tmp_path / 'data', end_of_text=True)
     run = train_here(dataset, tmp_path / 'out', **RUN, **{**SAMPLING, 'sample_prompt': ''})
     assert all(len(sample['text']) < 40 for sample in samples_of(run).values())
@@ -365,9 +365,7 @@ def test_a_sample_ends_where_its_document_does(tmp_path):
         ({}, '', '--sample_prompt is empty'),
     ],
 )
-def test_samples_that_cannot_be_written_are_refused_at_once(
-    tokenizer, prompt, words, tmp_path, capsys
-):
+def test_impossible_samples_are_refused_at_start(tokenizer, prompt, words, tmp_path, capsys):
     dataset = write_dataset(tmp_path / 'data', **tokenizer)
     values = {**TINY_RUN, 'dataset': dataset, 'out_dir': tmp_path / 'out', 'eval_interval': 2}
     values |= {'sample_interval': 2, 'sample_prompt': prompt}

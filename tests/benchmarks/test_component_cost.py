@@ -11,7 +11,7 @@ from model_config import ModelArchitectureConfig, architecture_options
 SHAPE = {'n_layer': 6, 'n_head': 2, 'n_embd': 64, 'block_size': 128, 'vocab_size': 65}
 
 
-def test_every_component_is_measured_with_what_it_needs():
+def test_every_component_is_measured():
     options, default = architecture_options(), ModelArchitectureConfig()
     changes = variants(options, default.to_dict())
     assert len({str(change) for change in changes}) == len(changes)

@@ -4,7 +4,7 @@ from benchmarks import loader
 from data.dataset import load_dataset
 
 
-def test_an_epoch_visits_every_window_and_takes_no_memory(tmp_path, monkeypatch):
+def test_epoch_visits_every_window_in_constant_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(loader, 'FILE_TOKENS', 2**22 + 12_345)
     data = load_dataset(loader.write_tokens(tmp_path, 13_000_000), 1024)  # 26 MB
     assert len(data.splits['train'].paths) == 4 and data.tokens('train') == 13_000_000

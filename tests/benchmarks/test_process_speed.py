@@ -11,7 +11,7 @@ def team(seconds, gigabytes=1.0, tokens=100, sent=0.0):
     return Team([], {'tokens': tokens, 'bytes_sent': sent}, seconds, gigabytes)
 
 
-def test_efficiency_and_communication_are_of_the_same_turn():
+def test_efficiency_and_communication_use_same_turn():
     teams = {ALONE: team([1.0, 2.0, 4.0])}
     for strategy in STRATEGIES:
         teams[strategy] = team([2.0, 2.0, 5.0], gigabytes=3.0, sent=7.0)
@@ -26,7 +26,7 @@ def test_efficiency_and_communication_are_of_the_same_turn():
         assert (row['memory_gb'], row['bytes_sent']) == (3.0, 7.0)
 
 
-def test_the_processes_make_the_update_of_the_one(tmp_path, capsys):
+def test_processes_make_same_update_as_one(tmp_path, capsys):
     """Each strategy, and each with collectives that return at once, by two processes."""
     options = ['--shape=tiny', '--turns=1', '--seconds=0.01', f'--json={tmp_path / "found.json"}']
     assert speed.main(options) == 0
@@ -39,6 +39,6 @@ def test_the_processes_make_the_update_of_the_one(tmp_path, capsys):
     assert zero1 == pytest.approx(1.5 * ddp, abs=0.1) and fsdp == pytest.approx(1.5 * ddp, abs=0.1)
 
 
-def test_processes_that_do_not_divide_the_sequences_are_refused():
+def test_uneven_process_count_is_refused():
     with pytest.raises(UserError, match='--processes=3: at least 2, and a divisor of the 64'):
         speed.parse(['--processes=3'])

@@ -26,7 +26,7 @@ def result(name: str, seconds: list[float], **start) -> speed.Result:
     )
 
 
-def test_a_turn_is_an_update_that_is_not_timed_and_then_those_that_are(monkeypatch):
+def test_turn_has_untimed_then_timed_updates(monkeypatch):
     answers, clock = io.StringIO(), iter(range(1000))
     commands = iter([{'steps': 1}, {'steps': 3}])
     monkeypatch.setattr(contestants, 'listen', lambda: next(commands))
@@ -120,7 +120,7 @@ def test_peers_do_the_same_work(monkeypatch, tmp_path):
     assert ours[0]['flops'] == prepared['flops']
 
 
-def test_only_what_ran_in_the_same_turn_is_compared():
+def test_ratios_use_same_turn():
     ours, peer = result('ours/eager', [1.0, 2.0, 4.0]), result('nanogpt/eager', [2.0, 5.0, 4.0])
     assert ours.speeds == [200.0, 100.0, 50.0]
     found = speed.ratios(ours.speeds, peer.speeds)
@@ -144,7 +144,7 @@ def test_only_what_ran_in_the_same_turn_is_compared():
         ({'flops': {'per_token': 5.2e9}}, 'flops'),
     ],
 )
-def test_other_work_is_found_out(change, problem):
+def test_differing_work_is_detected(change, problem):
     peer = result('transformers/eager', [1.0])
     for key, value in change.items():
         if hasattr(peer, key):
@@ -161,7 +161,7 @@ def test_other_work_is_found_out(change, problem):
     assert not {'loss', 'norm'} & found.keys() and 'loss' not in found['problems']
 
 
-def test_the_report_is_of_what_was_found():
+def test_report_shows_summary():
     times = {'set_up_seconds': 3.0, 'first_update_seconds': 9.0}
     start = {**times, 'update_seconds': 1.5, 'threads': 2}
     warm = {**times, 'first_update_seconds': 4.5}
@@ -196,7 +196,7 @@ def test_the_report_is_of_what_was_found():
     assert 'left out: x-transformers: pip install x-transformers' in lines
 
 
-def test_who_takes_part():
+def test_contestant_selection():
     def names(*argv: str, device: str = 'cpu') -> list[str]:
         return list(speed.chosen(speed.parse(list(argv)), device)[0])
 
@@ -214,7 +214,7 @@ def test_who_takes_part():
     assert speed.parse(['--attention_backend=manual']).given == ['--attention_backend=manual']
 
 
-def test_flops_of_any_model_are_counted_without_computing():
+def test_flops_are_counted_without_computing():
     def attention(model, tokens, targets):
         x = model[0](tokens)
         return torch.nn.functional.scaled_dot_product_attention(x, x, x, is_causal=True), None
@@ -230,7 +230,7 @@ def test_flops_of_any_model_are_counted_without_computing():
     assert contestants.counted_flops(build, lambda m, t, _: m(t), 16) == 3 * 2 * (16 * 8 * 10) / 16
 
 
-def test_the_shapes_are_the_models_that_they_are_called():
+def test_shapes_match_their_models():
     expected = {'gpt2-124m': 124_475_904, 'llama-12l': 162_220_800}
     for name, parameters in expected.items():
         sizes = {**speed.SHAPES[name]['options'], 'vocab_size': speed.SHAPES[name]['vocab_size']}
@@ -239,7 +239,7 @@ def test_the_shapes_are_the_models_that_they_are_called():
         assert count_parameters(model)['total_params'] == parameters
 
 
-def test_one_thing_is_varied_at_a_time():
+def test_sweep_varies_one_size_at_a_time():
     wide = scaling.point(scaling.BASE, 'n_embd', 2048, 4096)['options']
     long = scaling.point(scaling.BASE, 'block_size', 8192, 4096)['options']
     assert wide['n_head'] == 32 and wide['block_size'] * wide['batch_size'] == 4096
@@ -251,7 +251,7 @@ def test_one_thing_is_varied_at_a_time():
     assert scaling.times_arithmetic(rows) == [1.0, pytest.approx(4 / 3)]
 
 
-def test_a_point_is_measured_against_its_own_matrix_multiplication(monkeypatch):
+def test_sweep_point_is_measured_against_its_product(monkeypatch):
     first = {
         'parameters': 7,
         'tokens': 64,

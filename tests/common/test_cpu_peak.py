@@ -43,7 +43,7 @@ def tflops(dtype='float32', cpu=CPU) -> float:
     return cpu_peak.peak(cpu, dtype).tflops
 
 
-def test_a_measurement_is_labelled_and_leaves_the_random_stream_alone(file):
+def test_measurement_is_labeled_and_keeps_random_stream(file):
     before = torch.get_rng_state()
     peak = cpu_peak.peak(CPU, 'float32')
     assert torch.equal(torch.get_rng_state(), before)
@@ -52,21 +52,21 @@ def test_a_measurement_is_labelled_and_leaves_the_random_stream_alone(file):
     assert f'{torch.get_num_threads()} thread' in peak.source
 
 
-def test_a_measurement_is_operations_over_time(monkeypatch):
+def test_measurement_is_operations_over_time(monkeypatch):
     clock = itertools.count(step=0.1)  # a tenth of a second passes between two looks at the clock
     monkeypatch.setattr(cpu_peak.time, 'perf_counter', lambda: next(clock))
     best = cpu_peak.measure('float32', rounds=2)
     assert best == Best(pytest.approx(2 * 1024**3 / 0.1 / 1e12), 1024)
 
 
-def test_the_best_of_several_moments_counts(monkeypatch):
+def test_best_of_several_measurements_counts(monkeypatch):
     seconds = iter([0.010, 0.200, 0.002, 0.016, 0.300, 0.100])
     monkeypatch.setattr(cpu_peak, '_fastest', lambda *operands: next(seconds))
     best = cpu_peak.measure('float32', rounds=3)
     assert best == Best(2 * 2048**3 / 0.016 / 1e12, 2048)
 
 
-def test_a_busy_machine_does_not_lower_the_peak_and_a_free_one_raises_it(file, measured):
+def test_peak_only_rises(file, measured):
     measured(0.2)
     assert tflops() == 0.2
     measured(1.0, 2048)
@@ -79,7 +79,7 @@ def test_a_busy_machine_does_not_lower_the_peak_and_a_free_one_raises_it(file, m
     assert len(file.read_text().split('\n')) == 1 + 2  # a line for each new best
 
 
-def test_what_changes_the_peak_has_a_memory_of_its_own(file, measured, monkeypatch):
+def test_peak_is_remembered_per_configuration(file, measured, monkeypatch):
     measured(1.0)
     tflops()
     measured(0.5)
@@ -91,7 +91,7 @@ def test_what_changes_the_peak_has_a_memory_of_its_own(file, measured, monkeypat
     monkeypatch.undo()
 
 
-def test_threads_have_a_memory_of_their_own(file, measured):
+def test_peak_is_remembered_per_thread_count(file, measured):
     measured(1.0)
     tflops()
     measured(0.5)
@@ -103,7 +103,7 @@ def test_threads_have_a_memory_of_their_own(file, measured):
         torch.set_num_threads(before)
 
 
-def test_processes_that_remember_at_once_lose_nothing(file, measured):
+def test_concurrent_writes_lose_nothing(file, measured):
     key = {'cpu': CPU, 'threads': 1, 'dtype': 'float32', 'torch': 'x'}
     values = [n / 100 for n in range(1, 201)]
     with ThreadPoolExecutor(8) as pool:
@@ -126,7 +126,7 @@ def test_processes_that_remember_at_once_lose_nothing(file, measured):
         ),
     ],
 )
-def test_a_damaged_memory_is_passed_over_and_written_on(file, measured, damage):
+def test_damaged_cache_is_skipped_and_extended(file, measured, damage):
     file.parent.mkdir()
     own = {'threads': torch.get_num_threads(), 'torch': str(torch.__version__)}
     if damage.startswith(b'{"cpu": "Some CPU"'):
@@ -138,7 +138,7 @@ def test_a_damaged_memory_is_passed_over_and_written_on(file, measured, damage):
     assert tflops() == 0.7
 
 
-def test_without_a_place_for_a_memory_a_run_measures_and_says_so(tmp_path, measured, monkeypatch):
+def test_unwritable_cache_is_mentioned(tmp_path, measured, monkeypatch):
     measured(0.3)
     blocked = tmp_path / 'file'
     blocked.touch()
@@ -155,7 +155,7 @@ def test_without_a_place_for_a_memory_a_run_measures_and_says_so(tmp_path, measu
     assert tflops() == 0.3
 
 
-def test_the_memory_is_in_the_users_cache(tmp_path, monkeypatch):
+def test_cache_is_in_user_cache_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(cpu_peak.Path, 'home', lambda: tmp_path)
     monkeypatch.setattr(sys, 'platform', 'linux')
     for ignored in ('', 'relative/path'):
@@ -167,7 +167,7 @@ def test_the_memory_is_in_the_users_cache(tmp_path, monkeypatch):
     assert cpu_peak.cache_file().is_relative_to(tmp_path / 'x')
 
 
-def test_processes_that_share_cores_share_their_peak(file, measured, monkeypatch):
+def test_processes_share_peak_of_cores(file, measured, monkeypatch):
     """So that the peak of the job, that of a process times their number, is the machine's."""
     measured(1.0)
     monkeypatch.setattr(cpu_peak.psutil, 'cpu_count', lambda logical: 4)

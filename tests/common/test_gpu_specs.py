@@ -81,7 +81,7 @@ def test_lookalikes_have_no_peak(name):
         assert peak_for_name(name, column) is None
 
 
-def test_every_device_of_the_table_is_tested():
+def test_every_listed_device_is_tested():
     tested = {peak_for_name(name, 'fp16') for name in KNOWN}
     listed = {(peaks[1], source) for _, peaks, source in gpu_specs._PEAKS}
     assert tested == listed
@@ -91,7 +91,7 @@ NO_TF32 = ('V100', 'T4', 'MI250X')
 
 
 @pytest.mark.parametrize('name', KNOWN)
-def test_columns_are_in_the_ratios_that_the_hardware_has(name):
+def test_columns_have_hardware_ratios(name):
     """What a sparse, a vector or a misplaced figure would break: TF32 at half of bfloat16's rate,
     no slower than float32, float8 at twice."""
     bf16, fp16, tf32, fp32, fp8 = KNOWN[name]
@@ -104,7 +104,7 @@ def test_columns_are_in_the_ratios_that_the_hardware_has(name):
 
 
 @pytest.mark.parametrize('name', KNOWN)
-def test_a_plan_in_float32_takes_what_the_run_will(name):
+def test_float32_plan_uses_peak_of_run(name):
     """`hardware.tune` lets torch take TF32; hardware without it has its float32 rate."""
     _, _, tf32, fp32, _ = KNOWN[name]
     expected = fp32 if any(part in name for part in NO_TF32) else tf32
@@ -116,6 +116,6 @@ def test_a_plan_in_float32_takes_what_the_run_will(name):
     )
 
 
-def test_bfloat16_is_refused_by_the_gpus_that_lack_it_alone():
+def test_bfloat16_is_refused_only_without_hardware():
     lacking = {name for name in gpu_specs._BY_NAME if not gpu_specs._multiplies(name, 'bf16')}
     assert lacking == {'V100 SXM2', 'V100 SXM3', 'V100 PCIE', 'T4'}

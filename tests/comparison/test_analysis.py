@@ -35,9 +35,7 @@ def verdict_of(variant, baseline, **options):
         (0.1, True, True, 'blocked'),
     ],
 )
-def test_a_diverged_run_blocks_what_favors_its_group(
-    shift, diverged_variant, diverged_baseline, text
-):
+def test_diverged_run_blocks_favorable_verdict(shift, diverged_variant, diverged_baseline, text):
     variant = fake_group(shifted(shift), **{'diverged': None} if diverged_variant else {})
     baseline = fake_group(shifted(0.0), **{'diverged': None} if diverged_baseline else {})
     verdict = verdict_of(variant, baseline)
@@ -49,7 +47,7 @@ def test_a_diverged_run_blocks_what_favors_its_group(
 
 @pytest.mark.parametrize('outcome', ['interrupted', 'running', 'failed', UNMEASURED])
 @pytest.mark.parametrize('which', [0, 1])
-def test_an_unfinished_run_makes_a_verdict_provisional(outcome, which):
+def test_unfinished_run_makes_verdict_provisional(outcome, which):
     groups = [fake_group(shifted(shift), **{outcome: None} if n == which else {})
               for n, shift in enumerate((-0.1, 0.0))]  # fmt: skip
     verdict = verdict_of(*groups)
@@ -57,13 +55,13 @@ def test_an_unfinished_run_makes_a_verdict_provisional(outcome, which):
     assert f'1 of 6 seeds of {("this architecture", "the baseline")[which]}' in verdict.reasons[0]
 
 
-def test_unlike_conditions_make_a_verdict_provisional():
+def test_differing_conditions_make_verdict_provisional():
     groups = [fake_group(shifted(-0.1)), fake_group(shifted(0.0))]
     verdict = verdict_of(*groups, incomparable=lambda group: 'other data')
     assert (verdict.text, verdict.reasons) == ('provisional', ('other data',))
 
 
-def test_runs_that_repeat_one_another_are_no_evidence():
+def test_identical_runs_give_no_test():
     same = {(s, s): 3.0 for s in range(3)}
     verdict = verdict_of(fake_group(dict.fromkeys(same, 2.9)), fake_group(same))
     assert (verdict.text, verdict.test) == ('not tested', None)
@@ -72,7 +70,7 @@ def test_runs_that_repeat_one_another_are_no_evidence():
     assert verdict.reasons == ('this architecture has 1 finished seed, and a test needs two',)
 
 
-def test_equivalence_needs_a_margin_and_precision():
+def test_equivalence_needs_margin_and_precision():
     draw = random.Random(1)
     groups = [
         fake_group({(s, s): 3 + draw.gauss(0, noise) for s in range(5)}) for noise in (1e-3, 1e-3)
@@ -89,7 +87,7 @@ def test_equivalence_needs_a_margin_and_precision():
     assert verdict_of(lost, baseline, margin=0.05).text == 'blocked'
 
 
-def test_a_repeated_run_counts_once_and_divergence_is_not_undone():
+def test_repeated_run_counts_once_and_keeps_divergence():
     runs = [
         fake_run((1, 1), None, 'interrupted'),
         fake_run((1, 1), 3.0),
@@ -126,7 +124,7 @@ def experiment(draw, effects, seeds=5, lose=()):
 
 
 @pytest.mark.parametrize('lose', [(0,), (1,), (0, 1)])
-def test_lost_seeds_do_not_make_a_winner(lose):
+def test_lost_seeds_give_no_winner(lose):
     draw = random.Random(4)
     trials = 300
     verdicts = [experiment(draw, (0.0, 0.0), lose=lose)[1] for _ in range(trials)]
@@ -137,7 +135,7 @@ def test_lost_seeds_do_not_make_a_winner(lose):
     assert blocked / trials > 0.02  # what would have been a false verdict
 
 
-def test_several_comparisons_are_significant_as_rarely_as_is_said_and_find_a_known_effect():
+def test_error_rate_and_power_of_several_comparisons():
     """Experiments of four variants, five seeds: 400 alike, 400 with one that truly differs."""
     draw = random.Random(7)
     trials = 400
@@ -154,7 +152,7 @@ def test_several_comparisons_are_significant_as_rarely_as_is_said_and_find_a_kno
     assert 0.8 - 0.06 < hits / trials < 0.95
 
 
-def test_a_run_that_blew_up_is_no_noise_of_the_others():
+def test_blown_up_run_adds_no_noise_to_others():
     draw = random.Random(9)
     groups = [
         fake_group({(s, s): 3 + shift + draw.gauss(0, 0.01) for s in range(3)})

@@ -23,7 +23,7 @@ def record_of(evaluations):
     }
 
 
-def test_a_curve_knows_what_each_loss_had_cost():
+def test_curve_has_cost_of_each_loss():
     record = record_of([(0, 9.0), (20, 5.0), (30, None), (40, 4.0)])
     measured = [e for e in runs.trained_evaluations(record) if e['val_loss'] is not None]
     curve = runs.loss_curve(measured, 100, 7.0)
@@ -33,7 +33,7 @@ def test_a_curve_knows_what_each_loss_had_cost():
     ]
 
 
-def test_the_loss_at_a_cost_is_that_of_linear_interpolation():
+def test_loss_at_cost_interpolates_linearly():
     draw = random.Random(0)
     costs = sorted(draw.uniform(1, 100) for _ in range(8))
     curve = [(cost, draw.uniform(2, 5)) for cost in costs]
@@ -44,7 +44,7 @@ def test_the_loss_at_a_cost_is_that_of_linear_interpolation():
     assert loss_at(curve, costs[-1] + 0.1) is None
 
 
-def test_the_front_holds_what_nothing_beats():
+def test_pareto_front_matches_brute_force():
     draw = random.Random(1)
     points = [(draw.randint(1, 9), draw.randint(0, 9)) for _ in range(40)]
     points[3] = None
@@ -58,7 +58,7 @@ def test_the_front_holds_what_nothing_beats():
     assert any(fronts)
 
 
-def test_the_loss_by_position_is_the_last_recorded_one_averaged_over_seeds():
+def test_loss_by_position_is_seed_mean_of_last_record():
     def run(scale):
         record = record_of([(0, 9.0), (20, 5.0), (40, 4.0), (50, 3.9)])
         for entry in record['eval_steps'][:3]:  # not measured at the last
@@ -94,7 +94,7 @@ def run(loss, outcome='finished', **figures):
     return types.SimpleNamespace(val_loss=loss, outcome=outcome, config=config, **figures)
 
 
-def test_costs_within_their_noise_make_no_front():
+def test_costs_within_noise_make_no_front():
     memory = [(3.0, [0.3586, 0.3602]), (2.9, [0.3590, 0.3601]), (3.1, [0.3588])]
     groups = [Group([run(loss, peak_memory_gb=gb) for gb in amounts]) for loss, amounts in memory]
     fronts = {'M': costs.FRONTS['M']}
@@ -104,7 +104,7 @@ def test_costs_within_their_noise_make_no_front():
     assert costs.front_letters(groups, fronts) == ['', 'M', '', 'M']
 
 
-def test_a_group_of_which_runs_diverged_lies_on_no_front():
+def test_group_with_diverged_run_is_on_no_front():
     groups = [
         Group([run(2.0, causal_flops=1e9), run(2.1, 'diverged', causal_flops=1e8)]),
         Group([run(3.0, causal_flops=2e9)]),
@@ -113,7 +113,7 @@ def test_a_group_of_which_runs_diverged_lies_on_no_front():
     assert costs.front_letters(groups, {'F': costs.FRONTS['F']}) == ['', 'F', 'F']
 
 
-def test_amounts_are_equal_if_they_overlap_or_nearly_agree():
+def test_same_cost_if_overlapping_or_close():
     assert same_cost([1.0, 2.0], [1.9, 3.0])
     assert same_cost([1.0], [1.009])
     assert not same_cost([1.0], [1.02])

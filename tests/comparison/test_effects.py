@@ -9,7 +9,7 @@ from helpers.run_records import fake_group
 from comparison.effects import interactions, main_effects
 
 
-def test_main_effects_and_dependences_of_an_additive_grid():
+def test_effects_and_interactions_of_additive_grid():
     """Loss = a + b + noise of the seed: the effects are a and b, and nothing depends on another."""
     a, b = {'x': 0.0, 'y': -0.3, 'z': 0.1}, {1: 0.0, 2: 0.25}
     seeds = {(s, s): 0.1 * s for s in range(3)}
@@ -32,13 +32,13 @@ def test_main_effects_and_dependences_of_an_additive_grid():
     assert means == {('y', 2): pytest.approx(0, abs=1e-12), ('z', 2): pytest.approx(-1)}
 
 
-def test_effects_leave_out_what_has_no_counterpart():
+def test_effects_skip_unpaired_runs():
     grid = [({'a': 1}, fake_group({(1, 1): 2.0})), ({'a': 2}, fake_group({(2, 2): 3.0}))]
     (effect,) = main_effects(grid)
     assert (effect.mean, effect.difference, effect.pairs) == (None, None, 0)
 
 
-def test_main_effects_take_the_seed_as_the_unit():
+def test_main_effects_use_seed_as_unit():
     """A value's luck with a seed is shared by all cells, so its pairs are not independent."""
     draw = random.Random(0)
     trials, significant = 300, 0
@@ -57,7 +57,7 @@ def test_main_effects_take_the_seed_as_the_unit():
     assert 0.01 < significant / trials < 0.09  # 5 %, and three standard errors
 
 
-def test_effects_go_over_the_seeds_that_every_cell_has():
+def test_effects_use_seeds_shared_by_all_cells():
     cells = {
         (1, 1): {1: 1.0, 2: 1.5},
         (2, 1): {1: 2.0, 2: 2.4},

@@ -88,7 +88,7 @@ class Page(HTMLParser):
         return [attributes for name, attributes in self.elements if name == tag]
 
 
-def test_the_page_has_everything_inside_and_nothing_from_outside(folder, tmp_path, capsys):
+def test_page_is_self_contained(folder, tmp_path, capsys):
     path = tmp_path / 'report.html'
     ca.main([str(folder), '--report', str(path)])
     text = path.read_text(encoding='utf-8')
@@ -103,7 +103,7 @@ def test_the_page_has_everything_inside_and_nothing_from_outside(folder, tmp_pat
         assert number in text
 
 
-def test_every_table_of_the_text_is_on_the_page_cell_by_cell(comparison, page_text):
+def test_page_has_every_table_cell_of_text(comparison, page_text):
     texts = Page(page_text).texts
     for section in tables(comparison):
         for row in (section.header, *section.rows):
@@ -112,14 +112,14 @@ def test_every_table_of_the_text_is_on_the_page_cell_by_cell(comparison, page_te
         assert all(note in texts for note in section.notes)
 
 
-def test_the_answer_comes_first_and_last(comparison, page_text):
+def test_page_answer_is_first_and_last(comparison, page_text):
     texts = [text for text in Page(page_text).texts if text.strip()]
     answer = headline(comparison)
     assert texts[1] == texts[-1] == answer
     assert texts.index(answer) < texts.index('Curves')
 
 
-def test_failures_reasons_and_tuning_are_on_the_page(folder):
+def test_page_shows_failures_reasons_and_tuning(folder):
     def change(number, record):
         if number == 2:  # the first seed of the second variant
             record['status'] = 'failed'
@@ -135,7 +135,7 @@ def test_failures_reasons_and_tuning_are_on_the_page(folder):
     assert '<h2>TUNING</h2>' in text and 'learning_rate' in text
 
 
-def test_the_page_can_be_used_without_seeing_it(page_text):
+def test_page_is_accessible(page_text):
     page = Page(page_text)
     assert page.all('html') == [{'lang': 'en'}]
     assert any(meta.get('name') == 'viewport' for meta in page.all('meta'))
@@ -152,7 +152,7 @@ def test_the_page_can_be_used_without_seeing_it(page_text):
     assert used <= set(names)
 
 
-def test_times_of_runs_beside_one_another_are_not_compared(folder):
+def test_times_of_concurrent_runs_are_not_compared(folder):
     beside = change_records(folder, lambda _, record: record['config'].update(concurrent_runs=2))
     assert [row.cost for row in beside.equal_cost] == ['tokens', 'flops']
     assert set(''.join(beside.fronts)) <= set('FM')
@@ -162,7 +162,7 @@ def test_times_of_runs_beside_one_another_are_not_compared(folder):
     assert 'seconds of training' not in html_report.report_page(beside)
 
 
-def test_samples_stand_side_by_side_and_are_no_markup(folder):
+def test_samples_are_side_by_side_and_escaped(folder):
     def change(number, record):
         text = f'<script>x{number}</script> & "\x00\x1b[0m\n' + 30 * '<b>line</b>\n'
         record['eval_steps'][-1]['sample'] = {'prompt': '<i>', 'text': text, 'time_ms': 1.0}
@@ -177,7 +177,7 @@ def test_samples_stand_side_by_side_and_are_no_markup(folder):
     assert '\x00' not in text and '\x1b' not in text
 
 
-def test_names_of_every_kind_are_shown_as_they_are(tmp_path):
+def test_odd_names_are_shown_verbatim(tmp_path):
     odd = ['a$x^$', '<script>alert(1)</script>', '"onload="x', 'line\nend\x1b[2J', 'y' * 200]
     variants = [{'label': name, 'asked': {'ffn_type': name}} for name in odd]
     records = [[study_record(n, s, decaying(n, s)) for s in (1, 2)] for n in range(len(odd))]
@@ -191,7 +191,7 @@ def test_names_of_every_kind_are_shown_as_they_are(tmp_path):
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason='no Chromium on the PATH')
-def test_a_browser_shows_all_of_it_on_a_narrow_screen(page_text, tmp_path):
+def test_page_fits_narrow_screen_in_browser(page_text, tmp_path):
     """Nothing but tables is wider than the screen, and what the pictures say can be read."""
     probe = """<script>
     window.onerror = m => { document.title = 'ERROR ' + m };

@@ -15,7 +15,7 @@ def losses(draw, seeds, mean=3.0, deviation=0.1):
 
 
 @pytest.mark.parametrize('count', [2, 3, 5, 9])
-def test_two_variants_with_shared_seeds_give_the_paired_test(count):
+def test_shared_seeds_give_paired_t_test(count):
     draw = random.Random(count)
     one, two = losses(draw, range(count)), losses(draw, range(count), 3.1)
     test = moderated_difference(one, two)
@@ -26,7 +26,7 @@ def test_two_variants_with_shared_seeds_give_the_paired_test(count):
     assert test.noise == pytest.approx(np.std([one[s] - two[s] for s in one], ddof=1))
 
 
-def test_two_variants_without_a_shared_seed_give_welchs_test():
+def test_no_shared_seeds_give_welch_test():
     draw = random.Random(1)
     one, two = losses(draw, range(4)), losses(draw, range(10, 17), 3.1, 0.5)
     test = moderated_difference(one, two)
@@ -35,7 +35,7 @@ def test_two_variants_without_a_shared_seed_give_welchs_test():
     assert test.p_value == pytest.approx(expected.pvalue)
 
 
-def test_the_noise_of_others_counts_as_a_few_degrees_of_freedom():
+def test_noise_of_others_adds_prior_freedom():
     """A balanced table: the residuals of the additive model by hand, and the moderated test."""
     draw = random.Random(2)
     variants, seeds = 4, 5
@@ -55,7 +55,7 @@ def test_the_noise_of_others_counts_as_a_few_degrees_of_freedom():
     assert test.p_value == pytest.approx(p_value)
 
 
-def test_residuals_of_a_table_with_missing_cells_are_those_of_least_squares():
+def test_residuals_with_missing_cells_match_least_squares():
     draw = random.Random(3)
     for _ in range(20):
         variants = [losses(draw, [s for s in range(8) if draw.random() < 0.5]) for _ in range(5)]
@@ -96,14 +96,14 @@ def test_partly_shared_seeds_use_all_runs():
     assert test.counts == (6, 6) and not test.paired
 
 
-def test_too_few_shared_seeds_subtract_nothing():
+def test_too_few_shared_seeds_are_not_paired():
     draw = random.Random(6)
     one, two = losses(draw, range(1, 6)), losses(draw, range(4, 9))
     expected = stats.ttest_ind([*one.values()], [*two.values()], equal_var=False)
     assert moderated_difference(one, two).p_value == pytest.approx(expected.pvalue)
 
 
-def test_what_gives_no_test():
+def test_no_test_for_too_few_or_equal_runs():
     draw = random.Random(7)
     assert moderated_difference(losses(draw, [1]), losses(draw, [1, 2, 3])) is None
     assert moderated_difference({1: 2.0, 2: 2.0}, {1: 3.0, 2: 3.0}) is None
@@ -124,7 +124,7 @@ def test_what_gives_no_test():
         ([range(5), range(3), range(4), range(2, 6)], 0.06),
     ],
 )
-def test_partly_shared_seeds_hold_the_error_rate(tables, rate):
+def test_partly_shared_seeds_keep_error_rate(tables, rate):
     draw, trials, significant = random.Random(8), 300, 0
     for _ in range(trials):
         luck = {seed: draw.gauss(0, 0.7) for seed in range(10)}

@@ -72,7 +72,7 @@ def lines_of(axes):
 # --- Curves --------------------------------------------------------------------------------------
 
 
-def test_curves_are_means_over_seeds_with_the_range_of_the_seeds(tmp_path):
+def test_curves_are_seed_means_with_range(tmp_path):
     comparison = study(tmp_path)
     curves, _ = panels_of(comparison)
     assert [panel.title for panel in curves] == [
@@ -97,7 +97,7 @@ def test_curves_are_means_over_seeds_with_the_range_of_the_seeds(tmp_path):
     assert 'first quarter' in caption(curves)
 
 
-def test_no_curve_and_no_band_is_cut_off(tmp_path):
+def test_curves_and_bands_are_not_cut_off(tmp_path):
     comparison = study(tmp_path)
     for panel in itertools.chain(*panels_of(comparison)):
         axes = drawn(comparison, panel)
@@ -118,7 +118,7 @@ def blow_up(record):
 @pytest.mark.parametrize(
     ('change', 'ending', 'mark'), [(diverge, DIVERGED, 'X'), (blow_up, BLOWN_UP, '^')]
 )
-def test_a_run_that_went_wrong_is_marked_and_sets_no_limit(tmp_path, change, ending, mark):
+def test_failed_run_is_marked_and_sets_no_limit(tmp_path, change, ending, mark):
     without = study(tmp_path / 'without', seeds=(2, 3))
     comparison = study(
         tmp_path / 'with', lambda record, n, seed: change(record) if (n, seed) == (1, 1) else None
@@ -149,7 +149,7 @@ def test_a_run_that_went_wrong_is_marked_and_sets_no_limit(tmp_path, change, end
     )
 
 
-def test_an_unfinished_run_is_marked_where_it_stands(tmp_path):
+def test_unfinished_run_is_marked_at_last_point(tmp_path):
     def change(record, n, seed):
         if (n, seed) == (2, 3):
             record['status'] = 'running'
@@ -164,7 +164,7 @@ def test_an_unfinished_run_is_marked_where_it_stands(tmp_path):
     assert 'have not finished' in caption([panel])
 
 
-def test_a_spike_on_the_way_sets_no_limit(tmp_path):
+def test_loss_spike_sets_no_limit(tmp_path):
     def change(record, n, seed):
         if (n, seed) == (0, 1):
             record['eval_steps'][6]['val_loss'] = 900.0
@@ -173,7 +173,7 @@ def test_a_spike_on_the_way_sets_no_limit(tmp_path):
     assert all(panel.y_limits[1] < 5 for panel in curves)
 
 
-def test_all_diverged_is_drawn_still(tmp_path):
+def test_all_diverged_is_drawn(tmp_path):
     comparison = study(tmp_path, lambda record, n, seed: diverge(record))
     curves, fronts = panels_of(comparison)
     assert curves and not fronts
@@ -183,7 +183,7 @@ def test_all_diverged_is_drawn_still(tmp_path):
         plots.figure_of(comparison).savefig(tmp_path / 'plot.png')
 
 
-def test_a_single_evaluation_is_a_point(tmp_path):
+def test_single_evaluation_is_a_point(tmp_path):
     def change(record, n, seed):
         if n == 1:
             record['eval_steps'] = [record['eval_steps'][0], record['eval_steps'][-1]]
@@ -193,7 +193,7 @@ def test_a_single_evaluation_is_a_point(tmp_path):
     assert len(point.get_xdata()) == 1 and point.get_marker() not in (None, 'None', '')
 
 
-def test_single_evaluations_of_all_are_shown_against_their_costs_once(tmp_path):
+def test_single_evaluations_are_shown_once_against_costs(tmp_path):
     def change(record, n, seed):
         record['eval_steps'] = [record['eval_steps'][0], record['eval_steps'][-1]]
 
@@ -201,7 +201,7 @@ def test_single_evaluations_of_all_are_shown_against_their_costs_once(tmp_path):
     assert curves == [] and fronts
 
 
-def test_nothing_to_draw_is_said(tmp_path):
+def test_empty_plot_says_so(tmp_path):
     comparison = study(tmp_path, lambda record, n, seed: set_losses(record, []))
     assert panels_of(comparison) == ([], [])
     with plots.drawing():
@@ -213,7 +213,7 @@ def test_nothing_to_draw_is_said(tmp_path):
 # --- Costs ---------------------------------------------------------------------------------------
 
 
-def test_no_front_panel_of_costs_that_are_equal(tmp_path):
+def test_no_front_panel_for_equal_costs(tmp_path):
     """Within the range of the seeds, or within a percent."""
 
     def change(record, n, seed):
@@ -225,7 +225,7 @@ def test_no_front_panel_of_costs_that_are_equal(tmp_path):
     assert [panel.title for panel in fronts] == ['Final loss against seconds of training']
 
 
-def test_costs_in_proportion_share_a_panel_that_names_both(tmp_path):
+def test_proportional_costs_share_a_panel(tmp_path):
     def change(record, n, seed):
         flops = 1e9 * (1 + 0.001 * n)
         record['startup_info']['flops'] = {'per_token': flops, 'per_token_causal': flops}
@@ -244,7 +244,7 @@ def test_costs_in_proportion_share_a_panel_that_names_both(tmp_path):
     ]
 
 
-def test_fronts_show_means_ranges_and_the_front(tmp_path):
+def test_front_panels_show_means_ranges_and_front(tmp_path):
     comparison = study(
         tmp_path, lambda r, n, s: set_losses(r, [loss - 0.3 * n for loss in decaying(n, s)])
     )
@@ -265,7 +265,7 @@ def test_fronts_show_means_ranges_and_the_front(tmp_path):
 # --- Names ---------------------------------------------------------------------------------------
 
 
-def test_names_are_without_the_option_that_all_vary(tmp_path):
+def test_labels_drop_the_varied_option(tmp_path):
     assert short_labels(study(tmp_path / 'a')) == ['p0', 'p1', 'p2']
     assert study(tmp_path / 'b').labels[0] == 'arch_preset=p0'  # the tables' are whole
     variants = [
@@ -291,7 +291,7 @@ ODD = [
 ]
 
 
-def test_any_name_can_be_drawn_and_is_drawn_as_it_is(tmp_path, recwarn):
+def test_any_name_is_drawn_verbatim(tmp_path, recwarn):
     variants = [{'label': name, 'asked': {'ffn_type': name}} for name in ODD]
     comparison = study(tmp_path, variants=variants)
     with plots.drawing():
@@ -322,7 +322,7 @@ def test_long_names_keep_both_ends(length):
     assert re.fullmatch(re.escape(short).replace('…', '.*'), text)
 
 
-def test_each_group_has_a_look_of_its_own_and_the_rest_share_one(tmp_path):
+def test_groups_have_distinct_styles_and_rest_shares_one(tmp_path):
     variants = [{'label': f'n={n}', 'asked': {'n': n}} for n in range(20)]
     comparison = study(tmp_path, variants=variants, seeds=(1, 2))
     entries = legend(comparison)
@@ -337,7 +337,7 @@ def test_each_group_has_a_look_of_its_own_and_the_rest_share_one(tmp_path):
 GRID = [{'label': v['label'], 'asked': v['asked']} for v in STUDY['variants']]
 
 
-def test_effects_are_drawn_with_the_interval_of_their_test(tmp_path):
+def test_effects_are_drawn_with_intervals(tmp_path):
     comparison = study(tmp_path, variants=GRID)
     rows = effect_rows(comparison)
     assert [row.text for row in rows] == [
@@ -355,7 +355,7 @@ def test_effects_are_drawn_with_the_interval_of_their_test(tmp_path):
     assert [text.get_text() for text in axes.texts] == [row.text for row in rows]
 
 
-def test_one_option_has_no_main_effects_beside_the_verdicts(tmp_path):
+def test_single_option_has_no_main_effects(tmp_path):
     comparison = study(tmp_path)
     assert comparison.effects == []
     for row, verdict in zip(difference_rows(comparison), comparison.verdicts[1:]):
@@ -375,7 +375,7 @@ def test_pictures_of_every_kind(tmp_path, suffix):
     assert sorted(path.name for path in tmp_path.iterdir()) == [path.name, 'study']
 
 
-def test_the_users_own_settings_change_nothing(tmp_path):
+def test_user_matplotlib_settings_have_no_effect(tmp_path):
     comparison = study(tmp_path / 'study')
     plots.plot(comparison, tmp_path / 'a.svg')
     with matplotlib.rc_context({'text.usetex': True, 'lines.linewidth': 9, 'font.size': 30}):
@@ -399,14 +399,14 @@ def test_the_users_own_settings_change_nothing(tmp_path):
         ('--report', '.', 'is a folder: give the name of a file'),
     ],
 )
-def test_mistakes_in_a_path_are_one_message(tmp_path, option, name, message):
+def test_bad_plot_path_is_one_message(tmp_path, option, name, message):
     study(tmp_path)
     with pytest.raises(UserError, match=message) as error:
         ca.main([str(tmp_path), f'{option}={tmp_path / name}'])
     assert len(error.value.problems) == 1
 
 
-def test_a_full_disk_takes_the_picture_and_not_the_text(tmp_path, monkeypatch, capsys):
+def test_full_disk_loses_picture_not_text(tmp_path, monkeypatch, capsys):
     def full(descriptor):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -419,7 +419,7 @@ def test_a_full_disk_takes_the_picture_and_not_the_text(tmp_path, monkeypatch, c
 
 
 @pytest.mark.parametrize('option', ['--plot=p.png', '--report=r.html'])
-def test_without_matplotlib_one_line_says_so(tmp_path, monkeypatch, option):
+def test_missing_matplotlib_is_one_line(tmp_path, monkeypatch, option):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(__import__('sys').modules, 'matplotlib', None)
     with pytest.raises(UserError, match='pip install matplotlib') as error:

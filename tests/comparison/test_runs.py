@@ -42,7 +42,7 @@ def event(kind):
         ({'eval_steps': [{'iter': 50, 'val_loss': 4}, {'iter': 99, 'val_loss': None}]}, 'diverged'),
     ],
 )  # fmt: skip
-def test_the_outcome_of_a_run(changes, outcome):
+def test_run_outcome(changes, outcome):
     record = make_record(1)
     for key, value in changes.items():
         record[key] = {**record[key], **value} if isinstance(value, dict) else value
@@ -51,7 +51,7 @@ def test_the_outcome_of_a_run(changes, outcome):
     assert outcome != 'diverged' or run.val_loss is None
 
 
-def test_a_run_is_judged_by_its_last_evaluation_or_by_its_best():
+def test_score_final_or_best():
     record = make_record(1)
     record['eval_steps'] = [{'iter': i, 'val_loss': x, 'val_bits_per_byte': x / 2}
                             for i, x in ((0, 1.0), (50, 2.9), (100, 9.0))]  # fmt: skip
@@ -60,7 +60,7 @@ def test_a_run_is_judged_by_its_last_evaluation_or_by_its_best():
     assert (best.val_loss, best.bits_per_byte, best.evaluations) == (2.9, 1.45, 2)
 
 
-def test_a_run_that_ends_far_above_its_best_is_named(tmp_path, monkeypatch, capsys):
+def test_run_far_above_its_best_is_named(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     records = replicated({'stable': [3.0, 3.1, 3.2], 'blown': [9.0, 9.11, 9.19]})
     for record in records[3:]:
@@ -89,7 +89,7 @@ def resumed(record, **changed):
 
 
 @pytest.mark.parametrize('seed', [1, 2, 3])
-def test_the_conditions_of_every_seed_count(seed):
+def test_conditions_of_every_seed_count(seed):
     records = replicated({'a': [5.0, 5.1, 4.9], 'b': [4.9, 5.01, 4.8]})
     records[2 + seed]['startup_info']['data']['val_sha256'] = 'f' * 64
     comparison = compare(run_rows(records))
@@ -99,7 +99,7 @@ def test_the_conditions_of_every_seed_count(seed):
     assert '(#1 in part)' in render_text(comparison)
 
 
-def test_a_run_that_was_resumed_with_other_options_has_them_all():
+def test_resumed_run_has_all_its_conditions():
     records = replicated({'a': [5.0, 5.1], 'b': [4.9, 5.0]})
     resumed(records[2], learning_rate=[3e-3, 6e-4], threads=[1, 2])
     comparison = compare(run_rows(records))
@@ -110,7 +110,7 @@ def test_a_run_that_was_resumed_with_other_options_has_them_all():
 
 
 @pytest.mark.parametrize('option', ['beta2', 'on_nonfinite', 'muon_momentum', 'reduce_dtype'])
-def test_any_option_of_training_is_a_condition(option):
+def test_every_training_option_is_a_condition(option):
     records = [make_record(1, **{option: 1}), make_record(2, ffn_type='swiglu', **{option: 2})]
     assert list(compare(run_rows(records)).loss_warnings) == [option]
     # A record from before an option existed did what its default says.
@@ -118,7 +118,7 @@ def test_any_option_of_training_is_a_condition(option):
     assert compare(run_rows(records)).loss_warnings == {}
 
 
-def test_how_often_a_run_is_evaluated_is_a_condition_of_the_best():
+def test_evaluation_count_is_condition_of_best_score():
     records = replicated({'a': [5.0, 5.1], 'b': [4.9, 5.0]})
     for record in records[2:]:
         record['config']['eval_interval'] = 1
@@ -134,7 +134,7 @@ def test_how_often_a_run_is_evaluated_is_a_condition_of_the_best():
     assert len(compare(run_rows(records)).groups) == 2
 
 
-def test_data_is_compared_seed_by_seed_whatever_else_ran():
+def test_data_hashes_are_compared_by_seed():
     records = replicated({'a': [5.0, 5.1], 'b': [4.9, 5.0]})
     for record in records:
         for entry in record['eval_steps'][1:]:
@@ -150,7 +150,7 @@ def test_data_is_compared_seed_by_seed_whatever_else_ran():
     assert 'data_hash' not in compare(run_rows(records)).loss_warnings
 
 
-def test_other_code_and_versions_are_one_line():
+def test_code_differences_are_one_line():
     records = replicated({'a': [5.0, 5.1], 'b': [4.9, 5.02]})
     for record in records:
         record['metadata'] |= {'code': {'train.py': 'x', 'model_builder.py': 'y'},
@@ -169,7 +169,7 @@ def test_other_code_and_versions_are_one_line():
     assert 'git commit' in compare(run_rows(records)).code_warning
 
 
-def test_rates_over_seeds_are_totals_over_totals():
+def test_seed_mean_of_rates_is_total_over_total():
     records = replicated({'a': [5.0, 5.1]})
     for record, (seconds, ms, mfu, peak) in zip(records, ((100, 1000, 20, 1), (300, 3000, 30, 2))):
         record['summary'] |= {'train_seconds': seconds, 'avg_time_ms': ms, 'avg_mfu': mfu}
@@ -182,7 +182,7 @@ def test_rates_over_seeds_are_totals_over_totals():
 # --- False sentences -----------------------------------------------------------------------------
 
 
-def test_equal_flops_are_claimed_only_where_every_architecture_has_finished():
+def test_equal_flops_need_all_finished():
     records = [make_record(1), make_record(2, ffn_type='swiglu', status='interrupted', done=40)]
     for record in records:
         record['summary']['total_flops'] = 1e12
@@ -190,13 +190,13 @@ def test_equal_flops_are_claimed_only_where_every_architecture_has_finished():
     assert comparison.notes == [] and 'tokens_seen' in comparison.loss_warnings
 
 
-def test_unequal_budgets_are_in_the_headline():
+def test_headline_names_unequal_budgets():
     records = [make_record(1, max_iters=20), make_record(2, ffn_type='swiglu', max_iters=3)]
     text = ' '.join(render_text(compare(run_rows(records))).partition('\n\n')[0].split())
     assert 'not directly comparable (max_iters; see WARNINGS)' in text
 
 
-def test_one_architecture_has_no_verdict_section_and_several_trainings_are_no_seeds():
+def test_single_architecture_has_no_verdict():
     text = render_text(compare(run_rows(replicated({'a': [5.0, 5.1]}))))
     assert 'VERDICT' not in text and 'comparisons' not in text
     one, other = make_record(1), make_record(2, loss=4.0, weight_decay=0.5)
@@ -244,7 +244,7 @@ def full_record(number, **changes):
     return record
 
 
-def test_no_value_of_a_record_stops_the_comparison_of_the_others(tmp_path):
+def test_damaged_record_does_not_stop_comparison(tmp_path):
     others = [full_record(n, loss=5 + n / 100, seed=n, ffn_type=ffn)
               for n, ffn in ((1, 'a'), (2, 'a'), (3, 'b'))]  # fmt: skip
     template = full_record(4, loss=4.9, seed=4, ffn_type='b')
@@ -270,7 +270,7 @@ def test_no_value_of_a_record_stops_the_comparison_of_the_others(tmp_path):
     assert cases > 1000 and cases / 4 < compared < cases
 
 
-def test_a_malformed_record_is_skipped_by_name_with_the_key(tmp_path):
+def test_malformed_record_is_skipped_with_its_key(tmp_path):
     bad = make_record(2)
     bad['summary']['peak_memory_gb'] = 'x'
     write(tmp_path, make_record(1), bad)
@@ -284,7 +284,7 @@ def test_a_malformed_record_is_skipped_by_name_with_the_key(tmp_path):
 HOSTILE = '=cmd|x`y<b>&\x1b[2J\n# h *a* _b_ [l](u) @me $z$'
 
 
-def test_text_from_records_is_escaped_in_every_format(tmp_path, monkeypatch, capsys):
+def test_record_text_is_escaped_in_every_format(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     records = [
         make_record(n, architecture=HOSTILE + str(n), seed=seed, ffn_type=str(n), dataset=HOSTILE)
@@ -308,12 +308,12 @@ def test_text_from_records_is_escaped_in_every_format(tmp_path, monkeypatch, cap
 
 
 @pytest.mark.parametrize('text', ['=1+1', '+1', '-1', '@x'])
-def test_no_cell_is_a_formula(text):
+def test_csv_cells_are_no_formulas(text):
     assert csv_cell(text) == f"'{text}"
     assert csv_cell(-1.5) == -1.5
 
 
-def test_ordinary_names_stay_readable_in_markdown():
+def test_plain_names_stay_readable_in_markdown():
     assert escape_markdown('ffn_type=swiglu 12L-12H') == 'ffn_type=swiglu 12L-12H'
 
 
@@ -328,7 +328,7 @@ def verdict_of(tmp_path, capsys, records, *argv):
     return code, json.loads(capsys.readouterr().out)['verdict']
 
 
-def test_one_machine_readable_verdict_and_exit_code(tmp_path, capsys):
+def test_json_verdict_and_exit_code(tmp_path, capsys):
     records = replicated(AHEAD)
     code, verdict = verdict_of(tmp_path, capsys, records, '--fail_unless=better')
     assert (code, verdict['verdict'], verdict['reasons']) == (0, 'better', [])
@@ -339,7 +339,7 @@ def test_one_machine_readable_verdict_and_exit_code(tmp_path, capsys):
     assert ca.main([str(tmp_path), '--fail_unless=worse,better']) == 0
 
 
-def test_a_verdict_with_reservations_is_no_verdict(tmp_path, capsys):
+def test_provisional_verdict_fails_exit_code(tmp_path, capsys):
     running = make_record(50, status='running', loss=4.0, seed=9, ffn_type='b', architecture='b')
     records = [*replicated(AHEAD), running]
     code, verdict = verdict_of(tmp_path, capsys, records, '--fail_unless=better')
@@ -354,7 +354,7 @@ def test_single_runs_have_no_verdict(tmp_path, capsys):
     assert 'one seed of each' in verdict['reasons']
 
 
-def test_the_answer_stands_first_and_last(tmp_path, capsys):
+def test_text_answer_is_first_and_last(tmp_path, capsys):
     write(tmp_path, *replicated(AHEAD))
     ca.main([str(tmp_path)])
     first, *_, last = capsys.readouterr().out.strip().split('\n\n')
@@ -362,7 +362,7 @@ def test_the_answer_stands_first_and_last(tmp_path, capsys):
     assert first.startswith('b is better than a by 0.1975 nats a token (95% interval')
 
 
-def test_the_answer_goes_in_the_direction_of_the_question(tmp_path, capsys):
+def test_answer_direction_follows_baseline(tmp_path, capsys):
     write(tmp_path, *replicated(AHEAD))
     ca.main([str(tmp_path), '--baseline=b'])
     text = capsys.readouterr().out
@@ -372,7 +372,7 @@ def test_the_answer_goes_in_the_direction_of_the_question(tmp_path, capsys):
 @pytest.mark.parametrize(
     'argument', ['--margin=0', '--margin=-1', '--margin=nan', '--margin=x', '--fail_unless=good']
 )
-def test_mistakes_in_the_new_options(argument):
+def test_mistakes_in_verdict_options(argument):
     from common.errors import UserError
 
     with pytest.raises(UserError, match=r'margin|verdicts are better'):

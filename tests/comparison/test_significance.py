@@ -26,7 +26,7 @@ def test_students_distribution(freedom):
 
 
 @pytest.mark.parametrize('freedom', [1, 2, 4, 9, 30.5])
-def test_the_power_is_that_of_the_noncentral_distribution(freedom):
+def test_power_matches_noncentral_t(freedom):
     critical = stats.t.ppf(0.975, freedom)
     for ratio in (0.0, 0.5, 2.0, 5.0):
         expected = stats.nct.sf(critical, freedom, ratio) + stats.nct.cdf(-critical, freedom, ratio)
@@ -38,7 +38,7 @@ def test_the_power_is_that_of_the_noncentral_distribution(freedom):
         assert expected == pytest.approx(significance.POWER, abs=1e-4)
 
 
-def test_an_estimate():
+def test_mean_estimate():
     values = draws(1, 5, mean=3.0)
     found = significance.estimate_mean(values)
     low, high = stats.t.interval(0.95, 4, loc=found.mean, scale=stats.sem(values))
@@ -60,7 +60,7 @@ def test_paired_differences(count):
 
 
 @pytest.mark.parametrize('margin', [0.2, 0.8, 3.0])
-def test_equivalence_is_the_larger_of_two_one_sided_tests(margin):
+def test_equivalence_is_two_one_sided_tests(margin):
     pairs = list(zip(draws(2, 6, 0.5, 0.4), draws(3, 6)))
     test = significance.paired_difference(pairs)
     difference_rows = [a - b for a, b in pairs]
@@ -69,19 +69,19 @@ def test_equivalence_is_the_larger_of_two_one_sided_tests(margin):
     assert test.equivalence_p_value(margin) == pytest.approx(max(below, above))
 
 
-def test_too_few_values_or_none_that_differ_are_no_test():
+def test_no_paired_test_for_too_few_or_equal_values():
     assert significance.paired_difference([(1.0, 2.0)]) is None
     assert significance.paired_difference([(1.5, 1.0), (2.5, 2.0)]) is None
 
 
-def test_holms_correction():
+def test_holm_correction():
     # By hand: 4 × 0.01, 3 × 0.02, 2 × 0.03 (not below the one before), 1 × 0.04.
     assert significance.holm([0.04, 0.01, 0.03, 0.02]) == pytest.approx([0.06, 0.04, 0.06, 0.06])
     assert significance.holm([0.6, 0.9]) == [1.0, 1.0]
     assert significance.holm([]) == []
 
 
-def test_the_intervals_of_holms_procedure_agree_with_its_verdicts():
+def test_holm_intervals_agree_with_p_values():
     draw = random.Random(3)
     for _ in range(300):
         tests = [
@@ -99,7 +99,7 @@ def test_the_intervals_of_holms_procedure_agree_with_its_verdicts():
             assert level >= significance.CONFIDENCE - 1e-12
 
 
-def test_no_difference_is_found_as_often_as_is_said_and_a_known_one_too():
+def test_paired_test_error_rate_and_power():
     """A thousand experiments of five pairs: false positives, and hits at the detectable effect."""
     trials, count, spread = 1000, 5, 0.03
     generator = random.Random(5)

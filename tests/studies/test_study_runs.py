@@ -102,7 +102,7 @@ def losses(out):
 # --- From begin to end ---------------------------------------------------------------------------
 
 
-def test_a_study_from_the_command_line(study_file, run_script, tmp_path):
+def test_study_from_command_line(study_file, run_script, tmp_path):
     path = study_file(SMALL.replace('[1, 2]', '[1]') + "; question = 'Gated?'")
     out = run_script('study.py', path, '--jobs=2').stdout
     assert 'Gated?' in out and '2 variants, 1 seed of each' in out
@@ -116,7 +116,7 @@ def test_a_study_from_the_command_line(study_file, run_script, tmp_path):
         assert record['config']['seed'] == record['config']['data_seed']
 
 
-def test_what_is_complete_is_not_run_again_nor_mixed(study_file, trained_here, tmp_path, capsys):
+def test_complete_trials_are_skipped_and_checked(study_file, trained_here, tmp_path, capsys):
     path, out = study_file(SMALL), tmp_path / 'out'
     assert main(path) == 0
     before = losses(out)
@@ -133,7 +133,7 @@ TUNED = (
 )
 
 
-def test_tuning_chooses_by_the_final_loss_and_is_told(study_file, trained_here, tmp_path, capsys):
+def test_tuning_chooses_by_final_loss(study_file, trained_here, tmp_path, capsys):
     path, out = study_file(TUNED), tmp_path / 'out'
     assert main(path) == 0
     text = capsys.readouterr().out
@@ -160,7 +160,7 @@ def test_tuning_chooses_by_the_final_loss_and_is_told(study_file, trained_here, 
     assert len(load_runs([out])[0]) == 2
 
 
-def test_a_setting_that_diverges_is_the_worst(study_file, trained_here, tmp_path, capsys):
+def test_diverged_tuning_setting_is_worst(study_file, trained_here, tmp_path, capsys):
     text = "max_iters = 3; eval_iters = 2; sweep = {'bias': [True], 'seed': [1]}\n"
     path = study_file(f"{text}tune = {{'learning_rate': [1e-3, 1e30]}}")
     assert main(path) == 0
@@ -171,7 +171,7 @@ def test_a_setting_that_diverges_is_the_worst(study_file, trained_here, tmp_path
         main(path)
 
 
-def test_a_budget_in_seconds_is_timed_first(study_file, trained_here, tmp_path, capsys):
+def test_budget_in_seconds_is_timed_first(study_file, trained_here, tmp_path, capsys):
     path = study_file(
         "eval_iters = 1; sweep = {'n_layer': [1, 2], 'seed': [1]}; budget = {'seconds': 0.2}"
     )
@@ -190,7 +190,7 @@ def test_a_budget_in_seconds_is_timed_first(study_file, trained_here, tmp_path, 
 # --- What it takes -------------------------------------------------------------------------------
 
 
-def test_a_plan_counts_runs_tokens_and_flops(study_file, trained_here, capsys):
+def test_plan_counts_runs_tokens_and_flops(study_file, trained_here, capsys):
     text = (
         "eval_iters = 2; sweep = {'n_layer': [1, 3], 'seed': [1, 2, 3]}\n"
         "tune = {'learning_rate': [1e-3, 1e-2]}; budget = {'tokens': 400}"
@@ -231,9 +231,7 @@ def architecture_of_one(path):
     return states[0].variants[0].settings.architecture
 
 
-def test_the_time_is_that_of_the_flops_left_at_the_recorded_speed(
-    study_file, trained_here, tmp_path, capsys, monkeypatch
-):
+def test_time_estimate_uses_recorded_speed(study_file, trained_here, tmp_path, capsys, monkeypatch):
     path, out = study_file(SMALL), tmp_path / 'out'
     assert main(path) == 0
     records = [read_record(latest_run(out / p['folder'])) for p in read_plan(out)['points']]
@@ -266,7 +264,7 @@ def test_the_time_is_that_of_the_flops_left_at_the_recorded_speed(
     assert estimates[0].seconds == pytest.approx(expected)
 
 
-def test_time_left_is_that_of_the_whole_study(study_file, trained_here, monkeypatch):
+def test_time_left_covers_whole_study(study_file, trained_here, monkeypatch):
     """Work in FLOPs over all kinds of runs, at the rate of what was made since the start."""
     seen = []
     on_trial_end = StudyProgress.on_trial_end
@@ -305,11 +303,11 @@ def test_time_left_is_that_of_the_whole_study(study_file, trained_here, monkeypa
         (255, 'failed', 'n_head=3 does not divide', 255),
     ],
 )
-def test_an_exit_code_says_how_a_run_ended(code, kind, reason, final):
+def test_outcome_from_exit_code(code, kind, reason, final):
     assert outcome_from_exit(code, 'n_head=3 does not divide', False) == (kind, reason, final)
 
 
-def test_a_want_of_memory_is_named():
+def test_out_of_memory_is_named():
     outcome = outcome_from_exit(-signal.SIGKILL, '', out_of_memory=True)
     assert outcome.kind == 'killed' and 'ran out of memory' in outcome.reason
 
@@ -317,7 +315,7 @@ def test_a_want_of_memory_is_named():
 FIVE = "sweep = {'bias': [True], 'seed': [1, 2, 3, 4, 5]}"
 
 
-def test_interrupted_killed_and_failed_runs_are_told_apart(study_file, scripted, capsys):
+def test_interrupted_killed_and_failed_runs_differ(study_file, scripted, capsys):
     scripted(
         'if seed == 1: sys.exit(143)\n'
         'if seed == 2: os.kill(os.getpid(), signal.SIGKILL)\n'
@@ -340,13 +338,13 @@ def test_interrupted_killed_and_failed_runs_are_told_apart(study_file, scripted,
     assert 'seed=5: ' in text and not re.search(r'^\w+: bias=True/seed=5', text, flags=re.M)
 
 
-def test_a_study_of_interrupted_runs_alone_ends_as_they_did(study_file, scripted):
+def test_interrupted_runs_set_exit_code(study_file, scripted):
     scripted('sys.exit(143 if seed == 2 else 0)')
     assert main(study_file(FIVE)) == 143
 
 
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_stops_the_runs_and_then_the_study(study_file, scripted, capsys, tmp_path, number):
+def test_signal_stops_runs_then_study(study_file, scripted, capsys, tmp_path, number):
     scripted(
         'if seed == 2:\n'
         '    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))\n'
@@ -364,7 +362,7 @@ def test_a_signal_stops_the_runs_and_then_the_study(study_file, scripted, capsys
     assert not re.search(r'^(interrupted|failed): ', text, flags=re.M)
 
 
-def test_the_comparison_at_the_end_can_be_interrupted(study_file, scripted, monkeypatch):
+def test_final_comparison_can_be_interrupted(study_file, scripted, monkeypatch):
     scripted('')
     handlers = [signal.getsignal(number) for number in STOP_SIGNALS]
     seen = []
@@ -388,13 +386,13 @@ def test_the_comparison_at_the_end_can_be_interrupted(study_file, scripted, monk
         (['nonfinite', 'failed', 'resume', 'failed'], 'stop', None),
     ],
 )
-def test_a_run_that_fails_after_a_nonfinite_update_has_not_diverged(events, policy, kind):
+def test_failure_after_nonfinite_update_is_not_divergence(events, policy, kind):
     record = {'status': 'failed', 'config': {'on_nonfinite': policy}}
     outcome = outcome_from_record({**record, 'events': [{'event': name} for name in events]})
     assert (outcome and outcome.kind) == kind
 
 
-def test_a_full_disk_leaves_the_plan_of_before(study_file, trained_here, tmp_path, monkeypatch):
+def test_full_disk_keeps_previous_plan(study_file, trained_here, tmp_path, monkeypatch):
     path, out = study_file(SMALL.replace('[1, 2]', '[1]')), tmp_path / 'out'
     assert main(path) == 0
     before = (out / 'study.json').read_bytes()
@@ -408,7 +406,7 @@ def test_a_full_disk_leaves_the_plan_of_before(study_file, trained_here, tmp_pat
     assert (out / 'study.json').read_bytes() == before
 
 
-def test_a_study_that_cannot_tune_says_so(study_file, scripted, capsys):
+def test_failed_tuning_is_reported(study_file, scripted, capsys):
     scripted("sys.exit(2 if 'learning_rate=0.01' in out else 0)")
     path = study_file("sweep = {'bias': [True]}; tune = {'learning_rate': [1e-3, 1e-2]}")
     assert main(path) == 1
@@ -417,9 +415,7 @@ def test_a_study_that_cannot_tune_says_so(study_file, scripted, capsys):
     assert 'The study goes on once its tuning runs have ended' in text
 
 
-def test_a_point_that_diverges_is_a_result_and_does_not_stop_the_others(
-    study_file, trained_here, tmp_path, capsys
-):
+def test_diverged_trial_is_a_result(study_file, trained_here, tmp_path, capsys):
     path = study_file(
         "max_iters = 3; eval_iters = 2; sweep = {'learning_rate': [1e30, 1e-3], 'seed': [1]}"
     )
@@ -447,9 +443,7 @@ def test_a_point_that_diverges_is_a_result_and_does_not_stop_the_others(
         ),
     ],
 )
-def test_an_unreadable_record_is_named_and_left_alone(
-    study_file, trained_here, tmp_path, capsys, change
-):
+def test_unreadable_record_is_named_and_kept(study_file, trained_here, tmp_path, capsys, change):
     path = study_file(SMALL.replace('[1, 2]', '[1]'))
     assert main(path) == 0
     run = latest_run(tmp_path / 'out/runs/ffn_type=swiglu/seed=1')
@@ -461,7 +455,7 @@ def test_an_unreadable_record_is_named_and_left_alone(
     assert {file: file.read_bytes() for file in run.iterdir() if file.is_file()} == files
 
 
-def test_a_summary_without_figures_is_no_traceback(study_file, trained_here, tmp_path):
+def test_summary_without_figures_is_user_error(study_file, trained_here, tmp_path):
     path = study_file(TUNED)
     assert main(path) == 0
     for value in (None, 'x', [], {}, float('nan'), 10**400):
@@ -474,7 +468,7 @@ def test_a_summary_without_figures_is_no_traceback(study_file, trained_here, tmp
             main(path)
 
 
-def test_a_file_in_the_way_is_one_message(study_file, trained_here, tmp_path):
+def test_file_in_the_way_is_one_message(study_file, trained_here, tmp_path):
     path, out = study_file(SMALL), tmp_path / 'out'
     out.write_text('in the way')
     with pytest.raises(UserError, match=r'a study cannot write there .* --out_dir=FOLDER'):
@@ -492,7 +486,7 @@ def test_a_file_in_the_way_is_one_message(study_file, trained_here, tmp_path):
 
 
 @pytest.mark.parametrize('text', ['', '{', '[]', 'null', '{"points": 3}', '\x00'])
-def test_a_broken_plan_is_replaced(study_file, trained_here, tmp_path, text):
+def test_broken_plan_is_replaced(study_file, trained_here, tmp_path, text):
     path, out = study_file(SMALL), tmp_path / 'out'
     out.mkdir()
     (out / 'study.json').write_text(text)
@@ -500,7 +494,7 @@ def test_a_broken_plan_is_replaced(study_file, trained_here, tmp_path, text):
     assert len(read_plan(out)['points']) == 4
 
 
-def test_a_plan_of_before_is_still_read(study_file, trained_here, tmp_path):
+def test_plan_of_older_version_is_read(study_file, trained_here, tmp_path):
     """Without a baseline and without what tuning chose."""
     out = tmp_path / 'out'
     assert main(study_file(TUNED)) == 0
@@ -518,7 +512,7 @@ def test_a_plan_of_before_is_still_read(study_file, trained_here, tmp_path):
 # --- One study in a folder -----------------------------------------------------------------------
 
 
-def test_a_second_study_in_the_folder_is_refused(study_file, trained_here, tmp_path):
+def test_second_study_in_folder_is_refused(study_file, trained_here, tmp_path):
     out = tmp_path / 'out'
     with (
         study_lock(out),
@@ -528,12 +522,12 @@ def test_a_second_study_in_the_folder_is_refused(study_file, trained_here, tmp_p
     assert main(study_file(SMALL)) == 0  # the lock has ended with its study
 
 
-def test_a_plan_is_shown_while_the_study_runs(study_file, tmp_path, capsys):
+def test_plan_only_while_study_runs(study_file, tmp_path, capsys):
     with study_lock(tmp_path / 'out'):
         assert main(study_file(SMALL), '--plan_only') == 0
 
 
-def test_the_lock_ends_with_the_process_however_it_ends(tmp_path):
+def test_lock_ends_with_its_process(tmp_path):
     holder = subprocess.Popen(
         [
             sys.executable,
@@ -555,7 +549,7 @@ def test_the_lock_ends_with_the_process_however_it_ends(tmp_path):
         pass
 
 
-def test_the_runs_of_a_killed_study_are_waited_for(tmp_path, monkeypatch, capsys):
+def test_runs_of_killed_study_are_awaited(tmp_path, monkeypatch, capsys):
     """They have the lock too, and save before they end."""
     with study_lock(tmp_path) as lock:
         run = subprocess.Popen(['sleep', '60'], pass_fds=lock)
@@ -578,7 +572,7 @@ def test_the_runs_of_a_killed_study_are_waited_for(tmp_path, monkeypatch, capsys
     run.wait()
 
 
-def test_a_study_killed_at_random_ends_as_one_left_alone(tmp_path, capsys):
+def test_killed_study_matches_undisturbed_one(tmp_path, capsys):
     code = study_kills(tmp_path, kills=2, seeds=1, iterations=12, rng=random.Random(3))
     assert code == 0, capsys.readouterr().out
 
@@ -586,7 +580,7 @@ def test_a_study_killed_at_random_ends_as_one_left_alone(tmp_path, capsys):
 # --- Beside it -----------------------------------------------------------------------------------
 
 
-def test_train_py_trains_the_base_of_a_study_and_says_so(study_file, run_script):
+def test_train_uses_base_of_study(study_file, run_script):
     out = run_script('train.py', study_file(SMALL)).stdout
     assert 'holds a study' in out
 
@@ -601,9 +595,7 @@ def test_train_py_trains_the_base_of_a_study_and_says_so(study_file, run_script)
         ('presets', 'arch_preset=legacy'),
     ],
 )
-def test_the_projects_own_studies_can_be_run(
-    path, baseline, tiny_dataset, tmp_path, capsys, monkeypatch
-):
+def test_project_studies_can_be_run(path, baseline, tiny_dataset, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(time_estimate, 'MEASURING_SECONDS', -1.0)
     path, out = PROJECT / f'config/studies/{path}.py', f'--out_dir={tmp_path / "out"}'
     assert main(path, f'--dataset={tiny_dataset}', '--plan_only', out) == 0
@@ -612,5 +604,5 @@ def test_the_projects_own_studies_can_be_run(
     assert text.splitlines()[1].endswith(f'; baseline: {baseline}')
 
 
-def test_all_of_the_projects_own_studies_are_tested():
+def test_every_project_study_is_tested():
     assert len(list((PROJECT / 'config/studies').glob('*.py'))) == 5

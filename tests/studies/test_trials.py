@@ -40,7 +40,7 @@ def read(study_file, tiny_dataset):
 # --- What is asked -------------------------------------------------------------------------------
 
 
-def test_a_grid_with_seeds_is_run_seed_by_seed_and_pairs_the_data(read):
+def test_trials_run_seed_by_seed_with_paired_data(read):
     study, variants = read(
         "sweep = {'ffn_type': ['standard', 'swiglu'], 'bias': [True, False], 'seed': [7, 8]}"
     )
@@ -53,7 +53,7 @@ def test_a_grid_with_seeds_is_run_seed_by_seed_and_pairs_the_data(read):
     assert [v.settings.architecture.bias for v in variants] == [True, False, True, False]
 
 
-def test_both_seeds_may_be_varied_by_themselves(read):
+def test_seeds_can_vary_independently(read):
     study, variants = read("sweep = {'seed': [1, 2], 'data_seed': [3, 4, 5]}")
     trials = StudyTrials(study, variants).runs
     assert {(p.overrides['seed'], p.overrides['data_seed']) for p in trials} == {
@@ -61,7 +61,7 @@ def test_both_seeds_may_be_varied_by_themselves(read):
     }
 
 
-def test_ablations_are_single_changes_of_the_base(read):
+def test_ablations_are_single_changes(read):
     _, variants = read(
         "ablate = {'ffn_type': ['standard', 'swiglu'], 'normalization': ['rmsnorm']}\n"
         "arch_preset = 'legacy'"
@@ -74,7 +74,7 @@ def test_ablations_are_single_changes_of_the_base(read):
     ]
 
 
-def test_exclude_leaves_points_out(read):
+def test_exclude_drops_points(read):
     _, variants = read(
         "sweep = {'position_encoding': ['rope', 'none'], 'n_head': [2, 32]}\n"
         "exclude = [{'position_encoding': 'rope', 'n_head': 32}]"
@@ -83,7 +83,7 @@ def test_exclude_leaves_points_out(read):
     assert {'position_encoding': 'rope', 'n_head': 32} not in [v.overrides for v in variants]
 
 
-def test_illegal_points_are_all_told_before_anything_runs(read):
+def test_all_illegal_points_are_reported_at_once(read):
     with pytest.raises(UserError) as error:
         read("sweep = {'position_encoding': ['rope', 'none'], 'n_head': [2, 3, 5]}")
     text = str(error.value)
@@ -159,14 +159,14 @@ def test_mistakes_in_a_study(read, text, message):
         ("sweep = {'bias': [True]}; tune = {'n_head': [2, 5]}", 'bias=True, n_head=5: n_head=5'),
     ],
 )
-def test_mistakes_in_values_and_in_keys_that_contradict_each_other(read, text, message):
+def test_mistakes_in_values_and_contradicting_keys(read, text, message):
     with pytest.raises(UserError) as error:
         read(text)
     assert message in str(error.value)
     assert len(str(error.value)) < 2000
 
 
-def test_a_study_with_several_mistakes_tells_all(read):
+def test_all_study_mistakes_are_reported_at_once(read):
     with pytest.raises(UserError) as error:
         read(
             "sweep = {'ffn_typ': ['swiglu'], 'seed': [0, 1]}; budget = {'tokens': float('nan')}\n"
@@ -182,7 +182,7 @@ def test_a_study_with_several_mistakes_tells_all(read):
         assert text.count(message) == 1, message
 
 
-def test_a_config_that_cannot_be_read_is_told_as_that_alone(tmp_path):
+def test_unreadable_config_is_the_only_problem(tmp_path):
     path = tmp_path / 'broken.py'
     for text in ('sweep = {', 'raise ValueError', ''):
         path.write_text(text)
@@ -204,19 +204,19 @@ def test_a_config_that_cannot_be_read_is_told_as_that_alone(tmp_path):
         ("ablate = {'learning_rate': [1e-3] * 10**4}", '= 10,001 runs'),
     ],
 )
-def test_a_huge_grid_is_refused_by_its_count(read, monkeypatch, text, count):
+def test_huge_grid_is_refused_by_count(read, monkeypatch, text, count):
     monkeypatch.setattr(grid, 'grid', lambda choices: pytest.fail('was multiplied out'))
     with pytest.raises(UserError, match='A study has at most 10,000') as error:
         read(text)
     assert count in str(error.value) and len(str(error.value)) < 2000
 
 
-def test_a_budget_that_no_run_takes_is_told_before_anything_runs(read):
+def test_impossible_budget_is_refused_early(read):
     with pytest.raises(UserError, match='budget='):
         read("sweep = {'bias': [True]}; budget = {'iterations': 1e300}")
 
 
-def test_a_budget_of_tokens_holds_for_each_setting_that_is_tuned(read):
+def test_token_budget_holds_for_tuned_settings(read):
     study, variants = read(
         "sweep = {'bias': [True]}; tune = {'batch_size': [1, 2, 4]}; budget = {'tokens': 4096}"
     )
@@ -228,7 +228,7 @@ def test_a_budget_of_tokens_holds_for_each_setting_that_is_tuned(read):
 # --- Names ---------------------------------------------------------------------------------------
 
 
-def test_labels_and_folders_are_all_different_and_short_enough():
+def test_labels_and_folders_are_unique_and_short():
     values = ['a/b', 'a_b', 'a b', 'a:b', 'A_B', 'x' * 300, 'x' * 301, 'ä' * 200, 'ä' * 201, '/']
     values += [None, 'None', '', "'", 'x bias=True', 'a/b-0123', '..', '\n', '\t']
     trials = [{'sample_prompt': value} for value in values]
@@ -244,13 +244,13 @@ def test_labels_and_folders_are_all_different_and_short_enough():
     assert grid.folder_names([*labels, 'new=1'])[:-1] == names
 
 
-def test_ordinary_labels_have_the_folders_that_they_always_had():
+def test_plain_labels_keep_their_folders():
     labels = ['base', 'ffn_type=swiglu', 'norm_position=pre warmup_iters=0', 'learning_rate=1e-05']
     labels += ['dataset=data/shakespeare', 'n_layer=2 bias=True', 'seed=1 data_seed=2']
     assert grid.folder_names(labels) == [re.sub(r'[^\w.=+-]+', '_', x) for x in labels]
 
 
-def test_points_have_folders_of_their_own(read):
+def test_trial_folders_are_unique(read):
     study, variants = read(
         "sample_interval = 2000; sweep = {'sample_prompt': ['a/b', 'a_b', 'x' * 300]}\n"
         "tune = {'weight_decay': [0, 0.1]}; budget = {'seconds': 1}"
@@ -275,7 +275,7 @@ def test_points_have_folders_of_their_own(read):
         ('bias', False),
     ],
 )
-def test_a_value_reaches_the_run_as_it_is(key, value):
+def test_argument_round_trips_value(key, value):
     text = grid.argument(key, value, flatten(schema()))
     asked = read_command_line([text], schema)
     assert not asked.problems and asked.layers[-1].values == {key: value}
@@ -305,7 +305,7 @@ def test_a_value_reaches_the_run_as_it_is(key, value):
         ),
     ],
 )
-def test_the_baseline_is_a_point_else_the_reference_else_the_first(read, text, label):
+def test_baseline_is_point_then_reference_then_first(read, text, label):
     assert baseline_variant(*read(text)).label == label
 
 
@@ -321,7 +321,7 @@ def test_the_baseline_is_a_point_else_the_reference_else_the_first(read, text, l
         ("sweep = {'bias': [True]}; baseline = 'bias'", 'baseline takes a dict of options'),
     ],
 )
-def test_a_baseline_that_is_no_single_variant_is_refused(read, text, message):
+def test_ambiguous_baseline_is_refused(read, text, message):
     with pytest.raises(UserError) as error:
         baseline_variant(*read(text))
     assert message in str(error.value)
@@ -330,13 +330,13 @@ def test_a_baseline_that_is_no_single_variant_is_refused(read, text, message):
 # --- Fair sizes and budgets ----------------------------------------------------------------------
 
 
-def test_the_nearest_integer():
+def test_nearest_integer():
     for target in (0.2, 1, 7.4, 7.6, 1000):
         expected = min(range(1, 2000), key=lambda n: abs(3 * n + 0.5 - target))
         assert nearest_integer(lambda n: 3 * n + 0.5, target) == expected
 
 
-def test_a_size_without_effect_is_refused(read):
+def test_match_by_without_effect_is_refused(read):
     with pytest.raises(UserError, match="match_by='block_size' has no effect on params"):
         read(
             "arch_preset = 'llama'; sweep = {'bias': [True]}; match = 'params'\n"
@@ -349,7 +349,7 @@ def params(variant):
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def test_matching_parameters_by_d_ff_comes_as_near_as_any_step(read):
+def test_match_params_by_d_ff_is_nearest_step(read):
     _, variants = read(
         "arch_preset = 'legacy'; sweep = {'ffn_type': ['standard', 'swiglu']}; match = 'params'"
     )
@@ -366,7 +366,7 @@ def test_matching_parameters_by_d_ff_comes_as_near_as_any_step(read):
     assert swiglu.settings.architecture.d_ff == swiglu.matched['value']
 
 
-def test_matching_flops_by_depth_against_a_named_reference(read):
+def test_match_flops_by_depth_to_reference(read):
     study, variants = read(
         "sweep = {'n_embd': [16, 32]}; match = 'flops'; match_by = 'n_layer'; match_step = 1\n"
         "reference = {'n_embd': 32, 'n_layer': 4}"
@@ -383,7 +383,7 @@ def test_matching_flops_by_depth_against_a_named_reference(read):
     assert variants[0].settings.architecture.n_layer > 8
 
 
-def test_a_size_that_a_variant_lacks_is_refused(read):
+def test_match_by_missing_size_is_refused(read):
     with pytest.raises(UserError, match='has no size'):
         read(
             "sweep = {'bias': [True, False]}; match = 'params'; match_by = 'multiple_of'\n"
@@ -405,7 +405,7 @@ def test_budgets(read, budget, expected):
     assert budgeted_iterations(study, '', variant.choices[0], seconds_per_iter=0.5) == expected
 
 
-def test_a_budget_of_flops_buys_each_its_own_number_of_tokens(read):
+def test_flop_budget_sets_iterations_per_variant(read):
     study, variants = read("sweep = {'n_layer': [1, 4]}; budget = {'flops': 1e9}")
     for variant in variants:
         per_token = training_flops(build_model(variant.settings.architecture))['per_token_causal']
@@ -415,7 +415,7 @@ def test_a_budget_of_flops_buys_each_its_own_number_of_tokens(read):
         read("sweep = {'bias': [True]}; budget = {'flops': 10}")
 
 
-def test_tuning_has_a_seed_apart(read):
+def test_tuning_uses_separate_seed(read):
     study, variants = read(
         "sweep = {'bias': [True, False], 'seed': [1, 2]}; tune = {'learning_rate': [1e-3, 1e-2]}"
     )
@@ -437,7 +437,7 @@ def test_tuning_has_a_seed_apart(read):
         "'seed': [3, 4]}; tune_seed = 4",
     ],
 )
-def test_a_run_that_tunes_shares_no_seed_with_the_runs_themselves(read, text):
+def test_tune_seed_must_not_be_a_sweep_seed(read, text):
     with pytest.raises(UserError, match='tune_seed=') as error:
         read(f"tune = {{'learning_rate': [1e-3, 1e-2]}}; sweep = {{'bias': [True], {text}")
     unused = str(error.value).partition('Set tune_seed = ')[2].rstrip('.')
@@ -449,13 +449,13 @@ def test_a_run_that_tunes_shares_no_seed_with_the_runs_themselves(read, text):
 
 @pytest.mark.parametrize('key', ['seed', 'data_seed'])
 @pytest.mark.parametrize('name', ['ablate', 'tune', 'exclude'])
-def test_seeds_stand_in_the_sweep_alone(read, name, key):
+def test_seeds_only_in_sweep(read, name, key):
     value = f"[{{'{key}': 3}}]" if name == 'exclude' else f"{{'{key}': [3, 4]}}"
     with pytest.raises(UserError, match=f"{name} has '{key}'"):
         read(f"sweep = {{'bias': [True, False]}}; {name} = {value}")
 
 
-def test_the_end_of_a_list_is_its_least_or_largest_number():
+def test_is_at_edge():
     assert is_at_edge(3e-3, [1e-3, 3e-3]) and is_at_edge(1, [4, 1, 2])
     assert not is_at_edge(2, [4, 1, 2]) and not is_at_edge(1, [1])
     assert not is_at_edge('lion', ['adamw', 'lion']) and not is_at_edge(True, [False, True])
