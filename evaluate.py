@@ -148,7 +148,7 @@ def make_choices(path: Path, checkpoint: Checkpoint, tokenizer: Tokenizer, count
     """Write items of the validation text that the run was judged by. Raises UserError."""
     trained = checkpoint.index['config']
     dataset = load_dataset(trained['dataset'], trained['block_size'])
-    dataset.check_content(('val',))
+    dataset.verify_checksums(('val',))
     write_output(path, made_choices(dataset, tokenizer, count), 'make_choices')
 
 

@@ -83,7 +83,7 @@ def main(argv: list[str]) -> int:
     parallel = choose_strategy(settings.run, device)
     prepare_if_missing(settings.run.dataset)
     dataset = load_dataset(*data)
-    dataset.check_content(full=settings.run.verify_data, from_main=parallel.broadcast_from_main)
+    dataset.verify_checksums(full=settings.run.verify_data, from_main=parallel.broadcast_from_main)
     settings = settings.resolve(device, dtype, dataset)
     if init_source:
         init_source.check(settings)

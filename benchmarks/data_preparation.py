@@ -96,7 +96,7 @@ def write_corpus(folder: Path, folders: list[str], size: int) -> list[Path]:
     return paths
 
 
-def texts_of(paths: list[Path]) -> Iterator[str]:
+def valid_texts(paths: list[Path]) -> Iterator[str]:
     for path in paths:
         with open(path, encoding='utf-8') as file:
             yield from (json.loads(line)['text'] for line in file)
@@ -107,7 +107,7 @@ def tiktoken_rate(paths: list[Path], threads: int) -> float:
     encoding = Tokenizer({'kind': 'gpt2'})._backend.encoding
     seconds = total = size = 0
     batch = []
-    for text in [*texts_of(paths), None]:
+    for text in [*valid_texts(paths), None]:
         if text is not None:
             batch.append(text)
             size += len(text.encode())

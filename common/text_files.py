@@ -37,10 +37,10 @@ def decode(content: bytes) -> str:
     try:
         return content.removeprefix(BYTE_ORDER_MARK).decode()
     except UnicodeDecodeError as error:
-        raise ValueError(no_text(content) or _reason(content, error)) from None
+        raise ValueError(text_problem(content) or _reason(content, error)) from None
 
 
-def no_text(begin: bytes) -> str | None:
+def text_problem(begin: bytes) -> str | None:
     """What a file that begins so is, if no text, to complete 'FILE is …'; None: it may be text."""
     if begin.startswith(UTF16_MARKS):
         return (

@@ -1,4 +1,4 @@
-"""A dataset: its facts, and the windows that training and evaluation read from it.
+"""A dataset: what meta.json says, and the windows that training and evaluation read from it.
 
 The files are token_files', and which window comes when is data_order's. Knows no model and no
 tokenizer.
@@ -17,15 +17,15 @@ from common.console_output import write_progress
 from common.errors import UserError, did_you_mean
 from common.files import file_lock, files_sha256
 from data.order import ORDERS, EpochOrder, RandomOrder, splitmix64
-from data.token_check import check_content
+from data.token_check import verify_checksums
 from data.token_files import (
     SPLITS,
     Split,
     has_meta,
     import_hint,
     is_complete,
+    prepare_hint,
     read_meta,
-    way_to_prepare,
 )
 
 DATA_ROOT = Path(__file__).resolve().parent
@@ -39,12 +39,12 @@ def load_dataset(name: str, block_size: int, data_root: Path | str = DATA_ROOT) 
     Raises UserError if there is none, if it does not match its meta.json, or if a split is shorter
     than the block_size + 1 tokens of one window.
     """
-    return TokenDataset(_folder(name, Path(data_root)), block_size)
+    return TokenDataset(_find_folder(name, Path(data_root)), block_size)
 
 
 def is_prepared(name: str, data_root: Path | str = DATA_ROOT) -> bool:
     """Whether the dataset's token files are there. Raises UserError if there is no such dataset."""
-    return is_complete(_folder(name, Path(data_root)))
+    return is_complete(_find_folder(name, Path(data_root)))
 
 
 def prepare_if_missing(name: str, data_root: Path | str = DATA_ROOT) -> None:
@@ -54,7 +54,7 @@ def prepare_if_missing(name: str, data_root: Path | str = DATA_ROOT) -> None:
     number of processes may call this at once: one prepares and the others wait. Raises UserError if
     the script fails; the reason is then on the screen.
     """
-    folder = _folder(name, Path(data_root))
+    folder = _find_folder(name, Path(data_root))
     script = folder / 'prepare.py'
     ours = folder.resolve().is_relative_to(Path(data_root).resolve())
     if is_complete(folder) or not (ours and script.exists()):
@@ -91,8 +91,8 @@ class TokenDataset:
         }
         self._check_length()
         if self.meta['vocab_size'] is None:
-            pieces = (piece for data in self.splits.values() for piece in data.pieces(2**20))
-            self.meta['vocab_size'] = 1 + max(int(piece.max()) for piece in pieces)
+            chunks = (chunk for data in self.splits.values() for chunk in data.chunks(2**20))
+            self.meta['vocab_size'] = 1 + max(int(chunk.max()) for chunk in chunks)
         for split in SPLITS:
             self._check_ids(split)
         self.vocab_size: int = self.meta['vocab_size']
@@ -137,11 +137,11 @@ class TokenDataset:
     def sha256(self, split: str) -> str:
         """SHA-256 of all tokens: as checked; else what meta.json says, or computed at once."""
         if split not in self._sha256:
-            facts = self.meta['splits'][split]
-            self._sha256[split] = facts['sha256'] or files_sha256(self.splits[split].paths)
+            split_info = self.meta['splits'][split]
+            self._sha256[split] = split_info['sha256'] or files_sha256(self.splits[split].paths)
         return self._sha256[split]
 
-    def check_content(
+    def verify_checksums(
         self,
         splits: Sequence[str] = SPLITS,
         *,
@@ -153,16 +153,17 @@ class TokenDataset:
         full: by hashing them, whatever their sizes and times. from_main: what lets one process do
         it for all.
         """
-        facts = self.meta['splits']
         self._sha256 |= from_main(
-            lambda: check_content(self.folder, facts, splits, full=full, say=write_progress)
+            lambda: verify_checksums(
+                self.folder, self.meta['splits'], splits, full=full, report=write_progress
+            )
         )
 
     @cached_property
     def hash(self) -> str:
         """Twelve hex digits that stand for the contents of both splits."""
-        both = ''.join(self.sha256(split) for split in SPLITS)
-        return hashlib.sha256(both.encode()).hexdigest()[:12]
+        digests = ''.join(self.sha256(split) for split in SPLITS)
+        return hashlib.sha256(digests.encode()).hexdigest()[:12]
 
     def order(self, sampling: str, data_seed: int) -> RandomOrder | EpochOrder:
         """The order of the training sequences that `sampling` and `data_seed` choose."""
@@ -202,7 +203,7 @@ class TokenDataset:
         if length < 2:
             raise UserError(
                 f'The {shortest} split of {self.folder} has {length} tokens: too few for any '
-                f'block_size. {way_to_prepare(self.folder)}'
+                f'block_size. {prepare_hint(self.folder)}'
             )
         if length < self.block_size + 1:
             raise UserError(
@@ -217,21 +218,21 @@ class TokenDataset:
             # 64 stretches of 64 Ki tokens from the first to the last.
             length = 2**16
             starts = np.arange(64) * (len(data) - length) // 63
-            pieces = (data.read(start, length) for start in starts)
+            chunks = (data.read(start, length) for start in starts)
         else:
-            pieces = data.pieces(2**20)
-        largest = max(int(piece.max()) for piece in pieces)
+            chunks = data.chunks(2**20)
+        largest = max(int(chunk.max()) for chunk in chunks)
         vocab_size = self.meta['vocab_size']
         if largest >= vocab_size:
             raise UserError(
                 f'The {split} split of {self.folder} holds the token {largest}, but the vocabulary '
                 f'ends at {vocab_size - 1}: the files are of another tokenizer or another dtype. '
-                f'{way_to_prepare(self.folder)} To take the ids as they are: '
+                f'{prepare_hint(self.folder)} To take the ids as they are: '
                 f'{import_hint(self.folder)} --tokenizer=unknown'
             )
 
 
-def digest(first_number: int, tokens: np.ndarray) -> int:
+def batch_digest(first_number: int, tokens: np.ndarray) -> int:
     """64 bits that stand for the sequences first_number … and their tokens (count, block_size).
 
     Those of several batches add up, modulo 2^64, to that of all, in whatever order they came.
@@ -242,7 +243,7 @@ def digest(first_number: int, tokens: np.ndarray) -> int:
     return int(splitmix64(rows, numbers).sum())
 
 
-def _folder(name: str, data_root: Path) -> Path:
+def _find_folder(name: str, data_root: Path) -> Path:
     for folder in (data_root / name, Path(name)):
         if name and folder.is_dir():
             return folder

@@ -26,18 +26,18 @@ import numpy as np
 
 from common.console_output import write_progress
 from common.errors import ArgumentParser, UserError, did_you_mean, run_script
-from data.prepare import OWN_TOKENIZERS
-from data.token_check import remember
+from data.prepare import TOKENIZER_DESCRIPTIONS
+from data.token_check import record_checksums
 from data.token_files import DTYPES, FORMAT_VERSION, GPT2_VOCAB_SIZE, SPLITS, has_meta, read_meta
-from data.token_formats import Ids, recognize
+from data.token_formats import IdFormat, recognize_format
 from data.tokenizer import Tokenizer, tiktoken_names
 
-PIECE = 2**20  # ids read at a time
+CHUNK = 2**20  # ids read at a time
 KINDS = ('uint8', 'uint16', 'uint32', 'uint64', 'int16', 'int32', 'int64')
 LARGEST_ID = 2**32 - 1
 
 
-def parse(argv: list[str] | None):
+def parse_arguments(argv: list[str] | None):
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add('folder', metavar='FOLDER', type=Path, help='where the ids are')
@@ -59,22 +59,24 @@ def parse(argv: list[str] | None):
 
 
 def main(argv: list[str] | None = None) -> None:
-    options = parse(argv)
-    paths, meta = files_of(options.folder)
-    given = Ids(options.dtype, options.big_endian) if options.dtype else None
+    options = parse_arguments(argv)
+    paths, meta = token_files_of(options.folder)
+    given = IdFormat(options.dtype, options.big_endian) if options.dtype else None
     if given is None and meta:
-        given = Ids(meta['dtype'])
-    ids = {path: ids_in(path, given) for split in SPLITS for path in paths[split]}
-    largest = max(int(piece.max()) for path, kind in ids.items() for piece in pieces(path, kind))
+        given = IdFormat(meta['dtype'])
+    formats = {path: detect_format(path, given) for split in SPLITS for path in paths[split]}
+    largest = max(
+        int(chunk.max()) for path, ids in formats.items() for chunk in read_chunks(path, ids)
+    )
     if largest > LARGEST_ID:
         raise UserError(f'The id {largest} is larger than {LARGEST_ID}, the largest that is kept.')
-    described = description(options, meta, largest)
+    described = describe_dataset(options, meta, largest)
     options.out.mkdir(parents=True, exist_ok=True)
     if name := described['tokenizer'].get('file'):
         shutil.copyfile(options.folder / name, options.out / name)
-    write(options.out, paths, ids, described)
+    write_files(options.out, paths, formats, described)
     for split in SPLITS:
-        kinds = ', '.join(dict.fromkeys(str(ids[path]) for path in paths[split]))
+        kinds = ', '.join(dict.fromkeys(str(formats[path]) for path in paths[split]))
         tokens = described['splits'][split]['tokens']
         write_progress(f'{split}: {tokens:,} ids, which were {kinds}')
     write_progress(
@@ -84,7 +86,7 @@ def main(argv: list[str] | None = None) -> None:
     )
 
 
-def files_of(folder: Path) -> tuple[dict[str, list[Path]], dict | None]:
+def token_files_of(folder: Path) -> tuple[dict[str, list[Path]], dict | None]:
     """The files of each split, and what meta.json says. Raises UserError."""
     if has_meta(folder):
         meta = read_meta(folder)
@@ -97,10 +99,10 @@ def files_of(folder: Path) -> tuple[dict[str, list[Path]], dict | None]:
     raise UserError(f'{folder} holds neither train.bin and val.bin nor train.npy and val.npy.')
 
 
-def ids_in(path: Path, given: Ids | None) -> Ids:
+def detect_format(path: Path, given: IdFormat | None) -> IdFormat:
     """How a file keeps its ids. Raises UserError."""
     try:
-        ids, size = recognize(path), path.stat().st_size
+        ids, size = recognize_format(path), path.stat().st_size
     except OSError as error:
         raise UserError(f'{path} cannot be read: {error.strerror}.') from None
     if isinstance(ids, str):
@@ -120,13 +122,13 @@ def ids_in(path: Path, given: Ids | None) -> Ids:
     return ids
 
 
-def pieces(path: Path, ids: Ids) -> Iterator[np.ndarray]:
-    """The ids of a file, int64 or uint64, a piece at a time. Raises UserError for what is none."""
+def read_chunks(path: Path, ids: IdFormat) -> Iterator[np.ndarray]:
+    """The ids of a file, int64 or uint64, a chunk at a time. Raises UserError for what is none."""
     dtype = ids.numpy_dtype
     with open(path, 'rb') as file:
         file.seek(ids.skip)
         begin = 0
-        while content := file.read(PIECE * dtype.itemsize):
+        while content := file.read(CHUNK * dtype.itemsize):
             values = np.frombuffer(content, dtype)
             with np.errstate(invalid='ignore'):  # found out by the comparison
                 whole = values.astype(np.uint64 if dtype.kind == 'u' else np.int64)
@@ -140,7 +142,7 @@ def pieces(path: Path, ids: Ids) -> Iterator[np.ndarray]:
             begin += len(whole)
 
 
-def description(options, meta: dict | None, largest: int) -> dict:
+def describe_dataset(options, meta: dict | None, largest: int) -> dict:
     """meta.json but for the splits. Raises UserError."""
     name = options.tokenizer
     if name is None and meta:
@@ -149,7 +151,7 @@ def description(options, meta: dict | None, largest: int) -> dict:
         is_gpt2 = largest < GPT2_VOCAB_SIZE and not (options.folder / 'meta.pkl').exists()
         tokenizer = {'kind': 'gpt2' if is_gpt2 else 'unknown'}
     else:
-        tokenizer = named_tokenizer(name)
+        tokenizer = tokenizer_description(name)
     if tokenizer['kind'] == 'unknown':
         vocab_size = max(largest + 1, meta['vocab_size'] if meta and name is None else 0)
     else:
@@ -170,12 +172,12 @@ def description(options, meta: dict | None, largest: int) -> dict:
     }
 
 
-def named_tokenizer(name: str) -> dict:
+def tokenizer_description(name: str) -> dict:
     """What meta.json says of the tokenizer that --tokenizer names. Raises UserError."""
     if name in ('gpt2', 'unknown'):
         return {'kind': name}
     if name == 'byte':
-        return OWN_TOKENIZERS['byte']
+        return TOKENIZER_DESCRIPTIONS['byte']
     known = ['gpt2', 'byte', 'unknown', *tiktoken_names()]
     if name not in known:
         raise UserError(
@@ -184,7 +186,7 @@ def named_tokenizer(name: str) -> dict:
     return {'kind': 'tiktoken', 'name': name}
 
 
-def write(out: Path, paths: dict, ids: dict[Path, Ids], meta: dict) -> None:
+def write_files(out: Path, paths: dict, formats: dict[Path, IdFormat], meta: dict) -> None:
     """Write the token files and then meta.json, which is completed. Raises UserError."""
     meta['splits'] = {}
     try:
@@ -192,21 +194,21 @@ def write(out: Path, paths: dict, ids: dict[Path, Ids], meta: dict) -> None:
             digest, tokens = hashlib.sha256(), 0
             with open(out / f'{split}.tmp', 'wb') as file:
                 for path in paths[split]:
-                    for piece in pieces(path, ids[path]):
-                        content = piece.astype(DTYPES[meta['dtype']]).tobytes()
+                    for chunk in read_chunks(path, formats[path]):
+                        content = chunk.astype(DTYPES[meta['dtype']]).tobytes()
                         file.write(content)
                         digest.update(content)
-                        tokens += len(piece)
+                        tokens += len(chunk)
             shard = {'file': f'{split}.bin', 'tokens': tokens, 'sha256': digest.hexdigest()}
-            facts = {'tokens': tokens, 'bytes': None, 'documents': None}
-            meta['splits'][split] = {**facts, 'sha256': digest.hexdigest(), 'shards': [shard]}
+            counts = {'tokens': tokens, 'bytes': None, 'documents': None}
+            meta['splits'][split] = {**counts, 'sha256': digest.hexdigest(), 'shards': [shard]}
         text = json.dumps(meta, indent=1) + '\n'
         (out / 'meta.json').write_text(text, encoding='utf-8')
         for split in SPLITS:
             os.replace(out / f'{split}.tmp', out / f'{split}.bin')
     except OSError as error:
         raise UserError(f'The dataset cannot be written to {out}: {error.strerror}.') from None
-    remember(out, meta['splits'])
+    record_checksums(out, meta['splits'])
 
 
 if __name__ == '__main__':

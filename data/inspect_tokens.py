@@ -26,11 +26,11 @@ from data.dataset import TokenDataset, load_dataset
 from data.token_files import SPLITS, Split
 from data.tokenizer import Tokenizer
 
-PIECE = 2**20  # tokens read at a time
+CHUNK = 2**20  # tokens read at a time
 BAR = 40  # characters that the longest bar of a histogram has
 
 
-class Lengths:
+class LengthCounts:
     """How many documents have how many tokens; exact, in memory that the longest length bounds."""
 
     SHORT = 2**20  # lengths below it are counted in an array, the few others one by one
@@ -53,17 +53,17 @@ class Lengths:
 
 
 def document_ends(split: Split, end_of_text: int) -> Iterator[np.ndarray]:
-    """Places of the end-of-text tokens in order, a piece of the split at a time."""
+    """Places of the end-of-text tokens in order, a chunk of the split at a time."""
     begin = 0
-    for piece in split.pieces(PIECE):
-        yield np.flatnonzero(piece == end_of_text) + begin
-        begin += len(piece)
+    for chunk in split.chunks(CHUNK):
+        yield np.flatnonzero(chunk == end_of_text) + begin
+        begin += len(chunk)
 
 
-def lengths_of(split: Split, end_of_text: int) -> tuple[Lengths, int]:
+def document_lengths(split: Split, end_of_text: int) -> tuple[LengthCounts, int]:
     """The lengths of all documents, without the token that ends them, and the tokens after the
     last of those."""
-    lengths, before = Lengths(), -1
+    lengths, before = LengthCounts(), -1
     for ends in document_ends(split, end_of_text):
         if len(ends):
             lengths.add(np.diff(ends, prepend=before) - 1)
@@ -94,7 +94,7 @@ def overview(data: TokenDataset) -> list[str]:
     ]
 
 
-def facts_of(data: TokenDataset, split: str) -> list[str]:
+def split_lines(data: TokenDataset, split: str) -> list[str]:
     """Tokens, bytes and files of one split, as lines."""
     tokens, per_token = data.tokens(split), data.bytes_per_token(split)
     text = f'{split}: {tokens:,} tokens'
@@ -110,11 +110,11 @@ def facts_of(data: TokenDataset, split: str) -> list[str]:
     return lines
 
 
-def documents_of(data: TokenDataset, split: str) -> list[str]:
+def document_lines(data: TokenDataset, split: str) -> list[str]:
     """Number and lengths of the documents of one split, as lines."""
     if data.end_of_text is None:
         return ['  documents: not told apart, as no token ends them']
-    lengths, rest = lengths_of(data.splits[split], data.end_of_text)
+    lengths, rest = document_lengths(data.splits[split], data.end_of_text)
     values, counts = lengths.table()
     total, expected = int(counts.sum()), data.documents(split)
     lines = [f'  documents: {total:,}']
@@ -153,7 +153,7 @@ def histogram(values: np.ndarray, counts: np.ndarray) -> list[str]:
     return lines
 
 
-def show_text(data: TokenDataset, split: str, start: int, length: int) -> str:
+def text_at(data: TokenDataset, split: str, start: int, length: int) -> str:
     """The tokens of one place as text, control characters written out."""
     tokenizer = Tokenizer(data.tokenizer, data.folder)
     return ''.join(
@@ -162,7 +162,7 @@ def show_text(data: TokenDataset, split: str, start: int, length: int) -> str:
     )
 
 
-def place_of(data: TokenDataset, options) -> tuple[int, int, str]:
+def range_to_show(data: TokenDataset, options) -> tuple[int, int, str]:
     """Start and length of what is to be shown, and a line about it. Raises UserError."""
     split = data.splits[options.split]
     if options.document is None:
@@ -181,7 +181,7 @@ def place_of(data: TokenDataset, options) -> tuple[int, int, str]:
     return start, length, f'document {options.document:,}: {whole:,} tokens from {start:,}{shown}'
 
 
-def parse(argv: list[str] | None):
+def parse_arguments(argv: list[str] | None):
     """The command line. Raises UserError."""
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
@@ -203,23 +203,23 @@ def parse(argv: list[str] | None):
 
 
 def main(argv: list[str] | None = None) -> None:
-    options = parse(argv)
+    options = parse_arguments(argv)
     data = load_dataset(options.dataset, block_size=1)
     if options.at is not None or options.document is not None:
         options.split = options.split or 'train'
-        start, length, title = place_of(data, options)
+        start, length, title = range_to_show(data, options)
         write_text(f'{options.split}, {title}:\n')
-        write_text(show_text(data, options.split, start, length))
+        write_text(text_at(data, options.split, start, length))
         return
     chosen = [options.split] if options.split else SPLITS
     write_text('\n'.join([*overview(data), *data.notes]))
     for split in chosen:
-        write_text('\n'.join(facts_of(data, split)))
+        write_text('\n'.join(split_lines(data, split)))
         if options.verify:
-            data.check_content((split,), full=True)
+            data.verify_checksums((split,), full=True)
             write_text('  SHA-256: verified')
         else:
-            write_text('\n'.join(documents_of(data, split)))
+            write_text('\n'.join(document_lines(data, split)))
 
 
 if __name__ == '__main__':

@@ -14,7 +14,7 @@ number modulo a split of even 10^12 tokens favours no window by more than one pa
 `epoch`: the split is cut into W = N // T - 1 consecutive windows (at least 1), and numbers
 e·W … (e+1)·W - 1 are all of them, once each, in an order that is shuffled anew in each epoch e.
 The cuts shift too, by a number below T that is drawn for each epoch, so that a text that is read
-often is not always cut in the same places; what then stands before the first and after the last
+often is not always cut in the same indices; what then stands before the first and after the last
 window, fewer than 2·T tokens together, is left out of that epoch, other tokens in each.
 The shuffle is a permutation of [0, W) computed on the spot: a Feistel network (Luby & Rackoff 1988)
 on an even number of bits, applied again until it leads back below W (cycle walking; Black & Rogaway
@@ -27,7 +27,7 @@ import numpy as np
 
 ROUNDS = 6  # of the Feistel network: four are pseudo-random on many bits, few bits want more
 MIN_HALF_BITS = 3  # a network on fewer has too few permutations to choose from
-CHUNK = 4096  # numbers whose places are computed at a time: a shuffle costs as much for ten
+CHUNK = 4096  # numbers whose indices are computed at a time: a shuffle costs as much for ten
 
 
 class RandomOrder:
@@ -38,11 +38,11 @@ class RandomOrder:
     def __init__(self, data_seed: int, tokens: int, block_size: int):
         self.block_size, self.positions = block_size, tokens - block_size
         self.tokens_per_epoch = tokens
-        self.key = _key(data_seed)
+        self.key = _seed_key(data_seed)
 
     def starts(self, first_number: int, count: int) -> np.ndarray:
         """Starts of the sequences first_number … first_number + count - 1: int64 (count,)."""
-        outputs = splitmix64(self.key, _numbers(first_number, count))
+        outputs = splitmix64(self.key, _sequence_numbers(first_number, count))
         return (outputs % np.uint64(self.positions)).astype(np.int64)
 
     def unique_tokens(self, sequences: int) -> int:
@@ -53,10 +53,10 @@ class RandomOrder:
         """
         most = min(self.block_size, self.positions)
         inputs = self.positions + self.block_size - 1
-        held_by = np.arange(1, most + 1)
+        windows_per_token = np.arange(1, most + 1)
         count = np.full(most, 2)
         count[-1] = inputs - 2 * (most - 1)
-        return round(float(count @ (1 - (1 - held_by / self.positions) ** sequences)))
+        return round(float(count @ (1 - (1 - windows_per_token / self.positions) ** sequences)))
 
 
 class EpochOrder:
@@ -67,16 +67,16 @@ class EpochOrder:
         self.windows_per_epoch = max(1, tokens // block_size - 1)
         self.tokens_per_epoch = self.windows_per_epoch * block_size
         self.shifts = min(block_size, tokens - self.tokens_per_epoch)  # cuts to choose from
-        self.key = _key(data_seed)
+        self.key = _seed_key(data_seed)
         self._chunk = lru_cache(maxsize=2)(self._starts_of_chunk)
 
     def starts(self, first_number: int, count: int) -> np.ndarray:
         """Starts of the sequences first_number … first_number + count - 1: int64 (count,)."""
         end = first_number + count
         chunks = range(first_number // CHUNK, -(-end // CHUNK))
-        found = np.concatenate([self._chunk(chunk) for chunk in chunks])
+        starts = np.concatenate([self._chunk(chunk) for chunk in chunks])
         skipped = first_number - chunks.start * CHUNK
-        return found[skipped : skipped + count]
+        return starts[skipped : skipped + count]
 
     def unique_tokens(self, sequences: int) -> int:
         """Different tokens among the inputs of the first `sequences`: counted.
@@ -91,7 +91,7 @@ class EpochOrder:
         low, high, shift = min(shifts[:epoch]), max(shifts[:epoch]), shifts[epoch]
         edges = np.array([0, self.windows_per_epoch - 1], np.uint64)
         keys = np.repeat(self._epoch_keys(epoch), 2)
-        first, last = (unpermuted(edges, keys, self.windows_per_epoch) < seen).tolist()
+        first, last = (unshuffle_index(edges, keys, self.windows_per_epoch) < seen).tolist()
         added = first * max(0, low - shift) + last * max(0, shift - high)
         return self.tokens_per_epoch + high - low + added
 
@@ -105,33 +105,33 @@ class EpochOrder:
 
     def _starts_of_chunk(self, chunk: int) -> np.ndarray:
         size = self.windows_per_epoch
-        epochs, places = np.divmod(_numbers(chunk * CHUNK, CHUNK), np.uint64(size))
-        windows = permuted(places, self._epoch_keys(epochs), size)
+        epochs, indices = np.divmod(_sequence_numbers(chunk * CHUNK, CHUNK), np.uint64(size))
+        windows = shuffle_index(indices, self._epoch_keys(epochs), size)
         return self.shift(epochs) + windows.astype(np.int64) * self.block_size
 
 
 ORDERS = {'random': RandomOrder, 'epoch': EpochOrder}
 
 
-def permuted(places: np.ndarray, keys: np.ndarray, size: int) -> np.ndarray:
-    """Where the permutation of [0, size) that each of `keys` chooses takes each of `places`.
+def shuffle_index(indices: np.ndarray, keys: np.ndarray, size: int) -> np.ndarray:
+    """Where the permutation of [0, size) that each of `keys` chooses takes each of `indices`.
 
     All uint64, of one shape; `size` up to 2^62.
     """
-    return _walk(places, keys, size, range(ROUNDS))
+    return _cycle_walk(indices, keys, size, range(ROUNDS))
 
 
-def unpermuted(places: np.ndarray, keys: np.ndarray, size: int) -> np.ndarray:
-    """The inverse of `permuted`."""
-    return _walk(places, keys, size, range(ROUNDS - 1, -1, -1))
+def unshuffle_index(indices: np.ndarray, keys: np.ndarray, size: int) -> np.ndarray:
+    """The inverse of `shuffle_index`."""
+    return _cycle_walk(indices, keys, size, range(ROUNDS - 1, -1, -1))
 
 
-def _walk(places: np.ndarray, keys: np.ndarray, size: int, rounds: range) -> np.ndarray:
+def _cycle_walk(indices: np.ndarray, keys: np.ndarray, size: int, rounds: range) -> np.ndarray:
     half_bits = max(MIN_HALF_BITS, -(-(size - 1).bit_length() // 2))
-    places = _feistel(places, keys, half_bits, rounds)
-    while len(outside := np.flatnonzero(places >= size)):
-        places[outside] = _feistel(places[outside], keys[outside], half_bits, rounds)
-    return places
+    indices = _feistel(indices, keys, half_bits, rounds)
+    while len(outside := np.flatnonzero(indices >= size)):
+        indices[outside] = _feistel(indices[outside], keys[outside], half_bits, rounds)
+    return indices
 
 
 def _feistel(numbers: np.ndarray, keys: np.ndarray, half_bits: int, rounds: range) -> np.ndarray:
@@ -153,10 +153,10 @@ def splitmix64(seed, numbers) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
-def _key(data_seed: int) -> np.ndarray:
+def _seed_key(data_seed: int) -> np.ndarray:
     # Mixing the seed sets the streams of neighbouring seeds far apart.
     return splitmix64(data_seed % 2**64, 0)
 
 
-def _numbers(first: int, count: int) -> np.ndarray:
+def _sequence_numbers(first: int, count: int) -> np.ndarray:
     return int(first) + np.arange(count, dtype=np.uint64)

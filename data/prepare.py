@@ -26,21 +26,27 @@ import common.first_import  # noqa: F401
 
 from common.errors import ArgumentParser, UserError, did_you_mean, run_script
 from common.paths import expand_home
-from data.preparation.pipeline import SHARD_TOKENS, VAL_FRACTION, Options, prepare
-from data.preparation.sources import Files, HuggingFace, Source
+from data.preparation.pipeline import SHARD_TOKENS, VAL_FRACTION, PreparationOptions, prepare
+from data.preparation.sources import DocumentSource, FileSource, HuggingFaceSource
 from data.preparation.train_tokenizer import SMALLEST_BPE
 from data.tokenizer import tiktoken_names
 
-OWN_TOKENIZERS = {
+TOKENIZER_DESCRIPTIONS = {
     'gpt2': {'kind': 'gpt2'},
     'byte': {'kind': 'byte', 'end_of_text': True},
     'char': {'kind': 'char', 'end_of_text': True},
     'bpe': {'kind': 'bpe'},
 }
-LEAST = {'vocab_size': SMALLEST_BPE, 'cut': 64, 'max_documents': 1, 'shard_tokens': 1, 'workers': 1}
+MINIMUM = {
+    'vocab_size': SMALLEST_BPE,
+    'cut': 64,
+    'max_documents': 1,
+    'shard_tokens': 1,
+    'workers': 1,
+}
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = ArgumentParser(
         prog='prepare.py',
         description=__doc__,
@@ -103,7 +109,7 @@ def _problems(options: argparse.Namespace):
         yield 'Where to? Give the folder of the dataset: --out=data/mine'
     if bool(options.paths) == bool(options.hf):
         yield 'Give either PATHS of files and folders, or --hf=NAME.'
-    for key, least in LEAST.items():
+    for key, least in MINIMUM.items():
         value = getattr(options, key)
         if value is not None and value < least:
             yield f'--{key}={value}: takes a whole number of at least {least}.'
@@ -111,8 +117,11 @@ def _problems(options: argparse.Namespace):
         yield f'--val_fraction={options.val_fraction}: takes a number between 0 and 1.'
     if options.vocab_size and options.tokenizer != 'bpe':
         yield f'--vocab_size is for --tokenizer=bpe only; {options.tokenizer} has its own.'
-    if options.tokenizer not in OWN_TOKENIZERS:
-        known = [*OWN_TOKENIZERS, *(n for n in tiktoken_names() if n not in OWN_TOKENIZERS)]
+    if options.tokenizer not in TOKENIZER_DESCRIPTIONS:
+        known = [
+            *TOKENIZER_DESCRIPTIONS,
+            *(n for n in tiktoken_names() if n not in TOKENIZER_DESCRIPTIONS),
+        ]
         if options.tokenizer not in known:
             hint = did_you_mean(options.tokenizer, known)
             yield (
@@ -122,26 +131,26 @@ def _problems(options: argparse.Namespace):
 
 def tokenizer_of(options: argparse.Namespace) -> dict:
     """What the options ask for, as meta.json describes it."""
-    if options.tokenizer not in OWN_TOKENIZERS:
+    if options.tokenizer not in TOKENIZER_DESCRIPTIONS:
         return {'kind': 'tiktoken', 'name': options.tokenizer}
     size = {'vocab_size': options.vocab_size or 8192} if options.tokenizer == 'bpe' else {}
-    return {**OWN_TOKENIZERS[options.tokenizer], **size}
+    return {**TOKENIZER_DESCRIPTIONS[options.tokenizer], **size}
 
 
-def source_of(options: argparse.Namespace) -> Source:
+def source_of(options: argparse.Namespace) -> DocumentSource:
     """The documents that the options name. Raises UserError."""
     field, limit = options.field, options.max_documents
     if options.hf:
-        return HuggingFace(options.hf, options.hf_subset, options.hf_split, field, limit)
-    return Files(options.paths, field, options.cut, limit)
+        return HuggingFaceSource(options.hf, options.hf_subset, options.hf_split, field, limit)
+    return FileSource(options.paths, field, options.cut, limit)
 
 
 def main(argv: list[str] | None = None) -> None:
-    options = parse(argv)
+    options = parse_arguments(argv)
     prepare(
         Path(options.out),
         source_of(options),
-        Options(
+        PreparationOptions(
             tokenizer=tokenizer_of(options),
             val_fraction=options.val_fraction,
             shard_tokens=options.shard_tokens,

@@ -14,53 +14,55 @@ from pathlib import Path
 from common.errors import UserError
 from common.files import replace_file
 from common.text_files import parse_json
-from data.token_files import SPLITS, hash_split, import_hint, way_to_prepare
+from data.token_files import SPLITS, hash_split, import_hint, prepare_hint
 
 CHECKED = 'checked.json'
 LONG = 2**30  # bytes from which on it is worth saying that they are hashed
 
 
-def check_content(
+def verify_checksums(
     folder: Path,
-    facts: dict[str, dict],
+    split_infos: dict[str, dict],
     splits: Sequence[str] = SPLITS,
     *,
     full: bool = False,
-    say: Callable[[str], None] = lambda text: None,
+    report: Callable[[str], None] = lambda text: None,
 ) -> dict[str, str]:
-    """The SHA-256 of each of the `splits`, which `facts`, of meta.json, describe.
+    """The SHA-256 of each of the `splits`, which `split_infos`, of meta.json, describe.
 
     full: hash everything, whatever is known. Raises UserError for what is not as meta.json says.
     """
-    known, fresh, problems = _read(folder), {}, []
+    known, current, problems = _read(folder), {}, []
     for split in splits:
-        files = _stamps(folder, facts[split])
-        checked = known.get(split, {})
-        expected = facts[split]['sha256'] or checked.get('sha256')
-        if not full and checked == {'sha256': expected, 'files': files}:
-            fresh[split] = checked
+        files = _sizes_and_times(folder, split_infos[split])
+        entry = known.get(split, {})
+        expected = split_infos[split]['sha256'] or entry.get('sha256')
+        if not full and entry == {'sha256': expected, 'files': files}:
+            current[split] = entry
             continue
         size = sum(size for size, _ in files.values())
         if size >= LONG:
-            say(f'Checking the {split} split of {folder} by its SHA-256: {size / 1e9:,.1f} GB ...')
-        sha256, differences = hash_split(folder, facts[split])
+            report(
+                f'Checking the {split} split of {folder} by its SHA-256: {size / 1e9:,.1f} GB ...'
+            )
+        sha256, differences = hash_split(folder, split_infos[split])
         problems += differences
-        fresh[split] = {'sha256': sha256, 'files': files}
+        current[split] = {'sha256': sha256, 'files': files}
     if problems:
-        raise UserError(*problems, _way_on(folder))
-    if any(known.get(split) != checked for split, checked in fresh.items()):
-        _write(folder, {**known, **fresh})
-    return {split: checked['sha256'] for split, checked in fresh.items()}
+        raise UserError(*problems, _recovery_hint(folder))
+    if any(known.get(split) != entry for split, entry in current.items()):
+        _write(folder, {**known, **current})
+    return {split: entry['sha256'] for split, entry in current.items()}
 
 
-def remember(folder: Path, facts: dict[str, dict]) -> None:
-    """Note that the files have just been read and hashed, as `facts`, of meta.json, say."""
-    files = {split: _stamps(folder, facts[split]) for split in SPLITS}
-    _write(folder, {s: {'sha256': facts[s]['sha256'], 'files': files[s]} for s in SPLITS})
+def record_checksums(folder: Path, split_infos: dict[str, dict]) -> None:
+    """Note that the files have just been read and hashed, as `split_infos`, of meta.json, say."""
+    files = {split: _sizes_and_times(folder, split_infos[split]) for split in SPLITS}
+    _write(folder, {s: {'sha256': split_infos[s]['sha256'], 'files': files[s]} for s in SPLITS})
 
 
-def _way_on(folder: Path) -> str:
-    again = way_to_prepare(folder)
+def _recovery_hint(folder: Path) -> str:
+    again = prepare_hint(folder)
     if not (folder / 'prepare.py').exists():
         again = 'To prepare it again: the command that made it, such as data/prepare.py'
     return (
@@ -69,10 +71,10 @@ def _way_on(folder: Path) -> str:
     )
 
 
-def _stamps(folder: Path, facts: dict) -> dict[str, list[int]]:
+def _sizes_and_times(folder: Path, split_info: dict) -> dict[str, list[int]]:
     """Size and time of each file of a split. Raises UserError."""
     stamps = {}
-    for shard in facts['shards']:
+    for shard in split_info['shards']:
         path = folder / shard['file']
         try:
             stat = path.stat()
@@ -89,7 +91,7 @@ def _read(folder: Path) -> dict[str, dict]:
         return {}
     if not isinstance(known, dict):
         return {}
-    return {split: checked for split, checked in known.items() if isinstance(checked, dict)}
+    return {split: entry for split, entry in known.items() if isinstance(entry, dict)}
 
 
 def _write(folder: Path, known: dict[str, dict]) -> None:

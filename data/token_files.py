@@ -20,7 +20,7 @@ import numpy as np
 from common.errors import UserError
 from common.files import file_chunks
 from common.text_files import is_count, parse_json
-from data.token_formats import Ids, recognize
+from data.token_formats import IdFormat, recognize_format
 
 FORMAT_VERSION = 2
 READABLE_VERSIONS = (1, 2)
@@ -35,13 +35,13 @@ class Split:
 
     Files are read and not mapped, so that memory holds what was asked for and nothing else however
     long a run goes on, and a file cut short under a run is an error and not a crash. Raises
-    UserError for a file that is missing, unreadable or not as long as `facts` says.
+    UserError for a file that is missing, unreadable or not as long as `split_info` says.
     """
 
-    def __init__(self, folder: Path, facts: dict, dtype: str):
+    def __init__(self, folder: Path, split_info: dict, dtype: str):
         self.dtype = np.dtype(DTYPES[dtype])
-        self.paths = [folder / shard['file'] for shard in facts['shards']]
-        sizes = [shard['tokens'] for shard in facts['shards']]
+        self.paths = [folder / shard['file'] for shard in split_info['shards']]
+        sizes = [shard['tokens'] for shard in split_info['shards']]
         self._ends = list(accumulate(sizes))
         self._files = [self._open(*file) for file in zip(self.paths, sizes)]
 
@@ -69,8 +69,8 @@ class Split:
             self._fill(row, start)
         return tokens
 
-    def pieces(self, length: int) -> Iterator[np.ndarray]:
-        """The whole split in order, `length` tokens at a time; the last piece may be shorter."""
+    def chunks(self, length: int) -> Iterator[np.ndarray]:
+        """The whole split in order, `length` tokens at a time; the last chunk may be shorter."""
         for start in range(0, len(self), length):
             yield self.read(start, min(length, len(self) - start))
 
@@ -78,12 +78,12 @@ class Split:
         shard = bisect_right(self._ends, start)
         while len(tokens):
             end = self._ends[shard]
-            here = tokens[: end - start]
+            segment = tokens[: end - start]
             begin = self._ends[shard - 1] if shard else 0
             self._files[shard].seek((start - begin) * self.dtype.itemsize)
-            if self._files[shard].readinto(here) != here.nbytes:
+            if self._files[shard].readinto(segment) != segment.nbytes:
                 raise UserError(f'{self.paths[shard]} has become shorter since the run began.')
-            tokens, start, shard = tokens[len(here) :], end, shard + 1
+            tokens, start, shard = tokens[len(segment) :], end, shard + 1
 
     def _open(self, path: Path, tokens: int):
         expected = tokens * self.dtype.itemsize
@@ -92,14 +92,14 @@ class Split:
             file = open(path, 'rb', buffering=0)  # noqa: SIM115 closed with the split
         except OSError as error:
             raise UserError(
-                f'{path} cannot be read: {error.strerror}. {way_to_prepare(path.parent)}'
+                f'{path} cannot be read: {error.strerror}. {prepare_hint(path.parent)}'
             ) from None
         weakref.finalize(self, file.close)
         if size != expected:
             raise UserError(
                 f'{path} has {size:,} bytes where {expected:,} are expected '
                 f'({tokens:,} tokens of {self.dtype.name}): it is truncated or '
-                f'belongs to something else. {way_to_prepare(path.parent)}'
+                f'belongs to something else. {prepare_hint(path.parent)}'
             )
         return file
 
@@ -134,10 +134,10 @@ def read_meta(folder: Path) -> dict:
     return _meta_of_bare_folder(folder)
 
 
-def hash_split(folder: Path, facts: dict) -> tuple[str, list[str]]:
-    """The SHA-256 of a split, and a sentence for each file, and the whole, that has not its own.
+def hash_split(folder: Path, split_info: dict) -> tuple[str, list[str]]:
+    """The SHA-256 of a split, and a sentence for each file, and the whole, that has another hash.
 
-    `facts`: what meta.json says of the split. What it does not say is not compared. Raises
+    `split_info`: what meta.json says of the split. What it does not say is not compared. Raises
     UserError for a file that cannot be read.
     """
     problems, whole = [], hashlib.sha256()
@@ -146,26 +146,26 @@ def hash_split(folder: Path, facts: dict) -> tuple[str, list[str]]:
         if expected not in (None, actual):
             problems.append(f'{what} has the SHA-256 {actual} where {expected} is expected.')
 
-    for shard in facts['shards']:
-        path, own = folder / shard['file'], hashlib.sha256()
+    for shard in split_info['shards']:
+        path, shard_hash = folder / shard['file'], hashlib.sha256()
         try:
             for chunk in file_chunks(path):
-                own.update(chunk)
-                if len(facts['shards']) > 1:
+                shard_hash.update(chunk)
+                if len(split_info['shards']) > 1:
                     whole.update(chunk)
         except OSError as error:
             raise UserError(f'{path} cannot be read: {error.strerror}.') from None
-        compare(str(path), shard['sha256'], own.hexdigest())
-    if len(facts['shards']) == 1:
-        if facts['sha256'] != facts['shards'][0]['sha256']:
-            compare(str(path), facts['sha256'], own.hexdigest())
-        return own.hexdigest(), problems
-    first, last = facts['shards'][0]['file'], facts['shards'][-1]['file']
-    compare(f'{folder}, {first} to {last} together', facts['sha256'], whole.hexdigest())
+        compare(str(path), shard['sha256'], shard_hash.hexdigest())
+    if len(split_info['shards']) == 1:
+        if split_info['sha256'] != split_info['shards'][0]['sha256']:
+            compare(str(path), split_info['sha256'], shard_hash.hexdigest())
+        return shard_hash.hexdigest(), problems
+    first, last = split_info['shards'][0]['file'], split_info['shards'][-1]['file']
+    compare(f'{folder}, {first} to {last} together', split_info['sha256'], whole.hexdigest())
     return whole.hexdigest(), problems
 
 
-def way_to_prepare(folder: Path) -> str:
+def prepare_hint(folder: Path) -> str:
     """What to do about a dataset that cannot be used."""
     script = folder / 'prepare.py'
     if script.exists():
@@ -185,7 +185,7 @@ def _require(folder: Path, names: list[str]) -> None:
         more = len(missing) - SHOWN_MISSING
         raise UserError(
             f'The dataset {folder} has no {" and no ".join(missing[:SHOWN_MISSING])}'
-            f'{f" and {more} more are missing" if more > 0 else ""}. {way_to_prepare(folder)}'
+            f'{f" and {more} more are missing" if more > 0 else ""}. {prepare_hint(folder)}'
         )
 
 
@@ -197,11 +197,11 @@ def _file_names(meta: dict) -> list[str]:
     return [shard['file'] for split in SPLITS for shard in meta['splits'][split]['shards']]
 
 
-def _facts(split: str, tokens: int, byte_count: int | None, sha256: str | None) -> dict:
+def _single_file_info(split: str, tokens: int, byte_count: int | None, sha256: str | None) -> dict:
     """What version 2 says of a split that lies in one file."""
     shard = {'file': f'{split}.bin', 'tokens': tokens, 'sha256': sha256}
-    facts = {'tokens': tokens, 'bytes': byte_count, 'documents': None, 'sha256': sha256}
-    return {**facts, 'shards': [shard]}
+    split_info = {'tokens': tokens, 'bytes': byte_count, 'documents': None, 'sha256': sha256}
+    return {**split_info, 'shards': [shard]}
 
 
 def _meta_of_bare_folder(folder: Path) -> dict:
@@ -217,24 +217,26 @@ def _meta_of_bare_folder(folder: Path) -> dict:
         'vocab_size': GPT2_VOCAB_SIZE if is_gpt2 else None,
         'end_of_text': None,
         'dtype': 'uint16',
-        'splits': {split: _facts(split, size[split] // 2, None, None) for split in SPLITS},
+        'splits': {
+            split: _single_file_info(split, size[split] // 2, None, None) for split in SPLITS
+        },
     }
 
 
 def _size_of_uint16(path: Path) -> int:
     """The bytes of a bare file of ids. Raises UserError for what shows not to be uint16."""
     try:
-        size, ids = path.stat().st_size, recognize(path)
+        size, ids = path.stat().st_size, recognize_format(path)
     except OSError as error:
         raise UserError(f'{path} cannot be read: {error.strerror}.') from None
     if isinstance(ids, str):
         raise UserError(f'{path} holds no token ids: it is {ids}.')
-    if ids == Ids() and size % 2:
+    if ids == IdFormat() and size % 2:
         raise UserError(
             f'{path} has {size:,} bytes, an odd number: no uint16 ids, or not all of them. If each '
             f'byte is an id: {import_hint(path.parent)} --dtype=uint8'
         )
-    if ids != Ids():
+    if ids != IdFormat():
         raise UserError(
             f'{path} looks like {ids}; without a meta.json beside it, uint16 is read. To make a '
             f'dataset of it: {import_hint(path.parent)}'
@@ -250,7 +252,7 @@ def _read_meta_file(folder: Path) -> dict:
     except (OSError, ValueError) as error:
         problem = str(error)
     if problem:
-        raise UserError(f'{path} cannot be used: {problem}. {way_to_prepare(folder)}')
+        raise UserError(f'{path} cannot be used: {problem}. {prepare_hint(folder)}')
     return meta
 
 
@@ -272,23 +274,25 @@ def _problem_of_meta(meta) -> str | None:
     if not isinstance(tokenizer, dict) or not isinstance(tokenizer.get('kind'), str):
         return 'tokenizer is no object with a "kind"'
     for split in SPLITS:
-        facts = meta['splits'].get(split) if isinstance(meta.get('splits'), dict) else None
-        if not isinstance(facts, dict) or not is_count(facts.get('tokens')):
+        split_info = meta['splits'].get(split) if isinstance(meta.get('splits'), dict) else None
+        if not isinstance(split_info, dict) or not is_count(split_info.get('tokens')):
             return f'splits.{split}.tokens is missing or no whole number'
         for key in ('bytes', 'documents'):
-            if facts.setdefault(key, None) is not None and not is_count(facts[key]):
-                return f'splits.{split}.{key} is {facts[key]!r}, not a whole number or null'
-        if not isinstance(facts.setdefault('sha256', None), str | None):
-            return f'splits.{split}.sha256 is {facts["sha256"]!r}, not a string or null'
+            if split_info.setdefault(key, None) is not None and not is_count(split_info[key]):
+                return f'splits.{split}.{key} is {split_info[key]!r}, not a whole number or null'
+        if not isinstance(split_info.setdefault('sha256', None), str | None):
+            return f'splits.{split}.sha256 is {split_info["sha256"]!r}, not a string or null'
         if meta['format_version'] == 1:
-            facts['shards'] = _facts(split, facts['tokens'], None, facts['sha256'])['shards']
-        if problem := _problem_of_shards(facts):
+            split_info['shards'] = _single_file_info(
+                split, split_info['tokens'], None, split_info['sha256']
+            )['shards']
+        if problem := _problem_of_shards(split_info):
             return f'splits.{split}.{problem}'
     return None
 
 
-def _problem_of_shards(facts: dict) -> str | None:
-    shards = facts.get('shards')
+def _problem_of_shards(split_info: dict) -> str | None:
+    shards = split_info.get('shards')
     if not isinstance(shards, list) or not shards:
         return 'shards is missing or no list of files'
     for number, shard in enumerate(shards):
@@ -301,6 +305,6 @@ def _problem_of_shards(facts: dict) -> str | None:
         if not isinstance(shard.setdefault('sha256', None), str | None):
             return f'shards[{number}].sha256 is {shard["sha256"]!r}, not a string or null'
     total = sum(shard['tokens'] for shard in shards)
-    if total != facts['tokens']:
-        return f'tokens is {facts["tokens"]:,}, but its shards have {total:,}'
+    if total != split_info['tokens']:
+        return f'tokens is {split_info["tokens"]:,}, but its shards have {total:,}'
     return None

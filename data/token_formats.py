@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common.text_files import SIGNATURES, no_text
+from common.text_files import SIGNATURES, text_problem
 
 NUMPY = b'\x93NUMPY'
 LLM_C = {20240520: 'uint16', 20240801: 'uint32'}  # first word of a header of 256 words: its ids
@@ -22,7 +22,7 @@ ENTROPY_GAP = 0.5  # bits by which the high bytes of ids vary less than the low 
 
 
 @dataclass(frozen=True)
-class Ids:
+class IdFormat:
     """How a file keeps its ids: `dtype` is numpy's name of the type, `skip` bytes come first."""
 
     dtype: str = 'uint16'
@@ -40,7 +40,7 @@ class Ids:
         return f'{self.dtype}{order}{header}'
 
 
-def recognize(path: Path) -> Ids | str:
+def recognize_format(path: Path) -> IdFormat | str:
     """How the ids in a file are kept, uint16 if nothing else can be told; or what it is instead.
 
     Raises OSError.
@@ -53,7 +53,7 @@ def recognize(path: Path) -> Ids | str:
             return _numpy_header(file)
         word = int.from_bytes(begin[:4], 'little')
         if len(begin) == LLM_C_HEADER and word in LLM_C:
-            return Ids(LLM_C[word], skip=LLM_C_HEADER, program='llm.c')
+            return IdFormat(LLM_C[word], skip=LLM_C_HEADER, program='llm.c')
         for signature, what in SIGNATURES.items():
             if len(signature) > 3 and begin.startswith(signature):
                 return what
@@ -67,7 +67,7 @@ def recognize(path: Path) -> Ids | str:
     return _by_content(bytes(sample), size)
 
 
-def _numpy_header(file) -> Ids | str:
+def _numpy_header(file) -> IdFormat | str:
     try:
         version = np.lib.format.read_magic(file)
         read = {(1, 0): np.lib.format.read_array_header_1_0}.get(
@@ -79,29 +79,29 @@ def _numpy_header(file) -> Ids | str:
     if len(shape) != 1 or dtype.kind not in 'uif':
         return f'a file of numpy.save with {dtype} of the shape {shape}, not ids in a row'
     big_endian = dtype.newbyteorder('=') != dtype
-    return Ids(dtype.newbyteorder('=').name, big_endian, file.tell(), 'numpy.save')
+    return IdFormat(dtype.newbyteorder('=').name, big_endian, file.tell(), 'numpy.save')
 
 
-def _by_content(sample: bytes, size: int) -> Ids:
+def _by_content(sample: bytes, size: int) -> IdFormat:
     """By what no text in uint16 looks like."""
     if len(sample) < FEWEST_BYTES or not any(sample):
-        return Ids()
+        return IdFormat()
     for big_endian in (False, True):
         order = '>' if big_endian else '<'
         for dtype, width in (('float16', 2), ('float32', 4), ('float64', 8)):
             if size % width == 0 and _are_ids(np.frombuffer(sample, f'{order}f{width}')):
-                return Ids(dtype, big_endian)
+                return IdFormat(dtype, big_endian)
         for dtype, width in (('int64', 8), ('uint32', 4)):
             if size % width == 0 and _are_wide(np.frombuffer(sample, f'{order}u{width}')):
-                return Ids(dtype, big_endian)
+                return IdFormat(dtype, big_endian)
     values = np.frombuffer(sample, np.uint8)
     # The high bytes of ids are small ones now and then; those of a text never.
-    if values.min() >= ord('\t') and no_text(sample[:SAMPLE_BYTES]) is None:
-        return Ids('uint8')
+    if values.min() >= ord('\t') and text_problem(sample[:SAMPLE_BYTES]) is None:
+        return IdFormat('uint8')
     low, high = values[::2], values[1::2]
     if not low.any() or _entropy(high) > _entropy(low) + ENTROPY_GAP:
-        return Ids('uint16', big_endian=True)
-    return Ids()
+        return IdFormat('uint16', big_endian=True)
+    return IdFormat()
 
 
 def _are_ids(values: np.ndarray) -> bool:

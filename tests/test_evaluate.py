@@ -297,7 +297,7 @@ def test_items_stay_within_documents(of_bytes, tmp_path, monkeypatch):
         end_of_text=256,
         block_size=BLOCK_SIZE,
         folder=tmp_path,
-        check_content=lambda splits: None,
+        verify_checksums=lambda splits: None,
     )
     monkeypatch.setattr(evaluate, 'load_dataset', lambda name, block_size: dataset)
     path = tmp_path / 'items.jsonl'

@@ -74,7 +74,7 @@ class Session(RunContext):
         run, progress = self.settings.run, self.progress
         first = number * run.batch_size
         tokens, targets = self.dataset.batch(self.order, first, run.batch_size)
-        progress.own_digest = (progress.own_digest + token_data.digest(first, tokens)) % 2**64
+        progress.own_digest = (progress.own_digest + token_data.batch_digest(first, tokens)) % 2**64
         return self.to_device((tokens, targets))
 
     def evaluation_batches(

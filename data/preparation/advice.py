@@ -2,22 +2,22 @@
 
 import hashlib
 
-from data.preparation.sources import Files, Source
-from data.preparation.train_tokenizer import texts_of
+from data.preparation.sources import DocumentSource, FileSource
+from data.preparation.train_tokenizer import valid_texts
 
 PARTS, SMALLEST_CUT = 200, 64  # about as many parts are aimed at; bytes of one
 
 
-def how_to_divide(source: Source, val_fraction: float) -> str:
+def split_hint(source: DocumentSource, val_fraction: float) -> str:
     """An option with which both splits get documents, tried out on the corpus; or what it lacks."""
     if source.unit != 'B':  # it would have to be fetched again
         return 'Take more of them: a larger --max_documents, or another --val_fraction.'
     cuts = ()
-    if isinstance(source, Files) and source.has_only_texts:
+    if isinstance(source, FileSource) and source.has_only_texts:
         cuts = dict.fromkeys((max(source.total // PARTS, SMALLEST_CUT), SMALLEST_CUT))
-    shares, option = shares_of(source), ''
+    shares, option = validation_thresholds(source), ''
     for cut in cuts:
-        shares, option = shares_of(source.with_cut(cut)), f'--cut={cut} '
+        shares, option = validation_thresholds(source.with_cut(cut)), f'--cut={cut} '
         if shares and shares[0] < val_fraction <= shares[-1]:
             return f'To make more documents, cut the texts at blank lines: {option.strip()}'
     if len(shares) < 2:
@@ -30,12 +30,12 @@ def how_to_divide(source: Source, val_fraction: float) -> str:
     )
 
 
-def shares_of(source: Source) -> list[float]:
+def validation_thresholds(source: DocumentSource) -> list[float]:
     """For each different document the share for validation above which it is in it, in order."""
     digests = {
         hashlib.sha256(text.encode()).digest()[:8]
-        for piece in source.pieces()
-        for text in texts_of(piece)
+        for batch in source.batches()
+        for text in valid_texts(batch)
         if text and not text.isspace()
     }
     return sorted(int.from_bytes(digest, 'big') / 2**64 for digest in digests)

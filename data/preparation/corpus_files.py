@@ -16,13 +16,13 @@ from typing import NamedTuple
 from common.errors import UserError, did_you_mean
 from common.folders import walk
 from common.packages import optional_package
-from common.text_files import no_text
+from common.text_files import text_problem
 
 COMPRESSED = ('.gz', '.bz2', '.xz', '.zst')
 TEXTS, LINES = ('.txt', '.md'), ('.jsonl', '.ndjson')
 JSON = (*LINES, '.json')
 SHOWN_SUFFIXES = 5
-SNIFFED = 2**16  # bytes by which a file is judged
+SNIFFED_BYTES = 2**16  # bytes by which a file is judged
 
 
 class Corpus(NamedTuple):
@@ -43,7 +43,7 @@ def stem_of(path: str) -> str:
     return stem if suffix in COMPRESSED else path.lower()
 
 
-def is_of_a_corpus(path: str) -> bool:
+def is_corpus_file(path: str) -> bool:
     """Whether a file is read that a folder holds.
 
     A plain .json file is not: in a folder of data it says what the data is more often than it is
@@ -54,30 +54,32 @@ def is_of_a_corpus(path: str) -> bool:
     return kind in (*TEXTS, *LINES) or kind == ('.parquet' if plain else '.json')
 
 
-READ = f'{", ".join((*TEXTS, *LINES))} (also with {", ".join(COMPRESSED)}), .json.gz or .parquet'
+READABLE = (
+    f'{", ".join((*TEXTS, *LINES))} (also with {", ".join(COMPRESSED)}), .json.gz or .parquet'
+)
 
 
 def find_files(names: Iterable[str]) -> Corpus:
     """The files that files, folders and glob patterns stand for, each once, in that order.
 
-    A folder stands for all files in and below it for which `is_of_a_corpus` holds, those behind
+    A folder stands for all files in and below it for which `is_corpus_file` holds, those behind
     links too; what is hidden is left out. Each real folder counts once, however many links lead to
     it; a link to a file counts as a file. Raises UserError for a name that stands for nothing.
     """
     paths, notes = {}, []
     for name in names:
-        matches = [name] if os.path.lexists(name) else sorted(matching(name))
+        matches = [name] if os.path.lexists(name) else sorted(expand_pattern(name))
         files, others = [], []
         for match in matches:
             if os.path.isdir(match):
                 for file in sorted(files_below(match)):
-                    (files if is_of_a_corpus(file) else others).append(file)
+                    (files if is_corpus_file(file) else others).append(file)
             else:
                 files.append(match)
         if not files:
-            raise UserError(_nothing_there(name, matches, others))
+            raise UserError(_no_files_message(name, matches, others))
         if others:
-            notes.append(f'Left out of {name}: {_listed(others)}.')
+            notes.append(f'Left out of {name}: {_describe_files(others)}.')
         for file in files:
             folder, base = os.path.split(file)
             paths.setdefault(os.path.join(os.path.realpath(folder), base), file)
@@ -106,7 +108,7 @@ def _unreadable(error: OSError) -> None:
     )
 
 
-def matching(pattern: str) -> Iterator[str]:
+def expand_pattern(pattern: str) -> Iterator[str]:
     """What a pattern stands for. `**` is any number of folders, each real one once.
 
     glob.glob would follow links that form a loop until a name gets too long.
@@ -134,18 +136,18 @@ def _matches(names: list[str], patterns: list[str]) -> bool:
     return bool(names) and fnmatch.fnmatchcase(names[0], first) and _matches(names[1:], rest)
 
 
-def _nothing_there(name: str, matches: list[str], others: list[str]) -> str:
+def _no_files_message(name: str, matches: list[str], others: list[str]) -> str:
     if not matches:
         parent = os.path.dirname(name) or '.'
         beside = os.listdir(parent) if os.path.isdir(parent) else []
         return f'There is no file or folder {name}.{did_you_mean(os.path.basename(name), beside)}'
-    message = f'{name} holds no file that ends in {READ}'
+    message = f'{name} holds no file that ends in {READABLE}'
     if not others:
         return f'{message}: it is empty.'
     ((suffix, count),) = Counter(map(_ending, others)).most_common(1)
     message += f', but {count:,} that end in {suffix!r}'
     example = next(path for path in others if _ending(path) == suffix)
-    if problem := why_no_text(example):
+    if problem := file_text_problem(example):
         return f'{message}. {example} is {problem}.'
     pattern = os.path.join(matches[0], '**', f'*{suffix}')
     what = 'JSON' if kind_of(example) == '.json' else 'text'
@@ -157,7 +159,7 @@ def _ending(path: str) -> str:
     return path[len(os.path.splitext(stem_of(path))[0]) :]
 
 
-def _listed(paths: list[str]) -> str:
+def _describe_files(paths: list[str]) -> str:
     """The endings of files, how many have each, and an example."""
     dangling = [path for path in paths if not os.path.exists(path)]
     ended = Counter(_ending(path) for path in paths)
@@ -188,7 +190,7 @@ def zstandard():
 
 
 @contextmanager
-def opened(path: str):
+def open_decompressed(path: str):
     """(What the file holds, unpacked; the file itself). What is wrong with it is an OSError."""
     suffix = os.path.splitext(path.lower())[1]
     unpack = {
@@ -207,11 +209,11 @@ def opened(path: str):
             raise OSError(str(error)) from error
 
 
-def why_no_text(path: str) -> str | None:
+def file_text_problem(path: str) -> str | None:
     """Why a file is no text, to complete 'FILE is …', by its first bytes; None: it may be one."""
     try:
-        with opened(path) as (file, _):
-            begin = file.read(SNIFFED)
+        with open_decompressed(path) as (file, _):
+            begin = file.read(SNIFFED_BYTES)
     except OSError as error:
         return f'not readable: {error.strerror or error}'
-    return no_text(begin)
+    return text_problem(begin)

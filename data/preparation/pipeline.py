@@ -1,6 +1,6 @@
 """From documents to a dataset: encoded by all cores, kept as it goes, checked, then published.
 
-    documents.Source --pieces--> Encoder, in every process --tokens--> TokenWriter --> meta.json
+    DocumentSource --batches--> Encoder, in every process --tokens--> TokenWriter --> meta.json
 
 Pieces are cut without regard to the processes and written in their order, so that the files are the
 same however many take part and however often they were interrupted.
@@ -24,24 +24,25 @@ from common.console_output import write_progress
 from common.errors import UserError
 from common.files import file_lock
 from common.text_files import valid_text
-from data.preparation.advice import how_to_divide
-from data.preparation.progress import NAMED_INVALID, Progress, how_to_train, summary
-from data.preparation.sources import Invalid, Piece, Position, Source
+from data.preparation.advice import split_hint
+from data.preparation.documents import InvalidDocument
+from data.preparation.progress import NAMED_INVALID, PreparationProgress, summary, train_hint
+from data.preparation.sources import DocumentBatch, DocumentSource, SourcePosition
 from data.preparation.token_writer import TokenWriter
 from data.preparation.train_tokenizer import TOKENIZER_FILE, character_tokenizer, train_byte_pairs
-from data.preparation.unfinished import open_unfinished, tokenizer_of, write_json
-from data.preparation.workers import available_cores, in_order
-from data.token_check import check_content, remember
+from data.preparation.unfinished import load_or_make_tokenizer, open_unfinished, write_json
+from data.preparation.workers import available_cores, map_in_order
+from data.token_check import record_checksums, verify_checksums
 from data.token_files import DTYPES, FORMAT_VERSION, SPLITS, is_complete, read_meta
 from data.tokenizer import Tokenizer
 
-PIECE = 2**22  # characters encoded at once: bounds the memory that a long document takes
+CHUNK_CHARACTERS = 2**22  # characters encoded at once: bounds the memory that a long document takes
 SHARD_TOKENS = 10**9
 VAL_FRACTION = 0.1
 
 
 @dataclass(frozen=True)
-class ByHash:
+class HashSplitRule:
     """Whether a document is for validation: a share `val_fraction` of all, by their hashes alone.
 
     So no other document moves one, equal ones stay together, and a larger share only adds some.
@@ -67,20 +68,20 @@ class Encoder:
     description: dict
     folder: Path
     dtype: str
-    is_validation: ByHash | None
+    is_validation: HashSplitRule | None
     skip_invalid: bool = False
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
         return Tokenizer(self.description, self.folder)
 
-    def __call__(self, piece: Piece) -> tuple[dict, dict[str, bytes]]:
-        parts = {split: _Part(self.dtype) for split in SPLITS}
-        entry = {'position': piece.position, 'empty': 0, 'invalid': 0, 'complaints': []}
-        for record in piece.records:
+    def __call__(self, batch: DocumentBatch) -> tuple[dict, dict[str, bytes]]:
+        parts = {split: _SplitTokens(self.dtype) for split in SPLITS}
+        entry = {'position': batch.position, 'empty': 0, 'invalid': 0, 'complaints': []}
+        for document in batch.documents:
             try:
-                text = valid_text(record.text())
-            except Invalid as error:
+                text = valid_text(document.text())
+            except InvalidDocument as error:
                 if not self.skip_invalid:
                     raise UserError(
                         f'{error} Mend it, and the same command goes on: what is done so far is '
@@ -95,18 +96,18 @@ class Encoder:
                 continue
             content = text.encode()
             digest = hashlib.sha256(content)
-            ids = [self.tokenizer.encode_array(part) for part in pieces(text)]
+            ids = [self.tokenizer.encode_array(part) for part in split_text(text)]
             if self.is_validation is None:
-                parts[record.split].add(ids, len(content), digest)
+                parts[document.split].add(ids, len(content), digest)
             else:
                 split = 'val' if self.is_validation(digest.digest()) else 'train'
                 parts[split].add(ids, len(content), digest, self.tokenizer.end_of_text)
         tokens = {split: b''.join(part.tokens) for split, part in parts.items()}
-        entry['splits'] = {split: part.facts(tokens[split]) for split, part in parts.items()}
+        entry['splits'] = {split: part.split_info(tokens[split]) for split, part in parts.items()}
         return entry, tokens
 
 
-class _Part:
+class _SplitTokens:
     """What a piece gives to one split."""
 
     def __init__(self, dtype: str):
@@ -118,13 +119,13 @@ class _Part:
     def add(self, ids: list[np.ndarray], size: int, digest, end: int | None = None) -> None:
         if not self.samples:
             self.samples.append((0, sum(map(len, ids)), digest.hexdigest()))
-        self.tokens += [some.astype(self.dtype).tobytes() for some in ids]
+        self.tokens += [chunk.astype(self.dtype).tobytes() for chunk in ids]
         if end is not None:
             self.tokens.append(np.array(end, self.dtype).tobytes())
             self.documents += 1
         self.bytes += size
 
-    def facts(self, tokens: bytes) -> dict:
+    def split_info(self, tokens: bytes) -> dict:
         return {
             'token_bytes': len(tokens),
             'sha256': hashlib.sha256(tokens).hexdigest(),
@@ -135,7 +136,7 @@ class _Part:
 
 
 @dataclass(frozen=True)
-class Options:
+class PreparationOptions:
     """How a corpus is prepared.
 
     tokenizer: as in meta.json, or without what has yet to be made from the corpus: `file` (kind
@@ -153,11 +154,11 @@ class Options:
     restart: bool = False
 
     @property
-    def is_validation(self) -> ByHash | None:
-        return None if self.val_fraction is None else ByHash(self.val_fraction)
+    def is_validation(self) -> HashSplitRule | None:
+        return None if self.val_fraction is None else HashSplitRule(self.val_fraction)
 
 
-def prepare(folder: Path, source: Source, options: Options) -> None:
+def prepare(folder: Path, source: DocumentSource, options: PreparationOptions) -> None:
     """Make the dataset `folder` of the documents of `source`, or go on with it.
 
     Readers see either the old dataset, none, or the whole new one. Raises UserError for documents
@@ -176,25 +177,25 @@ def prepare(folder: Path, source: Source, options: Options) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         with file_lock(folder / 'publish.lock.tmp', f'another process writes {folder}: waiting'):
             work = folder / 'unfinished.tmp'
-            if not options.restart and _is_of(folder, settings):
+            if not options.restart and _is_prepared_from(folder, settings):
                 shutil.rmtree(work, ignore_errors=True)
                 write_progress(
                     f'{folder} is prepared from exactly this already. To do it anew: --restart\n'
-                    f'{how_to_train(folder)}'
+                    f'{train_hint(folder)}'
                 )
                 return
             open_unfinished(work, source, settings, options.restart)
-            meta = _fill(work, source, options, settings)
+            meta = _write_tokens(work, source, options, settings)
             _publish(work, folder, meta)
     except OSError as error:
         raise UserError(
             f'The dataset cannot be written to {folder}: {error}. What is done so far is kept: '
             'when the matter is mended, the same command goes on from there.'
         ) from None
-    write_progress(f'{summary(folder, meta)}\n{how_to_train(folder)}')
+    write_progress(f'{summary(folder, meta)}\n{train_hint(folder)}')
 
 
-def _is_of(folder: Path, settings: dict) -> bool:
+def _is_prepared_from(folder: Path, settings: dict) -> bool:
     """Whether `folder` holds a whole dataset of these settings."""
     try:
         meta = json.loads((folder / 'meta.json').read_bytes())
@@ -203,7 +204,7 @@ def _is_of(folder: Path, settings: dict) -> bool:
     except (OSError, ValueError, KeyError, TypeError):
         return False
     try:
-        check_content(folder, read_meta(folder)['splits'], say=write_progress)
+        verify_checksums(folder, read_meta(folder)['splits'], report=write_progress)
     except UserError:
         write_progress(f'The tokens in {folder} are not those that were prepared: made anew.')
         return False
@@ -214,10 +215,12 @@ def _fingerprint(settings: dict) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
-def _fill(work: Path, source: Source, options: Options, settings: dict) -> dict:
+def _write_tokens(
+    work: Path, source: DocumentSource, options: PreparationOptions, settings: dict
+) -> dict:
     """Write all token files into `work` and check them; the meta.json. Raises UserError."""
     workers = 1 if source.is_small else options.workers or available_cores()
-    description = _complete_tokenizer(options, source, work, workers)
+    description = _complete_description(options, source, work, workers)
     tokenizer = Tokenizer(description, work)
     if options.is_validation and tokenizer.end_of_text is None:
         raise UserError(f'The tokenizer {description} has no token for the end of a document.')
@@ -226,7 +229,7 @@ def _fill(work: Path, source: Source, options: Options, settings: dict) -> dict:
     encoder = Encoder(description, work, DTYPES[dtype], options.is_validation, options.skip_invalid)
     writer = TokenWriter(work, options.shard_tokens * width)
     _encode(source, encoder, writer, workers)
-    if problem := _too_little(source, options, writer.totals):
+    if problem := _empty_split_problem(source, options, writer.totals):
         shutil.rmtree(work)
         raise UserError(problem)
     write_progress('Reading it back ...')
@@ -236,7 +239,7 @@ def _fill(work: Path, source: Source, options: Options, settings: dict) -> dict:
         'vocab_size': tokenizer.vocab_size,
         'end_of_text': tokenizer.end_of_text if options.is_validation else None,
         'dtype': dtype,
-        'splits': _facts(writer, tokenizer, dtype, options),
+        'splits': _split_infos(writer, tokenizer, dtype, options),
         'source': source.identity(),
         'preparation': {
             'fingerprint': _fingerprint(settings),
@@ -247,15 +250,15 @@ def _fill(work: Path, source: Source, options: Options, settings: dict) -> dict:
     }
 
 
-def _encode(source: Source, encoder: Encoder, writer: TokenWriter, workers: int) -> None:
+def _encode(source: DocumentSource, encoder: Encoder, writer: TokenWriter, workers: int) -> None:
     """Encode what `writer` does not have yet, and keep what is done whatever happens."""
-    progress = Progress(source, writer.position)
-    results = in_order(encoder, source.pieces(writer.position), workers)
+    progress = PreparationProgress(source, writer.position)
+    results = map_in_order(encoder, source.batches(writer.position), workers)
     try:
         with contextlib.closing(results):
             for entry, tokens in results:
                 for complaint in entry.pop('complaints'):
-                    progress.left_out(complaint)
+                    progress.report_invalid(complaint)
                 writer.add(entry, tokens)
                 progress.show(writer)
     finally:
@@ -263,19 +266,25 @@ def _encode(source: Source, encoder: Encoder, writer: TokenWriter, workers: int)
     progress.end()
 
 
-def _complete_tokenizer(options: Options, source: Source, work: Path, workers: int) -> dict:
+def _complete_description(
+    options: PreparationOptions, source: DocumentSource, work: Path, workers: int
+) -> dict:
     """The tokenizer with what has to be made from the corpus, which is kept in `work`."""
-    tokenizer = options.tokenizer
-    if tokenizer['kind'] == 'char' and 'characters' not in tokenizer:
-        return tokenizer_of(work, lambda: {**tokenizer, **character_tokenizer(source, workers)})
-    if tokenizer['kind'] == 'bpe':
-        size, rule = tokenizer['vocab_size'], options.is_validation
-        return tokenizer_of(work, lambda: train_byte_pairs(source, size, rule, work, workers))
-    return tokenizer
+    description = options.tokenizer
+    if description['kind'] == 'char' and 'characters' not in description:
+        return load_or_make_tokenizer(
+            work, lambda: {**description, **character_tokenizer(source, workers)}
+        )
+    if description['kind'] == 'bpe':
+        size, rule = description['vocab_size'], options.is_validation
+        return load_or_make_tokenizer(
+            work, lambda: train_byte_pairs(source, size, rule, work, workers)
+        )
+    return description
 
 
-def _facts(
-    writer: TokenWriter, tokenizer: Tokenizer, dtype: str, options: Options
+def _split_infos(
+    writer: TokenWriter, tokenizer: Tokenizer, dtype: str, options: PreparationOptions
 ) -> dict[str, dict]:
     """What meta.json says of the splits, by what was read back."""
     width, splits = np.dtype(dtype).itemsize, {}
@@ -295,7 +304,9 @@ def _facts(
     return splits
 
 
-def _too_little(source: Source, options: Options, totals: dict) -> str | None:
+def _empty_split_problem(
+    source: DocumentSource, options: PreparationOptions, totals: dict
+) -> str | None:
     """What is wrong where a split has no tokens."""
     missing = [split for split in SPLITS if not totals[split]['token_bytes']]
     if not missing:
@@ -311,7 +322,7 @@ def _too_little(source: Source, options: Options, totals: dict) -> str | None:
     return (
         f'There are too few documents, {count}: none of them is left for the {missing[0]} split. '
         f'The hash of a document decides, and a share of {options.val_fraction} goes to val. '
-        f'{how_to_divide(source, options.val_fraction)}'
+        f'{split_hint(source, options.val_fraction)}'
     )
 
 
@@ -337,7 +348,7 @@ def _publish(work: Path, folder: Path, meta: dict) -> None:
         for number, shard in enumerate(meta['splits'][split]['shards']):
             os.replace(work / f'{split}_{number:05d}.bin', folder / shard['file'])
     shutil.rmtree(work)
-    remember(folder, meta['splits'])
+    record_checksums(folder, meta['splits'])
 
 
 def write_dataset(folder: Path, tokenizer: dict, texts: dict[str, str], origin: str) -> None:
@@ -345,11 +356,11 @@ def write_dataset(folder: Path, tokenizer: dict, texts: dict[str, str], origin: 
 
     No token marks where they end. Raises UserError as `prepare` does.
     """
-    options = Options(tokenizer, val_fraction=None, workers=1, restart=True)
-    prepare(folder, GivenTexts(texts, origin), options)
+    options = PreparationOptions(tokenizer, val_fraction=None, workers=1, restart=True)
+    prepare(folder, InMemorySource(texts, origin), options)
 
 
-class GivenText(NamedTuple):
+class InMemoryDocument(NamedTuple):
     """A text whose split is known."""
 
     split: str
@@ -359,7 +370,7 @@ class GivenText(NamedTuple):
         return self.content
 
 
-class GivenTexts(Source):
+class InMemorySource(DocumentSource):
     """The texts of 'train' and 'val', in pieces that encode as the whole would."""
 
     unit = 'B'
@@ -375,13 +386,13 @@ class GivenTexts(Source):
     def identity(self) -> dict:
         return {'text': self.origin, 'sha256': self.sha256}
 
-    def pieces(self, position=None):
+    def batches(self, position: SourcePosition | None = None):
         for split, text in self.texts.items():
-            for part in pieces(text):
-                yield Piece([GivenText(split, part)], Position())
+            for part in split_text(text):
+                yield DocumentBatch([InMemoryDocument(split, part)], SourcePosition())
 
 
-def pieces(text: str, size: int = PIECE) -> Iterator[str]:
+def split_text(text: str, size: int = CHUNK_CHARACTERS) -> Iterator[str]:
     """`text` in pieces of `size` characters or more, whose tokens together are those of the whole.
 
     No way of splitting text that tiktoken's encodings use joins the end of a line to a letter or

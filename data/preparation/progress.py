@@ -6,7 +6,7 @@ from pathlib import Path
 from common.console_output import write_progress
 from common.formatting import clock
 from data.dataset import DATA_ROOT
-from data.preparation.sources import Position, Source
+from data.preparation.sources import DocumentSource, SourcePosition
 from data.preparation.token_writer import TokenWriter
 from data.token_files import SPLITS
 
@@ -19,12 +19,12 @@ def summary(folder: Path, meta: dict) -> str:
         f'{folder}: {meta["tokenizer"]["kind"]} tokens, vocabulary {meta["vocab_size"]:,}, '
         f'{meta["dtype"]}; read back and checked'
     ]
-    for split, facts in meta['splits'].items():
-        documents = '' if facts['documents'] is None else f', {facts["documents"]:,} documents'
-        files = f', {len(facts["shards"])} files' * (len(facts['shards']) > 1)
+    for split, info in meta['splits'].items():
+        documents = '' if info['documents'] is None else f', {info["documents"]:,} documents'
+        files = f', {len(info["shards"])} files' * (len(info['shards']) > 1)
         lines.append(
-            f'{split}: {facts["tokens"]:,} tokens of {facts["bytes"]:,} bytes{documents}{files}, '
-            f'SHA-256 {facts["sha256"][:12]}…'
+            f'{split}: {info["tokens"]:,} tokens of {info["bytes"]:,} bytes{documents}{files}, '
+            f'SHA-256 {info["sha256"][:12]}…'
         )
     left_out = {key: meta['preparation'][key] for key in ('empty', 'invalid')}
     if any(left_out.values()):
@@ -35,17 +35,17 @@ def summary(folder: Path, meta: dict) -> str:
     return '\n'.join(lines)
 
 
-def how_to_train(folder: Path) -> str:
+def train_hint(folder: Path) -> str:
     ours = folder.resolve().parent == DATA_ROOT.resolve()
     return f'To train on it: python train.py --dataset={folder.name if ours else folder}'
 
 
-class Progress:
+class PreparationProgress:
     """A line every few seconds: how much is done, how fast, and the time left."""
 
-    def __init__(self, source: Source, position: Position | None):
+    def __init__(self, source: DocumentSource, position: SourcePosition | None):
         self.source, self.began = source, time.monotonic()
-        self.before = (position or Position()).done
+        self.before = (position or SourcePosition()).done
         self.last, self.named = self.began, 0
         if position:
             write_progress(f'Going on after {self._amount(self.before)}')
@@ -63,7 +63,7 @@ class Progress:
             line += f', {clock(left)} left'
         write_progress(line)
 
-    def left_out(self, complaint: str) -> None:
+    def report_invalid(self, complaint: str) -> None:
         """Name the first few documents that are left out."""
         self.named += 1
         if self.named <= NAMED_INVALID:

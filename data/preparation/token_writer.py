@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from common.errors import UserError
-from data.preparation.sources import Position
+from data.preparation.sources import SourcePosition
 from data.token_files import SPLITS
 from data.tokenizer import Tokenizer
 
@@ -31,7 +31,7 @@ class TokenWriter:
 
     def __init__(self, folder: Path, shard_bytes: int):
         self.folder, self.shard_bytes = folder, shard_bytes
-        self.position: Position | None = None
+        self.position: SourcePosition | None = None
         self.totals = {'empty': 0, 'invalid': 0}
         self.totals |= {s: {'token_bytes': 0, 'bytes': 0, 'documents': 0} for s in SPLITS}
         self._files = {}
@@ -53,9 +53,9 @@ class TokenWriter:
     def commit(self) -> None:
         """See to it that what was added outlives even a loss of power."""
         for _, file in self._files.values():
-            _to_disk(file)
+            _flush_to_disk(file)
         self._journal.write(''.join(self._uncommitted).encode())
-        _to_disk(self._journal)
+        _flush_to_disk(self._journal)
         self._uncommitted = []
         self._committed_at = time.monotonic()
 
@@ -81,9 +81,9 @@ class TokenWriter:
         """
         readers = {split: _HashingReader(self.shards(split)) for split in SPLITS}
         for entry in self._entries():
-            for split, facts in entry['splits'].items():
-                tokens = readers[split].read(facts['token_bytes'])
-                problem = _difference(tokens, facts, tokenizer, dtype)
+            for split, split_info in entry['splits'].items():
+                tokens = readers[split].read(split_info['token_bytes'])
+                problem = _batch_problem(tokens, split_info, tokenizer, dtype)
                 if problem:
                     raise UserError(
                         f'The {split} tokens in {self.folder} are not what was written: {problem}. '
@@ -116,7 +116,7 @@ class TokenWriter:
                     self.totals[split]['token_bytes'] = after[split]
                 kept += len(line)
         for split in SPLITS:
-            self._cut_off(split)
+            self._truncate(split)
         return kept
 
     @property
@@ -127,12 +127,12 @@ class TokenWriter:
         return self.totals[split]['token_bytes']
 
     def _count(self, entry: dict) -> None:
-        self.position = Position(*entry['position'])
+        self.position = SourcePosition(*entry['position'])
         for key in ('empty', 'invalid'):
             self.totals[key] += entry[key]
-        for split, facts in entry['splits'].items():
+        for split, split_info in entry['splits'].items():
             for key in ('bytes', 'documents'):
-                self.totals[split][key] += facts[key]
+                self.totals[split][key] += split_info[key]
 
     def _write(self, split: str, content: memoryview) -> None:
         while content:
@@ -146,7 +146,7 @@ class TokenWriter:
         opened, file = self._files.get(split, (None, None))
         if opened != number:
             if file:
-                _to_disk(file)
+                _flush_to_disk(file)
                 file.close()
             file = open(self._shard(split, number), 'ab')  # noqa: SIM115 closed by close()
             self._files[split] = number, file
@@ -165,7 +165,7 @@ class TokenWriter:
                 break
         return size
 
-    def _cut_off(self, split: str) -> None:
+    def _truncate(self, split: str) -> None:
         kept = self.shards(split)
         for path in self.folder.glob(f'{split}_*.bin'):
             if path not in kept:
@@ -174,20 +174,20 @@ class TokenWriter:
             os.truncate(kept[-1], offset)
 
 
-def read_positions(folder: Path) -> list[Position]:
-    """Where the source stood after each piece that the journal in a folder holds."""
+def read_positions(folder: Path) -> list[SourcePosition]:
+    """Where the source stood after each batch that the journal in a folder holds."""
     positions = []
     with contextlib.suppress(FileNotFoundError), open(folder / JOURNAL, 'rb') as journal:
         for line in journal:
             try:
-                positions.append(Position(*json.loads(line)['position']))
+                positions.append(SourcePosition(*json.loads(line)['position']))
             except (ValueError, KeyError, TypeError):
                 break
     return positions
 
 
-def cut_journal(folder: Path, count: int) -> None:
-    """Keep only the first `count` pieces; opening the writer cuts off their tokens."""
+def truncate_journal(folder: Path, count: int) -> None:
+    """Keep only the first `count` batches; opening the writer cuts off their tokens."""
     with contextlib.suppress(FileNotFoundError), open(folder / JOURNAL, 'r+b') as journal:
         for _ in range(count):
             journal.readline()
@@ -195,7 +195,7 @@ def cut_journal(folder: Path, count: int) -> None:
 
 
 class _HashingReader:
-    """Files read as one, with SHA-256 of each and of the whole."""
+    """FileSource read as one, with SHA-256 of each and of the whole."""
 
     def __init__(self, paths: list[Path]):
         self.paths = paths
@@ -235,21 +235,21 @@ class _HashingReader:
         self._file = open(self.paths[self._number], 'rb')  # noqa: SIM115 closed here or at the end
 
 
-def _difference(tokens: bytes, facts: dict, tokenizer: Tokenizer, dtype: str) -> str | None:
-    """What is wrong with the tokens of one piece, whose `facts` the journal has."""
-    if hashlib.sha256(tokens).hexdigest() != facts['sha256']:
+def _batch_problem(tokens: bytes, split_info: dict, tokenizer: Tokenizer, dtype: str) -> str | None:
+    """What is wrong with the tokens of one batch, whose `split_info` the journal has."""
+    if hashlib.sha256(tokens).hexdigest() != split_info['sha256']:
         return 'their SHA-256 differs'
     ids = np.frombuffer(tokens, dtype)
     ends = 0 if tokenizer.end_of_text is None else np.count_nonzero(ids == tokenizer.end_of_text)
-    if ends != facts['documents']:
-        return f'{facts["documents"]} documents have {ends} end-of-text tokens'
-    for start, count, digest in facts['samples']:
+    if ends != split_info['documents']:
+        return f'{split_info["documents"]} documents have {ends} end-of-text tokens'
+    for start, count, digest in split_info['samples']:
         text = tokenizer.decode(ids[start : start + count])
         if hashlib.sha256(text.encode()).hexdigest() != digest:
             return f'a document does not decode to its text: {text[:60]!r}'
     return None
 
 
-def _to_disk(file) -> None:
+def _flush_to_disk(file) -> None:
     file.flush()
     os.fsync(file.fileno())

@@ -10,8 +10,9 @@ from common.console_output import write_progress
 from common.errors import UserError
 from common.packages import optional_package
 from common.text_files import valid_text
-from data.preparation.sources import Invalid, Piece, Source
-from data.preparation.workers import in_order
+from data.preparation.documents import InvalidDocument
+from data.preparation.sources import DocumentBatch, DocumentSource
+from data.preparation.workers import map_in_order
 from data.tokenizer import END_OF_TEXT
 
 TRAINING_BYTES = 2**27  # of text; more changes the most frequent pairs little and takes memory
@@ -19,29 +20,29 @@ TOKENIZER_FILE = 'tokenizer.json'
 SMALLEST_BPE = 257  # the bytes and the end of text
 
 
-def texts_of(piece: Piece) -> Iterator[str]:
-    """The documents of a piece without those that cannot be used."""
-    for record in piece.records:
+def valid_texts(batch: DocumentBatch) -> Iterator[str]:
+    """The documents of a batch without those that cannot be used."""
+    for document in batch.documents:
         try:
-            yield valid_text(record.text())
-        except Invalid:
+            yield valid_text(document.text())
+        except InvalidDocument:
             continue
 
 
-def characters(piece: Piece) -> set[str]:
-    """The characters of a piece."""
-    return set().union(*texts_of(piece))
+def characters_in(batch: DocumentBatch) -> set[str]:
+    """The characters of a batch."""
+    return set().union(*valid_texts(batch))
 
 
 @dataclass(frozen=True)
 class TrainingSample:
-    """Of a piece's documents those for training, and of them the share `fraction`, by hash."""
+    """Of a batch's documents those for training, and of them the share `fraction`, by hash."""
 
     is_validation: Callable[[bytes], bool]
     fraction: float
 
-    def __call__(self, piece: Piece) -> list[str]:
-        return [text for text in texts_of(piece) if self._takes(text)]
+    def __call__(self, batch: DocumentBatch) -> list[str]:
+        return [text for text in valid_texts(batch) if self._takes(text)]
 
     def _takes(self, text: str) -> bool:
         digest = hashlib.sha256(text.encode()).digest()
@@ -49,17 +50,17 @@ class TrainingSample:
         return share < self.fraction and not self.is_validation(digest)
 
 
-def character_tokenizer(source: Source, workers: int) -> dict:
+def character_tokenizer(source: DocumentSource, workers: int) -> dict:
     """Every character of the corpus, in the order of their code points."""
     write_progress('Collecting the characters ...')
-    found = set()
-    for some in in_order(characters, source.pieces(), workers):
-        found |= some
-    return {'kind': 'char', 'characters': sorted(found)}
+    characters = set()
+    for batch_characters in map_in_order(characters_in, source.batches(), workers):
+        characters |= batch_characters
+    return {'kind': 'char', 'characters': sorted(characters)}
 
 
 def train_byte_pairs(
-    source: Source,
+    source: DocumentSource,
     vocab_size: int,
     is_validation: Callable[[bytes], bool],
     folder: Path,
@@ -75,7 +76,7 @@ def train_byte_pairs(
     fraction = min(1.0, TRAINING_BYTES / known) if known else 1.0
     share = 'the' if fraction == 1 else f'{fraction:.1%} of the'
     write_progress(f'Training {vocab_size:,} byte pairs on {share} training documents ...')
-    sample = in_order(TrainingSample(is_validation, fraction), source.pieces(), workers)
+    sample = map_in_order(TrainingSample(is_validation, fraction), source.batches(), workers)
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
@@ -84,7 +85,7 @@ def train_byte_pairs(
         initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_first(sample, TRAINING_BYTES), trainer)
+    tokenizer.train_from_iterator(_take_characters(sample, TRAINING_BYTES), trainer)
     tokenizer.add_special_tokens([END_OF_TEXT])
     content = json.dumps(json.loads(tokenizer.to_str()), ensure_ascii=False, indent=1).encode()
     try:
@@ -95,7 +96,7 @@ def train_byte_pairs(
     return {'kind': 'bpe', 'file': TOKENIZER_FILE, 'sha256': digest}
 
 
-def _first(lists: Iterator[list[str]], size: int) -> Iterator[str]:
+def _take_characters(lists: Iterator[list[str]], size: int) -> Iterator[str]:
     for texts in lists:
         for text in texts:
             yield text

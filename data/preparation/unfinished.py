@@ -14,15 +14,15 @@ from pathlib import Path
 from common.console_output import write_progress
 from common.errors import UserError
 from common.files import replace_file
-from data.preparation.sources import Source
-from data.preparation.token_writer import cut_journal, read_positions
+from data.preparation.sources import DocumentSource
+from data.preparation.token_writer import read_positions, truncate_journal
 
 SETTINGS, FILES, TOKENIZER = 'settings.json', 'files.json', 'made_tokenizer.json'
 FORMER_TOKENIZER = 'former_tokenizer.json'  # made of the files as they were before
 CONTENT = ('files', 'bytes', 'listing')  # what a source says of its files
 
 
-def open_unfinished(work: Path, source: Source, settings: dict, restart: bool) -> None:
+def open_unfinished(work: Path, source: DocumentSource, settings: dict, restart: bool) -> None:
     """See to it that `work` is a folder of these settings, with what of its work holds.
 
     Raises UserError if it holds work of other settings.
@@ -43,7 +43,7 @@ def open_unfinished(work: Path, source: Source, settings: dict, restart: bool) -
         return
     else:
         kept = source.unchanged(_read(work / FILES) or [], positions)
-        cut_journal(work, kept)
+        truncate_journal(work, kept)
         write_progress(
             f'The files have changed since. Of {len(positions):,} pieces that were done, '
             f'{kept:,} come before the change and are kept.'
@@ -54,7 +54,7 @@ def open_unfinished(work: Path, source: Source, settings: dict, restart: bool) -
     write_json(work / SETTINGS, settings)
 
 
-def tokenizer_of(work: Path, make) -> dict:
+def load_or_make_tokenizer(work: Path, make) -> dict:
     """The tokenizer that is made of the corpus by `make()`, or that was before.
 
     Where the files have changed and with them the tokenizer, no token of before holds.
@@ -64,7 +64,7 @@ def tokenizer_of(work: Path, make) -> dict:
     tokenizer, former = make(), _read(work / FORMER_TOKENIZER)
     if former not in (None, tokenizer):
         write_progress('The tokenizer that is made of the files has changed too: all is done anew.')
-        cut_journal(work, 0)
+        truncate_journal(work, 0)
     write_json(work / TOKENIZER, tokenizer)
     (work / FORMER_TOKENIZER).unlink(missing_ok=True)
     return tokenizer

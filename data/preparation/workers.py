@@ -12,12 +12,12 @@ from multiprocessing import connection
 
 from common.errors import UserError
 
-AHEAD = 2  # items under way for each process: none waits, and memory stays small
+ITEMS_AHEAD = 2  # items under way for each process: none waits, and memory stays small
 
 _task: Callable
 
 
-def in_order(task: Callable, items: Iterable, workers: int) -> Iterator:
+def map_in_order(task: Callable, items: Iterable, workers: int) -> Iterator:
     """`task(item)` for each item, in order, by so many processes; 1: by this one.
 
     However many items there are, only a few are in memory. `task` is sent to each process once.
@@ -28,15 +28,15 @@ def in_order(task: Callable, items: Iterable, workers: int) -> Iterator:
         return
     # spawn: a fork would copy the threads' locks of packages that read Parquet or the network.
     context = multiprocessing.get_context('spawn')
-    pool = ProcessPoolExecutor(workers, context, _begin, [task])
-    under_way = deque()
+    pool = ProcessPoolExecutor(workers, context, _start_worker, [task])
+    futures = deque()
     try:
         for item in items:
-            under_way.append(pool.submit(_do, item))
-            if len(under_way) > AHEAD * workers:
-                yield under_way.popleft().result()
-        while under_way:
-            yield under_way.popleft().result()
+            futures.append(pool.submit(_run_task, item))
+            if len(futures) > ITEMS_AHEAD * workers:
+                yield futures.popleft().result()
+        while futures:
+            yield futures.popleft().result()
     except BrokenProcessPool:
         raise UserError(
             'A process of the preparation was ended from outside, perhaps because memory ran out. '
@@ -54,7 +54,7 @@ def available_cores() -> int:
     return os.cpu_count() or 1
 
 
-def _begin(task: Callable) -> None:
+def _start_worker(task: Callable) -> None:
     global _task
     _task = task
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process is told, and ends the others
@@ -66,5 +66,5 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _do(item):
+def _run_task(item):
     return _task(item)

@@ -16,7 +16,7 @@ from common.errors import UserError
 from common.text_files import decode, parse_json, read_lines, read_text, valid_text
 from data.dataset import load_dataset
 from data.preparation import shakespeare
-from data.preparation.sources import Files
+from data.preparation.sources import FileSource
 
 MARK = codecs.BOM_UTF8
 
@@ -81,8 +81,8 @@ def test_every_command_reads_through_it(tmp_path, tiny_dataset):
     assert shakespeare.read_source(with_mark(b'hello'))[0] == 'hello'
     for name, content in (('a.txt', b'hello'), ('a.jsonl', b'{"text": "hello"}\n')):
         (tmp_path / name).write_bytes(MARK + content)
-        (piece,) = Files([str(tmp_path / name)], 'text', 2**20).pieces()
-        assert [record.text() for record in piece.records] == ['hello']
+        (batch,) = FileSource([str(tmp_path / name)], 'text', 2**20).batches()
+        assert [record.text() for record in batch.documents] == ['hello']
     meta = (tiny_dataset / 'meta.json').read_bytes()
     for name in ('train.bin', 'val.bin'):
         (tmp_path / name).write_bytes((tiny_dataset / name).read_bytes())
@@ -94,8 +94,8 @@ def test_separators_within_a_line_do_not_end_it(tmp_path):
     text = 'a\u2028b\x85c\x0cd\x1ee'
     line = json.dumps({'text': text}, ensure_ascii=False)
     (tmp_path / 'a.jsonl').write_text(f'{line}\r\n{line}\n', encoding='utf-8', newline='')
-    (piece,) = Files([str(tmp_path / 'a.jsonl')], 'text', 2**20).pieces()
-    assert [record.text() for record in piece.records] == [text, text]
+    (batch,) = FileSource([str(tmp_path / 'a.jsonl')], 'text', 2**20).batches()
+    assert [record.text() for record in batch.documents] == [text, text]
 
 
 def test_what_reads_input_has_no_way_of_its_own():

@@ -19,7 +19,7 @@ import evaluate
 from common.errors import UserError
 from data import prepare
 from data.dataset import load_dataset
-from data.preparation.workers import in_order
+from data.preparation.workers import map_in_order
 from data.tokenizer import Tokenizer
 
 TEXTS = [f'Document number {i} of a small corpus, {"and so on " * (i % 5)}' for i in range(60)]
@@ -100,7 +100,7 @@ def test_restart(tmp_path, capsys):
     shutil.copytree(tmp_path / 'mine', tmp_path / 'other')
     (tmp_path / 'b.jsonl').write_text(lines_of(TEXTS[:40]) + '{\n')
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr('data.preparation.sources.PIECE_BYTES', 500)
+        patch.setattr('data.preparation.sources.BATCH_BYTES', 500)
         error_of('b.jsonl', '--out=other')
     assert not work.exists()
     advised = option(error_of('a.jsonl', '--out=other', '--val_fraction=0.3'), 'restart')
@@ -121,7 +121,7 @@ def test_fewer_processes(tmp_path):
 
     (tmp_path / 'a.jsonl').write_text(lines_of(TEXTS))
     with pytest.raises(UserError) as error:
-        list(in_order(os._exit, [1, 1], 2))
+        list(map_in_order(os._exit, [1, 1], 2))
     run('a.jsonl', '--out=mine', option(str(error.value), 'workers'))
 
 
@@ -204,7 +204,7 @@ def test_a_dataset_that_was_changed_is_prepared_again_by_the_same_command(tmp_pa
     run('a.jsonl', '--out=mine')
     before = (tmp_path / 'mine' / 'val.bin').read_bytes()
     np.zeros(len(before) // 2, '<u2').tofile(tmp_path / 'mine' / 'val.bin')
-    message = error_of(call=load_dataset('mine', 8).check_content)
+    message = error_of(call=load_dataset('mine', 8).verify_checksums)
     assert 'the command that made it' in message
     run('a.jsonl', '--out=mine')
     assert 'made anew' in capsys.readouterr().out

@@ -15,7 +15,7 @@ from helpers.project import PROJECT
 
 from common.errors import UserError
 from data import dataset
-from data.dataset import digest, is_prepared, load_dataset, prepare_if_missing
+from data.dataset import batch_digest, is_prepared, load_dataset, prepare_if_missing
 from data.order import ORDERS
 
 
@@ -160,7 +160,7 @@ def test_shards_read_as_the_single_file(tmp_path, sizes, dtype):
         map(np.array_equal, *(data.batch(data.order('epoch', 7), 40, 50) for data in (one, many)))
     )
     assert np.array_equal(many.splits['train'].read(0, 1000), np.arange(1000))
-    assert np.array_equal(np.concatenate([*many.splits['train'].pieces(333)]), np.arange(1000))
+    assert np.array_equal(np.concatenate([*many.splits['train'].chunks(333)]), np.arange(1000))
 
 
 def test_the_hash_of_shards_is_that_of_all_tokens_in_order(tmp_path):
@@ -499,13 +499,13 @@ def test_neither_torch_nor_a_tokenizer_is_imported():
 def test_the_digest_of_parts_adds_up_and_knows_order_and_content():
     draw = np.random.default_rng(0)
     tokens = draw.integers(0, 60000, (12, 33))
-    whole = digest(40, tokens)
+    whole = batch_digest(40, tokens)
     parts = [(40, tokens[:5]), (45, tokens[5:6]), (46, tokens[6:])]
     draw.shuffle(parts)
-    assert sum(digest(first, part) for first, part in parts) % 2**64 == whole
+    assert sum(batch_digest(first, part) for first, part in parts) % 2**64 == whole
     changed = tokens.copy()
     changed[7, 3] += 1
     swapped = tokens.copy()
     swapped[7, [3, 4]] = swapped[7, [4, 3]]
-    others = [digest(41, tokens), digest(40, tokens[::-1]), digest(40, changed)]
-    assert len({whole, digest(40, swapped), *others}) == 5
+    others = [batch_digest(41, tokens), batch_digest(40, tokens[::-1]), batch_digest(40, changed)]
+    assert len({whole, batch_digest(40, swapped), *others}) == 5

@@ -11,7 +11,7 @@ from common.errors import UserError
 from data import import_tokens
 from data.dataset import load_dataset
 from data.token_files import SPLITS
-from data.token_formats import Ids, recognize
+from data.token_formats import IdFormat, recognize_format
 
 TEXT = 'The quick brown fox jumps over a lazy dog, and 17 other animals — naïvely — again.\n' * 60
 rng = np.random.default_rng(0)
@@ -60,14 +60,14 @@ def test_format_is_recognized_by_content(tmp_path, text_ids, corpus):
     ids, path = CORPORA.get(corpus, text_ids), tmp_path / 'train.bin'
     for dtype, name in FORMS.items():
         path.write_bytes(ids.astype(dtype).tobytes())
-        assert str(recognize(path)) == name, dtype
+        assert str(recognize_format(path)) == name, dtype
     if corpus == 'wide':
         return
     path.write_bytes(ids.astype('<u2').tobytes())
-    assert recognize(path) == Ids()
+    assert recognize_format(path) == IdFormat()
     if corpus != 'uniform':  # of random ids both bytes look alike
         path.write_bytes(ids.astype('>u2').tobytes())
-        assert recognize(path) == Ids('uint16', big_endian=True)
+        assert recognize_format(path) == IdFormat('uint16', big_endian=True)
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def test_format_is_recognized_by_content(tmp_path, text_ids, corpus):
 )
 def test_uint16_is_recognized(tmp_path, ids):
     (tmp_path / 'train.bin').write_bytes(ids.astype('<u2').tobytes())
-    assert recognize(tmp_path / 'train.bin') == Ids()
+    assert recognize_format(tmp_path / 'train.bin') == IdFormat()
 
 
 def test_large_file_is_recognized_by_samples(tmp_path, text_ids):
@@ -84,7 +84,7 @@ def test_large_file_is_recognized_by_samples(tmp_path, text_ids):
     ids = np.tile(text_ids, 400)
     for dtype, name in {**FORMS, '<u2': 'uint16'}.items():
         path.write_bytes(ids.astype(dtype).tobytes())
-        assert str(recognize(path)) == name
+        assert str(recognize_format(path)) == name
 
 
 def contents(tmp_path, text_ids):
@@ -126,7 +126,7 @@ def test_misread_files_are_refused_with_a_working_command(tmp_path, text_ids, na
     import_tokens.main(shlex.split(command))
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
     data = load_dataset(f'{folder}-ids', 8)
-    data.check_content(full=True)
+    data.verify_checksums(full=True)
     ids = {'wide': CORPORA['wide'], 'llama': CORPORA['wide'], 'half': CORPORA['characters']}
     raw = np.frombuffer(content, np.uint8)
     expected = ids.get(name, raw if name in ('bytes', 'odd') else text_ids)
@@ -200,11 +200,11 @@ def test_changed_dataset_is_imported_with_its_tokenizer(tmp_path, tiny_dataset):
         (tmp_path / f'{split}.bin').write_bytes(content)
     (tmp_path / 'meta.json').write_text(json.dumps(meta))
     with pytest.raises(UserError) as error:
-        load_dataset(tmp_path, 8).check_content()
+        load_dataset(tmp_path, 8).verify_checksums()
     (command,) = re.findall(r'python data/import_tokens\.py (.*)', str(error.value))
     import_tokens.main(shlex.split(command))
     data = load_dataset(f'{tmp_path}-ids', 8)
-    data.check_content(full=True)
+    data.verify_checksums(full=True)
     assert data.tokenizer == meta['tokenizer'] and data.bytes_per_token('val') is None
     assert data.splits['val'].read(0, 9).astype('u1').tobytes() == content[:9]
 

@@ -53,9 +53,9 @@ def shown(folder, capsys):
     return run
 
 
-@pytest.mark.parametrize('piece', [1, 7, 64, 2**20])
-def test_documents_and_their_lengths_are_those_that_were_written(shown, monkeypatch, piece):
-    monkeypatch.setattr(inspect_tokens, 'PIECE', piece)
+@pytest.mark.parametrize('chunk', [1, 7, 64, 2**20])
+def test_documents_and_their_lengths_are_those_that_were_written(shown, monkeypatch, chunk):
+    monkeypatch.setattr(inspect_tokens, 'CHUNK', chunk)
     text = ' '.join(shown('--split=train').split())
     lengths = [len(text.encode()) for text in DOCUMENTS]
     assert f'documents: {len(DOCUMENTS)} ' in text
@@ -82,9 +82,9 @@ def test_the_files_and_the_bytes_of_a_token(shown):
     assert 'val: 14 tokens of 11 bytes' in text and 'documents: 3' in text
 
 
-@pytest.mark.parametrize('piece', [1, 7, 2**20])
-def test_every_document_is_found(shown, monkeypatch, piece):
-    monkeypatch.setattr(inspect_tokens, 'PIECE', piece)
+@pytest.mark.parametrize('chunk', [1, 7, 2**20])
+def test_every_document_is_found(shown, monkeypatch, chunk):
+    monkeypatch.setattr(inspect_tokens, 'CHUNK', chunk)
     for number, document in enumerate(DOCUMENTS):
         title, _, text = shown(f'--document={number}', '--length=1000').partition(':\n\n')
         assert f'document {number}: {len(document.encode())} tokens' in title
@@ -147,8 +147,8 @@ def test_a_dataset_without_ends_has_no_documents(tiny_dataset, capsys):
 
 
 def test_memory_does_not_grow_with_the_file(folder, monkeypatch):
-    monkeypatch.setattr(inspect_tokens, 'PIECE', 2**14)
-    monkeypatch.setattr(inspect_tokens.Lengths, 'SHORT', 2**10)
+    monkeypatch.setattr(inspect_tokens, 'CHUNK', 2**14)
+    monkeypatch.setattr(inspect_tokens.LengthCounts, 'SHORT', 2**10)
     tokens = np.full(2_000_000, 65, '<u2')
     tokens[99::100] = END
     tokens.tofile(folder / 'val_00000.bin')
@@ -157,7 +157,7 @@ def test_memory_does_not_grow_with_the_file(folder, monkeypatch):
     (folder / 'meta.json').write_text(json.dumps(meta))
     data = load_dataset(folder, 1)
     tracemalloc.start()
-    text = '\n'.join(inspect_tokens.documents_of(data, 'val'))
+    text = '\n'.join(inspect_tokens.document_lines(data, 'val'))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert 'documents: 20,000' in text and 'least 99, median 99, mean 99.0, most 99' in text

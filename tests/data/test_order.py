@@ -11,7 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from data.order import CHUNK, ORDERS, EpochOrder, RandomOrder, permuted, splitmix64, unpermuted
+from data.order import (
+    CHUNK,
+    ORDERS,
+    EpochOrder,
+    RandomOrder,
+    shuffle_index,
+    splitmix64,
+    unshuffle_index,
+)
 
 # (tokens, block_size): one window and no token more, nearly two, one token left over, primes, …
 SIZES = [
@@ -180,25 +188,29 @@ def test_every_cut_comes_up_as_often_as_any():
 )
 def test_a_permutation_has_an_inverse(size, key, data):
     chosen = data.draw(st.lists(st.integers(0, size - 1), min_size=1, max_size=20, unique=True))
-    places, keys = np.array(chosen, np.uint64), np.full(len(chosen), key, np.uint64)
-    images = permuted(places, keys, size)
+    indices, keys = np.array(chosen, np.uint64), np.full(len(chosen), key, np.uint64)
+    images = shuffle_index(indices, keys, size)
     assert len(set(images.tolist())) == len(chosen) and int(images.max()) < size
-    assert unpermuted(images, keys, size).tolist() == chosen
-    assert permuted(unpermuted(places, keys, size), keys, size).tolist() == chosen
-    assert places.tolist() == chosen
+    assert unshuffle_index(images, keys, size).tolist() == chosen
+    assert shuffle_index(unshuffle_index(indices, keys, size), keys, size).tolist() == chosen
+    assert indices.tolist() == chosen
 
 
 @pytest.mark.parametrize('size', [2, 3, 4, 5])
 def test_every_permutation_comes_up_as_often_as_any(size):
     keys = splitmix64(11, np.arange(24_000))
-    images = [permuted(np.full(len(keys), place, np.uint64), keys, size) for place in range(size)]
+    images = [
+        shuffle_index(np.full(len(keys), place, np.uint64), keys, size) for place in range(size)
+    ]
     counts = Counter(zip(*(image.tolist() for image in images)))
     assert len(counts) == math.factorial(size)
     assert stats.chisquare(list(counts.values())).pvalue > 1e-3
 
 
 def test_neighbours_are_taken_far_apart():
-    images = permuted(np.arange(20_000, dtype=np.uint64), np.full(20_000, 7, np.uint64), 20_000)
+    images = shuffle_index(
+        np.arange(20_000, dtype=np.uint64), np.full(20_000, 7, np.uint64), 20_000
+    )
     images = images.astype(np.int64)
     assert stats.kendalltau(np.arange(5000), images[:5000]).pvalue > 1e-3
     assert stats.kendalltau(images[:5000], images[1:5001]).pvalue > 1e-3

@@ -9,7 +9,7 @@ import pytest
 
 from common.errors import UserError
 from data.dataset import load_dataset
-from data.preparation.pipeline import pieces, write_dataset
+from data.preparation.pipeline import split_text, write_dataset
 from data.token_files import is_complete
 from data.tokenizer import Tokenizer
 
@@ -75,7 +75,7 @@ def test_unwritable_folder_is_one_error(tmp_path):
 def test_chunks_have_the_tokens_of_the_whole(gpt2_tokenizer, size):
     # All texts of six of these characters: every way in which spaces and line ends can meet.
     for text in map(''.join, itertools.product('a9 \n\x85', repeat=6)):
-        parts = list(pieces(text, size))
+        parts = list(split_text(text, size))
         assert ''.join(parts) == text
         assert [i for part in parts for i in gpt2_tokenizer.encode(part)] == gpt2_tokenizer.encode(
             text
@@ -83,4 +83,4 @@ def test_chunks_have_the_tokens_of_the_whole(gpt2_tokenizer, size):
 
 
 def test_chunk_size():
-    assert [len(part) for part in pieces('abc\n' * 10, 8)] == [8] * 5
+    assert [len(part) for part in split_text('abc\n' * 10, 8)] == [8] * 5

@@ -24,8 +24,8 @@ from common.errors import UserError
 from data import prepare
 from data.dataset import load_dataset
 from data.preparation import pipeline, sources, token_writer, train_tokenizer
-from data.preparation.pipeline import ByHash
-from data.preparation.workers import in_order
+from data.preparation.pipeline import HashSplitRule
+from data.preparation.workers import map_in_order
 from data.token_files import SPLITS
 from data.tokenizer import Tokenizer
 
@@ -49,7 +49,7 @@ TEXTS = [' '.join(choose(WORDS) for _ in range(choose(range(1, 90)))) + f' {i}' 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch):
     """Some thirty pieces, and a journal line at once for each."""
-    monkeypatch.setattr(sources, 'PIECE_BYTES', 3000)
+    monkeypatch.setattr(sources, 'BATCH_BYTES', 3000)
     monkeypatch.setattr(token_writer, 'COMMIT_SECONDS', 0)
 
 
@@ -121,7 +121,7 @@ def test_every_document_is_there_once_and_its_hash_tells_its_split(corpus, tmp_p
 @settings(max_examples=50, deadline=None)
 def test_no_other_document_moves_one(few, more, fraction, larger):
     def validation(texts, share):
-        rule = ByHash(share)
+        rule = HashSplitRule(share)
         return {text for text in texts if rule(hashlib.sha256(text.encode('utf-8')).digest())}
 
     kept = validation(few, fraction)
@@ -263,8 +263,9 @@ def test_progress_tells_the_time_left(corpus, tmp_path, monkeypatch, capsys):
 
 KILLED = """
 import os, signal, sys
-from data import documents, prepare, token_writer
-documents.PIECE_BYTES, token_writer.COMMIT_SECONDS = 3000, 0
+from data import prepare
+from data.preparation import sources, token_writer
+sources.BATCH_BYTES, token_writer.COMMIT_SECONDS = 3000, 0
 name, count = sys.argv.pop(1).split(':')
 real, calls = getattr(os, name), []
 
@@ -332,10 +333,11 @@ def test_work_done_before_an_end_is_not_done_again(corpus, tmp_path, capsys, mon
 
 SLOW = """
 import sys, time
-from data import documents, prepare, token_writer
+from data import prepare
+from data.preparation import sources, token_writer
 
 if __name__ == '__main__':
-    documents.PIECE_BYTES, token_writer.COMMIT_SECONDS = 3000, 0
+    sources.BATCH_BYTES, token_writer.COMMIT_SECONDS = 3000, 0
     real = token_writer.TokenWriter.add
     token_writer.TokenWriter.add = lambda *a: (time.sleep(0.05), real(*a))
     prepare.main(['--workers=2', *sys.argv[1:]])
@@ -437,7 +439,7 @@ def test_a_full_disk_keeps_what_is_done(corpus, tmp_path):
 
 def test_a_lost_process_is_one_error():
     with pytest.raises(UserError, match=r'ended from outside.*goes on.*--workers=1'):
-        list(in_order(os._exit, [1, 1], 2))
+        list(map_in_order(os._exit, [1, 1], 2))
 
 
 # --- mistakes -------------------------------------------------------------------------------------

@@ -18,9 +18,10 @@ from pyarrow import parquet
 
 from common import text_files
 from common.errors import UserError
-from data.preparation import corpus_files, sources
+from data.preparation import corpus_files, file_readers, sources
 from data.preparation.corpus_files import find_files
-from data.preparation.sources import Files, HuggingFace, Invalid, Position
+from data.preparation.documents import InvalidDocument
+from data.preparation.sources import FileSource, HuggingFaceSource, SourcePosition
 
 TEXTS = [f'Document {i} — naïve\n' * (1 + i % 7) for i in range(60)]
 
@@ -48,45 +49,45 @@ def corpus(tmp_path_factory):
 
 
 def files(*names, field='text', cut=2**24, max_documents=None):
-    return Files(list(map(str, names)), field, cut, max_documents)
+    return FileSource(list(map(str, names)), field, cut, max_documents)
 
 
-def texts_of(source, position=None):
-    return [record.text() for piece in source.pieces(position) for record in piece.records]
+def valid_texts(source, position=None):
+    return [document.text() for batch in source.batches(position) for document in batch.documents]
 
 
 def through_json(position):
-    return Position(*json.loads(json.dumps(position)))
+    return SourcePosition(*json.loads(json.dumps(position)))
 
 
 def test_every_kind_of_file_gives_its_documents_in_order(corpus):
     source = files(corpus)
-    assert texts_of(source) == TEXTS
+    assert valid_texts(source) == TEXTS
     assert source.total == sum(os.path.getsize(path) for path in source.paths)
     assert len(source.paths) == 5
 
 
 @pytest.mark.parametrize('size', [1, 300, 2000])
 def test_a_source_goes_on_from_any_position(corpus, monkeypatch, size):
-    monkeypatch.setattr(sources, 'PIECE_BYTES', size)
-    monkeypatch.setattr(sources, 'ROWS', 4)
-    pieces = list(files(corpus).pieces())
-    done = [piece.position.done for piece in pieces]
+    monkeypatch.setattr(sources, 'BATCH_BYTES', size)
+    monkeypatch.setattr(file_readers, 'ROWS', 4)
+    batches = list(files(corpus).batches())
+    done = [batch.position.done for batch in batches]
     assert done == sorted(done) and done[-1] == files(corpus).total
     given_so_far = 0
-    for number, piece in enumerate(pieces):
-        given_so_far += len(piece.records)
-        assert piece.position.given == given_so_far
-        assert list(files(corpus).pieces(through_json(piece.position))) == pieces[number + 1 :]
+    for number, batch in enumerate(batches):
+        given_so_far += len(batch.documents)
+        assert batch.position.given == given_so_far
+        assert list(files(corpus).batches(through_json(batch.position))) == batches[number + 1 :]
 
 
 @pytest.mark.parametrize('limit', [1, 25, 59, 60, 61])
 def test_only_the_first_documents(corpus, monkeypatch, limit):
-    monkeypatch.setattr(sources, 'PIECE_BYTES', 300)
+    monkeypatch.setattr(sources, 'BATCH_BYTES', 300)
     source = files(corpus, max_documents=limit)
-    assert texts_of(source) == TEXTS[:limit]
-    pieces = list(source.pieces())
-    assert texts_of(source, pieces[-1].position) == []
+    assert valid_texts(source) == TEXTS[:limit]
+    batches = list(source.batches())
+    assert valid_texts(source, batches[-1].position) == []
 
 
 @settings(max_examples=200, deadline=None)
@@ -94,25 +95,27 @@ def test_only_the_first_documents(corpus, monkeypatch, limit):
 def test_long_texts_are_cut_into_documents_that_join_to_the_whole(tmp_path_factory, text, size):
     path = tmp_path_factory.getbasetemp() / f'cut_{os.getpid()}.txt'
     path.write_bytes(text.encode())
-    records = [record for piece in files(path, cut=size).pieces() for record in piece.records]
-    parts = [record.text() for record in records]
+    documents = [
+        document for batch in files(path, cut=size).batches() for document in batch.documents
+    ]
+    parts = [document.text() for document in documents]
     assert ''.join(parts) == text
     sizes = [len(part.encode()) for part in parts]
     assert all(size - 3 <= part <= 2 * size for part in sizes[:-1])
     assert not sizes or sizes[-1] <= 2 * size
-    assert [record.place for record in records] == (
+    assert [document.place for document in documents] == (
         [str(path)] if len(parts) == 1 else [f'{path}, part {i + 1}' for i in range(len(parts))]
     )
 
 
 def test_texts_are_cut_at_blank_lines_where_there_are_some(tmp_path):
     (tmp_path / 'a.txt').write_text(''.join(f'line {i}\nline\n\n' for i in range(100)))
-    parts = texts_of(files(tmp_path, cut=100))
+    parts = valid_texts(files(tmp_path, cut=100))
     assert len(parts) > 5 and all(part.endswith('line\n\n') for part in parts)
-    assert len(texts_of(files(tmp_path, cut=100_000))) == 1
+    assert len(valid_texts(files(tmp_path, cut=100_000))) == 1
     (tmp_path / 'a.txt').write_bytes(b'\x80' * 1000)
-    with pytest.raises(Invalid, match='part 1 is no UTF-8'):
-        texts_of(files(tmp_path, cut=100))
+    with pytest.raises(InvalidDocument, match='part 1 is no UTF-8'):
+        valid_texts(files(tmp_path, cut=100))
 
 
 ROWS = {
@@ -130,9 +133,9 @@ ROWS = {
 def test_a_bad_line_is_named_with_file_and_number(tmp_path, says):
     path = tmp_path / 'rows.jsonl'
     path.write_bytes(ROWS[says])
-    first, second = (record for piece in files(path).pieces() for record in piece.records)
+    first, second = (document for batch in files(path).batches() for document in batch.documents)
     assert first.text() == 'a'
-    with pytest.raises(Invalid, match=rf'rows\.jsonl, line 2.*{says}'):
+    with pytest.raises(InvalidDocument, match=rf'rows\.jsonl, line 2.*{says}'):
         second.text()
 
 
@@ -164,26 +167,28 @@ def test_a_damaged_file_is_named_and_the_next_is_read(tmp_path, kind, says):
     path = damaged(tmp_path, kind)
     (tmp_path / 'next.txt').write_text('fine')
     source = files(path, tmp_path / 'next.txt')
-    *_, bad, last = (record for piece in source.pieces() for record in piece.records)
-    with pytest.raises(Invalid, match=rf'damaged\.{kind}.*{says}'):
+    *_, bad, last = (document for batch in source.batches() for document in batch.documents)
+    with pytest.raises(InvalidDocument, match=rf'damaged\.{kind}.*{says}'):
         bad.text()
     assert last.text() == 'fine'
 
 
 def test_a_line_without_end_is_not_taken_into_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, 'LINE_LIMIT', 1000)
+    monkeypatch.setattr(file_readers, 'LINE_LIMIT', 1000)
     (tmp_path / 'a.jsonl').write_bytes(lines_of(TEXTS[:3]).encode() + b'x' * 5000)
-    *good, bad = (record for piece in files(tmp_path).pieces() for record in piece.records)
-    assert [record.text() for record in good] == TEXTS[:3]
-    with pytest.raises(Invalid, match=r'a\.jsonl cannot be read: line 4 is longer'):
+    *good, bad = (document for batch in files(tmp_path).batches() for document in batch.documents)
+    assert [document.text() for document in good] == TEXTS[:3]
+    with pytest.raises(InvalidDocument, match=r'a\.jsonl cannot be read: line 4 is longer'):
         bad.text()
 
 
 def test_parquet_without_the_field_says_which_there_are(corpus):
-    with pytest.raises(Invalid, match=r"d\.parquet, row 1 has no field 'txt', but 'id', 'text'"):
-        texts_of(files(corpus / 'd.parquet', field='txt'))
-    with pytest.raises(Invalid, match=r"the field 'id' is no text, but of type int"):
-        texts_of(files(corpus / 'd.parquet', field='id'))
+    with pytest.raises(
+        InvalidDocument, match=r"d\.parquet, row 1 has no field 'txt', but 'id', 'text'"
+    ):
+        valid_texts(files(corpus / 'd.parquet', field='txt'))
+    with pytest.raises(InvalidDocument, match=r"the field 'id' is no text, but of type int"):
+        valid_texts(files(corpus / 'd.parquet', field='id'))
 
 
 def test_files_folders_and_patterns(corpus, monkeypatch):
@@ -219,7 +224,7 @@ def test_a_pattern_stands_for_what_glob_says(tmp_path, monkeypatch, pattern):
             for path in glob.glob(base + pattern, recursive=True)
             if os.path.normpath(path) not in ('.', str(tmp_path), 'a')
         }
-        ours = {os.path.normpath(path) for path in corpus_files.matching(base + pattern)}
+        ours = {os.path.normpath(path) for path in corpus_files.expand_pattern(base + pattern)}
         assert ours - {'a'} == theirs and ours
 
 
@@ -305,15 +310,15 @@ FORMS = {
 @pytest.mark.parametrize('compression', COMPRESS)
 @pytest.mark.parametrize('form', FORMS)
 def test_json_is_read_in_every_form(tmp_path, monkeypatch, form, compression):
-    monkeypatch.setattr(sources, 'PIECE_BYTES', 300)
+    monkeypatch.setattr(sources, 'BATCH_BYTES', 300)
     monkeypatch.setattr(text_files, 'CHUNK', 64)
     path = tmp_path / (form + compression)
     path.write_bytes(COMPRESS[compression](FORMS[form].encode()))
-    pieces = list(files(path).pieces())
-    assert [record.text() for piece in pieces for record in piece.records] == TEXTS
-    for piece in pieces[::5]:
-        rest = texts_of(files(path), through_json(piece.position))
-        assert rest == TEXTS[piece.position.given :]
+    batches = list(files(path).batches())
+    assert [document.text() for batch in batches for document in batch.documents] == TEXTS
+    for batch in batches[::5]:
+        rest = valid_texts(files(path), through_json(batch.position))
+        assert rest == TEXTS[batch.position.given :]
     if compression or not form.endswith('.json'):  # else a pattern has to name it
         assert find_files([str(tmp_path)]).paths == [str(path)]
 
@@ -321,15 +326,15 @@ def test_json_is_read_in_every_form(tmp_path, monkeypatch, form, compression):
 def test_compressed_texts_are_cut_like_plain_ones(tmp_path, monkeypatch):
     (tmp_path / 'a.txt').write_text(''.join(TEXTS))
     plain = [
-        r.content for piece in files(tmp_path / 'a.txt', cut=500).pieces() for r in piece.records
+        r.content for batch in files(tmp_path / 'a.txt', cut=500).batches() for r in batch.documents
     ]
     assert len(plain) > 5
     for compression, compress in COMPRESS.items():
         path = tmp_path / f'b.txt{compression}'
         path.write_bytes(compress(''.join(TEXTS).encode()))
-        cut = [r.content for piece in files(path, cut=500).pieces() for r in piece.records]
+        cut = [r.content for batch in files(path, cut=500).batches() for r in batch.documents]
         assert cut == plain
-        assert texts_of(files(path)) == [''.join(TEXTS)]
+        assert valid_texts(files(path)) == [''.join(TEXTS)]
 
 
 @pytest.mark.parametrize(
@@ -350,12 +355,12 @@ def test_compressed_texts_are_cut_like_plain_ones(tmp_path, monkeypatch):
     ],
 )
 def test_json_that_is_none_is_named_with_its_place(tmp_path, monkeypatch, name, content, says):
-    monkeypatch.setattr(sources, 'LINE_LIMIT', 1000)
+    monkeypatch.setattr(file_readers, 'LINE_LIMIT', 1000)
     monkeypatch.setattr(text_files, 'CHUNK', 64)
     (tmp_path / name).write_text(content)
-    *good, bad = (r for piece in files(tmp_path / name).pieces() for r in piece.records)
-    assert [record.text() for record in good] in (['a'], ['a', 'b'], [])
-    with pytest.raises(Invalid, match=re.escape(str(tmp_path / name)) + f'.*{says}'):
+    *good, bad = (r for batch in files(tmp_path / name).batches() for r in batch.documents)
+    assert [document.text() for document in good] in (['a'], ['a', 'b'], [])
+    with pytest.raises(InvalidDocument, match=re.escape(str(tmp_path / name)) + f'.*{says}'):
         bad.text()
 
 
@@ -366,8 +371,8 @@ def test_damaged_compressed_files_are_named(tmp_path, suffix):
         (tmp_path / f'a.jsonl{suffix}').write_bytes(content)
         (tmp_path / f'b.txt{suffix}').write_bytes(content)
         for name in (f'a.jsonl{suffix}', f'b.txt{suffix}'):
-            *_, bad = (r for piece in files(tmp_path / name).pieces() for r in piece.records)
-            with pytest.raises(Invalid, match=rf'{name} cannot be read: '):
+            *_, bad = (r for batch in files(tmp_path / name).batches() for r in batch.documents)
+            with pytest.raises(InvalidDocument, match=rf'{name} cannot be read: '):
                 bad.text()
 
 
@@ -402,26 +407,26 @@ def test_a_name_that_stands_for_nothing(tmp_path, monkeypatch, name, says):
 
 def test_a_dataset_of_hugging_faces_is_read_as_it_arrives(corpus, tmp_path, monkeypatch):
     """From a folder, by the package itself; on the hub only where the bytes come from differs."""
-    monkeypatch.setattr(sources, 'PIECE_BYTES', 300)
+    monkeypatch.setattr(sources, 'BATCH_BYTES', 300)
     (tmp_path / 'train.jsonl').write_text(lines_of(TEXTS))
-    pieces = list(HuggingFace(str(tmp_path), None, 'train', 'text', None).pieces())
-    assert len(pieces) > 3
-    assert [record.text() for piece in pieces for record in piece.records] == TEXTS
-    for number, piece in enumerate(pieces):
-        again = HuggingFace(str(tmp_path), None, 'train', 'text', None)
-        rest = [other.records for other in again.pieces(through_json(piece.position))]
-        assert rest == [other.records for other in pieces[number + 1 :]]
-    few = HuggingFace(str(tmp_path), None, 'train', 'text', 5)
-    assert texts_of(few) == TEXTS[:5] and few.total == 5
-    with pytest.raises(Invalid, match=r"row 1 has no field 'txt', but .*'text'"):
-        texts_of(HuggingFace(str(tmp_path), None, 'train', 'txt', None))
+    batches = list(HuggingFaceSource(str(tmp_path), None, 'train', 'text', None).batches())
+    assert len(batches) > 3
+    assert [document.text() for batch in batches for document in batch.documents] == TEXTS
+    for number, batch in enumerate(batches):
+        again = HuggingFaceSource(str(tmp_path), None, 'train', 'text', None)
+        rest = [other.documents for other in again.batches(through_json(batch.position))]
+        assert rest == [other.documents for other in batches[number + 1 :]]
+    few = HuggingFaceSource(str(tmp_path), None, 'train', 'text', 5)
+    assert valid_texts(few) == TEXTS[:5] and few.total == 5
+    with pytest.raises(InvalidDocument, match=r"row 1 has no field 'txt', but .*'text'"):
+        valid_texts(HuggingFaceSource(str(tmp_path), None, 'train', 'txt', None))
     with pytest.raises(UserError, match=r'--hf=.* cannot be opened: .*tset'):
-        HuggingFace(str(tmp_path), None, 'tset', 'text', None)
+        HuggingFaceSource(str(tmp_path), None, 'tset', 'text', None)
 
 
 def test_a_download_that_breaks_off_is_one_error(tmp_path, monkeypatch):
     (tmp_path / 'train.jsonl').write_text(lines_of(TEXTS))
-    source = HuggingFace(str(tmp_path), None, 'train', 'text', None)
+    source = HuggingFaceSource(str(tmp_path), None, 'train', 'text', None)
 
     def broken(self):
         yield {'text': 'a'}
@@ -429,7 +434,7 @@ def test_a_download_that_breaks_off_is_one_error(tmp_path, monkeypatch):
 
     monkeypatch.setattr(datasets.IterableDataset, '__iter__', broken)
     with pytest.raises(UserError, match=r'after row 1: ConnectionError: no network$'):
-        texts_of(source)
+        valid_texts(source)
 
 
 def test_a_missing_package_is_named(corpus, monkeypatch):
@@ -438,5 +443,5 @@ def test_a_missing_package_is_named(corpus, monkeypatch):
     with pytest.raises(UserError, match='Parquet files need the package pyarrow: pip install pya'):
         files(corpus)
     with pytest.raises(UserError, match='pip install datasets'):
-        HuggingFace('openwebtext', None, 'train', 'text', None)
-    assert texts_of(files(corpus / 'a.txt')) == TEXTS[:1]
+        HuggingFaceSource('openwebtext', None, 'train', 'text', None)
+    assert valid_texts(files(corpus / 'a.txt')) == TEXTS[:1]

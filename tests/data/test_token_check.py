@@ -38,7 +38,7 @@ def hashed(monkeypatch):
 
 def check(folder, **options):
     data = load_dataset(folder, 8)
-    data.check_content(**options)
+    data.verify_checksums(**options)
     return data
 
 
@@ -132,17 +132,17 @@ def test_one_process_hashes_for_all(folder, hashed):
         sent.append(make())
         return sent[0]
 
-    main.check_content(from_main=from_main)
+    main.verify_checksums(from_main=from_main)
     assert len(hashed) == 2
     other = load_dataset(folder, 8)
-    other.check_content(from_main=lambda make: sent[0])
+    other.verify_checksums(from_main=lambda make: sent[0])
     assert len(hashed) == 2 and other.hash == main.hash
     (folder / 'meta.json').unlink()
     bare = np.arange(200, dtype='<u2').tobytes()
     for split in ('train', 'val'):
         (folder / f'{split}.bin').write_bytes(bare)
     other = load_dataset(folder, 8)
-    other.check_content(from_main=lambda make: {'train': 'a', 'val': 'b'})
+    other.verify_checksums(from_main=lambda make: {'train': 'a', 'val': 'b'})
     assert (other.sha256('train'), other.sha256('val'), len(hashed)) == ('a', 'b', 2)
 
 

@@ -22,7 +22,7 @@ TEXTS = [' '.join(choose(WORDS) for _ in range(choose(range(9, 60)))) + f' {i}' 
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch):
-    monkeypatch.setattr(sources, 'PIECE_BYTES', 1500)
+    monkeypatch.setattr(sources, 'BATCH_BYTES', 1500)
     monkeypatch.setattr(token_writer, 'COMMIT_SECONDS', 0)
 
 

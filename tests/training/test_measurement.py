@@ -16,7 +16,7 @@ from helpers.project import PROJECT, TINY_RUN
 from torch.utils.flop_counter import FlopCounterMode
 
 from common import gpu_specs, hardware
-from data.dataset import digest, load_dataset
+from data.dataset import batch_digest, load_dataset
 from model_builder import build_model, training_flops
 from parallel import strategies
 from parallel.strategies import prepare_blocks, recomputed_blocks
@@ -311,7 +311,7 @@ def test_the_hash_of_the_data_is_that_of_the_sequences_in_the_global_order(run, 
         sequences = step['iter'] * per_update
         order = dataset.order('random', run.record['config']['data_seed'])
         tokens, _ = dataset.batch(order, 0, sequences)
-        assert step['data_hash'] == (f'{digest(0, tokens):016x}' if sequences else None)
+        assert step['data_hash'] == (f'{batch_digest(0, tokens):016x}' if sequences else None)
     assert len(set(data_hashes(run))) == len(data_hashes(run)) > 2
 
 
