@@ -91,10 +91,10 @@ def _overrides(component: type, bases: tuple[type, ...]) -> Iterator[str]:
         form = '' if isinstance(replaced, types.FunctionType) else f' ({type(replaced).__name__})'
         signature = inspect.signature(replaced.__get__(None, component))
         shown = f'{name}({", ".join(signature.parameters)}){form}'
-        own = getattr(component, name)
-        if not callable(own):
-            yield f'{component.__name__}.{name} must be {shown}, and is {own!r}.'
-        elif problem := _cannot_be_called_as(own, signature):
+        override = getattr(component, name)
+        if not callable(override):
+            yield f'{component.__name__}.{name} must be {shown}, and is {override!r}.'
+        elif problem := _cannot_be_called_as(override, signature):
             yield f'{component.__name__}.{name} must be {shown}: {problem}.'
 
 

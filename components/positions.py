@@ -153,7 +153,7 @@ class LinearScaling(RotaryScaling):
     tag = 'Linear'
 
     @staticmethod
-    def scaled(frequencies, config):
+    def scaled(frequencies: torch.Tensor, config: ModelArchitectureConfig) -> torch.Tensor:
         return frequencies / config.rope_scaling_factor
 
 
@@ -186,7 +186,7 @@ class ScalingByWavelength(RotaryScaling):
         raise NotImplementedError
 
     @classmethod
-    def scaled(cls, frequencies, config):
+    def scaled(cls, frequencies: torch.Tensor, config: ModelArchitectureConfig) -> torch.Tensor:
         kept = cls.kept_fraction(frequencies, config)
         return frequencies * (kept + (1 - kept) / config.rope_scaling_factor)
 
@@ -218,7 +218,7 @@ class Llama3Scaling(ScalingByWavelength):
         return _wrong_order('rope_low_freq_factor', 'rope_high_freq_factor', config)
 
     @staticmethod
-    def kept_fraction(frequencies, config):
+    def kept_fraction(frequencies: torch.Tensor, config: ModelArchitectureConfig) -> torch.Tensor:
         turns = config.rope_original_block_size * frequencies / (2 * math.pi)
         low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
         return ((turns - low) / (high - low)).clamp(0, 1)
@@ -262,7 +262,7 @@ class YarnScaling(ScalingByWavelength):
         return problems
 
     @staticmethod
-    def kept_fraction(frequencies, config):
+    def kept_fraction(frequencies: torch.Tensor, config: ModelArchitectureConfig) -> torch.Tensor:
         pairs = len(frequencies)
 
         def pair_with(turns: float) -> float:
@@ -276,7 +276,7 @@ class YarnScaling(ScalingByWavelength):
         return 1 - ((number - first) / max(last - first, 0.001)).clamp(0, 1)
 
     @staticmethod
-    def attention_factor(config):
+    def attention_factor(config: ModelArchitectureConfig) -> float:
         return config.rope_attention_factor
 
 
