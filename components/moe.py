@@ -101,7 +101,7 @@ def can_be_expert(ffn: type[FeedForward]) -> bool:
 class MixtureOfExperts(FeedForward):
     """A router gives each token `experts_per_token` experts, whose outputs are added by its scores.
 
-    Every choice is honoured: no capacity, nothing dropped. The router and both auxiliary losses are
+    Every choice is honored: no capacity, nothing dropped. The router and both auxiliary losses are
     in fp32.
     """
 

@@ -1,4 +1,4 @@
-"""model_builder.py: models against other people's, initialisation, counts, generation."""
+"""model_builder.py: models against other people's, initialization, counts, generation."""
 
 import math
 from types import SimpleNamespace
@@ -146,7 +146,7 @@ def test_blocks_match_torch_encoder_layer(values, activation):
     )
 
 
-# --- Initialisation -------------------------------------------------------------------------------
+# --- Initialization -------------------------------------------------------------------------------
 
 
 def weights(seed: int | None = 1337, **values) -> dict[str, torch.Tensor]:
@@ -341,7 +341,7 @@ LAYERS, LENGTH, WIDTH, HIDDEN, HEADS, HEAD = 2, 6, 16, 40, 4, 4
             + 4 * HEAD // 2,
         ),
         # One layer more: two norms, with a mean and a deviation for each token; scores divided,
-        # masked and normalised in each head (all layers share one mask); the heads put side by
+        # masked and normalized in each head (all layers share one mask); the heads put side by
         # side; the activation; two sums.
         (
             {'n_layer': LAYERS + 1},

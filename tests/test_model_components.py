@@ -91,9 +91,9 @@ def test_backend_matches_paper_formula(backend, kv_heads, bias_heads):
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, h, 5, 8, generator=generator) for h in (4, kv_heads, kv_heads))
     bias = torch.randn(bias_heads, 5, 5, generator=generator) if bias_heads else None
-    needs, positions = AttentionSpec(8**-0.5, bias=bias is not None), torch.arange(5)
+    spec, positions = AttentionSpec(8**-0.5, bias=bias is not None), torch.arange(5)
     backend = ATTENTION_BACKEND_REGISTRY[backend]
-    y = backend.attend(q, k, v, backend.mask(needs, bias, positions, positions), needs, 0.0)
+    y = backend.attend(q, k, v, backend.mask(spec, bias, positions, positions), spec, 0.0)
     torch.testing.assert_close(y, attention_written_as_a_loop(q, k, v, bias).float())
 
 

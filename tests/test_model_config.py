@@ -170,7 +170,7 @@ def overrides():
                 yield base, {key: other, **COMPANIONS.get((key, other), {})}
 
 
-def model_and_behaviour(config):
+def model_and_outputs(config):
     """All that can be seen of the built model without asking its config."""
     model = build_model(config, device='cpu', seed=1)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -186,12 +186,12 @@ def model_and_behaviour(config):
 
 
 @functools.cache
-def base_behaviour(base):
-    return model_and_behaviour(base_config(base))
+def base_outputs(base):
+    return model_and_outputs(base_config(base))
 
 
 def test_equal_configs_build_equal_models():
-    assert model_and_behaviour(base_config('llama')) == base_behaviour('llama')
+    assert model_and_outputs(base_config('llama')) == base_outputs('llama')
 
 
 @pytest.mark.parametrize(
@@ -202,7 +202,7 @@ def test_override_changes_config_hash_and_model(base, values):
     after, problems = resolve({'arch_preset': before.preset, **SMALL, **BASES[base]}, values)
     assert problems == [] and {key: after.to_dict()[key] for key in values} == values
     assert after.hash != before.hash
-    assert model_and_behaviour(after) != base_behaviour(base)
+    assert model_and_outputs(after) != base_outputs(base)
     # `replace` comes to the same, derived values included.
     assert before.replace(**values).to_dict() == after.to_dict()
 

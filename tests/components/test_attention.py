@@ -20,16 +20,16 @@ pytestmark = pytest.mark.usefixtures('one_thread')
 # --- Each backend against a plain loop ------------------------------------------------------------
 
 
-def attention_in_a_loop(q, k, v, needs, bias):
+def attention_in_a_loop(q, k, v, spec, bias):
     """One query at a time, in double precision; queries are the last of the keys."""
     out = torch.empty(*q.shape[:3], v.size(-1), dtype=torch.double)
     before = k.size(2) - q.size(2)
     for b, h, t in torch.cartesian_prod(*(torch.arange(n) for n in q.shape[:3])).tolist():
         group, last = h // (q.size(1) // k.size(1)), before + t + 1
-        first = max(0, last - needs.window) if needs.window else 0
-        scores = needs.scale * (k[b, group, first:last].double() @ q[b, h, t].double())
-        if needs.softcap:
-            scores = needs.softcap * (scores / needs.softcap).tanh()
+        first = max(0, last - spec.window) if spec.window else 0
+        scores = spec.scale * (k[b, group, first:last].double() @ q[b, h, t].double())
+        if spec.softcap:
+            scores = spec.softcap * (scores / spec.softcap).tanh()
         if bias is not None:
             scores = scores + bias[h % bias.size(0), t, first:last].double()
         out[b, h, t] = scores.softmax(-1) @ v[b, group, first:last].double()
@@ -54,11 +54,11 @@ def test_backend_matches_reference_loop(backend, window, softcap):
         k = torch.randn(2, kv_heads, 6, 8, generator=generator)
         v = torch.randn(2, kv_heads, 6, v_width, generator=generator)
         bias = torch.randn(bias_heads, queries, 6, generator=generator) if bias_heads else None
-        needs = AttentionSpec(0.4, bias is not None, softcap=softcap, window=window)
+        spec = AttentionSpec(0.4, bias is not None, softcap=softcap, window=window)
         positions = torch.arange(6)
-        mask = backend.mask(needs, bias, positions[6 - queries :], positions)
-        y = backend.attend(q, k, v, mask, needs, 0.0)
-        torch.testing.assert_close(y, attention_in_a_loop(q, k, v, needs, bias).float())
+        mask = backend.mask(spec, bias, positions[6 - queries :], positions)
+        y = backend.attend(q, k, v, mask, spec, 0.0)
+        torch.testing.assert_close(y, attention_in_a_loop(q, k, v, spec, bias).float())
 
 
 @pytest.mark.parametrize('values', [{'head_dim': 6, 'n_head': 3}, {'n_head': 4}])
@@ -215,13 +215,13 @@ def test_attention_matches_transformers(name, fields, values, backend):
     )
     attention, their_config = theirs(name, **fields)
     model = build_model(config, 'cpu')
-    placed = model.attention_inputs(torch.arange(6))
+    attn_inputs = model.attention_inputs(torch.arange(6))
     for layer, block in enumerate(model.blocks):
         pattern = values.get('attention_pattern', 'L')
         local = pattern[layer % len(pattern)] == 'L'
         compare(
             block.attention,
-            placed[layer],
+            attn_inputs[layer],
             randomize(attention(their_config, layer)),
             rope(config.head_dim),
             config.sliding_window if local else None,
@@ -293,15 +293,15 @@ def test_latent_sizes_match_paper():
 
 
 def test_layers_with_equal_spec_share_mask(monkeypatch):
-    made = []
+    masks = []
     backend = ATTENTION_BACKEND_REGISTRY['manual']
     original = backend.mask
-    monkeypatch.setattr(backend, 'mask', lambda *given: made.append(original(*given)) or made[-1])
+    monkeypatch.setattr(backend, 'mask', lambda *given: masks.append(original(*given)) or masks[-1])
     values = {'n_layer': 8, 'sliding_window': 2, 'attention_pattern': 'LLLG'}
     model = build_model(tiny(**values, attention_backend='manual'), 'cpu')
-    placed = model.attention_inputs(torch.arange(6))
-    assert len(made) == 2
-    windows = [(p.mask > -1).sum(-1).max().item() for p in placed]
+    attn_inputs = model.attention_inputs(torch.arange(6))
+    assert len(masks) == 2
+    windows = [(p.mask > -1).sum(-1).max().item() for p in attn_inputs]
     assert windows == [2, 2, 2, 6, 2, 2, 2, 6]
 
 
@@ -331,12 +331,12 @@ def test_attention_flops_full_and_causal(window):
     again = flops['recomputed_per_token'] * length
     assert total + again == pytest.approx(counted([0, 1])[0])
 
-    places = torch.arange(length)
+    positions = torch.arange(length)
     seen = 0.0
     for block in build_model(config).blocks:
-        needs = block.attention.spec
-        pairs = needs.is_visible(places[:, None], places).sum().item()
-        seen += pairs - min(needs.window or length, length) / 2
+        spec = block.attention.spec
+        pairs = spec.is_visible(positions[:, None], positions).sum().item()
+        seen += pairs - min(spec.window or length, length) / 2
     per_pair = 3 * 2 * (6 + 6) * config.n_head
     assert flops['breakdown_causal']['attention_scores'] * length == pytest.approx(per_pair * seen)
     others = {part: value for part, value in flops['breakdown'].items() if 'scores' not in part}
@@ -376,7 +376,7 @@ def test_stacked_matrices_cover_projection(attention_type):
 
 
 @pytest.mark.parametrize(
-    ('values', 'kept'),
+    ('values', 'is_saved'),
     [
         ({'position_encoding': 'rope'}, False),
         ({'position_encoding': 'rope', 'use_gqa': True, 'num_kv_heads': 2}, False),
@@ -384,22 +384,22 @@ def test_stacked_matrices_cover_projection(attention_type):
         ({'position_encoding': 'learned_absolute'}, True),  # q and k are parts of it
     ],
 )
-def test_qkv_projection_output_is_freed(values, kept):
+def test_qkv_projection_output_is_freed(values, is_saved):
     """By its size, which nothing else has that attention keeps."""
     config = tiny(attention_type='standard', attention_backend='sdpa', dropout=0.0, **values)
-    model, held, sizes = build_model(config, device='cpu', seed=1), set(), set()
+    model, saved_bytes, sizes = build_model(config, device='cpu', seed=1), set(), set()
 
     def check(attention, *_):
         product = attention.qkv.out_features * 2 * config.block_size * 4
-        assert (product in held) == kept
-        sizes.update(held)
+        assert (product in saved_bytes) == is_saved
+        sizes.update(saved_bytes)
 
     def note(tensor):
-        held.add(tensor.untyped_storage().nbytes())
+        saved_bytes.add(tensor.untyped_storage().nbytes())
         return tensor
 
     for block in model.blocks:
-        block.attention.register_forward_pre_hook(lambda *_: held.clear())
+        block.attention.register_forward_pre_hook(lambda *_: saved_bytes.clear())
         block.attention.register_forward_hook(check)
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         model(random_tokens(config, batch=2))

@@ -16,12 +16,12 @@ SIZES = {'hidden_size': 16, 'intermediate_size': 40, 'num_attention_heads': 4}
 class Attention(nn.Module):
     """Our attention, to be called as theirs."""
 
-    def __init__(self, block, positions):
+    def __init__(self, block, attn_inputs):
         super().__init__()
-        self.ours, self.positions = block.attention, positions
+        self.ours, self.attn_inputs = block.attention, attn_inputs
 
     def forward(self, hidden_states, **_):
-        return self.ours(hidden_states, self.positions), None
+        return self.ours(hidden_states, self.attn_inputs), None
 
 
 class FeedForward(nn.Module):
@@ -85,9 +85,9 @@ def test_block_layout_matches_transformers(norm_position, make, normalization):
     )
     model = perturbed_model(config)
     block = model.blocks[0]
-    places = torch.arange(config.block_size)
-    positions = model.position_encoding.prepare(places, places)
-    setattr(theirs, attention, Attention(block, positions))
+    positions = torch.arange(config.block_size)
+    attn_inputs = model.position_encoding.prepare(positions, positions)
+    setattr(theirs, attention, Attention(block, attn_inputs))
     theirs.mlp = FeedForward(block)
     assert set(norms) == set(block.norms(config))
     with torch.no_grad():
@@ -101,7 +101,7 @@ def test_block_layout_matches_transformers(norm_position, make, normalization):
                 norm.bias.copy_(ours.bias)
     x = torch.randn(2, config.block_size, 16, generator=torch.Generator().manual_seed(1))
 
-    y, _ = block(x, positions)
+    y, _ = block(x, attn_inputs)
     y.square().sum().backward()
     mine = {name: grad.clone() for name, grad in gradients(block).items()}
     block.zero_grad()

@@ -259,9 +259,9 @@ def test_inherited_method_failing_for_user_class_is_explained():
     FFN_REGISTRY.register('mine')(NoDown)
     with pytest.raises(AttributeError) as raised:
         build_model(tiny(ffn_type='mine'), 'cpu')
-    told = str(explain(raised.value))
-    assert told.startswith("ffn_type='mine': NoDown.residual_weights raised AttributeError")
-    assert 'feed_forward.py, line' in told and "'down'" in told
+    message = str(explain(raised.value))
+    assert message.startswith("ffn_type='mine': NoDown.residual_weights raised AttributeError")
+    assert 'feed_forward.py, line' in message and "'down'" in message
 
 
 SOURCE = """
@@ -327,7 +327,7 @@ def train_with(folder, dataset, values: dict, *arguments) -> int:
 
 
 @pytest.mark.parametrize(
-    ('place', 'told'),
+    ('place', 'message'),
     [
         ('DO_INIT', "activation='zz': ZZ.__init__ raised RuntimeError: mine"),
         ('DO_FORWARD', "activation='zz': ZZ.forward raised RuntimeError: mine"),
@@ -336,41 +336,41 @@ def train_with(folder, dataset, values: dict, *arguments) -> int:
         ('DO_STEP', "optimizer='own': OwnOptimizer.step raised RuntimeError: mine"),
     ],
 )
-def test_exception_in_user_component_is_one_line(tmp_path, tiny_dataset, capsys, place, told):
+def test_exception_in_user_component_is_one_line(tmp_path, tiny_dataset, capsys, place, message):
     def run(name: str, values: dict, *arguments: str) -> int:
         return train_with(tmp_path, tiny_dataset, values, '--out_dir', tmp_path / name, *arguments)
 
     code = run('raising', {place: 'helper()'})
     error = capsys.readouterr().err
-    assert code == 2 and told in error and 'Traceback' not in error
+    assert code == 2 and message in error and 'Traceback' not in error
     assert f'({tmp_path / "mine.py"}, line 11)' in error and len(error.splitlines()) == 1
     run('debug', {place: 'helper()'}, '--debug')
     error = capsys.readouterr().err
-    assert 'Traceback' in error and told in error
+    assert 'Traceback' in error and message in error
 
 
 @pytest.mark.parametrize(
-    ('values', 'told'),
+    ('values', 'message'),
     [
         ({'DO_SCHEDULE': 'return None'}, 'OwnSchedule.learning_rate(0, run) must return a number'),
         ({'DO_SCHEDULE': 'return -1.0'}, 'at least 0, and returned -1.0'),
         ({'DO_SCHEDULE': "return float('nan')"}, 'at least 0, and returned nan'),
     ],
 )
-def test_schedule_without_valid_rate_is_named(tmp_path, tiny_dataset, capsys, values, told):
+def test_schedule_without_valid_rate_is_named(tmp_path, tiny_dataset, capsys, values, message):
     assert train_with(tmp_path, tiny_dataset, values, '--out_dir', tmp_path / 'out') == 2
     error = capsys.readouterr().err
-    assert told in error and 'Traceback' not in error
+    assert message in error and 'Traceback' not in error
 
 
 @pytest.mark.parametrize(
-    ('made', 'told'),
+    ('made', 'message'),
     [
         (lambda groups, run, parallel: [{'params': groups[0].parameters}], 'lacks lr_scale, name'),
         (lambda *all: torch_groups(*all, 'SGD')[:1], 'of 28 parameters: it must take all'),
     ],
 )
-def test_optimizer_must_take_all_parameters_in_described_groups(made, told):
+def test_optimizer_must_take_all_parameters_in_described_groups(made, message):
     class Sgd(OptimizerComponent, torch.optim.SGD):
         def __init__(self, groups, run, parallel):
             super().__init__(made(groups, run, parallel), lr=0.0)
@@ -381,7 +381,7 @@ def test_optimizer_must_take_all_parameters_in_described_groups(made, told):
     OPTIMIZER_REGISTRY.register('mine')(Sgd)
     run = SimpleNamespace(optimizer='mine', weight_decay=0.1)
     groups = parameter_groups(build_model(tiny(), 'cpu', seed=1))
-    with pytest.raises(UserError, match=re.escape(told)):
+    with pytest.raises(UserError, match=re.escape(message)):
         SingleProcess(run, torch.device('cpu')).build_optimizer(groups, run)
 
 

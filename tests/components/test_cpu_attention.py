@@ -15,12 +15,16 @@ def inputs(length, heads=3, kv_heads=3, width=8, v_width=8, dtype=torch.float32)
     """q, k, v (2, heads, length, width), as a fused projection gives them, and a gradient."""
     generator = torch.Generator().manual_seed(length)
 
-    def some(count, columns):
+    def heads_first(count, columns):
         x = torch.randn(2, length, count, columns, generator=generator).to(dtype)
         return x.transpose(1, 2).requires_grad_()
 
-    q, k, v = some(heads, width), some(kv_heads, width), some(kv_heads, v_width)
-    return (q, k, v), some(heads, v_width).detach()
+    q, k, v = (
+        heads_first(heads, width),
+        heads_first(kv_heads, width),
+        heads_first(kv_heads, v_width),
+    )
+    return (q, k, v), heads_first(heads, v_width).detach()
 
 
 def written_out(q, k, v):
@@ -35,29 +39,29 @@ def with_gradients(attention, tensors, upstream):
 
 
 @pytest.fixture(params=[(128, 2**23), (16, 2**23), (5, 1), (7, 600)])
-def pieces(request, monkeypatch):
+def block_sizes(request, monkeypatch):
     monkeypatch.setattr(module, 'BLOCK', request.param[0])
     monkeypatch.setattr(module, 'SCORE_BYTES', request.param[1])
 
 
 @pytest.mark.parametrize('length', [2, 33, 64])
 @pytest.mark.parametrize('v_width', [8, 5])
-def test_blocked_attention_matches_reference(pieces, length, v_width):
+def test_blocked_attention_matches_reference(block_sizes, length, v_width):
     tensors, upstream = inputs(length, v_width=v_width, dtype=torch.float64)
     expected = with_gradients(written_out, tensors, upstream)
-    found = with_gradients(lambda *qkv: module.blocked_attention(*qkv, SCALE), tensors, upstream)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)  # sums are in fp32
+    actual = with_gradients(lambda *qkv: module.blocked_attention(*qkv, SCALE), tensors, upstream)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)  # sums are in fp32
 
 
-def test_bfloat16_error_is_that_of_plain_attention(pieces):
+def test_bfloat16_error_is_that_of_plain_attention(block_sizes):
     tensors, upstream = inputs(48, width=64, v_width=64, dtype=torch.bfloat16)
     exact = [x.detach().double().requires_grad_() for x in tensors]
     true = with_gradients(written_out, exact, upstream.double())
     errors = []
     for attention in (written_out, lambda *qkv: module.blocked_attention(*qkv, SCALE)):
-        found = with_gradients(attention, tensors, upstream)
-        assert all(x.dtype == torch.bfloat16 for x in found)
-        errors.append([(f - t).norm() / t.norm() for f, t in zip(found, true)])
+        actual = with_gradients(attention, tensors, upstream)
+        assert all(x.dtype == torch.bfloat16 for x in actual)
+        errors.append([(f - t).norm() / t.norm() for f, t in zip(actual, true)])
     assert all(own < 1.5 * plain for plain, own in zip(*errors)), errors
 
 
@@ -67,18 +71,18 @@ def test_sdpa_uses_blocked_attention_under_autocast(kv_heads, monkeypatch):
     real = module.blocked_attention
     monkeypatch.setattr(module, 'blocked_attention', lambda *a: served.append(1) or real(*a))
     tensors, upstream = inputs(20, heads=4, kv_heads=kv_heads)
-    needs = AttentionSpec(scale=SCALE)
+    spec = AttentionSpec(scale=SCALE)
     mask = torch.zeros(20, 20).masked_fill(torch.ones(20, 20).triu(1).bool(), -torch.inf)
     with torch.autocast('cpu', torch.bfloat16):
-        expected = ManualAttention.attend(*tensors, mask, needs, 0.0)
-        found = ScaledDotProductAttention.attend(*tensors, None, needs, 0.0)
-        assert served == [1] and found.dtype == torch.bfloat16
-        torch.testing.assert_close(found, expected.to(found.dtype), rtol=0.02, atol=0.02)
-        gradients = torch.autograd.grad(found, tensors, upstream.to(found.dtype))
-        ScaledDotProductAttention.attend(*tensors, None, needs, 0.1)
-        ScaledDotProductAttention.attend(*tensors, mask[None, None], needs, 0.0)
-        ScaledDotProductAttention.attend(tensors[0][:, :, -1:], *tensors[1:], None, needs, 0.0)
-    ScaledDotProductAttention.attend(*tensors, None, needs, 0.0)
+        expected = ManualAttention.attend(*tensors, mask, spec, 0.0)
+        actual = ScaledDotProductAttention.attend(*tensors, None, spec, 0.0)
+        assert served == [1] and actual.dtype == torch.bfloat16
+        torch.testing.assert_close(actual, expected.to(actual.dtype), rtol=0.02, atol=0.02)
+        gradients = torch.autograd.grad(actual, tensors, upstream.to(actual.dtype))
+        ScaledDotProductAttention.attend(*tensors, None, spec, 0.1)
+        ScaledDotProductAttention.attend(*tensors, mask[None, None], spec, 0.0)
+        ScaledDotProductAttention.attend(tensors[0][:, :, -1:], *tensors[1:], None, spec, 0.0)
+    ScaledDotProductAttention.attend(*tensors, None, spec, 0.0)
     assert served == [1], 'it does bfloat16, no dropout, no mask, no single queries'
     for gradient, tensor in zip(gradients, tensors):
         assert gradient.shape == tensor.shape and gradient.dtype == torch.float32

@@ -33,14 +33,14 @@ def documents(row):
 
 
 def test_document_ids_and_positions():
-    numbers, places = locate_documents(TOKENS, END)
-    for row, its_numbers, its_places in zip(TOKENS, numbers.tolist(), places.tolist()):
+    ids, positions = locate_documents(TOKENS, END)
+    for row, row_ids, row_positions in zip(TOKENS, ids.tolist(), positions.tolist()):
         expected = [
             (n, t - begin)
             for n, (begin, end) in enumerate(documents(row), start=1)
             for t in range(begin, end)
         ]
-        assert list(zip(its_numbers, its_places)) == expected
+        assert list(zip(row_ids, row_positions)) == expected
 
 
 def loss_alone(model, row):
@@ -77,11 +77,11 @@ def test_documents_in_window_match_separate_documents(choice, backend):
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(model(TOKENS), torch.stack([each for _, each in alone]))
     loss.backward()
-    found = {name: grad.clone() for name, grad in gradients(model).items()}
+    actual = {name: grad.clone() for name, grad in gradients(model).items()}
     model.zero_grad()
     expected.backward()
     for name, grad in gradients(model).items():
-        torch.testing.assert_close(found[name], grad, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(actual[name], grad, rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()

@@ -44,10 +44,10 @@ def test_recomputed_nonlinearity_changes_nothing(ffn_type, noisy):
     plain = ffn.down(ffn.nonlinearity(first(x)))
     expected = gradients(ffn, plain, x)
     torch.manual_seed(1)
-    found, _ = ffn(x)
+    actual, _ = ffn(x)
     torch.rand(3)  # what comes between must not matter
-    assert torch.equal(found, plain)
-    for one, other in zip(gradients(ffn, found, x), expected, strict=True):
+    assert torch.equal(actual, plain)
+    for one, other in zip(gradients(ffn, actual, x), expected, strict=True):
         assert torch.equal(one, other)
 
 

@@ -34,34 +34,34 @@ def test_cache_returns_last_tokens_within_capacity(capacity, seed):
     while cache.length < 20:
         start = cache.length
         end = min(20, start + choose.choice([1, 1, 1, 2, 5]))
-        places = cache.positions(torch.arange(start, end))
+        positions = cache.positions(torch.arange(start, end))
         one, other = cache.extend(x[..., start:end, :], -x[..., start:end, :2])
-        assert torch.equal(one, x[..., places, :]) and torch.equal(other, -x[..., places, :2])
-        assert len(set(places.tolist())) == len(places) and places.max() == end - 1
-        assert set(range(max(0, start - capacity + 1), end)) <= set(places.tolist())
-        assert len(places) <= max(capacity, capacity + end - start)
+        assert torch.equal(one, x[..., positions, :]) and torch.equal(other, -x[..., positions, :2])
+        assert len(set(positions.tolist())) == len(positions) and positions.max() == end - 1
+        assert set(range(max(0, start - capacity + 1), end)) <= set(positions.tolist())
+        assert len(positions) <= max(capacity, capacity + end - start)
         memory.add(tuple(tensor.data_ptr() for tensor in cache.tensors))
         assert cache.nbytes == 2 * 3 * capacity * (4 + 2) * 4
     assert len(memory) == 1
 
 
-def kept_numbers(**values) -> list[int]:
+def cached_numbers(**values) -> list[int]:
     """Numbers a token and place in the layers' caches of 6 tokens: (layers,)."""
     model = perturbed_model(tiny(**values)).eval()
     cache = model.empty_cache(6)
     with torch.no_grad():
         model(random_tokens(model.config, batch=2)[:, :3], cache=cache)
-    return [kept.nbytes // (2 * 4) for kept in cache.layers]
+    return [layer.nbytes // (2 * 4) for layer in cache.layers]
 
 
 def test_cache_size_by_layer():
     """n_embd 16 in 4 heads: keys and values of the key heads; of a window that; latents as such."""
-    assert kept_numbers() == [6 * 2 * 16] * 2
-    assert kept_numbers(use_gqa=True, num_kv_heads=1) == [6 * 2 * 4] * 2
-    assert kept_numbers(sliding_window=2) == [2 * 2 * 16] * 2
-    assert kept_numbers(sliding_window=4, attention_pattern='LG') == [4 * 2 * 16, 6 * 2 * 16]
+    assert cached_numbers() == [6 * 2 * 16] * 2
+    assert cached_numbers(use_gqa=True, num_kv_heads=1) == [6 * 2 * 4] * 2
+    assert cached_numbers(sliding_window=2) == [2 * 2 * 16] * 2
+    assert cached_numbers(sliding_window=4, attention_pattern='LG') == [4 * 2 * 16, 6 * 2 * 16]
     latent = {'attention_type': 'mla', 'kv_lora_rank': 7, 'qk_rope_head_dim': 2}
-    assert kept_numbers(**latent) == [6 * (7 + 2)] * 2
+    assert cached_numbers(**latent) == [6 * (7 + 2)] * 2
 
 
 # --- A model goes on from its cache ---------------------------------------------------------------
@@ -110,11 +110,11 @@ ENCODINGS = {
 @pytest.mark.parametrize('encoding', ENCODINGS)
 def test_attention_and_encoding_continue_from_cache(attention, encoding):
     """And with windows, on the backends that write text on any device."""
-    placed = {'position_encoding': encoding, **ENCODINGS[encoding], **attention}
+    values = {'position_encoding': encoding, **ENCODINGS[encoding], **attention}
     windows = {'sliding_window': 3, 'attention_pattern': 'LG'}
-    check_in_pieces(tiny(**placed))
-    check_in_pieces(tiny(**placed, **windows))
-    check_in_pieces(tiny(**placed, **windows, attention_backend='manual', attention_softcap=2.0))
+    check_in_pieces(tiny(**values))
+    check_in_pieces(tiny(**values, **windows))
+    check_in_pieces(tiny(**values, **windows, attention_backend='manual', attention_softcap=2.0))
 
 
 # --- Text -----------------------------------------------------------------------------------------

@@ -39,12 +39,12 @@ def test_loss_and_gradients_match_reference(chunks, softcap):
     hidden, weight, targets = problem()
     expected = reference_loss(hidden, weight, targets, softcap)
     gradients = torch.autograd.grad(0.37 * expected, (hidden, weight))
-    found = linear_cross_entropy(hidden, weight, targets, softcap, IGNORED)
-    torch.testing.assert_close(found, expected)
-    torch.testing.assert_close(torch.autograd.grad(0.37 * found, (hidden, weight)), gradients)
+    actual = linear_cross_entropy(hidden, weight, targets, softcap, IGNORED)
+    torch.testing.assert_close(actual, expected)
+    torch.testing.assert_close(torch.autograd.grad(0.37 * actual, (hidden, weight)), gradients)
     with torch.no_grad():
         without = linear_cross_entropy(hidden, weight, targets, softcap, IGNORED)
-    assert without == found and not without.requires_grad
+    assert without == actual and not without.requires_grad
 
 
 def test_gradients_only_where_needed(chunks):
@@ -52,8 +52,8 @@ def test_gradients_only_where_needed(chunks):
     for frozen, free in ((hidden, weight), (weight, hidden)):
         (expected,) = torch.autograd.grad(reference_loss(hidden, weight, targets, None), free)
         frozen.requires_grad_(False)
-        found = linear_cross_entropy(hidden, weight, targets, None, IGNORED)
-        torch.testing.assert_close(torch.autograd.grad(found, free)[0], expected)
+        actual = linear_cross_entropy(hidden, weight, targets, None, IGNORED)
+        torch.testing.assert_close(torch.autograd.grad(actual, free)[0], expected)
         frozen.requires_grad_(True)
 
 
@@ -76,9 +76,9 @@ def test_autocast_error_is_that_of_torch(chunks, dtype):
         with torch.autocast('cpu', dtype):
             loss = loss_of(hidden, weight, targets, None)
         assert loss.dtype == torch.float32
-        found = torch.autograd.grad(loss, (hidden, weight))
-        assert [gradient.dtype for gradient in found] == [torch.float32] * 2
-        errors.append(max((f - t).norm() / t.norm() for f, t in zip(found, true)))
+        actual = torch.autograd.grad(loss, (hidden, weight))
+        assert [gradient.dtype for gradient in actual] == [torch.float32] * 2
+        errors.append(max((f - t).norm() / t.norm() for f, t in zip(actual, true)))
     assert errors[1] < 1.5 * errors[0] + 1e-6
 
 
@@ -104,10 +104,10 @@ def test_no_tensor_as_large_as_all_logits(chunks):
     class Sizes(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             nonlocal largest
-            found = function(*args, **(kwargs or {}))
-            if isinstance(found, torch.Tensor):
-                largest = max(largest, found.untyped_storage().nbytes())
-            return found
+            actual = function(*args, **(kwargs or {}))
+            if isinstance(actual, torch.Tensor):
+                largest = max(largest, actual.untyped_storage().nbytes())
+            return actual
 
     with Sizes():
         linear_cross_entropy(hidden, weight, targets, None, IGNORED).backward()

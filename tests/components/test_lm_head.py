@@ -61,6 +61,6 @@ def test_logits_of_few_rows_match_projection(rows, dtype):
     with torch.autocast('cpu', dtype, enabled=dtype != torch.float32):
         expected = head.logits(hidden).detach()  # with gradients: the projection's own way
         with torch.no_grad():
-            found = head.logits(hidden)
-    assert found.is_contiguous() and found.dtype == dtype
-    torch.testing.assert_close(found, expected)
+            actual = head.logits(hidden)
+    assert actual.is_contiguous() and actual.dtype == dtype
+    torch.testing.assert_close(actual, expected)

@@ -14,12 +14,12 @@ from components.moe import MixtureOfExperts
 pytestmark = pytest.mark.usefixtures('one_thread')
 
 
-def by_hand(kept: list[torch.Tensor], layers: int) -> dict[str, float]:
+def by_hand(router_logits: list[torch.Tensor], layers: int) -> dict[str, float]:
     """What the record should say of router logits (N, experts), layer after layer, 2 chosen."""
     busiest, effective, idle, balances, zs = [], [], 0, [], []
     for layer in range(layers):
-        counts, experts = None, kept[0].size(1)
-        for logits in kept[layer::layers]:
+        counts, experts = None, router_logits[0].size(1)
+        for logits in router_logits[layer::layers]:
             here, probability = [0] * experts, [0.0] * experts
             for row in logits.double().tolist():
                 total = sum(map(math.exp, row))
@@ -58,27 +58,27 @@ TRAINED = {
 @pytest.fixture(scope='module')
 def trained(tiny_dataset, tmp_path_factory):
     """A run of five updates, and the router logits of each of its training passes."""
-    kept, aux_output = [], MixtureOfExperts.aux_output
+    router_logits, aux_output = [], MixtureOfExperts.aux_output
 
-    def seen(self, logits, *others):
+    def recorded(self, logits, *others):
         if self.training and torch.is_grad_enabled():  # not in the check at start
-            kept.append(logits.detach())
+            router_logits.append(logits.detach())
         return aux_output(self, logits, *others)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(MixtureOfExperts, 'aux_output', seen)
+        patch.setattr(MixtureOfExperts, 'aux_output', recorded)
         run = train_here(tiny_dataset, tmp_path_factory.mktemp('moe'), **TRAINED)
-    return run, kept
+    return run, router_logits
 
 
 def test_record_has_balance_since_last_log(trained):
-    run, kept = trained
+    run, router_logits = trained
     entries = run.record['training_iterations']
     assert [entry['iter'] for entry in entries] == [0, 2, 4]
     a_step = 2 * 2  # two micro-batches of two layers
-    assert len(kept) == 5 * a_step  # and none of them from an evaluation
+    assert len(router_logits) == 5 * a_step  # and none of them from an evaluation
     for entry, first, last in zip(entries, (0, 1, 3), (1, 3, 5)):
-        expected = by_hand(kept[first * a_step : last * a_step], layers=2)
+        expected = by_hand(router_logits[first * a_step : last * a_step], layers=2)
         assert entry['readings'] == pytest.approx(expected, rel=1e-4)
 
 

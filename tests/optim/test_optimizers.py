@@ -57,14 +57,14 @@ def test_weight_decay_and_rule_of_groups(preset, optimizer):
         )
     )
     built = build(parameter_groups(model), optimizer=optimizer)
-    found = {
+    actual = {
         id(p): (group['weight_decay'], group['rule'], group['lr_scale'])
         for group in built.param_groups
         for p in group['params']
     }
     rules = {'adamw': ('fused AdamW',) * 2, 'muon': ('Muon', 'fused AdamW'), 'lion': ('Lion',) * 2}
     hidden, rest = rules[optimizer]
-    assert found == {
+    assert actual == {
         id(p): (
             DECAY if p.dim() > 1 else 0.0,
             hidden if p.dim() > 1 and name.startswith('blocks.') else rest,
@@ -111,10 +111,10 @@ def test_newton_schulz_singular_values():
     for shape in ((3, 20, 12), (2, 3, 12, 20), (1, 16, 16)):
         matrices = random(*shape, seed=3)
         u, _, vt = torch.linalg.svd(matrices, full_matrices=False)
-        found = orthogonalize(matrices, 5, torch.float32)
-        inside = u.mT @ found @ vt.mT  # diagonal if the singular vectors are the same
+        actual = orthogonalize(matrices, 5, torch.float32)
+        inside = u.mT @ actual @ vt.mT  # diagonal if the singular vectors are the same
         diagonal = inside.diagonal(dim1=-2, dim2=-1)
-        assert found.shape == shape
+        assert actual.shape == shape
         torch.testing.assert_close(inside, torch.diag_embed(diagonal), atol=1e-4, rtol=0)
         large = torch.linalg.svdvals(matrices) > 0.1 * torch.linalg.matrix_norm(matrices)[..., None]
         assert diagonal[large].min() > 0.6 and diagonal.max() < 1.3

@@ -74,8 +74,8 @@ def test_gradient_statistics_before_clipping(grad_clip, dtype):
     first, second = gradients_of(0), gradients_of(1)
     flat = np.concatenate([(a + b).numpy().ravel() for a, b in zip(first, second)])
     flat = flat.astype(np.float64)
-    found = optimizer.statistics(sums.norm.item(), sums.total.item())
-    assert found == pytest.approx(
+    actual = optimizer.statistics(sums.norm.item(), sums.total.item())
+    assert actual == pytest.approx(
         {'norm': np.sqrt((flat**2).sum()), 'mean': flat.mean(), 'std': flat.std()}, rel=1e-5
     )
 
@@ -87,9 +87,9 @@ def test_parameter_without_gradient_counts_as_zeros():
     sums = optimizer.step(1e-3, FINITE, measured=True)
     flat = np.zeros(sum(math.prod(shape) for shape in SHAPES))
     flat[: first.numel()] = first.numpy().ravel()
-    found = optimizer.statistics(sums.norm.item(), sums.total.item())
-    assert found['mean'] == pytest.approx(flat.mean(), rel=1e-5)
-    assert found['std'] == pytest.approx(flat.std(), rel=1e-5)
+    actual = optimizer.statistics(sums.norm.item(), sums.total.item())
+    assert actual['mean'] == pytest.approx(flat.mean(), rel=1e-5)
+    assert actual['std'] == pytest.approx(flat.std(), rel=1e-5)
 
 
 @pytest.mark.parametrize('grad_clip', [0.0, 0.5, 1e6], ids=['off', 'clips', 'never reached'])
