@@ -7,7 +7,7 @@ tokenizer.
 import hashlib
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -218,7 +218,7 @@ class TokenDataset:
             # 64 stretches of 64 Ki tokens from the first to the last.
             length = 2**16
             starts = np.arange(64) * (len(data) - length) // 63
-            chunks = (data.read(start, length) for start in starts)
+            chunks: Iterator[np.ndarray] = (data.read(start, length) for start in starts)
         else:
             chunks = data.chunks(2**20)
         largest = max(int(chunk.max()) for chunk in chunks)

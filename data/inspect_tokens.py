@@ -46,10 +46,10 @@ class LengthCounts:
 
     def table(self) -> tuple[np.ndarray, np.ndarray]:
         """The lengths that occur, in order, and how often each does."""
-        found = np.flatnonzero(self.short)
+        short = np.flatnonzero(self.short)
         longer = sorted(self.long)
-        counts = [*self.short[found].tolist(), *(self.long[length] for length in longer)]
-        return np.array([*found.tolist(), *longer]), np.array(counts)
+        counts = [*self.short[short].tolist(), *(self.long[length] for length in longer)]
+        return np.array([*short.tolist(), *longer]), np.array(counts)
 
 
 def document_ends(split: Split, end_of_text: int) -> Iterator[np.ndarray]:

@@ -110,7 +110,10 @@ class EpochOrder:
         return self.shift(epochs) + windows.astype(np.int64) * self.block_size
 
 
-ORDERS = {'random': RandomOrder, 'epoch': EpochOrder}
+ORDERS: dict[str, type[RandomOrder] | type[EpochOrder]] = {
+    'random': RandomOrder,
+    'epoch': EpochOrder,
+}
 
 
 def shuffle_index(indices: np.ndarray, keys: np.ndarray, size: int) -> np.ndarray:

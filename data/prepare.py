@@ -31,7 +31,7 @@ from data.preparation.sources import DocumentSource, FileSource, HuggingFaceSour
 from data.preparation.train_tokenizer import SMALLEST_BPE
 from data.tokenizer import tiktoken_names
 
-TOKENIZER_DESCRIPTIONS = {
+TOKENIZER_DESCRIPTIONS: dict[str, dict] = {
     'gpt2': {'kind': 'gpt2'},
     'byte': {'kind': 'byte', 'end_of_text': True},
     'char': {'kind': 'char', 'end_of_text': True},

@@ -26,7 +26,7 @@ def verify_checksums(
     splits: Sequence[str] = SPLITS,
     *,
     full: bool = False,
-    report: Callable[[str], None] = lambda text: None,
+    report: Callable[[str], object] = lambda text: None,
 ) -> dict[str, str]:
     """The SHA-256 of each of the `splits`, which `split_infos`, of meta.json, describe.
 

@@ -11,7 +11,7 @@ import re
 import shlex
 import weakref
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
 
@@ -56,16 +56,16 @@ class Split:
         """The `length` tokens from `start` on, (length,) of the files' dtype."""
         return self.windows([start], length)[0]
 
-    def windows(self, starts: Iterable[int], length: int) -> np.ndarray:
+    def windows(self, starts: Sequence[int] | np.ndarray, length: int) -> np.ndarray:
         """The windows of `length` tokens at `starts`, (len(starts), length) of the files' dtype.
 
         Raises IndexError for one that is not within the split.
         """
-        starts = np.asarray(starts, dtype=np.int64)
-        if len(starts) and not 0 <= starts.min() <= starts.max() <= len(self) - length:
-            raise IndexError(f'no window of {length} tokens at {starts.min()} … {starts.max()}')
-        tokens = np.empty((len(starts), length), self.dtype)
-        for row, start in zip(tokens, starts.tolist()):
+        begins = np.asarray(starts, dtype=np.int64)
+        if len(begins) and not 0 <= begins.min() <= begins.max() <= len(self) - length:
+            raise IndexError(f'no window of {length} tokens at {begins.min()} … {begins.max()}')
+        tokens = np.empty((len(begins), length), self.dtype)
+        for row, start in zip(tokens, begins.tolist()):
             self._fill(row, start)
         return tokens
 

@@ -119,20 +119,21 @@ class _Characters:
     split_pattern: str | None = None
 
     def __init__(self, description: dict, folder: Path | None):
-        self.characters = description.get('characters')
-        if not isinstance(self.characters, list) or not all(
-            isinstance(c, str) and len(c) == 1 for c in self.characters
+        characters = description.get('characters')
+        if not isinstance(characters, list) or not all(
+            isinstance(c, str) and len(c) == 1 for c in characters
         ):
             raise UserError(
                 'A tokenizer of kind char needs "characters", the list of its characters in the '
                 'order of their ids. Prepare the dataset anew.'
             )
-        count = len(self.characters)
+        self.characters: list[str] = characters
+        count = len(characters)
         self.special_tokens: dict[str, int] = (
             {END_OF_TEXT: count} if description.get('end_of_text') else {}
         )
         self.vocab_size = count + len(self.special_tokens)
-        code_points = [ord(character) for character in self.characters]
+        code_points = [ord(character) for character in characters]
         self.ids = np.full(max(code_points, default=0) + 2, count, np.uint32)  # the last: unknown
         self.ids[code_points] = np.arange(count)
 

@@ -17,11 +17,11 @@ def weight_files(folder: Path) -> list[Path]:
             return [folder / whole]
         if index.is_file():
             shards = read_json_object(index).get('weight_map')
-            names = shards.values() if isinstance(shards, dict) else (None,)
+            names = [*shards.values()] if isinstance(shards, dict) else [None]
             if not all(isinstance(name, str) and Path(name).name for name in names):
                 raise ValueError(f'{index.name} has no weight_map of tensors to files')
             # A name and no path: an index is data, and must not reach outside its folder.
-            return [folder / name for name in sorted({Path(name).name for name in names})]
+            return [folder / name for name in sorted({Path(str(name)).name for name in names})]
     return []
 
 

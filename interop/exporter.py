@@ -56,7 +56,8 @@ def convert_config(config: ModelArchitectureConfig) -> ConvertedConfig:
     attempts: list[tuple[Family, list[str], str | None]] = []
     for variant in (config, *zero_bias_variants(config)):
         for family in TRANSFORMERS.values():
-            fields, problems = family.write(variant), []
+            fields = family.write(variant)
+            problems: list[str] = []
             lost = _lost_options(family, fields, variant, problems)
             refusal = None if lost else next(iter(problems), None) or family.check_loadable(fields)
             if not lost and not refusal:
@@ -116,7 +117,7 @@ def export(config: ModelArchitectureConfig, weights: dict[str, torch.Tensor], fo
         for name, parameter in build_model(variant).named_parameters()
         if name not in weights
     }
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for name, tensor in (weights | biases).items():
         tensor_map, names, zero_vector = tensor_map_of(family, name, variant)
         tensors.update(zip(names, tensor_map.write(tensor.detach(), variant)))

@@ -56,7 +56,7 @@ IRRELEVANT_FIELDS = frozenset(
 )
 
 # Fields that may only be this, in every family where no field map reads them.
-CONSTANTS = {
+CONSTANTS: dict[str, Any] = {
     'is_causal': True,  # else each token sees those after it
     'add_cross_attention': False,
     'use_bidirectional_attention': None,

@@ -57,10 +57,10 @@ def find_cached(hub: ModuleType, name: str) -> Path | None:
     for cached_name in (name, name.removeprefix(ORGANIZATION)):
         for weights in (SAFETENSORS, PICKLED):
             try:
-                found = hub.snapshot_download(
+                path = hub.snapshot_download(
                     cached_name, allow_patterns=[CONFIG, *weights], local_files_only=True
                 )
-                folder = Path(found)
+                folder = Path(path)
                 files = weight_files(folder)
             except (OSError, ValueError):  # not there, or not whole
                 continue

@@ -97,7 +97,9 @@ class PretrainedCheckpoint:
             parameters = dict(build_model(config).named_parameters())
         except UserError as error:
             raise UserError(*(f'{self.name}: {problem}' for problem in error.problems)) from error
-        tensor_maps, shapes, zero_vectors = {}, {}, set()
+        tensor_maps: dict[str, tuple[TensorMap, list[str]]] = {}
+        shapes: dict[str, tuple[int, ...]] = {}
+        zero_vectors = set()
         for name, parameter in parameters.items():
             tensor_map, names, zero_vector = tensor_map_of(self.family, name, config)
             names = [self._stored_name(tensor_name) for tensor_name in names]

@@ -12,12 +12,13 @@ def split_hint(source: DocumentSource, val_fraction: float) -> str:
     """An option with which both splits get documents, tried out on the corpus; or what it lacks."""
     if source.unit != 'B':  # it would have to be fetched again
         return 'Take more of them: a larger --max_documents, or another --val_fraction.'
-    cuts = ()
+    cut_sources: dict[int, DocumentSource] = {}
     if isinstance(source, FileSource) and source.has_only_texts:
-        cuts = dict.fromkeys((max(source.total // PARTS, SMALLEST_CUT), SMALLEST_CUT))
+        for cut in (max(sum(source.sizes) // PARTS, SMALLEST_CUT), SMALLEST_CUT):
+            cut_sources.setdefault(cut, source.with_cut(cut))
     shares, option = validation_thresholds(source), ''
-    for cut in cuts:
-        shares, option = validation_thresholds(source.with_cut(cut)), f'--cut={cut} '
+    for cut, cut_source in cut_sources.items():
+        shares, option = validation_thresholds(cut_source), f'--cut={cut} '
         if shares and shares[0] < val_fraction <= shares[-1]:
             return f'To make more documents, cut the texts at blank lines: {option.strip()}'
     if len(shares) < 2:
@@ -25,7 +26,7 @@ def split_hint(source: DocumentSource, val_fraction: float) -> str:
     first = 0 if shares[0] >= val_fraction else len(shares) - 2  # of the two that are divided
     between = (shares[first] + shares[first + 1]) / 2
     return (
-        f'To divide {"its parts" if cuts else "them"}, choose another share for validation: '
+        f'To divide {"its parts" if cut_sources else "them"}, choose another share for validation: '
         f'{option}--val_fraction={between:.6g}'
     )
 

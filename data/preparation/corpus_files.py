@@ -9,7 +9,7 @@ import lzma
 import os
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -66,10 +66,12 @@ def find_files(names: Iterable[str]) -> Corpus:
     links too; what is hidden is left out. Each real folder counts once, however many links lead to
     it; a link to a file counts as a file. Raises UserError for a name that stands for nothing.
     """
-    paths, notes = {}, []
+    paths: dict[str, str] = {}
+    notes: list[str] = []
     for name in names:
         matches = [name] if os.path.lexists(name) else sorted(expand_pattern(name))
-        files, others = [], []
+        files: list[str] = []
+        others: list[str] = []
         for match in matches:
             if os.path.isdir(match):
                 for file in sorted(files_below(match)):
@@ -193,13 +195,13 @@ def zstandard():
 def open_decompressed(path: str):
     """(What the file holds, unpacked; the file itself). What is wrong with it is an OSError."""
     suffix = os.path.splitext(path.lower())[1]
-    unpack = {
+    unpack: dict[str, Callable] = {
         '.gz': lambda raw: gzip.GzipFile(fileobj=raw),
         '.bz2': bz2.BZ2File,
         '.xz': lzma.LZMAFile,
         '.zst': lambda raw: zstandard().ZstdFile(raw),
     }
-    errors = [EOFError, zlib.error, lzma.LZMAError]
+    errors: list[type[Exception]] = [EOFError, zlib.error, lzma.LZMAError]
     if suffix == '.zst':
         errors.append(zstandard().ZstdError)
     with open(path, 'rb') as raw:

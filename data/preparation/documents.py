@@ -3,10 +3,17 @@
 So what takes time, such as parsing JSON, can be left to another process.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from common.errors import UserError, did_you_mean
 from common.text_files import decode, parse_json
+
+
+class Document(Protocol):
+    """What a preparation needs of a document."""
+
+    def text(self) -> str:
+        """The document. Raises InvalidDocument."""
 
 
 class InvalidDocument(UserError):
@@ -96,7 +103,7 @@ class UnreadableDocument(NamedTuple):
         raise InvalidDocument(f'{self.place} cannot be read: {self.reason}.')
 
 
-Document = TextDocument | JsonDocument | RowDocument | UnreadableDocument
+FileDocument = TextDocument | JsonDocument | RowDocument | UnreadableDocument
 
 
 def _text_of(row, field: str, place: str) -> str:

@@ -12,12 +12,12 @@ from typing import NamedTuple
 
 from common.text_files import BYTE_ORDER_MARK, is_blank, json_values, parse_json
 from data.preparation.corpus_files import JSON, SNIFFED_BYTES, kind_of, open_decompressed
-from data.preparation.documents import Document, JsonDocument, RowDocument, TextDocument
+from data.preparation.documents import FileDocument, JsonDocument, RowDocument, TextDocument
 
 LINE_LIMIT = 2**28  # bytes: what is longer is no line of JSON, and need not fit into memory
 ROWS = 256  # of a Parquet file, read at once
 
-Reading = Iterator[tuple[Document, int, int, int]]
+Reading = Iterator[tuple[FileDocument, int, int, int]]
 
 
 class ReadOptions(NamedTuple):

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -56,7 +56,7 @@ class HashSplitRule:
 
 @dataclass
 class Encoder:
-    """A piece of the corpus to (its journal entry, the token bytes of each split).
+    """A batch of the corpus to (its journal entry, the token bytes of each split).
 
     The entry says `position`, the numbers of `empty` and `invalid` documents left out, and of each
     of the `splits`: `token_bytes`, their `sha256`, `documents`, `bytes` of text, and `samples`, the
@@ -77,7 +77,12 @@ class Encoder:
 
     def __call__(self, batch: DocumentBatch) -> tuple[dict, dict[str, bytes]]:
         parts = {split: _SplitTokens(self.dtype) for split in SPLITS}
-        entry = {'position': batch.position, 'empty': 0, 'invalid': 0, 'complaints': []}
+        entry: dict[str, Any] = {
+            'position': batch.position,
+            'empty': 0,
+            'invalid': 0,
+            'complaints': [],
+        }
         for document in batch.documents:
             try:
                 text = valid_text(document.text())
@@ -91,13 +96,17 @@ class Encoder:
                 entry['invalid'] += 1
                 entry['complaints'] += [str(error)] * (len(entry['complaints']) < NAMED_INVALID)
                 continue
+            # What holds nothing is counted and left out.
             if not text or text.isspace():
                 entry['empty'] += 1
                 continue
+            # Encoded in chunks, so that a long document takes little memory.
             content = text.encode()
             digest = hashlib.sha256(content)
             ids = [self.tokenizer.encode_array(part) for part in split_text(text)]
+            # Its own hash decides the split, unless that is known.
             if self.is_validation is None:
+                assert isinstance(document, InMemoryDocument)
                 parts[document.split].add(ids, len(content), digest)
             else:
                 split = 'val' if self.is_validation(digest.digest()) else 'train'
@@ -108,7 +117,7 @@ class Encoder:
 
 
 class _SplitTokens:
-    """What a piece gives to one split."""
+    """What a batch gives to one split."""
 
     def __init__(self, dtype: str):
         self.dtype = dtype
@@ -333,6 +342,7 @@ def _publish(work: Path, folder: Path, meta: dict) -> None:
     counts as not prepared, so at no moment do tokens stand beside a meta.json that is not theirs.
     """
     write_json(work / 'meta.json', meta)
+    # The old tokens go, the first file of them before all else.
     for split in SPLITS:
         for path in sorted(folder.glob(f'{split}*.bin')):
             if re.fullmatch(rf'{split}(_\d{{5}})?\.bin', path.name):
@@ -343,6 +353,7 @@ def _publish(work: Path, folder: Path, meta: dict) -> None:
     ):  # a copy: should this be cut short, it is needed again
         shutil.copyfile(work / name, work / 'copy')
         os.replace(work / 'copy', folder / name)
+    # The new description comes, and then its tokens.
     os.replace(work / 'meta.json', folder / 'meta.json')
     for split in reversed(SPLITS):
         for number, shard in enumerate(meta['splits'][split]['shards']):
@@ -371,13 +382,13 @@ class InMemoryDocument(NamedTuple):
 
 
 class InMemorySource(DocumentSource):
-    """The texts of 'train' and 'val', in pieces that encode as the whole would."""
+    """The texts of 'train' and 'val', in chunks that encode as the whole would."""
 
     unit = 'B'
 
     def __init__(self, texts: dict[str, str], origin: str):
         self.texts, self.origin = texts, origin
-        self.total = None
+        self.total: int | None = None
         self.sha256 = hashlib.sha256(''.join(texts.values()).encode()).hexdigest()
 
     def __str__(self) -> str:

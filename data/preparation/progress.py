@@ -54,7 +54,7 @@ class PreparationProgress:
         now = time.monotonic()
         if now - self.last < PROGRESS_SECONDS:
             return
-        self.last, done = now, writer.position.done
+        self.last, done = now, (writer.position or SourcePosition()).done
         rate = (done - self.before) / (now - self.began)
         documents = sum(writer.totals[split]['documents'] for split in SPLITS)
         line = f'{self._amount(done)}, {documents:,} documents, {self._size(rate)}/s'

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from common.errors import UserError
 from common.packages import optional_package
 from data.preparation.corpus_files import find_files, zstandard
-from data.preparation.documents import Document, RowDocument, UnreadableDocument
+from data.preparation.documents import Document, FileDocument, RowDocument, UnreadableDocument
 from data.preparation.file_readers import ReadOptions, is_text, reader_of
 
 BATCH_BYTES = 2**20
@@ -31,7 +31,7 @@ class SourcePosition(NamedTuple):
 class DocumentBatch(NamedTuple):
     """Some documents, and where their source stands behind them."""
 
-    documents: list[Document]
+    documents: Sequence[Document]
     position: SourcePosition
 
 
@@ -52,7 +52,7 @@ class DocumentSource:
         """What has to be the same for a preparation to go on, in plain values."""
         raise NotImplementedError
 
-    def documents(self, marks: Any) -> Iterator[Document]:
+    def documents(self, marks: Any) -> Iterator[FileDocument]:
         """The documents from `marks` (None: the start) on, with `self.at` kept up to date."""
         raise NotImplementedError
 
@@ -60,7 +60,7 @@ class DocumentSource:
         """What tells the files apart from what they may become, in plain values, in order."""
         return []
 
-    def unchanged(self, before: list, positions: Sequence[SourcePosition]) -> int:
+    def count_unchanged(self, before: list, positions: Sequence[SourcePosition]) -> int:
         """How many batches, which end at `positions`, are as when `files()` was `before`."""
         return 0
 
@@ -145,7 +145,7 @@ class FileSource(DocumentSource):
         digest, self._segment = self._segment.hexdigest(), hashlib.sha256()
         return done, [*marks, digest]
 
-    def unchanged(self, before: list, positions: Sequence[SourcePosition]) -> int:
+    def count_unchanged(self, before: list, positions: Sequence[SourcePosition]) -> int:
         now = self.files()
         pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(before, now))
         changed = sum(1 for _ in pairs)  # the number of the first file that has changed
@@ -165,7 +165,7 @@ class FileSource(DocumentSource):
             unchanged += 1
         return unchanged
 
-    def documents(self, marks: Any) -> Iterator[Document]:
+    def documents(self, marks: Any) -> Iterator[FileDocument]:
         first, *begin = (marks or (0, 0, 0))[:3]
         before = sum(self.sizes[:first])
         for number in range(first, len(self.paths)):
@@ -233,7 +233,7 @@ class HuggingFaceSource(DocumentSource):
     def at(self):
         return self.number, [self.number, self.dataset.state_dict()]
 
-    def documents(self, marks: Any) -> Iterator[Document]:
+    def documents(self, marks: Any) -> Iterator[FileDocument]:
         self.number = 0
         if marks:
             self.number, state = marks

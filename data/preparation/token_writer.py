@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -32,14 +33,14 @@ class TokenWriter:
     def __init__(self, folder: Path, shard_bytes: int):
         self.folder, self.shard_bytes = folder, shard_bytes
         self.position: SourcePosition | None = None
-        self.totals = {'empty': 0, 'invalid': 0}
+        self.totals: dict[str, Any] = {'empty': 0, 'invalid': 0}
         self.totals |= {s: {'token_bytes': 0, 'bytes': 0, 'documents': 0} for s in SPLITS}
-        self._files = {}
+        self._files: dict[str, tuple[int, BinaryIO]] = {}
         self._uncommitted: list[str] = []
         self._committed_at = time.monotonic()
-        kept = self._recover()
+        valid_bytes = self._recover()
         self._journal = open(self._journal_path, 'ab')  # noqa: SIM115 closed by close()
-        self._journal.truncate(kept)
+        self._journal.truncate(valid_bytes)
 
     def add(self, entry: dict, tokens: dict[str, bytes]) -> None:
         """Append the `tokens` of each split. `entry` says what they are: see `Encoder`."""
@@ -101,7 +102,7 @@ class TokenWriter:
     def _recover(self) -> int:
         """Take in the journal as far as the token files go; the bytes of it that count."""
         sizes = {split: self._size_on_disk(split) for split in SPLITS}
-        kept = 0
+        valid_bytes = 0
         with contextlib.suppress(FileNotFoundError), open(self._journal_path, 'rb') as journal:
             for line in journal:
                 try:
@@ -114,10 +115,10 @@ class TokenWriter:
                 self._count(entry)
                 for split in SPLITS:
                     self.totals[split]['token_bytes'] = after[split]
-                kept += len(line)
+                valid_bytes += len(line)
         for split in SPLITS:
             self._truncate(split)
-        return kept
+        return valid_bytes
 
     @property
     def _journal_path(self) -> Path:
@@ -166,12 +167,12 @@ class TokenWriter:
         return size
 
     def _truncate(self, split: str) -> None:
-        kept = self.shards(split)
+        shards = self.shards(split)
         for path in self.folder.glob(f'{split}_*.bin'):
-            if path not in kept:
+            if path not in shards:
                 path.unlink()
         if offset := self._end(split) % self.shard_bytes:
-            os.truncate(kept[-1], offset)
+            os.truncate(shards[-1], offset)
 
 
 def read_positions(folder: Path) -> list[SourcePosition]:
@@ -201,7 +202,8 @@ class _HashingReader:
         self.paths = paths
         self._whole = hashlib.sha256()
         self._each = [hashlib.sha256() for _ in paths]
-        self._number, self._file = -1, None
+        self._number = -1
+        self._file: BinaryIO | None = None
 
     def read(self, size: int) -> bytes:
         """The next `size` bytes, or all that is left."""

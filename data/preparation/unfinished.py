@@ -30,7 +30,7 @@ def open_unfinished(work: Path, source: DocumentSource, settings: dict, restart:
     before = None if restart else _read(work / SETTINGS)
     positions = read_positions(work) if before else []
     settings = json.loads(json.dumps(settings))
-    if not positions:
+    if before is None or not positions:
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir()
     elif _without_content(before) != _without_content(settings):
@@ -42,11 +42,11 @@ def open_unfinished(work: Path, source: DocumentSource, settings: dict, restart:
     elif before == settings:
         return
     else:
-        kept = source.unchanged(_read(work / FILES) or [], positions)
-        truncate_journal(work, kept)
+        unchanged = source.count_unchanged(_read(work / FILES) or [], positions)
+        truncate_journal(work, unchanged)
         write_progress(
             f'The files have changed since. Of {len(positions):,} pieces that were done, '
-            f'{kept:,} come before the change and are kept.'
+            f'{unchanged:,} come before the change and are kept.'
         )
         if (work / TOKENIZER).exists():
             os.replace(work / TOKENIZER, work / FORMER_TOKENIZER)

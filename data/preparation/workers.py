@@ -5,10 +5,11 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import connection
+from typing import Any
 
 from common.errors import UserError
 
@@ -17,7 +18,7 @@ ITEMS_AHEAD = 2  # items under way for each process: none waits, and memory stay
 _task: Callable
 
 
-def map_in_order(task: Callable, items: Iterable, workers: int) -> Iterator:
+def map_in_order(task: Callable, items: Iterable, workers: int) -> Generator[Any, None, None]:
     """`task(item)` for each item, in order, by so many processes; 1: by this one.
 
     However many items there are, only a few are in memory. `task` is sent to each process once.
@@ -28,8 +29,8 @@ def map_in_order(task: Callable, items: Iterable, workers: int) -> Iterator:
         return
     # spawn: a fork would copy the threads' locks of packages that read Parquet or the network.
     context = multiprocessing.get_context('spawn')
-    pool = ProcessPoolExecutor(workers, context, _start_worker, [task])
-    futures = deque()
+    pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(task,))
+    futures: deque[Future] = deque()
     try:
         for item in items:
             futures.append(pool.submit(_run_task, item))
@@ -62,7 +63,8 @@ def _start_worker(task: Callable) -> None:
 
 
 def _end_with_parent() -> None:
-    connection.wait([multiprocessing.parent_process().sentinel])
+    if parent := multiprocessing.parent_process():
+        connection.wait([parent.sentinel])
     os._exit(1)
 
 

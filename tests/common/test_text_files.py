@@ -58,7 +58,7 @@ def test_lines_end_at_line_feeds_alone(tmp_path_factory, texts):
         (b'PK\x03\x04\xff', 'no UTF-8 text but a zip archive: unpack it first'),
     ],
 )
-def test_what_is_no_text_is_named_with_what_to_do(tmp_path, content, says):
+def test_non_text_files_are_named(tmp_path, content, says):
     (tmp_path / 'a').write_bytes(content)
     with pytest.raises(UserError, match=f'^--x=a is {says}'):
         read_text(tmp_path / 'a', '--x=a')
@@ -66,7 +66,7 @@ def test_what_is_no_text_is_named_with_what_to_do(tmp_path, content, says):
         read_text(tmp_path / 'b', '--x=b')
 
 
-def test_every_command_reads_through_it(tmp_path, tiny_dataset):
+def test_byte_order_marks_are_skipped_everywhere(tmp_path, tiny_dataset):
     """Each kind of input with a mark, beside the same without."""
     path = tmp_path / 'input.py'
 
@@ -90,7 +90,7 @@ def test_every_command_reads_through_it(tmp_path, tiny_dataset):
     assert load_dataset(tmp_path, 8).vocab_size == 256
 
 
-def test_separators_within_a_line_do_not_end_it(tmp_path):
+def test_separators_within_a_line(tmp_path):
     text = 'a\u2028b\x85c\x0cd\x1ee'
     line = json.dumps({'text': text}, ensure_ascii=False)
     (tmp_path / 'a.jsonl').write_text(f'{line}\r\n{line}\n', encoding='utf-8', newline='')
@@ -98,7 +98,7 @@ def test_separators_within_a_line_do_not_end_it(tmp_path):
     assert [record.text() for record in batch.documents] == [text, text]
 
 
-def test_what_reads_input_has_no_way_of_its_own():
+def test_input_is_read_by_text_files():
     modules = [
         PROJECT / f'{name}.py'
         for name in ('inference/multiple_choice', 'configurator', 'evaluate', 'sample')

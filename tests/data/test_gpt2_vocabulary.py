@@ -149,7 +149,7 @@ def test_file_is_used_where_it_cannot_be_kept(empty_caches, network, published, 
     assert network.requests == ['address', 'address']
 
 
-def test_one_of_several_fetches_and_the_others_wait(empty_caches, network, monkeypatch, published):
+def test_concurrent_processes_fetch_once(empty_caches, network, monkeypatch, published):
     def slow(url):
         time.sleep(0.2)
         return network.answer('address', published)
@@ -167,7 +167,7 @@ def test_one_of_several_fetches_and_the_others_wait(empty_caches, network, monke
     assert contents == [published] * 4 and network.requests == ['address']
 
 
-def test_the_package_is_not_imported():
+def test_package_of_the_vocabulary_is_not_imported():
     code = 'import sys, data.tokenizer as t; t.Tokenizer({"kind": "gpt2"}); print(*sys.modules)'
     run = subprocess.run(
         [sys.executable, '-c', code],

@@ -54,7 +54,7 @@ def shown(folder, capsys):
 
 
 @pytest.mark.parametrize('chunk', [1, 7, 64, 2**20])
-def test_documents_and_their_lengths_are_those_that_were_written(shown, monkeypatch, chunk):
+def test_document_lengths(shown, monkeypatch, chunk):
     monkeypatch.setattr(inspect_tokens, 'CHUNK', chunk)
     text = ' '.join(shown('--split=train').split())
     lengths = [len(text.encode()) for text in DOCUMENTS]
@@ -113,7 +113,7 @@ def test_changed_files_are_named(shown, folder):
     assert 'train_00000.bin to train_00002.bin together has the SHA-256' in split
 
 
-def test_what_the_files_and_their_description_disagree_on(shown, folder):
+def test_disagreement_of_files_and_meta_json(shown, folder):
     tokens = np.fromfile(folder / 'val_00000.bin', '<u2')
     tokens[[3, -1]] = ord('!')
     tokens.tofile(folder / 'val_00000.bin')

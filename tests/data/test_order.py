@@ -60,7 +60,7 @@ def test_every_python_int_is_a_seed(sampling):
     first=st.integers(0, 3 * CHUNK),
     cuts=st.lists(st.integers(1, 50), min_size=1, max_size=8),
 )
-def test_the_order_is_the_same_however_it_is_divided(sampling, tokens, first, cuts):
+def test_order_is_independent_of_batching(sampling, tokens, first, cuts):
     order = ORDERS[sampling](7, tokens, 32)
     whole = order.starts(first, sum(cuts))
     begins = np.cumsum([first, *cuts[:-1]]).tolist()
@@ -72,7 +72,7 @@ def test_the_order_is_the_same_however_it_is_divided(sampling, tokens, first, cu
 
 @pytest.mark.parametrize('sampling', ORDERS)
 @pytest.mark.parametrize('ranks, micro_batch', [(1, 24), (1, 5), (2, 4), (3, 1), (4, 2)])
-def test_ranks_micro_batches_and_resumes_only_divide_it(sampling, ranks, micro_batch):
+def test_order_is_divided_among_ranks_and_micro_batches(sampling, ranks, micro_batch):
     """As train.py asks for it: update u, micro-batch m is for rank m modulo their number."""
     micro_steps, stopped_after = 3 * ranks, 5
     per_update = micro_steps * micro_batch
@@ -102,7 +102,7 @@ def test_the_random_order_is_what_it_always_was():
 
 
 @pytest.mark.parametrize('positions', [100, 2**32 + 12345, 9 * 10**11])
-def test_starts_are_uniform_and_seeds_independent(positions):
+def test_random_starts_are_uniform(positions):
     one, other = (RandomOrder(seed, positions + 8, 8).starts(0, 50_000) for seed in (1337, 1338))
     counts = np.histogram(one, bins=100, range=(0, positions))[0]
     assert stats.chisquare(counts).pvalue > 1e-3
@@ -115,9 +115,7 @@ def test_starts_are_uniform_and_seeds_independent(positions):
     'tokens, block_size, sequences',
     [(1000, 16, 50), (1000, 16, 1), (30, 20, 3), (100, 99, 5), (60, 30, 4), (1000, 16, 0)],
 )
-def test_the_expected_number_of_different_tokens_is_the_mean_of_those_counted(
-    tokens, block_size, sequences
-):
+def test_expected_unique_tokens(tokens, block_size, sequences):
     counts = []
     for seed in range(400):
         starts = RandomOrder(seed, tokens, block_size).starts(0, sequences)
@@ -156,12 +154,12 @@ def test_one_epoch_visits_every_window_once(tokens, block_size):
     seed=st.integers(0, 2**64),
     epoch=st.integers(0, 2**30),
 )
-def test_any_epoch_of_any_split_visits_every_window_once(block_size, beyond, seed, epoch):
+def test_epochs_visit_every_window_once(block_size, beyond, seed, epoch):
     tokens = block_size + beyond
     assert_every_window_once(EpochOrder(seed, tokens, block_size), tokens, epoch)
 
 
-def test_epochs_and_seeds_have_shuffles_and_cuts_of_their_own():
+def test_epochs_and_seeds_differ():
     orders = [EpochOrder(seed, 10_007, 64) for seed in (1, 2)]
     epochs = [assert_every_window_once(order, 10_007, e) for order in orders for e in range(20)]
     cuts = [starts.min() for starts in epochs]
@@ -197,7 +195,7 @@ def test_a_permutation_has_an_inverse(size, key, data):
 
 
 @pytest.mark.parametrize('size', [2, 3, 4, 5])
-def test_every_permutation_comes_up_as_often_as_any(size):
+def test_permutations_are_uniform(size):
     keys = splitmix64(11, np.arange(24_000))
     images = [
         shuffle_index(np.full(len(keys), place, np.uint64), keys, size) for place in range(size)
@@ -230,7 +228,7 @@ def test_different_tokens_are_those_counted(tokens, block_size):
     assert order.unique_tokens(sequences) == len(seen)
 
 
-def test_no_table_is_kept_however_many_windows_there_are():
+def test_shuffle_needs_no_table():
     order = EpochOrder(1, 10**15, 1024)
     tracemalloc.start()
     for number in range(0, 10**12, 10**11):

@@ -100,7 +100,7 @@ def documents_of(folder):
 
 
 @pytest.mark.parametrize('tokenizer', ['gpt2', 'byte', 'char', 'bpe --vocab_size=300'])
-def test_every_document_is_there_once_and_its_hash_tells_its_split(corpus, tmp_path, tokenizer):
+def test_documents_are_split_by_hash(corpus, tmp_path, tokenizer):
     run(corpus, f'--out={tmp_path}/mine', *f'--tokenizer={tokenizer}'.split())
     assert documents_of(tmp_path / 'mine') == {
         'train': [text for text in TEXTS if not is_validation(text)],
@@ -148,7 +148,7 @@ def test_the_share_for_validation_is_kept(tmp_path):
 
 
 @pytest.mark.parametrize('tokenizer', ['gpt2', 'bpe', 'char'])
-def test_the_number_of_processes_changes_nothing(corpus, tmp_path, monkeypatch, tokenizer):
+def test_workers_change_nothing(corpus, tmp_path, monkeypatch, tokenizer):
     outcomes = []
     for count in (1, 3):
         monkeypatch.setenv('RAYON_NUM_THREADS', str(count))
@@ -184,7 +184,7 @@ def test_shards_are_the_one_file_cut(corpus, tmp_path, shard_tokens):
     assert contents(tmp_path / 'many') == contents(tmp_path / 'one')
 
 
-def test_byte_pairs_are_those_of_the_trainers_own_package(corpus, tmp_path):
+def test_trained_byte_pairs_match_tokenizers(corpus, tmp_path):
     run(corpus, f'--out={tmp_path}', '--tokenizer=bpe', '--vocab_size=400')
     theirs = tokenizers.Tokenizer.from_file(str(tmp_path / 'tokenizer.json'))
     data = load_dataset(tmp_path, 8)
@@ -217,7 +217,7 @@ def test_byte_pairs_see_no_validation_text(tmp_path):
     assert load_dataset(tmp_path / 'with', 8).vocab_size < 8192  # as many as the text gives
 
 
-def test_large_corpora_train_byte_pairs_on_a_part(corpus, tmp_path, monkeypatch, capsys):
+def test_byte_pairs_are_trained_on_a_sample(corpus, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train_tokenizer, 'TRAINING_BYTES', 20_000)
     run(corpus, f'--out={tmp_path}', '--tokenizer=bpe')
     share = 20_000 / sum(path.stat().st_size for path in corpus.iterdir())
@@ -293,7 +293,7 @@ def killed(call, *arguments):
 
 
 @pytest.mark.parametrize('tokenizer, shard_tokens', [('byte', 10**9), ('bpe', 20_000)])
-def test_killed_anywhere_it_goes_on_to_the_same_files(corpus, tmp_path, tokenizer, shard_tokens):
+def test_killed_preparation_resumes_to_the_same_files(corpus, tmp_path, tokenizer, shard_tokens):
     """At moments between any two writes to the disk, in publication too."""
     options = f'--tokenizer={tokenizer}', f'--shard_tokens={shard_tokens}'
     run(corpus, f'--out={tmp_path}/alone', *options)
@@ -309,7 +309,7 @@ def test_killed_anywhere_it_goes_on_to_the_same_files(corpus, tmp_path, tokenize
     assert not (mine / 'unfinished.tmp').exists()
 
 
-def test_work_done_before_an_end_is_not_done_again(corpus, tmp_path, capsys, monkeypatch):
+def test_finished_work_is_not_repeated(corpus, tmp_path, capsys, monkeypatch):
     assert killed('fsync:40', corpus, f'--out={tmp_path}', '--tokenizer=byte')
     lines = (tmp_path / 'unfinished.tmp' / 'journal.jsonl').read_text().splitlines()
     kept = json.loads(lines[-1])['position'][1]
@@ -344,7 +344,7 @@ if __name__ == '__main__':
 """
 
 
-def test_its_processes_end_with_it(corpus, tmp_path):
+def test_worker_processes_end_with_it(corpus, tmp_path):
     """kill -9 from outside; nothing is left running, and nothing holds the lock."""
     run(corpus, f'--out={tmp_path}/alone', '--tokenizer=byte')
     (tmp_path / 'slow.py').write_text(SLOW)
@@ -369,7 +369,7 @@ def test_its_processes_end_with_it(corpus, tmp_path):
     assert contents(tmp_path / 'mine') == contents(tmp_path / 'alone')
 
 
-def test_another_preparation_is_not_mixed_in(corpus, tmp_path):
+def test_other_preparation_is_refused(corpus, tmp_path):
     assert killed('fsync:20', corpus, f'--out={tmp_path}', '--tokenizer=byte')
     with pytest.raises(
         UserError,
@@ -411,7 +411,7 @@ def test_a_disk_that_spoils_bytes_is_found_out(corpus, tmp_path, monkeypatch):
     assert not (tmp_path / 'meta.json').exists()
 
 
-def test_tokens_that_do_not_decode_to_their_text_are_found_out(corpus, tmp_path, monkeypatch):
+def test_undecodable_tokens_are_detected(corpus, tmp_path, monkeypatch):
     encode = Tokenizer.encode_array
     monkeypatch.setattr(Tokenizer, 'encode_array', lambda self, text: encode(self, text.lower()))
     (tmp_path / 'a.jsonl').write_text(''.join(f'{{"text": "ABC{i}"}}\n' for i in range(99)))
@@ -481,7 +481,7 @@ def test_a_mistake_is_one_sentence(tmp_path, monkeypatch, arguments, says):
     assert not (tmp_path / 'mine' / 'meta.json').exists()
 
 
-def test_a_single_text_is_cut_as_the_message_says(tmp_path):
+def test_single_text_is_cut_as_advised(tmp_path):
     (tmp_path / 'book.txt').write_text('\n\n'.join(TEXTS))
     with pytest.raises(UserError, match='too few documents, 1') as error:
         run(tmp_path / 'book.txt', f'--out={tmp_path}/mine')
@@ -492,7 +492,7 @@ def test_a_single_text_is_cut_as_the_message_says(tmp_path):
     assert sum(map(len, [*found['train'], *found['val']])) == len('\n\n'.join(TEXTS))
 
 
-def test_invalid_documents_are_left_out_where_asked_and_work_is_kept(tmp_path, capsys):
+def test_skip_invalid(tmp_path, capsys):
     lines = [json.dumps({'text': text}) + '\n' for text in TEXTS]
     lines[300:300] = ['{"txt": "a"}\n', '{"text": " "}\n', '{\n']
     (tmp_path / 'a.jsonl').write_text(''.join(lines))
@@ -518,7 +518,7 @@ def test_byte_pairs_need_their_trainer(corpus, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('name', ['openwebtext', 'fineweb'])
-def test_the_well_known_corpora_are_the_same_script(tmp_path, monkeypatch, name):
+def test_openwebtext_and_fineweb_scripts(tmp_path, monkeypatch, name):
     """With what the hub would send, and the folder, in place of theirs."""
     script = f'data/{name}/prepare.py'
     spec = importlib.util.spec_from_file_location(name, PROJECT / script)

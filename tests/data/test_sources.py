@@ -60,7 +60,7 @@ def through_json(position):
     return SourcePosition(*json.loads(json.dumps(position)))
 
 
-def test_every_kind_of_file_gives_its_documents_in_order(corpus):
+def test_documents_of_every_file_kind(corpus):
     source = files(corpus)
     assert valid_texts(source) == TEXTS
     assert source.total == sum(os.path.getsize(path) for path in source.paths)
@@ -92,7 +92,7 @@ def test_only_the_first_documents(corpus, monkeypatch, limit):
 
 @settings(max_examples=200, deadline=None)
 @given(st.text(st.sampled_from('ab \n\ré日😀'), max_size=400), st.integers(4, 60))
-def test_long_texts_are_cut_into_documents_that_join_to_the_whole(tmp_path_factory, text, size):
+def test_parts_of_long_texts_join_to_the_whole(tmp_path_factory, text, size):
     path = tmp_path_factory.getbasetemp() / f'cut_{os.getpid()}.txt'
     path.write_bytes(text.encode())
     documents = [
@@ -108,7 +108,7 @@ def test_long_texts_are_cut_into_documents_that_join_to_the_whole(tmp_path_facto
     )
 
 
-def test_texts_are_cut_at_blank_lines_where_there_are_some(tmp_path):
+def test_texts_are_cut_at_blank_lines(tmp_path):
     (tmp_path / 'a.txt').write_text(''.join(f'line {i}\nline\n\n' for i in range(100)))
     parts = valid_texts(files(tmp_path, cut=100))
     assert len(parts) > 5 and all(part.endswith('line\n\n') for part in parts)
@@ -130,7 +130,7 @@ ROWS = {
 
 
 @pytest.mark.parametrize('says', ROWS)
-def test_a_bad_line_is_named_with_file_and_number(tmp_path, says):
+def test_invalid_line_is_named(tmp_path, says):
     path = tmp_path / 'rows.jsonl'
     path.write_bytes(ROWS[says])
     first, second = (document for batch in files(path).batches() for document in batch.documents)
@@ -163,7 +163,7 @@ def damaged(tmp_path, kind):
         ('jsonl', 'line 1 is no JSON'),
     ],
 )
-def test_a_damaged_file_is_named_and_the_next_is_read(tmp_path, kind, says):
+def test_damaged_file_is_named_and_skipped(tmp_path, kind, says):
     path = damaged(tmp_path, kind)
     (tmp_path / 'next.txt').write_text('fine')
     source = files(path, tmp_path / 'next.txt')
@@ -173,7 +173,7 @@ def test_a_damaged_file_is_named_and_the_next_is_read(tmp_path, kind, says):
     assert last.text() == 'fine'
 
 
-def test_a_line_without_end_is_not_taken_into_memory(tmp_path, monkeypatch):
+def test_endless_line_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(file_readers, 'LINE_LIMIT', 1000)
     (tmp_path / 'a.jsonl').write_bytes(lines_of(TEXTS[:3]).encode() + b'x' * 5000)
     *good, bad = (document for batch in files(tmp_path).batches() for document in batch.documents)
@@ -182,7 +182,7 @@ def test_a_line_without_end_is_not_taken_into_memory(tmp_path, monkeypatch):
         bad.text()
 
 
-def test_parquet_without_the_field_says_which_there_are(corpus):
+def test_parquet_without_the_field(corpus):
     with pytest.raises(
         InvalidDocument, match=r"d\.parquet, row 1 has no field 'txt', but 'id', 'text'"
     ):
@@ -247,7 +247,7 @@ def linked(tmp_path):
     return corpus, ['a.txt', 'away/c.txt', 'away/deep/d.txt', 'f.txt', 'g.txt', 'own/b.txt']
 
 
-def test_linked_folders_are_followed_each_real_one_once(linked):
+def test_linked_folders_are_read_once(linked):
     corpus, names = linked
     expected = [str(corpus / name) for name in names]
     paths, (note,) = find_files([str(corpus)])
@@ -271,7 +271,7 @@ def test_what_a_folder_holds_beside_is_named(tmp_path):
     assert "1 that end in '.tar.gz'" in note and '1 without an ending' in note
 
 
-def test_a_folder_that_cannot_be_read_is_an_error(linked, monkeypatch):
+def test_unreadable_folder_is_an_error(linked, monkeypatch):
     corpus, _ = linked
     scandir = os.scandir
 
@@ -323,7 +323,7 @@ def test_json_is_read_in_every_form(tmp_path, monkeypatch, form, compression):
         assert find_files([str(tmp_path)]).paths == [str(path)]
 
 
-def test_compressed_texts_are_cut_like_plain_ones(tmp_path, monkeypatch):
+def test_compressed_texts_are_cut(tmp_path, monkeypatch):
     (tmp_path / 'a.txt').write_text(''.join(TEXTS))
     plain = [
         r.content for batch in files(tmp_path / 'a.txt', cut=500).batches() for r in batch.documents
@@ -354,7 +354,7 @@ def test_compressed_texts_are_cut_like_plain_ones(tmp_path, monkeypatch):
         ('a.jsonl', '{"text": "a"}\n{"id": 1}\n', "'id'. No field of it is text"),
     ],
 )
-def test_json_that_is_none_is_named_with_its_place(tmp_path, monkeypatch, name, content, says):
+def test_invalid_json_is_named(tmp_path, monkeypatch, name, content, says):
     monkeypatch.setattr(file_readers, 'LINE_LIMIT', 1000)
     monkeypatch.setattr(text_files, 'CHUNK', 64)
     (tmp_path / name).write_text(content)
@@ -376,7 +376,7 @@ def test_damaged_compressed_files_are_named(tmp_path, suffix):
                 bad.text()
 
 
-def test_zstandard_without_its_package_is_one_line(tmp_path, monkeypatch):
+def test_missing_zstandard_package(tmp_path, monkeypatch):
     for name in ('compression', 'compression.zstd', 'backports', 'backports.zstd'):
         monkeypatch.setitem(sys.modules, name, None)
     (tmp_path / 'a.jsonl.zst').touch()
@@ -405,7 +405,7 @@ def test_a_name_that_stands_for_nothing(tmp_path, monkeypatch, name, says):
         find_files([name])
 
 
-def test_a_dataset_of_hugging_faces_is_read_as_it_arrives(corpus, tmp_path, monkeypatch):
+def test_hugging_face_dataset_is_streamed(corpus, tmp_path, monkeypatch):
     """From a folder, by the package itself; on the hub only where the bytes come from differs."""
     monkeypatch.setattr(sources, 'BATCH_BYTES', 300)
     (tmp_path / 'train.jsonl').write_text(lines_of(TEXTS))
@@ -424,7 +424,7 @@ def test_a_dataset_of_hugging_faces_is_read_as_it_arrives(corpus, tmp_path, monk
         HuggingFaceSource(str(tmp_path), None, 'tset', 'text', None)
 
 
-def test_a_download_that_breaks_off_is_one_error(tmp_path, monkeypatch):
+def test_interrupted_download_is_one_error(tmp_path, monkeypatch):
     (tmp_path / 'train.jsonl').write_text(lines_of(TEXTS))
     source = HuggingFaceSource(str(tmp_path), None, 'train', 'text', None)
 

@@ -71,7 +71,7 @@ def test_files_are_hashed_once(folder, hashed):
 
 
 @pytest.mark.parametrize('name', ['train.bin', 'val.bin'])
-def test_what_was_changed_is_an_error_that_says_what_to_do(folder, name):
+def test_changed_tokens_are_an_error(folder, name):
     check(folder)
     change(folder / name)
     for _ in range(2):  # and stays one
@@ -81,7 +81,7 @@ def test_what_was_changed_is_an_error_that_says_what_to_do(folder, name):
     check(folder)  # changed back
 
 
-def test_a_change_that_keeps_size_and_time_is_found_by_the_full_check(folder):
+def test_full_check_finds_hidden_changes(folder):
     check(folder)
     change(folder / 'val.bin', keep_time=True)
     check(folder)
@@ -89,7 +89,7 @@ def test_a_change_that_keeps_size_and_time_is_found_by_the_full_check(folder):
         check(folder, full=True)
 
 
-def test_another_meta_json_is_not_believed_either(folder):
+def test_changed_meta_json_is_an_error(folder):
     check(folder)
     meta = json.loads((folder / 'meta.json').read_text())
     meta['splits']['val']['sha256'] = 'f' * 64
@@ -98,7 +98,7 @@ def test_another_meta_json_is_not_believed_either(folder):
         check(folder)
 
 
-def test_a_folder_without_hashes_is_hashed_once_and_its_change_is_another_hash(tmp_path, hashed):
+def test_folder_without_hashes_is_hashed_once(tmp_path, hashed):
     for split, count in (('train', 1000), ('val', 200)):
         np.arange(count, dtype='<u2').tofile(tmp_path / f'{split}.bin')
     expected = hashlib.sha256((tmp_path / 'val.bin').read_bytes()).hexdigest()
@@ -116,7 +116,7 @@ def test_any_note_of_a_check_is_survived(folder, hashed, content):
     assert len(hashed) == 2 and set(json.loads((folder / CHECKED).read_text())) == {'train', 'val'}
 
 
-def test_a_folder_that_cannot_be_written_is_checked_all_the_same(folder, hashed):
+def test_read_only_folder_is_checked(folder, hashed):
     (folder / CHECKED).mkdir()
     for count in (2, 4):
         check(folder)
@@ -175,7 +175,7 @@ def test_a_run_on_changed_data_does_not_begin(folder, tmp_path, capsys, hashed):
         assert exit.value.code == 0
 
 
-def test_a_resumed_run_does_not_hash_on_because_it_was_asked_once(folder, tmp_path, hashed):
+def test_resumed_run_does_not_verify_again(folder, tmp_path, hashed):
     train_here(folder, tmp_path / 'out', max_iters=1, verify_data=True)
     before = len(hashed)
     train_here(folder, tmp_path / 'out', init_from='resume', max_iters=2)

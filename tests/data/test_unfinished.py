@@ -147,7 +147,7 @@ CHANGES = {
 
 @pytest.mark.parametrize('change', CHANGES)
 @pytest.mark.parametrize('shard_tokens', [10**9, 3000])
-def test_work_goes_on_after_the_change(corpus, tmp_path, encoded, capsys, change, shard_tokens):
+def test_work_continues_after_a_change(corpus, tmp_path, encoded, capsys, change, shard_tokens):
     options = '--tokenizer=byte', f'--shard_tokens={shard_tokens}'
     with pytest.raises(UserError, match=r'2\.jsonl, line 31 is no JSON.*Mend it, and the same com'):
         run(corpus, f'--out={tmp_path}/mine', *options)
@@ -165,7 +165,7 @@ def test_work_goes_on_after_the_change(corpus, tmp_path, encoded, capsys, change
 
 
 @pytest.mark.parametrize('name', WRITERS)
-def test_a_single_large_file_that_was_mended_is_not_begun_again(tmp_path, encoded, name):
+def test_mended_large_file_is_continued(tmp_path, encoded, name):
     """Its beginning is compared, however it is kept, and only what follows the change is done."""
     path, write = tmp_path / name, WRITERS[name]
     arguments = path, f'--out={tmp_path}/mine', '--tokenizer=byte'
@@ -182,7 +182,7 @@ def test_a_single_large_file_that_was_mended_is_not_begun_again(tmp_path, encode
     assert done < len(encoded) / 3
 
 
-def test_a_long_text_that_was_mended_is_not_begun_again(tmp_path, encoded):
+def test_mended_long_text_is_continued(tmp_path, encoded):
     path = tmp_path / 'a.txt'
     arguments = path, '--tokenizer=byte', '--cut=300'
     write_text(path, TEXTS)
@@ -203,7 +203,7 @@ def test_a_long_text_that_was_mended_is_not_begun_again(tmp_path, encoded):
 
 @pytest.mark.parametrize('tokenizer', ['char', 'bpe'])
 @pytest.mark.parametrize('new', ['x', 'the Ω quick' * 20])
-def test_a_tokenizer_of_the_corpus_is_made_again(corpus, tmp_path, tokenizer, new):
+def test_corpus_tokenizer_is_made_again(corpus, tmp_path, tokenizer, new):
     """Where it comes out another, so does all that was written with it."""
     options = (
         f'--tokenizer={tokenizer}',
@@ -242,7 +242,7 @@ def test_killed_while_it_takes_in_the_change(corpus, tmp_path, monkeypatch):
     assert contents(tmp_path / 'mine') == contents(tmp_path / 'fresh')
 
 
-def test_other_options_are_no_change_of_files(corpus, tmp_path):
+def test_other_options_are_refused(corpus, tmp_path):
     with pytest.raises(UserError, match='Mend it'):
         run(corpus, f'--out={tmp_path}/mine', '--tokenizer=byte')
     mend(corpus)
@@ -251,7 +251,7 @@ def test_other_options_are_no_change_of_files(corpus, tmp_path):
             run(corpus, f'--out={tmp_path}/mine', '--tokenizer=byte', option)
 
 
-def test_work_that_is_not_begun_hinders_nothing(tmp_path):
+def test_empty_work_folder_is_no_hindrance(tmp_path):
     (tmp_path / 'a.jsonl').write_text(lines_of(TEXTS).replace('"text"', '"content"'))
     arguments = tmp_path / 'a.jsonl', f'--out={tmp_path}/mine', '--tokenizer=byte'
     with pytest.raises(UserError, match="has no field 'text'") as error:
@@ -260,7 +260,7 @@ def test_work_that_is_not_begun_hinders_nothing(tmp_path):
     assert (tmp_path / 'mine' / 'train.bin').exists()
 
 
-def test_a_journal_of_an_earlier_version_is_begun_again(corpus, tmp_path):
+def test_journal_of_an_earlier_version_is_restarted(corpus, tmp_path):
     with pytest.raises(UserError, match='Mend it'):
         run(corpus, f'--out={tmp_path}/mine', '--tokenizer=byte')
     work = tmp_path / 'mine' / 'unfinished.tmp'
