@@ -50,12 +50,12 @@ def measure(shape: tuple[int, ...], dtype: torch.dtype, turns: int) -> None:
     ways = {'torch': torchs_own, 'blocks': by_blocks}
     for way in ways.values():
         seconds(way, tensors, upstream)
-    found = {name: [] for name in ways}
+    times_by_way = {name: [] for name in ways}
     for _ in range(turns):
         for name, way in ways.items():
-            found[name].append(seconds(way, tensors, upstream))
+            times_by_way[name].append(seconds(way, tensors, upstream))
     for number, what in enumerate(('forward', 'forward and backward')):
-        times = {name: [both[number] for both in found[name]] for name in ways}
+        times = {name: [both[number] for both in times_by_way[name]] for name in ways}
         ratios = [a / b for a, b in zip(times['torch'], times['blocks'])]
         medians = [f'{name} {statistics.median(t) * 1e3:6.1f} ms' for name, t in times.items()]
         print(

@@ -65,7 +65,7 @@ def variants(options: dict[str, Option], default: dict) -> list[dict]:
     """The changes to measure: key -> value, with what an option needs to have a use."""
     numbers = [change for change in NUMBERS if change.keys() <= options.keys()]
     switched = {key for change in numbers for key in change}
-    found = []
+    changes = []
     for key, option in options.items():
         if isinstance(option.choices, Registry):
             values = list(option.choices)
@@ -74,11 +74,11 @@ def variants(options: dict[str, Option], default: dict) -> list[dict]:
         else:
             continue
         if key in default:
-            found += [{key: value} for value in values if value != default[key]]
+            changes += [{key: value} for value in values if value != default[key]]
         else:
             needed = companions(key, options, default)
-            found += [{**needed, key: value} for value in values if value != option.default]
-    return found + numbers
+            changes += [{**needed, key: value} for value in values if value != option.default]
+    return changes + numbers
 
 
 def companions(key: str, options: dict[str, Option], default: dict) -> dict:

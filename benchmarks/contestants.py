@@ -102,19 +102,19 @@ def listen() -> dict:
 # --- Ours -----------------------------------------------------------------------------------------
 
 
-def arguments(told: dict) -> list[str]:
+def arguments(request: dict) -> list[str]:
     """The command line of train.py."""
-    shape, folder = told['shape'], told['folder']
+    shape, folder = request['shape'], request['folder']
     options = {
         **shape['options'],
         'vocab_size': shape['vocab_size'],
         'gradient_accumulation_steps': 1,
         'dataset': f'{folder}/data',
         'out_dir': f'{folder}/out',
-        'device': told['device'],
-        'dtype': told['dtype'],
-        'compile': told.get('compile', False),
-        'activation_checkpointing': 'full' if told.get('checkpoint') else 'none',
+        'device': request['device'],
+        'dtype': request['dtype'],
+        'compile': request.get('compile', False),
+        'activation_checkpointing': 'full' if request.get('checkpoint') else 'none',
         'learning_rate': ADAMW['learning_rate'],
         'weight_decay': ADAMW['weight_decay'],
         'beta1': ADAMW['betas'][0],
@@ -125,10 +125,10 @@ def arguments(told: dict) -> list[str]:
         'eval_interval': NEVER,
         'log_interval': 1,
     }
-    return [*(f'--{key}={value}' for key, value in options.items()), *told.get('given', [])]
+    return [*(f'--{key}={value}' for key, value in options.items()), *request.get('given', [])]
 
 
-def ours(told: dict, turns: Turns) -> None:
+def ours(request: dict, turns: Turns) -> None:
     """train.py itself."""
     import train
     from common import hardware
@@ -165,11 +165,11 @@ def ours(told: dict, turns: Turns) -> None:
         run_in_turn,
         lambda session: False,
     )
-    if told.get('without_collectives'):
+    if request.get('without_collectives'):
         without_collectives()
     # Each log entry begins a new interval; here the whole process counts.
     hardware.reset_peak_memory = lambda device: None
-    train.main(arguments(told))
+    train.main(arguments(request))
 
 
 def without_collectives() -> None:
@@ -216,7 +216,7 @@ def form_make_believe_group(ranks: int) -> tuple:
     return dist.HashStore(), dist.group.WORLD
 
 
-def prepare(told: dict, turns: Turns) -> None:
+def prepare(request: dict, turns: Turns) -> None:
     """Tokens; the batches and the first weights of ours for the peers, and what their shape is."""
     import numpy as np
     import torch
@@ -227,11 +227,11 @@ def prepare(told: dict, turns: Turns) -> None:
     from common.errors import UserError
     from interop.families import NANOGPT
 
-    shape, folder, sessions = told['shape'], Path(told['folder']), []
+    shape, folder, sessions = request['shape'], Path(request['folder']), []
     (folder / 'data').mkdir()
     random_tokens(folder / 'data', shape['vocab_size'])
     train.run_training = lambda session: sessions.append(session) or 0
-    train.main([*arguments(told), '--peak_tflops=1'])
+    train.main([*arguments(request), '--peak_tflops=1'])
     (session,) = sessions
     config, weights = session.raw_model.config, session.raw_model.named_parameters
     batches = [[t.cpu() for t in session.training_batch(number)] for number in range(BATCHES)]
@@ -251,9 +251,9 @@ def prepare(told: dict, turns: Turns) -> None:
         'd_ff': config.to_dict()['d_ff'],
         'transformers': None,
     }
-    if 'nanogpt' in told['peers']:
+    if 'nanogpt' in request['peers']:
         torch.save(translated(NANOGPT), folder / 'nanogpt.pt')
-    if 'transformers' in told['peers']:
+    if 'transformers' in request['peers']:
         try:
             family, fields, variant = interop.convert_config(config)
         except UserError as error:
@@ -270,17 +270,19 @@ def prepare(told: dict, turns: Turns) -> None:
 # --- Peers ----------------------------------------------------------------------------------------
 
 
-def nanogpt(told: dict, turns: Turns) -> None:
+def nanogpt(request: dict, turns: Turns) -> None:
     """nanoGPT's model.py, with the recipe of its train.py."""
-    sys.path.insert(0, told['nanogpt'])
+    sys.path.insert(0, request['nanogpt'])
     from model import GPT, GPTConfig
 
-    shape = told['shape']['options']
+    shape = request['shape']['options']
     keys = ('n_layer', 'n_head', 'n_embd', 'block_size', 'dropout', 'bias')
-    config = GPTConfig(**{key: shape[key] for key in keys}, vocab_size=told['shape']['vocab_size'])
+    config = GPTConfig(
+        **{key: shape[key] for key in keys}, vocab_size=request['shape']['vocab_size']
+    )
     rates = ADAMW['weight_decay'], ADAMW['learning_rate'], ADAMW['betas']
     peer(
-        told,
+        request,
         turns,
         build=lambda: GPT(config),
         optimizer=lambda model, device: model.configure_optimizers(*rates, device.type),
@@ -288,12 +290,12 @@ def nanogpt(told: dict, turns: Turns) -> None:
     )
 
 
-def transformers(told: dict, turns: Turns) -> None:
+def transformers(request: dict, turns: Turns) -> None:
     """transformers' model and loss, and fused AdamW as its Trainer has it."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     no_special_tokens = dict.fromkeys(('bos_token_id', 'eos_token_id', 'pad_token_id'))
-    config = AutoConfig.for_model(**{**no_special_tokens, **told['fields']})
+    config = AutoConfig.for_model(**{**no_special_tokens, **request['fields']})
     config.use_cache = False
 
     def loss(model, tokens, targets):
@@ -301,7 +303,7 @@ def transformers(told: dict, turns: Turns) -> None:
         return None, model(input_ids=tokens, labels=targets, shift_labels=targets).loss
 
     peer(
-        told,
+        request,
         turns,
         build=lambda: AutoModelForCausalLM.from_config(config, attn_implementation='sdpa'),
         optimizer=fused_adamw,
@@ -309,14 +311,14 @@ def transformers(told: dict, turns: Turns) -> None:
     )
 
 
-def x_transformers(told: dict, turns: Turns) -> None:
+def x_transformers(request: dict, turns: Turns) -> None:
     """x-transformers' decoder of the same shape, with its flash attention and fused AdamW."""
     from torch.nn.functional import cross_entropy
     from x_transformers import Decoder, TransformerWrapper
 
-    shape = told['shape']['options']
+    shape = request['shape']['options']
     width, heads = shape['n_embd'], shape['n_head']
-    llama = told['shape']['family'] == 'llama'
+    llama = request['shape']['family'] == 'llama'
     layers = {
         'dim': width,
         'depth': shape['n_layer'],
@@ -325,7 +327,7 @@ def x_transformers(told: dict, turns: Turns) -> None:
         'attn_flash': True,
         'attn_dropout': shape['dropout'],
         'ff_dropout': shape['dropout'],
-        'ff_mult': told['d_ff'] / width,
+        'ff_mult': request['d_ff'] / width,
         'ff_no_bias': not shape['bias'],
     }
     if llama:
@@ -341,10 +343,10 @@ def x_transformers(told: dict, turns: Turns) -> None:
         return None, cross_entropy(model(tokens).flatten(0, 1), targets.flatten())
 
     peer(
-        told,
+        request,
         turns,
         build=lambda: TransformerWrapper(
-            num_tokens=told['shape']['vocab_size'],
+            num_tokens=request['shape']['vocab_size'],
             max_seq_len=shape['block_size'],
             use_abs_pos_emb=not llama,
             tie_embedding=not llama,
@@ -372,7 +374,7 @@ def fused_adamw(model, device):
     )
 
 
-def peer(told: dict, turns: Turns, build, optimizer, loss) -> None:
+def peer(request: dict, turns: Turns, build, optimizer, loss) -> None:
     """Train a peer's model.
 
     build() makes it; optimizer(model, device); loss(model, tokens, targets) gives what its users'
@@ -383,28 +385,30 @@ def peer(told: dict, turns: Turns, build, optimizer, loss) -> None:
 
     from common import hardware
 
-    device = torch.device(told['device'])
+    device = torch.device(request['device'])
     turns.device = device
     if device.type == 'cuda':
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.allow_tf32 = True
-    if told['mallopt']:
+    if request['mallopt']:
         hardware.tune(device, deterministic=False)
     torch.manual_seed(0)
     raw_model = build().to(device).train()
     steps = optimizer(raw_model, device)
     began = time.perf_counter()
-    load(raw_model, told)
+    load(raw_model, request)
     turns.set_aside = time.perf_counter() - began
-    model = torch.compile(raw_model) if told.get('compile') else raw_model
+    model = torch.compile(raw_model) if request.get('compile') else raw_model
     turns.facts = lambda: {
         'parameters': sum(p.numel() for p in raw_model.parameters()),
-        'flops': {'per_token': counted_flops(build, loss, told['shape']['options']['block_size'])},
+        'flops': {
+            'per_token': counted_flops(build, loss, request['shape']['options']['block_size'])
+        },
         'tokens': batches[0][0].size,
         'threads': torch.get_num_threads(),
     }
-    batches = np.load(Path(told['folder'], 'batches.npy'))
-    kept = None
+    batches = np.load(Path(request['folder'], 'batches.npy'))
+    output = None
     for batch in itertools.cycle(batches):
         tokens, targets = map(torch.from_numpy, batch)
         if device.type == 'cuda':
@@ -412,21 +416,21 @@ def peer(told: dict, turns: Turns, build, optimizer, loss) -> None:
                 tensor.pin_memory().to(device, non_blocking=True) for tensor in (tokens, targets)
             )
         turns.before_update()
-        with hardware.autocast(device, told['dtype']):
-            kept, value = loss(model, tokens, targets)
+        with hardware.autocast(device, request['dtype']):
+            output, value = loss(model, tokens, targets)
         value.backward()
         norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), GRAD_CLIP)
         steps.step()
         steps.zero_grad(set_to_none=True)
         turns.measured.append((value.item(), norm.item()))
-    del kept
+    del output
 
 
-def load(model, told: dict) -> None:
+def load(model, request: dict) -> None:
     """Begin with the weights of ours, where they can be expressed."""
     import torch
 
-    path = Path(told['folder'], f'{told["kind"]}.pt')
+    path = Path(request['folder'], f'{request["kind"]}.pt')
     if path.exists():
         weights = torch.load(path, weights_only=True)
         missing, unknown = model.load_state_dict(weights, strict=False)
@@ -459,18 +463,21 @@ def counted_flops(build, loss, length: int) -> float:
 # --- What the machine can do ----------------------------------------------------------------------
 
 
-def products(told: dict, turns: Turns) -> None:
+def products(request: dict, turns: Turns) -> None:
     """At each turn, the fastest matrix multiplication of each dtype, in TFLOP/s."""
     import torch
 
     from common import hardware
 
-    device = torch.device(told['device'])
+    device = torch.device(request['device'])
     hardware.tune(device, deterministic=False)
     while True:
         say(
             turns.answers,
-            {dtype: best_product(told['products'], dtype, device) for dtype in told['dtypes']},
+            {
+                dtype: best_product(request['products'], dtype, device)
+                for dtype in request['dtypes']
+            },
         )
         listen()
 
@@ -516,10 +523,10 @@ KINDS = {
 
 
 def main(argv: list[str]) -> int:
-    (told,) = map(json.loads, argv)
+    (request,) = map(json.loads, argv)
     answers = os.fdopen(os.dup(1), 'w')
     os.dup2(2, 1)
-    KINDS[told['kind']](told, Turns(answers))
+    KINDS[request['kind']](request, Turns(answers))
     return 0
 
 

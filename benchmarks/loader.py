@@ -133,26 +133,26 @@ def timed_updates(session: Session) -> dict:
 
 def trained(arguments: list[str]) -> dict:
     """`timed_updates` of the run that these options of train.py set up."""
-    found = {}
-    train.run_training = lambda session: found.update(timed_updates(session)) or 0
+    measured = {}
+    train.run_training = lambda session: measured.update(timed_updates(session)) or 0
     with (
         tempfile.TemporaryDirectory() as folder,
         open(Path(folder, 'console'), 'w') as file,
         contextlib.redirect_stdout(file),
     ):
         train.main([*arguments, f'--out_dir={folder}/out'])
-    return found
+    return measured
 
 
-def reading_line(found: dict) -> str:
+def reading_line(measured: dict) -> str:
     rate, (resident, anonymous) = (
-        found['tokens_per_sec'],
-        (grown / 1e6 for grown in found['growth']),
+        measured['tokens_per_sec'],
+        (grown / 1e6 for grown in measured['growth']),
     )
     return (
-        f'{found["windows"]:,} windows, {found["once"]:,} just once, in {found["seconds"]:.1f} s: '
-        f'{rate / 1e6:,.1f} M tokens/s, {2e-6 * rate:,.0f} MB/s; resident '
-        f'{found["before"] / 1e6:,.0f} MB and {resident:+.1f} MB on the way (anonymous '
+        f'{measured["windows"]:,} windows, {measured["once"]:,} just once, in '
+        f'{measured["seconds"]:.1f} s: {rate / 1e6:,.1f} M tokens/s, {2e-6 * rate:,.0f} MB/s; '
+        f'resident {measured["before"] / 1e6:,.0f} MB and {resident:+.1f} MB on the way (anonymous '
         f'{anonymous:+.1f} MB)'
     )
 
@@ -185,15 +185,15 @@ def main(argv: list[str]) -> int:
         )
         rates = {}
         for sampling in ORDERS:  # before any training, which leaves memory to take from
-            found = read_an_epoch(data, sampling, batch_size)
-            print(f'{sampling:6} {reading_line(found)}', flush=True)
-            rates[sampling] = found['tokens_per_sec']
-            failed |= max(found['growth']) > 1e6 * options.limit_mb
-            failed |= sampling == 'epoch' and found['once'] != found['windows']
+            measured = read_an_epoch(data, sampling, batch_size)
+            print(f'{sampling:6} {reading_line(measured)}', flush=True)
+            rates[sampling] = measured['tokens_per_sec']
+            failed |= max(measured['growth']) > 1e6 * options.limit_mb
+            failed |= sampling == 'epoch' and measured['once'] != measured['windows']
         for sampling, rate in rates.items():
             for size in ({}, SMALL):
-                chosen = {**settings, **size, 'sampling': sampling, 'dataset': folder}
-                run = trained([options.config, *(f'--{k}={v}' for k, v in chosen.items())])
+                options_of_run = {**settings, **size, 'sampling': sampling, 'dataset': folder}
+                run = trained([options.config, *(f'--{k}={v}' for k, v in options_of_run.items())])
                 print(f'{sampling:6} {training_line(run, rate)}', flush=True)
     print('FAILED' if failed else f'memory grew by less than {options.limit_mb:g} MB')
     return int(failed)

@@ -30,17 +30,9 @@ import torch
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 
+from benchmarks.race import SHAPES, Contestant, ContestantLost, seconds_left  # noqa: E402
+from benchmarks.race_report import padded_table, ratios, spread, spread_text  # noqa: E402
 from benchmarks.record_overhead import random_tokens  # noqa: E402
-from benchmarks.training_speed import (  # noqa: E402
-    SHAPES,
-    Contestant,
-    Lost,
-    padded_table,
-    ratios,
-    seconds_left,
-    shown,
-    spread,
-)
 from common import hardware  # noqa: E402
 from common.errors import ArgumentParser, UserError, run_script  # noqa: E402
 
@@ -150,7 +142,7 @@ def race(options: argparse.Namespace, folder: Path) -> dict[str, Team]:
 # --- What is made of it ---------------------------------------------------------------------------
 
 
-def summary(teams: dict[str, Team]) -> list[dict]:
+def team_summary(teams: dict[str, Team]) -> list[dict]:
     """A row for each strategy, and first one for the single process."""
     alone = teams[ALONE]
     rows = []
@@ -171,7 +163,7 @@ def summary(teams: dict[str, Team]) -> list[dict]:
     return rows
 
 
-def report(rows: list[dict], options: argparse.Namespace) -> str:
+def report_table(rows: list[dict], options: argparse.Namespace) -> str:
     threads = options.processes
     lines = [
         ('strategy', 'tokens/s', 'efficiency', 'communication %', 'memory GB', 'sent MB'),
@@ -181,9 +173,9 @@ def report(rows: list[dict], options: argparse.Namespace) -> str:
         lines.append(
             (
                 row['strategy'],
-                shown(row['tokens_per_sec'], 0),
-                shown(row['efficiency'], 2),
-                shown(communication, 1) if communication else '',
+                spread_text(row['tokens_per_sec'], 0),
+                spread_text(row['efficiency'], 2),
+                spread_text(communication, 1) if communication else '',
                 f'{row["memory_gb"]:.2f}',
                 f'{row["bytes_sent"] / 1e6:,.1f}',
             )
@@ -198,7 +190,7 @@ def report(rows: list[dict], options: argparse.Namespace) -> str:
     )
 
 
-def parse(argv: list[str]) -> argparse.Namespace:
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
     """The options; those of train.py in `given`. Raises UserError."""
     parser = ArgumentParser(
         prog='process_speed.py',
@@ -224,16 +216,16 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def main(argv: list[str]) -> int:
-    options = parse(argv)
+    options = parse_arguments(argv)
     with tempfile.TemporaryDirectory(prefix='process_speed_') as name:
         folder = Path(name)
         (folder / 'data').mkdir()
         random_tokens(folder / 'data', options.shape_told['vocab_size'])
         try:
-            rows = summary(race(options, folder))
-        except Lost as lost:
+            rows = team_summary(race(options, folder))
+        except ContestantLost as lost:
             raise UserError(str(lost)) from lost
-    print(report(rows, options))
+    print(report_table(rows, options))
     if options.json:
         options.json.write_text(json.dumps({'shape': options.shape, 'rows': rows}, indent=1))
     return 0

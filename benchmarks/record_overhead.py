@@ -83,8 +83,8 @@ def spread(values: list[float], unit: str) -> str:
 
 
 def main(argv: list[str]) -> None:
-    found = {}
-    train.run_training = lambda session: found.update(measure(session)) or 0
+    milliseconds = {}
+    train.run_training = lambda session: milliseconds.update(measure(session)) or 0
     threads = torch.get_num_threads()
     print(f'torch {torch.__version__}, {hardware.device_name(torch.device("cpu"))}, {threads=}')
     for preset in [name for name in argv if name in PRESETS] or PRESETS:
@@ -100,12 +100,16 @@ def main(argv: list[str]) -> None:
             ]
             with open(Path(folder, 'console'), 'w') as file, contextlib.redirect_stdout(file):
                 train.main(arguments)
-        step = statistics.median(found['update'])
-        shares = [100 * (s + e) / step for s, e in zip(found['sum'], found['entry'], strict=True)]
+        step = statistics.median(milliseconds['update'])
+        shares = [
+            100 * (s + e) / step
+            for s, e in zip(milliseconds['sum'], milliseconds['entry'], strict=True)
+        ]
         print(
-            f'{preset:7} update {spread(found["update"], "ms")}; '
-            f'gradient sum {spread(found["sum"], "ms")}; '
-            f'log entry {spread(found["entry"], "ms")}; together {spread(shares, "%")} of an update'
+            f'{preset:7} update {spread(milliseconds["update"], "ms")}; '
+            f'gradient sum {spread(milliseconds["sum"], "ms")}; '
+            f'log entry {spread(milliseconds["entry"], "ms")}; '
+            f'together {spread(shares, "%")} of an update'
         )
 
 

@@ -101,7 +101,7 @@ def measure(session: Session, turns: int) -> dict[str, list[dict]]:
         for mode, asynchronous in MODES.items()
     }
     update()  # the optimizer's state, caches
-    found = {mode: [] for mode in MODES}
+    measured_saves = {mode: [] for mode in MODES}
     began, before = time.perf_counter(), plain()
     for turn in range(turns + 1):
         for mode, checkpoints in savers.items():
@@ -110,21 +110,21 @@ def measure(session: Session, turns: int) -> dict[str, list[dict]]:
             after = plain()
             usual = statistics.median(before + after)
             entry = {'seconds': seconds, 'updates': made, 'update': usual}
-            found[mode].append({**entry, 'taken': seconds - made * usual})
+            measured_saves[mode].append({**entry, 'taken': seconds - made * usual})
             before = after
         if session.parallel.is_main:
             left = (time.perf_counter() - began) / (turn + 1) * (turns - turn)
             print(f'  turn {turn} of {turns} | {left:.0f} s left', file=sys.stderr, flush=True)
-    return found
+    return measured_saves
 
 
 def work(turns: int, result: str, arguments: list[str]) -> None:
     """Set up a run as train.py does, measure it instead, and leave what was found."""
 
     def run(session: Session) -> int:
-        found = measure(session, turns)
+        measured_saves = measure(session, turns)
         if session.parallel.is_main:
-            Path(result).write_text(json.dumps(found))
+            Path(result).write_text(json.dumps(measured_saves))
         return 0
 
     train.run_training = run
@@ -153,18 +153,18 @@ def measured(strategy: str, ranks: int, turns: int, given: list[str]) -> dict[st
         command += ['--worker', result, f'--turns={turns}', *arguments]
         threads = str(max(1, torch.get_num_threads() // size))
         subprocess.run(command, env={'OMP_NUM_THREADS': threads, **os.environ}, check=True)
-        found = json.loads(Path(result).read_text())
+        measured_saves = json.loads(Path(result).read_text())
         saves = iter(read_record(latest_run(f'{folder}/out'))['checkpoints'])
-    for entry in (entry for both in zip(*found.values()) for entry in both):
+    for entry in (entry for both in zip(*measured_saves.values()) for entry in both):
         saved = next(saves)
         entry |= {key: saved[key] / 1e3 for key in ('time_ms', 'write_ms')}
-    return found
+    return measured_saves
 
 
-def results_table(found: dict[str, dict[str, list[dict]]]) -> str:
+def results_table(measured_saves: dict[str, dict[str, list[dict]]]) -> str:
     titles = ('', '', 'taken from training', 'first', 'waited', 'writing', 'beside', 'an update')
     rows = [titles]
-    for strategy, by_mode in found.items():
+    for strategy, by_mode in measured_saves.items():
         for mode, (first, *entries) in by_mode.items():
             values = {key: [entry[key] for entry in entries] for key in first}
             middle = {key: statistics.median(column) for key, column in values.items()}
@@ -195,12 +195,12 @@ def main(argv: list[str]) -> None:
     if options.worker:
         work(options.turns, options.worker, given)
         return
-    chosen = [name for name in given if name in STRATEGIES] or ['single']
+    strategies = [name for name in given if name in STRATEGIES] or ['single']
     given = [name for name in given if name not in STRATEGIES]
-    found = {}
-    for number, strategy in enumerate(chosen, 1):
-        print(f'{strategy}, {number} of {len(chosen)}', file=sys.stderr, flush=True)
-        found[strategy] = measured(strategy, options.ranks, options.turns, given)
+    measured_saves = {}
+    for number, strategy in enumerate(strategies, 1):
+        print(f'{strategy}, {number} of {len(strategies)}', file=sys.stderr, flush=True)
+        measured_saves[strategy] = measured(strategy, options.ranks, options.turns, given)
     device = hardware.device_name(hardware.select_device('auto'))
     print(f'torch {torch.__version__}, {device}, {torch.get_num_threads()} threads')
     print(
@@ -208,7 +208,7 @@ def main(argv: list[str]) -> None:
         f'took; waited: time_ms\nof the record; writing: write_ms, of the slowest rank; beside: '
         f'updates made meanwhile.\n'
     )
-    print(results_table(found))
+    print(results_table(measured_saves))
 
 
 if __name__ == '__main__':

@@ -30,16 +30,16 @@ from pathlib import Path
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 
-from benchmarks.record_overhead import random_tokens  # noqa: E402
-from benchmarks.training_speed import (  # noqa: E402
+from benchmarks.race import (  # noqa: E402
     Contestant,
-    Lost,
-    padded_table,
+    ContestantLost,
     product_shapes,
     seconds_left,
     shape,
     words,
 )
+from benchmarks.race_report import padded_table  # noqa: E402
+from benchmarks.record_overhead import random_tokens  # noqa: E402
 from common import hardware  # noqa: E402
 from common.errors import ArgumentParser, UserError, run_script  # noqa: E402
 
@@ -83,24 +83,24 @@ def point(base: dict, sweep: str, value: int, tokens: int) -> dict:
     return shape('gpt2', vocab_size, block_size, max(1, tokens // block_size), **sizes)
 
 
-def measure(told: dict, seconds: float, name: str) -> dict:
+def measure(request: dict, seconds: float, name: str) -> dict:
     """What is found of one point. Raises Lost."""
     with tempfile.TemporaryDirectory(prefix='scaling_') as folder:
-        told, sizes, running = {**told, 'folder': folder}, told['shape']['options'], []
+        request, sizes, running = {**request, 'folder': folder}, request['shape']['options'], []
 
         def start(kind: str, **more) -> tuple[Contestant, dict]:
             log = Path(folder, f'{kind}.log')
-            running.append(Contestant(f'{name}, {kind}', {**told, **more, 'kind': kind}, log))
+            running.append(Contestant(f'{name}, {kind}', {**request, **more, 'kind': kind}, log))
             return running[-1], running[-1].answer()
 
         try:
             Path(folder, 'data').mkdir()
-            random_tokens(Path(folder, 'data'), told['shape']['vocab_size'])
+            random_tokens(Path(folder, 'data'), request['shape']['vocab_size'])
             contestant, first = start('ours')
             once = contestant.ask(steps=1)
             steps = max(1, math.ceil(seconds / once['seconds']))
             answer = contestant.ask(steps=steps)
-            dtype, shapes = told['dtype'], product_shapes(told['shape'], 4 * sizes['n_embd'])
+            dtype, shapes = request['dtype'], product_shapes(request['shape'], 4 * sizes['n_embd'])
             probe, _ = start('products', products=shapes, dtypes=[dtype])
             product = probe.ask()[dtype]['tflops']
         finally:
@@ -184,7 +184,7 @@ def main(argv: list[str]) -> int:
     device = hardware.select_device(options.device)
     base, sweeps, tokens = (QUICK_BASE, QUICK, 512) if options.quick else (BASE, SWEEPS, TOKENS)
     points = [(sweep, value) for sweep in options.sweeps for value in sweeps[sweep]]
-    told = {
+    request = {
         'device': str(device),
         'dtype': options.dtype,
         'compile': options.compile,
@@ -199,13 +199,15 @@ def main(argv: list[str]) -> int:
             print(f'{number}/{len(points)} {name} | left: {left}', file=sys.stderr, flush=True)
             its_shape = point(base, sweep, value, tokens)
             try:
-                found = measure({**told, 'shape': its_shape, 'cache': cache}, options.seconds, name)
-            except Lost as error:
+                measured = measure(
+                    {**request, 'shape': its_shape, 'cache': cache}, options.seconds, name
+                )
+            except ContestantLost as error:
                 lost.append(str(error))
             else:
-                rows.append({'sweep': sweep, 'value': value, **found})
-                told_now = (f'{key} {COLUMNS[key].format(found[key])}' for key in SHOWN)
-                print('   ', ', '.join(told_now), file=sys.stderr, flush=True)
+                rows.append({'sweep': sweep, 'value': value, **measured})
+                shown_values = (f'{key} {COLUMNS[key].format(measured[key])}' for key in SHOWN)
+                print('   ', ', '.join(shown_values), file=sys.stderr, flush=True)
     except KeyboardInterrupt:  # what was found is told
         lost.append(f'{name} and what follows: interrupted')
     finally:

@@ -16,7 +16,7 @@ def test_efficiency_and_communication_use_same_turn():
     for strategy in STRATEGIES:
         teams[strategy] = team([2.0, 2.0, 5.0], gigabytes=3.0, sent=7.0)
         teams[f'{strategy} without'] = team([1.0, 1.5, 5.0])
-    alone, *rows = speed.summary(teams)
+    alone, *rows = speed.team_summary(teams)
     assert alone['efficiency'] == {'median': 1.0, 'least': 1.0, 'most': 1.0}
     assert alone['tokens_per_sec'] == {'median': 50.0, 'least': 25.0, 'most': 100.0}
     assert 'communication_percent' not in alone and [r['strategy'] for r in rows] == [*STRATEGIES]
@@ -41,4 +41,4 @@ def test_processes_make_same_update_as_one(tmp_path, capsys):
 
 def test_uneven_process_count_is_refused():
     with pytest.raises(UserError, match='--processes=3: at least 2, and a divisor of the 64'):
-        speed.parse(['--processes=3'])
+        speed.parse_arguments(['--processes=3'])

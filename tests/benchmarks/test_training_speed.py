@@ -10,18 +10,20 @@ import pytest
 import torch
 
 import train
-from benchmarks import contestants, scaling
-from benchmarks import training_speed as speed
+from benchmarks import contestants, race_report, scaling
+from benchmarks import race as race_module
+from benchmarks.race import SHAPES, Result, shape
+from benchmarks.training_speed import parse_arguments
 from common import hardware
 from common.errors import UserError
 from model_builder import build_model, count_parameters
 from model_config import ModelArchitectureConfig
 
 
-def result(name: str, seconds: list[float], **start) -> speed.Result:
+def result(name: str, seconds: list[float], **start) -> Result:
     """Of a contestant that makes 2 updates of 100 tokens a turn."""
     known = {'tokens': 100, 'parameters': 10, 'flops': {'per_token': 5e9}, **start}
-    return speed.Result(
+    return Result(
         name, 'bfloat16', known, losses=[5.0, 4.0], norms=[1.0, 2.0], steps=2, seconds=seconds
     )
 
@@ -60,7 +62,7 @@ def test_peers_do_the_same_work(monkeypatch, tmp_path):
     # clipping, goes through the losses and gradient norms of train.py.
     sizes = {'n_layer': 1, 'n_head': 2, 'n_embd': 16}
     told = {
-        'shape': speed.shape('gpt2', 64, 16, 2, **sizes),
+        'shape': shape('gpt2', 64, 16, 2, **sizes),
         'folder': str(tmp_path),
         'device': 'cpu',
         'dtype': 'float32',
@@ -123,12 +125,12 @@ def test_peers_do_the_same_work(monkeypatch, tmp_path):
 def test_ratios_use_same_turn():
     ours, peer = result('ours/eager', [1.0, 2.0, 4.0]), result('nanogpt/eager', [2.0, 5.0, 4.0])
     assert ours.speeds == [200.0, 100.0, 50.0]
-    found = speed.ratios(ours.speeds, peer.speeds)
+    found = race_report.ratios(ours.speeds, peer.speeds)
     assert found == {'median': 2.0, 'least': 1.0, 'most': 2.5}
     # 5 GFLOP a token: 1, 0.5 and 0.25 TFLOP/s, of 2, 1 and 1.
     products = [{'bfloat16': {'tflops': tflops}} for tflops in (2.0, 1.0, 1.0)]
     flops = {'per_token': 5e9, 'per_token_causal': 4e9}
-    shares = speed.mfu(ours, flops, products)
+    shares = race_report.mfu(ours, flops, products)
     assert shares['per_token'] == {'median': 50.0, 'least': 25.0, 'most': 50.0}
     assert shares['per_token_causal']['median'] == pytest.approx(40.0)
 
@@ -153,11 +155,11 @@ def test_differing_work_is_detected(change, problem):
             peer.start[key] = value
     results = {r.name: r for r in (result('ours/eager', [1.0]), peer)}
     prepared = {'parameters': 10, 'flops': {'per_token': 5e9}}
-    found = speed.agreement(results, prepared, comparable=True)
+    found = race_report.agreement(results, prepared, comparable=True)
     assert found['ours/eager']['problems'] == []
     assert found['transformers/eager']['problems'] == [problem] * (problem is not None)
     # Where something is dropped at random, losses say nothing.
-    found = speed.agreement(results, prepared, comparable=False)['transformers/eager']
+    found = race_report.agreement(results, prepared, comparable=False)['transformers/eager']
     assert not {'loss', 'norm'} & found.keys() and 'loss' not in found['problems']
 
 
@@ -176,19 +178,19 @@ def test_report_shows_summary():
     race = SimpleNamespace(
         options=SimpleNamespace(shape='tiny', turns=3, peers_mallopt=False),
         device=torch.device('cpu'),
-        shape=speed.SHAPES['tiny'],
+        shape=SHAPES['tiny'],
         results={contestant.name: contestant for contestant in results},
         products=[{'bfloat16': {'tflops': 1.0, 'shape': [1, 1, 1]}}] * 3,
         prepared={'parameters': 10, 'flops': {'per_token': 5e9, 'per_token_causal': 4e9}},
         left_out=['x-transformers: pip install x-transformers'],
     )
-    found = json.loads(json.dumps(speed.summary(race)))
+    found = json.loads(json.dumps(race_report.race_summary(race)))
     ours = found['contestants']['ours/compile']
     # 1.5 s is a later update: 7.5 s of the first one are compiling, 3 with a warm cache.
     assert ours['compile_seconds'] == {'cold': 7.5, 'warm': 3.0}
     ratio = found['contestants']['nanogpt/eager']['against']['ours/compile']
     assert ratio == {'speed': {'median': 3.0, 'least': 2.0, 'most': 4.0}, 'memory': 0.5}
-    lines = speed.report(found).splitlines()
+    lines = race_report.report_text(found).splitlines()
     (best,) = [line for line in lines if '← the best peer' in line]
     # The median of 67, 100 and 25 tokens/s is above that of 50, 50 and 50.
     assert best.startswith('nanogpt/eager') and '3.00 [2.00, 4.00] (0.50)' in best
@@ -198,11 +200,11 @@ def test_report_shows_summary():
 
 def test_contestant_selection():
     def names(*argv: str, device: str = 'cpu') -> list[str]:
-        return list(speed.chosen(speed.parse(list(argv)), device)[0])
+        return list(race_module.choose_contestants(parse_arguments(list(argv)), device)[0])
 
     assert names('--contestants=ours', '--ours=eager,compile') == ['ours/eager', 'ours/compile']
     assert names('--contestants=ours/compile') == ['ours/compile']
-    _, left_out = speed.chosen(speed.parse([]), 'cpu')
+    _, left_out = race_module.choose_contestants(parse_arguments([]), 'cpu')
     assert 'nanogpt: name a checkout with --nanogpt=PATH' in left_out
     with pytest.raises(UserError, match=r'Did you mean transformers/compile\?'):
         names('--contestants=transformer/compile')
@@ -211,7 +213,7 @@ def test_contestant_selection():
     with pytest.raises(UserError, match='--turns must be at least 1'):
         names('--turns=0')
     # What is not known here is train.py's.
-    assert speed.parse(['--attention_backend=manual']).given == ['--attention_backend=manual']
+    assert parse_arguments(['--attention_backend=manual']).given == ['--attention_backend=manual']
 
 
 def test_flops_are_counted_without_computing():
@@ -233,7 +235,7 @@ def test_flops_are_counted_without_computing():
 def test_shapes_match_their_models():
     expected = {'gpt2-124m': 124_475_904, 'llama-12l': 162_220_800}
     for name, parameters in expected.items():
-        sizes = {**speed.SHAPES[name]['options'], 'vocab_size': speed.SHAPES[name]['vocab_size']}
+        sizes = {**SHAPES[name]['options'], 'vocab_size': SHAPES[name]['vocab_size']}
         del sizes['batch_size']
         model = build_model(ModelArchitectureConfig(**sizes))
         assert count_parameters(model)['total_params'] == parameters
