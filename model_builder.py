@@ -41,6 +41,7 @@ from model_config import (
     POSITION_ENCODING_REGISTRY,
     ModelArchitectureConfig,
 )
+from records.record_types import FlopsInfo, ModelInfo
 
 
 class Transformer(nn.Module):
@@ -232,7 +233,7 @@ def parameter_parts(model: Transformer) -> Iterator[tuple[str, str, nn.Parameter
         yield name, parts.get(prefix, 'other'), parameter
 
 
-def count_parameters(model: Transformer) -> dict:
+def count_parameters(model: Transformer) -> ModelInfo:
     """The record's `startup_info.model`: totals, and the count of each part.
 
     `active_params` are those that one token uses. `non_embedding_params` leaves out the position
@@ -256,7 +257,7 @@ def count_parameters(model: Transformer) -> dict:
     }
 
 
-def training_flops(model: Transformer, recomputed_blocks: list[int] | None = None) -> dict:
+def training_flops(model: Transformer, recomputed_blocks: list[int] | None = None) -> FlopsInfo:
     """The record's `startup_info.flops`: FLOPs a token of a training step, in both conventions.
 
     Matrix multiplications of the forward pass, and twice that for the backward pass. `per_token`

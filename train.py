@@ -32,6 +32,7 @@ from parallel import sharded_state
 from parallel.strategies import SingleProcess, choose_strategy, recomputed_blocks
 from planning.plan import plan_run
 from planning.report import plan_report
+from records.record_types import EvaluationEntry
 from records.run_folders import new_run_folder
 from records.trackers import enabled_trackers
 from studies.grid import STUDY_KEYS
@@ -355,7 +356,7 @@ def evaluate(session: Session) -> bool:
         loss_sum, count = session.parallel.all_reduce_sum(total).tolist()
         losses[split] = loss_sum / count
     bytes_per_token = session.dataset.bytes_per_token('val')
-    entry = {
+    entry: EvaluationEntry = {
         'iter': progress.iter,
         'train_loss': losses['train'],
         'val_loss': losses['val'],
@@ -363,8 +364,9 @@ def evaluate(session: Session) -> bool:
         'lr': learning_rate_at(progress.iter, run),
         'data_hash': session.sync_data_hash() if progress.iter else None,
         **session.data_seen(),
+        'time_ms': None,  # until it is done
     }
-    # What goes on inside the model, and what it writes, where that is command_line for.
+    # What goes on inside the model, and what it writes, where that is asked for.
     if run.diagnostics:
         entry['diagnostics'] = session.measure_diagnostics()
     entry['time_ms'] = (time.perf_counter() - began) * 1e3

@@ -16,6 +16,7 @@ from data.dataset import TokenDataset
 from data.tokenizer import REPLACEMENT, Tokenizer
 from inference.generate import generate
 from model_builder import Transformer
+from records.record_types import Sample
 
 TEMPERATURE, TOP_K = 0.8, 200  # unless somebody asks for others
 
@@ -218,7 +219,7 @@ class PeriodicSample:
         counts = dataset.vocab_size, run.sample_tokens
         return cls(run.sample_prompt, tokens, tokenizer, *counts, run.seed)
 
-    def write(self, model: Transformer) -> dict:
+    def write(self, model: Transformer) -> Sample:
         """An entry of the record: `prompt`, `text` (None: logits not finite) and `time_ms`.
 
         The model is in evaluation mode. Every rank takes part, in as many forward passes.

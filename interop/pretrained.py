@@ -13,6 +13,7 @@ from model_builder import Transformer, build_model
 from model_config import ROPE_SCALING_REGISTRY, ModelArchitectureConfig
 from optim.step import GuardedOptimizer
 from parallel.strategies import SingleProcess
+from records.record_types import RecordHeader, WeightsSource
 from training.resume import TrainingProgress
 from training_config import INIT_FROM, Settings, schema
 from training_logger import TrainingLogger
@@ -34,7 +35,7 @@ class PretrainedSource:
     run_folder = None  # a new one
 
     @property
-    def weights_from(self) -> dict:
+    def weights_from(self) -> WeightsSource:
         """For the record: what the user named, what it is, and the sums of the files."""
         return {
             'source': self.checkpoint.name,
@@ -86,7 +87,7 @@ class PretrainedSource:
             shard.tensor.copy_(tensor.reshape(-1)[shard.offset : end])
         return TrainingProgress()
 
-    def report(self, logger: TrainingLogger, header: dict, surroundings: dict) -> None:
+    def report(self, logger: TrainingLogger, header: RecordHeader, surroundings: dict) -> None:
         """Begin the record."""
         logger.start(**header)
         for note in self.checkpoint.notes:

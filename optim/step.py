@@ -7,6 +7,7 @@ import torch
 
 from common.tensors import local_tensor
 from optim.strategy import ParallelStrategy
+from records.record_types import GradientInfo
 from training_config import TrainingConfig
 
 
@@ -90,7 +91,7 @@ class GuardedOptimizer:
         (nonfinite,) = self.parallel.all_reduce_max([0.0 if torch.isfinite(norm) else 1.0])
         return not nonfinite
 
-    def statistics(self, norm: float, total: float) -> dict[str, float]:
+    def statistics(self, norm: float, total: float) -> GradientInfo:
         """Norm, mean and standard deviation of the gradient's elements, from their sums."""
         mean = total / self.elements
         variance = norm * norm / self.elements - mean * mean

@@ -16,6 +16,7 @@ from data.dataset import is_prepared, load_dataset
 from model_builder import count_parameters, training_flops
 from parallel.strategies import recomputed_blocks
 from planning.memory import FSDPMemory, MemoryEstimator, strategy_label
+from records.record_types import FlopsInfo
 from training_config import Settings
 
 # Of a GPU's memory; the rest is for the CUDA context, NCCL and what fragmentation wastes.
@@ -211,7 +212,7 @@ def _notes(memory: MemoryEstimator, settings: Settings) -> Iterator[str]:
 
 
 def _time(
-    settings: Settings, flops: dict, peak: gpu_specs.Peak, tokens_per_iter: int
+    settings: Settings, flops: FlopsInfo, peak: gpu_specs.Peak, tokens_per_iter: int
 ) -> dict | None:
     """How long the run takes on all devices at the MFU given; None without a peak."""
     if peak.tflops is None:

@@ -6,7 +6,7 @@ file, or a terminal that is not UTF-8, gets the same words, with rules of ASCII 
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TextIO
 
@@ -121,7 +121,7 @@ def _memory_sizes(memory: MemoryInfo) -> list[str]:
     return [f'{size:.2f} GB {name}' for name, size in sizes.items() if size is not None]
 
 
-def _aux_metric_lines(readings: dict[str, float | None]) -> list[str]:
+def _aux_metric_lines(readings: Mapping[str, float | None]) -> list[str]:
     """What components report, two lines at most for those that come with the project."""
     texts = [f'{label_of(name)}={or_na(value, ".4g")}' for name, value in readings.items()]
     rows = [texts[i : i + 3] for i in range(0, len(texts), 3)]

@@ -4,6 +4,7 @@ The schema says what the values mean and may be; here they have names for those 
 them. Where keys may be missing, as in records of earlier versions, they stand in a base class.
 """
 
+from collections.abc import Mapping
 from typing import Any, TypedDict
 
 # --- What a run begins with -----------------------------------------------------------------------
@@ -165,8 +166,16 @@ class RecordHeader(TypedDict):
 # --- What happens while it runs -------------------------------------------------------------------
 
 
-class DataSeen(TypedDict, total=False):
+class DataSeen(TypedDict):
     """How much of the data the updates up to an entry have met."""
+
+    tokens_seen: int
+    epochs: float | None
+    unique_tokens: int | None
+
+
+class PartialDataSeen(TypedDict, total=False):
+    """The same as far as a record or a checkpoint of an earlier version has it."""
 
     tokens_seen: int
     epochs: float | None
@@ -213,7 +222,7 @@ class IterationEntry(_NewerIterationEntry):
     memory: MemoryInfo
     gradients: GradientInfo
     loss_scale: float | None
-    readings: dict[str, float | None]
+    readings: Mapping[str, float | None]
 
 
 class LayerDiagnostics(TypedDict):
@@ -229,7 +238,7 @@ PositionLoss = TypedDict('PositionLoss', {'from': int, 'to': int, 'loss': float 
 
 class Diagnostics(TypedDict):
     layers: list[LayerDiagnostics]
-    update_to_weight: dict[str, float | None]
+    update_to_weight: Mapping[str, float | None]
     val_loss_by_position: list[PositionLoss]
 
 
@@ -239,7 +248,7 @@ class Sample(TypedDict):
     time_ms: float
 
 
-class _OptionalEvaluationEntry(DataSeen, total=False):
+class _OptionalEvaluationEntry(PartialDataSeen, total=False):
     train_seconds: float | None
     data_hash: str | None
     diagnostics: Diagnostics
@@ -255,7 +264,7 @@ class EvaluationEntry(_OptionalEvaluationEntry):
     time_ms: float | None
 
 
-class CheckpointEntry(DataSeen):
+class CheckpointEntry(PartialDataSeen):
     iter: int
     val_loss: float | None
     path: str

@@ -6,7 +6,6 @@ from typing import TypedDict
 
 from records.record_types import (
     CheckpointEntry,
-    DataSeen,
     EvaluationEntry,
     Event,
     IterationEntry,
@@ -29,8 +28,7 @@ def summarize(record: Record, wall_seconds: float) -> Summary:
     iterations, evaluations = record['training_iterations'], record['eval_steps']
     final_iter, last_entries = _last_entries(record)
     best = best_evaluation(evaluations)
-    seen = _data_seen(last_entries, record, final_iter)
-    tokens = seen.get('tokens_seen')
+    tokens, epochs, unique_tokens = _data_seen(last_entries, record, final_iter)
     per_token = record['startup_info']['flops']['per_token']
     peaks = [peak for peak in map(memory_peak, iterations) if peak]
     events = record['events']
@@ -43,8 +41,8 @@ def summarize(record: Record, wall_seconds: float) -> Summary:
         'val_bits_per_byte': best and best['val_bits_per_byte'],
         **averages(iterations, events),
         'total_tokens': tokens,
-        'epochs': seen.get('epochs'),
-        'unique_tokens': seen.get('unique_tokens'),
+        'epochs': epochs,
+        'unique_tokens': unique_tokens,
         'total_flops': None if tokens is None or per_token is None else tokens * per_token,
         'wall_seconds': round(wall_seconds, 3),
         'peak_memory_gb': max(peaks, default=None),
@@ -130,26 +128,23 @@ def _data_seen(
     last_entries: list[IterationEntry | EvaluationEntry | CheckpointEntry],
     record: Record,
     final_iter: int,
-) -> DataSeen:
-    """The data that `final_iter` updates have seen, from the entries of that moment.
+) -> tuple[int | None, float | None, int | None]:
+    """Tokens, epochs and unique tokens that `final_iter` updates have seen, by the entries of then.
 
     Records of before have the tokens in iterations alone: what came after the last is added.
     """
-    seen: DataSeen = {}
+    tokens = epochs = unique_tokens = None
     for entry in reversed(last_entries):  # the first that has them says them
-        if 'tokens_seen' in entry:
-            seen['tokens_seen'] = entry['tokens_seen']
-        if 'epochs' in entry:
-            seen['epochs'] = entry['epochs']
-        if 'unique_tokens' in entry:
-            seen['unique_tokens'] = entry['unique_tokens']
+        tokens = entry.get('tokens_seen', tokens)
+        epochs = entry.get('epochs', epochs)
+        unique_tokens = entry.get('unique_tokens', unique_tokens)
     iterations = record['training_iterations']
-    if seen.get('tokens_seen') is None and iterations:
+    if tokens is None and iterations:
         last, per_iter = iterations[-1], record['startup_info']['data'].get('tokens_per_iter')
-        seen['tokens_seen'] = last['tokens_seen']
+        tokens = last['tokens_seen']
         if per_iter is not None:
-            seen['tokens_seen'] += (final_iter - last['iter'] - 1) * per_iter
-    return seen
+            tokens += (final_iter - last['iter'] - 1) * per_iter
+    return tokens, epochs, unique_tokens
 
 
 def _gradient_growth(iterations: list[IterationEntry]) -> float | None:

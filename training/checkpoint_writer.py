@@ -16,6 +16,7 @@ from common import hardware
 from common.errors import UserError
 from parallel import sharded_state
 from parallel.process_group import SingleProcessGroup
+from records.record_types import PartialDataSeen
 from training.checkpoint import PendingCheckpoint, prune
 from training_config import TrainingConfig
 from training_logger import TrainingLogger
@@ -89,11 +90,12 @@ class CheckpointManager:
             keep = self.run.keep_last, self.run.keep_best
             self.task = self.executor.submit(prune, checkpoint, *keep)
         self.seconds += time.perf_counter() - began
+        seen: PartialDataSeen = checkpoint.index['seen']
         self.logger.checkpoint(
             {
                 'iter': checkpoint.iter,
                 'val_loss': checkpoint.val_loss,
-                **checkpoint.index['seen'],
+                **seen,
                 'path': str(checkpoint.path.relative_to(self.logger.run_folder)),
                 'time_ms': self.seconds * 1e3,
                 'write_ms': pending.seconds * 1e3,

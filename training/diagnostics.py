@@ -18,6 +18,7 @@ from model_builder import ParameterGroup, Transformer
 from model_components import IGNORED, locate_documents
 from parallel.process_group import SingleProcessGroup
 from parallel.strategies import SingleProcess
+from records.record_types import LayerDiagnostics, PositionLoss
 
 
 def layer_statistics(
@@ -27,7 +28,7 @@ def layer_statistics(
     tokens: torch.Tensor,
     targets: torch.Tensor,
     autocast,
-) -> list[dict]:
+) -> list[LayerDiagnostics]:
     """For each block, on one batch (B, T) in evaluation mode: `activation_rms` of the stream that
     leaves it, `gradient_norm` of its parameters for the mean loss, and `max_attention_logit`.
 
@@ -60,10 +61,9 @@ def layer_statistics(
             hook.remove()
         model.zero_grad(set_to_none=True)
     measured = torch.stack([torch.stack(squares).sqrt(), torch.stack(norms), torch.stack(logits)])
-    keys = ('activation_rms', 'gradient_norm', 'max_attention_logit')
     return [
-        {'layer': layer, **dict(zip(keys, values))}
-        for layer, values in enumerate(measured.T.tolist())
+        {'layer': layer, 'activation_rms': rms, 'gradient_norm': norm, 'max_attention_logit': logit}
+        for layer, (rms, norm, logit) in enumerate(measured.T.tolist())
     ]
 
 
@@ -102,7 +102,7 @@ def _probed_attention(
 @torch.no_grad()
 def loss_by_position(
     model: nn.Module, ranks: SingleProcessGroup, batches: Iterator[list[torch.Tensor]], autocast
-) -> list[dict]:
+) -> list[PositionLoss]:
     """Mean loss in nats over positions [0, 1), [1, 2), [2, 4), [4, 8), … of the context.
 
     batches: (tokens, targets), each (B, T), of this rank.

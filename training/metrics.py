@@ -6,6 +6,7 @@ import torch
 
 from common.gpu_specs import Peak
 from parallel.process_group import SingleProcessGroup
+from records.record_types import FlopsInfo, MemoryFootprint
 from training.diagnostics import UpdateRatio
 
 
@@ -40,8 +41,8 @@ class MetricAccumulator:
 class RunMetrics:
     """What the throughput is reckoned from, and what is measured on the way."""
 
-    flops_per_token: dict
+    flops_per_token: FlopsInfo
     peak: Peak
     update_ratio: UpdateRatio
     aux: MetricAccumulator = field(default_factory=MetricAccumulator)  # since the last log entry
-    memory_footprint: dict[str, int] | None = None  # bytes on a rank, once they are measured
+    memory_footprint: MemoryFootprint | None = None  # bytes on a rank, once they are measured

@@ -6,6 +6,7 @@ import platform
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,6 +18,15 @@ from common.registry import Configurable
 from data.dataset import TokenDataset
 from model_builder import Transformer, count_parameters
 from parallel.strategies import SingleProcess
+from records.record_types import (
+    DataInfo,
+    FlopsInfo,
+    HardwareInfo,
+    OptimizerInfo,
+    RecordHeader,
+    RunMetadata,
+    WeightsSource,
+)
 from training.session import RunContext
 from training_config import OPTIMIZER_REGISTRY, SCHEDULE_REGISTRY, Settings, TrainingConfig
 
@@ -27,7 +37,6 @@ DISPLAY_ONLY = (
     *('training_logger.py', 'training/record_header.py'),
     *('common/console_output.py', 'common/errors.py', 'common/formatting.py'),
 )
-MEMORY_FOOTPRINT = ('parameter_bytes', 'gradient_bytes', 'optimizer_bytes')
 
 
 def record_header(
@@ -35,11 +44,11 @@ def record_header(
     *,
     model: Transformer,
     optimizer: torch.optim.Optimizer,
-    flops: dict,
+    flops: FlopsInfo,
     peak: Peak,
     compiled: bool,
-    weights_from: dict | None,
-) -> dict:
+    weights_from: WeightsSource | None,
+) -> RecordHeader:
     """`config`, `architecture`, `metadata` and `startup_info` of the record.
 
     flops: of a token; peak: of one device; weights_from: of whom the initial weights are.
@@ -62,7 +71,9 @@ def record_header(
             'parallel': {
                 'bytes_sent_per_update': bytes_sent_per_update(run, model, optimizer, parallel),
                 # Known once there has been an iteration (`Session.record_memory_footprint`).
-                **dict.fromkeys(MEMORY_FOOTPRINT),
+                'parameter_bytes': None,
+                'gradient_bytes': None,
+                'optimizer_bytes': None,
             },
             'data': _data(settings, context.dataset),
             'derived': settings.derived,
@@ -70,7 +81,7 @@ def record_header(
     }
 
 
-def run_environment(header: dict) -> dict:
+def run_environment(header: RecordHeader) -> dict[str, Any]:
     """What can change the last bits of a run, or its meaning, beside its options."""
     metadata, info = header['metadata'], header['startup_info']
     return {
@@ -80,7 +91,8 @@ def run_environment(header: dict) -> dict:
         'git_commit': metadata['git_commit'],
         'device_name': info['hardware']['device_name'],
         **{f'version of {name}': version for name, version in metadata['versions'].items()},
-        **{key: info['data'][key] for key in ('train_sha256', 'val_sha256')},
+        'train_sha256': info['data']['train_sha256'],
+        'val_sha256': info['data']['val_sha256'],
     }
 
 
@@ -104,8 +116,8 @@ def source_hashes() -> dict[str, str]:
     root = PROJECT.resolve()
     # As they were imported, and where links lead: to resolve the path of every module takes long.
     beginnings = tuple({f'{folder}{os.sep}' for folder in (PROJECT, PROJECT.resolve())})
-    files = {getattr(module, '__file__', None) for module in [*sys.modules.values()]}
-    files = {os.path.abspath(file) for file in files if file}
+    imported = [getattr(module, '__file__', None) for module in [*sys.modules.values()]]
+    files = {os.path.abspath(file) for file in imported if file}
     paths = {Path(file).resolve() for file in files if file.startswith(beginnings)}
     ours = {path.relative_to(root).as_posix(): path for path in paths if root in path.parents}
     return {
@@ -118,7 +130,7 @@ def source_hashes() -> dict[str, str]:
     }
 
 
-def _metadata(context: RunContext, weights_from: dict | None) -> dict:
+def _metadata(context: RunContext, weights_from: WeightsSource | None) -> RunMetadata:
     run, parallel = context.settings.run, context.parallel
     commit, clean = hardware.git_state(PROJECT)
     return {
@@ -137,13 +149,17 @@ def _metadata(context: RunContext, weights_from: dict | None) -> dict:
         'deterministic': run.deterministic,
         'platform': platform.platform(),
         'config_files': [
-            {**file, 'sha256': hashlib.sha256(file['text'].encode()).hexdigest()}
+            {
+                'path': file['path'],
+                'text': file['text'],
+                'sha256': hashlib.sha256(file['text'].encode()).hexdigest(),
+            }
             for file in context.settings.command_line.config_files
         ],
     }
 
 
-def _hardware(context: RunContext, peak: Peak, flops: dict, compiled: bool) -> dict:
+def _hardware(context: RunContext, peak: Peak, flops: FlopsInfo, compiled: bool) -> HardwareInfo:
     run, world_size = context.settings.run, context.parallel.world_size
     total_peak = peak.tflops and peak.tflops * world_size
     return {
@@ -161,7 +177,7 @@ def _hardware(context: RunContext, peak: Peak, flops: dict, compiled: bool) -> d
     }
 
 
-def _optimizer(settings: Settings, optimizer: torch.optim.Optimizer) -> dict:
+def _optimizer(settings: Settings, optimizer: torch.optim.Optimizer) -> OptimizerInfo:
     run = settings.run
     schedule = SCHEDULE_REGISTRY[run.lr_schedule] if run.decay_lr else None
 
@@ -181,14 +197,17 @@ def _optimizer(settings: Settings, optimizer: torch.optim.Optimizer) -> dict:
             {
                 'tensors': len(group['params']),
                 'params': sum(parameter.numel() for parameter in group['params']),
-                **{key: group[key] for key in ('name', 'rule', 'weight_decay', 'lr_scale')},
+                'name': group['name'],
+                'rule': group['rule'],
+                'weight_decay': group['weight_decay'],
+                'lr_scale': group['lr_scale'],
             }
             for group in optimizer.param_groups
         ],
     }
 
 
-def _data(settings: Settings, dataset: TokenDataset) -> dict:
+def _data(settings: Settings, dataset: TokenDataset) -> DataInfo:
     run, block_size = settings.run, settings.architecture.block_size
     order = dataset.order(run.sampling, run.data_seed)
     per_iter = run.batch_size * run.gradient_accumulation_steps
@@ -215,6 +234,7 @@ def _data(settings: Settings, dataset: TokenDataset) -> dict:
         'planned_epochs': sequences * block_size / order.tokens_per_epoch,
         'planned_unique_tokens': order.unique_tokens(sequences),
         'eval_windows': {
-            split: dataset.window_count(split, run.eval_iters) for split in ('train', 'val')
+            'train': dataset.window_count('train', run.eval_iters),
+            'val': dataset.window_count('val', run.eval_iters),
         },
     }

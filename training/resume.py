@@ -15,6 +15,7 @@ from parallel import sharded_state
 from parallel.strategies import SingleProcess
 from records import trackers
 from records.record import read_record
+from records.record_types import PartialDataSeen, RecordHeader, WeightsSource
 from records.run_folders import latest_run
 from training.checkpoint import Checkpoint, load_latest
 from training.load import checked_layers, find_run, misfit_explained
@@ -91,7 +92,7 @@ class ResumeSource:
     same_order: bool = True  # as far as its options have been compared with today's
 
     @property
-    def weights_from(self) -> dict | None:
+    def weights_from(self) -> WeightsSource | None:
         """What the run once began from, as its record tells."""
         return read_record(self.run_folder)['metadata'].get('weights_from')
 
@@ -133,12 +134,12 @@ class ResumeSource:
         progress.one_order &= self.same_order
         return progress
 
-    def report(self, logger: TrainingLogger, header: dict, surroundings: dict) -> None:
+    def report(self, logger: TrainingLogger, header: RecordHeader, surroundings: dict) -> None:
         """Continue the record, with what changed and what was wrong."""
         index, path = self.checkpoint.index, self.checkpoint.path.relative_to(self.run_folder)
         changed = _differences(index['config'], header['config'])
         changed |= _differences(index['surroundings'], surroundings)
-        document = logger.resume(
+        record = logger.resume(
             self.checkpoint.iter,
             checkpoint=str(path),
             changed={
@@ -150,10 +151,19 @@ class ResumeSource:
             metadata=header['metadata'],
             startup_info=header['startup_info'],
         )
-        if document and str(path) not in [entry['path'] for entry in document['checkpoints']]:
+        if record and str(path) not in [entry['path'] for entry in record['checkpoints']]:
             # The process died between publishing it and saying so.
-            entry = {'iter': index['iter'], 'val_loss': index['val_loss'], **index['seen']}
-            logger.checkpoint({**entry, 'path': str(path), 'time_ms': None, 'write_ms': None})
+            seen: PartialDataSeen = index['seen']
+            logger.checkpoint(
+                {
+                    'iter': index['iter'],
+                    'val_loss': index['val_loss'],
+                    **seen,
+                    'path': str(path),
+                    'time_ms': None,
+                    'write_ms': None,
+                }
+            )
         for warning in self.warnings:
             logger.event('broken_checkpoint', self.checkpoint.iter, warning)
         if self.checkpoint.iter >= header['config']['max_iters']:

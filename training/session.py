@@ -22,6 +22,7 @@ from model_builder import Transformer
 from model_components import IGNORED
 from optim.step import GuardedOptimizer
 from parallel.strategies import SingleProcess
+from records.record_types import DataSeen, Diagnostics, MemoryInfo, MfuInfo, Sample
 from training import diagnostics
 from training.checkpoint_writer import CheckpointManager
 from training.metrics import RunMetrics
@@ -110,7 +111,7 @@ class Session(RunContext):
         progress.data_digest, progress.own_digest = (progress.data_digest + new) % 2**64, 0
         return f'{progress.data_digest:016x}'
 
-    def data_seen(self) -> dict[str, float | int | None]:
+    def data_seen(self) -> DataSeen:
         """How much of the training split the iterations so far have seen, and how often.
 
         None where the numbers of the sequences are not simply those from 0 on.
@@ -141,13 +142,13 @@ class Session(RunContext):
         """The precision of the matrix multiplications; parameters and losses stay in fp32."""
         return hardware.autocast(self.device, self.settings.run.dtype)
 
-    def write_sample(self) -> dict:
+    def write_sample(self) -> Sample:
         """The run's periodic sample as the record has it."""
         assert self.sample_writer is not None
         with self.autocast():
             return self.sample_writer.write(self.raw_model)
 
-    def measure_diagnostics(self) -> dict:
+    def measure_diagnostics(self) -> Diagnostics:
         """What goes on inside the model, as the record has it."""
         first = next(self.evaluation_batches('val', divided=False))
         return {
@@ -160,7 +161,7 @@ class Session(RunContext):
             ),
         }
 
-    def throughput(self, seconds: float) -> tuple[float, dict[str, float | str | None]]:
+    def throughput(self, seconds: float) -> tuple[float, MfuInfo]:
         """Tokens a second at so many seconds an iteration; and what this makes of the hardware.
 
         That is the FLOP/s of all ranks, and their share of the peak; None where it is not known.
@@ -168,10 +169,9 @@ class Session(RunContext):
         tokens_per_second = self.tokens_per_iter / seconds
         flops, peak = self.metrics.flops_per_token, self.metrics.peak.tflops
         peak = peak and peak * self.parallel.world_size
-        achieved, causal, recomputed = (
-            tokens_per_second * flops[key] / 1e12
-            for key in ('per_token', 'per_token_causal', 'recomputed_per_token')
-        )
+        achieved = tokens_per_second * flops['per_token'] / 1e12
+        causal = tokens_per_second * flops['per_token_causal'] / 1e12
+        recomputed = tokens_per_second * flops['recomputed_per_token'] / 1e12
         return tokens_per_second, {
             'mfu_percent': peak and 100 * achieved / peak,
             'mfu_causal_percent': peak and 100 * causal / peak,
@@ -190,21 +190,31 @@ class Session(RunContext):
         if self.metrics.memory_footprint is not None:
             return
         states = self.optimizer.inner.state.values()
-        footprint = {
-            'parameter_bytes': _local_bytes(self.raw_model.parameters()),
-            'gradient_bytes': self.optimizer.gradient_bytes,
-            'optimizer_bytes': sum(_local_bytes(state.values()) for state in states),
+        sizes: list[float] = [
+            _local_bytes(self.raw_model.parameters()),
+            self.optimizer.gradient_bytes,
+            sum(_local_bytes(state.values()) for state in states),
+        ]
+        parameters, gradients, optimizer = map(int, self.parallel.all_reduce_max(sizes))
+        self.metrics.memory_footprint = {
+            'parameter_bytes': parameters,
+            'gradient_bytes': gradients,
+            'optimizer_bytes': optimizer,
         }
-        largest = self.parallel.all_reduce_max(list(footprint.values()))
-        self.metrics.memory_footprint = dict(zip(footprint, map(int, largest)))
         self.logger.memory_footprint(self.metrics.memory_footprint)
 
-    def memory_usage(self) -> dict[str, float | None]:
+    def memory_usage(self) -> MemoryInfo:
         """The memory in use, the largest over the ranks."""
         usage = hardware.memory_usage(self.device)
         known = [-1.0 if value is None else value for value in usage.values()]
-        largest = self.parallel.all_reduce_max(known)
-        return {key: None if value < 0 else value for key, value in zip(usage, largest)}
+        largest = [None if v < 0 else v for v in self.parallel.all_reduce_max(known)]
+        values = dict(zip(usage, largest))
+        return {
+            'allocated_gb': values['allocated_gb'],
+            'peak_gb': values['peak_gb'],
+            'reserved_gb': values['reserved_gb'],
+            'rss_gb': values['rss_gb'],
+        }
 
     # --- Checkpoints ---
 
