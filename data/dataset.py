@@ -1,6 +1,6 @@
 """A dataset: what meta.json says, and the windows that training and evaluation read from it.
 
-The files are token_files', and which window comes when is data_order's. Knows no model and no
+The files are token_files', and which window comes when is order's. Knows no model and no
 tokenizer.
 """
 

@@ -1,4 +1,4 @@
-"""interop.py and weight_maps.py: other people's models are ours, and ours theirs."""
+"""Models of other programs are ours, and ours theirs: by the same tables, both ways."""
 
 import json
 import shutil
