@@ -293,8 +293,8 @@ def with_component_options(core: dict[str, Option]) -> dict[str, Option]:
         options[key] = option
         if isinstance(option.choices, Registry):
             for name in option.choices:
-                for own_key, own in option.choices[name].options.items():
-                    add(own_key, own, f'{option.choices.option}={name!r}')
+                for component_key, component_option in option.choices[name].options.items():
+                    add(component_key, component_option, f'{option.choices.option}={name!r}')
 
     for key, option in core.items():
         add(key, option, 'the core options')
@@ -384,11 +384,13 @@ def read_config_file(path: str, problems: list[str]) -> tuple[dict, str]:
             imported |= {alias.asname or alias.name.partition('.')[0] for alias in node.names}
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             assigned.add(node.id)
-    own = (types.ModuleType, types.FunctionType, type)
+    local_kinds = (types.ModuleType, types.FunctionType, type)
     values = {
         key: value
         for key, value in namespace.items()
-        if not key.startswith('_') and key not in imported - assigned and not isinstance(value, own)
+        if not key.startswith('_')
+        and key not in imported - assigned
+        and not isinstance(value, local_kinds)
     }
     return values, text
 

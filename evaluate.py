@@ -38,7 +38,7 @@ from common.text_files import read_text
 from comparison.significance import CONFIDENCE
 from data.dataset import load_dataset
 from data.tokenizer import Tokenizer
-from inference.multiple_choice import made_choices, read_items
+from inference.multiple_choice import generate_items, read_items
 from inference.scoring import ChoiceResult, Scorer, TextResult, score_items, score_text
 from training.checkpoint import Checkpoint
 from training.load import (
@@ -149,7 +149,7 @@ def make_choices(path: Path, checkpoint: Checkpoint, tokenizer: Tokenizer, count
     trained = checkpoint.index['config']
     dataset = load_dataset(trained['dataset'], trained['block_size'])
     dataset.verify_checksums(('val',))
-    write_output(path, made_choices(dataset, tokenizer, count), 'make_choices')
+    write_output(path, generate_items(dataset, tokenizer, count), 'make_choices')
 
 
 def read_tokens(path: Path, tokenizer: Tokenizer) -> np.ndarray:

@@ -25,7 +25,14 @@ from common.errors import UserError, run_script
 from common.paths import expanded_path
 from common.text_files import decode
 from inference.generate import generate
-from inference.sampling import TEMPERATURE, TOP_K, Sampler, TextStream, prompt_tokens, stream
+from inference.sampling import (
+    TEMPERATURE,
+    TOP_K,
+    Sampler,
+    TextStream,
+    prompt_tokens,
+    sample_generator,
+)
 from inference.text_output import SEPARATOR, GenerationSpeed, write_texts
 from training.load import (
     checkpoint_parser,
@@ -116,8 +123,8 @@ def main(argv: list[str]) -> int:
     try:
         for first in range(0, options.num_samples, size):
             numbers = range(first, min(first + size, options.num_samples))
-            streams = [stream(options.seed, number) for number in numbers]
-            choose = Sampler(vocab_size, *filters, streams)
+            generators = [sample_generator(options.seed, number) for number in numbers]
+            choose = Sampler(vocab_size, *filters, generators)
             texts = [TextStream(tokenizer.decode, options.stop, end_of_text) for _ in numbers]
             with hardware.autocast(device, dtype):
                 prompts = start.expand(len(texts), -1)

@@ -109,7 +109,7 @@ def set_up(context: RunContext, init_source: InitSource | None) -> Session:
     """Build everything that the loop needs, and begin or continue the record."""
     settings, parallel, device = context.settings, context.parallel, context.device
     run, architecture, dataset = settings.run, settings.architecture, context.dataset
-    sample_writer = PeriodicSample.of(run, dataset)
+    sample_writer = PeriodicSample.from_options(run, dataset)
     peak = parallel.broadcast_from_main(
         lambda: hardware.peak_flops(device, run.dtype, run.peak_tflops)
     )

@@ -32,7 +32,7 @@ def check_environment() -> None:
     )
 
 
-def notes() -> list[str]:
+def launch_notes() -> list[str]:
     """What a person may not have thought of, a sentence or two each."""
     tasks = os.environ.get('SLURM_STEP_NUM_TASKS', '1')
     if tasks == '1' or 'WORLD_SIZE' in os.environ:

@@ -117,12 +117,12 @@ def run_script(main, argv: list[str] | None = None) -> None:
     console_output.open_streams()
     argv = sys.argv[1:] if argv is None else argv
     try:
-        code = _explained(main, argv)
+        code = _with_translated_errors(main, argv)
     except UserError as error:
-        _report(error, debug='--debug' in argv or '--debug=True' in argv)
+        _print_problems(error, debug='--debug' in argv or '--debug=True' in argv)
         exit_process(error.exit_code)
     except ReportedByOtherRank as error:
-        _tell_torchrun(str(error))
+        _write_torchrun_error(str(error))
         exit_process(1)
     except (OutputLost, BrokenPipeError) as error:
         console_output.flush_streams()
@@ -137,7 +137,7 @@ def run_script(main, argv: list[str] | None = None) -> None:
         if _rank() is None:
             raise
         sys.excepthook(*sys.exc_info())
-        _tell_torchrun(f'{type(error).__name__}: {error}')
+        _write_torchrun_error(f'{type(error).__name__}: {error}')
         exit_process(1)
     exit_process(code or 0)
 
@@ -147,16 +147,16 @@ def _name() -> str:
 
 
 def _rank() -> str | None:
-    """This process's number in its job; None where it is in none (`ranks.check_environment`)."""
+    """This process's number in its job; None where it is in none (`check_environment`)."""
     return os.environ.get('RANK') if 'WORLD_SIZE' in os.environ else None
 
 
-def _report(error: UserError, debug: bool) -> None:
+def _print_problems(error: UserError, debug: bool) -> None:
     """Show the problems on standard error; of a job's processes the first one says it for all."""
     if debug:
         write_error(traceback.format_exc(), end='')
     name, rank = _name(), _rank() or '0'
-    _tell_torchrun('\n'.join(error.problems))
+    _write_torchrun_error('\n'.join(error.problems))
     if rank != '0' and not isinstance(error, RankFailure):
         # torchrun ends this process when the first has spoken. If that does not happen, the
         # mistake is this rank's alone.
@@ -171,7 +171,7 @@ def _report(error: UserError, debug: bool) -> None:
         write_error('\n'.join([*lines, *(f'  - {problem}' for problem in error.problems)]))
 
 
-def _explained(main: Callable[[list[str]], int | None], argv: list[str]) -> int | None:
+def _with_translated_errors(main: Callable[[list[str]], int | None], argv: list[str]) -> int | None:
     """main(argv), with a UserError for every exception that an explainer knows as one."""
     try:
         return main(argv)
@@ -183,7 +183,7 @@ def _explained(main: Callable[[list[str]], int | None], argv: list[str]) -> int 
         raise
 
 
-def _tell_torchrun(message: str) -> None:
+def _write_torchrun_error(message: str) -> None:
     """Let torchrun, which started this process, end its report with the message."""
     path = os.environ.get('TORCHELASTIC_ERROR_FILE')
     if path:

@@ -167,13 +167,13 @@ def memory_usage(device: torch.device) -> dict[str, float | None]:
         reserved = torch.mps.driver_allocated_memory()
     else:
         peak = _peak_rss()
-    readings = {
+    usage = {
         'allocated_gb': allocated,
         'peak_gb': peak,
         'reserved_gb': reserved,
         'rss_gb': psutil.Process().memory_info().rss,
     }
-    return {key: None if value is None else value / GB for key, value in readings.items()}
+    return {key: None if value is None else value / GB for key, value in usage.items()}
 
 
 def total_memory(device: torch.device) -> int:

@@ -12,14 +12,14 @@ from common.errors import UserError
 from common.text_files import parse_json, read_lines
 from data.dataset import TokenDataset
 from data.tokenizer import REPLACEMENT, Tokenizer
-from inference.scoring import Item, Span
+from inference.scoring import Item, TokenSpan
 
-SHOWN_PROBLEMS = 5
+MAX_PROBLEMS = 5
 
 # Characters, at most half a context of a choice; choices; tokens to take them from. The seed is
 # part of what the items are.
-MADE_CONTEXT, MADE_CHOICE, MADE_CHOICES, MADE_FROM = 240, 40, 4, 2**20
-MADE_SEED = 1337
+CONTEXT_CHARACTERS, CHOICE_CHARACTERS, CHOICES_PER_ITEM, SOURCE_TOKENS = 240, 40, 4, 2**20
+ITEM_SEED = 1337
 
 
 def read_items(path: Path, tokenizer: Tokenizer, block_size: int) -> list[Item]:
@@ -30,7 +30,7 @@ def read_items(path: Path, tokenizer: Tokenizer, block_size: int) -> list[Item]:
             items.append(read_item(number, line, tokenizer, block_size))
         except UserError as error:
             problems += [f'--choices={path}, line {number}: {p}' for p in error.problems]
-        if len(problems) >= SHOWN_PROBLEMS:
+        if len(problems) >= MAX_PROBLEMS:
             break
     if problems:
         raise UserError(*problems)
@@ -65,7 +65,7 @@ def read_item(number: int, line: bytes, tokenizer: Tokenizer, block_size: int) -
     return Item(number, spans, choices, answer)
 
 
-def choice_span(tokenizer: Tokenizer, context: str, choice: str, block_size: int) -> Span:
+def choice_span(tokenizer: Tokenizer, context: str, choice: str, block_size: int) -> TokenSpan:
     """The choice's tokens after the context's, the last block_size + 1 of all.
 
     As lm-evaluation-harness has it: spaces at the context's end belong to the choice, since a token
@@ -86,18 +86,18 @@ def choice_span(tokenizer: Tokenizer, context: str, choice: str, block_size: int
             f'its choice {choice[:40]!r} makes {scored} tokens, and 1 to block_size={block_size} '
             f'can be scored.'
         )
-    return Span(tokens[-block_size - 1 :], scored)
+    return TokenSpan(tokens[-block_size - 1 :], scored)
 
 
-def made_choices(dataset: TokenDataset, tokenizer: Tokenizer, count: int) -> str:
+def generate_items(dataset: TokenDataset, tokenizer: Tokenizer, count: int) -> str:
     """JSON lines of `count` items from the validation split. Raises UserError."""
     split = dataset.splits['val']
-    tokens = split.read(0, min(len(split), MADE_FROM))
+    tokens = split.read(0, min(len(split), SOURCE_TOKENS))
     end, parts = dataset.end_of_text, [tokens]
     if end is not None:
         parts = [part[part != end] for part in np.split(tokens, np.flatnonzero(tokens == end))]
     documents = [tokenizer.decode(part) for part in parts]
-    items = items_from(documents, count, min(MADE_CHOICE, dataset.block_size // 2))
+    items = items_from_documents(documents, count, min(CHOICE_CHARACTERS, dataset.block_size // 2))
     if len(items) < count:
         way = f': --num_items={len(items)}' if items else ''
         raise UserError(
@@ -106,38 +106,40 @@ def made_choices(dataset: TokenDataset, tokenizer: Tokenizer, count: int) -> str
     return ''.join(json.dumps(item, ensure_ascii=False) + '\n' for item in items)
 
 
-def items_from(documents: Sequence[str], count: int, width: int = MADE_CHOICE) -> list[dict]:
+def items_from_documents(
+    documents: Sequence[str], count: int, width: int = CHOICE_CHARACTERS
+) -> list[dict]:
     """`count` items, or as many as there can be, with choices of `width` characters.
 
     A context and what really follows are of one document, divided between two words.
     """
-    places = [
+    positions = [
         (document, at)
         for document, text in enumerate(documents)
         for at in (match.start() for match in re.finditer(r'(?<=\S)\s(?=\S)', text))
-        if MADE_CONTEXT <= at <= len(text) - width
-        and REPLACEMENT not in text[at - MADE_CONTEXT : at + width]
+        if CONTEXT_CHARACTERS <= at <= len(text) - width
+        and REPLACEMENT not in text[at - CONTEXT_CHARACTERS : at + width]
     ]
-    choose = random.Random(MADE_SEED)
-    choose.shuffle(places)
+    choose = random.Random(ITEM_SEED)
+    choose.shuffle(positions)
 
-    def text_at(place: tuple[int, int], before: int, after: int) -> str:
-        document, at = place
+    def text_at(position: tuple[int, int], before: int, after: int) -> str:
+        document, at = position
         return documents[document][at - before : at + after]
 
     items = []
-    for place in places:
-        context, truth = text_at(place, MADE_CONTEXT, 0), text_at(place, 0, width)
+    for position in positions:
+        context, truth = text_at(position, CONTEXT_CHARACTERS, 0), text_at(position, 0, width)
         others = {}
-        for other in choose.sample(places, min(len(places), 8 * MADE_CHOICES)):
-            apart = abs(other[1] - place[1]) >= MADE_CONTEXT + width
+        for other in choose.sample(positions, min(len(positions), 8 * CHOICES_PER_ITEM)):
+            apart = abs(other[1] - position[1]) >= CONTEXT_CHARACTERS + width
             text = text_at(other, 0, width)
-            if (other[0] != place[0] or apart) and text != truth:
+            if (other[0] != position[0] or apart) and text != truth:
                 others[text] = None
-        if len(others) < MADE_CHOICES - 1:
+        if len(others) < CHOICES_PER_ITEM - 1:
             continue
-        choices = list(others)[: MADE_CHOICES - 1]
-        answer = choose.randrange(MADE_CHOICES)
+        choices = list(others)[: CHOICES_PER_ITEM - 1]
+        answer = choose.randrange(CHOICES_PER_ITEM)
         choices.insert(answer, truth)
         items.append({'context': context, 'choices': choices, 'answer': answer})
         if len(items) == count:

@@ -17,11 +17,12 @@ from data.tokenizer import REPLACEMENT, Tokenizer
 from inference.generate import generate
 from model_builder import Transformer
 from records.record_types import Sample
+from training_config import TrainingConfig
 
 TEMPERATURE, TOP_K = 0.8, 200  # unless somebody asks for others
 
 
-class NothingToDraw(UserError):
+class NoTokenToSample(UserError):
     """The logits leave no token that could be drawn."""
 
 
@@ -39,7 +40,7 @@ class Sampler:
     generator: on the CPU, one for all rows or one for each; a row takes one number a token from
     it, so that a row with a generator of its own is drawn the same in whatever batch it is.
 
-    Raises NothingToDraw for logits that are not finite.
+    Raises NoTokenToSample for logits that are not finite.
     """
 
     vocab_size: int
@@ -53,7 +54,7 @@ class Sampler:
         logits = logits[:, : self.vocab_size].float()
         highest = logits.amax(dim=-1, keepdim=True)
         if not highest.isfinite().all():
-            raise NothingToDraw(
+            raise NoTokenToSample(
                 f'No token can be drawn: the highest logit is {_first_not_finite(highest)}. The '
                 'weights are damaged or their training diverged, or dtype=float16 is too narrow '
                 'for them: try --dtype=float32.'
@@ -61,26 +62,26 @@ class Sampler:
         if self.temperature == 0:
             return logits.argmax(dim=-1)
         temperature = max(self.temperature, torch.finfo(logits.dtype).tiny)
-        scores = self.filtered((logits - highest) / temperature)
+        scores = self.filter_scores((logits - highest) / temperature)
         if scores.device.type == 'mps':  # which has no float64
             scores = scores.cpu()
-        return self.drawn(scores.double().softmax(dim=-1)).to(logits.device)
+        return self.draw(scores.double().softmax(dim=-1)).to(logits.device)
 
-    def filtered(self, scores: torch.Tensor) -> torch.Tensor:
+    def filter_scores(self, scores: torch.Tensor) -> torch.Tensor:
         """Scores (B, V), 0 at the highest of each row, with -inf for what is not to be drawn."""
         if 0 < self.top_k < scores.size(-1):
             least = scores.topk(self.top_k).values[:, -1:]
             scores = scores.masked_fill(scores < least, -math.inf)
         if self.top_p < 1:
-            ascending, places = scores.sort()
+            ascending, indices = scores.sort()
             left_out = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1 - self.top_p
             left_out[:, -1] = False
-            scores = scores.masked_fill(left_out.scatter(1, places, left_out), -math.inf)
+            scores = scores.masked_fill(left_out.scatter(1, indices, left_out), -math.inf)
         if self.min_p > 0:
             scores = scores.masked_fill(scores < math.log(self.min_p), -math.inf)
         return scores
 
-    def drawn(self, probabilities: torch.Tensor) -> torch.Tensor:
+    def draw(self, probabilities: torch.Tensor) -> torch.Tensor:
         """One token of each row (B, V), by inverting the distribution function."""
         reached = probabilities.cumsum(dim=-1)
         # In (0, 1], and the first place that reaches it: never one of probability 0.
@@ -118,7 +119,7 @@ class TextStream:
         self.ended = False
         self._pending: list[int] = []  # tokens since the last that ended a character
         self._taken = 0  # characters of theirs that were taken already
-        self._held = ''  # which may become part of a stop string
+        self._held_back = ''  # which may become part of a stop string
 
     def add(self, token: int) -> str:
         """What a token makes certain of the text."""
@@ -140,25 +141,27 @@ class TextStream:
             return ''
         fresh = self._take(self.decode(self._pending))
         if not self.ended:
-            fresh, self.ended = fresh + self._held, True
-            self.text += self._held
+            fresh, self.ended = fresh + self._held_back, True
+            self.text += self._held_back
         return fresh
 
     def _take(self, text: str) -> str:
         """What is certain now that the pending tokens are known to begin with `text`."""
-        held, self._taken = self._held + text[self._taken :], len(text)
-        found = [(held.find(stop) + len(stop), held.find(stop)) for stop in self.stops]
-        complete = [(end, begin) for end, begin in found if begin >= 0]
+        candidate, self._taken = self._held_back + text[self._taken :], len(text)
+        matches = [(candidate.find(stop) + len(stop), candidate.find(stop)) for stop in self.stops]
+        complete = [(end, begin) for end, begin in matches if begin >= 0]
         if complete:
             self.ended, certain = True, min(complete)[1]
         else:
-            certain = len(held) - max((begun(stop, held) for stop in self.stops), default=0)
-        fresh, self._held = held[:certain], held[certain:]
+            certain = len(candidate) - max(
+                (partial_match_length(stop, candidate) for stop in self.stops), default=0
+            )
+        fresh, self._held_back = candidate[:certain], candidate[certain:]
         self.text += fresh
         return fresh
 
 
-def begun(stop: str, text: str) -> int:
+def partial_match_length(stop: str, text: str) -> int:
     """How many characters at the end of `text` may be the beginning of `stop`."""
     longest = min(len(stop) - 1, len(text))
     return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
@@ -168,7 +171,7 @@ def begun(stop: str, text: str) -> int:
 # A sample, and a run's own
 
 
-def stream(seed: int, number: int) -> torch.Generator:
+def sample_generator(seed: int, number: int) -> torch.Generator:
     """What the text of that number is drawn with."""
     return torch.Generator().manual_seed(name_seed(seed, f'sample/{number}'))
 
@@ -204,7 +207,7 @@ class PeriodicSample:
     seed: int
 
     @classmethod
-    def of(cls, run, dataset: TokenDataset) -> 'PeriodicSample | None':
+    def from_options(cls, run: TrainingConfig, dataset: TokenDataset) -> 'PeriodicSample | None':
         """What the options ask for. Raises UserError where the dataset cannot be read as text."""
         if run.sample_interval == 0:
             return None
@@ -227,7 +230,7 @@ class PeriodicSample:
         began = time.perf_counter()
         device = next(model.parameters()).device
         choose = Sampler(
-            self.vocab_size, TEMPERATURE, TOP_K, generator=[stream(self.seed, number=0)]
+            self.vocab_size, TEMPERATURE, TOP_K, generator=[sample_generator(self.seed, number=0)]
         )
         prompt = torch.tensor([self.tokens[-model.config.block_size :]], device=device)
         text = TextStream(self.tokenizer.decode, end_of_text=self.tokenizer.end_of_text)
@@ -236,7 +239,7 @@ class PeriodicSample:
                 text.add(token.item())
             text.finish()
             written = text.text
-        except NothingToDraw:
+        except NoTokenToSample:
             written = None
         seconds = time.perf_counter() - began
         return {'prompt': self.prompt, 'text': written, 'time_ms': seconds * 1e3}

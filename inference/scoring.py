@@ -21,7 +21,7 @@ LOGIT_BYTES = 2**28  # of the logits of a batch, unless it is said how many sequ
 
 
 @dataclass(frozen=True)
-class Span:
+class TokenSpan:
     """Tokens in a row, of which the last `scored` are scored and the others are context."""
 
     tokens: Sequence[int]  # at most block_size + 1
@@ -38,27 +38,27 @@ class Scorer:
     batch_size: int | None
 
     @torch.no_grad()
-    def nats(self, spans: Sequence[Span]) -> list[float]:
+    def nats(self, spans: Sequence[TokenSpan]) -> list[float]:
         """-log p of the scored tokens of each span, given all tokens before them in it."""
         # Of like length together, so that little is padding.
         order = sorted(range(len(spans)), key=lambda i: len(spans[i].tokens))
-        found = [0.0] * len(spans)
+        nats = [0.0] * len(spans)
         while order:
             longest = len(spans[order[-1]].tokens) - 1
             row_bytes = longest * self.model.config.vocab_size * 4
             size = self.batch_size or max(1, LOGIT_BYTES // row_bytes)
             chosen, order = order[-size:], order[:-size]
             for i, value in zip(chosen, self._batch([spans[i] for i in chosen], longest)):
-                found[i] = value
-        if bad := [value for value in found if not math.isfinite(value)]:
+                nats[i] = value
+        if not_finite := [value for value in nats if not math.isfinite(value)]:
             raise UserError(
-                f'The model gives {len(bad):,} of {len(found):,} texts a likelihood that is no '
-                'number. Its weights are damaged or their training diverged, or dtype=float16 is '
-                'too narrow for them: try --dtype=float32.'
+                f'The model gives {len(not_finite):,} of {len(nats):,} texts a likelihood that '
+                'is no number. Its weights are damaged or their training diverged, or '
+                'dtype=float16 is too narrow for them: try --dtype=float32.'
             )
-        return found
+        return nats
 
-    def _batch(self, spans: Sequence[Span], length: int) -> list[float]:
+    def _batch(self, spans: Sequence[TokenSpan], length: int) -> list[float]:
         tokens = torch.zeros(len(spans), length, dtype=torch.long)
         targets = torch.full_like(tokens, IGNORED)
         for row, span in enumerate(spans):
@@ -93,13 +93,13 @@ class TextResult:
     windows: int
 
 
-def windows(tokens: np.ndarray, block_size: int, stride: int) -> Iterator[Span]:
+def windows(tokens: np.ndarray, block_size: int, stride: int) -> Iterator[TokenSpan]:
     """Every token but the first is scored in one of them, `stride` at a time after the first."""
     done = 1
     while done < len(tokens):
         end = min(done + (block_size if done == 1 else stride), len(tokens))
         start = max(0, end - block_size - 1)
-        yield Span(tokens[start:end], end - done)
+        yield TokenSpan(tokens[start:end], end - done)
         done = end
 
 
@@ -154,7 +154,7 @@ class Item:
     """One question: each choice behind its context, how long it is, and which one is right."""
 
     line: int
-    spans: list[Span]
+    spans: list[TokenSpan]
     choices: list[str]
     answer: int
 

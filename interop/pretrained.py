@@ -87,7 +87,7 @@ class PretrainedSource:
             shard.tensor.copy_(tensor.reshape(-1)[shard.offset : end])
         return TrainingProgress()
 
-    def report(self, logger: TrainingLogger, header: RecordHeader, surroundings: dict) -> None:
+    def report(self, logger: TrainingLogger, header: RecordHeader, environment: dict) -> None:
         """Begin the record."""
         logger.start(**header)
         for note in self.checkpoint.notes:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -134,7 +134,7 @@ class DataParallel(MultiProcessGroup, SingleProcess):
         MultiProcessGroup.__init__(self, *init_process_group(device, timeout))
         SingleProcess.__init__(self, run, device)
 
-    def wrap(self, model):
+    def wrap(self, model: Transformer) -> nn.Module:
         wrapped = DistributedDataParallel(
             model,
             device_ids=[self.device.index] if self.device.type == 'cuda' else None,
@@ -145,24 +145,24 @@ class DataParallel(MultiProcessGroup, SingleProcess):
 
     matrix_group: dist.ProcessGroup | None = None  # ranks that hold the matrices among them
 
-    def matrix_exchange(self, matrices, dtype):
+    def matrix_exchange(self, matrices: list[nn.Parameter], dtype: torch.dtype) -> LocalMatrices:
         shards = map(self.shard, matrices)
         shard_ranges = [(shard.offset, shard.offset + len(shard.tensor)) for shard in shards]
         sizes = [parameter.numel() for parameter in matrices]
         return MatrixExchange(sizes, shard_ranges, dtype, self.device, self.matrix_group)
 
     @contextmanager
-    def micro_step(self, model, last):
+    def micro_step(self, model: Any, last: bool) -> Iterator[None]:
         model.require_backward_grad_sync = last  # read by the forward pass
         yield
 
-    def bytes_sent(self, model, micro_steps):
+    def bytes_sent(self, model: Transformer, micro_steps: int) -> float:
         size = getattr(torch, self.run.reduce_dtype).itemsize
         elements = sum(parameter.numel() for parameter in model.parameters())
         return 2 * _ring_bytes(size * elements, self.world_size)
 
     @property
-    def saves(self):
+    def saves(self) -> tuple[bool, bool]:
         return self.is_main, self.is_main
 
 
@@ -190,7 +190,7 @@ class ZeRO1(DataParallel):
 
     name = 'zero1'
 
-    def wrap(self, model):
+    def wrap(self, model: Transformer) -> nn.Module:
         parameters = list(model.parameters())
         elements = sum(p.numel() for p in parameters)
         self.shard_size = -(-elements // self.world_size)
@@ -212,10 +212,12 @@ class ZeRO1(DataParallel):
             at += size
         return super().wrap(model)
 
-    def build_optimizer(self, groups, run):
+    def build_optimizer(
+        self, groups: list[ParameterGroup], run: TrainingConfig
+    ) -> torch.optim.Optimizer:
         return _ShardedOptimizer(super().build_optimizer(groups, run), self)
 
-    def shard(self, parameter):
+    def shard(self, parameter: nn.Parameter) -> ParamShard:
         return self.shards[parameter]
 
     def all_gather_params(self) -> None:
@@ -223,15 +225,15 @@ class ZeRO1(DataParallel):
         shard = self.flat[self.shard_begin : self.shard_begin + self.shard_size].clone()
         dist.all_gather_into_tensor(self.flat, shard)
 
-    def bytes_sent(self, model, micro_steps):
+    def bytes_sent(self, model: Transformer, micro_steps: int) -> float:
         gathered = _ring_bytes(self.flat.nbytes, self.world_size)
         return super().bytes_sent(model, micro_steps) + gathered
 
-    def optimizer_shards(self, model):
+    def optimizer_shards(self, model: Transformer) -> dict[str, ParamShard]:
         return {name: self.shards[p] for name, p in model.named_parameters()}
 
     @property
-    def saves(self):
+    def saves(self) -> tuple[bool, bool]:
         return self.is_main, True
 
 
@@ -281,7 +283,9 @@ class FullySharded(DataParallel):
         self.mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
         self.shard_group = self.matrix_group = self.mesh.get_group('shard')
 
-    def build(self, config, recomputed, compiled):
+    def build(
+        self, config: ModelArchitectureConfig, recomputed: list[int], compiled: bool
+    ) -> tuple[Transformer, nn.Module]:
         model = build_model(config)  # on the meta device: the whole is never in one place
         prepare_blocks(model, recomputed, compiled)
         reduce_dtype = getattr(torch, self.run.reduce_dtype)
@@ -315,19 +319,19 @@ class FullySharded(DataParallel):
             shard.copy_(whole.view(-1)[begin : begin + len(shard)])
 
     @contextmanager
-    def micro_step(self, model, last):
+    def micro_step(self, model: Any, last: bool) -> Iterator[None]:
         model.set_requires_gradient_sync(last)
         model.set_is_last_backward(last)
         yield
 
-    def norm(self, gradients):
+    def norm(self, gradients: list[torch.Tensor]) -> torch.Tensor:
         return self.sum_over_shards(super().norm(gradients).square()).sqrt()
 
-    def sum_over_shards(self, part):
+    def sum_over_shards(self, part: torch.Tensor) -> torch.Tensor:
         dist.all_reduce(part, group=self.shard_group)
         return part
 
-    def bytes_sent(self, model, micro_steps):
+    def bytes_sent(self, model: Transformer, micro_steps: int) -> float:
         ranks = self.mesh.size(self.mesh.ndim - 1)
         # Every rank's rows are as many as those of the one that has most.
         elements = sum(
@@ -341,14 +345,14 @@ class FullySharded(DataParallel):
             + 2 * _ring_bytes(gradients / ranks, self.world_size // ranks)  # among the replicas
         )
 
-    def weight_shards(self, model):
+    def weight_shards(self, model: Transformer) -> dict[str, ParamShard]:
         # Without fsdp_reshard_after_forward an evaluation leaves whole parameters in place of ours.
         for module in _fsdp_modules(model):
             module.reshard()
         return super().weight_shards(model)
 
     @property
-    def saves(self):
+    def saves(self) -> tuple[bool, bool]:
         first_replica = self.mesh.ndim == 1 or self.mesh.get_local_rank('replicate') == 0
         return first_replica, first_replica
 

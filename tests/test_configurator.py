@@ -93,7 +93,7 @@ def config(tmp_path):
         (['--width=3', '--width=4'], {'width': 4}),
     ],
 )
-def test_ways_to_set_an_option(argv, expected):
+def test_option_syntax(argv, expected):
     command_line = read(*argv)
     assert command_line.problems == []
     values = command_line.layers[-1].values
@@ -125,7 +125,7 @@ def test_ways_to_set_an_option(argv, expected):
         (['width=3'], ["'width=3'", '--key=value']),
     ],
 )
-def test_a_mistake_on_the_command_line_is_one_problem_that_explains_itself(argv, words):
+def test_command_line_mistake_is_explained(argv, words):
     command_line = read(*argv)
     (problem,) = command_line.problems
     assert all(word in problem for word in words), problem
@@ -133,14 +133,14 @@ def test_a_mistake_on_the_command_line_is_one_problem_that_explains_itself(argv,
 
 
 @pytest.mark.parametrize('flag', ['--help', '-h'])
-def test_help_is_noted_among_other_arguments(flag):
+def test_help_flag(flag):
     command_line = read('--width=3', flag)
     assert command_line.help and not command_line.print_config and command_line.problems == []
     assert command_line.layers[-1].values == {'width': 3}
 
 
 @pytest.mark.parametrize('flag', ['--print_config', '--print-config'])
-def test_print_config_is_noted_among_other_arguments(flag):
+def test_print_config_flag(flag):
     command_line = read(flag, '--width=3')
     assert (
         command_line.print_config
@@ -153,7 +153,7 @@ def test_print_config_is_noted_among_other_arguments(flag):
 # The merge
 
 
-def test_each_level_wins_over_those_below_it(config):
+def test_layer_precedence(config):
     first = config("width = 1\nheight = 1\nshape = 'circle'\nshift = 1", 'first.py')
     second = config('width = 2\nheight = 2', 'second.py')
     # The place of an option among the files does not matter.
@@ -166,17 +166,17 @@ def test_each_level_wins_over_those_below_it(config):
         assert merged(command_line) == {**defaults, **levels}
 
 
-def test_none_on_the_command_line_wins_over_the_files_value(config):
+def test_none_overrides_file(config):
     assert merged(read(config('height = 4'), '--height=None'))['height'] is None
 
 
-def test_the_texts_of_the_files_are_kept(config):
+def test_config_file_texts_are_stored(config):
     text = '# why: ä\nwidth = 2\n'
     path = config(text)
     assert read(path).config_files == [{'path': path, 'text': text}]
 
 
-def test_an_int_in_a_file_widens_to_float(config):
+def test_int_widens_to_float(config):
     value = read(config('scale = 3')).layers[0].values['scale']
     assert value == 3.0 and type(value) is float
 
@@ -185,7 +185,7 @@ def test_an_int_in_a_file_widens_to_float(config):
 # Config files
 
 
-def test_what_is_the_files_own_is_no_option(config):
+def test_local_names_of_file_are_no_options(config):
     command_line = read(
         config(
             'import math\n'
@@ -232,7 +232,7 @@ def test_what_is_the_files_own_is_no_option(config):
         ('width = -3', ['width=-3', 'at least 1']),
     ],
 )
-def test_a_mistake_in_a_file_is_one_problem_that_names_the_file(config, text, words):
+def test_file_mistake_names_file(config, text, words):
     path = config(text)
     command_line = read(path)
     (problem,) = command_line.problems
@@ -252,26 +252,26 @@ def test_a_mistake_in_a_file_is_one_problem_that_names_the_file(config, text, wo
         ('width = 2\0', ['null bytes']),
     ],
 )
-def test_a_file_that_cannot_be_run_is_a_problem_with_its_line(config, text, words):
+def test_file_that_raises_names_line(config, text, words):
     path = config(text)
     (problem,) = refused(path, '--width=3', '--registered_by_the_file=4')
     assert path in problem and all(word in problem for word in words), problem
 
 
-def test_a_file_that_is_not_utf8_is_a_problem(tmp_path):
+def test_file_not_utf8(tmp_path):
     path = tmp_path / 'latin.py'
     path.write_bytes("title = 'naïve'".encode('latin-1'))
     (problem,) = refused(str(path))
     assert str(path) in problem
 
 
-def test_an_error_that_cannot_say_what_it_is(config):
+def test_error_without_message(config):
     text = 'class Odd(Exception):\n    def __str__(self):\n        raise ValueError\nraise Odd'
     (problem,) = refused(config(text))
     assert problem.endswith('line 4: Odd')
 
 
-def test_values_that_cannot_be_shown(config):
+def test_values_without_repr(config):
     odd = 'class Odd:\n    def __repr__(self):\n        raise ValueError\ntitle = Odd()'
     (problem,) = read(config(odd)).problems
     assert 'title=a value of type Odd' in problem
@@ -281,12 +281,12 @@ def test_values_that_cannot_be_shown(config):
     assert len(problem) < 500
 
 
-def test_ctrl_c_in_a_config_file_still_interrupts(config):
+def test_keyboard_interrupt_in_file(config):
     with pytest.raises(KeyboardInterrupt):
         read(config('raise KeyboardInterrupt'))
 
 
-def test_a_missing_file_is_answered_with_those_that_are_there(config, tmp_path):
+def test_missing_file_suggests_others(config, tmp_path):
     there = config('width = 2', 'arch_gpt.py')
     (problem,) = refused(str(tmp_path / 'arch_gtp.py'))
     assert problem.endswith(f'arch_gtp.py does not exist. Did you mean {there}?')
@@ -296,7 +296,7 @@ def test_a_missing_file_is_answered_with_those_that_are_there(config, tmp_path):
     assert 'where.py does not exist' in problem
 
 
-def test_a_file_that_registers_a_component_adds_its_options(config):
+def test_registered_component_adds_options(config):
     path = config('_registered = True\ndepth = 5')
     text = {}
 
@@ -309,7 +309,7 @@ def test_a_file_that_registers_a_component_adds_its_options(config):
     assert read(path).problems  # without its component the key is unknown
 
 
-def test_all_problems_are_reported_at_once(config, tmp_path):
+def test_all_problems_at_once(config, tmp_path):
     first = config("widht = 1\nshape = 'circel'", 'first.py')
     command_line = read(first, '--heigth=2', '--width=wide', '--scale', 'stray')
     wrong = ['widht', 'circel', '--heigth', '--width=wide', '--scale=stray']
@@ -326,7 +326,7 @@ def test_all_problems_are_reported_at_once(config, tmp_path):
 # What is shown
 
 
-def test_help_lists_every_option_once_with_all_that_is_known_of_it(monkeypatch):
+def test_help_describes_every_option(monkeypatch):
     monkeypatch.setenv('COLUMNS', '80')
     text = format_help('how to use it', {**SCHEMA, 'Empty': {}})
     assert text.startswith('how to use it\n') and 'Empty' not in text
@@ -344,7 +344,7 @@ def test_help_lists_every_option_once_with_all_that_is_known_of_it(monkeypatch):
     assert '[square | circle | dark_triangle]' in listed['shape']
 
 
-def test_the_printed_config_is_a_config_file_that_gives_the_same_values(config):
+def test_printed_config_round_trip(config):
     values = {'width': 5, 'height': None, 'shape': 'circle', 'title': "it's # 1", 'filled': False}
     origins = {key: f'from {key}' for key in values}
     text = format_config({'All of it': values}, origins, ['something was left out'])

@@ -306,7 +306,7 @@ def test_items_stay_within_documents(of_bytes, tmp_path, monkeypatch):
     for item in map(json.loads, path.read_text().splitlines()):
         letters = {*item['context'], *item['choices'][item['answer']]} - {' '}
         assert len(letters) == 1 and letters < set('abcde')
-    assert multiple_choice.items_from(['too short ' * 20], 5) == []
+    assert multiple_choice.items_from_documents(['too short ' * 20], 5) == []
 
 
 MISTAKES = {

@@ -67,7 +67,7 @@ def dataset(tmp_path):
 # The merge
 
 
-def test_defaults_preset_file_command_line(config):
+def test_precedence_of_layers(config):
     path = config(
         "arch_preset = 'llama'\nnormalization = 'layernorm'\nn_layer = 3\nmax_iters = 70\nseed = 1"
     )
@@ -84,13 +84,13 @@ def test_defaults_preset_file_command_line(config):
     assert found.run.origins['batch_size'] == 'default'
 
 
-def test_defaults_are_the_schemas():
+def test_defaults_equal_schema():
     run = settings().run.to_dict()
     assert run == {key: flatten(schema())[key].default for key in run}
     assert run['learning_rate'] == 6e-4 and run['max_iters'] == 5000
 
 
-def test_the_flat_settings_are_the_run_and_the_architecture():
+def test_flat_settings():
     flat = settings('--arch_preset=gpt2', '--n_layer=3').to_dict()
     assert flat.keys() <= flatten(schema()).keys()
     assert (flat['arch_preset'], flat['n_layer'], flat['norm_position']) == ('gpt2', 3, 'post')
@@ -98,7 +98,7 @@ def test_the_flat_settings_are_the_run_and_the_architecture():
 
 
 @pytest.mark.parametrize('preset', ['gpt2', 'llama', 'team', 'hybrid', 'custom'])
-def test_the_config_file_of_a_preset_is_the_preset(preset):
+def test_config_file_equals_preset(preset):
     path = str(PROJECT / 'config' / f'arch_{preset}.py')
     architecture = settings(path).architecture
     assert architecture.preset == preset and settings(path).run.out_dir == f'out-{preset}'
@@ -106,7 +106,7 @@ def test_the_config_file_of_a_preset_is_the_preset(preset):
         assert architecture.hash == ModelArchitectureConfig(arch_preset=preset).hash
 
 
-def test_every_problem_of_run_and_architecture_at_once(config):
+def test_all_problems_of_run_and_architecture_at_once(config):
     path = config("arch_preset = 'lama'\nmax_iter = 5\nhelper = 3")
     problems = problems_of(
         path,
@@ -150,12 +150,12 @@ def test_every_problem_of_run_and_architecture_at_once(config):
         (['--sample_interval=-1'], ['sample_interval', 'at least 0']),
     ],
 )
-def test_an_illegal_run_is_refused(argv, words):
+def test_invalid_run_is_refused(argv, words):
     (problem,) = problems_of(*argv)
     assert all(word in problem for word in words), problem
 
 
-def test_files_of_different_kinds_of_value(config):
+def test_value_types_in_files(config):
     found = settings(
         config('learning_rate = 1\nwarmup_iters = None\ndevice = "cpu"\nuse_fsdp = False')
     ).run
@@ -180,14 +180,14 @@ def test_files_of_different_kinds_of_value(config):
         (['--fsdp_shard_size=2'], ['use_fsdp=True', 'use_fsdp=False (default)']),
     ],
 )
-def test_an_option_of_the_run_without_use_is_refused(argv, words):
+def test_unused_run_option_is_refused(argv, words):
     (problem,) = problems_of(*argv)
     assert problem.startswith(argv[0][2:].partition('=')[0]) or 'decay_lr' in argv[0]
     assert 'has no use here' in problem
     assert all(word in problem for word in words), problem
 
 
-def test_an_option_of_the_run_that_an_override_leaves_behind_is_dropped_and_told(config):
+def test_override_drops_unused_run_option_with_note(config):
     path = config("optimizer = 'muon'\nmuon_ns_steps = 6\nlr_schedule = 'wsd'\nmin_lr = 1e-5")
     kept, dropped = resolved(path), resolved(path, '--optimizer=lion', '--lr_schedule=constant')
     assert (kept.run.muon_ns_steps, kept.run.min_lr) == (6, 1e-5)
@@ -209,7 +209,7 @@ def printed(text):
     return {key: (value, origin) for key, value, origin in lines}
 
 
-def test_the_printed_config_shows_every_value_and_where_it_came_from(config):
+def test_printed_config_shows_origins(config):
     path = config("arch_preset = 'gpt2'\nmax_iters = 40\nactivation = 'relu'")
     done = resolved(path, '--ffn_type=swiglu', '--seed=3')
     text = done.explain()
@@ -242,7 +242,7 @@ def test_the_printed_config_shows_every_value_and_where_it_came_from(config):
 @pytest.mark.parametrize(
     ('max_iters', 'warmup'), [(1, 0), (19, 0), (20, 1), (100, 5), (5000, 250), (600_000, 2000)]
 )
-def test_the_schedule_follows_max_iters_and_learning_rate(config, max_iters, warmup):
+def test_derived_schedule(config, max_iters, warmup):
     # From whichever level they come: the file's max_iters is overridden.
     path = config('max_iters = 777\nlearning_rate = 3e-3')
     done = resolved(path, f'--max_iters={max_iters}')
@@ -257,7 +257,7 @@ def test_the_schedule_follows_max_iters_and_learning_rate(config, max_iters, war
     ('max_iters', 'interval'),
     [(1, 20), (100, 20), (300, 30), (5000, 500), (20_000, 2000), (600_000, 2000)],
 )
-def test_evaluations_follow_max_iters(config, max_iters, interval):
+def test_derived_eval_interval(config, max_iters, interval):
     path = config('max_iters = 777')
     done = resolved(path, f'--max_iters={max_iters}')
     assert done.run.eval_interval == interval
@@ -266,7 +266,7 @@ def test_evaluations_follow_max_iters(config, max_iters, interval):
 
 
 @pytest.mark.parametrize(('sample_interval', 'interval'), [(1000, 500), (500, 500), (300, 300)])
-def test_evaluations_are_where_text_is_to_be_written(sample_interval, interval):
+def test_eval_interval_follows_sample_interval(sample_interval, interval):
     done = resolved('--max_iters=5000', f'--sample_interval={sample_interval}')
     assert done.run.eval_interval == interval
     assert done.run.sample_interval % interval == 0
@@ -274,7 +274,7 @@ def test_evaluations_are_where_text_is_to_be_written(sample_interval, interval):
     assert 'eval_interval=500' in problem
 
 
-def test_what_was_set_is_not_derived():
+def test_given_values_are_not_derived():
     asked = {
         'eval_interval': 7,
         'warmup_iters': 7,
@@ -293,7 +293,7 @@ def test_what_was_set_is_not_derived():
 
 @pytest.mark.parametrize('device', ['cpu', 'cuda'])
 @pytest.mark.parametrize('argv', [[], ['--batch_size=4'], ['--batch_size=1000']])
-def test_the_batch_follows_the_device(device, argv):
+def test_derived_batch(device, argv):
     done = resolved(*argv, device=torch.device(device))
     run = done.run
     assert run.batch_size >= 1 and run.gradient_accumulation_steps >= 1
@@ -321,7 +321,7 @@ TOKENS_FOR_COMPILE = CPU_COMPILE_FLOPS / 854_654_976  # of GPT-2 124M, by hand: 
         (['--max_iters=1', '--compile=True'], True),
     ],
 )
-def test_on_a_cpu_long_runs_are_compiled(dataset, argv, compiled):
+def test_long_cpu_runs_are_compiled(dataset, argv, compiled):
     done = resolved('--arch_preset=gpt2', *argv, dataset=dataset('gpt2', 50257))
     assert done.run.compile is compiled
     assert ('compile' in done.derived) == (not any('compile' in argument for argument in argv))
@@ -330,7 +330,7 @@ def test_on_a_cpu_long_runs_are_compiled(dataset, argv, compiled):
 
 
 @pytest.mark.parametrize(('share', 'compiled'), [(1.01, True), (0.51, False)])
-def test_what_counts_for_compile_is_a_ranks_share(dataset, monkeypatch, share, compiled):
+def test_compile_depends_on_flops_per_rank(dataset, monkeypatch, share, compiled):
     torchrun = {'RANK': '0', 'LOCAL_RANK': '0', 'WORLD_SIZE': '2'}
     for key, value in {**torchrun, 'MASTER_ADDR': 'localhost', 'MASTER_PORT': '1'}.items():
         monkeypatch.setenv(key, value)
@@ -352,7 +352,7 @@ def test_resolved_settings_leave_nothing_open(dataset):
     ('kind', 'vocab_size', 'rows'),
     [('byte', 256, 256), ('char', 65, 65), ('gpt2', 50257, 50304), ('gpt2', 50304, 50304)],
 )
-def test_the_vocabulary_comes_from_the_dataset(dataset, kind, vocab_size, rows):
+def test_vocabulary_of_dataset(dataset, kind, vocab_size, rows):
     done = resolved('--arch_preset=llama', dataset=dataset(kind, vocab_size))
     assert done.architecture.vocab_size == rows
     assert done.architecture.origins['vocab_size'] == 'dataset'
@@ -364,12 +364,12 @@ def test_the_vocabulary_comes_from_the_dataset(dataset, kind, vocab_size, rows):
 
 
 @pytest.mark.parametrize('rows', [50257, 50300, 60000])
-def test_a_vocabulary_may_be_larger_than_the_datas(dataset, rows):
+def test_larger_vocabulary_is_allowed(dataset, rows):
     done = resolved(f'--vocab_size={rows}', dataset=dataset('gpt2', 50257))
     assert done.architecture.vocab_size == rows and 'vocab_size' not in done.derived
 
 
-def test_a_vocabulary_is_never_smaller_than_the_datas(dataset):
+def test_smaller_vocabulary_is_refused(dataset):
     with pytest.raises(UserError) as refused:
         resolved('--vocab_size=50256', dataset=dataset('gpt2', 50257))
     (problem,) = refused.value.problems
@@ -380,7 +380,7 @@ def test_a_vocabulary_is_never_smaller_than_the_datas(dataset):
 # --help
 
 
-def test_help_lists_every_option_once_with_every_component(run_script):
+def test_help_lists_every_component(run_script):
     text = run_script('train.py', '--help').stdout
     listed = re.findall(r'^  --(\w+)=', text, re.MULTILINE)
     assert listed == list(flatten(schema()))

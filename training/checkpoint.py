@@ -404,7 +404,7 @@ def prune(saved: Checkpoint, keep_last: int, keep_best: bool) -> None:
     """
     paths = list_checkpoints(saved.path.parent)
     paths = paths[paths.index(saved.path) :]
-    kept = set(paths[:keep_last])
+    retained = set(paths[:keep_last])
     if keep_best:
         scored = []
         for path in paths:
@@ -414,9 +414,9 @@ def prune(saved: Checkpoint, keep_last: int, keep_best: bool) -> None:
                 continue
         scored = [(loss, path) for loss, path in scored if loss is not None]
         if scored:
-            kept.add(min(scored, key=lambda pair: pair[0])[1])
+            retained.add(min(scored, key=lambda pair: pair[0])[1])
     for path in paths:
-        if path not in kept:
+        if path not in retained:
             with contextlib.suppress(OSError):  # what cannot be removed stays
                 _remove(path)
 

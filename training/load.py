@@ -89,10 +89,10 @@ def find_checkpoint(out_dir: str, name: str | None) -> tuple[Checkpoint, list[di
         checkpoint = read_index(Path(name))
         return checkpoint, load_state(checkpoint)
     folder = find_run(out_dir, name)
-    found = load_latest(folder / 'checkpoints', warn=write_progress)
-    if found is None:
+    latest = load_latest(folder / 'checkpoints', warn=write_progress)
+    if latest is None:
         raise UserError(f'{folder} has no checkpoint. Name another run with --run.')
-    return found
+    return latest
 
 
 def load_model(checkpoint: Checkpoint, state: list[dict], device: torch.device) -> Transformer:

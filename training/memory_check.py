@@ -50,13 +50,14 @@ def check_size(
     weights, memory = count * bytes_per_parameter // ranks, hardware.total_memory(device)
     if weights + activations <= memory:
         return
-    held = 'weights' if bytes_per_parameter == 4 else 'weights and their gradients'
+    content = 'weights' if bytes_per_parameter == 4 else 'weights and their gradients'
     each = ' on each rank' if ranks > 1 else ''
     more = f', the inputs of the blocks {activations / 1e9:,.1f} GB' if activations else ''
     raise UserError(
         f'too large for {hardware.device_name(device)} and its {memory / 1e9:,.1f} GB of memory: '
-        f'the {count:,} {held} take at least {weights / 1e9:,.1f} GB{each}{more}. Lower n_layer, '
-        'n_embd, vocab_size, batch_size or block_size; --plan shows what each of them needs.'
+        f'the {count:,} {content} take at least {weights / 1e9:,.1f} GB{each}{more}. Lower '
+        'n_layer, n_embd, vocab_size, batch_size or block_size; --plan shows what each of them '
+        'needs.'
     )
 
 

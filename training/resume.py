@@ -4,8 +4,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from common import environment
-from common.environment import restarts_left
+from common.environment import launch_notes, restarts_left
 from common.errors import UserError
 from configurator import COMMAND_LINE, CommandLine, Layer, validate_layer
 from data.dataset import TokenDataset
@@ -19,7 +18,7 @@ from records.record_types import PartialDataSeen, RecordHeader, WeightsSource
 from records.run_folders import latest_run
 from training.checkpoint import Checkpoint, load_latest
 from training.load import checked_layers, find_run, misfit_explained
-from training_config import Settings, schema
+from training_config import Settings, TrainingConfig, schema
 from training_logger import TrainingLogger
 
 # Options that say how to start, not what to train: never taken over from the earlier process.
@@ -134,11 +133,11 @@ class ResumeSource:
         progress.one_order &= self.same_order
         return progress
 
-    def report(self, logger: TrainingLogger, header: RecordHeader, surroundings: dict) -> None:
+    def report(self, logger: TrainingLogger, header: RecordHeader, environment: dict) -> None:
         """Continue the record, with what changed and what was wrong."""
         index, path = self.checkpoint.index, self.checkpoint.path.relative_to(self.run_folder)
         changed = _differences(index['config'], header['config'])
-        changed |= _differences(index['surroundings'], surroundings)
+        changed |= _differences(index['surroundings'], environment)
         record = logger.resume(
             self.checkpoint.iter,
             checkpoint=str(path),
@@ -212,15 +211,15 @@ def find_resume_source(command_line: CommandLine) -> ResumeSource | None:
         return None
     folder = find_run(out_dir, name)
     warnings: list[str] = []
-    found = load_latest(folder / 'checkpoints', warnings.append)
-    if found is None:
+    latest = load_latest(folder / 'checkpoints', warnings.append)
+    if latest is None:
         if init_from == 'auto':
             return None
         raise UserError(
             f'init_from=resume: {folder} has no checkpoint. Name another run with --resume_run, or '
             f'start a new one with --init_from=scratch.'
         )
-    checkpoint, state = found
+    checkpoint, state = latest
     origins = {'chosen': f'run {folder.name}', 'commanded': f'run {folder.name}, {COMMAND_LINE}'}
     below, above = checked_layers(checkpoint, origins)
     once = {key: checkpoint.index['config'].get(key) for key in DERIVED_ONCE}
@@ -235,12 +234,12 @@ def find_resume_source(command_line: CommandLine) -> ResumeSource | None:
     return ResumeSource(folder, checkpoint, state, warnings)
 
 
-def restart_notes(run) -> list[str]:
+def restart_notes(run: TrainingConfig) -> list[str]:
     """What a person may not have thought of, a sentence or two each."""
     if run.init_from != 'scratch' or restarts_left() <= 0:
-        return environment.notes()
+        return launch_notes()
     return [
-        *environment.notes(),
+        *launch_notes(),
         'torchrun may start this job again, which with init_from=scratch begins a new run each '
         'time: --init_from=auto goes on with this one.',
     ]
@@ -260,7 +259,7 @@ def restore_checkpoint(
 
 
 def checkpoint_index(
-    settings: Settings, progress: TrainingProgress, surroundings: dict, dataset: TokenDataset
+    settings: Settings, progress: TrainingProgress, environment: dict, dataset: TokenDataset
 ) -> dict:
     """What a checkpoint says of itself, beside its tensors: plain values only."""
     config = settings.to_dict()
@@ -279,7 +278,7 @@ def checkpoint_index(
         'commanded': commanded,
         'architecture': settings.architecture.to_dict(),
         'architecture_name': settings.architecture.name,
-        'surroundings': surroundings,
+        'surroundings': environment,
         'config_files': [file['path'] for file in settings.command_line.config_files],
         'data': {'tokenizer': dataset.tokenizer, 'vocab_size': dataset.vocab_size},
     }

@@ -39,7 +39,7 @@ class Probe(NamedTuple):
     changed: torch.Tensor
     unaffected: torch.Tensor
 
-    def judges(self, call: Call) -> bool:
+    def covers(self, call: Call) -> bool:
         """Whether what a call returned is of the positions of these tokens."""
         output = _first(call.output)
         if not _is_float(output) or output.dim() <= call.time_dim:
@@ -86,13 +86,13 @@ def check_model(model: Transformer, device: torch.device, dtype: str) -> list[st
     """
     dtype, rounding = precision(device, dtype)
     with (
-        _lively(model, device),
+        _without_hiding_weights(model, device),
         _without_head(model),
         eager_blocks(model),
         torch.no_grad(),
         hardware.autocast(device, dtype),
     ):
-        runs = _Runs(model, device, rounding)
+        runs = _ProbePasses(model, device, rounding)
         model.train()
         short = runs.compare(_probe(model, min(SHORT, model.config.block_size), device))
         notes = runs.position_notes(short)
@@ -106,7 +106,9 @@ def precision(device: torch.device, dtype: str) -> tuple[str, float]:
     return ('float32', CPU_ROUNDING) if device.type == 'cpu' else (dtype, ROUNDING[dtype])
 
 
-def _tokens(model: Transformer, shape: tuple[int, int], device) -> tuple[torch.Tensor, ...]:
+def _tokens(
+    model: Transformer, shape: tuple[int, int], device: torch.device
+) -> tuple[torch.Tensor, ...]:
     """Tokens of one document, and others that differ from them everywhere."""
     vocabulary = [t for t in range(min(model.config.vocab_size, 1000)) if t != model.end_of_text]
     known, generator = torch.tensor(vocabulary), torch.Generator().manual_seed(0)
@@ -127,18 +129,18 @@ def _probe(model: Transformer, length: int, device: torch.device) -> Probe:
     return Probe(tokens, torch.where(unaffected, tokens, other), unaffected)
 
 
-class _Runs:
+class _ProbePasses:
     """Forward passes of one model, each block fed what it got in the first of them."""
 
     def __init__(self, model: Transformer, device: torch.device, rounding: float):
         self.model, self.device, self.rounding = model, device, rounding
 
-    def forward(self, tokens: torch.Tensor, see: Callable[[Call], None] | None = None):
+    def forward(self, tokens: torch.Tensor, on_call: Callable[[Call], None] | None = None):
         """The last hidden states, with equal dropout every time."""
         torch.manual_seed(0)
-        if see is None:
+        if on_call is None:
             return self.model(tokens)
-        with observe_calls(self.model, see):
+        with observe_calls(self.model, on_call):
             return self.model(tokens)
 
     def base(self, tokens: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
@@ -166,10 +168,10 @@ class _Runs:
         with _at_blocks(self.model, force):
             gaps.append(probe.gap(hidden, self.forward(probe.changed)))
         if max(gaps) > self.rounding:
-            raise self.leak(probe)
+            raise self.leak_error(probe)
         return stream, hidden
 
-    def leak(self, probe: Probe) -> UserError:
+    def leak_error(self, probe: Probe) -> UserError:
         """What to say of it: the first call whose input is the same and whose output is not."""
         calls: list[list[Call]] = []
         for tokens in (probe.tokens, probe.tokens, probe.changed):
@@ -188,7 +190,7 @@ class _Runs:
         for before, after in zip(calls[0], calls[2]):
             if self._differs(probe, before, after):
                 open_ones = {
-                    label(c.registry, c.component) for c in calls[0] if not probe.judges(c)
+                    label(c.registry, c.component) for c in calls[0] if not probe.covers(c)
                 }
                 culprit = before.label + _inside(self.model, before.component, open_ones)
                 break
@@ -320,7 +322,7 @@ def _without_positions(model: Transformer) -> Iterator[None]:
         model, torch.zeros_like(pos), *rest
     )
     embed = type(encoding).embed
-    encoding.embed = lambda x, places: embed(encoding, x, torch.zeros_like(places))
+    encoding.embed = lambda x, pos: embed(encoding, x, torch.zeros_like(pos))
     try:
         yield
     finally:
@@ -328,7 +330,7 @@ def _without_positions(model: Transformer) -> Iterator[None]:
 
 
 @contextmanager
-def _lively(model: Transformer, device: torch.device) -> Iterator[None]:
+def _without_hiding_weights(model: Transformer, device: torch.device) -> Iterator[None]:
     """Weights that hide nothing: those that are zero, and small gains and biases, are drawn anew.
 
     Afterwards everything is as before: weights, buffers, mode, random state. Raises UserError for a
@@ -339,13 +341,13 @@ def _lively(model: Transformer, device: torch.device) -> Iterator[None]:
     generators = [] if device.type != 'cuda' else [device]
     with torch.random.fork_rng(devices=generators), torch.no_grad():
         for parameter in model.parameters():
-            here = parameter.to_local() if isinstance(parameter, DTensor) else parameter.data
-            if not here.numel() or not _hides(here):
+            shard = parameter.to_local() if isinstance(parameter, DTensor) else parameter.data
+            if not shard.numel() or not _may_hide_a_leak(shard):
                 continue
-            saved.append((here, None if not here.any() else here.clone()))
-            std = 0.5 if here.dim() < 2 else here.shape[-1] ** -0.5
+            saved.append((shard, None if not shard.any() else shard.clone()))
+            std = 0.5 if shard.dim() < 2 else shard.shape[-1] ** -0.5
             generator = torch.Generator().manual_seed(len(saved))
-            here.copy_(torch.empty(here.shape).normal_(0.0, std, generator=generator))
+            shard.copy_(torch.empty(shard.shape).normal_(0.0, std, generator=generator))
         try:
             yield
             for name, buffer in model.named_buffers():
@@ -355,8 +357,8 @@ def _lively(model: Transformer, device: torch.device) -> Iterator[None]:
                         f'checkpoint has them, so a resumed run would go on with other values.'
                     )
         finally:
-            for here, values in saved:
-                here.zero_() if values is None else here.copy_(values)
+            for shard, values in saved:
+                shard.zero_() if values is None else shard.copy_(values)
             for name, buffer in model.named_buffers():
                 buffer.copy_(buffers[name])
             for module in model.modules():
@@ -365,7 +367,7 @@ def _lively(model: Transformer, device: torch.device) -> Iterator[None]:
             model.train(mode)
 
 
-def _hides(weight: torch.Tensor) -> bool:
+def _may_hide_a_leak(weight: torch.Tensor) -> bool:
     """Whether what is multiplied by it may be too small to be seen."""
     if weight.dim() < 2:
         return bool(weight.abs().max() < SMALL)

@@ -77,7 +77,7 @@ FILTERS = [
 
 
 @pytest.mark.parametrize('options', FILTERS, ids=str)
-def test_the_probabilities_are_those_of_transformers(options):
+def test_probabilities_equal_transformers(options):
     logits = some_logits(64, 50)
     expected = theirs(**options)(logits)
     found = ours(**options)(logits)
@@ -88,7 +88,7 @@ def test_the_probabilities_are_those_of_transformers(options):
 
 
 @pytest.mark.parametrize('options', [{'top_k': 2}, {'top_p': 0.5}, {'min_p': 0.5}], ids=str)
-def test_what_is_as_likely_as_the_last_one_kept(options):
+def test_top_k_keeps_ties(options):
     """Ties and tokens that are impossible already."""
     logits = torch.tensor([[1.0, 1, 1, 1, 1, 1], [0, 2, 2, 2, -math.inf, 0], [5, 5, 0, 0, 0, 0]])
     found, expected = ours(**options)(logits), theirs(**options)(logits)
@@ -96,7 +96,7 @@ def test_what_is_as_likely_as_the_last_one_kept(options):
     torch.testing.assert_close(found, expected)
 
 
-def test_temperature_0_takes_the_likeliest_and_the_first_of_equals():
+def test_temperature_0_is_argmax():
     logits = some_logits(40, 30)
     for options in ({}, {'top_k': 3, 'top_p': 0.1, 'min_p': 0.9}):
         assert torch.equal(Sampler(30, temperature=0, **options)(logits), logits.argmax(-1))
@@ -112,7 +112,7 @@ def test_temperature_0_takes_the_likeliest_and_the_first_of_equals():
     ids=str,
 )
 @pytest.mark.parametrize('streams', ['one', 'many'])
-def test_tokens_are_drawn_by_their_probability(options, streams):
+def test_draws_follow_probabilities(options, streams):
     number, rows = (40_000, 1) if streams == 'one' else (2_000, 20)
     logits = some_logits(1, 10, seed=3)
     expected = number * theirs(**options)(logits)[0].double()
@@ -130,7 +130,7 @@ def test_tokens_are_drawn_by_their_probability(options, streams):
     assert stats.chisquare(counts[possible].double(), expected).pvalue > 1e-3
 
 
-def test_consecutive_draws_of_a_stream_are_independent():
+def test_consecutive_draws_are_independent():
     logits = torch.zeros((1, 4))
     sampler = Sampler(4, generator=[seeded(7)])
     drawn = torch.cat([sampler(logits) for _ in range(4_000)])
@@ -138,7 +138,7 @@ def test_consecutive_draws_of_a_stream_are_independent():
     assert stats.chi2_contingency(pairs.numpy()).pvalue > 1e-3
 
 
-def test_a_row_with_its_own_generator_is_drawn_the_same_in_any_batch():
+def test_row_generator_is_independent_of_batch():
     logits = some_logits(6, 40)
     together = Sampler(40, generator=[seeded(n) for n in range(6)])
     alone = [Sampler(40, generator=[seeded(n)]) for n in range(6)]
@@ -148,7 +148,7 @@ def test_a_row_with_its_own_generator_is_drawn_the_same_in_any_batch():
 
 
 @pytest.mark.parametrize('options', [{'temperature': 0}, {'temperature': 1e4}], ids=str)
-def test_the_padding_of_the_table_is_never_drawn(options):
+def test_vocabulary_padding_is_never_drawn(options):
     logits = some_logits(500, 12)
     logits[:, 7:] = 100
     drawn = Sampler(7, **options, generator=seeded())(logits)
@@ -165,7 +165,7 @@ class Fixed(Sampler):
 
 
 @pytest.mark.parametrize('number', [0.0, 0.5, 1 - 2**-53])
-def test_what_is_impossible_is_not_drawn_at_the_ends_of_the_range_either(number):
+def test_impossible_tokens_are_not_drawn_at_range_ends(number):
     logits = torch.full((50, 9), -math.inf)
     logits[:, 2:7] = some_logits(50, 5)
     logits[:, 4] = -math.inf
@@ -177,7 +177,7 @@ def test_what_is_impossible_is_not_drawn_at_the_ends_of_the_range_either(number)
 
 @pytest.mark.parametrize('value', [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize('temperature', [0, 1])
-def test_logits_that_leave_nothing_to_draw_are_refused(value, temperature):
+def test_nonfinite_logits_are_refused(value, temperature):
     logits = some_logits(3, 5)
     logits[1] = value
     with pytest.raises(UserError, match=rf'highest logit is {value}.*--dtype=float32'):
@@ -213,7 +213,7 @@ def pieces(draw):
 
 @given(pieces(), st.lists(st.text('abé日😀', min_size=1, max_size=4), max_size=3))
 @settings(max_examples=300, deadline=None)
-def test_a_text_ends_before_a_stop_string_wherever_its_tokens_begin(text_and_pieces, stops):
+def test_stop_string_ends_text(text_and_pieces, stops):
     text, tokens = text_and_pieces
     stream = TextStream(as_bytes, stops)
     shown = ''
@@ -229,7 +229,7 @@ def test_a_text_ends_before_a_stop_string_wherever_its_tokens_begin(text_and_pie
     assert stream.ended and stream.finish() == stream.add(b'a') == ''
 
 
-def test_nothing_is_held_back_for_longer_than_it_must():
+def test_text_is_not_held_back_needlessly():
     stream = TextStream(as_bytes, ['abb', 'é'])
     told = [stream.add(token) for token in (b'x', b'a', b'b', b'a', b'\xc3', b'\xa0', b'a', b'c')]
     assert told == ['x', '', '', 'ab', '', 'aà', '', 'ac']
@@ -237,12 +237,12 @@ def test_nothing_is_held_back_for_longer_than_it_must():
 
 @given(st.lists(st.binary(min_size=1, max_size=3), max_size=20))
 @settings(max_examples=200, deadline=None)
-def test_bytes_that_are_no_text_come_out_as_they_do_all_at_once(tokens):
+def test_invalid_bytes_stream_as_decoded_at_once(tokens):
     stream = TextStream(as_bytes)
     assert ''.join(map(stream.add, tokens)) + stream.finish() == as_bytes(tokens)
 
 
-def test_the_end_of_text_ends_a_sample_and_is_no_text():
+def test_end_of_text_ends_sample():
     stream = TextStream(as_bytes, ['bc'], end_of_text=b'END')
     assert [stream.add(token) for token in (b'a', b'b', b'END', b'c')] == ['a', '', 'b', '']
     assert stream.text == 'ab' and stream.ended

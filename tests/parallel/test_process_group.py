@@ -11,7 +11,7 @@ import sys
 import pytest
 from helpers.project import PROJECT
 
-from common.environment import notes, world_size
+from common.environment import launch_notes, world_size
 from common.errors import UserError
 
 TORCHRUN = {
@@ -34,7 +34,7 @@ def environment(monkeypatch):
     return change
 
 
-def test_what_torchrun_sets_is_whole_or_not_there(environment):
+def test_partial_torchrun_environment_is_refused(environment):
     assert world_size() == 1
     environment(MASTER_ADDR='somewhere')  # of another program
     assert world_size() == 1
@@ -56,13 +56,13 @@ def test_what_torchrun_sets_is_whole_or_not_there(environment):
             world_size()
 
 
-def test_tasks_of_slurm_that_know_nothing_of_each_other_are_told(environment):
-    assert notes() == []
+def test_independent_slurm_tasks_are_noted(environment):
+    assert launch_notes() == []
     environment(SLURM_STEP_NUM_TASKS='2')
-    (note,) = notes()
+    (note,) = launch_notes()
     assert 'runs this command 2 times' in note and 'scripts/train.slurm' in note
     environment(**TORCHRUN)
-    assert notes() == []
+    assert launch_notes() == []
 
 
 FORKED = r"""
@@ -204,14 +204,14 @@ def only_speaker(answer: dict) -> tuple[int, str]:
     return rank, text
 
 
-def test_what_dead_processes_left_in_the_store_hinders_no_successor(answers):
+def test_restart_ignores_stale_store(answers):
     """Groups of other sizes, one after the other, on the store of one torchrun."""
     fine = [answer for answer in answers if answer['case'] == 'fine']
     assert [answer['codes'] for answer in fine] == [[0] * 2, [0] * 3, [0] * 4]
     assert not any(text for answer in fine for text in answer['said'])
 
 
-def test_a_killed_rank_is_named_once(answers):
+def test_killed_rank_is_named_once(answers):
     for answer in [answer for answer in answers if answer['case'] == 'killed']:
         assert answer['codes'] == [1, -9, 1][: len(answer['codes'])]
         rank, text = only_speaker(answer)
@@ -221,7 +221,7 @@ def test_a_killed_rank_is_named_once(answers):
 
 
 @pytest.mark.parametrize('case', ['hangs', 'of_other_host'])
-def test_a_rank_that_does_not_come_is_named_once(answers, case):
+def test_hanging_rank_is_named_once(answers, case):
     answer = of(answers, case)
     assert answer['codes'] == [1, -9, 1]
     rank, text = only_speaker(answer)
@@ -229,7 +229,7 @@ def test_a_rank_that_does_not_come_is_named_once(answers, case):
     assert 'did not come' in text and '--distributed_timeout' in text and 'Traceback' not in text
 
 
-def test_a_rank_that_never_starts_is_named(answers):
+def test_missing_rank_is_named(answers):
     answer = of(answers, 'late')
     assert answer['codes'] == [2, -9, 2]
     first, _, third = answer['said']
@@ -237,7 +237,7 @@ def test_a_rank_that_never_starts_is_named(answers):
     assert 'find one another' in third and 'Traceback' not in first + third
 
 
-def test_a_bug_of_one_rank_is_told_by_it_alone(answers):
+def test_bug_of_one_rank_is_reported_once(answers):
     answer = of(answers, 'bug')
     assert answer['codes'] == [1, 1, 1]
     rank, text = only_speaker(answer)
@@ -250,14 +250,14 @@ def test_a_bug_of_one_rank_is_told_by_it_alone(answers):
     assert times[1] == min(times)
 
 
-def test_a_bug_of_all_ranks_is_told_once(answers):
+def test_bug_of_all_ranks_is_reported_once(answers):
     answer = of(answers, 'bug_of_all')
     assert answer['codes'] == [1, 1, 1]
     rank, text = only_speaker(answer)
     assert rank == 0 and text.count('Traceback') == 1 and 'ZeroDivisionError: on all' in text
 
 
-def test_a_mistake_of_one_rank_is_told_by_it_alone(answers):
+def test_user_error_of_one_rank_is_reported_once(answers):
     answer = of(answers, 'mistake')
     assert answer['codes'] == [1, 2, 1]
     rank, text = only_speaker(answer)

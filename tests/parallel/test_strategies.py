@@ -349,7 +349,7 @@ FULL_PRECISION = [
 
 
 @pytest.mark.parametrize(('strategy', 'case'), FULL_PRECISION)
-def test_it_is_the_training_of_a_single_process(left, strategy, case):
+def test_strategies_equal_single_process(left, strategy, case):
     run, reference = left(f'{strategy} {case}'), left(f'single {case}')
     assert max(differences(run, reference).values()) < 1e-5
     for rank in run.ranks:
@@ -365,7 +365,7 @@ def test_it_is_the_training_of_a_single_process(left, strategy, case):
 
 @pytest.mark.parametrize('optimizer', ['adamw', *OPTIMIZERS])
 @pytest.mark.parametrize('strategy', STRATEGIES)
-def test_three_ranks_divide_unevenly(left, strategy, optimizer):
+def test_uneven_shards_on_three_ranks(left, strategy, optimizer):
     run, reference = left(f'{strategy} six {optimizer}'), left(f'single six {optimizer}')
     assert max(differences(run, reference).values()) < 1e-5
     hashes, expected = (
@@ -375,7 +375,7 @@ def test_three_ranks_divide_unevenly(left, strategy, optimizer):
 
 
 @pytest.mark.parametrize('strategy', STRATEGIES)
-def test_recomputing_blocks_changes_nothing(left, strategy):
+def test_activation_checkpointing_under_strategies(left, strategy):
     """Dropout of 0.1 included: the masks are drawn again."""
     run, reference = left(f'{strategy} recomputed'), left('single dropout')
     assert max(differences(run, reference).values()) < 1e-5
@@ -383,7 +383,7 @@ def test_recomputing_blocks_changes_nothing(left, strategy):
 
 @pytest.mark.parametrize('strategy', STRATEGIES)
 @pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])
-def test_half_precision_differs_by_no_more_than_its_noise(left, strategy, dtype):
+def test_half_precision_within_noise(left, strategy, dtype):
     run, reference, exact = (
         left(f'{strategy} {dtype}'),
         left(f'single {dtype}'),
@@ -399,7 +399,7 @@ def test_half_precision_differs_by_no_more_than_its_noise(left, strategy, dtype)
 
 
 @pytest.mark.parametrize('strategy', STRATEGIES)
-def test_gradients_may_travel_in_bfloat16(left, strategy):
+def test_bfloat16_gradient_reduction(left, strategy):
     norms, expected = (
         left(name).curve('norm', below='gradients')
         for name in (f'{strategy} short', 'single llama')
@@ -411,7 +411,7 @@ def test_gradients_may_travel_in_bfloat16(left, strategy):
 
 
 @pytest.mark.parametrize('strategy', STRATEGIES)
-def test_compiled_blocks_are_the_same_blocks(left, strategy):
+def test_compiled_blocks(left, strategy):
     run = left(f'{strategy} compiled')
     if not run.record['startup_info']['hardware']['compile']:
         pytest.skip('there is no compiler')
@@ -421,7 +421,7 @@ def test_compiled_blocks_are_the_same_blocks(left, strategy):
 
 @pytest.mark.parametrize('how', ['mixture', 'mixture recomputed'])
 @pytest.mark.parametrize('strategy', STRATEGIES)
-def test_a_mixture_of_experts_is_divided_like_any_network(left, strategy, how):
+def test_moe_under_strategies(left, strategy, how):
     run, reference = left(f'{strategy} {how}'), left('single mixture')
     assert max(differences(run, reference).values()) < 1e-5
     entries = run.record['training_iterations'], reference.record['training_iterations']
@@ -433,7 +433,7 @@ def test_a_mixture_of_experts_is_divided_like_any_network(left, strategy, how):
 
 
 @pytest.mark.parametrize('strategy', [*STRATEGIES, *VARIANTS])
-def test_samples_are_those_of_a_single_process(left, strategy):
+def test_samples_equal_single_process(left, strategy):
     run, reference = (
         {entry['iter']: entry['sample']['text'] for entry in left(name).record['eval_steps']}
         for name in (f'{strategy} gpt2', 'single gpt2')
@@ -443,7 +443,7 @@ def test_samples_are_those_of_a_single_process(left, strategy):
 
 
 @pytest.mark.parametrize('strategy', STRATEGIES)
-def test_diagnostics_are_those_of_a_single_process(left, strategy):
+def test_diagnostics_equal_single_process(left, strategy):
     """Of the whole gradient and update, and of every window, which two ranks divide unevenly."""
 
     def figures(entry: dict) -> list[float]:
@@ -467,7 +467,7 @@ def test_diagnostics_are_those_of_a_single_process(left, strategy):
 # --- Each is what it says -------------------------------------------------------------------------
 
 
-def test_what_is_divided_takes_a_part_of_the_memory_on_each_rank(left):
+def test_sharded_memory_per_rank(left):
     whole = left('single gpt2').main
     for strategy in (*STRATEGIES, *VARIANTS):
         ranks = left(f'{strategy} gpt2').ranks
@@ -479,7 +479,7 @@ def test_what_is_divided_takes_a_part_of_the_memory_on_each_rank(left):
             assert max(share) == pytest.approx(0.5 if divided else 1, rel=0.02), (strategy, key)
 
 
-def test_the_record_says_what_each_rank_holds(left):
+def test_memory_footprint_is_recorded(left):
     for strategy in ('single', *STRATEGIES, *VARIANTS):
         run = left(f'{strategy} gpt2')
         held = run.record['startup_info']['parallel']
@@ -505,7 +505,7 @@ def test_the_record_says_what_each_rank_holds(left):
         'single gpt2',
     ],
 )
-def test_the_record_says_what_travels(left, name):
+def test_bytes_sent_are_recorded(left, name):
     """An update sends what the collectives that it calls carry, plain numbers apart."""
     run = left(name)
     sent = run.record['startup_info']['parallel']['bytes_sent_per_update']
@@ -518,7 +518,7 @@ def test_the_record_says_what_travels(left, name):
 
 @pytest.mark.parametrize('ranks', ['', 'six '])
 @pytest.mark.parametrize('strategy', STRATEGIES)
-def test_the_record_says_what_travels_for_whole_matrices(left, strategy, ranks):
+def test_bytes_sent_by_matrix_exchange_are_recorded(left, strategy, ranks):
     """On average: who owns which matrix makes a difference."""
     run = left(f'{strategy} {ranks}muon')
     recorded = run.record['startup_info']['parallel']['bytes_sent_per_update']
@@ -527,7 +527,7 @@ def test_the_record_says_what_travels_for_whole_matrices(left, strategy, ranks):
 
 
 @pytest.mark.parametrize('strategy', STRATEGIES)
-def test_gradients_travel_once_an_update(left, strategy):
+def test_gradients_are_reduced_once_per_iteration(left, strategy):
     """Until the last of a rank's two micro-batches it has the gradient of its own at most."""
     single = left('single gpt2').main['gradients']  # sums of one, two, three and four micro-batches
     ranks = [rank['gradients'] for rank in left(f'{strategy} gpt2').ranks]
@@ -547,7 +547,7 @@ def test_gradients_travel_once_an_update(left, strategy):
 
 
 @pytest.mark.parametrize('strategy', STRATEGIES)
-def test_a_loss_that_one_rank_loses_is_skipped_by_all(left, strategy):
+def test_nonfinite_loss_of_one_rank_is_skipped_by_all(left, strategy):
     run, reference = left(f'{strategy} lost_loss'), left('single lost_loss')
     kinds = [[e['event'] for e in each.record['events']] for each in (run, reference)]
     assert kinds[0] == kinds[1] and 'nonfinite' in kinds[0]
@@ -558,7 +558,7 @@ def test_a_loss_that_one_rank_loses_is_skipped_by_all(left, strategy):
 
 
 @pytest.mark.parametrize('strategy', STRATEGIES)
-def test_an_overflow_on_one_rank_is_an_overflow_on_all(left, strategy):
+def test_overflow_on_one_rank_is_skipped_by_all(left, strategy):
     run, reference = left(f'{strategy} overflow'), left('single overflow')
     scales = reference.curve('loss_scale')
     assert scales[2] == scales[1] / 2, 'nothing overflowed'
@@ -579,7 +579,7 @@ RESUMED = [
 
 
 @pytest.mark.parametrize(('whole', 'resumed'), RESUMED)
-def test_a_resumed_run_ends_with_the_same_bits(left, whole, resumed):
+def test_resume_under_strategies_is_bit_equal(left, whole, resumed):
     whole, resumed = left(whole), left(resumed)
     assert resumed.checkpoints() == whole.checkpoints() and len(whole.checkpoints()) == 2
     assert torch.equal(whole.curve('loss'), resumed.curve('loss'))
@@ -587,7 +587,7 @@ def test_a_resumed_run_ends_with_the_same_bits(left, whole, resumed):
 
 
 @pytest.mark.parametrize('strategy', (*STRATEGIES, *VARIANTS))
-def test_a_checkpoint_holds_the_weights_of_the_end(left, strategy):
+def test_checkpoint_holds_final_weights(left, strategy):
     """Once, whichever rank wrote them: piece after piece they are the live ones."""
     run = left(f'{strategy} gpt2')
     _, files = load_latest(run.folder / 'checkpoints', print)
@@ -602,7 +602,7 @@ def test_a_checkpoint_holds_the_weights_of_the_end(left, strategy):
 
 
 @pytest.mark.parametrize('strategy', ('single', *STRATEGIES))
-def test_what_is_written_beside_the_training_is_what_was_saved(left, strategy):
+def test_async_checkpoint_equals_saved_state(left, strategy):
     """Though it is written two updates later; and a run that resumes ends with the same bits."""
     late, whole = left(f'{strategy} late'), left(f'{strategy} gpt2')
     after_ten = [run.folder / 'checkpoints' / 'iter_00000010' for run in (late, whole)]
@@ -621,7 +621,7 @@ def test_what_is_written_beside_the_training_is_what_was_saved(left, strategy):
 
 
 @pytest.mark.parametrize('strategy', STRATEGIES)
-def test_a_checkpoint_is_exported_whoever_wrote_it(left, strategy, tmp_path):
+def test_export_of_any_strategys_checkpoint(left, strategy, tmp_path):
     run, output = left(f'{strategy} gpt2'), tmp_path / 'model.pt'
     export_checkpoint.main([f'--run={run.folder}', f'--output={output}'])
     exported = torch.load(output, weights_only=True)
@@ -635,7 +635,7 @@ def test_a_checkpoint_is_exported_whoever_wrote_it(left, strategy, tmp_path):
 
 
 @pytest.mark.parametrize('optimizer', ['adamw', *OPTIMIZERS])
-def test_a_checkpoint_goes_from_strategy_to_strategy(left, optimizer):
+def test_resume_across_strategies(left, optimizer):
     end, reference = (
         left(f'{optimizer} journey {len(JOURNEY) - 1}'),
         left(f'single six {optimizer}'),
@@ -650,7 +650,7 @@ def test_a_checkpoint_goes_from_strategy_to_strategy(left, optimizer):
     ('resumed', 'reference'),
     [('single narrow resumed', 'single narrow'), ('single hybrid resumed', 'single gpt2')],
 )
-def test_ranks_that_hold_nothing_or_copies(left, resumed, reference):
+def test_ranks_with_empty_or_replicated_shards(left, resumed, reference):
     """Three ranks of which one holds no row, and two shards on each of two replicas."""
     assert max(differences(left(resumed), left(reference)).values()) < 1e-5
 
@@ -666,7 +666,7 @@ def test_ranks_that_hold_nothing_or_copies(left, resumed, reference):
         ('ddp signal_while_agreeing', 2),
     ],
 )
-def test_a_signal_to_one_rank_stops_all_at_the_same_update(left, name, updates):
+def test_signal_to_one_rank_stops_all(left, name, updates):
     run = left(name)
     assert [rank['code'] for rank in run.ranks] == [143, 143]
     assert run.record['status'] == 'interrupted'
@@ -676,7 +676,7 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_update(left, name, updates):
 
 @pytest.mark.parametrize('strategy', STRATEGIES)
 @pytest.mark.parametrize('special', ['full_disk', 'full_disk beside'])
-def test_a_rank_that_cannot_write_stops_all(left, strategy, special):
+def test_rank_that_cannot_write_stops_all(left, strategy, special):
     run = left(f'{strategy} {special}')
     assert [rank['code'] for rank in run.ranks] == [2, 2]
     (problem,) = run.main['problems']
@@ -686,7 +686,7 @@ def test_a_rank_that_cannot_write_stops_all(left, strategy, special):
 
 
 @pytest.mark.parametrize('name', REFUSED)
-def test_what_cannot_be_is_refused(left, name):
+def test_invalid_strategy_options_are_refused(left, name):
     run, (_, _, words) = left(name), REFUSED[name]
     assert {rank['code'] for rank in run.ranks} == {2}
     assert words in run.main['stderr']
@@ -694,7 +694,7 @@ def test_what_cannot_be_is_refused(left, name):
     assert not any('folder' in rank for rank in run.ranks)
 
 
-def test_torchrun_starts_it_as_the_readme_says(tmp_path, tiny_dataset):
+def test_torchrun_command_of_readme(tmp_path, tiny_dataset):
     options = {**TINY_RUN, 'dataset': tiny_dataset, 'out_dir': 'out', 'use_fsdp': True}
     options |= {'tensorboard_log': True}
     subprocess.run(
@@ -736,7 +736,7 @@ run_script(main)
     ('ranks', 'delay', 'said'),
     [('01', 1, 'script.py: a mistake'), ('1', 0, 'script.py, rank 1: a mistake')],
 )
-def test_under_torchrun_a_mistake_is_told_once(tmp_path, ranks, delay, said):
+def test_user_error_under_torchrun_is_reported_once(tmp_path, ranks, delay, said):
     """Also when the first rank comes to it last, and when another makes it alone."""
     script = tmp_path / 'script.py'
     script.write_text(MISTAKEN.format(ranks=ranks, delay=delay))

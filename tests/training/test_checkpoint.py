@@ -84,7 +84,7 @@ def contents(path: Path) -> dict[str, bytes]:
 # --- Saving ---------------------------------------------------------------------------------------
 
 
-def test_what_is_loaded_is_what_was_saved(tmp_path):
+def test_load_returns_what_was_saved(tmp_path):
     state = {
         'model': {
             'float32': torch.randn(3, 5),
@@ -172,7 +172,7 @@ class _Written:
 @pytest.mark.parametrize(
     'error', [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), Killed()], ids=['disk full', 'kill']
 )
-def test_a_save_that_fails_at_any_step_harms_nothing(tmp_path, iter, error):
+def test_failed_save_harms_no_checkpoint(tmp_path, iter, error):
     """Every step in turn, until there are no more: 8 is saved a second time, or 12 comes anew."""
     for n in range(1, 1000):
         folder = tmp_path / str(n)
@@ -216,7 +216,7 @@ def test_a_save_that_fails_at_any_step_harms_nothing(tmp_path, iter, error):
     assert not failed
 
 
-def test_what_a_crash_left_behind_is_no_checkpoint_and_is_removed(tmp_path):
+def test_leftovers_of_a_crash_are_removed(tmp_path):
     save(tmp_path, 4)
     for name in ('.saving-iter_00000008-1234abcd', '.saving-removed-iter_00000002-1234abcd'):
         shutil.copytree(tmp_path / 'iter_00000004', tmp_path / name)
@@ -227,7 +227,7 @@ def test_what_a_crash_left_behind_is_no_checkpoint_and_is_removed(tmp_path):
     assert names(tmp_path) == ['iter_00000004', 'iter_00000006', 'notes']
 
 
-def test_no_folder_and_an_empty_one_hold_no_checkpoint(tmp_path):
+def test_missing_or_empty_folder_has_no_checkpoint(tmp_path):
     assert load_latest(tmp_path, pytest.fail) is None
     assert load_latest(tmp_path / 'none', pytest.fail) is None
 
@@ -248,7 +248,7 @@ def test_no_folder_and_an_empty_one_hold_no_checkpoint(tmp_path):
         ([-1.0, 0.0, 1.0, 2.0, 3.0], 1),
     ],
 )
-def test_the_newest_and_the_best_stay(tmp_path, losses, best, keep_last, keep_best):
+def test_prune_keeps_newest_and_best(tmp_path, losses, best, keep_last, keep_best):
     for iter, loss in enumerate(losses, 1):
         prune(save(tmp_path, iter, loss), keep_last, keep_best)
     expected = {5, 4} if keep_last == 2 else {5}
@@ -258,7 +258,7 @@ def test_the_newest_and_the_best_stay(tmp_path, losses, best, keep_last, keep_be
     assert found == sorted(expected, reverse=True)
 
 
-def test_a_broken_one_that_claims_to_be_newer_pushes_nothing_out(tmp_path):
+def test_prune_ignores_broken_newer_checkpoint(tmp_path):
     """After the fall-back from a broken 8 to 4, the save at 6 is the newest that counts."""
     save(tmp_path, 4, 1.0)
     (save(tmp_path, 8, 0.5).path / 'state.pt').write_bytes(b'')
@@ -272,7 +272,7 @@ def test_a_broken_one_that_claims_to_be_newer_pushes_nothing_out(tmp_path):
 
 
 @pytest.mark.parametrize('lost', [math.nan, math.inf, -math.inf])
-def test_a_lost_loss_is_unknown_and_never_the_best(lost):
+def test_nonfinite_loss_is_never_best(lost):
     progress = TrainingProgress(iter=4, best_val_loss=2.0)
     assert not progress.note_evaluation(lost)
     assert (progress.val_loss, progress.best_val_loss) == (None, 2.0)
@@ -300,7 +300,7 @@ DAMAGE = {
 
 @pytest.mark.parametrize('damage', DAMAGE)
 @pytest.mark.parametrize('name', ['state.pt', 'index.json'])
-def test_a_damaged_file_is_named_and_the_checkpoint_before_is_used(tmp_path, name, damage):
+def test_damaged_file_falls_back_to_previous_checkpoint(tmp_path, name, damage):
     save(tmp_path, 4)
     file = save(tmp_path, 8).path / name
     if DAMAGE[damage]:
@@ -319,7 +319,7 @@ def test_a_damaged_file_is_named_and_the_checkpoint_before_is_used(tmp_path, nam
 
 
 @pytest.mark.parametrize('name', ['state.pt', 'index.json'])
-def test_no_single_bit_flips_unseen(tmp_path, name):
+def test_every_bit_flip_is_detected(tmp_path, name):
     checkpoint = save(tmp_path, 4, 2.5)
     file = checkpoint.path / name
     content = file.read_bytes()
@@ -363,7 +363,7 @@ def pickle_of(state) -> bytes:
 
 
 @pytest.mark.parametrize('write', [zip_of, legacy_file_of, pickle_of])
-def test_a_pickle_in_the_state_is_never_executed(tmp_path, write):
+def test_pickle_in_state_is_not_executed(tmp_path, write):
     marker, path = tmp_path / 'executed', save(tmp_path / 'checkpoints', 4).path
     state = path / 'state.pt'
     state.write_bytes(write({'model': {'weight': torch.ones(2)}, 'more': Exploit(marker)}))
@@ -380,7 +380,7 @@ def test_a_pickle_in_the_state_is_never_executed(tmp_path, write):
 
 
 @pytest.mark.parametrize('content', [[1, 2], 'text', 7, None, torch.ones(3)])
-def test_a_state_that_is_no_dict_is_refused(tmp_path, content):
+def test_state_must_be_a_dict(tmp_path, content):
     path = save(tmp_path, 4).path
     (path / 'state.pt').write_bytes(zip_of(content))
     sealed(path)
@@ -464,7 +464,7 @@ def equal(left, right) -> bool:
     return left == right
 
 
-def test_the_run_that_the_hostile_files_go_into_resumes(run):
+def test_unmodified_run_resumes(run):
     assert equal(run.resume(), run.state)
 
 
@@ -508,7 +508,7 @@ HOSTILE_INDEXES = {
 
 
 @pytest.mark.parametrize('case', HOSTILE_INDEXES)
-def test_an_index_that_makes_no_sense_is_refused_by_name(run, case):
+def test_invalid_index_values_are_refused(run, case):
     sealed(run.checkpoint, **HOSTILE_INDEXES[case])
     with pytest.raises(UserError) as error:
         run.resume()
@@ -519,7 +519,7 @@ def test_an_index_that_makes_no_sense_is_refused_by_name(run, case):
 @pytest.mark.parametrize(
     'text', ['[' * 100_000, '{"iter": ' + '9' * 5000 + '}', '\ud800', '[]', '"x"', 'null', 'NaN']
 )
-def test_an_index_that_is_no_index_is_refused_by_name(run, text):
+def test_index_of_wrong_type_is_refused(run, text):
     (run.checkpoint / 'index.json').write_text(text, errors='surrogatepass')
     with pytest.raises(BrokenCheckpoint, match=r'index\.json'):
         run.resume()
@@ -586,14 +586,14 @@ HOSTILE_STATES = {
 
 
 @pytest.mark.parametrize('case', HOSTILE_STATES)
-def test_a_state_that_does_not_fit_is_refused_by_name(run, case):
+def test_state_of_another_model_is_refused(run, case):
     (run.checkpoint / 'state.pt').write_bytes(zip_of(HOSTILE_STATES[case](run.state)))
     sealed(run.checkpoint)
     with pytest.raises(UserError, match=run.checkpoint.name):
         run.resume()
 
 
-def test_what_the_optimizer_steps_on_is_its_own(run):
+def test_restored_optimizer_state_is_not_shared_with_file(run):
     """Tensors without memory of their own, and of other types, are made into what it needs."""
     states = changed(
         run.state,
@@ -615,7 +615,7 @@ def test_what_the_optimizer_steps_on_is_its_own(run):
     assert equal(run.resume(), {**run.state, 'optimizer': expected})
 
 
-def test_a_parameter_that_never_had_a_gradient_goes_on_without_a_history(run):
+def test_parameter_without_gradient_resumes_without_state(run):
     name = next(iter(run.state['optimizer']))
     state = {**run.state, 'optimizer': {**run.state['optimizer'], name: {}}}
     (run.checkpoint / 'state.pt').write_bytes(zip_of(state))
@@ -624,7 +624,7 @@ def test_a_parameter_that_never_had_a_gradient_goes_on_without_a_history(run):
 
 
 @pytest.mark.parametrize('name', ['state.pt', 'index.json'])
-def test_a_fuzzed_checkpoint_resumes_or_is_refused(run, name):
+def test_fuzzed_checkpoint_resumes_or_is_refused(run, name):
     """All sums are made right again, so that what lies behind them is reached."""
     rng, file = random.Random(name), run.checkpoint / name
     originals = contents(run.checkpoint)

@@ -33,7 +33,7 @@ def on_disk(run_folder) -> list[int]:
     return [checkpoint.iter for checkpoint in found if load_state(checkpoint)]
 
 
-def test_a_save_waits_for_the_one_before_and_the_end_for_the_last(held, tiny_dataset, tmp_path):
+def test_saves_wait_for_one_another(held, tiny_dataset, tmp_path):
     run = train_here(tiny_dataset, tmp_path, **OPTIONS, max_iters=6, keep_best=False)
     assert run.code == 0
     # Published when the next one begins, and once nothing is left to do.
@@ -63,7 +63,7 @@ def fail_at(monkeypatch, update: int) -> None:
     monkeypatch.setattr(TokenDataset, 'batch', batch)
 
 
-def test_a_run_that_fails_leaves_what_was_under_way(
+def test_failed_run_publishes_checkpoint_in_progress(
     held, monkeypatch, tiny_dataset, tmp_path, capsys
 ):
     fail_at(monkeypatch, update=3)
@@ -73,7 +73,7 @@ def test_a_run_that_fails_leaves_what_was_under_way(
     assert on_disk(run.folder) == [2] == [entry['iter'] for entry in run.record['checkpoints']]
 
 
-def test_what_made_a_run_fail_is_told_though_its_last_save_fails_too(
+def test_failed_save_does_not_hide_the_first_error(
     held, monkeypatch, tiny_dataset, tmp_path, capsys
 ):
     fail_at(monkeypatch, update=3)
@@ -90,9 +90,7 @@ def test_what_made_a_run_fail_is_told_though_its_last_save_fails_too(
 
 
 @pytest.mark.parametrize('async_save', [False, True])
-def test_seconds_taken_from_training_and_seconds_of_writing(
-    async_save, monkeypatch, tiny_dataset, tmp_path
-):
+def test_times_of_saving_and_writing_are_recorded(async_save, monkeypatch, tiny_dataset, tmp_path):
     """By a clock that stands still but for collecting (2 s), writing (5 s) and publishing (1 s)."""
     now, written = [0.0], []
 
@@ -135,7 +133,7 @@ def test_seconds_taken_from_training_and_seconds_of_writing(
     assert first['write_ms'] == last['write_ms'] == 5000
 
 
-def test_a_parameter_that_is_never_used_is_saved_and_resumed(tiny_dataset, tmp_path, monkeypatch):
+def test_unused_parameter_is_saved_and_resumed(tiny_dataset, tmp_path, monkeypatch):
     """As an expert that no token reaches: without a gradient the optimizer keeps nothing of it."""
     build = Transformer.__init__
 
@@ -159,14 +157,14 @@ def test_a_parameter_that_is_never_used_is_saved_and_resumed(tiny_dataset, tmp_p
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
 
 
-def test_the_benchmark_measures_both_ways(run_script):
+def test_saving_benchmark_measures_both_modes(run_script):
     tiny = '--n_layer=1', '--n_embd=8', '--n_head=1', '--block_size=16'
     done = run_script('benchmarks/saving.py', 'single', '--turns=1', *tiny, timeout=300)
     rows = [line.split() for line in done.stdout.splitlines() if line.startswith('single')]
     assert [row[1] for row in rows] == ['at', 'beside'] and '0 s left' in done.stderr
 
 
-def test_copies_are_left_alone_by_what_happens_to_their_originals():
+def test_host_staging_is_independent_of_originals():
     copies = sharded_state.HostStaging(torch.device('cpu'))
     flat = torch.arange(6.0)
     places = {('a', ''): flat[:4], ('b', 'step'): torch.tensor(7.0), ('c', ''): torch.empty(0)}

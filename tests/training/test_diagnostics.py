@@ -56,7 +56,7 @@ def unrolled(model, tokens):
 
 @EVERY_MODEL
 @pytest.mark.parametrize('recomputed', [[], [0, 1]], ids=['', 'recomputed'])
-def test_layers_by_hand(values, recomputed):
+def test_layer_statistics(values, recomputed):
     config = tiny(**values, dropout=0.3)
     model = perturbed_model(config).eval()
     tokens, targets = random_tokens(config, 3, seed=0), random_tokens(config, 3, seed=1)
@@ -84,7 +84,7 @@ def test_layers_by_hand(values, recomputed):
     assert not any(block._forward_hooks for block in model.blocks)
 
 
-def test_a_logit_that_only_the_future_has_is_not_counted():
+def test_logits_of_future_tokens_are_ignored():
     """The largest product belongs to a query that looks ahead, which the mask forbids."""
     config = tiny(n_layer=1, n_head=1, position_encoding='none', normalization='rmsnorm')
     model = build_model(config, 'cpu', 0).eval()
@@ -116,7 +116,7 @@ def test_a_logit_that_only_the_future_has_is_not_counted():
         (9, [0, 1, 2, 4, 8, 9]),
     ],
 )
-def test_loss_by_position_by_hand(length, edges):
+def test_loss_by_position(length, edges):
     config = tiny(block_size=length, n_layer=1)
     model = perturbed_model(config).eval()
     tokens, targets = random_tokens(config, 5, seed=0), random_tokens(config, 5, seed=1)
@@ -132,7 +132,7 @@ def test_loss_by_position_by_hand(length, edges):
         assert ours == pytest.approx(theirs, rel=1e-4)
 
 
-def test_update_to_weight_by_hand():
+def test_update_to_weight_ratio():
     model = perturbed_model(tiny())
     groups = parameter_groups(model)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -169,7 +169,7 @@ def test_update_to_weight_by_hand():
     ],
     ids=lambda options: '-'.join(map(str, options.values())),
 )
-def test_looking_changes_nothing(tiny_dataset, tmp_path, options):
+def test_diagnostics_do_not_change_training(tiny_dataset, tmp_path, options):
     options = {**options, 'max_iters': 6, 'eval_interval': 2}
     plain, observed = (
         train_here(tiny_dataset, tmp_path / str(wanted), **options, diagnostics=wanted)
@@ -181,7 +181,7 @@ def test_looking_changes_nothing(tiny_dataset, tmp_path, options):
     assert not any('diagnostics' in step for step in plain.record['eval_steps'])
 
 
-def test_the_record_of_a_run_has_the_figures(tiny_dataset, tmp_path):
+def test_diagnostics_are_recorded(tiny_dataset, tmp_path):
     run = train_here(
         tiny_dataset, tmp_path, max_iters=3, eval_interval=9, diagnostics=True, grad_clip=0.0
     )

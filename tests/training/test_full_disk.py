@@ -99,7 +99,7 @@ def assert_goes_on(train, run, updates):
     assert load_latest(run / 'checkpoints', pytest.fail)[0].iter == updates
 
 
-def test_a_checkpoint_that_does_not_fit(start, train):
+def test_disk_full_during_checkpoint(start, train):
     run = train(max_iters=2)
     saved = contents(run / 'checkpoints')
     size = len(saved['iter_00000002/state.pt'])
@@ -115,7 +115,7 @@ def test_a_checkpoint_that_does_not_fit(start, train):
     assert_goes_on(train, run, 6)
 
 
-def test_a_checkpoint_that_does_not_fit_beside_the_training(start, train):
+def test_disk_full_during_async_checkpoint(start, train):
     run = train(max_iters=2)
     saved = contents(run / 'checkpoints')
     size = len(saved['iter_00000002/state.pt'])
@@ -128,7 +128,7 @@ def test_a_checkpoint_that_does_not_fit_beside_the_training(start, train):
     assert_goes_on(train, run, 6)
 
 
-def test_a_journal_line_that_does_not_fit(start, train, out_dir):
+def test_disk_full_during_journal_write(start, train, out_dir):
     options = {'max_iters': 20, 'eval_interval': 100}
     measured = train(**options)
     lines = (measured / 'journal.jsonl').read_bytes().splitlines(True)
@@ -148,7 +148,7 @@ def test_a_journal_line_that_does_not_fit(start, train, out_dir):
     assert not list(run.glob('*.tmp'))
 
 
-def test_a_file_system_that_is_full(start, train, out_dir, tmp_path):
+def test_file_system_full(start, train, out_dir, tmp_path):
     """A real one, of 640 KB, mounted where only the process sees it; a checkpoint takes 400."""
     inside = ['unshare', '--map-root-user', '--mount', 'sh', '-c']
     mount = 'mkdir out && mount -t tmpfs -o size=640k none out'

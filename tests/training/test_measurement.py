@@ -106,13 +106,13 @@ def expected(run, tiny_dataset):
 # --- The loop against a plain one -----------------------------------------------------------------
 
 
-def test_the_logged_loss_is_the_mean_over_all_micro_batches(run, expected):
+def test_logged_loss_is_mean_over_micro_batches(run, expected):
     assert run.code == 0
     assert run.losses == pytest.approx(expected.losses, rel=1e-4)
     assert expected.losses[-1] < expected.losses[0] - 0.5  # it learned something
 
 
-def test_gradient_statistics_are_those_of_the_whole_update(run, expected):
+def test_gradient_statistics_cover_whole_iteration(run, expected):
     found = [entry['gradients'] for entry in run.record['training_iterations']]
     for ours, theirs in zip(found, expected.gradients, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-2, abs=1e-6)
@@ -120,7 +120,7 @@ def test_gradient_statistics_are_those_of_the_whole_update(run, expected):
     assert first == pytest.approx(expected.gradients[0], rel=1e-4)  # before anything can drift
 
 
-def test_evaluations_are_a_plain_loop_over_the_fixed_windows(run, expected):
+def test_evaluation_equals_plain_loop(run, expected):
     steps = run.record['eval_steps']
     assert [step['iter'] for step in steps] == [0, 3, 6, 7]
     for step in steps:
@@ -131,12 +131,12 @@ def test_evaluations_are_a_plain_loop_over_the_fixed_windows(run, expected):
         assert step['val_bits_per_byte'] == pytest.approx(step['val_loss'] / math.log(2))
 
 
-def test_the_weights_are_those_of_the_plain_loop(run, expected):
+def test_weights_equal_plain_loop(run, expected):
     for name, parameter in expected.model.named_parameters():
         torch.testing.assert_close(run.weights()[name], parameter.detach(), rtol=1e-3, atol=1e-4)
 
 
-def test_bits_per_byte_where_a_token_is_more_than_a_byte(run, tiny_dataset, tmp_path):
+def test_bits_per_byte(run, tiny_dataset, tmp_path):
     """The same tokens, said to be of 2.5 bytes each."""
     for split in ('train', 'val'):
         (tmp_path / f'{split}.bin').write_bytes((tiny_dataset / f'{split}.bin').read_bytes())
@@ -173,7 +173,7 @@ def counted(run):
     return total, total - squares / 2, with_recomputing
 
 
-def test_flops_and_utilisation_follow_from_the_time_of_a_step(run, counted):
+def test_mfu_follows_from_iteration_time(run, counted):
     total, causal, with_recomputing = counted
     iterations = run.record['training_iterations']
     for entry in iterations:
@@ -204,14 +204,14 @@ def test_flops_and_utilisation_follow_from_the_time_of_a_step(run, counted):
 @pytest.mark.parametrize(
     ('choice', 'blocks'), [('none', []), ('full', [0, 1, 2]), ('1', [0, 1, 2]), ('2', [1])]
 )
-def test_which_blocks_are_recomputed(choice, blocks):
+def test_recomputed_blocks(choice, blocks):
     assert recomputed_blocks(choice, n_layer=3) == blocks
 
 
 @pytest.mark.parametrize(
     ('norm_position', 'recomputed'), [('pre', [0, 1, 2]), ('pre', [1]), ('post', [0, 1, 2])]
 )
-def test_recomputation_is_what_torch_counts(norm_position, recomputed):
+def test_recomputed_flops_equal_torch_counter(norm_position, recomputed):
     """A pre-norm block ends in a product that nobody needs again, a post-norm block in a norm."""
     config = tiny(n_layer=3, attention_backend='manual', norm_position=norm_position)
     tokens, totals = random_tokens(config, batch=1), []
@@ -226,7 +226,7 @@ def test_recomputation_is_what_torch_counts(norm_position, recomputed):
     assert flops['per_token'] * config.block_size == totals[1]
 
 
-def test_time_is_of_training_alone(tiny_dataset, tmp_path, monkeypatch):
+def test_iteration_time_excludes_evaluation(tiny_dataset, tmp_path, monkeypatch):
     """On a clock that only the model moves: 1 s a call in training, 100 s in an evaluation."""
     now = 0.0
 
@@ -257,7 +257,7 @@ def test_time_is_of_training_alone(tiny_dataset, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
-def test_on_a_cpu_the_peak_is_measured_in_the_dtype_of_the_products(tiny_dataset, tmp_path, dtype):
+def test_cpu_peak_is_measured_in_matmul_dtype(tiny_dataset, tmp_path, dtype):
     options = {'max_iters': 1, 'eval_iters': 1, 'dtype': dtype, 'peak_tflops': None}
     record = train_here(tiny_dataset, tmp_path, **options).record
     info, entry = record['startup_info']['hardware'], record['training_iterations'][0]['mfu']
@@ -268,9 +268,7 @@ def test_on_a_cpu_the_peak_is_measured_in_the_dtype_of_the_products(tiny_dataset
     assert entry['mfu_percent'] == pytest.approx(100 * achieved / info['peak_tflops'])
 
 
-def test_a_given_peak_is_taken_and_an_unknown_one_leaves_mfu_unknown(
-    run, tiny_dataset, tmp_path, monkeypatch
-):
+def test_peak_given_or_unknown(run, tiny_dataset, tmp_path, monkeypatch):
     info = run.record['startup_info']['hardware']
     assert (info['peak_tflops'], info['peak_source']) == (PEAK, '--peak_tflops')
     unknown = gpu_specs.Peak(None, 'nobody knows', measured=False)
@@ -286,7 +284,7 @@ def test_a_given_peak_is_taken_and_an_unknown_one_leaves_mfu_unknown(
 # --- What one run shares with another -------------------------------------------------------------
 
 
-def test_accumulation_divides_the_same_sequences_up(run, tiny_dataset, tmp_path):
+def test_accumulation_splits_same_sequences(run, tiny_dataset, tmp_path):
     for batch_size, micro_steps in ((1, 8), (4, 2), (8, 1)):
         divided = {'batch_size': batch_size, 'gradient_accumulation_steps': micro_steps}
         options = {**MEASURED, **divided, 'activation_checkpointing': 'none'}
@@ -304,7 +302,7 @@ def data_hashes(run):
     return [step['data_hash'] for step in run.record['eval_steps']]
 
 
-def test_the_hash_of_the_data_is_that_of_the_sequences_in_the_global_order(run, tiny_dataset):
+def test_data_hash_follows_global_order(run, tiny_dataset):
     dataset = load_dataset(str(tiny_dataset), BLOCK)
     per_update = MEASURED['batch_size'] * MEASURED['gradient_accumulation_steps']
     for step in run.record['eval_steps']:
@@ -315,7 +313,7 @@ def test_the_hash_of_the_data_is_that_of_the_sequences_in_the_global_order(run, 
     assert len(set(data_hashes(run))) == len(data_hashes(run)) > 2
 
 
-def test_the_different_tokens_are_about_those_that_were_read(run, tiny_dataset):
+def test_unique_tokens_estimate(run, tiny_dataset):
     data = run.record['startup_info']['data']
     first, last = run.record['eval_steps'][0], run.record['eval_steps'][-1]
     assert (first['epochs'], first['unique_tokens']) == (0, 0)
@@ -327,7 +325,7 @@ def test_the_different_tokens_are_about_those_that_were_read(run, tiny_dataset):
     assert last['epochs'] == data['planned_epochs'] and data['windows_per_epoch'] is None
 
 
-def test_another_architecture_sees_the_same_batches_and_windows(run, tiny_dataset, tmp_path):
+def test_architectures_see_same_data(run, tiny_dataset, tmp_path):
     options = {key: value for key, value in MEASURED.items() if key != 'attention_backend'}
     other = {'arch_preset': 'llama', 'n_layer': 1, 'n_embd': 16, 'dropout': 0.2, 'seed': 99}
     other = train_here(tiny_dataset, tmp_path / 'other', **options, **other)
@@ -342,7 +340,7 @@ def test_another_architecture_sees_the_same_batches_and_windows(run, tiny_datase
 
 
 @pytest.mark.parametrize('choice', ['full', '2'])
-def test_activation_checkpointing_changes_nothing(tiny_dataset, tmp_path, choice):
+def test_activation_checkpointing_is_bit_equal(tiny_dataset, tmp_path, choice):
     options = {'n_layer': 3, 'dropout': 0.2, 'dtype': 'bfloat16', 'max_iters': 3, 'eval_iters': 1}
     plain, recomputed = (
         train_here(tiny_dataset, tmp_path / kind, **options, activation_checkpointing=kind)
@@ -369,7 +367,7 @@ def test_activation_checkpointing_changes_nothing(tiny_dataset, tmp_path, choice
         (1, 1, 1, [0], [0, 1]),
     ],
 )
-def test_the_first_and_the_last_are_always_recorded(
+def test_first_and_last_iteration_are_logged(
     tiny_dataset, tmp_path, max_iters, log_interval, eval_interval, logged, evaluated
 ):
     record = train_here(
@@ -388,7 +386,7 @@ def test_the_first_and_the_last_are_always_recorded(
     assert record['summary']['final_iter'] == max_iters
 
 
-def test_deterministic_sets_torchs_flag_and_is_recorded(run, tiny_dataset, tmp_path):
+def test_deterministic_flag(run, tiny_dataset, tmp_path):
     assert run.record['metadata']['deterministic'] is False
     assert not torch.are_deterministic_algorithms_enabled()
     try:
@@ -399,7 +397,7 @@ def test_deterministic_sets_torchs_flag_and_is_recorded(run, tiny_dataset, tmp_p
     assert record['metadata']['deterministic'] is True
 
 
-def test_the_fp16_scale_is_recorded(run, tiny_dataset, tmp_path):
+def test_fp16_scale_is_recorded(run, tiny_dataset, tmp_path):
     assert {entry['loss_scale'] for entry in run.record['training_iterations']} == {None}
     record = train_here(tiny_dataset, tmp_path, dtype='float16', max_iters=2).record
     entries = record['training_iterations']
@@ -407,7 +405,7 @@ def test_the_fp16_scale_is_recorded(run, tiny_dataset, tmp_path):
 
 
 @pytest.mark.parametrize('changed', [{}, {'dtype': 'float16', 'diagnostics': True}])
-def test_the_record_is_as_the_schema_says(run, tiny_dataset, tmp_path, changed):
+def test_record_follows_schema(run, tiny_dataset, tmp_path, changed):
     schema = json.loads((PROJECT / 'records/record_schema.json').read_text())
     record = (
         train_here(tiny_dataset, tmp_path, max_iters=2, **changed).record if changed else run.record

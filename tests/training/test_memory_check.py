@@ -62,7 +62,7 @@ def peak_bytes(model, tokens):
 
 
 @pytest.mark.parametrize('choices', ARCHITECTURES, ids=lambda choices: choices['arch_preset'])
-def test_the_gigabytes_are_those_that_the_allocator_measures(choices, monkeypatch):
+def test_activations_equal_allocator_peak(choices, monkeypatch):
     """Activations grow with the batch: a thousand times the batch that fits here is the oracle."""
     architecture = settings(**choices).architecture
     measured, text = {}, {}
@@ -80,7 +80,7 @@ def test_the_gigabytes_are_those_that_the_allocator_measures(choices, monkeypatc
         assert saved == pytest.approx(measured[option] - measured['full'], rel=0.02)
 
 
-def test_the_advice_halves_the_micro_batch_and_keeps_the_tokens():
+def test_advice_halves_micro_batch():
     text = message(batch_size=12, gradient_accumulation_steps=40, dtype='bfloat16')
     assert 'batch_size=12, gradient_accumulation_steps=40, block_size=128' in text
     typed = {key: int(value) for key, value in re.findall(r'--(\w+)=(\d+)', text)}
@@ -90,7 +90,7 @@ def test_the_advice_halves_the_micro_batch_and_keeps_the_tokens():
     assert '--activation_checkpointing=full' in text
 
 
-def test_no_advice_that_cannot_be_taken():
+def test_only_applicable_advice():
     assert '--batch_size' not in message(batch_size=1)
     assert '--batch_size' not in message(batch_size=7)
     text = message(batch_size=1, activation_checkpointing='full')
@@ -106,7 +106,7 @@ def test_no_advice_that_cannot_be_taken():
     ],
     ids=['adamw', 'lion', 'zero1'],
 )
-def test_weights_gradients_and_optimizer_state_are_counted(options, ranks, state_values):
+def test_state_bytes_by_optimizer_and_strategy(options, ranks, state_values):
     large = {'n_embd': 1024, 'd_ff': 4096, 'vocab_size': 30000, 'batch_size': 1}
     run_settings = replace(settings(**large, **options), ranks=ranks)
     parameters = sum(p.numel() for p in build_model(run_settings.architecture).parameters())
@@ -140,9 +140,7 @@ def run_short(monkeypatch, capsys, dataset, out_dir, **options):
         MemoryError(),
     ],
 )
-def test_a_run_that_has_no_memory_left_says_so_once_and_fails(
-    error, monkeypatch, capsys, tiny_dataset, tmp_path
-):
+def test_out_of_memory_is_reported_once(error, monkeypatch, capsys, tiny_dataset, tmp_path):
     monkeypatch.setattr(GuardedOptimizer, 'backward', raising(error))
     code, said = run_short(monkeypatch, capsys, tiny_dataset, tmp_path)
     assert code == 2 and said.startswith('train.py: out of memory on ') and said.count('\n') == 1
@@ -152,7 +150,7 @@ def test_a_run_that_has_no_memory_left_says_so_once_and_fails(
     assert [entry['iter'] for entry in record['eval_steps']] == [0]
 
 
-def test_another_error_keeps_its_traceback_and_fails_the_run(monkeypatch, tiny_dataset, tmp_path):
+def test_other_errors_keep_their_traceback(monkeypatch, tiny_dataset, tmp_path):
     monkeypatch.setattr(
         GuardedOptimizer, 'backward', raising(RuntimeError('a fault of the program'))
     )
@@ -169,7 +167,7 @@ REAL = {'weights': (300, '--n_embd=4096'), 'activations': (600, '--batch_size=40
 
 @pytest.mark.skipif(not sys.platform.startswith('linux'), reason='reads /proc, limits the address')
 @pytest.mark.parametrize('what', REAL)
-def test_memory_that_really_does_not_suffice(what, tiny_dataset, tmp_path):
+def test_real_out_of_memory(what, tiny_dataset, tmp_path):
     free, option = REAL[what]
     driver = f"""
 import os, resource, sys

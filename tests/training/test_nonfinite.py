@@ -111,9 +111,7 @@ KINDS = pytest.mark.parametrize('kind', ['loss', 'gradient'])
 
 
 @KINDS
-def test_a_run_stops_and_keeps_the_last_good_checkpoint(
-    broken_data, tiny_dataset, tmp_path, capsys, kind
-):
+def test_stop_names_last_checkpoint(broken_data, tiny_dataset, tmp_path, capsys, kind):
     broken_data(lambda update: update == 3, kind)
     run = train_here(tiny_dataset, tmp_path, **OPTIONS, max_iters=9, eval_interval=2)
     assert run.code == 2
@@ -133,9 +131,7 @@ def test_a_run_stops_and_keeps_the_last_good_checkpoint(
     assert all(torch.isfinite(weight).all() for weight in run.weights().values())
 
 
-def test_before_the_first_checkpoint_there_is_none_to_name(
-    broken_data, tiny_dataset, tmp_path, capsys
-):
+def test_stop_without_checkpoint(broken_data, tiny_dataset, tmp_path, capsys):
     broken_data(lambda update: update == 0)
     run = train_here(tiny_dataset, tmp_path, **OPTIONS)
     assert (run.code, run.record['status']) == (2, 'failed')
@@ -144,7 +140,7 @@ def test_before_the_first_checkpoint_there_is_none_to_name(
 
 
 @pytest.mark.parametrize(('log_interval', 'eval_interval'), [(5, 100), (100, 4)])
-def test_between_logged_updates_it_is_found_at_the_next_log_or_before_a_save(
+def test_nonfinite_is_noticed_at_next_log_or_save(
     broken_data, tiny_dataset, tmp_path, capsys, log_interval, eval_interval
 ):
     broken_data(lambda update: update in (1, 3))
@@ -168,7 +164,7 @@ def test_between_logged_updates_it_is_found_at_the_next_log_or_before_a_save(
 
 @KINDS
 @pytest.mark.parametrize('log_interval', [1, 4])
-def test_skipping_leaves_out_just_those_updates(
+def test_skip_leaves_out_only_nonfinite_iterations(
     broken_data, tiny_dataset, tmp_path, kind, log_interval
 ):
     asked = broken_data(lambda update: update in (2, 3, 5), kind)
@@ -196,9 +192,7 @@ def test_skipping_leaves_out_just_those_updates(
 
 @KINDS
 @pytest.mark.parametrize('log_interval', [1, 100])
-def test_a_rollback_goes_back_and_leaves_out_the_data_between(
-    broken_data, tiny_dataset, tmp_path, kind, log_interval
-):
+def test_rollback_skips_data_between(broken_data, tiny_dataset, tmp_path, kind, log_interval):
     asked = broken_data(lambda update: update == 5, kind)
     run = train_here(
         tiny_dataset,
@@ -225,9 +219,7 @@ def test_a_rollback_goes_back_and_leaves_out_the_data_between(
     assert record['summary']['final_iter'] == 9
 
 
-def test_a_rollback_goes_back_to_what_is_still_being_written(
-    held, broken_data, tiny_dataset, tmp_path
-):
+def test_rollback_to_checkpoint_in_progress(held, broken_data, tiny_dataset, tmp_path):
     asked = broken_data(lambda update: update == 5)
     options = {'max_iters': 9, 'eval_interval': 3, 'on_nonfinite': 'rollback', 'async_save': True}
     run = train_here(tiny_dataset, tmp_path, **OPTIONS, **options)
@@ -238,7 +230,7 @@ def test_a_rollback_goes_back_to_what_is_still_being_written(
     assert [entry['iter'] for entry in run.record['checkpoints']] == [3, 6, 9]
 
 
-def test_a_second_rollback_leaves_out_more(broken_data, tiny_dataset, tmp_path):
+def test_second_rollback(broken_data, tiny_dataset, tmp_path):
     asked = broken_data(lambda update: update in (4, 7))
     run = train_here(
         tiny_dataset, tmp_path, **OPTIONS, max_iters=6, eval_interval=3, on_nonfinite='rollback'
@@ -250,7 +242,7 @@ def test_a_second_rollback_leaves_out_more(broken_data, tiny_dataset, tmp_path):
     assert [event['from_iter'] for event in run.events('rollback')] == [5, 6]
 
 
-def test_a_resumed_run_remembers_what_it_left_out(broken_data, tiny_dataset, tmp_path):
+def test_resume_after_rollback(broken_data, tiny_dataset, tmp_path):
     asked = broken_data(lambda update: update == 4)
     options = {**OPTIONS, 'eval_interval': 3, 'on_nonfinite': 'rollback', 'lr_decay_iters': 9}
     train_here(tiny_dataset, tmp_path, **options, max_iters=6)
@@ -261,7 +253,7 @@ def test_a_resumed_run_remembers_what_it_left_out(broken_data, tiny_dataset, tmp
     assert_close(run.weights(), plain_weights(run, [0, 1, 2, 5, 6, 7, 8, 9, 10]))
 
 
-def test_a_run_goes_back_only_so_often(broken_data, tiny_dataset, tmp_path, capsys):
+def test_rollbacks_are_limited(broken_data, tiny_dataset, tmp_path, capsys):
     asked = broken_data(lambda update: update >= 2)
     run = train_here(
         tiny_dataset, tmp_path, **OPTIONS, max_iters=9, eval_interval=2, on_nonfinite='rollback'
@@ -273,9 +265,7 @@ def test_a_run_goes_back_only_so_often(broken_data, tiny_dataset, tmp_path, caps
     assert [path.name for path in (run.folder / 'checkpoints').iterdir()] == ['iter_00000002']
 
 
-def test_there_is_nothing_to_go_back_to_before_the_first_checkpoint(
-    broken_data, tiny_dataset, tmp_path, capsys
-):
+def test_rollback_without_checkpoint(broken_data, tiny_dataset, tmp_path, capsys):
     broken_data(lambda update: update == 1)
     run = train_here(tiny_dataset, tmp_path, **OPTIONS, on_nonfinite='rollback')
     assert (run.code, run.record['status']) == (2, 'failed')
@@ -286,9 +276,7 @@ def test_there_is_nothing_to_go_back_to_before_the_first_checkpoint(
 
 
 @pytest.mark.parametrize(('call', 'split'), [(2, 'train_loss'), (3, 'val_loss')])
-def test_an_evaluation_that_is_not_finite_is_no_best_and_stops_nothing(
-    tiny_dataset, tmp_path, monkeypatch, call, split
-):
+def test_nonfinite_evaluation_is_never_best(tiny_dataset, tmp_path, monkeypatch, call, split):
     build, calls = strategies.build_model, itertools.count()
 
     def damage(model, arguments, output):
@@ -313,7 +301,7 @@ def test_an_evaluation_that_is_not_finite_is_no_best_and_stops_nothing(
     assert run.record['summary']['best_val_loss'] == min(known)
 
 
-def test_weights_that_are_not_finite_are_not_saved(tiny_dataset, tmp_path, monkeypatch, capsys):
+def test_nonfinite_weights_are_not_saved(tiny_dataset, tmp_path, monkeypatch, capsys):
     update = GuardedOptimizer.step
 
     def overflowing(self, *arguments, **keywords):
@@ -337,7 +325,7 @@ def test_weights_that_are_not_finite_are_not_saved(tiny_dataset, tmp_path, monke
 # --- Spikes ---------------------------------------------------------------------------------------
 
 
-def test_a_loss_spike_is_an_event(broken_data, tiny_dataset, tmp_path):
+def test_loss_spike_event(broken_data, tiny_dataset, tmp_path):
     broken_data(lambda update: update == 40, 'spike')
     options = {**OPTIONS, 'learning_rate': 1e-4, 'block_size': 8, 'n_embd': 16}
     run = train_here(tiny_dataset, tmp_path, **options, max_iters=44)
@@ -346,7 +334,7 @@ def test_a_loss_spike_is_an_event(broken_data, tiny_dataset, tmp_path):
     assert not run.events('nonfinite')
 
 
-def test_what_a_spike_is():
+def test_loss_spike_threshold():
     """More than six standard deviations above the mean of the last 32 logged losses."""
     losses = [4.0 + 0.1 * (-1) ** i for i in range(32)]  # mean 4, deviation 0.1
     for loss, expected in ((4.59, False), (4.61, True), (math.inf, True), (0.0, False)):

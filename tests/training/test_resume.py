@@ -107,7 +107,7 @@ def copy(uninterrupted, tmp_path) -> Path:
     return Path(shutil.copytree(uninterrupted, tmp_path / 'out' / uninterrupted.name))
 
 
-def test_stopped_and_killed_between_saves(tmp_path, tiny_dataset, uninterrupted):
+def test_resume_after_stop_and_kill(tmp_path, tiny_dataset, uninterrupted):
     """SIGTERM saves at once, after 3 updates; then kill -9 loses the update after the save at 4."""
     start(tmp_path, tiny_dataset, fault={'iter': 2, 'signal': 'SIGTERM'}, code=143)
     assert read_record(the_run(tmp_path))['status'] == 'interrupted'
@@ -118,7 +118,7 @@ def test_stopped_and_killed_between_saves(tmp_path, tiny_dataset, uninterrupted)
     assert_same_end(the_run(tmp_path), uninterrupted, extra_checkpoints=(3,))
 
 
-def test_killed_in_saves(tmp_path, tiny_dataset, uninterrupted):
+def test_resume_after_kill_during_save(tmp_path, tiny_dataset, uninterrupted):
     start(tmp_path, tiny_dataset, fault={'save': 2, 'call': 'rename', 'nth': 1}, code=-9)
     lost = the_run(tmp_path)  # nothing is published yet, so the next one starts anew
     faults = [
@@ -142,9 +142,7 @@ def test_killed_in_saves(tmp_path, tiny_dataset, uninterrupted):
     assert names == ['iter_00000006', 'iter_00000008']  # no leftovers
 
 
-def test_killed_while_a_checkpoint_is_written_beside_the_training(
-    tmp_path, tiny_dataset, uninterrupted
-):
+def test_resume_after_kill_during_async_save(tmp_path, tiny_dataset, uninterrupted):
     fault = {'save': 4, 'call': 'fsync', 'nth': 1}  # no later than that of state.pt
     start(tmp_path, tiny_dataset, fault=fault, code=-9, async_save=True)
     published = list_checkpoints(the_run(tmp_path) / 'checkpoints')
@@ -154,7 +152,7 @@ def test_killed_while_a_checkpoint_is_written_beside_the_training(
     assert_same_end(the_run(tmp_path), uninterrupted)
 
 
-def test_the_scaler_of_float16_goes_on(tmp_path, tiny_dataset):
+def test_fp16_scaler_resumes(tmp_path, tiny_dataset):
     options = {'dtype': 'float16', 'log_interval': 2}
     start(tmp_path, tiny_dataset, out_dir='whole', **options)
     (whole,) = (tmp_path / 'whole').iterdir()
@@ -167,7 +165,7 @@ def test_the_scaler_of_float16_goes_on(tmp_path, tiny_dataset):
     assert_same_end(the_run(tmp_path), whole, extra_checkpoints=(3,))
 
 
-def test_epochs_go_on_where_they_were(tmp_path):
+def test_epoch_sampling_resumes(tmp_path):
     """Killed in the second epoch and stopped in the third: each window once an epoch all the same.
 
     The order of the text tells windows apart: its bytes are drawn at random.
@@ -212,14 +210,14 @@ def test_epochs_go_on_where_they_were(tmp_path):
     jsonschema.validate(record, SCHEMA)
 
 
-def test_another_sampling_is_refused(copy, tmp_path, tiny_dataset):
+def test_resume_refuses_other_sampling(copy, tmp_path, tiny_dataset):
     output = start(tmp_path, tiny_dataset, code=2, sampling='epoch')
     assert "cannot be resumed with sampling='epoch'" in output and "by 'random'" in output
     assert 'Leave sampling out' in output and 'Traceback' not in output
     assert the_run(tmp_path) == copy and resumed_at(copy) == []
 
 
-def test_what_two_orders_have_shown_is_not_counted(copy, tmp_path, tiny_dataset):
+def test_epochs_unknown_after_order_changes(copy, tmp_path, tiny_dataset):
     start(tmp_path, tiny_dataset, max_iters=9, data_seed=7)
     steps = read_record(copy)['eval_steps']
     assert [step['epochs'] is None for step in steps] == [False] * 5 + [True]
@@ -228,7 +226,7 @@ def test_what_two_orders_have_shown_is_not_counted(copy, tmp_path, tiny_dataset)
     assert read_record(copy)['summary']['unique_tokens'] is None
 
 
-def test_another_architecture_is_refused_and_nothing_changes(copy, tmp_path, tiny_dataset):
+def test_resume_refuses_other_architecture(copy, tmp_path, tiny_dataset):
     def contents():
         return {path: path.read_bytes() for path in copy.rglob('*') if path.is_file()}
 
@@ -240,15 +238,13 @@ def test_another_architecture_is_refused_and_nothing_changes(copy, tmp_path, tin
     assert contents() == before and the_run(tmp_path) == copy
 
 
-def test_a_run_that_is_done_is_done(copy, tmp_path, tiny_dataset, uninterrupted):
+def test_resume_finished_run(copy, tmp_path, tiny_dataset, uninterrupted):
     assert 'all updates of this run are made' in start(tmp_path, tiny_dataset)
     assert resumed_at(the_run(tmp_path)) == [8]
     assert_same_end(copy, uninterrupted)
 
 
-def test_moved_elsewhere_with_its_newest_checkpoint_broken(
-    copy, tmp_path, tiny_dataset, uninterrupted
-):
+def test_resume_moved_run_with_broken_checkpoint(copy, tmp_path, tiny_dataset, uninterrupted):
     moved = copy.rename(tmp_path / 'another name')
     broken = moved / 'checkpoints' / 'iter_00000008' / 'state.pt'
     broken.write_bytes(broken.read_bytes()[:-100])
@@ -268,7 +264,7 @@ def test_moved_elsewhere_with_its_newest_checkpoint_broken(
     assert_same_end(moved, uninterrupted)
 
 
-def test_a_run_goes_on_for_longer_with_other_options(copy, tmp_path, tiny_dataset):
+def test_resume_with_other_options(copy, tmp_path, tiny_dataset):
     changes = {'max_iters': 12, 'learning_rate': 3e-4, 'weight_decay': 0.3, 'beta2': 0.99}
     here = tmp_path / 'here'
     shutil.copytree(copy, here / copy.name)
@@ -299,7 +295,7 @@ def test_a_run_goes_on_for_longer_with_other_options(copy, tmp_path, tiny_datase
     assert {group['fused'] for group in optimizer.param_groups} == {True}
 
 
-def test_another_optimizer_is_refused_and_nothing_changes(copy, tmp_path, tiny_dataset):
+def test_resume_refuses_other_optimizer(copy, tmp_path, tiny_dataset):
     before = sorted(copy.rglob('*'))
     output = start(tmp_path, tiny_dataset, code=2, max_iters=12, optimizer='lion')
     assert "cannot be resumed with optimizer='lion'" in output and "'adamw'" in output
@@ -307,9 +303,7 @@ def test_another_optimizer_is_refused_and_nothing_changes(copy, tmp_path, tiny_d
 
 
 @pytest.mark.parametrize('optimizer', ['muon', 'lion'])
-def test_a_stable_phase_goes_on_for_longer_and_with_the_same_bits(
-    tmp_path, tiny_dataset, optimizer
-):
+def test_resume_extends_stable_phase_bit_equal(tmp_path, tiny_dataset, optimizer):
     """wsd: cut off before its decay and given more updates, a run is the longer run."""
     options = {
         **{key: OPTIONS[key] for key in OPTIONS if key not in ('init_from', 'max_iters')},
@@ -333,7 +327,7 @@ def test_a_stable_phase_goes_on_for_longer_and_with_the_same_bits(
     jsonschema.validate(resumed.record, SCHEMA)
 
 
-def test_a_resumed_run_is_evaluated_as_often_as_before(tiny_dataset, tmp_path):
+def test_resume_keeps_eval_interval(tiny_dataset, tmp_path):
     options = {'n_layer': 1, 'eval_iters': 1, 'log_interval': 100}
     first = train_here(tiny_dataset, tmp_path, max_iters=4, **options)
     assert first.record['config']['eval_interval'] == 20

@@ -115,7 +115,7 @@ def checkpoints(tmp_path):
     return [checkpoint.iter for checkpoint in found]
 
 
-def test_a_stopped_run_saves_closes_its_record_and_can_go_on(start, tmp_path):
+def test_stopped_run_saves_and_resumes(start, tmp_path):
     process = start(max_iters=10**6)
     wait_for(lambda: latest_run(tmp_path / 'out') and len(iterations(tmp_path)) >= 3, process)
     process.send_signal(signal.SIGINT)
@@ -143,9 +143,7 @@ def test_a_stopped_run_saves_closes_its_record_and_can_go_on(start, tmp_path):
         ('SIGUSR1', 0, 'finished', [3, 5], 5),
     ],
 )
-def test_the_answer_comes_when_the_update_is_complete(
-    name, code, status, saved, updates, start, tmp_path
-):
+def test_signal_is_handled_between_iterations(name, code, status, saved, updates, start, tmp_path):
     process = start(IN_UPDATE_2.format(name=name), max_iters=5, keep_last=9)
     assert finish(process)[0] == code
     left = record(tmp_path)
@@ -155,7 +153,7 @@ def test_the_answer_comes_when_the_update_is_complete(
     assert iterations(tmp_path) == list(range(updates))
 
 
-def test_a_second_signal_ends_a_save_at_once_and_publishes_nothing(start, tmp_path):
+def test_second_signal_aborts_save(start, tmp_path):
     process = start(SLOW_SAVE, max_iters=10**6, eval_interval=2, keep_last=9)
     wait_for((tmp_path / 'saving').exists, process)
     process.send_signal(signal.SIGINT)
@@ -174,7 +172,7 @@ def test_a_second_signal_ends_a_save_at_once_and_publishes_nothing(start, tmp_pa
     assert record(tmp_path)['status'] == 'finished' and iterations(tmp_path) == list(range(5))
 
 
-def test_one_signal_that_comes_twice_is_one_request(monkeypatch):
+def test_repeated_signal_is_one_request(monkeypatch):
     """As Slurm's does to a process that torchrun started; what comes later is a second request."""
     ended, now = [], [100.0]
     monkeypatch.setattr('training.signals.os._exit', ended.append)
@@ -190,7 +188,7 @@ def test_one_signal_that_comes_twice_is_one_request(monkeypatch):
 
 
 @pytest.mark.parametrize('names', [('SIGTERM', 'SIGHUP'), ('SIGHUP', 'SIGTERM')])
-def test_the_end_of_a_session_is_one_request(names, monkeypatch):
+def test_hangup_with_terminate_is_one_request(names, monkeypatch):
     """systemd sends SIGTERM and SIGHUP together."""
     ended = []
     monkeypatch.setattr('training.signals.os._exit', ended.append)
@@ -204,7 +202,7 @@ def test_the_end_of_a_session_is_one_request(names, monkeypatch):
         assert bool(ended) == (names[0] == 'SIGTERM')
 
 
-def test_nohup_keeps_a_run_from_hearing_that_the_terminal_is_closed():
+def test_nohup_ignores_hangup():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with SignalHandler() as signals:
@@ -215,7 +213,7 @@ def test_nohup_keeps_a_run_from_hearing_that_the_terminal_is_closed():
         signal.signal(signal.SIGHUP, before)
 
 
-def test_a_signal_is_heard_though_standard_error_is_gone(monkeypatch):
+def test_signal_without_stderr(monkeypatch):
     def gone(descriptor, data):
         raise OSError(5, 'Input/output error')
 
@@ -226,14 +224,14 @@ def test_a_signal_is_heard_though_standard_error_is_gone(monkeypatch):
         assert signals.exit_code == 129
 
 
-def test_only_the_main_rank_says_that_it_heard(capfd):
+def test_only_main_rank_reports_signal(capfd):
     for verbose in (True, False):
         with SignalHandler(verbose):
             signal.raise_signal(signal.SIGTERM)
         assert ('SIGTERM' in capfd.readouterr().err) == verbose
 
 
-def test_afterwards_signals_mean_what_they_meant_before():
+def test_previous_handlers_are_restored():
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
     before = [signal.getsignal(number) for number in numbers]
     with SignalHandler() as signals:

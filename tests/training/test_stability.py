@@ -5,7 +5,7 @@ import numpy as np
 from training import stability
 
 
-def test_a_spike_is_six_deviations_above_the_last_32_finite_losses():
+def test_spike_is_six_deviations_above_recent_losses():
     generator = np.random.default_rng(0)
     losses, recent, spikes = [], [], 0
     for step in range(400):

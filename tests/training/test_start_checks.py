@@ -76,14 +76,14 @@ LEAKS = {
 
 
 @pytest.mark.parametrize('leak', LEAKS)
-def test_a_component_that_sees_later_tokens_is_named(register, leak):
+def test_noncausal_component_is_named(register, leak):
     register(ACTIVATION_REGISTRY, 'leak', activation(LEAKS[leak]))
     with pytest.raises(UserError, match=r"activation='leak': Leak\.forward is not causal"):
         checked(activation='leak')
 
 
 @pytest.mark.parametrize('chunk', [7, 16, 32, 64])
-def test_what_shows_in_whole_chunks_alone_is_seen(register, chunk):
+def test_leak_in_whole_chunks_is_detected(register, chunk):
     """A mean over each whole chunk, as in a linear attention that forgot its triangle."""
 
     def forward(self, x):
@@ -99,7 +99,7 @@ def test_what_shows_in_whole_chunks_alone_is_seen(register, chunk):
 
 
 @pytest.mark.parametrize('start', [0.0, 1e-6])
-def test_no_leak_hides_behind_a_weight_that_begins_at_nothing(register, start):
+def test_leak_behind_zero_weight_is_detected(register, start):
     register(ACTIVATION_REGISTRY, 'leak', type('Leak', (Gated,), {'start': start}))
     with pytest.raises(UserError, match=r'Leak\.forward is not causal'):
         checked(activation='leak')
@@ -161,14 +161,14 @@ class RollingFeedForward(FFN_REGISTRY['swiglu']):
     ],
     ids=lambda value: getattr(value, '__name__', ''),
 )
-def test_the_component_is_named_whichever_registry_it_is_in(register, registry, component, method):
+def test_leaking_component_of_any_registry_is_named(register, registry, component, method):
     register(registry, 'mine', component)
     named = rf"{registry.option}='mine': {component.__name__}\.{method} is not causal"
     with pytest.raises(UserError, match=named):
         checked(**{registry.option: 'mine'})
 
 
-def test_what_cannot_be_told_apart_is_named_as_inside(register):
+def test_possible_inner_culprits_are_named(register):
     """An expert's activation has the tokens of all sequences in one row."""
     register(ACTIVATION_REGISTRY, 'leak', activation(lambda self, x: x + x.roll(-1, 0)))
     with pytest.raises(UserError, match=r"ffn_type='moe': .*inside: activation='leak': Leak"):
@@ -186,13 +186,13 @@ def test_what_cannot_be_told_apart_is_named_as_inside(register):
         lambda self, x: x / x.std(dim=(0, 1)) if self.training else x,
     ],
 )
-def test_a_component_that_mixes_sequences_is_named(register, function):
+def test_component_mixing_sequences_is_named(register, function):
     register(ACTIVATION_REGISTRY, 'leak', activation(function))
     with pytest.raises(UserError, match=r'Leak\.forward mixes the sequences of a batch'):
         checked(activation='leak')
 
 
-def test_a_choice_among_all_tokens_by_an_expert_is_seen(register):
+def test_expert_choice_routing_is_detected(register):
     class ExpertChoice(FeedForward):
         """The half of all tokens with the largest scores goes through (Zhou et al. 2022)."""
 
@@ -216,7 +216,7 @@ def test_a_choice_among_all_tokens_by_an_expert_is_seen(register):
         checked(ffn_type='expert_choice', vocab_size=200, n_layer=4)
 
 
-def test_what_no_seed_repeats_is_not_called_a_leak(register):
+def test_nondeterministic_component_is_reported(register):
     noise = torch.Generator().manual_seed(0)
     own = activation(lambda self, x: x + torch.randn(x.shape, generator=noise))
     register(ACTIVATION_REGISTRY, 'leak', own)
@@ -230,7 +230,7 @@ def test_what_no_seed_repeats_is_not_called_a_leak(register):
 @pytest.mark.parametrize(
     'values', pairwise_architectures()[::12], ids=range(len(pairwise_architectures()[::12]))
 )
-def test_the_projects_components_pass_without_a_word(values):
+def test_own_components_pass(values):
     assert check_model(build_model(legal_config(values), 'cpu', seed=1), CPU, 'float32') == []
 
 
@@ -242,12 +242,12 @@ def test_every_preset_passes(preset):
 
 
 @pytest.mark.parametrize('values', [{'block_size': 1}, {'vocab_size': 1}, {'block_size': 2}])
-def test_the_smallest_models_pass(values):
+def test_smallest_models_pass(values):
     assert checked(**values) == []
 
 
 @pytest.mark.parametrize('values', [{'ffn_type': 'moe'}, {'position_encoding': 'rope'}])
-def test_in_the_coarse_products_of_a_gpu_rounding_is_no_leak(monkeypatch, register, values):
+def test_gpu_rounding_is_no_leak(monkeypatch, register, values):
     monkeypatch.setattr(
         'training.start_checks.precision', lambda device, dtype: (dtype, ROUNDING[dtype])
     )
@@ -259,7 +259,7 @@ def test_in_the_coarse_products_of_a_gpu_rounding_is_no_leak(monkeypatch, regist
         check_model(leaking, CPU, 'bfloat16')
 
 
-def test_nothing_of_the_model_and_no_random_state_is_changed(register):
+def test_checks_restore_model_and_random_state(register):
     class WithBuffer(Gated):
         def __init__(self, config):
             super().__init__(config)
@@ -291,7 +291,7 @@ def test_nothing_of_the_model_and_no_random_state_is_changed(register):
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
 
 
-def test_after_a_leak_is_seen_the_weights_are_as_before(register):
+def test_weights_are_restored_after_leak(register):
     register(ACTIVATION_REGISTRY, 'leak', type('Leak', (Gated,), {}))
     model = build_model(tiny(activation='leak'), 'cpu', seed=1)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -300,7 +300,7 @@ def test_after_a_leak_is_seen_the_weights_are_as_before(register):
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
-def test_a_buffer_that_changes_is_refused_since_no_checkpoint_has_it(register):
+def test_changing_buffer_is_refused(register):
     class Running(Activation):
         def __init__(self, config):
             super().__init__(config)
@@ -346,7 +346,7 @@ class NeverRotates(Attention):
 
 
 @pytest.mark.parametrize('encoding', ['rope', 'alibi', 't5_relative'])
-def test_positions_that_do_not_reach_the_output_are_noted(register, encoding):
+def test_unused_positions_are_noted(register, encoding):
     register(ATTENTION_REGISTRY, 'mine', NeverRotates)
     (note,) = checked(attention_type='mine', position_encoding=encoding, attention_backend='manual')
     assert f"position_encoding='{encoding}' does not reach the output" in note
@@ -354,12 +354,12 @@ def test_positions_that_do_not_reach_the_output_are_noted(register, encoding):
 
 
 @pytest.mark.parametrize('encoding', ['none', 'learned_absolute', 'sinusoidal'])
-def test_there_is_nothing_to_note_where_no_attention_has_to_do_with_positions(register, encoding):
+def test_no_note_without_position_encoding(register, encoding):
     register(ATTENTION_REGISTRY, 'mine', NeverRotates)
     assert checked(attention_type='mine', position_encoding=encoding) == []
 
 
-def test_one_layer_that_uses_positions_suffices(register):
+def test_one_layer_using_positions_suffices(register):
     class Sometimes(NeverRotates):
         def __init__(self, config, layer):
             super().__init__(config, layer)
@@ -382,7 +382,7 @@ def test_one_layer_that_uses_positions_suffices(register):
 # --- FLOPs ----------------------------------------------------------------------------------------
 
 
-def test_flops_that_are_counted_as_others_are_noted(register):
+def test_wrong_flops_are_noted(register):
     class Linear(NeverRotates):
         """(Σ k vᵀ) q, without a softmax: no pair of tokens meets; scores as in the standard one."""
 
@@ -412,7 +412,7 @@ def test_flops_that_are_counted_as_others_are_noted(register):
     assert checked(attention_type='counted', **sizes) == []
 
 
-def test_products_outside_of_linear_layers_are_noted_of_the_class_that_makes_them(register):
+def test_uncounted_products_are_noted_by_class(register):
     class Squared(Activation):
         def __init__(self, config):
             super().__init__(config)

@@ -96,7 +96,7 @@ def wait_for(condition, job: subprocess.Popen, output: Path):
     return met
 
 
-def test_a_job_on_two_nodes_is_killed_runs_out_of_time_and_ends(slurm, tmp_path, tiny_dataset):
+def test_two_node_job_survives_kill_and_time_limit(slurm, tmp_path, tiny_dataset):
     """Also with another run, newer and not of this job, in the same folder."""
     out, output = tmp_path / 'out', tmp_path / 'output.txt'
     options = {**TINY_RUN, 'dataset': tiny_dataset, 'out_dir': out, 'max_iters': 10**6}
@@ -143,7 +143,7 @@ def test_a_job_on_two_nodes_is_killed_runs_out_of_time_and_ends(slurm, tmp_path,
     assert not (tmp_path / 'requeued').exists()
 
 
-def test_a_killed_job_that_torchrun_restarts_ends_as_an_undisturbed_one(tmp_path):
+def test_restarted_job_equals_undisturbed_one(tmp_path):
     result = subprocess.run(
         [
             sys.executable,
@@ -163,5 +163,5 @@ def test_a_killed_job_that_torchrun_restarts_ends_as_an_undisturbed_one(tmp_path
     assert 'unreadable checkpoints   0' in result.stdout
 
 
-def test_the_slurm_script_is_a_shell_script():
+def test_slurm_script_parses():
     subprocess.run(['bash', '-n', PROJECT / 'scripts' / 'train.slurm'], check=True)
