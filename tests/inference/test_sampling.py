@@ -47,9 +47,9 @@ def ours(**options):
     seen = []
 
     class Seen(Sampler):
-        def drawn(self, probabilities):
+        def draw(self, probabilities):
             seen.append(probabilities)
-            return super().drawn(probabilities)
+            return super().draw(probabilities)
 
     def probabilities(logits):
         Seen(logits.size(-1), **options, generator=seeded())(logits)
