@@ -324,8 +324,9 @@ def _active_keys(core: dict[str, Option], values: dict) -> Iterator[str]:
 
 def owners(key: str, options: dict[str, Option]) -> list[tuple[str, object]]:
     """The (option, value) pairs that give `key` a use."""
-    if options[key].requires and options[key].requires[0] in options:
-        return [options[key].requires]
+    required = options[key].requires
+    if required and required[0] in options:
+        return [required]
     return [
         (choice, name)
         for choice, option in options.items()

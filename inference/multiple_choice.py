@@ -130,7 +130,7 @@ def items_from_documents(
     items = []
     for position in positions:
         context, truth = text_at(position, CONTEXT_CHARACTERS, 0), text_at(position, 0, width)
-        others = {}
+        others: dict[str, None] = {}
         for other in choose.sample(positions, min(len(positions), 8 * CHOICES_PER_ITEM)):
             apart = abs(other[1] - position[1]) >= CONTEXT_CHARACTERS + width
             text = text_at(other, 0, width)

@@ -191,7 +191,7 @@ def score_items(scorer: Scorer, path: Path, items: list[Item]) -> ChoiceResult:
         }
         for item in items
     ]
-    accuracies = {}
+    accuracies: dict = {}
     for key, length in (('acc', None), ('acc_norm', 'characters'), ('acc_bytes', 'bytes')):
         right = [float(likeliest(result, length) == result['answer']) for result in each]
         accuracies |= {key: statistics.fmean(right), f'{key}_stderr': standard_error(right)}

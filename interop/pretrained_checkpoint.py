@@ -8,7 +8,7 @@ see `interop.fields`, and every tensor is a parameter's, known to hold no weight
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -257,7 +257,7 @@ def _open_tensors(name: str, path: Path) -> dict[str, StoredTensor]:
             key: StoredTensor(
                 tuple(slice.get_shape()),
                 slice.get_dtype() in FLOATING,
-                lambda key=key: opened.get_tensor(key),
+                partial(opened.get_tensor, key),
             )
             for key, slice in slices.items()
         }
@@ -277,7 +277,7 @@ def _stored(name: str, path: Path, state: dict, prefix: str = '') -> dict[str, S
         if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta:
             raise UserError(f'{name}: {path}: {key!r} is no plain tensor.')
         stored[key.removeprefix(prefix)] = StoredTensor(
-            tuple(tensor.shape), tensor.is_floating_point(), lambda tensor=tensor: tensor
+            tuple(tensor.shape), tensor.is_floating_point(), tensor.detach
         )
     return stored
 

@@ -92,10 +92,8 @@ _INDEX_CHECKS = {
 }
 
 
-_LATER_KEYS = {
-    'data': None,
-    'seen': {},
-}  # since the first version, and what stands for it in older ones
+# Keys that came after the first version, and what stands for them in older checkpoints.
+_LATER_KEYS: dict[str, dict | None] = {'data': None, 'seen': {}}
 
 
 class BrokenCheckpoint(UserError):
@@ -362,6 +360,7 @@ def is_checkpoint(path: Path) -> bool:
 def _iter_and_attempt(path: Path) -> tuple[int, int]:
     """Updates done, and which checkpoint of that moment this is: 1, or 2 for `_2`."""
     match = _NAME.fullmatch(path.name)
+    assert match is not None  # list_checkpoints gives no other names
     return int(match[1]), int(match[2] or 1)
 
 
@@ -375,7 +374,7 @@ def load_latest(folder: Path, warn) -> tuple[Checkpoint, list[dict]] | None:
 
     warn: told, a sentence each, of newer ones that are broken. Raises BrokenCheckpoint if all are.
     """
-    problems = []
+    problems: list[str] = []
     for path in list_checkpoints(folder):
         try:
             checkpoint = read_index(path)
@@ -406,15 +405,14 @@ def prune(saved: Checkpoint, keep_last: int, keep_best: bool) -> None:
     paths = paths[paths.index(saved.path) :]
     retained = set(paths[:keep_last])
     if keep_best:
-        scored = []
+        losses: dict[Path, float] = {}
         for path in paths:
-            try:
-                scored.append((read_index(path).val_loss, path))
-            except BrokenCheckpoint:
-                continue
-        scored = [(loss, path) for loss, path in scored if loss is not None]
-        if scored:
-            retained.add(min(scored, key=lambda pair: pair[0])[1])
+            with contextlib.suppress(BrokenCheckpoint):
+                loss = read_index(path).val_loss
+                if loss is not None:
+                    losses[path] = loss
+        if losses:
+            retained.add(min(losses, key=losses.__getitem__))
     for path in paths:
         if path not in retained:
             with contextlib.suppress(OSError):  # what cannot be removed stays

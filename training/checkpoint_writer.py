@@ -25,9 +25,9 @@ from training_logger import TrainingLogger
 class _InlineExecutor(Executor):
     """Does what it is given while its caller waits."""
 
-    def submit(self, function, /, *arguments) -> Future:
+    def submit(self, function, /, *arguments, **keywords) -> Future:
         done: Future = Future()
-        done.set_result(function(*arguments))
+        done.set_result(function(*arguments, **keywords))
         return done
 
 

@@ -144,7 +144,9 @@ def copy_tokenizer_file(dataset: TokenDataset, run_folder: Path) -> None:
 
 def checked_layers(checkpoint: Checkpoint, origins: dict[str, str]) -> list[Layer]:
     """The values that the checkpoint's index has under each key, checked like a user's."""
-    layers, unknown, options = [], {}, schema()
+    layers: list[Layer] = []
+    unknown: dict[str, object] = {}
+    options = schema()
     for name, origin in origins.items():
         values = checkpoint.index[name]
         layers.append(validate_layer(Layer(origin, values), options, []))

@@ -264,7 +264,8 @@ def checkpoint_index(
     """What a checkpoint says of itself, beside its tensors: plain values only."""
     config = settings.to_dict()
     origins = {**settings.run.origins, **settings.architecture.origins}
-    chosen, commanded = {}, {}
+    chosen: dict[str, object] = {}
+    commanded: dict[str, object] = {}
     for key, value in config.items():
         if key not in NOT_INHERITED and not origins[key].startswith(UNCHOSEN_ORIGINS):
             (commanded if origins[key].endswith(COMMAND_LINE) else chosen)[key] = value

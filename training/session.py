@@ -150,10 +150,10 @@ class Session(RunContext):
 
     def measure_diagnostics(self) -> Diagnostics:
         """What goes on inside the model, as the record has it."""
-        first = next(self.evaluation_batches('val', divided=False))
+        tokens, targets = next(self.evaluation_batches('val', divided=False))
         return {
             'layers': diagnostics.layer_statistics(
-                self.raw_model, self.model, self.parallel, *first, self.autocast
+                self.raw_model, self.model, self.parallel, tokens, targets, self.autocast
             ),
             'update_to_weight': self.metrics.update_ratio.ratios or {},
             'val_loss_by_position': diagnostics.loss_by_position(

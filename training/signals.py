@@ -59,7 +59,8 @@ class SignalHandler:
 
         checkpoint_writing: whether this rank is still at work on a checkpoint; then whether any is.
         """
-        save, self._received_save = self._received_save, False
+        save: float = self._received_save
+        self._received_save = False
         stop, save, writing = process_group.all_reduce_max(
             [self._received_stop or 0, save, checkpoint_writing]
         )

@@ -9,7 +9,7 @@ reach the output. Weights and random state are as before when this is done.
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -152,7 +152,9 @@ class _ProbePasses:
     def compare(self, probe: Probe) -> tuple[list[torch.Tensor], torch.Tensor]:
         """Raise UserError where the changed tokens change what they must not. Returns `base`."""
         stream, hidden = self.base(probe.tokens)
-        gaps, into, before = [], [], iter(stream)
+        gaps: list[float] = []
+        into: list[torch.Tensor] = []
+        before = iter(stream)
 
         def force(place: str, x: torch.Tensor) -> torch.Tensor | None:
             expected, added = next(before), None
@@ -176,7 +178,11 @@ class _ProbePasses:
         calls: list[list[Call]] = []
         for tokens in (probe.tokens, probe.tokens, probe.changed):
             seen: list[Call] = []
-            self.forward(tokens, lambda call, seen=seen: seen.append(_copied(call)))
+
+            def see(call: Call, seen: list[Call] = seen) -> None:
+                seen.append(_copied(call))
+
+            self.forward(tokens, see)
             calls.append(seen)
         when = 'in training' if self.model.training else 'in evaluation'
         again = probe._replace(unaffected=torch.ones_like(probe.unaffected))
@@ -256,7 +262,7 @@ def _is_float(x: object) -> bool:
     return isinstance(x, torch.Tensor) and x.is_floating_point()
 
 
-def _first(output: object) -> object:
+def _first(output: Any) -> Any:
     return output[0] if isinstance(output, tuple) and output else output
 
 
@@ -303,11 +309,15 @@ def _at_blocks(model: Transformer, see: Callable) -> Iterator[None]:
             handle.remove()
 
 
+def _unchanged(hidden: torch.Tensor) -> torch.Tensor:
+    return hidden
+
+
 @contextmanager
 def _without_head(model: Transformer) -> Iterator[None]:
     """Let the model give hidden states: the head is no component, a third of the work, and takes
     each token by itself."""
-    model.output_head.forward = lambda hidden: hidden
+    model.output_head.forward = _unchanged  # type: ignore[method-assign,assignment]
     try:
         yield
     finally:
@@ -318,7 +328,7 @@ def _without_head(model: Transformer) -> Iterator[None]:
 def _without_positions(model: Transformer) -> Iterator[None]:
     """Let all positions be 0."""
     attention_inputs, encoding = type(model).attention_inputs, model.position_encoding
-    model.attention_inputs = lambda pos, *rest: attention_inputs(
+    model.attention_inputs = lambda pos, *rest: attention_inputs(  # type: ignore[method-assign]
         model, torch.zeros_like(pos), *rest
     )
     embed = type(encoding).embed

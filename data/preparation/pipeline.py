@@ -286,6 +286,7 @@ def _complete_description(
         )
     if description['kind'] == 'bpe':
         size, rule = description['vocab_size'], options.is_validation
+        assert rule is not None  # only tokens that are bytes come with splits of their own
         return load_or_make_tokenizer(
             work, lambda: train_byte_pairs(source, size, rule, work, workers)
         )
@@ -320,7 +321,7 @@ def _empty_split_problem(
     missing = [split for split in SPLITS if not totals[split]['token_bytes']]
     if not missing:
         return None
-    if options.is_validation is None:
+    if options.val_fraction is None:
         return f'{source} is too short: it leaves nothing for the {missing[0]} split.'
     count = sum(totals[split]['documents'] for split in SPLITS)
     if not count:

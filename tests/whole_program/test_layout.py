@@ -17,7 +17,7 @@ WITHOUT_TORCH = [
     *('common', 'records', 'comparison', 'configurator', 'model_config', 'training_logger'),
     'compare_architectures',
 ]
-THAT_MEASURE_DEVICES = {'common/hardware.py', 'common/cpu_peak.py'}
+WITH_TORCH = {'common/hardware.py', 'common/cpu_peak.py', 'common/tensors.py'}
 
 NOT_THE_PROGRAM = ('.', 'tests/', 'benchmarks/', 'config/', 'build/')
 SOURCES = {
@@ -75,7 +75,7 @@ def test_units_of_the_design_document_load_no_torch():
     modules = [
         path.removesuffix('.py').removesuffix('/__init__').replace('/', '.')
         for path in SOURCES
-        if unit_of(path) in WITHOUT_TORCH and path not in THAT_MEASURE_DEVICES
+        if unit_of(path) in WITHOUT_TORCH and path not in WITH_TORCH
     ]
     code = (
         f'import sys, {", ".join(modules)}\n'

@@ -26,7 +26,7 @@ def test_the_first_two_commands_do_all_the_set_up_on_one_line_each():
         assert command.startswith('python3 -m venv .venv && . .venv/bin/activate && ')
         assert f'pip install -r {requirements} && ' in command
     assert train.rstrip().endswith('&& python train.py config/arch_llama.py --max_iters=100')
-    assert test.rstrip().endswith('&& pytest -n auto')
+    assert test.rstrip().endswith('&& mypy && pytest -n auto')
 
 
 def test_the_gate_runs_the_readmes_test_command(tmp_path):
