@@ -76,10 +76,12 @@ class Contestant:
         environment = {**os.environ, **(environment or {})}
         if 'cache' in request_for:
             environment['TORCHINDUCTOR_CACHE_DIR'] = request_for['cache']
-        script = PROJECT / 'benchmarks' / 'contestants.py'
+        # Another checkout is driven by its own program: its modules may have other names.
+        project = Path(request_for.get('project', PROJECT))
+        script = project / 'benchmarks' / 'contestants.py'
         with open(log, 'w') as file:
             self.process = subprocess.Popen(
-                [sys.executable, script, json.dumps({'project': str(PROJECT), **request_for})],
+                [sys.executable, script, json.dumps({**request_for, 'project': str(project)})],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=file,
