@@ -163,7 +163,7 @@ def set_up(context: RunContext, init_source: InitSource | None) -> Session:
 
 
 def can_compile(run: TrainingConfig, device: torch.device, parallel: SingleProcess) -> bool:
-    """Whether the blocks are compiled; a warning where that is command_line for and cannot be."""
+    """Whether the blocks are compiled; a warning where it is asked for and cannot be."""
     if not run.compile or not (problem := hardware.compile_problem(device)):
         return bool(run.compile)
     if parallel.is_main:
@@ -214,13 +214,13 @@ def train(session: Session) -> None:
     clock = hardware.StepClock(session.device)
     signals, checkpoints = session.signals, session.checkpoints
     while True:
-        # What any rank was command_line for by a signal, all of them know from here on.
+        # Tell every rank which signals any of them has received.
         signals.sync(session.parallel, checkpoints.writing)
         # Publish the checkpoint that is being written, once every rank has written it.
         if checkpoints.in_progress and not signals.checkpoint_writing:
             with clock.paused():
                 checkpoints.publish()
-        # Evaluate and save, where that is due or command_line for.
+        # Evaluate and save, where that is due or a signal asks for it.
         iter = session.progress.iter
         evaluation_due = session.evaluation_due(iter) and session.progress.evaluated_at != iter
         if evaluation_due or signals.pending:
@@ -284,11 +284,11 @@ def forward_backward(session: Session) -> torch.Tensor:
         torch.manual_seed(name_seed(run.seed, f'dropout/{number}'))
         with session.parallel.micro_step(model, last=micro_step + ranks >= micro_steps):
             with session.autocast():
-                loss_sum, _, auxiliary = model(*batch)
+                loss_sum, _, aux = model(*batch)
             share = loss_sum / session.tokens_per_iter
-            session.optimizer.backward(share + auxiliary.loss / micro_steps)
+            session.optimizer.backward(share + aux.loss / micro_steps)
         loss += share.detach()
-        session.metrics.aux.add(auxiliary.metrics)
+        session.metrics.aux.add(aux.metrics)
     return loss
 
 
