@@ -113,3 +113,20 @@ def test_the_readmes_component_trains(train, tmp_path):
     (tmp_path / 'mine.py').write_text(snippet)
     out = train('mine.py', '--star_scale=0.7').stdout
     assert '2L-2H-32D-AbsPos-LN-StarReLU-PreNorm' in out
+
+
+def test_documents_name_files_that_exist():
+    documents = [
+        *PROJECT.glob('*.md'),
+        *PROJECT.glob('docs/*.md'),
+        *PROJECT.glob('benchmarks/*.md'),
+    ]
+    paths = {
+        path
+        for document in documents
+        if document.name != 'CHANGELOG.md'
+        for path in re.findall(r'`([\w.-]+/[\w./-]+\.\w+)`', document.read_text(encoding='utf-8'))
+    }
+    made = re.compile(r'^(out|data/\w+/(input|meta|train|val)|runs?/)')
+    assert [path for path in sorted(paths) if not made.match(path)] != []
+    assert [path for path in paths if not made.match(path) and not (PROJECT / path).exists()] == []
