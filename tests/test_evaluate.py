@@ -77,6 +77,7 @@ def nats_one_by_one(model, tokens, stride) -> list[float]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('stride', [1, 7, None])
 def test_bits_per_byte_matches_pass_per_token(of_bytes, text, tmp_path, stride):
     out_dir, model = of_bytes
@@ -90,6 +91,7 @@ def test_bits_per_byte_matches_pass_per_token(of_bytes, text, tmp_path, stride):
     assert found['perplexity'] == pytest.approx(math.exp(np.mean(nats)), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_bits_per_byte_matches_transformers(of_byte_pairs, text, tmp_path, capsys):
     from transformers import AutoModelForCausalLM
 
@@ -367,5 +369,6 @@ def test_characters_missing_from_vocabulary(tmp_path, monkeypatch, of_bytes, tex
         assert f'--{key}={given}' in error and 'The vocabulary of 2 characters has no' in error
 
 
+@pytest.mark.slow
 def test_evaluate_help(run_script):
     assert '--make_choices' in run_script('evaluate.py', '--help').stdout

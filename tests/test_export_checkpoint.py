@@ -125,6 +125,7 @@ def test_hugging_face_folder(trained, tmp_path, dtype, capsys):
 TEXT = "The naïve fox,  it's 12345!\n\n“jumps” 🦊 over\t"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', ['byte', 'byte-documents', 'char', 'gpt2'])
 def test_tokenizer_is_exported(tmp_path, kind, capsys):
     """From the folder alone transformers makes the same tokens and logits of a text."""
@@ -327,5 +328,6 @@ def test_full_disk_is_reported(trained, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_script_starts(run_script):
     assert '--overwrite' in run_script('export_checkpoint.py', '--help').stdout

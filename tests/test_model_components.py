@@ -84,6 +84,7 @@ def attention_written_as_a_loop(q, k, v, bias):
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('bias_heads', [None, 1, 4])
 @pytest.mark.parametrize('kv_heads', [4, 2, 1])
 @pytest.mark.parametrize('backend', list(ATTENTION_BACKEND_REGISTRY))

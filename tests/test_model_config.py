@@ -194,6 +194,7 @@ def test_equal_configs_build_equal_models():
     assert model_and_outputs(base_config('llama')) == base_outputs('llama')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('base', 'values'), list(overrides()), ids=lambda value: str(value).replace("'", '')
 )

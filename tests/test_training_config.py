@@ -380,6 +380,7 @@ def test_smaller_vocabulary_is_refused(dataset):
 # --help
 
 
+@pytest.mark.slow
 def test_help_lists_every_component(run_script):
     text = run_script('train.py', '--help').stdout
     listed = re.findall(r'^  --(\w+)=', text, re.MULTILINE)

@@ -27,6 +27,7 @@ def test_every_component_is_measured():
             assert {(key, False), (key, True)} <= measured, key
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     'choices',

@@ -6,6 +6,8 @@ from benchmarks import process_speed as speed
 from benchmarks.process_speed import ALONE, STRATEGIES, Team
 from common.errors import UserError
 
+pytestmark = pytest.mark.slow
+
 
 def team(seconds, gigabytes=1.0, tokens=100, sent=0.0):
     return Team([], {'tokens': tokens, 'bytes_sent': sent}, seconds, gigabytes)

@@ -28,6 +28,7 @@ def result(name: str, seconds: list[float], **start) -> Result:
     )
 
 
+@pytest.mark.slow
 def test_turn_has_untimed_then_timed_updates(monkeypatch):
     answers, clock = io.StringIO(), iter(range(1000))
     commands = iter([{'steps': 1}, {'steps': 3}])
@@ -57,6 +58,7 @@ class Enough(Exception):
     """No more commands."""
 
 
+@pytest.mark.slow
 def test_peers_do_the_same_work(monkeypatch, tmp_path):
     # A peer that is our own model, on the batches that peers are given, with torch's AdamW and
     # clipping, goes through the losses and gradient norms of train.py.

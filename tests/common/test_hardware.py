@@ -266,12 +266,14 @@ def test_cuda_readings_are_in_gb_of_the_allocator(cuda, monkeypatch):
 # --- Surroundings ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='another C library')
 def test_freed_memory_is_not_faulted_in_anew():
     """64 MB are 16,384 pages or 32 huge ones. By malloc itself, since what was given back by a
     tensor, which is aligned, need not fit the next."""
     program = """
-import ctypes, resource, torch, hardware
+import ctypes, resource, torch
+from common import hardware
 hardware.tune(torch.device('cpu'), deterministic=False)
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
@@ -289,6 +291,7 @@ print(min(after - before for before, after in zip(faults, faults[1:])))
     assert int(done.stdout) < 16
 
 
+@pytest.mark.slow
 def test_compiled_code_on_a_cpu_keeps_no_output_of_a_norm(monkeypatch):
     """Only the stream, the norm's two numbers a row, and the product, which is the result."""
     monkeypatch.setattr(functorch_config, 'ban_recompute_materialized_backward', True)

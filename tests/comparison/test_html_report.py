@@ -88,6 +88,7 @@ class Page(HTMLParser):
         return [attributes for name, attributes in self.elements if name == tag]
 
 
+@pytest.mark.slow
 def test_page_is_self_contained(folder, tmp_path, capsys):
     path = tmp_path / 'report.html'
     ca.main([str(folder), '--report', str(path)])
@@ -190,6 +191,7 @@ def test_odd_names_are_shown_verbatim(tmp_path):
     assert not any('onload' in attributes for _, attributes in page.elements)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason='no Chromium on the PATH')
 def test_page_fits_narrow_screen_in_browser(page_text, tmp_path):
     """Nothing but tables is wider than the screen, and what the pictures say can be read."""

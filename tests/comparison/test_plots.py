@@ -291,6 +291,7 @@ ODD = [
 ]
 
 
+@pytest.mark.slow
 def test_any_name_is_drawn_verbatim(tmp_path, recwarn):
     variants = [{'label': name, 'asked': {'ffn_type': name}} for name in ODD]
     comparison = study(tmp_path, variants=variants)
@@ -375,6 +376,7 @@ def test_pictures_of_every_kind(tmp_path, suffix):
     assert sorted(path.name for path in tmp_path.iterdir()) == [path.name, 'study']
 
 
+@pytest.mark.slow
 def test_user_matplotlib_settings_have_no_effect(tmp_path):
     comparison = study(tmp_path / 'study')
     plots.plot(comparison, tmp_path / 'a.svg')

@@ -244,6 +244,7 @@ def full_record(number, **changes):
     return record
 
 
+@pytest.mark.slow
 def test_damaged_record_does_not_stop_comparison(tmp_path):
     others = [full_record(n, loss=5 + n / 100, seed=n, ffn_type=ffn)
               for n, ffn in ((1, 'a'), (2, 'a'), (3, 'b'))]  # fmt: skip

@@ -88,6 +88,7 @@ def test_sdpa_uses_blocked_attention_under_autocast(kv_heads, monkeypatch):
         assert gradient.shape == tensor.shape and gradient.dtype == torch.float32
 
 
+@pytest.mark.slow
 def test_blocked_attention_opcheck():
     (q, k, v), upstream = inputs(9, v_width=5)
     torch.library.opcheck(module.attend, (q, k, v, SCALE))

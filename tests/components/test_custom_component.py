@@ -6,6 +6,8 @@ import textwrap
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 CONFIG = '''
 import torch
 import torch.nn.functional as F

@@ -96,6 +96,7 @@ def test_flex_masks_documents(choice):
     torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @settings(max_examples=10, deadline=None, derandomize=True, database=None)
 @given(architectures(**MASKED, attention_backend='sdpa', init_std=0.02))
 def test_any_architecture_masks_documents(config):
@@ -141,6 +142,7 @@ def marked(tiny_dataset, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_run_takes_end_of_text_from_dataset(marked, tmp_path):
     plain, masked, named = (
         train_here(marked, tmp_path / str(number), arch_preset='llama', max_iters=2, **options)
@@ -176,6 +178,7 @@ def test_document_mask_without_end_of_text_is_rejected(tiny_dataset, marked):
     assert 'end_of_text' not in completed(dataset=marked).architecture
 
 
+@pytest.mark.slow
 def test_plan_with_document_mask_needs_no_data(tmp_path):
     sizes = {'n_layer': 1, 'n_head': 2, 'n_embd': 16, 'block_size': 64, 'batch_size': 4}
     sizes['dtype'] = 'float32'

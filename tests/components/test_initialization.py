@@ -105,6 +105,7 @@ def changes_after_some_updates(width, **values):
     return [(b - a).abs().mean().item() for a, b in ((streams[0], streams[-1]), (first, last))]
 
 
+@pytest.mark.slow
 def test_update_size_is_independent_of_width_under_mup():
     """The coordinate check of Yang et al. 2022, appendix D.1."""
     narrow, wide = 32, 256

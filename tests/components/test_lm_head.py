@@ -21,6 +21,7 @@ def trained(tiny_dataset, tmp_path_factory):
     return run
 
 
+@pytest.mark.slow
 def test_z_loss_affects_gradient_only(trained):
     """The gradient is that of one plain formula over all tokens; no reported loss includes it, and
     the record shows it."""

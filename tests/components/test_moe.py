@@ -351,6 +351,7 @@ def results(model, tokens):
     return loss.detach(), aux.loss.detach(), aux.metrics, gradients(model)
 
 
+@pytest.mark.slow
 def test_moe_blocks_compile_to_one_graph_per_kind():
     config = tiny(**MOE, **{**SHARED, 'n_layer': 4})
     tokens = random_tokens(config, batch=2)

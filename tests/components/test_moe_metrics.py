@@ -100,6 +100,7 @@ def test_aux_loss_acts_but_is_not_reported(trained, tiny_dataset, tmp_path):
     assert busiest[0]['load_balance_loss'] < busiest[1]['load_balance_loss']
 
 
+@pytest.mark.slow
 def test_console_shows_moe_metrics(train):
     arguments = [f'--{key}={value}' for key, value in TRAINED.items()]
     out = train(*arguments, '--max_iters=1', '--log_style=block').stdout

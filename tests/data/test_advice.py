@@ -182,6 +182,7 @@ def test_packages_to_install_are_declared():
             assert ''.join(name) in known, f'{path}: {name}'
 
 
+@pytest.mark.slow
 def test_choices_and_item_counts_are_checked(tmp_path, tiny_dataset):
     out = train_here(tiny_dataset, tmp_path / 'out', max_iters=1).folder.parent
     arguments = [f'--out_dir={out}', '--device=cpu', '--dtype=float32']

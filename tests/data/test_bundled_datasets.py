@@ -41,6 +41,7 @@ def run_prepare(project_copy, dataset, *arguments, cwd='/'):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'dataset, dtype', [('shakespeare', 'uint16'), ('shakespeare_char', 'uint8')]
 )
@@ -66,6 +67,7 @@ def test_own_text_is_prepared(project_copy, dataset, dtype):
     }
 
 
+@pytest.mark.slow
 def test_standard_library_is_prepared(project_copy):
     """Also: train.py's way in, from a folder elsewhere, with nothing there yet."""
     code = 'from data import dataset; dataset.prepare_if_missing("python_stdlib")'

@@ -395,6 +395,7 @@ for split in ('val', 'train'):
 """
 
 
+@pytest.mark.slow
 def test_concurrent_processes_prepare_once(tmp_path):
     (tmp_path / 'toy').mkdir()
     (tmp_path / 'toy' / 'prepare.py').write_text(PREPARE)

@@ -53,6 +53,7 @@ def test_every_python_int_is_a_seed(sampling):
     assert len({tuple(order.starts(0, 4)) for order in orders}) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('sampling', ORDERS)
 @settings(deadline=None, max_examples=25)
 @given(
@@ -147,6 +148,7 @@ def test_one_epoch_visits_every_window_once(tokens, block_size):
         assert_every_window_once(order, tokens, epoch)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=60)
 @given(
     block_size=st.integers(1, 40),
@@ -178,6 +180,7 @@ def test_every_cut_comes_up_as_often_as_any():
     assert stats.chisquare(list(counts.values())).pvalue > 1e-3
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=100)
 @given(
     size=st.one_of(st.integers(1, 300), st.integers(1, 2**62)),
@@ -217,6 +220,7 @@ def test_neighbours_are_taken_far_apart():
     assert stats.kstest(gaps, stats.triang(0).cdf).pvalue > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('tokens, block_size', SIZES)
 def test_different_tokens_are_those_counted(tokens, block_size):
     order = EpochOrder(3, tokens, block_size)

@@ -112,6 +112,7 @@ def test_documents_are_split_by_hash(corpus, tmp_path, tokenizer):
     assert data.meta['dtype'] == ('uint8' if tokenizer == 'char' else 'uint16')
 
 
+@pytest.mark.slow
 @given(
     st.lists(st.text(max_size=5), max_size=40),
     st.lists(st.text(max_size=5), max_size=40),
@@ -147,6 +148,7 @@ def test_the_share_for_validation_is_kept(tmp_path):
     assert abs(len(documents_of(tmp_path / 'mine')['val']) - 200) < 4 * (4000 * 0.05 * 0.95) ** 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('tokenizer', ['gpt2', 'bpe', 'char'])
 def test_workers_change_nothing(corpus, tmp_path, monkeypatch, tokenizer):
     outcomes = []
@@ -292,6 +294,7 @@ def killed(call, *arguments):
     return code != 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('tokenizer, shard_tokens', [('byte', 10**9), ('bpe', 20_000)])
 def test_killed_preparation_resumes_to_the_same_files(corpus, tmp_path, tokenizer, shard_tokens):
     """At moments between any two writes to the disk, in publication too."""
@@ -344,6 +347,7 @@ if __name__ == '__main__':
 """
 
 
+@pytest.mark.slow
 def test_worker_processes_end_with_it(corpus, tmp_path):
     """kill -9 from outside; nothing is left running, and nothing holds the lock."""
     run(corpus, f'--out={tmp_path}/alone', '--tokenizer=byte')
@@ -550,6 +554,7 @@ def test_openwebtext_and_fineweb_scripts(tmp_path, monkeypatch, name):
     }
 
 
+@pytest.mark.slow
 def test_a_corpus_of_ones_own_trains(corpus, tmp_path, run_script):
     """The commands as they are typed, with byte pairs of its own in several files."""
     out = tmp_path / 'mine'

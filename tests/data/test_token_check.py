@@ -152,6 +152,7 @@ def test_inspect_verifies_and_notes_it(folder, hashed, capsys):
     assert len(hashed) == 2 and capsys.readouterr().out.count('verified') == 2
 
 
+@pytest.mark.slow
 def test_a_run_on_changed_data_does_not_begin(folder, tmp_path, capsys, hashed):
     run = train_here(folder, tmp_path / 'out', max_iters=1)
     assert run.code == 0 and len(hashed) == 2

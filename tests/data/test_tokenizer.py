@@ -49,6 +49,7 @@ def test_end_of_text_is_one_more_id(gpt2_tokenizer, description, last):
     assert last + 1 not in tokenizer.encode('ab') and gpt2_tokenizer.end_of_text == 50256
 
 
+@pytest.mark.slow
 def test_text_that_utf8_cannot_hold_is_encoded(gpt2_tokenizer):
     # A lone surrogate, as JSON may bring it, and a pair of them, which is one character.
     characters = {'kind': 'char', 'characters': [*'a😀\ufffd']}

@@ -33,6 +33,7 @@ LOADS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', LOADS)
 def test_exported_folder_loads(name, tmp_path):
     values, family = LOADS[name]

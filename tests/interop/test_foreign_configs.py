@@ -8,6 +8,8 @@ from helpers.foreign_configs import BASES, LLAMA3, Flips
 
 import interop
 
+pytestmark = pytest.mark.slow
+
 pytestmark = pytest.mark.usefixtures('one_thread')
 
 

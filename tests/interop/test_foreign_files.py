@@ -21,6 +21,7 @@ def folders(tmp_path_factory):
 
 
 # A part of tests/stress/damaged_files.py: every so many of its cases.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('kind', 'arguments', 'every'),
     [

@@ -44,6 +44,7 @@ def tiktoken_tokenizer(monkeypatch, split: str, special_tokens: dict[str, int]) 
     return Tokenizer({'kind': 'tiktoken', 'name': 'tiny'})
 
 
+@pytest.mark.slow
 def test_gpt2_merges_are_the_published_ones():
     published = published_gpt2_folder() / 'vocab.bpe'
     lines = published.read_text(encoding='utf-8').splitlines()[1:]

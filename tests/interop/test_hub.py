@@ -137,6 +137,7 @@ def in_cache(cache: Path, name: str, folder: Path) -> Path:
     return snapshot
 
 
+@pytest.mark.slow
 def test_download_by_the_package(gpt2, address, tmp_path):
     """By the real huggingface_hub: once, the files that are read, into the cache others read."""
     url, _, requests = address

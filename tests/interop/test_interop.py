@@ -601,6 +601,7 @@ def test_rope_extension_to_a_longer_context(
     assert run.events('note') == []
 
 
+@pytest.mark.slow
 def test_scaling_without_a_longer_context_is_refused(short_llama, tiny_dataset, tmp_path, train):
     folder = short_llama[1]
     common = (f'--init_from=hf:{folder}', '--n_head=4')
@@ -614,6 +615,7 @@ def test_scaling_without_a_longer_context_is_refused(short_llama, tiny_dataset, 
     assert 'block_size=32' in note['message'] and '--rope_scaling=yarn' in note['message']
 
 
+@pytest.mark.slow
 def test_finetuning_gpt2(tiny_dataset, tmp_path, train, monkeypatch):
     """The config file, from Hugging Face's cache: cropped, trained, resumed without the cache."""
     home = tmp_path / 'home/hub/models--openai-community--gpt2'
@@ -648,6 +650,7 @@ def test_finetuning_gpt2(tiny_dataset, tmp_path, train, monkeypatch):
     assert losses[0] == pytest.approx(loss, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_contradicting_options_are_refused(nanogpt_checkpoint, tmp_path, train):
     nanogpt_checkpoint(True)
     error = train(

@@ -12,6 +12,8 @@ import pytest
 from compare_architectures import main as compare
 from training_logger import read_record
 
+pytestmark = pytest.mark.slow
+
 HERE = Path(__file__).parent
 RUNS = {  # options beside component.py's; the losses of iterations 6 to 8; the validation loss at 9
     'run_20261129_094524': (

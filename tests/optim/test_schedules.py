@@ -144,6 +144,7 @@ def planned_settings(**chosen) -> Settings:
 updates = st.integers(0, 60)
 
 
+@pytest.mark.slow
 @given(
     lr_schedule=st.sampled_from(('constant', 'cosine', 'linear', 'wsd')),
     max_iters=st.integers(1, 60),
@@ -209,6 +210,7 @@ def test_discontinuous_schedule_is_rejected(chosen, why):
         planned_settings(max_iters=60, **chosen)
 
 
+@pytest.mark.slow
 def test_schedule_notes_in_run_and_plan(tiny_dataset, tmp_path):
     run = train_here(tiny_dataset, tmp_path, max_iters=4, lr_decay_iters=2, eval_iters=1)
     said = [event['message'] for event in run.events('note')]

@@ -14,6 +14,8 @@ from helpers.project import PROJECT
 from common.environment import launch_notes, world_size
 from common.errors import UserError
 
+pytestmark = [pytest.mark.slow, pytest.mark.multi_process]
+
 TORCHRUN = {
     **{'RANK': '1', 'LOCAL_RANK': '1', 'WORLD_SIZE': '2'},
     **{'MASTER_ADDR': 'localhost', 'MASTER_PORT': '29500'},

@@ -24,6 +24,8 @@ from records.record import read_record
 from records.run_folders import latest_run
 from training.checkpoint import list_checkpoints, load_latest, load_state, read_index
 
+pytestmark = [pytest.mark.slow, pytest.mark.multi_process]
+
 fcntl = pytest.importorskip('fcntl', reason='ranks are forked')
 pytestmark = pytest.mark.skipif(sys.platform != 'linux', reason='ranks are forked')
 

@@ -27,6 +27,8 @@ from planning.report import plan_report
 from planning.simulation import MemorySnapshot
 from training_config import Settings, load_settings, schema
 
+pytestmark = pytest.mark.slow
+
 SMALL = {
     'arch_preset': 'llama',
     'n_layer': 4,

@@ -126,6 +126,7 @@ def log_with_a_rollback(logger):
 # --- TensorBoard ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_tensorboard_has_all_numbers_after_crash(tiny_dataset, tmp_path, crash):
     options = {**RICH, 'max_iters': 9, 'eval_interval': 4, 'tensorboard_log': True}
     crash(6)
@@ -199,6 +200,7 @@ def logged_rows(run):
     return shown
 
 
+@pytest.mark.slow
 def test_wandb_has_all_numbers_and_resumes_by_id(wandb, tiny_dataset, tmp_path, crash):
     options = {**RICH, 'max_iters': 9, 'eval_interval': 4, 'wandb_log': True}
     crash(6)
@@ -258,6 +260,7 @@ def test_study_names_wandb_runs(tiny_dataset, tmp_path, wandb):
 # --- What goes wrong -----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @EACH_TRACKER
 @pytest.mark.parametrize('there', [None, SimpleNamespace(origin=None)], ids=['nothing', 'a folder'])
 def test_missing_package_is_reported_before_run_starts(

@@ -31,6 +31,8 @@ from studies.lock import study_lock
 from studies.outcome import STOP_SIGNALS, outcome_from_exit, outcome_from_record
 from studies.progress import StudyProgress
 
+pytestmark = pytest.mark.slow
+
 pytestmark = pytest.mark.usefixtures('one_thread')
 
 SMALL = (

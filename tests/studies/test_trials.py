@@ -349,6 +349,7 @@ def params(variant):
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+@pytest.mark.slow
 def test_match_params_by_d_ff_is_nearest_step(read):
     _, variants = read(
         "arch_preset = 'legacy'; sweep = {'ffn_type': ['standard', 'swiglu']}; match = 'params'"
@@ -366,6 +367,7 @@ def test_match_params_by_d_ff_is_nearest_step(read):
     assert swiglu.settings.architecture.d_ff == swiglu.matched['value']
 
 
+@pytest.mark.slow
 def test_match_flops_by_depth_to_reference(read):
     study, variants = read(
         "sweep = {'n_embd': [16, 32]}; match = 'flops'; match_by = 'n_layer'; match_step = 1\n"

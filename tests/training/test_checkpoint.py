@@ -168,6 +168,7 @@ class _Written:
         self.file.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('iter', [8, 12], ids=['again', 'new'])
 @pytest.mark.parametrize(
     'error', [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), Killed()], ids=['disk full', 'kill']
@@ -585,6 +586,7 @@ HOSTILE_STATES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('case', HOSTILE_STATES)
 def test_state_of_another_model_is_refused(run, case):
     (run.checkpoint / 'state.pt').write_bytes(zip_of(HOSTILE_STATES[case](run.state)))
@@ -623,6 +625,7 @@ def test_parameter_without_gradient_resumes_without_state(run):
     assert equal(run.resume(), state)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['state.pt', 'index.json'])
 def test_fuzzed_checkpoint_resumes_or_is_refused(run, name):
     """All sums are made right again, so that what lies behind them is reached."""

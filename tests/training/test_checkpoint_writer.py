@@ -133,6 +133,7 @@ def test_times_of_saving_and_writing_are_recorded(async_save, monkeypatch, tiny_
     assert first['write_ms'] == last['write_ms'] == 5000
 
 
+@pytest.mark.slow
 def test_unused_parameter_is_saved_and_resumed(tiny_dataset, tmp_path, monkeypatch):
     """As an expert that no token reaches: without a gradient the optimizer keeps nothing of it."""
     build = Transformer.__init__
@@ -157,6 +158,7 @@ def test_unused_parameter_is_saved_and_resumed(tiny_dataset, tmp_path, monkeypat
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
 
 
+@pytest.mark.slow
 def test_saving_benchmark_measures_both_modes(run_script):
     tiny = '--n_layer=1', '--n_embd=8', '--n_head=1', '--block_size=16'
     done = run_script('benchmarks/saving.py', 'single', '--turns=1', *tiny, timeout=300)

@@ -160,6 +160,7 @@ def test_update_to_weight_ratio():
 # --- In a run -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'options',
     [

@@ -14,6 +14,8 @@ from records.record import read_record
 from records.run_folders import RECORD, latest_run
 from training.checkpoint import load_latest
 
+pytestmark = pytest.mark.slow
+
 resource = pytest.importorskip('resource')
 
 LIMITED = """

@@ -106,6 +106,7 @@ def expected(run, tiny_dataset):
 # --- The loop against a plain one -----------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_logged_loss_is_mean_over_micro_batches(run, expected):
     assert run.code == 0
     assert run.losses == pytest.approx(expected.losses, rel=1e-4)
@@ -136,6 +137,7 @@ def test_weights_equal_plain_loop(run, expected):
         torch.testing.assert_close(run.weights()[name], parameter.detach(), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_bits_per_byte(run, tiny_dataset, tmp_path):
     """The same tokens, said to be of 2.5 bytes each."""
     for split in ('train', 'val'):
@@ -208,6 +210,7 @@ def test_recomputed_blocks(choice, blocks):
     assert recomputed_blocks(choice, n_layer=3) == blocks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('norm_position', 'recomputed'), [('pre', [0, 1, 2]), ('pre', [1]), ('post', [0, 1, 2])]
 )
@@ -226,6 +229,7 @@ def test_recomputed_flops_equal_torch_counter(norm_position, recomputed):
     assert flops['per_token'] * config.block_size == totals[1]
 
 
+@pytest.mark.slow
 def test_iteration_time_excludes_evaluation(tiny_dataset, tmp_path, monkeypatch):
     """On a clock that only the model moves: 1 s a call in training, 100 s in an evaluation."""
     now = 0.0
@@ -284,6 +288,7 @@ def test_peak_given_or_unknown(run, tiny_dataset, tmp_path, monkeypatch):
 # --- What one run shares with another -------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_accumulation_splits_same_sequences(run, tiny_dataset, tmp_path):
     for batch_size, micro_steps in ((1, 8), (4, 2), (8, 1)):
         divided = {'batch_size': batch_size, 'gradient_accumulation_steps': micro_steps}
@@ -325,6 +330,7 @@ def test_unique_tokens_estimate(run, tiny_dataset):
     assert last['epochs'] == data['planned_epochs'] and data['windows_per_epoch'] is None
 
 
+@pytest.mark.slow
 def test_architectures_see_same_data(run, tiny_dataset, tmp_path):
     options = {key: value for key, value in MEASURED.items() if key != 'attention_backend'}
     other = {'arch_preset': 'llama', 'n_layer': 1, 'n_embd': 16, 'dropout': 0.2, 'seed': 99}
@@ -339,6 +345,7 @@ def test_architectures_see_same_data(run, tiny_dataset, tmp_path):
     assert not torch.equal(joined(other.trained_on), joined(run.trained_on)[:, first])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('choice', ['full', '2'])
 def test_activation_checkpointing_is_bit_equal(tiny_dataset, tmp_path, choice):
     options = {'n_layer': 3, 'dropout': 0.2, 'dtype': 'bfloat16', 'max_iters': 3, 'eval_iters': 1}

@@ -23,6 +23,8 @@ from records.run_folders import latest_run
 from training import memory_check
 from training_config import load_settings, schema
 
+pytestmark = pytest.mark.slow
+
 CPU = {'device': 'cpu', 'dtype': 'float32'}
 SHAPE = {'n_layer': 6, 'n_head': 2, 'n_embd': 64, 'block_size': 128, 'vocab_size': 65}
 ARCHITECTURES = [

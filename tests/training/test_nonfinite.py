@@ -162,6 +162,7 @@ def test_nonfinite_is_noticed_at_next_log_or_save(
 # --- skip -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @KINDS
 @pytest.mark.parametrize('log_interval', [1, 4])
 def test_skip_leaves_out_only_nonfinite_iterations(
@@ -325,6 +326,7 @@ def test_nonfinite_weights_are_not_saved(tiny_dataset, tmp_path, monkeypatch, ca
 # --- Spikes ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_loss_spike_event(broken_data, tiny_dataset, tmp_path):
     broken_data(lambda update: update == 40, 'spike')
     options = {**OPTIONS, 'learning_rate': 1e-4, 'block_size': 8, 'n_embd': 16}

@@ -24,6 +24,8 @@ from records.record import read_record
 from records.run_folders import latest_run
 from training.checkpoint import list_checkpoints, load_latest, load_state, read_index
 
+pytestmark = pytest.mark.slow
+
 OPTIONS = {
     **TINY_RUN,
     'dropout': 0.1,

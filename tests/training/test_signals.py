@@ -15,6 +15,8 @@ from records.run_folders import latest_run
 from training.checkpoint import list_checkpoints, load_state, read_index
 from training.signals import SignalHandler
 
+pytestmark = pytest.mark.slow
+
 if not hasattr(signal, 'SIGUSR1'):
     pytest.skip('signals of POSIX', allow_module_level=True)
 

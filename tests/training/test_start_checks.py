@@ -227,6 +227,7 @@ def test_nondeterministic_component_is_reported(register):
 # --- What is as it should be ----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'values', pairwise_architectures()[::12], ids=range(len(pairwise_architectures()[::12]))
 )

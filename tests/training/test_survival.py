@@ -17,6 +17,8 @@ from records.record import read_record
 from records.run_folders import latest_run
 from training.checkpoint import list_checkpoints, load_state, read_index
 
+pytestmark = pytest.mark.slow
+
 pytestmark = pytest.mark.skipif(
     sys.platform != 'linux' or not shutil.which('bash'), reason='signals and scripts of Linux'
 )

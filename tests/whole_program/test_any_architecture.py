@@ -37,6 +37,8 @@ from model_config import (
     architecture_options,
 )
 
+pytestmark = pytest.mark.slow
+
 pytestmark = pytest.mark.usefixtures('one_thread')
 
 # The same ones in every run; ARCHITECTURES=2000 tries more of them.

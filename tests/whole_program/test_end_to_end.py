@@ -16,6 +16,8 @@ from model_builder import build_model
 from model_config import ModelArchitectureConfig
 from training.checkpoint import load_state, read_index
 
+pytestmark = pytest.mark.slow
+
 
 def record_of(folder):
     (path,) = folder.glob('*/run_*/record.json')

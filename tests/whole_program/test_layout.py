@@ -4,6 +4,7 @@ import ast
 import subprocess
 import sys
 
+import pytest
 from helpers.project import PROJECT
 
 ROOT_MODULES = {
@@ -70,6 +71,7 @@ def test_modules_at_the_root_are_the_twelve():
     assert {path.stem for path in PROJECT.glob('*.py')} == ROOT_MODULES
 
 
+@pytest.mark.slow
 def test_units_of_the_design_document_load_no_torch():
     """Nor do they load what an optional extra brings."""
     modules = [

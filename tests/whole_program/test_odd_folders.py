@@ -23,6 +23,7 @@ def ended(command, *arguments):
     return end.value.code
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != 'linux', reason='names are bytes on Linux')
 @pytest.mark.parametrize('name', [b'b\xff', 'é 日'.encode(), b'a\x1b[2J'])
 def test_every_command_reads_a_run_under_any_name(name, tmp_path, tiny_dataset, capsys):
@@ -71,6 +72,7 @@ def run_folder(tmp_path_factory, tiny_dataset):
     return train_here(tiny_dataset, place / 'out', max_iters=1).folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ODD)
 @pytest.mark.parametrize(
     ('command', 'arguments'),

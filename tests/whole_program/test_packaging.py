@@ -44,6 +44,7 @@ def wheel(tmp_path_factory) -> zipfile.ZipFile:
     return zipfile.ZipFile(path)
 
 
+@pytest.mark.slow
 def test_wheel_holds_all_modules(wheel):
     names = {name for name in wheel.namelist() if '.dist-info/' not in name}
     assert names == python_files(PROJECT) | {'records/record_schema.json'}

@@ -51,6 +51,7 @@ def is_ours(component):
     return (PROJECT / f'{component.__module__.replace(".", "/")}.py').is_file()
 
 
+@pytest.mark.slow
 def test_the_options_table_lists_every_component_and_option_that_is_listed(run_script):
     """README's table, --list_components and the registries say the same."""
     table = README.partition('| option | choices |')[2].partition('\n\n')[0]
@@ -107,6 +108,7 @@ def test_the_figures_against_the_design_document():
         assert f'{flops["elementwise_per_token"] / 1e3:.0f} k' == elements and elements in table
 
 
+@pytest.mark.slow
 def test_the_readmes_component_trains(train, tmp_path):
     (snippet,) = code_blocks('python')
     assert len([line for line in snippet.splitlines() if line]) < 20

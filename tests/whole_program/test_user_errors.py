@@ -17,6 +17,8 @@ from helpers.project import PROJECT, TINY_RUN
 from common.errors import run_script
 from training.checkpoint import index_sha256
 
+pytestmark = pytest.mark.slow
+
 LETTERS = 'abcdefgh \n'  # the vocabulary of the dataset
 TOKENS = {'train': 3000, 'val': 500}
 TINY = [f'--{key}={value}' for key, value in TINY_RUN.items()]
