@@ -15,9 +15,7 @@ from inference.sampling import Sampler
 from model_builder import build_model, recompute, training_flops
 from model_config import ATTENTION_BACKEND_REGISTRY, ATTENTION_REGISTRY
 
-pytestmark = pytest.mark.slow
-
-pytestmark = pytest.mark.usefixtures('one_thread')
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures('one_thread')]
 
 # --- Each backend against a plain loop ------------------------------------------------------------
 

@@ -24,10 +24,12 @@ from records.record import read_record
 from records.run_folders import latest_run
 from training.checkpoint import list_checkpoints, load_latest, load_state, read_index
 
-pytestmark = [pytest.mark.slow, pytest.mark.multi_process]
-
 fcntl = pytest.importorskip('fcntl', reason='ranks are forked')
-pytestmark = pytest.mark.skipif(sys.platform != 'linux', reason='ranks are forked')
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.multi_process,
+    pytest.mark.skipif(sys.platform != 'linux', reason='ranks are forked'),
+]
 
 VOCABULARY = 67  # no number of ranks divides it
 BASE = {

@@ -31,9 +31,7 @@ from studies.lock import study_lock
 from studies.outcome import STOP_SIGNALS, outcome_from_exit, outcome_from_record
 from studies.progress import StudyProgress
 
-pytestmark = pytest.mark.slow
-
-pytestmark = pytest.mark.usefixtures('one_thread')
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures('one_thread')]
 
 SMALL = (
     "max_iters = 3; eval_iters = 2; sweep = {'ffn_type': ['standard', 'swiglu'], 'seed': [1, 2]}"

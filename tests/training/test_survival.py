@@ -17,11 +17,12 @@ from records.record import read_record
 from records.run_folders import latest_run
 from training.checkpoint import list_checkpoints, load_state, read_index
 
-pytestmark = pytest.mark.slow
-
-pytestmark = pytest.mark.skipif(
-    sys.platform != 'linux' or not shutil.which('bash'), reason='signals and scripts of Linux'
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        sys.platform != 'linux' or not shutil.which('bash'), reason='signals and scripts of Linux'
+    ),
+]
 
 # What Slurm's commands do, on one machine with as many nodes as it takes.
 FAKES = {

@@ -37,9 +37,7 @@ from model_config import (
     architecture_options,
 )
 
-pytestmark = pytest.mark.slow
-
-pytestmark = pytest.mark.usefixtures('one_thread')
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures('one_thread')]
 
 # The same ones in every run; ARCHITECTURES=2000 tries more of them.
 CASES = int(os.environ.get('ARCHITECTURES', '40'))
