@@ -30,6 +30,8 @@ from inference.sampling import PeriodicSample, Sampler
 from training.checkpoint import index_sha256, read_index
 from training.load import find_checkpoint, load_model, load_tokenizer
 
+pytestmark = pytest.mark.slow
+
 LETTERS = 'abcdefé😀\n '
 OPTIONS = {'temperature': 50.0, 'max_new_tokens': 40, 'num_samples': 3, 'start': 'abc'}
 

@@ -26,6 +26,8 @@ from comparison.picture_labels import (
 )
 from comparison.runs import DIVERGED
 
+pytestmark = pytest.mark.slow
+
 matplotlib = pytest.importorskip('matplotlib')
 
 PRESETS = [{'label': f'arch_preset=p{n}', 'asked': {'arch_preset': f'p{n}'}} for n in range(3)]

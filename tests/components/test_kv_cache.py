@@ -18,7 +18,7 @@ from inference.generate import generate
 from model_components import Attention, LatentAttention, MultiHeadAttention
 from model_config import ATTENTION_REGISTRY, PRESETS, ModelArchitectureConfig
 
-pytestmark = pytest.mark.usefixtures('one_thread')
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures('one_thread')]
 
 
 # --- One layer's cache ----------------------------------------------------------------------------

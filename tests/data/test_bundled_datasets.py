@@ -16,6 +16,8 @@ from helpers.project import PROJECT
 from data.dataset import load_dataset
 from data.tokenizer import Tokenizer
 
+pytestmark = pytest.mark.slow
+
 TEXT = ''.join(f'Line {i}: to be, or not to be — that’s number {i * i}!\n' for i in range(300))
 
 

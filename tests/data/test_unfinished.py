@@ -15,6 +15,8 @@ from common.errors import UserError
 from data import prepare
 from data.preparation import pipeline, sources, token_writer, unfinished
 
+pytestmark = pytest.mark.slow
+
 choose = random.Random(1).choice
 WORDS = ['the', 'quick', 'naïve', 'fox', '日本', 'over', 'a', 'dog.\n\n']
 TEXTS = [' '.join(choose(WORDS) for _ in range(choose(range(9, 60)))) + f' {i}' for i in range(240)]

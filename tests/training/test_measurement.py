@@ -21,6 +21,8 @@ from model_builder import build_model, training_flops
 from parallel import strategies
 from parallel.strategies import prepare_blocks, recomputed_blocks
 
+pytestmark = pytest.mark.slow
+
 BLOCK, DATA_SEED = TINY_RUN['block_size'], 5
 SEQUENCES = 8  # in an update
 PEAK = TINY_RUN['peak_tflops']

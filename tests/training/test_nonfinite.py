@@ -17,6 +17,8 @@ from parallel import strategies
 from training import stability
 from training.checkpoint import list_checkpoints
 
+pytestmark = pytest.mark.slow
+
 SEQUENCES = 4  # in an update, two micro-batches of two
 OPTIONS = {'eval_iters': 1, 'n_layer': 1, 'learning_rate': 1e-2, 'warmup_iters': 0}
 
