@@ -19,6 +19,8 @@ from data.tokenizer import Tokenizer
 from model_builder import Transformer, build_model
 from model_config import ModelArchitectureConfig
 
+pytestmark = pytest.mark.optional
+
 safetensors = pytest.importorskip('safetensors.torch')
 TOKENS = torch.arange(24).view(2, 12) * 7 % 256
 

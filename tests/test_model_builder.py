@@ -28,7 +28,7 @@ from model_builder import (
 )
 from model_config import NORM_REGISTRY, ModelArchitectureConfig
 
-pytestmark = pytest.mark.usefixtures('one_thread')
+pytestmark = [pytest.mark.optional, pytest.mark.usefixtures('one_thread')]
 
 
 def preset(name: str, **values) -> ModelArchitectureConfig:

@@ -15,7 +15,7 @@ from comparison.formats import one_line, render_text
 from comparison.headline import headline
 from comparison.tables import tables
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.optional, pytest.mark.slow]
 
 pytest.importorskip('matplotlib')
 CHROMIUM = shutil.which('chromium') or shutil.which('google-chrome')

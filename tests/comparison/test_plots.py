@@ -26,7 +26,7 @@ from comparison.picture_labels import (
 )
 from comparison.runs import DIVERGED
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.optional, pytest.mark.slow]
 
 matplotlib = pytest.importorskip('matplotlib')
 

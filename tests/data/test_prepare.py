@@ -29,6 +29,8 @@ from data.preparation.workers import map_in_order
 from data.token_files import SPLITS
 from data.tokenizer import Tokenizer
 
+pytestmark = pytest.mark.optional
+
 WORDS = [
     'the',
     'quick',

@@ -23,6 +23,8 @@ from data.preparation.corpus_files import find_files
 from data.preparation.documents import InvalidDocument
 from data.preparation.sources import FileSource, HuggingFaceSource, SourcePosition
 
+pytestmark = pytest.mark.optional
+
 TEXTS = [f'Document {i} — naïve\n' * (1 + i % 7) for i in range(60)]
 
 

@@ -15,7 +15,7 @@ from common.errors import UserError
 from data import prepare
 from data.preparation import pipeline, sources, token_writer, unfinished
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.optional, pytest.mark.slow]
 
 choose = random.Random(1).choice
 WORDS = ['the', 'quick', 'naïve', 'fox', '日本', 'over', 'a', 'dog.\n\n']

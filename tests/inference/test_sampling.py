@@ -19,7 +19,7 @@ from transformers import (
 from common.errors import UserError
 from inference.sampling import Sampler, TextStream
 
-pytestmark = pytest.mark.usefixtures('one_thread')
+pytestmark = [pytest.mark.optional, pytest.mark.usefixtures('one_thread')]
 
 
 def seeded(seed=0):

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 import interop
 from common.errors import UserError
 
-pytestmark = pytest.mark.usefixtures('one_thread')
+pytestmark = [pytest.mark.optional, pytest.mark.usefixtures('one_thread')]
 UNEVEN_EXPERTS = {'n_embd': 24, 'n_head': 16}  # whose rows are of whole 16 bytes
 UNEVEN = {'n_embd': 30, 'n_head': 4}  # transformers divides the one by the other in some families
 

@@ -8,7 +8,7 @@ from helpers.foreign_configs import BASES, LLAMA3, Flips
 
 import interop
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures('one_thread')]
+pytestmark = [pytest.mark.optional, pytest.mark.slow, pytest.mark.usefixtures('one_thread')]
 
 
 @pytest.mark.parametrize('family', BASES)

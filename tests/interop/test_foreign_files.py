@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 import interop
 from common.errors import UserError
 
-pytestmark = pytest.mark.usefixtures('one_thread')
+pytestmark = [pytest.mark.optional, pytest.mark.usefixtures('one_thread')]
 
 
 @pytest.fixture(scope='module')

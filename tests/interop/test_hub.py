@@ -21,6 +21,8 @@ import interop
 from common.errors import UserError
 from interop import hub
 
+pytestmark = pytest.mark.optional
+
 REVISION = '0123456789abcdef' * 2 + '01234567'
 NAME = 'openai-community/gpt2'
 GPT2 = {'model_type': 'gpt2', 'n_layer': 1, 'n_head': 2, 'n_embd': 8, 'n_positions': 8}

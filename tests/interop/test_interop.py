@@ -20,7 +20,7 @@ from model_config import ModelArchitectureConfig
 from records.record import read_record
 from records.run_folders import latest_run
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures('one_thread')]
+pytestmark = [pytest.mark.optional, pytest.mark.slow, pytest.mark.usefixtures('one_thread')]
 
 # --- The same model as transformers' --------------------------------------------------------------
 

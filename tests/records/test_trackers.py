@@ -31,7 +31,7 @@ from studies.runner import StudyRunner
 from studies.trials import Trial
 from training_logger import TrainingLogger
 
-pytestmark = pytest.mark.usefixtures('one_thread')
+pytestmark = [pytest.mark.optional, pytest.mark.usefixtures('one_thread')]
 
 EACH_TRACKER = pytest.mark.parametrize(
     'tracker', trackers.TRACKERS, ids=lambda tracker: tracker.package
