@@ -1,4 +1,6 @@
-"""Runs and a config file that the flat layout, version 0.1.0, wrote: `runs/`, `component.py`.
+"""Runs and a config file that the flat layout, version 0.1.0, wrote: `runs.zip`, `component.py`.
+
+The runs are in an archive: as folders, a comparison of all runs in the checkout would have them.
 
 The losses of the resumed runs are those with which version 0.1.0 itself resumed them.
 """
@@ -33,7 +35,7 @@ RUNS = {  # options beside component.py's; the losses of iterations 6 to 8; the 
 def project_of_the_user(tmp_path):
     shutil.copy(HERE / 'component.py', tmp_path)
     shutil.copytree(HERE / 'data_small', tmp_path / 'data_small')
-    shutil.copytree(HERE / 'runs', tmp_path / 'out')
+    shutil.unpack_archive(HERE / 'runs.zip', tmp_path / 'out')
     return tmp_path
 
 
@@ -56,7 +58,7 @@ def test_config_file_with_old_import_paths_trains(project_of_the_user, run_scrip
     name = 'run_20261129_094524'
     result = run_script('train.py', 'component.py', '--out_dir=new')
     (record,) = (read_record(path) for path in (project_of_the_user / 'new').iterdir())
-    before = json.loads((HERE / 'runs' / name / 'record.json').read_text())
+    before = json.loads((project_of_the_user / 'out' / name / 'record.json').read_text())
     assert [entry['loss'] for entry in record['training_iterations']] == pytest.approx(
         [entry['loss'] for entry in before['training_iterations']], rel=1e-5
     )
