@@ -113,8 +113,8 @@ def memory(session: Session) -> tuple[float, float]:
     outside, block = activation_bytes(architecture, run.batch_size, getattr(torch, run.dtype))
     state = 2 * sum(p.nbytes for p in session.raw_model.parameters()) + sum(
         value.nbytes
-        for kept in session.optimizer.inner.state.values()
-        for value in kept.values()
+        for state_of_parameter in session.optimizer.inner.state.values()
+        for value in state_of_parameter.values()
         if isinstance(value, torch.Tensor)
     )
     return (outside + architecture.n_layer * block) / 1e6, state / 1e6
@@ -181,10 +181,10 @@ def report(sessions: dict[str, Session], times: dict[str, list[float]]) -> None:
     for name, session in sessions.items():
         ratios = [mine / base for mine, base in zip(times[name], times[''], strict=True)]
         low, middle, high = statistics.quantiles(ratios, n=4, method='inclusive')
-        kept, state = memory(session)
+        activation_mb, state_mb = memory(session)
         print(
             f'{name or "(the default)":<52} {statistics.median(times[name]):8.1f} '
-            f'{middle:6.2f} [{low:.2f}, {high:.2f}] {kept:9.1f} {state:9.1f}'
+            f'{middle:6.2f} [{low:.2f}, {high:.2f}] {activation_mb:9.1f} {state_mb:9.1f}'
             + (' ◀' if middle >= MARKED else '')
         )
 

@@ -238,12 +238,12 @@ def prepare(request: dict, turns: Turns) -> None:
     np.save(folder / 'batches.npy', np.array(batches))
 
     def translated(family) -> dict:
-        found = {}
+        tensors = {}
         for name, tensor in weights():
             tensor_map, names, _ = interop.tensor_map_of(family, name, config)
             written = tensor_map.write(tensor.detach(), config)
-            found.update((n, t.contiguous()) for n, t in zip(names, written))
-        return found
+            tensors.update((n, t.contiguous()) for n, t in zip(names, written))
+        return tensors
 
     answer = {
         'parameters': sum(tensor.numel() for _, tensor in weights()),

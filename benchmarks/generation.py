@@ -136,9 +136,9 @@ def main(argv: list[str]) -> int:
             write = writers(model, theirs, prompts, options.new_tokens)
             measured = rates(write, device, options.rounds)
             print(f'\n{config.name}, batch {batch_size}: {options.prompt} + {options.new_tokens}')
-            for name, found in measured.items():
-                low, middle, high = statistics.quantiles(found, n=4)
-                ratios = [ours / one for ours, one in zip(measured['cached'], found)]
+            for name, speeds in measured.items():
+                low, middle, high = statistics.quantiles(speeds, n=4)
+                ratios = [ours / one for ours, one in zip(measured['cached'], speeds)]
                 against = (
                     '' if name == 'cached' else f'  cached is {statistics.median(ratios):.2f} ×'
                 )

@@ -54,9 +54,9 @@ class Team:
     peak_gb: float = 0.0
 
     def answers(self) -> list[dict]:
-        found = [member.answer() for member in self.members]
-        self.peak_gb = max(self.peak_gb, sum(answer['peak_gb'] for answer in found))
-        return found
+        answers = [member.answer() for member in self.members]
+        self.peak_gb = max(self.peak_gb, sum(answer['peak_gb'] for answer in answers))
+        return answers
 
     def turn(self, steps: int) -> float:
         """Seconds an update, those of the slowest process."""

@@ -345,8 +345,8 @@ class Race:
             answer = contestant.ask(steps=1)
             result.note(answer)
         result.start['update_seconds'] = answer['seconds']
-        wanted = math.ceil(self.options.seconds / answer['seconds'])
-        result.steps = self.options.steps or max(1, wanted)
+        steps = math.ceil(self.options.seconds / answer['seconds'])
+        result.steps = self.options.steps or max(1, steps)
         self.results[name] = result
 
     def clocks(self, name: str) -> tuple[float, float]:

@@ -141,12 +141,12 @@ def plot(rows: list[dict], path: Path) -> None:
     for column, (sweep, points) in enumerate(by_sweep.items()):
         values = [row['value'] for row in points]
         for axis, (key, label) in zip(axes[:, column], SHOWN.items()):
-            found = [row[key] for row in points]
-            axis.plot(values, found, marker='o')
+            figures = [row[key] for row in points]
+            axis.plot(values, figures, marker='o')
             axis.set_xscale('log', base=2)
             axis.set_xticks(values, [f'{value:,}' for value in values], rotation=30)
             axis.set_xticks([], minor=True)
-            axis.set_ylim(0, 1.1 * max(found))
+            axis.set_ylim(0, 1.1 * max(figures))
             axis.grid(alpha=0.3)
             axis.set_ylabel(label)
         axes[-1, column].set_xlabel(sweep)

@@ -187,8 +187,8 @@ class ScalingByWavelength(RotaryScaling):
 
     @classmethod
     def scaled(cls, frequencies: torch.Tensor, config: ModelArchitectureConfig) -> torch.Tensor:
-        kept = cls.kept_fraction(frequencies, config)
-        return frequencies * (kept + (1 - kept) / config.rope_scaling_factor)
+        fraction = cls.kept_fraction(frequencies, config)
+        return frequencies * (fraction + (1 - fraction) / config.rope_scaling_factor)
 
 
 def _wrong_order(low: str, high: str, config: ModelArchitectureConfig) -> list[str]:

@@ -177,14 +177,14 @@ def check_export(model: Transformer, folder: Path) -> str:
     UserError where transformers makes something else of the folder.
     """
     try:
-        with _silent():
+        with silent_transformers():
             from transformers import AutoConfig, AutoModelForCausalLM, __version__
     except ImportError:
         return 'transformers is not installed, so it was not loaded as a check'
     parameters = sum(parameter.numel() for parameter in model.parameters())
     enough = psutil.virtual_memory().available > 2 * 4 * parameters
     try:
-        with _silent():
+        with silent_transformers():
             if enough:
                 theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
                 off = _difference(copy.deepcopy(model).float().eval(), theirs)
@@ -221,7 +221,7 @@ def _difference(ours: Transformer, theirs: torch.nn.Module) -> float:
 
 
 @contextlib.contextmanager
-def _silent() -> Iterator[None]:
+def silent_transformers() -> Iterator[None]:
     """transformers draws progress bars and warns of what the check itself reports."""
     with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter('ignore')

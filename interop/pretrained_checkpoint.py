@@ -21,7 +21,7 @@ from interop.families import NANOGPT, TRANSFORMERS, Family, TensorMap
 from interop.fields import short_repr
 from model_builder import build_model
 from model_config import ModelArchitectureConfig
-from training.checkpoint import load_tensors
+from training.checkpoint import load_tensors, unreadable_tensors
 from training_config import GPT2_SIZES
 
 MAX_NAMED = 3  # tensors that a message names
@@ -288,10 +288,7 @@ def _unpickle(name: str, path: Path) -> dict:
     except OSError as error:
         raise UserError(f'{name}: {path} cannot be read: {error.strerror}.') from error
     except Exception as error:  # a foreign file makes the unpickler fail in every way there is
-        raise UserError(
-            f'{name}: {path} cannot be read as tensors and plain values ({type(error).__name__}); '
-            f'whatever else it holds was not run.'
-        ) from error
+        raise UserError(f'{name}: {unreadable_tensors(path, error)}') from error
     if not isinstance(content, dict):
         raise UserError(f'{name}: {path} holds no checkpoint.')
     return content

@@ -71,7 +71,7 @@ def tiny_dataset(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def held(monkeypatch) -> list[list[int]]:
+def delayed_saves(monkeypatch) -> list[list[int]]:
     """What async_save writes is held back until somebody insists on a publication.
 
     The iters of the checkpoints that were there then, each time.

@@ -157,9 +157,9 @@ def test_tokenizer_is_exported(tmp_path, kind, capsys):
     assert 'note' not in capsys.readouterr().out
     loaded = AutoTokenizer.from_pretrained(output)
     theirs = AutoModelForCausalLM.from_pretrained(output).eval()
-    found = loaded(TEXT, add_special_tokens=False, return_tensors='pt')['input_ids']
-    assert found[0].tolist() == ids
-    assert loaded.decode(found[0]) == TEXT
+    token_ids = loaded(TEXT, add_special_tokens=False, return_tensors='pt')['input_ids']
+    assert token_ids[0].tolist() == ids
+    assert loaded.decode(token_ids[0]) == TEXT
     assert loaded.eos_token_id == tokenizer.end_of_text
     assert theirs.config.eos_token_id == tokenizer.end_of_text
     assert theirs.generation_config.eos_token_id == tokenizer.end_of_text
@@ -167,7 +167,7 @@ def test_tokenizer_is_exported(tmp_path, kind, capsys):
     padded = run.session.raw_model.config.vocab_size
     assert (padded > tokenizer.vocab_size) == (kind == 'gpt2')
     with torch.no_grad():
-        tokens = found[:, :16]
+        tokens = token_ids[:, :16]
         expected = run.session.raw_model.eval()(tokens)
         torch.testing.assert_close(theirs(tokens).logits, expected, rtol=1e-4, atol=1e-5)
         theirs.lm_head.weight[tokenizer.vocab_size :] += 100 * theirs.model.norm.weight  # if drawn

@@ -189,8 +189,11 @@ def test_unused_run_option_is_refused(argv, words):
 
 def test_override_drops_unused_run_option_with_note(config):
     path = config("optimizer = 'muon'\nmuon_ns_steps = 6\nlr_schedule = 'wsd'\nmin_lr = 1e-5")
-    kept, dropped = resolved(path), resolved(path, '--optimizer=lion', '--lr_schedule=constant')
-    assert (kept.run.muon_ns_steps, kept.run.min_lr) == (6, 1e-5)
+    unchanged, dropped = (
+        resolved(path),
+        resolved(path, '--optimizer=lion', '--lr_schedule=constant'),
+    )
+    assert (unchanged.run.muon_ns_steps, unchanged.run.min_lr) == (6, 1e-5)
     assert 'muon_ns_steps' not in dropped.run and dropped.run.lion_beta2 == 0.99
     assert 'min_lr' not in dropped.to_dict() and dropped.run.warmup_iters == 250
     notes = [line for line in dropped.explain().splitlines() if line.startswith('# dropped')]

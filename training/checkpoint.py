@@ -187,15 +187,6 @@ class PendingCheckpoint:
         return Checkpoint(self.final, index)
 
 
-def save_checkpoint(
-    folder: Path, state: dict, index: dict, process_group: SingleProcessGroup | None = None
-) -> Checkpoint:
-    """Write and publish a checkpoint at once. Raises UserError, on every rank."""
-    pending = PendingCheckpoint(folder, index, process_group or SingleProcessGroup())
-    pending.write(state)
-    return pending.publish()
-
-
 def state_file(rank: int) -> str:
     """The name of a rank's file: `state.pt`, `state_1.pt`, …"""
     return f'state_{rank}.pt' if rank else 'state.pt'
@@ -297,14 +288,21 @@ def _load_file(path: Path, expected: dict) -> dict:
     try:
         state = load_tensors(path)
     except Exception as error:  # a foreign file makes the unpickler fail in every way there is
-        # Its own words would send people to weights_only=False, which runs what a file says.
-        raise BrokenCheckpoint(
-            f'{path} cannot be read as tensors and plain values ({type(error).__name__}); whatever '
-            f'else it holds was not run.'
-        ) from error
+        raise BrokenCheckpoint(unreadable_tensors(path, error)) from error
     if not isinstance(state, dict):
         raise BrokenCheckpoint(f'{path} holds no checkpoint of this program.')
     return state
+
+
+def unreadable_tensors(path: Path, error: Exception) -> str:
+    """What to say of a file that `load_tensors` could not read.
+
+    The error's own words would send people to weights_only=False, which runs what a file says.
+    """
+    return (
+        f'{path} cannot be read as tensors and plain values ({type(error).__name__}); whatever '
+        f'else it holds was not run.'
+    )
 
 
 def load_tensors(path: Path):

@@ -127,8 +127,8 @@ def test_peers_do_the_same_work(monkeypatch, tmp_path):
 def test_ratios_use_same_turn():
     ours, peer = result('ours/eager', [1.0, 2.0, 4.0]), result('nanogpt/eager', [2.0, 5.0, 4.0])
     assert ours.speeds == [200.0, 100.0, 50.0]
-    found = race_report.ratios(ours.speeds, peer.speeds)
-    assert found == {'median': 2.0, 'least': 1.0, 'most': 2.5}
+    ratios = race_report.ratios(ours.speeds, peer.speeds)
+    assert ratios == {'median': 2.0, 'least': 1.0, 'most': 2.5}
     # 5 GFLOP a token: 1, 0.5 and 0.25 TFLOP/s, of 2, 1 and 1.
     products = [{'bfloat16': {'tflops': tflops}} for tflops in (2.0, 1.0, 1.0)]
     flops = {'per_token': 5e9, 'per_token_causal': 4e9}
@@ -157,12 +157,12 @@ def test_differing_work_is_detected(change, problem):
             peer.start[key] = value
     results = {r.name: r for r in (result('ours/eager', [1.0]), peer)}
     prepared = {'parameters': 10, 'flops': {'per_token': 5e9}}
-    found = race_report.agreement(results, prepared, comparable=True)
-    assert found['ours/eager']['problems'] == []
-    assert found['transformers/eager']['problems'] == [problem] * (problem is not None)
+    agreement = race_report.agreement(results, prepared, comparable=True)
+    assert agreement['ours/eager']['problems'] == []
+    assert agreement['transformers/eager']['problems'] == [problem] * (problem is not None)
     # Where something is dropped at random, losses say nothing.
-    found = race_report.agreement(results, prepared, comparable=False)['transformers/eager']
-    assert not {'loss', 'norm'} & found.keys() and 'loss' not in found['problems']
+    agreement = race_report.agreement(results, prepared, comparable=False)['transformers/eager']
+    assert not {'loss', 'norm'} & agreement.keys() and 'loss' not in agreement['problems']
 
 
 def test_report_shows_summary():
@@ -186,13 +186,13 @@ def test_report_shows_summary():
         prepared={'parameters': 10, 'flops': {'per_token': 5e9, 'per_token_causal': 4e9}},
         left_out=['x-transformers: pip install x-transformers'],
     )
-    found = json.loads(json.dumps(race_report.race_summary(race)))
-    ours = found['contestants']['ours/compile']
+    summary = json.loads(json.dumps(race_report.race_summary(race)))
+    ours = summary['contestants']['ours/compile']
     # 1.5 s is a later update: 7.5 s of the first one are compiling, 3 with a warm cache.
     assert ours['compile_seconds'] == {'cold': 7.5, 'warm': 3.0}
-    ratio = found['contestants']['nanogpt/eager']['against']['ours/compile']
+    ratio = summary['contestants']['nanogpt/eager']['against']['ours/compile']
     assert ratio == {'speed': {'median': 3.0, 'least': 2.0, 'most': 4.0}, 'memory': 0.5}
-    lines = race_report.report_text(found).splitlines()
+    lines = race_report.report_text(summary).splitlines()
     (best,) = [line for line in lines if '← the best peer' in line]
     # The median of 67, 100 and 25 tokens/s is above that of 50, 50 and 50.
     assert best.startswith('nanogpt/eager') and '3.00 [2.00, 4.00] (0.50)' in best

@@ -40,10 +40,10 @@ def test_power_matches_noncentral_t(freedom):
 
 def test_mean_estimate():
     values = draws(1, 5, mean=3.0)
-    found = significance.estimate_mean(values)
-    low, high = stats.t.interval(0.95, 4, loc=found.mean, scale=stats.sem(values))
-    assert (found.low, found.high) == pytest.approx((low, high))
-    assert found.deviation == pytest.approx(stats.tstd(values))
+    estimate = significance.estimate_mean(values)
+    low, high = stats.t.interval(0.95, 4, loc=estimate.mean, scale=stats.sem(values))
+    assert (estimate.low, estimate.high) == pytest.approx((low, high))
+    assert estimate.deviation == pytest.approx(stats.tstd(values))
     assert significance.estimate_mean([2.5]) == significance.MeanEstimate(2.5, 1, None, None, None)
 
 

@@ -113,8 +113,8 @@ def test_library_files_keep_their_split(tmp_path):
     (tmp_path / 'notes.txt').write_text('not Python')
     after = library_texts(tmp_path)
     for split in ('train', 'val'):
-        kept = [name for name in sorted(names[1::2]) if f'<{name}>' in before[split]]
-        assert after[split] == ''.join(f'<{name}>' for name in kept)
+        split_names = [name for name in sorted(names[1::2]) if f'<{name}>' in before[split]]
+        assert after[split] == ''.join(f'<{name}>' for name in split_names)
 
 
 @pytest.mark.parametrize(

@@ -5,14 +5,11 @@ config.json, saved, and ours of the folder. They must have equal logits, or ours
 name; what transformers itself refuses says nothing.
 """
 
-import contextlib
 import dataclasses
-import io
 import json
 import shutil
 import types
 import typing
-import warnings
 from pathlib import Path
 
 import torch
@@ -20,6 +17,7 @@ import torch
 import interop
 from common.errors import UserError
 from helpers import transformers_models as reference
+from interop.exporter import silent_transformers
 from model_builder import build_model
 
 SIZES = {
@@ -190,7 +188,7 @@ class Flips:
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir()
         try:
-            with _silent():
+            with silent_transformers():
                 theirs, expected, tokens = self._theirs(fields)
         except Exception:
             return 'illegal'
@@ -222,10 +220,3 @@ class Flips:
         model.save_pretrained(self.folder)
         file.write_text(json.dumps(fields))
         return model, expected, tokens
-
-
-@contextlib.contextmanager
-def _silent():
-    with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
-        warnings.simplefilter('ignore')
-        yield

@@ -56,8 +56,8 @@ def backward(optimizer: GuardedOptimizer, gradients: list[torch.Tensor]) -> None
 
 def snapshot(optimizer: GuardedOptimizer) -> list[torch.Tensor]:
     """Weights and everything that the optimizer keeps for them."""
-    kept = [t for p in optimizer.parameters for t in optimizer.inner.state[p].values()]
-    return [tensor.detach().clone() for tensor in (*optimizer.parameters, *kept)]
+    optimizer_state = [t for p in optimizer.parameters for t in optimizer.inner.state[p].values()]
+    return [tensor.detach().clone() for tensor in (*optimizer.parameters, *optimizer_state)]
 
 
 def equal(left: list[torch.Tensor], right: list[torch.Tensor]) -> bool:

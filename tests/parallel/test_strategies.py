@@ -259,8 +259,8 @@ class Left:
 
     def checkpoints(self) -> list[int]:
         """The updates of those that are published; each is read and verified."""
-        found = map(read_index, list_checkpoints(self.folder / 'checkpoints'))
-        return [checkpoint.iter for checkpoint in found if load_state(checkpoint)]
+        checkpoints = map(read_index, list_checkpoints(self.folder / 'checkpoints'))
+        return [checkpoint.iter for checkpoint in checkpoints if load_state(checkpoint)]
 
 
 @pytest.fixture(scope='module')

@@ -39,8 +39,8 @@ def test_nonfinite_values_become_null_with_events(run_folder):
     assert document['training_iterations'][0]['loss'] is None
     assert document['training_iterations'][0]['gradients']['norm'] is None
     assert document['summary']['best_val_loss'] is None
-    told = [(event['event'], event['iter'], event['message']) for event in document['events']]
-    assert told == [('nonfinite', 3, 'loss is nan'), ('nonfinite', 4, 'val_loss is -inf')]
+    events = [(event['event'], event['iter'], event['message']) for event in document['events']]
+    assert events == [('nonfinite', 3, 'loss is nan'), ('nonfinite', 4, 'val_loss is -inf')]
 
 
 def test_start_refuses_existing_journal(run_folder):
@@ -55,12 +55,12 @@ def test_torn_last_line_is_ignored_and_repaired(tmp_path):
     logger = started_logger(new_run_folder(tmp_path))
     logger.event('before', 0)
     path = logger.run_folder / 'journal.jsonl'
-    kept = path.read_bytes()
+    content = path.read_bytes()
     logger.event('torn', 0)
     whole = path.read_bytes()
     folder = new_run_folder(tmp_path)
     torn = folder / 'journal.jsonl'
-    for end in range(len(kept), len(whole) + 1):
+    for end in range(len(content), len(whole) + 1):
         torn.write_bytes(whole[:end])
         survivors = ['before', 'torn'] if end >= len(whole) - 1 else ['before']
         assert [event['event'] for event in read_record(folder)['events']] == survivors

@@ -37,13 +37,13 @@ def test_full_record_matches_schema(run_folder):
 
 
 def test_memory_footprint_joins_startup_info(run_folder):
-    held = {'parameter_bytes': 100, 'gradient_bytes': 50, 'optimizer_bytes': 200}
+    footprint = {'parameter_bytes': 100, 'gradient_bytes': 50, 'optimizer_bytes': 200}
     logger = started_logger(run_folder)
     assert read_record(run_folder)['startup_info'] == STARTUP_INFO
-    logger.memory_footprint(held)
+    logger.memory_footprint(footprint)
     logger.finish()
     document = read_record(run_folder)
-    expected = {**STARTUP_INFO, 'parallel': {'bytes_sent_per_update': 0.0, **held}}
+    expected = {**STARTUP_INFO, 'parallel': {'bytes_sent_per_update': 0.0, **footprint}}
     assert document['startup_info'] == expected
     VALIDATOR.validate(document)
     # Another process may be divided otherwise: it is not known again until it has measured.
@@ -214,9 +214,9 @@ def test_rolled_back_run_has_record_of_straight_run(run_folder, tmp_path):
             10, from_iter=strayed_to, checkpoint='checkpoints/10.pt', message='loss is nan'
         )
         assert 'rollback at iter 10: loss is nan' in new_output(logger)
-        kept = read_record(run_folder)
-        assert [entry['iter'] for entry in kept['training_iterations']] == list(range(10))
-        assert kept['eval_steps'][-1]['iter'] <= 10
+        record = read_record(run_folder)
+        assert [entry['iter'] for entry in record['training_iterations']] == list(range(10))
+        assert record['eval_steps'][-1]['iter'] <= 10
     log_updates(logger, 10, 20)
     logger.rollback(20, from_iter=20, checkpoint='checkpoints/20.pt', message='lost on resuming')
     kill(logger)
@@ -224,10 +224,10 @@ def test_rolled_back_run_has_record_of_straight_run(run_folder, tmp_path):
     log_updates(logger, 15, 30)
     document = read_record(run_folder)
     VALIDATOR.validate(document)
-    kept, never_strayed = entries(document), entries(read_record(straight.run_folder))
-    strayed = [event['iter'] for event in kept.pop('events')]
+    after_resume, never_strayed = entries(document), entries(read_record(straight.run_folder))
+    strayed = [event['iter'] for event in after_resume.pop('events')]
     never_strayed.pop('events')
-    assert kept == never_strayed
+    assert after_resume == never_strayed
     # What led to a rollback happened, each time: batch 10 was met four times.
     assert strayed.count(10) == 4 and strayed.count(3) == 1
     events = [(e['event'], e['iter'], e.get('from_iter')) for e in document['events']]

@@ -25,8 +25,8 @@ def typed_dict_in(annotation):
     if typing.is_typeddict(annotation):
         return annotation
     if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is list:
-        found = [typed_dict_in(argument) for argument in typing.get_args(annotation)]
-        return next((block for block in found if block), None)
+        blocks_of_arguments = [typed_dict_in(argument) for argument in typing.get_args(annotation)]
+        return next((block for block in blocks_of_arguments if block), None)
     return None
 
 

@@ -28,18 +28,20 @@ from data.dataset import load_dataset
 from model_builder import Transformer, parameter_groups
 from optim.step import GuardedOptimizer
 from parallel import sharded_state
+from parallel.process_group import SingleProcessGroup
 from parallel.strategies import SingleProcess
 from records.record import read_record
 from training import checkpoint as checkpoint_module
 from training.checkpoint import (
     BrokenCheckpoint,
+    Checkpoint,
+    PendingCheckpoint,
     index_sha256,
     list_checkpoints,
     load_latest,
     load_state,
     prune,
     read_index,
-    save_checkpoint,
 )
 from training.resume import TrainingProgress, checkpoint_index, find_resume_source
 from training_config import load_settings, schema
@@ -48,6 +50,13 @@ from training_logger import TrainingLogger
 CPU = torch.device('cpu')
 PARTS = ('progress', 'config', 'chosen', 'commanded', 'architecture', 'surroundings')
 INDEX = {'config_files': [], 'data': None, 'seen': {}, **{part: {} for part in PARTS}}
+
+
+def save_checkpoint(folder: Path, state: dict, index: dict) -> Checkpoint:
+    """Write and publish a checkpoint at once, in one process."""
+    pending = PendingCheckpoint(folder, index, SingleProcessGroup())
+    pending.write(state)
+    return pending.publish()
 
 
 def save(folder: Path, iter: int, val_loss: float | None = None, value: float | None = None):
@@ -255,8 +264,8 @@ def test_prune_keeps_newest_and_best(tmp_path, losses, best, keep_last, keep_bes
     expected = {5, 4} if keep_last == 2 else {5}
     if keep_best and best:
         expected.add(best)
-    found = [read_index(path).iter for path in list_checkpoints(tmp_path)]
-    assert found == sorted(expected, reverse=True)
+    iters = [read_index(path).iter for path in list_checkpoints(tmp_path)]
+    assert iters == sorted(expected, reverse=True)
 
 
 def test_prune_ignores_broken_newer_checkpoint(tmp_path):
@@ -327,11 +336,11 @@ def test_every_bit_flip_is_detected(tmp_path, name):
     for bit in random.Random(0).sample(range(8 * len(content)), 200):
         file.write_bytes(flip(content, bit))
         try:
-            found = read_index(checkpoint.path)
-            load_state(found)
+            reread = read_index(checkpoint.path)
+            load_state(reread)
         except BrokenCheckpoint:
             continue
-        assert name == 'index.json' and found == checkpoint  # white space, or case in an escape
+        assert name == 'index.json' and reread == checkpoint  # white space, or case in an escape
 
 
 # --- Hostile files --------------------------------------------------------------------------------
@@ -418,8 +427,8 @@ class Run:
         self.checkpoint = save_checkpoint(self.folder / 'checkpoints', state, index).path
         self.state = copy.deepcopy(state)
 
-    def settings(self, asked):
-        return load_settings(asked).resolve(CPU, 'float32', self.dataset)
+    def settings(self, command_line):
+        return load_settings(command_line).resolve(CPU, 'float32', self.dataset)
 
     def build(self, settings) -> tuple[SingleProcess, Transformer, GuardedOptimizer]:
         parallel = SingleProcess(settings.run, CPU)
@@ -436,9 +445,9 @@ class Run:
     def resume(self) -> dict:
         """Resume, train for one update, and return the state as it was loaded."""
         (self.folder / 'journal.jsonl').write_text(self.journal)
-        asked = read_command_line([*self.argv, '--init_from=resume'], schema)
-        resumed = find_resume_source(asked)
-        settings = self.settings(asked)
+        command_line = read_command_line([*self.argv, '--init_from=resume'], schema)
+        resumed = find_resume_source(command_line)
+        settings = self.settings(command_line)
         resumed.check(settings)
         parallel, model, optimizer = self.build(settings)
         progress = resumed.restore(parallel, model, optimizer)

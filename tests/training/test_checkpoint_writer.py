@@ -29,11 +29,11 @@ def journal(run) -> list[tuple]:
 
 def on_disk(run_folder) -> list[int]:
     """The iters of the checkpoints there, each read and verified."""
-    found = map(read_index, list_checkpoints(run_folder / 'checkpoints'))
-    return [checkpoint.iter for checkpoint in found if load_state(checkpoint)]
+    checkpoints = map(read_index, list_checkpoints(run_folder / 'checkpoints'))
+    return [checkpoint.iter for checkpoint in checkpoints if load_state(checkpoint)]
 
 
-def test_saves_wait_for_one_another(held, tiny_dataset, tmp_path):
+def test_saves_wait_for_one_another(delayed_saves, tiny_dataset, tmp_path):
     run = train_here(tiny_dataset, tmp_path, **OPTIONS, max_iters=6, keep_best=False)
     assert run.code == 0
     # Published when the next one begins, and once nothing is left to do.
@@ -47,7 +47,7 @@ def test_saves_wait_for_one_another(held, tiny_dataset, tmp_path):
         ('end', None),
     ]
     # One is always there once the first is: older ones go when a newer one is published.
-    assert held == [[], [2], [4]]
+    assert delayed_saves == [[], [2], [4]]
     assert on_disk(run.folder) == [6]
     assert not [path for path in (run.folder / 'checkpoints').iterdir() if path.name[0] == '.']
 
@@ -64,7 +64,7 @@ def fail_at(monkeypatch, update: int) -> None:
 
 
 def test_failed_run_publishes_checkpoint_in_progress(
-    held, monkeypatch, tiny_dataset, tmp_path, capsys
+    delayed_saves, monkeypatch, tiny_dataset, tmp_path, capsys
 ):
     fail_at(monkeypatch, update=3)
     run = train_here(tiny_dataset, tmp_path, **OPTIONS)
@@ -74,7 +74,7 @@ def test_failed_run_publishes_checkpoint_in_progress(
 
 
 def test_failed_save_does_not_hide_the_first_error(
-    held, monkeypatch, tiny_dataset, tmp_path, capsys
+    delayed_saves, monkeypatch, tiny_dataset, tmp_path, capsys
 ):
     fail_at(monkeypatch, update=3)
 

@@ -222,7 +222,7 @@ def test_rollback_skips_data_between(broken_data, tiny_dataset, tmp_path, kind, 
     assert record['summary']['final_iter'] == 9
 
 
-def test_rollback_to_checkpoint_in_progress(held, broken_data, tiny_dataset, tmp_path):
+def test_rollback_to_checkpoint_in_progress(delayed_saves, broken_data, tiny_dataset, tmp_path):
     asked = broken_data(lambda update: update == 5)
     options = {'max_iters': 9, 'eval_interval': 3, 'on_nonfinite': 'rollback', 'async_save': True}
     run = train_here(tiny_dataset, tmp_path, **OPTIONS, **options)

@@ -112,9 +112,9 @@ def iterations(tmp_path):
 def checkpoints(tmp_path):
     """The iters of the checkpoints on the disk, the newest first; each must be readable."""
     paths = list_checkpoints(latest_run(tmp_path / 'out') / 'checkpoints')
-    found = [read_index(path) for path in paths]
-    assert all(load_state(checkpoint)[0]['model'] for checkpoint in found)
-    return [checkpoint.iter for checkpoint in found]
+    checkpoints = [read_index(path) for path in paths]
+    assert all(load_state(checkpoint)[0]['model'] for checkpoint in checkpoints)
+    return [checkpoint.iter for checkpoint in checkpoints]
 
 
 def test_stopped_run_saves_and_resumes(start, tmp_path):
