@@ -32,7 +32,7 @@ from comparison.analysis import (
 )
 from comparison.compare import Comparison, compare
 from comparison.formats import FORMATS
-from comparison.load import SCORES, load_runs
+from comparison.load import SCORES, read_runs
 
 VERDICTS = (BETTER, WORSE, EQUIVALENT, NOT_SIGNIFICANT, PROVISIONAL, BLOCKED, NOT_TESTED)
 EXIT_UNMET = 1  # the exit code where the verdict is not one of --fail_unless
@@ -134,7 +134,7 @@ def write_pictures(options: argparse.Namespace, comparison: Comparison) -> None:
 def main(argv: list[str]) -> int:
     options = parse_arguments(argv)
     check_pictures(options)
-    runs, skipped = load_runs(options.paths, options.latest, options.score)
+    runs, skipped = read_runs(options.paths, options.latest, options.score)
     comparison = compare(runs, options.baseline, skipped, options.score, options.margin)
     try:
         write_pictures(options, comparison)

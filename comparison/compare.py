@@ -2,6 +2,7 @@
 
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from common.formatting import join_names
 from comparison.analysis import (
@@ -177,10 +178,15 @@ def _grid_effects(
 
 
 def differing_options(groups: Sequence[Group], repeated: bool) -> dict[str, Values]:
-    ignored = {*MODEL_NEUTRAL_OPTIONS, *(SEEDS if repeated else ())}
-    configs = [[run.config for run in group.runs] for group in groups]
+    """The options that differ between runs, except for the seeds where groups differ in them."""
+    varied = varied_options([[run.config for run in group.runs] for group in groups])
+    return {key: varied[key] for key in varied if not (repeated and key in SEEDS)}
+
+
+def varied_options(configs: Sequence[Sequence[dict[str, Any]]]) -> dict[str, Values]:
+    """The options that differ between the runs' configs and may affect the trained model."""
     keys = dict.fromkeys(key for group in configs for config in group for key in config)
-    return differing_values(configs, [key for key in keys if key not in ignored])
+    return differing_values(configs, [key for key in keys if key not in MODEL_NEUTRAL_OPTIONS])
 
 
 def _incomparable(

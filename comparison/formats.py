@@ -12,7 +12,7 @@ from common.formatting import LISTED, WIDTH, first_lines, table, wrapped
 from comparison.analysis import NOT_TESTED, CorrectedTest, Verdict
 from comparison.compare import Comparison
 from comparison.costs import mean_loss_by_position
-from comparison.runs import Run
+from comparison.runs import run_data
 from comparison.section import Section
 from comparison.tables import sample_of, sections
 
@@ -136,7 +136,7 @@ def comparison_data(comparison: Comparison) -> dict[str, Any]:
         'code_warning': comparison.code_warning,
         'skipped': comparison.skipped,
         'runs': [
-            _run_data(run, rank, label)
+            {'rank': rank, 'label': label, **run_data(run)}
             for rank, (group, label) in enumerate(zip(comparison.groups, comparison.labels), 1)
             for run in group.runs
         ],
@@ -218,28 +218,6 @@ def _group_data(comparison: Comparison, rank: int, verdict: Verdict) -> dict[str
         ],
         'sample': sample_of(group),
         'runs': [str(run.folder) for run in group.runs],
-    }
-
-
-def _run_data(run: Run, rank: int, label: str) -> dict[str, Any]:
-    return {
-        'rank': rank,
-        'label': label,
-        'run': run.name,
-        'folder': str(run.folder),
-        'status': run.status,
-        'outcome': run.outcome,
-        'seed': run.config.get('seed'),
-        'data_seed': run.config.get('data_seed'),
-        **{
-            key: getattr(run, key)
-            for key in (
-                *('val_loss', 'best_val_loss', 'evaluations', 'bits_per_byte', 'params'),
-                *('flops_per_token', 'causal_flops_per_token', 'total_flops', 'causal_flops'),
-                *('mfu_percent', 'tokens_per_sec', 'time_ms'),
-                *('wall_seconds', 'active_params', 'peak_memory_gb'),
-            )
-        },
     }
 
 

@@ -9,10 +9,12 @@ from comparison.runs import DIVERGED, Run, run_folder, run_from_record
 from records.record import read_outline
 from records.run_folders import find_records
 
+# The errors that reading a damaged record ends in.
+RECORD_ERRORS = (UserError, AttributeError, KeyError, TypeError, ValueError, OverflowError)
 SCORES = ('final', 'best')
 
 
-def load_runs(
+def read_runs(
     paths: Sequence[Path], latest: int | None = None, score: str = 'final'
 ) -> tuple[list[Run], list[str]]:
     """Rows of all runs at or below `paths`, newest first, and one line for each that is skipped.
@@ -24,14 +26,8 @@ def load_runs(
     for path in _record_paths(paths):
         try:
             runs.append(run_from_record(read_outline(path), path, score))
-        except UserError as error:
-            reason = ' '.join(str(error).split())
-            skipped.append(reason if str(path) in reason else f'{path}: {reason}')
-        except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
-            reason = f'{type(error).__name__}: {error}'
-            if isinstance(error, MalformedRecord):
-                reason = str(error)
-            skipped.append(f'{path}: not a complete record ({reason})')
+        except RECORD_ERRORS as error:
+            skipped.append(skip_reason(path, error))
     if not runs:
         raise UserError(
             f'no run to compare at or below {", ".join(map(str, paths)) or Path.cwd()}. '
@@ -41,6 +37,17 @@ def load_runs(
         )
     runs.sort(key=lambda run: run.start, reverse=True)
     return drop_superseded_runs(drop_tuning_runs(runs))[:latest], skipped
+
+
+def skip_reason(path: Path, error: Exception) -> str:
+    """One line on why a record cannot be read."""
+    if isinstance(error, UserError):
+        reason = ' '.join(str(error).split())
+        return reason if str(path) in reason else f'{path}: {reason}'
+    reason = str(error)
+    if not isinstance(error, MalformedRecord):
+        reason = f'{type(error).__name__}: {error}'
+    return f'{path}: not a complete record ({reason})'
 
 
 def _record_paths(paths: Sequence[Path]) -> list[Path]:

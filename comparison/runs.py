@@ -5,6 +5,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from common.formatting import nats, or_dash
 from comparison.conditions import run_conditions
 from comparison.record_fields import (
     MalformedRecord,
@@ -50,7 +51,7 @@ class Stability(NamedTuple):
     gradient_growth: float | None  # the norm late against early; None: too short a log
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Run:
     """One record's figures. None is 'unknown'; conditions hold what must agree between runs."""
 
@@ -94,6 +95,14 @@ class Run:
     study: 'StudyPlan | None' = None
     variant: str | None = None  # the run's place in that study
 
+    def __repr__(self) -> str:
+        progress = f'{self.iters_done}/{or_dash(self.max_iters, str)}'
+        loss = or_dash(self.val_loss, nats, 'unknown')
+        return (
+            f'<Run {self.name}: {self.variant or self.architecture}, '
+            f'seed {self.config.get("seed")}, {self.outcome} {progress}, val_loss {loss}>'
+        )
+
     @property
     def blown_up(self) -> bool:
         """Whether it diverged, or ended above the loss before its first update."""
@@ -102,6 +111,29 @@ class Run:
         if not self.curve or self.untrained_loss is None:
             return False
         return self.curve[-1].loss > self.untrained_loss
+
+
+# The figures of a run that every output has, by the names of the attributes.
+FIGURES = (
+    *('val_loss', 'best_val_loss', 'evaluations', 'bits_per_byte', 'params'),
+    *('flops_per_token', 'causal_flops_per_token', 'total_flops', 'causal_flops'),
+    *('mfu_percent', 'tokens_per_sec', 'time_ms'),
+    *('wall_seconds', 'active_params', 'peak_memory_gb', 'architecture'),
+    *('iters_done', 'max_iters', 'train_seconds'),
+)
+
+
+def run_data(run: Run) -> dict[str, Any]:
+    """A run as plain values: a row of the CSV and JSON outputs and of `RunList.rows`."""
+    return {
+        'run': run.name,
+        'folder': str(run.folder),
+        'status': run.status,
+        'outcome': run.outcome,
+        'seed': run.config.get('seed'),
+        'data_seed': run.config.get('data_seed'),
+        **{key: getattr(run, key) for key in FIGURES},
+    }
 
 
 # --- Records to rows -----------------------------------------------------------------------------
@@ -252,9 +284,7 @@ def loss_curve(
     """The validation losses after at least one update, with what they had cost."""
     points = []
     for entry in measured:
-        tokens = count(entry, 'tokens_seen')
-        if tokens is None:  # an older record
-            tokens = tokens_per_iter and entry['iter'] * tokens_per_iter
+        tokens = tokens_seen(entry, tokens_per_iter)
         points.append(
             CurvePoint(
                 iter=entry['iter'],
@@ -265,6 +295,12 @@ def loss_curve(
             )
         )
     return points
+
+
+def tokens_seen(entry: dict, tokens_per_iter: int | None) -> int | None:
+    """The training tokens before an evaluation; from its iteration in an older record."""
+    tokens = count(entry, 'tokens_seen')
+    return tokens_per_iter and entry['iter'] * tokens_per_iter if tokens is None else tokens
 
 
 def losses_by_position(record: Record) -> list[PositionLoss]:

@@ -8,7 +8,7 @@ from common.console_output import write_progress, write_text
 from common.files import write_file
 from comparison.compare import compare
 from comparison.formats import render_text
-from comparison.load import load_runs
+from comparison.load import read_runs
 from studies.outcome import ADVICE, Outcome
 from studies.overview import values_text
 from studies.progress import StudyProgress
@@ -58,7 +58,7 @@ def train_trials(state: StudyState) -> tuple[str, dict[Trial, Outcome]]:
 
 def print_comparison(folder: Path) -> None:
     """What `compare_architectures.py` says of the runs in a folder. Raises UserError."""
-    runs, skipped = load_runs([folder])
+    runs, skipped = read_runs([folder])
     write_text(render_text(compare(runs, skipped=skipped)), end='')
 
 

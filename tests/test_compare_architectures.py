@@ -32,7 +32,7 @@ from common.errors import UserError
 from common.formatting import LISTED
 from comparison.compare import compare
 from comparison.formats import render_text
-from comparison.load import load_runs
+from comparison.load import read_runs
 from comparison.study_plan import read_study_plan
 from comparison.warning_lines import rank_ranges
 
@@ -62,7 +62,7 @@ def test_ranking_shows_record_figures(compared):
     assert [row['#'] for row in shown] == ['1', '2', '3']
     assert [row['val loss'] for row in shown] == ['5.9872', '6.0000', '6.4123']
     assert [row['vs #3'] for row in shown] == ['-0.4252', '-0.4123', 'baseline']
-    ahead = rows(render_text(compare(load_runs([])[0], 'out-2')), 'RANKING')
+    ahead = rows(render_text(compare(read_runs([])[0], 'out-2')), 'RANKING')
     assert [row['vs #1'] for row in ahead] == ['baseline', '+0.0128', '+0.4252']
     for row in shown:
         assert float(row['bits/byte']) == pytest.approx(float(row['val loss']) * 0.4, abs=1e-4)
@@ -154,17 +154,17 @@ def test_run_given_several_ways_counts_once(tmp_path):
     copy.parent.mkdir()
     copy.write_bytes((folder / 'record.json').read_bytes())
     for path in (folder, folder.parent, folder / 'record.json', copy):
-        runs, skipped = load_runs([path])
+        runs, skipped = read_runs([path])
         assert [run.name for run in runs] == [folder.name] and not skipped
-    runs, _ = load_runs([folder, folder.parent, folder / 'record.json', tmp_path])
+    runs, _ = read_runs([folder, folder.parent, folder / 'record.json', tmp_path])
     assert len(runs) == 2
-    assert len(load_runs([copy, folder])[0]) == 2
+    assert len(read_runs([copy, folder])[0]) == 2
 
 
 def test_record_file_in_other_folder(tmp_path):
     (folder,) = write(tmp_path, make_record(1))
     renamed = folder.rename(tmp_path / 'my-best-run')
-    assert [run.folder for run in load_runs([renamed])[0]] == [renamed]
+    assert [run.folder for run in read_runs([renamed])[0]] == [renamed]
 
 
 def test_broken_record_is_skipped_by_name(compared, tmp_path):
@@ -183,13 +183,13 @@ def test_broken_record_is_skipped_by_name(compared, tmp_path):
 def test_no_runs_is_user_error_with_hint(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=re.escape(str(tmp_path))) as error:
-        load_runs([])
+        read_runs([])
     assert 'python train.py' in str(error.value)
     (tmp_path / 'empty').mkdir()
     with pytest.raises(UserError, match='empty: no run there'):
-        load_runs([Path('empty')])
+        read_runs([Path('empty')])
     with pytest.raises(UserError, match='absent: no such file'):
-        load_runs([Path('absent'), Path('empty')])
+        read_runs([Path('absent'), Path('empty')])
 
 
 def test_reading_order_does_not_matter(tmp_path):
@@ -198,7 +198,7 @@ def test_reading_order_does_not_matter(tmp_path):
     texts = set()
     for seed in range(4):
         random.Random(seed).shuffle(paths)
-        texts.add(render_text(compare(load_runs(paths)[0])))
+        texts.add(render_text(compare(read_runs(paths)[0])))
     assert len(texts) == 1
 
 
@@ -224,7 +224,7 @@ def runs(tmp_path, monkeypatch):
         make_record(5, out_dir='out-llama', **llama),
         make_record(6, out_dir='out-llama-bias', bias=True, **llama),
     )
-    return load_runs([])[0]
+    return read_runs([])[0]
 
 
 def test_default_baseline_is_oldest_finished_run(runs):
@@ -444,7 +444,7 @@ def test_single_seed_has_no_error_bar(compared):
     twins = (make_record(2), make_record(3, out_dir='again'))  # one seed run twice is one seed
     text = compared(make_record(1, ffn_type='swiglu'), *twins)
     assert 'no error bar' in text and '--seed=2' in text and '+/-' not in text
-    assert 'no error bar' not in render_text(compare(load_runs([Path('out-1')])[0]))
+    assert 'no error bar' not in render_text(compare(read_runs([Path('out-1')])[0]))
 
 
 def test_seeds_give_mean_and_interval(compared):

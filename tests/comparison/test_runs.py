@@ -12,7 +12,7 @@ import compare_architectures as ca
 from common.console_output import visible
 from comparison.compare import compare
 from comparison.formats import FORMATS, csv_cell, escape_markdown, render_text
-from comparison.load import load_runs
+from comparison.load import read_runs
 from comparison.runs import run_from_record
 
 HERE = Path('out/run/record.json')
@@ -275,7 +275,7 @@ def test_malformed_record_is_skipped_with_its_key(tmp_path):
     bad = make_record(2)
     bad['summary']['peak_memory_gb'] = 'x'
     write(tmp_path, make_record(1), bad)
-    runs, (line,) = load_runs([tmp_path])
+    runs, (line,) = read_runs([tmp_path])
     assert [run.name for run in runs] == [make_record(1)['run_name']]
     assert bad['run_name'] in line and "peak_memory_gb is 'x', not a number" in line
 

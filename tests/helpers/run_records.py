@@ -8,7 +8,7 @@ from pathlib import Path
 
 from comparison.compare import compare
 from comparison.groups import Group
-from comparison.load import load_runs
+from comparison.load import read_runs
 from comparison.runs import run_from_record
 from comparison.study_plan import read_study_plan
 
@@ -212,7 +212,7 @@ def write_study(folder: Path, variants: list[dict], records: list[list[dict]], *
 
 
 def compared(folder: Path, **options):
-    return compare(*load_runs([folder])[:1], **options)
+    return compare(*read_runs([folder])[:1], **options)
 
 
 def fake_run(seeds, loss, outcome='finished'):

@@ -20,7 +20,7 @@ import study
 import train
 from common import files as file_writing
 from common.errors import UserError
-from comparison.load import load_runs
+from comparison.load import read_runs
 from comparison.runs import causal_flops
 from model_builder import build_model, training_flops
 from records.record import read_record
@@ -157,7 +157,7 @@ def test_tuning_chooses_by_final_loss(study_file, trained_here, tmp_path, capsys
     ]
     # The same choice again from the records alone; the comparison leaves tuning out.
     assert main(path) == 0 and read_plan(out) == plan
-    assert len(load_runs([out])[0]) == 2
+    assert len(read_runs([out])[0]) == 2
 
 
 def test_diverged_tuning_setting_is_worst(study_file, trained_here, tmp_path, capsys):
@@ -503,7 +503,7 @@ def test_plan_of_older_version_is_read(study_file, trained_here, tmp_path):
     for variant in plan['variants']:
         del variant['tuned'], variant['tuned_at_edge']
     (out / 'study.json').write_text(json.dumps(plan))
-    runs, _ = load_runs([out])
+    runs, _ = read_runs([out])
     assert {run.variant for run in runs} == {'bias=True', 'bias=False'}
     assert main(study_file(TUNED)) == 0
     assert 'baseline' in read_plan(out)
