@@ -47,7 +47,7 @@ NORM_REGISTRY = Registry('normalization', 'Normalization', _HOME)
 FFN_REGISTRY = Registry('ffn_type', 'Feed-forward network', _HOME)
 ACTIVATION_REGISTRY = Registry('activation', 'Activation', _HOME)
 NORM_POSITION_REGISTRY = Registry('norm_position', 'Norm position', _HOME)
-INITIALIZATION_REGISTRY = Registry('initialization', 'Initialisation', _HOME)
+INITIALIZATION_REGISTRY = Registry('initialization', 'Initialization', _HOME)
 
 # In the order in which their tags stand in an architecture's name.
 REGISTRIES = (
@@ -254,48 +254,59 @@ PRESETS = {
 }
 
 PRESET_OPTION = Option(
-    str, 'legacy', 'Fills the keys below; single keys override it', choices=tuple(PRESETS)
+    str, 'legacy', 'Preset architecture; single options override it', choices=tuple(PRESETS)
 )
 
 CORE_OPTIONS = {
-    'n_layer': Option(int, 12, 'Number of blocks', check=at_least(1, at_most=10_000)),
+    'n_layer': Option(int, 12, 'Number of blocks (layers)', check=at_least(1, at_most=10_000)),
     'n_head': Option(int, 12, 'Number of (query) heads', check=at_least(1, at_most=10_000)),
-    'n_embd': Option(int, 768, 'Width of the residual stream', check=at_least(1)),
+    'n_embd': Option(int, 768, 'Width of the hidden states (residual stream)', check=at_least(1)),
     'block_size': Option(int, 1024, 'Context length in tokens', check=at_least(1)),
     'vocab_size': Option(
-        int | None, None, "Rows of the token table; None: the dataset's", check=at_least(1)
+        int | None, None, 'Vocabulary size; None: from the dataset', check=at_least(1)
     ),
-    'attention_type': Option(str, 'standard', 'Attention', choices=ATTENTION_REGISTRY),
+    'attention_type': Option(str, 'standard', 'Type of attention', choices=ATTENTION_REGISTRY),
     'attention_backend': Option(
-        str, 'sdpa', 'How attention is computed', choices=ATTENTION_BACKEND_REGISTRY
+        str, 'sdpa', 'Implementation of attention', choices=ATTENTION_BACKEND_REGISTRY
     ),
     'position_encoding': Option(
-        str, 'learned_absolute', 'How positions enter', choices=POSITION_ENCODING_REGISTRY
+        str, 'learned_absolute', 'Position encoding', choices=POSITION_ENCODING_REGISTRY
     ),
     'normalization': Option(str, 'layernorm', 'Norm of blocks and output', choices=NORM_REGISTRY),
     'ffn_type': Option(str, 'standard', 'Feed-forward network', choices=FFN_REGISTRY),
     'd_ff': Option(
-        int | None, None, "Hidden width of the FFN; None: the FFN's own rule", check=at_least(1)
+        int | None, None, 'Hidden width of the FFN; None: depends on ffn_type', check=at_least(1)
     ),
     'norm_position': Option(
-        str, 'pre', 'Where the norms stand in a block', choices=NORM_POSITION_REGISTRY
+        str,
+        'pre',
+        'Position of the norms in a block (block layout)',
+        choices=NORM_POSITION_REGISTRY,
     ),
-    'initialization': Option(str, 'gpt2', 'How the weights begin', choices=INITIALIZATION_REGISTRY),
-    'bias': Option(bool, True, 'Biases in linear layers (a norm says for itself)'),
-    'weight_tying': Option(bool, True, 'The output head shares the token table'),
-    'scale_embeddings': Option(bool, False, 'Token embeddings times the root of n_embd'),
+    'initialization': Option(str, 'gpt2', 'Weight initialization', choices=INITIALIZATION_REGISTRY),
+    'bias': Option(bool, True, 'Use biases in linear layers (norms: see normalization)'),
+    'weight_tying': Option(bool, True, 'Share the weights of token embedding and output head'),
+    'scale_embeddings': Option(bool, False, 'Multiply token embeddings by √n_embd'),
     'logit_softcap': Option(
-        float | None, None, 'Bound of the logits, kept by a tanh; None: none', check=above(0)
+        float | None,
+        None,
+        'Soft cap c of the logits: c · tanh(logits / c); None: off',
+        check=above(0),
     ),
     'z_loss': Option(
-        float, 0.0, 'Weight of log² Z in the training loss (PaLM: 1e-4)', check=at_least(0)
+        float, 0.0, 'Weight of the z-loss, log² Z, in training (PaLM: 1e-4)', check=at_least(0)
     ),
-    'dropout': Option(float, 0.0, 'Dropout of embeddings, and of what follows', check=fraction()),
+    'dropout': Option(
+        float,
+        0.0,
+        'Dropout of embeddings; default of attention_dropout and residual_dropout',
+        check=fraction(),
+    ),
     'attention_dropout': Option(
         float | None, None, 'Dropout of attention weights; None: dropout', check=fraction()
     ),
     'residual_dropout': Option(
-        float | None, None, 'Dropout of what blocks add; None: dropout', check=fraction()
+        float | None, None, 'Dropout of attention and FFN outputs; None: dropout', check=fraction()
     ),
 }
 

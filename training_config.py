@@ -62,106 +62,115 @@ def is_init_from(value: str) -> bool:
 
 # fmt: off
 RUN_OPTIONS = {
-    'out_dir': Option(str, 'out', 'Runs are kept here, each in a folder of its own', is_path=True),
-    'init_from': Option(str, 'scratch', 'scratch: a new run; resume: the newest in out_dir; auto: '
-                        "whichever applies; gpt2, gpt2-medium, gpt2-large, gpt2-xl, hf: or "
-                        "nanogpt: a new run from somebody's weights",
+    'out_dir': Option(str, 'out', 'Folder of the runs, each in a subfolder of its own',
+                      is_path=True),
+    'init_from': Option(str, 'scratch', 'Start of the run. scratch: new weights; resume: the '
+                        'newest run in out_dir; auto: resume if there is one, else scratch; gpt2, '
+                        'gpt2-medium, gpt2-large, gpt2-xl, hf:… or nanogpt:…: a new run from '
+                        'pretrained weights',
                         check=(is_init_from, "'scratch', 'resume', 'auto', 'gpt2' (or gpt2-medium, "
-                               "gpt2-large, gpt2-xl), 'hf:FOLDER_OR_NAME' (of Hugging Face) or "
+                               "gpt2-large, gpt2-xl), 'hf:FOLDER_OR_NAME' (Hugging Face) or "
                                "'nanogpt:CKPT.PT'"), is_path=True),
-    'resume_run': Option(str | None, None, 'The run to resume, a folder or its name; None: the '
-                         'newest in out_dir', is_path=True),
-    'eval_interval': Option(int | None, None, 'Updates between evaluations; None: a tenth of '
-                            'max_iters, from 20 to 2000, or sample_interval', check=at_least(1)),
-    'eval_iters': Option(int | None, None, 'Evaluation windows of block_size tokens; '
-                         'None: by device', check=at_least(1)),
-    'eval_only': Option(bool, False, 'Evaluate once and stop'),
-    'log_interval': Option(int, 1, 'Updates between log entries', check=at_least(1)),
+    'resume_run': Option(str | None, None, 'Run to resume, a folder or its name; None: the newest '
+                         'in out_dir', is_path=True),
+    'eval_interval': Option(int | None, None, 'Iterations between evaluations; None: max_iters / '
+                            '10, from 20 to 2000, or sample_interval', check=at_least(1)),
+    'eval_iters': Option(int | None, None, 'Number of evaluation windows of block_size tokens; '
+                         'None: depends on the device', check=at_least(1)),
+    'eval_only': Option(bool, False, 'Evaluate once and exit'),
+    'log_interval': Option(int, 1, 'Iterations between log entries', check=at_least(1)),
     'log_style': Option(str, 'auto', 'A block or a line for each log entry',
                         choices=('auto', 'block', 'line')),
-    'always_save_checkpoint': Option(bool, True, 'Save at every evaluation, not only at a '
-                                     'best one'),
-    'async_save': Option(bool | None, None, 'Train on while a checkpoint is written, from a copy '
-                         'in host memory; None: on a GPU'),
-    'keep_last': Option(int, 1, 'Newest checkpoints to keep', check=at_least(1)),
-    'keep_best': Option(bool, True, 'Keep the checkpoint of the lowest validation loss too'),
-    'on_nonfinite': Option(str, 'stop', 'What to do when a loss or gradient is not finite: the '
-                           'weights are left alone, and the run stops, goes on, or goes back to '
-                           'the last checkpoint', choices=('stop', 'skip', 'rollback')),
-    'sample_interval': Option(int, 0, 'Updates between evaluations that write text too; 0: none',
-                              check=at_least(0)),
-    'sample_prompt': Option(str, '\n', 'How that text begins',
+    'always_save_checkpoint': Option(bool, True, 'Save a checkpoint at every evaluation, not only '
+                                     'when the validation loss improves'),
+    'async_save': Option(bool | None, None, 'Write checkpoints in the background, from a copy in '
+                         'host memory; None: True except on a CPU'),
+    'keep_last': Option(int, 1, 'Number of newest checkpoints to keep', check=at_least(1)),
+    'keep_best': Option(bool, True, 'Also keep the checkpoint with the lowest validation loss'),
+    'on_nonfinite': Option(str, 'stop', 'Action when a loss or gradient is not finite (the weights '
+                           'are never updated with it). stop: end the run; skip: continue; '
+                           'rollback: return to the last checkpoint',
+                           choices=('stop', 'skip', 'rollback')),
+    'sample_interval': Option(int, 0, 'Iterations between text samples, a multiple of '
+                              'eval_interval; 0: none', check=at_least(0)),
+    'sample_prompt': Option(str, '\n', 'Prompt of the text samples',
                             requires=('sample_interval', AnyBut(0))),
-    'sample_tokens': Option(int, 128, 'Its length', check=at_least(1, at_most=1_000_000),
+    'sample_tokens': Option(int, 128, 'Tokens per text sample',
+                            check=at_least(1, at_most=1_000_000),
                             requires=('sample_interval', AnyBut(0))),
-    'diagnostics': Option(bool, False, 'At evaluations also measure layers, the last update, and '
-                          'the loss by position'),
-    'concurrent_runs': Option(int, 1, 'Runs at a time on this machine, as study.py says; with more '
-                              'than one, times are not compared', check=at_least(1)),
-    'debug': Option(bool, False, "Show the traceback of a user's mistake too"),
+    'diagnostics': Option(bool, False, 'At evaluations, also measure the layers, the last weight '
+                          'update and the loss by position'),
+    'concurrent_runs': Option(int, 1, 'Number of runs that share this machine, set by study.py; '
+                              'above 1, times are not compared', check=at_least(1)),
+    'debug': Option(bool, False, 'Show the traceback of user errors too'),
 }
 DATA_OPTIONS = {
-    'dataset': Option(str, 'shakespeare', 'Folder below data/, or a path to one', is_path=True),
-    'verify_data': Option(bool, False, 'Hash the token files at the start; else only those whose '
+    'dataset': Option(str, 'shakespeare', 'Dataset: the name of a folder in data/, or a path',
+                      is_path=True),
+    'verify_data': Option(bool, False, 'Hash all token files at the start; else only files whose '
                           'size or time has changed since the last check'),
-    'batch_size': Option(int | None, None, 'Sequences in a micro-batch; None: by device',
+    'batch_size': Option(int | None, None, 'Sequences per micro-batch; None: depends on the device',
                          check=at_least(1)),
     'gradient_accumulation_steps': Option(int | None, None,
-                                          'Micro-batches in an update, over all devices; '
-                                          'None: by device', check=at_least(1)),
-    'seed': Option(int, 1337, 'Of initialisation and dropout', check=at_least(0)),
-    'data_seed': Option(int, 1337, 'Of the order of the data', check=at_least(0)),
-    'sampling': Option(str, 'random', "Windows of the training text: random: drawn anew each time, "
-                       "as nanoGPT draws them; epoch: each once an epoch, in a shuffled order",
+                                          'Micro-batches per iteration, over all devices; '
+                                          'None: depends on the device', check=at_least(1)),
+    'seed': Option(int, 1337, 'Seed of weight initialization and dropout', check=at_least(0)),
+    'data_seed': Option(int, 1337, 'Seed of the data order', check=at_least(0)),
+    'sampling': Option(str, 'random', 'Choice of training windows. random: with replacement, as in '
+                       'nanoGPT; epoch: each window once per epoch, in shuffled order',
                        choices=tuple(ORDERS)),
 }
 OPTIMIZER_OPTIONS = {
-    'max_iters': Option(int, 5000, 'Updates of the weights', check=at_least(1)),
+    'max_iters': Option(int, 5000, 'Number of iterations', check=at_least(1)),
     'optimizer': Option(str, 'adamw', 'Optimizer', choices=OPTIMIZER_REGISTRY),
-    'learning_rate': Option(float, 6e-4, 'Highest learning rate', check=above(0)),
-    'weight_decay': Option(float, 0.1, 'Of matrices and tables', check=at_least(0)),
-    'grad_clip': Option(float, 1.0, 'Largest norm of the gradient; 0: no clipping',
-                        check=at_least(0)),
-    'decay_lr': Option(bool, True, 'Warm up and decay as lr_schedule says; else one rate from the '
-                       'first update to the last'),
-    'lr_schedule': Option(str, 'cosine', 'Learning rate after warm-up', choices=SCHEDULE_REGISTRY,
-                          requires=('decay_lr', True)),
+    'learning_rate': Option(float, 6e-4, 'Peak learning rate', check=above(0)),
+    'weight_decay': Option(float, 0.1, 'Weight decay of matrices and embeddings',
+                           check=at_least(0)),
+    'grad_clip': Option(float, 1.0, 'Maximum gradient norm; 0: no clipping', check=at_least(0)),
+    'decay_lr': Option(bool, True, 'Warm up and decay the learning rate by lr_schedule; else it is '
+                       'constant'),
+    'lr_schedule': Option(str, 'cosine', 'Learning-rate schedule after warm-up',
+                          choices=SCHEDULE_REGISTRY, requires=('decay_lr', True)),
 }
 SYSTEM_OPTIONS = {
-    'device': Option(str, 'auto', 'auto, cpu, cuda, cuda:N or mps'),
-    'dtype': Option(str, 'auto', 'Of the matrix multiplications; float16 trains with a scaler',
-                    choices=('auto', 'float32', 'bfloat16', 'float16')),
-    'compile': Option(bool | None, None, 'torch.compile, block by block; None: on a GPU, and on a '
-                      'CPU in runs so long that it pays'),
-    'activation_checkpointing': Option(str, 'none', 'Recompute blocks in the backward pass instead '
-                                       'of keeping them: none, full, or N for every N-th block',
+    'device': Option(str, 'auto', 'Device: auto, cpu, cuda, cuda:N or mps'),
+    'dtype': Option(str, 'auto', 'Dtype of matrix multiplications (autocast); float16 trains with '
+                    'a gradient scaler', choices=('auto', 'float32', 'bfloat16', 'float16')),
+    'compile': Option(bool | None, None, 'Compile each block with torch.compile; None: on a GPU, '
+                      'and on a CPU if the run is long enough to benefit'),
+    'activation_checkpointing': Option(str, 'none', 'Blocks whose activations are recomputed in '
+                                       'the backward pass to save memory: none, full (all), or N '
+                                       '(every N-th block)',
                                        check=(is_activation_checkpointing,
                                               'none, full or a whole number of at least 1')),
-    'deterministic': Option(bool, False, 'Only deterministic kernels, slower on a GPU'),
-    'peak_tflops': Option(float | None, None, 'Peak of one device for MFU; None: known or measured',
-                          check=above(0)),
+    'deterministic': Option(bool, False, 'Use deterministic kernels only (slower on a GPU)'),
+    'peak_tflops': Option(float | None, None, 'Peak TFLOPS of one device, for MFU; None: from the '
+                          'list of known GPUs, or measured', check=above(0)),
 }
 PARALLEL_OPTIONS = {
-    'use_fsdp': Option(bool, False, 'Divide parameters, gradients and optimizer state (FSDP2)'),
-    'use_zero1': Option(bool, False, "Divide the optimizer's state (ZeRO-1); neither: DDP"),
+    'use_fsdp': Option(bool, False, 'Shard parameters, gradients and optimizer state (FSDP2)'),
+    'use_zero1': Option(bool, False, 'Shard the optimizer state (ZeRO-1); without this and '
+                        'use_fsdp: DDP'),
     'fsdp_reshard_after_forward': Option(bool, True, 'Free gathered blocks between forward and '
-                                         'backward: less memory, more traffic',
+                                         'backward pass: less memory, more communication',
                                          requires=('use_fsdp', True)),
-    'fsdp_shard_size': Option(int | None, None, 'Ranks to divide among, repeated over the rest; '
-                              'None: all', check=at_least(1), requires=('use_fsdp', True)),
-    'reduce_dtype': Option(str, 'float32', 'In which gradients travel',
+    'fsdp_shard_size': Option(int | None, None, 'Processes per shard group (HSDP); None: all',
+                              check=at_least(1), requires=('use_fsdp', True)),
+    'reduce_dtype': Option(str, 'float32', 'Dtype of the gradient all-reduce / reduce-scatter',
                            choices=('float32', 'bfloat16')),
-    'distributed_timeout': Option(int, 600, 'Seconds after which a silent rank is given up',
-                                  check=at_least(1, at_most=10**7)),
+    'distributed_timeout': Option(int, 600, 'Seconds without an answer before a process counts as '
+                                  'lost', check=at_least(1, at_most=10**7)),
 }
-# What --plan is told. These say nothing about the run itself, so no record or checkpoint has them.
+# Read by --plan only, and no property of the run itself: no record or checkpoint has them.
 PLAN_OPTIONS = {
-    'plan': Option(bool, False, 'Show parameters, FLOPs, the memory of each strategy and the time '
-                   'of this run, and stop; needs no device and no data'),
-    'world_size': Option(int, 1, 'Devices to plan for', check=at_least(1), requires=('plan', True)),
-    'gpu': Option(str | None, None, 'GPU to plan for, such as A100-80GB or B200; None: what fits '
-                  'and how long it takes stay open', requires=('plan', True)),
-    'plan_mfu': Option(float, 0.4, 'MFU that the time is reckoned with, as a fraction',
+    'plan': Option(bool, False, 'Show parameters, FLOPs, the memory per strategy and the time of '
+                   'this run, then exit; needs no device and no data'),
+    'world_size': Option(int, 1, 'Number of devices to plan for', check=at_least(1),
+                         requires=('plan', True)),
+    'gpu': Option(str | None, None, 'GPU model to plan for, such as A100-80GB or B200; None: '
+                  'without a check of what fits and without a time estimate',
+                  requires=('plan', True)),
+    'plan_mfu': Option(float, 0.4, 'MFU assumed for the time estimate (0 to 1)',
                        check=between(0.01, 1), requires=('plan', True)),
 }
 # fmt: on
@@ -170,10 +179,10 @@ OPTION_GROUPS = {
     'Data': DATA_OPTIONS,
     'Optimizer': OPTIMIZER_OPTIONS,
     'System': SYSTEM_OPTIONS,
-    'Several processes (started by torchrun)': PARALLEL_OPTIONS,
-    'Beside the record': trackers.OPTIONS,
+    'Distributed training (torchrun)': PARALLEL_OPTIONS,
+    'Experiment trackers': trackers.OPTIONS,
 }
-PLAN_GROUP = {'Plan (instead of a run)': PLAN_OPTIONS}
+PLAN_GROUP = {'Planning (instead of a run)': PLAN_OPTIONS}
 
 # On a CPU a single sequence keeps 100 iterations of the 12-layer presets within minutes; on a GPU
 # 12 sequences × 40 micro-batches × 1024 tokens = 491,520 tokens an update, as nanoGPT has it.

@@ -20,7 +20,7 @@ ACTIVATION_REGISTRY.expect(Activation, constructed_with=('config',), forward=('x
 
 @ACTIVATION_REGISTRY.register('gelu', source='Hendrycks & Gimpel 2016, exact')
 class GELU(Activation):
-    """x · Φ(x), Φ the normal distribution function."""
+    """x · Φ(x), with Φ the normal distribution function."""
 
     tag = 'GELU'
 
@@ -30,7 +30,7 @@ class GELU(Activation):
 
 @ACTIVATION_REGISTRY.register('gelu_tanh', source='Hendrycks & Gimpel 2016, tanh approximation')
 class TanhGELU(Activation):
-    """GELU by a tanh, as in OpenAI's GPT-2 and in Gemma."""
+    """GELU's tanh approximation, as in OpenAI's GPT-2 and Gemma."""
 
     tag = 'GELUtanh'
 

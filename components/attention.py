@@ -44,36 +44,42 @@ class Attention(Component, nn.Module):
     part = 'attention'
     flops_part = 'attention_projections'
     options: ClassVar = {
-        'attention_bias': Option(bool | None, None, 'Biases in the attention; None: bias'),
+        'attention_bias': Option(bool | None, None, 'Use biases in the attention; None: bias'),
         'attention_scale': Option(
             float | None,
             None,
-            'Factor of the scores; None: 1 / sqrt(columns of a query head)',
+            'Scale of the attention scores; None: 1 / √(dimensions of a query head)',
             check=above(0),
         ),
         'attention_softcap': Option(
-            float | None, None, 'Scores become c · tanh(scores / c); None: off', check=above(0)
+            float | None,
+            None,
+            'Soft cap c of the attention scores: c · tanh(scores / c); None: off',
+            check=above(0),
         ),
         'sliding_window': Option(
             int | None,
             None,
-            'Tokens that a query sees, itself included; None: all before it',
+            'Attention window in tokens, the own token included; None: no window',
             check=at_least(1),
         ),
         'attention_pattern': Option(
             str,
             'L',
-            'Which layers have the window, repeated: L (local) has, G (global) has not',
-            check=(is_pattern, "letters L (local) and G (global), an L among them, as in 'LLLG'"),
+            'Pattern of layers, repeated: L (local) with the window, G (global) without',
+            check=(
+                is_pattern,
+                "letters L (local) and G (global), with at least one L, such as 'LLLG'",
+            ),
             requires=('sliding_window', AnyBut(None)),
         ),
         'document_mask': Option(
-            bool, False, 'A token sees its own document only, as if it were alone in the context'
+            bool, False, 'Attend within documents only; absolute positions restart in each document'
         ),
         'end_of_text': Option(
             int | None,
             None,
-            "The token that ends a document; None: the dataset's",
+            'Token that ends a document; None: from the dataset',
             check=at_least(0),
             requires=('document_mask', True),
         ),
@@ -203,21 +209,21 @@ class MultiHeadAttention(Attention):
     cacheable = True
     options: ClassVar = {
         'head_dim': Option(
-            int | None, None, 'Columns of a head; None: n_embd / n_head', check=at_least(1)
+            int | None, None, 'Head dimension; None: n_embd / n_head', check=at_least(1)
         ),
-        'use_gqa': Option(bool, False, 'Grouped-query attention: share keys and values'),
+        'use_gqa': Option(bool, False, 'Use grouped-query attention: heads share keys and values'),
         'num_kv_heads': Option(
             int | None,
             None,
-            'Key and value heads; must divide n_head (1: multi-query)',
+            'Number of key/value heads, a divisor of n_head (1: multi-query attention)',
             check=at_least(1),
             requires=('use_gqa', True),
         ),
-        'qk_norm': Option(str, 'none', 'Norm of queries and keys', choices=NORM_REGISTRY),
+        'qk_norm': Option(str, 'none', 'Norm of queries and keys (QK norm)', choices=NORM_REGISTRY),
         'qk_norm_scope': Option(
             str,
             'head',
-            "Over each head's columns, with gains that heads share, or over all heads at once",
+            'Scope of QK norm: each head, with weights that heads share, or the whole projection',
             choices=('head', 'projection'),
             requires=('qk_norm', AnyBut('none')),
         ),

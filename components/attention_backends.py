@@ -153,7 +153,7 @@ def pad_head_dims(*tensors: torch.Tensor) -> list[torch.Tensor]:
 
 @ATTENTION_BACKEND_REGISTRY.register('sdpa', source='torch scaled_dot_product_attention')
 class ScaledDotProductAttention(AttentionBackend):
-    """PyTorch's fused attention: flash where nothing but causality masks, on a CPU in blocks."""
+    """PyTorch's fused attention; blocked matrix products for causal bfloat16 attention on a CPU."""
 
     tag = ''
     supports = frozenset({'bias', 'dropout', 'window', 'documents'})
@@ -195,7 +195,7 @@ class ScaledDotProductAttention(AttentionBackend):
 
 @ATTENTION_BACKEND_REGISTRY.register('manual', source='Vaswani et al. 2017, written out')
 class ManualAttention(AttentionBackend):
-    """Two matrix products and a softmax in fp32: does everything, keeps every score."""
+    """Two matrix products and an fp32 softmax: supports every feature, stores all scores."""
 
     tag = ''
     supports = frozenset({'bias', 'dropout', 'softcap', 'window', 'documents'})
@@ -221,9 +221,9 @@ warnings.filterwarnings('ignore', message='flex_attention called without torch.c
 
 @ATTENTION_BACKEND_REGISTRY.register('flex', source='torch flex_attention; Dong et al. 2024')
 class FlexAttention(AttentionBackend):
-    """A kernel compiled for these scores, which skips what a window hides; trains on CUDA only.
+    """torch's flex_attention, a compiled kernel that skips masked blocks; trains on CUDA only.
 
-    A single query, as in generation, is written out: it would be compiled anew for every length.
+    A single query, as in generation, uses `manual`: flex would compile a kernel for every length.
     """
 
     tag = ''

@@ -100,12 +100,12 @@ class ReorderedNormBlock(Block):
 
 @NORM_POSITION_REGISTRY.register('parallel', source='Wang & Komatsuzaki 2021; Black et al. 2022')
 class ParallelBlock(Block):
-    """x + attention(norm(x)) + FFN(norm(x)), by two norms or by one that both share."""
+    """x + attention(norm(x)) + FFN(norm(x)), with two norms or a shared one."""
 
     tag = 'Parallel'
     options: ClassVar = {
         'parallel_shared_norm': Option(
-            bool, False, 'One norm for both branches (GPT-J, PaLM), else two (GPT-NeoX)'
+            bool, False, 'Use one norm for both branches (GPT-J, PaLM), else two (GPT-NeoX)'
         )
     }
 

@@ -28,7 +28,7 @@ class FeedForward(Component, nn.Module):
     part = 'ffn'
     down: nn.Linear  # the projection to the residual stream
     options: ClassVar = {
-        'ffn_bias': Option(bool | None, None, 'Biases in the FFN; None: bias'),
+        'ffn_bias': Option(bool | None, None, 'Use biases in the FFN; None: bias'),
     }
 
     @classmethod
@@ -78,7 +78,7 @@ FFN_REGISTRY.expect(FeedForward, constructed_with=('config', 'layer'), forward=(
 
 @FFN_REGISTRY.register('standard', source='Vaswani et al. 2017')
 class StandardFeedForward(FeedForward):
-    """down(activation(up(x))), four times as wide inside."""
+    """down(activation(up(x))), by default 4 · n_embd wide."""
 
     tag = ''
     options: ClassVar = {
@@ -86,7 +86,7 @@ class StandardFeedForward(FeedForward):
         'activation': Option(
             str,
             'gelu',
-            'Activation of the FFN; a gated name stands for ffn_type',
+            'Activation of the FFN; the name of a gated FFN sets ffn_type instead',
             choices=ACTIVATION_REGISTRY,
             aliases={
                 gated: ('ffn_type', gated)
@@ -125,12 +125,12 @@ class StandardFeedForward(FeedForward):
 
 
 class GatedFeedForward(FeedForward):
-    """down(gate(x) · up(x)), 8/3 times as wide inside: the standard one's cost."""
+    """down(activate(gate(x)) · up(x)), by default 8/3 · n_embd wide."""
 
     options: ClassVar = {
         **FeedForward.options,
         'multiple_of': Option(
-            int, 8, 'A derived d_ff is the nearest multiple of this', check=at_least(1)
+            int, 8, 'Multiple to which a derived d_ff is rounded', check=at_least(1)
         ),
     }
 
@@ -169,7 +169,7 @@ class GatedFeedForward(FeedForward):
 
 @FFN_REGISTRY.register('swiglu', source='Shazeer 2020')
 class SwiGLU(GatedFeedForward):
-    """down(silu(gate(x)) · up(x)), 8/3 times as wide inside: the standard one's cost."""
+    """down(silu(gate(x)) · up(x)), by default 8/3 · n_embd wide: as many weights as `standard`."""
 
     tag = 'SwiGLU'
 
@@ -184,7 +184,7 @@ class GEGLU(GatedFeedForward):
     tag = 'GEGLU'
     options: ClassVar = {
         **GatedFeedForward.options,
-        'geglu_tanh': Option(bool, False, "GELU's tanh approximation in GEGLU, as Gemma has it"),
+        'geglu_tanh': Option(bool, False, "Use GELU's tanh approximation in GEGLU (Gemma)"),
     }
 
     def activate(self, gate: torch.Tensor) -> torch.Tensor:
@@ -213,7 +213,7 @@ class GLU(GatedFeedForward):
 
 @FFN_REGISTRY.register('bilinear', source='Mnih & Hinton 2007; Shazeer 2020')
 class Bilinear(GatedFeedForward):
-    """down(gate(x) · up(x)): a gate without an activation, as wide as SwiGLU."""
+    """down(gate(x) · up(x)), a gate without an activation; as wide as SwiGLU."""
 
     tag = 'Bilinear'
 

@@ -47,13 +47,13 @@ class NormalInitialization(Initialization):
 
 @INITIALIZATION_REGISTRY.register('gpt2', source='Radford et al. 2019')
 class GPT2Initialization(Initialization):
-    """One standard deviation; what writes into the stream has it divided by √(2 · n_layer)."""
+    """One standard deviation, divided by √(2 · n_layer) in projections into the residual stream."""
 
     tag = ''
     options: ClassVar = {
         **Initialization.options,
         'depth_scaled_init': Option(
-            bool, True, 'Divide it by √(2 · n_layer) in projections into the residual stream'
+            bool, True, 'Divide init_std by √(2 · n_layer) in projections into the residual stream'
         ),
     }
 
@@ -66,19 +66,20 @@ class GPT2Initialization(Initialization):
 
 @INITIALIZATION_REGISTRY.register('mup', source='Yang et al. 2022, table 8; Dey et al. 2024')
 class MaximalUpdate(GPT2Initialization):
-    """Scaled from `mup_base_width`, where it is `gpt2`, so that a learning rate suits any width.
+    """Maximal update parametrization: the learning rate tuned at `mup_base_width` suits any width.
 
-    At m times that width hidden matrices begin at 1/√m of the deviation and learn at 1/m of the
-    rate, which is Adam's rule, and the output is multiplied by 1/m; tables, gains and biases stay.
-    The fan-in of hidden matrices is taken to grow as n_embd does. Heads of one size keep the scale
-    of their scores; where heads grow instead, set `attention_scale`.
+    At that width it equals `gpt2`. At m times that width, hidden matrices have 1/√m of the standard
+    deviation and 1/m of the learning rate (Adam's rule), and the logits are multiplied by 1/m;
+    embeddings, norms and biases are unchanged. The fan-in of hidden matrices is assumed to grow
+    with n_embd. With a constant head dimension the scale of attention scores is unchanged; if the
+    head dimension grows instead, set `attention_scale`.
     """
 
     tag = 'muP'
     options: ClassVar = {
         **GPT2Initialization.options,
         'mup_base_width': Option(
-            int, 256, 'The n_embd for which the learning rate was chosen', check=at_least(1)
+            int, 256, 'The n_embd for which the learning rate was tuned', check=at_least(1)
         ),
     }
 

@@ -13,7 +13,7 @@ from model_config import ATTENTION_REGISTRY, NORM_REGISTRY, ModelArchitectureCon
 
 @ATTENTION_REGISTRY.register('mla', source='DeepSeek-AI 2024 (DeepSeek-V2), as in V3')
 class LatentAttention(Attention):
-    """Keys and values of all heads from one narrow latent; positions turn columns beside it.
+    """Multi-head latent attention: keys and values of all heads from one low-rank latent.
 
     A key is the head's own `qk_nope_head_dim` columns, made of the latent, and the
     `qk_rope_head_dim` columns that all heads share. The latents pass the chosen normalization. As
@@ -29,29 +29,32 @@ class LatentAttention(Attention):
     cacheable = True
     options: ClassVar = {
         'q_lora_rank': Option(
-            int | None, None, 'Width of the latent of queries; None: no latent', check=at_least(1)
+            int | None, None, 'Rank of the query latent; None: no latent', check=at_least(1)
         ),
         'kv_lora_rank': Option(
             int | None,
             None,
-            'Width of the latent of keys and values; None: 4 x qk_nope_head_dim',
+            'Rank of the key/value latent; None: 4 × qk_nope_head_dim',
             check=at_least(1),
         ),
         'qk_nope_head_dim': Option(
             int | None,
             None,
-            'Columns of a query or key without position; None: n_embd / n_head',
+            'Dimensions of a query or key head without positions; None: n_embd / n_head',
             check=at_least(1),
         ),
         'qk_rope_head_dim': Option(
             int | None,
             None,
-            'Columns of a query or key with position, one key for all heads; None: half of the '
-            'columns without, rounded up to an even number',
+            'Dimensions of a query or key head with positions, in keys shared by all heads; None: '
+            'half of qk_nope_head_dim, rounded up to an even number',
             check=at_least(1),
         ),
         'v_head_dim': Option(
-            int | None, None, 'Columns of a value; None: qk_nope_head_dim', check=at_least(1)
+            int | None,
+            None,
+            'Dimensions of a value head; None: qk_nope_head_dim',
+            check=at_least(1),
         ),
         **Attention.options,
     }

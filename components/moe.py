@@ -99,10 +99,10 @@ def can_be_expert(ffn: type[FeedForward]) -> bool:
 
 @FFN_REGISTRY.register('moe', source='Shazeer et al. 2017; shared experts: Dai et al. 2024')
 class MixtureOfExperts(FeedForward):
-    """A router gives each token `experts_per_token` experts, whose outputs are added by its scores.
+    """Mixture of experts: each token uses `experts_per_token` FFNs, weighted by a router's scores.
 
-    Every choice is honored: no capacity, nothing dropped. The router and both auxiliary losses are
-    in fp32.
+    Experts have no capacity limit, so no token is dropped. The router and both auxiliary losses are
+    computed in fp32.
     """
 
     tag = 'MoE'
@@ -110,32 +110,46 @@ class MixtureOfExperts(FeedForward):
         'expert_ffn': Option(
             str,
             'swiglu',
-            'What each expert is',
+            'Feed-forward network of each expert',
             choices=FFN_REGISTRY.where(can_be_expert, 'expert_ffn', 'Expert of a mixture'),
         ),
-        'num_experts': Option(int, 8, 'Experts that the router chooses from', check=at_least(1)),
-        'experts_per_token': Option(int, 2, 'Experts that a token goes through', check=at_least(1)),
+        'num_experts': Option(int, 8, 'Number of routed experts', check=at_least(1)),
+        'experts_per_token': Option(
+            int, 2, 'Number of routed experts per token (top k)', check=at_least(1)
+        ),
         'shared_experts': Option(
-            int, 0, 'Experts for every token, beside the chosen ones', check=at_least(0)
+            int, 0, 'Number of experts that every token uses, in addition', check=at_least(0)
         ),
         'expert_d_ff': Option(
             int | None, None, 'Hidden width of an expert; None: d_ff', check=at_least(1)
         ),
         'dense_layers': Option(
-            int, 0, 'First layers that have one expert_ffn of width d_ff instead', check=at_least(0)
+            int,
+            0,
+            'Number of first layers with one dense expert_ffn of width d_ff instead',
+            check=at_least(0),
         ),
-        'router_score': Option(str, 'softmax', "Of the router's logits", choices=tuple(SCORES)),
-        'router_normalize': Option(bool, True, "A token's chosen scores are made to add up to 1"),
-        'router_scale': Option(float, 1.0, 'Multiplies the chosen scores', check=above(0)),
+        'router_score': Option(
+            str, 'softmax', 'Function that turns router logits into scores', choices=tuple(SCORES)
+        ),
+        'router_normalize': Option(
+            bool, True, "Normalize the scores of a token's experts to a sum of 1"
+        ),
+        'router_scale': Option(
+            float, 1.0, "Factor of the scores of a token's experts", check=above(0)
+        ),
         'load_balance_weight': Option(
             float,
             0.01,
-            "Weight of the loss that evens out the experts' load, which is taken over a "
-            'micro-batch, so that batch_size matters to it, and added up over the layers',
+            'Weight of the load-balancing loss, computed per micro-batch (so it depends on '
+            'batch_size) and summed over layers',
             check=at_least(0),
         ),
         'router_z_loss': Option(
-            float, 0.0, 'Weight of the loss on large router logits, likewise', check=at_least(0)
+            float,
+            0.0,
+            'Weight of the z-loss of the router logits, summed over layers',
+            check=at_least(0),
         ),
     }
 

@@ -41,7 +41,7 @@ class Norm(ElementwiseAffine):
 
 @NORM_REGISTRY.register('layernorm', source='Ba et al. 2016')
 class LayerNorm(Norm):
-    """(x - mean) / standard deviation, with gains and biases."""
+    """(x - mean) / standard deviation, with learned weight and bias."""
 
     tag = 'LN'
     has_bias = True
@@ -52,7 +52,7 @@ class LayerNorm(Norm):
 
 @NORM_REGISTRY.register('layernorm_nobias', source='Ba et al. 2016; Xu et al. 2019')
 class LayerNormNoBias(LayerNorm):
-    """LayerNorm with gains alone."""
+    """LayerNorm with a learned weight and no bias."""
 
     tag = 'LN-NB'
     has_bias = False
@@ -60,7 +60,7 @@ class LayerNormNoBias(LayerNorm):
 
 @NORM_REGISTRY.register('rmsnorm', source='Zhang & Sennrich 2019')
 class RMSNorm(Norm):
-    """x / root mean square, with gains."""
+    """x / root mean square, with a learned weight."""
 
     tag = 'RMS'
 
@@ -70,12 +70,12 @@ class RMSNorm(Norm):
 
 @NORM_REGISTRY.register('dyt', source='Zhu et al. 2025')
 class DynamicTanh(ElementwiseAffine):
-    """gain · tanh(α x) + bias with one learned α: no statistics at all."""
+    """weight · tanh(α x) + bias with one learned α; uses no statistics."""
 
     tag = 'DyT'
     has_bias = True
     options: ClassVar = {
-        'dyt_alpha': Option(float, 0.5, 'Initial slope of dynamic tanh', check=above(0))
+        'dyt_alpha': Option(float, 0.5, 'Initial α of dynamic tanh', check=above(0))
     }
 
     def __init__(self, config: ModelArchitectureConfig, width: int):
@@ -91,9 +91,9 @@ class DynamicTanh(ElementwiseAffine):
         return torch.tanh(self.alpha * x.float()) * self.weight + self.bias
 
 
-@NORM_REGISTRY.register('none', source='for ablations, such as He & Hofmann 2024')
+@NORM_REGISTRY.register('none', source='for ablations, e.g. He & Hofmann 2024')
 class NoNorm(Component, nn.Module):
-    """The identity."""
+    """No normalization (the identity)."""
 
     tag = 'NoNorm'
 

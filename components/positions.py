@@ -59,7 +59,7 @@ POSITION_ENCODING_REGISTRY.expect(PositionEncoding, constructed_with=('config',)
 
 @POSITION_ENCODING_REGISTRY.register('none', source='Haviv et al. 2022')
 class NoPositionEncoding(PositionEncoding):
-    """Order is known from the causal mask alone."""
+    """No position encoding: the order is known from the causal mask alone."""
 
     tag = 'NoPos'
 
@@ -120,7 +120,7 @@ class RotaryScaling(Component):
 
     options: ClassVar = {
         'rope_scaling_factor': Option(
-            float, 8.0, 'How many times longer the context has become', check=at_least(1)
+            float, 8.0, 'Ratio of the new context length to the original one', check=at_least(1)
         )
     }
 
@@ -140,15 +140,15 @@ ROPE_SCALING_REGISTRY.expect(RotaryScaling)
 
 @ROPE_SCALING_REGISTRY.register('none', source='Su et al. 2021')
 class NoScaling(RotaryScaling):
-    """The frequencies as they are."""
+    """Unchanged frequencies."""
 
     tag = ''
     options: ClassVar = {}
 
 
-@ROPE_SCALING_REGISTRY.register('linear', source='Chen et al. 2023, position interpolation')
+@ROPE_SCALING_REGISTRY.register('linear', source='Chen et al. 2023')
 class LinearScaling(RotaryScaling):
-    """All positions are divided by the factor."""
+    """Divides all positions by `rope_scaling_factor` (position interpolation)."""
 
     tag = 'Linear'
 
@@ -170,7 +170,7 @@ class ScalingByWavelength(RotaryScaling):
         'rope_original_block_size': Option(
             int | None,
             None,
-            'Context length before scaling; None: block_size / rope_scaling_factor',
+            'Original context length; None: block_size / rope_scaling_factor',
             check=at_least(1),
         ),
     }
@@ -200,16 +200,22 @@ def _wrong_order(low: str, high: str, config: ModelArchitectureConfig) -> list[s
 
 @ROPE_SCALING_REGISTRY.register('llama3', source='Grattafiori et al. 2024; Llama 3.1')
 class Llama3Scaling(ScalingByWavelength):
-    """Linear in the number of turns between the two factors."""
+    """Keeps high frequencies, interpolates low ones; linear in the number of rotations between."""
 
     tag = 'Llama3'
     options: ClassVar = {
         **ScalingByWavelength.options,
         'rope_low_freq_factor': Option(
-            float, 1.0, 'Pairs with fewer turns in the old context are interpolated', check=above(0)
+            float,
+            1.0,
+            'Rotations in the original context below which a frequency is interpolated',
+            check=above(0),
         ),
         'rope_high_freq_factor': Option(
-            float, 4.0, 'Pairs with more turns in the old context are kept', check=above(0)
+            float,
+            4.0,
+            'Rotations in the original context above which a frequency is unchanged',
+            check=above(0),
         ),
     }
 
@@ -226,21 +232,29 @@ class Llama3Scaling(ScalingByWavelength):
 
 @ROPE_SCALING_REGISTRY.register('yarn', source='Peng et al. 2023')
 class YarnScaling(ScalingByWavelength):
-    """Linear in the number of the pair between those that make so many turns; scores are scaled."""
+    """Keeps high frequencies, interpolates low ones; linear in the index of the pair between.
+
+    Rotated queries and keys are also scaled, by `rope_attention_factor`."""
 
     tag = 'YaRN'
     options: ClassVar = {
         **ScalingByWavelength.options,
         'rope_beta_fast': Option(
-            float, 32.0, 'Pairs with more turns in the old context are kept', check=above(0)
+            float,
+            32.0,
+            'Rotations in the original context above which a frequency is unchanged',
+            check=above(0),
         ),
         'rope_beta_slow': Option(
-            float, 1.0, 'Pairs with fewer turns in the old context are interpolated', check=above(0)
+            float,
+            1.0,
+            'Rotations in the original context below which a frequency is interpolated',
+            check=above(0),
         ),
         'rope_attention_factor': Option(
             float | None,
             None,
-            'Multiplies rotated queries and keys; None: 0.1 ln(rope_scaling_factor) + 1',
+            'Factor of rotated queries and keys; None: 0.1 ln(rope_scaling_factor) + 1',
             check=above(0),
         ),
     }
@@ -284,7 +298,7 @@ class YarnScaling(ScalingByWavelength):
 class RotaryPositionEncoding(PositionEncoding):
     """Rotates pairs (i, i + D/2) of each head by position · theta^(-2i/D), as Llama does.
 
-    D is what the attention offers of a head, times `rope_fraction`; the columns behind stay.
+    D is the rotary dimension of a head times `rope_fraction`; the other dimensions stay unchanged.
     """
 
     tag = 'RoPE'
@@ -293,13 +307,13 @@ class RotaryPositionEncoding(PositionEncoding):
         'rope_fraction': Option(
             float,
             1.0,
-            'How much of each head turns: its first columns',
+            "Fraction of each head's dimensions that RoPE rotates (the first ones)",
             check=((lambda value: 0 < value <= 1), 'above 0 and at most 1'),
         ),
         'rope_scaling': Option(
             str,
             'none',
-            'How RoPE reaches beyond the context of a first training',
+            'Scaling of RoPE for a longer context than in pretraining',
             choices=ROPE_SCALING_REGISTRY,
         ),
     }
@@ -362,7 +376,7 @@ class RotaryPositionEncoding(PositionEncoding):
 
 @POSITION_ENCODING_REGISTRY.register('alibi', source='Press et al. 2022')
 class ALiBi(PositionEncoding):
-    """Takes slope · distance from the scores, each head by a slope of its own."""
+    """Subtracts slope · distance from the attention scores, with a fixed slope per head."""
 
     tag = 'ALiBi'
     has_bias = True
@@ -390,18 +404,18 @@ def alibi_slopes(heads: int, device: torch.device) -> torch.Tensor:
 
 @POSITION_ENCODING_REGISTRY.register('t5_relative', source='Raffel et al. 2020')
 class T5Relative(PositionEncoding):
-    """Adds a learned number to the scores, for each head and bucket of distances.
+    """Adds a learned bias to the attention scores, per head and bucket of distances.
 
-    One table for all layers. Half of the buckets are a single distance each, the rest grow
-    logarithmically up to `t5_max_distance`, and all beyond share the last.
+    All layers share one table. Half of the buckets hold a single distance each, the others grow
+    logarithmically up to `t5_max_distance`; all larger distances share the last bucket.
     """
 
     tag = 'T5Pos'
     has_bias = True
     options: ClassVar = {
-        't5_buckets': Option(int, 32, 'Buckets of distances', check=at_least(2)),
+        't5_buckets': Option(int, 32, 'Number of distance buckets', check=at_least(2)),
         't5_max_distance': Option(
-            int, 128, 'Distance from which all share the last bucket', check=at_least(2)
+            int, 128, 'Distance from which on all share the last bucket', check=at_least(2)
         ),
     }
 

@@ -100,11 +100,11 @@ def begin_state(optimizer: torch.optim.Optimizer, *names: str) -> None:
 
 @OPTIMIZER_REGISTRY.register('adamw', source='Loshchilov & Hutter 2019')
 class AdamW(OptimizerComponent, torch.optim.AdamW):
-    """Adam with decoupled weight decay: torch's, with fused kernels."""
+    """Adam with decoupled weight decay: torch.optim.AdamW with fused kernels."""
 
     options: ClassVar = {
-        'beta1': Option(float, 0.9, 'Decay of the mean gradient in AdamW', check=DECAY),
-        'beta2': Option(float, 0.95, 'Decay of its mean square in AdamW', check=DECAY),
+        'beta1': Option(float, 0.9, "Decay rate of AdamW's first moment", check=DECAY),
+        'beta2': Option(float, 0.95, "Decay rate of AdamW's second moment", check=DECAY),
     }
 
     def __init__(
@@ -170,7 +170,7 @@ class _MatrixStack(NamedTuple):
 
 @OPTIMIZER_REGISTRY.register('muon', source='Jordan et al. 2024; Liu et al. 2025')
 class Muon(OptimizerComponent, torch.optim.Optimizer):
-    """Orthogonalized momentum (Nesterov's) for hidden matrices, fused AdamW for the rest.
+    """Orthogonalized Nesterov momentum for hidden matrices, fused AdamW for all others.
 
     Matrices that share a parameter (queries, keys and values; experts) are each orthogonalized by
     themselves. The iteration runs in bfloat16 where the run's matrix multiplications do.
@@ -181,17 +181,23 @@ class Muon(OptimizerComponent, torch.optim.Optimizer):
 
     options: ClassVar = {
         **AdamW.options,
-        'muon_momentum': Option(float, 0.95, "Of Muon's matrices", check=DECAY),
-        'muon_ns_steps': Option(int, 5, 'Newton–Schulz iterations', check=at_least(1, at_most=100)),
+        'muon_momentum': Option(float, 0.95, "Momentum of Muon's matrices", check=DECAY),
+        'muon_ns_steps': Option(
+            int, 5, 'Number of Newton–Schulz iterations in Muon', check=at_least(1, at_most=100)
+        ),
         'muon_adjust_lr_fn': Option(
             str,
             'match_rms_adamw',
-            "Fit the rate to a matrix's shape: as large an update as AdamW's, so that its "
-            'learning_rate and weight_decay do; or as Jordan has it (learning rate about 0.02)',
+            "Scaling of Muon's learning rate by matrix shape. match_rms_adamw: updates as large as "
+            "AdamW's, so that its learning_rate and weight_decay fit; original: as in Jordan et "
+            'al. (learning rate about 0.02)',
             choices=tuple(LR_ADJUSTMENTS),
         ),
         'muon_learning_rate': Option(
-            float | None, None, 'Highest rate of the matrices; None: learning_rate', check=above(0)
+            float | None,
+            None,
+            "Peak learning rate of Muon's matrices; None: learning_rate",
+            check=above(0),
         ),
     }
     param_groups: list[dict]
@@ -295,13 +301,13 @@ class Muon(OptimizerComponent, torch.optim.Optimizer):
 
 @OPTIMIZER_REGISTRY.register('lion', source='Chen et al. 2023')
 class Lion(OptimizerComponent, torch.optim.Optimizer):
-    """The sign of an average of gradient and momentum, every element by the learning rate."""
+    """Updates each weight by the sign of an average of gradient and momentum."""
 
     options: ClassVar = {
         'lion_beta1': Option(
-            float, 0.9, 'Share of the momentum in what Lion takes the sign of', check=DECAY
+            float, 0.9, 'Weight of the momentum in the average whose sign Lion takes', check=DECAY
         ),
-        'lion_beta2': Option(float, 0.99, "Decay of Lion's momentum", check=DECAY),
+        'lion_beta2': Option(float, 0.99, "Decay rate of Lion's momentum", check=DECAY),
     }
 
     def __init__(

@@ -31,7 +31,7 @@ class WarmUp(Schedule):
         'warmup_iters': Option(
             int | None,
             None,
-            'Updates of linear warm-up; None: a twentieth of max_iters, at most 2000',
+            'Iterations of linear warm-up; None: max_iters / 20, at most 2000',
             check=at_least(0),
         )
     }
@@ -63,9 +63,9 @@ class WarmUp(Schedule):
         raise NotImplementedError
 
 
-@SCHEDULE_REGISTRY.register('constant', source='Vaswani et al. 2017 for the warm-up')
+@SCHEDULE_REGISTRY.register('constant', source='warm-up: Vaswani et al. 2017')
 class Constant(WarmUp):
-    """Warm-up, then constant."""
+    """Warm-up, then a constant rate."""
 
     @classmethod
     def after_warm_up(cls, iteration: int, run: TrainingConfig) -> float:
@@ -78,10 +78,13 @@ class Decay(WarmUp):
     options: ClassVar = {
         **WarmUp.options,
         'lr_decay_iters': Option(
-            int | None, None, 'Where the decay ends; None: max_iters', check=at_least(1)
+            int | None,
+            None,
+            'Iteration at which the decay ends; None: max_iters',
+            check=at_least(1),
         ),
         'min_lr': Option(
-            float | None, None, 'What it decays to; None: learning_rate / 10', check=at_least(0)
+            float | None, None, 'Final learning rate; None: learning_rate / 10', check=at_least(0)
         ),
     }
 
@@ -152,7 +155,7 @@ class Decay(WarmUp):
 
 @SCHEDULE_REGISTRY.register('cosine', source='Loshchilov & Hutter 2017, as in nanoGPT')
 class Cosine(Decay):
-    """Warm-up, then half a cosine."""
+    """Warm-up, then half a cosine down to `min_lr`."""
 
     @classmethod
     def height(cls, progress: float, run: TrainingConfig) -> float:
@@ -161,7 +164,7 @@ class Cosine(Decay):
 
 @SCHEDULE_REGISTRY.register('linear', source='Devlin et al. 2019')
 class Linear(Decay):
-    """Warm-up, then a straight line."""
+    """Warm-up, then a straight line down to `min_lr`."""
 
     @classmethod
     def height(cls, progress: float, run: TrainingConfig) -> float:
@@ -177,17 +180,17 @@ DECAY_SHAPES = {
 
 @SCHEDULE_REGISTRY.register('wsd', source='Hu et al. 2024; shapes: Hägele et al. 2024')
 class WarmUpStableDecay(Decay):
-    """Warm-up, constant for most of the run, and a decay in its last part."""
+    """Warm-up, then a constant rate, then a decay to `min_lr` in the last `decay_fraction`."""
 
     options: ClassVar = {
         **Decay.options,
         'decay_fraction': Option(
-            float, 0.2, 'Part of lr_decay_iters in which wsd decays', check=between(0, 1)
+            float, 0.2, 'Fraction of lr_decay_iters in which wsd decays', check=between(0, 1)
         ),
         'decay_shape': Option(
             str,
             '1-sqrt',
-            'How wsd decays, over the part that has gone by',
+            'Shape of the decay of wsd',
             choices=tuple(DECAY_SHAPES),
         ),
     }
