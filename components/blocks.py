@@ -105,7 +105,7 @@ class ParallelBlock(Block):
     tag = 'Parallel'
     options: ClassVar = {
         'parallel_shared_norm': Option(
-            bool, False, 'Use one norm for both branches (GPT-J, PaLM), else two (GPT-NeoX)'
+            bool, False, 'Use one norm for both branches (GPT-J, PaLM) instead of two'
         )
     }
 
