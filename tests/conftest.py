@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.project import PROJECT, TINY_RUN, published_gpt2_folder, write_tiny_dataset
+from helpers.script_server import CAN_FORK, ScriptServer
 
 from common.paths import cache_folder
 from data.gpt2_vocabulary import MERGES_FILE
@@ -100,23 +101,38 @@ def delayed_saves(monkeypatch) -> list[list[int]]:
     return there
 
 
+@pytest.fixture(scope='session')
+def script_server():
+    """Starts scripts fast; None where processes cannot be forked."""
+    if not CAN_FORK:
+        yield None
+        return
+    with ScriptServer() as server:
+        yield server
+
+
 @pytest.fixture
-def run_script(tmp_path):
+def run_script(tmp_path, script_server):
     """run_script('train.py', '--help', code=0): the project's script, from tmp_path, one thread.
 
     Returns the finished process with `stdout` and `stderr` as text; fails on another exit code.
     """
 
     def run(script: str, *arguments: str, code: int = 0, timeout: float = 120):
-        result = subprocess.run(
-            [sys.executable, str(PROJECT / script), *map(str, arguments)],
-            cwd=tmp_path,
-            env={**os.environ, 'OMP_NUM_THREADS': '1', 'COLUMNS': '100'},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-        )
+        path, words = PROJECT / script, [str(argument) for argument in arguments]
+        env = {**os.environ, 'OMP_NUM_THREADS': '1', 'COLUMNS': '100'}
+        if script_server:
+            result = script_server.run(path, words, cwd=tmp_path, env=env, timeout=timeout)
+        else:
+            result = subprocess.run(
+                [sys.executable, str(path), *words],
+                cwd=tmp_path,
+                env=env,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                timeout=timeout,
+            )
         assert result.returncode == code, f'{result.stdout}\n{result.stderr}'
         return result
 
