@@ -1,13 +1,13 @@
-"""Rank runs by validation loss: what each reached, what it cost, what differs, what is unfair.
+"""Rank runs by validation loss, with their costs, differing options and comparability warnings.
 
 python compare_architectures.py                      every run below the working folder
 python compare_architectures.py --latest 3           the newest three by start time
 python compare_architectures.py out-gpt2 out-llama/run_20260101_120000
-python compare_architectures.py --baseline gpt2      differences to the run that this names
+python compare_architectures.py --baseline gpt2      differences from this architecture or run
 python compare_architectures.py out-mine --format=json --fail_unless=better
 
-Three steps, each handing plain data to the next: `comparison.load` turns records into `Run` rows,
-`comparison.compare` groups, ranks and tests them, `comparison.formats` makes text of that. Only
+Three steps, with plain data in between: `comparison.load` turns records into `Run` objects,
+`comparison.compare` groups, ranks and tests them, `comparison.formats` renders the result. Only
 records are read: no torch, no numpy.
 """
 
@@ -35,12 +35,12 @@ from comparison.formats import FORMATS
 from comparison.load import SCORES, read_runs
 
 VERDICTS = (BETTER, WORSE, EQUIVALENT, NOT_SIGNIFICANT, PROVISIONAL, BLOCKED, NOT_TESTED)
-EXIT_UNMET = 1  # the exit code where the verdict is not one of --fail_unless
+EXIT_UNMET = 1  # exit code if the verdict is not one of --fail_unless
 
 
 def positive_int(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f'{text} is not a whole number above zero')
+        raise argparse.ArgumentTypeError(f'{text} is not a positive whole number')
     return int(text)
 
 
@@ -50,18 +50,18 @@ def positive_nats(text: str) -> float:
     except ValueError:
         value = math.nan
     if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f'{text} is not a number of nats above zero, such as 0.01')
+        raise argparse.ArgumentTypeError(f'{text} is not a positive number of nats, such as 0.01')
     return value
 
 
 def verdict_list(text: str) -> list[str]:
-    """`better,not_significant` as verdicts."""
+    """The verdicts in a list such as `better,not_significant`."""
     names = [name.strip().replace('_', ' ') for name in text.split(',')]
     for name in names:
         if name not in VERDICTS:
             all_verdicts = ', '.join(verdict.replace(' ', '_') for verdict in VERDICTS)
             raise argparse.ArgumentTypeError(
-                f'{name!r} is not a verdict; verdicts are {all_verdicts}'
+                f'{name!r} is not a verdict. Choose from {all_verdicts}'
             )
     return names
 
@@ -69,7 +69,7 @@ def verdict_list(text: str) -> list[str]:
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = ArgumentParser(
         prog='compare_architectures.py',
-        description='Rank runs by validation loss: what each reached, what it cost, what differs.',
+        description='Rank runs by validation loss, with costs, tests and what else differs.',
     )
     add = parser.add_argument
     add(
@@ -77,50 +77,60 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         nargs='*',
         type=Path,
         metavar='PATH',
-        help='run folder, folder that holds runs, or record file (default: the working folder)',
+        help='Run folder, folder that contains runs, or record file (default: the working folder)',
     )
-    add('--latest', type=positive_int, metavar='N', help='number of the newest runs to compare')
+    add(
+        '--latest',
+        type=positive_int,
+        metavar='N',
+        help='Number of newest runs to compare (default: all)',
+    )
     add(
         '--baseline',
         metavar='NAME',
-        help='(part of) the architecture, run or folder name that differences are to (default: '
+        help='Baseline of the differences: (part of) an architecture, run or folder name (default: '
         "the study's baseline, else the oldest finished run)",
     )
     add(
         '--score',
         choices=SCORES,
         default='final',
-        help='evaluation that judges a run: its last, or, for runs that are meant to stop early, '
-        'the one with the lowest loss (default final)',
+        help='Evaluation by which a run is ranked: the last, or the one with the lowest loss, for '
+        'runs with early stopping (default: final)',
     )
     add(
         '--margin',
         type=positive_nats,
         metavar='NATS',
-        help='difference in nats a token below which architectures count as equivalent, if the '
-        'runs can show that',
+        help='Difference in nats per token below which architectures count as equivalent, if the '
+        'test shows it',
     )
     add(
         '--fail_unless',
         type=verdict_list,
         metavar='VERDICTS',
-        help=f'verdicts, separated by commas, without which the exit code is {EXIT_UNMET}: '
+        help=f'Comma-separated verdicts; exit code {EXIT_UNMET} if the verdict is none of them: '
         + ', '.join(verdict.replace(' ', '_') for verdict in VERDICTS),
     )
-    add('--format', choices=FORMATS, default='text', help='format of the output (default text)')
-    add('--plot', type=Path, metavar='FILE', help='picture of curves and fronts: .png, .svg, .pdf')
-    add('--report', type=Path, metavar='FILE', help='page with everything: report.html')
+    add('--format', choices=FORMATS, default='text', help='Output format (default: text)')
+    add(
+        '--plot',
+        type=Path,
+        metavar='FILE',
+        help='Plot of loss curves and Pareto fronts: .png, .svg or .pdf',
+    )
+    add('--report', type=Path, metavar='FILE', help='HTML page with all tables and plots')
     return parser.parse(argv)
 
 
 def check_pictures(options: argparse.Namespace) -> None:
-    """Raises UserError where --plot or --report cannot be written."""
+    """Raise UserError if --plot or --report cannot be written."""
     if options.plot:
         check_destination('--plot', options.plot, plots.SUFFIXES)
     if options.report:
         check_destination('--report', options.report, html_report.SUFFIXES)
     if options.plot or options.report:
-        with plots.drawing():  # matplotlib is here
+        with plots.drawing():  # matplotlib is installed
             pass
 
 
@@ -138,7 +148,7 @@ def main(argv: list[str]) -> int:
     comparison = compare(runs, options.baseline, skipped, options.score, options.margin)
     try:
         write_pictures(options, comparison)
-    finally:  # a picture that cannot be written is no reason to lose the text
+    finally:  # print the text even if a picture cannot be written
         write_text(FORMATS[options.format](comparison), end='')
     verdict = comparison.main_verdict
     reached = NOT_TESTED if verdict is None else verdict.text

@@ -1,7 +1,4 @@
-"""What the tests of a comparison say, and how far it can be believed: a verdict for each group.
-
-Plain data in, plain data out: no torch, no numpy.
-"""
+"""A verdict for each group: the result of its test, and whether the runs allow that conclusion."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -12,41 +9,41 @@ from comparison.noise import moderated_difference
 from comparison.runs import DIVERGED, FINISHED
 from comparison.significance import ALPHA, Difference, Interval, holm, holm_confidences
 
-# What a test finds. BASELINE and NOT_TESTED are no findings of a test.
+# Findings of a test; BASELINE and NOT_TESTED stand in for one.
 BETTER, WORSE, EQUIVALENT, NOT_SIGNIFICANT = 'better', 'worse', 'equivalent', 'not significant'
 BASELINE, NOT_TESTED = 'baseline', 'not tested'
-# What becomes of a finding where the runs do not allow it.
+# Replace the finding where the runs do not allow the conclusion.
 BLOCKED, PROVISIONAL = 'blocked', 'provisional'
 
 
 class CorrectedTest(NamedTuple):
-    """A test as one of several: its p-value by Holm, and the interval of that procedure."""
+    """One test of several: its p-value and interval, corrected by Holm's procedure."""
 
     difference: Difference
     p_value: float
     interval: Interval
-    comparisons: int  # how many tests there are
+    comparisons: int  # number of tests
 
     @property
     def detectable(self) -> float:
-        """The smallest true difference that would likely have been found, see `Difference`."""
+        """The smallest true difference that would likely be significant; see `Difference`."""
         return self.difference.detectable(self.comparisons)
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """How a group stands to the baseline's."""
+    """A group compared with the baseline."""
 
     group: Group
     finding: str
-    test: CorrectedTest | None = None  # corrected for the number of comparisons; None: not possible
+    test: CorrectedTest | None = None  # corrected for the number of comparisons; None: not tested
     equivalence_p_value: float | None = None  # corrected too; None without a margin
-    blocked: tuple[str, ...] = ()  # reasons why the finding is not to be believed
-    reservations: tuple[str, ...] = ()  # reasons why it may change, or why there is none
+    blocked: tuple[str, ...] = ()  # reasons why the finding is not valid
+    reservations: tuple[str, ...] = ()  # reasons why it may change, or why there is no test
 
     @property
     def text(self) -> str:
-        """The finding, or `blocked` or `provisional` in its place."""
+        """The verdict: the finding, or `blocked` or `provisional` instead."""
         if self.finding in (BASELINE, NOT_TESTED):
             return self.finding
         if self.blocked:
@@ -66,9 +63,9 @@ def test_against_baseline(
 ) -> list[Verdict]:
     """A verdict for each group against the baseline, in the given order.
 
-    margin: differences below it do not matter, in nats a token. With it, a group may be found
-    equivalent: the two one-sided tests of all groups are corrected like those of differences.
-    incomparable(group): why the losses of a group and the baseline's are not directly comparable.
+    margin: differences below it are irrelevant, in nats per token. With it, a group can be
+    equivalent: two one-sided tests per group, corrected in the same way as the differences.
+    incomparable(group): why the losses of a group and the baseline are not directly comparable.
     """
     tests = _tests(groups, baseline)
     equivalence_p_values = _holm_where_known(
@@ -100,9 +97,9 @@ def test_against_baseline(
 
 
 def _tests(groups: Sequence[Group], baseline: Group) -> list[Difference | None]:
-    """The test of each group; None for the baseline, and where there is none."""
-    # What is left of a group that lost its worst runs has too little spread to tell the noise of
-    # the others, and one with a run that blew up has far too much.
+    """The test of each group; None for the baseline, and where no test is possible."""
+    # Other groups contribute to the noise estimate only if no run of theirs blew up: without its
+    # worst runs a group has too little spread, and with a blown-up run far too much.
     whole = [group for group in groups if not any(run.blown_up for run in group.runs)]
     tests: list[Difference | None] = []
     for group in groups:
@@ -115,7 +112,7 @@ def _tests(groups: Sequence[Group], baseline: Group) -> list[Difference | None]:
 
 
 def holm_corrected(tests: Sequence[Difference | None]) -> list[CorrectedTest | None]:
-    """The tests that could be made, corrected for their number."""
+    """The tests corrected for their number; None stays None."""
     p_values = [test.p_value for test in tests if test is not None]
     corrections = iter(zip(holm(p_values), holm_confidences(p_values)))
     results: list[CorrectedTest | None] = []
@@ -136,17 +133,17 @@ def _holm_where_known(p_values: Sequence[float | None]) -> list[float | None]:
 
 def _finding(test: CorrectedTest, equivalence_p_value: float | None) -> str:
     if equivalence_p_value is not None and equivalence_p_value < ALPHA:
-        return EQUIVALENT  # whether or not there is a difference, it is below the margin
+        return EQUIVALENT  # any difference is below the margin
     if test.p_value >= ALPHA:
         return NOT_SIGNIFICANT
     return BETTER if test.difference.mean < 0 else WORSE
 
 
 def _blocked(verdict: Verdict, baseline: Group) -> tuple[str, ...]:
-    """Why a finding in favor of a group that lost its worst runs does not hold.
+    """Reasons why a finding in favor of a group with diverged runs is not valid.
 
-    The runs that finished are no fair sample of a group in which others diverged: their mean is
-    too good. So such a group can lose, and cannot win or draw.
+    The runs that finished are a biased sample of such a group: their mean is too low. So the group
+    can be found worse, but neither better nor equivalent.
     """
     favored = {
         BETTER: [verdict.group],
@@ -161,7 +158,7 @@ def _blocked(verdict: Verdict, baseline: Group) -> tuple[str, ...]:
 
 
 def _reservations(group: Group, baseline: Group) -> tuple[str, ...]:
-    """What is still to come, or is missing for another reason than divergence."""
+    """Runs of either group that are unfinished, or missing for another reason than divergence."""
     return tuple(
         f'{_share(each, outcome)} of {_whose(each, baseline)}: {outcome}'
         for each in (group, baseline)
@@ -173,7 +170,7 @@ def _reservations(group: Group, baseline: Group) -> tuple[str, ...]:
 def _why_not_tested(group: Group, baseline: Group) -> tuple[str, ...]:
     short = [each for each in (group, baseline) if len(each.losses) < 2]
     if not short:
-        return ('the seeds repeat one another, so there is no noise to compare with',)
+        return ('all seeds gave the same loss, so the noise cannot be estimated',)
     reasons = []
     for each in short:
         count = len(each.losses)

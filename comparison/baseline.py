@@ -1,4 +1,4 @@
-"""How the groups of a comparison are called, and which of them the others are compared with."""
+"""Labels of groups, and the choice of the baseline."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -13,13 +13,13 @@ from comparison.study_plan import StudyPlan
 
 
 def common_study(groups: Sequence[Group]) -> StudyPlan | None:
-    """The study that all runs are of."""
+    """The study that all runs belong to, or None."""
     plans = {run.study for group in groups for run in group.runs}
     return plans.pop() if len(plans) == 1 else None
 
 
 def study_grid(groups: Sequence[Group]) -> list[tuple[GridPoint, Group]]:
-    """Where each group lies in the grid of its study; nothing unless all are of one study."""
+    """Each finished group with its grid point; empty unless all belong to one study."""
     finished = [group for group in groups if group.losses]
     plan = common_study(finished)
     by_variant = {group.runs[0].variant: group for group in finished}
@@ -31,8 +31,10 @@ def study_grid(groups: Sequence[Group]) -> list[tuple[GridPoint, Group]]:
 
 
 def group_labels(groups: Sequence[Group]) -> list[str]:
-    """A study's names of its variants; else architecture names, with what tells two apart:
-    differing choices, or else the run's name."""
+    """One label per group: the variant's name in a study, else the architecture's name.
+
+    Equal names get the choices that differ, or else the name of the run.
+    """
     runs = [group.runs[0] for group in groups]
     variants = [run.variant for run in runs if run.variant is not None]
     if len(variants) == len(runs) and len({run.study for run in runs}) == 1:
@@ -52,7 +54,7 @@ def group_labels(groups: Sequence[Group]) -> list[str]:
 
 
 def _unique(labels: Sequence[str], runs: Sequence[Run]) -> list[str]:
-    """The labels, with the run's name where several are the same."""
+    """The labels, with the run's name appended where several are equal."""
     counts = Counter(labels)
     return [
         f'{label} {run.name}' if counts[label] > 1 else label for label, run in zip(labels, runs)
@@ -65,11 +67,11 @@ def _unique(labels: Sequence[str], runs: Sequence[Run]) -> list[str]:
 def select_baseline(
     groups: Sequence[Group], labels: Sequence[str], name: str | None
 ) -> tuple[Group, str]:
-    """The group that differences are to, and why it.
+    """The baseline, and the reason for this choice.
 
-    By default what a study names, or the oldest finished run that has a loss: an experiment starts
-    from what it is to be judged by, and that choice does not depend on how the others came out.
-    Raises UserError where the name matches none, or several architectures.
+    By default the baseline of the study, or the oldest finished run with a loss: experiments start
+    with their reference, and this choice does not depend on the results. Raises UserError if the
+    name matches no architecture or several.
     """
     if name is None:
         return _default_baseline(groups)
@@ -80,8 +82,8 @@ def select_baseline(
         architectures = list(dict.fromkeys(group.runs[0].architecture for group in groups))
         hint = did_you_mean(name, [each for known in names for each in known])
         raise UserError(
-            f'--baseline {name}: no run compared here has this in its architecture, name or '
-            f'folder.{hint} Architectures here: {join_names(architectures)}'
+            f'--baseline {name}: no run in this comparison has this architecture, name or '
+            f'folder.{hint} Architectures: {join_names(architectures)}'
         )
     if len({group.runs[0].architecture_hash for group in matches}) > 1:
         ambiguous = [
@@ -91,14 +93,14 @@ def select_baseline(
         ]
         raise UserError(
             f'--baseline {name}: matches {len(matches)} runs of different architectures: '
-            f'{join_names(ambiguous)}. Type more of the architecture, run or folder name'
+            f'{join_names(ambiguous)}. Give a longer part of the architecture, run or folder name'
         )
     several = '' if len(matches) == 1 else f', the oldest of {len(matches)} that match'
     return _oldest(matches), f'--baseline {name}{several}'
 
 
 def _matches(groups: Sequence[Group], names: Sequence[set[str]], name: str) -> list[Group]:
-    """The groups of that name; without any, those with a name that it is a part of."""
+    """The groups with exactly this name, or else those with a name that contains it."""
     exact = [group for group, known in zip(groups, names) if name in known]
     part = name.casefold()
     return exact or [
@@ -116,7 +118,7 @@ def _names(group: Group, label: str) -> set[str]:
 
 
 def _oldest(candidates: Iterable[Group]) -> Group:
-    """The oldest, finished ones with a loss first."""
+    """The oldest group; finished groups with a loss come first."""
     return min(candidates, key=lambda g: (g.loss is None, not g.losses, g.runs[0].start))
 
 

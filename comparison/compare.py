@@ -1,4 +1,4 @@
-"""Rows to a comparison: groups, ranking, baseline, verdicts, and what is not comparable."""
+"""From runs to a comparison: groups, ranking, baseline, verdicts and comparability."""
 
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
@@ -28,17 +28,18 @@ from comparison.groups import Group, Metric, group_runs
 from comparison.runs import DIVERGED, Run
 from comparison.study_plan import StudyPlan
 
-SAME_BUDGET = 0.01  # budgets that differ by less are equal
-# What a budget in FLOPs or seconds, or tuning, sets for each architecture by itself.
+SAME_BUDGET = 0.01  # relative difference below which budgets are equal
+# Options that a budget in FLOPs or seconds sets separately for each architecture.
 BUDGETED_OPTIONS = ('tokens_seen', 'max_iters', 'warmup_iters', 'lr_decay_iters')
-RISE = 0.02  # of the best validation loss: a run that ends so far above it is named
+RISE = 0.02  # a run that ends this far above its best validation loss is reported
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Everything that a rendering needs. `groups` and `labels` are in rank order, best loss first.
+    """All data of a comparison. `groups` and `labels` are in rank order, lowest loss first.
 
-    A group is a run, or, where any are `repeated` with several seeds, all that differ in seed only.
+    If any run is `repeated` with other seeds, a group is all runs that differ only in their seeds;
+    otherwise each run is a group.
     """
 
     groups: list[Group]
@@ -46,14 +47,14 @@ class Comparison:
     repeated: bool
     baseline: Group
     baseline_reason: str
-    study: StudyPlan | None  # that all runs are of
-    score: str  # 'final' or 'best': the evaluation by which a run is judged
-    margin: float | None  # differences below it do not matter
+    study: StudyPlan | None  # that all runs belong to
+    score: str  # 'final' or 'best': the evaluation by which runs are ranked
+    margin: float | None  # differences below it are irrelevant
     verdicts: list[Verdict]
-    concurrent: int  # the most runs at a time on one machine; of more than one, no times
-    costs: dict[str, str]  # COSTS that may be compared
-    front_costs: dict[str, tuple[str, Metric]]  # FRONTS that may be compared
-    fronts: list[str]  # on which Pareto fronts a group lies: letters of FTM
+    concurrent: int  # runs trained at the same time on one machine; times are hidden above 1
+    costs: dict[str, str]  # comparable COSTS
+    front_costs: dict[str, tuple[str, Metric]]  # comparable FRONTS
+    fronts: list[str]  # letters (FTM) of the Pareto fronts that a group lies on
     equal_cost: list[AtEqualCost]
     effects: list[tuple[Effect, CorrectedTest | None]]  # corrected for their number
     interactions: list[tuple[Interaction, CorrectedTest | None]]
@@ -61,13 +62,13 @@ class Comparison:
     notes: list[str]
     loss_warnings: dict[str, Values]
     speed_warnings: dict[str, Values]
-    best_warnings: dict[str, Values]  # what makes best losses incomparable, and final ones not
+    best_warnings: dict[str, Values]  # affect best losses, but not final ones
     code_warning: str | None
     skipped: list[str]
 
     @property
     def baseline_rank(self) -> int:
-        """Its place in the ranking, from 1."""
+        """The rank of the baseline, from 1."""
         return self.groups.index(self.baseline) + 1
 
     @property
@@ -76,10 +77,7 @@ class Comparison:
 
     @property
     def main_verdict(self) -> Verdict | None:
-        """The verdict that answers the question: on the best group that is not the baseline.
-
-        None where there is nothing to compare.
-        """
+        """The verdict on the best group other than the baseline; None with a single group."""
         others = [verdict for verdict in self.verdicts if verdict.text != BASELINE]
         return others[0] if others else None
 
@@ -91,24 +89,24 @@ def compare(
     score: str = 'final',
     margin: float | None = None,
 ) -> Comparison:
-    """Rank the runs, test each group against the baseline, and say what differs.
+    """Rank the runs, test each group against the baseline, and collect what else differs.
 
-    Raises UserError where `baseline` names no single architecture.
+    Raises UserError if `baseline` does not name a single architecture.
     """
     oldest_first = sorted(runs, key=lambda run: run.start)
-    # Group and rank: by all but the seeds, or each run by itself where none is repeated.
+    # Group and rank: by everything except the seeds, or each run separately if none is repeated.
     groups = group_runs(oldest_first, training_key)
     repeated = any(len(group.runs) > 1 for group in groups)
     if not repeated:
         groups = group_runs(oldest_first, lambda run: run.folder)
     labels = group_labels(groups)
     baseline_group, reason = select_baseline(groups, labels, baseline)
-    # What makes losses incomparable.
+    # Conditions that make losses incomparable.
     conditions = differing_loss_conditions(groups)
     if score == 'best':
         conditions |= differing_evaluations(groups)
     loss_warnings, notes = drop_expected_differences(groups, conditions)
-    # Costs: without times where runs trained beside one another.
+    # Costs, without times if runs trained at the same time.
     concurrent = max(run.conditions['concurrent_runs'][-1] for run in oldest_first)
     costs, front_costs = _costs_to_compare(concurrent)
     curves = all(len(run.curve) > 1 for group in groups for run in group.scored_runs)
@@ -146,14 +144,14 @@ def compare(
 
 
 def training_key(run: Run) -> Hashable:
-    """What two runs share that differ in their seeds alone."""
+    """A key that two runs share if they differ only in their seeds."""
     ignored = {*MODEL_NEUTRAL_OPTIONS, *SEEDS, *run.choices, 'arch_preset', 'init_from'}
     training = sorted((key, str(run.config[key])) for key in run.config if key not in ignored)
     return run.architecture_hash, run.conditions['weights_from'][-1], tuple(training)
 
 
 def _costs_to_compare(concurrent: int) -> tuple[dict[str, str], dict[str, tuple[str, Metric]]]:
-    """COSTS and FRONTS, without times where several runs trained at once."""
+    """COSTS and FRONTS, without times if several runs trained at the same time."""
     hidden = TIMES if concurrent > 1 else ()
     return (
         {key: title for key, title in COSTS.items() if key not in hidden},
@@ -166,11 +164,11 @@ def _grid_effects(
 ) -> tuple[
     list[tuple[Effect, CorrectedTest | None]], list[tuple[Interaction, CorrectedTest | None]]
 ]:
-    """The main effects and interactions of a study's grid, each corrected for their number."""
+    """The main effects and the interactions of a study's grid, each set corrected for its size."""
     grid = study_grid(groups)
     effects, pairs = main_effects(grid), interactions(grid)
     if len({effect.option for effect in effects}) == 1:
-        effects = []  # the verdicts say it, of all runs and with all that is known of the noise
+        effects = []  # the verdicts cover it, with a better estimate of the noise
     return (
         list(zip(effects, holm_corrected([effect.difference for effect in effects]))),
         list(zip(pairs, holm_corrected([interaction.difference for interaction in pairs]))),
@@ -205,7 +203,7 @@ def _incomparable(
 def drop_expected_differences(
     groups: Sequence[Group], warnings: dict[str, Values]
 ) -> tuple[dict[str, Values], list[str]]:
-    """The warnings, but for what a study, an equal budget or tuning explains; and notes on that."""
+    """The warnings without those that a study, an equal budget or tuning explains; and notes."""
     notes: list[str] = []
     plan = common_study(groups)
     expected: set[str] = set()
@@ -215,24 +213,26 @@ def drop_expected_differences(
             notes.append(note)
             expected |= {*BUDGETED_OPTIONS}
     if plan:
-        # What a study varies is its question; and the lowest rate follows from the highest.
+        # A study varies these on purpose; min_lr follows from learning_rate.
         expected |= {*plan.tuned, *(key for point in plan.variants.values() for key in point)}
         if 'learning_rate' in expected:
             expected.add('min_lr')
         if plan.tuned:
-            notes.append(f'Tuned for each by itself: {", ".join(plan.tuned)}; see TUNING.')
+            notes.append(
+                f'Tuned separately for each architecture: {", ".join(plan.tuned)} (see TUNING).'
+            )
     return {key: values for key, values in warnings.items() if key not in expected}, notes
 
 
 def _equal_budget(groups: Sequence[Group], plan: StudyPlan | None) -> str | None:
-    """What all runs had equally much of instead of tokens, in a sentence."""
+    """One sentence on the budget that all runs share instead of tokens, or None."""
     flops = [run.causal_flops or 0.0 for group in groups for run in group.scored_runs]
     if all(flops) and max(flops) / min(flops) - 1 < SAME_BUDGET:
         spread = max(flops) / min(flops) - 1
-        return f'Each trained with the same FLOPs (within {spread:.2%}), not tokens.'
+        return f'Equal training FLOPs (within {spread:.2%}) instead of equal tokens.'
     if plan and 'seconds' in plan.budget:
         seconds = plan.budget['seconds']
-        return f'Each trained for as many iterations as {seconds:g} s were to buy it.'
+        return f'Equal training time instead of equal tokens: iterations for {seconds:g} s each.'
     return None
 
 

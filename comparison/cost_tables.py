@@ -1,4 +1,4 @@
-"""What the runs cost, and their losses at equal cost."""
+"""The tables COST and LOSS AT EQUAL COST."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -12,18 +12,20 @@ from comparison.section import Section
 
 
 class Column(NamedTuple):
-    """A cost: its name, a run's figure, and how that is written."""
+    """A column: its name, the metric of a run, and the format."""
 
     name: str
     metric: Metric
     form: Callable[[float], str]
-    weight: Metric = lambda run: 1.0  # of a run in the mean of its group
+    weight: Metric = lambda run: 1.0  # of a run in its group's mean
 
 
 def cost_section(comparison: Comparison) -> Section:
     columns, notes = _columns(comparison), []
     if comparison.concurrent > 1:
-        notes.append(f'Trained {comparison.concurrent} at a time: times are not compared.')
+        notes.append(
+            f'{comparison.concurrent} runs trained at the same time, so times are not compared.'
+        )
     header = ['#', *(column.name for column in columns)]
     rows = [
         [
@@ -40,13 +42,13 @@ def cost_section(comparison: Comparison) -> Section:
     firsts = [group.runs[0] for group in comparison.groups]
     names = [run.architecture if comparison.repeated else str(run.folder) for run in firsts]
     rows = [[*row, name] for row, name in zip(rows, names)]
-    title = 'COST (training FLOPs, with attention over its causal half; MFU counts the full square)'
+    title = 'COST (FLOPs count the causal half of attention; MFU counts the full square)'
     return Section(title, notes, header, rows, '>' * (len(header) - 1) + '<')
 
 
 def _columns(comparison: Comparison) -> list[Column]:
     columns = [Column('params', lambda run: run.params, si)]
-    # Where a token goes through all of the model, its active parameters say nothing new.
+    # Without experts, active parameters equal all parameters.
     if any(group.runs[0].active_params != group.runs[0].params for group in comparison.groups):
         columns.append(Column('active', lambda run: run.active_params, si))
     columns.append(Column('FLOPs/token', lambda run: run.causal_flops_per_token, si))
@@ -61,7 +63,7 @@ def _columns(comparison: Comparison) -> list[Column]:
 
 
 def _seconds(run: Run) -> float | None:
-    """What a rate of several runs is weighted by, so that their mean is a total over a total."""
+    """Weight of a rate, so that the mean over runs is total work over total time."""
     return run.train_seconds
 
 
@@ -76,7 +78,7 @@ def _front_note(comparison: Comparison) -> str:
         for letter, (title, _) in comparison.front_costs.items()
         if letter in letters_present
     ]
-    return f'front: no other has a lower loss for as little {", ".join(meanings)}.'
+    return f'front: no other has a lower loss at the same or lower cost in {", ".join(meanings)}.'
 
 
 def equal_cost_section(comparison: Comparison) -> Section | None:
@@ -90,7 +92,7 @@ def equal_cost_section(comparison: Comparison) -> Section | None:
         for rank in range(1, len(comparison.groups) + 1)
     ]
     notes = [
-        'The losses at the most that all have spent, straight between evaluations. A run whose '
-        'schedule goes on beyond that is not at its best there.'
+        'Losses at the largest cost that all runs have reached, interpolated between evaluations. '
+        'A run whose learning-rate schedule continues beyond that point has not decayed fully.'
     ]
     return Section('LOSS AT EQUAL COST', notes, ['#', *header], rows, '>' * (1 + len(header)))

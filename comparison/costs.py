@@ -9,29 +9,29 @@ from comparison.groups import Group, Metric
 from comparison.runs import CurvePoint
 
 COSTS = {'tokens': 'tokens', 'flops': 'training FLOPs', 'seconds': 'seconds of training'}
-# The costs that a loss is held against, by the letter of their Pareto front: a title, and a run's.
+# The costs of a Pareto front by letter: a title, and the metric of a run.
 FRONTS: dict[str, tuple[str, Metric]] = {
     'F': ('training FLOPs', lambda run: run.causal_flops),
     'T': ('seconds of training', lambda run: run.curve[-1].seconds if run.curve else None),
     'M': ('peak memory, GB', lambda run: run.peak_memory_gb),
 }
-TIMES = ('seconds', 'T')  # of these two, what runs that trained beside one another cannot tell
-SAME_COST = 0.01  # amounts that differ by less are equal, whatever their noise
+TIMES = ('seconds', 'T')  # keys of COSTS and FRONTS that concurrent runs make meaningless
+SAME_COST = 0.01  # relative difference below which two costs are equal
 
 
 # --- Loss against cost ---------------------------------------------------------------------------
 
 
 class AtEqualCost(NamedTuple):
-    """The losses of all groups where each has spent the same."""
+    """The losses of all groups at the same cost."""
 
     cost: str  # a key of COSTS
-    amount: float  # the most that every run has spent
+    amount: float  # the largest that every run has reached
     losses: list[float | None]  # mean over the runs, in the order of the groups
 
 
 def at_equal_cost(groups: Sequence[Group], costs: Iterable[str] = COSTS) -> list[AtEqualCost]:
-    """For each cost: the losses at the most that all runs have spent of it."""
+    """For each cost, the losses at the largest amount that all runs have reached."""
     rows = []
     for cost in costs:
         curves = [[curve_over(run.curve, cost) for run in group.scored_runs] for group in groups]
@@ -47,14 +47,14 @@ def at_equal_cost(groups: Sequence[Group], costs: Iterable[str] = COSTS) -> list
 
 
 def curve_over(curve: Iterable[CurvePoint], cost: str) -> list[tuple[float, float]]:
-    """(cost, loss) where both are known, by rising cost."""
+    """(cost, loss) where both are known, by increasing cost."""
     return [
         (getattr(point, cost), point.loss) for point in curve if getattr(point, cost) is not None
     ]
 
 
 def loss_at(curve: Sequence[tuple[float, float]], amount: float) -> float | None:
-    """The loss at a cost, straight between the measured points; None outside of them."""
+    """The loss at a cost, by linear interpolation; None outside the measured range."""
     costs = [cost for cost, _ in curve]
     index = bisect_left(costs, amount)
     if index == len(curve):
@@ -70,14 +70,14 @@ def loss_at(curve: Sequence[tuple[float, float]], amount: float) -> float | None
 
 # --- Pareto fronts -------------------------------------------------------------------------------
 
-Amounts = list[float]  # what the runs of a group cost
+Amounts = list[float]  # the costs of a group's runs
 
 
 def front_letters(groups: Sequence[Group], costs: dict[str, tuple[str, Metric]]) -> list[str]:
-    """For each group the Pareto fronts that it lies on: of loss against each of the costs.
+    """For each group, the letters of the Pareto fronts (loss against a cost) that it lies on.
 
-    Costs that are equal for all make no front. A group of which runs diverged lies on none: what
-    is left of it is too good.
+    A cost that is equal for all groups has no front. A group with diverged runs lies on none: the
+    mean of its other runs is too low.
     """
     letters = [''] * len(groups)
     for letter, (_, metric) in costs.items():
@@ -95,27 +95,28 @@ def _front_point(group: Group, metric: Metric) -> tuple[Amounts, float] | None:
 
 
 def on_pareto_front(points: Sequence[tuple[Amounts, float] | None]) -> list[bool]:
-    """Of (amounts, loss) points: those that none other beats.
+    """Whether each (amounts, loss) point is not dominated by another.
 
-    A point is beaten by a lower loss at a cost that is lower or the same, and by the same loss at
-    a lower cost.
+    A point is dominated by a lower loss at a lower or equal cost, and by an equal loss at a lower
+    cost.
     """
 
-    def beats(one: tuple[Amounts, float], other: tuple[Amounts, float]) -> bool:
+    def dominates(one: tuple[Amounts, float], other: tuple[Amounts, float]) -> bool:
         same = same_cost(one[0], other[0])
         cheaper = not same and statistics.fmean(one[0]) < statistics.fmean(other[0])
         return (one[1] < other[1] and (same or cheaper)) or (one[1] == other[1] and cheaper)
 
     return [
-        point is not None and not any(other is not None and beats(other, point) for other in points)
+        point is not None
+        and not any(other is not None and dominates(other, point) for other in points)
         for point in points
     ]
 
 
 def same_cost(one: Amounts, other: Amounts) -> bool:
-    """Whether two groups cost the same, as far as their runs can tell.
+    """Whether the costs of two groups are equal within noise.
 
-    They do if their ranges overlap, and if their means differ by less than SAME_COST.
+    They are if their ranges overlap, or if their means differ by less than SAME_COST.
     """
     if max(one) >= min(other) and max(other) >= min(one):
         return True
@@ -124,7 +125,7 @@ def same_cost(one: Amounts, other: Amounts) -> bool:
 
 
 def all_same(amounts: Sequence[Amounts]) -> bool:
-    """Whether the groups' costs do not differ, so that there is no trading them for loss."""
+    """Whether all groups have equal costs, so that there is no trade-off with loss."""
     return all(same_cost(amounts[0], others) for others in amounts[1:])
 
 
@@ -132,7 +133,7 @@ def all_same(amounts: Sequence[Amounts]) -> bool:
 
 
 def mean_loss_by_position(group: Group) -> dict[tuple[int, int], float]:
-    """The mean over the seeds for each range of positions that all of them have."""
+    """The mean loss over seeds, for each range of positions that all of them have."""
     losses = [{(s.start, s.end): s.loss for s in run.position_losses} for run in group.scored_runs]
     return {
         positions: statistics.fmean(by_positions[positions] for by_positions in losses)

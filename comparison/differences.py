@@ -1,4 +1,4 @@
-"""What differs between groups of runs besides their architecture, by the rank of each group."""
+"""Differences between groups of runs besides their architecture, by the rank of each group."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -12,12 +12,12 @@ from comparison.conditions import (
 from comparison.groups import Group, run_seeds
 from comparison.runs import Run
 
-# Values as text, each with the ranks (1-based) of the groups that have it, some in part.
+# Values as text, each with the ranks (from 1) of the groups in which at least one run has it.
 Values = dict[str, list[int]]
 
 
 def loss_conditions(runs: Iterable[Run]) -> list[str]:
-    """The keys of what must agree for losses: the fixed ones, and all other training options."""
+    """Keys of all conditions that losses depend on: the fixed ones and other training options."""
     others = dict.fromkeys(
         key for run in runs for key in run.conditions if key not in FIXED_CONDITIONS
     )
@@ -27,10 +27,7 @@ def loss_conditions(runs: Iterable[Run]) -> list[str]:
 def differing_values(
     groups: Sequence[Sequence[dict[str, Any]]], keys: Iterable[str], unknown: str = 'None'
 ) -> dict[str, Values]:
-    """Of `keys`, those whose values are not all the same, over all runs of all groups.
-
-    '-' stands for a key that is missing.
-    """
+    """The keys with more than one value over all runs of all groups; '-' is a missing key."""
     result = {}
     for key in keys:
         values: Values = {}
@@ -48,9 +45,9 @@ def differing_values(
 def differing_conditions(
     groups: Sequence[Group], keys: Iterable[str], runs_of: Callable[[Group], Sequence[Run]]
 ) -> dict[str, Values]:
-    """The conditions that do not agree over `runs_of(group)` of all groups.
+    """The conditions that differ between the `runs_of(group)` of all groups.
 
-    An option that a record does not have was no choice when the run was made: it counts as equal.
+    An option that is missing in a record did not exist when the run started: it counts as equal.
     """
     keys = list(keys)
     result = differing_values(
@@ -64,7 +61,7 @@ def differing_conditions(
 
 
 def value_text(key: str, value: Any, unknown: str) -> str:
-    """One value as text, or several that a run had in turn."""
+    """A value as text, or several values that a run had in turn."""
     if isinstance(value, tuple):
         distinct = [v for index, v in enumerate(value) if not index or v != value[index - 1]]
         return ' then '.join(value_text(key, each, 'unknown') for each in distinct)
@@ -78,17 +75,17 @@ def value_text(key: str, value: Any, unknown: str) -> str:
 
 
 def differing_evaluations(groups: Sequence[Group]) -> dict[str, Values]:
-    """What differs of all that the best of several evaluations depends on besides."""
+    """The conditions that differ and affect only the best of several evaluations."""
     return differing_conditions(groups, BEST_CONDITIONS, lambda group: group.scored_runs)
 
 
 def differing_loss_conditions(groups: Sequence[Group]) -> dict[str, Values]:
-    """What differs, besides the architecture, of all that losses depend on."""
+    """The conditions that differ and that losses depend on, besides the architecture."""
     keys = loss_conditions(run for group in groups for run in group.runs)
     keys.remove('data_seed')
     keys.remove('tokens_seen')
     warnings = differing_conditions(groups, keys, lambda group: group.runs)
-    # What an unfinished run has seen so far says nothing about its group, unless that is all.
+    # The tokens of an unfinished run are ignored if its group has a finished one.
     warnings |= differing_conditions(groups, ['tokens_seen'], lambda group: group.scored_runs)
     if not _data_seeds_agree(groups):
         warnings |= differing_conditions(groups, ['data_seed'], lambda group: group.runs)
@@ -97,16 +94,16 @@ def differing_loss_conditions(groups: Sequence[Group]) -> dict[str, Values]:
 
 
 def _data_seeds_agree(groups: Sequence[Group]) -> bool:
-    """Whether all groups have the same seeds of the data order, or all draw several at random."""
+    """Whether all groups have the same data seeds, or each run has its own in all groups."""
     seeds = [{str(run.conditions['data_seed']) for run in group.runs} for group in groups]
-    all_drawn = all(len(drawn) == len(group.runs) > 1 for drawn, group in zip(seeds, groups))
-    return all_drawn or all(group == seeds[0] for group in seeds)
+    all_distinct = all(len(drawn) == len(group.runs) > 1 for drawn, group in zip(seeds, groups))
+    return all_distinct or all(group == seeds[0] for group in seeds)
 
 
 def differing_data(groups: Sequence[Group]) -> dict[str, Values]:
-    """Whether runs of different groups with equal seeds were trained on different sequences.
+    """Hashes of the training sequences where they differ between runs with equal seeds.
 
-    The records hold a hash of them for each evaluation; two runs are compared at the last
+    Each evaluation records a hash of all sequences so far; two runs are compared at the last
     iteration for which both have one.
     """
     by_seeds: dict[tuple, list[tuple[int, Run]]] = {}
@@ -131,7 +128,7 @@ def differing_data(groups: Sequence[Group]) -> dict[str, Values]:
 
 
 def code_difference(groups: Sequence[Group]) -> str | None:
-    """The source files and the versions of torch that differ, in a sentence."""
+    """One sentence on differing source files and torch versions, or None."""
     runs = [run for group in groups for run in group.runs]
     with_hashes = [run for run in runs if run.code]
     files = sorted({file for run in with_hashes for file in run.code})
@@ -144,7 +141,7 @@ def code_difference(groups: Sequence[Group]) -> str | None:
         more = f' and {len(changed) - 4} more' if len(changed) > 4 else ''
         parts.append(f'the source files {", ".join(changed[:4])}{more}')
     elif 'git_commit' in versions and len(with_hashes) < len(runs):
-        # An older record does not tell which files its training depended on.
+        # An older record does not list the source files.
         parts.append(f'git commit {_values_with_ranks(versions["git_commit"])}')
     return f'The runs used different code: {"; ".join(parts)}.' if parts else None
 

@@ -1,4 +1,4 @@
-"""What each option of a study's grid does to the loss, and how much that depends on another."""
+"""Main effects of the options in a study's grid on the loss, and interactions between them."""
 
 import statistics
 from collections.abc import Sequence
@@ -8,25 +8,25 @@ from typing import Any, NamedTuple
 from comparison.groups import Group
 from comparison.significance import Difference, paired_difference
 
-GridPoint = dict[str, Any]  # option -> value: where a group lies in the grid
+GridPoint = dict[str, Any]  # option -> value: the position of a group in the grid
 Grid = Sequence[tuple[GridPoint, Group]]
 Losses = dict[tuple, float]  # by the seeds of a run
-Pairs = dict[tuple, tuple[float, float]]  # two losses whose difference counts, by the seeds
+Pairs = dict[tuple, tuple[float, float]]  # (loss, reference loss), by the seeds
 
 
 class Effect(NamedTuple):
-    """What a value of an option does, all else as in the grid, against the option's first value."""
+    """The effect of an option's value against its first value, averaged over the grid."""
 
     option: str
     value: Any
     against: Any
-    difference: Difference | None  # over seeds; None: too few
+    difference: Difference | None  # over seeds; None: too few seeds
     mean: float | None
-    pairs: int  # of runs that differ in this option alone
+    pairs: int  # number of pairs of runs that differ only in this option
 
 
 class Interaction(NamedTuple):
-    """How much the effect of one option's value depends on another's."""
+    """How much the effect of one option depends on the value of another."""
 
     options: tuple[str, str]
     values: tuple[Any, Any]
@@ -36,10 +36,10 @@ class Interaction(NamedTuple):
 
 
 def main_effects(grid: Grid) -> list[Effect]:
-    """Each value against the first of its option, over all pairs that differ in nothing else.
+    """Each value against the first of its option, over all pairs that differ only in it.
 
-    A seed gives every cell of the grid its initial weights and its data, so its pairs share their
-    luck: the mean over the cells is one observation for each seed.
+    A seed sets the initial weights and the data of every cell of the grid, so pairs with the same
+    seed are not independent: their mean over the cells is one observation.
     """
     effects = []
     for option, (first, *others) in _varied_options(grid).items():
@@ -60,7 +60,7 @@ def main_effects(grid: Grid) -> list[Effect]:
 
 
 def interactions(grid: Grid) -> list[Interaction]:
-    """For every two options: (A and B changed) − (A alone) − (B alone) + (neither), by seed."""
+    """For every two options: (A and B changed) − (only A) − (only B) + (neither), by seed."""
     values = _varied_options(grid)
     results = []
     for one, other in combinations(values, 2):
@@ -85,7 +85,7 @@ def _interaction_pairs(
     changed: tuple[Any, Any],
     first: tuple[Any, Any],
 ) -> Pairs:
-    """What A adds where B is changed, and what it adds where B is not, for a cell with both."""
+    """The effect of A with B changed and with B unchanged, by seed, for a cell with both."""
     only_a, only_b, neither = (
         _losses_at(grid, {**point, **dict(zip(options, values))})
         for values in ((changed[0], first[1]), (first[0], changed[1]), first)
@@ -98,10 +98,10 @@ def _interaction_pairs(
 
 
 def _mean_over_cells(cells: Sequence[Pairs]) -> tuple[Difference | None, float | None, int]:
-    """The paired test of the seeds' means over cells, the mean, and the number of pairs.
+    """The paired test of each seed's mean over the cells, the mean, and the number of pairs.
 
-    It goes over the seeds that every cell has, so that all seeds average the same cells. Without
-    such a seed there is a mean and no test.
+    Only seeds that every cell has are used, so that all seeds average the same cells. Without any,
+    there is a mean but no test.
     """
     cells = [cell for cell in cells if cell]
     shared = [seeds for seeds in (cells[0] if cells else {}) if all(seeds in c for c in cells)]
@@ -118,7 +118,7 @@ def _mean_over_cells(cells: Sequence[Pairs]) -> tuple[Difference | None, float |
 
 
 def _varied_options(grid: Grid) -> dict[str, list]:
-    """The values of each option that varies, in the order of the grid."""
+    """The values of each option that varies, in grid order."""
     values: dict[str, list] = {}
     for point, _ in grid:
         for option, value in point.items():

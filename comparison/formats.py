@@ -1,4 +1,4 @@
-"""Sections as plain text, Markdown, CSV or JSON. What comes from records is escaped here."""
+"""A comparison as plain text, Markdown, CSV or JSON. Text from records is escaped here."""
 
 import csv
 import io
@@ -18,7 +18,7 @@ from comparison.tables import sample_of, sections
 
 
 def one_line(text: str) -> str:
-    """The text without what would move a cursor, as one line."""
+    """The text as one line, without terminal control characters."""
     return visible(text).replace('\n', '\\n').replace('\t', '\\t')
 
 
@@ -26,7 +26,7 @@ def one_line(text: str) -> str:
 
 
 def render_text(comparison: Comparison) -> str:
-    """Plain text of about a hundred columns."""
+    """Plain text, about 100 columns wide."""
     return '\n\n'.join(map(section_text, sections(comparison))) + '\n'
 
 
@@ -40,7 +40,7 @@ def section_text(section: Section) -> str:
 
 
 def excerpts(texts: Sequence[tuple[str, str]]) -> list[str]:
-    """The first of the texts, below their headings, as lines."""
+    """The beginnings of the first texts below their headings, as lines."""
     lines = []
     for heading, text in texts[:LISTED]:
         excerpt = (f'    {line}'.rstrip() for line in first_lines(text, WIDTH - 4))
@@ -50,17 +50,17 @@ def excerpts(texts: Sequence[tuple[str, str]]) -> list[str]:
 
 # --- Markdown ------------------------------------------------------------------------------------
 
-# What Markdown or HTML would take as markup; an underscore only where it can open emphasis.
+# Characters that Markdown or HTML treat as markup; an underscore only where it can open emphasis.
 _MARKUP = re.compile(r'[\\`*|<>&\[\]$~@]|(?<![^\W_])_|_(?![^\W_])')
 
 
 def escape_markdown(text: str) -> str:
-    """The text as Markdown that shows it as it is."""
+    """The text escaped for Markdown."""
     return _MARKUP.sub(lambda match: f'&#{ord(match[0])};', one_line(text))
 
 
 def render_markdown(comparison: Comparison) -> str:
-    """The same with tables that GitHub shows as such."""
+    """The same sections as GitHub-flavored Markdown."""
     texts = []
     for section in sections(comparison):
         lines = [*map(visible, section.lines), *excerpts(section.texts)]
@@ -68,7 +68,7 @@ def render_markdown(comparison: Comparison) -> str:
         parts = [f'### {title}' if section.rows or lines else title]
         parts += map(escape_markdown, section.notes)
         if lines:
-            # Longer than any run of backticks in the lines, so that none of them ends the block.
+            # Longer than any run of backticks in the lines, so that none closes the block.
             fence = '`' * max(3, 1 + max(map(len, re.findall('`*', '\n'.join(lines)))))
             parts.append(f'{fence}\n' + '\n'.join(lines) + f'\n{fence}')
         if section.rows:
@@ -85,7 +85,7 @@ def render_markdown(comparison: Comparison) -> str:
 
 
 def render_csv(comparison: Comparison) -> str:
-    """A line for each run, with plain numbers."""
+    """One line per run, with unformatted numbers."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator='\n')
     runs = list(comparison_data(comparison)['runs'])
@@ -96,7 +96,7 @@ def render_csv(comparison: Comparison) -> str:
 
 
 def csv_cell(value: Any) -> Any:
-    """A cell that no spreadsheet takes for a formula."""
+    """A cell that no spreadsheet interprets as a formula."""
     if value is None:
         return ''
     if isinstance(value, str):
@@ -110,7 +110,7 @@ def render_json(comparison: Comparison) -> str:
 
 
 def comparison_data(comparison: Comparison) -> dict[str, Any]:
-    """Everything as plain values: the verdict, groups, effects, and every run."""
+    """The whole comparison as plain values: verdict, groups, effects, warnings and runs."""
     return {
         'baseline': comparison.baseline_label,
         'score': comparison.score,
@@ -144,14 +144,14 @@ def comparison_data(comparison: Comparison) -> dict[str, Any]:
 
 
 def answer_data(comparison: Comparison) -> dict[str, Any] | None:
-    """The main verdict for a script."""
+    """The main verdict, for scripts."""
     verdict = comparison.main_verdict
     if verdict is None:
         return None
     test = verdict.test
     reasons = list(verdict.reasons)
     if not comparison.repeated:
-        reasons.insert(0, 'one seed of each')
+        reasons.insert(0, 'one seed per architecture')
     return {
         'architecture': comparison.labels[comparison.groups.index(verdict.group)],
         'baseline': comparison.baseline_label,
@@ -169,7 +169,7 @@ def answer_data(comparison: Comparison) -> dict[str, Any] | None:
 
 
 def _test_data(correction: CorrectedTest | None) -> dict[str, Any]:
-    """A corrected test."""
+    """A corrected test as plain values."""
     if correction is None:
         return {'difference': None, 'p_value': None}
     test, interval = correction.difference, correction.interval

@@ -1,4 +1,4 @@
-"""Runs that differ in their seeds alone, as one group with a mean score."""
+"""Groups of runs that differ only in their seeds, with a mean score."""
 
 import functools
 import statistics
@@ -15,13 +15,13 @@ Metric = Callable[[Run], float | None]
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """Runs of one architecture, trained alike, that differ in their seeds alone."""
+    """Runs of one architecture and one training configuration that differ only in their seeds."""
 
-    runs: list[Run]  # one for each pair of seeds, whatever became of them
+    runs: list[Run]  # one per (seed, data_seed), finished or not
 
     @functools.cached_property
     def losses(self) -> dict[tuple, float]:
-        """The scores of the finished runs by (seed, data_seed)."""
+        """The losses of the finished runs by (seed, data_seed)."""
         return {
             run_seeds(run): run.val_loss
             for run in self.runs
@@ -34,23 +34,23 @@ class Group:
 
     @functools.cached_property
     def outcomes(self) -> Counter:
-        """How many runs ended in each way, finished ones first."""
+        """The number of runs with each outcome, finished first."""
         counts = Counter(run.outcome for run in self.runs)
         return Counter(dict(sorted(counts.items(), key=lambda item: item[0] != FINISHED)))
 
     @property
     def finished(self) -> bool:
-        """Whether every run is."""
+        """Whether all runs have finished."""
         return self.outcomes[FINISHED] == len(self.runs)
 
     @functools.cached_property
     def scored_runs(self) -> list[Run]:
-        """The finished runs; without any, all of them, as far as they came."""
+        """The finished runs, or all runs if none has finished."""
         return [run for run in self.runs if run.outcome == FINISHED] or self.runs
 
     @property
     def loss(self) -> float | None:
-        """The mean score of the finished runs; without any, that of the others so far."""
+        """The mean loss of the scored runs."""
         return self.mean(lambda run: run.val_loss)
 
     def mean(
@@ -58,7 +58,7 @@ class Group:
         metric: Metric,
         weight: Metric = lambda run: 1.0,
     ) -> float | None:
-        """The mean of a run's metric over the scored runs that have it, and that have a weight."""
+        """The weighted mean of a metric over the scored runs that have a value and a weight."""
         pairs = [(metric(run), weight(run)) for run in self.scored_runs]
         weighted_values = [
             (value, factor) for value, factor in pairs if value is not None and factor
@@ -69,7 +69,7 @@ class Group:
         return statistics.fmean(values, factors)
 
     def values(self, metric: Metric) -> list[float]:
-        """A run's metric, of the scored runs that have it."""
+        """The values of a metric over the scored runs that have it."""
         return [value for value in map(metric, self.scored_runs) if value is not None]
 
 
@@ -78,7 +78,7 @@ def run_seeds(run: Run) -> tuple:
 
 
 def group_runs(runs: Iterable[Run], key: Callable[[Run], Hashable]) -> list[Group]:
-    """All runs, oldest first, by `key(run)`; best first."""
+    """Groups of the runs (oldest first) by `key(run)`, lowest loss first."""
     attempts: dict[Hashable, dict[tuple, list[Run]]] = {}
     for run in runs:
         attempts.setdefault(key(run), {}).setdefault(run_seeds(run), []).append(run)
@@ -87,10 +87,10 @@ def group_runs(runs: Iterable[Run], key: Callable[[Run], Hashable]) -> list[Grou
 
 
 def counted_attempt(attempts: Sequence[Run]) -> Run:
-    """The one of several runs with equal seeds, oldest first, that counts.
+    """Of several runs with equal seeds (oldest first), the one to use.
 
-    A repeated run is no further evidence. One that diverged is evidence that no repetition undoes;
-    else the first that finished counts, else the last.
+    Repeating a run adds no evidence. A diverged run counts even if a repetition finished; otherwise
+    the first finished run counts, or else the last run.
     """
     for outcome in (DIVERGED, FINISHED):
         for run in attempts:

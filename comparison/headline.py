@@ -1,4 +1,4 @@
-"""The answer in a sentence or two: each difference with its interval, and how sure it is."""
+"""The answer in one or two sentences: each difference with its interval and significance."""
 
 from collections.abc import Sequence
 
@@ -23,7 +23,7 @@ Tested = tuple[Verdict, CorrectedTest]
 
 
 def headline(comparison: Comparison) -> str:
-    """What the runs say about the question."""
+    """The result of the comparison in sentences."""
     ranked = [
         (group, label)
         for group, label in zip(comparison.groups, comparison.labels)
@@ -33,7 +33,7 @@ def headline(comparison: Comparison) -> str:
         return ' '.join(['No finished run has a validation loss yet.', *_incomplete(comparison)])
     if len(comparison.groups) == 1:
         (group, label), *_ = ranked
-        text = f'{label} reaches a validation loss of {or_dash(group.loss, nats)} nats a token.'
+        text = f'{label} reaches a validation loss of {or_dash(group.loss, nats)} nats per token.'
         return ' '.join([text, *_incomplete(comparison)])
     if not comparison.repeated:
         return _single_seed_answer(comparison, ranked)
@@ -70,7 +70,7 @@ def _not_comparable(comparison: Comparison) -> str:
 
 
 def _incomplete(comparison: Comparison) -> list[str]:
-    """A sentence for each group that lost seeds, or still waits for some."""
+    """One sentence for each group with unfinished, diverged or worsening runs."""
     sentences = []
     for group, label in zip(comparison.groups, comparison.labels):
         if not group.finished:
@@ -85,7 +85,7 @@ def _incomplete(comparison: Comparison) -> list[str]:
 
 
 def outcomes_text(group: Group) -> str:
-    """`3 of 5 seeds finished, 2 diverged`, or what became of a single run."""
+    """`3 of 5 seeds finished, 2 diverged`, or the outcome of a single run."""
     count = len(group.runs)
     others = [(outcome, n) for outcome, n in group.outcomes.items() if outcome != FINISHED]
     if count == 1:
@@ -95,7 +95,7 @@ def outcomes_text(group: Group) -> str:
 
 
 def _outcome(outcome: str) -> str:
-    # A journal without an end looks the same whether the run lives or was killed.
+    # A journal without an end line does not show whether the run is alive or was killed.
     return 'running or crashed' if outcome == 'running' else outcome
 
 
@@ -103,7 +103,7 @@ def _outcome(outcome: str) -> str:
 
 
 def _single_difference(comparison: Comparison, verdict: Verdict, test: CorrectedTest) -> str:
-    """The whole answer where there is one difference."""
+    """The answer of a comparison with one difference."""
     label = comparison.labels[comparison.groups.index(verdict.group)]
     name, interval, mean = comparison.baseline_label, test.interval, test.difference.mean
     level, p_value = f'{interval.confidence:.0%} interval', p_text(test.p_value)
@@ -113,9 +113,9 @@ def _single_difference(comparison: Comparison, verdict: Verdict, test: Corrected
         low, high = _amounts(interval)
         facts = f'{level} {low} to {high}, p {p_value}, {seeds}'
         verb = 'would be' if verdict.text == BLOCKED else 'is'
-        text = f'{label} {verb} {verdict.finding} than {name} by {nats(abs(mean))} nats a token'
+        text = f'{label} {verb} {verdict.finding} than {name} by {nats(abs(mean))} nats per token'
         return f'{text} ({facts}){_why(verdict)}.'
-    facts = f'{mean:+.4f} nats a token, {level} {interval.low:+.4f} to {interval.high:+.4f}'
+    facts = f'{mean:+.4f} nats per token, {level} {interval.low:+.4f} to {interval.high:+.4f}'
     if verdict.finding == EQUIVALENT:
         verb = 'would differ' if verdict.text == BLOCKED else 'differs'
         margin = f'by less than the margin of {comparison.margin:g}'
@@ -128,14 +128,14 @@ def _single_difference(comparison: Comparison, verdict: Verdict, test: Corrected
 
 def _why(verdict: Verdict) -> str:
     if verdict.text == BLOCKED:
-        return f', but that is no verdict: {"; ".join(verdict.blocked)}'
+        return f', but this verdict is blocked: {"; ".join(verdict.blocked)}'
     if verdict.reservations:
         return f', provisionally: {"; ".join(verdict.reservations)}'
     return ''
 
 
 def _several_differences(comparison: Comparison, tested: Sequence[Tested]) -> list[str]:
-    """A list of differences for each finding, each with its interval."""
+    """The differences by finding, each with its interval."""
     name = comparison.baseline_label
     label_of = dict(zip(map(id, comparison.groups), comparison.labels))
 
@@ -165,11 +165,11 @@ def _several_differences(comparison: Comparison, tested: Sequence[Tested]) -> li
     for finding in (BETTER, WORSE, EQUIVALENT):
         if subset := having(finding, blocked=True):
             sentences.append(
-                f'No verdict, though {finding} by the seeds that finished, since others diverged: '
+                f'Blocked, because seeds diverged ({finding} by the seeds that finished): '
                 f'{items(subset)}.'
             )
     if tested:
-        sentences.append(f'(Nats a token, with intervals corrected for {len(tested)} comparisons.)')
+        sentences.append(f'(Nats per token; intervals corrected for {len(tested)} comparisons.)')
     return sentences
 
 
@@ -194,13 +194,10 @@ def _semicolons(texts: Sequence[str]) -> str:
 
 
 def _undetected(tests: Sequence[CorrectedTest]) -> str:
-    """What 'not significant' leaves open."""
+    """The differences that the test would probably have missed."""
     amounts = sorted(test.detectable for test in tests)
     span = ' to '.join(dict.fromkeys([nats(amounts[0]), nats(amounts[-1])]))
-    return (
-        f'That does not show that they are equal: with so few seeds, true differences below '
-        f'{span} would probably go undetected.'
-    )
+    return f'With this many seeds, differences below {span} nats would probably go undetected.'
 
 
 def _nothing_tested(comparison: Comparison) -> str:
@@ -212,11 +209,11 @@ def _nothing_tested(comparison: Comparison) -> str:
         for reason in verdict.reasons
     )
     why = f': {"; ".join([*reasons][:3])}' if reasons else ''
-    return f'Nothing can be tested against {name} yet{why}.'
+    return f'No test against {name} is possible yet{why}.'
 
 
 def verdict_text(verdict: Verdict) -> str:
-    """The verdict of a table's row."""
+    """The verdict in a table."""
     if verdict.text in (BASELINE, NOT_TESTED) or verdict.text == verdict.finding:
         return verdict.text
     return f'{verdict.text} ({verdict.finding})'

@@ -1,7 +1,7 @@
-"""A comparison as one page: the answer first and last, and the pictures and tables between.
+"""A comparison as an HTML page: the answer first and last, plots and tables in between.
 
-The page is one file with everything inside, for a screen, a phone or paper. Text that comes from
-records is escaped in `escaped`, and nowhere else.
+The page is one self-contained file, laid out for screens, phones and print. Text from records is
+escaped in `escaped`, and nowhere else.
 """
 
 import html
@@ -24,7 +24,7 @@ from comparison.section import Section
 from comparison.tables import tables
 
 SUFFIXES = ('.html', '.htm')
-DRAWN_ROWS = 20  # of a figure of intervals, so that it fits on a page
+DRAWN_ROWS = 20  # of a figure of intervals, to fit on a page
 
 STYLE = """
 :root { color-scheme: light; --ink: #1b1f24; --soft: #57606a; --line: #d9dee4; --wash: #f5f7f9; }
@@ -83,7 +83,7 @@ def report_page(comparison: Comparison) -> str:
         f'<p class="answer">{answer}</p>',
         *pictures(comparison),
         *map(section_html, tables(comparison)),
-        '<h2>To repeat it</h2>',
+        '<h2>Commands to reproduce</h2>',
         f'<pre>{escaped(commands(comparison))}</pre>',
         '<h2>Answer</h2>',
         f'<p class="answer">{answer}</p>',
@@ -99,12 +99,12 @@ def report_page(comparison: Comparison) -> str:
 
 
 def escaped(text: str) -> str:
-    """The text as HTML shows it, with what would steer a terminal or turn the writing visible."""
+    """The text escaped for HTML, with control and direction characters made visible."""
     return html.escape(visible(text))
 
 
 def commands(comparison: Comparison) -> str:
-    """What was typed: the study's one command, or that of each run."""
+    """The command of the study, or that of each run."""
     if comparison.study is not None:
         return comparison.study.command
     return '\n'.join(run.command for group in comparison.groups for run in group.runs)
@@ -120,21 +120,21 @@ def pictures(comparison: Comparison) -> list[str]:
         *_rows(
             f'Differences from {baseline}',
             difference_rows(comparison),
-            'With the interval of each test; in color where the difference is significant.',
+            'With the confidence interval of each test. Colored: significant differences.',
         ),
         *_panels(comparison, 'Curves', curves),
         *_panels(comparison, 'Loss against cost', fronts),
         *_rows(
             'Main effects',
             effect_rows(comparison),
-            'What each value does to the loss, all else equal, with its interval; in color where '
-            'that is significant.',
+            'Effect of each value on the loss, all else equal, with its confidence interval. '
+            'Colored: significant effects.',
         ),
     ]
 
 
 def _panels(comparison: Comparison, title: str, panels: Sequence[Panel]) -> list[str]:
-    """A figure of several panels, each a drawing, so that they find room on any screen."""
+    """A figure of several panels, one drawing each, so that they wrap on small screens."""
     if not panels:
         return []
     drawings = []
@@ -158,7 +158,7 @@ def _panels(comparison: Comparison, title: str, panels: Sequence[Panel]) -> list
 
 
 def _rows(title: str, rows: Sequence[IntervalRow], note: str) -> list[str]:
-    """A figure of intervals, of the first if there are very many."""
+    """A figure of intervals, limited to DRAWN_ROWS."""
     if not rows:
         return []
     if len(rows) > DRAWN_ROWS:
@@ -174,7 +174,7 @@ def _rows(title: str, rows: Sequence[IntervalRow], note: str) -> list[str]:
 
 
 def _image(drawing: str, text: str) -> str:
-    """The drawing as an image with a text in its place, and no names that another drawing has."""
+    """The drawing as an image with alternative text, without ids that are not referenced."""
     used = set(re.findall(r'(?:href="#|url\(#)([^")]+)', drawing))
     drawing = re.sub(r' id="([^"]+)"', lambda match: match[0] if match[1] in used else '', drawing)
     return f'<div role="img" aria-label="{escaped(one_line(text))}">{drawing}</div>'
@@ -189,7 +189,7 @@ def legend_html(comparison: Comparison) -> str:
 
 
 def _swatch(style: dict[str, str]) -> str:
-    """The line and the mark of a group."""
+    """The line and marker of a group in the legend."""
     dashes = ' stroke-dasharray="5 3"' if style['ls'] == '--' else ''
     marks = {
         'o': '<circle cx="16" cy="6" r="3.5"/>',
@@ -213,7 +213,7 @@ def section_html(section: Section) -> str:
     parts = [f'<h2>{title}</h2>']
     parts += [f'<p class="note">{escaped(note)}</p>' for note in section.notes]
     if section.lines:
-        # Lines that go on are indented further than new ones; a screen breaks them where it must.
+        # Continuation lines have a larger indent. Join them: the browser wraps the text.
         lines = re.sub(r'\n {3,}', ' ', '\n'.join(section.lines))
         parts.append(f'<pre>{escaped(lines)}</pre>')
     if section.texts:
@@ -224,7 +224,7 @@ def section_html(section: Section) -> str:
 
 
 def table_html(title: str, section: Section) -> str:
-    """A table that scrolls by itself where it is wider than the screen."""
+    """A table with its own horizontal scroll bar on narrow screens."""
     sides = [' class="r"' if side == '>' else '' for side in section.align]
 
     def row(cells: list[str], tag: str, scope: str = '') -> str:

@@ -1,4 +1,4 @@
-"""The differences that a picture of intervals shows, as plain data: verdicts and main effects."""
+"""The rows of an interval plot as plain data: verdicts and main effects."""
 
 from typing import NamedTuple
 
@@ -15,11 +15,11 @@ class IntervalRow(NamedTuple):
     mean: float
     low: float | None
     high: float | None
-    finding: str | None  # BETTER or WORSE, if it is significant
+    finding: str | None  # BETTER or WORSE if significant
 
 
 def difference_rows(comparison: Comparison) -> list[IntervalRow]:
-    """Each group against the baseline, with the interval of its test."""
+    """The difference of each group from the baseline, with the interval of its test."""
     rows = []
     for rank, verdict in enumerate(comparison.verdicts, 1):
         test = verdict.test
@@ -39,7 +39,7 @@ def difference_rows(comparison: Comparison) -> list[IntervalRow]:
 
 
 def effect_rows(comparison: Comparison) -> list[IntervalRow]:
-    """What each value of a grid's option does."""
+    """The main effect of each value in the grid."""
     several = len({effect.option for effect, _ in comparison.effects}) > 1
     rows = []
     for effect, correction in comparison.effects:

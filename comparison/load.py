@@ -1,4 +1,4 @@
-"""Which runs are compared: those below some folders, each once, without what is no evidence."""
+"""Find and read the runs to compare: each once, without tuning and superseded runs."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +9,7 @@ from comparison.runs import DIVERGED, Run, run_folder, run_from_record
 from records.record import read_outline
 from records.run_folders import find_records
 
-# The errors that reading a damaged record ends in.
+# Errors that reading a damaged record can raise.
 RECORD_ERRORS = (UserError, AttributeError, KeyError, TypeError, ValueError, OverflowError)
 SCORES = ('final', 'best')
 
@@ -17,10 +17,10 @@ SCORES = ('final', 'best')
 def read_runs(
     paths: Sequence[Path], latest: int | None = None, score: str = 'final'
 ) -> tuple[list[Run], list[str]]:
-    """Rows of all runs at or below `paths`, newest first, and one line for each that is skipped.
+    """All runs at or below `paths`, newest first, and one line for each that is skipped.
 
-    score: whether a run is judged by its final evaluation or by its best. Raises UserError for a
-    path that does not exist and where no run can be read.
+    score: whether a run is ranked by its final evaluation or by its best. Raises UserError if a
+    path does not exist or no run can be read.
     """
     runs, skipped = [], []
     for path in _record_paths(paths):
@@ -32,7 +32,7 @@ def read_runs(
         raise UserError(
             f'no run to compare at or below {", ".join(map(str, paths)) or Path.cwd()}. '
             'Make one with: python train.py config/arch_llama.py --max_iters=100, '
-            'or say where runs are: python compare_architectures.py OUT_DIR',
+            'or give the folder of existing runs: python compare_architectures.py OUT_DIR',
             *(f'skipped {line}' for line in skipped),
         )
     runs.sort(key=lambda run: run.start, reverse=True)
@@ -40,7 +40,7 @@ def read_runs(
 
 
 def skip_reason(path: Path, error: Exception) -> str:
-    """One line on why a record cannot be read."""
+    """One line on why a record is skipped."""
     if isinstance(error, UserError):
         reason = ' '.join(str(error).split())
         return reason if str(path) in reason else f'{path}: {reason}'
@@ -57,27 +57,27 @@ def _record_paths(paths: Sequence[Path]) -> list[Path]:
         raise UserError(*missing)
     records = [] if paths else find_records(Path('.'))
     for path in paths:
-        # A folder with no run is left to the reader, which takes more than a search does.
+        # A path without runs goes to the reader, which accepts more names and reports errors.
         records += ([] if path.is_file() else find_records(path)) or [path]
-    # A run that two paths lead to counts once.
+    # A run that two paths contain counts once.
     return [*{run_folder(path).resolve(): path for path in reversed(records)}.values()]
 
 
 def drop_tuning_runs(runs: Sequence[Run]) -> list[Run]:
-    """The runs without those that a study made to tune or to time.
+    """The runs without the tuning and timing runs of studies.
 
-    What chose an option is no evidence for it; such runs are compared where no trial of their study
-    is.
+    A run that chose an option is no evidence for it. Tuning runs are kept only while their study
+    has no other runs.
     """
     studies_with_trials = {run.study for run in runs if run.variant is not None}
     return [run for run in runs if run.variant is not None or run.study not in studies_with_trials]
 
 
 def drop_superseded_runs(newest_first: Sequence[Run]) -> list[Run]:
-    """The runs, of each trial of a study only the newest.
+    """The runs, with only the newest run of each trial of a study.
 
-    A trial whose run was killed before it had saved anything is begun anew; one that diverged
-    stays, since that is evidence.
+    A trial that was killed before its first checkpoint starts again in a new run. A diverged run
+    is kept, since it is evidence.
     """
     compared, trial_folders = [], set()
     for run in newest_first:

@@ -1,4 +1,4 @@
-"""What the runs reached: the ranking, the verdicts, what was tuned, and the effects of a grid."""
+"""The tables RANKING, VERDICT, TUNING, MAIN EFFECTS and INTERACTIONS."""
 
 from common.formatting import join_names, nats, or_dash, p_text, wrapped
 from comparison.analysis import BASELINE, CorrectedTest
@@ -28,15 +28,15 @@ def ranking_section(comparison: Comparison) -> Section:
         row.append(or_dash(group.mean(lambda run: run.bits_per_byte), nats))
         row += [status_text(group)] if unfinished else []
         rows.append([*row, label])
-    # The name comes last: its length varies, and a terminal may cut it.
+    # The name is the last column: it may be long, and terminals wrap it.
     spread = ['+/-', 'seeds'] if repeated else []
     others = ['final' if judged_by_best else 'best'] if other else []
     header = ['#', 'val loss', *spread, f'vs #{comparison.baseline_rank}', *others, 'bits/byte']
     header += [*(['status'] if unfinished else []), 'architecture']
     kind = 'best' if judged_by_best else 'final'
-    title = f'RANKING by {kind} validation loss, in nats a token (lower is better)'
+    title = f'RANKING by {kind} validation loss, in nats per token (lower is better)'
     if repeated:
-        title = f'RANKING by {kind} validation loss, nats a token: mean over seeds, {INTERVAL}'
+        title = f'RANKING by {kind} validation loss, nats per token: mean over seeds, {INTERVAL}'
     align = '>>' + '>>' * repeated + '>' + '>' * bool(other) + '>' + '<' * unfinished + '<'
     return Section(title, _ranking_notes(comparison), header, rows, align)
 
@@ -45,15 +45,15 @@ def _ranking_notes(comparison: Comparison) -> list[str]:
     notes = []
     if len(comparison.groups) > 1:
         notes.append(
-            f'Differences are to #{comparison.baseline_rank} {comparison.baseline_label}: '
+            f'Baseline: #{comparison.baseline_rank} {comparison.baseline_label}, '
             f'{comparison.baseline_reason}.'
         )
         if comparison.baseline.loss is None:
             notes.append('The baseline has no validation loss.')
     if comparison.score == 'best':
         notes.append(
-            'The best of several evaluations is lower than a new one of that model would be, and '
-            'the more evaluations there are, the lower.'
+            'The best of several evaluations is biased low, and more so the more evaluations '
+            'there are.'
         )
     notes += comparison.notes
     if comparison.loss_warnings:
@@ -62,7 +62,7 @@ def _ranking_notes(comparison: Comparison) -> list[str]:
 
 
 def _other_score(comparison: Comparison) -> Metric | None:
-    """The final loss beside the best, or the best beside the final, where they differ."""
+    """The best loss next to the final one, or the reverse; None if they are equal."""
     runs = [run for group in comparison.groups for run in group.scored_runs]
     if all(not run.curve or run.curve[-1].loss == run.best_val_loss for run in runs):
         return None
@@ -92,7 +92,7 @@ def half_interval_text(group: Group) -> str:
 
 
 def status_text(group: Group) -> str:
-    """`finished`, what became of the others, or how far a single run came."""
+    """`finished`, the outcomes of the other runs, or the progress of a single run."""
     if len(group.runs) == 1:
         run = group.runs[0]
         return f'{outcomes_text(group)} {run.iters_done}/{or_dash(run.max_iters, str)}'
@@ -148,26 +148,27 @@ def _verdict_notes(comparison: Comparison) -> list[str]:
     others = ''
     if len(comparison.groups) > 2:
         others = (
-            f', with the noise of the other architectures as up to {PRIOR_FREEDOM} degrees of '
-            'freedom more'
+            f'; the noise of the other architectures adds up to {PRIOR_FREEDOM} degrees of freedom'
         )
     several = f'corrected for {len(tests)} comparisons (Holm)'
-    correction = f' p is {several}; each interval has the level of its test.' * (len(tests) > 1)
+    correction = f' p is {several}; each interval has the confidence level of its test.' * (
+        len(tests) > 1
+    )
     notes = [
         f"Student's t-test of {pairs}{others}.{correction} noise: standard deviation of the "
-        'difference of one pair of runs. detectable: the smallest true difference that this many '
-        'seeds and comparisons find four times in five, if the noise is as estimated here.'
+        'difference within one pair of runs. detectable: the smallest true difference that such a '
+        'test finds with 80% probability, if the noise is as estimated.'
     ]
     if comparison.margin is not None:
         notes.append(
-            f'p equal: of the hypothesis that the true difference is {comparison.margin:g} nats or '
-            'more (two one-sided tests).'
+            f'p equal: p-value of the hypothesis that the true difference is at least '
+            f'{comparison.margin:g} nats (two one-sided tests).'
         )
     return notes
 
 
 def tuning_section(comparison: Comparison) -> Section | None:
-    """What each variant of a study chose for itself."""
+    """The tuned options of each variant of a study."""
     plan = comparison.study
     if plan is None or not plan.tuned:
         return None
@@ -180,10 +181,12 @@ def tuning_section(comparison: Comparison) -> Section | None:
         rows.append([str(rank), *(or_dash(tuned_values[key], str) for key in plan.tuned), label])
         if at_edge := plan.at_edge.get(variant):
             edges.append(f'#{rank} {join_names(at_edge)}')
-    notes = ['Each architecture trained with its own best of the values that the study tried.']
+    notes = [
+        'Each architecture was trained with its own best values of those that the study tried.'
+    ]
     if edges:
         notes.append(
-            f'At the end of its list, so that a value beyond it may be better: {"; ".join(edges)}.'
+            f'At the end of the list, so a value beyond it may be better: {"; ".join(edges)}.'
         )
     header = ['#', *plan.tuned, 'architecture']
     return Section('TUNING', notes, header, rows, '>' * (1 + len(plan.tuned)) + '<')
@@ -203,8 +206,8 @@ def effects_section(comparison: Comparison) -> Section | None:
         for effect, correction in comparison.effects
     ]
     notes = [
-        'What each value does to the loss, over all pairs of runs that differ in it alone; the '
-        'mean of a seed is one observation.'
+        'Effect of each value on the loss, over all pairs of runs that differ only in it. The mean '
+        'over all pairs of one seed is one observation.'
     ]
     header = ['option', 'value', 'against', 'difference', 'interval', 'p', 'pairs']
     return Section('MAIN EFFECTS', notes, header, rows, '<<<>>>>')
@@ -219,7 +222,7 @@ def interactions_section(comparison: Comparison) -> Section | None:
         if correction is not None and correction.p_value < ALPHA
     ]
     if not significant:
-        line = 'No effect can be shown to depend on another option.'
+        line = 'No significant interaction between two options.'
         return Section('INTERACTIONS', lines=[line])
     rows = [
         [
@@ -229,7 +232,7 @@ def interactions_section(comparison: Comparison) -> Section | None:
         ]
         for interaction, correction in significant
     ]
-    notes = ['How much more (+) or less (-) loss the two together make than the sum of each alone.']
+    notes = ['Loss of both values together minus the sum of their separate effects.']
     header = ['with', 'and', 'difference', 'interval', 'p']
     return Section('INTERACTIONS', notes, header, rows, '<<>>>')
 

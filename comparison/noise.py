@@ -1,16 +1,16 @@
-"""The difference of two variants, tested with a noise that is estimated from all variants.
+"""The test of a difference between two variants, with noise estimated from all variants.
 
 Losses form a table of variants by seeds, in which a loss is
 
     mean of the variant + effect of the seed + noise.
 
-A seed sets the initial weights and the order of the data of every variant, so its effect cancels
-where both variants have the seed. What is left is the noise. Few seeds estimate it badly: three
-give two degrees of freedom. So the noise of a difference is *moderated*: the estimate from the two
-variants alone is averaged with the one from all others, as in empirical Bayes methods for many
-small experiments (Smyth 2004). The others count as at most PRIOR_FREEDOM degrees of freedom, since
-variants may differ in their noise. `benchmarks/verdicts.py` shows by simulation that the procedure
-then holds its error rate even if one variant has three times the deviation of the others.
+A seed sets the initial weights and the data order of every variant, so its effect cancels in the
+difference of two variants with the same seed. The rest is noise. Few seeds give a poor estimate of
+it: three give two degrees of freedom. So the noise of a difference is *moderated*: the estimate
+from the two variants is averaged with the one from all others, as in empirical Bayes methods for
+many small experiments (Smyth 2004). The others count as at most PRIOR_FREEDOM degrees of freedom,
+since variants may differ in their noise. `benchmarks/verdicts.py` shows by simulation that the
+procedure keeps its error rate even if one variant has three times the deviation of the others.
 """
 
 import math
@@ -20,14 +20,14 @@ from typing import Any, NamedTuple
 
 from comparison.significance import Difference
 
-# Weight of the other variants, in degrees of freedom. The largest whole number with which at most
-# 6 % of the experiments without any true difference call one significant, in every case of
+# Weight of the other variants, in degrees of freedom. The largest whole number for which at most
+# 6 % of the experiments without a true difference report a significant one, in every case of
 # benchmarks/verdicts.py with normal or t5 noise, or with one variant of three times the deviation.
 PRIOR_FREEDOM = 3
-# Where only some runs have a partner, fewer degrees of freedom of the pairs' noise than this make
-# the error rate too high (benchmarks/verdicts.py). Without pairs the test is conservative.
+# If only some runs have a partner, and the noise of the pairs has fewer degrees of freedom than
+# this, the error rate is too high (benchmarks/verdicts.py). Without pairs the test is conservative.
 MIN_PAIR_FREEDOM = 3
-NO_SPREAD = 1e-12  # of the losses: below this, runs repeat one another to the last digit
+NO_SPREAD = 1e-12  # relative spread below which losses are identical
 
 Losses = Mapping[Any, float]  # of one variant, by seed
 
@@ -49,11 +49,11 @@ class Variance(NamedTuple):
 def moderated_difference(
     group: Losses, baseline: Losses, others: Sequence[Losses] = ()
 ) -> Difference | None:
-    """Mean of `group` minus mean of `baseline`, from all their runs.
+    """The mean of `group` minus the mean of `baseline`, from all their runs.
 
-    With seeds that both have, this is the paired t-test with a moderated variance; without any, it
-    is Welch's test with moderated variances; with some, a weighted mean of both comparisons.
-    None where no test is possible: fewer than two runs of either, or no spread at all.
+    If all seeds are shared, this is the paired t-test with a moderated variance; if none is, it is
+    Welch's test with moderated variances; if some are, a weighted mean of both comparisons. None if
+    no test is possible: fewer than two runs of either, or no spread.
     """
     if min(len(group), len(baseline)) < 2:
         return None
@@ -61,7 +61,7 @@ def moderated_difference(
     pair = _moderated(_pair_spread(group, baseline), _other_pairs_spread(group, baseline, others))
     partly = not len(shared) == len(group) == len(baseline)
     if pair is None or (partly and pair.freedom < MIN_PAIR_FREEDOM):
-        shared = []  # nothing tells well enough what a seed shares, so nothing is subtracted for it
+        shared = []  # the effect of seeds is not estimated well enough: treat all runs as unpaired
     weights = _weights(len(shared), len(group), len(baseline))
     mean = sum(
         sign * losses[seed] * (on_shared if seed in shared else on_own)
@@ -97,8 +97,8 @@ def _moderated(spread: Spread, prior_spread: Spread) -> Variance | None:
 
     None with too few degrees of freedom.
 
-    The prior predicts a variance less well the fewer degrees of freedom it has itself and the more
-    the variances of variants differ, which PRIOR_FREEDOM stands for.
+    The prior has less weight the fewer degrees of freedom it has; PRIOR_FREEDOM bounds the weight,
+    since variants may differ in their variance.
     """
     prior = 1 / (1 / PRIOR_FREEDOM + 1 / prior_spread.freedom) if prior_spread.freedom > 0 else 0.0
     freedom = spread.freedom + prior
@@ -111,11 +111,11 @@ def _moderated(spread: Spread, prior_spread: Spread) -> Variance | None:
 
 
 def _weights(shared: int, group: int, baseline: int) -> tuple[tuple[float, float], ...]:
-    """The weight of one run with a partner, and of one without, for group and baseline.
+    """For group and baseline: the weight of a run with a partner, and of one without.
 
-    They are those of generalized least squares when the effect of a seed varies as much as the
-    noise. Any weights that add up to one give an unbiased difference; these lose little whether
-    seeds matter much or not at all.
+    These are the weights of generalized least squares if the effect of a seed varies as much as the
+    noise. Any weights that sum to one give an unbiased difference; these are nearly optimal whether
+    seeds have a large effect or none.
     """
     if not shared:
         return (0.0, 1 / group), (0.0, 1 / baseline)
@@ -136,7 +136,7 @@ def _variance_parts(
     within: list[Variance],
     tables: tuple[Losses, Losses],
 ) -> list[tuple[float, Variance]]:
-    """The variance of the weighted difference as factors of estimated variances.
+    """The variance of the weighted difference as (factor, estimated variance) terms.
 
     Var(w a - v b) of a pair is (w - v) w Var(a) + (v - w) v Var(b) + w v Var(a - b), and `pair` is
     half of Var(a - b).
@@ -145,7 +145,7 @@ def _variance_parts(
     parts = [(2 * together, pair)] if shared and pair else []
     for (on_shared, on_own), variance, losses in zip(weights, within, tables):
         factor = shared * on_shared**2 + (len(losses) - shared) * on_own**2 - together
-        if factor > 1e-9:  # a negative one would take away what was estimated only
+        if factor > 1e-9:  # never subtract an estimated variance
             parts.append((factor, variance))
     return parts
 
@@ -154,13 +154,13 @@ def _variance_parts(
 
 
 def _pair_spread(group: Losses, baseline: Losses) -> Spread:
-    """Half the squares of the differences of pairs around their mean: the noise of one run."""
+    """Half the squared deviations of the pairs' differences: the noise of one run."""
     differences = [group[seed] - baseline[seed] for seed in group if seed in baseline]
     return Spread(_squares(differences) / 2, max(0, len(differences) - 1))
 
 
 def _other_pairs_spread(group: Losses, baseline: Losses, others: Sequence[Losses]) -> Spread:
-    """What the additive model of all variants leaves, without what the pair itself contributes."""
+    """The residual of the additive model over all variants, without the pair's own contribution."""
     all_variants, of_pair = _residual([group, baseline, *others]), _pair_spread(group, baseline)
     return Spread(
         max(0.0, all_variants.squares - of_pair.squares), all_variants.freedom - of_pair.freedom
@@ -168,7 +168,7 @@ def _other_pairs_spread(group: Losses, baseline: Losses, others: Sequence[Losses
 
 
 def _within(variants: Sequence[Losses]) -> Spread:
-    """The squares of runs around the means of their variants."""
+    """The squared deviations of runs from the mean of their variant."""
     return Spread(
         sum(_squares([*losses.values()]) for losses in variants),
         sum(max(0, len(losses) - 1) for losses in variants),
@@ -176,7 +176,7 @@ def _within(variants: Sequence[Losses]) -> Spread:
 
 
 def _squares(values: Sequence[float]) -> float:
-    """The squares around the mean."""
+    """The sum of squared deviations from the mean."""
     if len(values) < 2:
         return 0.0
     mean = statistics.fmean(values)
@@ -184,13 +184,13 @@ def _squares(values: Sequence[float]) -> float:
 
 
 def _residual(variants: Sequence[Losses]) -> Spread:
-    """Squares that are left by least squares of variant + seed, cells may be missing."""
+    """The residual of the least-squares fit of variant + seed; cells may be missing."""
     cells = {(v, seed): x for v, losses in enumerate(variants) for seed, x in losses.items()}
     if not cells:
         return Spread(0.0, 0)
     scale = max(map(abs, cells.values()))
-    # Alternating projections: take the means off variants, then off seeds, until they stay.
-    # A table without missing cells needs one turn.
+    # Alternating projections: subtract the means of variants, then of seeds, until both vanish.
+    # A table without missing cells needs one pass.
     for _ in range(1000):
         largest = 0.0
         for axis in (0, 1):
@@ -211,7 +211,7 @@ def _residual(variants: Sequence[Losses]) -> Spread:
 
 
 def _connected_components(variants: Sequence[Losses]) -> int:
-    """The number of sets of variants that no shared seed connects."""
+    """The number of sets of variants that share no seed with each other."""
     components: list[set] = []
     for losses in variants:
         component = set(losses)

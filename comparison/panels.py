@@ -1,7 +1,7 @@
-"""What the pictures of a comparison show, as plain data: curves and fronts.
+"""The panels of a comparison's plots as plain data: loss curves and Pareto fronts.
 
-A run that did not end well is shown as such. One that diverged or ended above its untrained loss
-sets no limit of an axis: it would leave no room for the others.
+Runs that did not end normally are marked. A run that diverged or ended above its untrained loss
+does not set the limits of an axis: the others would look flat.
 """
 
 import math
@@ -16,7 +16,7 @@ from comparison.groups import Group
 from comparison.picture_labels import BLOWN_UP, UNFINISHED, run_ending
 from comparison.runs import DIVERGED, FINISHED, Run
 
-# Of a run: the loss falls so fast there that the rest would look flat beside it.
+# Share of a run to leave out at its start, where the loss falls too fast for the scale of the rest.
 LEFT_OUT_SHARE = 0.25
 TITLE_WIDTH = 42  # characters
 
@@ -36,15 +36,15 @@ class PlotLine(NamedTuple):
     rank: int  # of the group, from 1
     ending: str
     points: list[PlotPoint]
-    ceiling: float = math.inf  # the loss without training: what is above it sets no limit
+    ceiling: float = math.inf  # untrained loss; higher losses do not set the axis limits
 
 
 class Panel(NamedTuple):
     """Lines in one pair of axes."""
 
     title: str
-    cost: str  # what the horizontal axis has
-    loss: str  # what the vertical axis has
+    cost: str  # label of the horizontal axis
+    loss: str  # label of the vertical axis
     lines: list[PlotLine]
     x_limits: tuple[float, float]
     y_limits: tuple[float, float]
@@ -53,7 +53,7 @@ class Panel(NamedTuple):
 
 
 def panels_of(comparison: Comparison) -> tuple[list[Panel], list[Panel]]:
-    """Of curves, unless no run has two evaluations and fronts show all there is; and of fronts."""
+    """Curve panels and fronts; no curves if there are fronts and no run has two evaluations."""
     curves, fronts = curve_panels(comparison), front_panels(comparison)
     if fronts and all(len(line.points) == 1 for panel in curves for line in panel.lines):
         return [], fronts
@@ -64,7 +64,7 @@ def panels_of(comparison: Comparison) -> tuple[list[Panel], list[Panel]]:
 
 
 def curve_panels(comparison: Comparison) -> list[Panel]:
-    """Validation loss over tokens, FLOPs and seconds; once where two of them are proportional."""
+    """Validation loss over tokens, FLOPs and seconds; one panel for proportional costs."""
     runs = [run for group in comparison.groups for run in group.runs]
     points = [point for run in runs for point in run.curve]
     amounts = {cost: [getattr(point, cost) for point in points] for cost in comparison.costs}
@@ -79,13 +79,13 @@ def curve_panels(comparison: Comparison) -> list[Panel]:
             starts = _shown_from(lines)
             drawn = [_line_from(starts[line.rank], line) for line in lines]
             names = [comparison.costs[key] for key in (cost, *others)]
-            panel = _panel('Loss over', names, 'validation loss, nats a token', drawn, starts)
+            panel = _panel('Loss over', names, 'validation loss, nats per token', drawn, starts)
             panels.append(panel._replace(beginnings_left_out=drawn != lines))
     return panels
 
 
 def _group_lines(rank: int, group: Group, cost: str) -> list[PlotLine]:
-    """The mean of the runs that ended well, and each of the others."""
+    """The mean curve of the finished runs, and the curve of each other run."""
     finished = [run for run in group.runs if run_ending(run) == FINISHED]
     single = [run for run in group.runs if run_ending(run) != FINISHED]
     mean = _mean_curve(finished, cost)
@@ -99,7 +99,7 @@ def _group_lines(rank: int, group: Group, cost: str) -> list[PlotLine]:
 
 
 def _mean_curve(runs: Sequence[Run], cost: str) -> list[PlotPoint]:
-    """The evaluations that all of the runs have, by rising cost."""
+    """The mean over the evaluations that all runs have, by increasing cost."""
     curves = [
         {point.iter: (getattr(point, cost), point.loss) for point in run.curve} for run in runs
     ]
@@ -120,14 +120,14 @@ def _ceiling(runs: Iterable[Run]) -> float:
 
 
 def _shown_from(lines: Sequence[PlotLine]) -> dict[int, float]:
-    """For each rank, the cost from which on its lines are shown: LEFT_OUT of what it spends."""
+    """For each rank, the cost at which its lines start: LEFT_OUT_SHARE of its total."""
     starts = {line.rank: LEFT_OUT_SHARE * line.points[-1].amount for line in _limiting_lines(lines)}
     first = min(starts.values())
     return {line.rank: starts.get(line.rank, first) for line in lines}
 
 
 def _limiting_lines(lines: Sequence[PlotLine]) -> Sequence[PlotLine]:
-    """The lines that set the limits of the axes: the finished ones, else what there is."""
+    """The lines that set the axis limits: finished runs, else unfinished ones, else all."""
     for endings in ((FINISHED,), (UNFINISHED,)):
         if limiting := [line for line in lines if line.ending in endings]:
             return limiting
@@ -135,7 +135,7 @@ def _limiting_lines(lines: Sequence[PlotLine]) -> Sequence[PlotLine]:
 
 
 def _line_from(start: float, line: PlotLine) -> PlotLine:
-    """The line from a cost on, or its last point."""
+    """The line from a cost on, or at least its last point."""
     points = [point for point in line.points if point.amount >= start]
     return line._replace(points=points or line.points[-1:])
 
@@ -144,7 +144,7 @@ def _line_from(start: float, line: PlotLine) -> PlotLine:
 
 
 def front_panels(comparison: Comparison) -> list[Panel]:
-    """Loss against what it cost, where that differs; once where two costs are proportional."""
+    """Loss against each cost that differs; one panel for proportional costs."""
     groups = [group for group in comparison.groups if group.losses]
     amounts = {
         letter: [group.mean(metric) for group in groups]
@@ -164,7 +164,7 @@ def front_panels(comparison: Comparison) -> list[Panel]:
             if letter in comparison.fronts[rank - 1]:
                 front.append((amount, point.loss))
         names = [comparison.front_costs[key][0] for key in (letter, *others)]
-        loss = f'{kind.lower()} validation loss, nats a token'
+        loss = f'{kind.lower()} validation loss, nats per token'
         panel = _panel(f'{kind} loss against', names, loss, lines)
         panels.append(panel._replace(front=sorted(front)))
     return panels
@@ -181,9 +181,9 @@ def _worst_ending(group: Group) -> str:
 
 
 def proportional(amounts: dict[str, list[float | None]]) -> list[list[str]]:
-    """The costs, those together that are the same but for a factor; none of which nothing is known.
+    """Lists of costs that are proportional to each other; unknown costs are left out.
 
-    amounts: of each cost, in the same order.
+    amounts: the values of each cost, in the same order.
     """
     classes: list[list[str]] = []
     for cost, values in amounts.items():
@@ -224,7 +224,7 @@ def _panel(
     lines: list[PlotLine],
     starts: dict[int, float] | None = None,
 ) -> Panel:
-    """starts: for each rank the least cost that counts."""
+    """starts: for each rank, the lowest cost that sets the axis limits."""
     limiting = [*_limiting_lines(lines), *(line for line in lines if line.ending == UNFINISHED)]
     points = [
         (point, point.high <= line.ceiling)
@@ -250,13 +250,13 @@ def _limits(values: Sequence[float]) -> tuple[float, float]:
 
 MARKS = {
     DIVERGED: 'crosses: runs that diverged',
-    BLOWN_UP: 'arrowheads upwards: runs that ended above their untrained loss',
-    UNFINISHED: 'arrowheads to the right: runs that have not finished',
+    BLOWN_UP: 'upward arrowheads: runs that ended above their untrained loss',
+    UNFINISHED: 'right arrowheads: runs that have not finished',
 }
 
 
 def caption(panels: Sequence[Panel]) -> str:
-    """What lines, bands and marks of the panels mean."""
+    """The meaning of lines, bands and markers in the panels."""
     lines = [line for panel in panels for line in panel.lines]
     sentences = []
     spread = [line for line in lines if any(point.low < point.high for point in line.points)]
@@ -267,13 +267,15 @@ def caption(panels: Sequence[Panel]) -> str:
             if any((len(line.points) == 1) == single for line in spread)
         ]
         extent = ' and '.join(extents)
-        sentences.append(f'Means over seeds; {extent} reach from the lowest seed to the highest.')
+        sentences.append(f'Means over seeds; {extent} span the lowest to the highest seed.')
     if any(panel.beginnings_left_out for panel in panels):
-        sentences.append('The first quarter of each run is left out.')
+        sentences.append('The first quarter of each run is not shown.')
     marks = [text for ending, text in MARKS.items() if any(line.ending == ending for line in lines)]
     if marks:
         text = '; '.join(marks)
         sentences.append(f'{text[0].upper()}{text[1:]}.')
     if any(len(panel.front) > 1 for panel in panels):
-        sentences.append('Dashed: the front, where no other has a lower loss for as little.')
+        sentences.append(
+            'Dashed: the Pareto front (no other has a lower loss at the same or lower cost).'
+        )
     return ' '.join(sentences)

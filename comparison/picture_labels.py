@@ -1,4 +1,4 @@
-"""How the groups of a comparison are called in its pictures, and how their runs ended."""
+"""Labels and legends of the plots, and how runs ended."""
 
 import re
 
@@ -6,14 +6,10 @@ from comparison.compare import Comparison
 from comparison.groups import Group
 from comparison.runs import DIVERGED, FINISHED, UNMEASURED, Run
 
-# How a run ended, beside DIVERGED and FINISHED.
+# Endings of a run besides DIVERGED and FINISHED.
 BLOWN_UP, UNFINISHED = 'ended above the untrained loss', 'not finished'
-
-
 LONGEST_LABEL = 48  # characters
-
-
-STYLED_GROUPS = 14  # groups that are told apart by color, line and marker, beside the baseline
+STYLED_GROUPS = 14  # groups with their own color, line and marker, besides the baseline
 
 
 def run_ending(run: Run) -> str:
@@ -25,9 +21,9 @@ def run_ending(run: Run) -> str:
 
 
 def short_labels(comparison: Comparison) -> list[str]:
-    """The groups' labels, short enough for a picture.
+    """The groups' labels, shortened for plots.
 
-    Without the name of the option where a study varies one only, and without `arch_preset=`.
+    Without the option's name where a study varies only one, and without `arch_preset=`.
     """
     plan = comparison.study
     varied = {key for point in plan.variants.values() for key in point} if plan else set()
@@ -39,7 +35,7 @@ def short_labels(comparison: Comparison) -> list[str]:
 
 
 def ellipsized(text: str, longest: int = LONGEST_LABEL) -> str:
-    """The text with an ellipsis in its middle if it is too long: names differ at their ends."""
+    """The text with an ellipsis in the middle if it is too long."""
     if len(text) <= longest:
         return text
     begin = longest // 2
@@ -47,7 +43,7 @@ def ellipsized(text: str, longest: int = LONGEST_LABEL) -> str:
 
 
 def legend(comparison: Comparison) -> list[tuple[int, str]]:
-    """The groups that are told apart, by rank; those of the rest share one entry, the last."""
+    """(rank, text) of each group with its own style; all others share the last entry."""
     labels, entries, unstyled = short_labels(comparison), [], []
     for rank, (group, label) in enumerate(zip(comparison.groups, labels), 1):
         if style_number(comparison, rank) is None:
@@ -57,12 +53,12 @@ def legend(comparison: Comparison) -> list[tuple[int, str]]:
         notes += _endings_text(group)
         entries.append((rank, f'#{rank} {label}' + (f' ({", ".join(notes)})' if notes else '')))
     if unstyled:
-        entries.append((unstyled[0], f'the others, from #{unstyled[0]} on'))
+        entries.append((unstyled[0], f'the others, from #{unstyled[0]}'))
     return entries
 
 
 def style_number(comparison: Comparison, rank: int) -> int | None:
-    """Which style a group has: 0 is the baseline's, None is that of all without their own."""
+    """The style of a group: 0 is the baseline's, None the common style of the last groups."""
     baseline = comparison.baseline_rank
     if rank == baseline:
         return 0
@@ -71,7 +67,7 @@ def style_number(comparison: Comparison, rank: int) -> int | None:
 
 
 def _endings_text(group: Group) -> list[str]:
-    """`2 of 5 diverged`, or what became of a single run."""
+    """`2 of 5 diverged`, or the ending of a single run."""
     endings, count = [*map(run_ending, group.runs)], len(group.runs)
     return [
         ending if count == 1 else f'{endings.count(ending)} of {count} {ending}'

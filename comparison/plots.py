@@ -1,6 +1,6 @@
-"""The pictures of a comparison, drawn with matplotlib, an optional package.
+"""The plots of a comparison, drawn with matplotlib, an optional package.
 
-Text that comes from records is drawn as it is: no mathematics, no control characters.
+Text from records is drawn literally: no math markup, no control characters.
 """
 
 import contextlib
@@ -26,20 +26,20 @@ if TYPE_CHECKING:
     from matplotlib.lines import Line2D
 
 SUFFIXES = ('.png', '.svg', '.pdf')
-# Okabe & Ito 2008, which color-blind readers can tell apart; the first is the baseline's.
+# The color-blind safe palette of Okabe & Ito (2008); the first is the baseline's.
 COLORS = ('#000000', '#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#8C6D31')
-DASHES = ('-', '--')  # of the first group of each color and of the second
+DASHES = ('-', '--')  # of the first and second group of each color
 GROUP_MARKS = ('o', 's')
-UNSTYLED_COLOR = '#BBBBBB'  # of groups without a style of their own
+UNSTYLED_COLOR = '#BBBBBB'  # of groups without their own style
 SOFT_COLOR = '#888888'
 END_MARKS = {DIVERGED: 'X', BLOWN_UP: '^', UNFINISHED: '>'}
 FINDINGS = {BETTER: '#0072B2', WORSE: '#D55E00', None: SOFT_COLOR}
-MANY_POINTS = 25  # from which on they have no marks
+MANY_POINTS = 25  # curves with at least this many points have no markers
 
 PANEL = (3.75, 3.0)  # inches
 ROW_HEIGHT = 0.42
 SETTINGS: dict[Any, Any] = {
-    'font.family': 'DejaVu Sans',  # comes with matplotlib
+    'font.family': 'DejaVu Sans',  # included in matplotlib
     'font.size': 8.5,
     'axes.titlesize': 9.5,
     'axes.spines.top': False,
@@ -56,17 +56,17 @@ SETTINGS: dict[Any, Any] = {
 
 @contextlib.contextmanager
 def drawing(salt: str = 'comparison') -> Iterator[None]:
-    """Where figures are made and saved: with the settings here, whatever the user's own are.
+    """A context with the settings of this module instead of the user's.
 
-    salt: makes the names inside an SVG differ from those of another. Raises UserError without
-    matplotlib.
+    salt: makes the ids in an SVG differ from those of another. Raises UserError if matplotlib is
+    not installed.
     """
     try:
         import matplotlib
     except ImportError as error:
         raise UserError(
-            '--plot and --report draw with matplotlib, which is not installed: pip install '
-            'matplotlib. Without it, --format gives the tables.'
+            '--plot and --report need matplotlib, which is not installed: pip install matplotlib. '
+            'Without it, use --format for the tables.'
         ) from error
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
@@ -75,14 +75,14 @@ def drawing(salt: str = 'comparison') -> Iterator[None]:
 
 
 def new_figure(width: float, height: float) -> 'Figure':
-    """An empty figure that needs no screen."""
+    """An empty figure, independent of any display."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height))
 
 
 def drawable(text: str) -> str:
-    """The text as one line of characters that the font has."""
+    """The text as one line, with characters that the font lacks escaped."""
     from matplotlib.font_manager import findfont, get_font
 
     font = get_font(findfont('DejaVu Sans'))
@@ -98,7 +98,7 @@ def drawable(text: str) -> str:
 
 
 def style_of(number: int | None) -> dict[str, Any]:
-    """Color, dashes and marks of a group."""
+    """Color, dashes and marker of a group."""
     if number is None:
         return {'color': UNSTYLED_COLOR, 'ls': '-', 'marker': 'o'}
     if number == 0:
@@ -118,16 +118,16 @@ def draw_panel(comparison: Comparison, panel: Panel, axes: 'Axes') -> None:
         axes.xaxis.set_major_formatter(EngFormatter(sep=''))
     if len(panel.front) > 1:
         axes.plot(*zip(*panel.front), color=SOFT_COLOR, lw=1, ls='--', zorder=1.5, label='front')
-    for line in reversed(panel.lines):  # so that the best are on top
+    for line in reversed(panel.lines):  # draw the best last, on top
         draw_line(axes, panel, line, style_number(comparison, line.rank))
 
 
 def draw_line(axes: 'Axes', panel: Panel, line: PlotLine, number: int | None) -> None:
-    """A curve with its band, or a point with its bar; and a mark where it did not end well."""
+    """A curve with its band, or a point with its bar; and a marker for an abnormal ending."""
     style = style_of(number)
     amounts, losses, lows, highs = zip(*line.points)
     color, mark, name = style['color'], style.pop('marker'), f'#{line.rank}'
-    depth = 1 if number is None else 3  # of groups without a style below the others
+    depth = 1 if number is None else 3  # draw groups without a style below the others
     if len(amounts) > 1:
         width = 1.6 if line.ending == FINISHED and number is not None else 0.8
         mark = None if number is None or len(amounts) >= MANY_POINTS else mark
@@ -140,7 +140,7 @@ def draw_line(axes: 'Axes', panel: Panel, line: PlotLine, number: int | None) ->
             axes.plot(amounts, losses, color=color, marker=mark, ms=5, zorder=depth, label=name)
     if line.ending != FINISHED:
         ends = zip((amounts[-1], losses[-1]), (panel.x_limits, panel.y_limits))
-        x, y = (min(max(end, low), high) for end, (low, high) in ends)  # else at the edge
+        x, y = (min(max(end, low), high) for end, (low, high) in ends)  # clipped to the edge
         look: dict[str, Any] = {
             'marker': END_MARKS[line.ending],
             'ms': 7,
@@ -155,7 +155,7 @@ def draw_line(axes: 'Axes', panel: Panel, line: PlotLine, number: int | None) ->
 
 
 def draw_rows(rows: Sequence[IntervalRow], axes: 'Axes') -> None:
-    """Differences below their names, so that long names and narrow screens do no harm."""
+    """Differences with their names above, which leaves room for long names."""
     for index, row in enumerate(rows):
         color = FINDINGS[row.finding]
         if row.low is not None and row.high is not None:
@@ -178,7 +178,7 @@ def draw_rows(rows: Sequence[IntervalRow], axes: 'Axes') -> None:
             bbox={'fc': 'white', 'ec': 'none', 'pad': 1},
         )
     axes.axvline(0, color=SOFT_COLOR, lw=1)
-    axes.set(ylim=(len(rows) - 0.5, -0.9), yticks=[], xlabel='nats a token; below 0 is better')
+    axes.set(ylim=(len(rows) - 0.5, -0.9), yticks=[], xlabel='nats per token; below 0 is better')
     axes.spines['left'].set_visible(False)
     axes.ticklabel_format(axis='x', useOffset=False, style='plain')
 
@@ -192,7 +192,7 @@ def figure_of(comparison: Comparison) -> 'Figure':
     rows = [panels for panels in (curves, fronts) if panels]
     if not rows:
         figure = new_figure(6, 2)
-        figure.text(0.5, 0.5, 'No run has a validation loss after an update.', ha='center')
+        figure.text(0.5, 0.5, 'No trained model has a validation loss.', ha='center')
         return figure
     width = max(7.0, 4.2 * max(map(len, rows)))
     entries = [(rank, drawable(text)) for rank, text in legend(comparison)]
@@ -218,7 +218,7 @@ def handle_of(number: int | None) -> 'Line2D':
 
 
 def plot(comparison: Comparison, path: Path) -> None:
-    """Write all panels as one picture. Raises UserError."""
+    """Write all panels to one file. Raises UserError."""
     data = io.BytesIO()
     with drawing():
         figure_of(comparison).savefig(data, format=path.suffix[1:].lower(), dpi=150)
@@ -226,7 +226,7 @@ def plot(comparison: Comparison, path: Path) -> None:
 
 
 def svg(width: float, height: float, name: str, draw: Callable[['Axes'], None]) -> str:
-    """What `draw(axes)` draws, as an element to stand in a page."""
+    """The drawing of `draw(axes)` as an SVG element for a page."""
     text = io.StringIO()
     with drawing(name):
         figure = new_figure(width, height)

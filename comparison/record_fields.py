@@ -1,4 +1,4 @@
-"""The values of a record, read with a check of each: a comparison trusts no file."""
+"""Checked access to the values of a record, which may be damaged or edited."""
 
 import math
 from collections.abc import Mapping
@@ -6,7 +6,7 @@ from typing import Any
 
 
 class MalformedRecord(ValueError):
-    """A record holds a value that no run writes."""
+    """A record contains a value that no run writes."""
 
 
 def _value(
@@ -19,7 +19,7 @@ def _value(
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         raise MalformedRecord(f'{key} is {_short(value)}, not {description}')
     if isinstance(value, float) and not math.isfinite(value):
-        raise MalformedRecord(f'{key} is {value}, which JSON cannot hold')
+        raise MalformedRecord(f'{key} is {value}, which is not valid JSON')
     return value
 
 
@@ -32,7 +32,7 @@ def number(source: Mapping[str, Any], key: str) -> float | None:
     """A finite number that fits in a float, or None."""
     value = _value(source, key, (int, float), 'a number')
     if value is not None and abs(value) > 1e300:
-        raise MalformedRecord(f'{key} is {_short(value)}, which is too large')
+        raise MalformedRecord(f'{key} is {_short(value)}: too large')
     return value
 
 
@@ -55,7 +55,7 @@ def entries(source: Mapping[str, Any], key: str) -> list[dict]:
     """A list of objects."""
     values = _value(source, key, list, 'a list', [])
     if not all(isinstance(value, dict) for value in values):
-        raise MalformedRecord(f'{key} holds something that is no object')
+        raise MalformedRecord(f'{key} contains a value that is not an object')
     return values
 
 

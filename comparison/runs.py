@@ -1,4 +1,4 @@
-"""One record's figures as a row of a comparison, each value checked."""
+"""The values of one record that a comparison uses, each checked."""
 
 from dataclasses import dataclass
 from datetime import datetime
@@ -21,11 +21,11 @@ from records.record import STATUSES
 from records.record_types import Record
 
 FINISHED, DIVERGED, UNMEASURED = 'finished', 'diverged', 'without a validation loss'
-OUTCOME_EVENTS = ('nonfinite', 'rollback', 'resume', 'failed')  # events that tell why a run ended
+OUTCOME_EVENTS = ('nonfinite', 'rollback', 'resume', 'failed')  # events that show why a run ended
 
 
 class CurvePoint(NamedTuple):
-    """A validation loss and what it had cost by then; None where the record does not tell."""
+    """A validation loss and its cost so far; None where the record has no value."""
 
     iter: int
     tokens: float | None
@@ -35,7 +35,7 @@ class CurvePoint(NamedTuple):
 
 
 class PositionLoss(NamedTuple):
-    """Positions `start` … `end` - 1 of the context, and the mean validation loss there."""
+    """The mean validation loss at positions `start` … `end` - 1 of the context."""
 
     start: int
     end: int
@@ -43,17 +43,17 @@ class PositionLoss(NamedTuple):
 
 
 class Stability(NamedTuple):
-    """Trouble in a run's training."""
+    """Signs of instability in a run."""
 
     spikes: int
     nonfinite: int
     rollbacks: int
-    gradient_growth: float | None  # the norm late against early; None: too short a log
+    gradient_growth: float | None  # norm late in training over norm early; None: log too short
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Run:
-    """One record's figures. None is 'unknown'; conditions hold what must agree between runs."""
+    """The values of one record; None: unknown."""
 
     name: str
     folder: Path
@@ -66,19 +66,19 @@ class Run:
     architecture_hash: str
     choices: dict[str, Any]
     config: dict[str, Any]
-    conditions: dict[str, tuple]  # the values that each had in turn, if the run was resumed
-    code: dict[str, str]  # the hash of each source file that training depends on
+    conditions: dict[str, tuple]  # several values if a resume changed them
+    code: dict[str, str]  # source file -> hash
     params: int | None
-    active_params: int | None  # those that one token uses
+    active_params: int | None  # used by one token
     flops_per_token: float | None
     causal_flops_per_token: float | None
-    val_loss: float | None  # nats a token, of the evaluation that counts
+    val_loss: float | None  # nats per token, of the final or best evaluation
     bits_per_byte: float | None  # of the same evaluation
-    best_val_loss: float | None  # after at least one update
-    untrained_loss: float | None  # before the first update
-    evaluations: int  # after at least one update
+    best_val_loss: float | None  # after at least one iteration
+    untrained_loss: float | None  # before the first iteration
+    evaluations: int  # after at least one iteration
     mfu_percent: float | None
-    time_ms: float | None  # an iteration
+    time_ms: float | None  # per iteration
     tokens_per_sec: float | None
     wall_seconds: float | None
     peak_memory_gb: float | None
@@ -88,12 +88,12 @@ class Run:
     peak_tflops: float | None  # of all devices
     curve: list[CurvePoint]
     position_losses: list[PositionLoss]
-    sample: dict[str, Any] | None  # the last text that it wrote: prompt, text and iter
+    sample: dict[str, Any] | None  # the last generated text: prompt, text and iter
     stability: Stability
     command: str
-    data_hashes: dict[int, str]  # iterations -> hash of the sequences that it trained on by then
+    data_hashes: dict[int, str]  # iteration -> hash of the training sequences so far
     study: 'StudyPlan | None' = None
-    variant: str | None = None  # the run's place in that study
+    variant: str | None = None  # label in that study
 
     def __repr__(self) -> str:
         progress = f'{self.iters_done}/{or_dash(self.max_iters, str)}'
@@ -105,7 +105,7 @@ class Run:
 
     @property
     def blown_up(self) -> bool:
-        """Whether it diverged, or ended above the loss before its first update."""
+        """Whether it diverged or ended above its untrained loss."""
         if self.outcome == DIVERGED:
             return True
         if not self.curve or self.untrained_loss is None:
@@ -113,7 +113,7 @@ class Run:
         return self.curve[-1].loss > self.untrained_loss
 
 
-# The figures of a run that every output has, by the names of the attributes.
+# Attributes of a run that the CSV and JSON outputs contain.
 FIGURES = (
     *('val_loss', 'best_val_loss', 'evaluations', 'bits_per_byte', 'params'),
     *('flops_per_token', 'causal_flops_per_token', 'total_flops', 'causal_flops'),
@@ -136,11 +136,11 @@ def run_data(run: Run) -> dict[str, Any]:
     }
 
 
-# --- Records to rows -----------------------------------------------------------------------------
+# --- From record to run --------------------------------------------------------------------------
 
 
 def run_from_record(record: Record, path: Path, score: str = 'final') -> Run:
-    """The row of one record. Raises ValueError where it is incomplete or malformed."""
+    """The run of one record. Raises ValueError if it is incomplete or malformed."""
     config, metadata = mapping(record, 'config'), mapping(record, 'metadata')
     architecture, summary = mapping(record, 'architecture'), mapping(record, 'summary')
     for key in ('seed', 'data_seed'):
@@ -174,7 +174,7 @@ def run_from_record(record: Record, path: Path, score: str = 'final') -> Run:
 
 
 def _scores(record: Record, status: str, evaluations: list[dict], score: str) -> dict[str, Any]:
-    """What became of the run, and its validation losses."""
+    """The outcome of the run and its validation losses."""
     startup = mapping(record, 'startup_info')
     measured = [entry for entry in evaluations if entry['val_loss'] is not None]
     best = min(measured, key=lambda entry: entry['val_loss'], default={})
@@ -195,7 +195,7 @@ def _scores(record: Record, status: str, evaluations: list[dict], score: str) ->
 
 
 def _costs(record: Record) -> dict[str, Any]:
-    """What the run's model and its training take."""
+    """The costs of the model and its training."""
     startup, summary = mapping(record, 'startup_info'), mapping(record, 'summary')
     data, model, flops = (mapping(startup, part) for part in ('data', 'model', 'flops'))
     time_ms, tokens_per_iter = number(summary, 'avg_time_ms'), count(data, 'tokens_per_iter')
@@ -218,14 +218,14 @@ def _costs(record: Record) -> dict[str, Any]:
 
 
 def run_folder(path: Path) -> Path:
-    """The run folder that a path stands for; a record under another name stands for itself."""
+    """The run folder of a record; the file itself if it has another name."""
     return path.parent if path.name in ('record.json', 'journal.jsonl') else path
 
 
 def trained_evaluations(record: Record) -> list[dict]:
-    """The evaluations after at least one update, in order, their figures checked.
+    """The evaluations after at least one iteration, in order and checked.
 
-    One before the first update judges the initialization, not the training.
+    An earlier one measures the initialization, not the training.
     """
     after = []
     for entry in entries(record, 'eval_steps'):
@@ -242,10 +242,10 @@ def untrained_loss(record: Record) -> float | None:
 
 
 def run_outcome(record: Record, status: str, evaluations: list[dict]) -> str:
-    """What became of a run.
+    """How a run ended.
 
-    It diverged if it ended over a loss or gradient that was not finite, or if its last validation
-    loss was not.
+    It diverged if a non-finite loss or gradient stopped it, or if its last validation loss is not
+    finite.
     """
     if evaluations and evaluations[-1]['val_loss'] is None:
         return DIVERGED
@@ -255,7 +255,7 @@ def run_outcome(record: Record, status: str, evaluations: list[dict]) -> str:
 
 
 def stopped_by_nonfinite(record: Record) -> bool:
-    """Whether a run failed because of an update that was not finite, and not merely after one."""
+    """Whether a run failed because of a non-finite update, and not merely after one."""
     if record['status'] != 'failed' or mapping(record, 'config').get('on_nonfinite') == 'skip':
         return False
     kinds = [event.get('event') for event in entries(record, 'events')]
@@ -265,9 +265,9 @@ def stopped_by_nonfinite(record: Record) -> bool:
 
 
 def causal_flops(record: Record) -> float | None:
-    """What a run computed, with attention over its causal half: fair to windows.
+    """The total training FLOPs, with attention over the causal half (fair to sliding windows).
 
-    A record's own total counts the full square.
+    The total in the record counts the full square.
     """
     flops = mapping(mapping(record, 'startup_info'), 'flops')
     total, full, causal = (
@@ -281,7 +281,7 @@ def causal_flops(record: Record) -> float | None:
 def loss_curve(
     measured: list[dict], tokens_per_iter: int | None, per_token: float | None
 ) -> list[CurvePoint]:
-    """The validation losses after at least one update, with what they had cost."""
+    """The validation losses after at least one iteration, with their costs."""
     points = []
     for entry in measured:
         tokens = tokens_seen(entry, tokens_per_iter)
@@ -304,7 +304,7 @@ def tokens_seen(entry: dict, tokens_per_iter: int | None) -> int | None:
 
 
 def losses_by_position(record: Record) -> list[PositionLoss]:
-    """The losses at the last evaluation after an update; empty where not recorded."""
+    """The losses of the last evaluation of a trained model; empty if not recorded."""
     for entry in reversed(entries(record, 'eval_steps')):
         if entry['iter'] > 0 and (diagnostics := mapping(entry, 'diagnostics')):
             losses = []
@@ -317,7 +317,7 @@ def losses_by_position(record: Record) -> list[PositionLoss]:
 
 
 def last_sample(record: Record) -> dict[str, Any] | None:
-    """What the run wrote at the last evaluation that has text."""
+    """The text generated at the last evaluation that has one."""
     for entry in reversed(entries(record, 'eval_steps')):
         sample = mapping(entry, 'sample')
         if text(sample, 'text') is not None:

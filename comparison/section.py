@@ -1,11 +1,11 @@
-"""A part of a comparison: a titled table, lines or texts, whatever their format."""
+"""A section of a comparison: a title with a table, lines or texts, in no particular format."""
 
 from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
 class Section:
-    """A title, what it means, and a table, lines or texts."""
+    """A title, notes on its meaning, and a table, lines or texts."""
 
     title: str
     notes: list[str] = field(default_factory=list)
@@ -13,4 +13,4 @@ class Section:
     rows: list[list[str]] = field(default_factory=list)
     align: str = ''  # '<' or '>' for each column
     lines: list[str] = field(default_factory=list)
-    texts: list[tuple[str, str]] = field(default_factory=list)  # headings and what is below them
+    texts: list[tuple[str, str]] = field(default_factory=list)  # (heading, text)

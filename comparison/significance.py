@@ -1,8 +1,8 @@
 """Statistics of a few seeds: intervals, moderated t-tests, equivalence, detectable differences.
 
-Plain Python, since a comparison starts neither numpy nor torch; tests hold it to scipy. All tests
-take the losses of seeds as draws from a normal distribution, which is what is known to hold
-roughly for losses of equal runs, and cannot be checked with five of them.
+Plain Python, since a comparison imports neither numpy nor torch; checked against scipy in the
+tests. All tests assume that the losses of seeds follow a normal distribution, which holds roughly
+for repeated runs and cannot be checked with five of them.
 """
 
 import functools
@@ -14,12 +14,12 @@ from typing import NamedTuple
 
 CONFIDENCE = 0.95
 ALPHA = 1 - CONFIDENCE
-POWER = 0.8  # a detectable difference is one that so many of such experiments would find
+POWER = 0.8  # probability that a detectable difference is found
 
 
 @dataclass(frozen=True)
 class MeanEstimate:
-    """A mean with its confidence interval; of one value it has none."""
+    """A mean with its confidence interval, which a single value does not have."""
 
     mean: float
     count: int
@@ -38,18 +38,18 @@ class Interval(NamedTuple):
 
 @dataclass(frozen=True)
 class Difference:
-    """A difference of two means in standard errors that follow Student's distribution."""
+    """A difference of two means whose standardized value follows Student's distribution."""
 
     mean: float
     error: float  # standard error of the mean difference, above zero
     freedom: float  # degrees of freedom of that error
-    noise: float  # standard deviation of the difference of one pair of runs
+    noise: float  # standard deviation of the difference within one pair of runs
     paired: bool  # every run has a partner with its seed
     counts: tuple[int, int]  # runs of the group, and of the baseline
 
     @functools.cached_property
     def p_value(self) -> float:
-        """Two-sided, of the hypothesis that there is no difference."""
+        """The two-sided p-value of the hypothesis of no difference."""
         return 2 * student_tail(abs(self.mean) / self.error, self.freedom)
 
     def interval(self, confidence: float = CONFIDENCE) -> Interval:
@@ -57,7 +57,7 @@ class Difference:
         return Interval(self.mean - half, self.mean + half, confidence)
 
     def equivalence_p_value(self, margin: float) -> float:
-        """Of the hypothesis that the difference is `margin` or more, in either direction.
+        """The p-value of the hypothesis that the difference is at least `margin` either way.
 
         Two one-sided tests (Schuirmann 1987): the larger of their p-values.
         """
@@ -66,16 +66,16 @@ class Difference:
         return tail if distance >= 0 else 1 - tail
 
     def detectable(self, comparisons: int = 1) -> float:
-        """The smallest true difference that such an experiment finds with probability POWER.
+        """The smallest true difference that such a test finds with probability POWER.
 
-        It assumes that the standard error is the true one. It is for one of `comparisons`,
-        whatever becomes of the others.
+        The standard error is taken as the true one. comparisons: number of tests to correct for,
+        whatever the results of the others.
         """
         return self.error * detectable_ratio(self.freedom, comparisons)
 
 
 def estimate_mean(values: Sequence[float]) -> MeanEstimate:
-    """Mean, deviation and Student's interval of independent values."""
+    """Mean, standard deviation and Student's interval of independent values."""
     mean, count = statistics.fmean(values), len(values)
     if count < 2:
         return MeanEstimate(mean, count, None, None, None)
@@ -85,9 +85,9 @@ def estimate_mean(values: Sequence[float]) -> MeanEstimate:
 
 
 def paired_difference(pairs: Sequence[tuple[float, float]]) -> Difference | None:
-    """Of (value, baseline) pairs that share a seed: Student's t-test of their differences.
+    """Student's paired t-test of (value, baseline) pairs that share a seed.
 
-    None for fewer than two pairs, and where all pairs differ by the same.
+    None for fewer than two pairs, and if all pairs have the same difference.
     """
     if len(pairs) < 2:
         return None
@@ -117,8 +117,8 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def holm_confidences(p_values: Sequence[float]) -> list[float]:
     """The confidence level at which Holm's procedure tested each hypothesis, in the given order.
 
-    The r-th smallest p-value of k is tested at ALPHA / (k - r + 1). The procedure ends at the first
-    that is not significant, and all later ones share its level. So an interval of this level
+    The r-th smallest p-value of k is tested at ALPHA / (k - r + 1). The procedure stops at the
+    first that is not significant, and all later ones share its level. So an interval of this level
     contains zero if and only if the corrected p-value is not significant.
     """
     confidences, level, ended = [0.0] * len(p_values), ALPHA, False
@@ -140,7 +140,7 @@ def student_tail(t: float, freedom: float) -> float:
 
 @functools.cache
 def student_quantile(probability: float, freedom: float) -> float:
-    """The t that T stays below with `probability`, from 0.5 up to, not including, 1."""
+    """The quantile of Student's distribution for a probability in [0.5, 1)."""
     return _root(lambda t: 1 - student_tail(t, freedom) - probability)
 
 
@@ -148,17 +148,17 @@ def student_quantile(probability: float, freedom: float) -> float:
 def detectable_ratio(freedom: float, comparisons: int = 1) -> float:
     """The true difference, in standard errors, that the test finds with probability POWER.
 
-    The level is that of Holm's first test, ALPHA / comparisons, which is the strictest.
+    At the level of Holm's first test, ALPHA / comparisons, the strictest.
     """
     critical = student_quantile(1 - ALPHA / 2 / comparisons, freedom)
     return _root(lambda ratio: power(ratio, freedom, critical) - POWER)
 
 
 def power(ratio: float, freedom: float, critical: float) -> float:
-    """P(|T| > critical) where T is Student's t of a true difference of `ratio` standard errors.
+    """P(|T| > critical) for Student's t with a true difference of `ratio` standard errors.
 
     The noncentral distribution as an integral over the estimated deviation s (σ = 1), whose
-    square times ν is χ² distributed: Simpson's rule over all s that have any weight.
+    square times ν is χ² distributed: Simpson's rule over all s with non-negligible weight.
     """
     log_scale = math.log(2) + freedom / 2 * math.log(freedom / 2) - math.lgamma(freedom / 2)
     normal = statistics.NormalDist().cdf
@@ -169,14 +169,14 @@ def power(ratio: float, freedom: float, critical: float) -> float:
 
     upper, steps = 1 + 8 / math.sqrt(freedom), 400
     width = upper / steps
-    # At s = 0 the density is 0, but for one degree of freedom, where it is that of nearly 0.
+    # The density at s = 0 is 0, except with one degree of freedom: take its limit.
     total = integrand(1e-12) + integrand(upper)
     total += sum((4 if i % 2 else 2) * integrand(i * width) for i in range(1, steps))
     return total * width / 3
 
 
 def _root(rising: Callable[[float], float]) -> float:
-    """Where a rising function crosses zero, above 0, to sixteen digits."""
+    """The positive zero of an increasing function, to 16 digits."""
     high = 1.0
     while rising(high) < 0:
         high *= 2
@@ -190,10 +190,10 @@ def _root(rising: Callable[[float], float]) -> float:
 
 
 def _incomplete_beta(x: float, a: float, b: float) -> float:
-    """I_x(a, b) by its continued fraction, evaluated from the front (Lentz's method)."""
+    """I_x(a, b) by its continued fraction, evaluated forwards (Lentz's method)."""
     if x <= 0 or x >= 1:
         return min(max(x, 0.0), 1.0)
-    if x > (a + 1) / (a + b + 2):  # there the fraction converges slowly
+    if x > (a + 1) / (a + b + 2):  # where the fraction converges slowly
         return 1 - _incomplete_beta(1 - x, b, a)
     front = math.exp(
         a * math.log(x) + b * math.log1p(-x) + math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b)

@@ -1,4 +1,4 @@
-"""What `study.py` wrote beside its runs, and which variant of a study a run is."""
+"""The plan that `study.py` writes beside its runs, and the variant of a run."""
 
 import functools
 import json
@@ -11,21 +11,21 @@ from comparison.record_fields import entries, mapping, number, required, text
 
 @dataclass(frozen=True, eq=False)
 class StudyPlan:
-    """What `study.py` wrote beside its runs."""
+    """The content of study.json."""
 
     question: str
     command: str
     budget: dict
     tuned: list[str]
     variants: dict[str, dict]  # label -> the options that it sets
-    folders: dict[str, str]  # folder of a trial -> label
-    baseline: str | None  # the label of the variant that the others are compared with
+    folders: dict[str, str]  # folder of a trial -> label of its variant
+    baseline: str | None  # label of the variant that others are compared with
     tuning: dict[str, dict]  # label -> its best value of each tuned option
-    at_edge: dict[str, list[str]]  # label -> the options whose best value ends the list
+    at_edge: dict[str, list[str]]  # label -> options whose best value is the first or last tried
 
 
 def study_membership(folder: Path) -> dict[str, Any]:
-    """The study that a run folder lies in, and which variant of it the run is."""
+    """The study that contains a run folder, and the variant of the run."""
     for parent in folder.absolute().parents[:5]:
         if plan := read_study_plan(parent):
             trial = folder.absolute().parent.relative_to(parent).as_posix()
@@ -35,7 +35,7 @@ def study_membership(folder: Path) -> dict[str, Any]:
 
 @functools.cache
 def read_study_plan(folder: Path) -> StudyPlan | None:
-    """The plan in a folder; None where there is none that can be read."""
+    """The plan in a folder; None if there is no readable one."""
     try:
         plan = json.loads((folder / 'study.json').read_text(encoding='utf-8'))
         variants = {required(text(v, 'label'), 'label'): v for v in entries(plan, 'variants')}

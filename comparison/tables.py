@@ -1,4 +1,4 @@
-"""A comparison as sections of titled tables, whatever their format."""
+"""A comparison as sections of titled tables, in no particular format."""
 
 from collections.abc import Callable
 
@@ -19,12 +19,12 @@ from comparison.runs import DIVERGED
 from comparison.section import Section
 from comparison.warning_lines import options_with_ranks, warning_lines
 
-TABLE_RUNS = 6  # more rows than this and options are grouped by value instead of tabulated
-GROWTH = 2.0  # of the gradient norm, from which on it is shown
+TABLE_RUNS = 6  # with more groups, options are listed by value instead of in a table
+GROWTH = 2.0  # of the gradient norm; larger growth is reported
 
 
 def sections(comparison: Comparison) -> list[Section]:
-    """All that there is to say; the answer comes first, and once more at the end."""
+    """All sections; the answer comes first, and with several seeds again at the end."""
     answer = [Section(wrapped(headline(comparison)))]
     last = [Section(wrapped(f'ANSWER: {headline(comparison)}'))] if comparison.repeated else []
     return [*answer, *tables(comparison), *last]
@@ -49,7 +49,7 @@ def tables(comparison: Comparison) -> list[Section]:
     return [section for part in parts if (section := part(comparison))]
 
 
-# --- What else the records hold ------------------------------------------------------------------
+# --- Positions, samples, stability ---------------------------------------------------------------
 
 
 def positions_section(comparison: Comparison) -> Section | None:
@@ -62,7 +62,7 @@ def positions_section(comparison: Comparison) -> Section | None:
         [str(rank), *(or_dash(by_span.get(span), '{:.3f}'.format) for span in spans)]
         for rank, by_span in enumerate(losses, 1)
     ]
-    notes = ['Mean validation loss at these positions of the context, the first being 0.']
+    notes = ['Mean validation loss at these positions of the context, counted from 0.']
     return Section('LOSS BY POSITION', notes, ['#', *names], rows, '>' * (1 + len(spans)))
 
 
@@ -75,7 +75,9 @@ def samples_section(comparison: Comparison) -> Section | None:
             texts.append((heading, sample['prompt'] + sample['text']))
     if not texts:
         return None
-    notes = ['What each wrote at its last evaluation, one seed of each; see sample_interval.']
+    notes = [
+        'Text generated at the last evaluation, one seed per architecture (see sample_interval).'
+    ]
     return Section('SAMPLES', notes, texts=texts)
 
 
@@ -97,13 +99,14 @@ def stability_section(comparison: Comparison) -> Section | None:
     if not rows:
         return None
     notes = [
-        'Over all seeds. gradient: its norm in the last quarter of the log against the second.'
+        'Totals over all seeds. gradient: mean norm in the last quarter of the log over that in '
+        'the second quarter.'
     ]
-    header = ['#', 'diverged', 'loss spikes', 'non-finite updates', 'rollbacks', 'gradient']
+    header = ['#', 'diverged', 'loss spikes', 'non-finite', 'rollbacks', 'gradient']
     return Section('STABILITY', notes, header, rows, '>>>>>>')
 
 
-# --- What differs --------------------------------------------------------------------------------
+# --- Options and warnings ------------------------------------------------------------------------
 
 
 def options_section(comparison: Comparison) -> Section | None:
@@ -131,16 +134,16 @@ def warnings_section(comparison: Comparison) -> Section | None:
 
 
 def single_seeds_section(comparison: Comparison) -> Section | None:
-    """How far a ranking without repetition can be believed."""
+    """A note on the uncertainty of a ranking with one seed each."""
     if len(comparison.groups) < 2 or comparison.repeated:
         return None
     hashes = [group.runs[0].architecture_hash for group in comparison.groups]
     why = 'One seed per architecture'
     if len(set(hashes)) < len(hashes):
-        why = 'No two runs differ in their seeds alone'
+        why = 'No two runs differ only in their seeds'
     return Section(
         wrapped(
-            f'{why}: the ranking has no error bar, and a difference may be chance. Several seeds '
-            'of each give one: train again with --seed=2, then --seed=3.'
+            f'{why}: the ranking has no error bar, and differences may be due to chance. Train '
+            'again with --seed=2 and --seed=3 for a test of significance.'
         )
     )

@@ -1,4 +1,4 @@
-"""What a comparison warns of, line by line; and how groups are named by their ranks."""
+"""The lines of WARNINGS, and groups written by their ranks."""
 
 from collections.abc import Sequence
 
@@ -9,27 +9,27 @@ from comparison.runs import DIVERGED, FINISHED, Run
 
 
 def warning_lines(comparison: Comparison) -> list[str]:
-    """What makes the runs hard to compare, and what was left out; empty where nothing does."""
+    """Differences that affect comparability, unfinished runs and skipped records."""
     lines = []
     if comparison.loss_warnings:
-        lines += ['Losses are not like with like. Besides the architecture, these differ:']
+        lines += ['Losses are not directly comparable. Besides the architecture, these differ:']
         lines += [options_with_ranks(comparison.loss_warnings)]
         if {'tokenizer', 'vocab_size'} & comparison.loss_warnings.keys():
             lines += [
-                'Across vocabularies, compare bits/byte (of the same text), not loss a token.'
+                'Across vocabularies, compare bits/byte (on the same text), not loss per token.'
             ]
     lines += _unfinished_lines(comparison) + _rise_lines(comparison)
     untrained = [rank for rank, group in enumerate(comparison.groups, 1) if group.loss is None]
     if untrained:
-        lines += [f'Not ranked, no validation loss after an update: {rank_ranges(untrained)}']
+        lines += [f'Not ranked, without a validation loss after training: {rank_ranges(untrained)}']
     if comparison.speed_warnings:
         lines += [
-            'Time and memory are not like with like. Besides the architecture, these differ:',
+            'Time and memory are not directly comparable. Besides the architecture, these differ:',
             options_with_ranks(comparison.speed_warnings),
         ]
     if comparison.best_warnings:
         lines += [
-            'The best losses are of different numbers of evaluations: compare the final ones only.',
+            'Best losses come from different numbers of evaluations: compare only final losses.',
             options_with_ranks(comparison.best_warnings),
         ]
     if comparison.code_warning:
@@ -39,7 +39,7 @@ def warning_lines(comparison: Comparison) -> list[str]:
 
 
 def _unfinished_lines(comparison: Comparison) -> list[str]:
-    """The runs without a final loss: those that diverged, and those that may still get one."""
+    """The runs without a final loss: diverged ones, then unfinished ones."""
     diverged: list[str] = []
     unfinished: list[str] = []
     for rank, group in enumerate(comparison.groups, 1):
@@ -48,7 +48,7 @@ def _unfinished_lines(comparison: Comparison) -> list[str]:
                 lines = diverged if run.outcome == DIVERGED else unfinished
                 lines.append(f'  #{rank} {run.name}: {_run_status(run)}')
     if diverged:
-        diverged.insert(0, 'Diverged, so without a final loss:')
+        diverged.insert(0, 'Diverged, so these runs have no final loss:')
     if unfinished:
         unfinished.insert(0, 'Not finished: these runs have no final loss, so ranks may change.')
     return diverged + unfinished
@@ -69,13 +69,13 @@ def _rise_lines(comparison: Comparison) -> list[str]:
                 f'{or_dash(run.best_val_loss, nats)}{above}'
             )
     if lines:
-        advice = '' if comparison.score == 'best' else '; --score=best judges by the best'
+        advice = '' if comparison.score == 'best' else '; --score=best ranks by the best loss'
         lines.insert(0, f'Ended more than {RISE:.0%} above the best validation loss{advice}:')
     return lines
 
 
 def options_with_ranks(options: dict[str, Values]) -> str:
-    """One paragraph a key: each value with the groups that have it."""
+    """One paragraph per key: each value with the ranks that have it."""
     width = max(map(len, options))
     paragraphs = []
     for key, values in options.items():
@@ -92,7 +92,7 @@ def options_with_ranks(options: dict[str, Values]) -> str:
 
 
 def rank_ranges(ranks: Sequence[int]) -> str:
-    """Ascending ranks as `#1-3 #7`, in few enough spans for a line."""
+    """Ascending ranks as `#1-3 #7`, with at most LISTED spans."""
     spans: list[list[int]] = []
     for rank in ranks:
         if spans and rank == spans[-1][1] + 1:
