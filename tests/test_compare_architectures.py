@@ -1,4 +1,4 @@
-"""The comparison shows the records' own figures, all that differs, and every unfairness by name."""
+"""The comparison shows the values of the records, all differences, and warnings."""
 
 import csv
 import io
@@ -120,7 +120,7 @@ def test_untrained_loss_is_not_ranked(compared):
         ('none', 'without a validation loss 100/100'),
         ('none', 'diverged 100/100'),
     }
-    assert 'Not ranked, no validation loss after an update: #2-3' in text
+    assert 'Not ranked, without a validation loss after training: #2-3' in text
 
 
 # --- names ---------------------------------------------------------------------------------------
@@ -253,9 +253,9 @@ def test_baseline_by_architecture_run_or_folder(runs, name, expected):
 @pytest.mark.parametrize(
     'name, message',
     [
-        ('RoPE', 'different architectures.*120004.*Type more'),
+        ('RoPE', 'different architectures.*120004.*Give a longer part'),
         (LLAMA, 'different architectures'),
-        ('mamba', 'no run compared here.*Architectures here: .*' + LLAMA),
+        ('mamba', 'no run in this comparison.*Architectures: .*' + LLAMA),
         ('run_20260101_120008', 'Did you mean run_20260101_12000'),
     ],
 )
@@ -546,7 +546,7 @@ def test_equal_flops_are_a_note_not_a_warning(compared):
     for record, tokens in zip(records, (409_600, 430_080)):
         record['summary'] |= {'total_tokens': tokens, 'total_flops': 3.5e14 + tokens}
     text = compared(*records)
-    assert 'the same FLOPs (within 0.00%)' in text and 'WARNINGS' not in text
+    assert 'Equal training FLOPs (within 0.00%)' in text and 'WARNINGS' not in text
 
 
 @pytest.fixture
@@ -586,7 +586,7 @@ def test_study_has_labels_effects_and_interactions(study, capsys):
     text = capsys.readouterr().out
     names = {row['architecture'] for row in rows(text, 'RANKING')}
     assert names == {variant['label'] for variant in STUDY['variants']}
-    assert 'Tuned for each by itself: learning_rate; see TUNING.' in text
+    assert 'Tuned separately for each architecture: learning_rate (see TUNING).' in text
     assert warned(text, 'Losses') == set()  # seeds and rates differ as the study means them to
 
     lines = section(text, 'MAIN EFFECTS')
@@ -679,7 +679,7 @@ def test_all_formats_agree(study, capsys):
 @pytest.mark.parametrize(
     'argv, message',
     [
-        (['--latest', '0'], '0 is not a whole number above zero'),
+        (['--latest', '0'], '0 is not a positive whole number'),
         (['--latest', 'three'], 'three is not'),
         (['--latest'], 'expected one argument'),
         (['--latst', '3'], 'unknown option --latst. Did you mean --latest'),

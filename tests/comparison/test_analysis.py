@@ -65,7 +65,7 @@ def test_identical_runs_give_no_test():
     same = {(s, s): 3.0 for s in range(3)}
     verdict = verdict_of(fake_group(dict.fromkeys(same, 2.9)), fake_group(same))
     assert (verdict.text, verdict.test) == ('not tested', None)
-    assert 'repeat one another' in verdict.reasons[0]
+    assert 'all seeds gave the same loss' in verdict.reasons[0]
     verdict = verdict_of(fake_group({(1, 1): 2.9}), fake_group(same))
     assert verdict.reasons == ('this architecture has 1 finished seed, and a test needs two',)
 

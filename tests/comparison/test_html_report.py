@@ -160,7 +160,7 @@ def test_times_of_concurrent_runs_are_not_compared(folder):
     assert [row.cost for row in beside.equal_cost] == ['tokens', 'flops']
     assert set(''.join(beside.fronts)) <= set('FM')
     text = render_text(beside)
-    assert 'Trained 2 at a time: times are not compared.' in text
+    assert '2 runs trained at the same time, so times are not compared.' in text
     assert 'wall' not in text and 'tokens/s' not in text and 'time (T)' not in text
     assert 'seconds of training' not in html_report.report_page(beside)
 

@@ -1,4 +1,4 @@
-"""The pictures of a comparison show what the records hold, and nothing that misleads."""
+"""The plots of a comparison show the values of the records and do not mislead."""
 
 import errno
 import itertools
@@ -95,7 +95,7 @@ def test_curves_are_seed_means_with_range(tmp_path):
         each = [decaying(n, seed)[2:] for seed in (1, 2, 3)]
         assert band[:, 1].min() == pytest.approx(min(map(min, each)))
         assert band[:, 1].max() == pytest.approx(max(map(max, each)))
-    assert 'bands reach from the lowest seed to the highest' in caption(curves)
+    assert 'bands span the lowest to the highest seed' in caption(curves)
     assert 'first quarter' in caption(curves)
 
 
@@ -208,7 +208,7 @@ def test_empty_plot_says_so(tmp_path):
     assert panels_of(comparison) == ([], [])
     with plots.drawing():
         figure = plots.figure_of(comparison)
-        assert 'No run has a validation loss' in figure.texts[0].get_text()
+        assert 'No trained model has a validation loss' in figure.texts[0].get_text()
         figure.savefig(tmp_path / 'plot.png')
 
 
@@ -257,7 +257,7 @@ def test_front_panels_show_means_ranges_and_front(tmp_path):
         (1e15 * (1 + int(group.runs[0].architecture[1])), group.loss) for group in comparison.groups
     )
     assert axes.lines[0].get_linestyle() == '--'
-    assert 'no other has a lower loss for as little' in caption(fronts)
+    assert 'no other has a lower loss at the same or lower cost' in caption(fronts)
     for bar, line in zip(axes.collections, reversed(panel.lines)):
         losses = [*comparison.groups[line.rank - 1].losses.values()]
         (segment,) = bar.get_segments()
@@ -330,7 +330,7 @@ def test_groups_have_distinct_styles_and_rest_shares_one(tmp_path):
     comparison = study(tmp_path, variants=variants, seeds=(1, 2))
     entries = legend(comparison)
     assert len(entries) == 1 + STYLED_GROUPS + 1
-    assert entries[-1][1] == 'the others, from #16 on'
+    assert entries[-1][1] == 'the others, from #16'
     looks = [tuple(plots.style_of(style_number(comparison, rank)).items()) for rank, _ in entries]
     assert len(set(looks)) == len(looks)
 

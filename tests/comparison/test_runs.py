@@ -18,7 +18,7 @@ from comparison.runs import run_from_record
 HERE = Path('out/run/record.json')
 
 
-# --- What became of a run ------------------------------------------------------------------------
+# --- Outcome of a run ----------------------------------------------------------------------------
 
 
 def event(kind):
@@ -75,7 +75,7 @@ def test_run_far_above_its_best_is_named(tmp_path, monkeypatch, capsys):
     ca.main(['--score=best'])
     text = capsys.readouterr().out
     assert text.startswith('blown is better than stable')
-    assert 'The best of several evaluations is lower' in text
+    assert 'The best of several evaluations is biased low' in text
     final = {row['architecture']: row['final'] for row in rows(text, 'RANKING')}
     assert final == {'blown': '9.1000', 'stable': '3.1000'}
 
@@ -126,7 +126,7 @@ def test_evaluation_count_is_condition_of_best_score():
         record['config']['eval_interval'] = 10
     final = compare(run_rows(records))
     assert final.loss_warnings == {} and list(final.best_warnings) == ['eval_interval']
-    assert 'best losses are of different numbers of evaluations' in render_text(final)
+    assert 'Best losses come from different numbers of evaluations' in render_text(final)
     best = compare(run_rows(records), score='best')
     assert list(best.loss_warnings) == ['eval_interval']
     # Seeds that differ in it are still seeds of one architecture.
@@ -179,7 +179,7 @@ def test_seed_mean_of_rates_is_total_over_total():
     assert cost['MFU'] == f'{(20 * 100 * 1 + 30 * 300 * 2) / (100 * 1 + 300 * 2):.2f}%'
 
 
-# --- False sentences -----------------------------------------------------------------------------
+# --- Correct sentences ---------------------------------------------------------------------------
 
 
 def test_equal_flops_need_all_finished():
@@ -202,7 +202,7 @@ def test_single_architecture_has_no_verdict():
     one, other = make_record(1), make_record(2, loss=4.0, weight_decay=0.5)
     text = render_text(compare(run_rows([one, other])))
     assert 'One seed per architecture' not in text
-    assert 'No two runs differ in their seeds alone' in text
+    assert 'No two runs differ only in their seeds' in text
 
 
 # --- Records of any content ----------------------------------------------------------------------
@@ -352,7 +352,7 @@ def test_single_runs_have_no_verdict(tmp_path, capsys):
     records = [make_record(1), make_record(2, ffn_type='swiglu')]
     code, verdict = verdict_of(tmp_path, capsys, records, '--fail_unless=better')
     assert (code, verdict['verdict']) == (1, 'not tested')
-    assert 'one seed of each' in verdict['reasons']
+    assert 'one seed per architecture' in verdict['reasons']
 
 
 def test_text_answer_is_first_and_last(tmp_path, capsys):
@@ -360,14 +360,14 @@ def test_text_answer_is_first_and_last(tmp_path, capsys):
     ca.main([str(tmp_path)])
     first, *_, last = capsys.readouterr().out.strip().split('\n\n')
     assert ' '.join(last.split()) == 'ANSWER: ' + ' '.join(first.split())
-    assert first.startswith('b is better than a by 0.1975 nats a token (95% interval')
+    assert first.startswith('b is better than a by 0.1975 nats per token (95% interval')
 
 
 def test_answer_direction_follows_baseline(tmp_path, capsys):
     write(tmp_path, *replicated(AHEAD))
     ca.main([str(tmp_path), '--baseline=b'])
     text = capsys.readouterr().out
-    assert text.startswith('a is worse than b by 0.1975 nats a token (95% interval 0.')
+    assert text.startswith('a is worse than b by 0.1975 nats per token (95% interval 0.')
 
 
 @pytest.mark.parametrize(
@@ -376,5 +376,5 @@ def test_answer_direction_follows_baseline(tmp_path, capsys):
 def test_mistakes_in_verdict_options(argument):
     from common.errors import UserError
 
-    with pytest.raises(UserError, match=r'margin|verdicts are better'):
+    with pytest.raises(UserError, match=r'margin|Choose from better'):
         ca.parse_arguments([argument])
