@@ -149,7 +149,8 @@ def main(argv: list[str]) -> int:
     try:
         write_pictures(options, comparison)
     finally:  # print the text even if a picture cannot be written
-        write_text(FORMATS[options.format](comparison), end='')
+        is_data = options.format != 'text'
+        write_text(FORMATS[options.format](comparison), end='', literal=is_data)
     verdict = comparison.main_verdict
     reached = NOT_TESTED if verdict is None else verdict.text
     return EXIT_UNMET if options.fail_unless and reached not in options.fail_unless else 0

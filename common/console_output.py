@@ -1,10 +1,12 @@
 """Standard output and standard error, as every command writes to them.
 
-Three things are done here and nowhere else. What the stream's encoding lacks is replaced by what it
-has. Characters that would steer a terminal are shown as escapes (`\\x1b`), since names and texts
-come from records, checkpoints and models of others. And a stream that takes no more (closed, on a
-full disk, its reader gone) is dealt with: `write_text` ends the command, `write_progress` lets the
-work go on in silence. A leaf: it knows nothing else of the project.
+Four things are decided here and nowhere else. What a stream shows: a terminal in UTF-8 gets emoji
+and box rules, everything else the same words in ASCII; color is for terminals, unless `NO_COLOR` is
+set. Characters that the stream's encoding lacks are replaced. Characters that would control a
+terminal are shown as escapes (`\\x1b`), since names and texts come from records, checkpoints and
+models of others. And a stream that cannot be written (closed, on a full disk, its reader gone) ends
+the command in `write_text`, while `write_progress` lets the work continue silently. A leaf: this
+module imports nothing else of the project.
 """
 
 import codecs
@@ -14,20 +16,26 @@ import io
 import os
 import re
 import sys
-from typing import TextIO
+from collections.abc import Callable
+from typing import Any, TextIO
 
-# What stands for characters that an encoding may lack; escapes stand for the others.
-_ASCII = {'─': '-', '│': '|', '├': '|', '└': '`', '×': 'x', '→': '->'}
+# Substitutes for characters that an encoding may lack; the others become escapes.
+_ASCII = {'─': '-', '━': '#', '│': '|', '├': '|', '└': '`', '×': 'x', '→': '->'}
 _SUBSTITUTES = {
     **_ASCII,
     **{'…': '...', '–': '-', '—': '-', '−': '-', '±': '+/-', '≥': '>=', '≤': '<=', '·': '*'},
     **{'“': '"', '”': '"', '‘': "'", '’': "'", '²': '^2', '⁹': '^9', 'Δ': 'd', '\xa0': ' '},
 }
-_EMOJI = re.compile('^[\u2600-\u27bf\U0001f300-\U0001faff] ', re.MULTILINE)
+# Begin and end of `bold`, `yellow` and `red`: characters that Unicode reserves for internal use.
+# They become escape sequences where the stream shows color and vanish elsewhere.
+_BOLD, _YELLOW, _RED, _PLAIN = '\ufdd0', '\ufdd1', '\ufdd2', '\ufddf'
+_SEQUENCES = {_BOLD: '\x1b[1m', _YELLOW: '\x1b[33m', _RED: '\x1b[31m', _PLAIN: '\x1b[0m'}
+_MARKS = re.compile(f'[{"".join(_SEQUENCES)}]')
+_EMOJI = re.compile(f'^({_MARKS.pattern}*)[\u2600-\u27bf\U0001f300-\U0001faff] ', re.MULTILINE)
 
-# Control characters but line feeds and tabs, other line ends, what turns the direction of writing,
-# and halves of characters (a file name that is not UTF-8 has them).
-_STEERING = re.compile(
+# Control characters except line feeds and tabs, other line separators, changes of the writing
+# direction, and surrogates (a file name that is not UTF-8 has them).
+_CONTROL = re.compile(
     '[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]'
 )
 
@@ -35,7 +43,7 @@ _BROKEN_PIPE = (errno.EPIPE, errno.ESHUTDOWN)
 
 
 class OutputLost(Exception):
-    """Standard output takes no more; what was to be written is lost."""
+    """Standard output cannot be written; the text is lost."""
 
     def __init__(self, error: Exception):
         reason = getattr(error, 'strerror', None) or str(error)
@@ -43,89 +51,167 @@ class OutputLost(Exception):
         self.reader_gone = getattr(error, 'errno', None) in _BROKEN_PIPE
 
 
-def visible(text: str) -> str:
-    """The text with an escape for each character that would move a cursor or turn the writing."""
-    return _STEERING.sub(lambda match: _escape(match[0]), text)
-
-
-def _escape(character: str) -> str:
-    r"""As Python writes it; from 0x7f on `\u009b`, so that a text of JSON stays one."""
-    return repr(character)[1:-1] if character < ' ' else f'\\u{ord(character):04x}'
-
-
-def plain(text: str) -> str:
-    """The text with rules of ASCII and without the emoji that lines begin with."""
-    return _EMOJI.sub('', text).translate(
-        {ord(character): substitute for character, substitute in _ASCII.items()}
-    )
+# --- What a stream can show -----------------------------------------------------------------------
 
 
 def is_terminal(stream: TextIO | None) -> bool:
-    """Whether somebody watches the stream, which may be None or closed."""
+    """Whether the stream is a terminal; it may be None or closed."""
     try:
         return stream is not None and stream.isatty()
     except (AttributeError, OSError, ValueError):
         return False
 
 
-def write_text(text: str, end: str = '\n') -> None:
-    """Write what the command is for to standard output. Raises OutputLost."""
-    _write(sys.stdout, visible(text) + end)
+def can_redraw(stream: TextIO | None) -> bool:
+    """Whether the stream is a terminal that moves its cursor."""
+    unknown = 'dumb' if os.name == 'posix' else ''
+    return is_terminal(stream) and os.environ.get('TERM', unknown) != 'dumb'
+
+
+def has_color(stream: TextIO | None) -> bool:
+    """Whether the stream gets color: a terminal that is not dumb, or any with FORCE_COLOR set.
+
+    A `NO_COLOR` that is not empty turns color off (no-color.org).
+    """
+    if os.environ.get('NO_COLOR'):
+        return False
+    forced = os.environ.get('FORCE_COLOR') or os.environ.get('CLICOLOR_FORCE')
+    return forced not in (None, '', '0') or can_redraw(stream)
+
+
+def has_emoji(stream: TextIO | None) -> bool:
+    """Whether the stream gets emoji and box rules: a terminal in UTF-8."""
+    return is_terminal(stream) and _is_unicode(getattr(stream, 'encoding', None))
+
+
+def _is_unicode(encoding: str | None) -> bool:
+    return (encoding or 'utf-8').lower().startswith('utf')
+
+
+# --- Text for a stream ----------------------------------------------------------------------------
+
+
+def bold(text: str) -> str:
+    """The text in bold where the stream has color; for headings."""
+    return f'{_BOLD}{text}{_PLAIN}'
+
+
+def yellow(text: str) -> str:
+    """The text in yellow where the stream has color; for warnings."""
+    return f'{_YELLOW}{text}{_PLAIN}'
+
+
+def red(text: str) -> str:
+    """The text in red where the stream has color; for errors."""
+    return f'{_RED}{text}{_PLAIN}'
+
+
+def visible(text: str) -> str:
+    """The text with an escape for each character that would control a terminal."""
+    return _CONTROL.sub(lambda match: _escape(match[0]), text)
+
+
+def _escape(character: str) -> str:
+    r"""The escape that Python writes; from 0x7f on `\u009b`, so that JSON stays JSON."""
+    return repr(character)[1:-1] if character < ' ' else f'\\u{ord(character):04x}'
+
+
+def plain(text: str) -> str:
+    """The text with rules of ASCII and without the emoji at the beginning of lines."""
+    return _EMOJI.sub(r'\1', text).translate(
+        {ord(character): substitute for character, substitute in _ASCII.items()}
+    )
+
+
+def displayed(text: str, stream: TextIO | None) -> str:
+    """The text as `stream` shows it: emoji, rules and color if it has them, no control characters.
+
+    The escape sequences of colors are the only ones in it.
+    """
+    text = visible(text)
+    if not has_emoji(stream):
+        text = plain(text)
+    color = has_color(stream)
+    text = _MARKS.sub(lambda mark: _SEQUENCES[mark[0]] if color else '', text)
+    return _encodable(text, getattr(stream, 'encoding', None))
+
+
+# --- Writing --------------------------------------------------------------------------------------
+
+
+def write_text(text: str, end: str = '\n', literal: bool = False) -> None:
+    """Write the result of a command to standard output. Raises OutputLost.
+
+    literal: keep rules and emoji, since they are part of the result (data, or generated text).
+    """
+    text += end
+    _write(sys.stdout, visible(text) if literal else displayed(text, sys.stdout))
 
 
 def write_progress(text: str, end: str = '\n', stream: TextIO | None = None) -> str | None:
-    """Write a word on work that goes on, whatever becomes of the stream.
+    """Write a message about work in progress; the work continues if the stream cannot be written.
 
-    stream: standard output unless given. Where it takes no more, standard error says so once, and
-    so does the result; later writes are silent.
+    stream: standard output by default. When it fails, standard error and the result give the
+    reason, once; later writes are silent.
     """
-    return _write_or_go_on(visible(text) + end, stream)
+    stream = sys.stdout if stream is None else stream
+    return _write_or_continue(displayed(text + end, stream), stream)
+
+
+def write_control(text: str, stream: TextIO, write: Callable[[str], Any]) -> str | None:
+    """Write a text that is `displayed` already and may move the cursor, with the stream's `write`.
+
+    Returns the reason if the stream cannot be written, as `write_progress` does.
+    """
+    return _write_or_continue(text, stream, write)
 
 
 def overwrite_line(text: str) -> None:
-    """Show a line on the terminal that takes the place of the last one shown by this function."""
-    _write_or_go_on(f'\r\x1b[K{visible(text)}', None)
+    """Show a line on the terminal in place of the last one shown by this function."""
+    _write_or_continue(f'\r\x1b[K{displayed(text, sys.stdout)}', sys.stdout)
 
 
 def write_error(text: str, end: str = '\n') -> None:
-    """Write to standard error, if it can be."""
+    """Write to standard error, if it can be written."""
     with contextlib.suppress(OutputLost):
-        _write(sys.stderr, visible(text) + end)
+        _write(sys.stderr, displayed(text + end, sys.stderr))
 
 
-def _write_or_go_on(text: str, stream: TextIO | None) -> str | None:
+def _write_or_continue(
+    text: str, stream: TextIO | None, write: Callable[[str], Any] | None = None
+) -> str | None:
     try:
-        _write(sys.stdout if stream is None else stream, text)
+        _write(stream, text, write)
     except OutputLost as error:
-        write_error(f'{error}: the work goes on in silence')
+        write_error(f'{error}: the work continues silently')
         return str(error)
     return None
 
 
-def _write(stream: TextIO | None, text: str) -> None:
-    if stream is None:  # Python's word for a standard stream that was closed at the start
+def _write(stream: TextIO | None, text: str, write: Callable[[str], Any] | None = None) -> None:
+    if stream is None:  # a standard stream that was closed at the start of the process
         return
     try:
-        stream.write(_encodable(text, getattr(stream, 'encoding', None)))
+        (write or stream.write)(_encodable(text, getattr(stream, 'encoding', None)))
         stream.flush()
-    except (OSError, ValueError) as error:  # the latter: it was closed since
+    except (OSError, ValueError) as error:  # ValueError: the stream has been closed since
         silence(stream)
         raise OutputLost(error) from error
 
 
 def _encodable(text: str, encoding: str | None) -> str:
     """The text in the characters that the encoding has."""
-    encoding = encoding or 'utf-8'
-    if not encoding.lower().startswith('utf'):
+    if not _is_unicode(encoding):
         text = plain(text)
+    encoding = encoding or 'utf-8'
     return text.encode(encoding, SUBSTITUTE).decode(encoding)
 
 
 def _substitute(error: UnicodeError) -> tuple[str, int]:
     if not isinstance(error, UnicodeEncodeError):
         raise error
-    lacking = visible(error.object[error.start : error.end])
-    shown = ''.join(c if c.isascii() else _SUBSTITUTES.get(c, c) for c in lacking)
+    missing = visible(error.object[error.start : error.end])
+    shown = ''.join(c if c.isascii() else _SUBSTITUTES.get(c, c) for c in missing)
     return shown.encode('ascii', 'backslashreplace').decode(), error.end
 
 
@@ -134,7 +220,7 @@ codecs.register_error(SUBSTITUTE, _substitute)
 
 
 def silence(stream) -> None:
-    """Point the stream at nothing, so that what it still holds and later writes are no errors."""
+    """Redirect the stream to the null device: its buffer and later writes raise no errors."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
         descriptor = stream.fileno()
         null = os.open(os.devnull, os.O_WRONLY)
@@ -142,17 +228,17 @@ def silence(stream) -> None:
         os.close(null)
         stream.flush()
         return
-    for name in ('stdout', 'stderr'):  # it was closed, or is no file
+    for name in ('stdout', 'stderr'):  # it was closed, or is not a file
         if getattr(sys, name) is stream:
-            setattr(sys, name, open(os.devnull, 'w'))  # noqa: SIM115 for the process's life
+            setattr(sys, name, open(os.devnull, 'w'))  # noqa: SIM115 until the process ends
 
 
 def open_streams() -> None:
     """Make the three standard streams of the process usable, at its start.
 
-    One that is closed is opened on nothing: else the next file would get its number, and whatever
-    writes to standard error by number would write into a checkpoint. Plain `print` replaces what
-    the encoding lacks too.
+    A closed one is opened on the null device: otherwise the next file would get its number, and
+    libraries that write to standard error by number would write into a checkpoint. Plain `print`
+    replaces characters that the encoding lacks, too.
     """
     for descriptor in range(3):
         try:
@@ -164,7 +250,7 @@ def open_streams() -> None:
                 os.close(null)
     for name, mode in (('stdin', 'r'), ('stdout', 'w'), ('stderr', 'w')):
         if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 for the process's life
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 until the process ends
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             if isinstance(stream, io.TextIOWrapper):
@@ -172,7 +258,7 @@ def open_streams() -> None:
 
 
 def flush_streams() -> None:
-    """Write what the standard streams still hold; what they do not take is given up."""
+    """Write the buffers of the standard streams; drop what cannot be written."""
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:
             try:

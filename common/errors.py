@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from common import console_output
+from common import console_output, live_region
 from common.console_output import OutputLost, write_error, write_text
 from common.paths import BadPath, expand_home, expanded_path
 
@@ -117,7 +117,8 @@ def run_script(main, argv: list[str] | None = None) -> None:
     console_output.open_streams()
     argv = sys.argv[1:] if argv is None else argv
     try:
-        code = _with_translated_errors(main, argv)
+        with live_region.closed_at_end():
+            code = _with_translated_errors(main, argv)
     except UserError as error:
         _print_problems(error, debug='--debug' in argv or '--debug=True' in argv)
         exit_process(error.exit_code)

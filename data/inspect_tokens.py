@@ -209,7 +209,7 @@ def main(argv: list[str] | None = None) -> None:
         options.split = options.split or 'train'
         start, length, title = range_to_show(data, options)
         write_text(f'{options.split}, {title}:\n')
-        write_text(text_at(data, options.split, start, length))
+        write_text(text_at(data, options.split, start, length), literal=True)
         return
     chosen = [options.split] if options.split else SPLITS
     write_text('\n'.join([*overview(data), *data.notes]))

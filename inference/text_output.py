@@ -59,7 +59,7 @@ def write_texts(
     """
     alone = len(texts) == 1
     if alone:
-        write_text(f'{SEPARATOR}\n{prompt}', end='')
+        write_text(f'{SEPARATOR}\n{prompt}', end='', literal=True)
     try:
         for step in drawn:
             tokens = step.tolist()
@@ -67,10 +67,11 @@ def write_texts(
             for text, token in zip(texts, tokens):
                 fresh = text.add(token)
                 if alone:
-                    write_text(fresh, end='')
+                    write_text(fresh, end='', literal=True)
             if all(text.ended for text in texts):
                 break
     finally:
         for text in texts:
             rest = text.finish()
-            write_text(rest if alone else f'{SEPARATOR}\n{prompt}{text.text}')
+            shown = rest if alone else f'{SEPARATOR}\n{prompt}{text.text}'
+            write_text(shown, literal=True)

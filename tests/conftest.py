@@ -11,7 +11,9 @@ import pytest
 import torch
 from helpers.project import PROJECT, TINY_RUN, published_gpt2_folder, write_tiny_dataset
 from helpers.script_server import CAN_FORK, ScriptServer
+from helpers.terminal import Terminal
 
+from common import live_region
 from common.paths import cache_folder
 from data.gpt2_vocabulary import MERGES_FILE
 from records.run_folders import new_run_folder
@@ -52,6 +54,28 @@ def register(monkeypatch):
         registry.register(name)(component)
 
     return add
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    """`terminal(columns, rows)`: a terminal in memory, which the project sees as a real one.
+
+    standard: it is standard output and standard error too.
+    """
+
+    def make(*size, standard=False):
+        screen = Terminal(*size)
+        if standard:
+            monkeypatch.setattr(sys, 'stdout', screen)
+            monkeypatch.setattr(sys, 'stderr', screen)
+        return screen
+
+    monkeypatch.setattr(live_region, 'terminal_size', lambda stream: stream.size)
+    monkeypatch.setenv('TERM', 'xterm')
+    for name in ('NO_COLOR', 'FORCE_COLOR', 'CLICOLOR_FORCE'):
+        monkeypatch.delenv(name, raising=False)
+    with live_region.closed_at_end():
+        yield make
 
 
 @pytest.fixture(scope='module')

@@ -1,12 +1,12 @@
 """Signals as requests that a run answers before its next iteration."""
 
-import contextlib
 import os
 import signal
 import time
 from types import FrameType
 from typing import Self
 
+from common.live_region import write_in_signal_handler
 from parallel.process_group import SingleProcessGroup
 
 # Not on Windows.
@@ -91,10 +91,7 @@ class SignalHandler:
         if not self.verbose:
             return
         name = signal.Signals(number).name
-        # os.write: print may be in the middle of something when a signal arrives. The terminal may
-        # be gone, which is what SIGHUP says.
-        with contextlib.suppress(OSError):
-            os.write(2, f'\n{name}: saving after this update; once more to stop at once\n'.encode())
+        write_in_signal_handler(f'\n{name}: saving after this update; once more to stop at once\n')
 
     def _save(self, number: int, frame: FrameType | None) -> None:
         self._received_save = True

@@ -120,7 +120,7 @@ def test_unwritable_progress_is_reported_once(monkeypatch, capsys):
     assert 'No space left' in write_progress('one')
     assert write_progress('two') is None
     message = capsys.readouterr().err
-    assert message.count('\n') == 1 and 'goes on in silence' in message
+    assert message.count('\n') == 1 and 'continues silently' in message
 
 
 @pytest.mark.parametrize('gone', [None, 'closed'])

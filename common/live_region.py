@@ -1,0 +1,203 @@
+"""Lines at the bottom of a terminal that are redrawn in place, while other output scrolls above.
+
+Everything that Python writes to standard output and standard error while a region is shown (the
+project's messages, `print`, warnings, logging) appears above it. Output that does not pass through
+Python's streams, such as that of other processes, may break the picture until the next redraw. The
+cursor stays visible, in the row below the region, so a killed process leaves a usable terminal.
+"""
+
+import contextlib
+import os
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TextIO
+
+from common.console_output import (
+    can_redraw,
+    displayed,
+    has_emoji,
+    is_terminal,
+    write_control,
+    write_progress,
+)
+from common.text_width import cut_to_width, display_width
+
+REDRAW_SECONDS = 0.1  # the least time between two redraws
+_current: 'LiveRegion | None' = None  # the region that is shown; there is at most one
+
+
+class LiveRegion:
+    """The lines of `update`, shown at the bottom of the terminal `stream` until `close`.
+
+    `available` is False where the stream is no terminal that can redraw, or while another region
+    is shown; `update` must not be called then. No thread runs: a redraw that comes too soon after
+    the last is left to the next `update`, to `close`, or to whatever is written above.
+    """
+
+    def __init__(self, stream: TextIO | None = None):
+        self.stream = sys.stdout if stream is None else stream
+        self._lines: list[str] = []  # to be shown
+        self._widths: list[int] = []  # of the rows on the screen, in columns
+        self._drawn_at = 0.0
+        self._writing = False  # whether the streams are passed through, as they are
+        self._at_line_start = True  # whether the output above ended with a line feed
+        self._lock = threading.RLock()
+        self._writers: dict[int, Callable[[str], Any]] = {}  # by id: the streams' own `write`
+        self._restore = contextlib.ExitStack()
+
+    @property
+    def available(self) -> bool:
+        return _current is self or (_current is None and can_redraw(self.stream))
+
+    @property
+    def due(self) -> bool:
+        """Whether an `update` is drawn at once."""
+        return not self._widths or time.monotonic() - self._drawn_at >= REDRAW_SECONDS
+
+    def fits(self, lines: int) -> bool:
+        """Whether the terminal has rows for so many lines, the cursor and a line above them."""
+        return terminal_size(self.stream).lines >= lines + 2
+
+    def update(self, lines: Sequence[str]) -> str | None:
+        """Show these lines instead of the last ones; long ones are cut.
+
+        Returns the reason if the stream cannot be written any more, once.
+        """
+        global _current
+        assert self.available
+        with self._lock:
+            if _current is None:
+                _current = self
+                for stream in (self.stream, sys.stdout, sys.stderr):
+                    self._intercept(stream)
+            self._lines = list(lines)
+            return self._draw() if self.due else None
+
+    def write_line(self, text: str) -> str | None:
+        """Write a line of ordinary text, above a region that is shown."""
+        return write_progress(text, stream=self.stream)
+
+    def close(self, keep: bool = False) -> None:
+        """Remove the region. keep: leave its last lines on the screen, as ordinary text."""
+        global _current
+        if _current is not self:
+            return
+        with self._lock:
+            if keep:
+                self._draw()
+            elif self._widths:
+                self._write(self._erase())
+            self._lines, self._widths = [], []
+            self._restore.close()
+            self._writers.clear()
+            _current = None
+
+    def forget(self) -> str:
+        """The text that erases the region, which the caller writes; a redraw begins below."""
+        if self._writing or not is_terminal(sys.stderr):
+            return ''
+        return self._erase()
+
+    # --- The screen ---
+
+    def _draw(self) -> str | None:
+        """Draw the lines over the last ones, in one write."""
+        columns = terminal_size(self.stream).columns - 1  # some terminals wrap after the last one
+        mark = '…' if has_emoji(self.stream) else '>'
+        rows = [
+            cut_to_width(displayed(row.replace('\t', ' '), self.stream), columns, mark)
+            for line in self._lines
+            for row in line.split('\n')
+        ]
+        begin = self._to_top() if self._at_line_start else '\r\n'
+        text = ''.join(f'{row}\x1b[K\n' for row in rows)
+        reason = self._write(f'{begin}{text}\x1b[J')
+        if not reason:
+            self._widths, self._at_line_start = [display_width(row) for row in rows], True
+            self._drawn_at = time.monotonic()
+        return reason
+
+    def _to_top(self) -> str:
+        """Move the cursor to the first row of the region.
+
+        Rows that are longer than a terminal that was made narrower have been wrapped by it.
+        """
+        columns = max(terminal_size(self.stream).columns, 1)
+        rows = sum(max(1, -(-width // columns)) for width in self._widths)
+        return f'\r\x1b[{rows}A' if rows else '\r'
+
+    def _erase(self) -> str:
+        text = f'{self._to_top()}\x1b[J' if self._widths else ''
+        self._widths = []
+        return text
+
+    def _write(self, text: str) -> str | None:
+        writing, self._writing = self._writing, True
+        try:
+            reason = write_control(text, self.stream, self._writers[id(self.stream)])
+        finally:
+            self._writing = writing
+        if reason:
+            self._lines, self._widths = [], []
+            self.close()
+        return reason
+
+    # --- What others write ---
+
+    def _intercept(self, stream: TextIO | None) -> None:
+        """Let what others write to the stream appear above the region.
+
+        Its `write` is replaced, rather than the stream: loggers and others have kept that.
+        """
+        if stream is None or id(stream) in self._writers or not is_terminal(stream):
+            return
+        write = stream.write
+        with contextlib.suppress(AttributeError):  # a stream of a kind that has no attributes
+            setattr(stream, 'write', lambda text: self._write_above(text, stream, write))  # noqa: B010
+            self._restore.callback(delattr, stream, 'write')
+        self._writers[id(stream)] = write
+
+    def _write_above(self, text: str, stream: TextIO, write: Callable[[str], Any]) -> Any:
+        with self._lock:
+            if self._writing or not text:
+                return write(text)
+            if self._widths:
+                self._write(self._erase())
+            written = write(text)
+            stream.flush()
+            self._at_line_start = text.endswith('\n')
+            if self._lines and self._at_line_start:
+                self._draw()
+            return written
+
+
+@contextlib.contextmanager
+def closed_at_end() -> Iterator[None]:
+    """Close a region that is still shown at the end, with its last lines left on the screen."""
+    try:
+        yield
+    finally:
+        if _current is not None:
+            _current.close(keep=True)
+
+
+def write_in_signal_handler(text: str) -> None:
+    """Write a text to standard error, by number, as a signal handler must, below a shown region.
+
+    The region appears again at its next update.
+    """
+    erase = _current.forget() if _current is not None else ''
+    with contextlib.suppress(OSError):  # the terminal is gone, which is what SIGHUP means
+        os.write(2, (erase + text).encode())
+
+
+def terminal_size(stream: TextIO) -> os.terminal_size:
+    """The size of the stream's terminal; that of `COLUMNS` and `LINES`, or 80 x 24, if unknown."""
+    with contextlib.suppress(AttributeError, OSError, ValueError):
+        size = os.get_terminal_size(stream.fileno())
+        if size.columns and size.lines:
+            return size
+    return shutil.get_terminal_size()
