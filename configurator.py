@@ -32,6 +32,8 @@ SHOW_FLAGS = {
     **dict.fromkeys(('--print_config', '--print-config'), 'print_config'),
     **dict.fromkeys(('--list_components', '--list-components'), 'list_components'),
 }
+LIST_FORMATS = ('text', 'markdown')
+LIST_OPTIONS = {'format': Option(str, 'text', 'Format of --list_components', choices=LIST_FORMATS)}
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ class CommandLine:
     help: bool = False
     print_config: bool = False
     list_components: bool = False
+    list_format: str = 'text'  # one of LIST_FORMATS
 
     def value(self, key: str, schema: Callable[[], Schema]):
         """What `key` is as asked for so far, or its default."""
@@ -102,6 +105,8 @@ def _parse_arguments(
 ) -> dict:
     """The values of the options; what they ask to be shown and what is wrong is noted."""
     values: dict = {}
+    lists = any(SHOW_FLAGS.get(argument) == 'list_components' for argument in arguments)
+    options = {**options, **LIST_OPTIONS} if lists else options
     while arguments:
         argument = arguments.pop(0)
         if argument in SHOW_FLAGS:
@@ -114,6 +119,8 @@ def _parse_arguments(
                 command_line.problems.extend(error.problems)
         else:
             command_line.problems.append(_stray_argument_problem(argument, options))
+    if lists:
+        command_line.list_format = values.pop('format', command_line.list_format)
     return values
 
 

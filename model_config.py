@@ -92,7 +92,6 @@ _GROUPS_OF_FOUR = {
 }
 # A preset's value may be a function of the merged choices, so that it follows an override.
 PRESETS = {
-    # The design document's GPT-2, to the letter; OpenAI's own is `legacy`.
     'gpt2': {
         'normalization': 'layernorm_nobias',
         'position_encoding': 'learned_absolute',
@@ -104,11 +103,8 @@ PRESETS = {
         'weight_tying': True,
         'dropout': 0.0,
     },
-    # Touvron et al. 2023.
     'llama': _LLAMA,
-    # The design document's "team" model: as it stands there, the same choices as `llama`.
     'team': _LLAMA,
-    # GPT-2's parts with rotary positions and pre-norm.
     'hybrid': {
         'normalization': 'layernorm_nobias',
         'position_encoding': 'rope',
@@ -120,8 +116,6 @@ PRESETS = {
         'weight_tying': True,
         'dropout': 0.0,
     },
-    # The true GPT-2 and nanoGPT model (Radford et al. 2019): pre-norm, `bias` as set, also in the
-    # norms as nanoGPT has it.
     'legacy': {
         'normalization': _layernorm_with_bias_of_linear_layers,
         'position_encoding': 'learned_absolute',
@@ -133,11 +127,7 @@ PRESETS = {
         'weight_tying': True,
         'dropout': 0.0,
     },
-    # Grattafiori et al. 2024, the 8B model's ratios: 4 heads share keys and values, the FFN is 3.5
-    # times as wide. What Llama 3.1 adds for long texts is rope_scaling='llama3'.
     'llama3': {**_LLAMA, 'rope_theta': 5e5, **_GROUPS_OF_FOUR},
-    # Yang et al. 2025, the 0.6B model's ratios: heads of 128 columns, twice the width in all, two
-    # of which share keys and values; each head's queries and keys normalized; 3 times as wide.
     'qwen3': {
         **_LLAMA,
         'rope_theta': 1e6,
@@ -150,9 +140,6 @@ PRESETS = {
         'd_ff': lambda values: 3 * values['n_embd'],
         'weight_tying': True,
     },
-    # Gemma Team 2024, the 2B model's ratios: every other layer sees a window, of half of the
-    # context (4096 of 8192 there); norms on both sides; two soft caps, which the fused attention
-    # does not do (on a GPU: --attention_backend=flex).
     'gemma2': {
         **_LLAMA,
         'norm_eps': 1e-6,
@@ -170,8 +157,6 @@ PRESETS = {
         'scale_embeddings': True,
         'weight_tying': True,
     },
-    # OLMo et al. 2024, the 7B model's: norms after the branches, queries and keys normalized over
-    # all heads at once, z-loss.
     'olmo2': {
         **_LLAMA,
         'rope_theta': 5e5,
@@ -181,15 +166,11 @@ PRESETS = {
         'qk_norm_scope': 'projection',
         'z_loss': 1e-5,
     },
-    # Jiang et al. 2023, the 7B model's ratios: as `llama3`, and a window of half of the context
-    # (4096 of 8192 there) in all layers.
     'mistral': {
         **_LLAMA,
         **_GROUPS_OF_FOUR,
         'sliding_window': lambda values: max(1, values['block_size'] // 2),
     },
-    # Biderman et al. 2023, the 160M model as it is; GPT-NeoX: Black et al. 2022. Attention and FFN
-    # side by side, a quarter of each head turned, biases.
     'pythia': {
         'normalization': 'layernorm',
         'position_encoding': 'rope',
@@ -202,8 +183,6 @@ PRESETS = {
         'weight_tying': False,
         'dropout': 0.0,
     },
-    # Jiang et al. 2024: `mistral` without the window, and 2 of 8 experts a token, each half as wide
-    # as its FFN, so that as many parameters are active.
     'mixtral': {
         **_LLAMA,
         'rope_theta': 1e6,
@@ -215,9 +194,6 @@ PRESETS = {
         'experts_per_token': 2,
         'expert_d_ff': lambda values: 8 * max(1, round(7 * values['n_embd'] / 32)),
     },
-    # DeepSeek-AI 2024, DeepSeek-V2-Lite's ratios: latent attention; after a first dense layer, 6 of
-    # many small experts and 2 shared ones a token, together as wide as `llama`'s FFN. Half as many
-    # experts as there (64).
     'deepseek': {
         **_LLAMA,
         'norm_eps': 1e-6,
@@ -233,8 +209,6 @@ PRESETS = {
         'router_normalize': False,
         'load_balance_weight': 0.001,
     },
-    # Keller Jordan et al. 2024, modded-nanogpt: squared ReLU, normalized queries and keys, capped
-    # logits.
     'speedrun': {
         'normalization': 'rmsnorm',
         'position_encoding': 'rope',
@@ -249,8 +223,60 @@ PRESETS = {
         'weight_tying': False,
         'dropout': 0.0,
     },
-    # Nothing chosen beyond the options' own defaults: a start for one's own mix.
     'custom': {},
+}
+
+PRESET_DESCRIPTIONS = {
+    'gpt2': (
+        "GPT-2's components with post-norm and LayerNorm without bias; not OpenAI's GPT-2, "
+        'which is pre-norm: that is `legacy`'
+    ),
+    'llama': 'LLaMA (Touvron et al. 2023)',
+    'team': 'The same architecture as `llama`, under a second name',
+    'hybrid': "GPT-2's feed-forward network and LayerNorm with rotary positions and pre-norm",
+    'legacy': (
+        "OpenAI's GPT-2 (Radford et al. 2019) as in nanoGPT: pre-norm; `bias` is also that of "
+        'the norms'
+    ),
+    'llama3': (
+        "Llama 3 (Grattafiori et al. 2024) with the 8B model's ratios: 4 query heads share "
+        'keys and values, FFN 3.5 · n_embd wide. For the long context of Llama 3.1: '
+        'rope_scaling=llama3'
+    ),
+    'qwen3': (
+        "Qwen3 (Yang et al. 2025) with the 0.6B model's ratios: heads of 128 dimensions, 2 "
+        'query heads share keys and values, QK norm per head, FFN 3 · n_embd wide'
+    ),
+    'gemma2': (
+        "Gemma 2 (Gemma Team 2024) with the 2B model's ratios: norms before and after each "
+        'sublayer, in every other layer a window of half the context (4096 of 8192 in the '
+        'original), soft caps of scores (on a GPU use attention_backend=flex) and logits'
+    ),
+    'olmo2': (
+        "OLMo 2 (OLMo et al. 2024), the 7B model's components: norms after the sublayers, QK "
+        'norm over all heads at once, z-loss'
+    ),
+    'mistral': (
+        "Mistral (Jiang et al. 2023) with the 7B model's ratios: heads and FFN as in "
+        '`llama3`, a window of half the context in every layer (4096 of 8192 in the original)'
+    ),
+    'pythia': (
+        'Pythia 160M (Biderman et al. 2023; GPT-NeoX: Black et al. 2022): attention and FFN '
+        'in parallel, RoPE on a quarter of each head, biases'
+    ),
+    'mixtral': (
+        'Mixtral (Jiang et al. 2024): `mistral` without the window, with 2 of 8 experts per '
+        'token, each half as wide as its FFN'
+    ),
+    'deepseek': (
+        "DeepSeek-V2 (DeepSeek-AI 2024) with the Lite model's ratios: latent attention; after "
+        'a dense first layer, 6 of 32 small experts (64 in the original) and 2 shared ones '
+        'per token'
+    ),
+    'speedrun': (
+        'In the style of modded-nanogpt (Jordan et al. 2024): squared ReLU, QK norm, capped logits'
+    ),
+    'custom': "All options at their defaults, to start a mix of one's own",
 }
 
 PRESET_OPTION = Option(

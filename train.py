@@ -22,7 +22,7 @@ from common import hardware
 from common.console_output import write_progress, write_text
 from common.errors import run_script
 from components.weight_initialization import name_seed
-from configurator import format_components, format_help, read_command_line
+from configurator import format_help, read_command_line
 from data.dataset import is_prepared, load_dataset, prepare_if_missing
 from inference.sampling import PeriodicSample
 from model_builder import parameter_groups, training_flops
@@ -39,6 +39,7 @@ from studies.grid import STUDY_KEYS
 from training import stability, start_checks
 from training.checkpoint import list_checkpoints
 from training.checkpoint_writer import CheckpointManager
+from training.component_reference import list_components
 from training.diagnostics import UpdateRatio
 from training.load import copy_tokenizer_file
 from training.memory_check import check_training_size, user_friendly_errors
@@ -60,7 +61,7 @@ def main(argv: list[str]) -> int:
         write_text(format_help(__doc__, schema()))
         return 0
     if command_line.list_components and not command_line.problems:
-        write_text(format_components(schema()))
+        write_text(list_components(command_line.list_format))
         return 0
 
     # The settings, over those of a run to resume or of somebody's weights.

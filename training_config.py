@@ -37,7 +37,7 @@ from configurator import (
     with_component_options,
 )
 from data.dataset import TokenDataset, is_prepared
-from data.order import ORDERS
+from data.options import DATA_OPTIONS
 from model_builder import build_model, check_calls, flops_by_part
 from model_config import ModelArchitectureConfig
 from model_config import schema as architecture_schema
@@ -103,22 +103,6 @@ RUN_OPTIONS = {
     'concurrent_runs': Option(int, 1, 'Number of runs that share this machine, set by study.py; '
                               'above 1, times are not compared', check=at_least(1)),
     'debug': Option(bool, False, 'Show the traceback of user errors too'),
-}
-DATA_OPTIONS = {
-    'dataset': Option(str, 'shakespeare', 'Dataset: the name of a folder in data/, or a path',
-                      is_path=True),
-    'verify_data': Option(bool, False, 'Hash all token files at the start; else only files whose '
-                          'size or time has changed since the last check'),
-    'batch_size': Option(int | None, None, 'Sequences per micro-batch; None: depends on the device',
-                         check=at_least(1)),
-    'gradient_accumulation_steps': Option(int | None, None,
-                                          'Micro-batches per iteration, over all devices; '
-                                          'None: depends on the device', check=at_least(1)),
-    'seed': Option(int, 1337, 'Seed of weight initialization and dropout', check=at_least(0)),
-    'data_seed': Option(int, 1337, 'Seed of the data order', check=at_least(0)),
-    'sampling': Option(str, 'random', 'Choice of training windows. random: with replacement, as in '
-                       'nanoGPT; epoch: each window once per epoch, in shuffled order',
-                       choices=tuple(ORDERS)),
 }
 OPTIMIZER_OPTIONS = {
     'max_iters': Option(int, 5000, 'Number of iterations', check=at_least(1)),
