@@ -1,7 +1,7 @@
-"""The blocks of a run's record as types, one for each object of `record_schema.json`.
+"""The objects of a run's record as types, one for each object of `record_schema.json`.
 
-The schema says what the values mean and may be; here they have names for those who write and read
-them. Where keys may be missing, as in records of earlier versions, they stand in a base class.
+The schema has the meaning of each key; docs/record-format.md is generated from it. Keys that may be
+missing, as in records of earlier versions, are in a base class.
 """
 
 from collections.abc import Mapping
@@ -277,6 +277,7 @@ class _OptionalEvent(TypedDict, total=False):
     count: int
     from_iter: int
     checkpoint: str
+    command: str
     changed: dict[str, list]
     id: str
 
