@@ -14,6 +14,8 @@ UNITS = {
     *('nats per token', 'bits per byte', 'tokens', 'tokens/s', 'bytes', 'GB', 'ms', 's', '%'),
     *('FLOPs', 'TFLOP/s', 'parameters', 'iterations', 'epochs', 'documents', 'sequences', 'values'),
 }
+
+
 def sections(page):
     """The rows of each section by its path: key -> (type, unit, meaning)."""
     keys = {}
