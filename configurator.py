@@ -25,7 +25,8 @@ from common.text_files import decode
 
 Schema = dict[str, dict[str, Option]]
 
-COMMAND_LINE = 'command line'
+# Origins of the layers above all config files.
+CALLER_ORIGINS = COMMAND_LINE, PYTHON_CALL = 'command line', 'train()'
 # Arguments that ask for something to be shown -> the field of `CommandLine` that says so.
 SHOW_FLAGS = {
     **dict.fromkeys(('--help', '-h'), 'help'),

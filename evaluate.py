@@ -137,7 +137,7 @@ def main(argv: list[str]) -> int:
             write_json(options.json, results)
     finally:
         write_text(
-            f'{config.name}, {checkpoint.iter:,} updates, from {checkpoint.path}, in {dtype}'
+            f'{config.name}, iteration {checkpoint.iter:,}, from {checkpoint.path}, in {dtype}'
         )
         tables = text_table(text_results), choice_table(choice_results)
         write_text('\n\n'.join(filter(None, tables)))

@@ -159,7 +159,7 @@ def main(argv: list[str]) -> int:
     write(options.format, Exported(model, config, checkpoint), options.output)
     size = sum(file.stat().st_size for file in files_of(options.output))
     write_progress(
-        f'{model.config.name}, {checkpoint.iter:,} updates, from {checkpoint.path}\n'
+        f'{model.config.name}, iteration {checkpoint.iter:,}, from {checkpoint.path}\n'
         f'{sum(p.numel() for p in model.parameters()):,} parameters in {options.dtype} → '
         f'{options.output} ({size / 1e9:.2f} GB)'
     )

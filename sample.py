@@ -16,23 +16,14 @@ import sys
 
 import common.first_import  # noqa: F401
 
-import torch
-
 from common import hardware
 from common.arguments import DEVICE_ARGUMENTS, Argument, add_arguments, range_problems
 from common.console_output import is_terminal, write_error, write_text
 from common.errors import UserError, run_script
 from common.paths import expanded_path
 from common.text_files import decode
-from inference.generate import generate
-from inference.sampling import (
-    TEMPERATURE,
-    TOP_K,
-    Sampler,
-    TextStream,
-    prompt_tokens,
-    sample_generator,
-)
+from inference.sampling import prompt_tokens
+from inference.text_generator import GENERATION_ARGUMENTS, GenerationOptions, TextGenerator
 from inference.text_output import SEPARATOR, GenerationSpeed, write_texts
 from training.load import (
     checkpoint_parser,
@@ -43,51 +34,16 @@ from training.load import (
     register_components,
 )
 
-ARGUMENTS = {
+SAMPLE_ARGUMENTS = {
     'start': Argument(
-        "the prompt; FILE:prompt.txt reads it from a file, '-' from standard input "
-        "(default '\\n'; empty: an end-of-text token, where the vocabulary has one)",
+        "Prompt; FILE:prompt.txt reads it from a file, '-' from standard input "
+        "(default '\\n'; empty: the end-of-text token, if the vocabulary has one)",
         default='\n',
     ),
-    'num_samples': Argument('texts to write (default 3)', int, 3, low=1, high=1_000_000),
-    'batch_size': Argument('of them at a time (default: all)', int, low=1, high=1_000_000),
-    'max_new_tokens': Argument('tokens in each, at most (default 300)', int, 300, low=1),
-    'temperature': Argument(
-        f'0: always the likeliest (default {TEMPERATURE})', float, TEMPERATURE, low=0
-    ),
-    'top_k': Argument(f'draw from the likeliest k; 0: all (default {TOP_K})', int, TOP_K, low=0),
-    'top_p': Argument(
-        'of these from the likeliest that have this probability together (default 1: all)',
-        float,
-        1.0,
-        low=0,
-        high=1,
-    ),
-    'min_p': Argument(
-        'of these from those at least this part as likely as the likeliest (default 0: all)',
-        float,
-        0.0,
-        low=0,
-        high=1,
-    ),
-    'stop': Argument(
-        'end a text before this; may be given several times',
-        default=[],
-        settings={'action': 'append', 'metavar': 'TEXT'},
-    ),
-    'ignore_end_of_text': Argument(
-        'go on after the token that ends a document',
-        default=False,
-        settings={'action': 'store_true'},
-    ),
-    'seed': Argument(
-        'of the draws: each text has a stream of its own, whatever the batch (default 1337)',
-        int,
-        1337,
-        low=0,
-    ),
-    **DEVICE_ARGUMENTS,
+    'num_samples': Argument('Number of samples (default 3)', int, 3, low=1, high=1_000_000),
+    'batch_size': Argument('Samples per batch (default: all)', int, low=1, high=1_000_000),
 }
+ARGUMENTS = {**SAMPLE_ARGUMENTS, **GENERATION_ARGUMENTS, **DEVICE_ARGUMENTS}
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
@@ -95,41 +51,42 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = checkpoint_parser('sample.py', __doc__)
     add_arguments(parser, ARGUMENTS)
     options = parser.parse(argv)
-    problems = range_problems(options, ARGUMENTS)
-    if '' in options.stop:
-        problems.append('--stop is empty: give the text before which to end.')
+    problems = range_problems(options, SAMPLE_ARGUMENTS)
+    problems += GenerationOptions.of(options).problems()
     register_components(options.config, problems)
     return options
 
 
 def main(argv: list[str]) -> int:
     options = parse_arguments(argv)
+    # The checkpoint, and the prompt in its vocabulary.
     device = hardware.select_device(options.device)
     dtype = hardware.resolve_dtype(options.dtype, device)
     prompt = read_prompt(options.start)
     checkpoint, state = find_checkpoint(options.out_dir, options.run)
     name = load_architecture(checkpoint).name
     tokenizer, vocab_size = load_tokenizer(checkpoint)
-    tokens = prompt_tokens(tokenizer, prompt, 'start')
-    model = load_model(checkpoint, state, device).eval()
-    start = torch.tensor(tokens[-model.config.block_size :], device=device)
-    write_text(f'{name}, {checkpoint.iter:,} updates, from {checkpoint.path}')
-    if slow := ', '.join(model.uncacheable):
-        write_text(f'Without a cache, every token anew: {slow} does not say `cacheable = True`.')
+    tokens = prompt_tokens(tokenizer, prompt, '--start')
 
-    filters = options.temperature, options.top_k, options.top_p, options.min_p
-    end_of_text = None if options.ignore_end_of_text else tokenizer.end_of_text
+    # The model.
+    model = load_model(checkpoint, state, device).eval()
+    generator = TextGenerator(model, tokenizer, vocab_size, dtype, GenerationOptions.of(options))
+    write_text(f'{name}, iteration {checkpoint.iter:,}, from {checkpoint.path}')
+    if uncacheable := ', '.join(model.uncacheable):
+        write_text(
+            f'No KV cache: {uncacheable} does not set `cacheable = True`, so every new token '
+            f'recomputes the whole context.'
+        )
+
+    # The samples, batch by batch.
+    context_length = min(len(tokens), model.config.block_size)
     speed, size = GenerationSpeed(), options.batch_size or options.num_samples
     try:
         for first in range(0, options.num_samples, size):
             numbers = range(first, min(first + size, options.num_samples))
-            generators = [sample_generator(options.seed, number) for number in numbers]
-            choose = Sampler(vocab_size, *filters, generators)
-            texts = [TextStream(tokenizer.decode, options.stop, end_of_text) for _ in numbers]
-            with hardware.autocast(device, dtype):
-                prompts = start.expand(len(texts), -1)
-                drawn = generate(model, prompts, options.max_new_tokens, choose=choose)
-                speed.begin(prompts.numel())
+            drawn, texts = generator.start(tokens, numbers)
+            speed.begin(len(texts) * context_length)
+            with generator.autocast():
                 write_texts(drawn, texts, prompt, speed)
     finally:
         write_text(f'{SEPARATOR}\n{speed}')

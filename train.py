@@ -10,52 +10,54 @@ component is, and its source. --print_config shows each resolved value and where
 """
 
 import math
+import os
 import sys
 import time
+from collections.abc import Iterable
+from typing import Any
 
 import common.first_import  # noqa: F401
 
 import torch
 
 import interop
-from common import hardware
-from common.console_output import write_progress, write_text
-from common.errors import run_script
+from common import hardware, live_region
+from common.console_output import write_text
+from common.environment import check_no_torchrun
+from common.errors import UserError, run_script, translated_errors
 from components.weight_initialization import name_seed
-from configurator import format_help, read_command_line
+from configurator import (
+    PYTHON_CALL,
+    CommandLine,
+    Layer,
+    format_help,
+    read_command_line,
+    validate_layer,
+)
 from data.dataset import is_prepared, load_dataset, prepare_if_missing
-from inference.sampling import PeriodicSample
-from model_builder import parameter_groups, training_flops
 from optim.schedules import learning_rate_at
-from optim.step import GradientSums, GuardedOptimizer
+from optim.step import GradientSums
 from parallel import sharded_state
-from parallel.strategies import SingleProcess, choose_strategy, recomputed_blocks
+from parallel.strategies import choose_strategy
 from planning.plan import plan_run
 from planning.report import plan_report
 from records.record_types import EvaluationEntry
-from records.run_folders import new_run_folder
-from records.trackers import enabled_trackers
 from studies.grid import STUDY_KEYS
-from training import stability, start_checks
+from training import stability
 from training.checkpoint import list_checkpoints
-from training.checkpoint_writer import CheckpointManager
 from training.component_reference import list_components
-from training.diagnostics import UpdateRatio
-from training.load import copy_tokenizer_file
+from training.load import LoadedRun, PathLike, paths_of
 from training.memory_check import check_training_size, user_friendly_errors
-from training.metrics import RunMetrics
-from training.record_header import record_header, run_environment
-from training.resume import ResumeSource, TrainingProgress, find_resume_source, restart_notes
+from training.resume import find_resume_source
 from training.session import RunContext, Session
-from training.signals import SignalHandler
-from training_config import TrainingConfig, load_settings, schema
-from training_logger import TrainingLogger
-
-InitSource = ResumeSource | interop.PretrainedSource
+from training.setup import InitSource, set_up
+from training.signals import interrupt_at_once
+from training_config import Settings, load_settings, schema
 
 
 def main(argv: list[str]) -> int:
-    # What the command line asks for: a text about the options, or a run.
+    """`python train.py`: print what the options ask for, or train. Returns the exit code."""
+    # Texts about the options.
     command_line = read_command_line(argv, schema, extra=STUDY_KEYS)
     if command_line.help and not command_line.problems:
         write_text(format_help(__doc__, schema()))
@@ -64,126 +66,118 @@ def main(argv: list[str]) -> int:
         write_text(list_components(command_line.list_format))
         return 0
 
-    # The settings, over those of a run to resume or of somebody's weights.
-    init_source = find_resume_source(command_line) or interop.find_pretrained(command_line)
-    settings = load_settings(command_line)
+    # Texts about this run.
+    settings, init_source = read_settings(command_line)
     if settings.plan.plan:
         write_text(plan_report(plan_run(settings)))
         return 0
-
-    # The device.
-    device = hardware.select_device(settings.run.device)
-    hardware.tune(device, settings.run.deterministic)
-    dtype = hardware.resolve_dtype(settings.run.dtype, device)
-    data = settings.run.dataset, settings.architecture.block_size
     if command_line.print_config:
-        dataset = load_dataset(*data) if is_prepared(settings.run.dataset) else None
-        write_text(settings.resolve(device, dtype, dataset).explain())
+        write_text(explain_settings(settings))
         return 0
 
-    # The processes and the data; with these every option has its value.
-    parallel = choose_strategy(settings.run, device)
-    prepare_if_missing(settings.run.dataset)
-    dataset = load_dataset(*data)
-    dataset.verify_checksums(full=settings.run.verify_data, from_main=parallel.broadcast_from_main)
-    settings = settings.resolve(device, dtype, dataset)
-    if init_source:
-        init_source.check(settings)
-
     # The run.
-    context = RunContext(
-        settings=settings, parallel=parallel, device=device, dataset=dataset, argv=argv
-    )
-    with user_friendly_errors(settings, parallel, device):
-        check_training_size(settings, parallel, device)
-        session = set_up(context, init_source)
+    session = start_session(settings, init_source, argv)
     exit_code = run_training(session)
-    parallel.close()
+    session.parallel.close()
     return exit_code
+
+
+def train(config: PathLike | Iterable[PathLike] = (), **options: Any) -> LoadedRun:
+    """Train a run from Python, with the options of the command line.
+
+        run = train('config/arch_llama.py', max_iters=100, learning_rate=1e-3)
+
+    config: a config file, or several of rising precedence. options: values that take precedence
+    over the files, of the types that the options have in a config file.
+
+    Returns the run, with the weights at its end, on the device that it was trained on; see
+    `training.load.LoadedRun`. Raises UserError for a user's mistake, and KeyboardInterrupt if the
+    run is interrupted: the first Ctrl-C (the stop button of a notebook) saves a checkpoint and
+    stops, a second one stops at once. `init_from='resume'` then continues the run. SIGTERM saves
+    a checkpoint, and then ends the process as it would without a run. Outside the main thread,
+    signals are left alone. The random state of torch is overwritten.
+    """
+    check_no_torchrun('train()')
+    with live_region.closed_at_end(), translated_errors():
+        files = paths_of(config)
+        command_line = read_python_call(files, options)
+        settings, init_source = read_settings(command_line)
+        if settings.plan.plan:
+            raise UserError('plan=True: train() only trains. Plan with python train.py --plan.')
+        argv = [*files, *(f'--{key}={value}' for key, value in options.items())]
+        session = start_session(settings, init_source, argv)
+        session.signals.on_second_stop = interrupt_at_once
+        run_training(session)
+    folder, iter = session.logger.run_folder, session.progress.iter
+    session.signals.redeliver(f'stopped after {iter:,} iterations; the run is in {folder}')
+    session.model.zero_grad(set_to_none=True)
+    return LoadedRun(
+        folder, session.checkpoint_index(), session.raw_model, session.settings.run.dtype
+    )
+
+
+# --------------------------------------------------------------------------------------------------
+# Settings
+
+
+def read_python_call(config_files: list[str], options: dict[str, Any]) -> CommandLine:
+    """The files and options of `train()`, as `read_command_line` returns those of a shell.
+
+    A path may be a `pathlib.Path`.
+    """
+    command_line = read_command_line(config_files, schema, extra=STUDY_KEYS)
+    values = {
+        key: os.fspath(value) if isinstance(value, os.PathLike) else value
+        for key, value in options.items()
+    }
+    layer = validate_layer(Layer(PYTHON_CALL, values), schema(), command_line.problems)
+    command_line.layers.append(layer)
+    return command_line
+
+
+def read_settings(command_line: CommandLine) -> tuple[Settings, InitSource | None]:
+    """The merged settings, and the run or the pretrained weights that training starts from."""
+    init_source = find_resume_source(command_line) or interop.find_pretrained(command_line)
+    return load_settings(command_line), init_source
+
+
+def explain_settings(settings: Settings) -> str:
+    """Each resolved value and its origin; without prepared data, vocab_size stays open."""
+    run = settings.run
+    device = hardware.select_device(run.device)
+    dtype = hardware.resolve_dtype(run.dtype, device)
+    data = run.dataset, settings.architecture.block_size
+    dataset = load_dataset(*data) if is_prepared(run.dataset) else None
+    return settings.resolve(device, dtype, dataset).explain()
 
 
 # --------------------------------------------------------------------------------------------------
 # Set-up
 
 
-def set_up(context: RunContext, init_source: InitSource | None) -> Session:
-    """Build everything that the loop needs, and begin or continue the record."""
-    settings, parallel, device = context.settings, context.parallel, context.device
-    run, architecture, dataset = settings.run, settings.architecture, context.dataset
-    sample_writer = PeriodicSample.from_options(run, dataset)
-    peak = parallel.broadcast_from_main(
-        lambda: hardware.peak_flops(device, run.dtype, run.peak_tflops)
-    )
+def start_session(settings: Settings, init_source: InitSource | None, argv: list[str]) -> Session:
+    """Prepare the device, the processes and the data, and set up the run."""
+    # The device.
+    device = hardware.select_device(settings.run.device)
+    hardware.tune(device, settings.run.deterministic)
+    dtype = hardware.resolve_dtype(settings.run.dtype, device)
 
-    # The model, as the strategy recomputes, compiles and wraps it, and its optimizer.
-    compiled = can_compile(run, device, parallel)
-    recomputed = recomputed_blocks(run.activation_checkpointing, architecture.n_layer)
-    raw_model, model = parallel.build(architecture, recomputed, compiled)
-    groups, flops = parameter_groups(raw_model), training_flops(raw_model, recomputed)
-    optimizer = GuardedOptimizer(parallel.build_optimizer(groups, run), run, device, parallel)
-
-    # The weights and the progress of a checkpoint, or the weights of somebody's model.
-    progress = TrainingProgress()
+    # The processes and the data; with these every option has its value.
+    parallel = choose_strategy(settings.run, device)
+    prepare_if_missing(settings.run.dataset)
+    dataset = load_dataset(settings.run.dataset, settings.architecture.block_size)
+    dataset.verify_checksums(full=settings.run.verify_data, from_main=parallel.broadcast_from_main)
+    settings = settings.resolve(device, dtype, dataset)
     if init_source:
-        progress = init_source.restore(parallel, raw_model, optimizer)
-    model_notes = start_checks.check_model(raw_model, device, run.dtype)
+        init_source.check(settings)
 
-    # The record, begun or continued.
-    logger = open_record(context, init_source)
-    header = record_header(
-        context,
-        model=raw_model,
-        optimizer=optimizer.inner,
-        flops=flops,
-        peak=peak,
-        compiled=compiled,
-        weights_from=parallel.broadcast_from_main(lambda: init_source and init_source.weights_from),
+    # The model, the optimizer and the record.
+    context = RunContext(
+        settings=settings, parallel=parallel, device=device, dataset=dataset, argv=argv
     )
-    environment = run_environment(header)
-    if parallel.is_main:
-        copy_tokenizer_file(dataset, logger.run_folder)
-    if init_source:
-        init_source.report(logger, header, environment)
-    else:
-        logger.start(**header)
-    for note in [*dataset.notes, *settings.notes, *restart_notes(run), *model_notes]:
-        logger.event('note', None, note)
-    return Session(
-        **vars(context),
-        raw_model=raw_model,
-        model=model,
-        optimizer=optimizer,
-        progress=progress,
-        logger=logger,
-        checkpoints=CheckpointManager(run, device, parallel, logger),
-        signals=SignalHandler(verbose=parallel.is_main),
-        metrics=RunMetrics(flops, peak, UpdateRatio(groups, parallel)),
-        sample_writer=sample_writer,
-        environment=environment,
-    )
-
-
-def can_compile(run: TrainingConfig, device: torch.device, parallel: SingleProcess) -> bool:
-    """Whether the blocks are compiled; a warning where it is asked for and cannot be."""
-    if not run.compile or not (problem := hardware.compile_problem(device)):
-        return bool(run.compile)
-    if parallel.is_main:
-        write_progress(f'warning: compile is off, since {problem}. --compile=False silences this.')
-    return False
-
-
-def open_record(context: RunContext, init_source: InitSource | None) -> TrainingLogger:
-    """The logger of the run that is resumed, or of a new one."""
-    run, parallel = context.settings.run, context.parallel
-    return TrainingLogger(
-        parallel.broadcast_from_main(
-            lambda: (init_source and init_source.run_folder) or new_run_folder(run.out_dir)
-        ),
-        is_main=parallel.is_main,
-        style=run.log_style,
-        max_iters=run.max_iters,
-        trackers=enabled_trackers(run),
-    )
+    with user_friendly_errors(settings, parallel, device):
+        check_training_size(settings, parallel, device)
+        return set_up(context, init_source)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -195,7 +189,7 @@ def run_training(session: Session) -> int:
     with session.signals:  # beyond the loop: torchrun asks the others to stop when one fails
         try:
             with user_friendly_errors(session.settings, session.parallel, session.device):
-                train(session)
+                training_loop(session)
                 session.checkpoints.finish()
         except BaseException as error:
             session.checkpoints.abort()
@@ -206,7 +200,7 @@ def run_training(session: Session) -> int:
     return exit_code
 
 
-def train(session: Session) -> None:
+def training_loop(session: Session) -> None:
     """`max_iters` iterations, with evaluations before the first, at intervals and at the end."""
     if session.settings.run.eval_only:
         evaluate(session)
@@ -343,19 +337,10 @@ def log_iteration(
 @torch.no_grad()
 def evaluate(session: Session) -> bool:
     """Measure the loss on the fixed windows of both splits; whether it is the best so far."""
-    run, progress, model = session.settings.run, session.progress, session.model
+    run, progress = session.settings.run, session.progress
     began = time.perf_counter()
-    model.eval()
-    # The mean loss of each split, over all ranks.
-    losses = {}
-    for split in ('train', 'val'):
-        total = torch.zeros(2, device=session.device)  # summed loss, number of targets
-        for batch in session.evaluation_batches(split):
-            with session.autocast():
-                loss_sum, count, _ = model(*batch)
-            total += torch.stack([loss_sum, count.to(loss_sum.dtype)])
-        loss_sum, count = session.parallel.all_reduce_sum(total).tolist()
-        losses[split] = loss_sum / count
+    session.model.eval()
+    losses = {split: session.mean_loss(split) for split in ('train', 'val')}
     bytes_per_token = session.dataset.bytes_per_token('val')
     entry: EvaluationEntry = {
         'iter': progress.iter,

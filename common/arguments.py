@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser, arguments: Mapping[str, Argum
         argument.add_to(parser, name)
 
 
-def range_problems(options: argparse.Namespace, arguments: Mapping[str, Argument]) -> list[str]:
+def range_problems(options: object, arguments: Mapping[str, Argument]) -> list[str]:
     """A sentence for each number that is outside of its limits."""
     problems = []
     for name, argument in arguments.items():

@@ -50,6 +50,15 @@ def world_size() -> int:
     return int(os.environ.get('WORLD_SIZE', '1'))
 
 
+def check_no_torchrun(caller: str) -> None:
+    """Raise UserError in a process of torchrun, for a function that trains in one process."""
+    if 'RANK' in os.environ and 'WORLD_SIZE' in os.environ:
+        raise UserError(
+            f'{caller} trains in one process, and torchrun started this one. For several '
+            'processes: torchrun --standalone --nproc_per_node=2 train.py …'
+        )
+
+
 def job() -> str | None:
     """torchrun's name for the job, the same after a restart; None where it has none of its own."""
     name = os.environ.get('TORCHELASTIC_RUN_ID', 'none')

@@ -12,7 +12,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from common import console_output, live_region
@@ -117,8 +117,8 @@ def run_script(main, argv: list[str] | None = None) -> None:
     console_output.open_streams()
     argv = sys.argv[1:] if argv is None else argv
     try:
-        with live_region.closed_at_end():
-            code = _with_translated_errors(main, argv)
+        with live_region.closed_at_end(), translated_errors():
+            code = main(argv)
     except UserError as error:
         _print_problems(error, debug='--debug' in argv or '--debug=True' in argv)
         exit_process(error.exit_code)
@@ -172,10 +172,11 @@ def _print_problems(error: UserError, debug: bool) -> None:
         write_error('\n'.join([*lines, *(f'  - {problem}' for problem in error.problems)]))
 
 
-def _with_translated_errors(main: Callable[[list[str]], int | None], argv: list[str]) -> int | None:
-    """main(argv), with a UserError for every exception that an explainer knows as one."""
+@contextlib.contextmanager
+def translated_errors() -> Iterator[None]:
+    """Raise a UserError for every exception that one of the `error_translators` recognizes."""
     try:
-        return main(argv)
+        yield
     except (UserError, ReportedByOtherRank, OutputLost, BrokenPipeError):
         raise
     except Exception as error:

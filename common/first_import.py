@@ -1,12 +1,14 @@
-"""Ctrl-C while a command imports its modules ends it as it does later: one word, no traceback.
+"""Make Ctrl-C during a command's imports end it like Ctrl-C later: one word, no traceback.
 
-Every command imports this before anything that takes long (pyproject.toml has isort put it there);
-once its imports are done, `errors.run_script` sees to it.
+Every command imports this first (isort's settings in pyproject.toml place it there); after the
+imports `errors.run_script` handles Ctrl-C. A program that imports a command, such as a notebook,
+keeps its own hook.
 """
 
 import contextlib
 import os
 import sys
+from pathlib import Path
 
 _show = sys.excepthook
 
@@ -17,7 +19,9 @@ def _end(kind, error, traceback) -> None:
         return
     with contextlib.suppress(OSError):
         os.write(2, b'\ninterrupted\n')
-    os._exit(130)  # half of the modules are there: nothing of theirs is to be taken down
+    os._exit(130)  # modules are half imported: skip Python's own shutdown
 
 
-sys.excepthook = _end
+_program = getattr(sys.modules['__main__'], '__file__', None)
+if _program and Path(_program).resolve().parent == Path(__file__).resolve().parents[1]:
+    sys.excepthook = _end

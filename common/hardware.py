@@ -218,9 +218,9 @@ def autocast(device: torch.device, dtype: str) -> contextlib.AbstractContextMana
 
 def tune(device: torch.device, deterministic: bool) -> None:
     """Settings of the whole process; `deterministic` asks for kernels that are, at any price."""
+    torch.use_deterministic_algorithms(deterministic)
     if deterministic:
         os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
-        torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
     if device.type == 'cuda':
         # fp32 products in TF32, as nanoGPT has it; `gpu_specs.Gpu.peak` plans with that.

@@ -177,17 +177,18 @@ def sample_generator(seed: int, number: int) -> torch.Generator:
 
 
 def prompt_tokens(tokenizer: Tokenizer, prompt: str, option: str) -> list[int]:
-    """The ids of the prompt that `option` gives; an empty one is the end of the document before.
+    """The token ids of the prompt; of an empty one the end-of-text token.
 
-    Raises UserError where the vocabulary lacks its characters.
+    option: the prompt's name in error messages. Raises UserError for characters outside the
+    vocabulary, and for an empty prompt if there is no end-of-text token.
     """
     tokens = [int(token) for token in tokenizer.encode(prompt)]
     if not tokens and tokenizer.end_of_text is not None:
         return [tokenizer.end_of_text]
     if not tokens:
         raise UserError(
-            f'--{option} is empty, and this vocabulary has no end-of-text token to begin from: '
-            f"give the beginning of the text, such as --{option}='The '."
+            f'{option} is empty, and this vocabulary has no end-of-text token to start from: give '
+            f"the beginning of the text, such as {option}='The '."
         )
     return tokens
 
@@ -213,7 +214,7 @@ class PeriodicSample:
             return None
         try:
             tokenizer = Tokenizer(dataset.tokenizer, dataset.folder)
-            tokens = prompt_tokens(tokenizer, run.sample_prompt, 'sample_prompt')
+            tokens = prompt_tokens(tokenizer, run.sample_prompt, '--sample_prompt')
         except UserError as error:
             raise UserError(
                 f'sample_interval={run.sample_interval}: no text can be written '

@@ -24,7 +24,7 @@ from common.console_output import visible
 from common.errors import UserError, run_script
 from data.gpt2_vocabulary import byte_characters
 from data.tokenizer import Tokenizer
-from inference import text_output
+from inference import text_generator, text_output
 from inference.generate import generate
 from inference.sampling import PeriodicSample, Sampler
 from training.checkpoint import index_sha256, read_index
@@ -99,7 +99,7 @@ def test_texts_match_model_beyond_context(trained, written):
     )
     expected = 'abc' + tokenizer.decode([token.item() for token in drawn])
     assert texts == [expected] * 3 and len(expected) == 43
-    assert '1 updates' in head and 'iter_00000001' in head
+    assert ', iteration 1, from ' in head and 'iter_00000001' in head
 
 
 def test_text_depends_on_seed_and_number_only(written):
@@ -176,7 +176,7 @@ def test_ctrl_c_keeps_written_text(written, monkeypatch):
                 raise KeyboardInterrupt
             yield tokens
 
-    monkeypatch.setattr(sample, 'generate', interrupted)
+    monkeypatch.setattr(text_generator, 'generate', interrupted)
     for batch_size, count in ((3, 3), (1, 1)):
         texts, _, tail = written(code=130, batch_size=batch_size)
         assert texts == [text[: 3 + 7] for text in whole[:count]]
@@ -217,7 +217,7 @@ def test_checkpoint_without_tokenizer_needs_dataset(trained, tmp_path):
     checkpoint = read_index(path.parent)
     with pytest.raises(UserError, match='plain_data') as refused:
         load_tokenizer(checkpoint)
-    assert 'did not tell their tokenizer' in str(refused.value)
+    assert 'did not store the tokenizer' in str(refused.value)
     dataset = write_dataset(tmp_path / 'data')
     checkpoint.index['config']['dataset'] = str(dataset)
     tokenizer, vocab_size = load_tokenizer(checkpoint)

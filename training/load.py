@@ -1,29 +1,182 @@
-"""Find a checkpoint and load its model, as sample.py, evaluate.py and export_checkpoint.py do."""
+"""Find a checkpoint and load its model, for sample.py, evaluate.py, export_checkpoint.py.
+
+From Python, `load_run(path)` does both:
+
+    from training.load import load_run
+
+    run = load_run('out')  # the newest run in out/
+    print(run.generate('ROMEO:'))
+"""
 
 import argparse
+import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import cached_property
 from pathlib import Path
 
 import torch
 
+from common import hardware
 from common.console_output import write_progress
 from common.environment import job
 from common.errors import ArgumentParser, UserError, did_you_mean
 from common.paths import expand_home
 from components.weight_initialization import initialize_buffers
-from configurator import Layer, read_config_file, validate_layer
+from configurator import Layer, flatten, merge, read_config_file, validate_layer
 from data.dataset import TokenDataset, load_dataset
 from data.tokenizer import Tokenizer
+from inference.text_generator import DEFAULTS, TextGenerator, checked_options
 from model_builder import Transformer, build_model
 from model_config import ModelArchitectureConfig
 from parallel import sharded_state
 from parallel.strategies import local_weights
+from records.record import read_record
+from records.record_types import Record
 from records.run_folders import latest_run
 from training.checkpoint import Checkpoint, is_checkpoint, load_latest, load_state, read_index
 from training.memory_check import check_size
-from training_config import schema
+from training_config import OPTION_GROUPS, TrainingConfig, schema
+
+PathLike = str | os.PathLike[str]
+
+
+# --------------------------------------------------------------------------------------------------
+# A run, from Python
+
+
+class LoadedRun:
+    """A trained model with its options, tokenizer and record.
+
+    Attributes: `model` (in eval mode), `config` (its architecture), `training` (its training
+    options), `tokenizer`, `record` (the parsed record), `folder`, `iter` (iterations trained),
+    `val_loss` (None if not evaluated at that iteration), `device` and `dtype` (of the matrix
+    products in `generate`). `training`, `tokenizer` and `record` are read on first use, and raise
+    UserError if they cannot be.
+    """
+
+    def __init__(self, folder: Path, index: dict, model: Transformer, dtype: str):
+        """index: the index of a checkpoint of that model."""
+        self.folder, self.model, self.dtype = folder.absolute(), model.eval(), dtype
+        self._index = index
+
+    @property
+    def config(self) -> ModelArchitectureConfig:
+        return self.model.config
+
+    @cached_property
+    def training(self) -> TrainingConfig:
+        (layer,) = checked_layers(self._index, {'config': str(self.folder)})
+        problems: list[str] = []
+        merged = merge(flatten(OPTION_GROUPS), [layer], problems)
+        if problems:
+            raise UserError(*problems)
+        return TrainingConfig(*merged)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        return self._vocabulary[0]
+
+    @cached_property
+    def record(self) -> Record:
+        return read_record(self.folder)
+
+    @property
+    def iter(self) -> int:
+        return self._index['iter']
+
+    @property
+    def val_loss(self) -> float | None:
+        return self._index['val_loss']
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @cached_property
+    def _vocabulary(self) -> tuple[Tokenizer, int]:
+        return find_tokenizer(self._index, self.folder)
+
+    def generate(
+        self,
+        prompt: str = '\n',
+        *,
+        max_new_tokens: int = DEFAULTS.max_new_tokens,
+        temperature: float = DEFAULTS.temperature,
+        top_k: int = DEFAULTS.top_k,
+        top_p: float = DEFAULTS.top_p,
+        min_p: float = DEFAULTS.min_p,
+        stop: str | Sequence[str] = (),
+        ignore_end_of_text: bool = DEFAULTS.ignore_end_of_text,
+        seed: int = DEFAULTS.seed,
+    ) -> str:
+        """The prompt and its continuation: the first sample of sample.py with these options.
+
+        Raises UserError for a value outside its limits, and for a prompt that the vocabulary
+        cannot encode.
+        """
+        options = checked_options(
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            stop=[stop] if isinstance(stop, str) else stop,
+            ignore_end_of_text=ignore_end_of_text,
+            seed=seed,
+        )
+        tokenizer, vocab_size = self._vocabulary
+        generator = TextGenerator(self.model, tokenizer, vocab_size, self.dtype, options)
+        return prompt + generator.generate_text(prompt)
+
+    def __repr__(self) -> str:
+        parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        loss = '' if self.val_loss is None else f', val loss {self.val_loss:.4f}'
+        return (
+            f'<LoadedRun {self.folder}: {self.config.name}, {parameters:,} parameters, '
+            f'{self.iter:,} iterations{loss}, on {self.device}>'
+        )
+
+
+def load_run(
+    path: PathLike = 'out',
+    *,
+    config: PathLike | Iterable[PathLike] = (),
+    device: str = 'auto',
+    dtype: str = 'auto',
+) -> LoadedRun:
+    """Load a run for use in Python: its newest checkpoint that can be read.
+
+    path: a run folder; a folder of runs, of which the newest is loaded; or a checkpoint folder.
+    config: config files that register components of the model. device, dtype: as for sample.py;
+    by default the best that the machine has.
+
+    Raises UserError if there is no run or checkpoint, if it cannot be read, or if the model needs
+    a component that is not registered.
+    """
+    register_components(paths_of(config), problems=[])
+    chosen_device = hardware.select_device(device)
+    chosen_dtype = hardware.resolve_dtype(dtype, chosen_device)
+    folder = Path(expand_home(os.fspath(path)))
+    if not folder.is_dir():
+        raise UserError(f'{folder} is not a folder. Give a run, a checkpoint or a folder of runs.')
+    newest = None if is_checkpoint(folder) else latest_run(folder, job())
+    if newest is None and not is_checkpoint(folder) and not (folder / 'checkpoints').is_dir():
+        raise UserError(f'{folder} contains no run. Give a run, a checkpoint or a folder of runs.')
+    checkpoint, state = find_checkpoint(str(folder.parent), str(newest or folder))
+    model = load_model(checkpoint, state, chosen_device)
+    return LoadedRun(run_folder_of(checkpoint), checkpoint.index, model, chosen_dtype)
+
+
+def paths_of(paths: PathLike | Iterable[PathLike]) -> list[str]:
+    """One path or several, as strings."""
+    several = [paths] if isinstance(paths, (str, os.PathLike)) else paths
+    return [os.fspath(path) for path in several]
+
+
+# --------------------------------------------------------------------------------------------------
+# A checkpoint, on the command line
 
 
 def find_run(out_dir: str, name: str | None) -> Path:
@@ -109,29 +262,38 @@ def load_model(checkpoint: Checkpoint, state: list[dict], device: torch.device) 
 
 def load_architecture(checkpoint: Checkpoint) -> ModelArchitectureConfig:
     """The architecture that the checkpoint was trained with. Raises UserError."""
-    (layer,) = checked_layers(checkpoint, {'architecture': str(checkpoint.path)})
+    (layer,) = checked_layers(checkpoint.index, {'architecture': str(checkpoint.path)})
     return ModelArchitectureConfig.from_dict(layer.values)
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> tuple[Tokenizer, int]:
-    """The tokenizer whose tokens the model was trained on, and how many of them there are.
+    """The tokenizer that the model was trained with, and its number of tokens. Raises UserError."""
+    return find_tokenizer(checkpoint.index, run_folder_of(checkpoint))
 
-    The dataset itself is asked only where the checkpoint does not say. Raises UserError.
+
+def find_tokenizer(index: dict, run_folder: Path) -> tuple[Tokenizer, int]:
+    """The tokenizer that a checkpoint's index describes, and its number of tokens.
+
+    The dataset is read only if the checkpoint is too old to describe it. Raises UserError.
     """
-    data = checkpoint.index['data']
+    data = index['data']
     if data is not None:
-        run_folder = checkpoint.path.absolute().parent.parent
         return Tokenizer(data['tokenizer'], run_folder), data['vocab_size']
     try:
-        config = checkpoint.index['config']
+        config = index['config']
         dataset = load_dataset(config['dataset'], config['block_size'])
     except UserError as error:
         raise UserError(
             *error.problems,
-            f'{checkpoint.path} is of the time when checkpoints did not tell their tokenizer, so '
-            'the dataset is needed.',
+            f'{run_folder} was written by an older version that did not store the tokenizer; '
+            f'the dataset is needed.',
         ) from error
     return Tokenizer(dataset.tokenizer, dataset.folder), dataset.vocab_size
+
+
+def run_folder_of(checkpoint: Checkpoint) -> Path:
+    """The folder of the run that wrote the checkpoint."""
+    return checkpoint.path.absolute().parent.parent
 
 
 def copy_tokenizer_file(dataset: TokenDataset, run_folder: Path) -> None:
@@ -142,24 +304,28 @@ def copy_tokenizer_file(dataset: TokenDataset, run_folder: Path) -> None:
             shutil.copyfile(dataset.folder / Path(name).name, run_folder / Path(name).name)
 
 
-def checked_layers(checkpoint: Checkpoint, origins: dict[str, str]) -> list[Layer]:
-    """The values that the checkpoint's index has under each key, checked like a user's."""
+def checked_layers(index: dict, origins: dict[str, str]) -> list[Layer]:
+    """The options under each key of a checkpoint's index, checked like a user's.
+
+    origins: key -> origin of its options. Raises UserError for unknown options.
+    """
     layers: list[Layer] = []
     unknown: dict[str, object] = {}
     options = schema()
     for name, origin in origins.items():
-        values = checkpoint.index[name]
+        values = index[name]
         layers.append(validate_layer(Layer(origin, values), options, []))
         unknown |= {key: value for key, value in values.items() if key not in layers[-1].values}
     if unknown:
-        files = ' '.join(checkpoint.index['config_files'])
-        way = (
-            f'A checkpoint carries no code: give the config file again that registered it: {files}'
-            if files
-            else 'No config file registered it: another version of this program wrote it.'
-        )
+        files = ' '.join(index['config_files'])
         shown = ', '.join(f'{key}={value!r:.60}' for key, value in unknown.items())
-        raise UserError(f'{checkpoint.path} has what is unknown here: {shown}. {way}')
+        advice = (
+            f'A checkpoint contains no code. Pass the config file that registers them: {files}'
+            if files
+            else 'No config file registered them: another version of this program wrote them.'
+        )
+        (where, *_) = origins.values()
+        raise UserError(f'{where}: unknown options or components: {shown}. {advice}')
     return layers
 
 

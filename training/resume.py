@@ -6,7 +6,7 @@ from pathlib import Path
 
 from common.environment import launch_notes, restarts_left
 from common.errors import UserError
-from configurator import COMMAND_LINE, CommandLine, Layer, validate_layer
+from configurator import CALLER_ORIGINS, COMMAND_LINE, CommandLine, Layer, validate_layer
 from data.dataset import TokenDataset
 from model_builder import Transformer
 from optim.step import GuardedOptimizer
@@ -221,7 +221,7 @@ def find_resume_source(command_line: CommandLine) -> ResumeSource | None:
         )
     checkpoint, state = latest
     origins = {'chosen': f'run {folder.name}', 'commanded': f'run {folder.name}, {COMMAND_LINE}'}
-    below, above = checked_layers(checkpoint, origins)
+    below, above = checked_layers(checkpoint.index, origins)
     once = {key: checkpoint.index['config'].get(key) for key in DERIVED_ONCE}
     lowest = validate_layer(Layer(origins['chosen'], once), schema(), [])
     command_line.layers[:] = [
@@ -268,7 +268,7 @@ def checkpoint_index(
     commanded: dict[str, object] = {}
     for key, value in config.items():
         if key not in NOT_INHERITED and not origins[key].startswith(UNCHOSEN_ORIGINS):
-            (commanded if origins[key].endswith(COMMAND_LINE) else chosen)[key] = value
+            (commanded if origins[key].endswith(CALLER_ORIGINS) else chosen)[key] = value
     evaluated = progress.evaluated_at == progress.iter
     return {
         'iter': progress.iter,

@@ -142,6 +142,16 @@ class Session(RunContext):
         """The precision of the matrix multiplications; parameters and losses stay in fp32."""
         return hardware.autocast(self.device, self.settings.run.dtype)
 
+    def mean_loss(self, split: str) -> float:
+        """The mean loss over the evaluation windows of a split, of all ranks."""
+        total = torch.zeros(2, device=self.device)  # summed loss, number of targets
+        for batch in self.evaluation_batches(split):
+            with self.autocast():
+                loss_sum, count, _ = self.model(*batch)
+            total += torch.stack([loss_sum, count.to(loss_sum.dtype)])
+        loss_sum, count = self.parallel.all_reduce_sum(total).tolist()
+        return loss_sum / count
+
     def write_sample(self) -> Sample:
         """The run's periodic sample as the record has it."""
         assert self.sample_writer is not None

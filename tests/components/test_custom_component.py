@@ -110,10 +110,10 @@ def test_train_resume_and_compare_custom_components(config, train, run_script, t
     losses = [entry['loss'] for entry in run['training_iterations']]
     assert len(losses) == 4 and losses[-1] < losses[0]
 
-    # A checkpoint carries no code: without the file, a message that says what is missing.
+    # A checkpoint contains no code: without the file, the message names what is missing.
     refused = train('--init_from=resume', '--max_iters=6', code=2).stderr
     assert "normalization='power_norm'" in refused and 'norm_power=2.5' in refused
-    assert 'carries no code' in refused and str(config) in refused
+    assert 'contains no code' in refused and str(config) in refused
     assert 'Traceback' not in refused
 
     train(config, '--norm_power=2.5', '--init_from=resume', '--max_iters=6')
@@ -206,7 +206,7 @@ def test_sampling_uncacheable_attention_prints_note(train, run_script, tmp_path)
     )
     train(path, '--attention_type=halved', '--max_iters=1')
     asked = ('--out_dir=out', '--start=the', '--num_samples=1', '--max_new_tokens=40')
-    note = 'Without a cache, every token anew: HalvedAttention'
+    note = 'No KV cache: HalvedAttention does not set'
     uncached = run_script('sample.py', path, *asked).stdout
     path.write_text(path.read_text() + '    cacheable = True\n')
     cached = run_script('sample.py', path, *asked).stdout
