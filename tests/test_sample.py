@@ -154,9 +154,9 @@ def test_prompt_from_file_or_stdin(written, tmp_path, monkeypatch, start):
 def test_single_text_is_streamed(written, monkeypatch):
     shown, write_text = [], text_output.write_text
 
-    def show(text, end='\n'):
+    def show(text, **options):
         shown.append(text)
-        write_text(text, end)
+        write_text(text, **options)
 
     for module in (sample, text_output):
         monkeypatch.setattr(module, 'write_text', show)
