@@ -26,12 +26,14 @@ from common.registry import (
     derived_values_of,
     fraction,
     sentences_of,
+    show_value,
     tag_of,
 )
 from common.text_files import parse_json
 from configurator import (
     Layer,
     MergedOptions,
+    Schema,
     chosen_components,
     merge,
     validate_layer,
@@ -337,6 +339,10 @@ CORE_OPTIONS = {
 }
 
 
+# Options that every saved architecture has.
+SIZES = ('n_layer', 'n_head', 'n_embd', 'block_size', 'vocab_size')
+
+
 def architecture_options() -> dict[str, Option]:
     """The core options, each followed by those of the components it chooses among."""
     return with_component_options(CORE_OPTIONS)
@@ -350,13 +356,13 @@ def schema() -> dict[str, dict[str, Option]]:
 class ModelArchitectureConfig(FrozenConfig):
     """One resolved architecture: the core options and those of the chosen components.
 
-    Options that the chosen components do not have are not attributes. `dropped` says, a sentence
-    each, which values an override left behind. Raises UserError listing every problem.
+    Options that no chosen component uses are not attributes. Raises UserError, which lists every
+    problem.
     """
 
     def __init__(self, **values):
         problems: list[str] = []
-        layer = validate_layer(Layer('argument', values), schema(), problems)
+        layer = validate_layer(Layer('ModelArchitectureConfig()', values), schema(), problems)
         resolved = ModelArchitectureConfig.resolve([layer], problems)
         if problems:
             raise UserError(*problems)
@@ -364,10 +370,10 @@ class ModelArchitectureConfig(FrozenConfig):
 
     @classmethod
     def resolve(cls, layers: list[Layer], problems: list[str]) -> 'ModelArchitectureConfig':
-        """Merge accepted values of rising precedence; derive; add what is wrong to `problems`.
+        """Merge validated layers, the highest precedence last; derive; add to `problems`.
 
-        Keys that are not the architecture's are passed over. A preset lies beneath every layer,
-        whichever of them names it.
+        Keys that are not options of the architecture are ignored. Every layer overrides the preset,
+        whichever layer names it.
         """
         config = cls.__new__(cls)
         preset, merged = _merge(layers, problems)
@@ -377,9 +383,9 @@ class ModelArchitectureConfig(FrozenConfig):
         return config
 
     def replace(self, **values) -> 'ModelArchitectureConfig':
-        """The same architecture with other values, which are checked and derived anew."""
+        """The same architecture with other values, checked and with derived values updated."""
         problems: list[str] = []
-        changed = validate_layer(Layer('argument', values), schema(), problems)
+        changed = validate_layer(Layer('replace()', values), schema(), problems)
         config = ModelArchitectureConfig.resolve([*self._layers, changed], problems)
         if problems:
             raise UserError(*problems)
@@ -414,8 +420,37 @@ class ModelArchitectureConfig(FrozenConfig):
 
     @classmethod
     def from_dict(cls, values: dict) -> 'ModelArchitectureConfig':
-        """From `to_dict()`, whatever the presets and defaults of today are."""
-        return cls(arch_preset='custom', **values)
+        """The architecture whose `to_dict()` is `values`, independent of presets.
+
+        Options that are missing, because an older version saved the values, have their defaults;
+        the sizes must be there. Raises UserError, which lists every problem.
+        """
+        problems: list[str] = []
+        layer = layer_of_dict(values, 'from_dict()', schema(), problems)
+        missing = [key for key in SIZES if key not in values]
+        if missing:
+            problems.append(
+                f'from_dict(): {", ".join(missing)} missing. It takes all values of to_dict(); to '
+                f'set some options only, call ModelArchitectureConfig(n_layer=2).'
+            )
+        config = cls.resolve([Layer('from_dict()', {'arch_preset': 'custom'}), layer], problems)
+        if problems:
+            raise UserError(*problems)
+        return config
+
+
+def layer_of_dict(values: object, origin: str, options: Schema, problems: list[str]) -> Layer:
+    """The valid values of a dict such as `to_dict()` returns; others add to `problems`.
+
+    Raises UserError if it is no dict of options.
+    """
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise UserError(
+            f'{origin} takes a dict, option -> value, such as to_dict() returns, and got '
+            f'{show_value(values)}.'
+        )
+    values = {key: value for key, value in values.items() if key != 'arch_preset'}
+    return validate_layer(Layer(origin, values), options, problems)
 
 
 def _merge(layers: list[Layer], problems: list[str]) -> tuple[str, MergedOptions]:

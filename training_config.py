@@ -27,6 +27,7 @@ from common.registry import (
     derived_values_of,
     sentences_of,
 )
+from common.system_options import SYSTEM_OPTIONS
 from configurator import (
     CommandLine,
     Schema,
@@ -39,16 +40,12 @@ from configurator import (
 from data.dataset import TokenDataset, is_prepared
 from data.options import DATA_OPTIONS
 from model_builder import build_model, check_calls, flops_by_part
-from model_config import ModelArchitectureConfig
+from model_config import ModelArchitectureConfig, layer_of_dict
 from model_config import schema as architecture_schema
 from records import trackers
 
 OPTIMIZER_REGISTRY = Registry('optimizer', 'Optimizer', 'optim.optimizers')
 SCHEDULE_REGISTRY = Registry('lr_schedule', 'Learning-rate schedule', 'optim.schedules')
-
-
-def is_activation_checkpointing(value: str) -> bool:
-    return value in ('none', 'full') or (value.isdecimal() and int(value) >= 1)
 
 
 INIT_FROM = ('scratch', 'resume', 'auto')  # without somebody's weights
@@ -116,21 +113,6 @@ OPTIMIZER_OPTIONS = {
     'lr_schedule': Option(str, 'cosine', 'Learning-rate schedule after warm-up',
                           choices=SCHEDULE_REGISTRY, requires=('decay_lr', True)),
 }
-SYSTEM_OPTIONS = {
-    'device': Option(str, 'auto', 'Device: auto, cpu, cuda, cuda:N or mps'),
-    'dtype': Option(str, 'auto', 'Dtype of matrix multiplications (autocast); float16 trains with '
-                    'a gradient scaler', choices=('auto', 'float32', 'bfloat16', 'float16')),
-    'compile': Option(bool | None, None, 'Compile each block with torch.compile; None: on a GPU, '
-                      'and on a CPU if the run is long enough to benefit'),
-    'activation_checkpointing': Option(str, 'none', 'Blocks whose activations are recomputed in '
-                                       'the backward pass to save memory: none, full (all), or N '
-                                       '(every N-th block)',
-                                       check=(is_activation_checkpointing,
-                                              'none, full or a whole number of at least 1')),
-    'deterministic': Option(bool, False, 'Use deterministic kernels only (slower on a GPU)'),
-    'peak_tflops': Option(float | None, None, 'Peak TFLOPS of one device, for MFU; None: from the '
-                          'list of known GPUs, or measured', check=above(0)),
-}
 PARALLEL_OPTIONS = {
     'use_fsdp': Option(bool, False, 'Shard parameters, gradients and optimizer state (FSDP2)'),
     'use_zero1': Option(bool, False, 'Shard the optimizer state (ZeRO-1); without this and '
@@ -186,6 +168,19 @@ EVAL_INTERVALS = (20, 2000)  # the least and the most
 
 class TrainingConfig(FrozenConfig):
     """The resolved options of the run; None where a value is still to be derived."""
+
+    @classmethod
+    def from_dict(cls, values: dict) -> 'TrainingConfig':
+        """The options whose `to_dict()` is `values`; missing ones have their defaults.
+
+        Raises UserError, which lists every problem.
+        """
+        problems: list[str] = []
+        layer = layer_of_dict(values, 'from_dict()', run_schema(), problems)
+        merged = merge(flatten(OPTION_GROUPS), [layer], problems)
+        if problems:
+            raise UserError(*problems)
+        return cls(*merged)
 
     def components(self) -> Iterator[type]:
         """The chosen optimizer, and the schedule if there is one."""

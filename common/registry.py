@@ -138,6 +138,7 @@ def _full_name(component: type) -> str:
 
 LARGEST_INT = 2**63 - 1  # what numpy and torch count with
 SHOWN_LENGTH = 200  # characters of a value in a message
+REPR_WIDTH = 88  # columns of a FrozenConfig's repr
 
 Check = tuple[Callable[[typing.Any], bool], str]
 
@@ -312,8 +313,8 @@ _BOOLEANS = {'true': True, 'false': False, '1': True, '0': False, 'yes': True, '
 class FrozenConfig:
     """Resolved values as read-only attributes, with the origin of each (`origins[key]`).
 
-    Options that nothing chosen has a use for are not attributes. `dropped` says, a sentence each,
-    which values an override left behind.
+    Only options in use are attributes; `dropped` has a note on each value that an override made
+    useless. Configs of a class are equal if their values are, whatever the origins.
     """
 
     def __init__(self, values: dict, origins: dict[str, str], dropped: list[str] | None = None):
@@ -322,33 +323,47 @@ class FrozenConfig:
         self.__dict__['dropped'] = dropped or []
 
     def __getattr__(self, key: str):
-        try:
-            return self.__dict__['_values'][key]
-        except KeyError:
-            raise AttributeError(f'{type(self).__name__} has no option {key!r} here') from None
+        values = self.__dict__.get('_values', {})
+        if key in values:
+            return values[key]
+        raise AttributeError(
+            f'{type(self).__name__} has no option {key!r}, or no chosen component uses it',
+            name=key,
+            obj=self,
+        )
 
     def __setattr__(self, key: str, value) -> None:
         raise AttributeError(f'{type(self).__name__} is frozen: {key} cannot be set')
+
+    def __delattr__(self, key: str) -> None:
+        raise AttributeError(f'{type(self).__name__} is frozen: {key} cannot be deleted')
 
     def __contains__(self, key: str) -> bool:
         return key in self._values
 
     def get(self, key: str):
-        """The value; None where nothing chosen has a use for the option."""
+        """The value; None if no chosen component uses the option."""
         return self._values.get(key)
 
     def to_dict(self) -> dict:
         return dict(self._values)
 
     def __eq__(self, other: object) -> bool:
-        return type(other) is type(self) and other._values == self._values
+        if type(other) is not type(self):
+            return NotImplemented
+        return self._values == other._values  # type: ignore[attr-defined]
 
     def __hash__(self) -> int:
-        return hash(tuple(sorted(self._values.items())))
+        return hash(frozenset(self._values.items()))
 
     def __repr__(self) -> str:
-        values = ', '.join(f'{key}={value!r}' for key, value in self._values.items())
-        return f'{type(self).__name__}({values})'
+        """`Name(key=value, …)`, with a line for each key if it does not fit on one line."""
+        name = type(self).__name__
+        values = [f'{key}={value!r}' for key, value in self._values.items()]
+        text = f'{name}({", ".join(values)})'
+        if len(text) <= REPR_WIDTH:
+            return text
+        return '\n'.join([f'{name}(', *(f'    {value},' for value in values), ')'])
 
     def __dir__(self) -> list[str]:
         return sorted({*super().__dir__(), *self._values})

@@ -30,13 +30,88 @@ def resolve(*layers):
     return ModelArchitectureConfig.resolve(named, problems), problems
 
 
-def test_config_repr_dir_and_eq():
+def test_repr_of_config_rebuilds_it():
     config = small('llama', d_ff=64)
-    assert repr(config).startswith('ModelArchitectureConfig(n_layer=2, n_head=2, n_embd=32,')
-    values = eval(repr(config).removeprefix('ModelArchitectureConfig').replace('(', 'dict(', 1))
-    assert ModelArchitectureConfig.from_dict(values) == config != small('llama')
+    assert repr(config).startswith('ModelArchitectureConfig(\n    n_layer=2,\n    n_head=2,\n')
+    assert eval(repr(config)) == config != small('llama')
+
+
+def test_dir_of_config_lists_options_in_use():
+    config = small('llama')
     assert {'d_ff', 'rope_theta', 'hash', 'replace'} <= set(dir(config))
-    assert 'activation' not in dir(config)  # SwiGLU has none
+    assert 'activation' not in dir(config)  # not used by SwiGLU
+
+
+# --------------------------------------------------------------------------------------------------
+# from_dict
+
+
+@pytest.mark.parametrize('preset', PRESETS)
+def test_from_dict_restores_config(preset):
+    config = small(preset, vocab_size=64)
+    again = ModelArchitectureConfig.from_dict(config.to_dict())
+    assert again == config and hash(again) == hash(config) and again.hash == config.hash
+    with_preset = {'arch_preset': preset, **config.to_dict()}  # as in a record
+    assert ModelArchitectureConfig.from_dict(with_preset) == config
+
+
+def test_from_dict_ignores_defaults_of_the_preset():
+    assert ModelArchitectureConfig.from_dict(small('gpt2').to_dict()).norm_position == 'post'
+
+
+def test_from_dict_fills_options_that_an_older_version_did_not_have():
+    values = small('llama', z_loss=0.5).to_dict()
+    del values['z_loss'], values['rope_fraction']
+    config = ModelArchitectureConfig.from_dict(values)
+    assert (config.z_loss, config.rope_fraction) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ('change', 'problem'),
+    [
+        ({'n_layers': 3}, "from_dict(): unknown option 'n_layers'. Did you mean n_layer?"),
+        ({'n_layer': '3'}, "n_layer='3': str given, but n_layer takes int, at least 1"),
+        ({'bias': 1}, 'bias=1: int given, but bias takes bool.'),
+        ({'d_ff': 2.5}, 'd_ff=2.5: float given, but d_ff takes int or None, at least 1.'),
+        ({'normalization': 'rmsnrm'}, 'Did you mean rmsnorm?'),
+        ({'rope_fraction': 0.01}, 'choose a fraction that gives an even number'),
+        ({'activation': 'gelu'}, 'activation'),
+        ({'n_embd': None, 'vocab_size': None}, 'n_embd=None'),
+    ],
+)
+def test_from_dict_explains_wrong_values(change, problem):
+    with pytest.raises(UserError) as raised:
+        ModelArchitectureConfig.from_dict({**small('llama').to_dict(), **change})
+    assert len(raised.value.problems) == 1 and problem in raised.value.problems[0]
+
+
+def test_from_dict_names_missing_sizes_and_all_other_problems():
+    with pytest.raises(UserError) as raised:
+        ModelArchitectureConfig.from_dict({'n_layer': 2, 'n_head': 'x', 'depth': 1})
+    unknown, missing = sorted(p for p in raised.value.problems if 'n_head=' not in p)[::-1]
+    assert 'n_embd, block_size, vocab_size missing' in missing
+    assert "unknown option 'depth'" in unknown and len(raised.value.problems) == 3
+
+
+@pytest.mark.parametrize('values', [None, 3, 'n_layer=2', [('n_layer', 2)], {1: 2}])
+def test_from_dict_takes_only_dicts_of_options(values):
+    with pytest.raises(UserError, match=r'from_dict\(\) takes a dict, option -> value'):
+        ModelArchitectureConfig.from_dict(values)
+
+
+@pytest.mark.parametrize(
+    ('values', 'problem'),
+    [
+        ({'n_layers': 3}, "unknown option 'n_layers'. Did you mean n_layer?"),
+        ({'n_layer': '3'}, "n_layer='3': str given, but n_layer takes int, at least 1"),
+        ({'arch_preset': 'lama'}, 'Did you mean llama?'),
+    ],
+)
+def test_wrong_argument_of_config_is_explained(values, problem):
+    with pytest.raises(UserError) as raised:
+        ModelArchitectureConfig(**values)
+    (message,) = raised.value.problems
+    assert message.startswith('ModelArchitectureConfig(): ') and problem in message
 
 
 # --------------------------------------------------------------------------------------------------
@@ -416,7 +491,7 @@ def test_replace_derives_again():
     assert (wider.preset, wider.dropout, wider.ffn_type) == ('llama', 0.2, 'swiglu')
     assert config.to_dict() == before
     assert config.replace(d_ff=500).replace(n_embd=384).d_ff == 500  # set, so it stays
-    assert wider.origins['n_embd'] == 'argument' and wider.origins['d_ff'].startswith('derived: ')
+    assert wider.origins['n_embd'] == 'replace()' and wider.origins['d_ff'].startswith('derived: ')
 
 
 def test_replace_follows_preset_rules():

@@ -13,7 +13,7 @@ from common.errors import UserError
 from configurator import flatten, read_command_line
 from data.dataset import load_dataset
 from model_config import ModelArchitectureConfig
-from training_config import CPU_COMPILE_FLOPS, load_settings, schema
+from training_config import CPU_COMPILE_FLOPS, TrainingConfig, load_settings, schema
 
 CPU = torch.device('cpu')
 
@@ -394,3 +394,30 @@ def test_help_lists_every_component(run_script):
         assert ' '.join(option.help.split()) in flat
         if option.choices is not None:
             assert f'[{" | ".join(option.choices)}]' in flat, key
+
+
+# --------------------------------------------------------------------------------------------------
+# From Python
+
+
+def test_training_config_from_dict_restores_it():
+    run = TrainingConfig.from_dict({'max_iters': 7, 'optimizer': 'muon', 'lr_schedule': 'wsd'})
+    assert (run.max_iters, run.muon_ns_steps, run.decay_shape) == (7, 5, '1-sqrt')
+    again = TrainingConfig.from_dict(run.to_dict())
+    assert again == run and hash(again) == hash(run) and 'max_iters=7' in repr(run)
+
+
+@pytest.mark.parametrize(
+    ('values', 'problem'),
+    [
+        ({'max_iter': 7}, "from_dict(): unknown option 'max_iter'. Did you mean max_iters?"),
+        ({'max_iters': 0.5}, 'max_iters=0.5: float given, but max_iters takes int, at least 1.'),
+        ({'lion_beta1': 0.9}, 'lion_beta1=0.9'),
+    ],
+)
+def test_training_config_from_dict_explains_wrong_values(values, problem):
+    with pytest.raises(UserError) as raised:
+        TrainingConfig.from_dict(values)
+    assert len(raised.value.problems) == 1 and problem in raised.value.problems[0]
+    with pytest.raises(UserError, match='takes a dict'):
+        TrainingConfig.from_dict(None)

@@ -215,6 +215,8 @@ def test_frozen_config_cannot_be_set():
     for key in ('width', 'new', 'origins'):
         with pytest.raises(AttributeError, match='frozen'):
             setattr(config, key, 9)
+    with pytest.raises(AttributeError, match='frozen'):
+        del config.origins
     config.to_dict()['width'] = 9
     assert config.width == 8 and 'width' in config and 'height' not in config
     with pytest.raises(AttributeError, match='height'):
@@ -228,13 +230,35 @@ def test_frozen_config_survives_copying(copied):
     assert again == config and again.origins == config.origins
 
 
-def test_frozen_config_repr_dir_and_eq():
+def test_frozen_config_repr_shows_keys_and_values():
     config = FrozenConfig({'width': 8, 'name': 'a'}, {})
     assert repr(config) == "FrozenConfig(width=8, name='a')"
-    assert {'width', 'name', 'to_dict', 'origins'} <= set(dir(config))
-    same, other = FrozenConfig({'name': 'a', 'width': 8}, {'width': 'file'}), FrozenConfig({}, {})
-    assert config == same and hash(config) == hash(same) and config != other
+    long = FrozenConfig({f'option_{number}': number for number in range(10)}, {})
+    lines = repr(long).splitlines()
+    assert lines[0] == 'FrozenConfig(' and lines[-1] == ')'
+    assert lines[1:-1] == [f'    option_{number}={number},' for number in range(10)]
+
+
+def test_frozen_config_dir_lists_options_and_methods():
+    config = FrozenConfig({'width': 8, 'name': 'a'}, {})
+    assert {'width', 'name', 'to_dict', 'get', 'origins'} <= set(dir(config))
+
+
+def test_frozen_configs_are_equal_by_class_and_values():
+    config = FrozenConfig({'width': 8, 'name': 'a'}, {})
+    same = FrozenConfig({'name': 'a', 'width': 8}, {'width': 'file'})
+    assert config == same and hash(config) == hash(same) and len({config, same}) == 1
+    others = FrozenConfig({}, {}), FrozenConfig({'width': 9, 'name': 'a'}, {})
+    for other in (*others, type('Other', (FrozenConfig,), {})({'width': 8, 'name': 'a'}, {})):
+        assert config != other
     assert config != {'width': 8, 'name': 'a'}
+
+
+def test_missing_option_of_frozen_config_names_the_nearest():
+    config = FrozenConfig({'width': 8}, {})
+    with pytest.raises(AttributeError, match="no option 'widht', or no chosen component") as raised:
+        _ = config.widht
+    assert (raised.value.name, raised.value.obj) == ('widht', config)  # for Python's suggestion
 
 
 def test_registry_subset_includes_later_components():
