@@ -34,7 +34,7 @@ class LatentAttention(Attention):
         'kv_lora_rank': Option(
             int | None,
             None,
-            'Rank of the key/value latent; None: 4 × qk_nope_head_dim',
+            'Rank of the key/value latent; None: 4 · qk_nope_head_dim',
             check=at_least(1),
         ),
         'qk_nope_head_dim': Option(
