@@ -182,7 +182,7 @@ def tuning_section(comparison: Comparison) -> Section | None:
         if at_edge := plan.at_edge.get(variant):
             edges.append(f'#{rank} {join_names(at_edge)}')
     notes = [
-        'Each architecture was trained with its own best values of those that the study tried.'
+        'Each architecture was trained with the best of the values that the study tried for it.'
     ]
     if edges:
         notes.append(
