@@ -23,6 +23,11 @@ GRIDS = {
 }
 
 
+def losses(n, seed, shift):
+    """Ten losses, with noise by variant and seed."""
+    return [loss + shift + 0.01 * (n * seed % 3) for loss in decaying(0, seed)]
+
+
 @pytest.fixture(params=GRIDS)
 def page_and_output(request, tmp_path):
     """A page, and the output for a small study like the one that it shows."""
@@ -32,11 +37,7 @@ def page_and_output(request, tmp_path):
         for point in points
     ]
     records = [
-        [
-            # Seeds have noise that differs between variants.
-            study_record(n, seed, [x + shift + 0.01 * (n * seed % 3) for x in decaying(0, seed)])
-            for seed in (1, 2, 3, 4, 5)
-        ]
+        [study_record(n, seed, losses(n, seed, shift), points[n]) for seed in (1, 2, 3, 4, 5)]
         for n, shift in enumerate(shifts)
     ]
     folder = write_study(tmp_path, variants, records, tuned=[], baseline=variants[0]['label'])
