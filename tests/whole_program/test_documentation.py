@@ -76,7 +76,10 @@ def test_documented_options_exist():
     folders = [folder for folder in PROJECT.glob('[a-z]*/') if folder.name != 'tests']
     for path in [*PROJECT.glob('*.py'), *(path for f in folders for path in f.rglob('*.py'))]:
         source = path.read_text(encoding='utf-8')
-        known |= {*re.findall(r"'--(\w+)'", source), *re.findall(r"'(\w+)': Argument\(", source)}
+        known |= {
+            *re.findall(r"'--(\w+)'", source),
+            *re.findall(r"'(\w+)': (?:Argument|Option)\(", source),
+        }
     known |= {'strategy'}  # of programs in tests/stress
     unknown = {
         f'{path.name}: --{name}'
