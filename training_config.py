@@ -76,8 +76,10 @@ RUN_OPTIONS = {
                          'None: depends on the device', check=at_least(1)),
     'eval_only': Option(bool, False, 'Evaluate once and exit'),
     'log_interval': Option(int, 1, 'Iterations between log entries', check=at_least(1)),
-    'log_style': Option(str, 'auto', 'A block or a line for each log entry',
+    'log_style': Option(str, 'auto', 'Form of log entries. auto: a block, redrawn in place on a '
+                        'terminal; block: blocks one below the other; line: one line each',
                         choices=('auto', 'block', 'line')),
+    'report': Option(str, 'short', 'Length of the start-up report', choices=('short', 'full')),
     'always_save_checkpoint': Option(bool, True, 'Save a checkpoint at every evaluation, not only '
                                      'when the validation loss improves'),
     'async_save': Option(bool | None, None, 'Write checkpoints in the background, from a copy in '

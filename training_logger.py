@@ -29,11 +29,13 @@ from records.record_types import (
     IterationEntry,
     MemoryFootprint,
     Record,
+    RecordHeader,
     RunMetadata,
     StartupInfo,
     Summary,
 )
 from records.run_folders import JOURNAL, RECORD, find_records, latest_run, new_run_folder
+from records.short_report import short_report
 from records.startup_report import resume_report, startup_report
 from records.summary import best_evaluation
 from records.trackers import Tracker
@@ -97,26 +99,18 @@ class TrainingLogger:
         startup_info: StartupInfo,
     ) -> None:
         """Begin a new run's journal and show the start-up report."""
-        report = startup_report(
-            {
-                'config': config,
-                'architecture': architecture,
-                'metadata': metadata,
-                'startup_info': startup_info,
-            },
-            self.run_folder,
-        )
+        header: RecordHeader = {
+            'config': config,
+            'architecture': architecture,
+            'metadata': metadata,
+            'startup_info': startup_info,
+        }
+        is_full = config.get('report') == 'full'
+        report = (startup_report if is_full else short_report)(header, self.run_folder)
         self.journal = Journal(self.run_folder / JOURNAL, new=True)
         self.journal.append(
             'start',
-            {
-                'run_name': self.run_folder.name,
-                'start_time': _now(),
-                'config': config,
-                'architecture': architecture,
-                'metadata': metadata,
-                'startup_info': startup_info,
-            },
+            {'run_name': self.run_folder.name, 'start_time': _now(), **header},
         )
         record = self._update_record()
         self.console.begin(report, startup_info['hardware'])
@@ -228,6 +222,7 @@ class TrainingLogger:
         user, often the very same full disk, and must not be replaced. The result is None then.
         """
         assert status in STATUSES[1:], status
+        self.console.close()
         if self.journal is None:
             return None
         end = {'status': status, 'end_time': _now(), 'time': round(time.time(), 3)}

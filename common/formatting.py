@@ -1,4 +1,4 @@
-"""How numbers, lists and tables are written, wherever people read them."""
+"""Numbers, lists and tables as text for people."""
 
 import textwrap
 from collections.abc import Callable, Sequence
@@ -8,8 +8,8 @@ from typing import Any
 from common.console_output import visible
 
 WIDTH = 100  # columns that the text of a comparison aims at
-LISTED = 8  # as many names or values as one line lists
-SAMPLE_LINES = 10  # that are shown of a text that a model wrote
+LISTED = 8  # the most names or values that a line lists
+SAMPLE_LINES = 10  # the most lines of a sample that are shown
 
 # --- Numbers --------------------------------------------------------------------------------------
 
@@ -29,7 +29,7 @@ def counted(number: int, noun: str) -> str:
 
 
 def percent(part: float, whole: float) -> str:
-    """Six columns and the sign, so that shares stand below each other."""
+    """Six columns and the sign, so that shares are aligned."""
     return f'{100 * part / whole:5.1f} %' if whole else '    n/a'
 
 
@@ -42,7 +42,7 @@ def nats(value: float) -> str:
 
 
 def _scaled(value: float, prefixes: Sequence[str], digits: int) -> tuple[float, str]:
-    """The value in the first of the prefixes, thousands apart, in which it reads below 1000."""
+    """The value with the first of the prefixes, factors of 1000 apart, that makes it below 1000."""
     *smaller, largest = prefixes
     for prefix in smaller:
         if abs(value) < 1000 - 0.5 * 10**-digits:
@@ -52,13 +52,19 @@ def _scaled(value: float, prefixes: Sequence[str], digits: int) -> tuple[float, 
 
 
 def si(value: float) -> str:
-    """`162.15M`, with the largest of K, M, G, T that leaves a whole part; `512` below those."""
+    """`162.15M`, with the largest of K, M, G, T that leaves a whole part; `512` without one."""
     value, prefix = _scaled(value, ('', 'K', 'M', 'G', 'T'), digits=2)
     return f'{value:.2f}{prefix}' if prefix else f'{value:.0f}'
 
 
+def approximate(count: float) -> str:
+    """A count in three digits: `17.9 M`, `223 K`, `512`."""
+    value, prefix = _scaled(float(f'{count:.3g}'), ('', 'K', 'M', 'G', 'T'), digits=1)
+    return f'{value:.3g} {prefix}'.rstrip()
+
+
 def flop_count(value: float | None, unit: str = 'F') -> str:
-    """FLOPs or FLOP/s with the prefix that suits their size: `854.7 MF`, `101.2 TFLOP/s`."""
+    """FLOPs or FLOP/s with a prefix: `854.7 MF`, `101.2 TFLOP/s`."""
     if value is None:
         return 'n/a'
     value, prefix = _scaled(value, ('', 'K', 'M', 'G', 'T', 'P', 'E', 'Z'), digits=1)
@@ -66,12 +72,12 @@ def flop_count(value: float | None, unit: str = 'F') -> str:
 
 
 def teraflops(value: float | None, unit: str = 'F') -> str:
-    """`flop_count` of so many 10¹² FLOPs."""
+    """`flop_count` of a value in units of 10¹² FLOPs."""
     return flop_count(None if value is None else value * 1e12, unit)
 
 
 def byte_count(count: float) -> str:
-    """`1.50 GB`, or MB or kB of what is less."""
+    """`1.50 GB`, `2.00 MB`, `0.50 kB`."""
     value, prefix = _scaled(count / 1000, ('k', 'M', 'G'), digits=2)
     return f'{value:.2f} {prefix}B'
 
@@ -126,7 +132,7 @@ def join_names(names: Sequence[str]) -> str:
 
 
 def first_lines(text: str, width: int) -> list[str]:
-    """The first lines of a text that a model wrote, which may hold anything."""
+    """The first lines of a generated text, with its control characters escaped."""
     paragraphs = visible(text).replace('\t', ' ').strip('\n').split('\n')
     lines = [line for whole in paragraphs for line in textwrap.wrap(whole, width) or ['']]
     return lines if len(lines) <= SAMPLE_LINES else [*lines[:SAMPLE_LINES], '…']

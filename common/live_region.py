@@ -105,7 +105,7 @@ class LiveRegion:
 
     def _draw(self) -> str | None:
         """Draw the lines over the last ones, in one write."""
-        columns = terminal_size(self.stream).columns - 1  # some terminals wrap after the last one
+        columns = terminal_size(self.stream).columns
         mark = '…' if has_emoji(self.stream) else '>'
         rows = [
             cut_to_width(displayed(row.replace('\t', ' '), self.stream), columns, mark)
@@ -113,7 +113,7 @@ class LiveRegion:
             for row in line.split('\n')
         ]
         begin = self._to_top() if self._at_line_start else '\r\n'
-        text = ''.join(f'{row}\x1b[K\n' for row in rows)
+        text = ''.join(f'\x1b[K{row}\n' for row in rows)
         reason = self._write(f'{begin}{text}\x1b[J')
         if not reason:
             self._widths, self._at_line_start = [display_width(row) for row in rows], True

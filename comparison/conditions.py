@@ -27,7 +27,7 @@ FIXED_CONDITIONS = (*LOSS_CONDITIONS, *BEST_CONDITIONS, *SPEED_CONDITIONS, *CODE
 # Output folder, logging and concurrent runs: no effect on losses.
 REPORTING_OPTIONS = frozenset(
     {
-        *('out_dir', 'log_style', 'log_interval', 'concurrent_runs', *trackers.OPTIONS),
+        *('out_dir', 'log_style', 'report', 'log_interval', 'concurrent_runs', *trackers.OPTIONS),
         *('sample_interval', 'sample_prompt', 'sample_tokens'),
     }
 )

@@ -1,7 +1,7 @@
-"""What a run shows while it goes on, and at its end: entries of its record in, text out.
+"""The console of a run: what is shown while it trains and at its end, made of record entries.
 
-The blocks are those of the design document; lines in nanoGPT's style are the other choice. A log
-file, or a terminal that is not UTF-8, gets the same words, with rules of ASCII and no emoji.
+An iteration is shown as a block, or as a line in nanoGPT's form (`--log_style`). On a terminal the
+block is redrawn in place, above a progress bar; everything else scrolls above it.
 """
 
 import sys
@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TextIO
 
-from common.console_output import is_terminal, plain, write_progress
+from common.console_output import bold, red, write_progress, yellow
 from common.errors import UserError, did_you_mean
 from common.formatting import (
     byte_count,
@@ -22,6 +22,8 @@ from common.formatting import (
     or_na,
     teraflops,
 )
+from common.live_region import LiveRegion
+from common.progress_bar import bar_line, done_text
 from records.record_types import (
     CheckpointEntry,
     DataInfo,
@@ -41,12 +43,13 @@ from records.report_layout import THICK, THIN, WIDTH, field_line, label_of, numb
 from records.summary import memory_peak
 
 STYLES = ('auto', 'block', 'line')
+DISPLAY_ROWS = 10  # the least for a block in place, auxiliary metrics and progress bar included
 
 # --- Lines and blocks -----------------------------------------------------------------------------
 
 
 def _hfu(mfu: MfuInfo) -> str | None:
-    """Hardware FLOPs utilization, where recomputation sets it apart from MFU."""
+    """Hardware FLOPs utilization, where recomputation makes it differ from MFU."""
     if mfu['hfu_percent'] is None:
         return None
     hfu, of_model = f'{mfu["hfu_percent"]:.2f}%', f'{mfu["mfu_percent"]:.2f}%'
@@ -54,7 +57,7 @@ def _hfu(mfu: MfuInfo) -> str | None:
 
 
 def iteration_line(entry: IterationEntry, eta: float | None) -> str:
-    """One line in nanoGPT's form, which scripts that read nanoGPT's logs understand."""
+    """One line in nanoGPT's form, for scripts that parse nanoGPT's logs."""
     mfu, peak = entry['mfu']['mfu_percent'], memory_peak(entry)
     hfu, scale = _hfu(entry['mfu']), entry['loss_scale']
     parts = {
@@ -73,7 +76,7 @@ def iteration_line(entry: IterationEntry, eta: float | None) -> str:
 
 
 def iteration_block(entry: IterationEntry, eta: float | None, no_peak: str | None) -> str:
-    """The design's block of an iteration; `no_peak` is why there is no MFU, if so."""
+    """The block of an iteration; `no_peak` is the reason if there is no MFU."""
     gradients, scale = entry['gradients'], entry['loss_scale']
     return '\n'.join(
         [
@@ -93,7 +96,7 @@ def iteration_block(entry: IterationEntry, eta: float | None, no_peak: str | Non
 
 
 def _speed_lines(entry: IterationEntry, no_peak: str | None) -> list[str]:
-    """MFU with what it is reckoned from; without a peak, why there is none."""
+    """MFU and the figures it is computed from; without a peak, the reason."""
     mfu, hfu = entry['mfu'], _hfu(entry['mfu'])
     achieved = f'Achieved: {teraflops(mfu["achieved_tflops"])}'
     rate = (
@@ -110,7 +113,7 @@ def _speed_lines(entry: IterationEntry, no_peak: str | None) -> list[str]:
 
 
 def _memory_sizes(memory: MemoryInfo) -> list[str]:
-    """The device's memory; where there is none, what the process holds."""
+    """The memory in use on the device, or else the resident memory of the process."""
     sizes = {
         'alloc': memory['allocated_gb'],
         'peak': memory['peak_gb'],
@@ -122,7 +125,7 @@ def _memory_sizes(memory: MemoryInfo) -> list[str]:
 
 
 def _aux_metric_lines(readings: Mapping[str, float | None]) -> list[str]:
-    """What components report, two lines at most for those that come with the project."""
+    """Auxiliary metrics of components, three per line."""
     texts = [f'{label_of(name)}={or_na(value, ".4g")}' for name, value in readings.items()]
     rows = [texts[i : i + 3] for i in range(0, len(texts), 3)]
     return [('🧭 ' if i == 0 else '   ') + ' │ '.join(row) for i, row in enumerate(rows)]
@@ -138,7 +141,7 @@ def evaluation_line(entry: EvaluationEntry) -> str:
 
 
 def evaluation_block(entry: EvaluationEntry, best: EvaluationEntry | None) -> str:
-    """A block of its own, which ends with the best validation loss of the run so far."""
+    """The block of an evaluation, with the best validation loss of the run so far."""
     bits = entry['val_bits_per_byte']
     losses = {
         'Train loss': or_na(entry['train_loss'], '.4f'),
@@ -162,7 +165,7 @@ def evaluation_block(entry: EvaluationEntry, best: EvaluationEntry | None) -> st
 
 
 def diagnostics_table(diagnostics: Diagnostics) -> str:
-    """A line a layer, then the size of an update and the loss along the context; indented."""
+    """One line per layer, then the relative size of an update and the loss by position."""
     lines: list[str] = []
     layers = diagnostics['layers']
     if layers:
@@ -181,16 +184,16 @@ def diagnostics_table(diagnostics: Diagnostics) -> str:
 
 
 def sample_block(sample: Sample) -> str:
-    """The beginning of what the model wrote, the prompt included."""
+    """The beginning of a sample, with its prompt."""
     head = f'📝 Sample (took {milliseconds(sample["time_ms"])})'
     if sample['text'] is None:
-        return f'{head}: none, since the logits are not finite'
+        return f'{head}: none, because the logits are not finite'
     lines = first_lines(sample['prompt'] + sample['text'], WIDTH - 5)
     return '\n'.join([head, *(f'   │ {line}'.rstrip() for line in lines)])
 
 
 def _position_range(span: PositionLoss) -> str:
-    """`0`, or `512-1023`: `to` itself is not part of a span."""
+    """`0`, or `512-1023`: a span excludes its `to`."""
     first, last = span['from'], span['to'] - 1
     return str(first) if first == last else f'{first}-{last}'
 
@@ -203,11 +206,12 @@ def checkpoint_line(entry: CheckpointEntry) -> str:
 
 def event_line(kind: str, iter: int | None, message: str | None = None) -> str:
     where = '' if iter is None else f' at iter {iter}'
-    return f'⚠ {kind}{where}' + (f': {message}' if message else '')
+    name = f'⚠ {kind}{where}'
+    return (name if kind == 'note' else yellow(name)) + (f': {message}' if message else '')
 
 
 def _memory_footprint(startup_info: StartupInfo) -> dict[str, str]:
-    """What a process of several holds, where that is known."""
+    """The memory per process, if there are several and it is known."""
     parallel = startup_info['parallel']
     if startup_info['hardware']['world_size'] == 1 or parallel['parameter_bytes'] is None:
         return {}
@@ -217,19 +221,19 @@ def _memory_footprint(startup_info: StartupInfo) -> dict[str, str]:
         'optimizer': parallel['optimizer_bytes'],
     }
     parts = [f'{name} {byte_count(size or 0)}' for name, size in sizes.items()]
-    return {'Each process': ', '.join(parts)}
+    return {'Memory per process': ', '.join(parts)}
 
 
 def _above_peak_note(mfu: float, source: str | None) -> str:
     if mfu <= 100:
         return ''
     measured = (source or '').startswith('measured')
-    why = 'was measured while the machine was busy' if measured else f'is from {source}'
-    return f' (more than the peak, which {why})'
+    why = 'was measured while the machine was busy' if measured else f'comes from {source}'
+    return f' (above 100 %: the peak {why})'
 
 
 def closing_block(record: Record, best: EvaluationEntry | None, record_path: Path | str) -> str:
-    """What the run came to, where its record is and what to type next."""
+    """The results of the run, the path of its record, and the next commands."""
     summary, status = record['summary'], record['status']
     best_text = 'n/a'
     if best:
@@ -253,14 +257,14 @@ def closing_block(record: Record, best: EvaluationEntry | None, record_path: Pat
         'Compare': 'python compare_architectures.py --latest 3',
     }
     if status != 'finished' and record['checkpoints']:
-        fields['Continue'] = 'the same command with --init_from=resume'
-    mark = '✅' if status == 'finished' else '⛔'
-    of = or_na(summary['total_iterations'], ',')
+        fields['Continue'] = 'run the same command with --init_from=resume'
+    mark, emphasis = ('✅', bold) if status == 'finished' else ('⛔', red)
+    progress = f'{summary["final_iter"]:,} of {or_na(summary["total_iterations"], ",")} iterations'
     return '\n'.join(
         [
             '',
             THICK,
-            f'{mark} TRAINING {status.upper()} after {summary["final_iter"]:,} of {of} iterations',
+            emphasis(f'{mark} TRAINING {status.upper()} after {progress}'),
             THICK,
             *(field_line(label, value) for label, value in fields.items()),
             THICK,
@@ -275,7 +279,7 @@ def _tokens_text(summary: Summary, data: DataInfo) -> str:
         text += f' ({epochs:.2f} epochs)'
     if unique is not None:
         about = '' if data['windows_per_epoch'] else 'about '
-        text += f', {about}{unique:,} different ones'
+        text += f', {about}{unique:,} of them distinct'
     return text
 
 
@@ -283,10 +287,12 @@ def _tokens_text(summary: Summary, data: DataInfo) -> str:
 
 
 class Console:
-    """Shows a run as it goes on `stream`, standard output unless given.
+    """Shows a run while it trains, on `stream` (standard output by default).
 
-    `style` is `block` (the design document's form; `auto` means it) or `line` (nanoGPT's form).
-    `on_lost` is called, with the reason, when the stream takes no more; the rest is not shown.
+    style: `line` prints a line for each logged iteration, in nanoGPT's form; `block` prints a
+    block for each; `auto` redraws the block in place on a terminal, above a progress bar, and
+    prints blocks elsewhere. A terminal with too few rows for the block gets lines.
+    on_lost: called with the reason when the stream cannot be written any more.
     """
 
     def __init__(
@@ -302,54 +308,84 @@ class Console:
                 f'log_style={style!r} is not one of {", ".join(STYLES)}.'
                 f'{did_you_mean(style, STYLES)}'
             )
-        self.one_line = style == 'line'
+        self.style = style
         self.stream = stream or sys.stdout
         self.on_lost, self.is_lost = on_lost, False
         self.max_iters = max_iters
         self.no_peak: str | None = None  # why there is no MFU
-        self.first_logged: tuple[int, float] | None = (
-            None  # (iter, time) where the pace is taken from
-        )
+        self.began = time.monotonic()
+        self.first_logged: tuple[int, float] | None = None  # (iter, time), where the pace starts
+        self.display = LiveRegion(self.stream)
+        self.block = ''  # the one that is shown in place
 
     def begin(self, report: str, hardware: HardwareInfo) -> None:
-        """Show how this process starts; `hardware` is the part of startup_info."""
+        """Show the start-up report; `hardware` is the part of startup_info."""
         if hardware['peak_tflops'] is None:
             self.no_peak = hardware['peak_source']
         self.show(report)
 
     def iteration(self, entry: IterationEntry) -> None:
         eta = self._time_left(entry['iter'])
-        if self.one_line:
+        block = iteration_block(entry, eta, self.no_peak)
+        if self._prints_lines(block.count('\n') + 2):
+            self.close()
             self.show(iteration_line(entry, eta))
-        else:
-            self.show(iteration_block(entry, eta, self.no_peak))
+        elif not self._redraws():
+            self.show(block)
+        elif not self.is_lost:
+            self.block = block
+            self._note_lost(self.display.update([block, self._progress(entry['iter'] + 1, eta)]))
 
     def evaluation(self, entry: EvaluationEntry, best: EvaluationEntry | None) -> None:
-        self.show(evaluation_line(entry) if self.one_line else evaluation_block(entry, best))
+        brief = self._prints_lines()
+        self.show(evaluation_line(entry) if brief else evaluation_block(entry, best))
         if 'diagnostics' in entry:
             self.show(diagnostics_table(entry['diagnostics']))
         if 'sample' in entry:
             self.show(sample_block(entry['sample']))
 
     def rollback(self, iter: int, message: str) -> None:
-        self.first_logged = None  # the pace begins anew
+        self.first_logged = None  # the pace is measured again
         self.show(event_line('rollback', iter, message))
 
+    def close(self) -> None:
+        """End the display in place; its last block stays, as ordinary text."""
+        self.display.close()
+        block, self.block = self.block, ''
+        if block:
+            self.show(block)
+
     def show(self, text: str) -> None:
-        """Print `text` in the letters that the stream has; a stream that is gone ends no run."""
-        if self.is_lost:
-            return
-        if not is_terminal(self.stream):
-            text = plain(text)
-        reason = write_progress(text, stream=self.stream)
+        """Print `text`, above a block that is shown in place. A lost stream ends no run."""
+        if not self.is_lost:
+            self._note_lost(write_progress(text, stream=self.stream))
+
+    def _note_lost(self, reason: str | None) -> None:
         if reason:
-            self.is_lost = True
+            self.is_lost, self.block = True, ''
             self.on_lost(reason)
+
+    def _redraws(self) -> bool:
+        return self.style == 'auto' and self.display.available
+
+    def _prints_lines(self, rows: int = DISPLAY_ROWS) -> bool:
+        """Whether an iteration is a line. rows: those that a block in place takes."""
+        too_low = self._redraws() and not self.display.fits(max(rows, DISPLAY_ROWS))
+        return self.style == 'line' or too_low
+
+    def _progress(self, done: int, eta: float | None) -> str:
+        """The bar below the block."""
+        parts = [
+            done_text(done, self.max_iters, 'iterations'),
+            f'{clock(time.monotonic() - self.began)} elapsed',
+            'time left n/a' if eta is None else f'{clock(eta)} left',
+        ]
+        return bar_line('', done, self.max_iters, parts)
 
     def _time_left(self, iter: int) -> float | None:
         """Seconds, from the pace since the first logged iteration, evaluations included.
 
-        That first one is where compilation and warm-up end, so they do not count.
+        Compilation and warm-up are over at the first logged iteration, so they do not count.
         """
         now = time.monotonic()
         if self.first_logged is None:

@@ -144,7 +144,11 @@ class DataInfo(_NewerDataInfo):
     eval_windows: EvalWindows
 
 
-class StartupInfo(TypedDict):
+class _NewerStartupInfo(TypedDict, total=False):
+    chosen: dict[str, str]
+
+
+class StartupInfo(_NewerStartupInfo):
     model: ModelInfo
     flops: FlopsInfo
     optimizer: OptimizerInfo

@@ -1,10 +1,11 @@
 """The layout of a run's reports: `label: value` lines, trees of them, tables with a total.
 
-Some 80 columns wide, since they are read in terminals and log files.
+About 80 columns wide, for terminals and log files.
 """
 
 import textwrap
 
+from common.console_output import bold
 from common.formatting import table
 
 WIDTH = 80
@@ -22,7 +23,7 @@ def label_of(key: str) -> str:
 
 
 def field_line(label: str, value: str, branch: str = '') -> str:
-    """One `label: value` line; a long value goes on below itself."""
+    """One `label: value` line; a long value continues on the next lines, indented."""
     head = f'  {branch}{label}:'.ljust(VALUE_COLUMN - 1) + ' '
     rest = ('  │' if branch == '├─ ' else '').ljust(VALUE_COLUMN)
     return '\n'.join(
@@ -54,7 +55,7 @@ def total_table(
 ) -> list[str]:
     """A tree with several right-aligned columns; the last row is their total, below the tree.
 
-    below: rows that stand under the total and are no part of it.
+    below: rows under the total that are not part of it.
     """
     labels = [f'  {title}', *(f'  ├─ {label}' for label in rows)]
     labels[-1] = labels[-1].replace('├─', '  ')
@@ -72,7 +73,7 @@ def numbers_table(rows: list[list[str]]) -> list[str]:
 
 def report_text(title: str, sections: dict[str, list[str]]) -> str:
     """A title between rules, then each section below its heading."""
-    lines = [THICK, title, THICK]
+    lines = [THICK, bold(title), THICK]
     for heading, body in sections.items():
-        lines += ['', f'{heading}:', *body]
+        lines += ['', bold(f'{heading}:'), *body]
     return '\n'.join([*lines, ''])

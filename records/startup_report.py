@@ -1,13 +1,22 @@
-"""What a run shows when it starts: the start-up report, or that it was resumed.
+"""The full start-up report (`--report=full`), and the report of a resumed run.
 
-Every table is checked against the total that stands beside it.
+Every table is checked against its total. `records.short_report` has the report on one screen.
 """
 
 import math
 from pathlib import Path
 from typing import Any
 
-from common.formatting import byte_count, counted, flop_count, or_na, percent, teraflops
+from common.console_output import bold, yellow
+from common.formatting import (
+    approximate,
+    byte_count,
+    counted,
+    flop_count,
+    or_na,
+    percent,
+    teraflops,
+)
 from records.record_types import (
     ArchitectureInfo,
     DataInfo,
@@ -27,11 +36,13 @@ from records.report_layout import (
     total_table,
 )
 
+TITLE = '🚀 TRAINING INITIALIZATION'
+
 
 def startup_report(header: RecordHeader, run_folder: Path | str) -> str:
-    """The TRAINING INITIALIZATION report, some 70 lines of at most 80 columns.
+    """Everything about a run that is known at its start, about 130 lines of at most 80 columns.
 
-    Asserts that every table adds up to the total that stands beside it.
+    Asserts that every table adds up to its total.
     """
     config, info = header['config'], header['startup_info']
     sections = {
@@ -45,12 +56,12 @@ def startup_report(header: RecordHeader, run_folder: Path | str) -> str:
         ),
     }
     if info['derived']:
-        # Keys as they are typed, since this is where one decides to set them.
+        # Keys as they are typed, since readers may want to set them.
         sections['🔧 DERIVED (set a key to override)'] = field_tree(
             {key: str(value) for key, value in info['derived'].items()}
         )
     sections['📁 RUN'] = _run_section(header, run_folder)
-    return report_text('🚀 TRAINING INITIALIZATION', sections)
+    return report_text(TITLE, sections)
 
 
 def _run_section(header: RecordHeader, run_folder: Path | str) -> list[str]:
@@ -116,20 +127,22 @@ def _optimizer_section(optimizer: OptimizerInfo, trainable: int) -> list[str]:
     tensors = sum(group['tensors'] for group in groups)
     rows['total'] = ['', f'{tensors:,}', f'{trainable:,}', '', '']
     clip = optimizer['grad_clip']
-    rate = f'{optimizer["learning_rate"]:.2e}, {optimizer["schedule"]}'
-    schedule = _with_options(rate, optimizer['schedule_options'])
     return [
-        field_line('Optimizer', _with_options(optimizer['name'], optimizer['options'])),
-        field_line(
-            'Learning rate', _with_options(f'{rate}, {schedule}', optimizer['schedule_options'])
-        ),
+        field_line('Optimizer', with_options(optimizer['name'], optimizer['options'])),
+        field_line('Learning rate', learning_rate_text(optimizer)),
         field_line('Gradient clip', f'{clip}' if clip else 'none'),
         '',
         *total_table('Group', ['rule', 'tensors', 'parameters', 'weight decay', 'rate ×'], rows),
     ]
 
 
-def _with_options(name: str, options: dict[str, Any]) -> str:
+def learning_rate_text(optimizer: OptimizerInfo) -> str:
+    """The peak, the schedule and its options."""
+    rate = f'{optimizer["learning_rate"]:.2e}, {optimizer["schedule"]}'
+    return with_options(rate, optimizer['schedule_options'])
+
+
+def with_options(name: str, options: dict[str, Any]) -> str:
     """A choice with its options."""
     return ', '.join([name, *(f'{key} {_option_text(value)}' for key, value in options.items())])
 
@@ -178,31 +191,33 @@ def _document_lines(data: DataInfo) -> list[str]:
 
 
 def _order_text(data: DataInfo) -> str:
-    """How windows are chosen, and how much of the split that shows the run."""
+    """How windows are chosen, and the share of the training split that will be seen."""
     windows, unique = data['windows_per_epoch'], data['planned_unique_tokens']
-    share = f'{unique:,} of the tokens ({percent(unique, data["train_tokens"]).strip()})'
+    share = percent(unique, data['train_tokens']).strip()
     if windows is None:
-        return f'windows drawn at random, again and again: the run meets about {share}'
-    chosen = f'each of {counted(windows, "window")} once an epoch, shuffled and cut anew in each'
-    return f'{chosen}: the run meets {share}'
+        seen = f'about {approximate(unique)} distinct tokens ({share}) will be seen'
+        return f'random windows (with replacement); {seen}'
+    chosen = f'each of {counted(windows, "window")} once per epoch, reshuffled and with new offsets'
+    return f'{chosen}; {unique:,} distinct tokens ({share}) will be seen'
 
 
 def _hardware_section(hardware: HardwareInfo, parallel: ParallelInfo) -> list[str]:
-    peak, source = hardware['peak_tflops'], hardware['peak_source']
-    sent = f'{byte_count(parallel["bytes_sent_per_update"])} from each process in an update'
+    sent = f'{byte_count(parallel["bytes_sent_per_update"])} sent per process and iteration'
     return [
         field_line('Device', f'{hardware["device"]} ({hardware["device_name"]})'),
         field_line('Processes', f'{hardware["world_size"]:,}'),
         *([field_line('Traffic', sent)] if hardware['world_size'] > 1 else []),
         field_line('Precision', hardware['dtype']),
-        field_line(
-            'Peak',
-            f'unknown ({source})' if peak is None else f'{teraflops(peak, "FLOP/s")} ({source})',
-        ),
+        field_line('Peak', peak_text(hardware)),
         field_line('CPU threads', or_na(hardware['threads'], ',')),
         field_line('Compile', 'yes' if hardware['compile'] else 'no'),
         *recomputation_lines(hardware['activation_checkpointing']),
     ]
+
+
+def peak_text(hardware: HardwareInfo) -> str:
+    peak, source = hardware['peak_tflops'], hardware['peak_source']
+    return f'unknown ({source})' if peak is None else f'{teraflops(peak, "FLOP/s")} ({source})'
 
 
 def recomputation_lines(checkpointing: str | int) -> list[str]:
@@ -240,26 +255,25 @@ def performance_section(flops: FlopsInfo, expected_tokens_per_sec: float | None)
             + ' values written per token, forward; not in MFU',
         ),
         *([field_line('Recomputed', recomputed)] if again else []),
-        field_line(
-            'Expected tokens/s',
-            'n/a (no peak)'
-            if expected_tokens_per_sec is None
-            else f'{expected_tokens_per_sec:,.0f} at 50 % MFU',
-        ),
+        field_line('Expected tokens/s', expected_text(expected_tokens_per_sec)),
     ]
+
+
+def expected_text(tokens_per_sec: float | None) -> str:
+    return 'n/a (no peak)' if tokens_per_sec is None else f'{tokens_per_sec:,.0f} at 50 % MFU'
 
 
 def resume_report(
     iter: int, checkpoint: str, changed: dict[str, list], run_folder: Path | str
 ) -> str:
-    """What a resumed run says instead of the start-up report.
+    """The report of a resumed run, instead of the start-up report.
 
-    `changed` is key → [old, new], for options and for what lies around them: versions, device.
+    changed: key → [old, new], for options and for the environment (versions, device).
     """
-    lines = [THICK, f'🔁 RESUMED from {checkpoint} at iteration {iter:,}', THICK]
+    lines = [THICK, bold(f'🔁 RESUMED from {checkpoint} at iteration {iter:,}'), THICK]
     lines.append(field_line('Folder', str(run_folder)))
     if changed:
         warning = "Changed since the checkpoint; results may differ from an uninterrupted run's:"
-        lines += ['', f'⚠ {warning}']
+        lines += ['', yellow(f'⚠ {warning}')]
         lines += field_tree({key: f'{old} → {new}' for key, (old, new) in changed.items()})
     return '\n'.join([*lines, ''])

@@ -15,8 +15,10 @@ from common.environment import job
 from common.files import file_sha256
 from common.gpu_specs import Peak
 from common.registry import Configurable
+from configurator import flatten
 from data.dataset import TokenDataset
 from model_builder import Transformer, count_parameters
+from model_config import PRESETS
 from parallel.strategies import SingleProcess
 from records.record_types import (
     DataInfo,
@@ -27,8 +29,15 @@ from records.record_types import (
     RunMetadata,
     WeightsSource,
 )
+from training.resume import UNCHOSEN_ORIGINS
 from training.session import RunContext
-from training_config import OPTIMIZER_REGISTRY, SCHEDULE_REGISTRY, Settings, TrainingConfig
+from training_config import (
+    OPTIMIZER_REGISTRY,
+    SCHEDULE_REGISTRY,
+    Settings,
+    TrainingConfig,
+    schema,
+)
 
 PROJECT = Path(__file__).absolute().parents[1]
 # Packages and modules on which no loss depends: they show, store, plan or say what goes wrong.
@@ -36,6 +45,7 @@ DISPLAY_ONLY = (
     *('comparison/', 'inference/', 'planning/', 'records/', 'studies/'),
     *('training_logger.py', 'training/record_header.py'),
     *('common/console_output.py', 'common/errors.py', 'common/formatting.py'),
+    *('common/live_region.py', 'common/progress_bar.py', 'common/text_width.py'),
 )
 
 
@@ -77,7 +87,21 @@ def record_header(
             },
             'data': _data(settings, context.dataset),
             'derived': settings.derived,
+            'chosen': chosen_options(settings),
         },
+    }
+
+
+def chosen_options(settings: Settings) -> dict[str, str]:
+    """Options that differ from the defaults and the preset, and where each was set."""
+    origins = {**settings.run.origins, **settings.architecture.origins}
+    usual = {key: option.default for key, option in flatten(schema()).items()}
+    usual |= PRESETS.get(settings.architecture.preset, {})
+    return {
+        key: origins[key]
+        for key, value in settings.to_dict().items()
+        if not origins.get(key, 'default').startswith((*UNCHOSEN_ORIGINS, 'preset'))
+        and value != usual.get(key)
     }
 
 

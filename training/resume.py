@@ -22,7 +22,15 @@ from training_config import Settings, TrainingConfig, schema
 from training_logger import TrainingLogger
 
 # Options that say how to start, not what to train: never taken over from the earlier process.
-NOT_INHERITED = ('out_dir', 'init_from', 'resume_run', 'eval_only', 'verify_data', 'debug')
+NOT_INHERITED = (
+    'out_dir',
+    'init_from',
+    'resume_run',
+    'eval_only',
+    'verify_data',
+    'debug',
+    'report',
+)
 
 
 # What is derived for a new run, and stays as it was when that is resumed.

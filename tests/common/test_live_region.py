@@ -209,6 +209,6 @@ def test_signal_handler_writes_below(open_screen, monkeypatch):
 
 def test_color_of_region_costs_no_columns(open_screen):
     screen = open_screen()
-    LiveRegion().update([bold('x' * 39), bold('x' * 50)])
-    assert screen.screen[:2] == ['x' * 39, 'x' * 38 + '…']
+    LiveRegion().update([bold('x' * 40), bold('x' * 50)])
+    assert screen.screen[:2] == ['x' * 40, 'x' * 39 + '…']
     assert screen.raw.count('\x1b[1m') == screen.raw.count('\x1b[0m') == 2

@@ -1,4 +1,4 @@
-"""What a run shows: the design document's forms, nanoGPT's, and every figure where it belongs."""
+"""The console of a run: blocks, nanoGPT's lines, the display in place, and every figure."""
 
 import io
 import re
@@ -58,14 +58,14 @@ def started_console(startup_info=STARTUP_INFO, stream=None, **options):
 
 
 def new_output(live):
-    """What the console has shown since last asked."""
+    """The console's output since the last call."""
     text = live.stream.getvalue()
     live.stream.seek(0)
     live.stream.truncate()
     return text
 
 
-# --- as it goes -----------------------------------------------------------------------------------
+# --- while it trains --------------------------------------------------------------------------
 
 
 def test_iteration_line_matches_nanogpt():
@@ -83,8 +83,8 @@ def test_iteration_line_matches_nanogpt():
     assert new_output(lines) == 'step 35: train loss 4.1000, val loss 4.2000\n'
 
 
-def test_iteration_block_matches_design_document():
-    blocks = make_console(Utf8Terminal())
+def test_iteration_block_has_documented_form():
+    blocks = make_console(Utf8Terminal(), style='block')
     blocks.iteration(iteration(5))
     rule = '─' * 80
     assert new_output(blocks) == '\n'.join(
@@ -236,7 +236,7 @@ def test_closing_block_shows_results_and_next_command():
     for expected in (
         'TRAINING INTERRUPTED after 40 of 100 iterations',
         '3.5000 (iter 30; 1.5000 bits per byte)',
-        '409,600 (1.36 epochs), about 223,456 different ones',
+        '409,600 (1.36 epochs), about 223,456 of them distinct',
         '350.1 TFLOPs',
         '1:02:03',
         'out/run_1/record.json',
@@ -253,19 +253,23 @@ def with_data(**values):
 
 
 def test_reports_show_share_of_data_seen():
-    """At random it is an expectation, and says about; after another order nothing is known."""
+    """Random windows have an expected number of distinct tokens, shown with 'about'."""
     text = ' '.join(new_output(started_console()).split())
     assert '100 iterations = 409,600 tokens = 1.36 epochs' in text
-    assert 'the run meets about 223,000 of the tokens (73.8 %)' in text and 'Documents' not in text
+    assert (
+        'random windows (with replacement); about 223 K distinct tokens (73.8 %) will be seen'
+        in text
+    )
+    assert 'Documents' not in text
     info = with_data(windows_per_epoch=293, planned_unique_tokens=300_032, train_documents=1234)
     assert 'Documents' not in new_output(started_console(info))
     info['data']['val_documents'] = 56
     text = ' '.join(new_output(started_console(info)).split())
-    assert 'each of 293 windows once an epoch, shuffled and cut anew in each' in text
-    assert 'the run meets 300,032 of the tokens (99.4 %)' in text
+    assert 'each of 293 windows once per epoch, reshuffled and with new offsets' in text
+    assert '; 300,032 distinct tokens (99.4 %) will be seen' in text
     assert 'Documents: 1,234 train | 56 validation' in text
     text = closing_block({**CLOSED, 'startup_info': info}, None, 'r')
-    assert '409,600 (1.36 epochs), 223,456 different ones' in text
+    assert '409,600 (1.36 epochs), 223,456 of them distinct' in text
     unknown = {**CLOSED['summary'], 'epochs': None, 'unique_tokens': None}
     text = closing_block({**CLOSED, 'summary': unknown}, None, 'r')
     assert re.search('Tokens: +409,600$', text, re.M)
@@ -300,15 +304,15 @@ def test_reports_show_traffic_and_memory_of_processes(count, text):
         },
     }
     assert re.search(
-        f'Traffic: +{text} from each process in an update$', new_output(started_console(info)), re.M
+        f'Traffic: +{text} sent per process and iteration$', new_output(started_console(info)), re.M
     )
     closing = closing_block({**CLOSED, 'startup_info': info}, None, 'r')
-    held = f'weights 1.00 GB, gradients 2.00 MB, optimizer {text}'
-    assert re.search(f'Each process: +{held}$', closing, re.M)
-    # One process has no traffic, and before an update nothing is known.
+    footprint = f'weights 1.00 GB, gradients 2.00 MB, optimizer {text}'
+    assert re.search(f'Memory per process: +{footprint}$', closing, re.M)
+    # One process has no traffic, and before an iteration nothing is known.
     assert 'Traffic' not in new_output(started_console())
     info['parallel']['parameter_bytes'] = None
-    assert 'Each process' not in closing_block({**CLOSED, 'startup_info': info}, None, 'r')
+    assert 'Memory per process' not in closing_block({**CLOSED, 'startup_info': info}, None, 'r')
 
 
 # --- the stream -----------------------------------------------------------------------------------
@@ -316,7 +320,8 @@ def test_reports_show_traffic_and_memory_of_processes(count, text):
 
 @pytest.mark.parametrize('style', ['auto', 'block', 'line'])
 @pytest.mark.parametrize('info', [STARTUP_INFO, NO_PEAK], ids=['peak', 'no peak'])
-def test_log_file_gets_words_of_terminal_as_plain_text(style, info):
+def test_log_file_gets_words_of_terminal_as_plain_text(style, info, monkeypatch):
+    monkeypatch.setenv('TERM', 'dumb')
     texts = []
     for stream in (io.StringIO(), Utf8Terminal()):
         live = started_console(info, stream, style=style)

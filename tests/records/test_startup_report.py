@@ -1,17 +1,22 @@
-"""The start-up report shows every choice, and figures that add up; a resume, what changed."""
+"""The start-up reports show every choice, and figures that add up; a resume, the changes."""
 
+import io
 import re
 
 import pytest
 from helpers.sample_run import HEADER, STARTUP_INFO
 
-from common.console_output import plain
+from common.console_output import displayed
 from records.startup_report import resume_report, startup_report
 
 
 def report_text(startup_info=STARTUP_INFO):
-    """The report as a log file gets it."""
-    return plain(startup_report({**HEADER, 'startup_info': startup_info}, 'out/run_1'))
+    """The full report as a log file gets it."""
+    return in_log(startup_report({**HEADER, 'startup_info': startup_info}, 'out/run_1'))
+
+
+def in_log(text):
+    return displayed(text, io.StringIO())
 
 
 def test_startup_report_shows_choices_and_totals():
@@ -83,7 +88,7 @@ def test_resume_report_lists_changes():
         'peak_tflops': [None, 0.5],
     }
     text, unchanged = (
-        plain(resume_report(1500, 'checkpoints/1500', differences, 'out/run_1'))
+        in_log(resume_report(1500, 'checkpoints/1500', differences, 'out/run_1'))
         for differences in (changed, {})
     )
     assert re.search('RESUMED from checkpoints/1500 at iteration 1,500$', text, re.MULTILINE)
