@@ -1,19 +1,21 @@
 """The start-up report on one screen: the main choices, sizes, data, device and speed of a run."""
 
+import textwrap
 from pathlib import Path
 from typing import Any
 
 from common.console_output import bold
-from common.formatting import counted, flop_count, join_names, or_na
-from records.record_types import DataInfo, HardwareInfo, ModelInfo, OptimizerInfo, RecordHeader
-from records.report_layout import THICK, field_line, field_tree
-from records.startup_report import (
-    TITLE,
-    expected_text,
-    learning_rate_text,
-    peak_text,
-    with_options,
+from common.formatting import flop_count, join_names, or_na, teraflops
+from records.record_types import (
+    DataInfo,
+    FlopsInfo,
+    HardwareInfo,
+    ModelInfo,
+    OptimizerInfo,
+    RecordHeader,
 )
+from records.report_layout import THICK, VALUE_COLUMN, WIDTH, field_line, field_tree
+from records.startup_report import TITLE, learning_rate_text, with_options
 
 # Options that the report shows in a line of their own.
 _SHOWN = {
@@ -24,67 +26,59 @@ _SHOWN = {
 
 
 def short_report(header: RecordHeader, run_folder: Path | str) -> str:
-    """The TRAINING INITIALIZATION report in about 20 lines of 80 columns."""
+    """The TRAINING INITIALIZATION report in at most 24 lines of 80 columns."""
     config, info = header['config'], header['startup_info']
-    architecture, flops, hardware = header['architecture'], info['flops'], info['hardware']
-    weights_from = header['metadata'].get('weights_from')
-    costs = (
-        f'{flop_count(flops["per_token"], "FLOPs")} (full square) │ '
-        f'{flop_count(flops["per_token_causal"], "FLOPs")} (causal)'
-    )
-    run = {
-        'Run folder': str(run_folder),
-        'Seeds': f'{config["seed"]} (data order {config["data_seed"]})',
-        **({'Weights': weights_from['source']} if weights_from else {}),
-        'More': '--report=full, or record.json in the run folder',
-    }
+    architecture, weights_from = header['architecture'], header['metadata'].get('weights_from')
+    origin = f'preset {config["arch_preset"]}, hash {architecture["hash"]}'
+    seeds = f'{config["seed"]} (data order {config["data_seed"]})'
     lines = [
         THICK,
         bold(TITLE),
         THICK,
-        bold('📊 MODEL ARCHITECTURE:'),
-        field_line('Architecture Name', architecture['name']),
-        field_line('Identity hash', f'{architecture["hash"]} (preset {config["arch_preset"]})'),
+        bold(f'📊 MODEL ARCHITECTURE ({origin}):'),
+        _name_line(architecture['name']),
         *field_tree(_choices(architecture['choices'])),
         *_options_line(config, info.get('chosen', {})),
         field_line('Parameters', _parameters_text(info['model'])),
+        *([field_line('Weights', weights_from['source'])] if weights_from else []),
         *_training_lines(info['data'], info['optimizer'], config['max_iters']),
-        *_device_lines(hardware),
+        *_device_lines(info['hardware']),
         bold('📈 THEORETICAL PERFORMANCE:'),
-        field_line('FLOPs per token', costs),
-        field_line('Attention/FFN ratio', or_na(flops['attention_ffn_ratio'], '.2f') + ' (causal)'),
-        field_line(
-            'Expected tokens/s', expected_text(hardware['expected_tokens_per_sec_at_50_mfu'])
-        ),
-        *(field_line(label, value) for label, value in run.items()),
+        *_speed_lines(info['flops'], info['hardware']['expected_tokens_per_sec_at_50_mfu']),
+        field_line('Run folder', str(run_folder)),
+        field_line('Seeds', f'{seeds} │ full report: --report=full'),
     ]
     return '\n'.join(lines) + '\n'
+
+
+def _name_line(name: str) -> str:
+    """The name of the architecture; a long one continues on a second line after a hyphen."""
+    return field_line('Architecture Name', ' '.join(textwrap.wrap(name, WIDTH - VALUE_COLUMN)))
 
 
 def _choices(choices: dict[str, Any]) -> dict[str, str]:
     """The choices that define an architecture, in four lines."""
 
-    def value(key: str, form: str) -> str | None:
+    def value(key: str, form: str = '{}') -> str | None:
         return None if choices.get(key) is None else form.format(choices[key])
 
-    heads = 'num_kv_heads' if choices.get('use_gqa') else ''
+    is_grouped, has_experts = choices.get('use_gqa'), 'num_experts' in choices
     parts = {
-        'Normalization': (value('normalization', '{}'), value('norm_position', '{}')),
-        'Position Encoding': (value('position_encoding', '{}'), value('rope_theta', 'theta {:g}')),
-        'Attention': (
-            value('attention_type', '{}'),
-            value(heads, '{} key/value heads'),
+        'Normalization': [value('normalization'), value('norm_position')],
+        'Position Encoding': [value('position_encoding'), value('rope_theta', 'theta {:,.0f}')],
+        'Attention': [
+            value('attention_type'),
+            value('num_kv_heads', '{} key/value heads') if is_grouped else None,
             value('sliding_window', 'window {:,}'),
-        ),
-        'FFN Type': (
-            value('ffn_type', '{}'),
-            value('expert_ffn', '{}'),
+        ],
+        'FFN Type': [
+            value('ffn_type'),
+            value('expert_ffn'),
             value('num_experts', '{} experts'),
             value('experts_per_token', '{} per token'),
-            value('activation', '{}'),
-            value('d_ff', 'width {:,}') if 'num_experts' not in choices else None,
-            value('expert_d_ff', 'width {:,}'),
-        ),
+            value('activation'),
+            value('expert_d_ff' if has_experts else 'd_ff', 'width {:,}'),
+        ],
     }
     texts = {label: ', '.join(filter(None, values)) for label, values in parts.items()}
     return {label: text for label, text in texts.items() if text}
@@ -99,34 +93,49 @@ def _options_line(config: dict[str, Any], chosen: dict[str, str]) -> list[str]:
 def _parameters_text(model: ModelInfo) -> str:
     total, active = model['total_params'], model['active_params']
     text = f'{total:,} ({model["non_embedding_params"]:,} non-embedding)'
-    return text if active == total else f'{text}, {active:,} per token'
+    return text if active == total else f'{text}; {active:,} active per token'
 
 
 def _training_lines(data: DataInfo, optimizer: OptimizerInfo, max_iters: int) -> list[str]:
     tokens = max_iters * data['tokens_per_iter']
-    decay, clip = optimizer['weight_decay'], optimizer['grad_clip'] or 'none'
     name = with_options(optimizer['name'], optimizer['options'])
+    decay, clip = optimizer['weight_decay'], optimizer['grad_clip']
     return [
         field_line(
             'Dataset',
             f'{data["dataset"]} ({data["tokenizer"]}), {data["train_tokens"]:,} training tokens',
         ),
         field_line(
-            'Whole run',
-            f'{counted(max_iters, "iteration")} × {data["tokens_per_iter"]:,} tokens = '
-            f'{tokens:,} tokens = {data["planned_epochs"]:.2f} epochs',
+            'Iterations',
+            f'{max_iters:,} × {data["tokens_per_iter"]:,} tokens = {tokens:,} = '
+            f'{data["planned_epochs"]:.2f} epochs',
         ),
-        field_line('Optimizer', f'{name}, weight decay {decay:g}, gradient clip {clip}'),
+        field_line('Optimizer', f'{name}, decay {decay:g}, clip {clip or "none"}'),
         field_line('Learning rate', learning_rate_text(optimizer)),
     ]
 
 
 def _device_lines(hardware: HardwareInfo) -> list[str]:
-    size = hardware['world_size']
-    compiled = 'compiled' if hardware['compile'] else 'not compiled'
-    processes = '1 process' if size == 1 else f'{size:,} processes'
+    size, compiled = hardware['world_size'], 'compiled' if hardware['compile'] else 'not compiled'
     device = f'{hardware["device"]} ({hardware["device_name"]})'
+    peak, source = hardware['peak_tflops'], (hardware['peak_source'] or '').partition(': ')[0]
+    peak_text = f'{teraflops(peak, "FLOP/s")} ({source})'
     return [
-        field_line('Device', f'{device}, {hardware["dtype"]}, {compiled}, {processes}'),
-        field_line('Peak', peak_text(hardware)),
+        field_line('Device', f'{device}, {hardware["dtype"]}, {compiled}'),
+        *([field_line('Processes', f'{size:,}')] if size > 1 else []),
+        field_line('Peak', 'unknown (set --peak_tflops)' if peak is None else peak_text),
+    ]
+
+
+def _speed_lines(flops: FlopsInfo, expected_tokens_per_sec: float | None) -> list[str]:
+    full, causal = flops['per_token'], flops['per_token_causal']
+    ratio = or_na(flops['attention_ffn_ratio'], '.2f') + ' (causal)'
+    if expected_tokens_per_sec is not None:
+        ratio += f' │ {expected_tokens_per_sec:,.0f} tokens/s expected at 50 % MFU'
+    return [
+        field_line(
+            'FLOPs per token',
+            f'{flop_count(full, "FLOPs")} (full square) │ {flop_count(causal, "FLOPs")} (causal)',
+        ),
+        field_line('Attention/FFN ratio', ratio),
     ]
