@@ -148,7 +148,7 @@ def test_other_schema_version_is_refused(run_folder):
 
 
 def test_schema_has_version_and_statuses_of_code():
-    assert SCHEMA['properties']['schema_version'] == {'const': record.SCHEMA_VERSION}
+    assert SCHEMA['properties']['schema_version']['const'] == record.SCHEMA_VERSION
     assert SCHEMA['properties']['status']['enum'] == list(record.STATUSES)
 
 
