@@ -1,14 +1,25 @@
-# Your own mix: choose one of each. `python train.py --help` lists what there is, and README shows
-# how to define a component of your own right in a file like this one.
+# Your own mix: choose one component of each kind. The comments list the choices;
+# `python train.py --list_components` describes them. A component of your own can be defined in a
+# file like this one and chosen by its name.
 arch_preset = 'custom'
 
-normalization = 'rmsnorm'  # layernorm, layernorm_nobias, rmsnorm
-position_encoding = 'rope'  # learned_absolute, rope, none
-rope_theta = 10000.0
-attention_backend = 'sdpa'  # sdpa (fast), manual (written out)
-ffn_type = 'standard'  # standard (4 × n_embd wide), swiglu (8/3 × n_embd)
-activation = 'gelu'  # of the standard FFN: gelu, silu, relu, leaky_relu
-norm_position = 'pre'  # pre, post
+# standard, mla
+attention_type = 'standard'
+# sdpa, manual, flex
+attention_backend = 'sdpa'
+# none, learned_absolute, sinusoidal, rope, alibi, t5_relative
+position_encoding = 'rope'
+rope_theta = 10000.0  # for rope
+# layernorm, layernorm_nobias, rmsnorm, dyt, none
+normalization = 'rmsnorm'
+# standard, swiglu, geglu, reglu, glu, bilinear, moe
+ffn_type = 'standard'
+# gelu, gelu_tanh, silu, relu, relu2, leaky_relu
+activation = 'gelu'  # for ffn_type = 'standard'
+# pre, post, sandwich, reordered, parallel
+norm_position = 'pre'
+# normal, gpt2, mup
+initialization = 'gpt2'
 bias = False
 weight_tying = True
 dropout = 0.0
@@ -16,6 +27,11 @@ dropout = 0.0
 n_layer = 12
 n_head = 12
 n_embd = 768
+
+# adamw, muon, lion
+optimizer = 'adamw'
+# constant, cosine, linear, wsd
+lr_schedule = 'cosine'
 
 out_dir = 'out-custom'
 dataset = 'shakespeare'

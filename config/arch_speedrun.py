@@ -1,5 +1,5 @@
-# A mix in the manner of modded-nanogpt (Jordan et al. 2024): squared ReLU, normalised queries and
-# keys, RMSNorm, rotary positions, capped logits; Muon and a rate that is constant, then falls.
+# In the style of modded-nanogpt (Jordan et al. 2024): squared ReLU, normalized queries and keys,
+# RMSNorm, rotary positions, capped logits; Muon and a learning rate that is constant, then decays.
 # 12 layers × 768 wide: 162,222,336 parameters.
 arch_preset = 'speedrun'
 

@@ -1,5 +1,5 @@
-# The team's model_v1: the same choices as LLaMA's (rotary positions, RMSNorm before each part,
-# SwiGLU, no biases, an output head of its own), kept under its own name and out_dir.
+# Preset `team`: the same architecture as `llama` (rotary positions, RMSNorm before each sublayer,
+# SwiGLU, no biases, no weight tying) under a second name, with an out_dir of its own.
 arch_preset = 'team'
 
 out_dir = 'out-team'

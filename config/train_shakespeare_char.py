@@ -7,7 +7,7 @@ bias = False
 out_dir = 'out-shakespeare-char'
 dataset = 'shakespeare_char'
 
-# 64 sequences × 256 characters = 16,384 tokens an update
+# 64 sequences × 256 characters = 16,384 tokens per iteration
 batch_size = 64
 block_size = 256
 gradient_accumulation_steps = 1
@@ -21,9 +21,9 @@ max_iters = 5000
 eval_interval = 250
 eval_iters = 200
 log_interval = 10
-always_save_checkpoint = False  # a small model on little text overfits: keep only the best
+always_save_checkpoint = False  # a small model on little text overfits: save only improvements
 
 learning_rate = 1e-3
 min_lr = 1e-4
-beta2 = 0.99  # few tokens an update: average over more of them
+beta2 = 0.99  # few tokens per iteration: average over more of them
 warmup_iters = 100

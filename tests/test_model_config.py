@@ -1,20 +1,25 @@
 """The architecture as data: presets, overrides, relevance, derivation, name, identity hash."""
 
 import functools
+import re
 
 import pytest
 import torch
+from helpers.project import PROJECT
 
 import model_components  # noqa: F401  fills the registries before the parameters below are listed
 from common.errors import UserError
 from common.registry import Registry
-from configurator import Layer
+from components.faults import is_foreign
+from configurator import Layer, flatten
 from model_builder import build_model, training_flops
 from model_config import (
     PRESETS,
+    REGISTRIES,
     ModelArchitectureConfig,
     architecture_options,
 )
+from training_config import schema as training_schema
 
 SMALL = {'n_layer': 2, 'n_head': 2, 'n_embd': 32, 'block_size': 16, 'vocab_size': 50}
 
@@ -527,3 +532,22 @@ def test_config_is_frozen():
             setattr(config, key, 1)
     config.to_dict()['n_layer'] = 99
     assert config.n_layer == 2
+
+
+# --------------------------------------------------------------------------------------------------
+# config/arch_custom.py
+
+
+def test_custom_config_file_lists_all_choices():
+    text = (PROJECT / 'config/arch_custom.py').read_text(encoding='utf-8')
+    options = flatten(training_schema())
+    listed, right = {}, {}
+    for comment, key in re.findall(r'^(# .*)\n(\w+) = ', text, re.MULTILINE):
+        if isinstance(options[key].choices, Registry):
+            registry, listed[key] = options[key].choices, comment
+            names = [name for name in registry if not is_foreign(registry[name])]
+            right[key] = f'# {", ".join(names)}'
+    assert listed.keys() >= {r.option for r in REGISTRIES} - {'rope_scaling'}
+    assert listed == right, 'config/arch_custom.py needs these comments:\n' + '\n'.join(
+        f'{comment}\n{key} = …' for key, comment in right.items()
+    )

@@ -6,14 +6,14 @@ sweep = {
     'seed': [1, 2, 3, 4, 5],
 }
 baseline = {'ffn_type': 'standard'}
-match = 'params'  # the gated ones get the d_ff that makes them as large
+match = 'params'  # sets d_ff of each gated network to match the standard one
 match_step = 1
 reference = {'ffn_type': 'standard'}
 
 arch_preset = 'llama'
 weight_tying = True
 
-# Small enough for two CPU cores: 4 layers, 128 wide, 64 characters of context, 768 an update.
+# Small enough for two CPU cores: 4 layers, n_embd 128, 64 characters of context, 768 per iteration.
 dataset = 'shakespeare_char'
 n_layer, n_head, n_embd, block_size = 4, 4, 128, 64
 batch_size, gradient_accumulation_steps = 12, 1

@@ -1,5 +1,5 @@
-# Xiong et al. (2020): post-norm needs warm-up, pre-norm does not. The scaling of the first weights
-# by depth (Radford et al. 2019) is varied by itself, lest it pass for an effect of either.
+# Xiong et al. (2020): post-norm needs warm-up, pre-norm does not. The depth scaling of initial
+# weights (Radford et al. 2019) is varied too, so that its effect is not attributed to either.
 question = 'Pre-norm or post-norm, with and without warm-up?'
 
 sweep = {
@@ -12,7 +12,7 @@ baseline = {'norm_position': 'pre', 'warmup_iters': 100, 'depth_scaled_init': Tr
 
 arch_preset = 'legacy'
 
-# Small enough for two CPU cores: 4 layers, 128 wide, 64 characters of context, 768 an update.
+# Small enough for two CPU cores: 4 layers, n_embd 128, 64 characters of context, 768 per iteration.
 dataset = 'shakespeare_char'
 n_layer, n_head, n_embd, block_size = 4, 4, 128, 64
 batch_size, gradient_accumulation_steps = 12, 1

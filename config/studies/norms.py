@@ -1,14 +1,14 @@
-# Zhang & Sennrich (2019) found that RMSNorm does what LayerNorm does, for less.
+# Zhang & Sennrich (2019) found that RMSNorm is as good as LayerNorm at a lower cost.
 question = 'Is RMSNorm as good as LayerNorm, and is a norm needed at all?'
 
 sweep = {'normalization': ['layernorm', 'rmsnorm', 'none'], 'seed': [1, 2, 3, 4, 5]}
 baseline = {'normalization': 'layernorm'}
-on_nonfinite = 'skip'  # without a norm, training may go wild
+on_nonfinite = 'skip'  # without a norm, training may diverge
 
 arch_preset = 'llama'
 weight_tying = True
 
-# Small enough for two CPU cores: 4 layers, 128 wide, 64 characters of context, 768 an update.
+# Small enough for two CPU cores: 4 layers, n_embd 128, 64 characters of context, 768 per iteration.
 dataset = 'shakespeare_char'
 n_layer, n_head, n_embd, block_size = 4, 4, 128, 64
 batch_size, gradient_accumulation_steps = 12, 1

@@ -1,5 +1,5 @@
-# Su et al. (2021), Press et al. (2022), Haviv et al. (2022): how much does it matter how positions
-# enter, and are they needed at all below a causal mask?
+# Su et al. (2021), Press et al. (2022), Haviv et al. (2022): how much does the position encoding
+# matter, and is one needed at all with a causal mask?
 question = 'Which position encoding is best: rotary, ALiBi, learned, or none?'
 
 sweep = {
@@ -11,7 +11,7 @@ baseline = {'position_encoding': 'rope'}
 arch_preset = 'llama'
 weight_tying = True
 
-# Small enough for two CPU cores: 4 layers, 128 wide, 64 characters of context, 768 an update.
+# Small enough for two CPU cores: 4 layers, n_embd 128, 64 characters of context, 768 per iteration.
 dataset = 'shakespeare_char'
 n_layer, n_head, n_embd, block_size = 4, 4, 128, 64
 batch_size, gradient_accumulation_steps = 12, 1

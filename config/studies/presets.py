@@ -1,5 +1,5 @@
-# Published mixes, each with the learning rate that suits it best, for as many training FLOPs as
-# 600 updates of `legacy` cost.
+# Published architectures, each with its best learning rate, at the training FLOPs of 600 iterations
+# of `legacy`.
 question = 'Which published architecture learns most from the same training FLOPs?'
 
 sweep = {
@@ -8,9 +8,9 @@ sweep = {
 }
 baseline = {'arch_preset': 'legacy'}
 tune = {'learning_rate': [5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2]}
-budget = {'flops': 2.3e12}  # attention over its causal half
+budget = {'flops': 2.3e12}  # attention counted over the causal half
 
-# Small enough for two CPU cores: 4 layers, 128 wide, 64 characters of context, 768 an update.
+# Small enough for two CPU cores: 4 layers, n_embd 128, 64 characters of context, 768 per iteration.
 dataset = 'shakespeare_char'
 n_layer, n_head, n_embd, block_size = 4, 4, 128, 64
 batch_size, gradient_accumulation_steps = 12, 1
