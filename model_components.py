@@ -1,17 +1,42 @@
-"""The components that an architecture is made of, in their registries: one import to write one.
+"""All components of a model and their registries: one import to write one of your own.
 
-A component carries all that is special about it: its options, its part of the name, what it
-cannot be combined with, its FLOPs, how its parameters begin. Adding one touches one place. See
-`Component` for the contract; shapes are B batch, T time, C width (`n_embd`), H heads, D head size.
-The package `components` has a module for each kind; importing this one fills the registries.
+    from model_components import ACTIVATION_REGISTRY, Activation, Initial, Option
+
+    @ACTIVATION_REGISTRY.register('star_relu', source='Yu et al. 2022')
+    class StarReLU(Activation):
+        options = {'star_scale': Option(float, 0.8944, 'Initial scale of StarReLU')}
+
+        def __init__(self, config):
+            super().__init__(config)
+            self.initial_scale = config.star_scale
+            self.scale = nn.Parameter(torch.empty(1))
+
+        def initial_values(self):
+            return {'scale': Initial.constant(self.initial_scale)}
+
+        def forward(self, x):
+            return self.scale * x.relu().square()
+
+A component defines everything specific to it: its description (the beginning of its docstring), its
+options, its part of the name, what it cannot be combined with, its FLOPs and the initial values of
+its parameters. `Component` describes the methods. Letters of shapes: B batch, T time, C width
+(`n_embd`), H heads, D head dimension.
+
+The package `components` has a module for each kind. Importing this module fills the registries.
+Optimizers and learning-rate schedules are written with `from optim import …`.
 """
 
 from common.old_names import renamed_classes
 from common.registry import AnyBut, Option, above, at_least, between, fraction
 from components.activations import Activation
 from components.attention import Attention, MultiHeadAttention
-from components.attention_backends import AttentionBackend, AttentionSpec
-from components.base import AuxOutput, Component, Initial, module_flops
+from components.attention_backends import (
+    AttentionBackend,
+    AttentionSpec,
+    additive_mask,
+    repeat_kv,
+)
+from components.base import AuxOutput, Component, Initial, matmul_dtype, module_flops
 from components.blocks import Block
 from components.document_mask import Documents, locate_documents
 from components.embedding import TokenEmbedding
@@ -21,7 +46,7 @@ from components.kv_cache import Cache, LayerCache
 from components.latent_attention import LatentAttention
 from components.lm_head import IGNORED, OutputHead
 from components.moe import MixtureOfExperts
-from components.norms import Norm
+from components.norms import ElementwiseAffine, Norm
 from components.positions import AttentionInputs, PositionEncoding, RotaryScaling
 from model_config import (
     ACTIVATION_REGISTRY,
@@ -58,6 +83,7 @@ __all__ = [
     'Cache',
     'Component',
     'Documents',
+    'ElementwiseAffine',
     'FeedForward',
     'GatedFeedForward',
     'Initial',
@@ -74,11 +100,14 @@ __all__ = [
     'RotaryScaling',
     'TokenEmbedding',
     'above',
+    'additive_mask',
     'at_least',
     'between',
     'fraction',
     'locate_documents',
+    'matmul_dtype',
     'module_flops',
+    'repeat_kv',
 ]
 
 __getattr__ = renamed_classes(
