@@ -1,15 +1,12 @@
-"""Merge defaults < preset < config file < `--key=value`, typed and strict; explain; `--help`.
+"""Read config files and the command line; merge defaults < preset < config file < `--key=value`.
 
-Knows nothing of models or training: it is handed a schema, which is a dict of groups,
-`{'Group title': {key: Option}}`, as a function, since a config file may register components
-whose options join the schema.
+Values are typed and checked. The module is independent of models and training: it takes a schema, a
+dict of groups `{'Group title': {key: Option}}`. The schema is passed as a function because a config
+file may register components, whose options then belong to the schema.
 """
 
 import ast
-import inspect
 import os
-import shutil
-import textwrap
 import traceback
 import types
 from collections.abc import Callable, Iterable, Iterator
@@ -19,17 +16,18 @@ from typing import Any, NamedTuple
 
 from common import old_imports
 from common.errors import UserError, closest_match, did_you_mean
+from common.help_layout import entry, first_sentence
 from common.paths import expanded_path
-from common.registry import Option, Registry
+from common.registry import Option, Registry, condition_text, owners
 from common.text_files import decode
 
 Schema = dict[str, dict[str, Option]]
 
 # Origins of the layers above all config files.
 CALLER_ORIGINS = COMMAND_LINE, PYTHON_CALL = 'command line', 'train()'
-# Arguments that ask for something to be shown -> the field of `CommandLine` that says so.
+HELP_FLAGS = ('--help', '-h')
+# Arguments that show a text instead of starting a run -> the field of `CommandLine` that they set.
 SHOW_FLAGS = {
-    **dict.fromkeys(('--help', '-h'), 'help'),
     **dict.fromkeys(('--print_config', '--print-config'), 'print_config'),
     **dict.fromkeys(('--list_components', '--list-components'), 'list_components'),
 }
@@ -47,19 +45,19 @@ class Layer:
 
 @dataclass
 class CommandLine:
-    """What was asked for: the layers in rising order, the files' texts, and the problems so far."""
+    """A parsed command line: layers in order of precedence, texts of config files, problems."""
 
     layers: list[Layer]
     config_files: list[dict] = field(default_factory=list)  # {'path', 'text'}
     problems: list[str] = field(default_factory=list)
-    extra: dict = field(default_factory=dict)  # what files set under keys that are another script's
-    help: bool = False
+    extra: dict = field(default_factory=dict)  # values of config files for another command's keys
+    help: str | None = None  # topic of --help; '' for the overview, None without --help
     print_config: bool = False
     list_components: bool = False
     list_format: str = 'text'  # one of LIST_FORMATS
 
     def value(self, key: str, schema: Callable[[], Schema]):
-        """What `key` is as asked for so far, or its default."""
+        """The value of `key` in the highest layer that sets it, or its default."""
         for layer in reversed(self.layers):
             if key in layer.values:
                 return layer.values[key]
@@ -72,8 +70,8 @@ def read_command_line(
     """Read config files (arguments that end in .py) and `--key=value` options.
 
     Also `--key value`, `--flag` and `--no-flag`. Problems are collected, not raised, so that the
-    caller can add its own and report all of them at once; but UserError is raised for a file that
-    cannot be read or run. Keys of `extra` are kept apart, unread.
+    caller can add its own and report all of them at once. Raises UserError if a file cannot be read
+    or run. Values of keys in `extra` are returned unchecked in `CommandLine.extra`.
     """
     command_line = CommandLine(layers=[])
     for path in filter(_is_config_file, argv):
@@ -81,7 +79,7 @@ def read_command_line(
         command_line.config_files.append({'path': path, 'text': text})
         command_line.extra |= {key: values.pop(key) for key in extra if key in values}
         command_line.layers.append(Layer(path, values))
-    if command_line.problems:  # what a file would have registered is unknown: judge no further
+    if command_line.problems:  # its components are unknown, so further checks would mislead
         raise UserError(*command_line.problems)
     groups = schema()  # after the files, which may have registered components
     command_line.layers = [
@@ -104,13 +102,18 @@ def _is_config_file(argument: str) -> bool:
 def _parse_arguments(
     arguments: list[str], options: dict[str, Option], command_line: CommandLine
 ) -> dict:
-    """The values of the options; what they ask to be shown and what is wrong is noted."""
+    """The values of the options; sets the help topic, the show flags and the problems."""
     values: dict = {}
     lists = any(SHOW_FLAGS.get(argument) == 'list_components' for argument in arguments)
     options = {**options, **LIST_OPTIONS} if lists else options
     while arguments:
         argument = arguments.pop(0)
-        if argument in SHOW_FLAGS:
+        flag, equals, topic = argument.partition('=')
+        if flag in HELP_FLAGS:
+            if not equals and arguments and not arguments[0].startswith('-'):
+                topic = arguments.pop(0)  # --help TOPIC
+            command_line.help = topic
+        elif argument in SHOW_FLAGS:
             setattr(command_line, SHOW_FLAGS[argument], True)
         elif argument.startswith('--'):
             try:
@@ -128,7 +131,7 @@ def _parse_arguments(
 def _parse_option(
     argument: str, following: list[str], options: dict[str, Option]
 ) -> tuple[str, Any]:
-    """Key and value of an option, which may take its value from the arguments that follow it.
+    """Key and value of an option; a value after a space is removed from `following`.
 
     Raises UserError.
     """
@@ -139,7 +142,7 @@ def _parse_option(
         flag, option = key[3:], options[key[3:]]
         if equals or option.base_type is not bool:
             raise UserError(
-                f'{argument}: --no-KEY takes no value and is for flags only; {flag} '
+                f'{argument}: --no-KEY takes no value and works for flags only; {flag} '
                 f'takes {option.allowed()}.'
             )
         return flag, False
@@ -149,7 +152,7 @@ def _parse_option(
     # --key=value
     if equals:
         return key, option.parse(key, text)
-    # --flag, which takes the next argument only if that is true or false
+    # --flag; the next argument is its value only if it is true or false
     if option.base_type is bool and not (following and _is_boolean(following[0])):
         return key, True
     # --key value
@@ -159,7 +162,7 @@ def _parse_option(
 
 
 def _stray_argument_problem(argument: str, options: dict[str, Option]) -> str:
-    """What to say of an argument that is neither: dashes are missing, or a file's `.py`."""
+    """The problem of an argument that is no option and no config file, with the likely fix."""
     known = [f'--{key}' for key in options]
     known += [f'{argument}.py'] if os.path.isfile(f'{argument}.py') else []
     hint = did_you_mean(argument.partition('=')[0], known)
@@ -171,7 +174,7 @@ def _is_boolean(text: str) -> bool:
 
 
 def validate_layer(layer: Layer, schema: Schema, problems: list[str]) -> Layer:
-    """The layer with the values that the schema allows; the others become problems."""
+    """The layer with its valid values only; each invalid one adds to `problems`."""
     options, accepted = flatten(schema), {}
     for key, value in layer.values.items():
         if key not in options:
@@ -185,7 +188,7 @@ def validate_layer(layer: Layer, schema: Schema, problems: list[str]) -> Layer:
 
 
 class MergedOptions(NamedTuple):
-    """Values and origins of every option that the choices give a use; what was dropped, and why."""
+    """Values and origins of the active options; notes on the values that were dropped."""
 
     values: dict
     origins: dict[str, str]
@@ -195,39 +198,38 @@ class MergedOptions(NamedTuple):
 def merge(
     core: dict[str, Option], layers: list[Layer], problems: list[str], preset: str | None = None
 ) -> MergedOptions:
-    """Merge accepted values of rising precedence; keys of others are passed over.
+    """Merge validated layers, the highest precedence last; keys not in the schema are ignored.
 
-    core: the options themselves, without those of the components that they choose among. preset:
-    the option that names the first layer, so that what this layer or a default chose counts as
-    chosen where the preset was named. A value may be a function of the merged values. An option
-    that nothing chosen has a use for is dropped if it stands below the choice; else it is added
-    to `problems`.
+    core: the options themselves, without those of the components that they choose between. preset:
+    the option that names the first layer. Choices that this layer or a default makes count as made
+    where the preset was named.
+
+    A value may be a function of the merged values. An option is active if the chosen components
+    use it. A value for an inactive option is dropped with a note if a layer above it made the
+    choice; otherwise it adds to `problems`.
     """
     options = with_component_options(core)
-    # 1. Each option as the highest layer that has it says, or its default.
+    # 1. Take each option from the highest layer that sets it, or its default.
     merged = _overlay(options, layers, problems)
-    # 2. Values that are functions of the others.
+    # 2. Compute the values that are functions of the others.
     for key, value in list(merged.values.items()):
         if callable(value):
             merged.values[key] = value(merged.values)
-    # 3. The options that what is chosen has a use for.
+    # 3. Find the active options.
     active = dict.fromkeys(_active_keys(core, merged.values))  # an ordered set
-    # 4. Those set without a use. Below the choice that took it away they are left over from what
-    #    the choice overrides; beside or above it they are a mistake.
+    # 4. Go through the values that were set for inactive options. If a higher layer made the
+    #    deciding choice, the value is a leftover and is dropped; otherwise it is a mistake.
     dropped = []
     for key in options:
         if key in active or merged.level[key] == 0:
             continue
-        deciding = dict.fromkeys(_deciding_choices(key, options, active))
-        chosen = ', '.join(map(merged.describe, deciding))
+        deciding = list(dict.fromkeys(_deciding_choices(key, options, active)))
         if merged.level[key] < merged.level_chosen_at(deciding, preset):
-            dropped.append(f'dropped: {merged.describe(key)}, of no use with {chosen}')
+            chosen = ', '.join(map(merged.describe, deciding))
+            dropped.append(f'dropped: {merged.describe(key)}: no effect with {chosen}')
         else:
-            belongs = ' or '.join(f'{choice}={name!r}' for choice, name in owners(key, options))
-            problems.append(
-                f'{merged.describe(key)} has no use here: it belongs to {belongs}, but {chosen} is '
-                f'chosen. Choose one of those, or leave {key} out.'
-            )
+            problems.append(_no_effect_problem(key, options, merged, deciding))
+    # 5. Keep the active options only.
     return MergedOptions(
         {key: merged.values[key] for key in active},
         {key: merged.origins[key] for key in active},
@@ -235,8 +237,27 @@ def merge(
     )
 
 
+def _no_effect_problem(
+    key: str, options: dict[str, Option], merged: '_Overlay', deciding: list[str]
+) -> str:
+    """The message for a value that no chosen component uses, and the two ways to fix it."""
+    needed = owners(key, options)
+    needs = ' or '.join(condition_text(*owner) for owner in needed)
+    if {choice for choice, _ in needed} == {*deciding} and len(deciding) == 1:
+        (choice,) = deciding  # just named, so that its value suffices
+        chosen = f'{merged.setter(choice)} {merged.values[choice]!r}'
+    else:
+        chosen = ' and '.join(
+            f'{merged.setter(choice)} {choice}={merged.values[choice]!r}' for choice in deciding
+        )
+    return (
+        f'{merged.describe(key)} has no effect: it needs {needs}, but {chosen}. '
+        f'Remove {key} or change {" or ".join(deciding)}.'
+    )
+
+
 class _Overlay(NamedTuple):
-    """By key: the value, the number of the layer that set it (0: none did), and its origin."""
+    """By key: the value, the number of the layer that set it (0: the default), and its origin."""
 
     values: dict
     level: dict[str, int]
@@ -245,9 +266,19 @@ class _Overlay(NamedTuple):
     def describe(self, key: str) -> str:
         return f'{key}={self.values[key]!r} ({self.origins[key]})'
 
+    def setter(self, key: str) -> str:
+        """The beginning of a clause: `c.py sets`, `the default is`."""
+        origin = self.origins[key]
+        if origin == 'default':
+            return 'the default is'
+        return f'the {origin} sets' if origin == COMMAND_LINE else f'{origin} sets'
+
     def level_chosen_at(self, choices: Iterable[str], preset: str | None) -> int:
-        """The highest level of the choices; those of the preset's layer, the first, and of the
-        defaults are made where the preset is named."""
+        """The highest level of the choices.
+
+        Choices of the defaults and of the preset's layer, the first, count at the level that names
+        the preset.
+        """
         named_at, preset_level = (self.level[preset], 1) if preset else (0, 0)
         return max(
             self.level[key] if self.level[key] > preset_level else named_at for key in choices
@@ -255,7 +286,7 @@ class _Overlay(NamedTuple):
 
 
 def _overlay(options: dict[str, Option], layers: list[Layer], problems: list[str]) -> _Overlay:
-    """The defaults, and over them each layer in its turn."""
+    """The defaults, overridden by each layer in turn."""
     merged = _Overlay(
         {key: option.default for key, option in options.items()},
         dict.fromkeys(options, 0),
@@ -270,7 +301,7 @@ def _overlay(options: dict[str, Option], layers: list[Layer], problems: list[str
 def _resolve_aliases(
     layer: Layer, options: dict[str, Option], problems: list[str]
 ) -> Iterator[tuple[str, object, str]]:
-    """Key, value and origin of the layer's options; an alias as the option that it stands for."""
+    """Key, value and origin of the layer's options, with aliases replaced by what they set."""
     for key, value in layer.values.items():
         if key not in options:
             continue
@@ -280,23 +311,26 @@ def _resolve_aliases(
         meant_key, meant = options[key].aliases[value]
         if layer.values.get(meant_key, meant) != meant:
             problems.append(
-                f'{key}={value!r} ({layer.origin}) is another way to say {meant_key}={meant!r}, '
-                f'but {meant_key}={layer.values[meant_key]!r} stands beside it. Leave one out.'
+                f'{key}={value!r} ({layer.origin}) means {meant_key}={meant!r}, which contradicts '
+                f'{meant_key}={layer.values[meant_key]!r}. Remove one of them.'
             )
         yield meant_key, meant, f'{layer.origin}: {key}={value!r}'
 
 
 def with_component_options(core: dict[str, Option]) -> dict[str, Option]:
-    """The options, each followed by those of the components that it chooses among.
+    """The options, each followed by those of the components that it chooses between.
 
-    An option that several components share is listed once; they must mean the same by it.
+    An option that several components share appears once and must have one definition.
     """
     options: dict[str, Option] = {}
 
     def add(key: str, option: Option, owner: str) -> None:
         if key in options:
             if options[key] != option:
-                raise UserError(f'{owner}: the option {key!r} exists already with another meaning.')
+                raise UserError(
+                    f'{owner}: another definition of the option {key!r} exists already. '
+                    f'Rename the option.'
+                )
             return
         options[key] = option
         if isinstance(option.choices, Registry):
@@ -317,7 +351,7 @@ def chosen_components(core: dict[str, Option], values: dict) -> Iterator[tuple[s
 
 
 def _active_keys(core: dict[str, Option], values: dict) -> Iterator[str]:
-    """Keys that the choices give a use: the core, and what each chosen component adds."""
+    """Keys that have an effect: the core options, and those of each chosen component."""
     queue = list(core.items())
     seen = set()
     while queue:
@@ -330,22 +364,8 @@ def _active_keys(core: dict[str, Option], values: dict) -> Iterator[str]:
             queue[:0] = option.choices[values[key]].options.items()
 
 
-def owners(key: str, options: dict[str, Option]) -> list[tuple[str, object]]:
-    """The (option, value) pairs that give `key` a use."""
-    required = options[key].requires
-    if required and required[0] in options:
-        return [required]
-    return [
-        (choice, name)
-        for choice, option in options.items()
-        if isinstance(option.choices, Registry)
-        for name in option.choices
-        if key in option.choices[name].options
-    ]
-
-
 def _deciding_choices(key: str, options: dict[str, Option], active: dict) -> Iterator[str]:
-    """The choices, themselves in use, that give `key` no use."""
+    """The active choices that make `key` inactive."""
     for choice, _ in owners(key, options):
         if choice in active:
             yield choice
@@ -356,12 +376,12 @@ def _deciding_choices(key: str, options: dict[str, Option], active: dict) -> Ite
 def read_config_file(path: str, problems: list[str]) -> tuple[dict, str]:
     """Run a Python config file; return the options that it sets, and its text.
 
-    Imports, functions, classes and names that start with `_` are the file's own.
+    Imports, functions, classes and names that start with `_` are no options.
     """
     try:
         file = expanded_path(path)
         if file.is_dir():
-            problems.append(f'config file {path} is a folder: give a Python file in it.')
+            problems.append(f'config file {path} is a folder. Name a Python file in it.')
             return {}, ''
         if not file.is_file():
             problems.append(f'config file {path} does not exist.{_suggest_file(path, file.parent)}')
@@ -372,7 +392,12 @@ def read_config_file(path: str, problems: list[str]) -> tuple[dict, str]:
         where = f', line {error.lineno}' if error.lineno else ''
         problems.append(f'config file {path}{where}: {error.msg}.')
         return {}, ''
-    except (OSError, ValueError, MemoryError, RecursionError) as error:  # the latter: nested deeply
+    except (
+        OSError,
+        ValueError,
+        MemoryError,
+        RecursionError,
+    ) as error:  # RecursionError: deep nesting
         problems.append(f'config file {path} cannot be read: {error or type(error).__name__}.')
         return {}, ''
     # `__name__` makes a component of this file recognizable when the file is read again.
@@ -405,7 +430,7 @@ def read_config_file(path: str, problems: list[str]) -> tuple[dict, str]:
 
 
 def _message(error: BaseException) -> str:
-    """What the error says of itself; the class may be the file's own, and fail at that."""
+    """Type and text of the error. `str` may fail: the class may be defined in the file."""
     kind = type(error).__name__
     try:
         return str(error) if isinstance(error, UserError) else f'{kind}: {error}'
@@ -414,48 +439,16 @@ def _message(error: BaseException) -> str:
 
 
 def _suggest_file(path: str, folder: Path) -> str:
-    """Which config file may be meant, or which there are."""
+    """A hint: the config file that is probably meant, or those in the folder."""
     beside = sorted(file.name for file in folder.glob('*.py')) if folder.is_dir() else []
     meant = closest_match(Path(path).name, beside)
     if meant is not None:
         return f' Did you mean {folder / meant}?'
-    return f' In {folder} there are: {", ".join(beside)}.' if beside else ''
-
-
-def format_help(usage: str, schema: Schema) -> str:
-    """Every option by group: key, type, default, what is allowed, help."""
-    width = min(shutil.get_terminal_size((100, 24)).columns, 100)
-    lines = [usage.strip(), '']
-    for title, options in schema.items():
-        if not options:
-            continue
-        lines.append(f'{title}:')
-        for key, option in options.items():
-            default = '' if option.default is None else f' (default {option.default})'
-            about = f'{option.help}{default}'
-            if option.choices is not None:
-                about += f' [{" | ".join(option.choices)}]'
-            head = f'  --{key}={option.type_name().replace(" or None", "?")}'
-            lines += textwrap.wrap(
-                about,
-                width=width,
-                initial_indent=f'{head:<36}' if len(head) < 35 else f'{head}  ',
-                subsequent_indent=' ' * 36,
-            )
-        lines.append('')
-    lines += textwrap.wrap(
-        'A type that ends in ? also takes None: derived, or off. --flag and --no-flag set a bool. '
-        'A file sets the same keys as Python assignments.',
-        width=width,
-        break_on_hyphens=False,
-    )
-    return '\n'.join(lines)
+    return f' Files in {folder}: {", ".join(beside)}.' if beside else ''
 
 
 def format_components(schema: Schema) -> str:
-    """Every component that an option of the schema may choose: name, tag, what it is, its source
-    and its options, by registry."""
-    width = min(shutil.get_terminal_size((100, 24)).columns, 100)
+    """All components by registry: name, tag, description, source and options."""
     chosen_by: dict[Registry, list[str]] = {}
     for key, option in flatten(schema).items():
         if isinstance(option.choices, Registry):
@@ -465,24 +458,18 @@ def format_components(schema: Schema) -> str:
         lines += [f'{registry.title} ({", ".join(flags)}):', '']
         for name in registry:
             component = registry[name]
-            tag = '' if component.tag == name else component.tag
-            about = ' '.join((inspect.getdoc(component) or '').partition('\n\n')[0].split())
-            details = [about, registry.source(name) and f'Source: {registry.source(name)}.']
+            tag = '' if component.tag == name else f'[{component.tag}]' if component.tag else ''
+            source = registry.source(name)
+            details = [first_sentence(component), source and f'Source: {source}.']
             if component.options:
                 details.append(f'Options: {", ".join(component.options)}.')
-            lines += textwrap.wrap(
-                ' '.join(filter(None, details)),
-                width=width,
-                initial_indent=f'  {name:<17} {tag and f"[{tag}]":<16} ',
-                subsequent_indent=' ' * 37,
-                break_on_hyphens=False,
-            )
+            lines += entry(f'{name:<17} {tag}'.rstrip(), ' '.join(filter(None, details)), 37)
         lines.append('')
     return '\n'.join(lines).rstrip()
 
 
 def format_config(groups: dict[str, dict], origins: dict[str, str], notes: list[str]) -> str:
-    """Each resolved value and where it came from, by group; then what was left out, and why."""
+    """Each resolved value and its origin, by group, as a config file; then the notes."""
     lines = []
     for title, values in groups.items():
         lines.append(f'# {title}')

@@ -1,30 +1,35 @@
-"""Run a study: the grid of runs that a config file asks for, then the comparison.
+"""Run a grid of training runs and compare them.
 
     python study.py config/studies/gated_ffn.py
     python study.py config/studies/gated_ffn.py --jobs=2 --n_layer=4
 
-The file is a config file of train.py with a grid beside the usual keys, for example
+A study file is a config file of train.py that also defines a grid:
 
+    dataset, max_iters = 'shakespeare', 1000
     sweep = {'ffn_type': ['standard', 'swiglu'], 'seed': [1, 2, 3]}
 
-Each point is a process of its own: train.py with the options of the point, in a folder of its own
-below out_dir. Points that are complete are skipped, interrupted ones resumed, failed ones reported
-and tried again the next time; one that diverged is complete. Ctrl-C stops after the update in
-progress, with everything saved. A folder takes one study at a time. What stands behind the file on
-the command line is handed to every run. Keys of a study:
+Each run is a process of its own, with its own folder in out_dir. Run the same
+command again to continue: finished runs are skipped, interrupted ones resumed,
+failed ones retried (a run that diverged is finished). Ctrl-C saves a checkpoint
+after the current iteration and stops. Only one study.py may use a folder at a
+time. Further options on the command line apply to every run.
 
-    question    what it is to answer, a line for the report
-    sweep       {option: [values]}: every combination; 'seed' varies the data's seed with it
-    ablate      {option: [values]}: the base, and each single change of it
-    exclude     [{option: value}, …]: points of the grid to leave out
-    baseline    the variant that the others are compared with, a dict of options (by default the
-                `reference`, else the first of the grid)
-    match       'params' or 'flops': make the variants equal to the `reference` (a dict of options,
-                by default the base) by changing `match_by` ('d_ff', or another size) in steps of
-                `match_step` (8)
-    budget      {'iterations' | 'tokens' | 'flops' | 'seconds': amount} for each run
-    tune        {option: [values]}: each variant first chooses its own best, at `tune_seed` (0),
-                which is no seed of the sweep
+Keys of a study file:
+  question    Question that the study answers, for the report
+  sweep       {option: [values]}: all combinations; 'seed' sets data_seed too
+  ablate      {option: [values]}: the base, and each single change of it
+  exclude     [{option: value}, ...]: combinations to leave out
+  reference   {option: value}: variant that match and baseline refer to
+  baseline    {option: value}: variant that the others are compared with
+              (default: the reference, else the first variant)
+  match       'params' or 'flops': give all variants the size of the reference
+              (default: the base) by changing match_by
+  match_by    Option that match changes (default 'd_ff')
+  match_step  Step of that change (default 8)
+  budget      {'iterations' | 'tokens' | 'flops' | 'seconds': amount} of a run
+  tune        {option: [values]}: values that each variant is tuned over, with
+              seed tune_seed
+  tune_seed   Seed of the tuning runs, not one of the sweep's (default 0)
 """
 
 from pathlib import Path
@@ -34,8 +39,9 @@ import common.first_import  # noqa: F401
 from common import hardware
 from common.console_output import write_progress, write_text
 from common.errors import run_script
+from common.option_help import CommandHelp, HelpGroup
 from common.registry import Option, at_least
-from configurator import format_help, read_command_line
+from configurator import read_command_line
 from data.dataset import load_dataset, prepare_if_missing
 from studies.grid import STUDY_KEYS, merged_settings, read_study
 from studies.overview import describe
@@ -43,17 +49,18 @@ from studies.run_study import run_study
 from studies.runner import StudyRunner
 from studies.state import StudyState
 from studies.variants import RunContext, baseline_variant, build_variants
+from training.command_help import help_groups
 from training_config import schema as training_schema
 
 OPTIONS = {
     'jobs': Option(
         int,
         1,
-        'Runs at a time, on the GPUs that there are or sharing the cores; '
-        'times are then not compared',
+        'Number of simultaneous runs, which share the GPUs or the cores; with more than one, '
+        'times are not compared',
         check=at_least(1, at_most=1000),
     ),
-    'plan_only': Option(bool, False, 'Show the runs and what they take, and start none'),
+    'plan_only': Option(bool, False, 'Show the runs with their cost, and start none'),
 }
 
 
@@ -61,10 +68,22 @@ def study_schema() -> dict[str, dict[str, Option]]:
     return {'Study': OPTIONS, **training_schema()}
 
 
+def study_help() -> CommandHelp:
+    """The pages of train.py, with the study's own options on the first one."""
+    own = HelpGroup('study', 'Options of study.py', OPTIONS)
+    return CommandHelp(
+        __doc__ or '',
+        [own, *help_groups()],
+        essential=tuple(OPTIONS),
+        title='Options of study.py',
+        list_groups=False,
+    )
+
+
 def main(argv: list[str]) -> int:
     command_line = read_command_line(argv, study_schema, extra=STUDY_KEYS)
-    if command_line.help and not command_line.problems:
-        write_text(format_help(__doc__, study_schema()))
+    if command_line.help is not None and not command_line.problems:
+        write_text(study_help().page(command_line.help))
         return 0
     study = read_study(command_line)
     settings = merged_settings(study, {})

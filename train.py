@@ -1,12 +1,10 @@
-"""Train a transformer from a config file: settings, set-up, loop, finish.
+"""Train a transformer and record everything in a run folder.
 
     python train.py config/arch_llama.py --max_iters=100
     python train.py config/arch_gpt2.py --position_encoding=rope --max_iters=100
     python train.py config/arch_llama.py --init_from=resume
 
-Every option below is also a key of a config file; the command line wins over the file, the file
-over the preset. --help with a file lists what it registers too. --list_components tells what each
-component is, and its source. --print_config shows each resolved value and where it came from.
+Config files set the same options; the command line overrides them.
 """
 
 import math
@@ -26,14 +24,7 @@ from common.console_output import write_text
 from common.environment import check_no_torchrun
 from common.errors import UserError, run_script, translated_errors
 from components.weight_initialization import name_seed
-from configurator import (
-    PYTHON_CALL,
-    CommandLine,
-    Layer,
-    format_help,
-    read_command_line,
-    validate_layer,
-)
+from configurator import PYTHON_CALL, CommandLine, Layer, read_command_line, validate_layer
 from data.dataset import is_prepared, load_dataset, prepare_if_missing
 from optim.schedules import learning_rate_at
 from optim.step import GradientSums
@@ -45,6 +36,7 @@ from records.record_types import EvaluationEntry
 from studies.grid import STUDY_KEYS
 from training import stability
 from training.checkpoint import list_checkpoints
+from training.command_help import training_help
 from training.component_reference import list_components
 from training.load import LoadedRun, PathLike, paths_of
 from training.memory_check import check_training_size, user_friendly_errors
@@ -59,8 +51,8 @@ def main(argv: list[str]) -> int:
     """`python train.py`: print what the options ask for, or train. Returns the exit code."""
     # Texts about the options.
     command_line = read_command_line(argv, schema, extra=STUDY_KEYS)
-    if command_line.help and not command_line.problems:
-        write_text(format_help(__doc__, schema()))
+    if command_line.help is not None and not command_line.problems:
+        write_text(training_help(__doc__).page(command_line.help))
         return 0
     if command_line.list_components and not command_line.problems:
         write_text(list_components(command_line.list_format))

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from common import console_output, live_region
 from common.console_output import OutputLost, write_error, write_text
+from common.help_layout import parser_help
 from common.paths import BadPath, expand_home, expanded_path
 
 GRACE_SECONDS = 10  # seconds that a rank waits for the first one to report a mistake
@@ -61,7 +62,7 @@ def closest_match(name: str, allowed) -> str | None:
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse's, with UserErrors for complaints, and near names for unknown options.
+    """argparse's, with UserErrors for complaints, near names for unknown options, and our layout.
 
     Options and paths may come in any order; nothing is abbreviated. Options of `type=Path`, and
     those of `type=expand_home`, may begin with `~`. `--debug` is for `run_script`.
@@ -71,10 +72,15 @@ class ArgumentParser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **options)
         self.register('type', Path, _as_argument(expanded_path))
         self.register('type', expand_home, _as_argument(expand_home))
-        self.add_argument('--debug', action='store_true', help='show the traceback of a mistake')
+        self.add_argument(
+            '--debug', action='store_true', help="Show the traceback of a user's error"
+        )
 
     def error(self, message: str):
         raise UserError(f'{message}. See --help.')
+
+    def format_help(self) -> str:
+        return parser_help(self, self._actions)
 
     def _get_values(self, action, arg_strings):
         if action.option_strings and action.nargs is None and arg_strings == ['--']:

@@ -170,9 +170,6 @@ class AnyBut:
 
     value: typing.Any
 
-    def __repr__(self) -> str:
-        return f'(anything but {self.value!r})'
-
 
 @dataclass(frozen=True)
 class Option:
@@ -275,6 +272,27 @@ class Option:
         except (KeyError, ValueError, OverflowError):
             raise UserError(f'--{key}={text}: {key} takes {self.allowed()}.') from None
         return self.accept(key, value)
+
+
+def owners(key: str, options: dict[str, Option]) -> list[tuple[str, typing.Any]]:
+    """The (option, value) pairs under which `key` has an effect; none for a core option."""
+    required = options[key].requires
+    if required and required[0] in options:
+        return [required]
+    return [
+        (choice, name)
+        for choice, option in options.items()
+        if isinstance(option.choices, Registry)
+        for name in option.choices
+        if key in option.choices[name].options
+    ]
+
+
+def condition_text(choice: str, value: typing.Any) -> str:
+    """One of the `owners` in words."""
+    if isinstance(value, AnyBut):
+        return f'{choice} other than {value.value!r}'
+    return f'{choice}={value!r}'
 
 
 def option_problems(key: object, option: object) -> list[str]:

@@ -1,6 +1,4 @@
-"""Defaults < config file < command line; strictness; what a config file may hold; the help."""
-
-import re
+"""Config files, the command line, precedence, strict checks, printed configs."""
 
 import pytest
 
@@ -10,7 +8,6 @@ from configurator import (
     COMMAND_LINE,
     flatten,
     format_config,
-    format_help,
     read_command_line,
 )
 
@@ -20,15 +17,15 @@ for name in ('square', 'circle', 'dark_triangle'):
 
 SCHEMA = {
     'Sizes': {
-        'width': Option(int, 8, 'Of the thing', check=at_least(1)),
-        'height': Option(int | None, None, 'Of the thing; None: the width'),
-        'shift': Option(int, 0, 'May be negative'),
+        'width': Option(int, 8, 'Width of the shape', check=at_least(1)),
+        'height': Option(int | None, None, 'Height of the shape; None: the width'),
+        'shift': Option(int, 0, 'Offset of the shape'),
     },
     'Looks': {
-        'shape': Option(str, 'square', 'How it looks', choices=SHAPES),
-        'scale': Option(float, 1.5, 'How large it looks'),
-        'title': Option(str, '', 'Above it'),
-        'filled': Option(bool, True, 'Whether it is filled'),
+        'shape': Option(str, 'square', 'Shape', choices=SHAPES),
+        'scale': Option(float, 1.5, 'Scale of the drawing'),
+        'title': Option(str, '', 'Title above the drawing'),
+        'filled': Option(bool, True, 'Fill the shape'),
         'no_frame': Option(bool, False, 'A key that begins with no_'),
     },
 }
@@ -39,7 +36,7 @@ def read(*argv):
 
 
 def refused(*argv):
-    """The problems of files that cannot be read."""
+    """The problems of a command line with an unreadable file."""
     with pytest.raises(UserError) as refusal:
         read(*argv)
     return refusal.value.problems
@@ -132,11 +129,31 @@ def test_command_line_mistake_is_explained(argv, words):
     assert command_line.layers[-1].values.keys() <= {'filled'}
 
 
-@pytest.mark.parametrize('flag', ['--help', '-h'])
-def test_help_flag(flag):
-    command_line = read('--width=3', flag)
-    assert command_line.help and not command_line.print_config and command_line.problems == []
-    assert command_line.layers[-1].values == {'width': 3}
+@pytest.mark.parametrize(
+    ('arguments', 'topic'),
+    [
+        (['--help'], ''),
+        (['-h'], ''),
+        (['--help='], ''),
+        (['--help=looks'], 'looks'),
+        (['--help', 'looks'], 'looks'),
+        (['-h', 'looks'], 'looks'),
+        (['--help', '--filled'], ''),
+        (['--help=a=b'], 'a=b'),
+        (['--help=looks', '--help'], ''),
+        ([], None),
+    ],
+)
+def test_help_flag_and_topic(arguments, topic):
+    command_line = read('--width=3', *arguments)
+    assert command_line.help == topic
+    assert not command_line.print_config and command_line.problems == []
+    assert command_line.layers[-1].values['width'] == 3
+
+
+def test_help_flag_before_config_file(config):
+    command_line = read('--help', config('width = 3'))
+    assert command_line.help == '' and command_line.layers[0].values == {'width': 3}
 
 
 @pytest.mark.parametrize('flag', ['--print_config', '--print-config'])
@@ -144,7 +161,7 @@ def test_print_config_flag(flag):
     command_line = read(flag, '--width=3')
     assert (
         command_line.print_config
-        and not command_line.help
+        and command_line.help is None
         and command_line.layers[-1].values == {'width': 3}
     )
 
@@ -156,7 +173,7 @@ def test_print_config_flag(flag):
 def test_layer_precedence(config):
     first = config("width = 1\nheight = 1\nshape = 'circle'\nshift = 1", 'first.py')
     second = config('width = 2\nheight = 2', 'second.py')
-    # The place of an option among the files does not matter.
+    # Options may stand before, between or after the files.
     for argv in (['--width=3', first, second], [first, second, '--width=3']):
         command_line = read(*argv)
         assert command_line.problems == []
@@ -185,7 +202,7 @@ def test_int_widens_to_float(config):
 # Config files
 
 
-def test_local_names_of_file_are_no_options(config):
+def test_imports_functions_and_private_names_are_no_options(config):
     command_line = read(
         config(
             'import math\n'
@@ -291,18 +308,16 @@ def test_missing_file_suggests_others(config, tmp_path):
     (problem,) = refused(str(tmp_path / 'arch_gtp.py'))
     assert problem.endswith(f'arch_gtp.py does not exist. Did you mean {there}?')
     (problem,) = refused(str(tmp_path / 'zzz.py'))
-    assert problem.endswith(f'zzz.py does not exist. In {tmp_path} there are: arch_gpt.py.')
+    assert problem.endswith(f'zzz.py does not exist. Files in {tmp_path}: arch_gpt.py.')
     (problem,) = refused(str(tmp_path / 'no' / 'where.py'))
     assert 'where.py does not exist' in problem
 
 
 def test_registered_component_adds_options(config):
     path = config('_registered = True\ndepth = 5')
-    text = {}
 
-    def schema():  # read only once the file has run
-        text['read'] = True
-        return {**SCHEMA, 'Own': {'depth': Option(int, 1, 'Of the file')}}
+    def schema():
+        return {**SCHEMA, 'Own': {'depth': Option(int, 1, 'Depth')}}
 
     command_line = read_command_line([path, '--depth=6'], schema)
     assert command_line.problems == [] and command_line.value('depth', schema) == 6
@@ -316,32 +331,14 @@ def test_all_problems_at_once(config, tmp_path):
     assert len(command_line.problems) == len(wrong)
     for words in wrong:
         assert sum(words in problem for problem in command_line.problems) == 1, words
-    # What a missing file would have registered is unknown: the rest is not judged.
+    # With a missing file, only the missing files are reported: its components are unknown.
     missing = [str(tmp_path / name) for name in ('missing.py', 'other.py')]
     problems = refused(first, *missing, '--heigth=2')
     assert [path in problem for path, problem in zip(missing, problems)] == [True, True]
 
 
 # --------------------------------------------------------------------------------------------------
-# What is shown
-
-
-def test_help_describes_every_option(monkeypatch):
-    monkeypatch.setenv('COLUMNS', '80')
-    text = format_help('how to use it', {**SCHEMA, 'Empty': {}})
-    assert text.startswith('how to use it\n') and 'Empty' not in text
-    assert max(map(len, text.splitlines())) <= 80
-    flat = ' '.join(text.split())
-    entries = re.split(r' (?=--\w+=)', flat)
-    listed = {entry[2:].partition('=')[0]: entry for entry in entries[1:]}
-    assert list(listed) == list(flatten(SCHEMA))
-    assert flat.index('Sizes:') < flat.index('--width') < flat.index('Looks:')
-    for key, option in flatten(SCHEMA).items():
-        assert option.help in listed[key]
-        if option.default is not None:
-            assert f'(default {option.default})' in listed[key]
-    assert '--height=int?' in flat and '--width=int ' in flat
-    assert '[square | circle | dark_triangle]' in listed['shape']
+# Printed config
 
 
 def test_printed_config_round_trip(config):

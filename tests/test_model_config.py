@@ -440,8 +440,8 @@ def test_gated_activation_is_alias_of_ffn_type(gated):
 def test_contradicting_activation_and_ffn_type_are_rejected():
     _, problems = resolve({'activation': 'geglu', 'ffn_type': 'swiglu'})
     (problem,) = problems
-    assert "activation='geglu' (level 1) is another way to say ffn_type='geglu'" in problem
-    assert "ffn_type='swiglu' stands beside it" in problem
+    assert "activation='geglu' (level 1) means ffn_type='geglu'" in problem
+    assert "contradicts ffn_type='swiglu'. Remove one of them." in problem
     _, problems = resolve({'activation': 'geglu', 'ffn_type': 'geglu'})
     assert problems == []
 

@@ -20,7 +20,8 @@ from common.console_output import (
     write_text,
 )
 from common.errors import run_script
-from configurator import format_components, format_help
+from configurator import format_components
+from training.command_help import training_help
 from training_config import schema
 
 NARROW = ('ascii', 'cp1252', 'cp437', 'cp932', 'latin-1')
@@ -61,7 +62,8 @@ def test_control_characters_are_escaped():
 
 @pytest.mark.parametrize('encoding', NARROW)
 def test_unencodable_characters_are_replaced(encoding, monkeypatch):
-    texts = [format_help('', schema()), format_components(schema()), '├─ é 日 😀 … ± \udcff']
+    pages = [training_help('').page('all'), format_components(schema())]
+    texts = [*pages, '├─ é 日 😀 … ± \udcff']
     raw = io.BytesIO()
     monkeypatch.setattr(sys, 'stdout', stream_on(raw, encoding))
     for text in texts:

@@ -76,11 +76,13 @@ def record(tmp_path):
 
 
 def test_component_option_in_help(config, run_script):
-    listed = run_script('train.py', config, '--help').stdout
-    flat = ' '.join(listed.split())
-    assert len(re.findall(r'^  --norm_power=float', listed, re.MULTILINE)) == 1
+    overview = run_script('train.py', config, '--help').stdout
+    flat = ' '.join(overview.split())
+    assert len(re.findall(r'^  --norm_power=float', overview, re.MULTILINE)) == 1
     assert 'Exponent of the power norm (default 2.0)' in flat
     assert '| power_norm]' in flat and '| slopes]' in flat
+    page = run_script('train.py', config, '--help=norm_power').stdout
+    assert "qk_norm='power_norm' or normalization='power_norm'" in ' '.join(page.split())
     entry = run_script('train.py', config, '--list_components').stdout.partition(' power_norm')[2]
     assert '[Power]' in entry and 'norm_eps, norm_power.' in ' '.join(entry.split())
 
@@ -90,8 +92,9 @@ def test_component_option_is_checked(config, train):
         config, '--normalization=rmsnorm', '--norm_power=2', '--norm_powr=2', code=2
     ).stderr
     assert 'unknown option --norm_powr. Did you mean norm_power?' in wrong
-    assert 'norm_power=2.0 (command line) has no use here' in wrong
-    assert "it belongs to qk_norm='power_norm' or normalization='power_norm'" in wrong
+    assert 'norm_power=2.0 (command line) has no effect' in wrong
+    assert "it needs qk_norm='power_norm' or normalization='power_norm'" in wrong
+    assert 'Remove norm_power or change qk_norm or normalization.' in wrong
     left = train(config, '--normalization=rmsnorm', '--print_config').stdout
     assert f'dropped: norm_power=3.0 ({config})' in left
 
@@ -183,9 +186,9 @@ def test_options_of_replaced_component_are_dropped(train, tmp_path):
     shown = train(path, '--attention_type=plain', '--print_config').stdout
     assert '-Plain-' in shown and 'num_kv_heads =' not in shown
     for key in ('use_gqa=True', 'num_kv_heads=1'):
-        assert f"dropped: {key} ({path}), of no use with attention_type='plain'" in shown
+        assert f"dropped: {key} ({path}): no effect with attention_type='plain'" in shown
     refused = train(path, '--attention_type=plain', '--num_kv_heads=2', code=2).stderr
-    assert 'num_kv_heads=2 (command line) has no use here' in refused
+    assert 'num_kv_heads=2 (command line) has no effect' in refused
 
 
 def test_sampling_uncacheable_attention_prints_note(train, run_script, tmp_path):

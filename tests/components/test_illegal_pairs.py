@@ -19,7 +19,7 @@ ILLEGAL = [
     ({'attention_softcap': 50.0}, ["attention_backend='sdpa'", 'softcap', 'manual, flex']),
     ({'attention_backend': 'flex', 'attention_dropout': 0.1}, ['dropout', 'sdpa, manual']),
     ({'attention_pattern': 'LG'}, ['attention_pattern', 'sliding_window']),
-    ({'qk_norm_scope': 'projection'}, ['qk_norm_scope', "anything but 'none'"]),
+    ({'qk_norm_scope': 'projection'}, ['qk_norm_scope', "qk_norm other than 'none'"]),
     (MLA | {'n_embd': 100}, ['n_head=12', 'n_embd=100', '--n_head=10', 'qk_nope_head_dim']),
     (MLA | {'use_gqa': True}, ['use_gqa', "attention_type='standard'"]),
     (MLA | {'qk_norm': 'rmsnorm'}, ['qk_norm', "attention_type='standard'"]),

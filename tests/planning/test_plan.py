@@ -381,7 +381,7 @@ def test_plan_command_needs_no_data_and_writes_nothing(run_script, tmp_path):
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [
-        (['--gpu=B200'], "gpu='B200' (command line) has no use here: it belongs to plan=True"),
+        (['--gpu=B200'], "gpu='B200' (command line) has no effect: it needs plan=True"),
         (['--plan', '--gpu=B2000'], 'Did you mean B200?'),
         (['--plan', '--plan_mfu=40'], 'plan_mfu takes'),
         (
