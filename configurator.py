@@ -18,7 +18,7 @@ from common import old_imports
 from common.errors import UserError, closest_match, did_you_mean
 from common.help_layout import entry, first_sentence
 from common.paths import expanded_path
-from common.registry import Option, Registry, condition_text, owners
+from common.registry import Option, Registry, conditions_text, owners
 from common.text_files import decode
 
 Schema = dict[str, dict[str, Option]]
@@ -242,7 +242,6 @@ def _no_effect_problem(
 ) -> str:
     """The message for a value that no chosen component uses, and the two ways to fix it."""
     needed = owners(key, options)
-    needs = ' or '.join(condition_text(*owner) for owner in needed)
     if {choice for choice, _ in needed} == {*deciding} and len(deciding) == 1:
         (choice,) = deciding  # just named, so that its value suffices
         chosen = f'{merged.setter(choice)} {merged.values[choice]!r}'
@@ -251,7 +250,7 @@ def _no_effect_problem(
             f'{merged.setter(choice)} {choice}={merged.values[choice]!r}' for choice in deciding
         )
     return (
-        f'{merged.describe(key)} has no effect: it needs {needs}, but {chosen}. '
+        f'{merged.describe(key)} has no effect: it needs {conditions_text(needed)}, but {chosen}. '
         f'Remove {key} or change {" or ".join(deciding)}.'
     )
 

@@ -111,5 +111,5 @@ def _name(action: argparse.Action) -> str:
 def _help(action: argparse.Action) -> str:
     text = 'Show this help' if action.dest == 'help' else action.help or ''
     required = ' (required)' if action.required and action.option_strings else ''
-    choices = f' [{" | ".join(map(str, action.choices))}]' if action.choices else ''
+    choices = f' [{", ".join(map(str, action.choices))}]' if action.choices else ''
     return f'{text}{required}{choices}'

@@ -6,12 +6,14 @@
 --help=all      every option
 """
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from common.errors import UserError, did_you_mean
 from common.help_layout import entry, first_sentence, paragraph, reflowed
-from common.registry import Option, Registry, condition_text, owners
+from common.registry import Option, Registry, conditions_text, owners
 
 ALL = 'all'
 OVERVIEW_COLUMN = 23  # where texts of the overview begin
@@ -75,7 +77,9 @@ class CommandHelp:
         yield ''
         yield f'{self.title}:'
         for key in self.essential:
-            yield from entry(f'--{key}', option_text(self.options[key]), OVERVIEW_COLUMN)
+            yield from entry(
+                f'--{key}', option_text(self.options[key], brief=True), OVERVIEW_COLUMN
+            )
         registered = list(registered_by_file(self.options))
         if registered:
             yield ''
@@ -97,7 +101,7 @@ class CommandHelp:
 
     def _pages(self) -> dict[str, str]:
         return {
-            '--help=NAME': f'A group, an option, or {ALL}: all {len(self.options)} options',
+            '--help=NAME': f'A group, an option, or all {len(self.options)} (--help={ALL})',
             **self.more,
         }
 
@@ -118,9 +122,8 @@ class CommandHelp:
     def _option_page(self, key: str) -> Iterator[str]:
         option = self.options[key]
         yield from option_details(key, option)
-        used_with = [condition_text(*owner) for owner in owners(key, self.options)]
-        if used_with:
-            yield from entry('Used with', ' or '.join(used_with), 14)
+        if used_with := owners(key, self.options):
+            yield from entry('Used with', conditions_text(used_with), 14)
         (group,) = (group.name for group in self.groups if key in group.options)
         yield from entry('Group', f'{group} (--help={group})', 14)
         if isinstance(option.choices, Registry):
@@ -155,10 +158,12 @@ def option_entry(key: str, option: Option) -> list[str]:
     return entry(f'--{key}={type_mark(option)}', option_text(option))
 
 
-def option_text(option: Option) -> str:
+def option_text(option: Option, brief: bool = False) -> str:
+    """Help text, default and choices; `brief` keeps the help up to its first `. `, `; ` or `: `."""
+    about = re.split(r'[.;:] ', option.help)[0] if brief else option.help
     default = '' if option.default is None else f' (default {shown_default(option)})'
-    choices = '' if option.choices is None else f' [{" | ".join(option.choices)}]'
-    return f'{option.help}{default}{choices}'
+    choices = '' if option.choices is None else f' [{", ".join(option.choices)}]'
+    return f'{about}{default}{choices}'
 
 
 def shown_default(option: Option) -> str:
@@ -169,7 +174,7 @@ def shown_default(option: Option) -> str:
 def registered_by_file(options: dict[str, Option]) -> Iterator[list[str]]:
     """The entries of the components that config files registered, and of the options they add."""
     shared: set[str] = set()
-    from_file: dict[type, list[str]] = {}  # component -> the choices that lead to it
+    from_file: dict[Any, list[str]] = {}  # component -> the choices that lead to it
     for key, option in options.items():
         if isinstance(option.choices, Registry):
             for name in option.choices:

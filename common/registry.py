@@ -288,11 +288,19 @@ def owners(key: str, options: dict[str, Option]) -> list[tuple[str, typing.Any]]
     ]
 
 
-def condition_text(choice: str, value: typing.Any) -> str:
-    """One of the `owners` in words."""
-    if isinstance(value, AnyBut):
-        return f'{choice} other than {value.value!r}'
-    return f'{choice}={value!r}'
+def conditions_text(conditions: list[tuple[str, typing.Any]]) -> str:
+    """`owners` in words: `ffn_type='swiglu' or 'geglu', or use_gqa=True`."""
+    values: dict[str, list[str]] = {}
+    for choice, value in conditions:
+        if isinstance(value, AnyBut):
+            values.setdefault(f'{choice} other than ', []).append(repr(value.value))
+        else:
+            values.setdefault(f'{choice}=', []).append(repr(value))
+    listed = [
+        choice + ', '.join(names[:-1]) + ' or ' * (len(names) > 1) + names[-1]
+        for choice, names in values.items()
+    ]
+    return ', or '.join(listed)
 
 
 def option_problems(key: object, option: object) -> list[str]:

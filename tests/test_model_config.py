@@ -398,7 +398,7 @@ def test_all_illegal_combinations_are_reported():
 def test_unused_option_is_rejected_at_same_or_higher_layer(levels, key, belongs_to):
     config, problems = resolve(*levels)
     (problem,) = problems
-    assert problem.startswith(f'{key}=') and 'no use' in problem and belongs_to in problem
+    assert problem.startswith(f'{key}=') and 'no effect' in problem and belongs_to in problem
     assert f'level {len(levels)}' in problem  # where it was set
     assert key not in config
 

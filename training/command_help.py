@@ -8,7 +8,16 @@ from model_config import schema as architecture_schema
 from training_config import PLAN_GROUP, run_schema
 
 ESSENTIAL_OPTIONS = (
-    *('dataset', 'out_dir', 'init_from', 'max_iters', 'batch_size', 'arch_preset', 'n_layer'),
+    *(
+        'dataset',
+        'out_dir',
+        'init_from',
+        'max_iters',
+        'batch_size',
+        'learning_rate',
+        'arch_preset',
+        'n_layer',
+    ),
     *('normalization', 'position_encoding', 'ffn_type'),
 )
 # In the order of training_config's groups: the name of each in --help=NAME, and its subject.
@@ -57,4 +66,4 @@ def help_groups() -> Iterator[HelpGroup]:
 
 
 def training_help(usage: str) -> CommandHelp:
-    return CommandHelp(usage, list(help_groups()), ESSENTIAL_OPTIONS, MORE_PAGES)
+    return CommandHelp(usage, list(help_groups()), ESSENTIAL_OPTIONS, more=MORE_PAGES)

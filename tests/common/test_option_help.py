@@ -62,9 +62,9 @@ def test_overview_lists_essential_options_and_groups(columns):
     page = HELP.page('')
     assert page.startswith('Draw a shape.\n\n    draw.py --shape=square\n\n')
     assert '  --width              Width of the drawing (default 8)' in page
-    assert '[square | dark_circle]' in page and '--filled' not in page
+    assert '[square, dark_circle]' in page and '--filled' not in page
     assert '  sizes          4     Sizes of the drawing\n' in page
-    assert 'all 8 options' in flat('')
+    assert 'or all 8 (--help=all)' in flat('')
 
 
 @pytest.mark.parametrize('topic', ['', 'sizes', 'looks', 'all', 'width', 'shape', 'filled'])
@@ -142,5 +142,5 @@ def test_parser_help_has_the_same_layout(columns, capsys):
     )
     assert '  FILE                      Files to draw\n' in page
     assert '  --size=N                  Size of the drawing (required)\n' in page
-    assert '  --kind=NAME               Kind (default plain) [plain | dark]\n' in page
+    assert '  --kind=NAME               Kind (default plain) [plain, dark]\n' in page
     assert '  --fast                    Draw fast\n' in page and 'hidden' not in page

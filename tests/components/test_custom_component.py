@@ -80,9 +80,9 @@ def test_component_option_in_help(config, run_script):
     flat = ' '.join(overview.split())
     assert len(re.findall(r'^  --norm_power=float', overview, re.MULTILINE)) == 1
     assert 'Exponent of the power norm (default 2.0)' in flat
-    assert '| power_norm]' in flat and '| slopes]' in flat
+    assert ', power_norm]' in flat and ', slopes]' in flat
     page = run_script('train.py', config, '--help=norm_power').stdout
-    assert "qk_norm='power_norm' or normalization='power_norm'" in ' '.join(page.split())
+    assert "qk_norm='power_norm', or normalization='power_norm'" in ' '.join(page.split())
     entry = run_script('train.py', config, '--list_components').stdout.partition(' power_norm')[2]
     assert '[Power]' in entry and 'norm_eps, norm_power.' in ' '.join(entry.split())
 
@@ -93,7 +93,7 @@ def test_component_option_is_checked(config, train):
     ).stderr
     assert 'unknown option --norm_powr. Did you mean norm_power?' in wrong
     assert 'norm_power=2.0 (command line) has no effect' in wrong
-    assert "it needs qk_norm='power_norm' or normalization='power_norm'" in wrong
+    assert "it needs qk_norm='power_norm', or normalization='power_norm'" in wrong
     assert 'Remove norm_power or change qk_norm or normalization.' in wrong
     left = train(config, '--normalization=rmsnorm', '--print_config').stdout
     assert f'dropped: norm_power=3.0 ({config})' in left

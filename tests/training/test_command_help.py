@@ -40,7 +40,7 @@ def test_overview_is_short_and_shows_essential_options():
         assert f'\n  --{key} ' in page()
         option = flatten(schema())[key]
         if option.choices is not None:
-            assert f'[{" | ".join(option.choices)}]' in flat(), key
+            assert f'[{", ".join(option.choices)}]' in flat(), key
 
 
 def test_every_option_is_in_one_group():
@@ -65,7 +65,7 @@ def test_all_page_describes_every_option():
     for key, option in flatten(schema()).items():
         assert ' '.join(option.help.split()) in text, key
         if option.choices is not None:
-            assert f'[{" | ".join(option.choices)}]' in text, key
+            assert f'[{", ".join(option.choices)}]' in text, key
 
 
 @pytest.mark.parametrize('topic', [*(group.name for group in training_help('').groups), 'all'])
