@@ -309,9 +309,10 @@ class Derivation:
         self.derive('eval_iters', windows, f'{why}{tokens}')
 
     def derive_compile(self, architecture: ModelArchitectureConfig, has_data: bool) -> None:
-        """On a GPU; on a CPU if the run is long enough, which is open without data."""
+        """On a CUDA GPU; on a CPU if the run is long enough, which is open without data."""
         if self.device != 'cpu':
-            self.derive('compile', True, f'for {self.device}')
+            # Inductor's backend for MPS is a prototype.
+            self.derive('compile', self.device == 'cuda', f'for {self.device}')
         elif self.values['compile'] is None and has_data:
             flops = flops_of_run(self.values, architecture) / self.ranks
             why = f'it pays from about {CPU_COMPILE_FLOPS:.0e} FLOPs on, and this run has'

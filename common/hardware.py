@@ -34,6 +34,8 @@ except ImportError:  # Windows
 
 GB = 1e9
 DTYPES = ('float32', 'bfloat16', 'float16')
+# Variables by which a launcher shows a process some of the GPUs (CUDA, ROCm).
+VISIBLE_DEVICES = ('CUDA_VISIBLE_DEVICES', 'HIP_VISIBLE_DEVICES', 'ROCR_VISIBLE_DEVICES')
 
 
 # --- Devices --------------------------------------------------------------------------------------
@@ -42,7 +44,8 @@ DTYPES = ('float32', 'bfloat16', 'float16')
 def select_device(name: str) -> torch.device:
     """The device called `name`: 'auto' (CUDA, else MPS, else CPU), 'cuda', 'cuda:1', 'mps', 'cpu'.
 
-    A process started by torchrun takes the CUDA device of its LOCAL_RANK for 'auto' and 'cuda'.
+    A process started by torchrun takes the CUDA device of its LOCAL_RANK for 'auto' and 'cuda'; the
+    first one if it sees a single device, as launchers such as `srun --gpus-per-task=1` arrange.
     Raises UserError for a name that is unknown or not available on this machine.
     """
     cuda_count = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -51,7 +54,8 @@ def select_device(name: str) -> torch.device:
 
     chosen = available[0] if name == 'auto' else name
     if name == 'cuda' or (name == 'auto' and cuda_count):
-        chosen = f'cuda:{os.environ.get("LOCAL_RANK", 0)}'
+        one_each = cuda_count == 1 and any(name in os.environ for name in VISIBLE_DEVICES)
+        chosen = f'cuda:{0 if one_each else os.environ.get("LOCAL_RANK", 0)}'
     if chosen in available:
         return torch.device(chosen)
 
@@ -223,6 +227,8 @@ def tune(device: torch.device, deterministic: bool) -> None:
         os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
         torch.backends.cudnn.benchmark = False
     if device.type == 'cuda':
+        # FSDP and NCCL take the current device; without this it is cuda:0 on every rank.
+        torch.cuda.set_device(device)
         # fp32 products in TF32, as nanoGPT has it; `gpu_specs.Gpu.peak` plans with that.
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.allow_tf32 = True

@@ -29,7 +29,13 @@ def grouped_mm(a: torch.Tensor, b: torch.Tensor, ends: torch.Tensor) -> torch.Te
     An operator around it because torch's knows neither the shapes of fp32 results on the meta
     device, which compiling needs too, nor what it costs. `ends` stays on the device.
     """
-    return F.grouped_mm(a, b, offs=ends)
+    product = F.grouped_mm(a, b, offs=ends)
+    if b.dim() == 2:
+        # A group without rows has the gradient 0. Kernels of some GPUs leave its memory as it was
+        # (pytorch#172439).
+        empty = ends.diff(prepend=ends.new_zeros(1)) == 0
+        product.masked_fill_(empty[:, None, None], 0.0)
+    return product
 
 
 @grouped_mm.register_fake

@@ -62,9 +62,11 @@ class Sampler:
         if self.temperature == 0:
             return logits.argmax(dim=-1)
         temperature = max(self.temperature, torch.finfo(logits.dtype).tiny)
-        scores = self.filter_scores((logits - highest) / temperature)
-        if scores.device.type == 'mps':  # which has no float64
+        scores = (logits - highest) / temperature
+        # MPS has no float64, and CUDA no deterministic cumulative sum.
+        if scores.device.type == 'mps' or torch.are_deterministic_algorithms_enabled():
             scores = scores.cpu()
+        scores = self.filter_scores(scores)
         return self.draw(scores.double().softmax(dim=-1)).to(logits.device)
 
     def filter_scores(self, scores: torch.Tensor) -> torch.Tensor:

@@ -98,6 +98,9 @@ def begin_state(optimizer: torch.optim.Optimizer, *names: str) -> None:
 # AdamW
 
 
+IGNORES_FOUND_INF = ('mps',)  # devices whose fused AdamW may do so
+
+
 @OPTIMIZER_REGISTRY.register('adamw', source='Loshchilov & Hutter 2019')
 class AdamW(OptimizerComponent, torch.optim.AdamW):
     """Adam with decoupled weight decay: torch.optim.AdamW with fused kernels."""
@@ -119,6 +122,12 @@ class AdamW(OptimizerComponent, torch.optim.AdamW):
         begin_state(self, 'exp_avg', 'exp_avg_sq')
         for key, state in self.state.items():
             state['step'] = torch.zeros((), device=key.device)
+
+    def step(self) -> None:
+        # torch's fused kernel for MPS may ignore `found_inf` (pytorch#186360), so the host looks.
+        if self.found_inf.device.type in IGNORES_FOUND_INF and self.found_inf.item():
+            return
+        super().step()
 
     def state_keys(self, parameter: torch.Tensor) -> frozenset[str]:
         return frozenset(('step', 'exp_avg', 'exp_avg_sq'))

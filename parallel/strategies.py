@@ -177,6 +177,9 @@ def _sum_hook(dtype: torch.dtype, bucket: dist.GradBucket) -> torch.futures.Futu
     return future.then(lambda done: buffer.copy_(done.value()[0]))
 
 
+ALIGNMENT = 128  # bytes, of the parameters in ZeRO-1's buffer
+
+
 class ZeRO1(DataParallel):
     """DDP with the optimizer's state divided among the ranks (Rajbhandari et al. 2020, stage 1).
 
@@ -192,8 +195,10 @@ class ZeRO1(DataParallel):
 
     def wrap(self, model: Transformer) -> nn.Module:
         parameters = list(model.parameters())
-        elements = sum(p.numel() for p in parameters)
-        self.shard_size = -(-elements // self.world_size)
+        # Every parameter begins at a multiple of ALIGNMENT, as with an allocation of its own:
+        # blocks share one compiled graph, which relies on the alignment of the first block's.
+        elements = sum(_aligned(p.numel()) for p in parameters)
+        self.shard_size = _aligned(-(-elements // self.world_size))
         self.shard_begin = self.rank * self.shard_size
         self.flat = torch.zeros(self.shard_size * self.world_size, device=self.device)
         self.shards: dict[nn.Parameter, ParamShard] = {}
@@ -209,7 +214,7 @@ class ZeRO1(DataParallel):
             high = max(low, min(at + size, self.shard_begin + self.shard_size))
             part = self.flat[low:high]  # which may be empty
             self.shards[parameter] = ParamShard(part, low - at, nn.Parameter(part))
-            at += size
+            at += _aligned(size)
         return super().wrap(model)
 
     def build_optimizer(
@@ -355,6 +360,12 @@ class FullySharded(DataParallel):
     def saves(self) -> tuple[bool, bool]:
         first_replica = self.mesh.ndim == 1 or self.mesh.get_local_rank('replicate') == 0
         return first_replica, first_replica
+
+
+def _aligned(elements: int) -> int:
+    """The number of fp32 elements, rounded up to whole units of ALIGNMENT bytes."""
+    unit = ALIGNMENT // 4
+    return -(-elements // unit) * unit
 
 
 def _ring_bytes(whole: float, ranks: int) -> float:

@@ -220,7 +220,7 @@ class StudyRunner:
         device, environment = self.context.device, dict(os.environ)
         environment.setdefault('WANDB_RUN_GROUP', trial.variant)  # has no effect without W&B
         if jobs > 1 and device.type == 'cuda':
-            environment['CUDA_VISIBLE_DEVICES'] = str(slot % torch.cuda.device_count())
+            environment['CUDA_VISIBLE_DEVICES'] = visible_gpu(slot)
         elif jobs > 1:
             environment.setdefault('OMP_NUM_THREADS', str(max(1, (os.cpu_count() or 1) // jobs)))
         command = [sys.executable, str(TRAIN), *self.arguments(kind, trial, jobs)[2:]]
@@ -235,6 +235,14 @@ class StudyRunner:
                 f'intact, and the same command goes on.'
             ) from error
         return RunningTrial(trial, slot, process, console, start, count_oom_kills())
+
+
+def visible_gpu(slot: int) -> str:
+    """CUDA_VISIBLE_DEVICES for the run in this slot: one of the GPUs that this process sees."""
+    names = [name.strip() for name in os.environ.get('CUDA_VISIBLE_DEVICES', '').split(',')]
+    count = torch.cuda.device_count()
+    index = slot % count
+    return names[index] if names[0] else str(index)
 
 
 def start_process(

@@ -27,6 +27,7 @@ def cuda(monkeypatch):
         monkeypatch.delenv('LOCAL_RANK', raising=False)
         monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
         monkeypatch.setattr(torch.cuda, 'device_count', lambda: count)
+        monkeypatch.setattr(torch.cuda, 'set_device', lambda device: None)
         monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device=None: name)
         monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device=None: capability)
         return torch.device('cuda:0')

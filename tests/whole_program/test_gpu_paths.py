@@ -1,0 +1,159 @@
+"""What is particular to CUDA and MPS, shown on machines that have neither."""
+
+import math
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from helpers.architectures import tiny
+from helpers.optimizer_options import options
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp._fully_shard._fsdp_init import _get_device_from_mesh
+
+from common import hardware
+from common.errors import UserError
+from components.moe import grouped_mm
+from configurator import read_command_line
+from inference.sampling import Sampler
+from model_builder import build_model, parameter_groups
+from optim import optimizers
+from optim.step import GuardedOptimizer
+from parallel.strategies import ALIGNMENT, DataParallel, SingleProcess, ZeRO1
+from studies.runner import visible_gpu
+from training_config import Derivation, load_settings, schema
+
+
+@pytest.fixture
+def eight_gpus(monkeypatch):
+    """Pretend eight GPUs; the list of the calls of set_device."""
+    calls = []
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 8)
+    monkeypatch.setattr(torch.cuda, 'is_initialized', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'set_device', calls.append)
+    monkeypatch.setattr(torch.cuda, 'current_device', lambda: calls[-1].index if calls else 0)
+    before = torch.backends.cuda.matmul.allow_tf32
+    yield calls
+    torch.backends.cuda.matmul.allow_tf32 = before
+
+
+@pytest.fixture
+def process_group():
+    dist.init_process_group('gloo', rank=0, world_size=1, store=dist.HashStore())
+    yield
+    dist.destroy_process_group()
+
+
+def test_fsdp_takes_the_gpu_of_its_rank(eight_gpus, process_group, monkeypatch):
+    monkeypatch.setenv('LOCAL_RANK', '3')
+    device = hardware.select_device('auto')
+    hardware.tune(device, deterministic=False)
+    mesh = init_device_mesh('cuda', (1,), mesh_dim_names=('shard',))
+    assert device == _get_device_from_mesh(mesh) == torch.device('cuda:3')
+
+
+def test_single_visible_gpu_is_that_of_any_local_rank(eight_gpus, monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 1)
+    monkeypatch.setenv('LOCAL_RANK', '3')
+    for name in hardware.VISIBLE_DEVICES:
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(UserError, match='cuda:3'):
+        hardware.select_device('auto')
+    monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '6')
+    assert (
+        hardware.select_device('auto') == hardware.select_device('cuda') == torch.device('cuda:0')
+    )
+
+
+def test_study_runs_share_the_visible_gpus(monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
+    monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '4, GPU-5a')
+    assert [visible_gpu(slot) for slot in range(3)] == ['4', 'GPU-5a', '4']
+    monkeypatch.delenv('CUDA_VISIBLE_DEVICES')
+    assert [visible_gpu(slot) for slot in range(3)] == ['0', '1', '0']
+
+
+def test_experts_without_tokens_have_gradient_zero(monkeypatch):
+    real = F.grouped_mm
+
+    def careless(a, b, *, offs):
+        product = real(a, b, offs=offs)
+        if b.dim() == 2:
+            product[offs.diff(prepend=offs.new_zeros(1)) == 0] = math.nan
+        return product
+
+    ends = torch.tensor([0, 3, 3, 7], dtype=torch.int32)
+    a, b = torch.randn(7, 8), torch.randn(4, 8, 8, requires_grad=True)
+    monkeypatch.setattr(F, 'grouped_mm', careless)
+    grouped_mm(a, b, ends).sum().backward()
+    expected = torch.zeros_like(b)
+    expected[1], expected[3] = (
+        a[rows].sum(0)[:, None].expand(8, 8) for rows in (slice(3), slice(3, 7))
+    )
+    torch.testing.assert_close(b.grad, expected)
+
+
+def test_zero1_parameters_are_aligned(monkeypatch):
+    monkeypatch.setattr(DataParallel, 'wrap', lambda self, model: model)
+    model = build_model(tiny(normalization='dyt'), torch.device('cpu'), 1)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    strategy = ZeRO1.__new__(ZeRO1)
+    strategy.rank, strategy.world_size, strategy.device = 1, 3, torch.device('cpu')
+    strategy.wrap(model)
+    assert any(p.numel() % 4 for p in model.parameters())
+    begin = strategy.flat.data_ptr()
+    assert all((p.data_ptr() - begin) % ALIGNMENT == 0 for p in model.parameters())
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_deterministic_sampling_avoids_cumsum_on_the_device(monkeypatch):
+    """As on CUDA, where a floating-point `cumsum` raises then; 'meta' stands in for it."""
+    moved = []
+    real = torch.Tensor.cpu
+    monkeypatch.setattr(torch.Tensor, 'cpu', lambda self: moved.append(self.shape) or real(self))
+    logits = torch.randn(2, 10)
+    sampler = Sampler(10, top_p=0.9, generator=torch.Generator().manual_seed(1))
+    free = sampler(logits)
+    assert not moved
+    torch.use_deterministic_algorithms(True)
+    try:
+        sampler.generator.manual_seed(1)
+        assert torch.equal(sampler(logits), free) and moved
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize('optimizer', ['adamw', 'muon'])
+def test_nonfinite_update_is_skipped_where_fused_adamw_ignores_it(optimizer, monkeypatch):
+    """The kernel is made to ignore `found_inf`, as MPS's may."""
+    real = torch.optim.AdamW.step
+
+    def careless(self):
+        self.found_inf = torch.zeros(())
+        real(self)
+
+    monkeypatch.setattr(torch.optim.AdamW, 'step', careless)
+    monkeypatch.setattr(optimizers, 'IGNORES_FOUND_INF', ('cpu',))
+    run = options(optimizer=optimizer)
+    device = torch.device('cpu')
+    model = build_model(tiny(), device, 1)
+    strategy = SingleProcess(run, device)
+    guarded = GuardedOptimizer(
+        strategy.build_optimizer(parameter_groups(model), run), run, device, strategy
+    )
+    before = [p.detach().clone() for p in model.parameters()]
+    for value, changes in ((math.nan, False), (1.0, True)):
+        for p in model.parameters():
+            p.grad = torch.full_like(p, value)
+        guarded.step(0.1, torch.zeros(()), measured=False)
+        same = all(torch.equal(p, old) for p, old in zip(model.parameters(), before))
+        assert same is not changes
+
+
+def test_compile_is_derived_for_cuda_alone():
+    for kind, compiled in (('cuda', True), ('mps', False)):
+        settings = load_settings(read_command_line([], schema))
+        derivation = Derivation(settings.run, torch.device(kind), 1)
+        derivation.derive_compile(tiny(), has_data=True)
+        assert derivation.values['compile'] is compiled
