@@ -377,13 +377,22 @@ def _fsdp_modules(model: nn.Module) -> list[FSDPModule]:
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
+RECOMPILE_LIMIT = 64
+
+
 def prepare_blocks(model: Transformer, recomputed: list[int], compiled: bool) -> None:
     """Let the blocks `recomputed` keep only their input; compile; in this order."""
     for number in recomputed:
         recompute(model.blocks[number])
-    if compiled:
-        for block in model.blocks:  # identical blocks share one graph
-            block.compile()
+    if not compiled:
+        return
+    # DDP's compiler would cut each block at the borders of buckets, although blocks are compiled
+    # one by one and the gradients travel between them.
+    torch._dynamo.config.optimize_ddp = False
+    for block in model.blocks:
+        # Identical blocks share one graph, for training and for evaluation. All batches have one
+        # shape, so none is compiled for sizes that vary. The limit counts the graphs of all kinds.
+        block.compile(dynamic=False, recompile_limit=RECOMPILE_LIMIT)
 
 
 def local_weights(model: Transformer) -> dict[str, ParamShard]:

@@ -88,9 +88,11 @@ class Session(RunContext):
         run = self.settings.run
         starts = self.dataset.windows(split, run.eval_iters)
         # Every rank takes part in as many forward passes as the others: what is left over at the
-        # end is read by several and counted by one.
+        # end is read by several and counted by one. A compiled model is given whole batches only,
+        # since it is compiled for their shape.
         ranks, rank = (self.parallel.world_size, self.parallel.rank) if divided else (1, 0)
-        numbers = np.arange(rank, -(-len(starts) // ranks) * ranks, ranks)
+        multiple = ranks * (run.batch_size if run.compile else 1)
+        numbers = np.arange(rank, -(-len(starts) // multiple) * multiple, ranks)
         for first in range(0, len(numbers), run.batch_size):
             chosen = numbers[first : first + run.batch_size]
             tokens, targets = self.dataset.read(split, starts[chosen % len(starts)])
