@@ -10,6 +10,10 @@ import os
 import sys
 from pathlib import Path
 
+# Growing memory blocks lose less of a GPU to fragments. torch reads this when it is imported.
+if sys.platform == 'linux' and 'PYTORCH_CUDA_ALLOC_CONF' not in os.environ:
+    os.environ.setdefault('PYTORCH_ALLOC_CONF', 'expandable_segments:True')
+
 _show = sys.excepthook
 
 
@@ -23,5 +27,5 @@ def _end(kind, error, traceback) -> None:
 
 
 _program = getattr(sys.modules['__main__'], '__file__', None)
-if _program and Path(_program).resolve().parent == Path(__file__).resolve().parents[1]:
+if _program and Path(__file__).resolve().parents[1] in Path(_program).resolve().parents:
     sys.excepthook = _end

@@ -291,20 +291,35 @@ class StepClock:
 
 
 def compile_problem(device: torch.device) -> str | None:
-    """Why torch.compile cannot work on this device, or None where nothing is missing."""
-    default = 'clang++' if sys.platform == 'darwin' else 'g++'
-    compiler = os.environ.get('CXX', default)
-    if shutil.which(compiler) is None:
-        return f'there is no C++ compiler ({compiler} is not on the PATH)'
+    """The reason why torch.compile cannot work on this device, or None."""
+    on_cuda = device.type == 'cuda'
+    problem = _c_compiler_problem() if on_cuda else _cpp_compiler_problem()
+    if problem:
+        return problem
     include = sysconfig.get_path('include')
     if not Path(include, 'Python.h').exists():
         return f"Python's development headers are missing (no Python.h in {include})"
-    if device.type == 'cuda':
-        if find_spec('triton') is None:
-            return 'the package triton is not installed'
-        if torch.version.cuda and torch.cuda.get_device_capability(device)[0] < 7:
-            return f'{device_name(device)} is older than triton supports'
+    if on_cuda and find_spec('triton') is None:
+        return 'the package triton is not installed'
+    if on_cuda and torch.version.cuda and torch.cuda.get_device_capability(device)[0] < 7:
+        return f'{device_name(device)} is older than triton supports'
     return None
+
+
+def _c_compiler_problem() -> str | None:
+    """Triton compiles its launchers with the C compiler that CC names, else gcc or clang."""
+    compilers = [os.environ['CC']] if os.environ.get('CC') else ['gcc', 'clang']
+    if any(map(shutil.which, compilers)):
+        return None
+    return f'there is no C compiler ({" or ".join(compilers)} is not on the PATH)'
+
+
+def _cpp_compiler_problem() -> str | None:
+    """Inductor compiles for CPUs with the C++ compiler that CXX names, else that of the system."""
+    compiler = os.environ.get('CXX', 'clang++' if sys.platform == 'darwin' else 'g++')
+    if shutil.which(compiler):
+        return None
+    return f'there is no C++ compiler ({compiler} is not on the PATH)'
 
 
 def versions() -> dict[str, str | None]:

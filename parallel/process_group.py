@@ -89,7 +89,8 @@ def init_process_group(
             return store, dist.group.WORLD
         # On GPUs tensors travel by NCCL, and plain values by a gloo group of their own.
         longer = timeout + timedelta(seconds=3 * FAILURE_REPORT_SECONDS)
-        dist.init_process_group('cpu:gloo,cuda:nccl', timeout=longer, **members)
+        # With `device_id` a bad link shows here rather than as a slow first iteration.
+        dist.init_process_group('cpu:gloo,cuda:nccl', timeout=longer, device_id=device, **members)
         return store, dist.new_group(backend='gloo', timeout=timeout)
     except RuntimeError as error:  # of the store, gloo or NCCL
         reason = str(error).partition('\n')[0]

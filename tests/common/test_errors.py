@@ -2,6 +2,7 @@
 
 import ast
 import os
+import shutil
 import subprocess
 import sys
 
@@ -54,16 +55,25 @@ def test_ctrl_c_ends_with_130(capsys):
 
 
 def test_ctrl_c_while_modules_are_imported(tmp_path):
-    program = tmp_path / 'command.py'
-    program.write_text('import common.first_import\n\nraise KeyboardInterrupt  # in an import')
-    done = subprocess.run(
-        [sys.executable, program],
-        env={**os.environ, 'PYTHONPATH': str(PROJECT)},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert (done.returncode, done.stderr) == (130, '\ninterrupted\n')
+    (tmp_path / 'project/common').mkdir(parents=True)
+    (tmp_path / 'project/data/corpus').mkdir(parents=True)
+    shutil.copy(PROJECT / 'common/first_import.py', tmp_path / 'project/common')
+
+    def interrupt(program: str) -> tuple[int, str]:
+        code = 'import common.first_import\n\nraise KeyboardInterrupt  # in an import'
+        (tmp_path / program).write_text(code)
+        done = subprocess.run(
+            [sys.executable, tmp_path / program],
+            env={**os.environ, 'PYTHONPATH': str(tmp_path / 'project')},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        return done.returncode, done.stderr
+
+    for command in ('project/command.py', 'project/data/corpus/prepare.py'):
+        assert interrupt(command) == (130, '\ninterrupted\n')
+    assert 'Traceback' in interrupt('program_of_a_user.py')[1]
 
 
 def test_every_command_imports_that_before_what_takes_long():

@@ -345,6 +345,7 @@ def test_compile_on_cuda_needs_triton_and_a_gpu_that_it_supports(cuda, monkeypat
     (tmp_path / 'Python.h').touch()
     monkeypatch.setattr(hardware.sysconfig, 'get_path', lambda name: str(tmp_path))
     monkeypatch.setenv('CXX', 'sh')  # any program on the PATH will do
+    monkeypatch.setenv('CC', 'sh')
     monkeypatch.setattr(hardware, 'find_spec', lambda name: None)
     assert 'triton' in hardware.compile_problem(cuda())
     assert hardware.compile_problem(CPU) is None
@@ -352,6 +353,17 @@ def test_compile_on_cuda_needs_triton_and_a_gpu_that_it_supports(cuda, monkeypat
     assert hardware.compile_problem(cuda()) is None
     monkeypatch.setattr(torch.version, 'cuda', '12.8')
     assert 'Tesla P100' in hardware.compile_problem(cuda('Tesla P100-PCIE-16GB', (6, 0)))
+    monkeypatch.setenv('CXX', 'no-such-compiler')  # which a GPU does not need
+    assert hardware.compile_problem(cuda()) is None
+    monkeypatch.setenv('CXX', 'sh')
+    monkeypatch.setenv('CC', 'no-such-compiler')
+    assert 'no C compiler (no-such-compiler' in hardware.compile_problem(cuda())
+    monkeypatch.delenv('CC')
+    monkeypatch.setattr(hardware.shutil, 'which', lambda name: None)
+    assert 'gcc or clang' in hardware.compile_problem(cuda())
+    monkeypatch.undo()
+    monkeypatch.setattr(hardware.sysconfig, 'get_path', lambda name: str(tmp_path))
+    monkeypatch.setenv('CXX', 'sh')
     (tmp_path / 'Python.h').unlink()
     assert 'Python.h' in hardware.compile_problem(CPU)
 
