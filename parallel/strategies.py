@@ -197,8 +197,8 @@ class ZeRO1(DataParallel):
         parameters = list(model.parameters())
         # Every parameter begins at a multiple of ALIGNMENT, as with an allocation of its own:
         # blocks share one compiled graph, which relies on the alignment of the first block's.
-        elements = sum(_aligned(p.numel()) for p in parameters)
-        self.shard_size = _aligned(-(-elements // self.world_size))
+        elements = sum(aligned_elements(p.numel()) for p in parameters)
+        self.shard_size = aligned_elements(-(-elements // self.world_size))
         self.shard_begin = self.rank * self.shard_size
         self.flat = torch.zeros(self.shard_size * self.world_size, device=self.device)
         self.shards: dict[nn.Parameter, ParamShard] = {}
@@ -214,7 +214,7 @@ class ZeRO1(DataParallel):
             high = max(low, min(at + size, self.shard_begin + self.shard_size))
             part = self.flat[low:high]  # which may be empty
             self.shards[parameter] = ParamShard(part, low - at, nn.Parameter(part))
-            at += _aligned(size)
+            at += aligned_elements(size)
         return super().wrap(model)
 
     def build_optimizer(
@@ -362,7 +362,7 @@ class FullySharded(DataParallel):
         return first_replica, first_replica
 
 
-def _aligned(elements: int) -> int:
+def aligned_elements(elements: int) -> int:
     """The number of fp32 elements, rounded up to whole units of ALIGNMENT bytes."""
     unit = ALIGNMENT // 4
     return -(-elements // unit) * unit

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from common import hardware
-from parallel.strategies import recomputed_blocks
+from parallel.strategies import aligned_elements, recomputed_blocks
 from planning.simulation import MemoryCategory, MemorySnapshot, Simulation
 from training_config import Settings, TrainingConfig
 
@@ -93,8 +93,8 @@ class ZeRO1Memory(DDPMemory):
 
     def __init__(self, units: FSDPUnits, run: TrainingConfig, ranks: int):
         super().__init__(units, run, ranks)
-        elements = sum(parameter.numel() for parameter in units.all)
-        self.shard_bytes = 4 * -(-elements // ranks)
+        elements = sum(aligned_elements(parameter.numel()) for parameter in units.all)
+        self.shard_bytes = 4 * aligned_elements(-(-elements // ranks))
         self.parameter_bytes = self.shard_bytes * ranks
         self.share = self.shard_bytes / (4 * elements)
 
