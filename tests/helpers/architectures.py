@@ -1,4 +1,4 @@
-"""Tiny architectures for tests: legal ones at random, and a few in which every two choices meet."""
+"""Tiny architectures for tests: random legal ones, and a pairwise covering set."""
 
 import functools
 import itertools
@@ -17,8 +17,8 @@ from model_config import CORE_OPTIONS, ModelArchitectureConfig
 
 SIZES = {'n_layer': 2, 'n_head': 4, 'n_embd': 16, 'block_size': 6, 'vocab_size': 11}
 
-# Values to try of the options that are neither switches nor choices, beside None where it is
-# allowed. An option that is not here is named by a KeyError: add it.
+# Values to try for options that are neither switches nor choices, besides None where allowed.
+# A KeyError names an option that is missing here: add it.
 VALUES = {
     'd_ff': (40,),
     'dropout': (0.0, 0.1),
@@ -63,7 +63,7 @@ VALUES = {
     'load_balance_weight': (0.0, 0.01),
     'router_z_loss': (0.0, 0.01),
 }
-# Which None stands for what the dataset says.
+# Options whose None is resolved from the dataset.
 NEVER_NONE = ('end_of_text',)
 
 
@@ -72,8 +72,8 @@ def tiny(**values) -> ModelArchitectureConfig:
 
 
 def values_of(key: str, option: Option) -> list:
-    """What a test may set the option to."""
-    if isinstance(option.choices, Registry):  # without what other tests have registered
+    """The values to try for an option."""
+    if isinstance(option.choices, Registry):  # without components that tests registered
         named = option.choices
         return [name for name in named if named[name].__module__.startswith('components.')]
     if option.choices is not None:
@@ -84,7 +84,7 @@ def values_of(key: str, option: Option) -> list:
 
 
 def pick_values(pick: Callable[[Sequence], object], **fixed) -> dict:
-    """A value, by `pick`, of each option that the other values give a use; `fixed` ones kept."""
+    """A value chosen by `pick` for each active option; `fixed` values are not changed."""
     chosen: dict = {}
 
     def add(options: dict[str, Option]) -> None:
@@ -100,7 +100,7 @@ def pick_values(pick: Callable[[Sequence], object], **fixed) -> dict:
 
 
 def with_backend(config: ModelArchitectureConfig, backend: str) -> ModelArchitectureConfig | None:
-    """The same architecture computed that way, if it can be."""
+    """The same architecture with another backend; None if the backend does not support it."""
     try:
         return config.replace(attention_backend=backend)
     except UserError:
@@ -108,7 +108,7 @@ def with_backend(config: ModelArchitectureConfig, backend: str) -> ModelArchitec
 
 
 def legal_config(values: dict) -> ModelArchitectureConfig | None:
-    """The architecture, if there is one."""
+    """The architecture, or None if the values are invalid."""
     try:
         return tiny(**values)
     except UserError:
@@ -117,7 +117,7 @@ def legal_config(values: dict) -> ModelArchitectureConfig | None:
 
 @st.composite
 def architectures(draw, **fixed) -> ModelArchitectureConfig:
-    """For hypothesis: any legal tiny architecture."""
+    """A hypothesis strategy for legal tiny architectures."""
     config = legal_config(pick_values(lambda values: draw(st.sampled_from(values)), **fixed))
     assume(config is not None)
     note(config.to_dict())
@@ -126,7 +126,7 @@ def architectures(draw, **fixed) -> ModelArchitectureConfig:
 
 @functools.cache
 def random_architectures(number: int) -> tuple[dict, ...]:
-    """The values of that many random legal architectures, the same in every run."""
+    """The values of `number` random legal architectures, the same in every run."""
     choose = random.Random(0).choice
     candidates = (pick_values(choose) for _ in itertools.count())
     return tuple(
@@ -136,7 +136,7 @@ def random_architectures(number: int) -> tuple[dict, ...]:
 
 @functools.cache
 def pairwise_architectures() -> tuple[dict, ...]:
-    """A few legal architectures in which any two values of two options meet, if they can."""
+    """Legal architectures that cover every possible pair of option values."""
 
     def pairs(values: dict) -> frozenset:
         return frozenset(itertools.combinations(values.items(), 2))
@@ -160,7 +160,7 @@ def label(combination: dict) -> str:
 
 
 def perturbed_model(config: ModelArchitectureConfig) -> Transformer:
-    """A model whose attention is far from uniform and whose gains and biases are not trivial."""
+    """A model with non-uniform attention, and norm weights and biases that are not 1 and 0."""
     model = build_model(config, device='cpu', seed=1)
     with torch.no_grad():
         for parameter in model.parameters():

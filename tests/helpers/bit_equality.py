@@ -1,15 +1,15 @@
-"""What two trainings that did the same have in common, to the last bit."""
+"""Bitwise comparison of two training runs."""
 
 import torch
 
-# Of an entry of a record: what no two runs have in common.
+# Keys of an entry that are measured and differ between runs.
 MEASURED = (
     *('time', 'time_ms', 'write_ms', 'train_seconds', 'steps', 'tokens_per_sec', 'mfu', 'memory'),
 )
 
 
 def bit_differences(a, b, where: str = 'state') -> list[str]:
-    """The keys under which two states differ, be it by one bit."""
+    """The keys under which two states differ in any bit."""
     if isinstance(a, torch.Tensor):
         same = a.dtype == b.dtype and a.shape == b.shape
         same = same and torch.equal(*(t.contiguous().reshape(-1).view(torch.uint8) for t in (a, b)))
@@ -23,5 +23,5 @@ def bit_differences(a, b, where: str = 'state') -> list[str]:
 
 
 def without_measurements(entries: list[dict]) -> list[dict]:
-    """Entries of a record, less what no two runs have in common."""
+    """The entries of a record without measured values."""
     return [{key: e[key] for key in e if key not in MEASURED} for e in entries]

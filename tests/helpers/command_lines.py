@@ -1,4 +1,4 @@
-"""Command lines made wrong at random, for every command of the project."""
+"""Random wrong command lines for every command of the project."""
 
 import importlib
 import random
@@ -12,7 +12,7 @@ from configurator import flatten
 from study import study_schema
 from training_config import schema
 
-# What no option takes for a number, a choice or a flag.
+# Values that no numeric, choice or flag option accepts.
 NONSENSE = [
     *(
         '',
@@ -42,7 +42,7 @@ class _Parser(Exception):
 
 
 def _parser_of(command: str) -> ArgumentParser:
-    """The parser that a command makes for itself."""
+    """The argument parser of a command."""
 
     def stop(self, argv):
         raise _Parser(self)
@@ -58,7 +58,7 @@ def main_of(command: str) -> Callable:
 
 
 def options_of(command: str) -> dict[str, bool]:
-    """Each option of a command, and whether some of `NONSENSE` is no value of it for sure."""
+    """Each option of a command, and whether it rejects every value of `NONSENSE`."""
     if command in ('train.py', 'study.py'):
         options = flatten((schema if command == 'train.py' else study_schema)())
         return {
@@ -81,7 +81,7 @@ COMMANDS = (
 
 
 def bad_lines(command: str, rng: random.Random) -> Iterator[list[str]]:
-    """Lines without end, each with one word or more that the command cannot take."""
+    """An endless sequence of lines, each with at least one invalid argument."""
     options = options_of(command)
     names, typed = list(options), [name for name, is_typed in options.items() if is_typed]
     while True:
@@ -98,7 +98,7 @@ def _wrong(rng: random.Random, names: list[str], typed: list[str]) -> str:
         at = rng.randrange(2, len(name))
         name[at] = rng.choice(string.ascii_lowercase) + 'qz'
         return ''.join(name) + rng.choice(('', '=1', '=' + rng.choice(NONSENSE)))
-    if kind == 1:  # an option of nothing
+    if kind == 1:  # an unknown option
         return '--' + ''.join(
             rng.choices(string.printable.strip() + 'é\x1b', k=rng.randrange(3, 30))
         )

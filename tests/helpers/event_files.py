@@ -1,9 +1,9 @@
-"""What TensorBoard's own reader finds in a run's folder, and what the record says it should."""
+"""The event files in a run folder, read by TensorBoard, against the record."""
 
 import numpy as np
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-# Each number of a record's entry -> its name in a dashboard; None: left out on purpose.
+# Number in a record's entry -> name in the dashboard; None: left out on purpose.
 ITERATION = {
     'loss': 'train/loss',
     'lr': 'train/lr',
@@ -72,7 +72,7 @@ def shown_of(record: dict) -> dict[str, dict[int, float]]:
 
 
 def numbers(entry: dict, prefix: str = ''):
-    """('mfu.mfu_percent', 12.3), …: all but the step itself."""
+    """All numbers of an entry except the step, such as ('mfu.mfu_percent', 12.3)."""
     for key, value in entry.items():
         if isinstance(value, dict):
             yield from numbers(value, f'{prefix}{key}.')
@@ -91,7 +91,7 @@ def assert_holds(folder, record: dict) -> None:
     for name, values in shown.items():
         events = reader.Scalars(name)
         assert [event.step for event in events] == list(values), name
-        # TensorBoard keeps them in single precision.
+        # TensorBoard stores single precision.
         assert [event.value for event in events] == [
             float(np.float32(value)) for value in values.values()
         ], name

@@ -1,10 +1,10 @@
-"""train.py that meets one fault at a known moment.
+"""train.py with one fault at a known moment.
 
     faulty_train.py '{"iter": 3, "signal": "SIGTERM"}' --key=value …
     faulty_train.py '{"save": 4, "call": "rename", "nth": 1}' --key=value …
 
-The first gets the signal once the journal has the line of batch 3. The second is killed instead of
-its first os.rename since it began to save after 4 updates.
+The first receives the signal once the journal has the line of batch 3. The second is killed at its
+first os.rename while it saves the checkpoint of iteration 4.
 """
 
 import json

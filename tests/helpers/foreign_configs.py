@@ -1,8 +1,8 @@
-"""One field of a config.json after another set to another legal value, against transformers.
+"""Every field of a config.json set to other legal values, checked against transformers.
 
-`Flips` makes tiny models of every family of transformers' that is read here: transformers' own of a
-config.json, saved, and ours of the folder. They must have equal logits, or ours must be refused by
-name; what transformers itself refuses says nothing.
+`Flips` builds tiny models of every supported family: the model of transformers for a config.json,
+saved, and ours loaded from that folder. Both must have equal logits, or ours must refuse the field
+by name. Values that transformers itself refuses are ignored.
 """
 
 import dataclasses
@@ -42,7 +42,7 @@ _DEEPSEEK = {
     'n_shared_experts': 1,
     'first_k_dense_replace': 1,
 }
-# Tiny models; what is left out is at transformers' default.
+# Tiny models; all other fields have transformers' defaults.
 BASES = {
     'gpt2': {'n_layer': 2, 'n_head': 4, 'n_embd': 32, 'n_positions': 16},
     'llama': {**_GROUPED, 'rope_parameters': {'rope_type': 'default', 'rope_theta': 50.0}},
@@ -82,7 +82,7 @@ _TEXTS = {
     'torch_dtype': ('float16',),
 }
 _TEXTS['activation_function'] = _TEXTS['hidden_activation'] = _TEXTS['hidden_act']
-# What a config.json may have beside the fields of its class, and parts of models read.
+# Fields that a config.json may have besides those of its class.
 BESIDE = {
     'is_causal': (False, None, True),
     'rope_scaling': (LLAMA3, YARN, {'type': 'linear', 'factor': 4.0}, None),
@@ -128,7 +128,7 @@ def config_class(family: str):
 
 
 def other_values(field: dataclasses.Field, base) -> list:
-    """Values that the type of a field allows, other than what it is."""
+    """Other values that the type of a field allows."""
     if field.name in _TEXTS:
         return [text for text in _TEXTS[field.name] if text != base]
     kinds = typing.get_args(field.type) or (field.type,)
@@ -144,17 +144,17 @@ def other_values(field: dataclasses.Field, base) -> list:
     return values
 
 
-LEFT_OUT = ...  # as a value: the field is not there
+LEFT_OUT = ...  # value of a missing field
 
 
 def flips(family: str, each: int | None = None) -> list[dict]:
-    """Changes of one field: of the family's class, or beside them. each: at most so many values."""
+    """Changes of one field each. each: maximum number of values per field."""
     cls = config_class(family)
     default, base = cls(), BASES[family]
     pairs = []
     for field in dataclasses.fields(cls):
         if field.name in ('transformers_version', 'id2label', 'label2id', 'problem_type'):
-            continue  # dicts and texts that are about other heads, and are listed as harmless
+            continue  # for other heads, and listed as harmless
         value = base.get(field.name, getattr(default, field.name, None))
         pairs += [(field.name, other) for other in other_values(field, value)[:each]]
     pairs += [(name, value) for name, values in BESIDE.items() for value in values]
@@ -166,13 +166,13 @@ def flips(family: str, each: int | None = None) -> list[dict]:
 
 
 class Flips:
-    """Compares models of config.jsons with a change, in a folder that is overwritten."""
+    """Compares models of changed config.json files, in a folder that is overwritten."""
 
     def __init__(self, folder: Path):
         self.folder = folder
 
     def outcome(self, family: str, changes: dict) -> str:
-        """'equal', 'refused', 'illegal' (to transformers), or how they differ."""
+        """'equal', 'refused', 'illegal' (for transformers), or the difference."""
         fields = {
             'model_type': family,
             'vocab_size': 40,
@@ -204,7 +204,7 @@ class Flips:
         return 'equal' if off < 1e-4 else f'DIFFERENT by {off:.2g}: {type(theirs).__name__}'
 
     def _theirs(self, fields: dict):
-        """Their model of that config.json, its logits, and the tokens; saved beside it."""
+        """The model of transformers, its logits, and the tokens; saved in the folder."""
         from transformers import AutoConfig, AutoModelForCausalLM
 
         file = self.folder / 'config.json'
@@ -213,7 +213,7 @@ class Flips:
         model = AutoModelForCausalLM.from_config(
             config, attn_implementation='eager', dtype=torch.float32
         )
-        reference.randomise(model.eval())
+        reference.randomize(model.eval())
         tokens = torch.arange(24).view(2, 12) * 7 % 40
         with torch.no_grad():
             expected = model(tokens, return_dict=True).logits

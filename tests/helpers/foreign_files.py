@@ -1,7 +1,7 @@
-"""Folders of somebody's with one thing wrong: a config value, an index, a header, a pickle.
+"""Checkpoint folders of other libraries with one defect: a config value, index, header or pickle.
 
-`Folders` yields what is wrong, and what makes such a folder and returns the name to begin from it
-by. A folder is used again.
+`Folders` yields the name of each defect, and a function that creates the folder and returns its
+`init_from`. Folders are reused.
 """
 
 import json
@@ -24,7 +24,7 @@ from helpers.fuzzing import fuzzed
 
 Case = tuple[str, Callable[[], str]]
 DEEP = '[' * 100_000
-# What a value is set to: of other types, and of sizes that no model has.
+# Wrong values: other types, and sizes that no model has.
 WRONG = (
     *(None, True, '', 'x', '\ud800', [], [1], ['x'], {}, {'x': [{}]}),
     *(-1, 0, 1, 0.5, 10**6, 10**12, 10**400, -(10**12), math.nan, math.inf, 1e308),
@@ -47,7 +47,7 @@ HEADERS = (
 
 
 class _Odd:
-    """Something that weights_only refuses."""
+    """An object that weights_only refuses."""
 
 
 PICKLES = (
@@ -73,14 +73,14 @@ def outcome(name: str) -> str:
 
 
 class Folders:
-    """Whole folders of tiny models, one a family, and copies with something wrong."""
+    """Valid folders of tiny models, one per family, and copies with a defect."""
 
     def __init__(self, folder: Path):
         self.folder = folder
         self.copy = folder / 'copy'
 
     def whole(self, family: str) -> Path:
-        """The folder of that family, with a config.json that spells everything out."""
+        """The folder of a family, with every field in its config.json."""
         folder = self.folder / family
         if not folder.exists():
             fields = {'vocab_size': 40, **foreign_configs.BASES[family]}
@@ -93,7 +93,7 @@ class Folders:
         return folder
 
     def damage(self, family: str, file: str, content: bytes, without: str = '') -> str:
-        """A copy of the family's folder with that file, and the name to begin from it by."""
+        """A copy of the family's folder with this file, and its `init_from`."""
         shutil.rmtree(self.copy, ignore_errors=True)
         shutil.copytree(self.whole(family), self.copy)
         (self.copy / without).unlink() if without else None
@@ -101,7 +101,7 @@ class Folders:
         return f'hf:{self.copy}'
 
     def configs(self, family: str) -> Iterator[Case]:
-        """Each value of its config.json, of objects within too, set to each that is wrong."""
+        """Every value of the config.json, nested ones included, set to every wrong value."""
         fields = json.loads((self.whole(family) / 'config.json').read_text())
         fields['rope_scaling'] = None
         objects = [('', fields), *((k, v) for k, v in fields.items() if isinstance(v, dict))]
@@ -150,7 +150,7 @@ class Folders:
             yield f'header of {size} bytes', partial(self.damage, family, name, content)
 
     def pickles(self, family: str, cases: int) -> Iterator[Case]:
-        """Other things than tensors by name, and bytes made wrong at random."""
+        """Other objects in place of tensors, and randomly damaged bytes."""
         name, other = 'pytorch_model.bin', 'model.safetensors'
         for content in PICKLES:
             torch.save(content, self.folder / name)
@@ -172,7 +172,7 @@ class Folders:
             yield f'{other} fuzzed {number}', partial(self.damage, family, other, damaged)
 
     def nanogpt(self) -> Iterator[Case]:
-        """model_args and state of nanoGPT's set to what they are not."""
+        """Wrong values in model_args and state of nanoGPT checkpoints."""
         arguments = {'n_layer': 1, 'n_head': 2, 'n_embd': 8, 'block_size': 8, 'vocab_size': 9}
         cases = [{'model_args': {**arguments, key: w}} for key in arguments for w in WRONG]
         cases += [{'model_args': {**arguments, 'bias': wrong}} for wrong in WRONG]

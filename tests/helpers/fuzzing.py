@@ -1,4 +1,4 @@
-"""Files made wrong at random, the same ones in every run. FUZZ_CASES=5000 tries more of them."""
+"""Randomly damaged files, the same in every run. FUZZ_CASES=5000 tries more of them."""
 
 import os
 import random
@@ -7,7 +7,7 @@ CASES = int(os.environ.get('FUZZ_CASES', '100'))
 
 
 def fuzzed(content: bytes, rng: random.Random) -> bytes:
-    """The content with some bytes changed, cut out, doubled or cut off."""
+    """The content with some bytes changed, removed, duplicated or truncated."""
     changed = bytearray(content)
     for _ in range(rng.choice((1, 1, 2, 8))):
         at, length = rng.randrange(len(changed)), rng.choice((1, 1, 4, 64))

@@ -1,4 +1,4 @@
-"""train.py run inside the test's own process, with its session and the batches that it saw."""
+"""train.py in the process of the test, with access to its session and batches."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +18,7 @@ from training.session import Session
 
 @dataclass
 class Run:
-    """What a run left, and what its model was called with."""
+    """The results of a run, and the inputs of its model."""
 
     code: int
     session: Session
@@ -42,16 +42,16 @@ class Run:
         return [event for event in self.record['events'] if event['event'] == kind]
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """Those at the end of the run."""
+        """The weights at the end of the run."""
         return {name: p.detach() for name, p in self.session.model.named_parameters()}
 
     def saved_weights(self) -> dict[str, torch.Tensor]:
-        """Those of the newest checkpoint."""
+        """The weights in the newest checkpoint."""
         return load_latest(self.folder / 'checkpoints', print)[1][0]['model']
 
 
 def train_here(dataset: Path, out_dir: Path, **options) -> Run:
-    """`python train.py --key=value …` with the options of TINY_RUN beneath, on one thread."""
+    """`python train.py --key=value …` with TINY_RUN as defaults, on one thread."""
     values = {**TINY_RUN, 'dataset': dataset, 'out_dir': out_dir, 'log_style': 'line', **options}
     run = Run(code=-1, session=None)
     forward, set_up, threads = Transformer.forward, train.set_up, torch.get_num_threads()
@@ -78,5 +78,5 @@ def train_here(dataset: Path, out_dir: Path, **options) -> Run:
 
 
 def joined(batches: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
-    """All sequences of some batches, one after the other: (2, N, T)."""
+    """The sequences of several batches, concatenated: (2, N, T)."""
     return torch.stack([torch.cat(part) for part in zip(*batches)])

@@ -1,4 +1,4 @@
-"""A logger of the sample run: begun, resumed, killed, and what it printed."""
+"""A logger of the sample run: started, resumed or killed, and its output."""
 
 import io
 
@@ -41,12 +41,12 @@ def resumed_logger(folder, k, changed=None, metadata=METADATA, **options):
 
 
 def kill(logger):
-    """As the process of `logger` leaves it when it dies: the system closes its files."""
+    """Leave the files as they are when the process of `logger` is killed."""
     logger.journal.close()
 
 
 def new_output(logger):
-    """What the logger has printed since last asked."""
+    """The output of the logger since the last call."""
     stream = logger.console.stream
     text = stream.getvalue()
     stream.seek(0)
@@ -55,14 +55,14 @@ def new_output(logger):
 
 
 def log_a_run(folder):
-    """A run with every kind of line, killed once and resumed; returns its logger, not finished."""
+    """Log a run with every kind of line, killed once and resumed; return its open logger."""
     logger = started_logger(folder)
     logger.evaluation(evaluation(0, 10.9, 4.7))
     logger.iteration(iteration(0, time_ms=90_000.0, mfu=0.1, peak_gb=30.0))
     logger.iteration(iteration(10, time_ms=200.0, steps=10, mfu=30.0, peak_gb=20.0))
     logger.event('loss_spike', 10, ratio=3.5)
     logger.checkpoint(checkpoint(15))
-    logger.iteration(iteration(20, time_ms=1.0, steps=10, mfu=99.0))  # lost with the process
+    logger.iteration(iteration(20, time_ms=1.0, steps=10, mfu=99.0))  # lost in the crash
     kill(logger)
     logger = resumed_logger(folder, 15, {'learning_rate': [6e-4, 3e-4]})
     logger.iteration(iteration(20, time_ms=50_000.0, steps=5, mfu=0.2))  # warm-up again

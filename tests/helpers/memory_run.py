@@ -1,10 +1,10 @@
-"""Memory that training really takes on a CPU, for `tests/planning/test_plan.py`.
+"""Measured memory of training on a CPU, for `tests/planning/test_plan.py`.
 
     python memory_run.py CASES.json
 
-Each case is a list of options of `train.py`. Its model is trained for two updates as one of so many
-ranks, the others being make-believe: collectives return at once. What torch's profiler saw of the
-allocator in the second update is printed as JSON: the most bytes that were held, of each case.
+Each case is a list of options of `train.py`. Its model is trained for two iterations as one rank of
+a simulated process group, whose collectives return at once. The output is JSON: for each case the
+peak of allocated bytes in the second iteration, according to the profiler of torch.
 """
 
 import gc
@@ -34,7 +34,7 @@ def strategy(run) -> type[strategies.SingleProcess]:
 
 
 class Training:
-    """Of the model of some settings, as the first of their ranks."""
+    """Training of a model as rank 0 of its process group."""
 
     def __init__(self, settings: Settings):
         self.run, self.architecture = settings.run, settings.architecture
@@ -60,7 +60,7 @@ class Training:
 
 
 def bytes_held(work) -> tuple[int, int]:
-    """The most bytes held while `work()` runs, and those at its end, against the beginning."""
+    """Peak and final allocated bytes of `work()`, relative to its start."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         work()
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == '[memory]']
@@ -80,7 +80,7 @@ def measure(options: list[str]) -> int:
         made[0].update()
 
     gc.collect()
-    gc.disable()  # what an earlier case left is not to be freed in this one
+    gc.disable()  # so that garbage of an earlier case is not freed in this one
     _, kept = bytes_held(begin)
     most, _ = bytes_held(made[0].update)
     gc.enable()

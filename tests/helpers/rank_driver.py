@@ -2,9 +2,9 @@
 
     python rank_driver.py PLAN.json FOLDER
 
-The plan is a list of stages [world_size, [run, …]]. torch is imported once; each stage forks that
-many ranks, which go through its runs together. A run is {'name', 'options', …}, an option of
-`train.py` each, beside what is done to it (`SPECIALS`); each rank leaves `<name>.<rank>.pt`.
+The plan is a list of stages [world_size, [run, …]]. torch is imported once; each stage forks
+`world_size` ranks, which perform its runs together. A run is {'name', 'options', …} with options of
+`train.py` and keys of `SPECIALS`; each rank writes `<name>.<rank>.pt`.
 """
 
 import contextlib
@@ -38,15 +38,15 @@ from parallel.process_group import MultiProcessGroup, register_process
 from training.checkpoint import PendingCheckpoint
 from training.signals import SignalHandler
 
-ONE_TOO_MANY = 2  # in which update a special thing happens, counted from 0
-BATCHES = 4  # in an update
+ONE_TOO_MANY = 2  # iteration of the fault, from 0
+BATCHES = 4  # per iteration
 
 
-# --- What may be done to a run --------------------------------------------------------------------
+# --- Faults ---------------------------------------------------------------------------------------
 
 
 def signal_in_update(patch, rank):
-    """The last rank gets SIGTERM while it reads its batch."""
+    """The last rank receives SIGTERM while it reads its batch."""
     read, calls = TokenDataset.batch, []
 
     def batch(self, *arguments):
@@ -59,7 +59,7 @@ def signal_in_update(patch, rank):
 
 
 def signal_while_agreeing(patch, rank):
-    """The last rank gets SIGTERM when the ranks have just told one another that none has."""
+    """The last rank receives SIGTERM just after the ranks agreed that none has received one."""
     agree, calls = SignalHandler.sync, []
 
     def interrupted(self, ranks, *arguments):
@@ -76,7 +76,7 @@ def signal_while_agreeing(patch, rank):
 
 
 def full_disk(patch, rank):
-    """The last rank can write no tensors."""
+    """The last rank cannot write tensors."""
 
     def save(*arguments):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -86,7 +86,7 @@ def full_disk(patch, rank):
 
 
 def written_late(patch, rank):
-    """What is saved after 10 updates is written when two more are made."""
+    """The checkpoint of iteration 10 is written after two more iterations."""
     write, update, updates, made = (
         PendingCheckpoint.write,
         GuardedOptimizer.step,
@@ -110,7 +110,7 @@ def written_late(patch, rank):
 
 
 def lost_loss(patch, rank):
-    """The loss of one micro-batch, so of one rank, is infinite in one update."""
+    """The loss of one micro-batch, and thus of one rank, is infinite in one iteration."""
     read, forward, number = TokenDataset.batch, Transformer.forward, []
 
     def batch(self, order, first_number, count):
@@ -130,7 +130,7 @@ def lost_loss(patch, rank):
 
 
 def overflow(patch, rank):
-    """One element of the gradient overflows in one update: FSDP has it on one rank only."""
+    """One gradient element overflows in one iteration; with FSDP only one rank has it."""
     update, calls = GuardedOptimizer.step, []
 
     def poisoned(self, *arguments, **keywords):
@@ -158,13 +158,13 @@ SPECIALS = {
 }
 
 
-# --- What travels ---------------------------------------------------------------------------------
+# --- Traffic --------------------------------------------------------------------------------------
 
-SCALARS = 64  # bytes up to which a message is one of the few plain numbers of an update
+SCALARS = 64  # bytes; smaller messages are scalars and are not counted
 
 
 def counted(patch) -> list[float]:
-    """For each update the bytes that this rank sends, as it calls the collectives, by rings."""
+    """The bytes that this rank sends in each iteration, with ring collectives."""
     sent, under_way, update = [], [], train.run_iteration
 
     def counting(collective, factor):
@@ -193,7 +193,7 @@ def counted(patch) -> list[float]:
     for name, factor in (
         ('all_reduce', 2),
         ('all_gather_into_tensor', 1),
-        ('all_gather_single', 1),  # this and the next: FSDP's
+        ('all_gather_single', 1),  # this and the next: FSDP
         ('reduce_scatter_single', 1),
     ):
         patch.setattr(dist, name, counting(getattr(dist, name), factor))
@@ -210,7 +210,7 @@ def world() -> int:
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """All of a parameter. Every rank calls this."""
+    """The whole parameter. Must be called by every rank."""
     tensor = tensor.detach()
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()
 
@@ -224,7 +224,7 @@ def weights(session) -> dict[str, torch.Tensor]:
 
 
 def run(plan: dict, rank: int, store: dist.Store | None) -> dict:
-    """Train as planned, and measure the live objects. store: the ranks' own."""
+    """Train as planned and measure the live objects. store: of the process group."""
     left = {'gradients': []}
     set_up, backward = train.set_up, GuardedOptimizer.backward
 
@@ -249,7 +249,7 @@ def run(plan: dict, rank: int, store: dist.Store | None) -> dict:
             raise
 
     arguments = [f'--{key}={value}' for key, value in plan['options'].items()]
-    torch.compiler.reset()  # nothing that an earlier run compiled is used
+    torch.compiler.reset()  # do not reuse graphs of an earlier run
     counters.clear()
     stderr = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(stderr):
@@ -285,7 +285,7 @@ def run(plan: dict, rank: int, store: dist.Store | None) -> dict:
 
 
 def go_through(runs: list[dict], rank: int, size: int, folder: Path, stage: int) -> None:
-    """What a rank does in a stage."""
+    """The runs of a stage on one rank."""
     torch.set_num_threads(1)
     with open(folder / f'stage_{stage}.{rank}.txt', 'w') as out:
         os.dup2(out.fileno(), 1)
@@ -309,7 +309,7 @@ def go_through(runs: list[dict], rank: int, size: int, folder: Path, stage: int)
             torch.save({'error': traceback.format_exc()}, folder / f'{plan["name"]}.{rank}.pt')
             raise
         torch.save(left, folder / f'{plan["name"]}.{rank}.pt')
-    os._exit(0)  # no rank waits for another's farewell
+    os._exit(0)  # do not wait for other ranks
 
 
 if __name__ == '__main__':

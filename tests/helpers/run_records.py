@@ -1,4 +1,4 @@
-"""Records as training writes them, made by hand, and what a comparison prints, read back."""
+"""Handmade records, and helpers to read the output of a comparison."""
 
 import json
 import math
@@ -105,7 +105,7 @@ def make_record(number=1, *, loss=5.0, status='finished', done=100, architecture
 
 
 def write(folder: Path, *records) -> list[Path]:
-    """Each record in a run folder of its own below its out_dir."""
+    """Write each record into its own run folder below its out_dir."""
     paths = []
     for record in records:
         path = folder / record['config']['out_dir'] / record['run_name']
@@ -132,7 +132,7 @@ def rows(text: str, title: str) -> list[dict[str, str]]:
 
 
 def warned(text: str, about: str) -> set[str]:
-    """The keys warned about beneath the heading that starts with `about`."""
+    """The keys listed in WARNINGS below the heading that starts with `about`."""
     keys, inside = set(), False
     for line in section(text, 'WARNINGS'):
         if not line.startswith(' '):
@@ -196,7 +196,7 @@ def study_record(n: int, seed: int, losses: list, options: dict | None = None) -
 
 
 def write_study(folder: Path, variants: list[dict], records: list[list[dict]], **plan) -> Path:
-    """A study's folder: its plan, and for each of its variants the records of its seeds."""
+    """Write a study's folder: its plan, and the records of every variant and seed."""
     points = []
     for n, (variant, of_variant) in enumerate(zip(variants, records, strict=True)):
         for record in of_variant:

@@ -1,4 +1,4 @@
-"""A run as the record tells it, for the tests of what writes and shows it: plain values."""
+"""The record of a run as plain values, for tests of logger, console and trackers."""
 
 import io
 

@@ -1,4 +1,4 @@
-"""Transformers' own models of our architectures, and their tensors under our names."""
+"""Models of transformers for our architectures, and their tensors under our names."""
 
 from pathlib import Path
 
@@ -8,12 +8,12 @@ import torch.nn as nn
 import interop
 from model_config import ModelArchitectureConfig
 
-# Their defaults are of their own tokenizers; one that pads would have no gradient.
+# The defaults belong to other tokenizers; a padding token would have no gradient.
 NO_SPECIAL_TOKENS = dict.fromkeys(('bos_token_id', 'eos_token_id', 'pad_token_id'))
 
 
 def from_fields(fields: dict, device: str = 'cpu'):
-    """Their model, in evaluation mode."""
+    """The model of transformers for these fields, in evaluation mode."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.for_model(**fields)
@@ -22,27 +22,27 @@ def from_fields(fields: dict, device: str = 'cpu'):
 
 
 def of(config: ModelArchitectureConfig, device: str = 'cpu'):
-    """Their model of an architecture of ours."""
+    """The model of transformers for one of our architectures."""
     fields = interop.convert_config(config).fields
     return from_fields({**NO_SPECIAL_TOKENS, **fields}, device)
 
 
 @torch.no_grad()
-def randomise(module: nn.Module, std: float = 0.3) -> None:
+def randomize(module: nn.Module, std: float = 0.3) -> None:
     generator = torch.Generator().manual_seed(0)
     for parameter in module.parameters():
         parameter.normal_(0.0, std, generator=generator)
 
 
 def saved(model, folder: Path, gradients: bool = False) -> interop.PretrainedCheckpoint:
-    """What the model writes by itself: its weights, or its gradients as if they were weights."""
+    """The saved weights of the model, or its gradients in place of weights."""
     state = {name: parameter.grad for name, parameter in model.named_parameters()}
     model.save_pretrained(folder, state_dict=state if gradients else None)
     return interop.open_checkpoint(f'hf:{folder}')
 
 
 def loaded(folder: Path):
-    """What AutoModelForCausalLM finds in the folder."""
+    """The model that AutoModelForCausalLM loads from the folder."""
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(folder, attn_implementation='eager').eval()

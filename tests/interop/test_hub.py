@@ -41,7 +41,7 @@ def gpt2(tmp_path_factory):
     """A tiny GPT-2 of theirs, and the folder that it was saved in."""
     folder = tmp_path_factory.mktemp('gpt2')
     model = reference.from_fields({**reference.NO_SPECIAL_TOKENS, 'vocab_size': 11, **GPT2})
-    reference.randomise(model)
+    reference.randomize(model)
     model.save_pretrained(folder)
     return model, folder
 

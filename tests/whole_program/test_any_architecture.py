@@ -1,4 +1,4 @@
-"""What holds of every architecture: on random legal ones, and on a few where every pair meets."""
+"""Properties of every architecture: on random legal ones, and on a pairwise covering set."""
 
 import json
 import os
@@ -39,7 +39,7 @@ from model_config import (
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures('one_thread')]
 
-# The same ones in every run; ARCHITECTURES=2000 tries more of them.
+# The same cases in every run; ARCHITECTURES=2000 tries more of them.
 CASES = int(os.environ.get('ARCHITECTURES', '40'))
 at_random = settings(max_examples=CASES, deadline=None, derandomize=True, database=None)
 
@@ -54,7 +54,7 @@ def loss_and_gradients(config, tokens):
 
 @at_random
 @given(architectures())
-def test_every_parameter_has_one_beginning_one_group_and_one_part(config):
+def test_every_parameter_has_initialization_group_and_part(config):
     model = build_model(config)
     parameters = dict(model.named_parameters())
     assert set(initial_values(model)) == set(parameters)
@@ -65,10 +65,10 @@ def test_every_parameter_has_one_beginning_one_group_and_one_part(config):
 
 @at_random
 @given(
-    # A larger beginning makes some architectures so steep that rounding decides.
+    # Larger initial weights make some architectures so sensitive that rounding dominates.
     architectures(dropout=0.0, attention_dropout=None, residual_dropout=None, init_std=0.02)
 )
-def test_every_backend_gives_the_same_finite_loss_and_gradients(config):
+def test_backends_agree_on_loss_and_gradients(config):
     tokens = random_tokens(config, batch=2)
     results = {}
     for backend in ATTENTION_BACKEND_REGISTRY:
@@ -90,12 +90,12 @@ def test_every_backend_gives_the_same_finite_loss_and_gradients(config):
 
 
 @at_random
-@given(architectures(logit_softcap=None))  # a cap may leave nothing of large logits but a sign
-def test_a_token_changes_its_own_logits_and_no_earlier_ones(config):
+@given(architectures(logit_softcap=None))  # a cap may round large logits to the same value
+def test_model_is_causal(config):
     model = perturbed_model(config).eval()
     length = config.block_size
     tokens = random_tokens(config, batch=1).expand(length, length)
-    changed = tokens.clone()  # row t: token t is another one
+    changed = tokens.clone()  # row t: token t is changed
     changed.diagonal().add_(1).remainder_(config.vocab_size)
     with torch.no_grad():
         different = (model(tokens) != model(changed)).any(dim=-1)
@@ -104,7 +104,7 @@ def test_a_token_changes_its_own_logits_and_no_earlier_ones(config):
 
 
 @pytest.mark.parametrize('chosen', pairwise_architectures(), ids=label)
-def test_flops_of_a_step_equal_the_counter_on_the_meta_device(chosen):
+def test_flops_equal_torch_flop_counter(chosen):
     config = tiny(**chosen)
     tokens = torch.empty((3, config.block_size), dtype=torch.long, device='meta')
     with FlopCounterMode(display=False) as counter:
@@ -115,13 +115,13 @@ def test_flops_of_a_step_equal_the_counter_on_the_meta_device(chosen):
     assert flops['per_token'] == sum(flops['breakdown'].values())
 
 
-def test_the_hash_is_equal_exactly_when_the_options_are():
+def test_hash_is_unique_per_config():
     configs = [tiny(**values) for values in random_architectures(400)]
     described = {json.dumps(config.to_dict(), sort_keys=True) for config in configs}
     assert len({config.hash for config in configs}) == len(described) > 390
 
 
-def test_a_config_comes_back_from_its_dict_and_its_file(tmp_path):
+def test_config_round_trip_by_dict_and_file(tmp_path):
     for values in pairwise_architectures():
         config = tiny(**values)
         again = ModelArchitectureConfig.from_dict(json.loads(json.dumps(config.to_dict())))
@@ -133,8 +133,8 @@ def test_a_config_comes_back_from_its_dict_and_its_file(tmp_path):
 
 
 @pytest.mark.parametrize('registry', [r for r in REGISTRIES if r.option in CORE_OPTIONS])
-def test_the_name_follows_exactly_the_choices_that_have_a_tag(registry):
-    """Beside each combination of a few, the same with every other choice of one registry."""
+def test_name_depends_on_tagged_choices_only(registry):
+    """Several combinations, each with every choice of one registry."""
     option = architecture_options()[registry.option]
     for values in pairwise_architectures()[::8]:
         names = {}
@@ -148,8 +148,8 @@ def test_the_name_follows_exactly_the_choices_that_have_a_tag(registry):
 
 @torch.no_grad()  # flex has no backward pass on a CPU
 @pytest.mark.parametrize('chosen', pairwise_architectures()[::16], ids=label)
-def test_blocks_are_one_graph_each_kind_and_compute_the_same(chosen):
-    """Compiled whole, without a break, and alike layers share their graph."""
+def test_compiled_blocks_share_graphs_and_match_eager(chosen):
+    """No graph breaks, and identical layers share one graph."""
     config = tiny(**chosen).replace(n_layer=4, init_std=0.02)
     model, tokens = perturbed_model(config).eval(), random_tokens(config, batch=2)
     expected = model(tokens)
@@ -168,8 +168,8 @@ def test_blocks_are_one_graph_each_kind_and_compute_the_same(chosen):
     torch.compiler.reset()
 
 
-def test_a_recomputed_block_is_compiled_as_well():
-    """Compiled around the recomputation, as one graph that alike blocks share."""
+def test_checkpointed_block_is_compiled():
+    """The recomputation is inside one graph that identical blocks share."""
     config = tiny(n_layer=3, dropout=0.0)
     plain, model = perturbed_model(config), perturbed_model(config)
     tokens, graphs = random_tokens(config, batch=2), []

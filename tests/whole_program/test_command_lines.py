@@ -1,4 +1,4 @@
-"""A hundred command lines made wrong at random: exit code 2, one message, nothing written."""
+"""A hundred random wrong command lines: exit code 2, one message, nothing written."""
 
 import os
 import random
@@ -14,7 +14,7 @@ LINES = int(os.environ.get('FUZZ_CASES', '100'))
 
 
 @pytest.mark.parametrize('command', COMMANDS)
-def test_a_wrong_line_has_one_answer(command, tmp_path, monkeypatch, capsys):
+def test_wrong_command_line_gives_one_message(command, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     lines = bad_lines(command, random.Random(command))
     for line in islice(lines, -(-LINES // len(COMMANDS))):
@@ -22,11 +22,11 @@ def test_a_wrong_line_has_one_answer(command, tmp_path, monkeypatch, capsys):
         with pytest.raises(SystemExit) as ended:
             run_script(main_of(command))
         shown = capsys.readouterr()
-        told = f'{line!r}: {shown.err}'
-        assert ended.value.code == 2, told
+        details = f'{line!r}: {shown.err}'
+        assert ended.value.code == 2, details
         first, *rest = shown.err.splitlines()
-        assert first.startswith(f'{os.path.basename(command)}: ') and shown.out == '', told
+        assert first.startswith(f'{os.path.basename(command)}: ') and shown.out == '', details
         count = int(first.split()[1]) if first.endswith(' problems') else 0
-        assert len(rest) == count and all(text.startswith('  - ') for text in rest), told
-        assert len(shown.err) < 20_000 and shown.err.isprintable() is not None, told
-        assert not list(tmp_path.iterdir()), told
+        assert len(rest) == count and all(text.startswith('  - ') for text in rest), details
+        assert len(shown.err) < 20_000 and shown.err.isprintable() is not None, details
+        assert not list(tmp_path.iterdir()), details

@@ -1,4 +1,4 @@
-"""The whole path as a user walks it: train, override, compare, sample, resume."""
+"""The whole workflow: train, override, compare, sample."""
 
 import json
 import re
@@ -34,7 +34,7 @@ def record_of(folder):
         ('custom', '2L-2H-32D-RoPE-RMS-GELU-PreNorm'),
     ],
 )
-def test_a_config_file_trains_the_architecture_that_it_names(train, tmp_path, preset, name):
+def test_config_file_trains_its_architecture(train, tmp_path, preset, name):
     out = train(str(PROJECT / f'config/arch_{preset}.py')).stdout
     record = record_of(tmp_path)
     schema = json.loads((PROJECT / 'records/record_schema.json').read_text())
@@ -43,7 +43,7 @@ def test_a_config_file_trains_the_architecture_that_it_names(train, tmp_path, pr
     assert record['status'] == 'finished'
     assert [e['iter'] for e in record['training_iterations']] == [0, 1, 2, 3]
     assert [e['iter'] for e in record['eval_steps']] == [0, 4]
-    # The checkpoint holds the architecture that the record names.
+    # The checkpoint has the architecture in the record.
     (folder,) = tmp_path.glob('*/run_*/checkpoints/iter_00000004')
     checkpoint = read_index(folder)
     (state,) = load_state(checkpoint)
@@ -53,7 +53,7 @@ def test_a_config_file_trains_the_architecture_that_it_names(train, tmp_path, pr
     assert {name: weight.shape for name, weight in state['model'].items()} == expected
 
 
-def test_an_override_reaches_model_record_and_comparison(train, run_script, tmp_path):
+def test_override_reaches_model_record_and_comparison(train, run_script, tmp_path):
     gpt2 = str(PROJECT / 'config/arch_gpt2.py')
     train(gpt2, '--out_dir=plain')
     out = train(gpt2, '--out_dir=changed', '--position_encoding=rope').stdout
@@ -72,7 +72,7 @@ def test_an_override_reaches_model_record_and_comparison(train, run_script, tmp_
 
 
 def test_training_learns(train, tmp_path):
-    """Words drawn at random from ten: the loss falls far below that of uniform bytes."""
+    """Text of ten random words: the loss falls far below that of uniform bytes."""
     train('--arch_preset=llama', '--max_iters=60', '--learning_rate=0.01', '--log_style=line')
     record = record_of(tmp_path)
     first, last = record['eval_steps'][0]['val_loss'], record['eval_steps'][-1]['val_loss']
@@ -81,7 +81,7 @@ def test_training_learns(train, tmp_path):
     assert record['summary']['best_val_loss'] == last
 
 
-def test_sampling_equals_the_model_in_the_checkpoint(train, run_script, tmp_path):
+def test_sample_equals_checkpoint_model(train, run_script, tmp_path):
     train('--arch_preset=llama', '--out_dir=out')
     arguments = ['--start=the ', '--num_samples=1', '--max_new_tokens=20', '--temperature=0']
     out = run_script('sample.py', *arguments, '--dtype=float32', '--device=cpu').stdout
@@ -99,7 +99,7 @@ def test_sampling_equals_the_model_in_the_checkpoint(train, run_script, tmp_path
     assert visible(tokenizer.decode(start + [token.item() for token in drawn])) in out
 
 
-def test_sampling_is_repeated_by_its_seed(train, run_script):
+def test_sample_is_reproducible_by_seed(train, run_script):
     train('--out_dir=out')
 
     def text(seed):
@@ -109,14 +109,14 @@ def test_sampling_is_repeated_by_its_seed(train, run_script):
     assert text(1) == text(1) != text(2)
 
 
-def test_eval_only_measures_and_saves_nothing(train, tmp_path):
+def test_eval_only_measures_without_saving(train, tmp_path):
     train('--eval_only')
     record = record_of(tmp_path)
     assert [e['iter'] for e in record['eval_steps']] == [0]
     assert not record['training_iterations'] and not record['checkpoints']
 
 
-def test_bfloat16_follows_float32(train, tmp_path):
+def test_bfloat16_losses_match_float32(train, tmp_path):
     losses = {}
     for dtype in ('float32', 'bfloat16'):
         train(f'--dtype={dtype}', f'--out_dir={dtype}', '--max_iters=8')

@@ -1,4 +1,4 @@
-"""The layout that docs/design.md describes: directions of imports, and sizes that can be read."""
+"""The layout in docs/design.md: import directions, and limits on the length of modules."""
 
 import ast
 import subprocess
@@ -42,7 +42,7 @@ def imported_modules(tree: ast.AST):
 
 
 def import_directions() -> list[tuple[str, list[str]]]:
-    """Every unit with the units that it imports, each below what it imports."""
+    """Every unit with the units that it imports, in an order without forward imports."""
     imports: dict[str, set[str]] = {unit_of(path): set() for path in SOURCES}
     for path, tree in SOURCES.items():
         unit = unit_of(path)
@@ -56,7 +56,7 @@ def import_directions() -> list[tuple[str, list[str]]]:
     return [(unit, sorted(imports[unit], key=ordered.index)) for unit in ordered]
 
 
-def test_import_directions_are_those_of_the_design_document():
+def test_import_directions_match_design_page():
     text = (PROJECT / 'docs/design.md').read_text(encoding='utf-8')
     written = text.partition('<!-- imports -->\n')[2].partition('<!-- end -->')[0]
     rows = [
@@ -67,13 +67,13 @@ def test_import_directions_are_those_of_the_design_document():
     assert written == derived, f'docs/design.md should have this table:\n{derived}'
 
 
-def test_modules_at_the_root_are_the_twelve():
+def test_root_has_twelve_modules():
     assert {path.stem for path in PROJECT.glob('*.py')} == ROOT_MODULES
 
 
 @pytest.mark.slow
-def test_units_of_the_design_document_load_no_torch():
-    """Nor do they load what an optional extra brings."""
+def test_comparison_and_records_import_no_torch():
+    """Nor any package of an optional extra."""
     modules = [
         path.removesuffix('.py').removesuffix('/__init__').replace('/', '.')
         for path in SOURCES
@@ -86,7 +86,7 @@ def test_units_of_the_design_document_load_no_torch():
     subprocess.run([sys.executable, '-c', code], cwd=PROJECT, check=True)
 
 
-def test_modules_can_be_read_in_one_sitting():
+def test_module_length_limit():
     lengths = {
         path: len((PROJECT / path).read_text(encoding='utf-8').splitlines()) for path in SOURCES
     }
@@ -94,7 +94,7 @@ def test_modules_can_be_read_in_one_sitting():
     assert lengths['train.py'] < 400
 
 
-def test_functions_can_be_read_at_once():
+def test_function_length_limit():
     functions = {
         f'{path}:{node.lineno} {node.name}': node.end_lineno - node.lineno + 1
         for path, tree in SOURCES.items()

@@ -1,4 +1,4 @@
-"""What pip installs: every module and package, the data beside them, and nothing else."""
+"""The wheel contains every module, package and data file, and nothing else."""
 
 import re
 import shutil
@@ -14,7 +14,7 @@ NOT_INSTALLED = {'tests', 'benchmarks', 'scripts', 'docs', 'examples'}
 
 
 def python_files(folder: Path) -> set[str]:
-    """The Python files of the project below a folder that are to be installed."""
+    """The Python files below a folder that belong in the wheel."""
     files = {path.relative_to(folder) for path in folder.rglob('*.py')}
     return {
         path.as_posix()
@@ -28,7 +28,7 @@ def python_files(folder: Path) -> set[str]:
 
 @pytest.fixture(scope='module')
 def wheel(tmp_path_factory) -> zipfile.ZipFile:
-    """A wheel of a copy of the project, built without a network."""
+    """A wheel of a copy of the project, built offline."""
     copy, out = tmp_path_factory.mktemp('copy'), tmp_path_factory.mktemp('wheel')
     names = python_files(PROJECT) | {'records/record_schema.json', 'requirements.txt', 'LICENSE'}
     for name in names | {'pyproject.toml', 'tests/conftest.py', 'benchmarks/loader.py'}:
@@ -45,14 +45,14 @@ def wheel(tmp_path_factory) -> zipfile.ZipFile:
 
 
 @pytest.mark.slow
-def test_wheel_holds_all_modules(wheel):
+def test_wheel_contains_all_modules(wheel):
     names = {name for name in wheel.namelist() if '.dist-info/' not in name}
     assert names == python_files(PROJECT) | {'records/record_schema.json'}
     assert {'train.py', 'common/registry.py', 'config/arch_llama.py'} <= names
     assert 'data/shakespeare/prepare.py' in names
 
 
-def test_wheel_requires_what_requirements_list(wheel):
+def test_wheel_requirements_match_requirements_file(wheel):
     (name,) = (name for name in wheel.namelist() if name.endswith('/METADATA'))
     metadata = wheel.read(name).decode()
     required = re.findall(r'^Requires-Dist: ([^;\n]+)$', metadata, re.MULTILINE)

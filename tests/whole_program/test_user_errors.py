@@ -1,4 +1,4 @@
-"""Every mistake of a user: exit code 2, a message that says what to do, and nothing written."""
+"""Every user error: exit code 2, a message that says what to do, and nothing written."""
 
 import hashlib
 import importlib
@@ -24,11 +24,11 @@ TOKENS = {'train': 3000, 'val': 500}
 TINY = [f'--{key}={value}' for key, value in TINY_RUN.items()]
 
 
-# --- What the mistakes are made with ------------------------------------------------------------
+# --- Files for the mistakes ----------------------------------------------------------------------
 
 
 def write_dataset(folder, **changes):
-    """Letters as tokens, with `changes` to the files: bytes, or a function of the right content."""
+    """Letters as tokens, with `changes` to the files: bytes, or a function of the valid content."""
     folder.mkdir()
     files, splits = {}, {}
     for split, count in TOKENS.items():
@@ -83,7 +83,7 @@ class Exploit:
 
 
 def sealed(folder):
-    """Make the checksums of a checkpoint right again, as its forger would."""
+    """Correct the checksums of a modified checkpoint, as an attacker would."""
     index = json.loads((folder / 'index.json').read_text())
     content = (folder / 'state.pt').read_bytes()
     index['files']['state.pt'] = {
@@ -123,7 +123,7 @@ BROKEN = {broken.__name__: broken for broken in (truncated, corrupt, malicious, 
 
 @pytest.fixture(scope='module')
 def place(tmp_path_factory):
-    """A folder with all that the mistakes below are about."""
+    """A folder with all files that the mistakes below refer to."""
     place = tmp_path_factory.mktemp('place')
     for name, changes in DATASETS.items():
         write_dataset(place / name, **changes)
@@ -152,7 +152,7 @@ def contents(folder):
 
 
 def command(line):
-    """The words of a command line and the tiny run beneath it, if it is one of train.py."""
+    """The script and arguments of a command line, with a tiny run for train.py."""
     script, *arguments = line.split()
     if script == 'train.py':
         arguments = [*TINY, '--dataset=letters', *arguments]
@@ -161,7 +161,7 @@ def command(line):
 
 # --- The mistakes ---------------------------------------------------------------------------------
 
-# What is typed, and what the answer must name: the key or file, the value, and the way out.
+# Command line -> parts of the message: the key or file, the value, and what to do.
 MISTAKES = {
     # keys
     'train.py --n_layers=3': ['--n_layers', 'Did you mean n_layer?', '--help'],
@@ -206,7 +206,7 @@ MISTAKES = {
     'train.py --activation_checkpointing=some': [
         *('activation_checkpointing', "'some'", 'none, full or a whole number of at least 1'),
     ],
-    # sizes that no machine has, at once
+    # sizes beyond any machine, refused at once
     'train.py --max_iters=1e26': ['max_iters=1000000000', 'above 9,223,372,036,854,775,807'],
     'train.py --max_iters=1e15': ['max_iters=1,000,000,000,000,000', 'tokens in all', 'Lower one'],
     'train.py --n_layer=1000000': ['n_layer=1000000', 'at most 10,000'],
@@ -270,7 +270,7 @@ MISTAKES = {
     'train.py --dataset=odd_dtype': ['odd_dtype/meta.json', "'float32'", 'uint8, uint16, uint32'],
     'train.py --block_size=500': ['block_size 500', 'val', '500 tokens', '--block_size=499'],
     'train.py --vocab_size=9': ['vocab_size=9', "'letters'", 'at least 10', '--vocab_size=10'],
-    # where to write, and what to go on with
+    # output folder and resume
     'train.py --out_dir=plain.txt': ["out_dir='plain.txt'", 'File exists', '--out_dir=FOLDER'],
     'train.py --out_dir=plain.txt/out': ['plain.txt/out', 'Not a directory', '--out_dir=FOLDER'],
     'train.py --init_from=resume --out_dir=empty': ["out_dir='empty'", 'no run', '--out_dir='],
@@ -339,7 +339,7 @@ def run_here(line, *more):
 
 
 @pytest.mark.parametrize('line', MISTAKES)
-def test_a_mistake_is_explained_and_writes_nothing(line, place, monkeypatch, capsys):
+def test_user_error_is_explained_and_writes_nothing(line, place, monkeypatch, capsys):
     monkeypatch.chdir(place)
     before = contents(place)
     code = run_here(line)
@@ -361,7 +361,7 @@ ONE_OF_EACH_SCRIPT = [
 
 
 @pytest.mark.parametrize('line', ONE_OF_EACH_SCRIPT)
-def test_debug_shows_the_traceback_before_the_message(line, place, monkeypatch, capsys):
+def test_debug_shows_traceback_before_message(line, place, monkeypatch, capsys):
     monkeypatch.chdir(place)
     assert run_here(line) == 2
     message = capsys.readouterr().err
@@ -371,7 +371,7 @@ def test_debug_shows_the_traceback_before_the_message(line, place, monkeypatch, 
 
 
 @pytest.mark.parametrize('line', ONE_OF_EACH_SCRIPT)
-def test_a_mistake_as_a_shell_sees_it(line, place):
+def test_user_error_in_subprocess(line, place):
     script, arguments = command(line)
     before = contents(place)
     done = subprocess.run(
