@@ -1,9 +1,9 @@
-"""Causal attention on a CPU: torch's kernel against products by blocks, in turns, in one run.
+"""Speed of causal attention on a CPU: torch's kernel against blocked matrix products.
 
     python benchmarks/attention_speed.py [--turns=7] [--dtype=bfloat16]
 
-Forward and forward with backward, of queries, keys and values as a fused projection gives them.
-Times are medians; the ratio is of the two in the same turn, with the least and the most.
+The forward pass, and forward with backward, on slices of a fused QKV projection. Both take turns in
+one process. Times are medians; the ratio is the median over turns, with minimum and maximum.
 """
 
 import statistics
@@ -21,11 +21,12 @@ from common import hardware  # noqa: E402
 from common.errors import ArgumentParser, run_script  # noqa: E402
 from components.cpu_attention import blocked_attention  # noqa: E402
 
-# Sequences, heads, tokens, columns: of training_speed.py's shapes, and the longest of scaling.py.
+# Sequences, heads, tokens, head dimension: the shapes of training_speed.py, and the longest of
+# scaling.py.
 SHAPES = [(4, 12, 1024, 64), (64, 6, 256, 64), (1, 12, 4096, 64), (1, 12, 8192, 64)]
 
 
-def torchs_own(q, k, v):
+def torch_attention(q, k, v):
     return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
@@ -34,7 +35,7 @@ def by_blocks(q, k, v):
 
 
 def seconds(attention, tensors: list[torch.Tensor], upstream: torch.Tensor) -> tuple[float, float]:
-    """Of a forward pass, and of one with its backward pass."""
+    """Seconds of a forward pass, and of forward and backward together."""
     began = time.perf_counter()
     output = attention(*tensors)
     forward = time.perf_counter() - began
@@ -47,7 +48,7 @@ def measure(shape: tuple[int, ...], dtype: torch.dtype, turns: int) -> None:
     fused = torch.randn(batch, length, 3, heads, width, dtype=dtype)
     tensors = [x.detach().requires_grad_() for x in fused.permute(2, 0, 3, 1, 4)]
     upstream = torch.randn(batch, length, heads, width, dtype=dtype).transpose(1, 2)
-    ways = {'torch': torchs_own, 'blocks': by_blocks}
+    ways = {'torch': torch_attention, 'blocks': by_blocks}
     for way in ways.values():
         seconds(way, tensors, upstream)
     times_by_way = {name: [] for name in ways}

@@ -1,11 +1,11 @@
-"""Measure what it takes to compare many records, once their files are in the page cache.
+"""CPU time to compare many records whose files are in the page cache.
 
     python benchmarks/comparison_speed.py [--records=1000] [--iterations=415] [--folder=FOLDER]
 
-One short training gives a record and a journal, which are written again for 50 architectures and as
-many seeds as are needed, with so many logged iterations each and losses of their own. Then
-compare_architectures.py reads them all, five times: printed is the least CPU time (user and system)
-of a process, and that of one which only imports it.
+A short training gives a record and a journal. Copies are written for 50 architectures and as many
+seeds as needed, each with its own losses and the given number of logged iterations. Then
+compare_architectures.py reads all of them, five times. The output is the minimum CPU time (user and
+system) of a process, and that of a process that only imports the module.
 """
 
 import argparse
@@ -40,7 +40,7 @@ OPTIONS = {
     'eval_iters': 8,
     'device': 'cpu',
     'dtype': 'float32',
-    'peak_tflops': 1.0,  # else it would be measured
+    'peak_tflops': 1.0,  # otherwise it would be measured
 }
 
 
@@ -56,7 +56,7 @@ def example(folder: Path) -> dict:
 
 
 def write_run(folder: Path, record: dict, number: int, iterations: int) -> None:
-    """The example as run `number`, with losses of its own, by the project's own logger."""
+    """Write the example as run `number` with other losses, using TrainingLogger."""
     rng = random.Random(number)
     record = copy.deepcopy(record)
     kind, seed = number % ARCHITECTURES, number // ARCHITECTURES
@@ -66,7 +66,7 @@ def write_run(folder: Path, record: dict, number: int, iterations: int) -> None:
     folder.mkdir(parents=True)
     with open('/dev/null', 'w') as nowhere:
         logger = TrainingLogger(folder, style='line', stream=nowhere, max_iters=iterations)
-        logger.record_due = float('inf')  # once at the end is enough
+        logger.record_due = float('inf')  # write record.json only at the end
         parts = ('config', 'architecture', 'metadata', 'startup_info')
         logger.start(**{part: record[part] for part in parts})
         entry, evaluations = record['training_iterations'][-1], record['eval_steps']
@@ -82,7 +82,7 @@ def write_run(folder: Path, record: dict, number: int, iterations: int) -> None:
 
 
 def cpu_seconds(arguments: list[str]) -> float:
-    """The least of a few processes."""
+    """The minimum CPU time of several processes."""
     measured = []
     for _ in range(REPEATS):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -96,9 +96,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument('--records', type=int, default=1000, help='how many (default 1000)')
-    parser.add_argument('--iterations', type=int, default=415, help='in each (default 415)')
-    parser.add_argument('--folder', help='where they are kept for another time (default: nowhere)')
+    parser.add_argument(
+        '--records', type=int, default=1000, help='Number of records (default 1000)'
+    )
+    parser.add_argument(
+        '--iterations', type=int, default=415, help='Logged iterations per record (default 415)'
+    )
+    parser.add_argument(
+        '--folder', help='Folder in which to keep the records (default: a temporary one)'
+    )
     options = parser.parse_args()
     folder = Path(options.folder or tempfile.mkdtemp(prefix='comparison_speed_'))
     try:

@@ -1,15 +1,15 @@
-"""What each component costs against the default: time of an update, and memory.
+"""Cost of each component relative to the default: time per iteration and memory.
 
     python benchmarks/component_cost.py [config.py] [--seconds=240] [--key=value …]
 
-For every name in every registry, every switch of the architecture and a few numbers, one run is set
-up as `train.py` does it: the default with that one thing changed, and with what it needs. Then all
-of them make an update each, in turns and in random order, until the seconds are over. Options are
-those of train.py and are the default's, too.
+For every component of every registry, every boolean architecture option and a few numeric ones, a
+run is set up as in `train.py`: the default with this one change and the options that it needs. Then
+each makes one iteration per round, in random order, until the time is over. Options of train.py
+apply to all runs.
 
-`× default` is the median over the rounds of an update's time over the default's in that round, with
-the quartiles. `kept` is what a micro-batch's forward pass keeps for the backward pass, `state` the
-weights, their gradients and what the optimizer keeps; both are added up, not sampled.
+`× default` is the time per iteration divided by that of the default in the same round: the median
+over rounds, with quartiles. `kept` is the memory that the forward pass of a micro-batch saves for
+the backward pass; `state` is weights, gradients and optimizer state. Both are exact counts.
 """
 
 import contextlib
@@ -46,7 +46,7 @@ SIZES = {
     'batch_size': 2,
     'gradient_accumulation_steps': 1,
 }
-# Numbers that turn something on.
+# Numeric options that enable a feature.
 NUMBERS = (
     {'use_gqa': True, 'num_kv_heads': 1},
     {'sliding_window': 64},
@@ -56,13 +56,13 @@ NUMBERS = (
     {'z_loss': 1e-4},
     {'dropout': 0.1},
 )
-ROUNDS = 5  # at least
-DEFAULTS = 4  # updates of the default in a round
-MARKED = 1.5  # times the default's time, from which on a line is marked
+ROUNDS = 5  # minimum
+DEFAULTS = 4  # iterations of the default per round
+MARKED = 1.5  # lines with at least this ratio are marked
 
 
 def variants(options: dict[str, Option], default: dict) -> list[dict]:
-    """The changes to measure: key -> value, with what an option needs to have a use."""
+    """The changes to measure: key -> value, with the other options that each one needs."""
     numbers = [change for change in NUMBERS if change.keys() <= options.keys()]
     switched = {key for change in numbers for key in change}
     changes = []
@@ -82,7 +82,7 @@ def variants(options: dict[str, Option], default: dict) -> list[dict]:
 
 
 def companions(key: str, options: dict[str, Option], default: dict) -> dict:
-    """What must be chosen for an option to have a use."""
+    """The other options that an option needs to have an effect."""
     choice, value = owners(key, options)[0]
     if isinstance(value, AnyBut):
         value = next(other for other in options[choice].choices or [] if other != value.value)
@@ -90,25 +90,25 @@ def companions(key: str, options: dict[str, Option], default: dict) -> dict:
 
 
 def set_up(arguments: list[str], changes: dict) -> Session:
-    """A run as train.py sets it up, and one update made: the optimizer's state is there."""
+    """A run as train.py sets it up, after one iteration, so that the optimizer state exists."""
     sessions = []
     train.run_training = lambda session: sessions.append(session) or 0
     changed = [f'--{key}={value}' for key, value in changes.items()]
     with open(os.devnull, 'w') as nowhere, contextlib.redirect_stdout(nowhere):
         train.main([*arguments, *changed])
     (session,) = sessions
-    session.progress.iter = 1  # the very first one is always logged
+    session.progress.iter = 1  # the first iteration is always logged
     update(session)
     return session
 
 
 def update(session: Session) -> float:
-    """Milliseconds of an update."""
+    """Milliseconds of an iteration."""
     return timed(session.device, train.run_iteration, session, hardware.StepClock(session.device))
 
 
 def memory(session: Session) -> tuple[float, float]:
-    """MB that a forward pass keeps; MB of weights, gradients and the optimizer's state."""
+    """MB saved by a forward pass; MB of weights, gradients and optimizer state."""
     run, architecture = session.settings.run, session.settings.architecture
     outside, block = activation_bytes(architecture, run.batch_size, getattr(torch, run.dtype))
     state = 2 * sum(p.nbytes for p in session.raw_model.parameters()) + sum(
@@ -123,8 +123,8 @@ def memory(session: Session) -> tuple[float, float]:
 def activation_bytes(
     architecture: ModelArchitectureConfig, batch_size: int, dtype: torch.dtype
 ) -> tuple[int, int]:
-    """Bytes that a micro-batch's forward pass keeps for the backward pass: outside the blocks, and
-    in each block. Parameters apart; measured with tensors that hold no memory."""
+    """Bytes that the forward pass of a micro-batch saves for the backward pass, outside the blocks
+    and in each block, without parameters. Measured with fake tensors."""
     one, two = (saved_bytes(architecture.replace(n_layer=n), batch_size, dtype) for n in (1, 2))
     return one - (two - one), two - one
 
@@ -140,7 +140,7 @@ def saved_bytes(architecture: ModelArchitectureConfig, batch_size: int, dtype: t
 
 
 class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
-    """Adds up the storage of what autograd saves, each storage once, the parameters' apart."""
+    """Sums the storages that autograd saves, each once, without those of parameters."""
 
     def __init__(self, model: torch.nn.Module):
         super().__init__(self._pack, lambda tensor: tensor)
@@ -156,7 +156,7 @@ class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
 
 
 def measure(sessions: dict[str, Session], seconds: float) -> dict[str, list[float]]:
-    """Milliseconds of each one's updates, by round; the default ('') is that round's median."""
+    """Milliseconds per iteration of each run, by round; for the default ('') the median."""
     times: dict[str, list[float]] = {name: [] for name in sessions}
     shuffle, began = random.Random(0).shuffle, time.monotonic()
     done = 0
@@ -176,7 +176,7 @@ def measure(sessions: dict[str, Session], seconds: float) -> dict[str, list[floa
 
 
 def report(sessions: dict[str, Session], times: dict[str, list[float]]) -> None:
-    """One line for each."""
+    """Print one line per change."""
     print(f'{"changed":<52} {"ms":>8} {"× default":>20} {"kept MB":>9} {"state MB":>9}')
     for name, session in sessions.items():
         ratios = [mine / base for mine, base in zip(times[name], times[''], strict=True)]

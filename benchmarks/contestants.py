@@ -1,15 +1,14 @@
-"""One contestant of a benchmark, in a process of its own that waits for its turns.
+"""One contestant of a benchmark, as a process that waits for its turns.
 
     python benchmarks/contestants.py '{"kind": "nanogpt", …}'
 
-Not to be typed: `training_speed.py` and `scaling.py` start it and say in `start` what it is told.
-Commands and answers are lines of JSON on standard input and output; whatever libraries print goes
-to standard error. A contestant that waits, waits in a read and gives back the memory that it does
-not use, so that it takes nothing from the one whose turn it is.
+`training_speed.py` and `scaling.py` start it. Commands and answers are lines of JSON on standard
+input and output; output of libraries goes to standard error. A waiting contestant blocks in a read
+and returns unused memory, so that it does not slow down the active one.
 
-Ours is `train.main` with its own loop: only its evaluation is left out, and each update waits for
-the turn. Peers run as their users run them, on the same batches in the same order: nanoGPT with the
-optimizer, precision, clipping and logging of its train.py; the others with fused AdamW.
+Ours is `train.main` with its own loop, without evaluation; each iteration waits for the turn. Peers
+run as their users run them, on the same batches in the same order: nanoGPT with the optimizer,
+precision, clipping and logging of its train.py; the others with fused AdamW.
 """
 
 import contextlib
@@ -24,25 +23,27 @@ from pathlib import Path
 
 ADAMW = {'weight_decay': 0.1, 'learning_rate': 6e-4, 'betas': (0.9, 0.95)}
 GRAD_CLIP = 1.0
-BATCHES = 32  # that peers are given; then they begin again
-NEVER = 10**6  # updates
+BATCHES = 32  # for the peers, which repeat them
+NEVER = 10**6  # iterations
 SECONDS_A_PRODUCT = 0.15
 
 
 class Turns:
-    """What a contestant asks before each update: it goes on, or waits until it is its turn.
+    """Called before each iteration: returns at once, or waits until the turn of the contestant.
 
-    An answer comes after the first update and after each turn: one update that is not timed, and
-    then `steps` that are.
+    It sends an answer after the first iteration and after each turn, which is one untimed iteration
+    and `steps` timed ones.
     """
 
     def __init__(self, answers):
         self.answers, self.device = answers, None
         self.updates = self.left = self.steps = 0
         self.began = 0.0
-        self.set_aside = 0.0  # seconds before the first update that its users would not spend
-        self.measured: list[tuple[float, float]] = []  # loss and gradient norm of each update
-        self.facts = dict  # tells what there is to know once the first update is made
+        self.set_aside = (
+            0.0  # seconds before the first iteration that are part of the benchmark only
+        )
+        self.measured: list[tuple[float, float]] = []  # loss and gradient norm of each iteration
+        self.facts = dict  # called after the first iteration for further results
 
     def before_update(self) -> None:
         if self.updates == 0:
@@ -61,7 +62,7 @@ class Turns:
         self.updates += 1
 
     def answer(self, values: dict) -> None:
-        """Give back what is free, say it, and wait for the next turn."""
+        """Return unused memory, send the answer, and wait for the next turn."""
         import torch
 
         gc.collect()
@@ -80,7 +81,7 @@ class Turns:
         hardware.synchronize(self.device)
 
     def memory(self) -> dict:
-        """The most since the process began: resident on a CPU, allocated on a GPU."""
+        """The peak memory of the process: resident on a CPU, allocated on a GPU."""
         from common import hardware
 
         return {'peak_gb': hardware.memory_usage(self.device)['peak_gb']}
@@ -92,7 +93,7 @@ def say(answers, values: dict) -> None:
 
 
 def listen() -> dict:
-    """The next command; where no more come, the process ends at once."""
+    """The next command. Ends the process if there are no more."""
     line = sys.stdin.readline()
     if not line:
         os._exit(0)
@@ -129,7 +130,7 @@ def arguments(request: dict) -> list[str]:
 
 
 def ours(request: dict, turns: Turns) -> None:
-    """train.py itself."""
+    """Run train.py."""
     import train
     from common import hardware
     from training.record_header import bytes_sent_per_update
@@ -167,14 +168,14 @@ def ours(request: dict, turns: Turns) -> None:
     )
     if request.get('without_collectives'):
         without_collectives()
-    # Each log entry begins a new interval; here the whole process counts.
+    # Each log entry starts a new interval; here the peak of the whole process counts.
     hardware.reset_peak_memory = lambda device: None
     train.main(arguments(request))
 
 
 def without_collectives() -> None:
-    """Train as the first of so many ranks, with collectives that return at once; what the ranks
-    tell one another beside them is what this one knows."""
+    """Train as the first of several ranks, with collectives that return at once and objects that
+    are only exchanged with itself."""
     from parallel import strategies
     from parallel.process_group import MultiProcessGroup, SingleProcessGroup
 
@@ -194,14 +195,13 @@ def without_collectives() -> None:
 
 
 def form_make_believe_group(ranks: int) -> tuple:
-    """What `init_process_group` gives, as the first of so many, whose collectives return at once;
-    so with wrong numbers."""
+    """A process group as its first rank, whose collectives return at once with wrong results."""
     import torch
     import torch.distributed as dist
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     class Done:
-        """For DDP to read, which the fake group's own does not do."""
+        """A rank count that DDP can read, unlike that of the fake group."""
 
         def __init__(self, tensor):
             self.tensor = tensor
@@ -217,7 +217,7 @@ def form_make_believe_group(ranks: int) -> tuple:
 
 
 def prepare(request: dict, turns: Turns) -> None:
-    """Tokens; the batches and the first weights of ours for the peers, and what their shape is."""
+    """Write the tokens; and for the peers our batches, initial weights and shape."""
     import numpy as np
     import torch
 
@@ -271,7 +271,7 @@ def prepare(request: dict, turns: Turns) -> None:
 
 
 def nanogpt(request: dict, turns: Turns) -> None:
-    """nanoGPT's model.py, with the recipe of its train.py."""
+    """model.py of nanoGPT with the recipe of its train.py."""
     sys.path.insert(0, request['nanogpt'])
     from model import GPT, GPTConfig
 
@@ -291,7 +291,7 @@ def nanogpt(request: dict, turns: Turns) -> None:
 
 
 def transformers(request: dict, turns: Turns) -> None:
-    """transformers' model and loss, and fused AdamW as its Trainer has it."""
+    """Model and loss of transformers, with fused AdamW as in its Trainer."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     no_special_tokens = dict.fromkeys(('bos_token_id', 'eos_token_id', 'pad_token_id'))
@@ -299,7 +299,7 @@ def transformers(request: dict, turns: Turns) -> None:
     config.use_cache = False
 
     def loss(model, tokens, targets):
-        # Shifted already: else it would drop the last position of each sequence.
+        # Labels are already shifted; otherwise it would drop the last position.
         return None, model(input_ids=tokens, labels=targets, shift_labels=targets).loss
 
     peer(
@@ -312,7 +312,7 @@ def transformers(request: dict, turns: Turns) -> None:
 
 
 def x_transformers(request: dict, turns: Turns) -> None:
-    """x-transformers' decoder of the same shape, with its flash attention and fused AdamW."""
+    """The decoder of x-transformers, with its flash attention and fused AdamW."""
     from torch.nn.functional import cross_entropy
     from x_transformers import Decoder, TransformerWrapper
 
@@ -377,8 +377,8 @@ def fused_adamw(model, device):
 def peer(request: dict, turns: Turns, build, optimizer, loss) -> None:
     """Train a peer's model.
 
-    build() makes it; optimizer(model, device); loss(model, tokens, targets) gives what its users'
-    loop keeps until the next update, and the loss.
+    build() returns the model, optimizer(model, device) the optimizer, and loss(model, tokens,
+    targets) the values that a user's loop keeps until the next iteration, and the loss.
     """
     import numpy as np
     import torch
@@ -427,7 +427,7 @@ def peer(request: dict, turns: Turns, build, optimizer, loss) -> None:
 
 
 def load(model, request: dict) -> None:
-    """Begin with the weights of ours, where they can be expressed."""
+    """Load our initial weights, if the model can represent them."""
     import torch
 
     path = Path(request['folder'], f'{request["kind"]}.pt')
@@ -440,18 +440,18 @@ def load(model, request: dict) -> None:
 
 
 def counted_flops(build, loss, length: int) -> float:
-    """FLOPs a token of a training step, three times those of a forward pass, without computing.
+    """Training FLOPs per token, three times those of a forward pass, counted with fake tensors.
 
-    As `model_builder.training_flops` has it: attention over the full square.
+    As in `model_builder.training_flops`: attention over the full square.
     """
     import torch
-    from torch._subclasses import FakeTensorMode  # meta tensors do not do: masks look at values
+    from torch._subclasses import FakeTensorMode  # meta tensors do not work: masks depend on values
     from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
     def attention(query, key, value, *_, **__) -> int:
         return sdpa_flop_count(query, key, value)
 
-    # torch does not count this one by itself.
+    # torch has no FLOP count for this operator.
     mapping = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention}
     with FakeTensorMode(), torch.no_grad():
         model, tokens = build(), torch.zeros((1, length), dtype=torch.long)
@@ -460,11 +460,11 @@ def counted_flops(build, loss, length: int) -> float:
     return 3.0 * counter.get_total_flops() / length
 
 
-# --- What the machine can do ----------------------------------------------------------------------
+# --- Peak of the machine --------------------------------------------------------------------------
 
 
 def products(request: dict, turns: Turns) -> None:
-    """At each turn, the fastest matrix multiplication of each dtype, in TFLOP/s."""
+    """Measure the fastest matrix product of each dtype in each turn, in TFLOP/s."""
     import torch
 
     from common import hardware
@@ -483,7 +483,7 @@ def products(request: dict, turns: Turns) -> None:
 
 
 def best_product(shapes: list[list[int]], dtype: str, device) -> dict:
-    """tflops, and the shape (rows, inner, columns) that reached it."""
+    """The highest TFLOP/s, and its shape (rows, inner, columns)."""
     import torch
 
     from common import hardware

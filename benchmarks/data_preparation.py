@@ -1,19 +1,19 @@
-"""Preparing a corpus: its rate beside tiktoken's own, its memory, and two kills on the way.
+"""Data preparation: speed compared with tiktoken, memory, and two kills.
 
     python benchmarks/data_preparation.py [--megabytes=300] [--turns=3] [--workers=N] [--json=FILE]
 
-The corpus is what this machine has of real text: source files, headers and documents below the
-folders of Python's installation and the system's (or --folders), each once. In the same run:
+The corpus is real text of this machine: source files, headers and documents in the folders of the
+Python installation and the system (or --folders), without duplicates. One run measures:
 
-- it is prepared by data/prepare.py (GPT-2's byte pairs), in turns with tiktoken's
-  `encode_ordinary_batch` on the same texts with as many threads. `command`: from start to end, with
-  reading, splitting, writing and the check; `encoding`: without the first start and the check;
-- a third of it is prepared, for the peak memory of all its processes beside that of the whole (RSS,
-  and PSS, which counts once what processes share);
-- it is prepared again, killed with kill -9 after about a third and two thirds, and gone on with:
-  SHA-256 of the files must be those of the one left alone.
+- Speed: data/prepare.py (GPT-2's BPE) in turns with `encode_ordinary_batch` of tiktoken, on the
+  same texts with the same number of threads. `command` is the whole command with reading,
+  splitting, writing and verification; `encoding` excludes start-up and verification.
+- Memory: the peak over all processes for the whole corpus and for a third of it (RSS, and PSS,
+  which counts shared memory once).
+- Kills: the preparation is killed with kill -9 after about one and two thirds, and resumed. The
+  SHA-256 of the files must equal those of the uninterrupted preparation.
 
-Takes about 4 minutes and 2 GB of disk on two slow cores.
+It takes about 4 minutes and 2 GB of disk on two slow cores.
 """
 
 import argparse
@@ -40,9 +40,9 @@ from data.preparation.workers import available_cores  # noqa: E402
 from data.tokenizer import Tokenizer  # noqa: E402
 
 SUFFIXES = ('.py', '.pyi', '.md', '.txt', '.rst', '.h', '.hpp', '.pm', '.js')
-LARGEST = 2**22  # bytes of a file: larger ones are tables
+LARGEST = 2**22  # bytes; larger files are mostly data tables
 PARTS = 12  # files of the corpus
-BATCH_BYTES = 2**23  # of text that tiktoken gets at once: its lists of ids fit into memory
+BATCH_BYTES = 2**23  # of text per tiktoken call, so that its lists of ids fit into memory
 SAMPLE_SECONDS = 0.1
 
 
@@ -55,15 +55,24 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         '--folders', nargs='+', default=[paths['purelib'], paths['stdlib'], *system]
     )
-    parser.add_argument('--megabytes', type=int, default=300, help='of text (default 300)')
-    parser.add_argument('--turns', type=int, default=3, help='of the comparison (default 3)')
-    parser.add_argument('--workers', type=int, default=available_cores(), help='default: all cores')
-    parser.add_argument('--json', type=Path, metavar='FILE', help='write the figures there')
+    parser.add_argument(
+        '--megabytes', type=int, default=300, help='Size of the corpus (default 300)'
+    )
+    parser.add_argument(
+        '--turns', type=int, default=3, help='Turns of the speed comparison (default 3)'
+    )
+    parser.add_argument(
+        '--workers',
+        type=int,
+        default=available_cores(),
+        help='Worker processes (default: all cores)',
+    )
+    parser.add_argument('--json', type=Path, metavar='FILE', help='Write the results to this file')
     return parser.parse(argv)
 
 
 def real_texts(folders: list[str]) -> Iterator[str]:
-    """The UTF-8 texts of files below the folders, in order, equal ones once."""
+    """The UTF-8 texts of files below the folders, in order, without duplicates."""
     seen = set()
     for folder in folders:
         for path in sorted(Path(folder).rglob('*')):
@@ -81,7 +90,7 @@ def real_texts(folders: list[str]) -> Iterator[str]:
 
 
 def write_corpus(folder: Path, folders: list[str], size: int) -> list[Path]:
-    """`size` bytes of text as JSON lines, dealt to PARTS files in turn. Raises UserError."""
+    """Write `size` bytes of text as JSON lines, distributed over PARTS files. Raises UserError."""
     paths = [folder / f'{number:02d}.jsonl' for number in range(PARTS)]
     files = [open(path, 'w', encoding='utf-8') for path in paths]  # noqa: SIM115 closed below
     for number, text in enumerate(real_texts(folders)):
@@ -92,7 +101,7 @@ def write_corpus(folder: Path, folders: list[str], size: int) -> list[Path]:
     for file in files:
         file.close()
     if size > 0:
-        raise UserError(f'{size:,} bytes of text are missing: fewer --megabytes, or more --folders')
+        raise UserError(f'{size:,} bytes of text are missing. Lower --megabytes, or add --folders')
     return paths
 
 
@@ -103,7 +112,7 @@ def valid_texts(paths: list[Path]) -> Iterator[str]:
 
 
 def tiktoken_rate(paths: list[Path], threads: int) -> float:
-    """Bytes of text a second of tiktoken's own batch encoder, reading not counted."""
+    """Bytes of text per second of tiktoken's batch encoder, without reading."""
     encoding = Tokenizer({'kind': 'gpt2'})._backend.encoding
     seconds = total = size = 0
     batch = []
@@ -120,7 +129,7 @@ def tiktoken_rate(paths: list[Path], threads: int) -> float:
 
 
 class Preparation:
-    """data/prepare.py as a process, watched until it ends or has done the share `kill_at`."""
+    """data/prepare.py as a process, monitored until it ends or reaches the share `kill_at`."""
 
     def __init__(self, paths: list[Path], out: Path, workers: int, kill_at: float = 2):
         self.peak_rss = self.peak_pss = 0
@@ -154,7 +163,7 @@ class Preparation:
 
 
 def done(out: Path) -> int:
-    """Bytes of the corpus that an unfinished preparation has put on the disk."""
+    """Bytes of the corpus that an unfinished preparation has written."""
     try:
         *_, last = (out / 'unfinished.tmp' / 'journal.jsonl').read_text().splitlines()
         return json.loads(last)['position'][1]
@@ -171,7 +180,7 @@ def text_bytes(out: Path) -> int:
 
 
 def file_hashes(out: Path) -> dict[str, str]:
-    """SHA-256 of the token files, read here and not taken from what the script says."""
+    """SHA-256 of the token files, computed from the files."""
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(out.glob('*.bin'))}
 
 
@@ -185,7 +194,9 @@ def main(argv: list[str] | None = None) -> None:
     if options.json:
         options.json.write_text(json.dumps(figures, indent=1) + '\n')
     if not figures['same_files']:
-        raise UserError('after two kills the files are not those of the one left alone')
+        raise UserError(
+            'the files after two kills differ from those of the uninterrupted preparation'
+        )
 
 
 def measure(folder: Path, whole: list[Path], options: argparse.Namespace) -> dict:

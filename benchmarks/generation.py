@@ -1,12 +1,11 @@
-"""Tokens a second of text: with the cache, without, and by transformers' own `generate`.
+"""Tokens per second of generation: with KV cache, without, and with `generate` of transformers.
 
     python benchmarks/generation.py [preset …] [--n_layer=12 --n_embd=768 …] [--rounds=5]
 
-Each preset with random weights, and the same model as transformers has it: the weights exported and
-read by AutoModelForCausalLM, with the attention that it takes by default. All three continue the
-same random prompts by the likeliest tokens, in turns, in fp32, in one process; a first round warms
-up and shows that the texts are equal. Rates are medians over the rounds, of all sequences of the
-batch together, with the quartiles; `against` is the median of the rounds' ratios.
+Each preset has random weights. They are exported and loaded by AutoModelForCausalLM with its
+default attention. All three continue the same random prompts greedily, in turns, in fp32, in one
+process. A first round warms up and checks that the texts are equal. Rates count all sequences of
+the batch: medians over rounds, with quartiles, and the median of the ratios in the same round.
 
 Needs transformers and safetensors: pip install transformers safetensors
 """
@@ -38,13 +37,19 @@ def parse(argv: list[str]) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add('presets', nargs='*', help='default: legacy (GPT-2) and llama')
+    add('presets', nargs='*', help='Presets (default: legacy and llama)')
     for key, size in SIZES.items():
         add(f'--{key}', type=int, default=size, help=f'default {size}')
-    add('--batch_size', type=int, nargs='+', default=[1, 8], help='default: 1 and 8')
-    add('--prompt', type=int, default=64, help='tokens of a prompt (default 64)')
-    add('--new_tokens', type=int, default=128, help='to write (default 128)')
-    add('--rounds', type=int, default=5, help='default 5')
+    add(
+        '--batch_size',
+        type=int,
+        nargs='+',
+        default=[1, 8],
+        help='Sequences per batch (default: 1 and 8)',
+    )
+    add('--prompt', type=int, default=64, help='Tokens per prompt (default 64)')
+    add('--new_tokens', type=int, default=128, help='Tokens to generate (default 128)')
+    add('--rounds', type=int, default=5, help='Number of rounds (default 5)')
     add('--device', default='auto')
     options = parser.parse_args(argv)
     if options.prompt + options.new_tokens > options.block_size:
@@ -56,7 +61,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 @torch.no_grad()
 def steep(model: Transformer) -> Transformer:
-    """Random weights whose likeliest token is likeliest by far: rounding then decides nothing."""
+    """Random weights with clearly separated logits, so that rounding never decides a token."""
     for parameter in model.parameters():
         if parameter.dim() > 1:
             parameter.mul_(3.0)
@@ -64,7 +69,7 @@ def steep(model: Transformer) -> Transformer:
 
 
 def as_transformers_has_it(model: Transformer):
-    """The same weights in transformers' own class, which has no token that would end a text."""
+    """The same weights in the class of transformers, without an end-of-text token."""
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
@@ -81,7 +86,7 @@ def as_transformers_has_it(model: Transformer):
 def writers(
     model: Transformer, theirs, prompts: torch.Tensor, count: int
 ) -> dict[str, Callable[[], torch.Tensor]]:
-    """What each calls to write `count` tokens behind the prompts (B, T): (B, count)."""
+    """The function of each that continues prompts (B, T) by `count` tokens: (B, count)."""
 
     def ours(cache: bool) -> torch.Tensor:
         def likeliest(logits: torch.Tensor) -> torch.Tensor:
@@ -104,11 +109,11 @@ def writers(
 
 
 def rates(write: dict, device: torch.device, rounds: int) -> dict[str, list[float]]:
-    """Tokens a second of each, by round; raises AssertionError if the texts differ."""
+    """Tokens per second of each, by round. Raises AssertionError if the texts differ."""
     texts = {name: call() for name, call in write.items()}
     for name, text in texts.items():
         same = (text == texts['cached']).float().mean().item()
-        assert same == 1, f'{name} writes another text: {100 * same:.1f} % of the tokens are equal'
+        assert same == 1, f'{name} generates other text: {100 * same:.1f} % of the tokens are equal'
     measured: dict[str, list[float]] = {name: [] for name in write}
     for _ in range(rounds):
         for name, call in write.items():

@@ -1,15 +1,15 @@
-"""What reading the data costs: against the update that consumes it, and in memory over an epoch.
+"""Cost of reading the data: time relative to an iteration, and memory over an epoch.
 
     python benchmarks/loader.py [config.py] [--megabytes=1024] [--limit_mb=16] [--key=value …]
 
-Random GPT-2 tokens are written in files of 128 MB. Every window of one epoch is read, in batches as
-the training asks for them, with sampling=epoch and as many with sampling=random; on the way the
-resident memory of the process is read after every 2 % of the batches. It may grow by `limit_mb`, a
-small part of the files (they are read and not mapped, so the page cache, which the system gives
-back to whoever needs it, is no part of it). Then runs are set up as train.py does it, on the same
-files, and trained for some updates: a 12-layer preset, or the config file given, and a model so
-small that reading weighs most. What their calls for a batch took is held against the whole update.
-Other options are train.py's. Exit code 1 where memory has grown further, or a window was missed.
+Random GPT-2 tokens are written to files of 128 MB. Every window of one epoch is read in training
+batches, with sampling=epoch, and as many with sampling=random. The resident memory of the process
+is measured after every 2 % of the batches and may grow by `limit_mb`, a small part of the files.
+(They are read and not mapped, so the page cache does not count.) Then runs are set up as in
+train.py on the same files and trained for some iterations: a 12-layer preset or the given config
+file, and a model so small that reading has the largest share. The time for batches is compared with
+the whole iteration. Other options are those of train.py. The exit code is 1 if memory grows beyond
+the limit or a window is missed.
 """
 
 import argparse
@@ -42,7 +42,7 @@ OPTIONS = {
     'gradient_accumulation_steps': 1,
     'max_iters': 10**6,
     'log_interval': 10**6,
-    'peak_tflops': 1,  # else it is measured at the start
+    'peak_tflops': 1,  # otherwise it is measured at the start
     'compile': False,
 }
 PRESET = str(PROJECT / 'config' / 'arch_llama.py')
@@ -50,7 +50,7 @@ SMALL = {'n_layer': 2, 'n_head': 2, 'n_embd': 64, 'vocab_size': 50304}
 
 
 def write_tokens(folder: Path, tokens: int) -> Path:
-    """A dataset of so many random tokens, in shards."""
+    """Write a dataset of random tokens, in shards."""
     draw, shards = np.random.default_rng(0), []
     while left := tokens - sum(shard['tokens'] for shard in shards):
         count, name = min(left, FILE_TOKENS), f'train_{len(shards):05d}.bin'
@@ -71,18 +71,18 @@ def write_tokens(folder: Path, tokens: int) -> Path:
 
 
 def memory() -> tuple[int, int]:
-    """Bytes resident in this process, and those of them that no file stands behind."""
+    """Resident bytes of this process: all, and those not backed by a file."""
     info = psutil.Process().memory_info()
     return info.rss, info.rss - getattr(info, 'shared', 0)
 
 
 def read_an_epoch(data: TokenDataset, sampling: str, batch_size: int) -> dict:
-    """Read as many windows as an epoch has; rates, memory, and the windows read just once."""
+    """Read as many windows as an epoch has; return rates, memory, and windows read exactly once."""
     windows = data.order('epoch', 0).windows_per_epoch
     order = data.order(sampling, 0)
     visits = np.ones(data.tokens('train') // data.block_size, np.int32)  # resident from the start
     visits.fill(0)
-    data.batch(order, 0, batch_size)  # what is made once
+    data.batch(order, 0, batch_size)  # one-time set-up
     before, most, seconds = memory(), (0, 0), 0.0
     firsts = range(0, windows, batch_size)
     for number, first in enumerate(firsts):
@@ -95,7 +95,7 @@ def read_an_epoch(data: TokenDataset, sampling: str, batch_size: int) -> dict:
             most = tuple(map(max, most, memory()))
     return {
         'windows': windows,
-        'once': int((visits == 1).sum()),  # at one start in each stretch of block_size tokens
+        'once': int((visits == 1).sum()),  # by index of the window of block_size tokens
         'seconds': seconds,
         'tokens_per_sec': windows * data.block_size / seconds,
         'growth': [after - start for after, start in zip(most, before)],
@@ -104,7 +104,7 @@ def read_an_epoch(data: TokenDataset, sampling: str, batch_size: int) -> dict:
 
 
 def timed_updates(session: Session) -> dict:
-    """Seconds of some updates, and of their calls for a batch."""
+    """Seconds of several iterations, and of reading their batches."""
     clock, read, spent = hardware.StepClock(session.device), session.training_batch, []
 
     def timed_read(number: int):
@@ -132,7 +132,7 @@ def timed_updates(session: Session) -> dict:
 
 
 def trained(arguments: list[str]) -> dict:
-    """`timed_updates` of the run that these options of train.py set up."""
+    """`timed_updates` of a run with these options of train.py."""
     measured = {}
     train.run_training = lambda session: measured.update(timed_updates(session)) or 0
     with (
@@ -150,9 +150,9 @@ def reading_line(measured: dict) -> str:
         (grown / 1e6 for grown in measured['growth']),
     )
     return (
-        f'{measured["windows"]:,} windows, {measured["once"]:,} just once, in '
+        f'{measured["windows"]:,} windows, {measured["once"]:,} exactly once, in '
         f'{measured["seconds"]:.1f} s: {rate / 1e6:,.1f} M tokens/s, {2e-6 * rate:,.0f} MB/s; '
-        f'resident {measured["before"] / 1e6:,.0f} MB and {resident:+.1f} MB on the way (anonymous '
+        f'resident {measured["before"] / 1e6:,.0f} MB, growth {resident:+.1f} MB (anonymous '
         f'{anonymous:+.1f} MB)'
     )
 
@@ -160,7 +160,8 @@ def reading_line(measured: dict) -> str:
 def training_line(run: dict, rate: float) -> str:
     consumed = run['tokens'] / run['update']
     return (
-        f'{run["name"]}: update {1e3 * run["update"]:.2f} ms, reading {1e3 * run["read"]:.3f} ms = '
+        f'{run["name"]}: iteration {1e3 * run["update"]:.2f} ms, '
+        f'reading {1e3 * run["read"]:.3f} ms = '
         f'{100 * run["read"] / run["update"]:.3f} %; consumes {consumed:,.0f} tokens/s '
         f'({2e-6 * consumed:.3f} MB/s), the loader alone delivers {rate / consumed:,.0f} times that'
     )
@@ -168,9 +169,15 @@ def training_line(run: dict, rate: float) -> str:
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument('config', nargs='?', default=PRESET, help='the model (default: llama)')
-    parser.add_argument('--megabytes', type=int, default=1024, help='of token files')
-    parser.add_argument('--limit_mb', type=float, default=16, help='by which memory may grow')
+    parser.add_argument(
+        'config', nargs='?', default=PRESET, help='Config file of the model (default: llama)'
+    )
+    parser.add_argument(
+        '--megabytes', type=int, default=1024, help='Size of the token files (default 1024)'
+    )
+    parser.add_argument(
+        '--limit_mb', type=float, default=16, help='Allowed growth of memory in MB (default 16)'
+    )
     options, others = parser.parse_known_args(argv)
     given = dict(argument[2:].split('=', 1) for argument in others)
     settings = {**OPTIONS, **given}
@@ -184,7 +191,7 @@ def main(argv: list[str]) -> int:
             f'files, batches of {batch_size} × {block_size:,} tokens'
         )
         rates = {}
-        for sampling in ORDERS:  # before any training, which leaves memory to take from
+        for sampling in ORDERS:  # before any training, which would leave freed memory to reuse
             measured = read_an_epoch(data, sampling, batch_size)
             print(f'{sampling:6} {reading_line(measured)}', flush=True)
             rates[sampling] = measured['tokens_per_sec']

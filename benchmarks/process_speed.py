@@ -1,18 +1,17 @@
-"""Processes with one thread each against one process with as many threads: what dividing costs.
+"""Several processes with one thread each against one process with as many threads.
 
     python benchmarks/process_speed.py [--shape=char] [--processes=2] [--turns=5] [--json=FILE]
 
-The same update (model, sequences, precision) by one process and by several under DDP, ZeRO-1 and
-FSDP, on this machine's CPU by gloo. All stay alive and take turns, as in training_speed.py, so that
-only what ran in the same turn is compared.
+The same training (model, sequences, precision) with one process, and with several under DDP, ZeRO-1
+and FSDP, on the CPU of this machine with gloo. All stay alive and take turns, as in
+training_speed.py; only measurements of the same turn are compared.
 
-`efficiency` is the tokens/s of the processes over those of the one, which has as many threads.
-`communication` is the part of an update that goes with the collectives: each strategy runs once
-more with collectives that return at once (and so with wrong numbers), as many processes at a time.
-`memory` is that of all processes together. `sent` is what a process sends in an update, as the
-record has it.
+`efficiency` is the tokens/s of the processes divided by those of the single process with as many
+threads. `communication` is the share of an iteration spent in collectives: each strategy also runs
+with collectives that return at once (and thus give wrong results). `memory` is the total over all
+processes. `sent` is the traffic per process and iteration, from the record.
 
-Options that are not known here are train.py's: --reduce_dtype=bfloat16.
+Other options go to train.py: --reduce_dtype=bfloat16.
 """
 
 import argparse
@@ -46,11 +45,11 @@ ALONE = 'single'
 
 @dataclass
 class Team:
-    """The processes of one contestant, which begin and end a turn together."""
+    """The processes of one contestant, which start and end a turn together."""
 
     members: list[Contestant]
     facts: dict = field(default_factory=dict)
-    seconds: list[float] = field(default_factory=list)  # an update, of each turn
+    seconds: list[float] = field(default_factory=list)  # per iteration, for each turn
     peak_gb: float = 0.0
 
     def answers(self) -> list[dict]:
@@ -59,7 +58,7 @@ class Team:
         return answers
 
     def turn(self, steps: int) -> float:
-        """Seconds an update, those of the slowest process."""
+        """Seconds per iteration of the slowest process."""
         for member in self.members:
             member.tell(steps=steps)
         return max(answer['seconds'] for answer in self.answers()) / steps
@@ -69,11 +68,14 @@ class Team:
             member.end()
 
 
-# --- Who takes part -------------------------------------------------------------------------------
+# --- Contestants ----------------------------------------------------------------------------------
 
 
 def launch(name: str, options: argparse.Namespace, folder: Path) -> Team:
-    """Start a contestant: 'single', a strategy, or one 'without' its collectives. Raises Lost."""
+    """Start a contestant: 'single', a strategy, or one 'without' its collectives.
+
+    Raises ContestantLost.
+    """
     strategy, _, without = name.partition(' ')
     processes = 1 if strategy == ALONE else options.processes
     sizes = options.shape_told['options']
@@ -105,12 +107,12 @@ def launch(name: str, options: argparse.Namespace, folder: Path) -> Team:
         members.append(Contestant(f'{name}, rank {rank}', own, log, environment))
     team = Team(members)
     team.facts = team.answers()[0]
-    team.turn(1)  # the second update is the first that is like all others
+    team.turn(1)  # the first iteration differs from all others
     return team
 
 
 def race(options: argparse.Namespace, folder: Path) -> dict[str, Team]:
-    """Start all, and let them take turns. Raises Lost."""
+    """Start all contestants and run the turns. Raises ContestantLost."""
     names = [ALONE, *(f'{s}{end}' for s in STRATEGIES for end in ('', ' without'))]
     teams: dict[str, Team] = {}
     began = time.monotonic()
@@ -130,8 +132,8 @@ def race(options: argparse.Namespace, folder: Path) -> dict[str, Team]:
                 done += 1
                 left = seconds_left(begun, done, options.turns * len(teams))
                 say(
-                    f'turn {turn}/{options.turns} {name}: {1e3 * team.seconds[-1]:,.0f} ms an '
-                    f'update | about {left:.0f} s left'
+                    f'turn {turn}/{options.turns} {name}: {1e3 * team.seconds[-1]:,.0f} '
+                    f'ms/iter | about {left:.0f} s left'
                 )
     finally:
         for team in teams.values():
@@ -139,11 +141,11 @@ def race(options: argparse.Namespace, folder: Path) -> dict[str, Team]:
     return teams
 
 
-# --- What is made of it ---------------------------------------------------------------------------
+# --- Results --------------------------------------------------------------------------------------
 
 
 def team_summary(teams: dict[str, Team]) -> list[dict]:
-    """A row for each strategy, and first one for the single process."""
+    """One row for the single process, then one per strategy."""
     alone = teams[ALONE]
     rows = []
     for name in (ALONE, *STRATEGIES):
@@ -183,34 +185,49 @@ def report_table(rows: list[dict], options: argparse.Namespace) -> str:
     return '\n'.join(
         [
             f'{hardware.device_name(torch.device("cpu"))}; torch {torch.__version__}; '
-            f'{options.shape}, {options.dtype}; {threads} processes with a thread each against one '
-            f'with {threads}; medians of {options.turns} turns [least, most]',
+            f'{options.shape}, {options.dtype}; {threads} processes with one thread each against '
+            f'one with {threads}; medians of {options.turns} turns [minimum, maximum]',
             padded_table(lines),
         ]
     )
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
-    """The options; those of train.py in `given`. Raises UserError."""
+    """The options; those for train.py are in `given`. Raises UserError."""
     parser = ArgumentParser(
         prog='process_speed.py',
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add('--shape', choices=list(SHAPES), default='char', help='of training_speed.py (default char)')
-    add('--processes', type=int, default=2, help='and threads of the one (default 2)')
-    add('--turns', type=int, default=5, help='default 5')
-    add('--seconds', type=float, default=4.0, help='of a turn, at least (default 4)')
-    add('--dtype', choices=('bfloat16', 'float32'), default='bfloat16', help='default bfloat16')
-    add('--json', type=Path, help='write every figure here')
+    add(
+        '--shape',
+        choices=list(SHAPES),
+        default='char',
+        help='Shape, as in training_speed.py (default char)',
+    )
+    add(
+        '--processes',
+        type=int,
+        default=2,
+        help='Number of processes, and threads of the single process (default 2)',
+    )
+    add('--turns', type=int, default=5, help='Number of turns (default 5)')
+    add('--seconds', type=float, default=4.0, help='Minimum length of a turn (default 4)')
+    add(
+        '--dtype',
+        choices=('bfloat16', 'float32'),
+        default='bfloat16',
+        help='Precision (default bfloat16)',
+    )
+    add('--json', type=Path, help='Write all results to this file')
     options, options.given = parser.parse_known_args(argv)
     options.shape_told = SHAPES[options.shape]
     sequences = options.shape_told['options']['batch_size']
     if options.processes < 2 or sequences % options.processes:
         raise UserError(
             f'--processes={options.processes}: at least 2, and a divisor of the {sequences} '
-            f'sequences that --shape={options.shape} has in an update.'
+            f'sequences per iteration of --shape={options.shape}.'
         )
     return options
 

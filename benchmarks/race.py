@@ -1,6 +1,6 @@
-"""Contestants of a speed benchmark, which are processes of their own, and the turns that they take.
+"""The contestants of a speed benchmark, one process each, and their turns.
 
-Not to be typed: `training_speed.py`, `process_speed.py` and `scaling.py` use it.
+Used by `training_speed.py`, `process_speed.py` and `scaling.py`.
 """
 
 import argparse
@@ -29,7 +29,7 @@ SMALL = {'n_layer': 2, 'n_head': 2, 'n_embd': 64}
 
 
 def shape(family: str, vocab_size: int, block_size: int, batch_size: int, **sizes) -> dict:
-    """A model and its batch; `options` are train.py's."""
+    """A model and its batch; `options` are those of train.py."""
     options = {**{'gpt2': GPT2, 'llama': LLAMA}[family], **sizes, 'dropout': 0.0}
     options |= {'block_size': block_size, 'batch_size': batch_size}
     return {'family': family, 'vocab_size': vocab_size, 'options': options}
@@ -59,16 +59,16 @@ PEERS = {
     'transformers': ('eager', 'compile'),
     'x-transformers': ('eager', 'compile'),
 }
-CHECKED = 4  # updates
-SPARE = 1.2  # times the largest peak: memory that must be free to start one more
+CHECKED = 4  # iterations whose losses are compared
+SPARE = 1.2  # free memory needed to start one more, as a multiple of the largest peak
 
 
 class ContestantLost(Exception):
-    """A contestant ended by itself: with what it said last."""
+    """A contestant ended unexpectedly; the message has its last output."""
 
 
 class Contestant:
-    """A process that is told what to do and answers."""
+    """A process that receives commands and sends answers."""
 
     def __init__(self, name: str, request_for: dict, log: Path, environment: dict | None = None):
         self.name, self.log = name, log
@@ -76,7 +76,7 @@ class Contestant:
         environment = {**os.environ, **(environment or {})}
         if 'cache' in request_for:
             environment['TORCHINDUCTOR_CACHE_DIR'] = request_for['cache']
-        # Another checkout is driven by its own program: its modules may have other names.
+        # Another checkout runs its own contestants.py, since its modules may have other names.
         project = Path(request_for.get('project', PROJECT))
         script = project / 'benchmarks' / 'contestants.py'
         with open(log, 'w') as file:
@@ -91,7 +91,7 @@ class Contestant:
             )
 
     def answer(self) -> dict:
-        """What it says next. Raises Lost."""
+        """Its next answer. Raises ContestantLost."""
         line = self.process.stdout.readline()
         if not line:
             code = self.process.wait()
@@ -102,26 +102,26 @@ class Contestant:
         return json.loads(line)
 
     def tell(self, **command) -> None:
-        with contextlib.suppress(BrokenPipeError):  # that there is no answer tells why
+        with contextlib.suppress(BrokenPipeError):  # the missing answer is handled below
             self.process.stdin.write(json.dumps(command) + '\n')
             self.process.stdin.flush()
 
     def ask(self, **command) -> dict:
-        """What it answers to a command. Raises Lost."""
+        """Its answer to a command. Raises ContestantLost."""
         self.tell(**command)
         return self.answer()
 
     def processor_seconds(self) -> float:
-        """That it has computed, with the processes that it started."""
+        """CPU seconds used so far, including its child processes."""
         process = psutil.Process(self.process.pid)
         seconds = sum(process.cpu_times()[:2])
         for child in process.children(recursive=True):
-            with contextlib.suppress(psutil.NoSuchProcess):  # it may end at any time
+            with contextlib.suppress(psutil.NoSuchProcess):  # it may have ended
                 seconds += sum(child.cpu_times()[:2])
         return seconds
 
     def end(self) -> None:
-        """With whatever it started."""
+        """Kill the process and its children."""
         if self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
@@ -129,14 +129,14 @@ class Contestant:
 
 @dataclass
 class Result:
-    """What was found of one contestant."""
+    """The measurements of one contestant."""
 
     name: str
     dtype: str
-    start: dict = field(default_factory=dict)  # seconds; parameters; FLOPs
+    start: dict = field(default_factory=dict)  # start-up times, parameters, FLOPs
     losses: list[float] = field(default_factory=list)
     norms: list[float] = field(default_factory=list)
-    steps: int = 1  # a turn
+    steps: int = 1  # per turn
     seconds: list[float] = field(default_factory=list)  # of each turn
     peak_gb: float = 0.0
     waited: float = 0.0
@@ -149,7 +149,7 @@ class Result:
 
     @property
     def speeds(self) -> list[float]:
-        """Tokens/s of each turn."""
+        """Tokens/s in each turn."""
         return [self.start['tokens'] * self.steps / seconds for seconds in self.seconds]
 
     @property
@@ -164,7 +164,7 @@ class Result:
 def choose_contestants(
     options: argparse.Namespace, device: str
 ) -> tuple[dict[str, dict], list[str]]:
-    """Contestant -> what is particular to it; and who is left out, a sentence each."""
+    """The settings of each contestant; and one sentence for each that is left out."""
     modes = {'ours': options.ours, **({'other': options.ours} if options.other else {}), **PEERS}
     problems = {
         'nanogpt': 'name a checkout with --nanogpt=PATH' * (not options.nanogpt),
@@ -178,7 +178,7 @@ def choose_contestants(
         if name not in modes and name not in everyone:
             hint = did_you_mean(name, [*modes, *everyone])
             raise UserError(
-                f'--contestants={name}: there are {", ".join(modes)}, and each of '
+                f'--contestants={name}: choose from {", ".join(modes)}, or one of '
                 f'{", ".join(everyone)}.{hint}'
             )
     contestants, left_out = {}, []
@@ -194,7 +194,7 @@ def choose_contestants(
             continue
         contestants[name] = {'kind': kind, **MODES[mode]}
     if not contestants:
-        raise UserError('Nobody takes part.', *left_out)
+        raise UserError('No contestant is available.', *left_out)
     return contestants, left_out
 
 
@@ -203,7 +203,7 @@ def missing(module: str, package: str) -> str:
 
 
 def product_shapes(shape: dict, d_ff: int) -> list[list[int]]:
-    """(rows, inner, columns) of the matrix multiplications to try: squares, and the model's."""
+    """(rows, inner, columns) of the matrix products to time: squares, and those of the model."""
     sizes = shape['options']
     tokens, width = sizes['batch_size'] * sizes['block_size'], sizes['n_embd']
     return [
@@ -217,12 +217,12 @@ def product_shapes(shape: dict, d_ff: int) -> list[list[int]]:
 
 
 def seconds_left(began: float, done: int, of_all: int) -> float:
-    """For the rest of equal parts, of which so many are done since `began` (time.monotonic())."""
+    """Estimated seconds left if `done` of `total` equal parts took the time since `began`."""
     return (time.monotonic() - began) / done * (of_all - done)
 
 
 class Race:
-    """The contestants, and what has been found of them."""
+    """The contestants and their results."""
 
     def __init__(self, options: argparse.Namespace, folder: Path):
         self.options, self.folder = options, folder
@@ -235,11 +235,11 @@ class Race:
         self.contestants, self.left_out = choose_contestants(options, self.device.type)
         self.running: dict[str, Contestant] = {}
         self.results: dict[str, Result] = {}
-        self.products: list[dict] = []  # of each turn: dtype -> tflops and shape
+        self.products: list[dict] = []  # for each turn: dtype -> tflops and shape
         self.prepared: dict = {}
 
     def request_for(self, name: str) -> dict:
-        """What a contestant needs to know."""
+        """The start message of a contestant."""
         mode, options = self.contestants.get(name, {}), self.options
         kind = mode.get('kind', name)
         request = {
@@ -268,7 +268,7 @@ class Race:
         return self.running[name]
 
     def run(self) -> None:
-        """Prepare, start everybody, and let them take turns."""
+        """Prepare the data, start all contestants and run the turns."""
         peers = sorted({mode['kind'] for mode in self.contestants.values()} & PEERS.keys())
         self.say('tokens, batches and first weights')
         self.prepared = self.launch('prepare', peers=peers).answer()
@@ -278,7 +278,7 @@ class Race:
         for name in list(self.contestants):
             self.attempt(name, self.start)
         if not self.results:
-            raise UserError('Nobody is left.', *self.left_out)
+            raise UserError('No contestant is left.', *self.left_out)
         dtypes = sorted({result.dtype for result in self.results.values()})
         shapes = product_shapes(self.shape, self.prepared['d_ff'])
         probe = self.launch('products', products=shapes, dtypes=dtypes)
@@ -298,7 +298,7 @@ class Race:
             self.products.append(probe.ask())
 
     def attempt(self, name: str, action) -> None:
-        """Do it; a contestant that fails is left out, and told of."""
+        """Run the action; a contestant that fails is left out with a message."""
         try:
             action(name)
         except ContestantLost as lost:
@@ -313,14 +313,14 @@ class Race:
             del self.contestants[name]
 
     def start(self, name: str) -> None:
-        """Start it, twice if it compiles: with an empty cache, then with what is in it."""
+        """Start a contestant; one that compiles twice, with an empty and with a warm cache."""
         mode = self.contestants[name]
         largest = max((r.peak_gb for r in self.results.values()), default=0.0)
         available = psutil.virtual_memory().available / hardware.GB
         if self.device.type == 'cpu' and available < SPARE * largest:
             self.left_out.append(
-                f'{name}: {available:.1f} GB are free beside those who wait, and a turn takes up '
-                f'to {largest:.1f} GB. Choose fewer with --contestants.'
+                f'{name}: only {available:.1f} GB of memory are free while the others wait, and a '
+                f'turn takes up to {largest:.1f} GB. Choose fewer with --contestants.'
             )
             return
         result = Result(name, mode.get('dtype', self.options.dtype))
@@ -341,7 +341,7 @@ class Race:
         result.start |= {**times, **{k: first[k] for k in ('parameters', 'flops', 'tokens')}}
         result.start['threads'] = first['threads']
         result.note(first)
-        for _ in range(2):  # the second one is settled
+        for _ in range(2):  # the second measurement counts
             answer = contestant.ask(steps=1)
             result.note(answer)
         result.start['update_seconds'] = answer['seconds']
@@ -353,7 +353,7 @@ class Race:
         return time.monotonic(), self.running[name].processor_seconds()
 
     def turn(self, name: str) -> None:
-        """So many updates, timed; and what it did since its last turn."""
+        """Run one timed turn, and add its losses and CPU time to the result."""
         result = self.results[name]
         then, before = self.waiting_since[name]
         now, computed = self.clocks(name)

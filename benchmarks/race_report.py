@@ -1,6 +1,6 @@
-"""What a race says: speeds of the same turns against one another, and whether the work was alike.
+"""The report of a race: ratios of speeds in the same turns, and checks for equal work.
 
-Not to be typed: `training_speed.py` and `process_speed.py` use it.
+Used by `training_speed.py` and `process_speed.py`.
 """
 
 import math
@@ -15,12 +15,12 @@ from benchmarks.race import CHECKED, PEERS, PROJECT, Race, Result
 from common import hardware
 from common.formatting import table
 
-# Relative differences that rounding explains: the losses and norms of fp32 agree to 1e-5, and
-# bfloat16 has 8 bits.
+# Relative differences due to rounding: losses and norms agree to 1e-5 in fp32, and bfloat16 has 8
+# bits.
 TOLERANCE = {'loss': 0.01, 'norm': 0.05, 'flops': 0.01}
 
 
-IDLE_SHARE = 0.01  # of its waiting time that a contestant may compute
+IDLE_SHARE = 0.01  # allowed CPU use of a waiting contestant
 
 
 def spread(values: list[float]) -> dict[str, float]:
@@ -28,12 +28,12 @@ def spread(values: list[float]) -> dict[str, float]:
 
 
 def ratios(mine: list[float], theirs: list[float]) -> dict[str, float]:
-    """Of the same turn, one by the other."""
+    """The ratios of two speeds in the same turns."""
     return spread([one / other for one, other in zip(mine, theirs, strict=True)])
 
 
 def mfu(result: Result, flops: dict, products: list[dict]) -> dict[str, dict]:
-    """Percent of the fastest matrix multiplication of the same turn, in both conventions."""
+    """MFU in percent of the fastest matrix product of the same turn, full square and causal."""
     peaks = [turn[result.dtype]['tflops'] * 1e12 for turn in products]
     return {
         key: spread([100 * s * flops[key] / p for s, p in zip(result.speeds, peaks, strict=True)])
@@ -42,16 +42,16 @@ def mfu(result: Result, flops: dict, products: list[dict]) -> dict[str, dict]:
 
 
 def relative_difference(one: list[float], other: list[float]) -> float:
-    """The largest relative difference of the first updates."""
+    """The largest relative difference over the first iterations."""
     pairs = list(zip(one, other))[:CHECKED]
     return max(abs(a - b) / abs(b) if math.isfinite(a) else math.inf for a, b in pairs)
 
 
 def agreement(results: dict[str, Result], prepared: dict, comparable: bool) -> dict[str, dict]:
-    """How far each contestant's work is from that of the first one that starts alike.
+    """How far the work of each contestant differs from the first one with equal initial weights.
 
-    `loss` and `norm` where both began with the same weights (and nothing is dropped at random);
-    `flops` always. `problems` are those beyond TOLERANCE.
+    `loss` and `norm` if both have the same initial weights and no dropout; `flops` always.
+    `problems` lists differences above TOLERANCE.
     """
     reference = next((r for r in results.values() if r.kind != 'x-transformers'), None)
     by_contestant = {}
@@ -78,7 +78,7 @@ def agreement(results: dict[str, Result], prepared: dict, comparable: bool) -> d
 
 
 def race_summary(race: Race) -> dict:
-    """Everything, for --json and the tables."""
+    """All results, for --json and the tables."""
     flops, results = race.prepared['flops'], race.results
     ours = [r for r in results.values() if not r.is_peer]
     rated = {}
@@ -145,20 +145,20 @@ def peers_versions() -> dict[str, str]:
 
 
 def best_peer(contestants: dict[str, dict]) -> str | None:
-    """The peer with the most tokens/s, by the median."""
+    """The peer with the highest median tokens/s."""
     peers = [name for name in contestants if name.partition('/')[0] in PEERS]
     return max(peers, key=lambda n: contestants[n]['tokens_per_sec']['median'], default=None)
 
 
 def report_text(summary: dict) -> str:
-    """Everything that is shown."""
+    """The report as text."""
     return '\n\n'.join(
         [heading(summary), speeds(summary), against(summary), same_work(summary), *remarks(summary)]
     )
 
 
 def heading(summary: dict) -> str:
-    """Where it ran, and what."""
+    """The machine, versions and model."""
     shape = summary['shape']
     sizes, flops = shape['options'], summary['flops']
     versions = ', '.join(f'{name} {value}' for name, value in summary['versions'].items() if value)
@@ -173,15 +173,15 @@ def heading(summary: dict) -> str:
         f'{versions}; commit {commit}\n'
         f'{shape["name"]}: {sizes["n_layer"]}L-{sizes["n_head"]}H-{sizes["n_embd"]}D, vocabulary '
         f'{shape["vocab_size"]:,}, dropout {sizes["dropout"]:g}; {sizes["batch_size"]} × '
-        f'{sizes["block_size"]} tokens an update; {flops["per_token"] / 1e9:.3f} GFLOP a token '
-        f'({flops["per_token_causal"] / 1e9:.3f} causal)\n'
+        f'{sizes["block_size"]} tokens per iteration; {flops["per_token"] / 1e9:.3f} GFLOP '
+        f'per token ({flops["per_token_causal"] / 1e9:.3f} causal)\n'
         f'fastest matrix multiplication: {products}\n'
-        f'Medians [least, most] of {summary["turns"]} turns{alike}.'
+        f'Medians [minimum, maximum] of {summary["turns"]} turns{alike}.'
     )
 
 
 def speeds(summary: dict) -> str:
-    """Each contestant by itself."""
+    """The table of contestants."""
     titles = 'dtype tokens/s MFU_% causal peak_GB set-up_s first_update_s compile_s warm'
     rows = [('', *(title.replace('_', ' ') for title in titles.split()))]
     for name, entry in summary['contestants'].items():
@@ -201,14 +201,14 @@ def speeds(summary: dict) -> str:
         )
     return (
         f'{padded_table(rows)}\n'
-        f'Set-up: from the command to the beginning of the first update, no evaluation before it.\n'
+        f'Set-up: from the command to the first iteration, without evaluation.\n'
         f'Compile: what the first update takes beyond a later one, with an empty cache and with a '
         f'warm one.'
     )
 
 
 def against(summary: dict) -> str:
-    """Ours against everybody, in turns."""
+    """The table of ratios of ours to every peer."""
     contestants, best = summary['contestants'], best_peer(summary['contestants'])
     ours = [name for name in contestants if name.partition('/')[0] not in PEERS]
     rows = [('tokens/s (memory) against', *ours)]
@@ -223,7 +223,7 @@ def against(summary: dict) -> str:
 
 
 def same_work(summary: dict) -> str:
-    """Whether all did the same."""
+    """The table of checks for equal work."""
     rows = [('same work?', 'parameters', 'FLOPs', 'first loss', 'norm', 'loss', 'norm', '')]
     for name, entry in summary['agreement'].items():
         rows.append(
@@ -234,7 +234,7 @@ def same_work(summary: dict) -> str:
                 f'{entry["first_loss"]:.4f}',
                 f'{entry["first_norm"]:.4f}',
                 *(f'{entry[key]:.1e}' if key in entry else '' for key in ('loss', 'norm')),
-                f'NOT THE SAME: {", ".join(entry["problems"])}' if entry['problems'] else '',
+                f'DIFFERS: {", ".join(entry["problems"])}' if entry['problems'] else '',
             )
         )
     return (
@@ -245,9 +245,10 @@ def same_work(summary: dict) -> str:
 
 
 def remarks(summary: dict) -> list[str]:
-    """What should be known beside the figures."""
+    """Warnings, and contestants that were left out."""
     busy = [
-        f'warning: {name} used {100 * entry["computed_while_waiting"]:.1f} % of a core in waiting'
+        f'warning: {name} used {100 * entry["computed_while_waiting"]:.1f} % of a core '
+        f'while waiting'
         for name, entry in summary['contestants'].items()
         if entry['computed_while_waiting'] > IDLE_SHARE
     ]
@@ -260,6 +261,6 @@ def spread_text(values: dict, digits: int) -> str:
 
 
 def padded_table(rows: list[tuple]) -> str:
-    """A table of rows that may lack cells on the right."""
+    """A table whose rows may have missing cells on the right."""
     most = max(map(len, rows))
     return table([(*row, *[''] * (most - len(row))) for row in rows], '<' * most)

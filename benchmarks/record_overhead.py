@@ -1,12 +1,12 @@
-"""What a log entry costs against the update that it tells of: `log_interval=1` must be cheap.
+"""Time of a log entry relative to an iteration: `log_interval=1` must be cheap.
 
     python benchmarks/record_overhead.py [preset …] [--key=value …]
 
-For each 12-layer preset one run is set up as `train.py` does it, on random tokens. In turns, in one
-process: updates that are not logged; the sum over the gradient that only a log entry wants (the
-norm is needed anyway, for clipping and the guard); and a whole log entry (synchronisation, memory,
-journal, console). Times are medians, with the quartiles. Options are those of train.py; names of
-presets choose among them.
+For each 12-layer preset a run is set up as in `train.py`, on random tokens. Three things take turns
+in one process: iterations without logging; the sum over the gradient that only log entries need
+(the norm is needed anyway, for clipping and the check for finite values); and a whole log entry
+(synchronization, memory, journal, console). Times are medians, with quartiles. Options are those of
+train.py; names of presets select among them.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ UPDATES, TURNS = 3, 15
 
 
 def random_tokens(folder: Path, vocab_size: int = 50257) -> Path:
-    """A dataset of so many different tokens; GPT-2's by default."""
+    """Write a dataset of random tokens; by default with the vocabulary of GPT-2."""
     count, generator = 2**16, np.random.default_rng(0)
     dtype = 'uint16' if vocab_size <= 2**16 else 'uint32'
     for split in ('train', 'val'):
@@ -57,15 +57,15 @@ def timed(device: torch.device, function, *arguments, **keywords) -> float:
 
 
 def measure(session: Session) -> dict[str, list[float]]:
-    """Milliseconds of an update, of the gradient's sum and of a log entry."""
+    """Milliseconds of an iteration, of the gradient's sum and of a log entry."""
     device, optimizer = session.device, session.optimizer
     clock = hardware.StepClock(device)
-    session.progress.iter = 1  # the very first one is always logged
-    train.run_iteration(session, clock)  # warm-up: the optimizer's state, caches
+    session.progress.iter = 1  # the first iteration is always logged
+    train.run_iteration(session, clock)  # warm-up: optimizer state, caches
     times = {'update': [], 'sum': [], 'entry': []}
     gradients = [torch.full_like(p, 1e-3) for p in optimizer.parameters]
     measured = torch.ones(4, device=device)
-    measured[3] = 0.0  # updates skipped
+    measured[3] = 0.0  # skipped updates
 
     for turn in range(TURNS):
         if turn % (TURNS // UPDATES) == 0:
@@ -106,10 +106,10 @@ def main(argv: list[str]) -> None:
             for s, e in zip(milliseconds['sum'], milliseconds['entry'], strict=True)
         ]
         print(
-            f'{preset:7} update {spread(milliseconds["update"], "ms")}; '
+            f'{preset:7} iteration {spread(milliseconds["update"], "ms")}; '
             f'gradient sum {spread(milliseconds["sum"], "ms")}; '
             f'log entry {spread(milliseconds["entry"], "ms")}; '
-            f'together {spread(shares, "%")} of an update'
+            f'together {spread(shares, "%")} of an iteration'
         )
 
 

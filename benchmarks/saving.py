@@ -1,17 +1,17 @@
-"""Seconds that a checkpoint takes from training, written at once and beside the training.
+"""Time that saving a checkpoint takes from training, with and without async_save.
 
     python benchmarks/saving.py [strategy …] [--turns=5] [--ranks=2] [--key=value …]
 
-A model of 124 M parameters (1.5 GB with AdamW's moments) is trained on random tokens, by default on
-one sequence of 128 tokens an update and a rank. In turns, in one process: some updates, a save with
-async_save=False, some updates, a save with async_save=True. The clock runs from the beginning of a
-save until it is published, older ones are removed, and the update made meanwhile is complete. What
-the save took is that time less that of the updates in it, by the median of the updates right before
-and after: what a thread that writes takes from the updates beside it is part of it.
+A model of 124 M parameters (1.5 GB with AdamW's state) is trained on random tokens, by default with
+one sequence of 128 tokens per iteration and process. These alternate in one process: some
+iterations, a save with async_save=False, some iterations, a save with async_save=True. The time of
+a save runs from its start until the checkpoint is published, older ones are removed, and the
+current iteration is complete, minus the time of the iterations in between (by the median of those
+right before and after). So it includes any slowdown of iterations by the writing thread.
 
-Strategies: single (the default), and with so many ranks ddp, zero1 and fsdp. Other options are
-train.py's. The first save of each kind is told apart: it allocates the memory of the copy. Each
-strategy takes about 3 minutes on two slow cores, and up to 5 GB of disk.
+Strategies: single (the default); ddp, zero1 and fsdp with --ranks processes. Other options are
+those of train.py. The first save of each kind is reported separately, because it allocates the host
+copy. Each strategy takes about 3 minutes on two slow cores, and up to 5 GB of disk.
 """
 
 import argparse
@@ -47,22 +47,22 @@ STRATEGIES = {
     'fsdp': ['--use_fsdp=True'],
 }
 MODES = {'at once': False, 'beside': True}
-UPDATES = 5  # between saves
+UPDATES = 5  # iterations between saves
 OPTIONS = {
     'block_size': 128,
     'batch_size': 1,
     'max_iters': 10**6,
     'log_interval': 10**6,
-    'peak_tflops': 1,  # else it is measured at the start
+    'peak_tflops': 1,  # otherwise it is measured at the start
     'compile': False,
 }
 
 
-# --- What each rank does --------------------------------------------------------------------------
+# --- One rank -------------------------------------------------------------------------------------
 
 
 def measure(session: Session, turns: int) -> dict[str, list[dict]]:
-    """Mode -> one entry for each of its saves, the first ones included."""
+    """Mode -> one entry per save, including the first."""
     clock = hardware.StepClock(session.device)
     run, device = session.settings.run, session.device
 
@@ -79,7 +79,7 @@ def measure(session: Session, turns: int) -> dict[str, list[dict]]:
         return seconds
 
     def save() -> tuple[float, int]:
-        """Seconds until all is done, and updates made meanwhile."""
+        """Seconds until the save is complete, and the number of iterations meanwhile."""
         began, made = time.perf_counter(), 0
         train.save(session)
         while session.checkpoints.in_progress:
@@ -100,7 +100,7 @@ def measure(session: Session, turns: int) -> dict[str, list[dict]]:
         )
         for mode, asynchronous in MODES.items()
     }
-    update()  # the optimizer's state, caches
+    update()  # warm-up: optimizer state, caches
     measured_saves = {mode: [] for mode in MODES}
     began, before = time.perf_counter(), plain()
     for turn in range(turns + 1):
@@ -119,7 +119,7 @@ def measure(session: Session, turns: int) -> dict[str, list[dict]]:
 
 
 def work(turns: int, result: str, arguments: list[str]) -> None:
-    """Set up a run as train.py does, measure it instead, and leave what was found."""
+    """Set up a run as in train.py, measure it, and write the results to a file."""
 
     def run(session: Session) -> int:
         measured_saves = measure(session, turns)
@@ -132,11 +132,11 @@ def work(turns: int, result: str, arguments: list[str]) -> None:
         train.main(arguments)
 
 
-# --- What is made of it ---------------------------------------------------------------------------
+# --- Results --------------------------------------------------------------------------------------
 
 
 def measured(strategy: str, ranks: int, turns: int, given: list[str]) -> dict[str, list[dict]]:
-    """What `work` finds in processes of its own, with the record's figures beside."""
+    """The results of `work` in separate processes, together with the values in the record."""
     size = 1 if strategy == 'single' else ranks
     launcher = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={size}']
     with tempfile.TemporaryDirectory(prefix='saving_') as folder:
@@ -188,9 +188,11 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument('--turns', type=int, default=5, help='saves of each kind (default 5)')
-    parser.add_argument('--ranks', type=int, default=2, help='of ddp, zero1 and fsdp (default 2)')
-    parser.add_argument('--worker', help=argparse.SUPPRESS)  # where a rank leaves what it found
+    parser.add_argument('--turns', type=int, default=5, help='Saves of each kind (default 5)')
+    parser.add_argument(
+        '--ranks', type=int, default=2, help='Processes of ddp, zero1 and fsdp (default 2)'
+    )
+    parser.add_argument('--worker', help=argparse.SUPPRESS)  # file for the results of a rank
     options, given = parser.parse_known_args(argv)
     if options.worker:
         work(options.turns, options.worker, given)
@@ -204,9 +206,9 @@ def main(argv: list[str]) -> None:
     device = hardware.device_name(hardware.select_device('auto'))
     print(f'torch {torch.__version__}, {device}, {torch.get_num_threads()} threads')
     print(
-        f'Medians [least, most] of {options.turns} saves, in seconds; first: what the very first '
-        f'took; waited: time_ms\nof the record; writing: write_ms, of the slowest rank; beside: '
-        f'updates made meanwhile.\n'
+        f'Medians [minimum, maximum] of {options.turns} saves, in seconds. first: the first save; '
+        f'waited: time_ms\nof the record; writing: write_ms of the slowest rank; beside: '
+        f'iterations meanwhile.\n'
     )
     print(results_table(measured_saves))
 

@@ -3,17 +3,17 @@
     python benchmarks/scaling.py [--quick] [--csv=scaling.csv] [--plot=scaling.png]
     python benchmarks/scaling.py --sweeps=block_size --activation_checkpointing=full
 
-One thing at a time is varied about a model of 6 layers, 768 wide, 1024 tokens long, vocabulary
-50,304, with 4096 tokens an update (one sequence where that is longer). Each point is train.py in a
-process of its own: an update or two that are not timed, then as many as take --seconds, and after
-it the fastest matrix multiplication at the point's shapes and at squares, which its MFU is against.
+One size at a time is varied around a model of 6 layers, width 768, context length 1024, vocabulary
+50,304, with 4096 tokens per iteration (or one longer sequence). Each point is train.py in a process
+of its own: one or two untimed iterations, then as many as take --seconds. Then the fastest matrix
+product is measured, at the shapes of the point and at squares; it is the peak for the MFU.
 
-`× arithmetic` is the time for a FLOP against that of the sweep's best point: where it grows,
-something grows faster than the arithmetic does. MFU and it count attention over the full square;
-`causal` over the half that a causal model needs.
+`× arithmetic` is the time per FLOP divided by that of the best point of the sweep: where it grows,
+something grows faster than the FLOPs. Both count attention over the full square; `causal` counts
+the half that a causal model needs.
 
---quick takes 2 layers, narrow, and three points a sweep. A plot needs matplotlib (pip install
-matplotlib). Options that are not known here are train.py's.
+--quick uses 2 narrow layers and three points per sweep. A plot needs matplotlib (pip install
+matplotlib). Other options go to train.py.
 """
 
 import argparse
@@ -43,8 +43,8 @@ from benchmarks.record_overhead import random_tokens  # noqa: E402
 from common import hardware  # noqa: E402
 from common.errors import ArgumentParser, UserError, run_script  # noqa: E402
 
-TOKENS = 4096  # an update
-HEAD = 64  # columns of one
+TOKENS = 4096  # per iteration
+HEAD = 64  # head dimension
 BASE = {'n_layer': 6, 'n_embd': 768, 'block_size': 1024, 'vocab_size': 50304}
 SWEEPS = {
     'n_embd': (256, 512, 768, 1024, 1536, 2048),
@@ -71,12 +71,12 @@ COLUMNS = {
     'peak_gb': '{:.2f}',
     'times_arithmetic': '{:.2f}',
 }
-# What is drawn, and told of a point once it is found.
+# Plotted values, also printed for each point.
 SHOWN = {'tokens_per_sec': 'tokens/s', 'mfu_percent': 'MFU %', 'peak_gb': 'peak memory, GB'}
 
 
 def point(base: dict, sweep: str, value: int, tokens: int) -> dict:
-    """The shape of one: the base's, with one thing changed."""
+    """The shape of a point: the base with one size changed."""
     sizes = {**base, sweep: value}
     vocab_size, block_size = sizes.pop('vocab_size'), sizes.pop('block_size')
     sizes['n_head'] = max(1, sizes['n_embd'] // HEAD)
@@ -84,7 +84,7 @@ def point(base: dict, sweep: str, value: int, tokens: int) -> dict:
 
 
 def measure(request: dict, seconds: float, name: str) -> dict:
-    """What is found of one point. Raises Lost."""
+    """Measure one point. Raises ContestantLost."""
     with tempfile.TemporaryDirectory(prefix='scaling_') as folder:
         request, sizes, running = {**request, 'folder': folder}, request['shape']['options'], []
 
@@ -122,13 +122,13 @@ def measure(request: dict, seconds: float, name: str) -> dict:
 
 
 def times_arithmetic(rows: list[dict]) -> list[float]:
-    """Of the points of one sweep: the time for a FLOP over that of the best."""
+    """The time per FLOP of each point of a sweep, relative to the best."""
     times = [1.0 / (row['tokens_per_sec'] * row['flops_per_token']) for row in rows]
     return [time / min(times) for time in times]
 
 
 def plot(rows: list[dict], path: Path) -> None:
-    """Tokens/s, MFU and memory over each sweep."""
+    """Plot tokens/s, MFU and memory over each sweep."""
     import matplotlib
 
     matplotlib.use('Agg')
@@ -155,25 +155,35 @@ def plot(rows: list[dict], path: Path) -> None:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """The options; those of train.py in `given`. Raises UserError."""
+    """The options; those for train.py are in `given`. Raises UserError."""
     parser = ArgumentParser(
         prog='scaling.py',
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add('--sweeps', type=words, default=[*SWEEPS], help=f'default {",".join(SWEEPS)}')
-    add('--quick', action='store_true', help='small, three points a sweep')
-    add('--seconds', type=float, default=10.0, help='of a point, at least (default 10)')
-    add('--device', default='auto', help='auto, cpu, cuda or cuda:N')
-    add('--dtype', choices=('bfloat16', 'float32'), default='bfloat16', help='default bfloat16')
-    add('--compile', action='store_true', help='with torch.compile')
-    add('--csv', type=Path, help='write the table here')
-    add('--plot', type=Path, help='draw it here: .png, .svg or .pdf')
+    add(
+        '--sweeps',
+        type=words,
+        default=[*SWEEPS],
+        help=f'Sizes to vary (default {",".join(SWEEPS)})',
+    )
+    add('--quick', action='store_true', help='Small model, three points per sweep')
+    add('--seconds', type=float, default=10.0, help='Minimum time per point (default 10)')
+    add('--device', default='auto', help='Device: auto, cpu, cuda or cuda:N')
+    add(
+        '--dtype',
+        choices=('bfloat16', 'float32'),
+        default='bfloat16',
+        help='Precision (default bfloat16)',
+    )
+    add('--compile', action='store_true', help='Use torch.compile')
+    add('--csv', type=Path, help='Write the table to this file')
+    add('--plot', type=Path, help='Write a plot to this file: .png, .svg or .pdf')
     options, options.given = parser.parse_known_args(argv)
     unknown = [sweep for sweep in options.sweeps if sweep not in SWEEPS]
     if unknown:
-        raise UserError(f'--sweeps={",".join(unknown)}: there are {", ".join(SWEEPS)}.')
+        raise UserError(f'--sweeps={",".join(unknown)}: choose from {", ".join(SWEEPS)}.')
     if options.plot and find_spec('matplotlib') is None:
         raise UserError('--plot needs the package matplotlib: pip install matplotlib.')
     return options
@@ -208,8 +218,8 @@ def main(argv: list[str]) -> int:
                 rows.append({'sweep': sweep, 'value': value, **measured})
                 shown_values = (f'{key} {COLUMNS[key].format(measured[key])}' for key in SHOWN)
                 print('   ', ', '.join(shown_values), file=sys.stderr, flush=True)
-    except KeyboardInterrupt:  # what was found is told
-        lost.append(f'{name} and what follows: interrupted')
+    except KeyboardInterrupt:  # print the results so far
+        lost.append(f'{name} and all later points: interrupted')
     finally:
         shutil.rmtree(cache, ignore_errors=True)
     for sweep in options.sweeps:

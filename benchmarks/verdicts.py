@@ -1,20 +1,20 @@
-"""How often the comparison's verdicts are wrong, by simulation with known true losses.
+"""Error rates of the comparison's verdicts, by simulation with known true losses.
 
     python benchmarks/verdicts.py --trials=5000 --jobs=2
 
-Each experiment draws losses of several variants and seeds (the effect of a seed is shared by all
-variants), and hands them to `comparison.analysis.test_against_baseline`, the same function that
-compare_architectures.py calls. Beside it stands the separate procedure: the paired t-test of each
-variant by itself with Holm's correction, on the runs that finished. Printed are Markdown tables:
+Each experiment draws losses of several variants and seeds (all variants share the effect of a seed)
+and passes them to `comparison.analysis.test_against_baseline`, the function that
+compare_architectures.py uses. For comparison, `separate` is the paired t-test of each variant alone
+with Holm's correction, on the runs that finished. The output is Markdown tables:
 
-  false positives  of experiments without any true difference, those with a significant one
-  power            how often a true difference of one variant is found
+  false positives  experiments with a significant difference, but no true one
+  power            experiments that find the true difference of one variant
   lost seeds       "better" and "worse" without a true difference, when the worst 40 % of the seeds
                    of the variant, of the baseline or of both diverge
   shared seeds     false positives when variants share only some of their seeds
   evaluations      A/A comparisons on a plateau, when one side is evaluated ten times as often
-  main effects     false positives of an option without effect in a grid of 2 x 4 cells
-  intervals        how often they cover the true difference: each, and all of an experiment
+  main effects     false positives for an option without effect in a grid of 2 x 4 cells
+  intervals        coverage of the true difference, for each interval and for all of an experiment
   equivalence      "equivalent" for a variant whose true difference is the margin
 """
 
@@ -39,7 +39,7 @@ from comparison.significance import ALPHA, holm, paired_difference
 SEEDS = (3, 5)
 VARIANTS = (2, 3, 4, 6, 8)
 EFFECT = 2.5  # of one variant, in standard deviations of the noise of a run
-SEED_DEVIATION = 1.0  # of the effect that a seed has on all variants, in the same unit
+SEED_DEVIATION = 1.0  # of the effect of a seed on all variants, in the same unit
 
 
 def skewed(draw: random.Random) -> float:
@@ -47,7 +47,7 @@ def skewed(draw: random.Random) -> float:
     return draw.lognormvariate(0, 1) - math.exp(0.5)
 
 
-# Noise of a run: of the variant with number v among n, the baseline being number 0.
+# Noise of a run of variant v of n; variant 0 is the baseline.
 NOISE: dict[str, Callable[[random.Random, int, int], float]] = {
     'normal': lambda draw, v, n: draw.gauss(0, 1),
     't5': lambda draw, v, n: draw.gauss(0, 1) / math.sqrt(draw.gammavariate(2.5, 2) / 5),
@@ -87,13 +87,13 @@ def experiment(
 
 
 def verdicts_of(tables: list[dict[int, float | None]], margin: float | None = None) -> list:
-    """The verdicts on all but the baseline."""
+    """The verdicts on all variants except the baseline."""
     groups = [Group([run(seed, loss) for seed, loss in table.items()]) for table in tables]
     return test_against_baseline(groups, groups[0], margin)[1:]
 
 
 def separate(tables: list[dict[int, float | None]]) -> list[str]:
-    """The texts that a paired t-test of each variant alone gives, on what finished."""
+    """The verdicts of a paired t-test of each variant alone, on the finished runs."""
     baseline, *others = tables
     tests = [
         paired_difference(
@@ -117,7 +117,7 @@ def is_significant(text: str) -> bool:
     return text in ('better', 'worse')
 
 
-# --- The experiments of each table. Each gives counts by name, of one experiment -----------------
+# --- Experiments; each returns counts by name ----------------------------------------------------
 
 
 def false_positives(draw, variants, seeds, noise):
@@ -158,7 +158,7 @@ def shared_seeds(draw, *sets):
 
 
 def evaluations(draw, seeds):
-    """Both sides are alike, and one is evaluated ten times as often."""
+    """Both sides are equal, but one is evaluated ten times as often."""
     by_score = {'final': [], 'best': []}
     for count in (10, 100):
         final, best = {}, {}
@@ -174,7 +174,7 @@ def evaluations(draw, seeds):
 
 
 def effects(draw, seeds):
-    """A value's luck with a seed, 60 % of the variance, is shared by all cells."""
+    """60 % of the variance is an effect of value and seed that all cells share."""
     luck = [[draw.gauss(0, 0.6**0.5) for _ in range(seeds)] for _ in (0, 1)]
     grid = []
     for b, a in itertools.product(range(4), (0, 1)):
@@ -185,7 +185,7 @@ def effects(draw, seeds):
 
 
 def intervals(draw, variants, seeds):
-    """The first half of the variants truly differs, by different amounts."""
+    """The first half of the variants has true differences of different sizes."""
     true = {v: -EFFECT * v for v in range(1, (variants + 1) // 2)}
     covered, agreeing = [], []
     for v, verdict in enumerate(verdicts_of(experiment(draw, variants, seeds, effects=true)), 1):
@@ -200,7 +200,7 @@ def intervals(draw, variants, seeds):
 
 
 def equivalence(draw, seeds, margin):
-    """margin: in standard deviations of a run; the variant is exactly that much worse."""
+    """margin: in standard deviations of a run; the variant is worse by exactly this much."""
     tables = experiment(draw, 2, seeds, effects={1: margin})
     equal = experiment(draw, 2, seeds)
     return {
@@ -268,8 +268,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument('--trials', type=int, default=1000, help='experiments of each row')
-    parser.add_argument('--jobs', type=int, default=1, help='processes')
+    parser.add_argument(
+        '--trials', type=int, default=1000, help='Experiments per row (default 1000)'
+    )
+    parser.add_argument('--jobs', type=int, default=1, help='Number of processes (default 1)')
     parser.add_argument('--seed', type=int, default=0)
     options = parser.parse_args()
     cases = [(title, case) for title, rows in TABLES.items() for case in rows]
@@ -285,7 +287,7 @@ def main() -> None:
     for (table, (name, *_)), values in zip(cases, results):
         if table != title:
             title = table
-            print(f'\n**{title}** ({options.trials} experiments a row)\n')
+            print(f'\n**{title}** ({options.trials} experiments per row)\n')
             columns = ['case', 'seeds', 'variants', *values]
             print(f'| {" | ".join(columns)} |\n|{"---|" * len(columns)}')
         print(f'| {name} | {" | ".join(f"{value:.1f}" for value in values.values())} |')

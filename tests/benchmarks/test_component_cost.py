@@ -1,4 +1,4 @@
-"""benchmarks/component_cost.py: every component is measured, with what it needs to have a use."""
+"""benchmarks/component_cost.py: every component is measured, with the options it needs."""
 
 import pytest
 import torch

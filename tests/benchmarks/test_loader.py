@@ -1,4 +1,4 @@
-"""benchmarks/loader.py: an epoch of a file is read in memory that stays the same."""
+"""benchmarks/loader.py: an epoch is read in constant memory."""
 
 from benchmarks import loader
 from data.dataset import load_dataset

@@ -1,4 +1,4 @@
-"""benchmarks/process_speed.py: what is made of the times, and one race of the smallest shape."""
+"""benchmarks/process_speed.py: results from given times, and a race of the smallest shape."""
 
 import pytest
 
@@ -28,8 +28,8 @@ def test_efficiency_and_communication_use_same_turn():
         assert (row['memory_gb'], row['bytes_sent']) == (3.0, 7.0)
 
 
-def test_processes_make_same_update_as_one(tmp_path, capsys):
-    """Each strategy, and each with collectives that return at once, by two processes."""
+def test_processes_compute_same_iteration_as_one(tmp_path, capsys):
+    """Two processes with each strategy, with real and with skipped collectives."""
     options = ['--shape=tiny', '--turns=1', '--seconds=0.01', f'--json={tmp_path / "found.json"}']
     assert speed.main(options) == 0
     table = capsys.readouterr().out.splitlines()[1:]

@@ -1,4 +1,4 @@
-"""benchmarks/training_speed.py and scaling.py: who takes part, the turns, what is made of them."""
+"""benchmarks/training_speed.py and scaling.py: contestants, turns and results."""
 
 import contextlib
 import io
@@ -21,7 +21,7 @@ from model_config import ModelArchitectureConfig
 
 
 def result(name: str, seconds: list[float], **start) -> Result:
-    """Of a contestant that makes 2 updates of 100 tokens a turn."""
+    """The result of a contestant that makes 2 iterations of 100 tokens per turn."""
     known = {'tokens': 100, 'parameters': 10, 'flops': {'per_token': 5e9}, **start}
     return Result(
         name, 'bfloat16', known, losses=[5.0, 4.0], norms=[1.0, 2.0], steps=2, seconds=seconds
@@ -41,7 +41,7 @@ def test_turn_has_untimed_then_timed_updates(monkeypatch):
     with pytest.raises(StopIteration):  # no more commands
         while True:
             turns.before_update()
-            next(clock)  # an update takes a second
+            next(clock)  # an iteration takes a second
             made.append(len(answers.getvalue().splitlines()))
             turns.measured.append((float(len(made)), 0.0))
     first, short, long = map(json.loads, answers.getvalue().splitlines())
@@ -74,7 +74,7 @@ def test_peers_do_the_same_work(monkeypatch, tmp_path):
     }
 
     def answers_of(contestant, *arguments) -> list[dict]:
-        """What it says of its set-up and of one turn of 3 updates."""
+        """Its answers about set-up and one turn of 3 iterations."""
         answers, commands = io.StringIO(), [{'steps': 3}]
 
         def listen():
@@ -210,7 +210,7 @@ def test_contestant_selection():
     assert 'nanogpt: name a checkout with --nanogpt=PATH' in left_out
     with pytest.raises(UserError, match=r'Did you mean transformers/compile\?'):
         names('--contestants=transformer/compile')
-    with pytest.raises(UserError, match=r'there is no model\.py in it'):
+    with pytest.raises(UserError, match=r'has no model\.py'):
         names('--nanogpt=/nowhere')
     with pytest.raises(UserError, match='--turns must be at least 1'):
         names('--turns=0')
@@ -283,7 +283,7 @@ def test_sweep_point_is_measured_against_its_product(monkeypatch):
     monkeypatch.setattr(scaling, 'Contestant', Process)
     told = {'shape': scaling.point(scaling.QUICK_BASE, 'n_embd', 64, 64), 'dtype': 'float32'}
     found = scaling.measure(told, seconds=1.6, name='n_embd=64')
-    # Half a second an update: 4 fill 1.6 s; 128 tokens/s of 1 GFLOP are 6.4 % of 2 TFLOP/s.
+    # Half a second per iteration: 4 fill 1.6 s; 128 tokens/s of 1 GFLOP are 6.4 % of 2 TFLOP/s.
     assert asked[:2] == [('ours', {'steps': 1}), ('ours', {'steps': 4})]
     assert (found['ms_an_update'], found['tokens_per_sec']) == (500.0, 128.0)
     assert found['mfu_percent'] == pytest.approx(6.4)
