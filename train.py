@@ -177,8 +177,8 @@ def start_session(settings: Settings, init_source: InitSource | None, argv: list
 
 
 def run_training(session: Session) -> int:
-    """Train to the end, and close the record however it ends. Returns the exit code."""
-    with session.signals:  # beyond the loop: torchrun asks the others to stop when one fails
+    """Train to the end, and close the record even if training fails. Returns the exit code."""
+    with session.signals:  # also after the loop: torchrun stops the other ranks when one fails
         try:
             with user_friendly_errors(session.settings, session.parallel, session.device):
                 training_loop(session)
@@ -201,13 +201,13 @@ def training_loop(session: Session) -> None:
     clock = hardware.StepClock(session.device)
     signals, checkpoints = session.signals, session.checkpoints
     while True:
-        # Tell every rank which signals any of them has received.
+        # Share the signals that any rank has received.
         signals.sync(session.parallel, checkpoints.writing)
-        # Publish the checkpoint that is being written, once every rank has written it.
+        # Publish the pending checkpoint once every rank has written its part.
         if checkpoints.in_progress and not signals.checkpoint_writing:
             with clock.paused():
                 checkpoints.publish()
-        # Evaluate and save, where that is due or a signal asks for it.
+        # Evaluate and save, if that is due or a signal requests it.
         iter = session.progress.iter
         evaluation_due = session.evaluation_due(iter) and session.progress.evaluated_at != iter
         if evaluation_due or signals.pending:
@@ -215,14 +215,14 @@ def training_loop(session: Session) -> None:
                 evaluate_and_checkpoint(session, evaluation_due)
             if signals.stop_signal:
                 return
-        # Train; after a rollback there is more to do again.
+        # Train one iteration. A rollback may have lowered the iteration number.
         if session.progress.iter >= session.settings.run.max_iters:
             return
         run_iteration(session, clock)
 
 
 def evaluate_and_checkpoint(session: Session, evaluation_due: bool) -> None:
-    """Evaluate if that is due, and save if the result, an option or a signal asks for it."""
+    """Evaluate if due; save if the loss improved or if an option or a signal requests it."""
     if stability.handle_nonfinite(session, int(session.optimizer.skipped.item())):
         return
     improved = evaluation_due and evaluate(session)
@@ -240,10 +240,10 @@ def run_iteration(session: Session, clock: hardware.StepClock) -> None:
     run, progress, optimizer = session.settings.run, session.progress, session.optimizer
     learning_rate = learning_rate_at(progress.iter, run)
     is_logged = progress.iter % run.log_interval == 0 or progress.iter == run.max_iters - 1
-    # Remember the weights where the next evaluation tells how far they have moved.
+    # Keep a copy of the weights, if the next evaluation reports the size of this update.
     if run.diagnostics and session.evaluation_due(progress.iter + 1):
         session.metrics.update_ratio.begin()
-    # Forward and backward; the gradients of all ranks are added up in the last backward pass.
+    # Forward and backward; the last backward pass sums the gradients over all ranks.
     loss = session.parallel.all_reduce_sum(forward_backward(session))
     # Measure and clip the gradient, and update the weights.
     sums = optimizer.step(learning_rate, loss, measured=is_logged)
@@ -258,16 +258,16 @@ def run_iteration(session: Session, clock: hardware.StepClock) -> None:
 
 
 def forward_backward(session: Session) -> torch.Tensor:
-    """Add up the gradients of this rank's micro-batches; its share of the iteration's mean loss."""
+    """Accumulate the gradients of this rank's micro-batches. Returns its part of the mean loss."""
     run, progress, model = session.settings.run, session.progress, session.model
     micro_steps, ranks = run.gradient_accumulation_steps, session.parallel.world_size
     model.train()
     loss = torch.zeros((), device=session.device)
     for micro_step in range(session.parallel.rank, micro_steps, ranks):
-        # The micro-batch's number over the whole run.
+        # Read the micro-batch, by its number in the whole run.
         number = (progress.iter + progress.data_shift) * micro_steps + micro_step
         batch = session.training_batch(number)
-        # Dropout has a stream of its own at every micro-batch, so no random state is ever saved.
+        # Seed dropout for each micro-batch, so that checkpoints need no random state.
         torch.manual_seed(name_seed(run.seed, f'dropout/{number}'))
         with session.parallel.micro_step(model, last=micro_step + ranks >= micro_steps):
             with session.autocast():
@@ -286,15 +286,15 @@ def log_iteration(
     loss: torch.Tensor,
     sums: GradientSums,
 ) -> None:
-    """Record the iteration just made. Reading what the device has measured is its one
-    synchronization."""
+    """Record the last iteration. It waits for the device once, to read its measurements."""
     optimizer = session.optimizer
-    # Everything measured on the device, to be read at once.
+    # Collect the measurements on the device.
     aux = session.raw_model.summarize_metrics(session.metrics.aux.mean_and_reset(session.parallel))
     measured = torch.stack([loss, sums.norm, sums.total, optimizer.skipped, *aux.values()])
-    # What is measured on the host comes first: there a rank that is lost is noticed.
+    # Measure on the host first, where a lost rank is detected.
     session.record_memory_footprint()
     memory = session.memory_usage()
+    # Read the measurements of the device, and record all.
     loss_value, norm, total, skipped, *aux_values = measured.tolist()
     seconds, steps = clock.take()
     iter, (tokens_per_second, mfu) = session.progress.iter - 1, session.throughput(seconds)
@@ -314,7 +314,7 @@ def log_iteration(
             'readings': dict(zip(aux, aux_values)),
         }
     )
-    # What may have gone wrong.
+    # Report a loss spike, and handle skipped iterations.
     if stability.is_spike(loss_value, session.progress.recent_losses):
         session.logger.event('loss_spike', iter, f'loss {loss_value:.4f} is far above those before')
     stability.handle_nonfinite(session, int(skipped))
@@ -328,7 +328,7 @@ def log_iteration(
 
 @torch.no_grad()
 def evaluate(session: Session) -> bool:
-    """Measure the loss on the fixed windows of both splits; whether it is the best so far."""
+    """Measure the loss on the fixed windows of both splits. Returns whether it is the best."""
     run, progress = session.settings.run, session.progress
     began = time.perf_counter()
     session.model.eval()
@@ -342,9 +342,9 @@ def evaluate(session: Session) -> bool:
         'lr': learning_rate_at(progress.iter, run),
         'data_hash': session.sync_data_hash() if progress.iter else None,
         **session.data_seen(),
-        'time_ms': None,  # until it is done
+        'time_ms': None,  # set below
     }
-    # What goes on inside the model, and what it writes, where that is asked for.
+    # Add diagnostics and a sample, if requested.
     if run.diagnostics:
         entry['diagnostics'] = session.measure_diagnostics()
     entry['time_ms'] = (time.perf_counter() - began) * 1e3
@@ -355,7 +355,8 @@ def evaluate(session: Session) -> bool:
 
 
 def save(session: Session) -> None:
-    """Save this moment, when the save before it is done. Nothing that is not finite is saved."""
+    """Save a checkpoint, after the previous one is published. Raises UserError for weights that
+    are not finite."""
     checkpoints, iter = session.checkpoints, session.progress.iter
     checkpoints.publish()
     began = time.perf_counter()

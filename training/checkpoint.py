@@ -1,14 +1,14 @@
 """Checkpoints that survive crashes: atomic save, verified load, retention.
 
-A checkpoint is a folder `checkpoints/iter_00000100/` holding `state.pt` (tensors and plain values,
-read with `weights_only=True`) and `index.json` (the updates done, the loss, the options of the
-run, and SHA-256 sums of `state.pt` and of itself). It is written under a temporary name, synced,
-and published by one rename, so a folder of that name is whole or it is not there. One that is saved
-a second time, after a resume or a rollback, is published as `iter_00000100_2` before the first
-goes. No code is stored.
+A checkpoint is a folder `checkpoints/iter_00000100/` with `state.pt` (tensors and plain values,
+read with `weights_only=True`) and `index.json` (the iterations done, the loss, the options of the
+run, and the SHA-256 of `state.pt` and of itself). It is written under a temporary name, synced,
+and published by one rename, so a published checkpoint is always complete. A checkpoint that is
+saved again, after a resume or a rollback, is published as `iter_00000100_2` before the first is
+removed. No code is stored.
 
-Not torch.distributed.checkpoint (DCP): its metadata are a pickle, which runs what it says, and it
-has neither checksums nor a rename that publishes all of a checkpoint at once.
+Not torch.distributed.checkpoint (DCP): its metadata is a pickle, which can execute code, and it
+has neither checksums nor a single rename that publishes a whole checkpoint.
 """
 
 import contextlib
@@ -78,7 +78,7 @@ def _is_data_seen(value) -> bool:
     )
 
 
-# What an index holds beside its format and version, and how it is known to be that.
+# The keys of an index besides its format and version, and a check of each value.
 _INDEX_CHECKS = {
     'data': _is_vocabulary,
     'seen': _is_data_seen,
@@ -92,17 +92,17 @@ _INDEX_CHECKS = {
 }
 
 
-# Keys that came after the first version, and what stands for them in older checkpoints.
+# Keys added after the first version, and their values for older checkpoints.
 _LATER_KEYS: dict[str, dict | None] = {'data': None, 'seen': {}}
 
 
 class BrokenCheckpoint(UserError):
-    """A checkpoint that cannot be used, and why."""
+    """A checkpoint that cannot be read, with the reason."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A published checkpoint: its folder and what its index says."""
+    """A published checkpoint: its folder and its index."""
 
     path: Path
     index: dict
@@ -117,7 +117,7 @@ class Checkpoint:
 
 
 class _HashingFile:
-    """Hashes what is written through it, so that a checkpoint is not read back to be summed."""
+    """A file that hashes what is written to it, so that it need not be read back."""
 
     def __init__(self, file):
         self.file, self.sha256, self.bytes = file, hashlib.sha256(), 0
@@ -132,51 +132,52 @@ class _HashingFile:
 
 
 class PendingCheckpoint:
-    """A checkpoint on its way to `folder/iter_<index['iter']>`.
+    """A checkpoint that is being written to `folder/iter_<index['iter']>`.
 
-    Every rank makes one, writes its own part of the state to a file of its own, and publishes,
-    which the main rank does for all. Only `write` talks to nobody: it may run in another thread.
+    Every rank constructs one, writes its part of the state to a file of its own, and calls
+    `publish`. Only `write` does not communicate: it may run in another thread.
 
-        made       folder .saving-iter_00000100-<random>/             by the main rank
+        construct  folder .saving-iter_00000100-<random>/             by the main rank
         write      state.pt, state_1.pt, …, synced and hashed         by each rank
         publish    index.json with all hashes, synced; then renamed   by the main rank
     """
 
     def __init__(self, folder: Path, index: dict, process_group: SingleProcessGroup):
-        """index: plain values, with `iter` and `val_loss` among them. Raises UserError as below."""
+        """index: plain values, including `iter` and `val_loss`. Raises UserError as `publish`."""
         self.index, self.process_group = index, process_group
         self.temporary, self.final = process_group.broadcast_from_main(
             lambda: _make_folder(folder, index['iter'])
         )
         self.facts: dict | None = None
         self.problem: str | None = None
-        self.seconds = 0.0  # that writing took; once published, on the slowest rank
+        self.seconds = 0.0  # time of writing; once published, of the slowest rank
 
     def write(self, state: dict) -> None:
-        """Write this rank's file to the disk. Whatever prevents that is told by `publish`."""
+        """Write this rank's file to the disk. An error is raised by `publish`."""
         began = time.perf_counter()
         try:
             self.facts = _write_state(self.temporary / state_file(self.process_group.rank), state)
         except (
             OSError,
             RuntimeError,
-        ) as error:  # torch's zip writer makes the latter of the former
+        ) as error:  # torch's zip writer raises RuntimeError after an OSError
             self.problem = write_failure(error)
         self.seconds = time.perf_counter() - began
 
     def publish(self) -> Checkpoint:
-        """Give it its name, when all have written; one of the same iteration is then removed.
+        """Publish the checkpoint once all ranks have written, and remove an older one of the
+        same iteration.
 
-        Raises UserError, on every rank, if anything could not be written; every checkpoint that was
-        there before is then still whole.
+        Raises UserError on every rank if a part could not be written; earlier checkpoints are
+        intact then.
         """
-        # What each rank has written, or why it could not.
+        # Collect the files of all ranks, or the reasons why they could not be written.
         facts, problems, seconds = zip(
             *self.process_group.all_gather_object((self.facts, self.problem, self.seconds)),
             strict=True,
         )
         self.seconds = max(seconds)
-        # The index names every file by its hash, and itself.
+        # Write the index, with the hash of every file and of itself.
         files = {state_file(rank): written for rank, written in enumerate(facts)}
         index = {'format': FORMAT, 'version': VERSION, **self.index, 'files': files}
         index['sha256'] = index_sha256(index)
@@ -193,7 +194,7 @@ def state_file(rank: int) -> str:
 
 
 def _make_folder(folder: Path, iter: int) -> tuple[Path, Path]:
-    """A new folder to write to, and the name that it is to have."""
+    """A new temporary folder, and its final path."""
     replaced = _checkpoints_at(folder, iter)
     again = f'_{_iter_and_attempt(replaced[0])[1] + 1}' if replaced else ''
     final = folder / f'iter_{iter:08d}{again}'
@@ -208,8 +209,8 @@ def _make_folder(folder: Path, iter: int) -> tuple[Path, Path]:
 
 
 def _write_state(path: Path, state: dict) -> dict:
-    """Write a rank's file to the disk; its size and checksum."""
-    # The zip's own CRC-32 takes longer than all else, and SHA-256 says more.
+    """Write a rank's file to the disk. Returns its size and checksum."""
+    # Skip the zip format's CRC-32, which is slow and weaker than SHA-256.
     with open(path, 'wb') as raw, serialization.patch('save.compute_crc32', False):
         file = _HashingFile(raw)
         torch.save(state, file)
@@ -219,13 +220,13 @@ def _write_state(path: Path, state: dict) -> dict:
 
 
 def _publish(temporary: Path, final: Path, index: dict, problems: list[str]) -> None:
-    """Rename the folder that every rank has written to, or remove it if one of them could not."""
+    """Rename the folder that all ranks have written, or remove it if there are problems."""
     replaced = _checkpoints_at(final.parent, index['iter'])
     try:
         if problems:
             raise _cannot_write(final, problems[0])
-        # The index and the folder reach the disk before the name, the name before what it replaces
-        # goes: whenever the machine dies, one of the two is there and whole.
+        # Sync the index and the folder before the rename, and the rename before the old checkpoint
+        # is removed: one of the two is complete whenever the machine fails.
         with open(temporary / 'index.json', 'w', encoding='utf-8') as text:
             json.dump(index, text, indent=1, allow_nan=False)
             text.flush()
@@ -238,12 +239,12 @@ def _publish(temporary: Path, final: Path, index: dict, problems: list[str]) -> 
     except OSError as error:
         raise _cannot_write(final, write_failure(error)) from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)  # nothing is there if it was published
+        shutil.rmtree(temporary, ignore_errors=True)  # gone if it was published
 
 
 def write_failure(error: BaseException) -> str:
-    """Why it could not be written: what the system said before torch's zip writer spoke."""
-    cause = error  # closing a zip file on a full disk fails once more
+    """The reason of a failed write: the system's error behind that of torch's zip writer."""
+    cause = error  # closing a zip file on a full disk raises a second error
     while cause.__context__ is not None and not isinstance(cause, OSError):
         cause = cause.__context__
     system = cause.strerror if isinstance(cause, OSError) else None
@@ -253,21 +254,21 @@ def write_failure(error: BaseException) -> str:
 def _cannot_write(final: Path, reason: str) -> UserError:
     return UserError(
         f'the checkpoint {final} could not be written: {reason}. Earlier checkpoints and the '
-        f'record are intact. Make room or mend the folder, then continue the run with '
+        f'record are intact. Free space or repair the folder, then continue the run with '
         f'--init_from=resume.'
     )
 
 
 def index_sha256(index: dict) -> str:
-    """The sum that an index holds of itself: over all else in it, as sorted JSON."""
+    """The hash that an index contains: of its other entries, as sorted JSON."""
     rest = {key: value for key, value in index.items() if key != 'sha256'}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def load_state(checkpoint: Checkpoint) -> list[dict]:
-    """The state that each rank wrote, on the CPU, once the checksums are verified.
+    """The state of each rank, on the CPU, after the checksums are verified.
 
-    The tensors are mapped from the files, not read at once. Raises BrokenCheckpoint.
+    The tensors are memory-mapped. Raises BrokenCheckpoint.
     """
     return [
         _load_file(checkpoint.path / name, facts)
@@ -282,34 +283,34 @@ def _load_file(path: Path, expected: dict) -> dict:
         raise BrokenCheckpoint(f'{path} cannot be read: {error.strerror}') from error
     if sha256 != expected['sha256']:
         raise BrokenCheckpoint(
-            f'{path} is damaged: its SHA-256 is not the one that index.json gives '
+            f'{path} is damaged: its SHA-256 differs from that in index.json '
             f'({size:,} bytes, {expected["bytes"]:,} expected).'
         )
     try:
         state = load_tensors(path)
-    except Exception as error:  # a foreign file makes the unpickler fail in every way there is
+    except Exception as error:  # the unpickler raises all kinds of errors for a foreign file
         raise BrokenCheckpoint(unreadable_tensors(path, error)) from error
     if not isinstance(state, dict):
-        raise BrokenCheckpoint(f'{path} holds no checkpoint of this program.')
+        raise BrokenCheckpoint(f'{path} is not a checkpoint of this program.')
     return state
 
 
 def unreadable_tensors(path: Path, error: Exception) -> str:
-    """What to say of a file that `load_tensors` could not read.
+    """The error message for a file that `load_tensors` could not read.
 
-    The error's own words would send people to weights_only=False, which runs what a file says.
+    torch's own message recommends weights_only=False, which executes code in the file.
     """
     return (
-        f'{path} cannot be read as tensors and plain values ({type(error).__name__}); whatever '
-        f'else it holds was not run.'
+        f'{path} cannot be read as tensors and plain values ({type(error).__name__}). No code in '
+        f'it was run.'
     )
 
 
 def load_tensors(path: Path):
-    """What torch wrote to the file: tensors and plain values only, mapped from the file.
+    """The tensors and plain values of a file written by torch.save, memory-mapped.
 
-    Read into memory where the name is not UTF-8, which torch's own reader does not open, or where
-    torch before version 1.6 wrote it, which was no zip archive.
+    A file whose name is not UTF-8, which torch's reader cannot open, is read into memory, and so
+    is one of torch before version 1.6, which did not write zip archives.
     """
     mapped = zipfile.is_zipfile(path)
     if os.fsencode(path) != str(path).encode(errors='replace'):
@@ -329,19 +330,19 @@ def read_index(path: Path) -> Checkpoint:
         raise BrokenCheckpoint(f'{file} is not the index of a checkpoint of this program.')
     if index.get('version') != VERSION:
         raise BrokenCheckpoint(
-            f'{file} has version {index.get("version")!r}; this program reads {VERSION}.'
+            f'{file} has version {index.get("version")!r}; this program reads version {VERSION}.'
         )
     if index.get('sha256') != index_sha256(index):
-        raise BrokenCheckpoint(f'{file} is damaged: its SHA-256 is not the one that it gives.')
+        raise BrokenCheckpoint(f'{file} is damaged: its SHA-256 differs from that in the file.')
     index = {**_LATER_KEYS, **index}
     wrong = [key for key, fits in _INDEX_CHECKS.items() if key not in index or not fits(index[key])]
     if wrong:
-        raise BrokenCheckpoint(f'{file} lacks {", ".join(wrong)}, or has something else there.')
+        raise BrokenCheckpoint(f'{file}: missing or invalid values: {", ".join(wrong)}.')
     return Checkpoint(path, index)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """The folders of all checkpoints, the newest first."""
+    """The folders of all checkpoints, newest first."""
     if not folder.is_dir():
         return []
     folders = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)]
@@ -349,28 +350,29 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether that is the folder of a checkpoint, be it broken, or under another name."""
+    """Whether the path is a checkpoint folder, possibly broken or renamed."""
     return path.is_dir() and bool(
         _NAME.fullmatch(path.absolute().name) or (path / 'index.json').is_file()
     )
 
 
 def _iter_and_attempt(path: Path) -> tuple[int, int]:
-    """Updates done, and which checkpoint of that moment this is: 1, or 2 for `_2`."""
+    """The iteration in a checkpoint's name, and its number: 1, or 2 for `_2`."""
     match = _NAME.fullmatch(path.name)
-    assert match is not None  # list_checkpoints gives no other names
+    assert match is not None  # list_checkpoints returns no other names
     return int(match[1]), int(match[2] or 1)
 
 
 def _checkpoints_at(folder: Path, iter: int) -> list[Path]:
-    """The checkpoints of one moment, the latest saved first."""
+    """The checkpoints of one iteration, latest first."""
     return [path for path in list_checkpoints(folder) if _iter_and_attempt(path)[0] == iter]
 
 
 def load_latest(folder: Path, warn) -> tuple[Checkpoint, list[dict]] | None:
-    """The newest checkpoint that can be read, and its state; None if there is none at all.
+    """The newest readable checkpoint and its state; None if there is no checkpoint.
 
-    warn: told, a sentence each, of newer ones that are broken. Raises BrokenCheckpoint if all are.
+    warn: called with a message for each newer one that is broken. Raises BrokenCheckpoint if all
+    are broken.
     """
     problems: list[str] = []
     for path in list_checkpoints(folder):
@@ -381,12 +383,12 @@ def load_latest(folder: Path, warn) -> tuple[Checkpoint, list[dict]] | None:
             problems.extend(error.problems)
             continue
         for problem in problems:
-            warn(f'{problem} The one before it is used: {path}.')
+            warn(f'{problem} Using the previous checkpoint: {path}.')
         return checkpoint, state
     if problems:
         raise BrokenCheckpoint(
             *problems,
-            f'{folder} holds no checkpoint that can be used: name another run, or start anew with '
+            f'{folder} has no readable checkpoint. Choose another run, or start a new one with '
             f'train.py --init_from=scratch.',
         )
     return None
@@ -395,9 +397,8 @@ def load_latest(folder: Path, warn) -> tuple[Checkpoint, list[dict]] | None:
 def prune(saved: Checkpoint, keep_last: int, keep_best: bool) -> None:
     """Remove all but the newest `keep_last` checkpoints and, with `keep_best`, the best one.
 
-    saved: the one just published. Any that claims to be newer was passed over as broken, so it
-    counts for nothing and is left for somebody to look at. The best is that of the lowest
-    validation loss; of equals the newest.
+    saved: the checkpoint just published. Newer ones are broken; they do not count and stay for
+    inspection. The best has the lowest validation loss; among equals the newest.
     """
     paths = list_checkpoints(saved.path.parent)
     paths = paths[paths.index(saved.path) :]
@@ -413,18 +414,18 @@ def prune(saved: Checkpoint, keep_last: int, keep_best: bool) -> None:
             retained.add(min(losses, key=losses.__getitem__))
     for path in paths:
         if path not in retained:
-            with contextlib.suppress(OSError):  # what cannot be removed stays
+            with contextlib.suppress(OSError):  # a folder that cannot be removed stays
                 _remove(path)
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what a crash during a save or a removal left behind."""
+    """Remove the files of a save or a removal that was cut off by a crash."""
     for path in folder.glob('.saving-*'):
         shutil.rmtree(path, ignore_errors=True)
 
 
 def _remove(path: Path) -> None:
-    """Remove a checkpoint such that it is whole or gone, whenever the process dies."""
+    """Remove a checkpoint by a rename first, so that it is never incomplete."""
     doomed = path.with_name(f'.saving-removed-{path.name}-{uuid.uuid4().hex[:8]}')
     os.rename(path, doomed)
     shutil.rmtree(doomed, ignore_errors=True)

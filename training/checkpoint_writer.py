@@ -1,9 +1,9 @@
-"""The checkpoints of a run, one at a time, written beside the training if that is asked for.
+"""Save the checkpoints of a run, one at a time, optionally in a background thread.
 
 Without `async_save` a checkpoint is written and published at once. With it, the state is copied to
-host memory, a thread writes the copy while training goes on, and the checkpoint is published
-between two iterations, once every rank has written: so all that ranks tell one another stays in the
-main thread, in one order. Until then the one before is the newest.
+host memory, a thread writes the copy while training continues, and the checkpoint is published
+between two iterations, once every rank has written its part. All communication between ranks thus
+stays in the main thread, in a fixed order.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from training_logger import TrainingLogger
 
 
 class _InlineExecutor(Executor):
-    """Does what it is given while its caller waits."""
+    """Runs a task at once, in the calling thread."""
 
     def submit(self, function, /, *arguments, **keywords) -> Future:
         done: Future = Future()
@@ -32,7 +32,7 @@ class _InlineExecutor(Executor):
 
 
 class CheckpointManager:
-    """Saves a run. Every rank calls every method, at the same moments."""
+    """Saves and publishes checkpoints. Every rank calls every method, at the same points."""
 
     def __init__(
         self,
@@ -44,34 +44,34 @@ class CheckpointManager:
         self.run, self.device, self.logger = run, device, logger
         self.process_group = process_group
         self.folder = logger.run_folder / 'checkpoints'
-        # What makes of a tensor that of the checkpoint.
+        # Function that maps a tensor to the one that is written.
         self.snapshot = (
             sharded_state.HostStaging(device) if run.async_save else sharded_state.no_copy
         )
         self.executor = ThreadPoolExecutor(1, 'saver') if run.async_save else _InlineExecutor()
-        self.task = self.executor.submit(bool)  # what it was given last: nothing yet
-        self.checkpoint: PendingCheckpoint | None = None  # begun, and not yet published
-        self.seconds = 0.0  # that it has taken from training
+        self.task = self.executor.submit(bool)  # the last task; at first an empty one
+        self.checkpoint: PendingCheckpoint | None = None  # not yet published
+        self.seconds = 0.0  # training time that it has cost
 
     @property
     def in_progress(self) -> bool:
-        """Whether a checkpoint is begun that is not yet published."""
+        """Whether there is a checkpoint that is not yet published."""
         return self.checkpoint is not None
 
     @property
     def writing(self) -> bool:
-        """Whether this rank has not yet written its part of it."""
+        """Whether this rank is still writing its part of the checkpoint."""
         return self.in_progress and not self.task.done()
 
     def begin(self, state: dict, index: dict, began: float) -> None:
-        """Save what was collected by way of `snapshot`; none is in progress. Raises UserError.
+        """Start to save a state collected with `snapshot`. Raises UserError.
 
-        began: when this began to take time from training.
+        No other checkpoint may be in progress. began: the time at which training was interrupted.
         """
-        # The files that the last one replaced are removed, and the copies of this one complete.
+        # Wait until the last checkpoint's task and the copies for this one are done.
         self.task.result()
         hardware.synchronize(self.device)
-        # Write: here, or in the thread while training goes on.
+        # Write, here or in the thread.
         self.checkpoint = PendingCheckpoint(self.folder, index, self.process_group)
         self.task = self.executor.submit(self.checkpoint.write, state)
         self.seconds = time.perf_counter() - began
@@ -79,11 +79,11 @@ class CheckpointManager:
             self.publish()
 
     def publish(self) -> None:
-        """Publish what is in progress, if anything is, and record it. Raises UserError."""
+        """Publish and record the checkpoint in progress, if there is one. Raises UserError."""
         if self.checkpoint is None:
             return
         began, (pending, self.checkpoint) = time.perf_counter(), (self.checkpoint, None)
-        # Every rank has written; then the folder gets its name, and older ones go.
+        # Wait for this rank's part, publish, and remove older checkpoints.
         self.task.result()
         checkpoint = pending.publish()
         if self.process_group.is_main:
@@ -103,16 +103,16 @@ class CheckpointManager:
         )
 
     def finish(self) -> None:
-        """Publish what is in progress, and wait until nothing is left to do. Raises UserError."""
+        """Publish the checkpoint in progress, and wait for all tasks. Raises UserError."""
         self.publish()
         self.task.result()
 
     def abort(self) -> None:
-        """Make the best of what is in progress when the run fails.
+        """Handle the checkpoint in progress when the run fails.
 
-        A process by itself can still publish it. Of several, others may be anywhere: it is left to
-        be removed by the next start.
+        A single process publishes it. With several, the state of the others is unknown: the
+        checkpoint is abandoned, and the next start removes its files.
         """
         if self.process_group.world_size == 1:
-            with contextlib.suppress(UserError):  # what made the run fail is on its way to the user
+            with contextlib.suppress(UserError):  # the error that ended the run is shown instead
                 self.finish()

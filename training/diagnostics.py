@@ -1,8 +1,8 @@
-"""What goes on inside a model, measured at evaluations on request (`diagnostics=True`).
+"""Measurements inside a model at evaluations (`diagnostics=True`).
 
-Layer by layer: the size of the residual stream, the gradient, the largest attention logit; the
-size of the last update against the weights; and the loss by position in the context, which is
-what tells position encodings apart.
+Per layer: the RMS of the residual stream, the gradient norm, the largest attention logit. Per
+parameter group: the size of the last update relative to the weights. And the loss by position in
+the context, in which position encodings differ.
 """
 
 from collections.abc import Iterator
@@ -29,11 +29,11 @@ def layer_statistics(
     targets: torch.Tensor,
     autocast,
 ) -> list[LayerDiagnostics]:
-    """For each block, on one batch (B, T) in evaluation mode: `activation_rms` of the stream that
-    leaves it, `gradient_norm` of its parameters for the mean loss, and `max_attention_logit`.
+    """For each block, on one batch (B, T) in evaluation mode: `activation_rms` of its output,
+    `gradient_norm` of its parameters for the mean loss, and `max_attention_logit`.
 
-    model: `raw_model` as it is called in training. Every rank is given the same batch. Leaves no
-    gradient behind; to be called between updates.
+    model: `raw_model` as called in training. Every rank gets the same batch. Clears all gradients;
+    to be called between iterations.
     """
     squares: list[torch.Tensor] = []
     hooks = [
@@ -42,7 +42,7 @@ def layer_statistics(
     ]
     logits: list[torch.Tensor] = []
     try:
-        # Hooks and probes would make compiled blocks compile anew.
+        # Hooks and probes would make compiled blocks recompile.
         with (
             torch.compiler.set_stance('force_eager'),
             torch.enable_grad(),
@@ -50,7 +50,7 @@ def layer_statistics(
         ):
             with _probed_attention(raw_model, tokens, logits), autocast():
                 loss_sum, count, auxiliary = model(tokens, targets)
-            # A share of it, since the ranks' gradients are added up.
+            # Divided by the number of ranks, since their gradients are summed.
             ((loss_sum / count + auxiliary.loss) / parallel.world_size).backward()
         norms = [
             parallel.norm([local_tensor(p.grad) for p in block.parameters() if p.grad is not None])
@@ -72,7 +72,7 @@ def _probed_attention(
     model: Transformer, tokens: torch.Tensor, logits: list[torch.Tensor]
 ) -> Iterator[None]:
     """Append the largest |scale · q kᵀ| of each block's attention, before caps and biases."""
-    elsewhere: torch.Tensor | bool = False  # in another document
+    elsewhere: torch.Tensor | bool = False  # whether the key is in another document
     if model.end_of_text is not None:
         numbers = locate_documents(tokens, model.end_of_text).ids[:, None, None]
         elsewhere = numbers[..., None] != numbers[..., None, :]  # (B, 1, 1, T, T)
@@ -105,7 +105,7 @@ def loss_by_position(
 ) -> list[PositionLoss]:
     """Mean loss in nats over positions [0, 1), [1, 2), [2, 4), [4, 8), … of the context.
 
-    batches: (tokens, targets), each (B, T), of this rank.
+    batches: this rank's (tokens, targets), each (B, T).
     """
     total: torch.Tensor | int = 0  # summed loss and number of targets, by position: (2, T)
     for tokens, targets in batches:
@@ -125,7 +125,7 @@ def loss_by_position(
 
 
 class UpdateRatio:
-    """How large an update is against the weights it changes: ‖Δw‖ / ‖w‖ for each group."""
+    """The size of an update relative to the weights: ‖Δw‖ / ‖w‖ for each parameter group."""
 
     def __init__(self, groups: list[ParameterGroup], parallel: SingleProcess):
         self.groups = {group.name: [local_tensor(p) for p in group.parameters] for group in groups}
@@ -134,12 +134,12 @@ class UpdateRatio:
         self.ratios: dict[str, float] | None = None
 
     def begin(self) -> None:
-        """Remember the weights: one more copy of them, until `end`."""
+        """Copy the weights; the copy is released by `end`."""
         self.before = [[p.clone() for p in weights] for weights in self.groups.values()]
 
     @torch.no_grad()
     def end(self) -> None:
-        """Compare, if `begin` was called."""
+        """Compute the ratios, if `begin` was called."""
         if self.before is None:
             return
         self.ratios = {}

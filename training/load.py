@@ -180,17 +180,17 @@ def paths_of(paths: PathLike | Iterable[PathLike]) -> list[str]:
 
 
 def find_run(out_dir: str, name: str | None) -> Path:
-    """The run called `name`, a path or a name below `out_dir`; without a name the newest there.
+    """The run `name`, a path or a folder name in `out_dir`; by default the newest in `out_dir`.
 
-    A job that torchrun starts again goes on with its own, whatever else has begun there since.
-    Raises UserError if there is none.
+    After a restart by torchrun it is the newest run of the same job. Raises UserError if there is
+    none.
     """
     if name is None:
         newest = latest_run(out_dir, job())
         if newest is None:
             raise UserError(
-                f'out_dir={out_dir!r} holds no run. Give the folder that does by --out_dir=FOLDER, '
-                f'or start one there with train.py --init_from=scratch.'
+                f'out_dir={out_dir!r} contains no run. Give the folder of runs with '
+                f'--out_dir=FOLDER, or start a run there with train.py --init_from=scratch.'
             )
         return newest
     for path in (Path(name), Path(out_dir) / name):
@@ -198,13 +198,13 @@ def find_run(out_dir: str, name: str | None) -> Path:
             return path
     known = [path.parent.name for path in Path(out_dir).glob('run_*/checkpoints')]
     raise UserError(
-        f'{name!r} is no run: neither {name} nor {Path(out_dir) / name} is a folder.'
+        f'{name!r} is not a run: neither {name} nor {Path(out_dir) / name} is a folder.'
         f'{did_you_mean(name, known)} Runs in {out_dir}: {", ".join(sorted(known)) or "none"}.'
     )
 
 
 def checkpoint_parser(prog: str, description: str) -> ArgumentParser:
-    """For a script that begins with a checkpoint: which one, and what its components need."""
+    """A parser with the arguments that select a checkpoint and its config files."""
     parser = ArgumentParser(
         prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -213,20 +213,19 @@ def checkpoint_parser(prog: str, description: str) -> ArgumentParser:
         'config',
         nargs='*',
         type=expand_home,
-        help='config files, for the components that they register',
+        help='Config files that register components of the model',
     )
-    add('--out_dir', type=expand_home, default='out', help='the folder of runs (default out)')
+    add('--out_dir', type=expand_home, default='out', help='Folder of runs (default out)')
     add(
         '--run',
         type=expand_home,
-        help='a run folder, or its name in out_dir, or a checkpoint folder '
-        '(default: the newest run)',
+        help='Run folder, its name in out_dir, or a checkpoint folder (default: the newest run)',
     )
     return parser
 
 
 def register_components(config_files: list[str], problems: list[str]) -> None:
-    """Let the files register their components. Raises UserError with all problems, if any."""
+    """Run the config files, which register components. Raises UserError with all problems."""
     for path in config_files:
         read_config_file(path, problems)
     if problems:
@@ -234,9 +233,9 @@ def register_components(config_files: list[str], problems: list[str]) -> None:
 
 
 def find_checkpoint(out_dir: str, name: str | None) -> tuple[Checkpoint, list[dict]]:
-    """The checkpoint in folder `name`, or the newest of the run of that name; and its state.
+    """A checkpoint and its state: the folder `name`, or the newest checkpoint of the run `name`.
 
-    Raises UserError if there is none that can be used.
+    Raises UserError if no checkpoint can be read.
     """
     if name is not None and is_checkpoint(Path(name)):
         checkpoint = read_index(Path(name))
@@ -244,12 +243,12 @@ def find_checkpoint(out_dir: str, name: str | None) -> tuple[Checkpoint, list[di
     folder = find_run(out_dir, name)
     latest = load_latest(folder / 'checkpoints', warn=write_progress)
     if latest is None:
-        raise UserError(f'{folder} has no checkpoint. Name another run with --run.')
+        raise UserError(f'{folder} has no checkpoint. Choose another run with --run.')
     return latest
 
 
 def load_model(checkpoint: Checkpoint, state: list[dict], device: torch.device) -> Transformer:
-    """The model that a checkpoint was taken of. Raises UserError."""
+    """The model of a checkpoint, with its weights. Raises UserError."""
     model = build_model(load_architecture(checkpoint))
     check_size(model, device)
     model.to_empty(device=device)
@@ -261,7 +260,7 @@ def load_model(checkpoint: Checkpoint, state: list[dict], device: torch.device) 
 
 
 def load_architecture(checkpoint: Checkpoint) -> ModelArchitectureConfig:
-    """The architecture that the checkpoint was trained with. Raises UserError."""
+    """The architecture of a checkpoint. Raises UserError."""
     (layer,) = checked_layers(checkpoint.index, {'architecture': str(checkpoint.path)})
     return ModelArchitectureConfig.from_dict(layer.values)
 
@@ -297,10 +296,10 @@ def run_folder_of(checkpoint: Checkpoint) -> Path:
 
 
 def copy_tokenizer_file(dataset: TokenDataset, run_folder: Path) -> None:
-    """Copy the file that the tokenizer is in, if it is in one, to where `load_tokenizer` looks."""
+    """Copy the tokenizer's file, if it has one, to the run, where `load_tokenizer` reads it."""
     name = dataset.tokenizer.get('file')
     if isinstance(name, str):
-        with suppress(OSError):  # training does without
+        with suppress(OSError):  # training does not need it
             shutil.copyfile(dataset.folder / Path(name).name, run_folder / Path(name).name)
 
 
@@ -331,10 +330,11 @@ def checked_layers(index: dict, origins: dict[str, str]) -> list[Layer]:
 
 @contextmanager
 def misfit_explained(checkpoint: Checkpoint) -> Iterator[None]:
+    """Raise a UserError if loading fails since the checkpoint does not fit the model."""
     try:
         yield
     except KeyError as error:
-        raise UserError(f'{checkpoint.path} does not fit this model: it has no {error}.') from error
+        raise UserError(f'{checkpoint.path} does not fit this model: it lacks {error}.') from error
     except (RuntimeError, ValueError, TypeError, AttributeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f'{checkpoint.path} does not fit this model: {reason}') from error

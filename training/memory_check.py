@@ -1,4 +1,4 @@
-"""Memory that does not suffice: told before a run where that is certain, and when it runs out."""
+"""Errors for insufficient memory: before a run if that is certain, and when memory runs out."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +14,7 @@ from training_config import Settings
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the error says that a device, or the machine, has no memory left."""
+    """Whether the error means that a device or the machine is out of memory."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
         isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
     )
@@ -24,8 +24,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 def user_friendly_errors(
     settings: Settings, parallel: SingleProcess, device: torch.device
 ) -> Iterator[None]:
-    """Around a run: a want of memory becomes a UserError with what to type, and a rank's failure
-    is known to all of them (`SingleProcessGroup.propagate_failures`)."""
+    """Context of a run: an out-of-memory error becomes a UserError with advice, and a rank's
+    failure is propagated to the others (`SingleProcessGroup.propagate_failures`)."""
     with parallel.propagate_failures():
         try:
             yield
@@ -42,9 +42,10 @@ def check_size(
     ranks: int = 1,
     activations: int = 0,
 ) -> None:
-    """Raise UserError if the device's memory cannot hold the least that is needed on each rank.
+    """Raise UserError if the minimum memory per rank exceeds the device's memory.
 
-    Before anything is allocated: a machine that is short of memory ends processes without a word.
+    Called before anything is allocated: a machine that runs out of memory kills processes without
+    an error message.
     """
     count = sum(parameter.numel() for parameter in model.parameters())
     weights, memory = count * bytes_per_parameter // ranks, hardware.total_memory(device)
@@ -62,7 +63,7 @@ def check_size(
 
 
 def check_training_size(settings: Settings, parallel: SingleProcess, device: torch.device) -> None:
-    """The same for a run: in training each block's input is kept, in two bytes a value or more."""
+    """The same for training, which also keeps the input of each block, 2 bytes or more a value."""
     run, architecture = settings.run, settings.architecture
     tokens = run.batch_size * architecture.block_size
     blocks = 1 if run.eval_only else architecture.n_layer
@@ -76,7 +77,7 @@ def check_training_size(settings: Settings, parallel: SingleProcess, device: tor
 
 
 def out_of_memory_error(settings: Settings, device_name: str) -> UserError:
-    """What to type instead, with the numbers: half the micro-batch, twice the accumulation."""
+    """An error with the memory needed, and options that need less."""
     run, architecture, ranks = settings.run, settings.architecture, settings.ranks
     batch_size, accumulation = run.batch_size, run.gradient_accumulation_steps
     tokens = batch_size * accumulation * architecture.block_size
@@ -91,12 +92,12 @@ def out_of_memory_error(settings: Settings, device_name: str) -> UserError:
     if batch_size % 2 == 0:
         advice.append(
             f'--batch_size={batch_size // 2} --gradient_accumulation_steps={accumulation * 2} '
-            f'keeps the {tokens:,} tokens of an update and halves what activations need'
+            f'keeps {tokens:,} tokens per iteration and halves the memory of activations'
         )
     if saved > 0:
         advice.append(
             f'--activation_checkpointing=full saves about {saved / 1e9:.2f} of the '
-            f'{activations / 1e9:.2f} GB of activations, for one more forward pass of the blocks'
+            f'{activations / 1e9:.2f} GB of activations, at the cost of a second forward pass'
         )
     advice.append(f'a --block_size below {architecture.block_size} or a smaller model needs less')
     each_rank = ' on each rank' if ranks > 1 else ''
@@ -105,5 +106,5 @@ def out_of_memory_error(settings: Settings, device_name: str) -> UserError:
         f'gradient_accumulation_steps={accumulation}, block_size={architecture.block_size}: the '
         f'{parameters:,} weights, their gradients and the state of {run.optimizer} take '
         f'{state_bytes / 1e9:.2f} GB{each_rank}, activations {activations / 1e9:.2f} GB. '
-        f'Ways on: {"; ".join(advice)}.'
+        f'What helps: {"; ".join(advice)}.'
     )

@@ -1,4 +1,4 @@
-"""What is measured of a run beside its losses, between two logged iterations or once."""
+"""Metrics of a run besides its losses: auxiliary metrics, FLOPs, memory, update ratio."""
 
 from dataclasses import dataclass, field
 
@@ -11,26 +11,26 @@ from training.diagnostics import UpdateRatio
 
 
 class MetricAccumulator:
-    """What components report of themselves: sums over micro-batches that stay on the
-    device, so that adding to them waits for nothing."""
+    """Sums of the components' auxiliary metrics over micro-batches. They stay on the device, so
+    that adding to them does not synchronize."""
 
     def __init__(self):
         self.sums: dict[str, torch.Tensor] = {}
         self.micro_batches = 0
 
     def add(self, metrics: dict[str, torch.Tensor]) -> None:
-        """Those of one micro-batch, the same names and shapes each time."""
+        """Add the metrics of one micro-batch; names and shapes are the same each time."""
         self.micro_batches += 1
         for name, value in metrics.items():
             self.sums[name] = self.sums[name] + value if name in self.sums else value
 
     def mean_and_reset(self, process_group: SingleProcessGroup) -> dict[str, torch.Tensor]:
-        """Means over the micro-batches of all ranks, each of which saw as many; begin anew."""
+        """Means over the micro-batches of all ranks (equally many per rank). Resets the sums."""
         sums, micro_batches = self.sums, self.micro_batches * process_group.world_size
         self.sums, self.micro_batches = {}, 0
         if not sums:
             return {}
-        # One collective for all of them: flattened side by side, and taken apart again.
+        # One collective for all metrics: concatenate, reduce, split.
         flat = torch.cat([value.flatten() for value in sums.values()])
         means = process_group.all_reduce_sum(flat) / micro_batches
         parts = means.split([value.numel() for value in sums.values()])
@@ -39,10 +39,10 @@ class MetricAccumulator:
 
 @dataclass
 class RunMetrics:
-    """What the throughput is reckoned from, and what is measured on the way."""
+    """FLOPs and peak for the throughput, and the metrics that are collected during training."""
 
     flops_per_token: FlopsInfo
     peak: Peak
     update_ratio: UpdateRatio
     aux: MetricAccumulator = field(default_factory=MetricAccumulator)  # since the last log entry
-    memory_footprint: MemoryFootprint | None = None  # bytes on a rank, once they are measured
+    memory_footprint: MemoryFootprint | None = None  # bytes per rank; None: not yet measured

@@ -1,4 +1,4 @@
-"""The head of a run's record: every option, the architecture, and what was counted at start-up."""
+"""The header of a run's record: every option, the architecture, and the start-up information."""
 
 import hashlib
 import os
@@ -40,7 +40,7 @@ from training_config import (
 )
 
 PROJECT = Path(__file__).absolute().parents[1]
-# Packages and modules on which no loss depends: they show, store, plan or say what goes wrong.
+# Packages and modules that affect no loss: display, storage, planning, error messages.
 DISPLAY_ONLY = (
     *('comparison/', 'inference/', 'planning/', 'records/', 'studies/'),
     *('training_logger.py', 'training/record_header.py'),
@@ -61,7 +61,7 @@ def record_header(
 ) -> RecordHeader:
     """`config`, `architecture`, `metadata` and `startup_info` of the record.
 
-    flops: of a token; peak: of one device; weights_from: of whom the initial weights are.
+    flops: FLOPs per token. peak: peak of one device. weights_from: source of the initial weights.
     """
     settings, parallel = context.settings, context.parallel
     run, architecture = settings.run, settings.architecture
@@ -80,7 +80,7 @@ def record_header(
             'hardware': _hardware(context, peak, flops, compiled),
             'parallel': {
                 'bytes_sent_per_update': bytes_sent_per_update(run, model, optimizer, parallel),
-                # Known once there has been an iteration (`Session.record_memory_footprint`).
+                # Known after the first iteration (`Session.record_memory_footprint`).
                 'parameter_bytes': None,
                 'gradient_bytes': None,
                 'optimizer_bytes': None,
@@ -106,7 +106,7 @@ def chosen_options(settings: Settings) -> dict[str, str]:
 
 
 def run_environment(header: RecordHeader) -> dict[str, Any]:
-    """What can change the last bits of a run, or its meaning, beside its options."""
+    """Everything besides the options that can change a run's results, down to the last bits."""
     metadata, info = header['metadata'], header['startup_info']
     return {
         'threads': metadata['threads'],
@@ -126,7 +126,7 @@ def bytes_sent_per_update(
     optimizer: torch.optim.Optimizer,
     parallel: SingleProcess,
 ) -> float:
-    """What a rank sends in an iteration, of the strategy and of the optimizer."""
+    """Bytes that a rank sends per iteration, for the strategy and the optimizer."""
     micro_steps = run.gradient_accumulation_steps // parallel.world_size
     return optimizer.bytes_sent + parallel.bytes_sent(model, micro_steps)
 
@@ -134,11 +134,11 @@ def bytes_sent_per_update(
 def source_hashes() -> dict[str, str]:
     """The first digits of the SHA-256 of each source file that training depends on.
 
-    These are the project's modules that have been imported, without those that only show or store.
-    A component of a config file is in `config_files`.
+    These are the imported modules of the project, without those in `DISPLAY_ONLY`. Config files
+    are recorded in `config_files`.
     """
     root = PROJECT.resolve()
-    # As they were imported, and where links lead: to resolve the path of every module takes long.
+    # Both the path as imported and the resolved one: resolving every module's path is slow.
     beginnings = tuple({f'{folder}{os.sep}' for folder in (PROJECT, PROJECT.resolve())})
     imported = [getattr(module, '__file__', None) for module in [*sys.modules.values()]]
     files = {os.path.abspath(file) for file in imported if file}

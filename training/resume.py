@@ -1,4 +1,4 @@
-"""Continue a run: find its checkpoint, refuse another architecture, restore, say what changed."""
+"""Resume a run: find its checkpoint, check the settings, restore, record what has changed."""
 
 import math
 from dataclasses import asdict, dataclass, field
@@ -21,7 +21,7 @@ from training.load import checked_layers, find_run, misfit_explained
 from training_config import Settings, TrainingConfig, schema
 from training_logger import TrainingLogger
 
-# Options that say how to start, not what to train: never taken over from the earlier process.
+# Options of the start, not of the training: never inherited from the earlier process.
 NOT_INHERITED = (
     'out_dir',
     'init_from',
@@ -33,34 +33,34 @@ NOT_INHERITED = (
 )
 
 
-# What is derived for a new run, and stays as it was when that is resumed.
+# Options that are derived for a new run and inherited when it is resumed.
 DERIVED_ONCE = ('eval_interval',)
 
-# How the origin of a value begins that nobody chose.
+# Prefixes of the origins of values that the user did not set.
 UNCHOSEN_ORIGINS = ('default', 'derived', 'dataset')
 
 
 @dataclass
 class TrainingProgress:
-    """How far a run has come. Plain numbers, kept in the checkpoint's index."""
+    """The progress of a run: plain values, stored in the checkpoint's index."""
 
-    iter: int = 0  # updates made
-    evaluated_at: int | None = None  # updates made when it was last evaluated
-    val_loss: float | None = None  # found by that evaluation
+    iter: int = 0  # iterations done
+    evaluated_at: int | None = None  # iterations done at the last evaluation
+    val_loss: float | None = None  # of that evaluation
     best_val_loss: float | None = None
-    recent_losses: list[float] = field(default_factory=list)  # what a spike is held against
-    data_shift: int = 0  # updates' worth of data left out by rollbacks
+    recent_losses: list[float] = field(default_factory=list)  # to detect a spike
+    data_shift: int = 0  # iterations whose data rollbacks have skipped
     rollbacks: int = 0
-    data_digest: int = 0  # of the sequences trained on, as the ranks last agreed
-    own_digest: int = 0  # of this rank's since then
-    one_order: bool = True  # whether its sequences so far are the first ones of a single order
-    tokens: int = 0  # in the sequences of all its updates
+    data_digest: int = 0  # hash of the sequences of all ranks, at the last sync
+    own_digest: int = 0  # hash of this rank's sequences since then
+    one_order: bool = True  # whether all sequences so far follow a single data order
+    tokens: int = 0  # tokens of all iterations
 
     @classmethod
     def of(cls, index: dict) -> 'TrainingProgress':
-        """What a checkpoint's index says. Raises TypeError or ValueError if that makes no sense."""
+        """The progress in a checkpoint's index. Raises TypeError or ValueError if it is invalid."""
         progress = cls(**index['progress'])
-        if 'tokens' not in index['progress']:  # an older version's: of one batch size throughout
+        if 'tokens' not in index['progress']:  # of an older version, with a constant batch size
             progress.tokens = progress.iter * _tokens_per_iter(index['config'])
         counts = [progress.iter, progress.tokens, progress.data_shift, progress.rollbacks]
         digests = [progress.data_digest, progress.own_digest]
@@ -73,11 +73,11 @@ class TrainingProgress:
             and type(progress.one_order) is bool
             and progress.iter == index['iter']
         ):
-            raise ValueError('its progress is not that of a run')
+            raise ValueError('its progress is invalid')
         return progress
 
     def note_evaluation(self, val_loss: float) -> bool:
-        """Whether `val_loss` is the lowest so far. One that is not finite never is."""
+        """Store the result of an evaluation. Returns whether it is finite and the lowest so far."""
         self.evaluated_at = self.iter
         self.val_loss = val_loss if math.isfinite(val_loss) else None
         if self.val_loss is None or (
@@ -90,37 +90,37 @@ class TrainingProgress:
 
 @dataclass
 class ResumeSource:
-    """A run to continue, and the newest of its checkpoints that could be read."""
+    """A run to resume, and its newest readable checkpoint."""
 
     run_folder: Path
     checkpoint: Checkpoint
     state: list[dict]
     warnings: list[str]
-    same_order: bool = True  # as far as its options have been compared with today's
+    same_order: bool = True  # whether the current options keep the data order; set by `check`
 
     @property
     def weights_from(self) -> WeightsSource | None:
-        """What the run once began from, as its record tells."""
+        """The pretrained weights that the run started from, according to its record."""
         return read_record(self.run_folder)['metadata'].get('weights_from')
 
     def check(self, settings: Settings) -> None:
-        """Refuse another architecture, optimizer or sampling. Raises UserError naming both."""
+        """Raise UserError if the architecture, the optimizer or the sampling differs."""
         index, optimizer = self.checkpoint.index, settings.run.optimizer
-        trained_by = index['config'].get('optimizer', optimizer)
-        if trained_by != optimizer:
+        saved_optimizer = index['config'].get('optimizer', optimizer)
+        if saved_optimizer != optimizer:
             raise UserError(
                 f'{self.run_folder} cannot be resumed with optimizer={optimizer!r}: its checkpoint '
-                f'holds what {trained_by!r} keeps of the gradients, and no other optimizer can go '
-                f'on from that. Leave optimizer out to go on with {trained_by!r}, or start a new '
-                f'run with --init_from=scratch.'
+                f'contains {saved_optimizer!r} optimizer state, which {optimizer!r} cannot load. '
+                f'Remove optimizer to continue with {saved_optimizer!r}, or start a new run with '
+                f'--init_from=scratch.'
             )
-        sampled = index['config'].get('sampling', 'random')
-        if sampled != settings.run.sampling:
+        sampling = index['config'].get('sampling', 'random')
+        if sampling != settings.run.sampling:
             raise UserError(
                 f'{self.run_folder} cannot be resumed with sampling={settings.run.sampling!r}: its '
-                f'first {index["iter"]:,} updates took their data by {sampled!r}, and the numbers '
-                f'that come next mean other windows in another order. Leave sampling out to go on '
-                f'with {sampled!r}, or start a new run with --init_from=scratch.'
+                f'first {index["iter"]:,} iterations read their data with sampling={sampling!r}, '
+                f'which no other order can continue. Remove sampling to continue with '
+                f'{sampling!r}, or start a new run with --init_from=scratch.'
             )
         self.same_order = _order_of(index['config']) == _order_of(settings.to_dict())
         differing = _differences(index['architecture'], settings.architecture.to_dict())
@@ -128,21 +128,21 @@ class ResumeSource:
             pairs = ', '.join(f'{k}={then!r} (now {now!r})' for k, (then, now) in differing.items())
             raise UserError(
                 f'{self.run_folder} cannot be resumed with another architecture: it has {pairs}. '
-                f'Leave these keys out to go on with it, or start a new run with '
+                f'Remove these options to continue the run, or start a new run with '
                 f'--init_from=scratch.'
             )
 
     def restore(
         self, parallel: SingleProcess, model: Transformer, optimizer: GuardedOptimizer
     ) -> TrainingProgress:
-        """Load weights and optimizer, and give the state up, to free its memory."""
+        """Load the weights and the optimizer state, and release the memory of the state."""
         state, self.state = self.state, []
         progress = restore_checkpoint(parallel, model, optimizer, self.checkpoint, state)
         progress.one_order &= self.same_order
         return progress
 
     def report(self, logger: TrainingLogger, header: RecordHeader, environment: dict) -> None:
-        """Continue the record, with what changed and what was wrong."""
+        """Continue the record, with the changed options and the warnings."""
         index, path = self.checkpoint.index, self.checkpoint.path.relative_to(self.run_folder)
         changed = _differences(index['config'], header['config'])
         changed |= _differences(index['surroundings'], environment)
@@ -159,7 +159,7 @@ class ResumeSource:
             startup_info=header['startup_info'],
         )
         if record and str(path) not in [entry['path'] for entry in record['checkpoints']]:
-            # The process died between publishing it and saying so.
+            # The process died after publishing the checkpoint and before recording it.
             seen: PartialDataSeen = index['seen']
             logger.checkpoint(
                 {
@@ -177,13 +177,13 @@ class ResumeSource:
             logger.event(
                 'note',
                 self.checkpoint.iter,
-                'all updates of this run are made. To train it longer raise --max_iters; to start '
-                'another give --init_from=scratch, or a --out_dir of its own.',
+                'all iterations of this run are done. To train it longer, raise --max_iters; to '
+                'start a new run, use --init_from=scratch or another --out_dir.',
             )
 
 
 def _differences(then: dict, now: dict) -> dict[str, list]:
-    """key -> [then, now] where they differ; None where one side has no such key."""
+    """key -> [then, now] for values that differ; None for a missing key."""
     return {
         key: [then.get(key), now.get(key)]
         for key in {**then, **now}
@@ -200,16 +200,16 @@ def _tokens_per_iter(config: dict) -> int:
 
 
 def _order_of(config: dict) -> tuple:
-    """What decides which data an update gets."""
+    """The options that determine the data of an iteration."""
     return config['dataset'], config['data_seed'], _sequences_per_iter(config)
 
 
 def find_resume_source(command_line: CommandLine) -> ResumeSource | None:
-    """The run that the command line asks to continue; its options join those of the command line.
+    """The run that the command line resumes, if any. Its options are added to `command_line`.
 
-    What the run was given on the command line stands above today's config file and beneath today's
-    command line; what its file and preset gave stands beneath today's file, which may have been
-    edited. Raises UserError if there is nothing to resume and init_from=resume.
+    Options of the run's own command line take precedence over today's config file, but not over
+    today's command line. Options of its config file and preset yield to today's config file, which
+    may have been edited. Raises UserError if init_from=resume and there is nothing to resume.
     """
     init_from = command_line.value('init_from', schema)
     if init_from not in ('resume', 'auto'):
@@ -224,8 +224,8 @@ def find_resume_source(command_line: CommandLine) -> ResumeSource | None:
         if init_from == 'auto':
             return None
         raise UserError(
-            f'init_from=resume: {folder} has no checkpoint. Name another run with --resume_run, or '
-            f'start a new one with --init_from=scratch.'
+            f'init_from=resume: {folder} has no checkpoint. Choose another run with --resume_run, '
+            f'or start a new run with --init_from=scratch.'
         )
     checkpoint, state = latest
     origins = {'chosen': f'run {folder.name}', 'commanded': f'run {folder.name}, {COMMAND_LINE}'}
@@ -243,13 +243,13 @@ def find_resume_source(command_line: CommandLine) -> ResumeSource | None:
 
 
 def restart_notes(run: TrainingConfig) -> list[str]:
-    """What a person may not have thought of, a sentence or two each."""
+    """Notes on how the job was launched and what a restart would do."""
     if run.init_from != 'scratch' or restarts_left() <= 0:
         return launch_notes()
     return [
         *launch_notes(),
-        'torchrun may start this job again, which with init_from=scratch begins a new run each '
-        'time: --init_from=auto goes on with this one.',
+        'torchrun may restart this job, and init_from=scratch starts a new run each time; '
+        '--init_from=auto continues this one.',
     ]
 
 
@@ -260,7 +260,7 @@ def restore_checkpoint(
     checkpoint: Checkpoint,
     state: list[dict],
 ) -> TrainingProgress:
-    """Load weights and optimizer; how far the run had come. Raises UserError if they do not fit."""
+    """Load the weights and the optimizer state. Returns the progress; UserError on a mismatch."""
     with misfit_explained(checkpoint):
         sharded_state.restore(sharded_state.StoredState(state), parallel, model, optimizer)
         return TrainingProgress.of(checkpoint.index)
@@ -269,7 +269,7 @@ def restore_checkpoint(
 def checkpoint_index(
     settings: Settings, progress: TrainingProgress, environment: dict, dataset: TokenDataset
 ) -> dict:
-    """What a checkpoint says of itself, beside its tensors: plain values only."""
+    """The index of a checkpoint: everything except its tensors, as plain values."""
     config = settings.to_dict()
     origins = {**settings.run.origins, **settings.architecture.origins}
     chosen: dict[str, object] = {}

@@ -1,7 +1,7 @@
-"""A run that is set up: what it consists of, and what follows from that.
+"""Session: everything that the training loop needs (model, data, optimizer, logger, progress).
 
-`train.py` says in which order things happen; how a batch is read, a data hash is agreed on or the
-throughput is reckoned is here.
+`train.py` has the order of events; this module reads batches, combines data hashes and computes
+the throughput.
 """
 
 from collections.abc import Iterable, Iterator
@@ -34,10 +34,10 @@ from training_logger import TrainingLogger
 
 @dataclass(kw_only=True)
 class RunContext:
-    """What a run is given: options, processes, a device, data, and the command that started it."""
+    """Input of a run: settings, processes, device, dataset, and the command that started it."""
 
     settings: Settings
-    parallel: SingleProcess  # the strategy, which is the process group too
+    parallel: SingleProcess  # the strategy, which is also the process group
     device: torch.device
     dataset: TokenDataset
     argv: list[str]
@@ -45,10 +45,10 @@ class RunContext:
 
 @dataclass(kw_only=True)
 class Session(RunContext):
-    """A run that is set up: what it is given, and what is built of that."""
+    """A run that is set up: its input, and the objects built from it."""
 
     raw_model: Transformer
-    model: torch.nn.Module  # the same, as it is called in training
+    model: torch.nn.Module  # raw_model as called in training (wrapped by the strategy)
     optimizer: GuardedOptimizer
     progress: TrainingProgress
     logger: TrainingLogger
@@ -56,7 +56,7 @@ class Session(RunContext):
     signals: SignalHandler
     metrics: RunMetrics
     sample_writer: PeriodicSample | None
-    environment: dict  # threads, versions and the like, to be compared on a resume
+    environment: dict  # threads, versions and the like, compared when the run is resumed
 
     # --- Data ---
 
@@ -67,11 +67,11 @@ class Session(RunContext):
 
     @cached_property
     def order(self) -> RandomOrder | EpochOrder:
-        """In which the windows of the training split are read."""
+        """The order in which the windows of the training split are read."""
         return self.dataset.order(self.settings.run.sampling, self.settings.run.data_seed)
 
     def training_batch(self, number: int) -> list[torch.Tensor]:
-        """Micro-batch `number` of the run, (tokens, targets), on the device; noted as seen."""
+        """Micro-batch `number` of the run: (tokens, targets) on the device. Updates the hash."""
         run, progress = self.settings.run, self.progress
         first = number * run.batch_size
         tokens, targets = self.dataset.batch(self.order, first, run.batch_size)
@@ -81,14 +81,14 @@ class Session(RunContext):
     def evaluation_batches(
         self, split: str, *, divided: bool = True
     ) -> Iterator[list[torch.Tensor]]:
-        """The fixed windows of a split, (tokens, targets) of `batch_size` at a time.
+        """The fixed windows of a split, in batches (tokens, targets) of `batch_size`.
 
-        divided: among the ranks; else every rank gets all of them.
+        divided: each rank gets a part of the windows; otherwise every rank gets all of them.
         """
         run = self.settings.run
         starts = self.dataset.windows(split, run.eval_iters)
-        # Every rank takes part in as many forward passes as the others: what is left over at the
-        # end is read by several and counted by one. A compiled model is given whole batches only,
+        # All ranks make the same number of forward passes. A last window may be read by several
+        # ranks; all but one of them ignore its targets. A compiled model gets full batches only,
         # since it is compiled for their shape.
         ranks, rank = (self.parallel.world_size, self.parallel.rank) if divided else (1, 0)
         multiple = ranks * (run.batch_size if run.compile else 1)
@@ -100,23 +100,23 @@ class Session(RunContext):
             yield self.to_device((tokens, targets))
 
     def to_device(self, arrays: Iterable[np.ndarray]) -> list[torch.Tensor]:
-        """numpy arrays as tensors on the device; the copy to a GPU does not wait."""
+        """numpy arrays as tensors on the device; the copy to a GPU is asynchronous."""
         tensors = [torch.from_numpy(array) for array in arrays]
         if self.device.type == 'cuda':
             return [t.pin_memory().to(self.device, non_blocking=True) for t in tensors]
         return [tensor.to(self.device) for tensor in tensors]
 
     def sync_data_hash(self) -> str:
-        """What all ranks have trained on since the start, as 16 hex digits."""
+        """The hash of all data that all ranks have trained on, as 16 hex digits."""
         progress = self.progress
         new = sum(self.parallel.all_gather_object(progress.own_digest))
         progress.data_digest, progress.own_digest = (progress.data_digest + new) % 2**64, 0
         return f'{progress.data_digest:016x}'
 
     def data_seen(self) -> DataSeen:
-        """How much of the training split the iterations so far have seen, and how often.
+        """Tokens, epochs and distinct tokens of the training split seen so far.
 
-        None where the numbers of the sequences are not simply those from 0 on.
+        A value is None if it is unknown, since the data order has changed during the run.
         """
         progress, block_size = self.progress, self.settings.architecture.block_size
         tokens, counted = progress.tokens, progress.one_order and progress.data_shift == 0
@@ -126,26 +126,26 @@ class Session(RunContext):
             'unique_tokens': self.order.unique_tokens(tokens // block_size) if counted else None,
         }
 
-    # --- What is due ---
+    # --- Schedule ---
 
     def evaluation_due(self, iter: int) -> bool:
-        """Whether the loss is measured after `iter` iterations: at intervals, and at the end."""
+        """Whether to evaluate after `iter` iterations: at intervals, and at the end."""
         return iter % self.settings.run.eval_interval == 0 or iter >= self.settings.run.max_iters
 
     def sample_due(self, iter: int) -> bool:
-        """Whether the evaluation after `iter` iterations writes text too."""
+        """Whether the evaluation after `iter` iterations also generates a sample."""
         run = self.settings.run
         at_the_end = iter >= run.max_iters
         return self.sample_writer is not None and (at_the_end or iter % run.sample_interval == 0)
 
-    # --- What is computed and measured ---
+    # --- Measurements ---
 
     def autocast(self) -> AbstractContextManager:
-        """The precision of the matrix multiplications; parameters and losses stay in fp32."""
+        """Context for the precision of matrix products; parameters and losses stay in fp32."""
         return hardware.autocast(self.device, self.settings.run.dtype)
 
     def mean_loss(self, split: str) -> float:
-        """The mean loss over the evaluation windows of a split, of all ranks."""
+        """The mean loss over the evaluation windows of a split, over all ranks."""
         total = torch.zeros(2, device=self.device)  # summed loss, number of targets
         for batch in self.evaluation_batches(split):
             with self.autocast():
@@ -155,13 +155,13 @@ class Session(RunContext):
         return loss_sum / count
 
     def write_sample(self) -> Sample:
-        """The run's periodic sample as the record has it."""
+        """The run's periodic sample, as an entry of the record."""
         assert self.sample_writer is not None
         with self.autocast():
             return self.sample_writer.write(self.raw_model)
 
     def measure_diagnostics(self) -> Diagnostics:
-        """What goes on inside the model, as the record has it."""
+        """Diagnostics of the model's layers and of the last update, as an entry of the record."""
         tokens, targets = next(self.evaluation_batches('val', divided=False))
         return {
             'layers': diagnostics.layer_statistics(
@@ -174,9 +174,9 @@ class Session(RunContext):
         }
 
     def throughput(self, seconds: float) -> tuple[float, MfuInfo]:
-        """Tokens a second at so many seconds an iteration; and what this makes of the hardware.
+        """Tokens per second at `seconds` per iteration, and the MFU.
 
-        That is the FLOP/s of all ranks, and their share of the peak; None where it is not known.
+        The FLOP/s are those of all ranks; the MFU is None if the peak is unknown.
         """
         tokens_per_second = self.tokens_per_iter / seconds
         flops, peak = self.metrics.flops_per_token, self.metrics.peak.tflops
@@ -195,9 +195,10 @@ class Session(RunContext):
         }
 
     def record_memory_footprint(self) -> None:
-        """Record, once in a process, what a rank holds after an iteration, the largest.
+        """Record the memory per rank after an iteration, once in a process.
 
-        In bytes, of the tensors themselves; what is gathered for a moment is not counted.
+        The bytes of parameters, gradients and optimizer state, each the maximum over the ranks.
+        Buffers that exist only during an iteration are not counted.
         """
         if self.metrics.memory_footprint is not None:
             return
@@ -216,7 +217,7 @@ class Session(RunContext):
         self.logger.memory_footprint(self.metrics.memory_footprint)
 
     def memory_usage(self) -> MemoryInfo:
-        """The memory in use, the largest over the ranks."""
+        """The memory in use, the maximum over the ranks."""
         usage = hardware.memory_usage(self.device)
         known = [-1.0 if value is None else value for value in usage.values()]
         largest = [None if v < 0 else v for v in self.parallel.all_reduce_max(known)]
@@ -231,11 +232,11 @@ class Session(RunContext):
     # --- Checkpoints ---
 
     def checkpoint_index(self) -> dict:
-        """What a checkpoint of this moment says of itself."""
+        """The index of a checkpoint of the current state."""
         index = checkpoint_index(self.settings, self.progress, self.environment, self.dataset)
         return {**index, 'seen': self.data_seen()}
 
 
 def _local_bytes(values: Iterable) -> int:
-    """The bytes of the tensors among them, of sharded ones what this rank holds."""
+    """The bytes of the tensors in `values`; of a sharded tensor, those of the local shard."""
     return sum(local_tensor(value).nbytes for value in values if isinstance(value, torch.Tensor))

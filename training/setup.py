@@ -51,7 +51,7 @@ class InitSource(Protocol):
 
 
 def set_up(context: RunContext, init_source: InitSource | None) -> Session:
-    """Build everything that the loop needs, and begin or continue the record."""
+    """Build everything that the training loop needs, and start or continue the record."""
     settings, parallel, device = context.settings, context.parallel, context.device
     run, architecture, dataset = settings.run, settings.architecture, context.dataset
     sample_writer = PeriodicSample.from_options(run, dataset)
@@ -59,20 +59,21 @@ def set_up(context: RunContext, init_source: InitSource | None) -> Session:
         lambda: hardware.peak_flops(device, run.dtype, run.peak_tflops)
     )
 
-    # The model, as the strategy recomputes, compiles and wraps it, and its optimizer.
+    # Build the model (recomputed, compiled and wrapped as configured) and the optimizer.
     compiled = can_compile(run, device, parallel)
     recomputed = recomputed_blocks(run.activation_checkpointing, architecture.n_layer)
     raw_model, model = parallel.build(architecture, recomputed, compiled)
     groups, flops = parameter_groups(raw_model), training_flops(raw_model, recomputed)
     optimizer = GuardedOptimizer(parallel.build_optimizer(groups, run), run, device, parallel)
 
-    # The weights and the progress of a checkpoint, or the weights of somebody's model.
+    # Load a checkpoint, or pretrained weights.
     progress = TrainingProgress()
     if init_source:
         progress = init_source.restore(parallel, raw_model, optimizer)
+    # Check that the model is causal.
     model_notes = start_checks.check_model(raw_model, device, run.dtype)
 
-    # The record, begun or continued.
+    # Start or continue the record.
     logger = open_record(context, init_source)
     header = record_header(
         context,

@@ -137,7 +137,7 @@ def test_stop_without_checkpoint(broken_data, tiny_dataset, tmp_path, capsys):
     broken_data(lambda update: update == 0)
     run = train_here(tiny_dataset, tmp_path, **OPTIONS)
     assert (run.code, run.record['status']) == (2, 'failed')
-    assert 'None is saved yet' in capsys.readouterr().err
+    assert 'No checkpoint exists' in capsys.readouterr().err
     assert not list((run.folder / 'checkpoints').iterdir())
 
 
@@ -272,7 +272,7 @@ def test_rollback_without_checkpoint(broken_data, tiny_dataset, tmp_path, capsys
     broken_data(lambda update: update == 1)
     run = train_here(tiny_dataset, tmp_path, **OPTIONS, on_nonfinite='rollback')
     assert (run.code, run.record['status']) == (2, 'failed')
-    assert 'None is saved yet' in capsys.readouterr().err
+    assert 'No checkpoint exists' in capsys.readouterr().err
 
 
 # --- Evaluations and weights ----------------------------------------------------------------------
@@ -320,7 +320,9 @@ def test_nonfinite_weights_are_not_saved(tiny_dataset, tmp_path, monkeypatch, ca
     )
     assert (run.code, run.record['status']) == (2, 'failed')
     error = capsys.readouterr().err
-    assert 'weights are not all finite after 3 updates' in error and 'not touched' not in error
+    assert (
+        'weights are not all finite after 3 iterations' in error and 'did not change' not in error
+    )
     assert 'The last checkpoint is' in error and 'iter_00000002' in error
     assert list_checkpoints(run.folder / 'checkpoints')[0].name == 'iter_00000002'
 

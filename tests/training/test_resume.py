@@ -214,8 +214,8 @@ def test_epoch_sampling_resumes(tmp_path):
 
 def test_resume_refuses_other_sampling(copy, tmp_path, tiny_dataset):
     output = start(tmp_path, tiny_dataset, code=2, sampling='epoch')
-    assert "cannot be resumed with sampling='epoch'" in output and "by 'random'" in output
-    assert 'Leave sampling out' in output and 'Traceback' not in output
+    assert "cannot be resumed with sampling='epoch'" in output and "sampling='random'" in output
+    assert 'Remove sampling to continue' in output and 'Traceback' not in output
     assert the_run(tmp_path) == copy and resumed_at(copy) == []
 
 
@@ -241,7 +241,7 @@ def test_resume_refuses_other_architecture(copy, tmp_path, tiny_dataset):
 
 
 def test_resume_finished_run(copy, tmp_path, tiny_dataset, uninterrupted):
-    assert 'all updates of this run are made' in start(tmp_path, tiny_dataset)
+    assert 'all iterations of this run are done' in start(tmp_path, tiny_dataset)
     assert resumed_at(the_run(tmp_path)) == [8]
     assert_same_end(copy, uninterrupted)
 

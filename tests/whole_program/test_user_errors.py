@@ -283,7 +283,7 @@ MISTAKES = {
         for name, words in {
             'truncated': ['state.pt is damaged', '1,000 bytes', 'scratch'],
             'corrupt': ['state.pt is damaged', 'SHA-256', 'scratch'],
-            'malicious': ['state.pt', 'was not run', 'scratch'],
+            'malicious': ['state.pt', 'No code in it was run', 'scratch'],
             'foreign': ['does not fit this model', "has no 'model'"],
             'no_index': ['index.json cannot be read', 'No such file', 'scratch'],
         }.items()
@@ -313,7 +313,7 @@ MISTAKES = {
     'sample.py --device=gpu': ["device='gpu'", 'auto', 'cpu'],
     'sample.py --dtype=bf16': ["dtype='bf16'", 'float32', 'Did you mean bfloat16?'],
     'sample.py raises.py': ['raises.py, line 3', 'division by zero'],
-    'sample.py --out_dir=malicious': ['state.pt', 'was not run'],
+    'sample.py --out_dir=malicious': ['state.pt', 'No code in it was run'],
     'sample.py --out_dir=truncated': ['state.pt is damaged', '1,000 bytes'],
     'compare_architectures.py empty': ['no run', 'empty', 'python train.py'],
     'compare_architectures.py outt': ['outt', 'no such file or folder'],
