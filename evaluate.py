@@ -1,20 +1,23 @@
-"""Measure a checkpoint on text of your own: bits per byte, and multiple choice by likelihood.
+"""Evaluate a checkpoint on your own text: bits per byte, and multiple-choice accuracy.
 
     python evaluate.py --out_dir=out-llama --text=book.txt --text=code.py
     python evaluate.py --out_dir=out-llama --choices=items.jsonl --json=results.json
     python evaluate.py --out_dir=out-llama --make_choices=items.jsonl
 
---text: each token but the first is scored once, by windows of block_size tokens that overlap, so
-that it has more than block_size - stride tokens before it wherever the text has. --choices: each
-line an item, {"context": "The capital of France is", "choices": [" Paris", " Rome"], "answer": 0};
-a choice follows the context as it stands, so it brings its own space. The likeliest is chosen
-(acc), the likeliest by the character (acc_norm) and by the byte of UTF-8 (acc_bytes): the measures
-that lm-evaluation-harness has by these names. --make_choices writes such items from the validation
-text of the run's dataset, what really follows against what stands elsewhere, and scores them; every
-run on that dataset gets the same.
+--text: every token but the first is scored once, in overlapping windows of block_size tokens, with
+more than block_size - stride tokens of context where the text has them.
 
-The newest run in --out_dir is used, or the run or the checkpoint that --run names. A model with
-components from a config file needs that file again, as for sample.py.
+--choices: each line is an item, {"context": "The capital of France is", "choices": [" Paris",
+" Rome"], "answer": 0}. A choice is appended to the context unchanged, so it includes its leading
+space. The model's choice has the highest log-likelihood (acc), per character (acc_norm) or per
+UTF-8 byte (acc_bytes); lm-evaluation-harness has the same metrics under these names.
+
+--make_choices: writes items made from the validation text of the run's dataset (the correct
+continuation against text from elsewhere), and scores them. Runs on the same dataset get the same
+items.
+
+The model is the newest run in --out_dir, or the run or checkpoint given by --run. A model with
+components from a config file needs that file, as for sample.py.
 """
 
 import argparse
@@ -53,17 +56,17 @@ from training.load import (
 FILES = {'action': 'append', 'metavar': 'FILE'}
 ARGUMENTS = {
     'text': Argument(
-        'text to find the bits per byte of; may be given several times', Path, [], settings=FILES
+        'Text file, scored in bits per byte; can be repeated', Path, [], settings=FILES
     ),
-    'choices': Argument('items to choose in; may be given several times', Path, [], settings=FILES),
+    'choices': Argument('File of multiple-choice items; can be repeated', Path, [], settings=FILES),
     'make_choices': Argument(
-        'items to write first, and to score', Path, settings={'metavar': 'FILE'}
+        'New file of items made from the validation text', Path, settings={'metavar': 'FILE'}
     ),
-    'num_items': Argument('of --make_choices (default 200)', int, 200, low=1),
-    'stride': Argument('tokens scored in a window (default: half of block_size)', int, low=1),
-    'batch_size': Argument('sequences at a time (default: what takes little memory)', int, low=1),
+    'num_items': Argument('Number of items of --make_choices (default 200)', int, 200, low=1),
+    'stride': Argument('Tokens scored per window (default: half of block_size)', int, low=1),
+    'batch_size': Argument('Sequences per batch (default: depends on their length)', int, low=1),
     'json': Argument(
-        'write the results here, with those of each item', Path, settings={'metavar': 'FILE'}
+        'File for the results, including those of each item', Path, settings={'metavar': 'FILE'}
     ),
     **DEVICE_ARGUMENTS,
 }
@@ -80,23 +83,23 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 
 
 def file_problems(options: argparse.Namespace) -> Iterator[str]:
-    """What is wrong with the files to read and to write."""
+    """A sentence for each problem with the files to read and to write."""
     if not (options.text or options.choices or options.make_choices):
         yield (
-            'nothing to evaluate: give --text=FILE, --choices=FILE.jsonl or '
+            'nothing to evaluate: use --text=FILE, --choices=FILE.jsonl or '
             '--make_choices=FILE.jsonl.'
         )
     for key, path in (('make_choices', options.make_choices), ('json', options.json)):
         if path is not None and not path.parent.is_dir():
-            yield f'--{key}={path}: there is no folder {path.parent}.'
+            yield f'--{key}={path}: the folder {path.parent} does not exist.'
     if options.json and options.json.is_dir():
-        yield f'--json={options.json} is a folder: give the name of a file in it.'
+        yield f'--json={options.json} is a folder: give a file name in it.'
     elif options.json and options.json in (*options.text, *options.choices, options.make_choices):
-        yield f'--json={options.json} would overwrite what is to be evaluated.'
+        yield f'--json={options.json} would overwrite a file to evaluate: give another name.'
     if options.make_choices and options.make_choices.exists():
         yield (
-            f'--make_choices={options.make_choices} is there already: --choices='
-            f'{options.make_choices} scores it.'
+            f'--make_choices={options.make_choices} already exists: score it with --choices='
+            f'{options.make_choices}.'
         )
 
 
@@ -109,7 +112,7 @@ def main(argv: list[str]) -> int:
     tokenizer, _ = load_tokenizer(checkpoint)
     stride = options.stride or max(1, config.block_size // 2)
     if stride > config.block_size:
-        raise UserError(f'--stride={stride}: at most block_size={config.block_size} are scored.')
+        raise UserError(f'--stride={stride}: must be at most block_size={config.block_size}.')
     if options.make_choices:
         make_choices(options.make_choices, checkpoint, tokenizer, options.num_items)
     texts = {path: read_tokens(path, tokenizer) for path in options.text}
@@ -132,7 +135,7 @@ def main(argv: list[str]) -> int:
         'text': [asdict(result) for result in text_results],
         'choices': [asdict(result) for result in choice_results],
     }
-    try:  # the file first: what follows may fail with the terminal that it is shown on
+    try:  # the file first, since standard output may be closed
         if options.json:
             write_json(options.json, results)
     finally:
@@ -145,7 +148,7 @@ def main(argv: list[str]) -> int:
 
 
 def make_choices(path: Path, checkpoint: Checkpoint, tokenizer: Tokenizer, count: int) -> None:
-    """Write items of the validation text that the run was judged by. Raises UserError."""
+    """Write items made from the validation text of the run's dataset. Raises UserError."""
     trained = checkpoint.index['config']
     dataset = load_dataset(trained['dataset'], trained['block_size'])
     dataset.verify_checksums(('val',))
@@ -153,14 +156,14 @@ def make_choices(path: Path, checkpoint: Checkpoint, tokenizer: Tokenizer, count
 
 
 def read_tokens(path: Path, tokenizer: Tokenizer) -> np.ndarray:
-    """The tokens of a text to score. Raises UserError."""
+    """The tokens of a text file to score. Raises UserError."""
     text = read_text(path, f'--text={path}')
     try:
         tokens = tokenizer.encode_array(text)
     except UserError as error:
         raise UserError(*(f'--text={path}: {problem}' for problem in error.problems)) from error
     if len(tokens) < 2:
-        raise UserError(f'--text={path} has {len(tokens)} token(s), and two are the least.')
+        raise UserError(f'--text={path} has {len(tokens)} token(s); at least 2 are needed.')
     return tokens
 
 
@@ -202,7 +205,7 @@ def write_json(path: Path, results: dict) -> None:
 
 
 def write_output(path: Path, text: str, option: str) -> None:
-    """Write JSON, where a name that is not UTF-8 has escapes. Raises UserError."""
+    """Write JSON, with escapes for file names that are not UTF-8. Raises UserError."""
     try:
         replace_file(path, text.encode('utf-8', 'backslashreplace'))
     except OSError as error:

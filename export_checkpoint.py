@@ -1,19 +1,23 @@
-"""Write the weights of a checkpoint to one file, or a Hugging Face folder, for other programs.
+"""Export the weights of a checkpoint to a file, or to a Hugging Face folder.
 
     python export_checkpoint.py --out_dir=out-llama --output=llama.safetensors
     python export_checkpoint.py --run=out/run_20260101_000000/checkpoints/iter_00005000
     python export_checkpoint.py --out_dir=out-llama --format=hf --output=my-llama
 
-The newest checkpoint of the newest run in --out_dir is used, or of the run that --run names, or the
-checkpoint that it names; whatever strategy wrote it, on any number of ranks. A .pt file is
-{'model': {name: tensor}, 'config': {...}} for torch.load(..., weights_only=True); 'model' is for
-model.load_state_dict, where a tied table has both of its names. A .safetensors file has each tensor
-once, as safetensors.torch.load_model expects, and the config as JSON in its metadata. --format=hf
-writes a folder for transformers' AutoModelForCausalLM.from_pretrained, in the architecture there
-that computes the same; what transformers cannot express is refused by name. Where transformers is
-installed, it loads the folder before success is reported. The tokenizer is there
-too, for AutoTokenizer.from_pretrained (pip install tokenizers). A model with components from a
-config file needs that file again, as for sample.py.
+The checkpoint is the newest one of the newest run in --out_dir, or the run or checkpoint given by
+--run; any strategy and number of ranks may have written it.
+
+A .pt file is {'model': {name: tensor}, 'config': {...}}, for torch.load(..., weights_only=True) and
+model.load_state_dict; a tied embedding is in it under both of its names. A .safetensors file has
+each tensor once, as safetensors.torch.load_model expects, and the config as JSON in its metadata.
+
+--format=hf writes a folder for transformers' AutoModelForCausalLM.from_pretrained, as an
+architecture of transformers that computes the same function. If there is none, an error names the
+options that transformers cannot express. If transformers is installed, it must load the folder
+before success is reported. The folder includes the tokenizer, for AutoTokenizer.from_pretrained
+(pip install tokenizers).
+
+A model with components from a config file needs that file, as for sample.py.
 """
 
 import argparse
@@ -49,7 +53,7 @@ DTYPES = ('float32', 'bfloat16', 'float16')
 
 
 class Exported(NamedTuple):
-    """What there is to write: the model, what the file says of it, and where it comes from."""
+    """The model to export, the config for the file, and the checkpoint."""
 
     model: Transformer
     config: dict
@@ -76,15 +80,15 @@ def write_hugging_face(exported: Exported, path: Path) -> None:
         )
         hf_tokenizer.write_tokenizer(tokenizer, path, model.config.block_size)
     except UserError as error:
-        write_progress(f'note: no tokenizer is written: {" ".join(error.problems)}')
+        write_progress(f'note: the tokenizer was not written: {" ".join(error.problems)}')
 
 
 class Format(NamedTuple):
-    """How a model is written to a path of that suffix; without one, to a folder."""
+    """A function that writes a model to a file with the suffix; without a suffix, to a folder."""
 
     suffix: str
     write: Callable[[Exported, Path], None]
-    package: str | None = None  # that this needs, beside what training does
+    package: str | None = None  # optional package that it needs
 
 
 FORMATS = {
@@ -98,10 +102,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     """The options, with the chosen Format and an output that can be written."""
     parser = checkpoint_parser('export_checkpoint.py', __doc__)
     add = parser.add_argument
-    add('--output', type=Path, help='what to write (default model.pt; with --format=hf model/)')
-    add('--format', choices=FORMATS, help="default: what --output's suffix says, or pt")
-    add('--dtype', choices=DTYPES, default='float32', help='of the weights (default float32)')
-    add('--overwrite', action='store_true', help='replace --output if it is there')
+    add('--output', type=Path, help='File or folder to write (default model.pt; for hf: model)')
+    add('--format', choices=FORMATS, help="File format (default: from --output's suffix, or pt)")
+    add('--dtype', choices=DTYPES, default='float32', help='Dtype of the weights (default float32)')
+    add('--overwrite', action='store_true', help='Replace --output if it exists')
     options = parser.parse(argv)
     problems: list[str] = []
     register_components(options.config, problems)
@@ -112,7 +116,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def choose_format(name: str | None, output: Path | None) -> Format:
-    """The format called `name`, or that of the output's suffix. Raises UserError."""
+    """The format `name`, or the one of the output's suffix. Raises UserError."""
     suffix = FORMATS[name or 'pt'].suffix if output is None else output.suffix
     possible = [FORMATS[name]] if name else [f for f in FORMATS.values() if f.suffix]
     fitting = [f for f in possible if f.suffix in ('', suffix)]
@@ -120,27 +124,27 @@ def choose_format(name: str | None, output: Path | None) -> Format:
         suffixes = [f.suffix for f in possible]
         with_format = f' with --format={name}' if name else ''
         raise UserError(
-            f'--output={output}: its name must end in {" or ".join(suffixes)}{with_format}.'
+            f'--output={output}: the name must end in {" or ".join(suffixes)}{with_format}.'
         )
     (chosen,) = fitting
     if chosen.package and importlib.util.find_spec(chosen.package) is None:
         raise UserError(
-            f'This format needs the package {chosen.package}: pip install {chosen.package}. Or '
-            f'write a .pt file.'
+            f'this format needs the package {chosen.package}. Install it (pip install '
+            f'{chosen.package}), or write a .pt file.'
         )
     return chosen
 
 
 def check_output(file_format: Format, output: Path, overwrite: bool) -> None:
-    """Raises UserError for what would fail only once everything is read."""
+    """Raise UserError for an output that cannot be written, before the checkpoint is read."""
     if not output.parent.is_dir():
-        raise UserError(f'--output={output}: there is no folder {output.parent}.')
+        raise UserError(f'--output={output}: the folder {output.parent} does not exist.')
     if output.is_dir() and file_format.suffix:
         raise UserError(f'--output={output} is a folder.')
     if output.is_file() and not file_format.suffix:
-        raise UserError(f'--output={output} is a file, and this format is a folder.')
+        raise UserError(f'--output={output} is a file, but --format=hf writes a folder.')
     if output.exists() and not overwrite:
-        raise UserError(f'--output={output} is there already: --overwrite replaces it.')
+        raise UserError(f'--output={output} already exists: replace it with --overwrite.')
 
 
 def main(argv: list[str]) -> int:
@@ -167,7 +171,7 @@ def main(argv: list[str]) -> int:
 
 
 def to_dtype(model: Transformer, dtype: torch.dtype) -> None:
-    """Round the weights in place, a parameter at a time. Raises UserError if one is too large."""
+    """Convert the weights in place. Raises UserError for values beyond the dtype's range."""
     model.to(dtype)
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
@@ -175,9 +179,9 @@ def to_dtype(model: Transformer, dtype: torch.dtype) -> None:
 
 
 def write(file_format: Format, exported: Exported, output: Path) -> None:
-    """Write to a temporary place and rename it: each file is whole, or as it was before.
+    """Write to a temporary path and rename it, so that each file is complete or unchanged.
 
-    Of a folder that is there already, what is not written anew stays.
+    Other files in an existing folder stay.
     """
     temporary = output.with_name(f'.{output.name}-{uuid.uuid4().hex[:8]}')
     try:
@@ -190,7 +194,7 @@ def write(file_format: Format, exported: Exported, output: Path) -> None:
                 os.replace(path, output / path.name)
         else:
             os.replace(temporary, output)
-    except (OSError, RuntimeError) as error:  # torch's zip writer makes the latter of the former
+    except (OSError, RuntimeError) as error:  # torch's zip writer raises RuntimeError for OSError
         reason = write_failure(error)
         raise UserError(f'--output={output} cannot be written: {reason}.') from error
     finally:
@@ -200,7 +204,7 @@ def write(file_format: Format, exported: Exported, output: Path) -> None:
 
 
 def files_of(path: Path) -> list[Path]:
-    """The file itself, or those of a folder."""
+    """The file, or the files of a folder."""
     return sorted(path.iterdir()) if path.is_dir() else [path]
 
 

@@ -1,12 +1,12 @@
-"""Write text from a checkpoint.
+"""Generate text with the model of a checkpoint.
 
     python sample.py --out_dir=out-llama
     python sample.py --out_dir=out-llama --start='ROMEO:' --num_samples=3 --temperature=0.8
     python sample.py --out_dir=out-llama --start=FILE:prompt.txt --num_samples=1 --stop='JULIET:'
 
-The newest run in --out_dir is used, or the run or the checkpoint that --run names. A single sample
-appears as it is written, several when all are done. A model with components from a config file
-needs that file again:
+The model is the newest run in --out_dir, or the run or checkpoint given by --run. A single sample
+is shown token by token, several when all are done. A model with components from a config file
+needs that file:
 
     python sample.py config/mine.py --out_dir=out-mine
 """
@@ -21,6 +21,7 @@ from common.arguments import DEVICE_ARGUMENTS, Argument, add_arguments, range_pr
 from common.console_output import is_terminal, write_error, write_text
 from common.errors import UserError, run_script
 from common.paths import expanded_path
+from common.progress_bar import ProgressBar
 from common.text_files import decode
 from inference.sampling import prompt_tokens
 from inference.text_generator import GENERATION_ARGUMENTS, GenerationOptions, TextGenerator
@@ -81,29 +82,33 @@ def main(argv: list[str]) -> int:
     # The samples, batch by batch.
     context_length = min(len(tokens), model.config.block_size)
     speed, size = GenerationSpeed(), options.batch_size or options.num_samples
+    total = options.num_samples * options.max_new_tokens
+    bar = ProgressBar('Sampling', total, unit='tokens', stream=sys.stderr)
     try:
         for first in range(0, options.num_samples, size):
             numbers = range(first, min(first + size, options.num_samples))
             drawn, texts = generator.start(tokens, numbers)
             speed.begin(len(texts) * context_length)
             with generator.autocast():
-                write_texts(drawn, texts, prompt, speed)
+                write_texts(drawn, texts, prompt, speed, bar)
+            bar.done = numbers.stop * options.max_new_tokens  # texts may have ended early
     finally:
+        bar.close()
         write_text(f'{SEPARATOR}\n{speed}')
     return 0
 
 
 def read_prompt(start: str) -> str:
-    """The prompt itself, or the text of the file that `FILE:path` names; `-` is standard input."""
+    """The prompt: `start` itself, the text of `FILE:path`, or standard input for `-`."""
     if start != '-' and not start.startswith('FILE:'):
         return start
     path = start.removeprefix('FILE:')
     if path == '-' and is_terminal(sys.stdin):
-        write_error('The prompt, ended by Ctrl-D at the beginning of a line:')
+        write_error('Enter the prompt, then press Ctrl-D at the beginning of a line:')
     try:
         return decode(sys.stdin.buffer.read() if path == '-' else expanded_path(path).read_bytes())
     except (OSError, ValueError) as error:
-        raise UserError(f'--start={start}: the text cannot be read: {error}.') from error
+        raise UserError(f'--start={start}: cannot be read: {error}.') from error
 
 
 if __name__ == '__main__':

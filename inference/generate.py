@@ -1,4 +1,4 @@
-"""Text from a model, a token at a time."""
+"""Generate tokens with a model, one at a time, with or without a KV cache."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -17,23 +17,22 @@ def generate(
     choose: Callable[[torch.Tensor], torch.Tensor],
     cache: bool = True,
 ) -> Iterator[torch.Tensor]:
-    """Continue tokens (B, T), yielding (B,) one at a time.
+    """Continue tokens (B, T). Yields the new tokens (B,) of one position at a time.
 
-    choose: picks them from the logits, (B, V) -> (B,), as a `sampling.Sampler` does. The context
-    is the last `block_size` tokens.
+    choose: picks tokens from logits, (B, V) -> (B,), like `sampling.Sampler`. The context is the
+    last `block_size` tokens.
 
-    cache: each token goes through the model once, as long as the text fits into a context and if no
-    component is `uncacheable`. When the oldest tokens are forgotten, everything that was made of
-    them changes: positions, and what deeper layers keep of the tokens that saw them. So from there
-    on each new token takes the whole context through the model, and the text is the same with and
-    without a cache.
+    cache: use a KV cache while the text fits into the context, if no component is `uncacheable`.
+    Once the oldest token drops out of the context, all positions and the hidden states of deeper
+    layers change, so from there on every new token recomputes the whole context. The text is the
+    same with and without a cache.
     """
     size = model.config.block_size
     context = new = tokens[:, -size:]
     cacheable = cache and not model.uncacheable
     kv_cache = model.empty_cache(min(size, tokens.size(1) + max_new_tokens)) if cacheable else None
     for _ in range(max_new_tokens):
-        # Where the context is full, the cache is of no more use: the oldest token is forgotten.
+        # Once the context is full, the oldest token drops out and the cache is invalid.
         if kv_cache and kv_cache.length + new.size(1) > size:
             kv_cache = None
         with eager_blocks(model):
@@ -45,6 +44,6 @@ def generate(
 
 
 def eager_blocks(model: Transformer) -> AbstractContextManager:
-    """Not compiled ones, which would be compiled anew for each length."""
+    """Context that runs compiled blocks eagerly, since they would recompile for each length."""
     compiled = any(block._compiled_call_impl for block in model.blocks)
     return torch.compiler.set_stance('force_eager') if compiled else nullcontext()

@@ -1,4 +1,4 @@
-"""Multiple-choice items: read from JSON lines, or made of the validation text of a dataset."""
+"""Multiple-choice items: read from JSON lines, or generated from a dataset's validation text."""
 
 import json
 import random
@@ -16,14 +16,14 @@ from inference.scoring import Item, TokenSpan
 
 MAX_PROBLEMS = 5
 
-# Characters, at most half a context of a choice; choices; tokens to take them from. The seed is
-# part of what the items are.
+# Length of a context and of a choice in characters (a choice: at most half of block_size), choices
+# per item, tokens of validation text to read. The seed is part of the items' definition.
 CONTEXT_CHARACTERS, CHOICE_CHARACTERS, CHOICES_PER_ITEM, SOURCE_TOKENS = 240, 40, 4, 2**20
 ITEM_SEED = 1337
 
 
 def read_items(path: Path, tokenizer: Tokenizer, block_size: int) -> list[Item]:
-    """The items of a .jsonl file. Raises UserError naming the first lines that are none."""
+    """The items of a .jsonl file. Raises UserError naming the first invalid lines."""
     items, problems = [], []
     for number, line in read_lines(path, f'--choices={path}'):
         try:
@@ -35,16 +35,16 @@ def read_items(path: Path, tokenizer: Tokenizer, block_size: int) -> list[Item]:
     if problems:
         raise UserError(*problems)
     if not items:
-        raise UserError(f'--choices={path} has no items.')
+        raise UserError(f'--choices={path} contains no items.')
     return items
 
 
 def read_item(number: int, line: bytes, tokenizer: Tokenizer, block_size: int) -> Item:
-    """One line. Raises UserError."""
+    """The item in one line of a .jsonl file. Raises UserError."""
     try:
         item = parse_json(line)
     except ValueError as error:
-        raise UserError(f'it is no JSON: {error}.') from error
+        raise UserError(f'not JSON: {error}.') from error
     context, choices, answer = (
         item.get(key) if isinstance(item, dict) else None
         for key in ('context', 'choices', 'answer')
@@ -58,18 +58,18 @@ def read_item(number: int, line: bytes, tokenizer: Tokenizer, block_size: int) -
         and 0 <= answer < len(choices)
     ):
         raise UserError(
-            'an item is {"context": "…", "choices": ["…", "…"], "answer": 0}, with two or more '
-            'choices, none of them empty, and the number of the right one, from 0.'
+            'an item must be {"context": "…", "choices": ["…", "…"], "answer": 0}, with two or '
+            'more non-empty choices and the number of the correct one, counted from 0.'
         )
     spans = [choice_span(tokenizer, context, choice, block_size) for choice in choices]
     return Item(number, spans, choices, answer)
 
 
 def choice_span(tokenizer: Tokenizer, context: str, choice: str, block_size: int) -> TokenSpan:
-    """The choice's tokens after the context's, the last block_size + 1 of all.
+    """The tokens of the context and the choice, cut to the last block_size + 1.
 
-    As lm-evaluation-harness has it: spaces at the context's end belong to the choice, since a token
-    of byte pairs begins with its space. Raises UserError.
+    As in lm-evaluation-harness, spaces at the end of the context count as part of the choice, since
+    a BPE token begins with its space. Raises UserError.
     """
     bare = context.rstrip()
     before = tokenizer.encode(bare)
@@ -77,14 +77,14 @@ def choice_span(tokenizer: Tokenizer, context: str, choice: str, block_size: int
     if not before:
         if tokenizer.end_of_text is None:
             raise UserError(
-                'its context is empty, and this vocabulary has no token that stands between texts.'
+                'its context is empty, and this vocabulary has no end-of-text token to start from.'
             )
         before, tokens = [tokenizer.end_of_text], [tokenizer.end_of_text, *tokens]
     scored = len(tokens) - len(before)
     if not 0 < scored <= block_size:
         raise UserError(
-            f'its choice {choice[:40]!r} makes {scored} tokens, and 1 to block_size={block_size} '
-            f'can be scored.'
+            f'its choice {choice[:40]!r} has {scored} tokens; it must have 1 to '
+            f'block_size={block_size}.'
         )
     return TokenSpan(tokens[-block_size - 1 :], scored)
 
@@ -99,9 +99,9 @@ def generate_items(dataset: TokenDataset, tokenizer: Tokenizer, count: int) -> s
     documents = [tokenizer.decode(part) for part in parts]
     items = items_from_documents(documents, count, min(CHOICE_CHARACTERS, dataset.block_size // 2))
     if len(items) < count:
-        way = f': --num_items={len(items)}' if items else ''
+        advice = f': use --num_items={len(items)}' if items else ''
         raise UserError(
-            f'The validation text of {dataset.folder} is enough for {len(items)} items{way}.'
+            f'the validation text of {dataset.folder} is enough for {len(items)} items{advice}.'
         )
     return ''.join(json.dumps(item, ensure_ascii=False) + '\n' for item in items)
 
@@ -109,9 +109,9 @@ def generate_items(dataset: TokenDataset, tokenizer: Tokenizer, count: int) -> s
 def items_from_documents(
     documents: Sequence[str], count: int, width: int = CHOICE_CHARACTERS
 ) -> list[dict]:
-    """`count` items, or as many as there can be, with choices of `width` characters.
+    """`count` items, or as many as the text allows, with choices of `width` characters.
 
-    A context and what really follows are of one document, divided between two words.
+    A context and its correct continuation are adjacent in one document, split between two words.
     """
     positions = [
         (document, at)

@@ -1,7 +1,4 @@
-"""Which token comes next, what text the tokens make as they come, and a run's own sample.
-
-`Sampler` is what `inference.generate.generate` asks for each token.
-"""
+"""Sampling of tokens, decoding them to text as they arrive, and the periodic sample of a run."""
 
 import math
 import time
@@ -19,26 +16,26 @@ from model_builder import Transformer
 from records.record_types import Sample
 from training_config import TrainingConfig
 
-TEMPERATURE, TOP_K = 0.8, 200  # unless somebody asks for others
+TEMPERATURE, TOP_K = 0.8, 200  # defaults
 
 
 class NoTokenToSample(UserError):
-    """The logits leave no token that could be drawn."""
+    """The logits are not finite, so no token can be sampled."""
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """Draws tokens by their probability: logits (B, V) -> (B,) int64.
+    """Samples tokens from logits: (B, V) -> (B,) int64.
 
-    vocab_size: the data's; the padding of the table above it is never drawn.
-    temperature: what the logits are divided by; 0 takes the likeliest token, filters or not.
-    top_k: keep the k likeliest, and those as likely as the last of them; 0: all (Fan et al. 2018).
-    top_p: of these keep the fewest that have at least this probability together; 1: all
+    vocab_size: number of tokens of the tokenizer; the model's padding tokens are never sampled.
+    temperature: divisor of the logits; 0: the most likely token, regardless of the filters.
+    top_k: keep the k most likely tokens, and ties with the last; 0: all (Fan et al. 2018).
+    top_p: keep the fewest of these whose total probability is at least top_p; 1: all
     (Holtzman et al. 2020).
-    min_p: of these keep those that are at least this part as likely as the likeliest; 0: all
+    min_p: keep those of these whose probability is at least min_p times the highest; 0: all
     (Nguyen et al. 2024).
-    generator: on the CPU, one for all rows or one for each; a row takes one number a token from
-    it, so that a row with a generator of its own is drawn the same in whatever batch it is.
+    generator: CPU generators, one for all rows or one per row. A row uses one random number per
+    token, so a row with its own generator gives the same tokens in any batch.
 
     Raises NoTokenToSample for logits that are not finite.
     """
@@ -55,9 +52,9 @@ class Sampler:
         highest = logits.amax(dim=-1, keepdim=True)
         if not highest.isfinite().all():
             raise NoTokenToSample(
-                f'No token can be drawn: the highest logit is {_first_not_finite(highest)}. The '
-                'weights are damaged or their training diverged, or dtype=float16 is too narrow '
-                'for them: try --dtype=float32.'
+                f'no token can be sampled: the highest logit is {_first_not_finite(highest)}. The '
+                'weights are damaged, their training diverged, or they exceed the range of '
+                'float16. Try --dtype=float32.'
             )
         if self.temperature == 0:
             return logits.argmax(dim=-1)
@@ -70,7 +67,7 @@ class Sampler:
         return self.draw(scores.double().softmax(dim=-1)).to(logits.device)
 
     def filter_scores(self, scores: torch.Tensor) -> torch.Tensor:
-        """Scores (B, V), 0 at the highest of each row, with -inf for what is not to be drawn."""
+        """Scores (B, V), at most 0 in each row, with -inf for the tokens that are filtered out."""
         if 0 < self.top_k < scores.size(-1):
             least = scores.topk(self.top_k).values[:, -1:]
             scores = scores.masked_fill(scores < least, -math.inf)
@@ -84,14 +81,14 @@ class Sampler:
         return scores
 
     def draw(self, probabilities: torch.Tensor) -> torch.Tensor:
-        """One token of each row (B, V), by inverting the distribution function."""
+        """One token per row of (B, V), by inverting the cumulative distribution function."""
         reached = probabilities.cumsum(dim=-1)
-        # In (0, 1], and the first place that reaches it: never one of probability 0.
+        # A target in (0, 1], and the first token to reach it: never one of probability 0.
         target = 1 - self.uniform(len(reached)).to(reached.device)
         return torch.searchsorted(reached, target[:, None] * reached[:, -1:])[:, 0]
 
     def uniform(self, rows: int) -> torch.Tensor:
-        """A number in [0, 1) for each row."""
+        """A random number in [0, 1) for each row."""
         if isinstance(self.generator, Sequence):
             assert len(self.generator) == rows, (len(self.generator), rows)
             numbers = [torch.rand((), generator=g, dtype=torch.float64) for g in self.generator]
@@ -104,10 +101,10 @@ def _first_not_finite(values: torch.Tensor) -> float:
 
 
 class TextStream:
-    """The text of one sample, token by token: whole characters, up to a stop string or the end.
+    """Decodes one sample token by token into whole characters, up to a stop string or the end.
 
-    decode: token ids -> text. stops: the text ends before the first of these that is complete,
-    wherever tokens begin and end. end_of_text: the token that ends a sample, itself no text.
+    decode: token ids -> text. stops: the text ends before the first complete stop string, even
+    within a token. end_of_text: the token that ends a sample and is not part of its text.
     """
 
     def __init__(
@@ -117,28 +114,28 @@ class TextStream:
         end_of_text: int | None = None,
     ):
         self.decode, self.stops, self.end_of_text = decode, stops, end_of_text
-        self.text = ''  # what is certain
+        self.text = ''  # the final part of the text
         self.ended = False
-        self._pending: list[int] = []  # tokens since the last that ended a character
-        self._taken = 0  # characters of theirs that were taken already
-        self._held_back = ''  # which may become part of a stop string
+        self._pending: list[int] = []  # tokens since the last complete character
+        self._taken = 0  # number of their characters that are already used
+        self._held_back = ''  # text that may be the beginning of a stop string
 
     def add(self, token: int) -> str:
-        """What a token makes certain of the text."""
+        """Add a token. Returns the text that has become final."""
         if self.ended:
             return ''
         if token == self.end_of_text:
             return self.finish()
         self._pending.append(token)
         text = self.decode(self._pending)
-        if text.endswith(REPLACEMENT):  # perhaps the first bytes of a character
+        if text.endswith(REPLACEMENT):  # possibly the first bytes of a character
             return self._take(text[:-1])
         fresh = self._take(text)
         self._pending, self._taken = [], 0
         return fresh
 
     def finish(self) -> str:
-        """End the sample; what was held back of its text."""
+        """End the sample. Returns the rest of its text."""
         if self.ended:
             return ''
         fresh = self._take(self.decode(self._pending))
@@ -148,7 +145,7 @@ class TextStream:
         return fresh
 
     def _take(self, text: str) -> str:
-        """What is certain now that the pending tokens are known to begin with `text`."""
+        """The text that has become final, given that the pending tokens begin with `text`."""
         candidate, self._taken = self._held_back + text[self._taken :], len(text)
         matches = [(candidate.find(stop) + len(stop), candidate.find(stop)) for stop in self.stops]
         complete = [(end, begin) for end, begin in matches if begin >= 0]
@@ -164,17 +161,17 @@ class TextStream:
 
 
 def partial_match_length(stop: str, text: str) -> int:
-    """How many characters at the end of `text` may be the beginning of `stop`."""
+    """The length of the longest end of `text` that is a beginning of `stop`."""
     longest = min(len(stop) - 1, len(text))
     return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
 
 
 # --------------------------------------------------------------------------------------------------
-# A sample, and a run's own
+# Prompts, random numbers, and the periodic sample of a run
 
 
 def sample_generator(seed: int, number: int) -> torch.Generator:
-    """What the text of that number is drawn with."""
+    """The random numbers of sample `number`."""
     return torch.Generator().manual_seed(name_seed(seed, f'sample/{number}'))
 
 
@@ -197,13 +194,13 @@ def prompt_tokens(tokenizer: Tokenizer, prompt: str, option: str) -> list[int]:
 
 @dataclass(frozen=True)
 class PeriodicSample:
-    """The text that a run writes at evaluations: of one prompt, always with the same draws.
+    """The sample that a run generates at evaluations, always with the same random numbers.
 
-    As sample.py writes its first with the same prompt and seed.
+    It equals the first sample of sample.py with the same prompt and seed.
     """
 
     prompt: str
-    tokens: list[int]  # of the prompt
+    tokens: list[int]  # the prompt's
     tokenizer: Tokenizer
     vocab_size: int
     max_new_tokens: int
@@ -211,7 +208,8 @@ class PeriodicSample:
 
     @classmethod
     def from_options(cls, run: TrainingConfig, dataset: TokenDataset) -> 'PeriodicSample | None':
-        """What the options ask for. Raises UserError where the dataset cannot be read as text."""
+        """The sample that the options request, if any. Raises UserError if the dataset has no
+        tokenizer that can encode the prompt."""
         if run.sample_interval == 0:
             return None
         try:
@@ -219,8 +217,8 @@ class PeriodicSample:
             tokens = prompt_tokens(tokenizer, run.sample_prompt, '--sample_prompt')
         except UserError as error:
             raise UserError(
-                f'sample_interval={run.sample_interval}: no text can be written '
-                f'(--sample_interval=0 trains without). {error}'
+                f'sample_interval={run.sample_interval}: no text can be generated '
+                f'(--sample_interval=0 disables samples). {error}'
             ) from error
         counts = dataset.vocab_size, run.sample_tokens
         return cls(run.sample_prompt, tokens, tokenizer, *counts, run.seed)
@@ -228,7 +226,8 @@ class PeriodicSample:
     def write(self, model: Transformer) -> Sample:
         """An entry of the record: `prompt`, `text` (None: logits not finite) and `time_ms`.
 
-        The model is in evaluation mode. Every rank takes part, in as many forward passes.
+        The model must be in evaluation mode. Every rank calls this, and makes the same number of
+        forward passes.
         """
         began = time.perf_counter()
         device = next(model.parameters()).device

@@ -1,7 +1,8 @@
-"""How likely a model finds text: bits per byte, and the choices of questions."""
+"""Likelihood of text under a model: bits per byte, and multiple-choice accuracy."""
 
 import math
 import statistics
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,17 +13,18 @@ import torch.nn.functional as F
 
 from common import hardware
 from common.errors import UserError
+from common.progress_bar import ProgressBar
 from comparison.significance import CONFIDENCE, student_quantile
 from data.tokenizer import Tokenizer
 from model_builder import Transformer
 from model_components import IGNORED
 
-LOGIT_BYTES = 2**28  # of the logits of a batch, unless it is said how many sequences it has
+LOGIT_BYTES = 2**28  # of a batch's logits, if no batch size is given
 
 
 @dataclass(frozen=True)
 class TokenSpan:
-    """Tokens in a row, of which the last `scored` are scored and the others are context."""
+    """Consecutive tokens; the last `scored` are scored, the others are context."""
 
     tokens: Sequence[int]  # at most block_size + 1
     scored: int
@@ -30,7 +32,7 @@ class TokenSpan:
 
 @dataclass
 class Scorer:
-    """A model that tells how likely tokens are; `dtype` is that of its matrix multiplications."""
+    """A model that scores tokens. dtype: of the matrix products."""
 
     model: Transformer
     device: torch.device
@@ -38,23 +40,28 @@ class Scorer:
     batch_size: int | None
 
     @torch.no_grad()
-    def nats(self, spans: Sequence[TokenSpan]) -> list[float]:
-        """-log p of the scored tokens of each span, given all tokens before them in it."""
-        # Of like length together, so that little is padding.
+    def nats(self, spans: Sequence[TokenSpan], title: str = 'Scoring') -> list[float]:
+        """-log p of the scored tokens of each span, given all tokens before them in the span.
+
+        title: of the progress bar on standard error.
+        """
+        # Batches of similar lengths need little padding.
         order = sorted(range(len(spans)), key=lambda i: len(spans[i].tokens))
         nats = [0.0] * len(spans)
-        while order:
-            longest = len(spans[order[-1]].tokens) - 1
-            row_bytes = longest * self.model.config.vocab_size * 4
-            size = self.batch_size or max(1, LOGIT_BYTES // row_bytes)
-            chosen, order = order[-size:], order[:-size]
-            for i, value in zip(chosen, self._batch([spans[i] for i in chosen], longest)):
-                nats[i] = value
+        with ProgressBar(title, len(spans), unit='sequences', stream=sys.stderr) as bar:
+            while order:
+                longest = len(spans[order[-1]].tokens) - 1
+                row_bytes = longest * self.model.config.vocab_size * 4
+                size = self.batch_size or max(1, LOGIT_BYTES // row_bytes)
+                chosen, order = order[-size:], order[:-size]
+                for i, value in zip(chosen, self._batch([spans[i] for i in chosen], longest)):
+                    nats[i] = value
+                bar.advance(len(chosen))
         if not_finite := [value for value in nats if not math.isfinite(value)]:
             raise UserError(
-                f'The model gives {len(not_finite):,} of {len(nats):,} texts a likelihood that '
-                'is no number. Its weights are damaged or their training diverged, or '
-                'dtype=float16 is too narrow for them: try --dtype=float32.'
+                f'the likelihood of {len(not_finite):,} of {len(nats):,} sequences is not finite. '
+                'The weights are damaged, their training diverged, or they exceed the range of '
+                'float16. Try --dtype=float32.'
             )
         return nats
 
@@ -62,7 +69,7 @@ class Scorer:
         tokens = torch.zeros(len(spans), length, dtype=torch.long)
         targets = torch.full_like(tokens, IGNORED)
         for row, span in enumerate(spans):
-            # Padding stands behind, where a causal model does not see it.
+            # Padding comes last, where a causal model does not see it.
             ids = torch.from_numpy(np.asarray(span.tokens, dtype=np.int64))
             tokens[row, : len(ids) - 1] = ids[:-1]
             targets[row, len(ids) - 1 - span.scored : len(ids) - 1] = ids[-span.scored :]
@@ -81,12 +88,12 @@ class Scorer:
 
 @dataclass(frozen=True)
 class TextResult:
-    """What was measured on one text; the first token, which has nothing before it, is left out."""
+    """The results for one text. Its first token has no context and is not scored."""
 
     file: str
     bits_per_byte: float
-    half_interval: float | None  # 95 %, over the windows; of a single one there is none
-    perplexity: float | None  # a token; None where it is larger than any number here
+    half_interval: float | None  # 95 %, over the windows; None for a single window
+    perplexity: float | None  # per token; None on overflow
     nats: float
     tokens: int
     bytes: int
@@ -94,7 +101,8 @@ class TextResult:
 
 
 def windows(tokens: np.ndarray, block_size: int, stride: int) -> Iterator[TokenSpan]:
-    """Every token but the first is scored in one of them, `stride` at a time after the first."""
+    """Windows that score every token but the first once, `stride` tokens per window after the
+    first window."""
     done = 1
     while done < len(tokens):
         end = min(done + (block_size if done == 1 else stride), len(tokens))
@@ -106,8 +114,9 @@ def windows(tokens: np.ndarray, block_size: int, stride: int) -> Iterator[TokenS
 def score_text(
     scorer: Scorer, path: Path, tokens: np.ndarray, tokenizer: Tokenizer, stride: int
 ) -> TextResult:
+    """Score a text with overlapping windows. Raises UserError."""
     spans = list(windows(tokens, scorer.model.config.block_size, stride))
-    nats = scorer.nats(spans)
+    nats = scorer.nats(spans, path.name)
     sizes = [
         sum(len(tokenizer.token_bytes(t)) for t in span.tokens[-span.scored :]) for span in spans
     ]
@@ -127,7 +136,7 @@ def score_text(
 
 
 def perplexity(nats: float) -> float | None:
-    """exp(nats); None where that is larger than any number here."""
+    """exp(nats); None on overflow."""
     try:
         return math.exp(nats)
     except OverflowError:
@@ -135,7 +144,8 @@ def perplexity(nats: float) -> float | None:
 
 
 def half_interval(amounts: Sequence[float], sizes: Sequence[int]) -> float | None:
-    """Of Σ amounts / Σ sizes over blocks: the ratio estimator's (Cochran 1977, section 2.11)."""
+    """Half the confidence interval of Σ amounts / Σ sizes over blocks, as a ratio estimator
+    (Cochran 1977, section 2.11); None for a single block."""
     count = len(amounts)
     if count < 2:
         return None
@@ -151,7 +161,7 @@ def half_interval(amounts: Sequence[float], sizes: Sequence[int]) -> float | Non
 
 @dataclass(frozen=True)
 class Item:
-    """One question: each choice behind its context, how long it is, and which one is right."""
+    """One question: the context with each choice, the choices, and the number of the answer."""
 
     line: int
     spans: list[TokenSpan]
@@ -161,10 +171,10 @@ class Item:
 
 @dataclass(frozen=True)
 class ChoiceResult:
-    """The part of the items where the right choice was the likeliest.
+    """The fraction of items whose correct choice has the highest log-likelihood.
 
-    By itself (acc), by the character (acc_norm) and by the byte of UTF-8 (acc_bytes), with the
-    standard errors, of which a single item has none.
+    The log-likelihood as such (acc), per character (acc_norm) or per UTF-8 byte (acc_bytes), with
+    standard errors (None for a single item).
     """
 
     file: str
@@ -180,7 +190,8 @@ class ChoiceResult:
 
 
 def score_items(scorer: Scorer, path: Path, items: list[Item]) -> ChoiceResult:
-    nats = iter(scorer.nats([span for item in items for span in item.spans]))
+    """Score the choices of all items. Raises UserError."""
+    nats = iter(scorer.nats([span for item in items for span in item.spans], path.name))
     each = [
         {
             'line': item.line,
@@ -205,7 +216,7 @@ def score_items(scorer: Scorer, path: Path, items: list[Item]) -> ChoiceResult:
 
 
 def likeliest(result: dict, length: str | None) -> int:
-    """The number of the likeliest choice, by its `length` if given; of equal ones the first."""
+    """The number of the most likely choice, per unit of `length` if given; of ties the first."""
     values = result['log_likelihoods']
     if length is not None:
         values = [value / size for value, size in zip(values, result[length])]

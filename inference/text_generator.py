@@ -1,4 +1,4 @@
-"""Generate texts that continue a prompt: the options, their command-line arguments, the draws."""
+"""Text generation: the options, their command-line arguments, and a generator of samples."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -24,7 +24,7 @@ from model_builder import Transformer
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationOptions:
-    """Which tokens are drawn and where a text ends; the limits are in `GENERATION_ARGUMENTS`."""
+    """How tokens are sampled and where a text ends; `GENERATION_ARGUMENTS` has the limits."""
 
     max_new_tokens: int = 300
     temperature: float = TEMPERATURE
@@ -41,7 +41,7 @@ class GenerationOptions:
         return cls(**{field.name: getattr(namespace, field.name) for field in fields(cls)})
 
     def problems(self) -> list[str]:
-        """Every value outside its limits, as one sentence each that begins with `--name=value`."""
+        """A sentence for each value outside its limits, beginning with `--name=value`."""
         problems = range_problems(self, GENERATION_ARGUMENTS)
         if '' in self.stop:
             problems.append('--stop is empty: give the text before which a sample ends.')
@@ -103,9 +103,10 @@ GENERATION_ARGUMENTS = {
 
 @dataclass(frozen=True)
 class TextGenerator:
-    """A model and a tokenizer that continue prompts. `dtype` is that of the matrix products.
+    """A model and a tokenizer that continue prompts.
 
-    vocab_size: the number of tokens of the tokenizer; the model's may be padded.
+    vocab_size: number of tokens of the tokenizer; the model's may be padded. dtype: of the matrix
+    products.
     """
 
     model: Transformer
@@ -119,7 +120,7 @@ class TextGenerator:
         return next(self.model.parameters()).device
 
     def autocast(self) -> AbstractContextManager:
-        """The precision of the forward passes; to be entered while tokens are drawn."""
+        """Context for the precision of the forward passes, to be entered around the iteration."""
         return hardware.autocast(self.device, self.dtype)
 
     def start(

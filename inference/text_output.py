@@ -1,4 +1,4 @@
-"""Texts of a model as they appear on the terminal, and how fast they were drawn."""
+"""Output of generated texts to the terminal, and the speed of generation."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from common.console_output import write_text
+from common.progress_bar import ProgressBar
 from inference.sampling import TextStream
 
 SEPARATOR = '-' * 80
@@ -14,23 +15,23 @@ SEPARATOR = '-' * 80
 
 @dataclass
 class GenerationSpeed:
-    """Tokens and seconds of the prompts, and of what came after the first new token of each."""
+    """Tokens and seconds of the prompts, and of the tokens after the first new one of each text."""
 
     prompt_tokens: int = 0
     prompt_seconds: float = 0.0
-    new_tokens: int = 0  # of texts that had not ended
-    later_tokens: int = 0  # of these, those after the first of each
+    new_tokens: int = 0  # of texts that have not ended
+    later_tokens: int = 0  # new tokens without the first of each text
     later_seconds: float = 0.0
     since: float = 0.0
     at_prompt: bool = False
 
     def begin(self, tokens: int) -> None:
-        """A batch of prompts of so many tokens begins."""
+        """Start the clock of a batch of prompts with `tokens` tokens in all."""
         self.prompt_tokens += tokens
         self.since, self.at_prompt = time.perf_counter(), True
 
     def step(self, tokens: int) -> None:
-        """So many texts have got a token."""
+        """Count one new token for each of `tokens` texts."""
         now = time.perf_counter()
         if self.at_prompt:
             self.prompt_seconds += now - self.since
@@ -51,11 +52,15 @@ class GenerationSpeed:
 
 
 def write_texts(
-    drawn: Iterator[torch.Tensor], texts: Sequence[TextStream], prompt: str, speed: GenerationSpeed
+    drawn: Iterator[torch.Tensor],
+    texts: Sequence[TextStream],
+    prompt: str,
+    speed: GenerationSpeed,
+    bar: ProgressBar,
 ) -> None:
-    """Show a batch of texts, one as its tokens are drawn, several when all are done.
+    """Write a batch of texts: a single text token by token, several when all are done.
 
-    An interruption leaves what was drawn until then.
+    Several advance the bar meanwhile. After an interruption the unfinished texts are written.
     """
     alone = len(texts) == 1
     if alone:
@@ -68,6 +73,8 @@ def write_texts(
                 fresh = text.add(token)
                 if alone:
                     write_text(fresh, end='', literal=True)
+            if not alone:
+                bar.advance(len(texts))
             if all(text.ended for text in texts):
                 break
     finally:

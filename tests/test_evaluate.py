@@ -230,7 +230,7 @@ def test_results_that_cannot_be_written_are_shown(of_bytes, text, tmp_path, monk
 def test_nonfinite_likelihoods_give_no_result(of_bytes, text, monkeypatch, capsys):
     monkeypatch.setattr(scoring.Scorer, '_batch', lambda *_: [math.nan] * 99)
     run(f'--out_dir={of_bytes[0]}', f'--text={text}', code=2)
-    assert 'a likelihood that is no number' in capsys.readouterr().err
+    assert 'is not finite' in capsys.readouterr().err
     assert scoring.perplexity(1e6) is None and scoring.perplexity(0) == 1
 
 
@@ -318,21 +318,25 @@ MISTAKES = {
     '--text=empty.txt': ['empty.txt has 0 token(s)'],
     '--text=.': ['--text=. cannot be read: Is a directory'],
     '--choices=.': ['--choices=. cannot be read: Is a directory'],
-    '--choices=latin.txt': ['--choices=latin.txt, line 1: it is no JSON'],
+    '--choices=latin.txt': ['--choices=latin.txt, line 1: not JSON'],
     '--text=utf16.txt': ['utf16.txt is no UTF-8 text but UTF-16', 'iconv'],
     '--choices=odd.jsonl': [f'line {n}: ' for n in range(1, 6)],
     '--choices=wide.jsonl': ['line 1: its choice', '300000 tokens'],
-    '--choices=deep.jsonl': ['line 1: it is no JSON: nested too deeply'],
+    '--choices=deep.jsonl': ['line 1: not JSON: nested too deeply'],
     '--text=text.txt --json=.': ['--json=. is a folder'],
     '--text=text.txt --json=text.txt': ['--json=text.txt would overwrite'],
-    '--choices=bad.jsonl': ['line 1: it is no JSON', 'line 2: an item is', 'line 3: an item is'],
-    '--choices=empty.txt': ['has no items'],
+    '--choices=bad.jsonl': [
+        'line 1: not JSON',
+        'line 2: an item must be',
+        'line 3: an item must be',
+    ],
+    '--choices=empty.txt': ['contains no items'],
     '--choices=long.jsonl': ['line 1', '33 tokens', 'block_size=32'],
     '--choices=bare.jsonl': ['line 1: its context is empty'],
     '--text=text.txt --stride=33': ['--stride=33', 'block_size=32'],
     '--text=text.txt --batch_size=0': ['--batch_size=0'],
-    '--text=text.txt --json=nowhere/a.json': ['there is no folder nowhere'],
-    '--make_choices=empty.txt': ['empty.txt is there already', '--choices=empty.txt'],
+    '--text=text.txt --json=nowhere/a.json': ['the folder nowhere does not exist'],
+    '--make_choices=empty.txt': ['empty.txt already exists', '--choices=empty.txt'],
     '--make_choices=many.jsonl --num_items=99999': ['--num_items='],
     '--txt=text.txt': ['--txt', 'Did you mean --text'],
     '--text=text.txt --out_dir=none': ['none', 'no run'],

@@ -266,7 +266,7 @@ MISTAKES = {
     '--output=model.pt --format=safetensors': ['model.pt', '.safetensors', '--format=safetensors'],
     '--format=gguf': ['gguf', 'pt', 'safetensors'],
     '--dtype=int8': ['int8', 'bfloat16'],
-    '--output=nowhere/model.pt': ['there is no folder nowhere'],
+    '--output=nowhere/model.pt': ['the folder nowhere does not exist'],
     '--output=folder.pt': ['folder.pt is a folder'],
     '--output=file --format=hf': ['file is a file', 'a folder'],
     '--ouput=model.pt': ['--ouput', 'Did you mean --output'],

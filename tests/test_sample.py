@@ -375,5 +375,5 @@ def test_impossible_samples_are_refused_at_start(tokenizer, prompt, words, tmp_p
         run_script(train.main, [f'--{key}={value}' for key, value in values.items()])
     message = capsys.readouterr().err
     assert exit.value.code == 2 and words in message and message.count('\n') == 1
-    assert 'sample_interval=2: no text can be written (--sample_interval=0' in message
+    assert 'sample_interval=2: no text can be generated (--sample_interval=0' in message
     assert not list(tmp_path.glob('out/run_*'))
