@@ -118,7 +118,7 @@ def test_stop_names_last_checkpoint(broken_data, tiny_dataset, tmp_path, capsys,
     run = train_here(tiny_dataset, tmp_path, **OPTIONS, max_iters=9, eval_interval=2)
     assert run.code == 2
     error = capsys.readouterr().err
-    assert 'not finite in 1 update(s) up to iter 3' in error
+    assert 'not finite in 1 iteration(s) up to iter 3' in error
     assert '--on_nonfinite=skip' in error and '--on_nonfinite=rollback' in error
     assert 'iter_00000002' in error and 'Traceback' not in error
     record = run.record
@@ -157,7 +157,7 @@ def test_nonfinite_is_noticed_at_next_log_or_save(
     assert run.code == 2
     found_at = 5 if log_interval == 5 else 3  # the last update made
     assert counted(run) == [(found_at, 2)]
-    assert f'2 update(s) up to iter {found_at}' in capsys.readouterr().err
+    assert f'2 iteration(s) up to iter {found_at}' in capsys.readouterr().err
     assert not list((run.folder / 'checkpoints').iterdir())
 
 
