@@ -261,7 +261,7 @@ def test_overwrite_is_explicit_and_atomic(trained, tmp_path, capsys, monkeypatch
 
 MISTAKES = {
     '--out_dir=nothing': ['nothing', 'no run'],
-    '--run=run_1': ['run_1', 'no run'],
+    '--run=run_1': ['run_1', 'not a run'],
     '--output=model.bin': ['model.bin', '.pt', '.safetensors'],
     '--output=model.pt --format=safetensors': ['model.pt', '.safetensors', '--format=safetensors'],
     '--format=gguf': ['gguf', 'pt', 'safetensors'],
