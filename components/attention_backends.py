@@ -3,11 +3,13 @@
 import math
 import warnings
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from common.old_names import renamed_attribute
 from components import cpu_attention
@@ -215,6 +217,17 @@ class ManualAttention(AttentionBackend):
         return (weights.to(v.dtype) @ v).reshape(*shape[:3], -1)
 
 
+@lru_cache(maxsize=8)
+def _block_mask(window: int | None, queries: int, keys: int, device: torch.device) -> BlockMask:
+    """The mask of queries that are the last of the keys; making it takes some 60 operations over
+    all pairs, so it is kept for the next forward pass."""
+
+    def is_visible(batch, head, query, key):
+        return within_window(query + keys - queries - key, window)
+
+    return create_block_mask(is_visible, None, None, queries, keys, device=device)
+
+
 # On a CPU there is nothing to gain by compiling it, and sampling would always begin with this.
 warnings.filterwarnings('ignore', message='flex_attention called without torch.compile')
 
@@ -246,23 +259,22 @@ class FlexAttention(AttentionBackend):
 
     @staticmethod
     def mask(spec, bias, q_positions, k_positions, *documents):
-        if len(q_positions) == 1:
+        queries, keys = len(q_positions), len(k_positions)
+        if queries == 1:
             return additive_mask(spec, bias, q_positions, k_positions, *documents)
+        if not spec.documents:
+            # A fake tensor, as in a plan, must not outlive its mode.
+            make = _block_mask.__wrapped__ if isinstance(q_positions, FakeTensor) else _block_mask
+            return make(spec.window, queries, keys, q_positions.device), bias
+        q_documents, k_documents = documents
         window = spec.window  # torch.compile would tell layers apart by whose `spec` these are
 
         def is_visible(batch, head, query, key):
-            return within_window(q_positions[query] - k_positions[key], window)
-
-        def is_visible_in_document(batch, head, query, key):
             same_document = q_documents[batch, query] == k_documents[batch, key]
-            return is_visible(batch, head, query, key) & same_document
+            return within_window(query + keys - queries - key, window) & same_document
 
-        shape = None, None, len(q_positions), len(k_positions)
-        if spec.documents:
-            q_documents, k_documents = documents
-            shape = len(q_documents), *shape[1:]
-        mask_mod = is_visible_in_document if spec.documents else is_visible
-        return create_block_mask(mask_mod, *shape, device=q_positions.device), bias
+        shape = len(q_documents), None, queries, keys
+        return create_block_mask(is_visible, *shape, device=q_positions.device), bias
 
     @staticmethod
     def attend(q, k, v, mask, spec, dropout):

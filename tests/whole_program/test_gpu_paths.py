@@ -13,6 +13,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_init import _get_device_from_mesh
 
 from common import hardware
 from common.errors import UserError
+from components import attention_backends
 from components.moe import grouped_mm
 from configurator import read_command_line
 from inference.sampling import Sampler
@@ -157,3 +158,27 @@ def test_compile_is_derived_for_cuda_alone():
         derivation = Derivation(settings.run, torch.device(kind), 1)
         derivation.derive_compile(tiny(), has_data=True)
         assert derivation.values['compile'] is compiled
+
+
+def test_flex_makes_its_masks_once(monkeypatch):
+    """One for each kind of layer, whatever the batch; with documents one in every forward pass."""
+    made = []
+    real = attention_backends.create_block_mask
+    monkeypatch.setattr(
+        attention_backends,
+        'create_block_mask',
+        lambda *arguments, **options: made.append(arguments) or real(*arguments, **options),
+    )
+    attention_backends._block_mask.cache_clear()
+    layers = {'attention_backend': 'flex', 'head_dim': 16, 'n_layer': 4}
+    windows = {'sliding_window': 3, 'attention_pattern': 'LG'}
+    tokens = torch.zeros(2, 6, dtype=torch.int64)
+    # Global layers find the mask of the first case.
+    documents = {'document_mask': True, 'end_of_text': 1}
+    for kinds, masks in (({}, 1), (windows, 1), (documents, 2)):
+        made.clear()
+        model = build_model(tiny(**layers, **kinds), torch.device('cpu'), 1)
+        with torch.no_grad():
+            for batch in (tokens, tokens[:1]):
+                model(batch)
+        assert len(made) == masks
