@@ -1,1 +1,1 @@
-"""The components, a module for each kind; import them from `model_components`."""
+"""All components, with one module per kind; import them from `model_components`."""

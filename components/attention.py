@@ -1,4 +1,4 @@
-"""Attentions."""
+"""Attention modules."""
 
 import math
 from typing import ClassVar
@@ -26,11 +26,10 @@ def is_pattern(value: str) -> bool:
 
 
 class Attention(Component, nn.Module):
-    """Causal attention of `n_head` heads, whatever queries, keys and values are made of.
+    """Causal attention with `n_head` heads; a subclass computes queries, keys and values.
 
-    A subclass makes them in `forward`, and says how many dimensions a head of them has. If
-    `forward` goes by what `attn_inputs.cache` keeps of earlier tokens, as `attend_and_project`
-    does, the class says `cacheable = True`.
+    A subclass defines `forward` and `head_dims`. If its `forward` uses `attn_inputs.cache`, as
+    `attend_and_project` does, it sets `cacheable = True`.
     """
 
     renamed_methods: ClassVar = {
@@ -88,7 +87,7 @@ class Attention(Component, nn.Module):
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
         if 'forward' in vars(cls) and 'cacheable' not in vars(cls):
-            cls.cacheable = False  # what is true of another's forward need not be of this
+            cls.cacheable = False  # not inherited: the base class's value describes another forward
 
     def __init__(self, config: ModelArchitectureConfig, layer: int):
         super().__init__()
@@ -102,17 +101,17 @@ class Attention(Component, nn.Module):
 
     @classmethod
     def head_dims(cls, config: FrozenConfig) -> tuple[int, int]:
-        """Dimensions of a head: of queries and keys, and of values."""
+        """Dimensions of a head of queries and keys, and of values."""
         raise NotImplementedError
 
     @classmethod
     def rotary_dim(cls, config: ModelArchitectureConfig) -> int:
-        """Dimensions of a query or key that a position encoding may rotate."""
+        """Dimensions of a query or key head that a position encoding may rotate."""
         return cls.head_dims(config)[0]
 
     @classmethod
     def layer_spec(cls, config: ModelArchitectureConfig, layer: int) -> AttentionSpec:
-        """What the scores of that layer are, for a backend."""
+        """The layer's attention scores, described for a backend."""
         window = config.sliding_window
         if window is not None:
             pattern = config.attention_pattern
@@ -131,7 +130,7 @@ class Attention(Component, nn.Module):
         scale = cls.head_dims(config)[0] ** -0.5
         return {
             'attention_bias': (config.bias, 'bias'),
-            'attention_scale': (scale, '1 / sqrt(columns of a query head)'),
+            'attention_scale': (scale, '1 / sqrt(dimensions of a query head)'),
         }
 
     @classmethod
@@ -151,11 +150,11 @@ class Attention(Component, nn.Module):
 
     @classmethod
     def head_tags(cls, config: ModelArchitectureConfig) -> list[str]:
-        """What a name says of its heads."""
+        """Tags of the heads in the architecture's name."""
         return []
 
     def empty_cache(self, tokens: int) -> LayerCache:
-        """For so many tokens, or as many of them as this layer sees at once."""
+        """A cache for `tokens` tokens, or for the window if that is shorter."""
         return LayerCache(min(self.spec.window or tokens, tokens))
 
     def attend_and_project(
@@ -174,15 +173,15 @@ class Attention(Component, nn.Module):
         return self.attend(q, k, v, attn_inputs.mask, self.spec, dropout)
 
     def project_output(self, y: torch.Tensor) -> torch.Tensor:
-        """Of the heads' outputs, (B, H, T, Dv) -> (B, T, C)."""
+        """Output projection of the heads' outputs, (B, H, T, Dv) -> (B, T, C)."""
         return self.output(y.transpose(1, 2).flatten(2))
 
     def flops(self, seq_len: int, causal: bool) -> dict[str, float]:
-        """Of the scores: 2 · (D + Dv) for each head and pair of a query and a key.
+        """FLOPs of the projections, and of the scores: 2 · (D + Dv) per head and query-key pair.
 
-        The full square has T² pairs whatever the window: what a dense product computes before a
-        mask hides most of it. Causal are the pairs that are seen: half the square, T² / 2, and of a
-        window of w < T tokens w · T - w² / 2. (So the diagonal's first w pairs count half.)
+        The full square has T² pairs, whatever the window, as a dense product computes them. Causal
+        counts the visible pairs: T² / 2, or w · T - w² / 2 with a window of w < T tokens (where the
+        pairs on the diagonal count half).
         """
         window = min(self.spec.window or seq_len, seq_len)
         pairs = window * seq_len - window**2 / 2 if causal else seq_len**2
@@ -203,7 +202,7 @@ ATTENTION_REGISTRY.expect(
 
 @ATTENTION_REGISTRY.register('standard', source='Vaswani et al. 2017; grouped: Ainslie et al. 2023')
 class MultiHeadAttention(Attention):
-    """Multi-head attention; with `use_gqa`, heads share `num_kv_heads` keys and values."""
+    """Multi-head attention; with `use_gqa`, the heads share `num_kv_heads` keys and values."""
 
     tag = ''
     cacheable = True
@@ -280,7 +279,7 @@ class MultiHeadAttention(Attention):
             divisors = sorted({*small, *(heads // h for h in small)})
             problems.append(
                 f'num_kv_heads={kv_heads}: use_gqa=True needs a num_kv_heads that '
-                f'divides n_head={heads}: one of {", ".join(map(str, divisors))}.'
+                f'divides n_head={heads}. Choose one of {", ".join(map(str, divisors))}.'
             )
         return problems
 
@@ -294,7 +293,7 @@ class MultiHeadAttention(Attention):
             for normed in (normed_q, normed_k)
         )
         if self.replaces_q_and_k:
-            v = v.contiguous()  # a view would keep the q and k that were replaced
+            v = v.contiguous()  # a view would keep the memory of the replaced q and k
         return self.attend_and_project(q, k, self.split_heads(v), attn_inputs)
 
     def split_heads(self, x: torch.Tensor) -> torch.Tensor:
@@ -306,13 +305,13 @@ class MultiHeadAttention(Attention):
 
 
 def uneven_heads(config: ModelArchitectureConfig, key: str) -> list[str]:
-    """The problem of a head size `key` that was to follow from sizes which do not divide."""
+    """The problem if the head size `key` derives from n_embd / n_head, which is no integer."""
     if config.n_embd % config.n_head == 0 or not config.origins[key].startswith('derived'):
         return []
     most = min(config.n_head, config.n_embd)
     nearest = (h for distance in range(most) for h in (most - distance, most + distance))
     heads = next(h for h in nearest if config.n_embd % h == 0)
     return [
-        f'n_head={config.n_head} does not divide n_embd={config.n_embd}, and {key} is to be '
-        f'n_embd / n_head. The nearest that does: --n_head={heads}; or set {key}.'
+        f'n_head={config.n_head} does not divide n_embd={config.n_embd}, but {key} is derived as '
+        f'n_embd / n_head. Use the nearest divisor, --n_head={heads}, or set {key}.'
     ]

@@ -1,4 +1,4 @@
-"""Ways to compute attention, and the specification that an attention hands to them."""
+"""Attention backends, and the specification of the scores that they compute."""
 
 import math
 import warnings
@@ -19,11 +19,11 @@ from model_config import ATTENTION_BACKEND_REGISTRY, ATTENTION_REGISTRY, ModelAr
 
 @dataclass(frozen=True)
 class AttentionSpec:
-    """What the scores of a layer are. A backend says which of the fields it supports.
+    """Specification of a layer's attention scores. A backend lists the fields that it supports.
 
-    scale: what q kᵀ is multiplied by; every backend does that. softcap: scores become
-    c · tanh(scores / c), before the bias. window: tokens that a query sees, itself included.
-    documents: it sees its own document only.
+    scale: factor of q kᵀ, supported by every backend. softcap: scores become c · tanh(scores / c)
+    before the bias is added. window: number of tokens visible to a query, its own included.
+    documents: only tokens of the same document are visible.
     """
 
     scale: float
@@ -37,15 +37,16 @@ class AttentionSpec:
         return {name for name, value in vars(self).items() if value and name != 'scale'}
 
     def needs_mask(self, queries: int, keys: int) -> bool:
-        """Whether more is hidden from the last of so many keys' queries than what is after them.
+        """Whether causality alone does not describe the mask: window, documents, or several queries
+        that are not all positions of the keys.
 
-        A query alone is the last, and sees all keys that its window reaches.
+        A single query is at the last position, so that all keys are visible.
         """
         limited = self.window is not None and self.window < keys
         return limited or self.documents or queries not in (1, keys)
 
     def is_visible(self, q_positions: torch.Tensor, k_positions: torch.Tensor) -> torch.Tensor:
-        """Whether queries at those positions may look at keys at those; the shapes broadcast."""
+        """Whether keys are visible to queries at these positions; the shapes broadcast."""
         return within_window(q_positions - k_positions, self.window)
 
     hides = renamed_attribute('hides', 'needs_mask')
@@ -53,13 +54,13 @@ class AttentionSpec:
 
 
 def within_window(distance: torch.Tensor, window: int | None) -> torch.Tensor:
-    """Whether a query may look so far back."""
+    """Whether a key at this distance before the query is visible."""
     past = distance >= 0
     return past if window is None else past & (distance < window)
 
 
 class AttentionBackend(Component):
-    """Causal softmax(scale · q kᵀ + bias) v. Never constructed: its methods are functions."""
+    """Causal softmax(scale · q kᵀ + bias) v. Never instantiated: its methods are functions."""
 
     supports: ClassVar[frozenset[str]] = frozenset()
 
@@ -75,8 +76,9 @@ class AttentionBackend(Component):
             if features <= ATTENTION_BACKEND_REGISTRY[name].supports
         ]
         return [
-            f'attention_backend={config.attention_backend!r} does not do {feature}, which this '
-            f'architecture needs. What does all that it needs: {", ".join(able)}.'
+            f'attention_backend={config.attention_backend!r} does not support {feature}, which '
+            f'this architecture needs. Choose a backend that supports everything it needs: '
+            f'{", ".join(able)}.'
             for feature in sorted(features - cls.supports)
         ]
 
@@ -89,10 +91,13 @@ class AttentionBackend(Component):
         q_documents: torch.Tensor | None = None,
         k_documents: torch.Tensor | None = None,
     ) -> Any:
-        """Who sees whom, in the form that `attend` takes: made once a forward pass for all layers
-        with the same spec. bias (H or 1, Tq, Tk), positions (Tq,) and (Tk,); the queries are the
-        last of the keys, which may be in any order where there is a single query. Numbers of their
-        documents (B, Tq) and (B, Tk) are there for `spec.documents`."""
+        """The mask, in the form that `attend` takes, once per forward pass for all layers with the
+        same spec.
+
+        bias (H or 1, Tq, Tk), positions (Tq,) and (Tk,). The queries are at the last positions of
+        the keys; with a single query, the keys may be in any order. Document numbers (B, Tq) and
+        (B, Tk) are passed if `spec.documents`.
+        """
         raise NotImplementedError
 
     @staticmethod
@@ -123,7 +128,7 @@ def additive_mask(
     q_documents: torch.Tensor | None = None,
     k_documents: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """(B or 1, H or 1, Tq, Tk), fp32: added to the scores, -inf where a query may not look."""
+    """A term of the scores, (B or 1, H or 1, Tq, Tk) in fp32, -inf for invisible keys."""
     hidden = ~spec.is_visible(q_positions[:, None], k_positions)
     if spec.documents and q_documents is not None and k_documents is not None:
         hidden = hidden | (q_documents[:, None, :, None] != k_documents[:, None, None])
@@ -133,22 +138,22 @@ def additive_mask(
 
 
 def repeat_kv(x: torch.Tensor, heads: int) -> torch.Tensor:
-    """Keys or values (B, KV heads, T, D), repeated for each head: (B, H, T, D)."""
+    """Keys or values (B, KV heads, T, D), repeated for each query head: (B, H, T, D)."""
     return x if x.size(1) == heads else x.repeat_interleave(heads // x.size(1), dim=1)
 
 
 def fold_single_query(
     q: torch.Tensor, mask: torch.Tensor | None, kv_heads: int
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Single queries (B, H, 1, D), in groups that share their keys, as queries of the key's head:
-    (B, KV heads, group, D), with their mask. So no cached key is repeated for a new token."""
+    """Single queries (B, H, 1, D) and their mask as several queries of each key head,
+    (B, KV heads, group, D), so that cached keys need not be repeated."""
     if mask is not None and mask.size(1) > 1:
         mask = mask.view(mask.size(0), kv_heads, -1, mask.size(-1))
     return q.view(q.size(0), kv_heads, -1, q.size(-1)), mask
 
 
 def pad_head_dims(*tensors: torch.Tensor) -> list[torch.Tensor]:
-    """Heads of one size, filled up with zeros: the flash kernels take one size only."""
+    """The tensors, zero-padded to one head dimension, as flash kernels require."""
     head_dim = max(x.size(-1) for x in tensors)
     return [x if x.size(-1) == head_dim else F.pad(x, (0, head_dim - x.size(-1))) for x in tensors]
 
@@ -165,7 +170,7 @@ class ScaledDotProductAttention(AttentionBackend):
         if bias is None and not spec.needs_mask(len(q_positions), len(k_positions)):
             return None
         mask = additive_mask(spec, bias, q_positions, k_positions, *documents)
-        # Converted once for all layers, unless learned: gradients are added up in fp32.
+        # Converted once for all layers, unless it is learned: gradients are summed in fp32.
         return mask if mask.requires_grad else mask.to(matmul_dtype(mask))
 
     @staticmethod
@@ -175,14 +180,14 @@ class ScaledDotProductAttention(AttentionBackend):
         if causal and dropout == 0 and cpu_attention.supports(q, k):
             k, v = repeat_kv(k, q.size(1)), repeat_kv(v, q.size(1))
             return cpu_attention.blocked_attention(q, k, v, spec.scale)
-        # A single new token: its heads become the queries of the key's head.
+        # A single new token: its heads become several queries of a key head.
         if q.size(2) == 1:
             q, mask = fold_single_query(q, mask, k.size(1))
         if mask is not None:
-            # The fused kernels that take a mask do not share keys and values among heads.
+            # Fused kernels with a mask do not support grouped-query attention.
             k, v = repeat_kv(k, q.size(1)), repeat_kv(v, q.size(1))
             mask = mask.to(q.dtype)
-        # Values may be narrower than keys: filled up with zeros, which are cut off again.
+        # Values may be narrower than keys: pad with zeros, and cut these off again.
         v_head_dim = v.size(-1)
         y = F.scaled_dot_product_attention(
             *pad_head_dims(q, k, v),
@@ -219,8 +224,9 @@ class ManualAttention(AttentionBackend):
 
 @lru_cache(maxsize=8)
 def _block_mask(window: int | None, queries: int, keys: int, device: torch.device) -> BlockMask:
-    """The mask of queries that are the last of the keys; making it takes some 60 operations over
-    all pairs, so it is kept for the next forward pass."""
+    """The mask of queries at the last positions of the keys, cached for later forward passes: its
+    construction takes about 60 operations over all pairs.
+    """
 
     def is_visible(batch, head, query, key):
         return within_window(query + keys - queries - key, window)
@@ -228,7 +234,7 @@ def _block_mask(window: int | None, queries: int, keys: int, device: torch.devic
     return create_block_mask(is_visible, None, None, queries, keys, device=device)
 
 
-# On a CPU there is nothing to gain by compiling it, and sampling would always begin with this.
+# On a CPU, compiling it has no benefit, and every sampling run would print this warning.
 warnings.filterwarnings('ignore', message='flex_attention called without torch.compile')
 
 
@@ -247,14 +253,14 @@ class FlexAttention(AttentionBackend):
         if device != 'cuda':
             return [
                 f"attention_backend='flex' has no backward pass on {device}: it trains on CUDA "
-                f'only. Train with sdpa or manual; evaluation and sampling work here.'
+                f'only. Train with sdpa or manual (evaluation and sampling with flex work here).'
             ]
         smallest = min(ATTENTION_REGISTRY[config.attention_type].head_dims(config))
         if smallest >= 16:
             return []
         return [
-            f"attention_backend='flex' needs heads of at least 16 columns on CUDA, and these have "
-            f'{smallest}: choose larger heads, or sdpa or manual.'
+            f"attention_backend='flex' needs head dimensions of at least 16 on CUDA, and these "
+            f'are {smallest}. Choose larger heads, or sdpa or manual.'
         ]
 
     @staticmethod
@@ -263,11 +269,11 @@ class FlexAttention(AttentionBackend):
         if queries == 1:
             return additive_mask(spec, bias, q_positions, k_positions, *documents)
         if not spec.documents:
-            # A fake tensor, as in a plan, must not outlive its mode.
+            # A fake tensor, as in a plan, must not be cached beyond its mode.
             make = _block_mask.__wrapped__ if isinstance(q_positions, FakeTensor) else _block_mask
             return make(spec.window, queries, keys, q_positions.device), bias
         q_documents, k_documents = documents
-        window = spec.window  # torch.compile would tell layers apart by whose `spec` these are
+        window = spec.window  # a local: with `spec`, torch.compile would recompile for each layer
 
         def is_visible(batch, head, query, key):
             same_document = q_documents[batch, query] == k_documents[batch, key]

@@ -1,4 +1,4 @@
-"""The contract: what every component offers, and how its parameters begin."""
+"""The base class of all components, and the initial values of their parameters."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -12,11 +12,11 @@ from common.old_names import RenamedMethods, by_old_name, renamed_classes
 from common.registry import Configurable
 from model_config import ModelArchitectureConfig
 
-Fill = Callable[[torch.Tensor, torch.Generator], object]  # what fills a parameter
+Fill = Callable[[torch.Tensor, torch.Generator], object]  # fills a parameter with initial values
 
 
 class Initial:
-    """How a parameter begins. Each draws from the parameter's own generator, or not at all."""
+    """Initial values of a parameter; random ones are drawn from the parameter's own generator."""
 
     @staticmethod
     def zeros(tensor: torch.Tensor, generator: torch.Generator) -> None:
@@ -36,12 +36,12 @@ class Initial:
 
 
 class AuxOutput(NamedTuple):
-    """What a component gives beside its output."""
+    """Auxiliary loss and metrics of a component, returned beside its output."""
 
-    # Added to the loss in training and part of no reported one.
+    # Added to the training loss, but not part of any reported loss.
     loss: torch.Tensor | float
-    # What it measures of itself for the record: name -> tensor, without gradient, the same names
-    # and shapes each time. Those of all layers are stacked, and averaged over micro-batches.
+    # Metrics for the record: name -> tensor without gradient, with the same names and shapes in
+    # every call. They are stacked over the layers and averaged over micro-batches.
     metrics: dict[str, torch.Tensor]
 
     @property
@@ -50,63 +50,64 @@ class AuxOutput(NamedTuple):
 
 
 class Component(RenamedMethods, Configurable):
-    """What every component offers. All of it has a default, so that most need little.
+    """Base class of all components. Everything has a default, so most components override little.
 
-    A component in a registry is constructed with the config; blocks, attentions and feed-forward
-    networks with the number of their layer too, from 0.
+    Components are constructed with the config; blocks, attentions and feed-forward networks also
+    with the index of their layer, from 0.
     """
 
-    # The heading under which its parameters are counted; None: that of the component around it.
+    # The part under which its parameters are counted; None: the part of the enclosing component.
     part: ClassVar[str | None] = None
-    # The heading of its linear layers' FLOPs; None: `part`.
+    # The part under which the FLOPs of its linear layers are counted; None: `part`.
     flops_part: ClassVar[str | None] = None
-    # Whether it gives the same for a sequence's tokens in several calls as in one, as everything
-    # does that looks at each token by itself. Without that a model generates without a cache.
+    # Whether it supports a KV cache: several calls with parts of a sequence give the same output as
+    # one call with all of it. True for anything that acts on each token separately. A model with a
+    # component that does not support a cache generates without one.
     cacheable: ClassVar[bool] = True
 
     @classmethod
     def name_tag(cls, config: ModelArchitectureConfig) -> str:
-        """Its part of the architecture's name: the class's `tag`, and what its options add to it.
+        """Its part of the architecture's name: the class's `tag`, extended by its options.
 
-        Where a class sets no `tag`, that is the name it is registered under.
+        The tag of a class that sets none is the name under which it is registered.
         """
         return cls.tag
 
     @classmethod
     def training_problems(cls, config: ModelArchitectureConfig, device: str) -> list[str]:
-        """What keeps it from being trained on a 'cpu', 'cuda' or 'mps', a sentence each."""
+        """Reasons why it cannot train on a 'cpu', 'cuda' or 'mps' device, a sentence each."""
         return []
 
     def flops(self, seq_len: int, causal: bool) -> dict[str, float]:
         """Matrix-multiplication FLOPs of one sequence's forward pass, by part.
 
-        causal: of attention, count the pairs that are seen only, not the full square.
-        The default adds up the linear layers and components inside.
+        causal: in attention, count only the visible query-key pairs, not the full square.
+        The default sums the linear layers and the components inside.
         """
         part = self.flops_part or self.part or 'other'
         return module_flops(cast(nn.Module, self), seq_len, causal, part)
 
     def inactive_params(self) -> int:
-        """How many of its parameters, without those of components inside, a token does not use."""
+        """Number of its parameters that a token does not use, without components inside."""
         return 0
 
     def initial_values(self) -> dict[str, Fill]:
-        """What fills each parameter that is directly its own: a function (tensor, generator).
+        """Parameter name -> function (tensor, generator) that fills it, for its own parameters.
 
-        Linear layers and embeddings inside need no mention, nor does what `matrices()` names.
+        Linear layers, embeddings and the weights in `matrices()` may be left out.
         """
         return {}
 
     def residual_weights(self) -> list[torch.Tensor]:
-        """The projections that write into the residual stream (for depth-scaled beginnings)."""
+        """Weights of its projections into the residual stream, for depth-scaled initialization."""
         return []
 
     def matrices(self) -> dict[torch.Tensor, tuple[int, ...]]:
-        """The hidden matrices directly its own, for optimizers that treat matrices as such.
+        """Its own hidden matrices, for optimizers such as Muon.
 
-        Parameter -> the rows of each matrix where several are stacked in one projection: (4, 4)
-        for two of four rows. A parameter of more than two dimensions is a stack of such matrices.
-        The default: its linear layers, each one matrix. The ends of the model have none.
+        Parameter -> number of rows of each matrix that is stacked in it: (4, 4) for two matrices of
+        four rows. A parameter with more than two dimensions is a stack of such matrices. The
+        default: its linear layers, one matrix each. Embedding and output head have none.
         """
         layers = own_linear_layers(cast(nn.Module, self))
         return {layer.weight: (layer.out_features,) for layer in layers}
@@ -122,7 +123,7 @@ def own_linear_layers(module: nn.Module) -> Iterator[nn.Linear]:
 
 
 def module_flops(module: nn.Module, seq_len: int, causal: bool, part: str) -> dict[str, float]:
-    """Forward FLOPs of all that is inside `module`: 2 · in · out a token for a linear layer."""
+    """Forward FLOPs of everything inside `module`: 2 · in · out per token for a linear layer."""
     total: dict[str, float] = {}
     for child in module.children():
         if isinstance(child, Component):
@@ -149,7 +150,7 @@ def _flops_of(component: Component, seq_len: int, causal: bool) -> dict[str, flo
 
 
 def matmul_dtype(x: torch.Tensor) -> torch.dtype:
-    """The dtype of x's matrix multiplications: autocast's, where that is on."""
+    """The dtype of matrix multiplications with x: autocast's if it is enabled, else x's."""
     device = x.device.type
     cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     return torch.get_autocast_dtype(device) if cast else x.dtype

@@ -1,4 +1,4 @@
-"""Block layouts: how attention, feed-forward network and norms stand around the residual stream."""
+"""Block layouts: attention, feed-forward network and norms around the residual stream."""
 
 from typing import ClassVar
 
@@ -16,13 +16,13 @@ from model_config import (
 
 
 class Block(Component, nn.Module):
-    """Attention and feed-forward network around the residual stream; a layout adds its norms.
+    """Attention and feed-forward network around the residual stream; subclasses add norms.
 
-    forward: x (B, T, C) and its AttentionInputs -> x (B, T, C) and the AuxOutput of the FFN.
-    Dropout acts on what is added to the stream, after any norm of it.
+    forward: x (B, T, C) and AttentionInputs -> x (B, T, C) and the AuxOutput of the FFN. Dropout is
+    applied to what is added to the residual stream, after its norm if there is one.
     """
 
-    # Whether the stream that leaves the last block still has to be normalized.
+    # Whether the output of the last block needs a final norm.
     final_norm: ClassVar[bool] = True
 
     def __init__(self, config: ModelArchitectureConfig, layer: int):
@@ -35,7 +35,7 @@ class Block(Component, nn.Module):
 
     @classmethod
     def norms(cls, config: ModelArchitectureConfig) -> tuple[str, ...]:
-        """The attributes that hold the layout's norms."""
+        """Attribute names of the layout's norms."""
         return 'attention_norm', 'ffn_norm'
 
 

@@ -1,8 +1,8 @@
-"""What components must give, checked where a model is built and where it first runs.
+"""Checks of components, when a model is built and when it runs for the first time.
 
-`check_built` looks at a model's parts, `observe_calls` shows each call of a component's method, and
-`check_form` says whether what such a call returned is what its kind returns. `flops_disagreements`
-compares what `flops()` says with what PyTorch counts.
+`check_built` checks a model's modules. `observe_calls` passes each call of a component's method to
+a function such as `check_form`, which checks the type and shape of the result.
+`flops_disagreements` compares `flops()` with PyTorch's FLOP counter.
 """
 
 from collections.abc import Callable, Iterator
@@ -34,7 +34,7 @@ FLOPS_TOLERANCE = 0.03
 
 
 class Call(NamedTuple):
-    """One call of a component's method, once it has returned."""
+    """A finished call of a component's method."""
 
     registry: Registry
     component: type
@@ -44,26 +44,26 @@ class Call(NamedTuple):
 
     @property
     def label(self) -> str:
-        """The method, for people."""
+        """The method, for messages."""
         return f'{label(self.registry, self.component)}.{self.method}'
 
     @property
     def time_dim(self) -> int:
-        """Where time is in the tensors that come in and go out; the batch is in front of it."""
+        """The time dimension of the inputs and the output; the batch dimension is before it."""
         return 2 if self.method in ('rotate', 'attend') else 1
 
 
 def label(registry: Registry, component: type) -> str:
-    """A component for people: its option, its name there, its class."""
+    """A component for messages: option, name and class."""
     name = next((n for n, known in registry.registered() if known is component), None)
     prefix = '' if name is None else f'{registry.option}={name!r}: '
     return prefix + component.__name__
 
 
 def registered_class(module: nn.Module) -> tuple[Registry, type] | None:
-    """The registry of a module and its class there; of what is derived from one, that one.
+    """The registry and the registered class of a module, whose own class may be derived from it.
 
-    FSDP derives a class of its own from that of each module that it divides.
+    FSDP derives a class from that of each module that it shards.
     """
     for ancestor in type(module).__mro__:
         for registry in _FORMS:
@@ -73,7 +73,7 @@ def registered_class(module: nn.Module) -> tuple[Registry, type] | None:
 
 
 def check_built(model: nn.Module) -> None:
-    """Raise UserError for a component whose constructor left out what all of its kind have."""
+    """Raise UserError for a component whose constructor did not set required attributes."""
     pending = [model]
     while pending:
         module = pending.pop()
@@ -92,12 +92,12 @@ def check_built(model: nn.Module) -> None:
 
 
 # --------------------------------------------------------------------------------------------------
-# What calls return
+# Results of calls
 
 
 @contextmanager
 def observe_calls(model: nn.Module, on_call: Callable[[Call], None]) -> Iterator[None]:
-    """Hand each call of a component's method to `on_call` once it has returned, inner first."""
+    """Pass each call of a component's method to `on_call` after it returns, inner calls first."""
     with _observed_methods(model, on_call):
         handles = []
         for module in model.modules():
@@ -117,7 +117,7 @@ def _on_forward(on_call, registry, component, module, args, kwargs, output) -> N
 
 @contextmanager
 def _observed_methods(model: nn.Module, on_call: Callable[[Call], None]) -> Iterator[None]:
-    """Show the calls of what is no module's forward: positions, and attention's backend."""
+    """Observe methods other than `forward`: of position encodings and attention backends."""
     config, encoding = model.config, model.position_encoding
     positions = POSITION_ENCODING_REGISTRY, POSITION_ENCODING_REGISTRY[config.position_encoding]
     backend = ATTENTION_BACKEND_REGISTRY, ATTENTION_BACKEND_REGISTRY[config.attention_backend]
@@ -147,14 +147,14 @@ def _call_observed(on_call, call, registry, component, method, *inputs):
 
 
 def check_form(call: Call) -> None:
-    """Raise UserError where what a method returned is not what its kind returns."""
+    """Raise UserError if the result of a method has the wrong type or shape."""
     form = _METHOD_FORMS.get(call.method) or _FORMS[call.registry]
     if problem := form(call.inputs, call.output):
         raise UserError(f'{call.label} must return {problem}.')
 
 
 def _tensor(shape: tuple[int, ...], like: torch.Tensor, output: object) -> str | None:
-    """What is expected and what there is, where the output is no such tensor."""
+    """The expected and the actual output, if it is no tensor of that shape; else None."""
     expected = f'a tensor {tuple(shape)}'
     if not isinstance(output, torch.Tensor):
         return f'{expected}, and returned {_described(output)}'
@@ -238,9 +238,9 @@ _METHOD_FORMS = {
 
 
 def flops_disagreements(model: nn.Module) -> list[str]:
-    """Where `flops()` is not what PyTorch counts, a sentence for each class.
+    """Differences between `flops()` and PyTorch's count, a sentence for each class.
 
-    model: on the meta device, with attention written out, so that all of it is counted.
+    model: on the meta device, with the manual attention backend, so that everything is counted.
     """
     windows = [block.attention.spec.window for block in model.blocks]
     length = min([model.config.block_size, *filter(None, windows)])  # within all windows
@@ -261,16 +261,16 @@ def flops_disagreements(model: nn.Module) -> list[str]:
             for name, child in module.named_children()
             for sentence in disagreements(f'{path}.{name}' if path else name, child)
         ]
-        # A class with a flops() of its own answers for what is inside it, too.
+        # A class with its own flops() is responsible for the modules inside it.
         if not isinstance(module, Component) or (inner and type(module).flops is Component.flops):
             yield from inner
             return
         registry, component = registered_class(module) or (None, type(module))
         name = label(registry, component) if registry else component.__name__
         yield (
-            f'{name}.flops() says {declared:,.0f} FLOPs of a sequence of {length} tokens, and '
-            f'PyTorch counts {measured:,}. MFU, FLOP budgets and matching go by flops(). (An '
-            f'operator without a formula counts as 0 there.)'
+            f'{name}.flops() returns {declared:,.0f} FLOPs for a sequence of {length} tokens, but '
+            f'PyTorch counts {measured:,}. MFU, FLOP budgets and matching use flops(). (PyTorch '
+            f'counts operators without a formula as 0.)'
         )
 
     return list(dict.fromkeys(disagreements('', model)))

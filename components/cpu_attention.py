@@ -1,8 +1,8 @@
 """Causal attention on a CPU as batched matrix products over blocks of queries.
 
-torch's flash kernel for CPUs runs far below the speed of the matrix products that it consists of.
-Here a block of queries meets all the keys that it sees at once, for as many heads as fit into the
-caches, and the products are oneDNN's. `benchmarks/attention_speed.py` compares the two.
+torch's flash kernel for CPUs is far slower than the matrix products that it consists of. Here each
+block of queries is multiplied with all of its visible keys at once, for as many heads as fit into
+the caches, by oneDNN. `benchmarks/attention_speed.py` compares the two.
 """
 
 from collections.abc import Iterator
@@ -14,12 +14,13 @@ from components.base import matmul_dtype
 
 BLOCK = 128  # queries; twice as many from LONG tokens on
 LONG = 2048
-SCORE_BYTES = 2**23  # of the scores that are worked on at a time
+SCORE_BYTES = 2**23  # of the scores that are computed at a time
 
 
 def supports(q: torch.Tensor, k: torch.Tensor) -> bool:
-    """Whether causal attention of these is for here: on a CPU, in bfloat16 (in fp32 torch's kernel
-    is as fast), and not of new tokens only."""
+    """Whether `blocked_attention` applies: on a CPU, in bfloat16 (in fp32, torch's kernel is as
+    fast), with as many queries as keys and more than one.
+    """
     return (
         q.device.type == 'cpu' and matmul_dtype(q) == torch.bfloat16 and q.size(2) == k.size(2) > 1
     )
@@ -28,10 +29,10 @@ def supports(q: torch.Tensor, k: torch.Tensor) -> bool:
 def blocked_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
 ) -> torch.Tensor:
-    """Causal softmax(scale · q kᵀ) v, as `AttentionBackend.attend` has it, as many heads in each.
+    """Causal softmax(scale · q kᵀ) v of tensors as in `AttentionBackend.attend`, without grouping.
 
-    Products and scores in autocast's precision, sums within them and the softmax in fp32. Keeps
-    only q, k and v for the backward pass, which computes the scores again.
+    Products and scores are in autocast's precision, sums within products and the softmax in fp32.
+    Only q, k and v are saved for the backward pass, which recomputes the scores.
     """
     dtype = matmul_dtype(q)
     return attend(q.to(dtype), k.to(dtype), v.to(dtype), scale)
@@ -57,7 +58,7 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> t
 def backward(
     gradient: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The gradients of q, k and v; those of keys and values are added up in fp32."""
+    """The gradients of q, k and v; those of keys and values are summed in fp32."""
     grad_q, grad_k, grad_v = (_empty_heads(tensor, tensor.size(-1)) for tensor in (q, k, v))
     for heads in _head_groups(q):
         keys, values = _fold_heads(k[heads]), _fold_heads(v[heads])
@@ -69,13 +70,13 @@ def backward(
                 _fold_heads(gradient[(*heads, rows)]),
             )
             past_keys, past_values = keys[:, past].contiguous(), values[:, past].contiguous()
-            # P once more, as in the forward pass
+            # P, recomputed as in the forward pass
             weights = _attention_weights(queries, past_keys, rows, scale)
             # dV += Pᵀ dO
             sum_dv[:, past] += weights.mT @ d_output
             # dP = dO Vᵀ
             d_weights = d_output @ past_values.mT
-            # dS = P ∘ (dP - Σ P ∘ dP), the softmax's
+            # dS = P ∘ (dP - Σ P ∘ dP), through the softmax
             d_scores = torch._softmax_backward_data(d_weights, weights, -1, q.dtype)
             # dQ = scale · dS K
             d_queries = _scaled_product(d_scores, past_keys, scale)
@@ -110,7 +111,7 @@ attend.register_autograd(
 
 @register_flop_formula(torch.ops.components.blocked_attention)
 def _(q, k, v, *_, **__) -> int:
-    """Of the full square, as torch counts its own."""
+    """FLOPs of the full square, as torch counts for its own kernels."""
     return 2 * q[0] * q[1] * q[2] * k[2] * (q[3] + v[3])
 
 
@@ -123,13 +124,13 @@ def _(gradient, q, k, v, *_, **__) -> int:
 
 
 def _empty_heads(like: torch.Tensor, width: int) -> torch.Tensor:
-    """Uninitialized (B, H, T, width) that lies in memory as (B, T, H, width)."""
+    """Uninitialized (B, H, T, width) with the memory layout (B, T, H, width)."""
     batch, heads, length, _ = like.shape
     return like.new_empty((batch, length, heads, width)).transpose(1, 2)
 
 
 def _head_groups(q: torch.Tensor) -> Iterator[tuple[slice, slice]]:
-    """Sequences and heads that are worked on at a time."""
+    """Slices of sequences and heads that are computed at a time."""
     batch, heads, length, _ = q.shape
     scores = _block_size(length) * length * q.element_size()
     heads_per_group = max(1, SCORE_BYTES // scores)
@@ -143,14 +144,14 @@ def _head_groups(q: torch.Tensor) -> Iterator[tuple[slice, slice]]:
 
 
 def _query_blocks(length: int) -> Iterator[slice]:
-    """The queries that are worked on at a time."""
+    """Slices of the queries that are computed at a time."""
     block = _block_size(length)
     for first in range(0, length, block):
         yield slice(first, min(first + block, length))
 
 
 def _block_size(length: int) -> int:
-    """Queries at a time: longer texts have more to gain from fewer passes over the keys."""
+    """Queries at a time: longer sequences benefit more from fewer passes over the keys."""
     return min(length, BLOCK * (2 if length >= LONG else 1))
 
 
@@ -159,8 +160,8 @@ def _fold_heads(x: torch.Tensor) -> torch.Tensor:
     return x.reshape(-1, *x.shape[2:]).contiguous()
 
 
-# torch copies what it is given for a product unless that, or its transpose, lies in one piece; the
-# transpose of a part it copies element by element.
+# torch copies an operand of a product unless it or its transpose is contiguous, and it copies the
+# transpose of a slice element by element.
 
 
 def _scaled_product(a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
@@ -171,9 +172,9 @@ def _scaled_product(a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Ten
 def _attention_weights(
     queries: torch.Tensor, keys: torch.Tensor, rows: slice, scale: float
 ) -> torch.Tensor:
-    """(groups, rows, keys up to the last row's): what each query takes of each value."""
+    """The weight of each value for each query: (groups, rows, keys up to the last row)."""
     scores = _scaled_product(queries, keys.mT, scale)
     count = rows.stop - rows.start
     later = torch.full((count, count), -torch.inf, dtype=scores.dtype).triu(1)
-    scores[:, :, rows] += later  # 2.7 times as fast as a fill under a mask
+    scores[:, :, rows] += later  # 2.7 times as fast as a masked fill
     return torch.softmax(scores, dim=-1)

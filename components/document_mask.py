@@ -1,4 +1,4 @@
-"""Where documents begin and end in a window of tokens."""
+"""Document boundaries in a window of tokens."""
 
 from typing import NamedTuple
 
@@ -8,9 +8,9 @@ from common.old_names import by_old_name
 
 
 class Documents(NamedTuple):
-    """The document of each token, numbered from 1, and its position in it from 0: (B, T) each.
+    """The document of each token, numbered from 1, and its position in it, from 0: (B, T) each.
 
-    What the window cuts off counts as absent: its first token is at position 0.
+    Positions in a document that begins before the window count from the window's first token.
     """
 
     ids: torch.Tensor
@@ -26,7 +26,7 @@ class Documents(NamedTuple):
 
 
 def locate_documents(tokens: torch.Tensor, end_of_text: int) -> Documents:
-    """Of tokens (B, T); the end-of-text token is the last of the document that it ends."""
+    """Documents of tokens (B, T); an end-of-text token is the last one of its document."""
     begins = (tokens == end_of_text).roll(1, dims=1)
     begins[:, 0] = True
     index = torch.arange(tokens.size(1), device=tokens.device)

@@ -1,4 +1,4 @@
-"""The token embedding: where tokens enter the model."""
+"""The token embedding."""
 
 import math
 
@@ -10,7 +10,7 @@ from model_config import ModelArchitectureConfig
 
 
 class TokenEmbedding(Component, nn.Embedding):
-    """(B, T) tokens -> (B, T, C); times √C with `scale_embeddings` (Vaswani et al. 2017)."""
+    """Tokens (B, T) -> (B, T, C), times √C with `scale_embeddings` (Vaswani et al. 2017)."""
 
     part = 'token_embedding'
 

@@ -1,4 +1,4 @@
-"""A mistake in the code of a user's own component: one sentence instead of a traceback."""
+"""Errors in a user's own component are reported in one sentence instead of a traceback."""
 
 import inspect
 import traceback
@@ -10,12 +10,12 @@ from common import errors
 from common.errors import UserError
 from common.registry import ALL_REGISTRIES, Registry
 
-# What the project registers itself. A mistake in these is no user's, and keeps its traceback.
+# Packages with the project's own components, whose errors keep their traceback.
 PROJECT_PACKAGES = ('components', 'optim')
 
 
 class _ComponentMethod(NamedTuple):
-    """A component, and the method of it that a frame runs."""
+    """A component and the method that a frame runs."""
 
     registry: Registry
     name: str
@@ -24,8 +24,10 @@ class _ComponentMethod(NamedTuple):
 
 
 def explain(error: Exception) -> UserError | None:
-    """The error as the user's mistake, if it was raised inside a component that is no part of the
-    project: its class, method, file and line. Else None."""
+    """A UserError with class, method, file and line if a user's own component raised `error`.
+
+    None for other errors.
+    """
     components = list(_foreign_components())
     frames = list(traceback.walk_tb(error.__traceback__))
     for index in reversed(range(len(frames))):
@@ -44,7 +46,7 @@ def explain(error: Exception) -> UserError | None:
 
 
 def is_foreign(component: type) -> bool:
-    """Whether a class is no part of the project."""
+    """Whether a class is not part of the project."""
     return component.__module__.partition('.')[0] not in (
         *PROJECT_PACKAGES,
         'torch',
@@ -63,7 +65,7 @@ def _foreign_components() -> Iterator[tuple[Registry, str, type]]:
 def _component_method(
     frame: FrameType, components: list[tuple[Registry, str, type]]
 ) -> _ComponentMethod | None:
-    """The component whose method the frame runs: one that it defines, or has from the project."""
+    """The component whose method the frame runs, defined by its class or inherited."""
     code, owner = frame.f_code, frame.f_locals.get('self', frame.f_locals.get('cls'))
     owner = owner if isinstance(owner, type) else type(owner)
     for registry, name, component in components:
@@ -79,7 +81,7 @@ def _component_method(
 
 
 def _codes(value: Any) -> Iterator[CodeType]:
-    """The code of a method, and of the functions that it makes."""
+    """The code of a method, and of the functions defined in it."""
     if isinstance(value, property):
         value = value.fget
     value = inspect.unwrap(getattr(value, '__func__', value), stop=lambda f: False)

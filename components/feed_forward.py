@@ -14,10 +14,10 @@ from model_config import ACTIVATION_REGISTRY, FFN_REGISTRY, ModelArchitectureCon
 
 
 class FeedForward(Component, nn.Module):
-    """(B, T, C) -> (B, T, C) and an AuxOutput (which says nothing when dense).
+    """(B, T, C) -> (B, T, C) and an AuxOutput (empty for dense networks).
 
-    One whose constructor takes `width` (None: d_ff) and `linear`, what makes its linear layers, can
-    be an expert of a mixture: these layers are then called with the groups of the rows, too.
+    A network can be an expert of a mixture if its constructor takes `width` (None: d_ff) and
+    `linear`, the class of its linear layers, which are then called with the groups of rows too.
     """
 
     renamed_methods: ClassVar = {
@@ -33,34 +33,37 @@ class FeedForward(Component, nn.Module):
 
     @classmethod
     def default_d_ff(cls, config: FrozenConfig) -> int:
-        """The hidden width where `d_ff` is not set."""
+        """The hidden width if `d_ff` is not set."""
         raise NotImplementedError
 
     @classmethod
     def derived_values(cls, config: FrozenConfig) -> dict[str, tuple]:
         return {
-            'd_ff': (cls.default_d_ff(config), f"{config.ffn_type}'s own rule"),
+            'd_ff': (cls.default_d_ff(config), f'default of {config.ffn_type}'),
             'ffn_bias': (config.bias, 'bias'),
         }
 
     @classmethod
     def at_layer(cls, config: ModelArchitectureConfig, layer: int) -> 'FeedForward':
-        """The network of that layer; another class may be better there."""
+        """The network of that layer, which may be of another class."""
         return cls(config, layer)
 
     @classmethod
     def summarize_metrics(cls, means: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """What the record shows, name -> scalar, of its metrics, each (layers, ...)."""
+        """Scalars for the record, by name, from its metrics of shape (layers, ...)."""
         return {name: mean.mean() for name, mean in means.items()}
 
     def nonlinearity(self, hidden: torch.Tensor) -> torch.Tensor:
-        """What `down` is applied to, from what the first matrix gives; element by element."""
+        """The input of `down` from the output of the first matrix, element by element."""
         raise NotImplementedError
 
     def activate_and_project(self, hidden: torch.Tensor, *groups) -> torch.Tensor:
-        """down(nonlinearity(hidden)). Only `hidden` is kept for the backward pass, which computes
-        the nonlinearity again: torch stops as soon as it has that, before the product. Not so with
-        groups, whose product is an operator of ours, that torch would compute again too."""
+        """down(nonlinearity(hidden)), with the nonlinearity recomputed in the backward pass, so
+        that only `hidden` is kept.
+
+        torch stops the recomputation before `down`. Not with expert groups, whose grouped product
+        would be recomputed too.
+        """
 
         def project(hidden: torch.Tensor) -> torch.Tensor:
             return self.down(self.nonlinearity(hidden), *groups)
@@ -156,7 +159,7 @@ class GatedFeedForward(FeedForward):
         return {**super().matrices(), self.gate_up.weight: (width, width)}
 
     def activate(self, gate: torch.Tensor) -> torch.Tensor:
-        """What the gate's half is passed through before the product."""
+        """The function applied to the gate before the product."""
         raise NotImplementedError
 
     def nonlinearity(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Initialisations: how the weights begin, and what the model and the optimizer make of it."""
+"""Weight initializations, with the scales of logits and learning rates that belong to them."""
 
 from typing import ClassVar
 
@@ -8,10 +8,11 @@ from model_config import INITIALIZATION_REGISTRY, ModelArchitectureConfig
 
 
 class Initialization(Component):
-    """The standard deviation of each weight, drawn from a normal distribution around zero.
+    """The standard deviation of each weight, which is drawn from a normal distribution around 0.
 
-    Weights are those of linear layers, tables, and whatever `matrices()` of a component names; its
-    `initial_values()` may say otherwise. Never constructed: a function of the config.
+    It applies to linear layers, embeddings and the weights in a component's `matrices()`, unless
+    its `initial_values()` overrides it. Never instantiated: its methods are functions of the
+    config.
     """
 
     options: ClassVar = {
@@ -20,18 +21,18 @@ class Initialization(Component):
 
     @classmethod
     def std(cls, config: ModelArchitectureConfig, hidden: bool, residual: bool) -> float:
-        """Of a weight. hidden: one of `matrices()`, neither table nor head; residual: one of
-        `residual_weights()`."""
+        """The standard deviation of a weight. hidden: whether it is in `matrices()` (no embedding
+        or head); residual: whether it is in `residual_weights()`."""
         return config.init_std
 
     @classmethod
     def output_scale(cls, config: ModelArchitectureConfig) -> float:
-        """What multiplies the hidden states before the output projection."""
+        """Factor of the hidden states before the output projection."""
         return 1.0
 
     @classmethod
     def hidden_lr_scale(cls, config: ModelArchitectureConfig) -> float:
-        """What multiplies the learning rate of hidden matrices."""
+        """Factor of the learning rate of hidden matrices."""
         return 1.0
 
 

@@ -1,4 +1,4 @@
-"""What attentions keep of earlier tokens, so that generation goes through each token once."""
+"""KV caches, so that generation processes each token once."""
 
 from typing import NamedTuple
 
@@ -6,19 +6,19 @@ import torch
 
 
 class LayerCache:
-    """What one attention keeps of the last `capacity` tokens: whatever tensors it hands over.
+    """The tensors of one attention for the last `capacity` tokens, such as keys and values.
 
-    Their memory is taken once, at the first tokens. Token t stands at t modulo `capacity`, so that
-    a sliding window writes over what it has left behind.
+    Memory is allocated once, with the first tokens. Token t is stored at index t modulo `capacity`,
+    so that a sliding window overwrites tokens that it has left.
     """
 
     def __init__(self, capacity: int):
-        self.capacity, self.length = capacity, 0  # length: tokens so far, forgotten ones included
+        self.capacity, self.length = capacity, 0  # length: tokens so far, overwritten ones included
         self.tensors: tuple[torch.Tensor, ...] = ()  # (B, ..., capacity, D) each
 
     def extend(self, *new: torch.Tensor) -> list[torch.Tensor]:
-        """Keep (B, ..., T, D) of the next T tokens; returns all that these may look at, (B, ..., K,
-        D), in the order of `positions`."""
+        """Store tensors (B, ..., T, D) of the next T tokens; returns those of all tokens visible to
+        them, (B, ..., K, D), in the order of `positions`."""
         start, count = self.length, new[0].size(-2)
         self.length += count
         if not self.tensors:
@@ -26,7 +26,7 @@ class LayerCache:
                 x.new_empty((*x.shape[:-2], self.capacity, x.size(-1))) for x in new
             )
         if self._overwrites_visible(start, count):
-            # Several tokens at once, the first of which still see what the last write over.
+            # Several tokens: the first ones still see entries that the last ones overwrite.
             visible = [torch.cat((old, x), dim=-2) for old, x in zip(self._until(start), new)]
             last = torch.arange(start, self.length, device=new[0].device)[-self.capacity :]
             for cached, x in zip(self.tensors, new):
@@ -37,14 +37,14 @@ class LayerCache:
         return self._until(self.length)
 
     def positions(self, new: torch.Tensor) -> torch.Tensor:
-        """Positions (K,) of what tokens at the next positions (T,) will look at."""
+        """Positions (K,) of the tokens visible to the next tokens at positions (T,)."""
         start, count = self.length, len(new)
         if self._overwrites_visible(start, count):
             return torch.cat((self._positions_until(start, new.device), new))
         return self._positions_until(start + count, new.device)
 
     def _overwrites_visible(self, start: int, count: int) -> bool:
-        """One token alone overwrites what its window has just left behind."""
+        """Whether new tokens overwrite visible ones. (A single one overwrites an invisible one.)"""
         return count > 1 and start + count > self.capacity
 
     def _until(self, end: int) -> list[torch.Tensor]:
@@ -60,12 +60,12 @@ class LayerCache:
 
 
 class Cache(NamedTuple):
-    """What generation keeps of a batch of sequences."""
+    """The caches of all layers for a batch of sequences."""
 
     layers: list[LayerCache]
-    text: LayerCache  # the tokens themselves, where it matters which documents they are of
+    text: LayerCache  # the tokens themselves, used if masks depend on documents
 
     @property
     def length(self) -> int:
-        """Tokens of each sequence so far."""
+        """Number of tokens per sequence so far."""
         return self.layers[0].length

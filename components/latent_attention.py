@@ -15,13 +15,13 @@ from model_config import ATTENTION_REGISTRY, NORM_REGISTRY, ModelArchitectureCon
 class LatentAttention(Attention):
     """Multi-head latent attention: keys and values of all heads from one low-rank latent.
 
-    A key is the head's own `qk_nope_head_dim` columns, made of the latent, and the
-    `qk_rope_head_dim` columns that all heads share. The latents pass the chosen normalization. As
-    DeepSeek has it, what widens a latent has no bias. Of a token, generation keeps its latent and
-    the shared columns: for all heads together, `kv_lora_rank + qk_rope_head_dim` numbers.
+    A key consists of `qk_nope_head_dim` dimensions per head, projected from the latent, and
+    `qk_rope_head_dim` dimensions with positions, shared by all heads. The latents are normalized by
+    the chosen normalization. As in DeepSeek-V2, up-projections have no bias. The KV cache holds the
+    latent and the shared dimensions: `kv_lora_rank + qk_rope_head_dim` numbers per token.
     """
 
-    tag = ''  # `head_tags` say it
+    tag = ''  # part of `head_tags`
     renamed_methods: ClassVar = {
         **Attention.renamed_methods,
         'found_in_latents': 'attend_absorbed',
@@ -78,7 +78,7 @@ class LatentAttention(Attention):
 
     @classmethod
     def _head_sizes(cls, config: FrozenConfig) -> dict[str, int]:
-        """The head sizes, derived where they are open (DeepSeek-V2, section 2.1.4)."""
+        """The head sizes; those that are not set are derived (DeepSeek-V2, section 2.1.4)."""
         nope = config.qk_nope_head_dim or max(1, config.n_embd // config.n_head)
         return {
             'qk_nope_head_dim': nope,
@@ -119,7 +119,7 @@ class LatentAttention(Attention):
 
     def forward(self, x: torch.Tensor, attn_inputs: AttentionInputs) -> torch.Tensor:
         """(B, T, C) -> (B, T, C)."""
-        # Queries, latents, and the part of the key that all heads share.
+        # Queries, latents, and the key dimensions that all heads share.
         q = self.split_heads(self.q(self.q_norm(self.q_down(x)).to(x.dtype)))
         latent, k_rope = self.kv_down(x).split(self.split_latent, dim=-1)
         latent = self.kv_norm(latent).to(latent.dtype)
@@ -130,7 +130,7 @@ class LatentAttention(Attention):
         k_rope = self.rotate(k_rope[:, None], attn_inputs.rotation)  # (B, 1, T, rope dims)
         k_rope = k_rope.to(latent.dtype)
 
-        # Generation: once there are earlier tokens, attend to the latents themselves.
+        # Generation: if there are earlier tokens, attend to the latents themselves.
         if attn_inputs.cache is not None:
             continues = attn_inputs.cache.length > 0
             (cached,) = attn_inputs.cache.extend(torch.cat((latent[:, None], k_rope), dim=-1))
@@ -138,7 +138,7 @@ class LatentAttention(Attention):
                 y = self.attend_absorbed(q_nope, q_rope, cached, attn_inputs)
                 return self.project_output(y)
 
-        # Training: keys and values of each head from the latent.
+        # Training: keys and values of each head, from the latent.
         k_nope, v = self.split_heads(self.kv(latent)).split(self.split_key_value, dim=-1)
         q = torch.cat((q_nope, q_rope), dim=-1)
         k = torch.cat((k_nope, k_rope.expand(-1, self.num_heads, -1, -1)), dim=-1)
@@ -153,8 +153,8 @@ class LatentAttention(Attention):
     ) -> torch.Tensor:
         """The heads' outputs, (B, H, T, Dv), from cached tokens (B, 1, K, rank + rope dims).
 
-        No latent is widened: since a key is W · latent, q · key is (Wᵀ · q) · latent, and the mean
-        of values is the mean of latents, widened (DeepSeek-V2, section 2.1.2).
+        The up-projections are absorbed (DeepSeek-V2, section 2.1.2): with key = W · latent,
+        q · key = (Wᵀ · q) · latent, and the mean of values is projected from the mean of latents.
         """
         weight = self.kv.weight.unflatten(0, (self.num_heads, -1))  # (H, dims, rank)
         to_key, to_value = weight.split(self.split_key_value, dim=1)

@@ -1,7 +1,7 @@
-"""The last matrix product and the cross-entropy in one, which never holds all of the logits.
+"""Output projection and cross-entropy, fused so that only a chunk of the logits is in memory.
 
-torch.nn.functional.cross_entropy takes the logits whole, and autograd keeps them for the backward
-pass; torch has nothing that joins the two.
+torch.nn.functional.cross_entropy takes all logits, and autograd keeps them for the backward pass;
+torch has no fused operator.
 """
 
 from collections.abc import Sequence
@@ -10,10 +10,10 @@ import torch
 
 from components.base import matmul_dtype
 
-# Of logits, held at a time. Each further chunk adds up a whole gradient of the matrix, so a chunk
-# is no smaller than memory wants it.
+# Size of a chunk of logits. Each chunk adds to a gradient of the whole matrix, so chunks are not
+# smaller than memory requires.
 CHUNK_BYTES = {'cpu': 2**27, 'cuda': 2**29}
-# Of fp32 scores, within a chunk: on a CPU they stay in the cache, on a GPU they fill it.
+# Size of the fp32 scores within a chunk: on a CPU they stay in the cache, on a GPU they occupy it.
 SCRATCH_BYTES = {'cpu': 2**22, 'cuda': 2**27}
 
 
@@ -27,9 +27,10 @@ def linear_cross_entropy(
     """hidden (N, C), weight (V, C), targets (N,) -> the cross-entropy of hidden · weightᵀ in nats,
     summed over the targets that are not `ignored`, in fp32.
 
-    Logits in autocast's precision, softmax and loss in fp32; with `softcap` c they become
-    c · tanh(logits / c). The gradient is computed at once in the place of the logits, and can be
-    taken once. (Like Hsu et al. 2024, Liger kernel; a chunk at a time as in Wijmans et al. 2024.)
+    Logits are in autocast's precision, softmax and loss in fp32; with `softcap` c the logits become
+    c · tanh(logits / c). The forward pass computes the gradients, in the memory of the logits, so
+    that the loss can be differentiated once. (Similar to Liger kernel, Hsu et al. 2024, and to Cut
+    Cross-Entropy, Wijmans et al. 2024.)
     """
     arguments = hidden, weight, targets, matmul_dtype(weight), softcap, ignored
     if torch.is_grad_enabled():
@@ -40,7 +41,7 @@ def linear_cross_entropy(
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, *rest):
-        # The gradients are computed here, while the logits are at hand, and kept until `backward`.
+        # The gradients are computed here, where the logits are, and kept until `backward`.
         ctx.dtypes = hidden.dtype, weight.dtype
         loss, *ctx.gradients = _loss_and_gradients(
             hidden, weight, *rest, needs_grad=ctx.needs_input_grad[:2]
@@ -50,8 +51,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss):
         if ctx.gradients is None:
-            raise RuntimeError('this loss can be differentiated once: its gradients are gone')
-        # Scaled in place by the gradient that comes in, so that they exist once.
+            raise RuntimeError(
+                'this loss can be differentiated only once: its gradients have been released'
+            )
+        # Scaled in place by the incoming gradient, so that no second copy exists.
         gradients, ctx.gradients = ctx.gradients, None
         scaled = [
             None if gradient is None else gradient.to(dtype).mul_(grad_loss)
@@ -80,9 +83,9 @@ def _loss_and_gradients(
     chunk_rows = -(-len(hidden) // max(1, chunks))
     scratch_rows = min(_scratch_rows(weight.T), chunk_rows)
 
-    # All memory is taken before the loop: an allocator that aligns what it gives finds no room in
-    # a hole of the same size. The gradient of the weight is added up in fp32 where there are
-    # several chunks, by way of products of a quarter of a chunk's size.
+    # Allocate all memory before the loop: an allocator that aligns blocks cannot reuse a gap of the
+    # same size (see docs/performance.md on fragmentation). With several chunks, the weight gradient
+    # is summed in fp32, through products of a quarter of a chunk's size.
     scratch = hidden.new_empty((scratch_rows, vocabulary), dtype=torch.float32)
     loss = torch.zeros((), device=hidden.device)
     grad_hidden = torch.empty_like(hidden) if needs_grad_hidden else None
@@ -97,7 +100,7 @@ def _loss_and_gradients(
     for first in chunk_starts(len(hidden), chunk_rows):
         rows = slice(first, first + chunk_rows)
         chunk = hidden[rows]
-        # Forward: the logits, then the loss, which turns them into their own gradient.
+        # Forward: the logits, then the loss, which overwrites them with their gradient.
         logits = torch.mm(chunk, weight.T, out=logit_buffer[: len(chunk)])
         loss += cross_entropy_(logits, targets[rows], scratch, softcap, ignored, any(needs_grad))
         # Backward: ∂hidden = ∂logits · weight, and ∂weight = ∂logitsᵀ · hidden over all chunks.
@@ -109,16 +112,16 @@ def _loss_and_gradients(
 
 
 def chunk_starts(length: int, chunk_rows: int) -> Sequence[int]:
-    """First row of each chunk of `chunk_rows` of `length` rows. A simulation of the memory, in
-    which one chunk is like another, replaces it."""
+    """First row of each chunk of `chunk_rows` rows. The memory simulation, for which all chunks are
+    alike, replaces this function."""
     return range(0, length, chunk_rows)
 
 
 def _add_product(
     total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, product: torch.Tensor | None, begin: bool
 ) -> None:
-    """total += a b, or = where it is to `begin`; by way of `product`, as many rows of a at a time
-    as that has, if it has another dtype."""
+    """total += a b, or total = a b if `begin`. With another dtype, through the buffer `product`, as
+    many rows at a time as it has."""
     if product is None:
         torch.addmm(total, a, b, beta=0 if begin else 1, out=total)
         return
@@ -127,19 +130,19 @@ def _add_product(
         if begin:
             total_part.copy_(product_part)
             continue
-        # A few rows at a time, since torch first makes them fp32.
+        # A few rows at a time, since torch converts them to fp32 first.
         rows = _scratch_rows(total)
         for total_rows, product_rows in zip(total_part.split(rows), product_part.split(rows)):
             total_rows += product_rows
 
 
 def _limit(sizes: dict[str, int], device: str) -> int:
-    """That of this kind of device; of one that is not known, a GPU's."""
+    """The size for this kind of device; for an unknown one, the size for a GPU."""
     return sizes.get(device, sizes['cuda'])
 
 
 def _scratch_rows(matrix: torch.Tensor) -> int:
-    """How many rows, each as long as those of the matrix, are worked on in fp32 at a time."""
+    """Number of rows of the matrix's width that are processed in fp32 at a time."""
     return max(1, _limit(SCRATCH_BYTES, matrix.device.type) // (4 * matrix.size(-1)))
 
 
@@ -152,30 +155,30 @@ def cross_entropy_(
     ignored: int,
     into_gradient: bool,
 ) -> torch.Tensor:
-    """logits (R, V), targets (R,), fp32 scratch (as many rows as are worked on at a time, V) -> the
-    summed cross-entropy in fp32. `into_gradient`: the logits become its gradient by them.
+    """logits (R, V), targets (R,), fp32 scratch (rows per step, V) -> the summed cross-entropy in
+    fp32. With `into_gradient`, the logits are overwritten with their gradient.
 
-    One operator, so that what simulates or compiles it need not follow the loop.
+    A single operator, so that simulation and compilation need not trace the loop.
     """
     total = torch.zeros((), device=logits.device)
     for part, part_targets in zip(logits.split(len(scratch)), targets.split(len(scratch))):
         counted = (part_targets != ignored)[:, None]
         target_index = part_targets[:, None].where(counted, 0)
 
-        # The scores in fp32, under the soft cap, whose slope tanh' = 1 - tanh² the gradient takes.
+        # The scores in fp32, soft-capped; the gradient needs the slope, tanh' = 1 - tanh².
         scores = scratch[: len(part)].copy_(part)
         if softcap is not None:
             scores.div_(softcap).tanh_()
             slope = 1 - scores.square() if into_gradient else None
             scores.mul_(softcap)
 
-        # The loss: log Σ exp(scores) - score of the target, the largest score taken out first.
+        # The loss: log Σ exp(scores) - score of the target, after subtracting the largest score.
         largest, target_score = scores.amax(dim=-1, keepdim=True), scores.gather(1, target_index)
         exponentials = scores.sub_(largest).exp_()
         z = exponentials.sum(dim=-1, keepdim=True)
         total += (largest + z.log() - target_score).where(counted, 0.0).sum()
 
-        # Its gradient by the logits: (softmax - one-hot of the target) · slope, 0 if not counted.
+        # Its gradient: (softmax - one-hot of the target) · slope, and 0 if ignored.
         if into_gradient:
             gradient = exponentials.scatter_add_(1, target_index, -z)
             if softcap is not None:

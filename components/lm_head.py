@@ -1,4 +1,4 @@
-"""The output head: hidden states to logits, and to the loss."""
+"""The output head: from hidden states to logits or to the loss."""
 
 from typing import ClassVar
 
@@ -10,15 +10,15 @@ from components.base import AuxOutput, Component, matmul_dtype
 from components.linear_cross_entropy import linear_cross_entropy
 from model_config import INITIALIZATION_REGISTRY, ModelArchitectureConfig
 
-IGNORED = -100  # a target that does not count, as in torch's cross-entropy
+IGNORED = -100  # target without a loss, as in torch's cross-entropy
 FEW_ROWS = 8
 
 
 class OutputHead(Component, nn.Module):
-    """Hidden states to logits, and to the loss: one place for all that concerns it."""
+    """From hidden states to logits or to the loss."""
 
     part = 'output_head'
-    metric_names: ClassVar = ('z_loss',)  # of its AuxOutput, without weight, where there is one
+    metric_names: ClassVar = ('z_loss',)  # metrics of its AuxOutput, not multiplied by their weight
 
     def __init__(self, config: ModelArchitectureConfig):
         super().__init__()
@@ -27,17 +27,21 @@ class OutputHead(Component, nn.Module):
         self.softcap, self.z_loss = config.logit_softcap, config.z_loss
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(B, T, C) -> (B, T, V); with `logit_softcap` c: c · tanh(logits / c), in fp32, so none is
-        larger (Gemma Team 2024)."""
+        """(B, T, C) -> (B, T, V); with `logit_softcap` c: c · tanh(logits / c) in fp32, which
+        bounds them by c (Gemma Team 2024).
+        """
         logits = self.project(self.scale_hidden(hidden))
         if self.softcap is None:
             return logits
         return self.softcap * torch.tanh(logits.float() / self.softcap)
 
     def project(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(B, T, C) -> (B, T, V). Of a few rows in fp32 on a CPU, as when text is written, as
-        weight · hiddenᵀ with at least two columns: MKL takes up to 5 times as long the other way
-        round, and with a single one (benchmarks/generation.py)."""
+        """(B, T, C) -> (B, T, V).
+
+        For a few rows in fp32 on a CPU, as in generation, computed as weight · hiddenᵀ with at
+        least two columns: hidden · weightᵀ, or a single column, takes MKL up to 5 times as long
+        (benchmarks/generation.py).
+        """
         rows, weight = hidden.shape[:-1].numel(), self.projection.weight
         if (
             torch.is_grad_enabled()
@@ -55,11 +59,11 @@ class OutputHead(Component, nn.Module):
     def forward(
         self, hidden: torch.Tensor, targets: torch.Tensor | None = None
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor, AuxOutput]:
-        """hidden (B, T, C) -> logits (B, T, V); with targets (B, T): the loss in nats, summed over
-        the targets that are not -100, in fp32, their number, and the auxiliary loss.
+        """hidden (B, T, C) -> logits (B, T, V). With targets (B, T): the loss in nats, in fp32,
+        summed over the targets that are not -100; their number; and the auxiliary loss.
 
-        That is `z_loss` · log² Z, Z the sum of the exponentiated logits, in the mean over those
-        targets (Chowdhery et al. 2022): it keeps the logits from drifting.
+        The auxiliary loss is `z_loss` times the mean of log² Z over these targets, with Z the sum
+        of the exponentiated logits. It keeps the logits from drifting (Chowdhery et al. 2022).
         """
         if targets is None:
             return self.logits(hidden)
@@ -71,7 +75,7 @@ class OutputHead(Component, nn.Module):
             weight = self.projection.weight
             loss = linear_cross_entropy(scaled, weight, targets, self.softcap, IGNORED)
             return loss, count, AuxOutput(0.0, {})
-        # What the two losses weigh against each other is not known here, so all logits are kept.
+        # The relative weight of the two losses is not known here, so all logits are kept.
         logits = self.logits(hidden).flatten(0, 1).float()
         loss = F.cross_entropy(logits, targets, reduction='sum')
         squares = logits.logsumexp(dim=-1).square().where(counted, 0.0)
@@ -79,4 +83,4 @@ class OutputHead(Component, nn.Module):
         return loss, count, AuxOutput(self.z_loss * z_loss, {'z_loss': z_loss.detach()})
 
     def matrices(self) -> dict[torch.Tensor, tuple[int, ...]]:
-        return {}  # its rows are tokens, as in the embedding
+        return {}  # its rows belong to tokens, as in the embedding

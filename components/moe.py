@@ -1,4 +1,4 @@
-"""Mixtures of experts: every token goes through a few of many feed-forward networks."""
+"""Mixture of experts: each token uses a few of many feed-forward networks."""
 
 import inspect
 import math
@@ -22,12 +22,12 @@ from model_config import FFN_REGISTRY, ModelArchitectureConfig
 
 @torch.library.custom_op('components::grouped_mm', mutates_args=())
 def grouped_mm(a: torch.Tensor, b: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-    """torch's own: rows a (N, in) times b (groups, in, out) -> (N, out), the rows of group g being
-    ends[g - 1] … ends[g]; or, for the gradient of b, a (in, N) times b (N, out) -> (groups, in,
-    out).
+    """torch's grouped_mm: a (N, in) times b (groups, in, out) -> (N, out), where group g has the
+    rows ends[g - 1] … ends[g] of a. For the gradient of b: a (in, N) times b (N, out) -> (groups,
+    in, out).
 
-    An operator around it because torch's knows neither the shapes of fp32 results on the meta
-    device, which compiling needs too, nor what it costs. `ends` stays on the device.
+    Wrapped in an operator because torch's has no shape function for fp32 on the meta device, which
+    torch.compile needs too, and no FLOP formula. `ends` stays on the device.
     """
     product = F.grouped_mm(a, b, offs=ends)
     if b.dim() == 2:
@@ -55,7 +55,7 @@ def _save_operands(ctx, inputs, output):
 
 def _gradients(ctx, grad):
     a, b, ends = ctx.saved_tensors
-    grad = grad.contiguous()  # that of a sum is expanded, which torch's refuses
+    grad = grad.contiguous()  # the gradient of a sum is expanded, which torch's does not support
     return grouped_mm(grad, b.mT, ends), grouped_mm(a.mT, grad, ends), None
 
 
@@ -63,10 +63,10 @@ grouped_mm.register_autograd(_gradients, setup_context=_save_operands)
 
 
 class ExpertGroups(NamedTuple):
-    """Rows in the order of their experts."""
+    """Groups of rows, in the order of their experts."""
 
-    ends: torch.Tensor  # (experts,) int32: where the rows of each end
-    expert: torch.Tensor  # (rows,): whose each row is
+    ends: torch.Tensor  # (experts,) int32: end of each expert's rows
+    expert: torch.Tensor  # (rows,): the expert of each row
 
 
 class ExpertLinear(nn.Linear):
@@ -75,12 +75,12 @@ class ExpertLinear(nn.Linear):
     def __init__(self, experts: int, in_features: int, out_features: int, bias: bool = True):
         super().__init__(in_features, out_features, bias=False)
         self.weight = nn.Parameter(torch.empty(experts, out_features, in_features))
-        if bias:  # in one dimension, as optimizers know biases by
+        if bias:  # one-dimensional, by which optimizers recognize biases
             self.bias = nn.Parameter(torch.empty(experts * out_features))
 
     def forward(self, x: torch.Tensor, groups: ExpertGroups) -> torch.Tensor:
         """(rows, in) -> (rows, out)."""
-        dtype = matmul_dtype(x)  # autocast does not know `grouped_mm`
+        dtype = matmul_dtype(x)  # autocast does not cover `grouped_mm`
         y = grouped_mm(x.to(dtype), self.weight.to(dtype).mT, groups.ends)
         if self.bias is None:
             return y
@@ -99,7 +99,7 @@ SCORES = {'softmax': partial(torch.softmax, dim=-1), 'sigmoid': torch.sigmoid}
 
 
 def can_be_expert(ffn: type[FeedForward]) -> bool:
-    """Whether its width, and what its linear layers are, can be said."""
+    """Whether its constructor takes the width and the class of its linear layers."""
     return {'width', 'linear'} <= inspect.signature(ffn).parameters.keys()
 
 
@@ -182,7 +182,7 @@ class MixtureOfExperts(FeedForward):
     def derived_values(cls, config: FrozenConfig) -> dict[str, tuple]:
         width = FFN_REGISTRY[config.expert_ffn].default_d_ff(config)
         return {
-            'd_ff': (width, f"{config.expert_ffn}'s own rule"),
+            'd_ff': (width, f'default of {config.expert_ffn}'),
             'expert_d_ff': (config.d_ff or width, 'd_ff'),
         }
 
@@ -192,25 +192,25 @@ class MixtureOfExperts(FeedForward):
         experts, chosen = config.num_experts, config.experts_per_token
         if chosen > experts:
             problems.append(
-                f'experts_per_token={chosen} is more than num_experts={experts}: at most all of '
-                f'them, --experts_per_token={experts}.'
+                f'experts_per_token={chosen} is more than num_experts={experts}. Set at most '
+                f'--experts_per_token={experts}.'
             )
         if chosen == 1 and experts > 1 and config.router_normalize:
             problems.append(
                 'experts_per_token=1 with router_normalize=True gives every token the weight 1, '
-                'whatever the router says, so that it cannot learn: --router_normalize=False.'
+                'so that the router cannot learn. Set --router_normalize=False.'
             )
         if config.dense_layers >= config.n_layer:
             problems.append(
                 f'dense_layers={config.dense_layers} leaves no mixture in n_layer='
-                f'{config.n_layer} layers: choose fewer, or ffn_type={config.expert_ffn!r}.'
+                f'{config.n_layer} layers. Set fewer, or ffn_type={config.expert_ffn!r}.'
             )
         for key in ('n_embd', 'expert_d_ff'):
             size = config.to_dict()[key]
             if size % 8:
                 problems.append(
-                    f"{key}={size}: ffn_type='moe' multiplies stacks of matrices, whose rows must "
-                    f'begin at multiples of 16 bytes: choose a multiple of 8, '
+                    f"{key}={size}: ffn_type='moe' uses grouped matrix products, whose rows must "
+                    f'begin at multiples of 16 bytes. Set a multiple of 8, such as '
                     f'--{key}={math.ceil(size / 8) * 8}.'
                 )
         return problems
@@ -222,7 +222,7 @@ class MixtureOfExperts(FeedForward):
         return f'{cls.tag}{config.experts_per_token}of{config.num_experts}{shared}-{expert}'
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, AuxOutput]:
-        # The router's scores, and for each token the experts that have the highest.
+        # The router's scores, and the experts with the highest scores for each token.
         tokens = x.flatten(0, -2)  # (N, C)
         with without_autocast(x.device):
             logits = self.router(tokens.float())  # (N, experts)
@@ -230,7 +230,7 @@ class MixtureOfExperts(FeedForward):
         weights, chosen = scores.topk(self.experts_per_token)  # (N, k)
         if self.normalize:
             weights = weights / weights.sum(dim=-1, keepdim=True).clamp(min=1e-20)
-        # Every token through its experts, and through the shared ones.
+        # The experts of each token, and the shared experts.
         groups, order = self.group_by_expert(chosen)
         y = self.mix_experts(tokens, weights * self.scale, groups, order).view(x.shape)
         if self.shared is not None:
@@ -238,7 +238,7 @@ class MixtureOfExperts(FeedForward):
         return y, self.aux_output(logits, scores, groups)
 
     def group_by_expert(self, chosen: torch.Tensor) -> tuple[ExpertGroups, torch.Tensor]:
-        """Choices (N, k) in the order of their experts, and where each stood: (N · k,)."""
+        """Choices (N, k), sorted by expert, and their original indices (N · k,)."""
         expert, order = chosen.flatten().sort(stable=True)
         experts = torch.arange(self.num_experts, device=chosen.device)
         ends = torch.searchsorted(expert, experts, right=True, out_int32=True)
@@ -247,7 +247,7 @@ class MixtureOfExperts(FeedForward):
     def mix_experts(
         self, tokens: torch.Tensor, weights: torch.Tensor, groups: ExpertGroups, order: torch.Tensor
     ) -> torch.Tensor:
-        """tokens (N, C) through their experts, added by weights (N, k)."""
+        """The outputs of the experts for tokens (N, C), summed with weights (N, k)."""
         rows = tokens.to(matmul_dtype(tokens)).index_select(0, order // self.experts_per_token)
         y, _ = self.experts(rows, groups)
         y = y.index_select(0, order.argsort()).view(*weights.shape, -1)  # (N, k, C)
@@ -256,11 +256,12 @@ class MixtureOfExperts(FeedForward):
     def aux_output(
         self, logits: torch.Tensor, scores: torch.Tensor, groups: ExpertGroups
     ) -> AuxOutput:
-        """Both losses of the router, as means over the tokens, and metrics of its balance.
+        """Both auxiliary losses, as means over the tokens, and metrics of the load balance.
 
-        The first (Fedus et al. 2022; with several experts a token as Mixtral) is experts · Σ load ·
-        probability, where an expert's load is the fraction of tokens that choose it and its
-        probability the mean score; at best, k. The second (Zoph et al. 2022) is log² Σ exp logits.
+        The load-balancing loss (Fedus et al. 2022; with several experts per token as in Mixtral) is
+        experts · Σ load · probability, where an expert's load is the fraction of tokens that it
+        gets and its probability the mean score. Its minimum is k. The router z-loss (Zoph et al.
+        2022) is log² Σ exp(logits).
         """
         load = groups.ends.diff(prepend=groups.ends.new_zeros(1)) / len(logits)  # (experts,)
         probability = (scores / scores.sum(dim=-1, keepdim=True)).mean(dim=0)
@@ -277,11 +278,11 @@ class MixtureOfExperts(FeedForward):
 
     @classmethod
     def summarize_metrics(cls, means: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """How evenly the experts are used, each layer's load by itself.
+        """Metrics of the load balance, computed per layer.
 
-        The busiest expert's share of a layer's choices, 1 where all are equal: in the mean and in
-        the worst layer; how many equally loaded experts would have the same entropy; and how many,
-        over all layers, no token has chosen. Both losses, without weight, in the mean over layers.
+        The busiest expert's load relative to a uniform load, as mean over the layers and in the
+        worst layer; the effective number of experts (exp of the load's entropy); the number of idle
+        experts in all layers; and the mean of both losses, without their weights.
         """
         load = means['expert_load']  # (layers, experts)
         share = load / load.sum(dim=-1, keepdim=True)
@@ -296,7 +297,7 @@ class MixtureOfExperts(FeedForward):
         }
 
     def flops(self, seq_len: int, causal: bool) -> dict[str, float]:
-        # The router and the shared experts for every token, and k of the others.
+        # The router, the shared experts and k of the other experts for every token.
         total = super().flops(seq_len, causal)
         one_expert = self.experts.flops(seq_len, causal)
         others = self.experts_per_token - 1
@@ -307,7 +308,7 @@ class MixtureOfExperts(FeedForward):
         return sum(p.numel() for p in self.experts.parameters()) // self.num_experts * idle
 
     def residual_weights(self) -> list[torch.Tensor]:
-        return []  # its experts name theirs
+        return []  # the experts return theirs
 
     def matrices(self) -> dict[torch.Tensor, tuple[int, ...]]:
-        return {}  # the router's rows are experts, as the head's are tokens
+        return {}  # the router's rows belong to experts, as the head's belong to tokens

@@ -14,7 +14,7 @@ NORM_REGISTRY.expect(Component, nn.Module, constructed_with=('config', 'width'),
 
 
 class ElementwiseAffine(Component, nn.Module):
-    """Gains and, where `has_bias`, biases over the last dimension: `Norm(config, width)`."""
+    """A learned weight and, if `has_bias`, a bias of the last dimension: `Norm(config, width)`."""
 
     part = 'normalization'
     has_bias: ClassVar[bool] = False
@@ -30,7 +30,7 @@ class ElementwiseAffine(Component, nn.Module):
 
 
 class Norm(ElementwiseAffine):
-    """A norm over the last dimension, computed in fp32: `Norm(config, width)`."""
+    """A normalization of the last dimension in fp32: `Norm(config, width)`."""
 
     options: ClassVar = {'norm_eps': Option(float, 1e-5, 'Epsilon of the norms', check=above(0))}
 

@@ -18,39 +18,39 @@ from model_config import (
 
 
 class AttentionInputs(NamedTuple):
-    """What every attention is given beside x, prepared once a forward pass: by the position
-    encoding, and the mask by the attention backend."""
+    """Inputs of every attention in addition to x, prepared once per forward pass by the position
+    encoding and, for the mask, by the attention backend."""
 
-    rotation: tuple[torch.Tensor, ...] = ()  # handed to `rotate`
+    rotation: tuple[torch.Tensor, ...] = ()  # passed to `rotate`
     bias: torch.Tensor | None = None  # added to the scores, (H or 1, Tq, Tk), fp32
-    mask: Any = None  # what the attention backend made of the bias and of who sees whom
-    cache: LayerCache | None = None  # of that layer, with the tokens before these; None: all here
+    mask: Any = None  # made by the attention backend from the bias and the visibility
+    cache: LayerCache | None = None  # the layer's earlier tokens; None: no KV cache
 
 
 class PositionEncoding(Component, nn.Module):
-    """Three hooks, each with a do-nothing default. Tables are made in `prepare`, never stored."""
+    """Three hooks, which do nothing by default. `prepare` computes tables, which are not stored."""
 
     part = 'position_encoding'
-    # Whether it adds to the scores, which the attention backend must do.
+    # Whether it adds a bias to the scores, which the attention backend must support.
     has_bias: ClassVar[bool] = False
-    # The longest sequence that it can place; None: any.
+    # The longest sequence that it supports; None: any length.
     max_length: int | None = None
 
     def __init__(self, config: ModelArchitectureConfig):
         super().__init__()
 
     def prepare(self, q_positions: torch.Tensor, k_positions: torch.Tensor) -> AttentionInputs:
-        """Called once a forward pass with positions (Tq,) and (Tk,)."""
+        """Inputs for positions (Tq,) of queries and (Tk,) of keys; called once per forward pass."""
         return AttentionInputs()
 
     def embed(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Token embeddings (B, T, C) and positions, (T,) or where these are counted anew in each
-        document (B, T), to what enters the first block."""
+        """Token embeddings (B, T, C) -> the input of the first block. Positions are (T,), or (B, T)
+        if they restart in each document."""
         return x
 
     @staticmethod
     def rotate(x: torch.Tensor, rotation: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        """Queries or keys (B, H, T, D), rotated by their positions."""
+        """Queries or keys (B, H, T, D), rotated according to their positions."""
         return x
 
 
@@ -93,8 +93,8 @@ class Sinusoidal(PositionEncoding):
         if config.n_embd % 2 == 0:
             return []
         return [
-            f"position_encoding='sinusoidal' fills pairs of columns, and n_embd={config.n_embd} is "
-            f'odd: choose an even n_embd.'
+            f"position_encoding='sinusoidal' needs pairs of dimensions, but n_embd={config.n_embd} "
+            f'is odd. Choose an even n_embd.'
         ]
 
     def embed(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -107,15 +107,15 @@ class Sinusoidal(PositionEncoding):
 
 
 def rotary_frequencies(dims: int, theta: float, device: torch.device) -> torch.Tensor:
-    """theta^(-2i/dims) for each pair of dimensions, in radians a token, (dims/2,) in fp32."""
+    """theta^(-2i/dims) for each pair of dimensions, in radians per token, (dims/2,) in fp32."""
     exponents = torch.arange(0, dims, 2, device=device, dtype=torch.float) / dims
     return (theta**exponents).reciprocal()
 
 
 class RotaryScaling(Component):
-    """How RoPE's frequencies change for a context longer than that of the first training.
+    """Scaling of RoPE's frequencies for a longer context than in pretraining.
 
-    Never constructed: both hooks are functions of the config.
+    Never instantiated: both hooks are functions of the config.
     """
 
     options: ClassVar = {
@@ -126,12 +126,12 @@ class RotaryScaling(Component):
 
     @staticmethod
     def scaled(frequencies: torch.Tensor, config: ModelArchitectureConfig) -> torch.Tensor:
-        """Frequencies (pairs,) in radians a token, changed for the longer context."""
+        """Frequencies (pairs,) in radians per token, scaled for the longer context."""
         return frequencies
 
     @staticmethod
     def attention_factor(config: ModelArchitectureConfig) -> float:
-        """What multiplies the rotated queries and keys."""
+        """Factor of rotated queries and keys."""
         return 1.0
 
 
@@ -158,9 +158,9 @@ class LinearScaling(RotaryScaling):
 
 
 class ScalingByWavelength(RotaryScaling):
-    """Slow pairs, whose wavelength exceeds the old context, are interpolated, and fast ones kept.
+    """Interpolates low frequencies, whose wavelength exceeds the original context; keeps high ones.
 
-    What is fast and slow is reckoned in turns within `rope_original_block_size` tokens.
+    Frequencies are compared by their number of rotations in `rope_original_block_size` tokens.
     """
 
     renamed_methods: ClassVar = {'kept': 'kept_fraction'}
@@ -182,7 +182,7 @@ class ScalingByWavelength(RotaryScaling):
 
     @staticmethod
     def kept_fraction(frequencies: torch.Tensor, config: ModelArchitectureConfig) -> torch.Tensor:
-        """How much of each frequency is kept, from 0 (interpolated) to 1."""
+        """The weight of each unscaled frequency, from 0 (interpolated) to 1 (kept)."""
         raise NotImplementedError
 
     @classmethod
@@ -270,8 +270,8 @@ class YarnScaling(ScalingByWavelength):
         problems = _wrong_order('rope_beta_slow', 'rope_beta_fast', config)
         if config.rope_theta <= 1:
             problems.append(
-                f"rope_theta={config.rope_theta:g}: rope_scaling='yarn' takes its logarithm: "
-                f'choose one above 1.'
+                f"rope_theta={config.rope_theta:g}: rope_scaling='yarn' needs its logarithm. "
+                f'Choose a rope_theta above 1.'
             )
         return problems
 
@@ -279,9 +279,9 @@ class YarnScaling(ScalingByWavelength):
     def kept_fraction(frequencies: torch.Tensor, config: ModelArchitectureConfig) -> torch.Tensor:
         pairs = len(frequencies)
 
-        def pair_with(turns: float) -> float:
-            """The number of the pair that makes so many turns in the old context."""
-            wavelength = config.rope_original_block_size / turns
+        def pair_with(rotations: float) -> float:
+            """Index of the pair with that number of rotations in the original context."""
+            wavelength = config.rope_original_block_size / rotations
             return pairs * math.log(wavelength / (2 * math.pi)) / math.log(config.rope_theta)
 
         first = max(math.floor(pair_with(config.rope_beta_fast)), 0)
@@ -325,7 +325,7 @@ class RotaryPositionEncoding(PositionEncoding):
 
     @staticmethod
     def rotated_dims(config: ModelArchitectureConfig) -> int:
-        """How many dimensions of a head turn; a fraction is rounded down, as in transformers."""
+        """Number of rotated dimensions of a head; rounded down, as in transformers."""
         rotary_dim = ATTENTION_REGISTRY[config.attention_type].rotary_dim(config)
         return int(rotary_dim * config.rope_fraction)
 
@@ -343,14 +343,14 @@ class RotaryPositionEncoding(PositionEncoding):
             return []
         if config.rope_fraction < 1:
             return [
-                f'rope_fraction={config.rope_fraction:g} of a head of {rotary_dim} is {rotated} '
-                f'column(s), and RoPE turns pairs: choose a fraction that gives an even number, '
+                f'rope_fraction={config.rope_fraction:g} of a head of {rotary_dim} dimensions is '
+                f'{rotated}, but RoPE rotates pairs. Choose a fraction that gives an even number, '
                 f'such as {max(rotated // 2 * 2, 2) / rotary_dim:g}.'
             ]
         return [
-            f"position_encoding='rope' turns pairs of columns, and a head of {rotary_dim} has an "
-            f'odd one left over: choose an even head size, by n_head (n_embd={config.n_embd} / '
-            f"n_head={config.n_head}) or by the attention's own option."
+            f"position_encoding='rope' rotates pairs of dimensions, but a head has {rotary_dim}. "
+            f'Choose an even head dimension, through n_head (n_embd={config.n_embd} / n_head='
+            f'{config.n_head}) or an option of the attention.'
         ]
 
     def prepare(self, q_positions: torch.Tensor, k_positions: torch.Tensor) -> AttentionInputs:
@@ -364,14 +364,14 @@ class RotaryPositionEncoding(PositionEncoding):
     def rotate(x: torch.Tensor, rotation: tuple[torch.Tensor, ...]) -> torch.Tensor:
         cos, sin = rotation  # (T, rotated dims / 2) each
         half = cos.size(-1)
-        # Pairs are (i, i + half), in fp32; what is beyond 2 · half passes through.
+        # Pairs are (i, i + half), in fp32; dimensions from 2 · half on pass through.
         first, second, passthrough = x.float().tensor_split((half, 2 * half), dim=-1)
         rotated = (first * cos - second * sin, second * cos + first * sin, passthrough)
         return torch.cat(rotated, dim=-1).to(x.dtype)
 
 
 # --------------------------------------------------------------------------------------------------
-# Biases of the scores
+# Biases of attention scores
 
 
 @POSITION_ENCODING_REGISTRY.register('alibi', source='Press et al. 2022')
@@ -392,9 +392,9 @@ class ALiBi(PositionEncoding):
 
 
 def alibi_slopes(heads: int, device: torch.device) -> torch.Tensor:
-    """2^(-8i/n) for i = 1 … n where n heads are a power of two.
+    """2^(-8i/n) for i = 1 … n if the number of heads n is a power of two.
 
-    Otherwise those of the power of two below, and from the one above every second.
+    Otherwise the slopes of the next lower power of two, and every second one of the next higher.
     """
     power = 1 << (heads.bit_length() - 1)
     below = torch.arange(1, power + 1, device=device) * (8 / power)
@@ -430,8 +430,8 @@ class T5Relative(PositionEncoding):
             return []
         return [
             f't5_max_distance={config.t5_max_distance} must exceed half of '
-            f't5_buckets={config.t5_buckets}, since that many distances have a bucket each: '
-            f'--t5_max_distance={4 * config.t5_buckets}.'
+            f't5_buckets={config.t5_buckets}, since that many distances have a bucket each. Set '
+            f'for example --t5_max_distance={4 * config.t5_buckets}.'
         ]
 
     def prepare(self, q_positions: torch.Tensor, k_positions: torch.Tensor) -> AttentionInputs:
@@ -441,7 +441,7 @@ class T5Relative(PositionEncoding):
     def bucket(self, distance: torch.Tensor) -> torch.Tensor:
         """The bucket of each distance, from 0."""
         buckets = self.table.num_embeddings
-        exact = buckets // 2  # distances below have a bucket each, the rest grow logarithmically
+        exact = buckets // 2  # smaller distances have a bucket each, others grow logarithmically
         growth = (distance.clamp(min=exact) / exact).log() / math.log(self.max_distance / exact)
         shared = exact + (growth * (buckets - exact)).long()
         return torch.where(distance < exact, distance, shared.clamp(max=buckets - 1))

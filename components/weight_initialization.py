@@ -1,6 +1,7 @@
-"""How the parameters and constant buffers of a model begin.
+"""Initialization of all parameters and constant buffers of a model.
 
-Each is filled from a stream of its own, so that like-named ones of two architectures start equal.
+Each is filled from its own random stream, so that parameters with the same name and shape start
+equal in different architectures.
 """
 
 import hashlib
@@ -17,17 +18,17 @@ from model_config import INITIALIZATION_REGISTRY
 
 
 class _OwnedTensor(NamedTuple):
-    """A parameter or buffer of a component: directly its own, or of a plain module inside."""
+    """A parameter or buffer of a component or of a plain module inside it."""
 
     name: str  # within the component
-    module: nn.Module  # whose attribute it is
+    module: nn.Module  # that has it as an attribute
     tensor: torch.Tensor
 
 
 def initial_values(model: nn.Module) -> dict[str, Fill]:
-    """Name of a parameter or buffer -> what fills it; tied ones once.
+    """Name of a parameter or buffer -> function that fills it; tied parameters once.
 
-    Raises UserError for a component that leaves one of them open, or names what it does not have.
+    Raises UserError if a component does not initialize one, or names one that it does not have.
     """
     config = model.config
     initialization = INITIALIZATION_REGISTRY[config.initialization]
@@ -71,7 +72,7 @@ def initial_values(model: nn.Module) -> dict[str, Fill]:
 
 
 def _owned_tensors(module: nn.Module, prefix: str = '') -> Iterator[_OwnedTensor]:
-    """What a component has to initialize: all but what components inside it have."""
+    """The tensors that a component must initialize: all except those of components inside it."""
     for name, tensor in (
         *module.named_parameters(recurse=False),
         *module.named_buffers(recurse=False),
@@ -83,7 +84,7 @@ def _owned_tensors(module: nn.Module, prefix: str = '') -> Iterator[_OwnedTensor
 
 
 def _declared_fills(component: nn.Module, names: set[str]) -> dict[str, Fill]:
-    """What the component's `initial_values()` returns. Raises UserError."""
+    """The result of the component's `initial_values()`. Raises UserError."""
     method = f'{type(component).__name__}.initial_values()'
     fills = component.initial_values()
     if not isinstance(fills, dict) or not all(callable(fill) for fill in fills.values()):
@@ -92,18 +93,18 @@ def _declared_fills(component: nn.Module, names: set[str]) -> dict[str, Fill]:
             f"{{'scale': Initial.ones}}, and returned {fills!r}."
         )
     for name in fills.keys() - names:
-        if getattr(component, name, component) is None:  # a parameter that was left out
+        if getattr(component, name, component) is None:  # a parameter that is switched off
             continue
         owned = ', '.join(map(repr, sorted(names))) or 'none'
         raise UserError(
             f'{method} names {name!r}, which is no parameter or buffer of '
-            f'{type(component).__name__}. Its own: {owned}.'
+            f'{type(component).__name__}. It has: {owned}.'
         )
     return fills
 
 
 def _checked_fill(component: nn.Module, name: str, fill: Fill) -> Fill:
-    """`fill`, with a UserError where it fails or leaves a value that is not finite."""
+    """`fill`, with a UserError if it fails or leaves a non-finite value."""
     what = f'{type(component).__name__}.initial_values()[{name!r}]'
 
     def fill_and_check(tensor: torch.Tensor, generator: torch.Generator) -> None:
@@ -121,7 +122,7 @@ def _checked_fill(component: nn.Module, name: str, fill: Fill) -> Fill:
 
 
 def _weight_roles(components: Iterator[nn.Module]) -> tuple[set[int], set[int]]:
-    """The ids of hidden matrices, and of what writes into the residual stream. Raises UserError."""
+    """The ids of hidden matrices and of residual projections. Raises UserError."""
     hidden, residual = set(), set()
     for component in components:
         name, matrices = type(component).__name__, component.matrices()
@@ -156,9 +157,9 @@ def _checked_matrices(
 
 @torch.no_grad()
 def initialize(model: nn.Module, seed: int) -> None:
-    """Fill every parameter from a stream of its own, given by (seed, parameter name).
+    """Fill every parameter from its own random stream, seeded by (seed, parameter name).
 
-    Drawn on the CPU, so that the values are the same on every device.
+    Values are drawn on the CPU, so that they are the same on every device.
     """
     initialize_buffers(model)
     values = initial_values(model)
@@ -173,7 +174,7 @@ def initialize(model: nn.Module, seed: int) -> None:
 
 @torch.no_grad()
 def initialize_buffers(model: nn.Module) -> None:
-    """Fill every buffer. No checkpoint has them: they are constants, the same for every seed."""
+    """Fill every buffer. Buffers are constants, equal for all seeds and in no checkpoint."""
     if next(model.buffers(), None) is None:
         return
     values = initial_values(model)

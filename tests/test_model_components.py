@@ -126,7 +126,7 @@ def test_backend_without_needed_feature_is_rejected(register, alibi, feature, va
 
     register(ATTENTION_BACKEND_REGISTRY, 'causal_only', CausalOnly)
     assert tiny(attention_backend='causal_only').attention_backend == 'causal_only'
-    with pytest.raises(UserError, match=f"'causal_only' does not do {feature}"):
+    with pytest.raises(UserError, match=f"'causal_only' does not support {feature}"):
         tiny(attention_backend='causal_only', **values)
 
 

@@ -79,7 +79,7 @@ def test_from_dict_fills_options_that_an_older_version_did_not_have():
         ({'bias': 1}, 'bias=1: int given, but bias takes bool.'),
         ({'d_ff': 2.5}, 'd_ff=2.5: float given, but d_ff takes int or None, at least 1.'),
         ({'normalization': 'rmsnrm'}, 'Did you mean rmsnorm?'),
-        ({'rope_fraction': 0.01}, 'choose a fraction that gives an even number'),
+        ({'rope_fraction': 0.01}, 'Choose a fraction that gives an even number'),
         ({'activation': 'gelu'}, 'activation'),
         ({'n_embd': None, 'vocab_size': None}, 'n_embd=None'),
     ],
@@ -343,7 +343,7 @@ def test_origins_of_values():
         'normalization': 'level 2',  # the value that the preset has anyway
         'position_encoding': 'preset llama',
         'rope_theta': 'default',
-        'd_ff': "derived: swiglu's own rule",
+        'd_ff': 'derived: default of swiglu',
     }
     assert {key: config.origins[key] for key in expected} == expected
 

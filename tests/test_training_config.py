@@ -237,7 +237,7 @@ def test_printed_config_shows_origins(config):
         'seed': 'command line',
         'normalization': 'preset gpt2',
         'n_layer': 'default',
-        'd_ff': "derived: swiglu's own rule",
+        'd_ff': 'derived: default of swiglu',
         'warmup_iters': 'derived: max_iters / 20, at most 2000',
         'eval_interval': 'derived: max_iters / 10, from 20 to 2000',
     }
