@@ -1,7 +1,7 @@
-"""Assemble a transformer from its config; count its parameters and FLOPs; group its parameters.
+"""Build a transformer from its config; count its parameters and FLOPs; group its parameters.
 
 config = ModelArchitectureConfig(arch_preset='llama', vocab_size=50304)
-model = build_model(config)                       # on the meta device: costs nothing
+model = build_model(config)                       # on the meta device, without memory
 model = build_model(config, device='cpu', seed=1337)
 logits = model(tokens)                            # (B, T) -> (B, T, V)
 loss_sum, count, aux = model(tokens, targets)
@@ -45,15 +45,15 @@ from records.record_types import FlopsInfo, ModelInfo
 
 
 class Transformer(nn.Module):
-    """A decoder-only language model: embedding, blocks, final norm if the layout wants one, head.
+    """A decoder-only language model: embedding, blocks, final norm if the layout has one, head.
 
-    Written for one device; nothing here knows how it is trained.
+    Written for a single device and independent of the training.
     """
 
     def __init__(self, config: ModelArchitectureConfig):
         super().__init__()
         self.config = config
-        # Where it is set, attention stops at the end of a document.
+        # If set, attention does not cross the end of a document.
         self.end_of_text = config.end_of_text if 'end_of_text' in config else None
         block = NORM_POSITION_REGISTRY[config.norm_position]
         norm = NORM_REGISTRY[config.normalization]
@@ -66,7 +66,9 @@ class Transformer(nn.Module):
         self.tie_weights()
 
     def tie_weights(self) -> None:
-        """Let the head share the embedding where the config says so (again after `to_empty`)."""
+        """Share the embedding's weight with the head if the config says so; repeat after
+        `to_empty`.
+        """
         if self.config.weight_tying:
             self.output_head.projection.weight = self.token_embedding.weight
 
@@ -79,23 +81,23 @@ class Transformer(nn.Module):
     ):
         """tokens (B, T) -> logits (B, T, V), or (B, 1, V) with `last_only`.
 
-        With a cache from `empty_cache` the tokens go on where those of the calls before ended.
+        With a cache from `empty_cache`, the tokens continue those of earlier calls.
 
-        Where the architecture has a `document_mask`, tokens see their own document only, and
-        absolute positions are counted from its beginning.
+        With `document_mask`, only tokens of the same document are visible, and absolute positions
+        count from its beginning.
 
-        With targets (B, T), -100 where there is none: the summed loss in nats, the number of
-        targets, and an AuxOutput: the auxiliary loss of blocks and head, a mean over the batch,
-        which the reported loss never includes, and metrics of (layers, ...).
+        With targets (B, T), -100 for none: the summed loss in nats, the number of targets, and an
+        AuxOutput with the auxiliary loss of blocks and head, a mean over the batch that is not part
+        of the reported loss, and metrics of shape (layers, ...).
         """
         first = cache.length if cache else 0
         end, longest = first + tokens.size(1), self.position_encoding.max_length
         if longest is not None and end > longest:
             raise UserError(
-                f'a sequence of {end} tokens: position_encoding='
-                f'{self.config.position_encoding!r} has places for block_size={longest} only.'
+                f'sequence length {end} exceeds block_size={longest}, and position_encoding='
+                f'{self.config.position_encoding!r} cannot extrapolate. Shorten the sequence.'
             )
-        # Positions in the text and, where these differ, in each token's own document.
+        # Positions in the text, and in each token's document if masks depend on documents.
         pos = doc_positions = torch.arange(first, end, device=tokens.device)
         doc_ids = None
         if self.end_of_text is not None:
@@ -104,7 +106,7 @@ class Transformer(nn.Module):
             doc_positions = doc_positions[:, first:]
         attn_inputs = self.attention_inputs(pos, doc_ids, cache)
 
-        # Embedding, then the blocks, each with what it says beside its output.
+        # Embedding, then the blocks, each with its auxiliary output.
         x = self.token_embedding(tokens)  # (B, T, C)
         x = self.dropout(self.position_encoding.embed(x, doc_positions))
         aux_outputs = []
@@ -124,9 +126,10 @@ class Transformer(nn.Module):
         doc_ids: torch.Tensor | None = None,
         cache: Cache | None = None,
     ) -> list[AttentionInputs]:
-        """What each block's attention is given for positions (T,); blocks alike share one mask.
+        """Inputs of each block's attention for positions (T,); blocks with the same spec share
+        them.
 
-        doc_ids: the document of each token so far, (B, all), where masks depend on them.
+        doc_ids: the document of each token so far, (B, all), if masks depend on documents.
         """
         backend = ATTENTION_BACKEND_REGISTRY[self.config.attention_backend]
         encoding = self.position_encoding
@@ -139,12 +142,12 @@ class Transformer(nn.Module):
             return inputs._replace(bias=None, mask=mask)
 
         specs = [block.attention.spec for block in self.blocks]
-        # Training: the tokens are queries and keys, and one rotation serves all layers.
+        # Training: queries and keys are the same tokens, and all layers share one rotation.
         if cache is None:
             inputs = encoding.prepare(pos, pos)
             by_spec = {spec: with_mask(spec, inputs, pos) for spec in set(specs)}
             return [by_spec[spec] for spec in specs]
-        # Generation: the keys are those that a layer's cache holds, by its window.
+        # Generation: the keys are the tokens in a layer's cache, which depend on its window.
         by_spec = {}
         for spec, layer_cache in dict(zip(specs, cache.layers)).items():
             k_pos = layer_cache.positions(pos)
@@ -155,25 +158,25 @@ class Transformer(nn.Module):
         ]
 
     def empty_cache(self, tokens: int) -> Cache:
-        """What to hand to every `forward` of one batch of sequences of at most so many tokens."""
+        """A cache for all `forward` calls of one batch of sequences of at most `tokens` tokens."""
         layers = [block.attention.empty_cache(tokens) for block in self.blocks]
         return Cache(layers, LayerCache(tokens))
 
     @property
     def uncacheable(self) -> list[str]:
-        """The components that cannot go on from a cache, so that the model cannot."""
+        """Names of the components without cache support, because of which the model has none."""
         components = [module for module in self.modules() if isinstance(module, Component)]
         return sorted({type(module).__name__ for module in components if not module.cacheable})
 
     def summarize_metrics(self, means: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """What the record shows of metrics that were averaged over micro-batches."""
+        """Metrics for the record, from those averaged over micro-batches."""
         of_head = {n: mean.mean() for n, mean in means.items() if n in OutputHead.metric_names}
         of_blocks = {n: mean for n, mean in means.items() if n not in of_head}
         return {**FFN_REGISTRY[self.config.ffn_type].summarize_metrics(of_blocks), **of_head}
 
 
 def merge_aux(aux_outputs: list[AuxOutput]) -> AuxOutput:
-    """The losses added up, and each metric stacked over the layers that have it."""
+    """The sum of the losses, and each metric stacked over the layers that have it."""
     names = dict.fromkeys(name for aux in aux_outputs for name in aux.metrics)
     metrics = {
         name: torch.stack([aux.metrics[name] for aux in aux_outputs if name in aux.metrics])
@@ -189,11 +192,11 @@ def build_model(
 ) -> Transformer:
     """The model of `config`; on a real device its parameters are initialized from `seed`.
 
-    Raises UserError for a size that no tensor can have.
+    Raises UserError if a size exceeds the limits of tensors.
     """
     for key in ('vocab_size', 'end_of_text'):
         if key in config and getattr(config, key) is None:
-            raise UserError(f'{key} is not known yet: set it, or take it from a dataset.')
+            raise UserError(f'{key} is not set. Set it, or take it from a dataset.')
     try:
         with torch.device('meta'):
             model = Transformer(config)
@@ -203,7 +206,9 @@ def build_model(
         sizes = {key: value for key, value in config.to_dict().items() if type(value) is int}
         largest = sorted(sizes, key=sizes.__getitem__)[-3:]
         shown = ', '.join(f'{key}={sizes[key]:,}' for key in reversed(largest))
-        raise UserError(f'no tensor can be as large as this model needs: {shown}.') from error
+        raise UserError(
+            f'no tensor can be as large as this model needs: {shown}. Reduce a size.'
+        ) from error
     check_built(model)
     if torch.device(device).type != 'meta':
         model.to_empty(device=device)
@@ -217,9 +222,9 @@ def build_model(
 
 
 def parameter_parts(model: Transformer) -> Iterator[tuple[str, str, nn.Parameter]]:
-    """(name, part, parameter) of every parameter, tied ones once.
+    """(name, part, parameter) of every parameter; tied parameters once.
 
-    The part is that of the innermost component around the parameter which names one.
+    The part is that of the innermost enclosing component with a `part`.
     """
     parts = {
         prefix: module.part
@@ -236,8 +241,8 @@ def parameter_parts(model: Transformer) -> Iterator[tuple[str, str, nn.Parameter
 def count_parameters(model: Transformer) -> ModelInfo:
     """The record's `startup_info.model`: totals, and the count of each part.
 
-    `active_params` are those that one token uses. `non_embedding_params` leaves out the position
-    table, and the token table where it is not also the head.
+    `active_params` are used for each token. `non_embedding_params` excludes position embeddings,
+    and token embeddings that are not shared with the head.
     """
     components: dict[str, int] = {}
     for _, part, parameter in parameter_parts(model):
@@ -258,12 +263,12 @@ def count_parameters(model: Transformer) -> ModelInfo:
 
 
 def training_flops(model: Transformer, recomputed_blocks: list[int] | None = None) -> FlopsInfo:
-    """The record's `startup_info.flops`: FLOPs a token of a training step, in both conventions.
+    """The record's `startup_info.flops`: training FLOPs per token, in both conventions.
 
     Matrix multiplications of the forward pass, and twice that for the backward pass. `per_token`
     counts attention over the full square, whatever its windows (Chowdhery et al. 2022, appendix B,
-    as nanoGPT and torchtitan do), `per_token_causal` the pairs that are seen. What it costs to
-    recompute `recomputed_blocks` is apart, and in neither.
+    as in nanoGPT and torchtitan), `per_token_causal` only visible pairs. The recomputation of
+    `recomputed_blocks` is separate and in neither.
     """
     length = model.config.block_size
     full, causal = (flops_by_part(model, half) for half in (False, True))
@@ -282,27 +287,27 @@ def training_flops(model: Transformer, recomputed_blocks: list[int] | None = Non
 
 
 def flops_by_part(model: Transformer, causal: bool) -> dict[str, float]:
-    """Matrix-multiplication FLOPs a token of a training step: three times the forward pass's."""
+    """Training FLOPs per token in matrix multiplications: 3 times those of the forward pass."""
     length = model.config.block_size
     forward = module_flops(model, length, causal, 'other')
     return {part: 3.0 * flops / length for part, flops in forward.items()}
 
 
 def recompute(block: nn.Module) -> None:
-    """Let the block keep only its input, and the backward pass compute the rest again."""
+    """Make the block keep only its input, and recompute the rest in the backward pass."""
     forward = block.forward
 
-    def recomputed(*arguments):  # of our own: torch's `checkpoint` itself would not be compiled
+    def recomputed(*arguments):  # a function, since torch.compile skips torch's `checkpoint`
         return checkpoint(forward, *arguments, use_reentrant=False)
 
     block.forward = recomputed
 
 
 def recomputed_flops(config: ModelArchitectureConfig, blocks: list[int]) -> int:
-    """FLOPs of one sequence's matrix multiplications that checkpointing those blocks repeats.
+    """Matrix-multiplication FLOPs per sequence that the recomputation of those blocks adds.
 
-    Counted by running one on the meta device, since it is less than a forward pass: torch stops as
-    soon as it has what the backward pass wants, so a product at the end of a block is left out.
+    Counted by running a sequence on the meta device. The count is less than a forward pass: torch
+    stops once it has everything for the backward pass, before a product at the end of a block.
     """
     config = config.replace(attention_backend='manual')
     tokens = torch.empty((1, config.block_size), dtype=torch.long, device='meta')
@@ -318,7 +323,7 @@ def recomputed_flops(config: ModelArchitectureConfig, blocks: list[int]) -> int:
 
 
 class _ElementCounter(TorchDispatchMode):
-    """Adds up the elements written by operations that are neither products nor mere views."""
+    """Counts the elements written by operations other than matrix products and views."""
 
     def __init__(self):
         super().__init__()
@@ -327,7 +332,7 @@ class _ElementCounter(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         operation = func.overloadpacket
-        # A product's output gets its shape by `_unsafe_view`, which writes nothing either.
+        # `_unsafe_view` reshapes the output of a product, and writes nothing either.
         writes_nothing = operation in flop_registry or operation is torch.ops.aten._unsafe_view
         if not func.is_view and not writes_nothing:
             outputs = result if isinstance(result, (tuple, list)) else (result,)
@@ -336,10 +341,10 @@ class _ElementCounter(TorchDispatchMode):
 
 
 def elementwise_operations(config: ModelArchitectureConfig) -> int:
-    """Elements that one sequence's forward pass writes outside matrix multiplications.
+    """Elements that the forward pass of a sequence writes outside matrix multiplications.
 
-    Counted by running the model on the meta device with attention written out, so that what sets
-    architectures apart beside their products (norms, gates, rotations, softmax) is visible.
+    Counted by running the model on the meta device with manual attention, so that norms, gates,
+    rotations and softmax are included.
     """
     model = build_model(config.replace(attention_backend='manual')).eval()
     tokens = torch.empty((1, config.block_size), dtype=torch.long, device='meta')
@@ -349,9 +354,9 @@ def elementwise_operations(config: ModelArchitectureConfig) -> int:
 
 
 def check_calls(config: ModelArchitectureConfig) -> None:
-    """Raise UserError for a component whose methods do not return what those of its kind return.
+    """Raise UserError if a method of a user's component returns a wrong type or shape.
 
-    What a dataset says may still be open. The project's own are held by its tests.
+    Values that come from a dataset may be unset. Tests check the project's own components.
     """
     if not _has_foreign_components(config):
         return
@@ -368,27 +373,27 @@ def _has_foreign_components(config: ModelArchitectureConfig) -> bool:
 
 
 def flops_notes(config: ModelArchitectureConfig) -> list[str]:
-    """Where the FLOPs that a user's components say they take are not what PyTorch counts."""
+    """Notes on users' components whose `flops()` differs from PyTorch's count."""
     if not _has_foreign_components(config):
         return []
     return flops_disagreements(build_model(config.replace(attention_backend='manual')).eval())
 
 
 class ParameterGroup(NamedTuple):
-    """Parameters that an optimizer treats alike."""
+    """Parameters with the same optimizer settings."""
 
     name: str
     parameters: list[nn.Parameter]
     decayed: bool
-    # Where they are hidden matrices: of each parameter, the rows of each matrix stacked in it.
+    # For hidden matrices: the rows of each matrix that is stacked in each parameter.
     rows: list[tuple[int, ...]] | None = None
-    lr_scale: float = 1.0  # their learning rate is this times the run's
+    lr_scale: float = 1.0  # factor of the run's learning rate
 
 
 def parameter_groups(model: nn.Module) -> list[ParameterGroup]:
-    """Hidden matrices and embeddings decay; gains and biases do not (as in nanoGPT).
+    """Hidden matrices and embeddings have weight decay; norms and biases do not (as in nanoGPT).
 
-    The groups' names stand in checkpoints.
+    The names of the groups are part of checkpoints.
     """
     matrices = {
         parameter: rows

@@ -1,13 +1,13 @@
-"""The architecture as data: options, presets, derivation, checks, name and identity hash.
+"""The configuration of an architecture: options, presets, derived values, checks, name and hash.
 
-`ModelArchitectureConfig` is the one resolved description that the builder, the console, the
-record and the checkpoint read:
+`ModelArchitectureConfig` is the resolved description that the builder, the console, the record and
+the checkpoint use:
 
     config = ModelArchitectureConfig(arch_preset='llama', n_layer=6, vocab_size=65)
     config.name                       # '6L-12H-768D-RoPE-RMS-SwiGLU-PreNorm'
     config.save('architecture.json'); ModelArchitectureConfig.load('architecture.json')
 
-The registries are declared here and filled by `model_components`; nothing here knows a module.
+The registries are declared here and filled by `model_components`; this module imports no torch.
 """
 
 import hashlib
@@ -51,7 +51,7 @@ ACTIVATION_REGISTRY = Registry('activation', 'Activation', _HOME)
 NORM_POSITION_REGISTRY = Registry('norm_position', 'Norm position', _HOME)
 INITIALIZATION_REGISTRY = Registry('initialization', 'Initialization', _HOME)
 
-# In the order in which their tags stand in an architecture's name.
+# In the order of their tags in an architecture's name.
 REGISTRIES = (
     ATTENTION_REGISTRY,
     ATTENTION_BACKEND_REGISTRY,
@@ -82,7 +82,7 @@ _LLAMA = {
 
 
 def kv_heads_in_groups_of(group: int, values: dict) -> int:
-    """Key and value heads, each shared by so many query heads, or by the most that divides them."""
+    """Number of key/value heads if `group` query heads, or the next lower divisor, share one."""
     heads = values['n_head']
     return next(heads // n for n in range(group, 0, -1) if heads % n == 0)
 
@@ -92,7 +92,7 @@ _GROUPS_OF_FOUR = {
     'num_kv_heads': partial(kv_heads_in_groups_of, 4),
     'd_ff': lambda values: 7 * values['n_embd'] // 2,
 }
-# A preset's value may be a function of the merged choices, so that it follows an override.
+# A value may be a function of the merged values, so that it follows overrides.
 PRESETS = {
     'gpt2': {
         'normalization': 'layernorm_nobias',
@@ -344,12 +344,12 @@ SIZES = ('n_layer', 'n_head', 'n_embd', 'block_size', 'vocab_size')
 
 
 def architecture_options() -> dict[str, Option]:
-    """The core options, each followed by those of the components it chooses among."""
+    """The core options, each followed by the options of the components it chooses from."""
     return with_component_options(CORE_OPTIONS)
 
 
 def schema() -> dict[str, dict[str, Option]]:
-    """The architecture's part of the command line, by group."""
+    """The options of the architecture, by group of the command line."""
     return {'Architecture': {'arch_preset': PRESET_OPTION, **architecture_options()}}
 
 
@@ -397,7 +397,7 @@ class ModelArchitectureConfig(FrozenConfig):
 
     @property
     def name(self) -> str:
-        """For people: sizes, then the tag of each chosen component that has one."""
+        """A readable name: sizes, then the tag of each chosen component that has one."""
         chosen = dict(self.components())
         tags = [tag_of(chosen[r.option], self) for r in REGISTRIES if r.option in CORE_OPTIONS]
         sizes = [f'{self.n_layer}L', f'{self.n_head}H', f'{self.n_embd}D']
@@ -405,7 +405,7 @@ class ModelArchitectureConfig(FrozenConfig):
 
     @property
     def hash(self) -> str:
-        """For programs: equal exactly when every resolved option is equal."""
+        """A hash, equal exactly if all resolved options are equal."""
         text = json.dumps(self._values, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
@@ -454,7 +454,7 @@ def layer_of_dict(values: object, origin: str, options: Schema, problems: list[s
 
 
 def _merge(layers: list[Layer], problems: list[str]) -> tuple[str, MergedOptions]:
-    """The preset, and what is merged from it and the layers above."""
+    """The preset, and the merged options of its layer and the layers above."""
     preset = PRESET_OPTION.default
     for layer in layers:
         preset = layer.values.get('arch_preset', preset)
@@ -467,7 +467,7 @@ def _merge(layers: list[Layer], problems: list[str]) -> tuple[str, MergedOptions
 
 
 def _derive(values: dict, origins: dict[str, str]) -> None:
-    """Fill what was left to be derived, from the merged values."""
+    """Derive the values that are None from the merged values."""
 
     def fill(key: str, value, why: str) -> None:
         if values[key] is None:
@@ -481,8 +481,8 @@ def _derive(values: dict, origins: dict[str, str]) -> None:
 
 
 def _problems(config: ModelArchitectureConfig) -> list[str]:
-    """Everything that is wrong with the architecture as a whole, a sentence each."""
+    """The problems of the architecture as a whole, a sentence each."""
     problems = []
     for _, component in config.components():
         problems += sentences_of(component, 'problems', config)
-    return list(dict.fromkeys(problems))  # one component may be chosen for two places
+    return list(dict.fromkeys(problems))  # one component may be chosen by two options

@@ -1,7 +1,6 @@
-"""The optimizers, by registry: AdamW; Muon for hidden matrices with AdamW for the rest; Lion.
+"""Optimizers, by registry: AdamW; Muon for hidden matrices with AdamW for all others; Lion.
 
-Each updates what a rank holds of the parameters, which may be a part of one (a shard), and
-must train as a single process would.
+Each updates the shards of the parameters on its rank, with the same result as a single process.
 """
 
 import math
@@ -19,18 +18,18 @@ from training_config import OPTIMIZER_REGISTRY, TrainingConfig
 
 
 class OptimizerComponent(Configurable):
-    """What an optimizer offers beside torch's own methods: `Name(groups, run, parallel)`.
+    """Base class of optimizers, besides torch.optim.Optimizer: `Name(groups, run, parallel)`.
 
-    Its `param_groups` are those of `torch_groups`. Before each step `found_inf` is set, a scalar on
-    the device: where it is 1, weights and state must stay as they are, and nothing may wait for
-    the device to know.
+    Its `param_groups` are those of `torch_groups`. `found_inf`, a scalar on the device, is set
+    before each step. If it is 1, weights and state must not change, without a synchronization of
+    the device.
     """
 
     found_inf: torch.Tensor
-    bytes_sent: float = 0.0  # that a rank sends in an update, beside what the strategy does
+    bytes_sent: float = 0.0  # per rank and iteration, in addition to the strategy's
 
     def state_keys(self, parameter: torch.Tensor) -> frozenset[str]:
-        """The names of what it keeps for a parameter; `step` is a number, others have its shape."""
+        """Names of the parameter's state; `step` is a number, others have the parameter's shape."""
         raise NotImplementedError
 
 
@@ -41,7 +40,7 @@ OPTIMIZER_REGISTRY.expect(
     step=(),
     state_keys=('parameter',),
 )
-DECAY = between(0, 0.999999)  # of a running average
+DECAY = between(0, 0.999999)  # decay rate of a running average
 
 
 def torch_groups(
@@ -51,9 +50,10 @@ def torch_groups(
     rule: str,
     lr_scale: float = 1.0,
 ) -> list[dict]:
-    """The groups as torch has them, over what this rank updates.
+    """Parameter groups in torch's form, with the shards that this rank updates.
 
-    rule: by which they are updated, for people. lr_scale: of all of them, beside their own.
+    rule: name of the update rule, for the console. lr_scale: factor of all learning rates, in
+    addition to each group's own.
     """
     return [
         {
@@ -70,13 +70,13 @@ def torch_groups(
 def complete_optimizer(
     optimizer: torch.optim.Optimizer, groups: list[ParameterGroup]
 ) -> torch.optim.Optimizer:
-    """The optimizer; UserError if it leaves out parameters, or what its groups must say."""
+    """The optimizer; UserError if parameters or required keys of its groups are missing."""
     name = type(optimizer).__name__
     for group in optimizer.param_groups:
         missing = {'name', 'rule', 'weight_decay', 'lr_scale'} - group.keys()
         if missing:
             raise UserError(
-                f'{name}.__init__ must hand torch_groups(groups, run, parallel, rule) to torch: a '
+                f'{name}.__init__ must pass torch_groups(groups, run, parallel, rule) to torch: a '
                 f'group of parameters lacks {", ".join(sorted(missing))}.'
             )
     taken = sum(len(group['params']) for group in optimizer.param_groups)
@@ -87,8 +87,11 @@ def complete_optimizer(
 
 
 def begin_state(optimizer: torch.optim.Optimizer, *names: str) -> None:
-    """Zeros of those names for each parameter. Before the first activation rather than in the first
-    step: on a CPU they would lie in the midst of where activations go (0.1 to 0.3 GB at 124M)."""
+    """Create zero state of those names for each parameter.
+
+    This happens before the first activation, not in the first step, where it would fragment the
+    memory of activations on a CPU (0.1 to 0.3 GB at 124M parameters).
+    """
     for group in optimizer.param_groups:
         for key in group['params']:
             optimizer.state[key] = {name: torch.zeros_like(key) for name in names}
@@ -136,13 +139,13 @@ class AdamW(OptimizerComponent, torch.optim.AdamW):
 # --------------------------------------------------------------------------------------------------
 # Muon
 
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Jordan et al. 2024: the steepest at zero
-# Elements of the matrices that one rank works on at a time, which bounds the memory for it.
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Jordan et al. 2024: maximal slope at zero
+# Elements of the matrices that a rank orthogonalizes at a time, which bounds the memory.
 STACKED_ELEMENTS = 2**26
 
-# What makes the learning rate fit a matrix (R, C), whose update has singular values near 1.
+# Factor of the learning rate for a matrix (R, C), whose update has singular values near 1.
 LR_ADJUSTMENTS: dict[str, Callable[[int, int], float]] = {
-    # Liu et al. 2025: the root mean square of an AdamW update, so that its rate and decay fit.
+    # Liu et al. 2025: the RMS of an AdamW update, so that its learning rate and decay fit.
     'match_rms_adamw': lambda rows, columns: 0.2 * math.sqrt(max(rows, columns)),
     # Jordan et al. 2024.
     'original': lambda rows, columns: math.sqrt(max(1.0, rows / columns)),
@@ -150,12 +153,12 @@ LR_ADJUSTMENTS: dict[str, Callable[[int, int], float]] = {
 
 
 def orthogonalize(matrices: torch.Tensor, steps: int, dtype: torch.dtype) -> torch.Tensor:
-    """(..., R, C) -> U Vᵀ of each matrix's U S Vᵀ, roughly: singular values of 0.7 to 1.2.
+    """(..., R, C) -> approximately U Vᵀ of each matrix U S Vᵀ, with singular values of 0.7 to 1.2.
 
-    By the quintic Newton–Schulz iteration of Jordan et al. 2024, in `dtype`.
+    Uses the quintic Newton–Schulz iteration of Jordan et al. 2024, in `dtype`.
     """
     a, b, c = NEWTON_SCHULZ
-    # Singular values of at most 1, and the shorter side as rows.
+    # Scale singular values to at most 1, and make the shorter side the rows.
     norm = torch.linalg.vector_norm(matrices, dim=(-2, -1), keepdim=True)
     x = (matrices / norm.clamp(min=1e-7)).to(dtype).flatten(0, -3)
     tall = x.size(-2) > x.size(-1)
@@ -168,24 +171,24 @@ def orthogonalize(matrices: torch.Tensor, steps: int, dtype: torch.dtype) -> tor
 
 
 class _MatrixStack(NamedTuple):
-    """Matrices of one shape, which are orthogonalized together."""
+    """Matrices of the same shape, orthogonalized together."""
 
-    group: dict  # of the optimizer
-    keys: list[torch.Tensor]  # what this rank updates of each
+    group: dict  # parameter group of the optimizer
+    keys: list[torch.Tensor]  # the shard of each that this rank updates
     shape: torch.Size  # of each whole matrix
-    rows: tuple[int, ...]  # of the matrices stacked in each
-    numbers: range  # of each, in the exchange
+    rows: tuple[int, ...]  # rows of the matrices stacked in each
+    numbers: range  # indices of the matrices in the exchange
 
 
 @OPTIMIZER_REGISTRY.register('muon', source='Jordan et al. 2024; Liu et al. 2025')
 class Muon(OptimizerComponent, torch.optim.Optimizer):
     """Orthogonalized Nesterov momentum for hidden matrices, fused AdamW for all others.
 
-    Matrices that share a parameter (queries, keys and values; experts) are each orthogonalized by
-    themselves. The iteration runs in bfloat16 where the run's matrix multiplications do.
+    Matrices that share a parameter (queries, keys and values; experts) are orthogonalized
+    separately. The iteration runs in bfloat16 if the run's matrix multiplications do.
 
-    Not torch.optim.Muon, which takes whole 2-D parameters on one device: here several matrices may
-    be stacked in one parameter, a rank may hold a part of it, and a step is skipped on the device.
+    Not torch.optim.Muon, which takes whole 2-D parameters on one device. Here several matrices may
+    be stacked in one parameter, which may be sharded, and a step can be skipped on the device.
     """
 
     options: ClassVar = {
@@ -235,14 +238,14 @@ class Muon(OptimizerComponent, torch.optim.Optimizer):
     def _stack_by_shape(
         self, groups: list[ParameterGroup], parallel: ParallelStrategy
     ) -> tuple[list[_MatrixStack], list[torch.Tensor]]:
-        """The matrices by shape, and all of them in the order of their numbers."""
+        """The stacks of matrices by shape, and all matrices in the order of their numbers."""
         stacks: list[_MatrixStack] = []
         ordered: list[torch.Tensor] = []
         for group, matrices in zip(self.param_groups, groups):
             by_shape: dict[tuple, list[torch.Tensor]] = {}
             for parameter, rows in zip(matrices.parameters, matrices.rows or []):
                 by_shape.setdefault((parameter.shape, rows), []).append(parameter)
-            # Of each shape as many in a stack as the ranks have memory for.
+            # Stacks of one shape, as large as the memory of the ranks permits.
             for (shape, rows), parameters in by_shape.items():
                 stack_size = max(1, parallel.world_size * STACKED_ELEMENTS // shape.numel())
                 for first in range(0, len(parameters), stack_size):
@@ -263,32 +266,32 @@ class Muon(OptimizerComponent, torch.optim.Optimizer):
     def _step_stack(self, stack: _MatrixStack) -> None:
         # Each rank averages its shards of the gradients.
         shards = [self._momentum_step(key) for key in stack.keys]
-        # All-to-all: shards of every matrix -> the whole matrices that are this rank's to do.
+        # All-to-all: shards of every matrix -> the whole matrices that this rank owns.
         matrices = self.exchange.gather(stack.numbers, shards)
         directions = self._directions(matrices, stack) if matrices else []
-        # And back: what every rank has orthogonalized -> the shards that this one holds.
+        # Back: orthogonalized matrices of every rank -> this rank's shards.
         shards = self.exchange.scatter_back(stack.numbers, directions)
-        # Decoupled weight decay, then the step; a rate of 0 where the gradient is not finite.
+        # Decoupled weight decay, then the step; the rate is 0 if the gradient is not finite.
         rate = stack.group['lr'] * (1.0 - self.found_inf)
         for key, direction in zip(stack.keys, shards):
             weight = local_tensor(key).view(-1)
             weight.mul_(1.0 - rate * stack.group['weight_decay']).sub_(direction.float() * rate)
 
     def _momentum_step(self, key: torch.Tensor) -> torch.Tensor:
-        """Average this rank's shard of the gradient; Nesterov's look ahead, 1-D."""
+        """Update the momentum of this rank's shard; returns the Nesterov momentum, 1-D."""
         momentum = local_tensor(self.state[key]['momentum_buffer']).view(-1)
         if key.grad is None:  # every rank exchanges every matrix
             gradient = torch.zeros_like(momentum)
-        else:  # with no gradient at all, what follows is finite and of no effect
+        else:  # a gradient of zeros, if it is not finite, keeps the following finite
             gradient = local_tensor(key.grad).reshape(-1).masked_fill(self.found_inf > 0, 0.0)
         momentum.lerp_(gradient, (1.0 - self.momentum) * (1.0 - self.found_inf))
         return gradient.lerp(momentum, self.momentum)
 
     def _directions(self, matrices: list[torch.Tensor], stack: _MatrixStack) -> list[torch.Tensor]:
-        """Whole matrices, flattened -> what is to be subtracted from them, flattened."""
+        """Whole matrices, flattened -> their update directions, flattened."""
         stacked = torch.stack([matrix.view(stack.shape) for matrix in matrices])  # (N, …, R, C)
         columns = stack.shape[-1]
-        # The matrices inside a parameter (q, k and v) by themselves, each with a rate of its own.
+        # The matrices inside a parameter (q, k and v) separately, each with its own factor.
         directions = [
             orthogonalize(part, self.ns_steps, self.dtype) * self.adjustment(part.size(-2), columns)
             for part in stacked.split(stack.rows, dim=-2)
@@ -328,14 +331,14 @@ class Lion(OptimizerComponent, torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:
-        finite = 1.0 - self.found_inf  # 1, or 0 where nothing may change
+        finite = 1.0 - self.found_inf  # 1, or 0 if nothing may change
         for group in self.param_groups:
             keys = [key for key in group['params'] if key.grad is not None]
             if not keys:
                 continue
             weights, gradients = map(local_tensor, keys), [local_tensor(key.grad) for key in keys]
             momenta = [local_tensor(self.state[key]['exp_avg']) for key in keys]
-            for gradient in gradients:  # with no gradient at all, what follows is of no effect
+            for gradient in gradients:  # zeros, if they are not finite
                 gradient.masked_fill_(self.found_inf > 0, 0.0)
             rate = group['lr'] * finite
             self._step(list(weights), gradients, momenta, rate, group['weight_decay'], finite)

@@ -1,7 +1,7 @@
 """Learning-rate schedules, by registry.
 
-torch.optim.lr_scheduler has a state that goes from step to step; here the learning rate is a
-function of the iteration and of the run's options, and nothing has to be saved or restored.
+Unlike torch.optim.lr_scheduler, they have no state: the learning rate is a function of the
+iteration and the run's options, so that nothing has to be saved or restored.
 """
 
 import math
@@ -13,11 +13,11 @@ from training_config import SCHEDULE_REGISTRY, TrainingConfig
 
 
 class Schedule(Configurable):
-    """The learning rate of each iteration; all of it is in the run's options."""
+    """The learning rate as a function of the iteration and the run's options."""
 
     @classmethod
     def learning_rate(cls, iteration: int, run: TrainingConfig) -> float:
-        """Of that iteration, counted from 0."""
+        """The learning rate of an iteration, counted from 0."""
         raise NotImplementedError
 
 
@@ -48,7 +48,7 @@ class WarmUp(Schedule):
         highest = cls.learning_rate(config.max_iters - 1, config)
         return [
             f'warmup_iters={config.warmup_iters} is not below max_iters={config.max_iters}: the '
-            f'run ends in its warm-up, at a learning rate of {highest:.3g}; learning_rate is '
+            f'run ends during warm-up, at a learning rate of {highest:.3g} instead of '
             f'{config.learning_rate:g}.'
         ]
 
@@ -73,7 +73,7 @@ class Constant(WarmUp):
 
 
 class Decay(WarmUp):
-    """From the highest rate to `min_lr` at `lr_decay_iters`, where it stays, without a jump."""
+    """From the peak rate to `min_lr` at `lr_decay_iters`, then constant; continuous."""
 
     options: ClassVar = {
         **WarmUp.options,
@@ -102,16 +102,16 @@ class Decay(WarmUp):
         problems, end, warm_up = [], config.lr_decay_iters, config.warmup_iters
         if config.min_lr is not None and config.min_lr > config.learning_rate:
             problems.append(
-                f'min_lr={config.min_lr:g} is above learning_rate={config.learning_rate:g}: the '
-                f'rate would rise. Lower min_lr, or leave it out for learning_rate / 10.'
+                f'min_lr={config.min_lr:g} is above learning_rate={config.learning_rate:g}, so '
+                f'that the rate would rise. Lower min_lr, or remove it for learning_rate / 10.'
             )
         if warm_up is None:
             warm_up, _ = cls.derived_values(config)['warmup_iters']
         if end is not None and end <= warm_up < config.max_iters:
             problems.append(
                 f'lr_decay_iters={end} is not above warmup_iters={warm_up}: the rate would fall to '
-                f'min_lr in one update. Raise lr_decay_iters, or shorten the warm-up, for example '
-                f'to --warmup_iters={end // 20}.'
+                f'min_lr in one iteration. Raise lr_decay_iters, or shorten the warm-up, for '
+                f'example with --warmup_iters={end // 20}.'
             )
         return problems
 
@@ -119,17 +119,17 @@ class Decay(WarmUp):
     def notes(cls, config: TrainingConfig) -> list[str]:
         notes = super().notes(config)
         end, max_iters = config.lr_decay_iters, config.max_iters
-        if notes:  # it is never reached
+        if notes:  # the decay is never reached
             return notes
         if end < max_iters:
             notes.append(
-                f'lr_decay_iters={end} is below max_iters={max_iters}: from update {end} on, the '
-                f'learning rate stays at min_lr={config.min_lr:g}.'
+                f'lr_decay_iters={end} is below max_iters={max_iters}: from iteration {end} on, '
+                f'the learning rate stays at min_lr={config.min_lr:g}.'
             )
         elif end > max_iters:
             last = cls.learning_rate(max_iters - 1, config)
             notes.append(
-                f'lr_decay_iters={end} is above max_iters={max_iters}: the run ends before its '
+                f'lr_decay_iters={end} is above max_iters={max_iters}: the run ends before the '
                 f'decay does, at a learning rate of {last:.3g}; min_lr is {config.min_lr:g}.'
             )
         return notes
@@ -138,18 +138,18 @@ class Decay(WarmUp):
     def after_warm_up(cls, iteration: int, run: TrainingConfig) -> float:
         if iteration >= run.lr_decay_iters:
             return run.min_lr
-        begin = max(cls.decay_begins(run), run.warmup_iters)  # from the top, whenever it is reached
+        begin = max(cls.decay_begins(run), run.warmup_iters)  # after the peak in any case
         progress = max(0.0, (iteration - begin) / (run.lr_decay_iters - begin))
         return run.min_lr + cls.height(progress, run) * (run.learning_rate - run.min_lr)
 
     @classmethod
     def decay_begins(cls, run: TrainingConfig) -> int:
-        """In which iteration; after the warm-up in any case."""
+        """The iteration at which the decay begins, if the warm-up has ended."""
         return run.warmup_iters
 
     @classmethod
     def height(cls, progress: float, run: TrainingConfig) -> float:
-        """From 1 at `progress` 0 to 0 at 1."""
+        """The rate between `min_lr` and the peak: from 1 at `progress` 0 to 0 at 1."""
         raise NotImplementedError
 
 
@@ -171,7 +171,7 @@ class Linear(Decay):
         return 1.0 - progress
 
 
-# Hägele et al. 2024, who found the first to be better.
+# Hägele et al. 2024; the first was better there.
 DECAY_SHAPES = {
     '1-sqrt': lambda progress: 1.0 - math.sqrt(progress),
     'linear': lambda progress: 1.0 - progress,
@@ -203,8 +203,8 @@ class WarmUpStableDecay(Decay):
         if config.decay_fraction == 0 and reached:
             problems.append(
                 f'decay_fraction=0 with lr_decay_iters={end} below max_iters={config.max_iters}: '
-                f'the rate would fall to min_lr in one update. Raise decay_fraction, or leave '
-                f'lr_decay_iters out for a rate that does not decay.'
+                f'the rate would fall to min_lr in one iteration. Raise decay_fraction, or remove '
+                f'lr_decay_iters for a rate that does not decay.'
             )
         return problems
 
@@ -213,7 +213,7 @@ class WarmUpStableDecay(Decay):
         notes, begin = super().notes(config), cls.decay_begins(config)
         if begin < config.warmup_iters < min(config.lr_decay_iters, config.max_iters):
             notes.append(
-                f'The warm-up reaches into the decay, which would begin at update {begin}: it '
+                f'The warm-up reaches into the decay, which would begin at iteration {begin}: it '
                 f'begins at {config.warmup_iters} instead, and is shorter.'
             )
         return notes
@@ -228,7 +228,7 @@ class WarmUpStableDecay(Decay):
 
 
 def learning_rate_at(iteration: int, run: TrainingConfig) -> float:
-    """The learning rate of that iteration (from 0); without `decay_lr` the same for all."""
+    """The learning rate of an iteration, counted from 0; constant without `decay_lr`."""
     if not run.decay_lr:
         return run.learning_rate
     schedule = SCHEDULE_REGISTRY[run.lr_schedule]

@@ -1,4 +1,4 @@
-"""The guarded optimizer step: measures the gradient once, clips it, and steps if all is finite."""
+"""The guarded optimizer step: measure and clip the gradient, update the weights if it is finite."""
 
 import math
 from typing import NamedTuple
@@ -12,22 +12,22 @@ from training_config import TrainingConfig
 
 
 class GradientSums(NamedTuple):
-    """Sums over every element of the gradient, as device scalars."""
+    """Sums over all elements of the gradient, as device scalars."""
 
     norm: torch.Tensor  # the 2-norm
-    total: torch.Tensor | None  # plain sum; None where it was not asked for
+    total: torch.Tensor | None  # plain sum; None if not measured
 
 
 def element_sum(tensors: list[torch.Tensor]) -> torch.Tensor:
-    """The sum over every element of all of them, as a device scalar."""
+    """The sum over all elements of all tensors, as a device scalar."""
     return torch.stack([tensor.sum() for tensor in tensors]).sum()
 
 
 class GuardedOptimizer:
-    """Turns summed gradients into one update of the weights, and skips it if they are not finite.
+    """Updates the weights from summed gradients, and skips the update if they are not finite.
 
-    The guard lives on the device: the fused optimizer is told to skip by a tensor, so no update
-    waits for a synchronization. `skipped` counts such updates, on the device too.
+    A tensor on the device makes the fused optimizer skip, so that no iteration waits for a
+    synchronization. `skipped` counts skipped updates, also on the device.
     """
 
     def __init__(
@@ -40,19 +40,19 @@ class GuardedOptimizer:
         self.inner, self.grad_clip, self.parallel = inner, run.grad_clip, parallel
         self.scaler = torch.amp.GradScaler(device.type, enabled=run.dtype == 'float16')
         self.skipped = torch.zeros((), device=device)
-        self.gradient_bytes = 0  # on this rank, in the last measured update
+        self.gradient_bytes = 0  # on this rank, in the last measured iteration
         self.parameters = [p for group in inner.param_groups for p in group['params']]
         self.elements = sum(p.numel() for p in self.parameters)
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Add the gradient of a micro-batch's share of the loss; strategies add up the ranks'."""
+        """Add the gradient of a micro-batch's part of the loss; the strategy sums over ranks."""
         self.scaler.scale(loss).backward()
 
     def step(self, learning_rate: float, loss: torch.Tensor, measured: bool) -> GradientSums:
-        """Measure the gradient, clip it, step, and forget it.
+        """Measure the gradient, clip it, update the weights, and free the gradient.
 
-        loss: of the whole update; one that is not finite forbids the step. measured: whether the
-        sum over all elements is wanted, beside the norm that clipping needs anyway.
+        loss: of the whole iteration; if it is not finite, the update is skipped. measured: whether
+        to compute the sum over all elements, in addition to the norm for clipping.
         """
         # The learning rate of each group, and the gradients without the fp16 scale.
         for group in self.inner.param_groups:
@@ -60,7 +60,7 @@ class GuardedOptimizer:
         self.scaler.unscale_(self.inner)
         gradients = [local_tensor(p.grad) for p in self.parameters if p.grad is not None]
 
-        # Measure once, then clip by the same norm, as torch.nn.utils.clip_grad_norm_ has it.
+        # Measure once, then clip by the same norm, as torch.nn.utils.clip_grad_norm_ does.
         norm, total = self.parallel.norm(gradients), None
         if measured:
             self.gradient_bytes = sum(gradient.nbytes for gradient in gradients)
@@ -68,12 +68,12 @@ class GuardedOptimizer:
         if self.grad_clip:
             torch._foreach_mul_(gradients, (self.grad_clip / (norm + 1e-6)).clamp(max=1.0))
 
-        # Skip where loss or gradient is not finite. In fp16 an overflowing gradient is how the
-        # scaler finds its scale, so only the loss counts there.
+        # Skip if loss or gradient is not finite. In fp16, overflowing gradients are normal: the
+        # scaler adapts its scale to them, so that only the loss counts as skipped.
         bad_loss = ~torch.isfinite(loss)
         nonfinite = bad_loss | ~torch.isfinite(norm)
         self.skipped += bad_loss if self.scaler.is_enabled() else nonfinite
-        # Not by scaler.step, which would look at the gradient alone.
+        # Not scaler.step, which checks only the gradient.
         self.inner.found_inf = nonfinite.float()
         self.inner.step()
         self.scaler.update()
@@ -82,11 +82,11 @@ class GuardedOptimizer:
 
     @property
     def loss_scale(self) -> float | None:
-        """The fp16 scaler's; None without one."""
+        """The scale of the fp16 scaler; None without one."""
         return self.scaler.get_scale() if self.scaler.is_enabled() else None
 
     def weights_are_finite(self) -> bool:
-        """Whether every parameter is, at the price of a synchronization."""
+        """Whether all parameters are finite; requires a synchronization."""
         norm = torch.nn.utils.get_total_norm([local_tensor(p) for p in self.parameters])
         (nonfinite,) = self.parallel.all_reduce_max([0.0 if torch.isfinite(norm) else 1.0])
         return not nonfinite

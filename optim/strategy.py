@@ -1,6 +1,6 @@
-"""What an optimizer needs of the way in which processes work together.
+"""The interface of parallel strategies that optimizers use.
 
-`parallel.strategies` has it: that package imports this one, so only the form stands here.
+The strategies are in `parallel.strategies`, which imports this package; hence the protocols.
 """
 
 from typing import Protocol
@@ -9,23 +9,23 @@ import torch
 
 
 class Shard(Protocol):
-    """What a rank holds of a parameter."""
+    """The part of a parameter on a rank."""
 
     @property
     def key(self) -> torch.Tensor:
-        """What the optimizer knows it as."""
+        """The tensor that the optimizer updates."""
 
 
 class MatrixExchange(Protocol):
-    """Matrices brought together whole, and back; `indices` are those in the list of all."""
+    """Gathers whole matrices from shards, and scatters them; `indices` refer to all matrices."""
 
     bytes_sent: float
 
     def gather(self, indices: range, shards: list[torch.Tensor]) -> list[torch.Tensor]:
-        """This rank's shards of every matrix -> the whole matrices that are its to work on."""
+        """This rank's shards of all matrices -> the whole matrices that it owns."""
 
     def scatter_back(self, indices: range, matrices: list[torch.Tensor]) -> list[torch.Tensor]:
-        """The whole matrices that it has worked on -> its shards of every matrix."""
+        """The whole matrices that this rank owns -> its shards of all matrices."""
 
 
 class ParallelStrategy(Protocol):
@@ -38,9 +38,9 @@ class ParallelStrategy(Protocol):
     ) -> MatrixExchange: ...
 
     def norm(self, gradients: list[torch.Tensor]) -> torch.Tensor:
-        """The 2-norm of all ranks' gradients."""
+        """The 2-norm of the gradient over all ranks."""
 
     def sum_over_shards(self, part: torch.Tensor) -> torch.Tensor:
-        """The sum over all that is divided among the ranks."""
+        """The sum over the shards of all ranks."""
 
     def all_reduce_max(self, values: list[float]) -> list[float]: ...

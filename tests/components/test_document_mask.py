@@ -125,7 +125,7 @@ def test_documents_are_located_only_with_document_mask():
     assert tiny(**MASKED).hash != config.hash
     with pytest.raises(UserError, match='end_of_text'):
         tiny(end_of_text=2)
-    with pytest.raises(UserError, match='end_of_text is not known yet'):
+    with pytest.raises(UserError, match='end_of_text is not set'):
         build_model(tiny(document_mask=True), 'cpu')
 
 

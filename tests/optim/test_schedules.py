@@ -182,10 +182,10 @@ def test_learning_rate_is_continuous_and_bounded(**chosen):
         assert warm_up >= run.max_iters or all(rate == run.min_lr for rate in rates[end:])
     # What does not end as a schedule is expected to is said.
     notes = ' '.join(SCHEDULE_REGISTRY[run.lr_schedule].notes(run))
-    assert ('ends in its warm-up' in notes) == (warm_up >= run.max_iters)
+    assert ('ends during warm-up' in notes) == (warm_up >= run.max_iters)
     if decays:
         assert ('stays at min_lr' in notes) == (max(end, warm_up) < run.max_iters)
-        assert ('ends before its decay' in notes) == (warm_up < run.max_iters < end)
+        assert ('ends before the decay' in notes) == (warm_up < run.max_iters < end)
     if run.lr_schedule == 'wsd' and warm_up < min(end, run.max_iters):
         assert ('is shorter' in notes) == (end - max(1, round(run.decay_fraction * end)) < warm_up)
 
