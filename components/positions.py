@@ -348,9 +348,9 @@ class RotaryPositionEncoding(PositionEncoding):
                 f'such as {max(rotated // 2 * 2, 2) / rotary_dim:g}.'
             ]
         return [
-            f"position_encoding='rope' rotates pairs of dimensions, but a head has {rotary_dim}. "
-            f'Choose an even head dimension, through n_head (n_embd={config.n_embd} / n_head='
-            f'{config.n_head}) or an option of the attention.'
+            f"position_encoding='rope' rotates pairs of dimensions, but the head dimension "
+            f'{rotary_dim} is odd. Choose an even one, through n_head (n_embd={config.n_embd} / '
+            f'n_head={config.n_head}) or an option of the attention.'
         ]
 
     def prepare(self, q_positions: torch.Tensor, k_positions: torch.Tensor) -> AttentionInputs:

@@ -1,14 +1,14 @@
-"""Hidden matrices brought together whole, for an optimizer that cannot work on a part of one.
+"""Gathers whole hidden matrices from shards, for optimizers that cannot update a shard alone.
 
-Ranks hold contiguous ranges of the flattened matrices: all of each (DDP), some rows of each (FSDP),
-or whatever falls into their share of all parameters (ZeRO-1). Each matrix has one owner among them.
-Of matrices A and B, whose shards on ranks 0 and 1 are A0 A1 and B0 B1, and which they own:
+Each rank has a contiguous range of every flattened matrix: all of it (DDP), some rows (FSDP), or
+the part in its shard of all parameters (ZeRO-1). Each matrix is owned by one rank. Example: shards
+A0 and B0 on rank 0, which owns matrix A, and A1 and B1 on rank 1, which owns matrix B.
 
                   rank 0      rank 1
     shards        A0 B0       A1 B1
-    gather        A0 A1       B0 B1     fp32, by one all-to-all, unless owners hold them whole
-    optimizer     A'          B'        each whole matrix once, on its owner
-    scatter_back  A'0 B'0     A'1 B'1   `dtype`, by one all-to-all
+    gather        A0 A1       B0 B1     fp32, one all-to-all, not needed for whole matrices (DDP)
+    optimizer     A'          B'        each matrix once, on its owner
+    scatter_back  A'0 B'0     A'1 B'1   `dtype`, one all-to-all
 """
 
 from itertools import chain
@@ -16,25 +16,25 @@ from itertools import chain
 import torch
 import torch.distributed as dist
 
-ShardRange = tuple[int, int]  # begin and end among the elements of a flattened matrix
+ShardRange = tuple[int, int]  # begin and end of elements in a flattened matrix
 
 
 class LocalMatrices:
-    """A single process: every matrix is whole already."""
+    """A single process, with whole matrices."""
 
-    bytes_sent: float = 0.0  # in an iteration, by a rank, on average
+    bytes_sent: float = 0.0  # per iteration and rank, on average
 
     def gather(self, indices: range, shards: list[torch.Tensor]) -> list[torch.Tensor]:
-        """From this rank's shard, 1-D, of each matrix: the whole ones that it owns, flattened."""
+        """This rank's shards of all matrices, 1-D -> the matrices that it owns, flattened."""
         return shards
 
     def scatter_back(self, indices: range, matrices: list[torch.Tensor]) -> list[torch.Tensor]:
-        """From what became of those that it owns: this rank's shard of each matrix."""
+        """The updated matrices that this rank owns -> its shards of all matrices."""
         return matrices
 
 
 class MatrixExchange(LocalMatrices):
-    """Among the ranks of a group. Every rank calls every method, with the same indices."""
+    """Exchange between the ranks of a group; all call each method with the same indices."""
 
     def __init__(
         self,
@@ -44,8 +44,8 @@ class MatrixExchange(LocalMatrices):
         device: torch.device,
         group: dist.ProcessGroup | None = None,
     ):
-        """sizes: elements of each matrix; shard_ranges: this rank's of each; dtype: of what is
-        scattered back; group: None for all ranks."""
+        """sizes: elements of each matrix; shard_ranges: this rank's range of each; dtype: that of
+        scatter_back; group: None for all ranks."""
         self.sizes, self.dtype, self.device, self.group = sizes, dtype, device, group
         self.rank = dist.get_rank(group)
         # By rank, then by matrix.
@@ -58,34 +58,34 @@ class MatrixExchange(LocalMatrices):
 
     def gather(self, indices, shards):
         shard_of, owned = dict(zip(indices, shards)), self._owned(indices, self.rank)
-        # Under DDP each owner holds its matrices whole: nothing travels.
+        # With DDP, each owner has its matrices whole: nothing to communicate.
         if not any(self._lacks_part(self.owners[index], index) for index in indices):
             return [shard_of[index] for index in owned]
-        # To each rank: my shards of the matrices that it owns and lacks a part of.
+        # To each rank: this rank's shards of incomplete matrices that it owns.
         outgoing = [
             [shard_of[i] for i in self._owned(indices, rank) if self._lacks_part(rank, i)]
             for rank in self.ranks
         ]
-        # From each rank: its shards of those that are mine.
+        # From each rank: its shards of incomplete matrices that this rank owns.
         incomplete = [index for index in owned if self._lacks_part(self.rank, index)]
         lengths = [[self._length(rank, index) for index in incomplete] for rank in self.ranks]
         incoming = self._all_to_all(outgoing, lengths, torch.float32)
-        # Ranks hold the ranges of a matrix in their own order, so shards in it make the whole.
+        # The ranges are in the order of the ranks, so that concatenation gives the whole matrix.
         gathered = dict(zip(incomplete, map(torch.cat, zip(*incoming))))
         return [gathered[index] if index in gathered else shard_of[index] for index in owned]
 
     def scatter_back(self, indices, matrices):
         owned = self._owned(indices, self.rank)
-        # My own shards of the matrices that I own stay here.
+        # This rank's shards of its own matrices stay here.
         shard_of = {i: w[slice(*self.shard_ranges[self.rank][i])] for i, w in zip(owned, matrices)}
-        # To each other rank: its shards of them.
+        # To each other rank: its shards of this rank's matrices.
         outgoing = [
             [whole[slice(*self.shard_ranges[rank][i])] for i, whole in zip(owned, matrices)]
             if rank != self.rank
             else []
             for rank in self.ranks
         ]
-        # From each other rank: my shards of those that it owns.
+        # From each other rank: this rank's shards of the matrices that it owns.
         theirs = [self._owned(indices, rank) if rank != self.rank else [] for rank in self.ranks]
         lengths = [[self._length(self.rank, index) for index in of_rank] for of_rank in theirs]
         incoming = self._all_to_all(outgoing, lengths, self.dtype)
@@ -95,18 +95,18 @@ class MatrixExchange(LocalMatrices):
     def _all_to_all(
         self, outgoing: list[list[torch.Tensor]], lengths: list[list[int]], dtype: torch.dtype
     ) -> list[list[torch.Tensor]]:
-        """Send each rank its tensors; what each rank sent, in tensors of the `lengths` given."""
+        """Send each rank its tensors; returns the tensors, of given lengths, from each rank."""
         received_sizes = [sum(of_rank) for of_rank in lengths]
         sent_sizes = [sum(map(torch.numel, tensors)) for tensors in outgoing]
         empty = torch.empty(0, dtype=dtype, device=self.device)
-        sent = torch.cat([empty, *chain(*outgoing)])  # `empty`: of nothing there is no cat
+        sent = torch.cat([empty, *chain(*outgoing)])  # `empty`, since torch.cat needs a tensor
         received = empty.new_empty(sum(received_sizes))
         dist.all_to_all_single(received, sent, received_sizes, sent_sizes, group=self.group)
         parts = received.split(received_sizes)
         return [part.split(of_rank) for part, of_rank in zip(parts, lengths)]
 
     def _assign_owners(self) -> list[int]:
-        """The owner of each matrix: a rank that holds it whole if one does, the least laden."""
+        """The owner of each matrix: the least loaded rank, if possible one that has it whole."""
         load = [0] * len(self.ranks)
         owners = []
         for index, size in enumerate(self.sizes):
@@ -124,11 +124,11 @@ class MatrixExchange(LocalMatrices):
         return end - begin
 
     def _lacks_part(self, rank: int, index: int) -> bool:
-        """Whether a rank holds less than the whole matrix."""
+        """Whether a rank has less than the whole matrix."""
         return self._length(rank, index) < self.sizes[index]
 
     def _bytes_sent_for(self, index: int) -> int:
-        """By all ranks for a matrix: shards in fp32 to its owner, and what it scatters back."""
+        """Bytes that all ranks send for a matrix: fp32 shards to its owner, updated ones back."""
         owner = self.owners[index]
         others = sum(self._length(rank, index) for rank in self.ranks if rank != owner)
         gathered = torch.float32.itemsize if self._lacks_part(owner, index) else 0

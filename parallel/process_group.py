@@ -1,7 +1,7 @@
-"""What the processes of a job tell one another: all of it trivial when there is only one.
+"""Communication between the processes of a job; trivial for a single process.
 
-Beside torch.distributed's collectives: plain values, decisions of the main rank, and why the job
-ends, so that the failure of one rank is reported once, by whichever knows it best.
+In addition to torch.distributed's collectives: Python values, decisions of the main rank, and
+failures, so that a failure of one rank is reported once, by the rank that knows most about it.
 """
 
 import os
@@ -21,12 +21,12 @@ from torch.distributed.rendezvous import rendezvous
 from common.environment import restarts_left
 from common.errors import RankFailure, ReportedByOtherRank, UserError
 
-FAILURE_REPORT_SECONDS = 10  # that a rank which lost contact waits to hear why the others end
-DUPLICATE_REPORT_SECONDS = 3  # that a rank which fails waits for one before it to say the same
+FAILURE_REPORT_SECONDS = 10  # a rank that lost contact waits for the reports of other ranks
+DUPLICATE_REPORT_SECONDS = 3  # a failing rank waits for the same report of a lower rank
 
 
 class SingleProcessGroup:
-    """One process. Every method that communicates is to be called by every rank."""
+    """A single process. All ranks must call every method that communicates."""
 
     rank, world_size = 0, 1
 
@@ -40,23 +40,23 @@ class SingleProcessGroup:
         return tensor
 
     def all_reduce_max(self, numbers: list[float]) -> list[float]:
-        """The largest of each number over all ranks; the device is not waited for."""
+        """The maximum of each number over all ranks, without waiting for the device."""
         return numbers
 
     def all_gather_object(self, value: Any) -> list:
-        """The plain value of each rank, on every rank."""
+        """The Python value of each rank, on every rank."""
         return [value]
 
     def broadcast_from_main(self, make: Callable[[], Any]) -> Any:
-        """What `make()` returns on the main rank, on every rank; its UserError is raised on all."""
+        """The result of `make()` on the main rank, on every rank; all raise its UserError."""
         return make()
 
     @contextmanager
     def propagate_failures(self) -> Iterator[None]:
-        """Around work: what fails in it is told to the others, and their failure to this rank.
+        """Context in which failures of any rank end all ranks with one report.
 
-        Raises RankFailure where this rank is the one to say what became of another,
-        ReportedByOtherRank where another says why all end, or the error itself.
+        Raises RankFailure if this rank reports the loss of another, ReportedByOtherRank if another
+        rank reports the reason, or the error itself.
         """
         yield
 
@@ -65,66 +65,66 @@ class SingleProcessGroup:
 
 
 # --------------------------------------------------------------------------------------------------
-# The start
+# Start
 
 
 def init_process_group(
     device: torch.device, timeout: timedelta
 ) -> tuple[dist.Store, dist.ProcessGroup]:
-    """Form the process group; the store that the ranks share, and the group of plain values.
+    """Create the process group; returns the store of the ranks and the group for Python values.
 
-    Plain values travel by gloo, so that no answer waits for a GPU. Every iteration has some, so a
-    rank that is lost is noticed there; NCCL, whose watchdog would abort the process without a word,
-    has more patience. Raises UserError where not all come.
+    Python values are sent through gloo, so that they do not wait for a GPU. Every iteration sends
+    some, which detects a lost rank. NCCL has a longer timeout, since its watchdog would abort the
+    process without a message. Raises UserError if ranks are missing.
     """
     try:
-        # Rendezvous: torchrun's store, where the ranks find one another.
+        # Rendezvous, through torchrun's store.
         store, rank, size = next(rendezvous('env://', timeout=timeout))
         store = _store_for_this_attempt(store, rank, size, timeout)
         register_process(store, rank)
         members = {'store': store, 'rank': rank, 'world_size': size}
-        # On a CPU one gloo group carries tensors and plain values alike.
+        # On a CPU, one gloo group is used for tensors and Python values.
         if device.type != 'cuda':
             dist.init_process_group('gloo', timeout=timeout, **members)
             return store, dist.group.WORLD
-        # On GPUs tensors travel by NCCL, and plain values by a gloo group of their own.
+        # On GPUs, NCCL is used for tensors, and a separate gloo group for Python values.
         longer = timeout + timedelta(seconds=3 * FAILURE_REPORT_SECONDS)
         # With `device_id` a bad link shows here rather than as a slow first iteration.
         dist.init_process_group('cpu:gloo,cuda:nccl', timeout=longer, device_id=device, **members)
         return store, dist.new_group(backend='gloo', timeout=timeout)
-    except RuntimeError as error:  # of the store, gloo or NCCL
+    except RuntimeError as error:  # from the store, gloo or NCCL
         reason = str(error).partition('\n')[0]
         raise _rendezvous_error(timeout, reason) from error
 
 
 def _rendezvous_error(timeout: timedelta, reason: str) -> UserError:
     return UserError(
-        'the ranks did not all find one another within --distributed_timeout='
-        f'{timeout.total_seconds():.0f} seconds: {reason}. Did torchrun start on every node, with '
-        'the same --rdzv_id and --rdzv_endpoint, and can the nodes reach one another?'
+        'the ranks could not connect within --distributed_timeout='
+        f'{timeout.total_seconds():.0f} seconds: {reason}. Check that torchrun runs on every node, '
+        'with the same --rdzv_id and --rdzv_endpoint, and that the nodes can reach each other.'
     )
 
 
 def register_process(store: dist.Store, rank: int) -> None:
-    """Say where this rank's process is, before the group is formed, so that all are known in it."""
+    """Store the host and id of this rank's process, before the group is created."""
     store.set(f'process {rank}', f'{socket.gethostname()} {os.getpid()}')
 
 
 def _store_for_this_attempt(
     store: dist.Store, rank: int, size: int, timeout: timedelta
 ) -> dist.Store:
-    """A part of torchrun's store that is new, as the store itself is not after a restart.
+    """A namespace of torchrun's store for this attempt, since restarts keep the store.
 
-    In the old one gloo finds the addresses of processes that are dead. torchrun numbers the
-    restarts of each node, not of the job, so the ranks agree on a name for this attempt:
+    In the old namespace, gloo would find the addresses of dead processes. torchrun counts restarts
+    per node, not per job, so that the ranks agree on a name for the attempt:
 
-        rank r                                       rank 0
-        sets 'question of r' to a word of its own →  finds the word
-        waits for 'answer to <word>'              ←  sets it to the name of this attempt
-        sets '<name> has r'                       →  goes on once every rank has set it
+        rank r                                        rank 0
+        sets 'question of r' to a random token    →   reads the token
+        waits for 'answer to <token>'             ←   sets it to the name of this attempt
+        sets '<name> has r'                       →   continues when every rank has set it
     """
     if rank:
-        # Ask with a new word, which no answer of an earlier attempt can be to.
+        # Ask with a new token, so that no answer of an earlier attempt can match.
         question = uuid.uuid4().hex
         store.set(f'question of {rank}', question)
         # Wait for rank 0 to name the attempt, and confirm.
@@ -133,7 +133,7 @@ def _store_for_this_attempt(
         return dist.PrefixStore(attempt, store)
     attempt, missing = uuid.uuid4().hex, list(range(1, size))
     deadline = time.monotonic() + timeout.total_seconds()
-    # Until all have confirmed, answer whatever question each of the missing has asked last.
+    # Answer the latest question of each missing rank until all have confirmed.
     while missing := [r for r in missing if not store.check([f'{attempt} has {r}'])]:
         for other in missing:
             if store.check([f'question of {other}']):
@@ -146,11 +146,11 @@ def _store_for_this_attempt(
 
 
 # --------------------------------------------------------------------------------------------------
-# Several processes
+# Multiple processes
 
 
 class MultiProcessGroup(SingleProcessGroup):
-    """The processes that torchrun started, once the process group is there."""
+    """The processes started by torchrun, after `init_process_group`."""
 
     def __init__(self, store: dist.Store, host_group: dist.ProcessGroup):
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
@@ -197,54 +197,53 @@ class MultiProcessGroup(SingleProcessGroup):
                 reported = self._error_to_raise(error)
             except dist.DistError:
                 reported = RankFailure(
-                    'the store that the ranks share is gone, and with it the torchrun that keeps '
-                    f'it, or its machine. {_recovery_hint()}'
+                    'the store of the ranks is unreachable: the torchrun that provides it has '
+                    f'ended, or its host is down. {_recovery_hint()}'
                 )
             if reported is error:
                 raise
             raise reported from error
 
     def _error_to_raise(self, error: Exception) -> Exception:
-        """What to raise for `error`, once the others have had the time to tell of theirs."""
+        """The exception to raise for `error`, after waiting for the reports of other ranks."""
         message = ' '.join(str(error).split()) or type(error).__name__
         if not isinstance(error, UserError):
             message = f'{type(error).__name__}: {message}'
         contact_lost = isinstance(error, dist.DistError) or 'gloo' in message
-        # Tell the others. Nothing is stored for this in an iteration: only at the end does a rank
-        # say how it ended.
+        # Report to the others. Ranks write to the store only when they end, not in iterations.
         self.store.set(f'end of {self.rank}', '' if contact_lost else message)
-        # A user's mistake is every rank's; `run_script` sees to it that one tells it.
+        # A user error occurs on every rank; `run_script` prints it on one.
         if isinstance(error, UserError):
             return error
-        # A fault of this rank: told by the first rank that has it.
+        # A fault of this rank: the lowest rank with the same fault reports it.
         if not contact_lost:
             messages = self._failure_messages(range(self.rank), DUPLICATE_REPORT_SECONDS)
             return ReportedByOtherRank(message) if message in messages.values() else error
-        # Contact is lost: another rank knows why it ended, and tells it itself.
+        # Contact is lost: a rank that failed reports the reason itself.
         others = [rank for rank in range(self.world_size) if rank != self.rank]
         messages = self._failure_messages(others, FAILURE_REPORT_SECONDS)
         causes = [f'rank {rank} failed: {cause}' for rank, cause in messages.items() if cause]
         if causes:
             return ReportedByOtherRank('; '.join(causes))
-        # Or nobody knows: the first of those that are left tells what became of the others.
+        # No rank knows the reason: the lowest remaining rank reports on the missing ones.
         silent = [rank for rank in others if rank not in messages]
         if silent:
             diagnosis = f'{self._describe_missing_ranks(silent)} {_recovery_hint()}'
         else:
-            diagnosis = f'the ranks lost contact, though none of them died: {message}'
+            diagnosis = f'the ranks lost contact, but none of them ended: {message}'
         is_first = all(rank > self.rank for rank in messages)
         return RankFailure(diagnosis) if is_first else ReportedByOtherRank(diagnosis)
 
     def _failure_messages(self, ranks: Iterable[int], seconds: float) -> dict[int, str]:
-        """What those ranks that end say of it; not waited for are those that are known to be dead.
+        """The reports of ranks that end, without waiting for those known to be dead.
 
-        Empty where one ends since it lost contact.
+        The report of a rank that lost contact is empty.
         """
         deadline, messages = time.monotonic() + seconds, {}
         waiting = list(ranks)
         while waiting and time.monotonic() < deadline:
             for rank in waiting[:]:
-                # In this order: one that died after it spoke has spoken.
+                # In this order, since a rank may report and then die.
                 dead = self._is_dead(rank)
                 if self.store.check([f'end of {rank}']):
                     messages[rank] = self.store.get(f'end of {rank}').decode()
@@ -255,12 +254,12 @@ class MultiProcessGroup(SingleProcessGroup):
         return dict(sorted(messages.items()))
 
     def _process(self, rank: int) -> tuple[str, int]:
-        """The host of a rank, and the number of its process there."""
+        """Host and process id of a rank."""
         host, number = self.store.get(f'process {rank}').decode().rsplit(' ', 1)
         return host, int(number)
 
     def _is_dead(self, rank: int) -> bool:
-        """Whether a rank's process is known to be no more; of other hosts nothing is known."""
+        """Whether a rank's process is known to have ended; unknown for other hosts."""
         host, number = self._process(rank)
         return host == socket.gethostname() and not psutil.pid_exists(number)
 
@@ -269,11 +268,11 @@ class MultiProcessGroup(SingleProcessGroup):
         for rank in silent:
             host, number = self._process(rank)
             if self._is_dead(rank):
-                what = 'ended without a word: killed, for want of memory perhaps, or crashed'
+                what = 'exited without an error message (killed, e.g. out of memory, or crashed)'
             else:
                 what = (
-                    'did not come: it hangs, or needs more than --distributed_timeout, or its '
-                    'machine is gone'
+                    'is not responding: it hangs, exceeds --distributed_timeout, or its host is '
+                    'down'
                 )
             sentences.append(f'rank {rank} (process {number} on {host}) {what}.')
         return ' '.join(sentences)
@@ -282,9 +281,9 @@ class MultiProcessGroup(SingleProcessGroup):
 def _recovery_hint() -> str:
     if restarts_left() > 0:
         return (
-            'torchrun starts the job again; with --init_from=auto it goes on where it last saved.'
+            'torchrun restarts the job; with --init_from=auto it resumes from the last checkpoint.'
         )
     return (
-        'To go on from the last checkpoint, start the job with --init_from=auto; with '
-        'torchrun --max-restarts=3 … --init_from=auto it does so by itself.'
+        'To resume from the last checkpoint, start the job with --init_from=auto. With '
+        'torchrun --max-restarts=3 … --init_from=auto, it restarts and resumes automatically.'
     )

@@ -1,8 +1,8 @@
-"""The weights and the optimizer's state of a run, however they are divided among ranks.
+"""Saving and restoring weights and optimizer state, independent of how they are sharded.
 
-Each rank writes the shards that it holds: `{'model': {name: tensor}, 'optimizer': {name: {key:
-tensor}}, 'offsets': {...}, 'scaler': {...}}`, where an offset says at which element of the
-flattened parameter a shard begins. Any strategy reads what any other wrote, parameter by parameter.
+Each rank writes its shards: `{'model': {name: tensor}, 'optimizer': {name: {key: tensor}},
+'offsets': {...}, 'scaler': {...}}`, where an offset is the first element of the shard in the
+flattened parameter. Every strategy can read the shards of every other, parameter by parameter.
 """
 
 from collections.abc import Callable
@@ -16,15 +16,15 @@ from parallel.strategies import ParamShard, SingleProcess
 
 
 def no_copy(tensor: torch.Tensor, key: tuple[str, str]) -> torch.Tensor:
-    """The tensor as it is, to be written before the next iteration."""
-    # Of a part of a buffer the whole buffer would be written.
+    """The tensor itself, for writing before the next iteration."""
+    # A part of a buffer is cloned, since torch.save would write the whole buffer.
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
 class HostStaging:
-    """Copies in host memory, which training leaves alone; the next ones take the same memory.
+    """Copies in host memory, which training does not change; later copies reuse the memory.
 
-    From a GPU they are under way until the device is synchronized.
+    Copies from a GPU are complete when the device has been synchronized.
     """
 
     def __init__(self, device: torch.device):
@@ -45,7 +45,7 @@ def collect(
     optimizer: GuardedOptimizer,
     snapshot: Callable[[torch.Tensor, tuple[str, str]], torch.Tensor] = no_copy,
 ) -> dict:
-    """What this rank has to write; `snapshot` makes of each tensor, by key, what is handed out."""
+    """The state that this rank writes, of tensors copied by `snapshot(tensor, key)`."""
     saves_weights, saves_optimizer = parallel.saves
     weights = parallel.weight_shards(model) if saves_weights else {}
     optimized = parallel.optimizer_shards(model) if saves_optimizer else {}
@@ -75,7 +75,7 @@ def collect(
 
 
 class StoredState:
-    """What all ranks wrote, to be read a stretch at a time."""
+    """The state that all ranks wrote, read in ranges of elements."""
 
     def __init__(self, files: list[dict]):
         # name -> key -> [(offset, tensor)]; the weights have the key ''.
@@ -99,7 +99,7 @@ class StoredState:
         Raises ValueError if the shards are not those of such a parameter.
         """
         if sum(tensor.numel() for _, tensor in shards) != whole:
-            raise ValueError('a parameter has another shape')
+            raise ValueError('a parameter has a different shape')
         filled = 0
         for begin, tensor in shards:
             low, high = max(offset, begin), min(offset + len(target), begin + tensor.numel())
@@ -114,7 +114,7 @@ class StoredState:
 
 @torch.no_grad()
 def load_weights(stored: StoredState, weights: dict[str, ParamShard]) -> None:
-    """Fill what a rank holds of the weights. Raises KeyError or ValueError if they do not fit."""
+    """Fill a rank's shards of the weights. Raises KeyError or ValueError if they do not match."""
     if stored.model.keys() != weights.keys():
         names = ', '.join(sorted(stored.model.keys() ^ weights.keys()))
         raise ValueError(f'the parameters are not the same: {names}')
@@ -126,22 +126,22 @@ def load_weights(stored: StoredState, weights: dict[str, ParamShard]) -> None:
 def restore(
     stored: StoredState, parallel: SingleProcess, model: Transformer, optimizer: GuardedOptimizer
 ) -> None:
-    """Fill weights, optimizer and scaler. Raises KeyError, TypeError or ValueError if unfit."""
+    """Fill weights, optimizer and scaler. Raises KeyError, TypeError or ValueError on mismatch."""
     load_weights(stored, parallel.weight_shards(model))
     whole = {name: parameter.numel() for name, parameter in model.named_parameters()}
     for name, shard in parallel.optimizer_shards(model).items():
         state = {}
         for key, shards in stored.optimizer[name].items():
-            # Made here, as the fused kernel trusts them: another shape would write out of bounds.
+            # Created here, since fused kernels do not check shapes and could write out of bounds.
             if key == 'step':  # the same number with every shard
                 number = shards[0][1].item()
                 state[key] = torch.tensor(number, dtype=torch.float32, device=shard.tensor.device)
             else:
                 state[key] = torch.zeros_like(shard.key)
                 stored.copy_to(local_tensor(state[key]).view(-1), shards, shard.offset, whole[name])
-        # None: it never had a gradient, as an expert that no token reached.
+        # Empty if it never had a gradient, like an expert without tokens.
         if state and state.keys() != optimizer.inner.state_keys(shard.key):
             raise ValueError(f'the optimizer state has {", ".join(state)}')
         optimizer.inner.state[shard.key] = state
-    if optimizer.scaler.is_enabled() and stored.scaler:  # empty after a run without one
+    if optimizer.scaler.is_enabled() and stored.scaler:  # empty if saved without a scaler
         optimizer.scaler.load_state_dict(stored.scaler)

@@ -1,9 +1,9 @@
-"""How a model is trained on the devices that there are: one interface, four strategies.
+"""Parallel training strategies: one interface, four implementations.
 
-`SingleProcess` is the reference that every other must equal: `DataParallel` (DDP), `ZeRO1` (DDP
-with the optimizer's state divided) and `FullySharded` (FSDP2). torchrun starts the processes; the
-flags `use_zero1` and `use_fsdp` choose. Model code is written for one device, and `train.py` asks
-for nothing but these methods. Each method that communicates is called by every rank.
+`SingleProcess` is the reference, whose results all others reproduce: `DataParallel` (DDP), `ZeRO1`
+(DDP with a sharded optimizer state) and `FullySharded` (FSDP2). torchrun starts the processes; the
+options `use_zero1` and `use_fsdp` choose the strategy. Model code is written for one device, and
+`train.py` uses only this interface. All ranks must call each method that communicates.
 """
 
 import os
@@ -39,11 +39,11 @@ from training_config import OPTIMIZER_REGISTRY, TrainingConfig
 
 
 class ParamShard(NamedTuple):
-    """What a rank holds of a parameter: its elements offset … offset + len(tensor), flattened."""
+    """A rank's shard of a flattened parameter: elements offset … offset + len(tensor)."""
 
     tensor: torch.Tensor  # 1-D, sharing the parameter's memory
     offset: int
-    key: torch.Tensor  # what the optimizer knows it as
+    key: torch.Tensor  # the tensor in the optimizer's groups
 
 
 class SingleProcess(SingleProcessGroup):
@@ -59,9 +59,9 @@ class SingleProcess(SingleProcessGroup):
     def build(
         self, config: ModelArchitectureConfig, recomputed: list[int], compiled: bool
     ) -> tuple[Transformer, nn.Module]:
-        """The initialized model, and what to call in training.
+        """The initialized model, and the module to call in training.
 
-        In this order: recompute the blocks of those numbers, compile block by block, wrap.
+        Sets up recomputation of the given blocks, compiles each block, then wraps the model.
         """
         model = build_model(config, self.device, self.run.seed)
         prepare_blocks(model, recomputed, compiled)
@@ -73,59 +73,59 @@ class SingleProcess(SingleProcessGroup):
     def build_optimizer(
         self, groups: list[ParameterGroup], run: TrainingConfig
     ) -> torch.optim.Optimizer:
-        """The optimizer of `run`, once all of its options are known."""
+        """The optimizer of `run`, whose options must be resolved."""
         return complete_optimizer(OPTIMIZER_REGISTRY[run.optimizer](groups, run, self), groups)
 
     def shard(self, parameter: nn.Parameter) -> ParamShard:
-        """What this rank's optimizer updates of a parameter."""
+        """The shard of a parameter that this rank's optimizer updates."""
         return local_shard(parameter)
 
     def matrix_exchange(self, matrices: list[nn.Parameter], dtype: torch.dtype) -> LocalMatrices:
-        """Where an optimizer gets whole matrices; `dtype` is that of what becomes of them."""
+        """The exchange for whole matrices; `dtype` is that of the updated matrices."""
         return LocalMatrices()
 
     # --- One iteration ---
 
     @contextmanager
     def micro_step(self, model: nn.Module, last: bool) -> Iterator[None]:
-        """Around a forward and backward pass: gradients travel only in the last of an iteration."""
+        """Context of a forward and backward pass; only the last one reduces gradients."""
         yield
 
     def norm(self, gradients: list[torch.Tensor]) -> torch.Tensor:
-        """The 2-norm of the whole gradient, from what this rank holds of it."""
+        """The 2-norm of the whole gradient, from this rank's shards."""
         return torch.nn.utils.get_total_norm(gradients)
 
     def sum_over_shards(self, part: torch.Tensor) -> torch.Tensor:
-        """A sum over all elements of the gradient, from that over those which this rank holds."""
+        """The sum over all elements of the gradient, from the sum over this rank's shards."""
         return part
 
     def bytes_sent(self, model: Transformer, micro_steps: int) -> float:
-        """Bytes of parameters and gradients that a rank sends in an iteration of so many
-        micro-steps.
+        """Bytes of parameters and gradients that a rank sends per iteration.
 
-        By rings (Patarasuk & Yuan 2009), as nccl-tests count the bandwidth of the bus: all-gather
-        and reduce-scatter among n ranks send (n - 1) / n of the whole, all-reduce twice that.
+        For ring algorithms (Patarasuk & Yuan 2009), as in the bus bandwidth of nccl-tests:
+        all-gather and reduce-scatter over n ranks send (n - 1) / n of the data, all-reduce twice
+        that.
         """
         return 0.0
 
     # --- Checkpoints ---
 
     def weight_shards(self, model: Transformer) -> dict[str, ParamShard]:
-        """What this rank holds of each parameter, by name; tied ones once."""
+        """This rank's shard of each parameter, by name; tied parameters once."""
         return local_weights(model)
 
     def optimizer_shards(self, model: Transformer) -> dict[str, ParamShard]:
-        """What this rank's optimizer updates of each parameter, by name."""
+        """The shard of each parameter that this rank's optimizer updates, by name."""
         return self.weight_shards(model)
 
     @property
     def saves(self) -> tuple[bool, bool]:
-        """Whether this rank's weights, and its optimizer's state, belong in a checkpoint."""
+        """Whether this rank saves its weights, and whether it saves its optimizer state."""
         return True, True
 
 
 class DataParallel(MultiProcessGroup, SingleProcess):
-    """Each rank holds the whole model and sees its own part of the batch (Li et al. 2020)."""
+    """Each rank has the whole model and processes its part of the batch (Li et al. 2020)."""
 
     name = 'ddp'
 
@@ -143,7 +143,7 @@ class DataParallel(MultiProcessGroup, SingleProcess):
         wrapped.register_comm_hook(getattr(torch, self.run.reduce_dtype), _sum_hook)
         return wrapped
 
-    matrix_group: dist.ProcessGroup | None = None  # ranks that hold the matrices among them
+    matrix_group: dist.ProcessGroup | None = None  # ranks between which matrices are exchanged
 
     def matrix_exchange(self, matrices: list[nn.Parameter], dtype: torch.dtype) -> LocalMatrices:
         shards = map(self.shard, matrices)
@@ -167,10 +167,10 @@ class DataParallel(MultiProcessGroup, SingleProcess):
 
 
 def _sum_hook(dtype: torch.dtype, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
-    """DDP's communication hook: the plain sum over the ranks, travelling in `dtype`.
+    """DDP's communication hook: the sum over the ranks, communicated in `dtype`.
 
-    Not the mean, for which each share of the loss would have to be multiplied by the world size:
-    under the fp16 scaler that would overflow so much earlier.
+    Not the mean, for which each part of the loss would have to be multiplied by the world size, so
+    that it would overflow earlier with the fp16 scaler.
     """
     buffer = bucket.buffer()
     future = dist.all_reduce(buffer.to(dtype), async_op=True).get_future()
@@ -181,14 +181,14 @@ ALIGNMENT = 128  # bytes, of the parameters in ZeRO-1's buffer
 
 
 class ZeRO1(DataParallel):
-    """DDP with the optimizer's state divided among the ranks (Rajbhandari et al. 2020, stage 1).
+    """DDP with the optimizer state sharded over the ranks (Rajbhandari et al. 2020, stage 1).
 
-    The parameters are views of one flat buffer. Each rank updates an equal shard of it, wherever
-    that begins and ends, and the shards are gathered in place.
+    The parameters are views of one flat buffer. Each rank updates a shard of equal size, whose
+    limits may be inside a parameter, and the shards are gathered in place.
 
-    Not torch.distributed.optim.ZeroRedundancyOptimizer: that gives whole parameters to ranks, so
-    that they hold unequal amounts, and takes neither an optimizer with exchanges of its own (Muon)
-    nor a step that is skipped on the device.
+    Not torch.distributed.optim.ZeroRedundancyOptimizer: it assigns whole parameters to ranks, which
+    get shards of different size, and supports neither optimizers with their own communication
+    (Muon) nor steps that are skipped on the device.
     """
 
     name = 'zero1'
@@ -209,10 +209,10 @@ class ZeRO1(DataParallel):
             view = self.flat[at : at + size].view_as(parameter)
             view.copy_(parameter.data)
             parameter.data = view
-            # The part of it that lies in this rank's shard is what its optimizer knows.
+            # This rank's optimizer has the part of the parameter in its shard.
             low = min(max(at, self.shard_begin), at + size)
             high = max(low, min(at + size, self.shard_begin + self.shard_size))
-            part = self.flat[low:high]  # which may be empty
+            part = self.flat[low:high]  # may be empty
             self.shards[parameter] = ParamShard(part, low - at, nn.Parameter(part))
             at += aligned_elements(size)
         return super().wrap(model)
@@ -226,7 +226,7 @@ class ZeRO1(DataParallel):
         return self.shards[parameter]
 
     def all_gather_params(self) -> None:
-        """Bring every rank's shard of the parameters to all."""
+        """Gather the parameter shards of all ranks on every rank."""
         shard = self.flat[self.shard_begin : self.shard_begin + self.shard_size].clone()
         dist.all_gather_into_tensor(self.flat, shard)
 
@@ -243,7 +243,7 @@ class ZeRO1(DataParallel):
 
 
 class _ShardedOptimizer(torch.optim.Optimizer):
-    """The optimizer of a run over this rank's shard; looks like one over all parameters."""
+    """The optimizer of this rank's shard, with the interface of one for all parameters."""
 
     found_inf: torch.Tensor | None = None
 
@@ -259,23 +259,24 @@ class _ShardedOptimizer(torch.optim.Optimizer):
         self.bytes_sent = inner.bytes_sent
 
     def step(self) -> None:
-        # Hand over this rank's part of the gradients, and what the schedule and the guard say.
+        # Pass on this rank's shard of the gradients, the learning rates and `found_inf`.
         for parameter, shard in self.parallel.shards.items():
             end = shard.offset + len(shard.tensor)
             shard.key.grad = parameter.grad.view(-1)[shard.offset : end]
         for group, inner in zip(self.param_groups, self.inner.param_groups):
             inner['lr'] = group['lr']
         self.inner.found_inf = self.found_inf
-        # Update this rank's shard, then gather everybody's.
+        # Update this rank's shard, then gather those of all ranks.
         self.inner.step()
         self.inner.zero_grad(set_to_none=True)
         self.parallel.all_gather_params()
 
 
 class FullySharded(DataParallel):
-    """Parameters, gradients and optimizer state divided, gathered block by block (FSDP2).
+    """Parameters, gradients and optimizer state sharded, gathered block by block (FSDP2).
 
-    With `fsdp_shard_size` they are divided among that many ranks and repeated over the rest.
+    With `fsdp_shard_size`, they are sharded over groups of that many ranks and replicated across
+    groups (HSDP).
     """
 
     name = 'fsdp'
@@ -291,20 +292,20 @@ class FullySharded(DataParallel):
     def build(
         self, config: ModelArchitectureConfig, recomputed: list[int], compiled: bool
     ) -> tuple[Transformer, nn.Module]:
-        model = build_model(config)  # on the meta device: the whole is never in one place
+        model = build_model(config)  # on the meta device: no rank has the whole model
         prepare_blocks(model, recomputed, compiled)
         reduce_dtype = getattr(torch, self.run.reduce_dtype)
         shard_module = partial(
             fully_shard,
             mesh=self.mesh,
             reshard_after_forward=self.run.fsdp_reshard_after_forward,
-            # Parameters travel in fp32 and autocast casts them, as under every other strategy.
+            # Parameters are gathered in fp32 and cast by autocast, as in the other strategies.
             mp_policy=MixedPrecisionPolicy(reduce_dtype=reduce_dtype),
         )
         for block in model.blocks:
             shard_module(block)
-        shard_module(model)  # the tied table and head are in one group: the root's
-        for module in _fsdp_modules(model):  # gradients are added up, as under DDP
+        shard_module(model)  # embedding and head, which may be tied, are in the root's group
+        for module in _fsdp_modules(model):  # gradients are summed, as with DDP
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
         model.to_empty(device=self.device)
@@ -314,7 +315,7 @@ class FullySharded(DataParallel):
 
     @torch.no_grad()
     def initialize(self, model: Transformer) -> None:
-        """Each parameter from its own generator, one at a time, as in a single process."""
+        """Initialize one parameter at a time, each from its own generator, as in one process."""
         initialize_buffers(model)
         values = initial_values(model)
         for name, parameter in model.named_parameters():
@@ -338,7 +339,7 @@ class FullySharded(DataParallel):
 
     def bytes_sent(self, model: Transformer, micro_steps: int) -> float:
         ranks = self.mesh.size(self.mesh.ndim - 1)
-        # Every rank's rows are as many as those of the one that has most.
+        # FSDP pads the rows of each rank to the largest number of rows.
         elements = sum(
             ranks * rows_per_rank(p) * (p.numel() // p.shape[0]) for p in model.parameters()
         )
@@ -347,11 +348,11 @@ class FullySharded(DataParallel):
         return (
             gathers * _ring_bytes(4 * elements, ranks)
             + _ring_bytes(gradients, ranks)
-            + 2 * _ring_bytes(gradients / ranks, self.world_size // ranks)  # among the replicas
+            + 2 * _ring_bytes(gradients / ranks, self.world_size // ranks)  # between the replicas
         )
 
     def weight_shards(self, model: Transformer) -> dict[str, ParamShard]:
-        # Without fsdp_reshard_after_forward an evaluation leaves whole parameters in place of ours.
+        # Without fsdp_reshard_after_forward, an evaluation leaves gathered parameters behind.
         for module in _fsdp_modules(model):
             module.reshard()
         return super().weight_shards(model)
@@ -369,7 +370,7 @@ def aligned_elements(elements: int) -> int:
 
 
 def _ring_bytes(whole: float, ranks: int) -> float:
-    """What one of `ranks` sends of `whole` until each has got, or added to, all the others'."""
+    """Bytes that each rank sends in a ring all-gather or reduce-scatter of `whole` bytes."""
     return (ranks - 1) / ranks * whole
 
 
@@ -381,7 +382,7 @@ RECOMPILE_LIMIT = 64
 
 
 def prepare_blocks(model: Transformer, recomputed: list[int], compiled: bool) -> None:
-    """Let the blocks `recomputed` keep only their input; compile; in this order."""
+    """Make the blocks `recomputed` recompute their activations, then compile the blocks."""
     for number in recomputed:
         recompute(model.blocks[number])
     if not compiled:
@@ -396,17 +397,17 @@ def prepare_blocks(model: Transformer, recomputed: list[int], compiled: bool) ->
 
 
 def local_weights(model: Transformer) -> dict[str, ParamShard]:
-    """What this rank holds of each parameter, by name; tied ones once."""
+    """This rank's shard of each parameter, by name; tied parameters once."""
     return {name: local_shard(parameter) for name, parameter in model.named_parameters()}
 
 
 def local_shard(parameter: nn.Parameter) -> ParamShard:
-    """What this rank holds of a parameter."""
+    """This rank's shard of a parameter."""
     return ParamShard(local_tensor(parameter).view(-1), shard_offset(parameter), parameter)
 
 
 def shard_offset(parameter: torch.Tensor) -> int:
-    """Where the elements that this rank holds of a parameter begin in the flattened whole."""
+    """The first element of this rank's shard in the flattened parameter."""
     if not isinstance(parameter, DTensor):
         return 0
     mesh = parameter.device_mesh
@@ -415,13 +416,13 @@ def shard_offset(parameter: torch.Tensor) -> int:
 
 
 def rows_per_rank(parameter: DTensor) -> int:
-    """FSDP2 divides the first dimension into chunks of so many, the last ones smaller or empty."""
+    """Rows per shard in FSDP2, which splits the first dimension; the last may have fewer."""
     mesh = parameter.device_mesh
     return -(-parameter.shape[0] // mesh.size(mesh.ndim - 1))
 
 
 def recomputed_blocks(activation_checkpointing: str, n_layer: int) -> list[int]:
-    """The blocks that 'none', 'full' or 'N', every N-th, stands for."""
+    """Indices of the blocks to recompute for 'none', 'full' or 'N' (every N-th)."""
     if activation_checkpointing == 'none':
         return []
     every = 1 if activation_checkpointing == 'full' else int(activation_checkpointing)
@@ -429,12 +430,12 @@ def recomputed_blocks(activation_checkpointing: str, n_layer: int) -> list[int]:
 
 
 def choose_strategy(run: TrainingConfig, device: torch.device) -> SingleProcess:
-    """The strategy that the options ask for, with the processes that torchrun started."""
+    """The strategy that the options choose, for the processes started by torchrun."""
     flag = 'use_fsdp' if run.use_fsdp else 'use_zero1' if run.use_zero1 else None
     if flag and 'WORLD_SIZE' not in os.environ:
         raise UserError(
-            f'{flag}=True needs processes that torchrun starts: torchrun --standalone '
-            f'--nproc_per_node=2 train.py … --{flag}=True. To go on alone: --{flag}=False.'
+            f'{flag}=True needs processes started by torchrun. Run torchrun --standalone '
+            f'--nproc_per_node=2 train.py … --{flag}=True, or set --{flag}=False.'
         )
     if flag:
         return FullySharded(run, device) if run.use_fsdp else ZeRO1(run, device)

@@ -23,10 +23,10 @@ ILLEGAL = [
     (MLA | {'n_embd': 100}, ['n_head=12', 'n_embd=100', '--n_head=10', 'qk_nope_head_dim']),
     (MLA | {'use_gqa': True}, ['use_gqa', "attention_type='standard'"]),
     (MLA | {'qk_norm': 'rmsnorm'}, ['qk_norm', "attention_type='standard'"]),
-    (MLA | ROPE | {'qk_rope_head_dim': 5}, ['rope', 'head of 5']),
+    (MLA | ROPE | {'qk_rope_head_dim': 5}, ['rope', 'head dimension 5']),
     ({'kv_lora_rank': 4}, ['kv_lora_rank', "attention_type='mla'"]),
     ({'position_encoding': 'sinusoidal', 'n_embd': 5, 'n_head': 1}, ['n_embd=5', 'odd']),
-    ({**ROPE, 'n_embd': 36}, ['rope', 'head of 3']),
+    ({**ROPE, 'n_embd': 36}, ['rope', 'head dimension 3']),
     ({**ROPE, 'rope_fraction': 0.3}, ['rope_fraction=0.3', 'head of 64', 'such as 0.28125']),
     (
         {**ROPE, 'rope_fraction': 0.75, 'n_embd': 48},

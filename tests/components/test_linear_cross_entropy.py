@@ -86,7 +86,7 @@ def test_second_backward_is_rejected():
     hidden, weight, targets = problem()
     loss = linear_cross_entropy(hidden, weight, targets, None, IGNORED)
     loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match='differentiated once'):
+    with pytest.raises(RuntimeError, match='differentiated only once'):
         loss.backward()
 
 

@@ -217,7 +217,7 @@ def test_killed_rank_is_named_once(answers):
     for answer in [answer for answer in answers if answer['case'] == 'killed']:
         assert answer['codes'] == [1, -9, 1][: len(answer['codes'])]
         rank, text = only_speaker(answer)
-        assert rank == 0 and 'rank 1' in text and 'ended without a word' in text
+        assert rank == 0 and 'rank 1' in text and 'exited without an error message' in text
         assert '--init_from=auto' in text and 'Traceback' not in text and 'gloo' not in text
         assert all('rank 1' in known['message'] for known in answer['for_torchrun'] if known)
 
@@ -228,7 +228,9 @@ def test_hanging_rank_is_named_once(answers, case):
     assert answer['codes'] == [1, -9, 1]
     rank, text = only_speaker(answer)
     assert rank == 0 and 'rank 1' in text and 'rank 2' not in text
-    assert 'did not come' in text and '--distributed_timeout' in text and 'Traceback' not in text
+    assert (
+        'is not responding' in text and '--distributed_timeout' in text and 'Traceback' not in text
+    )
 
 
 def test_missing_rank_is_named(answers):
