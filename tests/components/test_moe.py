@@ -388,7 +388,7 @@ def test_moe_cannot_be_expert():
 
 
 def test_moe_options_are_rejected_elsewhere():
-    with pytest.raises(UserError, match="belongs to ffn_type='moe'"):
+    with pytest.raises(UserError, match="it needs ffn_type='moe'"):
         tiny(ffn_type='swiglu', num_experts=4)
 
 
