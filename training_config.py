@@ -1,7 +1,7 @@
-"""The run as data: nanoGPT's options, typed, and the merge of everything into one `Settings`.
+"""The options of a run (nanoGPT's and more), merged with the architecture into `Settings`.
 
-settings = load_settings(command_line)  # merged and checked; derived values still open
-settings = settings.resolve(...)        # once the device and the dataset are known
+settings = load_settings(command_line)  # merged and checked, without derived values
+settings = settings.resolve(...)        # when the device and the dataset are known
 """
 
 import math
@@ -48,13 +48,13 @@ OPTIMIZER_REGISTRY = Registry('optimizer', 'Optimizer', 'optim.optimizers')
 SCHEDULE_REGISTRY = Registry('lr_schedule', 'Learning-rate schedule', 'optim.schedules')
 
 
-INIT_FROM = ('scratch', 'resume', 'auto')  # without somebody's weights
+INIT_FROM = ('scratch', 'resume', 'auto')  # without pretrained weights
 GPT2_SIZES = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
 
 
 def is_init_from(value: str) -> bool:
-    kind, _, place = value.partition(':')
-    return value in (*INIT_FROM, *GPT2_SIZES) or bool(kind in ('hf', 'nanogpt') and place)
+    kind, _, source = value.partition(':')
+    return value in (*INIT_FROM, *GPT2_SIZES) or bool(kind in ('hf', 'nanogpt') and source)
 
 
 # fmt: off
@@ -152,24 +152,24 @@ OPTION_GROUPS = {
 }
 PLAN_GROUP = {'Planning (instead of a run)': PLAN_OPTIONS}
 
-# On a CPU a single sequence keeps 100 iterations of the 12-layer presets within minutes; on a GPU
-# 12 sequences × 40 micro-batches × 1024 tokens = 491,520 tokens an update, as nanoGPT has it.
-CPU_SEQUENCES = (1, 1)  # in a micro-batch, and in an update
+# On a CPU, with a single sequence, 100 iterations of the 12-layer presets take minutes. On a GPU,
+# 12 sequences × 40 micro-batches × 1024 tokens = 491,520 tokens per iteration, as in nanoGPT.
+CPU_SEQUENCES = (1, 1)  # per micro-batch, and per iteration
 ACCELERATOR_SEQUENCES = (12, 480)
 CPU_EVAL_TOKENS = 8192
-# FLOPs of a process's training from which on torch.compile pays on a CPU. It takes half a minute,
-# once, and then 0 to 3 % off an update on two cores without AMX, and a fifth of the memory
-# (benchmarks/RESULTS.md). These make 3e11 to 5e11 a second: a run of 40 minutes.
+# Training FLOPs per process from which torch.compile is worthwhile on a CPU. It takes half a minute
+# once, and saves 0 to 3 % of the time and a fifth of the memory on two cores without AMX
+# (benchmarks/RESULTS.md). At their 3e11 to 5e11 FLOPs per second, this is a run of 40 minutes.
 CPU_COMPILE_FLOPS = 1e15
 ACCELERATOR_EVAL_ITERS = 200
-# Enough evaluations for a curve. On a CPU one takes as long as five updates of a sequence, and a
-# checkpoint is saved with it: hence not more often.
+# Enough evaluations for a curve. More would be slow on a CPU, where an evaluation takes as long as
+# five iterations of one sequence, and saves a checkpoint.
 EVALUATIONS = 10
-EVAL_INTERVALS = (20, 2000)  # the least and the most
+EVAL_INTERVALS = (20, 2000)  # minimum and maximum
 
 
 class TrainingConfig(FrozenConfig):
-    """The resolved options of the run; None where a value is still to be derived."""
+    """The options of a run; values that are still to be derived are None."""
 
     @classmethod
     def from_dict(cls, values: dict) -> 'TrainingConfig':
@@ -192,62 +192,60 @@ class TrainingConfig(FrozenConfig):
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that the user decided, merged: what the run, the model and the record read."""
+    """All settings of a run, merged: training options, architecture, command line, plan."""
 
     run: TrainingConfig
     architecture: ModelArchitectureConfig
     command_line: CommandLine
     plan: FrozenConfig
-    ranks: int  # processes that there are, or that are planned
-    derived: dict[str, str] = field(default_factory=dict)  # key -> value and why
+    ranks: int  # number of processes, actual or planned
+    derived: dict[str, str] = field(default_factory=dict)  # key -> value and reason
 
     @property
     def notes(self) -> list[str]:
-        """What the user should know of the files and, once options are resolved, of these."""
+        """Notes for the user on config files and, if they are resolved, on options."""
         notes = []
         if self.command_line.extra:
             path = self.command_line.config_files[-1]['path']
-            notes = [
-                f'{path} holds a study: this is one run of it; python study.py {path} runs all'
-            ]
+            notes = [f'{path} holds a study: this is a single run; python study.py {path} runs all']
         if not self.run.eval_only:
             for component in self.run.components():
                 notes += sentences_of(component, 'notes', self.run)
         return notes
 
     def to_dict(self) -> dict:
-        """Every resolved option, flat, as in the record."""
+        """All resolved options in one dict, as in the record."""
         architecture = {'arch_preset': self.architecture.preset, **self.architecture.to_dict()}
         return {**self.run.to_dict(), **architecture}
 
     def resolve(self, device: torch.device, dtype: str, dataset: TokenDataset | None) -> 'Settings':
-        """Derive what depends on the device and the data; without data the vocabulary stays open.
+        """Derive the values that depend on the device and the data.
 
-        Raises UserError if vocab_size is too small for the data.
+        Without a dataset, vocab_size may remain None. Raises UserError if it is too small.
         """
         run, architecture = self.run, self.architecture
         derivation = Derivation(run, device, self.ranks)
         derive = derivation.derive
-        # By the run and its device.
+        # From the options and the device.
         derive('eval_interval', *eval_interval_of(run))
         derivation.derive_batch(architecture.block_size)
         for component in run.components():
             for key, (value, why) in derived_values_of(component, run).items():
                 derive(key, value, why)
-        derive('device', str(device), 'planned' if self.plan.plan else 'the best that is here')
-        derive('dtype', dtype, f'what this {device.type} does in hardware')
-        # The cores and the memory that this takes are those of the training on a CPU.
+        derive('device', str(device), 'planned' if self.plan.plan else 'best available')
+        derive('dtype', dtype, f'supported by this {device.type}')
+        # On a CPU, it would take cores and memory from the training.
         derive('async_save', device.type != 'cpu', f'for {device.type}')
         if run.wandb_log:
             derive('wandb_project', Path(run.dataset).name, "the dataset's name")
             derive('wandb_run_name', architecture.name, "the architecture's name")
-        # By the data.
+        # From the data.
         check_token_count(derivation.values, architecture)
         if dataset is not None:
             architecture = with_vocabulary(architecture, dataset, run.dataset, derivation.shown)
             architecture = with_end_of_text(architecture, dataset, run.dataset)
         check_calls(architecture)
-        # By all of these.
+        # From all of these.
         derivation.derive_compile(architecture, has_data=dataset is not None)
         for key, value in architecture.to_dict().items():
             _, _, why = architecture.origins[key].partition('derived: ')
@@ -261,7 +259,7 @@ class Settings:
         )
 
     def explain(self) -> str:
-        """Each resolved value and where it came from, for `--print_config`."""
+        """Each resolved value with its origin, for `--print_config`."""
         run = self.run.to_dict()
         groups = {
             title: {key: run[key] for key in options if key in run}
@@ -276,19 +274,19 @@ class Settings:
 
 
 # --------------------------------------------------------------------------------------------------
-# Values that nobody gave
+# Derived values
 
 
 class Derivation:
-    """The run's options while those that are open are derived."""
+    """Derives the options of a run that are not set."""
 
     def __init__(self, run: TrainingConfig, device: torch.device, ranks: int):
         self.values, self.origins = run.to_dict(), dict(run.origins)
-        self.shown: dict[str, str] = {}  # key -> value and why
+        self.shown: dict[str, str] = {}  # key -> value and reason
         self.device, self.ranks = device.type, ranks
 
     def derive(self, key: str, value: Any, why: str) -> None:
-        """Give the option its value, unless somebody did or nothing chosen has a use for it."""
+        """Set the option, if it is in use and not set."""
         if key not in self.values or self.values[key] not in (None, 'auto'):
             return
         form = {int: ',', float: 'g'}.get(type(value), '')
@@ -296,52 +294,52 @@ class Derivation:
         self.values[key], self.origins[key] = value, f'derived: {why}'
 
     def derive_batch(self, block_size: int) -> None:
-        """The sizes of a micro-batch, of an iteration and of an evaluation, by kind of device."""
+        """Derive the sizes of micro-batch, iteration and evaluation from the kind of device."""
         on_cpu, why = self.device == 'cpu', f'for {self.device}'
         batch_size, sequences = CPU_SEQUENCES if on_cpu else ACCELERATOR_SEQUENCES
         self.derive('batch_size', batch_size, why)
         accumulation = max(1, round(sequences / self.values['batch_size']))
         accumulation = -(-accumulation // self.ranks) * self.ranks
-        shared = f', in equal parts for {self.ranks} ranks' if self.ranks > 1 else ''
+        shared = f', a multiple of {self.ranks} ranks' if self.ranks > 1 else ''
         self.derive('gradient_accumulation_steps', accumulation, f'{why}{shared}')
         windows = max(8, CPU_EVAL_TOKENS // block_size) if on_cpu else ACCELERATOR_EVAL_ITERS
         tokens = f': {CPU_EVAL_TOKENS:,} tokens, or 8 windows' if on_cpu else ''
         self.derive('eval_iters', windows, f'{why}{tokens}')
 
     def derive_compile(self, architecture: ModelArchitectureConfig, has_data: bool) -> None:
-        """On a CUDA GPU; on a CPU if the run is long enough, which is open without data."""
+        """Compile on a CUDA GPU, and on a CPU if the run is long enough (unknown without data)."""
         if self.device != 'cpu':
             # Inductor's backend for MPS is a prototype.
             self.derive('compile', self.device == 'cuda', f'for {self.device}')
         elif self.values['compile'] is None and has_data:
             flops = flops_of_run(self.values, architecture) / self.ranks
-            why = f'it pays from about {CPU_COMPILE_FLOPS:.0e} FLOPs on, and this run has'
+            why = f'worthwhile from about {CPU_COMPILE_FLOPS:.0e} FLOPs, and this run has'
             self.derive('compile', flops >= CPU_COMPILE_FLOPS, f'for cpu: {why} {flops:.2g}')
 
 
 def check_token_count(run: dict, architecture: ModelArchitectureConfig) -> None:
-    """Raise UserError where the whole run has more tokens than can be counted exactly."""
+    """Raise UserError if the run has more tokens than can be counted exactly."""
     keys = ('max_iters', 'gradient_accumulation_steps', 'batch_size')
     tokens = math.prod(run[key] for key in keys) * architecture.block_size
     if tokens > 2**53:
         factors = ' × '.join(f'{key}={run[key]:,}' for key in keys)
         raise UserError(
-            f'{factors} × block_size={architecture.block_size:,} are {tokens:.3g} tokens in all, '
-            'and no run can count more than 2**53 (9e15). Lower one of them.'
+            f'{factors} × block_size={architecture.block_size:,} are {tokens:.3g} tokens in total; '
+            'the maximum is 2**53 (9e15). Reduce one of them.'
         )
 
 
 def eval_interval_of(run: TrainingConfig) -> tuple[int, str]:
-    """Iterations between evaluations where nobody set it, and why."""
+    """The derived value of eval_interval, and the reason."""
     least, most = EVAL_INTERVALS
     interval = min(most, max(least, run.max_iters // EVALUATIONS))
     if run.sample_interval % interval != 0:
-        return run.sample_interval, 'as sample_interval: text is written at evaluations'
+        return run.sample_interval, 'sample_interval, since samples are written at evaluations'
     return interval, f'max_iters / {EVALUATIONS}, from {least} to {most}'
 
 
 def flops_of_run(run: dict, architecture: ModelArchitectureConfig) -> float:
-    """Training FLOPs of all ranks, from the run's options once all of them are derived."""
+    """Training FLOPs of all ranks, from the resolved options."""
     if run['eval_only']:
         return 0.0
     sequences = run['batch_size'] * run['gradient_accumulation_steps'] * run['max_iters']
@@ -352,9 +350,9 @@ def flops_of_run(run: dict, architecture: ModelArchitectureConfig) -> float:
 def with_vocabulary(
     architecture: ModelArchitectureConfig, dataset: TokenDataset, name: str, derived: dict[str, str]
 ) -> ModelArchitectureConfig:
-    """The architecture with the dataset's vocabulary, noted in `derived`; or with its own.
+    """The architecture with the dataset's vocab_size, noted in `derived`, unless it is set.
 
-    Raises UserError if its own is too small.
+    Raises UserError if it is too small.
     """
     needed, padded = dataset.vocab_size, dataset.padded_vocab_size
     if architecture.vocab_size is None:
@@ -364,9 +362,9 @@ def with_vocabulary(
         derived['vocab_size'] = f"{padded:,} (the dataset's {needed:,}{padding})"
     elif architecture.vocab_size < needed:
         raise UserError(
-            f'vocab_size={architecture.vocab_size} ({architecture.origins["vocab_size"]}): the '
-            f'dataset {name!r} has tokens up to {needed - 1}, so at least {needed} is needed: '
-            f'--vocab_size={padded}.'
+            f'vocab_size={architecture.vocab_size} ({architecture.origins["vocab_size"]}) is too '
+            f'small: the dataset {name!r} has tokens up to {needed - 1}, so at least {needed} is '
+            f'needed. Set --vocab_size={padded}.'
         )
     return architecture
 
@@ -380,27 +378,28 @@ def with_end_of_text(
     if architecture.end_of_text is None:
         if dataset.end_of_text is None:
             raise UserError(
-                f'document_mask=True: the documents of the dataset {name!r} are not marked, for '
-                f'its meta.json names no end_of_text. Say which token ends one (--end_of_text=ID), '
-                f'prepare the data with documents, or leave it off (--document_mask=False).'
+                f'document_mask=True: the documents of the dataset {name!r} are not marked, since '
+                f'its meta.json has no end_of_text. Set the token that ends a document '
+                f'(--end_of_text=ID), prepare the data with documents, or remove document_mask.'
             )
         architecture = architecture.replace(end_of_text=dataset.end_of_text)
-        architecture.origins['end_of_text'] = 'derived: of the dataset'
+        architecture.origins['end_of_text'] = 'derived: from the dataset'
     if architecture.end_of_text >= dataset.vocab_size:
         raise UserError(
             f'end_of_text={architecture.end_of_text}: the dataset {name!r} has tokens up to '
-            f'{dataset.vocab_size - 1} only, so that none would end a document.'
+            f'{dataset.vocab_size - 1} only, so that no token would end a document. Set another '
+            f'--end_of_text.'
         )
     return architecture
 
 
 def run_schema() -> Schema:
-    """The options of the run itself, by group, those of optimizers and schedules included."""
+    """The training options by group, including those of optimizers and schedules."""
     return {title: with_component_options(options) for title, options in OPTION_GROUPS.items()}
 
 
 def schema() -> Schema:
-    """Every option of a run, by group; what a config file registered included."""
+    """All options of a run by group, including those that a config file registered."""
     return {**run_schema(), **PLAN_GROUP, **architecture_schema()}
 
 
@@ -420,14 +419,14 @@ def load_settings(command_line: CommandLine) -> Settings:
 def device_problems(
     run: TrainingConfig, plan: FrozenConfig, architecture: ModelArchitectureConfig
 ) -> list[str]:
-    """What keeps the chosen components from being trained on the device, a sentence each."""
+    """Reasons why the chosen components cannot train on the device, a sentence each."""
     if run.eval_only and not run.diagnostics:
         return []
     try:
         device = 'cpu' if plan.plan else select_device(run.device).type
-    except UserError:  # one of the run's problems
+    except UserError:  # reported among the run's problems
         return []
-    where = 'a plan goes through the training as on a CPU: ' if plan.plan else ''
+    where = 'a plan simulates the training on a CPU: ' if plan.plan else ''
     return [
         where + problem
         for _, component in architecture.components()
@@ -436,7 +435,7 @@ def device_problems(
 
 
 def run_problems(run: TrainingConfig, plan: FrozenConfig, ranks: int) -> list[str]:
-    """What is wrong with the run's options taken together, a sentence each."""
+    """Problems of combinations of training options, a sentence each."""
     problems = [] if plan.plan else problems_here(run)
     for component in run.components():
         problems += sentences_of(component, 'problems', run)
@@ -444,7 +443,7 @@ def run_problems(run: TrainingConfig, plan: FrozenConfig, ranks: int) -> list[st
 
 
 def problems_here(run: TrainingConfig) -> list[str]:
-    """Of the device, the data, and where else the run is logged: a plan asks for none of them."""
+    """Problems of the device, the dataset and the trackers, which a plan does not use."""
     problems: list[str] = []
     checks = partial(select_device, run.device), partial(is_prepared, run.dataset)
     for check in (*checks, partial(trackers.check_packages, run)):
@@ -456,34 +455,34 @@ def problems_here(run: TrainingConfig) -> list[str]:
 
 
 def rank_problems(run: TrainingConfig, ranks: int) -> Iterator[str]:
-    """Of how the run is divided among the ranks."""
+    """Problems of the division of the run between ranks."""
     if run.use_fsdp and run.use_zero1:
         yield (
-            'use_fsdp=True and use_zero1=True: FSDP divides the optimizer state already. Leave '
-            'one of them out.'
+            'use_fsdp=True and use_zero1=True: FSDP shards the optimizer state already. Remove '
+            'one of them.'
         )
     size, accumulation = run.get('fsdp_shard_size'), run.gradient_accumulation_steps
     if size is not None and ranks % size != 0:
-        yield f'fsdp_shard_size={size} does not divide the {ranks} ranks.'
+        yield f'fsdp_shard_size={size} does not divide the {ranks} ranks. Set a divisor.'
     if accumulation is not None and accumulation % ranks != 0:
         yield (
             f'gradient_accumulation_steps={accumulation} counts the micro-batches of all '
-            f'{ranks} ranks and must be a multiple of that: for example '
+            f'{ranks} ranks and must be a multiple of that. Set for example '
             f'--gradient_accumulation_steps={-(-accumulation // ranks) * ranks}.'
         )
 
 
 def option_problems(run: TrainingConfig) -> Iterator[str]:
-    """Of when the run writes text, and of what it begins from."""
+    """Problems of sample_interval and resume_run."""
     every, interval = run.sample_interval, run.eval_interval
     if interval is not None and every % interval != 0:
         nearest = -(-every // interval) * interval
         yield (
-            f'sample_interval={every}: text is written at evaluations, so this is a multiple of '
-            f'eval_interval={interval}, for example --sample_interval={nearest}.'
+            f'sample_interval={every} must be a multiple of eval_interval={interval}, since '
+            f'samples are written at evaluations. Set for example --sample_interval={nearest}.'
         )
     if run.resume_run is not None and run.init_from not in ('resume', 'auto'):
         yield (
-            f'resume_run={run.resume_run!r} has no use with init_from={run.init_from}: add '
-            f'--init_from=resume, or leave it out.'
+            f'resume_run={run.resume_run!r} has no effect with init_from={run.init_from}. Add '
+            f'--init_from=resume, or remove resume_run.'
         )

@@ -90,7 +90,7 @@ def test_training_flex_on_cpu_is_rejected(train):
     refused = train('--attention_backend=flex', code=2).stderr
     assert 'has no backward pass on cpu' in refused and 'Traceback' not in refused
     refused = train('--attention_backend=flex', '--plan', code=2).stderr
-    assert 'a plan goes through the training as on a CPU' in refused
+    assert 'a plan simulates the training on a CPU' in refused
     measured = train('--attention_backend=flex', '--eval_only=True')
     assert 'flex_attention called without' not in measured.stderr
 

@@ -156,7 +156,7 @@ def test_run_takes_end_of_text_from_dataset(marked, tmp_path):
     assert masked.record['config']['document_mask'] is True
     assert '-DocMask-' in masked.record['architecture']['name']
     assert masked.record['architecture']['hash'] != plain.record['architecture']['hash']
-    assert 'of the dataset' in masked.record['startup_info']['derived']['end_of_text']
+    assert 'from the dataset' in masked.record['startup_info']['derived']['end_of_text']
     flops = [run.record['startup_info']['flops']['per_token'] for run in (plain, masked)]
     assert flops[0] == flops[1]  # the convention counts whole windows
 

@@ -668,7 +668,7 @@ def test_contradicting_options_are_refused(nanogpt_checkpoint, tmp_path, train):
     assert 'n_head' not in error and 'vocab_size' not in error
     error = train(f'--init_from=nanogpt:{tmp_path}', '--n_head=4', '--block_size=16', code=2).stderr
     assert 'vocab_size=40 (nanogpt:' in error
-    assert 'at least 256 is needed: --vocab_size=256' in error
+    assert 'at least 256 is needed. Set --vocab_size=256' in error
 
 
 @pytest.mark.parametrize(

@@ -113,7 +113,7 @@ REFUSED = {
     'zero1 alone': (1, {'use_zero1': True}, 'torchrun'),
     'shards of nothing': (1, {'fsdp_shard_size': 2}, 'use_fsdp=True'),
     'kept by nobody': (2, {'fsdp_reshard_after_forward': False}, 'use_fsdp=True'),
-    'both': (2, {'use_fsdp': True, 'use_zero1': True}, 'Leave one of them out'),
+    'both': (2, {'use_fsdp': True, 'use_zero1': True}, 'Remove one of them'),
     'accumulation': (2, {'gradient_accumulation_steps': 3}, '--gradient_accumulation_steps=4'),
     'shards': (2, {'use_fsdp': True, 'fsdp_shard_size': 3}, 'fsdp_shard_size=3'),
 }

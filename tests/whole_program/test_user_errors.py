@@ -208,7 +208,11 @@ MISTAKES = {
     ],
     # sizes beyond any machine, refused at once
     'train.py --max_iters=1e26': ['max_iters=1000000000', 'above 9,223,372,036,854,775,807'],
-    'train.py --max_iters=1e15': ['max_iters=1,000,000,000,000,000', 'tokens in all', 'Lower one'],
+    'train.py --max_iters=1e15': [
+        'max_iters=1,000,000,000,000,000',
+        'tokens in total',
+        'Reduce one',
+    ],
     'train.py --n_layer=1000000': ['n_layer=1000000', 'at most 10,000'],
     'train.py --n_head=1000000000': ['n_head=1000000000', 'at most 10,000'],
     'train.py --vocab_size=1000000000000': ['too large', 'GB of memory', 'Lower', 'vocab_size'],
