@@ -187,7 +187,7 @@ THEIRS = {
 def randomized_model(fields: dict):
     """Their model of that config, 40 tokens, with random weights of every kind."""
     model = reference.from_fields({**reference.NO_SPECIAL_TOKENS, 'vocab_size': 40, **fields})
-    reference.randomise(model)
+    reference.randomize(model)
     return model
 
 

@@ -247,8 +247,8 @@ MISTAKES = {
     'train.py --position_encoding=rope --n_embd=18': ["'rope'", 'n_embd=18', 'n_head', 'even'],
     'train.py --use_gqa': ['num_kv_heads=None', 'use_gqa=True', 'one of 1, 2'],
     'train.py --use_gqa --num_kv_heads=3': ['num_kv_heads=3', 'n_head=2', 'one of 1, 2'],
-    'train.py --num_kv_heads=1': ['num_kv_heads=1', 'use_gqa=True', 'leave num_kv_heads out'],
-    'train.py --rope_theta=5': ['rope_theta=5', "position_encoding='rope'", 'leave rope_theta out'],
+    'train.py --num_kv_heads=1': ['num_kv_heads=1', 'use_gqa=True', 'Remove num_kv_heads'],
+    'train.py --rope_theta=5': ['rope_theta=5', "position_encoding='rope'", 'Remove rope_theta'],
     'train.py --ffn_type=swiglu --activation=relu': ["activation='relu'", "ffn_type='standard'"],
     # config files
     'train.py typos.py': ['typos.py', 'does not exist', 'Did you mean typo.py?'],
