@@ -53,6 +53,10 @@ class LiveRegion:
         return _current is self or (_current is None and can_redraw(self.stream))
 
     @property
+    def columns(self) -> int:
+        return terminal_size(self.stream).columns
+
+    @property
     def due(self) -> bool:
         """Whether an `update` is drawn at once."""
         return not self._widths or time.monotonic() - self._drawn_at >= REDRAW_SECONDS
@@ -105,7 +109,7 @@ class LiveRegion:
 
     def _draw(self) -> str | None:
         """Draw the lines over the last ones, in one write."""
-        columns = terminal_size(self.stream).columns
+        columns = self.columns
         mark = '…' if has_emoji(self.stream) else '>'
         rows = [
             cut_to_width(displayed(row.replace('\t', ' '), self.stream), columns, mark)
@@ -125,7 +129,7 @@ class LiveRegion:
 
         Rows that are longer than a terminal that was made narrower have been wrapped by it.
         """
-        columns = max(terminal_size(self.stream).columns, 1)
+        columns = max(self.columns, 1)
         rows = sum(max(1, -(-width // columns)) for width in self._widths)
         return f'\r\x1b[{rows}A' if rows else '\r'
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TextIO
 
-from common.console_output import bold, red, write_progress, yellow
+from common.console_output import bold, is_terminal, red, write_progress, yellow
 from common.errors import UserError, did_you_mean
 from common.formatting import (
     byte_count,
@@ -357,8 +357,12 @@ class Console:
 
     def show(self, text: str) -> None:
         """Print `text`, above a block that is shown in place. A lost stream ends no run."""
-        if not self.is_lost:
-            self._note_lost(write_progress(text, stream=self.stream))
+        if self.is_lost:
+            return
+        if is_terminal(self.stream):
+            columns = self.display.columns
+            text = text.replace(THICK, THICK[:columns]).replace(THIN, THIN[:columns])
+        self._note_lost(write_progress(text, stream=self.stream))
 
     def _note_lost(self, reason: str | None) -> None:
         if reason:

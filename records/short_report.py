@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from common.console_output import bold
-from common.formatting import flop_count, join_names, or_na, teraflops
+from common.formatting import approximate, flop_count, join_names, or_na, teraflops
 from records.record_types import (
     DataInfo,
     FlopsInfo,
@@ -92,8 +92,8 @@ def _options_line(config: dict[str, Any], chosen: dict[str, str]) -> list[str]:
 
 def _parameters_text(model: ModelInfo) -> str:
     total, active = model['total_params'], model['active_params']
-    text = f'{total:,} ({model["non_embedding_params"]:,} non-embedding)'
-    return text if active == total else f'{text}; {active:,} active per token'
+    of_token = '' if active == total else f'; {approximate(active)} active'
+    return f'{total:,} ({model["non_embedding_params"]:,} non-embedding{of_token})'
 
 
 def _training_lines(data: DataInfo, optimizer: OptimizerInfo, max_iters: int) -> list[str]:

@@ -26,7 +26,12 @@ def test_report_of_preset_fits_on_screen(preset, info):
     config = ModelArchitectureConfig(arch_preset=preset, vocab_size=50304)
     architecture = {'name': config.name, 'hash': config.hash, 'choices': config.to_dict()}
     run = {**CONFIG, 'arch_preset': preset, 'eval_interval': 10}
-    info = {**info, 'chosen': {'arch_preset': 'command line', 'eval_interval': 'config/x.py'}}
+    model = {**info['model'], 'active_params': 123_456_789}
+    info = {
+        **info,
+        'model': model,
+        'chosen': {'arch_preset': 'command line', 'eval_interval': 'config/x.py'},
+    }
     lines = report_text(architecture=architecture, config=run, startup_info=info).splitlines()
     assert len(lines) <= 24
     assert max(map(len, lines)) <= 80
@@ -69,7 +74,7 @@ def test_report_shows_pretrained_weights_processes_and_active_parameters():
     report = report_text(metadata=metadata, startup_info=info)
     assert re.search('^  Processes: +8$', report, re.MULTILINE)
     assert re.search('^  Weights: +gpt2$', report, re.MULTILINE)
-    assert '1,000,000 active per token' in ' '.join(report.split())
+    assert '(123,587,328 non-embedding; 1 M active)' in report
 
 
 @pytest.mark.parametrize('report', ['short', 'full'])
