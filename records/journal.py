@@ -1,7 +1,7 @@
-"""How a run's record gets onto the disk: the journal, line by line, and record.json, at once.
+"""Writing a run's record to disk: the journal line by line, record.json in one step.
 
 A line is handed to the operating system in one write, so that a crash loses at most the last one.
-record.json is replaced whole.
+record.json is replaced atomically.
 """
 
 import json
@@ -18,9 +18,9 @@ from records.record_types import JournalLine, Record
 
 
 class Journal:
-    """A file to which whole lines are added, one `write` each, so that none waits in a buffer.
+    """A file to which whole lines are appended, one `write` each, without a buffer.
 
-    While it is open, no other process can open it so; reading it is free.
+    While it is open, no other process can open it for writing; reading is always possible.
     """
 
     def __init__(self, path: Path, *, new: bool):
@@ -33,8 +33,8 @@ class Journal:
         try:
             if not lock_file(self.fd):
                 raise UserError(
-                    f'{path.parent}: another process is training this run. Wait for its end or '
-                    'stop it first; --init_from=scratch starts a run of its own instead.'
+                    f'{path.parent}: another process is training this run. Wait until it ends '
+                    'or stop it; --init_from=scratch starts a new run instead.'
                 )
             self._repair_last_line()
         except BaseException:
@@ -42,7 +42,7 @@ class Journal:
             raise
 
     def _repair_last_line(self) -> None:
-        """Give a torn last line its line end if that is all it lacks, and cut it off otherwise."""
+        """Complete a torn last line if only its line feed is missing, and remove it otherwise."""
         data = read_file(self.path)
         tail = data[data.rfind(b'\n') + 1 :]
         try:
@@ -54,7 +54,7 @@ class Journal:
             raise _write_error(self.path, error) from error
 
     def append(self, kind: str, entry: dict[str, Any]) -> JournalLine:
-        """Write one line, and return it. One that does not fit on the disk leaves no trace."""
+        """Write one line and return it. A line that does not fit on the disk is removed again."""
         line = finite_json({'kind': kind, 'time': round(time.time(), 3), **entry})
         data = (json.dumps(line, allow_nan=False) + '\n').encode()
         size = os.fstat(self.fd).st_size
@@ -71,7 +71,7 @@ class Journal:
 
 
 def finite_json(value: Any) -> Any:
-    """`value` as strict JSON has it: a float that is not finite is unknown, a tuple is a list."""
+    """`value` in strict JSON: floats that are not finite become None, tuples become lists."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
@@ -82,7 +82,7 @@ def finite_json(value: Any) -> Any:
 
 
 def write_record(path: Path, record: Record) -> None:
-    """Replace `path` in one step: whatever goes wrong, the file there is whole, old or new."""
+    """Replace `path` in one step: after any failure the file is complete, either old or new."""
     try:
         replace_file(path, _to_json(record).encode())
     except OSError as error:
@@ -90,7 +90,7 @@ def write_record(path: Path, record: Record) -> None:
 
 
 def _to_json(record: Record) -> str:
-    """Indented where people look, one line an entry where there are thousands."""
+    """Indented JSON, with one line per entry in the long lists."""
     parts = []
     for key, value in record.items():
         if key in LISTS:
@@ -108,6 +108,6 @@ def _write_error(path: Path, error: OSError) -> UserError:
     if error.filename not in (None, str(path), path):
         reason = f'{reason}: {error.filename}'
     return UserError(
-        f'{path}: cannot be written ({reason}). What was recorded before is intact. '
-        'Make room or mend the folder, then continue the run with --init_from=resume.'
+        f'{path}: cannot be written ({reason}). The record up to this point is intact. '
+        'Free disk space or repair the folder, then continue the run with --init_from=resume.'
     )

@@ -1,8 +1,7 @@
-"""The record of a run as people and programs read it, from its journal or its record.json.
+"""Reading the record of a run, from its journal or its record.json.
 
 `assemble` turns the lines of a journal into the document that `record_schema.json` describes.
-record.json is a copy of that document, perhaps an older one. Nothing here knows torch, devices or
-components.
+record.json is a copy of that document, possibly an older one. This module does not depend on torch.
 """
 
 import json
@@ -27,11 +26,11 @@ LISTS = {
     'checkpoints': 'checkpoint',
     'events': 'event',
 }
-# The document's other keys that are objects. They come with the first line of the journal, all but
-# the summary, and a resumed process may state them again.
+# The document's other keys that are objects. All but the summary are in the first line of the
+# journal, and a resumed process may write them again.
 OBJECTS = ('config', 'architecture', 'metadata', 'startup_info', 'summary')
 
-# What files that hold no record make the reading of one fail with.
+# Exceptions raised by reading a file that is not a record.
 _MALFORMED = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
 
 # --- Reading --------------------------------------------------------------------------------------
@@ -40,14 +39,14 @@ _MALFORMED = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
 def read_record(path: str | os.PathLike) -> Record:
     """The document of a run: `path` is its folder, its journal or its record.json.
 
-    In a folder the journal comes first, since it is never behind; a torn last line is left out.
-    Raises UserError, naming the file, for anything else.
+    In a folder the journal is preferred, since it is always up to date; a torn last line is
+    ignored. Raises UserError, naming the file, for anything else.
     """
     path = Path(path)
     if path.is_dir():
         files = [path / name for name in (JOURNAL, RECORD) if (path / name).is_file()]
         if not files:
-            raise UserError(f'{path}: no run there, since it holds no {JOURNAL} and no {RECORD}.')
+            raise UserError(f'{path} is not a run folder: it has neither {JOURNAL} nor {RECORD}.')
         path = files[0]
     data = read_file(path)
     try:
@@ -56,15 +55,15 @@ def read_record(path: str | os.PathLike) -> Record:
         return _check_record(json.loads(data))
     except _MALFORMED as error:
         raise UserError(
-            f'{path}: not the record of a run ({type(error).__name__}: {error}). '
+            f'{path} is not the record of a run ({type(error).__name__}: {error}). '
             f'Give a run folder, its {JOURNAL} or its {RECORD}.'
         ) from error
 
 
 def read_outline(path: str | os.PathLike) -> Record:
-    """The document without `training_iterations`, which are most of it and take longest to read.
+    """The document without `training_iterations`, its longest part.
 
-    Of a run that has ended, in a folder, only record.json is read. Raises UserError.
+    For a run folder whose run has ended only record.json is read. Raises UserError.
     """
     path = Path(path)
     end = _end_line(path / JOURNAL)
@@ -75,14 +74,14 @@ def read_outline(path: str | os.PathLike) -> Record:
             if ended_then and 'train_seconds' in record['summary']:
                 return record
         except (OSError, *_MALFORMED):
-            pass  # the journal says it all
+            pass  # the journal is complete
     record = read_record(path)
     record['training_iterations'] = []
     return record
 
 
 def _end_line(journal: Path) -> JournalLine | None:
-    """The `end` line of a journal that closes with one."""
+    """The last line of a journal if it is an `end` line, else None."""
     try:
         with open(journal, 'rb') as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - 16384))
@@ -93,13 +92,13 @@ def _end_line(journal: Path) -> JournalLine | None:
 
 
 def _without_iterations(path: Path) -> bytes:
-    """The text of a record.json with an empty list in place of its longest one, which is not read.
+    """The text of a record.json with an empty `training_iterations`, which is not read.
 
     Raises OSError, or ValueError for an empty file.
     """
     with open(path, 'rb') as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
         begin = text.find(b'\n "training_iterations": [')
-        end = text.rfind(b'\n "eval_steps": ')  # no string in JSON has a line end of its own
+        end = text.rfind(b'\n "eval_steps": ')  # strings in JSON contain no line feed
         if not 0 <= begin < end:
             return text[:]
         return text[:begin] + b'\n "training_iterations": [],' + text[end:]
@@ -114,7 +113,7 @@ def read_file(path: Path) -> bytes:
 
 
 def parse_journal(data: bytes) -> list[JournalLine]:
-    """A journal's lines. Only the last may be broken: that is how far a crash reaches."""
+    """A journal's lines. Only the last may be torn, by a crash."""
     parsed = []
     *lines, tail = data.split(b'\n')
     for number, line in enumerate(lines, 1):
@@ -128,7 +127,7 @@ def parse_journal(data: bytes) -> list[JournalLine]:
 
 
 def is_whole_line(tail: bytes) -> bool:
-    """Whether what follows the last line end lacks nothing but its own line end."""
+    """Whether the text after the last line feed is a complete line except for its line feed."""
     try:
         return isinstance(json.loads(tail), dict)
     except ValueError:
@@ -136,16 +135,16 @@ def is_whole_line(tail: bytes) -> bool:
 
 
 def _check_record(record: Any) -> Record:
-    """The document, if its outline is right. The schema says the rest, and tests hold us to it.
+    """The document, if its top level is valid; tests check the rest against the schema.
 
-    Earlier versions averaged rates: where a record.json has their averages, they are taken again.
+    Earlier versions averaged rates: such averages in a record.json are computed again.
     """
     if record['schema_version'] != SCHEMA_VERSION:
         raise ValueError(f'schema_version {record["schema_version"]} is not {SCHEMA_VERSION}')
     for keys, kind in ((LISTS, list), (OBJECTS, dict)):
         for key in keys:
             if not isinstance(record[key], kind):
-                raise TypeError(f'{key} is no {kind.__name__}')
+                raise TypeError(f'{key} is not a {kind.__name__}')
     if 'train_seconds' not in record['summary'] and record['training_iterations']:
         record['summary'] |= averages(record['training_iterations'], record['events'])
     return record
@@ -157,9 +156,9 @@ def _check_record(record: Any) -> Record:
 def assemble(lines: Iterable[JournalLine]) -> Record:
     """The document of `record.json` from the parsed lines of a journal.
 
-    A resume or a rollback to iteration k takes back what was done after k; where an `iter` still
-    occurs twice, the later line holds. A run without an `end` line counts as `running`, a crashed
-    one included. Raises ValueError, KeyError or TypeError for lines that are no journal.
+    A resume or a rollback to iteration k drops the entries after k; if an `iter` still occurs
+    twice, the later line is used. A run without an `end` line counts as `running`, also after a
+    crash. Raises ValueError, KeyError or TypeError for lines that are not a journal.
     """
     assembly = _Assembly()
     for line in lines:
@@ -168,11 +167,11 @@ def assemble(lines: Iterable[JournalLine]) -> Record:
 
 
 class _Assembly:
-    """The document as far as the lines of a journal that were added say."""
+    """The document of the journal lines that were added so far."""
 
     def __init__(self) -> None:
         self.document: dict[str, Any] = {'schema_version': SCHEMA_VERSION}
-        # Entries by kind and, within one, by what makes two lines one: the iteration, mostly.
+        # Entries by kind and by the key that identifies an entry, usually the iteration.
         self.entries: dict[str, dict[Any, JournalLine]] = {kind: {} for kind in LISTS.values()}
         self.lines = self.rollbacks = 0
         self.process_began = self.last_time = self.earlier_seconds = 0.0
@@ -196,7 +195,7 @@ class _Assembly:
         elif kind in ('resume', 'rollback'):
             self._go_back(kind, line)
         elif kind == 'event':
-            # What a resumed process meets a second time happened once.
+            # An event that a resumed process repeats happened once.
             key = (line['event'], line['iter'], line.get('message'), self.rollbacks)
             self.entries[kind].pop(key, None)
             self.entries[kind][key] = line
@@ -212,12 +211,12 @@ class _Assembly:
         self.document |= {'end_time': None, 'status': 'running'}
 
     def _go_back(self, kind: str, line: JournalLine) -> None:
-        """Drop what came after the checkpoint of `iter` updates; the return itself is an event."""
+        """Drop the entries after the checkpoint of `iter` iterations, and add an event for that."""
         for name, entries in self.entries.items():
-            # A rollback is part of the run: what led to it happened. A lost process's did not.
+            # The events before a rollback are part of the run; those of a lost process are not.
             if name == 'event' and kind == 'rollback':
                 continue
-            # Batch `iter` comes after that checkpoint; an evaluation of `iter` does not.
+            # Iteration `iter` comes after that checkpoint; an evaluation at `iter` does not.
             first_dropped = line['iter'] + (name != 'iteration')
             for key, entry in list(entries.items()):
                 if entry['iter'] is not None and entry['iter'] >= first_dropped:

@@ -1,6 +1,6 @@
-"""The folders of runs: made, found, and which of them began last.
+"""Creating and finding run folders.
 
-A run is a folder `out_dir/run_<date>_<time>/` with its `journal.jsonl`, its `record.json` and its
+A run is a folder `out_dir/run_<date>_<time>/` with `journal.jsonl`, `record.json` and
 `checkpoints/`.
 """
 
@@ -16,17 +16,17 @@ from common.folders import walk
 JOURNAL, RECORD = 'journal.jsonl', 'record.json'
 
 _RUN_NAME = re.compile(r'run_(\d{8}_\d{6})(?:_(\d+))?')
-# At the beginning of a journal and of a record.json. In the texts of both quotes are escaped.
+# Near the beginning of a journal and of a record.json; quotes inside their strings are escaped.
 _START_TIME = re.compile(rb'"start_time": "([^"]*)"')
-# Big folders that hold no runs; hidden ones and virtual environments are left out as well.
+# Large folders without runs; hidden folders and virtual environments are skipped as well.
 _NOT_SEARCHED = {'data', 'node_modules', 'site-packages', '__pycache__'}
 
 
 def new_run_folder(out_dir: str | os.PathLike, now: datetime | None = None) -> Path:
-    """Make `out_dir/run_<date>_<time>/checkpoints/` and return the run's folder, which is new.
+    """Create `out_dir/run_<date>_<time>/checkpoints/` and return the new run folder.
 
-    A second run of the same second gets the suffix `_2`, and so on: `mkdir` decides the race.
-    Raises UserError where the folder cannot be made.
+    A second run of the same second gets the suffix `_2`, and so on; `mkdir` resolves races between
+    processes. Raises UserError if the folder cannot be created.
     """
     name = f'run_{now or datetime.now():%Y%m%d_%H%M%S}'
     try:
@@ -42,17 +42,17 @@ def new_run_folder(out_dir: str | os.PathLike, now: datetime | None = None) -> P
         os.mkdir(folder / 'checkpoints')
     except OSError as error:
         raise UserError(
-            f'out_dir={str(out_dir)!r}: no run folder can be made there ({error.strerror}). '
-            'Choose a folder that you may write to with --out_dir=FOLDER.'
+            f'out_dir={str(out_dir)!r}: a run folder cannot be created there ({error.strerror}). '
+            'Choose a writable folder with --out_dir=FOLDER.'
         ) from error
     return folder
 
 
 def latest_run(out_dir: str | os.PathLike, job: str | None = None) -> Path | None:
-    """The run in `out_dir` that began last, or None; of one second by name (`_2` before `_10`).
+    """The run in `out_dir` that began last, or None; within a second by name (`_2` before `_10`).
 
-    Given a `job`, the newest of those that it began or went on with last, if there are any. A
-    folder without a journal or record belongs to a run that ended before it began: not counted.
+    job: prefer the newest run that this job began or resumed last. A folder without a journal or
+    record belongs to a run that failed before it began, and is ignored.
     """
     runs = []
     for folder in Path(out_dir).glob('run_*'):
@@ -65,10 +65,10 @@ def latest_run(out_dir: str | os.PathLike, job: str | None = None) -> Path | Non
 
 
 def _start_time(folder: Path) -> float | None:
-    """When a run began, in seconds since 1970; None where it never did.
+    """The time when a run began, in seconds since 1970; None if it never did.
 
-    The time in its folder's name is local, so that it depends on the time zone; it stands in only
-    where neither journal nor record tell.
+    The time in the folder's name depends on the time zone; it is used only if neither journal nor
+    record has the start time.
     """
     start = None
     for name in (JOURNAL, RECORD):
@@ -95,31 +95,31 @@ def _local_time(name: str) -> float:
     try:
         return datetime.strptime(match[1], '%Y%m%d_%H%M%S').timestamp() if match else 0.0
     except (ValueError, OverflowError, OSError):
-        return 0.0  # digits, but no date
+        return 0.0  # digits that are not a date
 
 
 def _last_job(folder: Path) -> str | None:
-    """The job that began a run or went on with it last; None where its journal does not tell."""
+    """The job that began or resumed a run last; None if its journal does not say."""
     try:
         data = (folder / JOURNAL).read_bytes()
-        at = data.rfind(b'\n{"kind": "resume"') + 1  # 0, the start, where it was never resumed
+        at = data.rfind(b'\n{"kind": "resume"') + 1  # 0, the start line, if it was never resumed
         return json.loads(data[at:].partition(b'\n')[0])['metadata'].get('job')
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
 def find_records(root: str | os.PathLike) -> list[Path]:
-    """The run folders at or below `root`, sorted by path; folders that cannot be read are left out.
+    """The run folders at or below `root`, sorted by path; unreadable folders are skipped.
 
-    Links to folders are followed, so that runs on another disk count, and each real folder counts
-    once. Does not look inside runs, hidden folders, virtual environments or data.
+    Symbolic links are followed, so that runs on another disk are found; each real folder is
+    returned once. Runs, hidden folders, virtual environments and data are not searched.
     """
     runs = []
     for folder, subfolders, files in walk(Path(root)):
         names = {entry.name for entry in files}
         if names & {JOURNAL, RECORD}:
             runs.append(Path(folder))
-        # A lone record.json may be a copy, or another program's: runs can still lie below it.
+        # A lone record.json may be a copy, or another program's: there may be runs below it.
         is_run = JOURNAL in names or (
             RECORD in names and _RUN_NAME.fullmatch(os.path.basename(folder))
         )

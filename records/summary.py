@@ -1,4 +1,4 @@
-"""What a run came to: the summary of its record, computed from the entries of its journal."""
+"""The summary of a run's record, computed from the entries of its journal."""
 
 from bisect import bisect_left
 from collections.abc import Iterable
@@ -23,8 +23,8 @@ class Averages(TypedDict):
 
 
 def summarize(record: Record, wall_seconds: float) -> Summary:
-    """What the run came to; None where nothing tells. Counts are those after `final_iter` updates,
-    the last that an iteration, an evaluation or a checkpoint recorded."""
+    """The results of a run; None for unknown values. Counts are those after `final_iter`
+    iterations, the last that an iteration, an evaluation or a checkpoint recorded."""
     iterations, evaluations = record['training_iterations'], record['eval_steps']
     final_iter, last_entries = _last_entries(record)
     best = best_evaluation(evaluations)
@@ -46,7 +46,7 @@ def summarize(record: Record, wall_seconds: float) -> Summary:
         'total_flops': None if tokens is None or per_token is None else tokens * per_token,
         'wall_seconds': round(wall_seconds, 3),
         'peak_memory_gb': max(peaks, default=None),
-        # A loss that is logged as not finite is an event of this kind too, but counts no updates.
+        # A logged loss that is not finite is an event of this kind too, without a count.
         'nonfinite_updates': sum(e.get('count', 0) for e in events if e['event'] == 'nonfinite'),
         'loss_spikes': sum(event['event'] == 'loss_spike' for event in events),
         'gradient_growth': _gradient_growth(iterations),
@@ -54,10 +54,10 @@ def summarize(record: Record, wall_seconds: float) -> Summary:
 
 
 def averages(iterations: list[IterationEntry], events: list[Event]) -> Averages:
-    """Averages over the updates, each from totals: all time over all updates, and all FLOPs over
-    those that the peak allows in that time. A mean of rates would count slow updates too little.
+    """Averages over the iterations, computed from totals: total time by iterations, and total FLOPs
+    by the FLOPs possible at peak in that time. A mean of rates would underweight slow iterations.
     """
-    # A process warms up (compilation, caches) in its first logged entry: no part of an average.
+    # The first logged entry of a process contains its warm-up (compilation, caches): left out.
     starts = [0, *(event['iter'] or 0 for event in events if event['event'] == 'resume')]
     warm_up = {next((e['iter'] for e in iterations if e['iter'] >= k), None) for k in starts}
     steady = [entry for entry in iterations if entry['iter'] not in warm_up] or iterations
@@ -78,11 +78,11 @@ def averages(iterations: list[IterationEntry], events: list[Event]) -> Averages:
 
 
 def add_training_seconds(record: Record) -> None:
-    """Give each evaluation the seconds that the updates before it took, as far as they are logged.
+    """Set `train_seconds` of each evaluation: the time of the iterations before it, if logged.
 
-    A log entry stands for its `steps` updates up to and with its own.
+    A log entry covers `steps` iterations, up to and including its own.
     """
-    ends, totals = [0], [0.0]  # after so many updates, so many seconds
+    ends, totals = [0], [0.0]  # numbers of iterations, and the seconds that they took
     for entry in record['training_iterations']:
         begin = max(ends[-1], entry['iter'] + 1 - entry['steps'])
         for end, milliseconds in ((begin, 0.0), (entry['iter'] + 1, entry['time_ms'])):
@@ -106,7 +106,7 @@ def best_evaluation(evaluations: Iterable[EvaluationEntry]) -> EvaluationEntry |
 
 
 def memory_peak(entry: IterationEntry) -> float | None:
-    """The peak of the memory in use, GB: the device's, else what it tells, else the process's."""
+    """The peak of the memory in use in GB: the device's peak, else the best known approximation."""
     memory = entry['memory']
     sizes = (memory['peak_gb'], memory['reserved_gb'], memory['allocated_gb'], memory['rss_gb'])
     return next((size for size in sizes if size is not None), None)
@@ -115,7 +115,7 @@ def memory_peak(entry: IterationEntry) -> float | None:
 def _last_entries(
     record: Record,
 ) -> tuple[int, list[IterationEntry | EvaluationEntry | CheckpointEntry]]:
-    """The updates known to be done, and the entries that were made right after the last."""
+    """The number of iterations known to be done, and the entries written right after the last."""
     entries: list[tuple[int, IterationEntry | EvaluationEntry | CheckpointEntry]] = []
     entries += [(entry['iter'] + 1, entry) for entry in record['training_iterations']]
     entries += [(entry['iter'], entry) for entry in record['eval_steps']]
@@ -129,12 +129,12 @@ def _data_seen(
     record: Record,
     final_iter: int,
 ) -> tuple[int | None, float | None, int | None]:
-    """Tokens, epochs and unique tokens that `final_iter` updates have seen, by the entries of then.
+    """Tokens, epochs and unique tokens seen in `final_iter` iterations, from the last entries.
 
-    Records of before have the tokens in iterations alone: what came after the last is added.
+    Older records have the tokens in iterations only: those of later iterations are added.
     """
     tokens = epochs = unique_tokens = None
-    for entry in reversed(last_entries):  # the first that has them says them
+    for entry in reversed(last_entries):  # the first entry that has them decides
         tokens = entry.get('tokens_seen', tokens)
         epochs = entry.get('epochs', epochs)
         unique_tokens = entry.get('unique_tokens', unique_tokens)
@@ -148,9 +148,9 @@ def _data_seen(
 
 
 def _gradient_growth(iterations: list[IterationEntry]) -> float | None:
-    """The gradient norm's mean over the last quarter of the log against that over the second.
+    """The ratio of the mean gradient norm in the last quarter of the log to that in the second.
 
-    The first has the warm-up in it. None: too short a log.
+    The first quarter contains the warm-up. None if the log is too short.
     """
     gradients = [entry.get('gradients') for entry in iterations]
     norms = [norm for block in gradients if block and (norm := block.get('norm')) is not None]

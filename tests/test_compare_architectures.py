@@ -186,7 +186,7 @@ def test_no_runs_is_user_error_with_hint(tmp_path, monkeypatch):
         read_runs([])
     assert 'python train.py' in str(error.value)
     (tmp_path / 'empty').mkdir()
-    with pytest.raises(UserError, match='empty: no run there'):
+    with pytest.raises(UserError, match='empty is not a run folder'):
         read_runs([Path('empty')])
     with pytest.raises(UserError, match='absent: no such file'):
         read_runs([Path('absent'), Path('empty')])

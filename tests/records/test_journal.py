@@ -232,7 +232,7 @@ def test_folder_in_place_of_record_raises_user_error(tmp_path):
     logger = started_logger(folder)
     (folder / 'record.json').unlink()
     (folder / 'record.json').mkdir()
-    with pytest.raises(UserError, match=r'record\.json.*What was recorded before is intact'):
+    with pytest.raises(UserError, match=r'record\.json.*The record up to this point is intact'):
         logger.finish()
     assert read_record(folder)['status'] == 'finished'
 
