@@ -136,7 +136,7 @@ def test_malformed_record_raises_user_error_with_path(tmp_path, name, content):
 def test_missing_record_raises_user_error_with_path(tmp_path):
     with pytest.raises(UserError, match=r'nowhere.*No such file'):
         read_record(tmp_path / 'nowhere')
-    with pytest.raises(UserError, match=r'no journal\.jsonl and no record\.json'):
+    with pytest.raises(UserError, match=r'neither journal\.jsonl nor record\.json'):
         read_record(tmp_path)
 
 
