@@ -1,13 +1,13 @@
-"""The logger of a run: its journal, its record.json, its console and its trackers, kept in step.
+"""The logger of a run: keeps its journal, record.json, console and trackers consistent.
 
-A run is a folder `out_dir/run_<date>_<time>/`. While it trains, each thing that happens becomes
-one line of `journal.jsonl`, handed to the operating system before the console shows it, so that a
-crash loses at most the last line. `record.json` is the document that people and
-`compare_architectures.py` read, made of those lines and replaced in one step at the start, at the
-end and, as long as that is cheap, after evaluations. `records/record_schema.json` describes it.
+A run is a folder `out_dir/run_<date>_<time>/`. During training each entry becomes one line of
+`journal.jsonl`, handed to the operating system before the console shows it, so that a crash loses
+at most the last line. `record.json` is the document for people and for `compare_architectures.py`,
+made of those lines and replaced in one step at the start, at the end and, as long as that is cheap,
+after evaluations. `records/record_schema.json` describes it.
 
-Plain numbers come in, JSON goes out: nothing here knows torch, devices or components. Scripts that
-read runs find here what they need: `find_records`, `latest_run`, `read_record`.
+Entries are plain numbers, without tensors: this module does not depend on torch. It also exports
+what scripts need to read runs: `find_records`, `latest_run`, `read_record`.
 """
 
 import functools
@@ -42,15 +42,15 @@ from records.trackers import Tracker
 
 __all__ = ['TrainingLogger', 'find_records', 'latest_run', 'new_run_folder', 'read_record']
 
-# The most of a run's time that keeping record.json up to date at evaluations may take: with 100,000
-# entries, writing it takes seconds. The journal is never behind.
+# The largest share of a run's time for updating record.json at evaluations: with 100,000 entries,
+# writing it takes seconds. The journal is always up to date.
 RECORD_SHARE = 0.01
 
 Method = TypeVar('Method', bound=Callable)
 
 
 def _on_main(method: Method) -> Method:
-    """Every rank calls every method; only the main one has anything to write."""
+    """Every rank calls every method; only the main rank writes."""
 
     @functools.wraps(method)
     def guarded(self, *args, **kwargs):
@@ -62,10 +62,10 @@ def _on_main(method: Method) -> Method:
 class TrainingLogger:
     """Writes one run's journal and record.json, and shows the run on the console.
 
-    `style` and `stream` are the console's. Entries are those of `record_schema.json`; any float in
-    them that is not finite is recorded as null. Every method raises UserError when the disk takes
-    no more, and leaves what was recorded before as it was. The `trackers` are given what the
-    journal is given, after it.
+    `style` and `stream` are those of the console. Entries have the form of `record_schema.json`;
+    floats that are not finite are recorded as null. Every method raises UserError if the disk
+    cannot be written, and leaves the earlier record intact. The `trackers` receive the lines of the
+    journal after they are written.
     """
 
     def __init__(
@@ -127,11 +127,11 @@ class TrainingLogger:
         metadata: RunMetadata,
         startup_info: StartupInfo,
     ) -> Record | None:
-        """Continue the folder's journal from the `checkpoint` of `iter` updates.
+        """Continue the folder's journal from the `checkpoint` of `iter` iterations.
 
-        `changed` is key → [old, new] for what differs from the earlier process: options, versions.
-        Returns the record as it now is. Raises UserError where the folder holds no journal to
-        continue, or another process does so.
+        changed: key → [old, new] for options and versions that differ from the earlier process.
+        Returns the record so far. Raises UserError if the folder has no journal, or if another
+        process is writing it.
         """
         read_record(self.run_folder / JOURNAL)
         self.journal = Journal(self.run_folder / JOURNAL, new=False)
@@ -158,19 +158,19 @@ class TrainingLogger:
 
     @_on_main
     def memory_footprint(self, footprint: MemoryFootprint) -> None:
-        """Record what a rank holds, which joins `startup_info.parallel`."""
+        """Record the memory per rank, which becomes part of `startup_info.parallel`."""
         self._record('held', footprint)
 
     @_on_main
     def iteration(self, entry: IterationEntry) -> None:
-        """Record and show an entry of `training_iterations`. A lost loss becomes an event too."""
+        """Record and show an entry of `training_iterations`; a nonfinite loss is an event too."""
         self._record('iteration', entry)
         self.console.iteration(entry)
         self._note_nonfinite(entry['iter'], loss=entry['loss'])
 
     @_on_main
     def evaluation(self, entry: EvaluationEntry) -> None:
-        """Record and show an entry of `eval_steps`; bring record.json up to date if that is due."""
+        """Record and show an entry of `eval_steps`; update record.json if that is due."""
         self._record('evaluation', entry)
         if time.monotonic() >= self.record_due:
             self._update_record()
@@ -188,7 +188,7 @@ class TrainingLogger:
 
     @_on_main
     def event(self, kind: str, iter: int | None, message: str | None = None, **extra) -> None:
-        """Record and show that something out of the ordinary happened after `iter` updates."""
+        """Record and show an unusual event after `iter` iterations."""
         entry: dict[str, Any] = {'event': kind, 'iter': iter, **extra}
         if message is not None:
             entry['message'] = message
@@ -197,9 +197,9 @@ class TrainingLogger:
 
     @_on_main
     def rollback(self, iter: int, *, from_iter: int, checkpoint: str, message: str) -> None:
-        """Record and show that the run went back to the `checkpoint` of `iter` updates.
+        """Record and show that the run went back to the `checkpoint` of `iter` iterations.
 
-        What was recorded after that, up to `from_iter`, is taken back. The rollback is an event.
+        Entries after that, up to `from_iter`, are dropped. The rollback is an event.
         """
         entry = {'iter': iter, 'from_iter': from_iter, 'checkpoint': checkpoint, 'message': message}
         self._record('rollback', entry)
@@ -211,15 +211,15 @@ class TrainingLogger:
 
     @_on_main
     def finish(self, status: str = 'finished', reason: str | None = None) -> Summary | None:
-        """End the run as `finished`, `interrupted` or `failed`: record.json, closing summary.
+        """End the run as `finished`, `interrupted` or `failed`: record.json and closing block.
 
-        The `reason`, which is told to the user elsewhere, becomes an event of that name.
+        reason: becomes an event of that name; the caller shows it to the user.
 
-        Returns the summary, which is computed from the journal alone. Does nothing, and returns
-        None, before `start` and on ranks that are not main.
+        Returns the summary, computed from the journal alone. Does nothing, and returns None, before
+        `start` and on ranks that are not main.
 
-        After `failed` no UserError is raised, only shown: what ended the run is on its way to the
-        user, often the very same full disk, and must not be replaced. The result is None then.
+        With `failed` a UserError is shown, not raised, and the result is None: the error that ended
+        the run, often the same full disk, must reach the user.
         """
         assert status in STATUSES[1:], status
         self.console.close()
@@ -250,13 +250,13 @@ class TrainingLogger:
     # --- Into the journal and to the trackers -----------------------------------------------------
 
     def _record(self, kind: str, entry) -> None:
-        """Write a line of the journal, and give the same line to the trackers."""
+        """Write a line to the journal and pass it to the trackers."""
         assert self.journal is not None, 'the run has not begun, or has ended'
         line = self.journal.append(kind, entry)
         self._call_trackers(lambda tracker: tracker.log(line))
 
     def _update_record(self) -> Record:
-        """Write record.json anew, and say when that may happen next."""
+        """Replace record.json, and set the time when that may happen next."""
         assert self.journal is not None, 'the run has not begun, or has ended'
         began = time.monotonic()
         record = read_record(self.journal.path)
@@ -266,12 +266,12 @@ class TrainingLogger:
         return record
 
     def _record_console_lost(self, reason: str) -> None:
-        """Record that the run goes on without being shown."""
-        if self.journal:  # else it has its last line
+        """Record that the run continues without a console."""
+        if self.journal:  # otherwise the run has ended
             self._record('event', {'event': 'console_lost', 'iter': None, 'message': reason})
 
     def _note_nonfinite(self, iter: int, **losses: float | None) -> None:
-        """The record has null for such a loss; an event says that it was measured, and what."""
+        """Add an event for each loss that is not finite, which the record has as null."""
         for name, loss in losses.items():
             if loss is not None and not math.isfinite(loss):
                 self.event('nonfinite', iter, f'{name} is {loss}')
@@ -291,18 +291,18 @@ class TrainingLogger:
         self._repeat_evaluation(iter)
 
     def _repeat_evaluation(self, iter: int | None) -> None:
-        """Give the trackers once more the evaluation with which a run goes on from `iter`.
+        """Pass the evaluation at `iter`, from which a run continues, to the trackers again.
 
-        They may take back the whole of that step, and the evaluation is not made again.
+        They may have dropped that step, and the evaluation is not repeated.
         """
         if iter in self.evaluations:
             line = {'kind': 'evaluation', **self.evaluations[iter]}
             self._call_trackers(lambda tracker: tracker.log(line))
 
     def _call_trackers(self, call: Callable[[Tracker], Any]) -> list:
-        """Have every tracker do that. One that cannot is given up: it is the record that counts.
+        """Call every tracker, and stop those that fail: the record is complete without them.
 
-        Raises UserError where a tracker has one.
+        Raises the UserError of a tracker.
         """
         answers, failures = [], {}
         for tracker in self.trackers:
@@ -314,9 +314,8 @@ class TrainingLogger:
                 failures[tracker] = ' '.join(str(error).split()).rstrip('.') or type(error).__name__
         self.trackers = [tracker for tracker in self.trackers if tracker not in failures]
         for tracker, reason in failures.items():
-            lost = f'{tracker.title} is told nothing more of this run: {reason}.'
-            message = f'{lost} The record has it all.'
-            if self.journal:  # else it has its last line
+            message = f'{tracker.title} logging stopped: {reason}. The record is complete.'
+            if self.journal:  # otherwise the run has ended
                 self._record('event', {'event': 'sink_failed', 'iter': None, 'message': message})
             self.console.show(event_line('sink_failed', None, message))
         return answers

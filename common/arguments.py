@@ -1,4 +1,4 @@
-"""Options of a command as a table: the help of each, its type, default and limits."""
+"""Tables of a command's options: help, type, default and limits of each."""
 
 import argparse
 import math
@@ -9,14 +9,14 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Argument:
-    """One `--option`. A number outside of its limits is a mistake that `range_problems` names."""
+    """One `--option`. `range_problems` reports numbers outside its limits."""
 
     help: str
     type: Callable[[str], Any] = str
     default: Any = None
     low: float = -math.inf
     high: float = math.inf
-    settings: Mapping[str, Any] = field(default_factory=dict)  # others of argparse's add_argument
+    settings: Mapping[str, Any] = field(default_factory=dict)  # further arguments of add_argument
 
     def add_to(self, parser: argparse.ArgumentParser, name: str) -> None:
         settings = {'default': self.default, 'help': self.help, **self.settings}
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser, arguments: Mapping[str, Argum
 
 
 def range_problems(options: object, arguments: Mapping[str, Argument]) -> list[str]:
-    """A sentence for each number that is outside of its limits."""
+    """A sentence for each number that is outside its limits."""
     problems = []
     for name, argument in arguments.items():
         value, low, high = getattr(options, name), argument.low, argument.high

@@ -1,6 +1,6 @@
-"""What a class must be before a registry takes it: its bases, methods, signatures and attributes.
+"""Checks of a class before it is registered: its bases, methods, signatures and attributes.
 
-A leaf. Every sentence names the class, the method or attribute, and what is expected.
+Every message names the class, the method or attribute, and the expectation.
 """
 
 import inspect
@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Contract:
-    """What the components of one registry have in common.
+    """Requirements of the components of one registry.
 
-    bases: all of them are needed. constructed_with: what the constructor is called with; None where
-    no instance is ever made. methods: what a component must define itself, and its arguments.
+    bases: required base classes. constructed_with: arguments of the constructor; None if components
+    are never instantiated. methods: methods that a component must define itself, with arguments.
     """
 
     bases: tuple[type, ...]
@@ -24,7 +24,7 @@ class Contract:
 
 
 def violations(component: typing.Any, contract: Contract) -> Iterator[str]:
-    """What keeps `component` from being registered, a sentence each."""
+    """The reasons why `component` cannot be registered, a sentence each."""
     missing = [
         base.__name__
         for base in contract.bases
@@ -60,11 +60,11 @@ def _attributes(component: type) -> Iterator[str]:
         value = getattr(component, name)
         if all(isinstance(each, type) for each in allowed) and not isinstance(value, allowed):
             names = ' or '.join('None' if t is types.NoneType else t.__name__ for t in allowed)
-            yield f'{component.__name__}.{name} must be {names}, and is {value!r}.'
+            yield f'{component.__name__}.{name} must be {names}, but is {value!r}.'
 
 
 def _methods(component: type, contract: Contract) -> Iterator[str]:
-    """What must be there, with arguments that it can be called with."""
+    """The required methods and their arguments."""
     from_bases = {id(inspect.getattr_static(b, n, None)) for b in contract.bases for n in dir(b)}
     for name, arguments in contract.methods.items():
         method = inspect.getattr_static(component, name, None)
@@ -77,7 +77,7 @@ def _methods(component: type, contract: Contract) -> Iterator[str]:
 
 
 def _overrides(component: type, bases: tuple[type, ...]) -> Iterator[str]:
-    """Methods that replace a base's, which must take the arguments that the base's takes."""
+    """Methods that override a base's, which must accept the same arguments."""
     defined: dict[str, object] = {}
     for base in bases:
         for ancestor in reversed(base.__mro__):
@@ -93,13 +93,13 @@ def _overrides(component: type, bases: tuple[type, ...]) -> Iterator[str]:
         shown = f'{name}({", ".join(signature.parameters)}){form}'
         override = getattr(component, name)
         if not callable(override):
-            yield f'{component.__name__}.{name} must be {shown}, and is {override!r}.'
+            yield f'{component.__name__}.{name} must be {shown}, but is {override!r}.'
         elif problem := _cannot_be_called_as(override, signature):
             yield f'{component.__name__}.{name} must be {shown}: {problem}.'
 
 
 def _cannot_be_called_as(method, signature: inspect.Signature) -> str | None:
-    """Why `method` does not take the positional arguments of `signature`; None if it does."""
+    """The reason why `method` does not accept the positional arguments of `signature`, or None."""
     positional = [
         parameter
         for parameter in signature.parameters.values()
@@ -110,7 +110,7 @@ def _cannot_be_called_as(method, signature: inspect.Signature) -> str | None:
 
 
 def _cannot_take(method, count: int) -> str | None:
-    """Why `method` cannot be called with so many positional arguments; None if it can."""
+    """The reason why `method` cannot be called with `count` positional arguments, or None."""
     try:
         inspect.signature(method).bind(*[None] * count)
     except TypeError as error:

@@ -1,12 +1,12 @@
-"""A CPU's peak: the fastest matrix multiplication that any start on this machine has measured.
+"""The peak of a CPU: the fastest matrix multiplication ever measured on this machine.
 
-Other work on the machine slows a measurement down to a fraction of the peak, and nothing makes it
-faster. So the best of several short ones counts, and it is remembered: utilizations of two runs
-compare only if both are held against one peak.
+Other load on the machine can only slow a measurement down. So the best of several short
+measurements is used, and it is cached: MFUs of two runs are comparable only relative to the same
+peak.
 
-The memory is a file of JSON lines in the user's cache folder, a line for each new best. Lines are
-only ever added, each by one write, so processes need no lock. A file that cannot be read or written
-is done without.
+The cache is a file of JSON lines in the user's cache folder, one for each new best. Lines are only
+appended, in one write each, so processes need no lock. A file that cannot be read or written is
+ignored.
 """
 
 import json
@@ -23,8 +23,8 @@ from common.gpu_specs import Peak
 from common.paths import cache_folder
 
 SIZES = (1024, 2048)
-SECONDS = 0.07  # for the multiplications of one size, one after the other
-ROUNDS = 3  # of all sizes, where nothing is remembered; else a single one
+SECONDS = 0.07  # for the multiplications of one size
+ROUNDS = 3  # over all sizes, if the cache has no entry; else one round
 
 
 class Best(NamedTuple):
@@ -46,21 +46,21 @@ def peak(cpu: str, dtype: str) -> Peak:
         f'thread{"s" if threads != 1 else ""}'
     )
     if best == earlier:
-        source += f', in an earlier run; {now.tflops / best.tflops:.0%} of that now'
+        source += f', in an earlier run; now {now.tflops / best.tflops:.0%} of it'
     elif not _remember(key, best):
-        source += ', not remembered for other runs'
+        source += ', not cached'
     share, why = _share(threads)
     return Peak(share * best.tflops, source + why, measured=True)
 
 
 def measure(dtype: str, rounds: int) -> Best:
-    """The best of `rounds` times all sizes.
+    """The best of `rounds` rounds over all sizes.
 
-    On a busy machine a small multiplication is slowed many times over by threads that wait for each
-    other, so the sizes are a model's. `linear` is what a model calls: in float16 `mm` can be ten
-    times slower.
+    On a busy machine small multiplications are slowed down most, by threads that wait for each
+    other, so the sizes are those of a model. Models call `linear`: in float16 `mm` can be ten times
+    slower.
     """
-    generator = torch.Generator().manual_seed(0)  # leaves the run's own random stream alone
+    generator = torch.Generator().manual_seed(0)  # does not affect the run's random numbers
     best, operands = Best(0.0, 0), {}
     for _ in range(rounds):
         fastest = 0.0
@@ -77,7 +77,7 @@ def measure(dtype: str, rounds: int) -> Best:
 
 
 def _fastest(x: torch.Tensor, weight: torch.Tensor) -> float:
-    """Seconds of the fastest of the multiplications that `SECONDS` have room for; one at least."""
+    """The time in seconds of the fastest multiplication in `SECONDS`; at least one is made."""
     fastest, now = math.inf, time.perf_counter()
     deadline = now + SECONDS
     while now < deadline:
@@ -89,7 +89,7 @@ def _fastest(x: torch.Tensor, weight: torch.Tensor) -> float:
 
 
 def _share(threads: int) -> tuple[float, str]:
-    """The part of its peak that each of several processes has where they share cores; and why."""
+    """The fraction of the peak for each process if several share cores, and the reason."""
     processes = _whole_number(os.environ.get('LOCAL_WORLD_SIZE', '')) or 1
     cores = psutil.cpu_count(logical=False) or os.cpu_count() or 1
     if hasattr(os, 'sched_getaffinity'):
@@ -104,17 +104,17 @@ def _whole_number(text: str) -> int:
     return int(text) if text.isdecimal() else 0
 
 
-# --- The memory -----------------------------------------------------------------------------------
+# --- The cache ------------------------------------------------------------------------------------
 
 
 def cache_file() -> Path | None:
-    """Where the best is remembered; None where the user has no home."""
+    """The path of the cache; None if the user has no home folder."""
     folder = cache_folder()
     return folder / 'cpu_peak.jsonl' if folder else None
 
 
 def _recall(key: dict) -> Best | None:
-    """The best that is remembered; None without one. What is no line of ours is passed over."""
+    """The best in the cache, or None. Lines in any other format are ignored."""
     file = cache_file()
     try:
         lines = file.read_bytes().splitlines() if file else []
@@ -128,12 +128,12 @@ def _recall(key: dict) -> Best | None:
             if all(entry[name] == value for name, value in key.items()):
                 remembered.append(best)
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
-            continue  # torn, or of another version
+            continue  # torn, or written by another version
     return max((b for b in remembered if math.isfinite(b.tflops) and b.tflops > 0), default=None)
 
 
 def _remember(key: dict, best: Best) -> bool:
-    """Add a line; whether that could be done."""
+    """Append a line; whether that succeeded."""
     file = cache_file()
     if file is None:
         return False
@@ -141,7 +141,7 @@ def _remember(key: dict, best: Best) -> bool:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with open(file, 'ab', buffering=0) as added:
-            added.write(f'\n{line}'.encode())  # the line end first: a torn line before it ends here
+            added.write(f'\n{line}'.encode())  # the line feed first: it ends a torn line before it
     except OSError:
         return False
     return True

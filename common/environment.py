@@ -1,21 +1,21 @@
-"""What torchrun and Slurm say of a job, by variables of the environment."""
+"""The job that torchrun or Slurm started, from environment variables."""
 
 import os
 
 from common.errors import UserError
 
-# What torchrun tells each process, by the environment.
+# Variables that torchrun sets for each process.
 ENVIRONMENT = ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT')
 
 
 def check_environment() -> None:
-    """Raise UserError where the environment says half of what torchrun says, or nonsense.
+    """Raise UserError if torchrun's variables are incomplete or invalid.
 
-    Such variables are left over from another job, or somebody's own launcher has set them.
+    Such variables are left over from another job, or set by another launcher.
     """
     known = {key: os.environ[key] for key in ENVIRONMENT if key in os.environ}
     if known == {'WORLD_SIZE': '1'} or not {'RANK', 'LOCAL_RANK', 'WORLD_SIZE'} & set(known):
-        return  # a world of one says nothing else than no variable does
+        return  # a single process, with or without WORLD_SIZE=1
     shown = ', '.join(f'{key}={value}' for key, value in known.items())
     missing = [key for key in ENVIRONMENT if key not in known]
     if missing:
@@ -23,7 +23,7 @@ def check_environment() -> None:
     elif not all(known[key].isdecimal() for key in ENVIRONMENT if key != 'MASTER_ADDR'):
         wrong = 'all but MASTER_ADDR must be whole numbers'
     elif not int(known['LOCAL_RANK']) <= int(known['RANK']) < int(known['WORLD_SIZE']):
-        wrong = 'no such process can be'
+        wrong = 'they must satisfy LOCAL_RANK <= RANK < WORLD_SIZE'
     else:
         return
     raise UserError(
@@ -33,14 +33,14 @@ def check_environment() -> None:
 
 
 def launch_notes() -> list[str]:
-    """What a person may not have thought of, a sentence or two each."""
+    """Notes on the launch of the job, a sentence or two each."""
     tasks = os.environ.get('SLURM_STEP_NUM_TASKS', '1')
     if tasks == '1' or 'WORLD_SIZE' in os.environ:
         return []
     return [
-        f'Slurm runs this command {tasks} times (SLURM_STEP_NUM_TASKS), and each of them trains '
-        'alone, a run of its own. For one run on all of them start torchrun in each: '
-        'scripts/train.slurm does.'
+        f'Slurm runs this command {tasks} times (SLURM_STEP_NUM_TASKS), and each of them trains a '
+        'separate run. For one run on all of them start torchrun in each, as scripts/train.slurm '
+        'does.'
     ]
 
 
@@ -60,7 +60,7 @@ def check_no_torchrun(caller: str) -> None:
 
 
 def job() -> str | None:
-    """torchrun's name for the job, the same after a restart; None where it has none of its own."""
+    """torchrun's id of the job, the same after a restart; None if it has none."""
     name = os.environ.get('TORCHELASTIC_RUN_ID', 'none')
     return None if name == 'none' else name
 

@@ -1,7 +1,7 @@
 """A user's mistake gets one clear message and exit code 2, never a traceback.
 
-Raise `UserError` wherever the person at the keyboard can mend the matter; wrap a script's entry
-point in `run_script`. `ArgumentParser` turns argparse's complaints into such errors.
+Raise `UserError` for every problem that the user can fix; wrap a script's entry point in
+`run_script`. `ArgumentParser` turns argparse's errors into UserErrors.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from common import console_output, live_region
-from common.console_output import OutputLost, write_error, write_text
+from common.console_output import OutputLost, red, write_error, write_text
 from common.help_layout import parser_help
 from common.paths import BadPath, expand_home, expanded_path
 
@@ -28,7 +28,7 @@ error_translators: list[Callable[[Exception], 'UserError | None']] = []
 
 
 class UserError(Exception):
-    """One or more problems that the user can mend, each a sentence or two of plain text."""
+    """One or more problems that the user can fix, each a sentence or two of plain text."""
 
     exit_code = 2
 
@@ -38,23 +38,23 @@ class UserError(Exception):
 
 
 class RankFailure(UserError):
-    """Another process of the job was lost: nobody's mistake, and no traceback would help."""
+    """Another process of the job failed: not a user error, but a traceback would not help."""
 
     exit_code = 1
 
 
 class ReportedByOtherRank(Exception):
-    """This process of a job ends for a reason that another one tells."""
+    """This process of a job ends for a reason that another process reports."""
 
 
 def did_you_mean(name: str, allowed) -> str:
-    """`' Did you mean x?'` for the closest_match allowed name, or an empty string."""
+    """`' Did you mean x?'` with the closest allowed name, or an empty string."""
     candidate = closest_match(name, allowed)
     return '' if candidate is None else f' Did you mean {candidate}?'
 
 
 def closest_match(name: str, allowed) -> str | None:
-    """The allowed name that is nearest to `name`; None where none is near."""
+    """The allowed name that is closest to `name`; None if none is similar."""
     allowed = list(allowed)
     folded = {candidate.lower().replace('-', '_'): candidate for candidate in allowed}
     close = difflib.get_close_matches(name.lower().replace('-', '_'), folded, n=1, cutoff=0.6)
@@ -62,7 +62,7 @@ def closest_match(name: str, allowed) -> str | None:
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse's, with UserErrors for complaints, near names for unknown options, and our layout.
+    """argparse's parser with UserErrors, suggestions for unknown options, and our help layout.
 
     Options and paths may come in any order; nothing is abbreviated. Options of `type=Path`, and
     those of `type=expand_home`, may begin with `~`. `--debug` is for `run_script`.
@@ -84,17 +84,17 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def _get_values(self, action, arg_strings):
         if action.option_strings and action.nargs is None and arg_strings == ['--']:
-            # --key=--: a value like any other, which argparse would drop.
+            # --key=--: argparse would drop this value.
             value = self._get_value(action, '--')
             self._check_value(action, value)
             return value
         return super()._get_values(action, arg_strings)
 
     def _print_message(self, message: str, file=None) -> None:
-        write_text(message, end='')  # of --help
+        write_text(message, end='')  # the text of --help
 
     def parse(self, argv: list[str] | None) -> argparse.Namespace:
-        """The arguments, of the command line if None. Raises UserError."""
+        """The parsed arguments; argv is that of the command line if None. Raises UserError."""
         options, unknown = self.parse_known_intermixed_args(argv)
         if unknown:
             known = [name for action in self._actions for name in action.option_strings]
@@ -116,9 +116,9 @@ def _as_argument(convert):
 def run_script(main, argv: list[str] | None = None) -> None:
     """Run `main(argv)` as a script and exit: 0, its own code, 2 on a UserError, 130 on Ctrl-C.
 
-    1 where a process of the job failed, be it this one or another. 0 where the reader of the output
-    has read enough (`| head`): a shell's pipefail would take anything else for a failure. `--debug`
-    among the arguments shows the traceback of a UserError too.
+    1 if any process of the job failed. 0 if the reader of the output closes it (`| head`): a shell
+    with pipefail would report anything else as a failure. `--debug` among the arguments shows the
+    traceback of a UserError too.
     """
     console_output.open_streams()
     argv = sys.argv[1:] if argv is None else argv
@@ -135,7 +135,7 @@ def run_script(main, argv: list[str] | None = None) -> None:
         console_output.flush_streams()
         if isinstance(error, BrokenPipeError) or error.reader_gone:
             exit_process(0)
-        write_error(f'{_name()}: {error}.')
+        write_error(f'{red(f"{_name()}:")} {error}.')
         exit_process(2)
     except KeyboardInterrupt:
         write_error('\ninterrupted')
@@ -154,27 +154,27 @@ def _name() -> str:
 
 
 def _rank() -> str | None:
-    """This process's number in its job; None where it is in none (`check_environment`)."""
+    """The rank of this process in its job; None without one (`check_environment`)."""
     return os.environ.get('RANK') if 'WORLD_SIZE' in os.environ else None
 
 
 def _print_problems(error: UserError, debug: bool) -> None:
-    """Show the problems on standard error; of a job's processes the first one says it for all."""
+    """Show the problems on standard error; in a job the first process reports them for all."""
     if debug:
         write_error(traceback.format_exc(), end='')
     name, rank = _name(), _rank() or '0'
     _write_torchrun_error('\n'.join(error.problems))
     if rank != '0' and not isinstance(error, RankFailure):
-        # torchrun ends this process when the first has spoken. If that does not happen, the
-        # mistake is this rank's alone.
+        # torchrun ends this process once the first has reported. If that does not happen, the
+        # error is this rank's alone.
         time.sleep(GRACE_SECONDS)
     if rank != '0':
         name = f'{name}, rank {rank}'
     console_output.flush_streams()
     if len(error.problems) == 1:
-        write_error(f'{name}: {error.problems[0]}')
+        write_error(f'{red(f"{name}:")} {error.problems[0]}')
     else:
-        lines = [f'{name}: {len(error.problems)} problems']
+        lines = [red(f'{name}: {len(error.problems)} problems')]
         write_error('\n'.join([*lines, *(f'  - {problem}' for problem in error.problems)]))
 
 
@@ -186,13 +186,13 @@ def translated_errors() -> Iterator[None]:
     except (UserError, ReportedByOtherRank, OutputLost, BrokenPipeError):
         raise
     except Exception as error:
-        for mistake in filter(None, (explain(error) for explain in error_translators)):
-            raise mistake from error
+        for user_error in filter(None, (translate(error) for translate in error_translators)):
+            raise user_error from error
         raise
 
 
 def _write_torchrun_error(message: str) -> None:
-    """Let torchrun, which started this process, end its report with the message."""
+    """Write the message where torchrun looks for the error of this process."""
     path = os.environ.get('TORCHELASTIC_ERROR_FILE')
     if path:
         when = {'py_callstack': message, 'timestamp': str(int(time.time()))}
@@ -201,10 +201,10 @@ def _write_torchrun_error(message: str) -> None:
 
 
 def exit_process(code: int) -> None:
-    """End the process; one of torchrun's without Python's own end.
+    """Exit; a process of torchrun skips the shutdown of the interpreter.
 
-    FSDP keeps gloo's threads beyond `destroy_process_group`, and now and then one of them would
-    abort the process (SIGABRT) while the interpreter is taken down, after all work was done.
+    FSDP keeps gloo's threads after `destroy_process_group`, and sometimes one of them aborts the
+    process (SIGABRT) during the shutdown, after all work is done.
     """
     console_output.flush_streams()
     if _rank() is not None:

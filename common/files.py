@@ -1,4 +1,4 @@
-"""Files that several processes use: replaced whole or not at all, locked, hashed."""
+"""Files that several processes use: atomic replacement, locks, hashes."""
 
 import contextlib
 import hashlib
@@ -12,15 +12,15 @@ from common.errors import UserError
 
 try:
     import fcntl
-except ImportError:  # Windows: two runs that start at once both prepare, which is only wasteful
+except ImportError:  # Windows: two runs that start at once both prepare the data
     fcntl = None  # type: ignore[assignment]
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Write a file in one step: whatever goes wrong, the one there is whole, old or new.
+    """Replace a file in one step: after any failure it is complete, either old or new.
 
-    Raises OSError, and leaves nothing else behind. A link stays one: what it leads to is replaced.
-    A pipe or a terminal, which cannot be, is written to.
+    Raises OSError, and leaves no temporary file. A symbolic link stays: its target is replaced. A
+    pipe or a terminal is written to.
     """
     if path.exists() and not path.is_file() and not path.is_dir():
         path.write_bytes(content)
@@ -47,7 +47,7 @@ def write_file(path: Path, content: bytes) -> None:
 
 
 def check_destination(option: str, path: Path, suffixes: Sequence[str]) -> None:
-    """Raises UserError where no such file can be written, before any work is done for it."""
+    """Raise UserError if the file cannot be written, before any work is done for it."""
     if os.path.isdir(path):
         raise UserError(f'{option}={path} is a folder: give the name of a file.')
     if path.suffix.lower() not in suffixes:
@@ -60,7 +60,7 @@ def check_destination(option: str, path: Path, suffixes: Sequence[str]) -> None:
         if os.path.exists(folder):
             raise UserError(f'{option}={path}: {folder} is a file, not a folder.')
         raise UserError(
-            f'{option}={path}: the folder {folder} does not exist. Make it first: '
+            f'{option}={path}: the folder {folder} does not exist. Create it first: '
             f'mkdir -p {shlex.quote(str(folder))}'
         )
     if not os.access(folder, os.W_OK | os.X_OK):
@@ -70,8 +70,8 @@ def check_destination(option: str, path: Path, suffixes: Sequence[str]) -> None:
 def lock_file(fd: int, wait: bool = False) -> bool:
     """Lock an open file for this process until it is closed, however the process ends.
 
-    Whether it could be locked; `wait`: not before it can. Where the system or the file system has
-    no locks, it counts as locked.
+    Returns whether it is locked now; `wait`: wait for that. Without support for locks in the system
+    or the file system, it counts as locked.
     """
     if fcntl is None:
         return True
@@ -80,13 +80,13 @@ def lock_file(fd: int, wait: bool = False) -> bool:
     except BlockingIOError:
         return False
     except OSError:
-        pass  # a file system that has no locks
+        pass  # a file system without locks
     return True
 
 
 @contextlib.contextmanager
 def file_lock(path: Path, message: str) -> Iterator[None]:
-    """Hold the lock file `path`; if another process holds it, say `message` and wait."""
+    """Hold the lock file `path`; if another process holds it, show `message` and wait."""
     try:
         lock = open(path, 'w')  # noqa: SIM115 closed, and with that unlocked, below
     except OSError as error:
@@ -99,7 +99,7 @@ def file_lock(path: Path, message: str) -> Iterator[None]:
 
 
 def files_sha256(paths: Iterable[Path]) -> str:
-    """SHA-256 of the contents of files, one after the other, in hex."""
+    """SHA-256 of the concatenated contents of files, in hex."""
     digest = hashlib.sha256()
     for path in paths:
         for chunk in file_chunks(path):
@@ -108,7 +108,7 @@ def files_sha256(paths: Iterable[Path]) -> str:
 
 
 def file_chunks(path: Path) -> Iterator[bytes]:
-    """The content of a file, a mebibyte at a time."""
+    """The content of a file in chunks of 1 MiB."""
     with open(path, 'rb') as file:
         while chunk := file.read(2**20):
             yield chunk

@@ -1,4 +1,4 @@
-"""Make Ctrl-C during a command's imports end it like Ctrl-C later: one word, no traceback.
+"""Make Ctrl-C during a command's imports end it as Ctrl-C does later: without a traceback.
 
 Every command imports this first (isort's settings in pyproject.toml place it there); after the
 imports `errors.run_script` handles Ctrl-C. A program that imports a command, such as a notebook,
@@ -10,7 +10,7 @@ import os
 import sys
 from pathlib import Path
 
-# Growing memory blocks lose less of a GPU to fragments. torch reads this when it is imported.
+# Expandable segments reduce the fragmentation of GPU memory. torch reads this when it is imported.
 if sys.platform == 'linux' and 'PYTORCH_CUDA_ALLOC_CONF' not in os.environ:
     os.environ.setdefault('PYTORCH_ALLOC_CONF', 'expandable_segments:True')
 

@@ -1,4 +1,4 @@
-"""The folders below a folder, those behind links too, each real one once."""
+"""Walk through folders, symbolic links included, each real folder once."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator
 def walk(
     root: str | os.PathLike, on_error: Callable[[OSError], None] = lambda error: None
 ) -> Iterator[tuple[str, list[os.DirEntry], list[os.DirEntry]]]:
-    """(folder, its folders, its other entries) of `root` and all below it, names in order.
+    """(folder, subfolders, other entries) of `root` and every folder below it, sorted by name.
 
-    Links to folders are followed, after all that is there under its own name, so what has a name of
-    its own keeps it; a loop ends where it closes. Folders taken out of the second list are not
-    entered. `on_error` gets the OSError of a folder that cannot be read, which is then left out.
+    Symbolic links are followed after all real folders, so that a folder is visited under its real
+    path if that is below `root`; loops end. Folders removed from the second list are not entered.
+    `on_error` receives the OSError of an unreadable folder, which is skipped.
     """
     seen, own = set(), [os.fspath(root)]
     linked: list[str] = []

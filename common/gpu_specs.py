@@ -1,7 +1,7 @@
-"""What makers say of their GPUs: dense peaks and memory, by the name that a driver gives.
+"""Published peaks and memory sizes of GPUs, by the name that the driver reports.
 
-Peaks are dense (no sparsity), for one device, in TFLOP/s. A GPU that is not known by its exact name
-has none: a wrong peak would make every MFU derived from it wrong. Sizes are in GB of 10⁹ bytes.
+Peaks are dense (no sparsity), for one device, in TFLOP/s. A GPU whose exact name is not in the
+table has no peak: a wrong peak would make every MFU wrong. Sizes are in GB of 10⁹ bytes.
 """
 
 import re
@@ -13,7 +13,7 @@ from common.errors import UserError, did_you_mean
 
 @dataclass(frozen=True)
 class Peak:
-    """Dense peak of one device in TFLOP/s, None where unknown, and where the figure is from."""
+    """Dense peak of one device in TFLOP/s (None if unknown), and the source of the figure."""
 
     tflops: float | None
     source: str
@@ -29,12 +29,12 @@ _TITAN = 'pytorch/torchtitan, tools/utils.py'
 _HGX = 'NVIDIA HGX table, 36 PFLOP/s sparse / 2 / 8 GPUs'
 
 _COLUMNS = ('bf16', 'fp16', 'tf32', 'fp32', 'fp8')
-# No figure: the hardware does not multiply so. (None: no source for one.)
+# The hardware does not support the format. (None: there is no source for a figure.)
 _NEVER = 0.0
 
-# Of matrix multiplications: where a maker gives a vector and a matrix peak, the latter. What is
-# left of a driver's name without maker, brand and memory size must equal a name here: any other
-# suffix (Laptop GPU, MIG 1g.10gb, D, Ti, a vGPU profile) makes it another device.
+# Peaks of matrix multiplications (where a vendor gives a vector and a matrix peak, the latter). The
+# driver's name without vendor, brand and memory size must equal a name here: any other suffix
+# (Laptop GPU, MIG 1g.10gb, D, Ti, a vGPU profile) makes it another device.
 # fmt: off
 _PEAKS = (
     # names                                    bf16   fp16   tf32   fp32   fp8   source
@@ -82,8 +82,8 @@ _PEAKS = (
 _BY_NAME = {name: (peaks, source) for names, peaks, source in _PEAKS for name in names}
 _MAKER_OR_MEMORY = re.compile(r'NVIDIA|TESLA|GEFORCE|AMD|INSTINCT|OAM|\d+GB?|HBM3E?')
 
-# Memory of one device in GB as its maker's data sheet has it; each size that it was sold with.
-# The sheets mean 2^30 bytes on most of them: 10^9 is on the safe side.
+# Memory of one device in GB, from the vendor's data sheet; every size that was sold. Most sheets
+# mean 2^30 bytes: 10^9 is conservative.
 # fmt: off
 _MEMORIES = (
     (('V100 SXM2', 'V100 PCIE'),              (16, 32),   'NVIDIA V100 data sheet'),
@@ -113,18 +113,18 @@ _MEMORY_OF = {name: (sizes, source) for names, sizes, source in _MEMORIES for na
 
 
 class Gpu(NamedTuple):
-    """A GPU that need not be here: its name in the tables, and its memory."""
+    """A GPU that need not be in this machine: its name in the tables, and its memory."""
 
     name: str
     memory_gb: int
     memory_source: str
 
     def peak(self, dtype: str) -> Peak:
-        """The peak of matrix multiplications in `dtype`, with TF32 for float32 where it has it."""
+        """The peak of matrix multiplications in `dtype`, with TF32 for float32 if it has it."""
         return peak_of_products(self.name, dtype, tf32=True)
 
     def resolve_dtype(self, name: str) -> str:
-        """As the function `resolve_dtype`, for this GPU. Raises UserError."""
+        """`hardware.resolve_dtype` for this GPU. Raises UserError."""
         native = _multiplies(self.name, 'bf16')
         if name == 'bfloat16' and not native:
             raise UserError(
@@ -135,10 +135,10 @@ class Gpu(NamedTuple):
 
 
 def find_gpu(name: str) -> Gpu:
-    """The GPU that is called `name`, with its memory where it was sold with several sizes.
+    """The GPU called `name`, which has the memory size if there are several.
 
-    'B200', 'a100-80gb' or a driver's 'NVIDIA A100-SXM4-80GB'. Raises UserError if it is not known
-    or could be several.
+    For example 'B200', 'a100-80gb' or a driver's 'NVIDIA A100-SXM4-80GB'. Raises UserError if the
+    name is unknown or ambiguous.
     """
     words = [w for w in re.split(r'[\s_-]+', name.upper()) if w]
     sizes_in_name = [int(w.rstrip('GB')) for w in words if re.fullmatch(r'\d+GB', w)]
@@ -153,24 +153,24 @@ def find_gpu(name: str) -> Gpu:
     if not matches:
         known = [full for one in _MEMORY_OF for full in full_names(one)]
         hint = did_you_mean(name, known)
-        raise UserError(f'gpu={name!r} is not known.{hint} There are: {", ".join(known)}.')
+        raise UserError(f'gpu={name!r} is unknown.{hint} Known GPUs: {", ".join(known)}.')
     if len({(_BY_NAME[known], _MEMORY_OF[known]) for known in matches}) > 1:
         choices = ', '.join(full for one in matches for full in full_names(one))
-        raise UserError(f'gpu={name!r} may be one of several: {choices}.')
+        raise UserError(f'gpu={name!r} is ambiguous: use one of {choices}.')
     sizes, source = _MEMORY_OF[matches[0]]
     fitting = [size for size in sizes if not sizes_in_name or size in sizes_in_name]
     if len(fitting) != 1:
         start = name if not sizes_in_name else matches[0].replace(' ', '-')
         choices = ' or '.join(f'--gpu={start}-{size}GB' for size in sizes)
         raise UserError(
-            f'gpu={name!r}: it comes with {" or ".join(map(str, sizes))} GB. Say '
+            f'gpu={name!r} has {" or ".join(map(str, sizes))} GB. Use '
             f'{choices if len(sizes) > 1 else f"--gpu={start}"}.'
         )
     return Gpu(matches[0], fitting[0], source)
 
 
 def peak_for_name(name: str, column: str) -> tuple[float, str] | None:
-    """(TFLOP/s, source) of the device that a driver calls `name`, or None where unknown.
+    """(TFLOP/s, source) of the device with the driver's name `name`, or None if unknown.
 
     `column` is 'bf16', 'fp16', 'tf32', 'fp32' or 'fp8'.
     """
@@ -180,20 +180,20 @@ def peak_for_name(name: str, column: str) -> tuple[float, str] | None:
 
 
 def peak_of_products(name: str, dtype: str, tf32: bool) -> Peak:
-    """The peak of the device that a driver calls `name`, multiplying matrices in `dtype`.
+    """The matrix multiplication peak in `dtype` of the device with the driver's name `name`.
 
-    tf32: whether torch may take TF32 for float32. A device without it multiplies in float32.
+    tf32: whether torch may use TF32 for float32. A device without TF32 multiplies in float32.
     """
     float32 = 'tf32' if tf32 and _multiplies(name, 'tf32') else 'fp32'
     column = {'bfloat16': 'bf16', 'float16': 'fp16', 'float32': float32}[dtype]
     if peak := peak_for_name(name, column):
         value, source = peak
         return Peak(value, f'{name}, dense {column}: {source}', measured=False)
-    return Peak(None, f'no {column} peak known for {name}; pass --peak_tflops', measured=False)
+    return Peak(None, f'the {column} peak of {name} is unknown; set --peak_tflops', measured=False)
 
 
 def _multiplies(name: str, column: str) -> bool:
-    """Whether its hardware does, as far as is known."""
+    """Whether the hardware supports the format, as far as is known."""
     return _row(name)[0].get(column) != _NEVER
 
 

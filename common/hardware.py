@@ -1,7 +1,7 @@
-"""Devices: which one to use, how fast it is at best, what memory is in use, which dtypes it runs.
+"""Devices: selection, supported dtypes, peak, memory in use, process-wide settings.
 
-Peaks are those of `gpu_specs` and `cpu_peak`, for one device, in TFLOP/s. Sizes are in GB of 10⁹
-bytes. Nothing here knows about models.
+Peaks come from `gpu_specs` and `cpu_peak`, for one device, in TFLOP/s. Sizes are in GB of 10⁹
+bytes. This module does not depend on the model.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ except ImportError:  # Windows
 
 GB = 1e9
 DTYPES = ('float32', 'bfloat16', 'float16')
-# Variables by which a launcher shows a process some of the GPUs (CUDA, ROCm).
+# Variables with which a launcher restricts the GPUs that a process sees (CUDA, ROCm).
 VISIBLE_DEVICES = ('CUDA_VISIBLE_DEVICES', 'HIP_VISIBLE_DEVICES', 'ROCR_VISIBLE_DEVICES')
 
 
@@ -45,7 +45,7 @@ def select_device(name: str) -> torch.device:
     """The device called `name`: 'auto' (CUDA, else MPS, else CPU), 'cuda', 'cuda:1', 'mps', 'cpu'.
 
     A process started by torchrun takes the CUDA device of its LOCAL_RANK for 'auto' and 'cuda'; the
-    first one if it sees a single device, as launchers such as `srun --gpus-per-task=1` arrange.
+    first one if it sees a single device, as with launchers such as `srun --gpus-per-task=1`.
     Raises UserError for a name that is unknown or not available on this machine.
     """
     cuda_count = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -61,7 +61,7 @@ def select_device(name: str) -> torch.device:
 
     if cuda_count and 'LOCAL_RANK' in os.environ and name in ('auto', 'cuda'):
         raise UserError(
-            f'device={name!r}: this process needs {chosen} (LOCAL_RANK) and the machine has '
+            f'device={name!r}: this process needs {chosen} (LOCAL_RANK), but the machine has '
             f'{cuda_count} CUDA device(s). Start at most {cuda_count} processes '
             f'(torchrun --nproc-per-node={cuda_count}) or use --device=cpu.'
         )
@@ -73,7 +73,7 @@ def select_device(name: str) -> torch.device:
 
 
 def device_name(device: torch.device) -> str:
-    """The name that the driver gives the device; for a CPU its model and number of cores."""
+    """The driver's name of the device; for a CPU its model and number of cores."""
     if device.type == 'cuda':
         return torch.cuda.get_device_name(device)
     cpu = _cpu_model()
@@ -89,7 +89,7 @@ def _cpu_model() -> str:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until all work queued on the device is done, so that the clock can be read."""
+    """Wait until all work queued on the device is done, for timing."""
     if device.type == 'cuda':
         torch.cuda.synchronize(device)
     elif device.type == 'mps':
@@ -102,7 +102,7 @@ def synchronize(device: torch.device) -> None:
 def resolve_dtype(name: str, device: torch.device) -> str:
     """The dtype of matrix multiplications: `name`, or for 'auto' the fastest that trains well.
 
-    'auto' is bfloat16 where the hardware multiplies it natively, else float16 on CUDA and float32
+    'auto' is bfloat16 if the hardware supports it natively, else float16 on CUDA and float32
     elsewhere. Raises UserError for an unknown dtype and for bfloat16 on a GPU without it.
     """
     if name != 'auto' and name not in DTYPES:
@@ -135,10 +135,10 @@ def resolve_dtype(name: str, device: torch.device) -> str:
 
 
 def peak_flops(device: torch.device, dtype: str, override: float | None = None) -> Peak:
-    """The peak of one device when its matrix multiplications run in `dtype`.
+    """The peak of one device for matrix multiplications in `dtype`.
 
-    `override` (--peak_tflops) comes first, then the table for a GPU; a CPU is measured, which
-    takes about half a second the first time. Unknown is None with the reason as source.
+    `override` (--peak_tflops) has priority, then the table of GPUs; a CPU is measured, which takes
+    about half a second the first time. An unknown peak is None, with the reason as its source.
     """
     if override is not None:
         return Peak(override, '--peak_tflops', measured=False)
@@ -148,17 +148,17 @@ def peak_flops(device: torch.device, dtype: str, override: float | None = None) 
     if device.type == 'cuda':
         tf32 = torch.backends.cuda.matmul.fp32_precision == 'tf32'
         return peak_of_products(name, dtype, tf32)
-    return Peak(None, f'no peak known for {name}; pass --peak_tflops', measured=False)
+    return Peak(None, f'the peak of {name} is unknown; set --peak_tflops', measured=False)
 
 
 # --- Memory ---------------------------------------------------------------------------------------
 
 
 def memory_usage(device: torch.device) -> dict[str, float | None]:
-    """allocated_gb, peak_gb, reserved_gb, rss_gb; None where the device does not tell.
+    """allocated_gb, peak_gb, reserved_gb, rss_gb; None for values that the device does not report.
 
-    The peak is since the last `reset_peak_memory`: of the device's memory on CUDA, of the
-    process's resident memory on a CPU. It takes about 0.1 ms on a CPU.
+    The peak since the last `reset_peak_memory`: of the device's memory on CUDA, of the process's
+    resident memory on a CPU. A call takes about 0.1 ms on a CPU.
     """
     allocated = peak = reserved = None
     if device.type == 'cuda':
@@ -181,14 +181,14 @@ def memory_usage(device: torch.device) -> dict[str, float | None]:
 
 
 def total_memory(device: torch.device) -> int:
-    """The bytes of the device's memory; of a CPU the machine's, with its swap space."""
+    """The size of the device's memory in bytes; for a CPU the machine's, with its swap space."""
     if device.type == 'cuda':
         return torch.cuda.get_device_properties(device).total_memory
     return psutil.virtual_memory().total + psutil.swap_memory().total
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Start a new interval for the peak; where that is not permitted it stays the lifetime's."""
+    """Start a new interval for the peak; without permission it stays the peak of the lifetime."""
     if device.type == 'cuda':
         torch.cuda.reset_peak_memory_stats(device)
     elif device.type == 'cpu':
@@ -211,7 +211,7 @@ def _peak_rss() -> int | None:
 
 
 def autocast(device: torch.device, dtype: str) -> contextlib.AbstractContextManager:
-    """Matrix multiplications in `dtype`; nothing to do for 'float32'."""
+    """A context with matrix multiplications in `dtype`; empty for 'float32'."""
     if dtype == 'float32':
         return contextlib.nullcontext()
     return torch.autocast(device.type, getattr(torch, dtype))
@@ -221,29 +221,29 @@ def autocast(device: torch.device, dtype: str) -> contextlib.AbstractContextMana
 
 
 def tune(device: torch.device, deterministic: bool) -> None:
-    """Settings of the whole process; `deterministic` asks for kernels that are, at any price."""
+    """Apply settings of the whole process. deterministic: only deterministic kernels."""
     torch.use_deterministic_algorithms(deterministic)
     if deterministic:
         os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
         torch.backends.cudnn.benchmark = False
     if device.type == 'cuda':
-        # FSDP and NCCL take the current device; without this it is cuda:0 on every rank.
+        # FSDP and NCCL use the current device; without this it is cuda:0 on every rank.
         torch.cuda.set_device(device)
-        # fp32 products in TF32, as nanoGPT has it; `gpu_specs.Gpu.peak` plans with that.
+        # fp32 products in TF32, as in nanoGPT; `gpu_specs.Gpu.peak` assumes that.
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.allow_tf32 = True
     elif device.type == 'cpu':
         _keep_freed_memory()
-        # Compiled code recomputes what costs no product, the norms' outputs above all, although a
-        # product of the backward pass takes it.
+        # By default compiled code recomputes cheap values, mainly the outputs of norms, although a
+        # matrix multiplication of the backward pass has to materialize them.
         functorch_config.ban_recompute_materialized_backward = False
 
 
 def _keep_freed_memory() -> None:
-    """Let glibc keep freed blocks, so that each step does not fault its memory in anew.
+    """Let glibc keep freed blocks, so that an iteration does not page-fault its memory in again.
 
-    By default every large tensor is mapped and unmapped: on two cores a step of a 12-layer model
-    took about 1.4 times as long. (Settings: mallopt(3).)
+    By default every large tensor is mapped and unmapped: on two cores an iteration of a 12-layer
+    model took about 1.4 times as long. (Settings: mallopt(3).)
     """
     m_mxfast, m_trim_threshold, m_mmap_max = 1, -1, -4
     try:
@@ -251,9 +251,8 @@ def _keep_freed_memory() -> None:
     except (AttributeError, OSError, TypeError):  # not glibc
         return
     mallopt(m_mmap_max, 0)  # M_MMAP_THRESHOLD may be refused above 32 MB
-    mallopt(m_trim_threshold, -1)  # never: any threshold that fits is less than a step frees
-    # The splinters that are left beside an aligned tensor join it again when it is freed, so that
-    # one of its size more often fits there.
+    mallopt(m_trim_threshold, -1)  # never: the largest threshold is less than an iteration frees
+    # Let free() coalesce small chunks with their neighbors, which reduces fragmentation.
     mallopt(m_mxfast, 0)
 
 
@@ -261,7 +260,7 @@ def _keep_freed_memory() -> None:
 
 
 class StepClock:
-    """Seconds that went into updates since the last log entry, and their number."""
+    """The time of the iterations since the last log entry, and their number."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -272,13 +271,13 @@ class StepClock:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Do not count what goes on inside: an evaluation, a checkpoint."""
+        """Exclude the time inside: an evaluation, a checkpoint."""
         self._add()
         yield
         self.began = time.perf_counter()
 
     def take(self) -> tuple[float, int]:
-        """Seconds an update, and the number of updates that they are the mean of."""
+        """The mean time per iteration in seconds, and the number of iterations."""
         self._add()
         return self.seconds / self.steps, self.steps
 
@@ -287,7 +286,7 @@ class StepClock:
         self.seconds += time.perf_counter() - self.began
 
 
-# --- Surroundings ---------------------------------------------------------------------------------
+# --- Environment ---------------------------------------------------------------------------------
 
 
 def compile_problem(device: torch.device) -> str | None:
@@ -323,19 +322,19 @@ def _cpp_compiler_problem() -> str | None:
 
 
 def versions() -> dict[str, str | None]:
-    """Versions of python, torch, numpy and the CUDA that torch was built for (None: without)."""
+    """Versions of python, torch, numpy and of torch's CUDA (None: built without)."""
     return {
         'python': platform.python_version(),
-        'torch': str(torch.__version__),  # a plain string: records and checkpoints hold it
+        'torch': str(torch.__version__),  # a plain string, for records and checkpoints
         'numpy': numpy.__version__,
         'cuda': torch.version.cuda,
     }
 
 
 def git_state(folder: str | os.PathLike) -> tuple[str | None, bool | None]:
-    """(commit, clean) of the git work tree that holds `folder`; (None, None) where there is none.
+    """(commit, clean) of the git work tree of `folder`; (None, None) without one.
 
-    Clean means that no file differs from the commit and none is untracked, ignored files aside.
+    Clean: no file differs from the commit and none is untracked, except for ignored files.
     """
     command = ['git', '-C', str(folder), 'status', '--porcelain=v2', '--branch']
     try:
@@ -345,7 +344,7 @@ def git_state(folder: str | os.PathLike) -> tuple[str | None, bool | None]:
             text=True,
             timeout=5,
             check=True,
-            env={**os.environ, 'GIT_OPTIONAL_LOCKS': '0'},  # disturb no git at work beside us
+            env={**os.environ, 'GIT_OPTIONAL_LOCKS': '0'},  # do not block other git processes
         ).stdout.splitlines()
     except (OSError, subprocess.SubprocessError):
         return None, None

@@ -1,6 +1,6 @@
-"""Import paths that config files of earlier versions use: the module that is there now, and a note.
+"""Import paths of earlier versions, for users' config files: today's modules, with a note.
 
-Installed where a config file is read. `registry` and `components.contract` were modules until 0.1.
+Installed when a config file is read. `registry` and `components.contract` were modules until 0.1.
 """
 
 import importlib
@@ -15,7 +15,7 @@ MOVED = {'registry': 'common.registry', 'components.contract': 'components.base'
 
 
 class _MovedModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Finds the modules of `MOVED`: each is the very module that took its place."""
+    """Finds the modules of `MOVED`: each is the same object as the module that replaced it."""
 
     def find_spec(self, name, path=None, target=None):
         return importlib.machinery.ModuleSpec(name, self) if name in MOVED else None
@@ -24,17 +24,17 @@ class _MovedModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         new = MOVED[spec.name]
         write_progress(
             f'note: the module {spec.name} is now {new}. Import what a component needs from '
-            'model_components; the old name will go.'
+            'model_components; the old name will be removed.'
         )
         module = importlib.import_module(new)
         self._own_spec = module.__spec__
         return module
 
     def exec_module(self, module: ModuleType) -> None:
-        module.__spec__ = self._own_spec  # the import system has just replaced it
+        module.__spec__ = self._own_spec  # the import system has replaced it
 
 
 def allow() -> None:
-    """Have the old paths imported from here on."""
+    """Make the old paths importable from now on."""
     if not any(isinstance(finder, _MovedModules) for finder in sys.meta_path):
         sys.meta_path.append(_MovedModules())

@@ -1,6 +1,6 @@
-"""Former names that users' components may still implement or call: each works, with a note, once.
+"""Former names that users' components may implement or call: each works, with a note once.
 
-The paths of modules that were moved are in `old_imports`.
+`old_imports` has the import paths of moved modules.
 """
 
 import sys
@@ -15,11 +15,11 @@ _noted: set[str] = set()
 def note_once(old: str, new: str) -> None:
     if old not in _noted:
         _noted.add(old)
-        write_progress(f'note: {old} is now {new}; the old name will go.')
+        write_progress(f'note: {old} is now {new}; the old name will be removed.')
 
 
 def renamed_classes(module: str, new_names: dict[str, str]) -> Callable[[str], object]:
-    """The `__getattr__` of a module in which `new_names` (old -> new) were called otherwise."""
+    """The `__getattr__` of a module with renamed classes, `new_names` (old -> new)."""
 
     def __getattr__(name: str) -> object:
         if name not in new_names:
@@ -40,15 +40,15 @@ def renamed_attribute(old: str, new: str) -> property:
 
 
 def by_old_name(instance: object, old: str, new: str) -> Any:
-    """The attribute or method `new`, asked for as `old`."""
+    """The attribute or method `new`, accessed as `old`."""
     note_once(f'{type(instance).__name__}.{old}', new)
     return getattr(instance, new)
 
 
 class RenamedMethods:
-    """Base of classes whose methods were called otherwise: `renamed_methods`, old -> new.
+    """Base of classes with renamed methods: `renamed_methods`, old -> new.
 
-    A subclass may define either name, and call either, `super()`'s included.
+    A subclass may define and call either name, also through `super()`.
     """
 
     renamed_methods: ClassVar[dict[str, str]] = {}

@@ -1,4 +1,4 @@
-"""Packages that only some features need: imported where they are used. A leaf but for errors."""
+"""Optional packages, imported where they are used."""
 
 import importlib
 from types import ModuleType
@@ -7,7 +7,7 @@ from common.errors import UserError
 
 
 def optional_package(name: str, purpose: str) -> ModuleType:
-    """The module `name`. Raises UserError that says how to install it."""
+    """The module `name`. Raises UserError with the command to install it."""
     try:
         return importlib.import_module(name)
     except ImportError:

@@ -1,4 +1,4 @@
-"""Paths as people give them, for every option that is one; and the cache folder. A leaf."""
+"""Paths given by the user, and the cache folder."""
 
 import os
 import re
@@ -9,28 +9,28 @@ _PARTS = re.compile(r'((?:hf|nanogpt):|)(.*)', re.DOTALL)
 
 
 class BadPath(ValueError):
-    """A text that cannot be the path of anything here, and why."""
+    """A text that cannot be a path, with the reason."""
 
 
 def expand_home(text: str) -> str:
-    """The path with the home folder for its `~` or `~user`, also behind `hf:` and `nanogpt:`.
+    """The path with its `~` or `~user` expanded, also after `hf:` and `nanogpt:`.
 
-    A shell does this only at the beginning of a word, so that `--out_dir=~/runs` arrives as it is.
-    Raises BadPath, also for a path that cannot even be asked for: a folder on its way that may not
-    be entered, a name that is too long.
+    A shell expands it only at the beginning of a word, not in `--out_dir=~/runs`. Raises BadPath,
+    also for a path that cannot be looked up: no permission for a parent folder, a name that is too
+    long.
     """
     match = _PARTS.fullmatch(text)
-    assert match, text  # as every text does
+    assert match, text  # every text matches
     prefix, path = match.groups()
     if path.startswith('~'):
         path = os.path.expanduser(path)
     if path.startswith('~'):
         name = re.split(r'[/\\]', path)[0]
-        raise BadPath(f'{text!r}: {name} is no home folder. For a file of that name: ./{path}')
+        raise BadPath(f'{text!r}: {name} is not a home folder. For a file of that name: ./{path}')
     try:
         os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
-        pass  # whether it must be there is for others to say
+        pass  # it may not exist yet
     except OSError as error:
         raise BadPath(f'{text!r:.200}: {error.strerror}.') from error
     except ValueError as error:
@@ -39,14 +39,14 @@ def expand_home(text: str) -> str:
 
 
 def expanded_path(text: str) -> Path:
-    """The same as a Path."""
+    """`expand_home` as a Path."""
     return Path(expand_home(text))
 
 
 def cache_folder() -> Path | None:
-    """This project's folder among the user's caches; None where the user has no home."""
+    """This project's folder in the user's cache folder; None if the user has no home folder."""
     chosen = os.environ.get('XDG_CACHE_HOME', '')
-    if os.path.isabs(chosen):  # others are to be ignored (XDG Base Directory Specification)
+    if os.path.isabs(chosen):  # relative paths must be ignored (XDG Base Directory Specification)
         base = Path(chosen)
     else:
         try:

@@ -1,9 +1,9 @@
-"""`Option`, `Registry`, `FrozenConfig`, `Configurable`: what configuration is made of.
+"""The parts of the configuration: `Option`, `Registry`, `FrozenConfig`, `Configurable`.
 
-An `Option` is one key that a user can set: its type, default, one line of help and what is
-allowed. A `Registry` maps names to components and is itself the list of allowed values of the
-option that chooses among them. A `FrozenConfig` holds resolved values and where they came from.
-A `Configurable` is what every component is to the configuration.
+An `Option` is one key that a user can set: its type, default, one line of help and allowed values.
+A `Registry` maps names to components and is the list of allowed values of the option that chooses
+among them. A `FrozenConfig` holds resolved values and their origins. A `Configurable` is the base
+of every component.
 """
 
 import functools
@@ -19,11 +19,11 @@ from common.class_contract import Contract, violations
 from common.errors import UserError, did_you_mean
 from common.paths import BadPath, expand_home
 
-ALL_REGISTRIES: list['Registry'] = []  # all that there are
+ALL_REGISTRIES: list['Registry'] = []
 
 
 class Registry:
-    """Components by name, for one option; filled by importing the module `home` when first read.
+    """The components of one option, by name; the module `home` is imported on first use.
 
     The same name from two places is an error; the same class defined again (a config file that
     is read twice) replaces itself.
@@ -38,7 +38,7 @@ class Registry:
         ALL_REGISTRIES.append(self)
 
     def registered(self) -> Iterator[tuple[str, type]]:
-        """Names and components so far, without importing those of the project."""
+        """Names and components registered so far, without importing those of the project."""
         yield from self._components.items()
 
     def expect(
@@ -47,18 +47,17 @@ class Registry:
         constructed_with: tuple[str, ...] | None = None,
         **methods: tuple[str, ...],
     ) -> None:
-        """Say what its components must be; see `Contract`. What is registered from here on is
-        checked."""
+        """Set the requirements of its components, which are checked from now on; see `Contract`."""
         self.contract = Contract(bases, constructed_with, methods)
 
     def register(self, name: str, source: str = '') -> Callable[[type], type]:
         """Class decorator: `@NORM_REGISTRY.register('rmsnorm', source='Zhang & Sennrich 2019')`.
 
-        A class that sets no `tag` gets its name as one. Raises UserError where the class is not
-        what the registry expects.
+        A class without a `tag` gets its name as one. Raises UserError if the class does not meet
+        the registry's requirements.
         """
         if not isinstance(name, str) or not name:
-            raise UserError(f'{self.option}={name!r}: a component is registered under a string.')
+            raise UserError(f'{self.option}={name!r}: the name of a component must be a string.')
 
         def add(component: typing.Any) -> type:
             self._check(name, component)
@@ -102,11 +101,11 @@ class Registry:
         return iter(self._components)
 
     def where(self, fits: Callable[[type], bool], option: str, title: str) -> 'Registry':
-        """For another option: those of its components that fit, later ones included."""
+        """A registry for another option: the components that fit, including later ones."""
         return _Subset(self, fits, option, title)
 
     def source(self, name: str) -> str:
-        """The paper or program that the component comes from."""
+        """The paper or program where the component was published."""
         return self._sources[name]
 
     def _fill(self) -> None:
@@ -114,7 +113,7 @@ class Registry:
 
 
 class _Subset(Registry):
-    """Those components of another registry that fit."""
+    """The components of another registry that fit."""
 
     def __init__(self, whole: Registry, fits: Callable[[type], bool], option: str, title: str):
         super().__init__(option, title, whole.home)
@@ -136,7 +135,7 @@ def _full_name(component: type) -> str:
     return f'{component.__module__}.{component.__qualname__}'
 
 
-LARGEST_INT = 2**63 - 1  # what numpy and torch count with
+LARGEST_INT = 2**63 - 1  # of numpy and torch
 SHOWN_LENGTH = 200  # characters of a value in a message
 REPR_WIDTH = 88  # columns of a FrozenConfig's repr
 
@@ -166,7 +165,7 @@ def fraction(value_name: str = 'a fraction') -> Check:
 
 @dataclass(frozen=True)
 class AnyBut:
-    """In `Option.requires`: every value of the other option but this one."""
+    """In `Option.requires`: every value of the other option except this one."""
 
     value: typing.Any
 
@@ -176,11 +175,11 @@ class Option:
     """One key that a user can set.
 
     type: int, float, bool or str, or one of them `| None`, where None means "derived" or "off".
-    choices: the allowed strings, as a tuple or as the Registry that they are names in.
-    check: (predicate, what is allowed in words), asked of every value that is not None.
-    requires: (other option, value or AnyBut(value)): without it this option has no use.
-    aliases: value -> (other option, its value), for values that are another way to set that one.
-    is_path: a leading `~` stands for the home folder (`paths.expand_home`).
+    choices: the allowed strings, as a tuple or as a Registry of components.
+    check: (predicate, allowed values in words), applied to every value that is not None.
+    requires: (other option, value or AnyBut(value)) without which this option has no effect.
+    aliases: value -> (other option, its value), for values that set the other option instead.
+    is_path: a leading `~` is the home folder (`paths.expand_home`).
     """
 
     type: typing.Any
@@ -201,7 +200,7 @@ class Option:
         return types.NoneType in self._types()
 
     def is_active(self, values: dict) -> bool:
-        """Whether the values of all options are such that this one is read."""
+        """Whether this option has an effect, given the values of all options."""
         if self.requires is None:
             return True
         key, needed = self.requires
@@ -215,7 +214,7 @@ class Option:
         return self.base_type.__name__ + (' or None' if self.optional else '')
 
     def allowed(self) -> str:
-        """What a value may be, in words."""
+        """The allowed values, in words."""
         if self.choices is not None:
             names = ', '.join(repr(name) for name in self.choices)
             return f'one of {names}' + (' or None' if self.optional else '')
@@ -224,7 +223,7 @@ class Option:
         return self.type_name() + (f', {self.check[1]}' if self.check else '')
 
     def accept(self, key: str, value: typing.Any) -> typing.Any:
-        """The value as this option's type (int widens to float); UserError if it is not allowed."""
+        """The value in this option's type (int becomes float); UserError if it is not allowed."""
         base = self.base_type
         if value is None and self.optional:
             return None
@@ -254,7 +253,7 @@ class Option:
         return value
 
     def parse(self, key: str, text: str) -> typing.Any:
-        """The value that `text`, from the command line, stands for; UserError if none."""
+        """The value of `text` from the command line; UserError if it is not allowed."""
         base = self.base_type
         value: typing.Any
         if self.optional and text in ('None', 'none', 'null') and text not in (self.choices or ()):
@@ -275,7 +274,7 @@ class Option:
 
 
 def owners(key: str, options: dict[str, Option]) -> list[tuple[str, typing.Any]]:
-    """The (option, value) pairs under which `key` has an effect; none for a core option."""
+    """The (option, value) pairs with which `key` has an effect; none for a core option."""
     required = options[key].requires
     if required and required[0] in options:
         return [required]
@@ -304,31 +303,33 @@ def conditions_text(conditions: list[tuple[str, typing.Any]]) -> str:
 
 
 def option_problems(key: object, option: object) -> list[str]:
-    """What is wrong with an entry of a component's `options`, a sentence each."""
+    """The problems of an entry of a component's `options`, a sentence each."""
     if not isinstance(key, str) or not key.isidentifier():
         return [f'{key!r} must be a name, as it becomes --NAME=value.']
     if not isinstance(option, Option):
         return [
-            f'{key!r} must be an Option (from model_components import Option), and is {option!r}.'
+            f'{key!r} must be an Option (from model_components import Option), but is {option!r}.'
         ]
     if not set(option._types()) <= {int, float, bool, str, types.NoneType}:
         return [f'the type of {key!r} must be int, float, bool or str, or one of them | None.']
-    if isinstance(option.choices, Registry):  # whose names are not all known yet
+    if isinstance(option.choices, Registry):  # not all of its names are known yet
         return []
     try:
         option.accept(key, option.default)
     except UserError as error:
         return [f'its default is not allowed: {problem}' for problem in error.problems]
-    except Exception as error:  # a check that is no (function, text), choices that are no tuple
+    except (
+        Exception
+    ) as error:  # the check is not a (function, text), or the choices are not a tuple
         return [f'the check or the choices of {key!r}: {type(error).__name__}: {error}.']
     return []
 
 
 def show_value(value) -> str:
-    """The value for a message: short, whatever a config file has set."""
+    """The value for a message, shortened."""
     try:
         text = repr(value)
-    except Exception:  # its class is the file's own, or it is an int of thousands of digits
+    except Exception:  # a class of the config file, or an int of thousands of digits
         text = f'a value of type {type(value).__name__}'
     return text if len(text) <= SHOWN_LENGTH else f'{text[:SHOWN_LENGTH]}…'
 
@@ -396,62 +397,62 @@ class FrozenConfig:
 
 
 class Configurable:
-    """What anything in a registry tells the configuration, each with a default.
+    """The interface between a component and the configuration; every part has a default.
 
-    config: a ModelArchitectureConfig or a TrainingConfig, whichever the registry belongs to.
+    config: a ModelArchitectureConfig or a TrainingConfig, depending on the registry.
     """
 
-    # Its own options: name -> Option. They become command-line flags and config keys.
+    # Its own options: name -> Option. They become command-line options and config keys.
     options: typing.ClassVar[dict[str, Option]] = {}
-    # Its part of the architecture's name; '' for what goes without saying.
+    # Its part of the architecture's name; '' for the usual choice.
     tag: typing.ClassVar[str] = ''
 
     @classmethod
     def derived_values(cls, config: typing.Any) -> dict[str, tuple]:
-        """For options that may be left open (None): key -> (value, why), from the other options."""
+        """Values for its options that are None: key -> (value, reason), from the other options."""
         return {}
 
     @classmethod
     def problems(cls, config: typing.Any) -> list[str]:
-        """What it cannot be combined with, a sentence each."""
+        """Combinations that are not allowed, a sentence each."""
         return []
 
     @classmethod
     def notes(cls, config: typing.Any) -> list[str]:
-        """What a user may not expect of these options, all of them derived; a sentence each."""
+        """Notes for the user on unexpected effects of the resolved options, a sentence each."""
         return []
 
 
 def derived_values_of(component: type[Configurable], config: FrozenConfig) -> dict[str, tuple]:
-    """`component.derived_values(config)`; UserError if that is no dict of (value, why)."""
+    """`component.derived_values(config)`; UserError if that is not a dict of (value, reason)."""
     derived = component.derived_values(config)
     if not isinstance(derived, dict) or not all(
         isinstance(entry, tuple) and len(entry) == 2 for entry in derived.values()
     ):
         raise UserError(
             f'{component.__name__}.derived_values(config) must return a dict, '
-            f'option -> (value, why), and returned {derived!r}.'
+            f'option -> (value, reason), but returned {derived!r}.'
         )
     return derived
 
 
 def sentences_of(component: type[Configurable], method: str, *arguments) -> list[str]:
-    """What `component.problems(config)`, or another `method` of its kind, returns; UserError if
-    that is no list of sentences."""
+    """The result of `component.problems(config)` or a similar `method`; UserError if it is not a
+    list of strings."""
     problems = getattr(component, method)(*arguments)
     if not isinstance(problems, list) or not all(isinstance(each, str) for each in problems):
         raise UserError(
-            f'{component.__name__}.{method} must return a list of strings, and returned '
+            f'{component.__name__}.{method} must return a list of strings, but returned '
             f'{problems!r}.'
         )
     return problems
 
 
 def tag_of(component: typing.Any, config: FrozenConfig) -> str:
-    """`component.name_tag(config)`; UserError if that is no string."""
+    """`component.name_tag(config)`; UserError if that is not a string."""
     tag = component.name_tag(config)
     if not isinstance(tag, str):
         raise UserError(
-            f'{component.__name__}.name_tag(config) must return a string, and returned {tag!r}.'
+            f'{component.__name__}.name_tag(config) must return a string, but returned {tag!r}.'
         )
     return tag

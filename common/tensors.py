@@ -1,9 +1,9 @@
-"""Tensors that may be divided among ranks."""
+"""Tensors that may be sharded."""
 
 import torch
 from torch.distributed.tensor import DTensor
 
 
 def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """What this rank holds of a tensor that may be divided, in the tensor's own memory."""
+    """This rank's shard of a tensor that may be sharded, without a copy."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()

@@ -1,8 +1,8 @@
-"""How text and JSON come out of files, whichever command reads them.
+"""Reading text and JSON from files, for every command.
 
-Text is UTF-8. A byte order mark, which Windows editors write, is no part of it. Lines end at line
-feeds and nowhere else: JSON lines may hold U+2028, U+0085 or a form feed as they are. Half of a
-surrogate pair, which JSON can write and UTF-8 cannot, counts as U+FFFD. A leaf but for errors.
+Text is UTF-8, without its byte order mark (which Windows editors write). Lines end at line feeds
+only: JSON lines may contain U+2028, U+0085 or a form feed. Unpaired surrogates, which JSON can
+encode and UTF-8 cannot, become U+FFFD.
 """
 
 import codecs
@@ -20,7 +20,7 @@ _SPACES = re.compile(r'[ \t\r\n]*')
 _JSON = json.JSONDecoder()
 _LONGEST_WORD = len('-Infinity\\u')
 UTF16_MARKS = (b'\xff\xfe', b'\xfe\xff')
-# What a file begins with that is no text at all, and what to do about it.
+# First bytes of files that are not text, and the advice for each.
 SIGNATURES = {
     b'\x1f\x8b': 'compressed by gzip: unpack it first',
     b'\x28\xb5\x2f\xfd': 'compressed by Zstandard: unpack it first',
@@ -41,17 +41,17 @@ def decode(content: bytes) -> str:
 
 
 def text_problem(begin: bytes) -> str | None:
-    """What a file that begins so is, if no text, to complete 'FILE is …'; None: it may be text."""
+    """The end of the sentence 'FILE is …' if the first bytes are not those of a text, else None."""
     if begin.startswith(UTF16_MARKS):
         return (
-            'no UTF-8 text but UTF-16: save it as UTF-8, or convert it: '
+            'not UTF-8 text but UTF-16: save it as UTF-8, or convert it: '
             'iconv -f UTF-16 -t UTF-8 OLD > NEW'
         )
     for signature, what in SIGNATURES.items():
         if begin.startswith(signature):
-            return f'no UTF-8 text but {what}'
+            return f'not UTF-8 text but {what}'
     if begin[257:262] == b'ustar':
-        return 'no text but a tar archive: unpack it first'
+        return 'not text but a tar archive: unpack it first'
     try:
         codecs.getincrementaldecoder('utf-8')().decode(begin.removeprefix(BYTE_ORDER_MARK))
     except UnicodeDecodeError as error:
@@ -61,21 +61,21 @@ def text_problem(begin: bytes) -> str | None:
 
 def _reason(content: bytes, error: UnicodeDecodeError) -> str:
     mark = len(content) - len(content.removeprefix(BYTE_ORDER_MARK))
-    return f'no UTF-8 text: {error.reason} at byte {error.start + mark:,}'
+    return f'not UTF-8 text: {error.reason} at byte {error.start + mark:,}'
 
 
 def read_bytes(path: Path | str, name: str) -> bytes:
-    """The content of a file that messages call `name`. Raises UserError."""
+    """The content of a file; messages call it `name`. Raises UserError."""
     try:
         return Path(path).read_bytes()
-    except (OSError, ValueError) as error:  # ValueError: no path at all
+    except (OSError, ValueError) as error:  # ValueError: not a path
         raise UserError(
             f'{name} cannot be read: {getattr(error, "strerror", None) or error}.'
         ) from error
 
 
 def read_text(path: Path | str, name: str) -> str:
-    """The text of a file that messages call `name`, its line ends as they are. Raises UserError."""
+    """The text of a file with its line ends; messages call it `name`. Raises UserError."""
     content = read_bytes(path, name)
     try:
         return decode(content)
@@ -84,35 +84,37 @@ def read_text(path: Path | str, name: str) -> str:
 
 
 def read_lines(path: Path | str, name: str) -> Iterator[tuple[int, bytes]]:
-    """The lines of a file that are not blank, with their numbers from 1. Raises UserError."""
+    """The numbers, from 1, and contents of the lines that are not blank. Raises UserError."""
     for number, line in enumerate(read_bytes(path, name).split(b'\n'), start=1):
         if not is_blank(line):
             yield number, line
 
 
 def is_blank(line: bytes) -> bool:
-    """Whether a line holds nothing but spaces and perhaps a byte order mark."""
+    """Whether a line contains only whitespace and possibly a byte order mark."""
     return not line.removeprefix(BYTE_ORDER_MARK).strip()
 
 
 def parse_json(content: bytes):
-    """The value that a file or a line of JSON holds, all text in it valid. Raises ValueError."""
+    """The value of a file or line of JSON, with valid text only. Raises ValueError."""
     text = content.removeprefix(BYTE_ORDER_MARK).decode('utf-8', 'surrogatepass')
     try:
         value = json.loads(text)
-        may_be_halved = b'\\u' in content or b'\xed' in content  # surrogates escaped, or as bytes
+        may_be_halved = (
+            b'\\u' in content or b'\xed' in content
+        )  # escaped surrogates, or their bytes
         return valid_json(value) if may_be_halved else value
     except RecursionError:
         raise ValueError('nested too deeply') from None
 
 
 def is_count(value) -> bool:
-    """Whether a value that a file holds is a whole number from 0."""
+    """Whether a value from a file is an integer of at least 0."""
     return type(value) is int and value >= 0
 
 
 def valid_json(value):
-    """The value with `valid_text` in place of each text in it."""
+    """The value with `valid_text` applied to each text in it."""
     if isinstance(value, str):
         return valid_text(value)
     if isinstance(value, list):
@@ -123,7 +125,7 @@ def valid_json(value):
 
 
 def valid_text(text: str) -> str:
-    """The text with U+FFFD for surrogates that are not one of a pair, as JSON may bring them."""
+    """The text with U+FFFD for unpaired surrogates, which JSON may contain."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -132,10 +134,10 @@ def valid_text(text: str) -> str:
 
 
 def json_values(file: BinaryIO, limit: int) -> Iterator:
-    """The values in a file of JSON, one after another; an array stands for its items.
+    """The consecutive values in a file of JSON; the items of an array one by one.
 
-    A piece of the file at a time. Raises ValueError for what is no JSON, and for a value that is
-    longer than `limit` characters.
+    Reads the file in chunks. Raises ValueError for invalid JSON, and for a value that is longer
+    than `limit` characters.
     """
     text = _Scanner(file, limit)
     while begin := text.peek():
@@ -154,7 +156,7 @@ def json_values(file: BinaryIO, limit: int) -> Iterator:
 
 
 class _Scanner:
-    """JSON of which a part is in memory, from `at` on not yet read."""
+    """Incremental JSON reader: `text` is the part in memory, unread from `at` on."""
 
     def __init__(self, file: BinaryIO, limit: int):
         self.file, self.limit = file, limit
@@ -163,7 +165,7 @@ class _Scanner:
         self._begun = False
 
     def peek(self) -> str:
-        """The next character that is no space; '' at the end."""
+        """The next character that is not a space; '' at the end."""
         while True:
             spaces = _SPACES.match(self.text, self.at)
             self.at = spaces.end() if spaces else self.at
@@ -176,11 +178,11 @@ class _Scanner:
         while True:
             try:
                 value, end = _JSON.raw_decode(self.text, self.at)
-                if end < len(self.text) or self.ended:  # else a number may go on
+                if end < len(self.text) or self.ended:  # else a number may continue
                     self.at = end
                     return value
             except json.JSONDecodeError as error:
-                # A word or an escape that is cut off is told by its beginning.
+                # A keyword or escape that is cut off is recognized by its beginning.
                 near = 0 if self.ended else _LONGEST_WORD
                 cut_off = error.msg.startswith('Unter') or error.pos + near >= len(self.text)
                 if self.ended or not cut_off:
@@ -192,7 +194,7 @@ class _Scanner:
             self._read()
 
     def _read(self) -> None:
-        """As much again as there is, so that a long value is not parsed too often."""
+        """Double the text in memory, so that a long value is not parsed too often."""
         rest = self.text[self.at :]
         content = self.file.read(max(CHUNK, len(rest)))
         if not self._begun:

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from common.console_output import write_text
+
 Schema = dict[str, Any]
 
 SCHEMA_FILE = Path(__file__).with_name('record_schema.json')
@@ -146,4 +148,4 @@ def _type_text(schema: Schema, defs: dict[str, Schema]) -> str:
 
 
 if __name__ == '__main__':
-    print(record_format_page(), end='')
+    write_text(record_format_page(), end='', literal=True)

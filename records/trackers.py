@@ -1,9 +1,9 @@
-"""Where a run shows beside its record: TensorBoard and Weights & Biases, each only if asked for.
+"""Experiment trackers: TensorBoard and Weights & Biases, each enabled by an option.
 
-A tracker is handed every line of the journal just as it was written, and makes scalars of it under
-the names of `scalars`, with the record's `iter` as the step. The record stays the truth: a tracker
-that fails is given up (`TrainingLogger`), and nothing is ever read back from one. What they need is
-imported when a run with them begins, on the rank that writes the record.
+A tracker receives every line of the journal as it was written and logs its `scalars`, with the
+record's `iter` as the step. The record stays the source of truth: a tracker that fails is stopped
+(`TrainingLogger`), and nothing is read back from one. Their packages are imported when a run with
+them begins, on the rank that writes the record.
 """
 
 import abc
@@ -26,14 +26,14 @@ OPTIONS = {
     'wandb_project': Option(str | None, None, "Project there; None: the dataset's name"),
     'wandb_run_name': Option(str | None, None, "Name of the run there; None: the architecture's"),
 }
-FINISH_SECONDS = 120  # that the end of a run waits for W&B to take what is left
+FINISH_SECONDS = 120  # the longest that the end of a run waits for W&B to upload the rest
 
 
-# --- What is shown -------------------------------------------------------------------------------
+# --- Scalars -------------------------------------------------------------------------------------
 
 
 def scalars(line: JournalLine) -> dict[str, float]:
-    """The figures of a line of the journal by name; without those that are unknown."""
+    """The known figures of a line of the journal, by name."""
     scalars_of = _SCALARS.get(line['kind'])
     if scalars_of is None:
         return {}
@@ -68,9 +68,9 @@ def _evaluation_scalars(entry: EvaluationEntry) -> dict[str, float | None]:
     figures = {
         'val/loss': entry['val_loss'],
         'val/bits_per_byte': entry['val_bits_per_byte'],
-        # Of the train split's fixed windows, without dropout.
+        # The loss of the training split's fixed windows, without dropout.
         'val/train_loss': entry['train_loss'],
-        'data/epochs': entry.get('epochs'),  # records of before have neither
+        'data/epochs': entry.get('epochs'),  # older records have neither
         'data/unique_tokens': entry.get('unique_tokens'),
         'perf/evaluation_ms': entry['time_ms'],
     }
@@ -95,7 +95,7 @@ _SCALARS: dict[str, Callable] = {
 
 
 def _run_values(record: Record) -> dict[str, bool | int | float | str | None]:
-    """What runs are told apart and sorted by: every option, and what came of them."""
+    """Values to filter and sort runs by: every option, and the main results of start-up."""
     info = record['startup_info']
     values: dict[str, Any] = {
         **record['config'],
@@ -114,33 +114,33 @@ def _run_values(record: Record) -> dict[str, bool | int | float | str | None]:
 
 
 class Tracker(abc.ABC):
-    """What shows a run beside its record, under the option that asks for it."""
+    """Mirrors a run's record elsewhere, enabled by `option`."""
 
     title: str
     option: str
-    package: str  # that it needs
+    package: str  # required
 
     @abc.abstractmethod
     def __init__(self, run: FrozenConfig): ...
 
     @abc.abstractmethod
     def begin(self, folder: Path, record: Record, iter: int | None) -> dict[str, Any]:
-        """Show the run of `record`; go on with it after `iter` updates if that is no None.
+        """Show the run of `record`; if `iter` is not None, continue it after `iter` iterations.
 
-        Returns what is to be recorded of it: the arguments of `TrainingLogger.event`, or nothing.
+        Returns the arguments of an event to record (`TrainingLogger.event`), or nothing.
         """
 
     @abc.abstractmethod
     def log(self, line: JournalLine) -> None:
-        """Show a line of the journal."""
+        """Log a line of the journal."""
 
     @abc.abstractmethod
     def close(self, status: str, summary: Summary | None) -> None:
-        """End what was begun."""
+        """End the tracker's run."""
 
 
 class TensorBoard(Tracker):
-    """Event files in the run folder. What a resume or a rollback takes back is hidden there too."""
+    """Event files in the run folder. A resume or a rollback hides the dropped steps there too."""
 
     title, option, package = 'TensorBoard', 'tensorboard_log', 'tensorboard'
 
@@ -173,7 +173,7 @@ class TensorBoard(Tracker):
         if (sample := line.get('sample')) and sample['text'] is not None:
             text = f'```\n{sample["prompt"]}{sample["text"]}\n```'
             self.writer.add_text('sample', text, iter, walltime=line.get('time'))
-        # As little is lost in a crash as of the record; and a full disk is noticed here.
+        # A crash loses no more than of the record, and a full disk is noticed here.
         self.writer.flush()
 
     def close(self, status: str, summary: Summary | None) -> None:
@@ -182,7 +182,7 @@ class TensorBoard(Tracker):
         self.writer.close()
 
     def _add_summary(self, summary) -> None:
-        assert self.writer.file_writer is not None  # as long as the writer is open
+        assert self.writer.file_writer is not None  # while the writer is open
         self.writer.file_writer.add_summary(summary)
 
     def _open(self, purge_step: int | None) -> None:
@@ -192,9 +192,9 @@ class TensorBoard(Tracker):
 
 
 class WeightsAndBiases(Tracker):
-    """A run at Weights & Biases, gone on with under its id. `iter` is the x axis of every figure.
+    """A run at Weights & Biases, continued under its id. `iter` is the x axis of every figure.
 
-    W&B's own step cannot go back, as it would have to after a resume or a rollback.
+    W&B's own step cannot decrease, as it would have to after a resume or a rollback.
     """
 
     title, option, package = 'Weights & Biases', 'wandb_log', 'wandb'
@@ -203,11 +203,11 @@ class WeightsAndBiases(Tracker):
         self.project, self.name = run.wandb_project, run.wandb_run_name
 
     def begin(self, folder: Path, record: Record, iter: int | None) -> dict[str, Any]:
-        """See `Tracker`. The id of the run is known from the record.
+        """See `Tracker`. The id of the run is in the record's events.
 
-        Raises UserError for what W&B calls one.
+        Raises UserError for usage errors that W&B reports.
         """
-        # Else the end of a run would wait without limit for a network that is gone.
+        # Otherwise the end of a run would wait without limit for a lost network.
         os.environ.setdefault('WANDB_FINISH_TIMEOUT', str(FINISH_SECONDS))
         import wandb
 
@@ -222,10 +222,10 @@ class WeightsAndBiases(Tracker):
                 id=ids[-1] if ids else None,
                 resume='allow',
             )
-        except wandb.errors.UsageError as error:  # no key, a project's name that cannot be, …
+        except wandb.errors.UsageError as error:  # no key, an invalid name of a project, …
             raise UserError(
-                f'wandb_log=True: {error} WANDB_MODE=offline keeps what is logged in the run '
-                f'folder; --wandb_log=False goes without.'
+                f'wandb_log=True: {error} Set WANDB_MODE=offline to log into the run folder only, '
+                f'or --wandb_log=False to log without W&B.'
             ) from error
         self.run.define_metric('*', step_metric='iter')
         where = self.run.url
@@ -238,13 +238,13 @@ class WeightsAndBiases(Tracker):
             self.run.log({'iter': line['iter'], **figures})
 
     def close(self, status: str, summary: Summary | None) -> None:
-        """Close what was begun; the record's summary joins W&B's."""
+        """End the run at W&B, with the record's summary in its own."""
         self.run.summary.update(summary or {})
         self.run.finish(exit_code=int(status != 'finished'))
 
 
 def _sentence(line: dict) -> str:
-    """An event in a line of Markdown."""
+    """An event as a line of Markdown."""
     when = datetime.fromtimestamp(line['time']).isoformat(' ', 'seconds')
     name, message = line.get('event', line['kind']), line.get('message', '')
     return f'{when} **{name}** {message}'.rstrip()
@@ -254,10 +254,10 @@ TRACKERS: tuple[type[Tracker], ...] = (TensorBoard, WeightsAndBiases)
 
 
 def check_packages(run: FrozenConfig) -> None:
-    """Raise UserError if a tracker is asked for whose package is not installed."""
+    """Raise UserError if the package of an enabled tracker is not installed."""
     problems = [
         f'{tracker.option}=True needs the package {tracker.package}, which is not installed: '
-        f'pip install {tracker.package}, or go without by --{tracker.option}=False.'
+        f'run pip install {tracker.package}, or set --{tracker.option}=False.'
         for tracker in TRACKERS
         if run.get(tracker.option) and not _is_installed(tracker.package)
     ]
@@ -266,11 +266,11 @@ def check_packages(run: FrozenConfig) -> None:
 
 
 def _is_installed(package: str) -> bool:
-    """Whether it can be imported; a mere folder of that name, such as W&B leaves, is no package."""
+    """Whether it can be imported; a plain folder of that name, as W&B creates, does not count."""
     spec = importlib.util.find_spec(package)
     return spec is not None and spec.origin is not None
 
 
 def enabled_trackers(run: FrozenConfig) -> list[Tracker]:
-    """The trackers that the options of a run ask for, not yet begun."""
+    """The trackers that the options of a run enable, not yet begun."""
     return [tracker(run) for tracker in TRACKERS if run.get(tracker.option)]

@@ -319,7 +319,7 @@ MISTAKES = {
     '--text=.': ['--text=. cannot be read: Is a directory'],
     '--choices=.': ['--choices=. cannot be read: Is a directory'],
     '--choices=latin.txt': ['--choices=latin.txt, line 1: not JSON'],
-    '--text=utf16.txt': ['utf16.txt is no UTF-8 text but UTF-16', 'iconv'],
+    '--text=utf16.txt': ['utf16.txt is not UTF-8 text but UTF-16', 'iconv'],
     '--choices=odd.jsonl': [f'line {n}: ' for n in range(1, 6)],
     '--choices=wide.jsonl': ['line 1: its choice', '300000 tokens'],
     '--choices=deep.jsonl': ['line 1: not JSON: nested too deeply'],

@@ -72,11 +72,11 @@ def test_project_components_meet_their_contracts(register, registry):
 @pytest.mark.parametrize(
     ('attributes', 'expected'),
     [
-        ({'tag': 3}, 'Own.tag must be str, and is 3'),
-        ({'tag': None}, 'Own.tag must be str, and is None'),
-        ({'part': 1.5}, 'Own.part must be str or None, and is 1.5'),
-        ({'cacheable': 'yes'}, "Own.cacheable must be bool, and is 'yes'"),
-        ({'options': ['slope']}, "Own.options must be dict, and is ['slope']"),
+        ({'tag': 3}, 'Own.tag must be str, but is 3'),
+        ({'tag': None}, 'Own.tag must be str, but is None'),
+        ({'part': 1.5}, 'Own.part must be str or None, but is 1.5'),
+        ({'cacheable': 'yes'}, "Own.cacheable must be bool, but is 'yes'"),
+        ({'options': ['slope']}, "Own.options must be dict, but is ['slope']"),
         ({'options': {'slope': 1.0}}, "Own.options: 'slope' must be an Option"),
         ({'options': {'a b': Option(int, 1, '')}}, "Own.options: 'a b' must be a name"),
         ({'options': {'n': Option(list, [], '')}}, "the type of 'n' must be int, float"),
@@ -90,9 +90,9 @@ def test_project_components_meet_their_contracts(register, registry):
         ({'forward': lambda self: None}, 'Own.forward must be forward(self, x): too many'),
         ({'__init__': lambda self: None}, 'Own.__init__ must be __init__(self, config): too many'),
         ({'name_tag': lambda self, config: 'x'}, 'must be name_tag(config) (classmethod): missing'),
-        ({'problems': []}, 'Own.problems must be problems(config) (classmethod), and is []'),
+        ({'problems': []}, 'Own.problems must be problems(config) (classmethod), but is []'),
         ({'flops': lambda self: {}}, 'Own.flops must be flops(self, seq_len, causal): too many'),
-        ({'initial_values': {}}, 'Own.initial_values must be initial_values(self), and is {}'),
+        ({'initial_values': {}}, 'Own.initial_values must be initial_values(self), but is {}'),
     ],
 )
 def test_faulty_class_is_rejected_at_registration(register, attributes, expected):

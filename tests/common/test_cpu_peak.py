@@ -74,7 +74,7 @@ def test_peak_only_rises(file, measured):
     rounds = measured(0.25)
     peak = cpu_peak.peak(CPU, 'float32')
     assert peak.tflops == 1.0
-    assert '2,048-cubed' in peak.source and 'earlier run; 25% of that now' in peak.source
+    assert '2,048-cubed' in peak.source and 'earlier run; now 25% of it' in peak.source
     assert rounds == [cpu_peak.ROUNDS, 1, 1]  # a start that knows one takes a third of the time
     assert len(file.read_text().split('\n')) == 1 + 2  # a line for each new best
 
@@ -144,7 +144,7 @@ def test_unwritable_cache_is_mentioned(tmp_path, measured, monkeypatch):
     blocked.touch()
     monkeypatch.setenv('XDG_CACHE_HOME', str(blocked))  # no folder can be made in a file
     peak = cpu_peak.peak(CPU, 'float32')
-    assert peak.tflops == 0.3 and peak.source.endswith('not remembered for other runs')
+    assert peak.tflops == 0.3 and peak.source.endswith(', not cached')
 
     def homeless():
         raise RuntimeError('no home')

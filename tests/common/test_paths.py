@@ -34,7 +34,7 @@ def test_only_a_home_folder_is_expanded(home):
     (home / 'loop').symlink_to(home / 'loop')
     with pytest.raises(BadPath, match='symbolic links'):
         expand_home('~/loop')
-    with pytest.raises(BadPath, match=r'~nobody-at-all is no home folder.*\./~nobody-at-all/x'):
+    with pytest.raises(BadPath, match=r'~nobody-at-all is not a home folder.*\./~nobody-at-all/x'):
         expand_home('~nobody-at-all/x')
 
 
@@ -47,7 +47,7 @@ def test_options_of_a_run(key, home, tmp_path):
     for form in ([f'--{key}=~/typed'], [f'--{key}', '~/typed']):
         assert read_command_line(form, schema).value(key, schema) == f'{home}/typed'
     (problem,) = read_command_line([f'--{key}=~nobody-at-all'], schema).problems
-    assert key in problem and '~nobody-at-all is no home folder' in problem
+    assert key in problem and '~nobody-at-all is not a home folder' in problem
 
 
 @pytest.mark.parametrize('kind', ['hf', 'nanogpt'])
@@ -104,7 +104,7 @@ def _listed(value):
 def test_a_home_that_is_nobodys_is_a_mistake():
     parser = ArgumentParser()
     parser.add_argument('--json', type=Path)
-    with pytest.raises(UserError, match=r'--json.*~nobody-at-all is no home folder'):
+    with pytest.raises(UserError, match=r'--json.*~nobody-at-all is not a home folder'):
         parser.parse(['--json=~nobody-at-all/x'])
 
 

@@ -51,11 +51,11 @@ def test_lines_end_at_line_feeds_alone(tmp_path_factory, texts):
 @pytest.mark.parametrize(
     'content, says',
     [
-        (b'caf\xe9', 'no UTF-8 text: unexpected end of data at byte 3'),
-        (MARK + b'\xff', 'no UTF-8 text: invalid start byte at byte 3'),
-        ('a'.encode('utf-16'), 'no UTF-8 text but UTF-16: .*iconv -f UTF-16 -t UTF-8'),
-        (gzip.compress(b'a', mtime=0), 'no UTF-8 text but compressed by gzip: unpack it first'),
-        (b'PK\x03\x04\xff', 'no UTF-8 text but a zip archive: unpack it first'),
+        (b'caf\xe9', 'not UTF-8 text: unexpected end of data at byte 3'),
+        (MARK + b'\xff', 'not UTF-8 text: invalid start byte at byte 3'),
+        ('a'.encode('utf-16'), 'not UTF-8 text but UTF-16: .*iconv -f UTF-16 -t UTF-8'),
+        (gzip.compress(b'a', mtime=0), 'not UTF-8 text but compressed by gzip: unpack it first'),
+        (b'PK\x03\x04\xff', 'not UTF-8 text but a zip archive: unpack it first'),
     ],
 )
 def test_non_text_files_are_named(tmp_path, content, says):

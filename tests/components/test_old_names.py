@@ -127,11 +127,11 @@ def test_old_component_names_work_with_one_note(register_old_components, capsys)
     notes = capsys.readouterr().out.splitlines()
     assert len(notes) == len(set(notes))
     for note in (
-        'note: Positions is now AttentionInputs; the old name will go.',
-        'note: OldAttention.needs is now layer_spec; the old name will go.',
-        'note: OldAttention.layer_needs is now spec; the old name will go.',
-        'note: OldFeedForward.inside is now nonlinearity; the old name will go.',
-        'note: AttentionSpec.visible is now is_visible; the old name will go.',
+        'note: Positions is now AttentionInputs; the old name will be removed.',
+        'note: OldAttention.needs is now layer_spec; the old name will be removed.',
+        'note: OldAttention.layer_needs is now spec; the old name will be removed.',
+        'note: OldFeedForward.inside is now nonlinearity; the old name will be removed.',
+        'note: AttentionSpec.visible is now is_visible; the old name will be removed.',
     ):
         assert note in notes
 

@@ -153,7 +153,7 @@ def test_unreadable_files_are_named_without_a_pattern(tmp_path, name, begin):
     (tmp_path / 'mine').mkdir()
     (tmp_path / 'mine' / name).write_bytes(begin)
     message = error_of('mine', '--out=out')
-    assert 'To read those' not in message and 'no UTF-8 text but a' in message
+    assert 'To read those' not in message and 'not UTF-8 text but a' in message
     assert 'first' in message  # unpack it, extract its text
 
 

@@ -470,7 +470,7 @@ def test_a_lost_process_is_one_error():
         (['a.text', '--out=mine'], 'no file or folder a.text. Did you mean a.txt?'),
         (['a.txt', '--out=mine'], 'too few documents, 1: none of them is left for the val split'),
         (['empty.txt', '--out=mine'], 'no document to prepare: 1 were empty'),
-        (['bad.txt', '--out=mine'], 'bad.txt is no UTF-8 text: invalid start byte at byte 3'),
+        (['bad.txt', '--out=mine'], 'bad.txt is not UTF-8 text: invalid start byte at byte 3'),
         (['rows.jsonl', '--out=mine'], "rows.jsonl, line 2 has no field 'text', but 'txt'"),
         (['a.txt', '--out=a.txt'], 'cannot be written to a.txt'),
         (['a.txt', '--out=mine', '--tokeniser=byte'], 'Did you mean --tokenizer?'),

@@ -159,7 +159,7 @@ def damaged(tmp_path, kind):
     'kind, says',
     [
         ('jsonl.gz', 'cannot be read: .*end-of-stream'),
-        ('txt', 'no UTF-8 text: invalid start byte at byte 4'),
+        ('txt', 'not UTF-8 text: invalid start byte at byte 4'),
         ('md', 'cannot be read: No such file'),
         ('parquet', 'cannot be read: .*[Pp]arquet'),
         ('jsonl', 'line 1 is no JSON'),

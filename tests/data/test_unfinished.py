@@ -191,7 +191,7 @@ def test_mended_long_text_is_continued(tmp_path, encoded):
     good = path.read_bytes()
     at = good.index(TEXTS[200].encode())
     path.write_bytes(good[:at] + b'\xff' + good[at:])
-    with pytest.raises(UserError, match='no UTF-8 text'):
+    with pytest.raises(UserError, match='not UTF-8 text'):
         run(*arguments, f'--out={tmp_path}/mine')
     path.write_bytes(good)
     encoded.clear()

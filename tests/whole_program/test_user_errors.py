@@ -312,7 +312,7 @@ MISTAKES = {
     'sample.py --out_dir=empty': ["out_dir='empty'", 'no run', '--out_dir='],
     'sample.py --run=run_1': ["'run_1'", 'out/run_1', 'Runs in out: run_'],
     'sample.py --start=FILE:none.txt': ['--start=FILE:none.txt', 'No such file'],
-    'sample.py --start=FILE:latin.txt': ['--start=FILE:latin.txt', 'no UTF-8 text'],
+    'sample.py --start=FILE:latin.txt': ['--start=FILE:latin.txt', 'not UTF-8 text'],
     'sample.py --start=xyz': ['10 characters', "'x' 'y' 'z'", "'abcdefgh \\n'"],
     'sample.py --device=gpu': ["device='gpu'", 'auto', 'cpu'],
     'sample.py --dtype=bf16': ["dtype='bf16'", 'float32', 'Did you mean bfloat16?'],
@@ -326,7 +326,7 @@ MISTAKES = {
     'compare_architectures.py out --latest=0': ['--latest', '0 is not a positive whole number'],
     'compare_architectures.py out --latset=3': ['--latset=3', 'Did you mean --latest?'],
     'data/shakespeare/prepare.py --source=none.txt': ['--source=none.txt', 'No such file'],
-    'data/shakespeare_char/prepare.py --source=latin.txt': ['--source=latin.txt', 'no UTF-8 text'],
+    'data/shakespeare_char/prepare.py --source=latin.txt': ['--source=latin.txt', 'not UTF-8 text'],
     'data/shakespeare_char/prepare.py --sorce=a': ['--sorce=a', 'Did you mean --source?'],
     'data/python_stdlib/prepare.py more': ['more', '--help'],
 }
