@@ -42,7 +42,8 @@ class LiveRegion:
         self._lines: list[str] = []  # to be shown
         self._widths: list[int] = []  # of the rows on the screen, in columns
         self._drawn_at = 0.0
-        self._writing = False  # whether the streams are passed through, as they are
+        self._writing = False  # whether the screen is being changed
+        self._deferred = ''  # what signal handlers wrote meanwhile
         self._at_line_start = True  # whether the output above ended with a line feed
         self._lock = threading.RLock()
         self._writers: dict[int, Callable[[str], Any]] = {}  # by id: the streams' own `write`
@@ -72,7 +73,7 @@ class LiveRegion:
         """
         global _current
         assert self.available
-        with self._lock:
+        with self._exclusively():
             if _current is None:
                 _current = self
                 for stream in (self.stream, sys.stdout, sys.stderr):
@@ -89,7 +90,7 @@ class LiveRegion:
         global _current
         if _current is not self:
             return
-        with self._lock:
+        with self._exclusively():
             if keep:
                 self._draw()
             elif self._widths:
@@ -99,11 +100,14 @@ class LiveRegion:
             self._writers.clear()
             _current = None
 
-    def forget(self) -> str:
-        """The text that erases the region, which the caller writes; a redraw begins below."""
-        if self._writing or not is_terminal(sys.stderr):
-            return ''
-        return self._erase()
+    def write_below(self, text: str) -> None:
+        """Write to standard error in place of the region, which appears again at its next update.
+
+        For signal handlers: in the middle of another write, the text comes right after that.
+        """
+        self._deferred += text
+        if not self._writing:
+            self._write_deferred()
 
     # --- The screen ---
 
@@ -139,15 +143,28 @@ class LiveRegion:
         return text
 
     def _write(self, text: str) -> str | None:
-        writing, self._writing = self._writing, True
-        try:
-            reason = write_control(text, self.stream, self._writers[id(self.stream)])
-        finally:
-            self._writing = writing
+        reason = write_control(text, self.stream, self._writers[id(self.stream)])
         if reason:
             self._lines, self._widths = [], []
             self.close()
         return reason
+
+    @contextlib.contextmanager
+    def _exclusively(self) -> Iterator[None]:
+        """Change the screen while other threads and signal handlers wait."""
+        with self._lock:
+            nested, self._writing = self._writing, True
+            try:
+                yield
+            finally:
+                self._writing = nested
+                if not nested:
+                    self._write_deferred()
+
+    def _write_deferred(self) -> None:
+        text, self._deferred = self._deferred, ''
+        if text:
+            _write_to_stderr((self._erase() if is_terminal(sys.stderr) else '') + text)
 
     # --- What others write ---
 
@@ -165,9 +182,9 @@ class LiveRegion:
         self._writers[id(stream)] = write
 
     def _write_above(self, text: str, stream: TextIO, write: Callable[[str], Any]) -> Any:
-        with self._lock:
-            if self._writing or not text:
-                return write(text)
+        if not text or self._writing_here():
+            return write(text)
+        with self._exclusively():
             if self._widths:
                 self._write(self._erase())
             written = write(text)
@@ -176,6 +193,11 @@ class LiveRegion:
             if self._lines and self._at_line_start:
                 self._draw()
             return written
+
+    def _writing_here(self) -> bool:
+        """Whether this thread is changing the screen: the text comes from a signal handler."""
+        with self._lock:
+            return self._writing
 
 
 @contextlib.contextmanager
@@ -189,13 +211,16 @@ def closed_at_end() -> Iterator[None]:
 
 
 def write_in_signal_handler(text: str) -> None:
-    """Write a text to standard error, by number, as a signal handler must, below a shown region.
+    """Write a text to standard error, by number, as a signal handler must; below a shown region."""
+    if _current is None:
+        _write_to_stderr(text)
+    else:
+        _current.write_below(text)
 
-    The region appears again at its next update.
-    """
-    erase = _current.forget() if _current is not None else ''
+
+def _write_to_stderr(text: str) -> None:
     with contextlib.suppress(OSError):  # the terminal is gone, which is what SIGHUP means
-        os.write(2, (erase + text).encode())
+        os.write(2, text.encode())
 
 
 def terminal_size(stream: TextIO) -> os.terminal_size:

@@ -207,6 +207,29 @@ def test_signal_handler_writes_below(open_screen, monkeypatch):
     assert screen.text == 'SIGINT\nnext block\nbar'
 
 
+@pytest.mark.parametrize('moment', ['draw', 'above'])
+def test_signal_during_write_loses_nothing(moment, open_screen, monkeypatch):
+    screen = open_screen()
+
+    def write(text):
+        region._writers[id(screen)] = original  # the signal comes once
+        write_in_signal_handler('SIGINT\n')
+        original(text)
+
+    monkeypatch.setattr(live_region.os, 'write', lambda _, data: original(data.decode()))
+    original = screen.write
+    region = LiveRegion()
+    region.update(['a', 'b'])
+    region._writers[id(screen)] = write
+    if moment == 'draw':
+        region.update(['c', 'd'])
+    else:
+        write_progress('message')
+    region.update(['e', 'f'])
+    expected = ['SIGINT', 'e', 'f'] if moment == 'draw' else ['message', 'SIGINT', 'e', 'f']
+    assert screen.text.split('\n') == expected
+
+
 def test_color_of_region_costs_no_columns(open_screen):
     screen = open_screen()
     LiveRegion().update([bold('x' * 40), bold('x' * 50)])
