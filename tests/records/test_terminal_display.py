@@ -1,6 +1,7 @@
 """A run on a terminal: the block is redrawn in place, everything else scrolls above it."""
 
 import random
+import re
 import signal
 import sys
 
@@ -37,7 +38,7 @@ def test_block_is_redrawn_above_progress_bar(terminal):
         console.iteration(iteration(i))
     *block, bar = screen.text.split('\n')
     assert without_eta(block) == without_eta(shown_block(49))
-    assert bar.startswith('━━━━━━━━━') and ' 50 %  50/100 iterations  0:00:00 elapsed  0:0' in bar
+    assert re.fullmatch('━+─+  50 %  50/100 iterations  0:00:.. elapsed  0:..:.. left', bar)
     console.evaluation(evaluation(50), None)
     console.show('anything')
     lines = screen.text.split('\n')
@@ -175,7 +176,7 @@ def test_training_on_pseudo_terminal(tiny_dataset, tmp_path):
         assert text.count(once) == 1
     assert text.count('📍 Iter') == 1 and '📍 Iter     19' in text
     assert '✅ TRAINING FINISHED after 20 of 20 iterations' in text and 'elapsed' not in text
-    assert '\x1b[1m' in screen.raw and 'iterations  0:00:' in screen.raw
+    assert '\x1b[1m' in screen.raw and '20/20 iterations' in screen.raw
 
 
 @pytest.mark.slow
@@ -185,7 +186,7 @@ def test_interrupt_on_pseudo_terminal(tiny_dataset, tmp_path):
         tiny_dataset,
         tmp_path,
         *('--max_iters=100000', '--eval_interval=50000'),
-        until='iterations  0:00:01 elapsed',
+        until=' elapsed',
         then=lambda process: process.send_signal(signal.SIGINT),
     )
     text = screen.text
