@@ -1,11 +1,11 @@
-"""Command lines at random against a small run: no traceback, and an end within seconds.
+"""Random command lines with a small run: no traceback, and an end within seconds.
 
     python tests/stress/command_lines.py [LINES] [SEED]
 
-Beside lines that are wrong for sure (`tests/test_command_lines.py`), those that may be right: huge
-numbers, odd paths, files of the wrong kind. Each runs in a process of its own, forked, with a limit
-of memory. Prints every line that ends in a traceback or not at all, and the counts; exit code 1
-if there were any.
+Unlike `tests/whole_program/test_command_lines.py`, the lines may be valid: huge numbers, unusual
+paths, files of the wrong kind. Each runs in a forked process with a memory limit. The output is
+every line that ends in a traceback or not at all, and the counts. The exit code is 1 if there is
+any.
 """
 
 import collections
@@ -32,7 +32,7 @@ from common import errors  # noqa: E402
 
 SECONDS, MEMORY = 60, 12 * 2**30
 TINY = [f'--{key}={value}' for key, value in TINY_RUN.items()]
-# What makes a line of each command a right one; the random words come behind it.
+# A valid beginning of a line for each command; the random arguments follow.
 BASE = {
     'train.py': [*TINY, '--dataset=data', '--max_iters=1', '--out_dir=more'],
     'sample.py': ['--max_new_tokens=2', '--num_samples=1'],
@@ -73,16 +73,16 @@ def prepare_folder() -> None:
     Path('locked').mkdir(mode=0)
     Path('loop').symlink_to('loop')
     arguments = [*TINY, '--dataset=data', '--max_iters=1']
-    code, said = outcome('train.py', arguments)
-    assert code == 0, said
+    code, error_output = outcome('train.py', arguments)
+    assert code == 0, error_output
 
 
 def outcome(command: str, line: list[str]) -> tuple[int | str, str]:
-    """The exit code, or what else happened; and what was said on standard error."""
-    with tempfile.TemporaryFile() as said:
+    """The exit code or other outcome, and the output on standard error."""
+    with tempfile.TemporaryFile() as stderr_file:
         child = os.fork()
         if child == 0:
-            run(command, line, said.fileno())
+            run(command, line, stderr_file.fileno())
         deadline = time.monotonic() + SECONDS
         while os.waitpid(child, os.WNOHANG) == (0, 0):
             if time.monotonic() > deadline:
@@ -90,16 +90,16 @@ def outcome(command: str, line: list[str]) -> tuple[int | str, str]:
                 os.waitpid(child, 0)
                 return 'no end', ''
             time.sleep(0.02)
-        said.seek(0)
-        *text, code = said.read().decode(errors='replace').rpartition('exit code ')
+        stderr_file.seek(0)
+        *text, code = stderr_file.read().decode(errors='replace').rpartition('exit code ')
         text = ''.join(text).removesuffix('exit code ')
     if 'Traceback' in text or not code.strip().isdecimal():
         return 'traceback', text + code
     return int(code), text
 
 
-def run(command: str, line: list[str], said: int) -> None:
-    os.dup2(said, 2)
+def run(command: str, line: list[str], stderr_fd: int) -> None:
+    os.dup2(stderr_fd, 2)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     sys.stdout, sys.stderr = open(1, 'w', closefd=False), open(2, 'w', closefd=False)  # noqa: SIM115
     os.setsid()
@@ -132,13 +132,13 @@ def main(lines: int = 300, seed: int = 0) -> int:
             source = wrong if number % 4 == 0 else odd
             command = rng.choice(list(source))
             line = next(source[command])
-            code, said = outcome(command, line)
+            code, error_output = outcome(command, line)
             counts[code] += 1
             for path in Path().glob('new*'):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
             if code not in (0, 2):
                 faults += 1
-                last = said.strip().splitlines()[-1:] or ['']
+                last = error_output.strip().splitlines()[-1:] or ['']
                 print(f'{code}: {command} {line[len(BASE.get(command, [])) :]}: {last[0][:200]}')
         os.chdir('/')
     print(f'{lines} lines: {dict(counts)}')

@@ -1,13 +1,13 @@
-"""Whether compiling changes what a preset computes: logits, loss and gradients, block by block.
+"""Compare every preset compiled block by block with eager mode: logits, loss and gradients.
 
     python tests/stress/compile_parity.py [preset …]
 
-Each preset, tiny, in fp32: the model as it is, and the same with its blocks compiled as in training
+Each preset is tiny and in fp32; its blocks are compiled as in training
 (`parallel.strategies.prepare_blocks`). A difference is the norm of the difference of a tensor
-against the norm of the tensor, the largest of the model. Differences in the last bits are usual,
-since fused operations round less often; anything above 1e-5 makes the exit code 1. `graphs` counts
-what was compiled for a forward pass in training and one in evaluation; it must not grow with the
-layers.
+divided by the norm of the tensor; the largest of the model is printed. Differences in the last bits are normal,
+since fused operations round less often; the exit code is 1 for any difference above 1e-5. `graphs`
+is the number of graphs compiled for a forward pass in training and one in evaluation; it must not
+grow with the number of layers.
 """
 
 import sys

@@ -1,11 +1,11 @@
-"""Every way in which a folder of somebody's can be wrong: none may end in a traceback.
+"""Damaged checkpoint folders of other libraries: none may end in a traceback.
 
     python tests/stress/damaged_files.py [number of random cases] [part of a kind's name]
 
-Each value of the config.json of each family set to null, NaN, texts, lists, objects, negative and
-huge numbers, and deep nesting; likewise the index of the shards, the header of .safetensors, the
-pickles and nanoGPT's checkpoint; and files with bytes changed at random. Each folder is opened,
-checked and read; whatever is not a UserError is shown, and makes the exit code 1.
+Every value in the config.json of every family is set to null, NaN, text, lists, objects, negative
+and huge numbers, and deep nesting; likewise in the shard index, the .safetensors header, pickles and
+nanoGPT's checkpoint. Files also have random bytes changed. Each folder is opened, checked and read.
+Every error that is not a UserError is printed, and sets the exit code to 1.
 """
 
 import sys

@@ -1,18 +1,18 @@
-"""Kill one training again and again, and compare what comes out with a training left alone.
+"""Kill a training run repeatedly, and compare its result with that of an uninterrupted run.
 
     python tests/stress/fault_run.py [--kills=50] [--updates=800] [--seed=0] [--folder=FOLDER]
     python tests/stress/fault_run.py --strategy=fsdp [--ranks=2] [--kills=20] [--updates=400]
 
-A small model is trained once without interruption. The same training then gets `kill -9` after
-`kill -9`, each time to be started again by --init_from=auto: a fifth of them while it starts, two
-fifths at any moment of its training, two fifths in a save (as soon as a `.saving-` folder is there,
-plus up to half of what a save takes). The moments are spread over the whole training. After each
-one every published checkpoint is read. At the end weights, optimizer and record are compared bit
-for bit; the exit code is 0 if nothing differs and nothing was unreadable. One thread; 50 kills take
-about 7 minutes on two slow cores.
+A small model is trained once without interruption. The same training is then killed repeatedly with
+`kill -9`, and restarted with --init_from=auto each time: one fifth of the kills during start-up, two
+fifths at random moments of training, two fifths during a save (when a `.saving-` folder exists, plus
+up to half the duration of a save). The kills are spread over the whole training. After each one,
+every published checkpoint is read. At the end, weights, optimizer and record must be bit-identical.
+The exit code is 0 if nothing differs and every checkpoint was readable. With one thread, 50 kills
+take about 7 minutes on two slow cores.
 
-With a strategy each kill hits a random one of `--ranks` processes, and nobody starts anything
-again: torchrun does, by --max-restarts, as often as there are kills and not once more.
+With --strategy, each kill hits a random one of `--ranks` processes, and torchrun restarts the job by
+--max-restarts, which is exactly the number of kills.
 """
 
 import argparse
@@ -63,17 +63,17 @@ OPTIONS = {
     'keep_last': 2,
     'device': 'cpu',
     'dtype': 'float32',
-    'peak_tflops': 1.0,  # else each start would measure it
+    'peak_tflops': 1.0,  # otherwise each start would measure it
     'log_style': 'line',
     'init_from': 'auto',
 }
 STRATEGIES = {'single': {}, 'ddp': {}, 'zero1': {'use_zero1': True}, 'fsdp': {'use_fsdp': True}}
 KINDS = ('training', 'saving', 'start', 'saving', 'training')
-GRACE_SECONDS = 300  # seconds, for what should take a few
+GRACE_SECONDS = 300  # timeout in seconds for steps that take a few
 
 
 def write_dataset(folder: Path) -> None:
-    """Bytes with some order in them."""
+    """Write text of random words."""
     folder.mkdir()
     choose = random.Random(0).choice
     words = ['the', 'quick', 'brown', 'fox', 'jumps', 'over', 'a', 'lazy', 'dog.\n']
@@ -87,7 +87,7 @@ def write_dataset(folder: Path) -> None:
 
 
 class Training:
-    """One training in one folder, as many processes as it takes."""
+    """A training run in one folder, in as many processes as needed."""
 
     def __init__(self, folder: Path, name: str, iterations: int, strategy: str, ranks: int):
         self.out, self.log = folder / name, folder / f'{name}.log'
@@ -97,7 +97,7 @@ class Training:
         options['gradient_accumulation_steps'] *= self.ranks
         self.options = [f'--{key}={value}' for key, value in options.items()]
         self.process: subprocess.Popen | None = None
-        self.killed: set[int] = set()  # processes of ranks that a kill has ended, or will have
+        self.killed: set[int] = set()  # ranks that were killed
 
     @property
     def run(self) -> Path | None:
@@ -108,7 +108,7 @@ class Training:
         return list_checkpoints(self.run / 'checkpoints') if self.run else []
 
     def start(self, restarts: int = 0) -> None:
-        """Start it, or wait until torchrun has done so again."""
+        """Start the training, or wait until torchrun has restarted it."""
         script = [str(PROJECT / 'train.py'), *self.options]
         if self.ranks == 1:
             self._start([sys.executable, *script])
@@ -130,7 +130,7 @@ class Training:
             )
 
     def workers(self) -> list[int]:
-        """The processes that train, less those that were killed."""
+        """The training processes, without those that were killed."""
         if self.ranks == 1:
             return [self.process.pid]
         try:
@@ -140,7 +140,7 @@ class Training:
         return [child.pid for child in children if child.pid not in self.killed]
 
     def kill(self, rng: random.Random) -> bool:
-        """Kill a random one of the processes; whether there was one left."""
+        """Kill a random process; return whether one was running."""
         workers = self.workers()
         self.killed.update(workers)
         if self.process.poll() is not None or not workers:
@@ -156,7 +156,7 @@ class Training:
             sys.exit(f'the training ended with code {code}; its output is in {self.log}')
 
     def finish(self) -> float:
-        """Train to the end, and return the seconds that this took."""
+        """Train to the end, and return the duration in seconds."""
         began = time.perf_counter()
         self.start()
         self.wait()
@@ -167,7 +167,7 @@ class Training:
         return run, (run / 'journal.jsonl').stat().st_size if run else 0
 
     def iterations_since(self, run: Path | None, size: int) -> int:
-        """Iterations that the journal tells of after that end of it; -1 without a line of one."""
+        """Iterations in the journal after a position; -1 if there are none."""
         if self.run is None:
             return -1
         with open(self.run / 'journal.jsonl', 'rb') as file:
@@ -176,7 +176,7 @@ class Training:
         return int(numbers[-1]) + 1 if numbers else -1
 
     def leftovers(self) -> set[str]:
-        """What a save, or a removal, has under way or has left behind."""
+        """Temporary folders of saves in progress or interrupted."""
         folder = self.run and self.run / 'checkpoints'
         names = os.listdir(folder) if folder else []
         return {name for name in names if name.startswith('.saving-')}
@@ -197,17 +197,17 @@ def wait_until(condition, process: subprocess.Popen) -> None:
     while process.poll() is None and not condition():
         if time.perf_counter() > deadline:
             process.kill()
-            sys.exit(f'train.py did not get on for {GRACE_SECONDS} seconds')
+            sys.exit(f'train.py made no progress for {GRACE_SECONDS} seconds')
         time.sleep(0.001)
 
 
 def kill_once(
     training: Training, kind: str, until: float, seconds: dict[str, float], rng: random.Random
 ) -> bool | None:
-    """Kill at a moment of that kind, and return whether it fell into a save.
+    """Kill at a moment of this kind, and return whether it was during a save.
 
-    until: iterations made at that moment, where it is not the start. seconds: what a start, an
-    update and a save take. None if the training ended before.
+    until: completed iterations at the kill, unless it is during start-up. seconds: duration of a
+    start, an iteration and a save. None if the training ended before.
     """
     end, before = training.journal_end(), training.leftovers()
     if kind == 'start':
@@ -230,7 +230,7 @@ def clock(seconds: float) -> str:
 
 @contextlib.contextmanager
 def empty_folder(parser: argparse.ArgumentParser, name: str | None) -> Iterator[Path]:
-    """The folder `--folder` of the parser's script, or one that is removed in the end."""
+    """The folder given by `--folder`, or a temporary one that is removed at the end."""
     folder = Path(name or tempfile.mkdtemp(prefix=f'{Path(parser.prog).stem}_'))
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()):
@@ -246,14 +246,21 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument('--kills', type=int, default=50, help='how many (default 50)')
-    parser.add_argument('--updates', type=int, default=800, help='of the training (default 800)')
-    parser.add_argument('--seed', type=int, default=0, help='of the moments (default 0)')
+    parser.add_argument('--kills', type=int, default=50, help='Number of kills (default 50)')
     parser.add_argument(
-        '--strategy', choices=STRATEGIES, default='single', help='of training (default single)'
+        '--updates', type=int, default=800, help='Iterations of the training (default 800)'
     )
-    parser.add_argument('--ranks', type=int, default=2, help='of a strategy (default 2)')
-    parser.add_argument('--folder', help='where the runs are kept (default: nowhere)')
+    parser.add_argument('--seed', type=int, default=0, help='Seed of the moments (default 0)')
+    parser.add_argument(
+        '--strategy',
+        choices=STRATEGIES,
+        default='single',
+        help='Parallel strategy (default single)',
+    )
+    parser.add_argument('--ranks', type=int, default=2, help='Processes of a strategy (default 2)')
+    parser.add_argument(
+        '--folder', help='Folder in which to keep the runs (default: a temporary one)'
+    )
     options = parser.parse_args()
     with empty_folder(parser, options.folder) as folder:
         rng = random.Random(options.seed)
@@ -264,7 +271,7 @@ def main() -> int:
 def fault_run(
     folder: Path, kills: int, iterations: int, how: tuple[str, int], rng: random.Random
 ) -> int:
-    """Both trainings, the kills and the verdict, printed; 0 if nothing differs."""
+    """Run both trainings and the kills, print the result; return 0 if nothing differs."""
     write_dataset(folder / 'dataset')
     reference = Training(folder, 'uninterrupted', iterations, *how)
     seconds = train_alone(reference, iterations)
@@ -276,21 +283,21 @@ def fault_run(
     total = sum(outcome.kinds.values())
     kinds = ', '.join(f'{n} {kind}' for kind, n in outcome.kinds.items())
     print(f'\nkills                    {total} ({kinds})')
-    print(f'  that fell into a save  {outcome.in_saves}')
+    print(f'  during a save          {outcome.in_saves}')
     print(f'resumes in the record    {resumes}')
     print(f'unreadable checkpoints   {len(outcome.unreadable)}')
     for problem in outcome.unreadable:
         print(f'  {problem}')
     for part, keys in different.items():
-        verdict = f'DIFFERENT: {", ".join(keys[:5])}' if keys else 'equal, bit for bit'
+        verdict = f'DIFFERENT: {", ".join(keys[:5])}' if keys else 'bit-identical'
         print(f'{part:<24} {verdict}')
     print(f'time                     {clock(time.perf_counter() - began)} for the killed training')
     return int(bool(outcome.unreadable or any(different.values()) or total < kills))
 
 
 def train_alone(reference: Training, iterations: int) -> dict[str, float]:
-    """Train without interruption; the seconds that a start, an update and a save take."""
-    print(f'training {iterations} updates without interruption', flush=True)
+    """Train without interruption; return the seconds of a start, an iteration and a save."""
+    print(f'training {iterations} iterations without interruption', flush=True)
     took = reference.finish()
     record = read_record(reference.run)
     seconds = {
@@ -307,7 +314,7 @@ def train_alone(reference: Training, iterations: int) -> dict[str, float]:
 
 
 class Kills(NamedTuple):
-    """What came of them: how many of each kind, those in saves, and checkpoints that broke."""
+    """The kills by kind, those during a save, and unreadable checkpoints."""
 
     kinds: Counter
     in_saves: int
@@ -321,7 +328,7 @@ def kill_repeatedly(
     seconds: dict[str, float],
     rng: random.Random,
 ) -> Kills:
-    """Kill it so often, each time to be started again, and train to the end."""
+    """Kill and restart the training `kills` times, then train to the end."""
     training.start(restarts=kills)
     kinds, in_saves, unreadable, began = Counter(), 0, [], time.perf_counter()
     for number in range(kills):
@@ -330,7 +337,7 @@ def kill_repeatedly(
         kind = KINDS[number % len(KINDS)]
         in_save = kill_once(training, kind, until, seconds, rng)
         if in_save is None:
-            print('the training ended before all kills were made: raise --updates')
+            print('the training ended before all kills were done: raise --updates')
             break
         kinds[kind] += 1
         in_saves += in_save
@@ -340,7 +347,7 @@ def kill_repeatedly(
         left = elapsed / (number + 1) * (kills - number - 1) + seconds['start']
         print(
             f'kill {number + 1}/{kills} ({kind}{", in a save" if in_save else ""}) with {done} of '
-            f'{iterations} updates saved | {clock(left)} left',
+            f'{iterations} iterations saved | {clock(left)} left',
             flush=True,
         )
     training.wait()
@@ -348,7 +355,7 @@ def kill_repeatedly(
 
 
 def compare_trainings(training: Training, reference: Training) -> dict[str, list[str]]:
-    """By part of the last checkpoint and of the record, where the two differ."""
+    """The keys that differ, by part of the last checkpoint and of the record."""
     (_, states), (_, expected) = (
         load_latest(t.run / 'checkpoints', print) for t in (training, reference)
     )

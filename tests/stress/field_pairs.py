@@ -1,10 +1,10 @@
-"""Two fields of a config.json at a time set to other legal values, against transformers.
+"""Pairs of fields of a config.json set to other legal values, checked against transformers.
 
     python tests/stress/field_pairs.py [pairs of each family] [seed]
 
-First every value of every field alone, then random pairs of them, in tiny models of every family:
-equal logits with transformers, a refusal by name, or illegal to transformers itself. Any other
-difference is shown, and makes the exit code 1.
+First every value of every field alone, then random pairs, in tiny models of every family. Each must
+give the same logits as transformers, be refused by name, or be illegal in transformers. Any other
+outcome is printed, and sets the exit code to 1.
 """
 
 import random
@@ -29,7 +29,7 @@ def main(pairs: int = 100, seed: int = 0) -> int:
         for family in foreign_configs.BASES:
             alone = foreign_configs.flips(family)
             outcomes = [(change, flips.outcome(family, change)) for change in alone]
-            # A field that is refused alone is refused in every pair: nothing to learn from it.
+            # A field that is refused alone is refused in every pair: skip it.
             read = [change for change, outcome in outcomes if outcome != 'refused']
             for _ in range(pairs):
                 one, other = rng.sample(read, 2)

@@ -1,12 +1,13 @@
-"""How far apart the logits are once a preset has gone into transformers' format and back.
+"""Differences of logits after exporting presets to transformers and importing them back.
 
     python tests/stress/round_trips.py [preset …] [--key=value …]
 
-Each preset, small unless the sizes are given (--n_layer=12 --n_embd=768 …), with weights of every
-kind, in fp32: `export` is transformers' AutoModelForCausalLM on what we write against our model,
-`import` is our model of what transformers then writes itself against transformers' own. A
-difference is the largest of any logit, in parts of the largest logit. Anything above 1e-4, far more
-than the roundings of fp32, makes the exit code 1. What transformers cannot express is named.
+Each preset is small unless sizes are given (--n_layer=12 --n_embd=768 …), with perturbed weights in
+fp32. `export` compares AutoModelForCausalLM on our exported folder with our model; `import` compares
+our model, loaded from the folder that transformers then saves, with that of transformers. A
+difference is the largest of any logit, relative to the largest logit. The exit code is 1 for any
+difference above 1e-4, far more than rounding in fp32. Presets that transformers cannot represent are
+named.
 """
 
 import sys
@@ -28,7 +29,7 @@ TOLERANCE = 1e-4
 
 
 def perturbed_model(config: ModelArchitectureConfig) -> Transformer:
-    """Initialised as for training, then moved, so that no gain is 1 and no bias 0."""
+    """Initialized as for training, then perturbed, so that no norm weight is 1 and no bias 0."""
     model = build_model(config, 'cpu', seed=1).eval()
     generator = torch.Generator().manual_seed(2)
     for parameter in model.parameters():
@@ -37,13 +38,16 @@ def perturbed_model(config: ModelArchitectureConfig) -> Transformer:
     return model
 
 
-def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return ((found - expected).abs().max() / expected.abs().max()).item()
+def difference(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((actual - expected).abs().max() / expected.abs().max()).item()
 
 
 @torch.no_grad()
 def round_trip(config: ModelArchitectureConfig, folder: Path) -> tuple[str, float, float]:
-    """Their architecture's name, and the differences of export and import. Raises UserError."""
+    """The architecture's name in transformers, and the differences of export and import.
+
+    Raises UserError.
+    """
     from transformers import AutoModelForCausalLM
 
     model = perturbed_model(config)

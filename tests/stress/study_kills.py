@@ -1,13 +1,12 @@
-"""Kill one study again and again, and compare its result with that of a study left alone.
+"""Kill a study repeatedly, and compare its result with that of an uninterrupted study.
 
     python tests/stress/study_kills.py [--kills=6] [--seeds=3] [--updates=300] [--folder=FOLDER]
 
-Four variants, each with so many seeds, are trained once without interruption. The same study then
-is ended at random moments and started again by the same command: by `kill -9` of it and its runs,
-by `kill -9` of the study alone, and by Ctrl-C. In the end every loss and gradient norm of every run
-has to be the same to the last bit, and so has the comparison, but for times, memory and paths. The
-exit code is 0 if nothing differs. One thread; the 12 runs, twice, take about 6 minutes on two slow
-cores.
+Four variants with several seeds are trained once without interruption. The same study is then ended
+at random moments and restarted with the same command: by `kill -9` of the study and its runs, by
+`kill -9` of the study alone, and by Ctrl-C. At the end, every loss and gradient norm of every run
+must be bit-identical, and so must the comparison, except for times, memory and paths. The exit code
+is 0 if nothing differs. With one thread, twice 12 runs take about 6 minutes on two slow cores.
 """
 
 import argparse
@@ -43,10 +42,10 @@ OPTIONS = {
     'eval_iters': 8,
     'device': 'cpu',
     'dtype': 'float32',
-    'peak_tflops': 1.0,  # else each start would measure it
+    'peak_tflops': 1.0,  # otherwise each start would measure it
 }
 SWEEP = {'ffn_type': ['standard', 'swiglu'], 'position_encoding': ['learned_absolute', 'rope']}
-# Of the comparison's JSON: what is measured, and where runs are kept.
+# Keys of the comparison's JSON that are measured, or that are paths.
 MEASURED = {
     *('run', 'runs', 'folder', 'front', 'mfu_percent', 'tokens_per_sec', 'time_ms'),
     *('wall_seconds', 'peak_memory_gb', 'seconds'),
@@ -55,7 +54,7 @@ KILLS = ('the study and its runs', 'Ctrl-C', 'the study alone')
 
 
 class StudyRun:
-    """One study in one folder, as many processes as it takes."""
+    """A study in one folder, in as many processes as needed."""
 
     def __init__(self, folder: Path, name: str, seeds: int, iterations: int):
         self.out, self.log = folder / name, folder / f'{name}.log'
@@ -79,7 +78,7 @@ class StudyRun:
             sys.exit(f'the study ended with code {code}; its output is in {self.log}')
 
     def kill(self, kind: str) -> bool:
-        """End it in that way; whether there was something to end."""
+        """End the study in this way; return whether it was running."""
         if self.process.poll() is not None:
             return False
         if kind == 'Ctrl-C':
@@ -99,7 +98,7 @@ class StudyRun:
         return {name: read_record(run) for name, run in sorted(runs.items()) if run}
 
     def iterations(self) -> int:
-        """Iterations that the runs have logged, those that are then made again counted twice."""
+        """Logged iterations of all runs; repeated ones count twice."""
         journals = self.out.glob('runs/*/*/run_*/journal.jsonl')
         return sum(journal.read_bytes().count(b'{"kind": "iteration"') for journal in journals)
 
@@ -114,7 +113,7 @@ class StudyRun:
         ).stdout
 
     def table(self) -> dict:
-        """What the comparison says, but for what is measured."""
+        """The result of the comparison, without measured values."""
         data = _unmeasured(json.loads(self.comparison('json')))
         data['equal_cost'] = [row for row in data['equal_cost'] if row['cost'] != 'seconds']
         return data
@@ -127,7 +126,7 @@ def _unmeasured(value):
 
 
 def result(record: dict) -> dict:
-    """What a run came to, to the last bit."""
+    """The losses and gradient norms of a run."""
     return {
         'status': record['status'],
         'iterations': without_measurements(record['training_iterations']),
@@ -151,7 +150,7 @@ def main() -> int:
 
 
 def study_kills(folder: Path, kills: int, seeds: int, iterations: int, rng: random.Random) -> int:
-    """Both studies, the moments of the kills and the verdict, printed; 0 if nothing differs."""
+    """Run both studies and the kills, print the result; return 0 if nothing differs."""
     write_dataset(folder / 'dataset')
     reference = StudyRun(folder, 'uninterrupted', seeds, iterations)
     began = time.perf_counter()

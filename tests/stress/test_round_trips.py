@@ -1,4 +1,4 @@
-"""tests/stress/round_trips.py: its table is of what was measured."""
+"""tests/stress/round_trips.py: a damaged export is detected."""
 
 import pytest
 import torch
