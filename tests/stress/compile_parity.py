@@ -4,10 +4,10 @@
 
 Each preset is tiny and in fp32; its blocks are compiled as in training
 (`parallel.strategies.prepare_blocks`). A difference is the norm of the difference of a tensor
-divided by the norm of the tensor; the largest of the model is printed. Differences in the last bits are normal,
-since fused operations round less often; the exit code is 1 for any difference above 1e-5. `graphs`
-is the number of graphs compiled for a forward pass in training and one in evaluation; it must not
-grow with the number of layers.
+divided by the norm of the tensor; the largest of the model is printed. Differences in the last bits
+are normal, since fused operations round less often; the exit code is 1 for any difference above
+1e-5. `graphs` is the number of graphs compiled for a forward pass in training and one in
+evaluation; it must not grow with the number of layers.
 """
 
 import sys

@@ -3,9 +3,9 @@
     python tests/stress/damaged_files.py [number of random cases] [part of a kind's name]
 
 Every value in the config.json of every family is set to null, NaN, text, lists, objects, negative
-and huge numbers, and deep nesting; likewise in the shard index, the .safetensors header, pickles and
-nanoGPT's checkpoint. Files also have random bytes changed. Each folder is opened, checked and read.
-Every error that is not a UserError is printed, and sets the exit code to 1.
+and huge numbers, and deep nesting; likewise in the shard index, the .safetensors header, pickles
+and nanoGPT's checkpoint. Files also have random bytes changed. Each folder is opened, checked and
+read. Every error that is not a UserError is printed, and sets the exit code to 1.
 """
 
 import sys

@@ -4,15 +4,15 @@
     python tests/stress/fault_run.py --strategy=fsdp [--ranks=2] [--kills=20] [--updates=400]
 
 A small model is trained once without interruption. The same training is then killed repeatedly with
-`kill -9`, and restarted with --init_from=auto each time: one fifth of the kills during start-up, two
-fifths at random moments of training, two fifths during a save (when a `.saving-` folder exists, plus
-up to half the duration of a save). The kills are spread over the whole training. After each one,
-every published checkpoint is read. At the end, weights, optimizer and record must be bit-identical.
-The exit code is 0 if nothing differs and every checkpoint was readable. With one thread, 50 kills
-take about 7 minutes on two slow cores.
+`kill -9`, and restarted with --init_from=auto each time: one fifth of the kills during start-up,
+two fifths at random moments of training, two fifths during a save (when a `.saving-` folder exists,
+plus up to half the duration of a save). The kills are spread over the whole training. After each
+one, every published checkpoint is read. At the end, weights, optimizer and record must be
+bit-identical. The exit code is 0 if nothing differs and every checkpoint was readable. With one
+thread, 50 kills take about 7 minutes on two slow cores.
 
-With --strategy, each kill hits a random one of `--ranks` processes, and torchrun restarts the job by
---max-restarts, which is exactly the number of kills.
+With --strategy, each kill hits a random one of `--ranks` processes, and torchrun restarts the job
+by --max-restarts, which is exactly the number of kills.
 """
 
 import argparse

@@ -3,11 +3,11 @@
     python tests/stress/round_trips.py [preset …] [--key=value …]
 
 Each preset is small unless sizes are given (--n_layer=12 --n_embd=768 …), with perturbed weights in
-fp32. `export` compares AutoModelForCausalLM on our exported folder with our model; `import` compares
-our model, loaded from the folder that transformers then saves, with that of transformers. A
-difference is the largest of any logit, relative to the largest logit. The exit code is 1 for any
-difference above 1e-4, far more than rounding in fp32. Presets that transformers cannot represent are
-named.
+fp32. `export` compares AutoModelForCausalLM on our exported folder with our model; `import`
+compares our model, loaded from the folder that transformers then saves, with that of transformers.
+A difference is the largest of any logit, relative to the largest logit. The exit code is 1 for any
+difference above 1e-4, far more than rounding in fp32. Presets that transformers cannot represent
+are named.
 """
 
 import sys

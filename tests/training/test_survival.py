@@ -161,7 +161,7 @@ def test_restarted_job_equals_undisturbed_one(tmp_path):
         timeout=240,
     )
     assert result.returncode == 0, result.stdout + result.stderr
-    assert result.stdout.count('equal, bit for bit') == 7
+    assert result.stdout.count('bit-identical') == 7
     assert 'kills                    1 (1 training)' in result.stdout
     assert 'unreadable checkpoints   0' in result.stdout
 
