@@ -5,10 +5,8 @@ from helpers.sandbox import Sandbox
 
 
 @pytest.fixture(scope='session')
-def shared_sandbox(tmp_path_factory):
-    sandbox = Sandbox(tmp_path_factory.mktemp('sandbox'))
-    yield sandbox
-    sandbox.close()
+def shared_sandbox(tmp_path_factory, script_server):
+    return Sandbox(tmp_path_factory.mktemp('sandbox'), script_server)
 
 
 @pytest.fixture

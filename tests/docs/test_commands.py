@@ -50,7 +50,7 @@ def shrunk(command: Command) -> list[str]:
     """The arguments with smaller numbers; tiny sizes where no config file in the copy has them."""
     arguments = [lowered(argument) for argument in command.arguments]
     if any(argument.startswith(NOT_SHRUNK) for argument in arguments):
-        return command.arguments
+        return [str(PROJECT / a) if a.startswith('config/') else a for a in command.arguments]
     given = {argument.partition('=')[0] for argument in arguments}
     if command.script == 'train.py' and all(a.startswith('--') for a in arguments):
         arguments += [f'--{k}={v}' for k, v in SMALL_RUN.items() if f'--{k}' not in given]
@@ -70,7 +70,7 @@ def run(command: Command, sandbox: Sandbox) -> str | None:
     if command.words[0] == 'torchrun':
         code, output = run_torchrun(command, sandbox)
     else:
-        code, output = sandbox.run([command.script, *shrunk(command)])
+        code, output = sandbox.run(command.script, *shrunk(command))
     allowed = next((c for flag, c in EXIT_CODES.items() if flag in command.text), (0,))
     if code in allowed and 'Traceback' not in output:
         return None

@@ -4,7 +4,6 @@ Its config files end with tiny sizes, its datasets are a few KB, and it has the 
 that the pages speak of: `out-llama`, `my_texts/`, `config/mine.py`, ….
 """
 
-import json
 import os
 import shutil
 import subprocess
@@ -12,6 +11,7 @@ import sys
 from pathlib import Path
 
 from helpers.project import PROJECT, TINY_RUN, write_tiny_dataset
+from helpers.script_server import ScriptServer
 
 SMALL_RUN = {**TINY_RUN, 'eval_iters': 2, 'dataset': 'shakespeare'}
 # A study in config/studies/ keeps two values of each option, and one seed.
@@ -31,31 +31,56 @@ NOT_COPIED = (
     *('.*', 'tests', 'benchmarks', 'out', 'out-*', '*.bin', '*.tmp', '__pycache__', 'build', '*.egg-info'),
     *('meta.json', 'checked.json', 'input.txt', '*.png', '*.svg'),
 )
-SECONDS = 60  # for one command
+SECONDS = 180  # for one command, on a busy machine
+# Weights of other programs, where docs/pretrained.md has them.
+FOREIGN_CHECKPOINTS = """
+import sys
+from pathlib import Path
+
+import torch
+
+import export_checkpoint
+
+# A folder for transformers, which itself would only check it.
+Path('path/to').mkdir(parents=True)
+sys.modules['transformers'] = None
+export_checkpoint.main(['--out_dir=out-llama', '--format=hf', '--output=path/to/folder'])
+
+# A ckpt.pt as nanoGPT writes it.
+layers, width, vocabulary, block_size = 2, 32, 256, 32
+shapes = {'wte.weight': (vocabulary, width), 'wpe.weight': (block_size, width)}
+for layer in range(layers):
+    shapes |= {
+        f'h.{layer}.ln_1.weight': (width,),
+        f'h.{layer}.attn.c_attn.weight': (3 * width, width),
+        f'h.{layer}.attn.c_proj.weight': (width, width),
+        f'h.{layer}.ln_2.weight': (width,),
+        f'h.{layer}.mlp.c_fc.weight': (4 * width, width),
+        f'h.{layer}.mlp.c_proj.weight': (width, 4 * width),
+    }
+shapes['ln_f.weight'] = (width,)
+model = {f'transformer.{name}': torch.randn(shape) / 10 for name, shape in shapes.items()}
+model['lm_head.weight'] = model['transformer.wte.weight']
+sizes = {'n_layer': layers, 'n_head': 2, 'n_embd': width, 'block_size': block_size}
+arguments = {**sizes, 'vocab_size': vocabulary, 'bias': False, 'dropout': 0.0}
+torch.save({'model': model, 'model_args': arguments}, 'out/ckpt.pt')
+"""
 
 
 class Sandbox:
     """`folder` is the copy; `run` and `execute` work in it."""
 
-    def __init__(self, root: Path):
-        self.pristine, self.folder = root / 'pristine', root / 'project'
-        self.output = root / 'output.txt'
+    def __init__(self, root: Path, server: ScriptServer | None):
+        self.pristine, self.folder, self.server = root / 'pristine', root / 'project', server
         shutil.copytree(PROJECT, self.folder, ignore=shutil.ignore_patterns(*NOT_COPIED))
         write_small_files(self.folder)
-        self.server = subprocess.Popen(
-            [sys.executable, str(PROJECT / 'tests/helpers/command_server.py'), str(self.folder)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd=self.folder,
-            env={**os.environ, 'COLUMNS': '100', 'PYTHONDONTWRITEBYTECODE': '1'},
-        )
         for name in TRAINED:
-            code, output = self.run(['train.py', f'config/arch_{name}.py'])
-            assert code == 0, output
+            self.must_run('train.py', f'config/arch_{name}.py')
         for name, sources in COPIED_RUNS.items():
             for source in sources:
                 shutil.copytree(self.folder / source, self.folder / name, dirs_exist_ok=True)
+        code, output = self.execute(FOREIGN_CHECKPOINTS)
+        assert code == 0, output
         shutil.copytree(self.folder, self.pristine)
 
     def reset(self) -> None:
@@ -63,23 +88,33 @@ class Sandbox:
         shutil.rmtree(self.folder)
         shutil.copytree(self.pristine, self.folder)
 
-    def run(self, words: list[str]) -> tuple[int, str]:
+    def run(self, script: str | Path, *arguments: str) -> tuple[int, str]:
         """Exit code and output of `python SCRIPT ARGUMENTS`."""
-        return self._request({'words': words})
+        path, env = self.folder / script, {**os.environ, 'OMP_NUM_THREADS': '1', 'COLUMNS': '100'}
+        if self.server:
+            done = self.server.run(path, arguments, cwd=self.folder, env=env, timeout=SECONDS)
+        else:
+            done = subprocess.run(
+                [sys.executable, str(path), *arguments],
+                cwd=self.folder,
+                env=env,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                timeout=SECONDS,
+            )
+        return done.returncode, done.stdout + done.stderr
 
-    def execute(self, code: str, name: str) -> tuple[int, str]:
+    def must_run(self, script: str, *arguments: str) -> str:
+        code, output = self.run(script, *arguments)
+        assert code == 0, output
+        return output
+
+    def execute(self, code: str) -> tuple[int, str]:
         """Exit code and output of a program given as text."""
-        return self._request({'code': code, 'name': name})
-
-    def _request(self, request: dict) -> tuple[int, str]:
-        places = {'cwd': str(self.folder), 'output': str(self.output), 'timeout': SECONDS}
-        print(json.dumps({**request, **places}), file=self.server.stdin, flush=True)
-        code = int(self.server.stdout.readline())
-        return code, self.output.read_text(encoding='utf-8', errors='replace')
-
-    def close(self) -> None:
-        self.server.stdin.close()
-        self.server.wait(60)
+        path = self.folder / 'program.py'
+        path.write_text(code, encoding='utf-8')
+        return self.run(path)
 
 
 def write_small_files(project: Path) -> None:
@@ -93,7 +128,7 @@ def write_small_files(project: Path) -> None:
         write_tiny_dataset(project / 'data' / name)
     files = {
         'config/mine.py': (project / 'config/arch_llama.py').read_text(encoding='utf-8'),
-        'my_book.txt': TEXT * 300,
+        'my_book.txt': TEXT * 3000,
         'book.txt': TEXT * 3,
         'code.py': 'def double(x):\n    return 2 * x\n',
         'prompt.txt': 'ROMEO:\n',
