@@ -5,8 +5,10 @@ from helpers.sandbox import Sandbox
 
 
 @pytest.fixture(scope='session')
-def shared_sandbox(tmp_path_factory, script_server):
-    return Sandbox(tmp_path_factory.mktemp('sandbox'), script_server)
+def shared_sandbox(tmp_path_factory):
+    sandbox = Sandbox(tmp_path_factory.mktemp('sandbox'))
+    yield sandbox
+    sandbox.close()
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from helpers.project import PROJECT, TINY_RUN, write_tiny_dataset
-from helpers.script_server import ScriptServer
+from helpers.script_server import CAN_FORK, ScriptServer
 
 SMALL_RUN = {**TINY_RUN, 'eval_iters': 2, 'dataset': 'shakespeare'}
 # A study in config/studies/ keeps two values of each option, and one seed.
@@ -70,10 +70,11 @@ torch.save({'model': model, 'model_args': arguments}, 'out/ckpt.pt')
 class Sandbox:
     """`folder` is the copy; `run` and `execute` work in it."""
 
-    def __init__(self, root: Path, server: ScriptServer | None):
-        self.pristine, self.folder, self.server = root / 'pristine', root / 'project', server
+    def __init__(self, root: Path):
+        self.pristine, self.folder = root / 'pristine', root / 'project'
         shutil.copytree(PROJECT, self.folder, ignore=shutil.ignore_patterns(*NOT_COPIED))
         write_small_files(self.folder)
+        self.server = ScriptServer(self.folder).__enter__() if CAN_FORK else None
         for name in TRAINED:
             self.must_run('train.py', f'config/arch_{name}.py')
         for name, sources in COPIED_RUNS.items():
@@ -87,6 +88,10 @@ class Sandbox:
         """Bring the folder back to how it was before the first page."""
         shutil.rmtree(self.folder)
         shutil.copytree(self.pristine, self.folder)
+
+    def close(self) -> None:
+        if self.server:
+            self.server.__exit__()
 
     def run(self, script: str | Path, *arguments: str) -> tuple[int, str]:
         """Exit code and output of `python SCRIPT ARGUMENTS`."""
@@ -128,7 +133,7 @@ def write_small_files(project: Path) -> None:
         write_tiny_dataset(project / 'data' / name)
     files = {
         'config/mine.py': (project / 'config/arch_llama.py').read_text(encoding='utf-8'),
-        'my_book.txt': TEXT * 3000,
+        'my_book.txt': ''.join(f'{line}. {TEXT}' for line in range(3000)),
         'book.txt': TEXT * 3,
         'code.py': 'def double(x):\n    return 2 * x\n',
         'prompt.txt': 'ROMEO:\n',
