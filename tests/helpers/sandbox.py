@@ -29,7 +29,7 @@ COPIED_RUNS = {
 TEXT = 'First Citizen:\nBefore we proceed any further, hear me speak.\n\nAll:\nSpeak, speak.\n\n'
 NOT_COPIED = (
     *('.*', 'tests', 'benchmarks', 'out', 'out-*', '*.bin', '*.tmp', '__pycache__', 'build', '*.egg-info'),
-    *('meta.json', 'checked.json', 'input.txt', '*.png', '*.svg'),
+    *('meta.json', 'checked.json', 'input.txt', '*.png', '*.svg', '*.ipynb'),
 )
 SECONDS = 180  # for one command, on a busy machine
 # Weights of other programs, where docs/pretrained.md has them.
@@ -131,6 +131,7 @@ def write_small_files(project: Path) -> None:
         append(path, small + SMALL_STUDY)
     for name in ('shakespeare', 'shakespeare_char'):
         write_tiny_dataset(project / 'data' / name)
+    (project / 'examples').mkdir(exist_ok=True)
     files = {
         'config/mine.py': (project / 'config/arch_llama.py').read_text(encoding='utf-8'),
         'my_book.txt': ''.join(f'{line}. {TEXT}' for line in range(3000)),
