@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 from helpers.command_lines import COMMANDS, options_of
-from helpers.documents import ALL_PAGES, PAGES, Command, commands, fences, page_name
+from helpers.documents import ALL_PAGES, PAGES, SHELL, Command, commands, fences, page_name
 from helpers.project import PROJECT
 from helpers.sandbox import SMALL_RUN, Sandbox
 
@@ -20,22 +20,26 @@ SEVERAL_MACHINES = 'needs several machines or a cluster'
 GPU = 'needs GPUs'
 MINUTES = 'measures for minutes; tests/benchmarks has its tests'
 GATE = 'is the gate, or a part of it, that runs this test'
+PARALLEL = 'is run with FSDP; tests/parallel trains with the other strategies'
 EXCEPTIONS = {
     r'^python3 -m venv|^\. \.venv/|^pip install|^git clone': INSTALLS,
     r'^(\.ci/run|pytest|ruff|mypy)\b': GATE,
     r'^torchrun .*--nnodes|^sbatch|^srun': SEVERAL_MACHINES,
     r'^torchrun .*--nproc_per_node=8': GPU,
-    r'--init_from=gpt2|finetune_shakespeare': NETWORK,
+    r'^torchrun .*--nproc_per_node=2 (?!.*--use_fsdp)': PARALLEL,
+    r'^python data/fineweb|--init_from=gpt2|finetune_shakespeare': NETWORK,
     r'^python (benchmarks|tests/stress)/': MINUTES,
 }
 # An information about options or a plan is given at the documented size.
 NOT_SHRUNK = ('--help', '--list_components', '--print_config', '--plan')
 # Values above these are lowered. Prepared runs have 4 iterations, so that a resumed one goes on.
 CAPS = {'max_iters': 6, 'eval_iters': 2, 'block_size': 64, 'max_new_tokens': 16}
+# The others are planned only.
+STUDY_THAT_RUNS = 'config/studies/gated_ffn.py'
 # Exit codes other than 0 that a command may end with.
 EXIT_CODES = {'--fail_unless': (0, 1)}
 EVERY_COMMAND = [
-    command for page in ALL_PAGES for fence in fences(page, 'sh') for command in commands(fence)
+    command for page in ALL_PAGES for fence in fences(page, *SHELL) for command in commands(fence)
 ]
 
 
@@ -54,6 +58,10 @@ def shrunk(command: Command) -> list[str]:
     given = {argument.partition('=')[0] for argument in arguments}
     if command.script == 'train.py' and all(a.startswith('--') for a in arguments):
         arguments += [f'--{k}={v}' for k, v in SMALL_RUN.items() if f'--{k}' not in given]
+    if command.script == 'study.py' and STUDY_THAT_RUNS not in arguments:
+        arguments += ['--plan_only']
+    if command.script == 'export_checkpoint.py':
+        arguments += ['--overwrite']  # the sandbox has one
     if command.script == 'sample.py' and '--max_new_tokens' not in given:
         arguments += ['--max_new_tokens=16']
     return arguments
@@ -93,7 +101,7 @@ def run_torchrun(command: Command, sandbox: Sandbox) -> tuple[int, str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('page', [page for page in PAGES if fences(page, 'sh')], ids=page_name)
+@pytest.mark.parametrize('page', [page for page in PAGES if fences(page, *SHELL)], ids=page_name)
 def test_commands_run(page, sandbox):
     """In the order of the page, so that what one command writes is there for the next."""
     problems = [
@@ -150,7 +158,7 @@ def missing_names(command: Command) -> Iterator[str]:
             yield f'no file {argument}'
 
 
-YOUR_FILES = {'config/mine.py'}  # that a reader writes; the sandbox has them
+YOUR_FILES = {'config/mine.py', 'config/my_study.py'}  # that a reader writes; the sandbox has them
 
 
 def missing_requirements(words: tuple[str, ...]) -> Iterator[str]:
@@ -167,7 +175,7 @@ def missing_requirements(words: tuple[str, ...]) -> Iterator[str]:
 
 
 def known_options(script: str) -> set[str]:
-    if script in COMMANDS:
+    if script in COMMANDS or script.startswith('data/'):
         return {*options_of(script), *NOT_SHRUNK, '--debug'}
     folder = (PROJECT / script).parent
     return {
@@ -177,13 +185,13 @@ def known_options(script: str) -> set[str]:
     }
 
 
-def test_commands_are_in_sh_fences():
+def test_commands_are_in_shell_fences():
     """Else they would not be run."""
     other = [
         str(fence)
         for page in ALL_PAGES
         for fence in fences(page)
-        if fence.language != 'sh'
+        if fence.language not in SHELL
         and re.search(r'^(\$ )?(python|pip|torchrun) ', fence.text, flags=re.M)
     ]
     assert not other

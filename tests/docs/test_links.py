@@ -3,7 +3,17 @@
 import re
 
 import pytest
-from helpers.documents import ALL_PAGES, PAGES, README, anchors, fences, internal_links, page_name, prose
+from helpers.documents import (
+    ALL_PAGES,
+    PAGES,
+    README,
+    SHELL,
+    anchors,
+    fences,
+    internal_links,
+    page_name,
+    prose,
+)
 from helpers.project import PROJECT
 
 README_BYTES = 8192
@@ -59,4 +69,4 @@ def test_readme_table_of_contents_lists_every_section():
 def test_fences_are_closed_and_have_known_languages(page):
     text = page.read_text(encoding='utf-8')
     assert len(re.findall(r'^```', text, flags=re.M)) == 2 * len(fences(page))
-    assert {fence.language for fence in fences(page)} <= {'', 'sh', 'python', 'json', 'text'}
+    assert {fence.language for fence in fences(page)} <= {*SHELL, '', 'python', 'json', 'text'}

@@ -13,6 +13,7 @@ README = PROJECT / 'README.md'
 PAGES = [README, PROJECT / 'CONTRIBUTING.md', *sorted((PROJECT / 'docs').glob('*.md'))]
 ALL_PAGES = [*PAGES, PROJECT / 'CHANGELOG.md', *sorted((PROJECT / 'benchmarks').glob('*.md'))]
 
+SHELL = ('sh', 'bash')
 _FENCE = re.compile(r'^```(\w*)[ \t]*\n(.*?)^```[ \t]*$', flags=re.M | re.S)
 _LOOP = re.compile(r'^for (\w+) in ([^;\n]+)[;\n]\s*do\s+(.*?)[;\n]\s*done$', flags=re.M | re.S)
 _LINK = re.compile(r'!?\[[^\]]*\]\(([^)\s]+)\)')
@@ -63,13 +64,13 @@ def page_name(page: Path) -> str:
     return page.relative_to(PROJECT).as_posix()
 
 
-def fences(page: Path, language: str | None = None) -> list[Fence]:
-    """The code fences of a page, all or those of one language ('' for none)."""
+def fences(page: Path, *languages: str) -> list[Fence]:
+    """The code fences of a page, all or those of some languages ('' for none)."""
     text = page.read_text(encoding='utf-8')
     return [
         Fence(page, text.count('\n', 0, match.start(2)) + 1, match[1], match[2])
         for match in _FENCE.finditer(text)
-        if language is None or match[1] == language
+        if not languages or match[1] in languages
     ]
 
 
@@ -79,7 +80,7 @@ def prose(page: Path) -> str:
 
 
 def commands(fence: Fence) -> Iterator[Command]:
-    """The commands of an `sh` fence: continuations joined, loops unrolled, `&&` and `;` split."""
+    """The commands of a shell fence: continuations joined, loops unrolled, `&&` and `;` split."""
     for words in _simple_commands(_unrolled(fence.text.replace('\\\n', ' '))):
         yield Command(fence, tuple(words))
 
@@ -115,8 +116,8 @@ def headings(page: Path) -> list[str]:
 
 
 def anchors(page: Path) -> set[str]:
-    """The anchors that GitHub gives a page's headings."""
-    result: set[str] = set()
+    """The anchors that GitHub gives a page's headings, and those that the page sets itself."""
+    result = set(re.findall(r'<a (?:name|id)="([^"]+)"', prose(page)))
     for heading in headings(page):
         plain = re.sub(r'\[([^\]]*)\]\([^)]*\)', r'\1', heading)
         base = re.sub(r'[^\w\- ]', '', plain.lower()).replace(' ', '-')

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from helpers.documents import README, fences
 from helpers.project import PROJECT, TINY_RUN, write_tiny_dataset
 from helpers.script_server import CAN_FORK, ScriptServer
 
@@ -35,16 +36,14 @@ SECONDS = 180  # for one command, on a busy machine
 # Weights of other programs, where docs/pretrained.md has them.
 FOREIGN_CHECKPOINTS = """
 import sys
-from pathlib import Path
 
 import torch
 
 import export_checkpoint
 
 # A folder for transformers, which itself would only check it.
-Path('path/to').mkdir(parents=True)
 sys.modules['transformers'] = None
-export_checkpoint.main(['--out_dir=out-llama', '--format=hf', '--output=path/to/folder'])
+export_checkpoint.main(['--out_dir=out-llama', '--format=hf', '--output=llama-hf'])
 
 # A ckpt.pt as nanoGPT writes it.
 layers, width, vocabulary, block_size = 2, 32, 256, 32
@@ -131,9 +130,11 @@ def write_small_files(project: Path) -> None:
         append(path, small + SMALL_STUDY)
     for name in ('shakespeare', 'shakespeare_char'):
         write_tiny_dataset(project / 'data' / name)
+    (study,) = (f.text for f in fences(README, 'python') if 'sweep = ' in f.text)
     (project / 'examples').mkdir(exist_ok=True)
     files = {
         'config/mine.py': (project / 'config/arch_llama.py').read_text(encoding='utf-8'),
+        'config/my_study.py': study + small + SMALL_STUDY,
         'my_book.txt': ''.join(f'{line}. {TEXT}' for line in range(3000)),
         'book.txt': TEXT * 3,
         'code.py': 'def double(x):\n    return 2 * x\n',
