@@ -22,10 +22,10 @@ sweep = {key: values[:1 if key == 'seed' else 2] for key, values in sweep.items(
 # Trained before any page is run, into the folders that their config files name.
 TRAINED = ('gpt2', 'llama', 'gemma2')
 COPIED_RUNS = {
-    'out': ['out-llama'],
-    'out-a': ['out-gpt2'],
-    'out-b': ['out-llama'],
-    'out-mine': ['out-gpt2', 'out-llama', 'out-gemma2'],
+    'out': 'out-llama',
+    'out-a': 'out-gpt2',
+    'out-b': 'out-llama',
+    **{f'out-mine/{name}': f'out-{name}' for name in TRAINED},
 }
 TEXT = 'First Citizen:\nBefore we proceed any further, hear me speak.\n\nAll:\nSpeak, speak.\n\n'
 NOT_COPIED = (
@@ -76,9 +76,8 @@ class Sandbox:
         self.server = ScriptServer(self.folder).__enter__() if CAN_FORK else None
         for name in TRAINED:
             self.must_run('train.py', f'config/arch_{name}.py')
-        for name, sources in COPIED_RUNS.items():
-            for source in sources:
-                shutil.copytree(self.folder / source, self.folder / name, dirs_exist_ok=True)
+        for name, source in COPIED_RUNS.items():
+            shutil.copytree(self.folder / source, self.folder / name)
         code, output = self.execute(FOREIGN_CHECKPOINTS)
         assert code == 0, output
         shutil.copytree(self.folder, self.pristine)

@@ -1,0 +1,84 @@
+"""README's first two commands, the gate that reads one of them, and figures that were measured."""
+
+import re
+import subprocess
+
+import pytest
+from helpers.documents import README, fences
+from helpers.project import PROJECT
+
+from model_builder import build_model, training_flops
+from model_config import PRESETS, ModelArchitectureConfig
+
+COMMANDS = [fence.text for fence in fences(README, 'sh')]
+TEXT = README.read_text(encoding='utf-8')
+RESULTS = (PROJECT / 'benchmarks/RESULTS.md').read_text(encoding='utf-8')
+
+
+def test_the_first_two_commands_do_all_the_set_up_on_one_line_each():
+    train, test = COMMANDS[:2]
+    for command, requirements in ((train, 'requirements.txt'), (test, 'requirements-test.txt')):
+        assert command.count('\n') == 1
+        assert command.startswith('python3 -m venv .venv && . .venv/bin/activate && ')
+        assert f'pip install -r {requirements} && ' in command
+    assert train.rstrip().endswith('&& python train.py config/arch_llama.py --max_iters=100')
+    assert test.rstrip().endswith('&& mypy && pytest -n auto')
+
+
+def test_the_gate_runs_the_readmes_test_command(tmp_path):
+    """.ci/run, in a copy where `bash` only prints its argument."""
+    (tmp_path / '.ci').mkdir()
+    (tmp_path / '.ci/run').write_bytes((PROJECT / '.ci/run').read_bytes())
+    (tmp_path / 'README.md').write_text(TEXT, encoding='utf-8')
+    (tmp_path / 'bash').write_text('#!/bin/sh\nprintf "command: %s" "$2"\n')
+    (tmp_path / 'bash').chmod(0o755)
+    out = subprocess.run(
+        ['/bin/bash', str(tmp_path / '.ci/run')],
+        env={'PATH': f'{tmp_path}:/usr/bin:/bin'},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert out.partition('command: ')[2].strip() == COMMANDS[1].strip()
+
+
+def test_first_comparison_trains_three_different_architectures():
+    names = re.search(r'^for arch in (.+?);', COMMANDS[2])[1].split()
+    configs = [ModelArchitectureConfig(arch_preset=name) for name in names]
+    assert len(names) == 3 and len({config.hash for config in configs}) == 3
+    after = TEXT.partition(COMMANDS[2])[2].partition('\n## ')[0]
+    assert '`gpt2`' in after and '`legacy`' in after and 'post-norm' in after
+
+
+def test_readme_lists_every_preset():
+    paragraph = TEXT.partition('[Presets]')[2].partition('\n\n')[0]
+    assert sorted(re.findall(r'`(\w+)`', paragraph)) == sorted(PRESETS)
+
+
+def test_speeds_are_those_of_the_results():
+    """Each row: tokens/s of ours and of the peer, the ratio and the share of memory."""
+    rows = re.findall(r'^\| [^|]+ \| (\d+) \| (\d+) \| ([\d.]+) .*?\| ([\d.]+) × \|$', TEXT, re.M)
+    assert len(rows) == 3
+    for ours, peer, ratio, memory in rows:
+        measured = rf'/compile \| {peer} \[.*\| {ratio} \[[\d., ]+\] \({memory}\)'
+        assert f'ours/compile | {ours} [' in RESULTS and re.search(measured, RESULTS)
+
+
+@pytest.mark.parametrize(('preset', 'elements'), [('gpt2', '533 k'), ('llama', '666 k')])
+def test_flops_and_elements_of_the_design_page(preset, elements):
+    page = (PROJECT / 'docs/design.md').read_text(encoding='utf-8')
+    table = page.partition('## Figures often quoted')[2]
+    flops = training_flops(
+        build_model(ModelArchitectureConfig(arch_preset=preset, vocab_size=50304))
+    )
+    assert f'{flops["per_token"] / 1e9:.3f} GF' in table
+    assert f'{flops["per_token_causal"] / 1e9:.3f} GF' in table
+    assert f'{flops["attention_ffn_ratio"]:.2f} for both' in table
+    assert f'{flops["elementwise_per_token"] / 1e3:.0f} k' == elements and elements in table
+
+
+def test_architectures_page_is_the_output_of_the_command(run_script):
+    page = (PROJECT / 'docs/architectures.md').read_text(encoding='utf-8')
+    listed = run_script('train.py', '--list_components', '--format=markdown').stdout
+    command = 'python train.py --list_components --format=markdown > docs/architectures.md'
+    assert page == listed, f'Regenerate the page: {command}'
