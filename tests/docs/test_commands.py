@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from itertools import pairwise
 
 import pytest
 from helpers.command_lines import COMMANDS, options_of
@@ -86,9 +87,10 @@ def run(command: Command, sandbox: Sandbox) -> str | None:
 
 
 def run_torchrun(command: Command, sandbox: Sandbox) -> tuple[int, str]:
+    torchrun = (sys.executable, '-m', 'torch.distributed.run')
     flags = command.words[1 : command.words.index(command.script)]
     done = subprocess.run(
-        [*(sys.executable, '-m', 'torch.distributed.run'), *flags, command.script, *shrunk(command)],
+        [*torchrun, *flags, command.script, *shrunk(command)],
         cwd=sandbox.folder,
         env={**os.environ, 'OMP_NUM_THREADS': '1'},
         stdin=subprocess.DEVNULL,
@@ -139,7 +141,7 @@ def test_files_and_options_of_commands_exist(page):
 
 
 def missing_names(command: Command) -> Iterator[str]:
-    """Requirement files, extras, scripts, config files and options that the project does not have."""
+    """Files, extras and options that the project does not have, one line each."""
     if command.words[0] == 'pip':
         yield from missing_requirements(command.words[2:])
     script = command.script
@@ -164,7 +166,7 @@ YOUR_FILES = {'config/mine.py', 'config/my_study.py'}  # that a reader writes; t
 def missing_requirements(words: tuple[str, ...]) -> Iterator[str]:
     project = (PROJECT / 'pyproject.toml').read_text(encoding='utf-8')
     known_extras = re.findall(r'^(\w+) = \[', project, flags=re.M)
-    for flag, name in zip(words, words[1:]):
+    for flag, name in pairwise(words):
         if flag == '-r' and not (PROJECT / name).is_file():
             yield f'no file {name}'
     for word in words:

@@ -54,7 +54,9 @@ def test_readme_is_short():
 
 
 def test_readme_links_every_page_of_docs():
-    table = README.read_text(encoding='utf-8').partition('## Documentation')[2].partition('\n## ')[0]
+    table = (
+        README.read_text(encoding='utf-8').partition('## Documentation')[2].partition('\n## ')[0]
+    )
     linked = set(re.findall(r'\]\((docs/[\w-]+\.md)\)', table))
     assert linked == {page_name(page) for page in PAGES if page.parent.name == 'docs'}
 

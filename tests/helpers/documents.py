@@ -48,7 +48,7 @@ class Command:
 
     @property
     def script(self) -> str | None:
-        """The project's script that it runs, itself or by torchrun: 'train.py', 'data/prepare.py'."""
+        """The script that it runs, itself or by torchrun: 'train.py', 'data/prepare.py'."""
         if self.words[0] not in ('python', 'python3', 'torchrun'):
             return None
         return next((word for word in self.words[1:] if not word.startswith('-')), None)

@@ -29,7 +29,18 @@ COPIED_RUNS = {
 }
 TEXT = 'First Citizen:\nBefore we proceed any further, hear me speak.\n\nAll:\nSpeak, speak.\n\n'
 NOT_COPIED = (
-    *('.*', 'tests', 'benchmarks', 'out', 'out-*', '*.bin', '*.tmp', '__pycache__', 'build', '*.egg-info'),
+    *(
+        '.*',
+        'tests',
+        'benchmarks',
+        'out',
+        'out-*',
+        '*.bin',
+        '*.tmp',
+        '__pycache__',
+        'build',
+        '*.egg-info',
+    ),
     *('meta.json', 'checked.json', 'input.txt', '*.png', '*.svg', '*.ipynb'),
 )
 SECONDS = 180  # for one command, on a busy machine
