@@ -29,19 +29,8 @@ COPIED_RUNS = {
 }
 TEXT = 'First Citizen:\nBefore we proceed any further, hear me speak.\n\nAll:\nSpeak, speak.\n\n'
 NOT_COPIED = (
-    *(
-        '.*',
-        'tests',
-        'benchmarks',
-        'out',
-        'out-*',
-        '*.bin',
-        '*.tmp',
-        '__pycache__',
-        'build',
-        '*.egg-info',
-    ),
-    *('meta.json', 'checked.json', 'input.txt', '*.png', '*.svg', '*.ipynb'),
+    *('.*', 'tests', 'benchmarks', 'out', 'out-*', 'build', '*.egg-info', '__pycache__', '*.tmp'),
+    *('*.bin', 'meta.json', 'checked.json', 'input.txt', '*.png', '*.svg', '*.ipynb'),
 )
 SECONDS = 180  # for one command, on a busy machine
 # Weights of other programs, where docs/pretrained.md has them.
