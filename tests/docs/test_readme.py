@@ -55,6 +55,19 @@ def test_readme_lists_every_preset():
     assert sorted(re.findall(r'`(\w+)`', paragraph)) == sorted(PRESETS)
 
 
+def test_study_and_its_verdict_are_those_of_the_project():
+    (fence,) = (f for f in fences(README, 'python') if 'sweep = ' in f.text)
+    shown, stored = {}, {}
+    exec(fence.text, shown)
+    exec((PROJECT / 'config/studies/norms.py').read_text(encoding='utf-8'), stored)
+    assert len(fence.text.splitlines()) == 6
+    shown.pop('__builtins__')
+    assert shown == {key: stored[key] for key in shown}
+    verdict = TEXT.partition('python study.py config/studies/norms.py')[2].split('```')[2]
+    page = (PROJECT / 'docs/comparing.md').read_text(encoding='utf-8')
+    assert ' '.join(verdict.split()) in ' '.join(page.split())
+
+
 def test_speeds_are_those_of_the_results():
     """Each row: tokens/s of ours and of the peer, the ratio and the share of memory."""
     rows = re.findall(r'^\| [^|]+ \| (\d+) \| (\d+) \| ([\d.]+) .*?\| ([\d.]+) × \|$', TEXT, re.M)

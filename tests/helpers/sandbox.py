@@ -10,7 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from helpers.documents import README, fences
+from helpers.documents import fences
 from helpers.project import PROJECT, TINY_RUN, write_tiny_dataset
 from helpers.script_server import CAN_FORK, ScriptServer
 
@@ -129,7 +129,7 @@ def write_small_files(project: Path) -> None:
         append(path, small + SMALL_STUDY)
     for name in ('shakespeare', 'shakespeare_char'):
         write_tiny_dataset(project / 'data' / name)
-    (study,) = (f.text for f in fences(README, 'python') if 'sweep = ' in f.text)
+    (study,) = (fence.text for fence in fences(PROJECT / 'docs/faq.md', 'python'))
     (project / 'examples').mkdir(exist_ok=True)
     files = {
         'config/mine.py': (project / 'config/arch_llama.py').read_text(encoding='utf-8'),
