@@ -21,10 +21,12 @@ SEVERAL_MACHINES = 'needs several machines or a cluster'
 GPU = 'needs GPUs'
 MINUTES = 'measures for minutes; tests/benchmarks has its tests'
 GATE = 'is the gate, or a part of it, that runs this test'
+ANOTHER_STUDY = 'takes long; config/studies/gated_ffn.py is run, test_python_code reads the others'
 PARALLEL = 'is run with FSDP; tests/parallel trains with the other strategies'
 EXCEPTIONS = {
     r'^python3 -m venv|^\. \.venv/|^pip install|^git clone': INSTALLS,
     r'^(\.ci/run|pytest|ruff|mypy)\b': GATE,
+    r'^python study.py config/(my_study|studies/norms)': ANOTHER_STUDY,
     r'^torchrun .*--nnodes|^sbatch|^srun': SEVERAL_MACHINES,
     r'^torchrun .*--nproc_per_node=8': GPU,
     r'^torchrun .*--nproc_per_node=2 (?!.*--use_fsdp)': PARALLEL,
@@ -34,9 +36,7 @@ EXCEPTIONS = {
 # An information about options or a plan is given at the documented size.
 NOT_SHRUNK = ('--help', '--list_components', '--print_config', '--plan')
 # Values above these are lowered. Prepared runs have 4 iterations, so that a resumed one goes on.
-CAPS = {'max_iters': 6, 'eval_iters': 2, 'block_size': 64, 'max_new_tokens': 16}
-# The others are planned only.
-STUDY_THAT_RUNS = 'config/studies/gated_ffn.py'
+CAPS = {'n_layer': 4, 'max_iters': 6, 'eval_iters': 2, 'block_size': 64, 'max_new_tokens': 16}
 # Exit codes other than 0 that a command may end with.
 EXIT_CODES = {'--fail_unless': (0, 1)}
 EVERY_COMMAND = [
@@ -55,12 +55,10 @@ def shrunk(command: Command) -> list[str]:
     """The arguments with smaller numbers; tiny sizes where no config file in the copy has them."""
     arguments = [lowered(argument) for argument in command.arguments]
     if any(argument.startswith(NOT_SHRUNK) for argument in arguments):
-        return [str(PROJECT / a) if a.startswith('config/') else a for a in command.arguments]
+        return [str(PROJECT / a) if a.startswith('config/') else a for a in arguments]
     given = {argument.partition('=')[0] for argument in arguments}
     if command.script == 'train.py' and all(a.startswith('--') for a in arguments):
         arguments += [f'--{k}={v}' for k, v in SMALL_RUN.items() if f'--{k}' not in given]
-    if command.script == 'study.py' and STUDY_THAT_RUNS not in arguments:
-        arguments += ['--plan_only']
     if command.script == 'export_checkpoint.py':
         arguments += ['--overwrite']  # the sandbox has one
     if command.script == 'sample.py' and '--max_new_tokens' not in given:

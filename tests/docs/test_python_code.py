@@ -4,16 +4,23 @@ import ast
 
 import pytest
 from helpers.documents import PAGES, Fence, fences, page_name
-from helpers.sandbox import SMALL_RUN, Sandbox
+from helpers.sandbox import Sandbox
 
-SIZES = [f'--{key}={value}' for key, value in SMALL_RUN.items() if key != 'dataset']
+# As study.py does before it starts a run.
+READ_STUDY = """
+from configurator import read_command_line
+from studies.grid import STUDY_KEYS, merged_settings, read_study
+from study import study_schema
+
+study = read_study(read_command_line(['config.py'], study_schema, extra=STUDY_KEYS))
+merged_settings(study, {})
+"""
 
 
 def is_config(fence: Fence) -> bool:
     """Whether it is (a part of) a config file: assignments, or classes that register themselves."""
     statements = ast.parse(fence.text).body
-    assignments = (ast.Assign, ast.Expr) if 'sweep' in fence.text else ast.Assign
-    return '.register(' in fence.text or all(isinstance(s, assignments) for s in statements)
+    return '.register(' in fence.text or all(isinstance(s, ast.Assign) for s in statements)
 
 
 def is_study(fence: Fence) -> bool:
@@ -42,8 +49,7 @@ def test_config_files_are_accepted(page, sandbox: Sandbox):
     for fence in configs(page):
         (sandbox.folder / 'config.py').write_text(fence.text, encoding='utf-8')
         if is_study(fence):
-            arguments = ('study.py', 'config.py', '--plan_only', *SIZES, '--dataset=shakespeare')
+            code, output = sandbox.execute(READ_STUDY)
         else:
-            arguments = ('train.py', 'config.py', '--print_config')
-        code, output = sandbox.run(*arguments)
+            code, output = sandbox.run('train.py', 'config.py', '--print_config')
         assert code == 0, f'{fence}\n{output}'
