@@ -88,7 +88,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add(
         '--baseline',
         metavar='NAME',
-        help='Baseline of the differences: (part of) an architecture, run or folder name (default: '
+        help='Baseline: a preset, or (part of) an architecture, run or folder name (default: '
         "the study's baseline, else the oldest finished run)",
     )
     add(

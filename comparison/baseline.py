@@ -82,8 +82,8 @@ def select_baseline(
         architectures = list(dict.fromkeys(group.runs[0].architecture for group in groups))
         hint = did_you_mean(name, [each for known in names for each in known])
         raise UserError(
-            f'--baseline {name}: no run in this comparison has this architecture, name or '
-            f'folder.{hint} Architectures: {join_names(architectures)}'
+            f'--baseline {name}: no run in this comparison has this architecture, name, '
+            f'folder or preset.{hint} Architectures: {join_names(architectures)}'
         )
     if len({group.runs[0].architecture_hash for group in matches}) > 1:
         ambiguous = [
@@ -100,14 +100,16 @@ def select_baseline(
 
 
 def _matches(groups: Sequence[Group], names: Sequence[set[str]], name: str) -> list[Group]:
-    """The groups with exactly this name, or else those with a name that contains it."""
+    """The groups with exactly this name, or else with a name that contains it, or this preset."""
     exact = [group for group, known in zip(groups, names) if name in known]
     part = name.casefold()
-    return exact or [
+    containing = [
         group
         for group, known in zip(groups, names)
         if any(part in each.casefold() for each in known)
     ]
+    preset = [group for group in groups if group.runs[0].config.get('arch_preset') == name]
+    return exact or containing or preset
 
 
 def _names(group: Group, label: str) -> set[str]:

@@ -112,8 +112,8 @@ class RunList(Sequence[Run]):
     def compare(self, baseline: str | None = None, margin: float | None = None) -> dict[str, Any]:
         """The verdicts, groups, effects and warnings: the JSON output of the comparison as a dict.
 
-        baseline: (part of) the name of the architecture, run or folder that the others are
-        compared with; None: the baseline of the study, else the oldest finished run.
+        baseline: a preset, or (part of) the name of an architecture, run or folder; None: the
+        baseline of the study, else the oldest finished run.
         margin: difference in nats per token below which architectures count as equivalent.
         """
         comparison = compare(self, baseline, self.skipped, self.score, margin)

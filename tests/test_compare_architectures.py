@@ -212,7 +212,7 @@ def baseline(runs, name=None):
 @pytest.fixture
 def runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    failed = make_record(1, status='failed', done=10)
+    failed = make_record(1, status='failed', done=10, arch_preset='speedrun')
     unmeasured = make_record(2, loss=None)
     llama = {'architecture': LLAMA, 'loss': 4.0, 'arch_preset': 'llama'}
     write(
@@ -242,6 +242,7 @@ def test_default_baseline_is_oldest_finished_run(runs):
         ('out-llama', '04'),  # exactly a folder, so no part of out-llama-bias; the oldest in it
         ('out-llama/', '04'),
         ('bias=True', '06'),
+        ('speedrun', '01'),  # a preset, which is in no name
         ('out-llama-bias/run_20260101_120006', '06'),
         ('out-llama-bias/run_20260101_120006/', '06'),
     ],
