@@ -31,7 +31,7 @@ from comparison.analysis import (
     WORSE,
 )
 from comparison.compare import Comparison, compare
-from comparison.formats import FORMATS
+from comparison.formats import FORMATS, emphasize
 from comparison.load import SCORES, read_runs
 
 VERDICTS = (BETTER, WORSE, EQUIVALENT, NOT_SIGNIFICANT, PROVISIONAL, BLOCKED, NOT_TESTED)
@@ -149,8 +149,8 @@ def main(argv: list[str]) -> int:
     try:
         write_pictures(options, comparison)
     finally:  # print the text even if a picture cannot be written
-        is_data = options.format != 'text'
-        write_text(FORMATS[options.format](comparison), end='', literal=is_data)
+        text, is_data = FORMATS[options.format](comparison), options.format != 'text'
+        write_text(text if is_data else emphasize(text), end='', literal=is_data)
     verdict = comparison.main_verdict
     reached = NOT_TESTED if verdict is None else verdict.text
     return EXIT_UNMET if options.fail_unless and reached not in options.fail_unless else 0

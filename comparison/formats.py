@@ -7,9 +7,17 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from common.console_output import visible
+from common.console_output import bold, visible, yellow
 from common.formatting import LISTED, WIDTH, first_lines, table, wrapped
-from comparison.analysis import NOT_TESTED, CorrectedTest, Verdict
+from comparison.analysis import (
+    BETTER,
+    EQUIVALENT,
+    NOT_SIGNIFICANT,
+    NOT_TESTED,
+    WORSE,
+    CorrectedTest,
+    Verdict,
+)
 from comparison.compare import Comparison
 from comparison.costs import mean_loss_by_position
 from comparison.runs import run_data
@@ -24,10 +32,20 @@ def one_line(text: str) -> str:
 
 # --- Text ----------------------------------------------------------------------------------------
 
+_TITLE = re.compile('^[A-Z]{4}[A-Z ]*(?=[ :(,]|$)', re.MULTILINE)
+_FINDINGS = '|'.join((BETTER, WORSE, EQUIVALENT, NOT_SIGNIFICANT))
+_VERDICT = re.compile(rf'^( *\d+ +)({_FINDINGS})(?= )', re.MULTILINE)
+
 
 def render_text(comparison: Comparison) -> str:
     """Plain text, about 100 columns wide."""
     return '\n\n'.join(map(section_text, sections(comparison))) + '\n'
+
+
+def emphasize(text: str) -> str:
+    """The text of a comparison with marks for `write_text`: bold titles and verdicts."""
+    text = _TITLE.sub(lambda match: (yellow if match[0] == 'WARNINGS' else bold)(match[0]), text)
+    return _VERDICT.sub(lambda match: match[1] + bold(match[2]), text)
 
 
 def section_text(section: Section) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 from common.console_output import write_progress, write_text
 from common.files import write_file
 from comparison.compare import compare
-from comparison.formats import render_text
+from comparison.formats import emphasize, render_text
 from comparison.load import read_runs
 from studies.outcome import ADVICE, Outcome
 from studies.overview import values_text
@@ -59,7 +59,7 @@ def train_trials(state: StudyState) -> tuple[str, dict[Trial, Outcome]]:
 def print_comparison(folder: Path) -> None:
     """What `compare_architectures.py` says of the runs in a folder. Raises UserError."""
     runs, skipped = read_runs([folder])
-    write_text(render_text(compare(runs, skipped=skipped)), end='')
+    write_text(emphasize(render_text(compare(runs, skipped=skipped))), end='')
 
 
 def report_unfinished(kind: str, outcomes: dict[Trial, Outcome], runner: StudyRunner) -> int:

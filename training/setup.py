@@ -6,7 +6,7 @@ from typing import Protocol
 import torch
 
 from common import hardware
-from common.console_output import write_progress
+from common.console_output import write_progress, yellow
 from inference.sampling import PeriodicSample
 from model_builder import Transformer, parameter_groups, training_flops
 from optim.step import GuardedOptimizer
@@ -115,7 +115,7 @@ def can_compile(run: TrainingConfig, device: torch.device, parallel: SingleProce
     if problem := hardware.compile_problem(device):
         if parallel.is_main:
             write_progress(
-                f'warning: compile is off, since {problem}. --compile=False silences this.'
+                f'{yellow("warning:")} compile is off, since {problem}. --compile=False silences this.'
             )
         return False
     # Models that were compiled before in this process count toward dynamo's recompilation limit.

@@ -1,4 +1,4 @@
-"""What every command writes reaches the terminal, or is given up in the way that suits it."""
+"""Output of every command: characters, color, and streams that cannot be written."""
 
 import ast
 import io
@@ -9,15 +9,20 @@ import unicodedata
 
 import pytest
 from helpers.project import PROJECT, TINY_RUN
+from helpers.sample_run import Utf8Terminal
 
 from common import console_output
 from common.console_output import (
     OutputLost,
+    bold,
+    displayed,
     plain,
+    red,
     visible,
     write_error,
     write_progress,
     write_text,
+    yellow,
 )
 from common.errors import run_script
 from configurator import format_components
@@ -103,6 +108,45 @@ def test_nothing_writes_around_console_output():
             ):
                 around.append(f'{path.name}:{node.lineno}')
     assert around == []
+
+
+@pytest.mark.parametrize(
+    ('environment', 'terminal', 'color'),
+    [
+        ({}, True, True),
+        ({}, False, False),
+        ({'NO_COLOR': '1'}, True, False),
+        ({'NO_COLOR': ''}, True, True),
+        ({'TERM': 'dumb'}, True, False),
+        ({'FORCE_COLOR': '1'}, False, True),
+        ({'CLICOLOR_FORCE': '1'}, False, True),
+        ({'FORCE_COLOR': '0'}, False, False),
+        ({'FORCE_COLOR': '1', 'NO_COLOR': '1'}, True, False),
+    ],
+)
+def test_color_depends_on_terminal_and_environment(environment, terminal, color, monkeypatch):
+    for name in ('NO_COLOR', 'FORCE_COLOR', 'CLICOLOR_FORCE'):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {'TERM': 'xterm', **environment}.items():
+        monkeypatch.setenv(name, value)
+    stream = Utf8Terminal() if terminal else io.StringIO()
+    text = displayed(f'{bold("a")} {yellow("b")} {red("c")}', stream)
+    expected = '\x1b[1ma\x1b[0m \x1b[33mb\x1b[0m \x1b[31mc\x1b[0m' if color else 'a b c'
+    assert text == expected
+
+
+def test_only_utf8_terminal_gets_emoji_and_rules(monkeypatch):
+    monkeypatch.setenv('TERM', 'dumb')
+    text, plain_text = f'{bold("🚀 A")} │ ─ → ×', 'A | - -> x'
+    latin = Utf8Terminal()
+    latin.encoding = 'latin-1'
+    assert displayed(text, Utf8Terminal()) == '🚀 A │ ─ → ×'
+    assert displayed(text, io.StringIO()) == displayed(text, latin) == plain_text
+
+
+def test_literal_text_keeps_its_characters(monkeypatch, capsys):
+    write_text('🚀 a │ b → c \x1b', literal=True)
+    assert capsys.readouterr().out == '🚀 a │ b → c \\x1b\n'
 
 
 # --- A stream that is gone ------------------------------------------------------------------------

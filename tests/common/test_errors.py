@@ -76,7 +76,7 @@ def test_ctrl_c_while_modules_are_imported(tmp_path):
     assert 'Traceback' in interrupt('program_of_a_user.py')[1]
 
 
-def test_every_command_imports_that_before_what_takes_long():
+def test_every_command_imports_first_import_first():
     commands = [
         path
         for path in [*PROJECT.glob('*.py'), *PROJECT.glob('data/**/*.py')]
@@ -99,7 +99,7 @@ def test_a_fault_of_the_program_keeps_its_traceback():
         run_script(main, [])
 
 
-def test_a_reader_that_goes_away_is_no_error():
+def test_closed_pipe_is_not_an_error():
     program = (
         'from common.errors import run_script\n'
         "run_script(lambda argv: print(*range(10**5), sep='\\n', flush=True), [])"
@@ -127,5 +127,5 @@ def test_a_reader_that_goes_away_is_no_error():
         ('zzz', ''),
     ],
 )
-def test_nearest_suggests_only_what_is_near(name, expected):
+def test_did_you_mean_suggests_only_similar_names(name, expected):
     assert did_you_mean(name, ['n_layer', 'n_head', 'RMSNorm']) == expected

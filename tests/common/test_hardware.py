@@ -101,7 +101,7 @@ def test_cpu_name_tells_cores():
 @pytest.mark.parametrize(
     ('capability', 'dtype'), [((7, 0), 'float16'), ((7, 5), 'float16'), ((8, 0), 'bfloat16')]
 )
-def test_auto_dtype_on_cuda_is_what_the_hardware_multiplies(cuda, capability, dtype):
+def test_auto_dtype_on_cuda_depends_on_hardware(cuda, capability, dtype):
     assert hardware.resolve_dtype('auto', cuda(capability=capability)) == dtype
 
 
@@ -130,7 +130,7 @@ def test_auto_dtype_agrees_with_the_flags_of_this_cpu():
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'float16'])
-def test_named_dtype_is_kept_on_a_cpu(dtype):
+def test_named_dtype_is_used_on_cpu(dtype):
     assert hardware.resolve_dtype(dtype, CPU) == dtype
 
 
@@ -181,9 +181,7 @@ def test_peak_follows_the_dtype_of_the_matrix_multiplications(cuda, matmul):
         ('AMD Instinct MI300X', (9, 4), 653.7, 163.4),
     ],
 )
-def test_float32_takes_tf32_where_the_gpu_has_it_and_torch_may(
-    cuda, matmul, name, capability, tf32, fp32
-):
+def test_float32_uses_tf32_if_supported_and_enabled(cuda, matmul, name, capability, tf32, fp32):
     device = cuda(name, capability)
     hardware.tune(device, deterministic=False)
     assert hardware.peak_flops(device, 'float32').tflops == tf32
@@ -269,7 +267,7 @@ def test_cuda_readings_are_in_gb_of_the_allocator(cuda, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='another C library')
-def test_freed_memory_is_not_faulted_in_anew():
+def test_freed_memory_is_reused_without_page_faults():
     """64 MB are 16,384 pages or 32 huge ones. By malloc itself, since what was given back by a
     tensor, which is aligned, need not fit the next."""
     program = """
@@ -341,7 +339,7 @@ def test_compile_problem_agrees_with_torch(monkeypatch):
     assert ('C++ compiler' in (hardware.compile_problem(CPU) or '')) == (not found)
 
 
-def test_compile_on_cuda_needs_triton_and_a_gpu_that_it_supports(cuda, monkeypatch, tmp_path):
+def test_compile_on_cuda_needs_triton_and_supported_gpu(cuda, monkeypatch, tmp_path):
     (tmp_path / 'Python.h').touch()
     monkeypatch.setattr(hardware.sysconfig, 'get_path', lambda name: str(tmp_path))
     monkeypatch.setenv('CXX', 'sh')  # any program on the PATH will do

@@ -101,7 +101,7 @@ def _listed(value):
     return [Path(item) for item in values if isinstance(item, str | Path)]
 
 
-def test_a_home_that_is_nobodys_is_a_mistake():
+def test_unknown_home_folder_is_user_error():
     parser = ArgumentParser()
     parser.add_argument('--json', type=Path)
     with pytest.raises(UserError, match=r'--json.*~nobody-at-all is not a home folder'):

@@ -6,7 +6,8 @@ import pytest
 from helpers.project import PROJECT
 from helpers.run_records import compared, decaying, study_record, write_study
 
-from comparison.formats import render_text
+from common.console_output import displayed
+from comparison.formats import emphasize, render_text
 
 NORMS = [{'normalization': name} for name in ('layernorm', 'rmsnorm', 'none')]
 SHIFTS = {  # of the loss; the last two of the grid interact
@@ -43,6 +44,18 @@ def page_and_output(request, tmp_path):
     folder = write_study(tmp_path, variants, records, tuned=[], baseline=variants[0]['label'])
     page = (PROJECT / 'docs' / request.param).read_text(encoding='utf-8')
     return page, render_text(compared(folder))
+
+
+def test_titles_and_verdicts_are_bold_on_color_terminal(page_and_output, monkeypatch):
+    _, output = page_and_output
+    monkeypatch.setenv('FORCE_COLOR', '1')
+    monkeypatch.delenv('NO_COLOR', raising=False)
+    colored = displayed(emphasize(output), None)
+    assert colored.startswith(output[0]) or colored.startswith('\x1b[1m')
+    bold = re.findall('\x1b\\[1m(.*?)\x1b\\[0m', colored)
+    assert len([text for text in bold if text.isupper()]) >= 3
+    monkeypatch.setenv('NO_COLOR', '1')
+    assert displayed(emphasize(output), None) == displayed(output, None)
 
 
 def captured_sections(page):

@@ -164,7 +164,7 @@ def entries(document):
 
 @settings(max_examples=15, deadline=None)
 @given(crashes=st.lists(st.integers(1, 19), max_size=3))
-def test_killed_and_resumed_run_has_record_of_uninterrupted_run(tmp_path_factory, crashes):
+def test_resumed_run_has_record_of_uninterrupted_run(tmp_path_factory, crashes):
     whole = started_logger(new_run_folder(tmp_path_factory.mktemp('whole')))
     log_updates(whole, 0, 20)
     folder = new_run_folder(tmp_path_factory.mktemp('killed'))

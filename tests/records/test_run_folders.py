@@ -15,7 +15,7 @@ from common.errors import UserError
 from records.run_folders import find_records, latest_run, new_run_folder
 
 
-def test_folders_of_one_second_get_suffixes_and_latest_run_is_last(tmp_path):
+def test_run_folders_of_same_second_get_suffixes(tmp_path):
     now = datetime(2026, 1, 2, 3, 4, 5)
     folders = [new_run_folder(tmp_path / 'deep' / 'out', now) for _ in range(11)]
     assert len(set(folders)) == 11
