@@ -115,7 +115,8 @@ def can_compile(run: TrainingConfig, device: torch.device, parallel: SingleProce
     if problem := hardware.compile_problem(device):
         if parallel.is_main:
             write_progress(
-                f'{yellow("warning:")} compile is off, since {problem}. --compile=False silences this.'
+                f'{yellow("warning:")} compile is off, since {problem}. '
+                '--compile=False silences this.'
             )
         return False
     # Models that were compiled before in this process count toward dynamo's recompilation limit.
