@@ -1,4 +1,4 @@
-"""model_builder.py: models against other people's, initialization, counts, generation."""
+"""model_builder.py: models against other implementations, initialization, counts, generation."""
 
 import math
 from types import SimpleNamespace
@@ -32,7 +32,7 @@ pytestmark = [pytest.mark.optional, pytest.mark.usefixtures('one_thread')]
 
 
 def preset(name: str, **values) -> ModelArchitectureConfig:
-    """A preset at the issue's size: 12 layers, 768 wide, 1024 tokens, 50,304 in the vocabulary."""
+    """A preset with 12 layers, n_embd 768, 1024 tokens and a vocabulary of 50,304."""
     return ModelArchitectureConfig(arch_preset=name, **{'vocab_size': 50304, **values})
 
 
@@ -40,13 +40,13 @@ def preset(name: str, **values) -> ModelArchitectureConfig:
 
 
 def assert_same_model(model, weights_as_ours, theirs_forward, theirs_gradients_as_ours):
-    """Logits, loss and gradients of `model`, given the others' weights, are the others' own."""
+    """Logits, loss and gradients of `model` with the reference's weights equal the reference's."""
     missing, unexpected = model.load_state_dict(weights_as_ours(), strict=False)
     tied = ['output_head.projection.weight'] if model.config.weight_tying else []
     assert (missing, unexpected) == (tied, [])
 
     tokens = random_tokens(model.config, batch=3)
-    targets = F.pad(tokens[:, 1:], (0, 1), value=-100)  # the last token has no successor
+    targets = F.pad(tokens[:, 1:], (0, 1), value=-100)  # the last token has no target
     logits, loss = theirs_forward(tokens, targets)
     loss.backward()
     loss_sum, count, auxiliary = model(tokens, targets)
@@ -88,7 +88,7 @@ TORCH_LAYER = {
     ids=['post', 'post-bias', 'pre'],
 )
 def test_blocks_match_torch_encoder_layer(values, activation):
-    """The `gpt2` preset is post-norm without biases, and nothing stands behind its last block."""
+    """The `gpt2` preset is post-norm without biases, with no norm after the last block."""
     config = tiny(**SIZES, **values, activation=activation)
     theirs = nn.ModuleDict(
         {
@@ -157,7 +157,7 @@ def test_weights_depend_on_seed_only():
     first = weights(n_layer=2)
     before = torch.random.get_rng_state()
     again = weights(n_layer=2)
-    assert torch.equal(torch.random.get_rng_state(), before)  # drawn from streams of its own
+    assert torch.equal(torch.random.get_rng_state(), before)  # drawn from their own streams
     assert all(torch.equal(first[name], again[name]) for name in first)
     other = weights(seed=1338, n_layer=2)
     for name, tensor in first.items():
@@ -173,7 +173,7 @@ def test_equal_names_start_equal_across_architectures():
     common = [name for name in one if name in two and one[name].shape == two[name].shape]
     assert {'token_embedding.weight', 'blocks.1.attention.qkv.weight'} < set(common)
     for name in common:
-        if name != 'output_head.projection.weight':  # the tied one is the token table
+        if name != 'output_head.projection.weight':  # the tied parameter is the token embedding
             assert torch.equal(one[name], two[name]), name
 
 
@@ -240,7 +240,7 @@ def test_parameters_are_counted_and_grouped_once(chosen):
         sizes[id(p)]
         for block in model.blocks
         for name, p in block.attention.named_parameters()
-        if '_norm.' not in name  # norms are a part of their own, wherever they stand
+        if '_norm.' not in name  # norms are a separate part, wherever they are
     )
     assert counted['non_embedding_params'] == total - positions - (
         0 if config.weight_tying else table
@@ -254,7 +254,7 @@ def test_parameters_are_counted_and_grouped_once(chosen):
 
 @pytest.fixture(scope='module')
 def full_size():
-    """Transformers' models of the presets' sizes, on the meta device."""
+    """transformers' models with the presets' sizes, on the meta device."""
     return SimpleNamespace(
         gpt2=reference.of(preset('legacy'), device='meta'),
         llama=reference.of(preset('llama'), device='meta'),
@@ -267,7 +267,7 @@ def test_preset_parameter_counts(full_size):
 
     assert count('legacy') == full_size.gpt2.num_parameters()
     assert count('llama') == count('team') == full_size.llama.num_parameters() == 162_220_800
-    # The document's GPT-2 has no biases, and post-norm no final norm.
+    # Preset gpt2 has no biases, and post-norm has no final norm.
     assert count('gpt2') == 124_372_992
     assert count('gpt2') == sum(
         parameter.numel()
@@ -280,7 +280,7 @@ def test_preset_parameter_counts(full_size):
 
 @pytest.mark.parametrize('name', ['gpt2', 'llama'])
 def test_preset_flops_match_closed_form(full_size, name):
-    """6 for each parameter that multiplies, and 12 · L · H · Q · T (Chowdhery et al. 2022)."""
+    """6 per parameter in matrix products, plus 12 · L · H · Q · T (Chowdhery et al. 2022)."""
     theirs = getattr(full_size, name)
     multiplying = sum(
         module.weight.numel()
@@ -303,7 +303,7 @@ def test_preset_flops_match_closed_form(full_size, name):
 
 @pytest.mark.parametrize('chosen', pairwise_architectures(), ids=label)
 def test_causal_flops_differ_in_scores_only(chosen):
-    """To a half, where nothing but causality hides."""
+    """Half, if only causality masks."""
     config = tiny(**chosen)
     flops = training_flops(build_model(config))
     full, causal = (flops[key]['attention_scores'] for key in ('breakdown', 'breakdown_causal'))
@@ -321,14 +321,14 @@ LAYERS, LENGTH, WIDTH, HIDDEN, HEADS, HEAD = 2, 6, 16, 40, 4, 4
 @pytest.mark.parametrize(
     ('changed', 'elements'),
     [
-        # None of these writes anything outside a product that was not written before.
+        # None of these writes additional elements outside products.
         ({'bias': True}, 0),
         ({'weight_tying': True}, 0),
         ({'activation': 'relu'}, 0),
         ({'attention_backend': 'sdpa'}, 0),
         # A lookup and an addition.
         ({'position_encoding': 'learned_absolute'}, 2 * LENGTH * WIDTH),
-        # Two element-wise steps, silu and the product, where there was one.
+        # Two element-wise operations, silu and the product, instead of one.
         ({'ffn_type': 'swiglu'}, LAYERS * LENGTH * HIDDEN),
         # Of each half of queries and keys: two products and their sum or difference; then both
         # joined; and the values' copy. Once for all layers: the product of positions and the D/2
@@ -355,7 +355,7 @@ LAYERS, LENGTH, WIDTH, HIDDEN, HEADS, HEAD = 2, 6, 16, 40, 4, 4
     ids=lambda value: label(value) if isinstance(value, dict) else '',
 )
 def test_elementwise_operations_by_architecture(changed, elements):
-    """What a change of the architecture adds, counted by hand."""
+    """The difference made by a change of the architecture, counted by hand."""
     plain = {
         'normalization': 'layernorm',
         'position_encoding': 'none',
@@ -385,7 +385,7 @@ def model(request):
 
 
 def test_greedy_generation_takes_likeliest_token(model):
-    """Also past the context's length, where the oldest tokens are forgotten."""
+    """Also beyond the context length, where the oldest tokens are dropped."""
     prompt = random_tokens(model.config, batch=3)[:, :2]
     text = prompt
     for _ in range(10):

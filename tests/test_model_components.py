@@ -1,4 +1,4 @@
-"""model_components.py: each component against an oracle."""
+"""model_components.py: each component against a reference."""
 
 import math
 
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures('one_thread')
 
 
 class LearnedAlibi(PositionEncoding):
-    """Scores fall with distance, by a slope of each head (Press et al. 2022), here trained."""
+    """Scores decrease with distance by a slope per head (Press et al. 2022), here learned."""
 
     tag = 'ALiBi'
     has_bias = True
@@ -72,7 +72,7 @@ def test_name_tags_of_presets(preset, name):
 
 
 def attention_written_as_a_loop(q, k, v, bias):
-    """Causal attention of (B, H, T, D) one query at a time, in double precision."""
+    """Reference: causal attention of (B, H, T, D), one query at a time, in double precision."""
     out = torch.empty_like(q, dtype=torch.double)
     for b, h, t in torch.cartesian_prod(*(torch.arange(n) for n in q.shape[:3])).tolist():
         group = h // (q.size(1) // k.size(1))
@@ -100,7 +100,7 @@ def test_backend_matches_paper_formula(backend, kv_heads, bias_heads):
 
 @pytest.mark.parametrize('kv_heads', [4, 2])
 def test_position_encoding_with_bias(alibi, kv_heads):
-    """It reaches the scores in every backend alike, keeps causality, and its parameters learn."""
+    """It changes the scores equally in every backend, stays causal, and its parameters learn."""
     values = {'position_encoding': alibi, 'use_gqa': True, 'num_kv_heads': kv_heads}
     models = {b: perturbed_model(tiny(**values, attention_backend=b)) for b in ('sdpa', 'manual')}
     tokens = random_tokens(models['manual'].config, batch=2)
@@ -155,7 +155,7 @@ def test_norm_formulas_in_fp32(name, eps):
     with torch.no_grad():
         for parameter in norm.parameters():
             parameter.normal_(generator=generator)
-    # An offset that single precision can tell from the spread, and half precision could not.
+    # An offset with a spread that fp32 resolves and half precision does not.
     x = torch.randn(3, 16, generator=generator).bfloat16() + 8
     exact = x.double()
     if name != 'rmsnorm':
@@ -218,7 +218,7 @@ def test_activations(name, formula):
     ids=lambda value: '-'.join(map(str, value.values())) if isinstance(value, dict) else '',
 )
 def test_gated_unit_formulas(values, gate):
-    """Shazeer 2020, equations 5 and 6, with V and W one below the other in one projection."""
+    """Shazeer 2020, equations 5 and 6, with V and W stacked in one projection."""
     ffn = perturbed_model(tiny(**values, ffn_bias=True)).blocks[0].ffn
     x = torch.randn(3, 5, 16, generator=torch.Generator().manual_seed(0))
     w, v = ffn.gate_up.weight.chunk(2)
@@ -267,7 +267,7 @@ def test_scale_embeddings():
         perturbed_model(config.replace(scale_embeddings=value)).token_embedding(tokens)
         for value in (False, True)
     )
-    torch.testing.assert_close(scaled, 4.0 * plain)  # the width is 16
+    torch.testing.assert_close(scaled, 4.0 * plain)  # n_embd is 16
 
 
 @pytest.mark.parametrize('cap', [0.5, 30.0])
@@ -325,7 +325,7 @@ def test_dropout_acts_in_training_only(key, backend):
 @pytest.mark.parametrize('norm_position', list(NORM_POSITION_REGISTRY))
 @pytest.mark.parametrize('silent', ['attention.output', 'ffn.down'])
 def test_residual_dropout_reaches_each_sublayer(silent, norm_position):
-    """With one branch adding nothing, what is dropped is of the other."""
+    """With one sublayer at zero, dropout affects the other."""
     model = perturbed_model(tiny(n_layer=1, norm_position=norm_position, residual_dropout=0.5))
     with torch.no_grad():
         for parameter in model.blocks[0].get_submodule(silent).parameters():

@@ -1,4 +1,4 @@
-"""The architecture as data: presets, overrides, relevance, derivation, name, identity hash."""
+"""model_config.py: presets, overrides, options in use, derived values, name, hash."""
 
 import functools
 import re
@@ -126,7 +126,7 @@ def test_wrong_argument_of_config_is_explained(values, problem):
 @pytest.mark.parametrize(
     ('preset', 'name'),
     [
-        # The design document's names for the first two; the others follow from their parts.
+        # Names of the presets in older records must not change.
         ('gpt2', '12L-12H-768D-AbsPos-LN-NB-GELU-PostNorm'),
         ('llama', '12L-12H-768D-RoPE-RMS-SwiGLU-PreNorm'),
         ('team', '12L-12H-768D-RoPE-RMS-SwiGLU-PreNorm'),
@@ -210,7 +210,7 @@ NUMBERS = {
     'load_balance_weight': 0.5,
     'router_z_loss': 0.5,
 }
-# What must be set along with a value for it to be legal.
+# Options that must be set together with a value.
 COMPANIONS = {
     ('use_gqa', True): {'num_kv_heads': 1},
     ('attention_backend', 'flex'): {'attention_dropout': 0.0},
@@ -234,7 +234,7 @@ def base_config(base):
 
 
 def overrides():
-    """(base, {key: value}) for every option that a base has, and every other value of a choice."""
+    """(base, {key: value}) for every option of each base and every other value of a choice."""
     for base in BASES:
         values = base_config(base).to_dict()
         for key, option in architecture_options().items():
@@ -251,10 +251,10 @@ def overrides():
 
 
 def model_and_outputs(config):
-    """All that can be seen of the built model without asking its config."""
+    """Properties of the built model that do not come from its config."""
     model = build_model(config, device='cpu', seed=1)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    parameters = {name for name, _ in model.named_parameters()}  # a tied one only once
+    parameters = {name for name, _ in model.named_parameters()}  # tied parameters once
     tokens = torch.arange(24).reshape(2, 12) % 50
     torch.manual_seed(2)
     with torch.no_grad():
@@ -284,7 +284,7 @@ def test_override_changes_config_hash_and_model(base, values):
     assert problems == [] and {key: after.to_dict()[key] for key in values} == values
     assert after.hash != before.hash
     assert model_and_outputs(after) != base_outputs(base)
-    # `replace` comes to the same, derived values included.
+    # `replace` gives the same, including derived values.
     assert before.replace(**values).to_dict() == after.to_dict()
 
 
@@ -296,7 +296,7 @@ def test_hash_is_independent_of_spelling():
     spelt = [
         small('llama', rope_theta=10000, dropout=0),
         small('llama', rope_theta=10000.0),
-        small('llama', d_ff=88),  # what is derived anyway
+        small('llama', d_ff=88),  # the derived value
         small('team'),
         small('custom', **PRESETS['llama']),
     ]
@@ -316,7 +316,7 @@ def test_name_shows_gqa_and_sizes():
 
 
 # --------------------------------------------------------------------------------------------------
-# The merge and where values come from
+# Merge and origins
 
 
 def test_preset_is_below_every_layer():
@@ -340,7 +340,7 @@ def test_origins_of_values():
         'arch_preset': 'level 1',
         'n_layer': 'level 2',
         'n_embd': 'level 1',
-        'normalization': 'level 2',  # the value that the preset has anyway
+        'normalization': 'level 2',  # the value of the preset
         'position_encoding': 'preset llama',
         'rope_theta': 'default',
         'd_ff': 'derived: default of swiglu',
@@ -372,13 +372,13 @@ def test_all_illegal_combinations_are_reported():
 
 
 # --------------------------------------------------------------------------------------------------
-# Options that the chosen components have no use for
+# Options that no chosen component uses
 
 
 @pytest.mark.parametrize(
     ('levels', 'key', 'belongs_to'),
     [
-        # Set without, beside, or above the choice.
+        # The option is set without the choice, in the same layer, or above it.
         ([{'rope_theta': 5.0}], 'rope_theta', "position_encoding='rope'"),
         (
             [{'normalization': 'rmsnorm', 'rope_theta': 5.0}],
@@ -495,7 +495,7 @@ def test_replace_derives_again():
     assert (wider.d_ff, wider.attention_dropout, wider.residual_dropout) == (1024, 0.2, 0.2)
     assert (wider.preset, wider.dropout, wider.ffn_type) == ('llama', 0.2, 'swiglu')
     assert config.to_dict() == before
-    assert config.replace(d_ff=500).replace(n_embd=384).d_ff == 500  # set, so it stays
+    assert config.replace(d_ff=500).replace(n_embd=384).d_ff == 500  # set explicitly, so it stays
     assert wider.origins['n_embd'] == 'replace()' and wider.origins['d_ff'].startswith('derived: ')
 
 
@@ -511,7 +511,7 @@ def test_replace_drops_unused_options():
     changed = small('llama', rope_theta=5.0).replace(position_encoding='learned_absolute')
     assert 'rope_theta' not in changed
     (note,) = changed.dropped
-    assert changed.replace(n_layer=1).dropped == [note]  # and what was said is not forgotten
+    assert changed.replace(n_layer=1).dropped == [note]  # the note is kept
 
 
 @pytest.mark.parametrize(

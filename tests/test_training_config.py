@@ -1,4 +1,4 @@
-"""The settings of a run: everything merged, problems together, origins, derivation, vocabulary."""
+"""training_config.py: merge, problems, origins, derived values, vocabulary."""
 
 import json
 import math
@@ -45,7 +45,7 @@ def config(tmp_path):
 
 @pytest.fixture
 def dataset(tmp_path):
-    """dataset(kind, vocab_size): a dataset that says it has that tokenizer and vocabulary."""
+    """dataset(kind, vocab_size): a dataset with that tokenizer and vocabulary size."""
 
     def write(kind, vocab_size):
         for split in ('train', 'val'):
@@ -94,7 +94,7 @@ def test_flat_settings():
     flat = settings('--arch_preset=gpt2', '--n_layer=3').to_dict()
     assert flat.keys() <= flatten(schema()).keys()
     assert (flat['arch_preset'], flat['n_layer'], flat['norm_position']) == ('gpt2', 3, 'post')
-    assert 'rope_theta' not in flat  # no use in this architecture
+    assert 'rope_theta' not in flat  # not used by this architecture
 
 
 @pytest.mark.parametrize('preset', ['gpt2', 'llama', 'team', 'hybrid', 'custom'])
@@ -255,7 +255,7 @@ def test_printed_config_shows_origins(config):
     ('max_iters', 'warmup'), [(1, 0), (19, 0), (20, 1), (100, 5), (5000, 250), (600_000, 2000)]
 )
 def test_derived_schedule(config, max_iters, warmup):
-    # From whichever level they come: the file's max_iters is overridden.
+    # Derived from the merged values: the file's max_iters is overridden.
     path = config('max_iters = 777\nlearning_rate = 3e-3')
     done = resolved(path, f'--max_iters={max_iters}')
     assert (done.run.warmup_iters, done.run.lr_decay_iters) == (warmup, max_iters)
@@ -312,7 +312,7 @@ def test_derived_batch(device, argv):
     if argv:
         assert run.origins['batch_size'] == 'command line'
     if device == 'cuda' and argv != ['--batch_size=1000']:
-        # nanoGPT's update of 12 × 40 sequences, however they are divided up.
+        # nanoGPT's iteration of 12 × 40 sequences, however they are split.
         assert run.batch_size * run.gradient_accumulation_steps == 480
     if device == 'cpu':
         assert run.gradient_accumulation_steps == 1
@@ -346,7 +346,7 @@ def test_compile_depends_on_flops_per_rank(dataset, monkeypatch, share, compiled
     torchrun = {'RANK': '0', 'LOCAL_RANK': '0', 'WORLD_SIZE': '2'}
     for key, value in {**torchrun, 'MASTER_ADDR': 'localhost', 'MASTER_PORT': '1'}.items():
         monkeypatch.setenv(key, value)
-    updates = math.ceil(share * TOKENS_FOR_COMPILE / 1024)  # of a sequence for each rank
+    updates = math.ceil(share * TOKENS_FOR_COMPILE / 1024)  # with one sequence per rank
     data = dataset('gpt2', 50257)
     done = resolved('--arch_preset=gpt2', f'--max_iters={updates}', dataset=data)
     assert done.run.gradient_accumulation_steps == 2 and done.run.compile is compiled
@@ -369,7 +369,7 @@ def test_vocabulary_of_dataset(dataset, kind, vocab_size, rows):
     assert done.architecture.vocab_size == rows
     assert done.architecture.origins['vocab_size'] == 'dataset'
     assert f'{rows:,}' in done.derived['vocab_size']
-    # All else is as it was asked for.
+    # All other options are unchanged.
     without = settings('--arch_preset=llama').architecture
     assert {**done.architecture.to_dict(), 'vocab_size': None} == without.to_dict()
     assert done.architecture.preset == 'llama'

@@ -1,4 +1,6 @@
-"""components/attention.py, latent_attention.py, attention_backends.py: against others' classes."""
+"""components/attention.py, latent_attention.py, attention_backends.py: against transformers'
+classes.
+"""
 
 import importlib
 import itertools
@@ -21,7 +23,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures('one_thread')]
 
 
 def attention_in_a_loop(q, k, v, spec, bias):
-    """One query at a time, in double precision; queries are the last of the keys."""
+    """Reference: one query at a time, in double precision; queries are at the last positions of the
+    keys.
+    """
     out = torch.empty(*q.shape[:3], v.size(-1), dtype=torch.double)
     before = k.size(2) - q.size(2)
     for b, h, t in torch.cartesian_prod(*(torch.arange(n) for n in q.shape[:3])).tolist():
@@ -40,15 +44,17 @@ def attention_in_a_loop(q, k, v, spec, bias):
 @pytest.mark.parametrize('window', [None, 1, 3, 20])
 @pytest.mark.parametrize('softcap', [None, 1.5])
 def test_backend_matches_reference_loop(backend, window, softcap):
-    """Heads shared or not, values of another width, biased or not, fewer queries than keys."""
+    """Grouped heads or not, values of another width, with and without bias, fewer queries than
+    keys.
+    """
     backend = ATTENTION_BACKEND_REGISTRY[backend]
     if softcap and 'softcap' not in backend.supports:
         return
-    torch._dynamo.reset()  # each case would count as the same function compiled anew
+    torch._dynamo.reset()  # otherwise each case counts as a recompilation of the same function
     generator = torch.Generator().manual_seed(0)
     axes = itertools.product((4, 2, 1), (8, 6), (None, 1, 4), (6, 2))
     for number, (kv_heads, v_width, bias_heads, queries) in enumerate(axes):
-        if number % 3:  # a third of the mixes, in which all values meet
+        if number % 3:  # a third of the combinations, with all values in combination
             continue
         q = 3 * torch.randn(2, 4, queries, 8, generator=generator)
         k = torch.randn(2, kv_heads, 6, 8, generator=generator)
@@ -99,7 +105,7 @@ def test_training_flex_on_cpu_is_rejected(train):
 
 
 def theirs(name, **fields):
-    """transformers' attention class of that model, such as 'Qwen3', and a config for it."""
+    """The attention class of a model in transformers, such as 'Qwen3', and a config for it."""
     folder = re.sub(r'(?<=k)V', '_v', name).lower()
     module = importlib.import_module(f'transformers.models.{folder}.modeling_{folder}')
     config = getattr(module, f'{name}Config')(
@@ -114,7 +120,7 @@ def theirs(name, **fields):
 
 
 def compare(ours, positions, attention, rotary, window, weights):
-    """Outputs and gradients of both, on the same input."""
+    """Compare outputs and gradients of both on the same input."""
     x, length = torch.randn(2, 6, 16, generator=torch.Generator().manual_seed(1)), 6
     seen = torch.ones(length, length, dtype=torch.bool).tril()
     seen &= ~seen.tril(-(window or length))
@@ -126,11 +132,11 @@ def compare(ours, positions, attention, rotary, window, weights):
     target = torch.randn(y.shape, generator=torch.Generator().manual_seed(2))
     (y * target).sum().backward()
     (expected * target).sum().backward()
-    wanted = weights(gradients(attention))
+    expected_gradients = weights(gradients(attention))
     for name, grad in gradients(ours).items():
-        assert torch.linalg.norm(wanted[name]) > 1e-3, name
-        error = torch.linalg.norm(grad - wanted[name])
-        assert error < 1e-5 * torch.linalg.norm(wanted[name]), name
+        assert torch.linalg.norm(expected_gradients[name]) > 1e-3, name
+        error = torch.linalg.norm(grad - expected_gradients[name])
+        assert error < 1e-5 * torch.linalg.norm(expected_gradients[name]), name
 
 
 def randomize(module):
@@ -142,14 +148,14 @@ def randomize(module):
 
 
 def standard_weights(tensors):
-    """Their tensors as ours: q, k and v in one."""
+    """transformers' weights under our names, with q, k and v in one matrix."""
     qkv = torch.cat([tensors[f'{n}_proj.weight'] for n in 'qkv'])
     norms = {name: tensors[name] for name in tensors if '_norm' in name}
     return {'qkv.weight': qkv, 'output.weight': tensors['o_proj.weight'], **norms}
 
 
 def rope(columns):
-    """Cosines and sines as their layers are handed them."""
+    """Cosines and sines in the form of transformers' layers."""
     positions = torch.arange(6)
     frequency = 10000.0 ** (-torch.arange(0, columns, 2) / columns)
     angles = positions[:, None] * torch.cat((frequency, frequency))
@@ -233,7 +239,7 @@ def test_attention_matches_transformers(name, fields, values, backend):
 @pytest.mark.parametrize('q_rank', [None, 5])
 @pytest.mark.parametrize('bias', [False, True])
 def test_latent_attention_matches_transformers(q_rank, bias, backend):
-    """DeepSeek-V3's, with turned columns laid out in halves as ours are."""
+    """DeepSeek-V3's attention, with rotated dimensions in halves as in ours."""
     sizes = {
         'q_lora_rank': q_rank,
         'kv_lora_rank': 7,
@@ -282,7 +288,7 @@ def test_latent_attention_matches_transformers(q_rank, bias, backend):
 
 
 def test_latent_sizes_match_paper():
-    """DeepSeek-V2, section 2.1.4: the latent is four heads wide, the turned part half a head."""
+    """DeepSeek-V2, section 2.1.4: the latent is four heads wide, the rotated part half a head."""
     config = tiny(attention_type='mla', n_embd=5120, n_head=40, position_encoding='rope')
     sizes = (config.kv_lora_rank, config.qk_nope_head_dim, config.qk_rope_head_dim)
     assert (*sizes, config.v_head_dim) == (512, 128, 64, 128)
@@ -307,7 +313,7 @@ def test_layers_with_equal_spec_share_mask(monkeypatch):
 
 @pytest.mark.parametrize('window', [None, 1, 2, 5, 6, 100])
 def test_attention_flops_full_and_causal(window):
-    """The one against torch's counter, with recomputation too; the other pair by pair."""
+    """Full FLOPs against torch's counter, also with recomputation; causal ones by pairs."""
     pattern = {} if window is None else {'attention_pattern': 'LG'}
     config = tiny(
         sliding_window=window, head_dim=6, attention_backend='manual', n_layer=2, **pattern
@@ -380,12 +386,12 @@ def test_stacked_matrices_cover_projection(attention_type):
     [
         ({'position_encoding': 'rope'}, False),
         ({'position_encoding': 'rope', 'use_gqa': True, 'num_kv_heads': 2}, False),
-        ({'position_encoding': 'rope', 'qk_norm': 'rmsnorm'}, True),  # which keeps its input
+        ({'position_encoding': 'rope', 'qk_norm': 'rmsnorm'}, True),  # keeps its input
         ({'position_encoding': 'learned_absolute'}, True),  # q and k are parts of it
     ],
 )
 def test_qkv_projection_output_is_freed(values, is_saved):
-    """By its size, which nothing else has that attention keeps."""
+    """Recognized by its size, which no other tensor kept by the attention has."""
     config = tiny(attention_type='standard', attention_backend='sdpa', dropout=0.0, **values)
     model, saved_bytes, sizes = build_model(config, device='cpu', seed=1), set(), set()
 

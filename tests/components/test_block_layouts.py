@@ -1,4 +1,4 @@
-"""components/blocks.py: the layouts against transformers' own layers, with our branches inside."""
+"""components/blocks.py: the layouts against transformers' layers, with our sublayers."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ SIZES = {'hidden_size': 16, 'intermediate_size': 40, 'num_attention_heads': 4}
 
 
 class Attention(nn.Module):
-    """Our attention, to be called as theirs."""
+    """Our attention with the interface of transformers'."""
 
     def __init__(self, block, attn_inputs):
         super().__init__()
@@ -43,7 +43,7 @@ def gemma2():
         'ffn_norm': layer.pre_feedforward_layernorm,
         'ffn_output_norm': layer.post_feedforward_layernorm,
     }
-    return layer, 'self_attn', norms, 1.0  # its gains are beside one
+    return layer, 'self_attn', norms, 1.0  # its weights are offsets from one
 
 
 def olmo2():
@@ -78,7 +78,7 @@ def gpt_neox():
     ],
 )
 def test_block_layout_matches_transformers(norm_position, make, normalization):
-    """Output, and gradients of every parameter, with the same branches inside both."""
+    """Compare output and gradients of every parameter, with the same sublayers in both."""
     theirs, attention, norms, offset = make()
     config = tiny(
         norm_position=norm_position, normalization=normalization, position_encoding='rope'
@@ -121,7 +121,7 @@ def test_block_layout_matches_transformers(norm_position, make, normalization):
 
 
 def test_parallel_block_with_shared_norm():
-    """GPT-J: x + attention(norm(x)) + FFN(norm(x)); two norms with equal gains are the same."""
+    """GPT-J: x + attention(norm(x)) + FFN(norm(x)); two norms with equal weights are the same."""
     two = perturbed_model(tiny(norm_position='parallel', n_layer=1))
     one = perturbed_model(tiny(norm_position='parallel', parallel_shared_norm=True, n_layer=1))
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Mistakes in a component of a config file: one message with class, method, line; exit code 2."""
+"""Errors in a component of a config file: one message with class, method, line; exit code 2."""
 
 import re
 from types import SimpleNamespace
@@ -33,7 +33,7 @@ pytestmark = pytest.mark.usefixtures('one_thread')
 
 
 def build(registry_, base, **attributes):
-    """A model with a component Own of that registry, which has the attributes."""
+    """A model with a component Own of the registry with these attributes."""
     if isinstance(base, str):
         base = registry_[base]
     registry_.register('mine')(type('Own', (base,), attributes))
@@ -44,7 +44,7 @@ def build(registry_, base, **attributes):
 
 @pytest.fixture(autouse=True)
 def own_registries(monkeypatch):
-    """What a test registers is forgotten after it."""
+    """Undoes the registrations of each test."""
     for each in registry.ALL_REGISTRIES:
         monkeypatch.setattr(each, '_components', dict(each.registered()))
 
@@ -119,7 +119,7 @@ def test_wrong_output_error_names_class_method_and_expectation(
 
 
 def weighted(values) -> dict:
-    """Attributes of an activation with a weight of its own and those initial values."""
+    """Attributes of an activation with its own weight and these initial values."""
 
     def __init__(self, config):
         Activation.__init__(self, config)
@@ -149,7 +149,7 @@ def test_initial_values_must_name_every_parameter(values, expected):
 
 
 class Inside(Activation):
-    """Parameters in a module of torch's and a constant, all with initial values."""
+    """Parameters in a torch module and a constant, all with initial values."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -170,7 +170,7 @@ def test_initial_values_of_inner_modules_and_buffers():
     for model in models:
         inner = model.blocks[1].ffn.activation
         assert torch.equal(inner.norm.weight, torch.ones(64)) and not inner.norm.bias.any()
-    # A buffer is the same constant in every run: no checkpoint has it.
+    # A buffer is the same constant in every run, and in no checkpoint.
     tables = [model.blocks[1].ffn.activation.table for model in models]
     stream = torch.Generator().manual_seed(name_seed(0, 'blocks.1.ffn.activation.table'))
     assert torch.equal(tables[0], tables[1])
@@ -315,7 +315,7 @@ FINE = {
 
 
 def train_with(folder, dataset, values: dict, *arguments) -> int:
-    """The exit code of a run of SOURCE with those statements."""
+    """The exit code of a run of SOURCE with these statements."""
     text = SOURCE
     for key, statement in {**FINE, **values}.items():
         text = text.replace(key, statement)

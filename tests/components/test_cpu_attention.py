@@ -1,4 +1,4 @@
-"""components/cpu_attention.py against attention written out, in double precision."""
+"""components/cpu_attention.py against a simple implementation in double precision."""
 
 import pytest
 import torch
@@ -12,7 +12,9 @@ SCALE = 0.3
 
 
 def inputs(length, heads=3, kv_heads=3, width=8, v_width=8, dtype=torch.float32):
-    """q, k, v (2, heads, length, width), as a fused projection gives them, and a gradient."""
+    """q, k, v (2, heads, length, width), in the memory layout of a fused projection, and a
+    gradient.
+    """
     generator = torch.Generator().manual_seed(length)
 
     def heads_first(count, columns):
@@ -106,6 +108,6 @@ def test_flop_formula_matches_torch():
         with FlopCounterMode(display=False) as counter:
             attention(*on_meta).backward(upstream.to('meta'))
         flops.append(counter.get_total_flops())
-    # torch's has the scores written out on the meta device, and so does not compute them twice.
+    # torch's implementation on the meta device keeps the scores, so it does not recompute them.
     square = 2 * 2 * 3 * 32 * 32 * 8
     assert flops[1] == flops[0] + square == 7 * square

@@ -1,4 +1,4 @@
-"""A config file that registers components of its own: every script, and no other file touched."""
+"""A config file that registers its own components works with every script."""
 
 import json
 import re
@@ -108,7 +108,7 @@ def test_train_resume_and_compare_custom_components(config, train, run_script, t
     assert (choices['normalization'], choices['norm_power']) == ('power_norm', 2.5)
     assert run['config']['norm_power'] == 2.5 and run['config']['position_encoding'] == 'slopes'
     assert run['metadata']['config_files'][0]['text'] == CONFIG
-    # Five norms of 32 gains; an encoding without parameters.
+    # Five norms with 32 weights; an encoding without parameters.
     assert run['startup_info']['model']['components']['normalization'] == 5 * 32
     losses = [entry['loss'] for entry in run['training_iterations']]
     assert len(losses) == 4 and losses[-1] < losses[0]
@@ -125,7 +125,7 @@ def test_train_resume_and_compare_custom_components(config, train, run_script, t
     assert resumed['training_iterations'][:4] == run['training_iterations']
     assert resumed['architecture'] == run['architecture']
 
-    # The encoding does something: without it the same start gives another loss.
+    # The encoding has an effect: without it, the same initial weights give another loss.
     train(config, '--norm_power=2.5', '--position_encoding=none', '--out_dir=unplaced')
     (path,) = tmp_path.glob('unplaced/run_*/record.json')
     unplaced = json.loads(path.read_text())['training_iterations'][0]['loss']
@@ -134,7 +134,7 @@ def test_train_resume_and_compare_custom_components(config, train, run_script, t
     exported = run_script('export_checkpoint.py', config, '--out_dir=out').stdout
     assert NAME in exported and (tmp_path / 'model.pt').stat().st_size > 0
 
-    config.unlink()  # reading a record needs nothing but the record
+    config.unlink()  # reading a record needs only the record
     listed = run_script('compare_architectures.py', 'out').stdout
     assert NAME in listed
 
@@ -148,7 +148,7 @@ def test_config_file_twice_is_allowed_duplicate_name_is_not(config, train, tmp_p
 
 
 def test_options_of_replaced_component_are_dropped(train, tmp_path):
-    """Through two choices: use_gqa belongs to the attention, num_kv_heads to use_gqa."""
+    """Through two options: the attention has use_gqa, which num_kv_heads needs."""
     path = tmp_path / 'attention.py'
     path.write_text(
         textwrap.dedent(
@@ -208,11 +208,11 @@ def test_sampling_uncacheable_attention_prints_note(train, run_script, tmp_path)
         )
     )
     train(path, '--attention_type=halved', '--max_iters=1')
-    asked = ('--out_dir=out', '--start=the', '--num_samples=1', '--max_new_tokens=40')
+    arguments = ('--out_dir=out', '--start=the', '--num_samples=1', '--max_new_tokens=40')
     note = 'No KV cache: HalvedAttention does not set'
-    uncached = run_script('sample.py', path, *asked).stdout
+    uncached = run_script('sample.py', path, *arguments).stdout
     path.write_text(path.read_text() + '    cacheable = True\n')
-    cached = run_script('sample.py', path, *asked).stdout
+    cached = run_script('sample.py', path, *arguments).stdout
     assert note in uncached and note not in cached
 
     def text(output):

@@ -1,4 +1,4 @@
-"""components/document_mask.py and document_mask: a token sees its own document only."""
+"""components/document_mask.py and document_mask: attention within documents only."""
 
 import itertools
 import json
@@ -26,7 +26,7 @@ TOKENS = torch.tensor([[5, END, 1, END, 2, 2], [1, 1, 2, 4, 5, 6], [7, 8, 9, END
 
 
 def documents(row):
-    """The same by a loop: (begin, end) of each."""
+    """Reference by a loop: (begin, end) of each document."""
     ends = [t + 1 for t, token in enumerate(row.tolist()) if token == END]
     edges = sorted({0, *ends, len(row)})
     return list(itertools.pairwise(edges))
@@ -44,7 +44,7 @@ def test_document_ids_and_positions():
 
 
 def loss_alone(model, row):
-    """The summed loss of a row's documents, each by itself; and all their logits."""
+    """The summed loss of a row's documents, computed separately, and all logits."""
     total, logits = 0.0, []
     targets = row.roll(-1)
     for begin, end in documents(row):
@@ -69,7 +69,7 @@ CHOICES = {
 @pytest.mark.parametrize('backend', ['sdpa', 'manual'])
 @pytest.mark.parametrize('choice', CHOICES.values(), ids=CHOICES)
 def test_documents_in_window_match_separate_documents(choice, backend):
-    """Logits, loss and all gradients."""
+    """Compares logits, loss and all gradients."""
     model = perturbed_model(tiny(**choice, **MASKED, attention_backend=backend))
     loss, _, _ = model(TOKENS, TOKENS.roll(-1, dims=1))
     alone = [loss_alone(model, row) for row in TOKENS]
@@ -134,7 +134,7 @@ def test_documents_are_located_only_with_document_mask():
 
 @pytest.fixture(scope='module')
 def marked(tiny_dataset, tmp_path_factory):
-    """The same data, whose documents are lines."""
+    """The same data with each line as a document."""
     folder = tmp_path_factory.mktemp('marked') / 'data'
     shutil.copytree(tiny_dataset, folder)
     meta = json.loads((folder / 'meta.json').read_text())
@@ -158,7 +158,7 @@ def test_run_takes_end_of_text_from_dataset(marked, tmp_path):
     assert masked.record['architecture']['hash'] != plain.record['architecture']['hash']
     assert 'from the dataset' in masked.record['startup_info']['derived']['end_of_text']
     flops = [run.record['startup_info']['flops']['per_token'] for run in (plain, masked)]
-    assert flops[0] == flops[1]  # the convention counts whole windows
+    assert flops[0] == flops[1]  # FLOPs are counted for whole windows
 
 
 def completed(*argv, dataset):
@@ -183,10 +183,10 @@ def test_plan_with_document_mask_needs_no_data(tmp_path):
     sizes = {'n_layer': 1, 'n_head': 2, 'n_embd': 16, 'block_size': 64, 'batch_size': 4}
     sizes['dtype'] = 'float32'
     argv = [f'--{key}={value}' for key, value in sizes.items()]
-    held = []
+    planned_bytes = []
     for masked in (False, True):
         argv_of_one = ['--plan', '--dataset=elsewhere', f'--document_mask={masked}', *argv]
         settings = load_settings(read_command_line(argv_of_one, schema))
         (figures,) = plan_run(settings)['memory'].values()
-        held.append(figures['total_gb'] * 1e9)
-    assert held[1] - held[0] >= 4 * 64 * 64 * 4  # a mask of (B, 1, T, T) in fp32
+        planned_bytes.append(figures['total_gb'] * 1e9)
+    assert planned_bytes[1] - planned_bytes[0] >= 4 * 64 * 64 * 4  # a mask of (B, 1, T, T) in fp32

@@ -1,4 +1,4 @@
-"""components/feed_forward.py: what is inside is computed again, and nothing else changes."""
+"""components/feed_forward.py: the nonlinearity is recomputed, without other changes."""
 
 import weakref
 
@@ -18,12 +18,12 @@ def network(ffn_type):
 
 
 def gradients(network, output, x):
-    wanted = [x, *network.parameters()]
-    return torch.autograd.grad(output.square().sum(), wanted)
+    inputs = [x, *network.parameters()]
+    return torch.autograd.grad(output.square().sum(), inputs)
 
 
 class Noisy(Activation):
-    """Another one at each call, as a randomized ReLU is."""
+    """Differs in each call, like a randomized ReLU."""
 
     def __init__(self):
         torch.nn.Module.__init__(self)
@@ -45,7 +45,7 @@ def test_recomputed_nonlinearity_changes_nothing(ffn_type, noisy):
     expected = gradients(ffn, plain, x)
     torch.manual_seed(1)
     actual, _ = ffn(x)
-    torch.rand(3)  # what comes between must not matter
+    torch.rand(3)  # other random numbers in between must not matter
     assert torch.equal(actual, plain)
     for one, other in zip(gradients(ffn, actual, x), expected, strict=True):
         assert torch.equal(one, other)

@@ -1,4 +1,4 @@
-"""Every known illegal combination, each refused by one sentence before anything is allocated."""
+"""Every known illegal combination is rejected with one sentence before any allocation."""
 
 import pytest
 
@@ -9,8 +9,8 @@ from model_config import ModelArchitectureConfig, architecture_options
 MLA = {'attention_type': 'mla'}
 ROPE = {'position_encoding': 'rope'}
 MOE = {'ffn_type': 'moe'}
-# The options, and words that the sentence must have: keys, values, what is allowed, what to type.
-# At the sizes of the default, 12 heads in a width of 768, unless they are given.
+# Options, and words that the sentence must contain: keys, values, what is allowed, what to type.
+# The sizes are the defaults, 12 heads and n_embd 768, unless given.
 ILLEGAL = [
     ({'n_embd': 100}, ['n_head=12', 'n_embd=100', '--n_head=10', 'head_dim']),
     ({'use_gqa': True}, ['num_kv_heads=None', '1, 2, 3, 4, 6, 12']),
@@ -68,7 +68,7 @@ def test_illegal_combination_gives_one_sentence(values, words):
 
 
 def test_every_component_rule_is_in_table():
-    """Each method `problems` that comes with the project refuses something above."""
+    """Each `problems` method of the project rejects one of the combinations above."""
 
     def rule(component):
         return component.problems.__func__

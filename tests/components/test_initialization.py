@@ -1,4 +1,6 @@
-"""components/initialization.py: how weights begin, by rule; and what width does to training."""
+"""components/initialization.py: standard deviations of initial weights, and the effect of the
+width.
+"""
 
 import hashlib
 import math
@@ -24,7 +26,7 @@ TABLES = ('token_embedding.weight', 'output_head.projection.weight', 'table.weig
         ({'depth_scaled_init': False}, 0.02, 0.02, 0.02),
         ({'initialization': 'normal'}, 0.02, 0.02, 0.02),
         ({'initialization': 'normal', 'init_std': 0.1}, 0.1, 0.1, 0.1),
-        # Four times as wide as the base: half the deviation in hidden matrices.
+        # Four times the base width: half the standard deviation in hidden matrices.
         (
             {'initialization': 'mup', 'mup_base_width': 4},
             0.02,
@@ -42,7 +44,7 @@ TABLES = ('token_embedding.weight', 'output_head.projection.weight', 'table.weig
 )
 @pytest.mark.parametrize('ffn_type', ['standard', 'swiglu'])
 def test_weight_std_follows_rule_and_name(values, table, hidden, residual, ffn_type):
-    """Bit for bit, from a stream of its own: what `gpt2` has always been."""
+    """`gpt2` stays bit-identical, each parameter from its own random stream."""
     config = tiny(**{**SIZES, 'n_layer': 3}, ffn_type=ffn_type, weight_tying=False, **values)
     for name, parameter in build_model(config, device='cpu', seed=5).named_parameters():
         if parameter.dim() < 2:
@@ -79,7 +81,7 @@ def test_mup_scales_hidden_lr_and_output():
 
 
 def changes_after_some_updates(width, **values):
-    """Mean change of the last block's output and of the logits by four updates of Adam."""
+    """Mean change of the last block's output and of the logits after four Adam iterations."""
     config = tiny(
         arch_preset='llama',
         n_head=width // 16,

@@ -1,4 +1,4 @@
-"""components/kv_cache.py: what generation keeps of earlier tokens, and that it changes nothing."""
+"""components/kv_cache.py: the contents of the cache, and equal results with and without it."""
 
 import random
 
@@ -27,7 +27,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures('one_thread')]
 @pytest.mark.parametrize('capacity', [1, 3, 8])
 @pytest.mark.parametrize('seed', range(4))
 def test_cache_returns_last_tokens_within_capacity(capacity, seed):
-    """Pieces of random sizes: each token sees itself and the capacity - 1 before it, once each."""
+    """Chunks of random sizes: each token sees itself and the capacity - 1 tokens before it, once
+    each.
+    """
     choose = random.Random(seed)
     x = torch.randn(2, 3, 20, 4)
     cache, memory = LayerCache(capacity), set()
@@ -46,7 +48,7 @@ def test_cache_returns_last_tokens_within_capacity(capacity, seed):
 
 
 def cached_numbers(**values) -> list[int]:
-    """Numbers a token and place in the layers' caches of 6 tokens: (layers,)."""
+    """Numbers per token in the layers' caches of 6 tokens: (layers,)."""
     model = perturbed_model(tiny(**values)).eval()
     cache = model.empty_cache(6)
     with torch.no_grad():
@@ -55,7 +57,7 @@ def cached_numbers(**values) -> list[int]:
 
 
 def test_cache_size_by_layer():
-    """n_embd 16 in 4 heads: keys and values of the key heads; of a window that; latents as such."""
+    """n_embd 16 in 4 heads: keys and values of the key heads, of the window only, or latents."""
     assert cached_numbers() == [6 * 2 * 16] * 2
     assert cached_numbers(use_gqa=True, num_kv_heads=1) == [6 * 2 * 4] * 2
     assert cached_numbers(sliding_window=2) == [2 * 2 * 16] * 2
@@ -69,8 +71,10 @@ def test_cache_size_by_layer():
 
 @torch.no_grad()
 def check_in_pieces(config):
-    """In whatever pieces, the logits of all tokens at once; of a batch of different texts."""
-    torch._dynamo.reset()  # each length would count as flex compiled anew
+    """Chunks of any size give the same logits as all tokens at once, for a batch of different
+    texts.
+    """
+    torch._dynamo.reset()  # otherwise each length counts as a recompilation of flex
     model, tokens = perturbed_model(config).eval(), random_tokens(config, batch=3)
     expected, length = model(tokens), config.block_size
     for sizes in ([1] * length, [3, *[1] * (length - 3)], [2, length - 2], [length - 1, 1]):
@@ -110,7 +114,7 @@ ENCODINGS = {
 @pytest.mark.parametrize('attention', ATTENTIONS.values(), ids=ATTENTIONS)
 @pytest.mark.parametrize('encoding', ENCODINGS)
 def test_attention_and_encoding_continue_from_cache(attention, encoding):
-    """And with windows, on the backends that write text on any device."""
+    """Also with windows, with the backends that generate on any device."""
     values = {'position_encoding': encoding, **ENCODINGS[encoding], **attention}
     windows = {'sliding_window': 3, 'attention_pattern': 'LG'}
     check_in_pieces(tiny(**values))
@@ -122,7 +126,7 @@ def test_attention_and_encoding_continue_from_cache(attention, encoding):
 
 
 def texts(config, prompt, count):
-    """Logits and text, with the cache and without."""
+    """Compares logits and text with and without the cache."""
     model, results = perturbed_model(config).eval(), []
     for cache in (True, False):
         logits = []
@@ -139,7 +143,7 @@ def texts(config, prompt, count):
 @pytest.mark.parametrize('encoding', ['learned_absolute', 'rope', 'alibi'])
 @pytest.mark.parametrize('prompt', [1, 4, 6, 9])
 def test_text_is_equal_with_and_without_cache(encoding, prompt):
-    """Also beyond the context, where the oldest tokens are forgotten, and of a longer prompt."""
+    """Also beyond the context, where the oldest tokens are dropped, and with a longer prompt."""
     config = tiny(position_encoding=encoding, sliding_window=4, attention_pattern='LG')
     tokens = random_tokens(config, batch=3).repeat(1, 2)[:, :prompt]
     (logits, text), (expected, written) = texts(config, tokens, 10)
@@ -153,14 +157,14 @@ def test_each_token_is_processed_once(monkeypatch):
     model.blocks[0].register_forward_hook(lambda _, args, __: lengths.append(args[0].size(1)))
     prompt = random_tokens(model.config, batch=2)[:, :3]
     list(generate(model, prompt, 6, choose=lambda logits: logits.argmax(-1)))
-    assert lengths == [3, 1, 1, 1, 6, 6]  # the context holds 6
+    assert lengths == [3, 1, 1, 1, 6, 6]  # the context has 6 tokens
 
 
 # --- Components that know no cache ----------------------------------------------------------------
 
 
 class ShiftedAttention(MultiHeadAttention):
-    """Of what the token before was, which a cache of keys and values does not say."""
+    """Uses the previous token, which is not in a cache of keys and values."""
 
     def forward(self, x, positions):
         return super().forward(F.pad(x[:, :-1], (0, 0, 1, 0)), positions)

@@ -1,4 +1,4 @@
-"""components/linear_cross_entropy.py: loss and gradients against torch's own, chunk by chunk."""
+"""components/linear_cross_entropy.py: loss and gradients against torch's, with different chunks."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ def reference_loss(hidden, weight, targets, softcap):
 
 @pytest.fixture(params=[(2**29, 2**22), (29 * 4 * 8, 29 * 4 * 3), (1, 1)], ids=['1', '5', '37'])
 def chunks(request, monkeypatch):
-    """Everything in one chunk, in five, each row by itself."""
+    """One chunk, five chunks, and a chunk per row."""
     monkeypatch.setitem(module.CHUNK_BYTES, 'cpu', request.param[0])
     monkeypatch.setitem(module.SCRATCH_BYTES, 'cpu', request.param[1])
 
@@ -97,7 +97,7 @@ def test_cross_entropy_opcheck(softcap):
 
 
 def test_no_tensor_as_large_as_all_logits(chunks):
-    """The largest tensor, but for what goes in and out, is a chunk of logits."""
+    """The largest tensor, apart from inputs and outputs, is a chunk of logits."""
     hidden, weight, targets = problem(count=40, width=2, vocabulary=1000)
     largest = 0
 

@@ -1,4 +1,4 @@
-"""components/lm_head.py in a run: what the z-loss changes, and what it leaves alone."""
+"""components/lm_head.py in a run: effects of the z-loss."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from model_config import ModelArchitectureConfig
 
 @pytest.fixture(scope='module')
 def trained(tiny_dataset, tmp_path_factory):
-    """train_here of one update over four sequences, with fixed options."""
+    """train_here with one iteration of four sequences and fixed options."""
 
     def run(**options):
         folder = tmp_path_factory.mktemp('ends')
@@ -60,7 +60,7 @@ def test_logits_of_few_rows_match_projection(rows, dtype):
     head = build_model(ModelArchitectureConfig(arch_preset='llama', **sizes), 'cpu', 1).output_head
     hidden = torch.randn(rows, 1, 16)
     with torch.autocast('cpu', dtype, enabled=dtype != torch.float32):
-        expected = head.logits(hidden).detach()  # with gradients: the projection's own way
+        expected = head.logits(hidden).detach()  # with gradients: by the projection itself
         with torch.no_grad():
             actual = head.logits(hidden)
     assert actual.is_contiguous() and actual.dtype == dtype

@@ -1,4 +1,4 @@
-"""components/moe.py: against transformers' classes, plain loops and formulas."""
+"""components/moe.py: against transformers' classes, simple loops and formulas."""
 
 import math
 from functools import partial
@@ -21,7 +21,7 @@ MOE = {'ffn_type': 'moe', 'bias': False, 'num_experts': 5, 'experts_per_token': 
 
 
 def mixture(**values) -> MixtureOfExperts:
-    """The first one of a tiny model."""
+    """The first mixture of a tiny model."""
     model = perturbed_model(tiny(**{**MOE, **values}))
     return next(m for m in model.modules() if isinstance(m, MixtureOfExperts))
 
@@ -32,7 +32,7 @@ def some_input(rows=7, width=16, seed=0):
 
 
 def output_and_gradients(module, x):
-    """Of a sum with a weight for each element; gradients by parameter, and of x."""
+    """Gradients of a weighted sum of the elements, by parameter, and of x."""
     x.grad = None
     y = module(x)
     y = y[0] if isinstance(y, tuple) else y
@@ -96,7 +96,7 @@ def deepseek_v3(ours):
 
 
 def as_ours(tensors: dict) -> dict:
-    """Their tensors by our names; the shared network's gate stands above its up-projection."""
+    """transformers' weights under our names, with gate and up-projection of the shared expert."""
     named = {
         'router.weight': tensors['gate.weight'],
         'experts.gate_up.weight': tensors['experts.gate_up_proj'],
@@ -163,7 +163,7 @@ def test_router_z_loss_formula():
 
 
 def one_expert(ours: MixtureOfExperts, number: int, config):
-    """Expert `number` as the dense network that it is, with the mixture's own weights."""
+    """Expert `number` as a dense network with the mixture's weights."""
     dense = FFN_REGISTRY[config.expert_ffn](config, 0, config.expert_d_ff)
     for name, parameter in list(dense.named_parameters()):
         stack = ours.experts.get_parameter(name).view(config.num_experts, *parameter.shape)
@@ -174,7 +174,7 @@ def one_expert(ours: MixtureOfExperts, number: int, config):
 
 
 def looped(ours: MixtureOfExperts, x, config):
-    """Token by token, choice by choice."""
+    """Reference: token by token, choice by choice."""
     experts = [one_expert(ours, number, config) for number in range(config.num_experts)]
     out = []
     for token in x.flatten(0, 1):
@@ -234,7 +234,7 @@ def test_idle_expert_has_zero_gradient():
 
 
 def test_grouped_mm_opcheck():
-    """torch's own checks: schema, gradient, shapes without data, tracing."""
+    """torch's operator checks: schema, gradient, shapes on the meta device, tracing."""
     a = torch.randn(9, 16, requires_grad=True)
     b = torch.randn(3, 16, 8, requires_grad=True)
     ends = torch.tensor([4, 4, 9], dtype=torch.int32)
@@ -271,7 +271,7 @@ def test_active_parameters():
     expert, dense, router = 3 * 16 * 24, 3 * 16 * 40, 5 * 16
     assert counted['components']['ffn'] == dense + 2 * (router + (5 + 1) * expert)
     assert counted['total_params'] - counted['active_params'] == 2 * (5 - 2) * expert
-    # With biases: 24 + 24 of the gate and up, 16 of the projection down.
+    # With biases: 24 + 24 of gate and up-projection, 16 of the down-projection.
     biased = count_parameters(build_model(tiny(**{**MOE, 'bias': True}, **SHARED)))
     assert biased['total_params'] - biased['active_params'] == 2 * 3 * (expert + 24 + 24 + 16)
     dense = count_parameters(build_model(tiny(ffn_type='swiglu')))
@@ -367,7 +367,7 @@ def test_moe_blocks_compile_to_one_graph_per_kind():
     for block in model.blocks:
         block.compile(fullgraph=True, backend=backend)
     torch.testing.assert_close(results(model, tokens), expected)
-    assert len(graphs) == 2  # a dense layer's, and that of the three others
+    assert len(graphs) == 2  # of a dense layer, and of the three others
 
 
 def test_recomputation_does_not_change_metrics():

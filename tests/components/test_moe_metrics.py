@@ -1,4 +1,4 @@
-"""components/moe.py in a run: the balance of its experts in the record and on the console."""
+"""components/moe.py in a run: metrics of the load balance in the record and on the console."""
 
 import json
 import math
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures('one_thread')
 
 
 def by_hand(router_logits: list[torch.Tensor], layers: int) -> dict[str, float]:
-    """What the record should say of router logits (N, experts), layer after layer, 2 chosen."""
+    """Expected metrics of router logits (N, experts) per layer, with 2 experts per token."""
     busiest, effective, idle, balances, zs = [], [], 0, [], []
     for layer in range(layers):
         counts, experts = None, router_logits[0].size(1)
@@ -57,11 +57,11 @@ TRAINED = {
 
 @pytest.fixture(scope='module')
 def trained(tiny_dataset, tmp_path_factory):
-    """A run of five updates, and the router logits of each of its training passes."""
+    """A run of five iterations, and the router logits of each training pass."""
     router_logits, aux_output = [], MixtureOfExperts.aux_output
 
     def recorded(self, logits, *others):
-        if self.training and torch.is_grad_enabled():  # not in the check at start
+        if self.training and torch.is_grad_enabled():  # not in the check at the start
             router_logits.append(logits.detach())
         return aux_output(self, logits, *others)
 
@@ -76,7 +76,7 @@ def test_record_has_balance_since_last_log(trained):
     entries = run.record['training_iterations']
     assert [entry['iter'] for entry in entries] == [0, 2, 4]
     a_step = 2 * 2  # two micro-batches of two layers
-    assert len(router_logits) == 5 * a_step  # and none of them from an evaluation
+    assert len(router_logits) == 5 * a_step  # and none from an evaluation
     for entry, first, last in zip(entries, (0, 1, 3), (1, 3, 5)):
         expected = by_hand(router_logits[first * a_step : last * a_step], layers=2)
         assert entry['readings'] == pytest.approx(expected, rel=1e-4)

@@ -123,7 +123,7 @@ def test_old_component_names_work_with_one_note(register_old_components, capsys)
     assert summary == {'twice': 3.0}
     changed = tokens.clone()
     changed[:, 0] = (changed[:, 0] + 1) % config.vocab_size
-    assert torch.equal(model(tokens)[:, -1], model(changed)[:, -1])  # out of two windows' reach
+    assert torch.equal(model(tokens)[:, -1], model(changed)[:, -1])  # beyond two windows
     notes = capsys.readouterr().out.splitlines()
     assert len(notes) == len(set(notes))
     for note in (

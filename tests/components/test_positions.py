@@ -1,4 +1,4 @@
-"""components/positions.py: each encoding against transformers' own or the paper's formula."""
+"""components/positions.py: each encoding against transformers' or the paper's formula."""
 
 import math
 
@@ -80,7 +80,7 @@ def test_rope_scaling_matches_transformers(values):
         positions, positions
     )[0]
     angles = positions[:, None] * frequencies
-    # An angle of 20,000 radians is known to 0.001 in single precision.
+    # An angle of 20,000 radians has a precision of 0.001 in fp32.
     torch.testing.assert_close(cos, angles.cos() * factor, rtol=1e-5, atol=4e-3)
     torch.testing.assert_close(sin, angles.sin() * factor, rtol=1e-5, atol=4e-3)
     scaled = ROPE_SCALING_REGISTRY[config.rope_scaling].scaled(
@@ -138,13 +138,15 @@ def test_alibi_matches_transformers(heads):
     encoding = encoding_of(position_encoding='alibi', n_head=heads, n_embd=2 * heads)
     positions = torch.arange(7)
     bias = encoding.prepare(positions, positions).bias  # (H, T, T)
-    # Theirs lacks what is the same for all keys of a query; softmax does not see it.
+    # transformers' bias differs by a constant per query, which does not change the softmax.
     torch.testing.assert_close(bias - bias[:, :, :1], theirs.expand_as(bias), rtol=1e-5, atol=1e-6)
     assert (bias.diagonal(dim1=1, dim2=2) == 0).all()
 
 
 def test_alibi_slopes_match_paper():
-    """Press et al.: 1/2 … 1/256 for 8 heads, and for 16 those 'geometrically averaged' between."""
+    """Press et al.: 1/2 … 1/256 for 8 heads, and for 16 heads also those 'geometrically averaged'
+    between.
+    """
     eight = [2.0**-i for i in range(1, 9)]
     assert alibi_slopes(8, torch.device('cpu')).tolist() == pytest.approx(eight)
     sixteen = [2 ** (-i / 2) for i in range(1, 17)]
@@ -213,7 +215,7 @@ def test_twice_block_size_is_finite_and_causal(values):
     config = tiny(**values)
     model, length = perturbed_model(config).eval(), 2 * config.block_size
     tokens = random_tokens(config.replace(block_size=length), batch=1).expand(length, length)
-    changed = tokens.clone()  # row t: token t is another one
+    changed = tokens.clone()  # row t: token t differs
     changed.diagonal().add_(1).remainder_(config.vocab_size)
     logits = model(tokens)
     different = (logits != model(changed)).any(dim=-1)
@@ -232,7 +234,7 @@ def test_learned_positions_end_at_block_size():
 
 @pytest.mark.parametrize('values', VARIANTS, ids=label)
 def test_encoding_depends_on_order_of_past(values):
-    """One layer of attention without positions sees a set."""
+    """One attention layer without positions is invariant to the order of tokens."""
     model = perturbed_model(tiny(**values, n_layer=1)).eval()
     tokens = torch.tensor([[1, 2, 3, 4, 5, 6]])
     last, swapped = model(tokens)[0, -1], model(tokens[:, [1, 0, 2, 3, 4, 5]])[0, -1]

@@ -1,4 +1,4 @@
-"""optim/optimizers.py: each against a reference of its own, and how matrices are divided."""
+"""optim/optimizers.py: each optimizer against a reference, and the grouping of matrices."""
 
 import math
 
@@ -30,7 +30,7 @@ def build(groups: list[ParameterGroup], **changed) -> torch.optim.Optimizer:
 
 
 def train(optimizer, weights, gradients, rate=lambda step: 1e-2 / (step + 1), steps=4) -> None:
-    """gradients(step): one for each of the weights."""
+    """gradients(step) returns one gradient per weight."""
     for step in range(steps):
         for weight, gradient in zip(weights, gradients(step)):
             weight.grad = gradient.clone()
@@ -50,7 +50,7 @@ def random_gradients(weights):
 @pytest.mark.parametrize('optimizer', list(OPTIMIZER_REGISTRY))
 @pytest.mark.parametrize('preset', ['legacy', 'llama'])
 def test_weight_decay_and_rule_of_groups(preset, optimizer):
-    """Hidden matrices and tables decay; only hidden matrices are Muon's."""
+    """Hidden matrices and embeddings have weight decay; Muon updates only hidden matrices."""
     model = build_model(
         ModelArchitectureConfig(
             arch_preset=preset, n_layer=1, n_head=2, n_embd=8, block_size=4, vocab_size=16
@@ -94,7 +94,7 @@ def test_muon_matches_torch_with_adamw_for_rest(monkeypatch, adjust_lr_fn, dtype
     )
     train(optimizer, ours, random_gradients(ours))
 
-    if dtype == 'float32':  # where torch's iteration is always in bfloat16
+    if dtype == 'float32':  # torch's iteration is always in bfloat16
         monkeypatch.setattr(torch.Tensor, 'bfloat16', lambda tensor: tensor.clone())
     muon = torch.optim.Muon(
         theirs[:-1], weight_decay=DECAY, momentum=0.9, adjust_lr_fn=adjust_lr_fn
@@ -112,7 +112,7 @@ def test_newton_schulz_singular_values():
         matrices = random(*shape, seed=3)
         u, _, vt = torch.linalg.svd(matrices, full_matrices=False)
         actual = orthogonalize(matrices, 5, torch.float32)
-        inside = u.mT @ actual @ vt.mT  # diagonal if the singular vectors are the same
+        inside = u.mT @ actual @ vt.mT  # diagonal if the singular vectors are equal
         diagonal = inside.diagonal(dim1=-2, dim2=-1)
         assert actual.shape == shape
         torch.testing.assert_close(inside, torch.diag_embed(diagonal), atol=1e-4, rtol=0)
@@ -172,7 +172,7 @@ def test_muon_learning_rate():
 
 
 def test_match_rms_adamw_update_size():
-    """What match_rms_adamw promises: Liu et al. 2025 aim at a root mean square of 0.2."""
+    """match_rms_adamw gives updates with an RMS of 0.2 (Liu et al. 2025)."""
     for shape in ((64, 64), (256, 64), (64, 256)):
         weight, other = torch.nn.Parameter(torch.zeros(shape)), torch.nn.Parameter(torch.zeros(1))
         groups = [

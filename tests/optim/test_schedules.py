@@ -1,4 +1,4 @@
-"""optim/schedules.py: against nanoGPT and torch, at the boundaries, and what is said of them."""
+"""optim/schedules.py: against nanoGPT and torch, at the boundaries; problems and notes."""
 
 import itertools
 import math
@@ -45,7 +45,7 @@ def test_cosine_matches_nanogpt(warmup, decay):
 
 def test_learning_rate_at_boundaries():
     assert learning_rate_at(0, RUN) == pytest.approx(6e-4 / 11)
-    assert learning_rate_at(10, RUN) == 6e-4  # warm-up is over, the cosine begins at the top
+    assert learning_rate_at(10, RUN) == 6e-4  # the warm-up has ended, the cosine begins at the peak
     assert learning_rate_at(55, RUN) == pytest.approx((6e-4 + 6e-5) / 2)
     assert learning_rate_at(100, RUN) == learning_rate_at(10**9, RUN) == 6e-5
     # Warm-up as long as the decay, or longer: straight to the minimum, no division by zero.
@@ -59,7 +59,7 @@ def test_learning_rate_without_decay_is_constant():
 
 
 def torchs_rates(run, *schedules, milestones=()) -> list[float]:
-    """Of the first 2 · 100 updates, as torch's own schedulers have them, one after the other."""
+    """Learning rates of 2 · 100 iterations by torch's schedulers, one after the other."""
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=run.learning_rate)
     made = [make(optimizer) for make in schedules]
     scheduler = torch.optim.lr_scheduler.SequentialLR(optimizer, made, list(milestones))
@@ -117,7 +117,7 @@ def test_schedules_match_torch(changed, schedules, milestones):
 
 
 SHAPES_OF_DECAY = {
-    # The most that one of n updates of a decay may take off, as a share of the whole.
+    # Upper limit of the decrease in one of n iterations of a decay, as a fraction of the total.
     'cosine': lambda n: math.pi / (2 * n),
     'linear': lambda n: 1 / n,
     '1-sqrt': lambda n: math.sqrt(1 / n),
@@ -125,7 +125,7 @@ SHAPES_OF_DECAY = {
 
 
 def resolved(**chosen) -> tuple[SimpleNamespace, list[str]]:
-    """The run's options with what is open derived, and the problems of the schedule before that."""
+    """The run's options with derived values, and the problems of the schedule before."""
     given = {'lr_decay_iters': None, 'min_lr': None, 'warmup_iters': None, **chosen}
     run = options(**given)
     schedule = SCHEDULE_REGISTRY[run.lr_schedule]
@@ -180,7 +180,7 @@ def test_learning_rate_is_continuous_and_bounded(**chosen):
         most = SHAPES_OF_DECAY[named](length) * (top - run.min_lr)
         assert all(a - b <= most * 1.001 for a, b in itertools.pairwise(falling))
         assert warm_up >= run.max_iters or all(rate == run.min_lr for rate in rates[end:])
-    # What does not end as a schedule is expected to is said.
+    # Unexpected ends of a schedule are noted.
     notes = ' '.join(SCHEDULE_REGISTRY[run.lr_schedule].notes(run))
     assert ('ends during warm-up' in notes) == (warm_up >= run.max_iters)
     if decays:

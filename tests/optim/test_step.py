@@ -1,4 +1,4 @@
-"""optim/step.py: one measured and guarded step, by each optimizer."""
+"""optim/step.py: the guarded step of each optimizer."""
 
 import copy
 import math
@@ -27,7 +27,7 @@ SHAPES = ((7, 5), (5,), (3, 4, 2))
 
 
 def guarded_optimizer(**changed) -> GuardedOptimizer:
-    """Over three parameters: a matrix, a stack of three, and one that is not decayed."""
+    """An optimizer of a matrix, a stack of three, and a parameter without weight decay."""
     generator = torch.Generator().manual_seed(0)
     a, b, c = (torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in SHAPES)
     groups = [
@@ -40,7 +40,7 @@ def guarded_optimizer(**changed) -> GuardedOptimizer:
 
 
 def module_of(optimizer: GuardedOptimizer) -> torch.nn.Module:
-    """Something that has the optimizer's parameters under names."""
+    """An object with the optimizer's parameters as named parameters."""
     return torch.nn.ParameterList(optimizer.parameters)
 
 
@@ -50,12 +50,12 @@ def gradients_of(step: int) -> list[torch.Tensor]:
 
 
 def backward(optimizer: GuardedOptimizer, gradients: list[torch.Tensor]) -> None:
-    """Through the scaler, if there is one: the loss Σ parameter · gradient has this gradient."""
+    """Sets gradients through the loss Σ parameter · gradient, scaled if there is a scaler."""
     optimizer.backward(sum((p * g).sum() for p, g in zip(optimizer.parameters, gradients)))
 
 
 def snapshot(optimizer: GuardedOptimizer) -> list[torch.Tensor]:
-    """Weights and everything that the optimizer keeps for them."""
+    """Copies of the weights and their optimizer state."""
     optimizer_state = [t for p in optimizer.parameters for t in optimizer.inner.state[p].values()]
     return [tensor.detach().clone() for tensor in (*optimizer.parameters, *optimizer_state)]
 
@@ -151,11 +151,11 @@ def test_nonfinite_step_changes_nothing(optimizer, loss, element, grad_clip, dty
     backward(optimizer, gradients)
     optimizer.step(1e-3, loss, measured=True)
     assert equal(snapshot(optimizer), before)
-    # In fp16 an overflowing gradient is the scaler's business, a lost loss is not.
+    # In fp16, overflowing gradients are left to the scaler, a non-finite loss is not.
     assert optimizer.skipped == (dtype == 'float32' or not torch.isfinite(loss))
     assert all(parameter.grad is None for parameter in optimizer.parameters)
 
-    # And it goes on as if that update had not been there.
+    # Training continues as if the iteration had not happened.
     control = guarded_optimizer(**changed)
     for step in range(steps_before):
         backward(control, gradients_of(step))
@@ -168,7 +168,7 @@ def test_nonfinite_step_changes_nothing(optimizer, loss, element, grad_clip, dty
 
 
 class _Waits(TorchDispatchMode):
-    """Notes the operations that would wait for a GPU."""
+    """Records operations that would synchronize with a GPU."""
 
     def __init__(self):
         super().__init__()
@@ -234,7 +234,7 @@ def test_loaded_optimizer_continues_bit_for_bit(optimizer, dtype):
     sharded_state.restore(stored, other.parallel, module_of(other), other)
     before = snapshot(one)
     for optimizer in (other, one):
-        assert equal(snapshot(optimizer), before)  # the other's update did not reach into this one
+        assert equal(snapshot(optimizer), before)  # unaffected by the other's update
         backward(optimizer, gradients_of(2))
         optimizer.step(1e-3, FINITE, measured=False)
     assert equal(snapshot(one), snapshot(other)) and not equal(snapshot(one), before)

@@ -1,6 +1,6 @@
 """Ranks that die, hang or fail: each ends with one message that names the cause.
 
-`FORKED` goes through all the cases in groups that it forks, beside a store like torchrun's.
+`FORKED` runs all cases in forked groups, with a store like torchrun's.
 """
 
 import json
@@ -47,7 +47,7 @@ def test_partial_torchrun_environment_is_refused(environment):
         with pytest.raises(UserError, match=f'but {key} is not set.*unset .*torchrun'):
             world_size()
     for key in TORCHRUN.keys() - {'MASTER_ADDR', 'MASTER_PORT'}:
-        environment(**{**dict.fromkeys(TORCHRUN), key: '2'})  # left over from another job
+        environment(**{**dict.fromkeys(TORCHRUN), key: '2'})  # from an earlier job
         with pytest.raises(UserError, match=f'{key}=2 in the environment.*unset {key}'):
             world_size()
     environment(**{**dict.fromkeys(TORCHRUN), 'WORLD_SIZE': '1'})
@@ -182,7 +182,7 @@ if __name__ == '__main__':
 
 @pytest.fixture(scope='module')
 def answers(tmp_path_factory):
-    """What the ranks of each case left: the last of those that share a name."""
+    """Results of the ranks of a case; of the last case with that name."""
     if sys.platform != 'linux':
         pytest.skip('ranks are forked')
     folder = tmp_path_factory.mktemp('ranks')
@@ -201,13 +201,13 @@ def of(answers: list[dict], case: str) -> dict:
 
 
 def only_speaker(answer: dict) -> tuple[int, str]:
-    """The one rank that said anything, and what."""
+    """The only rank that printed anything, and its text."""
     ((rank, text),) = [(rank, text) for rank, text in enumerate(answer['said']) if text]
     return rank, text
 
 
 def test_restart_ignores_stale_store(answers):
-    """Groups of other sizes, one after the other, on the store of one torchrun."""
+    """Groups of different sizes use the store of one torchrun one after the other."""
     fine = [answer for answer in answers if answer['case'] == 'fine']
     assert [answer['codes'] for answer in fine] == [[0] * 2, [0] * 3, [0] * 4]
     assert not any(text for answer in fine for text in answer['said'])
@@ -249,7 +249,7 @@ def test_bug_of_one_rank_is_reported_once(answers):
     cause, *_, consequence = (answer['for_torchrun'][rank] for rank in (1, 2, 0))
     assert cause['message'] == 'ZeroDivisionError: on rank 1'
     assert consequence['message'] == 'rank 1 failed: ZeroDivisionError: on rank 1'
-    # torchrun takes the earliest for the root.
+    # torchrun reports the earliest as the root cause.
     times = [int(known['extraInfo']['timestamp']) for known in answer['for_torchrun']]
     assert times[1] == min(times)
 

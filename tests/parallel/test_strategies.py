@@ -1,6 +1,6 @@
-"""Every strategy trains as a single process does: on CPUs with gloo, in groups that do many runs.
+"""Every strategy gives the results of a single process: on CPUs with gloo, many runs per group.
 
-`rank_driver.py` goes through `PLAN` once; the tests judge what its ranks left.
+`rank_driver.py` runs `PLAN` once; the tests check the results of its ranks.
 """
 
 import hashlib
@@ -31,7 +31,7 @@ pytestmark = [
     pytest.mark.skipif(sys.platform != 'linux', reason='ranks are forked'),
 ]
 
-VOCABULARY = 67  # no number of ranks divides it
+VOCABULARY = 67  # not divisible by the number of ranks
 BASE = {
     **TINY_RUN,
     'n_embd': 16,
@@ -47,20 +47,20 @@ BASE = {
     'keep_last': 9,
     'log_style': 'line',
 }
-ALONE = {'use_fsdp': False, 'use_zero1': False}  # or a resumed run goes on as it was
+ALONE = {'use_fsdp': False, 'use_zero1': False}  # else a resumed run keeps it
 STRATEGIES = {
     'ddp': {},
     'zero1': {'use_zero1': True},
     'fsdp': {'use_fsdp': True},
 }
 VARIANTS = {
-    'kept': {'use_fsdp': True, 'fsdp_reshard_after_forward': False},
+    'gathered': {'use_fsdp': True, 'fsdp_reshard_after_forward': False},
     'unsharded': {'use_fsdp': True, 'fsdp_shard_size': 1},
 }
 GPT2 = {'arch_preset': 'gpt2'}  # tied, learned positions
 SAMPLES = {'sample_interval': 10, 'sample_prompt': 'AB', 'sample_tokens': 20}
 LLAMA = {'arch_preset': 'llama'}
-# Parameters of four rows: at three ranks the last has none of them.
+# Parameters with four rows: the last of three ranks has none of them.
 SIX = {
     **GPT2,
     'batch_size': 1,
@@ -74,7 +74,7 @@ NARROW = {**SIX, **LLAMA, 'n_embd': 4, 'n_layer': 1}
 TEN = {**LLAMA, 'max_iters': 10, 'eval_interval': 5}
 FEW = {**LLAMA, 'max_iters': 6, 'eval_interval': 3}
 
-# Beside AdamW. ZeRO-1 cuts matrices in the middle, FSDP all of them.
+# Besides AdamW. ZeRO-1 splits some matrices, FSDP all of them.
 OPTIMIZERS = {
     'muon': {'optimizer': 'muon'},
     'lion': {'optimizer': 'lion', 'learning_rate': 0.003, 'weight_decay': 1.0},
@@ -82,7 +82,7 @@ OPTIMIZERS = {
 
 OTHER_PRESETS = ('qwen3', 'gemma2', 'olmo2', 'pythia', 'deepseek')
 
-# What each strategy at two ranks is held against a single process in.
+# Cases in which each strategy with two ranks is compared with a single process.
 CASES = {
     **{name: {**TEN, **options} for name, options in OPTIMIZERS.items()},
     'gpt2': {**GPT2, **SAMPLES},
@@ -90,7 +90,7 @@ CASES = {
     'dropout': {**TEN, 'dropout': 0.1},
     'bfloat16': {**TEN, 'dtype': 'bfloat16'},
     'float16': {**TEN, 'dtype': 'float16'},
-    # Its stacks of three are divided unevenly, and a layer's readings add up over ranks.
+    # Its stacks of three are sharded unevenly, and metrics of a layer are summed over ranks.
     'mixture': {
         **TEN,
         **{'ffn_type': 'moe', 'num_experts': 3, 'experts_per_token': 1, 'dense_layers': 1},
@@ -107,18 +107,18 @@ RECOMPUTED = {**CASES['dropout'], 'activation_checkpointing': 'full'}
 MIXTURE_RECOMPUTED = {**CASES['mixture'], 'activation_checkpointing': 'full'}
 COMPILED = {**GPT2, 'max_iters': 3, 'eval_interval': 3, 'compile': True}
 
-# (ranks, options, what the message says)
+# (ranks, options, words of the message)
 REFUSED = {
     'fsdp alone': (1, {'use_fsdp': True}, 'torchrun'),
     'zero1 alone': (1, {'use_zero1': True}, 'torchrun'),
     'shards of nothing': (1, {'fsdp_shard_size': 2}, 'use_fsdp=True'),
-    'kept by nobody': (2, {'fsdp_reshard_after_forward': False}, 'use_fsdp=True'),
+    'unused option': (2, {'fsdp_reshard_after_forward': False}, 'use_fsdp=True'),
     'both': (2, {'use_fsdp': True, 'use_zero1': True}, 'Remove one of them'),
     'accumulation': (2, {'gradient_accumulation_steps': 3}, '--gradient_accumulation_steps=4'),
     'shards': (2, {'use_fsdp': True, 'fsdp_shard_size': 3}, 'fsdp_shard_size=3'),
 }
 
-# Checkpoints from strategy to strategy: ranks, options, and the update that each goes on to.
+# Checkpoints between strategies: ranks, options, and the iteration that each continues to.
 JOURNEY = [
     (2, STRATEGIES['fsdp'], 2),
     (1, ALONE, 4),
@@ -129,7 +129,7 @@ JOURNEY = [
 
 
 def planned() -> list[tuple[int, list[dict]]]:
-    """The stages of `rank_driver.py`; a run has `out` where it goes on with another's."""
+    """The stages of `rank_driver.py`; a run has `out` if it continues another run."""
 
     def run(name, *options, out=None, special=None):
         values = {key: value for some in options for key, value in some.items()}
@@ -229,7 +229,7 @@ def planned() -> list[tuple[int, list[dict]]]:
 
 
 class Left:
-    """What one run left, by rank."""
+    """Results of one run, by rank."""
 
     def __init__(self, folder: Path, name: str, ranks: int):
         files = [folder / f'{name}.{rank}.pt' for rank in range(ranks)]
@@ -247,7 +247,7 @@ class Left:
         return read_record(self.folder)
 
     def curve(self, key: str, *, below: str | None = None) -> torch.Tensor:
-        """A figure of every update: loss, loss_scale, or one below `gradients`."""
+        """A value of every iteration: loss, loss_scale, or one in `gradients`."""
         entries = self.record['training_iterations']
         return torch.tensor(
             [(entry[below] if below else entry)[key] for entry in entries], dtype=torch.float64
@@ -258,14 +258,14 @@ class Left:
         return torch.tensor([[e[key] for key in keys] for e in self.record['eval_steps']])
 
     def checkpoints(self) -> list[int]:
-        """The updates of those that are published; each is read and verified."""
+        """The iterations of published checkpoints; each is read and verified."""
         checkpoints = map(read_index, list_checkpoints(self.folder / 'checkpoints'))
         return [checkpoint.iter for checkpoint in checkpoints if load_state(checkpoint)]
 
 
 @pytest.fixture(scope='module')
 def left(tmp_path_factory):
-    """left(name): what a planned run left. The first of pytest's workers has them all run."""
+    """left(name): results of a planned run. The first pytest worker runs all of them."""
     common = tmp_path_factory.getbasetemp()
     if 'PYTEST_XDIST_WORKER' in os.environ:
         common = common.parent
@@ -293,7 +293,7 @@ def go_through(plan: list[tuple[int, list[dict]]], folder: Path) -> None:
             **os.environ,
             'OMP_NUM_THREADS': '1',
             'PYTHONPATH': str(PROJECT),
-            'TORCHINDUCTOR_COMPILE_THREADS': '1',  # no pool of processes for each rank
+            'TORCHINDUCTOR_COMPILE_THREADS': '1',  # no process pool per rank
         },
         check=True,
         timeout=600,
@@ -301,7 +301,7 @@ def go_through(plan: list[tuple[int, list[dict]]], folder: Path) -> None:
 
 
 def write_dataset(folder: Path) -> None:
-    """Tokens below 67, each following from the one before up to a toss of a coin."""
+    """Tokens below 67, each determined by the previous one and a random bit."""
     folder.mkdir()
     splits = {}
     for split, count in (('train', 8000), ('val', 2000)):
@@ -328,16 +328,16 @@ def weight_difference(a: dict, b: dict) -> float:
 
 
 def differences(run: Left, reference: Left) -> dict[str, float]:
-    """Figure -> the largest difference between two runs of as many updates."""
-    found = {
+    """Value -> the largest difference between two runs with equally many iterations."""
+    largest = {
         'loss': difference(run.curve('loss'), reference.curve('loss')),
         'evaluations': difference(run.evaluations(), reference.evaluations()),
         'weights': weight_difference(run.main['weights'], reference.main['weights']),
     }
     for key in ('norm', 'mean', 'std'):
         mine, theirs = (each.curve(key, below='gradients') for each in (run, reference))
-        found[f'gradient {key}'] = difference(mine, theirs)
-    return found
+        largest[f'gradient {key}'] = difference(mine, theirs)
+    return largest
 
 
 # --- The same training ----------------------------------------------------------------------------
@@ -380,7 +380,7 @@ def test_uneven_shards_on_three_ranks(left, strategy, optimizer):
 
 @pytest.mark.parametrize('strategy', STRATEGIES)
 def test_activation_checkpointing_under_strategies(left, strategy):
-    """Dropout of 0.1 included: the masks are drawn again."""
+    """Includes dropout of 0.1, whose masks are drawn again."""
     run, reference = left(f'{strategy} recomputed'), left('single dropout')
     assert max(differences(run, reference).values()) < 1e-5
 
@@ -396,7 +396,7 @@ def test_half_precision_within_noise(left, strategy, dtype):
     losses, expected = run.curve('loss'), reference.curve('loss')
     noise = difference(expected, exact.curve('loss')[: len(expected)])
     assert noise > 1e-5, 'autocast was off'
-    assert abs(losses[0] - expected[0]) < 1e-6  # nothing is rounded apart in the first forward pass
+    assert abs(losses[0] - expected[0]) < 1e-6  # the first forward pass has no rounding differences
     assert difference(losses, expected) < noise
     # After one more update than the losses that noise is of: two runs, each so far from the exact.
     assert difference(run.evaluations(), reference.evaluations()) < 2 * noise
@@ -448,14 +448,14 @@ def test_samples_equal_single_process(left, strategy):
 
 @pytest.mark.parametrize('strategy', STRATEGIES)
 def test_diagnostics_equal_single_process(left, strategy):
-    """Of the whole gradient and update, and of every window, which two ranks divide unevenly."""
+    """Diagnostics of gradient, update and all windows, which two ranks split unevenly."""
 
     def figures(entry: dict) -> list[float]:
-        found = entry['diagnostics']
+        diagnostics = entry['diagnostics']
         return [
-            *(value for layer in found['layers'] for value in layer.values()),
-            *found['update_to_weight'].values(),
-            *(stretch['loss'] for stretch in found['val_loss_by_position']),
+            *(value for layer in diagnostics['layers'] for value in layer.values()),
+            *diagnostics['update_to_weight'].values(),
+            *(stretch['loss'] for stretch in diagnostics['val_loss_by_position']),
         ]
 
     run, reference = (left(f'{name} diagnostics') for name in (strategy, 'single'))
@@ -464,7 +464,7 @@ def test_diagnostics_equal_single_process(left, strategy):
     for mine, theirs in pairs:
         assert figures(mine) == pytest.approx(figures(theirs), rel=1e-4)
     assert len(figures(pairs[-1][1])) == 2 * 4 + 3 + 5
-    # And they disturb nothing.
+    # Diagnostics do not change the training.
     assert weight_difference(run.main['weights'], reference.main['weights']) < 1e-5
 
 
@@ -476,8 +476,8 @@ def test_sharded_memory_per_rank(left):
     for strategy in (*STRATEGIES, *VARIANTS):
         ranks = left(f'{strategy} gpt2').ranks
         for key, divided in (
-            ('parameter_bytes', strategy in ('fsdp', 'kept')),
-            ('optimizer_bytes', strategy in ('zero1', 'fsdp', 'kept')),
+            ('parameter_bytes', strategy in ('fsdp', 'gathered')),
+            ('optimizer_bytes', strategy in ('zero1', 'fsdp', 'gathered')),
         ):
             share = [rank[key] / whole[key] for rank in ranks]
             assert max(share) == pytest.approx(0.5 if divided else 1, rel=0.02), (strategy, key)
@@ -486,13 +486,13 @@ def test_sharded_memory_per_rank(left):
 def test_memory_footprint_is_recorded(left):
     for strategy in ('single', *STRATEGIES, *VARIANTS):
         run = left(f'{strategy} gpt2')
-        held = run.record['startup_info']['parallel']
+        footprint = run.record['startup_info']['parallel']
         for key in ('parameter_bytes', 'optimizer_bytes'):
-            assert held[key] == max(rank[key] for rank in run.ranks), (strategy, key)
+            assert footprint[key] == max(rank[key] for rank in run.ranks), (strategy, key)
         gradients = [
             sum(g.nbytes for g in rank['gradients'][-1] if g is not None) for rank in run.ranks
         ]
-        assert held['gradient_bytes'] == max(gradients), strategy
+        assert footprint['gradient_bytes'] == max(gradients), strategy
 
 
 @pytest.mark.parametrize(
@@ -510,20 +510,20 @@ def test_memory_footprint_is_recorded(left):
     ],
 )
 def test_bytes_sent_are_recorded(left, name):
-    """An update sends what the collectives that it calls carry, plain numbers apart."""
+    """The bytes sent per iteration are those of the collectives, without Python values."""
     run = left(name)
     sent = run.record['startup_info']['parallel']['bytes_sent_per_update']
     for rank in run.ranks:
         first, *others = rank['sent']
         assert others == pytest.approx([sent] * (run.record['config']['max_iters'] - 1), rel=1e-9)
-        # Without resharding the evaluation has left whole parameters behind.
-        assert first < sent if name == 'kept gpt2' else first == pytest.approx(sent, rel=1e-9)
+        # Without resharding, the evaluation leaves gathered parameters.
+        assert first < sent if name == 'gathered gpt2' else first == pytest.approx(sent, rel=1e-9)
 
 
 @pytest.mark.parametrize('ranks', ['', 'six '])
 @pytest.mark.parametrize('strategy', STRATEGIES)
 def test_bytes_sent_by_matrix_exchange_are_recorded(left, strategy, ranks):
-    """On average: who owns which matrix makes a difference."""
+    """On average, since it depends on the owner of each matrix."""
     run = left(f'{strategy} {ranks}muon')
     recorded = run.record['startup_info']['parallel']['bytes_sent_per_update']
     sent = torch.tensor([rank['sent'] for rank in run.ranks], dtype=torch.float64)
@@ -532,7 +532,7 @@ def test_bytes_sent_by_matrix_exchange_are_recorded(left, strategy, ranks):
 
 @pytest.mark.parametrize('strategy', STRATEGIES)
 def test_gradients_are_reduced_once_per_iteration(left, strategy):
-    """Until the last of a rank's two micro-batches it has the gradient of its own at most."""
+    """Before the last of two micro-batches, a rank has at most its own gradient."""
     single = left('single gpt2').main['gradients']  # sums of one, two, three and four micro-batches
     ranks = [rank['gradients'] for rank in left(f'{strategy} gpt2').ranks]
     for number, whole in enumerate(single[-1]):
@@ -569,7 +569,7 @@ def test_overflow_on_one_rank_is_skipped_by_all(left, strategy):
     assert torch.equal(run.curve('loss_scale'), scales)
     assert [rank['scale'] for rank in run.ranks] == [scales[-1], scales[-1]]
     assert difference(run.curve('loss'), reference.curve('loss')) < 1e-3
-    # The update was skipped by all: its successor starts from the same weights.
+    # All ranks skipped the update: the next iteration starts from the same weights.
     assert weight_difference(run.ranks[1]['weights'], run.main['weights']) == 0
 
 
@@ -592,7 +592,7 @@ def test_resume_under_strategies_is_bit_equal(left, whole, resumed):
 
 @pytest.mark.parametrize('strategy', (*STRATEGIES, *VARIANTS))
 def test_checkpoint_holds_final_weights(left, strategy):
-    """Once, whichever rank wrote them: piece after piece they are the live ones."""
+    """Each element is saved once, by any rank, and equals the one in training."""
     run = left(f'{strategy} gpt2')
     _, files = load_latest(run.folder / 'checkpoints', print)
     for name, weight in run.main['weights'].items():
@@ -607,7 +607,7 @@ def test_checkpoint_holds_final_weights(left, strategy):
 
 @pytest.mark.parametrize('strategy', ('single', *STRATEGIES))
 def test_async_checkpoint_equals_saved_state(left, strategy):
-    """Though it is written two updates later; and a run that resumes ends with the same bits."""
+    """It is written two iterations later, and a resumed run ends bit-identical."""
     late, whole = left(f'{strategy} late'), left(f'{strategy} gpt2')
     after_ten = [run.folder / 'checkpoints' / 'iter_00000010' for run in (late, whole)]
     mine, theirs = map(read_index, after_ten)
@@ -655,7 +655,7 @@ def test_resume_across_strategies(left, optimizer):
     [('single narrow resumed', 'single narrow'), ('single hybrid resumed', 'single gpt2')],
 )
 def test_ranks_with_empty_or_replicated_shards(left, resumed, reference):
-    """Three ranks of which one holds no row, and two shards on each of two replicas."""
+    """Three ranks, one without rows; and two shards in each of two replicas."""
     assert max(differences(left(resumed), left(reference)).values()) < 1e-5
 
 
@@ -741,7 +741,7 @@ run_script(main)
     [('01', 1, 'script.py: a mistake'), ('1', 0, 'script.py, rank 1: a mistake')],
 )
 def test_user_error_under_torchrun_is_reported_once(tmp_path, ranks, delay, said):
-    """Also when the first rank comes to it last, and when another makes it alone."""
+    """Also if the first rank is the last to fail, and if only another rank fails."""
     script = tmp_path / 'script.py'
     script.write_text(MISTAKEN.format(ranks=ranks, delay=delay))
     result = subprocess.run(
@@ -760,6 +760,6 @@ def test_user_error_under_torchrun_is_reported_once(tmp_path, ranks, delay, said
     )
     assert result.returncode == 1
     told = [line for line in result.stderr.splitlines() if 'a mistake' in line]
-    # By one rank, and by torchrun in its closing report.
+    # By one rank, and by torchrun in its final report.
     assert [line for line in told if not line.startswith('  traceback : ')] == [said]
     assert told[-1] == '  traceback : a mistake'
