@@ -71,17 +71,17 @@ def test_precedence_of_layers(config):
     path = config(
         "arch_preset = 'llama'\nnormalization = 'layernorm'\nn_layer = 3\nmax_iters = 70\nseed = 1"
     )
-    found = settings(path, '--n_layer=4', '--seed=2')
+    merged = settings(path, '--n_layer=4', '--seed=2')
     # Beside each: the highest level that sets it.
-    assert found.run.batch_size is None  # default
-    assert found.architecture.ffn_type == 'swiglu'  # preset
-    assert found.architecture.normalization == 'layernorm'  # file over preset
-    assert found.run.max_iters == 70  # file over default
-    assert found.architecture.n_layer == 4  # command line over file
-    assert found.run.seed == 2  # command line over file
-    assert found.run.origins['seed'] == found.architecture.origins['n_layer'] == 'command line'
-    assert found.run.origins['max_iters'] == found.architecture.origins['normalization'] == path
-    assert found.run.origins['batch_size'] == 'default'
+    assert merged.run.batch_size is None  # default
+    assert merged.architecture.ffn_type == 'swiglu'  # preset
+    assert merged.architecture.normalization == 'layernorm'  # file over preset
+    assert merged.run.max_iters == 70  # file over default
+    assert merged.architecture.n_layer == 4  # command line over file
+    assert merged.run.seed == 2  # command line over file
+    assert merged.run.origins['seed'] == merged.architecture.origins['n_layer'] == 'command line'
+    assert merged.run.origins['max_iters'] == merged.architecture.origins['normalization'] == path
+    assert merged.run.origins['batch_size'] == 'default'
 
 
 def test_defaults_equal_schema():
@@ -133,7 +133,7 @@ def test_all_problems_of_run_and_architecture_at_once(config):
         assert sum(words in problem for problem in problems) == 1, (words, problems)
     assert len(problems) == len(expected)
     suggested = [re.search(r'Did you mean (\w+)\?', problem) for problem in problems]
-    assert {'llama', 'max_iters', 'batch_size'} <= {found[1] for found in suggested if found}
+    assert {'llama', 'max_iters', 'batch_size'} <= {match[1] for match in suggested if match}
 
 
 @pytest.mark.parametrize(

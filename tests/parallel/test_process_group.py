@@ -155,16 +155,16 @@ PLAN = [('killed', 2), ('fine', 2), ('killed', 3), *((case, 3) for case in CASES
 
 if __name__ == '__main__':
     folder, context, answers = sys.argv[1], multiprocessing.get_context('fork'), []
-    told, tell = context.Pipe()
-    context.Process(target=keep_store, args=(tell,), daemon=True).start()
-    os.environ['MASTER_PORT'] = str(told.recv())
+    receiver, sender = context.Pipe()
+    context.Process(target=keep_store, args=(sender,), daemon=True).start()
+    os.environ['MASTER_PORT'] = str(receiver.recv())
     for case, size in PLAN:
         processes = [
             context.Process(target=rank_of, args=(case, rank, size, folder)) for rank in range(size)
         ]
         for process in processes:
             process.start()
-        # As torchrun does: what has died is taken note of, what hangs is killed in the end.
+        # As torchrun does: wait for processes to end, and kill those that hang.
         while alive := [rank for rank in range(size) if processes[rank].is_alive()]:
             if alive == [1] and case in ('hangs', 'late'):
                 processes[1].kill()
@@ -175,7 +175,7 @@ if __name__ == '__main__':
         for file in files:
             file.unlink(missing_ok=True)
         codes = [process.exitcode for process in processes]
-        answers.append({'case': case, 'codes': codes, 'said': texts, 'for_torchrun': known})
+        answers.append({'case': case, 'codes': codes, 'texts': texts, 'for_torchrun': known})
     pathlib.Path(folder, 'answers.json').write_text(json.dumps(answers))
 """
 
@@ -202,7 +202,7 @@ def of(answers: list[dict], case: str) -> dict:
 
 def only_speaker(answer: dict) -> tuple[int, str]:
     """The only rank that printed anything, and its text."""
-    ((rank, text),) = [(rank, text) for rank, text in enumerate(answer['said']) if text]
+    ((rank, text),) = [(rank, text) for rank, text in enumerate(answer['texts']) if text]
     return rank, text
 
 
@@ -210,7 +210,7 @@ def test_restart_ignores_stale_store(answers):
     """Groups of different sizes use the store of one torchrun one after the other."""
     fine = [answer for answer in answers if answer['case'] == 'fine']
     assert [answer['codes'] for answer in fine] == [[0] * 2, [0] * 3, [0] * 4]
-    assert not any(text for answer in fine for text in answer['said'])
+    assert not any(text for answer in fine for text in answer['texts'])
 
 
 def test_killed_rank_is_named_once(answers):
@@ -236,7 +236,7 @@ def test_hanging_rank_is_named_once(answers, case):
 def test_missing_rank_is_named(answers):
     answer = of(answers, 'late')
     assert answer['codes'] == [2, -9, 2]
-    first, _, third = answer['said']
+    first, _, third = answer['texts']
     assert 'rank 1 did not start' in first and '--distributed_timeout=3' in first
     assert 'could not connect' in third and 'Traceback' not in first + third
 

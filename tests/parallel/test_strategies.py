@@ -737,10 +737,10 @@ run_script(main)
 
 
 @pytest.mark.parametrize(
-    ('ranks', 'delay', 'said'),
+    ('ranks', 'delay', 'expected'),
     [('01', 1, 'script.py: a mistake'), ('1', 0, 'script.py, rank 1: a mistake')],
 )
-def test_user_error_under_torchrun_is_reported_once(tmp_path, ranks, delay, said):
+def test_user_error_under_torchrun_is_reported_once(tmp_path, ranks, delay, expected):
     """Also if the first rank is the last to fail, and if only another rank fails."""
     script = tmp_path / 'script.py'
     script.write_text(MISTAKEN.format(ranks=ranks, delay=delay))
@@ -759,7 +759,7 @@ def test_user_error_under_torchrun_is_reported_once(tmp_path, ranks, delay, said
         timeout=120,
     )
     assert result.returncode == 1
-    told = [line for line in result.stderr.splitlines() if 'a mistake' in line]
+    lines = [line for line in result.stderr.splitlines() if 'a mistake' in line]
     # By one rank, and by torchrun in its final report.
-    assert [line for line in told if not line.startswith('  traceback : ')] == [said]
-    assert told[-1] == '  traceback : a mistake'
+    assert [line for line in lines if not line.startswith('  traceback : ')] == [expected]
+    assert lines[-1] == '  traceback : a mistake'
