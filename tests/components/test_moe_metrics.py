@@ -103,6 +103,6 @@ def test_aux_loss_acts_but_is_not_reported(trained, tiny_dataset, tmp_path):
 @pytest.mark.slow
 def test_console_shows_moe_metrics(train):
     arguments = [f'--{key}={value}' for key, value in TRAINED.items()]
-    out = train(*arguments, '--max_iters=1', '--log_style=block').stdout
+    out = train(*arguments, '--max_iters=1', '--log_style=block', '--report=full').stdout
     assert 'Active: ' in out and 'for each token' in out
     assert 'Busiest Expert=' in out and 'Idle Experts=' in out

@@ -83,10 +83,10 @@ CPU, TIMEOUT = torch.device('cpu'), timedelta(seconds=3)
 os.environ |= {'MASTER_ADDR': 'localhost', 'TORCHELASTIC_USE_AGENT_STORE': 'True'}
 
 
-def keep_store(tell):
+def keep_store(sender):
     # In a process of its own: a process that has threads, as this has, cannot be forked safely.
     server = dist.TCPStore('localhost', 0, is_master=True, wait_for_workers=False)
-    tell.send(server.port)
+    sender.send(server.port)
     time.sleep(600)
 
 
