@@ -1,9 +1,10 @@
 """Lines at the bottom of a terminal that are redrawn in place, while other output scrolls above.
 
 Everything that Python writes to standard output and standard error while a region is shown (the
-project's messages, `print`, warnings, logging) appears above it. Output that does not pass through
-Python's streams, such as that of other processes, may break the picture until the next redraw. The
-cursor stays visible, in the row below the region, so a killed process leaves a usable terminal.
+project's messages, `print`, warnings, logging) appears above it. Output that bypasses Python's
+streams, such as that of other processes, may disturb the display, and the next redraw may overwrite
+it. The cursor stays visible, in the row below the region, so that a killed process leaves a usable
+terminal.
 """
 
 import contextlib
@@ -25,16 +26,16 @@ from common.console_output import (
 )
 from common.text_width import cut_to_width, display_width
 
-REDRAW_SECONDS = 0.1  # the least time between two redraws
+REDRAW_SECONDS = 0.1  # the minimum time between two redraws
 _current: 'LiveRegion | None' = None  # the region that is shown; there is at most one
 
 
 class LiveRegion:
     """The lines of `update`, shown at the bottom of the terminal `stream` until `close`.
 
-    `available` is False where the stream is no terminal that can redraw, or while another region
-    is shown; `update` must not be called then. No thread runs: a redraw that comes too soon after
-    the last is left to the next `update`, to `close`, or to whatever is written above.
+    `available` is False if the stream cannot redraw, or while another region is shown; `update`
+    must not be called then. There is no thread: a redraw that comes too soon after the last is left
+    to the next `update`, to `close`, or to the next output above the region.
     """
 
     def __init__(self, stream: TextIO | None = None):
@@ -171,12 +172,12 @@ class LiveRegion:
     def _intercept(self, stream: TextIO | None) -> None:
         """Let what others write to the stream appear above the region.
 
-        Its `write` is replaced, rather than the stream: loggers and others have kept that.
+        Its `write` is replaced, not the stream itself, which loggers keep a reference to.
         """
         if stream is None or id(stream) in self._writers or not is_terminal(stream):
             return
         write = stream.write
-        with contextlib.suppress(AttributeError):  # a stream of a kind that has no attributes
+        with contextlib.suppress(AttributeError):  # a stream whose attributes cannot be set
             setattr(stream, 'write', lambda text: self._write_above(text, stream, write))  # noqa: B010
             self._restore.callback(delattr, stream, 'write')
         self._writers[id(stream)] = write

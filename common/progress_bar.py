@@ -1,12 +1,12 @@
-"""The progress of long work: a bar that is redrawn on a terminal, a line now and then elsewhere.
+"""Progress of long work: a bar that is redrawn on a terminal, occasional lines elsewhere.
 
     with ProgressBar('Encoding', total=file_size, unit='B') as bar:
         for block in blocks:
             encode(block)
             bar.advance(len(block), note=f'{documents:,} documents')
 
-On a terminal the bar stays at the bottom, and whatever is written meanwhile scrolls above it. A log
-file gets plain lines, the further apart the longer the work takes.
+On a terminal the bar stays at the bottom, and other output scrolls above it. A log file gets plain
+lines, at intervals that grow with the duration of the work.
 """
 
 import time
@@ -15,17 +15,17 @@ from typing import TextIO
 from common.formatting import clock
 from common.live_region import LiveRegion
 
-BAR_COLUMNS = (8, 20)  # of the bar itself: the least and the most
-LINE_COLUMNS = 79  # that a line with a bar aims at
-LINE_SHARE = 0.05  # of the time since the start: the least between two lines of a log
+BAR_COLUMNS = (8, 20)  # minimum and maximum length of the bar itself
+LINE_COLUMNS = 79  # maximum length of a line, as long as the bar has its minimum
+LINE_SHARE = 0.05  # minimum interval between two lines of a log, as a share of the elapsed time
 
 
 class ProgressBar:
-    """How much of the work is done, how fast, and the time left.
+    """The amount of work done, its rate and the time left.
 
     total: the amount of all work; None if it is unknown. unit: `B` for bytes, or a plural noun.
-    done: the amount that was done before this process, which does not count in the rate.
-    line_seconds: the least time between lines where the stream is not a terminal.
+    done: the amount that was done before this process; it does not count in the rate.
+    line_seconds: the minimum interval between lines if the stream is not a terminal.
     stream: standard output by default.
     """
 
@@ -53,11 +53,11 @@ class ProgressBar:
         self.close()
 
     def advance(self, amount: float = 1, note: str = '') -> None:
-        """Show that so much more is done."""
+        """Add `amount` to the work done."""
         self.update(self.done + amount, note)
 
     def update(self, done: float, note: str = '', seconds_left: float | None = None) -> None:
-        """Show how much is done. `seconds_left` replaces the estimate from the rate."""
+        """Set the amount done. `seconds_left` replaces the estimate from the rate."""
         self.done, now = done, time.monotonic()
         if self._region.available:
             if self._region.due:
@@ -69,7 +69,7 @@ class ProgressBar:
             self._region.write_line(self.text(note, seconds_left, bar=False))
 
     def close(self) -> None:
-        """Remove the bar; what was written above it stays."""
+        """Remove the bar; the output above it stays."""
         self._region.close()
 
     @property
@@ -96,7 +96,7 @@ def bar_line(
 ) -> str:
     """One line: the title, a bar if `total` is known, the percentage, and the other parts.
 
-    The bar takes what these leave of LINE_COLUMNS. bar: False for a line of a log.
+    The bar takes the rest of LINE_COLUMNS. bar: False for a line of a log.
     """
     if total:
         share = min(max(done / total, 0.0), 1.0)

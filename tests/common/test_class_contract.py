@@ -1,6 +1,6 @@
 """What a registry takes: one sentence names the class, the method or attribute, what is expected.
 
-And what an architecture's name says of components that the project does not know.
+And the tags of custom components in the name of an architecture.
 """
 
 import re

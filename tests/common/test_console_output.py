@@ -232,7 +232,7 @@ def test_unflushed_buffer_is_no_error_at_exit(tmp_path):
 
 
 def test_run_continues_without_console(tiny_dataset, tmp_path, monkeypatch, capsys):
-    """It trains to its end, says so once on standard error, and its record has it as an event."""
+    """It trains to its end, with one message on standard error and an event in the record."""
     import train
     from records.record import read_record
     from records.run_folders import latest_run

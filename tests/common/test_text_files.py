@@ -49,7 +49,7 @@ def test_lines_end_at_line_feeds_alone(tmp_path_factory, texts):
 
 
 @pytest.mark.parametrize(
-    'content, says',
+    'content, problem',
     [
         (b'caf\xe9', 'not UTF-8 text: unexpected end of data at byte 3'),
         (MARK + b'\xff', 'not UTF-8 text: invalid start byte at byte 3'),
@@ -58,9 +58,9 @@ def test_lines_end_at_line_feeds_alone(tmp_path_factory, texts):
         (b'PK\x03\x04\xff', 'not UTF-8 text but a zip archive: unpack it first'),
     ],
 )
-def test_non_text_files_are_named(tmp_path, content, says):
+def test_non_text_files_are_named(tmp_path, content, problem):
     (tmp_path / 'a').write_bytes(content)
-    with pytest.raises(UserError, match=f'^--x=a is {says}'):
+    with pytest.raises(UserError, match=f'^--x=a is {problem}'):
         read_text(tmp_path / 'a', '--x=a')
     with pytest.raises(UserError, match=r'^--x=b cannot be read: No such file'):
         read_text(tmp_path / 'b', '--x=b')

@@ -223,7 +223,7 @@ def test_full_disk_at_finish(run_folder, monkeypatch, status):
             logger.finish(status)
     monkeypatch.undo()
     assert (run_folder / 'journal.jsonl').read_bytes() == before
-    resumed_logger(run_folder, 0).finish(status)  # nobody holds it any more
+    resumed_logger(run_folder, 0).finish(status)  # the lock is free again
     assert read_record(run_folder)['status'] == status
 
 

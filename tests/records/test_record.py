@@ -1,4 +1,4 @@
-"""A record says what its journal says, and nothing that was taken back."""
+"""A record has the entries of its journal, without those that were dropped."""
 
 import json
 import re

@@ -277,7 +277,7 @@ def test_entries_count_data_up_to_their_update(tiny_dataset, tmp_path):
 
 
 def test_tokens_seen_with_changed_batch_size(tiny_dataset, tmp_path):
-    """ResumeSource with three times the batch: what came before it is not counted anew."""
+    """After a resume with three times the batch, earlier tokens keep their count."""
     first = train_here(tiny_dataset, tmp_path, max_iters=2)
     options = {'max_iters': 4, 'batch_size': 6, 'init_from': 'resume'}
     second = train_here(tiny_dataset, tmp_path, **options)

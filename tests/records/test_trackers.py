@@ -230,8 +230,8 @@ def test_wandb_usage_error_is_user_error(wandb, tiny_dataset, tmp_path, capsys):
     options = {'wandb_log': True, 'wandb_project': 'without a key'}
     with pytest.raises(AttributeError):  # train_here looks for a session
         train_here(tiny_dataset, tmp_path, **options)
-    out, told = capsys.readouterr()
-    assert 'No API key configured. Set WANDB_MODE=offline' in told and told.count('\n') == 1
+    out, message = capsys.readouterr()
+    assert 'No API key configured. Set WANDB_MODE=offline' in message and message.count('\n') == 1
     assert 'logging stopped' not in out
     (folder,) = tmp_path.iterdir()
     assert read_record(folder)['status'] == 'failed'
