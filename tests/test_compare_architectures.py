@@ -508,10 +508,10 @@ def test_last_sample_of_each_architecture_is_shown(compared):
         for entry, text in zip(record['eval_steps'][1:], texts):
             entry['sample'] = {'prompt': 'A: ', 'text': text, 'time_ms': 1.0}
     text = compared(*records)
-    found = text.partition('\nSAMPLES\n')[2].partition('\n\n')[0].splitlines()[1:]
-    (one, other) = (line.split(', after ') for line in found if line.startswith('#'))
+    lines = text.partition('\nSAMPLES\n')[2].partition('\n\n')[0].splitlines()[1:]
+    (one, other) = (line.split(', after ') for line in lines if line.startswith('#'))
     assert one[0].startswith('#1 ') and 'swiglu' in other[0] and other[0].startswith('#2 ')
-    assert found == [
+    assert lines == [
         f'{one[0]}, after 100 iterations',
         *('    A: new', '    ```', '    \\x1b[2J'),
         f'{other[0]}, after 50 iterations',
@@ -556,8 +556,8 @@ def study(tmp_path):
     points, losses = [], {}
     for n, variant in enumerate(STUDY['variants']):
         for seed in (1, 2):
-            asked = variant['asked']
-            gated, plain = asked['ffn_type'] == 'swiglu', not asked['bias']
+            point = variant['asked']
+            gated, plain = point['ffn_type'] == 'swiglu', not point['bias']
             noise = 0.001 * (n * n - 3) * (2 * seed - 3)
             loss = 5 + 0.1 * seed - 0.2 * gated + 0.05 * plain + 0.3 * gated * plain + noise
             record = make_record(
@@ -565,17 +565,17 @@ def study(tmp_path):
                 loss=loss,
                 seed=seed,
                 data_seed=seed,
-                architecture=asked['ffn_type'],
+                architecture=point['ffn_type'],
                 learning_rate=1e-3 * (n + 1),
-                **asked,
+                **point,
             )
             record['metadata']['data_seed'] = seed
-            point = f'runs/{n}/seed={seed}'
-            folder = tmp_path / 'out' / point / record['run_name']
+            trial = f'runs/{n}/seed={seed}'
+            folder = tmp_path / 'out' / trial / record['run_name']
             folder.mkdir(parents=True)
             (folder / 'record.json').write_text(json.dumps(record))
-            points.append({'folder': point, 'variant': variant['label']})
-            losses[asked['ffn_type'], asked['bias'], seed] = loss
+            points.append({'folder': trial, 'variant': variant['label']})
+            losses[point['ffn_type'], point['bias'], seed] = loss
     (tmp_path / 'out/study.json').write_text(json.dumps({**STUDY, 'points': points}))
     read_study_plan.cache_clear()
     return tmp_path / 'out', losses
@@ -718,7 +718,7 @@ def test_ascii_terminal(tmp_path):
     done = script(tmp_path, PYTHONIOENCODING='ascii', PYTHONUTF8='0')
     assert done.returncode == 0 and not done.stderr
     assert b'out-\\xe9' in done.stdout and b'\\u03a9' in done.stdout
-    # What the command itself says is ASCII everywhere.
+    # The output of the command itself is ASCII everywhere.
     text = script(tmp_path, PYTHONIOENCODING='utf-8').stdout.decode()
     assert text.replace('é', '').replace('Ω', '').isascii()
 

@@ -63,7 +63,7 @@ def test_peers_do_the_same_work(monkeypatch, tmp_path):
     # A peer that is our own model, on the batches that peers are given, with torch's AdamW and
     # clipping, goes through the losses and gradient norms of train.py.
     sizes = {'n_layer': 1, 'n_head': 2, 'n_embd': 16}
-    told = {
+    request = {
         'shape': shape('gpt2', 64, 16, 2, **sizes),
         'folder': str(tmp_path),
         'device': 'cpu',
@@ -92,7 +92,7 @@ def test_peers_do_the_same_work(monkeypatch, tmp_path):
                 patch.setattr(train, name, getattr(train, name))
             patch.setattr(hardware, 'reset_peak_memory', hardware.reset_peak_memory)
             with contextlib.suppress(Enough):
-                contestant(told, contestants.Turns(answers), *arguments)
+                contestant(request, contestants.Turns(answers), *arguments)
         return list(map(json.loads, answers.getvalue().splitlines()))
 
     (prepared,) = answers_of(contestants.prepare)
@@ -262,17 +262,17 @@ def test_sweep_point_is_measured_against_its_product(monkeypatch):
         'flops': {'per_token': 1e9, 'per_token_causal': 5e8},
         'peak_gb': 1.0,
     }
-    asked, ended = [], []
+    commands, ended = [], []
 
     class Process:
-        def __init__(self, name, told, log):
-            self.kind = told['kind']
+        def __init__(self, name, request, log):
+            self.kind = request['kind']
 
         def answer(self):
             return first
 
         def ask(self, **command):
-            asked.append((self.kind, command))
+            commands.append((self.kind, command))
             if self.kind == 'products':
                 return {'float32': {'tflops': 2.0}}
             return {'seconds': 0.5 * command['steps'], 'peak_gb': 3.0}
@@ -281,11 +281,11 @@ def test_sweep_point_is_measured_against_its_product(monkeypatch):
             ended.append(self.kind)
 
     monkeypatch.setattr(scaling, 'Contestant', Process)
-    told = {'shape': scaling.point(scaling.QUICK_BASE, 'n_embd', 64, 64), 'dtype': 'float32'}
-    found = scaling.measure(told, seconds=1.6, name='n_embd=64')
+    request = {'shape': scaling.point(scaling.QUICK_BASE, 'n_embd', 64, 64), 'dtype': 'float32'}
+    row = scaling.measure(request, seconds=1.6, name='n_embd=64')
     # Half a second per iteration: 4 fill 1.6 s; 128 tokens/s of 1 GFLOP are 6.4 % of 2 TFLOP/s.
-    assert asked[:2] == [('ours', {'steps': 1}), ('ours', {'steps': 4})]
-    assert (found['ms_an_update'], found['tokens_per_sec']) == (500.0, 128.0)
-    assert found['mfu_percent'] == pytest.approx(6.4)
-    assert found['mfu_causal_percent'] == pytest.approx(3.2)
-    assert found['peak_gb'] == 3.0 and ended == ['ours', 'products']
+    assert commands[:2] == [('ours', {'steps': 1}), ('ours', {'steps': 4})]
+    assert (row['ms_an_update'], row['tokens_per_sec']) == (500.0, 128.0)
+    assert row['mfu_percent'] == pytest.approx(6.4)
+    assert row['mfu_causal_percent'] == pytest.approx(3.2)
+    assert row['peak_gb'] == 3.0 and ended == ['ours', 'products']

@@ -113,7 +113,7 @@ def test_resumed_run_has_all_its_conditions():
 def test_every_training_option_is_a_condition(option):
     records = [make_record(1, **{option: 1}), make_record(2, ffn_type='swiglu', **{option: 2})]
     assert list(compare(run_rows(records)).loss_warnings) == [option]
-    # A record from before an option existed did what its default says.
+    # A record older than an option used what is now its default.
     del records[1]['config'][option]
     assert compare(run_rows(records)).loss_warnings == {}
 

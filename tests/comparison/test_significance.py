@@ -104,7 +104,7 @@ def test_paired_test_error_rate_and_power():
     trials, count, spread = 1000, 5, 0.03
     generator = random.Random(5)
 
-    def found(effect):
+    def detection_rate(effect):
         hits = 0
         for _ in range(trials):
             seeds = [generator.gauss(2.0, 0.2) for _ in range(count)]  # shared by a pair
@@ -114,5 +114,5 @@ def test_paired_test_error_rate_and_power():
 
     error = spread / count**0.5
     effect = error * significance.detectable_ratio(count - 1)
-    assert found(0.0) == pytest.approx(0.05, abs=0.02)  # three standard errors
-    assert found(effect) == pytest.approx(significance.POWER, abs=0.04)
+    assert detection_rate(0.0) == pytest.approx(0.05, abs=0.02)  # three standard errors
+    assert detection_rate(effect) == pytest.approx(significance.POWER, abs=0.04)

@@ -81,10 +81,10 @@ def measure(options: list[str]) -> int:
 
     gc.collect()
     gc.disable()  # so that garbage of an earlier case is not freed in this one
-    _, kept = bytes_held(begin)
+    _, permanent = bytes_held(begin)
     most, _ = bytes_held(made[0].update)
     gc.enable()
-    return kept + most
+    return permanent + most
 
 
 def main(path: str) -> None:

@@ -42,14 +42,14 @@ def results(model: Transformer) -> dict[str, torch.Tensor]:
 def compare(preset: str) -> tuple[float, int]:
     """The largest difference, and the number of graphs."""
     config = ModelArchitectureConfig(arch_preset=preset, **SIZES)
-    found = []
+    by_mode = []
     for compiled in (False, True):
         torch.compiler.reset()
         counters.clear()
         model = build_model(config, 'cpu', seed=1)
         prepare_blocks(model, [], compiled)
-        found.append(results(model))
-    eager, compiled = found
+        by_mode.append(results(model))
+    eager, compiled = by_mode
     largest = max(
         (torch.linalg.norm(compiled[name] - tensor) / torch.linalg.norm(tensor)).item()
         for name, tensor in eager.items()

@@ -142,7 +142,9 @@ def main() -> int:
     parser.add_argument('--seeds', type=int, default=3, help='of each variant (default 3)')
     parser.add_argument('--updates', type=int, default=300, help='of each run (default 300)')
     parser.add_argument('--seed', type=int, default=0, help='of the moments (default 0)')
-    parser.add_argument('--folder', help='where the runs are kept (default: nowhere)')
+    parser.add_argument(
+        '--folder', help='Folder in which to keep the runs (default: a temporary one)'
+    )
     options = parser.parse_args()
     with empty_folder(parser, options.folder) as folder:
         rng = random.Random(options.seed)
@@ -202,7 +204,7 @@ def study_kills(folder: Path, kills: int, seeds: int, iterations: int, rng: rand
     resumes = sum(e['event'] == 'resume' for record in records.values() for e in record['events'])
     print(f'\nkills                    {killed}')
     print(f'resumes in the records   {resumes}')
-    print(f'runs begun anew          {len(find_records(study.out)) - len(records)}')
+    print(f'runs started again       {len(find_records(study.out)) - len(records)}')
     for part, keys in different.items():
         verdict = f'DIFFERENT: {", ".join(keys[:5])}' if keys else 'equal, to the last bit'
         print(f'{part:<24} {verdict}')
