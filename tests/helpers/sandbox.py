@@ -33,7 +33,7 @@ NOT_COPIED = (
     *('*.bin', 'meta.json', 'checked.json', 'input.txt', '*.png', '*.svg', '*.ipynb'),
 )
 SECONDS = 180  # for one command, on a busy machine
-# Weights of other programs, where docs/pretrained.md has them.
+# Exported weights and those of nanoGPT, where the pages have them.
 FOREIGN_CHECKPOINTS = """
 import sys
 
@@ -41,7 +41,8 @@ import torch
 
 import export_checkpoint
 
-# A folder for transformers, which itself would only check it.
+# A file, and a folder for transformers, which itself would only check it.
+export_checkpoint.main(['--out_dir=out-llama', '--output=llama.pt'])
 sys.modules['transformers'] = None
 export_checkpoint.main(['--out_dir=out-llama', '--format=hf', '--output=llama-hf'])
 
