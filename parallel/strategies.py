@@ -387,12 +387,12 @@ def prepare_blocks(model: Transformer, recomputed: list[int], compiled: bool) ->
         recompute(model.blocks[number])
     if not compiled:
         return
-    # DDP's compiler would cut each block at the borders of buckets, although blocks are compiled
-    # one by one and the gradients travel between them.
+    # DDP's compiler pass would split each block at bucket limits, although blocks are compiled
+    # one by one and gradients are reduced between them.
     torch._dynamo.config.optimize_ddp = False
     for block in model.blocks:
         # Identical blocks share one graph, for training and for evaluation. All batches have one
-        # shape, so none is compiled for sizes that vary. The limit counts the graphs of all kinds.
+        # shape, so no dynamic shapes are needed. The limit counts the graphs of all kinds.
         block.compile(dynamic=False, recompile_limit=RECOMPILE_LIMIT)
 
 
