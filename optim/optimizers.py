@@ -127,7 +127,7 @@ class AdamW(OptimizerComponent, torch.optim.AdamW):
             state['step'] = torch.zeros((), device=key.device)
 
     def step(self) -> None:
-        # torch's fused kernel for MPS may ignore `found_inf` (pytorch#186360), so the host checks it.
+        # torch's fused kernel for MPS may ignore `found_inf` (pytorch#186360): check it here.
         if self.found_inf.device.type in IGNORES_FOUND_INF and self.found_inf.item():
             return
         super().step()
