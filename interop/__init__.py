@@ -1,4 +1,4 @@
-"""Begin from other people's weights, and write ours for them, by the tables of `families`.
+"""Start from pretrained weights, and export weights, by the tables in `families`.
 
 python train.py config/mine.py --init_from=gpt2                    # or gpt2-medium, -large, -xl
 python train.py config/mine.py --init_from=hf:FOLDER_OR_NAME       # Hugging Face

@@ -1,15 +1,15 @@
-"""A folder in Hugging Face's form: which of its files hold weights, and what its JSON says."""
+"""A folder in Hugging Face's format: its weight files and its JSON files."""
 
 import json
 from pathlib import Path
 
-MAX_JSON_BYTES = 2**26  # bytes: the longest index of a model's shards is a tenth of that
+MAX_JSON_BYTES = 2**26  # ten times the longest index of a sharded model
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files of a folder's weights: one, or those that an index names; none if there are none.
+    """The weight files of a folder: one, those in an index, or none.
 
-    Raises OSError, or ValueError for an index that is none.
+    Raises OSError, or ValueError for an invalid index.
     """
     for whole in ('model.safetensors', 'pytorch_model.bin'):
         index = folder / f'{whole}.index.json'
@@ -20,13 +20,13 @@ def weight_files(folder: Path) -> list[Path]:
             names = [*shards.values()] if isinstance(shards, dict) else [None]
             if not all(isinstance(name, str) and Path(name).name for name in names):
                 raise ValueError(f'{index.name} has no weight_map of tensors to files')
-            # A name and no path: an index is data, and must not reach outside its folder.
+            # Names only, no paths: an untrusted index must not refer to other folders.
             return [folder / name for name in sorted({Path(str(name)).name for name in names})]
     return []
 
 
 def read_json_object(path: Path) -> dict:
-    """The JSON object in a file of somebody's. Raises OSError, or ValueError saying what it is."""
+    """The JSON object in an untrusted file. Raises OSError, or ValueError with the reason."""
     with open(path, 'rb') as file:
         content = file.read(MAX_JSON_BYTES + 1)
     if len(content) > MAX_JSON_BYTES:
@@ -36,7 +36,7 @@ def read_json_object(path: Path) -> dict:
     except RecursionError:
         raise ValueError(f'{path.name} is nested too deeply') from None
     except ValueError as error:
-        raise ValueError(f'{path.name} is no JSON ({error})') from error
+        raise ValueError(f'{path.name} is not JSON ({error})') from error
     if not isinstance(values, dict):
-        raise ValueError(f'{path.name} is no JSON object')
+        raise ValueError(f'{path.name} is not a JSON object')
     return values

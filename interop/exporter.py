@@ -1,4 +1,4 @@
-"""Our weights as a folder for transformers, in the architecture there that computes the same."""
+"""Export a model to transformers, as an architecture there that computes the same function."""
 
 import contextlib
 import copy
@@ -19,39 +19,39 @@ from interop.pretrained_checkpoint import tensor_map_of
 from model_builder import Transformer, build_model
 from model_config import INITIALIZATION_REGISTRY, ModelArchitectureConfig
 
-# Logits of the same function, computed in another order in fp32.
+# Relative difference of logits that are computed in another order in fp32.
 TOLERANCE = 1e-3
-CHECKED_TOKENS = 16  # of the text that they are compared on
-FILE_HINT = 'A file takes any architecture: --output=model.safetensors.'
-# How long sequences are, how many documents are in one, and how it is computed: a run with imported
-# weights may have it otherwise, and another's model is given one document at a time.
+CHECKED_TOKENS = 16  # length of the text on which logits are compared
+FILE_HINT = 'A file can hold any architecture: --output=model.safetensors.'
+# Sequence length, documents per sequence, and implementation: a run with pretrained weights may
+# change them, and an exported model gets one document at a time.
 RUN_TIME_OPTIONS = ('block_size', 'vocab_size', 'attention_backend', 'document_mask', 'end_of_text')
 
 
 def training_only_options(config: ModelArchitectureConfig) -> set[str]:
-    """Options that act in training alone: a run with imported weights has its own."""
+    """Options that only affect training: a run with pretrained weights sets its own."""
     initialization = INITIALIZATION_REGISTRY[config.initialization]
     initial = {key for c in INITIALIZATION_REGISTRY for key in INITIALIZATION_REGISTRY[c].options}
     initial.add('initialization')
     if initialization.output_scale(config) != 1:
-        initial.clear()  # it acts on the logits, too
+        initial.clear()  # it also affects the logits
     dropout = {'dropout', 'attention_dropout', 'residual_dropout'}
     losses = {'z_loss', 'load_balance_weight', 'router_z_loss'}
     return {'multiple_of', *initial, *dropout, *losses}
 
 
 class ConvertedConfig(NamedTuple):
-    """An architecture as transformers has it: the family, and the fields of its config."""
+    """An architecture in transformers' terms: the family, and the fields of its config."""
 
     family: Family
     fields: dict
-    config: ModelArchitectureConfig  # ours, or one of the same function
+    config: ModelArchitectureConfig  # the model's own, or one of the same function
 
 
 def convert_config(config: ModelArchitectureConfig) -> ConvertedConfig:
     """The architecture in the first family of transformers that can express it.
 
-    Raises UserError naming what none can express.
+    Raises UserError naming the options that none can express.
     """
     attempts: list[tuple[Family, list[str], str | None]] = []
     for variant in (config, *zero_bias_variants(config)):
@@ -67,13 +67,13 @@ def convert_config(config: ModelArchitectureConfig) -> ConvertedConfig:
     options = canonical_options(config)
     values = (refusal or '').rstrip('.') or ', '.join(f'{key}={options[key]!r}' for key in lost)
     raise UserError(
-        f'transformers cannot express this architecture: {values}. The nearest that it has is '
-        f'{family.architecture}, which cannot be that. {FILE_HINT}'
+        f'transformers cannot express this architecture: {values}. The closest family, '
+        f'{family.architecture}, does not support that. {FILE_HINT}'
     )
 
 
 def zero_bias_variants(config: ModelArchitectureConfig) -> Iterator[ModelArchitectureConfig]:
-    """The same function, were all its biases there and nothing but zeros; if that makes sense."""
+    """The same function with additional biases, all zero, if the norms are LayerNorms."""
     options = config.to_dict()
     if options['normalization'] in ('layernorm', 'layernorm_nobias'):
         biases = {key: True for key in ('attention_bias', 'ffn_bias') if key in options}
@@ -83,11 +83,11 @@ def zero_bias_variants(config: ModelArchitectureConfig) -> Iterator[ModelArchite
 def _lost_options(
     family: Family, fields: dict, config: ModelArchitectureConfig, problems: list[str]
 ) -> list[str]:
-    """The options that come back as something else when the fields are read again."""
+    """The options that change when the fields are read back."""
     read = family.read(fields, problems)
     try:
         back = canonical_options(ModelArchitectureConfig(**{'arch_preset': 'custom', **read}))
-    except UserError:  # what is left out makes it illegal
+    except UserError:  # invalid without the options that were left out
         back = read
     lost = [
         key
@@ -98,7 +98,7 @@ def _lost_options(
 
 
 def _nearly_equal(one, other) -> bool:
-    """Whether values are the same, but for the rounding of a formula."""
+    """Whether two values are equal up to rounding."""
     if isinstance(one, float) and isinstance(other, float):
         return math.isclose(one, other, rel_tol=1e-12)
     return one == other
@@ -107,8 +107,8 @@ def _nearly_equal(one, other) -> bool:
 def export(config: ModelArchitectureConfig, weights: dict[str, torch.Tensor], folder: Path) -> None:
     """Write a folder that transformers' AutoModelForCausalLM.from_pretrained loads.
 
-    weights: whole parameters by name, tied ones once, in the dtype that they are to have. Raises
-    UserError naming what transformers cannot express, and OSError.
+    weights: full parameters by name, tied ones once, in the dtype to write. Raises UserError naming
+    the options that transformers cannot express, and OSError.
     """
     family, fields, variant = convert_config(config)
     (dtype,) = {tensor.dtype for tensor in weights.values()}
@@ -126,7 +126,7 @@ def export(config: ModelArchitectureConfig, weights: dict[str, torch.Tensor], fo
     header = {
         'architectures': [family.architecture],
         'dtype': str(dtype).removeprefix('torch.'),
-        # Which tokens begin and end a text is the tokenizer's; the defaults are other people's.
+        # Special tokens depend on the tokenizer; the family's defaults would be wrong.
         **dict.fromkeys(('bos_token_id', 'eos_token_id', 'pad_token_id')),
         **fields,
     }
@@ -136,14 +136,14 @@ def export(config: ModelArchitectureConfig, weights: dict[str, torch.Tensor], fo
 
 
 def write_generation_config(folder: Path, end_of_text: int | None, unused: range) -> None:
-    """Say in an exported folder which token ends a text, and which ids no text has.
+    """Write the end-of-text token and the unused token ids to an exported folder.
 
     Raises OSError.
     """
     header = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
     ends = dict.fromkeys(('bos_token_id', 'eos_token_id'), end_of_text)
     _write_json(folder / 'config.json', header | ends)
-    # What generates pads with it, too; in the config it would be an embedding without a gradient.
+    # generate() also pads with it; in config.json it would be an embedding without a gradient.
     generation = {**ends, 'pad_token_id': end_of_text, 'suppress_tokens': [*unused] or None}
     _write_json(folder / 'generation_config.json', generation)
 
@@ -160,21 +160,21 @@ def save_tensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[st
     written = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
         save_file(written, path, metadata={'format': 'pt', **metadata})
-    except SafetensorError as error:  # so a full disk is told
+    except SafetensorError as error:  # raised for a full disk
         raise OSError(str(error)) from error
 
 
 # --------------------------------------------------------------------------------------------------
-# What transformers says to it
+# Check with transformers
 
 
 @torch.no_grad()
 def check_export(model: Transformer, folder: Path) -> str:
     """Load an exported folder with transformers, and compare its logits with the model's.
 
-    Returns what was checked, in words: without transformers nothing beyond its rules as they are
-    written here; without memory for two more models, only the config and what it makes. Raises
-    UserError where transformers makes something else of the folder.
+    Returns a sentence on what was checked: without transformers nothing, and without memory for two
+    more models only the config and the number of parameters. Raises UserError if transformers
+    cannot load the folder or computes other logits.
     """
     try:
         with silent_transformers():
@@ -188,27 +188,27 @@ def check_export(model: Transformer, folder: Path) -> str:
             if enough:
                 theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
                 off = _difference(copy.deepcopy(model).float().eval(), theirs)
-                problem = off > TOLERANCE and f'its logits are {off:.1e} off'
+                problem = off > TOLERANCE and f'its logits differ by {off:.1e}'
             else:
                 with torch.device('meta'):
                     theirs = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
                 made = sum(
                     p.numel() for p in build_model(convert_config(model.config).config).parameters()
                 )
-                problem = theirs.num_parameters() != made and 'it has other parameters'
-    except Exception as error:  # whatever their code makes of a folder that it cannot read
+                problem = theirs.num_parameters() != made and 'its parameters differ'
+    except Exception as error:  # transformers raises all kinds of errors
         problem = f'{type(error).__name__}: {error}'
     if problem:
         raise UserError(
-            f'transformers {__version__} cannot use what was written ({problem}). {FILE_HINT}'
+            f'transformers {__version__} cannot use the exported folder ({problem}). {FILE_HINT}'
         )
     if enough:
         return f'transformers {__version__} loads it and gives the same logits'
-    return f'transformers {__version__} reads its config; there is no memory to load its weights'
+    return f'transformers {__version__} reads its config; not enough memory to load its weights'
 
 
 def _difference(ours: Transformer, theirs: torch.nn.Module) -> float:
-    """How far their logits are from ours, in parts of these."""
+    """The largest difference of the logits, relative to the largest of ours."""
     length = min(CHECKED_TOKENS, ours.config.block_size)
     tokens = torch.arange(length)[None] * 7919 % ours.config.vocab_size
     expected = ours(tokens)
@@ -222,7 +222,7 @@ def _difference(ours: Transformer, theirs: torch.nn.Module) -> float:
 
 @contextlib.contextmanager
 def silent_transformers() -> Iterator[None]:
-    """transformers draws progress bars and warns of what the check itself reports."""
+    """Silence transformers' progress bars, and warnings about what the check reports."""
     with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter('ignore')
         yield

@@ -1,8 +1,7 @@
-"""The fields of somebody's config.json: each is read with its type, and none is left unread.
+"""The fields of a config.json: each is read with its type, and none is ignored silently.
 
-transformers keeps whatever a config.json holds, and any part of a model may read it. So a field has
-one of three fates here: a field map of the family reads it, it is known to change no logits, or it
-is refused by name.
+transformers keeps every field of a config.json, and any part of a model may read it. So each field
+is either read by a field map of the family, known to change no logits, or refused by name.
 """
 
 import math
@@ -11,22 +10,22 @@ from typing import Any
 
 from common.registry import Option
 
-# No size of a model is larger; sums and products of such numbers stay computable.
+# Upper limit of all sizes; sums and products of such numbers stay computable.
 MAX_SIZE = 2**31
 
-# Fields that change no logits, whatever they hold, in every family.
+# Fields that change no logits in any family, whatever their value.
 IRRELEVANT_FIELDS = frozenset(
     {
-        # Where the file comes from and which program reads it.
+        # Origin of the file, and the program that reads it.
         *('_name_or_path', 'name_or_path', '_commit_hash', 'model_type', 'architectures'),
         *('transformers_version', 'auto_map', 'transformers.js_config', 'is_llama_config'),
         *('unsloth_version', 'unsloth_fixed', 'tokenizer_class', 'finetuning_task'),
-        # How the numbers are computed: here --dtype, --attention_backend and the rest say it.
+        # Implementation, set here by --dtype, --attention_backend and others.
         *('dtype', 'torch_dtype', 'attn_implementation', '_attn_implementation'),
         *('_attn_implementation_autoset', 'experts_implementation', '_experts_implementation'),
         *('use_cache', 'cache_implementation', 'gradient_checkpointing', 'pretraining_tp'),
         *('chunk_size_feed_forward', 'torchscript', 'use_bfloat16', 'tf_legacy_loss', 'ep_size'),
-        # What is handed back beside the logits.
+        # Outputs besides the logits.
         *('return_dict', 'use_return_dict', 'output_hidden_states', 'output_attentions'),
         *('output_router_logits', 'output_past', 'tie_last_hidden_states'),
         'keys_to_ignore_at_inference',
@@ -36,12 +35,12 @@ IRRELEVANT_FIELDS = frozenset(
         *('attn_pdrop', 'embd_pdrop', 'resid_pdrop', 'attention_probs_dropout_prob'),
         *('hidden_dropout_prob', 'router_aux_loss_coef', 'router_jitter_noise'),
         *('aux_loss_alpha', 'seq_aux'),
-        # Other heads than a language model's.
+        # Heads other than a language model's.
         *('id2label', 'label2id', 'num_labels', '_num_labels', 'problem_type'),
-        # Encoders and decoders: a causal language model is neither's part.
+        # Encoders and decoders, which a causal language model does not have.
         *('is_decoder', 'is_encoder_decoder', 'cross_attention_hidden_size'),
         *('tie_encoder_decoder', 'decoder_start_token_id'),
-        # Tokens, and how text is drawn.
+        # Special tokens and sampling.
         *('bos_token_id', 'eos_token_id', 'pad_token_id', 'sep_token_id', 'unk_token_id'),
         *('cls_token_id', 'mask_token_id', 'prefix', 'task_specific_params'),
         *('max_length', 'min_length', 'max_new_tokens', 'do_sample', 'early_stopping'),
@@ -55,9 +54,9 @@ IRRELEVANT_FIELDS = frozenset(
     }
 )
 
-# Fields that may only be this, in every family where no field map reads them.
+# Fields with a single supported value, in every family where no field map reads them.
 CONSTANTS: dict[str, Any] = {
-    'is_causal': True,  # else each token sees those after it
+    'is_causal': True,  # otherwise tokens see later ones
     'add_cross_attention': False,
     'use_bidirectional_attention': None,
     'use_sliding_window': False,
@@ -65,7 +64,7 @@ CONSTANTS: dict[str, Any] = {
     'rope_interleaved': False,
 }
 
-# kind: (what it is in words, whether a value is one)
+# type: (its name in messages, a check of a value)
 _KINDS: dict[type, tuple[str, Callable[[Any], bool]]] = {
     int: ('a whole number', lambda v: isinstance(v, int) and not isinstance(v, bool)),
     float: (
@@ -85,23 +84,23 @@ _KINDS: dict[type, tuple[str, Callable[[Any], bool]]] = {
 
 
 def same_value(first: Any, second: Any) -> bool:
-    """Equal, and of one type: 1 is neither true nor '1', but it is 1.0."""
+    """Whether values are equal and of one type: 1 equals 1.0, but neither true nor '1'."""
     numbers = all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in (first, second))
     return (numbers or type(first) is type(second)) and first == second
 
 
 def short_repr(value) -> str:
-    """The value as it is shown in a message."""
+    """The value for a message, shortened."""
     text = repr(value)
     return text if len(text) <= 60 else f'{text[:57]}...'
 
 
 class Fields:
-    """A config.json, or an object inside it: what is read of it, and what is wrong with it.
+    """The fields of a config.json, or of an object in it, with the problems found so far.
 
-    problems: gets a sentence for each value that cannot be read. options: those of ours, which say
-    of what type a field is that is one of them. aliases: other names of transformers' for the same
-    fields. within: the name of the object, for messages.
+    problems: receives a sentence for each invalid value. options: our options, which give the type
+    of a field that maps to one of them. aliases: other names in transformers for the same fields.
+    within: the name of the object, for messages.
     """
 
     def __init__(
@@ -124,7 +123,7 @@ class Fields:
         return name in self.values
 
     def take(self, name: str, kind: type, default=None, optional: bool = False):
-        """The field, or its default where it is missing or no such value; then it is a problem.
+        """The field; its default if it is missing, or invalid, which is added to the problems.
 
         optional: null is allowed.
         """
@@ -133,15 +132,15 @@ class Fields:
             return value
         words, is_one = _KINDS[kind]
         if not is_one(value):
-            self.refuse(name, f'it takes {words}{" or null" if optional else ""}')
+            self.refuse(name, f'must be {words}{" or null" if optional else ""}')
         elif kind is int and not -MAX_SIZE < value < MAX_SIZE:
-            self.refuse(name, 'no size of a model is that large')
+            self.refuse(name, 'too large for a size of a model')
         else:
             return value
         return default
 
     def value(self, name: str, default=None):
-        """The field as it is, of whatever type."""
+        """The field, of any type."""
         self.unread.discard(name)
         return self.values.get(name, default)
 
@@ -149,17 +148,17 @@ class Fields:
         self.problems.append(f'{self.full_name(name)}={short_repr(self.values.get(name))}: {why}.')
 
     def require(self, name: str, constant) -> None:
-        """The field may only be the constant; null is as good as false."""
+        """Refuse a field that differs from the constant; null equals false."""
         value = self.value(name, constant)
         void = constant is None or constant is False
         if not same_value(value, constant) and not (void and (value is None or value is False)):
             self.problems.append(
-                f'{self.full_name(name)}={short_repr(value)} cannot be expressed here; '
-                f'{constant!r} can.'
+                f'{self.full_name(name)}={short_repr(value)} is not supported; supported: '
+                f'{constant!r}.'
             )
 
     def require_agreement(self, name: str, other: str) -> None:
-        """Two fields that say the same must not contradict each other."""
+        """Refuse two fields of the same meaning that contradict each other."""
         if name in self.values and other in self.values:
             first, second = self.values[name], self.values[other]
             if not same_value(first, second):
@@ -170,7 +169,7 @@ class Fields:
                 )
 
     def subobject(self, name: str) -> 'Fields':
-        """An object inside it; an empty one where it is missing or null."""
+        """The object in a field; an empty one if it is missing or null."""
         values = self.take(name, dict, optional=True) or {}
         return Fields(values, self.problems, self.options, within=name)
 
@@ -178,7 +177,7 @@ class Fields:
         return f'{self.within}: {name}' if self.within else name
 
     def refuse_unread(self, irrelevant: frozenset[str] = frozenset()) -> None:
-        """Whatever no field map has read must be irrelevant, or is refused. null says nothing."""
+        """Refuse fields that no field map has read, unless they are irrelevant or null."""
         for name, constant in CONSTANTS.items():
             if name in self.unread:
                 self.require(name, constant)
@@ -186,6 +185,5 @@ class Fields:
             if self.values[name] is not None:
                 self.refuse(
                     name,
-                    'a field that is unknown here. If it changes nothing in the model, delete it '
-                    'from config.json',
+                    'an unknown field. If it does not affect the model, delete it from config.json',
                 )

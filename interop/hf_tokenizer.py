@@ -1,7 +1,7 @@
-"""A tokenizer as the files that Hugging Face's AutoTokenizer reads, where they can say the same.
+"""Export a tokenizer to the files that Hugging Face's AutoTokenizer reads, if they can express it.
 
-Through the package tokenizers, which also checks them: what does not give the same tokens for a
-difficult text is not written.
+The package tokenizers writes and checks them: unless they give the same tokens for a difficult
+text, no files are written.
 """
 
 import json
@@ -17,20 +17,20 @@ from data.tokenizer import END_OF_TEXT, REPLACEMENT, Tokenizer
 if TYPE_CHECKING:
     import tokenizers
 
-# Spaces of all kinds, runs of them, contractions, digits, scripts, marks, and what is more than
-# one code point or more than two bytes.
+# All kinds of spaces, runs of spaces, contractions, digits, scripts, marks, and characters of
+# several code points or of three or more bytes.
 DIFFICULT = (
     "  I'll  don't\u00a0\u3000\u2028we'VE 's\t\t\n\n  \r\n x=12345,6789;  \x0b\x0c\x85 naïve"
     ' ß Ǆ ½²٣\n'
     'привет 你好 नमस्ते e\u0301 👩‍👩‍👧 \U0001f600\ufffd\u200b<|end|>   '
 )
-SAMPLED = 20_000  # random tokens that the files must give back
+SAMPLED = 20_000  # number of random tokens whose text must encode to the same tokens
 
 
 def write_tokenizer(tokenizer: Tokenizer, folder: Path, max_length: int) -> None:
-    """tokenizer.json and tokenizer_config.json. max_length: in tokens.
+    """Write tokenizer.json and tokenizer_config.json. max_length: in tokens.
 
-    Raises UserError where they cannot be written, and OSError.
+    Raises UserError if they cannot express the tokenizer, and OSError.
     """
     converted = convert(tokenizer)
     if not makes_same_tokens(tokenizer, converted):
@@ -49,12 +49,12 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, max_length: int) -> None
 
 
 def convert(tokenizer: Tokenizer) -> 'tokenizers.Tokenizer':
-    """The same as an object of the package tokenizers. Raises UserError if that is missing."""
+    """The tokenizer as an object of the package tokenizers. Raises UserError without it."""
     try:
         import tokenizers
         from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
     except ImportError as error:
-        raise UserError('it needs a package: pip install tokenizers.') from error
+        raise UserError('the tokenizer needs a package: pip install tokenizers.') from error
     ids = {tokenizer.token_bytes(token): token for token in text_tokens(tokenizer)}
     special = tokenizer.special_tokens
     if tokenizer.kind == 'char':
@@ -72,11 +72,11 @@ def convert(tokenizer: Tokenizer) -> 'tokenizers.Tokenizer':
         model = models.BPE(
             {name(token): number for token, number in ids.items()} | special,
             [(name(left), name(right)) for left, right in pairs],
-            ignore_merges=True,  # a piece that is a token is that token, as for tiktoken
+            ignore_merges=True,  # a piece that is a token is not split, as in tiktoken
         )
         converted = tokenizers.Tokenizer(model)
         by_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        # Its regular expressions know no possessive {m,n}; here nothing follows that could differ.
+        # Its regular expressions have no possessive {m,n}; here the greedy form is equivalent.
         pattern = re.sub(r'(\{\d+,\d+\})\+', r'\1', tokenizer.split_pattern or r'[\s\S]+')
         split = pre_tokenizers.Split(Regex(pattern), 'isolated')
         converted.pre_tokenizer = pre_tokenizers.Sequence([split, by_bytes])
@@ -86,7 +86,7 @@ def convert(tokenizer: Tokenizer) -> 'tokenizers.Tokenizer':
 
 
 def text_tokens(tokenizer: Tokenizer) -> list[int]:
-    """The tokens that text makes: neither special ones nor the vocabulary's gaps."""
+    """The tokens that can occur in text: neither special tokens nor gaps of the vocabulary."""
     special = set(tokenizer.special_tokens.values())
 
     def is_gap(token: int) -> bool:
@@ -97,10 +97,10 @@ def text_tokens(tokenizer: Tokenizer) -> list[int]:
 
 
 def merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """The pairs whose merging makes the tokens, in the order of their ranks.
+    """The pairs that merge into the tokens, in the order of their ranks.
 
-    Each is what is left of a token when all pairs of lower rank in it have been merged. A token of
-    which more is left can only be a whole piece of text.
+    Each pair is the rest of a token after all pairs of lower rank in it are merged. A token with a
+    longer rest can only be a whole piece of text.
     """
     pairs = []
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
@@ -118,10 +118,10 @@ def merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
 
 
 def makes_same_tokens(tokenizer: Tokenizer, converted: 'tokenizers.Tokenizer') -> bool:
-    """Whether both make the same tokens of a difficult text, and the text of them again."""
+    """Whether both encode a difficult text to the same tokens, and decode them to the text."""
     sample = tokenizer.decode(random.Random(0).choices(text_tokens(tokenizer), k=SAMPLED))
     text = sample if tokenizer.kind == 'char' else DIFFICULT * 2 + sample
-    for name in tokenizer.special_tokens:  # to the one it is text and to the other a token
+    for name in tokenizer.special_tokens:  # text for one of them, a token for the other
         text = text.replace(name, '')
     ids = tokenizer.encode(text)
     converted_ids = converted.encode(text, add_special_tokens=False).ids

@@ -1,4 +1,4 @@
-"""Fields of transformers' configs and options of ours, mapped both ways; and what a family is."""
+"""Mapping of transformers' config fields to our options, both ways; and the class `Family`."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,15 +9,15 @@ from interop.fields import Fields, same_value, short_repr
 from interop.tensors import TensorMap
 from model_config import ModelArchitectureConfig, architecture_options
 
-MAX_LAYERS = 5_000  # what is made for each layer stays small
+MAX_LAYERS = 5_000  # bounds the work and memory per untrusted config
 
 
 class FieldMap(NamedTuple):
-    """Fields of transformers' config and the options of ours that say the same.
+    """Fields of transformers' config, and our options of the same meaning.
 
-    read: fields -> options; what cannot be expressed here is added to the fields' problems, a
-    sentence each. write: our config -> fields. An option that cannot be expressed there is left
-    out by `write`: `interop.export` reads back what was written and finds it.
+    read: fields -> options; for each unsupported value a sentence is added to the fields' problems.
+    write: our config -> fields. `write` omits an option that transformers cannot express;
+    `interop.export` reads the result back and detects it.
     """
 
     read: Callable[[Fields], dict]
@@ -28,9 +28,9 @@ REQUIRED = object()  # the default of a field without one
 
 
 def field(option: str, name: str, default: Any = REQUIRED, values: dict | None = None) -> FieldMap:
-    """The field `name` is the option `option`. default: what the field is where it is missing.
+    """The field `name` corresponds to `option`. default: the value of a missing field.
 
-    values: the field's -> the option's where they are called otherwise; of several, the first is
+    values: the field's value -> the option's, if they differ; if several match, the first is
     written.
     """
     field_values = {value: key for key, value in reversed((values or {}).items())}
@@ -48,7 +48,7 @@ def field(option: str, name: str, default: Any = REQUIRED, values: dict | None =
             if same_value(value, key):
                 return {option: option_value}
         known = ', '.join(map(repr, values))
-        fields.problems.append(f'{name}={short_repr(value)} cannot be expressed here; {known} can.')
+        fields.problems.append(f'{name}={short_repr(value)} is not supported; supported: {known}.')
         return {}
 
     def write(config: ModelArchitectureConfig) -> dict:
@@ -61,12 +61,12 @@ def field(option: str, name: str, default: Any = REQUIRED, values: dict | None =
 
 
 def constant_option(**options) -> FieldMap:
-    """Options that all models of a family have alike and no field of theirs says."""
+    """Options that are the same for all models of a family and have no field."""
     return FieldMap(lambda fields: options, lambda config: {})
 
 
 def required_field(**constants) -> FieldMap:
-    """Fields that may only be this here, which is also what they are where they are missing."""
+    """Fields with a single supported value, which is also their default."""
 
     def read(fields: Fields) -> dict:
         for name, value in constants.items():
@@ -77,7 +77,7 @@ def required_field(**constants) -> FieldMap:
 
 
 def export_only(**fields: str) -> FieldMap:
-    """Their field = our option, for what does not change the function: it is a run's own."""
+    """Fields that are written from our options and not read, since they change no logits."""
 
     def read(config_fields: Fields) -> dict:
         config_fields.unread -= fields.keys()
@@ -89,21 +89,21 @@ def export_only(**fields: str) -> FieldMap:
 
 
 def head_size_field() -> FieldMap:
-    """A head's size that only some of a family's parts read must be what the others compute."""
+    """A field `head_dim` that only parts of a family read; it must equal the computed size."""
 
     def read(fields: Fields) -> dict:
         width = fields.take('hidden_size', int)
         heads = fields.take('num_attention_heads', int)
         given = fields.take('head_dim', int, optional=True)
         if given is not None and width and heads and given * heads != width:
-            fields.refuse('head_dim', f'{heads} heads of a width of {width} have another size')
+            fields.refuse('head_dim', f'contradicts {heads} heads in a width of {width}')
         return {}
 
     return FieldMap(read, lambda config: {})
 
 
 def kv_heads_field(default: int | None = None) -> FieldMap:
-    """Grouped-query attention. default: their number where the field is missing; None: n_head."""
+    """Grouped-query attention. default: the value of a missing field; None: n_head."""
 
     def read(fields: Fields) -> dict:
         heads = fields.take('num_attention_heads', int)
@@ -127,8 +127,8 @@ def windows_field(
 ) -> FieldMap:
     """A sliding window in some of the layers.
 
-    default: its size where the field is missing. has_window: whether a layer has it, where
-    `layer_types` is missing. switch: a field without which there is none.
+    default: its size if the field is missing. has_window: whether a layer has it, if `layer_types`
+    is missing. switch: a field that enables it.
     """
 
     def read(fields: Fields) -> dict:
@@ -141,9 +141,9 @@ def windows_field(
             layers = range(min(layers, MAX_LAYERS))
             types = [_WINDOW if has_window(layer, fields) else _FULL for layer in layers]
         elif len(types) != layers:
-            fields.refuse('layer_types', f'{len(types)} of them for {layers} layers')
+            fields.refuse('layer_types', f'has {len(types)} entries for {layers} layers')
         for kind in sorted(set(types) - {_WINDOW, _FULL}):
-            fields.problems.append(f'layer_types has {short_repr(kind)}, unknown here.')
+            fields.problems.append(f'layer_types: {short_repr(kind)} is not supported.')
         letters = ''.join('L' if kind == _WINDOW else 'G' for kind in types)
         if window is None or 'L' not in letters:
             return {'sliding_window': None}
@@ -153,7 +153,7 @@ def windows_field(
         names = {'L': _WINDOW, 'G': _FULL}
         window = config.to_dict().get('sliding_window')
         return {
-            # Without a switch a model of theirs makes the mask even if no layer has a use for it.
+            # Without a switch, transformers builds the mask even if no layer uses it.
             'sliding_window': default if window is None and not switch else window,
             **({switch: window is not None} if switch else {}),
             'layer_types': [names[letter] for letter in expanded_pattern(config)],
@@ -163,26 +163,26 @@ def windows_field(
 
 
 def canonical_options(config: ModelArchitectureConfig) -> dict:
-    """The options such that two ways of saying the same are the same."""
+    """The options in a canonical form: equal for equivalent architectures."""
     options = config.to_dict()
-    del options['bias']  # what the options of each part are where they are left open
+    del options['bias']  # only the default of other options
     if 'attention_pattern' in options:
         options['attention_pattern'] = expanded_pattern(config)
     if 'use_gqa' in options:
         options |= {'use_gqa': True, 'num_kv_heads': num_kv_heads_of(config)}
     if options.get('dense_layers') == 0:
-        del options['d_ff']  # a width that no layer has
+        del options['d_ff']  # used by no layer
     return options
 
 
 def expanded_pattern(config: ModelArchitectureConfig) -> str:
-    """For each layer L (its attention has a window) or G (it has none)."""
+    """A letter per layer: L for attention with a window, G for attention without."""
     pattern = config.to_dict().get('attention_pattern', 'G')
     return ''.join(pattern[layer % len(pattern)] for layer in range(config.n_layer))
 
 
 def shortest_pattern(letters: str) -> str:
-    """The least that, repeated, begins with those letters."""
+    """The shortest pattern whose repetition begins with those letters."""
     for length in range(1, len(letters)):
         repeated = letters[:length] * (len(letters) // length + 1)
         if repeated.startswith(letters):
@@ -194,12 +194,12 @@ def shortest_pattern(letters: str) -> str:
 class Family:
     """One architecture of transformers, or of nanoGPT.
 
-    name: transformers' model_type. architecture: its class. prefix: what their names begin with in
-    a whole model, and lack in a checkpoint of its base. ignored_tensors: a pattern of those that
-    hold no weights. aliases: other names that transformers has for fields. irrelevant_fields:
-    those that change no logits in this family. ties_always: the output head is the token table,
-    whatever the files hold. check_loadable: what its config class refuses, of the fields that are
-    written; None if nothing. An option that no field map has is at its default in the family.
+    name: transformers' model_type. architecture: its class. prefix: prefix of tensor names, which
+    checkpoints of the base model lack. ignored_tensors: pattern of tensors that are not weights.
+    aliases: other names of fields in transformers. irrelevant_fields: fields that change no logits
+    in this family. ties_always: the output head is always the token embedding. check_loadable:
+    returns the reason why its config class refuses the written fields, or None. An option without
+    a field map has its default in the family.
     """
 
     name: str
@@ -214,7 +214,7 @@ class Family:
     check_loadable: Callable[[dict], str | None] = lambda fields: None
 
     def read(self, fields: dict, problems: list[str]) -> dict:
-        """Our options for their fields; what cannot be expressed is added to `problems`."""
+        """Our options for their fields; a sentence for each unsupported value joins `problems`."""
         config_fields = Fields(fields, problems, architecture_options(), self.aliases)
         options = {
             key: value
@@ -223,8 +223,8 @@ class Family:
         }
         config_fields.refuse_unread(self.irrelevant_fields)
         if options.get('n_layer', 0) > MAX_LAYERS:
-            problems.append(f'{options["n_layer"]} layers are more than any model has.')
-        problems[:] = dict.fromkeys(problems)  # two field maps may read the same field
+            problems.append(f'n_layer={options["n_layer"]} exceeds the maximum of {MAX_LAYERS:,}.')
+        problems[:] = dict.fromkeys(problems)  # without duplicates of a field that is read twice
         return options
 
     def write(self, config: ModelArchitectureConfig) -> dict:
@@ -237,16 +237,16 @@ class Family:
 
 
 def check_heads_divide_width(fields: dict) -> str | None:
-    """transformers' config classes of some families refuse other widths, whatever `head_dim` is."""
+    """The check of some families' config classes, which ignores `head_dim`."""
     width, heads = fields['hidden_size'], fields['num_attention_heads']
     return (
-        f'n_embd={width} must be a multiple of n_head={heads} there, whatever head_dim is'
+        f'n_embd={width} must be a multiple of n_head={heads} in transformers, whatever head_dim is'
         if width % heads
         else None
     )
 
 
-# transformers.activations.ACT2FN; of several the first is written.
+# Names in transformers.activations.ACT2FN; if several match, the first is written.
 ACTIVATIONS = {
     'gelu': 'gelu',
     'gelu_new': 'gelu_tanh',

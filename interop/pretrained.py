@@ -1,4 +1,4 @@
-"""A run that begins from somebody's weights: its options lie beneath those of the user."""
+"""Start a run from pretrained weights, whose options the user's options may not contradict."""
 
 from dataclasses import dataclass
 
@@ -20,8 +20,8 @@ from training_logger import TrainingLogger
 
 
 def context_extension_options(config: ModelArchitectureConfig) -> set[str]:
-    """Options that a run with imported weights may set to reach beyond their context."""
-    if config.to_dict().get('rope_scaling') != 'none':  # no RoPE, or it has been scaled before
+    """Options that a run with pretrained weights may set to extend their context."""
+    if config.to_dict().get('rope_scaling') != 'none':  # no RoPE, or already scaled
         return set()
     scalings = (ROPE_SCALING_REGISTRY[name] for name in ROPE_SCALING_REGISTRY)
     return {'rope_scaling', *(key for scaling in scalings for key in scaling.options)}
@@ -29,14 +29,14 @@ def context_extension_options(config: ModelArchitectureConfig) -> set[str]:
 
 @dataclass
 class PretrainedSource:
-    """A new run that begins from somebody's weights. As `ResumeSource` to `train.py`."""
+    """A new run that starts from pretrained weights (a `training.setup.InitSource`)."""
 
     checkpoint: PretrainedCheckpoint
-    run_folder = None  # a new one
+    run_folder = None  # a new run
 
     @property
     def weights_from(self) -> WeightsSource:
-        """For the record: what the user named, what it is, and the sums of the files."""
+        """The source for the record: the user's name for it, its architecture, file hashes."""
         return {
             'source': self.checkpoint.name,
             'architecture': self.checkpoint.family.architecture,
@@ -44,7 +44,7 @@ class PretrainedSource:
         }
 
     def check(self, settings: Settings) -> None:
-        """Refuse options that contradict the source. Raises UserError naming them."""
+        """Raise UserError naming the options that contradict the source."""
         architecture = settings.architecture
         theirs, now = self.checkpoint.config.to_dict(), architecture.to_dict()
         allowed = {
@@ -54,23 +54,23 @@ class PretrainedSource:
         }
         problems = [
             f'{key}={now.get(key)!r} ({architecture.origins.get(key, "not in use")}) contradicts '
-            f'init_from={self.checkpoint.name}, which has {theirs.get(key)!r}: leave {key} out.'
+            f'init_from={self.checkpoint.name}, which has {theirs.get(key)!r}. Remove {key}.'
             for key in {**theirs, **now}
             if key not in allowed and theirs.get(key) != now.get(key)
         ]
         known, scaling = self.checkpoint.config.block_size, now.get('rope_scaling')
         if scaling not in ('none', theirs.get('rope_scaling')) and architecture.block_size <= known:
             problems.append(
-                f'rope_scaling={scaling!r} is for more tokens than the {known} of '
-                f'init_from={self.checkpoint.name}, and block_size={architecture.block_size}: '
-                f'leave it out, or give a larger --block_size.'
+                f'rope_scaling={scaling!r} extends the context beyond the {known} tokens of '
+                f'init_from={self.checkpoint.name}, but block_size={architecture.block_size}. '
+                f'Remove rope_scaling, or raise --block_size.'
             )
         max_length = build_model(self.checkpoint.config).position_encoding.max_length
         if max_length is not None and architecture.block_size > max_length:
             problems.append(
                 f'block_size={architecture.block_size}: init_from={self.checkpoint.name} has '
-                f'places for {max_length} tokens, and learned ones cannot be made up: '
-                f'--block_size={max_length}, or less.'
+                f'learned positions for {max_length} tokens, which cannot be extended. Use '
+                f'--block_size={max_length} or less.'
             )
         if problems:
             raise UserError(*problems)
@@ -79,7 +79,7 @@ class PretrainedSource:
     def restore(
         self, parallel: SingleProcess, model: Transformer, optimizer: GuardedOptimizer
     ) -> TrainingProgress:
-        """Fill what this rank holds of each parameter; nothing has been trained yet."""
+        """Load this rank's shard of each parameter. Returns the progress of a new run."""
         shards = parallel.weight_shards(model)
         for name, tensor in self.checkpoint.weights(model.config):
             shard = shards[name]
@@ -88,7 +88,7 @@ class PretrainedSource:
         return TrainingProgress()
 
     def report(self, logger: TrainingLogger, header: RecordHeader, environment: dict) -> None:
-        """Begin the record."""
+        """Start the record."""
         logger.start(**header)
         for note in self.checkpoint.notes:
             logger.event('note', None, note)
@@ -98,12 +98,12 @@ class PretrainedSource:
                 'note',
                 None,
                 f'block_size={options["block_size"]}: {self.checkpoint.name} was trained on '
-                f'{known} tokens, and RoPE as it is goes badly beyond that: --rope_scaling=yarn.',
+                f'{known} tokens, and unscaled RoPE extrapolates badly. Try --rope_scaling=yarn.',
             )
 
 
 def find_pretrained(arguments: CommandLine) -> PretrainedSource | None:
-    """The checkpoint that the command line begins from; its architecture lies beneath all else.
+    """The pretrained model of init_from, if any. Its options become the lowest layer.
 
     Raises UserError if it cannot be read or expressed.
     """

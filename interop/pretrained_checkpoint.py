@@ -1,8 +1,8 @@
-"""Somebody's checkpoint: its config in our terms, and its tensors as our parameters.
+"""A pretrained checkpoint: its config as our options, and its tensors as our parameters.
 
-What comes from elsewhere is tensors and plain values: safetensors, or a pickle that torch reads
-with weights_only=True. No code of theirs is run. Nothing is left over without a word: of the config
-see `interop.fields`, and every tensor is a parameter's, known to hold no weights, or refused.
+Only tensors and plain values are read: safetensors, or a pickle that torch loads with
+weights_only=True. No foreign code is run. Nothing is ignored silently: see `interop.fields` for
+the config; every tensor belongs to a parameter, is known not to be a weight, or is refused.
 """
 
 import re
@@ -24,13 +24,13 @@ from model_config import ModelArchitectureConfig
 from training.checkpoint import load_tensors, unreadable_tensors
 from training_config import GPT2_SIZES
 
-MAX_NAMED = 3  # tensors that a message names
-# Of safetensors' types those that weights have; the others are quantized or no numbers.
+MAX_NAMED = 3  # maximum number of tensors that a message names
+# The safetensors types of weights; the others are quantized or not numbers.
 FLOATING = ('F64', 'F32', 'F16', 'BF16', 'F8_E4M3', 'F8_E5M2')
 
 
 class StoredTensor(NamedTuple):
-    """A tensor in a file: what it is, and how to get it."""
+    """A tensor in a file: its shape and type, and a function that reads it."""
 
     shape: tuple[int, ...]
     is_floating_point: bool
@@ -39,25 +39,25 @@ class StoredTensor(NamedTuple):
 
 @dataclass
 class PretrainedCheckpoint:
-    """Somebody's checkpoint: its family, its config, and its tensors, read when they are needed."""
+    """A pretrained checkpoint: its family, its config, and its tensors, which are read lazily."""
 
-    name: str  # as the user called it: 'hf:gpt2'
+    name: str  # the user's init_from: 'hf:gpt2'
     family: Family
     fields: dict
     tensors: dict[str, StoredTensor]
     files: list[Path] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)  # what the user should know of it
+    notes: list[str] = field(default_factory=list)  # for the user
 
     @cached_property
     def config(self) -> ModelArchitectureConfig:
-        """The architecture in our terms. Raises UserError naming what cannot be expressed."""
+        """The architecture. Raises UserError naming the unsupported fields."""
         problems: list[str] = []
         options = self.family.read(self.fields, problems)
         if not problems and options.get('weight_tying') and self._has_untied_head():
             options['weight_tying'] = False
             self.notes.append(
-                f'{self.name}: its config ties the output head to the token table, but its files '
-                f'have a head that differs. It is used as it is, untied, as transformers does.'
+                f'{self.name}: its config ties the output head to the token embedding, but its '
+                f'files have a different head. The head is used, untied, as in transformers.'
             )
         if not problems:
             try:
@@ -67,30 +67,30 @@ class PretrainedCheckpoint:
         raise UserError(*(f'{self.name}: {problem}' for problem in problems))
 
     def check(self) -> None:
-        """Compare config and tensors, before anything is made of them.
+        """Compare the config with the tensors before they are read.
 
-        Raises UserError where a tensor is missing, left over, or of another shape or type.
+        Raises UserError for a tensor that is missing, unexpected, or of another shape or type.
         """
         _ = self._tensor_maps
 
     def weights(self, config: ModelArchitectureConfig) -> Iterator[tuple[str, torch.Tensor]]:
         """Each parameter of the model of `config` by name, one at a time.
 
-        config: the checkpoint's, but for run-time options. Raises UserError as `check` does.
+        config: the checkpoint's, except for run-time options. Raises UserError as `check` does.
         """
         shapes = {name: p.shape for name, p in build_model(config).named_parameters()}
         for name, (tensor_map, names) in self._tensor_maps.items():
             tensor = tensor_map.read([self.tensors[key].read() for key in names], config)
             if tensor.shape != shapes[name]:
                 raise UserError(
-                    f'{self.name}: {", ".join(names)} make a tensor of {tuple(tensor.shape)}, and '
-                    f'{tuple(shapes[name])} is needed.'
+                    f'{self.name}: {", ".join(names)} give a tensor of shape '
+                    f'{tuple(tensor.shape)}, but {tuple(shapes[name])} is needed.'
                 )
             yield name, tensor
 
     @cached_property
     def _tensor_maps(self) -> dict[str, tuple[TensorMap, list[str]]]:
-        """Each parameter of the source's own config: what it is made of, and of which tensors."""
+        """For each parameter of the checkpoint's config, its map and the names of its tensors."""
         config = self.config
         self._check_counts(config)
         try:
@@ -112,13 +112,16 @@ class PretrainedCheckpoint:
         return tensor_maps
 
     def _check_counts(self, config: ModelArchitectureConfig) -> None:
-        """Each layer and each expert has tensors; a model of many more would take minutes."""
+        """Raise UserError if the config has more layers or experts than the files have tensors.
+
+        A model of that many would take minutes to build.
+        """
         for option in ('n_layer', 'num_experts'):
             number = config.to_dict().get(option) or 0
             if number > len(self.tensors):
                 raise UserError(
-                    f'{self.name}: {option}={number} by its config, and its files have '
-                    f'{len(self.tensors)} tensors in all.'
+                    f'{self.name}: its config has {option}={number}, but its files have only '
+                    f'{len(self.tensors)} tensors.'
                 )
 
     def _check_names(
@@ -141,8 +144,8 @@ class PretrainedCheckpoint:
             raise UserError(
                 *(f'{self.name} has no tensor {name!r}.' for name in missing[:MAX_NAMED]),
                 *(
-                    f'{self.name} has a tensor {name!r} that {self.family.architecture} of its '
-                    f'config has no place for.'
+                    f'{self.name} has a tensor {name!r} that is not part of '
+                    f'{self.family.architecture} with its config.'
                     for name in sorted(unknown)[:MAX_NAMED]
                 ),
             )
@@ -153,13 +156,13 @@ class PretrainedCheckpoint:
             stored = self.tensors[name]
             if stored.shape != shape:
                 problems.append(
-                    f'{self.name}: {name} is a tensor of {stored.shape}, and {shape} was expected '
-                    f'after its config.'
+                    f'{self.name}: {name} has shape {stored.shape}, but its config requires '
+                    f'{shape}.'
                 )
             elif not stored.is_floating_point:
                 problems.append(
-                    f'{self.name}: {name} holds no floating-point numbers: only weights that are '
-                    f'not quantized.'
+                    f'{self.name}: {name} is not a floating-point tensor. Quantized weights are '
+                    f'not supported.'
                 )
         if problems:
             raise UserError(*problems[:MAX_NAMED])
@@ -169,9 +172,9 @@ class PretrainedCheckpoint:
         return self.family.weights['output_head.projection.weight'].templates
 
     def _has_untied_head(self) -> bool:
-        """Whether the files have a head that is not the token table. Raises UserError.
+        """Whether the files have an output head that differs from the token embedding.
 
-        A pickle has a tied table under both names.
+        A pickle has a tied tensor under both names. Raises UserError.
         """
         (head,) = self._head_templates
         (table,) = self.family.weights['token_embedding.weight'].templates
@@ -183,13 +186,13 @@ class PretrainedCheckpoint:
         differ = not same_memory and not torch.equal(*tensors)
         if differ and self.family.ties_always:
             raise UserError(
-                f'{self.name}: {head} and {table} differ, and {self.family.architecture} has one '
-                f'table for both: which of them is right cannot be said.'
+                f'{self.name}: {head} and {table} differ, but {self.family.architecture} ties '
+                f'them. Remove the wrong one from the files.'
             )
         return differ
 
     def _stored_name(self, name: str) -> str:
-        """The name in this checkpoint, which may be that of a base model without the prefix."""
+        """The tensor's name in this checkpoint; in one of a base model, without the prefix."""
         short = name.removeprefix(self.family.prefix)
         return short if short in self.tensors and name not in self.tensors else name
 
@@ -197,9 +200,9 @@ class PretrainedCheckpoint:
 def tensor_map_of(
     family: Family, name: str, config: ModelArchitectureConfig
 ) -> tuple[TensorMap, list[str], str | None]:
-    """How a parameter is mapped, the names of the tensors that make it, and of zeros beside them.
+    """The map of a parameter, the names of its tensors, and of vectors that must be zero.
 
-    Raises KeyError where the family has no such thing.
+    Raises KeyError if the family has no such parameter.
     """
     layer = re.match(r'blocks\.(\d+)\.', name)
     tensor_map = family.weights[re.sub(r'^blocks\.\d+\.', 'blocks.{layer}.', name)]
@@ -209,7 +212,7 @@ def tensor_map_of(
 
 
 # --------------------------------------------------------------------------------------------------
-# Where checkpoints are
+# Sources of checkpoints
 
 
 def _open_hugging_face(name: str, place: str) -> PretrainedCheckpoint:
@@ -225,11 +228,11 @@ def _open_hugging_face(name: str, place: str) -> PretrainedCheckpoint:
     if not isinstance(kind, str) or kind not in TRANSFORMERS:
         known = ', '.join(TRANSFORMERS)
         raise UserError(
-            f'{name}: model_type={short_repr(kind)} is not known here; known are {known}.'
+            f'{name}: model_type={short_repr(kind)} is not supported; supported: {known}.'
             f'{did_you_mean(kind, TRANSFORMERS) if isinstance(kind, str) else ""}'
         )
     if fields.get('quantization_config'):
-        raise UserError(f'{name}: quantization_config: only weights that are not quantized.')
+        raise UserError(f'{name}: quantization_config: quantized weights are not supported.')
     if not files:
         raise UserError(f'{name}: {folder} has neither model.safetensors nor pytorch_model.bin.')
     tensors: dict[str, StoredTensor] = {}
@@ -237,7 +240,7 @@ def _open_hugging_face(name: str, place: str) -> PretrainedCheckpoint:
         opened = _open_tensors(name, path)
         twice = sorted(tensors.keys() & opened.keys())
         if twice:
-            raise UserError(f'{name}: {path.name} has {twice[0]!r}, and another file has it, too.')
+            raise UserError(f'{name}: {twice[0]!r} is in {path.name} and in another file.')
         tensors |= opened
     return PretrainedCheckpoint(name, TRANSFORMERS[kind], fields, tensors, [file, *files])
 
@@ -266,16 +269,16 @@ def _open_tensors(name: str, path: Path) -> dict[str, StoredTensor]:
 
 
 def _stored(name: str, path: Path, state: dict, prefix: str = '') -> dict[str, StoredTensor]:
-    """The tensors of an unpickled dict, without that prefix. Raises UserError for all else."""
+    """The tensors of an unpickled dict, without the prefix. Raises UserError for other values."""
     stored = {}
     for key, tensor in state.items():
         if not isinstance(key, str) or not isinstance(tensor, torch.Tensor):
             raise UserError(
-                f'{name}: {path} must hold tensors by name, and has {short_repr(key)} with '
+                f'{name}: {path} must contain tensors by name, but has {short_repr(key)} with '
                 f'{type(tensor).__name__}.'
             )
         if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta:
-            raise UserError(f'{name}: {path}: {key!r} is no plain tensor.')
+            raise UserError(f'{name}: {path}: {key!r} is not a plain tensor.')
         stored[key.removeprefix(prefix)] = StoredTensor(
             tuple(tensor.shape), tensor.is_floating_point(), tensor.detach
         )
@@ -287,7 +290,7 @@ def _unpickle(name: str, path: Path) -> dict:
         content = load_tensors(path)
     except OSError as error:
         raise UserError(f'{name}: {path} cannot be read: {error.strerror}.') from error
-    except Exception as error:  # a foreign file makes the unpickler fail in every way there is
+    except Exception as error:  # the unpickler raises all kinds of errors for a foreign file
         raise UserError(f'{name}: {unreadable_tensors(path, error)}') from error
     if not isinstance(content, dict):
         raise UserError(f'{name}: {path} holds no checkpoint.')

@@ -1,4 +1,4 @@
-"""Rotary positions: read as transformers 5 and 4 write them, written as both read them."""
+"""Config fields of rotary positions, in the formats of transformers 5 and 4."""
 
 import math
 
@@ -6,7 +6,7 @@ from interop.fields import Fields, short_repr
 from interop.mapping import REQUIRED, FieldMap, field
 from model_config import ModelArchitectureConfig
 
-# Of each scaling of ours: their key -> (our option, what it is where it is missing).
+# For each of our scalings: their key -> (our option, its value if the key is missing).
 _SCALINGS = {
     'linear': {'factor': ('rope_scaling_factor', REQUIRED)},
     'llama3': {
@@ -29,9 +29,9 @@ _LENGTH = 'original_max_position_embeddings'
 def rope_fields(
     default_theta: float = 10000.0, theta: str = 'rope_theta', fraction: str | None = None
 ) -> FieldMap:
-    """theta and fraction: what version 4 calls these fields of the family.
+    """theta, fraction: names of these fields in version 4.
 
-    Without a name for the fraction the whole head turns.
+    Without a name for the fraction, the whole head is rotated.
     """
 
     def read(fields: Fields) -> dict:
@@ -54,10 +54,10 @@ def rope_fields(
 
 
 def read_rope_parameters(fields: Fields) -> Fields:
-    """The object of rotary parameters: `rope_parameters`, or as version 4 called it.
+    """The object of rotary parameters: `rope_parameters`, or `rope_scaling` of version 4.
 
-    Of two that differ transformers takes `rope_scaling` and drops the other, its `rope_theta` too:
-    hardly what is meant.
+    Two different ones are refused: transformers would use `rope_scaling` and drop the other,
+    including its `rope_theta`, which is hardly intended.
     """
     values = fields.value('rope_scaling'), fields.value('rope_parameters')
     if all(values):
@@ -68,7 +68,7 @@ def read_rope_parameters(fields: Fields) -> Fields:
 def _read(
     fields: Fields, rope_parameters: Fields, default_theta: float, theta: str, fraction: str | None
 ) -> dict:
-    # The base frequency and the share of a head that is rotated.
+    # The base frequency, and the fraction of a head that is rotated.
     options = {
         'position_encoding': 'rope',
         'rope_theta': _number(fields, rope_parameters, 'rope_theta', theta, default_theta),
@@ -79,19 +79,17 @@ def _read(
     if fraction:
         options['rope_fraction'] = rotated
     elif rotated != 1:
-        fields.problems.append(
-            f'partial_rotary_factor={rotated} cannot be expressed here; 1.0 can.'
-        )
-    # Which scaling it is.
-    rope_parameters.require_agreement('rope_type', 'type')  # which it was before version 4.43
+        fields.problems.append(f'partial_rotary_factor={rotated} is not supported; supported: 1.0.')
+    # The type of scaling, called `type` before version 4.43.
+    rope_parameters.require_agreement('rope_type', 'type')
     legacy_kind = rope_parameters.take('type', str, 'default')
     kind = rope_parameters.take('rope_type', str, legacy_kind)
     kind = 'none' if kind == 'default' else kind
     original_length = _original_length(fields, rope_parameters)
     if kind not in ('none', *_SCALINGS):
-        fields.problems.append(f'rope_type={short_repr(kind)} cannot be expressed here.')
+        fields.problems.append(f'rope_type={short_repr(kind)} is not supported.')
         return options
-    # The numbers of that scaling, some of which may be left out.
+    # The parameters of that scaling, some of which are optional.
     scaling = _SCALINGS.get(kind, {})
     if _LENGTH in scaling and original_length is not None:
         rope_parameters.values[_LENGTH] = original_length
@@ -106,29 +104,29 @@ def _read(
             options |= field(option, key, default).read(rope_parameters)
     if kind == 'yarn':
         _refuse_crossed_bounds(rope_parameters, options)
-    # Whatever else is in there might mean something.
+    # Refuse all other keys, which might have an effect.
     for key in sorted(rope_parameters.unread, key=str):
         if rope_parameters.values[key] is not None:
-            rope_parameters.refuse(key, 'cannot be expressed here')
+            rope_parameters.refuse(key, 'not supported')
     return {**options, 'rope_scaling': kind}
 
 
 def _refuse_crossed_bounds(rope_parameters: Fields, options: dict) -> None:
-    """YaRN changes the pairs between two bounds; where these cross, transformers scales nothing."""
+    """Refuse YaRN with crossed bounds, for which transformers scales nothing."""
     length = options.get('rope_original_block_size') or 0
     slow, fast = options.get('rope_beta_slow') or 0, options.get('rope_beta_fast') or 0
     if not 2 * math.pi * slow < length < 2 * math.pi * fast * options['rope_theta']:
         rope_parameters.refuse(
-            _LENGTH, 'no pair of columns makes between beta_slow and beta_fast turns in it'
+            _LENGTH, 'no pair of dimensions makes between beta_slow and beta_fast rotations in it'
         )
 
 
 def _number(
     fields: Fields, rope_parameters: Fields, key: str, name: str | None, default: float
 ) -> float:
-    """A number in the object, or beside it under the family's own name for it.
+    """A number in the object, or outside it under the family's own name.
 
-    Under any other name transformers does not read it: it must be the same, then.
+    Copies under other names, which transformers does not read, must be equal.
     """
     read = {rope_parameters.full_name(key): rope_parameters.take(key, float, optional=True)}
     unread = {} if name == key else {key: fields.take(key, float, optional=True)}
@@ -139,18 +137,18 @@ def _number(
     values |= {called: other for called, other in unread.items() if other is not None}
     if any(other != value for other in values.values()):
         shown = ' and '.join(f'{called}={other!r}' for called, other in values.items())
-        fields.problems.append(f'{shown}, where {key} is {value!r}: delete what is wrong.')
+        fields.problems.append(f'{shown}, but {key} is {value!r}. Delete the wrong one.')
     return value
 
 
 def _original_length(fields: Fields, rope_parameters: Fields) -> int | None:
-    """The context before it was scaled: in the object, beside it, or the context itself."""
+    """The context length before scaling: in the object, outside it, or the context length."""
     inside = rope_parameters.values.get(_LENGTH)
     beside = fields.take(_LENGTH, int, optional=True)
     if None not in (inside, beside) and inside != beside:
         fields.problems.append(
-            f'{_LENGTH}={beside} and the one of rope_scaling, {short_repr(inside)}, contradict '
-            f'each other: delete one of them.'
+            f'{_LENGTH}={beside} contradicts that in rope_scaling, {short_repr(inside)}. Delete '
+            f'one of them.'
         )
     if beside is not None or inside is not None:
         return inside if beside is None else beside
@@ -162,7 +160,7 @@ def _yarn_factor(weight: float, factor: float) -> float:
 
 
 def deepseek_rope_fields() -> FieldMap:
-    """As `rope_fields`, with YaRN's factors as DeepSeek has them: one of them scales the scores."""
+    """Like `rope_fields`, with DeepSeek's YaRN factors, one of which scales attention scores."""
     plain = rope_fields()
 
     def read(fields: Fields) -> dict:
@@ -179,7 +177,7 @@ def deepseek_rope_fields() -> FieldMap:
             options['rope_attention_factor'] = _yarn_factor(mscale, factor) / score_factor
         head_dim = fields.take('qk_nope_head_dim', int, 128)
         head_dim += fields.take('qk_rope_head_dim', int, 64)
-        if head_dim <= 0:  # which the options' own rules refuse
+        if head_dim <= 0:  # refused by the checks of the options
             return options
         return {**options, 'attention_scale': head_dim**-0.5 * score_factor * score_factor}
 

@@ -1,4 +1,4 @@
-"""Tensors of other programs and parameters of ours, mapped both ways."""
+"""Mapping of other programs' tensors to our parameters, both ways."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,15 +11,15 @@ from model_config import ModelArchitectureConfig
 
 @dataclass(frozen=True)
 class TensorMap:
-    """Which of their tensors a parameter of ours is made of.
+    """The tensors that make up one of our parameters.
 
-    templates: their names, joined one below the other in ours; `{layer}` stands for the layer, and
-    names with `{expert}` are those of one expert in a stack of all. choose_templates: the same
-    where they depend on the config. rows: how many of our rows each has; None: equally many.
-    transposed: theirs are (in, out). row_order: our row i is their row row_order[i]. offset: ours =
-    theirs + offset. resize: applied to a table of another length, on the way in. unused_rows: so
-    many rows of theirs come first and hold nothing. zero_vector: a vector of theirs beside it, a
-    number for each row, that is nothing but zeros here.
+    templates: their names, concatenated along the rows; `{layer}` is the layer's number, and names
+    with `{expert}` are those of one expert in our stack of all. choose_templates: a function of the
+    config that returns the templates. rows: our rows per tensor; None: equally many. transposed:
+    theirs are (in, out). row_order: our row i is their row row_order[i]. offset: ours = theirs +
+    offset. resize: applied to an embedding of another length when it is read. unused_rows: number
+    of their first rows that are unused. zero_vector: a vector of theirs, one number per row, that
+    must be zero.
     """
 
     templates: tuple[str, ...]
@@ -33,7 +33,7 @@ class TensorMap:
     zero_vector: str | None = None
 
     def names(self, layer: str | None, config: ModelArchitectureConfig) -> list[str]:
-        """Their names in that layer, in the order of `read` and `write`."""
+        """Their names in a layer, in the order of `read` and `write`."""
         experts = range(config.num_experts) if self.is_expert_stack else (0,)
         templates = self.choose_templates(config) if self.choose_templates else self.templates
         return [name.format(layer=layer, expert=e) for e in experts for name in templates]
@@ -43,7 +43,7 @@ class TensorMap:
         return '{expert}' in self.templates[0]
 
     def read(self, tensors: list[torch.Tensor], config: ModelArchitectureConfig) -> torch.Tensor:
-        """Theirs as ours."""
+        """Our parameter from their tensors."""
         each = len(self.templates)
         experts = [
             self._read(tensors[first : first + each], config)
@@ -52,7 +52,7 @@ class TensorMap:
         return torch.stack(experts) if self.is_expert_stack else experts[0]
 
     def write(self, tensor: torch.Tensor, config: ModelArchitectureConfig) -> list[torch.Tensor]:
-        """Ours as theirs."""
+        """Their tensors from our parameter."""
         experts = tensor if self.is_expert_stack else (tensor,)
         return [part for expert in experts for part in self._write(expert, config)]
 
@@ -69,7 +69,7 @@ class TensorMap:
     def _write(self, tensor: torch.Tensor, config: ModelArchitectureConfig) -> list[torch.Tensor]:
         if self.offset:
             tensor = (tensor.float() - self.offset).to(tensor.dtype)
-        if self.row_order and not tensor.is_meta:  # of which only the shape counts
+        if self.row_order and not tensor.is_meta:  # a meta tensor has only a shape
             tensor = tensor[self.row_order(config).argsort()]
         if self.unused_rows:
             tensor = torch.cat((tensor.new_zeros(self.unused_rows, *tensor.shape[1:]), tensor))
@@ -78,10 +78,10 @@ class TensorMap:
 
 
 def resize_vocabulary(table: torch.Tensor, config: ModelArchitectureConfig) -> torch.Tensor:
-    """Rows cut off at the end, or added, for another vocab_size.
+    """An embedding with rows removed or added at the end, for another vocab_size.
 
-    An added row is the mean of the others, so its logit is their mean: by Jensen's inequality k
-    of them cost at most ln(1 + k / V) nats. A row of zeros can be far likelier than all others.
+    An added row is the mean of the others, so its logit is their mean: by Jensen's inequality, k
+    of them cost at most ln(1 + k / V) nats. A row of zeros can be far more likely than all others.
     """
     missing = config.vocab_size - len(table)
     if missing <= 0:
@@ -96,12 +96,12 @@ def crop_positions(table: torch.Tensor, config: ModelArchitectureConfig) -> torc
 
 
 def tensor(template: str, **details: Any) -> TensorMap:
-    """One tensor there is one parameter here."""
+    """A map from one tensor to one parameter."""
     return TensorMap((template,), **details)
 
 
 def with_biases(weights: dict[str, TensorMap]) -> dict[str, TensorMap]:
-    """The weights, and beside each `….weight` the `….bias` that is made in the same way."""
+    """The maps of the weights, and for each `….weight` one of its `….bias`."""
 
     def bias(name: str) -> str:
         return name.removesuffix('weight') + 'bias'

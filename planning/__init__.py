@@ -1,1 +1,1 @@
-"""What a run would need, without running it: parameters, FLOPs, memory and time."""
+"""Estimates for a run without running it: parameters, FLOPs, memory and time."""

@@ -1,8 +1,8 @@
-"""The bytes that a run holds on one device, part by part, under each strategy.
+"""Memory of a run per device, by part, for each strategy.
 
-`planning.simulation` finds what a micro-step holds on one device. What a strategy shards, repeats
-and sends is reckoned here, from what `parallel.strategies` does; the tests hold it against what is
-measured.
+`planning.simulation` gives the memory of a micro-step on one device. This module adds what a
+strategy shards, copies and communicates, following `parallel.strategies`; tests compare it with
+measurements.
 """
 
 import math
@@ -21,7 +21,7 @@ DDP_BUCKET = 25 * 2**20  # bytes; a larger parameter has a bucket of its own
 
 
 class FSDPUnits:
-    """The parameters of a model, by who gathers them under FSDP: a block, or the root."""
+    """The parameters of a model by FSDP unit: each block, and the root."""
 
     def __init__(self, simulation: Simulation):
         self.blocks = [list(block.parameters()) for block in simulation.blocks]
@@ -34,20 +34,20 @@ def nbytes(parameters: list[torch.nn.Parameter]) -> int:
     return sum(parameter.nbytes for parameter in parameters)
 
 
-# --- What a strategy shards, repeats and sends ----------------------------------------------------
+# --- Strategies -----------------------------------------------------------------------------------
 
 
 class SingleMemory:
-    """Bytes on one device, beside those of the micro-step itself. Counterpart: SingleProcess."""
+    """Bytes per device in addition to the micro-step's own. Counterpart of SingleProcess."""
 
     label = 'single'
 
     def __init__(self, units: FSDPUnits, run: TrainingConfig, ranks: int):
         self.units, self.run = units, run
-        # Whether gradients of an earlier micro-step are there while a later one runs.
+        # Whether gradients of an earlier micro-step exist while a later one runs.
         self.accumulates = run.gradient_accumulation_steps > self._devices(ranks)
         self.parameter_bytes = self.gradient_bytes = nbytes(units.all)
-        self.share = 1.0  # of the optimizer's state that is here
+        self.share = 1.0  # fraction of the optimizer state on this device
 
     def _devices(self, ranks: int) -> int:
         return 1
@@ -62,8 +62,8 @@ class SingleMemory:
 
 
 class DDPMemory(SingleMemory):
-    """Counterpart: DataParallel. Its buckets are always there, and gradients are views of them once
-    they are sent; what accumulates before that is apart.
+    """Counterpart of DataParallel. Its buckets always exist; gradients are views of them after the
+    all-reduce, and separate tensors while they accumulate.
     """
 
     label = 'ddp'
@@ -104,8 +104,9 @@ class ZeRO1Memory(DDPMemory):
 
 
 class FSDPMemory(SingleMemory):
-    """Counterpart: FullySharded. FSDP2 gathers a block's parameters into one flat buffer, and from
-    it into whole parameters; it gathers one block ahead, and sends one block's gradients behind.
+    """Counterpart of FullySharded. FSDP2 gathers a block's parameters into one flat buffer and
+    copies them into full parameters; it prefetches one block, and reduces the gradients of the
+    previous one.
     """
 
     label = 'fsdp'
@@ -116,23 +117,23 @@ class FSDPMemory(SingleMemory):
         shards = self.shards = run.get('fsdp_shard_size') or ranks
         self.parameter_bytes = sum(self._shard_bytes(p, shards) for p in units.all)
         self.share = self.parameter_bytes / nbytes(units.all)
-        # Of each unit, as gathered: its shards are padded to equal sizes.
+        # Bytes of each unit when gathered: its shards are padded to equal sizes.
         self.block_bytes = [
             shards * sum(self._shard_bytes(p, shards) for p in b) for b in units.blocks
         ]
         self.root_bytes = shards * sum(self._shard_bytes(p, shards) for p in units.root)
-        self.sent_share = 0.5 if run.reduce_dtype == 'bfloat16' else 1.0  # of a gradient's bytes
+        self.sent_share = 0.5 if run.reduce_dtype == 'bfloat16' else 1.0  # relative to fp32
 
     def _devices(self, ranks: int) -> int:
         return ranks
 
     @staticmethod
     def _shard_bytes(parameter: torch.Tensor, shards: int) -> int:
-        """What the first rank holds: of the rows, divided and rounded up."""
+        """The bytes of the first rank's shard: the rows, divided and rounded up."""
         return -(-parameter.shape[0] // shards) * (parameter.nbytes // parameter.shape[0])
 
     def _gathered(self, snapshot: MemorySnapshot) -> int:
-        """Whole parameters of blocks."""
+        """Bytes of the full parameters of gathered blocks."""
         if snapshot.phase == 'loss':
             return 0 if self.reshards else sum(self.block_bytes)
         if snapshot.block is None:
@@ -145,13 +146,13 @@ class FSDPMemory(SingleMemory):
         block = snapshot.block
         if snapshot.phase == 'update':
             return self.parameter_bytes
-        if self.accumulates:  # whole, since nothing is sent before the last micro-step
+        if self.accumulates:  # unsharded, since they are reduced in the last micro-step
             uncast = 0
             if self.sent_share < 1 and snapshot.phase == 'backward' and block is not None:
                 uncast = self.block_bytes[block]
             return int(self.gradient_bytes * self.sent_share) + uncast
         gradients = int(snapshot.bytes_by_category[MemoryCategory.GRADIENTS])
-        if snapshot.phase == 'backward':  # later blocks' have been reduced and scattered
+        if snapshot.phase == 'backward':  # those of later blocks are already sharded
             later = sum(self.block_bytes[0 if block is None else block + 1 :])
             return gradients - later + later // self.shards
         return gradients
@@ -166,7 +167,7 @@ class FSDPMemory(SingleMemory):
             return 2 * self.root_bytes
         if snapshot.phase == 'forward':
             return gathered + self.root_bytes + self.block_bytes[block]
-        # In the backward pass: the block before is gathered, the one behind sends its gradients.
+        # In the backward pass: the next block is gathered, the last one reduces its gradients.
         ahead = self.block_bytes[block - 1] if block > 0 and self.reshards else 0
         behind = self.block_bytes[block + 1] if block + 1 < len(self.block_bytes) else 0
         sent = 0 if self.accumulates else int(behind * self.sent_share)
@@ -174,7 +175,7 @@ class FSDPMemory(SingleMemory):
 
 
 class FSDPWithoutReshardingMemory(FSDPMemory):
-    """With fsdp_reshard_after_forward=False: gathered blocks stay until the backward pass."""
+    """FSDP with fsdp_reshard_after_forward=False: gathered blocks stay until the backward pass."""
 
     label = 'fsdp*'
     reshards = False
@@ -184,7 +185,7 @@ STRATEGIES = (SingleMemory, DDPMemory, ZeRO1Memory, FSDPMemory, FSDPWithoutResha
 
 
 def strategy_label(run: TrainingConfig, ranks: int) -> str:
-    """The label of the strategy that the options choose."""
+    """The label of the strategy that the options select."""
     if run.use_fsdp:
         strategy = FSDPMemory if run.fsdp_reshard_after_forward else FSDPWithoutReshardingMemory
         return strategy.label
@@ -213,16 +214,16 @@ class MemoryEstimator:
         return self.simulation.micro_step(batch_size, recomputed, accumulates)
 
     def strategies(self, ranks: int) -> list[SingleMemory]:
-        """Those that there are for so many devices."""
+        """The strategies available for `ranks` devices."""
         available = STRATEGIES if ranks > 1 else STRATEGIES[:1]
         return [strategy(self.units, self.run, ranks) for strategy in available]
 
     def bytes_by_part(
         self, strategy: SingleMemory, batch_size: int, checkpointing: str
     ) -> Iterator[tuple[str, dict[str, float]]]:
-        """(phase, bytes by part) at the moments of an update."""
+        """(phase, bytes by part) at each snapshot of an iteration."""
         snapshots = self._simulated(batch_size, checkpointing, strategy.accumulates)
-        # The update follows the micro-step: the optimizer's working memory, and all gradients.
+        # After the micro-step, the update: the optimizer's working memory, and all gradients.
         at_update = np.array([self.update_bytes * strategy.share, 0, 0, strategy.gradient_bytes])
         for snapshot in [*snapshots, MemorySnapshot('update', None, at_update)]:
             activations, weight_copies, logits, _ = snapshot.bytes_by_category
@@ -240,7 +241,7 @@ class MemoryEstimator:
             )
 
     def state_bytes(self, strategy: SingleMemory) -> float:
-        """Of weights, gradients and the optimizer's state, between two micro-steps."""
+        """Bytes of weights, gradients and optimizer state between two micro-steps."""
         no_batch = MemorySnapshot('update', None, np.array([0, 0, 0, strategy.gradient_bytes]))
         optimizer_bytes = self.optimizer_bytes * strategy.share
         return strategy.parameter_bytes + strategy.gradients(no_batch) + optimizer_bytes
@@ -248,14 +249,14 @@ class MemoryEstimator:
     def activation_bytes(
         self, strategy: SingleMemory, batch_size: int, checkpointing: str
     ) -> float:
-        """Of activations, copies of weights and logits, at the moment that has most of them."""
+        """Peak bytes of activations, autocast copies of weights, and logits together."""
         snapshots = self._simulated(batch_size, checkpointing, strategy.accumulates)
         return max(float(sum(snapshot.bytes_by_category[:3])) for snapshot in snapshots)
 
     def totals(
         self, strategy: SingleMemory, batch_size: int, checkpointing: str | None
     ) -> list[float]:
-        """Bytes at the moments of an update."""
+        """Bytes at each snapshot of an iteration."""
         checkpointing = checkpointing or self.run.activation_checkpointing
         snapshots = self.bytes_by_part(strategy, batch_size, checkpointing)
         return [sum(parts.values()) for _, parts in snapshots]
@@ -263,22 +264,22 @@ class MemoryEstimator:
     def peak(
         self, strategy: SingleMemory, batch_size: int, checkpointing: str | None = None
     ) -> float:
-        """Bytes at the fullest moment."""
+        """Peak bytes of an iteration."""
         return max(self.totals(strategy, batch_size, checkpointing))
 
     def largest_batch(
         self, strategy: SingleMemory, limit: float, checkpointing: str | None = None
     ) -> int:
-        """The most sequences in a micro-batch that fit into `limit` bytes; 0 if none does."""
+        """The largest micro-batch, in sequences, that fits into `limit` bytes; 0 if none fits."""
         size, largest = self.run.batch_size, 0
         while True:
-            # A line through two sizes for each moment; `total` and `doubled` are its points.
+            # For each snapshot, a line through two sizes; `total` and `doubled` are its points.
             one, two = (self.totals(strategy, n, checkpointing) for n in (size, 2 * size))
             if any(total > limit and doubled <= total for total, doubled in zip(one, two)):
-                return 0  # it is not for the batch's sake
-            # Each moment is close to a line, bent upwards: outside `size` to 2 · `size` it says too
-            # many rather than too few. But downwards where the logits begin to come in chunks: from
-            # what fits, another look may find more.
+                return 0  # exceeds the limit regardless of the batch size
+            # The memory is nearly linear in the size. It is slightly convex, so the line gives too
+            # many rather than too few; where the logits begin to be computed in chunks it is
+            # concave, so a second step from a size that fits may find more.
             room = min(
                 (limit - total) / (doubled - total)
                 for total, doubled in zip(one, two)
@@ -293,7 +294,7 @@ class MemoryEstimator:
                 largest = size
 
     def summary(self, strategy: SingleMemory, limit: float | None) -> dict:
-        """What the report shows of a strategy: the fullest moment, and what fits."""
+        """The report's column for a strategy: its peak by part, and the largest batch."""
         snapshots = self.bytes_by_part(
             strategy, self.run.batch_size, self.run.activation_checkpointing
         )

@@ -1,8 +1,7 @@
-"""What a run would need: parameters, FLOPs, memory of each strategy, and time.
+"""Plan a run: parameters, FLOPs, memory of each strategy, and time.
 
-`plan_report(plan_run(settings))`, of `planning.report`, is what --plan shows;
-`plan_run(settings)['memory']['fsdp']['total_gb']` is the same as data. Neither a device nor data is
-needed.
+--plan shows `plan_report(plan_run(settings))` (see `planning.report`). As data:
+`plan_run(settings)['memory']['fsdp']['total_gb']`. Neither the device nor the data is needed.
 """
 
 from collections.abc import Iterator
@@ -19,19 +18,19 @@ from planning.memory import FSDPMemory, MemoryEstimator, strategy_label
 from records.record_types import FlopsInfo
 from training_config import Settings
 
-# Of a GPU's memory; the rest is for the CUDA context, NCCL and what fragmentation wastes.
+# Fraction of a GPU's memory; the rest is for the CUDA context, NCCL and fragmentation.
 USABLE = 0.9
-# The vocabulary where no data says: GPT-2's 50,257 byte pairs, padded to a multiple of 64.
+# Vocabulary size without data: GPT-2's 50,257 tokens, padded to a multiple of 64.
 ASSUMED_VOCABULARY = 50304
-# Tokens of a micro-batch that a plan goes through: ten times what the largest GPU trains on.
+# Largest micro-batch of a plan, in tokens: ten times what the largest GPU can train on.
 LARGEST_MICRO_BATCH = 2**22
 
 
 def plan_run(settings: Settings) -> dict:
-    """Everything that `planning.report` shows, as plain values; sizes in GB of 10⁹ bytes.
+    """The plan as plain values, which `planning.report` shows; sizes in GB of 10⁹ bytes.
 
-    Raises UserError for a GPU that is not known, a dtype that it does not have, or a micro-batch
-    that no device holds.
+    Raises UserError for an unknown GPU, a dtype that it does not support, or a micro-batch that
+    fits on no device.
     """
     gpu = gpu_specs.find_gpu(settings.plan.gpu) if settings.plan.gpu else None
     settings, notes = completed_settings(settings, gpu)
@@ -62,7 +61,7 @@ def plan_run(settings: Settings) -> dict:
 
 
 def _peak(settings: Settings, gpu: gpu_specs.Gpu | None) -> gpu_specs.Peak:
-    """Of one device."""
+    """The peak of one device."""
     if settings.run.peak_tflops is not None:
         return gpu_specs.Peak(settings.run.peak_tflops, '--peak_tflops', measured=False)
     if gpu is None:
@@ -102,24 +101,23 @@ def _hardware(
 
 
 def _check_size(settings: Settings) -> None:
-    """Raise UserError for a micro-batch that would take minutes to go through, and fits nowhere."""
+    """Raise UserError for a micro-batch that fits on no device and takes minutes to simulate."""
     tokens = settings.run.batch_size * settings.architecture.block_size
     if tokens > LARGEST_MICRO_BATCH:
         raise UserError(
             f'batch_size={settings.run.batch_size:,} × block_size='
-            f'{settings.architecture.block_size:,} are {tokens:,} tokens in a micro-batch: a plan '
-            f'takes at most {LARGEST_MICRO_BATCH:,}. Lower batch_size.'
+            f'{settings.architecture.block_size:,} are {tokens:,} tokens in a micro-batch; a plan '
+            f'supports at most {LARGEST_MICRO_BATCH:,}. Lower batch_size.'
         )
 
 
 def completed_settings(settings: Settings, gpu: gpu_specs.Gpu | None) -> tuple[Settings, list[str]]:
-    """The settings with what depends on the planned device and the data, and what was assumed."""
+    """The settings, resolved for the planned device and the data; and notes on assumptions."""
     run, notes = settings.run, []
     if gpu:
         if run.device != 'auto' and not run.device.startswith('cuda'):
             raise UserError(
-                f'gpu={settings.plan.gpu!r} plans for a GPU and device={run.device!r} asks for '
-                f'another: leave one of them out.'
+                f'gpu={settings.plan.gpu!r} contradicts device={run.device!r}. Remove one of them.'
             )
         device, dtype = torch.device('cuda'), gpu.resolve_dtype(run.dtype)
     elif run.device.startswith('cuda'):
@@ -129,7 +127,7 @@ def completed_settings(settings: Settings, gpu: gpu_specs.Gpu | None) -> tuple[S
         dtype = hardware.resolve_dtype(run.dtype, device)
     try:
         prepared = is_prepared(run.dataset)
-    except UserError:  # it may be where the run will be
+    except UserError:  # the data may be on another machine
         prepared = False
     block_size = settings.architecture.block_size
     dataset = load_dataset(run.dataset, block_size) if prepared else None
@@ -138,17 +136,17 @@ def completed_settings(settings: Settings, gpu: gpu_specs.Gpu | None) -> tuple[S
         architecture = settings.architecture.replace(vocab_size=ASSUMED_VOCABULARY)
         settings = replace(settings, architecture=architecture)
         notes.append(
-            f"The vocabulary is taken to be GPT-2's, {ASSUMED_VOCABULARY:,}, as the dataset "
+            f"The vocabulary is assumed to be GPT-2's ({ASSUMED_VOCABULARY:,}), since the dataset "
             f'{run.dataset!r} is not prepared here; --vocab_size sets it.'
         )
     architecture = settings.architecture
-    if 'end_of_text' in architecture and architecture.end_of_text is None:  # whichever token it is
+    if 'end_of_text' in architecture and architecture.end_of_text is None:  # any token will do
         settings = replace(settings, architecture=architecture.replace(end_of_text=0))
     return settings, notes
 
 
 def _advice(settings: Settings, memory: MemoryEstimator, limit: float) -> Iterator[str]:
-    """What to try where nothing fits, with what it comes to."""
+    """Options to try if nothing fits, with the memory that each needs."""
     run, ranks = settings.run, settings.ranks
     sequences = run.batch_size * run.gradient_accumulation_steps
 
@@ -177,7 +175,7 @@ def _advice(settings: Settings, memory: MemoryEstimator, limit: float) -> Iterat
     checkpointing = run.activation_checkpointing
     if leanest(run.batch_size, checkpointing, ranks)[0] <= limit:
         return
-    # A smaller micro-batch, then recomputation, then both.
+    # A smaller micro-batch, activation checkpointing, or both.
     if batch := smaller_batch(checkpointing):
         yield sentence(*batch, checkpointing, ranks)
     if checkpointing != 'full':
@@ -196,25 +194,25 @@ def _advice(settings: Settings, memory: MemoryEstimator, limit: float) -> Iterat
 
 
 def _notes(memory: MemoryEstimator, settings: Settings) -> Iterator[str]:
-    """What a reader of the figures should know."""
+    """Notes on the figures."""
     run, ranks = settings.run, settings.ranks
     steps = run.gradient_accumulation_steps // ranks
     if ranks > 1 and steps > 1:
         shard = FSDPMemory(memory.units, run, ranks).parameter_bytes / hardware.GB
         yield (
-            f'While gradients accumulate, over {steps} micro-batches on each device, FSDP keeps '
-            f'them whole and DDP and ZeRO-1 hold them beside their buckets. With '
-            f'gradient_accumulation_steps={ranks} FSDP would keep {shard:.1f} GB of them, and the '
-            f'others only the buckets.'
+            f'While gradients accumulate over {steps} micro-batches per device, FSDP keeps them '
+            f'unsharded, and DDP and ZeRO-1 keep them in addition to their buckets. With '
+            f'gradient_accumulation_steps={ranks}, FSDP would keep {shard:.1f} GB of gradients, '
+            f'and the others only the buckets.'
         )
     if run.compile:
-        yield 'Memory is that without torch.compile, which often needs less.'
+        yield 'Memory is estimated without torch.compile, which often needs less.'
 
 
 def _time(
     settings: Settings, flops: FlopsInfo, peak: gpu_specs.Peak, tokens_per_iter: int
 ) -> dict | None:
-    """How long the run takes on all devices at the MFU given; None without a peak."""
+    """The time of the run on all devices at the given MFU; None without a peak."""
     if peak.tflops is None:
         return None
     rate = settings.ranks * peak.tflops * 1e12 * settings.plan.plan_mfu / flops['per_token']

@@ -1,4 +1,4 @@
-"""What --plan shows, made of what `plan.plan_run` gives; at most 80 columns wide."""
+"""The report of --plan, from the result of `plan.plan_run`; at most 80 columns wide."""
 
 import math
 import textwrap
@@ -20,7 +20,7 @@ from records.startup_report import (
 
 
 def plan_report(plan: dict) -> str:
-    """The plan as text. Asserts that tables add up to their totals."""
+    """The plan as text. Asserts that the tables add up to their totals."""
     hardware, time = plan['hardware'], plan['time']
     at_50_mfu = time and time['tokens_per_sec'] * 0.5 / time['mfu']
     sections = {
@@ -54,18 +54,18 @@ def _batch_section(batch: dict) -> list[str]:
         field_line(
             'Micro-batch',
             f'{counted(size, "sequence")} × {block:,} tokens = {size * block:,} tokens, '
-            f'{batch["micro_steps_per_rank"]:,} a device and iteration',
+            f'{batch["micro_steps_per_rank"]:,} per device and iteration',
         ),
         field_line(
             'Whole run',
             f'{counted(batch["max_iters"], "iteration")} = {tokens:,} tokens = '
-            f'{batch["tokens_per_parameter"]:.1f} a parameter',
+            f'{batch["tokens_per_parameter"]:.1f} per parameter',
         ),
     ]
 
 
 def _memory_section(plan: dict) -> list[str]:
-    """A column for each strategy with the parts of its fullest moment; then what fits."""
+    """A column for each strategy with its peak memory by part; then what fits."""
     hardware, columns = plan['hardware'], plan['memory'].values()
     for column in columns:
         assert math.isclose(sum(column['parts'].values()), column['total_gb']), column
@@ -77,7 +77,7 @@ def _memory_section(plan: dict) -> list[str]:
     below = {'Fullest in': [column['fullest'] for column in columns]}
     usable, total_gb = hardware['usable_gb'], hardware['memory_gb']
     if usable is None:
-        limit = 'unknown: name the device, for example --gpu=A100-80GB'
+        limit = 'unknown: set the device, for example --gpu=A100-80GB'
     else:
         source = hardware['memory_source']
         limit = f'up to {usable:.1f} GB, {usable / total_gb:.0%} of {total_gb:,} ({source})'
@@ -94,7 +94,7 @@ def _memory_section(plan: dict) -> list[str]:
         field_line('Precision', hardware['dtype']),
         *recomputation_lines(hardware['activation_checkpointing']),
         field_line('Fits', limit),
-        field_line('Strategy', f'{plan["chosen"]}, by the options'),
+        field_line('Strategy', f'{plan["chosen"]}, set by the options'),
         '',
         *total_table('Part', list(plan['memory']), rows, below),
         *others,

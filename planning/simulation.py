@@ -1,11 +1,11 @@
-"""The bytes that a training step holds, found without a device and without its time.
+"""Simulate the memory of a training step, without its device and without its computations.
 
-The real model goes forward and backward, and the real optimizer steps, on fake tensors, which have
-a size and no contents; every storage is watched from its making to its end. So nothing here knows
-a component or an optimizer. A GPU's fused kernels have stand-ins that keep what those keep.
+The real model runs forward and backward, and the real optimizer steps, on fake tensors, which have
+a size and no contents; every storage is tracked from allocation to release. So this module knows
+no components or optimizers. Replacements of a GPU's fused kernels save the same tensors as they do.
 
-Not torch's MemTracker or FSDPMemTracker: those see what the kernels of this machine allocate, layer
-by layer, under one strategy that must be set up. Tests hold this to MemTracker.
+Not torch's MemTracker or FSDPMemTracker: those measure the kernels of this machine, layer by
+layer, under one strategy that must be set up. Tests compare this module with MemTracker.
 """
 
 import weakref
@@ -34,24 +34,24 @@ CPU = torch.device('cpu')
 
 
 class MemoryCategory(IntEnum):
-    """What a storage that is made during a micro-step is for."""
+    """The purpose of a storage that is allocated during a micro-step."""
 
     ACTIVATIONS = 0
-    WEIGHT_COPIES = 1  # autocast's, in the dtype of the matrix multiplications
-    LOGITS = 2  # and all else of the output head and the loss
+    WEIGHT_COPIES = 1  # autocast's, in the dtype of the matrix products
+    LOGITS = 2  # and everything else of the output head and the loss
     GRADIENTS = 3
 
 
 class Segment(NamedTuple):
-    """A stretch of time: bytes by MemoryCategory, against those at its beginning."""
+    """A period of time: bytes by MemoryCategory, relative to its beginning."""
 
-    peak: np.ndarray  # at its fullest moment
+    peak: np.ndarray  # at the moment of the largest total
     change: np.ndarray  # at its end
-    freed: dict[int, np.ndarray]  # what ended in it, by the number of the segment that made it
+    freed: dict[int, np.ndarray]  # bytes freed in it, by the number of the allocating segment
 
 
 class MemorySnapshot(NamedTuple):
-    """The fullest moment of a segment: bytes by MemoryCategory, beside what is always there."""
+    """The peak of a segment: bytes by MemoryCategory, without those that are always allocated."""
 
     phase: str  # 'forward', 'loss', 'backward' or 'update'
     block: int | None  # None: before the first block
@@ -59,13 +59,13 @@ class MemorySnapshot(NamedTuple):
 
 
 # --------------------------------------------------------------------------------------------------
-# Watching storages
+# Tracking storages
 
 
 class MemoryTracker(TorchDispatchMode):
-    """Adds up, by MemoryCategory, the storages that operations make, until each is freed.
+    """Sums the storages that operations allocate, by MemoryCategory, until each is freed.
 
-    Those of `weights` and `gradients` are there already and not counted.
+    Those of `weights` and `gradients` exist already and are not counted.
     """
 
     def __init__(self, weights: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor]):
@@ -83,7 +83,7 @@ class MemoryTracker(TorchDispatchMode):
         self.freed: dict[int, np.ndarray] = {}
 
     def next_segment(self, category: MemoryCategory = MemoryCategory.ACTIVATIONS) -> None:
-        """End a segment; what is made in the next one is of that kind."""
+        """End a segment, and start one whose allocations are of that category."""
         segment = Segment(self.peak - self.start, self.allocated - self.start, self.freed)
         self.segments.append(segment)
         self.category = category
@@ -115,7 +115,7 @@ class MemoryTracker(TorchDispatchMode):
         self.freed.setdefault(segment, np.zeros_like(self.allocated))[category] += size
 
     def mark_gradient(self, parameter: torch.Tensor) -> None:
-        """The parameter's gradient, just made, is not working memory."""
+        """Count the parameter's new gradient as a gradient, not as working memory."""
         key = None if parameter.grad is None else storage_of(parameter.grad)
         if key in self.live:
             reference, size, category, segment = self.live[key]
@@ -144,13 +144,13 @@ class Simulation:
         self.blocks = list(self.model.blocks)
 
     def update(self) -> tuple[int, int]:
-        """Bytes that the optimizer keeps, and those that an update takes beside them."""
+        """Bytes of the optimizer state, and of the working memory of an update."""
         single_process = SingleProcess(self.run, CPU)
         with self.fake:
             inner = single_process.build_optimizer(parameter_groups(self.model), self.run)
             optimizer = GuardedOptimizer(inner, self.run, CPU, single_process)
             loss = torch.zeros(())
-            optimizer.scaler.scale(loss)  # as the backward pass begins; it is set up by that
+            optimizer.scaler.scale(loss)  # initializes the scaler, as in the backward pass
             with self._tracked(accumulates=True) as tracker:
                 optimizer.step(self.run.learning_rate, loss, measured=True)
                 tracker.next_segment()
@@ -165,28 +165,28 @@ class Simulation:
     def micro_step(
         self, batch_size: int, recomputed: list[int], accumulates: bool
     ) -> list[MemorySnapshot]:
-        """One forward and backward pass of `batch_size` sequences, moment by moment.
+        """Snapshots of one forward and backward pass of `batch_size` sequences.
 
-        accumulates: gradients of an earlier micro-step are there. They are not counted; without
-        them those that are made are.
+        accumulates: gradients of an earlier micro-step exist, and are not counted. Otherwise the
+        gradients of this one are allocated, and counted.
         """
-        # Run the model, of which three periods of equal blocks are left.
+        # Run the model, shortened to three periods of equal blocks.
         with self._shortened(recomputed) as (period, repeats):
             with self.fake, self._tracked(accumulates) as tracker, self.kernels(), few_chunks():
                 self._forward_and_backward(batch_size, tracker)
             count = len(self.model.blocks)
-        # Tell the segments apart: embedding, blocks, loss, blocks backward, embedding backward.
+        # Split the segments: embedding, blocks, loss, blocks backward, embedding backward.
         first, *segments, last = tracker.segments
         forward, (head, exit, loss), backward = (
             segments[:count],
             segments[count : count + 3],
             segments[: count + 2 : -1],
         )
-        # With the end of autocast goes what it kept of every block: count the blocks left out.
+        # The end of autocast frees its copies of every block: count the omitted blocks too.
         middle = range(1 + period, 1 + 2 * period)
         freed = sum(exit.freed[number] for number in middle if number in exit.freed)
         exit = exit._replace(change=exit.change - (repeats - 1) * freed)
-        # Put the blocks that were left out back, as copies of the middle period.
+        # Insert the omitted blocks, as copies of the middle period.
         forward, backward = (_repeated(part, period, repeats) for part in (forward, backward))
         blocks = range(len(self.blocks))
         phases = [
@@ -196,7 +196,7 @@ class Simulation:
             *(('backward', block, backward[block]) for block in reversed(blocks)),
             ('backward', None, last),
         ]
-        # Add up: each segment begins where the one before it ended.
+        # Accumulate: each segment begins where the previous one ended.
         snapshots, allocated = [], np.zeros(len(MemoryCategory), dtype=np.int64)
         for phase, block, segment in phases:
             snapshots.append(MemorySnapshot(phase, block, allocated + segment.peak))
@@ -205,8 +205,8 @@ class Simulation:
 
     @contextmanager
     def _shortened(self, recomputed: list[int]) -> Iterator[tuple[int, int]]:
-        """With three periods of blocks where they repeat: the period, and how often the middle
-        one of the three is to be counted."""
+        """Shorten the model to three periods of repeating blocks. Yields the period's length, and
+        how often the middle one of the three counts."""
         period = _period(self.blocks, set(recomputed))
         periods, remainder = divmod(len(self.blocks), period)
         periods_left = min(periods, 3)
@@ -231,7 +231,7 @@ class Simulation:
             yield tracker
 
     def _forward_and_backward(self, batch_size: int, tracker: MemoryTracker) -> None:
-        """As in the training loop, with a segment for each block, each way."""
+        """As in the training loop, with a segment for each block in each direction."""
         handles = [
             parameter.register_post_accumulate_grad_hook(tracker.mark_gradient)
             for parameter in self.model.parameters()
@@ -265,12 +265,12 @@ class Simulation:
 
 
 def _repeated(segments: list[Segment], period: int, times: int) -> list[Segment]:
-    """Those of three periods, by the number of their block, with the middle one so many times."""
+    """The segments of three periods, ordered by block, with the middle period `times` times."""
     return segments[:period] + segments[period : 2 * period] * times + segments[2 * period :]
 
 
 def _period(blocks: list[nn.Module], recomputed: set[int]) -> int:
-    """After how many blocks the same come again; their number if that is not so."""
+    """The number of blocks after which the blocks repeat; the number of blocks if they do not."""
     n_blocks = len(blocks)
     for period in range(1, n_blocks // 3 + 1):
         pairs = [(number, number + period) for number in range(n_blocks - period)]
@@ -285,7 +285,7 @@ _OF_ANY_MODULE = vars(nn.Module()).keys() - {'training'}
 
 
 def _same_module(one: nn.Module, other: nn.Module) -> bool:
-    """Whether two modules do the same, up to the values of their parameters."""
+    """Whether two modules are equal except for the values of their parameters."""
 
     def facts(module: nn.Module) -> dict:
         attributes = {
@@ -301,21 +301,21 @@ def _same_module(one: nn.Module, other: nn.Module) -> bool:
 
     try:
         same = type(one) is type(other) and facts(one) == facts(other)
-    except RuntimeError:  # tensors that are no parameters do not compare
+    except RuntimeError:  # tensors other than parameters cannot be compared
         return False
     return same and all(map(_same_module, one.children(), other.children()))
 
 
 # --------------------------------------------------------------------------------------------------
-# What a GPU's fused kernels keep
+# A GPU's fused kernels
 
 
 @contextmanager
 def gpu_kernels() -> Iterator[None]:
-    """What torch runs as one kernel on a GPU, and in pieces on a CPU, keeps what the GPU would.
+    """Replace functions that torch fuses on a GPU only, so that they save what the GPU would.
 
-    The functions of `torch.nn.functional` are replaced: a mode that intercepts them is not in force
-    while the backward pass recomputes a block.
+    The functions of `torch.nn.functional` are replaced, since a mode that intercepts them is not
+    active while the backward pass recomputes a block.
     """
     changes: list[tuple[dict, dict]] = [
         (vars(F), STAND_INS),
@@ -331,8 +331,8 @@ def gpu_kernels() -> Iterator[None]:
 
 @contextmanager
 def few_chunks() -> Iterator[None]:
-    """The loss takes its first two chunks of rows and its last alone: those between use the same
-    memory as the second. A large batch has hundreds."""
+    """Compute only the first two chunks and the last chunk of the loss: the others, of which a
+    large batch has hundreds, use the same memory as the second."""
 
     def starts(length: int, rows: int) -> list[int]:
         every = chunk_starts(length, rows)
@@ -345,7 +345,7 @@ def few_chunks() -> Iterator[None]:
 
 @contextmanager
 def _replaced(changes: list[tuple[dict, dict]]) -> Iterator[None]:
-    """Each (names, replacements): the names stand for their replacements."""
+    """Update each dict of names with its replacements, and restore it afterwards."""
     real = [{name: names[name] for name in others} for names, others in changes]
     for names, others in changes:
         names.update(others)
@@ -357,12 +357,12 @@ def _replaced(changes: list[tuple[dict, dict]]) -> Iterator[None]:
 
 
 def fused_dropout(x: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False):
-    """Keeps a mask of one byte an element."""
+    """Saves a mask of one byte per element."""
     return torch.native_dropout(x, p, True)[0] if training and p > 0 else x
 
 
 class FusedRMSNorm(torch.autograd.Function):
-    """Keeps its input, the weight and one number a row."""
+    """Saves its input, the weight and one number per row."""
 
     @staticmethod
     def forward(ctx, x, weight):
@@ -380,7 +380,7 @@ def fused_rms_norm(x: torch.Tensor, shape, weight: torch.Tensor | None = None, e
 
 
 class FusedAttention(torch.autograd.Function):
-    """Keeps its inputs, its output and one number a query (Dao 2023); never the scores."""
+    """Saves its inputs, its output and one number per query (Dao 2023); never the scores."""
 
     @staticmethod
     def forward(ctx, q, k, v, mask):

@@ -200,11 +200,11 @@ def test_failed_check_leaves_no_folder(trained, tmp_path, monkeypatch, capsys):
     out_dir, _, _ = trained['llama']
 
     def refuse(model, folder):
-        raise UserError('transformers cannot use what was written')
+        raise UserError('transformers cannot use the exported folder')
 
     monkeypatch.setattr(interop, 'check_export', refuse)
     export(f'--out_dir={out_dir}', '--format=hf', f'--output={tmp_path / "mine"}', code=2)
-    assert 'cannot use what was written' in capsys.readouterr().err
+    assert 'cannot use the exported folder' in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,9 +1,8 @@
-"""Other people's formats as tables: the fields of a config and the tensors of a checkpoint.
+"""Tables of other programs' formats: the fields of a config and the tensors of a checkpoint.
 
-A `Family` holds one architecture of theirs. Each of its field maps relates fields of their config
-to options of ours, and each of its tensor maps tensors of theirs to a parameter of ours, both ways:
-`interop` imports and exports by the same tables. `{layer}` in a name stands for the number of the
-layer.
+A `Family` is one of their architectures. Its field maps relate fields of their config to our
+options, and its tensor maps relate their tensors to our parameters, both ways: `interop` imports
+and exports by the same tables. `{layer}` in a name is the number of the layer.
 """
 
 from interop.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
@@ -15,7 +14,7 @@ from interop.families.opt import OPT
 from interop.mapping import Family, canonical_options
 from interop.tensors import TensorMap
 
-# By transformers' model_type; the first that can express an architecture is what it is exported as.
+# By transformers' model_type. An architecture is exported as the first that can express it.
 TRANSFORMERS = {
     family.name: family
     for family in (

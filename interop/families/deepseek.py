@@ -26,7 +26,8 @@ from model_config import ModelArchitectureConfig
 
 
 def _rope_row_order(head_dim: int) -> torch.Tensor:
-    """DeepSeek rotates dimensions 2i and 2i + 1 together, we i and i + head_dim / 2."""
+    """The order of rows: DeepSeek rotates dimensions 2i and 2i + 1 together, we i and
+    i + head_dim / 2."""
     return torch.arange(head_dim).view(-1, 2).T.flatten()
 
 
@@ -46,12 +47,12 @@ def _query_name(config: ModelArchitectureConfig) -> tuple[str, ...]:
 
 
 def _read_groups(fields: Fields) -> dict:
-    """Experts chosen within a few groups of them: only where that is no limit."""
+    """Routing limited to groups of experts: supported only if it is no limit."""
     n_group, topk_group = fields.take('n_group', int, 8), fields.take('topk_group', int, 4)
     if n_group != topk_group:
         fields.problems.append(
-            f'n_group={n_group} with topk_group={topk_group} cannot be expressed here; '
-            'equal ones can.'
+            f'n_group={n_group} with topk_group={topk_group} is not supported; supported: equal '
+            'values.'
         )
     return {}
 
@@ -59,20 +60,20 @@ def _read_groups(fields: Fields) -> dict:
 def _read_kv_heads(fields: Fields) -> dict:
     heads = fields.take('num_attention_heads', int)
     if fields.take('num_key_value_heads', int, optional=True) not in (None, heads):
-        fields.refuse('num_key_value_heads', f'latent attention has keys for all {heads} heads')
+        fields.refuse('num_key_value_heads', f'latent attention requires {heads}, as many as heads')
     return {}
 
 
 def _read_head_dim(fields: Fields) -> dict:
-    """The rotated size: the tables of cosines are made for it."""
+    """The rotated size of a head, which must equal qk_rope_head_dim."""
     rope_head_dim = fields.take('qk_rope_head_dim', int, 64)
     if fields.take('head_dim', int, optional=True) not in (None, rope_head_dim):
-        fields.refuse('head_dim', f'it must be qk_rope_head_dim={rope_head_dim}')
+        fields.refuse('head_dim', f'must be qk_rope_head_dim={rope_head_dim}')
     return {}
 
 
 _DEEPSEEK = (
-    required_field(rms_norm_eps=1e-6),  # whatever the field says, the norms of latents have that
+    required_field(rms_norm_eps=1e-6),  # norms of latents always use it, regardless of the field
     field('d_ff', 'intermediate_size'),
     field('q_lora_rank', 'q_lora_rank', 1536),
     field('kv_lora_rank', 'kv_lora_rank', 512),
@@ -88,7 +89,7 @@ _DEEPSEEK = (
     required_field(moe_layer_freq=1),
     deepseek_rope_fields(),
 )
-# Prediction of more than the next token reads layers of its own, which are refused as tensors.
+# Multi-token prediction has layers of its own, whose tensors are refused.
 _IRRELEVANT_FIELDS = frozenset({'qk_head_dim', 'num_nextn_predict_layers', 'num_mtp_layers'})
 _DEEPSEEK_WEIGHTS = (
     EMBEDDING_AND_HEAD
@@ -148,7 +149,7 @@ DEEPSEEK_V2 = Family(
         required_field(scoring_func='softmax'),
     ),
     aliases={'num_experts': 'n_routed_experts'},
-    # Groups are for other values of topk_method.
+    # Groups are used by other values of topk_method only.
     irrelevant_fields=_IRRELEVANT_FIELDS | {'n_group', 'topk_group'},
     check_loadable=check_heads_divide_width,
     weights=_DEEPSEEK_WEIGHTS,
@@ -177,7 +178,7 @@ DEEPSEEK_V3 = Family(
     irrelevant_fields=_IRRELEVANT_FIELDS,
     weights=_DEEPSEEK_WEIGHTS
     | {
-        # The zeros move the choice of experts, not their weight, to even out their load.
+        # This bias affects the choice of experts, not their weights, to balance their load.
         'blocks.{layer}.ffn.router.weight': tensor(
             LAYER + 'mlp.gate.weight', zero_vector=LAYER + 'mlp.gate.e_score_correction_bias'
         ),

@@ -20,7 +20,7 @@ from model_config import ModelArchitectureConfig
 def _read_scale(fields: Fields) -> dict:
     scalar = fields.take('query_pre_attn_scalar', float, 256)
     if scalar <= 0:
-        fields.refuse('query_pre_attn_scalar', 'its root is divided by, so it must be above 0')
+        fields.refuse('query_pre_attn_scalar', 'must be above 0')
         return {}
     return {'attention_scale': scalar**-0.5}
 
@@ -31,7 +31,7 @@ def _write_scale(config: ModelArchitectureConfig) -> dict:
 
 
 def _read_backend(fields: Fields) -> dict:
-    """The fused one knows no softcap."""
+    """The attention backend: the fused one supports no softcap."""
     capped = fields.value('attn_logit_softcapping', 50.0) is not None
     return {'attention_backend': 'manual' if capped else 'sdpa'}
 
@@ -42,7 +42,7 @@ GEMMA2 = Family(
     prefix='model.',
     irrelevant_fields=frozenset(
         {'hidden_act', 'sliding_window_size'}
-    ),  # of old files; not read there
+    ),  # in old files; transformers does not read it
     check_loadable=check_heads_divide_width,
     field_maps=(
         *llama_fields(block_size=8192),

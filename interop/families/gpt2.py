@@ -1,11 +1,12 @@
-"""GPT-2 as transformers has it, and nanoGPT's own checkpoints."""
+"""GPT-2 in transformers' format and in nanoGPT's."""
 
 from interop.mapping import ACTIVATIONS, Family, constant_option, export_only, field, required_field
 from interop.tensors import TensorMap, crop_positions, resize_vocabulary, tensor, with_biases
 
 
 def _gpt2_weights(transposed: bool) -> dict[str, TensorMap]:
-    """OpenAI's code multiplies by (in, out) matrices; nanoGPT, of the same names, by (out, in)."""
+    """Tensor maps of GPT-2. transposed: matrices are (in, out), as in OpenAI's code; nanoGPT's are
+    (out, in) under the same names."""
     block = 'transformer.h.{layer}.'
     norms = {
         'blocks.{layer}.attention_norm.weight': tensor(block + 'ln_1.weight'),
@@ -59,8 +60,8 @@ GPT2 = Family(
     },
     irrelevant_fields=frozenset(
         {
-            'n_ctx',  # before version 4.7; n_positions is what is read
-            'reorder_and_upcast_attn',  # the same in another order and precision
+            'n_ctx',  # of versions before 4.7; n_positions is read instead
+            'reorder_and_upcast_attn',  # the same function in another order and precision
             *('n_special', 'predict_special_tokens'),
             *(f'summary_{what}' for what in ('type', 'use_proj', 'activation', 'proj_to_labels')),
             'summary_first_dropout',
@@ -70,7 +71,7 @@ GPT2 = Family(
     ignored_tensors=r'\.attn\.(masked_)?bias$',
 )
 
-# Not transformers': the `model_args` of nanoGPT's ckpt.pt.
+# nanoGPT's format: the `model_args` of its ckpt.pt.
 NANOGPT = Family(
     name='nanogpt',
     architecture='GPT',

@@ -1,4 +1,4 @@
-"""GPT-NeoX, of which Pythia is."""
+"""GPT-NeoX, the architecture of Pythia."""
 
 import torch
 
@@ -16,7 +16,8 @@ from model_config import ModelArchitectureConfig
 
 
 def _query_key_value_of_each_head(config: ModelArchitectureConfig) -> torch.Tensor:
-    """GPT-NeoX: head after head its query, key and value; ours: all queries, all keys, ..."""
+    """The order of rows. GPT-NeoX: query, key and value of each head in turn; ours: all queries,
+    all keys, all values."""
     rows = torch.arange(3 * config.n_head * config.head_dim)
     return rows.view(config.n_head, 3, config.head_dim).transpose(0, 1).flatten()
 

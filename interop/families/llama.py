@@ -30,7 +30,7 @@ def projections(block: str, *names: str) -> tuple[str, ...]:
 
 
 def llama_fields(block_size: int, norm_eps: float = 1e-6) -> tuple[FieldMap, ...]:
-    """What Llama and its descendants share; the defaults of two fields differ among them."""
+    """Field maps shared by Llama and its descendants; the defaults of two fields differ."""
     return (
         field('n_layer', 'num_hidden_layers'),
         field('n_head', 'num_attention_heads'),
@@ -94,7 +94,7 @@ LLAMA = Family(
 
 
 def _refuse_layer_types(fields: Fields) -> dict:
-    """With them, be they null, transformers makes a model of another family of it."""
+    """Refuse `layer_types`, even null: transformers would load another family."""
     if 'layer_types' in fields:
         fields.value('layer_types')
         fields.refuse('layer_types', "transformers reads such a config as model_type 'ministral'")
@@ -140,7 +140,7 @@ QWEN3 = Family(
         rope_fields(),
         swiglu_field(),
     ),
-    irrelevant_fields=frozenset({'max_window_layers'}),  # where layer_types says it
+    irrelevant_fields=frozenset({'max_window_layers'}),  # superseded by layer_types
     weights=EMBEDDING_AND_HEAD | PRE_NORMS | _QK_NORMS | GATED_FFN | with_biases(ATTENTION),
 )
 

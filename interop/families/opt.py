@@ -16,7 +16,7 @@ from interop.tensors import TensorMap, crop_positions, resize_vocabulary, tensor
 def _read_embedding_width(fields: Fields) -> dict:
     width = fields.take('hidden_size', int)
     if fields.take('word_embed_proj_dim', int, optional=True) not in (None, width):
-        fields.refuse('word_embed_proj_dim', f'tables of another width than {width} are unknown')
+        fields.refuse('word_embed_proj_dim', f'only embeddings of width {width} are supported')
     return {}
 
 

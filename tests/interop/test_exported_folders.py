@@ -55,7 +55,7 @@ REFUSED = {
         'qk_rope_head_dim': 2,
         'v_head_dim': 4,
     },
-    'between beta_slow and beta_fast turns': {
+    'between beta_slow and beta_fast rotations': {
         'arch_preset': 'llama',
         'rope_scaling': 'yarn',
         'rope_original_block_size': 4,
@@ -75,11 +75,11 @@ def test_changed_folder_fails_the_check(tmp_path):
     tensors = load_file(folder / 'model.safetensors')
     name = 'model.layers.0.mlp.down_proj.weight'
     save_file({**tensors, name: 2 * tensors[name]}, folder / 'model.safetensors', {'format': 'pt'})
-    with pytest.raises(UserError, match=r'logits are .* off.*--output=model\.safetensors'):
+    with pytest.raises(UserError, match=r'logits differ by .*--output=model\.safetensors'):
         interop.check_export(model, folder)
     fields = json.loads((folder / 'config.json').read_text())
     (folder / 'config.json').write_text(json.dumps({**fields, 'hidden_size': 30}))
-    with pytest.raises(UserError, match='cannot use what was written'):
+    with pytest.raises(UserError, match='cannot use the exported folder'):
         interop.check_export(model, folder)
 
 
@@ -87,10 +87,10 @@ def test_check_without_memory_reads_the_config(tmp_path, monkeypatch):
     model, folder = exported(tmp_path / 'theirs', arch_preset='gemma2')
     nothing = SimpleNamespace(available=0)
     monkeypatch.setattr('interop.exporter.psutil.virtual_memory', lambda: nothing)
-    assert 'there is no memory to load its weights' in interop.check_export(model, folder)
+    assert 'not enough memory to load its weights' in interop.check_export(model, folder)
     fields = json.loads((folder / 'config.json').read_text())
     (folder / 'config.json').write_text(json.dumps({**fields, 'intermediate_size': 8}))
-    with pytest.raises(UserError, match='it has other parameters'):
+    with pytest.raises(UserError, match='its parameters differ'):
         interop.check_export(model, folder)
 
 

@@ -42,7 +42,7 @@ CONTRADICTIONS = {
     'is_causal=False': ('llama', {'is_causal': False}),
     'is_causal=None': ('opt', {'is_causal': None}),
     'rope_scaling=': ('llama', {'rope_scaling': LLAMA3}),
-    'original_max_position_embeddings=8 and': (
+    'original_max_position_embeddings=8 contradicts': (
         'qwen3',
         {'original_max_position_embeddings': 8, 'rope_parameters': LLAMA3},
     ),
@@ -54,15 +54,15 @@ CONTRADICTIONS = {
         'deepseek_v3',
         {'partial_rotary_factor': 0.5, 'rope_scaling': {'type': 'linear', 'factor': 2.0}},
     ),
-    'rope_theta=7.0, where rope_theta is 50.0': ('gpt_neox', {'rope_theta': 7.0}),
+    'rope_theta=7.0, but rope_theta is 50.0': ('gpt_neox', {'rope_theta': 7.0}),
     'rope_theta=50.0 and rope_theta=7.0': ('llama', {'rope_theta': 7.0}),
     'foo=1: .*delete it from config.json': ('olmo2', {'foo': 1}),
-    'rope_parameters: rope_theta=nan: it takes a finite number': (
+    'rope_parameters: rope_theta=nan: must be a finite number': (
         'olmo2',
         {'rope_parameters': {'rope_type': 'default', 'rope_theta': math.nan}},
     ),
-    'attention_bias=1: it takes true or false': ('qwen3', {'attention_bias': 1}),
-    '1000000 layers are more': ('gpt2', {'n_layer': 10**6}),
+    'attention_bias=1: must be true or false': ('qwen3', {'attention_bias': 1}),
+    'n_layer=1000000 exceeds the maximum of 5,000': ('gpt2', {'n_layer': 10**6}),
 }
 
 

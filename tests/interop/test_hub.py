@@ -224,7 +224,7 @@ def hub_error(kind: str) -> Exception:
         ),
         ('RepositoryNotFoundError', '(there is no such model, or it is private: log in'),
         ('GatedRepoError', '(it is restricted: ask for access on that page, then log in'),
-        (PermissionError(13, 'Permission denied'), '(Permission denied; HF_HOME=FOLDER names'),
+        (PermissionError(13, 'Permission denied'), '(Permission denied; HF_HOME=FOLDER sets'),
         (RuntimeError('first line\nsecond'), '(RuntimeError: first line)'),
         (RuntimeError(), '(RuntimeError: )'),
     ],
@@ -234,13 +234,15 @@ def test_failed_download_is_one_line(snapshot_download, cache, error, says):
     with pytest.raises(UserError) as refused:
         interop.open_checkpoint('gpt2-xl')
     message = str(refused.value)
-    assert message.startswith(f'gpt2-xl: no folder here and no model in the cache {cache}')
+    assert message.startswith(
+        f'gpt2-xl: openai-community/gpt2-xl is neither a folder nor in the cache {cache}'
+    )
     assert says in message and '--init_from=hf:FOLDER' in message and '\n' not in message
 
 
 def test_impossible_names_are_not_looked_up(snapshot_download, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r'hf:\.\./model: there is no folder \.\./model'):
+    with pytest.raises(UserError, match=r'hf:\.\./model: the folder \.\./model does not exist'):
         interop.open_checkpoint('hf:../model')
     assert snapshot_download.patterns == []
 

@@ -345,7 +345,7 @@ def test_gpu_decides_dtype():
     assert plan(**SMALL, gpu='L4')['hardware']['dtype'] == 'bfloat16'
     with pytest.raises(UserError, match='T4 has no bfloat16'):
         plan(**SMALL, gpu='T4', dtype='bfloat16')
-    with pytest.raises(UserError, match='leave one of them out'):
+    with pytest.raises(UserError, match='Remove one of them'):
         plan(**SMALL, gpu='L4', device='cpu')
 
 
@@ -373,7 +373,7 @@ def test_plan_command_needs_no_data_and_writes_nothing(run_script, tmp_path):
     flags = ('--use_fsdp', '--n_layer=4', '--world_size=8', '--gpu=B200')
     out = run_script('train.py', 'mine.py', '--plan', *flags).stdout
     assert '4L-12H-768D-RoPE-Twice-SwiGLU-PreNorm' in out
-    assert 'fsdp, by the options' in out and '50,304' in out and 'device hours' in out
+    assert 'fsdp, set by the options' in out and '50,304' in out and 'device hours' in out
     assert max(map(len, out.splitlines())) <= 80
     assert [path.name for path in tmp_path.iterdir()] == ['mine.py']
 
