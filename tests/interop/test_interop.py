@@ -606,7 +606,7 @@ def test_scaling_without_a_longer_context_is_refused(short_llama, tiny_dataset, 
     folder = short_llama[1]
     common = (f'--init_from=hf:{folder}', '--n_head=4')
     error = train(*common, '--rope_scaling=yarn', '--block_size=16', code=2).stderr
-    assert "rope_scaling='yarn' is for more tokens than the 16 of init_from" in error
+    assert "rope_scaling='yarn' extends the context beyond the 16 tokens of init_from" in error
     assert error.count('init_from') == 1
     run = train_here(
         tiny_dataset, tmp_path / 'long', init_from=f'hf:{folder}', n_head=4, eval_only=True
