@@ -12,7 +12,8 @@ from configurator import read_command_line
 from studies.grid import STUDY_KEYS, merged_settings, read_study
 from study import study_schema
 
-study = read_study(read_command_line(['config.py'], study_schema, extra=STUDY_KEYS))
+arguments = ['config.py', '--dataset=shakespeare']
+study = read_study(read_command_line(arguments, study_schema, extra=STUDY_KEYS))
 merged_settings(study, {})
 """
 
