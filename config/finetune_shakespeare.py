@@ -1,5 +1,5 @@
 # Finetune GPT-2's pretrained weights on Shakespeare at a low, constant rate, as in nanoGPT.
-# They are taken from the local Hugging Face cache or downloaded (pip install safetensors).
+# They are taken from the local Hugging Face cache or downloaded (pip install '.[hub]').
 # Parameters, download size, and GPU memory of this run in bfloat16 (by --plan):
 # gpt2 124 M, 0.5 GB, 3.2 GB · gpt2-medium 355 M, 1.5 GB, 8.0 GB · gpt2-large 774 M, 3.2 GB, 16.4 GB
 # gpt2-xl (as in nanoGPT) 1558 M, 6.4 GB, 31.7 GB

@@ -228,7 +228,7 @@ class ZeRO1(DataParallel):
     def all_gather_params(self) -> None:
         """Gather the parameter shards of all ranks on every rank."""
         shard = self.flat[self.shard_begin : self.shard_begin + self.shard_size].clone()
-        dist.all_gather_into_tensor(self.flat, shard)
+        dist.all_gather_single(self.flat, shard)
 
     def bytes_sent(self, model: Transformer, micro_steps: int) -> float:
         gathered = _ring_bytes(self.flat.nbytes, self.world_size)

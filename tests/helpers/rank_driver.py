@@ -192,8 +192,7 @@ def counted(patch) -> list[float]:
 
     for name, factor in (
         ('all_reduce', 2),
-        ('all_gather_into_tensor', 1),
-        ('all_gather_single', 1),  # this and the next: FSDP
+        ('all_gather_single', 1),
         ('reduce_scatter_single', 1),
     ):
         patch.setattr(dist, name, counting(getattr(dist, name), factor))
