@@ -166,11 +166,6 @@ def write_control(text: str, stream: TextIO, write: Callable[[str], Any]) -> str
     return _write_or_continue(text, stream, write)
 
 
-def overwrite_line(text: str) -> None:
-    """Show a line on the terminal in place of the last one shown by this function."""
-    _write_or_continue(f'\r\x1b[K{displayed(text, sys.stdout)}', sys.stdout)
-
-
 def write_error(text: str, end: str = '\n') -> None:
     """Write to standard error, if it can be written."""
     with contextlib.suppress(OutputLost):

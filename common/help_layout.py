@@ -73,9 +73,13 @@ def parser_help(parser: argparse.ArgumentParser, actions: Iterable[argparse.Acti
         (action for action in actions if action.option_strings),
         key=lambda action: action.option_strings[-1] in ('--help', '--debug'),
     )
-    script = Path(parser.prog).name
     arguments = ''.join(f' {_placeholder(action)}' for action in positional)
-    lines = [*reflowed(parser.description or ''), '', f'Usage: {script}{arguments} [OPTIONS]', '']
+    lines = [
+        *reflowed(parser.description or ''),
+        '',
+        f'Usage: python {parser.prog}{arguments} [OPTIONS]',
+        '',
+    ]
     for title, group in (('Arguments', positional), ('Options', options)):
         if group:
             lines.append(f'{title}:')

@@ -26,6 +26,7 @@ class ProgressBar:
     total: the amount of all work; None if it is unknown. unit: `B` for bytes, or a plural noun.
     done: the amount that was done before this process; it does not count in the rate.
     line_seconds: the minimum interval between lines if the stream is not a terminal.
+    show_rate: whether to show the amount per second.
     stream: standard output by default.
     """
 
@@ -37,11 +38,12 @@ class ProgressBar:
         unit: str = '',
         done: float = 0,
         line_seconds: float = 10.0,
+        show_rate: bool = True,
         stream: TextIO | None = None,
     ):
         self.title, self.total, self.unit = title, total, unit
         self.done = self.start = done
-        self.line_seconds = line_seconds
+        self.line_seconds, self.show_rate = line_seconds, show_rate
         self.began = self.last_line = time.monotonic()
         self._region = LiveRegion(stream)
 
@@ -85,7 +87,7 @@ class ProgressBar:
         rate = self.rate
         if seconds_left is None and rate and self.total is not None:
             seconds_left = max(self.total - self.done, 0) / rate
-        speed = None if rate is None else f'{amount_text(rate, self.unit, digits=1)}/s'
+        speed = f'{amount_text(rate, self.unit, digits=1)}/s' if rate and self.show_rate else None
         left = None if seconds_left is None else f'{clock(seconds_left)} left'
         parts = [done_text(self.done, self.total, self.unit), speed, left, note]
         return bar_line(self.title, self.done, self.total, [p for p in parts if p], bar)

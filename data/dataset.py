@@ -1,7 +1,7 @@
-"""A dataset: what meta.json says, and the windows that training and evaluation read from it.
+"""A dataset: its meta.json, and the windows that training and evaluation read from it.
 
-The files are token_files', and which window comes when is order's. Knows no model and no
-tokenizer.
+`data.token_files` reads the files and `data.order` determines the order of the windows. Independent
+of models and tokenizers.
 """
 
 import hashlib
@@ -29,55 +29,55 @@ from data.token_files import (
 )
 
 DATA_ROOT = Path(__file__).resolve().parent
-BYTE_PAIRS = ('gpt2', 'tiktoken', 'bpe')  # kinds of tokenizers that have them
-FULL_CHECK_BYTES = 64 * 2**20  # larger files are checked in samples: a start must not read 20 GB
+BYTE_PAIRS = ('gpt2', 'tiktoken', 'bpe')  # kinds of tokenizers with byte pairs
+FULL_CHECK_BYTES = 64 * 2**20  # of larger files only samples are checked, for a fast start
 
 
 def load_dataset(name: str, block_size: int, data_root: Path | str = DATA_ROOT) -> 'TokenDataset':
-    """The dataset `name`: a folder below `data_root`, or the path of one.
+    """The dataset `name`: a folder in `data_root`, or a path.
 
-    Raises UserError if there is none, if it does not match its meta.json, or if a split is shorter
-    than the block_size + 1 tokens of one window.
+    Raises UserError if it does not exist, if it does not match its meta.json, or if a split is
+    shorter than the block_size + 1 tokens of one window.
     """
     return TokenDataset(_find_folder(name, Path(data_root)), block_size)
 
 
 def is_prepared(name: str, data_root: Path | str = DATA_ROOT) -> bool:
-    """Whether the dataset's token files are there. Raises UserError if there is no such dataset."""
+    """Whether the dataset's token files exist. Raises UserError if there is no such dataset."""
     return is_complete(_find_folder(name, Path(data_root)))
 
 
 def prepare_if_missing(name: str, data_root: Path | str = DATA_ROOT) -> None:
     """Run `data/<name>/prepare.py` if the dataset has one and its token files are missing.
 
-    Only below `data_root`: the name may come from a checkpoint, and no code is run from there. Any
-    number of processes may call this at once: one prepares and the others wait. Raises UserError if
-    the script fails; the reason is then on the screen.
+    Only in `data_root`: the name may come from a checkpoint, which must not run code elsewhere.
+    Several processes may call this at once: one prepares and the others wait. Raises UserError if
+    the script fails, which prints the reason.
     """
     folder = _find_folder(name, Path(data_root))
     script = folder / 'prepare.py'
     ours = folder.resolve().is_relative_to(Path(data_root).resolve())
     if is_complete(folder) or not (ours and script.exists()):
         return
-    with file_lock(folder / 'prepare.lock.tmp', f'another process prepares {name}: waiting'):
+    with file_lock(folder / 'prepare.lock.tmp', f'another process is preparing {name}: waiting'):
         if is_complete(folder):
             return
-        write_progress(f'Dataset {name} is not prepared yet: running {script}')
+        write_progress(f'Dataset {name} is not prepared yet. Running {script}')
         code = subprocess.run([sys.executable, str(script)]).returncode
     if code != 0:
         raise UserError(
-            f'Preparing the dataset {name} failed (exit code {code}); the reason is above. '
-            f'To try it alone: python {script}'
+            f'Preparing the dataset {name} failed with exit code {code} (see the messages above). '
+            f'To prepare it separately: python {script}'
         )
 
 
 class TokenDataset:
     """The two splits of one dataset, read in windows of `block_size` tokens.
 
-    `vocab_size` is the data's own; `tokenizer` the dict that describes the tokenizer (kind
-    'unknown' where nothing says); `end_of_text` the token that ends every document, or None;
-    `meta` the meta.json, or what stands in for it, in the form of version 2; `splits` the tokens;
-    `notes` are sentences for the start-up report.
+    `vocab_size` is the number of token ids, without padding; `tokenizer` describes the tokenizer
+    (kind 'unknown' if it is not known); `end_of_text` is the token that ends every document, or
+    None; `meta` is meta.json, or its replacement, in the form of version 2; `splits` are the
+    tokens; `notes` are sentences for the start-up report.
     """
 
     def __init__(self, folder: Path, block_size: int):
@@ -100,22 +100,23 @@ class TokenDataset:
         self.end_of_text: int | None = self.meta['end_of_text']
         if self.tokenizer['kind'] == 'unknown' and not has_meta(folder):
             self.notes.append(
-                f'{folder} has a meta.pkl, which is not read (a pickle can run code): the '
-                f'vocabulary is the largest token + 1 = {self.vocab_size}, the tokenizer unknown, '
-                'so no bits per byte and no text samples.'
+                f'{folder} has a meta.pkl, which is not read because a pickle can run code. The '
+                f'vocabulary is the largest token + 1 = {self.vocab_size} and the tokenizer is '
+                'unknown, so there are no bits per byte and no text samples.'
             )
         elif not has_meta(folder):
             self.notes.append(
-                f"{folder} has no meta.json: read as nanoGPT's GPT-2 tokens (uint16, vocabulary "
-                f'{self.vocab_size}); the byte count is unknown, so no bits per byte.'
+                f'{folder} has no meta.json. It is read as GPT-2 tokens of nanoGPT (uint16, '
+                f'vocabulary {self.vocab_size}). The byte count is unknown, so there are no bits '
+                'per byte.'
             )
 
     @property
     def padded_vocab_size(self) -> int:
-        """The vocabulary that a model of this data has.
+        """The vocabulary size of a model for this data.
 
-        Byte pairs are padded to a multiple of 64, which matrix multiplications like; characters
-        and bytes are not.
+        Byte pairs are padded to a multiple of 64, for faster matrix multiplications; characters
+        and bytes are not padded.
         """
         if self.tokenizer['kind'] in BYTE_PAIRS:
             return -(-self.vocab_size // 64) * 64
@@ -126,16 +127,16 @@ class TokenDataset:
         return len(self.splits[split])
 
     def documents(self, split: str) -> int | None:
-        """Number of documents in `split`; None where they are not told apart."""
+        """Number of documents in `split`; None if their ends are not marked."""
         return self.meta['splits'][split]['documents']
 
     def bytes_per_token(self, split: str) -> float | None:
-        """UTF-8 bytes of text per token of `split`; None where the byte count is unknown."""
+        """UTF-8 bytes of text per token of `split`; None if the byte count is unknown."""
         count = self.meta['splits'][split]['bytes']
         return None if count is None else count / self.tokens(split)
 
     def sha256(self, split: str) -> str:
-        """SHA-256 of all tokens: as checked; else what meta.json says, or computed at once."""
+        """SHA-256 of all tokens: as verified, else from meta.json, else computed now."""
         if split not in self._sha256:
             split_info = self.meta['splits'][split]
             self._sha256[split] = split_info['sha256'] or files_sha256(self.splits[split].paths)
@@ -148,10 +149,10 @@ class TokenDataset:
         full: bool = False,
         from_main: Callable = lambda make: make(),
     ) -> None:
-        """See to it that the files hold what was hashed. Raises UserError.
+        """Verify that the files have the expected SHA-256. Raises UserError.
 
-        full: by hashing them, whatever their sizes and times. from_main: what lets one process do
-        it for all.
+        full: hash all files, also those with unchanged size and time. from_main: a function that
+        runs another one in the main process and returns the result in all processes.
         """
         self._sha256 |= from_main(
             lambda: verify_checksums(
@@ -161,7 +162,7 @@ class TokenDataset:
 
     @cached_property
     def hash(self) -> str:
-        """Twelve hex digits that stand for the contents of both splits."""
+        """Twelve hex digits that identify the content of both splits."""
         digests = ''.join(self.sha256(split) for split in SPLITS)
         return hashlib.sha256(digests.encode()).hexdigest()[:12]
 
@@ -177,7 +178,7 @@ class TokenDataset:
         return self.read('train', order.starts(first_number, count))
 
     def window_count(self, split: str, eval_iters: int) -> int:
-        """`eval_iters`, or as many windows as the split holds without overlap if that is less."""
+        """`eval_iters`, or the number of windows without overlap in the split if that is less."""
         return min(eval_iters, (self.tokens(split) - 1) // self.block_size)
 
     def windows(self, split: str, eval_iters: int) -> np.ndarray:
@@ -202,20 +203,20 @@ class TokenDataset:
         length = self.tokens(shortest)
         if length < 2:
             raise UserError(
-                f'The {shortest} split of {self.folder} has {length} tokens: too few for any '
+                f'The {shortest} split of {self.folder} has {length} tokens, too few for any '
                 f'block_size. {prepare_hint(self.folder)}'
             )
         if length < self.block_size + 1:
             raise UserError(
                 f'block_size {self.block_size} is too large for the dataset {self.folder}: its '
-                f'{shortest} split has {length:,} tokens and a window takes block_size + 1. '
-                f'The largest allowed is {length - 1}: --block_size={length - 1}'
+                f'{shortest} split has {length:,} tokens, and a window needs block_size + 1. '
+                f'Use at most --block_size={length - 1}'
             )
 
     def _check_ids(self, split: str) -> None:
         data = self.splits[split]
         if data.nbytes > FULL_CHECK_BYTES:
-            # 64 stretches of 64 Ki tokens from the first to the last.
+            # 64 ranges of 64 Ki tokens, evenly spaced over the split.
             length = 2**16
             starts = np.arange(64) * (len(data) - length) // 63
             chunks: Iterator[np.ndarray] = (data.read(start, length) for start in starts)
@@ -225,17 +226,17 @@ class TokenDataset:
         vocab_size = self.meta['vocab_size']
         if largest >= vocab_size:
             raise UserError(
-                f'The {split} split of {self.folder} holds the token {largest}, but the vocabulary '
-                f'ends at {vocab_size - 1}: the files are of another tokenizer or another dtype. '
-                f'{prepare_hint(self.folder)} To take the ids as they are: '
+                f'The {split} split of {self.folder} has the token {largest}, but the vocabulary '
+                f'ends at {vocab_size - 1}: the files have another tokenizer or another dtype. '
+                f'{prepare_hint(self.folder)} To use the ids as they are: '
                 f'{import_hint(self.folder)} --tokenizer=unknown'
             )
 
 
 def batch_digest(first_number: int, tokens: np.ndarray) -> int:
-    """64 bits that stand for the sequences first_number … and their tokens (count, block_size).
+    """A 64-bit digest of the sequences from first_number on, with tokens (count, block_size).
 
-    Those of several batches add up, modulo 2^64, to that of all, in whatever order they came.
+    The digests of several batches add up, modulo 2^64, to that of all, in any order.
     """
     positions = np.arange(tokens.shape[1], dtype=np.uint64)
     numbers = int(first_number) + np.arange(len(tokens), dtype=np.uint64)
@@ -253,6 +254,6 @@ def _find_folder(name: str, data_root: Path) -> Path:
         if any((folder / file).exists() for file in ('prepare.py', 'meta.json', 'train.bin'))
     )
     raise UserError(
-        f'dataset {name!r} is neither a folder in {data_root} nor the path of one.'
-        f'{did_you_mean(name, known)} There are: {", ".join(known) or "none"}'
+        f'dataset {name!r} is neither a folder in {data_root} nor a path to a folder.'
+        f'{did_you_mean(name, known)} Datasets there: {", ".join(known) or "none"}'
     )

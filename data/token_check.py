@@ -1,9 +1,9 @@
-"""Whether the token files of a dataset still hold what was hashed when they were made.
+"""Check that the token files of a dataset are unchanged since they were prepared.
 
-Reading 20 GB at every start would take minutes. So the size and the time of each file are kept,
-with the hash, in a small file in the dataset's folder. Only where one of them differs, where there
-is no such file yet, or where it is asked for, everything is hashed. The file may be deleted, and a
-folder that cannot be written does without.
+Hashing 20 GB at every start would take minutes. The size and time of each file are therefore
+stored, with the hash, in a small file in the dataset's folder. The files are hashed only if one of
+these differs, if that file does not exist, or on request. It may be deleted; in a read-only folder
+it is not written.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from common.text_files import parse_json
 from data.token_files import SPLITS, hash_split, import_hint, prepare_hint
 
 CHECKED = 'checked.json'
-LONG = 2**30  # bytes from which on it is worth saying that they are hashed
+LONG = 2**30  # bytes from which the hashing is announced
 
 
 def verify_checksums(
@@ -28,9 +28,9 @@ def verify_checksums(
     full: bool = False,
     report: Callable[[str], object] = lambda text: None,
 ) -> dict[str, str]:
-    """The SHA-256 of each of the `splits`, which `split_infos`, of meta.json, describe.
+    """The SHA-256 of each of the `splits`, which `split_infos` of meta.json describe.
 
-    full: hash everything, whatever is known. Raises UserError for what is not as meta.json says.
+    full: hash all files, also unchanged ones. Raises UserError for a difference from meta.json.
     """
     known, current, problems = _read(folder), {}, []
     for split in splits:
@@ -43,7 +43,7 @@ def verify_checksums(
         size = sum(size for size, _ in files.values())
         if size >= LONG:
             report(
-                f'Checking the {split} split of {folder} by its SHA-256: {size / 1e9:,.1f} GB ...'
+                f'Verifying the SHA-256 of the {split} split of {folder}: {size / 1e9:,.1f} GB ...'
             )
         sha256, differences = hash_split(folder, split_infos[split])
         problems += differences
@@ -56,7 +56,7 @@ def verify_checksums(
 
 
 def record_checksums(folder: Path, split_infos: dict[str, dict]) -> None:
-    """Note that the files have just been read and hashed, as `split_infos`, of meta.json, say."""
+    """Store that the files have just been hashed, with the result in `split_infos` of meta.json."""
     files = {split: _sizes_and_times(folder, split_infos[split]) for split in SPLITS}
     _write(folder, {s: {'sha256': split_infos[s]['sha256'], 'files': files[s]} for s in SPLITS})
 
@@ -64,10 +64,10 @@ def record_checksums(folder: Path, split_infos: dict[str, dict]) -> None:
 def _recovery_hint(folder: Path) -> str:
     again = prepare_hint(folder)
     if not (folder / 'prepare.py').exists():
-        again = 'To prepare it again: the command that made it, such as data/prepare.py'
+        again = 'To prepare it again, run the command that made it, such as data/prepare.py'
     return (
-        f'The tokens in {folder} are not those that its meta.json describes: they were changed '
-        f'afterwards, or are damaged. {again}. To use them as they are: {import_hint(folder)}'
+        f'The tokens in {folder} do not match its meta.json: they were changed later or are '
+        f'damaged. {again}. To use them as they are: {import_hint(folder)}'
     )
 
 

@@ -1,9 +1,9 @@
-"""The files of a dataset: meta.json, and the splits' tokens in one file each or in several.
+"""The files of a dataset: meta.json, and the tokens of each split in one file or several.
 
-A dataset is a folder with `meta.json`, which says what it holds, and token files (token ids, little
-endian, nothing else): `train.bin` and `val.bin`, or `train_00000.bin`, `train_00001.bin`, … where a
-split is kept in shards. However many files there are, a split is one sequence of tokens. nanoGPT's
-folders, which have no meta.json, are read as they are. Knows no model and no tokenizer.
+A dataset is a folder with `meta.json`, which describes it, and token files (token ids, little
+endian, nothing else): `train.bin` and `val.bin`, or `train_00000.bin`, `train_00001.bin`, … for a
+split in shards. A split is one sequence of tokens, regardless of the number of files. nanoGPT's
+folders, which have no meta.json, can be read too. Independent of models and tokenizers.
 """
 
 import hashlib
@@ -31,11 +31,11 @@ SHOWN_MISSING = 3  # missing files that a message names
 
 
 class Split:
-    """The tokens of one split: a single sequence, in whatever files it lies.
+    """The tokens of one split: a single sequence, in one file or several.
 
-    Files are read and not mapped, so that memory holds what was asked for and nothing else however
-    long a run goes on, and a file cut short under a run is an error and not a crash. Raises
-    UserError for a file that is missing, unreadable or not as long as `split_info` says.
+    Files are read, not memory-mapped: memory use does not grow during a run, and a file that is
+    truncated meanwhile is an error, not a crash. Raises UserError for a file that is missing,
+    unreadable or of another size than in `split_info`.
     """
 
     def __init__(self, folder: Path, split_info: dict, dtype: str):
@@ -53,13 +53,13 @@ class Split:
         return len(self) * self.dtype.itemsize
 
     def read(self, start: int, length: int) -> np.ndarray:
-        """The `length` tokens from `start` on, (length,) of the files' dtype."""
+        """The `length` tokens from `start` on: (length,) of the files' dtype."""
         return self.windows([start], length)[0]
 
     def windows(self, starts: Sequence[int] | np.ndarray, length: int) -> np.ndarray:
-        """The windows of `length` tokens at `starts`, (len(starts), length) of the files' dtype.
+        """The windows of `length` tokens at `starts`: (len(starts), length) of the files' dtype.
 
-        Raises IndexError for one that is not within the split.
+        Raises IndexError for a window outside the split.
         """
         begins = np.asarray(starts, dtype=np.int64)
         if len(begins) and not 0 <= begins.min() <= begins.max() <= len(self) - length:
@@ -82,7 +82,9 @@ class Split:
             begin = self._ends[shard - 1] if shard else 0
             self._files[shard].seek((start - begin) * self.dtype.itemsize)
             if self._files[shard].readinto(segment) != segment.nbytes:
-                raise UserError(f'{self.paths[shard]} has become shorter since the run began.')
+                raise UserError(
+                    f'{self.paths[shard]} was truncated during the run. Prepare it again.'
+                )
             tokens, start, shard = tokens[len(segment) :], end, shard + 1
 
     def _open(self, path: Path, tokens: int):
@@ -97,22 +99,22 @@ class Split:
         weakref.finalize(self, file.close)
         if size != expected:
             raise UserError(
-                f'{path} has {size:,} bytes where {expected:,} are expected '
-                f'({tokens:,} tokens of {self.dtype.name}): it is truncated or '
-                f'belongs to something else. {prepare_hint(path.parent)}'
+                f'{path} has {size:,} bytes, but {expected:,} are expected ({tokens:,} tokens of '
+                f'{self.dtype.name}): it is truncated or from another dataset. '
+                f'{prepare_hint(path.parent)}'
             )
         return file
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether all token files are there that meta.json names, or else train.bin and val.bin.
+    """Whether all token files in meta.json exist; without meta.json, train.bin and val.bin.
 
-    Whoever publishes a dataset takes a token file away first and puts it back last, so that at no
-    moment token files stand beside a meta.json that is not theirs.
+    A program that replaces a dataset removes a token file first and writes it last, so that a
+    complete folder never has token files that do not match its meta.json.
     """
     try:
         names = _file_names(_read_meta_file(folder)) if has_meta(folder) else _bare_names()
-    except UserError:  # what is wrong with it is told when it is loaded
+    except UserError:  # reported when the dataset is loaded
         names = _bare_names()
     return all((folder / name).exists() for name in names)
 
@@ -122,9 +124,9 @@ def has_meta(folder: Path) -> bool:
 
 
 def read_meta(folder: Path) -> dict:
-    """meta.json in the form of version 2 with every key that is read from it checked.
+    """meta.json in the form of version 2, checked; its replacement for a folder without one.
 
-    For a bare folder what stands in for it. Raises UserError, also where token files are missing.
+    Raises UserError, also if token files are missing.
     """
     if has_meta(folder):
         meta = _read_meta_file(folder)
@@ -135,16 +137,16 @@ def read_meta(folder: Path) -> dict:
 
 
 def hash_split(folder: Path, split_info: dict) -> tuple[str, list[str]]:
-    """The SHA-256 of a split, and a sentence for each file, and the whole, that has another hash.
+    """The SHA-256 of a split, and a sentence for each file with another hash than expected.
 
-    `split_info`: what meta.json says of the split. What it does not say is not compared. Raises
+    `split_info`: the entry of the split in meta.json; hashes missing there are not compared. Raises
     UserError for a file that cannot be read.
     """
     problems, whole = [], hashlib.sha256()
 
     def compare(what: str, expected: str | None, actual: str) -> None:
         if expected not in (None, actual):
-            problems.append(f'{what} has the SHA-256 {actual} where {expected} is expected.')
+            problems.append(f'{what} has the SHA-256 {actual}, but {expected} is expected.')
 
     for shard in split_info['shards']:
         path, shard_hash = folder / shard['file'], hashlib.sha256()
@@ -166,15 +168,15 @@ def hash_split(folder: Path, split_info: dict) -> tuple[str, list[str]]:
 
 
 def prepare_hint(folder: Path) -> str:
-    """What to do about a dataset that cannot be used."""
+    """Advice for a dataset that cannot be used."""
     script = folder / 'prepare.py'
     if script.exists():
         return f'To prepare it: python {script}'
-    return f'Write {SPLITS[0]}.bin, {SPLITS[1]}.bin and meta.json there, as a prepare.py would.'
+    return f'Write {SPLITS[0]}.bin, {SPLITS[1]}.bin and meta.json there, as data/prepare.py does.'
 
 
 def import_hint(folder: Path) -> str:
-    """The command that makes a dataset of its own of the ids in a folder."""
+    """The command that makes a new dataset from the token ids in a folder."""
     quoted = [shlex.quote(str(path)) for path in (folder, f'{folder}-ids')]
     return f'python data/import_tokens.py {quoted[0]} --out={quoted[1]}'
 
@@ -198,17 +200,17 @@ def _file_names(meta: dict) -> list[str]:
 
 
 def _single_file_info(split: str, tokens: int, byte_count: int | None, sha256: str | None) -> dict:
-    """What version 2 says of a split that lies in one file."""
+    """The entry in meta.json (version 2) of a split in one file."""
     shard = {'file': f'{split}.bin', 'tokens': tokens, 'sha256': sha256}
     split_info = {'tokens': tokens, 'bytes': byte_count, 'documents': None, 'sha256': sha256}
     return {**split_info, 'shards': [shard]}
 
 
 def _meta_of_bare_folder(folder: Path) -> dict:
-    """What stands in for meta.json in one of nanoGPT's folders: GPT-2 tokens in uint16.
+    """The replacement for meta.json in a folder of nanoGPT: GPT-2 tokens in uint16.
 
-    Where a meta.pkl lies beside them they are something else. It is not unpickled, for that would
-    run whatever code it holds: tokenizer 'unknown', vocab_size None.
+    With a meta.pkl beside them, the tokens are others. It is not unpickled, because that can run
+    code: the tokenizer is 'unknown' and vocab_size None.
     """
     is_gpt2 = not (folder / 'meta.pkl').exists()
     size = {split: _size_of_uint16(folder / f'{split}.bin') for split in SPLITS}
@@ -224,22 +226,22 @@ def _meta_of_bare_folder(folder: Path) -> dict:
 
 
 def _size_of_uint16(path: Path) -> int:
-    """The bytes of a bare file of ids. Raises UserError for what shows not to be uint16."""
+    """The size of a token file without meta.json. Raises UserError if it is not uint16."""
     try:
         size, ids = path.stat().st_size, recognize_format(path)
     except OSError as error:
         raise UserError(f'{path} cannot be read: {error.strerror}.') from None
     if isinstance(ids, str):
-        raise UserError(f'{path} holds no token ids: it is {ids}.')
+        raise UserError(f'{path} does not contain token ids: it is {ids}.')
     if ids == IdFormat() and size % 2:
         raise UserError(
-            f'{path} has {size:,} bytes, an odd number: no uint16 ids, or not all of them. If each '
+            f'{path} has {size:,} bytes, an odd number: it is truncated or not uint16. If each '
             f'byte is an id: {import_hint(path.parent)} --dtype=uint8'
         )
     if ids != IdFormat():
         raise UserError(
-            f'{path} looks like {ids}; without a meta.json beside it, uint16 is read. To make a '
-            f'dataset of it: {import_hint(path.parent)}'
+            f'{path} looks like {ids}, but without a meta.json only uint16 is read. To make a '
+            f'dataset from it: {import_hint(path.parent)}'
         )
     return size
 
@@ -257,13 +259,13 @@ def _read_meta_file(folder: Path) -> dict:
 
 
 def _problem_of_meta(meta) -> str | None:
-    """What is wrong with the meta.json, which is brought into the form of version 2 on the way."""
+    """The problem of a meta.json, which is converted to the form of version 2 at the same time."""
     if not isinstance(meta, dict):
-        return 'it is no JSON object'
+        return 'it is not a JSON object'
     if meta.get('format_version') not in READABLE_VERSIONS:
         known = ' or '.join(map(str, READABLE_VERSIONS))
         return f'format_version is {meta.get("format_version")!r}, not {known}'
-    if meta.get('dtype') not in list(DTYPES):  # a list also takes what has no hash
+    if meta.get('dtype') not in list(DTYPES):  # a list also accepts unhashable values
         return f'dtype is {meta.get("dtype")!r}, not one of {", ".join(DTYPES)}'
     if not is_count(meta.get('vocab_size')) or meta['vocab_size'] == 0:
         return f'vocab_size is {meta.get("vocab_size")!r}, not a positive whole number'
@@ -272,11 +274,11 @@ def _problem_of_meta(meta) -> str | None:
         return f'end_of_text is {end!r}, not a token below vocab_size or null'
     tokenizer = meta.get('tokenizer')
     if not isinstance(tokenizer, dict) or not isinstance(tokenizer.get('kind'), str):
-        return 'tokenizer is no object with a "kind"'
+        return 'tokenizer is not an object with a "kind"'
     for split in SPLITS:
         split_info = meta['splits'].get(split) if isinstance(meta.get('splits'), dict) else None
         if not isinstance(split_info, dict) or not is_count(split_info.get('tokens')):
-            return f'splits.{split}.tokens is missing or no whole number'
+            return f'splits.{split}.tokens is missing or not a whole number'
         for key in ('bytes', 'documents'):
             if split_info.setdefault(key, None) is not None and not is_count(split_info[key]):
                 return f'splits.{split}.{key} is {split_info[key]!r}, not a whole number or null'
@@ -294,14 +296,14 @@ def _problem_of_meta(meta) -> str | None:
 def _problem_of_shards(split_info: dict) -> str | None:
     shards = split_info.get('shards')
     if not isinstance(shards, list) or not shards:
-        return 'shards is missing or no list of files'
+        return 'shards is missing or not a list of files'
     for number, shard in enumerate(shards):
         name = shard.get('file') if isinstance(shard, dict) else None
-        # A dataset may be somebody else's: it names files beside its meta.json and nowhere else.
+        # A dataset may come from elsewhere: it may name only files in its own folder.
         if not isinstance(name, str) or not re.fullmatch(r'\w[\w.-]{0,199}', name, re.ASCII):
-            return f'shards[{number}].file is {name!r}, not the plain name of a file'
+            return f'shards[{number}].file is {name!r}, not a plain file name'
         if not is_count(shard.get('tokens')):
-            return f'shards[{number}].tokens is missing or no whole number'
+            return f'shards[{number}].tokens is missing or not a whole number'
         if not isinstance(shard.setdefault('sha256', None), str | None):
             return f'shards[{number}].sha256 is {shard["sha256"]!r}, not a string or null'
     total = sum(shard['tokens'] for shard in shards)

@@ -1,7 +1,7 @@
-"""What a file of token ids holds, told by its bytes: for folders in which nothing else says it.
+"""Recognize the format of token files from their content, for folders without meta.json.
 
-nanoGPT's files are uint16, little endian, without a header. Others look alike from outside: read as
-uint16 they give ids that are wrong, and a loss that may look splendid.
+nanoGPT's files are uint16, little endian, without a header. Files of other formats look the same;
+read as uint16, they would yield wrong ids and a misleading loss.
 """
 
 from dataclasses import dataclass
@@ -12,18 +12,18 @@ import numpy as np
 from common.text_files import SIGNATURES, text_problem
 
 NUMPY = b'\x93NUMPY'
-LLM_C = {20240520: 'uint16', 20240801: 'uint32'}  # first word of a header of 256 words: its ids
+LLM_C = {20240520: 'uint16', 20240801: 'uint32'}  # first of the header's 256 words: type of the ids
 LLM_C_HEADER = 1024
 SAMPLES, SAMPLE_BYTES = 64, 4096
-FEWEST_BYTES = 256  # of less nothing is concluded
-FEWEST_IDS = 4  # that are different: two may take turns in uint16 as well
-LARGEST_HIGH_HALF = 15  # of an id: vocabularies below 2^20
-ENTROPY_GAP = 0.5  # bits by which the high bytes of ids vary less than the low ones
+FEWEST_BYTES = 256  # a smaller sample proves nothing
+FEWEST_IDS = 4  # different ids that prove a wide type: two may alternate in uint16 too
+LARGEST_HIGH_HALF = 15  # largest upper half of an id: vocabularies below 2^20
+ENTROPY_GAP = 0.5  # bits by which the entropy of high bytes is below that of low bytes
 
 
 @dataclass(frozen=True)
 class IdFormat:
-    """How a file keeps its ids: `dtype` is numpy's name of the type, `skip` bytes come first."""
+    """The format of ids in a file: `dtype` is numpy's name, `skip` the size of the header."""
 
     dtype: str = 'uint16'
     big_endian: bool = False
@@ -36,12 +36,12 @@ class IdFormat:
 
     def __str__(self) -> str:
         order = ', big endian' if self.big_endian else ''
-        header = f', behind a header of {self.program}' if self.program else ''
+        header = f', with a header of {self.program}' if self.program else ''
         return f'{self.dtype}{order}{header}'
 
 
 def recognize_format(path: Path) -> IdFormat | str:
-    """How the ids in a file are kept, uint16 if nothing else can be told; or what it is instead.
+    """The format of the ids in a file, uint16 if in doubt; or a description of another file.
 
     Raises OSError.
     """
@@ -77,13 +77,13 @@ def _numpy_header(file) -> IdFormat | str:
     except ValueError:
         return 'a damaged file of numpy.save'
     if len(shape) != 1 or dtype.kind not in 'uif':
-        return f'a file of numpy.save with {dtype} of the shape {shape}, not ids in a row'
+        return f'a file of numpy.save with {dtype} of shape {shape}, not a vector of ids'
     big_endian = dtype.newbyteorder('=') != dtype
     return IdFormat(dtype.newbyteorder('=').name, big_endian, file.tell(), 'numpy.save')
 
 
 def _by_content(sample: bytes, size: int) -> IdFormat:
-    """By what no text in uint16 looks like."""
+    """The format, from statistics that uint16 ids of text do not have."""
     if len(sample) < FEWEST_BYTES or not any(sample):
         return IdFormat()
     for big_endian in (False, True):
@@ -95,7 +95,7 @@ def _by_content(sample: bytes, size: int) -> IdFormat:
             if size % width == 0 and _are_wide(np.frombuffer(sample, f'{order}u{width}')):
                 return IdFormat(dtype, big_endian)
     values = np.frombuffer(sample, np.uint8)
-    # The high bytes of ids are small ones now and then; those of a text never.
+    # Some high bytes of ids are small; those of text never are.
     if values.min() >= ord('\t') and text_problem(sample[:SAMPLE_BYTES]) is None:
         return IdFormat('uint8')
     low, high = values[::2], values[1::2]
@@ -105,7 +105,7 @@ def _by_content(sample: bytes, size: int) -> IdFormat:
 
 
 def _are_ids(values: np.ndarray) -> bool:
-    """Whether these floating-point numbers are whole and like ids."""
+    """Whether these floats look like ids: whole, not negative, not too large."""
     with np.errstate(invalid='ignore'):
         values = values.astype(np.float64)
     return bool(
@@ -118,7 +118,7 @@ def _are_ids(values: np.ndarray) -> bool:
 
 
 def _are_wide(values: np.ndarray) -> bool:
-    """Whether these are ids whose upper halves are next to unused."""
+    """Whether these integers look like ids with almost unused upper halves."""
     lower, upper = values & 0xFFFF, values >> 16
     if len(np.unique(lower)) < FEWEST_IDS:
         return False
@@ -128,7 +128,7 @@ def _are_wide(values: np.ndarray) -> bool:
 
 
 def _entropy(values: np.ndarray) -> float:
-    """Bits that a byte has, by its frequencies."""
+    """The entropy of bytes in bits."""
     share = np.bincount(values, minlength=256) / len(values)
     share = share[share > 0]
     return float(-(share * np.log2(share)).sum())

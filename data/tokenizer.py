@@ -1,6 +1,6 @@
-"""Text to token ids and back, by the tokenizer that a dataset's meta.json describes.
+"""Text to token ids and back, with the tokenizer that a dataset's meta.json describes.
 
-Knows tokenizers and nothing of datasets or models. tiktoken is imported only for byte pairs.
+Independent of datasets and models. tiktoken is imported only for byte pairs.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ GPT2_SPLIT = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?
 GPT2_END_OF_TEXT = 50256
 
 REPLACEMENT = '\ufffd'
-END_OF_TEXT = '<|endoftext|>'  # how the token that ends a document is written
+END_OF_TEXT = '<|endoftext|>'  # name of the token that ends a document
 
 
 class Tokenizer:
@@ -31,13 +31,13 @@ class Tokenizer:
     - `gpt2`: GPT-2's byte pairs; `tiktoken`: the encoding that tiktoken knows by `name`;
     - `bpe`: byte pairs trained on a corpus, in `file` beside its meta.json, with its `sha256`;
     - `byte`; `char`, which lists its `characters` in the order of their ids. With
-      `"end_of_text": true` one more id stands for the end of a document.
+      `"end_of_text": true`, one more id ends a document.
 
-    `folder` is the dataset's, which only `bpe` needs. `end_of_text` is the token that ends a
-    document, None where the vocabulary has none, and `special_tokens` all that no text makes, by
-    name; `split_pattern` is the regular expression by which text is split before byte pairs are
-    merged, None for what knows no byte pairs. Decoding never fails: what is no text comes out as
-    U+FFFD. Raises UserError for a tokenizer that is unknown or cannot be had here.
+    `folder` is the dataset's folder, which only `bpe` needs. `end_of_text` is the token that ends a
+    document, None if there is none; `special_tokens` are all tokens that do not occur in text, by
+    name; `split_pattern` is the regular expression that splits text before byte pairs are merged,
+    None without byte pairs. Decoding never fails: invalid text becomes U+FFFD. Raises UserError for
+    a tokenizer that is unknown or not available.
     """
 
     def __init__(self, description: dict, folder: Path | None = None):
@@ -51,9 +51,9 @@ class Tokenizer:
         }
         if kind not in makers:
             raise UserError(
-                f'The tokenizer of this dataset is {kind!r}: text can be turned into tokens and '
-                f'back only for {", ".join(makers)}. Prepare the data with a prepare.py of this '
-                'project, or write a meta.json beside it that names the tokenizer.'
+                f'The tokenizer of this dataset is {kind!r}, but text can be encoded and decoded '
+                f'only with {", ".join(makers)}. Prepare the data with data/prepare.py, or name '
+                'the tokenizer in meta.json.'
             )
         self.kind: str = kind
         self._backend: _Backend = makers[kind](description, folder)
@@ -63,30 +63,30 @@ class Tokenizer:
         self.split_pattern: str | None = self._backend.split_pattern
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`. Raises UserError for characters that the vocabulary lacks.
+        """Token ids of `text`. Raises UserError for characters that are not in the vocabulary.
 
-        A lone surrogate, which no UTF-8 can hold, counts as U+FFFD. What looks like an
-        end-of-text token is text like any other.
+        A lone surrogate, which UTF-8 cannot encode, becomes U+FFFD. Text that looks like an
+        end-of-text token is encoded as text.
         """
         return self.encode_array(text).tolist()
 
     def encode_array(self, text: str) -> np.ndarray:
-        """The same ids as an array, (N,) of an unsigned type; far less memory than a list."""
+        """The same ids as an array (N,) of an unsigned type, which takes far less memory."""
         return self._backend.encode(valid_text(text))
 
     def decode(self, ids: Iterable) -> str:
         """The text of token ids, in a list, an array or a tensor."""
         tokens = ids.tolist() if hasattr(ids, 'tolist') else [int(i) for i in ids]
-        content = {token: self.token_bytes(token) for token in set(tokens)}  # most come many times
+        content = {token: self.token_bytes(token) for token in set(tokens)}  # each only once
         return b''.join(map(content.__getitem__, tokens)).decode(errors='replace')
 
     def token_bytes(self, token: int) -> bytes:
-        """What the token adds to a text in UTF-8; U+FFFD for what is no token."""
+        """The UTF-8 bytes of a token; those of U+FFFD for an invalid one."""
         return self._backend.token_bytes(int(token))
 
 
 class _Backend(Protocol):
-    """What one kind of tokenizer does; `Tokenizer` says the same of all of them."""
+    """The interface of one kind of tokenizer, behind `Tokenizer`."""
 
     vocab_size: int
     special_tokens: dict[str, int]
@@ -125,7 +125,7 @@ class _Characters:
         ):
             raise UserError(
                 'A tokenizer of kind char needs "characters", the list of its characters in the '
-                'order of their ids. Prepare the dataset anew.'
+                'order of their ids. Prepare the dataset again.'
             )
         self.characters: list[str] = characters
         count = len(characters)
@@ -144,8 +144,8 @@ class _Characters:
             missing = sorted(set(text) - set(self.characters))
             shown = ' '.join(repr(character) for character in missing[:10])
             raise UserError(
-                f'The vocabulary of {len(self.characters)} characters has no {shown}'
-                f'{" …" if len(missing) > 10 else ""}. It knows: {"".join(self.characters)!r}'
+                f'The vocabulary of {len(self.characters)} characters does not have {shown}'
+                f'{" …" if len(missing) > 10 else ""}. It has: {"".join(self.characters)!r}'
             )
         return ids
 
@@ -167,14 +167,14 @@ class _BytePairs:
     def encode(self, text: str) -> np.ndarray:
         try:
             return self.encoding.encode_to_numpy(text, disallowed_special=())
-        except ValueError:  # too many spaces on end for the stack of its regular expressions
+        except ValueError:  # a long run of spaces exceeds the stack of its regular expressions
             middle = len(text) // 2
             return np.concatenate([self.encode(text[:middle]), self.encode(text[middle:])])
 
     def token_bytes(self, token: int) -> bytes:
         try:
             return self.encoding.decode_single_token_bytes(token)
-        except (KeyError, OverflowError):  # beyond the vocabulary, or one of its gaps
+        except (KeyError, OverflowError):  # outside the vocabulary, or in a gap of it
             return REPLACEMENT.encode()
 
 
@@ -191,21 +191,21 @@ def _gpt2(description: dict, folder: Path | None) -> _BytePairs:
 
 
 def _known_to_tiktoken(description: dict, folder: Path | None) -> _BytePairs:
-    """An encoding of tiktoken's own or of a plug-in of its: fetched by tiktoken at first use."""
+    """An encoding of tiktoken or of one of its plug-ins, downloaded by tiktoken at first use."""
     name, known = description.get('name'), tiktoken_names()
     if name not in known:
         hint = did_you_mean(name, known) if isinstance(name, str) else ''
-        raise UserError(f'tiktoken knows no encoding {name!r}.{hint} There are: {", ".join(known)}')
+        raise UserError(f'tiktoken has no encoding {name!r}.{hint} Encodings: {", ".join(known)}')
     if name == 'gpt2':
         return _gpt2(description, folder)
     try:
         return _BytePairs(_tiktoken().get_encoding(name))
-    except Exception as error:  # whatever the network and tiktoken's fetching can raise
+    except Exception as error:  # the network and tiktoken can raise many kinds
         raise UserError(
             f'The encoding {name} could not be loaded: {type(error).__name__}: {error}. tiktoken '
-            'downloads its files at first use and keeps them in the folder that the environment '
-            'variable TIKTOKEN_CACHE_DIR names: load it once where there is a network and bring '
-            'that folder here, or choose the tokenizer gpt2, byte or bpe.'
+            'downloads its files at first use into the folder in the environment variable '
+            'TIKTOKEN_CACHE_DIR. Load it once with a network connection and copy that folder, or '
+            'choose the tokenizer gpt2, byte or bpe.'
         ) from None
 
 
@@ -214,8 +214,8 @@ def _trained(description: dict, folder: Path | None) -> _BytePairs:
     name, expected = description.get('file'), description.get('sha256')
     if folder is None or not isinstance(name, str) or Path(name).name != name:
         raise UserError(
-            f'A tokenizer of kind bpe needs "file", the name of a file beside meta.json; it is '
-            f'{name!r}. Prepare the dataset anew.'
+            f'A tokenizer of kind bpe needs "file", the name of a file beside meta.json, not '
+            f'{name!r}. Prepare the dataset again.'
         )
     path = Path(folder) / name
     try:
@@ -225,20 +225,20 @@ def _trained(description: dict, folder: Path | None) -> _BytePairs:
         return _BytePairs(byte_pair_encoding(json.loads(content)))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f'The tokenizer {path} cannot be used: {error}. Prepare the dataset anew.'
+            f'The tokenizer {path} cannot be used: {error}. Prepare the dataset again.'
         ) from None
 
 
 def tiktoken_names() -> list[str]:
-    """The names of the encodings that tiktoken knows, its plug-ins' too."""
+    """The names of the encodings of tiktoken and its plug-ins."""
     return sorted(_tiktoken().list_encoding_names())
 
 
 def byte_pair_encoding(description: dict) -> 'tiktoken.Encoding':
-    """The `tiktoken.Encoding` of byte pairs in the form of Hugging Face's tokenizer.json.
+    """The `tiktoken.Encoding` of a Hugging Face tokenizer.json.
 
-    Of a byte-level BPE with GPT-2's way to split text, whose vocabulary is in the order of the
-    merges. Raises KeyError, ValueError or TypeError for another.
+    It must be a byte-level BPE with GPT-2's split pattern and a vocabulary in the order of the
+    merges. Raises KeyError, ValueError or TypeError otherwise.
     """
     of_character = {character: byte for byte, character in byte_characters().items()}
     ranks = {
@@ -247,7 +247,7 @@ def byte_pair_encoding(description: dict) -> 'tiktoken.Encoding':
         if token != END_OF_TEXT
     }
     if not ranks.keys() >= {bytes([byte]) for byte in range(256)}:
-        raise ValueError('its vocabulary lacks some of the 256 bytes')
+        raise ValueError('its vocabulary does not have all 256 bytes')
     if sorted(ranks.values()) != list(range(len(ranks))):
         raise ValueError(f'its ids are not 0 to {len(ranks) - 1}')
     return _tiktoken().Encoding(
@@ -262,5 +262,5 @@ def _tiktoken():
     try:
         import tiktoken
     except ImportError:
-        raise UserError('Byte pairs need the package tiktoken: pip install tiktoken') from None
+        raise UserError('Byte pairs need the package tiktoken. Run pip install tiktoken') from None
     return tiktoken

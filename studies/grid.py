@@ -1,7 +1,7 @@
-"""What a study is: its keys, read and checked, and the names of its variants and folders.
+"""Study files: read and check their keys; name the variants and folders.
 
-A study is a config file of `train.py` with some of the keys of `STUDY_KEYS` beside the usual ones,
-which are the base of every run. `studies.variants` and `studies.trials` make runs of it.
+A study file is a config file of `train.py` with some of the keys in `STUDY_KEYS`. Its other keys
+are the base of every run. `studies.variants` and `studies.trials` derive the runs.
 """
 
 import hashlib
@@ -21,15 +21,15 @@ from training_config import PLAN_OPTIONS, Settings, load_settings, schema
 SEED_KEYS = ('seed', 'data_seed')
 BUDGETS = ('iterations', 'tokens', 'flops', 'seconds')
 MATCHES = ('params', 'flops')
-LARGEST_STUDY = 10_000  # runs; each is checked and has a folder before the first begins
-# Options that the study sets for each run.
+LARGEST_STUDY = 10_000  # runs; all are checked before the first begins
+# Options that the study sets for each run itself.
 RESERVED = {
     *('out_dir', 'init_from', 'resume_run', 'log_style', 'concurrent_runs', 'wandb_run_name'),
     *('debug', *PLAN_OPTIONS),
 }
 LONGEST_NAME = 255  # bytes in the name of a folder, on nearly every file system
 
-_brief = reprlib.Repr()  # short whatever the value is, and never an error
+_brief = reprlib.Repr()  # short for any value, and never raises
 _brief.maxstring = _brief.maxother = 60
 
 
@@ -68,15 +68,15 @@ def _is_text(value) -> bool:
     return isinstance(value, str)
 
 
-# key -> (default, whether a value is one, what it is in words)
+# key -> (default, predicate for valid values, description of valid values)
 STUDY_KEYS: dict[str, tuple] = {
-    'question': ('', _is_text, 'a line of text'),
+    'question': ('', _is_text, 'a text'),
     'sweep': ({}, _is_grid, _GRID),
     'ablate': ({}, _is_grid, _GRID),
     'exclude': (
         [],
         lambda value: isinstance(value, list | tuple) and all(map(_is_point, value)),
-        f'a list of points, each {_POINT}',
+        f'a list of combinations, each {_POINT}',
     ),
     'tune': ({}, _is_grid, "a dict of lists, such as {'learning_rate': [3e-4, 1e-3, 3e-3]}"),
     'tune_seed': (0, _is_whole(0), 'a whole number of at least 0'),
@@ -86,7 +86,7 @@ STUDY_KEYS: dict[str, tuple] = {
         f'one of {[*MATCHES, "none"]}',
     ),
     'match_by': ('d_ff', _is_text, 'the name of an option that sets a size'),
-    'match_step': (8, _is_whole(1), 'a whole number: the size is a multiple of it'),
+    'match_step': (8, _is_whole(1), 'a whole number of at least 1'),
     'reference': ({}, _is_point, _POINT),
     'baseline': ({}, _is_point, _POINT),
     'budget': ({}, _is_budget, _BUDGET),
@@ -96,10 +96,10 @@ GRIDS = ('sweep', 'ablate', 'tune')
 
 @dataclass(frozen=True)
 class Study:
-    """A study file's keys, and what it is read from."""
+    """The keys of a study file, and the command line that it was read from."""
 
     path: str
-    command_line: CommandLine  # the file and the command line: the base of every run
+    command_line: CommandLine  # file and command-line options: the base of every run
     question: str
     sweep: dict[str, list]
     ablate: dict[str, list]
@@ -115,12 +115,12 @@ class Study:
 
 
 def read_study(command_line: CommandLine) -> Study:
-    """The study that the one config file of a command line holds.
+    """The study in the single config file of a command line.
 
-    Raises UserError with every mistake, those of the file's other keys and of the command line too.
+    Raises UserError with all problems, including those of the other keys and the command line.
     """
     if len(command_line.config_files) != 1:
-        usage = 'a study is one config file: study.py config/studies/NAME.py'
+        usage = 'give one study file: python study.py config/studies/NAME.py'
         raise UserError(*command_line.problems, usage)
     path = command_line.config_files[0]['path']
     problems, values = [], {}
@@ -147,16 +147,16 @@ def read_study(command_line: CommandLine) -> Study:
 
 
 def _was_read(command_line: CommandLine) -> bool:
-    """Whether the config file could be: otherwise its mistake is that, not what it lacks."""
+    """Whether the config file could be read. If not, missing keys are not its problem."""
     return bool(command_line.layers[0].values or command_line.extra or not command_line.problems)
 
 
 def _grid_problems(study: Study) -> Iterator[str]:
-    """Lists without values, and grids so large that not even their values are looked at."""
+    """Empty lists, and grids that are too large to check."""
     for name in GRIDS:
         for key, values in getattr(study, name).items():
             if not values:
-                yield f'{study.path}: {name}[{key!r}] is empty. Give it values, or leave it out.'
+                yield f'{study.path}: {name}[{key!r}] is empty. Add values or remove it.'
     seeds = math.prod(len(v) for k, v in study.sweep.items() if k in SEED_KEYS)
     swept = math.prod(len(v) for k, v in study.sweep.items() if k not in SEED_KEYS)
     variants = swept * (1 + sum(map(len, study.ablate.values())))
@@ -165,8 +165,8 @@ def _grid_problems(study: Study) -> Iterator[str]:
     if runs > LARGEST_STUDY:
         yield (
             f'{study.path}: {_count(variants)} variants × ({_count(seeds)} seeds + '
-            f'{_count(settings)} settings to tune) = {_count(runs)} runs. A study has at most '
-            f'{LARGEST_STUDY:,}: shorten its lists.'
+            f'{_count(settings)} tuning runs) = {_count(runs)} runs, but a study has at most '
+            f'{LARGEST_STUDY:,}. Shorten the lists.'
         )
 
 
@@ -175,7 +175,7 @@ def _count(number: int) -> str:
 
 
 def _named_points(study: Study) -> Iterator[tuple[str, dict]]:
-    """Every value that the study sets, as points, so that each is checked by itself."""
+    """Every value in the study, as a dict of its own, so that each is checked separately."""
     for name in GRIDS:
         for key, values in getattr(study, name).items():
             for value in values:
@@ -187,7 +187,7 @@ def _named_points(study: Study) -> Iterator[tuple[str, dict]]:
 
 
 def _value_problems(study: Study) -> Iterator[str]:
-    """Options that do not exist, and values that they do not take."""
+    """Unknown options, and invalid values."""
     options = flatten(schema())
     for name, point in _named_points(study):
         problems: list[str] = []
@@ -195,41 +195,44 @@ def _value_problems(study: Study) -> Iterator[str]:
         yield from problems
         for key, value in accepted.values.items():
             if key in RESERVED:
-                yield f'{study.path}: {name} has {key!r}, which the study sets for each run.'
+                yield (f'{study.path}: {name} has {key!r}, which study.py sets itself. Remove it.')
             elif argument(key, value, options) is None:
                 yield (
-                    f'{study.path}, {name}: {key}={_brief.repr(value)} cannot stand on the command '
-                    f'line of a run.'
+                    f'{study.path}, {name}: {key}={_brief.repr(value)} cannot be passed on a '
+                    f'command line. Remove it.'
                 )
     for name in GRIDS:
         for key, values in getattr(study, name).items():
             plain = Counter(v for v in values if isinstance(v, int | float | str | None))
             if repeated := [_brief.repr(value) for value, times in plain.items() if times > 1]:
-                yield f'{study.path}: {name}[{key!r}] has {", ".join(repeated)} more than once.'
+                yield (
+                    f'{study.path}: {name}[{key!r}] has {", ".join(repeated)} more than once. '
+                    f'Remove duplicates.'
+                )
     if study.match != 'none' and study.match_by not in options:
         hint = did_you_mean(study.match_by, options)
-        yield f'{study.path}: match_by={study.match_by!r} is no option.{hint}'
+        yield f'{study.path}: match_by={study.match_by!r} is not an option.{hint}'
 
 
 def _key_problems(study: Study) -> Iterator[str]:
-    """Keys that contradict each other: a variant would not be what its name says."""
+    """Contradictions between keys."""
     path = study.path
     for name in ('ablate', 'tune', 'exclude'):
         points = study.exclude if name == 'exclude' else [getattr(study, name)]
         for key in SEED_KEYS:
             if any(key in point for point in points):
-                yield f'{path}: {name} has {key!r}: seeds stand in sweep only.'
+                yield f'{path}: {name} has {key!r}, but seeds belong in sweep. Move it there.'
     for key in study.tune:
         if key in study.sweep or key in study.ablate:
-            yield f'{path}: {key!r} is in tune and in the grid: it is either varied or tuned.'
+            yield f'{path}: {key!r} is both in tune and in the grid. Remove it from one of them.'
     for name in GRIDS:
         for key in getattr(study, name):
             if study.budget and key == 'max_iters':
-                yield f'{path}: {name} has max_iters, which the budget decides. Leave out either.'
+                yield f'{path}: {name} has max_iters, which budget determines. Remove one of them.'
             if study.match != 'none' and key == study.match_by:
                 yield (
-                    f'{path}: {name} has {key!r}, which match_by changes. Leave it out of {name}, '
-                    f'or match by another size.'
+                    f'{path}: {name} has {key!r}, which match_by changes. Remove it from {name} or '
+                    f'set another match_by.'
                 )
     if not study.tune:
         return
@@ -238,26 +241,26 @@ def _key_problems(study: Study) -> Iterator[str]:
     if study.tune_seed in used:
         unused = next(seed for seed in itertools.count() if seed not in used)
         yield (
-            f'{path}: tune_seed={study.tune_seed} is a seed of the runs themselves, so that a run '
-            f'that chose an option would be evidence for it. Set tune_seed = {unused}.'
+            f'{path}: tune_seed={study.tune_seed} is also a seed of the runs to compare, so the '
+            f'comparison would reuse data that tuning has selected on. Set tune_seed = {unused}.'
         )
 
 
 def _base_problems(path: str, base: Callable[[str], object]) -> Iterator[str]:
-    """What the base may not set: the study begins or continues each run in a folder of its own."""
+    """Options that the base must not set, since the study starts and resumes each run itself."""
     if base('init_from') not in ('scratch', 'auto'):
         yield (
-            f'{path}: init_from={base("init_from")!r}: a study trains from scratch, and continues '
-            f'what was interrupted by itself. Leave init_from out.'
+            f'{path}: init_from={base("init_from")!r}: a study trains from scratch and resumes '
+            f'interrupted runs itself. Remove init_from.'
         )
     if base('resume_run') is not None:
-        yield f'{path}: resume_run={base("resume_run")!r} names one run. Leave it out of a study.'
+        yield f'{path}: resume_run={base("resume_run")!r} names a single run. Remove it.'
     if base('plan'):
-        yield f'{path}: plan=True shows one run. --plan_only shows the runs of a study.'
+        yield f'{path}: plan=True is for a single run. Use --plan_only for a study.'
 
 
 def argument(key: str, value, options: dict[str, Option]) -> str | None:
-    """`--key=value` as train.py reads it back, to the same value; None if nothing is."""
+    """`--key=value` that train.py parses to the same value; None if there is none."""
     for text in (str(value), f"'{value}'"):
         try:
             text.encode()
@@ -268,18 +271,18 @@ def argument(key: str, value, options: dict[str, Option]) -> str | None:
     return None
 
 
-# --- Points --------------------------------------------------------------------------------------
+# --- Variants ------------------------------------------------------------------------------------
 
 
 def grid(choices: dict[str, list]) -> list[dict]:
-    """Every combination, the last key varying fastest."""
+    """All combinations; the last key varies fastest."""
     return [dict(zip(choices, values)) for values in itertools.product(*choices.values())]
 
 
 def variant_overrides(study: Study) -> list[dict]:
-    """What each variant sets over the base: the grid, each with the ablations one at a time.
+    """The options of each variant: every combination of the sweep, alone and with each ablation.
 
-    Raises UserError if `exclude` leaves nothing, or names a point that there is not.
+    Raises UserError if `exclude` leaves nothing or has an entry that matches nothing.
     """
     combinations = grid({k: v for k, v in study.sweep.items() if k not in SEED_KEYS})
     ablations = [{}, *({key: value} for key, values in study.ablate.items() for value in values)]
@@ -289,17 +292,17 @@ def variant_overrides(study: Study) -> list[dict]:
         left = [point for point in left if not excluded.items() <= point.items()]
         if not any(excluded.items() <= point.items() for point in points):
             problems.append(
-                f'{study.path}: exclude has {excluded!r}, which is no point of the grid.'
+                f'{study.path}: exclude has {excluded!r}, which is not in the grid. Remove it.'
             )
     if not left:
-        problems.append(f'{study.path}: exclude leaves no point of the grid.')
+        problems.append(f'{study.path}: exclude leaves no runs. Remove entries from it.')
     if problems:
         raise UserError(*problems)
     return left
 
 
 def merged_settings(study: Study, overrides: dict) -> Settings:
-    """The base with `overrides`, as train.py would merge them. Raises UserError."""
+    """The settings of the base with `overrides`, merged as by train.py. Raises UserError."""
     problems: list[str] = []
     layer = validate_layer(Layer(COMMAND_LINE, overrides), schema(), problems)
     layers = [*study.command_line.layers, layer]
@@ -307,7 +310,7 @@ def merged_settings(study: Study, overrides: dict) -> Settings:
 
 
 def study_seeds(study: Study) -> dict[str, dict]:
-    """The replicates by name: both seeds together, unless the sweep varies them by themselves."""
+    """The seeds of the replicates by name. `seed` sets data_seed too, unless that is swept."""
     seeds = {key: study.sweep[key] for key in SEED_KEYS if key in study.sweep}
     if list(seeds) == ['seed']:
         return {f'seed={seed}': {'seed': seed, 'data_seed': seed} for seed in seeds['seed']}
@@ -323,7 +326,7 @@ def point_label(overrides: dict, show: Callable[[object], str] = str) -> str:
 
 
 def point_labels(points: Iterable[dict]) -> list[str]:
-    """A label for each point. Where two would be one, as of None and 'None', a later one quotes."""
+    """A label for each point. Of two equal ones, as for None and 'None', the later is quoted."""
     labels: dict[str, None] = {}
     for point in points:
         label = point_label(point)
@@ -336,10 +339,10 @@ def _folder_name(label: str) -> str:
 
 
 def folder_names(labels: list[str], clean: Callable[[str], str] = _folder_name) -> list[str]:
-    """The labels as names of folders, all different on every file system.
+    """The labels as folder names that differ on every file system.
 
-    One that is too long, or that another label has taken, ends in a hash of its label. A label
-    that the cleaning only loses spaces of takes its name first.
+    A name that is too long or already used ends in a hash of its label. Labels in which only spaces
+    are replaced get their names first.
     """
     names: dict[str, str] = {}
     taken: set[str] = set()

@@ -1,4 +1,4 @@
-"""One study at a time in a folder: a lock that the study and its runs share."""
+"""A lock that admits one study at a time to a folder, shared by the study and its runs."""
 
 import contextlib
 import os
@@ -11,23 +11,23 @@ from common.console_output import write_progress
 from common.errors import UserError
 from common.files import lock_file
 
-GRACE_SECONDS = 60.0  # for the runs of a study that was killed to save and end
+GRACE_SECONDS = 60.0  # for the runs of a killed study to save and exit
 
 
 @contextlib.contextmanager
 def study_lock(out_dir: Path) -> Iterator[list[int]]:
-    """Keep other studies out of a folder; the file descriptors that hold the lock.
+    """Keep other studies out of a folder; yields the file descriptors of the lock.
 
-    The lock ends with the processes that have one of them, however they end: the study, and its
-    runs, which save after it was killed. Raises UserError where another study runs.
+    The lock is released when all processes with one of the descriptors have ended: the study, and
+    its runs, which still save after the study was killed. Raises UserError if another study runs.
     """
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
         lock = os.open(out_dir / 'study.lock', os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
         raise UserError(
-            f'out_dir={str(out_dir)!r}: a study cannot write there ({error.strerror}). Choose '
-            f'another folder by --out_dir=FOLDER.'
+            f'out_dir={str(out_dir)!r} cannot be written ({error.strerror}). Choose another folder '
+            f'with --out_dir=FOLDER.'
         ) from error
     try:
         if os.name == 'posix':
@@ -45,25 +45,25 @@ def _acquire(lock: int, out_dir: Path) -> None:
         holder = f'pid {pid or "unknown"}' + (f' on {host}' if host not in ('', hostname) else '')
         if host != hostname or _is_alive(pid):
             raise UserError(
-                f'{out_dir}: another study ({holder}) is running there. Wait for its end, stop it, '
-                f'or choose another folder by --out_dir=FOLDER.'
+                f'{out_dir}: another study ({holder}) is running there. Wait until it ends, stop '
+                f'it, or choose another folder with --out_dir=FOLDER.'
             )
         if time.monotonic() > deadline:
             raise UserError(
-                f'{out_dir}: the study that ran there ({holder}) has ended, but not its runs. Wait '
-                f'for the end of its train.py processes, or stop them.'
+                f'{out_dir}: the study that ran there ({holder}) has ended, but its runs have not. '
+                f'Wait until its train.py processes end, or stop them.'
             )
         if not waiting:
             write_progress(f'{out_dir}: waiting for the runs of a killed study ({holder}) to save')
         waiting = True
         time.sleep(0.2)
-    with contextlib.suppress(OSError):  # it is for the message alone
+    with contextlib.suppress(OSError):  # only the message uses it
         os.ftruncate(lock, 0)
         os.pwrite(lock, f'{os.getpid()} {hostname}\n'.encode(), 0)
 
 
 def _is_alive(pid: str) -> bool:
-    """Whether there is such a process; an unreadable number stands for one."""
+    """Whether the process exists; True if the number is unreadable."""
     try:
         os.kill(int(pid), 0)
     except ProcessLookupError:

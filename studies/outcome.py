@@ -1,4 +1,4 @@
-"""What became of a run of a study: by its exit code, its record and its console."""
+"""The outcome of a run of a study, from its exit code, record and console output."""
 
 import contextlib
 import math
@@ -16,7 +16,7 @@ STOP_SIGNALS = tuple(
 
 
 class Outcome(NamedTuple):
-    """How a run ended, in one of the words of `ADVICE` or finished; and why."""
+    """How a run ended, `finished` or a key of `ADVICE`, and the reason."""
 
     kind: str
     reason: str = ''
@@ -24,25 +24,25 @@ class Outcome(NamedTuple):
 
     @property
     def is_final(self) -> bool:
-        """Whether the same command would only come to the same again."""
+        """Whether running it again would give the same result."""
         return self.kind in ('finished', 'diverged')
 
 
 FINISHED = Outcome('finished')
 
 
-# What to do about a run that came to this, after its folder and the reason.
+# Advice for a run with this outcome; it follows the run's folder and the reason.
 ADVICE = {
-    'diverged': 'counts as diverged; remove its folder to train it again',
-    'interrupted': 'the same command continues it',
-    'killed': 'the same command continues it',
-    'failed': 'the same command tries it again',
-    'unreadable': 'move its folder away, and the same command trains it again',
+    'diverged': 'counts as a result; remove its folder to train it again',
+    'interrupted': 'run the same command to continue it',
+    'killed': 'run the same command to continue it',
+    'failed': 'run the same command to retry it',
+    'unreadable': 'move its folder away and run the same command to train it again',
 }
 
 
 def outcome_from_exit(code: int, last_line: str, out_of_memory: bool) -> Outcome:
-    """What the exit code of a run says, as subprocess or as a shell has it."""
+    """The outcome by exit code, in the form of subprocess or of a shell."""
     number = -code if code < 0 else code - 128
     if code == 0:
         return FINISHED
@@ -51,14 +51,14 @@ def outcome_from_exit(code: int, last_line: str, out_of_memory: bool) -> Outcome
     name = signal.Signals(number).name
     if number in STOP_SIGNALS:
         return Outcome('interrupted', name, 128 + number)
-    memory = ', as the machine ran out of memory' if out_of_memory else ''
+    memory = ', because the machine ran out of memory' if out_of_memory else ''
     return Outcome('killed', f'{name}{memory}', 128 + number)
 
 
 def outcome_from_record(record: Record) -> Outcome | None:
-    """What a record says that the run came to, if that is final.
+    """The outcome by record, if it is final.
 
-    A run that diverged ends because of an update that is not finite, not merely after one.
+    A diverged run was stopped by a loss or gradient that is not finite.
     """
     if record['status'] == 'finished':
         return FINISHED
@@ -68,7 +68,7 @@ def outcome_from_record(record: Record) -> Outcome | None:
 
 
 def summary_value(record: Record | None, key: str) -> float | None:
-    """A number of a record's summary; None where there is none."""
+    """A number in the summary of a record; None if it is missing."""
     value = record and record['summary'].get(key)
     with contextlib.suppress(OverflowError):
         if isinstance(value, int | float) and math.isfinite(value):
@@ -77,14 +77,14 @@ def summary_value(record: Record | None, key: str) -> float | None:
 
 
 def count_oom_kills() -> int:
-    """How many processes this machine's kernel has ended for want of memory, as far as it tells."""
+    """Number of processes that the kernel killed because memory ran out; 0 if unknown."""
     with contextlib.suppress(OSError, ValueError), open('/proc/vmstat') as file:
         return sum(int(line.split()[1]) for line in file if line.startswith('oom_kill '))
     return 0
 
 
 def last_line(path: Path, start: int) -> str:
-    """The last line of a console from `start` on."""
+    """The last line of a console file after position `start`."""
     with contextlib.suppress(OSError), open(path, 'rb') as file:
         file.seek(max(start, file.seek(0, os.SEEK_END) - 4096))
         lines = [line.strip() for line in file.read().decode(errors='replace').splitlines()]

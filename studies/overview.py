@@ -1,8 +1,8 @@
-"""What a study says of itself before it runs: its variants, runs, cost and time."""
+"""The overview of a study before it runs: variants, runs, cost and time."""
 
 from collections.abc import Iterable
 
-from common.formatting import duration, table
+from common.formatting import counted, duration, table
 from studies.grid import Study, study_seeds
 from studies.state import StudyState
 from studies.time_estimate import estimate_time
@@ -17,9 +17,9 @@ def values_text(values: dict) -> str:
 
 
 def describe(state: StudyState, measure: bool) -> str:
-    """The variants, what was changed to make them equal, the number of runs and what they take.
+    """The variants with their matched sizes, the number of runs, and the cost of all.
 
-    measure: whether speed may be measured where no run tells it.
+    measure: whether to measure the speed if there are no runs yet.
     """
     study, runner, trials = state.study, state.runner, state.trials()
     by_kind = trials.by_kind()
@@ -28,7 +28,7 @@ def describe(state: StudyState, measure: bool) -> str:
         for kind, of_kind in by_kind.items()
     }
     seeds = len(study_seeds(study))
-    counts = f'{len(state.variants)} variants, {seeds} seed{"s" * (seeds > 1)} of each'
+    counts = f'{counted(len(state.variants), "variant")} with {counted(seeds, "seed")} each'
     lines = [
         *([study.question] if study.question else []),
         f'{study.path}: {counts}; baseline: {state.baseline.label}',
@@ -49,10 +49,10 @@ def _is_complete(state: StudyState, trials: StudyTrials, kind: str, trial: Trial
 
 
 def _variants_table(study: Study, variants: list[Variant], by_kind: TrialsByKind) -> str:
-    """Each variant with its size, and what one run of it and all of them cost."""
+    """Each variant with its size, and the cost of one run and of all its runs."""
     matching = study.match != 'none'
-    sizes = [study.match_by, f'{study.match} off by'] * matching
-    rows = [['variant', *sizes, 'tokens a run', 'FLOPs a run', 'all FLOPs', 'architecture']]
+    sizes = [study.match_by, f'{study.match} vs. reference'] * matching
+    rows = [['variant', *sizes, 'tokens/run', 'FLOPs/run', 'total FLOPs', 'architecture']]
     trials = [trial for of_kind in by_kind.values() for trial in of_kind]
     for variant in variants:
         row = [variant.label]
@@ -67,35 +67,35 @@ def _variants_table(study: Study, variants: list[Variant], by_kind: TrialsByKind
 
 
 def _run_counts(study: Study, by_kind: TrialsByKind, left: TrialsByKind) -> str:
-    """How many runs of each kind there are, and how many are complete."""
+    """The number of runs of each kind, and of complete ones."""
     purposes = {
-        TIMING: 'to time an update',
-        TUNING: f'to tune {", ".join(study.tune)} at seed {study.tune_seed}',
+        TIMING: 'to time an iteration',
+        TUNING: f'to tune {", ".join(study.tune)} with seed {study.tune_seed}',
         RUNS: 'to compare',
     }
     total = sum(map(len, by_kind.values()))
     parts = [f'{len(by_kind[kind])} {purposes[kind]}' for kind in by_kind if by_kind[kind]]
     complete = total - sum(map(len, left.values()))
     of_which = f' ({", ".join(parts)})' if len(parts) > 1 else ''
-    return f'{total} run{"s" * (total > 1)}{of_which}; {complete} complete'
+    return f'{counted(total, "run")}{of_which}, {complete} complete'
 
 
 def _total_cost(state: StudyState, trials: StudyTrials) -> list[str]:
-    """Tokens and FLOPs of the whole study, once they are known."""
+    """Total tokens and FLOPs of the study, if they are known."""
     every = [trial for of_kind in trials.by_kind().values() for trial in of_kind]
     tokens, flops = _sum(trial.tokens for trial in every), _sum(trial.flops for trial in every)
     if flops is None:
         budget = values_text(state.study.budget)
-        return [f'tokens and FLOPs: what {budget} buys, once they are timed']
+        return [f'total: unknown until iterations are timed (budget {budget} per run)']
     costs = [{choice.flops_per_iter for choice in variant.choices} for variant in state.variants]
     undecided = not state.is_decided(trials) and any(len(cost) > 1 for cost in costs)
-    at_most = ' at most, since tuning is still to choose' if undecided else ''
+    at_most = ' at most, depending on the result of tuning' if undecided else ''
     total = f'{_number_text(tokens)} tokens, {_number_text(flops)} training FLOPs'
-    return [f'in all: {total}{at_most}']
+    return [f'total: {total}{at_most}']
 
 
 def _sum(numbers: Iterable[float | None]) -> float | None:
-    """None where one of them is unknown."""
+    """The sum; None if one of the numbers is unknown."""
     total: float = 0
     for number in numbers:
         if number is None:

@@ -1,37 +1,46 @@
-"""How far a study is while it runs: trials that have ended, those in progress, the time left."""
+"""The progress of a running study: ended and running trials, and the time left."""
 
 import contextlib
-import shutil
-import sys
 import time
 
-from common.console_output import is_terminal, overwrite_line, write_progress
+from common.console_output import write_progress
 from common.errors import UserError
 from common.formatting import duration
+from common.progress_bar import ProgressBar
 from studies.outcome import Outcome, summary_value
 from studies.runner import RunningTrial, StudyRunner, iterations_done
 from studies.trials import RUNS, TIMING, Trial
 
+UPDATE_SECONDS = 1.0  # between two looks at the runs in progress
+LINE_SECONDS = 60.0  # between lines where the output is not a terminal
+
 
 class StudyProgress:
-    """One counter over the whole study: runs that have ended, those in progress, the time left.
+    """One progress bar for the whole study, and a line for each trial that ends.
 
-    Time is estimated by FLOPs: those left, at the rate of those made since the start. With a budget
-    in seconds, by that budget.
+    The time left is estimated from FLOPs: those left, at the rate since the start. With a budget in
+    seconds, it is estimated from that budget.
     """
 
-    SHOW_SECONDS = 60.0  # seconds between lines where nobody watches; a terminal is kept up to date
-
     def __init__(self, runner: StudyRunner, trials: dict[str, list[Trial]]):
-        """trials: all of the study by kind, as far as their options are known."""
+        """trials: all trials of the study by kind, as far as their options are known."""
         self.runner, self.trials = runner, dict(trials)
-        self.ended_trials: set[Trial] = set()  # in whichever way
+        self.ended_trials: set[Trial] = set()  # with any outcome
         self.kind = ''
-        self.work_before: dict[Trial, float] = {}
+        self.work_before: dict[Trial, float] = {}  # done before this process
         self.began = self.last_shown = time.monotonic()
+        self.bar = ProgressBar(
+            'Study', self._count_trials(), unit='runs', line_seconds=LINE_SECONDS, show_rate=False
+        )
+
+    def __enter__(self) -> 'StudyProgress':
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.bar.close()
 
     def begin(self, kind: str, trials: list[Trial], waiting: list[Trial]) -> None:
-        """Of these trials, now that all of their options are known, some are still to be run."""
+        """Begin with a kind of trials, whose options are all known; `waiting` have not ended."""
         if not self.work_before:
             self.began = time.monotonic()
         self.kind, self.trials[kind] = kind, trials
@@ -40,21 +49,24 @@ class StudyProgress:
         self.ended_trials |= set(trials) - set(waiting)
         complete = len(trials) - len(waiting)
         if complete:
-            write_progress(f'{kind}: {complete} of {len(trials)} runs are complete already')
+            write_progress(f'{kind}: {complete} of {len(trials)} runs are already complete')
+
+    def _count_trials(self) -> int:
+        return sum(map(len, self.trials.values()))
 
     def _work(self, kind: str, trial: Trial) -> float:
-        """What a run costs, in one unit throughout the study."""
+        """The cost of a run, in one unit for the whole study."""
         seconds = self.runner.study.budget.get('seconds')
         if seconds is None:
             return trial.flops or 0.0
         return 0.0 if kind == TIMING else seconds
 
     def _share(self, trial: Trial) -> float:
-        """Which part of its iterations the trial has made."""
+        """The share of its iterations that the trial has done."""
         return trial.share(iterations_done(self.runner.folder(self.kind, trial)))
 
     def on_trial_end(self, running: RunningTrial, outcome: Outcome) -> None:
-        """Say what became of a run."""
+        """Write a line with the outcome of a run."""
         self.ended_trials.add(running.trial)
         loss = None
         if outcome.kind == 'finished':
@@ -64,13 +76,11 @@ class StudyProgress:
         result = f'{outcome.kind}{reason}' if loss is None else f'validation loss {loss:.4f}'
         seconds = duration(time.monotonic() - running.began)
         kind = '' if self.kind == RUNS else f'{self.kind} '
-        self._print(f'{self._count()} {kind}{running.trial.folder}: {result}, {seconds}')
-
-    def _count(self) -> str:
-        return f'[{len(self.ended_trials)}/{sum(map(len, self.trials.values()))}]'
+        count = f'[{len(self.ended_trials)}/{self._count_trials()}]'
+        write_progress(f'{count} {kind}{running.trial.folder}: {result}, {seconds}')
 
     def seconds_left(self) -> float | None:
-        """Of the whole study; None while nothing tells."""
+        """Seconds that the study still takes; None while unknown."""
         shares = {running.trial: self._share(running.trial) for running in self.runner.running}
         remaining = done = 0.0
         for kind, trials in self.trials.items():
@@ -83,27 +93,15 @@ class StudyProgress:
         return remaining * (time.monotonic() - self.began) / done if done else None
 
     def show(self) -> None:
-        """Where it is, now and then."""
+        """Update the bar with the runs in progress."""
         now = time.monotonic()
-        interval = 1.0 if is_terminal(sys.stdout) else self.SHOW_SECONDS
-        if not self.runner.running or now - self.last_shown < interval:
+        if not self.runner.running or now - self.last_shown < UPDATE_SECONDS:
             return
         self.last_shown = now
-        trials = [running.trial for running in self.runner.running]
-        done = [iterations_done(self.runner.folder(self.kind, trial)) for trial in trials]
         current = ', '.join(
-            f'{trial.folder} {iterations}/{trial.iterations}'
-            for trial, iterations in zip(trials, done)
+            f'{trial.folder} {iterations_done(self.runner.folder(self.kind, trial))}'
+            f'/{trial.iterations}'
+            for trial in (running.trial for running in self.runner.running)
         )
-        seconds = self.seconds_left()
-        left = 'unknown' if seconds is None else duration(seconds)
-        self._print(f'{self._count()} {current}; time left {left}', transient=True)
-
-    def _print(self, text: str, transient: bool = False) -> None:
-        if not is_terminal(sys.stdout):
-            write_progress(text)
-        elif transient:  # it is written over by the next, so it has to fit on one line
-            overwrite_line(text[: shutil.get_terminal_size().columns - 1])
-        else:
-            overwrite_line(text)
-            write_progress('')
+        self.bar.total = self._count_trials()
+        self.bar.update(len(self.ended_trials), current, self.seconds_left())

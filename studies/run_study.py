@@ -1,4 +1,4 @@
-"""A study from its first trial to the comparison, and what it says of what did not finish."""
+"""Run a study from the first trial to the comparison, and report unfinished runs."""
 
 import json
 import shlex
@@ -18,15 +18,15 @@ from studies.trials import RUNS, TIMING, TUNING, Trial
 
 
 def run_study(state: StudyState) -> int:
-    """Time and tune where the study asks for it, run every trial, compare. The exit code."""
+    """Run timing, tuning and comparison runs, then compare. Returns the exit code."""
     runner = state.runner
     with runner.active():
         try:
             kind, outcomes = train_trials(state)
         except StudyStopped as stop:
-            write_progress(f'\nstopped, with everything saved. To go on: {runner.command}')
+            write_progress(f'\nstopped; progress is saved. To continue: {runner.command}')
             return 128 + stop.signal
-    # From here on a signal ends the study as it ends any program.
+    # From here on, signals have their default effect.
     if kind == RUNS and any(outcome.is_final for outcome in outcomes.values()):
         write_progress('')
         print_comparison(runner.out_dir / RUNS)
@@ -34,10 +34,16 @@ def run_study(state: StudyState) -> int:
 
 
 def train_trials(state: StudyState) -> tuple[str, dict[Trial, Outcome]]:
-    """The kind of trials that the study came to, the last one or where it cannot go on; and what
-    became of those. Raises StudyStopped and UserError."""
+    """Run the trials of each kind in turn, until one kind has trials that have not ended.
+
+    Returns the last kind and the outcomes of its trials. Raises StudyStopped and UserError.
+    """
+    with StudyProgress(state.runner, state.trials().by_kind()) as progress:
+        return _train_trials(state, progress)
+
+
+def _train_trials(state: StudyState, progress: StudyProgress) -> tuple[str, dict[Trial, Outcome]]:
     study, runner = state.study, state.runner
-    progress = StudyProgress(runner, state.trials().by_kind())
     for kind in (TIMING, TUNING):
         trials = state.trials().by_kind()[kind]
         outcomes = runner.run(kind, trials, progress)
@@ -46,7 +52,7 @@ def train_trials(state: StudyState) -> tuple[str, dict[Trial, Outcome]]:
             return kind, outcomes
         if kind == TUNING and study.tune:
             for label, tuned in (state.tuned(state.trials()) or {}).items():
-                edge = f'; {", ".join(tuned.at_edge)} is at the end of its list: try beyond'
+                edge = f'; {", ".join(tuned.at_edge)} is at the end of its list, so extend the list'
                 write_progress(
                     f'tuned {label}: {values_text(tuned.choice.values)} (validation loss '
                     f'{tuned.loss:.4f}{edge if tuned.at_edge else ""})'
@@ -57,16 +63,16 @@ def train_trials(state: StudyState) -> tuple[str, dict[Trial, Outcome]]:
 
 
 def print_comparison(folder: Path) -> None:
-    """What `compare_architectures.py` says of the runs in a folder. Raises UserError."""
+    """Print the output of `compare_architectures.py` for a folder. Raises UserError."""
     runs, skipped = read_runs([folder])
     write_text(emphasize(render_text(compare(runs, skipped=skipped))), end='')
 
 
 def report_unfinished(kind: str, outcomes: dict[Trial, Outcome], runner: StudyRunner) -> int:
-    """Name each run that did not finish, and what to do. The exit code.
+    """Report each run that did not finish, with advice. Returns the exit code.
 
-    That of the signal if runs were interrupted and nothing else is wrong; diverged runs are results
-    like others, unless there are no others.
+    It is that of the signal if runs were interrupted and none failed. Diverged runs count as
+    results, unless all diverged.
     """
     for trial, outcome in outcomes.items():
         if outcome.kind == 'finished':
@@ -77,7 +83,10 @@ def report_unfinished(kind: str, outcomes: dict[Trial, Outcome], runner: StudyRu
         write_progress(f'{outcome.kind}: {trial.folder}{reason}: {ADVICE[outcome.kind]}')
     kinds = {outcome.kind for outcome in outcomes.values()}
     if kind != RUNS:
-        write_progress(f'The study goes on once its {kind} runs have ended: {runner.command}')
+        write_progress(
+            f'The comparison needs all {kind} runs. Run the same command to continue: '
+            f'{runner.command}'
+        )
     if kinds <= {'finished', 'diverged'} and 'finished' in kinds and kind == RUNS:
         return 0
     if kinds <= {'finished', 'diverged', 'interrupted'} and 'interrupted' in kinds:
@@ -86,7 +95,7 @@ def report_unfinished(kind: str, outcomes: dict[Trial, Outcome], runner: StudyRu
 
 
 def write_study_plan(state: StudyState, trials: list[Trial]) -> None:
-    """`study.json` beside the runs: the question, what was made equal or chosen, every command."""
+    """Write `study.json`: the question, matched sizes, tuned options, and all commands."""
     study, runner = state.study, state.runner
     tuned = state.tuned(state.trials()) or {}
     data = {

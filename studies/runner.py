@@ -1,4 +1,4 @@
-"""The processes of a study: each trial is a `train.py` of its own, in a folder of its own.
+"""The processes of a study: each trial is a separate `train.py` with its own folder.
 
 While a `StudyRunner` is active, SIGINT, SIGTERM and SIGHUP stop its trials, and then the study.
 """
@@ -21,6 +21,7 @@ from typing import IO, TYPE_CHECKING
 import torch
 
 from common.errors import UserError
+from common.live_region import write_in_signal_handler
 from comparison.conditions import REPORTING_OPTIONS
 from configurator import flatten
 from records.record import read_outline
@@ -44,12 +45,12 @@ if TYPE_CHECKING:
     from studies.progress import StudyProgress
 
 TRAIN = Path(__file__).resolve().parents[1] / 'train.py'
-# Options that say where a run goes and how it reports: two runs that differ in them are one.
+# Options for the place and the output of a run: runs that differ only in them are the same.
 PLACEMENT_OPTIONS = REPORTING_OPTIONS | {'init_from', 'resume_run', 'verify_data', 'debug'}
 
 
 class StudyStopped(Exception):
-    """The study was asked to stop, and its runs have ended."""
+    """A signal stopped the study, and its runs have ended."""
 
     def __init__(self, number: int):
         self.signal = number
@@ -60,10 +61,10 @@ class RunningTrial:
     """A run in progress."""
 
     trial: Trial
-    slot: int  # the GPU, or the share of the cores, that it has
+    slot: int  # number of its GPU, or of its share of the cores
     process: subprocess.Popen
     console: Path
-    console_start: int  # its size when the run began
+    console_start: int  # size of the file when the run began
     oom_kills_before: int
     stopping: bool = False
     began: float = field(default_factory=time.monotonic)
@@ -80,12 +81,12 @@ class RunningTrial:
 
 
 class StudyRunner:
-    """Runs trials as processes, in a folder that no other study uses meanwhile."""
+    """Runs trials as processes, in a folder that is locked against other studies."""
 
     def __init__(
         self, study: Study, out_dir: Path, context: RunContext, jobs: int, study_options: set[str]
     ):
-        """study_options: those of the command line that are the study's and not its runs'."""
+        """study_options: the options that are for study.py and not passed to the runs."""
         self.study, self.out_dir, self.context, self.jobs = study, out_dir, context, jobs
         options, values = flatten(schema()), study.command_line.layers[-1].values
         of_study = [f'--{key}={values[key]}' for key in values if key in study_options]
@@ -103,7 +104,7 @@ class StudyRunner:
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
-        """While entered, the folder is this study's, and signals stop the runs."""
+        """Lock the folder, and let signals stop the runs, until the context ends."""
         with study_lock(self.out_dir) as self.lock:
             handlers = {number: signal.signal(number, self._stop) for number in stop_signals()}
             try:
@@ -116,8 +117,10 @@ class StudyRunner:
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         self.stop_signal = number
-        with contextlib.suppress(OSError):  # the terminal may be gone
-            os.write(2, b'\nstopping: each run saves after its update; once more to stop at once\n')
+        write_in_signal_handler(
+            '\nStopping: each run saves a checkpoint after its current iteration. Press again to '
+            'stop immediately.\n'
+        )
         for running in self.running:
             running.stop()
 
@@ -128,7 +131,7 @@ class StudyRunner:
         return self.folder(kind, trial) / 'console.txt'
 
     def arguments(self, kind: str, trial: Trial, jobs: int | None = None) -> list[str]:
-        """The command that makes the trial's run, or goes on with it."""
+        """The command that starts the trial's run, or resumes it."""
         return [
             *('python', 'train.py', self.study.path, *self.run_arguments),
             *trial.arguments(flatten(schema())),
@@ -138,14 +141,14 @@ class StudyRunner:
         ]
 
     def record(self, kind: str, trial: Trial) -> Record | None:
-        """The outline of the trial's record; None without a run. Raises UserError."""
+        """The outline of the trial's record; None if there is no run. Raises UserError."""
         run = latest_run(self.folder(kind, trial))
         return None if run is None else read_outline(run)
 
     def run(
         self, kind: str, trials: list[Trial], progress: 'StudyProgress'
     ) -> dict[Trial, Outcome]:
-        """Run what has not ended, and say what became of each.
+        """Run the trials that have not ended, and return the outcome of each trial.
 
         Raises StudyStopped and UserError.
         """
@@ -156,7 +159,7 @@ class StudyRunner:
                 outcomes[trial] = outcome
         waiting = [trial for trial in trials if trial not in outcomes]
         progress.begin(kind, trials, waiting)
-        slots = list(range(min(jobs, len(waiting))))  # so that each has a GPU or cores of its own
+        slots = list(range(min(jobs, len(waiting))))  # each has its own GPU or cores
         while True:
             while waiting and slots and self.stop_signal is None:
                 self.running.append(self._start(kind, waiting.pop(0), slots.pop(0), jobs))
@@ -170,16 +173,16 @@ class StudyRunner:
                 raise StudyStopped(self.stop_signal)
             if not waiting and not self.running:
                 return {trial: outcomes[trial] for trial in trials}
-            for running in self.running:  # one that began as the signal came
+            for running in self.running:  # one that started when the signal arrived
                 if self.stop_signal is not None and not running.stopping:
                     running.stop()
             progress.show()
             time.sleep(0.2)
 
     def outcome(self, kind: str, trial: Trial) -> Outcome | None:
-        """What the trial's run came to; None where it is to be begun or continued.
+        """The outcome of the trial's run; None if it has not ended.
 
-        Raises UserError if it was another study's.
+        Raises UserError if the run had other options.
         """
         if (kind, trial.folder) in self.final_outcomes:
             return self.final_outcomes[kind, trial.folder]
@@ -194,7 +197,7 @@ class StudyRunner:
         return outcome
 
     def _check_options(self, kind: str, trial: Trial, config: dict) -> None:
-        """Raises UserError if a run that has ended had other options than the trial."""
+        """Raises UserError if an ended run had other options than the trial."""
         settings = merged_settings(self.study, trial.overrides).resolve(*self.context)
         differing = [
             f'{key}={config[key]!r} (now {value!r})'
@@ -204,12 +207,12 @@ class StudyRunner:
         if differing:
             raise UserError(
                 f'{self.folder(kind, trial)} was run with {", ".join(differing)}: the study has '
-                f'changed since. Give it another folder by --out_dir=FOLDER, or remove '
+                f'changed since. Choose another folder with --out_dir=FOLDER, or remove '
                 f'{self.out_dir}.'
             )
 
     def _process_outcome(self, kind: str, running: RunningTrial) -> Outcome:
-        """What became of a run whose process has ended: its record knows best."""
+        """The outcome of a run whose process has ended; the record takes precedence."""
         outcome = running.outcome()
         if outcome.kind == 'failed' and (recorded := self.outcome(kind, running.trial)):
             return recorded
@@ -231,8 +234,8 @@ class StudyRunner:
                 process = start_process(command, output, environment, self.lock)
         except OSError as error:
             raise UserError(
-                f'{folder}: a run cannot be started there ({error.strerror}). What has run is '
-                f'intact, and the same command goes on.'
+                f'{folder}: a run cannot be started there ({error.strerror}). Completed runs are '
+                f'saved. Fix the problem and run the same command to continue.'
             ) from error
         return RunningTrial(trial, slot, process, console, start, count_oom_kills())
 
@@ -248,7 +251,7 @@ def visible_gpu(slot: int) -> str:
 def start_process(
     command: list[str], output: IO[bytes], environment: dict[str, str], lock: list[int]
 ) -> subprocess.Popen:
-    """A run, which holds the study's lock too. Raises OSError."""
+    """Start a run, which holds the study's lock too. Raises OSError."""
     return subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
@@ -256,13 +259,13 @@ def start_process(
         stderr=subprocess.STDOUT,
         env=environment,
         pass_fds=lock,
-        start_new_session=True,  # Ctrl-C reaches it through us, once
+        start_new_session=True,  # so that Ctrl-C reaches it only once, from this process
         preexec_fn=_terminate_with_parent(),
     )
 
 
 def _terminate_with_parent() -> Callable[[], None] | None:
-    """For the child to call: be told to save and stop should the study itself be killed."""
+    """A function for the child: let the kernel send it SIGTERM if the study is killed."""
     if not sys.platform.startswith('linux'):
         return None
     prctl, set_death_signal = ctypes.CDLL(None).prctl, 1
@@ -270,7 +273,7 @@ def _terminate_with_parent() -> Callable[[], None] | None:
 
 
 def iterations_done(folder: Path) -> int:
-    """Iterations of the newest run in a folder, by the last whole line of its journal."""
+    """Iterations done by the newest run in a folder, from the last complete line of its journal."""
     run = latest_run(folder)
     if run is None:
         return 0

@@ -1,4 +1,4 @@
-"""A study with what its trials so far decide about those to come: seconds, and tuned options."""
+"""A study, with the results of its trials that later trials need: times and tuned options."""
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ from studies.variants import TuneChoice, Variant
 
 
 class TunedVariant(NamedTuple):
-    """What tuning chose for a variant, and which of the values are the end of their list."""
+    """The result of tuning a variant; `at_edge`: options whose value is at the end of its list."""
 
     choice: TuneChoice
     loss: float
@@ -21,7 +21,7 @@ class TunedVariant(NamedTuple):
 
 @dataclass
 class StudyState:
-    """A study, with what its runs so far decide about those to come."""
+    """A study, with the results that its later trials need."""
 
     study: Study
     variants: list[Variant]
@@ -29,7 +29,7 @@ class StudyState:
     runner: StudyRunner
 
     def trials(self) -> StudyTrials:
-        """The trials, by what is known by now. Raises UserError."""
+        """The trials, as far as their options are known. Raises UserError."""
         seconds = self._seconds_per_iter(StudyTrials(self.study, self.variants))
         if seconds is None:
             return StudyTrials(self.study, self.variants)
@@ -38,12 +38,12 @@ class StudyState:
         return StudyTrials(self.study, self.variants, seconds, tuned_choices)
 
     def is_decided(self, trials: StudyTrials) -> bool:
-        """Whether every option of the runs themselves is."""
+        """Whether all options of the runs to compare are known."""
         timed = len(trials.seconds) == len(self.variants) or not trials.timing
         return timed and (len(trials.tuned_choices) == len(self.variants) or not self.study.tune)
 
     def _seconds_per_iter(self, trials: StudyTrials) -> dict[str, float] | None:
-        """Of an iteration of each variant, by the timing runs; None if some are not finished."""
+        """Seconds per iteration of each variant, from timing runs; None if some have not run."""
         seconds = {}
         for trial in trials.timing:
             outcome = self.runner.outcome(TIMING, trial)
@@ -51,14 +51,17 @@ class StudyState:
                 return None
             time_ms = summary_value(self.runner.record(TIMING, trial), 'avg_time_ms')
             if not time_ms:
-                raise UserError(f'{self.runner.folder(TIMING, trial)}: its record has no times.')
+                raise UserError(
+                    f'{self.runner.folder(TIMING, trial)}: the record has no times. Remove the '
+                    f'folder and run the same command.'
+                )
             seconds[trial.variant] = time_ms / 1000
         return seconds
 
     def tuned(self, trials: StudyTrials) -> dict[str, TunedVariant] | None:
-        """Each variant's best setting of the keys of `tune`, by the final validation loss.
+        """The best choice of the `tune` options for each variant, by final validation loss.
 
-        A run that diverged is the worst. None if some have not ended. Raises UserError.
+        Diverged runs rank last. None if some have not ended. Raises UserError.
         """
         best: dict[str, tuple[float, Trial]] = {}
         for trial in trials.tuning:
@@ -74,8 +77,8 @@ class StudyState:
         for variant in self.variants if self.study.tune else []:
             if variant.label not in best:
                 raise UserError(
-                    f'{self.study.path}: every run that tuned {variant.label} diverged. Give tune '
-                    f'other values.'
+                    f'{self.study.path}: all tuning runs of {variant.label} diverged. Set other '
+                    f'values in tune.'
                 )
             loss, trial = best[variant.label]
             values = trial.choice.values
@@ -87,6 +90,6 @@ class StudyState:
 
 
 def is_at_edge(value: Any, choices: list) -> bool:
-    """Whether a larger or smaller value than any of the list might be better still."""
+    """Whether the value is the smallest or largest of a list of numbers."""
     numbers = all(type(choice) in (int, float) for choice in choices)
     return numbers and len(choices) > 1 and value in (min(choices), max(choices))

@@ -1,4 +1,4 @@
-"""How long a study takes, estimated before it runs: by its budget, its records or a measurement."""
+"""Estimate the time of a study before it runs: from its budget, its records or a measurement."""
 
 import contextlib
 import math
@@ -11,6 +11,7 @@ import torch
 
 from common import hardware
 from common.errors import UserError
+from common.formatting import counted
 from comparison.runs import causal_flops
 from model_builder import parameter_groups
 from optim.step import GuardedOptimizer
@@ -22,22 +23,16 @@ from studies.trials import TIMING, StudyTrials, Trial
 from studies.variants import TuneChoice
 from training.memory_check import is_out_of_memory
 
-# A measurement of a variant takes as long as this many FLOPs at most, and of all of them so many
-# seconds: enough for models that train on such a device within a day.
+# Variants with more FLOPs per micro-step are not measured; the limits suffice for models that train
+# on such a device within a day.
 LARGEST_MEASURED = {'cpu': 2e12}
-
-
 LARGEST_MEASURED_ELSEWHERE = 1e15
-
-
-MEASURING_SECONDS = 15.0
-
-
-REPEAT_SECONDS = 0.3  # of repetitions, where they are short
+MEASURING_SECONDS = 15.0  # of all measurements together
+REPEAT_SECONDS = 0.3  # for which short iterations are repeated
 
 
 class TimeEstimate(NamedTuple):
-    """Seconds of what is left of a study, and what they are known from."""
+    """Estimated seconds that a study still takes, and the basis of the estimate."""
 
     seconds: float
     source: str
@@ -46,24 +41,24 @@ class TimeEstimate(NamedTuple):
 def estimate_time(
     runner: StudyRunner, trials: StudyTrials, left: dict[str, list[Trial]], measure: bool
 ) -> TimeEstimate | None:
-    """The time of the trials that are left; None if nothing tells.
+    """The time of the remaining trials; None if it is unknown.
 
-    From the runs in out_dir; without any, where `measure` is set, from a few updates made now.
+    From the runs in out_dir; without any, if `measure` is set, from a few iterations made now.
     """
     devices = _devices(runner, runner.jobs)
     if 'seconds' in runner.study.budget:
         runs = sum(len(of_kind) for kind, of_kind in left.items() if kind != TIMING)
         seconds = runner.study.budget['seconds'] * runs / devices
-        return TimeEstimate(seconds, 'by its budget, and some more for evaluations')
+        return TimeEstimate(seconds, 'from the budget, plus evaluations')
     speeds: dict[str, list[float]] = {}
     recorded = 0
     for variant, speed in _recorded_speeds(runner, trials):
         speeds.setdefault(variant, []).append(speed)
         recorded += 1
-    source = f'at the speed of {recorded} run{"s" * (recorded > 1)} in {runner.out_dir}'
+    source = f'at the speed of {counted(recorded, "run")} in {runner.out_dir}'
     if not recorded and measure:
         speeds = {variant: [speed] for variant, speed in _measured_speeds(runner, trials)}
-        source = 'at the speed of a few updates made now, and some more for the start of each run'
+        source = 'at the speed of a few iterations made now, plus the start of each run'
     if not speeds:
         return None
     by_variant = {variant: statistics.fmean(values) for variant, values in speeds.items()}
@@ -72,7 +67,7 @@ def estimate_time(
     for kind, of_kind in left.items():
         for trial in of_kind:
             share = trial.share(iterations_done(runner.folder(kind, trial)))
-            # A recorded speed is that of a whole run.
+            # A recorded speed includes evaluations.
             extra = 0.0 if recorded else _evaluation_flops(runner, trial)
             flops = ((trial.flops or 0.0) + extra) * (1 - share)
             seconds += flops * by_variant.get(trial.variant, typical)
@@ -80,13 +75,13 @@ def estimate_time(
 
 
 def _devices(runner: StudyRunner, jobs: int) -> int:
-    """How many runs get a device of their own; on a CPU they share its cores."""
+    """Number of runs with their own device; runs on a CPU share its cores."""
     on_gpu = runner.context.device.type == 'cuda'
     return max(1, min(jobs, torch.cuda.device_count())) if on_gpu else 1
 
 
 def _recorded_speeds(runner: StudyRunner, trials: StudyTrials) -> Iterator[tuple[str, float]]:
-    """Variant and seconds a FLOP, on a device of its own, of each run that has made some."""
+    """Variant and seconds per FLOP, on its own device, of each recorded run."""
     for kind, of_kind in trials.by_kind().items():
         for trial in of_kind:
             with contextlib.suppress(UserError, KeyError, AttributeError, TypeError):
@@ -101,7 +96,7 @@ def _recorded_speeds(runner: StudyRunner, trials: StudyTrials) -> Iterator[tuple
 
 
 def _measured_speeds(runner: StudyRunner, trials: StudyTrials) -> Iterator[tuple[str, float]]:
-    """Variant and seconds a FLOP, measured now, as far as that takes no longer than seconds."""
+    """Variant and seconds per FLOP, measured now; slow variants are left out."""
     began, device = time.perf_counter(), runner.context.device
     largest = LARGEST_MEASURED.get(device.type, LARGEST_MEASURED_ELSEWHERE)
     for variant in trials.variants:
@@ -120,9 +115,9 @@ def _measured_speeds(runner: StudyRunner, trials: StudyTrials) -> Iterator[tuple
 
 
 def measure_seconds_per_iter(choice: TuneChoice, device: torch.device) -> float:
-    """How long an iteration takes now, without compilation: the mean of a few, one micro-step each.
+    """Seconds per iteration without compilation: the mean over a few, one micro-step each.
 
-    Raises UserError where the memory does not suffice.
+    Raises UserError if memory does not suffice.
     """
     run, architecture = choice.settings.run, choice.settings.architecture
     parallel = SingleProcess(run, device)
@@ -149,18 +144,18 @@ def measure_seconds_per_iter(choice: TuneChoice, device: torch.device) -> float:
             hardware.synchronize(device)
             micro_step_times.append(middle - start)
             update_times.append(time.perf_counter() - middle)
-            if len(update_times) == 1:  # which warmed up
+            if len(update_times) == 1:  # the warm-up
                 until = time.perf_counter() + REPEAT_SECONDS
     except (RuntimeError, MemoryError) as error:
         if is_out_of_memory(error):
-            raise UserError('not enough memory to measure an update') from error
+            raise UserError('not enough memory to measure an iteration') from error
         raise
     micro_step, update = (statistics.fmean(times[1:]) for times in (micro_step_times, update_times))
     return micro_step * run.gradient_accumulation_steps + update
 
 
 def _evaluation_flops(runner: StudyRunner, trial: Trial) -> float:
-    """Of a run's evaluations: forward passes, which are a third of training's FLOPs."""
+    """FLOPs of a run's evaluations: forward passes, a third of the training FLOPs per token."""
     settings = merged_settings(runner.study, trial.overrides).resolve(*runner.context)
     run, block_size = settings.run, settings.architecture.block_size
     evaluations = 1 + math.ceil((trial.iterations or 0) / run.eval_interval)

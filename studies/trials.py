@@ -1,4 +1,4 @@
-"""The runs of a study, its trials: which there are, what they set, and what each may cost."""
+"""The trials of a study: its runs, with their options and costs."""
 
 from dataclasses import dataclass
 
@@ -6,21 +6,19 @@ from common.registry import Option
 from studies.grid import SEED_KEYS, Study, argument, folder_names, grid, point_labels, study_seeds
 from studies.variants import TuneChoice, Variant, budgeted_iterations
 
-RUNS, TUNING, TIMING = 'runs', 'tuning', 'timing'  # kinds of trials; their folders below out_dir
+RUNS, TUNING, TIMING = 'runs', 'tuning', 'timing'  # kinds of trials, and their folders in out_dir
+TIMED_ITERATIONS = 10  # of a timing run; the record excludes the first
 
 
-TIMED_ITERATIONS = 10  # to learn the seconds of one; the record leaves the first out
-
-
-@dataclass(frozen=True, eq=False)  # a key by itself
+@dataclass(frozen=True, eq=False)  # hashable by identity
 class Trial:
     """One run of a study."""
 
-    folder: str  # below the study's, unique
+    folder: str  # unique, within the folder of its kind
     variant: str
     overrides: dict
     choice: TuneChoice
-    iterations: int | None  # None: not known before the budget's seconds are
+    iterations: int | None  # None: unknown until iterations are timed
 
     @property
     def tokens(self) -> int | None:
@@ -31,21 +29,21 @@ class Trial:
         return None if self.iterations is None else self.iterations * self.choice.flops_per_iter
 
     def share(self, iterations_done: int) -> float:
-        """Which part of its iterations so many are."""
+        """The share of its iterations that is done (0 to 1)."""
         return min(1.0, iterations_done / self.iterations) if self.iterations else 0.0
 
     def arguments(self, options: dict[str, Option]) -> list[str]:
-        """As `train.py` takes them."""
+        """The overrides as arguments of `train.py`."""
         arguments = (argument(key, value, options) for key, value in self.overrides.items())
-        return [text for text in arguments if text is not None]  # all can be: they were checked
+        return [text for text in arguments if text is not None]  # none is None: they were checked
 
 
 class StudyTrials:
     """The runs of a study, as far as their options are known.
 
-    seconds: of an iteration of each variant, by label, once they are timed.
-    tuned_choices: what tuning chose for each, by label.
-    Where either is not known yet, a run stands for one at the largest cost.
+    seconds: seconds per iteration of each variant, by label, once they are timed.
+    tuned_choices: the result of tuning each variant, by label.
+    While either is unknown, a run is assumed to have the largest cost.
     """
 
     def __init__(
@@ -70,7 +68,7 @@ class StudyTrials:
 
     @property
     def timing(self) -> list[Trial]:
-        """A few iterations of each variant, where the budget is in seconds."""
+        """A short run of each variant, if the budget is in seconds."""
         if 'seconds' not in self.study.budget:
             return []
         labels = [variant.label for variant in self.variants]
@@ -83,7 +81,7 @@ class StudyTrials:
 
     @property
     def tuning(self) -> list[Trial]:
-        """The runs that choose each variant's values of the keys of `tune`, at a seed apart."""
+        """The runs that choose the `tune` options of each variant, with a separate seed."""
         if not self.study.tune:
             return []
         seed = dict.fromkeys(SEED_KEYS, self.study.tune_seed)
@@ -96,8 +94,8 @@ class StudyTrials:
 
     @property
     def runs(self) -> list[Trial]:
-        """Every run that counts: all variants at the first seed, then at the next, so that pairs
-        grow together."""
+        """The runs to compare: all variants with the first seed, then with the next, so that
+        pairs complete together."""
         seeds = study_seeds(self.study)
         return [
             self._trial(
@@ -111,10 +109,10 @@ class StudyTrials:
         ]
 
     def _variant_folders(self) -> list[tuple[str, Variant]]:
-        """Each variant with the name of its folder."""
+        """The folder name of each variant, and the variant."""
         labels = [variant.label for variant in self.variants]
         return list(zip(folder_names(labels), self.variants))
 
     def by_kind(self) -> dict[str, list[Trial]]:
-        """All runs by kind, in the order in which the kinds are run."""
+        """All trials by kind, in the order in which the kinds are run."""
         return {TIMING: self.timing, TUNING: self.tuning, RUNS: self.runs}

@@ -1,4 +1,4 @@
-"""The variants of a study: checked, made equal in size, and given a fair budget."""
+"""The variants of a study: check them, match their sizes, compute their budgets."""
 
 import functools
 from collections.abc import Callable
@@ -31,7 +31,7 @@ MAX_ITERATIONS = 10**12  # in a run
 
 @dataclass(frozen=True)
 class TuneChoice:
-    """One setting of the keys of `tune`, with the variant's settings under it."""
+    """One combination of the `tune` options, with the resulting settings of the variant."""
 
     values: dict
     settings: Settings
@@ -41,14 +41,14 @@ class TuneChoice:
 
 @dataclass(frozen=True)
 class Variant:
-    """One architecture, or one way to train it, of a study: what it sets over the base."""
+    """One variant of a study: the options that it sets over the base."""
 
     label: str
     grid_point: dict[str, Any]
-    overrides: dict[str, Any]  # the same, and what was changed to match it
+    overrides: dict[str, Any]  # the grid point, and the option changed by `match`
     settings: Settings
     matched: dict = field(default_factory=dict)  # {'value', 'was', 'mismatch'} of `match_by`
-    choices: tuple[TuneChoice, ...] = ()  # what tuning chooses among; without it the one there is
+    choices: tuple[TuneChoice, ...] = ()  # the candidates of tuning; without `tune` a single one
 
     @property
     def costliest(self) -> TuneChoice:
@@ -56,7 +56,7 @@ class Variant:
 
 
 class RunContext(NamedTuple):
-    """What the settings of every run of a study are completed with."""
+    """The device, dtype and dataset that resolve the settings of every run of a study."""
 
     device: torch.device
     dtype: str
@@ -64,9 +64,9 @@ class RunContext(NamedTuple):
 
 
 def build_variants(study: Study, context: RunContext) -> list[Variant]:
-    """The study's variants, checked all at once, matched in size, with what tuning chooses among.
+    """The study's variants, checked, with matched sizes and the candidates of tuning.
 
-    Raises UserError.
+    Raises UserError with all problems.
     """
     points = variant_overrides(study)
     variants, problems = [], []
@@ -80,7 +80,7 @@ def build_variants(study: Study, context: RunContext) -> list[Variant]:
     if problems:
         raise UserError(
             *problems,
-            f'{study.path}: leave such points out with exclude = [{{…}}, …], or change the grid.',
+            f'{study.path}: exclude such combinations with exclude = [{{…}}], or change the grid.',
         )
     variants = _without_duplicates(variants)
     if study.match != 'none':
@@ -89,7 +89,7 @@ def build_variants(study: Study, context: RunContext) -> list[Variant]:
 
 
 def _without_duplicates(variants: list[Variant]) -> list[Variant]:
-    """Each way to train once: an ablation may set what the base has already."""
+    """The variants without duplicates: an ablation may equal the base."""
     by_config: dict[str, Variant] = {}
     for variant in variants:
         by_config.setdefault(repr(sorted(variant.settings.to_dict().items(), key=str)), variant)
@@ -97,12 +97,12 @@ def _without_duplicates(variants: list[Variant]) -> list[Variant]:
 
 
 def _with_choices(study: Study, variants: list[Variant], context: RunContext) -> list[Variant]:
-    """The variants with what tuning chooses among. Raises UserError."""
+    """The variants with the candidates of tuning. Raises UserError."""
     result, problems = [], []
     for variant in variants:
         flops = MEASURES['flops'](variant.settings.architecture)
         choices = []
-        for values in grid(study.tune):  # without `tune` one, {}
+        for values in grid(study.tune):  # without `tune`, only {}
             label = f'{variant.label}, {point_label(values)}' if values else variant.label
             try:
                 choice = _checked_choice(study, variant, values, flops, context)
@@ -116,9 +116,9 @@ def _with_choices(study: Study, variants: list[Variant], context: RunContext) ->
             and len({(c.tokens_per_iter, c.flops_per_iter) for c in choices}) > 1
         ):
             problems.append(
-                f'{study.path}: {variant.label}: tune changes the cost of an update, and '
-                f'budget={study.budget!r} is shared out by that cost. Give the budget in flops or '
-                f'tokens.'
+                f'{study.path}: {variant.label}: tune changes the cost of an iteration, so '
+                f'budget={study.budget!r} cannot be converted to iterations. Give the budget in '
+                f'flops or tokens.'
             )
     if problems:
         raise UserError(*dict.fromkeys(problems))
@@ -128,7 +128,7 @@ def _with_choices(study: Study, variants: list[Variant], context: RunContext) ->
 def _checked_choice(
     study: Study, variant: Variant, values: dict, flops: float, context: RunContext
 ) -> TuneChoice:
-    """A setting of `tune`, checked. flops: the variant's, a token. Raises UserError."""
+    """A candidate of tuning, checked. flops: FLOPs per token of the variant. Raises UserError."""
     settings = variant.settings
     if values:
         settings = merged_settings(study, {**variant.overrides, **values}).resolve(*context)
@@ -138,15 +138,20 @@ def _checked_choice(
             if study.match != 'none':
                 measure = MEASURES[study.match]
                 if measure(architecture) != measure(variant.settings.architecture):
-                    raise UserError(f'tune changes the {study.match} that match made equal.')
+                    raise UserError(
+                        f'tune changes the {study.match}, which match makes equal. Remove the '
+                        f'option from tune.'
+                    )
     run = settings.run
     tokens = run.batch_size * run.gradient_accumulation_steps * settings.architecture.block_size
     return TuneChoice(values, settings, tokens, tokens * flops)
 
 
 def baseline_variant(study: Study, variants: list[Variant]) -> Variant:
-    """The variant that the others are compared with: `baseline`, else the `reference` if it is a
-    variant, else the first. Raises UserError."""
+    """The variant that the others are compared with. Raises UserError.
+
+    `baseline`, else `reference` if it is a variant, else the first variant.
+    """
     if not study.baseline:
         matching = _variants_at_point(study, variants, study.reference) if study.reference else []
         return matching[0] if len(matching) == 1 else variants[0]
@@ -156,18 +161,18 @@ def baseline_variant(study: Study, variants: list[Variant]) -> Variant:
     labels = ', '.join(variant.label for variant in matching or variants)
     if matching:
         raise UserError(
-            f'{study.path}: baseline={study.baseline!r} fits {len(matching)} variants: {labels}. '
-            f'Add the options that tell them apart.'
+            f'{study.path}: baseline={study.baseline!r} matches {len(matching)} variants: '
+            f'{labels}. Add the options in which they differ.'
         )
     raise UserError(
-        f'{study.path}: baseline={study.baseline!r} is none of the variants, which are: {labels}.'
+        f'{study.path}: baseline={study.baseline!r} matches no variant. Variants: {labels}.'
     )
 
 
 def _variants_at_point(study: Study, variants: list[Variant], point: dict) -> list[Variant]:
-    """The variants that agree with every option of a point.
+    """The variants that match every option of a point.
 
-    Where it gives each option of the sweep, ablations that it does not name are left out.
+    If the point has all options of the sweep, ablations that it does not name do not match.
     """
 
     def agrees(variant: Variant) -> bool:
@@ -185,7 +190,7 @@ def _variants_at_point(study: Study, variants: list[Variant], point: dict) -> li
 
 
 def _match_sizes(study: Study, variants: list[Variant], context: RunContext) -> list[Variant]:
-    """The variants with `match_by` set such that `match` agrees with the reference's.
+    """The variants with `match_by` set so that `match` equals that of the reference.
 
     Raises UserError.
     """
@@ -206,12 +211,12 @@ def _match_sizes(study: Study, variants: list[Variant], context: RunContext) -> 
 def _resize(
     study: Study, variant: Variant, measure: Callable, target: float, context: RunContext
 ) -> Variant:
-    """The variant with the size at which `measure` comes nearest to `target`. Raises UserError."""
+    """The variant with the size for which `measure` is closest to `target`. Raises UserError."""
     size = variant.settings.architecture.to_dict().get(study.match_by)
     if type(size) is not int:
         raise UserError(
-            f'{study.path}: {variant.label} has no size {study.match_by!r} to match by; its '
-            f'sizes are {_sizes(variant.settings.architecture)}. Choose one by match_by.'
+            f'{study.path}: {variant.label} has no size {study.match_by!r}. Set match_by to one of '
+            f'{_sizes(variant.settings.architecture)}.'
         )
 
     def changed(value: int) -> Settings:
@@ -228,7 +233,7 @@ def _resize(
         except ValueError:
             raise UserError(
                 f'{study.path}: match_by={study.match_by!r} has no effect on {study.match} of '
-                f'{variant.label}. Choose another size.'
+                f'{variant.label}. Set match_by to another size.'
             ) from None
     if value != size:
         overrides = {**variant.overrides, study.match_by: value}
@@ -242,16 +247,16 @@ def _sizes(architecture: ModelArchitectureConfig) -> str:
 
 
 def nearest_integer(rising: Callable[[int], float], target: float) -> int:
-    """The n ≥ 1 at which a rising function comes nearest to `target`.
+    """The n ≥ 1 for which an increasing function is closest to `target`.
 
-    Raises ValueError if it does not rise.
+    Raises ValueError if it does not increase.
     """
     rising = functools.cache(rising)
     high = 1
     while (reached := rising(high)) < target:
         high *= 2
         if rising(high) <= reached:
-            raise ValueError('not a rising function')
+            raise ValueError('not an increasing function')
     low = high // 2
     while high - low > 1:
         middle = (low + high) // 2
@@ -266,9 +271,9 @@ def nearest_integer(rising: Callable[[int], float], target: float) -> int:
 def budgeted_iterations(
     study: Study, label: str, choice: TuneChoice, seconds_per_iter: float | None
 ) -> int | None:
-    """Iterations that the budget buys. Raises UserError.
+    """Number of iterations within the budget. Raises UserError.
 
-    None: what the base says, or, where the budget is in seconds, not known yet.
+    None: no budget, or one in seconds before iterations are timed.
     """
     if not study.budget:
         return None
@@ -284,12 +289,12 @@ def budgeted_iterations(
     iterations = int(amount / price)
     if iterations < 1:
         raise UserError(
-            f'{study.path}: budget={study.budget!r} buys {label} no update: one takes '
-            f'{price:.4g} {kind}.'
+            f'{study.path}: budget={study.budget!r} is too small for {label}: one iteration takes '
+            f'{price:.4g} {kind}. Increase it.'
         )
     if iterations > MAX_ITERATIONS:
         raise UserError(
-            f'{study.path}: budget={study.budget!r} buys {label} {iterations:.3g} updates. Give at '
-            f'most what {MAX_ITERATIONS:,} take.'
+            f'{study.path}: budget={study.budget!r} gives {label} {iterations:.3g} iterations, '
+            f'more than {MAX_ITERATIONS:,}. Decrease it.'
         )
     return iterations

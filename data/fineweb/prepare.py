@@ -1,7 +1,7 @@
-"""FineWeb's sample of 10 billion tokens (Penedo et al. 2024), some 45 GB of text.
+"""FineWeb's sample of 10 billion tokens (Penedo et al. 2024), about 45 GB of text.
 
-Takes the options of data/prepare.py; --hf_subset=sample-100BT has ten times as much. Run me, or try
-a part first:
+Takes the options of data/prepare.py; --hf_subset=sample-100BT is ten times as large. To try a part
+first:
 
     python data/fineweb/prepare.py --max_documents=20000
 """

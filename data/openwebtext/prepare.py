@@ -1,6 +1,6 @@
-"""OpenWebText (Gokaslan & Cohen 2019): 8 million pages, some 40 GB of text, 9 billion tokens.
+"""OpenWebText (Gokaslan & Cohen 2019): 8 million pages, about 40 GB of text, 9 billion tokens.
 
-Takes the options of data/prepare.py. Run me, or try a part first:
+Takes the options of data/prepare.py. To try a part first:
 
     python data/openwebtext/prepare.py --max_documents=20000
 """
@@ -18,7 +18,7 @@ from data import prepare
 
 def main(argv=None):
     folder = Path(__file__).resolve().parent
-    # The share that nanoGPT sets apart.
+    # nanoGPT's share of validation data.
     mine = ['--hf=Skylion007/openwebtext', '--val_fraction=0.0005', f'--out={folder}']
     prepare.main([*mine, *(sys.argv[1:] if argv is None else argv)])
 

@@ -1,17 +1,17 @@
-"""What to do about a corpus that leaves nothing for one of the splits: advice that works."""
+"""Advice for a corpus that leaves one of the splits empty; it is tried on the corpus first."""
 
 import hashlib
 
 from data.preparation.sources import DocumentSource, FileSource
 from data.preparation.train_tokenizer import valid_texts
 
-PARTS, SMALLEST_CUT = 200, 64  # about as many parts are aimed at; bytes of one
+PARTS, SMALLEST_CUT = 200, 64  # intended number of parts; smallest size of a part in bytes
 
 
 def split_hint(source: DocumentSource, val_fraction: float) -> str:
-    """An option with which both splits get documents, tried out on the corpus; or what it lacks."""
-    if source.unit != 'B':  # it would have to be fetched again
-        return 'Take more of them: a larger --max_documents, or another --val_fraction.'
+    """Options with which both splits get documents, tried on the corpus; else what it lacks."""
+    if source.unit != 'B':  # trying options would download it again
+        return 'Increase --max_documents or change --val_fraction.'
     cut_sources: dict[int, DocumentSource] = {}
     if isinstance(source, FileSource) and source.has_only_texts:
         for cut in (max(sum(source.sizes) // PARTS, SMALLEST_CUT), SMALLEST_CUT):
@@ -20,19 +20,19 @@ def split_hint(source: DocumentSource, val_fraction: float) -> str:
     for cut, cut_source in cut_sources.items():
         shares, option = validation_thresholds(cut_source), f'--cut={cut} '
         if shares and shares[0] < val_fraction <= shares[-1]:
-            return f'To make more documents, cut the texts at blank lines: {option.strip()}'
+            return f'To get more documents, cut the texts at blank lines: {option.strip()}'
     if len(shares) < 2:
-        return 'At least two different documents are needed.'
-    first = 0 if shares[0] >= val_fraction else len(shares) - 2  # of the two that are divided
+        return 'Add texts: at least two different documents are needed.'
+    first = 0 if shares[0] >= val_fraction else len(shares) - 2  # of the two neighbors to separate
     between = (shares[first] + shares[first + 1]) / 2
     return (
-        f'To divide {"its parts" if cut_sources else "them"}, choose another share for validation: '
+        f'To get both splits, choose another share for validation: '
         f'{option}--val_fraction={between:.6g}'
     )
 
 
 def validation_thresholds(source: DocumentSource) -> list[float]:
-    """For each different document the share for validation above which it is in it, in order."""
+    """For each different document, the smallest val_fraction that makes it validation; sorted."""
     digests = {
         hashlib.sha256(text.encode()).digest()[:8]
         for batch in source.batches()

@@ -1,4 +1,4 @@
-"""The files of a corpus: what files, folders and patterns stand for, and how they are opened."""
+"""The files of a corpus: expand files, folders and patterns; open and decompress them."""
 
 import bz2
 import fnmatch
@@ -22,32 +22,31 @@ COMPRESSED = ('.gz', '.bz2', '.xz', '.zst')
 TEXTS, LINES = ('.txt', '.md'), ('.jsonl', '.ndjson')
 JSON = (*LINES, '.json')
 SHOWN_SUFFIXES = 5
-SNIFFED_BYTES = 2**16  # bytes by which a file is judged
+SNIFFED_BYTES = 2**16  # bytes read to recognize the kind of a file
 
 
 class Corpus(NamedTuple):
-    """The files, each once, and a sentence on what the folders among the names hold beside them."""
+    """The files, each once, and notes on the other files in the given folders."""
 
     paths: list[str]
     notes: list[str]
 
 
 def kind_of(path: str) -> str:
-    """The end of a file's name that says what it holds, without what says how it is compressed."""
+    """The suffix of a file without that of its compression: `.json` of `a.json.gz`."""
     return os.path.splitext(stem_of(path))[1]
 
 
 def stem_of(path: str) -> str:
-    """The path in lower case, without the end that says how the file is compressed."""
+    """The path in lower case, without the suffix of its compression."""
     stem, suffix = os.path.splitext(path.lower())
     return stem if suffix in COMPRESSED else path.lower()
 
 
 def is_corpus_file(path: str) -> bool:
-    """Whether a file is read that a folder holds.
+    """Whether a file in a given folder is read.
 
-    A plain .json file is not: in a folder of data it says what the data is more often than it is
-    the data.
+    A plain .json file is not: in a folder of data it usually contains metadata.
     """
     kind = kind_of(path)
     plain = stem_of(path) == path.lower()
@@ -60,11 +59,11 @@ READABLE = (
 
 
 def find_files(names: Iterable[str]) -> Corpus:
-    """The files that files, folders and glob patterns stand for, each once, in that order.
+    """The files that files, folders and glob patterns expand to, each once, in that order.
 
-    A folder stands for all files in and below it for which `is_corpus_file` holds, those behind
-    links too; what is hidden is left out. Each real folder counts once, however many links lead to
-    it; a link to a file counts as a file. Raises UserError for a name that stands for nothing.
+    A folder expands to all files in it and its subfolders for which `is_corpus_file` is true, also
+    through links, without hidden ones. Each real folder is read once, however many links lead to
+    it; a link to a file counts as a file. Raises UserError for a name that expands to nothing.
     """
     paths: dict[str, str] = {}
     notes: list[str] = []
@@ -81,7 +80,7 @@ def find_files(names: Iterable[str]) -> Corpus:
         if not files:
             raise UserError(_no_files_message(name, matches, others))
         if others:
-            notes.append(f'Left out of {name}: {_describe_files(others)}.')
+            notes.append(f'Skipped in {name}: {_describe_files(others)}.')
         for file in files:
             folder, base = os.path.split(file)
             paths.setdefault(os.path.join(os.path.realpath(folder), base), file)
@@ -89,14 +88,14 @@ def find_files(names: Iterable[str]) -> Corpus:
 
 
 def files_below(folder: str) -> Iterator[str]:
-    """The files in and below a folder but for hidden ones. Raises UserError."""
+    """The files in a folder and its subfolders, without hidden ones. Raises UserError."""
     for entry in entries_below(folder):
         if not os.path.isdir(entry):
             yield entry
 
 
 def entries_below(folder: str) -> Iterator[str]:
-    """The files and folders in and below a folder but for hidden ones. Raises UserError."""
+    """The files and folders below a folder, without hidden ones. Raises UserError."""
     for _, folders, files in walk(folder, _unreadable):
         folders[:] = [entry for entry in folders if not entry.name.startswith('.')]
         yield from (entry.path for entry in folders)
@@ -105,13 +104,13 @@ def entries_below(folder: str) -> Iterator[str]:
 
 def _unreadable(error: OSError) -> None:
     raise UserError(
-        f'The folder {error.filename} cannot be read: {error.strerror}. Give the paths that are to '
-        'be read instead of the folder around them.'
+        f'The folder {error.filename} cannot be read: {error.strerror}. Name the readable paths in '
+        'it instead of the folder around it.'
     )
 
 
 def expand_pattern(pattern: str) -> Iterator[str]:
-    """What a pattern stands for. `**` is any number of folders, each real one once.
+    """The paths that match a pattern. `**` is any number of folders, each real one once.
 
     glob.glob would follow links that form a loop until a name gets too long.
     """
@@ -143,30 +142,30 @@ def _no_files_message(name: str, matches: list[str], others: list[str]) -> str:
         parent = os.path.dirname(name) or '.'
         beside = os.listdir(parent) if os.path.isdir(parent) else []
         return f'There is no file or folder {name}.{did_you_mean(os.path.basename(name), beside)}'
-    message = f'{name} holds no file that ends in {READABLE}'
+    message = f'{name} has no file that ends in {READABLE}'
     if not others:
-        return f'{message}: it is empty.'
+        return f'{message}. It is empty.'
     ((suffix, count),) = Counter(map(_ending, others)).most_common(1)
-    message += f', but {count:,} that end in {suffix!r}'
+    message += f', but {count:,} files that end in {suffix!r}'
     example = next(path for path in others if _ending(path) == suffix)
     if problem := file_text_problem(example):
         return f'{message}. {example} is {problem}.'
     pattern = os.path.join(matches[0], '**', f'*{suffix}')
     what = 'JSON' if kind_of(example) == '.json' else 'text'
-    return f"{message}. To read those as {what}: '{pattern}'"
+    return f"{message}. To read these as {what}, give this pattern: '{pattern}'"
 
 
 def _ending(path: str) -> str:
-    """The end of a name: .csv, .tar.gz."""
+    """The suffix of a name: .csv, .tar.gz."""
     return path[len(os.path.splitext(stem_of(path))[0]) :]
 
 
 def _describe_files(paths: list[str]) -> str:
-    """The endings of files, how many have each, and an example."""
+    """The suffixes of files, how many files have each, and an example."""
     dangling = [path for path in paths if not os.path.exists(path)]
     ended = Counter(_ending(path) for path in paths)
     parts = [
-        f'{count:,} that end in {suffix!r}' if suffix else f'{count:,} without an ending'
+        f'{count:,} that end in {suffix!r}' if suffix else f'{count:,} without a suffix'
         for suffix, count in ended.most_common(SHOWN_SUFFIXES)
     ]
     if len(ended) > SHOWN_SUFFIXES:
@@ -175,7 +174,7 @@ def _describe_files(paths: list[str]) -> str:
         )
     text = f'{len(paths):,} files, {", ".join(parts)} (such as {paths[0]})'
     if dangling:
-        text += f'; {len(dangling):,} of them links that lead nowhere (such as {dangling[0]})'
+        text += f'; {len(dangling):,} of them broken links (such as {dangling[0]})'
     return text
 
 
@@ -193,7 +192,7 @@ def zstandard():
 
 @contextmanager
 def open_decompressed(path: str):
-    """(What the file holds, unpacked; the file itself). What is wrong with it is an OSError."""
+    """(The decompressed file, the file itself). Raises OSError for every problem with it."""
     suffix = os.path.splitext(path.lower())[1]
     unpack: dict[str, Callable] = {
         '.gz': lambda raw: gzip.GzipFile(fileobj=raw),
@@ -212,7 +211,7 @@ def open_decompressed(path: str):
 
 
 def file_text_problem(path: str) -> str | None:
-    """Why a file is no text, to complete 'FILE is …', by its first bytes; None: it may be one."""
+    """Why a file is not text, by its first bytes, to complete 'FILE is …'; None: it may be."""
     try:
         with open_decompressed(path) as (file, _):
             begin = file.read(SNIFFED_BYTES)

@@ -1,6 +1,6 @@
-"""Documents as a source gives them: raw, with their text only where `text` is called.
+"""Documents as a source yields them: raw, parsed when `text` is called.
 
-So what takes time, such as parsing JSON, can be left to another process.
+Slow work, such as parsing JSON, can thus be done in another process.
 """
 
 from typing import Any, NamedTuple, Protocol
@@ -10,18 +10,18 @@ from common.text_files import decode, parse_json
 
 
 class Document(Protocol):
-    """What a preparation needs of a document."""
+    """The interface of a document that preparation uses."""
 
     def text(self) -> str:
-        """The document. Raises InvalidDocument."""
+        """The document's text. Raises InvalidDocument."""
 
 
 class InvalidDocument(UserError):
-    """A document that cannot be used: where it stands and what is the matter."""
+    """A document that cannot be used, with its place and the reason."""
 
 
 class TextDocument(NamedTuple):
-    """A document as the bytes of a file, or of a part of one."""
+    """A document that is a file, or a part of one, as bytes."""
 
     place: str
     content: bytes
@@ -43,7 +43,7 @@ class TextDocument(NamedTuple):
 
 
 class JsonDocument(NamedTuple):
-    """A document as a line of JSON, an object that has it under `field`."""
+    """A document that is a line of JSON, an object with the text under `field`."""
 
     path: str
     number: int
@@ -64,12 +64,12 @@ class JsonDocument(NamedTuple):
         try:
             row = parse_json(self.line)
         except ValueError as error:
-            raise InvalidDocument(f'{place} is no JSON: {error}.') from None
+            raise InvalidDocument(f'{place} is not valid JSON: {error}.') from None
         return _text_of(row, self.field, place)
 
 
 class RowDocument(NamedTuple):
-    """A document as a field of a table's row."""
+    """A document that is a field of a table row."""
 
     path: str
     number: int
@@ -91,7 +91,7 @@ class RowDocument(NamedTuple):
 
 
 class UnreadableDocument(NamedTuple):
-    """What stands for documents that cannot be read at all."""
+    """A placeholder for documents that cannot be read at all."""
 
     place: str
     reason: str
@@ -108,19 +108,19 @@ FileDocument = TextDocument | JsonDocument | RowDocument | UnreadableDocument
 
 def _text_of(row, field: str, place: str) -> str:
     if not isinstance(row, dict):
-        raise InvalidDocument(f'{place} is no JSON object, so it has no field {field!r}.')
+        raise InvalidDocument(f'{place} is not a JSON object, so it has no field {field!r}.')
     if isinstance(row.get(field), str):
         return row[field]
     texts = [name for name in row if isinstance(row[name], str)]
     if field in row:
-        problem = (
-            f'{place}: the field {field!r} is no text, but of type {type(row[field]).__name__}.'
-        )
+        problem = f'{place}: the field {field!r} is not text but {type(row[field]).__name__}.'
     else:
-        names = ', '.join(map(repr, row)) or 'none at all'
-        problem = f'{place} has no field {field!r}, but {names}.{did_you_mean(field, texts)}'
+        names = ', '.join(map(repr, row)) or 'none'
+        problem = (
+            f'{place} has no field {field!r}. Its fields: {names}.{did_you_mean(field, texts)}'
+        )
     if not texts:
-        raise InvalidDocument(f'{problem} No field of it is text.')
-    # The longest is most likely what is meant, if it has no name like it.
+        raise InvalidDocument(f'{problem} None of its fields is text.')
+    # The most likely field: one with a similar name, else the one with the longest text.
     likely = max(texts, key=lambda name: (bool(did_you_mean(field, [name])), len(row[name])))
-    raise InvalidDocument(f'{problem} If all rows have their text there: --field={likely}')
+    raise InvalidDocument(f'{problem} Use --field={likely} if all rows have their text there.')

@@ -1,7 +1,7 @@
-"""The documents of one file, of text, JSON or Parquet, from any place on.
+"""Read the documents of one text, JSON or Parquet file, from any position.
 
-A reader gives each document with the bytes of the file that are done and two marks, whole numbers
-from which another reading can go on behind it. What is wrong with a file is an OSError.
+A reader yields each document with the number of file bytes read so far and two marks: integers from
+which another reader can continue after the document. Every problem with a file is an OSError.
 """
 
 import bisect
@@ -14,38 +14,38 @@ from common.text_files import BYTE_ORDER_MARK, is_blank, json_values, parse_json
 from data.preparation.corpus_files import JSON, SNIFFED_BYTES, kind_of, open_decompressed
 from data.preparation.documents import FileDocument, JsonDocument, RowDocument, TextDocument
 
-LINE_LIMIT = 2**28  # bytes: what is longer is no line of JSON, and need not fit into memory
-ROWS = 256  # of a Parquet file, read at once
+LINE_LIMIT = 2**28  # bytes; a longer line is rejected, as it may not fit into memory
+ROWS = 256  # rows of a Parquet file that are read at once
 
 Reading = Iterator[tuple[FileDocument, int, int, int]]
 
 
 class ReadOptions(NamedTuple):
-    """field: of a row that has its text. cut: bytes above which a text is divided, about."""
+    """field: the field of a row with its text. cut: approximate size in bytes of parts of texts."""
 
     field: str
     cut: int
 
 
 def is_text(path: str) -> bool:
-    """Whether a file is a text, or several, and no rows."""
+    """Whether a file is plain text, not rows."""
     return reader_of(path) is _texts
 
 
 def reader_of(path: str) -> Callable[..., Reading]:
-    """What gives (document, bytes of the file done, two marks to go on from) for such a file."""
+    """The reader for a file: yields (document, file bytes read, two marks to continue from)."""
     if path.lower().endswith('.parquet'):
         return _rows
     return _json if kind_of(path) in JSON else _texts
 
 
 def _texts(path: str, options: ReadOptions, offset: int, number: int) -> Reading:
-    """A text, or the parts of a long one. Marks: offset in what the file holds, parts so far."""
+    """A text, or the parts of a long one. Marks: offset in the decompressed file, parts so far."""
     with open_decompressed(path) as (file, raw):
         file.seek(offset)
         rest = file.read(2 * options.cut)
         if not offset and rest[257:262] == b'ustar':
-            raise OSError('it is a tar archive: unpack it first')
+            raise OSError('it is a tar archive; unpack it first')
         while rest:
             end = _end_of_part(rest, options.cut)
             part, rest = rest[:end], rest[end:]
@@ -56,9 +56,9 @@ def _texts(path: str, options: ReadOptions, offset: int, number: int) -> Reading
 
 
 def _end_of_part(content: bytes, size: int) -> int:
-    """Where a part of about `size` bytes ends: after a blank line if one is near.
+    """The end of a part of about `size` bytes: after the next blank line.
 
-    Near is within `size` bytes more; otherwise a line's end counts, and else a character's.
+    Without one in the next `size` bytes, at the end of a line, else at the end of a character.
     """
     if len(content) <= size:
         return len(content)
@@ -74,7 +74,7 @@ def _end_of_part(content: bytes, size: int) -> int:
 
 
 def _json(path: str, options: ReadOptions, *marks: int) -> Reading:
-    """JSON lines; or values that go over several lines, or a whole array."""
+    """JSON lines, values that span several lines, or one array."""
     with open_decompressed(path) as (file, _):
         begin = file.read(SNIFFED_BYTES).removeprefix(BYTE_ORDER_MARK).lstrip()
     first_line = begin.partition(b'\n')[0]
@@ -96,7 +96,7 @@ def _is_json(line: bytes) -> bool:
 
 
 def _lines(path: str, options: ReadOptions, offset: int, number: int) -> Reading:
-    """A JsonDocument each. Marks: offset in what the file holds, lines so far."""
+    """A JsonDocument for each line. Marks: offset in the decompressed file, lines so far."""
     with open_decompressed(path) as (file, raw):
         file.seek(offset)
         while line := file.readline(LINE_LIMIT):
@@ -118,13 +118,13 @@ def _values(path: str, options: ReadOptions, number: int, _: int) -> Reading:
                     yield RowDocument(path, row, options.field, value), raw.tell(), row, 0
         except ValueError as error:
             raise OSError(
-                f'row {row + 1} is no JSON: {error}. That row and what follows it in the file '
-                'would be left out'
+                f'row {row + 1} is not valid JSON: {error}. That row and the rest of the file '
+                'would be skipped'
             ) from None
 
 
 def _rows(path: str, options: ReadOptions, number: int, _: int) -> Reading:
-    """(RowDocument, bytes of the file done, rows so far, 0)."""
+    """A RowDocument for each row. Marks: rows so far, 0."""
     import pyarrow
     from pyarrow import parquet
 
@@ -134,7 +134,7 @@ def _rows(path: str, options: ReadOptions, number: int, _: int) -> Reading:
             if field not in file.schema_arrow.names:
                 schema = file.schema_arrow
                 kinds = {name: str(schema.field(name).type) for name in schema.names}
-                # Only whether they are text counts, and not which.
+                # Only the types matter: the document is an error that names the text fields.
                 row = {name: '' if 'string' in kind else 0 for name, kind in kinds.items()}
                 yield RowDocument(path, 1, field, row), size, 0, 0
                 return

@@ -1,9 +1,9 @@
-"""From documents to a dataset: encoded by all cores, kept as it goes, checked, then published.
+"""From documents to a dataset: encode on all cores, save progress, verify, publish.
 
     DocumentSource --batches--> Encoder, in every process --tokens--> TokenWriter --> meta.json
 
-Pieces are cut without regard to the processes and written in their order, so that the files are the
-same however many take part and however often they were interrupted.
+Batches do not depend on the number of processes and are written in order, so the files are the same
+for any number of processes and interruptions.
 """
 
 import contextlib
@@ -36,16 +36,17 @@ from data.token_check import record_checksums, verify_checksums
 from data.token_files import DTYPES, FORMAT_VERSION, SPLITS, is_complete, read_meta
 from data.tokenizer import Tokenizer
 
-CHUNK_CHARACTERS = 2**22  # characters encoded at once: bounds the memory that a long document takes
+CHUNK_CHARACTERS = 2**22  # characters encoded at once: limits the memory of a long document
 SHARD_TOKENS = 10**9
 VAL_FRACTION = 0.1
 
 
 @dataclass(frozen=True)
 class HashSplitRule:
-    """Whether a document is for validation: a share `val_fraction` of all, by their hashes alone.
+    """Whether a document is for validation: its hash selects a share `val_fraction` of all.
 
-    So no other document moves one, equal ones stay together, and a larger share only adds some.
+    Other documents thus do not matter, equal documents share a split, and a larger share only adds
+    documents.
     """
 
     val_fraction: float
@@ -56,13 +57,13 @@ class HashSplitRule:
 
 @dataclass
 class Encoder:
-    """A batch of the corpus to (its journal entry, the token bytes of each split).
+    """Turns a batch into its journal entry and the token bytes of each split.
 
-    The entry says `position`, the numbers of `empty` and `invalid` documents left out, and of each
-    of the `splits`: `token_bytes`, their `sha256`, `documents`, `bytes` of text, and `samples`, the
-    first text as (start, tokens, SHA-256 of its UTF-8).
+    The entry has the `position`, the numbers of skipped documents (`empty`, `invalid`), and for
+    each of the `splits`: `token_bytes`, their `sha256`, `documents`, `bytes` of text, and
+    `samples`, the first text as (start, tokens, SHA-256 of its UTF-8).
 
-    Without `is_validation` the records say their splits, and nothing marks where they end.
+    Without `is_validation`, each document has a known split, and no token marks its end.
     """
 
     description: dict
@@ -89,22 +90,21 @@ class Encoder:
             except InvalidDocument as error:
                 if not self.skip_invalid:
                     raise UserError(
-                        f'{error} Mend it, and the same command goes on: what is done so far is '
-                        'kept. Or add --skip_invalid, which leaves such documents out and counts '
-                        'them.'
+                        f'{error} Progress is saved. Fix the document and run the same command to '
+                        'continue, or add --skip_invalid to skip and count such documents.'
                     ) from None
                 entry['invalid'] += 1
                 entry['complaints'] += [str(error)] * (len(entry['complaints']) < NAMED_INVALID)
                 continue
-            # What holds nothing is counted and left out.
+            # Empty documents are skipped and counted.
             if not text or text.isspace():
                 entry['empty'] += 1
                 continue
-            # Encoded in chunks, so that a long document takes little memory.
+            # Encode in chunks, so that a long document takes little memory.
             content = text.encode()
             digest = hashlib.sha256(content)
             ids = [self.tokenizer.encode_array(part) for part in split_text(text)]
-            # Its own hash decides the split, unless that is known.
+            # The document's hash decides its split, unless the split is known.
             if self.is_validation is None:
                 assert isinstance(document, InMemoryDocument)
                 parts[document.split].add(ids, len(content), digest)
@@ -117,7 +117,7 @@ class Encoder:
 
 
 class _SplitTokens:
-    """What a batch gives to one split."""
+    """The tokens of a batch for one split."""
 
     def __init__(self, dtype: str):
         self.dtype = dtype
@@ -146,13 +146,13 @@ class _SplitTokens:
 
 @dataclass(frozen=True)
 class PreparationOptions:
-    """How a corpus is prepared.
+    """Options of a preparation.
 
-    tokenizer: as in meta.json, or without what has yet to be made from the corpus: `file` (kind
-        bpe, to `vocab_size`) or `characters` (kind char).
-    val_fraction: of the documents, by hash; None: the records say their splits, and no token marks
-        where they end.
-    workers: processes; None: as many as there are cores.
+    tokenizer: as in meta.json, or without the part that is built from the corpus: `file` (kind bpe,
+        with `vocab_size`) or `characters` (kind char).
+    val_fraction: share of documents for validation, by hash; None: each document has a known split,
+        and no token marks its end.
+    workers: number of processes; None: one per core.
     """
 
     tokenizer: dict
@@ -168,11 +168,11 @@ class PreparationOptions:
 
 
 def prepare(folder: Path, source: DocumentSource, options: PreparationOptions) -> None:
-    """Make the dataset `folder` of the documents of `source`, or go on with it.
+    """Prepare the dataset `folder` from the documents of `source`, or continue doing so.
 
-    Readers see either the old dataset, none, or the whole new one. Raises UserError for documents
-    that cannot be used, for a split that would be empty, for an unfinished preparation of something
-    else, and for a folder that cannot be written.
+    Readers see either the old dataset, none, or the complete new one. Raises UserError for invalid
+    documents, for an empty split, for an unfinished preparation with other settings, and for a
+    folder that cannot be written.
     """
     settings = {
         'source': source.identity(),
@@ -184,12 +184,15 @@ def prepare(folder: Path, source: DocumentSource, options: PreparationOptions) -
         write_progress(note)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with file_lock(folder / 'publish.lock.tmp', f'another process writes {folder}: waiting'):
+        with file_lock(
+            folder / 'publish.lock.tmp', f'another process is writing {folder}: waiting'
+        ):
             work = folder / 'unfinished.tmp'
             if not options.restart and _is_prepared_from(folder, settings):
                 shutil.rmtree(work, ignore_errors=True)
                 write_progress(
-                    f'{folder} is prepared from exactly this already. To do it anew: --restart\n'
+                    f'{folder} is already prepared with these settings. Use --restart to prepare '
+                    f'it again.\n'
                     f'{train_hint(folder)}'
                 )
                 return
@@ -198,14 +201,14 @@ def prepare(folder: Path, source: DocumentSource, options: PreparationOptions) -
             _publish(work, folder, meta)
     except OSError as error:
         raise UserError(
-            f'The dataset cannot be written to {folder}: {error}. What is done so far is kept: '
-            'when the matter is mended, the same command goes on from there.'
+            f'The dataset cannot be written to {folder}: {error}. Progress is saved. Fix the '
+            'problem and run the same command to continue.'
         ) from None
     write_progress(f'{summary(folder, meta)}\n{train_hint(folder)}')
 
 
 def _is_prepared_from(folder: Path, settings: dict) -> bool:
-    """Whether `folder` holds a whole dataset of these settings."""
+    """Whether `folder` contains a complete dataset with these settings."""
     try:
         meta = json.loads((folder / 'meta.json').read_bytes())
         if meta['preparation']['fingerprint'] != _fingerprint(settings) or not is_complete(folder):
@@ -215,7 +218,9 @@ def _is_prepared_from(folder: Path, settings: dict) -> bool:
     try:
         verify_checksums(folder, read_meta(folder)['splits'], report=write_progress)
     except UserError:
-        write_progress(f'The tokens in {folder} are not those that were prepared: made anew.')
+        write_progress(
+            f'The tokens in {folder} have changed since they were prepared. Starting over.'
+        )
         return False
     return True
 
@@ -227,12 +232,14 @@ def _fingerprint(settings: dict) -> str:
 def _write_tokens(
     work: Path, source: DocumentSource, options: PreparationOptions, settings: dict
 ) -> dict:
-    """Write all token files into `work` and check them; the meta.json. Raises UserError."""
+    """Write all token files into `work` and verify them; return meta.json. Raises UserError."""
     workers = 1 if source.is_small else options.workers or available_cores()
     description = _complete_description(options, source, work, workers)
     tokenizer = Tokenizer(description, work)
     if options.is_validation and tokenizer.end_of_text is None:
-        raise UserError(f'The tokenizer {description} has no token for the end of a document.')
+        raise UserError(
+            f'The tokenizer {description} has no end-of-text token. Choose another tokenizer.'
+        )
     dtype = next(name for name in DTYPES if tokenizer.vocab_size <= np.iinfo(name).max + 1)
     width = np.dtype(dtype).itemsize
     encoder = Encoder(description, work, DTYPES[dtype], options.is_validation, options.skip_invalid)
@@ -241,7 +248,7 @@ def _write_tokens(
     if problem := _empty_split_problem(source, options, writer.totals):
         shutil.rmtree(work)
         raise UserError(problem)
-    write_progress('Reading it back ...')
+    write_progress('Verifying the token files ...')
     return {
         'format_version': FORMAT_VERSION,
         'tokenizer': description,
@@ -260,7 +267,7 @@ def _write_tokens(
 
 
 def _encode(source: DocumentSource, encoder: Encoder, writer: TokenWriter, workers: int) -> None:
-    """Encode what `writer` does not have yet, and keep what is done whatever happens."""
+    """Encode what `writer` does not have yet; on any error, keep what is done."""
     progress = PreparationProgress(source, writer.position)
     results = map_in_order(encoder, source.batches(writer.position), workers)
     try:
@@ -271,14 +278,15 @@ def _encode(source: DocumentSource, encoder: Encoder, writer: TokenWriter, worke
                 writer.add(entry, tokens)
                 progress.show(writer)
     finally:
+        progress.close()
         writer.close()
-    progress.end()
+    progress.report_time()
 
 
 def _complete_description(
     options: PreparationOptions, source: DocumentSource, work: Path, workers: int
 ) -> dict:
-    """The tokenizer with what has to be made from the corpus, which is kept in `work`."""
+    """The tokenizer, with the part that is built from the corpus, which is saved in `work`."""
     description = options.tokenizer
     if description['kind'] == 'char' and 'characters' not in description:
         return load_or_make_tokenizer(
@@ -286,7 +294,7 @@ def _complete_description(
         )
     if description['kind'] == 'bpe':
         size, rule = description['vocab_size'], options.is_validation
-        assert rule is not None  # only tokens that are bytes come with splits of their own
+        assert rule is not None  # bpe is never used with known splits
         return load_or_make_tokenizer(
             work, lambda: train_byte_pairs(source, size, rule, work, workers)
         )
@@ -296,7 +304,7 @@ def _complete_description(
 def _split_infos(
     writer: TokenWriter, tokenizer: Tokenizer, dtype: str, options: PreparationOptions
 ) -> dict[str, dict]:
-    """What meta.json says of the splits, by what was read back."""
+    """The splits in meta.json, from the verified files."""
     width, splits = np.dtype(dtype).itemsize, {}
     for split, checked in writer.check(tokenizer, DTYPES[dtype]).items():
         totals, paths = writer.totals[split], writer.shards(split)
@@ -317,44 +325,42 @@ def _split_infos(
 def _empty_split_problem(
     source: DocumentSource, options: PreparationOptions, totals: dict
 ) -> str | None:
-    """What is wrong where a split has no tokens."""
+    """The problem if a split has no tokens."""
     missing = [split for split in SPLITS if not totals[split]['token_bytes']]
     if not missing:
         return None
     if options.val_fraction is None:
-        return f'{source} is too short: it leaves nothing for the {missing[0]} split.'
+        return f'{source} is too short: the {missing[0]} split would be empty. Use a longer text.'
     count = sum(totals[split]['documents'] for split in SPLITS)
     if not count:
         return (
-            f'There is no document to prepare: {totals["empty"]} were empty and '
-            f'{totals["invalid"]} could not be used.'
+            f'There is no document to prepare: {totals["empty"]} are empty and '
+            f'{totals["invalid"]} invalid. Give other files.'
         )
     return (
-        f'There are too few documents, {count}: none of them is left for the {missing[0]} split. '
-        f'The hash of a document decides, and a share of {options.val_fraction} goes to val. '
+        f'There are too few documents ({count}): none of them is in the {missing[0]} split. The '
+        f'hash of a document decides its split, and a share of {options.val_fraction} is val. '
         f'{split_hint(source, options.val_fraction)}'
     )
 
 
 def _publish(work: Path, folder: Path, meta: dict) -> None:
-    """Move the files of `work` into place, and remove it.
+    """Move the files of `work` into place, and remove `work`.
 
-    The first token file goes first and the last comes last: a folder without one that is named
-    counts as not prepared, so at no moment do tokens stand beside a meta.json that is not theirs.
+    The first token file is removed first and written last. A folder without it counts as not
+    prepared, so readers never see tokens beside a meta.json of other tokens.
     """
     write_json(work / 'meta.json', meta)
-    # The old tokens go, the first file of them before all else.
+    # 1. Remove the old tokens, their first file before everything else.
     for split in SPLITS:
         for path in sorted(folder.glob(f'{split}*.bin')):
             if re.fullmatch(rf'{split}(_\d{{5}})?\.bin', path.name):
                 path.unlink()
     (folder / TOKENIZER_FILE).unlink(missing_ok=True)
-    if name := meta['tokenizer'].get(
-        'file'
-    ):  # a copy: should this be cut short, it is needed again
+    if name := meta['tokenizer'].get('file'):  # a copy: an interrupted run needs it again
         shutil.copyfile(work / name, work / 'copy')
         os.replace(work / 'copy', folder / name)
-    # The new description comes, and then its tokens.
+    # 2. Move meta.json into place, then the tokens.
     os.replace(work / 'meta.json', folder / 'meta.json')
     for split in reversed(SPLITS):
         for number, shard in enumerate(meta['splits'][split]['shards']):
@@ -364,16 +370,16 @@ def _publish(work: Path, folder: Path, meta: dict) -> None:
 
 
 def write_dataset(folder: Path, tokenizer: dict, texts: dict[str, str], origin: str) -> None:
-    """Make the dataset `folder` of the `texts` of 'train' and 'val', which came from `origin`.
+    """Prepare the dataset `folder` from the `texts` of 'train' and 'val'; `origin` is their source.
 
-    No token marks where they end. Raises UserError as `prepare` does.
+    No token marks the end of a text. Raises UserError as `prepare` does.
     """
     options = PreparationOptions(tokenizer, val_fraction=None, workers=1, restart=True)
     prepare(folder, InMemorySource(texts, origin), options)
 
 
 class InMemoryDocument(NamedTuple):
-    """A text whose split is known."""
+    """A text with a known split."""
 
     split: str
     content: str
@@ -383,7 +389,7 @@ class InMemoryDocument(NamedTuple):
 
 
 class InMemorySource(DocumentSource):
-    """The texts of 'train' and 'val', in chunks that encode as the whole would."""
+    """The texts of 'train' and 'val', in chunks that encode to the same tokens as the whole."""
 
     unit = 'B'
 
@@ -405,10 +411,10 @@ class InMemorySource(DocumentSource):
 
 
 def split_text(text: str, size: int = CHUNK_CHARACTERS) -> Iterator[str]:
-    """`text` in pieces of `size` characters or more, whose tokens together are those of the whole.
+    """`text` in chunks of at least `size` characters, which encode to the tokens of the whole.
 
-    No way of splitting text that tiktoken's encodings use joins the end of a line to a letter or
-    digit that follows: only there is the text cut.
+    The text is cut only between the end of a line and a letter or digit, where the split patterns
+    of all tiktoken encodings separate too.
     """
     start = 0
     boundary = re.compile(r'(?<=\S\n)(?=\w)')

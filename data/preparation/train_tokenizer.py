@@ -1,4 +1,4 @@
-"""Tokenizers that are made from the corpus: its characters, or byte pairs trained on it."""
+"""Tokenizers built from the corpus: its characters, or byte pairs trained on it."""
 
 import hashlib
 import json
@@ -15,13 +15,13 @@ from data.preparation.sources import DocumentBatch, DocumentSource
 from data.preparation.workers import map_in_order
 from data.tokenizer import END_OF_TEXT
 
-TRAINING_BYTES = 2**27  # of text; more changes the most frequent pairs little and takes memory
+TRAINING_BYTES = 2**27  # of text; more changes the pairs little and takes memory
 TOKENIZER_FILE = 'tokenizer.json'
-SMALLEST_BPE = 257  # the bytes and the end of text
+SMALLEST_BPE = 257  # 256 bytes and the end-of-text token
 
 
 def valid_texts(batch: DocumentBatch) -> Iterator[str]:
-    """The documents of a batch without those that cannot be used."""
+    """The texts of a batch, without invalid documents."""
     for document in batch.documents:
         try:
             yield valid_text(document.text())
@@ -36,7 +36,7 @@ def characters_in(batch: DocumentBatch) -> set[str]:
 
 @dataclass(frozen=True)
 class TrainingSample:
-    """Of a batch's documents those for training, and of them the share `fraction`, by hash."""
+    """Selects a share `fraction` of the training documents of a batch, by hash."""
 
     is_validation: Callable[[bytes], bool]
     fraction: float
@@ -51,8 +51,8 @@ class TrainingSample:
 
 
 def character_tokenizer(source: DocumentSource, workers: int) -> dict:
-    """Every character of the corpus, in the order of their code points."""
-    write_progress('Collecting the characters ...')
+    """A tokenizer of all characters in the corpus, sorted by code point."""
+    write_progress('Collecting characters ...')
     characters = set()
     for batch_characters in map_in_order(characters_in, source.batches(), workers):
         characters |= batch_characters
@@ -66,10 +66,10 @@ def train_byte_pairs(
     folder: Path,
     workers: int,
 ) -> dict:
-    """Byte pairs (Sennrich et al. 2016) of a sample of the training documents.
+    """A tokenizer of byte pairs (Sennrich et al. 2016), trained on a sample of training documents.
 
-    Writes them as Hugging Face's tokenizer.json into `folder`. The vocabulary has `vocab_size`
-    tokens, or as many as the text gives, the end of text last. Raises UserError.
+    Writes Hugging Face's tokenizer.json into `folder`. The vocabulary has `vocab_size` tokens, or
+    as many as the text yields; the end-of-text token is the last. Raises UserError.
     """
     tokenizers = optional_package('tokenizers', 'Byte pairs trained on a corpus')
     known = source.total if source.unit == 'B' else None

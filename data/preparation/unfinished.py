@@ -1,8 +1,8 @@
-"""The folder of an unfinished preparation: whether it is of the same thing, and what of it holds.
+"""The folder of an unfinished preparation: check its settings and keep the part that is valid.
 
-`settings.json` says what is prepared, and `files.json` of which files. Where some of them are no
-longer what they were, because a bad one was mended, removed or added, the work goes on after the
-last piece that no change reaches.
+`settings.json` has the settings and `files.json` the input files. If some of these have changed,
+because a bad file was fixed, removed or added, the work continues after the last batch that is
+unaffected by the change.
 """
 
 import json
@@ -18,14 +18,14 @@ from data.preparation.sources import DocumentSource
 from data.preparation.token_writer import read_positions, truncate_journal
 
 SETTINGS, FILES, TOKENIZER = 'settings.json', 'files.json', 'made_tokenizer.json'
-FORMER_TOKENIZER = 'former_tokenizer.json'  # made of the files as they were before
-CONTENT = ('files', 'bytes', 'listing')  # what a source says of its files
+FORMER_TOKENIZER = 'former_tokenizer.json'  # built from the files before the change
+CONTENT = ('files', 'bytes', 'listing')  # keys of a source's identity that describe its files
 
 
 def open_unfinished(work: Path, source: DocumentSource, settings: dict, restart: bool) -> None:
-    """See to it that `work` is a folder of these settings, with what of its work holds.
+    """Make `work` a folder with these settings, and keep the batches in it that are still valid.
 
-    Raises UserError if it holds work of other settings.
+    Raises UserError if it contains a preparation with other settings.
     """
     before = None if restart else _read(work / SETTINGS)
     positions = read_positions(work) if before else []
@@ -35,9 +35,9 @@ def open_unfinished(work: Path, source: DocumentSource, settings: dict, restart:
         work.mkdir()
     elif _without_content(before) != _without_content(settings):
         raise UserError(
-            f'{work} holds an unfinished preparation of something else: '
-            f'{"; ".join(_differences(before, settings))}. Give the same command as then to go '
-            'on with it, or --restart to throw it away.'
+            f'{work} contains an unfinished preparation with other settings: '
+            f'{"; ".join(_differences(before, settings))}. Run the earlier command to continue it, '
+            'or add --restart to delete it.'
         )
     elif before == settings:
         return
@@ -45,8 +45,8 @@ def open_unfinished(work: Path, source: DocumentSource, settings: dict, restart:
         unchanged = source.count_unchanged(_read(work / FILES) or [], positions)
         truncate_journal(work, unchanged)
         write_progress(
-            f'The files have changed since. Of {len(positions):,} pieces that were done, '
-            f'{unchanged:,} come before the change and are kept.'
+            f'The files have changed. Of {len(positions):,} batches done, {unchanged:,} precede '
+            'the change and are kept.'
         )
         if (work / TOKENIZER).exists():
             os.replace(work / TOKENIZER, work / FORMER_TOKENIZER)
@@ -55,15 +55,15 @@ def open_unfinished(work: Path, source: DocumentSource, settings: dict, restart:
 
 
 def load_or_make_tokenizer(work: Path, make) -> dict:
-    """The tokenizer that is made of the corpus by `make()`, or that was before.
+    """The tokenizer built from the corpus: the saved one, else the result of `make()`.
 
-    Where the files have changed and with them the tokenizer, no token of before holds.
+    If the files have changed and the tokenizer with them, all batches are discarded.
     """
     if made := _read(work / TOKENIZER):
         return made
     tokenizer, former = make(), _read(work / FORMER_TOKENIZER)
     if former not in (None, tokenizer):
-        write_progress('The tokenizer that is made of the files has changed too: all is done anew.')
+        write_progress('The tokenizer built from the files has changed too. Starting over.')
         truncate_journal(work, 0)
     write_json(work / TOKENIZER, tokenizer)
     (work / FORMER_TOKENIZER).unlink(missing_ok=True)
@@ -71,7 +71,7 @@ def load_or_make_tokenizer(work: Path, make) -> dict:
 
 
 def write_json(path: Path, value) -> None:
-    """Write a JSON file whole or not at all."""
+    """Write a JSON file atomically."""
     replace_file(path, (json.dumps(value, indent=1) + '\n').encode())
 
 
@@ -93,6 +93,6 @@ def _differences(before: dict, now: dict) -> Iterator[str]:
         if isinstance(old, dict) and isinstance(new, dict):
             yield from _differences(old, new)
         elif old != new and key == 'listing':
-            yield 'the files, their sizes or their times have changed since'
+            yield 'the files, their sizes or their times have changed'
         elif old != new:
             yield f'{key} was {old!r}, now {new!r}'

@@ -1,4 +1,4 @@
-"""Work shared out to processes, with the results in the order of the work."""
+"""Distribute work to processes; results come in the order of the work."""
 
 import multiprocessing
 import os
@@ -13,21 +13,21 @@ from typing import Any
 
 from common.errors import UserError
 
-ITEMS_AHEAD = 2  # items under way for each process: none waits, and memory stays small
+ITEMS_AHEAD = 2  # items in progress per process: enough to keep it busy in little memory
 
 _task: Callable
 
 
 def map_in_order(task: Callable, items: Iterable, workers: int) -> Generator[Any, None, None]:
-    """`task(item)` for each item, in order, by so many processes; 1: by this one.
+    """`task(item)` for each item, in order, computed by `workers` processes (1: this one).
 
-    However many items there are, only a few are in memory. `task` is sent to each process once.
-    Raises what reading `items` or a task raises, and UserError if a process is lost.
+    Only a few items are in memory at a time. `task` is sent to each process once. Raises the errors
+    of `items` and of the tasks, and UserError if a process is lost.
     """
     if workers == 1:
         yield from map(task, items)
         return
-    # spawn: a fork would copy the threads' locks of packages that read Parquet or the network.
+    # spawn: a fork would copy locks held by threads of packages that read Parquet or the network.
     context = multiprocessing.get_context('spawn')
     pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(task,))
     futures: deque[Future] = deque()
@@ -40,16 +40,16 @@ def map_in_order(task: Callable, items: Iterable, workers: int) -> Generator[Any
             yield futures.popleft().result()
     except BrokenProcessPool:
         raise UserError(
-            'A process of the preparation was ended from outside, perhaps because memory ran out. '
-            'Run the same command again: it goes on where it was. Fewer processes take less '
-            f'memory: --workers={max(workers // 2, 1)}'
+            'A worker process was killed, perhaps because memory ran out. Progress is saved. Run '
+            'the same command again to continue; to use less memory, add '
+            f'--workers={max(workers // 2, 1)}'
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 def available_cores() -> int:
-    """The processor cores that this process may use."""
+    """Number of processor cores that this process may use."""
     if hasattr(os, 'sched_getaffinity'):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -58,7 +58,7 @@ def available_cores() -> int:
 def _start_worker(task: Callable) -> None:
     global _task
     _task = task
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process is told, and ends the others
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process handles it and ends the others
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

@@ -1,7 +1,9 @@
-"""The source text of Python's own standard library, in bytes: real text that needs no download.
+"""Make a dataset from the source code of Python's standard library: no download needed.
 
-About 12 MB; which text exactly depends on the interpreter. Run me:
-python data/python_stdlib/prepare.py
+    python data/python_stdlib/prepare.py
+
+Writes train.bin, val.bin and meta.json into data/python_stdlib: about 12 MB, as bytes. The exact
+text depends on the interpreter.
 """
 
 import hashlib
@@ -24,8 +26,8 @@ NOT_THE_LIBRARY = {'site-packages', 'dist-packages', 'test', 'tests', 'idle_test
 def library_texts(root: Path) -> dict[str, str]:
     """The `.py` files below `root`, joined into the texts of 'train' and 'val'.
 
-    A file's path decides its split, about one in ten for validation, so that neither the order nor
-    the presence of other files moves it. What cannot be read as UTF-8 is left out.
+    A file's path decides its split, about one in ten for validation, independently of the other
+    files. Files that are not UTF-8 are skipped.
     """
     texts = {'train': [], 'val': []}
     for path in sorted(root.rglob('*.py')):
@@ -41,14 +43,12 @@ def library_texts(root: Path) -> dict[str, str]:
 
 
 def main(argv=None):
-    ArgumentParser(
-        description='Write train.bin, val.bin and meta.json of the standard library beside me.'
-    ).parse(argv)
+    ArgumentParser(prog='data/python_stdlib/prepare.py', description=__doc__).parse(argv)
     root = Path(sysconfig.get_paths()['stdlib'])
     texts = library_texts(root)
     if not all(texts.values()):
         raise UserError(
-            f'{root} holds no .py files to speak of: this Python keeps its library elsewhere. '
+            f'{root} has no source code of the standard library: this Python keeps it elsewhere. '
             'Prepare data/shakespeare with --source=FILE instead.'
         )
     version = f"Python {platform.python_version()}'s standard library"

@@ -1,4 +1,4 @@
-"""Shakespeare in GPT-2's byte pairs. Run me: python data/shakespeare/prepare.py [--source FILE]"""
+"""Shakespeare in GPT-2's byte pairs: python data/shakespeare/prepare.py [--source=FILE]"""
 
 import sys
 from pathlib import Path

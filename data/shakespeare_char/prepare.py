@@ -1,4 +1,4 @@
-"""Shakespeare by characters. Run me: python data/shakespeare_char/prepare.py [--source FILE]"""
+"""Shakespeare as characters: python data/shakespeare_char/prepare.py [--source=FILE]"""
 
 import sys
 from pathlib import Path
@@ -12,7 +12,7 @@ from data.preparation.shakespeare import prepare_shakespeare
 
 
 def main(argv=None):
-    # Ids in the order of the characters, as nanoGPT numbers them.
+    # Ids in the order of the characters, as in nanoGPT.
     prepare_shakespeare(
         __file__, lambda text: {'kind': 'char', 'characters': sorted(set(text))}, argv
     )

@@ -138,7 +138,7 @@ def test_parser_help_has_the_same_layout(columns, capsys):
     page = capsys.readouterr().out
     assert ended.value.code == 0 and max(map(len, page.splitlines())) <= columns
     assert page.startswith(
-        'Draw.\n\n    draw.py a.txt --size=3\n\nUsage: draw.py [FILE ...] [OPTIONS]'
+        'Draw.\n\n    draw.py a.txt --size=3\n\nUsage: python draw.py [FILE ...] [OPTIONS]'
     )
     assert '  FILE                      Files to draw\n' in page
     assert '  --size=N                  Size of the drawing (required)\n' in page

@@ -50,7 +50,7 @@ def lines_of(texts):
     return ''.join(json.dumps({'text': text}) + '\n' for text in texts)
 
 
-def test_where_to(tmp_path):
+def test_missing_out_option_is_suggested(tmp_path):
     (tmp_path / 'a.jsonl').write_text(lines_of(TEXTS))
     advised = option(error_of('a.jsonl'), 'out')
     run('a.jsonl', advised)
@@ -59,18 +59,18 @@ def test_where_to(tmp_path):
 
 @pytest.mark.parametrize('count', [2, 3, 9])
 @pytest.mark.parametrize('fraction', [1e-9, 1 - 1e-9])
-def test_another_share_for_validation(tmp_path, count, fraction):
+def test_advised_val_fraction_fills_both_splits(tmp_path, count, fraction):
     """Where one of the splits would be empty, be it which it may."""
     (tmp_path / 'a.jsonl').write_text(lines_of(TEXTS[:count]))
     text = error_of('a.jsonl', '--out=mine', f'--val_fraction={fraction}')
-    assert f'too few documents, {count}' in text
+    assert f'too few documents ({count})' in text
     run('a.jsonl', '--out=mine', option(text, 'val_fraction'))
     data = load_dataset('mine', 1)
     assert data.documents('train') + data.documents('val') == count
 
 
 @pytest.mark.parametrize('size', [300, 2_000, 50_000])
-def test_cuts(tmp_path, size):
+def test_advised_cut_fills_both_splits(tmp_path, size):
     text = '\n\n'.join(f'{text}, {i}' for i, text in enumerate(TEXTS * 30))[:size]
     (tmp_path / 'book.txt').write_text(text)
     message = error_of('book.txt', '--out=mine')
@@ -83,10 +83,10 @@ def test_indivisible_corpora_get_no_split_option(tmp_path):
     for name, content in (('a.txt', 'hello world'), ('b.jsonl', lines_of(['same'] * 9))):
         (tmp_path / name).write_text(content)
         message = error_of(name, '--out=mine')
-        assert 'At least two different documents are needed' in message and '--' not in message
+        assert 'at least two different documents are needed' in message and '--' not in message
 
 
-def test_restart(tmp_path, capsys):
+def test_advised_restart_works(tmp_path, capsys):
     (tmp_path / 'a.jsonl').write_text(lines_of(TEXTS))
     (tmp_path / 'b.jsonl').write_text(lines_of(TEXTS[:40]))
     run('a.jsonl', '--out=mine')
@@ -107,7 +107,7 @@ def test_restart(tmp_path, capsys):
     run('a.jsonl', '--out=other', '--val_fraction=0.3', advised)
 
 
-def test_skip_invalid_and_mending(tmp_path):
+def test_fixing_or_skipping_invalid_documents(tmp_path):
     (tmp_path / 'a.jsonl').write_text(lines_of(TEXTS) + '{\n')
     run('a.jsonl', '--out=one', option(error_of('a.jsonl', '--out=one'), 'skip_invalid'))
     error_of('a.jsonl', '--out=two')
@@ -134,14 +134,14 @@ def test_fewer_processes(tmp_path):
         ('no_ending', b'text'),
     ],
 )
-def test_files_that_a_folder_does_not_stand_for(tmp_path, name, content):
+def test_advised_pattern_reads_skipped_files(tmp_path, name, content):
     """The pattern in the message reads them."""
     for number in range(30):
         path = tmp_path / 'my corpus' / str(number) / name
         path.parent.mkdir(parents=True)
         path.write_bytes(content + (b'' if name == 'data.json' else b'# %d\n' % number))
     message = error_of('my corpus', '--out=mine')
-    (pattern,) = re.findall(r"To read those as (?:text|JSON): ('.*')$", message)
+    (pattern,) = re.findall(r"To read these as (?:text|JSON), give this pattern: ('.*')$", message)
     run(*shlex.split(pattern), '--out=mine', '--val_fraction=0.3')
     data = load_dataset('mine', 1)
     count = 30 * 60 if name == 'data.json' else 30
@@ -153,11 +153,11 @@ def test_unreadable_files_are_named_without_a_pattern(tmp_path, name, begin):
     (tmp_path / 'mine').mkdir()
     (tmp_path / 'mine' / name).write_bytes(begin)
     message = error_of('mine', '--out=out')
-    assert 'To read those' not in message and 'not UTF-8 text but a' in message
+    assert 'To read these' not in message and 'not UTF-8 text but a' in message
     assert 'first' in message  # unpack it, extract its text
 
 
-def test_utf16_is_converted_as_it_says(tmp_path):
+def test_advised_utf16_conversion_works(tmp_path):
     if not shutil.which('iconv'):
         pytest.skip('no iconv here')
     (tmp_path / 'a.txt').write_bytes('\n\n'.join(TEXTS).encode('utf-16'))
@@ -167,7 +167,7 @@ def test_utf16_is_converted_as_it_says(tmp_path):
     assert (tmp_path / 'b.txt').read_text('utf-8').lstrip('\ufeff') == '\n\n'.join(TEXTS)
 
 
-def test_the_largest_block_size(tmp_path):
+def test_advised_block_size_works(tmp_path):
     (tmp_path / 'a.jsonl').write_text(lines_of(TEXTS))
     run('a.jsonl', '--out=mine')
     message = error_of('mine', 10**6, call=load_dataset)
@@ -208,5 +208,5 @@ def test_changed_dataset_is_prepared_again(tmp_path, capsys):
     message = error_of(call=load_dataset('mine', 8).verify_checksums)
     assert 'the command that made it' in message
     run('a.jsonl', '--out=mine')
-    assert 'made anew' in capsys.readouterr().out
+    assert 'Starting over' in capsys.readouterr().out
     assert (tmp_path / 'mine' / 'val.bin').read_bytes() == before

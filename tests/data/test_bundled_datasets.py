@@ -118,7 +118,7 @@ def test_library_files_keep_their_split(tmp_path):
 
 
 @pytest.mark.parametrize(
-    'content, says', [(None, 'cannot be read'), (b'caf\xe9', 'no UTF-8'), (b'ab', 'too short')]
+    'content, says', [(None, 'cannot be read'), (b'caf\xe9', 'not UTF-8'), (b'ab', 'too short')]
 )
 def test_unusable_text_leaves_the_dataset_unchanged(project_copy, content, says):
     assert (
@@ -136,7 +136,7 @@ def test_unusable_text_leaves_the_dataset_unchanged(project_copy, content, says)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
-def test_concurrent_preparations_leave_one_whole_dataset(project_copy):
+def test_concurrent_preparations_write_one_complete_dataset(project_copy):
     other = TEXT[: len(TEXT) // 2].upper()
     (project_copy / 'other.txt').write_text(other, encoding='utf-8')
     script = str(project_copy / 'data' / 'shakespeare_char' / 'prepare.py')
@@ -154,7 +154,7 @@ def test_concurrent_preparations_leave_one_whole_dataset(project_copy):
 
 
 @pytest.mark.parametrize('dataset', ['shakespeare', 'shakespeare_char', 'python_stdlib'])
-def test_help_says_what_is_written(project_copy, dataset):
+def test_help_names_written_files(project_copy, dataset):
     run = run_prepare(project_copy, dataset, '--help')
     assert run.returncode == 0 and 'meta.json' in run.stdout
-    assert ('--source FILE' in run.stdout) == dataset.startswith('shakespeare')
+    assert ('--source=FILE' in run.stdout) == dataset.startswith('shakespeare')

@@ -37,7 +37,7 @@ def write_folder(folder, train=1000, val=200, *, dtype='uint16', vocab_size=None
 
 
 @pytest.mark.parametrize('sampling', ORDERS)
-def test_a_batch_is_the_windows_at_its_numbers(tmp_path, sampling):
+def test_batch_contains_windows_of_its_numbers(tmp_path, sampling):
     write_folder(tmp_path)
     data = load_dataset(tmp_path, 16)
     inputs, targets = data.batch(data.order(sampling, 7), first_number=40, count=5)
@@ -61,7 +61,7 @@ def test_order_is_independent_of_batching(tmp_path, parts):
         assert np.array_equal(np.concatenate([part[side] for part in divided]), whole[side])
 
 
-def test_every_start_is_reached_and_none_beyond(tmp_path):
+def test_all_valid_starts_are_used(tmp_path):
     write_folder(tmp_path, train=12, val=12)
     data = load_dataset(tmp_path, 9)
     inputs, targets = data.batch(data.order('random', 0), 0, 200)
@@ -149,7 +149,7 @@ def write_shards(folder, sizes, val=200, *, dtype='uint16', end_of_text=None):
 
 @pytest.mark.parametrize('sizes', [[1000], [500, 500], [1] * 20 + [980], [3, 0, 17, 979, 0, 1]])
 @pytest.mark.parametrize('dtype', ['uint16', 'uint32'])
-def test_shards_read_as_the_single_file(tmp_path, sizes, dtype):
+def test_shards_equal_single_file(tmp_path, sizes, dtype):
     write_folder(tmp_path / 'one', 1000, 200, dtype=dtype)
     write_shards(tmp_path / 'many', sizes, dtype=dtype, end_of_text=999)
     one, many = load_dataset(tmp_path / 'one', 16), load_dataset(tmp_path / 'many', 16)
@@ -163,7 +163,7 @@ def test_shards_read_as_the_single_file(tmp_path, sizes, dtype):
     assert np.array_equal(np.concatenate([*many.splits['train'].chunks(333)]), np.arange(1000))
 
 
-def test_hash_of_shards_is_of_all_tokens(tmp_path):
+def test_hash_of_shards_covers_all_tokens(tmp_path):
     meta = write_shards(tmp_path, [300, 700])
     meta['splits']['train']['sha256'] = None
     (tmp_path / 'meta.json').write_text(json.dumps(meta))
@@ -171,7 +171,7 @@ def test_hash_of_shards_is_of_all_tokens(tmp_path):
     assert load_dataset(tmp_path, 8).sha256('train') == expected
 
 
-def test_a_window_beyond_the_split_is_no_window(tmp_path):
+def test_window_outside_split_is_index_error(tmp_path):
     write_shards(tmp_path, [300, 700])
     split = load_dataset(tmp_path, 8).splits['train']
     assert split.read(999, 1).tolist() == [999] and split.windows([], 5).shape == (0, 5)
@@ -187,13 +187,13 @@ def test_sharded_dataset_is_prepared_with_all_shards(tmp_path):
     assert not is_prepared('toy', tmp_path)
 
 
-def test_shrinking_file_is_one_error(tmp_path):
+def test_truncated_file_is_user_error(tmp_path):
     write_shards(tmp_path, [300, 700])
     data = load_dataset(tmp_path, 16)
     with open(tmp_path / 'train_00001.bin', 'r+b') as file:
         file.truncate(600)
     assert data.read('train', [500])[0][0, -1] == 515
-    with pytest.raises(UserError, match=r'train_00001\.bin has become shorter'):
+    with pytest.raises(UserError, match=r'train_00001\.bin was truncated during the run'):
         data.read('train', [600])
 
 
@@ -236,7 +236,7 @@ def test_missing_and_short_shards_are_named(tmp_path):
     write_shards(tmp_path, [100] * 10)
     with open(tmp_path / 'train_00003.bin', 'r+b') as file:
         file.truncate(100)
-    with pytest.raises(UserError, match=r'train_00003\.bin has 100 bytes where 200 are expected'):
+    with pytest.raises(UserError, match=r'train_00003\.bin has 100 bytes, but 200 are expected'):
         load_dataset(tmp_path, 8)
     for number in range(3, 8):
         (tmp_path / f'train_0000{number}.bin').unlink()
@@ -279,25 +279,25 @@ def cut_meta(folder):
 @pytest.mark.parametrize(
     'corrupt, says',
     [
-        (truncate, r'train\.bin has 1,998 bytes where 2,000'),
-        (append_to_val, r'val\.bin has 401 bytes where 400'),
+        (truncate, r'train\.bin has 1,998 bytes, but 2,000'),
+        (append_to_val, r'val\.bin has 401 bytes, but 400'),
         (lambda folder: (folder / 'val.bin').unlink(), r'no val\.bin'),
         (cut_meta, r'meta\.json cannot be used'),
         (lambda folder: (folder / 'meta.json').write_bytes(b'\xff'), r'meta\.json cannot be used'),
-        (lambda folder: (folder / 'meta.json').write_text('[]'), 'no JSON object'),
+        (lambda folder: (folder / 'meta.json').write_text('[]'), 'not a JSON object'),
         (change(format_version=3), 'format_version is 3, not 1 or 2'),
         (change(format_version=2), r'splits\.train\.shards is missing'),
         (change(end_of_text=1000), 'end_of_text is 1000'),
         (change(dtype='float32'), "dtype is 'float32', not one of uint8, uint16, uint32"),
         (change(dtype=None), 'dtype is None'),
-        (change(dtype='uint8'), r'train\.bin has 2,000 bytes where 1,000'),
+        (change(dtype='uint8'), r'train\.bin has 2,000 bytes, but 1,000'),
         (change(vocab_size=0), 'vocab_size is 0'),
         (change(vocab_size=True), 'vocab_size is True'),
         (
             change(vocab_size=999),
-            'train split .* holds the token 999, but the vocabulary ends at 998',
+            'train split .* has the token 999, but the vocabulary ends at 998',
         ),
-        (change(tokenizer='gpt2'), 'tokenizer is no object'),
+        (change(tokenizer='gpt2'), 'tokenizer is not an object'),
         (change(splits=None), r'splits\.train\.tokens'),
         (change(splits={'train': {'tokens': 1000}}), r'splits\.val\.tokens'),
         (change(splits={'train': {'tokens': 1, 'bytes': 'x'}}), r'splits\.train\.bytes'),
@@ -323,7 +323,7 @@ def test_large_files_are_checked_in_samples(tmp_path, monkeypatch, place):
     tokens.tofile(tmp_path / 'train.bin')
     change(vocab_size=200)(tmp_path)
     np.zeros(1000, 'uint8').tofile(tmp_path / 'val.bin')
-    with pytest.raises(UserError, match='holds the token 200'):
+    with pytest.raises(UserError, match='has the token 200'):
         load_dataset(tmp_path, 8)
 
 
@@ -377,7 +377,9 @@ def test_dataset_name_or_path(tmp_path):
     write_folder(tmp_path / 'poems', 200, 100)
     assert load_dataset('books', 8, tmp_path).tokens('train') == 300
     assert load_dataset(str(tmp_path / 'poems'), 8).tokens('train') == 200
-    with pytest.raises(UserError, match=r"'boks' .* Did you mean books\? There are: books, poems"):
+    with pytest.raises(
+        UserError, match=r"'boks' .* Did you mean books\? Datasets there: books, poems"
+    ):
         load_dataset('boks', 8, tmp_path)
     with pytest.raises(UserError, match='shakespeare'):
         load_dataset('', 8)
@@ -413,16 +415,16 @@ def test_concurrent_processes_prepare_once(tmp_path):
     assert load_dataset('toy', 8, tmp_path).tokens('train') == 50
 
 
-def test_a_preparation_that_fails_is_one_error(tmp_path):
+def test_failed_preparation_is_user_error(tmp_path):
     (tmp_path / 'toy').mkdir()
     (tmp_path / 'toy' / 'prepare.py').write_text('import sys; sys.exit(3)')
-    with pytest.raises(UserError, match=r'toy failed \(exit code 3\)'):
+    with pytest.raises(UserError, match=r'toy failed with exit code 3'):
         prepare_if_missing('toy', tmp_path)
     with pytest.raises(UserError, match=r'no train\.bin and no val\.bin\. To prepare it: python '):
         load_dataset('toy', 8, tmp_path)
 
 
-def test_a_folder_without_a_script_is_left_alone(tmp_path):
+def test_folder_without_script_is_not_prepared(tmp_path):
     write_folder(tmp_path / 'toy')
     (tmp_path / 'toy' / 'val.bin').unlink()
     before = sorted(tmp_path.rglob('*'))
@@ -430,7 +432,7 @@ def test_a_folder_without_a_script_is_left_alone(tmp_path):
     assert sorted(tmp_path.rglob('*')) == before
 
 
-def test_a_script_outside_the_data_is_not_run(tmp_path):
+def test_script_outside_data_root_is_not_run(tmp_path):
     """The path of a dataset may come with somebody else's checkpoint."""
     script = tmp_path / 'elsewhere' / 'prepare.py'
     script.parent.mkdir()
@@ -458,7 +460,7 @@ def test_a_script_outside_the_data_is_not_run(tmp_path):
         '',
     ],
 )
-def test_a_meta_that_is_none_is_refused_by_name(tmp_path, text):
+def test_invalid_meta_json_is_named(tmp_path, text):
     write_folder(tmp_path)
     (tmp_path / 'meta.json').write_text(text, errors='surrogatepass')
     with pytest.raises(UserError, match=r'meta\.json'):
@@ -466,7 +468,7 @@ def test_a_meta_that_is_none_is_refused_by_name(tmp_path, text):
 
 
 @pytest.mark.parametrize('name', ['meta.json', 'train.bin', 'val.bin'])
-def test_a_fuzzed_dataset_loads_or_is_refused(tmp_path, name):
+def test_fuzzed_dataset_loads_or_is_user_error(tmp_path, name):
     write_folder(tmp_path)
     file, rng = tmp_path / name, random.Random(name)
     original, refused = file.read_bytes(), 0

@@ -34,7 +34,7 @@ def test_origins_are_tried_in_order(capsys):
         shakespeare.find_shakespeare(origins[:2])
 
 
-def test_download_reads_what_the_address_serves(tmp_path, monkeypatch):
+def test_download_reads_content(tmp_path, monkeypatch):
     (tmp_path / 'input.txt').write_bytes(b'First Citizen')
     monkeypatch.setattr(shakespeare, 'TINYSHAKESPEARE_URL', (tmp_path / 'input.txt').as_uri())
     assert shakespeare.download_tinyshakespeare() == b'First Citizen'

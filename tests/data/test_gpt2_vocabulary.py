@@ -85,7 +85,7 @@ def network(monkeypatch, published):
     return network
 
 
-def test_ranks_equal_tiktokens(gpt2_tokenizer, reference_encoding):
+def test_ranks_equal_those_of_tiktoken(gpt2_tokenizer, reference_encoding):
     encoding = gpt2_tokenizer._backend.encoding
     assert encoding._mergeable_ranks == reference_encoding._mergeable_ranks
     assert encoding._special_tokens == reference_encoding._special_tokens
@@ -93,18 +93,18 @@ def test_ranks_equal_tiktokens(gpt2_tokenizer, reference_encoding):
 
 
 @given(st.text(st.sampled_from("aZ é'sdmtllvere19.,!? \n\t\r\u00a0\u0085—日")))
-def test_encoding_equals_tiktokens(gpt2_tokenizer, reference_encoding, text):
+def test_encoding_equals_that_of_tiktoken(gpt2_tokenizer, reference_encoding, text):
     assert gpt2_tokenizer.encode(text) == reference_encoding.encode_ordinary(text)
 
 
-def test_file_is_fetched_once(empty_caches, network, published):
+def test_file_is_downloaded_once(empty_caches, network, published):
     assert gpt2_vocabulary.gpt2_merges() == published
     assert network.requests == ['address'] and empty_caches.read_bytes() == published
     assert Tokenizer({'kind': 'gpt2'}).encode('hello world') == [31373, 995]
     assert network.requests == ['address']
 
 
-def test_registry_is_used_without_the_address(empty_caches, network, published, capsys):
+def test_registry_is_used_if_address_fails(empty_caches, network, published, capsys):
     network.address = OSError('no network')
     assert gpt2_vocabulary.gpt2_merges() == published == empty_caches.read_bytes()
     assert network.requests == ['address', 'registry']
@@ -120,13 +120,13 @@ def test_wrong_checksum_is_refused(empty_caches, network, registry):
     assert not empty_caches.exists()
 
 
-def test_damaged_copy_is_fetched_again(empty_caches, network, published):
+def test_damaged_copy_is_downloaded_again(empty_caches, network, published):
     empty_caches.parent.mkdir(parents=True)
     empty_caches.write_bytes(published[:-1])
     assert gpt2_vocabulary.gpt2_merges() == published == empty_caches.read_bytes()
 
 
-def test_tiktokens_cache_is_read(empty_caches, network, published, tmp_path, monkeypatch):
+def test_cache_of_tiktoken_is_read(empty_caches, network, published, tmp_path, monkeypatch):
     name = hashlib.sha1(gpt2_vocabulary.MERGES_URL.encode()).hexdigest()
     for folder, variable in ((tmp_path / 'tmp/data-gym-cache', None), (tmp_path / 'own', 'set')):
         folder.mkdir(parents=True)
@@ -141,7 +141,7 @@ def test_tiktokens_cache_is_read(empty_caches, network, published, tmp_path, mon
     assert (tmp_path / 'own' / name).read_bytes() == published and not empty_caches.exists()
 
 
-def test_file_is_used_where_it_cannot_be_kept(empty_caches, network, published, tmp_path):
+def test_file_is_used_without_writable_cache(empty_caches, network, published, tmp_path):
     (tmp_path / 'cache').touch()  # no folder can be made in a file
     (tmp_path / 'tmp/data-gym-cache').touch()
     for _ in range(2):
@@ -149,7 +149,7 @@ def test_file_is_used_where_it_cannot_be_kept(empty_caches, network, published, 
     assert network.requests == ['address', 'address']
 
 
-def test_concurrent_processes_fetch_once(empty_caches, network, monkeypatch, published):
+def test_concurrent_processes_download_once(empty_caches, network, monkeypatch, published):
     def slow(url):
         time.sleep(0.2)
         return network.answer('address', published)

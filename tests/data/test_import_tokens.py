@@ -90,20 +90,20 @@ def test_large_file_is_recognized_by_samples(tmp_path, text_ids):
 def contents(tmp_path, text_ids):
     """Files that are not what nanoGPT writes, each with what the refusal says."""
     return {
-        'uint32': (text_ids.astype('<u4').tobytes(), 'looks like uint32;'),
-        'int64': (text_ids.astype('<i8').tobytes(), 'looks like int64;'),
-        'wide': (CORPORA['wide'].astype('<u4').tobytes(), 'looks like uint32;'),
-        'big': (text_ids.astype('>u2').tobytes(), 'looks like uint16, big endian;'),
-        'float': (text_ids.astype('<f4').tobytes(), 'looks like float32;'),
-        'half': (CORPORA['characters'].astype('<f2').tobytes(), 'looks like float16;'),
-        'npy': (npy(text_ids, '<u2', tmp_path / 'a'), 'uint16, behind a header of numpy.save'),
+        'uint32': (text_ids.astype('<u4').tobytes(), 'looks like uint32, but'),
+        'int64': (text_ids.astype('<i8').tobytes(), 'looks like int64, but'),
+        'wide': (CORPORA['wide'].astype('<u4').tobytes(), 'looks like uint32, but'),
+        'big': (text_ids.astype('>u2').tobytes(), 'looks like uint16, big endian, but'),
+        'float': (text_ids.astype('<f4').tobytes(), 'looks like float32, but'),
+        'half': (CORPORA['characters'].astype('<f2').tobytes(), 'looks like float16, but'),
+        'npy': (npy(text_ids, '<u2', tmp_path / 'a'), 'uint16, with a header of numpy.save'),
         'npy64': (
             npy(text_ids, '>i8', tmp_path / 'a'),
-            'int64, big endian, behind a header of numpy',
+            'int64, big endian, with a header of numpy',
         ),
-        'llm.c': (llm_c(text_ids), 'uint16, behind a header of llm.c'),
-        'llama': (llm_c(CORPORA['wide'], 20240801, '<u4'), 'uint32, behind a header of llm.c'),
-        'bytes': (TEXT.encode(), 'looks like uint8;'),
+        'llm.c': (llm_c(text_ids), 'uint16, with a header of llm.c'),
+        'llama': (llm_c(CORPORA['wide'], 20240801, '<u4'), 'uint32, with a header of llm.c'),
+        'bytes': (TEXT.encode(), 'looks like uint8, but'),
         'odd': (TEXT.encode()[:255], '255 bytes, an odd number'),
     }
 
@@ -140,7 +140,10 @@ def test_misread_files_are_refused_with_a_working_command(tmp_path, text_ids, na
 @pytest.mark.parametrize(
     'content, says',
     [
-        (b'PK\x03\x04' + b'x' * 999, 'holds no token ids: it is a zip archive: unpack it first'),
+        (
+            b'PK\x03\x04' + b'x' * 999,
+            'not contain token ids: it is a zip archive: unpack it first',
+        ),
         (b'\x93NUMPY\x01\x00\x05\x00junk', 'a damaged file of numpy.save'),
     ],
 )
@@ -159,15 +162,15 @@ def run(folder, out, *options):
 
 def test_two_dimensional_arrays_are_refused(tmp_path):
     folder = bare(tmp_path / 'f', npy(np.ones((50, 50)), '<u2', tmp_path / 'a'))
-    with pytest.raises(UserError, match=r'of the shape \(50, 50\), not ids in a row'):
+    with pytest.raises(UserError, match=r'of shape \(50, 50\), not a vector of ids'):
         run(folder, tmp_path / 'out')
 
 
 @pytest.mark.parametrize(
     'values, options, says',
     [
-        ([1, -1] * 50, ['--dtype=int32'], 'number 1 is -1, which is no id'),
-        ([2**40] * 99, ['--dtype=int64'], 'larger than 4294967295'),
+        ([1, -1] * 50, ['--dtype=int32'], 'number 1 is -1, which is not a token id'),
+        ([2**40] * 99, ['--dtype=int64'], 'at most 4294967295'),
         ([1] * 99, ['--dtype=uint64', '--tokenizer=gtp2'], 'Did you mean gpt2'),
         ([60_000] * 99, ['--dtype=uint64', '--tokenizer=gpt2'], '--tokenizer=unknown'),
         ([1] * 99, ['--big_endian'], '--big_endian needs --dtype'),
@@ -186,9 +189,9 @@ def test_npy_files_are_imported(tmp_path, text_ids):
         np.save(tmp_path / f'{split}.npy', text_ids)
     data = run(tmp_path, tmp_path / 'out')
     assert np.array_equal(data.splits['val'].read(0, len(text_ids)), text_ids)
-    with pytest.raises(UserError, match='is there already'):
+    with pytest.raises(UserError, match='exists already'):
         run(tmp_path, tmp_path / 'out')
-    with pytest.raises(UserError, match='holds neither'):
+    with pytest.raises(UserError, match='has neither'):
         run(tmp_path / 'out' / '..' / '..', tmp_path / 'more')
 
 

@@ -60,19 +60,19 @@ def test_document_lengths(shown, monkeypatch, chunk):
     lengths = [len(text.encode()) for text in DOCUMENTS]
     assert f'documents: {len(DOCUMENTS)} ' in text
     assert (
-        f'least {min(lengths)}, median {statistics.median(lengths):g}, '
-        f'mean {statistics.mean(lengths):.1f}, most {max(lengths)} '
+        f'minimum {min(lengths)}, median {statistics.median(lengths):g}, '
+        f'mean {statistics.mean(lengths):.1f}, maximum {max(lengths)} '
     ) in text
-    assert 'val' not in text and 'does not end' not in text and 'meta.json says' not in text
+    assert 'val' not in text and 'incomplete document' not in text and 'meta.json has' not in text
     for low, high in ((0, 0), (4, 7), (8, 15), (16, 31), (32, 63), (64, 127), (512, 1023)):
         count = sum(low <= length <= high for length in lengths)
         assert f'{low:,} – {high:,} {count} {100 * count / len(lengths):.1f} %' in text
 
 
-def test_the_files_and_the_bytes_of_a_token(shown):
+def test_files_and_bytes_per_token(shown):
     text = shown()
     total, size = (sum(len(d.encode()) + end for d in DOCUMENTS) for end in (1, 0))
-    assert f'train: {total:,} tokens of {size:,} bytes, {size / total:.3f} bytes a token' in text
+    assert f'train: {total:,} tokens of {size:,} bytes, {size / total:.3f} bytes per token' in text
     lines = [line.split() for line in text.splitlines() if 'train_0' in line]
     assert [(line[0], int(line[1]), int(line[4])) for line in lines] == [
         ('train_00000.bin', 10, 0),
@@ -83,7 +83,7 @@ def test_the_files_and_the_bytes_of_a_token(shown):
 
 
 @pytest.mark.parametrize('chunk', [1, 7, 2**20])
-def test_every_document_is_found(shown, monkeypatch, chunk):
+def test_document_option_shows_each_document(shown, monkeypatch, chunk):
     monkeypatch.setattr(inspect_tokens, 'CHUNK', chunk)
     for number, document in enumerate(DOCUMENTS):
         title, _, text = shown(f'--document={number}', '--length=1000').partition(':\n\n')
@@ -92,7 +92,7 @@ def test_every_document_is_found(shown, monkeypatch, chunk):
     assert 'the first 5 (' in shown('--document=6', '--length=5')
 
 
-def test_any_window_is_decoded(shown):
+def test_at_option_shows_any_range(shown):
     everything = ''.join(document + '\uffff' for document in DOCUMENTS).encode()
     title, _, text = shown('--split=val', '--at=1', '--length=2').partition(':\n\n')
     assert title == 'val, tokens 1 to 2 of 14' and text == 'ne\n'
@@ -113,40 +113,40 @@ def test_changed_files_are_named(shown, folder):
     assert 'train_00000.bin to train_00002.bin together has the SHA-256' in split
 
 
-def test_disagreement_of_files_and_meta_json(shown, folder):
+def test_mismatch_of_files_and_meta_json(shown, folder):
     tokens = np.fromfile(folder / 'val_00000.bin', '<u2')
     tokens[[3, -1]] = ord('!')
     tokens.tofile(folder / 'val_00000.bin')
     text = ' '.join(shown('--split=val').split())
-    assert 'documents: 1 ' in text and 'meta.json says 3' in text
-    assert '6 tokens at the end belong to a document that does not end' in text
+    assert 'documents: 1 ' in text and 'meta.json has 3' in text
+    assert '6 tokens at the end belong to an incomplete document' in text
 
 
 @pytest.mark.parametrize(
     'arguments, says',
     [
-        (['--at=99999'], r'--at=99999: the train split has the tokens 0 to \d+'),
-        (['--at=-1'], 'the tokens 0 to'),
-        (['--document=7'], r'--document=7: the split has 7, from 0 to 6\.'),
-        (['--document=-1'], 'the first is 0'),
-        (['--document=1', '--at=1'], 'give one of them'),
+        (['--at=99999'], r'--at=99999: the train split has tokens 0 to \d+'),
+        (['--at=-1'], 'has tokens 0 to'),
+        (['--document=7'], r'--document=7: the split has 7 documents, 0 to 6\.'),
+        (['--document=-1'], 'counted from 0'),
+        (['--document=1', '--at=1'], 'Give one of them'),
         (['--at=1', '--length=0'], '--length=0'),
         (['--splitt=val'], 'Did you mean --split'),
     ],
 )
-def test_what_cannot_be_shown_is_one_message(shown, arguments, says):
+def test_invalid_ranges_are_user_errors(shown, arguments, says):
     with pytest.raises(UserError, match=says):
         shown(*arguments)
 
 
-def test_a_dataset_without_ends_has_no_documents(tiny_dataset, capsys):
+def test_dataset_without_end_of_text_has_no_documents(tiny_dataset, capsys):
     inspect_tokens.main([str(tiny_dataset)])
-    assert capsys.readouterr().out.count('documents: not told apart') == 2
-    with pytest.raises(UserError, match=r'no token .* ends its documents\. Use --at'):
+    assert capsys.readouterr().out.count('documents: unknown') == 2
+    with pytest.raises(UserError, match=r'has no end-of-text token\. Use --at'):
         inspect_tokens.main([str(tiny_dataset), '--document=0'])
 
 
-def test_memory_does_not_grow_with_the_file(folder, monkeypatch):
+def test_memory_is_independent_of_file_size(folder, monkeypatch):
     monkeypatch.setattr(inspect_tokens, 'CHUNK', 2**14)
     monkeypatch.setattr(inspect_tokens.LengthCounts, 'SHORT', 2**10)
     tokens = np.full(2_000_000, 65, '<u2')
@@ -160,5 +160,5 @@ def test_memory_does_not_grow_with_the_file(folder, monkeypatch):
     text = '\n'.join(inspect_tokens.document_lines(data, 'val'))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert 'documents: 20,000' in text and 'least 99, median 99, mean 99.0, most 99' in text
+    assert 'documents: 20,000' in text and 'minimum 99, median 99, mean 99.0, maximum 99' in text
     assert peak < 2**19 < data.splits['val'].nbytes / 7

@@ -35,7 +35,7 @@ SIZES = [
 ]
 
 
-def test_splitmix64_gives_the_published_outputs():
+def test_splitmix64_matches_published_outputs():
     # Vigna's reference implementation, seed 1234567.
     published = [
         6457827717110365317,
@@ -48,7 +48,7 @@ def test_splitmix64_gives_the_published_outputs():
 
 
 @pytest.mark.parametrize('sampling', ORDERS)
-def test_every_python_int_is_a_seed(sampling):
+def test_any_int_is_a_seed(sampling):
     orders = (ORDERS[sampling](seed, 10**6, 16) for seed in (-1, 0, 1, 2**63))
     assert len({tuple(order.starts(0, 4)) for order in orders}) == 4
 
@@ -93,7 +93,7 @@ def test_order_is_divided_among_ranks_and_micro_batches(sampling, ranks, micro_b
 # --- At random ------------------------------------------------------------------------------------
 
 
-def test_the_random_order_is_what_it_always_was():
+def test_random_order_is_unchanged():
     """Published losses hang on it, and resumed runs."""
     order = RandomOrder(1337, 10**6, 16)
     assert order.starts(0, 6).tolist() == [982578, 203550, 346646, 474016, 115914, 567786]
@@ -173,7 +173,7 @@ def test_epochs_and_seeds_differ():
     assert len(set(map(tuple, shuffles))) == len(shuffles)
 
 
-def test_every_cut_comes_up_as_often_as_any():
+def test_cuts_are_uniform():
     order = EpochOrder(5, 1000, 16)
     counts = Counter(order.shift(np.arange(16_000, dtype=np.uint64)).tolist())
     assert set(counts) == set(range(16))
@@ -187,7 +187,7 @@ def test_every_cut_comes_up_as_often_as_any():
     key=st.integers(0, 2**64 - 1),
     data=st.data(),
 )
-def test_a_permutation_has_an_inverse(size, key, data):
+def test_permutation_has_an_inverse(size, key, data):
     chosen = data.draw(st.lists(st.integers(0, size - 1), min_size=1, max_size=20, unique=True))
     indices, keys = np.array(chosen, np.uint64), np.full(len(chosen), key, np.uint64)
     images = shuffle_index(indices, keys, size)
@@ -208,7 +208,7 @@ def test_permutations_are_uniform(size):
     assert stats.chisquare(list(counts.values())).pvalue > 1e-3
 
 
-def test_neighbours_are_taken_far_apart():
+def test_neighbors_are_shuffled_apart():
     images = shuffle_index(
         np.arange(20_000, dtype=np.uint64), np.full(20_000, 7, np.uint64), 20_000
     )
@@ -222,7 +222,7 @@ def test_neighbours_are_taken_far_apart():
 
 @pytest.mark.slow
 @pytest.mark.parametrize('tokens, block_size', SIZES)
-def test_different_tokens_are_those_counted(tokens, block_size):
+def test_unique_tokens_equal_counted_tokens(tokens, block_size):
     order = EpochOrder(3, tokens, block_size)
     sequences = min(5 * order.windows_per_epoch + 3, 3000)
     seen = set()

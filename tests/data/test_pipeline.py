@@ -65,14 +65,14 @@ def test_dtype_follows_the_vocabulary(tmp_path):
         assert content_of(tmp_path) == texts
 
 
-def test_unwritable_folder_is_one_error(tmp_path):
+def test_unwritable_folder_is_user_error(tmp_path):
     (tmp_path / 'file').touch()
     with pytest.raises(UserError, match=r'cannot be written to .*nowhere.*Not a directory'):
         write_dataset(tmp_path / 'file' / 'nowhere', characters_of(OLD), OLD, 'old')
 
 
 @pytest.mark.parametrize('size', [1, 2, 3])
-def test_chunks_have_the_tokens_of_the_whole(gpt2_tokenizer, size):
+def test_chunks_encode_like_the_whole(gpt2_tokenizer, size):
     # All texts of six of these characters: every way in which spaces and line ends can meet.
     for text in map(''.join, itertools.product('a9 \n\x85', repeat=6)):
         parts = list(split_text(text, size))

@@ -21,6 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.errors import UserError
+from common.progress_bar import done_text
 from data import prepare
 from data.dataset import load_dataset
 from data.preparation import pipeline, sources, token_writer, train_tokenizer
@@ -122,7 +123,7 @@ def test_documents_are_split_by_hash(corpus, tmp_path, tokenizer):
     st.floats(0.01, 0.99),
 )
 @settings(max_examples=50, deadline=None)
-def test_no_other_document_moves_one(few, more, fraction, larger):
+def test_split_is_independent_of_other_documents(few, more, fraction, larger):
     def validation(texts, share):
         rule = HashSplitRule(share)
         return {text for text in texts if rule(hashlib.sha256(text.encode('utf-8')).digest())}
@@ -133,7 +134,7 @@ def test_no_other_document_moves_one(few, more, fraction, larger):
     assert kept <= validation(few, max(fraction, larger))
 
 
-def test_adding_files_moves_no_document(corpus, tmp_path):
+def test_adding_files_keeps_splits(corpus, tmp_path):
     run(corpus / '0.jsonl', corpus / '2.jsonl', f'--out={tmp_path}/few', '--tokenizer=byte')
     run(corpus, corpus / '0.jsonl', f'--out={tmp_path}/all', '--tokenizer=byte')
     few, all_ = documents_of(tmp_path / 'few'), documents_of(tmp_path / 'all')
@@ -143,7 +144,7 @@ def test_adding_files_moves_no_document(corpus, tmp_path):
         )
 
 
-def test_the_share_for_validation_is_kept(tmp_path):
+def test_validation_share_matches_option(tmp_path):
     (tmp_path / 'a.jsonl').write_text(''.join(f'{{"text": "{i}"}}\n' for i in range(4000)))
     run(tmp_path / 'a.jsonl', f'--out={tmp_path}/mine', '--tokenizer=byte', '--val_fraction=0.05')
     # Four standard deviations of a binomial.
@@ -152,7 +153,7 @@ def test_the_share_for_validation_is_kept(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('tokenizer', ['gpt2', 'bpe', 'char'])
-def test_workers_change_nothing(corpus, tmp_path, monkeypatch, tokenizer):
+def test_output_is_independent_of_workers(corpus, tmp_path, monkeypatch, tokenizer):
     outcomes = []
     for count in (1, 3):
         monkeypatch.setenv('RAYON_NUM_THREADS', str(count))
@@ -163,7 +164,7 @@ def test_workers_change_nothing(corpus, tmp_path, monkeypatch, tokenizer):
 
 
 @pytest.mark.parametrize('shard_tokens', [1, 100, 4096])
-def test_shards_are_the_one_file_cut(corpus, tmp_path, shard_tokens):
+def test_shards_concatenate_to_single_file(corpus, tmp_path, shard_tokens):
     texts = corpus / '0.jsonl'
     run(texts, f'--out={tmp_path}/one', '--tokenizer=byte')
     if shard_tokens == 1:
@@ -207,7 +208,7 @@ def test_trained_byte_pairs_match_tokenizers(corpus, tmp_path):
         Tokenizer(data.tokenizer, tmp_path)
 
 
-def test_byte_pairs_see_no_validation_text(tmp_path):
+def test_byte_pairs_are_trained_without_validation_text(tmp_path):
     held_out = next(f'zqzq {i} ' * 50 for i in range(999) if is_validation(f'zqzq {i} ' * 50))
     texts = [f'zq common words {i}' for i in range(50)]
     vocabularies = []
@@ -228,7 +229,7 @@ def test_byte_pairs_are_trained_on_a_sample(corpus, tmp_path, monkeypatch, capsy
     assert f'on {share:.1%} of the training documents' in capsys.readouterr().out
 
 
-def test_the_summary_tells_what_is_there(corpus, tmp_path, capsys):
+def test_summary_describes_dataset(corpus, tmp_path, capsys):
     run(corpus, f'--out={tmp_path}/mine', '--tokenizer=byte')
     out = capsys.readouterr().out
     for split, texts in documents_of(tmp_path / 'mine').items():
@@ -237,7 +238,7 @@ def test_the_summary_tells_what_is_there(corpus, tmp_path, capsys):
     assert out.endswith(f'To train on it: python train.py --dataset={tmp_path}/mine\n')
 
 
-def test_progress_tells_the_time_left(corpus, tmp_path, monkeypatch, capsys):
+def test_progress_lines_have_time_left(corpus, tmp_path, monkeypatch, capsys):
     now = [1000.0]
 
     def clock():
@@ -250,15 +251,16 @@ def test_progress_tells_the_time_left(corpus, tmp_path, monkeypatch, capsys):
     assert len(lines) > 3
     total = sum(path.stat().st_size for path in corpus.iterdir())
     for line in lines:
-        found = re.fullmatch(
-            r' *(\d+)% of ([\d.]+) MB, ([\d,]+) documents, ([\d.]+) MB/s, (\d+):(\d\d):(\d\d) left',
+        match = re.fullmatch(
+            r'Encoding: \d+ %, [\d.]+/([\d.]+) kB, [\d.]+ kB/s, (\d+:\d\d:\d\d) left, '
+            r'[\d,]+ documents',
             line,
         )
-        assert found, line
-        assert found[2] == f'{total / 1e6:.1f}'
+        assert match, line
+        assert match[1] == f'{total / 1e3:.1f}'
     left = [
-        sum(int(n) * s for n, s in zip(line.split()[-2].split(':'), (3600, 60, 1)))
-        for line in lines
+        sum(int(n) * s for n, s in zip(text.split(':'), (3600, 60, 1)))
+        for text in re.findall(r'([\d:]+) left', '\n'.join(lines))
     ]
     assert left == sorted(left, reverse=True)
 
@@ -329,7 +331,7 @@ def test_finished_work_is_not_repeated(corpus, tmp_path, capsys, monkeypatch):
     run(corpus, f'--out={tmp_path}', '--tokenizer=byte')
     total = sum(path.stat().st_size for path in corpus.iterdir())
     assert 0 < kept < total
-    assert f'Going on after {kept / total:4.0%} of' in capsys.readouterr().out
+    assert f'Continuing after {done_text(kept, total, "B")}' in capsys.readouterr().out
     journal_pieces = len(lines) + len(encoded)
     encoded.clear()
     run(corpus, f'--out={tmp_path}', '--tokenizer=byte', '--restart')
@@ -350,7 +352,7 @@ if __name__ == '__main__':
 
 
 @pytest.mark.slow
-def test_worker_processes_end_with_it(corpus, tmp_path):
+def test_workers_end_with_main_process(corpus, tmp_path):
     """kill -9 from outside; nothing is left running, and nothing holds the lock."""
     run(corpus, f'--out={tmp_path}/alone', '--tokenizer=byte')
     (tmp_path / 'slow.py').write_text(SLOW)
@@ -375,11 +377,11 @@ def test_worker_processes_end_with_it(corpus, tmp_path):
     assert contents(tmp_path / 'mine') == contents(tmp_path / 'alone')
 
 
-def test_other_preparation_is_refused(corpus, tmp_path):
+def test_unfinished_preparation_with_other_settings_is_refused(corpus, tmp_path):
     assert killed('fsync:20', corpus, f'--out={tmp_path}', '--tokenizer=byte')
     with pytest.raises(
         UserError,
-        match=r"unfinished preparation of something else: kind was 'byte', now 'gpt2'.*--restart",
+        match=r"unfinished preparation with other settings: kind was 'byte', now 'gpt2'.*--restart",
     ):
         run(corpus, f'--out={tmp_path}')
     with pytest.raises(UserError, match=r'val_fraction was 0\.1, now 0\.2'):
@@ -390,19 +392,19 @@ def test_other_preparation_is_refused(corpus, tmp_path):
     assert len(documents_of(tmp_path)['train']) < 100
 
 
-def test_what_is_prepared_already_is_left_alone(corpus, tmp_path, capsys):
+def test_finished_dataset_is_not_prepared_again(corpus, tmp_path, capsys):
     arguments = corpus, f'--out={tmp_path}', '--tokenizer=byte'
     run(*arguments)
     before = (tmp_path / 'train.bin').stat().st_mtime_ns
     run(*arguments)
-    assert 'prepared from exactly this already' in capsys.readouterr().out
+    assert 'already prepared with these settings' in capsys.readouterr().out
     assert (tmp_path / 'train.bin').stat().st_mtime_ns == before
     (tmp_path / 'val.bin').unlink()
     run(*arguments)
     assert (tmp_path / 'val.bin').exists()
 
 
-def test_a_disk_that_spoils_bytes_is_found_out(corpus, tmp_path, monkeypatch):
+def test_corrupted_tokens_are_detected(corpus, tmp_path, monkeypatch):
     real = token_writer.TokenWriter.close
 
     def spoil(self):
@@ -425,14 +427,14 @@ def test_undecodable_tokens_are_detected(corpus, tmp_path, monkeypatch):
         run(tmp_path / 'a.jsonl', f'--out={tmp_path}/mine', '--tokenizer=byte')
 
 
-def test_a_full_disk_keeps_what_is_done(corpus, tmp_path):
+def test_full_disk_keeps_progress(corpus, tmp_path):
     resource = pytest.importorskip('resource')
     limit = (30_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1])
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     try:
-        with pytest.raises(UserError, match=r'cannot be written to .*What is done so far is kept'):
+        with pytest.raises(UserError, match=r'cannot be written to .*Progress is saved'):
             run(corpus, f'--out={tmp_path}/mine', '--tokenizer=byte')
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -443,8 +445,8 @@ def test_a_full_disk_keeps_what_is_done(corpus, tmp_path):
     assert contents(tmp_path / 'mine') == contents(tmp_path / 'alone')
 
 
-def test_a_lost_process_is_one_error():
-    with pytest.raises(UserError, match=r'ended from outside.*goes on.*--workers=1'):
+def test_killed_worker_is_user_error():
+    with pytest.raises(UserError, match=r'was killed.*to continue.*--workers=1'):
         list(map_in_order(os._exit, [1, 1], 2))
 
 
@@ -454,29 +456,29 @@ def test_a_lost_process_is_one_error():
 @pytest.mark.parametrize(
     'arguments, says',
     [
-        (['a.txt'], 'Where to?.*--out=data/mine'),
+        (['a.txt'], 'No folder is given.*--out=data/mine'),
         (['--out=mine'], 'either PATHS'),
         (['a.txt', '--hf=x', '--out=mine'], 'either PATHS'),
         (['a.txt', '--out=mine', '--tokenizer=gtp2'], 'gtp2 is unknown. Did you mean gpt2?'),
         (['a.txt', '--out=mine', '--tokenizer=cl100k'], 'Did you mean cl100k_base?'),
         (
             ['a.txt', '--out=mine', '--tokenizer=zzz'],
-            'There are: gpt2, byte, char, bpe, cl100k_bas',
+            'Tokenizers: gpt2, byte, char, bpe, cl100k_bas',
         ),
-        (['a.txt', '--out=mine', '--vocab_size=900'], '--vocab_size is for --tokenizer=bpe only'),
+        (['a.txt', '--out=mine', '--vocab_size=900'], '--vocab_size needs --tokenizer=bpe'),
         (['a.txt', '--out=mine', '--vocab_size=256'], 'at least 257'),
         (['a.txt', '--out=mine', '--val_fraction=1'], 'between 0 and 1'),
         (['a.txt', '--out=mine', '--workers=0'], 'at least 1'),
         (['a.text', '--out=mine'], 'no file or folder a.text. Did you mean a.txt?'),
-        (['a.txt', '--out=mine'], 'too few documents, 1: none of them is left for the val split'),
-        (['empty.txt', '--out=mine'], 'no document to prepare: 1 were empty'),
+        (['a.txt', '--out=mine'], 'too few documents (1): none of them is in the val split'),
+        (['empty.txt', '--out=mine'], 'no document to prepare: 1 are empty'),
         (['bad.txt', '--out=mine'], 'bad.txt is not UTF-8 text: invalid start byte at byte 3'),
-        (['rows.jsonl', '--out=mine'], "rows.jsonl, line 2 has no field 'text', but 'txt'"),
+        (['rows.jsonl', '--out=mine'], "rows.jsonl, line 2 has no field 'text'. Its fields: 'txt'"),
         (['a.txt', '--out=a.txt'], 'cannot be written to a.txt'),
         (['a.txt', '--out=mine', '--tokeniser=byte'], 'Did you mean --tokenizer?'),
     ],
 )
-def test_a_mistake_is_one_sentence(tmp_path, monkeypatch, arguments, says):
+def test_mistakes_are_user_errors(tmp_path, monkeypatch, arguments, says):
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'a.txt').write_text('hello world')
     (tmp_path / 'empty.txt').write_text(' \n')
@@ -489,7 +491,7 @@ def test_a_mistake_is_one_sentence(tmp_path, monkeypatch, arguments, says):
 
 def test_single_text_is_cut_as_advised(tmp_path):
     (tmp_path / 'book.txt').write_text('\n\n'.join(TEXTS))
-    with pytest.raises(UserError, match='too few documents, 1') as error:
+    with pytest.raises(UserError, match=r'too few documents \(1\)') as error:
         run(tmp_path / 'book.txt', f'--out={tmp_path}/mine')
     (way,) = re.findall(r'--cut=\d+', str(error.value))
     run(tmp_path / 'book.txt', f'--out={tmp_path}/mine', way, '--tokenizer=byte')
@@ -503,21 +505,19 @@ def test_skip_invalid(tmp_path, capsys):
     lines[300:300] = ['{"txt": "a"}\n', '{"text": " "}\n', '{\n']
     (tmp_path / 'a.jsonl').write_text(''.join(lines))
     arguments = tmp_path / 'a.jsonl', f'--out={tmp_path}/mine', '--tokenizer=byte'
-    with pytest.raises(
-        UserError, match=r'a\.jsonl, line 301 has no field.*--skip_invalid, which leaves'
-    ):
+    with pytest.raises(UserError, match=r'a\.jsonl, line 301 has no field.*--skip_invalid to skip'):
         run(*arguments)
     run(*arguments, '--skip_invalid')  # goes on
     out = capsys.readouterr().out
-    assert 'Going on after' in out and 'line 301 has no field' in out and 'line 303 is no' in out
-    assert 'left out: 1 empty documents, 2 that could not be used' in out
+    assert 'Continuing after' in out and 'line 301 has no field' in out and 'line 303 is not' in out
+    assert 'skipped: 1 empty documents, 2 invalid ones' in out
     found = documents_of(tmp_path / 'mine')
     assert sorted([*found['train'], *found['val']]) == sorted(TEXTS)
     meta = json.loads((tmp_path / 'mine' / 'meta.json').read_text())
     assert (meta['preparation']['empty'], meta['preparation']['invalid']) == (1, 2)
 
 
-def test_byte_pairs_need_their_trainer(corpus, tmp_path, monkeypatch):
+def test_byte_pairs_need_package_tokenizers(corpus, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, 'tokenizers', None)
     with pytest.raises(UserError, match='pip install tokenizers'):
         run(corpus, f'--out={tmp_path}', '--tokenizer=bpe')
@@ -557,14 +557,14 @@ def test_openwebtext_and_fineweb_scripts(tmp_path, monkeypatch, name):
 
 
 @pytest.mark.slow
-def test_a_corpus_of_ones_own_trains(corpus, tmp_path, run_script):
+def test_training_on_prepared_corpus(corpus, tmp_path, run_script):
     """The commands as they are typed, with byte pairs of its own in several files."""
     out = tmp_path / 'mine'
     bpe = '--tokenizer=bpe', '--vocab_size=300', '--shard_tokens=2000'
     run_script('data/prepare.py', corpus, f'--out={out}', *bpe)
     assert (out / 'train_00001.bin').exists()
     tiny = [f'--{key}={value}' for key, value in {**TINY_RUN, 'max_iters': 2}.items()]
-    trained = run_script('train.py', f'--dataset={out}', *tiny).stdout
-    assert 'vocabulary 300' in trained or '300' in trained
+    assert load_dataset(str(out), 8).vocab_size == 300
+    run_script('train.py', f'--dataset={out}', *tiny)
     samples = run_script('sample.py', '--num_samples=1', '--max_new_tokens=5', '--start=the fox')
     assert 'the fox' in samples.stdout

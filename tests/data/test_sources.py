@@ -70,7 +70,7 @@ def test_documents_of_every_file_kind(corpus):
 
 
 @pytest.mark.parametrize('size', [1, 300, 2000])
-def test_a_source_goes_on_from_any_position(corpus, monkeypatch, size):
+def test_source_continues_from_any_position(corpus, monkeypatch, size):
     monkeypatch.setattr(sources, 'BATCH_BYTES', size)
     monkeypatch.setattr(file_readers, 'ROWS', 4)
     batches = list(files(corpus).batches())
@@ -84,7 +84,7 @@ def test_a_source_goes_on_from_any_position(corpus, monkeypatch, size):
 
 
 @pytest.mark.parametrize('limit', [1, 25, 59, 60, 61])
-def test_only_the_first_documents(corpus, monkeypatch, limit):
+def test_max_documents(corpus, monkeypatch, limit):
     monkeypatch.setattr(sources, 'BATCH_BYTES', 300)
     source = files(corpus, max_documents=limit)
     assert valid_texts(source) == TEXTS[:limit]
@@ -94,7 +94,7 @@ def test_only_the_first_documents(corpus, monkeypatch, limit):
 
 @settings(max_examples=200, deadline=None)
 @given(st.text(st.sampled_from('ab \n\ré日😀'), max_size=400), st.integers(4, 60))
-def test_parts_of_long_texts_join_to_the_whole(tmp_path_factory, text, size):
+def test_parts_of_long_text_join_to_whole(tmp_path_factory, text, size):
     path = tmp_path_factory.getbasetemp() / f'cut_{os.getpid()}.txt'
     path.write_bytes(text.encode())
     documents = [
@@ -116,18 +116,18 @@ def test_texts_are_cut_at_blank_lines(tmp_path):
     assert len(parts) > 5 and all(part.endswith('line\n\n') for part in parts)
     assert len(valid_texts(files(tmp_path, cut=100_000))) == 1
     (tmp_path / 'a.txt').write_bytes(b'\x80' * 1000)
-    with pytest.raises(InvalidDocument, match='part 1 is no UTF-8'):
+    with pytest.raises(InvalidDocument, match='part 1 is not UTF-8'):
         valid_texts(files(tmp_path, cut=100))
 
 
 ROWS = {
-    'no JSON': b'{"text": "a"}\n{"text": \n',
-    'no JSON object': b'{"text": "a"}\n["text"]\n',
-    "no field 'text', but 'txt', 'url'. Did you mean txt\\? .*--field=txt": (
+    'not valid JSON': b'{"text": "a"}\n{"text": \n',
+    'not a JSON object': b'{"text": "a"}\n["text"]\n',
+    "no field 'text'. Its fields: 'txt', 'url'. Did you mean txt\\? .*--field=txt": (
         b'{"text": "a"}\n{"txt": "b", "url": 1}\n'
     ),
-    'no text, but of type NoneType': b'{"text": "a"}\n{"text": null}\n',
-    'no JSON: .*utf-8': b'{"text": "a"}\n{"text": "\xff"}\n',
+    'not text but NoneType': b'{"text": "a"}\n{"text": null}\n',
+    'not valid JSON: .*utf-8': b'{"text": "a"}\n{"text": "\xff"}\n',
 }
 
 
@@ -162,7 +162,7 @@ def damaged(tmp_path, kind):
         ('txt', 'not UTF-8 text: invalid start byte at byte 4'),
         ('md', 'cannot be read: No such file'),
         ('parquet', 'cannot be read: .*[Pp]arquet'),
-        ('jsonl', 'line 1 is no JSON'),
+        ('jsonl', 'line 1 is not valid JSON'),
     ],
 )
 def test_damaged_file_is_named_and_skipped(tmp_path, kind, says):
@@ -175,7 +175,7 @@ def test_damaged_file_is_named_and_skipped(tmp_path, kind, says):
     assert last.text() == 'fine'
 
 
-def test_endless_line_is_refused(tmp_path, monkeypatch):
+def test_overlong_line_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(file_readers, 'LINE_LIMIT', 1000)
     (tmp_path / 'a.jsonl').write_bytes(lines_of(TEXTS[:3]).encode() + b'x' * 5000)
     *good, bad = (document for batch in files(tmp_path).batches() for document in batch.documents)
@@ -186,10 +186,10 @@ def test_endless_line_is_refused(tmp_path, monkeypatch):
 
 def test_parquet_without_the_field(corpus):
     with pytest.raises(
-        InvalidDocument, match=r"d\.parquet, row 1 has no field 'txt', but 'id', 'text'"
+        InvalidDocument, match=r"d\.parquet, row 1 has no field 'txt'\. Its fields: 'id', 'text'"
     ):
         valid_texts(files(corpus / 'd.parquet', field='txt'))
-    with pytest.raises(InvalidDocument, match=r"the field 'id' is no text, but of type int"):
+    with pytest.raises(InvalidDocument, match=r"the field 'id' is not text but int"):
         valid_texts(files(corpus / 'd.parquet', field='id'))
 
 
@@ -207,7 +207,7 @@ PATTERNS = ['**', '**/*', '**/*.txt', 'a/**/*.txt', 'a/**/b/*', '*/**/*.t?t', '*
 
 
 @pytest.mark.parametrize('pattern', PATTERNS)
-def test_a_pattern_stands_for_what_glob_says(tmp_path, monkeypatch, pattern):
+def test_pattern_expands_like_glob(tmp_path, monkeypatch, pattern):
     for name in (
         'x.txt',
         'a/x.txt',
@@ -254,7 +254,7 @@ def test_linked_folders_are_read_once(linked):
     expected = [str(corpus / name) for name in names]
     paths, (note,) = find_files([str(corpus)])
     assert paths == expected
-    assert 'Left out' in note and '1 of them links that lead nowhere' in note and 'self' in note
+    assert 'Skipped in' in note and '1 of them broken links' in note and 'self' in note
     for other in (
         [f'{corpus}/**/*.txt'],
         [str(corpus), str(corpus / 'away')],
@@ -264,13 +264,13 @@ def test_linked_folders_are_read_once(linked):
         assert sorted(map(os.path.realpath, found)) == sorted(map(os.path.realpath, expected))
 
 
-def test_what_a_folder_holds_beside_is_named(tmp_path):
+def test_skipped_files_of_folder_are_named(tmp_path):
     for name in ('a.txt', 'b.py', 'c.py', 'd.json', 'e', 'f.tar.gz', '.hidden.py'):
         (tmp_path / name).touch()
     paths, (note,) = find_files([str(tmp_path)])
     assert paths == [str(tmp_path / 'a.txt')]
     assert "5 files, 2 that end in '.py'" in note and "1 that end in '.json'" in note
-    assert "1 that end in '.tar.gz'" in note and '1 without an ending' in note
+    assert "1 that end in '.tar.gz'" in note and '1 without a suffix' in note
 
 
 def test_unreadable_folder_is_an_error(linked, monkeypatch):
@@ -311,7 +311,7 @@ FORMS = {
 
 @pytest.mark.parametrize('compression', COMPRESS)
 @pytest.mark.parametrize('form', FORMS)
-def test_json_is_read_in_every_form(tmp_path, monkeypatch, form, compression):
+def test_all_forms_of_json_are_read(tmp_path, monkeypatch, form, compression):
     monkeypatch.setattr(sources, 'BATCH_BYTES', 300)
     monkeypatch.setattr(text_files, 'CHUNK', 64)
     path = tmp_path / (form + compression)
@@ -345,15 +345,19 @@ def test_compressed_texts_are_cut(tmp_path, monkeypatch):
         (
             'a.json',
             '[{"text": "a"}, {"text": "b"} {"text": "c"}]',
-            'row 3 is no JSON: .* , or ] is',
+            'row 3 is not valid JSON: .* , or ] is',
         ),
-        ('a.json', '[{"text": "a"}, {"text": "b"', 'row 2 is no JSON: it is cut off'),
-        ('a.json', '[{"text": "a"}, {"text": nul}]', 'row 2 is no JSON: Expecting value'),
-        ('a.json', '[{"text": "a"}', 'row 2 is no JSON: it is cut off'),
-        ('a.json', '[{"text": "a"}, "b"]', 'row 2 is no JSON object'),
-        ('a.json', '[{"text": "a"}, {"text": "' + 'x' * 9999, 'row 2 is no JSON: it is longer'),
-        ('a.tar', 'a' * 257 + 'ustar', 'a tar archive: unpack it first'),
-        ('a.jsonl', '{"text": "a"}\n{"id": 1}\n', "'id'. No field of it is text"),
+        ('a.json', '[{"text": "a"}, {"text": "b"', 'row 2 is not valid JSON: it is cut off'),
+        ('a.json', '[{"text": "a"}, {"text": nul}]', 'row 2 is not valid JSON: Expecting value'),
+        ('a.json', '[{"text": "a"}', 'row 2 is not valid JSON: it is cut off'),
+        ('a.json', '[{"text": "a"}, "b"]', 'row 2 is not a JSON object'),
+        (
+            'a.json',
+            '[{"text": "a"}, {"text": "' + 'x' * 9999,
+            'row 2 is not valid JSON: it is longer',
+        ),
+        ('a.tar', 'a' * 257 + 'ustar', 'a tar archive; unpack it first'),
+        ('a.jsonl', '{"text": "a"}\n{"id": 1}\n', "'id'. None of its fields is text"),
     ],
 )
 def test_invalid_json_is_named(tmp_path, monkeypatch, name, content, says):
@@ -393,11 +397,11 @@ def test_missing_zstandard_package(tmp_path, monkeypatch):
     [
         ('b.json', r'no file or folder b\.json\. Did you mean b\.jsonl\?'),
         ('*.csv', r'no file or folder \*\.csv'),
-        ('code', r"code holds no file .* 2 that end in '\.py'.*'code/\*\*/\*\.py'"),
-        ('empty', 'empty holds no file .* it is empty'),
+        ('code', r"code has no file .* 2 files that end in '\.py'.*'code/\*\*/\*\.py'"),
+        ('empty', 'empty has no file .* It is empty'),
     ],
 )
-def test_a_name_that_stands_for_nothing(tmp_path, monkeypatch, name, says):
+def test_name_without_files_is_user_error(tmp_path, monkeypatch, name, says):
     monkeypatch.chdir(tmp_path)
     for folder in ('code', 'empty'):
         (tmp_path / folder).mkdir()
@@ -420,13 +424,13 @@ def test_hugging_face_dataset_is_streamed(corpus, tmp_path, monkeypatch):
         assert rest == [other.documents for other in batches[number + 1 :]]
     few = HuggingFaceSource(str(tmp_path), None, 'train', 'text', 5)
     assert valid_texts(few) == TEXTS[:5] and few.total == 5
-    with pytest.raises(InvalidDocument, match=r"row 1 has no field 'txt', but .*'text'"):
+    with pytest.raises(InvalidDocument, match=r"row 1 has no field 'txt'.*'text'"):
         valid_texts(HuggingFaceSource(str(tmp_path), None, 'train', 'txt', None))
     with pytest.raises(UserError, match=r'--hf=.* cannot be opened: .*tset'):
         HuggingFaceSource(str(tmp_path), None, 'tset', 'text', None)
 
 
-def test_interrupted_download_is_one_error(tmp_path, monkeypatch):
+def test_interrupted_download_is_user_error(tmp_path, monkeypatch):
     (tmp_path / 'train.jsonl').write_text(lines_of(TEXTS))
     source = HuggingFaceSource(str(tmp_path), None, 'train', 'text', None)
 
@@ -439,7 +443,7 @@ def test_interrupted_download_is_one_error(tmp_path, monkeypatch):
         valid_texts(source)
 
 
-def test_a_missing_package_is_named(corpus, monkeypatch):
+def test_missing_package_is_named(corpus, monkeypatch):
     for name in ('pyarrow', 'datasets'):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(UserError, match='Parquet files need the package pyarrow: pip install pya'):

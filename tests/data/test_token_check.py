@@ -71,7 +71,7 @@ def test_files_are_hashed_once(folder, hashed):
 
 
 @pytest.mark.parametrize('name', ['train.bin', 'val.bin'])
-def test_changed_tokens_are_an_error(folder, name):
+def test_changed_tokens_are_user_error(folder, name):
     check(folder)
     change(folder / name)
     for _ in range(2):  # and stays one
@@ -89,12 +89,12 @@ def test_full_check_finds_hidden_changes(folder):
         check(folder, full=True)
 
 
-def test_changed_meta_json_is_an_error(folder):
+def test_changed_meta_json_is_user_error(folder):
     check(folder)
     meta = json.loads((folder / 'meta.json').read_text())
     meta['splits']['val']['sha256'] = 'f' * 64
     (folder / 'meta.json').write_text(json.dumps(meta))
-    with pytest.raises(UserError, match=r'val\.bin has the SHA-256 .* where f+ is expected'):
+    with pytest.raises(UserError, match=r'val\.bin has the SHA-256 .* but f+ is expected'):
         check(folder)
 
 
@@ -110,7 +110,7 @@ def test_folder_without_hashes_is_hashed_once(tmp_path, hashed):
 
 
 @pytest.mark.parametrize('content', ['', '[]', '{"val": 3}', '{"val": {"sha256": [], "files": 1}}'])
-def test_any_note_of_a_check_is_survived(folder, hashed, content):
+def test_invalid_checksum_file_is_ignored(folder, hashed, content):
     (folder / CHECKED).write_text(content)
     check(folder)
     assert len(hashed) == 2 and set(json.loads((folder / CHECKED).read_text())) == {'train', 'val'}
@@ -146,14 +146,14 @@ def test_one_process_hashes_for_all(folder, hashed):
     assert (other.sha256('train'), other.sha256('val'), len(hashed)) == ('a', 'b', 2)
 
 
-def test_inspect_verifies_and_notes_it(folder, hashed, capsys):
+def test_inspect_verifies_and_stores_result(folder, hashed, capsys):
     inspect_tokens.main([str(folder), '--verify'])
     check(folder)
     assert len(hashed) == 2 and capsys.readouterr().out.count('verified') == 2
 
 
 @pytest.mark.slow
-def test_a_run_on_changed_data_does_not_begin(folder, tmp_path, capsys, hashed):
+def test_run_on_changed_data_is_refused(folder, tmp_path, capsys, hashed):
     run = train_here(folder, tmp_path / 'out', max_iters=1)
     assert run.code == 0 and len(hashed) == 2
     train_here(folder, tmp_path / 'again', max_iters=1, verify_data=True)

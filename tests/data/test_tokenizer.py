@@ -40,7 +40,7 @@ def test_decoding_never_fails(gpt2_tokenizer):
 
 
 @pytest.mark.parametrize('description, last', [(BYTES, 255), (AB, 1)])
-def test_end_of_text_is_one_more_id(gpt2_tokenizer, description, last):
+def test_end_of_text_adds_one_id(gpt2_tokenizer, description, last):
     without = Tokenizer(description)
     assert without.end_of_text is None and without.vocab_size == last + 1
     tokenizer = Tokenizer({**description, 'end_of_text': True})
@@ -50,7 +50,7 @@ def test_end_of_text_is_one_more_id(gpt2_tokenizer, description, last):
 
 
 @pytest.mark.slow
-def test_text_that_utf8_cannot_hold_is_encoded(gpt2_tokenizer):
+def test_lone_surrogate_is_encoded(gpt2_tokenizer):
     # A lone surrogate, as JSON may bring it, and a pair of them, which is one character.
     characters = {'kind': 'char', 'characters': [*'a😀\ufffd']}
     for tokenizer in (gpt2_tokenizer, Tokenizer(BYTES), Tokenizer(characters)):
@@ -108,10 +108,10 @@ def test_tiktoken_encodings(plug_in, monkeypatch):
 
 
 def test_unknown_characters_and_kinds_are_named():
-    with pytest.raises(UserError, match="vocabulary of 2 characters has no 'X' '\u00e9'"):
+    with pytest.raises(UserError, match="vocabulary of 2 characters does not have 'X' '\u00e9'"):
         Tokenizer(AB).encode('aéXb')
     with pytest.raises(UserError, match='characters'):
         Tokenizer({'kind': 'char', 'characters': 'ab'})
     for description in ({'kind': 'unknown'}, {}):
-        with pytest.raises(UserError, match='only for gpt2, char, byte'):
+        with pytest.raises(UserError, match='only with gpt2, char, byte'):
             Tokenizer(description)

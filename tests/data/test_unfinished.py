@@ -151,12 +151,15 @@ CHANGES = {
 @pytest.mark.parametrize('shard_tokens', [10**9, 3000])
 def test_work_continues_after_a_change(corpus, tmp_path, encoded, capsys, change, shard_tokens):
     options = '--tokenizer=byte', f'--shard_tokens={shard_tokens}'
-    with pytest.raises(UserError, match=r'2\.jsonl, line 31 is no JSON.*Mend it, and the same com'):
+    with pytest.raises(
+        UserError,
+        match=r'2\.jsonl, line 31 is not valid JSON.*Fix the document',
+    ):
         run(corpus, f'--out={tmp_path}/mine', *options)
     change(corpus)
     encoded.clear()
     run(corpus, f'--out={tmp_path}/mine', *options)
-    assert 'The files have changed since' in capsys.readouterr().out
+    assert 'The files have changed.' in capsys.readouterr().out
     done = len(encoded)
     encoded.clear()
     run(corpus, f'--out={tmp_path}/fresh', *options)
@@ -167,12 +170,12 @@ def test_work_continues_after_a_change(corpus, tmp_path, encoded, capsys, change
 
 
 @pytest.mark.parametrize('name', WRITERS)
-def test_mended_large_file_is_continued(tmp_path, encoded, name):
+def test_fixed_large_file_is_continued(tmp_path, encoded, name):
     """Its beginning is compared, however it is kept, and only what follows the change is done."""
     path, write = tmp_path / name, WRITERS[name]
     arguments = path, f'--out={tmp_path}/mine', '--tokenizer=byte'
     write(path, [*TEXTS[:200], None, *TEXTS[200:]])
-    with pytest.raises(UserError, match="the field 'text' is no text"):
+    with pytest.raises(UserError, match="the field 'text' is not text"):
         run(*arguments)
     write(path, [*TEXTS[:200], 'mended', *TEXTS[200:]])
     encoded.clear()
@@ -184,7 +187,7 @@ def test_mended_large_file_is_continued(tmp_path, encoded, name):
     assert done < len(encoded) / 3
 
 
-def test_mended_long_text_is_continued(tmp_path, encoded):
+def test_fixed_long_text_is_continued(tmp_path, encoded):
     path = tmp_path / 'a.txt'
     arguments = path, '--tokenizer=byte', '--cut=300'
     write_text(path, TEXTS)
@@ -205,13 +208,13 @@ def test_mended_long_text_is_continued(tmp_path, encoded):
 
 @pytest.mark.parametrize('tokenizer', ['char', 'bpe'])
 @pytest.mark.parametrize('new', ['x', 'the Ω quick' * 20])
-def test_corpus_tokenizer_is_made_again(corpus, tmp_path, tokenizer, new):
+def test_corpus_tokenizer_is_rebuilt(corpus, tmp_path, tokenizer, new):
     """Where it comes out another, so does all that was written with it."""
     options = (
         f'--tokenizer={tokenizer}',
         '--vocab_size=400' if tokenizer == 'bpe' else '--workers=1',
     )
-    with pytest.raises(UserError, match='Mend it'):
+    with pytest.raises(UserError, match='Fix the document'):
         run(corpus, f'--out={tmp_path}/mine', *options)
     mend(corpus)
     write_lines(corpus / '9.jsonl', [new])
@@ -220,8 +223,8 @@ def test_corpus_tokenizer_is_made_again(corpus, tmp_path, tokenizer, new):
     assert contents(tmp_path / 'mine') == contents(tmp_path / 'fresh')
 
 
-def test_killed_while_it_takes_in_the_change(corpus, tmp_path, monkeypatch):
-    with pytest.raises(UserError, match='Mend it'):
+def test_killed_during_change(corpus, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match='Fix the document'):
         run(corpus, f'--out={tmp_path}/mine', '--tokenizer=char')
     mend(corpus)
     write_lines(corpus / '0.jsonl', ['Ω', *TEXTS[1:48]])
@@ -245,15 +248,15 @@ def test_killed_while_it_takes_in_the_change(corpus, tmp_path, monkeypatch):
 
 
 def test_other_options_are_refused(corpus, tmp_path):
-    with pytest.raises(UserError, match='Mend it'):
+    with pytest.raises(UserError, match='Fix the document'):
         run(corpus, f'--out={tmp_path}/mine', '--tokenizer=byte')
     mend(corpus)
     for option, says in (('--val_fraction=0.2', 'val_fraction was'), ('--cut=99', 'cut was')):
-        with pytest.raises(UserError, match=f'unfinished preparation of something else.*{says}'):
+        with pytest.raises(UserError, match=f'unfinished preparation with other settings.*{says}'):
             run(corpus, f'--out={tmp_path}/mine', '--tokenizer=byte', option)
 
 
-def test_empty_work_folder_is_no_hindrance(tmp_path):
+def test_empty_work_folder_is_reused(tmp_path):
     (tmp_path / 'a.jsonl').write_text(lines_of(TEXTS).replace('"text"', '"content"'))
     arguments = tmp_path / 'a.jsonl', f'--out={tmp_path}/mine', '--tokenizer=byte'
     with pytest.raises(UserError, match="has no field 'text'") as error:
@@ -263,7 +266,7 @@ def test_empty_work_folder_is_no_hindrance(tmp_path):
 
 
 def test_journal_of_an_earlier_version_is_restarted(corpus, tmp_path):
-    with pytest.raises(UserError, match='Mend it'):
+    with pytest.raises(UserError, match='Fix the document'):
         run(corpus, f'--out={tmp_path}/mine', '--tokenizer=byte')
     work = tmp_path / 'mine' / 'unfinished.tmp'
     (work / unfinished.FILES).unlink()

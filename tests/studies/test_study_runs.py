@@ -105,7 +105,7 @@ def losses(out):
 def test_study_from_command_line(study_file, run_script, tmp_path):
     path = study_file(SMALL.replace('[1, 2]', '[1]') + "; question = 'Gated?'")
     out = run_script('study.py', path, '--jobs=2').stdout
-    assert 'Gated?' in out and '2 variants, 1 seed of each' in out
+    assert 'Gated?' in out and '2 variants with 1 seed each' in out
     assert '[2/2]' in out and 'RANKING' in out
     assert len(losses(tmp_path / 'out')) == 2 and None not in losses(tmp_path / 'out').values()
     plan = read_plan(tmp_path / 'out')
@@ -121,7 +121,7 @@ def test_complete_trials_are_skipped_and_checked(study_file, trained_here, tmp_p
     assert main(path) == 0
     before = losses(out)
     assert main(path) == 0
-    assert '4 of 4 runs are complete already' in capsys.readouterr().out
+    assert '4 of 4 runs are already complete' in capsys.readouterr().out
     assert losses(out) == before and len(list(out.rglob('run_*'))) == 4
     with pytest.raises(UserError, match=r'learning_rate=0\.0006 \(now 0\.01\)'):
         main(path, '--learning_rate=0.01')
@@ -167,7 +167,7 @@ def test_diverged_tuning_setting_is_worst(study_file, trained_here, tmp_path, ca
     assert read_plan(tmp_path / 'out')['variants'][0]['tuned'] == {'learning_rate': 1e-3}
     assert 'learning_rate=1e+30: diverged' in capsys.readouterr().out
     path = study_file(f"{text}tune = {{'learning_rate': [1e30]}}")
-    with pytest.raises(UserError, match='every run that tuned bias=True diverged'):
+    with pytest.raises(UserError, match='all tuning runs of bias=True diverged'):
         main(path)
 
 
@@ -177,7 +177,7 @@ def test_budget_in_seconds_is_timed_first(study_file, trained_here, tmp_path, ca
     )
     assert main(path, '--plan_only') == 0
     text = capsys.readouterr().out
-    assert '4 runs (2 to time an update, 2 to compare); 0 complete' in text
+    assert '4 runs (2 to time an iteration, 2 to compare), 0 complete' in text
     assert main(path) == 0
     out = tmp_path / 'out'
     for trial in read_plan(out)['points']:
@@ -198,8 +198,8 @@ def test_plan_counts_runs_tokens_and_flops(study_file, trained_here, capsys):
     path = study_file(text)
     assert main(path, '--plan_only') == 0
     plan = capsys.readouterr().out
-    assert '10 runs (4 to tune learning_rate at seed 0, 6 to compare); 0 complete' in plan
-    assert 'few updates made now' in plan
+    assert '10 runs (4 to tune learning_rate with seed 0, 6 to compare), 0 complete' in plan
+    assert 'few iterations made now' in plan
     iterations, total = 400 // 128, 0
     for n_layer in (1, 3):
         architecture = architecture_of_one(
@@ -209,12 +209,12 @@ def test_plan_counts_runs_tokens_and_flops(study_file, trained_here, capsys):
         (row,) = [line.split() for line in plan.splitlines() if f'n_layer={n_layer} ' in line]
         assert row[1:4] == [str(iterations * 128), f'{flops:.3g}', f'{5 * flops:.3g}']
         total += 5 * flops
-    assert f'in all: {10 * iterations * 128:,} tokens, {total:.3g} training FLOPs' in plan
+    assert f'total: {10 * iterations * 128:,} tokens, {total:.3g} training FLOPs' in plan
 
     assert main(path, '--seed=7') == 0
     capsys.readouterr()
     assert main(path, '--plan_only', '--seed=7') == 0
-    assert '6 to compare); 10 complete' in capsys.readouterr().out
+    assert '6 to compare), 10 complete' in capsys.readouterr().out
 
 
 def architecture_of_one(path):
@@ -249,7 +249,7 @@ def test_time_estimate_uses_recorded_speed(study_file, trained_here, tmp_path, c
     monkeypatch.setattr(overview, 'estimate_time', estimate)
     capsys.readouterr()
     assert main(more, '--plan_only') == 0
-    assert '8 runs; 4 complete' in (text := capsys.readouterr().out)
+    assert '8 runs, 4 complete' in (text := capsys.readouterr().out)
     assert f'at the speed of 4 runs in {out}' in text
     by_architecture = {}
     for r in records:
@@ -326,10 +326,10 @@ def test_interrupted_killed_and_failed_runs_differ(study_file, scripted, capsys)
     text = capsys.readouterr().out
     assert '\x1b' not in text
     for seed, what, advice in (
-        (1, 'interrupted', '(SIGTERM): the same command continues it'),
-        (2, 'killed', 'the same command continues it'),
-        (3, 'interrupted', '(SIGTERM): the same command continues it'),
-        (4, 'failed', 'the same command tries it again'),
+        (1, 'interrupted', '(SIGTERM): run the same command to continue it'),
+        (2, 'killed', 'run the same command to continue it'),
+        (3, 'interrupted', '(SIGTERM): run the same command to continue it'),
+        (4, 'failed', 'run the same command to retry it'),
     ):
         (line,) = re.findall(rf'^\w+: bias=True/seed={seed}\b.*$', text, flags=re.M)
         assert line.startswith(what) and line.endswith(advice)
@@ -358,7 +358,7 @@ def test_signal_stops_runs_then_study(study_file, scripted, capsys, tmp_path, nu
     assert signal.getsignal(number) is before
     text = capsys.readouterr().out
     assert 'seed=2: interrupted (SIGTERM)' in text and 'seed=3' not in text
-    assert text.rstrip().endswith(f'To go on: python study.py {path}')
+    assert text.rstrip().endswith(f'To continue: python study.py {path}')
     assert not re.search(r'^(interrupted|failed): ', text, flags=re.M)
 
 
@@ -412,7 +412,7 @@ def test_failed_tuning_is_reported(study_file, scripted, capsys):
     assert main(path) == 1
     text = capsys.readouterr().out
     assert 'failed: bias=True/learning_rate=0.01' in text
-    assert 'The study goes on once its tuning runs have ended' in text
+    assert 'The comparison needs all tuning runs' in text
 
 
 def test_diverged_trial_is_a_result(study_file, trained_here, tmp_path, capsys):
@@ -425,7 +425,7 @@ def test_diverged_trial_is_a_result(study_file, trained_here, tmp_path, capsys):
     assert re.search(r'learning_rate=0.001/seed=1: validation loss \d', text)
     # It is not trained again.
     assert main(path) == 0
-    assert '2 of 2 runs are complete already' in capsys.readouterr().out
+    assert '2 of 2 runs are already complete' in capsys.readouterr().out
     assert len(list((tmp_path / 'out').rglob('run_*'))) == 2
 
 
@@ -464,14 +464,14 @@ def test_summary_without_figures_is_user_error(study_file, trained_here, tmp_pat
             record = json.loads((run / 'record.json').read_text())
             record['summary'] = dict.fromkeys(record['summary'], value)
             (run / 'record.json').write_text(json.dumps(record))
-        with pytest.raises(UserError, match='every run that tuned'):
+        with pytest.raises(UserError, match='all tuning runs of'):
             main(path)
 
 
-def test_file_in_the_way_is_one_message(study_file, trained_here, tmp_path):
+def test_file_in_place_of_folder_is_user_error(study_file, trained_here, tmp_path):
     path, out = study_file(SMALL), tmp_path / 'out'
     out.write_text('in the way')
-    with pytest.raises(UserError, match=r'a study cannot write there .* --out_dir=FOLDER'):
+    with pytest.raises(UserError, match=r'cannot be written .* --out_dir=FOLDER'):
         main(path)
     out.unlink()
     (out / 'runs').mkdir(parents=True)
@@ -566,7 +566,7 @@ def test_runs_of_killed_study_are_awaited(tmp_path, monkeypatch, capsys):
         run = subprocess.Popen(['sleep', '60'], pass_fds=lock)
     (tmp_path / 'study.lock').write_text(f'{ended.pid} {lock_module.socket.gethostname()}\n')
     monkeypatch.setattr(lock_module, 'GRACE_SECONDS', -1.0)
-    with pytest.raises(UserError, match='has ended, but not its runs'), study_lock(tmp_path):
+    with pytest.raises(UserError, match='has ended, but its runs have not'), study_lock(tmp_path):
         pass
     run.kill()
     run.wait()
@@ -600,7 +600,7 @@ def test_project_studies_can_be_run(path, baseline, tiny_dataset, tmp_path, caps
     path, out = PROJECT / f'config/studies/{path}.py', f'--out_dir={tmp_path / "out"}'
     assert main(path, f'--dataset={tiny_dataset}', '--plan_only', out) == 0
     text = capsys.readouterr().out
-    assert int(re.search(r'(\d+) seeds of each', text)[1]) >= 3 and '?' in text.splitlines()[0]
+    assert int(re.search(r'(\d+) seeds each', text)[1]) >= 3 and '?' in text.splitlines()[0]
     assert text.splitlines()[1].endswith(f'; baseline: {baseline}')
 
 

@@ -103,10 +103,10 @@ def test_all_illegal_points_are_reported_at_once(read):
         ("sweep = {'bias': [True]}; match = 'params'; match_by = 'dff'", 'Did you mean d_ff?'),
         ("sweep = {'bias': [True]}; budget = {'token': 5}", 'iterations, tokens, flops, seconds'),
         ("sweep = {'bias': [True]}; exclude = [{'bais': True}]", 'Did you mean bias?'),
-        ("sweep = {'bias': [True]}; exclude = [{'bias': True}]", 'leaves no point'),
+        ("sweep = {'bias': [True]}; exclude = [{'bias': True}]", 'leaves no runs'),
     ],
 )
-def test_mistakes_in_a_study(read, text, message):
+def test_mistakes_in_study(read, text, message):
     with pytest.raises(UserError) as error:
         read(text)
     assert message in str(error.value)
@@ -133,28 +133,31 @@ def test_mistakes_in_a_study(read, text, message):
         ("sweep = {'bias': [True]}; match = ['params']", 'match takes one of'),
         ('sweep = {3: [True]}', 'sweep takes a dict of lists'),
         ('sweep = [1] * 10**6', 'sweep takes a dict of lists'),
-        ("sweep = {'sample_prompt': ['a\\0b'], 'sample_interval': [2000]}", 'cannot stand on'),
-        ("sweep = {'sample_prompt': ['\\ud800'], 'sample_interval': [2000]}", 'cannot stand on'),
-        ("sweep = {'out_dir': ['a', 'b']}", "'out_dir', which the study sets"),
+        ("sweep = {'sample_prompt': ['a\\0b'], 'sample_interval': [2000]}", 'cannot be passed'),
+        (
+            "sweep = {'sample_prompt': ['\\ud800'], 'sample_interval': [2000]}",
+            'cannot be passed',
+        ),
+        ("sweep = {'out_dir': ['a', 'b']}", "'out_dir', which study.py sets"),
         ("sweep = {'bias': [True]}; init_from = 'resume'", 'a study trains from scratch'),
-        ("sweep = {'bias': [True]}; plan = True", '--plan_only shows'),
+        ("sweep = {'bias': [True]}; plan = True", 'Use --plan_only'),
         (
             "sweep = {'max_iters': [1, 2]}; budget = {'tokens': 1e4}",
-            'max_iters, which the budget decides',
+            'max_iters, which budget determines',
         ),
         (
             "sweep = {'d_ff': [64, 128]}; match = 'params'",
             "sweep has 'd_ff', which match_by changes",
         ),
-        ("sweep = {'bias': [True]}; tune = {'bias': [True]}", 'either varied or tuned'),
-        ("sweep = {'n_head': [1, 2]}; exclude = [{'n_head': 4}]", 'no point of the grid'),
+        ("sweep = {'bias': [True]}; tune = {'bias': [True]}", 'both in tune and in the grid'),
+        ("sweep = {'n_head': [1, 2]}; exclude = [{'n_head': 4}]", 'not in the grid'),
         (
             "sweep = {'bias': [True]}; tune = {'n_layer': [1, 2]}; budget = {'seconds': 1}",
-            'tune changes the cost of an update',
+            'tune changes the cost of an iteration',
         ),
         (
             "sweep = {'bias': [True]}; tune = {'n_layer': [1, 2]}; match = 'params'",
-            'tune changes the params that match made equal',
+            'tune changes the params, which match makes equal',
         ),
         ("sweep = {'bias': [True]}; tune = {'n_head': [2, 5]}", 'bias=True, n_head=5: n_head=5'),
     ],
@@ -206,7 +209,7 @@ def test_unreadable_config_is_the_only_problem(tmp_path):
 )
 def test_huge_grid_is_refused_by_count(read, monkeypatch, text, count):
     monkeypatch.setattr(grid, 'grid', lambda choices: pytest.fail('was multiplied out'))
-    with pytest.raises(UserError, match='A study has at most 10,000') as error:
+    with pytest.raises(UserError, match='a study has at most 10,000') as error:
         read(text)
     assert count in str(error.value) and len(str(error.value)) < 2000
 
@@ -312,10 +315,10 @@ def test_baseline_is_point_then_reference_then_first(read, text, label):
 @pytest.mark.parametrize(
     ('text', 'message'),
     [
-        ("sweep = {'n_head': [1, 2]}; baseline = {'n_head': 4}", 'none of the variants'),
+        ("sweep = {'n_head': [1, 2]}; baseline = {'n_head': 4}", 'matches no variant'),
         (
             "sweep = {'n_head': [1, 2], 'bias': [True, False]}; baseline = {'bias': True}",
-            'fits 2 variants: n_head=1 bias=True, n_head=2 bias=True',
+            'matches 2 variants: n_head=1 bias=True, n_head=2 bias=True',
         ),
         ("sweep = {'bias': [True]}; baseline = {'bais': True}", 'Did you mean bias?'),
         ("sweep = {'bias': [True]}; baseline = 'bias'", 'baseline takes a dict of options'),
@@ -413,7 +416,7 @@ def test_flop_budget_sets_iterations_per_variant(read):
         per_token = training_flops(build_model(variant.settings.architecture))['per_token_causal']
         expected = int(1e9 / (per_token * 128))
         assert budgeted_iterations(study, '', variant.choices[0], None) == expected
-    with pytest.raises(UserError, match='no update'):
+    with pytest.raises(UserError, match='is too small for'):
         read("sweep = {'bias': [True]}; budget = {'flops': 10}")
 
 

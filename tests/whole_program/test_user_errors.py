@@ -270,7 +270,7 @@ MISTAKES = {
     ],
     'train.py --dataset=over_range': ['val split', 'over_range', 'token 10', 'ends at 9'],
     'train.py --dataset=broken_meta': ['broken_meta/meta.json', 'line 1', 'Write train.bin'],
-    'train.py --dataset=list_meta': ['list_meta/meta.json', 'no JSON object'],
+    'train.py --dataset=list_meta': ['list_meta/meta.json', 'not a JSON object'],
     'train.py --dataset=odd_dtype': ['odd_dtype/meta.json', "'float32'", 'uint8, uint16, uint32'],
     'train.py --block_size=500': ['block_size 500', 'val', '500 tokens', '--block_size=499'],
     'train.py --vocab_size=9': ['vocab_size=9', "'letters'", 'at least 10', '--vocab_size=10'],
