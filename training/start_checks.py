@@ -1,9 +1,9 @@
-"""What a run looks at before its first update: that no component sees what it must not see.
+"""Checks of the model before the first iteration: causality, and use of positions.
 
-Later tokens and other sequences must not change a token's logits, or its loss says nothing. That is
-tried on the built model, whatever it is divided among and wherever its weights are from: with a few
-tokens, changed from some position on, block by block, in training and in evaluation. Positions must
-reach the output. Weights and random state are as before when this is done.
+Later tokens and other sequences must not change a token's logits; otherwise the loss is
+meaningless. The built model is tested under any strategy and with any weights: on a few tokens that
+change from some position on, block by block, in training and in evaluation mode. Positions must
+affect the output. Weights and random state are restored afterwards.
 """
 
 import math
@@ -25,22 +25,22 @@ from model_components import PositionEncoding
 from model_config import ATTENTION_REGISTRY, POSITION_ENCODING_REGISTRY
 
 SHORT, LONG = 6, 66  # tokens: every pair of positions; what works in chunks of 64
-# Differences below this part of the values' standard deviation are rounding, where the kernels of
-# equal rows may differ (experts of a mixture get other numbers of them).
+# Differences below this fraction of the values' standard deviation count as rounding, since the
+# kernels for equal rows may differ (experts of a mixture get different numbers of rows).
 CPU_ROUNDING = 1e-5
 ROUNDING = {'float32': 5e-3, 'bfloat16': 0.05, 'float16': 0.02}  # on a GPU fp32 means TF32
-SMALL = 0.05  # Gains and biases below this are replaced, so that no leak hides behind them.
+SMALL = 0.05  # gains and biases below this are replaced, since they could hide a leak
 
 
 class Probe(NamedTuple):
-    """Tokens (B, T) twice, and where the second are to give the same as the first, (B, T)."""
+    """Tokens and changed tokens, (B, T) each, and the positions whose output must be equal."""
 
     tokens: torch.Tensor
     changed: torch.Tensor
     unaffected: torch.Tensor
 
     def covers(self, call: Call) -> bool:
-        """Whether what a call returned is of the positions of these tokens."""
+        """Whether the output of a call has one entry for each of these tokens."""
         output = _first(call.output)
         if not _is_float(output) or output.dim() <= call.time_dim:
             return False
@@ -53,10 +53,11 @@ class Probe(NamedTuple):
         time_dim: int = 1,
         scale: torch.Tensor | None = None,
     ) -> float:
-        """The largest difference where there must be none, in standard deviations of `scale`.
+        """The largest difference at unaffected positions, in standard deviations of `scale`.
 
-        Both are (B, T, …), or (B, H, T, …) with `time_dim` 2; 0 for tensors of another form. scale:
-        what was computed, if it is a part only of `first`, whose last bits count as rounding.
+        Both are (B, T, …), or (B, H, T, …) with `time_dim` 2; 0 for tensors of another shape.
+        scale: the computed part of `first`, if that is only a part; the last bits of `first` count
+        as rounding.
         """
         if first.dim() <= time_dim or first.shape != second.shape:
             return 0.0
@@ -78,11 +79,11 @@ class Probe(NamedTuple):
 
 
 def check_model(model: Transformer, device: torch.device, dtype: str) -> list[str]:
-    """Raise UserError where what a token gets depends on later tokens, or on other sequences.
+    """Raise UserError if a token's output depends on later tokens or on other sequences.
 
-    Returns what the user should know: a position encoding that does not reach the output, FLOPs
-    that are not what a component says. Every rank of a job calls this, since a divided model
-    communicates. A CPU computes in fp32 here, where rounding hides nothing.
+    Returns notes: on positions that do not affect the output, and on wrong FLOPs of a component.
+    Every rank calls this, since a sharded model communicates. On a CPU it computes in fp32, where
+    rounding hides nothing.
     """
     dtype, rounding = precision(device, dtype)
     with (
@@ -102,14 +103,14 @@ def check_model(model: Transformer, device: torch.device, dtype: str) -> list[st
 
 
 def precision(device: torch.device, dtype: str) -> tuple[str, float]:
-    """The dtype of matrix products here, and what is rounding in it."""
+    """The dtype of matrix products in these checks, and the size of its rounding errors."""
     return ('float32', CPU_ROUNDING) if device.type == 'cpu' else (dtype, ROUNDING[dtype])
 
 
 def _tokens(
     model: Transformer, shape: tuple[int, int], device: torch.device
 ) -> tuple[torch.Tensor, ...]:
-    """Tokens of one document, and others that differ from them everywhere."""
+    """Random tokens without end-of-text tokens, and others that differ at every position."""
     vocabulary = [t for t in range(min(model.config.vocab_size, 1000)) if t != model.end_of_text]
     known, generator = torch.tensor(vocabulary), torch.Generator().manual_seed(0)
     index = torch.randint(len(known), shape, generator=generator)
@@ -118,10 +119,9 @@ def _tokens(
 
 
 def _probe(model: Transformer, length: int, device: torch.device) -> Probe:
-    """Sequence i changes from position i on, the last one not at all.
+    """Sequences, of which number i changes from position i on, and the last not at all.
 
-    Of a long one, there is one that changes near its end, where the last of its chunks of 3 to 64
-    tokens is cut in two.
+    A long probe has one that changes near its end, inside the last of its chunks of 3 to 64 tokens.
     """
     cuts = range(length + 1) if length <= SHORT else (length - 5, length)
     tokens, other = _tokens(model, (len(cuts), length), device)
@@ -130,13 +130,13 @@ def _probe(model: Transformer, length: int, device: torch.device) -> Probe:
 
 
 class _ProbePasses:
-    """Forward passes of one model, each block fed what it got in the first of them."""
+    """Forward passes of one model, in which each block gets its input of the first pass."""
 
     def __init__(self, model: Transformer, device: torch.device, rounding: float):
         self.model, self.device, self.rounding = model, device, rounding
 
     def forward(self, tokens: torch.Tensor, on_call: Callable[[Call], None] | None = None):
-        """The last hidden states, with equal dropout every time."""
+        """The last hidden states, with the same dropout in each pass."""
         torch.manual_seed(0)
         if on_call is None:
             return self.model(tokens)
@@ -144,13 +144,13 @@ class _ProbePasses:
             return self.model(tokens)
 
     def base(self, tokens: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """What goes into each block and comes out of it, and the last hidden states."""
+        """The inputs and outputs of all blocks, and the last hidden states."""
         stream: list[torch.Tensor] = []
         with _at_blocks(self.model, lambda place, x: stream.append(x.clone())):
             return stream, self.forward(tokens, check_form)
 
     def compare(self, probe: Probe) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """Raise UserError where the changed tokens change what they must not. Returns `base`."""
+        """Raise UserError if the changed tokens affect an unaffected position. Returns `base`."""
         stream, hidden = self.base(probe.tokens)
         gaps: list[float] = []
         into: list[torch.Tensor] = []
@@ -174,7 +174,7 @@ class _ProbePasses:
         return stream, hidden
 
     def leak_error(self, probe: Probe) -> UserError:
-        """What to say of it: the first call whose input is the same and whose output is not."""
+        """The error for a leak, naming the first call with equal inputs and different outputs."""
         calls: list[list[Call]] = []
         for tokens in (probe.tokens, probe.tokens, probe.changed):
             seen: list[Call] = []
@@ -215,7 +215,7 @@ class _ProbePasses:
         )
 
     def _differs(self, probe: Probe, before: Call, after: Call) -> bool:
-        """Whether a call's inputs are the same where they must be, and its output is not."""
+        """Whether a call has equal inputs at the unaffected positions, but another output."""
         dim = before.time_dim
         pairs = [(x, y) for x, y in zip(before.inputs, after.inputs) if _is_float(x)]
         same = all(probe.gap(x, y, dim) <= self.rounding / 10 for x, y in pairs)
@@ -223,10 +223,10 @@ class _ProbePasses:
         return same and _is_float(outputs[0]) and probe.gap(*outputs, dim) > self.rounding
 
     def position_notes(self, short: tuple[list[torch.Tensor], torch.Tensor]) -> list[str]:
-        """A sentence if the last token gets the same from those before it wherever they are.
+        """A note if the output of the last token does not depend on positions.
 
-        Compared with a pass in which all positions are 0, in each block by itself. short: the
-        `base` of the short probe, which lies within most windows.
+        Each block is compared with a pass in which all positions are 0. short: the `base` of the
+        short probe, which is shorter than most windows.
         """
         model, config = self.model, self.model.config
         encoding = POSITION_ENCODING_REGISTRY[config.position_encoding]
@@ -276,7 +276,7 @@ def _copied(call: Call) -> Call:
 
 
 def _inside(model: Transformer, component: type, candidates: set[str]) -> str:
-    """Which of the candidates, whose rows are of no one position, are inside the component."""
+    """The candidates that are inside the component, for the message; they were not checked."""
     names = {
         label(*known)
         for module in model.modules()
@@ -289,7 +289,7 @@ def _inside(model: Transformer, component: type, candidates: set[str]) -> str:
 
 @contextmanager
 def _at_blocks(model: Transformer, see: Callable) -> Iterator[None]:
-    """Call see('in' or 'out', x) at each block; a tensor that it returns for 'in' is taken."""
+    """Call see('in' or 'out', x) at each block; a tensor returned for 'in' replaces the input."""
 
     def before(block: nn.Module, inputs: tuple) -> tuple | None:
         x = see('in', inputs[0])
@@ -315,8 +315,8 @@ def _unchanged(hidden: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def _without_head(model: Transformer) -> Iterator[None]:
-    """Let the model give hidden states: the head is no component, a third of the work, and takes
-    each token by itself."""
+    """Make the model return hidden states: the head acts on each token separately, and is a third
+    of the work."""
     model.output_head.forward = _unchanged  # type: ignore[method-assign,assignment]
     try:
         yield
@@ -326,7 +326,7 @@ def _without_head(model: Transformer) -> Iterator[None]:
 
 @contextmanager
 def _without_positions(model: Transformer) -> Iterator[None]:
-    """Let all positions be 0."""
+    """Set all positions to 0."""
     attention_inputs, encoding = type(model).attention_inputs, model.position_encoding
     model.attention_inputs = lambda pos, *rest: attention_inputs(  # type: ignore[method-assign]
         model, torch.zeros_like(pos), *rest
@@ -341,10 +341,10 @@ def _without_positions(model: Transformer) -> Iterator[None]:
 
 @contextmanager
 def _without_hiding_weights(model: Transformer, device: torch.device) -> Iterator[None]:
-    """Weights that hide nothing: those that are zero, and small gains and biases, are drawn anew.
+    """Replace zero weights and small gains and biases, which could hide a leak, by random ones.
 
-    Afterwards everything is as before: weights, buffers, mode, random state. Raises UserError for a
-    buffer that a forward pass changes, since no checkpoint has buffers.
+    Afterwards weights, buffers, mode and random state are restored. Raises UserError for a buffer
+    that a forward pass changes, since checkpoints do not contain buffers.
     """
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     mode, saved = model.training, []
@@ -373,12 +373,12 @@ def _without_hiding_weights(model: Transformer, device: torch.device) -> Iterato
                 buffer.copy_(buffers[name])
             for module in model.modules():
                 if isinstance(module, FSDPModule):
-                    module.reshard()  # what was gathered is of those weights
+                    module.reshard()  # the gathered parameters are the random ones
             model.train(mode)
 
 
 def _may_hide_a_leak(weight: torch.Tensor) -> bool:
-    """Whether what is multiplied by it may be too small to be seen."""
+    """Whether a product with this weight may be too small to reveal a leak."""
     if weight.dim() < 2:
         return bool(weight.abs().max() < SMALL)
     return not weight.view(-1)[:64].any() and not weight.any()
