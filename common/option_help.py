@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from common.errors import UserError, did_you_mean
+from common.formatting import join_names
 from common.help_layout import entry, first_sentence, paragraph, reflowed
 from common.registry import Option, Registry, conditions_text, owners
 
@@ -66,6 +67,8 @@ class CommandHelp:
             lines = list(self._every_option())
         else:
             hint = did_you_mean(name, [*by_name, *self.options])
+            if not hint and (similar := [key for key in self.options if name in key]):
+                hint = f' Options with this word: {join_names(similar)}.'
             raise UserError(
                 f'--help={topic}: no group and no option has this name.{hint} Groups: '
                 f'{", ".join(by_name)}, {ALL}.'

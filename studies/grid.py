@@ -120,7 +120,7 @@ def read_study(command_line: CommandLine) -> Study:
     Raises UserError with all problems, including those of the other keys and the command line.
     """
     if len(command_line.config_files) != 1:
-        usage = 'give one study file: python study.py config/studies/NAME.py'
+        usage = 'give one study file: python study.py config/studies/NAME.py (see --help).'
         raise UserError(*command_line.problems, usage)
     path = command_line.config_files[0]['path']
     problems, values = [], {}

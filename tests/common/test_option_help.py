@@ -111,7 +111,12 @@ def test_topic_may_be_written_as_a_flag():
 
 @pytest.mark.parametrize(
     ('topic', 'words'),
-    [('size', 'Did you mean sizes?'), ('hieght', 'Did you mean height?'), ('zzz', 'name. Groups')],
+    [
+        ('size', 'Did you mean sizes?'),
+        ('hieght', 'Did you mean height?'),
+        ('zzz', 'name. Groups'),
+        ('name', 'Options with this word: a_name_that'),
+    ],
 )
 def test_unknown_topic_suggests_names(topic, words):
     with pytest.raises(UserError) as error:
