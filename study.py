@@ -38,7 +38,7 @@ import common.first_import  # noqa: F401
 
 from common import hardware
 from common.console_output import write_progress, write_text
-from common.errors import run_script
+from common.errors import UserError, run_script
 from common.option_help import CommandHelp, HelpGroup
 from common.registry import Option, at_least
 from configurator import read_command_line
@@ -50,6 +50,7 @@ from studies.runner import StudyRunner
 from studies.state import StudyState
 from studies.variants import RunContext, baseline_variant, build_variants
 from training.command_help import help_groups
+from training.component_reference import list_components
 from training_config import schema as training_schema
 
 OPTIONS = {
@@ -85,6 +86,14 @@ def main(argv: list[str]) -> int:
     if command_line.help is not None and not command_line.problems:
         write_text(study_help().page(command_line.help))
         return 0
+    if command_line.list_components and not command_line.problems:
+        write_text(list_components(command_line.list_format))
+        return 0
+    if command_line.print_config and not command_line.problems:
+        raise UserError(
+            '--print_config shows a single run: python train.py STUDY.py --print_config shows that '
+            'of the base. For the runs of the study: python study.py STUDY.py --plan_only.'
+        )
     study = read_study(command_line)
     settings = merged_settings(study, {})
     base = settings.run

@@ -6,6 +6,7 @@ import pytest
 
 import study
 import train
+from common.errors import UserError
 from configurator import flatten
 from training.command_help import ESSENTIAL_OPTIONS, training_help
 from training_config import schema
@@ -101,3 +102,9 @@ def test_study_help_starts_with_its_own_options(capsys):
     assert '--n_head' not in text
     for key in study.STUDY_KEYS:
         assert f'\n  {key} ' in text, key
+
+
+def test_study_lists_components_and_refuses_print_config(capsys):
+    assert shown(['--list_components'], capsys, study.main) == shown(['--list_components'], capsys)
+    with pytest.raises(UserError, match=r'single run.*--plan_only'):
+        study.main(['config/studies/norms.py', '--print_config'])
