@@ -24,7 +24,7 @@ from model_builder import Transformer, flops_notes
 from model_components import PositionEncoding
 from model_config import ATTENTION_REGISTRY, POSITION_ENCODING_REGISTRY
 
-SHORT, LONG = 6, 66  # tokens: every pair of positions; what works in chunks of 64
+SHORT, LONG = 6, 66  # tokens: for every pair of positions; for chunks of up to 64
 # Differences below this fraction of the values' standard deviation count as rounding, since the
 # kernels for equal rows may differ (experts of a mixture get different numbers of rows).
 CPU_ROUNDING = 1e-5
@@ -189,8 +189,9 @@ class _ProbePasses:
         for before, after in zip(calls[0], calls[1]):
             if self._differs(again, before, after):
                 return UserError(
-                    f'{before.label} gives something else when it is called again with the same '
-                    f'input and random seed ({when}): no run with it could be repeated.'
+                    f'{before.label} returns another output when called again with the same input '
+                    f'and random seed ({when}), so its runs cannot be reproduced. Use the default '
+                    f'random generator of torch, and keep no state between calls.'
                 )
         culprit = 'The model'
         for before, after in zip(calls[0], calls[2]):
@@ -204,14 +205,14 @@ class _ProbePasses:
         first, second = self.forward(probe.tokens), self.forward(probe.changed)
         if alone.gap(first, second) > self.rounding:
             return UserError(
-                f'{culprit} mixes the sequences of a batch ({when}): other sequences change what '
-                f'it gives for one. So a loss would depend on what else is in the batch. Each '
-                f'sequence must be computed by itself.'
+                f'{culprit} mixes the sequences of a batch ({when}): its output for a sequence '
+                f'depends on the others, and so the loss depends on the composition of the batch. '
+                f'Compute each sequence independently.'
             )
         return UserError(
-            f'{culprit} is not causal ({when}): later tokens change what it gives for earlier '
-            f'positions. So the model sees the tokens that it is to predict, and its loss says '
-            f'nothing. Whatever looks along the sequence must look at earlier positions only.'
+            f'{culprit} is not causal ({when}): later tokens change its output at earlier '
+            f'positions. The model sees the tokens that it must predict, so its loss is '
+            f'meaningless. Let each position depend only on itself and on earlier positions.'
         )
 
     def _differs(self, probe: Probe, before: Call, after: Call) -> bool:
@@ -252,9 +253,9 @@ class _ProbePasses:
             return []
         attention = ATTENTION_REGISTRY[config.attention_type]
         return [
-            f'position_encoding={config.position_encoding!r} does not reach the output: the model '
-            f'gives the same with all positions 0. {label(ATTENTION_REGISTRY, attention)} may not '
-            f"use it; if that is meant, set position_encoding='none'."
+            f'position_encoding={config.position_encoding!r} does not affect the output: it is '
+            f'the same with all positions 0. {label(ATTENTION_REGISTRY, attention)} may not '
+            f"use it; if that is intended, set position_encoding='none'."
         ]
 
 
@@ -276,7 +277,7 @@ def _copied(call: Call) -> Call:
 
 
 def _inside(model: Transformer, component: type, candidates: set[str]) -> str:
-    """The candidates that are inside the component, for the message; they were not checked."""
+    """The part of the message that names the candidates inside the component."""
     names = {
         label(*known)
         for module in model.modules()
@@ -284,7 +285,7 @@ def _inside(model: Transformer, component: type, candidates: set[str]) -> str:
         for child in module.modules()
         if (known := registered_class(child)) and known[1] is not component
     } & candidates
-    return f' (or what is inside: {", ".join(sorted(names))})' if names else ''
+    return f' (or a component inside it: {", ".join(sorted(names))})' if names else ''
 
 
 @contextmanager
@@ -363,8 +364,9 @@ def _without_hiding_weights(model: Transformer, device: torch.device) -> Iterato
             for name, buffer in model.named_buffers():
                 if not torch.equal(buffer, buffers[name]):
                     raise UserError(
-                        f'the buffer {name} changes in a forward pass. Buffers are constants: no '
-                        f'checkpoint has them, so a resumed run would go on with other values.'
+                        f'the buffer {name} changes in a forward pass. Checkpoints do '
+                        f'not contain buffers, so a resumed run would continue with other values. '
+                        f'Do not modify buffers in forward().'
                     )
         finally:
             for shard, values in saved:

@@ -1,4 +1,4 @@
-"""At start: no later token and no other sequence changes what a token gets; positions reach it."""
+"""Checks at start: causality, independence of the sequences of a batch, and use of positions."""
 
 import math
 from typing import ClassVar
@@ -40,7 +40,7 @@ def activation(function, **attributes) -> type:
 
 
 class Gated(Activation):
-    """Looks ahead behind a gate that begins at `start`."""
+    """Leaks the next token through a gate that is initialized to `start`."""
 
     start: ClassVar = 0.0
 
@@ -65,13 +65,13 @@ LEAKS = {
     'the next token': lambda self, x: x + x.roll(-1, 1),
     'the last token': lambda self, x: x + x[:, -1:],
     'a mean over the sequence': lambda self, x: x - x.mean(1, keepdim=True),
-    'a sum from behind': lambda self, x: x + x.flip(1).cumsum(1).flip(1),
-    'the largest of the sequence': lambda self, x: x / x.abs().amax(1, keepdim=True),
-    'a choice without gradient': lambda self, x: x * (x >= x.median(1, keepdim=True).values),
-    'one position alone': one_position,
-    'training alone': lambda self, x: x + x.roll(-1, 1) if self.training else F.gelu(x),
-    'evaluation alone': lambda self, x: F.gelu(x) if self.training else x + x.roll(-1, 1),
-    'very little': lambda self, x: F.gelu(x) + 0.01 * x.roll(-1, 1),
+    'a reversed cumulative sum': lambda self, x: x + x.flip(1).cumsum(1).flip(1),
+    'the maximum over the sequence': lambda self, x: x / x.abs().amax(1, keepdim=True),
+    'a selection without gradient': lambda self, x: x * (x >= x.median(1, keepdim=True).values),
+    'a single position': one_position,
+    'in training only': lambda self, x: x + x.roll(-1, 1) if self.training else F.gelu(x),
+    'in evaluation only': lambda self, x: F.gelu(x) if self.training else x + x.roll(-1, 1),
+    'with a small weight': lambda self, x: F.gelu(x) + 0.01 * x.roll(-1, 1),
 }
 
 
@@ -83,8 +83,8 @@ def test_noncausal_component_is_named(register, leak):
 
 
 @pytest.mark.parametrize('chunk', [7, 16, 32, 64])
-def test_leak_in_whole_chunks_is_detected(register, chunk):
-    """A mean over each whole chunk, as in a linear attention that forgot its triangle."""
+def test_leak_within_full_chunks_is_detected(register, chunk):
+    """A mean over each full chunk, as in chunked linear attention without a causal mask."""
 
     def forward(self, x):
         whole = x.size(1) // chunk * chunk
@@ -106,18 +106,18 @@ def test_leak_behind_zero_weight_is_detected(register, start):
 
 
 class NoOutput(MultiHeadAttention):
-    """Sees all tokens; what it adds to the stream begins at zero."""
+    """Unmasked attention whose output projection is initialized to zero."""
 
     def initial_values(self):
         return {'output.weight': Initial.zeros, 'output.bias': Initial.zeros}
 
-    def join(self, q, k, v, positions):
-        return self.widened(F.scaled_dot_product_attention(q, k, v))
+    def attend_and_project(self, q, k, v, attn_inputs):
+        return self.project_output(F.scaled_dot_product_attention(q, k, v))
 
 
 class Unmasked(ATTENTION_BACKEND_REGISTRY['sdpa']):
     @staticmethod
-    def attend(q, k, v, mask, needs, dropout):
+    def attend(q, k, v, mask, spec, dropout):
         return F.scaled_dot_product_attention(q, k, v)
 
 
@@ -163,15 +163,15 @@ class RollingFeedForward(FFN_REGISTRY['swiglu']):
 )
 def test_leaking_component_of_any_registry_is_named(register, registry, component, method):
     register(registry, 'mine', component)
-    named = rf"{registry.option}='mine': {component.__name__}\.{method} is not causal"
-    with pytest.raises(UserError, match=named):
+    message = rf"{registry.option}='mine': {component.__name__}\.{method} is not causal"
+    with pytest.raises(UserError, match=message):
         checked(**{registry.option: 'mine'})
 
 
 def test_possible_inner_culprits_are_named(register):
-    """An expert's activation has the tokens of all sequences in one row."""
+    """An expert's activation receives the tokens of all sequences in one row."""
     register(ACTIVATION_REGISTRY, 'leak', activation(lambda self, x: x + x.roll(-1, 0)))
-    with pytest.raises(UserError, match=r"ffn_type='moe': .*inside: activation='leak': Leak"):
+    with pytest.raises(UserError, match=r"ffn_type='moe': .*inside it: activation='leak': Leak"):
         checked(ffn_type='moe', expert_ffn='standard', activation='leak')
 
 
@@ -194,7 +194,7 @@ def test_component_mixing_sequences_is_named(register, function):
 
 def test_expert_choice_routing_is_detected(register):
     class ExpertChoice(FeedForward):
-        """The half of all tokens with the largest scores goes through (Zhou et al. 2022)."""
+        """Processes the half of all tokens with the highest scores (Zhou et al. 2022)."""
 
         def __init__(self, config, layer):
             super().__init__()
@@ -218,20 +218,20 @@ def test_expert_choice_routing_is_detected(register):
 
 def test_nondeterministic_component_is_reported(register):
     noise = torch.Generator().manual_seed(0)
-    own = activation(lambda self, x: x + torch.randn(x.shape, generator=noise))
-    register(ACTIVATION_REGISTRY, 'leak', own)
-    with pytest.raises(UserError, match='gives something else when it is called again'):
+    noisy = activation(lambda self, x: x + torch.randn(x.shape, generator=noise))
+    register(ACTIVATION_REGISTRY, 'leak', noisy)
+    with pytest.raises(UserError, match='returns another output when called again'):
         checked(activation='leak')
 
 
-# --- What is as it should be ----------------------------------------------------------------------
+# --- Correct models -------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     'values', pairwise_architectures()[::12], ids=range(len(pairwise_architectures()[::12]))
 )
-def test_own_components_pass(values):
+def test_built_in_components_pass(values):
     assert check_model(build_model(legal_config(values), 'cpu', seed=1), CPU, 'float32') == []
 
 
@@ -248,7 +248,7 @@ def test_smallest_models_pass(values):
 
 
 @pytest.mark.parametrize('values', [{'ffn_type': 'moe'}, {'position_encoding': 'rope'}])
-def test_gpu_rounding_is_no_leak(monkeypatch, register, values):
+def test_gpu_rounding_is_not_reported_as_leak(monkeypatch, register, values):
     monkeypatch.setattr(
         'training.start_checks.precision', lambda device, dtype: (dtype, ROUNDING[dtype])
     )
@@ -317,7 +317,7 @@ def test_changing_buffer_is_refused(register):
             return y
 
     register(ACTIVATION_REGISTRY, 'running', Running)
-    with pytest.raises(UserError, match=r'gives something else|ffn\.activation\.mean changes'):
+    with pytest.raises(UserError, match=r'returns another output|ffn\.activation\.mean changes'):
         checked(activation='running')
 
 
@@ -325,7 +325,7 @@ def test_changing_buffer_is_refused(register):
 
 
 class NeverRotates(Attention):
-    """Causal attention by hand, which uses no positions."""
+    """Causal attention that uses no positions."""
 
     @classmethod
     def head_dims(cls, config):
@@ -342,15 +342,15 @@ class NeverRotates(Attention):
             for part in self.qkv(x).chunk(3, dim=-1)
         )
         scores = q @ k.mT / math.sqrt(q.size(-1))
-        hidden = torch.ones(x.size(1), x.size(1), dtype=torch.bool, device=x.device).triu(1)
-        return self.widened(scores.masked_fill(hidden, -math.inf).softmax(-1) @ v)
+        future = torch.ones(x.size(1), x.size(1), dtype=torch.bool, device=x.device).triu(1)
+        return self.project_output(scores.masked_fill(future, -math.inf).softmax(-1) @ v)
 
 
 @pytest.mark.parametrize('encoding', ['rope', 'alibi', 't5_relative'])
 def test_unused_positions_are_noted(register, encoding):
     register(ATTENTION_REGISTRY, 'mine', NeverRotates)
     (note,) = checked(attention_type='mine', position_encoding=encoding, attention_backend='manual')
-    assert f"position_encoding='{encoding}' does not reach the output" in note
+    assert f"position_encoding='{encoding}' does not affect the output" in note
     assert "attention_type='mine': NeverRotates" in note and "position_encoding='none'" in note
 
 
@@ -361,7 +361,7 @@ def test_no_note_without_position_encoding(register, encoding):
 
 
 def test_one_layer_using_positions_suffices(register):
-    class Sometimes(NeverRotates):
+    class AllButFirstLayer(NeverRotates):
         def __init__(self, config, layer):
             super().__init__(config, layer)
             self.layer = layer
@@ -373,10 +373,10 @@ def test_one_layer_using_positions_suffices(register):
                 part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
                 for part in self.qkv(x).chunk(3, dim=-1)
             )
-            q, k = (self.rotate(each, positions.rotation) for each in (q, k))
+            q, k = (self.rotate(heads, positions.rotation) for heads in (q, k))
             return self.attend_and_project(q, k, v, positions)
 
-    register(ATTENTION_REGISTRY, 'mine', Sometimes)
+    register(ATTENTION_REGISTRY, 'mine', AllButFirstLayer)
     assert checked(attention_type='mine', position_encoding='rope') == []
 
 
@@ -385,7 +385,7 @@ def test_one_layer_using_positions_suffices(register):
 
 def test_wrong_flops_are_noted(register):
     class Linear(NeverRotates):
-        """(Σ k vᵀ) q, without a softmax: no pair of tokens meets; scores as in the standard one."""
+        """Linear attention (Σ k vᵀ) q, without a softmax, with the FLOPs of standard attention."""
 
         def forward(self, x, positions):
             q, k, v = (
@@ -393,7 +393,7 @@ def test_wrong_flops_are_noted(register):
                 for part in self.qkv(x).chunk(3, dim=-1)
             )
             states = (k[..., None] * v[..., None, :]).cumsum(2)  # (B, H, T, D, Dv)
-            return self.widened((q[..., None, :] @ states)[..., 0, :])
+            return self.project_output((q[..., None, :] @ states)[..., 0, :])
 
     class Counted(Linear):
         def flops(self, seq_len, causal):
@@ -404,10 +404,10 @@ def test_wrong_flops_are_noted(register):
     sizes = {'block_size': 64, 'position_encoding': 'none'}
     register(ATTENTION_REGISTRY, 'mine', Linear)
     (note,) = checked(attention_type='mine', **sizes)
-    assert "attention_type='mine': Linear.flops() says" in note
-    # Of a sequence: 8 · C² of the projections a token, and what the scores of the standard take or
-    # what this one takes, for C = 16 and heads of 4.
-    assert f'{64 * 8 * 16**2 + 4 * 64 * 64 * 16:,} FLOPs of a sequence of 64 tokens' in note
+    assert "attention_type='mine': Linear.flops() returns" in note
+    # FLOPs per sequence for C = 16 and heads of 4: 8 · C² per token for the projections, and the
+    # scores of standard attention or of linear attention.
+    assert f'{64 * 8 * 16**2 + 4 * 64 * 64 * 16:,} FLOPs for a sequence of 64 tokens' in note
     assert f'PyTorch counts {64 * 8 * 16**2 + 2 * 64 * 16 * 4:,}' in note
     register(ATTENTION_REGISTRY, 'counted', Counted)
     assert checked(attention_type='counted', **sizes) == []
@@ -427,4 +427,4 @@ def test_uncounted_products_are_noted_by_class(register):
 
     register(ACTIVATION_REGISTRY, 'squared', Squared)
     (note,) = flops_notes(tiny(activation='squared', ffn_bias=True))
-    assert "activation='squared': Squared.flops() says 0 FLOPs" in note
+    assert "activation='squared': Squared.flops() returns 0 FLOPs" in note
