@@ -1,4 +1,4 @@
-"""Shared by the tests: a small dataset on disk, and the scripts run as a user runs them."""
+"""Fixtures of all tests: a small dataset, a terminal, and the scripts as a user runs them."""
 
 import os
 import shutil
@@ -22,17 +22,17 @@ STARTS_PROCESSES = {'run_script', 'train'}
 
 
 def pytest_collection_modifyitems(items):
-    """Tests that start the program as a user does are slow; others that are carry the marker."""
+    """Mark tests that start the scripts as slow; other slow tests have the marker themselves."""
     for item in items:
         if STARTS_PROCESSES & set(item.fixturenames):
             item.add_marker('slow')
 
 
 @pytest.fixture(scope='session', autouse=True)
-def no_memory_of_the_user(tmp_path_factory):
-    """What runs remember of this machine goes into a folder of the tests.
+def empty_cache_folder(tmp_path_factory):
+    """Use an own cache folder for the tests instead of the user's.
 
-    GPT-2's vocabulary is there already, so that no test needs a network.
+    It contains GPT-2's vocabulary, so that no test needs a network.
     """
     cache = tmp_path_factory.mktemp('cache')
     with pytest.MonkeyPatch.context() as patch:
@@ -58,9 +58,9 @@ def register(monkeypatch):
 
 @pytest.fixture
 def terminal(monkeypatch):
-    """`terminal(columns, rows)`: a terminal in memory, which the project sees as a real one.
+    """`terminal(columns, rows)`: a simulated terminal, which the project treats as a real one.
 
-    standard: it is standard output and standard error too.
+    standard: use it as standard output and standard error too.
     """
 
     def make(*size, standard=False):
@@ -80,7 +80,7 @@ def terminal(monkeypatch):
 
 @pytest.fixture(scope='module')
 def one_thread():
-    """Tensors this small only suffer from threads."""
+    """Use one thread: small tensors are slower with several."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -89,7 +89,7 @@ def one_thread():
 
 @pytest.fixture(scope='session')
 def tiny_dataset(tmp_path_factory) -> Path:
-    """A dataset folder of bytes with some order in them: 30,000 to train on, 5,000 to validate."""
+    """A dataset folder with 30,000 training and 5,000 validation bytes, which are predictable."""
     folder = tmp_path_factory.mktemp('tiny_dataset')
     write_tiny_dataset(folder)
     return folder
@@ -97,37 +97,37 @@ def tiny_dataset(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def delayed_saves(monkeypatch) -> list[list[int]]:
-    """What async_save writes is held back until somebody insists on a publication.
+    """Delay each asynchronous write until the publication waits for it.
 
-    The iters of the checkpoints that were there then, each time.
+    Returns a list that gets, at each publication, the iterations of the existing checkpoints.
     """
     from training.checkpoint import PendingCheckpoint, list_checkpoints, read_index
     from training.checkpoint_writer import CheckpointManager
 
     write, publish = PendingCheckpoint.write, CheckpointManager.publish
-    insisted, there = threading.Event(), []
+    awaited, existing = threading.Event(), []
 
-    def held_write(self, state):
-        assert insisted.wait(60)
+    def delayed_write(self, state):
+        assert awaited.wait(60)
         write(self, state)
 
-    def insist(self):
+    def publish_and_release(self):
         if self.in_progress:
             self.folder.mkdir(exist_ok=True)
             paths = list_checkpoints(self.folder)
-            there.append([read_index(path).iter for path in paths])
-        insisted.set()
+            existing.append([read_index(path).iter for path in paths])
+        awaited.set()
         publish(self)
-        insisted.clear()
+        awaited.clear()
 
-    monkeypatch.setattr(PendingCheckpoint, 'write', held_write)
-    monkeypatch.setattr(CheckpointManager, 'publish', insist)
-    return there
+    monkeypatch.setattr(PendingCheckpoint, 'write', delayed_write)
+    monkeypatch.setattr(CheckpointManager, 'publish', publish_and_release)
+    return existing
 
 
 @pytest.fixture(scope='session')
 def script_server():
-    """Starts scripts fast; None where processes cannot be forked."""
+    """A server that starts scripts fast; None where processes cannot be forked."""
     if not CAN_FORK:
         yield None
         return
@@ -137,9 +137,9 @@ def script_server():
 
 @pytest.fixture
 def run_script(tmp_path, script_server):
-    """run_script('train.py', '--help', code=0): the project's script, from tmp_path, one thread.
+    """run_script('train.py', '--help', code=0) runs a project script in tmp_path with one thread.
 
-    Returns the finished process with `stdout` and `stderr` as text; fails on another exit code.
+    Returns the finished process with `stdout` and `stderr` as text; asserts the exit code.
     """
 
     def run(script: str, *arguments: str, code: int = 0, timeout: float = 120):
@@ -165,9 +165,9 @@ def run_script(tmp_path, script_server):
 
 @pytest.fixture
 def train(run_script, tiny_dataset):
-    """train('--max_iters=8', code=0): train.py, tiny on `tiny_dataset`, into tmp_path/out.
+    """train('--max_iters=8', code=0) runs train.py on `tiny_dataset` with output in tmp_path/out.
 
-    Four iterations of two blocks, 32 wide; what is given wins over these settings.
+    By default four iterations of a model with two blocks of width 32; arguments override these.
     """
     tiny = [f'--{key}={value}' for key, value in TINY_RUN.items()]
 
@@ -179,7 +179,7 @@ def train(run_script, tiny_dataset):
 
 @pytest.fixture
 def study_file(tmp_path, tiny_dataset):
-    """study_file('sweep = …') -> the path of a study of tiny runs."""
+    """study_file('sweep = …') writes a study of tiny runs and returns its path."""
 
     def write(text: str, name: str = 'study.py') -> Path:
         settings = {**TINY_RUN, 'dataset': str(tiny_dataset), 'out_dir': str(tmp_path / 'out')}
@@ -193,5 +193,5 @@ def study_file(tmp_path, tiny_dataset):
 
 @pytest.fixture
 def run_folder(tmp_path) -> Path:
-    """The folder of a run that has not begun."""
+    """The folder of a new run."""
     return new_run_folder(tmp_path)

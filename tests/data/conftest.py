@@ -6,5 +6,5 @@ from data.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope='session')
-def gpt2_tokenizer(no_memory_of_the_user) -> Tokenizer:
+def gpt2_tokenizer(empty_cache_folder) -> Tokenizer:
     return Tokenizer({'kind': 'gpt2'})

@@ -1,7 +1,7 @@
-"""py: whole or not there, whatever fails; and nothing in a file is trusted.
+"""Checkpoints: failed saves leave complete checkpoints only, and invalid files are refused.
 
-The hostile files go the way that a resume takes: find, settings, architecture, weights, optimizer,
-record, and one update with what was loaded.
+Invalid files are given to the same code as a resume: it finds the checkpoint, loads settings,
+weights and optimizer, continues the record, and trains one iteration.
 """
 
 import builtins
@@ -53,7 +53,7 @@ INDEX = {'config_files': [], 'data': None, 'seen': {}, **{part: {} for part in P
 
 
 def save_checkpoint(folder: Path, state: dict, index: dict) -> Checkpoint:
-    """Write and publish a checkpoint at once, in one process."""
+    """Write and publish a checkpoint in one process."""
     pending = PendingCheckpoint(folder, index, SingleProcessGroup())
     pending.write(state)
     return pending.publish()
@@ -66,13 +66,14 @@ def save(folder: Path, iter: int, val_loss: float | None = None, value: float | 
 
 
 def value_of(state: list[dict]) -> float:
-    (written,) = state
-    (value,) = set(written['model']['weight'].flatten().tolist())
+    """The value of all weights in a checkpoint made by `save`."""
+    (rank_state,) = state
+    (value,) = set(rank_state['model']['weight'].flatten().tolist())
     return value
 
 
-def sealed(path: Path, **changed) -> None:
-    """Change a checkpoint's index, and make every sum right again, as a forger would."""
+def forge(path: Path, **changed) -> None:
+    """Change a checkpoint's index, and recompute all checksums."""
     index = {**json.loads((path / 'index.json').read_text()), **changed}
     if 'files' not in changed:
         state = path / 'state.pt'
@@ -126,43 +127,43 @@ def test_load_returns_what_was_saved(tmp_path):
 
 
 class Killed(BaseException):
-    """Stands for the end of the process: nothing catches it, nothing is tidied up."""
+    """Simulates a killed process: no handler catches it, and no cleanup runs."""
 
 
-class FailingSteps:
-    """While entered, the `n`-th step that a save takes on the disk ends in `error`."""
+class FailingOperations:
+    """Context in which the `n`-th file operation of a save raises `error`."""
 
     def __init__(self, n: int, error: BaseException):
         self.left, self.error = n, error
 
-    def __enter__(self) -> 'FailingSteps':
+    def __enter__(self) -> 'FailingOperations':
         self.patch = pytest.MonkeyPatch()
         for name in ('mkdir', 'fsync', 'rename', 'unlink', 'rmdir'):
-            self.patch.setattr(os, name, self._step(getattr(os, name)))
+            self.patch.setattr(os, name, self._failing(getattr(os, name)))
         self.patch.setattr(checkpoint_module, 'open', self._open, raising=False)
         return self
 
     def __exit__(self, *exception) -> None:
         self.patch.undo()
 
-    def _step(self, call):
-        def step(*args, **kwargs):
+    def _failing(self, call):
+        def operation(*args, **kwargs):
             self.left -= 1
             if self.left == 0 or (self.left < 0 and isinstance(self.error, Killed)):
-                raise self.error  # nothing comes after a kill
+                raise self.error  # a killed process does nothing more
             return call(*args, **kwargs)
 
-        return step
+        return operation
 
     def _open(self, path, mode='r', **kwargs):
-        file = builtins.open(path, mode, **kwargs)  # noqa: SIM115 its user closes it
+        file = builtins.open(path, mode, **kwargs)  # noqa: SIM115 closed by the caller
         if 'w' in mode:
-            file = _Written(file, self._step(file.write))
+            file = _CountedFile(file, self._failing(file.write))
         return file
 
 
-class _Written:
-    """A file whose writes are steps."""
+class _CountedFile:
+    """A file whose writes count as operations."""
 
     def __init__(self, file, write):
         self.file, self.write = file, write
@@ -183,13 +184,13 @@ class _Written:
     'error', [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), Killed()], ids=['disk full', 'kill']
 )
 def test_failed_save_harms_no_checkpoint(tmp_path, iter, error):
-    """Every step in turn, until there are no more: 8 is saved a second time, or 12 comes anew."""
+    """Each file operation fails in turn: in a second save at 8, or in a first save at 12."""
     for n in range(1, 1000):
         folder = tmp_path / str(n)
         before = [save(folder, 4), save(folder, 8)]
-        kept = {checkpoint.path: contents(checkpoint.path) for checkpoint in before}
+        previous = {checkpoint.path: contents(checkpoint.path) for checkpoint in before}
         failed = False
-        with FailingSteps(n, error) as steps:
+        with FailingOperations(n, error) as operations:
             try:
                 save(folder, iter, value=99.0)
             except UserError as message:
@@ -202,15 +203,15 @@ def test_failed_save_harms_no_checkpoint(tmp_path, iter, error):
         newest, state = load_latest(folder, warnings.append)
         assert warnings == []
         if value_of(state) == 99.0:
-            assert newest.iter == iter  # published: only tidying up can have failed
-            kept.pop(before[-1].path if iter == 8 else None, None)
+            assert newest.iter == iter  # published: only the cleanup can have failed
+            previous.pop(before[-1].path if iter == 8 else None, None)
         else:
             assert failed and newest.iter == 8
-        assert all(contents(path) == then for path, then in kept.items())
+        assert all(contents(path) == files for path, files in previous.items())
         if isinstance(error, OSError) and value_of(state) != 99.0:
             assert names(folder) == ['iter_00000004', 'iter_00000008']
 
-        # The next save succeeds, is the newest, and sweeps up.
+        # The next save succeeds, is the newest, and removes leftovers.
         assert value_of(load_latest(folder, pytest.fail)[1]) in (8.0, 99.0)
         again = save(folder, iter, value=100.0)
         newest, state = load_latest(folder, pytest.fail)
@@ -220,17 +221,17 @@ def test_failed_save_harms_no_checkpoint(tmp_path, iter, error):
             list_checkpoints(folder)
         )
         shutil.rmtree(folder)
-        if steps.left > 0:
+        if operations.left > 0:
             break
-    assert n > 10  # so many steps a save has at the least; the last n failed nowhere
+    assert n > 10  # a save has more operations than that; with the last n no operation failed
     assert not failed
 
 
-def test_leftovers_of_a_crash_are_removed(tmp_path):
+def test_leftovers_of_crashed_save_are_removed(tmp_path):
     save(tmp_path, 4)
     for name in ('.saving-iter_00000008-1234abcd', '.saving-removed-iter_00000002-1234abcd'):
         shutil.copytree(tmp_path / 'iter_00000004', tmp_path / name)
-    (tmp_path / 'notes').mkdir()  # somebody's own
+    (tmp_path / 'notes').mkdir()  # a folder of the user
     assert [path.name for path in list_checkpoints(tmp_path)] == ['iter_00000004']
     assert load_latest(tmp_path, pytest.fail)[0].iter == 4
     save(tmp_path, 6)
@@ -250,10 +251,10 @@ def test_missing_or_empty_folder_has_no_checkpoint(tmp_path):
 @pytest.mark.parametrize(
     ('losses', 'best'),
     [
-        ([3.0, 1.0, 2.0, 2.5, 1.5], 2),  # a later, worse one does not push the best out
-        ([1.0, None, None, None, None], 1),  # nor do saves that were not evaluated
+        ([3.0, 1.0, 2.0, 2.5, 1.5], 2),  # a later, worse one does not replace the best
+        ([1.0, None, None, None, None], 1),  # nor does one without an evaluation
         ([None] * 5, None),
-        ([2.0, 1.0, 1.0, 3.0, 1.0], 5),  # of equals the newest
+        ([2.0, 1.0, 1.0, 3.0, 1.0], 5),  # the newest of equal ones
         ([5.0, 4.0, 3.0, 2.0, 1.0], 5),
         ([-1.0, 0.0, 1.0, 2.0, 3.0], 1),
     ],
@@ -269,7 +270,7 @@ def test_prune_keeps_newest_and_best(tmp_path, losses, best, keep_last, keep_bes
 
 
 def test_prune_ignores_broken_newer_checkpoint(tmp_path):
-    """After the fall-back from a broken 8 to 4, the save at 6 is the newest that counts."""
+    """After falling back from a broken checkpoint 8 to 4, the save at 6 counts as the newest."""
     save(tmp_path, 4, 1.0)
     (save(tmp_path, 8, 0.5).path / 'state.pt').write_bytes(b'')
     prune(save(tmp_path, 6, 2.0), keep_last=1, keep_best=True)
@@ -281,10 +282,10 @@ def test_prune_ignores_broken_newer_checkpoint(tmp_path):
     assert load_latest(tmp_path, pytest.fail)[0].iter == 8
 
 
-@pytest.mark.parametrize('lost', [math.nan, math.inf, -math.inf])
-def test_nonfinite_loss_is_never_best(lost):
+@pytest.mark.parametrize('loss', [math.nan, math.inf, -math.inf])
+def test_nonfinite_loss_is_never_best(loss):
     progress = TrainingProgress(iter=4, best_val_loss=2.0)
-    assert not progress.note_evaluation(lost)
+    assert not progress.note_evaluation(loss)
     assert (progress.val_loss, progress.best_val_loss) == (None, 2.0)
     assert progress.note_evaluation(1.5) and progress.best_val_loss == 1.5
 
@@ -302,9 +303,9 @@ DAMAGE = {
     'truncated': lambda content: content[: len(content) // 2],
     'one byte short': lambda content: content[:-1],
     'a bit flipped': lambda content: flip(content, 4 * len(content)),
-    'foreign': lambda content: b'PK\x03\x04 no checkpoint \xff\xfe',
+    'not a checkpoint': lambda content: b'PK\x03\x04 no checkpoint \xff\xfe',
     'empty': lambda content: b'',
-    'gone': None,
+    'missing': None,
 }
 
 
@@ -340,14 +341,16 @@ def test_every_bit_flip_is_detected(tmp_path, name):
             load_state(reread)
         except BrokenCheckpoint:
             continue
-        assert name == 'index.json' and reread == checkpoint  # white space, or case in an escape
+        assert (
+            name == 'index.json' and reread == checkpoint
+        )  # only white space, or the case of an escape
 
 
-# --- Hostile files --------------------------------------------------------------------------------
+# --- Invalid and malicious files ------------------------------------------------------------------
 
 
 class Exploit:
-    """Makes the file that it names when it is unpickled as pickle would do it."""
+    """Creates the file `marker` when it is unpickled."""
 
     def __init__(self, marker: Path):
         self.marker = marker
@@ -377,7 +380,7 @@ def test_pickle_in_state_is_not_executed(tmp_path, write):
     marker, path = tmp_path / 'executed', save(tmp_path / 'checkpoints', 4).path
     state = path / 'state.pt'
     state.write_bytes(write({'model': {'weight': torch.ones(2)}, 'more': Exploit(marker)}))
-    sealed(path)
+    forge(path)
     with pytest.raises(BrokenCheckpoint, match=r'state\.pt'):
         load_latest(path.parent, pytest.fail)
     assert not marker.exists()
@@ -386,20 +389,20 @@ def test_pickle_in_state_is_not_executed(tmp_path, write):
         pickle.loads(state.read_bytes())
     else:
         torch.load(state, weights_only=False)
-    assert marker.exists()  # so the file was armed
+    assert marker.exists()  # plain unpickling executes it
 
 
 @pytest.mark.parametrize('content', [[1, 2], 'text', 7, None, torch.ones(3)])
 def test_state_must_be_a_dict(tmp_path, content):
     path = save(tmp_path, 4).path
     (path / 'state.pt').write_bytes(zip_of(content))
-    sealed(path)
+    forge(path)
     with pytest.raises(BrokenCheckpoint, match=r'state\.pt'):
         load_latest(tmp_path, pytest.fail)
 
 
 class Run:
-    """A run of one update by a model of one block, and the way a resume takes into it."""
+    """A run of one iteration with a model of one block, and its resume."""
 
     def __init__(self, out_dir: Path, dataset: Path):
         tiny = {**TINY_RUN, 'n_layer': 1, 'n_embd': 8, 'block_size': 8, 'log_style': 'line'}
@@ -443,7 +446,7 @@ class Run:
         optimizer.step(1e-3, loss.detach(), measured=True)
 
     def resume(self) -> dict:
-        """Resume, train for one update, and return the state as it was loaded."""
+        """Resume, train one iteration, and return the state as loaded."""
         (self.folder / 'journal.jsonl').write_text(self.journal)
         command_line = read_command_line([*self.argv, '--init_from=resume'], schema)
         resumed = find_resume_source(command_line)
@@ -481,35 +484,35 @@ def test_unmodified_run_resumes(run):
 NESTED: list = []
 for _ in range(500):
     NESTED = [NESTED]
-HOSTILE_INDEXES = {
+INVALID_INDEXES = {
     'iter is a string': {'iter': '1'},
     'iter is true': {'iter': True},
     'iter is negative': {'iter': -1},
-    'iter is not that of the progress': {'iter': 2},
+    'iter differs from progress': {'iter': 2},
     'val_loss is a string': {'val_loss': '5.5'},
     'val_loss is NaN': {'val_loss': math.nan},
     'val_loss is huge': {'val_loss': 10**400},
     'no state.pt': {'files': {}},
-    'no sum': {'files': {'state.pt': {'bytes': 1}}},
-    'the file of the second rank alone': {'files': {'state_1.pt': {'bytes': 1, 'sha256': ''}}},
+    'no checksum': {'files': {'state.pt': {'bytes': 1}}},
+    'only the file of the second rank': {'files': {'state_1.pt': {'bytes': 1, 'sha256': ''}}},
     'another file': {'files': {'../../../../etc/passwd': {'bytes': 1, 'sha256': ''}}},
     'files is a list': {'files': ['state.pt']},
-    'sum is a number': {'files': {'state.pt': {'bytes': 1, 'sha256': 5}}},
+    'checksum is a number': {'files': {'state.pt': {'bytes': 1, 'sha256': 5}}},
     'size is a string': {'files': {'state.pt': {'bytes': '1', 'sha256': 'ab'}}},
-    'config_files holds a number': {'config_files': [1]},
+    'config_files contains a number': {'config_files': [1]},
     'another format': {'format': 'other'},
     'another version': {'version': 99},
     'progress is a list': {'progress': [1]},
     'progress is nested': {'progress': {'iter': NESTED}},
-    'progress has another key': {'progress': {'iter': 1, 'path': '../..'}},
+    'progress has an unknown key': {'progress': {'iter': 1, 'path': '../..'}},
     'progress goes back': {'progress': {'iter': 1, 'rollbacks': -1}},
     'progress is huge': {'progress': {'iter': 1, 'data_shift': 10**30}},
     'progress has strings for losses': {'progress': {'iter': 1, 'recent_losses': ['a']}},
     'progress has a number for losses': {'progress': {'iter': 1, 'recent_losses': 5}},
-    'progress has a lost loss': {'progress': {'iter': 1, 'best_val_loss': math.nan}},
+    'progress has a NaN loss': {'progress': {'iter': 1, 'best_val_loss': math.nan}},
     'an unknown option': {'chosen': {'rm': '-rf'}},
     'an option of another type': {'chosen': {'n_layer': [1]}},
-    'an option commanded that is unknown': {'commanded': {'rm': '-rf'}},
+    'an unknown option on the command line': {'commanded': {'rm': '-rf'}},
     'an option that is too large': {'chosen': {'learning_rate': 10**400}},
     'an option that is nested': {'chosen': {'dropout': NESTED}},
     'another architecture': {'architecture': {'n_layer': 10**9}},
@@ -517,9 +520,9 @@ HOSTILE_INDEXES = {
 }
 
 
-@pytest.mark.parametrize('case', HOSTILE_INDEXES)
+@pytest.mark.parametrize('case', INVALID_INDEXES)
 def test_invalid_index_values_are_refused(run, case):
-    sealed(run.checkpoint, **HOSTILE_INDEXES[case])
+    forge(run.checkpoint, **INVALID_INDEXES[case])
     with pytest.raises(UserError) as error:
         run.resume()
     assert run.folder.name in str(error.value)
@@ -536,14 +539,14 @@ def test_index_of_wrong_type_is_refused(run, text):
 
 
 def changed(state: dict, part: str, change) -> dict:
-    """The state with `change` made of each value in one part of it."""
+    """The state with `change` applied to each value of one part."""
     return {**state, part: {name: change(value) for name, value in state[part].items()}}
 
 
-def moments(state: dict, **values) -> dict:
-    """The state with other values in the first parameter's optimizer state."""
-    name, kept = next(iter(state['optimizer'].items()))
-    return {**state, 'optimizer': {**state['optimizer'], name: {**kept, **values}}}
+def with_moments(state: dict, **values) -> dict:
+    """The state with other values in the optimizer state of the first parameter."""
+    name, moments = next(iter(state['optimizer'].items()))
+    return {**state, 'optimizer': {**state['optimizer'], name: {**moments, **values}}}
 
 
 def offset(state: dict, part: str, value) -> dict:
@@ -558,7 +561,7 @@ def first_weight(state: dict) -> torch.Tensor:
 
 
 PARTS_OF_A_STATE = ('model', 'optimizer', 'offsets', 'scaler')
-HOSTILE_STATES = {
+INVALID_STATES = {
     **{
         f'no {part}': lambda state, part=part: {k: v for k, v in state.items() if k != part}
         for part in PARTS_OF_A_STATE
@@ -568,25 +571,25 @@ HOSTILE_STATES = {
         for part in ('model', 'optimizer', 'offsets')
     },
     'weights are a list': lambda state: {**state, 'model': [1]},
-    'a weight too few': lambda state: {**state, 'model': dict(list(state['model'].items())[1:])},
-    'a weight too many': lambda state: {
+    'a missing weight': lambda state: {**state, 'model': dict(list(state['model'].items())[1:])},
+    'an additional weight': lambda state: {
         **offset(state, 'model', 0),
         'model': {**state['model'], 'x': torch.ones(1)},
         'offsets': {**state['offsets'], 'model': {**state['offsets']['model'], 'x': 0}},
     },
     'a weight is text': lambda state: changed(state, 'model', lambda weight: 'x'),
     'a weight of another shape': lambda state: changed(state, 'model', lambda weight: weight[:1]),
-    'optimizer of no parameters': lambda state: {**state, 'optimizer': {}},
-    'one moment': lambda state: changed(
-        state, 'optimizer', lambda kept: {key: kept[key] for key in ('step', 'exp_avg')}
+    'an empty optimizer': lambda state: {**state, 'optimizer': {}},
+    'only one moment': lambda state: changed(
+        state, 'optimizer', lambda moments: {key: moments[key] for key in ('step', 'exp_avg')}
     ),
-    'a third moment': lambda state: moments(state, max_exp_avg_sq=first_weight(state)),
-    'moments too small': lambda state: moments(state, exp_avg=torch.zeros(1)),
-    'moments are numbers': lambda state: moments(state, exp_avg_sq=torch.tensor(0.0)),
-    'moments are text': lambda state: moments(state, exp_avg='x'),
-    'many steps': lambda state: moments(state, step=torch.ones(9)),
-    'as many steps as weights': lambda state: moments(state, step=first_weight(state)),
-    'steps are text': lambda state: moments(state, step='1'),
+    'a third moment': lambda state: with_moments(state, max_exp_avg_sq=first_weight(state)),
+    'moments too small': lambda state: with_moments(state, exp_avg=torch.zeros(1)),
+    'moments are numbers': lambda state: with_moments(state, exp_avg_sq=torch.tensor(0.0)),
+    'moments are text': lambda state: with_moments(state, exp_avg='x'),
+    'many steps': lambda state: with_moments(state, step=torch.ones(9)),
+    'as many steps as weights': lambda state: with_moments(state, step=first_weight(state)),
+    'steps are text': lambda state: with_moments(state, step='1'),
     **{
         f'{part} at {value!r}': lambda state, part=part, value=value: offset(state, part, value)
         for part in ('model', 'optimizer')
@@ -596,32 +599,34 @@ HOSTILE_STATES = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('case', HOSTILE_STATES)
+@pytest.mark.parametrize('case', INVALID_STATES)
 def test_state_of_another_model_is_refused(run, case):
-    (run.checkpoint / 'state.pt').write_bytes(zip_of(HOSTILE_STATES[case](run.state)))
-    sealed(run.checkpoint)
+    (run.checkpoint / 'state.pt').write_bytes(zip_of(INVALID_STATES[case](run.state)))
+    forge(run.checkpoint)
     with pytest.raises(UserError, match=run.checkpoint.name):
         run.resume()
 
 
 def test_restored_optimizer_state_is_not_shared_with_file(run):
-    """Tensors without memory of their own, and of other types, are made into what it needs."""
+    """Expanded tensors and other dtypes are converted to what the optimizer needs."""
     states = changed(
         run.state,
         'optimizer',
-        lambda kept: {
-            'step': kept['step'].long(),
-            'exp_avg': torch.zeros(1).expand(kept['exp_avg'].shape),
-            'exp_avg_sq': kept['exp_avg_sq'].double(),
+        lambda moments: {
+            'step': moments['step'].long(),
+            'exp_avg': torch.zeros(1).expand(moments['exp_avg'].shape),
+            'exp_avg_sq': moments['exp_avg_sq'].double(),
         },
     )
     (run.checkpoint / 'state.pt').write_bytes(zip_of(states))
-    sealed(run.checkpoint)
+    forge(run.checkpoint)
     zeros = {
-        name: torch.zeros_like(kept['exp_avg']) for name, kept in run.state['optimizer'].items()
+        name: torch.zeros_like(moments['exp_avg'])
+        for name, moments in run.state['optimizer'].items()
     }
     expected = {
-        name: {**kept, 'exp_avg': zeros[name]} for name, kept in run.state['optimizer'].items()
+        name: {**moments, 'exp_avg': zeros[name]}
+        for name, moments in run.state['optimizer'].items()
     }
     assert equal(run.resume(), {**run.state, 'optimizer': expected})
 
@@ -630,14 +635,14 @@ def test_parameter_without_gradient_resumes_without_state(run):
     name = next(iter(run.state['optimizer']))
     state = {**run.state, 'optimizer': {**run.state['optimizer'], name: {}}}
     (run.checkpoint / 'state.pt').write_bytes(zip_of(state))
-    sealed(run.checkpoint)
+    forge(run.checkpoint)
     assert equal(run.resume(), state)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('name', ['state.pt', 'index.json'])
 def test_fuzzed_checkpoint_resumes_or_is_refused(run, name):
-    """All sums are made right again, so that what lies behind them is reached."""
+    """All checksums are recomputed, so that the checks after them are reached."""
     rng, file = random.Random(name), run.checkpoint / name
     originals = contents(run.checkpoint)
     refused = 0
@@ -648,9 +653,9 @@ def test_fuzzed_checkpoint_resumes_or_is_refused(run, name):
         try:
             index = json.loads((run.checkpoint / 'index.json').read_text())
             files = index['files'] if name == 'index.json' else None
-            sealed(run.checkpoint, **({'files': files} if files else {}))
+            forge(run.checkpoint, **({'files': files} if files else {}))
         except (ValueError, KeyError, TypeError, AttributeError):
-            pass  # it is no index any more, and stays as it is
+            pass  # no index any more: left unchanged
         try:
             run.resume()
         except UserError as error:

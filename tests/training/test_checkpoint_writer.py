@@ -1,4 +1,4 @@
-"""saving.py: what is written beside the training is as good as what it waits for."""
+"""Asynchronous saves are as safe and complete as synchronous ones."""
 
 import json
 import time
@@ -18,7 +18,7 @@ from training import checkpoint_writer
 from training.checkpoint import list_checkpoints, load_state, read_index
 
 OPTIONS = {'n_layer': 1, 'eval_iters': 1, 'eval_interval': 2, 'async_save': True}
-SEQUENCES = 4  # in an update
+SEQUENCES = 4  # per iteration
 
 
 def journal(run) -> list[tuple]:
@@ -28,17 +28,17 @@ def journal(run) -> list[tuple]:
 
 
 def on_disk(run_folder) -> list[int]:
-    """The iters of the checkpoints there, each read and verified."""
+    """The iterations of the saved checkpoints, each read and verified."""
     checkpoints = map(read_index, list_checkpoints(run_folder / 'checkpoints'))
     return [checkpoint.iter for checkpoint in checkpoints if load_state(checkpoint)]
 
 
-def test_saves_wait_for_one_another(delayed_saves, tiny_dataset, tmp_path):
+def test_save_waits_for_previous_save(delayed_saves, tiny_dataset, tmp_path):
     run = train_here(tiny_dataset, tmp_path, **OPTIONS, max_iters=6, keep_best=False)
     assert run.code == 0
-    # Published when the next one begins, and once nothing is left to do.
-    told = [line for line in journal(run) if line[0] in ('iteration', 'checkpoint', 'end')]
-    assert told == [
+    # Published when the next save begins, and at the end of training.
+    lines = [line for line in journal(run) if line[0] in ('iteration', 'checkpoint', 'end')]
+    assert lines == [
         *(('iteration', n) for n in (0, 1, 2, 3)),
         ('checkpoint', 2),
         *(('iteration', n) for n in (4, 5)),
@@ -46,17 +46,18 @@ def test_saves_wait_for_one_another(delayed_saves, tiny_dataset, tmp_path):
         ('checkpoint', 6),
         ('end', None),
     ]
-    # One is always there once the first is: older ones go when a newer one is published.
+    # After the first there is always one: a newer one is published before older ones are removed.
     assert delayed_saves == [[], [2], [4]]
     assert on_disk(run.folder) == [6]
     assert not [path for path in (run.folder / 'checkpoints').iterdir() if path.name[0] == '.']
 
 
-def fail_at(monkeypatch, update: int) -> None:
+def fail_at(monkeypatch, iteration: int) -> None:
+    """Raise UserError when the data of this iteration is read."""
     read = TokenDataset.batch
 
     def batch(self, order, first_number, count):
-        if first_number == update * SEQUENCES:
+        if first_number == iteration * SEQUENCES:
             raise UserError('the data is gone')
         return read(self, order, first_number, count)
 
@@ -66,17 +67,17 @@ def fail_at(monkeypatch, update: int) -> None:
 def test_failed_run_publishes_checkpoint_in_progress(
     delayed_saves, monkeypatch, tiny_dataset, tmp_path, capsys
 ):
-    fail_at(monkeypatch, update=3)
+    fail_at(monkeypatch, iteration=3)
     run = train_here(tiny_dataset, tmp_path, **OPTIONS)
     assert (run.code, run.record['status']) == (2, 'failed')
     assert 'the data is gone' in capsys.readouterr().err
     assert on_disk(run.folder) == [2] == [entry['iter'] for entry in run.record['checkpoints']]
 
 
-def test_failed_save_does_not_hide_the_first_error(
+def test_failed_save_does_not_hide_first_error(
     delayed_saves, monkeypatch, tiny_dataset, tmp_path, capsys
 ):
-    fail_at(monkeypatch, update=3)
+    fail_at(monkeypatch, iteration=3)
 
     def save(*arguments):
         raise OSError(28, 'No space left on device')
@@ -91,7 +92,7 @@ def test_failed_save_does_not_hide_the_first_error(
 
 @pytest.mark.parametrize('async_save', [False, True])
 def test_times_of_saving_and_writing_are_recorded(async_save, monkeypatch, tiny_dataset, tmp_path):
-    """By a clock that stands still but for collecting (2 s), writing (5 s) and publishing (1 s)."""
+    """The clock advances only in collecting (2 s), writing (5 s) and publishing (1 s)."""
     now, written = [0.0], []
 
     def taking(seconds, function):
@@ -101,17 +102,17 @@ def test_times_of_saving_and_writing_are_recorded(async_save, monkeypatch, tiny_
 
         return slow
 
-    write, update = checkpoint_module._write_state, train.run_iteration
+    write, run_iteration = checkpoint_module._write_state, train.run_iteration
 
     def slow_write(*arguments):
-        while async_save and not written:  # until training goes on
+        while async_save and not written:  # until training continues
             time.sleep(0.001)
         facts = taking(5, write)(*arguments)
         written.append(now[0])
         return facts
 
-    def update_beside(session, clock):
-        update(session, clock)
+    def iteration_during_write(session, clock):
+        run_iteration(session, clock)
         if async_save and session.progress.iter == 3:
             written.append('may be')
             while len(written) < 2:
@@ -123,19 +124,19 @@ def test_times_of_saving_and_writing_are_recorded(async_save, monkeypatch, tiny_
     monkeypatch.setattr(sharded_state, 'collect', taking(2, sharded_state.collect))
     monkeypatch.setattr(checkpoint_module, '_write_state', slow_write)
     monkeypatch.setattr(checkpoint_module, '_publish', taking(1, checkpoint_module._publish))
-    monkeypatch.setattr(train, 'run_iteration', update_beside)
+    monkeypatch.setattr(train, 'run_iteration', iteration_during_write)
     options = {**OPTIONS, 'async_save': async_save}
     run = train_here(tiny_dataset, tmp_path, **options, max_iters=3)
     first, last = run.record['checkpoints']
     assert (first['iter'], last['iter']) == (2, 3)
     assert first['time_ms'] == (3000 if async_save else 8000)
-    assert last['time_ms'] == 8000  # nothing is left to do beside it
+    assert last['time_ms'] == 8000  # training has ended: the run waits for it
     assert first['write_ms'] == last['write_ms'] == 5000
 
 
 @pytest.mark.slow
 def test_unused_parameter_is_saved_and_resumed(tiny_dataset, tmp_path, monkeypatch):
-    """As an expert that no token reaches: without a gradient the optimizer keeps nothing of it."""
+    """Without a gradient it has no optimizer state, like an expert that receives no tokens."""
     build = Transformer.__init__
 
     def build_with_more(model, config):
@@ -169,15 +170,15 @@ def test_saving_benchmark_measures_both_modes(run_script):
 def test_host_staging_is_independent_of_originals():
     copies = sharded_state.HostStaging(torch.device('cpu'))
     flat = torch.arange(6.0)
-    places = {('a', ''): flat[:4], ('b', 'step'): torch.tensor(7.0), ('c', ''): torch.empty(0)}
-    taken = {place: copies(tensor, place) for place, tensor in places.items()}
-    expected = {place: tensor.clone() for place, tensor in places.items()}
-    for tensor in places.values():
+    tensors = {('a', ''): flat[:4], ('b', 'step'): torch.tensor(7.0), ('c', ''): torch.empty(0)}
+    staged = {key: copies(tensor, key) for key, tensor in tensors.items()}
+    expected = {key: tensor.clone() for key, tensor in tensors.items()}
+    for tensor in tensors.values():
         tensor.add_(1)
-    assert all(torch.equal(taken[place], expected[place]) for place in places)
-    # No more is written than the part that is meant.
-    assert all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in taken.values())
-    # The next ones lie where these did.
-    again = {place: copies(tensor, place) for place, tensor in places.items()}
-    assert all(torch.equal(again[place], tensor) for place, tensor in places.items())
-    assert all(again[place].data_ptr() == taken[place].data_ptr() for place in places)
+    assert all(torch.equal(staged[key], expected[key]) for key in tensors)
+    # Only the slice is written, not the whole storage.
+    assert all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in staged.values())
+    # The next copies reuse the memory.
+    again = {key: copies(tensor, key) for key, tensor in tensors.items()}
+    assert all(torch.equal(again[key], tensor) for key, tensor in tensors.items())
+    assert all(again[key].data_ptr() == staged[key].data_ptr() for key in tensors)
