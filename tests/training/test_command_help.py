@@ -1,4 +1,4 @@
-"""`train.py --help` and `study.py --help`."""
+"""Help pages: `train.py --help` and `study.py --help`."""
 
 import re
 
@@ -28,7 +28,7 @@ def flat(topic=''):
     return ' '.join(page(topic).split())
 
 
-def shown(argv, capsys, main=train.main):
+def output_of(argv, capsys, main=train.main):
     assert main(argv) == 0
     return capsys.readouterr().out
 
@@ -60,8 +60,8 @@ def test_every_option_is_in_one_group():
 
 
 def test_all_page_describes_every_option():
-    listed = re.findall(r'^  --(\w+)=', page('all'), re.MULTILINE)
-    assert sorted(listed) == sorted(flatten(schema()))
+    options = re.findall(r'^  --(\w+)=', page('all'), re.MULTILINE)
+    assert sorted(options) == sorted(flatten(schema()))
     text = flat('all')
     for key, option in flatten(schema()).items():
         assert ' '.join(option.help.split()) in text, key
@@ -86,16 +86,18 @@ def test_option_page_names_its_component():
 
 
 @pytest.mark.parametrize('main', [train.main, study.main])
-def test_help_of_commands(main, capsys):
-    overview = shown(['--help'], capsys, main)
+def test_help_forms_are_equivalent(main, capsys):
+    overview = output_of(['--help'], capsys, main)
     for argv in (['--help='], ['-h'], ['--help', '--n_layer=2'], ['--n_layer=2', '--help']):
-        assert shown(argv, capsys, main) == overview
-    assert '--rope_scaling=str' in shown(['--help=position'], capsys, main)
-    assert shown(['--help', 'position'], capsys, main) == shown(['--help=position'], capsys, main)
+        assert output_of(argv, capsys, main) == overview
+    assert '--rope_scaling=str' in output_of(['--help=position'], capsys, main)
+    assert output_of(['--help', 'position'], capsys, main) == output_of(
+        ['--help=position'], capsys, main
+    )
 
 
 def test_study_help_starts_with_its_own_options(capsys):
-    text = shown(['--help'], capsys, study.main)
+    text = output_of(['--help'], capsys, study.main)
     assert len(text.splitlines()) <= STUDY_OVERVIEW_LINES
     assert max(map(len, text.splitlines())) <= 80
     assert 'sweep = {' in text and '\n  --jobs ' in text and '\n  --plan_only ' in text
@@ -105,6 +107,8 @@ def test_study_help_starts_with_its_own_options(capsys):
 
 
 def test_study_lists_components_and_refuses_print_config(capsys):
-    assert shown(['--list_components'], capsys, study.main) == shown(['--list_components'], capsys)
+    assert output_of(['--list_components'], capsys, study.main) == output_of(
+        ['--list_components'], capsys
+    )
     with pytest.raises(UserError, match=r'single run.*--plan_only'):
         study.main(['config/studies/norms.py', '--print_config'])

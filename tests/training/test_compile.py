@@ -1,4 +1,4 @@
-"""Graphs of a compiled run, counted by a backend that runs them as they are."""
+"""Number of graphs of a compiled run, counted by a backend that runs them uncompiled."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from model_components import IGNORED
 
 pytestmark = pytest.mark.slow
 
-# Kinds of layers, for each of which there is a graph.
+# Number of different layers, each of which has its own graph.
 KINDS = {'legacy': 1, 'llama': 1, 'mistral': 1, 'gemma2': 1, 'deepseek': 2, 'mixtral': 1}
 OPTIONS = {
     'deepseek': {'num_experts': 4, 'experts_per_token': 2, 'shared_experts': 1},
@@ -22,7 +22,7 @@ OPTIONS = {
 
 @pytest.fixture
 def graphs(monkeypatch):
-    """Whether each graph that is compiled is for sizes that vary."""
+    """A list with one entry per compiled graph: whether it has dynamic sizes."""
     dynamic: list[bool] = []
 
     def backend(module, inputs):
@@ -42,8 +42,8 @@ def graphs(monkeypatch):
 
 
 @pytest.mark.parametrize('preset', KINDS)
-def test_each_kind_of_layer_has_two_static_graphs(preset, graphs, tiny_dataset, tmp_path):
-    """One for evaluation, one for training; evaluations end with a partial batch of windows."""
+def test_each_distinct_layer_has_two_static_graphs(preset, graphs, tiny_dataset, tmp_path):
+    """One is for evaluation, one for training; evaluations end with a partial batch of windows."""
     run = train_here(
         tiny_dataset,
         tmp_path,

@@ -1,4 +1,4 @@
-"""`--list_components --format=markdown`: complete, derived, and well formed."""
+"""`--list_components --format=markdown`: the page is complete, correct and well formed."""
 
 import inspect
 import re
@@ -107,8 +107,8 @@ def test_page_has_components_of_a_config_file(run_script, tmp_path):
         '    def forward(self, x):\n'
         '        return x / 2\n'
     )
-    shown = run_script('train.py', str(config), '--list_components', '--format', 'markdown').stdout
-    section = sections(shown)['Activation']
+    output = run_script('train.py', str(config), '--list_components', '--format', 'markdown').stdout
+    section = sections(output)['Activation']
     assert rows(section)['halved'][1:] == [r'x / 2 \| x.', '', r'A \| B']
     assert rows(section)['halved_by'][1:] == ['float', '`2.0`', '`halved`', 'Divisor']
 
@@ -126,7 +126,7 @@ def test_wrong_format_is_a_user_error(run_script, argument, problem):
 
 
 def test_text_is_the_default_format(run_script):
-    shown = run_script('train.py', '--list_components').stdout
-    assert shown == run_script('train.py', '--list_components', '--format=text').stdout
-    assert not shown.startswith('#') and 'Normalization (--qk_norm' in shown
+    output = run_script('train.py', '--list_components').stdout
+    assert output == run_script('train.py', '--list_components', '--format=text').stdout
+    assert not output.startswith('#') and 'Normalization (--qk_norm' in output
     assert list_components('text').startswith('Optimizer (--optimizer):')

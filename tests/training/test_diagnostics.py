@@ -1,4 +1,4 @@
-"""diagnostics.py: each figure recomputed with plain torch, and training left as it was."""
+"""Diagnostics: each value equals a computation in plain torch, and training is unchanged."""
 
 import math
 from contextlib import nullcontext
@@ -27,36 +27,37 @@ EVERY_MODEL = pytest.mark.parametrize(
 
 
 def unrolled(model, tokens):
-    """(streams that leave the blocks, each block's scaled causal scores, logits), by hand."""
+    """A forward pass in plain torch: (outputs of the blocks, their causal scores, logits)."""
     positions = torch.arange(tokens.size(1))
     prepared = model.attention_inputs(positions)
     x = model.position_encoding.embed(model.token_embedding(tokens), positions)
     streams, scores = [], []
-    for block, placed in zip(model.blocks, prepared):
+    for block, attn_inputs in zip(model.blocks, prepared):
         attention = block.attention
-        inside = block.attention_norm(x) if block.tag == 'PreNorm' else x
+        normed = block.attention_norm(x) if block.tag == 'PreNorm' else x
         kv_heads = attention.rows[1] // attention.head_dim
         sizes = [h * attention.head_dim for h in (attention.num_heads, kv_heads, kv_heads)]
-        q, k, _ = F.linear(inside, attention.qkv.weight, attention.qkv.bias).split(sizes, dim=-1)
+        q, k, _ = F.linear(normed, attention.qkv.weight, attention.qkv.bias).split(sizes, dim=-1)
         scores.append([])
         for head in range(attention.num_heads):
-            shared = head * kv_heads // attention.num_heads
+            kv_head = head * kv_heads // attention.num_heads
             one_q, one_k = (
                 attention.rotate(
-                    t[..., n * attention.head_dim :][..., : attention.head_dim], placed.rotation
+                    t[..., n * attention.head_dim :][..., : attention.head_dim],
+                    attn_inputs.rotation,
                 )
-                for t, n in ((q, head), (k, shared))
+                for t, n in ((q, head), (k, kv_head))
             )
             products = torch.einsum('btd,bsd->bts', one_q, one_k) / math.sqrt(attention.head_dim)
             scores[-1] += [products[:, t, : t + 1] for t in range(tokens.size(1))]
-        x, _ = block(x, placed)
+        x, _ = block(x, attn_inputs)
         streams.append(x)
     return streams, scores, model.output_head.projection(model.final_norm(x))
 
 
 @EVERY_MODEL
 @pytest.mark.parametrize('recomputed', [[], [0, 1]], ids=['', 'recomputed'])
-def test_layer_statistics(values, recomputed):
+def test_layer_statistics_equal_plain_torch(values, recomputed):
     config = tiny(**values, dropout=0.3)
     model = perturbed_model(config).eval()
     tokens, targets = random_tokens(config, 3, seed=0), random_tokens(config, 3, seed=1)
@@ -75,35 +76,35 @@ def test_layer_statistics(values, recomputed):
 
     model.zero_grad()
     prepare_blocks(model, recomputed, compiled=False)
-    found = diagnostics.layer_statistics(model, model, ALONE, tokens, targets, nullcontext)
-    for ours, theirs in zip(found, expected, strict=True):
+    layers = diagnostics.layer_statistics(model, model, ALONE, tokens, targets, nullcontext)
+    for ours, theirs in zip(layers, expected, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4)
-    # Twice the same: no hook, probe or gradient is left behind.
-    assert diagnostics.layer_statistics(model, model, ALONE, tokens, targets, nullcontext) == found
+    # A second call gives the same: no hook, probe or gradient remains.
+    assert diagnostics.layer_statistics(model, model, ALONE, tokens, targets, nullcontext) == layers
     assert all(parameter.grad is None for parameter in model.parameters())
     assert not any(block._forward_hooks for block in model.blocks)
 
 
 def test_logits_of_future_tokens_are_ignored():
-    """The largest product belongs to a query that looks ahead, which the mask forbids."""
+    """The largest product is that of a query with a later key, which the mask excludes."""
     config = tiny(n_layer=1, n_head=1, position_encoding='none', normalization='rmsnorm')
     model = build_model(config, 'cpu', 0).eval()
     with torch.no_grad():
         model.token_embedding.weight.zero_()
         model.token_embedding.weight[0, 0] = model.token_embedding.weight[1, 1] = 1.0
         qkv = model.blocks[0].attention.qkv.weight.zero_()
-        qkv[0, 0] = 1.0  # token 0 asks for what …
-        qkv[16, 1] = 40.0  # … token 1 offers
-        qkv[16, 0] = 0.5  # and offers a little itself
+        qkv[0, 0] = 1.0  # the query of token 0 …
+        qkv[16, 1] = 40.0  # … matches the key of token 1
+        qkv[16, 0] = 0.5  # and, less, its own key
 
-    def largest(first):
+    def max_logit(first):
         tokens = torch.tensor([[first, 1 - first, *[2] * (config.block_size - 2)]])
         (layer,) = diagnostics.layer_statistics(model, model, ALONE, tokens, tokens, nullcontext)
         return layer['max_attention_logit']
 
-    # After the norm a one-hot of width 16 is 4 high: 4 · 4 · weight / √16.
-    assert largest(0) == pytest.approx(0.5 * 4, rel=1e-3)
-    assert largest(1) == pytest.approx(40 * 4, rel=1e-3)
+    # The norm scales a one-hot vector of width 16 to 4: 4 · 4 · weight / √16.
+    assert max_logit(0) == pytest.approx(0.5 * 4, rel=1e-3)
+    assert max_logit(1) == pytest.approx(40 * 4, rel=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -116,34 +117,34 @@ def test_logits_of_future_tokens_are_ignored():
         (9, [0, 1, 2, 4, 8, 9]),
     ],
 )
-def test_loss_by_position(length, edges):
+def test_loss_by_position_equals_mean_over_positions(length, edges):
     config = tiny(block_size=length, n_layer=1)
     model = perturbed_model(config).eval()
     tokens, targets = random_tokens(config, 5, seed=0), random_tokens(config, 5, seed=1)
-    chances = model(tokens).softmax(-1).gather(-1, targets[..., None])[..., 0].detach()
-    losses = -chances.log()  # (B, T)
+    probabilities = model(tokens).softmax(-1).gather(-1, targets[..., None])[..., 0].detach()
+    losses = -probabilities.log()  # (B, T)
     expected = [
         {'from': low, 'to': high, 'loss': losses[:, low:high].mean().item()}
         for low, high in pairwise(edges)
     ]
     batches = ((tokens[rows], targets[rows]) for rows in (slice(0, 2), slice(2, 4), slice(4, 5)))
-    found = diagnostics.loss_by_position(model, ALONE, batches, nullcontext)
-    for ours, theirs in zip(found, expected, strict=True):
+    intervals = diagnostics.loss_by_position(model, ALONE, batches, nullcontext)
+    for ours, theirs in zip(intervals, expected, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4)
 
 
-def test_update_to_weight_ratio():
+def test_update_to_weight_ratio_equals_plain_torch():
     model = perturbed_model(tiny())
     groups = parameter_groups(model)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    size = diagnostics.UpdateRatio(groups, ALONE)
-    size.end()  # nobody asked
-    assert size.ratios is None
-    size.begin()
+    ratio = diagnostics.UpdateRatio(groups, ALONE)
+    ratio.end()  # without begin()
+    assert ratio.ratios is None
+    ratio.begin()
     with torch.no_grad():
         for number, parameter in enumerate(model.parameters()):
             parameter.add_(0.01 * number * torch.ones_like(parameter))
-    size.end()
+    ratio.end()
     expected = {}
     kinds = {
         'matrices': lambda name, p: p.dim() > 1 and 'blocks' in name,
@@ -154,7 +155,7 @@ def test_update_to_weight_ratio():
         chosen = [(before[n], p) for n, p in model.named_parameters() if belongs(n, p)]
         change = sum(((p - old) ** 2).sum().item() for old, p in chosen)
         expected[name] = math.sqrt(change / sum((old**2).sum().item() for old, _ in chosen))
-    assert size.ratios == pytest.approx(expected, rel=1e-4)
+    assert ratio.ratios == pytest.approx(expected, rel=1e-4)
 
 
 # --- In a run -------------------------------------------------------------------------------------
@@ -173,8 +174,8 @@ def test_update_to_weight_ratio():
 def test_diagnostics_do_not_change_training(tiny_dataset, tmp_path, options):
     options = {**options, 'max_iters': 6, 'eval_interval': 2}
     plain, observed = (
-        train_here(tiny_dataset, tmp_path / str(wanted), **options, diagnostics=wanted)
-        for wanted in (False, True)
+        train_here(tiny_dataset, tmp_path / str(enabled), **options, diagnostics=enabled)
+        for enabled in (False, True)
     )
     assert observed.losses == plain.losses
     for name, weight in plain.weights().items():
@@ -187,7 +188,7 @@ def test_diagnostics_are_recorded(tiny_dataset, tmp_path):
         tiny_dataset, tmp_path, max_iters=3, eval_interval=9, diagnostics=True, grad_clip=0.0
     )
     first, last = (step['diagnostics'] for step in run.record['eval_steps'])
-    # Before the first update there is none to measure.
+    # Before the first update there is no ratio.
     assert first['update_to_weight'] == {}
     assert last['update_to_weight'].keys() == {'matrices', 'tables', 'gains and biases'}
     # The mean over positions is the validation loss itself: same windows, same weights.
@@ -205,7 +206,7 @@ def test_diagnostics_are_recorded(tiny_dataset, tmp_path):
     )
     for ours, theirs in zip(last['layers'], expected, strict=True):
         assert ours == pytest.approx(theirs)
-    # And the last update is the one between the last two sets of weights.
+    # The last update is the difference of the last two sets of weights.
     shorter = train_here(
         tiny_dataset,
         tmp_path / 'shorter',

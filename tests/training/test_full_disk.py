@@ -1,4 +1,4 @@
-"""A disk that takes no more: one message, and what was saved and recorded before is intact."""
+"""Full disk: one error message, and earlier checkpoints and records remain intact."""
 
 import json
 import os
@@ -23,7 +23,7 @@ import resource, sys
 import train
 from common.errors import run_script
 
-limit = int(sys.argv.pop(1))  # of bytes in a file; Python is told by an error, not killed
+limit = int(sys.argv.pop(1))  # bytes per file; a write beyond it is an error in Python
 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 run_script(train.main)
 """
@@ -37,16 +37,16 @@ def out_dir(tmp_path, monkeypatch):
 
 @pytest.fixture
 def start(out_dir, tiny_dataset):
-    """start(before, key=value, …): a process that trains, tiny, into out_dir; what it ended as.
+    """start(command, key=value, …) trains a tiny model in a process and returns its result.
 
-    before: what stands in front of the options on the command line.
+    command: the start of the command line, before the options.
     """
 
-    def run(before, **options):
+    def run(command, **options):
         values = {**TINY_RUN, 'dataset': tiny_dataset, 'out_dir': out_dir, 'keep_last': 9}
         values |= options
         return subprocess.run(
-            [*before, *(f'--{key}={value}' for key, value in values.items())],
+            [*command, *(f'--{key}={value}' for key, value in values.items())],
             env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(PROJECT)},
             capture_output=True,
             text=True,
@@ -58,7 +58,7 @@ def start(out_dir, tiny_dataset):
 
 @pytest.fixture
 def train(out_dir, tiny_dataset):
-    """train(key=value, …): the same without limits, and to its end."""
+    """train(key=value, …) trains in this process without a limit and returns the run folder."""
 
     def run(**options):
         assert train_here(tiny_dataset, out_dir, keep_last=9, **options).code == 0
@@ -67,12 +67,12 @@ def train(out_dir, tiny_dataset):
     return run
 
 
-def limited(size):
+def with_file_limit(size):
     return [sys.executable, '-c', LIMITED, str(size)]
 
 
 def contents(folder):
-    """Every file and folder, and the bytes of the files."""
+    """All files and folders below `folder`, with the bytes of the files."""
     return {
         str(path.relative_to(folder)): path.is_file() and path.read_bytes()
         for path in folder.rglob('*')
@@ -83,22 +83,22 @@ def iterations(run):
     return [entry['iter'] for entry in read_record(run)['training_iterations']]
 
 
-def assert_told(done, *words):
+def assert_disk_error(done, *words):
     assert done.returncode == 2, done.stderr
     assert 'Traceback' not in done.stderr
     for word in (*words, 'intact', 'Make room', '--init_from=resume'):
         assert word in done.stderr, done.stderr
 
 
-def assert_goes_on(train, run, updates):
-    """With room again, the run goes on to `updates`, with nothing lost or doubled."""
+def assert_resumes(train, run, iterations_total):
+    """With space again, the run resumes, and no iteration is lost or repeated."""
     before = read_record(run)['training_iterations']
-    assert train(init_from='resume', max_iters=updates, eval_interval=10**6) == run
+    assert train(init_from='resume', max_iters=iterations_total, eval_interval=10**6) == run
     after = read_record(run)
-    assert after['status'] == 'finished' and iterations(run) == list(range(updates))
-    kept = min(event['iter'] for event in after['events'] if event['event'] == 'resume')
-    assert after['training_iterations'][:kept] == before[:kept]
-    assert load_latest(run / 'checkpoints', pytest.fail)[0].iter == updates
+    assert after['status'] == 'finished' and iterations(run) == list(range(iterations_total))
+    resumed_from = min(event['iter'] for event in after['events'] if event['event'] == 'resume')
+    assert after['training_iterations'][:resumed_from] == before[:resumed_from]
+    assert load_latest(run / 'checkpoints', pytest.fail)[0].iter == iterations_total
 
 
 def test_disk_full_during_checkpoint(start, train):
@@ -106,15 +106,15 @@ def test_disk_full_during_checkpoint(start, train):
     saved = contents(run / 'checkpoints')
     size = len(saved['iter_00000002/state.pt'])
 
-    # Half a checkpoint: room enough for journal and record.
-    done = start(limited(size // 2), init_from='resume', max_iters=8, eval_interval=4)
-    assert_told(done, 'iter_00000004', 'File too large')
+    # Half the size of a checkpoint is enough for the journal and the record.
+    done = start(with_file_limit(size // 2), init_from='resume', max_iters=8, eval_interval=4)
+    assert_disk_error(done, 'iter_00000004', 'File too large')
     assert contents(run / 'checkpoints') == saved
     record = json.loads((run / RECORD).read_text())
     assert record == read_record(run) and record['status'] == 'failed'
     assert iterations(run) == list(range(4))
     assert [entry['iter'] for entry in record['eval_steps']] == [0, 2, 4]
-    assert_goes_on(train, run, 6)
+    assert_resumes(train, run, 6)
 
 
 def test_disk_full_during_async_checkpoint(start, train):
@@ -122,12 +122,14 @@ def test_disk_full_during_async_checkpoint(start, train):
     saved = contents(run / 'checkpoints')
     size = len(saved['iter_00000002/state.pt'])
     options = {'init_from': 'resume', 'max_iters': 8, 'eval_interval': 4, 'async_save': True}
-    assert_told(start(limited(size // 2), **options), 'iter_00000004', 'File too large')
+    assert_disk_error(
+        start(with_file_limit(size // 2), **options), 'iter_00000004', 'File too large'
+    )
     assert contents(run / 'checkpoints') == saved
     done = iterations(run)
     assert read_record(run)['status'] == 'failed'
-    assert done == list(range(len(done))) and len(done) >= 4  # it is noticed at some boundary
-    assert_goes_on(train, run, 6)
+    assert done == list(range(len(done))) and len(done) >= 4  # detected after some iteration
+    assert_resumes(train, run, 6)
 
 
 def test_disk_full_during_journal_write(start, train, out_dir):
@@ -137,34 +139,34 @@ def test_disk_full_during_journal_write(start, train, out_dir):
     number = [i for i, line in enumerate(lines) if b'"iteration"' in line][15]
     limit = sum(map(len, lines[:number])) + len(lines[number]) // 2
 
-    assert_told(start(limited(limit), **options), 'journal.jsonl', 'File too large')
+    assert_disk_error(start(with_file_limit(limit), **options), 'journal.jsonl', 'File too large')
     run = latest_run(out_dir)
     assert run != measured
     journal = (run / 'journal.jsonl').read_bytes()
     assert journal.endswith(b'\n') and all(map(json.loads, journal.splitlines()))
     done = iterations(run)
     assert done == list(range(len(done))) and 0 < len(done) < 20
-    # The copy is of an earlier moment, and whole.
+    # record.json is older than the journal, but complete.
     copy = json.loads((run / RECORD).read_text())
     assert copy['run_name'] == run.name and copy['status'] == 'running'
     assert not list(run.glob('*.tmp'))
 
 
-def test_file_system_full(start, train, out_dir, tmp_path):
-    """A real one, of 640 KB, mounted where only the process sees it; a checkpoint takes 400."""
+def test_full_file_system_keeps_last_checkpoint(start, train, out_dir, tmp_path):
+    """A tmpfs of 640 KB in a mount namespace of the process; a checkpoint has 400 KB."""
     inside = ['unshare', '--map-root-user', '--mount', 'sh', '-c']
     mount = 'mkdir out && mount -t tmpfs -o size=640k none out'
     if not shutil.which('unshare') or subprocess.run([*inside, mount], cwd=tmp_path).returncode:
         pytest.skip('mounting a file system is not permitted')
-    # What is left on the small one is brought to the folder beneath before it goes.
-    script = 'mount -t tmpfs -o size=640k none out && "$@"; code=$?; cp -r out kept; exit $code'
+    # The namespace ends with the process, so the files are copied out first.
+    script = 'mount -t tmpfs -o size=640k none out && "$@"; code=$?; cp -r out saved; exit $code'
     trained = [sys.executable, str(PROJECT / 'train.py')]
     done = start([*inside, script, 'sh', *trained], max_iters=8, eval_interval=2)
-    assert_told(done, 'iter_00000004', 'No space left on device')
+    assert_disk_error(done, 'iter_00000004', 'No space left on device')
     out_dir.rmdir()
-    (tmp_path / 'kept').rename(out_dir)
+    (tmp_path / 'saved').rename(out_dir)
     run = latest_run(out_dir)
     assert [path.name for path in (run / 'checkpoints').iterdir()] == ['iter_00000002']
     assert load_latest(run / 'checkpoints', pytest.fail)[0].iter == 2
     assert read_record(run)['status'] == 'failed' and iterations(run) == list(range(4))
-    assert_goes_on(train, run, 6)
+    assert_resumes(train, run, 6)

@@ -1,7 +1,7 @@
-"""A run that was interrupted ends as one that was not: the same bits, the same record.
+"""A resumed run ends with the same weights, optimizer state and record as an uninterrupted run.
 
-Each process is one start of train.py on one thread: 8 updates of 2 micro-batches with dropout, an
-evaluation and a checkpoint after every second one.
+Each process is one start of train.py on one thread: 8 iterations of 2 micro-batches with dropout,
+with an evaluation and a checkpoint after every second iteration.
 """
 
 import json
@@ -39,7 +39,7 @@ SCHEMA = json.loads((PROJECT / 'records/record_schema.json').read_text())
 
 
 def start(cwd: Path, dataset: Path, *, fault=None, code=0, threads=1, **options) -> str:
-    """One process, from start to end, with its output; the run folder is in cwd/out."""
+    """Run train.py to its end and return its output; the run folder is in cwd/out."""
     script = [PROJECT / 'train.py']
     if fault:
         script = [PROJECT / 'tests/helpers/faulty_train.py', json.dumps(fault)]
@@ -62,7 +62,7 @@ def the_run(cwd: Path) -> Path:
 
 
 def assert_same_end(run: Path, reference: Path, extra_checkpoints: tuple = ()) -> None:
-    """Weights, optimizer, scaler, progress and record, all but times and resumes."""
+    """Compare weights, optimizer, scaler, progress and record, except times and resumes."""
     (ours, state), (theirs, expected) = (
         load_latest(folder / 'checkpoints', pytest.fail) for folder in (run, reference)
     )
@@ -70,18 +70,19 @@ def assert_same_end(run: Path, reference: Path, extra_checkpoints: tuple = ()) -
     assert bit_differences(state, expected) == []
     assert ours.iter == theirs.iter and ours.index['progress'] == theirs.index['progress']
 
-    record, wanted = read_record(run), read_record(reference)
+    record, expected_record = read_record(run), read_record(reference)
     for key in ('training_iterations', 'eval_steps', 'architecture'):
-        found, there = record[key], wanted[key]
-        if isinstance(found, list):
-            found, there = without_measurements(found), without_measurements(there)
-        assert found == there
+        actual, reference_value = record[key], expected_record[key]
+        if isinstance(actual, list):
+            actual = without_measurements(actual)
+            reference_value = without_measurements(reference_value)
+        assert actual == reference_value
     saved = without_measurements(record['checkpoints'])
     assert [e for e in saved if e['iter'] not in extra_checkpoints] == without_measurements(
-        wanted['checkpoints']
+        expected_record['checkpoints']
     )
     assert [e['iter'] for e in saved] == sorted({e['iter'] for e in saved})  # each once
-    assert record['status'] == wanted['status'] == 'finished'
+    assert record['status'] == expected_record['status'] == 'finished'
     assert record == read_record(run / 'record.json')
     jsonschema.validate(record, SCHEMA)
 
@@ -92,7 +93,7 @@ def resumed_at(run: Path) -> list[int]:
 
 @pytest.fixture(scope='module')
 def uninterrupted(tmp_path_factory, tiny_dataset) -> Path:
-    """The run that all others are held against. There was nothing to resume: it started anew."""
+    """The reference run. There was no run to resume, so it started from scratch."""
     folder = tmp_path_factory.mktemp('uninterrupted')
     start(folder, tiny_dataset)
     run = the_run(folder)
@@ -105,12 +106,12 @@ def uninterrupted(tmp_path_factory, tiny_dataset) -> Path:
 
 @pytest.fixture
 def copy(uninterrupted, tmp_path) -> Path:
-    """The run that had no signals, to go on with."""
+    """A copy of the uninterrupted run, to resume."""
     return Path(shutil.copytree(uninterrupted, tmp_path / 'out' / uninterrupted.name))
 
 
 def test_resume_after_stop_and_kill(tmp_path, tiny_dataset, uninterrupted):
-    """SIGTERM saves at once, after 3 updates; then kill -9 loses the update after the save at 4."""
+    """SIGTERM saves after 3 iterations; kill -9 then loses the iteration after the save at 4."""
     start(tmp_path, tiny_dataset, fault={'iter': 2, 'signal': 'SIGTERM'}, code=143)
     assert read_record(the_run(tmp_path))['status'] == 'interrupted'
     start(tmp_path, tiny_dataset, fault={'iter': 4, 'signal': 'SIGKILL'}, code=-9)
@@ -122,7 +123,7 @@ def test_resume_after_stop_and_kill(tmp_path, tiny_dataset, uninterrupted):
 
 def test_resume_after_kill_during_save(tmp_path, tiny_dataset, uninterrupted):
     start(tmp_path, tiny_dataset, fault={'save': 2, 'call': 'rename', 'nth': 1}, code=-9)
-    lost = the_run(tmp_path)  # nothing is published yet, so the next one starts anew
+    lost = the_run(tmp_path)  # no checkpoint is published yet, so the next process starts a run
     faults = [
         ({'save': 4, 'call': 'fsync', 'nth': 1}, 2),  # while state.pt is written
         ({'save': 4, 'call': 'fsync', 'nth': 4}, 4),  # published, but not recorded
@@ -132,7 +133,7 @@ def test_resume_after_kill_during_save(tmp_path, tiny_dataset, uninterrupted):
         start(tmp_path, tiny_dataset, fault=fault, code=-9)
         published = list_checkpoints(the_run(tmp_path) / 'checkpoints')
         assert published[0].name == f'iter_{newest:08d}'
-        for path in published:  # none is unreadable
+        for path in published:  # all are readable
             load_state(read_index(path))
         assert len(resumed_at(the_run(tmp_path))) == number
     start(tmp_path, tiny_dataset)
@@ -145,7 +146,7 @@ def test_resume_after_kill_during_save(tmp_path, tiny_dataset, uninterrupted):
 
 
 def test_resume_after_kill_during_async_save(tmp_path, tiny_dataset, uninterrupted):
-    fault = {'save': 4, 'call': 'fsync', 'nth': 1}  # no later than that of state.pt
+    fault = {'save': 4, 'call': 'fsync', 'nth': 1}  # at the latest that of state.pt
     start(tmp_path, tiny_dataset, fault=fault, code=-9, async_save=True)
     published = list_checkpoints(the_run(tmp_path) / 'checkpoints')
     assert [path.name for path in published] == ['iter_00000002']
@@ -168,9 +169,9 @@ def test_fp16_scaler_resumes(tmp_path, tiny_dataset):
 
 
 def test_epoch_sampling_resumes(tmp_path):
-    """Killed in the second epoch and stopped in the third: each window once an epoch all the same.
+    """A run killed in epoch 2 and stopped in epoch 3 still uses each window once per epoch.
 
-    The order of the text tells windows apart: its bytes are drawn at random.
+    The text is random bytes, so that its windows differ.
     """
     folder = tmp_path / 'noise'
     folder.mkdir()
@@ -185,24 +186,26 @@ def test_epoch_sampling_resumes(tmp_path):
     options = {**OPTIONS, 'sampling': 'epoch', 'init_from': 'scratch'}
     whole = train_here(folder, tmp_path / 'whole', **options)
     start(tmp_path, folder, fault={'iter': 4, 'signal': 'SIGKILL'}, code=-9, sampling='epoch')
-    start(tmp_path, folder, fault={'iter': 6, 'signal': 'SIGTERM'}, code=143)  # taken over
+    start(
+        tmp_path, folder, fault={'iter': 6, 'signal': 'SIGTERM'}, code=143
+    )  # sampling is inherited
     start(tmp_path, folder)
     record = read_record(the_run(tmp_path))
     assert resumed_at(the_run(tmp_path)) == [4, 7]
-    facts = ('iter', 'val_loss', 'data_hash', 'epochs', 'unique_tokens')
-    assert [[step[key] for key in facts] for step in record['eval_steps']] == [
-        [step[key] for key in facts] for step in whole.record['eval_steps']
+    keys = ('iter', 'val_loss', 'data_hash', 'epochs', 'unique_tokens')
+    assert [[step[key] for key in keys] for step in record['eval_steps']] == [
+        [step[key] for key in keys] for step in whole.record['eval_steps']
     ]
 
-    inputs, _ = joined(whole.trained_on).numpy()  # (32, T), of two epochs and a part of the third
-    places = [train.index(window.astype('uint8').tobytes()) for window in inputs]
-    assert len(places) == 32
+    inputs, _ = joined(whole.trained_on).numpy()  # (32, T): two epochs and a part of the third
+    starts = [train.index(window.astype('uint8').tobytes()) for window in inputs]
+    assert len(starts) == 32
     covered = set()
-    for epoch in (places[:13], places[13:26], places[26:]):
+    for epoch in (starts[:13], starts[13:26], starts[26:]):
         windows = sorted(epoch)
         assert len(set(windows)) == len(epoch) and epoch != windows
         assert {(b - a) % 32 for a, b in pairwise(windows)} == {0}
-        covered |= {token for place in epoch for token in range(place, place + 32)}
+        covered |= {token for first in epoch for token in range(first, first + 32)}
     last = record['eval_steps'][-1]
     assert last['unique_tokens'] == record['summary']['unique_tokens'] == len(covered)
     assert last['epochs'] == record['summary']['epochs'] == 32 / 13
@@ -224,12 +227,12 @@ def test_epochs_unknown_after_order_changes(copy, tmp_path, tiny_dataset):
     steps = read_record(copy)['eval_steps']
     assert [step['epochs'] is None for step in steps] == [False] * 5 + [True]
     assert steps[-2]['unique_tokens'] > 0 and steps[-1]['unique_tokens'] is None
-    start(tmp_path, tiny_dataset, max_iters=10)  # and it stays so
+    start(tmp_path, tiny_dataset, max_iters=10)  # and they stay unknown
     assert read_record(copy)['summary']['unique_tokens'] is None
 
 
 def test_resume_refuses_other_architecture(copy, tmp_path, tiny_dataset):
-    def contents():
+    def contents() -> dict[Path, bytes]:
         return {path: path.read_bytes() for path in copy.rglob('*') if path.is_file()}
 
     before = contents()
@@ -240,7 +243,7 @@ def test_resume_refuses_other_architecture(copy, tmp_path, tiny_dataset):
     assert contents() == before and the_run(tmp_path) == copy
 
 
-def test_resume_finished_run(copy, tmp_path, tiny_dataset, uninterrupted):
+def test_finished_run_has_nothing_to_resume(copy, tmp_path, tiny_dataset, uninterrupted):
     assert 'all iterations of this run are done' in start(tmp_path, tiny_dataset)
     assert resumed_at(the_run(tmp_path)) == [8]
     assert_same_end(copy, uninterrupted)
@@ -255,11 +258,11 @@ def test_resume_moved_run_with_broken_checkpoint(copy, tmp_path, tiny_dataset, u
     assert resumed_at(moved) == [6]
     (event,) = [e for e in read_record(moved)['events'] if e['event'] == 'broken_checkpoint']
     assert 'state.pt' in event['message']
-    # The new one stands beside the name of the broken one, which it replaced.
-    again = moved / 'checkpoints' / 'iter_00000008_2'
-    assert again.is_dir() and not broken.exists()
+    # The new checkpoint has a suffix, because the broken one still had the name.
+    rewritten = moved / 'checkpoints' / 'iter_00000008_2'
+    assert rewritten.is_dir() and not broken.exists()
     assert list((tmp_path / 'out').iterdir()) == []
-    again.rename(broken.parent)
+    rewritten.rename(broken.parent)
     for name in ('journal.jsonl', 'record.json'):
         text = (moved / name).read_text()
         (moved / name).write_text(text.replace('iter_00000008_2"', 'iter_00000008"'))
@@ -268,8 +271,8 @@ def test_resume_moved_run_with_broken_checkpoint(copy, tmp_path, tiny_dataset, u
 
 def test_resume_with_other_options(copy, tmp_path, tiny_dataset):
     changes = {'max_iters': 12, 'learning_rate': 3e-4, 'weight_decay': 0.3, 'beta2': 0.99}
-    here = tmp_path / 'here'
-    shutil.copytree(copy, here / copy.name)
+    second_out = tmp_path / 'second'
+    shutil.copytree(copy, second_out / copy.name)
     output = start(tmp_path, tiny_dataset, threads=2, **changes)
     record = read_record(copy)
     (event,) = record['events']
@@ -288,10 +291,12 @@ def test_resume_with_other_options(copy, tmp_path, tiny_dataset):
     assert record['config']['max_iters'] == record['summary']['final_iter'] == 12
     assert [entry['iter'] for entry in record['training_iterations']] == list(range(12))
     assert [entry['iter'] for entry in record['eval_steps']] == [0, 2, 4, 6, 8, 10, 12]
-    # The changes take effect: a cosine from 3e-4 to a tenth of it over 12 updates, and AdamW's.
+    # They take effect: a cosine from 3e-4 to a tenth of it over 12 iterations, AdamW's options.
     cosine = [3e-5 + 2.7e-4 * (1 + math.cos(math.pi * i / 12)) / 2 for i in range(8, 12)]
     assert [e['lr'] for e in record['training_iterations'][8:]] == pytest.approx(cosine)
-    optimizer = train_here(tiny_dataset, here, **{**OPTIONS, **changes}).session.optimizer.inner
+    optimizer = train_here(
+        tiny_dataset, second_out, **{**OPTIONS, **changes}
+    ).session.optimizer.inner
     assert {group['weight_decay'] for group in optimizer.param_groups} == {0.3, 0.0}
     assert {group['betas'] for group in optimizer.param_groups} == {(0.9, 0.99)}
     assert {group['fused'] for group in optimizer.param_groups} == {True}
@@ -306,7 +311,7 @@ def test_resume_refuses_other_optimizer(copy, tmp_path, tiny_dataset):
 
 @pytest.mark.parametrize('optimizer', ['muon', 'lion'])
 def test_resume_extends_stable_phase_bit_equal(tmp_path, tiny_dataset, optimizer):
-    """wsd: cut off before its decay and given more updates, a run is the longer run."""
+    """wsd: a run stopped before its decay and extended equals a run of the full length."""
     options = {
         **{key: OPTIONS[key] for key in OPTIONS if key not in ('init_from', 'max_iters')},
         'optimizer': optimizer,
@@ -324,8 +329,8 @@ def test_resume_extends_stable_phase_bit_equal(tmp_path, tiny_dataset, optimizer
     assert resumed.losses == whole.losses
     for name, weight in whole.weights().items():
         assert (resumed.weights()[name] == weight).all(), name
-    told = resumed.record['startup_info']['optimizer']
-    assert (told['name'], told['schedule']) == (optimizer, 'wsd')
+    optimizer_info = resumed.record['startup_info']['optimizer']
+    assert (optimizer_info['name'], optimizer_info['schedule']) == (optimizer, 'wsd')
     jsonschema.validate(resumed.record, SCHEMA)
 
 
@@ -334,7 +339,7 @@ def test_resume_keeps_eval_interval(tiny_dataset, tmp_path):
     first = train_here(tiny_dataset, tmp_path, max_iters=4, **options)
     assert first.record['config']['eval_interval'] == 20
     assert first.record['startup_info']['derived']['eval_interval'].startswith('20 (max_iters / 10')
-    # A new run of so many updates would be evaluated every 22.
+    # A new run of 220 iterations would be evaluated every 22.
     train_here(tiny_dataset, tmp_path, max_iters=220, init_from='resume', **options)
     record = read_record(first.folder)
     assert [entry['iter'] for entry in record['eval_steps']] == [0, 4, *range(20, 221, 20)]

@@ -1,4 +1,4 @@
-"""Loss spikes. Values that are not finite: test_nonfinite.py."""
+"""Detection of loss spikes; test_nonfinite.py tests non-finite values."""
 
 import numpy as np
 
@@ -13,7 +13,7 @@ def test_spike_is_six_deviations_above_recent_losses():
         loss, expected = generator.normal(4, 0.1), False
         if len(before) == 32:
             limit = before.mean() + 6 * before.std()
-            # As close to the limit as matters, on either side of it, and values that are lost.
+            # Just above and just below the limit, and NaN.
             loss = {0: limit + 1e-6, 20: limit - 1e-6, 40: np.nan}.get(step % 60, loss)
             expected = loss > limit
         losses.append(float(loss))
