@@ -1,4 +1,4 @@
-"""Every figure in the record of a run, recomputed another way."""
+"""Values in the record of a run equal independent computations."""
 
 import json
 import math
@@ -24,7 +24,7 @@ from parallel.strategies import prepare_blocks, recomputed_blocks
 pytestmark = pytest.mark.slow
 
 BLOCK, DATA_SEED = TINY_RUN['block_size'], 5
-SEQUENCES = 8  # in an update
+SEQUENCES = 8  # per iteration
 PEAK = TINY_RUN['peak_tflops']
 MEASURED = {
     'data_seed': DATA_SEED,
@@ -51,7 +51,7 @@ def mean_loss(model, tokens, targets) -> torch.Tensor:
 
 
 def plain_evaluation(model, dataset, split: str, windows: int) -> float:
-    """Window by window, at starts spread by linspace."""
+    """The mean loss of single windows with equally spaced starts."""
     last = dataset.tokens(split) - BLOCK - 1
     starts = [math.floor(i * last / (windows - 1)) for i in range(windows)]
     text = np.frombuffer((dataset.folder / f'{split}.bin').read_bytes(), np.uint8).astype(np.int64)
@@ -64,7 +64,7 @@ def plain_evaluation(model, dataset, split: str, windows: int) -> float:
 
 @pytest.fixture(scope='module')
 def expected(run, tiny_dataset):
-    """The same training as one plain loop: whole batches, plain AdamW, numpy statistics."""
+    """The same training in a plain loop: whole batches, torch's AdamW, numpy statistics."""
     config, options = run.session.settings.architecture, run.session.settings.run
     dataset = load_dataset(str(tiny_dataset), BLOCK)
     model = build_model(config, device='cpu', seed=options.seed)
@@ -112,15 +112,15 @@ def expected(run, tiny_dataset):
 def test_logged_loss_is_mean_over_micro_batches(run, expected):
     assert run.code == 0
     assert run.losses == pytest.approx(expected.losses, rel=1e-4)
-    assert expected.losses[-1] < expected.losses[0] - 0.5  # it learned something
+    assert expected.losses[-1] < expected.losses[0] - 0.5  # the loss decreases
 
 
 def test_gradient_statistics_cover_whole_iteration(run, expected):
-    found = [entry['gradients'] for entry in run.record['training_iterations']]
-    for ours, theirs in zip(found, expected.gradients, strict=True):
+    statistics = [entry['gradients'] for entry in run.record['training_iterations']]
+    for ours, theirs in zip(statistics, expected.gradients, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-2, abs=1e-6)
-    first = run.record['training_iterations'][0]['gradients']
-    assert first == pytest.approx(expected.gradients[0], rel=1e-4)  # before anything can drift
+    # The first iteration has no accumulated rounding.
+    assert statistics[0] == pytest.approx(expected.gradients[0], rel=1e-4)
 
 
 def test_evaluation_equals_plain_loop(run, expected):
@@ -130,7 +130,7 @@ def test_evaluation_equals_plain_loop(run, expected):
         theirs = expected.evaluations[step['iter']]
         assert step['train_loss'] == pytest.approx(theirs['train'], rel=1e-4)
         assert step['val_loss'] == pytest.approx(theirs['val'], rel=1e-4)
-        # A token of this dataset is a byte.
+        # In this dataset each token is one byte.
         assert step['val_bits_per_byte'] == pytest.approx(step['val_loss'] / math.log(2))
 
 
@@ -140,8 +140,8 @@ def test_weights_equal_plain_loop(run, expected):
 
 
 @pytest.mark.slow
-def test_bits_per_byte(run, tiny_dataset, tmp_path):
-    """The same tokens, said to be of 2.5 bytes each."""
+def test_bits_per_byte_follow_bytes_per_token(run, tiny_dataset, tmp_path):
+    """The same tokens, with 2.5 bytes per token in the metadata."""
     for split in ('train', 'val'):
         (tmp_path / f'{split}.bin').write_bytes((tiny_dataset / f'{split}.bin').read_bytes())
     meta = json.loads((tiny_dataset / 'meta.json').read_text())
@@ -160,25 +160,25 @@ def test_bits_per_byte(run, tiny_dataset, tmp_path):
 
 @pytest.fixture(scope='module')
 def counted(run):
-    """FLOPs a token of forward and backward, by torch: all, causal, with recomputing."""
+    """FLOPs per token of a training step counted by torch: total, causal, with recomputation."""
     config = run.session.settings.architecture
     tokens = torch.zeros((1, BLOCK), dtype=torch.long)
 
     def count(model) -> tuple[float, float]:
         with FlopCounterMode(display=False) as counter:
             model(tokens, tokens)[0].backward()
-        # Of this model only the attention scores are batched products.
-        squares = counter.get_flop_counts()['Global'][torch.ops.aten.bmm]
-        return counter.get_total_flops() / BLOCK, squares / BLOCK
+        # In this model only the attention scores are batched products.
+        scores = counter.get_flop_counts()['Global'][torch.ops.aten.bmm]
+        return counter.get_total_flops() / BLOCK, scores / BLOCK
 
-    total, squares = count(build_model(config, 'cpu', 0))
-    with_recomputing, _ = count(run.session.model)
-    assert with_recomputing > total
-    return total, total - squares / 2, with_recomputing
+    total, scores = count(build_model(config, 'cpu', 0))
+    with_recomputation, _ = count(run.session.model)
+    assert with_recomputation > total
+    return total, total - scores / 2, with_recomputation
 
 
 def test_mfu_follows_from_iteration_time(run, counted):
-    total, causal, with_recomputing = counted
+    total, causal, with_recomputation = counted
     iterations = run.record['training_iterations']
     for entry in iterations:
         tokens_per_second = SEQUENCES * BLOCK / (entry['time_ms'] / 1e3)
@@ -189,7 +189,7 @@ def test_mfu_follows_from_iteration_time(run, counted):
             {
                 'mfu_percent': total * per_flop,
                 'mfu_causal_percent': causal * per_flop,
-                'hfu_percent': with_recomputing * per_flop,
+                'hfu_percent': with_recomputation * per_flop,
                 'achieved_tflops': total * tokens_per_second / 1e12,
                 'hardware_peak_tflops': PEAK,
                 'flops_per_token': total,
@@ -201,8 +201,8 @@ def test_mfu_follows_from_iteration_time(run, counted):
     assert summary['epochs'] == 7 * SEQUENCES * BLOCK / 30_000
     assert summary['total_flops'] == pytest.approx(summary['total_tokens'] * total)
     info = run.record['startup_info']['hardware']
-    half = 0.5 * PEAK * 1e12 / total
-    assert info['expected_tokens_per_sec_at_50_mfu'] == pytest.approx(half)
+    tokens_per_second = 0.5 * PEAK * 1e12 / total
+    assert info['expected_tokens_per_sec_at_50_mfu'] == pytest.approx(tokens_per_second)
 
 
 @pytest.mark.parametrize(
@@ -217,7 +217,7 @@ def test_recomputed_blocks(choice, blocks):
     ('norm_position', 'recomputed'), [('pre', [0, 1, 2]), ('pre', [1]), ('post', [0, 1, 2])]
 )
 def test_recomputed_flops_equal_torch_counter(norm_position, recomputed):
-    """A pre-norm block ends in a product that nobody needs again, a post-norm block in a norm."""
+    """The last product of a pre-norm block is not recomputed, because its output is not needed."""
     config = tiny(n_layer=3, attention_backend='manual', norm_position=norm_position)
     tokens, totals = random_tokens(config, batch=1), []
     for numbers in (recomputed, []):
@@ -233,7 +233,7 @@ def test_recomputed_flops_equal_torch_counter(norm_position, recomputed):
 
 @pytest.mark.slow
 def test_iteration_time_excludes_evaluation(tiny_dataset, tmp_path, monkeypatch):
-    """On a clock that only the model moves: 1 s a call in training, 100 s in an evaluation."""
+    """The clock advances only in the model: 1 s per training call, 100 s per evaluation call."""
     now = 0.0
 
     def tick(module, arguments):
@@ -274,27 +274,29 @@ def test_cpu_peak_is_measured_in_matmul_dtype(tiny_dataset, tmp_path, dtype):
     assert entry['mfu_percent'] == pytest.approx(100 * achieved / info['peak_tflops'])
 
 
-def test_peak_given_or_unknown(run, tiny_dataset, tmp_path, monkeypatch):
+def test_given_peak_is_used_and_unknown_peak_leaves_mfu_empty(
+    run, tiny_dataset, tmp_path, monkeypatch
+):
     info = run.record['startup_info']['hardware']
     assert (info['peak_tflops'], info['peak_source']) == (PEAK, '--peak_tflops')
-    unknown = gpu_specs.Peak(None, 'nobody knows', measured=False)
+    unknown = gpu_specs.Peak(None, 'unknown', measured=False)
     monkeypatch.setattr(hardware, 'peak_flops', lambda *arguments: unknown)
     record = train_here(tiny_dataset, tmp_path, max_iters=1).record
     mfu = record['training_iterations'][0]['mfu']
-    nothing = ('mfu_percent', 'mfu_causal_percent', 'hfu_percent', 'hardware_peak_tflops')
-    assert {mfu[key] for key in nothing} == {None}
+    relative = ('mfu_percent', 'mfu_causal_percent', 'hfu_percent', 'hardware_peak_tflops')
+    assert {mfu[key] for key in relative} == {None}
     assert mfu['achieved_tflops'] > 0
     assert record['summary']['avg_mfu'] is None
 
 
-# --- What one run shares with another -------------------------------------------------------------
+# --- Equal data of different runs -----------------------------------------------------------------
 
 
 @pytest.mark.slow
 def test_accumulation_splits_same_sequences(run, tiny_dataset, tmp_path):
     for batch_size, micro_steps in ((1, 8), (4, 2), (8, 1)):
-        divided = {'batch_size': batch_size, 'gradient_accumulation_steps': micro_steps}
-        options = {**MEASURED, **divided, 'activation_checkpointing': 'none'}
+        batch = {'batch_size': batch_size, 'gradient_accumulation_steps': micro_steps}
+        options = {**MEASURED, **batch, 'activation_checkpointing': 'none'}
         other = train_here(tiny_dataset, tmp_path / str(batch_size), **options)
         assert other.trained_on[0][0].shape == (batch_size, BLOCK)
         assert torch.equal(joined(other.trained_on), joined(run.trained_on))
@@ -311,23 +313,23 @@ def data_hashes(run):
 
 def test_data_hash_follows_global_order(run, tiny_dataset):
     dataset = load_dataset(str(tiny_dataset), BLOCK)
-    per_update = MEASURED['batch_size'] * MEASURED['gradient_accumulation_steps']
+    per_iteration = MEASURED['batch_size'] * MEASURED['gradient_accumulation_steps']
     for step in run.record['eval_steps']:
-        sequences = step['iter'] * per_update
+        sequences = step['iter'] * per_iteration
         order = dataset.order('random', run.record['config']['data_seed'])
         tokens, _ = dataset.batch(order, 0, sequences)
         assert step['data_hash'] == (f'{batch_digest(0, tokens):016x}' if sequences else None)
     assert len(set(data_hashes(run))) == len(data_hashes(run)) > 2
 
 
-def test_unique_tokens_estimate(run, tiny_dataset):
+def test_unique_tokens_estimate_is_close_to_count(run, tiny_dataset):
     data = run.record['startup_info']['data']
     first, last = run.record['eval_steps'][0], run.record['eval_steps'][-1]
     assert (first['epochs'], first['unique_tokens']) == (0, 0)
     text = (tiny_dataset / 'train.bin').read_bytes()
     starts = [text.index(bytes(row)) for row in joined(run.trained_on)[0].tolist()]
-    read = len({place for start in starts for place in range(start, start + BLOCK)})
-    assert abs(last['unique_tokens'] - read) < 3 * BLOCK  # windows that overlap or do not
+    distinct = len({token for start in starts for token in range(start, start + BLOCK)})
+    assert abs(last['unique_tokens'] - distinct) < 3 * BLOCK  # overlaps of windows vary
     assert last['unique_tokens'] == data['planned_unique_tokens'] < 7 * SEQUENCES * BLOCK
     assert last['epochs'] == data['planned_epochs'] and data['windows_per_epoch'] is None
 
@@ -340,7 +342,7 @@ def test_architectures_see_same_data(run, tiny_dataset, tmp_path):
     assert other.record['architecture']['hash'] != run.record['architecture']['hash']
     assert torch.equal(joined(other.trained_on), joined(run.trained_on))
     assert torch.equal(joined(other.evaluated_on), joined(run.evaluated_on))
-    # And what decides about it is the data's own seed.
+    # Another data_seed gives other data.
     options |= {'data_seed': DATA_SEED + 1, 'max_iters': 1}
     other = train_here(tiny_dataset, tmp_path / 'reseeded', **options)
     first = slice(0, SEQUENCES)
@@ -364,7 +366,7 @@ def test_activation_checkpointing_is_bit_equal(tiny_dataset, tmp_path, choice):
         assert torch.equal(recomputed.weights()[name], weight), name
 
 
-# --- What is recorded when ------------------------------------------------------------------------
+# --- Recorded iterations and options --------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -395,7 +397,7 @@ def test_first_and_last_iteration_are_logged(
     assert record['summary']['final_iter'] == max_iters
 
 
-def test_deterministic_flag(run, tiny_dataset, tmp_path):
+def test_deterministic_option_is_set_and_recorded(run, tiny_dataset, tmp_path):
     assert run.record['metadata']['deterministic'] is False
     assert not torch.are_deterministic_algorithms_enabled()
     try:

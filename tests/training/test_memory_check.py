@@ -1,4 +1,4 @@
-"""What a run says that has run out of memory: its numbers measured another way."""
+"""The error of a run that is out of memory; its numbers equal measured ones."""
 
 import re
 import subprocess
@@ -53,7 +53,7 @@ def micro_batch(architecture, batch_size, recomputed=()):
 
 
 def peak_bytes(model, tokens):
-    """Most bytes that the allocator had given out at once in a forward and backward pass."""
+    """Peak of the allocated bytes in a forward and backward pass."""
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
@@ -65,13 +65,13 @@ def peak_bytes(model, tokens):
 
 @pytest.mark.parametrize('choices', ARCHITECTURES, ids=lambda choices: choices['arch_preset'])
 def test_activations_equal_allocator_peak(choices, monkeypatch):
-    """Activations grow with the batch: a thousand times the batch that fits here is the oracle."""
+    """A batch 1000 times as large is expected to need 1000 times the measured memory."""
     architecture = settings(**choices).architecture
     measured, text = {}, {}
     for option, blocks in {'none': (), '2': (1, 3, 5), 'full': range(6)}.items():
-        with monkeypatch.context() as a_thousandth:
+        with monkeypatch.context() as patch:
             for bounds in (loss.CHUNK_BYTES, loss.SCRATCH_BYTES):
-                a_thousandth.setitem(bounds, 'cpu', bounds['cpu'] // 1000)
+                patch.setitem(bounds, 'cpu', bounds['cpu'] // 1000)
             peak = peak_bytes(*micro_batch(architecture, 8, blocks))
         measured[option] = peak * 1000 / 1e9
         text[option] = message(**choices, batch_size=8000, activation_checkpointing=option)
@@ -92,7 +92,7 @@ def test_advice_halves_micro_batch():
     assert '--activation_checkpointing=full' in text
 
 
-def test_only_applicable_advice():
+def test_error_gives_only_applicable_advice():
     assert '--batch_size' not in message(batch_size=1)
     assert '--batch_size' not in message(batch_size=7)
     text = message(batch_size=1, activation_checkpointing='full')
@@ -102,9 +102,9 @@ def test_only_applicable_advice():
 @pytest.mark.parametrize(
     ('options', 'ranks', 'state_values'),
     [
-        ({'optimizer': 'adamw'}, 1, 2),  # two moments of each weight
-        ({'optimizer': 'lion'}, 1, 1),  # one
-        ({'optimizer': 'adamw', 'use_zero1': True}, 2, 1),  # two, of every second weight
+        ({'optimizer': 'adamw'}, 1, 2),  # two moments per weight
+        ({'optimizer': 'lion'}, 1, 1),  # one moment per weight
+        ({'optimizer': 'adamw', 'use_zero1': True}, 2, 1),  # two per weight, on half of the weights
     ],
     ids=['adamw', 'lion', 'zero1'],
 )
@@ -126,8 +126,8 @@ def raising(error):
     return fail
 
 
-def run_short(monkeypatch, capsys, dataset, out_dir, **options):
-    """train.py in this process: its exit code, and what it said on stderr."""
+def run_train(monkeypatch, capsys, dataset, out_dir, **options):
+    """Run train.py in this process; returns its exit code and stderr."""
     values = {**TINY_RUN, 'dataset': dataset, 'out_dir': out_dir, **options}
     monkeypatch.setattr(sys, 'argv', ['train.py'] + [f'--{k}={v}' for k, v in values.items()])
     with pytest.raises(SystemExit) as ended:
@@ -144,33 +144,32 @@ def run_short(monkeypatch, capsys, dataset, out_dir, **options):
 )
 def test_out_of_memory_is_reported_once(error, monkeypatch, capsys, tiny_dataset, tmp_path):
     monkeypatch.setattr(GuardedOptimizer, 'backward', raising(error))
-    code, said = run_short(monkeypatch, capsys, tiny_dataset, tmp_path)
-    assert code == 2 and said.startswith('train.py: out of memory on ') and said.count('\n') == 1
-    assert '--batch_size=1 --gradient_accumulation_steps=4' in said
+    code, stderr = run_train(monkeypatch, capsys, tiny_dataset, tmp_path)
+    assert code == 2
+    assert stderr.startswith('train.py: out of memory on ') and stderr.count('\n') == 1
+    assert '--batch_size=1 --gradient_accumulation_steps=4' in stderr
     record = read_record(latest_run(tmp_path))
     assert record['status'] == 'failed' and record['end_time']
     assert [entry['iter'] for entry in record['eval_steps']] == [0]
 
 
 def test_other_errors_keep_their_traceback(monkeypatch, tiny_dataset, tmp_path):
-    monkeypatch.setattr(
-        GuardedOptimizer, 'backward', raising(RuntimeError('a fault of the program'))
-    )
+    monkeypatch.setattr(GuardedOptimizer, 'backward', raising(RuntimeError('a programming error')))
     values = {**TINY_RUN, 'dataset': tiny_dataset, 'out_dir': tmp_path}
-    with pytest.raises(RuntimeError, match='a fault of the program'):
+    with pytest.raises(RuntimeError, match='a programming error'):
         run_script(train.main, [f'--{key}={value}' for key, value in values.items()])
     assert read_record(latest_run(tmp_path))['status'] == 'failed'
 
 
-# What is free when the first model is built, in MB, and the options: a model that does not fit,
-# and a micro-batch that does not.
-REAL = {'weights': (300, '--n_embd=4096'), 'activations': (600, '--batch_size=4096')}
+# Free memory in MB when the first model is built, and an option that needs more: for the weights,
+# or for the activations of a micro-batch.
+LIMITS = {'weights': (300, '--n_embd=4096'), 'activations': (600, '--batch_size=4096')}
 
 
-@pytest.mark.skipif(not sys.platform.startswith('linux'), reason='reads /proc, limits the address')
-@pytest.mark.parametrize('what', REAL)
-def test_real_out_of_memory(what, tiny_dataset, tmp_path):
-    free, option = REAL[what]
+@pytest.mark.skipif(not sys.platform.startswith('linux'), reason='needs /proc and RLIMIT_AS')
+@pytest.mark.parametrize('cause', LIMITS)
+def test_real_memory_limit_is_reported(cause, tiny_dataset, tmp_path):
+    free, option = LIMITS[cause]
     driver = f"""
 import os, resource, sys
 sys.path.insert(0, {str(PROJECT)!r})
@@ -180,13 +179,13 @@ from common.errors import run_script
 
 build = parallelism.build_model
 
-def build_in_little(*arguments):
+def build_with_limit(*arguments):
     pages = int(open('/proc/self/statm').read().split()[0])
     limit = pages * os.sysconf('SC_PAGESIZE') + {free} * 2**20
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     return build(*arguments)
 
-parallelism.build_model = build_in_little
+parallelism.build_model = build_with_limit
 torch.set_num_threads(1)
 run_script(train.main)
 """
@@ -197,7 +196,7 @@ run_script(train.main)
     )
     assert done.returncode == 2, done.stderr
     assert 'out of memory on' in done.stderr and 'Traceback' not in done.stderr
-    if what == 'weights':
+    if cause == 'weights':
         assert not (tmp_path / 'out').exists()
     else:
         assert read_record(latest_run(tmp_path / 'out'))['status'] == 'failed'

@@ -1,6 +1,6 @@
-"""A loss or gradient that is not finite, end to end: stop, skip, roll back; and loss spikes.
+"""Runs with non-finite losses or gradients: stop, skip and rollback; and loss spikes.
 
-Bad data is what breaks these runs: sequences whose loss, or whose gradient, is not finite.
+The non-finite values come from bad data: sequences whose loss or gradient is not finite.
 """
 
 import itertools
@@ -19,30 +19,30 @@ from training.checkpoint import list_checkpoints
 
 pytestmark = pytest.mark.slow
 
-SEQUENCES = 4  # in an update, two micro-batches of two
+SEQUENCES = 4  # per iteration: two micro-batches of two
 OPTIONS = {'eval_iters': 1, 'n_layer': 1, 'learning_rate': 1e-2, 'warmup_iters': 0}
 
 
 @pytest.fixture
 def broken_data(monkeypatch):
-    """broken_data(is_bad, kind): the second micro-batch of update n of the data is bad.
+    """broken_data(is_bad, kind) damages the second micro-batch of batch n if is_bad(n).
 
-    kind: what is then not finite, 'loss' or 'gradient'; or 'spike', a finite one far too large.
-    Returns the list of the first sequence numbers that training asked for.
+    kind: the non-finite value, 'loss' or 'gradient'; or 'spike', a finite loss that is too large.
+    Returns a list of the first sequence number of each micro-batch that training reads.
     """
-    asked = []
+    first_numbers = []
 
     def install(is_bad, kind: str = 'loss') -> list[int]:
         batch, build = TokenDataset.batch, strategies.build_model
 
-        def noted_batch(dataset, order, first_number, count):
-            asked.append(first_number)
+        def recorded_batch(dataset, order, first_number, count):
+            first_numbers.append(first_number)
             return batch(dataset, order, first_number, count)
 
         def damage(model, arguments, output):
-            if isinstance(output, torch.Tensor):  # no loss: the model is checked, or writes text
+            if isinstance(output, torch.Tensor):  # no loss: checks at start, or generation
                 return None
-            number = asked[-1] if model.training else 0
+            number = first_numbers[-1] if model.training else 0
             if number % SEQUENCES == 0 or not is_bad(number // SEQUENCES):
                 return None
             loss_sum, count, auxiliary = output
@@ -56,21 +56,21 @@ def broken_data(monkeypatch):
             model.register_forward_hook(damage)
             return model
 
-        monkeypatch.setattr(TokenDataset, 'batch', noted_batch)
+        monkeypatch.setattr(TokenDataset, 'batch', recorded_batch)
         monkeypatch.setattr(strategies, 'build_model', build_damaged)
-        return asked
+        return first_numbers
 
     return install
 
 
-def updates_of(asked: list[int]) -> list[int]:
-    """Which updates' worth of data was trained on, in order."""
-    assert asked[1::2] == [first + 2 for first in asked[::2]]
-    return [first // SEQUENCES for first in asked[::2]]
+def batches_of(first_numbers: list[int]) -> list[int]:
+    """The numbers of the batches that were trained on, in order."""
+    assert first_numbers[1::2] == [first + 2 for first in first_numbers[::2]]
+    return [first // SEQUENCES for first in first_numbers[::2]]
 
 
 def plain_weights(run: Run, data: list[int]) -> dict[str, torch.Tensor]:
-    """What plain AdamW makes of the updates `data` (None: left out, but the schedule goes on)."""
+    """The weights after plain AdamW on these batches (None: skipped, the schedule advances)."""
     settings = run.session.settings
     model = build_model(settings.architecture, 'cpu', settings.run.seed)
     groups = [
@@ -95,14 +95,14 @@ def plain_weights(run: Run, data: list[int]) -> dict[str, torch.Tensor]:
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
-def assert_close(found: dict, expected: dict) -> None:
-    assert found.keys() == expected.keys()
+def assert_close(weights: dict, expected: dict) -> None:
+    assert weights.keys() == expected.keys()
     for name, weight in expected.items():
-        torch.testing.assert_close(found[name], weight, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(weights[name], weight, rtol=1e-3, atol=1e-4)
 
 
-def counted(run: Run) -> list[tuple[int, int]]:
-    """(iter, count) of the events that count skipped updates."""
+def nonfinite_counts(run: Run) -> list[tuple[int, int]]:
+    """(iter, count) of the events that count non-finite iterations."""
     return [(e['iter'], e['count']) for e in run.events('nonfinite') if 'count' in e]
 
 
@@ -114,7 +114,7 @@ KINDS = pytest.mark.parametrize('kind', ['loss', 'gradient'])
 
 @KINDS
 def test_stop_names_last_checkpoint(broken_data, tiny_dataset, tmp_path, capsys, kind):
-    broken_data(lambda update: update == 3, kind)
+    broken_data(lambda batch: batch == 3, kind)
     run = train_here(tiny_dataset, tmp_path, **OPTIONS, max_iters=9, eval_interval=2)
     assert run.code == 2
     error = capsys.readouterr().err
@@ -123,18 +123,18 @@ def test_stop_names_last_checkpoint(broken_data, tiny_dataset, tmp_path, capsys,
     assert 'iter_00000002' in error and 'Traceback' not in error
     record = run.record
     assert record['status'] == 'failed'
-    assert counted(run) == [(3, 1)]
+    assert nonfinite_counts(run) == [(3, 1)]
     last = record['training_iterations'][-1]
     assert (last['iter'], last['loss'] is None) == (3, kind == 'loss')
     assert last['gradients']['norm'] is None
     folders = [path.name for path in (run.folder / 'checkpoints').iterdir()]
     assert folders == ['iter_00000002']
-    # Even in memory nothing was harmed.
+    # The weights in memory are also intact.
     assert all(torch.isfinite(weight).all() for weight in run.weights().values())
 
 
-def test_stop_without_checkpoint(broken_data, tiny_dataset, tmp_path, capsys):
-    broken_data(lambda update: update == 0)
+def test_stop_without_checkpoint_says_so(broken_data, tiny_dataset, tmp_path, capsys):
+    broken_data(lambda batch: batch == 0)
     run = train_here(tiny_dataset, tmp_path, **OPTIONS)
     assert (run.code, run.record['status']) == (2, 'failed')
     assert 'No checkpoint exists' in capsys.readouterr().err
@@ -142,10 +142,10 @@ def test_stop_without_checkpoint(broken_data, tiny_dataset, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(('log_interval', 'eval_interval'), [(5, 100), (100, 4)])
-def test_nonfinite_is_noticed_at_next_log_or_save(
+def test_nonfinite_is_detected_at_next_log_or_save(
     broken_data, tiny_dataset, tmp_path, capsys, log_interval, eval_interval
 ):
-    broken_data(lambda update: update in (1, 3))
+    broken_data(lambda batch: batch in (1, 3))
     run = train_here(
         tiny_dataset,
         tmp_path,
@@ -155,9 +155,9 @@ def test_nonfinite_is_noticed_at_next_log_or_save(
         eval_interval=eval_interval,
     )
     assert run.code == 2
-    found_at = 5 if log_interval == 5 else 3  # the last update made
-    assert counted(run) == [(found_at, 2)]
-    assert f'2 iteration(s) up to iter {found_at}' in capsys.readouterr().err
+    detected_at = 5 if log_interval == 5 else 3  # the last iteration before the stop
+    assert nonfinite_counts(run) == [(detected_at, 2)]
+    assert f'2 iteration(s) up to iter {detected_at}' in capsys.readouterr().err
     assert not list((run.folder / 'checkpoints').iterdir())
 
 
@@ -167,10 +167,10 @@ def test_nonfinite_is_noticed_at_next_log_or_save(
 @pytest.mark.slow
 @KINDS
 @pytest.mark.parametrize('log_interval', [1, 4])
-def test_skip_leaves_out_only_nonfinite_iterations(
+def test_skip_omits_only_nonfinite_iterations(
     broken_data, tiny_dataset, tmp_path, kind, log_interval
 ):
-    asked = broken_data(lambda update: update in (2, 3, 5), kind)
+    first_numbers = broken_data(lambda batch: batch in (2, 3, 5), kind)
     run = train_here(
         tiny_dataset,
         tmp_path,
@@ -180,9 +180,9 @@ def test_skip_leaves_out_only_nonfinite_iterations(
         on_nonfinite='skip',
     )
     assert (run.code, run.record['status']) == (0, 'finished')
-    assert updates_of(asked) == list(range(8))
+    assert batches_of(first_numbers) == list(range(8))
     expected = [(2, 1), (3, 1), (5, 1)] if log_interval == 1 else [(4, 2), (7, 1)]
-    assert counted(run) == expected
+    assert nonfinite_counts(run) == expected
     assert run.record['summary']['final_iter'] == 8
     assert_close(run.weights(), plain_weights(run, [0, 1, None, None, 4, None, 6, 7]))
     assert run.saved_weights().keys() == run.weights().keys()
@@ -195,8 +195,10 @@ def test_skip_leaves_out_only_nonfinite_iterations(
 
 @KINDS
 @pytest.mark.parametrize('log_interval', [1, 100])
-def test_rollback_skips_data_between(broken_data, tiny_dataset, tmp_path, kind, log_interval):
-    asked = broken_data(lambda update: update == 5, kind)
+def test_rollback_skips_data_since_checkpoint(
+    broken_data, tiny_dataset, tmp_path, kind, log_interval
+):
+    first_numbers = broken_data(lambda batch: batch == 5, kind)
     run = train_here(
         tiny_dataset,
         tmp_path,
@@ -208,13 +210,13 @@ def test_rollback_skips_data_between(broken_data, tiny_dataset, tmp_path, kind, 
     )
     record = run.record
     assert (run.code, record['status']) == (0, 'finished')
-    # Back to the checkpoint of 3 updates; the data of 3, 4 and 5 is left out.
-    assert updates_of(asked) == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]
+    # Back to the checkpoint after 3 iterations; batches 3, 4 and 5 are not used again.
+    assert batches_of(first_numbers) == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]
     assert_close(run.weights(), plain_weights(run, [0, 1, 2, 6, 7, 8, 9, 10, 11]))
     (event,) = run.events('rollback')
     assert (event['iter'], event['from_iter']) == (3, 6)
     assert event['checkpoint'] == 'checkpoints/iter_00000003'
-    # Each iteration stands in the record once: what was taken back is not in it.
+    # The record has each iteration once, without those that were undone.
     logged = list(range(9)) if log_interval == 1 else [0, 8]
     assert [e['iter'] for e in record['training_iterations']] == logged
     assert None not in run.losses
@@ -223,53 +225,53 @@ def test_rollback_skips_data_between(broken_data, tiny_dataset, tmp_path, kind, 
 
 
 def test_rollback_to_checkpoint_in_progress(delayed_saves, broken_data, tiny_dataset, tmp_path):
-    asked = broken_data(lambda update: update == 5)
+    first_numbers = broken_data(lambda batch: batch == 5)
     options = {'max_iters': 9, 'eval_interval': 3, 'on_nonfinite': 'rollback', 'async_save': True}
     run = train_here(tiny_dataset, tmp_path, **OPTIONS, **options)
     assert (run.code, run.record['status']) == (0, 'finished')
-    assert updates_of(asked) == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]
+    assert batches_of(first_numbers) == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]
     assert_close(run.weights(), plain_weights(run, [0, 1, 2, 6, 7, 8, 9, 10, 11]))
     assert [event['iter'] for event in run.events('rollback')] == [3]
     assert [entry['iter'] for entry in run.record['checkpoints']] == [3, 6, 9]
 
 
-def test_second_rollback(broken_data, tiny_dataset, tmp_path):
-    asked = broken_data(lambda update: update in (4, 7))
+def test_second_rollback_skips_more_data(broken_data, tiny_dataset, tmp_path):
+    first_numbers = broken_data(lambda batch: batch in (4, 7))
     run = train_here(
         tiny_dataset, tmp_path, **OPTIONS, max_iters=6, eval_interval=3, on_nonfinite='rollback'
     )
     assert run.code == 0
     # 0 1 2 | 3 4!, back to 3: 5 6 7!, back to 3: 8 9 10
-    assert updates_of(asked) == list(range(11))
+    assert batches_of(first_numbers) == list(range(11))
     assert_close(run.weights(), plain_weights(run, [0, 1, 2, 8, 9, 10]))
     assert [event['from_iter'] for event in run.events('rollback')] == [5, 6]
 
 
-def test_resume_after_rollback(broken_data, tiny_dataset, tmp_path):
-    asked = broken_data(lambda update: update == 4)
+def test_resume_after_rollback_keeps_data_position(broken_data, tiny_dataset, tmp_path):
+    first_numbers = broken_data(lambda batch: batch == 4)
     options = {**OPTIONS, 'eval_interval': 3, 'on_nonfinite': 'rollback', 'lr_decay_iters': 9}
     train_here(tiny_dataset, tmp_path, **options, max_iters=6)
-    before = len(asked)
+    before = len(first_numbers)
     run = train_here(tiny_dataset, tmp_path, **options, max_iters=9, init_from='resume')
-    assert updates_of(asked[before:]) == [8, 9, 10]
+    assert batches_of(first_numbers[before:]) == [8, 9, 10]
     assert run.session.progress.rollbacks == 1
     assert_close(run.weights(), plain_weights(run, [0, 1, 2, 5, 6, 7, 8, 9, 10]))
 
 
 def test_rollbacks_are_limited(broken_data, tiny_dataset, tmp_path, capsys):
-    asked = broken_data(lambda update: update >= 2)
+    first_numbers = broken_data(lambda batch: batch >= 2)
     run = train_here(
         tiny_dataset, tmp_path, **OPTIONS, max_iters=9, eval_interval=2, on_nonfinite='rollback'
     )
     assert (run.code, run.record['status']) == (2, 'failed')
     assert len(run.events('rollback')) == stability.MAX_ROLLBACKS
-    assert updates_of(asked) == list(range(2 + 1 + stability.MAX_ROLLBACKS))
+    assert batches_of(first_numbers) == list(range(2 + 1 + stability.MAX_ROLLBACKS))
     assert 'iter_00000002' in capsys.readouterr().err
     assert [path.name for path in (run.folder / 'checkpoints').iterdir()] == ['iter_00000002']
 
 
-def test_rollback_without_checkpoint(broken_data, tiny_dataset, tmp_path, capsys):
-    broken_data(lambda update: update == 1)
+def test_rollback_without_checkpoint_fails(broken_data, tiny_dataset, tmp_path, capsys):
+    broken_data(lambda batch: batch == 1)
     run = train_here(tiny_dataset, tmp_path, **OPTIONS, on_nonfinite='rollback')
     assert (run.code, run.record['status']) == (2, 'failed')
     assert 'No checkpoint exists' in capsys.readouterr().err
@@ -283,9 +285,9 @@ def test_nonfinite_evaluation_is_never_best(tiny_dataset, tmp_path, monkeypatch,
     build, calls = strategies.build_model, itertools.count()
 
     def damage(model, arguments, output):
-        if isinstance(output, torch.Tensor):  # no loss: the model is checked at start
+        if isinstance(output, torch.Tensor):  # no loss: checks at start
             return None
-        if model.training or next(calls) != call:  # two splits an evaluation
+        if model.training or next(calls) != call:  # two splits per evaluation
             return None
         return torch.tensor(math.nan), *output[1:]
 
@@ -305,15 +307,14 @@ def test_nonfinite_evaluation_is_never_best(tiny_dataset, tmp_path, monkeypatch,
 
 
 def test_nonfinite_weights_are_not_saved(tiny_dataset, tmp_path, monkeypatch, capsys):
-    update = GuardedOptimizer.step
+    step, calls = GuardedOptimizer.step, itertools.count(1)
 
     def overflowing(self, *arguments, **keywords):
-        sums = update(self, *arguments, **keywords)
-        if next(updates) == 3:
+        sums = step(self, *arguments, **keywords)
+        if next(calls) == 3:
             self.parameters[0].data.view(-1)[0] = math.inf
         return sums
 
-    updates = itertools.count(1)
     monkeypatch.setattr(GuardedOptimizer, 'step', overflowing)
     run = train_here(
         tiny_dataset, tmp_path, **OPTIONS, max_iters=4, eval_interval=1, always_save_checkpoint=True
@@ -331,8 +332,8 @@ def test_nonfinite_weights_are_not_saved(tiny_dataset, tmp_path, monkeypatch, ca
 
 
 @pytest.mark.slow
-def test_loss_spike_event(broken_data, tiny_dataset, tmp_path):
-    broken_data(lambda update: update == 40, 'spike')
+def test_loss_spike_is_recorded(broken_data, tiny_dataset, tmp_path):
+    broken_data(lambda batch: batch == 40, 'spike')
     options = {**OPTIONS, 'learning_rate': 1e-4, 'block_size': 8, 'n_embd': 16}
     run = train_here(tiny_dataset, tmp_path, **options, max_iters=44)
     assert run.code == 0
@@ -348,4 +349,4 @@ def test_loss_spike_threshold():
         assert stability.is_spike(loss, recent) == expected
         assert recent == ([*losses[1:], loss] if math.isfinite(loss) else losses)
     assert not stability.is_spike(math.nan, list(losses))
-    assert not stability.is_spike(1e9, losses[1:])  # too few to tell yet
+    assert not stability.is_spike(1e9, losses[1:])  # too few recent losses
