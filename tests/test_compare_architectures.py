@@ -1,4 +1,4 @@
-"""The comparison shows the values of the records, all differences, and warnings."""
+"""compare_architectures.py shows the values of the records, their differences and warnings."""
 
 import csv
 import io
@@ -39,7 +39,7 @@ from comparison.warning_lines import rank_ranges
 
 @pytest.fixture
 def compared(tmp_path, monkeypatch, capsys):
-    """Write records into an empty working folder, run the command there, return what it prints."""
+    """Write records into an empty working folder, run the command there, return its output."""
     monkeypatch.chdir(tmp_path)
 
     def run(*records, argv=()):
@@ -150,7 +150,7 @@ def test_latest_uses_start_time_across_time_zones(compared):
 
 def test_run_given_several_ways_counts_once(tmp_path):
     (folder, _) = write(tmp_path, make_record(1), make_record(2))
-    copy = tmp_path / 'kept' / 'copy.json'
+    copy = tmp_path / 'copies' / 'copy.json'
     copy.parent.mkdir()
     copy.write_bytes((folder / 'record.json').read_bytes())
     for path in (folder, folder.parent, folder / 'record.json', copy):
@@ -239,10 +239,11 @@ def test_default_baseline_is_oldest_finished_run(runs):
         ('out-gpt2', '03'),
         ('run_20260101_120005', '05'),
         ('120001', '01'),
-        ('out-llama', '04'),  # exactly a folder, so no part of out-llama-bias; the oldest in it
+        # The exact name of a folder comes before a part of out-llama-bias; its oldest run counts.
+        ('out-llama', '04'),
         ('out-llama/', '04'),
         ('bias=True', '06'),
-        ('speedrun', '01'),  # a preset, which is in no name
+        ('speedrun', '01'),  # a preset that no name contains
         ('out-llama-bias/run_20260101_120006', '06'),
         ('out-llama-bias/run_20260101_120006/', '06'),
     ],
@@ -320,7 +321,7 @@ def test_long_lists_are_cut_with_count(compared):
 
 CONFIG, DATA, HARDWARE = ('config',), ('startup_info', 'data'), ('startup_info', 'hardware')
 CHANGES = [
-    # where, key, another value, invalidates the loss, invalidates time and memory
+    # part of the record, key, another value, affects the loss, affects time and memory
     (DATA, 'dataset', 'openwebtext', True, False),
     (DATA, 'train_sha256', '00' * 32, True, False),
     (DATA, 'val_sha256', None, True, False),
@@ -361,7 +362,7 @@ def test_incomparable_conditions_are_named(compared, where, key, value, loss, sp
     part = records[1]
     for name in where:
         part = part[name]
-    # World size is stated by two parts of a record; strategies change both.
+    # Two parts of a record have the world size; strategies change both.
     if key == 'world_size':
         records[1]['startup_info']['hardware'][key] = value
     part[key] = value
@@ -442,7 +443,7 @@ def test_killed_run_is_read_from_journal(compared, tmp_path):
 
 
 def test_single_seed_has_no_error_bar(compared):
-    twins = (make_record(2), make_record(3, out_dir='again'))  # one seed run twice is one seed
+    twins = (make_record(2), make_record(3, out_dir='again'))  # a seed that ran twice counts once
     text = compared(make_record(1, ffn_type='swiglu'), *twins)
     assert 'no error bar' in text and '--seed=2' in text and '+/-' not in text
     assert 'no error bar' not in render_text(compare(read_runs([Path('out-1')])[0]))
@@ -452,12 +453,12 @@ def test_seeds_give_mean_and_interval(compared):
     losses = [5.01, 5.05, 4.97]
     text = compared(
         *(
-            # A preset is only a way to say an architecture.
+            # A preset with the same options is the same architecture.
             make_record(n, loss=loss, seed=n, arch_preset='llama' if n == 1 else 'team')
             for n, loss in enumerate(losses, 1)
         ),
         make_record(4, loss=4.0, status='interrupted', done=50, seed=4),
-        make_record(5, loss=6.0, seed=5, weight_decay=0.5),  # trained in another way
+        make_record(5, loss=6.0, seed=5, weight_decay=0.5),  # other training options
         make_record(6, loss=7.0, seed=6, bias=True),
     )
     shown = rows(text, 'RANKING')
@@ -588,7 +589,7 @@ def test_study_has_labels_effects_and_interactions(study, capsys):
     names = {row['architecture'] for row in rows(text, 'RANKING')}
     assert names == {variant['label'] for variant in STUDY['variants']}
     assert 'Tuned separately for each architecture: learning_rate (see TUNING).' in text
-    assert warned(text, 'Losses') == set()  # seeds and rates differ as the study means them to
+    assert warned(text, 'Losses') == set()  # the study varies seeds and rates on purpose
 
     lines = section(text, 'MAIN EFFECTS')
     gated = [
@@ -639,7 +640,7 @@ def test_tuning_runs_are_not_compared(study, capsys):
     (place / 'record.json').write_text(json.dumps(tuning))
     ca.main([str(folder)])
     assert capsys.readouterr().out == before
-    ca.main([str(folder / 'tuning')])  # looked at by itself it is shown
+    ca.main([str(folder / 'tuning')])  # compared on its own, it is shown
     assert '1.0000' in capsys.readouterr().out
 
 
@@ -653,7 +654,7 @@ def test_superseded_run_is_not_compared(study, capsys):
     (place / 'record.json').write_text(json.dumps(killed))
     ca.main([str(folder)])
     assert capsys.readouterr().out == before
-    (folder / 'study.json').unlink()  # without a study it is a run like any other
+    (folder / 'study.json').unlink()  # without a study every run counts
     read_study_plan.cache_clear()
     ca.main([str(folder)])
     assert killed['run_name'] in capsys.readouterr().out
@@ -709,7 +710,7 @@ def test_exit_codes(tmp_path):
     assert failed.returncode == 2 and b'Traceback' not in failed.stderr
     assert failed.stderr.startswith(b'compare_architectures.py: no run to compare')
     write(tmp_path, make_record(1), make_record(2))
-    # Options may stand between paths, as a shell's glob leaves them.
+    # Options may come between paths.
     assert script(tmp_path, 'out-1', '--latest', '2', 'out-2').stdout.count(b'run_2026') >= 2
 
 

@@ -1,4 +1,4 @@
-"""evaluate.py: bits per byte and multiple choice, recomputed another way."""
+"""evaluate.py: bits per byte and multiple choice equal an independent computation."""
 
 import json
 import math
@@ -31,7 +31,7 @@ def run(*arguments, code: int = 0) -> None:
 
 @pytest.fixture(scope='module')
 def of_bytes(tmp_path_factory, tiny_dataset):
-    """out_dir, and the model that was trained into it."""
+    """The out_dir and the model of a run on bytes."""
     out_dir = tmp_path_factory.mktemp('of_bytes')
     options = {'arch_preset': 'llama', 'max_iters': 30, 'learning_rate': 0.01, 'batch_size': 8}
     trained = train_here(tiny_dataset, out_dir, eval_interval=30, **options)
@@ -40,7 +40,7 @@ def of_bytes(tmp_path_factory, tiny_dataset):
 
 @pytest.fixture(scope='module')
 def of_byte_pairs(tmp_path_factory):
-    """The same, of GPT-2's tokens, in an architecture that transformers has."""
+    """The out_dir and the model of a run on GPT-2's tokens, which transformers can load."""
     folder, out_dir = tmp_path_factory.mktemp('pairs'), tmp_path_factory.mktemp('of_byte_pairs')
     tokens = np.array(Tokenizer({'kind': 'gpt2'}).encode(TEXT), np.uint16)
     for split in ('train', 'val'):
@@ -64,31 +64,31 @@ def results(tmp_path, *arguments) -> dict:
 
 @torch.no_grad()
 def nats_one_by_one(model, tokens, stride) -> list[float]:
-    """Of each token but the first by a forward pass of its own, with the context that it is due."""
-    found = []
+    """Compute the loss of each token but the first in a separate forward pass."""
+    losses = []
     for i in range(1, len(tokens)):
-        # Up to BLOCK_SIZE all before it; then blocks of `stride` tokens that end like a window.
-        done = BLOCK_SIZE + 1
-        end = done if i < done else min(done + stride * ((i - done) // stride + 1), len(tokens))
+        # The first window scores all its tokens; each later one scores its last `stride` tokens.
+        size = BLOCK_SIZE + 1
+        end = size if i < size else min(size + stride * ((i - size) // stride + 1), len(tokens))
         start = max(0, end - BLOCK_SIZE - 1)
-        assert i < done or i - start > BLOCK_SIZE - stride
+        assert i < size or i - start > BLOCK_SIZE - stride
         logits = model(torch.tensor([tokens[start:i]]))[0, -1]
-        found.append(-logits.double().log_softmax(-1)[tokens[i]].item())
-    return found
+        losses.append(-logits.double().log_softmax(-1)[tokens[i]].item())
+    return losses
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('stride', [1, 7, None])
 def test_bits_per_byte_matches_pass_per_token(of_bytes, text, tmp_path, stride):
     out_dir, model = of_bytes
-    given = [f'--stride={stride}', '--batch_size=3'] if stride else []
-    (found,) = results(tmp_path, f'--out_dir={out_dir}', f'--text={text}', *given)['text']
+    options = [f'--stride={stride}', '--batch_size=3'] if stride else []
+    (result,) = results(tmp_path, f'--out_dir={out_dir}', f'--text={text}', *options)['text']
     tokens = list(TEXT.encode())
     nats = nats_one_by_one(model, tokens, stride or BLOCK_SIZE // 2)
-    assert found['nats'] == pytest.approx(sum(nats), rel=1e-6)
-    assert found['tokens'] == found['bytes'] == len(tokens) - 1
-    assert found['bits_per_byte'] == pytest.approx(np.mean(nats) / math.log(2), rel=1e-6)
-    assert found['perplexity'] == pytest.approx(math.exp(np.mean(nats)), rel=1e-5)
+    assert result['nats'] == pytest.approx(sum(nats), rel=1e-6)
+    assert result['tokens'] == result['bytes'] == len(tokens) - 1
+    assert result['bits_per_byte'] == pytest.approx(np.mean(nats) / math.log(2), rel=1e-6)
+    assert result['perplexity'] == pytest.approx(math.exp(np.mean(nats)), rel=1e-5)
 
 
 @pytest.mark.slow
@@ -101,11 +101,11 @@ def test_bits_per_byte_matches_transformers(of_byte_pairs, text, tmp_path, capsy
     tokenizer = Tokenizer({'kind': 'gpt2'})
     tokens = tokenizer.encode(TEXT)
     size = len(TEXT.encode()) - len(tokenizer.decode(tokens[:1]).encode())
-    nats = nats_one_by_one(lambda given: theirs(given).logits, tokens, 5)
-    (found,) = results(tmp_path, f'--out_dir={out_dir}', f'--text={text}', '--stride=5')['text']
-    assert found['bytes'] == size and found['tokens'] == len(tokens) - 1 < size
+    nats = nats_one_by_one(lambda inputs: theirs(inputs).logits, tokens, 5)
+    (result,) = results(tmp_path, f'--out_dir={out_dir}', f'--text={text}', '--stride=5')['text']
+    assert result['bytes'] == size and result['tokens'] == len(tokens) - 1 < size
     bits = sum(nats) / math.log(2) / size
-    assert found['bits_per_byte'] == pytest.approx(bits, rel=1e-6)
+    assert result['bits_per_byte'] == pytest.approx(bits, rel=1e-6)
     assert f'{bits:.4f}' in capsys.readouterr().out
 
 
@@ -143,24 +143,24 @@ def written(path, items):
 
 @torch.no_grad()
 def log_likelihood(model, tokenizer, context: str, choice: str) -> float:
-    """One token after another, with what fits of the context."""
+    """The sum over the tokens of the choice, with as much of the context as fits."""
     before, tokens = tokenizer.encode(context.rstrip()), tokenizer.encode(context + choice)
-    kept = tokens[-BLOCK_SIZE - 1 :]
-    logits = model(torch.tensor([kept[:-1]]))[0].double().log_softmax(-1)
-    first = len(kept) - (len(tokens) - len(before))
-    return sum(logits[i - 1, kept[i]].item() for i in range(first, len(kept)))
+    window = tokens[-BLOCK_SIZE - 1 :]
+    logits = model(torch.tensor([window[:-1]]))[0].double().log_softmax(-1)
+    first = len(window) - (len(tokens) - len(before))
+    return sum(logits[i - 1, window[i]].item() for i in range(first, len(window)))
 
 
 @pytest.mark.parametrize('kind', ['byte', 'gpt2'])
 def test_choices_match_brute_force(of_bytes, of_byte_pairs, tmp_path, kind, capsys):
     out_dir, model = of_bytes if kind == 'byte' else of_byte_pairs
     tokenizer, items = Tokenizer({'kind': kind}), ITEMS
-    if kind == 'gpt2':  # whose end-of-text token stands before what has no context
+    if kind == 'gpt2':  # its end-of-text token is the context if there is none
         items = [*ITEMS, {'context': '', 'choices': ['The fox', ' jumps'], 'answer': 0}]
     path = written(tmp_path / 'items.jsonl', items)
-    (found,) = results(tmp_path, f'--out_dir={out_dir}', f'--choices={path}')['choices']
+    (result,) = results(tmp_path, f'--out_dir={out_dir}', f'--choices={path}')['choices']
     right, right_norm, right_bytes = [], [], []
-    for item, told in zip(items, found['each'], strict=True):
+    for item, item_result in zip(items, result['each'], strict=True):
         context = item['context'] or '<|endoftext|>'
         choices = item['choices']
         if item['context']:
@@ -172,21 +172,21 @@ def test_choices_match_brute_force(of_bytes, of_byte_pairs, tmp_path, kind, caps
                 with torch.no_grad():
                     logits = model(tokens[:, :-1])[0].double().log_softmax(-1)
                 values.append(logits.gather(1, tokens[0, 1:, None]).sum().item())
-        assert told['log_likelihoods'] == pytest.approx(values, rel=1e-5)
-        assert told['bytes'] == [len(choice.encode()) for choice in choices]
-        assert told['characters'] == [len(choice) for choice in choices]
-        # As lm-evaluation-harness has it: float(len(i)) and float(len(i.encode('utf-8'))).
+        assert item_result['log_likelihoods'] == pytest.approx(values, rel=1e-5)
+        assert item_result['bytes'] == [len(choice.encode()) for choice in choices]
+        assert item_result['characters'] == [len(choice) for choice in choices]
+        # lm-evaluation-harness divides by float(len(i)) and float(len(i.encode('utf-8'))).
         by_character = [value / len(choice) for value, choice in zip(values, choices)]
         by_byte = [value / len(choice.encode()) for value, choice in zip(values, choices)]
         right.append(np.argmax(values) == item['answer'])
         right_norm.append(np.argmax(by_character) == item['answer'])
         right_bytes.append(np.argmax(by_byte) == item['answer'])
-    assert right != right_norm  # else the items show nothing
+    assert right != right_norm  # otherwise the items would test nothing
     for key, values in (('acc', right), ('acc_norm', right_norm), ('acc_bytes', right_bytes)):
-        assert found[key] == pytest.approx(np.mean(values))
-        assert found[f'{key}_stderr'] == pytest.approx(scipy.stats.sem(values))
-    assert found['items'] == len(items)
-    assert found['chance'] == pytest.approx(np.mean([1 / len(i['choices']) for i in items]))
+        assert result[key] == pytest.approx(np.mean(values))
+        assert result[f'{key}_stderr'] == pytest.approx(scipy.stats.sem(values))
+    assert result['items'] == len(items)
+    assert result['chance'] == pytest.approx(np.mean([1 / len(i['choices']) for i in items]))
     header, row = capsys.readouterr().out.splitlines()[-2:]
     shown = dict(zip(header.replace('± error', '±').split(), row.split()))
     assert {key: shown[key] for key in ('acc', 'acc_norm', 'acc_bytes')} == {
@@ -197,7 +197,7 @@ def test_choices_match_brute_force(of_bytes, of_byte_pairs, tmp_path, kind, caps
 
 
 def test_characters_and_bytes_rank_choices_differently():
-    """Of letters with several bytes each the byte is likelier than the character."""
+    """With letters of several bytes, likelihood per byte exceeds likelihood per character."""
     result = {'log_likelihoods': [-6.0, -7.0], 'characters': [3, 4], 'bytes': [12, 4]}
     assert scoring.likeliest(result, None) == 0
     assert scoring.likeliest(result, 'characters') == 1
@@ -247,10 +247,10 @@ def test_item_lines_end_at_line_feeds_only(of_bytes, tmp_path):
     each = []
     for name, content in forms.items():
         (tmp_path / name).write_bytes(content)
-        (found,) = results(tmp_path, f'--out_dir={of_bytes[0]}', f'--choices={tmp_path / name}')[
+        (result,) = results(tmp_path, f'--out_dir={of_bytes[0]}', f'--choices={tmp_path / name}')[
             'choices'
         ]
-        each.append(found['each'])
+        each.append(result['each'])
     assert each[0] == each[1] == each[2] and [e['line'] for e in each[0]] == [1, 2]
 
 
@@ -287,7 +287,7 @@ def test_items_from_validation_text(of_bytes, tmp_path, tiny_dataset):
 
 
 def test_items_stay_within_documents(of_bytes, tmp_path, monkeypatch):
-    """Of a dataset that marks their ends."""
+    """The dataset marks the ends of documents."""
     tokenizer = Tokenizer({'kind': 'byte', 'end_of_text': True})
     documents = [tokenizer.encode(f'{name * 9} ' * 40) for name in 'abcde']
     tokens = np.concatenate([[*document, tokenizer.end_of_text] for document in documents])
@@ -367,10 +367,10 @@ def test_characters_missing_from_vocabulary(tmp_path, monkeypatch, of_bytes, tex
     tokenizer = Tokenizer({'kind': 'char', 'characters': ['a', 'b']})
     monkeypatch.setattr(evaluate, 'load_tokenizer', lambda checkpoint: (tokenizer, 2))
     path = written(tmp_path / 'i.jsonl', [{'context': 'a', 'choices': ['b', 'é'], 'answer': 0}])
-    for key, given in (('text', text), ('choices', path)):
-        run(f'--out_dir={of_bytes[0]}', f'--{key}={given}', code=2)
+    for key, file in (('text', text), ('choices', path)):
+        run(f'--out_dir={of_bytes[0]}', f'--{key}={file}', code=2)
         error = capsys.readouterr().err
-        assert f'--{key}={given}' in error and 'The vocabulary of 2 characters has no' in error
+        assert f'--{key}={file}' in error and 'The vocabulary of 2 characters has no' in error
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""export_checkpoint.py: what others load is the model that was trained."""
+"""export_checkpoint.py: every exported format loads as the trained model."""
 
 import errno
 import hashlib
@@ -27,14 +27,14 @@ TOKENS = torch.arange(24).view(2, 12) * 7 % 256
 
 @pytest.fixture(scope='module')
 def trained(tmp_path_factory, tiny_dataset) -> dict[str, tuple]:
-    """Preset -> (out_dir, the logits of the model that was trained, its run)."""
-    found = {}
-    for preset in ('gpt2', 'llama'):  # a tied head, and one of its own
+    """Preset -> (out_dir, the logits of the trained model, its run)."""
+    runs = {}
+    for preset in ('gpt2', 'llama'):  # one has a tied head, one an untied head
         out_dir = tmp_path_factory.mktemp(preset)
         options = {'arch_preset': preset, 'eval_interval': 2, 'keep_last': 2, 'max_iters': 4}
         run = train_here(tiny_dataset, out_dir, **options)
-        found[preset] = out_dir, logits_of(run.session.raw_model), run
-    return found
+        runs[preset] = out_dir, logits_of(run.session.raw_model), run
+    return runs
 
 
 def logits_of(model: Transformer) -> torch.Tensor:
@@ -43,7 +43,7 @@ def logits_of(model: Transformer) -> torch.Tensor:
 
 
 def fresh(config: dict) -> Transformer:
-    """A model that has other weights, of the architecture that an exported file tells of."""
+    """A model with other weights, of the architecture in the config of an exported file."""
     architecture = json.loads(json.dumps(config['architecture']))
     return build_model(ModelArchitectureConfig.from_dict(architecture), 'cpu', seed=99)
 
@@ -68,11 +68,11 @@ def test_pt_file(trained, tmp_path, preset, capsys):
     assert (config['iter'], config['dtype']) == (4, 'float32')
     assert config['val_loss'] == run.record['eval_steps'][-1]['val_loss']
     assert config['architecture_name'] == run.record['architecture']['name']
-    # A table that is tied is there once, whatever it is called.
+    # A tied embedding is stored once, under either name.
     parameters = run.record['startup_info']['model']['total_params']
     assert 4 * parameters < output.stat().st_size < 4 * parameters + 40_000
-    told = capsys.readouterr().out
-    assert f'{parameters:,} parameters' in told and str(output) in told
+    out = capsys.readouterr().out
+    assert f'{parameters:,} parameters' in out and str(output) in out
     assert [path.name for path in tmp_path.iterdir()] == ['model.pt']
 
 
@@ -130,7 +130,7 @@ TEXT = "The naïve fox,  it's 12345!\n\n“jumps” 🦊 over\t"
 @pytest.mark.slow
 @pytest.mark.parametrize('kind', ['byte', 'byte-documents', 'char', 'gpt2'])
 def test_tokenizer_is_exported(tmp_path, kind, capsys):
-    """From the folder alone transformers makes the same tokens and logits of a text."""
+    """transformers gives the same tokens and logits of a text from the folder alone."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     described = {'kind': kind.partition('-')[0]}
@@ -180,8 +180,8 @@ def test_weights_are_written_without_a_tokenizer(trained, tmp_path, monkeypatch,
     monkeypatch.setitem(__import__('sys').modules, 'tokenizers', None)
     output = tmp_path / 'mine'
     export(f'--out_dir={out_dir}', '--format=hf', f'--output={output}')
-    told = capsys.readouterr().out
-    assert 'note: no tokenizer is written: it needs a package: pip install tokenizers' in told
+    out = capsys.readouterr().out
+    assert 'note: no tokenizer is written: it needs a package: pip install tokenizers' in out
     assert not (output / 'tokenizer.json').exists()
     assert (output / 'model.safetensors').exists()
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers.project import PROJECT
 
-import model_components  # noqa: F401  fills the registries before the parameters below are listed
+import model_components  # noqa: F401  fills the registries for the parameters below
 from common.errors import UserError
 from common.registry import Registry
 from components.faults import is_foreign
@@ -29,7 +29,7 @@ def small(preset, **values):
 
 
 def resolve(*layers):
-    """The config of {key: value} layers of rising precedence, and the problems."""
+    """The config from {key: value} layers, lowest precedence first, and its problems."""
     problems = []
     named = [Layer(f'level {number}', values) for number, values in enumerate(layers, start=1)]
     return ModelArchitectureConfig.resolve(named, problems), problems
@@ -126,7 +126,7 @@ def test_wrong_argument_of_config_is_explained(values, problem):
 @pytest.mark.parametrize(
     ('preset', 'name'),
     [
-        # Names of the presets in older records must not change.
+        # These names are in older records and must not change.
         ('gpt2', '12L-12H-768D-AbsPos-LN-NB-GELU-PostNorm'),
         ('llama', '12L-12H-768D-RoPE-RMS-SwiGLU-PreNorm'),
         ('team', '12L-12H-768D-RoPE-RMS-SwiGLU-PreNorm'),
@@ -293,15 +293,15 @@ def test_override_changes_config_hash_and_model(base, values):
 
 
 def test_hash_is_independent_of_spelling():
-    spelt = [
+    configs = [
         small('llama', rope_theta=10000, dropout=0),
         small('llama', rope_theta=10000.0),
         small('llama', d_ff=88),  # the derived value
         small('team'),
         small('custom', **PRESETS['llama']),
     ]
-    assert len({config.hash for config in spelt}) == 1
-    assert all(type(config.rope_theta) is float for config in spelt)
+    assert len({config.hash for config in configs}) == 1
+    assert all(type(config.rope_theta) is float for config in configs)
 
 
 def test_presets_have_distinct_names_and_hashes():
@@ -378,7 +378,7 @@ def test_all_illegal_combinations_are_reported():
 @pytest.mark.parametrize(
     ('levels', 'key', 'belongs_to'),
     [
-        # The option is set without the choice, in the same layer, or above it.
+        # The option is set without its choice, in the same layer as another choice, or above it.
         ([{'rope_theta': 5.0}], 'rope_theta', "position_encoding='rope'"),
         (
             [{'normalization': 'rmsnorm', 'rope_theta': 5.0}],

@@ -1,4 +1,4 @@
-"""sample.py, and the samples that a run writes itself: what is written, and what is said of it."""
+"""sample.py and the samples of a training run: their text, their messages, their errors."""
 
 import copy
 import hashlib
@@ -37,7 +37,7 @@ OPTIONS = {'temperature': 50.0, 'max_new_tokens': 40, 'num_samples': 3, 'start':
 
 
 def write_dataset(folder, **tokenizer):
-    """Letters in no order, as documents of a dozen where the tokenizer marks their end."""
+    """A dataset of random letters, in documents of a dozen if the tokenizer marks their end."""
     folder.mkdir()
     ends = tokenizer.get('end_of_text', False)
     vocab_size = len(LETTERS) + ends
@@ -58,19 +58,19 @@ def write_dataset(folder, **tokenizer):
 
 @pytest.fixture(scope='module')
 def trained(tmp_path_factory):
-    """Runs of an update on letters, below one folder: `plain`, and `documents` with their ends."""
+    """A folder with two runs of one iteration: `plain`, and `documents` with ends of text."""
     folder = tmp_path_factory.mktemp('samples')
     for name, tokenizer in (('plain', {}), ('documents', {'end_of_text': True})):
         dataset = write_dataset(folder / f'{name}_data', **tokenizer)
         values = {'max_iters': 1, 'n_layer': 1, 'block_size': 16, 'vocab_size': 64}
         train_here(dataset, folder / name, **values)
-        shutil.rmtree(dataset)  # what a checkpoint needs of it, it has
+        shutil.rmtree(dataset)  # the checkpoint has all that sampling needs
     return folder
 
 
 @pytest.fixture
 def written(trained, capsys):
-    """written('plain', seed=2): what sample.py shows, as (texts, the lines around them)."""
+    """written('plain', seed=2): the output of sample.py as (texts, the lines around them)."""
 
     def run(name='plain', *flags, code=0, **options):
         values = {'out_dir': trained / name, 'device': 'cpu', **OPTIONS, **options}
@@ -110,7 +110,7 @@ def test_text_depends_on_seed_and_number_only(written):
         assert texts == together[: len(texts)]
     assert len({*together, *written(seed=2)[0]}) == 6
     letters = {letter for text in together for letter in text}
-    assert letters == set(LETTERS)  # nothing from the padding of the vocabulary
+    assert letters == set(LETTERS)  # no token from the padding of the vocabulary
 
 
 def test_text_ends_before_first_stop_string(written):
@@ -128,10 +128,10 @@ def test_text_ends_at_end_of_text_token(written):
     texts, _, tail = written('documents')
     expected = [text.partition('<|endoftext|>')[0] for text in whole]
     assert texts == expected != whole
-    # The token that ends a text is drawn too.
+    # The end-of-text token counts as a drawn token.
     drawn = [min(40, len(text) - 3 + 1) for text in texts]
     assert f'new: {sum(drawn):,} tokens' in tail and sum(drawn) < 120
-    # The tokens of a document begin after the end of the one before.
+    # A document begins after the end-of-text token of the previous one.
     (text,), *_ = written('documents', '--ignore_end_of_text', start='', num_samples=1)
     assert text and not text.startswith('abc')
 
@@ -161,7 +161,8 @@ def test_single_text_is_streamed(written, monkeypatch):
     for module in (sample, text_output):
         monkeypatch.setattr(module, 'write_text', show)
     (text,), *_ = written(num_samples=1)
-    assert shown[2:-2] == list(text[3:])  # between the prompt and the line end: a letter a token
+    # Between the prompt and the line end, each token is one letter.
+    assert shown[2:-2] == list(text[3:])
     shown.clear()
     written()
     assert len(shown) == 1 + 3 + 1
@@ -192,7 +193,8 @@ def test_generation_speed(monkeypatch):
         speed.begin(prompt)
         for tokens in steps:
             speed.step(tokens)
-    # 4,000 in 0.5 + 0.5 s; of 9 tokens 4 come before the first step ends, 5 in 0.1 + 0.1 + 0.2 s.
+    # 4,000 prompt tokens in 0.5 + 0.5 s. Of 9 new tokens, 4 come with the prompts, the other 5 in
+    # 0.1 + 0.1 + 0.2 s.
     assert str(speed) == 'prompt: 4,000 tokens, 4,000.0 tokens/s; new: 9 tokens, 12.5 tokens/s'
 
 
@@ -225,7 +227,7 @@ def test_checkpoint_without_tokenizer_needs_dataset(trained, tmp_path):
 
 
 def test_tokenizer_file_is_kept_with_run(written, tmp_path):
-    """Byte pairs that were trained on the corpus: 256 bytes, `ab`, and the end of text."""
+    """The tokenizer has byte pairs trained on the corpus: 256 bytes, `ab` and the end of text."""
     characters = byte_characters()
     vocabulary = {characters[byte]: byte for byte in range(256)} | {'ab': 256}
     content = json.dumps({'model': {'vocab': vocabulary}}).encode()
@@ -242,7 +244,7 @@ def test_tokenizer_file_is_kept_with_run(written, tmp_path):
         sample.main([f'--out_dir={tmp_path / "out"}', '--device=cpu'])
 
 
-# --- What a run writes itself ---------------------------------------------------------------------
+# --- Samples of a training run --------------------------------------------------------------------
 
 RUN = {'max_iters': 4, 'eval_interval': 2, 'dropout': 0.1, 'n_layer': 1, 'eval_iters': 2}
 SAMPLING = {'sample_interval': 2, 'sample_prompt': 'the ', 'sample_tokens': 40}
@@ -253,7 +255,7 @@ def samples_of(run) -> dict[int, dict]:
 
 
 def plain(run) -> tuple[list, list]:
-    """What a run measured, but for times and samples."""
+    """The measurements of a run, without times and samples."""
     lists = run.record['training_iterations'], run.record['eval_steps']
     left_out = ('time_ms', 'tokens_per_sec', 'mfu', 'memory', 'sample', 'train_seconds')
     return tuple([{k: v for k, v in e.items() if k not in left_out} for e in o] for o in lists)
@@ -336,13 +338,13 @@ def test_sampling_does_not_recompile_blocks(sampled):
     model = copy.deepcopy(sampled.session.raw_model)
     for block in model.blocks:
         block.compile(backend='eager')
-    torch._dynamo.reset()  # what other tests of this process compiled is no part of the count
+    torch._dynamo.reset()  # do not count what other tests of this process compiled
     counters.clear()
     text = sampled.session.sample_writer.write(model)['text']
     assert counters['frames']['total'] == 0 and text == samples_of(sampled)[4]['text']
     with torch.no_grad():
         model(torch.zeros((1, 8), dtype=torch.long))
-    assert counters['frames']['total'] > 0  # the count does see a compiled block
+    assert counters['frames']['total'] > 0  # compiled blocks are counted
 
 
 def test_nonfinite_logits_give_no_sample(sampled):

@@ -1,4 +1,4 @@
-"""sampling.py: filters against transformers' own, draws against their probabilities, text."""
+"""sampling.py: filters equal those of transformers, draws follow probabilities, text streams."""
 
 import itertools
 import math
@@ -26,12 +26,12 @@ def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def some_logits(rows, vocab_size, seed=0):
+def random_logits(rows, vocab_size, seed=0):
     return 3 * torch.randn((rows, vocab_size), generator=seeded(seed))
 
 
-def theirs(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
-    """transformers' processors, in the order in which its `generate` applies them."""
+def transformers_probabilities(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
+    """Probabilities by transformers' processors, in the order of its `generate`."""
     processors = LogitsProcessorList([TemperatureLogitsWarper(float(temperature))])
     if top_k:
         processors.append(TopKLogitsWarper(top_k))
@@ -42,8 +42,8 @@ def theirs(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
     return lambda logits: processors(None, logits).softmax(-1)
 
 
-def ours(**options):
-    """The probabilities that a Sampler draws by."""
+def sampler_probabilities(**options):
+    """The probabilities from which a Sampler draws."""
     seen = []
 
     class Seen(Sampler):
@@ -78,26 +78,27 @@ FILTERS = [
 
 @pytest.mark.parametrize('options', FILTERS, ids=str)
 def test_probabilities_equal_transformers(options):
-    logits = some_logits(64, 50)
-    expected = theirs(**options)(logits)
-    found = ours(**options)(logits)
-    assert torch.equal(found > 0, expected > 0)
-    torch.testing.assert_close(found, expected)
+    logits = random_logits(64, 50)
+    expected = transformers_probabilities(**options)(logits)
+    probabilities = sampler_probabilities(**options)(logits)
+    assert torch.equal(probabilities > 0, expected > 0)
+    torch.testing.assert_close(probabilities, expected)
     if options not in ({}, {'temperature': 0.7}, {'temperature': 100.0}, {'top_k': 99}):
         assert (expected == 0).any()
 
 
 @pytest.mark.parametrize('options', [{'top_k': 2}, {'top_p': 0.5}, {'min_p': 0.5}], ids=str)
-def test_top_k_keeps_ties(options):
-    """Ties and tokens that are impossible already."""
+def test_filters_with_ties_equal_transformers(options):
+    """Some logits are equal, and one token is impossible before the filter."""
     logits = torch.tensor([[1.0, 1, 1, 1, 1, 1], [0, 2, 2, 2, -math.inf, 0], [5, 5, 0, 0, 0, 0]])
-    found, expected = ours(**options)(logits), theirs(**options)(logits)
-    assert torch.equal(found > 0, expected > 0)
-    torch.testing.assert_close(found, expected)
+    expected = transformers_probabilities(**options)(logits)
+    probabilities = sampler_probabilities(**options)(logits)
+    assert torch.equal(probabilities > 0, expected > 0)
+    torch.testing.assert_close(probabilities, expected)
 
 
 def test_temperature_0_is_argmax():
-    logits = some_logits(40, 30)
+    logits = random_logits(40, 30)
     for options in ({}, {'top_k': 3, 'top_p': 0.1, 'min_p': 0.9}):
         assert torch.equal(Sampler(30, temperature=0, **options)(logits), logits.argmax(-1))
     assert Sampler(3, temperature=0)(torch.tensor([[0.0, 4, 4]])).tolist() == [1]
@@ -114,8 +115,8 @@ def test_temperature_0_is_argmax():
 @pytest.mark.parametrize('streams', ['one', 'many'])
 def test_draws_follow_probabilities(options, streams):
     number, rows = (40_000, 1) if streams == 'one' else (2_000, 20)
-    logits = some_logits(1, 10, seed=3)
-    expected = number * theirs(**options)(logits)[0].double()
+    logits = random_logits(1, 10, seed=3)
+    expected = number * transformers_probabilities(**options)(logits)[0].double()
     generator = seeded(1) if streams == 'one' else [seeded(n) for n in range(rows)]
     draws = number if streams == 'one' else number // rows
     sampler = Sampler(10, **options, generator=generator)
@@ -139,7 +140,7 @@ def test_consecutive_draws_are_independent():
 
 
 def test_row_generator_is_independent_of_batch():
-    logits = some_logits(6, 40)
+    logits = random_logits(6, 40)
     together = Sampler(40, generator=[seeded(n) for n in range(6)])
     alone = [Sampler(40, generator=[seeded(n)]) for n in range(6)]
     for _ in range(20):
@@ -149,7 +150,7 @@ def test_row_generator_is_independent_of_batch():
 
 @pytest.mark.parametrize('options', [{'temperature': 0}, {'temperature': 1e4}], ids=str)
 def test_vocabulary_padding_is_never_drawn(options):
-    logits = some_logits(500, 12)
+    logits = random_logits(500, 12)
     logits[:, 7:] = 100
     drawn = Sampler(7, **options, generator=seeded())(logits)
     assert drawn.unique().tolist() == list(range(7))
@@ -158,7 +159,7 @@ def test_vocabulary_padding_is_never_drawn(options):
 
 
 class Fixed(Sampler):
-    """Every row gets the same number of [0, 1)."""
+    """A Sampler whose uniform draw in [0, 1) is the same number for every row."""
 
     def uniform(self, rows):
         return torch.full((rows,), self.generator, dtype=torch.float64)
@@ -167,7 +168,7 @@ class Fixed(Sampler):
 @pytest.mark.parametrize('number', [0.0, 0.5, 1 - 2**-53])
 def test_impossible_tokens_are_not_drawn_at_range_ends(number):
     logits = torch.full((50, 9), -math.inf)
-    logits[:, 2:7] = some_logits(50, 5)
+    logits[:, 2:7] = random_logits(50, 5)
     logits[:, 4] = -math.inf
     drawn = Fixed(9, generator=number)(logits)
     assert logits.gather(1, drawn[:, None]).isfinite().all()
@@ -178,32 +179,32 @@ def test_impossible_tokens_are_not_drawn_at_range_ends(number):
 @pytest.mark.parametrize('value', [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize('temperature', [0, 1])
 def test_nonfinite_logits_are_refused(value, temperature):
-    logits = some_logits(3, 5)
+    logits = random_logits(3, 5)
     logits[1] = value
     with pytest.raises(UserError, match=rf'highest logit is {value}.*--dtype=float32'):
         Sampler(5, temperature=temperature)(logits)
 
 
-# --- Text as it comes -----------------------------------------------------------------------------
+# --- Streamed text --------------------------------------------------------------------------------
 
 
-def as_bytes(tokens):
-    """Tokens are the pieces of a text's UTF-8 themselves."""
+def decode_pieces(tokens):
+    """Decode tokens that are pieces of UTF-8 text."""
     return b''.join(tokens).decode(errors='replace')
 
 
 def cut(text: str, stops) -> str:
-    """One character at a time: what stands before the first stop string that is complete."""
+    """The text before the first complete stop string, by a search character by character."""
     for end in range(len(text) + 1):
-        found = [stop for stop in stops if text[:end].endswith(stop)]
-        if found:
-            return text[: end - max(map(len, found))]
+        complete = [stop for stop in stops if text[:end].endswith(stop)]
+        if complete:
+            return text[: end - max(map(len, complete))]
     return text
 
 
 @st.composite
 def pieces(draw):
-    """A text of few letters, some of several bytes, and its bytes in pieces anyhow."""
+    """A text with characters of one and several bytes, and its bytes cut at random places."""
     text = draw(st.text('abé日😀', max_size=30))
     data = text.encode()
     cuts = draw(st.lists(st.integers(0, len(data)), max_size=40).map(sorted))
@@ -215,7 +216,7 @@ def pieces(draw):
 @settings(max_examples=300, deadline=None)
 def test_stop_string_ends_text(text_and_pieces, stops):
     text, tokens = text_and_pieces
-    stream = TextStream(as_bytes, stops)
+    stream = TextStream(decode_pieces, stops)
     shown = ''
     for token in tokens:
         fresh = stream.add(token)
@@ -229,20 +230,20 @@ def test_stop_string_ends_text(text_and_pieces, stops):
     assert stream.ended and stream.finish() == stream.add(b'a') == ''
 
 
-def test_text_is_not_held_back_needlessly():
-    stream = TextStream(as_bytes, ['abb', 'é'])
-    told = [stream.add(token) for token in (b'x', b'a', b'b', b'a', b'\xc3', b'\xa0', b'a', b'c')]
-    assert told == ['x', '', '', 'ab', '', 'aà', '', 'ac']
+def test_text_is_shown_as_soon_as_no_stop_string_can_match():
+    stream = TextStream(decode_pieces, ['abb', 'é'])
+    shown = [stream.add(token) for token in (b'x', b'a', b'b', b'a', b'\xc3', b'\xa0', b'a', b'c')]
+    assert shown == ['x', '', '', 'ab', '', 'aà', '', 'ac']
 
 
 @given(st.lists(st.binary(min_size=1, max_size=3), max_size=20))
 @settings(max_examples=200, deadline=None)
 def test_invalid_bytes_stream_as_decoded_at_once(tokens):
-    stream = TextStream(as_bytes)
-    assert ''.join(map(stream.add, tokens)) + stream.finish() == as_bytes(tokens)
+    stream = TextStream(decode_pieces)
+    assert ''.join(map(stream.add, tokens)) + stream.finish() == decode_pieces(tokens)
 
 
 def test_end_of_text_ends_sample():
-    stream = TextStream(as_bytes, ['bc'], end_of_text=b'END')
+    stream = TextStream(decode_pieces, ['bc'], end_of_text=b'END')
     assert [stream.add(token) for token in (b'a', b'b', b'END', b'c')] == ['a', '', 'b', '']
     assert stream.text == 'ab' and stream.ended

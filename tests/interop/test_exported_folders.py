@@ -1,4 +1,4 @@
-"""What is exported loads in transformers, or is refused with the way out."""
+"""Exported folders load in transformers, or the export is refused with advice."""
 
 import json
 import sys
@@ -12,19 +12,20 @@ import interop
 from common.errors import UserError
 
 pytestmark = [pytest.mark.optional, pytest.mark.usefixtures('one_thread')]
-UNEVEN_EXPERTS = {'n_embd': 24, 'n_head': 16}  # whose rows are of whole 16 bytes
-UNEVEN = {'n_embd': 30, 'n_head': 4}  # transformers divides the one by the other in some families
+UNEVEN_EXPERTS = {'n_embd': 24, 'n_head': 16}  # rows of a multiple of 16 bytes
+# Some families of transformers require that n_head divides n_embd.
+UNEVEN = {'n_embd': 30, 'n_head': 4}
 
 
 def exported(folder, **values):
-    """The model, and the folder that it was exported to."""
+    """The model and the folder that it was exported to."""
     model = perturbed_model(tiny(**values)).eval()
     interop.export(model.config, dict(model.named_parameters()), folder)
     return model, folder
 
 
 LOADS = {
-    # Llama's config class refuses such a width, Mistral's does not.
+    # Llama's config class refuses this width, Mistral's accepts it.
     'uneven-llama': ({'arch_preset': 'llama', **UNEVEN, 'head_dim': 8}, 'mistral'),
     'uneven-mixtral': ({'arch_preset': 'mixtral', **UNEVEN_EXPERTS, 'head_dim': 4}, 'mixtral'),
     'gemma2-without-a-window': ({'arch_preset': 'gemma2', 'sliding_window': None}, 'gemma2'),

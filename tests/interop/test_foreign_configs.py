@@ -1,4 +1,4 @@
-"""Every field of a config.json of theirs: equal logits with transformers, or a refusal by name."""
+"""Every field of a config.json gives the logits of transformers or an error that names it."""
 
 import math
 
@@ -21,7 +21,7 @@ def test_fields_are_read_as_transformers_reads_them(family, tmp_path):
     }
     differing = {k: v for k, v in outcomes.items() if v not in ('equal', 'refused', 'illegal')}
     assert differing == {}
-    counts = {what: list(outcomes.values()).count(what) for what in ('equal', 'refused')}
+    counts = {kind: list(outcomes.values()).count(kind) for kind in ('equal', 'refused')}
     assert counts['equal'] > 30 and counts['refused'] > 15, counts
 
 
@@ -37,7 +37,7 @@ def problems_of(model_type: str, **fields) -> list[str]:
     return problems
 
 
-# What model cards and other programs put into a config.json, by hand or by version.
+# Fields that people, other programs and other versions write into a config.json.
 CONTRADICTIONS = {
     'is_causal=False': ('llama', {'is_causal': False}),
     'is_causal=None': ('opt', {'is_causal': None}),
@@ -73,7 +73,7 @@ def test_refused_fields_are_named(message):
         assert problems_of(family, **fields) == []
 
 
-# Beside the sizes: the fields of published checkpoints, of whatever version of transformers.
+# The fields of published checkpoints from all versions of transformers, without the sizes.
 PUBLISHED = {
     'gpt2': (
         'gpt2',
@@ -153,6 +153,6 @@ def test_published_config_is_read(name):
 
 
 def test_refused_deepseek_fields():
-    """As README says: V2 and V3 choose within groups of experts."""
+    """DeepSeek-V2 and V3 choose experts within groups, which is not supported."""
     assert 'topk_method' in problems_of('deepseek_v2', topk_method='group_limited_greedy')[0]
     assert 'topk_group=4' in problems_of('deepseek_v3', n_group=8, topk_group=4)[0]

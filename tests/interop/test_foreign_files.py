@@ -1,4 +1,4 @@
-"""Folders of theirs with something wrong: refused in one message, whatever it is."""
+"""Damaged Hugging Face folders are refused with one message, whatever the damage."""
 
 import json
 import shutil
@@ -20,7 +20,7 @@ def folders(tmp_path_factory):
     return Folders(tmp_path_factory.mktemp('foreign'))
 
 
-# A part of tests/stress/damaged_files.py: every so many of its cases.
+# A part of tests/stress/damaged_files.py: every n-th of its cases.
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ('kind', 'arguments', 'every'),
@@ -43,7 +43,7 @@ def test_damaged_files_end_in_an_error_message(folders, kind, arguments, every):
 
 
 def changed(folders, family, change=lambda tensors: None, **fields) -> interop.PretrainedCheckpoint:
-    """A copy of the family's folder with other tensors and fields, opened."""
+    """A checkpoint opened from a copy of the family's folder with other tensors and fields."""
     whole = folders.whole(family)
     tensors = load_file(whole / 'model.safetensors')
     change(tensors)
@@ -55,7 +55,7 @@ def changed(folders, family, change=lambda tensors: None, **fields) -> interop.P
 
 EMBEDDING = 'model.embed_tokens.weight'
 MISFITS = {
-    # Fewer or more rows than the config says are a mistake, not a request for another size.
+    # Another number of rows than in the config is an error, not a request for another size.
     r'embed_tokens.weight has shape \(40, 32\), but its config requires \(50, 32\)': {
         'vocab_size': 50
     },
@@ -128,7 +128,7 @@ def test_legacy_pickle_is_read(folders):
 
 
 def test_differing_tied_head_is_used_untied(folders):
-    """As transformers does; a copy of the table is no head of its own."""
+    """transformers does the same. A head that equals the embedding stays tied."""
 
     def untie(tensors):
         tensors['lm_head.weight'] = tensors[EMBEDDING] + 1

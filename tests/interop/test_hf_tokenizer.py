@@ -1,4 +1,4 @@
-"""Hugging Face's files make the tokens that our tokenizer makes."""
+"""The exported tokenizer files give the same tokens as the project's tokenizer."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ from data.gpt2_vocabulary import byte_characters
 from data.tokenizer import GPT2_SPLIT, Tokenizer, byte_pair_encoding
 from interop import hf_tokenizer
 
-# As tiktoken has it for cl100k_base, possessive quantifiers included.
+# tiktoken's pattern for cl100k_base, with its possessive quantifiers.
 CL100K_SPLIT = (
     r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|"""
     r"""\s++$|\s*[\r\n]|\s+(?!\S)|\s"""
@@ -20,7 +20,7 @@ CL100K_SPLIT = (
 
 
 def trained_ranks(size: int = 400) -> dict[bytes, int]:
-    """Of byte pairs trained by the package tokenizers on a little text."""
+    """Ranks of byte pairs that the package tokenizers trains on a short text."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -35,7 +35,7 @@ def trained_ranks(size: int = 400) -> dict[bytes, int]:
 
 
 def tiktoken_tokenizer(monkeypatch, split: str, special_tokens: dict[str, int]) -> Tokenizer:
-    """As for an encoding of tiktoken's own, with byte pairs trained here."""
+    """The tokenizer of a tiktoken encoding with byte pairs trained here."""
     encoding = tiktoken.Encoding(
         'tiny', pat_str=split, mergeable_ranks=trained_ranks(), special_tokens=special_tokens
     )
@@ -72,7 +72,7 @@ def test_special_tokens_and_vocabulary_gaps(monkeypatch, tmp_path, split):
 
 
 def test_inexact_conversion_is_not_written(monkeypatch, tmp_path):
-    """Possessive, {1,4}+ leaves no digit for what follows; in tokenizers it would."""
+    """The possessive {1,4}+ leaves no digit for the next part; the package tokenizers would."""
     tokenizer = tiktoken_tokenizer(monkeypatch, r'\p{N}{1,4}+\p{N}|[\s\S]', {})
     with pytest.raises(UserError, match='exactly'):
         hf_tokenizer.write_tokenizer(tokenizer, tmp_path, 64)

@@ -1,4 +1,4 @@
-"""Models of the hub: found in Hugging Face's cache, or fetched into it."""
+"""Models of the hub are read from Hugging Face's cache or downloaded into it."""
 
 import hashlib
 import http.server
@@ -38,7 +38,7 @@ def cache(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture(scope='module')
 def gpt2(tmp_path_factory):
-    """A tiny GPT-2 of theirs, and the folder that it was saved in."""
+    """A tiny GPT-2 of transformers and the folder that it was saved in."""
     folder = tmp_path_factory.mktemp('gpt2')
     model = reference.from_fields({**reference.NO_SPECIAL_TOKENS, 'vocab_size': 11, **GPT2})
     reference.randomize(model)
@@ -48,7 +48,7 @@ def gpt2(tmp_path_factory):
 
 @pytest.fixture
 def address(gpt2):
-    """A hub on this machine that has GPT-2 only: (its address, its files, the paths requested)."""
+    """A local hub that has GPT-2 only: (its address, its files, the requested paths)."""
     files = {path.name: path.read_bytes() for path in gpt2[1].iterdir()}
     files |= {'pytorch_model.bin': b'pickled', 'tf_model.h5': b'other', 'vocab.json': b'{}'}
     files |= {'model.py': b'raise SystemExit', 'onnx/model.safetensors': b'other'}
@@ -97,7 +97,7 @@ def address(gpt2):
 
 @pytest.fixture
 def snapshot_download(monkeypatch, cache):
-    """What the package does without a cache: raises, or brings the files that match of a folder."""
+    """A stand-in for the download: raises, or copies the matching files of a folder."""
 
     class Download:
         def __init__(self):
@@ -123,13 +123,13 @@ def snapshot_download(monkeypatch, cache):
 
 
 def assert_is(source: interop.PretrainedCheckpoint, model) -> None:
-    """The source is that model, in one tensor at least."""
+    """Assert that the source has the token embedding of the model."""
     name = 'transformer.wte.weight'
     assert torch.equal(source.tensors[name].read(), model.state_dict()[name])
 
 
 def in_cache(cache: Path, name: str, folder: Path) -> Path:
-    """The folder as a snapshot of the model `name`."""
+    """Put the folder into the cache as a snapshot of the model `name`."""
     home = cache / f'models--{name.replace("/", "--")}'
     snapshot = home / 'snapshots' / REVISION
     snapshot.parent.mkdir(parents=True)
@@ -141,7 +141,7 @@ def in_cache(cache: Path, name: str, folder: Path) -> Path:
 
 @pytest.mark.slow
 def test_download_by_the_package(gpt2, address, tmp_path):
-    """By the real huggingface_hub: once, the files that are read, into the cache others read."""
+    """The real huggingface_hub downloads the needed files once, into the shared cache."""
     url, _, requests = address
     code = (
         'import interop; source = interop.open_checkpoint("gpt2"); '
@@ -163,7 +163,7 @@ def test_download_by_the_package(gpt2, address, tmp_path):
     assert first.returncode == 0, first.stderr
     assert f'Downloading {url}/{NAME}' in first.stdout and 'gpt2 transformer.h.0' in first.stdout
     fetched = {path.rpartition('/')[2] for path in requests if '/resolve/' in path}
-    assert fetched == {'config.json', 'model.safetensors'}  # nothing that is pickled or code
+    assert fetched == {'config.json', 'model.safetensors'}  # no pickled files and no code
     again = run('http://127.0.0.1:9')
     assert again.returncode == 0 and 'Downloading' not in again.stdout
     assert_is(interop.open_checkpoint('gpt2'), gpt2[0])
@@ -179,7 +179,7 @@ def test_download_by_the_package(gpt2, address, tmp_path):
 
 
 def test_cached_model_needs_no_hub(gpt2, cache, monkeypatch):
-    """Under the name that it had before it belonged to an organization, too."""
+    """The old name of the model, without its organization, is found too."""
     monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
     in_cache(cache, 'gpt2', gpt2[1])
     assert_is(interop.open_checkpoint('gpt2'), gpt2[0])
@@ -193,7 +193,7 @@ def test_incomplete_snapshot_is_not_used(gpt2, cache):
     assert hub.find_cached(huggingface_hub, 'gpt2') is None
 
 
-def test_pickled_weights_only_where_there_are_no_others(gpt2, snapshot_download, tmp_path):
+def test_pickled_weights_are_used_only_without_safetensors(gpt2, snapshot_download, tmp_path):
     snapshot_download.result = gpt2[1]
     assert_is(interop.open_checkpoint('hf:some/model'), gpt2[0])
     assert snapshot_download.patterns == [['config.json', *hub.SAFETENSORS]]
@@ -209,14 +209,14 @@ def test_pickled_weights_only_where_there_are_no_others(gpt2, snapshot_download,
 
 
 def hub_error(kind: str) -> Exception:
-    """An error of the package's, without the answer that it would be made of."""
+    """An error of the package, without the HTTP response that it normally holds."""
     error = getattr(errors, kind).__new__(getattr(errors, kind))
     error.args = ('of the hub',)
     return error
 
 
 @pytest.mark.parametrize(
-    'error, says',
+    'error, reason',
     [
         (
             errors.LocalEntryNotFoundError('offline'),
@@ -229,15 +229,15 @@ def hub_error(kind: str) -> Exception:
         (RuntimeError(), '(RuntimeError: )'),
     ],
 )
-def test_failed_download_is_one_line(snapshot_download, cache, error, says):
+def test_failed_download_is_one_line(snapshot_download, cache, error, reason):
     snapshot_download.result = hub_error(error) if isinstance(error, str) else error
-    with pytest.raises(UserError) as refused:
+    with pytest.raises(UserError) as raised:
         interop.open_checkpoint('gpt2-xl')
-    message = str(refused.value)
+    message = str(raised.value)
     assert message.startswith(
         f'gpt2-xl: openai-community/gpt2-xl is neither a folder nor in the cache {cache}'
     )
-    assert says in message and '--init_from=hf:FOLDER' in message and '\n' not in message
+    assert reason in message and '--init_from=hf:FOLDER' in message and '\n' not in message
 
 
 def test_impossible_names_are_not_looked_up(snapshot_download, tmp_path, monkeypatch):

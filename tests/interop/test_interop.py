@@ -1,4 +1,4 @@
-"""Models of other programs are ours, and ours theirs: by the same tables, both ways."""
+"""Import from and export to transformers and nanoGPT give equal logits and gradients."""
 
 import json
 import shutil
@@ -22,7 +22,7 @@ from records.run_folders import latest_run
 
 pytestmark = [pytest.mark.optional, pytest.mark.slow, pytest.mark.usefixtures('one_thread')]
 
-# --- The same model as transformers' --------------------------------------------------------------
+# --- Parity with transformers ---------------------------------------------------------------------
 
 GPT2_SIZES = {'n_layer': 2, 'n_head': 4, 'n_embd': 32}
 GPT2 = {
@@ -41,7 +41,7 @@ GROUPED = {'num_key_value_heads': 2}
 
 
 def rotary(theta=50.0, **scaling) -> dict:
-    """In the words of transformers 5."""
+    """The rope fields of a transformers 5 config."""
     return {'rope_parameters': {'rope_theta': theta, 'rope_type': 'default', **scaling}}
 
 
@@ -74,7 +74,7 @@ DEEPSEEK = {
     'n_shared_experts': 2,
 }
 
-# Their configs; what they leave out is transformers' own default.
+# Configs of transformers; missing fields have the defaults of transformers.
 THEIRS = {
     'gpt2': GPT2,
     'gpt2-untied': {
@@ -185,14 +185,14 @@ THEIRS = {
 
 
 def randomized_model(fields: dict):
-    """Their model of that config, 40 tokens, with random weights of every kind."""
+    """A transformers model of the config, with 40 tokens and all weights randomized."""
     model = reference.from_fields({**reference.NO_SPECIAL_TOKENS, 'vocab_size': 40, **fields})
     reference.randomize(model)
     return model
 
 
 def largest(ours: dict, theirs: dict) -> float:
-    """The largest difference of a tensor from theirs, against the norm of the latter."""
+    """The largest difference between two tensors of a name, relative to the norm of `theirs`."""
     assert ours.keys() == theirs.keys()
     return max(
         (torch.linalg.norm(ours[name] - theirs[name]) / torch.linalg.norm(theirs[name])).item()
@@ -201,7 +201,7 @@ def largest(ours: dict, theirs: dict) -> float:
 
 
 def parity(fields: dict, folder: Path) -> dict[str, float]:
-    """The largest differences of our model from theirs, and of what is exported, read again."""
+    """The largest relative differences of the imported model and of its export, read again."""
     theirs = randomized_model(fields)
     source = reference.saved(theirs, folder / 'theirs')
     config = source.config
@@ -248,8 +248,8 @@ def test_parity_with_transformers(name, tmp_path):
 # --- Folders of every kind ------------------------------------------------------------------------
 
 
-def as_ours(source: interop.PretrainedCheckpoint):
-    """Our model with the weights of the source."""
+def imported(source: interop.PretrainedCheckpoint):
+    """The project's model with the weights of the source."""
     model = build_model(source.config, 'cpu')
     model.load_state_dict(dict(source.weights(source.config)), strict=False)
     return model
@@ -257,7 +257,7 @@ def as_ours(source: interop.PretrainedCheckpoint):
 
 @pytest.fixture(scope='module')
 def llama(tmp_path_factory):
-    """A Llama of theirs, and the folder that it was saved in."""
+    """A Llama of transformers and the folder that it was saved in."""
     folder = tmp_path_factory.mktemp('llama')
     model = randomized_model(THEIRS['llama-grouped-tied'])
     reference.saved(model, folder)
@@ -265,7 +265,7 @@ def llama(tmp_path_factory):
 
 
 def rewritten(folder: Path, to: Path, change) -> interop.PretrainedCheckpoint:
-    """The folder with `change(fields, tensors)` applied to a copy, as pytorch_model.bin."""
+    """The checkpoint of a copy, a pytorch_model.bin, after `change(fields, tensors)`."""
     fields = json.loads((folder / 'config.json').read_text())
     tensors = load_file(folder / 'model.safetensors')
     change(fields, tensors)
@@ -276,7 +276,9 @@ def rewritten(folder: Path, to: Path, change) -> interop.PretrainedCheckpoint:
 
 def assert_same_logits(source: interop.PretrainedCheckpoint, theirs) -> None:
     tokens = random_tokens(source.config, batch=2)
-    torch.testing.assert_close(as_ours(source)(tokens), theirs(tokens).logits, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        imported(source)(tokens), theirs(tokens).logits, rtol=1e-5, atol=1e-5
+    )
 
 
 def test_sharded_safetensors(llama, tmp_path):
@@ -361,7 +363,7 @@ def resized(fields, tensors):
 )
 def test_inexpressible_checkpoints_are_refused(llama, tmp_path, change, message):
     with pytest.raises(UserError, match=message):
-        as_ours(rewritten(llama[1], tmp_path, change))
+        imported(rewritten(llama[1], tmp_path, change))
 
 
 def test_missing_package_is_named(llama, monkeypatch):
@@ -372,12 +374,12 @@ def test_missing_package_is_named(llama, monkeypatch):
 
 @pytest.mark.parametrize('family', interop.TRANSFORMERS)
 def test_missing_fields_have_transformers_defaults(family):
-    """The two ways of saying the same: their defaults written out, and only what has none here."""
+    """A config with all defaults written out equals one with the required fields only."""
     from transformers import AutoConfig
 
     table = interop.TRANSFORMERS[family]
     full = AutoConfig.for_model(family).to_dict()
-    # Defaults of DeepSeek's that say nothing, or what is refused.
+    # Values in place of DeepSeek's defaults that are None or refused.
     legal = {'num_experts_per_tok': 2, 'n_group': 1, 'topk_group': 1, 'moe_intermediate_size': 64}
     full |= {key: value for key, value in legal.items() if key in full}
     needed = ('n_layer', 'n_head', 'n_embd', 'vocab_size', 'num_hidden_layers', 'hidden_size')
@@ -406,11 +408,11 @@ OF_PRESET = {
 
 
 @pytest.mark.parametrize('preset', OF_PRESET)
-def test_presets_export_as_their_namesakes(preset):
+def test_presets_export_as_the_family_of_their_name(preset):
     for values in ({}, {'n_layer': 3, 'n_head': 6, 'n_embd': 48}):
         config = ModelArchitectureConfig(arch_preset=preset, vocab_size=40, **values)
-        family, fields, said = interop.convert_config(config)
-        assert said is config
+        family, fields, converted = interop.convert_config(config)
+        assert converted is config
         assert family.name == OF_PRESET[preset]
         theirs = reference.from_fields(fields, device='meta')
         ours = build_model(config)
@@ -426,7 +428,7 @@ WITHOUT_BIASES = {
 
 @pytest.mark.parametrize('name', WITHOUT_BIASES)
 def test_missing_biases_are_exported_as_zeros(name, tmp_path):
-    """And comes back as the same function, biases and all."""
+    """Reading the export again gives the same logits."""
     preset, values, architecture = WITHOUT_BIASES[name]
     config = tiny(arch_preset=preset, **values)
     ours = perturbed_model(config)
@@ -441,7 +443,7 @@ def test_missing_biases_are_exported_as_zeros(name, tmp_path):
     assert_same_logits(again, theirs)
 
 
-# --- Tables of another length ---------------------------------------------------------------------
+# --- Other vocabulary and block sizes -------------------------------------------------------------
 
 
 def test_vocabulary_and_positions_are_resized(tmp_path):
@@ -458,7 +460,7 @@ def test_vocabulary_and_positions_are_resized(tmp_path):
         expected = theirs(known).logits
         logits = model(known)
         torch.testing.assert_close(logits[..., :shared], expected[..., :shared])
-        # What is added is no likelier than the others on average.
+        # The added tokens are no likelier than the others on average.
         normaliser = logits.logsumexp(-1) - logits[..., :shared].logsumexp(-1)
         assert (normaliser <= torch.tensor(max(vocab_size / 40, 1)).log() + 1e-6).all()
 
@@ -468,10 +470,10 @@ def test_vocabulary_and_positions_are_resized(tmp_path):
 
 @pytest.fixture
 def nanogpt_checkpoint(tmp_path):
-    """nanogpt_checkpoint(bias): a ckpt.pt as nanoGPT writes it, and the model that it is of.
+    """nanogpt_checkpoint(bias): a ckpt.pt in nanoGPT's format and the model that it contains.
 
-    nanoGPT's module names are transformers', its matrices are the other way round, and without
-    `bias` there is none, in its norms neither.
+    nanoGPT has the module names of transformers and transposed matrices. Without `bias` its norms
+    have no bias either.
     """
 
     def write(bias: bool):
@@ -509,14 +511,14 @@ def test_nanogpt_checkpoint_loads(nanogpt_checkpoint, bias):
     assert_same_logits(source, theirs)
 
 
-# --- Train on -------------------------------------------------------------------------------------
+# --- Training from pretrained weights -------------------------------------------------------------
 
 
 def test_training_from_pretrained_weights_and_resume(tiny_dataset, tmp_path):
     folder, sizes = tmp_path / 'theirs', {'vocab_size': 256, 'max_position_embeddings': 64}
     theirs = randomized_model({**THEIRS['llama-grouped-tied'], **sizes})
     reference.saved(theirs, folder)
-    # Everything that TINY_RUN chooses but the number of its heads is theirs, or harmless.
+    # The options of TINY_RUN agree with the model or have no effect, but for n_head.
     options = {'n_head': 4, 'arch_preset': 'gpt2', 'dropout': 0.1, 'block_size': 16}
     run = train_here(tiny_dataset, tmp_path / 'out', init_from=f'hf:{folder}', **options)
     assert run.code == 0
@@ -545,7 +547,7 @@ def test_training_from_pretrained_weights_and_resume(tiny_dataset, tmp_path):
 
 @pytest.fixture
 def short_llama(tmp_path):
-    """A Llama of theirs for 16 tokens and all bytes, and its folder."""
+    """A Llama of transformers with 16 positions and 256 tokens, and its folder."""
     folder = tmp_path / 'short'
     theirs = randomized_model({**THEIRS['llama-grouped-tied'], 'vocab_size': 256})
     reference.saved(theirs, folder)
@@ -572,7 +574,7 @@ def short_llama(tmp_path):
 def test_rope_extension_to_a_longer_context(
     short_llama, tiny_dataset, tmp_path, scaling, options, theirs
 ):
-    """Before the first update it is transformers' model with the same scaling."""
+    """Before the first update the loss is that of transformers' model with the same scaling."""
     model, folder = short_llama
     options = {'n_head': 4, 'rope_scaling': scaling, **options}
     run = train_here(
@@ -596,8 +598,8 @@ def test_rope_extension_to_a_longer_context(
     with torch.no_grad():
         loss = F.cross_entropy(expected(tokens).logits.flatten(0, 1), targets.flatten()).item()
         unscaled = F.cross_entropy(model(tokens).logits.flatten(0, 1), targets.flatten()).item()
-    found = run.record['eval_steps'][0]['train_loss']
-    assert found == pytest.approx(loss, rel=1e-5) != pytest.approx(unscaled, rel=1e-5)
+    train_loss = run.record['eval_steps'][0]['train_loss']
+    assert train_loss == pytest.approx(loss, rel=1e-5) != pytest.approx(unscaled, rel=1e-5)
     assert run.events('note') == []
 
 
@@ -617,7 +619,7 @@ def test_scaling_without_a_longer_context_is_refused(short_llama, tiny_dataset, 
 
 @pytest.mark.slow
 def test_finetuning_gpt2(tiny_dataset, tmp_path, train, monkeypatch):
-    """The config file, from Hugging Face's cache: cropped, trained, resumed without the cache."""
+    """The config file loads from the cache, crops, trains, and resumes without the cache."""
     home = tmp_path / 'home/hub/models--openai-community--gpt2'
     theirs = randomized_model({**GPT2, 'vocab_size': 256})
     reference.saved(theirs, home / 'snapshots/1')
@@ -643,7 +645,7 @@ def test_finetuning_gpt2(tiny_dataset, tmp_path, train, monkeypatch):
     assert again.record['metadata']['weights_from'] == record['metadata']['weights_from']
     assert again.record['eval_steps'][-1]['iter'] == 30
     assert again.record['eval_steps'][-1]['train_loss'] < losses[0]
-    # What it began as: the 4 windows of 8 tokens that are evaluated, cropped for theirs, too.
+    # The initial loss: that of transformers on the 4 evaluated windows of 8 tokens.
     tokens, targets = joined(again.evaluated_on[:1])
     with torch.no_grad():
         loss = F.cross_entropy(theirs(tokens).logits.flatten(0, 1), targets.flatten()).item()
