@@ -370,7 +370,7 @@ def test_characters_missing_from_vocabulary(tmp_path, monkeypatch, of_bytes, tex
     for key, file in (('text', text), ('choices', path)):
         run(f'--out_dir={of_bytes[0]}', f'--{key}={file}', code=2)
         error = capsys.readouterr().err
-        assert f'--{key}={file}' in error and 'The vocabulary of 2 characters has no' in error
+        assert f'--{key}={file}' in error and 'vocabulary of 2 characters does not have' in error
 
 
 @pytest.mark.slow

@@ -365,7 +365,7 @@ def test_periodic_sample_ends_at_end_of_text(tmp_path):
     ('tokenizer', 'prompt', 'words'),
     [
         ({'kind': 'unknown'}, 'a', "'unknown'"),
-        ({}, 'xyz', "has no 'x' 'y' 'z'"),
+        ({}, 'xyz', "does not have 'x' 'y' 'z'"),
         ({}, '', '--sample_prompt is empty'),
     ],
 )

@@ -1,7 +1,7 @@
-"""Advice in an error of data preparation or token data works when it is followed.
+"""The advice in errors of data preparation and token data works when followed.
 
-Each test gets an error, takes the command or the option out of its text, and runs it. Advice on
-token files of other programs is in test_import_tokens, on fields in test_unfinished.
+Each test gets an error, extracts the command or the option from its text, and runs it. Advice on
+token files of other programs is in test_import_tokens, advice on fields in test_unfinished.
 """
 
 import json
@@ -41,7 +41,7 @@ def error_of(*arguments, call=run):
 
 
 def option(text, name):
-    """The one option of this name that a message advises."""
+    """The only option of this name in the advice of a message."""
     (advised,) = re.findall(rf'--{name}(?:=[\w./]*\w)?', text)
     return advised
 
@@ -60,7 +60,7 @@ def test_missing_out_option_is_suggested(tmp_path):
 @pytest.mark.parametrize('count', [2, 3, 9])
 @pytest.mark.parametrize('fraction', [1e-9, 1 - 1e-9])
 def test_advised_val_fraction_fills_both_splits(tmp_path, count, fraction):
-    """Where one of the splits would be empty, be it which it may."""
+    """The fractions would leave one of the splits empty."""
     (tmp_path / 'a.jsonl').write_text(lines_of(TEXTS[:count]))
     text = error_of('a.jsonl', '--out=mine', f'--val_fraction={fraction}')
     assert f'too few documents ({count})' in text
@@ -91,9 +91,9 @@ def test_advised_restart_works(tmp_path, capsys):
     (tmp_path / 'b.jsonl').write_text(lines_of(TEXTS[:40]))
     run('a.jsonl', '--out=mine')
     run('a.jsonl', '--out=mine')
-    told = capsys.readouterr().out
+    out = capsys.readouterr().out
     before = (tmp_path / 'mine' / 'train.bin').stat().st_ino
-    run('a.jsonl', '--out=mine', option(told, 'restart'))
+    run('a.jsonl', '--out=mine', option(out, 'restart'))
     assert (tmp_path / 'mine' / 'train.bin').stat().st_ino != before
 
     work = tmp_path / 'mine' / 'unfinished.tmp'
@@ -135,7 +135,7 @@ def test_fewer_processes(tmp_path):
     ],
 )
 def test_advised_pattern_reads_skipped_files(tmp_path, name, content):
-    """The pattern in the message reads them."""
+    """The pattern in the message reads the skipped files."""
     for number in range(30):
         path = tmp_path / 'my corpus' / str(number) / name
         path.parent.mkdir(parents=True)
@@ -154,7 +154,7 @@ def test_unreadable_files_are_named_without_a_pattern(tmp_path, name, begin):
     (tmp_path / 'mine' / name).write_bytes(begin)
     message = error_of('mine', '--out=out')
     assert 'To read these' not in message and 'not UTF-8 text but a' in message
-    assert 'first' in message  # unpack it, extract its text
+    assert 'first' in message  # "Unpack it first", "Extract its text first"
 
 
 def test_advised_utf16_conversion_works(tmp_path):

@@ -1,4 +1,4 @@
-"""The datasets that are prepared by a script of their own, as README has one call it."""
+"""The prepare.py scripts of the bundled datasets."""
 
 import hashlib
 import importlib.util
@@ -23,7 +23,7 @@ TEXT = ''.join(f'Line {i}: to be, or not to be — that’s number {i * i}!\n' f
 
 @pytest.fixture
 def project_copy(tmp_path) -> Path:
-    """What preparation needs and a text, so that no test writes into the real data folders."""
+    """A copy of the preparation code and a text, so that no test writes into the data folders."""
     copy = tmp_path / 'project'
     unprepared = shutil.ignore_patterns('*.bin', '*.tmp', 'meta.json', '__pycache__')
     for package in ('common', 'data'):
@@ -71,7 +71,7 @@ def test_own_text_is_prepared(project_copy, dataset, dtype):
 
 @pytest.mark.slow
 def test_standard_library_is_prepared(project_copy):
-    """Also: train.py's way in, from a folder elsewhere, with nothing there yet."""
+    """train.py prepares the missing dataset by the same function."""
     code = 'from data import dataset; dataset.prepare_if_missing("python_stdlib")'
     run = subprocess.run(
         [sys.executable, '-c', code], cwd=project_copy, capture_output=True, text=True, timeout=120
@@ -118,9 +118,9 @@ def test_library_files_keep_their_split(tmp_path):
 
 
 @pytest.mark.parametrize(
-    'content, says', [(None, 'cannot be read'), (b'caf\xe9', 'not UTF-8'), (b'ab', 'too short')]
+    'content, message', [(None, 'cannot be read'), (b'caf\xe9', 'not UTF-8'), (b'ab', 'too short')]
 )
-def test_unusable_text_leaves_the_dataset_unchanged(project_copy, content, says):
+def test_unusable_text_leaves_the_dataset_unchanged(project_copy, content, message):
     assert (
         run_prepare(
             project_copy, 'shakespeare_char', f'--source={project_copy}/mine.txt'
@@ -130,9 +130,9 @@ def test_unusable_text_leaves_the_dataset_unchanged(project_copy, content, says)
     folder = project_copy / 'data' / 'shakespeare_char'
     before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
     if content is not None:
-        (project_copy / 'bad.txt').write_bytes(content * (says != 'too short'))
+        (project_copy / 'bad.txt').write_bytes(content * (message != 'too short'))
     run = run_prepare(project_copy, 'shakespeare_char', f'--source={project_copy}/bad.txt')
-    assert run.returncode == 2 and says in run.stderr and 'Traceback' not in run.stderr
+    assert run.returncode == 2 and message in run.stderr and 'Traceback' not in run.stderr
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 

@@ -77,7 +77,7 @@ def test_evaluation_windows(tmp_path, block_size, eval_iters):
     starts = data.windows('val', eval_iters)
     inputs, targets = data.read('val', starts)
     assert len(starts) == data.window_count('val', eval_iters)
-    assert len(np.unique(inputs)) == inputs.size  # no token is predicted from twice
+    assert len(np.unique(inputs)) == inputs.size  # no token is in two windows
     assert starts[0] == 0
     room = len(range(0, 200 - block_size, block_size))
     assert len(starts) == min(eval_iters, room)
@@ -204,12 +204,12 @@ def shard(number, **values):
     return corrupt
 
 
-def split_says(**values):
+def with_split_values(**values):
     return lambda meta: meta['splits']['train'].update(values)
 
 
 @pytest.mark.parametrize(
-    'corrupt, says',
+    'corrupt, message',
     [
         (shard(1, tokens=701), r'train\.tokens is 1,000, but its shards have 1,001'),
         (shard(1, tokens='x'), r'train\.shards\[1\]\.tokens'),
@@ -218,16 +218,16 @@ def split_says(**values):
         (shard(0, file='x\0'), r'shards\[0\]\.file'),
         (shard(0, file='train_7.bin'), r'has no train_7\.bin'),
         (shard(0, sha256=7), r'shards\[0\]\.sha256 is 7'),
-        (split_says(shards=[]), r'train\.shards is missing'),
-        (split_says(shards=['train_00000.bin']), r'shards\[0\]\.file is None'),
-        (split_says(documents=-1), r'train\.documents is -1'),
+        (with_split_values(shards=[]), r'train\.shards is missing'),
+        (with_split_values(shards=['train_00000.bin']), r'shards\[0\]\.file is None'),
+        (with_split_values(documents=-1), r'train\.documents is -1'),
     ],
 )
-def test_impossible_shards_are_refused(tmp_path, corrupt, says):
+def test_impossible_shards_are_refused(tmp_path, corrupt, message):
     meta = write_shards(tmp_path, [300, 700])
     corrupt(meta)
     (tmp_path / 'meta.json').write_text(json.dumps(meta))
-    with pytest.raises(UserError, match=says) as error:
+    with pytest.raises(UserError, match=message) as error:
         load_dataset(tmp_path, 8)
     assert len(error.value.problems) == 1 and str(tmp_path) in str(error.value)
 
@@ -250,7 +250,7 @@ def test_missing_and_short_shards_are_named(tmp_path):
         load_dataset(tmp_path, 8)
 
 
-# --- What does not match --------------------------------------------------------------------------
+# --- Mismatches -----------------------------------------------------------------------------------
 
 
 def change(**values):
@@ -277,7 +277,7 @@ def cut_meta(folder):
 
 
 @pytest.mark.parametrize(
-    'corrupt, says',
+    'corrupt, message',
     [
         (truncate, r'train\.bin has 1,998 bytes, but 2,000'),
         (append_to_val, r'val\.bin has 401 bytes, but 400'),
@@ -304,11 +304,11 @@ def cut_meta(folder):
         (change(splits={'train': {'tokens': 1, 'sha256': 5}}), r'splits\.train\.sha256'),
     ],
 )
-def test_mismatches_are_refused(tmp_path, corrupt, says):
+def test_mismatches_are_refused(tmp_path, corrupt, message):
     write_folder(tmp_path)
     load_dataset(tmp_path, 8)
     corrupt(tmp_path)
-    with pytest.raises(UserError, match=says) as error:
+    with pytest.raises(UserError, match=message) as error:
         load_dataset(tmp_path, 8)
     assert len(error.value.problems) == 1 and str(tmp_path) in str(error.value)
 
@@ -410,7 +410,7 @@ def test_concurrent_processes_prepare_once(tmp_path):
     assert [process.returncode for process in processes] == [0, 0, 0]
     assert (tmp_path / 'toy' / 'log').read_text() == 'run\n'
     assert sum('not prepared yet' in text for text in printed) == 1
-    prepare_if_missing('toy', tmp_path)  # nothing left to do
+    prepare_if_missing('toy', tmp_path)  # the dataset is prepared
     assert (tmp_path / 'toy' / 'log').read_text() == 'run\n'
     assert load_dataset('toy', 8, tmp_path).tokens('train') == 50
 
@@ -433,7 +433,7 @@ def test_folder_without_script_is_not_prepared(tmp_path):
 
 
 def test_script_outside_data_root_is_not_run(tmp_path):
-    """The path of a dataset may come with somebody else's checkpoint."""
+    """A checkpoint of unknown origin may contain the path of the dataset."""
     script = tmp_path / 'elsewhere' / 'prepare.py'
     script.parent.mkdir()
     script.write_text('open("executed", "w")')
@@ -473,7 +473,7 @@ def test_fuzzed_dataset_loads_or_is_user_error(tmp_path, name):
     file, rng = tmp_path / name, random.Random(name)
     original, refused = file.read_bytes(), 0
     for _ in range(CASES):
-        file.unlink()  # an earlier case may still have it mapped
+        file.unlink()  # the previous case may still have the file mapped
         file.write_bytes(fuzzed(original, rng))
         try:
             data = load_dataset(tmp_path, 16)

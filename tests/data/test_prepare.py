@@ -1,4 +1,4 @@
-"""data/prepare.py: any corpus to a dataset, whatever interrupts it or is wrong with it."""
+"""data/prepare.py: datasets from any corpus, with interruptions and invalid documents."""
 
 import hashlib
 import importlib.util
@@ -51,7 +51,7 @@ TEXTS = [' '.join(choose(WORDS) for _ in range(choose(range(1, 90)))) + f' {i}' 
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch):
-    """Some thirty pieces, and a journal line at once for each."""
+    """Make about thirty pieces, and write a journal line for each."""
     monkeypatch.setattr(sources, 'BATCH_BYTES', 3000)
     monkeypatch.setattr(token_writer, 'COMMIT_SECONDS', 0)
 
@@ -66,16 +66,16 @@ def corpus(tmp_path_factory):
 
 
 def run(*arguments):
-    """The script in this process, and with no other unless --workers asks for some."""
+    """Run the script in this process, without workers unless --workers is set."""
     prepare.main(['--workers=1', *map(str, arguments)])
 
 
 def contents(folder):
-    """The files of a dataset but for the lock; meta.json without what tells where it came from."""
-    found = {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix != '.tmp'}
-    assert set(json.loads(found.pop('checked.json'))) == set(SPLITS)
-    meta = json.loads(found.pop('meta.json'))
-    return found, {key: meta[key] for key in ('splits', 'tokenizer', 'vocab_size', 'dtype')}
+    """The files of a dataset without the lock, and meta.json without its source."""
+    files = {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix != '.tmp'}
+    assert set(json.loads(files.pop('checked.json'))) == set(SPLITS)
+    meta = json.loads(files.pop('meta.json'))
+    return files, {key: meta[key] for key in ('splits', 'tokenizer', 'vocab_size', 'dtype')}
 
 
 def is_validation(text, fraction=0.1):
@@ -83,23 +83,24 @@ def is_validation(text, fraction=0.1):
 
 
 def documents_of(folder):
-    """The documents of each split as the token files have them."""
+    """The documents of each split, decoded from the token files."""
     data = load_dataset(folder, 8)
     tokenizer = Tokenizer(data.tokenizer, folder)
-    found = {}
+    documents = {}
     for split in SPLITS:
         tokens = data.splits[split].read(0, data.tokens(split)).astype(np.int64)
         ends = np.flatnonzero(tokens == data.end_of_text)
         assert ends[-1] == len(tokens) - 1 and len(ends) == data.documents(split)
         assert tokenizer.end_of_text == data.end_of_text
-        found[split] = [tokenizer.decode(part[:-1]) for part in np.split(tokens, ends + 1)[:-1]]
+        documents[split] = [tokenizer.decode(part[:-1]) for part in np.split(tokens, ends + 1)[:-1]]
         assert (
-            sum(len(text.encode()) for text in found[split]) == data.meta['splits'][split]['bytes']
+            sum(len(text.encode()) for text in documents[split])
+            == data.meta['splits'][split]['bytes']
         )
-    return found
+    return documents
 
 
-# --- what comes out -------------------------------------------------------------------------------
+# --- Output ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('tokenizer', ['gpt2', 'byte', 'char', 'bpe --vocab_size=300'])
@@ -128,10 +129,10 @@ def test_split_is_independent_of_other_documents(few, more, fraction, larger):
         rule = HashSplitRule(share)
         return {text for text in texts if rule(hashlib.sha256(text.encode('utf-8')).digest())}
 
-    kept = validation(few, fraction)
-    assert kept == validation(few + more, fraction) & set(few)
-    assert kept == {text for text in few if is_validation(text, fraction)}
-    assert kept <= validation(few, max(fraction, larger))
+    validation_texts = validation(few, fraction)
+    assert validation_texts == validation(few + more, fraction) & set(few)
+    assert validation_texts == {text for text in few if is_validation(text, fraction)}
+    assert validation_texts <= validation(few, max(fraction, larger))
 
 
 def test_adding_files_keeps_splits(corpus, tmp_path):
@@ -185,7 +186,7 @@ def test_shards_concatenate_to_single_file(corpus, tmp_path, shard_tokens):
         assert one.sha256(split) == many.sha256(split) == hashlib.sha256(whole).hexdigest()
     assert len(many.meta['splits']['train']['shards']) > 1
     assert not (tmp_path / 'many' / 'train.bin').exists()
-    run(texts, f'--out={tmp_path}/many', '--tokenizer=byte')  # in one file, where there were many
+    run(texts, f'--out={tmp_path}/many', '--tokenizer=byte')  # in one file instead of many
     assert contents(tmp_path / 'many') == contents(tmp_path / 'one')
 
 
@@ -201,7 +202,7 @@ def test_trained_byte_pairs_match_tokenizers(corpus, tmp_path):
         assert theirs.decode(tokenizer.encode(text)) == text
     assert theirs.token_to_id('<|endoftext|>') == tokenizer.end_of_text == 399
     assert theirs.get_vocab_size() == tokenizer.vocab_size == 400
-    # Trained on what is for training: a text of its own in the validation split changes nothing.
+    # Only the training split is used: another text in the validation split changes nothing.
     assert data.padded_vocab_size == 448
     (tmp_path / 'tokenizer.json').write_bytes(b'{}')
     with pytest.raises(UserError, match=r'tokenizer\.json cannot be used: its SHA-256'):
@@ -212,14 +213,14 @@ def test_byte_pairs_are_trained_without_validation_text(tmp_path):
     held_out = next(f'zqzq {i} ' * 50 for i in range(999) if is_validation(f'zqzq {i} ' * 50))
     texts = [f'zq common words {i}' for i in range(50)]
     vocabularies = []
-    for name, some in (('without', texts), ('with', [*texts, held_out])):
+    for name, corpus_texts in (('without', texts), ('with', [*texts, held_out])):
         (tmp_path / f'{name}.jsonl').write_text(
-            ''.join(json.dumps({'text': t}) + '\n' for t in some)
+            ''.join(json.dumps({'text': t}) + '\n' for t in corpus_texts)
         )
         run(tmp_path / f'{name}.jsonl', f'--out={tmp_path}/{name}', '--tokenizer=bpe')
         vocabularies.append((tmp_path / name / 'tokenizer.json').read_bytes())
     assert vocabularies[0] == vocabularies[1]
-    assert load_dataset(tmp_path / 'with', 8).vocab_size < 8192  # as many as the text gives
+    assert load_dataset(tmp_path / 'with', 8).vocab_size < 8192  # limited by the text
 
 
 def test_byte_pairs_are_trained_on_a_sample(corpus, tmp_path, monkeypatch, capsys):
@@ -265,7 +266,7 @@ def test_progress_lines_have_time_left(corpus, tmp_path, monkeypatch, capsys):
     assert left == sorted(left, reverse=True)
 
 
-# --- interruptions --------------------------------------------------------------------------------
+# --- Interruptions --------------------------------------------------------------------------------
 
 KILLED = """
 import os, signal, sys
@@ -287,7 +288,7 @@ prepare.main(['--workers=1', *sys.argv[1:]])
 
 
 def killed(call, *arguments):
-    """The script, which kills itself at the call `name:number`, unless it ends before."""
+    """Run the script, which kills itself at the call `name:number`; return whether it did."""
     code = subprocess.run(
         [sys.executable, '-c', KILLED, call, *map(str, arguments)],
         cwd=PROJECT,
@@ -301,14 +302,14 @@ def killed(call, *arguments):
 @pytest.mark.slow
 @pytest.mark.parametrize('tokenizer, shard_tokens', [('byte', 10**9), ('bpe', 20_000)])
 def test_killed_preparation_resumes_to_the_same_files(corpus, tmp_path, tokenizer, shard_tokens):
-    """At moments between any two writes to the disk, in publication too."""
+    """The process is killed between any two writes to the disk, also while publishing."""
     options = f'--tokenizer={tokenizer}', f'--shard_tokens={shard_tokens}'
     run(corpus, f'--out={tmp_path}/alone', *options)
     mine = tmp_path / 'mine'
     for call in ('fsync:2', 'fsync:8', 'fsync:23', 'truncate:1'):
         assert killed(call, corpus, f'--out={mine}', *options) or call == 'truncate:1'
         assert not (mine / 'meta.json').exists()
-    for number in range(1, 12):  # in turn at all that publication moves, then at nothing
+    for number in range(1, 12):  # at each file that is published, until none is left
         if not killed(f'replace:{number}', corpus, f'--out={mine}', *options):
             break
     assert 3 < number < 11
@@ -319,7 +320,7 @@ def test_killed_preparation_resumes_to_the_same_files(corpus, tmp_path, tokenize
 def test_finished_work_is_not_repeated(corpus, tmp_path, capsys, monkeypatch):
     assert killed('fsync:40', corpus, f'--out={tmp_path}', '--tokenizer=byte')
     lines = (tmp_path / 'unfinished.tmp' / 'journal.jsonl').read_text().splitlines()
-    kept = json.loads(lines[-1])['position'][1]
+    done = json.loads(lines[-1])['position'][1]
     encoded = []
     real = pipeline.Encoder.__call__
 
@@ -330,8 +331,8 @@ def test_finished_work_is_not_repeated(corpus, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(pipeline.Encoder, '__call__', watched)
     run(corpus, f'--out={tmp_path}', '--tokenizer=byte')
     total = sum(path.stat().st_size for path in corpus.iterdir())
-    assert 0 < kept < total
-    assert f'Continuing after {done_text(kept, total, "B")}' in capsys.readouterr().out
+    assert 0 < done < total
+    assert f'Continuing after {done_text(done, total, "B")}' in capsys.readouterr().out
     journal_pieces = len(lines) + len(encoded)
     encoded.clear()
     run(corpus, f'--out={tmp_path}', '--tokenizer=byte', '--restart')
@@ -353,7 +354,7 @@ if __name__ == '__main__':
 
 @pytest.mark.slow
 def test_workers_end_with_main_process(corpus, tmp_path):
-    """kill -9 from outside; nothing is left running, and nothing holds the lock."""
+    """After kill -9 no process is left running, and none holds the lock."""
     run(corpus, f'--out={tmp_path}/alone', '--tokenizer=byte')
     (tmp_path / 'slow.py').write_text(SLOW)
     command = [sys.executable, tmp_path / 'slow.py', corpus]
@@ -450,11 +451,11 @@ def test_killed_worker_is_user_error():
         list(map_in_order(os._exit, [1, 1], 2))
 
 
-# --- mistakes -------------------------------------------------------------------------------------
+# --- Mistakes -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    'arguments, says',
+    'arguments, message',
     [
         (['a.txt'], 'No folder is given.*--out=data/mine'),
         (['--out=mine'], 'either PATHS'),
@@ -478,13 +479,13 @@ def test_killed_worker_is_user_error():
         (['a.txt', '--out=mine', '--tokeniser=byte'], 'Did you mean --tokenizer?'),
     ],
 )
-def test_mistakes_are_user_errors(tmp_path, monkeypatch, arguments, says):
+def test_mistakes_are_user_errors(tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'a.txt').write_text('hello world')
     (tmp_path / 'empty.txt').write_text(' \n')
     (tmp_path / 'bad.txt').write_bytes(b'bad\xff')
     (tmp_path / 'rows.jsonl').write_text('{"text": "a"}\n{"txt": "a"}\n')
-    with pytest.raises(UserError, match=re.escape(says).replace(r'\.\*', '.*')):
+    with pytest.raises(UserError, match=re.escape(message).replace(r'\.\*', '.*')):
         run(*arguments)
     assert not (tmp_path / 'mine' / 'meta.json').exists()
 
@@ -493,11 +494,11 @@ def test_single_text_is_cut_as_advised(tmp_path):
     (tmp_path / 'book.txt').write_text('\n\n'.join(TEXTS))
     with pytest.raises(UserError, match=r'too few documents \(1\)') as error:
         run(tmp_path / 'book.txt', f'--out={tmp_path}/mine')
-    (way,) = re.findall(r'--cut=\d+', str(error.value))
-    run(tmp_path / 'book.txt', f'--out={tmp_path}/mine', way, '--tokenizer=byte')
-    found = documents_of(tmp_path / 'mine')
-    assert found['train'] and found['val']
-    assert sum(map(len, [*found['train'], *found['val']])) == len('\n\n'.join(TEXTS))
+    (advised,) = re.findall(r'--cut=\d+', str(error.value))
+    run(tmp_path / 'book.txt', f'--out={tmp_path}/mine', advised, '--tokenizer=byte')
+    documents = documents_of(tmp_path / 'mine')
+    assert documents['train'] and documents['val']
+    assert sum(map(len, [*documents['train'], *documents['val']])) == len('\n\n'.join(TEXTS))
 
 
 def test_skip_invalid(tmp_path, capsys):
@@ -507,12 +508,12 @@ def test_skip_invalid(tmp_path, capsys):
     arguments = tmp_path / 'a.jsonl', f'--out={tmp_path}/mine', '--tokenizer=byte'
     with pytest.raises(UserError, match=r'a\.jsonl, line 301 has no field.*--skip_invalid to skip'):
         run(*arguments)
-    run(*arguments, '--skip_invalid')  # goes on
+    run(*arguments, '--skip_invalid')  # continues
     out = capsys.readouterr().out
     assert 'Continuing after' in out and 'line 301 has no field' in out and 'line 303 is not' in out
     assert 'skipped: 1 empty documents, 2 invalid ones' in out
-    found = documents_of(tmp_path / 'mine')
-    assert sorted([*found['train'], *found['val']]) == sorted(TEXTS)
+    documents = documents_of(tmp_path / 'mine')
+    assert sorted([*documents['train'], *documents['val']]) == sorted(TEXTS)
     meta = json.loads((tmp_path / 'mine' / 'meta.json').read_text())
     assert (meta['preparation']['empty'], meta['preparation']['invalid']) == (1, 2)
 
@@ -525,16 +526,16 @@ def test_byte_pairs_need_package_tokenizers(corpus, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('name', ['openwebtext', 'fineweb'])
 def test_openwebtext_and_fineweb_scripts(tmp_path, monkeypatch, name):
-    """With what the hub would send, and the folder, in place of theirs."""
+    """The scripts use a local dataset and a temporary folder in place of the hub's."""
     script = f'data/{name}/prepare.py'
     spec = importlib.util.spec_from_file_location(name, PROJECT / script)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     module.__file__ = str(tmp_path / 'prepare.py')
-    asked = []
+    calls = []
 
     def load_dataset(*arguments, **options):
-        asked.append((arguments, options))
+        calls.append((arguments, options))
         lines = ''.join(json.dumps({'text': text}) + '\n' for text in TEXTS)
         (tmp_path / 'rows').mkdir(exist_ok=True)
         (tmp_path / 'rows' / 'train.jsonl').write_text(lines)
@@ -542,14 +543,13 @@ def test_openwebtext_and_fineweb_scripts(tmp_path, monkeypatch, name):
 
     real = datasets.load_dataset
     monkeypatch.setattr(datasets, 'load_dataset', load_dataset)
-    options = ['--val_fraction=0.3', '--max_documents=200', '--tokenizer=byte', '--workers=1']
-    module.main(options)
-    (repository, subset), kept = asked[0]
+    module.main(['--val_fraction=0.3', '--max_documents=200', '--tokenizer=byte', '--workers=1'])
+    (repository, subset), options = calls[0]
     assert (repository, subset) == {
         'openwebtext': ('Skylion007/openwebtext', None),
         'fineweb': ('HuggingFaceFW/fineweb', 'sample-10BT'),
     }[name]
-    assert kept == {'split': 'train', 'streaming': True}
+    assert options == {'split': 'train', 'streaming': True}
     assert documents_of(tmp_path) == {
         'train': [text for text in TEXTS[:200] if not is_validation(text, 0.3)],
         'val': [text for text in TEXTS[:200] if is_validation(text, 0.3)],
@@ -558,7 +558,7 @@ def test_openwebtext_and_fineweb_scripts(tmp_path, monkeypatch, name):
 
 @pytest.mark.slow
 def test_training_on_prepared_corpus(corpus, tmp_path, run_script):
-    """The commands as they are typed, with byte pairs of its own in several files."""
+    """The command lines work with trained byte pairs and a dataset in shards."""
     out = tmp_path / 'mine'
     bpe = '--tokenizer=bpe', '--vocab_size=300', '--shard_tokens=2000'
     run_script('data/prepare.py', corpus, f'--out={out}', *bpe)

@@ -1,4 +1,4 @@
-"""Sources of documents: what they give, from where they go on, and what they say of bad files."""
+"""Sources of documents: their content, resumption from any position, errors for bad files."""
 
 import bz2
 import glob
@@ -34,7 +34,7 @@ def lines_of(texts):
 
 @pytest.fixture(scope='module')
 def corpus(tmp_path_factory):
-    """A folder with a file of each kind; TEXTS are what it holds, in order."""
+    """A folder with a file of each kind, which together contain TEXTS in order."""
     folder = tmp_path_factory.mktemp('corpus')
     (folder / 'a.txt').write_text(TEXTS[0], encoding='utf-8')
     (folder / 'b.jsonl').write_text(lines_of(TEXTS[1:20]).replace('\n', '\n\n', 3))
@@ -131,13 +131,13 @@ ROWS = {
 }
 
 
-@pytest.mark.parametrize('says', ROWS)
-def test_invalid_line_is_named(tmp_path, says):
+@pytest.mark.parametrize('message', ROWS)
+def test_invalid_line_is_named(tmp_path, message):
     path = tmp_path / 'rows.jsonl'
-    path.write_bytes(ROWS[says])
+    path.write_bytes(ROWS[message])
     first, second = (document for batch in files(path).batches() for document in batch.documents)
     assert first.text() == 'a'
-    with pytest.raises(InvalidDocument, match=rf'rows\.jsonl, line 2.*{says}'):
+    with pytest.raises(InvalidDocument, match=rf'rows\.jsonl, line 2.*{message}'):
         second.text()
 
 
@@ -156,7 +156,7 @@ def damaged(tmp_path, kind):
 
 
 @pytest.mark.parametrize(
-    'kind, says',
+    'kind, message',
     [
         ('jsonl.gz', 'cannot be read: .*end-of-stream'),
         ('txt', 'not UTF-8 text: invalid start byte at byte 4'),
@@ -165,12 +165,12 @@ def damaged(tmp_path, kind):
         ('jsonl', 'line 1 is not valid JSON'),
     ],
 )
-def test_damaged_file_is_named_and_skipped(tmp_path, kind, says):
+def test_damaged_file_is_named_and_skipped(tmp_path, kind, message):
     path = damaged(tmp_path, kind)
     (tmp_path / 'next.txt').write_text('fine')
     source = files(path, tmp_path / 'next.txt')
     *_, bad, last = (document for batch in source.batches() for document in batch.documents)
-    with pytest.raises(InvalidDocument, match=rf'damaged\.{kind}.*{says}'):
+    with pytest.raises(InvalidDocument, match=rf'damaged\.{kind}.*{message}'):
         bad.text()
     assert last.text() == 'fine'
 
@@ -198,9 +198,9 @@ def test_files_folders_and_patterns(corpus, monkeypatch):
     everything = ['a.txt', 'b.jsonl', 'c.jsonl.gz', 'd.parquet', 'sub/e.md']
     assert find_files(['.']).paths == [f'./{name}' for name in everything]
     assert find_files(['sub', str(corpus), 'a.txt']).paths[0] == 'sub/e.md'
-    assert len(find_files(['sub', str(corpus), 'a.txt']).paths) == 5  # each once
+    assert len(find_files(['sub', str(corpus), 'a.txt']).paths) == 5  # each file once
     assert find_files(['*.txt', '**/*.md']) == (['a.txt', 'sub/e.md'], [])
-    assert find_files(['image.png']).paths == ['image.png']  # named by the user: taken as text
+    assert find_files(['image.png']).paths == ['image.png']  # the user names it: read as text
 
 
 PATTERNS = ['**', '**/*', '**/*.txt', 'a/**/*.txt', 'a/**/b/*', '*/**/*.t?t', '**/b/**', 'a/*.txt']
@@ -232,15 +232,15 @@ def test_pattern_expands_like_glob(tmp_path, monkeypatch, pattern):
 
 @pytest.fixture
 def linked(tmp_path):
-    """A corpus with parts on another disk, by links of every kind; its names for the files."""
+    """A corpus with links of every kind to another disk, and its names of the files."""
     corpus, disk = tmp_path / 'corpus', tmp_path / 'disk'
     for folder in (corpus / 'own', disk / 'deep'):
         folder.mkdir(parents=True)
     for name in ('corpus/a.txt', 'corpus/own/b.txt', 'disk/c.txt', 'disk/deep/d.txt', 'e.txt'):
         (tmp_path / name).write_text(name)
     (corpus / 'away').symlink_to(disk)
-    (corpus / 'away_too').symlink_to(disk / 'deep')  # a second way to the same folder
-    (corpus / 'an_own').symlink_to(corpus / 'own')  # its own name wins, though it comes later
+    (corpus / 'away_too').symlink_to(disk / 'deep')  # a second link to the same folder
+    (corpus / 'an_own').symlink_to(corpus / 'own')  # its real name counts, though it comes later
     (corpus / 'f.txt').symlink_to(tmp_path / 'e.txt')
     (corpus / 'g.txt').symlink_to(corpus / 'a.txt')  # a file under two names is two documents
     for loop in (corpus / 'loop', disk / 'deep' / 'loop', disk / 'up'):
@@ -260,8 +260,8 @@ def test_linked_folders_are_read_once(linked):
         [str(corpus), str(corpus / 'away')],
         [f'{corpus}/*', str(corpus)],
     ):
-        found = [path for path in find_files(other).paths if not path.endswith('self')]
-        assert sorted(map(os.path.realpath, found)) == sorted(map(os.path.realpath, expected))
+        targets = [path for path in find_files(other).paths if not path.endswith('self')]
+        assert sorted(map(os.path.realpath, targets)) == sorted(map(os.path.realpath, expected))
 
 
 def test_skipped_files_of_folder_are_named(tmp_path):
@@ -287,7 +287,7 @@ def test_unreadable_folder_is_an_error(linked, monkeypatch):
         find_files([str(corpus)])
 
 
-# --- JSON in all its forms ------------------------------------------------------------------------
+# --- Forms of JSON --------------------------------------------------------------------------------
 
 
 COMPRESS = {
@@ -321,7 +321,7 @@ def test_all_forms_of_json_are_read(tmp_path, monkeypatch, form, compression):
     for batch in batches[::5]:
         rest = valid_texts(files(path), through_json(batch.position))
         assert rest == TEXTS[batch.position.given :]
-    if compression or not form.endswith('.json'):  # else a pattern has to name it
+    if compression or not form.endswith('.json'):  # otherwise a pattern has to name the file
         assert find_files([str(tmp_path)]).paths == [str(path)]
 
 
@@ -340,7 +340,7 @@ def test_compressed_texts_are_cut(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    'name, content, says',
+    'name, content, message',
     [
         (
             'a.json',
@@ -360,13 +360,13 @@ def test_compressed_texts_are_cut(tmp_path, monkeypatch):
         ('a.jsonl', '{"text": "a"}\n{"id": 1}\n', "'id'. None of its fields is text"),
     ],
 )
-def test_invalid_json_is_named(tmp_path, monkeypatch, name, content, says):
+def test_invalid_json_is_named(tmp_path, monkeypatch, name, content, message):
     monkeypatch.setattr(file_readers, 'LINE_LIMIT', 1000)
     monkeypatch.setattr(text_files, 'CHUNK', 64)
     (tmp_path / name).write_text(content)
     *good, bad = (r for batch in files(tmp_path / name).batches() for r in batch.documents)
     assert [document.text() for document in good] in (['a'], ['a', 'b'], [])
-    with pytest.raises(InvalidDocument, match=re.escape(str(tmp_path / name)) + f'.*{says}'):
+    with pytest.raises(InvalidDocument, match=re.escape(str(tmp_path / name)) + f'.*{message}'):
         bad.text()
 
 
@@ -393,7 +393,7 @@ def test_missing_zstandard_package(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    'name, says',
+    'name, message',
     [
         ('b.json', r'no file or folder b\.json\. Did you mean b\.jsonl\?'),
         ('*.csv', r'no file or folder \*\.csv'),
@@ -401,18 +401,18 @@ def test_missing_zstandard_package(tmp_path, monkeypatch):
         ('empty', 'empty has no file .* It is empty'),
     ],
 )
-def test_name_without_files_is_user_error(tmp_path, monkeypatch, name, says):
+def test_name_without_files_is_user_error(tmp_path, monkeypatch, name, message):
     monkeypatch.chdir(tmp_path)
     for folder in ('code', 'empty'):
         (tmp_path / folder).mkdir()
     for file in ('b.jsonl', 'code/x.py', 'code/y.py', 'code/z.c'):
         (tmp_path / file).touch()
-    with pytest.raises(UserError, match=says):
+    with pytest.raises(UserError, match=message):
         find_files([name])
 
 
 def test_hugging_face_dataset_is_streamed(corpus, tmp_path, monkeypatch):
-    """From a folder, by the package itself; on the hub only where the bytes come from differs."""
+    """The package streams a folder; only the origin of the bytes differs for the hub."""
     monkeypatch.setattr(sources, 'BATCH_BYTES', 300)
     (tmp_path / 'train.jsonl').write_text(lines_of(TEXTS))
     batches = list(HuggingFaceSource(str(tmp_path), None, 'train', 'text', None).batches())

@@ -1,4 +1,4 @@
-"""Token files that were changed behind meta.json are noticed, cheaply, and by one process."""
+"""Changed token files are detected, at low cost and by one process."""
 
 import hashlib
 import json
@@ -18,14 +18,14 @@ from data.token_check import CHECKED
 
 @pytest.fixture
 def folder(tmp_path, tiny_dataset):
-    """A copy of the tiny dataset, which nothing has checked yet."""
+    """A copy of the tiny dataset that has not been checked."""
     shutil.copytree(tiny_dataset, tmp_path / 'data', ignore=shutil.ignore_patterns(CHECKED))
     return tmp_path / 'data'
 
 
 @pytest.fixture
 def hashed(monkeypatch):
-    """The splits that are read whole and hashed, in order, by the names of their first files."""
+    """The names of the first files of the splits that are hashed, in order."""
     names, real = [], token_check.hash_split
 
     def watched(folder, facts):
@@ -43,7 +43,7 @@ def check(folder, **options):
 
 
 def change(path, keep_time=False):
-    """Other bytes in as many places."""
+    """Change bytes of the file, but not its size."""
     stat = path.stat()
     content = bytearray(path.read_bytes())
     content[100] ^= 1
@@ -61,7 +61,7 @@ def test_files_are_hashed_once(folder, hashed):
     assert len(hashed) == 2
     check(folder, full=True)
     assert len(hashed) == 4
-    os.utime(folder / 'val.bin')  # as a copy or a checkout has it
+    os.utime(folder / 'val.bin')  # like a copy or a checkout
     check(folder)
     check(folder)
     assert hashed[4:] == ['val.bin']
@@ -74,7 +74,7 @@ def test_files_are_hashed_once(folder, hashed):
 def test_changed_tokens_are_user_error(folder, name):
     check(folder)
     change(folder / name)
-    for _ in range(2):  # and stays one
+    for _ in range(2):  # the result is not stored as verified
         with pytest.raises(UserError, match=rf'{name} has the SHA-256 .*(\n.*)*import_tokens\.py'):
             check(folder)
     change(folder / name)
@@ -163,16 +163,16 @@ def test_run_on_changed_data_is_refused(folder, tmp_path, capsys, hashed):
     command = [f'--{key}={value}' for key, value in {**TINY_RUN, 'dataset': folder}.items()]
     import train
 
-    for way in (['--init_from=resume', '--max_iters=2'], [], ['--eval_only=True']):
+    for options in (['--init_from=resume', '--max_iters=2'], [], ['--eval_only=True']):
         with pytest.raises(SystemExit) as exit:
-            run_script(train.main, [*command, f'--out_dir={tmp_path}/out', *way])
+            run_script(train.main, [*command, f'--out_dir={tmp_path}/out', *options])
         assert exit.value.code == 2
         assert 'val.bin has the SHA-256' in capsys.readouterr().err
     assert {path: path.stat().st_mtime_ns for path in run.folder.rglob('*')} == saved
     assert list((tmp_path / 'out').iterdir()) == [run.folder]
-    for way in ('--plan=True', '--print_config'):  # which read no tokens
+    for option in ('--plan=True', '--print_config'):  # these read no tokens
         with pytest.raises(SystemExit) as exit:
-            run_script(train.main, [*command, way])
+            run_script(train.main, [*command, option])
         assert exit.value.code == 0
 
 

@@ -1,4 +1,4 @@
-"""Tokenizers: text to ids and back, for every kind that a meta.json may describe."""
+"""Tokenizers of every kind encode text to ids and decode ids to text."""
 
 import numpy as np
 import pytest
@@ -51,11 +51,11 @@ def test_end_of_text_adds_one_id(gpt2_tokenizer, description, last):
 
 @pytest.mark.slow
 def test_lone_surrogate_is_encoded(gpt2_tokenizer):
-    # A lone surrogate, as JSON may bring it, and a pair of them, which is one character.
+    # JSON may contain a lone surrogate, and a pair of surrogates, which is one character.
     characters = {'kind': 'char', 'characters': [*'a😀\ufffd']}
     for tokenizer in (gpt2_tokenizer, Tokenizer(BYTES), Tokenizer(characters)):
         assert tokenizer.decode(tokenizer.encode('a\ud800a\ud83d\ude00')) == 'a\ufffda😀'
-    spaces = ' ' * 3_000_000  # more than the regular expressions' stack takes
+    spaces = ' ' * 3_000_000  # more than the stack of the regular expressions allows
     assert gpt2_tokenizer.decode(gpt2_tokenizer.encode(spaces)) == spaces
     assert gpt2_tokenizer.encode('<|endoftext|>') != [50256]
 
@@ -78,7 +78,7 @@ ENCODING_CONSTRUCTORS = {'small': small}
 
 @pytest.fixture
 def plug_in(tmp_path, monkeypatch):
-    """A plug-in of tiktoken's with the encoding 'small', for this process and its children."""
+    """A tiktoken plug-in with the encoding 'small', for this process and its children."""
     (tmp_path / 'plug_in' / 'tiktoken_ext').mkdir(parents=True)
     (tmp_path / 'plug_in' / 'tiktoken_ext' / 'mine.py').write_text(PLUG_IN)
     monkeypatch.setenv('PYTHONPATH', str(tmp_path / 'plug_in'))

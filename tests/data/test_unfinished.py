@@ -1,5 +1,4 @@
-"""A preparation whose files change before it is done: what holds is kept, and the result is that of
-a fresh one, to the bit."""
+"""Preparation with changed files reuses finished work; its output equals that of a fresh start."""
 
 import gzip
 import json
@@ -30,7 +29,7 @@ def small_pieces(monkeypatch):
 
 @pytest.fixture
 def encoded(monkeypatch):
-    """The pieces that are encoded."""
+    """The list of encoded pieces."""
     pieces, real = [], pipeline.Encoder.__call__
 
     def watched(self, piece):
@@ -85,7 +84,7 @@ WRITERS = {
 
 @pytest.fixture
 def corpus(tmp_path):
-    """Five files, of which the third has a line that is no JSON."""
+    """Five files; the third has a line that is not JSON."""
     folder = tmp_path / 'corpus'
     folder.mkdir()
     for number in range(5):
@@ -96,7 +95,7 @@ def corpus(tmp_path):
     return folder
 
 
-def mend(corpus):
+def fix(corpus):
     write_lines(corpus / '2.jsonl', TEXTS[96:144])
 
 
@@ -105,28 +104,28 @@ def remove(corpus):
 
 
 def add_after(corpus):
-    mend(corpus)
+    fix(corpus)
     write_lines(corpus / '9.jsonl', ['something new', 'and more of it'])
 
 
 def add_before(corpus):
-    mend(corpus)
+    fix(corpus)
     write_lines(corpus / '0a.jsonl', ['something new', 'and more of it'])
 
 
 def add_first(corpus):
-    mend(corpus)
+    fix(corpus)
     write_lines(corpus / '#.jsonl', ['something new', 'and more of it'])
 
 
 def touch_all(corpus):
-    mend(corpus)
+    fix(corpus)
     for path in corpus.iterdir():
         os.utime(path, (1, 1))
 
 
 def rewrite_first(corpus):
-    mend(corpus)
+    fix(corpus)
     write_lines(corpus / '0.jsonl', ['other text'] * 40)
 
 
@@ -134,9 +133,9 @@ def change_early_in_the_bad_file(corpus):
     write_lines(corpus / '2.jsonl', ['other text', *TEXTS[97:144]])
 
 
-# What becomes of the corpus, and how much of it, by files, has to be kept.
+# Changes of the corpus, and how many files of finished work must be reused.
 CHANGES = {
-    mend: 2.3,
+    fix: 2.3,
     remove: 1.7,
     add_after: 2.3,
     add_before: 0.7,
@@ -164,14 +163,14 @@ def test_work_continues_after_a_change(corpus, tmp_path, encoded, capsys, change
     encoded.clear()
     run(corpus, f'--out={tmp_path}/fresh', *options)
     assert contents(tmp_path / 'mine') == contents(tmp_path / 'fresh')
-    kept = (len(encoded) - done) / len(encoded) * len(list(corpus.iterdir()))
-    assert CHANGES[change] <= kept + 0.2
-    assert kept > 0 or not CHANGES[change]
+    reused = (len(encoded) - done) / len(encoded) * len(list(corpus.iterdir()))
+    assert CHANGES[change] <= reused + 0.2
+    assert reused > 0 or not CHANGES[change]
 
 
 @pytest.mark.parametrize('name', WRITERS)
 def test_fixed_large_file_is_continued(tmp_path, encoded, name):
-    """Its beginning is compared, however it is kept, and only what follows the change is done."""
+    """In every format the beginning of the file is compared, and only the rest is encoded."""
     path, write = tmp_path / name, WRITERS[name]
     arguments = path, f'--out={tmp_path}/mine', '--tokenizer=byte'
     write(path, [*TEXTS[:200], None, *TEXTS[200:]])
@@ -209,14 +208,14 @@ def test_fixed_long_text_is_continued(tmp_path, encoded):
 @pytest.mark.parametrize('tokenizer', ['char', 'bpe'])
 @pytest.mark.parametrize('new', ['x', 'the Ω quick' * 20])
 def test_corpus_tokenizer_is_rebuilt(corpus, tmp_path, tokenizer, new):
-    """Where it comes out another, so does all that was written with it."""
+    """If the tokenizer changes, all tokens are encoded again."""
     options = (
         f'--tokenizer={tokenizer}',
         '--vocab_size=400' if tokenizer == 'bpe' else '--workers=1',
     )
     with pytest.raises(UserError, match='Fix the document'):
         run(corpus, f'--out={tmp_path}/mine', *options)
-    mend(corpus)
+    fix(corpus)
     write_lines(corpus / '9.jsonl', [new])
     run(corpus, f'--out={tmp_path}/mine', *options)
     run(corpus, f'--out={tmp_path}/fresh', *options)
@@ -226,7 +225,7 @@ def test_corpus_tokenizer_is_rebuilt(corpus, tmp_path, tokenizer, new):
 def test_killed_during_change(corpus, tmp_path, monkeypatch):
     with pytest.raises(UserError, match='Fix the document'):
         run(corpus, f'--out={tmp_path}/mine', '--tokenizer=char')
-    mend(corpus)
+    fix(corpus)
     write_lines(corpus / '0.jsonl', ['Ω', *TEXTS[1:48]])
     real = os.replace
     for count in range(1, 5):
@@ -250,9 +249,11 @@ def test_killed_during_change(corpus, tmp_path, monkeypatch):
 def test_other_options_are_refused(corpus, tmp_path):
     with pytest.raises(UserError, match='Fix the document'):
         run(corpus, f'--out={tmp_path}/mine', '--tokenizer=byte')
-    mend(corpus)
-    for option, says in (('--val_fraction=0.2', 'val_fraction was'), ('--cut=99', 'cut was')):
-        with pytest.raises(UserError, match=f'unfinished preparation with other settings.*{says}'):
+    fix(corpus)
+    for option, message in (('--val_fraction=0.2', 'val_fraction was'), ('--cut=99', 'cut was')):
+        with pytest.raises(
+            UserError, match=f'unfinished preparation with other settings.*{message}'
+        ):
             run(corpus, f'--out={tmp_path}/mine', '--tokenizer=byte', option)
 
 
@@ -275,7 +276,7 @@ def test_journal_of_an_earlier_version_is_restarted(corpus, tmp_path):
     for entry in entries:
         entry['position'][2] = entry['position'][2][:3]
     journal.write_text(''.join(json.dumps(entry) + '\n' for entry in entries))
-    mend(corpus)
+    fix(corpus)
     run(corpus, f'--out={tmp_path}/mine', '--tokenizer=byte')
     run(corpus, f'--out={tmp_path}/fresh', '--tokenizer=byte')
     assert contents(tmp_path / 'mine') == contents(tmp_path / 'fresh')
