@@ -1,4 +1,4 @@
-"""A config file of the version before the packages, with components and imports as they were."""
+"""A config file of version 0.1.0, with the components and import paths of that version."""
 
 import torch
 from components.contract import Initial

@@ -1,4 +1,4 @@
-"""--plan says what a run takes: held against what was measured, torch's own tracker, and paper."""
+"""Estimates of --plan, compared with measurements, torch's memory tracker and hand calculations."""
 
 import contextlib
 import json
@@ -43,8 +43,8 @@ GB = hardware.GB
 
 
 def arguments(options: dict) -> list[str]:
-    # Whether a dataset is there must make no difference: README's first command prepares one.
-    options = {'dataset': 'elsewhere', **options}
+    # A dataset that does not exist: a prepared one must not change the results.
+    options = {'dataset': 'missing', **options}
     return ['--plan', *(f'--{key}={value}' for key, value in options.items())]
 
 
@@ -65,7 +65,7 @@ def plan(**options) -> dict:
     return _plan(tuple(options.items()))
 
 
-# --- Against what training takes ------------------------------------------------------------------
+# --- Compared with training -----------------------------------------------------------------------
 
 CASES = [
     {'weight_tying': tied, 'dtype': dtype, 'activation_checkpointing': checkpointing}
@@ -85,7 +85,7 @@ FLAGS = {
 
 
 def test_planned_memory_matches_training(tmp_path):
-    """Of every strategy, with and without gradients that accumulate, on 4 ranks."""
+    """The plan is correct for all strategies on 4 ranks, with and without gradient accumulation."""
     cases = [
         (label, {**SMALL, 'device': 'cpu', **case, **flags}, micro_steps)
         for number, case in enumerate(CASES)
@@ -93,12 +93,12 @@ def test_planned_memory_matches_training(tmp_path):
         for micro_steps in ((1, 2), (1,), (2,))[number]
     ]
     cases += [('ddp', {**SMALL, 'device': 'cpu', 'reduce_dtype': 'bfloat16'}, 1)]
-    full = []
+    full_options = []
     for label, options, micro_steps in cases:
         ranks = 1 if label == 'single' else 4
         steps = {'gradient_accumulation_steps': micro_steps * ranks}
-        full.append({**options, **steps, 'world_size': ranks})
-    (tmp_path / 'cases.json').write_text(json.dumps([arguments(case) for case in full]))
+        full_options.append({**options, **steps, 'world_size': ranks})
+    (tmp_path / 'cases.json').write_text(json.dumps([arguments(case) for case in full_options]))
     result = subprocess.run(
         [
             sys.executable,
@@ -111,10 +111,10 @@ def test_planned_memory_matches_training(tmp_path):
     )
     assert result.returncode == 0, result.stderr
     measured = json.loads(result.stdout.splitlines()[-1])
-    for (label, *_), options, most in zip(cases, full, measured, strict=True):
+    for (label, *_), options, peak in zip(cases, full_options, measured, strict=True):
         options = {key: value for key, value in options.items() if key[:3] not in ('use', 'fsd')}
         planned = plan(**options)['memory'][label]['total_gb'] * GB
-        assert 0.97 < planned / most < 1.05, (label, options, planned, most)
+        assert 0.97 < planned / peak < 1.05, (label, options, planned, peak)
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
@@ -185,7 +185,7 @@ def test_simulation_skips_equal_loss_chunks(monkeypatch, dtype):
     assert sizes(few) == sizes(every)
 
 
-def test_simulation_runs_blocks_that_differ():
+def test_simulation_runs_all_different_blocks():
     simulated = simulation.Simulation(
         settings_of(**SMALL).run, ModelArchitectureConfig(**SMALL_ARCHITECTURE), on_gpu=False
     )
@@ -197,11 +197,11 @@ def test_simulation_runs_blocks_that_differ():
 SMALL_ARCHITECTURE = {key: value for key, value in SMALL.items() if key != 'batch_size'}
 
 
-# --- Against paper --------------------------------------------------------------------------------
+# --- Compared with hand calculations --------------------------------------------------------------
 
 
 def test_7b_memory_matches_hand_calculation():
-    """llama at 4096 wide, 32 deep, 4096 tokens, bf16, in bytes an element of the stream (B·T·C)."""
+    """llama with width 4096, 32 layers, 4096 tokens, in bf16; bytes per hidden value (B·T·C)."""
     planned = plan(**LLAMA_7B, block_size=4096, gpu='H100', batch_size=1, world_size=8)
     number = planned['model']['total_params']
     single, zero1, fsdp = (
@@ -212,21 +212,21 @@ def test_7b_memory_matches_hand_calculation():
     assert states * GB == pytest.approx(16 * number, rel=1e-6)
     assert zero1['optimizer'] * GB == pytest.approx(number, rel=1e-6)
     assert fsdp['parameters'] * GB == pytest.approx(4 * number / 8, rel=1e-3)
-    # A norm keeps its fp32 input, 4, and a linear layer its bf16 input, 2, twice a block;
-    # turned q and k 4, v 2, attention's output 2; gate and up: 2 times 2 · 8/3, the rest of the FFN
-    # is computed again.
-    stream = 32 * 4096 * 4096
-    by_hand = 2 * (4 + 2) + 4 + 2 + 2 + 2 * 2 * 10920 / 4096
-    assert single['activations'] * GB == pytest.approx(by_hand * stream, rel=0.01)
-    # Korthikanti et al. 2022 with the scores recomputed: 34, for GELU at 4 times the width, of
-    # which 8 are what GELU gives.
-    assert 1 < by_hand / (34 - 8) < 1.5
-    # Every matrix that autocast casts, in two bytes: all but the token table and the norms.
+    # Per block: two norms with fp32 inputs, 4 each, and two linear layers with bf16 inputs, 2 each;
+    # rotated q and k 4, v 2, attention's output 2; gate and up 2 · 2 · 8/3. The other activations
+    # of the FFN are recomputed.
+    values = 32 * 4096 * 4096
+    bytes_per_value = 2 * (4 + 2) + 4 + 2 + 2 + 2 * 2 * 10920 / 4096
+    assert single['activations'] * GB == pytest.approx(bytes_per_value * values, rel=0.01)
+    # Korthikanti et al. 2022 with recomputed scores: 34, for GELU at 4 times the width, of which 8
+    # are the output of GELU.
+    assert 1 < bytes_per_value / (34 - 8) < 1.5
+    # Autocast copies every matrix except the token embedding, at 2 bytes per value.
     counted = planned['model']['components']
     cast = counted['attention'] + counted['ffn']
     assert single['weight_copies'] * GB == pytest.approx(2 * cast, rel=0.05)
-    # bf16: logits that become their gradient, from it that of the matrix and of its input, and the
-    # input; fp32: the input before it was cast, and what is worked on at a time.
+    # bf16: the logits (overwritten by their gradient), the gradients of matrix and input,
+    # and the input; fp32: the input before the cast, and the scratch buffer.
     assert CHUNK_BYTES['cuda'] > 4096 * 50304 * 2
     head = 2 * (4096 * 50304 + 50304 * 4096 + 2 * 4096 * 4096) + 4 * 4096 * 4096
     head += SCRATCH_BYTES['cuda']
@@ -248,18 +248,18 @@ def test_counts_match_model(options):
 
 def test_time_is_flops_over_speed():
     planned = plan(**SMALL, gpu='B200', world_size=8, max_iters=7, plan_mfu=0.5)
-    tokens = 2 * 240 * 64  # two sequences at a time of the GPU's 480
+    tokens = 2 * 240 * 64  # micro-batches of two of the 480 sequences
     assert planned['batch']['tokens_per_iter'] == tokens
     flops = 7 * tokens * planned['flops']['per_token']
     assert planned['time']['seconds'] == pytest.approx(flops / (8 * 2250e12 * 0.5))
     assert planned['time']['device_hours'] == pytest.approx(planned['time']['seconds'] * 8 / 3600)
     assert plan(**SMALL, gpu='L4', peak_tflops=100.0)['hardware']['peak_tflops'] == 100
-    for gpu, tflops in (('L4', 60), ('T4', 8.1), ('MI250X', 47.85)):  # TF32, where there is it
+    for gpu, tflops in (('L4', 60), ('T4', 8.1), ('MI250X', 47.85)):  # TF32 where available
         planned = plan(**SMALL, gpu=gpu, dtype='float32')
         assert planned['hardware']['peak_tflops'] == tflops
 
 
-# --- What fits ------------------------------------------------------------------------------------
+# --- Largest batch and advice ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('checkpointing', ['none', 'full'])
@@ -278,17 +278,17 @@ def test_largest_batch_fits_and_next_does_not(checkpointing):
             assert again['fits'] is fits, (label, size, again)
 
 
-def test_advice_matches_plans_of_it():
+def test_advice_matches_plan_with_its_options():
     options = {**LLAMA_7B, 'n_layer': 9, 'block_size': 4096, 'gpu': 'H100', 'world_size': 8}
     planned = plan(**options)
     assert not any(memory['fits'] for memory in planned['memory'].values())
     assert len(planned['advice']) == 3
     for advice in planned['advice']:
         if advice.startswith('--'):
-            typed, _, rest = advice.partition(': ')
-            tried = dict(option.split('=') for option in typed.replace('--', '').split())
+            options_text, _, rest = advice.partition(': ')
+            changes = dict(option.split('=') for option in options_text.replace('--', '').split())
             label, amount = rest.split()[0], float(rest.split()[2])
-            memory = plan(**{**options, **tried})['memory'][label]
+            memory = plan(**{**options, **changes})['memory'][label]
             assert memory['total_gb'] == pytest.approx(amount, abs=0.051)
             assert memory['fits'] is (not rest.endswith('does not fit.'))
 
@@ -326,9 +326,9 @@ def test_find_gpu_by_common_names(typed, name, memory):
     [
         ('B20', 'Did you mean'),
         ('A100', '--gpu=A100-40GB or --gpu=A100-80GB'),
-        ('V100', 'one of several'),
+        ('V100', 'ambiguous: use one of'),
         ('H100-40GB', '80 GB'),
-        ('80GB', 'not known'),
+        ('80GB', 'is unknown'),
     ],
 )
 def test_find_gpu_rejects_unknown_or_ambiguous_name(typed, message):
@@ -340,7 +340,7 @@ def test_every_gpu_with_peak_has_memory():
     assert gpu_specs._MEMORY_OF.keys() == gpu_specs._BY_NAME.keys()
 
 
-def test_gpu_decides_dtype():
+def test_gpu_determines_dtype():
     assert plan(**SMALL, gpu='T4')['hardware']['dtype'] == 'float16'
     assert plan(**SMALL, gpu='L4')['hardware']['dtype'] == 'bfloat16'
     with pytest.raises(UserError, match='T4 has no bfloat16'):
@@ -364,7 +364,7 @@ class Doubled(Norm):
 
 arch_preset = 'llama'
 normalization = 'doubled'
-dataset = 'of the cluster'
+dataset = 'on_the_cluster'
 """
 
 

@@ -1,4 +1,4 @@
-"""The Python API: `train(config, **options)` and `load_run(path)`, beside the commands."""
+"""The Python API: `train(config, **options)` and `load_run(path)`, compared with the commands."""
 
 import shlex
 import signal
@@ -27,13 +27,13 @@ SIGNALS = [signal.SIGINT, signal.SIGTERM]
 
 @pytest.fixture
 def options(tiny_dataset, tmp_path):
-    """Keyword arguments of a tiny run into tmp_path/out."""
+    """Keyword arguments of a tiny run with output in tmp_path/out."""
     return {**TINY_RUN, 'dataset': tiny_dataset, 'out_dir': tmp_path / 'out', 'log_style': 'line'}
 
 
 @pytest.fixture(scope='module')
 def trained(tiny_dataset, tmp_path_factory):
-    """A run from the command line."""
+    """A run that the command line trained."""
     return train_here(tiny_dataset, tmp_path_factory.mktemp('api') / 'out', dropout=0.1)
 
 
@@ -42,7 +42,7 @@ def losses(run):
 
 
 def interrupt_at(monkeypatch, number, requests=('SIGINT',)):
-    """Have this process receive the signals at the start of that iteration."""
+    """Send the signals to this process at the start of an iteration."""
     run_iteration = train_module.run_iteration
 
     def interrupted(session, clock):
@@ -73,7 +73,7 @@ def test_options_win_over_the_config_file(options, tmp_path):
     run = train(config, **options, learning_rate=1e-3, eval_interval=None, diagnostics=True)
     assert run.config.preset == 'llama' and run.config.rope_theta == 700
     assert run.training.learning_rate == 1e-3 and run.training.diagnostics
-    # The record has the command that trains the same run.
+    # The record contains an equivalent command.
     command = shlex.split(run.record['metadata']['command'])
     assert command[:3] == ['python', 'train.py', str(config)]
     assert {'--learning_rate=0.001', '--eval_interval=None', '--diagnostics=True'} < {*command}
@@ -190,7 +190,7 @@ def test_importing_train_keeps_the_excepthook():
 
 
 @pytest.mark.parametrize('place', ['run', 'folder of runs', 'checkpoint'])
-def test_load_run_generates_the_text_of_sample(place, trained, capsys):
+def test_load_run_generates_same_text_as_sample(place, trained, capsys):
     path = {
         'run': trained.folder,
         'folder of runs': trained.folder.parent,
@@ -203,9 +203,9 @@ def test_load_run_generates_the_text_of_sample(place, trained, capsys):
     command = {'run': trained.folder, 'start': 'the', 'num_samples': 1, **options}
     command |= {'device': 'cpu', 'dtype': 'float32'}
     sample.main([f'--{key}={value}' for key, value in command.items()])
-    shown = capsys.readouterr().out.split('-' * 80 + '\n')[1]
+    printed = capsys.readouterr().out.split('-' * 80 + '\n')[1]
     text = run.generate('the', **options)
-    assert shown.removesuffix('\n') == visible(text)
+    assert printed.removesuffix('\n') == visible(text)
     assert text == run.generate('the', **options) != run.generate('the', **{**options, 'seed': 4})
     assert run.generate('the', stop='the') == run.generate('the', stop=['the'])
 
@@ -228,11 +228,11 @@ def test_load_run_needs_the_file_of_a_custom_component(options, tmp_path, monkey
         '        return x.relu().square()\n'
         "activation = 'squared'\n"
     )
-    known = {name: ACTIVATION_REGISTRY[name] for name in ACTIVATION_REGISTRY}
+    built_in = {name: ACTIVATION_REGISTRY[name] for name in ACTIVATION_REGISTRY}
     with monkeypatch.context() as patch:
-        patch.setattr(ACTIVATION_REGISTRY, '_components', dict(known))
+        patch.setattr(ACTIVATION_REGISTRY, '_components', dict(built_in))
         run = train(config, **options)
-    monkeypatch.setattr(ACTIVATION_REGISTRY, '_components', dict(known))
+    monkeypatch.setattr(ACTIVATION_REGISTRY, '_components', dict(built_in))
     with pytest.raises(UserError, match=rf"activation='squared'.*no code.*{config}"):
         load_run(run.folder)
     assert load_run(run.folder, config=config).config == run.config
@@ -253,7 +253,7 @@ def test_generate_refuses_bad_options(mistake, words, trained):
         load_run(trained.folder, device='cpu').generate(**mistake)
 
 
-def test_load_run_refuses_what_is_no_run(tmp_path, trained):
+def test_load_run_refuses_invalid_path_or_device(tmp_path, trained):
     with pytest.raises(UserError, match='nowhere is not a folder'):
         load_run(tmp_path / 'nowhere')
     with pytest.raises(UserError, match='contains no run'):

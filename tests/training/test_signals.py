@@ -1,4 +1,4 @@
-"""Signals: a run answers them at its next update boundary, and a second one at once."""
+"""Signals: a run handles one after its current iteration, and a second stop at once."""
 
 import os
 import signal
@@ -18,9 +18,9 @@ from training.signals import SignalHandler
 pytestmark = pytest.mark.slow
 
 if not hasattr(signal, 'SIGUSR1'):
-    pytest.skip('signals of POSIX', allow_module_level=True)
+    pytest.skip('needs POSIX signals', allow_module_level=True)
 
-# train.py with something done to it first.
+# train.py with a preparation, such as a patch.
 DRIVER = """
 import os, pathlib, signal, sys, time
 import train
@@ -32,8 +32,8 @@ from common.errors import run_script
 run_script(train.main)
 """
 
-# A signal that this process gets while it reads the first of the two micro-batches of update 2.
-IN_UPDATE_2 = """
+# The process gets a signal while it reads the first of the two micro-batches of iteration 2.
+IN_ITERATION_2 = """
 read = token_data.TokenDataset.batch
 
 def batch(self, order, first_number, count):
@@ -53,7 +53,7 @@ def slow(state, file):
     saves.append(file)
     if len(saves) == 2:
         pathlib.Path('saving').touch()
-        for _ in range(6000):  # a signal just before a long sleep would wait for its end
+        for _ in range(6000):  # short sleeps, so that a signal is handled soon
             time.sleep(0.1)
 
 torch.save = slow
@@ -62,7 +62,7 @@ torch.save = slow
 
 @pytest.fixture
 def start(tmp_path, tiny_dataset):
-    """start(preparation, key=value, …): train.py, tiny, into tmp_path/out; a running process."""
+    """start(preparation, key=value, …) starts train.py with output in tmp_path/out: its process."""
     processes = []
 
     def run(preparation='', **options):
@@ -86,7 +86,7 @@ def start(tmp_path, tiny_dataset):
 
 
 def wait_for(condition, process):
-    """Until `condition()` holds; fails if the process ends first."""
+    """Wait until `condition()` holds; fail if the process ends first."""
     deadline = time.monotonic() + 120
     while not condition():
         assert process.poll() is None, process.stderr.read()
@@ -95,7 +95,7 @@ def wait_for(condition, process):
 
 
 def finish(process):
-    """The exit code, and what it said on stderr."""
+    """Wait for the process; returns its exit code and stderr."""
     _, stderr = process.communicate(timeout=120)
     assert 'Traceback' not in stderr, stderr
     return process.returncode, stderr
@@ -110,7 +110,7 @@ def iterations(tmp_path):
 
 
 def checkpoints(tmp_path):
-    """The iters of the checkpoints on the disk, the newest first; each must be readable."""
+    """The iterations of the saved checkpoints, newest first; each must be readable."""
     paths = list_checkpoints(latest_run(tmp_path / 'out') / 'checkpoints')
     checkpoints = [read_index(path) for path in paths]
     assert all(load_state(checkpoint)[0]['model'] for checkpoint in checkpoints)
@@ -124,47 +124,49 @@ def test_stopped_run_saves_and_resumes(start, tmp_path):
     code, stderr = finish(process)
     assert code == 130
     assert 'SIGINT: saving a checkpoint after this iteration' in stderr
-    left = record(tmp_path)
-    updates = left['summary']['final_iter']
-    assert left['status'] == 'interrupted' and left['end_time']
-    assert iterations(tmp_path) == list(range(updates))
-    assert checkpoints(tmp_path) == [updates] == [c['iter'] for c in left['checkpoints']]
+    stopped = record(tmp_path)
+    final_iter = stopped['summary']['final_iter']
+    assert stopped['status'] == 'interrupted' and stopped['end_time']
+    assert iterations(tmp_path) == list(range(final_iter))
+    assert checkpoints(tmp_path) == [final_iter] == [c['iter'] for c in stopped['checkpoints']]
 
-    resumed = start(init_from='resume', max_iters=updates + 2)
+    resumed = start(init_from='resume', max_iters=final_iter + 2)
     assert finish(resumed)[0] == 0
     after = record(tmp_path)
-    assert after['status'] == 'finished' and iterations(tmp_path) == list(range(updates + 2))
-    assert after['training_iterations'][:updates] == left['training_iterations']
+    assert after['status'] == 'finished' and iterations(tmp_path) == list(range(final_iter + 2))
+    assert after['training_iterations'][:final_iter] == stopped['training_iterations']
 
 
 @pytest.mark.parametrize(
-    ('name', 'code', 'status', 'saved', 'updates'),
+    ('name', 'code', 'status', 'saved', 'final_iter'),
     [
         ('SIGTERM', 143, 'interrupted', [3], 3),
         ('SIGHUP', 129, 'interrupted', [3], 3),
         ('SIGUSR1', 0, 'finished', [3, 5], 5),
     ],
 )
-def test_signal_is_handled_between_iterations(name, code, status, saved, updates, start, tmp_path):
-    process = start(IN_UPDATE_2.format(name=name), max_iters=5, keep_last=9)
+def test_signal_is_handled_between_iterations(
+    name, code, status, saved, final_iter, start, tmp_path
+):
+    process = start(IN_ITERATION_2.format(name=name), max_iters=5, keep_last=9)
     assert finish(process)[0] == code
-    left = record(tmp_path)
-    assert left['status'] == status
-    assert [entry['iter'] for entry in left['checkpoints']] == saved
+    run_record = record(tmp_path)
+    assert run_record['status'] == status
+    assert [entry['iter'] for entry in run_record['checkpoints']] == saved
     assert checkpoints(tmp_path) == saved[::-1]
-    assert iterations(tmp_path) == list(range(updates))
+    assert iterations(tmp_path) == list(range(final_iter))
 
 
 def test_second_signal_aborts_save(start, tmp_path):
     process = start(SLOW_SAVE, max_iters=10**6, eval_interval=2, keep_last=9)
     wait_for((tmp_path / 'saving').exists, process)
     process.send_signal(signal.SIGINT)
-    # Two that come before the first is answered would count as one.
+    # Wait for the message: two signals before it would count as one.
     assert process.stderr.readline() == '\n' and 'SIGINT' in process.stderr.readline()
     process.send_signal(signal.SIGTERM)
     assert finish(process)[0] == 143
     folder = latest_run(tmp_path / 'out') / 'checkpoints'
-    assert len(list(folder.glob('.saving-*'))) == 1, 'the save was under way'
+    assert len(list(folder.glob('.saving-*'))) == 1, 'the save was in progress'
     assert checkpoints(tmp_path) == [2]
     assert record(tmp_path)['status'] == 'running' and iterations(tmp_path) == list(range(4))
 
@@ -175,7 +177,7 @@ def test_second_signal_aborts_save(start, tmp_path):
 
 
 def test_repeated_signal_is_one_request(monkeypatch):
-    """As Slurm's does to a process that torchrun started; what comes later is a second request."""
+    """Slurm and torchrun both signal a process; only a later signal is a second request."""
     ended, now = [], [100.0]
     monkeypatch.setattr('training.signals.os._exit', ended.append)
     monkeypatch.setattr('training.signals.time.monotonic', lambda: now[0])
@@ -204,7 +206,7 @@ def test_hangup_with_terminate_is_one_request(names, monkeypatch):
         assert bool(ended) == (names[0] == 'SIGTERM')
 
 
-def test_nohup_ignores_hangup():
+def test_ignored_hangup_stays_ignored():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with SignalHandler() as signals:
@@ -215,7 +217,7 @@ def test_nohup_ignores_hangup():
         signal.signal(signal.SIGHUP, before)
 
 
-def test_signal_without_stderr(monkeypatch):
+def test_signal_is_handled_without_stderr(monkeypatch):
     def gone(descriptor, data):
         raise OSError(5, 'Input/output error')
 

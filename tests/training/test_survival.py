@@ -1,4 +1,4 @@
-"""Jobs of several ranks that survive: killed, out of time, restarted by torchrun and Slurm."""
+"""Jobs of several ranks continue after a kill or a time limit, with torchrun and Slurm."""
 
 import os
 import shutil
@@ -20,11 +20,11 @@ from training.checkpoint import list_checkpoints, load_state, read_index
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(
-        sys.platform != 'linux' or not shutil.which('bash'), reason='signals and scripts of Linux'
+        sys.platform != 'linux' or not shutil.which('bash'), reason='needs Linux and bash'
     ),
 ]
 
-# What Slurm's commands do, on one machine with as many nodes as it takes.
+# Replacements of Slurm's commands, with all nodes on this machine.
 FAKES = {
     'scontrol': 'if [ $1 = show ]; then echo localhost; else echo "$@" > $LOG; fi',
     'srun': """
@@ -42,15 +42,15 @@ exit $code""",
 
 @pytest.fixture
 def slurm(tmp_path):
-    """slurm(--key=value, …): `scripts/train.slurm` as job 7 on two nodes of one rank each."""
+    """slurm(--key=value, …) runs `scripts/train.slurm` as job 7 on two nodes with one rank each."""
     commands, jobs = tmp_path / 'commands', []
     commands.mkdir()
     for name, body in FAKES.items():
         (commands / name).write_text(f'#!/bin/bash\n{body}\n')
         (commands / name).chmod(0o755)
-    with socket.socket() as free:
-        free.bind(('localhost', 0))
-        port = free.getsockname()[1]
+    with socket.socket() as probe:
+        probe.bind(('localhost', 0))
+        port = probe.getsockname()[1]
 
     def submit(*arguments):
         job = subprocess.Popen(
@@ -67,7 +67,7 @@ def slurm(tmp_path):
                 'SLURM_NNODES': '2',
                 'SLURM_GPUS_ON_NODE': '1',
             },
-            stdout=open(tmp_path / 'output.txt', 'a'),  # noqa: SIM115 the job's
+            stdout=open(tmp_path / 'output.txt', 'a'),  # noqa: SIM115 used by the job
             stderr=subprocess.STDOUT,
         )
         jobs.append(job)
@@ -91,23 +91,23 @@ def rank_of(process: psutil.Process) -> str | None:
         return None
 
 
-def wait_for(condition, job: subprocess.Popen, output: Path):
+def wait_for(condition, job: subprocess.Popen, output: Path) -> None:
+    """Wait until `condition()` holds; fail if the job ends first."""
     deadline = time.monotonic() + 120
-    while not (met := condition()):
+    while not condition():
         assert job.poll() is None and time.monotonic() < deadline, output.read_text()
         time.sleep(0.02)
-    return met
 
 
 def test_two_node_job_survives_kill_and_time_limit(slurm, tmp_path, tiny_dataset):
-    """Also with another run, newer and not of this job, in the same folder."""
+    """The requeued job resumes its own run, not a newer one of another job in the folder."""
     out, output = tmp_path / 'out', tmp_path / 'output.txt'
     options = {**TINY_RUN, 'dataset': tiny_dataset, 'out_dir': out, 'max_iters': 10**6}
     options |= {'eval_interval': 50, 'log_style': 'line', 'use_zero1': True}
     arguments = [f'--{key}={value}' for key, value in options.items()]
     events: list[dict] = []
 
-    def updates() -> int:
+    def final_iter() -> int:
         if (run := latest_run(out)) is None:
             return 0
         record = read_record(run)
@@ -115,15 +115,15 @@ def test_two_node_job_survives_kill_and_time_limit(slurm, tmp_path, tiny_dataset
         return record['summary']['final_iter']
 
     job = slurm(*arguments)
-    wait_for(lambda: updates() > 60, job, output)
+    wait_for(lambda: final_iter() > 60, job, output)
     (victim,) = [process for process in descendants(job) if rank_of(process) == '1']
     victim.kill()
-    wait_for(lambda: updates() and [e for e in events if e['event'] == 'resume'], job, output)
+    wait_for(lambda: final_iter() and [e for e in events if e['event'] == 'resume'], job, output)
     run = latest_run(out)
     (failure,) = [event for event in events if event['event'] == 'failed']
     assert 'rank 1' in failure['message']
-    goal = updates() + 10
-    wait_for(lambda: updates() > goal, job, output)
+    goal = final_iter() + 10
+    wait_for(lambda: final_iter() > goal, job, output)
     job.send_signal(signal.SIGUSR1)
     assert job.wait(timeout=120) != 0
     record = read_record(run)
@@ -146,7 +146,7 @@ def test_two_node_job_survives_kill_and_time_limit(slurm, tmp_path, tiny_dataset
     assert not (tmp_path / 'requeued').exists()
 
 
-def test_restarted_job_equals_undisturbed_one(tmp_path):
+def test_restarted_job_equals_uninterrupted_job(tmp_path):
     result = subprocess.run(
         [
             sys.executable,
