@@ -1,6 +1,6 @@
-"""comparison/analysis.py: verdicts under failures, by plain arithmetic and simulation.
+"""comparison/analysis.py: verdicts with failed runs, by plain arithmetic and simulation.
 
-The same simulations at full size are in benchmarks/verdicts.py.
+benchmarks/verdicts.py has the same simulations at full size.
 """
 
 import random
@@ -78,7 +78,7 @@ def test_equivalence_needs_margin_and_precision():
     assert verdict_of(*groups).text == 'not significant'
     assert verdict_of(*groups, margin=0.01).text == 'equivalent'
     assert verdict_of(*groups, margin=1e-5).text == 'not significant'
-    # A difference that is real and below the margin is equivalent too; one above is not.
+    # A significant difference below the margin is equivalent too; one above the margin is not.
     small, baseline = fake_group(shifted(-0.02)), fake_group(shifted(0.0))
     assert verdict_of(small, baseline).text == 'better'
     assert verdict_of(small, baseline, margin=0.05).text == 'equivalent'
@@ -106,7 +106,7 @@ def test_repeated_run_counts_once_and_keeps_divergence():
 
 
 def experiment(draw, effects, seeds=5, lose=()):
-    """The verdicts on groups with these true differences; the worst 40 % of `lose` diverge."""
+    """The verdicts on groups with these true effects; in `lose` the worst 40 % of runs diverge."""
     luck = {seed: draw.gauss(2.0, 0.02) for seed in range(seeds)}  # shared by all variants
     groups = []
     for number, effect in enumerate(effects):
@@ -129,26 +129,26 @@ def test_lost_seeds_give_no_winner(lose):
     trials = 300
     verdicts = [experiment(draw, (0.0, 0.0), lose=lose)[1] for _ in range(trials)]
     for text in ('better', 'worse'):
-        # At most 2.5 %, and two and a half standard errors.
+        # At most 2.5 % plus two and a half standard errors.
         assert sum(verdict.text == text for verdict in verdicts) / trials < 0.048
     blocked = sum(verdict.text == 'blocked' for verdict in verdicts)
-    assert blocked / trials > 0.02  # what would have been a false verdict
+    assert blocked / trials > 0.02  # these would have been false verdicts
 
 
 def test_error_rate_and_power_of_several_comparisons():
-    """Experiments of four variants, five seeds: 400 alike, 400 with one that truly differs."""
+    """Experiments with four variants and five seeds: 400 without, 400 with a true difference."""
     draw = random.Random(7)
     trials = 400
-    falsely = sum(
+    false_positives = sum(
         any(v.text in ('better', 'worse') for v in experiment(draw, (0.0,) * 4))
         for _ in range(trials)
     )
-    assert falsely / trials < 0.06
-    # Of a difference between two variants with this much noise each, corrected for three.
+    assert false_positives / trials < 0.06
+    # The detectable difference of two variants with this noise, corrected for three comparisons.
     freedom = 4 + 1 / (1 / 3 + 1 / 8)
     effect = 0.02 * 2**0.5 / 5**0.5 * detectable_ratio(freedom, 3)
     hits = sum(experiment(draw, (0, -effect, 0, 0))[1].text == 'better' for _ in range(trials))
-    # At least the power, but for three standard errors: the bar of the first test is the highest.
+    # At least the power minus three standard errors: the first test has the strictest level.
     assert 0.8 - 0.06 < hits / trials < 0.95
 
 

@@ -12,7 +12,7 @@ from comparison.groups import Group
 
 
 def record_of(evaluations):
-    """A record with evaluations (iter, loss); an update took half a second."""
+    """A record with evaluations (iter, loss); an iteration took half a second."""
     return {
         'startup_info': {'data': {'tokens_per_iter': 100}, 'flops': {'per_token': 7.0}},
         'eval_steps': [
@@ -61,7 +61,7 @@ def test_pareto_front_matches_brute_force():
 def test_loss_by_position_is_seed_mean_of_last_record():
     def run(scale):
         record = record_of([(0, 9.0), (20, 5.0), (40, 4.0), (50, 3.9)])
-        for entry in record['eval_steps'][:3]:  # not measured at the last
+        for entry in record['eval_steps'][:3]:  # the last evaluation did not measure it
             position_losses = [(0, 1), (1, 2), (2, 4)] if entry['iter'] else [(0, 4)]
             entry['diagnostics'] = {
                 'val_loss_by_position': [
@@ -81,7 +81,7 @@ def test_loss_by_position_is_seed_mean_of_last_record():
     assert runs.losses_by_position(record_of([(0, 9.0), (20, 5.0)])) == []
 
 
-def test_stability_counts_trouble():
+def test_stability_counts_events():
     record = record_of([])
     record['events'] = [{'event': 'rollback'}, {'event': 'note'}]
     record['summary'] = {'loss_spikes': 2, 'nonfinite_updates': 3, 'gradient_growth': 4.0}
@@ -99,7 +99,7 @@ def test_costs_within_noise_make_no_front():
     groups = [Group([run(loss, peak_memory_gb=gb) for gb in amounts]) for loss, amounts in memory]
     fronts = {'M': costs.FRONTS['M']}
     assert costs.front_letters(groups, fronts) == ['', '', '']
-    # A fourth that needs distinctly less makes one: it, and the best of the others.
+    # With a fourth group that needs clearly less, the front is it and the best of the others.
     groups.append(Group([run(3.2, peak_memory_gb=0.2)]))
     assert costs.front_letters(groups, fronts) == ['', 'M', '', 'M']
 

@@ -1,4 +1,4 @@
-"""The captures in docs/comparing.md and docs/studies.md have the words of today's output."""
+"""The captures in docs/comparing.md and docs/studies.md have the words of the current output."""
 
 import re
 
@@ -10,7 +10,7 @@ from common.console_output import displayed
 from comparison.formats import emphasize, render_text
 
 NORMS = [{'normalization': name} for name in ('layernorm', 'rmsnorm', 'none')]
-SHIFTS = {  # of the loss; the last two of the grid interact
+SHIFTS = {  # differences of the loss; the two options of the grid interact
     'comparing.md': [0.0, 0.0, 0.5],
     'studies.md': [0.0, -0.4, -0.3, 0.2],
 }
@@ -31,7 +31,7 @@ def losses(n, seed, shift):
 
 @pytest.fixture(params=GRIDS)
 def page_and_output(request, tmp_path):
-    """A page, and the output for a small study like the one that it shows."""
+    """A page and the output for a small study like that of the page."""
     points, shifts = GRIDS[request.param], SHIFTS[request.param]
     variants = [
         {'label': ' '.join(f'{k}={v}' for k, v in point.items()), 'asked': point}

@@ -10,7 +10,7 @@ from comparison.effects import interactions, main_effects
 
 
 def test_effects_and_interactions_of_additive_grid():
-    """Loss = a + b + noise of the seed: the effects are a and b, and nothing depends on another."""
+    """Loss = a + b + noise of the seed: the main effects are a and b, without interactions."""
     a, b = {'x': 0.0, 'y': -0.3, 'z': 0.1}, {1: 0.0, 2: 0.25}
     seeds = {(s, s): 0.1 * s for s in range(3)}
     grid = [
@@ -39,7 +39,7 @@ def test_effects_skip_unpaired_runs():
 
 
 def test_main_effects_use_seed_as_unit():
-    """A value's luck with a seed is shared by all cells, so its pairs are not independent."""
+    """All cells of a value share its noise with a seed, so its pairs are not independent."""
     draw = random.Random(0)
     trials, significant = 300, 0
     for _ in range(trials):
@@ -54,7 +54,7 @@ def test_main_effects_use_seed_as_unit():
         ]
         effect = next(e for e in main_effects(grid) if e.option == 'A')
         significant += effect.difference.p_value < 0.05
-    assert 0.01 < significant / trials < 0.09  # 5 %, and three standard errors
+    assert 0.01 < significant / trials < 0.09  # 5 % and three standard errors
 
 
 def test_effects_use_seeds_shared_by_all_cells():

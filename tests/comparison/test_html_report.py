@@ -1,4 +1,4 @@
-"""The page of a comparison: the answer first and last, the tables of the text, all in one file."""
+"""The HTML report: the answer first and last, the tables of the text, everything in one file."""
 
 import json
 import re
@@ -61,7 +61,7 @@ def change_records(folder, change):
 
 
 class Page(HTMLParser):
-    """The elements of a page, its texts, and what refers to something outside of it."""
+    """The elements of a page, its texts, and its references to other files."""
 
     def __init__(self, text):
         super().__init__()
@@ -101,7 +101,7 @@ def test_page_is_self_contained(folder, tmp_path, capsys):
     assert STUDY['command'] in text
     for variant in STUDY['variants']:
         assert variant['label'] in text
-    # The tables are those of the text.
+    # The tables have the figures of the text.
     for number in re.findall(r'\d\.\d{4}', capsys.readouterr().out):
         assert number in text
 
@@ -156,13 +156,15 @@ def test_page_is_accessible(page_text):
 
 
 def test_times_of_concurrent_runs_are_not_compared(folder):
-    beside = change_records(folder, lambda _, record: record['config'].update(concurrent_runs=2))
-    assert [row.cost for row in beside.equal_cost] == ['tokens', 'flops']
-    assert set(''.join(beside.fronts)) <= set('FM')
-    text = render_text(beside)
+    concurrent = change_records(
+        folder, lambda _, record: record['config'].update(concurrent_runs=2)
+    )
+    assert [row.cost for row in concurrent.equal_cost] == ['tokens', 'flops']
+    assert set(''.join(concurrent.fronts)) <= set('FM')
+    text = render_text(concurrent)
     assert '2 runs trained at the same time, so times are not compared.' in text
     assert 'wall' not in text and 'tokens/s' not in text and 'time (T)' not in text
-    assert 'seconds of training' not in html_report.report_page(beside)
+    assert 'seconds of training' not in html_report.report_page(concurrent)
 
 
 def test_samples_are_side_by_side_and_escaped(folder):
@@ -196,7 +198,7 @@ def test_odd_names_are_shown_verbatim(tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason='no Chromium on the PATH')
 def test_page_fits_narrow_screen_in_browser(page_text, tmp_path):
-    """Nothing but tables is wider than the screen, and what the pictures say can be read."""
+    """Only tables are wider than the screen, and the labels of the plots are legible."""
     probe = """<script>
     window.onerror = m => { document.title = 'ERROR ' + m };
     window.onload = () => {
@@ -213,7 +215,7 @@ def test_page_fits_narrow_screen_in_browser(page_text, tmp_path):
       document.body.setAttribute('data-shown', JSON.stringify(result));
     };
     </script></head>"""
-    frame = tmp_path / 'frame.html'  # a window of Chromium's is at least 500 wide
+    frame = tmp_path / 'frame.html'  # a window of Chromium is at least 500 pixels wide
     path = tmp_path / 'report.html'
     path.write_text(page_text.replace('</head>', probe, 1), encoding='utf-8')
     frame.write_text(

@@ -1,4 +1,4 @@
-"""comparison/noise.py: moderated tests against scipy, least squares by numpy, and simulation."""
+"""comparison/noise.py: moderated tests equal scipy, numpy's least squares, and simulations."""
 
 import random
 
@@ -36,7 +36,7 @@ def test_no_shared_seeds_give_welch_test():
 
 
 def test_noise_of_others_adds_prior_freedom():
-    """A balanced table: the residuals of the additive model by hand, and the moderated test."""
+    """The moderated test of a balanced table follows from the residuals of the additive model."""
     draw = random.Random(2)
     variants, seeds = 4, 5
     table = np.array([[draw.gauss(3, 0.1) for _ in range(seeds)] for _ in range(variants)])
@@ -73,7 +73,7 @@ def test_residuals_with_missing_cells_match_least_squares():
 
 
 def test_partly_shared_seeds_use_all_runs():
-    """The weights are those of generalized least squares, and all add up to one."""
+    """The weights are those of generalized least squares and use every run."""
     one, two = range(1, 7), range(3, 9)  # seeds 3 to 6 are shared
     covariance = np.eye(12)
     for i, s in enumerate(one):
@@ -109,8 +109,8 @@ def test_no_test_for_too_few_or_equal_runs():
     assert moderated_difference({1: 2.0, 2: 2.0}, {1: 3.0, 2: 3.0}) is None
     assert (
         moderated_difference({1: 2.1, 2: 2.2, 3: 2.3}, {1: 3.1, 2: 3.2, 3: 3.3}) is None
-    )  # all pairs alike
-    # Others give the noise that two variants which repeat one another lack.
+    )  # all pairs are equal
+    # Other variants provide the noise if two variants are equal.
     others = [losses(draw, [1, 2, 3]) for _ in range(2)]
     assert (
         moderated_difference({1: 2.1, 2: 2.2, 3: 2.3}, {1: 3.1, 2: 3.2, 3: 3.3}, others) is not None
@@ -120,7 +120,7 @@ def test_no_test_for_too_few_or_equal_runs():
 @pytest.mark.parametrize(
     'tables, rate',
     [
-        ([range(1, 6), range(3, 9)], 0.09),  # of two variants, at most 7 %
+        ([range(1, 6), range(3, 9)], 0.09),  # with two variants at most 7 %
         ([range(5), range(3), range(4), range(2, 6)], 0.06),
     ],
 )

@@ -34,7 +34,7 @@ PRESETS = [{'label': f'arch_preset=p{n}', 'asked': {'arch_preset': f'p{n}'}} for
 
 
 def study(folder, change=lambda record, n, seed: None, variants=PRESETS, seeds=(1, 2, 3), **plan):
-    """The comparison of a study, each record of which `change` may change."""
+    """The comparison of a study after `change(record, variant number, seed)` on each record."""
     records = []
     for n in range(len(variants)):
         of_variant = [study_record(n, seed, decaying(n, seed)) for seed in seeds]
@@ -52,7 +52,7 @@ def set_losses(record, losses):
 
 
 def diverge(record):
-    """It diverges at half of its iterations, after a loss far above all others."""
+    """Let the run diverge at half of its iterations, after a loss far above all others."""
     set_losses(record, [3.5, 3.4, 3.3, 80.0, None])
     record['status'] = 'failed'
     record['summary']['nonfinite_updates'] = 1
@@ -113,7 +113,7 @@ def test_curves_and_bands_are_not_cut_off(tmp_path):
 
 
 def blow_up(record):
-    """It ends far above where it began."""
+    """Let the run end far above its initial loss."""
     set_losses(record, [*decaying(1, 1)[:6], 20.0, 25.0, 28.0, 30.0])
 
 
@@ -138,8 +138,8 @@ def test_failed_run_is_marked_and_sets_no_limit(tmp_path, change, ending, mark):
         (x,), (y,) = end.get_data()
         last = next(line for line in panel.lines if line.ending == ending).points[-1]
         assert x == pytest.approx(last.amount)
-        assert y == pytest.approx(axes.get_ylim()[1])  # its loss is above: at the edge
-        # The group's curve is of the seeds that learned.
+        assert y == pytest.approx(axes.get_ylim()[1])  # its loss is above the limit: at the edge
+        # The curve of the group is the mean of the other seeds.
         mean = lines_of(axes)[f'#{rank}'].get_ydata()
         assert mean[-1] == pytest.approx(sum(decaying(1, seed)[-1] for seed in (2, 3)) / 2)
     for panel in fronts:
@@ -179,7 +179,7 @@ def test_all_diverged_is_drawn(tmp_path):
     comparison = study(tmp_path, lambda record, n, seed: diverge(record))
     curves, fronts = panels_of(comparison)
     assert curves and not fronts
-    assert len(drawn(comparison, curves[0]).lines) == 2 * 9  # each run and its mark
+    assert len(drawn(comparison, curves[0]).lines) == 2 * 9  # a line and a mark for each run
     assert 'baseline, 3 of 3 diverged' in legend(comparison)[0][1]
     with plots.drawing():
         plots.figure_of(comparison).savefig(tmp_path / 'plot.png')
@@ -203,7 +203,7 @@ def test_single_evaluations_are_shown_once_against_costs(tmp_path):
     assert curves == [] and fronts
 
 
-def test_empty_plot_says_so(tmp_path):
+def test_empty_plot_has_a_note(tmp_path):
     comparison = study(tmp_path, lambda record, n, seed: set_losses(record, []))
     assert panels_of(comparison) == ([], [])
     with plots.drawing():
@@ -216,7 +216,7 @@ def test_empty_plot_says_so(tmp_path):
 
 
 def test_no_front_panel_for_equal_costs(tmp_path):
-    """Within the range of the seeds, or within a percent."""
+    """Costs are equal within the range of the seeds or within a percent."""
 
     def change(record, n, seed):
         record['summary']['peak_memory_gb'] = 0.36 + 0.001 * n  # 0.6 % at most
@@ -269,7 +269,7 @@ def test_front_panels_show_means_ranges_and_front(tmp_path):
 
 def test_labels_drop_the_varied_option(tmp_path):
     assert short_labels(study(tmp_path / 'a')) == ['p0', 'p1', 'p2']
-    assert study(tmp_path / 'b').labels[0] == 'arch_preset=p0'  # the tables' are whole
+    assert study(tmp_path / 'b').labels[0] == 'arch_preset=p0'  # tables show the whole label
     variants = [
         {'label': f'arch_preset=p{n} bias=False', 'asked': {'arch_preset': f'p{n}', 'bias': False}}
         for n in range(3)
@@ -310,7 +310,7 @@ def test_any_name_is_drawn_verbatim(tmp_path, recwarn):
     assert shown[1] == '#2 _hidden'
     assert shown[2] == f'#3 {"x" * 24}…{"y" * 23}'
     assert shown[3] == r'#4 <b>&\n\x1b[31m\u202e\ud800'
-    assert shown[4].startswith(r'#5 \u4e2d\u6587 ')  # the font has none of it
+    assert shown[4].startswith(r'#5 \u4e2d\u6587 ')  # the font lacks the characters
     for suffix in plots.SUFFIXES:
         plots.plot(comparison, tmp_path / f'plot{suffix}')
     assert '<b>' not in (tmp_path / 'plot.svg').read_text()
@@ -427,5 +427,5 @@ def test_missing_matplotlib_is_one_line(tmp_path, monkeypatch, option):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(__import__('sys').modules, 'matplotlib', None)
     with pytest.raises(UserError, match='pip install matplotlib') as error:
-        ca.main([option])  # before it looks for runs, of which there are none
+        ca.main([option])  # raised before the search for runs
     assert len(error.value.problems) == 1 and '\n' not in str(error.value)

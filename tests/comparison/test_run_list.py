@@ -1,4 +1,4 @@
-"""`load_runs` in a notebook: rows, curves and verdicts as plain data, recomputed from records."""
+"""`load_runs`: rows, curves and verdicts are plain data and equal the records."""
 
 import copy
 import json
@@ -47,7 +47,7 @@ def iteration_entry(number: int, **readings) -> dict:
 
 @pytest.fixture
 def two_runs(tmp_path):
-    """Two records with logged iterations, and the folder that holds them."""
+    """A folder with two records with logged iterations: (folder, first, second)."""
     first, second = make_record(1, loss=5.0), make_record(2, loss=4.5, architecture=LLAMA)
     second['config']['learning_rate'] = 1e-3
     first['training_iterations'] = [iteration_entry(n) for n in (0, 50, 99)]
@@ -89,7 +89,7 @@ def test_rows_equal_record_values(two_runs):
             'learning_rate': record['config']['learning_rate'],
         }
         assert {key: row[key] for key in expected} == expected
-    # An option that both share, or that affects no result, is no column.
+    # Options that both share or that affect no result have no column.
     assert not rows[0].keys() & {'n_layer', 'log_interval', 'out_dir'}
     assert 'learning_rate' not in load_runs(folder).rows(options=False)[0]
 
@@ -141,7 +141,7 @@ def test_curves_equal_record_entries(two_runs):
             shared = ('iter', 'train_loss', 'val_loss', 'val_bits_per_byte')
             assert [row[key] for key in shared] == [entry[key] for key in shared]
             assert row['loss'] is row['grad_norm'] is row['mfu_percent'] is None
-            # These entries do not hold tokens_seen, like those of older records.
+            # These entries have no tokens_seen, like those of older records.
             assert row['tokens_seen'] == entry['iter'] * 4096
             assert row['flops'] == row['tokens_seen'] * per_token
         iterations = [row for row in rows if row['kind'] == 'iteration']

@@ -1,4 +1,4 @@
-"""comparison/runs.py, conditions.py: records of any content, outcomes, conditions of all runs."""
+"""comparison/runs.py, conditions.py: outcomes, conditions of all runs, damaged records."""
 
 import copy
 import json
@@ -113,7 +113,7 @@ def test_resumed_run_has_all_its_conditions():
 def test_every_training_option_is_a_condition(option):
     records = [make_record(1, **{option: 1}), make_record(2, ffn_type='swiglu', **{option: 2})]
     assert list(compare(run_rows(records)).loss_warnings) == [option]
-    # A record older than an option used what is now its default.
+    # In a record older than an option, the option counts as its default.
     del records[1]['config'][option]
     assert compare(run_rows(records)).loss_warnings == {}
 
@@ -129,7 +129,7 @@ def test_evaluation_count_is_condition_of_best_score():
     assert 'Best losses come from different numbers of evaluations' in render_text(final)
     best = compare(run_rows(records), score='best')
     assert list(best.loss_warnings) == ['eval_interval']
-    # Seeds that differ in it are still seeds of one architecture.
+    # Seeds that differ in it still belong to one architecture.
     records[0]['config']['eval_interval'] = 5
     assert len(compare(run_rows(records)).groups) == 2
 
@@ -144,7 +144,7 @@ def test_data_hashes_are_compared_by_seed():
     for record in records[2:]:
         record['eval_steps'][-1]['data_hash'] = 'f' * 16
     assert 'data_hash' in compare(run_rows([*records, stray])).loss_warnings
-    # Hashes of different iterations say nothing; those of a shared one do.
+    # Only hashes of the same iteration are compared.
     records[2]['eval_steps'].pop()
     records[3]['eval_steps'].pop()
     assert 'data_hash' not in compare(run_rows(records)).loss_warnings
@@ -155,7 +155,7 @@ def test_code_differences_are_one_line():
     for record in records:
         record['metadata'] |= {'code': {'train.py': 'x', 'model_builder.py': 'y'},
                                'versions': {'torch': '2.13.0'}, 'git_commit': 'abc'}  # fmt: skip
-    records[3]['metadata']['git_commit'] = 'def'  # of a file that nothing depends on
+    records[3]['metadata']['git_commit'] = 'def'  # the files of the code are the same
     assert compare(run_rows(records)).code_warning is None
     records[3]['metadata']['code'] = {'train.py': 'x', 'model_builder.py': 'z'}
     warning = compare(run_rows(records)).code_warning
@@ -163,7 +163,7 @@ def test_code_differences_are_one_line():
     records[2]['metadata']['versions'] = {'torch': '1.0'}
     comparison = compare(run_rows(records))
     assert 'torch 1.0 (#1), 2.13.0 (#1 #2)' in comparison.code_warning
-    assert comparison.verdicts[0].text == 'not significant'  # it is a note, no reservation
+    assert comparison.verdicts[0].text == 'not significant'  # a note does not make it provisional
     for record in records:  # older records
         del record['metadata']['code']
     assert 'git commit' in compare(run_rows(records)).code_warning
@@ -179,7 +179,7 @@ def test_seed_mean_of_rates_is_total_over_total():
     assert cost['MFU'] == f'{(20 * 100 * 1 + 30 * 300 * 2) / (100 * 1 + 300 * 2):.2f}%'
 
 
-# --- Correct sentences ---------------------------------------------------------------------------
+# --- Notes and headlines -------------------------------------------------------------------------
 
 
 def test_equal_flops_need_all_finished():
@@ -262,7 +262,7 @@ def test_damaged_record_does_not_stop_comparison(tmp_path):
             try:
                 run = run_from_record(record, folder / 'record.json')
             except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
-                continue  # skipped by name, see load
+                continue  # such a record is skipped with a warning
             compared += 1
             comparison = compare([*rest, run])
             for form in (FORMATS['json'], FORMATS[(cases % 2 and 'text') or 'csv']):
@@ -297,7 +297,7 @@ def test_record_text_is_escaped_in_every_format(tmp_path, monkeypatch, capsys):
         text = capsys.readouterr().out
         assert '\x1b' not in text and ('\\x1b' in text or '&#92;x1b' in text)
         if form == 'markdown':
-            outside = ''.join(text.split('```')[::2])  # fences show what they hold
+            outside = ''.join(text.split('```')[::2])  # text within fences is literal
             for markup in ('<b>', '*a*', '[l](u)', '`y', '@me', '$z$', ' _b_ '):
                 assert markup not in outside
     assert len(capsys.readouterr().out.splitlines()) == 0
@@ -318,7 +318,7 @@ def test_plain_names_stay_readable_in_markdown():
     assert escape_markdown('ffn_type=swiglu 12L-12H') == 'ffn_type=swiglu 12L-12H'
 
 
-# --- One verdict for scripts ---------------------------------------------------------------------
+# --- Verdict and exit code for scripts -----------------------------------------------------------
 
 AHEAD = {'a': [5.0, 5.1, 4.9, 5.02], 'b': [4.8, 4.91, 4.69, 4.83]}
 

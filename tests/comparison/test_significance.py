@@ -1,4 +1,4 @@
-"""comparison/significance.py: against scipy, and by simulation."""
+"""comparison/significance.py equals scipy and holds its error rates in simulations."""
 
 import random
 
@@ -75,7 +75,7 @@ def test_no_paired_test_for_too_few_or_equal_values():
 
 
 def test_holm_correction():
-    # By hand: 4 × 0.01, 3 × 0.02, 2 × 0.03 (not below the one before), 1 × 0.04.
+    # By hand: 4 × 0.01, 3 × 0.02, 2 × 0.03 (not below the previous one), 1 × 0.04.
     assert significance.holm([0.04, 0.01, 0.03, 0.02]) == pytest.approx([0.06, 0.04, 0.06, 0.06])
     assert significance.holm([0.6, 0.9]) == [1.0, 1.0]
     assert significance.holm([]) == []

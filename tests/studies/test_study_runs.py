@@ -1,4 +1,4 @@
-"""study.py: what becomes of runs, of two studies in one folder, and of a study that is stopped."""
+"""study.py: outcomes of runs, stopped studies, and two studies in one folder."""
 
 import contextlib
 import io
@@ -39,7 +39,7 @@ SMALL = (
 
 
 class TrainedHere:
-    """A stand-in for the process of a run: train.py, at once, in this process."""
+    """A stand-in for the process of a run that runs train.py in this process."""
 
     def __init__(self, command, output, environment, lock):
         text, threads = io.TextIOWrapper(output, encoding='utf-8'), torch.get_num_threads()
@@ -58,15 +58,15 @@ class TrainedHere:
 
 @pytest.fixture
 def trained_here(monkeypatch):
-    """The runs of a study are trained in this process."""
+    """Train the runs of a study in this process."""
     monkeypatch.setattr(runner, 'start_process', TrainedHere)
 
 
 @pytest.fixture
 def scripted(monkeypatch, tmp_path):
-    """scripted('…'): what the process of a run does instead of training.
+    """scripted('…'): replace train.py by a script with this text.
 
-    `seed` is the run's, `out` its folder; os, signal, sys and time are imported.
+    The script has the variables `seed` and `out`, and imports os, signal, sys and time.
     """
 
     def script(text: str) -> None:
@@ -92,14 +92,14 @@ def read_plan(out) -> dict:
 
 
 def losses(out):
-    """Final validation loss by folder of the point."""
+    """The final validation loss of each trial by its folder."""
     return {
         trial['folder']: read_record(latest_run(out / trial['folder']))['summary']['final_val_loss']
         for trial in read_plan(out)['points']
     }
 
 
-# --- From begin to end ---------------------------------------------------------------------------
+# --- Complete studies ----------------------------------------------------------------------------
 
 
 def test_study_from_command_line(study_file, run_script, tmp_path):
@@ -150,12 +150,12 @@ def test_tuning_chooses_by_final_loss(study_file, trained_here, tmp_path, capsys
         (run,) = [p for p in plan['points'] if p['variant'] == variant['label']]
         assert read_record(latest_run(out / run['folder']))['config']['learning_rate'] == best
         assert f'tuned {variant["label"]}: learning_rate={best}' in text
-    # One counter over the tuning runs and those to compare.
+    # One counter covers the tuning runs and the compared runs.
     assert re.findall(r'^\[(\d)/8\] (tuning )?', text, flags=re.M) == [
         *((str(n), 'tuning ') for n in range(1, 7)),
         *((str(n), '') for n in (7, 8)),
     ]
-    # The same choice again from the records alone; the comparison leaves tuning out.
+    # A second call chooses the same from the records; the comparison ignores tuning runs.
     assert main(path) == 0 and read_plan(out) == plan
     assert len(read_runs([out])[0]) == 2
 
@@ -187,7 +187,7 @@ def test_budget_in_seconds_is_timed_first(study_file, trained_here, tmp_path, ca
     assert '[2/4] timing n_layer=2' in capsys.readouterr().out
 
 
-# --- What it takes -------------------------------------------------------------------------------
+# --- Plans and estimates -------------------------------------------------------------------------
 
 
 def test_plan_counts_runs_tokens_and_flops(study_file, trained_here, capsys):
@@ -218,7 +218,7 @@ def test_plan_counts_runs_tokens_and_flops(study_file, trained_here, capsys):
 
 
 def architecture_of_one(path):
-    """The architecture of a study's one variant."""
+    """The architecture of the only variant of a study."""
     states = []
 
     def capture(state, measure):
@@ -235,7 +235,7 @@ def test_time_estimate_uses_recorded_speed(study_file, trained_here, tmp_path, c
     path, out = study_file(SMALL), tmp_path / 'out'
     assert main(path) == 0
     records = [read_record(latest_run(out / p['folder'])) for p in read_plan(out)['points']]
-    speed = {  # seconds a FLOP
+    speed = {  # seconds per FLOP
         r['architecture']['name']: r['summary']['wall_seconds'] / causal_flops(r) for r in records
     }
     assert len(speed) == 2
@@ -265,27 +265,27 @@ def test_time_estimate_uses_recorded_speed(study_file, trained_here, tmp_path, c
 
 
 def test_time_left_covers_whole_study(study_file, trained_here, monkeypatch):
-    """Work in FLOPs over all kinds of runs, at the rate of what was made since the start."""
+    """The estimate is the FLOPs left in all kinds of runs at the rate since the start."""
     seen = []
     on_trial_end = StudyProgress.on_trial_end
 
     def timed(progress, running, outcome):
-        progress.began = time.monotonic() - 10.0  # as if all so far had taken ten seconds
+        progress.began = time.monotonic() - 10.0  # pretend that the study has run for ten seconds
         on_trial_end(progress, running, outcome)
         trials = [trial for kind in progress.trials.values() for trial in kind]
-        made = sum(trial.flops for trial in progress.ended_trials)
+        completed = sum(trial.flops for trial in progress.ended_trials)
         left = sum(trial.flops for trial in trials if trial not in progress.ended_trials)
-        seen.append((progress.seconds_left(), left, made))
+        seen.append((progress.seconds_left(), left, completed))
 
     monkeypatch.setattr(StudyProgress, 'on_trial_end', timed)
     text = "max_iters = 2; eval_iters = 1; sweep = {'n_layer': [1, 3], 'seed': [1]}"
     assert main(study_file(f"{text}; tune = {{'learning_rate': [1e-3, 1e-2]}}")) == 0
     assert len(seen) == 6 and seen[-1][0] == 0.0
-    for seconds, left, made in seen:
-        assert seconds == pytest.approx(10.0 * left / made, rel=0.05)
+    for seconds, left, completed in seen:
+        assert seconds == pytest.approx(10.0 * left / completed, rel=0.05)
 
 
-# --- What becomes of runs ------------------------------------------------------------------------
+# --- Outcomes of runs ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -325,15 +325,15 @@ def test_interrupted_killed_and_failed_runs_differ(study_file, scripted, capsys)
     assert main(study_file(FIVE), '--jobs=5') == 1
     text = capsys.readouterr().out
     assert '\x1b' not in text
-    for seed, what, advice in (
+    for seed, kind, advice in (
         (1, 'interrupted', '(SIGTERM): run the same command to continue it'),
         (2, 'killed', 'run the same command to continue it'),
         (3, 'interrupted', '(SIGTERM): run the same command to continue it'),
         (4, 'failed', 'run the same command to retry it'),
     ):
         (line,) = re.findall(rf'^\w+: bias=True/seed={seed}\b.*$', text, flags=re.M)
-        assert line.startswith(what) and line.endswith(advice)
-        assert re.search(rf'^\[\d/5\] bias=True/seed={seed}: {what}', text, flags=re.M)
+        assert line.startswith(kind) and line.endswith(advice)
+        assert re.search(rf'^\[\d/5\] bias=True/seed={seed}: {kind}', text, flags=re.M)
     assert '(SIGKILL' in text and 'no room for' in text
     assert 'seed=5: ' in text and not re.search(r'^\w+: bias=True/seed=5', text, flags=re.M)
 
@@ -380,7 +380,7 @@ def test_final_comparison_can_be_interrupted(study_file, scripted, monkeypatch):
     [
         (['nonfinite', 'nonfinite', 'failed'], 'stop', 'diverged'),
         (['note', 'rollback', 'nonfinite', 'broken_checkpoint', 'failed'], 'rollback', 'diverged'),
-        (['nonfinite', 'rollback', 'failed'], 'rollback', None),  # of another cause, later
+        (['nonfinite', 'rollback', 'failed'], 'rollback', None),  # a later, other failure
         (['nonfinite', 'failed'], 'skip', None),
         (['failed'], 'stop', None),
         (['nonfinite', 'failed', 'resume', 'failed'], 'stop', None),
@@ -423,13 +423,13 @@ def test_diverged_trial_is_a_result(study_file, trained_here, tmp_path, capsys):
     text = capsys.readouterr().out
     assert 'diverged: learning_rate=1e+30/seed=1' in text
     assert re.search(r'learning_rate=0.001/seed=1: validation loss \d', text)
-    # It is not trained again.
+    # A second call does not train it again.
     assert main(path) == 0
     assert '2 of 2 runs are already complete' in capsys.readouterr().out
     assert len(list((tmp_path / 'out').rglob('run_*'))) == 2
 
 
-# --- What lies in the folder ---------------------------------------------------------------------
+# --- Contents of the folder ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -470,12 +470,12 @@ def test_summary_without_figures_is_user_error(study_file, trained_here, tmp_pat
 
 def test_file_in_place_of_folder_is_user_error(study_file, trained_here, tmp_path):
     path, out = study_file(SMALL), tmp_path / 'out'
-    out.write_text('in the way')
+    out.write_text('a file')
     with pytest.raises(UserError, match=r'cannot be written .* --out_dir=FOLDER'):
         main(path)
     out.unlink()
     (out / 'runs').mkdir(parents=True)
-    (out / 'runs/ffn_type=standard').write_text('in the way')
+    (out / 'runs/ffn_type=standard').write_text('a file')
     with pytest.raises(UserError, match='a run cannot be started there'):
         main(path)
     (out / 'runs/ffn_type=standard').unlink()
@@ -495,7 +495,7 @@ def test_broken_plan_is_replaced(study_file, trained_here, tmp_path, text):
 
 
 def test_plan_of_older_version_is_read(study_file, trained_here, tmp_path):
-    """Without a baseline and without what tuning chose."""
+    """The older plan has no baseline and no tuned values."""
     out = tmp_path / 'out'
     assert main(study_file(TUNED)) == 0
     plan = read_plan(out)
@@ -519,7 +519,7 @@ def test_second_study_in_folder_is_refused(study_file, trained_here, tmp_path):
         pytest.raises(UserError, match=rf'{out}: another study \(pid {os.getpid()}\)'),
     ):
         main(study_file(SMALL))
-    assert main(study_file(SMALL)) == 0  # the lock has ended with its study
+    assert main(study_file(SMALL)) == 0  # the lock was released with its study
 
 
 def test_plan_only_while_study_runs(study_file, tmp_path, capsys):
@@ -550,7 +550,7 @@ def test_lock_ends_with_its_process(tmp_path):
 
 
 def test_runs_of_killed_study_are_awaited(tmp_path, monkeypatch, capsys):
-    """They have the lock too, and save before they end."""
+    """The runs hold the lock too, and save a checkpoint before they end."""
     with study_lock(tmp_path) as lock:
         run = subprocess.Popen(['sleep', '60'], pass_fds=lock)
     ended = subprocess.Popen(['true'])
@@ -577,7 +577,7 @@ def test_killed_study_matches_undisturbed_one(tmp_path, capsys):
     assert code == 0, capsys.readouterr().out
 
 
-# --- Beside it -----------------------------------------------------------------------------------
+# --- Study files in train.py and config/studies --------------------------------------------------
 
 
 def test_train_uses_base_of_study(study_file, run_script):

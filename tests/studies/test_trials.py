@@ -1,4 +1,4 @@
-"""studies/: which trials are run, how variants are made equal, and what survives."""
+"""studies/: the trials of a study, matched sizes and budgets, labels and folders."""
 
 import re
 
@@ -37,7 +37,7 @@ def read(study_file, tiny_dataset):
     return resolve
 
 
-# --- What is asked -------------------------------------------------------------------------------
+# --- Points and seeds ----------------------------------------------------------------------------
 
 
 def test_trials_run_seed_by_seed_with_paired_data(read):
@@ -66,7 +66,7 @@ def test_ablations_are_single_changes(read):
         "ablate = {'ffn_type': ['standard', 'swiglu'], 'normalization': ['rmsnorm']}\n"
         "arch_preset = 'legacy'"
     )
-    # The standard FFN is the base itself, and is trained once.
+    # The standard FFN is the base, which is trained once.
     assert [v.overrides for v in variants] == [
         {},
         {'ffn_type': 'swiglu'},
@@ -242,7 +242,7 @@ def test_labels_and_folders_are_unique_and_short():
     assert len({name.casefold() for name in names}) == len(trials)
     assert max(len(name.encode()) for name in names) <= 255
     assert not any('/' in name or name in ('.', '..') for name in names)
-    # Each has its own, whatever the order, and whatever else is there.
+    # The name of a folder does not depend on the order or on other folders.
     assert dict(zip(labels, names))['sample_prompt=a_b'] == 'sample_prompt=a_b'
     assert grid.folder_names([*labels, 'new=1'])[:-1] == names
 
@@ -280,8 +280,8 @@ def test_trial_folders_are_unique(read):
 )
 def test_argument_round_trips_value(key, value):
     text = grid.argument(key, value, flatten(schema()))
-    asked = read_command_line([text], schema)
-    assert not asked.problems and asked.layers[-1].values == {key: value}
+    command_line = read_command_line([text], schema)
+    assert not command_line.problems and command_line.layers[-1].values == {key: value}
 
 
 @pytest.mark.parametrize(
@@ -297,7 +297,7 @@ def test_argument_round_trips_value(key, value):
             "arch_preset = 'legacy'",
             'n_layer=3',
         ),
-        (  # what the ablations leave alone need not be said
+        (  # options that the ablations do not change can be omitted
             "sweep = {'n_head': [1, 2]}; ablate = {'n_layer': [3]}; baseline = {'n_head': 2}",
             'n_head=2',
         ),
@@ -330,7 +330,7 @@ def test_ambiguous_baseline_is_refused(read, text, message):
     assert message in str(error.value)
 
 
-# --- Fair sizes and budgets ----------------------------------------------------------------------
+# --- Matched sizes and budgets -------------------------------------------------------------------
 
 
 def test_nearest_integer():
@@ -437,7 +437,7 @@ def test_tuning_uses_separate_seed(read):
         "'seed': [0, 1, 2]}",
         "'data_seed': [5, 0]}",
         "'seed': [1], 'data_seed': [0]}",
-        '}; seed = 0',  # no seed is swept: the runs have the base's
+        '}; seed = 0',  # without a sweep of seeds the runs use that of the base
         '}; data_seed = 0',
         "'seed': [3, 4]}; tune_seed = 4",
     ],
