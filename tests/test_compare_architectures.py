@@ -50,7 +50,7 @@ def compared(tmp_path, monkeypatch, capsys):
     return run
 
 
-# --- figures -------------------------------------------------------------------------------------
+# --- Figures -------------------------------------------------------------------------------------
 
 
 def test_ranking_shows_record_figures(compared):
@@ -123,7 +123,7 @@ def test_untrained_loss_is_not_ranked(compared):
     assert 'Not ranked, without a validation loss after training: #2-3' in text
 
 
-# --- names ---------------------------------------------------------------------------------------
+# --- Names ---------------------------------------------------------------------------------------
 
 
 def test_equal_names_show_differing_choices(compared):
@@ -138,7 +138,7 @@ def test_equal_architectures_are_labeled_by_run(compared):
     assert names == {f'{GPT2} run_20260101_120001', f'{GPT2} run_20260101_120002', LLAMA}
 
 
-# --- which runs ----------------------------------------------------------------------------------
+# --- Selected runs -------------------------------------------------------------------------------
 
 
 def test_latest_uses_start_time_across_time_zones(compared):
@@ -202,7 +202,7 @@ def test_reading_order_does_not_matter(tmp_path):
     assert len(texts) == 1
 
 
-# --- the baseline --------------------------------------------------------------------------------
+# --- The baseline --------------------------------------------------------------------------------
 
 
 def baseline(runs, name=None):
@@ -273,7 +273,7 @@ def test_baseline_without_loss_gives_no_differences(runs):
     assert 'The baseline has no validation loss' in text
 
 
-# --- options that differ -------------------------------------------------------------------------
+# --- Options that differ -------------------------------------------------------------------------
 
 
 def test_options_that_differ_and_only_those(compared):
@@ -317,7 +317,7 @@ def test_long_lists_are_cut_with_count(compared):
     assert shown.count('(#') == 8 and shown.endswith('and 4 more')
 
 
-# --- warnings ------------------------------------------------------------------------------------
+# --- Warnings ------------------------------------------------------------------------------------
 
 CONFIG, DATA, HARDWARE = ('config',), ('startup_info', 'data'), ('startup_info', 'hardware')
 CHANGES = [
@@ -439,7 +439,7 @@ def test_killed_run_is_read_from_journal(compared, tmp_path):
     assert (cost['MFU'], cost['tokens/s'], cost['peak GB']) == ('30.00%', '4,096', '2.50')
 
 
-# --- seeds ---------------------------------------------------------------------------------------
+# --- Seeds ---------------------------------------------------------------------------------------
 
 
 def test_single_seed_has_no_error_bar(compared):
@@ -675,7 +675,7 @@ def test_all_formats_agree(study, capsys):
         assert f'| {group["rank"]} | {group["val_loss"]:.4f} |' in text
 
 
-# --- the command ---------------------------------------------------------------------------------
+# --- The command ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -75,7 +75,7 @@ DEEPSEEK = {
 }
 
 # Configs of transformers; missing fields have the defaults of transformers.
-THEIRS = {
+CONFIGS = {
     'gpt2': GPT2,
     'gpt2-untied': {
         **GPT2,
@@ -239,9 +239,9 @@ def parity(fields: dict, folder: Path) -> dict[str, float]:
     }
 
 
-@pytest.mark.parametrize('name', THEIRS)
+@pytest.mark.parametrize('name', CONFIGS)
 def test_parity_with_transformers(name, tmp_path):
-    differences = parity(THEIRS[name], tmp_path)
+    differences = parity(CONFIGS[name], tmp_path)
     assert max(differences.values()) < 1e-5, differences
 
 
@@ -259,7 +259,7 @@ def imported(source: interop.PretrainedCheckpoint):
 def llama(tmp_path_factory):
     """A Llama of transformers and the folder that it was saved in."""
     folder = tmp_path_factory.mktemp('llama')
-    model = randomized_model(THEIRS['llama-grouped-tied'])
+    model = randomized_model(CONFIGS['llama-grouped-tied'])
     reference.saved(model, folder)
     return model, folder
 
@@ -394,7 +394,7 @@ def test_missing_fields_have_transformers_defaults(family):
     assert problems == []
 
 
-OF_PRESET = {
+FAMILY_OF_PRESET = {
     'llama': 'llama',
     'llama3': 'llama',
     'mistral': 'mistral',
@@ -407,13 +407,13 @@ OF_PRESET = {
 }
 
 
-@pytest.mark.parametrize('preset', OF_PRESET)
+@pytest.mark.parametrize('preset', FAMILY_OF_PRESET)
 def test_presets_export_as_the_family_of_their_name(preset):
     for values in ({}, {'n_layer': 3, 'n_head': 6, 'n_embd': 48}):
         config = ModelArchitectureConfig(arch_preset=preset, vocab_size=40, **values)
         family, fields, converted = interop.convert_config(config)
         assert converted is config
-        assert family.name == OF_PRESET[preset]
+        assert family.name == FAMILY_OF_PRESET[preset]
         theirs = reference.from_fields(fields, device='meta')
         ours = build_model(config)
         assert sum(p.numel() for p in ours.parameters()) == theirs.num_parameters()
@@ -447,7 +447,7 @@ def test_missing_biases_are_exported_as_zeros(name, tmp_path):
 
 
 def test_vocabulary_and_positions_are_resized(tmp_path):
-    theirs = randomized_model(THEIRS['gpt2'])
+    theirs = randomized_model(CONFIGS['gpt2'])
     source = reference.saved(theirs, tmp_path)
     tokens = random_tokens(source.config, batch=2)[:, :8]
     expected = theirs(tokens).logits
@@ -516,7 +516,7 @@ def test_nanogpt_checkpoint_loads(nanogpt_checkpoint, bias):
 
 def test_training_from_pretrained_weights_and_resume(tiny_dataset, tmp_path):
     folder, sizes = tmp_path / 'theirs', {'vocab_size': 256, 'max_position_embeddings': 64}
-    theirs = randomized_model({**THEIRS['llama-grouped-tied'], **sizes})
+    theirs = randomized_model({**CONFIGS['llama-grouped-tied'], **sizes})
     reference.saved(theirs, folder)
     # The options of TINY_RUN agree with the model or have no effect, but for n_head.
     options = {'n_head': 4, 'arch_preset': 'gpt2', 'dropout': 0.1, 'block_size': 16}
@@ -549,13 +549,13 @@ def test_training_from_pretrained_weights_and_resume(tiny_dataset, tmp_path):
 def short_llama(tmp_path):
     """A Llama of transformers with 16 positions and 256 tokens, and its folder."""
     folder = tmp_path / 'short'
-    theirs = randomized_model({**THEIRS['llama-grouped-tied'], 'vocab_size': 256})
+    theirs = randomized_model({**CONFIGS['llama-grouped-tied'], 'vocab_size': 256})
     reference.saved(theirs, folder)
     return theirs, folder
 
 
 @pytest.mark.parametrize(
-    ('scaling', 'options', 'theirs'),
+    ('scaling', 'options', 'rope_fields'),
     [
         ('linear', {}, {}),
         ('yarn', {}, {'original_max_position_embeddings': 16}),
@@ -572,7 +572,7 @@ def short_llama(tmp_path):
     ],
 )
 def test_rope_extension_to_a_longer_context(
-    short_llama, tiny_dataset, tmp_path, scaling, options, theirs
+    short_llama, tiny_dataset, tmp_path, scaling, options, rope_fields
 ):
     """Before the first update the loss is that of transformers' model with the same scaling."""
     model, folder = short_llama
@@ -587,8 +587,8 @@ def test_rope_extension_to_a_longer_context(
     )
     expected = randomized_model(
         {
-            **THEIRS['llama-grouped-tied'],
-            **rotary(rope_type=scaling, **{'factor': 3.0, **theirs}),
+            **CONFIGS['llama-grouped-tied'],
+            **rotary(rope_type=scaling, **{'factor': 3.0, **rope_fields}),
             'vocab_size': 256,
             'max_position_embeddings': 48,
         }
