@@ -144,6 +144,6 @@ def single_seeds_section(comparison: Comparison) -> Section | None:
     return Section(
         wrapped(
             f'{why}: the ranking has no error bar, and differences may be due to chance. Train '
-            'again with --seed=2 and --seed=3 for a test of significance.'
+            'again with --seed=2 --data_seed=2, and with 3, for a test of significance.'
         )
     )

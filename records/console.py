@@ -244,8 +244,7 @@ def closing_block(record: Record, best: EvaluationEntry | None, record_path: Pat
     source = record['startup_info']['hardware'].get('peak_source')
     fields = {
         'Best val loss': best_text,
-        'Final val loss': or_na(summary['final_val_loss'], '.4f'),
-        'Final train loss': or_na(summary['final_train_loss'], '.4f'),
+        **_final_losses(record),
         'Average MFU': 'n/a' if mfu is None else f'{mfu:.2f}%{_above_peak_note(mfu, source)}',
         'Average iteration': milliseconds(summary['avg_time_ms']),
         'Time': clock(summary['wall_seconds']),
@@ -270,6 +269,18 @@ def closing_block(record: Record, best: EvaluationEntry | None, record_path: Pat
             THICK,
         ]
     )
+
+
+def _final_losses(record: Record) -> dict[str, str]:
+    """The last losses measured; the iteration of the evaluation where it is an earlier one."""
+    summary, evaluations = record['summary'], record['eval_steps']
+    val_loss = or_na(summary['final_val_loss'], '.4f')
+    if evaluations and evaluations[-1]['iter'] != summary['final_iter']:
+        val_loss += f' (iter {evaluations[-1]["iter"]:,})'
+    return {
+        'Final val loss': val_loss,
+        'Final train loss': or_na(summary['final_train_loss'], '.4f'),
+    }
 
 
 def _tokens_text(summary: Summary, data: DataInfo) -> str:

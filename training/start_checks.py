@@ -254,8 +254,10 @@ class _ProbePasses:
         attention = ATTENTION_REGISTRY[config.attention_type]
         return [
             f'position_encoding={config.position_encoding!r} does not affect the output: it is '
-            f'the same with all positions 0. {label(ATTENTION_REGISTRY, attention)} may not '
-            f"use it; if that is intended, set position_encoding='none'."
+            f'the same with all positions 0. If {label(ATTENTION_REGISTRY, attention)} has a '
+            'forward of its own, pass queries and keys through '
+            'self.rotate(x, attn_inputs.rotation), and hand the mask to the backend; if no '
+            "position is to be used, set position_encoding='none'."
         ]
 
 
