@@ -273,7 +273,7 @@ def closing_block(record: Record, best: EvaluationEntry | None, record_path: Pat
 
 def _final_losses(record: Record) -> dict[str, str]:
     """The last losses measured; the iteration of the evaluation where it is an earlier one."""
-    summary, evaluations = record['summary'], record['eval_steps']
+    summary, evaluations = record['summary'], record.get('eval_steps')
     val_loss = or_na(summary['final_val_loss'], '.4f')
     if evaluations and evaluations[-1]['iter'] != summary['final_iter']:
         val_loss += f' (iter {evaluations[-1]["iter"]:,})'

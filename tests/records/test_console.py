@@ -350,3 +350,10 @@ def test_ascii_stream_gets_escapes():
 def test_unknown_log_style_raises_user_error():
     with pytest.raises(UserError, match=r"log_style='lines' .*Did you mean line\?"):
         make_console(style='lines')
+
+
+def test_final_val_loss_names_its_iteration_where_training_went_on():
+    summary = {'final_val_loss': 4.5, 'final_train_loss': 4.0, 'final_iter': 200}
+    for iter, text in ((0, '4.5000 (iter 0)'), (200, '4.5000')):
+        record = {'summary': summary, 'eval_steps': [{'iter': iter}]}
+        assert console._final_losses(record)['Final val loss'] == text
