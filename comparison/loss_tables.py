@@ -140,6 +140,9 @@ def _counts_text(difference: Difference) -> str:
     return f'{group} each' if group == baseline else f'{group} and {baseline}'
 
 
+FEW_SEEDS = 3  # fewer are pointed out
+
+
 def _verdict_notes(comparison: Comparison) -> list[str]:
     tests = [v.test.difference for v in comparison.verdicts if v.test is not None]
     if not tests:
@@ -148,7 +151,8 @@ def _verdict_notes(comparison: Comparison) -> list[str]:
     others = ''
     if len(comparison.groups) > 2:
         others = (
-            f'; the noise of the other architectures adds up to {PRIOR_FREEDOM} degrees of freedom'
+            f'; the noise of the other architectures adds at most {PRIOR_FREEDOM} degrees of '
+            'freedom'
         )
     several = f'corrected for {len(tests)} comparisons (Holm)'
     correction = f' p is {several}; each interval has the confidence level of its test.' * (
@@ -159,6 +163,10 @@ def _verdict_notes(comparison: Comparison) -> list[str]:
         'difference within one pair of runs. detectable: the smallest true difference that such a '
         'test finds with 80% probability, if the noise is as estimated.'
     ]
+    if min(min(t.counts) for t in tests) < FEW_SEEDS:
+        notes.append(
+            'Two seeds are a poor estimate of the noise: add seeds before you rely on a difference.'
+        )
     if comparison.margin is not None:
         notes.append(
             f'p equal: p-value of the hypothesis that the true difference is at least '

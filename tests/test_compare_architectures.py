@@ -739,3 +739,10 @@ def test_lines_fit_100_columns(compared):
         make_record(3, architecture=LLAMA, loss=5.99, out_dir='out-team', arch_preset='team'),
     )
     assert max(map(len, text.splitlines())) <= 100
+
+
+@pytest.mark.parametrize(('seeds', 'cautioned'), [(2, True), (3, False)])
+def test_two_seeds_are_called_a_poor_estimate(compared, seeds, cautioned):
+    losses = {'standard': [5.0, 5.1, 5.2], 'swiglu': [4.9, 5.0, 5.15]}
+    text = compared(*replicated({ffn: values[:seeds] for ffn, values in losses.items()}))
+    assert ('Two seeds are a poor estimate of the noise' in text) is cautioned
