@@ -87,7 +87,7 @@ def test_advice_halves_micro_batch():
     assert 'batch_size=12, gradient_accumulation_steps=40, block_size=128' in text
     typed = {key: int(value) for key, value in re.findall(r'--(\w+)=(\d+)', text)}
     assert typed == {'batch_size': 6, 'gradient_accumulation_steps': 80}
-    tokens = int(re.search(r'keeps the (\S+) tokens', text)[1].replace(',', ''))
+    tokens = int(re.search(r'keeps (\S+) tokens', text)[1].replace(',', ''))
     assert tokens == 12 * 40 * 128 == 6 * 80 * 128
     assert '--activation_checkpointing=full' in text
 
