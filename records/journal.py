@@ -109,5 +109,5 @@ def _write_error(path: Path, error: OSError) -> UserError:
         reason = f'{reason}: {error.filename}'
     return UserError(
         f'{path}: cannot be written ({reason}). The record up to this point is intact. '
-        'Make room on the disk or repair the folder, then continue the run with --init_from=resume.'
+        'Free space or repair the folder, then continue the run with --init_from=resume.'
     )

@@ -86,7 +86,7 @@ def iterations(run):
 def assert_disk_error(done, *words):
     assert done.returncode == 2, done.stderr
     assert 'Traceback' not in done.stderr
-    for word in (*words, 'intact', 'Make room', '--init_from=resume'):
+    for word in (*words, 'intact', 'Free space', '--init_from=resume'):
         assert word in done.stderr, done.stderr
 
 
