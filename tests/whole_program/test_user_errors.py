@@ -281,14 +281,14 @@ MISTAKES = {
     'train.py --init_from=resume --resume_run=run_1': ["'run_1'", 'out/run_1', 'Runs in out: run_'],
     'train.py --init_from=resume --resume_run=empty': ['empty has no checkpoint', '--resume_run'],
     'train.py --resume_run=run_1': ["resume_run='run_1'", 'scratch', '--init_from=resume'],
-    'train.py --init_from=resume --n_layer=3': ['n_layer=2 (now 3)', 'Leave', 'scratch'],
+    'train.py --init_from=resume --n_layer=3': ['n_layer=2 (now 3)', 'Remove', 'scratch'],
     **{
         f'train.py --init_from={init_from} --out_dir={name}': [f'{name}/run_', *words]
         for name, words in {
             'truncated': ['state.pt is damaged', '1,000 bytes', 'scratch'],
             'corrupt': ['state.pt is damaged', 'SHA-256', 'scratch'],
             'malicious': ['state.pt', 'No code in it was run', 'scratch'],
-            'foreign': ['does not fit this model', "has no 'model'"],
+            'foreign': ['does not fit this model', "lacks 'model'"],
             'no_index': ['index.json cannot be read', 'No such file', 'scratch'],
         }.items()
         for init_from in ('resume', 'auto')
