@@ -398,7 +398,11 @@ def test_user_matplotlib_settings_have_no_effect(tmp_path):
         ('--plot', 'plot.jpeg', r'ends in \.png or \.svg or \.pdf, for example --plot=.*plot\.png'),
         ('--report', 'page.png', r'ends in \.html or \.htm, for example --report=.*page\.html'),
         ('--plot', 'plot', 'ends in'),
-        ('--plot', 'no/plot.png', r'the folder .*no does not exist\. Create it first: mkdir -p .*no'),
+        (
+            '--plot',
+            'no/plot.png',
+            r'the folder .*no does not exist\. Create it first: mkdir -p .*no',
+        ),
         ('--report', 'study.json/r.html', 'study.json is a file, not a folder'),
         ('--report', '.', 'is a folder: give the name of a file'),
     ],
