@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from common import old_imports
 from common.errors import UserError, closest_match, did_you_mean
-from common.help_layout import entry, first_sentence
+from common.help_layout import entry, first_paragraph
 from common.paths import expanded_path
 from common.registry import Option, Registry, conditions_text, owners
 from common.text_files import decode
@@ -459,7 +459,7 @@ def format_components(schema: Schema) -> str:
             component = registry[name]
             tag = '' if component.tag == name else f'[{component.tag}]' if component.tag else ''
             source = registry.source(name)
-            details = [first_sentence(component), source and f'Source: {source}.']
+            details = [first_paragraph(component), source and f'Source: {source}.']
             if component.options:
                 details.append(f'Options: {", ".join(component.options)}.')
             lines += entry(f'{name:<17} {tag}'.rstrip(), ' '.join(filter(None, details)), 37)

@@ -1,7 +1,8 @@
 """Numbers, lists and tables as text for people."""
 
+import re
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -117,6 +118,22 @@ def table(rows: Sequence[Sequence[str]], align: str) -> str:
         '  '.join(f'{cell:{side}{width}}' for cell, side, width in zip(row, align, widths)).rstrip()
         for row in rows
     )
+
+
+def markdown_table(
+    header: Sequence[str], rows: Iterable[Sequence[str]], rules: Sequence[str] = ()
+) -> list[str]:
+    """The lines of a table in Markdown, whose cells are escaped already.
+
+    rules: of the columns, such as `---:` for right-aligned text; `---` by default.
+    """
+    lines = [header, rules or ['---'] * len(header), *rows]
+    return [f'| {" | ".join(cells)} |' for cells in lines]
+
+
+def markdown_anchor(title: str) -> str:
+    """The name that GitHub gives a heading."""
+    return re.sub(r'[^\w\- ]', '', title.lower()).replace(' ', '-')
 
 
 def wrapped(text: str, indent: str = '') -> str:

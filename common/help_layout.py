@@ -59,7 +59,7 @@ def entry(name: str, text: str, column: int = HELP_COLUMN) -> list[str]:
     return [f'{head:<{column}}{lines[0].lstrip()}', *lines[1:]]
 
 
-def first_sentence(component: type) -> str:
+def first_paragraph(component: type) -> str:
     """The first paragraph of a docstring, on one line."""
     return ' '.join((inspect.getdoc(component) or '').partition('\n\n')[0].split())
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from common.errors import UserError, did_you_mean
 from common.formatting import join_names
-from common.help_layout import entry, first_sentence, paragraph, reflowed
+from common.help_layout import entry, first_paragraph, paragraph, reflowed
 from common.registry import Option, Registry, conditions_text, owners
 
 ALL = 'all'
@@ -135,7 +135,7 @@ class CommandHelp:
             for name in option.choices:
                 component = option.choices[name]
                 own = f' Options: {", ".join(component.options)}.' if component.options else ''
-                yield from entry(name, f'{first_sentence(component)}{own}', 22)
+                yield from entry(name, f'{first_paragraph(component)}{own}', 22)
 
 
 def option_details(key: str, option: Option) -> Iterator[str]:
@@ -187,7 +187,7 @@ def registered_by_file(options: dict[str, Option]) -> Iterator[list[str]]:
                 else:
                     shared |= component.options.keys()
     for component, choices in from_file.items():
-        yield entry(', '.join(choices), first_sentence(component))
+        yield entry(', '.join(choices), first_paragraph(component))
         for key in component.options:
             if key not in shared:
                 yield option_entry(key, options[key])

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from common.console_output import bold, visible, yellow
-from common.formatting import LISTED, WIDTH, first_lines, table, wrapped
+from common.formatting import LISTED, WIDTH, first_lines, markdown_table, table, wrapped
 from comparison.analysis import (
     BETTER,
     EQUIVALENT,
@@ -91,10 +91,10 @@ def render_markdown(comparison: Comparison) -> str:
             parts.append(f'{fence}\n' + '\n'.join(lines) + f'\n{fence}')
         if section.rows:
             rules = ['---:' if side == '>' else ':---' for side in section.align]
-            rows = [
+            header, *rows = (
                 [escape_markdown(cell) for cell in row] for row in (section.header, *section.rows)
-            ]
-            parts.append('\n'.join(f'| {" | ".join(r)} |' for r in (rows[0], rules, *rows[1:])))
+            )
+            parts.append('\n'.join(markdown_table(header, rows, rules)))
         texts.append('\n\n'.join(parts))
     return '\n\n'.join(texts) + '\n'
 

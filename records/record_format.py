@@ -4,12 +4,12 @@ python -m records.record_format > docs/record-format.md
 """
 
 import json
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from common.console_output import write_text
+from common.formatting import markdown_anchor, markdown_table
 
 Schema = dict[str, Any]
 
@@ -98,13 +98,8 @@ def _resolved(schema: Schema, defs: dict[str, Schema]) -> Schema:
     return {**_resolved(defs[schema['$ref'].rpartition('/')[2]], defs), **schema}
 
 
-def _anchor(title: str) -> str:
-    """The name that GitHub gives a heading."""
-    return re.sub(r'[^\w -]', '', title).lower()
-
-
 def _table(path: str, block: Schema, defs: dict[str, Schema]) -> list[str]:
-    lines = ['| Key | Type | Unit | Meaning |', '| --- | --- | --- | --- |']
+    rows = []
     for key, value in block['properties'].items():
         schema = _resolved(value, defs)
         optional = '' if key in block['required'] else ', *optional*'
@@ -112,10 +107,10 @@ def _table(path: str, block: Schema, defs: dict[str, Schema]) -> list[str]:
         inner, suffix = _inner_object(value, defs)
         name = f'`{key}`'
         if inner is not None:
-            name = f'[{name}](#{_anchor(_joined(path, key) + suffix)})'
+            name = f'[{name}](#{markdown_anchor(_joined(path, key) + suffix)})'
         kind = _type_text(schema, defs) + optional
-        lines.append(f'| {name} | {kind} | {schema.get("unit", "")} | {meaning} |')
-    return lines
+        rows.append((name, kind, schema.get('unit', ''), meaning))
+    return markdown_table(('Key', 'Type', 'Unit', 'Meaning'), rows)
 
 
 NAMES = {

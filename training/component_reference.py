@@ -9,10 +9,10 @@ A test that compares a saved page with this one must run the command, not call `
 in the process of the tests, the registries may also hold components of other tests.
 """
 
-import inspect
-import re
 from collections.abc import Iterable, Iterator
 
+from common.formatting import markdown_anchor, markdown_table
+from common.help_layout import first_paragraph
 from common.registry import AnyBut, Option, Registry
 from configurator import flatten, format_components
 from model_builder import build_model, count_parameters
@@ -91,7 +91,7 @@ def _components(registry: Registry) -> Iterator[str]:
         (
             (
                 f'`{name}`',
-                _first_paragraph(registry[name]),
+                first_paragraph(registry[name]),
                 f'`{registry[name].tag}`' if registry[name].tag not in ('', name) else '',
                 registry.source(name),
             )
@@ -217,10 +217,7 @@ def _changes(config: ModelArchitectureConfig) -> str:
 
 def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> Iterator[str]:
     """The lines of a table, an empty one included."""
-    yield f'| {" | ".join(head)} |'
-    yield f'| {" | ".join("---" for _ in head)} |'
-    for row in rows:
-        yield f'| {" | ".join(_cell(text) for text in row)} |'
+    yield from markdown_table(head, ([_cell(text) for text in row] for row in rows))
     yield ''
 
 
@@ -234,9 +231,4 @@ def _code(value: object) -> str:
 
 def _link(title: str) -> str:
     """A link to the section of that title."""
-    anchor = re.sub(r'[^\w\- ]', '', title.lower()).replace(' ', '-')
-    return f'[{title}](#{anchor})'
-
-
-def _first_paragraph(component: type) -> str:
-    return (inspect.getdoc(component) or '').partition('\n\n')[0]
+    return f'[{title}](#{markdown_anchor(title)})'
