@@ -29,7 +29,7 @@ from data.dataset import is_prepared, load_dataset, prepare_if_missing
 from optim.schedules import learning_rate_at
 from optim.step import GradientSums
 from parallel import sharded_state
-from parallel.strategies import choose_strategy
+from parallel.choice import choose_strategy
 from planning.plan import plan_run
 from planning.report import plan_report
 from records.record_types import EvaluationEntry

@@ -1,30 +1,22 @@
 """Parallel training strategies: one interface, four implementations.
 
 `SingleProcess` is the reference, whose results all others reproduce: `DataParallel` (DDP), `ZeRO1`
-(DDP with a sharded optimizer state) and `FullySharded` (FSDP2). torchrun starts the processes; the
-options `use_zero1` and `use_fsdp` choose the strategy. Model code is written for one device, and
-`train.py` uses only this interface. All ranks must call each method that communicates.
+(DDP with a sharded optimizer state) and `FullySharded` (FSDP2, `parallel.fully_sharded`). torchrun
+starts the processes; `parallel.choice` reads the options `use_zero1` and `use_fsdp`. Model code is
+written for one device, and `train.py` uses only this interface. All ranks must call each method
+that communicates.
 """
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from common.environment import world_size
-from common.errors import UserError
-from common.tensors import local_tensor
-from components.weight_initialization import initial_values, initialize_buffers, name_seed
 from model_builder import (
     ParameterGroup,
     Transformer,
@@ -159,7 +151,7 @@ class DataParallel(MultiProcessGroup, SingleProcess):
     def bytes_sent(self, model: Transformer, micro_steps: int) -> float:
         size = getattr(torch, self.run.reduce_dtype).itemsize
         elements = sum(parameter.numel() for parameter in model.parameters())
-        return 2 * _ring_bytes(size * elements, self.world_size)
+        return 2 * ring_bytes(size * elements, self.world_size)
 
     @property
     def saves(self) -> tuple[bool, bool]:
@@ -231,7 +223,7 @@ class ZeRO1(DataParallel):
         dist.all_gather_single(self.flat, shard)
 
     def bytes_sent(self, model: Transformer, micro_steps: int) -> float:
-        gathered = _ring_bytes(self.flat.nbytes, self.world_size)
+        gathered = ring_bytes(self.flat.nbytes, self.world_size)
         return super().bytes_sent(model, micro_steps) + gathered
 
     def optimizer_shards(self, model: Transformer) -> dict[str, ParamShard]:
@@ -272,110 +264,15 @@ class _ShardedOptimizer(torch.optim.Optimizer):
         self.parallel.all_gather_params()
 
 
-class FullySharded(DataParallel):
-    """Parameters, gradients and optimizer state sharded, gathered block by block (FSDP2).
-
-    With `fsdp_shard_size`, they are sharded over groups of that many ranks and replicated across
-    groups (HSDP).
-    """
-
-    name = 'fsdp'
-
-    def __init__(self, run: TrainingConfig, device: torch.device):
-        super().__init__(run, device)
-        size = run.fsdp_shard_size or self.world_size
-        shape = (size,) if size == self.world_size else (self.world_size // size, size)
-        names = ('replicate', 'shard')[-len(shape) :]
-        self.mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
-        self.shard_group = self.matrix_group = self.mesh.get_group('shard')
-
-    def build(
-        self, config: ModelArchitectureConfig, recomputed: list[int], compiled: bool
-    ) -> tuple[Transformer, nn.Module]:
-        model = build_model(config)  # on the meta device: no rank has the whole model
-        prepare_blocks(model, recomputed, compiled)
-        reduce_dtype = getattr(torch, self.run.reduce_dtype)
-        shard_module = partial(
-            fully_shard,
-            mesh=self.mesh,
-            reshard_after_forward=self.run.fsdp_reshard_after_forward,
-            # Parameters are gathered in fp32 and cast by autocast, as in the other strategies.
-            mp_policy=MixedPrecisionPolicy(reduce_dtype=reduce_dtype),
-        )
-        for block in model.blocks:
-            shard_module(block)
-        shard_module(model)  # embedding and head, which may be tied, are in the root's group
-        for module in _fsdp_modules(model):  # gradients are summed, as with DDP
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)
-        model.to_empty(device=self.device)
-        model.tie_weights()
-        self.initialize(model)
-        return model, model
-
-    @torch.no_grad()
-    def initialize(self, model: Transformer) -> None:
-        """Initialize one parameter at a time, each from its own generator, as in one process."""
-        initialize_buffers(model)
-        values = initial_values(model)
-        for name, parameter in model.named_parameters():
-            whole = torch.empty(parameter.shape)
-            values[name](whole, torch.Generator().manual_seed(name_seed(self.run.seed, name)))
-            shard, begin = local_tensor(parameter).view(-1), shard_offset(parameter)
-            shard.copy_(whole.view(-1)[begin : begin + len(shard)])
-
-    @contextmanager
-    def micro_step(self, model: Any, last: bool) -> Iterator[None]:
-        model.set_requires_gradient_sync(last)
-        model.set_is_last_backward(last)
-        yield
-
-    def norm(self, gradients: list[torch.Tensor]) -> torch.Tensor:
-        return self.sum_over_shards(super().norm(gradients).square()).sqrt()
-
-    def sum_over_shards(self, part: torch.Tensor) -> torch.Tensor:
-        dist.all_reduce(part, group=self.shard_group)
-        return part
-
-    def bytes_sent(self, model: Transformer, micro_steps: int) -> float:
-        ranks = self.mesh.size(self.mesh.ndim - 1)
-        # FSDP pads the rows of each rank to the largest number of rows.
-        elements = sum(
-            ranks * rows_per_rank(p) * (p.numel() // p.shape[0]) for p in model.parameters()
-        )
-        gathers = micro_steps * (2 if self.run.fsdp_reshard_after_forward else 1)
-        gradients = getattr(torch, self.run.reduce_dtype).itemsize * elements
-        return (
-            gathers * _ring_bytes(4 * elements, ranks)
-            + _ring_bytes(gradients, ranks)
-            + 2 * _ring_bytes(gradients / ranks, self.world_size // ranks)  # between the replicas
-        )
-
-    def weight_shards(self, model: Transformer) -> dict[str, ParamShard]:
-        # Without fsdp_reshard_after_forward, an evaluation leaves gathered parameters behind.
-        for module in _fsdp_modules(model):
-            module.reshard()
-        return super().weight_shards(model)
-
-    @property
-    def saves(self) -> tuple[bool, bool]:
-        first_replica = self.mesh.ndim == 1 or self.mesh.get_local_rank('replicate') == 0
-        return first_replica, first_replica
-
-
 def aligned_elements(elements: int) -> int:
     """The number of fp32 elements, rounded up to whole units of ALIGNMENT bytes."""
     unit = ALIGNMENT // 4
     return -(-elements // unit) * unit
 
 
-def _ring_bytes(whole: float, ranks: int) -> float:
+def ring_bytes(whole: float, ranks: int) -> float:
     """Bytes that each rank sends in a ring all-gather or reduce-scatter of `whole` bytes."""
     return (ranks - 1) / ranks * whole
-
-
-def _fsdp_modules(model: nn.Module) -> list[FSDPModule]:
-    return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
 RECOMPILE_LIMIT = 64
@@ -397,28 +294,13 @@ def prepare_blocks(model: Transformer, recomputed: list[int], compiled: bool) ->
 
 
 def local_weights(model: Transformer) -> dict[str, ParamShard]:
-    """This rank's shard of each parameter, by name; tied parameters once."""
+    """The shard of each parameter, which this rank has whole, by name; tied parameters once."""
     return {name: local_shard(parameter) for name, parameter in model.named_parameters()}
 
 
 def local_shard(parameter: nn.Parameter) -> ParamShard:
-    """This rank's shard of a parameter."""
-    return ParamShard(local_tensor(parameter).view(-1), shard_offset(parameter), parameter)
-
-
-def shard_offset(parameter: torch.Tensor) -> int:
-    """The first element of this rank's shard in the flattened parameter."""
-    if not isinstance(parameter, DTensor):
-        return 0
-    mesh = parameter.device_mesh
-    rank, rows = mesh.get_local_rank(mesh.ndim - 1), rows_per_rank(parameter)
-    return min(rank * rows, parameter.shape[0]) * (parameter.numel() // parameter.shape[0])
-
-
-def rows_per_rank(parameter: DTensor) -> int:
-    """Rows per shard in FSDP2, which splits the first dimension; the last may have fewer."""
-    mesh = parameter.device_mesh
-    return -(-parameter.shape[0] // mesh.size(mesh.ndim - 1))
+    """The shard of a parameter that this rank has whole."""
+    return ParamShard(parameter.detach().view(-1), 0, parameter)
 
 
 def recomputed_blocks(activation_checkpointing: str, n_layer: int) -> list[int]:
@@ -427,16 +309,3 @@ def recomputed_blocks(activation_checkpointing: str, n_layer: int) -> list[int]:
         return []
     every = 1 if activation_checkpointing == 'full' else int(activation_checkpointing)
     return list(range(every - 1, n_layer, every))
-
-
-def choose_strategy(run: TrainingConfig, device: torch.device) -> SingleProcess:
-    """The strategy that the options choose, for the processes started by torchrun."""
-    flag = 'use_fsdp' if run.use_fsdp else 'use_zero1' if run.use_zero1 else None
-    if flag and 'WORLD_SIZE' not in os.environ:
-        raise UserError(
-            f'{flag}=True needs processes started by torchrun. Run torchrun --standalone '
-            f'--nproc_per_node=2 train.py … --{flag}=True, or set --{flag}=False.'
-        )
-    if flag:
-        return FullySharded(run, device) if run.use_fsdp else ZeRO1(run, device)
-    return DataParallel(run, device) if world_size() > 1 else SingleProcess(run, device)

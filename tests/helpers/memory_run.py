@@ -21,6 +21,7 @@ from configurator import read_command_line
 from model_builder import parameter_groups
 from optim.step import GuardedOptimizer
 from parallel import strategies
+from parallel.fully_sharded import FullySharded
 from planning.plan import completed_settings
 from training_config import Settings, load_settings, schema
 
@@ -29,7 +30,7 @@ CPU = torch.device('cpu')
 
 def strategy(run) -> type[strategies.SingleProcess]:
     if run.use_fsdp:
-        return strategies.FullySharded
+        return FullySharded
     return strategies.ZeRO1 if run.use_zero1 else strategies.DataParallel
 
 
