@@ -16,10 +16,23 @@ class Shard(Protocol):
         """The tensor that the optimizer updates."""
 
 
+class PendingExchange(Protocol):
+    """An exchange under way."""
+
+    def wait(self) -> list[torch.Tensor]:
+        """The tensors received."""
+
+
 class MatrixExchange(Protocol):
     """Gathers whole matrices from shards, and scatters them; `indices` refer to all matrices."""
 
     bytes_sent: float
+
+    def start_gather(self, indices: range, shards: list[torch.Tensor]) -> PendingExchange:
+        """Begin `gather`."""
+
+    def start_scatter_back(self, indices: range, matrices: list[torch.Tensor]) -> PendingExchange:
+        """Begin `scatter_back`."""
 
     def gather(self, indices: range, shards: list[torch.Tensor]) -> list[torch.Tensor]:
         """This rank's shards of all matrices -> the whole matrices that it owns."""

@@ -9,9 +9,14 @@ A0 and B0 on rank 0, which owns matrix A, and A1 and B1 on rank 1, which owns ma
     gather        A0 A1       B0 B1     fp32, one all-to-all, not needed for whole matrices (DDP)
     optimizer     A'          B'        each matrix once, on its owner
     scatter_back  A'0 B'0     A'1 B'1   `dtype`, one all-to-all
+
+Both return at once, and the results are waited for, so that several exchanges can be under way
+while the device computes. Ranks must start them in the same order.
 """
 
+from collections.abc import Callable
 from itertools import chain
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -19,18 +24,32 @@ import torch.distributed as dist
 ShardRange = tuple[int, int]  # begin and end of elements in a flattened matrix
 
 
+class PendingExchange(NamedTuple):
+    """An exchange under way. `wait` gives its result; under NCCL the stream waits, not the host."""
+
+    wait: Callable[[], list[torch.Tensor]]
+
+
 class LocalMatrices:
     """A single process, with whole matrices."""
 
     bytes_sent: float = 0.0  # per iteration and rank, on average
 
-    def gather(self, indices: range, shards: list[torch.Tensor]) -> list[torch.Tensor]:
+    def start_gather(self, indices: range, shards: list[torch.Tensor]) -> PendingExchange:
         """This rank's shards of all matrices, 1-D -> the matrices that it owns, flattened."""
-        return shards
+        return PendingExchange(lambda: shards)
+
+    def start_scatter_back(self, indices: range, matrices: list[torch.Tensor]) -> PendingExchange:
+        """The updated matrices that this rank owns -> its shards of all matrices."""
+        return PendingExchange(lambda: matrices)
+
+    def gather(self, indices: range, shards: list[torch.Tensor]) -> list[torch.Tensor]:
+        """`start_gather`, waited for."""
+        return self.start_gather(indices, shards).wait()
 
     def scatter_back(self, indices: range, matrices: list[torch.Tensor]) -> list[torch.Tensor]:
-        """The updated matrices that this rank owns -> its shards of all matrices."""
-        return matrices
+        """`start_scatter_back`, waited for."""
+        return self.start_scatter_back(indices, matrices).wait()
 
 
 class MatrixExchange(LocalMatrices):
@@ -56,11 +75,11 @@ class MatrixExchange(LocalMatrices):
         all_bytes = sum(self._bytes_sent_for(index) for index in range(len(sizes)))
         self.bytes_sent = all_bytes / len(self.ranks)
 
-    def gather(self, indices, shards):
+    def start_gather(self, indices, shards):
         shard_of, owned = dict(zip(indices, shards)), self._owned(indices, self.rank)
         # With DDP, each owner has its matrices whole: nothing to communicate.
         if not any(self._lacks_part(self.owners[index], index) for index in indices):
-            return [shard_of[index] for index in owned]
+            return PendingExchange(lambda: [shard_of[index] for index in owned])
         # To each rank: this rank's shards of incomplete matrices that it owns.
         outgoing = [
             [shard_of[i] for i in self._owned(indices, rank) if self._lacks_part(rank, i)]
@@ -69,12 +88,16 @@ class MatrixExchange(LocalMatrices):
         # From each rank: its shards of incomplete matrices that this rank owns.
         incomplete = [index for index in owned if self._lacks_part(self.rank, index)]
         lengths = [[self._length(rank, index) for index in incomplete] for rank in self.ranks]
-        incoming = self._all_to_all(outgoing, lengths, torch.float32)
-        # The ranges are in the order of the ranks, so that concatenation gives the whole matrix.
-        gathered = dict(zip(incomplete, map(torch.cat, zip(*incoming))))
-        return [gathered[index] if index in gathered else shard_of[index] for index in owned]
+        received = self._start_all_to_all(outgoing, lengths, torch.float32)
 
-    def scatter_back(self, indices, matrices):
+        def whole_matrices() -> list[torch.Tensor]:
+            # The ranges are in the order of the ranks: concatenation gives the whole matrix.
+            gathered = dict(zip(incomplete, map(torch.cat, zip(*received()))))
+            return [gathered[index] if index in gathered else shard_of[index] for index in owned]
+
+        return PendingExchange(whole_matrices)
+
+    def start_scatter_back(self, indices, matrices):
         owned = self._owned(indices, self.rank)
         # This rank's shards of its own matrices stay here.
         shard_of = {i: w[slice(*self.shard_ranges[self.rank][i])] for i, w in zip(owned, matrices)}
@@ -88,22 +111,36 @@ class MatrixExchange(LocalMatrices):
         # From each other rank: this rank's shards of the matrices that it owns.
         theirs = [self._owned(indices, rank) if rank != self.rank else [] for rank in self.ranks]
         lengths = [[self._length(self.rank, index) for index in of_rank] for of_rank in theirs]
-        incoming = self._all_to_all(outgoing, lengths, self.dtype)
-        shard_of |= zip(chain(*theirs), chain(*incoming))
-        return [shard_of[index] for index in indices]
+        received = self._start_all_to_all(outgoing, lengths, self.dtype)
 
-    def _all_to_all(
+        def shards_of_all() -> list[torch.Tensor]:
+            shards = shard_of | dict(zip(chain(*theirs), chain(*received())))
+            return [shards[index] for index in indices]
+
+        return PendingExchange(shards_of_all)
+
+    def _start_all_to_all(
         self, outgoing: list[list[torch.Tensor]], lengths: list[list[int]], dtype: torch.dtype
-    ) -> list[list[torch.Tensor]]:
-        """Send each rank its tensors; returns the tensors, of given lengths, from each rank."""
+    ) -> Callable[[], list[list[torch.Tensor]]]:
+        """Send each rank its tensors.
+
+        Returns a function that waits for the tensors, of given lengths, from each rank.
+        """
         received_sizes = [sum(of_rank) for of_rank in lengths]
         sent_sizes = [sum(map(torch.numel, tensors)) for tensors in outgoing]
         empty = torch.empty(0, dtype=dtype, device=self.device)
         sent = torch.cat([empty, *chain(*outgoing)])  # `empty`, since torch.cat needs a tensor
         received = empty.new_empty(sum(received_sizes))
-        dist.all_to_all_single(received, sent, received_sizes, sent_sizes, group=self.group)
-        parts = received.split(received_sizes)
-        return [part.split(of_rank) for part, of_rank in zip(parts, lengths)]
+        work = dist.all_to_all_single(
+            received, sent, received_sizes, sent_sizes, group=self.group, async_op=True
+        )
+
+        def wait() -> list[list[torch.Tensor]]:
+            work.wait()
+            parts = received.split(received_sizes)
+            return [part.split(of_rank) for part, of_rank in zip(parts, lengths)]
+
+        return wait
 
     def _assign_owners(self) -> list[int]:
         """The owner of each matrix: the least loaded rank, if possible one that has it whole."""
