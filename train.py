@@ -180,7 +180,8 @@ def run_training(session: Session) -> int:
     """Train to the end, and close the record even if training fails. Returns the exit code."""
     with session.signals:  # also after the loop: torchrun stops the other ranks when one fails
         try:
-            with user_friendly_errors(session.settings, session.parallel, session.device):
+            errors = user_friendly_errors(session.settings, session.parallel, session.device)
+            with errors, session.profiler:
                 training_loop(session)
                 session.checkpoints.finish()
         except BaseException as error:
@@ -218,7 +219,8 @@ def training_loop(session: Session) -> None:
         # Train one iteration. A rollback may have lowered the iteration number.
         if session.progress.iter >= session.settings.run.max_iters:
             return
-        run_iteration(session, clock)
+        with session.profiler.iteration(session.progress.iter, clock):
+            run_iteration(session, clock)
 
 
 def evaluate_and_checkpoint(session: Session, evaluation_due: bool) -> None:

@@ -101,6 +101,8 @@ RUN_OPTIONS = {
                           'update and the loss by position'),
     'concurrent_runs': Option(int, 1, 'Number of runs that share this machine, set by study.py; '
                               'above 1, times are not compared', check=at_least(1)),
+    'profile': Option(int, 0, 'Number of iterations to profile, for a trace of operations and '
+                      'kernels and, on CUDA, of memory; 0: none', check=at_least(0, at_most=100)),
     'debug': Option(bool, False, 'Show the traceback of user errors too'),
 }
 OPTIMIZER_OPTIONS = {

@@ -19,16 +19,16 @@ BEST_CONDITIONS = ('eval_interval', 'evaluations')
 SPEED_CONDITIONS = (
     *('device', 'device_name', 'threads', 'strategy', 'world_size', 'compile', 'dtype'),
     *('block_size', 'batch_size', 'tokens_per_iter', 'model_vocab_size', 'concurrent_runs'),
-    'peak_tflops',
+    *('peak_tflops', 'profile'),
 )
 # Reported separately: most code changes do not affect losses.
 CODE_CONDITIONS = ('torch', 'git_commit')
 FIXED_CONDITIONS = (*LOSS_CONDITIONS, *BEST_CONDITIONS, *SPEED_CONDITIONS, *CODE_CONDITIONS)
-# Output folder, logging and concurrent runs: no effect on losses.
+# Output folder, logging, profile and concurrent runs: no effect on losses.
 REPORTING_OPTIONS = frozenset(
     {
         *('out_dir', 'log_style', 'report', 'log_interval', 'concurrent_runs', *trackers.OPTIONS),
-        *('sample_interval', 'sample_prompt', 'sample_tokens'),
+        *('sample_interval', 'sample_prompt', 'sample_tokens', 'profile'),
     }
 )
 # Options without effect on the trained model. Evaluations draw no random numbers.
@@ -71,6 +71,7 @@ def run_conditions(record: Mapping[str, Any], evaluations: int) -> dict[str, tup
     values['peak_tflops'] = hardware.get('peak_tflops')
     values['torch'] = (metadata.get('versions') or {}).get('torch')
     values.setdefault('concurrent_runs', 1)  # before there were studies
+    values.setdefault('profile', 0)  # before there was this option
     values.setdefault('sampling', 'random')  # before there was a choice
     if type(values['concurrent_runs']) is not int:
         raise ValueError(f'concurrent_runs is {values["concurrent_runs"]!r}, not a count')

@@ -30,6 +30,7 @@ NOT_INHERITED = (
     'verify_data',
     'debug',
     'report',
+    'profile',
 )
 
 

@@ -26,6 +26,7 @@ from records.record_types import DataSeen, Diagnostics, MemoryInfo, MfuInfo, Sam
 from training import diagnostics
 from training.checkpoint_writer import CheckpointManager
 from training.metrics import RunMetrics
+from training.profiler import IterationProfiler
 from training.resume import TrainingProgress, checkpoint_index
 from training.signals import SignalHandler
 from training_config import Settings
@@ -55,6 +56,7 @@ class Session(RunContext):
     checkpoints: CheckpointManager
     signals: SignalHandler
     metrics: RunMetrics
+    profiler: IterationProfiler
     sample_writer: PeriodicSample | None
     environment: dict  # threads, versions and the like, compared when the run is resumed
 
