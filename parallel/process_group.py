@@ -11,11 +11,13 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 import torch.distributed as dist
+from torch._C import _distributed_c10d
 from torch.distributed.rendezvous import rendezvous
 
 from common.environment import restarts_left
@@ -23,6 +25,11 @@ from common.errors import RankFailure, ReportedByOtherRank, UserError
 
 FAILURE_REPORT_SECONDS = 10  # a rank that lost contact waits for the reports of other ranks
 DUPLICATE_REPORT_SECONDS = 3  # a failing rank waits for the same report of a lower rank
+
+# torch's flight recorder keeps the last collectives of a rank in a ring buffer. NCCL's watchdog
+# writes it to a file of each rank, if it comes before this program's own report.
+FLIGHT_RECORDER = {'TORCH_FR_BUFFER_SIZE': '2000', 'TORCH_NCCL_DUMP_ON_TIMEOUT': '1'}
+FLIGHT_RECORDER_PREFIX = 'collectives_of_rank_'
 
 
 class SingleProcessGroup:
@@ -50,6 +57,9 @@ class SingleProcessGroup:
     def broadcast_from_main(self, make: Callable[[], Any]) -> Any:
         """The result of `make()` on the main rank, on every rank; all raise its UserError."""
         return make()
+
+    def trace_collectives(self, folder: Path) -> None:
+        """Write this rank's last collectives to `folder` if contact with another is lost."""
 
     @contextmanager
     def propagate_failures(self) -> Iterator[None]:
@@ -87,6 +97,9 @@ def init_process_group(
         if device.type != 'cuda':
             dist.init_process_group('gloo', timeout=timeout, **members)
             return store, dist.group.WORLD
+        refuse_shared_gpus(store, rank, size, device)
+        for name, value in FLIGHT_RECORDER.items():
+            os.environ.setdefault(name, value)
         # On GPUs, NCCL is used for tensors, and a separate gloo group for Python values.
         longer = timeout + timedelta(seconds=3 * FAILURE_REPORT_SECONDS)
         # With `device_id` a bad link shows here rather than as a slow first iteration.
@@ -108,6 +121,23 @@ def _rendezvous_error(timeout: timedelta, reason: str) -> UserError:
 def register_process(store: dist.Store, rank: int) -> None:
     """Store the host and id of this rank's process, before the group is created."""
     store.set(f'process {rank}', f'{socket.gethostname()} {os.getpid()}')
+
+
+def refuse_shared_gpus(store: dist.Store, rank: int, size: int, device: torch.device) -> None:
+    """Raise UserError on every rank if two use the same GPU, before NCCL fails without a reason."""
+    store.set(f'gpu {rank}', str(torch.cuda.get_device_properties(device).uuid))
+    ranks_of: dict[str, list[str]] = {}
+    for other, uuid_of_gpu in enumerate(store.multi_get([f'gpu {r}' for r in range(size)])):
+        ranks_of.setdefault(uuid_of_gpu.decode(), []).append(str(other))
+    for uuid_of_gpu, ranks in ranks_of.items():
+        if len(ranks) > 1:
+            host = store.get(f'process {ranks[0]}').decode().rsplit(' ', 1)[0]
+            raise UserError(
+                f'ranks {", ".join(ranks)} use the same GPU on {host} (GPU-{uuid_of_gpu}): each '
+                'rank needs a GPU of its own. Start as many processes per node as it has GPUs '
+                '(torchrun --nproc_per_node), without --device=cuda:N, and do not show the same '
+                'single GPU to all of them (CUDA_VISIBLE_DEVICES).'
+            )
 
 
 def _store_for_this_attempt(
@@ -155,6 +185,7 @@ class MultiProcessGroup(SingleProcessGroup):
     def __init__(self, store: dist.Store, host_group: dist.ProcessGroup):
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.store, self.host_group = store, host_group
+        self.trace_folder: Path | None = None
 
     def all_reduce_sum(self, tensor):
         dist.all_reduce(tensor)
@@ -182,6 +213,11 @@ class MultiProcessGroup(SingleProcessGroup):
         if shared[1] is not None:
             raise UserError(*shared[1])
         return shared[0]
+
+    def trace_collectives(self, folder):
+        self.trace_folder = folder
+        # Read by NCCL's watchdog when it writes.
+        os.environ.setdefault('TORCH_FR_DUMP_TEMP_FILE', str(folder / FLIGHT_RECORDER_PREFIX))
 
     def close(self):
         dist.destroy_process_group()
@@ -227,12 +263,29 @@ class MultiProcessGroup(SingleProcessGroup):
             return ReportedByOtherRank('; '.join(causes))
         # No rank knows the reason: the lowest remaining rank reports on the missing ones.
         silent = [rank for rank in others if rank not in messages]
+        trace = '' if silent and all(map(self._is_dead, silent)) else self._write_trace()
         if silent:
-            diagnosis = f'{self._describe_missing_ranks(silent)} {_recovery_hint()}'
+            diagnosis = f'{self._describe_missing_ranks(silent)}{trace} {_recovery_hint()}'
         else:
-            diagnosis = f'the ranks lost contact, but none of them ended: {message}'
+            diagnosis = f'the ranks lost contact, but none of them ended ({message}).{trace}'
         is_first = all(rank > self.rank for rank in messages)
         return RankFailure(diagnosis) if is_first else ReportedByOtherRank(diagnosis)
+
+    def _write_trace(self) -> str:
+        """Write this rank's last collectives; a sentence on those of all ranks, or ''."""
+        # A build with CUDA records those of NCCL apart.
+        dump = getattr(_distributed_c10d, '_dump_nccl_trace', _distributed_c10d._dump_fr_trace)
+        if self.trace_folder is None:
+            return ''
+        try:
+            path = self.trace_folder / f'{FLIGHT_RECORDER_PREFIX}{self.rank}'
+            path.write_bytes(dump())
+        except (OSError, RuntimeError):  # the folder is gone, or the recorder is off
+            return ''
+        return (
+            f' The last collectives of the remaining ranks are in {path.parent}: torchfrtrace '
+            f'--prefix={FLIGHT_RECORDER_PREFIX} {path.parent} compares them.'
+        )
 
     def _failure_messages(self, ranks: Iterable[int], seconds: float) -> dict[int, str]:
         """The reports of ranks that end, without waiting for those known to be dead.

@@ -76,6 +76,7 @@ def set_up(context: RunContext, init_source: InitSource | None) -> Session:
 
     # Start or continue the record.
     logger = open_record(context, init_source)
+    parallel.trace_collectives(logger.run_folder)
     header = record_header(
         context,
         model=raw_model,

@@ -10,9 +10,11 @@ import sys
 
 import pytest
 from helpers.project import PROJECT
+from torch.distributed.flight_recorder.components.loader import read_dump
 
 from common.environment import launch_notes, world_size
 from common.errors import UserError
+from parallel.process_group import FLIGHT_RECORDER_PREFIX
 
 pytestmark = [pytest.mark.slow, pytest.mark.multi_process]
 
@@ -133,6 +135,7 @@ def rank_of(case, rank, size, folder):
         if case == 'late' and rank == 1:
             time.sleep(600)
         parallel = ranks.MultiProcessGroup(*ranks.init_process_group(CPU, TIMEOUT))
+        parallel.trace_collectives(pathlib.Path(folder, case))
         with parallel.propagate_failures():
             assert parallel.all_reduce_max([float(rank)]) == [size - 1.0]
             CASES[case](parallel)
@@ -155,6 +158,8 @@ PLAN = [('killed', 2), ('fine', 2), ('killed', 3), *((case, 3) for case in CASES
 
 if __name__ == '__main__':
     folder, context, answers = sys.argv[1], multiprocessing.get_context('fork'), []
+    for case in ('hangs', 'killed'):
+        os.mkdir(f'{folder}/{case}')
     receiver, sender = context.Pipe()
     context.Process(target=keep_store, args=(sender,), daemon=True).start()
     os.environ['MASTER_PORT'] = str(receiver.recv())
@@ -181,8 +186,8 @@ if __name__ == '__main__':
 
 
 @pytest.fixture(scope='module')
-def answers(tmp_path_factory):
-    """Results of the ranks of a case; of the last case with that name."""
+def forked(tmp_path_factory):
+    """The folder in which the ranks of all cases have left their results."""
     if sys.platform != 'linux':
         pytest.skip('ranks are forked')
     folder = tmp_path_factory.mktemp('ranks')
@@ -193,7 +198,13 @@ def answers(tmp_path_factory):
         check=True,
         timeout=120,
     )
-    return json.loads((folder / 'answers.json').read_text())
+    return folder
+
+
+@pytest.fixture(scope='module')
+def answers(forked):
+    """Results of the ranks of a case; of the last case with that name."""
+    return json.loads((forked / 'answers.json').read_text())
 
 
 def of(answers: list[dict], case: str) -> dict:
@@ -231,6 +242,20 @@ def test_hanging_rank_is_named_once(answers, case):
     assert (
         'is not responding' in text and '--distributed_timeout' in text and 'Traceback' not in text
     )
+
+
+def test_last_collectives_of_remaining_ranks_are_left(answers, forked):
+    """If a rank does not respond; that a killed one stopped is known without them."""
+    folder = forked / 'hangs'
+    files = {rank: folder / f'{FLIGHT_RECORDER_PREFIX}{rank}' for rank in (0, 2)}
+    assert sorted(folder.iterdir()) == sorted(files.values())
+    for rank, file in files.items():
+        entries = read_dump(FLIGHT_RECORDER_PREFIX, str(file))['entries']
+        last = entries[-1]['profiling_name'], entries[-1]['input_dtypes']
+        assert last == ('gloo:all_reduce', ['Double']), rank
+    assert f'--prefix={FLIGHT_RECORDER_PREFIX} {folder}' in of(answers, 'hangs')['texts'][0]
+    assert not list((forked / 'killed').iterdir())
+    assert FLIGHT_RECORDER_PREFIX not in of(answers, 'killed')['texts'][0]
 
 
 def test_missing_rank_is_named(answers):

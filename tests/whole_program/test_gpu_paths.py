@@ -1,6 +1,9 @@
 """What is particular to CUDA and MPS, shown on machines that have neither."""
 
 import math
+import os
+from datetime import timedelta
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +23,7 @@ from inference.sampling import Sampler
 from model_builder import build_model, parameter_groups
 from optim import optimizers
 from optim.step import GuardedOptimizer
+from parallel import process_group as groups
 from parallel.strategies import ALIGNMENT, DataParallel, SingleProcess, ZeRO1
 from studies.runner import visible_gpu
 from training_config import Derivation, load_settings, schema
@@ -65,6 +69,59 @@ def test_single_visible_gpu_is_that_of_any_local_rank(eight_gpus, monkeypatch):
     assert (
         hardware.select_device('auto') == hardware.select_device('cuda') == torch.device('cuda:0')
     )
+
+
+@pytest.mark.parametrize('shared', [(), (1, 3), (0, 2, 3)])
+def test_ranks_that_share_a_gpu_are_refused(shared, eight_gpus, monkeypatch):
+    """On every rank, with the same message; as with CUDA_VISIBLE_DEVICES=0 and several ranks."""
+    store, messages = dist.HashStore(), set()
+    for rank in range(4):
+        store.set(f'process {rank}', f'node7 {1000 + rank}')
+        store.set(f'gpu {rank}', 'a5' if rank in shared else f'b{rank}')
+    for rank in range(4):
+        gpu = SimpleNamespace(uuid='a5' if rank in shared else f'b{rank}')
+        monkeypatch.setattr(torch.cuda, 'get_device_properties', lambda device, gpu=gpu: gpu)
+        try:
+            groups.refuse_shared_gpus(store, rank, 4, torch.device('cuda:0'))
+        except UserError as error:
+            messages.add(str(error))
+    ranks = ', '.join(map(str, shared))
+    assert len(messages) == bool(shared)
+    assert all(f'ranks {ranks} use the same GPU on node7 (GPU-a5)' in text for text in messages)
+
+
+def test_host_group_beside_a_bound_device_is_gloo(eight_gpus, monkeypatch):
+    """As on GPUs: the group of all ranks is bound to the GPU; Python values must not use it."""
+    monkeypatch.setattr(torch.accelerator, 'current_accelerator', lambda: torch.device('cuda'))
+    monkeypatch.setattr(torch.accelerator, 'device_count', lambda: 8)
+    monkeypatch.setattr(
+        torch.cuda, 'get_device_properties', lambda device: SimpleNamespace(uuid='a5')
+    )
+    monkeypatch.setattr(groups, 'rendezvous', lambda *_, **__: iter([(store, 0, 1)]))
+    real = dist.init_process_group
+    backends, store = [], dist.HashStore()
+
+    def without_nccl(backend, **options):
+        backends.append((backend, options['device_id'], options['timeout']))
+        real(backend.replace('nccl', 'gloo'), **options)
+
+    monkeypatch.setattr(dist, 'init_process_group', without_nccl)
+    for name in groups.FLIGHT_RECORDER:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv('TORCH_FR_BUFFER_SIZE', '7')  # the user's own
+    device, timeout = torch.device('cuda:3'), timedelta(seconds=5)
+    try:
+        _, host_group = groups.init_process_group(device, timeout)
+        assert os.environ['TORCH_NCCL_DUMP_ON_TIMEOUT'] == '1'
+        assert os.environ['TORCH_FR_BUFFER_SIZE'] == '7'
+        # NCCL's watchdog must come after the report of the host group.
+        ((backend, bound, longer),) = backends
+        assert (backend, bound) == ('cpu:gloo,cuda:nccl', device) and longer > timeout
+        assert dist.get_backend(host_group) == 'gloo'
+        group = groups.MultiProcessGroup(store, host_group)
+        assert group.all_reduce_max([2.0]) == [2.0] and group.all_gather_object('a') == ['a']
+    finally:
+        dist.destroy_process_group()
 
 
 def test_study_runs_share_the_visible_gpus(monkeypatch):
