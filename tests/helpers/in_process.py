@@ -6,14 +6,20 @@ from pathlib import Path
 import pytest
 import torch
 
+import model_builder
 import train
+from common import hardware
 from common.errors import run_script
+from configurator import read_command_line
 from helpers.project import TINY_RUN
 from model_builder import Transformer
 from records.record import read_record
 from records.run_folders import latest_run
+from studies.grid import STUDY_KEYS
+from training import start_checks
 from training.checkpoint import load_latest
 from training.session import Session
+from training_config import schema
 
 
 @dataclass
@@ -75,6 +81,21 @@ def train_here(dataset: Path, out_dir: Path, **options) -> Run:
     run.code = exit.value.code
     assert latest_run(out_dir) == run.folder
     return run
+
+
+def session_here(dataset: Path, out_dir: Path, **options) -> Session:
+    """A run that is set up and not started, with TINY_RUN as defaults. It prints its report.
+
+    Without the checks and counts of the start that take most of its time.
+    """
+    values = {**TINY_RUN, 'dataset': dataset, 'out_dir': out_dir, 'log_style': 'line', **options}
+    argv = [f'--{key}={value}' for key, value in values.items()]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(start_checks, 'check_model', lambda *_: [])
+        patch.setattr(model_builder, 'elementwise_operations', lambda config: 1)
+        patch.setattr(hardware, 'git_state', lambda folder: (None, None))
+        settings, source = train.read_settings(read_command_line(argv, schema, extra=STUDY_KEYS))
+        return train.start_session(settings, source, argv)
 
 
 def joined(batches: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:

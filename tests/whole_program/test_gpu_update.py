@@ -1,0 +1,153 @@
+"""Whole updates of the training loop, as a GPU would see them, on machines without one: an update
+that is not logged never waits for the device, and no operation runs once per token."""
+
+from contextlib import ExitStack
+
+import pytest
+import torch
+import torch.distributed as dist
+from helpers.device_waits import Operations
+from helpers.fake_ranks import fake_ranks
+from helpers.in_process import session_here
+
+import train
+from common import hardware
+from components import cpu_attention
+from model_builder import build_model
+from model_config import PRESETS, ModelArchitectureConfig
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures('one_thread')]
+
+RANKS = 8
+STRATEGIES = {'ddp': {}, 'zero1': {'use_zero1': True}, 'fsdp': {'use_fsdp': True}}
+OPTIMIZERS = ('adamw', 'muon', 'lion')
+MOE = {'arch_preset': 'mixtral', 'num_experts': 4}
+MORE_OPTIONS = {
+    'adamw': {'document_mask': True, 'end_of_text': 0},
+    'muon': {'arch_preset': 'llama', 'dtype': 'float16'},
+    'lion': {'position_encoding': 't5_relative', 'activation_checkpointing': 'full'},
+}
+# Operations per layer in the forward and backward pass of a micro-step under autocast, not
+# compiled: the number counted, and a tenth more.
+LAUNCHES = {
+    'gpt2': 46,
+    'legacy': 60,
+    'custom': 60,
+    'hybrid': 101,
+    'pythia': 115,
+    'llama3': 145,
+    'llama': 146,
+    'team': 146,
+    'mistral': 149,
+    'qwen3': 189,
+    'speedrun': 189,
+    'olmo2': 191,
+    'gemma2': 219,
+    'mixtral': 233,
+    'deepseek': 293,
+}
+
+
+def layers_of(preset: str) -> dict:
+    return {'num_experts': 8} if preset in ('mixtral', 'deepseek') else {}
+
+
+@pytest.fixture
+def operations(tiny_dataset, tmp_path):
+    """`operations(ranks=1, **options)`: the operations of an update, and of a logged update."""
+    with ExitStack() as stack:
+
+        def run(ranks: int = 1, **options) -> list[Operations]:
+            if ranks > 1:
+                stack.enter_context(fake_ranks(ranks))
+            # Values that a fake group gathers may not be finite.
+            options = {'dropout': 0.1, 'dtype': 'bfloat16', 'on_nonfinite': 'skip', **options}
+            options |= {'gradient_accumulation_steps': 2 * ranks, 'log_interval': 1000}
+            session = session_here(tiny_dataset, tmp_path, max_iters=2000, **options)
+            clock = hardware.StepClock(session.device)
+            session.progress.iter = 1
+            train.run_iteration(session, clock)  # allocates the optimizer state
+            with Operations() as plain:
+                train.run_iteration(session, clock)
+            session.progress.iter = 1000
+            with Operations() as logged:
+                train.run_iteration(session, clock)
+            return [plain, logged]
+
+        yield run
+
+
+def check_waits(plain: Operations, logged: Operations) -> None:
+    """A logged update reads its measurements at once, and the scale of the fp16 scaler."""
+    assert not plain.waits and plain.kernels
+    scale = {'torch.Tensor.item', '_local_scalar_dense'}
+    assert sum(n for name, n in logged.waits.items() if name not in scale) <= 1, logged.waits
+    assert all(logged.waits[name] <= 1 for name in scale)
+
+
+@pytest.mark.parametrize('preset', PRESETS)
+def test_update_of_each_preset_does_not_wait(preset, operations):
+    optimizer = OPTIMIZERS[list(PRESETS).index(preset) % len(OPTIMIZERS)]
+    check_waits(*operations(arch_preset=preset, optimizer=optimizer, **layers_of(preset)))
+
+
+@pytest.mark.parametrize('optimizer', OPTIMIZERS)
+@pytest.mark.parametrize('strategy', STRATEGIES)
+def test_update_of_each_strategy_does_not_wait(strategy, optimizer, operations):
+    """As the first of eight ranks, with collectives that return at once."""
+    options = {**MOE, **STRATEGIES[strategy], 'optimizer': optimizer}
+    check_waits(*operations(ranks=RANKS, **options))
+    assert dist.get_world_size() == RANKS
+
+
+@pytest.mark.parametrize('optimizer', OPTIMIZERS)
+def test_update_with_other_options_does_not_wait(optimizer, operations):
+    check_waits(*operations(optimizer=optimizer, **MORE_OPTIONS[optimizer]))
+
+
+@pytest.mark.parametrize(
+    'call',
+    [
+        lambda x: x.sum().item(),
+        lambda x: x[x > 0],
+        lambda x: x.masked_fill_(x > 0, 0).cpu(),
+        lambda x: bool(x.any()),
+        lambda x: x.nonzero(),
+        lambda x: torch.tensor(3.0, device=x.device) * x,
+        lambda x: x.index_put_((x > 0,), torch.zeros(())),
+    ],
+)
+def test_waits_are_seen(call):
+    """The guard itself: each of these makes the host wait for a GPU."""
+    with Operations() as counted:
+        call(torch.ones(4))
+    assert counted.waits
+
+
+@pytest.mark.parametrize('preset', PRESETS)
+def test_launches_grow_with_layers_alone(preset, monkeypatch):
+    """Not with the number of tokens; and no layer launches more than it did."""
+    monkeypatch.setattr(cpu_attention, 'supports', lambda q, k: False)
+
+    def launches(n_layer: int, block_size: int) -> int:
+        config = ModelArchitectureConfig(
+            arch_preset=preset,
+            n_head=4,
+            n_embd=32,
+            vocab_size=64,
+            n_layer=n_layer,
+            block_size=block_size,
+            **layers_of(preset),
+        )
+        model = build_model(config, torch.device('cpu'), 1).train()
+        tokens = torch.zeros(2, block_size, dtype=torch.long)
+        with Operations() as counted:
+            with torch.autocast('cpu', torch.bfloat16):
+                loss, _, aux = model(tokens, tokens)
+            (loss + aux.loss).backward()
+        return sum(counted.kernels.values())
+
+    count = launches(2, 8)
+    assert launches(2, 24) == count
+    per_layer = (launches(4, 8) - count) / 2
+    assert 0.5 * LAUNCHES[preset] < per_layer <= LAUNCHES[preset]
