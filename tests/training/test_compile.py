@@ -3,17 +3,20 @@
 import pytest
 import torch
 import torch.nn as nn
-from helpers.in_process import train_here
+from helpers.fake_ranks import fake_ranks
+from helpers.in_process import session_here, train_here
 from torch._dynamo.utils import counters
 
+import train
 from model_components import IGNORED
 
 pytestmark = pytest.mark.slow
 
+EXPERTS = {'num_experts': 4, 'experts_per_token': 2, 'shared_experts': 1}
 # Number of different layers, each of which has its own graph.
 KINDS = {'legacy': 1, 'llama': 1, 'mistral': 1, 'gemma2': 1, 'deepseek': 2, 'mixtral': 1}
 OPTIONS = {
-    'deepseek': {'num_experts': 4, 'experts_per_token': 2, 'shared_experts': 1},
+    'deepseek': EXPERTS,
     'mixtral': {'num_experts': 4},
     'gemma2': {'sliding_window': 8},
     'mistral': {'sliding_window': 8},
@@ -39,6 +42,27 @@ def graphs(monkeypatch):
     with torch._dynamo.config.patch(optimize_ddp=True):
         yield dynamic
     torch._dynamo.reset()
+
+
+def test_layers_of_different_attention_and_ffn_have_a_graph_each(graphs, tiny_dataset, tmp_path):
+    """Four layers with windows in every second one; the first one is dense."""
+    windows = {'arch_preset': 'deepseek', 'sliding_window': 8, 'attention_pattern': 'LG'}
+    sizes = {'n_layer': 4, 'eval_iters': 5, 'eval_interval': 2, 'compile': True}
+    run = train_here(tiny_dataset, tmp_path, **windows, **EXPERTS, **sizes)
+    assert run.code == 0 and graphs == [False] * (2 * 3) and not counters['graph_break']
+
+
+@pytest.mark.parametrize('strategy', [{}, {'use_zero1': True}, {'use_fsdp': True}])
+def test_strategies_cut_no_graph(strategy, graphs, tiny_dataset, tmp_path):
+    """As the first of four ranks, whose last evaluation batch is partial too."""
+    sizes = {'gradient_accumulation_steps': 8, 'eval_iters': 22, 'eval_interval': 2}
+    with fake_ranks(4):
+        session = session_here(
+            tiny_dataset, tmp_path, **sizes, **strategy, compile=True, on_nonfinite='skip'
+        )
+        assert train.run_training(session) == 0
+    assert len(session.logger.evaluations) == 3
+    assert graphs == [False] * 2 and not counters['graph_break']
 
 
 @pytest.mark.parametrize('preset', KINDS)
