@@ -74,6 +74,9 @@ class SingleProcessGroup:
         """Leave the process group."""
 
 
+SINGLE_PROCESS = SingleProcessGroup()
+
+
 # --------------------------------------------------------------------------------------------------
 # Start
 

@@ -21,19 +21,24 @@ import shutil
 import time
 import uuid
 import zipfile
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils.serialization import config as serialization
 
 from common.errors import UserError
-from common.files import file_sha256
+from common.files import file_chunks
 from common.text_files import is_count
-from parallel.process_group import SingleProcessGroup
+from parallel.process_group import SINGLE_PROCESS, SingleProcessGroup
 
 FORMAT = 'architecture-checkpoint'
 VERSION = 1
+REPORT_SECONDS = 10  # between two signs of life of ranks that verify files
 _NAME = re.compile(r'iter_(\d{8,})(?:_(\d+))?')
 
 
@@ -265,27 +270,65 @@ def index_sha256(index: dict) -> str:
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
-def load_state(checkpoint: Checkpoint) -> list[dict]:
+def load_state(
+    checkpoint: Checkpoint, process_group: SingleProcessGroup = SINGLE_PROCESS
+) -> list[dict]:
     """The state of each rank, on the CPU, after the checksums are verified.
 
-    The tensors are memory-mapped. Raises BrokenCheckpoint.
+    The ranks of the group, which must all call this, divide the files to verify them. The tensors
+    are memory-mapped. Raises BrokenCheckpoint, the same on every rank.
     """
-    return [
-        _load_file(checkpoint.path / name, facts)
-        for name, facts in checkpoint.index['files'].items()
-    ]
+    files = list(checkpoint.index['files'].items())
+    problems: list[str] = []
+    # One step for each chunk of this rank's part.
+    steps = chain.from_iterable(
+        _verify(checkpoint.path / name, facts, problems)
+        for name, facts in files[process_group.rank :: process_group.world_size]
+    )
+    all_done = False
+    while not all_done:  # exchange signs of life, so that a long wait is not taken for a lost rank
+        until = time.monotonic() + REPORT_SECONDS
+        done = not any(time.monotonic() > until for _ in steps)
+        all_done = process_group.all_reduce_max([0.0 if done else 1.0]) == [0.0]
+    problems = list(chain(*process_group.all_gather_object(problems)))
+    if problems:
+        raise BrokenCheckpoint(*problems)
+    return [_load_file(checkpoint.path / name) for name, _ in files]
 
 
-def _load_file(path: Path, expected: dict) -> dict:
+def _verify(path: Path, expected: dict, problems: list[str]) -> Iterator[None]:
+    """Compare a file with its checksum, in steps; a problem is added to `problems`."""
+    sha256, size = hashlib.sha256(), 0
     try:
-        sha256, size = file_sha256(path), path.stat().st_size
+        for chunk in file_chunks(path):
+            sha256.update(chunk)
+            size += len(chunk)
+            yield
     except OSError as error:
-        raise BrokenCheckpoint(f'{path} cannot be read: {error.strerror}') from error
-    if sha256 != expected['sha256']:
-        raise BrokenCheckpoint(
+        problems.append(f'{path} cannot be read: {error.strerror}')
+        return
+    if sha256.hexdigest() != expected['sha256']:
+        problems.append(
             f'{path} is damaged: its SHA-256 differs from that in index.json '
             f'({size:,} bytes, {expected["bytes"]:,} expected).'
         )
+
+
+def _check_sizes(checkpoint: Checkpoint) -> None:
+    """Raise BrokenCheckpoint if a file is missing or has another size."""
+    for name, facts in checkpoint.index['files'].items():
+        path = checkpoint.path / name
+        try:
+            size = path.stat().st_size
+        except OSError as error:
+            raise BrokenCheckpoint(f'{path} cannot be read: {error.strerror}') from error
+        if size != facts['bytes']:
+            raise BrokenCheckpoint(
+                f'{path} is damaged: {size:,} bytes, {facts["bytes"]:,} expected.'
+            )
+
+
+def _load_file(path: Path) -> dict:
     try:
         state = load_tensors(path)
     except Exception as error:  # the unpickler raises all kinds of errors for a foreign file
@@ -368,23 +411,38 @@ def _checkpoints_at(folder: Path, iter: int) -> list[Path]:
     return [path for path in list_checkpoints(folder) if _iter_and_attempt(path)[0] == iter]
 
 
-def load_latest(folder: Path, warn) -> tuple[Checkpoint, list[dict]] | None:
+def load_latest(
+    folder: Path, warn, process_group: SingleProcessGroup = SINGLE_PROCESS
+) -> tuple[Checkpoint, list[dict]] | None:
     """The newest readable checkpoint and its state; None if there is no checkpoint.
 
-    warn: called with a message for each newer one that is broken. Raises BrokenCheckpoint if all
-    are broken.
+    warn: called with a message for each newer one that is broken. process_group: the ranks that
+    verify the files together. Raises BrokenCheckpoint if all are broken.
     """
+    return _newest(folder, warn, process_group, partial(load_state, process_group=process_group))
+
+
+def find_latest(folder: Path, warn) -> Checkpoint | None:
+    """As `load_latest`, but of the files only the sizes are compared, and nothing is loaded."""
+    newest = _newest(folder, warn, SINGLE_PROCESS, _check_sizes)
+    return newest and newest[0]
+
+
+def _newest(
+    folder: Path, warn, process_group: SingleProcessGroup, read: Callable[[Checkpoint], Any]
+) -> tuple[Checkpoint, Any] | None:
+    """The newest checkpoint for which `read` raises no error, and its result."""
     problems: list[str] = []
-    for path in list_checkpoints(folder):
+    for path in process_group.broadcast_from_main(lambda: list_checkpoints(folder)):
         try:
-            checkpoint = read_index(path)
-            state = load_state(checkpoint)
-        except BrokenCheckpoint as error:
+            checkpoint = process_group.broadcast_from_main(partial(read_index, path))
+            result = read(checkpoint)
+        except UserError as error:
             problems.extend(error.problems)
             continue
         for problem in problems:
             warn(f'{problem} Using the previous checkpoint: {path}.')
-        return checkpoint, state
+        return checkpoint, result
     if problems:
         raise BrokenCheckpoint(
             *problems,

@@ -4,7 +4,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from common.environment import launch_notes, restarts_left
+from common.environment import launch_notes, restarts_left, world_size
 from common.errors import UserError
 from configurator import CALLER_ORIGINS, COMMAND_LINE, CommandLine, Layer, validate_layer
 from data.dataset import TokenDataset
@@ -16,7 +16,7 @@ from records import trackers
 from records.record import read_record
 from records.record_types import PartialDataSeen, RecordHeader, WeightsSource
 from records.run_folders import latest_run
-from training.checkpoint import Checkpoint, load_latest
+from training.checkpoint import Checkpoint, find_latest, load_latest
 from training.load import checked_layers, find_run, misfit_explained
 from training_config import Settings, TrainingConfig, schema
 from training_logger import TrainingLogger
@@ -95,7 +95,7 @@ class ResumeSource:
 
     run_folder: Path
     checkpoint: Checkpoint
-    state: list[dict]
+    state: list[dict] | None  # None: the ranks load it together, in `restore`
     warnings: list[str]
     same_order: bool = True  # whether the current options keep the data order; set by `check`
 
@@ -137,10 +137,30 @@ class ResumeSource:
         self, parallel: SingleProcess, model: Transformer, optimizer: GuardedOptimizer
     ) -> TrainingProgress:
         """Load the weights and the optimizer state, and release the memory of the state."""
-        state, self.state = self.state, []
+        state, self.state = self.state or self._load_together(parallel), None
         progress = restore_checkpoint(parallel, model, optimizer, self.checkpoint, state)
         progress.one_order &= self.same_order
         return progress
+
+    def _load_together(self, parallel: SingleProcess) -> list[dict]:
+        """The state of the newest readable checkpoint, which becomes that of this source.
+
+        Raises UserError if that is an older one which the current options do not continue.
+        """
+        warnings: list[str] = []
+        latest = load_latest(self.checkpoint.path.parent, warnings.append, parallel)
+        if latest is None:
+            raise UserError(f'{self.checkpoint.path} was removed while the run was resumed.')
+        checkpoint, state = latest
+        damaged, self.checkpoint, self.warnings = self.checkpoint, checkpoint, warnings
+        settled = ('config', 'chosen', 'commanded', 'architecture')
+        if any(damaged.index[key] != checkpoint.index[key] for key in settled):
+            raise UserError(
+                *warnings,
+                f'{checkpoint.path} was saved with other options than {damaged.path}. Remove the '
+                'damaged checkpoint, then resume the run again.',
+            )
+        return state
 
     def report(self, logger: TrainingLogger, header: RecordHeader, environment: dict) -> None:
         """Continue the record, with the changed options and the warnings."""
@@ -220,15 +240,18 @@ def find_resume_source(command_line: CommandLine) -> ResumeSource | None:
         return None
     folder = find_run(out_dir, name)
     warnings: list[str] = []
-    latest = load_latest(folder / 'checkpoints', warnings.append)
-    if latest is None:
+    checkpoints, state = folder / 'checkpoints', None
+    if world_size() > 1:  # the ranks verify the files together, once they are connected
+        checkpoint = find_latest(checkpoints, warnings.append)
+    else:
+        checkpoint, state = load_latest(checkpoints, warnings.append) or (None, None)
+    if checkpoint is None:
         if init_from == 'auto':
             return None
         raise UserError(
             f'init_from=resume: {folder} has no checkpoint. Choose another run with --resume_run, '
             f'or start a new run with --init_from=scratch.'
         )
-    checkpoint, state = latest
     origins = {'chosen': f'run {folder.name}', 'commanded': f'run {folder.name}, {COMMAND_LINE}'}
     below, above = checked_layers(checkpoint.index, origins)
     once = {key: checkpoint.index['config'].get(key) for key in DERIVED_ONCE}

@@ -47,7 +47,8 @@ def handle_nonfinite(session: Session, skipped: int) -> bool:
     # Stop, unless there is a checkpoint to return to.
     session.checkpoints.finish()
     warn = partial(session.logger.event, 'broken_checkpoint', failed.iter)
-    latest = load_latest(folder, warn) if run.on_nonfinite == 'rollback' else None
+    rollback = run.on_nonfinite == 'rollback'
+    latest = load_latest(folder, warn, session.parallel) if rollback else None
     if latest is None or failed.rollbacks == MAX_ROLLBACKS:
         raise nonfinite_error(failed.iter, skipped, list_checkpoints(folder))
 

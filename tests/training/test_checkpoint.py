@@ -7,6 +7,7 @@ weights and optimizer, continues the record, and trains one iteration.
 import builtins
 import copy
 import errno
+import hashlib
 import io
 import json
 import math
@@ -14,6 +15,8 @@ import os
 import pickle
 import random
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -32,6 +35,7 @@ from parallel.process_group import SingleProcessGroup
 from parallel.strategies import SingleProcess
 from records.record import read_record
 from training import checkpoint as checkpoint_module
+from training import resume as resume_module
 from training.checkpoint import (
     BrokenCheckpoint,
     Checkpoint,
@@ -329,6 +333,131 @@ def test_damaged_file_falls_back_to_previous_checkpoint(tmp_path, name, damage):
     assert str(file) in str(error.value)
 
 
+class ThreadGroup(SingleProcessGroup):
+    """The ranks of a job as threads, which exchange values at a barrier."""
+
+    def __init__(self, rank, slots, barrier):
+        self.rank, self.world_size, self.slots, self.barrier = rank, len(slots), slots, barrier
+        self.signs_of_life = 0
+
+    def all_gather_object(self, value):
+        self.slots[self.rank] = value
+        self.barrier.wait()
+        values = list(self.slots)
+        self.barrier.wait()
+        return values
+
+    def all_reduce_max(self, numbers):
+        self.signs_of_life += 1
+        return [max(column) for column in zip(*self.all_gather_object(numbers))]
+
+    def broadcast_from_main(self, make):
+        answer, problems = None, None
+        if self.is_main:
+            try:
+                answer = make()
+            except UserError as error:
+                problems = error.problems
+        answer, problems = self.all_gather_object((answer, problems))[0]
+        if problems:
+            raise UserError(*problems)
+        return answer
+
+
+def on_ranks(size, function) -> list:
+    """`function(group)` in a thread of each rank; its results, or the problems it raised."""
+    slots, barrier = [None] * size, threading.Barrier(size, timeout=20)
+
+    def of_rank(rank):
+        try:
+            return function(ThreadGroup(rank, slots, barrier))
+        except UserError as error:
+            return error.problems
+
+    with ThreadPoolExecutor(size) as pool:
+        return list(pool.map(of_rank, range(size)))
+
+
+def save_files(folder: Path, iter: int, ranks: int) -> Checkpoint:
+    """A checkpoint of several ranks, with files of different size."""
+
+    def saved(group):
+        pending = PendingCheckpoint(folder, {**INDEX, 'iter': iter, 'val_loss': None}, group)
+        pending.write({'weight': torch.full((1000 * (group.rank + 1),), float(iter))})
+        return pending.publish()
+
+    return on_ranks(ranks, saved)[0]
+
+
+@pytest.fixture
+def hashed(monkeypatch) -> dict[str, list[str]]:
+    """The files that each thread has hashed, by the name of the thread."""
+    files: dict[str, list[str]] = {}
+    real = checkpoint_module.file_chunks
+
+    def recorded(path):
+        chunks = list(real(path))
+        assert sum(map(len, chunks)) == path.stat().st_size
+        files.setdefault(threading.current_thread().name, []).append(path.name)
+        return iter(chunks)
+
+    monkeypatch.setattr(checkpoint_module, 'file_chunks', recorded)
+    return files
+
+
+@pytest.mark.parametrize('ranks', [1, 2, 3, 7])
+def test_each_rank_verifies_a_part_of_the_files(tmp_path, ranks, hashed):
+    """Together all of them once; every rank then has the state of all."""
+    checkpoint = save_files(tmp_path, 4, ranks=5)
+    states = on_ranks(ranks, lambda group: load_state(checkpoint, group))
+    assert all(equal(dict(enumerate(state)), dict(enumerate(states[0]))) for state in states)
+    assert [len(state['weight']) for state in states[0]] == [1000, 2000, 3000, 4000, 5000]
+    names = list(checkpoint.index['files'])
+    parts = [names[rank::ranks] for rank in range(ranks)]
+    assert sorted(hashed.values()) == sorted(part for part in parts if part)
+
+
+@pytest.mark.parametrize('name', ['state.pt', 'state_3.pt', 'index.json'])
+@pytest.mark.parametrize('damage', ['a bit flipped', 'missing'])
+def test_damage_found_by_one_rank_is_known_to_all(tmp_path, name, damage, monkeypatch):
+    monkeypatch.setattr(checkpoint_module, 'REPORT_SECONDS', 0)
+    save_files(tmp_path, 4, ranks=5)
+    file = save_files(tmp_path, 8, ranks=5).path / name
+    if DAMAGE[damage]:
+        file.write_bytes(DAMAGE[damage](file.read_bytes()))
+    else:
+        file.unlink()
+
+    def found(group):
+        warnings = []
+        checkpoint, state = load_latest(tmp_path, warnings.append, group)
+        return checkpoint.iter, [s['weight'][0].item() for s in state], tuple(warnings)
+
+    results = on_ranks(3, found)
+    assert set(map(str, results)) == {str(results[0])}
+    iter, values, (warning,) = results[0]
+    assert (iter, values) == (4, [4.0] * 5) and str(file) in warning
+
+    shutil.rmtree(tmp_path / 'iter_00000004')
+    problems = on_ranks(3, found)
+    assert len(set(problems)) == 1 and str(file) in problems[0][0]
+
+
+def test_ranks_that_wait_for_others_hear_from_them(tmp_path, monkeypatch):
+    """The first rank alone has a file: the others would count it as lost after some time."""
+    monkeypatch.setattr(checkpoint_module, 'REPORT_SECONDS', 0)
+    checkpoint = save(tmp_path, 4)
+    chunks = [b'x'] * 5
+    monkeypatch.setattr(checkpoint_module, 'file_chunks', lambda path: iter(chunks))
+    checkpoint.index['files']['state.pt']['sha256'] = hashlib.sha256(b'xxxxx').hexdigest()
+
+    def signs(group):
+        load_state(checkpoint, group)
+        return group.signs_of_life
+
+    assert on_ranks(3, signs) == [6] * 3
+
+
 @pytest.mark.parametrize('name', ['state.pt', 'index.json'])
 def test_every_bit_flip_is_detected(tmp_path, name):
     checkpoint = save(tmp_path, 4, 2.5)
@@ -475,6 +604,36 @@ def equal(left, right) -> bool:
     if isinstance(left, torch.Tensor):
         return left.dtype == right.dtype and torch.equal(left, right)
     return left == right
+
+
+@pytest.mark.parametrize('damaged', [False, True])
+@pytest.mark.parametrize('other_options', [False, True])
+def test_ranks_of_a_job_read_the_state_after_they_are_connected(
+    run, damaged, other_options, hashed, monkeypatch
+):
+    monkeypatch.setattr(resume_module, 'world_size', lambda: 2)
+    older = json.loads((run.checkpoint / 'index.json').read_text())
+    newer = run.checkpoint.with_name('iter_00000002')
+    shutil.copytree(run.checkpoint, newer)
+    progress = {**older['progress'], 'iter': 2}
+    changed = {'chosen': {**older['chosen'], 'max_iters': 9}} if other_options else {}
+    forge(newer, iter=2, progress=progress, **changed)
+    if damaged:
+        file = newer / 'state.pt'
+        file.write_bytes(flip(file.read_bytes(), 999))
+
+    (run.folder / 'journal.jsonl').write_text(run.journal)
+    command_line = read_command_line([*run.argv, '--init_from=resume'], schema)
+    source = find_resume_source(command_line)
+    assert source.checkpoint.path == newer and source.state is None and not hashed
+    parallel, model, optimizer = run.build(run.settings(command_line))
+    if damaged and other_options:
+        with pytest.raises(UserError, match='saved with other options than'):
+            source.restore(parallel, model, optimizer)
+        return
+    assert source.restore(parallel, model, optimizer).iter == (1 if damaged else 2)
+    assert len(source.warnings) == damaged and sum(map(len, hashed.values())) == 1 + damaged
+    assert equal(sharded_state.collect(parallel, model, optimizer), run.state)
 
 
 def test_unmodified_run_resumes(run):
