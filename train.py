@@ -27,14 +27,13 @@ from components.weight_initialization import name_seed
 from configurator import PYTHON_CALL, CommandLine, Layer, read_command_line, validate_layer
 from data.dataset import is_prepared, load_dataset, prepare_if_missing
 from optim.schedules import learning_rate_at
-from optim.step import GradientSums
 from parallel import sharded_state
 from parallel.choice import choose_strategy
 from planning.plan import plan_run
 from planning.report import plan_report
 from records.record_types import EvaluationEntry
 from studies.grid import STUDY_KEYS
-from training import stability
+from training import iteration_log, stability
 from training.checkpoint import list_checkpoints
 from training.command_help import training_help
 from training.component_reference import list_components
@@ -185,9 +184,12 @@ def run_training(session: Session) -> int:
                 training_loop(session)
                 session.checkpoints.finish()
         except BaseException as error:
+            iteration_log.record_last(session)
             session.checkpoints.abort()
             session.logger.finish('failed', reason=str(error) or type(error).__name__)
             raise
+        finally:
+            session.batch_reader.close()
         exit_code = session.signals.exit_code
         session.logger.finish('interrupted' if exit_code else 'finished')
     return exit_code
@@ -225,7 +227,7 @@ def training_loop(session: Session) -> None:
 
 def evaluate_and_checkpoint(session: Session, evaluation_due: bool) -> None:
     """Evaluate if due; save if the loss improved or if an option or a signal requests it."""
-    if stability.handle_nonfinite(session, int(session.optimizer.skipped.item())):
+    if iteration_log.flush(session):  # the run went back to a checkpoint
         return
     improved = evaluation_due and evaluate(session)
     always = evaluation_due and session.settings.run.always_save_checkpoint
@@ -255,8 +257,10 @@ def run_iteration(session: Session, clock: hardware.StepClock) -> None:
     progress.tokens += session.tokens_per_iter
     clock.steps += 1
     # Log.
+    measured = None
     if is_logged:
-        log_iteration(session, clock, learning_rate, loss, sums)
+        measured = iteration_log.measure(session, clock, learning_rate, loss, sums)
+    iteration_log.record_due(session, clock, measured)
 
 
 def forward_backward(session: Session) -> torch.Tensor:
@@ -279,49 +283,6 @@ def forward_backward(session: Session) -> torch.Tensor:
         loss += share.detach()
         session.metrics.aux.add(aux.metrics)
     return loss
-
-
-def log_iteration(
-    session: Session,
-    clock: hardware.StepClock,
-    learning_rate: float,
-    loss: torch.Tensor,
-    sums: GradientSums,
-) -> None:
-    """Record the last iteration. It waits for the device once, to read its measurements."""
-    optimizer = session.optimizer
-    # Collect the measurements on the device.
-    aux = session.raw_model.summarize_metrics(session.metrics.aux.mean_and_reset(session.parallel))
-    measured = torch.stack([loss, sums.norm, sums.total, optimizer.skipped, *aux.values()])
-    # Measure on the host first, where a lost rank is detected.
-    session.record_memory_footprint()
-    memory = session.memory_usage()
-    # Read the measurements of the device, and record all.
-    loss_value, norm, total, skipped, *aux_values = measured.tolist()
-    seconds, steps = clock.take()
-    iter, (tokens_per_second, mfu) = session.progress.iter - 1, session.throughput(seconds)
-    session.logger.iteration(
-        {
-            'iter': iter,
-            'loss': loss_value,
-            'lr': learning_rate,
-            'time_ms': seconds * 1e3,
-            'steps': steps,
-            'tokens_per_sec': tokens_per_second,
-            **session.data_seen(),
-            'mfu': mfu,
-            'memory': memory,
-            'gradients': optimizer.statistics(norm, total),
-            'loss_scale': optimizer.loss_scale,
-            'readings': dict(zip(aux, aux_values)),
-        }
-    )
-    # Report a loss spike, and handle skipped iterations.
-    if stability.is_spike(loss_value, session.progress.recent_losses):
-        session.logger.event('loss_spike', iter, f'loss {loss_value:.4f} is far above those before')
-    stability.handle_nonfinite(session, int(skipped))
-    hardware.reset_peak_memory(session.device)
-    clock.restart()
 
 
 # --------------------------------------------------------------------------------------------------

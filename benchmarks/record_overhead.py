@@ -26,7 +26,8 @@ sys.path.insert(0, str(PROJECT))
 import train  # noqa: E402
 from common import hardware  # noqa: E402
 from data.token_files import DTYPES  # noqa: E402
-from optim.step import element_sum  # noqa: E402
+from optim.step import GradientSums, element_sum  # noqa: E402
+from training import iteration_log  # noqa: E402
 from training.session import Session  # noqa: E402
 
 PRESETS = ('gpt2', 'llama', 'team', 'hybrid', 'custom')
@@ -64,8 +65,8 @@ def measure(session: Session) -> dict[str, list[float]]:
     train.run_iteration(session, clock)  # warm-up: optimizer state, caches
     times = {'update': [], 'sum': [], 'entry': []}
     gradients = [torch.full_like(p, 1e-3) for p in optimizer.parameters]
-    measured = torch.ones(4, device=device)
-    measured[3] = 0.0  # skipped updates
+    loss = torch.ones((), device=device)
+    sums = GradientSums(norm=loss, total=loss)
 
     for turn in range(TURNS):
         if turn % (TURNS // UPDATES) == 0:
@@ -73,8 +74,15 @@ def measure(session: Session) -> dict[str, list[float]]:
         times['sum'].append(timed(device, element_sum, gradients))
         session.progress.iter += 1
         clock.steps += 1
-        times['entry'].append(timed(device, train.log_update, session, clock, 1e-3, measured, []))
+        times['entry'].append(timed(device, log_iteration, session, clock, loss, sums))
     return times
+
+
+def log_iteration(
+    session: Session, clock: hardware.StepClock, loss: torch.Tensor, sums: GradientSums
+) -> None:
+    measured = iteration_log.measure(session, clock, 1e-3, loss, sums)
+    iteration_log.record_due(session, clock, measured)
 
 
 def spread(values: list[float], unit: str) -> str:

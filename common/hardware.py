@@ -15,8 +15,10 @@ import sys
 import sysconfig
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy
 import psutil
@@ -155,29 +157,39 @@ def peak_flops(device: torch.device, dtype: str, override: float | None = None) 
 
 
 def memory_usage(device: torch.device) -> dict[str, float | None]:
-    """allocated_gb, peak_gb, reserved_gb, rss_gb; None for values that the device does not report.
+    """The memory in use; None for values that the device does not report.
 
-    The peak since the last `reset_peak_memory`: of the device's memory on CUDA, of the process's
-    resident memory on a CPU. A call takes about 0.1 ms on a CPU.
+    `allocated_gb`, `reserved_gb` (by the allocator) and `rss_gb` are present values. Since the last
+    `reset_peak_memory`: `peak_gb`, of the device's memory on CUDA, of the process's resident memory
+    on a CPU; `reserved_peak_gb`; and `allocator_retries`, how often the device was full, so that
+    the allocator returned its unused blocks to it and tried again.
+
+    On CUDA it includes all work queued so far and nothing later, even if the device is still busy
+    with it: the allocator counts memory when the host queues the work. A call takes about 0.1 ms
+    on a CPU.
     """
-    allocated = peak = reserved = None
+    allocated = peak = reserved = reserved_peak = retries = None
     if device.type == 'cuda':
         statistics = torch.cuda.memory_stats(device)
         allocated = statistics.get('allocated_bytes.all.current', 0)
         peak = statistics.get('allocated_bytes.all.peak', 0)
         reserved = statistics.get('reserved_bytes.all.current', 0)
+        reserved_peak = statistics.get('reserved_bytes.all.peak', 0)
+        retries = statistics.get('num_alloc_retries', 0)
     elif device.type == 'mps':
         allocated = torch.mps.current_allocated_memory()
         reserved = torch.mps.driver_allocated_memory()
     else:
         peak = _peak_rss()
-    usage = {
+    sizes = {
         'allocated_gb': allocated,
         'peak_gb': peak,
         'reserved_gb': reserved,
+        'reserved_peak_gb': reserved_peak,
         'rss_gb': psutil.Process().memory_info().rss,
     }
-    return {key: None if value is None else value / GB for key, value in usage.items()}
+    usage = {key: None if size is None else size / GB for key, size in sizes.items()}
+    return {**usage, 'allocator_retries': retries}
 
 
 def total_memory(device: torch.device) -> int:
@@ -188,9 +200,13 @@ def total_memory(device: torch.device) -> int:
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Start a new interval for the peak; without permission it stays the peak of the lifetime."""
+    """Start a new interval for the peaks and the retries of `memory_usage`.
+
+    Without permission, the peak of a CPU stays that of the lifetime.
+    """
     if device.type == 'cuda':
         torch.cuda.reset_peak_memory_stats(device)
+        torch.cuda.reset_accumulated_memory_stats(device)
     elif device.type == 'cpu':
         with contextlib.suppress(OSError):
             Path('/proc/self/clear_refs').write_text('5')
@@ -260,30 +276,91 @@ def _keep_freed_memory() -> None:
 
 
 class StepClock:
-    """The time of the iterations since the last log entry, and their number."""
+    """The time of the iterations since the last log entry, and their number.
+
+    On CUDA it reads no time but records events among the work of the device, so that the host does
+    not wait. Elsewhere it waits for the device and reads the time.
+    """
 
     def __init__(self, device: torch.device):
         self.device = device
         self.restart()
 
     def restart(self) -> None:
-        self.seconds, self.steps, self.began = 0.0, 0, time.perf_counter()
+        self.spans: list[tuple[Moment, Moment]] = []
+        self.steps, self.began = 0, now(self.device)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """Exclude the time inside: an evaluation, a checkpoint."""
-        self._add()
+        self.spans.append((self.began, now(self.device)))
         yield
-        self.began = time.perf_counter()
+        self.began = now(self.device)
 
-    def take(self) -> tuple[float, int]:
-        """The mean time per iteration in seconds, and the number of iterations."""
-        self._add()
-        return self.seconds / self.steps, self.steps
+    def take(self) -> 'TimedSteps':
+        """The iterations since the last call, with their time. Begins the next interval."""
+        end = now(self.device)
+        taken = TimedSteps([*self.spans, (self.began, end)], self.steps)
+        self.spans, self.steps, self.began = [], 0, end
+        return taken
 
-    def _add(self) -> None:
-        synchronize(self.device)
-        self.seconds += time.perf_counter() - self.began
+
+Moment: TypeAlias = float | torch.cuda.Event  # seconds, or an event that the device passes
+
+
+def now(device: torch.device) -> Moment:
+    """The moment when all work queued on the device is done. The host waits, except on CUDA."""
+    if device.type == 'cuda':
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+    synchronize(device)
+    return time.perf_counter()
+
+
+@dataclass
+class TimedSteps:
+    """Iterations, and the periods that they took. The device may still be busy with them."""
+
+    spans: list[tuple[Moment, Moment]]
+    steps: int
+
+    @property
+    def seconds_per_step(self) -> float:
+        """The mean time of an iteration, after waiting for the end of the last one."""
+        return sum(seconds_between(*span) for span in self.spans) / self.steps
+
+
+def seconds_between(begin: Moment, end: Moment) -> float:
+    """Waits until the device has passed `end`."""
+    if isinstance(begin, float) or isinstance(end, float):
+        return end - begin  # type: ignore[operator]
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3
+
+
+class HostCopy:
+    """A copy of a tensor in host memory, which the device makes after the work queued so far."""
+
+    def __init__(self, tensor: torch.Tensor):
+        self.tensor, self.copied = tensor, None
+        if tensor.is_cuda:
+            # A copy to memory that is not pinned would make the host wait.
+            self.tensor = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self.tensor.copy_(tensor, non_blocking=True)
+            self.copied = torch.cuda.Event()
+            self.copied.record()
+
+    @property
+    def is_done(self) -> bool:
+        """Whether `tolist` would not wait."""
+        return self.copied is None or self.copied.query()
+
+    def tolist(self) -> list:
+        """The values, after waiting for the copy."""
+        if self.copied is not None:
+            self.copied.synchronize()
+        return self.tensor.tolist()
 
 
 # --- Environment ---------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ folders, which have no meta.json, can be read too. Independent of models and tok
 import hashlib
 import re
 import shlex
+import threading
 import weakref
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
@@ -34,8 +35,8 @@ class Split:
     """The tokens of one split: a single sequence, in one file or several.
 
     Files are read, not memory-mapped: memory use does not grow during a run, and a file that is
-    truncated meanwhile is an error, not a crash. Raises UserError for a file that is missing,
-    unreadable or of another size than in `split_info`.
+    truncated meanwhile is an error, not a crash. Several threads may read at once. Raises UserError
+    for a file that is missing, unreadable or of another size than in `split_info`.
     """
 
     def __init__(self, folder: Path, split_info: dict, dtype: str):
@@ -44,6 +45,7 @@ class Split:
         sizes = [shard['tokens'] for shard in split_info['shards']]
         self._ends = list(accumulate(sizes))
         self._files = [self._open(*file) for file in zip(self.paths, sizes)]
+        self._lock = threading.Lock()  # of the position in the files
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -80,8 +82,10 @@ class Split:
             end = self._ends[shard]
             segment = tokens[: end - start]
             begin = self._ends[shard - 1] if shard else 0
-            self._files[shard].seek((start - begin) * self.dtype.itemsize)
-            if self._files[shard].readinto(segment) != segment.nbytes:
+            with self._lock:
+                self._files[shard].seek((start - begin) * self.dtype.itemsize)
+                bytes_read = self._files[shard].readinto(segment)
+            if bytes_read != segment.nbytes:
                 raise UserError(
                     f'{self.paths[shard]} was truncated during the run. Prepare it again.'
                 )

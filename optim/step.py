@@ -27,7 +27,7 @@ class GuardedOptimizer:
     """Updates the weights from summed gradients, and skips the update if they are not finite.
 
     A tensor on the device makes the fused optimizer skip, so that no iteration waits for a
-    synchronization. `skipped` counts skipped updates, also on the device.
+    synchronization. `skipped` counts skipped updates, also on the device, until `take_skipped`.
     """
 
     def __init__(
@@ -40,6 +40,7 @@ class GuardedOptimizer:
         self.inner, self.grad_clip, self.parallel = inner, run.grad_clip, parallel
         self.scaler = torch.amp.GradScaler(device.type, enabled=run.dtype == 'float16')
         self.skipped = torch.zeros((), device=device)
+        self.one = torch.ones((), device=device)
         self.gradient_bytes = 0  # on this rank, in the last measured iteration
         self.parameters = [p for group in inner.param_groups for p in group['params']]
         self.elements = sum(p.numel() for p in self.parameters)
@@ -80,10 +81,16 @@ class GuardedOptimizer:
         self.inner.zero_grad(set_to_none=True)
         return GradientSums(norm, total)
 
+    def take_skipped(self) -> torch.Tensor:
+        """The number of updates skipped since the last call, as a device scalar."""
+        skipped, self.skipped = self.skipped, torch.zeros_like(self.skipped)
+        return skipped
+
     @property
-    def loss_scale(self) -> float | None:
-        """The scale of the fp16 scaler; None without one."""
-        return self.scaler.get_scale() if self.scaler.is_enabled() else None
+    def loss_scale(self) -> torch.Tensor | None:
+        """The scale of the fp16 scaler, as a device scalar; None without one."""
+        # Not scaler.get_scale, which waits for the device.
+        return self.scaler.scale(self.one) if self.scaler.is_enabled() else None
 
     def weights_are_finite(self) -> bool:
         """Whether all parameters are finite; requires a synchronization."""

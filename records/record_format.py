@@ -23,7 +23,8 @@ This page lists every key of `record.json`, the file in which a run keeps its re
 A run folder contains the record twice:
 
 - `journal.jsonl` gets one line for every logged iteration, evaluation, checkpoint and event, as
-  soon as it happens. A crash loses at most the last line.
+  soon as it happens; on a GPU, an iteration while the next one runs. A crash loses at most the last
+  line, and on a GPU one entry that was not yet written.
 - `record.json` is the whole record in one document. It is written after evaluations and at the end.
 
 You rarely need to parse either. In Python, read one record, or all runs of a folder as tables (see

@@ -196,7 +196,12 @@ class MfuInfo(TypedDict):
     architecture: str
 
 
-class MemoryInfo(TypedDict):
+class _NewerMemoryInfo(TypedDict, total=False):
+    reserved_peak_gb: float | None
+    allocator_retries: int | None
+
+
+class MemoryInfo(_NewerMemoryInfo):
     allocated_gb: float | None
     peak_gb: float | None
     reserved_gb: float | None

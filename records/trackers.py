@@ -59,6 +59,8 @@ def _iteration_scalars(entry: IterationEntry) -> dict[str, float | None]:
         'memory/allocated_gb': memory['allocated_gb'],
         'memory/peak_gb': memory['peak_gb'],
         'memory/reserved_gb': memory['reserved_gb'],
+        'memory/reserved_peak_gb': memory.get('reserved_peak_gb'),  # older records have neither
+        'memory/allocator_retries': memory.get('allocator_retries'),
         'memory/rss_gb': memory['rss_gb'],
         **{f'readings/{key}': value for key, value in entry['readings'].items()},
     }

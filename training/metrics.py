@@ -15,6 +15,10 @@ class MetricAccumulator:
     that adding to them does not synchronize."""
 
     def __init__(self):
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the sums."""
         self.sums: dict[str, torch.Tensor] = {}
         self.micro_batches = 0
 
@@ -27,7 +31,7 @@ class MetricAccumulator:
     def mean_and_reset(self, process_group: SingleProcessGroup) -> dict[str, torch.Tensor]:
         """Means over the micro-batches of all ranks (equally many per rank). Resets the sums."""
         sums, micro_batches = self.sums, self.micro_batches * process_group.world_size
-        self.sums, self.micro_batches = {}, 0
+        self.reset()
         if not sums:
             return {}
         # One collective for all metrics: concatenate, reduce, split.
@@ -46,3 +50,4 @@ class RunMetrics:
     update_ratio: UpdateRatio
     aux: MetricAccumulator = field(default_factory=MetricAccumulator)  # since the last log entry
     memory_footprint: MemoryFootprint | None = None  # bytes per rank; None: not yet measured
+    retries_reported: bool = False  # whether an event has told of retries of the allocator

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import torch
 from torch.profiler import ProfilerActivity, record_function
 
-from common.hardware import StepClock
+from common.hardware import StepClock, synchronize
 from training_logger import TrainingLogger
 
 # Iterations of a process before the first profiled one. They compile, allocate the optimizer state
@@ -50,7 +50,8 @@ class IterationProfiler:
     def iteration(self, iter: int, clock: StepClock) -> Iterator[None]:
         """Context of one iteration. The clock excludes the start and the end of the profile."""
         if self.iterations and self.begun == WARM_UP:
-            with clock.paused():  # the device is idle then
+            with clock.paused():
+                synchronize(self.device)  # of the earlier iterations nothing is in the trace
                 self._start()
         self.begun += 1
         if self.trace is None:

@@ -24,8 +24,10 @@ from optim.step import GuardedOptimizer
 from parallel.strategies import SingleProcess
 from records.record_types import DataSeen, Diagnostics, MemoryInfo, MfuInfo, Sample
 from training import diagnostics
+from training.batch_reader import BatchReader, HostBatch
 from training.checkpoint_writer import CheckpointManager
 from training.metrics import RunMetrics
+from training.pending_log import PendingLog
 from training.profiler import IterationProfiler
 from training.resume import TrainingProgress, checkpoint_index
 from training.signals import SignalHandler
@@ -56,6 +58,7 @@ class Session(RunContext):
     checkpoints: CheckpointManager
     signals: SignalHandler
     metrics: RunMetrics
+    pending_log: PendingLog
     profiler: IterationProfiler
     sample_writer: PeriodicSample | None
     environment: dict  # threads, versions and the like, compared when the run is resumed
@@ -74,11 +77,21 @@ class Session(RunContext):
 
     def training_batch(self, number: int) -> list[torch.Tensor]:
         """Micro-batch `number` of the run: (tokens, targets) on the device. Updates the hash."""
-        run, progress = self.settings.run, self.progress
-        first = number * run.batch_size
-        tokens, targets = self.dataset.batch(self.order, first, run.batch_size)
-        progress.own_digest = (progress.own_digest + token_data.batch_digest(first, tokens)) % 2**64
-        return self.to_device((tokens, targets))
+        tensors, digest = self.batch_reader(number)
+        self.progress.own_digest = (self.progress.own_digest + digest) % 2**64
+        return self.to_device(tensors)
+
+    @cached_property
+    def batch_reader(self) -> BatchReader:
+        """Reads the micro-batches of this rank in the order of their numbers."""
+        return BatchReader(self._read_batch, self.parallel.world_size, self.device)
+
+    def _read_batch(self, number: int) -> HostBatch:
+        batch_size = self.settings.run.batch_size
+        first = number * batch_size
+        tokens, targets = self.dataset.batch(self.order, first, batch_size)
+        digest = token_data.batch_digest(first, tokens)
+        return HostBatch(self.in_host_memory((tokens, targets)), digest)
 
     def evaluation_batches(
         self, split: str, *, divided: bool = True
@@ -99,14 +112,17 @@ class Session(RunContext):
             chosen = numbers[first : first + run.batch_size]
             tokens, targets = self.dataset.read(split, starts[chosen % len(starts)])
             targets[chosen >= len(starts)] = IGNORED
-            yield self.to_device((tokens, targets))
+            yield self.to_device(self.in_host_memory((tokens, targets)))
 
-    def to_device(self, arrays: Iterable[np.ndarray]) -> list[torch.Tensor]:
-        """numpy arrays as tensors on the device; the copy to a GPU is asynchronous."""
+    def in_host_memory(self, arrays: Iterable[np.ndarray]) -> list[torch.Tensor]:
+        """numpy arrays as tensors, for a GPU in pinned memory."""
         tensors = [torch.from_numpy(array) for array in arrays]
-        if self.device.type == 'cuda':
-            return [t.pin_memory().to(self.device, non_blocking=True) for t in tensors]
-        return [tensor.to(self.device) for tensor in tensors]
+        return [t.pin_memory() for t in tensors] if self.device.type == 'cuda' else tensors
+
+    def to_device(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Tensors of `in_host_memory` on the device; the copy to a GPU is asynchronous."""
+        non_blocking = self.device.type == 'cuda'
+        return [tensor.to(self.device, non_blocking=non_blocking) for tensor in tensors]
 
     def sync_data_hash(self) -> str:
         """The hash of all data that all ranks have trained on, as 16 hex digits."""
@@ -224,12 +240,21 @@ class Session(RunContext):
         known = [-1.0 if value is None else value for value in usage.values()]
         largest = [None if v < 0 else v for v in self.parallel.all_reduce_max(known)]
         values = dict(zip(usage, largest))
+        retries = values['allocator_retries']
         return {
             'allocated_gb': values['allocated_gb'],
             'peak_gb': values['peak_gb'],
             'reserved_gb': values['reserved_gb'],
+            'reserved_peak_gb': values['reserved_peak_gb'],
             'rss_gb': values['rss_gb'],
+            'allocator_retries': None if retries is None else int(retries),
         }
+
+    def drop_measurements(self) -> None:
+        """Forget what was measured since the last recorded iteration."""
+        self.pending_log.take()
+        self.metrics.aux.reset()
+        self.optimizer.take_skipped()
 
     # --- Checkpoints ---
 

@@ -19,6 +19,7 @@ from training.checkpoint_writer import CheckpointManager
 from training.diagnostics import UpdateRatio
 from training.load import copy_tokenizer_file
 from training.metrics import RunMetrics
+from training.pending_log import PendingLog
 from training.profiler import IterationProfiler
 from training.record_header import record_header, run_environment
 from training.resume import TrainingProgress, restart_notes
@@ -105,6 +106,7 @@ def set_up(context: RunContext, init_source: InitSource | None) -> Session:
         checkpoints=CheckpointManager(run, device, parallel, logger),
         signals=SignalHandler(verbose=parallel.is_main),
         metrics=RunMetrics(flops, peak, UpdateRatio(groups, parallel)),
+        pending_log=PendingLog(device),
         profiler=IterationProfiler(run.profile if parallel.is_main else 0, device, logger),
         sample_writer=sample_writer,
         environment=environment,

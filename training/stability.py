@@ -30,41 +30,51 @@ def is_spike(loss: float, recent: list[float]) -> bool:
     return spike
 
 
-def handle_nonfinite(session: Session, skipped: int) -> bool:
+def report_spike(session: Session, iter: int, loss: float) -> None:
+    """Add an event if the logged loss is a spike."""
+    if is_spike(loss, session.progress.recent_losses):
+        message = f'loss {loss:.4f} is far above those before'
+        session.logger.event('loss_spike', iter, message)
+
+
+def handle_nonfinite(session: Session, skipped: int, iter: int) -> bool:
     """Apply `on_nonfinite` to the updates that the device has skipped.
+
+    iter: number of iterations done when they were counted. One more may be queued, which does not
+    count if the run stops or goes back.
 
     Returns whether the run went back to a checkpoint. Raises UserError if the run must stop.
     """
     if not skipped:
         return False
     run, failed, folder = session.settings.run, session.progress, session.checkpoints.folder
-    session.optimizer.skipped.zero_()
     message = f'{skipped} update(s) skipped: loss or gradient not finite'
-    session.logger.event('nonfinite', failed.iter - 1, message, count=skipped)
+    session.logger.event('nonfinite', iter - 1, message, count=skipped)
     if run.on_nonfinite == 'skip':
         return False
 
     # Stop, unless there is a checkpoint to return to.
+    session.drop_measurements()
     session.checkpoints.finish()
-    warn = partial(session.logger.event, 'broken_checkpoint', failed.iter)
+    warn = partial(session.logger.event, 'broken_checkpoint', iter)
     rollback = run.on_nonfinite == 'rollback'
     latest = load_latest(folder, warn, session.parallel) if rollback else None
     if latest is None or failed.rollbacks == MAX_ROLLBACKS:
-        raise nonfinite_error(failed.iter, skipped, list_checkpoints(folder))
+        raise nonfinite_error(iter, skipped, list_checkpoints(folder))
 
     # Load the checkpoint, and skip the data since then, which would cause the same failure again.
     checkpoint, state = latest
     session.progress = restore_checkpoint(
         session.parallel, session.raw_model, session.optimizer, checkpoint, state
     )
-    skipped_iters = failed.iter - checkpoint.iter
+    skipped_iters = iter - checkpoint.iter
     session.progress.data_shift = failed.data_shift + skipped_iters
     session.progress.rollbacks = failed.rollbacks + 1
     session.logger.rollback(
         checkpoint.iter,
-        from_iter=failed.iter,
+        from_iter=iter,
         checkpoint=str(checkpoint.path.relative_to(session.logger.run_folder)),
-        message=f'went back from iter {failed.iter}, skipping {skipped_iters} iteration(s) of data',
+        message=f'went back from iter {iter}, skipping {skipped_iters} iteration(s) of data',
     )
     return True
 

@@ -256,10 +256,27 @@ def test_cuda_readings_are_in_gb_of_the_allocator(cuda, monkeypatch):
         'allocated_bytes.all.current': 2_000_000_000,
         'allocated_bytes.all.peak': 3_000_000_000,
         'reserved_bytes.all.current': 4_500_000_000,
+        'reserved_bytes.all.peak': 5_000_000_000,
+        'num_alloc_retries': 7,
     }
     monkeypatch.setattr(torch.cuda, 'memory_stats', lambda device: statistics)
     reading = hardware.memory_usage(cuda())
-    assert [reading[key] for key in ('allocated_gb', 'peak_gb', 'reserved_gb')] == [2.0, 3.0, 4.5]
+    assert reading.pop('rss_gb') > 0
+    assert reading == {
+        'allocated_gb': 2.0,
+        'peak_gb': 3.0,
+        'reserved_gb': 4.5,
+        'reserved_peak_gb': 5.0,
+        'allocator_retries': 7,
+    }
+
+
+def test_reset_on_cuda_restarts_peaks_and_retries(cuda, monkeypatch):
+    called = []
+    for name in ('reset_peak_memory_stats', 'reset_accumulated_memory_stats'):
+        monkeypatch.setattr(torch.cuda, name, lambda device, name=name: called.append(name))
+    hardware.reset_peak_memory(cuda())
+    assert called == ['reset_peak_memory_stats', 'reset_accumulated_memory_stats']
 
 
 # --- Surroundings ---------------------------------------------------------------------------------

@@ -23,6 +23,8 @@ ITERATION = {
     'memory.allocated_gb': 'memory/allocated_gb',
     'memory.peak_gb': 'memory/peak_gb',
     'memory.reserved_gb': 'memory/reserved_gb',
+    'memory.reserved_peak_gb': 'memory/reserved_peak_gb',
+    'memory.allocator_retries': 'memory/allocator_retries',
     'memory.rss_gb': 'memory/rss_gb',
     'gradients.norm': 'train/grad_norm',
     'gradients.mean': 'train/grad_mean',

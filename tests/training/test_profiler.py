@@ -97,6 +97,7 @@ def test_cuda_run_has_a_memory_snapshot(tmp_path, monkeypatch):
         memory, '_record_memory_history', lambda *a, **options: calls.append(options)
     )
     monkeypatch.setattr(memory, '_dump_snapshot', lambda name: Path(name).write_text('snapshot'))
+    monkeypatch.setattr(torch.cuda, 'synchronize', lambda device: None)
     loop = Loop(tmp_path, 1, 'cuda')
     loop.run(WARM_UP + 3)
     assert sorted(path.name for path in (tmp_path / 'profile').iterdir()) == [
