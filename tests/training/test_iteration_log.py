@@ -7,19 +7,28 @@ from contextlib import contextmanager
 import pytest
 import torch
 from helpers.bit_equality import without_measurements
-from helpers.in_process import Run, train_here
-from torch.utils._python_dispatch import TorchDispatchMode
+from helpers.device_waits import Operations
+from helpers.in_process import Run, session_here, train_here
 
+import model_builder
 import train
 from common import hardware
 from optim.step import GuardedOptimizer
 from records.record import read_record
 from records.run_folders import latest_run
+from training import start_checks
 from training.pending_log import PendingLog
 from training.session import Session
 from training_logger import TrainingLogger
 
 OPTIONS = {'n_layer': 1, 'n_embd': 16, 'block_size': 8, 'eval_iters': 1, 'max_iters': 8}
+
+
+@pytest.fixture(autouse=True)
+def quick_start(monkeypatch):
+    """Without the checks and counts of the start that take most of its time."""
+    monkeypatch.setattr(start_checks, 'check_model', lambda *_: [])
+    monkeypatch.setattr(model_builder, 'elementwise_operations', lambda config: 1)
 
 
 @contextmanager
@@ -216,40 +225,21 @@ def test_entry_is_recorded_after_the_next_iteration_is_queued(tiny_dataset, tmp_
     ]
 
 
-class Synchronizations(TorchDispatchMode):
-    """Counts the operations that read a value of the device."""
-
-    def __init__(self):
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        self.count += operation is torch.ops.aten._local_scalar_dense.default
-        return operation(*args, **kwargs or {})
-
-
 @pytest.mark.parametrize('dtype', ['float32', 'float16'])
-def test_deferred_iterations_do_not_wait(tiny_dataset, tmp_path, monkeypatch, dtype):
-    """Three logged iterations read only the copies in host memory."""
-    read, tolist = [], torch.Tensor.tolist
-
-    def iterations(session):
-        clock = hardware.StepClock(session.device)
-        train.run_iteration(session, clock)  # creates the optimizer state
-        with Synchronizations() as synchronizations, monkeypatch.context() as patch:
-            patch.setattr(torch.Tensor, 'tolist', lambda self: read.append(self) or tolist(self))
-            copies = []
-            for _ in range(3):
-                copies.append(session.pending_log.waiting.values.tensor)
-                train.run_iteration(session, clock)
-        assert synchronizations.count == 0
-        assert len(read) == 3 and all(map(lambda a, b: a is b, read, copies))
-        return 0
-
-    monkeypatch.setattr(train, 'run_training', iterations)
+def test_deferred_iterations_do_not_wait(tiny_dataset, tmp_path, dtype):
+    """Logged iterations read only the copies in host memory."""
     with deferred():
-        run = train_here(tiny_dataset, tmp_path, **OPTIONS, arch_preset='mixtral', dtype=dtype)
-    assert run.code == 0
+        session = session_here(tiny_dataset, tmp_path, arch_preset='mixtral', dtype=dtype)
+    clock = hardware.StepClock(session.device)
+    train.run_iteration(session, clock)  # creates the optimizer state
+    with Operations() as operations:
+        for _ in range(3):
+            train.run_iteration(session, clock)
+    assert operations.waits == {'torch.Tensor.tolist': 3}  # of HostCopy, see below
+    session.logger.finish()
+    entries = read_record(session.logger.run_folder)['training_iterations']
+    assert [entry['iter'] for entry in entries] == [0, 1, 2]
+    assert all((entry['loss_scale'] == 2.0**16) == (dtype == 'float16') for entry in entries)
 
 
 # --- The device's clock and copies ----------------------------------------------------------------

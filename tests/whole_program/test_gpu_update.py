@@ -1,5 +1,5 @@
 """Whole updates of the training loop, as a GPU would see them, on machines without one: an update
-that is not logged never waits for the device, and no operation runs once per token."""
+never waits for the device, also if it is logged, and no operation runs once per token."""
 
 from contextlib import ExitStack
 
@@ -70,6 +70,7 @@ def operations(tiny_dataset, tmp_path):
             with Operations() as plain:
                 train.run_iteration(session, clock)
             session.progress.iter = 1000
+            session.pending_log.deferred = True  # as on CUDA
             with Operations() as logged:
                 train.run_iteration(session, clock)
             return [plain, logged]
@@ -78,11 +79,8 @@ def operations(tiny_dataset, tmp_path):
 
 
 def check_waits(plain: Operations, logged: Operations) -> None:
-    """A logged update reads its measurements at once, and the scale of the fp16 scaler."""
-    assert not plain.waits and plain.kernels
-    scale = {'torch.Tensor.item', '_local_scalar_dense'}
-    assert sum(n for name, n in logged.waits.items() if name not in scale) <= 1, logged.waits
-    assert all(logged.waits[name] <= 1 for name in scale)
+    assert plain.kernels and logged.kernels
+    assert not plain.waits and not logged.waits
 
 
 @pytest.mark.parametrize('preset', PRESETS)
