@@ -6,6 +6,7 @@ measurements.
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Iterator
 from functools import cache
 
@@ -206,6 +207,8 @@ class MemoryEstimator:
         self.units = FSDPUnits(self.simulation)
         self.optimizer_bytes, self.update_bytes = self.simulation.update()
         self._simulated = cache(self._simulate)
+        # Simulated micro-batches, by (checkpointing, accumulates).
+        self._sizes: dict[tuple[str, bool], set[int]] = defaultdict(set)
 
     def _simulate(
         self, batch_size: int, checkpointing: str, accumulates: bool
@@ -270,28 +273,40 @@ class MemoryEstimator:
     def largest_batch(
         self, strategy: SingleMemory, limit: float, checkpointing: str | None = None
     ) -> int:
-        """The largest micro-batch, in sequences, that fits into `limit` bytes; 0 if none fits."""
-        size, largest = self.run.batch_size, 0
+        """The largest micro-batch, in sequences, that fits into `limit` bytes; 0 if none fits.
+
+        The sizes that are simulated for one strategy serve the others too, which need similar ones.
+        """
+        checkpointing = checkpointing or self.run.activation_checkpointing
+        sizes = self._sizes[checkpointing, strategy.accumulates]
+        sizes |= {self.run.batch_size, 2 * self.run.batch_size}
         while True:
-            # For each snapshot, a line through two sizes; `total` and `doubled` are its points.
-            one, two = (self.totals(strategy, n, checkpointing) for n in (size, 2 * size))
-            if any(total > limit and doubled <= total for total, doubled in zip(one, two)):
-                return 0  # exceeds the limit regardless of the batch size
-            # The memory is nearly linear in the size. It is slightly convex, so the line gives too
-            # many rather than too few; where the logits begin to be computed in chunks it is
-            # concave, so a second step from a size that fits may find more.
-            room = min(
-                (limit - total) / (doubled - total)
-                for total, doubled in zip(one, two)
-                if doubled > total
-            )
-            size = math.floor(size * (1 + room))
-            if size < 1:
+            fitting = {size for size in sizes if self.peak(strategy, size, checkpointing) <= limit}
+            largest, smallest = max(fitting, default=0), min(sizes - fitting, default=None)
+            if smallest in (1, largest + 1):
                 return largest
-            if self.peak(strategy, size, checkpointing) <= limit:
-                if size <= largest:
-                    return largest
-                largest = size
+            # The size at which the memory, nearly linear in the size, reaches the limit: between
+            # the two, or beyond all sizes simulated so far.
+            ends = [largest, smallest] if largest and smallest else sorted(sizes)[-2:]
+            if not largest:
+                ends = sorted(sizes)[:2]
+            totals = [self.totals(strategy, size, checkpointing) for size in ends]
+            crossing = size_at_limit(ends, totals, limit)
+            if crossing is None or crossing < 1:
+                return 0
+            below = max(math.floor(crossing), largest)
+            if smallest:
+                below = min(below, smallest - 1)
+            margin = below // 50
+            if smallest and largest and smallest - largest <= 3 * margin:
+                # Within a few percent only the division of the logits into chunks is not linear,
+                # which is a small part of a sequence unless there are thousands.
+                if below < 1000 and 0.05 < crossing - below < 0.95:
+                    return below
+                margin = 0
+            # Simulate a size on either side; of a small batch, the two next to the limit.
+            sides = {max(below - margin, 1), below + 1 + margin} - sizes
+            sizes |= sides or {below, below + 1}
 
     def summary(self, strategy: SingleMemory, limit: float | None) -> dict:
         """The report's column for a strategy: its peak by part, and the largest batch."""
@@ -307,3 +322,17 @@ class MemoryEstimator:
             'fits': None if limit is None else bool(total <= limit),
             'largest_batch_size': limit and self.largest_batch(strategy, limit),
         }
+
+
+def size_at_limit(sizes: list[int], totals: list[list[float]], limit: float) -> float | None:
+    """The size at which the first total reaches the limit, by a line through two sizes each.
+
+    None if a total exceeds the limit at any size.
+    """
+    (one, two), crossings = sizes, []
+    for at_one, at_two in zip(*totals):
+        if at_two > at_one:
+            crossings.append(one + (two - one) * (limit - at_one) / (at_two - at_one))
+        elif at_one > limit:
+            return None
+    return min(crossings)

@@ -90,6 +90,8 @@ class MemoryTracker(TorchDispatchMode):
         self._begin()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.prim.device.default:  # most calls: C++ asks for the device
+            return args[0].fake_device
         result = func(*args, **(kwargs or {}))
         cast = func is torch.ops.aten._to_copy.default and storage_of(args[0]) in self.weights
         for output in result if isinstance(result, (tuple, list)) else (result,):

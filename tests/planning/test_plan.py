@@ -5,7 +5,9 @@ import json
 import os
 import subprocess
 import sys
+from collections import defaultdict
 from functools import cache
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,6 +24,7 @@ from model_builder import Transformer, build_model, count_parameters, training_f
 from model_config import ModelArchitectureConfig
 from parallel.strategies import prepare_blocks, recomputed_blocks
 from planning import simulation
+from planning.memory import MemoryEstimator
 from planning.plan import completed_settings, plan_run
 from planning.report import plan_report
 from planning.simulation import MemorySnapshot
@@ -264,18 +267,34 @@ def test_time_is_flops_over_speed():
 
 @pytest.mark.parametrize('checkpointing', ['none', 'full'])
 def test_largest_batch_fits_and_next_does_not(checkpointing):
-    options = {
-        **{**SMALL, 'n_embd': 1024, 'block_size': 1024},
-        'gpu': 'T4',
-        'world_size': 4,
-        'activation_checkpointing': checkpointing,
-        'gradient_accumulation_steps': 8,
-    }
-    for label, memory in plan(**options)['memory'].items():
-        largest = memory['largest_batch_size']
-        for size, fits in ((largest, True), (largest + 1, False)):
-            again = plan(**{**options, 'batch_size': size})['memory'][label]
-            assert again['fits'] is fits, (label, size, again)
+    options = {**SMALL, 'n_embd': 1024, 'block_size': 1024, 'gradient_accumulation_steps': 8}
+    options |= {'device': 'cuda', 'dtype': 'float16', 'activation_checkpointing': checkpointing}
+    completed, _ = completed_settings(settings_of(**options, world_size=4), None)
+    searched, simulated = (MemoryEstimator(completed, on_gpu=True) for _ in range(2))
+    for strategy in searched.strategies(4):
+        largest = searched.largest_batch(strategy, limit=14.4 * GB)
+        peaks = [simulated.peak(strategy, size) for size in (largest, largest + 1)]
+        assert peaks[0] <= 14.4 * GB < peaks[1], (strategy.label, largest, peaks)
+
+
+@pytest.mark.parametrize(
+    ('limit', 'largest'), [(100, 0), (109, 0), (110, 1), (139.9, 3), (1e6, 99_990)]
+)
+def test_search_for_largest_batch(monkeypatch, limit, largest):
+    """Against memory that is exactly linear in the batch, with few simulations."""
+    memory = object.__new__(MemoryEstimator)
+    memory.run = settings_of(**SMALL).run
+    memory._sizes = defaultdict(set)
+    simulated = set()
+
+    def totals(self, strategy, size, checkpointing):
+        simulated.add(size)
+        return [90, 100 + 10 * size]
+
+    monkeypatch.setattr(MemoryEstimator, 'totals', totals)
+    strategy = SimpleNamespace(accumulates=True)
+    assert memory.largest_batch(strategy, limit) == largest
+    assert len(simulated) <= 6, simulated
 
 
 def test_advice_matches_plan_with_its_options():
