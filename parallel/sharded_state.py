@@ -5,7 +5,10 @@ Each rank writes its shards: `{'model': {name: tensor}, 'optimizer': {name: {key
 flattened parameter. Every strategy can read the shards of every other, parameter by parameter.
 """
 
+import contextlib
+import weakref
 from collections.abc import Callable
+from itertools import accumulate
 
 import torch
 
@@ -15,55 +18,95 @@ from optim.step import GuardedOptimizer
 from parallel.strategies import ParamShard, SingleProcess
 
 
-def no_copy(tensor: torch.Tensor, key: tuple[str, str]) -> torch.Tensor:
-    """The tensor itself, for writing before the next iteration."""
+def no_copy(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The tensors themselves, for writing before the next iteration."""
     # A part of a buffer is cloned, since torch.save would write the whole buffer.
-    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+    return [t if t.untyped_storage().nbytes() == t.nbytes else t.clone() for t in tensors]
 
 
 class HostStaging:
     """Copies in host memory, which training does not change; later copies reuse the memory.
 
-    Copies from a GPU are complete when the device has been synchronized.
+    All are cut from one buffer, which is pinned for a GPU: allocations of torch's own pinned
+    memory are rounded up to powers of two. Copies from a GPU are complete when the device has been
+    synchronized.
     """
 
-    def __init__(self, device: torch.device):
-        self.pinned = device.type == 'cuda'
-        self.buffers: dict[tuple[str, str], torch.Tensor] = {}
+    alignment = 64  # bytes; a cache line
 
-    def __call__(self, tensor: torch.Tensor, key: tuple[str, str]) -> torch.Tensor:
-        if key not in self.buffers:
-            self.buffers[key] = torch.empty(
-                tensor.shape, dtype=tensor.dtype, pin_memory=self.pinned
-            )
-        return self.buffers[key].copy_(tensor, non_blocking=True)
+    def __init__(self, device: torch.device, report: Callable[[str], None]):
+        """report: called with a note if the memory cannot be pinned."""
+        self.device, self.report = device, report
+        self.layout: list[tuple[torch.dtype, torch.Size]] = []
+        self.copies: list[torch.Tensor] = []
+
+    def __call__(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        """A copy of each tensor. All calls but the first usually have the same sizes."""
+        layout = [(tensor.dtype, tensor.shape) for tensor in tensors]
+        if layout != self.layout:
+            self._allocate(tensors)
+            self.layout = layout
+        for copy, tensor in zip(self.copies, tensors):
+            copy.copy_(tensor, non_blocking=True)
+        return self.copies
+
+    def _allocate(self, tensors: list[torch.Tensor]) -> None:
+        ends = list(accumulate(-(-t.nbytes // self.alignment) * self.alignment for t in tensors))
+        buffer = torch.empty(ends[-1] if ends else 0, dtype=torch.uint8)
+        if self.device.type == 'cuda' and buffer.nbytes:
+            self._pin(buffer)
+        # By numpy, so that each has a storage of its own size: torch.save writes whole storages.
+        content, begins = buffer.numpy(), [0, *ends]
+        self.copies = [
+            torch.from_numpy(content[begin : begin + tensor.nbytes])
+            .view(tensor.dtype)
+            .view(tensor.shape)
+            for begin, tensor in zip(begins, tensors)
+        ]
+
+    def _pin(self, buffer: torch.Tensor) -> None:
+        """Pin the buffer until it is freed; without success, the copies wait for the device."""
+        cuda, address = torch.cuda.cudart(), buffer.data_ptr()
+        error = int(cuda.cudaHostRegister(address, buffer.nbytes, 0))
+        if error == 0:
+            unpin = weakref.finalize(buffer.untyped_storage(), cuda.cudaHostUnregister, address)
+            unpin.atexit = False  # the driver may be gone by then
+            return
+        # The next kernel would report the error as its own: launch one here.
+        with contextlib.suppress(RuntimeError):
+            torch.zeros(1, device=self.device)
+        self.report(
+            f'async_save: {buffer.nbytes / 1e9:.1f} GB of host memory for copies of checkpoints '
+            f'could not be pinned (CUDA error {error}), so that training stops longer for them.'
+        )
 
 
 def collect(
     parallel: SingleProcess,
     model: Transformer,
     optimizer: GuardedOptimizer,
-    snapshot: Callable[[torch.Tensor, tuple[str, str]], torch.Tensor] = no_copy,
+    snapshot: Callable[[list[torch.Tensor]], list[torch.Tensor]] = no_copy,
 ) -> dict:
-    """The state that this rank writes, of tensors copied by `snapshot(tensor, key)`."""
+    """The state that this rank writes, of tensors copied by `snapshot`."""
     saves_weights, saves_optimizer = parallel.saves
     weights = parallel.weight_shards(model) if saves_weights else {}
     optimized = parallel.optimizer_shards(model) if saves_optimizer else {}
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
 
-    def stored(name: str, key: str, tensor: torch.Tensor) -> torch.Tensor:
-        tensor = snapshot(tensor.detach(), (name, key))
+    def shaped(name: str, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.view(shapes[name]) if tensor.numel() == shapes[name].numel() else tensor
 
+    tensors = {(name, ''): shaped(name, shard.tensor.detach()) for name, shard in weights.items()}
+    for name, shard in optimized.items():
+        for key, value in optimizer.inner.state.get(shard.key, {}).items():
+            value = value.detach()
+            is_step = key == 'step'  # a number, which is not sharded
+            tensors[name, key] = value if is_step else shaped(name, local_tensor(value).view(-1))
+    copies = dict(zip(tensors, snapshot(list(tensors.values()))))
     return {
-        'model': {name: stored(name, '', shard.tensor) for name, shard in weights.items()},
+        'model': {name: copies[name, ''] for name in weights},
         'optimizer': {
-            name: {
-                key: snapshot(value, (name, key))
-                if key == 'step'
-                else stored(name, key, local_tensor(value).view(-1))
-                for key, value in optimizer.inner.state.get(shard.key, {}).items()
-            }
+            name: {key: copies[name, key] for key in optimizer.inner.state.get(shard.key, {})}
             for name, shard in optimized.items()
         },
         'offsets': {

@@ -9,6 +9,7 @@ stays in the main thread, in a fixed order.
 import contextlib
 import time
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from functools import partial
 
 import torch
 
@@ -44,9 +45,10 @@ class CheckpointManager:
         self.run, self.device, self.logger = run, device, logger
         self.process_group = process_group
         self.folder = logger.run_folder / 'checkpoints'
-        # Function that maps a tensor to the one that is written.
+        # Function that maps tensors to those that are written.
+        note = partial(logger.event, 'note', None)
         self.snapshot = (
-            sharded_state.HostStaging(device) if run.async_save else sharded_state.no_copy
+            sharded_state.HostStaging(device, note) if run.async_save else sharded_state.no_copy
         )
         self.executor = ThreadPoolExecutor(1, 'saver') if run.async_save else _InlineExecutor()
         self.task = self.executor.submit(bool)  # the last task; at first an empty one

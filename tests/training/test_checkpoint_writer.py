@@ -168,17 +168,67 @@ def test_saving_benchmark_measures_both_modes(run_script):
 
 
 def test_host_staging_is_independent_of_originals():
-    copies = sharded_state.HostStaging(torch.device('cpu'))
+    copies = sharded_state.HostStaging(torch.device('cpu'), pytest.fail)
     flat = torch.arange(6.0)
-    tensors = {('a', ''): flat[:4], ('b', 'step'): torch.tensor(7.0), ('c', ''): torch.empty(0)}
-    staged = {key: copies(tensor, key) for key, tensor in tensors.items()}
-    expected = {key: tensor.clone() for key, tensor in tensors.items()}
-    for tensor in tensors.values():
+    tensors = [flat[:4], torch.tensor(7.0), torch.empty(0), torch.ones(3, 5).bfloat16()]
+    staged = list(copies(tensors))
+    expected = [tensor.clone() for tensor in tensors]
+    for tensor in tensors:
         tensor.add_(1)
-    assert all(torch.equal(staged[key], expected[key]) for key in tensors)
+    assert all(map(torch.equal, staged, expected))
     # Only the slice is written, not the whole storage.
-    assert all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in staged.values())
+    assert all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in staged)
     # The next copies reuse the memory.
-    again = {key: copies(tensor, key) for key, tensor in tensors.items()}
-    assert all(torch.equal(again[key], tensor) for key, tensor in tensors.items())
-    assert all(again[key].data_ptr() == staged[key].data_ptr() for key in tensors)
+    again = copies(tensors)
+    assert all(map(torch.equal, again, tensors))
+    assert all(new.data_ptr() == old.data_ptr() for new, old in zip(again, staged))
+    # Unless there are other tensors, such as the state of an expert that had no tokens before.
+    more = copies([*tensors, torch.ones(2)])
+    assert torch.equal(more[-1], torch.ones(2)) and all(map(torch.equal, more, tensors))
+
+
+class PretendedCuda:
+    """`torch.cuda.cudart()`, which pins nothing and keeps account."""
+
+    def __init__(self, error=0):
+        self.error, self.pinned, self.freed = error, {}, []
+
+    def cudaHostRegister(self, address, size, flags):
+        if self.error == 0:
+            self.pinned[address] = size
+        return self.error
+
+    def cudaHostUnregister(self, address):
+        self.freed.append(address)
+
+
+@pytest.mark.parametrize('error', [0, 2])
+def test_host_memory_is_pinned_once_and_exactly(error, monkeypatch):
+    """Not rounded up to powers of two, as torch's own pinned allocations are."""
+    cuda, launched, notes = PretendedCuda(error), [], []
+    monkeypatch.setattr(torch.cuda, 'cudart', lambda: cuda)
+
+    def zeros(*shape, device):  # reports the error that pinning left
+        launched.append(device)
+        raise RuntimeError('CUDA error: out of memory')
+
+    monkeypatch.setattr(torch, 'zeros', zeros)
+    copies = sharded_state.HostStaging(torch.device('cuda:1'), notes.append)
+    tensors = [torch.rand(n) for n in (1000, 1, 0, 2**20 + 1)] + [torch.tensor(3.0)]
+    for _ in range(3):
+        staged = copies(tensors)
+        assert all(map(torch.equal, staged, tensors))
+    assert all(t.data_ptr() % copies.alignment == 0 for t in staged if t.numel())
+    if error:
+        assert launched == [torch.device('cuda:1')] and not cuda.freed
+        assert len(notes) == 1 and 'could not be pinned (CUDA error 2)' in notes[0]
+        return
+    assert not notes and not launched
+    needed = sum(tensor.nbytes for tensor in tensors)
+    ((address, size),) = cuda.pinned.items()
+    assert needed <= size < needed + copies.alignment * len(tensors)
+    assert all(address <= t.data_ptr() < address + size for t in staged if t.numel())
+    # It stays pinned as long as it is used.
+    assert not cuda.freed
+    del copies, staged
+    assert cuda.freed == [address]
