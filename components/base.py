@@ -78,6 +78,14 @@ class Component(RenamedMethods, Configurable):
         """Reasons why it cannot train on a 'cpu', 'cuda' or 'mps' device, a sentence each."""
         return []
 
+    @classmethod
+    def training_notes(
+        cls, config: ModelArchitectureConfig, device: torch.device, dtype: str
+    ) -> list[str]:
+        """Notes for the user on what makes it slow on that device, a sentence each; dtype: that of
+        matrix multiplications."""
+        return []
+
     def flops(self, seq_len: int, causal: bool) -> dict[str, float]:
         """Matrix-multiplication FLOPs of one sequence's forward pass, by part.
 

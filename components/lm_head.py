@@ -25,6 +25,7 @@ class OutputHead(Component, nn.Module):
         self.projection = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.scale = INITIALIZATION_REGISTRY[config.initialization].output_scale(config)
         self.softcap, self.z_loss = config.logit_softcap, config.z_loss
+        self.compiled = False
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """(B, T, C) -> (B, T, V); with `logit_softcap` c: c · tanh(logits / c) in fp32, which
@@ -73,7 +74,9 @@ class OutputHead(Component, nn.Module):
         if self.z_loss == 0:
             scaled = self.scale_hidden(hidden).flatten(0, 1)
             weight = self.projection.weight
-            loss = linear_cross_entropy(scaled, weight, targets, self.softcap, IGNORED)
+            loss = linear_cross_entropy(
+                scaled, weight, targets, self.softcap, IGNORED, self.compiled
+            )
             return loss, count, AuxOutput(0.0, {})
         # The relative weight of the two losses is not known here, so all logits are kept.
         logits = self.logits(hidden).flatten(0, 1).float()

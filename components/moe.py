@@ -24,12 +24,14 @@ from model_config import FFN_REGISTRY, ModelArchitectureConfig
 def grouped_mm(a: torch.Tensor, b: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
     """torch's grouped_mm: a (N, in) times b (groups, in, out) -> (N, out), where group g has the
     rows ends[g - 1] … ends[g] of a. For the gradient of b: a (in, N) times b (N, out) -> (groups,
-    in, out).
+    in, out). Both in the dtype of a, to which b is cast.
 
     Wrapped in an operator because torch's has no shape function for fp32 on the meta device, which
-    torch.compile needs too, and no FLOP formula. `ends` stays on the device.
+    torch.compile needs too, and no FLOP formula; and because the cast in it is repeated in the
+    backward pass, so that no copy of all experts' weights is kept until then. `ends` stays on the
+    device.
     """
-    product = F.grouped_mm(a, b, offs=ends)
+    product = F.grouped_mm(a, b.to(a.dtype), offs=ends)
     if b.dim() == 2:
         # A group without rows has the gradient 0. Kernels of some GPUs leave its memory as it was
         # (pytorch#172439).
@@ -56,7 +58,7 @@ def _save_operands(ctx, inputs, output):
 def _gradients(ctx, grad):
     a, b, ends = ctx.saved_tensors
     grad = grad.contiguous()  # the gradient of a sum is expanded, which torch's does not support
-    return grouped_mm(grad, b.mT, ends), grouped_mm(a.mT, grad, ends), None
+    return grouped_mm(grad, b.mT, ends), grouped_mm(a.mT, grad, ends).to(b.dtype), None
 
 
 grouped_mm.register_autograd(_gradients, setup_context=_save_operands)
@@ -81,7 +83,7 @@ class ExpertLinear(nn.Linear):
     def forward(self, x: torch.Tensor, groups: ExpertGroups) -> torch.Tensor:
         """(rows, in) -> (rows, out)."""
         dtype = matmul_dtype(x)  # autocast does not cover `grouped_mm`
-        y = grouped_mm(x.to(dtype), self.weight.to(dtype).mT, groups.ends)
+        y = grouped_mm(x.to(dtype), self.weight.mT, groups.ends)
         if self.bias is None:
             return y
         return y + self.bias.to(dtype).view(-1, self.out_features).index_select(0, groups.expert)
@@ -95,6 +97,8 @@ def without_autocast(device: torch.device) -> AbstractContextManager:
 # --------------------------------------------------------------------------------------------------
 # The mixture
 
+# Major compute capabilities of the GPUs on which torch's grouped_mm is a kernel, for bf16.
+GROUPED_MM_CAPABILITIES = (9, 10)
 SCORES = {'softmax': partial(torch.softmax, dim=-1), 'sigmoid': torch.sigmoid}
 
 
@@ -214,6 +218,22 @@ class MixtureOfExperts(FeedForward):
                     f'--{key}={math.ceil(size / 8) * 8}.'
                 )
         return problems
+
+    @classmethod
+    def training_notes(
+        cls, config: ModelArchitectureConfig, device: torch.device, dtype: str
+    ) -> list[str]:
+        if device.type != 'cuda':
+            return []
+        major, minor = torch.cuda.get_device_capability(device)
+        if dtype == 'bfloat16' and major in GROUPED_MM_CAPABILITIES:
+            return []
+        return [
+            f"ffn_type='moe' is slow here: torch has kernels of grouped matrix products only for "
+            f'bfloat16 on GPUs of compute capability 9 and 10 (such as H100, H200, B200). For '
+            f'{dtype} on compute capability {major}.{minor} it multiplies one expert at a time, '
+            f'and each time waits for the GPU.'
+        ]
 
     @classmethod
     def name_tag(cls, config: ModelArchitectureConfig) -> str:

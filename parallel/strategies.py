@@ -279,7 +279,8 @@ RECOMPILE_LIMIT = 64
 
 
 def prepare_blocks(model: Transformer, recomputed: list[int], compiled: bool) -> None:
-    """Make the blocks `recomputed` recompute their activations, then compile the blocks."""
+    """Make the blocks `recomputed` recompute their activations, then compile the blocks, and on a
+    CUDA device the loss."""
     for number in recomputed:
         recompute(model.blocks[number])
     if not compiled:
@@ -287,6 +288,7 @@ def prepare_blocks(model: Transformer, recomputed: list[int], compiled: bool) ->
     # DDP's compiler pass would split each block at bucket limits, although blocks are compiled
     # one by one and gradients are reduced between them.
     torch._dynamo.config.optimize_ddp = False
+    model.output_head.compiled = True
     for block in model.blocks:
         # Identical blocks share one graph, for training and for evaluation. All batches have one
         # shape, so no dynamic shapes are needed. The limit counts the graphs of all kinds.

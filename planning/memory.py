@@ -201,9 +201,9 @@ def strategy_label(run: TrainingConfig, ranks: int) -> str:
 class MemoryEstimator:
     """The memory of a run on one device, under each strategy."""
 
-    def __init__(self, settings: Settings, on_gpu: bool):
+    def __init__(self, settings: Settings, on_gpu: bool, gpu_memory: float | None = None):
         self.run, self.layers = settings.run, settings.architecture.n_layer
-        self.simulation = Simulation(settings.run, settings.architecture, on_gpu)
+        self.simulation = Simulation(settings.run, settings.architecture, on_gpu, gpu_memory)
         self.units = FSDPUnits(self.simulation)
         self.optimizer_bytes, self.update_bytes = self.simulation.update()
         self._simulated = cache(self._simulate)

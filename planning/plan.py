@@ -36,11 +36,12 @@ def plan_run(settings: Settings) -> dict:
     settings, notes = completed_settings(settings, gpu)
     _check_size(settings)
     run, architecture = settings.run, settings.architecture
-    memory = MemoryEstimator(settings, on_gpu=run.device != 'cpu')
+    gpu_memory = gpu and gpu.memory_gb * hardware.GB
+    memory = MemoryEstimator(settings, run.device != 'cpu', gpu_memory)
     model = memory.simulation.model
     recomputed = recomputed_blocks(run.activation_checkpointing, architecture.n_layer)
     flops, counts = training_flops(model, recomputed), count_parameters(model)
-    peak, limit = _peak(settings, gpu), gpu and USABLE * gpu.memory_gb * hardware.GB
+    peak, limit = _peak(settings, gpu), gpu_memory and USABLE * gpu_memory
     tokens_per_iter = run.batch_size * run.gradient_accumulation_steps * architecture.block_size
     return {
         'architecture': {'name': architecture.name, 'hash': architecture.hash},
@@ -206,7 +207,7 @@ def _notes(memory: MemoryEstimator, settings: Settings) -> Iterator[str]:
             f'and the others only the buckets.'
         )
     if run.compile:
-        yield 'Memory is estimated without torch.compile, which often needs less.'
+        yield 'Memory of the blocks is estimated without torch.compile, which often needs less.'
 
 
 def _time(

@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from enum import IntEnum
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -137,10 +138,18 @@ def storage_of(tensor: torch.Tensor) -> int:
 class Simulation:
     """The real model of a run, and its optimizer, on fake tensors."""
 
-    def __init__(self, run: TrainingConfig, architecture: ModelArchitectureConfig, on_gpu: bool):
+    def __init__(
+        self,
+        run: TrainingConfig,
+        architecture: ModelArchitectureConfig,
+        on_gpu: bool,
+        gpu_memory: float | None = None,
+    ):
+        """gpu_memory: bytes of the GPU's memory; None: ASSUMED_GPU_MEMORY."""
         self.run, self.block_size = run, architecture.block_size
         self.fake = FakeTensorMode()
-        self.kernels = gpu_kernels if on_gpu else nullcontext
+        method = gpu_loss_method(run, gpu_memory or ASSUMED_GPU_MEMORY)
+        self.kernels = partial(gpu_kernels, method) if on_gpu else nullcontext
         with self.fake:
             self.model = Transformer(architecture).train()
         self.blocks = list(self.model.blocks)
@@ -312,8 +321,11 @@ def _same_module(one: nn.Module, other: nn.Module) -> bool:
 # A GPU's fused kernels
 
 
+ASSUMED_GPU_MEMORY = 80e9  # bytes, if the GPU is not known
+
+
 @contextmanager
-def gpu_kernels() -> Iterator[None]:
+def gpu_kernels(method: loss_module.LossMethod) -> Iterator[None]:
     """Replace functions that torch fuses on a GPU only, so that they save what the GPU would.
 
     The functions of `torch.nn.functional` are replaced, since a mode that intercepts them is not
@@ -322,13 +334,22 @@ def gpu_kernels() -> Iterator[None]:
     changes: list[tuple[dict, dict]] = [
         (vars(F), STAND_INS),
         (vars(cpu_attention), {'supports': lambda q, k: False}),
-    ]
-    changes += [
-        (sizes, {'cpu': sizes['cuda']})
-        for sizes in (loss_module.CHUNK_BYTES, loss_module.SCRATCH_BYTES)
+        (vars(loss_module), {'loss_method': lambda device, compiled: method}),
     ]
     with _replaced(changes):
         yield
+
+
+def gpu_loss_method(run: TrainingConfig, memory: float) -> loss_module.LossMethod:
+    """The method for the loss on the GPU of a run, with a stand-in for the compiled function."""
+    if run.device == 'mps':
+        return loss_module.OTHER_METHOD
+    return loss_module.cuda_method(memory, fused_loss if run.compile else None)
+
+
+def fused_loss(logits: torch.Tensor, *_) -> torch.Tensor:
+    """Allocates a loss per row."""
+    return logits.new_empty(len(logits), dtype=torch.float32)
 
 
 @contextmanager

@@ -81,7 +81,9 @@ def out_of_memory_error(settings: Settings, device_name: str) -> UserError:
     run, architecture, ranks = settings.run, settings.architecture, settings.ranks
     batch_size, accumulation = run.batch_size, run.gradient_accumulation_steps
     tokens = batch_size * accumulation * architecture.block_size
-    memory = MemoryEstimator(settings, on_gpu=run.device != 'cpu')
+    on_gpu = run.device != 'cpu'
+    gpu_memory = hardware.total_memory(torch.device(run.device)) if on_gpu else None
+    memory = MemoryEstimator(settings, on_gpu, gpu_memory)
     label = strategy_label(run, ranks)
     strategy = next(each for each in memory.strategies(ranks) if each.label == label)
     state_bytes = memory.state_bytes(strategy)

@@ -7,6 +7,7 @@ import torch
 
 from common import hardware
 from common.console_output import write_progress, yellow
+from common.registry import sentences_of
 from inference.sampling import PeriodicSample
 from model_builder import Transformer, parameter_groups, training_flops
 from optim.step import GuardedOptimizer
@@ -74,6 +75,7 @@ def set_up(context: RunContext, init_source: InitSource | None) -> Session:
         progress = init_source.restore(parallel, raw_model, optimizer)
     # Check that the model is causal.
     model_notes = start_checks.check_model(raw_model, device, run.dtype)
+    model_notes += component_notes(settings, device)
 
     # Start or continue the record.
     logger = open_record(context, init_source)
@@ -111,6 +113,18 @@ def set_up(context: RunContext, init_source: InitSource | None) -> Session:
         sample_writer=sample_writer,
         environment=environment,
     )
+
+
+def component_notes(settings: Settings, device: torch.device) -> list[str]:
+    """Notes of the chosen components on training on this device."""
+    run, architecture = settings.run, settings.architecture
+    if run.eval_only:
+        return []
+    return [
+        note
+        for _, component in architecture.components()
+        for note in sentences_of(component, 'training_notes', architecture, device, run.dtype)
+    ]
 
 
 def can_compile(run: TrainingConfig, device: torch.device, parallel: SingleProcess) -> bool:

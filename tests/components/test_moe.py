@@ -2,6 +2,7 @@
 
 import math
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,10 +11,11 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from common.errors import UserError
-from components.moe import ExpertLinear, MixtureOfExperts, grouped_mm
+from components.moe import ExpertGroups, ExpertLinear, MixtureOfExperts, grouped_mm
 from components.weight_initialization import initialize
 from model_builder import build_model, count_parameters, training_flops
 from model_config import FFN_REGISTRY
+from training.setup import component_notes
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -241,6 +243,46 @@ def test_grouped_mm_opcheck():
     torch.library.opcheck(grouped_mm, (a, b, ends))
     expected = torch.cat([a[:4] @ b[0], a[4:] @ b[2]])
     torch.testing.assert_close(grouped_mm(a, b, ends), expected)
+
+
+def test_no_copy_of_the_experts_is_saved():
+    """Under autocast the backward pass keeps the fp32 weights themselves."""
+    layer = ExpertLinear(3, 16, 8, bias=False)
+    torch.nn.init.normal_(layer.weight)
+    x, saved = torch.randn(9, 16, requires_grad=True), []
+    groups = ExpertGroups(torch.tensor([4, 4, 9], dtype=torch.int32), torch.empty(0))
+    keep = torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t)
+    with keep, torch.autocast('cpu', torch.bfloat16):
+        y = layer(x, groups)
+    (weight,) = [t for t in saved if t.dim() == 3]
+    assert weight.data_ptr() == layer.weight.data_ptr() and y.dtype == torch.bfloat16
+    y.float().square().sum().backward()
+    gradient = layer.weight.grad.clone()
+    layer.weight.grad = None
+    layer(x, groups).square().sum().backward()
+    assert gradient.dtype == torch.float32
+    torch.testing.assert_close(gradient, layer.weight.grad, rtol=0.05, atol=0.5)
+
+
+@pytest.mark.parametrize(
+    ('device', 'dtype', 'capability', 'noted'),
+    [
+        ('cpu', 'bfloat16', None, False),
+        ('cuda', 'bfloat16', (9, 0), False),
+        ('cuda', 'bfloat16', (10, 3), False),
+        ('cuda', 'float16', (9, 0), True),
+        ('cuda', 'bfloat16', (8, 0), True),
+        ('cuda', 'bfloat16', (12, 0), True),
+    ],
+)
+def test_products_without_a_kernel_are_noted(device, dtype, capability, noted, monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: capability)
+    config, device = tiny(**MOE), torch.device(device)
+    notes = MixtureOfExperts.training_notes(config, device, dtype)
+    assert [dtype in note for note in notes] == [True] * noted
+    run = SimpleNamespace(eval_only=False, dtype=dtype)
+    settings = SimpleNamespace(run=run, architecture=config)
+    assert component_notes(settings, device) == notes
 
 
 # --- What it costs --------------------------------------------------------------------------------

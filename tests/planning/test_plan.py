@@ -18,7 +18,6 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from common import gpu_specs, hardware
 from common.errors import UserError
 from components import linear_cross_entropy as loss
-from components.linear_cross_entropy import CHUNK_BYTES, SCRATCH_BYTES
 from configurator import read_command_line
 from model_builder import Transformer, build_model, count_parameters, training_flops
 from model_config import ModelArchitectureConfig
@@ -169,7 +168,7 @@ def test_simulation_skips_equal_blocks(monkeypatch, checkpointing, options, accu
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
 def test_simulation_skips_equal_loss_chunks(monkeypatch, dtype):
-    monkeypatch.setitem(CHUNK_BYTES, 'cpu', 2**16)
+    monkeypatch.setattr(loss, 'CPU_METHOD', loss.CPU_METHOD._replace(chunk_bytes=2**16))
     chunks, chunk_starts = [], loss.chunk_starts
     settings = settings_of(**{**SMALL, 'dtype': dtype, 'device': 'cpu'})
     completed, _ = completed_settings(settings, None)
@@ -228,12 +227,16 @@ def test_7b_memory_matches_hand_calculation():
     counted = planned['model']['components']
     cast = counted['attention'] + counted['ffn']
     assert single['weight_copies'] * GB == pytest.approx(2 * cast, rel=0.05)
-    # bf16: the logits (overwritten by their gradient), the gradients of matrix and input,
-    # and the input; fp32: the input before the cast, and the scratch buffer.
-    assert CHUNK_BYTES['cuda'] > 4096 * 50304 * 2
-    head = 2 * (4096 * 50304 + 50304 * 4096 + 2 * 4096 * 4096) + 4 * 4096 * 4096
-    head += SCRATCH_BYTES['cuda']
+    # bf16: the logits (overwritten by their gradient), the input and its gradient; fp32: the
+    # gradient of the matrix, and the input before the cast. Nothing else, since it is compiled.
+    assert loss.cuda_method(80e9, None).chunk_bytes > 4096 * 50304 * 2
+    head = 2 * (4096 * 50304 + 2 * 4096 * 4096) + 4 * (50304 * 4096 + 4096 * 4096)
     assert single['logits'] * GB == pytest.approx(head, rel=0.01)
+    uncompiled = plan(
+        **LLAMA_7B, block_size=4096, gpu='H100', batch_size=1, world_size=8, compile=False
+    )
+    head += loss.cuda_method(80e9, None).scratch_bytes
+    assert uncompiled['memory']['single']['parts']['logits'] * GB == pytest.approx(head, rel=0.01)
 
 
 RECOMPUTED = {'activation_checkpointing': 'full', 'weight_tying': True}

@@ -70,8 +70,10 @@ def test_activations_equal_allocator_peak(choices, monkeypatch):
     measured, text = {}, {}
     for option, blocks in {'none': (), '2': (1, 3, 5), 'full': range(6)}.items():
         with monkeypatch.context() as patch:
-            for bounds in (loss.CHUNK_BYTES, loss.SCRATCH_BYTES):
-                patch.setitem(bounds, 'cpu', bounds['cpu'] // 1000)
+            method = loss.CPU_METHOD
+            chunk_bytes, scratch_bytes = method.chunk_bytes // 1000, method.scratch_bytes // 1000
+            small = method._replace(chunk_bytes=chunk_bytes, scratch_bytes=scratch_bytes)
+            patch.setattr(loss, 'CPU_METHOD', small)
             peak = peak_bytes(*micro_batch(architecture, 8, blocks))
         measured[option] = peak * 1000 / 1e9
         text[option] = message(**choices, batch_size=8000, activation_checkpointing=option)
