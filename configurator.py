@@ -345,7 +345,7 @@ def with_component_options(core: dict[str, Option]) -> dict[str, Option]:
 def chosen_components(core: dict[str, Option], values: dict) -> Iterator[tuple[str, type]]:
     """The option and the class of each component that resolved values choose."""
     for key, option in with_component_options(core).items():
-        if key in values and isinstance(option.choices, Registry):
+        if isinstance(option.choices, Registry) and values.get(key) is not None:
             yield key, option.choices[values[key]]
 
 
@@ -359,7 +359,7 @@ def _active_keys(core: dict[str, Option], values: dict) -> Iterator[str]:
             continue
         seen.add(key)
         yield key
-        if isinstance(option.choices, Registry):
+        if isinstance(option.choices, Registry) and values[key] is not None:
             queue[:0] = option.choices[values[key]].options.items()
 
 

@@ -153,7 +153,7 @@ def main(argv: list[str]) -> int:
     model = load_model(checkpoint, state, torch.device('cpu'))
     to_dtype(model, getattr(torch, options.dtype))
     config = {
-        'architecture': checkpoint.index['architecture'],
+        'architecture': model.config.to_dict(),
         'architecture_name': model.config.name,
         'dataset': checkpoint.index['config'].get('dataset'),
         'iter': checkpoint.iter,

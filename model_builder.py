@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from common.errors import UserError
+from common.hardware import compile_problem
 from components.checks import check_built, check_form, flops_disagreements, observe_calls
 from components.faults import is_foreign
 from components.weight_initialization import initialize
@@ -194,6 +195,7 @@ def build_model(
 
     Raises UserError if a size exceeds the limits of tensors.
     """
+    config = with_backend_of(torch.device(device), config)
     for key in ('vocab_size', 'end_of_text'):
         if key in config and getattr(config, key) is None:
             raise UserError(f'{key} is not set. Set it, or take it from a dataset.')
@@ -215,6 +217,16 @@ def build_model(
         model.tie_weights()
         initialize(model, 0 if seed is None else seed)
     return model
+
+
+def with_backend_of(
+    device: torch.device, config: ModelArchitectureConfig
+) -> ModelArchitectureConfig:
+    """The config with the attention backend of this machine's device, unless one was set."""
+    if device.type == 'meta':
+        return config
+    compiles = device.type != 'cuda' or compile_problem(device) is None
+    return config.for_device(device.type, compiles)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -10,12 +10,14 @@ the checkpoint use:
 The registries are declared here and filled by `model_components`; this module imports no torch.
 """
 
+import copy
 import hashlib
 import json
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
+from common.architecture_presets import PRESETS
 from common.errors import UserError
 from common.registry import (
     FrozenConfig,
@@ -65,222 +67,6 @@ REGISTRIES = (
 )
 
 
-def _layernorm_with_bias_of_linear_layers(values: dict) -> str:
-    return 'layernorm' if values['bias'] else 'layernorm_nobias'
-
-
-_LLAMA = {
-    'normalization': 'rmsnorm',
-    'position_encoding': 'rope',
-    'attention_backend': 'sdpa',
-    'ffn_type': 'swiglu',
-    'norm_position': 'pre',
-    'bias': False,
-    'weight_tying': False,
-    'dropout': 0.0,
-}
-
-
-def kv_heads_in_groups_of(group: int, values: dict) -> int:
-    """Number of key/value heads if `group` query heads, or the next lower divisor, share one."""
-    heads = values['n_head']
-    return next(heads // n for n in range(group, 0, -1) if heads % n == 0)
-
-
-_GROUPS_OF_FOUR = {
-    'use_gqa': True,
-    'num_kv_heads': partial(kv_heads_in_groups_of, 4),
-    'd_ff': lambda values: 7 * values['n_embd'] // 2,
-}
-# A value may be a function of the merged values, so that it follows overrides.
-PRESETS = {
-    'gpt2': {
-        'normalization': 'layernorm_nobias',
-        'position_encoding': 'learned_absolute',
-        'attention_backend': 'sdpa',
-        'ffn_type': 'standard',
-        'activation': 'gelu',
-        'norm_position': 'post',
-        'bias': False,
-        'weight_tying': True,
-        'dropout': 0.0,
-    },
-    'llama': _LLAMA,
-    'team': _LLAMA,
-    'hybrid': {
-        'normalization': 'layernorm_nobias',
-        'position_encoding': 'rope',
-        'attention_backend': 'sdpa',
-        'ffn_type': 'standard',
-        'activation': 'gelu',
-        'norm_position': 'pre',
-        'bias': False,
-        'weight_tying': True,
-        'dropout': 0.0,
-    },
-    'legacy': {
-        'normalization': _layernorm_with_bias_of_linear_layers,
-        'position_encoding': 'learned_absolute',
-        'attention_backend': 'sdpa',
-        'ffn_type': 'standard',
-        'activation': 'gelu',
-        'norm_position': 'pre',
-        'bias': True,
-        'weight_tying': True,
-        'dropout': 0.0,
-    },
-    'llama3': {**_LLAMA, 'rope_theta': 5e5, **_GROUPS_OF_FOUR},
-    'qwen3': {
-        **_LLAMA,
-        'rope_theta': 1e6,
-        'norm_eps': 1e-6,
-        'head_dim': 128,
-        'use_gqa': True,
-        'num_kv_heads': partial(kv_heads_in_groups_of, 2),
-        'qk_norm': 'rmsnorm',
-        'qk_norm_scope': 'head',
-        'd_ff': lambda values: 3 * values['n_embd'],
-        'weight_tying': True,
-    },
-    'gemma2': {
-        **_LLAMA,
-        'norm_eps': 1e-6,
-        'norm_position': 'sandwich',
-        'attention_backend': 'manual',
-        'use_gqa': True,
-        'num_kv_heads': partial(kv_heads_in_groups_of, 2),
-        'sliding_window': lambda values: max(1, values['block_size'] // 2),
-        'attention_pattern': 'LG',
-        'attention_softcap': 50.0,
-        'logit_softcap': 30.0,
-        'ffn_type': 'geglu',
-        'geglu_tanh': True,
-        'd_ff': lambda values: 4 * values['n_embd'],
-        'scale_embeddings': True,
-        'weight_tying': True,
-    },
-    'olmo2': {
-        **_LLAMA,
-        'rope_theta': 5e5,
-        'norm_eps': 1e-6,
-        'norm_position': 'reordered',
-        'qk_norm': 'rmsnorm',
-        'qk_norm_scope': 'projection',
-        'z_loss': 1e-5,
-    },
-    'mistral': {
-        **_LLAMA,
-        **_GROUPS_OF_FOUR,
-        'sliding_window': lambda values: max(1, values['block_size'] // 2),
-    },
-    'pythia': {
-        'normalization': 'layernorm',
-        'position_encoding': 'rope',
-        'rope_fraction': 0.25,
-        'attention_backend': 'sdpa',
-        'ffn_type': 'standard',
-        'activation': 'gelu',
-        'norm_position': 'parallel',
-        'bias': True,
-        'weight_tying': False,
-        'dropout': 0.0,
-    },
-    'mixtral': {
-        **_LLAMA,
-        'rope_theta': 1e6,
-        'use_gqa': True,
-        'num_kv_heads': partial(kv_heads_in_groups_of, 4),
-        'ffn_type': 'moe',
-        'expert_ffn': 'swiglu',
-        'num_experts': 8,
-        'experts_per_token': 2,
-        'expert_d_ff': lambda values: 8 * max(1, round(7 * values['n_embd'] / 32)),
-    },
-    'deepseek': {
-        **_LLAMA,
-        'norm_eps': 1e-6,
-        'attention_type': 'mla',
-        'kv_lora_rank': lambda values: max(1, values['n_embd'] // 4),
-        'ffn_type': 'moe',
-        'expert_ffn': 'swiglu',
-        'num_experts': 32,
-        'experts_per_token': 6,
-        'shared_experts': 2,
-        'expert_d_ff': lambda values: 8 * max(1, round(values['n_embd'] / 24)),
-        'dense_layers': 1,
-        'router_normalize': False,
-        'load_balance_weight': 0.001,
-    },
-    'speedrun': {
-        'normalization': 'rmsnorm',
-        'position_encoding': 'rope',
-        'attention_backend': 'sdpa',
-        'qk_norm': 'rmsnorm',
-        'qk_norm_scope': 'head',
-        'ffn_type': 'standard',
-        'activation': 'relu2',
-        'norm_position': 'pre',
-        'logit_softcap': 15.0,
-        'bias': False,
-        'weight_tying': False,
-        'dropout': 0.0,
-    },
-    'custom': {},
-}
-
-PRESET_DESCRIPTIONS = {
-    'gpt2': (
-        "GPT-2's components with post-norm and LayerNorm without bias; not OpenAI's GPT-2, "
-        'which is pre-norm: that is `legacy`'
-    ),
-    'llama': 'LLaMA (Touvron et al. 2023)',
-    'team': 'The same architecture as `llama`, under a second name',
-    'hybrid': "GPT-2's feed-forward network and LayerNorm with rotary positions and pre-norm",
-    'legacy': (
-        "OpenAI's GPT-2 (Radford et al. 2019) as in nanoGPT: pre-norm; `bias` is also that of "
-        'the norms'
-    ),
-    'llama3': (
-        "Llama 3 (Grattafiori et al. 2024) with the 8B model's ratios: 4 query heads share "
-        'keys and values, FFN 3.5 · n_embd wide. For the long context of Llama 3.1: '
-        'rope_scaling=llama3'
-    ),
-    'qwen3': (
-        "Qwen3 (Yang et al. 2025) with the 0.6B model's ratios: heads of 128 dimensions, 2 "
-        'query heads share keys and values, QK norm per head, FFN 3 · n_embd wide'
-    ),
-    'gemma2': (
-        "Gemma 2 (Gemma Team 2024) with the 2B model's ratios: norms before and after each "
-        'sublayer, in every other layer a window of half the context (4096 of 8192 in the '
-        'original), soft caps of scores (on a GPU use attention_backend=flex) and logits'
-    ),
-    'olmo2': (
-        "OLMo 2 (OLMo et al. 2024), the 7B model's components: norms after the sublayers, QK "
-        'norm over all heads at once, z-loss'
-    ),
-    'mistral': (
-        "Mistral (Jiang et al. 2023) with the 7B model's ratios: heads and FFN as in "
-        '`llama3`, a window of half the context in every layer (4096 of 8192 in the original)'
-    ),
-    'pythia': (
-        'Pythia 160M (Biderman et al. 2023; GPT-NeoX: Black et al. 2022): attention and FFN '
-        'in parallel, RoPE on a quarter of each head, biases'
-    ),
-    'mixtral': (
-        'Mixtral (Jiang et al. 2024): `mistral` without the window, with 2 of 8 experts per '
-        'token, each half as wide as its FFN'
-    ),
-    'deepseek': (
-        "DeepSeek-V2 (DeepSeek-AI 2024) with the Lite model's ratios: latent attention; after "
-        'a dense first layer, 6 of 32 small experts (64 in the original) and 2 shared ones '
-        'per token'
-    ),
-    'speedrun': (
-        'In the style of modded-nanogpt (Jordan et al. 2024): squared ReLU, QK norm, capped logits'
-    ),
-    'custom': "All options at their defaults, to start a mix of one's own",
-}
-
 PRESET_OPTION = Option(
     str, 'legacy', 'Preset architecture; single options override it', choices=tuple(PRESETS)
 )
@@ -295,7 +81,10 @@ CORE_OPTIONS = {
     ),
     'attention_type': Option(str, 'standard', 'Type of attention', choices=ATTENTION_REGISTRY),
     'attention_backend': Option(
-        str, 'sdpa', 'Implementation of attention', choices=ATTENTION_BACKEND_REGISTRY
+        str | None,
+        None,
+        'Implementation of attention; None: depends on the device and the architecture',
+        choices=ATTENTION_BACKEND_REGISTRY,
     ),
     'position_encoding': Option(
         str, 'learned_absolute', 'Position encoding', choices=POSITION_ENCODING_REGISTRY
@@ -353,12 +142,25 @@ def schema() -> dict[str, dict[str, Option]]:
     return {'Architecture': {'arch_preset': PRESET_OPTION, **architecture_options()}}
 
 
+class Device(NamedTuple):
+    """What the choice of an attention backend depends on."""
+
+    kind: str  # 'cpu', 'cuda' or 'mps'
+    compiles: bool = True  # whether torch.compile works
+
+
+CPU = Device('cpu')
+
+
 class ModelArchitectureConfig(FrozenConfig):
     """One resolved architecture: the core options and those of the chosen components.
 
-    Options that no chosen component uses are not attributes. Raises UserError, which lists every
-    problem.
+    Options that no chosen component uses are not attributes. The attention backend, if it is not
+    set, is that of a CPU; `for_device` chooses that of another device. Raises UserError, which
+    lists every problem.
     """
+
+    device = CPU
 
     def __init__(self, **values):
         problems: list[str] = []
@@ -369,7 +171,9 @@ class ModelArchitectureConfig(FrozenConfig):
         self.__dict__.update(resolved.__dict__)
 
     @classmethod
-    def resolve(cls, layers: list[Layer], problems: list[str]) -> 'ModelArchitectureConfig':
+    def resolve(
+        cls, layers: list[Layer], problems: list[str], device: Device = CPU
+    ) -> 'ModelArchitectureConfig':
         """Merge validated layers, the highest precedence last; derive; add to `problems`.
 
         Keys that are not options of the architecture are ignored. Every layer overrides the preset,
@@ -379,6 +183,7 @@ class ModelArchitectureConfig(FrozenConfig):
         preset, merged = _merge(layers, problems)
         FrozenConfig.__init__(config, *merged)
         config.__dict__.update(preset=preset, _layers=tuple(layers))
+        config._derive_backend(device)
         problems.extend(_problems(config))
         return config
 
@@ -386,10 +191,38 @@ class ModelArchitectureConfig(FrozenConfig):
         """The same architecture with other values, checked and with derived values updated."""
         problems: list[str] = []
         changed = validate_layer(Layer('replace()', values), schema(), problems)
-        config = ModelArchitectureConfig.resolve([*self._layers, changed], problems)
+        config = ModelArchitectureConfig.resolve([*self._layers, changed], problems, self.device)
         if problems:
             raise UserError(*problems)
         return config
+
+    def for_device(self, kind: str, compiles: bool = True) -> 'ModelArchitectureConfig':
+        """The same architecture with the attention backend of a device, unless one was set.
+
+        kind: 'cpu', 'cuda' or 'mps'. compiles: whether torch.compile works there.
+        """
+        device = Device(kind, compiles)
+        if device == self.device or not self.derives_backend:
+            return self
+        config = copy.copy(self)
+        config.__dict__.update(_values=dict(self._values), origins=dict(self.origins))
+        config._values['attention_backend'] = None
+        config._derive_backend(device)
+        return config
+
+    @property
+    def derives_backend(self) -> bool:
+        """Whether the attention backend was not set but depends on the device."""
+        return self.origins['attention_backend'].startswith('derived')
+
+    def _derive_backend(self, device: Device) -> None:
+        """Choose the attention backend that ranks first on the device, if it is None."""
+        self.__dict__['device'] = device
+        if self._values['attention_backend'] is None:
+            names = list(ATTENTION_BACKEND_REGISTRY)
+            ranks = [ATTENTION_BACKEND_REGISTRY[name].rank(self, device) for name in names]
+            self._values['attention_backend'] = names[ranks.index(min(ranks))]
+            self.origins['attention_backend'] = f'derived: for {device.kind}'
 
     def components(self) -> Iterator[tuple[str, type]]:
         """The option and the class of each chosen component."""
@@ -405,8 +238,8 @@ class ModelArchitectureConfig(FrozenConfig):
 
     @property
     def hash(self) -> str:
-        """A hash, equal exactly if all resolved options are equal."""
-        text = json.dumps(self._values, sort_keys=True)
+        """A hash, equal exactly if all resolved options are equal, on any device."""
+        text = json.dumps(self.for_device('cpu')._values, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     def save(self, path: str | Path) -> None:

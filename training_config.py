@@ -39,7 +39,7 @@ from configurator import (
 )
 from data.dataset import TokenDataset, is_prepared
 from data.options import DATA_OPTIONS
-from model_builder import build_model, check_calls, flops_by_part
+from model_builder import build_model, check_calls, flops_by_part, with_backend_of
 from model_config import ModelArchitectureConfig, layer_of_dict
 from model_config import schema as architecture_schema
 from records import trackers
@@ -247,6 +247,12 @@ class Settings:
             architecture = with_vocabulary(architecture, dataset, run.dataset, derivation.shown)
             architecture = with_end_of_text(architecture, dataset, run.dataset)
         check_calls(architecture)
+        # A planned device is not here, and compiles.
+        architecture = (
+            architecture.for_device(device.type)
+            if self.plan.plan
+            else with_backend_of(device, architecture)
+        )
         # From all of these.
         derivation.derive_compile(architecture, has_data=dataset is not None)
         for key, value in architecture.to_dict().items():
@@ -424,13 +430,14 @@ def device_problems(
     """Reasons why the chosen components cannot train on the device, a sentence each."""
     if run.eval_only and not run.diagnostics:
         return []
+    on_cuda = plan.plan and (plan.gpu is not None or run.device.startswith('cuda'))
     try:
-        device = 'cpu' if plan.plan else select_device(run.device).type
+        device = 'cuda' if on_cuda else select_device(run.device).type
     except UserError:  # reported among the run's problems
         return []
-    where = 'a plan simulates the training on a CPU: ' if plan.plan else ''
+    architecture = architecture.for_device(device)
     return [
-        where + problem
+        problem
         for _, component in architecture.components()
         for problem in sentences_of(component, 'training_problems', architecture, device)
     ]

@@ -2,19 +2,27 @@
 
 import math
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from common.errors import UserError
 from common.old_names import renamed_attribute
+from common.registry import sentences_of
 from components import cpu_attention
 from components.base import Component, matmul_dtype
-from model_config import ATTENTION_BACKEND_REGISTRY, ATTENTION_REGISTRY, ModelArchitectureConfig
+from model_config import (
+    ATTENTION_BACKEND_REGISTRY,
+    ATTENTION_REGISTRY,
+    Device,
+    ModelArchitectureConfig,
+)
 
 
 @dataclass(frozen=True)
@@ -63,13 +71,34 @@ class AttentionBackend(Component):
     """Causal softmax(scale · q kᵀ + bias) v. Never instantiated: its methods are functions."""
 
     supports: ClassVar[frozenset[str]] = frozenset()
+    # Kind of device -> the features with which it is the best backend there (`rank`).
+    best_for: ClassVar[dict[str, frozenset[str]]] = {}
+    stores_scores: ClassVar[bool] = False  # of all query-key pairs, for the backward pass
+    needs_compiler: ClassVar[bool] = False
+
+    @classmethod
+    def rank(cls, config: ModelArchitectureConfig, device: Device) -> tuple[bool, ...]:
+        """The key by which a backend is chosen if none is set: the smallest one, of equal ones that
+        of the backend registered first.
+
+        A backend that cannot compute or train this architecture there is the last resort. Then
+        come the features for which it is the best, and the memory for scores.
+        """
+        needed = needed_features(config)
+        reach = {spec.window for spec in layer_specs(config)}
+        if all(window is None or window >= config.block_size for window in reach):
+            needed -= {'window'}  # hides nothing
+        return (
+            not needed <= cls.supports,
+            bool(sentences_of(cls, 'training_problems', config, device.kind)),
+            cls.needs_compiler and not device.compiles,
+            not needed <= cls.best_for.get(device.kind, frozenset()),
+            cls.stores_scores,
+        )
 
     @classmethod
     def problems(cls, config: ModelArchitectureConfig) -> list[str]:
-        attention = ATTENTION_REGISTRY[config.attention_type]
-        features = set().union(
-            *(attention.layer_spec(config, layer).features() for layer in range(config.n_layer))
-        )
+        features = needed_features(config)
         able = [
             name
             for name in ATTENTION_BACKEND_REGISTRY
@@ -111,6 +140,16 @@ class AttentionBackend(Component):
     ) -> torch.Tensor:
         """q (B, H, Tq, D), k (B, KV heads, Tk, D), v (B, KV heads, Tk, Dv) -> (B, H, Tq, Dv)."""
         raise NotImplementedError
+
+
+def layer_specs(config: ModelArchitectureConfig) -> list[AttentionSpec]:
+    attention = ATTENTION_REGISTRY[config.attention_type]
+    return [attention.layer_spec(config, layer) for layer in range(config.n_layer)]
+
+
+def needed_features(config: ModelArchitectureConfig) -> set[str]:
+    """The features of attention scores that any layer needs."""
+    return set().union(*(spec.features() for spec in layer_specs(config)))
 
 
 ATTENTION_BACKEND_REGISTRY.expect(
@@ -164,6 +203,12 @@ class ScaledDotProductAttention(AttentionBackend):
 
     tag = ''
     supports = frozenset({'bias', 'dropout', 'window', 'documents'})
+    # On CUDA, windows and documents need a mask of all pairs, with which no flash kernel works.
+    best_for: ClassVar = {
+        'cpu': supports,
+        'mps': supports,
+        'cuda': frozenset({'bias', 'dropout'}),
+    }
 
     @staticmethod
     def mask(spec, bias, q_positions, k_positions, *documents):
@@ -206,6 +251,7 @@ class ManualAttention(AttentionBackend):
 
     tag = ''
     supports = frozenset({'bias', 'dropout', 'softcap', 'window', 'documents'})
+    stores_scores = True
 
     mask = staticmethod(additive_mask)
 
@@ -222,19 +268,116 @@ class ManualAttention(AttentionBackend):
         return (weights.to(v.dtype) @ v).reshape(*shape[:3], -1)
 
 
+BLOCK = 128  # queries, or keys, of a block in flex's masks
+FEW_QUERIES = BLOCK  # for fewer, flex uses `manual`
+
+
 @lru_cache(maxsize=8)
-def _block_mask(window: int | None, queries: int, keys: int, device: torch.device) -> BlockMask:
-    """The mask of queries at the last positions of the keys, cached for later forward passes: its
-    construction takes about 60 operations over all pairs.
+def window_mask(window: int | None, queries: int, keys: int, device: torch.device) -> BlockMask:
+    """The block mask without documents, cached for later forward passes.
+
+    Not in inference mode, in which generation runs: its tensors could not be saved for a later
+    backward pass.
     """
+    with torch.inference_mode(False):
+        return block_mask(window, queries, keys, device)
+
+
+def block_mask(
+    window: int | None,
+    queries: int,
+    keys: int,
+    device: torch.device,
+    q_documents: torch.Tensor | None = None,
+    k_documents: torch.Tensor | None = None,
+) -> BlockMask:
+    """The mask of queries at the last positions of the keys, by blocks of `BLOCK` positions.
+
+    Document numbers (B, queries) and (B, keys) do not decrease, so the ends of the blocks decide
+    whether a block is visible in part or as a whole. No tensor has an entry per pair, unlike in
+    torch's `create_block_mask`.
+    """
+    before = keys - queries  # position of the first query
+    # First and last positions of the blocks: (query blocks, 1) and (key blocks).
+    q_first, k_first = (torch.arange(0, length, BLOCK, device=device) for length in (queries, keys))
+    q_first = q_first[:, None] + before
+    q_last, k_last = (q_first + BLOCK - 1).clamp(max=keys - 1), (k_first + BLOCK - 1)
+    k_last = k_last.clamp(max=keys - 1)
+    # Any pair: the nearest ends. Every pair: the first query sees the last key, and the last query
+    # the first key. Blocks that the end cuts off count as partial, as their rest must be masked.
+    visible = k_first <= q_last
+    whole = (k_first + BLOCK <= keys) & (q_first + BLOCK <= keys) & (k_last <= q_first)
+    if window is not None:
+        visible = visible & (q_first - k_last < window)
+        whole = whole & (q_last - k_first < window)
+    visible, whole = visible[None], whole[None]  # (1 or B, query blocks, key blocks)
+    if q_documents is not None and k_documents is not None:
+        q_documents, k_documents = q_documents.int(), k_documents.int()
+        visible = visible & (k_documents[:, None, k_last] >= q_documents[:, q_first - before])
+        whole = whole & (k_documents[:, None, k_first] == q_documents[:, q_last - before])
 
     def is_visible(batch, head, query, key):
-        return within_window(query + keys - queries - key, window)
+        near = within_window(query + before - key, window)
+        if q_documents is None or k_documents is None:
+            return near
+        return near & (q_documents[batch, query] == k_documents[batch, key])
 
-    return create_block_mask(is_visible, None, None, queries, keys, device=device)
+    parts = torch.stack((visible & ~whole, whole)).int()[:, :, None]
+    (kv_count, full_kv_count), (kv_index, full_kv_index) = _listed_blocks(parts)
+    (q_count, full_q_count), (q_index, full_q_index) = _listed_blocks(parts.transpose(-1, -2))
+    return BlockMask(
+        (queries, keys),
+        *(kv_count, kv_index, full_kv_count, full_kv_index),
+        *(q_count, q_index, full_q_count, full_q_index),
+        BLOCK_SIZE=(BLOCK, BLOCK),
+        mask_mod=is_visible,
+    )
 
 
-# On a CPU, compiling it has no benefit, and every sampling run would print this warning.
+def _listed_blocks(marks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The number of blocks that are marked 1 in each row, and their indices, followed by others."""
+    order = marks.argsort(dim=-1, descending=True, stable=True)
+    return (
+        marks.sum(-1, dtype=torch.int32),
+        order.to(torch.int32, memory_format=torch.contiguous_format),
+    )
+
+
+def fused_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: BlockMask,
+    bias: torch.Tensor | None,
+    spec: AttentionSpec,
+) -> torch.Tensor:
+    """flex_attention with the spec's softcap and a bias (H or 1, Tq, Tk)."""
+
+    def score_mod(score, batch, head, query, key):
+        if spec.softcap is not None:
+            score = spec.softcap * torch.tanh(score / spec.softcap)
+        return score if bias is None else score + bias[head % bias.size(0), query, key]
+
+    # Uncompiled, it would compute and store all scores. Inside a compiled block it is compiled with
+    # the rest; on a CPU, compiling it has no benefit.
+    fused = q.is_cuda and not torch.compiler.is_compiling()
+    return (compiled_flex() if fused else flex_attention)(
+        q,
+        k,
+        v,
+        score_mod=None if spec.softcap is None and bias is None else score_mod,
+        block_mask=mask,
+        scale=spec.scale,
+        enable_gqa=k.size(1) != q.size(1),
+    )
+
+
+@cache
+def compiled_flex() -> Callable:
+    return torch.compile(flex_attention)
+
+
+# Every sampling run on a CPU would print this warning.
 warnings.filterwarnings('ignore', message='flex_attention called without torch.compile')
 
 
@@ -242,11 +385,14 @@ warnings.filterwarnings('ignore', message='flex_attention called without torch.c
 class FlexAttention(AttentionBackend):
     """torch's flex_attention, a compiled kernel that skips masked blocks; trains on CUDA only.
 
-    A single query, as in generation, uses `manual`: flex would compile a kernel for every length.
+    Fewer queries than a block of the mask, as in generation, use `manual`: flex would compile a
+    kernel for every length.
     """
 
     tag = ''
     supports = frozenset({'bias', 'softcap', 'window', 'documents'})
+    best_for: ClassVar = {'cuda': frozenset({'softcap', 'window', 'documents'})}
+    needs_compiler = True
 
     @classmethod
     def training_problems(cls, config: ModelArchitectureConfig, device: str) -> list[str]:
@@ -266,39 +412,20 @@ class FlexAttention(AttentionBackend):
     @staticmethod
     def mask(spec, bias, q_positions, k_positions, *documents):
         queries, keys = len(q_positions), len(k_positions)
-        if queries == 1:
+        if queries < FEW_QUERIES:
             return additive_mask(spec, bias, q_positions, k_positions, *documents)
-        if not spec.documents:
-            # A fake tensor, as in a plan, must not be cached beyond its mode.
-            make = _block_mask.__wrapped__ if isinstance(q_positions, FakeTensor) else _block_mask
-            return make(spec.window, queries, keys, q_positions.device), bias
-        q_documents, k_documents = documents
-        window = spec.window  # a local: with `spec`, torch.compile would recompile for each layer
-
-        def is_visible(batch, head, query, key):
-            same_document = q_documents[batch, query] == k_documents[batch, key]
-            return within_window(query + keys - queries - key, window) & same_document
-
-        shape = len(q_documents), None, queries, keys
-        return create_block_mask(is_visible, *shape, device=q_positions.device), bias
+        if bias is not None and bias.requires_grad and torch.are_deterministic_algorithms_enabled():
+            raise UserError(
+                "attention_backend='flex' adds up the gradient of a learned bias in varying order, "
+                'which deterministic=True rules out. Set --attention_backend=manual, or remove '
+                'deterministic.'
+            )
+        # A fake tensor, as in a plan, must not be cached beyond its mode.
+        make = block_mask if documents or isinstance(q_positions, FakeTensor) else window_mask
+        return make(spec.window, queries, keys, q_positions.device, *documents), bias
 
     @staticmethod
     def attend(q, k, v, mask, spec, dropout):
-        if q.size(2) == 1:
+        if q.size(2) < FEW_QUERIES:
             return ManualAttention.attend(q, k, v, mask, spec, dropout)
-        block_mask, bias = mask
-
-        def score_mod(score, batch, head, query, key):
-            if spec.softcap is not None:
-                score = spec.softcap * torch.tanh(score / spec.softcap)
-            return score if bias is None else score + bias[head % bias.size(0), query, key]
-
-        return flex_attention(
-            q,
-            k,
-            v,
-            score_mod=None if spec.softcap is None and bias is None else score_mod,
-            block_mask=block_mask,
-            scale=spec.scale,
-            enable_gqa=k.size(1) != q.size(1),
-        )
+        return fused_attention(q, k, v, *mask, spec)

@@ -6,7 +6,7 @@ arch_preset = 'custom'
 # standard, mla
 attention_type = 'standard'
 # sdpa, manual, flex
-attention_backend = 'sdpa'
+attention_backend = None  # depends on the device and the architecture
 # none, learned_absolute, sinusoidal, rope, alibi, t5_relative
 position_encoding = 'rope'
 rope_theta = 10000.0  # for rope

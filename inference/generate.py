@@ -1,7 +1,7 @@
 """Generate tokens with a model, one at a time, with or without a KV cache."""
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager
 
 import torch
 
@@ -43,7 +43,18 @@ def generate(
         yield chosen
 
 
-def eager_blocks(model: Transformer) -> AbstractContextManager:
-    """Context that runs compiled blocks eagerly, since they would recompile for each length."""
-    compiled = any(block._compiled_call_impl for block in model.blocks)
-    return torch.compiler.set_stance('force_eager') if compiled else nullcontext()
+@contextmanager
+def eager_blocks(model: Transformer) -> Iterator[None]:
+    """Run compiled blocks eagerly, since they would recompile for each length and each hook.
+
+    Kernels that are compiled by themselves stay compiled: uncompiled, flex attention stores all
+    scores.
+    """
+    compiled = [(block, block._compiled_call_impl) for block in model.blocks]
+    try:
+        for block, _ in compiled:
+            block._compiled_call_impl = None
+        yield
+    finally:
+        for block, call in compiled:
+            block._compiled_call_impl = call

@@ -113,7 +113,7 @@ def find_pretrained(arguments: CommandLine) -> PretrainedSource | None:
     checkpoint = open_checkpoint(init_from)
     checkpoint.check()
     config = checkpoint.config
-    excluded = training_only_options(config)
+    excluded = {*training_only_options(config), 'attention_backend'}
     values = {key: value for key, value in config.to_dict().items() if key not in excluded}
     values['arch_preset'] = config.preset
     lowest = Layer(init_from, values)

@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from common import hardware
-from components import cpu_attention
+from components import attention_backends, cpu_attention
 from components import linear_cross_entropy as loss_module
 from model_builder import Transformer, parameter_groups
 from model_config import ModelArchitectureConfig
@@ -335,6 +335,7 @@ def gpu_kernels(method: loss_module.LossMethod) -> Iterator[None]:
         (vars(F), STAND_INS),
         (vars(cpu_attention), {'supports': lambda q, k: False}),
         (vars(loss_module), {'loss_method': lambda device, compiled: method}),
+        (vars(attention_backends), {'fused_attention': fused_flex_attention}),
     ]
     with _replaced(changes):
         yield
@@ -427,6 +428,11 @@ def fused_attention(q, k, v, attn_mask=None, **_):
     if torch.is_autocast_enabled('cpu'):
         q, k, v = (tensor.to(torch.get_autocast_dtype('cpu')) for tensor in (q, k, v))
     return FusedAttention.apply(q, k, v, attn_mask)
+
+
+def fused_flex_attention(q, k, v, mask, bias, spec):
+    """As above; the block mask is shared by layers, and a learned bias gets a gradient."""
+    return FusedAttention.apply(q, k, v, bias)
 
 
 STAND_INS = {

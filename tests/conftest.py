@@ -15,6 +15,7 @@ from helpers.terminal import Terminal
 
 from common import live_region
 from common.paths import cache_folder
+from components import attention_backends
 from data.gpt2_vocabulary import MERGES_FILE
 from records.run_folders import new_run_folder
 
@@ -76,6 +77,12 @@ def terminal(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     with live_region.closed_at_end():
         yield make
+
+
+@pytest.fixture
+def flex_of_few_queries(monkeypatch):
+    """Let flex attention compute also sequences that are shorter than a block of its mask."""
+    monkeypatch.setattr(attention_backends, 'FEW_QUERIES', 2)
 
 
 @pytest.fixture(scope='module')

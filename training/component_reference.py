@@ -11,6 +11,7 @@ in the process of the tests, the registries may also hold components of other te
 
 from collections.abc import Iterable, Iterator
 
+from common.architecture_presets import PRESET_DESCRIPTIONS, PRESETS
 from common.formatting import markdown_anchor, markdown_table
 from common.help_layout import first_paragraph
 from common.registry import AnyBut, Option, Registry
@@ -18,9 +19,7 @@ from configurator import flatten, format_components
 from model_builder import build_model, count_parameters
 from model_config import (
     CORE_OPTIONS,
-    PRESET_DESCRIPTIONS,
     PRESET_OPTION,
-    PRESETS,
     REGISTRIES,
     ModelArchitectureConfig,
 )

@@ -14,6 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from common.tensors import local_tensor
+from inference.generate import eager_blocks
 from model_builder import ParameterGroup, Transformer
 from model_components import IGNORED, locate_documents
 from parallel.process_group import SingleProcessGroup
@@ -44,7 +45,7 @@ def layer_statistics(
     try:
         # Hooks and probes would make compiled blocks recompile.
         with (
-            torch.compiler.set_stance('force_eager'),
+            eager_blocks(raw_model),
             torch.enable_grad(),
             parallel.micro_step(model, last=True),
         ):

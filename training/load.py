@@ -28,7 +28,7 @@ from configurator import Layer, flatten, merge, read_config_file, validate_layer
 from data.dataset import TokenDataset, load_dataset
 from data.tokenizer import Tokenizer
 from inference.text_generator import DEFAULTS, TextGenerator, checked_options
-from model_builder import Transformer, build_model
+from model_builder import Transformer, build_model, with_backend_of
 from model_config import ModelArchitectureConfig
 from parallel import sharded_state
 from parallel.strategies import local_weights
@@ -249,7 +249,7 @@ def find_checkpoint(out_dir: str, name: str | None) -> tuple[Checkpoint, list[di
 
 def load_model(checkpoint: Checkpoint, state: list[dict], device: torch.device) -> Transformer:
     """The model of a checkpoint, with its weights. Raises UserError."""
-    model = build_model(load_architecture(checkpoint))
+    model = build_model(with_backend_of(device, load_architecture(checkpoint)))
     check_size(model, device)
     model.to_empty(device=device)
     model.tie_weights()
@@ -260,8 +260,14 @@ def load_model(checkpoint: Checkpoint, state: list[dict], device: torch.device) 
 
 
 def load_architecture(checkpoint: Checkpoint) -> ModelArchitectureConfig:
-    """The architecture of a checkpoint. Raises UserError."""
-    (layer,) = checked_layers(checkpoint.index, {'architecture': str(checkpoint.path)})
+    """The architecture of a checkpoint, without an attention backend that depended on the device.
+
+    Raises UserError.
+    """
+    index = checkpoint.index
+    (layer,) = checked_layers(index, {'architecture': str(checkpoint.path)})
+    if 'attention_backend' not in index['chosen'] | index['commanded']:
+        layer.values.pop('attention_backend', None)
     return ModelArchitectureConfig.from_dict(layer.values)
 
 

@@ -125,6 +125,7 @@ class ResumeSource:
             )
         self.same_order = _order_of(index['config']) == _order_of(settings.to_dict())
         differing = _differences(index['architecture'], settings.architecture.to_dict())
+        differing.pop('attention_backend', None)  # no property of the weights; recorded as a change
         if differing:
             pairs = ', '.join(f'{k}={then!r} (now {now!r})' for k, (then, now) in differing.items())
             raise UserError(

@@ -30,12 +30,6 @@ def _write_scale(config: ModelArchitectureConfig) -> dict:
     return {'query_pre_attn_scalar': round(scale**-2)} if scale else {}
 
 
-def _read_backend(fields: Fields) -> dict:
-    """The attention backend: the fused one supports no softcap."""
-    capped = fields.value('attn_logit_softcapping', 50.0) is not None
-    return {'attention_backend': 'manual' if capped else 'sdpa'}
-
-
 GEMMA2 = Family(
     name='gemma2',
     architecture='Gemma2ForCausalLM',
@@ -63,7 +57,6 @@ GEMMA2 = Family(
             {'gelu_pytorch_tanh': True, 'gelu_new': True, 'gelu': False},
         ),
         FieldMap(_read_scale, _write_scale),
-        FieldMap(_read_backend, lambda config: {}),
         windows_field(4096, lambda layer, fields: layer % 2 == 0),
         kv_heads_field(4),
         rope_fields(),

@@ -43,6 +43,7 @@ def attention_in_a_loop(q, k, v, spec, bias):
 @pytest.mark.parametrize('backend', ['sdpa', 'manual', 'flex'])
 @pytest.mark.parametrize('window', [None, 1, 3, 20])
 @pytest.mark.parametrize('softcap', [None, 1.5])
+@pytest.mark.usefixtures('flex_of_few_queries')
 def test_backend_matches_reference_loop(backend, window, softcap):
     """Grouped heads or not, values of another width, with and without bias, fewer queries than
     keys.
@@ -74,6 +75,7 @@ def test_head_dim_need_not_divide_n_embd(values):
     assert attention.output.in_features == config.n_head * config.head_dim
 
 
+@pytest.mark.usefixtures('flex_of_few_queries')
 def test_flex_generates_like_manual_and_trains_on_cuda_only():
     values = {'sliding_window': 3, 'attention_pattern': 'LG', 'attention_softcap': 2.0}
     texts = []
@@ -95,8 +97,7 @@ def test_flex_generates_like_manual_and_trains_on_cuda_only():
 def test_training_flex_on_cpu_is_rejected(train):
     refused = train('--attention_backend=flex', code=2).stderr
     assert 'has no backward pass on cpu' in refused and 'Traceback' not in refused
-    refused = train('--attention_backend=flex', '--plan', code=2).stderr
-    assert 'a plan simulates the training on a CPU' in refused
+    assert refused == train('--attention_backend=flex', '--plan', code=2).stderr
     measured = train('--attention_backend=flex', '--eval_only=True')
     assert 'flex_attention called without' not in measured.stderr
 

@@ -85,6 +85,7 @@ def test_documents_in_window_match_separate_documents(choice, backend):
 
 
 @torch.no_grad()
+@pytest.mark.usefixtures('flex_of_few_queries')
 @pytest.mark.parametrize('choice', ['rope', 'alibi'])
 def test_flex_masks_documents(choice):
     torch._dynamo.reset()

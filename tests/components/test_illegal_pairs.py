@@ -16,7 +16,10 @@ ILLEGAL = [
     ({'use_gqa': True}, ['num_kv_heads=None', '1, 2, 3, 4, 6, 12']),
     ({'use_gqa': True, 'num_kv_heads': 5}, ['num_kv_heads=5', '1, 2, 3, 4, 6, 12']),
     ({'use_gqa': True, 'num_kv_heads': 24}, ['num_kv_heads=24', 'n_head=12']),
-    ({'attention_softcap': 50.0}, ["attention_backend='sdpa'", 'softcap', 'manual, flex']),
+    (
+        {'attention_softcap': 50.0, 'attention_backend': 'sdpa'},
+        ["attention_backend='sdpa'", 'softcap', 'manual, flex'],
+    ),
     ({'attention_backend': 'flex', 'attention_dropout': 0.1}, ['dropout', 'sdpa, manual']),
     ({'attention_pattern': 'LG'}, ['attention_pattern', 'sliding_window']),
     ({'qk_norm_scope': 'projection'}, ['qk_norm_scope', "qk_norm other than 'none'"]),

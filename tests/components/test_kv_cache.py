@@ -90,6 +90,7 @@ def test_preset_continues_from_cache(preset):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures('flex_of_few_queries')
 @pytest.mark.parametrize('chosen', pairwise_architectures()[::6], ids=label)
 def test_random_architecture_continues_from_cache(chosen):
     check_in_pieces(tiny(**chosen).replace(init_std=0.02))

@@ -6,10 +6,11 @@ import re
 import pytest
 from helpers.project import PROJECT
 
+from common.architecture_presets import PRESET_DESCRIPTIONS, PRESETS
 from common.registry import Registry
 from configurator import flatten
 from model_builder import build_model, count_parameters
-from model_config import CORE_OPTIONS, PRESET_DESCRIPTIONS, PRESETS, ModelArchitectureConfig
+from model_config import CORE_OPTIONS, ModelArchitectureConfig
 from training.component_reference import component_page, list_components
 from training_config import schema
 

@@ -147,6 +147,7 @@ def test_name_depends_on_tagged_choices_only(registry):
 
 
 @torch.no_grad()  # flex has no backward pass on a CPU
+@pytest.mark.usefixtures('flex_of_few_queries')
 @pytest.mark.parametrize('chosen', pairwise_architectures()[::16], ids=label)
 def test_compiled_blocks_share_graphs_and_match_eager(chosen):
     """No graph breaks, and identical layers share one graph."""

@@ -217,16 +217,17 @@ def test_compile_is_derived_for_cuda_alone():
         assert derivation.values['compile'] is compiled
 
 
+@pytest.mark.usefixtures('flex_of_few_queries')
 def test_flex_makes_its_masks_once(monkeypatch):
     """One for each kind of layer, whatever the batch; with documents one in every forward pass."""
     made = []
-    real = attention_backends.create_block_mask
+    real = attention_backends.block_mask
     monkeypatch.setattr(
         attention_backends,
-        'create_block_mask',
-        lambda *arguments, **options: made.append(arguments) or real(*arguments, **options),
+        'block_mask',
+        lambda *arguments: made.append(arguments) or real(*arguments),
     )
-    attention_backends._block_mask.cache_clear()
+    attention_backends.window_mask.cache_clear()
     layers = {'attention_backend': 'flex', 'head_dim': 16, 'n_layer': 4}
     windows = {'sliding_window': 3, 'attention_pattern': 'LG'}
     tokens = torch.zeros(2, 6, dtype=torch.int64)

@@ -1,0 +1,213 @@
+"""The preset architectures: the options that each sets, and its description."""
+
+from functools import partial
+
+
+def _layernorm_with_bias_of_linear_layers(values: dict) -> str:
+    return 'layernorm' if values['bias'] else 'layernorm_nobias'
+
+
+_LLAMA = {
+    'normalization': 'rmsnorm',
+    'position_encoding': 'rope',
+    'ffn_type': 'swiglu',
+    'norm_position': 'pre',
+    'bias': False,
+    'weight_tying': False,
+    'dropout': 0.0,
+}
+
+
+def kv_heads_in_groups_of(group: int, values: dict) -> int:
+    """Number of key/value heads if `group` query heads, or the next lower divisor, share one."""
+    heads = values['n_head']
+    return next(heads // n for n in range(group, 0, -1) if heads % n == 0)
+
+
+_GROUPS_OF_FOUR = {
+    'use_gqa': True,
+    'num_kv_heads': partial(kv_heads_in_groups_of, 4),
+    'd_ff': lambda values: 7 * values['n_embd'] // 2,
+}
+# A value may be a function of the merged values, so that it follows overrides.
+PRESETS = {
+    'gpt2': {
+        'normalization': 'layernorm_nobias',
+        'position_encoding': 'learned_absolute',
+        'ffn_type': 'standard',
+        'activation': 'gelu',
+        'norm_position': 'post',
+        'bias': False,
+        'weight_tying': True,
+        'dropout': 0.0,
+    },
+    'llama': _LLAMA,
+    'team': _LLAMA,
+    'hybrid': {
+        'normalization': 'layernorm_nobias',
+        'position_encoding': 'rope',
+        'ffn_type': 'standard',
+        'activation': 'gelu',
+        'norm_position': 'pre',
+        'bias': False,
+        'weight_tying': True,
+        'dropout': 0.0,
+    },
+    'legacy': {
+        'normalization': _layernorm_with_bias_of_linear_layers,
+        'position_encoding': 'learned_absolute',
+        'ffn_type': 'standard',
+        'activation': 'gelu',
+        'norm_position': 'pre',
+        'bias': True,
+        'weight_tying': True,
+        'dropout': 0.0,
+    },
+    'llama3': {**_LLAMA, 'rope_theta': 5e5, **_GROUPS_OF_FOUR},
+    'qwen3': {
+        **_LLAMA,
+        'rope_theta': 1e6,
+        'norm_eps': 1e-6,
+        'head_dim': 128,
+        'use_gqa': True,
+        'num_kv_heads': partial(kv_heads_in_groups_of, 2),
+        'qk_norm': 'rmsnorm',
+        'qk_norm_scope': 'head',
+        'd_ff': lambda values: 3 * values['n_embd'],
+        'weight_tying': True,
+    },
+    'gemma2': {
+        **_LLAMA,
+        'norm_eps': 1e-6,
+        'norm_position': 'sandwich',
+        'use_gqa': True,
+        'num_kv_heads': partial(kv_heads_in_groups_of, 2),
+        'sliding_window': lambda values: max(1, values['block_size'] // 2),
+        'attention_pattern': 'LG',
+        'attention_softcap': 50.0,
+        'logit_softcap': 30.0,
+        'ffn_type': 'geglu',
+        'geglu_tanh': True,
+        'd_ff': lambda values: 4 * values['n_embd'],
+        'scale_embeddings': True,
+        'weight_tying': True,
+    },
+    'olmo2': {
+        **_LLAMA,
+        'rope_theta': 5e5,
+        'norm_eps': 1e-6,
+        'norm_position': 'reordered',
+        'qk_norm': 'rmsnorm',
+        'qk_norm_scope': 'projection',
+        'z_loss': 1e-5,
+    },
+    'mistral': {
+        **_LLAMA,
+        **_GROUPS_OF_FOUR,
+        'sliding_window': lambda values: max(1, values['block_size'] // 2),
+    },
+    'pythia': {
+        'normalization': 'layernorm',
+        'position_encoding': 'rope',
+        'rope_fraction': 0.25,
+        'ffn_type': 'standard',
+        'activation': 'gelu',
+        'norm_position': 'parallel',
+        'bias': True,
+        'weight_tying': False,
+        'dropout': 0.0,
+    },
+    'mixtral': {
+        **_LLAMA,
+        'rope_theta': 1e6,
+        'use_gqa': True,
+        'num_kv_heads': partial(kv_heads_in_groups_of, 4),
+        'ffn_type': 'moe',
+        'expert_ffn': 'swiglu',
+        'num_experts': 8,
+        'experts_per_token': 2,
+        'expert_d_ff': lambda values: 8 * max(1, round(7 * values['n_embd'] / 32)),
+    },
+    'deepseek': {
+        **_LLAMA,
+        'norm_eps': 1e-6,
+        'attention_type': 'mla',
+        'kv_lora_rank': lambda values: max(1, values['n_embd'] // 4),
+        'ffn_type': 'moe',
+        'expert_ffn': 'swiglu',
+        'num_experts': 32,
+        'experts_per_token': 6,
+        'shared_experts': 2,
+        'expert_d_ff': lambda values: 8 * max(1, round(values['n_embd'] / 24)),
+        'dense_layers': 1,
+        'router_normalize': False,
+        'load_balance_weight': 0.001,
+    },
+    'speedrun': {
+        'normalization': 'rmsnorm',
+        'position_encoding': 'rope',
+        'qk_norm': 'rmsnorm',
+        'qk_norm_scope': 'head',
+        'ffn_type': 'standard',
+        'activation': 'relu2',
+        'norm_position': 'pre',
+        'logit_softcap': 15.0,
+        'bias': False,
+        'weight_tying': False,
+        'dropout': 0.0,
+    },
+    'custom': {},
+}
+
+PRESET_DESCRIPTIONS = {
+    'gpt2': (
+        "GPT-2's components with post-norm and LayerNorm without bias; not OpenAI's GPT-2, "
+        'which is pre-norm: that is `legacy`'
+    ),
+    'llama': 'LLaMA (Touvron et al. 2023)',
+    'team': 'The same architecture as `llama`, under a second name',
+    'hybrid': "GPT-2's feed-forward network and LayerNorm with rotary positions and pre-norm",
+    'legacy': (
+        "OpenAI's GPT-2 (Radford et al. 2019) as in nanoGPT: pre-norm; `bias` is also that of "
+        'the norms'
+    ),
+    'llama3': (
+        "Llama 3 (Grattafiori et al. 2024) with the 8B model's ratios: 4 query heads share "
+        'keys and values, FFN 3.5 · n_embd wide. For the long context of Llama 3.1: '
+        'rope_scaling=llama3'
+    ),
+    'qwen3': (
+        "Qwen3 (Yang et al. 2025) with the 0.6B model's ratios: heads of 128 dimensions, 2 "
+        'query heads share keys and values, QK norm per head, FFN 3 · n_embd wide'
+    ),
+    'gemma2': (
+        "Gemma 2 (Gemma Team 2024) with the 2B model's ratios: norms before and after each "
+        'sublayer, in every other layer a window of half the context (4096 of 8192 in the '
+        'original), soft caps of scores and logits'
+    ),
+    'olmo2': (
+        "OLMo 2 (OLMo et al. 2024), the 7B model's components: norms after the sublayers, QK "
+        'norm over all heads at once, z-loss'
+    ),
+    'mistral': (
+        "Mistral (Jiang et al. 2023) with the 7B model's ratios: heads and FFN as in "
+        '`llama3`, a window of half the context in every layer (4096 of 8192 in the original)'
+    ),
+    'pythia': (
+        'Pythia 160M (Biderman et al. 2023; GPT-NeoX: Black et al. 2022): attention and FFN '
+        'in parallel, RoPE on a quarter of each head, biases'
+    ),
+    'mixtral': (
+        'Mixtral (Jiang et al. 2024): `mistral` without the window, with 2 of 8 experts per '
+        'token, each half as wide as its FFN'
+    ),
+    'deepseek': (
+        "DeepSeek-V2 (DeepSeek-AI 2024) with the Lite model's ratios: latent attention; after "
+        'a dense first layer, 6 of 32 small experts (64 in the original) and 2 shared ones '
+        'per token'
+    ),
+    'speedrun': (
+        'In the style of modded-nanogpt (Jordan et al. 2024): squared ReLU, QK norm, capped logits'
+    ),
+    'custom': "All options at their defaults, to start a mix of one's own",
+}
