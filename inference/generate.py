@@ -50,7 +50,8 @@ def eager_blocks(model: Transformer) -> Iterator[None]:
     Kernels that are compiled by themselves stay compiled: uncompiled, flex attention stores all
     scores.
     """
-    compiled = [(block, block._compiled_call_impl) for block in model.blocks]
+    calls = [(block, block._compiled_call_impl) for block in model.blocks]
+    compiled = [(block, call) for block, call in calls if call is not None]
     try:
         for block, _ in compiled:
             block._compiled_call_impl = None

@@ -19,7 +19,7 @@ from components.attention_backends import (
     fused_attention,
     window_mask,
 )
-from inference.generate import generate
+from inference.generate import eager_blocks, generate
 from inference.sampling import Sampler
 from model_builder import build_model
 from model_config import PRESETS, ModelArchitectureConfig
@@ -294,4 +294,30 @@ def test_compiled_blocks_have_a_graph_per_kind(case, kinds, monkeypatch):
         loss, *_ = model.train()(tokens, tokens)
         loss.backward()
         assert len(graphs) == kinds * 2
+    torch.compiler.reset()
+
+
+def test_eager_blocks_keep_their_graphs():
+    """Samples and diagnostics run them with other lengths and hooks in between."""
+    config = tiny(block_size=8)
+    model, graphs = perturbed_model(config).eval(), []
+
+    def count(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    for block in model.blocks:
+        block.compile(dynamic=False, backend=count)
+    tokens = random_tokens(config, batch=2)
+    with torch.no_grad():
+        expected = model(tokens)
+        with eager_blocks(model):
+            handle = model.blocks[0].register_forward_hook(lambda *_: None)
+            torch.testing.assert_close(model(tokens), expected)
+            model(tokens[:, :3])
+            handle.remove()
+        assert len(graphs) == 1
+        torch.testing.assert_close(model(tokens), expected)
+    assert len(graphs) == 1
     torch.compiler.reset()
