@@ -414,12 +414,15 @@ class FlexAttention(AttentionBackend):
         queries, keys = len(q_positions), len(k_positions)
         if queries < FEW_QUERIES:
             return additive_mask(spec, bias, q_positions, k_positions, *documents)
-        if bias is not None and bias.requires_grad and torch.are_deterministic_algorithms_enabled():
-            raise UserError(
-                "attention_backend='flex' adds up the gradient of a learned bias in varying order, "
-                'which deterministic=True rules out. Set --attention_backend=manual, or remove '
-                'deterministic.'
-            )
+        if bias is not None and bias.requires_grad:
+            if torch.are_deterministic_algorithms_enabled():
+                raise UserError(
+                    "attention_backend='flex' adds up the gradient of a learned bias in varying "
+                    'order, which deterministic=True rules out. Set --attention_backend=manual, or '
+                    'remove deterministic.'
+                )
+            # From a compiled block, the gradient of a view that flex captures would be lost.
+            bias = bias.clone(memory_format=torch.contiguous_format)
         # A fake tensor, as in a plan, must not be cached beyond its mode.
         make = block_mask if documents or isinstance(q_positions, FakeTensor) else window_mask
         return make(spec.window, queries, keys, q_positions.device, *documents), bias

@@ -214,7 +214,6 @@ CASES = {
     'softcap': {**SOFTCAP, 'use_gqa': True, 'num_kv_heads': 2},
     'latents': {'attention_type': 'mla', 'v_head_dim': 5, **SOFTCAP, 'sliding_window': 3},
     'bias': {**ALIBI, **SOFTCAP, 'sliding_window': 150},
-    'learned bias': {'position_encoding': 't5_relative', **SOFTCAP},
 }
 
 
@@ -222,9 +221,8 @@ CASES = {
 def test_flex_equals_manual(case, monkeypatch):
     """Logits and gradients; the backward pass is that of torch's reference for its kernels."""
     monkeypatch.setattr(torch_flex, '_validate_device', lambda *tensors: None)
-    # Without tracing, which is slow, gradients of a bias would be wrong.
-    traced = case is CASES['learned bias']
-    monkeypatch.setattr(torch_flex, '_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG', not traced)
+    # Without tracing, which is slow.
+    monkeypatch.setattr(torch_flex, '_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG', True)
     called = []
     real = fused_attention
     monkeypatch.setattr(
@@ -269,6 +267,24 @@ def test_flex_refuses_to_add_up_a_learned_bias_in_varying_order():
             FlexAttention.mask(AttentionSpec(1.0, bias=True), bias, positions, positions)
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.slow
+def test_compiled_block_returns_the_gradient_of_a_learned_bias(monkeypatch):
+    """In a graph with torch's own autograd, as on CUDA."""
+    monkeypatch.setattr(torch_flex, '_validate_device', lambda *tensors: None)
+    torch.compiler.reset()
+    results = []
+    for backend in ('flex', 'manual'):
+        bias = {'position_encoding': 't5_relative', **SOFTCAP}
+        config = tiny(**bias, n_layer=1, block_size=130, attention_backend=backend)
+        model, tokens = perturbed_model(config), random_tokens(config, batch=2)
+        model.blocks[0].compile(fullgraph=True, dynamic=False, backend='aot_eager')
+        loss, *_ = model(tokens, tokens)
+        loss.backward()
+        results.append(gradients(model))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+    torch.compiler.reset()
 
 
 @pytest.mark.slow
