@@ -290,6 +290,7 @@ def loop_figures(bench: Bench, batch_size: int, micro_steps: int, log_interval: 
         gradient_accumulation_steps=micro_steps,
         log_interval=log_interval,
         max_iters=iterations,
+        eval_interval=10**6,
         compile=not bench.dry,
         peak_tflops=0.01 if bench.dry else None,
     )

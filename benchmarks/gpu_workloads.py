@@ -24,6 +24,7 @@ from model_components import IGNORED
 from optim.step import GuardedOptimizer
 from parallel.strategies import SingleProcess
 from studies.grid import STUDY_KEYS
+from training import iteration_log
 from training.session import Session
 from training_config import Settings, load_settings, schema
 
@@ -124,12 +125,14 @@ def loop_seconds(session: Session, warm_up: int) -> float:
             began = time.perf_counter()
         run_iteration(session, *arguments)
 
-    train.run_iteration, train.evaluate_and_checkpoint = watched, lambda *_: None
+    train.run_iteration = watched
+    train.evaluate_and_checkpoint = lambda session, _: iteration_log.flush(session)
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             train.training_loop(session)
     finally:
         train.run_iteration, train.evaluate_and_checkpoint = run_iteration, between
+        session.batch_reader.close()
     hardware.synchronize(session.device)
     return (time.perf_counter() - began) / (session.progress.iter - warm_up)
 

@@ -25,7 +25,7 @@ ANOTHER_STUDY = 'takes long; config/studies/gated_ffn.py is run, test_python_cod
 PARALLEL = 'is run with FSDP; tests/parallel trains with the other strategies'
 EXCEPTIONS = {
     r'^python3 -m venv|^\. \.venv/|^pip install|^git clone': INSTALLS,
-    r'^(\.ci/run|pytest|ruff|mypy)\b': GATE,
+    r'^(\.ci/run|(python -m )?pytest|ruff|mypy)\b': GATE,
     r'^python study.py config/(my_study|studies/norms)': ANOTHER_STUDY,
     r'^torchrun .*--nnodes|^sbatch|^srun': SEVERAL_MACHINES,
     r'^torchrun .*--nproc_per_node=8': GPU,
