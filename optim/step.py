@@ -50,7 +50,7 @@ class GuardedOptimizer:
         self.scaler.scale(loss).backward()
 
     def step(self, learning_rate: float, loss: torch.Tensor, measured: bool) -> GradientSums:
-        """Measure the gradient, clip it, update the weights, and free the gradient.
+        """Measure the gradient, clip it, update the weights, and clear the gradient.
 
         loss: of the whole iteration; if it is not finite, the update is skipped. measured: whether
         to compute the sum over all elements, in addition to the norm for clipping.
@@ -78,7 +78,7 @@ class GuardedOptimizer:
         self.inner.found_inf = nonfinite.float()
         self.inner.step()
         self.scaler.update()
-        self.inner.zero_grad(set_to_none=True)
+        self.parallel.clear_gradients(self.inner)
         return GradientSums(norm, total)
 
     def take_skipped(self) -> torch.Tensor:

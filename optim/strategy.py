@@ -50,6 +50,9 @@ class ParallelStrategy(Protocol):
         self, matrices: list[torch.nn.Parameter], dtype: torch.dtype
     ) -> MatrixExchange: ...
 
+    def clear_gradients(self, owner: torch.optim.Optimizer) -> None:
+        """Free the gradients, or set them to zero."""
+
     def norm(self, gradients: list[torch.Tensor]) -> torch.Tensor:
         """The 2-norm of the gradient over all ranks."""
 

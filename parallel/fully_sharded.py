@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from functools import partial
 from typing import Any
 
@@ -16,6 +17,7 @@ from common.tensors import local_tensor
 from components.weight_initialization import initial_values, initialize_buffers, name_seed
 from model_builder import Transformer, build_model
 from model_config import ModelArchitectureConfig
+from parallel.process_group import tensor_timeout
 from parallel.strategies import DataParallel, ParamShard, prepare_blocks, ring_bytes
 from training_config import TrainingConfig
 
@@ -36,6 +38,10 @@ class FullySharded(DataParallel):
         names = ('replicate', 'shard')[-len(shape) :]
         self.mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
         self.shard_group = self.matrix_group = self.mesh.get_group('shard')
+        if self.mesh.ndim > 1:  # torch gives the groups of a mesh a timeout of its own
+            timeout = tensor_timeout(device, timedelta(seconds=run.distributed_timeout))
+            for group in self.mesh.get_all_groups():
+                dist.distributed_c10d._set_pg_timeout(timeout, group)
 
     def build(
         self, config: ModelArchitectureConfig, recomputed: list[int], compiled: bool
@@ -71,6 +77,8 @@ class FullySharded(DataParallel):
             values[name](whole, torch.Generator().manual_seed(name_seed(self.run.seed, name)))
             shard, begin = local_tensor(parameter).view(-1), shard_offset(parameter)
             shard.copy_(whole.view(-1)[begin : begin + len(shard)])
+
+    frees_gradients = True
 
     @contextmanager
     def micro_step(self, model: Any, last: bool) -> Iterator[None]:

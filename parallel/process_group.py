@@ -104,13 +104,19 @@ def init_process_group(
         for name, value in FLIGHT_RECORDER.items():
             os.environ.setdefault(name, value)
         # On GPUs, NCCL is used for tensors, and a separate gloo group for Python values.
-        longer = timeout + timedelta(seconds=3 * FAILURE_REPORT_SECONDS)
+        longer = tensor_timeout(device, timeout)
         # With `device_id` a bad link shows here rather than as a slow first iteration.
         dist.init_process_group('cpu:gloo,cuda:nccl', timeout=longer, device_id=device, **members)
         return store, dist.new_group(backend='gloo', timeout=timeout)
     except RuntimeError as error:  # from the store, gloo or NCCL
         reason = str(error).partition('\n')[0]
         raise _rendezvous_error(timeout, reason) from error
+
+
+def tensor_timeout(device: torch.device, timeout: timedelta) -> timedelta:
+    """The timeout of a group for tensors. NCCL's is longer than that of Python values."""
+    seconds = 3 * FAILURE_REPORT_SECONDS if device.type == 'cuda' else 0
+    return timeout + timedelta(seconds=seconds)
 
 
 def _rendezvous_error(timeout: timedelta, reason: str) -> UserError:

@@ -78,6 +78,12 @@ class SingleProcess(SingleProcessGroup):
 
     # --- One iteration ---
 
+    frees_gradients = True  # between iterations, rather than to keep zeros
+
+    def clear_gradients(self, owner: nn.Module | torch.optim.Optimizer) -> None:
+        """Free the gradients of the parameters of a module or an optimizer, or set them to zero."""
+        owner.zero_grad(set_to_none=self.frees_gradients)
+
     @contextmanager
     def micro_step(self, model: nn.Module, last: bool) -> Iterator[None]:
         """Context of a forward and backward pass; only the last one reduces gradients."""
@@ -133,7 +139,10 @@ class DataParallel(MultiProcessGroup, SingleProcess):
             gradient_as_bucket_view=True,
         )
         wrapped.register_comm_hook(getattr(torch, self.run.reduce_dtype), _sum_hook)
+        _place_gradients_in_buckets(wrapped)
         return wrapped
+
+    frees_gradients = False  # they are views of DDP's buckets, which always exist
 
     matrix_group: dist.ProcessGroup | None = None  # ranks between which matrices are exchanged
 
@@ -158,6 +167,22 @@ class DataParallel(MultiProcessGroup, SingleProcess):
         return self.is_main, self.is_main
 
 
+def _place_gradients_in_buckets(wrapped: DistributedDataParallel) -> None:
+    """Make each gradient a view of a bucket, before the first iteration.
+
+    DDP does so only when it reduces them. Until then, gradients that accumulate over micro-steps
+    would take as much memory again, and a copy.
+    """
+    parameters = [p for p in wrapped.module.parameters() if p.requires_grad]
+    # A backward pass without a model, whose gradients are zero; the last parameter comes first.
+    wrapped.reducer.prepare_for_forward()
+    wrapped.reducer.prepare_for_backward([])
+    torch.autograd.backward(
+        [parameter.view_as(parameter) for parameter in parameters],
+        [parameter.new_zeros(()).expand_as(parameter) for parameter in parameters],
+    )
+
+
 def _sum_hook(dtype: torch.dtype, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
     """DDP's communication hook: the sum over the ranks, communicated in `dtype`.
 
@@ -165,8 +190,9 @@ def _sum_hook(dtype: torch.dtype, bucket: dist.GradBucket) -> torch.futures.Futu
     that it would overflow earlier with the fp16 scaler.
     """
     buffer = bucket.buffer()
-    future = dist.all_reduce(buffer.to(dtype), async_op=True).get_future()
-    return future.then(lambda done: buffer.copy_(done.value()[0]))
+    total = buffer.to(dtype)
+    future = dist.all_reduce(total, async_op=True).get_future()
+    return future.then(lambda _: buffer.copy_(total))
 
 
 ALIGNMENT = 128  # bytes, of the parameters in ZeRO-1's buffer

@@ -63,9 +63,7 @@ class SingleMemory:
 
 
 class DDPMemory(SingleMemory):
-    """Counterpart of DataParallel. Its buckets always exist; gradients are views of them after the
-    all-reduce, and separate tensors while they accumulate.
-    """
+    """Counterpart of DataParallel. Its buckets always exist, and gradients are views of them."""
 
     label = 'ddp'
 
@@ -84,7 +82,7 @@ class DDPMemory(SingleMemory):
         if snapshot.phase == 'update':
             return 0
         shortens = self.run.reduce_dtype == 'bfloat16' and snapshot.phase == 'backward'
-        return self.gradient_bytes * self.accumulates + self.bucket // 2 * shortens
+        return self.bucket // 2 * shortens
 
 
 class ZeRO1Memory(DDPMemory):

@@ -60,7 +60,7 @@ def layer_statistics(
     finally:
         for hook in hooks:
             hook.remove()
-        model.zero_grad(set_to_none=True)
+        parallel.clear_gradients(model)
     measured = torch.stack([torch.stack(squares).sqrt(), torch.stack(norms), torch.stack(logits)])
     return [
         {'layer': layer, 'activation_rms': rms, 'gradient_norm': norm, 'max_attention_logit': logit}
