@@ -4,8 +4,10 @@ Each updates the shards of the parameters on its rank, with the same result as a
 """
 
 import math
-from collections.abc import Callable
-from typing import ClassVar, NamedTuple
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain, groupby, islice
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
@@ -13,7 +15,7 @@ from common.errors import UserError
 from common.registry import Configurable, Option, above, at_least, between
 from common.tensors import local_tensor
 from model_builder import ParameterGroup
-from optim.strategy import ParallelStrategy
+from optim.strategy import ParallelStrategy, PendingExchange
 from training_config import OPTIMIZER_REGISTRY, TrainingConfig
 
 
@@ -84,6 +86,14 @@ def complete_optimizer(
     if taken != total:
         raise UserError(f'{name}.__init__ takes {taken} of {total} parameters: it must take all.')
     return optimizer
+
+
+def zero_unless(finite: torch.Tensor, gradients: list[torch.Tensor]) -> None:
+    """Multiply fp32 gradients by `finite`, 1 or 0 on the device, such that 0 · NaN is 0.
+
+    One kernel for all: it multiplies the bits, as integers.
+    """
+    torch._foreach_mul_([gradient.view(torch.int32) for gradient in gradients], finite.int())
 
 
 def begin_state(optimizer: torch.optim.Optimizer, *names: str) -> None:
@@ -170,10 +180,21 @@ def orthogonalize(matrices: torch.Tensor, steps: int, dtype: torch.dtype) -> tor
     return (x.mT if tall else x).reshape(matrices.shape)
 
 
+def one_ahead(items: Iterable[Any]) -> Iterator[Any]:
+    """The items, each of them after the next one has been produced."""
+    produced: deque[Any] = deque()
+    for item in items:
+        produced.append(item)
+        del item  # released by the caller alone
+        if len(produced) == 2:
+            yield produced.popleft()
+    yield from produced
+
+
 class _MatrixStack(NamedTuple):
     """Matrices of the same shape, orthogonalized together."""
 
-    group: dict  # parameter group of the optimizer
+    group: int  # index of the parameter group
     keys: list[torch.Tensor]  # the shard of each that this rank updates
     shape: torch.Size  # of each whole matrix
     rows: tuple[int, ...]  # rows of the matrices stacked in each
@@ -241,7 +262,7 @@ class Muon(OptimizerComponent, torch.optim.Optimizer):
         """The stacks of matrices by shape, and all matrices in the order of their numbers."""
         stacks: list[_MatrixStack] = []
         ordered: list[torch.Tensor] = []
-        for group, matrices in zip(self.param_groups, groups):
+        for group, matrices in enumerate(groups):
             by_shape: dict[tuple, list[torch.Tensor]] = {}
             for parameter, rows in zip(matrices.parameters, matrices.rows or []):
                 by_shape.setdefault((parameter.shape, rows), []).append(parameter)
@@ -258,45 +279,73 @@ class Muon(OptimizerComponent, torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:
-        for stack in self.stacks:
-            self._step_stack(stack)
+        # Exchanges run while the device computes: a stack's gather while the previous stack is
+        # orthogonalized, and its scatter while the next one is.
+        skip = self.found_inf > 0
+        gathers = one_ahead(self._start_gather(stack, skip) for stack in self.stacks)
+        scatters = one_ahead(map(self._start_scatter, self.stacks, gathers))
+        rates = [self._rate_and_decay(group) for group in self.param_groups]
+        for stack, scatter in zip(self.stacks, scatters):
+            self._update(stack, scatter.wait(), *rates[stack.group])
         self.rest.found_inf = self.found_inf
         self.rest.step()
 
-    def _step_stack(self, stack: _MatrixStack) -> None:
-        # Each rank averages its shards of the gradients.
-        shards = [self._momentum_step(key) for key in stack.keys]
-        # All-to-all: shards of every matrix -> the whole matrices that this rank owns.
-        matrices = self.exchange.gather(stack.numbers, shards)
-        directions = self._directions(matrices, stack) if matrices else []
-        # Back: orthogonalized matrices of every rank -> this rank's shards.
-        shards = self.exchange.scatter_back(stack.numbers, directions)
-        # Decoupled weight decay, then the step; the rate is 0 if the gradient is not finite.
-        rate = stack.group['lr'] * (1.0 - self.found_inf)
-        for key, direction in zip(stack.keys, shards):
-            weight = local_tensor(key).view(-1)
-            weight.mul_(1.0 - rate * stack.group['weight_decay']).sub_(direction.float() * rate)
+    def _rate_and_decay(self, group: dict) -> tuple[torch.Tensor, torch.Tensor]:
+        """Learning rate, and factor of the weights: 0 and 1 if the gradient is not finite."""
+        rate = group['lr'] * (1.0 - self.found_inf)
+        return rate, 1.0 - rate * group['weight_decay']
 
-    def _momentum_step(self, key: torch.Tensor) -> torch.Tensor:
-        """Update the momentum of this rank's shard; returns the Nesterov momentum, 1-D."""
-        momentum = local_tensor(self.state[key]['momentum_buffer']).view(-1)
-        if key.grad is None:  # every rank exchanges every matrix
-            gradient = torch.zeros_like(momentum)
-        else:  # a gradient of zeros, if it is not finite, keeps the following finite
-            gradient = local_tensor(key.grad).reshape(-1).masked_fill(self.found_inf > 0, 0.0)
-        momentum.lerp_(gradient, (1.0 - self.momentum) * (1.0 - self.found_inf))
-        return gradient.lerp(momentum, self.momentum)
+    def _start_gather(self, stack: _MatrixStack, skip: torch.Tensor) -> PendingExchange:
+        """Update the momentum of this rank's shards, and gather the Nesterov momentum."""
+        momenta = [local_tensor(self.state[key]['momentum_buffer']).view(-1) for key in stack.keys]
+        gradients = [  # every rank exchanges every matrix, also one without gradient
+            torch.zeros_like(momentum) if key.grad is None else local_tensor(key.grad).reshape(-1)
+            for key, momentum in zip(stack.keys, momenta)
+        ]
+        # The momentum takes the place of a gradient that is not finite, and so does not change.
+        gradient = torch.where(skip, torch.cat(momenta), torch.cat(gradients))
+        shards = list(gradient.split([len(momentum) for momentum in momenta]))
+        torch._foreach_lerp_(momenta, shards, 1.0 - self.momentum)
+        torch._foreach_lerp_(shards, momenta, self.momentum)
+        # All-to-all: shards of every matrix -> the whole matrices that this rank owns.
+        return self.exchange.start_gather(stack.numbers, shards)
+
+    def _start_scatter(self, stack: _MatrixStack, gather: PendingExchange) -> PendingExchange:
+        """Orthogonalize the matrices that this rank owns, and scatter their update directions."""
+        matrices = gather.wait()
+        directions = self._directions(matrices, stack) if matrices else []
+        # Back: update directions of every rank -> those of this rank's shards.
+        return self.exchange.start_scatter_back(stack.numbers, directions)
 
     def _directions(self, matrices: list[torch.Tensor], stack: _MatrixStack) -> list[torch.Tensor]:
         """Whole matrices, flattened -> their update directions, flattened."""
         stacked = torch.stack([matrix.view(stack.shape) for matrix in matrices])  # (N, …, R, C)
         columns = stack.shape[-1]
-        # The matrices inside a parameter (q, k and v) separately, each with its own factor.
+        # The matrices inside a parameter (q, k and v) separately, each with its own factor;
+        # neighbors of the same shape in one batch: (N, …, matrices, rows, C).
+        batches = [(rows, len(list(equal))) for rows, equal in groupby(stack.rows)]
+        parts = stacked.split([rows * count for rows, count in batches], dim=-2)
         directions = [
-            orthogonalize(part, self.ns_steps, self.dtype) * self.adjustment(part.size(-2), columns)
-            for part in stacked.split(stack.rows, dim=-2)
+            orthogonalize(part.unflatten(-2, (count, rows)), self.ns_steps, self.dtype)
+            .mul_(self.adjustment(rows, columns))
+            .flatten(-3, -2)
+            for part, (rows, count) in zip(parts, batches)
         ]
-        return list(torch.cat(directions, dim=-2).flatten(1))
+        whole = directions[0] if len(directions) == 1 else torch.cat(directions, dim=-2)
+        return list(whole.flatten(1))
+
+    def _update(
+        self,
+        stack: _MatrixStack,
+        directions: list[torch.Tensor],
+        rate: torch.Tensor,
+        decay: torch.Tensor,
+    ) -> None:
+        """Decoupled weight decay of this rank's shards, then the step."""
+        weights = [local_tensor(key).view(-1) for key in stack.keys]
+        steps = torch.cat(directions).float().mul_(rate)
+        torch._foreach_mul_(weights, decay)
+        torch._foreach_sub_(weights, steps.split([len(weight) for weight in weights]))
 
     @classmethod
     def derived_values(cls, config: TrainingConfig) -> dict[str, tuple]:
@@ -331,24 +380,32 @@ class Lion(OptimizerComponent, torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:
-        finite = 1.0 - self.found_inf  # 1, or 0 if nothing may change
+        # Parameters with a gradient, by learning rate and weight decay.
+        by_rate: dict[tuple[float, float], list[torch.Tensor]] = {}
         for group in self.param_groups:
-            keys = [key for key in group['params'] if key.grad is not None]
-            if not keys:
-                continue
-            weights, gradients = map(local_tensor, keys), [local_tensor(key.grad) for key in keys]
-            momenta = [local_tensor(self.state[key]['exp_avg']) for key in keys]
-            for gradient in gradients:  # zeros, if they are not finite
-                gradient.masked_fill_(self.found_inf > 0, 0.0)
-            rate = group['lr'] * finite
-            self._step(list(weights), gradients, momenta, rate, group['weight_decay'], finite)
+            keys = by_rate.setdefault((group['lr'], group['weight_decay']), [])
+            keys += [key for key in group['params'] if key.grad is not None]
+        keys = list(chain.from_iterable(by_rate.values()))
+        if not keys:
+            return
+        gradients = [local_tensor(key.grad) for key in keys]
+        momenta = [local_tensor(self.state[key]['exp_avg']) for key in keys]
+        finite = 1.0 - self.found_inf  # 1, or 0 if nothing may change
+        zero_unless(finite, gradients)
 
-    def _step(self, weights, gradients, momenta, rate, weight_decay, finite) -> None:
+        # Signs of the average of gradient and momentum.
         signs = torch._foreach_lerp(gradients, momenta, self.beta1)
         torch._foreach_sign_(signs)
-        torch._foreach_mul_(signs, rate)
-        torch._foreach_mul_(weights, 1.0 - rate * weight_decay)
-        torch._foreach_sub_(weights, signs)
+        torch._foreach_mul_(signs, finite)
+        # Decoupled weight decay, then the step.
+        remaining = iter(signs)
+        for (rate, weight_decay), keys in by_rate.items():
+            weights = [local_tensor(key) for key in keys]
+            if weights and weight_decay:
+                torch._foreach_mul_(weights, 1.0 - rate * finite * weight_decay)
+            if weights:
+                torch._foreach_add_(weights, list(islice(remaining, len(weights))), alpha=-rate)
+        # The momentum.
         share = (1.0 - self.beta2) * finite
         torch._foreach_mul_(momenta, 1.0 - share)
         torch._foreach_mul_(gradients, share)

@@ -18,9 +18,33 @@ class GradientSums(NamedTuple):
     total: torch.Tensor | None  # plain sum; None if not measured
 
 
+# Smaller tensors are copied into one to be summed, by device: for so few elements, a kernel takes
+# longer to start than to copy. None on a CPU.
+JOINED_ELEMENTS = {'cuda': 2**18}
+
+
 def element_sum(tensors: list[torch.Tensor]) -> torch.Tensor:
-    """The sum over all elements of all tensors, as a device scalar."""
-    return torch.stack([tensor.sum() for tensor in tensors]).sum()
+    """The sum over all elements of all tensors, as a device scalar, by few kernels."""
+    flat = whole_buffers(tensors)
+    limit = JOINED_ELEMENTS.get(flat[0].device.type, 0)
+    parts = [tensor for tensor in flat if tensor.numel() >= limit]
+    small = [tensor.reshape(-1) for tensor in flat if tensor.numel() < limit]
+    parts += [torch.cat(small)] if small else []
+    return torch.stack([part.sum() for part in parts]).sum()
+
+
+def whole_buffers(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The tensors, of which those that fill a buffer, as DDP's gradients do, become one."""
+    by_buffer: dict[int, list[torch.Tensor]] = {}
+    for tensor in tensors:
+        by_buffer.setdefault(tensor.untyped_storage()._cdata, []).append(tensor)
+    flat = []
+    for views in by_buffer.values():
+        first, elements = views[0], sum(view.numel() for view in views)
+        if len(views) > 1 and elements * first.itemsize == first.untyped_storage().nbytes():
+            views = [first.as_strided((elements,), (1,), 0)]
+        flat += views
+    return flat
 
 
 class GuardedOptimizer:
@@ -71,9 +95,10 @@ class GuardedOptimizer:
 
         # Skip if loss or gradient is not finite. In fp16, overflowing gradients are normal: the
         # scaler adapts its scale to them, so that only the loss counts as skipped.
-        bad_loss = ~torch.isfinite(loss)
-        nonfinite = bad_loss | ~torch.isfinite(norm)
-        self.skipped += bad_loss if self.scaler.is_enabled() else nonfinite
+        checked = torch.stack([loss, norm])
+        bad = checked - checked != 0  # inf - inf and NaN - NaN are NaN
+        nonfinite = bad.any()
+        self.skipped += bad[0] if self.scaler.is_enabled() else nonfinite
         # Not scaler.step, which checks only the gradient.
         self.inner.found_inf = nonfinite.float()
         self.inner.step()
