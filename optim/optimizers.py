@@ -283,10 +283,10 @@ class Muon(OptimizerComponent, torch.optim.Optimizer):
         # orthogonalized, and its scatter while the next one is.
         skip = self.found_inf > 0
         gathers = one_ahead(self._start_gather(stack, skip) for stack in self.stacks)
-        scatters = one_ahead(map(self._start_scatter, self.stacks, gathers))
+        scatters = one_ahead(self._start_scatter(stack, gathers) for stack in self.stacks)
         rates = [self._rate_and_decay(group) for group in self.param_groups]
-        for stack, scatter in zip(self.stacks, scatters):
-            self._update(stack, scatter.wait(), *rates[stack.group])
+        for stack in self.stacks:
+            self._update(stack, next(scatters).wait(), *rates[stack.group])
         self.rest.found_inf = self.found_inf
         self.rest.step()
 
@@ -310,16 +310,20 @@ class Muon(OptimizerComponent, torch.optim.Optimizer):
         # All-to-all: shards of every matrix -> the whole matrices that this rank owns.
         return self.exchange.start_gather(stack.numbers, shards)
 
-    def _start_scatter(self, stack: _MatrixStack, gather: PendingExchange) -> PendingExchange:
+    def _start_scatter(
+        self, stack: _MatrixStack, gathers: Iterator[PendingExchange]
+    ) -> PendingExchange:
         """Orthogonalize the matrices that this rank owns, and scatter their update directions."""
-        matrices = gather.wait()
-        directions = self._directions(matrices, stack) if matrices else []
+        directions = self._directions(next(gathers).wait(), stack)
         # Back: update directions of every rank -> those of this rank's shards.
         return self.exchange.start_scatter_back(stack.numbers, directions)
 
     def _directions(self, matrices: list[torch.Tensor], stack: _MatrixStack) -> list[torch.Tensor]:
         """Whole matrices, flattened -> their update directions, flattened."""
+        if not matrices:
+            return []
         stacked = torch.stack([matrix.view(stack.shape) for matrix in matrices])  # (N, …, R, C)
+        del matrices  # releases their memory
         columns = stack.shape[-1]
         # The matrices inside a parameter (q, k and v) separately, each with its own factor;
         # neighbors of the same shape in one batch: (N, …, matrices, rows, C).
@@ -360,6 +364,10 @@ class Muon(OptimizerComponent, torch.optim.Optimizer):
 # Lion
 
 
+# Elements that Lion updates at a time, which bounds the memory of their signs.
+STEP_ELEMENTS = 2**28
+
+
 @OPTIMIZER_REGISTRY.register('lion', source='Chen et al. 2023')
 class Lion(OptimizerComponent, torch.optim.Optimizer):
     """Updates each weight by the sign of an average of gradient and momentum."""
@@ -380,36 +388,46 @@ class Lion(OptimizerComponent, torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:
-        # Parameters with a gradient, by learning rate and weight decay.
-        by_rate: dict[tuple[float, float], list[torch.Tensor]] = {}
-        for group in self.param_groups:
-            keys = by_rate.setdefault((group['lr'], group['weight_decay']), [])
-            keys += [key for key in group['params'] if key.grad is not None]
-        keys = list(chain.from_iterable(by_rate.values()))
-        if not keys:
-            return
-        gradients = [local_tensor(key.grad) for key in keys]
-        momenta = [local_tensor(self.state[key]['exp_avg']) for key in keys]
         finite = 1.0 - self.found_inf  # 1, or 0 if nothing may change
-        zero_unless(finite, gradients)
-
-        # Signs of the average of gradient and momentum.
-        signs = torch._foreach_lerp(gradients, momenta, self.beta1)
-        torch._foreach_sign_(signs)
-        torch._foreach_mul_(signs, finite)
-        # Decoupled weight decay, then the step.
-        remaining = iter(signs)
-        for (rate, weight_decay), keys in by_rate.items():
-            weights = [local_tensor(key) for key in keys]
-            if weights and weight_decay:
-                torch._foreach_mul_(weights, 1.0 - rate * finite * weight_decay)
-            if weights:
-                torch._foreach_add_(weights, list(islice(remaining, len(weights))), alpha=-rate)
-        # The momentum.
         share = (1.0 - self.beta2) * finite
-        torch._foreach_mul_(momenta, 1.0 - share)
-        torch._foreach_mul_(gradients, share)
-        torch._foreach_add_(momenta, gradients)
+        for by_rates in self._parts():
+            keys = list(chain.from_iterable(by_rates.values()))
+            gradients = [local_tensor(key.grad) for key in keys]
+            momenta = [local_tensor(self.state[key]['exp_avg']) for key in keys]
+            zero_unless(finite, gradients)
+            # The signs of an average of gradient and momentum.
+            signs = torch._foreach_lerp(gradients, momenta, self.beta1)
+            torch._foreach_sign_(signs)
+            torch._foreach_mul_(signs, finite)
+            # Decoupled weight decay, then the step.
+            remaining = iter(signs)
+            for (rate, weight_decay), keys in by_rates.items():
+                weights = [local_tensor(key) for key in keys]
+                if weight_decay:
+                    torch._foreach_mul_(weights, 1.0 - rate * finite * weight_decay)
+                torch._foreach_add_(weights, list(islice(remaining, len(keys))), alpha=-rate)
+            # The momentum.
+            torch._foreach_mul_(momenta, 1.0 - share)
+            torch._foreach_mul_(gradients, share)
+            torch._foreach_add_(momenta, gradients)
+
+    def _parts(self) -> Iterator[dict[tuple[float, float], list[torch.Tensor]]]:
+        """The parameters with a gradient, by learning rate and weight decay, in few parts of up to
+        STEP_ELEMENTS elements."""
+        part: dict[tuple[float, float], list[torch.Tensor]] = {}
+        elements = 0
+        for group in self.param_groups:
+            for key in group['params']:
+                if key.grad is None:
+                    continue
+                size = local_tensor(key).numel()
+                if part and elements + size > STEP_ELEMENTS:
+                    yield part
+                    part, elements = {}, 0
+                part.setdefault((group['lr'], group['weight_decay']), []).append(key)
+                elements += size
+        if part:
+            yield part
 
     def state_keys(self, parameter: torch.Tensor) -> frozenset[str]:
         return frozenset(('exp_avg',))
