@@ -114,6 +114,7 @@ def parity(bench: Bench) -> Iterator[Row]:
         options = {**TINY, **TINY_EXPERTS.get(preset, {}), 'arch_preset': preset}
         curves, backends = [], []
         for device in (CPU, bench.device):
+            release_memory(device)
             with fp32_products():
                 updates = Updates(device, dtype='float32', **options)
                 curves.append(updates.losses(10))
@@ -131,6 +132,7 @@ def syncs(bench: Bench) -> Iterator[Row]:
     for number, preset in enumerate(bench.size(PRESETS, ('llama', 'mixtral'))):
         options = {**TINY, **TINY_EXPERTS.get(preset, {}), 'arch_preset': preset}
         optimizer = OPTIMIZERS[number % len(OPTIMIZERS)]
+        release_memory(bench.device)
         updates = Updates(bench.device, optimizer=optimizer, **options)
         updates.update(), updates.update(measured=True)
         hardware.synchronize(bench.device)
@@ -142,7 +144,7 @@ def syncs(bench: Bench) -> Iterator[Row]:
 
 def graphs(bench: Bench) -> Iterator[Row]:
     for preset in ('llama', 'gemma2'):
-        torch.compiler.reset()
+        release_memory(bench.device)
         counters.clear()
         # Inductor needs a minute of a CPU: a dry run only goes through the calls.
         updates = Updates(bench.device, 4, compiled=not bench.dry, arch_preset=preset)
@@ -172,7 +174,7 @@ def loss(bench: Bench) -> Iterator[Row]:
     targets = torch.randint(0, vocabulary, (rows,), device=device)
 
     def ours() -> torch.Tensor:
-        return linear_cross_entropy(hidden, weight, targets, None, -100)
+        return linear_cross_entropy(hidden, weight, targets, None, -100, compiled=True)
 
     def plain() -> torch.Tensor:
         logits = F.linear(hidden, weight)
@@ -191,7 +193,7 @@ def loss(bench: Bench) -> Iterator[Row]:
 
         total = step()
         results.append([total.detach(), hidden.grad.clone(), weight.grad.clone()])
-        costs[name] = cost_of(device, step)
+        costs[name] = cost_of(device, step, calls=bench.size(5, 1))
         figures = {'ms': costs[name].milliseconds, 'GB': costs[name].peak_gb}
         figures['launches'] = kernels_of(device, step).launches
         yield Row('loss', f'{rows} × {vocabulary}, {name}', None, figures)
@@ -212,6 +214,7 @@ ATTENTION_CASES: tuple[tuple[str, dict], ...] = (
     ('causal, grouped', {'num_kv_heads': 4, 'use_gqa': True}),
     ('window of 1024', {'sliding_window': 1024}),
     ('documents', {'document_mask': True, 'end_of_text': 0}),
+    ('softcap', {'attention_softcap': 50.0}),
 )
 
 
@@ -222,11 +225,13 @@ def attention(bench: Bench) -> Iterator[Row]:
     causal = None
     for name, options in ATTENTION_CASES:
         derived = settings_of(bench.device, **sizes, **options).architecture.attention_backend
-        for backend in dict.fromkeys((derived, 'sdpa')):
+        others = () if 'attention_softcap' in options else ('sdpa',)
+        for backend in dict.fromkeys((derived, *others)):
+            release_memory(bench.device)
             choice = {'attention_backend': backend}
             config = settings_of(bench.device, **sizes, **options, **choice).architecture
             step = attention_step(bench, build_model(config, bench.device, 1), length)
-            cost = cost_of(bench.device, step, calls=3)
+            cost = cost_of(bench.device, step, calls=bench.size(3, 1))
             causal = causal or cost.milliseconds
             figures = {'ms': cost.milliseconds, 'of causal': cost.milliseconds / causal}
             figures |= {'GB': cost.peak_gb, 'kernel': kernels_of(bench.device, step).names[0][:60]}
@@ -268,7 +273,7 @@ def optimizers(bench: Bench) -> Iterator[Row]:
                 parameter.grad = gradient
             updates.optimizer.step(1e-5, value, measured=False)
 
-        cost = cost_of(bench.device, step, calls=10)
+        cost = cost_of(bench.device, step, calls=bench.size(10, 1))
         figures = {'ms': cost.milliseconds, 'launches': kernels_of(bench.device, step).launches}
         yield Row('optimizers', optimizer, None, {**figures, 'GB': cost.peak_gb})
 
@@ -378,7 +383,9 @@ def run_sections(bench: Bench, names: list[str], show: Callable[[str], None]) ->
 
 
 def release_memory(device: torch.device) -> None:
-    """Release what earlier measurements have left."""
+    """Release what earlier measurements have left: memory, and compiled functions, whose number is
+    limited."""
+    torch.compiler.reset()
     gc.collect()
     if device.type == 'cuda':
         torch.cuda.empty_cache()

@@ -29,7 +29,8 @@ from training.session import Session
 from training_config import Settings, load_settings, schema
 
 BATCHES = 4  # which updates repeat
-TINY = {'n_layer': 2, 'n_head': 4, 'n_embd': 64, 'block_size': 64, 'vocab_size': 256}
+# A tiny model, whose sequences are long enough for flex attention.
+TINY = {'n_layer': 2, 'n_head': 4, 'n_embd': 64, 'block_size': 192, 'vocab_size': 256}
 # Sizes with which the presets of mixtures are tiny too.
 TINY_EXPERTS = {
     'mixtral': {'num_experts': 4},

@@ -26,6 +26,7 @@ def device(request, one_thread):
     device = hardware.select_device(request.param)
     before = torch.backends.cuda.matmul.allow_tf32
     hardware.tune(device, deterministic=False)
+    torch.compiler.reset()  # the number of compiled functions is limited
     yield device
     torch.backends.cuda.matmul.allow_tf32 = before
     torch.use_deterministic_algorithms(False)

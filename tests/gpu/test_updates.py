@@ -14,8 +14,8 @@ OPTIMIZERS = ('adamw', 'muon', 'lion')
 # Kinds of layers whose graphs differ.
 COMPILED = {
     'llama': {},
-    'gemma2': {'sliding_window': 16},
-    'mistral': {'sliding_window': 16},
+    'gemma2': {},
+    'mistral': {},
     'mixtral': {},
     'legacy': {'document_mask': True, 'end_of_text': 0},
 }

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+from components.moe import GROUPED_MM_CAPABILITIES
 from helpers.device_waits import Operations
 
 HAS_CUDA = torch.cuda.is_available()
@@ -24,9 +25,11 @@ def each(name: str, values: Iterable[str], dry: Iterable[str]) -> pytest.MarkDec
 
 
 def skip_if_experts_wait(device: torch.device) -> None:
-    """Skip a test of waits: before compute capability 9.0, torch's grouped products read the sizes
-    of the groups on the host."""
-    if device.type == 'cuda' and torch.cuda.get_device_capability(device)[0] not in (9, 10):
+    """Skip a test of waits on a GPU whose grouped products read the sizes of the groups on the
+    host."""
+    if device.type != 'cuda':
+        return
+    if torch.cuda.get_device_capability(device)[0] not in GROUPED_MM_CAPABILITIES:
         pytest.skip('the grouped products of this GPU wait for it')
 
 
