@@ -1,7 +1,8 @@
 """Output projection and cross-entropy, fused so that only a chunk of the logits is in memory.
 
-torch.nn.functional.cross_entropy takes all logits, and autograd keeps them for the backward pass;
-torch has no fused operator.
+torch.nn.functional.cross_entropy takes all logits, and autograd keeps them for the backward pass.
+torch.nn.functional.linear_cross_entropy ignores autocast, and rounds the loss to the dtype of its
+input; it has no soft cap.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,15 +28,13 @@ class LossMethod(NamedTuple):
     scratch_bytes: int
     # A function like `fused_cross_entropy_`, for all rows of a chunk; None: `cross_entropy_`.
     fused: Callable | None = None
-    # Whether all chunks should have equally many rows, so that `fused` is compiled for one shape.
-    equal_chunks: bool = False
     # Whether torch.addmm can add a product of bf16 or fp16 matrices to an fp32 matrix.
     adds_to_fp32: bool = False
 
     def chunk_rows(self, rows: int, row_bytes: int) -> int:
         """Number of rows of a chunk; the last chunk may have fewer."""
         chunks = max(1, -(-rows * row_bytes // self.chunk_bytes))
-        if self.equal_chunks:
+        if self.fused is not None:  # of equally many rows, since it is compiled for each shape
             divisors = (n for n in range(chunks, 2 * chunks) if rows % n == 0)
             chunks = next(divisors, chunks)
         return -(-rows // chunks)
@@ -72,7 +71,6 @@ def cuda_method(memory: float, fused: Callable | None) -> LossMethod:
         chunk_bytes=min(CUDA_CHUNK_BYTES, 2 ** (share.bit_length() - 1)),
         scratch_bytes=2**27,
         fused=fused,
-        equal_chunks=fused is not None,
         adds_to_fp32=torch.version.hip is None,  # not in all ROCm versions
     )
 

@@ -45,7 +45,7 @@ CHUNKS = {
     '37': LossMethod(1, 1),
 }
 # As on a CUDA device, without products that add to an fp32 matrix, which a CPU does not have.
-FUSED = {'5 fused': LossMethod(29 * 4 * 8, 0, fused_cross_entropy_, equal_chunks=True)}
+FUSED = {'5 fused': LossMethod(29 * 4 * 8, 0, fused_cross_entropy_)}
 ALL = {**CHUNKS, **FUSED}
 
 
@@ -183,7 +183,7 @@ def test_compiled_function_equals_the_operator():
 def test_compiled_function_has_a_graph_for_training_and_one_for_evaluation(monkeypatch):
     counter = CompileCounterWithBackend('eager')
     compiled = torch.compile(fused_cross_entropy_, dynamic=False, backend=counter)
-    method = LossMethod(29 * 4 * 8, 0, compiled, equal_chunks=True)
+    method = LossMethod(29 * 4 * 8, 0, compiled)
     monkeypatch.setattr(module, 'CPU_METHOD', method)
     hidden, weight, targets = problem(count=40)
     assert method.chunk_rows(40, 29 * 4) == 8
@@ -200,13 +200,13 @@ def test_method_follows_device_and_compilation(monkeypatch):
         assert loss_method(torch.device('cpu'), compiled) is module.CPU_METHOD
         method = loss_method(torch.device('cuda:3'), compiled)
         assert method.chunk_bytes == 2**31 and method.adds_to_fp32
-        assert (method.fused is not None) is method.equal_chunks is compiled
+        assert (method.fused is not None) is compiled
 
 
 @pytest.mark.parametrize('limit', [1, 50, 700, 4000, 2**20])
 def test_chunks_of_the_compiled_function_are_equal(limit):
     for rows in (12 * 1024, 1000, 96, 7, 1):
-        method = LossMethod(limit * 10, 0, fused_cross_entropy_, equal_chunks=True)
+        method = LossMethod(limit * 10, 0, fused_cross_entropy_)
         chunk_rows = method.chunk_rows(rows, 10)
         assert chunk_rows == rows or limit / 4 < chunk_rows <= limit
         assert rows % chunk_rows == 0 or all(rows % n for n in range(2, rows))
