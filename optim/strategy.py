@@ -24,20 +24,17 @@ class PendingExchange(Protocol):
 
 
 class MatrixExchange(Protocol):
-    """Gathers whole matrices from shards, and scatters them; `indices` refer to all matrices."""
+    """Gathers whole matrices from shards, and scatters them; `indices` refer to all matrices.
+
+    Ranks must start the exchanges in the same order.
+    """
 
     bytes_sent: float
 
     def start_gather(self, indices: range, shards: list[torch.Tensor]) -> PendingExchange:
-        """Begin `gather`."""
-
-    def start_scatter_back(self, indices: range, matrices: list[torch.Tensor]) -> PendingExchange:
-        """Begin `scatter_back`."""
-
-    def gather(self, indices: range, shards: list[torch.Tensor]) -> list[torch.Tensor]:
         """This rank's shards of all matrices -> the whole matrices that it owns."""
 
-    def scatter_back(self, indices: range, matrices: list[torch.Tensor]) -> list[torch.Tensor]:
+    def start_scatter_back(self, indices: range, matrices: list[torch.Tensor]) -> PendingExchange:
         """The whole matrices that this rank owns -> its shards of all matrices."""
 
 

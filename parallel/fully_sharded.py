@@ -30,6 +30,7 @@ class FullySharded(DataParallel):
     """
 
     name = 'fsdp'
+    frees_gradients = True
 
     def __init__(self, run: TrainingConfig, device: torch.device):
         super().__init__(run, device)
@@ -77,8 +78,6 @@ class FullySharded(DataParallel):
             values[name](whole, torch.Generator().manual_seed(name_seed(self.run.seed, name)))
             shard, begin = local_tensor(parameter).view(-1), shard_offset(parameter)
             shard.copy_(whole.view(-1)[begin : begin + len(shard)])
-
-    frees_gradients = True
 
     @contextmanager
     def micro_step(self, model: Any, last: bool) -> Iterator[None]:

@@ -43,14 +43,6 @@ class LocalMatrices:
         """The updated matrices that this rank owns -> its shards of all matrices."""
         return PendingExchange(lambda: matrices)
 
-    def gather(self, indices: range, shards: list[torch.Tensor]) -> list[torch.Tensor]:
-        """`start_gather`, waited for."""
-        return self.start_gather(indices, shards).wait()
-
-    def scatter_back(self, indices: range, matrices: list[torch.Tensor]) -> list[torch.Tensor]:
-        """`start_scatter_back`, waited for."""
-        return self.start_scatter_back(indices, matrices).wait()
-
 
 class MatrixExchange(LocalMatrices):
     """Exchange between the ranks of a group; all call each method with the same indices."""
@@ -64,7 +56,7 @@ class MatrixExchange(LocalMatrices):
         group: dist.ProcessGroup | None = None,
     ):
         """sizes: elements of each matrix; shard_ranges: this rank's range of each; dtype: that of
-        scatter_back; group: None for all ranks."""
+        the updated matrices; group: None for all ranks."""
         self.sizes, self.dtype, self.device, self.group = sizes, dtype, device, group
         self.rank = dist.get_rank(group)
         # By rank, then by matrix.

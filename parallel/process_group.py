@@ -282,13 +282,13 @@ class MultiProcessGroup(SingleProcessGroup):
 
     def _write_trace(self) -> str:
         """Write this rank's last collectives; a sentence on those of all ranks, or ''."""
-        # A build with CUDA records those of NCCL apart.
-        dump = getattr(_distributed_c10d, '_dump_nccl_trace', _distributed_c10d._dump_fr_trace)
         if self.trace_folder is None:
             return ''
+        # Those of NCCL are recorded apart.
+        kind = 'nccl' if 'nccl' in dist.get_backend() else 'fr'
         try:
             path = self.trace_folder / f'{FLIGHT_RECORDER_PREFIX}{self.rank}'
-            path.write_bytes(dump())
+            path.write_bytes(getattr(_distributed_c10d, f'_dump_{kind}_trace')())
         except (OSError, RuntimeError):  # the folder is gone, or the recorder is off
             return ''
         return (

@@ -126,6 +126,7 @@ class DataParallel(MultiProcessGroup, SingleProcess):
     """Each rank has the whole model and processes its part of the batch (Li et al. 2020)."""
 
     name = 'ddp'
+    frees_gradients = False  # they are views of DDP's buckets, which always exist
 
     def __init__(self, run: TrainingConfig, device: torch.device):
         timeout = timedelta(seconds=run.distributed_timeout)
@@ -141,8 +142,6 @@ class DataParallel(MultiProcessGroup, SingleProcess):
         wrapped.register_comm_hook(getattr(torch, self.run.reduce_dtype), _sum_hook)
         _place_gradients_in_buckets(wrapped)
         return wrapped
-
-    frees_gradients = False  # they are views of DDP's buckets, which always exist
 
     matrix_group: dist.ProcessGroup | None = None  # ranks between which matrices are exchanged
 
