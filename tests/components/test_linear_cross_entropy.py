@@ -268,6 +268,52 @@ def test_operations_of_a_chunk_on_cuda(dtype, monkeypatch):
     assert per_chunk[sums] == 2 and per_chunk['aten::mm.out'] == 4
 
 
+ALLOCATIONS = {'empty', 'empty_like', 'new_empty', 'detach', 'split', 'promote_types'}
+
+
+class Launches(TorchDispatchMode):
+    """Counts kernels, and the bytes of tensors as wide as the vocabulary that they move."""
+
+    def __init__(self, vocabulary):
+        super().__init__()
+        self.vocabulary, self.count, self.bytes = vocabulary, 0, 0
+
+    def wide(self, *tensors):
+        matrices = [t for t in tensors if isinstance(t, torch.Tensor) and t.dim() == 2]
+        return sum(t.nbytes for t in matrices if t.size(1) == self.vocabulary)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        name = function.name().removeprefix('aten::').partition('.')[0]
+        if function.is_view or name in ALLOCATIONS:
+            return result
+        self.count += 1
+        if name not in ('mm', 'addmm', 'gather', 'scatter_add_'):  # the last two touch few values
+            self.bytes += self.wide(*args[name == 'copy_' :], result)
+        return result
+
+
+@pytest.mark.parametrize(
+    ('compiled', 'softcap', 'launches', 'bytes_per_logit'),
+    [(True, 2.0, 11, 0), (False, None, 409, 44), (False, 2.0, None, 96)],
+)
+def test_documented_launches_and_bytes(compiled, softcap, launches, bytes_per_logit, monkeypatch):
+    """As in docs/performance.md; the compiled kernel, which is not run here, moves 6 bytes."""
+    tokens, vocabulary, width, meta = 12 * 1024, 50304, 768, torch.device('meta')
+    method = cuda_method(80e9, lambda logits, *_: torch.zeros(len(logits), device=meta))
+    method = method if compiled else method._replace(fused=None)
+    monkeypatch.setattr(module, 'loss_method', lambda device, compiled: method)
+    monkeypatch.setattr(module, 'matmul_dtype', lambda weight: torch.bfloat16)
+    monkeypatch.setattr(module, 'cross_entropy_', cross_entropy_._init_fn)
+    hidden = torch.empty(tokens, width, device=meta, dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.empty(vocabulary, width, device=meta, requires_grad=True)
+    targets = torch.empty(tokens, device=meta, dtype=torch.int64)
+    with Launches(vocabulary) as counted:
+        linear_cross_entropy(hidden, weight, targets, softcap, IGNORED).backward()
+    assert launches is None or counted.count == launches
+    assert counted.bytes == bytes_per_logit * tokens * vocabulary
+
+
 def test_products_are_added_in_fp32(monkeypatch):
     """Where torch can, one call for each chunk; the first one ignores what is in the memory."""
     real, calls = torch.addmm, []
