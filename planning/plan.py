@@ -202,9 +202,8 @@ def _notes(memory: MemoryEstimator, settings: Settings) -> Iterator[str]:
         shard = FSDPMemory(memory.units, run, ranks).parameter_bytes / hardware.GB
         yield (
             f'While gradients accumulate over {steps} micro-batches per device, FSDP keeps them '
-            f'unsharded, and DDP and ZeRO-1 keep them in addition to their buckets. With '
-            f'gradient_accumulation_steps={ranks}, FSDP would keep {shard:.1f} GB of gradients, '
-            f'and the others only the buckets.'
+            f'unsharded. With gradient_accumulation_steps={ranks}, it would keep {shard:.1f} GB of '
+            f'gradients.'
         )
     if run.compile:
         yield 'Memory of the blocks is estimated without torch.compile, which often needs less.'
