@@ -21,6 +21,7 @@ from common.hardware import compile_problem
 from components.checks import check_built, check_form, flops_disagreements, observe_calls
 from components.faults import is_foreign
 from components.weight_initialization import initialize
+from data.dataset import TokenDataset
 from model_components import (
     AttentionInputs,
     AttentionSpec,
@@ -43,6 +44,9 @@ from model_config import (
     ModelArchitectureConfig,
 )
 from records.record_types import FlopsInfo, ModelInfo
+
+# Vocabulary size without data: GPT-2's 50,257 tokens, padded to a multiple of 64.
+ASSUMED_VOCABULARY = 50304
 
 
 class Transformer(nn.Module):
@@ -184,6 +188,64 @@ def merge_aux(aux_outputs: list[AuxOutput]) -> AuxOutput:
         for name in names
     }
     return AuxOutput(sum(aux.loss for aux in aux_outputs), metrics)
+
+
+def complete(architecture: ModelArchitectureConfig) -> ModelArchitectureConfig:
+    """The architecture, with assumed values for those that only a dataset gives.
+
+    FLOPs and memory depend on the vocabulary size, and not on the token that ends a document.
+    """
+    if architecture.vocab_size is None:
+        architecture = architecture.replace(vocab_size=ASSUMED_VOCABULARY)
+    if 'end_of_text' in architecture and architecture.end_of_text is None:
+        architecture = architecture.replace(end_of_text=0)
+    return architecture
+
+
+def with_vocabulary(
+    architecture: ModelArchitectureConfig, dataset: TokenDataset, name: str, derived: dict[str, str]
+) -> ModelArchitectureConfig:
+    """The architecture with the dataset's vocab_size, noted in `derived`, unless it is set.
+
+    Raises UserError if it is too small.
+    """
+    needed, padded = dataset.vocab_size, dataset.padded_vocab_size
+    if architecture.vocab_size is None:
+        architecture = architecture.replace(vocab_size=padded)
+        architecture.origins['vocab_size'] = 'dataset'
+        padding = ', padded to a multiple of 64' if padded != needed else ''
+        derived['vocab_size'] = f"{padded:,} (the dataset's {needed:,}{padding})"
+    elif architecture.vocab_size < needed:
+        raise UserError(
+            f'vocab_size={architecture.vocab_size} ({architecture.origins["vocab_size"]}) is too '
+            f'small: the dataset {name!r} has tokens up to {needed - 1}, so at least {needed} is '
+            f'needed. Set --vocab_size={padded}.'
+        )
+    return architecture
+
+
+def with_end_of_text(
+    architecture: ModelArchitectureConfig, dataset: TokenDataset, name: str
+) -> ModelArchitectureConfig:
+    """The architecture with the dataset's end-of-text token, if it needs one. Raises UserError."""
+    if 'end_of_text' not in architecture:
+        return architecture
+    if architecture.end_of_text is None:
+        if dataset.end_of_text is None:
+            raise UserError(
+                f'document_mask=True: the documents of the dataset {name!r} are not marked, since '
+                f'its meta.json has no end_of_text. Set the token that ends a document '
+                f'(--end_of_text=ID), prepare the data with documents, or remove document_mask.'
+            )
+        architecture = architecture.replace(end_of_text=dataset.end_of_text)
+        architecture.origins['end_of_text'] = 'derived: from the dataset'
+    if architecture.end_of_text >= dataset.vocab_size:
+        raise UserError(
+            f'end_of_text={architecture.end_of_text}: the dataset {name!r} has tokens up to '
+            f'{dataset.vocab_size - 1} only, so that no token would end a document. Set another '
+            f'--end_of_text.'
+        )
+    return architecture
 
 
 def build_model(

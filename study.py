@@ -48,7 +48,7 @@ from studies.overview import describe
 from studies.run_study import run_study
 from studies.runner import StudyRunner
 from studies.state import StudyState
-from studies.variants import RunContext, baseline_variant, build_variants
+from studies.variants import RunContext, baseline_variant, build_variants, with_micro_batch
 from training.command_help import help_groups
 from training.component_reference import list_components
 from training_config import schema as training_schema
@@ -102,8 +102,11 @@ def main(argv: list[str]) -> int:
     prepare_if_missing(base.dataset)
     dataset = load_dataset(base.dataset, settings.architecture.block_size)
     context = RunContext(device, dtype, dataset)
-    variants = build_variants(study, context)
     plan_only, jobs = (command_line.value(key, study_schema) for key in ('plan_only', 'jobs'))
+    variants = build_variants(study, context)
+    study = with_micro_batch(study, variants, context, jobs)
+    if study.micro_batch:
+        variants = build_variants(study, context)
     runner = StudyRunner(study, Path(base.out_dir), context, jobs, study_options=set(OPTIONS))
     state = StudyState(study, variants, baseline_variant(study, variants), runner)
     if plan_only:

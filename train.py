@@ -29,6 +29,7 @@ from data.dataset import is_prepared, load_dataset, prepare_if_missing
 from optim.schedules import learning_rate_at
 from parallel import sharded_state
 from parallel.choice import choose_strategy
+from planning import micro_batch
 from planning.plan import plan_run
 from planning.report import plan_report
 from records.record_types import EvaluationEntry
@@ -139,7 +140,8 @@ def explain_settings(settings: Settings) -> str:
     dtype = hardware.resolve_dtype(run.dtype, device)
     data = run.dataset, settings.architecture.block_size
     dataset = load_dataset(*data) if is_prepared(run.dataset) else None
-    return settings.resolve(device, dtype, dataset).explain()
+    memory = micro_batch.device_memory(device)
+    return micro_batch.resolve(settings, device, dtype, dataset, memory).explain()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -158,7 +160,11 @@ def start_session(settings: Settings, init_source: InitSource | None, argv: list
     prepare_if_missing(settings.run.dataset)
     dataset = load_dataset(settings.run.dataset, settings.architecture.block_size)
     dataset.verify_checksums(full=settings.run.verify_data, from_main=parallel.broadcast_from_main)
-    settings = settings.resolve(device, dtype, dataset)
+    memory = micro_batch.device_memory(device)
+    if memory is not None:  # the smallest of the ranks
+        (negated,) = parallel.all_reduce_max([-float(memory)])
+        memory = int(-negated)
+    settings = micro_batch.resolve(settings, device, dtype, dataset, memory)
     if init_source:
         init_source.check(settings)
 

@@ -39,7 +39,15 @@ from configurator import (
 )
 from data.dataset import TokenDataset, is_prepared
 from data.options import DATA_OPTIONS
-from model_builder import build_model, check_calls, flops_by_part, with_backend_of
+from model_builder import (
+    build_model,
+    check_calls,
+    complete,
+    flops_by_part,
+    with_backend_of,
+    with_end_of_text,
+    with_vocabulary,
+)
 from model_config import ModelArchitectureConfig, layer_of_dict
 from model_config import schema as architecture_schema
 from records import trackers
@@ -154,8 +162,10 @@ OPTION_GROUPS = {
 }
 PLAN_GROUP = {'Planning (instead of a run)': PLAN_OPTIONS}
 
+
 # On a CPU, with a single sequence, 100 iterations of the 12-layer presets take minutes. On a GPU,
-# 12 sequences × 40 micro-batches × 1024 tokens = 491,520 tokens per iteration, as in nanoGPT.
+# 12 sequences × 40 micro-batches × 1024 tokens = 491,520 tokens per iteration, as in nanoGPT; the
+# 480 sequences are divided otherwise where the GPU's memory is known (`planning.micro_batch`).
 CPU_SEQUENCES = (1, 1)  # per micro-batch, and per iteration
 ACCELERATOR_SEQUENCES = (12, 480)
 CPU_EVAL_TOKENS = 8192
@@ -163,6 +173,10 @@ CPU_EVAL_TOKENS = 8192
 # once, and saves 0 to 3 % of the time and a fifth of the memory on two cores without AMX
 # (benchmarks/RESULTS.md). At their 3e11 to 5e11 FLOPs per second, this is a run of 40 minutes.
 CPU_COMPILE_FLOPS = 1e15
+# The same on a CUDA GPU, an estimate: it takes 20 to 60 seconds once, and fused norms, activations
+# and rotations save about a third of the time. At 1e14 FLOPs per second, as of a small model on a
+# large GPU or a large model on an A100, this is a run of 100 seconds.
+CUDA_COMPILE_FLOPS = 1e16
 ACCELERATOR_EVAL_ITERS = 200
 # Enough evaluations for a curve. More would be slow on a CPU, where an evaluation takes as long as
 # five iterations of one sequence, and saves a checkpoint.
@@ -220,17 +234,25 @@ class Settings:
         architecture = {'arch_preset': self.architecture.preset, **self.architecture.to_dict()}
         return {**self.run.to_dict(), **architecture}
 
-    def resolve(self, device: torch.device, dtype: str, dataset: TokenDataset | None) -> 'Settings':
+    def resolve(
+        self,
+        device: torch.device,
+        dtype: str,
+        dataset: TokenDataset | None,
+        micro_batch: tuple[int, str] | None = None,
+    ) -> 'Settings':
         """Derive the values that depend on the device and the data.
 
-        Without a dataset, vocab_size may remain None. Raises UserError if it is too small.
+        micro_batch: the value to derive for batch_size on CUDA, and the reason; `planning.
+        micro_batch.resolve` gives it. Without a dataset, vocab_size may remain None. Raises
+        UserError if it is too small.
         """
         run, architecture = self.run, self.architecture
         derivation = Derivation(run, device, self.ranks)
         derive = derivation.derive
         # From the options and the device.
         derive('eval_interval', *eval_interval_of(run))
-        derivation.derive_batch(architecture.block_size)
+        derivation.derive_batch(architecture.block_size, micro_batch)
         for component in run.components():
             for key, (value, why) in derived_values_of(component, run).items():
                 derive(key, value, why)
@@ -301,11 +323,16 @@ class Derivation:
         self.shown[key] = f'{value:{form}} ({why})'
         self.values[key], self.origins[key] = value, f'derived: {why}'
 
-    def derive_batch(self, block_size: int) -> None:
+    def derive_batch(self, block_size: int, micro_batch: tuple[int, str] | None) -> None:
         """Derive the sizes of micro-batch, iteration and evaluation from the kind of device."""
         on_cpu, why = self.device == 'cpu', f'for {self.device}'
         batch_size, sequences = CPU_SEQUENCES if on_cpu else ACCELERATOR_SEQUENCES
-        self.derive('batch_size', batch_size, why)
+        why_this_size = why
+        if self.device == 'cuda' and self.values['gradient_accumulation_steps'] is None:
+            sequences = sequences_per_iter(self.ranks)
+            sizes = [size for size in divisors(sequences // self.ranks) if size <= batch_size]
+            batch_size, why_this_size = micro_batch or (sizes[-1], why)
+        self.derive('batch_size', batch_size, why_this_size)
         accumulation = max(1, round(sequences / self.values['batch_size']))
         accumulation = -(-accumulation // self.ranks) * self.ranks
         shared = f', a multiple of {self.ranks} ranks' if self.ranks > 1 else ''
@@ -315,14 +342,35 @@ class Derivation:
         self.derive('eval_iters', windows, f'{why}{tokens}')
 
     def derive_compile(self, architecture: ModelArchitectureConfig, has_data: bool) -> None:
-        """Compile on a CUDA GPU, and on a CPU if the run is long enough (unknown without data)."""
-        if self.device != 'cpu':
+        """Compile on a CPU or a CUDA GPU if the run is long enough.
+
+        Without data this is unknown; for a GPU, the vocabulary size is assumed then.
+        """
+        least = {'cpu': CPU_COMPILE_FLOPS, 'cuda': CUDA_COMPILE_FLOPS}.get(self.device)
+        if least is None:
             # Inductor's backend for MPS is a prototype.
-            self.derive('compile', self.device == 'cuda', f'for {self.device}')
-        elif self.values['compile'] is None and has_data:
+            self.derive('compile', False, f'for {self.device}')
+        elif self.values['compile'] is None and (has_data or self.device == 'cuda'):
             flops = flops_of_run(self.values, architecture) / self.ranks
-            why = f'worthwhile from about {CPU_COMPILE_FLOPS:.0e} FLOPs, and this run has'
-            self.derive('compile', flops >= CPU_COMPILE_FLOPS, f'for cpu: {why} {flops:.2g}')
+            why = f'worthwhile from about {least:.0e} FLOPs, and this run has'
+            each = ' on each rank' if self.ranks > 1 else ''
+            self.derive('compile', flops >= least, f'for {self.device}: {why} {flops:.2g}{each}')
+
+
+def divisors(number: int) -> list[int]:
+    """All divisors, from 1 to the number itself."""
+    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
+
+
+def sequences_per_iter(ranks: int) -> int:
+    """The sequences of an iteration on GPUs, equally many on each rank.
+
+    If the ranks do not divide them, whole micro-batches are added.
+    """
+    batch_size, sequences = ACCELERATOR_SEQUENCES
+    if sequences % ranks == 0:
+        return sequences
+    return batch_size * -(-sequences // (batch_size * ranks)) * ranks
 
 
 def check_token_count(run: dict, architecture: ModelArchitectureConfig) -> None:
@@ -351,54 +399,8 @@ def flops_of_run(run: dict, architecture: ModelArchitectureConfig) -> float:
     if run['eval_only']:
         return 0.0
     sequences = run['batch_size'] * run['gradient_accumulation_steps'] * run['max_iters']
-    per_token = sum(flops_by_part(build_model(architecture), causal=False).values())
+    per_token = sum(flops_by_part(build_model(complete(architecture)), causal=False).values())
     return sequences * architecture.block_size * per_token
-
-
-def with_vocabulary(
-    architecture: ModelArchitectureConfig, dataset: TokenDataset, name: str, derived: dict[str, str]
-) -> ModelArchitectureConfig:
-    """The architecture with the dataset's vocab_size, noted in `derived`, unless it is set.
-
-    Raises UserError if it is too small.
-    """
-    needed, padded = dataset.vocab_size, dataset.padded_vocab_size
-    if architecture.vocab_size is None:
-        architecture = architecture.replace(vocab_size=padded)
-        architecture.origins['vocab_size'] = 'dataset'
-        padding = ', padded to a multiple of 64' if padded != needed else ''
-        derived['vocab_size'] = f"{padded:,} (the dataset's {needed:,}{padding})"
-    elif architecture.vocab_size < needed:
-        raise UserError(
-            f'vocab_size={architecture.vocab_size} ({architecture.origins["vocab_size"]}) is too '
-            f'small: the dataset {name!r} has tokens up to {needed - 1}, so at least {needed} is '
-            f'needed. Set --vocab_size={padded}.'
-        )
-    return architecture
-
-
-def with_end_of_text(
-    architecture: ModelArchitectureConfig, dataset: TokenDataset, name: str
-) -> ModelArchitectureConfig:
-    """The architecture with the dataset's end-of-text token, if it needs one. Raises UserError."""
-    if 'end_of_text' not in architecture:
-        return architecture
-    if architecture.end_of_text is None:
-        if dataset.end_of_text is None:
-            raise UserError(
-                f'document_mask=True: the documents of the dataset {name!r} are not marked, since '
-                f'its meta.json has no end_of_text. Set the token that ends a document '
-                f'(--end_of_text=ID), prepare the data with documents, or remove document_mask.'
-            )
-        architecture = architecture.replace(end_of_text=dataset.end_of_text)
-        architecture.origins['end_of_text'] = 'derived: from the dataset'
-    if architecture.end_of_text >= dataset.vocab_size:
-        raise UserError(
-            f'end_of_text={architecture.end_of_text}: the dataset {name!r} has tokens up to '
-            f'{dataset.vocab_size - 1} only, so that no token would end a document. Set another '
-            f'--end_of_text.'
-        )
-    return architecture
 
 
 def run_schema() -> Schema:

@@ -12,16 +12,15 @@ import torch
 from common import gpu_specs, hardware
 from common.errors import UserError
 from data.dataset import is_prepared, load_dataset
-from model_builder import count_parameters, training_flops
+from model_builder import ASSUMED_VOCABULARY, complete, count_parameters, training_flops
 from parallel.strategies import recomputed_blocks
+from planning import micro_batch
 from planning.memory import FSDPMemory, MemoryEstimator, strategy_label
 from records.record_types import FlopsInfo
 from training_config import Settings
 
 # Fraction of a GPU's memory; the rest is for the CUDA context, NCCL and fragmentation.
 USABLE = 0.9
-# Vocabulary size without data: GPT-2's 50,257 tokens, padded to a multiple of 64.
-ASSUMED_VOCABULARY = 50304
 # Largest micro-batch of a plan, in tokens: ten times what the largest GPU can train on.
 LARGEST_MICRO_BATCH = 2**22
 
@@ -132,18 +131,18 @@ def completed_settings(settings: Settings, gpu: gpu_specs.Gpu | None) -> tuple[S
         prepared = False
     block_size = settings.architecture.block_size
     dataset = load_dataset(run.dataset, block_size) if prepared else None
-    settings = settings.resolve(device, dtype, dataset)
+    memory: float | None = None
+    if gpu:
+        memory = gpu.memory_gb * hardware.GB
+    elif torch.cuda.is_available():
+        memory = micro_batch.device_memory(device)
+    settings = micro_batch.resolve(settings, device, dtype, dataset, memory)
     if settings.architecture.vocab_size is None:
-        architecture = settings.architecture.replace(vocab_size=ASSUMED_VOCABULARY)
-        settings = replace(settings, architecture=architecture)
         notes.append(
             f"The vocabulary is assumed to be GPT-2's ({ASSUMED_VOCABULARY:,}), since the dataset "
             f'{run.dataset!r} is not prepared here; --vocab_size sets it.'
         )
-    architecture = settings.architecture
-    if 'end_of_text' in architecture and architecture.end_of_text is None:  # any token will do
-        settings = replace(settings, architecture=architecture.replace(end_of_text=0))
-    return settings, notes
+    return replace(settings, architecture=complete(settings.architecture)), notes
 
 
 def _advice(settings: Settings, memory: MemoryEstimator, limit: float) -> Iterator[str]:

@@ -11,7 +11,7 @@ import re
 import reprlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from common.errors import UserError, did_you_mean
 from common.registry import Option
@@ -112,6 +112,7 @@ class Study:
     reference: dict
     baseline: dict
     budget: dict
+    micro_batch: dict = field(default_factory=dict)  # derived sizes that all runs share
 
 
 def read_study(command_line: CommandLine) -> Study:
@@ -304,8 +305,9 @@ def variant_overrides(study: Study) -> list[dict]:
 def merged_settings(study: Study, overrides: dict) -> Settings:
     """The settings of the base with `overrides`, merged as by train.py. Raises UserError."""
     problems: list[str] = []
+    shared = Layer('derived: the same for all runs of the study', study.micro_batch)
     layer = validate_layer(Layer(COMMAND_LINE, overrides), schema(), problems)
-    layers = [*study.command_line.layers, layer]
+    layers = [shared, *study.command_line.layers, layer]
     return load_settings(replace(study.command_line, layers=layers, problems=problems))
 
 

@@ -6,6 +6,7 @@ While a `StudyRunner` is active, SIGINT, SIGTERM and SIGHUP stop its trials, and
 import contextlib
 import ctypes
 import json
+import math
 import os
 import shlex
 import signal
@@ -37,7 +38,7 @@ from studies.outcome import (
     outcome_from_record,
 )
 from studies.trials import TIMING, Trial
-from studies.variants import RunContext
+from studies.variants import SIZES, RunContext
 from training.signals import stop_signals
 from training_config import schema
 
@@ -47,6 +48,8 @@ if TYPE_CHECKING:
 TRAIN = Path(__file__).resolve().parents[1] / 'train.py'
 # Options for the place and the output of a run: runs that differ only in them are the same.
 PLACEMENT_OPTIONS = REPORTING_OPTIONS | {'init_from', 'resume_run', 'verify_data', 'debug'}
+# Folder of torch.compile's caches, shared by all runs; a hidden one, in which no runs are searched.
+COMPILE_CACHE = '.compile_cache'
 
 
 class StudyStopped(Exception):
@@ -137,6 +140,7 @@ class StudyRunner:
             *trial.arguments(flatten(schema())),
             *('--init_from=auto', f'--out_dir={self.folder(kind, trial)}', '--log_style=line'),
             f'--concurrent_runs={jobs or self.jobs}',
+            *(f'--{key}={value}' for key, value in self.study.micro_batch.items()),
             *([f'--wandb_run_name={trial.folder}'] if self.wandb else []),
         ]
 
@@ -199,10 +203,15 @@ class StudyRunner:
     def _check_options(self, kind: str, trial: Trial, config: dict) -> None:
         """Raises UserError if an ended run had other options than the trial."""
         settings = merged_settings(self.study, trial.overrides).resolve(*self.context)
+        values, placement = settings.to_dict(), PLACEMENT_OPTIONS
+        before, now = (math.prod(each[key] for key in SIZES) for each in (config, values))
+        if before == now:
+            # The same sequences, divided as the memory allowed then.
+            placement = placement | self.study.micro_batch.keys()
         differing = [
             f'{key}={config[key]!r} (now {value!r})'
-            for key, value in settings.to_dict().items()
-            if key in config and config[key] != value and key not in PLACEMENT_OPTIONS
+            for key, value in values.items()
+            if key in config and config[key] != value and key not in placement
         ]
         if differing:
             raise UserError(
@@ -222,6 +231,9 @@ class StudyRunner:
         folder, console = self.folder(kind, trial), self.console(kind, trial)
         device, environment = self.context.device, dict(os.environ)
         environment.setdefault('WANDB_RUN_GROUP', trial.variant)  # has no effect without W&B
+        # Kept with the study, so that a resumed one, or one on another node, compiles nothing anew.
+        cache = self.out_dir.resolve() / COMPILE_CACHE
+        environment.setdefault('TORCHINDUCTOR_CACHE_DIR', str(cache))
         if jobs > 1 and device.type == 'cuda':
             environment['CUDA_VISIBLE_DEVICES'] = visible_gpu(slot)
         elif jobs > 1:

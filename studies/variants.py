@@ -11,6 +11,7 @@ from common.errors import UserError
 from data.dataset import TokenDataset
 from model_builder import build_model, flops_by_part
 from model_config import ModelArchitectureConfig
+from planning import micro_batch
 from studies.grid import (
     SEED_KEYS,
     Study,
@@ -27,6 +28,7 @@ MEASURES: dict[str, Callable[[ModelArchitectureConfig], float]] = {
     'flops': lambda a: sum(flops_by_part(build_model(a), causal=True).values()),  # a token
 }
 MAX_ITERATIONS = 10**12  # in a run
+SIZES = ('batch_size', 'gradient_accumulation_steps')
 
 
 @dataclass(frozen=True)
@@ -145,6 +147,23 @@ def _checked_choice(
     run = settings.run
     tokens = run.batch_size * run.gradient_accumulation_steps * settings.architecture.block_size
     return TuneChoice(values, settings, tokens, tokens * flops)
+
+
+def with_micro_batch(
+    study: Study, variants: list[Variant], context: RunContext, jobs: int
+) -> Study:
+    """The study with one micro-batch for all runs, so that their times are comparable: the
+    smallest of those derived for the variants. As it is if a size is set, and except on CUDA."""
+    memory = micro_batch.device_memory(context.device)
+    runs = [choice.settings.run for variant in variants for choice in variant.choices]
+    derived = all(run.origins[key].startswith('derived') for run in runs for key in SIZES)
+    if memory is None or not derived:
+        return study
+    share = memory / -(-jobs // torch.cuda.device_count())  # of each run on a GPU
+    chosen = [variant.costliest.settings for variant in variants]
+    size = min(micro_batch.largest_micro_batch(settings, share)[0] for settings in chosen)
+    sequences = runs[0].batch_size * runs[0].gradient_accumulation_steps
+    return replace(study, micro_batch=dict(zip(SIZES, (size, sequences // size))))
 
 
 def baseline_variant(study: Study, variants: list[Variant]) -> Variant:

@@ -13,7 +13,14 @@ from common.errors import UserError
 from configurator import flatten, read_command_line
 from data.dataset import load_dataset
 from model_config import ModelArchitectureConfig
-from training_config import CPU_COMPILE_FLOPS, TrainingConfig, load_settings, schema
+from training_config import (
+    CPU_COMPILE_FLOPS,
+    CUDA_COMPILE_FLOPS,
+    TrainingConfig,
+    divisors,
+    load_settings,
+    schema,
+)
 
 CPU = torch.device('cpu')
 
@@ -337,8 +344,43 @@ def test_long_cpu_runs_are_compiled(dataset, argv, compiled):
     done = resolved('--arch_preset=gpt2', *argv, dataset=dataset('gpt2', 50257))
     assert done.run.compile is compiled
     assert ('compile' in done.derived) == (not any('compile' in argument for argument in argv))
-    on_gpu = resolved('--arch_preset=gpt2', '--max_iters=1', device=torch.device('cuda'))
-    assert on_gpu.run.compile is True
+
+
+FLOPS_OF_GPU_UPDATE = 480 * 1024 * 854_654_976  # the same model
+
+
+@pytest.mark.parametrize(
+    ('argv', 'compiled'),
+    [
+        ([f'--max_iters={math.floor(CUDA_COMPILE_FLOPS / FLOPS_OF_GPU_UPDATE)}'], False),
+        ([f'--max_iters={math.ceil(CUDA_COMPILE_FLOPS / FLOPS_OF_GPU_UPDATE)}'], True),
+        (['--max_iters=1000000000', '--eval_only=True'], False),
+        (['--max_iters=1', '--compile=True'], True),
+    ],
+)
+@pytest.mark.parametrize('prepared', [True, False])
+def test_long_gpu_runs_are_compiled(dataset, argv, compiled, prepared):
+    """Without data, the vocabulary is assumed to be the same."""
+    data = dataset('gpt2', 50257) if prepared else None
+    done = resolved('--arch_preset=gpt2', *argv, device=torch.device('cuda'), dataset=data)
+    assert done.run.compile is compiled
+    assert resolved(*argv[:1], device=torch.device('mps')).run.compile is False
+
+
+@pytest.mark.parametrize('ranks', [1, 2, 3, 5, 7, 8, 16, 24, 64, 96])
+def test_gpus_share_the_sequences_of_an_iteration(ranks):
+    """Whatever micro-batch suits their memory; 480 of them if the ranks divide that."""
+    planned, device = settings('--plan', f'--world_size={ranks}'), torch.device('cuda')
+    run = planned.resolve(device, 'float32', None).run
+    sequences = run.batch_size * run.gradient_accumulation_steps
+    assert run.batch_size <= 12 and run.gradient_accumulation_steps % ranks == 0
+    assert sequences == 480 if 480 % ranks == 0 else 480 < sequences < 480 + 12 * ranks
+    for size in divisors(sequences // ranks):
+        done = planned.resolve(device, 'float32', None, (size, 'as a test has it')).run
+        assert done.batch_size == size
+        assert done.origins['batch_size'] == 'derived: as a test has it'
+        assert done.gradient_accumulation_steps * size == sequences
+        assert done.gradient_accumulation_steps % ranks == 0
 
 
 @pytest.mark.parametrize(('share', 'compiled'), [(1.01, True), (0.51, False)])

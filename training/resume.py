@@ -258,6 +258,7 @@ def find_resume_source(command_line: CommandLine) -> ResumeSource | None:
     once = {key: checkpoint.index['config'].get(key) for key in DERIVED_ONCE}
     lowest = validate_layer(Layer(origins['chosen'], once), schema(), [])
     command_line.layers[:] = [
+        _recorded_sizes(checkpoint.index['config'], [below, *command_line.layers, above], folder),
         lowest,
         below,
         *command_line.layers[:-1],
@@ -265,6 +266,19 @@ def find_resume_source(command_line: CommandLine) -> ResumeSource | None:
         command_line.layers[-1],
     ]
     return ResumeSource(folder, checkpoint, state, warnings)
+
+
+def _recorded_sizes(config: dict, layers: list[Layer], folder: Path) -> Layer:
+    """The derived sizes of the run, which it keeps on other devices too, unless an option sets one
+    of them or they cannot be divided between the ranks."""
+    name = f'derived: in run {folder.name}'
+    sizes = {key: config.get(key) for key in ('batch_size', 'gradient_accumulation_steps')}
+    if any(key in layer.values for key in sizes for layer in layers):
+        return Layer(name, {})
+    accumulation = sizes['gradient_accumulation_steps']
+    if type(accumulation) is not int or accumulation % world_size() != 0:
+        return Layer(name, {})
+    return validate_layer(Layer(name, sizes), schema(), [])
 
 
 def restart_notes(run: TrainingConfig) -> list[str]:
