@@ -162,7 +162,6 @@ OPTION_GROUPS = {
 }
 PLAN_GROUP = {'Planning (instead of a run)': PLAN_OPTIONS}
 
-
 # On a CPU, with a single sequence, 100 iterations of the 12-layer presets take minutes. On a GPU,
 # 12 sequences × 40 micro-batches × 1024 tokens = 491,520 tokens per iteration, as in nanoGPT; the
 # 480 sequences are divided otherwise where the GPU's memory is known (`planning.micro_batch`).

@@ -12,8 +12,8 @@ SYSTEM_OPTIONS = {
     'device': Option(str, 'auto', 'Device: auto, cpu, cuda, cuda:N or mps'),
     'dtype': Option(str, 'auto', 'Dtype of matrix multiplications (autocast); float16 trains with '
                     'a gradient scaler', choices=('auto', 'float32', 'bfloat16', 'float16')),
-    'compile': Option(bool | None, None, 'Compile each block with torch.compile; None: on a GPU, '
-                      'and on a CPU if the run is long enough to benefit'),
+    'compile': Option(bool | None, None, 'Compile each block with torch.compile; None: on '
+                      'CUDA or a CPU, if the run is long enough to benefit'),
     'activation_checkpointing': Option(str, 'none', 'Blocks whose activations are recomputed in '
                                        'the backward pass to save memory: none, full (all), or N '
                                        '(every N-th block)',

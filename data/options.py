@@ -9,8 +9,8 @@ DATA_OPTIONS = {
                       is_path=True),
     'verify_data': Option(bool, False, 'Hash all token files at the start; else only files whose '
                           'size or time has changed since the last check'),
-    'batch_size': Option(int | None, None, 'Sequences per micro-batch; None: depends on the device',
-                         check=at_least(1)),
+    'batch_size': Option(int | None, None, 'Sequences per micro-batch; None: depends on the '
+                         'device, on CUDA on its memory', check=at_least(1)),
     'gradient_accumulation_steps': Option(int | None, None,
                                           'Micro-batches per iteration, over all devices; '
                                           'None: depends on the device', check=at_least(1)),

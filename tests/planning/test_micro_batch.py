@@ -1,6 +1,7 @@
 """The micro-batch that is derived from a GPU's memory."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from configurator import read_command_line
 from planning import micro_batch
 from planning.memory import MemoryEstimator, strategy_label
 from planning.plan import plan_run
-from studies import grid, variants
+from studies import grid, runner, variants
 from training_config import Settings, load_settings, schema
 
 CUDA = torch.device('cuda')
@@ -140,6 +141,29 @@ def test_study_has_one_micro_batch(gpu, tiny_dataset):
     again = variants.build_variants(shared, context)
     assert {variant.settings.run.batch_size for variant in again} == {24}
     assert variants.with_micro_batch(shared, again, context._replace(device=torch.device('cpu')), 4)
-    runner = study.StudyRunner(shared, Path('out'), context, 4, set())
-    trial = study.StudyState(shared, again, again[0], runner).trials().runs[0]
-    assert '--batch_size=24' in runner.arguments('runs', trial)
+    of_study = study.StudyRunner(shared, Path('out'), context, 4, set())
+    trial = study.StudyState(shared, again, again[0], of_study).trials().runs[0]
+    assert '--batch_size=24' in of_study.arguments('runs', trial)
+
+
+def test_runs_of_a_study_share_a_compile_cache(tmp_path, monkeypatch):
+    """In a folder in which no runs are searched; another one if the user sets it."""
+    environments: list[dict] = []
+
+    def start(command, output, environment, lock):
+        environments.append(environment)
+
+    monkeypatch.setattr(runner, 'start_process', start)
+    monkeypatch.delenv('TORCHINDUCTOR_CACHE_DIR', raising=False)
+    monkeypatch.chdir(tmp_path)
+    trial = SimpleNamespace(folder='a', variant='b', arguments=lambda options: [])
+    running = object.__new__(runner.StudyRunner)
+    running.study = SimpleNamespace(path='s.py', micro_batch={})
+    running.out_dir, running.jobs, running.lock = Path('out'), 1, []
+    running.run_arguments, running.wandb = [], False
+    running.context = SimpleNamespace(device=torch.device('cpu'))
+    running._start('runs', trial, 0, 1)
+    monkeypatch.setenv('TORCHINDUCTOR_CACHE_DIR', '/other')
+    running._start('tuning', trial, 0, 1)
+    folders = [Path(each['TORCHINDUCTOR_CACHE_DIR']) for each in environments]
+    assert folders == [tmp_path / 'out/.compile_cache', Path('/other')]

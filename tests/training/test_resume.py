@@ -20,8 +20,10 @@ from helpers.bit_equality import bit_differences, without_measurements
 from helpers.in_process import joined, train_here
 from helpers.project import PROJECT, TINY_RUN
 
+from configurator import Layer
 from records.record import read_record
 from records.run_folders import latest_run
+from training import resume
 from training.checkpoint import list_checkpoints, load_latest, load_state, read_index
 
 pytestmark = pytest.mark.slow
@@ -344,3 +346,17 @@ def test_resume_keeps_eval_interval(tiny_dataset, tmp_path):
     record = read_record(first.folder)
     assert [entry['iter'] for entry in record['eval_steps']] == [0, 4, *range(20, 221, 20)]
     assert 'eval_interval' not in record['events'][0]['changed']
+
+
+def test_resume_keeps_derived_sizes(tmp_path, monkeypatch):
+    """On other devices too, unless an option sets one or the ranks do not divide them."""
+    recorded = {'batch_size': 40, 'gradient_accumulation_steps': 12}
+
+    def sizes(ranks: int, *layers: Layer) -> dict:
+        monkeypatch.setattr(resume, 'world_size', lambda: ranks)
+        return resume._recorded_sizes(recorded, list(layers), tmp_path).values
+
+    assert sizes(1, Layer('run', {'n_layer': 2})) == sizes(4) == recorded
+    assert sizes(8) == sizes(1, Layer('command line', {'batch_size': 12})) == {}
+    origin = resume._recorded_sizes(recorded, [], tmp_path).origin
+    assert origin.startswith(resume.UNCHOSEN_ORIGINS)  # derived in the next checkpoint too
