@@ -301,7 +301,8 @@ def test_search_for_largest_batch(monkeypatch, limit, largest):
 
 
 def test_advice_matches_plan_with_its_options():
-    options = {**LLAMA_7B, 'n_layer': 9, 'block_size': 4096, 'gpu': 'H100', 'world_size': 8}
+    options = {**LLAMA_7B, 'n_layer': 9, 'block_size': 4096, 'batch_size': 12}
+    options |= {'gpu': 'H100', 'world_size': 8}
     planned = plan(**options)
     assert not any(memory['fits'] for memory in planned['memory'].values())
     assert len(planned['advice']) == 3
