@@ -25,7 +25,6 @@ _STAS = 'stas00/ml-engineering'
 _HOPPER = f'{_COMPOSER}; {_STAS}'
 _LLM_C = 'karpathy/llm.c, mfu.h'
 _NANOCHAT = 'karpathy/nanochat, common.py'
-_LLM_PROF = 'citsjtu2020/LLM-Prof, hardware_spec.md'
 _TITAN = 'pytorch/torchtitan, tools/utils.py'
 _HGX = 'NVIDIA HGX table, 36 PFLOP/s sparse / 2 / 8 GPUs'
 
@@ -49,7 +48,6 @@ _PEAKS = (
      f'{_NANOCHAT}; NVIDIA data sheet'),
     (('A100 SXM4', 'A100 PCIE'),              (312,   312,   156,   19.5,  None),
      'NVIDIA data sheet'),
-    (('A800 SXM4',),                          (312,   312,   None,  None,  None), _LLM_PROF),
     (('RTX A6000',),                          (154.8, 154.8, 77.4,  38.7,  None),
      f'{_TITAN}; NVIDIA GA102 white paper'),
     (('L4',),                                 (121,   121,   60,    30.3,  242),
@@ -94,7 +92,6 @@ _MEMORIES = (
     (('A10', 'A30', 'L4'),                    (24,),      'NVIDIA A10, A30, L4 data sheets'),
     (('A40', 'RTX A6000', 'L40S'),            (48,),      'NVIDIA A40, A6000, L40S data sheets'),
     (('A100 SXM4', 'A100 PCIE'),              (40, 80),   'NVIDIA A100 data sheet'),
-    (('A800 SXM4',),                          (80,),      _LLM_PROF),
     (('RTX 3090', 'RTX 4090'),                (24,),      'NVIDIA GeForce specifications'),
     (('RTX 5090',),                           (32,),      'NVIDIA GeForce specifications'),
     (('H100', 'H100 PCIE', 'H800'),           (80,),      'NVIDIA H100 data sheet'),
