@@ -26,7 +26,7 @@ from optim.step import GuardedOptimizer
 from parallel import process_group as groups
 from parallel.strategies import ALIGNMENT, DataParallel, SingleProcess, ZeRO1
 from studies.runner import visible_gpu
-from training_config import Derivation, load_settings, schema
+from training_config import load_settings, schema
 
 
 @pytest.fixture
@@ -212,9 +212,7 @@ def test_nonfinite_update_is_skipped_where_fused_adamw_ignores_it(optimizer, mon
 def test_compile_is_derived_for_cuda_alone():
     for kind, compiled in (('cuda', True), ('mps', False)):
         settings = load_settings(read_command_line([], schema))
-        derivation = Derivation(settings.run, torch.device(kind), 1)
-        derivation.derive_compile(tiny(), has_data=True)
-        assert derivation.values['compile'] is compiled
+        assert settings.resolve(torch.device(kind), 'float32', None).run.compile is compiled
 
 
 @pytest.mark.usefixtures('flex_of_few_queries')
