@@ -165,6 +165,7 @@ def start_session(settings: Settings, init_source: InitSource | None, argv: list
         (negated,) = parallel.all_reduce_max([-float(memory)])
         memory = int(-negated)
     settings = micro_batch.resolve(settings, device, dtype, dataset, memory)
+    parallel.run = settings.run
     if init_source:
         init_source.check(settings)
 

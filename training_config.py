@@ -16,6 +16,7 @@ import torch
 from common.environment import world_size
 from common.errors import UserError
 from common.hardware import select_device
+from common.parallel_options import PARALLEL_OPTIONS, derived_fsdp_options
 from common.registry import (
     AnyBut,
     FrozenConfig,
@@ -125,20 +126,6 @@ OPTIMIZER_OPTIONS = {
     'lr_schedule': Option(str, 'cosine', 'Learning-rate schedule after warm-up',
                           choices=SCHEDULE_REGISTRY, requires=('decay_lr', True)),
 }
-PARALLEL_OPTIONS = {
-    'use_fsdp': Option(bool, False, 'Shard parameters, gradients and optimizer state (FSDP2)'),
-    'use_zero1': Option(bool, False, 'Shard the optimizer state (ZeRO-1); without this and '
-                        'use_fsdp: DDP'),
-    'fsdp_reshard_after_forward': Option(bool, True, 'Free gathered blocks between forward and '
-                                         'backward pass: less memory, more communication',
-                                         requires=('use_fsdp', True)),
-    'fsdp_shard_size': Option(int | None, None, 'Processes per shard group (HSDP); None: all',
-                              check=at_least(1), requires=('use_fsdp', True)),
-    'reduce_dtype': Option(str, 'float32', 'Dtype of the gradient all-reduce / reduce-scatter',
-                           choices=('float32', 'bfloat16')),
-    'distributed_timeout': Option(int, 600, 'Seconds without an answer before a process counts as '
-                                  'lost', check=at_least(1, at_most=10**7)),
-}
 # Read by --plan only, and no property of the run itself: no record or checkpoint has them.
 PLAN_OPTIONS = {
     'plan': Option(bool, False, 'Show parameters, FLOPs, the memory per strategy and the time of '
@@ -239,12 +226,14 @@ class Settings:
         dtype: str,
         dataset: TokenDataset | None,
         micro_batch: tuple[int, str] | None = None,
+        memory: float | None = None,
     ) -> 'Settings':
         """Derive the values that depend on the device and the data.
 
         micro_batch: the value to derive for batch_size on CUDA, and the reason; `planning.
-        micro_batch.resolve` gives it. Without a dataset, vocab_size may remain None. Raises
-        UserError if it is too small.
+        micro_batch.resolve` gives it. memory: bytes of the device; None: unknown. Without a
+        dataset, vocab_size may remain None. Raises UserError if it is too small, or if an option
+        contradicts the derived dtype.
         """
         run, architecture = self.run, self.architecture
         derivation = Derivation(run, device, self.ranks)
@@ -276,6 +265,7 @@ class Settings:
         )
         # From all of these.
         derivation.derive_compile(architecture, has_data=dataset is not None)
+        derivation.derive_fsdp(architecture, memory)
         for key, value in architecture.to_dict().items():
             _, _, why = architecture.origins[key].partition('derived: ')
             if why:
@@ -354,6 +344,14 @@ class Derivation:
             why = f'worthwhile from about {least:.0e} FLOPs, and this run has'
             each = ' on each rank' if self.ranks > 1 else ''
             self.derive('compile', flops >= least, f'for {self.device}: {why} {flops:.2g}{each}')
+
+    def derive_fsdp(self, architecture: ModelArchitectureConfig, memory: float | None) -> None:
+        """Derive FSDP's options (unknown without a vocabulary). Raises UserError."""
+        if self.values['use_fsdp'] and architecture.vocab_size is not None:
+            elements = sum(p.numel() for p in build_model(architecture).parameters())
+            options = derived_fsdp_options(self.values, self.device, self.ranks, elements, memory)
+            for key, (value, why) in options.items():
+                self.derive(key, value, why)
 
 
 def divisors(number: int) -> list[int]:

@@ -13,6 +13,7 @@ LOSS_CONDITIONS = (
     *('block_size', 'tokens_seen', 'tokens_per_iter', 'data_seed', 'sampling', 'eval_windows'),
     *('max_iters', 'optimizer', 'lr_schedule', 'learning_rate', 'min_lr', 'warmup_iters'),
     *('lr_decay_iters', 'decay_lr', 'weight_decay', 'grad_clip', 'dtype', 'weights_from'),
+    'fsdp_param_dtype',
 )
 # Conditions that affect only the best of several evaluations.
 BEST_CONDITIONS = ('eval_interval', 'evaluations')
@@ -42,7 +43,7 @@ SPEED_OPTIONS = frozenset(
     {
         *('device', 'compile', 'activation_checkpointing', 'deterministic', 'batch_size'),
         *('gradient_accumulation_steps', 'use_fsdp', 'use_zero1', 'fsdp_reshard_after_forward'),
-        'fsdp_shard_size',
+        *('fsdp_shard_size', 'fsdp_reduce_every_micro_step'),
     }
 )
 # Options that other conditions cover: the values they were resolved to, or their effects.
@@ -72,6 +73,7 @@ def run_conditions(record: Mapping[str, Any], evaluations: int) -> dict[str, tup
     values['torch'] = (metadata.get('versions') or {}).get('torch')
     values.setdefault('concurrent_runs', 1)  # before there were studies
     values.setdefault('profile', 0)  # before there was this option
+    values.setdefault('fsdp_param_dtype', 'float32')  # of the other strategies
     values.setdefault('sampling', 'random')  # before there was a choice
     if type(values['concurrent_runs']) is not int:
         raise ValueError(f'concurrent_runs is {values["concurrent_runs"]!r}, not a count')

@@ -19,5 +19,6 @@ class TokenEmbedding(Component, nn.Embedding):
         self.scale = math.sqrt(config.n_embd) if config.scale_embeddings else None
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        x = super().forward(tokens)
+        # The hidden states are fp32, also if FSDP gathers a tied table in bfloat16.
+        x = super().forward(tokens).float()
         return x if self.scale is None else x * self.scale

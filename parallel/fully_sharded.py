@@ -1,10 +1,23 @@
-"""The strategy that shards parameters, gradients and optimizer state (FSDP2)."""
+"""The strategy that shards parameters, gradients and optimizer state (FSDP2).
+
+The parameters are sharded in units, each of which is gathered by one all-gather in one dtype:
+
+    root          everything that no other unit has, in fp32: gains, routers, positions
+    embedding     with the output head if they are tied
+    each block
+    output head   with the final norm if both are gathered in fp32
+
+With fsdp_param_dtype=bfloat16, the parameters that autocast would convert are converted before the
+all-gather, so that no copy of them is kept for the backward pass; the others stay in fp32, and so
+do shards, gradient sums and optimizer state. FSDP2 reduces the gradients of a unit in one
+reduce-scatter and refuses mixed dtypes; hence the fp32 parameters of all blocks are in the root's
+unit.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -17,9 +30,65 @@ from common.tensors import local_tensor
 from components.weight_initialization import initial_values, initialize_buffers, name_seed
 from model_builder import Transformer, build_model
 from model_config import ModelArchitectureConfig
+from parallel.autocast import parameters_cast_by_autocast
 from parallel.process_group import tensor_timeout
 from parallel.strategies import DataParallel, ParamShard, prepare_blocks, ring_bytes
 from training_config import TrainingConfig
+
+
+class ShardUnit(NamedTuple):
+    """Parameters that are gathered together, by the first call of one of `modules`."""
+
+    modules: list[nn.Module]
+    parameters: list[nn.Parameter]
+    dtype: torch.dtype  # in which they are gathered, and have gradients before the reduction
+    # Whether they are freed after the forward pass, and gathered again in the backward pass.
+    freed: bool = False
+    gathered_again: bool = False
+
+    def elements(self, ranks: int) -> int:
+        """Elements when gathered. FSDP pads each rank's rows to the largest number of rows."""
+        return sum(
+            ranks * -(-len(p) // ranks) * (p.numel() // len(p)) if len(p) else 0
+            for p in self.parameters
+        )
+
+
+def shard_units(
+    model: Transformer, param_dtype: str, reshard_after_forward: bool
+) -> list[ShardUnit]:
+    """The units of a model that is not sharded yet: the root's, then in the order of use."""
+    cast: set[nn.Parameter] = set()
+    if param_dtype == 'bfloat16':
+        names = parameters_cast_by_autocast(model.config)
+        cast = {p for name, p in model.named_parameters() if name in names}
+
+    def unit(modules: list[nn.Module], freed: bool = False, gathered_again: bool = False):
+        """The unit of the modules, in bfloat16 if that is the dtype of most of the elements."""
+        all_parameters = list(dict.fromkeys(p for module in modules for p in module.parameters()))
+        in_cast = [p for p in all_parameters if p in cast]
+        if 2 * _elements(in_cast) > _elements(all_parameters):
+            return ShardUnit(modules, in_cast, torch.bfloat16, freed, gathered_again)
+        return ShardUnit(modules, all_parameters, torch.float32, freed, gathered_again)
+
+    embedding, final_norm, head = model.token_embedding, model.final_norm, model.output_head
+    # The last block is needed first in the backward pass: to free it would save nothing.
+    *blocks, last = model.blocks
+    again = reshard_after_forward
+    units = [unit([block], again, again) for block in blocks] + [unit([last])]
+    if model.config.weight_tying:
+        units.insert(0, unit([embedding, head]))
+    else:
+        # The gradient of a lookup does not depend on the table.
+        units.insert(0, unit([embedding], freed=True))
+        units.append(unit([final_norm, head] if head.projection.weight not in cast else [head]))
+    in_units = {parameter for unit in units for parameter in unit.parameters}
+    others = [parameter for parameter in model.parameters() if parameter not in in_units]
+    return [ShardUnit([model], others, torch.float32), *units]
+
+
+def _elements(parameters: list[nn.Parameter]) -> int:
+    return sum(parameter.numel() for parameter in parameters)
 
 
 class FullySharded(DataParallel):
@@ -49,17 +118,11 @@ class FullySharded(DataParallel):
     ) -> tuple[Transformer, nn.Module]:
         model = build_model(config)  # on the meta device: no rank has the whole model
         prepare_blocks(model, recomputed, compiled)
-        reduce_dtype = getattr(torch, self.run.reduce_dtype)
-        shard_module = partial(
-            fully_shard,
-            mesh=self.mesh,
-            reshard_after_forward=self.run.fsdp_reshard_after_forward,
-            # Parameters are gathered in fp32 and cast by autocast, as in the other strategies.
-            mp_policy=MixedPrecisionPolicy(reduce_dtype=reduce_dtype),
+        self.units = shard_units(
+            model, self.run.fsdp_param_dtype, self.run.fsdp_reshard_after_forward
         )
-        for block in model.blocks:
-            shard_module(block)
-        shard_module(model)  # embedding and head, which may be tied, are in the root's group
+        for unit in self.units:  # the root first, since it has parameters inside the others
+            self.shard_unit(model, unit)
         for module in _fsdp_modules(model):  # gradients are summed, as with DDP
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
@@ -67,6 +130,26 @@ class FullySharded(DataParallel):
         model.tie_weights()
         self.initialize(model)
         return model, model
+
+    def shard_unit(self, model: Transformer, unit: ShardUnit) -> None:
+        others = set(model.parameters()) - set(unit.parameters)
+        sharded = fully_shard(
+            unit.modules if len(unit.modules) > 1 else unit.modules[0],
+            mesh=self.mesh,
+            reshard_after_forward=unit.freed,
+            # Activations keep their dtype; parameters in fp32 are cast by autocast.
+            mp_policy=MixedPrecisionPolicy(
+                param_dtype=unit.dtype,
+                reduce_dtype=getattr(torch, self.run.reduce_dtype),
+                cast_forward_inputs=False,
+            ),
+            ignored_params=others,
+        )
+        if unit.freed and not unit.gathered_again:
+            sharded.set_unshard_in_backward(False)
+            # By default FSDP2 would gather ahead what came before it in the forward pass: the last
+            # unit of the previous micro-step.
+            sharded.set_modules_to_backward_prefetch([sharded])
 
     @torch.no_grad()
     def initialize(self, model: Transformer) -> None:
@@ -81,8 +164,11 @@ class FullySharded(DataParallel):
 
     @contextmanager
     def micro_step(self, model: Any, last: bool) -> Iterator[None]:
-        model.set_requires_gradient_sync(last)
-        model.set_is_last_backward(last)
+        reduces = last or self.run.fsdp_reduce_every_micro_step
+        model.set_requires_gradient_sync(reduces)
+        # Between replicas only sums travel; those in bfloat16 would lose bits as they accumulate.
+        model.set_requires_all_reduce(last or (reduces and self.run.reduce_dtype != 'float32'))
+        model.set_is_last_backward(reduces)  # which frees the last buffer of the reduction
         yield
 
     def shard(self, parameter: nn.Parameter) -> ParamShard:
@@ -97,23 +183,28 @@ class FullySharded(DataParallel):
 
     def bytes_sent(self, model: Transformer, micro_steps: int) -> float:
         ranks = self.mesh.size(self.mesh.ndim - 1)
-        # FSDP pads the rows of each rank to the largest number of rows.
-        elements = sum(
-            ranks * rows_per_rank(p) * (p.numel() // p.shape[0]) for p in model.parameters()
-        )
-        gathers = micro_steps * (2 if self.run.fsdp_reshard_after_forward else 1)
-        gradients = getattr(torch, self.run.reduce_dtype).itemsize * elements
-        return (
-            gathers * ring_bytes(4 * elements, ranks)
-            + ring_bytes(gradients, ranks)
-            + 2 * ring_bytes(gradients / ranks, self.world_size // ranks)  # between the replicas
-        )
+        reduced = getattr(torch, self.run.reduce_dtype).itemsize
+        reductions = micro_steps if self.run.fsdp_reduce_every_micro_step else 1
+        between_replicas = 1 if self.run.reduce_dtype == 'float32' else reductions
+        total = 0.0
+        for unit in self.units:
+            elements = unit.elements(ranks)
+            gathers = micro_steps * (2 if unit.gathered_again else 1)
+            total += gathers * ring_bytes(unit.dtype.itemsize * elements, ranks)
+            total += reductions * ring_bytes(reduced * elements, ranks)
+            replicas = self.world_size // ranks
+            total += between_replicas * 2 * ring_bytes(reduced * elements / ranks, replicas)
+        return total
 
     def weight_shards(self, model: Transformer) -> dict[str, ParamShard]:
         # Without fsdp_reshard_after_forward, an evaluation leaves gathered parameters behind.
         for module in _fsdp_modules(model):
             module.reshard()
         return {name: self.shard(parameter) for name, parameter in model.named_parameters()}
+
+    @property
+    def converts(self) -> bool:  # type: ignore[override]
+        return self.run.fsdp_param_dtype == 'bfloat16'
 
     @property
     def saves(self) -> tuple[bool, bool]:

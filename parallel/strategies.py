@@ -42,6 +42,7 @@ class SingleProcess(SingleProcessGroup):
     """One process, one device."""
 
     name = 'single'
+    converts = False  # whether parameters are converted to bfloat16 before they are used
 
     def __init__(self, run: TrainingConfig, device: torch.device):
         self.run, self.device = run, device

@@ -14,6 +14,9 @@ import numpy as np
 import torch
 
 from common import hardware
+from common.parallel_options import derived_fsdp_options
+from model_builder import Transformer
+from parallel.fully_sharded import ShardUnit, shard_units
 from parallel.strategies import aligned_elements, recomputed_blocks
 from planning.simulation import MemoryCategory, MemorySnapshot, Simulation
 from training_config import Settings, TrainingConfig
@@ -22,13 +25,18 @@ DDP_BUCKET = 25 * 2**20  # bytes; a larger parameter has a bucket of its own
 
 
 class FSDPUnits:
-    """The parameters of a model by FSDP unit: each block, and the root."""
+    """The parameters of a model, and how FSDP shards them: by unit, with which options."""
 
-    def __init__(self, simulation: Simulation):
-        self.blocks = [list(block.parameters()) for block in simulation.blocks]
-        in_blocks = {parameter for block in self.blocks for parameter in block}
-        self.all = list(simulation.model.parameters())
-        self.root = [parameter for parameter in self.all if parameter not in in_blocks]
+    def __init__(self, model: Transformer, param_dtype: str, reduces_every_micro_step: bool):
+        self.all = list(model.parameters())
+        self.param_dtype, self.reduces_every_micro_step = param_dtype, reduces_every_micro_step
+        self.every = shard_units(model, param_dtype, reshard_after_forward=True)
+        number = {block: index for index, block in enumerate(model.blocks)}
+        self.blocks = [unit for unit in self.every if unit.modules[0] in number]
+        self.root, *others = [unit for unit in self.every if unit not in self.blocks]
+        # The embedding is freed after its lookup, unless it is tied to the head.
+        self.head = others[-1]
+        self.embedding: ShardUnit | None = others[0] if len(others) == 2 else None
 
 
 def nbytes(parameters: list[torch.nn.Parameter]) -> int:
@@ -49,6 +57,7 @@ class SingleMemory:
         self.accumulates = run.gradient_accumulation_steps > self._devices(ranks)
         self.parameter_bytes = self.gradient_bytes = nbytes(units.all)
         self.share = 1.0  # fraction of the optimizer state on this device
+        self.converted = False  # whether parameters are converted before they are used
 
     def _devices(self, ranks: int) -> int:
         return 1
@@ -103,7 +112,7 @@ class ZeRO1Memory(DDPMemory):
 
 
 class FSDPMemory(SingleMemory):
-    """Counterpart of FullySharded. FSDP2 gathers a block's parameters into one flat buffer and
+    """Counterpart of FullySharded. FSDP2 gathers a unit's parameters into one flat buffer and
     copies them into full parameters; it prefetches one block, and reduces the gradients of the
     previous one.
     """
@@ -113,64 +122,85 @@ class FSDPMemory(SingleMemory):
 
     def __init__(self, units: FSDPUnits, run: TrainingConfig, ranks: int):
         super().__init__(units, run, ranks)
-        shards = self.shards = run.get('fsdp_shard_size') or ranks
-        self.parameter_bytes = sum(self._shard_bytes(p, shards) for p in units.all)
+        self.shards = run.get('fsdp_shard_size') or ranks
+        self.parameter_bytes = 4 * sum(self._padded(unit) for unit in units.every) // self.shards
         self.share = self.parameter_bytes / nbytes(units.all)
-        # Bytes of each unit when gathered: its shards are padded to equal sizes.
-        self.block_bytes = [
-            shards * sum(self._shard_bytes(p, shards) for p in b) for b in units.blocks
-        ]
-        self.root_bytes = shards * sum(self._shard_bytes(p, shards) for p in units.root)
-        self.sent_share = 0.5 if run.reduce_dtype == 'bfloat16' else 1.0  # relative to fp32
+        self.reduced_size = 2 if run.reduce_dtype == 'bfloat16' else 4  # bytes of an element
+        # Whether gradients of earlier micro-steps exist as shards, or unsharded.
+        self.accumulates_shards = self.accumulates and units.reduces_every_micro_step
+        self.accumulates &= not units.reduces_every_micro_step
+        self.converted = units.param_dtype == 'bfloat16'
 
     def _devices(self, ranks: int) -> int:
         return ranks
 
-    @staticmethod
-    def _shard_bytes(parameter: torch.Tensor, shards: int) -> int:
-        """The bytes of the first rank's shard: the rows, divided and rounded up."""
-        return -(-parameter.shape[0] // shards) * (parameter.nbytes // parameter.shape[0])
+    def _padded(self, unit: ShardUnit | None) -> int:
+        """Elements of a unit when gathered."""
+        return unit.elements(self.shards) if unit else 0
 
-    def _gathered(self, snapshot: MemorySnapshot) -> int:
+    def _gathered_bytes(self, unit: ShardUnit | None) -> int:
+        return self._padded(unit) * unit.dtype.itemsize if unit else 0
+
+    def _reduced_bytes(self, unit: ShardUnit | None) -> int:
+        """Bytes of the buffer from which a unit's gradients are reduced, while they are."""
+        return 0 if self.accumulates else self._padded(unit) * self.reduced_size
+
+    def _blocks_gathered(self, snapshot: MemorySnapshot) -> int:
         """Bytes of the full parameters of gathered blocks."""
+        sizes = [self._gathered_bytes(block) for block in self.units.blocks]
         if snapshot.phase == 'loss':
-            return 0 if self.reshards else sum(self.block_bytes)
+            return sizes[-1] if self.reshards else sum(sizes)
         if snapshot.block is None:
             return 0
-        if self.reshards:
-            return self.block_bytes[snapshot.block]
-        return sum(self.block_bytes[: snapshot.block + 1])
+        return sizes[snapshot.block] if self.reshards else sum(sizes[: snapshot.block + 1])
 
     def gradients(self, snapshot: MemorySnapshot) -> int:
-        block = snapshot.block
+        units, block = self.units, snapshot.block
         if snapshot.phase == 'update':
             return self.parameter_bytes
-        if self.accumulates:  # unsharded, since they are reduced in the last micro-step
-            uncast = 0
-            if self.sent_share < 1 and snapshot.phase == 'backward' and block is not None:
-                uncast = self.block_bytes[block]
-            return int(self.gradient_bytes * self.sent_share) + uncast
-        gradients = int(snapshot.bytes_by_category[MemoryCategory.GRADIENTS])
-        if snapshot.phase == 'backward':  # those of later blocks are already sharded
-            later = sum(self.block_bytes[0 if block is None else block + 1 :])
-            return gradients - later + later // self.shards
-        return gradients
+        if self.accumulates:  # unsharded, in the dtype in which they are reduced
+            elements = sum(parameter.numel() for parameter in units.all)
+            summed = elements * self.reduced_size
+            if snapshot.phase != 'backward' or block is None:
+                return summed
+            of_block = units.blocks[block]
+            not_yet_added = of_block.dtype.itemsize != self.reduced_size
+            return summed + self._gathered_bytes(of_block) * not_yet_added
+        unsharded = int(snapshot.bytes_by_category[MemoryCategory.GRADIENTS])
+        sharded = self.parameter_bytes if self.accumulates_shards else 0
+        if snapshot.phase == 'backward':  # those of later units are already sharded
+            later = units.blocks[0 if block is None else block + 1 :]
+            later += [units.head] if units.embedding else []
+            unsharded -= sum(self._gathered_bytes(unit) for unit in later)
+            if not self.accumulates_shards:
+                sharded = 4 * sum(self._padded(unit) for unit in later) // self.shards
+        return max(0, unsharded) + sharded
 
     def communication(self, snapshot: MemorySnapshot) -> int:
-        block, gathered = snapshot.block, self._gathered(snapshot)
+        units, block = self.units, snapshot.block
+        root, embedding, head = (
+            self._gathered_bytes(unit) for unit in (units.root, units.embedding, units.head)
+        )
+        tied = 0 if units.embedding else head
+        gathered = root + self._blocks_gathered(snapshot)
         if snapshot.phase == 'update':
             return 0
         if snapshot.phase == 'loss':
-            return gathered + self.root_bytes + self.block_bytes[-1]
+            if tied:  # the buffer of the last all-gather is the last block's
+                return gathered + head + self._gathered_bytes(units.blocks[-1])
+            return gathered + head + max(head, self._reduced_bytes(units.head))
         if block is None:
-            return 2 * self.root_bytes
+            if snapshot.phase == 'forward':  # the parameters, and the buffer of the last all-gather
+                return root + 2 * (embedding + tied)
+            table = units.embedding or units.head
+            behind = max(self._reduced_bytes(unit) for unit in (units.blocks[0], table))
+            return root + tied + behind
         if snapshot.phase == 'forward':
-            return gathered + self.root_bytes + self.block_bytes[block]
+            return gathered + tied + self._gathered_bytes(units.blocks[block])
         # In the backward pass: the next block is gathered, the last one reduces its gradients.
-        ahead = self.block_bytes[block - 1] if block > 0 and self.reshards else 0
-        behind = self.block_bytes[block + 1] if block + 1 < len(self.block_bytes) else 0
-        sent = 0 if self.accumulates else int(behind * self.sent_share)
-        return gathered + self.root_bytes + ahead + sent
+        ahead = self._gathered_bytes(units.blocks[block - 1]) if block > 0 and self.reshards else 0
+        after = [*units.blocks, units.head if units.embedding else None][block + 1]
+        return gathered + tied + ahead + self._reduced_bytes(after)
 
 
 class FSDPWithoutReshardingMemory(FSDPMemory):
@@ -200,19 +230,46 @@ class MemoryEstimator:
     """The memory of a run on one device, under each strategy."""
 
     def __init__(self, settings: Settings, on_gpu: bool, gpu_memory: float | None = None):
+        """gpu_memory: bytes of the GPU; from it, options of FSDP are derived that are not set.
+
+        Raises UserError if an option of FSDP contradicts others.
+        """
         self.run, self.layers = settings.run, settings.architecture.n_layer
         self.simulation = Simulation(settings.run, settings.architecture, on_gpu, gpu_memory)
-        self.units = FSDPUnits(self.simulation)
         self.optimizer_bytes, self.update_bytes = self.simulation.update()
+        self.units = self._fsdp_units(settings, gpu_memory)
         self._simulated = cache(self._simulate)
-        # Simulated micro-batches, by (checkpointing, accumulates).
-        self._sizes: dict[tuple[str, bool], set[int]] = defaultdict(set)
+        # Simulated micro-batches, by (checkpointing, accumulates, converted).
+        self._sizes: dict[tuple[str, bool, bool], set[int]] = defaultdict(set)
+
+    def _fsdp_units(self, settings: Settings, memory: float | None) -> FSDPUnits:
+        run, model = settings.run, self.simulation.model
+        elements = sum(parameter.numel() for parameter in model.parameters())
+        device = run.device.partition(':')[0]
+        options = derived_fsdp_options(run.to_dict(), device, settings.ranks, elements, memory)
+        values = {
+            key: run.get(key) if run.get(key) is not None else value
+            for key, (value, _) in options.items()
+        }
+        return FSDPUnits(model, values['fsdp_param_dtype'], values['fsdp_reduce_every_micro_step'])
 
     def _simulate(
-        self, batch_size: int, checkpointing: str, accumulates: bool
+        self, batch_size: int, checkpointing: str, accumulates: bool, converted: bool
     ) -> list[MemorySnapshot]:
         recomputed = recomputed_blocks(checkpointing, self.layers)
-        return self.simulation.micro_step(batch_size, recomputed, accumulates)
+        in_bfloat16 = [
+            parameter
+            for unit in self.units.every * converted
+            if unit.dtype == torch.bfloat16
+            for parameter in unit.parameters
+        ]
+        with self.simulation.converted(in_bfloat16):
+            return self.simulation.micro_step(batch_size, recomputed, accumulates)
+
+    def _snapshots(
+        self, strategy: SingleMemory, batch_size: int, checkpointing: str
+    ) -> list[MemorySnapshot]:
+        return self._simulated(batch_size, checkpointing, strategy.accumulates, strategy.converted)
 
     def strategies(self, ranks: int) -> list[SingleMemory]:
         """The strategies available for `ranks` devices."""
@@ -223,7 +280,7 @@ class MemoryEstimator:
         self, strategy: SingleMemory, batch_size: int, checkpointing: str
     ) -> Iterator[tuple[str, dict[str, float]]]:
         """(phase, bytes by part) at each snapshot of an iteration."""
-        snapshots = self._simulated(batch_size, checkpointing, strategy.accumulates)
+        snapshots = self._snapshots(strategy, batch_size, checkpointing)
         # After the micro-step, the update: the optimizer's working memory, and all gradients.
         at_update = np.array([self.update_bytes * strategy.share, 0, 0, strategy.gradient_bytes])
         for snapshot in [*snapshots, MemorySnapshot('update', None, at_update)]:
@@ -251,7 +308,7 @@ class MemoryEstimator:
         self, strategy: SingleMemory, batch_size: int, checkpointing: str
     ) -> float:
         """Peak bytes of activations, autocast copies of weights, and logits together."""
-        snapshots = self._simulated(batch_size, checkpointing, strategy.accumulates)
+        snapshots = self._snapshots(strategy, batch_size, checkpointing)
         return max(float(sum(snapshot.bytes_by_category[:3])) for snapshot in snapshots)
 
     def totals(
@@ -276,7 +333,7 @@ class MemoryEstimator:
         The sizes that are simulated for one strategy serve the others too, which need similar ones.
         """
         checkpointing = checkpointing or self.run.activation_checkpointing
-        sizes = self._sizes[checkpointing, strategy.accumulates]
+        sizes = self._sizes[checkpointing, strategy.accumulates, strategy.converted]
         sizes |= {self.run.batch_size, 2 * self.run.batch_size}
         while True:
             fitting = {size for size in sizes if self.peak(strategy, size, checkpointing) <= limit}

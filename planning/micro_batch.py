@@ -33,13 +33,13 @@ def resolve(
     memory: bytes of the device that the run may use, the same on all ranks; None: unknown. Raises
     UserError. Takes a few simulations of a micro-step, about two seconds.
     """
-    resolved = settings.resolve(device, dtype, dataset)
+    resolved = settings.resolve(device, dtype, dataset, memory=memory)
     run = settings.run
     sizes = run.batch_size, run.gradient_accumulation_steps
     if device.type != 'cuda' or memory is None or sizes != (None, None) or run.eval_only:
         return resolved
     micro_batch = largest_micro_batch(resolved, memory)
-    return settings.resolve(device, dtype, dataset, micro_batch)
+    return settings.resolve(device, dtype, dataset, micro_batch, memory)
 
 
 def device_memory(device: torch.device) -> int | None:
@@ -57,7 +57,7 @@ def largest_micro_batch(settings: Settings, memory: float) -> tuple[int, str]:
     settings = replace(settings, architecture=complete(settings.architecture))
     most = max(1, MOST_TOKENS // settings.architecture.block_size)
     sizes = [size for size in divisors(sequences // ranks) if size <= most]
-    estimator, label = MemoryEstimator(settings, on_gpu=True), strategy_label(run, ranks)
+    estimator, label = MemoryEstimator(settings, True, memory), strategy_label(run, ranks)
 
     def is_too_large(size: int) -> bool:
         steps = {'batch_size': size, 'gradient_accumulation_steps': sequences // size}

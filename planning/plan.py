@@ -198,11 +198,13 @@ def _notes(memory: MemoryEstimator, settings: Settings) -> Iterator[str]:
     run, ranks = settings.run, settings.ranks
     steps = run.gradient_accumulation_steps // ranks
     if ranks > 1 and steps > 1:
-        shard = FSDPMemory(memory.units, run, ranks).parameter_bytes / hardware.GB
+        fsdp = FSDPMemory(memory.units, run, ranks)
+        shard = f'{fsdp.parameter_bytes / hardware.GB:.1f} GB'
         yield (
-            f'While gradients accumulate over {steps} micro-batches per device, FSDP keeps them '
-            f'unsharded. With gradient_accumulation_steps={ranks}, it would keep {shard:.1f} GB of '
-            f'gradients.'
+            f'FSDP keeps {shard} of gradients, since it reduces them in every micro-step.'
+            if fsdp.accumulates_shards
+            else f'While gradients accumulate over {steps} micro-batches per device, FSDP keeps '
+            f'them unsharded. With --fsdp_reduce_every_micro_step=True it would keep {shard}.'
         )
     if run.compile:
         yield 'Memory of the blocks is estimated without torch.compile, which often needs less.'

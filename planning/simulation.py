@@ -215,6 +215,21 @@ class Simulation:
         return snapshots
 
     @contextmanager
+    def converted(self, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+        """Context in which these parameters are bfloat16, as if FSDP had gathered them so."""
+        before = [parameter.data for parameter in parameters]
+        with self.fake:
+            for parameter in parameters:
+                parameter.grad = None
+                parameter.data = parameter.data.bfloat16()
+        try:
+            yield
+        finally:
+            for parameter, data in zip(parameters, before):
+                parameter.grad = None
+                parameter.data = data
+
+    @contextmanager
     def _shortened(self, recomputed: list[int]) -> Iterator[tuple[int, int]]:
         """Shorten the model to three periods of repeating blocks. Yields the period's length, and
         how often the middle one of the three counts."""

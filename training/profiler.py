@@ -89,12 +89,10 @@ class IterationProfiler:
             if self.device.type == 'cuda':
                 path = folder / f'iter{first:07d}_memory.pickle'
                 torch.cuda.memory._dump_snapshot(str(path))
+                torch.cuda.memory._record_memory_history(enabled=None, device=self.device)
                 results.append(f'{path} (open it at https://pytorch.org/memory_viz)')
         except (OSError, RuntimeError) as error:
             results.append(f'but a file could not be written: {error}')
-        finally:
-            if self.device.type == 'cuda':
-                torch.cuda.memory._record_memory_history(enabled=None, device=self.device)
         numbers = f'iterations {first} to {last}' if last > first else f'iteration {first}'
         self.logger.event(
             'profile',

@@ -74,7 +74,7 @@ def set_up(context: RunContext, init_source: InitSource | None) -> Session:
     if init_source:
         progress = init_source.restore(parallel, raw_model, optimizer)
     # Check that the model is causal.
-    model_notes = start_checks.check_model(raw_model, device, run.dtype)
+    model_notes = start_checks.check_model(raw_model, device, run.dtype, parallel.converts)
     model_notes += component_notes(settings, device)
 
     # Start or continue the record.

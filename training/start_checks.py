@@ -78,14 +78,16 @@ class Probe(NamedTuple):
         return max(0.0, (largest / unit).item())
 
 
-def check_model(model: Transformer, device: torch.device, dtype: str) -> list[str]:
+def check_model(
+    model: Transformer, device: torch.device, dtype: str, converted: bool = False
+) -> list[str]:
     """Raise UserError if a token's output depends on later tokens or on other sequences.
 
     Returns notes: on positions that do not affect the output, and on wrong FLOPs of a component.
     Every rank calls this, since a sharded model communicates. On a CPU it computes in fp32, where
-    rounding hides nothing.
+    rounding hides nothing, unless its parameters are `converted` to `dtype` before they are used.
     """
-    dtype, rounding = precision(device, dtype)
+    dtype, rounding = (dtype, ROUNDING[dtype]) if converted else precision(device, dtype)
     with (
         _without_hiding_weights(model, device),
         _without_head(model),

@@ -118,6 +118,14 @@ def test_every_training_option_is_a_condition(option):
     assert compare(run_rows(records)).loss_warnings == {}
 
 
+def test_dtype_of_gathered_parameters_is_a_condition():
+    """FSDP with fp32 parameters computes what the other strategies do, which lack the option."""
+    records = [make_record(1), make_record(2, ffn_type='swiglu', fsdp_param_dtype='float32')]
+    assert compare(run_rows(records)).loss_warnings == {}
+    records[1]['config']['fsdp_param_dtype'] = 'bfloat16'
+    assert list(compare(run_rows(records)).loss_warnings) == ['fsdp_param_dtype']
+
+
 def test_evaluation_count_is_condition_of_best_score():
     records = replicated({'a': [5.0, 5.1], 'b': [4.9, 5.0]})
     for record in records[2:]:

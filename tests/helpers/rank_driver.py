@@ -145,6 +145,36 @@ def overflow(patch, rank):
     patch.setattr(GuardedOptimizer, 'step', poisoned)
 
 
+def rounded(patch, rank):
+    """Matrices are rounded to bfloat16 in forward and backward passes; updates are of the exact
+    ones. Neither a router, nor a table that is looked up but not multiplied."""
+    forward, backward = Transformer.forward, GuardedOptimizer.backward
+    exact: dict[torch.Tensor, torch.Tensor] = {}
+
+    def restore():
+        for parameter, values in exact.items():
+            parameter.data.copy_(values)
+        exact.clear()
+
+    def rounded_forward(self, *arguments, **options):
+        tables = ['position_encoding', *([] if self.config.weight_tying else ['token_embedding'])]
+        for name, parameter in self.named_parameters():
+            if parameter.dim() > 1 and not {'router', *tables} & set(name.split('.')):
+                exact[parameter] = parameter.data.clone()
+                parameter.data.copy_(parameter.data.bfloat16())
+        output = forward(self, *arguments, **options)
+        if not torch.is_grad_enabled():
+            restore()
+        return output
+
+    def restoring_backward(self, loss):
+        backward(self, loss)
+        restore()
+
+    patch.setattr(Transformer, 'forward', rounded_forward)
+    patch.setattr(GuardedOptimizer, 'backward', restoring_backward)
+
+
 SPECIALS = {
     made.__name__: made
     for made in (
@@ -154,6 +184,7 @@ SPECIALS = {
         written_late,
         lost_loss,
         overflow,
+        rounded,
     )
 }
 
@@ -179,10 +210,10 @@ def counted(patch) -> list[float]:
 
     exchange = dist.all_to_all_single
 
-    def counted_exchange(received, given, received_sizes, given_sizes, group=None):
+    def counted_exchange(received, given, received_sizes, given_sizes, group=None, **options):
         others = sum(given_sizes) - given_sizes[dist.get_rank(group)]
         sent[-1] += others * given.element_size()
-        return exchange(received, given, received_sizes, given_sizes, group=group)
+        return exchange(received, given, received_sizes, given_sizes, group=group, **options)
 
     def counted_update(*arguments):
         sent.append(0.0)
@@ -219,6 +250,7 @@ def nbytes(tensor: torch.Tensor) -> int:
 
 
 def weights(session) -> dict[str, torch.Tensor]:
+    session.parallel.weight_shards(session.raw_model)  # frees what an evaluation left gathered
     return {name: whole(p) for name, p in session.raw_model.named_parameters()}
 
 
