@@ -11,6 +11,7 @@ import torch
 from helpers.in_process import session_here, train_here
 from helpers.one_device import each, no_waits, one_rank
 from helpers.project import PROJECT, TINY_RUN
+from helpers.rank_driver import rounded
 
 import train
 from common import hardware
@@ -52,6 +53,19 @@ def test_strategies_train_as_one_process(device, strategy, tiny_dataset, tmp_pat
         assert session.parallel.name == strategy
         losses = run_iterations(session, 4)
     assert losses == pytest.approx(alone, rel=1e-3)
+
+
+def test_fsdp_in_bfloat16_equals_rounded_matrices(device, tiny_dataset, tmp_path, monkeypatch):
+    """FSDP multiplies bfloat16 matrices; the reference rounds those of a single process."""
+    options = {'device': device, 'dtype': 'bfloat16', 'bias': False, 'learning_rate': 2e-3}
+    options |= {'arch_preset': 'llama', 'compile': False}
+    with monkeypatch.context() as patch:
+        rounded(patch, 0)
+        alone = run_iterations(session_here(tiny_dataset, tmp_path / 'alone', **options), 4)
+    options |= {'use_fsdp': True, 'fsdp_param_dtype': 'bfloat16'}
+    with one_rank():
+        losses = run_iterations(session_here(tiny_dataset, tmp_path / 'rank', **options), 4)
+    assert losses == pytest.approx(alone, rel=1e-4)
 
 
 @each('strategy', STRATEGIES, dry=('fsdp',))
