@@ -374,7 +374,7 @@ def run_sections(bench: Bench, names: list[str], show: Callable[[str], None]) ->
             for row in section(bench):
                 rows.append(row)
                 show(row.line())
-        except (RuntimeError, UserError, ValueError) as error:  # out of memory, a missing kernel
+        except Exception as error:  # out of memory, a missing kernel: the others go on
             message = str(error).partition('\n')[0]
             rows.append(Row(name, f'failed: {type(error).__name__}: {message}', False))
             show(rows[-1].line())

@@ -36,7 +36,8 @@ TINY_EXPERTS = {
     'mixtral': {'num_experts': 4},
     'deepseek': {'num_experts': 4, 'experts_per_token': 2, 'shared_experts': 1},
 }
-GPT2 = {'arch_preset': 'legacy', 'vocab_size': 50304}  # 124M parameters
+GPT2 = {'arch_preset': 'legacy', 'n_layer': 12, 'n_head': 12, 'n_embd': 768}  # 124M parameters
+GPT2 |= {'block_size': 1024, 'vocab_size': 50304}
 
 
 def settings_of(device: torch.device, **options) -> Settings:

@@ -7,8 +7,18 @@ import torch
 from helpers.in_process import session_here
 
 from benchmarks import gpu
-from benchmarks.gpu_workloads import Cost, PlainGPT, Updates, cost_of, loop_seconds
+from benchmarks.gpu_workloads import (
+    GPT2,
+    TINY,
+    Cost,
+    PlainGPT,
+    Updates,
+    cost_of,
+    loop_seconds,
+    settings_of,
+)
 from common.errors import UserError
+from model_builder import build_model
 
 CPU = torch.device('cpu')
 
@@ -65,6 +75,17 @@ def test_plain_gpt_is_the_model_of_the_preset():
             parameter.copy_(values)
     loss = plain(*updates.batches[0])
     torch.testing.assert_close(loss, updates.backward(0))
+
+
+def test_models_have_the_sizes_of_gpt2():
+    """Of the run, of the optimizers' section and of the plain model."""
+    model = build_model(settings_of(CPU, **GPT2).architecture)
+    parameters = sum(p.numel() for p in model.parameters())
+    assert parameters == 124_475_904
+    with torch.device('meta'):
+        plain = PlainGPT(12, 12, 768, 1024, 50304)
+    assert sum(p.numel() for p in plain.parameters()) == parameters
+    assert GPT2.keys() >= TINY.keys()  # so that `Updates` takes no tiny size
 
 
 def test_peak_and_time_of_a_cpu():

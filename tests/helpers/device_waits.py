@@ -22,14 +22,7 @@ COPIES = {
 # Operations without a kernel, besides views.
 WITHOUT_KERNEL = {
     *('detach', '_unsafe_view', 'empty', 'empty_like', 'empty_strided', 'new_empty', 'alias'),
-    *(
-        'new_empty_strided',
-        'lift_fresh',
-        'resize_',
-        'set_',
-        'is_pinned',
-        '_has_compatible_shallow_copy_type',
-    ),
+    *('new_empty_strided', 'lift_fresh'),
 }
 
 
