@@ -19,11 +19,14 @@ from components.attention_backends import (
     fused_attention,
     window_mask,
 )
+from configurator import read_command_line
 from inference.generate import eager_blocks, generate
 from inference.sampling import Sampler
 from model_builder import build_model
 from model_config import PRESETS, ModelArchitectureConfig
+from planning.simulation import MemoryCategory, Simulation
 from training.load import load_run
+from training_config import load_settings, schema
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 CPU = torch.device('cpu')
@@ -127,6 +130,28 @@ def test_backend_that_is_set_stays_in_checkpoints(tiny_dataset, tmp_path):
     other = {'init_from': 'resume', 'attention_backend': 'sdpa'}
     went_on = train_here(tiny_dataset, tmp_path, **other, max_iters=6)
     assert went_on.events('resume')[-1]['changed']['attention_backend'] == ['manual', 'sdpa']
+
+
+@pytest.mark.parametrize('backend', [None, 'manual'])
+def test_planned_gpu_holds_no_scores(backend):
+    """The activations of a micro-batch grow with its tokens, not with the pairs of its tokens."""
+    activations = []
+    argv = ['--plan', '--dataset=missing', '--dtype=bfloat16']
+    run = load_settings(read_command_line(argv, schema)).run
+    for length, batch in ((512, 4), (1024, 2)):
+        sizes = {'n_layer': 2, 'n_head': 4, 'n_embd': 64, 'vocab_size': 64, 'block_size': length}
+        config = ModelArchitectureConfig(arch_preset='gemma2', **sizes, attention_backend=backend)
+        simulated = Simulation(run, config.for_device('cuda'), on_gpu=True)
+        snapshots = simulated.micro_step(batch, [], accumulates=True)
+        activations.append(max(s.bytes_by_category[MemoryCategory.ACTIVATIONS] for s in snapshots))
+    assert bool(activations[1] < 1.05 * activations[0]) is (backend is None), activations
+
+
+def test_plan_takes_flex_for_a_gpu_only():
+    argv = ['--plan', '--dataset=missing', '--attention_backend=flex', '--n_layer=1']
+    assert load_settings(read_command_line([*argv, '--gpu=B200'], schema))
+    with pytest.raises(UserError, match='no backward pass on cpu'):
+        load_settings(read_command_line([*argv, '--device=cpu'], schema))
 
 
 # --- Block masks ----------------------------------------------------------------------------------
