@@ -19,7 +19,7 @@ from helpers.project import PROJECT
 README_BYTES = 8192
 # Files that commands of the pages write, and that a reader has.
 WRITTEN = re.compile(
-    r'^(out|data/\w+/(input|meta|train|val)|runs?/|config/(mine|my_\w+)\.py|checkpoints/|path/to/)'
+    r'^(out|data/\w+/(input|meta|train|val)|runs?/|config/(mine|my_\w+)\.py|checkpoints/|profile/|path/to/)'
 )
 
 
