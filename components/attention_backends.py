@@ -396,17 +396,23 @@ class FlexAttention(AttentionBackend):
 
     @classmethod
     def training_problems(cls, config: ModelArchitectureConfig, device: str) -> list[str]:
+        others = ' or '.join(
+            name
+            for name in ATTENTION_BACKEND_REGISTRY
+            if name != 'flex'
+            and needed_features(config) <= ATTENTION_BACKEND_REGISTRY[name].supports
+        )
         if device != 'cuda':
             return [
                 f"attention_backend='flex' has no backward pass on {device}: it trains on CUDA "
-                f'only. Train with sdpa or manual (evaluation and sampling with flex work here).'
+                f'only. Train with {others} (evaluation and sampling with flex work here).'
             ]
         smallest = min(ATTENTION_REGISTRY[config.attention_type].head_dims(config))
         if smallest >= 16:
             return []
         return [
             f"attention_backend='flex' needs head dimensions of at least 16 on CUDA, and these "
-            f'are {smallest}. Choose larger heads, or sdpa or manual.'
+            f'are {smallest}. Choose larger heads, or {others}.'
         ]
 
     @staticmethod

@@ -90,7 +90,9 @@ def test_flex_generates_like_manual_and_trains_on_cuda_only():
     flex = ATTENTION_BACKEND_REGISTRY['flex']
     config = tiny(attention_backend='flex', head_dim=16)
     assert flex.training_problems(config, 'cuda') == []
-    assert 'CUDA' in flex.training_problems(config, 'cpu')[0]
+    assert 'Train with sdpa or manual (' in flex.training_problems(config, 'cpu')[0]
+    capped = config.replace(attention_softcap=2.0)  # not a feature of sdpa
+    assert 'CUDA only. Train with manual (' in flex.training_problems(capped, 'cpu')[0]
     assert 'at least 16' in flex.training_problems(config.replace(head_dim=8), 'cuda')[0]
 
 
