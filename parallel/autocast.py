@@ -14,16 +14,15 @@ from model_config import ModelArchitectureConfig
 
 CAST = torch.ops.aten._to_copy.default
 CASTS = {CAST, torch.ops.components.grouped_mm.default}  # the latter casts its own operands
-LOOKUP = torch.ops.aten.embedding.default
 
 
 def parameters_cast_by_autocast(config: ModelArchitectureConfig) -> set[str]:
     """Names of the parameters that a forward pass under bfloat16 autocast reads only as bfloat16.
 
     These are the matrices of products, whatever component they are in, and the biases added to
-    them. A matrix whose rows are also looked up (the tied embedding) is among them; one that is
-    only looked up is not. Read from the operations of a forward pass on fake tensors, so that
-    users' components need no declaration.
+    them. The table of embeddings is not among them, even if it is tied to the head: in bfloat16 its
+    rows would be rounded, and so would the sum of the gradients of both uses. Read from the
+    operations of a forward pass on fake tensors, so that users' components need no declaration.
     """
     config = config.replace(attention_backend='manual')  # backends have no parameters
     with FakeTensorMode():
@@ -33,9 +32,7 @@ def parameters_cast_by_autocast(config: ModelArchitectureConfig) -> set[str]:
         with reads, hardware.autocast(torch.device('cpu'), 'bfloat16'):
             model(tokens, tokens)
     return {
-        name
-        for name, operations in reads.operations.items()
-        if operations & CASTS and operations <= {*CASTS, LOOKUP}
+        name for name, operations in reads.operations.items() if operations and operations <= CASTS
     }
 
 

@@ -121,12 +121,12 @@ def test_order_of_collectives(group, reshard):
     assert entries[middle:] == [*last, 'backward 0', REDUCE, REDUCE, REDUCE, 'end']
 
 
-def test_tied_table_is_gathered_once_in_bfloat16(group):
+def test_tied_table_is_gathered_once_in_float32(group):
     _, _, log = train(architecture('gpt2'), 1)
     loss = log.index('loss')
     gathers, later = collectives(log[:loss]), collectives(log[loss:])
     table = [each for each in gathers if each.elements == 512 * 64]
-    assert [(each.name, each.dtype) for each in table] == [('all_gather', torch.bfloat16)]
+    assert [(each.name, each.dtype) for each in table] == [('all_gather', torch.float32)]
     assert len(gathers) == 2 + N_LAYER  # and positions and gains
     assert [each.name for each in later].count('all_gather') == N_LAYER - 1
 
@@ -201,8 +201,7 @@ def in_fp32(config: ModelArchitectureConfig) -> set[str]:
 def test_only_multiplied_parameters_are_converted(preset, options, expected):
     config = architecture(preset, n_layer=1, **options)
     final = {'final_norm.' + name.rpartition('.')[2] for name in expected if 'ffn_norm' in name}
-    table = set() if config.weight_tying else {'token_embedding.weight'}
-    assert in_fp32(config) == expected | final | table
+    assert in_fp32(config) == {*expected, *final, 'token_embedding.weight'}
 
 
 class Selective(FeedForward):

@@ -305,13 +305,13 @@ def test_search_for_largest_batch(monkeypatch, limit, largest):
         return [90, 100 + 10 * size]
 
     monkeypatch.setattr(MemoryEstimator, 'totals', totals)
-    strategy = SimpleNamespace(accumulates=True)
+    strategy = SimpleNamespace(accumulates=True, converted=False)
     assert memory.largest_batch(strategy, limit) == largest
     assert len(simulated) <= 6, simulated
 
 
 def test_advice_matches_plan_with_its_options():
-    options = {**LLAMA_7B, 'n_layer': 9, 'block_size': 4096, 'batch_size': 12}
+    options = {**LLAMA_7B, 'n_layer': 9, 'block_size': 4096, 'batch_size': 16}
     options |= {'gpu': 'H100', 'world_size': 8}
     planned = plan(**options)
     assert not any(memory['fits'] for memory in planned['memory'].values())
