@@ -374,7 +374,8 @@ def fused_attention(
 
 @cache
 def compiled_flex() -> Callable:
-    return torch.compile(flex_attention)
+    # A process may attend to many lengths and masks. Beyond the limit it would run uncompiled.
+    return torch.compile(flex_attention, recompile_limit=64)
 
 
 # Every sampling run on a CPU would print this warning.
