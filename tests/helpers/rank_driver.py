@@ -147,7 +147,7 @@ def overflow(patch, rank):
 
 def rounded(patch, rank):
     """Matrices are rounded to bfloat16 in forward and backward passes; updates are of the exact
-    ones. Neither a router, nor a table that is looked up but not multiplied."""
+    ones. Neither a router, nor a table that is looked up, even if it is multiplied too."""
     forward, backward = Transformer.forward, GuardedOptimizer.backward
     exact: dict[torch.Tensor, torch.Tensor] = {}
 
@@ -157,9 +157,9 @@ def rounded(patch, rank):
         exact.clear()
 
     def rounded_forward(self, *arguments, **options):
-        tables = ['position_encoding', *([] if self.config.weight_tying else ['token_embedding'])]
+        exceptions = {'router', 'position_encoding', 'token_embedding'}
         for name, parameter in self.named_parameters():
-            if parameter.dim() > 1 and not {'router', *tables} & set(name.split('.')):
+            if parameter.dim() > 1 and not exceptions & set(name.split('.')):
                 exact[parameter] = parameter.data.clone()
                 parameter.data.copy_(parameter.data.bfloat16())
         output = forward(self, *arguments, **options)
