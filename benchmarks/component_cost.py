@@ -32,6 +32,7 @@ from benchmarks.record_overhead import random_tokens, timed  # noqa: E402
 from common import hardware  # noqa: E402
 from common.errors import UserError  # noqa: E402
 from common.registry import AnyBut, Option, Registry  # noqa: E402
+from common.tensors import storage_of  # noqa: E402
 from configurator import flatten, owners  # noqa: E402
 from model_builder import Transformer  # noqa: E402
 from model_config import ModelArchitectureConfig, architecture_options  # noqa: E402
@@ -145,13 +146,13 @@ class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
     def __init__(self, model: torch.nn.Module):
         super().__init__(self._pack, lambda tensor: tensor)
         self.bytes = 0
-        self.seen = {p.untyped_storage()._cdata for p in model.parameters()}
+        self.seen = {storage_of(p) for p in model.parameters()}
 
     def _pack(self, tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in self.seen:
-            self.seen.add(storage._cdata)
-            self.bytes += storage.nbytes()
+        storage = storage_of(tensor)
+        if storage not in self.seen:
+            self.seen.add(storage)
+            self.bytes += tensor.untyped_storage().nbytes()
         return tensor
 
 

@@ -51,11 +51,10 @@ def eager_blocks(model: Transformer) -> Iterator[None]:
     scores.
     """
     calls = [(block, block._compiled_call_impl) for block in model.blocks]
-    compiled = [(block, call) for block, call in calls if call is not None]
     try:
-        for block, _ in compiled:
+        for block in model.blocks:
             block._compiled_call_impl = None
         yield
     finally:
-        for block, call in compiled:
+        for block, call in calls:
             block._compiled_call_impl = call

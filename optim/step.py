@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from common.tensors import local_tensor
+from common.tensors import local_tensor, storage_of
 from optim.strategy import ParallelStrategy
 from records.record_types import GradientInfo
 from training_config import TrainingConfig
@@ -37,7 +37,7 @@ def whole_buffers(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
     """The tensors, of which those that fill a buffer, as DDP's gradients do, become one."""
     by_buffer: dict[int, list[torch.Tensor]] = {}
     for tensor in tensors:
-        by_buffer.setdefault(tensor.untyped_storage()._cdata, []).append(tensor)
+        by_buffer.setdefault(storage_of(tensor), []).append(tensor)
     flat = []
     for views in by_buffer.values():
         first, elements = views[0], sum(view.numel() for view in views)

@@ -9,6 +9,7 @@ from torch.utils._pytree import tree_leaves
 
 import components.moe  # noqa: F401 - its operator
 from common import hardware
+from common.tensors import storage_of
 from model_builder import Transformer
 from model_config import ModelArchitectureConfig
 
@@ -44,7 +45,7 @@ class ParameterReads(TorchDispatchMode):
 
     def __init__(self, model: Transformer):
         super().__init__()
-        self.names = {_storage(p): name for name, p in model.named_parameters()}
+        self.names = {storage_of(p): name for name, p in model.named_parameters()}
         self.operations: dict[str, set] = {name: set() for name in self.names.values()}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -57,9 +58,5 @@ class ParameterReads(TorchDispatchMode):
 
     def _read(self, *arguments: object) -> Iterator[str]:
         for tensor in tree_leaves(arguments):
-            if isinstance(tensor, torch.Tensor) and _storage(tensor) in self.names:
-                yield self.names[_storage(tensor)]
-
-
-def _storage(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+            if isinstance(tensor, torch.Tensor) and storage_of(tensor) in self.names:
+                yield self.names[storage_of(tensor)]

@@ -49,7 +49,7 @@ class ShardUnit(NamedTuple):
     def elements(self, ranks: int) -> int:
         """Elements when gathered. FSDP pads each rank's rows to the largest number of rows."""
         return sum(
-            ranks * -(-len(p) // ranks) * (p.numel() // len(p)) if len(p) else 0
+            ranks * rows_per_rank(p, ranks) * (p.numel() // len(p)) if len(p) else 0
             for p in self.parameters
         )
 
@@ -219,11 +219,11 @@ def _fsdp_modules(model: nn.Module) -> list[FSDPModule]:
 def shard_offset(parameter: DTensor) -> int:
     """The first element of this rank's shard in the flattened parameter."""
     mesh = parameter.device_mesh
-    rank, rows = mesh.get_local_rank(mesh.ndim - 1), rows_per_rank(parameter)
+    last = mesh.ndim - 1
+    rank, rows = mesh.get_local_rank(last), rows_per_rank(parameter, mesh.size(last))
     return min(rank * rows, parameter.shape[0]) * (parameter.numel() // parameter.shape[0])
 
 
-def rows_per_rank(parameter: DTensor) -> int:
+def rows_per_rank(parameter: torch.Tensor, ranks: int) -> int:
     """Rows per shard in FSDP2, which splits the first dimension; the last may have fewer."""
-    mesh = parameter.device_mesh
-    return -(-parameter.shape[0] // mesh.size(mesh.ndim - 1))
+    return -(-len(parameter) // ranks)

@@ -217,11 +217,16 @@ class MultiProcessGroup(SingleProcessGroup):
                 answer = make()
             except UserError as error:
                 problems = error.problems
-        shared = [answer, problems]
-        dist.broadcast_object_list(shared, src=0, group=self.host_group)
-        if shared[1] is not None:
-            raise UserError(*shared[1])
-        return shared[0]
+        answer, problems = self.broadcast_object((answer, problems))
+        if problems is not None:
+            raise UserError(*problems)
+        return answer
+
+    def broadcast_object(self, value):
+        """The value of the main rank, on every rank."""
+        values = [value]
+        dist.broadcast_object_list(values, src=0, group=self.host_group)
+        return values[0]
 
     def trace_collectives(self, folder):
         self.trace_folder = folder

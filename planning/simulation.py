@@ -23,6 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from common import hardware
+from common.tensors import storage_of
 from components import attention_backends, cpu_attention
 from components import linear_cross_entropy as loss_module
 from model_builder import Transformer, parameter_groups
@@ -125,10 +126,6 @@ class MemoryTracker(TorchDispatchMode):
             self.live[key] = reference, size, MemoryCategory.GRADIENTS, segment
             self.allocated[category] -= size
             self.allocated[MemoryCategory.GRADIENTS] += size
-
-
-def storage_of(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage()._cdata
 
 
 # --------------------------------------------------------------------------------------------------

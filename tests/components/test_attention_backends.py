@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers.architectures import gradients, perturbed_model, random_tokens, tiny
 from helpers.in_process import train_here
+from torch._dynamo.testing import EagerAndRecordGraphs
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import flex_attention as torch_flex
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -318,38 +319,30 @@ def test_compiled_blocks_have_a_graph_per_kind(case, kinds, monkeypatch):
     """In evaluation and in training, whatever the documents of a batch."""
     monkeypatch.setattr(torch_flex, '_validate_device', lambda *tensors: None)
     config = tiny(**CASES[case], n_layer=3, block_size=130, attention_backend='flex')
-    model, graphs = perturbed_model(config), []
-
-    def count(graph, _):
-        graphs.append(graph)
-        return graph.forward
+    model, recorder = perturbed_model(config), EagerAndRecordGraphs()
 
     torch.compiler.reset()
     for block in model.blocks:
-        block.compile(fullgraph=True, dynamic=False, backend=count)
+        block.compile(fullgraph=True, dynamic=False, backend=recorder)
     for seed in range(2):
         tokens = random_tokens(config, batch=2, seed=seed)
         with torch.no_grad():
             model.eval()(tokens)
-        assert len(graphs) == kinds * (2 if seed else 1)
+        assert len(recorder.graphs) == kinds * (2 if seed else 1)
         loss, *_ = model.train()(tokens, tokens)
         loss.backward()
-        assert len(graphs) == kinds * 2
+        assert len(recorder.graphs) == kinds * 2
     torch.compiler.reset()
 
 
 def test_eager_blocks_keep_their_graphs():
     """Samples and diagnostics run them with other lengths and hooks in between."""
     config = tiny(block_size=8)
-    model, graphs = perturbed_model(config).eval(), []
-
-    def count(graph, _):
-        graphs.append(graph)
-        return graph.forward
+    model, recorder = perturbed_model(config).eval(), EagerAndRecordGraphs()
 
     torch.compiler.reset()
     for block in model.blocks:
-        block.compile(dynamic=False, backend=count)
+        block.compile(dynamic=False, backend=recorder)
     tokens = random_tokens(config, batch=2)
     with torch.no_grad():
         expected = model(tokens)
@@ -358,7 +351,7 @@ def test_eager_blocks_keep_their_graphs():
             torch.testing.assert_close(model(tokens), expected)
             model(tokens[:, :3])
             handle.remove()
-        assert len(graphs) == 1
+        assert len(recorder.graphs) == 1
         torch.testing.assert_close(model(tokens), expected)
-    assert len(graphs) == 1
+    assert len(recorder.graphs) == 1
     torch.compiler.reset()

@@ -49,6 +49,19 @@ def _returning(others: list) -> Callable:
 
 
 @contextmanager
+def fake_group(world_size: int, rank: int = 0) -> Iterator[None]:
+    """A context in which strategies are built for one rank of a fake process group."""
+    dist.init_process_group('fake', store=FakeStore(), rank=rank, world_size=world_size)
+    members = dist.HashStore(), dist.group.WORLD
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(strategies, 'init_process_group', lambda device, timeout: members)
+        try:
+            yield
+        finally:
+            dist.destroy_process_group()
+
+
+@contextmanager
 def fake_ranks(world_size: int) -> Iterator[None]:
     """A context in which this process is the first of `world_size`, as torchrun starts them."""
     all_reduce, initialize = dist.all_reduce, MatrixExchange.__init__
@@ -70,16 +83,11 @@ def fake_ranks(world_size: int) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for key, value in {**variables, 'MASTER_ADDR': 'localhost', 'MASTER_PORT': 1}.items():
             patch.setitem(os.environ, key, str(value))
-        dist.init_process_group('fake', store=FakeStore(), rank=0, world_size=world_size)
-        members = dist.HashStore(), dist.group.WORLD
-        patch.setattr(strategies, 'init_process_group', lambda device, timeout: members)
         patch.setattr(dist, 'all_reduce', finished_all_reduce)
         # The fake group refuses a rank that sends nothing.
         patch.setattr(dist, 'all_to_all_single', lambda output, *_, **__: _Finished(output))
         patch.setattr(MatrixExchange, '__init__', gathered_ranges)
         for name in LOCAL_METHODS:
             patch.setattr(MultiProcessGroup, name, vars(SingleProcessGroup)[name])
-        try:
+        with fake_group(world_size):
             yield
-        finally:
-            dist.destroy_process_group()

@@ -3,7 +3,6 @@
 The bytes that the start-up report and the record show are those that are sent.
 """
 
-from contextlib import contextmanager
 from functools import partial
 
 import pytest
@@ -11,9 +10,9 @@ import torch
 import torch.distributed as dist
 from helpers.architectures import random_tokens, tiny
 from helpers.collective_recorder import CollectiveRecorder
+from helpers.fake_ranks import fake_group
 from helpers.optimizer_options import options
 from torch.nn.parallel import DistributedDataParallel
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from model_builder import parameter_groups
 from optim.step import GuardedOptimizer
@@ -54,18 +53,6 @@ class Rank:
         return phases
 
 
-@contextmanager
-def connected(rank: int, monkeypatch):
-    """A context in which this process is one of eight."""
-    dist.init_process_group('fake', rank=rank, world_size=RANKS, store=FakeStore())
-    members = dist.HashStore(), dist.group.WORLD
-    monkeypatch.setattr(strategies, 'init_process_group', lambda *_: members)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
-
-
 @pytest.fixture
 def ranks(monkeypatch):
     """`ranks(strategy, run, numbers)`: the ranks of those numbers, one after the other."""
@@ -85,10 +72,10 @@ def ranks(monkeypatch):
     def of(strategy, run, numbers=range(RANKS)):
         if (strategy, run.optimizer) == ('zero1', 'muon'):  # so that each then knows all ranges
             for rank in range(RANKS):
-                with connected(rank, monkeypatch):
+                with fake_group(RANKS, rank):
                     Rank(strategy, rank, run)
         for rank in numbers:
-            with connected(rank, monkeypatch):
+            with fake_group(RANKS, rank):
                 yield Rank(strategy, rank, run)
 
     return of
@@ -186,6 +173,6 @@ def test_groups_of_hybrid_sharding_have_the_timeout_of_the_run(monkeypatch):
         lambda timeout, group: timeouts.append((timeout.total_seconds(), group.size())),
     )
     run = run_options(fsdp_shard_size=4)
-    with connected(5, monkeypatch):
+    with fake_group(RANKS, 5):
         FullySharded(run, CPU)
     assert sorted(timeouts) == [(60.0, 2), (60.0, 4)]

@@ -4,10 +4,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 from helpers.collective_recorder import Collective, CollectiveRecorder
-from torch.testing._internal.distributed.fake_pg import FakeStore
+from helpers.fake_ranks import fake_group
 
 from common import hardware
 from common.errors import UserError
@@ -16,7 +15,6 @@ from components.base import AuxOutput
 from components.feed_forward import FeedForward
 from model_builder import build_model
 from model_config import FFN_REGISTRY, ModelArchitectureConfig
-from parallel import strategies
 from parallel.autocast import parameters_cast_by_autocast
 from parallel.fully_sharded import FullySharded, shard_units
 
@@ -77,13 +75,10 @@ def collectives(log: list) -> list[Collective]:
 
 
 @pytest.fixture
-def group(monkeypatch):
+def group():
     """This process is the first of eight, whose collectives return at once."""
-    dist.init_process_group('fake', store=FakeStore(), rank=0, world_size=RANKS)
-    known = None, dist.group.WORLD
-    monkeypatch.setattr(strategies, 'init_process_group', lambda device, timeout: known)
-    yield
-    dist.destroy_process_group()
+    with fake_group(RANKS):
+        yield
 
 
 def order(log: list) -> list[str]:

@@ -31,7 +31,7 @@ from data.dataset import load_dataset
 from model_builder import Transformer, parameter_groups
 from optim.step import GuardedOptimizer
 from parallel import sharded_state
-from parallel.process_group import SingleProcessGroup
+from parallel.process_group import MultiProcessGroup, SingleProcessGroup
 from parallel.strategies import SingleProcess
 from records.record import read_record
 from training import checkpoint as checkpoint_module
@@ -351,17 +351,10 @@ class ThreadGroup(SingleProcessGroup):
         self.signs_of_life += 1
         return [max(column) for column in zip(*self.all_gather_object(numbers))]
 
-    def broadcast_from_main(self, make):
-        answer, problems = None, None
-        if self.is_main:
-            try:
-                answer = make()
-            except UserError as error:
-                problems = error.problems
-        answer, problems = self.all_gather_object((answer, problems))[0]
-        if problems:
-            raise UserError(*problems)
-        return answer
+    def broadcast_object(self, value):
+        return self.all_gather_object(value)[0]
+
+    broadcast_from_main = MultiProcessGroup.broadcast_from_main
 
 
 def on_ranks(size, function) -> list:

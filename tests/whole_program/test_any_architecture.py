@@ -19,6 +19,7 @@ from helpers.architectures import (
     with_backend,
 )
 from hypothesis import given, settings
+from torch._dynamo.testing import EagerAndRecordGraphs
 from torch.utils.flop_counter import FlopCounterMode
 
 from components.weight_initialization import initial_values
@@ -154,18 +155,13 @@ def test_compiled_blocks_share_graphs_and_match_eager(chosen):
     config = tiny(**chosen).replace(n_layer=4, init_std=0.02)
     model, tokens = perturbed_model(config).eval(), random_tokens(config, batch=2)
     expected = model(tokens)
-    graphs = []
-
-    def count(graph, _):
-        graphs.append(graph)
-        return graph.forward
-
+    recorder = EagerAndRecordGraphs()
     torch.compiler.reset()
     for block in model.blocks:
-        block.compile(fullgraph=True, backend=count)
+        block.compile(fullgraph=True, backend=recorder)
     torch.testing.assert_close(model(tokens), expected)
     kinds = {(type(block.ffn), block.attention.spec) for block in model.blocks}
-    assert len(graphs) <= len(kinds)
+    assert len(recorder.graphs) <= len(kinds)
     torch.compiler.reset()
 
 
@@ -173,19 +169,15 @@ def test_checkpointed_block_is_compiled():
     """The recomputation is inside one graph that identical blocks share."""
     config = tiny(n_layer=3, dropout=0.0)
     plain, model = perturbed_model(config), perturbed_model(config)
-    tokens, graphs = random_tokens(config, batch=2), []
-
-    def count(graph, _):
-        graphs.append(graph)
-        return graph.forward
+    tokens, recorder = random_tokens(config, batch=2), EagerAndRecordGraphs()
 
     torch.compiler.reset()
     for block in model.blocks:
         recompute(block)
-        block.compile(fullgraph=True, backend=count)
+        block.compile(fullgraph=True, backend=recorder)
     for one in (plain, model):
         one(tokens).square().mean().backward()
-    assert len(graphs) == 1
+    assert len(recorder.graphs) == 1
     expected = gradients(plain)
     for name, gradient in gradients(model).items():
         torch.testing.assert_close(gradient, expected[name])
