@@ -11,6 +11,7 @@ from model_builder import complete
 from planning.memory import MemoryEstimator, strategy_label
 from training_config import Settings, TrainingConfig, divisors
 
+SIZES = ('batch_size', 'gradient_accumulation_steps')
 # Fraction of the memory for a derived micro-batch. The rest is for the CUDA context, NCCL,
 # fragmentation, and kernels that need more than is simulated.
 USED = 0.8
@@ -35,8 +36,8 @@ def resolve(
     """
     resolved = settings.resolve(device, dtype, dataset, memory=memory)
     run = settings.run
-    sizes = run.batch_size, run.gradient_accumulation_steps
-    if device.type != 'cuda' or memory is None or sizes != (None, None) or run.eval_only:
+    is_set = any(run.get(key) is not None for key in SIZES)
+    if device.type != 'cuda' or memory is None or is_set or run.eval_only:
         return resolved
     micro_batch = largest_micro_batch(resolved, memory)
     return settings.resolve(device, dtype, dataset, micro_batch, memory)

@@ -25,6 +25,7 @@ from common.errors import UserError
 from common.live_region import write_in_signal_handler
 from comparison.conditions import REPORTING_OPTIONS
 from configurator import flatten
+from planning import micro_batch
 from records.record import read_outline
 from records.record_types import Record
 from records.run_folders import latest_run
@@ -38,7 +39,7 @@ from studies.outcome import (
     outcome_from_record,
 )
 from studies.trials import TIMING, Trial
-from studies.variants import SIZES, RunContext
+from studies.variants import RunContext
 from training.signals import stop_signals
 from training_config import schema
 
@@ -204,7 +205,9 @@ class StudyRunner:
         """Raises UserError if an ended run had other options than the trial."""
         settings = merged_settings(self.study, trial.overrides).resolve(*self.context)
         values, placement = settings.to_dict(), PLACEMENT_OPTIONS
-        before, now = (math.prod(each[key] for key in SIZES) for each in (config, values))
+        before, now = (
+            math.prod(each[key] for key in micro_batch.SIZES) for each in (config, values)
+        )
         if before == now:
             # The same sequences, divided as the memory allowed then.
             placement = placement | self.study.micro_batch.keys()

@@ -28,7 +28,6 @@ MEASURES: dict[str, Callable[[ModelArchitectureConfig], float]] = {
     'flops': lambda a: sum(flops_by_part(build_model(a), causal=True).values()),  # a token
 }
 MAX_ITERATIONS = 10**12  # in a run
-SIZES = ('batch_size', 'gradient_accumulation_steps')
 
 
 @dataclass(frozen=True)
@@ -156,14 +155,16 @@ def with_micro_batch(
     smallest of those derived for the variants. As it is if a size is set, and except on CUDA."""
     memory = micro_batch.device_memory(context.device)
     runs = [choice.settings.run for variant in variants for choice in variant.choices]
-    derived = all(run.origins[key].startswith('derived') for run in runs for key in SIZES)
+    derived = all(
+        run.origins[key].startswith('derived') for run in runs for key in micro_batch.SIZES
+    )
     if memory is None or not derived:
         return study
     share = memory / -(-jobs // torch.cuda.device_count())  # of each run on a GPU
     chosen = [variant.costliest.settings for variant in variants]
     size = min(micro_batch.largest_micro_batch(settings, share)[0] for settings in chosen)
     sequences = runs[0].batch_size * runs[0].gradient_accumulation_steps
-    return replace(study, micro_batch=dict(zip(SIZES, (size, sequences // size))))
+    return replace(study, micro_batch=dict(zip(micro_batch.SIZES, (size, sequences // size))))
 
 
 def baseline_variant(study: Study, variants: list[Variant]) -> Variant:

@@ -12,6 +12,7 @@ from model_builder import Transformer
 from optim.step import GuardedOptimizer
 from parallel import sharded_state
 from parallel.strategies import SingleProcess
+from planning.micro_batch import SIZES
 from records import trackers
 from records.record import read_record
 from records.record_types import PartialDataSeen, RecordHeader, WeightsSource
@@ -272,7 +273,7 @@ def _recorded_sizes(config: dict, layers: list[Layer], folder: Path) -> Layer:
     """The derived sizes of the run, which it keeps on other devices too, unless an option sets one
     of them or they cannot be divided between the ranks."""
     name = f'derived: in run {folder.name}'
-    sizes = {key: config.get(key) for key in ('batch_size', 'gradient_accumulation_steps')}
+    sizes = {key: config.get(key) for key in SIZES}
     if any(key in layer.values for key in sizes for layer in layers):
         return Layer(name, {})
     accumulation = sizes['gradient_accumulation_steps']

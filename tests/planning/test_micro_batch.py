@@ -132,7 +132,7 @@ def test_study_has_one_micro_batch(gpu, tiny_dataset):
     options = [path, f'--dataset={tiny_dataset}', *SMALL[1:4], '--block_size=32']
     command_line = read_command_line(options, study.study_schema, extra=grid.STUDY_KEYS)
     for layer in command_line.layers:  # the study's own sizes
-        for key in variants.SIZES:
+        for key in micro_batch.SIZES:
             layer.values.pop(key, None)
     read = grid.read_study(command_line)
     data = study.load_dataset(str(tiny_dataset), 32)
