@@ -51,10 +51,11 @@ def eager_blocks(model: Transformer) -> Iterator[None]:
     scores.
     """
     calls = [(block, block._compiled_call_impl) for block in model.blocks]
+    compiled = [(block, call) for block, call in calls if call is not None]
     try:
-        for block in model.blocks:
+        for block, _ in compiled:
             block._compiled_call_impl = None
         yield
     finally:
-        for block, call in calls:
+        for block, call in compiled:
             block._compiled_call_impl = call
