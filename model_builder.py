@@ -20,27 +20,30 @@ from common.errors import UserError
 from common.hardware import compile_problem
 from components.checks import check_built, check_form, flops_disagreements, observe_calls
 from components.faults import is_foreign
+from components.layer_inputs import (
+    attention_inputs,
+    merge_aux,
+    position_encodings,
+    summarize_metrics,
+)
 from components.weight_initialization import initialize
 from data.dataset import TokenDataset
 from model_components import (
     AttentionInputs,
-    AttentionSpec,
-    AuxOutput,
     Cache,
     Component,
     LayerCache,
     OutputHead,
+    PositionEncoding,
     TokenEmbedding,
     locate_documents,
     module_flops,
 )
 from model_config import (
     ATTENTION_BACKEND_REGISTRY,
-    FFN_REGISTRY,
     INITIALIZATION_REGISTRY,
     NORM_POSITION_REGISTRY,
     NORM_REGISTRY,
-    POSITION_ENCODING_REGISTRY,
     ModelArchitectureConfig,
 )
 from records.record_types import FlopsInfo, ModelInfo
@@ -60,13 +63,20 @@ class Transformer(nn.Module):
         self.config = config
         # If set, attention does not cross the end of a document.
         self.end_of_text = config.end_of_text if 'end_of_text' in config else None
-        block = NORM_POSITION_REGISTRY[config.norm_position]
+        layouts = [NORM_POSITION_REGISTRY[layer.norm_position] for layer in config.layers]
         norm = NORM_REGISTRY[config.normalization]
         self.token_embedding = TokenEmbedding(config)
-        self.position_encoding = POSITION_ENCODING_REGISTRY[config.position_encoding](config)
+        encodings, self.encoding_numbers = position_encodings(config)
+        # The names of the first one's parameters are those of models with a single one.
+        self.position_encoding, *others = encodings
+        self.more_position_encodings = nn.ModuleList(others)
         self.dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(block(config, n) for n in range(config.n_layer))
-        self.final_norm = norm(config, config.n_embd) if block.final_norm else nn.Identity()
+        self.blocks = nn.ModuleList(
+            layout(layer, number)
+            for number, (layout, layer) in enumerate(zip(layouts, config.layers))
+        )
+        final_norm = layouts[-1].final_norm
+        self.final_norm = norm(config, config.n_embd) if final_norm else nn.Identity()
         self.output_head = OutputHead(config)
         self.tie_weights()
 
@@ -96,11 +106,12 @@ class Transformer(nn.Module):
         of the reported loss, and metrics of shape (layers, ...).
         """
         first = cache.length if cache else 0
-        end, longest = first + tokens.size(1), self.position_encoding.max_length
+        end, longest = first + tokens.size(1), self.max_length
         if longest is not None and end > longest:
             raise UserError(
                 f'sequence length {end} exceeds block_size={longest}, and position_encoding='
-                f'{self.config.position_encoding!r} cannot extrapolate. Shorten the sequence.'
+                f'{self.config.layers[0].position_encoding!r} cannot extrapolate. Shorten the '
+                f'sequence.'
             )
         # Positions in the text, and in each token's document if masks depend on documents.
         pos = doc_positions = torch.arange(first, end, device=tokens.device)
@@ -113,7 +124,9 @@ class Transformer(nn.Module):
 
         # Embedding, then the blocks, each with its auxiliary output.
         x = self.token_embedding(tokens)  # (B, T, C)
-        x = self.dropout(self.position_encoding.embed(x, doc_positions))
+        for encoding in self.position_encodings:
+            x = encoding.embed(x, doc_positions)
+        x = self.dropout(x)
         aux_outputs = []
         for block, block_inputs in zip(self.blocks, attn_inputs):
             x, aux = block(x, block_inputs)
@@ -125,42 +138,31 @@ class Transformer(nn.Module):
         loss, count, aux = self.output_head(self.final_norm(x), targets)
         return loss, count, merge_aux([*aux_outputs, aux])
 
+    @property
+    def position_encodings(self) -> list[PositionEncoding]:
+        """The position encodings; layers share one if they have the same options of it."""
+        return [self.position_encoding, *self.more_position_encodings]
+
+    @property
+    def max_length(self) -> int | None:
+        """The longest sequence that the position encodings support; None: any length."""
+        lengths = [encoding.max_length for encoding in self.position_encodings]
+        return min((length for length in lengths if length is not None), default=None)
+
     def attention_inputs(
         self,
         pos: torch.Tensor,
         doc_ids: torch.Tensor | None = None,
         cache: Cache | None = None,
     ) -> list[AttentionInputs]:
-        """Inputs of each block's attention for positions (T,); blocks with the same spec share
-        them.
+        """Inputs of each block's attention for positions (T,).
 
         doc_ids: the document of each token so far, (B, all), if masks depend on documents.
         """
         backend = ATTENTION_BACKEND_REGISTRY[self.config.attention_backend]
-        encoding = self.position_encoding
-
-        def with_mask(
-            spec: AttentionSpec, inputs: AttentionInputs, k_pos: torch.Tensor
-        ) -> AttentionInputs:
-            documents = () if doc_ids is None else (doc_ids[:, pos], doc_ids[:, k_pos])
-            mask = backend.mask(spec, inputs.bias, pos, k_pos, *documents)
-            return inputs._replace(bias=None, mask=mask)
-
         specs = [block.attention.spec for block in self.blocks]
-        # Training: queries and keys are the same tokens, and all layers share one rotation.
-        if cache is None:
-            inputs = encoding.prepare(pos, pos)
-            by_spec = {spec: with_mask(spec, inputs, pos) for spec in set(specs)}
-            return [by_spec[spec] for spec in specs]
-        # Generation: the keys are the tokens in a layer's cache, which depend on its window.
-        by_spec = {}
-        for spec, layer_cache in dict(zip(specs, cache.layers)).items():
-            k_pos = layer_cache.positions(pos)
-            by_spec[spec] = with_mask(spec, encoding.prepare(pos, k_pos), k_pos)
-        return [
-            by_spec[spec]._replace(cache=layer_cache)
-            for spec, layer_cache in zip(specs, cache.layers)
-        ]
+        encodings = [self.position_encodings[number] for number in self.encoding_numbers]
+        return attention_inputs(backend, specs, encodings, pos, doc_ids, cache)
 
     def empty_cache(self, tokens: int) -> Cache:
         """A cache for all `forward` calls of one batch of sequences of at most `tokens` tokens."""
@@ -177,17 +179,7 @@ class Transformer(nn.Module):
         """Metrics for the record, from those averaged over micro-batches."""
         of_head = {n: mean.mean() for n, mean in means.items() if n in OutputHead.metric_names}
         of_blocks = {n: mean for n, mean in means.items() if n not in of_head}
-        return {**FFN_REGISTRY[self.config.ffn_type].summarize_metrics(of_blocks), **of_head}
-
-
-def merge_aux(aux_outputs: list[AuxOutput]) -> AuxOutput:
-    """The sum of the losses, and each metric stacked over the layers that have it."""
-    names = dict.fromkeys(name for aux in aux_outputs for name in aux.metrics)
-    metrics = {
-        name: torch.stack([aux.metrics[name] for aux in aux_outputs if name in aux.metrics])
-        for name in names
-    }
-    return AuxOutput(sum(aux.loss for aux in aux_outputs), metrics)
+        return {**summarize_metrics(self.blocks, of_blocks), **of_head}
 
 
 def complete(architecture: ModelArchitectureConfig) -> ModelArchitectureConfig:

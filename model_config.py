@@ -7,134 +7,75 @@ the checkpoint use:
     config.name                       # '6L-12H-768D-RoPE-RMS-SwiGLU-PreNorm'
     config.save('architecture.json'); ModelArchitectureConfig.load('architecture.json')
 
-The registries are declared here and filled by `model_components`; this module imports no torch.
+This module imports no torch.
 """
 
 import copy
-import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from common.architecture_identity import hash_of_layers
+from common.architecture_options import (
+    ACTIVATION_REGISTRY,
+    ATTENTION_BACKEND_REGISTRY,
+    ATTENTION_REGISTRY,
+    CORE_OPTIONS,
+    FFN_REGISTRY,
+    INITIALIZATION_REGISTRY,
+    NORM_POSITION_REGISTRY,
+    NORM_REGISTRY,
+    POSITION_ENCODING_REGISTRY,
+    PRESET_OPTION,
+    REGISTRIES,
+    ROPE_SCALING_REGISTRY,
+    SHARED_OPTIONS,
+    SIZES,
+    architecture_options,
+    layer_options,
+    shared_options,
+)
 from common.architecture_presets import PRESETS
 from common.errors import UserError
+from common.layer_pattern import expand_pattern, shortest_pattern
+from common.layer_table import ignored_by_layers, merged_kinds, used_kinds
+from common.option_merge import (
+    Layer,
+    Merge,
+    chosen_components,
+    merge_layers,
+)
 from common.registry import (
     FrozenConfig,
     Option,
-    Registry,
-    above,
-    at_least,
     derived_values_of,
-    fraction,
     sentences_of,
     show_value,
     tag_of,
 )
 from common.text_files import parse_json
-from configurator import (
-    Layer,
-    MergedOptions,
-    Schema,
-    chosen_components,
-    merge,
-    validate_layer,
-    with_component_options,
-)
+from configurator import Schema, validate_layer
 
-_HOME = 'model_components'
-ATTENTION_REGISTRY = Registry('attention_type', 'Attention', _HOME)
-ATTENTION_BACKEND_REGISTRY = Registry('attention_backend', 'Attention backend', _HOME)
-POSITION_ENCODING_REGISTRY = Registry('position_encoding', 'Position encoding', _HOME)
-ROPE_SCALING_REGISTRY = Registry('rope_scaling', 'RoPE scaling', _HOME)
-NORM_REGISTRY = Registry('normalization', 'Normalization', _HOME)
-FFN_REGISTRY = Registry('ffn_type', 'Feed-forward network', _HOME)
-ACTIVATION_REGISTRY = Registry('activation', 'Activation', _HOME)
-NORM_POSITION_REGISTRY = Registry('norm_position', 'Norm position', _HOME)
-INITIALIZATION_REGISTRY = Registry('initialization', 'Initialization', _HOME)
-
-# In the order of their tags in an architecture's name.
-REGISTRIES = (
-    ATTENTION_REGISTRY,
-    ATTENTION_BACKEND_REGISTRY,
-    POSITION_ENCODING_REGISTRY,
-    ROPE_SCALING_REGISTRY,
-    NORM_REGISTRY,
-    FFN_REGISTRY,
-    ACTIVATION_REGISTRY,
-    NORM_POSITION_REGISTRY,
-    INITIALIZATION_REGISTRY,
-)
-
-
-PRESET_OPTION = Option(
-    str, 'legacy', 'Preset architecture; single options override it', choices=tuple(PRESETS)
-)
-
-CORE_OPTIONS = {
-    'n_layer': Option(int, 12, 'Number of blocks (layers)', check=at_least(1, at_most=10_000)),
-    'n_head': Option(int, 12, 'Number of (query) heads', check=at_least(1, at_most=10_000)),
-    'n_embd': Option(int, 768, 'Width of the hidden states (residual stream)', check=at_least(1)),
-    'block_size': Option(int, 1024, 'Context length in tokens', check=at_least(1)),
-    'vocab_size': Option(
-        int | None, None, 'Vocabulary size; None: from the dataset', check=at_least(1)
-    ),
-    'attention_type': Option(str, 'standard', 'Type of attention', choices=ATTENTION_REGISTRY),
-    'attention_backend': Option(
-        str | None,
-        None,
-        'Implementation of attention; None: depends on the device and the architecture',
-        choices=ATTENTION_BACKEND_REGISTRY,
-    ),
-    'position_encoding': Option(
-        str, 'learned_absolute', 'Position encoding', choices=POSITION_ENCODING_REGISTRY
-    ),
-    'normalization': Option(str, 'layernorm', 'Norm of blocks and output', choices=NORM_REGISTRY),
-    'ffn_type': Option(str, 'standard', 'Feed-forward network', choices=FFN_REGISTRY),
-    'd_ff': Option(
-        int | None, None, 'Hidden width of the FFN; None: depends on ffn_type', check=at_least(1)
-    ),
-    'norm_position': Option(
-        str,
-        'pre',
-        'Position of the norms in a block (block layout)',
-        choices=NORM_POSITION_REGISTRY,
-    ),
-    'initialization': Option(str, 'gpt2', 'Weight initialization', choices=INITIALIZATION_REGISTRY),
-    'bias': Option(bool, True, 'Use biases in linear layers (norms: see normalization)'),
-    'weight_tying': Option(bool, True, 'Share the weights of token embedding and output head'),
-    'scale_embeddings': Option(bool, False, 'Multiply token embeddings by √n_embd'),
-    'logit_softcap': Option(
-        float | None,
-        None,
-        'Soft cap c of the logits: c · tanh(logits / c); None: off',
-        check=above(0),
-    ),
-    'z_loss': Option(
-        float, 0.0, 'Weight of the z-loss, log² Z, in training (PaLM: 1e-4)', check=at_least(0)
-    ),
-    'dropout': Option(
-        float,
-        0.0,
-        'Dropout of embeddings; default of attention_dropout and residual_dropout',
-        check=fraction(),
-    ),
-    'attention_dropout': Option(
-        float | None, None, 'Dropout of attention weights; None: dropout', check=fraction()
-    ),
-    'residual_dropout': Option(
-        float | None, None, 'Dropout of attention and FFN outputs; None: dropout', check=fraction()
-    ),
-}
-
-
-# Options that every saved architecture has.
-SIZES = ('n_layer', 'n_head', 'n_embd', 'block_size', 'vocab_size')
-
-
-def architecture_options() -> dict[str, Option]:
-    """The core options, each followed by the options of the components it chooses from."""
-    return with_component_options(CORE_OPTIONS)
+__all__ = [
+    'ACTIVATION_REGISTRY',
+    'ATTENTION_BACKEND_REGISTRY',
+    'ATTENTION_REGISTRY',
+    'CORE_OPTIONS',
+    'FFN_REGISTRY',
+    'INITIALIZATION_REGISTRY',
+    'NORM_POSITION_REGISTRY',
+    'NORM_REGISTRY',
+    'POSITION_ENCODING_REGISTRY',
+    'PRESET_OPTION',
+    'ROPE_SCALING_REGISTRY',
+    'SIZES',
+    'Device',
+    'ModelArchitectureConfig',
+    'architecture_options',
+    'layer_of_dict',
+    'schema',
+]
 
 
 def schema() -> dict[str, dict[str, Option]]:
@@ -179,13 +120,91 @@ class ModelArchitectureConfig(FrozenConfig):
         Keys that are not options of the architecture are ignored. Every layer overrides the preset,
         whichever layer names it.
         """
-        config = cls.__new__(cls)
-        preset, merged = _merge(layers, problems)
-        FrozenConfig.__init__(config, *merged)
+        preset = PRESET_OPTION.default
+        for layer in layers:
+            preset = layer.values.get('arch_preset', preset)
+        stack = [Layer(f'preset {preset}', PRESETS[preset]), *layers]
+        base = _merge(stack, problems)
+        config = cls._of_merge(base)
         config.__dict__.update(preset=preset, _layers=tuple(layers))
+        if base.values['layer_pattern'] is None:
+            problems.extend(base.useless.values())
+            config._set_layers(*_layers_of_short_forms(config, stack))
+        else:
+            config._resolve_pattern(stack, base, problems)
         config._derive_backend(device)
         problems.extend(_problems(config))
         return config
+
+    @classmethod
+    def _of_merge(cls, merged: Merge) -> 'ModelArchitectureConfig':
+        """Merged values, derived ones included, for layers that are all alike."""
+        config = cls.__new__(cls)
+        values, origins = dict(merged.values), dict(merged.origins)
+        _derive(values, origins)
+        FrozenConfig.__init__(config, values, origins, list(merged.dropped.values()))
+        config.__dict__.update(kinds={'': config}, layer_letters=('',) * values['n_layer'])
+        return config
+
+    def _set_layers(self, letters: list[str], kinds: dict) -> None:
+        used = {letter: kinds[letter] for letter in dict.fromkeys(letters)}
+        self.__dict__.update(layer_letters=tuple(letters), kinds=used)
+
+    def _resolve_pattern(self, stack: list[Layer], base: Merge, problems: list[str]) -> None:
+        """Resolve the kinds of the layer pattern, each like a model of its own."""
+        pattern, notes = base.values['layer_pattern'], self.dropped
+        notes += _dropped_short_forms(base, problems)
+        declared = merged_kinds(stack, layer_options())
+        kinds = used_kinds(declared, base, problems, notes)
+        merges = {name: _merge_kind(stack, kind.layers(name)) for name, kind in kinds.items()}
+        for name, merged in merges.items():
+            own = kinds[name].overrides
+            problems += [text for key, text in merged.useless.items() if key in own]
+            notes += [text for key, text in merged.dropped.items() if key in own]
+        # A value of the model is useless if no kind has a use for it.
+        unused = base.useless | {
+            k: t for merged in merges.values() for k, t in merged.useless.items()
+        }
+        problems += [
+            text
+            for key, text in unused.items()
+            if all(key not in merged.values for merged in merges.values())
+            and not any(key in kind.overrides for kind in kinds.values())
+        ]
+        ignored, partly_ignored = ignored_by_layers(base, kinds, shared_options())
+        problems += ignored
+        notes += partly_ignored
+        resolved = {name: self._of_merge(merged) for name, merged in merges.items()}
+        self._leave_out_unused(resolved, bool(kinds.keys() - declared.keys()))
+        overrides = {n: _differences(kind, self) for n, kind in resolved.items() if n in declared}
+        self._values['layer_kinds'] = overrides
+        try:
+            self._set_layers(list(expand_pattern(pattern, self.n_layer)), resolved)
+        except UserError as error:
+            problems.extend(error.problems)
+            self._set_layers([next(iter(resolved))] * self.n_layer, resolved)
+
+    def _leave_out_unused(self, kinds: dict, has_base_layers: bool) -> None:
+        """Leave out options that neither the model nor any layer uses."""
+        for key in _short_forms():
+            self._values.pop(key, None)
+            self.origins.pop(key, None)
+        if has_base_layers:
+            return
+        shared = shared_options()
+        for key in layer_options().keys() - CORE_OPTIONS.keys() - shared:
+            if key in self and not any(key in kind for kind in kinds.values()):
+                del self._values[key], self.origins[key]
+
+    @property
+    def layers(self) -> tuple['ModelArchitectureConfig', ...]:
+        """The options of each layer: for the layer, an architecture whose layers are all alike."""
+        return tuple(self.kinds[letter] for letter in self.layer_letters)
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether all layers are alike."""
+        return len(self.kinds) == 1
 
     def replace(self, **values) -> 'ModelArchitectureConfig':
         """The same architecture with other values, checked and with derived values updated."""
@@ -204,11 +223,14 @@ class ModelArchitectureConfig(FrozenConfig):
         device = Device(kind, compiles)
         if device == self.device or not self.derives_backend:
             return self
-        config = copy.copy(self)
-        config.__dict__.update(_values=dict(self._values), origins=dict(self.origins))
-        config._values['attention_backend'] = None
-        config._derive_backend(device)
-        return config
+        copies = {id(config): copy.copy(config) for config in (self, *self.kinds.values())}
+        for config in copies.values():
+            config.__dict__.update(_values=dict(config._values), origins=dict(config.origins))
+            config._values['attention_backend'] = None
+            kinds = {letter: copies.get(id(kind), kind) for letter, kind in config.kinds.items()}
+            config.__dict__['kinds'] = kinds
+        copies[id(self)]._derive_backend(device)
+        return copies[id(self)]
 
     @property
     def derives_backend(self) -> bool:
@@ -216,31 +238,84 @@ class ModelArchitectureConfig(FrozenConfig):
         return self.origins['attention_backend'].startswith('derived')
 
     def _derive_backend(self, device: Device) -> None:
-        """Choose the attention backend that ranks first on the device, if it is None."""
-        self.__dict__['device'] = device
+        """Choose the attention backend that ranks first on the device, if it is None.
+
+        All layers have the same one.
+        """
+        configs = (self, *self.kinds.values())
         if self._values['attention_backend'] is None:
             names = list(ATTENTION_BACKEND_REGISTRY)
             ranks = [ATTENTION_BACKEND_REGISTRY[name].rank(self, device) for name in names]
-            self._values['attention_backend'] = names[ranks.index(min(ranks))]
-            self.origins['attention_backend'] = f'derived: for {device.kind}'
+            for config in configs:
+                config._values['attention_backend'] = names[ranks.index(min(ranks))]
+                config.origins['attention_backend'] = f'derived: for {device.kind}'
+        for config in configs:
+            config.__dict__['device'] = device
 
     def components(self) -> Iterator[tuple[str, type]]:
-        """The option and the class of each chosen component."""
+        """The option and the class of each component that the model or any layer uses."""
+        pairs = [pair for kind in self.kinds.values() for pair in kind._chosen()]
+        shared = {key: CORE_OPTIONS[key] for key in SHARED_OPTIONS}
+        yield from dict.fromkeys([*pairs, *chosen_components(shared, self._values)])
+
+    def _chosen(self) -> Iterator[tuple[str, type]]:
         yield from chosen_components(CORE_OPTIONS, self._values)
+
+    def sentences(self, method: str, *arguments) -> list[str]:
+        """What a method of each component, such as `problems`, says on the layers that use it.
+
+        arguments: those of the method after the config.
+        """
+        has_pattern = self.get('layer_pattern') is not None
+        configs = self.kinds if has_pattern else {'': self, **self.kinds}
+        letters: dict[str, list[str]] = {}  # of each sentence
+        for letter, config in configs.items():
+            for _, component in config._chosen():
+                for sentence in sentences_of(component, method, config, *arguments):
+                    letters.setdefault(sentence, []).append(letter)
+        return [
+            f'layers {", ".join(dict.fromkeys(of))}: {sentence}'
+            if has_pattern and set(of) != configs.keys()
+            else sentence
+            for sentence, of in letters.items()
+        ]
 
     @property
     def name(self) -> str:
-        """A readable name: sizes, then the tag of each chosen component that has one."""
-        chosen = dict(self.components())
+        """A readable name: sizes, then the tag of each chosen component that has one.
+
+        With a layer pattern, tags that differ between kinds follow the pattern, by kind.
+        """
+        has_pattern = self.get('layer_pattern') is not None
+        tags = {letter: kind._tags() for letter, kind in self.kinds.items()}
+        if not has_pattern:
+            tags = {'': self._tags()}
+        heads, *common = (
+            tag if all(tag in own for own in tags.values()) else ''
+            for tag in next(iter(tags.values()))
+        )
+        sizes = filter(None, (f'{self.n_layer}L', heads, f'{self.n_embd}D'))
+        parts = [*sizes, *filter(None, common)]
+        if has_pattern:
+            parts.append(shortest_pattern(''.join(self.layer_letters)))
+            for letter, own in tags.items():
+                differing = [tag for tag in own if tag not in parts]
+                parts += [f'{letter}({"+".join(differing)})'] if differing else []
+        return '-'.join(parts)
+
+    def _tags(self) -> list[str]:
+        """The number of heads, and the tags of the components, of layers that are all alike."""
+        chosen = dict(self._chosen())
         tags = [tag_of(chosen[r.option], self) for r in REGISTRIES if r.option in CORE_OPTIONS]
-        sizes = [f'{self.n_layer}L', f'{self.n_head}H', f'{self.n_embd}D']
-        return '-'.join(sizes + [tag for tag in tags if tag])
+        return [f'{self.n_head}H', *(part for tag in tags if tag for part in tag.split('-'))]
 
     @property
     def hash(self) -> str:
-        """A hash, equal exactly if all resolved options are equal, on any device."""
-        text = json.dumps(self.for_device('cpu')._values, sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:12]
+        """A hash, equal exactly if the resolved options of all layers are equal, on any device."""
+        config = self.for_device('cpu')
+        shared = shared_options()
+        output = {key: value for key, value in config._values.items() if key in shared}
+        return hash_of_layers([layer._values for layer in config.layers], output)
 
     def save(self, path: str | Path) -> None:
         """Write the options as JSON."""
@@ -286,17 +361,80 @@ def layer_of_dict(values: object, origin: str, options: Schema, problems: list[s
     return validate_layer(Layer(origin, values), options, problems)
 
 
-def _merge(layers: list[Layer], problems: list[str]) -> tuple[str, MergedOptions]:
-    """The preset, and the merged options of its layer and the layers above."""
-    preset = PRESET_OPTION.default
-    for layer in layers:
-        preset = layer.values.get('arch_preset', preset)
-    stack = [Layer(f'preset {preset}', PRESETS[preset]), *layers]
+def _merge(stack: list[Layer], problems: list[str]) -> Merge:
+    """The merged options of the layers, that of the preset first."""
     options = {'arch_preset': PRESET_OPTION, **CORE_OPTIONS}
-    merged = merge(options, stack, problems, preset='arch_preset')
-    del merged.values['arch_preset']
-    _derive(merged.values, merged.origins)
-    return preset, merged
+    merged = merge_layers(options, stack, problems, preset='arch_preset')
+    del merged.values['arch_preset'], merged.origins['arch_preset']
+    return merged
+
+
+def _merge_kind(stack: list[Layer], overrides: list[Layer]) -> Merge:
+    """The merged options of layers of one kind, as of a model with such layers only."""
+    left_out = {'layer_pattern', 'layer_kinds', *_short_forms()}
+    below = [
+        Layer(layer.origin, {k: v for k, v in layer.values.items() if k not in left_out}, level)
+        for level, layer in enumerate(stack, start=1)
+    ]
+    return _merge([*below, *overrides], [])
+
+
+def _short_forms() -> list[str]:
+    return [key for key, option in architecture_options().items() if option.scope == 'pattern']
+
+
+def _dropped_short_forms(base: Merge, problems: list[str]) -> list[str]:
+    """Notes on short forms that a layer pattern of a higher layer replaces; others add to
+    `problems`."""
+    notes = []
+    pattern = f'layer_pattern={base.values["layer_pattern"]!r} ({base.origins["layer_pattern"]})'
+    options = architecture_options()
+    for key in _short_forms():
+        value, level = base.values.get(key), base.levels[key]
+        if level == 0 or value is None or value == options[key].default:
+            continue
+        text = f'{key}={value!r} ({base.origins[key]})'
+        if level < base.levels['layer_pattern']:
+            notes.append(f'dropped: {text}: replaced by {pattern}')
+        else:
+            problems.append(
+                f'{text} is a short form of layer_pattern, and {pattern} is set too. Remove one of '
+                f'them.'
+            )
+    return notes
+
+
+def _layers_of_short_forms(
+    config: ModelArchitectureConfig, stack: list[Layer]
+) -> tuple[list[str], dict[str, ModelArchitectureConfig]]:
+    """The letter of each layer, and the options of each kind, by the components' short forms."""
+    letters, overrides = [], {}
+    components = [component for _, component in config._chosen()]
+    for number in range(config.n_layer):
+        parts = [component.layer_overrides(config, number) for component in components]
+        letter = ''.join(part for part, _ in parts)
+        letters.append(letter)
+        overrides[letter] = {key: value for _, own in parts for key, value in own.items()}
+    if len(overrides) == 1 and not any(overrides.values()):
+        return letters, dict.fromkeys(letters, config)
+    above = len(stack) + 1
+    return letters, {
+        letter: ModelArchitectureConfig._of_merge(
+            _merge_kind(stack, [Layer('layer pattern', own, above)])
+        )
+        for letter, own in overrides.items()
+    }
+
+
+def _differences(kind: ModelArchitectureConfig, base: ModelArchitectureConfig) -> dict:
+    """The options of a kind that differ from the model's own."""
+    options, missing = layer_options(), object()
+    own = base.to_dict()
+    return {
+        key: value
+        for key, value in kind.to_dict().items()
+        if key in options and own.get(key, missing) != value
+    }
 
 
 def _derive(values: dict, origins: dict[str, str]) -> None:
@@ -315,7 +453,13 @@ def _derive(values: dict, origins: dict[str, str]) -> None:
 
 def _problems(config: ModelArchitectureConfig) -> list[str]:
     """The problems of the architecture as a whole, a sentence each."""
-    problems = []
-    for _, component in config.components():
-        problems += sentences_of(component, 'problems', config)
-    return list(dict.fromkeys(problems))  # one component may be chosen by two options
+    encodings = {kind.position_encoding for kind in config.kinds.values()}
+    return [
+        *config.sentences('problems'),
+        *(
+            problem
+            for name in sorted(encodings)
+            if len(encodings) > 1
+            and (problem := POSITION_ENCODING_REGISTRY[name].refused_in_kind(name))
+        ),
+    ]

@@ -16,6 +16,7 @@ import torch
 from common.environment import world_size
 from common.errors import UserError
 from common.hardware import select_device
+from common.option_merge import chosen_components, merge, with_component_options
 from common.parallel_options import PARALLEL_OPTIONS, derived_fsdp_options
 from common.registry import (
     AnyBut,
@@ -29,15 +30,7 @@ from common.registry import (
     sentences_of,
 )
 from common.system_options import SYSTEM_OPTIONS
-from configurator import (
-    CommandLine,
-    Schema,
-    chosen_components,
-    flatten,
-    format_config,
-    merge,
-    with_component_options,
-)
+from configurator import CommandLine, Schema, flatten, format_config
 from data.dataset import TokenDataset, is_prepared
 from data.options import DATA_OPTIONS
 from model_builder import (
@@ -434,12 +427,7 @@ def device_problems(
         device = 'cuda' if on_cuda else select_device(run.device).type
     except UserError:  # reported among the run's problems
         return []
-    architecture = architecture.for_device(device)
-    return [
-        problem
-        for _, component in architecture.components()
-        for problem in sentences_of(component, 'training_problems', architecture, device)
-    ]
+    return architecture.for_device(device).sentences('training_problems', device)
 
 
 def run_problems(run: TrainingConfig, plan: FrozenConfig, ranks: int) -> list[str]:

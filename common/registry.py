@@ -6,6 +6,7 @@ among them. A `FrozenConfig` holds resolved values and their origins. A `Configu
 of every component.
 """
 
+import copy
 import functools
 import importlib
 import math
@@ -180,6 +181,8 @@ class Option:
     requires: (other option, value or AnyBut(value)) without which this option has no effect.
     aliases: value -> (other option, its value), for values that set the other option instead.
     is_path: a leading `~` is the home folder (`paths.expand_home`).
+    scope: of an option of the architecture: 'layer' if layers may differ in it, 'model' if not,
+    'pattern' if it is a short form of `layer_pattern`.
     """
 
     type: typing.Any
@@ -190,6 +193,7 @@ class Option:
     requires: tuple[str, typing.Any] | None = None
     aliases: dict[str, tuple[str, typing.Any]] = field(default_factory=dict, hash=False)
     is_path: bool = False
+    scope: str = 'layer'
 
     @property
     def base_type(self) -> type:
@@ -373,7 +377,7 @@ class FrozenConfig:
         return self._values.get(key)
 
     def to_dict(self) -> dict:
-        return dict(self._values)
+        return copy.deepcopy(self._values)
 
     def __eq__(self, other: object) -> bool:
         if type(other) is not type(self):
@@ -381,7 +385,8 @@ class FrozenConfig:
         return self._values == other._values  # type: ignore[attr-defined]
 
     def __hash__(self) -> int:
-        return hash(frozenset(self._values.items()))
+        values = self._values.items()
+        return hash(frozenset(item for item in values if not isinstance(item[1], dict)))
 
     def __repr__(self) -> str:
         """`Name(key=value, …)`, with a line for each key if it does not fit on one line."""
@@ -421,6 +426,12 @@ class Configurable:
     def notes(cls, config: typing.Any) -> list[str]:
         """Notes for the user on unexpected effects of the resolved options, a sentence each."""
         return []
+
+    @classmethod
+    def layer_overrides(cls, config: typing.Any, layer: int) -> tuple[str, dict]:
+        """The letter of that layer, '' if all are alike, and its overrides of options, for short
+        forms of `layer_pattern` among its options."""
+        return '', {}
 
 
 def derived_values_of(component: type[Configurable], config: FrozenConfig) -> dict[str, tuple]:

@@ -1,10 +1,12 @@
 """The values of one record that a comparison uses, each checked."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from common.architecture_identity import current_hash
 from common.formatting import nats, or_dash
 from comparison.conditions import run_conditions
 from comparison.record_fields import (
@@ -139,6 +141,13 @@ def run_data(run: Run) -> dict[str, Any]:
 # --- From record to run --------------------------------------------------------------------------
 
 
+def _identity(architecture: Mapping) -> str:
+    """The hash of the architecture, whichever version wrote the record."""
+    stored = required(text(architecture, 'hash'), 'hash of the architecture')
+    version = count(architecture, 'hash_version') or 1  # before there were versions
+    return current_hash(stored, version, mapping(architecture, 'choices'))
+
+
 def run_from_record(record: Record, path: Path, score: str = 'final') -> Run:
     """The run of one record. Raises ValueError if it is incomplete or malformed."""
     config, metadata = mapping(record, 'config'), mapping(record, 'metadata')
@@ -158,7 +167,7 @@ def run_from_record(record: Record, path: Path, score: str = 'final') -> Run:
         iters_done=required(count(summary, 'final_iter'), 'final_iter'),
         max_iters=count(config, 'max_iters'),
         architecture=required(text(architecture, 'name'), 'name of the architecture'),
-        architecture_hash=required(text(architecture, 'hash'), 'hash of the architecture'),
+        architecture_hash=_identity(architecture),
         choices=mapping(architecture, 'choices'),
         config=config,
         code={str(file): str(digest) for file, digest in mapping(metadata, 'code').items()},

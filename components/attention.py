@@ -71,9 +71,13 @@ class Attention(Component, nn.Module):
                 "letters L (local) and G (global), with at least one L, such as 'LLLG'",
             ),
             requires=('sliding_window', AnyBut(None)),
+            scope='pattern',
         ),
         'document_mask': Option(
-            bool, False, 'Attend within documents only; absolute positions restart in each document'
+            bool,
+            False,
+            'Attend within documents only; absolute positions restart in each document',
+            scope='model',
         ),
         'end_of_text': Option(
             int | None,
@@ -81,6 +85,7 @@ class Attention(Component, nn.Module):
             'Token that ends a document; None: from the dataset',
             check=at_least(0),
             requires=('document_mask', True),
+            scope='model',
         ),
     }
 
@@ -112,16 +117,12 @@ class Attention(Component, nn.Module):
     @classmethod
     def layer_spec(cls, config: ModelArchitectureConfig, layer: int) -> AttentionSpec:
         """The layer's attention scores, described for a backend."""
-        window = config.sliding_window
-        if window is not None:
-            pattern = config.attention_pattern
-            window = window if pattern[layer % len(pattern)] == 'L' else None
         return AttentionSpec(
             scale=config.attention_scale,
             bias=POSITION_ENCODING_REGISTRY[config.position_encoding].has_bias,
             dropout=config.attention_dropout,
             softcap=config.attention_softcap,
-            window=window,
+            window=config.sliding_window,
             documents=config.document_mask,
         )
 
@@ -132,6 +133,14 @@ class Attention(Component, nn.Module):
             'attention_bias': (config.bias, 'bias'),
             'attention_scale': (scale, '1 / sqrt(dimensions of a query head)'),
         }
+
+    @classmethod
+    def layer_overrides(cls, config: FrozenConfig, layer: int) -> tuple[str, dict]:
+        pattern = config.get('attention_pattern') or 'L'
+        if 'G' not in pattern:
+            return '', {}
+        letter = pattern[layer % len(pattern)]
+        return letter, {} if letter == 'L' else {'sliding_window': None}
 
     @classmethod
     def name_tag(cls, config: ModelArchitectureConfig) -> str:

@@ -143,8 +143,12 @@ class AttentionBackend(Component):
 
 
 def layer_specs(config: ModelArchitectureConfig) -> list[AttentionSpec]:
-    attention = ATTENTION_REGISTRY[config.attention_type]
-    return [attention.layer_spec(config, layer) for layer in range(config.n_layer)]
+    """The attention scores of each layer; one for all if they are alike."""
+    layers = (config,) if config.is_uniform else config.layers
+    return [
+        ATTENTION_REGISTRY[layer.attention_type].layer_spec(layer, number)
+        for number, layer in enumerate(layers)
+    ]
 
 
 def needed_features(config: ModelArchitectureConfig) -> set[str]:
@@ -408,7 +412,11 @@ class FlexAttention(AttentionBackend):
                 f"attention_backend='flex' has no backward pass on {device}: it trains on CUDA "
                 f'only. Train with {others} (evaluation and sampling with flex work here).'
             ]
-        smallest = min(ATTENTION_REGISTRY[config.attention_type].head_dims(config))
+        smallest = min(
+            size
+            for layer in config.kinds.values()
+            for size in ATTENTION_REGISTRY[layer.attention_type].head_dims(layer)
+        )
         if smallest >= 16:
             return []
         return [

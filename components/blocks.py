@@ -28,7 +28,7 @@ class Block(Component, nn.Module):
     def __init__(self, config: ModelArchitectureConfig, layer: int):
         super().__init__()
         self.attention = ATTENTION_REGISTRY[config.attention_type](config, layer)
-        self.ffn = FFN_REGISTRY[config.ffn_type].at_layer(config, layer)
+        self.ffn = FFN_REGISTRY[config.ffn_type](config, layer)
         self.dropout = nn.Dropout(config.residual_dropout)
         for name in self.norms(config):
             self.add_module(name, NORM_REGISTRY[config.normalization](config, config.n_embd))

@@ -118,11 +118,15 @@ def _on_forward(on_call, registry, component, module, args, kwargs, output) -> N
 @contextmanager
 def _observed_methods(model: nn.Module, on_call: Callable[[Call], None]) -> Iterator[None]:
     """Observe methods other than `forward`: of position encodings and attention backends."""
-    config, encoding = model.config, model.position_encoding
-    positions = POSITION_ENCODING_REGISTRY, POSITION_ENCODING_REGISTRY[config.position_encoding]
+    config, encodings = model.config, model.position_encodings
     backend = ATTENTION_BACKEND_REGISTRY, ATTENTION_BACKEND_REGISTRY[config.attention_backend]
-    methods = [(encoding, 'prepare', *positions), (encoding, 'embed', *positions)]
-    for block in model.blocks:
+    methods = [
+        (encoding, method, POSITION_ENCODING_REGISTRY, type(encoding))
+        for encoding in encodings
+        for method in ('prepare', 'embed')
+    ]
+    for block, number in zip(model.blocks, model.encoding_numbers):
+        positions = POSITION_ENCODING_REGISTRY, type(encodings[number])
         for method, owner in (('rotate', positions), ('attend', backend)):
             if hasattr(block.attention, method):
                 methods.append((block.attention, method, *owner))

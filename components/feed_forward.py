@@ -31,6 +31,9 @@ class FeedForward(Component, nn.Module):
         'ffn_bias': Option(bool | None, None, 'Use biases in the FFN; None: bias'),
     }
 
+    # Metrics of its AuxOutput that `summarize_metrics` reads; (): those that no other FFN declares.
+    metric_names: ClassVar[tuple[str, ...]] = ()
+
     @classmethod
     def default_d_ff(cls, config: FrozenConfig) -> int:
         """The hidden width if `d_ff` is not set."""
@@ -42,11 +45,6 @@ class FeedForward(Component, nn.Module):
             'd_ff': (cls.default_d_ff(config), f'default of {config.ffn_type}'),
             'ffn_bias': (config.bias, 'bias'),
         }
-
-    @classmethod
-    def at_layer(cls, config: ModelArchitectureConfig, layer: int) -> 'FeedForward':
-        """The network of that layer, which may be of another class."""
-        return cls(config, layer)
 
     @classmethod
     def summarize_metrics(cls, means: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

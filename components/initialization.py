@@ -20,9 +20,10 @@ class Initialization(Component):
     }
 
     @classmethod
-    def std(cls, config: ModelArchitectureConfig, hidden: bool, residual: bool) -> float:
+    def std(cls, config: ModelArchitectureConfig, hidden: bool, residual: int) -> float:
         """The standard deviation of a weight. hidden: whether it is in `matrices()` (no embedding
-        or head); residual: whether it is in `residual_weights()`."""
+        or head); residual: if it is in `residual_weights()`, the number of sublayers of the model
+        that write into the residual stream, else 0."""
         return config.init_std
 
     @classmethod
@@ -48,7 +49,11 @@ class NormalInitialization(Initialization):
 
 @INITIALIZATION_REGISTRY.register('gpt2', source='Radford et al. 2019')
 class GPT2Initialization(Initialization):
-    """One standard deviation, divided by √(2 · n_layer) in projections into the residual stream."""
+    """One standard deviation, divided by √(number of sublayers) in projections into the residual
+    stream.
+
+    Attention and FFN of n_layer blocks are 2 · n_layer sublayers.
+    """
 
     tag = ''
     options: ClassVar = {
@@ -59,9 +64,9 @@ class GPT2Initialization(Initialization):
     }
 
     @classmethod
-    def std(cls, config: ModelArchitectureConfig, hidden: bool, residual: bool) -> float:
+    def std(cls, config: ModelArchitectureConfig, hidden: bool, residual: int) -> float:
         if residual and config.depth_scaled_init:
-            return config.init_std / (2 * config.n_layer) ** 0.5
+            return config.init_std / residual**0.5
         return config.init_std
 
 
@@ -85,7 +90,7 @@ class MaximalUpdate(GPT2Initialization):
     }
 
     @classmethod
-    def std(cls, config: ModelArchitectureConfig, hidden: bool, residual: bool) -> float:
+    def std(cls, config: ModelArchitectureConfig, hidden: bool, residual: int) -> float:
         std = super().std(config, hidden, residual)
         return std * (config.mup_base_width / config.n_embd) ** 0.5 if hidden else std
 

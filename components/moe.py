@@ -116,6 +116,7 @@ class MixtureOfExperts(FeedForward):
     """
 
     tag = 'MoE'
+    metric_names = ('expert_load', 'load_balance_loss', 'router_z_loss')
     options: ClassVar = {
         'expert_ffn': Option(
             str,
@@ -138,6 +139,7 @@ class MixtureOfExperts(FeedForward):
             0,
             'Number of first layers with one dense expert_ffn of width d_ff instead',
             check=at_least(0),
+            scope='pattern',
         ),
         'router_score': Option(
             str, 'softmax', 'Function that turns router logits into scores', choices=tuple(SCORES)
@@ -177,10 +179,10 @@ class MixtureOfExperts(FeedForward):
         self.shared = expert(config, layer, shared) if shared else None
 
     @classmethod
-    def at_layer(cls, config: ModelArchitectureConfig, layer: int) -> FeedForward:
-        if layer < config.dense_layers:
-            return FFN_REGISTRY[config.expert_ffn](config, layer)
-        return cls(config, layer)
+    def layer_overrides(cls, config: FrozenConfig, layer: int) -> tuple[str, dict]:
+        if config.dense_layers == 0:
+            return '', {}
+        return ('D', {'ffn_type': config.expert_ffn}) if layer < config.dense_layers else ('M', {})
 
     @classmethod
     def derived_values(cls, config: FrozenConfig) -> dict[str, tuple]:
@@ -304,14 +306,16 @@ class MixtureOfExperts(FeedForward):
         worst layer; the effective number of experts (exp of the load's entropy); the number of idle
         experts in all layers; and the mean of both losses, without their weights.
         """
-        load = means['expert_load']  # (layers, experts)
+        load = means['expert_load']  # (layers, experts), nan beyond a layer's number of experts
+        exists = ~load.isnan()
+        load = load.nan_to_num()
         share = load / load.sum(dim=-1, keepdim=True)
-        busiest = share.amax(dim=-1) * share.size(-1)
+        busiest = share.amax(dim=-1) * exists.sum(dim=-1)
         return {
             'busiest_expert': busiest.mean(),
             'busiest_expert_worst_layer': busiest.max(),
             'effective_experts': torch.special.entr(share).sum(dim=-1).exp().mean(),
-            'idle_experts': (load == 0).sum().float(),
+            'idle_experts': ((load == 0) & exists).sum().float(),
             'load_balance_loss': means['load_balance_loss'].mean(),
             'router_z_loss': means['router_z_loss'].mean(),
         }

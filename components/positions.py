@@ -39,6 +39,17 @@ class PositionEncoding(Component, nn.Module):
     def __init__(self, config: ModelArchitectureConfig):
         super().__init__()
 
+    @classmethod
+    def refused_in_kind(cls, name: str) -> str | None:
+        """The reason why only some layers cannot have it, or None."""
+        if cls.embed is PositionEncoding.embed:
+            return None
+        return (
+            f'position_encoding={name!r} is added to the embedding, which all layers share: some '
+            f"layers alone cannot have it. Set the model's position_encoding to 'rope' or "
+            f"'none', and vary that."
+        )
+
     def prepare(self, q_positions: torch.Tensor, k_positions: torch.Tensor) -> AttentionInputs:
         """Inputs for positions (Tq,) of queries and (Tk,) of keys; called once per forward pass."""
         return AttentionInputs()

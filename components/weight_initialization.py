@@ -34,9 +34,12 @@ def initial_values(model: nn.Module) -> dict[str, Fill]:
     initialization = INITIALIZATION_REGISTRY[config.initialization]
     named = [(n, module) for n, module in model.named_modules() if isinstance(module, Component)]
     hidden, residual = _weight_roles(module for _, module in named)
+    writers = _residual_writers(model, residual)
 
     def normal(weight: torch.Tensor) -> Fill:
-        std = initialization.std(config, id(weight) in hidden, id(weight) in residual)
+        std = initialization.std(
+            config, id(weight) in hidden, writers if id(weight) in residual else 0
+        )
         if not isinstance(std, (int, float)) or not 0 <= std < math.inf:
             raise UserError(
                 f'{initialization.__name__}.std must return a standard deviation, a number of at '
@@ -141,6 +144,15 @@ def _weight_roles(components: Iterator[nn.Module]) -> tuple[set[int], set[int]]:
             )
         residual |= {id(weight) for weight in weights}
     return hidden, residual
+
+
+def _residual_writers(model: nn.Module, residual: set[int]) -> int:
+    """The number of sublayers, attentions and FFNs, that write into the residual stream."""
+    return sum(
+        any(id(parameter) in residual for parameter in sublayer.parameters())
+        for block in model.blocks
+        for sublayer in block.children()
+    )
 
 
 def _checked_matrices(

@@ -65,7 +65,7 @@ class PretrainedSource:
                 f'init_from={self.checkpoint.name}, but block_size={architecture.block_size}. '
                 f'Remove rope_scaling, or raise --block_size.'
             )
-        max_length = build_model(self.checkpoint.config).position_encoding.max_length
+        max_length = build_model(self.checkpoint.config).max_length
         if max_length is not None and architecture.block_size > max_length:
             problems.append(
                 f'block_size={architecture.block_size}: init_from={self.checkpoint.name} has '

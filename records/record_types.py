@@ -10,10 +10,17 @@ from typing import Any, TypedDict
 # --- What a run begins with -----------------------------------------------------------------------
 
 
+class LayerChoices(TypedDict):
+    letters: list[str]
+    kinds: dict[str, dict[str, Any]]
+
+
 class ArchitectureInfo(TypedDict):
     name: str
     hash: str
+    hash_version: NotRequired[int]
     choices: dict[str, Any]
+    layers: NotRequired[LayerChoices | None]
 
 
 class ConfigFile(TypedDict):

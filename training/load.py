@@ -22,9 +22,10 @@ from common import hardware
 from common.console_output import write_progress
 from common.environment import job
 from common.errors import ArgumentParser, UserError, did_you_mean
+from common.option_merge import merge
 from common.paths import expand_home
 from components.weight_initialization import initialize_buffers
-from configurator import Layer, flatten, merge, read_config_file, validate_layer
+from configurator import Layer, flatten, read_config_file, validate_layer
 from data.dataset import TokenDataset, load_dataset
 from data.tokenizer import Tokenizer
 from inference.text_generator import DEFAULTS, TextGenerator, checked_options

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from common import hardware
+from common.architecture_identity import HASH_VERSION
 from common.environment import job
 from common.files import file_sha256
 from common.gpu_specs import Peak
@@ -18,12 +19,13 @@ from common.registry import Configurable
 from configurator import flatten
 from data.dataset import TokenDataset
 from model_builder import Transformer, count_parameters
-from model_config import PRESETS
+from model_config import PRESETS, ModelArchitectureConfig
 from parallel.strategies import SingleProcess
 from records.record_types import (
     DataInfo,
     FlopsInfo,
     HardwareInfo,
+    LayerChoices,
     OptimizerInfo,
     RecordHeader,
     RunMetadata,
@@ -70,7 +72,9 @@ def record_header(
         'architecture': {
             'name': architecture.name,
             'hash': architecture.hash,
+            'hash_version': HASH_VERSION,
             'choices': architecture.to_dict(),
+            'layers': layer_choices(architecture),
         },
         'metadata': _metadata(context, weights_from),
         'startup_info': {
@@ -89,6 +93,16 @@ def record_header(
             'derived': settings.derived,
             'chosen': chosen_options(settings),
         },
+    }
+
+
+def layer_choices(architecture: ModelArchitectureConfig) -> LayerChoices | None:
+    """The resolved options of each kind of layers; None if all layers are alike."""
+    if architecture.is_uniform:
+        return None
+    return {
+        'letters': list(architecture.layer_letters),
+        'kinds': {letter: kind.to_dict() for letter, kind in architecture.kinds.items()},
     }
 
 

@@ -7,7 +7,6 @@ import torch
 
 from common import hardware
 from common.console_output import write_progress, yellow
-from common.registry import sentences_of
 from inference.sampling import PeriodicSample
 from model_builder import Transformer, parameter_groups, training_flops
 from optim.step import GuardedOptimizer
@@ -120,11 +119,7 @@ def component_notes(settings: Settings, device: torch.device) -> list[str]:
     run, architecture = settings.run, settings.architecture
     if run.eval_only:
         return []
-    return [
-        note
-        for _, component in architecture.components()
-        for note in sentences_of(component, 'training_notes', architecture, device, run.dtype)
-    ]
+    return architecture.sentences('training_notes', device, run.dtype)
 
 
 def can_compile(run: TrainingConfig, device: torch.device, parallel: SingleProcess) -> bool:

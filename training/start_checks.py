@@ -232,9 +232,17 @@ class _ProbePasses:
         short probe, which is shorter than most windows.
         """
         model, config = self.model, self.model.config
-        encoding = POSITION_ENCODING_REGISTRY[config.position_encoding]
         hooks = ('prepare', 'embed', 'rotate')
-        if all(getattr(encoding, hook) is getattr(PositionEncoding, hook) for hook in hooks):
+        with_positions = [
+            layer
+            for layer in config.layers
+            if any(
+                getattr(POSITION_ENCODING_REGISTRY[layer.position_encoding], hook)
+                is not getattr(PositionEncoding, hook)
+                for hook in hooks
+            )
+        ]
+        if not with_positions:
             return []
         length = min(SHORT, config.block_size)
         reach = min([length, *filter(None, (b.attention.spec.window for b in model.blocks))])
@@ -253,9 +261,10 @@ class _ProbePasses:
             self.forward(tokens)
         if any(reached):
             return []
-        attention = ATTENTION_REGISTRY[config.attention_type]
+        first = with_positions[0]
+        attention = ATTENTION_REGISTRY[first.attention_type]
         return [
-            f'position_encoding={config.position_encoding!r} does not affect the output: it is '
+            f'position_encoding={first.position_encoding!r} does not affect the output: it is '
             f'the same with all positions 0. If {label(ATTENTION_REGISTRY, attention)} has a '
             'forward of its own, pass queries and keys through '
             'self.rotate(x, attn_inputs.rotation), and hand the mask to the backend; if no '
@@ -332,16 +341,19 @@ def _without_head(model: Transformer) -> Iterator[None]:
 @contextmanager
 def _without_positions(model: Transformer) -> Iterator[None]:
     """Set all positions to 0."""
-    attention_inputs, encoding = type(model).attention_inputs, model.position_encoding
+    attention_inputs, encodings = type(model).attention_inputs, model.position_encodings
     model.attention_inputs = lambda pos, *rest: attention_inputs(  # type: ignore[method-assign]
         model, torch.zeros_like(pos), *rest
     )
-    embed = type(encoding).embed
-    encoding.embed = lambda x, pos: embed(encoding, x, torch.zeros_like(pos))
+    for encoding in encodings:
+        embed = encoding.embed
+        encoding.embed = lambda x, pos, embed=embed: embed(x, torch.zeros_like(pos))
     try:
         yield
     finally:
-        del model.attention_inputs, encoding.embed
+        del model.attention_inputs
+        for encoding in encodings:
+            del encoding.embed
 
 
 @contextmanager

@@ -1,0 +1,170 @@
+"""The options of an architecture, without those of its components; the registries of components.
+
+The registries are filled by `model_components`; this module imports no torch.
+"""
+
+from common.architecture_presets import PRESETS
+from common.dict_option import DictOption
+from common.layer_pattern import SYNTAX, is_kind, is_layer_pattern
+from common.option_merge import with_component_options
+from common.registry import AnyBut, Option, Registry, above, at_least, fraction
+
+_HOME = 'model_components'
+ATTENTION_REGISTRY = Registry('attention_type', 'Attention', _HOME)
+ATTENTION_BACKEND_REGISTRY = Registry('attention_backend', 'Attention backend', _HOME)
+POSITION_ENCODING_REGISTRY = Registry('position_encoding', 'Position encoding', _HOME)
+ROPE_SCALING_REGISTRY = Registry('rope_scaling', 'RoPE scaling', _HOME)
+NORM_REGISTRY = Registry('normalization', 'Normalization', _HOME)
+FFN_REGISTRY = Registry('ffn_type', 'Feed-forward network', _HOME)
+ACTIVATION_REGISTRY = Registry('activation', 'Activation', _HOME)
+NORM_POSITION_REGISTRY = Registry('norm_position', 'Norm position', _HOME)
+INITIALIZATION_REGISTRY = Registry('initialization', 'Initialization', _HOME)
+
+# In the order of their tags in an architecture's name.
+REGISTRIES = (
+    ATTENTION_REGISTRY,
+    ATTENTION_BACKEND_REGISTRY,
+    POSITION_ENCODING_REGISTRY,
+    ROPE_SCALING_REGISTRY,
+    NORM_REGISTRY,
+    FFN_REGISTRY,
+    ACTIVATION_REGISTRY,
+    NORM_POSITION_REGISTRY,
+    INITIALIZATION_REGISTRY,
+)
+
+
+PRESET_OPTION = Option(
+    str, 'legacy', 'Preset architecture; single options override it', choices=tuple(PRESETS)
+)
+
+CORE_OPTIONS = {
+    'n_layer': Option(
+        int, 12, 'Number of blocks (layers)', check=at_least(1, at_most=10_000), scope='model'
+    ),
+    'n_head': Option(int, 12, 'Number of (query) heads', check=at_least(1, at_most=10_000)),
+    'n_embd': Option(
+        int, 768, 'Width of the hidden states (residual stream)', check=at_least(1), scope='model'
+    ),
+    'block_size': Option(int, 1024, 'Context length in tokens', check=at_least(1), scope='model'),
+    'vocab_size': Option(
+        int | None,
+        None,
+        'Vocabulary size; None: from the dataset',
+        check=at_least(1),
+        scope='model',
+    ),
+    'attention_type': Option(str, 'standard', 'Type of attention', choices=ATTENTION_REGISTRY),
+    'attention_backend': Option(
+        str | None,
+        None,
+        'Implementation of attention; None: depends on the device and the architecture',
+        choices=ATTENTION_BACKEND_REGISTRY,
+        scope='model',
+    ),
+    'position_encoding': Option(
+        str, 'learned_absolute', 'Position encoding', choices=POSITION_ENCODING_REGISTRY
+    ),
+    'normalization': Option(str, 'layernorm', 'Norm of blocks and output', choices=NORM_REGISTRY),
+    'ffn_type': Option(str, 'standard', 'Feed-forward network', choices=FFN_REGISTRY),
+    'd_ff': Option(
+        int | None, None, 'Hidden width of the FFN; None: depends on ffn_type', check=at_least(1)
+    ),
+    'norm_position': Option(
+        str,
+        'pre',
+        'Position of the norms in a block (block layout)',
+        choices=NORM_POSITION_REGISTRY,
+    ),
+    'initialization': Option(
+        str, 'gpt2', 'Weight initialization', choices=INITIALIZATION_REGISTRY, scope='model'
+    ),
+    'bias': Option(bool, True, 'Use biases in linear layers (norms: see normalization)'),
+    'weight_tying': Option(
+        bool, True, 'Share the weights of token embedding and output head', scope='model'
+    ),
+    'scale_embeddings': Option(bool, False, 'Multiply token embeddings by √n_embd', scope='model'),
+    'logit_softcap': Option(
+        float | None,
+        None,
+        'Soft cap c of the logits: c · tanh(logits / c); None: off',
+        check=above(0),
+        scope='model',
+    ),
+    'z_loss': Option(
+        float,
+        0.0,
+        'Weight of the z-loss, log² Z, in training (PaLM: 1e-4)',
+        check=at_least(0),
+        scope='model',
+    ),
+    'dropout': Option(
+        float,
+        0.0,
+        'Dropout of embeddings; default of attention_dropout and residual_dropout',
+        check=fraction(),
+    ),
+    'attention_dropout': Option(
+        float | None, None, 'Dropout of attention weights; None: dropout', check=fraction()
+    ),
+    'residual_dropout': Option(
+        float | None, None, 'Dropout of attention and FFN outputs; None: dropout', check=fraction()
+    ),
+    'layer_pattern': Option(
+        str | None,
+        None,
+        "Kind of each layer, a letter each, such as 'LLLG' or 'D M*'; None: all layers are alike",
+        check=(is_layer_pattern, SYNTAX),
+        scope='model',
+    ),
+    'layer_kinds': DictOption(
+        dict,
+        {},
+        "Options of each kind of layers that differ from the model's: letter -> {option: value}",
+        requires=('layer_pattern', AnyBut(None)),
+        scope='model',
+        names=(is_kind, 'a single letter'),
+        entry_options=lambda: layer_options(),
+        refusal=lambda key, value: refused_in_kind(key, value),
+    ),
+}
+
+
+# Options that every saved architecture has.
+SIZES = ('n_layer', 'n_head', 'n_embd', 'block_size', 'vocab_size')
+
+
+# Options of layers that the model uses outside its layers too: the norm before the output head and
+# the dropout of embeddings. Those of the norm's component follow.
+SHARED_OPTIONS = ('normalization', 'dropout')
+
+
+def layer_options() -> dict[str, Option]:
+    """The options in which layers may differ."""
+    core = {key: option for key, option in CORE_OPTIONS.items() if option.scope == 'layer'}
+    options = with_component_options(core)
+    return {key: option for key, option in options.items() if option.scope == 'layer'}
+
+
+def shared_options() -> set[str]:
+    """The options of layers that the model uses outside its layers too."""
+    return set(with_component_options({key: CORE_OPTIONS[key] for key in SHARED_OPTIONS}))
+
+
+def refused_in_kind(key: str, value: object) -> str | None:
+    """The reason why a kind of layers may not have an option, or this value of it, or None."""
+    options = {'arch_preset': PRESET_OPTION, **architecture_options()}
+    if key not in options or key in layer_options():
+        if key == 'position_encoding' and value in POSITION_ENCODING_REGISTRY:
+            return POSITION_ENCODING_REGISTRY[value].refused_in_kind(value)
+        return None
+    if options[key].scope == 'pattern':
+        return f'{key} is a short form of layer_pattern. Write its layers into the pattern.'
+    return (
+        f'{key} is an option of the whole model, not of some layers. Set {key} outside layer_kinds.'
+    )
+
+
+def architecture_options() -> dict[str, Option]:
+    """The core options, each followed by the options of the components it chooses from."""
+    return with_component_options(CORE_OPTIONS)

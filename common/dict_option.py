@@ -1,0 +1,146 @@
+"""Options whose value is a dict, name -> {option: value}, such as `layer_kinds`.
+
+On the command line `--KEY.NAME.OPTION=value` sets one value and `--KEY.NAME=None` removes an entry.
+Values of a config file and of the command line are merged by name and option.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from common.errors import UserError, did_you_mean
+from common.registry import Check, Option, show_value
+
+
+@dataclass(frozen=True)
+class DictOption(Option):
+    """One key whose value is a dict, name -> {option: value}.
+
+    names: (predicate, allowed names in words). entry_options: returns the options of an entry.
+    refusal: returns the reason why an entry may not have an option or a value of it, or None.
+    """
+
+    names: Check = field(default=(str.isidentifier, 'a name'), compare=False)
+    entry_options: Callable[[], dict[str, Option]] = field(default=dict, compare=False)
+    refusal: Callable[[str, Any], str | None] = field(
+        default=lambda key, value: None, compare=False
+    )
+
+    def allowed(self) -> str:
+        return f'a dict, {self.names[1]} -> {{option: value}}'
+
+    def accept(self, key: str, value: Any) -> dict:
+        """The value with each entry's values in their types; UserError, which lists every problem.
+
+        None for an entry removes it from the entries of layers below, and None for an option that
+        does not take it removes the option.
+        """
+        if not isinstance(value, dict):
+            raise UserError(f'{key}={show_value(value)}: {key} takes {self.allowed()}.')
+        accepted, problems = {}, []
+        for name, entry in value.items():
+            try:
+                self._check_name(key, name)
+                accepted[name] = self._accept_entry(f'{key}.{name}', entry)
+            except UserError as error:
+                problems += error.problems
+        if problems:
+            raise UserError(*problems)
+        return accepted
+
+    def parse(self, key: str, text: str) -> Any:
+        raise UserError(
+            f'--{key}={text}: {key} takes {self.allowed()}. On the command line, set one value: '
+            f'--{key}.NAME.OPTION=value.'
+        )
+
+    def parse_path(self, path: str, text: str) -> dict:
+        """The dict that `--PATH=text` sets. path: KEY.NAME.OPTION, or KEY.NAME to remove an entry.
+
+        Raises UserError.
+        """
+        key, name = path.split('.')[:2]
+        self._check_name(key, name)
+        if path.count('.') == 1:
+            if text not in ('None', 'none', 'null'):
+                raise UserError(
+                    f'--{path}={text}: only None, which removes {name}, may follow. Set a value '
+                    f'with --{path}.OPTION=value.'
+                )
+            return {name: None}
+        option = path.split('.', 2)[2]
+        declared = self.entry_option(f'{key}.{name}', option)
+        names_none = text in ('None', 'none', 'null') and text not in (declared.choices or ())
+        if names_none and not declared.optional:
+            return {name: {option: None}}
+        try:
+            value = declared.parse(option, text)
+        except UserError as error:
+            raise UserError(*(_at(path, option, problem) for problem in error.problems)) from None
+        self._check_value(f'{key}.{name}', option, value)
+        return {name: {option: value}}
+
+    def entry_option(self, place: str, option: object) -> Option:
+        """The option of that name of an entry. place: KEY.NAME. Raises UserError."""
+        options = self.entry_options()
+        self._check_value(place, option, None)
+        if option not in options:
+            hint = did_you_mean(str(option), options)
+            raise UserError(f'{place}: unknown option {show_value(option)}.{hint}')
+        return options[option]  # type: ignore[index]
+
+    @staticmethod
+    def combined(below: dict, above: dict) -> dict:
+        """`below` with the entries and values of `above`, each None included."""
+        result = dict(below)
+        for name, entry in above.items():
+            earlier = result.get(name)
+            result[name] = entry if entry is None or earlier is None else {**earlier, **entry}
+        return result
+
+    def without_removed(self, value: dict) -> dict:
+        """The entries and values that are not removed by None."""
+        options = self.entry_options()
+        return {
+            name: {k: v for k, v in entry.items() if v is not None or options[k].optional}
+            for name, entry in value.items()
+            if entry is not None
+        }
+
+    def _check_name(self, key: str, name: object) -> None:
+        is_allowed, words = self.names
+        if not isinstance(name, str) or not is_allowed(name):
+            raise UserError(f'{key}: the name {show_value(name)} is not {words}.')
+
+    def _accept_entry(self, place: str, entry: Any) -> dict | None:
+        if entry is None:
+            return None
+        if not isinstance(entry, dict):
+            raise UserError(
+                f'{place}={show_value(entry)}: {place} takes a dict, option -> value, or None.'
+            )
+        accepted, problems = {}, []
+        for option, value in entry.items():
+            try:
+                declared = self.entry_option(place, option)
+                if value is not None or declared.optional:
+                    value = declared.accept(option, value)
+                self._check_value(place, option, value)
+                accepted[option] = value
+            except UserError as error:
+                problems += [_at(f'{place}.{option}', option, text) for text in error.problems]
+        if problems:
+            raise UserError(*problems)
+        return accepted
+
+    def _check_value(self, place: str, option: object, value: Any) -> None:
+        if isinstance(option, str) and (reason := self.refusal(option, value)):
+            raise UserError(f'{place}.{option}: {reason}')
+
+
+def _at(path: str, option: object, problem: str) -> str:
+    """A problem that names an option, with its path instead."""
+    for begin in (f'{option}=', f'--{option}='):
+        if problem.startswith(begin):
+            return path + problem[len(begin) - 1 :]
+    return problem
