@@ -18,9 +18,9 @@ class LayerChoices(TypedDict):
 class ArchitectureInfo(TypedDict):
     name: str
     hash: str
-    hash_version: NotRequired[int]
+    hash_version: int
     choices: dict[str, Any]
-    layers: NotRequired[LayerChoices | None]
+    layers: LayerChoices | None
 
 
 class ConfigFile(TypedDict):
