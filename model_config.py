@@ -365,7 +365,7 @@ def _merge(stack: list[Layer], problems: list[str]) -> Merge:
     """The merged options of the layers, that of the preset first."""
     options = {'arch_preset': PRESET_OPTION, **CORE_OPTIONS}
     merged = merge_layers(options, stack, problems, preset='arch_preset')
-    del merged.values['arch_preset'], merged.origins['arch_preset']
+    del merged.values['arch_preset']
     return merged
 
 
