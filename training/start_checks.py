@@ -22,7 +22,11 @@ from components.checks import Call, check_form, label, observe_calls, registered
 from inference.generate import eager_blocks
 from model_builder import Transformer, flops_notes
 from model_components import PositionEncoding
-from model_config import ATTENTION_REGISTRY, POSITION_ENCODING_REGISTRY
+from model_config import (
+    ATTENTION_REGISTRY,
+    POSITION_ENCODING_REGISTRY,
+    ModelArchitectureConfig,
+)
 
 SHORT, LONG = 6, 66  # tokens: for every pair of positions; for chunks of up to 64
 # Differences below this fraction of the values' standard deviation count as rounding, since the
@@ -226,31 +230,24 @@ class _ProbePasses:
         return same and _is_float(outputs[0]) and probe.gap(*outputs, dim) > self.rounding
 
     def position_notes(self, short: tuple[list[torch.Tensor], torch.Tensor]) -> list[str]:
-        """A note if the output of the last token does not depend on positions.
+        """A note on each position encoding that does not affect the last token in its layers.
 
         Each block is compared with a pass in which all positions are 0. short: the `base` of the
         short probe, which is shorter than most windows.
         """
-        model, config = self.model, self.model.config
-        hooks = ('prepare', 'embed', 'rotate')
-        with_positions = [
-            layer
-            for layer in config.layers
-            if any(
-                getattr(POSITION_ENCODING_REGISTRY[layer.position_encoding], hook)
-                is not getattr(PositionEncoding, hook)
-                for hook in hooks
-            )
-        ]
-        if not with_positions:
-            return []
-        length = min(SHORT, config.block_size)
-        reach = min([length, *filter(None, (b.attention.spec.window for b in model.blocks))])
+        model, length = self.model, min(SHORT, self.model.config.block_size)
+        # In a window of one token, positions cannot matter.
+        windows = {
+            number: min(length, block.attention.spec.window or length)
+            for number, (block, layer) in enumerate(zip(model.blocks, model.config.layers))
+            if _has_positions(layer) and block.attention.spec.window != 1
+        }
+        reach = min(windows.values(), default=0)
         if reach < 2:
             return []
         tokens = _probe(model, length, self.device).tokens[:, :reach]
         stream = short[0] if reach == length else self.base(tokens)[0]
-        reached, before = [], iter(stream)
+        reached, before = [], iter(stream)  # by the input and the output of each block
 
         def force(place: str, x: torch.Tensor) -> torch.Tensor | None:
             expected = next(before)
@@ -259,17 +256,40 @@ class _ProbePasses:
 
         with _without_positions(model), _at_blocks(model, force):
             self.forward(tokens)
-        if any(reached):
+        if reached[0]:  # by the embedding, for all layers
             return []
-        first = with_positions[0]
-        attention = ATTENTION_REGISTRY[first.attention_type]
-        return [
-            f'position_encoding={first.position_encoding!r} does not affect the output: it is '
-            f'the same with all positions 0. If {label(ATTENTION_REGISTRY, attention)} has a '
-            'forward of its own, pass queries and keys through '
-            'self.rotate(x, attn_inputs.rotation), and hand the mask to the backend; if no '
-            "position is to be used, set position_encoding='none'."
-        ]
+        return _unused_positions(model.config, {n: reached[2 * n + 1] for n in windows})
+
+
+def _has_positions(layer: ModelArchitectureConfig) -> bool:
+    encoding = POSITION_ENCODING_REGISTRY[layer.position_encoding]
+    hooks = ('prepare', 'embed', 'rotate')
+    return any(getattr(encoding, hook) is not getattr(PositionEncoding, hook) for hook in hooks)
+
+
+def _unused_positions(config: ModelArchitectureConfig, reached: dict[int, bool]) -> list[str]:
+    """A note on each position encoding, with the attention of its layers, that reaches none of them.
+
+    reached: layer -> whether positions affect its output.
+    """
+    layers: dict[tuple[str, str], list[int]] = {}
+    for number in reached:
+        layer = config.layers[number]
+        layers.setdefault((layer.position_encoding, layer.attention_type), []).append(number)
+    notes = []
+    for (encoding, attention), numbers in layers.items():
+        if any(reached[number] for number in numbers):
+            continue
+        letters = dict.fromkeys(config.layer_letters[number] for number in numbers)
+        where = '' if len(letters) == len(config.kinds) else f'layers {", ".join(letters)}: '
+        notes.append(
+            f'{where}position_encoding={encoding!r} does not affect the output: it is the same '
+            f'with all positions 0. If '
+            f'{label(ATTENTION_REGISTRY, ATTENTION_REGISTRY[attention])} has a forward of its own, '
+            'pass queries and keys through self.rotate(x, attn_inputs.rotation), and hand the mask '
+            "to the backend; if no position is to be used, set position_encoding='none'."
+        )
+    return notes
 
 
 def _is_float(x: object) -> bool:

@@ -380,6 +380,27 @@ def test_one_layer_using_positions_suffices(register):
     assert checked(attention_type='mine', position_encoding='rope') == []
 
 
+@pytest.mark.parametrize(
+    ('values', 'kinds', 'noted'),
+    [
+        ({'position_encoding': 'rope'}, {'L': {'attention_type': 'mine'}}, 'layers L: '),
+        ({'position_encoding': 'rope', 'attention_type': 'mine'}, {'L': {'d_ff': 8}}, ''),
+        ({'position_encoding': 'rope'}, {'L': {'position_encoding': 'none'}}, None),
+        ({'position_encoding': 'none'}, {'L': {'sliding_window': 2}}, None),
+        # Positions cannot matter in a window of one token.
+        ({'position_encoding': 'rope'}, {'L': {'sliding_window': 1}}, None),
+        ({'position_encoding': 'alibi'}, {'L': {'attention_type': 'mine'}}, 'layers L: '),
+        ({'position_encoding': 'sinusoidal'}, {'L': {'attention_type': 'mine'}}, None),
+    ],
+)
+def test_unused_positions_are_noted_by_kind_of_layers(register, values, kinds, noted):
+    """A kind that uses positions does not hide another that does not."""
+    register(ATTENTION_REGISTRY, 'mine', NeverRotates)
+    values |= {'layer_pattern': 'GL', 'layer_kinds': kinds, 'attention_backend': 'manual'}
+    begins = [note[: note.index('position_encoding=')] for note in checked(**values)]
+    assert begins == ([] if noted is None else [noted])
+
+
 # --- FLOPs ----------------------------------------------------------------------------------------
 
 
