@@ -113,7 +113,7 @@ class TrainingLogger:
             {'run_name': self.run_folder.name, 'start_time': _now(), **header},
         )
         record = self._update_record()
-        self.console.begin(report, startup_info['hardware'])
+        self.console.begin(report, startup_info['hardware'], architecture.get('layers'))
         self._begin_trackers(record, None)
 
     @_on_main
@@ -150,7 +150,8 @@ class TrainingLogger:
         record = self._update_record()
         self.evaluations = {entry['iter']: entry for entry in record['eval_steps']}
         report = resume_report(iter, checkpoint, changed, self.run_folder)
-        self.console.begin(report, startup_info['hardware'])
+        layers = record['architecture'].get('layers')
+        self.console.begin(report, startup_info['hardware'], layers)
         self._begin_trackers(record, iter)
         return record
 

@@ -6,7 +6,7 @@ block is redrawn in place, above a progress bar; everything else scrolls above i
 
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TextIO
 
@@ -31,6 +31,7 @@ from records.record_types import (
     EvaluationEntry,
     HardwareInfo,
     IterationEntry,
+    LayerChoices,
     MemoryInfo,
     MfuInfo,
     PositionLoss,
@@ -164,15 +165,20 @@ def evaluation_block(entry: EvaluationEntry, best: EvaluationEntry | None) -> st
     )
 
 
-def diagnostics_table(diagnostics: Diagnostics) -> str:
-    """One line per layer, then the relative size of an update and the loss by position."""
+def diagnostics_table(diagnostics: Diagnostics, letters: Sequence[str] = ()) -> str:
+    """One line per layer, then the relative size of an update and the loss by position.
+
+    letters: the kind of each layer; empty if all are alike.
+    """
     lines: list[str] = []
     layers = diagnostics['layers']
     if layers:
-        rows = [['  Layer', 'activation rms', 'gradient norm', 'max attention logit']]
+        head = ['activation rms', 'gradient norm', 'max attention logit']
+        rows = [['  Layer', *(['kind'] if letters else []), *head]]
         for row in layers:
             figures = row['activation_rms'], row['gradient_norm'], row['max_attention_logit']
-            rows.append([f'{row["layer"]:7}', *(or_na(figure, '.3g') for figure in figures)])
+            kind = [letters[row['layer']]] if letters else []
+            rows.append([f'{row["layer"]:7}', *kind, *(or_na(figure, '.3g') for figure in figures)])
         lines += numbers_table(rows)
     if ratios := diagnostics['update_to_weight']:
         texts = (f'{group} {or_na(ratio, ".1e")}' for group, ratio in ratios.items())
@@ -324,13 +330,17 @@ class Console:
         self.on_lost, self.is_lost = on_lost, False
         self.max_iters = max_iters
         self.no_peak: str | None = None  # why there is no MFU
+        self.layer_letters: Sequence[str] = ()  # the kind of each layer, if they differ
         self.began = time.monotonic()
         self.first_logged: tuple[int, float] | None = None  # (iter, time), where the pace starts
         self.display = LiveRegion(self.stream)
         self.block = ''  # the one that is shown in place
 
-    def begin(self, report: str, hardware: HardwareInfo) -> None:
-        """Show the start-up report; `hardware` is the part of startup_info."""
+    def begin(
+        self, report: str, hardware: HardwareInfo, layers: LayerChoices | None = None
+    ) -> None:
+        """Show the start-up report; `hardware` and `layers` are parts of the record."""
+        self.layer_letters = layers['letters'] if layers else ()
         if hardware['peak_tflops'] is None:
             self.no_peak = hardware['peak_source']
         self.show(report)
@@ -351,7 +361,7 @@ class Console:
         brief = self._prints_lines()
         self.show(evaluation_line(entry) if brief else evaluation_block(entry, best))
         if 'diagnostics' in entry:
-            self.show(diagnostics_table(entry['diagnostics']))
+            self.show(diagnostics_table(entry['diagnostics'], self.layer_letters))
         if 'sample' in entry:
             self.show(sample_block(entry['sample']))
 

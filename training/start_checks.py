@@ -268,7 +268,7 @@ def _has_positions(layer: ModelArchitectureConfig) -> bool:
 
 
 def _unused_positions(config: ModelArchitectureConfig, reached: dict[int, bool]) -> list[str]:
-    """A note on each position encoding, with the attention of its layers, that reaches none of them.
+    """A note on each position encoding that affects no layer which has it and the same attention.
 
     reached: layer -> whether positions affect its output.
     """

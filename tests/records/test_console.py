@@ -194,6 +194,23 @@ def test_empty_diagnostics_take_no_line():
     assert console.diagnostics_table(nothing) == ''
 
 
+def test_diagnostics_name_the_kind_of_each_layer():
+    """If layers differ, in the order of the layers, also after a resumption."""
+    rows = [
+        {'layer': n, 'activation_rms': n + 1.0, 'gradient_norm': None, 'max_attention_logit': 2.0}
+        for n in range(3)
+    ]
+    measured = {'layers': rows, 'update_to_weight': {}, 'val_loss_by_position': []}
+    layers = {'letters': ['L', 'L', 'G'], 'kinds': {'L': {}, 'G': {}}}
+    blocks = make_console()
+    for chosen, expected in ((layers, ['kind', 'L', 'L', 'G']), (None, ['activation', *'123'])):
+        blocks.begin('', {'peak_tflops': 1.0}, chosen)
+        new_output(blocks)
+        blocks.evaluation({**evaluation(10, 4.0), 'diagnostics': measured}, None)
+        table = new_output(blocks).splitlines()[-4:]
+        assert [line.split()[1] for line in table] == expected
+
+
 def test_evaluation_block_shows_best():
     blocks, best = make_console(), evaluation(10, 4.0)
     blocks.evaluation(best, best)

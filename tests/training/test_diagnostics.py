@@ -15,15 +15,22 @@ from parallel.strategies import SingleProcess, prepare_blocks
 from training import diagnostics
 
 ALONE = SingleProcess(None, torch.device('cpu'))
-MODELS = [
-    {'arch_preset': 'llama'},
-    {'arch_preset': 'gpt2', 'attention_backend': 'manual'},
-    {'arch_preset': 'llama', 'use_gqa': True, 'num_kv_heads': 2, 'norm_eps': 0.1},
-    {'arch_preset': 'llama', 'use_gqa': True, 'num_kv_heads': 1, 'attention_backend': 'manual'},
-]
-EVERY_MODEL = pytest.mark.parametrize(
-    'values', MODELS, ids=lambda values: '-'.join(map(str, values.values()))
-)
+MODELS = {
+    'llama': {},
+    'gpt2': {'arch_preset': 'gpt2', 'attention_backend': 'manual'},
+    'grouped': {'use_gqa': True, 'num_kv_heads': 2, 'norm_eps': 0.1},
+    'one key': {'use_gqa': True, 'num_kv_heads': 1, 'attention_backend': 'manual'},
+    'mixed': {
+        'n_layer': 3,
+        'layer_pattern': 'LGM',
+        'layer_kinds': {
+            'L': {'n_head': 2, 'sliding_window': 2, 'd_ff': 24},
+            'G': {'position_encoding': 'none', 'use_gqa': True, 'num_kv_heads': 1},
+            'M': {'ffn_type': 'moe', 'num_experts': 3, 'load_balance_weight': 0.0},
+        },
+    },
+}
+EVERY_MODEL = pytest.mark.parametrize('values', MODELS.values(), ids=MODELS)
 
 
 def unrolled(model, tokens):
@@ -49,7 +56,9 @@ def unrolled(model, tokens):
                 for t, n in ((q, head), (k, kv_head))
             )
             products = torch.einsum('btd,bsd->bts', one_q, one_k) / math.sqrt(attention.head_dim)
-            scores[-1] += [products[:, t, : t + 1] for t in range(tokens.size(1))]
+            length = tokens.size(1)
+            window = attention.spec.window or length
+            scores[-1] += [products[:, t, max(0, t + 1 - window) : t + 1] for t in range(length)]
         x, _ = block(x, attn_inputs)
         streams.append(x)
     return streams, scores, model.output_head.projection(model.final_norm(x))
@@ -58,7 +67,7 @@ def unrolled(model, tokens):
 @EVERY_MODEL
 @pytest.mark.parametrize('recomputed', [[], [0, 1]], ids=['', 'recomputed'])
 def test_layer_statistics_equal_plain_torch(values, recomputed):
-    config = tiny(**values, dropout=0.3)
+    config = tiny(**{'arch_preset': 'llama', **values}, dropout=0.3)
     model = perturbed_model(config).eval()
     tokens, targets = random_tokens(config, 3, seed=0), random_tokens(config, 3, seed=1)
     streams, scores, logits = unrolled(model, tokens)
