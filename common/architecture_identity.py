@@ -38,10 +38,10 @@ def hash_of_layers(layers: Sequence[Mapping], output: Mapping) -> str:
     own = {k: v for k, v in output.items() if any(layer.get(k) != v for layer in layers)}
     if not own and all(layer == layers[0] for layer in layers):
         return hash_of_values(layers[0])
-    return hash_of_values({'layers': [_without_short_forms(layer) for layer in layers], **own})
+    return hash_of_values({'layers': [without_short_forms(layer) for layer in layers], **own})
 
 
-def _without_short_forms(layer: Mapping) -> dict:
+def without_short_forms(layer: Mapping) -> dict:
     """The options of one layer, without those that only other layers would use."""
     unused = {'attention_pattern', *NEUTRAL}
     if 'dense_layers' in layer:

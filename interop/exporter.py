@@ -14,11 +14,13 @@ import psutil
 import torch
 
 from common.errors import UserError
-from interop.families import TRANSFORMERS, Family, canonical_options
+from interop.families import TRANSFORMERS, Family
+from interop.layers import canonical_options, layer_config, output_options
 from interop.pretrained_checkpoint import tensor_map_of
 from model_builder import Transformer, build_model
 from model_config import INITIALIZATION_REGISTRY, ModelArchitectureConfig
 
+OUTPUT = 'output'  # the place of the norm before the output head
 # Relative difference of logits that are computed in another order in fp32.
 TOLERANCE = 1e-3
 CHECKED_TOKENS = 16  # length of the text on which logits are compared
@@ -51,7 +53,7 @@ class ConvertedConfig(NamedTuple):
 def convert_config(config: ModelArchitectureConfig) -> ConvertedConfig:
     """The architecture in the first family of transformers that can express it.
 
-    Raises UserError naming the options that none can express.
+    Raises UserError naming the options that none can express, and the layers that have them.
     """
     attempts: list[tuple[Family, list[str], str | None]] = []
     for variant in (config, *zero_bias_variants(config)):
@@ -64,8 +66,7 @@ def convert_config(config: ModelArchitectureConfig) -> ConvertedConfig:
                 return ConvertedConfig(family, {'model_type': family.name, **fields}, variant)
             attempts.append((family, lost, refusal))
     family, lost, refusal = min(attempts[: len(TRANSFORMERS)], key=lambda attempt: len(attempt[1]))
-    options = canonical_options(config)
-    values = (refusal or '').rstrip('.') or ', '.join(f'{key}={options[key]!r}' for key in lost)
+    values = (refusal or '').rstrip('.') or ', '.join(lost)
     raise UserError(
         f'transformers cannot express this architecture: {values}. The closest family, '
         f'{family.architecture}, does not support that. {FILE_HINT}'
@@ -74,27 +75,52 @@ def convert_config(config: ModelArchitectureConfig) -> ConvertedConfig:
 
 def zero_bias_variants(config: ModelArchitectureConfig) -> Iterator[ModelArchitectureConfig]:
     """The same function with additional biases, all zero, if the norms are LayerNorms."""
-    options = config.to_dict()
-    if options['normalization'] in ('layernorm', 'layernorm_nobias'):
-        biases = {key: True for key in ('attention_bias', 'ffn_bias') if key in options}
-        yield config.replace(normalization='layernorm', **biases)
+    configs = {None: config, **config.kinds}
+    if any(c.normalization not in ('layernorm', 'layernorm_nobias') for c in configs.values()):
+        return
+    changes = {
+        letter: {
+            'normalization': 'layernorm',
+            **{key: True for key in ('attention_bias', 'ffn_bias') if key in c},
+        }
+        for letter, c in configs.items()
+    }
+    own = changes.pop(None)
+    yield config.replace(**own, **({'layer_kinds': changes} if config.get('layer_pattern') else {}))
 
 
 def _lost_options(
     family: Family, fields: dict, config: ModelArchitectureConfig, problems: list[str]
 ) -> list[str]:
-    """The options that change when the fields are read back."""
+    """The options that change in any layer when the fields are read back, as text."""
     read = family.read(fields, problems)
     try:
-        back = canonical_options(ModelArchitectureConfig(**{'arch_preset': 'custom', **read}))
+        back = ModelArchitectureConfig(**{'arch_preset': 'custom', **read})
     except UserError:  # invalid without the options that were left out
-        back = read
-    lost = [
-        key
-        for key, value in canonical_options(config).items()
-        if not _nearly_equal(back.get(key), value)
-    ]
-    return [key for key in lost if key not in {*RUN_TIME_OPTIONS, *training_only_options(config)}]
+        pairs = [(letter, canonical_options(kind), read) for letter, kind in config.kinds.items()]
+    else:
+        ours, theirs = (
+            {letter: canonical_options(kind) for letter, kind in c.kinds.items()}
+            for c in (config, back)
+        )
+        letters = dict.fromkeys(zip(config.layer_letters, back.layer_letters))
+        pairs = [(mine, ours[mine], theirs[other]) for mine, other in letters]
+        pairs.append((OUTPUT, output_options(config), output_options(back)))
+    ignored = {*RUN_TIME_OPTIONS, *training_only_options(config)}
+    places: dict[str, dict[str, None]] = {}  # of each lost option, an ordered set
+    for place, options, read_back in pairs:
+        for key, value in options.items():
+            if key not in ignored and not _nearly_equal(read_back.get(key), value):
+                places.setdefault(f'{key}={value!r}', {})[place] = None
+    return [_in_layers(text, list(where), config) for text, where in places.items()]
+
+
+def _in_layers(text: str, places: list[str], config: ModelArchitectureConfig) -> str:
+    """The text with the layers that it applies to, unless it applies to all."""
+    letters = [place for place in places if place != OUTPUT]
+    if set(letters) == config.kinds.keys():
+        return text
+    return f'{text} in layers {", ".join(letters)}' if letters else f'{text} outside the layers'
 
 
 def _nearly_equal(one, other) -> bool:
@@ -120,7 +146,8 @@ def export(config: ModelArchitectureConfig, weights: dict[str, torch.Tensor], fo
     tensors: dict[str, torch.Tensor] = {}
     for name, tensor in (weights | biases).items():
         tensor_map, names, zero_vector = tensor_map_of(family, name, variant)
-        tensors.update(zip(names, tensor_map.write(tensor.detach(), variant)))
+        parts = tensor_map.write(tensor.detach(), layer_config(variant, name))
+        tensors.update(zip(names, parts))
         if zero_vector:
             tensors[zero_vector] = tensor.new_zeros(len(tensor))
     header = {

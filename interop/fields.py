@@ -171,7 +171,7 @@ class Fields:
     def subobject(self, name: str) -> 'Fields':
         """The object in a field; an empty one if it is missing or null."""
         values = self.take(name, dict, optional=True) or {}
-        return Fields(values, self.problems, self.options, within=name)
+        return Fields(values, self.problems, self.options, within=self.full_name(name))
 
     def full_name(self, name: str) -> str:
         return f'{self.within}: {name}' if self.within else name

@@ -6,6 +6,7 @@ from dataclasses import field as dataclass_field
 from typing import Any, NamedTuple
 
 from interop.fields import Fields, same_value, short_repr
+from interop.layers import PerLayer, options_with, with_layer_pattern
 from interop.tensors import TensorMap
 from model_config import ModelArchitectureConfig, architecture_options
 
@@ -17,7 +18,8 @@ class FieldMap(NamedTuple):
 
     read: fields -> options; for each unsupported value a sentence is added to the fields' problems.
     write: our config -> fields. `write` omits an option that transformers cannot express;
-    `interop.export` reads the result back and detects it.
+    `interop.export` reads the result back and detects it. An option that differs between layers
+    is read as a `PerLayer`, and written from the layers of our config.
     """
 
     read: Callable[[Fields], dict]
@@ -52,7 +54,7 @@ def field(option: str, name: str, default: Any = REQUIRED, values: dict | None =
         return {}
 
     def write(config: ModelArchitectureConfig) -> dict:
-        value = config.to_dict().get(option)
+        value = options_with(config, option).get(option)
         if values is None:
             return {name: value}
         return {name: field_values[value]} if value in field_values else {}
@@ -84,7 +86,8 @@ def export_only(**fields: str) -> FieldMap:
         return {}
 
     return FieldMap(
-        read, lambda config: {name: config.to_dict()[option] for name, option in fields.items()}
+        read,
+        lambda config: {name: options_with(config, key)[key] for name, key in fields.items()},
     )
 
 
@@ -111,15 +114,37 @@ def kv_heads_field(default: int | None = None) -> FieldMap:
         shared = heads if shared is None else shared
         return {'use_gqa': True, 'num_kv_heads': shared} if shared != heads else {'use_gqa': False}
 
-    return FieldMap(read, lambda config: {'num_key_value_heads': num_kv_heads_of(config)})
+    def write(config: ModelArchitectureConfig) -> dict:
+        options = options_with(config, 'num_kv_heads')
+        return {'num_key_value_heads': options.get('num_kv_heads', options['n_head'])}
+
+    return FieldMap(read, write)
 
 
-def num_kv_heads_of(config: ModelArchitectureConfig) -> int:
-    options = config.to_dict()
-    return config.num_kv_heads if options.get('use_gqa') else config.n_head
+WINDOW, FULL = 'sliding_attention', 'full_attention'
 
 
-_WINDOW, _FULL = 'sliding_attention', 'full_attention'
+def read_layer_types(fields: Fields, has_window: Callable[[int, Fields], bool]) -> list[str]:
+    """WINDOW or FULL for each layer.
+
+    has_window: whether a layer has a window, if `layer_types` is missing.
+    """
+    layers = fields.take('num_hidden_layers', int, 0)
+    types = fields.take('layer_types', list, optional=True)
+    if types is None:
+        numbers = range(min(layers, MAX_LAYERS))
+        return [WINDOW if has_window(layer, fields) else FULL for layer in numbers]
+    if len(types) != layers:
+        fields.refuse('layer_types', f'has {len(types)} entries for {layers} layers')
+    for kind in dict.fromkeys(map(str, types)):
+        if kind not in (WINDOW, FULL):
+            fields.problems.append(f'layer_types: {short_repr(kind)} is not supported.')
+    return types
+
+
+def layer_types(config: ModelArchitectureConfig) -> list[str]:
+    """WINDOW or FULL for each layer."""
+    return [FULL if layer.get('sliding_window') is None else WINDOW for layer in config.layers]
 
 
 def windows_field(
@@ -135,59 +160,20 @@ def windows_field(
         window = fields.take('sliding_window', int, default, optional=True)
         if switch and not fields.take(switch, bool, False):
             window = None
-        layers = fields.take('num_hidden_layers', int, 0)
-        types = fields.take('layer_types', list, optional=True)
-        if types is None:
-            layers = range(min(layers, MAX_LAYERS))
-            types = [_WINDOW if has_window(layer, fields) else _FULL for layer in layers]
-        elif len(types) != layers:
-            fields.refuse('layer_types', f'has {len(types)} entries for {layers} layers')
-        for kind in sorted(set(types) - {_WINDOW, _FULL}):
-            fields.problems.append(f'layer_types: {short_repr(kind)} is not supported.')
-        letters = ''.join('L' if kind == _WINDOW else 'G' for kind in types)
-        if window is None or 'L' not in letters:
-            return {'sliding_window': None}
-        return {'sliding_window': window, 'attention_pattern': shortest_pattern(letters)}
+        types = read_layer_types(fields, has_window)
+        return {'sliding_window': PerLayer(window if kind == WINDOW else None for kind in types)}
 
     def write(config: ModelArchitectureConfig) -> dict:
-        names = {'L': _WINDOW, 'G': _FULL}
-        window = config.to_dict().get('sliding_window')
+        windows = (layer.get('sliding_window') for layer in config.layers)
+        window = next(filter(None, windows), None)
         return {
             # Without a switch, transformers builds the mask even if no layer uses it.
             'sliding_window': default if window is None and not switch else window,
             **({switch: window is not None} if switch else {}),
-            'layer_types': [names[letter] for letter in expanded_pattern(config)],
+            'layer_types': layer_types(config),
         }
 
     return FieldMap(read, write)
-
-
-def canonical_options(config: ModelArchitectureConfig) -> dict:
-    """The options in a canonical form: equal for equivalent architectures."""
-    options = config.to_dict()
-    del options['bias']  # only the default of other options
-    if 'attention_pattern' in options:
-        options['attention_pattern'] = expanded_pattern(config)
-    if 'use_gqa' in options:
-        options |= {'use_gqa': True, 'num_kv_heads': num_kv_heads_of(config)}
-    if options.get('dense_layers') == 0:
-        del options['d_ff']  # used by no layer
-    return options
-
-
-def expanded_pattern(config: ModelArchitectureConfig) -> str:
-    """A letter per layer: L for attention with a window, G for attention without."""
-    pattern = config.to_dict().get('attention_pattern', 'G')
-    return ''.join(pattern[layer % len(pattern)] for layer in range(config.n_layer))
-
-
-def shortest_pattern(letters: str) -> str:
-    """The shortest pattern whose repetition begins with those letters."""
-    for length in range(1, len(letters)):
-        repeated = letters[:length] * (len(letters) // length + 1)
-        if repeated.startswith(letters):
-            return letters[:length]
-    return letters
 
 
 @dataclass(frozen=True)
@@ -221,6 +207,7 @@ class Family:
             for field_map in self.field_maps
             for key, value in field_map.read(config_fields).items()
         }
+        options = with_layer_pattern(options)
         config_fields.refuse_unread(self.irrelevant_fields)
         if options.get('n_layer', 0) > MAX_LAYERS:
             problems.append(f'n_layer={options["n_layer"]} exceeds the maximum of {MAX_LAYERS:,}.')

@@ -19,6 +19,7 @@ from interop import hub
 from interop.checkpoint_folder import read_json_object, weight_files
 from interop.families import NANOGPT, TRANSFORMERS, Family, TensorMap
 from interop.fields import short_repr
+from interop.layers import layer_config
 from model_builder import build_model
 from model_config import ModelArchitectureConfig
 from training.checkpoint import load_tensors, unreadable_tensors
@@ -80,7 +81,8 @@ class PretrainedCheckpoint:
         """
         shapes = {name: p.shape for name, p in build_model(config).named_parameters()}
         for name, (tensor_map, names) in self._tensor_maps.items():
-            tensor = tensor_map.read([self.tensors[key].read() for key in names], config)
+            read = [self.tensors[key].read() for key in names]
+            tensor = tensor_map.read(read, layer_config(config, name))
             if tensor.shape != shapes[name]:
                 raise UserError(
                     f'{self.name}: {", ".join(names)} give a tensor of shape '
@@ -104,7 +106,7 @@ class PretrainedCheckpoint:
             tensor_map, names, zero_vector = tensor_map_of(self.family, name, config)
             names = [self._stored_name(tensor_name) for tensor_name in names]
             tensor_maps[name] = tensor_map, names
-            parts = tensor_map.write(parameter.detach(), config)
+            parts = tensor_map.write(parameter.detach(), layer_config(config, name))
             shapes.update((key, tuple(part.shape)) for key, part in zip(names, parts))
             zero_vectors.add(zero_vector)
         self._check_names(shapes, zero_vectors, config)
@@ -117,7 +119,7 @@ class PretrainedCheckpoint:
         A model of that many would take minutes to build.
         """
         for option in ('n_layer', 'num_experts'):
-            number = config.to_dict().get(option) or 0
+            number = max(kind.get(option) or 0 for kind in config.kinds.values())
             if number > len(self.tensors):
                 raise UserError(
                     f'{self.name}: its config has {option}={number}, but its files have only '
@@ -208,7 +210,7 @@ def tensor_map_of(
     tensor_map = family.weights[re.sub(r'^blocks\.\d+\.', 'blocks.{layer}.', name)]
     number = layer and layer[1]
     zeros = tensor_map.zero_vector and tensor_map.zero_vector.format(layer=number)
-    return tensor_map, tensor_map.names(number, config), zeros
+    return tensor_map, tensor_map.names(number, layer_config(config, name)), zeros
 
 
 # --------------------------------------------------------------------------------------------------

@@ -1,9 +1,11 @@
 """Config fields of rotary positions, in the formats of transformers 5 and 4."""
 
 import math
+from collections.abc import Callable
 
 from interop.fields import Fields, short_repr
-from interop.mapping import REQUIRED, FieldMap, field
+from interop.layers import ABSENT, PerLayer, options_with
+from interop.mapping import FULL, MAX_LAYERS, REQUIRED, WINDOW, FieldMap, field, layer_types
 from model_config import ModelArchitectureConfig
 
 # For each of our scalings: their key -> (our option, its value if the key is missing).
@@ -38,17 +40,99 @@ def rope_fields(
         return _read(fields, read_rope_parameters(fields), default_theta, theta, fraction)
 
     def write(config: ModelArchitectureConfig) -> dict:
-        if config.position_encoding != 'rope':
+        options = options_with(config, 'rope_theta')
+        if 'rope_theta' not in options:
             return {}
         written = {
-            theta: config.rope_theta,
-            **({fraction: config.rope_fraction} if fraction else {}),
+            theta: options['rope_theta'],
+            **({fraction: options['rope_fraction']} if fraction else {}),
         }
-        scaling = _SCALINGS.get(config.rope_scaling)
-        if scaling:
-            values = {name: config.to_dict()[option] for name, (option, _) in scaling.items()}
-            written['rope_scaling'] = {'rope_type': config.rope_scaling, **values}
+        if options['rope_scaling'] in _SCALINGS:
+            written['rope_scaling'] = _scaling_fields(options)
         return written
+
+    return FieldMap(read, write)
+
+
+def _scaling_fields(options: dict) -> dict:
+    """The type of scaling and its parameters."""
+    scaling = _SCALINGS.get(options['rope_scaling'], {})
+    return {
+        'rope_type': options['rope_scaling'] if scaling else 'default',
+        **{name: options[option] for name, (option, _) in scaling.items()},
+    }
+
+
+def rope_by_layer_type_fields(
+    read_types: Callable[[Fields], list[str]],
+    default_theta: dict[str, float],
+    local_theta: str | None,
+) -> FieldMap:
+    """Rotary positions of layers with a window and of those without, in `rope_parameters`.
+
+    read_types: returns WINDOW or FULL for each layer. default_theta: of each of them. local_theta:
+    the name in version 4 of theta in layers with a window, if it has one. The `rope_theta` and
+    `rope_scaling` of version 4 belong to layers without a window.
+    """
+    outside = {WINDOW: local_theta, FULL: 'rope_theta'}
+    copies = {None: ('rope_theta',), local_theta: (), 'rope_theta': ()}
+
+    def read(fields: Fields) -> dict:
+        if fields.value('rope_scaling') and fields.value('rope_parameters'):
+            fields.refuse('rope_scaling', 'rope_parameters exists too. Delete one of them')
+        if _LENGTH in fields:
+            fields.refuse(_LENGTH, 'must be in the rope_parameters of the layers')
+        parameters = fields.subobject('rope_parameters')
+        nested = {kind: parameters.subobject(kind) for kind in outside}
+        _refuse_rest(parameters)
+        if fields.value('rope_scaling'):
+            nested[FULL] = fields.subobject('rope_scaling')
+            nested[FULL].values.setdefault('rope_type', 'default')
+        options = {
+            kind: _read(fields, nested[kind], default_theta[kind], name, None, copies[name])
+            for kind, name in outside.items()
+        }
+        types = read_types(fields)
+        return {
+            option: PerLayer(options[kind].get(option, ABSENT) for kind in types)
+            for option in {**options[WINDOW], **options[FULL]}
+        }
+
+    def write(config: ModelArchitectureConfig) -> dict:
+        written = {}
+        for kind, layer in zip(layer_types(config), config.layers):
+            if kind not in written and layer.position_encoding == 'rope':
+                written[kind] = {'rope_theta': layer.rope_theta, **_scaling_fields(layer.to_dict())}
+        return {'rope_parameters': written}
+
+    return FieldMap(read, write)
+
+
+def no_rope_layers_field(rope: FieldMap) -> FieldMap:
+    """Rotary positions, without any in the layers that `no_rope_layers` names by a 0.
+
+    rope: the fields of rotary positions. Without the list, each `no_rope_layer_interval`th layer,
+    4 by default, has none.
+    """
+
+    def read(fields: Fields) -> dict:
+        layers = min(fields.take('num_hidden_layers', int, 0), MAX_LAYERS)
+        interval = fields.take('no_rope_layer_interval', int, 4)
+        rotated = fields.take('no_rope_layers', list, optional=True)
+        if rotated is None:
+            if interval < 1:
+                fields.refuse('no_rope_layer_interval', 'must be at least 1')
+                return {}
+            rotated = [(layer + 1) % interval for layer in range(layers)]
+        elif len(rotated) < layers or any(type(flag) not in (int, bool) for flag in rotated):
+            fields.refuse('no_rope_layers', f'must be {layers} numbers, 0 or 1')
+        encodings = PerLayer('rope' if flag else 'none' for flag in rotated[:layers])
+        options = rope.read(fields)
+        return {**(options if 'rope' in encodings else {}), 'position_encoding': encodings}
+
+    def write(config: ModelArchitectureConfig) -> dict:
+        flags = [int(layer.position_encoding != 'none') for layer in config.layers]
+        return {**rope.write(config), 'no_rope_layers': flags}
 
     return FieldMap(read, write)
 
@@ -66,16 +150,21 @@ def read_rope_parameters(fields: Fields) -> Fields:
 
 
 def _read(
-    fields: Fields, rope_parameters: Fields, default_theta: float, theta: str, fraction: str | None
+    fields: Fields,
+    rope_parameters: Fields,
+    default_theta: float,
+    theta: str | None = 'rope_theta',
+    fraction: str | None = None,
+    copies: tuple[str, ...] = ('rope_theta',),
 ) -> dict:
+    # copies: other names of theta, whose values must be equal.
     # The base frequency, and the fraction of a head that is rotated.
     options = {
         'position_encoding': 'rope',
-        'rope_theta': _number(fields, rope_parameters, 'rope_theta', theta, default_theta),
+        'rope_theta': _number(fields, rope_parameters, 'rope_theta', theta, default_theta, copies),
     }
-    rotated = _number(
-        fields, rope_parameters, 'partial_rotary_factor', fraction, 0.25 if fraction else 1.0
-    )
+    key = 'partial_rotary_factor'
+    rotated = _number(fields, rope_parameters, key, fraction, 0.25 if fraction else 1.0, (key,))
     if fraction:
         options['rope_fraction'] = rotated
     elif rotated != 1:
@@ -104,11 +193,15 @@ def _read(
             options |= field(option, key, default).read(rope_parameters)
     if kind == 'yarn':
         _refuse_crossed_bounds(rope_parameters, options)
-    # Refuse all other keys, which might have an effect.
+    _refuse_rest(rope_parameters)
+    return {**options, 'rope_scaling': kind}
+
+
+def _refuse_rest(rope_parameters: Fields) -> None:
+    """Refuse all keys that were not read, which might have an effect."""
     for key in sorted(rope_parameters.unread, key=str):
         if rope_parameters.values[key] is not None:
             rope_parameters.refuse(key, 'not supported')
-    return {**options, 'rope_scaling': kind}
 
 
 def _refuse_crossed_bounds(rope_parameters: Fields, options: dict) -> None:
@@ -122,14 +215,19 @@ def _refuse_crossed_bounds(rope_parameters: Fields, options: dict) -> None:
 
 
 def _number(
-    fields: Fields, rope_parameters: Fields, key: str, name: str | None, default: float
+    fields: Fields,
+    rope_parameters: Fields,
+    key: str,
+    name: str | None,
+    default: float,
+    copies: tuple[str, ...],
 ) -> float:
     """A number in the object, or outside it under the family's own name.
 
-    Copies under other names, which transformers does not read, must be equal.
+    copies: other names outside it, which transformers does not read; the values must be equal.
     """
     read = {rope_parameters.full_name(key): rope_parameters.take(key, float, optional=True)}
-    unread = {} if name == key else {key: fields.take(key, float, optional=True)}
+    unread = {copy: fields.take(copy, float, optional=True) for copy in copies if copy != name}
     if name:
         read[name] = fields.take(name, float, optional=True)
     values = {called: value for called, value in read.items() if value is not None}
@@ -168,7 +266,7 @@ def deepseek_rope_fields() -> FieldMap:
         mscale, mscale_all_dim = (
             rope_parameters.take(key, float, optional=True) for key in ('mscale', 'mscale_all_dim')
         )
-        options = _read(fields, rope_parameters, 10000.0, 'rope_theta', None)
+        options = _read(fields, rope_parameters, 10000.0)
         factor = options.get('rope_scaling_factor')
         if factor is None or not mscale_all_dim:
             return options
@@ -182,11 +280,11 @@ def deepseek_rope_fields() -> FieldMap:
         return {**options, 'attention_scale': head_dim**-0.5 * score_factor * score_factor}
 
     def write(config: ModelArchitectureConfig) -> dict:
-        written, options = plain.write(config), config.to_dict()
+        written, options = plain.write(config), options_with(config, 'qk_nope_head_dim')
         scaling = written.get('rope_scaling')
         if scaling and 'qk_nope_head_dim' in options and scaling['factor'] > 1:
-            head_dim = config.qk_nope_head_dim + config.qk_rope_head_dim
-            score_factor = (config.attention_scale * head_dim**0.5) ** 0.5
+            head_dim = options['qk_nope_head_dim'] + options['qk_rope_head_dim']
+            score_factor = (options['attention_scale'] * head_dim**0.5) ** 0.5
             scaling['mscale_all_dim'] = (score_factor - 1) / (0.1 * math.log(scaling['factor']))
         return written
 

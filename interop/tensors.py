@@ -20,6 +20,8 @@ class TensorMap:
     offset. resize: applied to an embedding of another length when it is read. unused_rows: number
     of their first rows that are unused. zero_vector: a vector of theirs, one number per row, that
     must be zero.
+
+    The configs that its functions and methods take are those of the parameter's layer.
     """
 
     templates: tuple[str, ...]

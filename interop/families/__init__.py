@@ -11,7 +11,7 @@ from interop.families.gpt2 import GPT2, NANOGPT
 from interop.families.gpt_neox import GPT_NEOX
 from interop.families.llama import LLAMA, MISTRAL, MIXTRAL, OLMO2, QWEN3
 from interop.families.opt import OPT
-from interop.mapping import Family, canonical_options
+from interop.mapping import Family
 from interop.tensors import TensorMap
 
 # By transformers' model_type. An architecture is exported as the first that can express it.
@@ -32,4 +32,4 @@ TRANSFORMERS = {
     )
 }
 
-__all__ = ['NANOGPT', 'TRANSFORMERS', 'Family', 'TensorMap', 'canonical_options']
+__all__ = ['NANOGPT', 'TRANSFORMERS', 'Family', 'TensorMap']

@@ -1,5 +1,7 @@
 """DeepSeek-V2 and V3."""
 
+import itertools
+
 import torch
 
 from interop.families.llama import (
@@ -72,6 +74,16 @@ def _read_head_dim(fields: Fields) -> dict:
     return {}
 
 
+def _dense_layers_field(default: int) -> FieldMap:
+    """The number of first layers without a mixture of experts."""
+
+    def write(config: ModelArchitectureConfig) -> dict:
+        dense = itertools.takewhile(lambda layer: layer.ffn_type != 'moe', config.layers)
+        return {'first_k_dense_replace': len(list(dense))}
+
+    return FieldMap(field('dense_layers', 'first_k_dense_replace', default).read, write)
+
+
 _DEEPSEEK = (
     required_field(rms_norm_eps=1e-6),  # norms of latents always use it, regardless of the field
     field('d_ff', 'intermediate_size'),
@@ -84,7 +96,7 @@ _DEEPSEEK = (
     field('expert_ffn', 'hidden_act', 'silu', {'silu': 'swiglu'}),
     field('weight_tying', 'tie_word_embeddings', False),
     constant_option(attention_type='mla', ffn_type='moe', ffn_bias=False),
-    FieldMap(_read_kv_heads, lambda config: {'num_key_value_heads': config.n_head}),
+    FieldMap(_read_kv_heads, lambda config: {'num_key_value_heads': config.layers[0].n_head}),
     FieldMap(_read_head_dim, lambda config: {}),
     required_field(moe_layer_freq=1),
     deepseek_rope_fields(),
@@ -142,7 +154,7 @@ DEEPSEEK_V2 = Family(
         field('experts_per_token', 'num_experts_per_tok'),
         field('expert_d_ff', 'moe_intermediate_size', 1407),
         field('shared_experts', 'n_shared_experts', 2),
-        field('dense_layers', 'first_k_dense_replace', 0),
+        _dense_layers_field(0),
         field('router_scale', 'routed_scaling_factor', 1.0),
         constant_option(router_score='softmax', router_normalize=False),
         required_field(topk_method='greedy', norm_topk_prob=False, mlp_bias=False),
@@ -167,7 +179,7 @@ DEEPSEEK_V3 = Family(
         field('experts_per_token', 'num_experts_per_tok', 8),
         field('expert_d_ff', 'moe_intermediate_size', 2048),
         field('shared_experts', 'n_shared_experts', 1),
-        field('dense_layers', 'first_k_dense_replace', 3),
+        _dense_layers_field(3),
         field('router_normalize', 'norm_topk_prob', True),
         field('router_scale', 'routed_scaling_factor', 2.5),
         constant_option(router_score='sigmoid'),

@@ -2,6 +2,7 @@
 
 from interop.families.llama import ATTENTION, EMBEDDING_AND_HEAD, GATED_FFN, LAYER, llama_fields
 from interop.fields import Fields
+from interop.layers import options_with
 from interop.mapping import (
     Family,
     FieldMap,
@@ -26,7 +27,7 @@ def _read_scale(fields: Fields) -> dict:
 
 
 def _write_scale(config: ModelArchitectureConfig) -> dict:
-    scale = config.to_dict().get('attention_scale')
+    scale = options_with(config, 'attention_scale').get('attention_scale')
     return {'query_pre_attn_scalar': round(scale**-2)} if scale else {}
 
 

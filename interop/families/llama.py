@@ -1,6 +1,7 @@
 """Llama and its close relatives: Mistral, Qwen3, OLMo 2, Mixtral."""
 
 from interop.fields import Fields
+from interop.layers import num_kv_heads_of
 from interop.mapping import (
     Family,
     FieldMap,
@@ -9,7 +10,6 @@ from interop.mapping import (
     export_only,
     field,
     kv_heads_field,
-    num_kv_heads_of,
     windows_field,
 )
 from interop.rope import rope_fields

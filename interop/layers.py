@@ -1,0 +1,96 @@
+"""Options by layer: read into a layer pattern with its kinds, and written from a model's layers."""
+
+import string
+from collections.abc import Callable
+from typing import Any
+
+from common.architecture_identity import without_short_forms
+from common.architecture_options import shared_options
+from common.layer_pattern import shortest_pattern
+from model_config import ModelArchitectureConfig
+
+ABSENT = object()  # the value of an option that a layer does not use
+
+
+class PerLayer(tuple):
+    """In place of an option's value: its value in each layer."""
+
+
+# The natural letter of a kind of layers, by its value of an option that tells the kinds apart.
+_LETTERS: dict[str, Callable[[Any], str]] = {
+    'sliding_window': lambda window: 'G' if window is None else 'L',  # global, local
+    'position_encoding': lambda encoding: 'N' if encoding == 'none' else 'R',  # none, rotary
+}
+
+
+def with_layer_pattern(options: dict) -> dict:
+    """The options, with a layer pattern and its kinds in place of the values `PerLayer`.
+
+    The most frequent kind has the model's own options. Windows alone have their short form.
+    """
+    each = {key: values for key, values in options.items() if isinstance(values, PerLayer)}
+    common = {key: value for key, value in options.items() if key not in each}
+    layers = list(zip(*each.values()))  # of each layer, the values
+    kinds = {
+        values: {key: value for key, value in zip(each, values) if value is not ABSENT}
+        for values in dict.fromkeys(layers)
+    }
+    if len(kinds) < 2:
+        return {**common, **next(iter(kinds.values()), {})}
+    names = _letters(kinds)
+    pattern = shortest_pattern(''.join(names[values] for values in layers))
+    own = kinds[max(kinds, key=layers.count)]
+    differing = [key for key, values in each.items() if len(set(values)) > 1]
+    windows = set(each.get('sliding_window', ())) - {None}
+    if differing == ['sliding_window'] and len(windows) == 1:
+        (own['sliding_window'],) = windows
+        return {**common, **own, 'attention_pattern': pattern}
+    overrides = {
+        names[values]: {key: value for key, value in kind.items() if own.get(key, ABSENT) != value}
+        for values, kind in kinds.items()
+        if kind is not own
+    }
+    return {**common, **own, 'layer_pattern': pattern, 'layer_kinds': overrides}
+
+
+def _letters(kinds: dict[tuple, dict]) -> dict[tuple, str]:
+    """A letter for each kind of layers: a natural one if those differ, else A, B, …"""
+    for option, letter_of in _LETTERS.items():
+        letters = [letter_of(kind.get(option)) for kind in kinds.values()]
+        if len(set(letters)) == len(kinds):
+            return dict(zip(kinds, letters))
+    return dict(zip(kinds, string.ascii_uppercase))
+
+
+def canonical_options(config: ModelArchitectureConfig) -> dict:
+    """The options of layers that are all alike, in a canonical form: equal for equal functions."""
+    options = without_short_forms(config.to_dict())
+    del options['bias']  # only the default of other options
+    if 'use_gqa' in options:
+        options |= {'use_gqa': True, 'num_kv_heads': num_kv_heads_of(config)}
+    return options
+
+
+def output_options(config: ModelArchitectureConfig) -> dict:
+    """The model's own options of the norm before the output head."""
+    shared = shared_options()
+    return {key: value for key, value in config.to_dict().items() if key in shared}
+
+
+def options_with(config: ModelArchitectureConfig, option: str) -> dict:
+    """The canonical options of the first layer that uses the option; else the model's own."""
+    kinds = map(canonical_options, config.kinds.values())
+    return next((options for options in kinds if option in options), config.to_dict())
+
+
+def layer_config(config: ModelArchitectureConfig, parameter: str) -> ModelArchitectureConfig:
+    """The options of the layer that a parameter belongs to; the model's own if it is in none."""
+    block, _, rest = parameter.partition('.')
+    if block != 'blocks':
+        return config
+    return config.kinds[config.layer_letters[int(rest.partition('.')[0])]]
+
+
+def num_kv_heads_of(config: ModelArchitectureConfig) -> int:
+    """The number of key/value heads of layers that are all alike."""
+    return config.num_kv_heads if config.get('use_gqa') else config.n_head
