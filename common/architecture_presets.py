@@ -29,6 +29,15 @@ _GROUPS_OF_FOUR = {
     'num_kv_heads': partial(kv_heads_in_groups_of, 4),
     'd_ff': lambda values: 7 * values['n_embd'] // 2,
 }
+_OLMO = {
+    **_LLAMA,
+    'rope_theta': 5e5,
+    'norm_eps': 1e-6,
+    'norm_position': 'reordered',
+    'qk_norm': 'rmsnorm',
+    'qk_norm_scope': 'projection',
+    'z_loss': 1e-5,
+}
 # A value may be a function of the merged values, so that it follows overrides.
 PRESETS = {
     'gpt2': {
@@ -92,14 +101,25 @@ PRESETS = {
         'scale_embeddings': True,
         'weight_tying': True,
     },
-    'olmo2': {
+    'olmo2': _OLMO,
+    'olmo3': {
+        **_OLMO,
+        'layer_pattern': 'LLLG',
+        'layer_kinds': {
+            'L': {'sliding_window': lambda values: max(1, values['block_size'] // 2)},
+            'G': {'sliding_window': None},
+        },
+    },
+    'smollm3': {
         **_LLAMA,
-        'rope_theta': 5e5,
+        'rope_theta': 5e6,
         'norm_eps': 1e-6,
-        'norm_position': 'reordered',
-        'qk_norm': 'rmsnorm',
-        'qk_norm_scope': 'projection',
-        'z_loss': 1e-5,
+        'use_gqa': True,
+        'num_kv_heads': partial(kv_heads_in_groups_of, 4),
+        'd_ff': lambda values: 43 * values['n_embd'] // 8,
+        'weight_tying': True,
+        'layer_pattern': 'RRRN',
+        'layer_kinds': {'N': {'position_encoding': 'none'}},
     },
     'mistral': {
         **_LLAMA,
@@ -188,6 +208,15 @@ PRESET_DESCRIPTIONS = {
     'olmo2': (
         "OLMo 2 (OLMo et al. 2024), the 7B model's components: norms after the sublayers, QK "
         'norm over all heads at once, z-loss'
+    ),
+    'olmo3': (
+        "OLMo 3 (OLMo et al. 2025), the 7B model's components: `olmo2` with a window of half the "
+        'context in three of four layers (4096 of 8192 in the original). For a longer context, as '
+        'in the original, only the other layers: layer_kinds.G.rope_scaling=yarn'
+    ),
+    'smollm3': (
+        "SmolLM3 (Bakouch et al. 2025) with the 3B model's ratios: no positions in every fourth "
+        'layer, 4 query heads share keys and values, FFN 5.375 · n_embd wide, tied head'
     ),
     'mistral': (
         "Mistral (Jiang et al. 2023) with the 7B model's ratios: heads and FFN as in "

@@ -206,7 +206,13 @@ def _changes(config: ModelArchitectureConfig) -> str:
     (options,) = architecture_schema().values()
     values = config.to_dict()
     changed = {key: values[key] for key in PRESETS[config.preset] if key in values}
+    kinds = changed.pop('layer_kinds', {})
     shown = [f'`{key}={value}`' for key, value in changed.items() if value != options[key].default]
+    shown += [
+        f'`layer_kinds.{letter}.{key}={value}`'
+        for letter, own in kinds.items()
+        for key, value in own.items()
+    ]
     return ', '.join(shown) or '–'
 
 

@@ -36,7 +36,11 @@ CPU = torch.device('cpu')
 # --- The backend of a device ----------------------------------------------------------------------
 
 # The backend on a CPU and on MPS, and the one on CUDA.
-BACKENDS = {'gemma2': ('manual', 'flex'), 'mistral': ('sdpa', 'flex')}
+BACKENDS = {
+    'gemma2': ('manual', 'flex'),
+    'mistral': ('sdpa', 'flex'),
+    'olmo3': ('sdpa', 'flex'),
+}
 
 
 @pytest.mark.parametrize('preset', PRESETS)

@@ -8,7 +8,7 @@ from helpers.project import PROJECT
 
 from common.architecture_presets import PRESET_DESCRIPTIONS, PRESETS
 from common.registry import Registry
-from configurator import flatten
+from configurator import flatten, read_command_line
 from model_builder import build_model, count_parameters
 from model_config import CORE_OPTIONS, ModelArchitectureConfig
 from training.component_reference import component_page, list_components
@@ -74,11 +74,14 @@ def test_page_lists_every_preset_with_its_parameters(page):
 def test_changed_options_of_a_preset_rebuild_it(page):
     changed = sections(page)['Presets'].partition('Options that')[2]
     for preset, (_, cells) in rows(changed).items():
-        options = dict(re.findall(r'`(\w+)=(.*?)`', cells))
-        architecture = flatten(schema())
-        values = {key: architecture[key].parse(key, text) for key, text in options.items()}
-        rebuilt = ModelArchitectureConfig(arch_preset='custom', **values)
-        assert rebuilt.to_dict() == ModelArchitectureConfig(arch_preset=preset).to_dict(), preset
+        settings = [f'--{setting}' for setting in re.findall(r'`(.*?)`', cells)]
+        line = read_command_line(['--arch_preset=custom', *settings], schema)
+        rebuilt = ModelArchitectureConfig.resolve(line.layers, line.problems)
+        assert line.problems == []
+        config = ModelArchitectureConfig(arch_preset=preset)
+        assert rebuilt.layers == config.layers and rebuilt.hash == config.hash, preset
+        own = [{**c.to_dict(), 'layer_kinds': None} for c in (rebuilt, config)]
+        assert own[0] == own[1], preset
 
 
 def test_page_lists_options_that_belong_to_no_component(page):
