@@ -3,6 +3,8 @@
 The registries are filled by `model_components`; this module imports no torch.
 """
 
+from functools import lru_cache
+
 from common.architecture_presets import PRESETS
 from common.dict_option import DictOption
 from common.layer_pattern import SYNTAX, is_kind, is_layer_pattern
@@ -141,6 +143,16 @@ SHARED_OPTIONS = ('normalization', 'dropout')
 
 def layer_options() -> dict[str, Option]:
     """The options in which layers may differ."""
+    return dict(_layer_options(_registered()))
+
+
+def _registered() -> tuple:
+    """The components, on which the options depend."""
+    return tuple(tuple(registry.registered()) for registry in REGISTRIES)
+
+
+@lru_cache(maxsize=4)
+def _layer_options(registered: tuple) -> dict[str, Option]:
     core = {key: option for key, option in CORE_OPTIONS.items() if option.scope == 'layer'}
     options = with_component_options(core)
     return {key: option for key, option in options.items() if option.scope == 'layer'}
@@ -167,4 +179,9 @@ def refused_in_kind(key: str, value: object) -> str | None:
 
 def architecture_options() -> dict[str, Option]:
     """The core options, each followed by the options of the components it chooses from."""
+    return dict(_architecture_options(_registered()))
+
+
+@lru_cache(maxsize=4)
+def _architecture_options(registered: tuple) -> dict[str, Option]:
     return with_component_options(CORE_OPTIONS)

@@ -3,7 +3,7 @@
 import inspect
 import math
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
+from functools import cache, partial
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -102,6 +102,7 @@ GROUPED_MM_CAPABILITIES = (9, 10)
 SCORES = {'softmax': partial(torch.softmax, dim=-1), 'sigmoid': torch.sigmoid}
 
 
+@cache  # asked for each component whenever options are listed
 def can_be_expert(ffn: type[FeedForward]) -> bool:
     """Whether its constructor takes the width and the class of its linear layers."""
     return {'width', 'linear'} <= inspect.signature(ffn).parameters.keys()

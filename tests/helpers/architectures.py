@@ -10,7 +10,9 @@ from hypothesis import assume, note
 from hypothesis import strategies as st
 
 import model_components  # noqa: F401  fills the registries before their names are listed
+from common.architecture_options import layer_options, shared_options
 from common.errors import UserError
+from common.layer_pattern import letters_of
 from common.registry import Option, Registry
 from model_builder import Transformer, build_model
 from model_config import CORE_OPTIONS, ModelArchitectureConfig
@@ -62,6 +64,7 @@ VALUES = {
     'router_scale': (1.0, 2.5),
     'load_balance_weight': (0.0, 0.01),
     'router_z_loss': (0.0, 0.01),
+    'layer_pattern': (),  # `layer_tables` has patterns
 }
 # Options whose None is resolved from the dataset.
 NEVER_NONE = ('end_of_text',)
@@ -97,6 +100,31 @@ def pick_values(pick: Callable[[Sequence], object], **fixed) -> dict:
 
     add(CORE_OPTIONS)
     return chosen
+
+
+# Layers of kind U have the model's own options.
+PATTERNS = ('UA', 'AB', 'UAB', 'AAB*', 'U AB*', 'B*2 A*', 'ABA B*', 'U*3 AB', 'A')
+
+
+def layer_table_values(pick: Callable[[Sequence], object], **fixed) -> dict:
+    """Values of a model of five layers of up to three kinds; each has a value chosen by `pick` for
+    each option in which layers may differ."""
+
+    def of_layers() -> dict:
+        # Absolute position encodings are those of all layers.
+        encoding = pick(('rope', 'none', 'alibi', 't5_relative'))
+        values = pick_values(pick, **{'position_encoding': encoding, 'n_head': pick((2, 4)), **fixed})
+        return {key: value for key, value in values.items() if key in layer_options()}
+
+    pattern = pick(PATTERNS)
+    kinds = {letter: of_layers() for letter in letters_of(pattern)}
+    model = {
+        key: value
+        for key, value in pick_values(pick, **fixed).items()
+        if key not in layer_options() or key in shared_options()
+    }
+    model |= kinds.pop('U', {})
+    return {**model, 'n_layer': 5, 'layer_pattern': pattern, 'layer_kinds': kinds}
 
 
 def with_backend(config: ModelArchitectureConfig, backend: str) -> ModelArchitectureConfig | None:
