@@ -165,13 +165,15 @@ class ModelArchitectureConfig(FrozenConfig):
         unused = base.useless | {
             k: t for merged in merges.values() for k, t in merged.useless.items()
         }
+        shared = shared_options(base.values)
         problems += [
             text
             for key, text in unused.items()
-            if all(key not in merged.values for merged in merges.values())
+            if key not in shared
+            and all(key not in merged.values for merged in merges.values())
             and not any(key in kind.overrides for kind in kinds.values())
         ]
-        ignored, partly_ignored = ignored_by_layers(base, kinds, shared_options())
+        ignored, partly_ignored = ignored_by_layers(base, kinds, shared)
         problems += ignored
         notes += partly_ignored
         resolved = {name: self._of_merge(merged) for name, merged in merges.items()}
@@ -191,7 +193,7 @@ class ModelArchitectureConfig(FrozenConfig):
             self.origins.pop(key, None)
         if has_base_layers:
             return
-        shared = shared_options()
+        shared = shared_options(self._values)
         for key in layer_options().keys() - CORE_OPTIONS.keys() - shared:
             if key in self and not any(key in kind for kind in kinds.values()):
                 del self._values[key], self.origins[key]
@@ -313,7 +315,7 @@ class ModelArchitectureConfig(FrozenConfig):
     def hash(self) -> str:
         """A hash, equal exactly if the resolved options of all layers are equal, on any device."""
         config = self.for_device('cpu')
-        shared = shared_options()
+        shared = shared_options(config._values)
         output = {key: value for key, value in config._values.items() if key in shared}
         return hash_of_layers([layer._values for layer in config.layers], output)
 

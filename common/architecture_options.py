@@ -8,7 +8,7 @@ from functools import lru_cache
 from common.architecture_presets import PRESETS
 from common.dict_option import DictOption
 from common.layer_pattern import SYNTAX, is_kind, is_layer_pattern
-from common.option_merge import with_component_options
+from common.option_merge import active_keys, with_component_options
 from common.registry import AnyBut, Option, Registry, above, at_least, fraction
 
 _HOME = 'model_components'
@@ -158,9 +158,9 @@ def _layer_options(registered: tuple) -> dict[str, Option]:
     return {key: option for key, option in options.items() if option.scope == 'layer'}
 
 
-def shared_options() -> set[str]:
-    """The options of layers that the model uses outside its layers too."""
-    return set(with_component_options({key: CORE_OPTIONS[key] for key in SHARED_OPTIONS}))
+def shared_options(values: dict) -> set[str]:
+    """The options of layers that the model with these values uses outside its layers too."""
+    return set(active_keys({key: CORE_OPTIONS[key] for key in SHARED_OPTIONS}, values))
 
 
 def refused_in_kind(key: str, value: object) -> str | None:

@@ -80,7 +80,7 @@ def merge_layers(
         if callable(value):
             merged.values[key] = value(merged.values)
     # 3. Find the active options.
-    active = dict.fromkeys(_active_keys(core, merged.values))  # an ordered set
+    active = dict.fromkeys(active_keys(core, merged.values))  # an ordered set
     # 4. Go through the values that were set for inactive options. If a higher layer made the
     #    deciding choice, the value is a leftover and is dropped; otherwise it is a mistake.
     dropped, useless = {}, {}
@@ -219,7 +219,7 @@ def chosen_components(core: dict[str, Option], values: dict) -> Iterator[tuple[s
             yield key, option.choices[values[key]]
 
 
-def _active_keys(core: dict[str, Option], values: dict) -> Iterator[str]:
+def active_keys(core: dict[str, Option], values: dict) -> Iterator[str]:
     """Keys that have an effect: the core options, and those of each chosen component."""
     queue = list(core.items())
     seen = set()

@@ -144,7 +144,7 @@ class AttentionBackend(Component):
 
 def layer_specs(config: ModelArchitectureConfig) -> list[AttentionSpec]:
     """The attention scores of each layer; one for all if they are alike."""
-    layers = (config,) if config.is_uniform else config.layers
+    layers = config.layers[:1] if config.is_uniform else config.layers
     return [
         ATTENTION_REGISTRY[layer.attention_type].layer_spec(layer, number)
         for number, layer in enumerate(layers)

@@ -209,12 +209,14 @@ NUMBERS = {
     'router_scale': 2.0,
     'load_balance_weight': 0.5,
     'router_z_loss': 0.5,
+    'layer_pattern': 'AB',
 }
 # Options that must be set together with a value.
 COMPANIONS = {
     ('use_gqa', True): {'num_kv_heads': 1},
     ('attention_backend', 'flex'): {'attention_dropout': 0.0},
     ('document_mask', True): {'end_of_text': 3},
+    ('layer_pattern', 'AB'): {'layer_kinds': {'A': {'attention_scale': 2.0}}},
     ('attention_softcap', NUMBERS['attention_softcap']): {'attention_backend': 'manual'},
 }
 BASES = {

@@ -10,7 +10,7 @@ from hypothesis import assume, note
 from hypothesis import strategies as st
 
 import model_components  # noqa: F401  fills the registries before their names are listed
-from common.architecture_options import layer_options, shared_options
+from common.architecture_options import architecture_options, layer_options, shared_options
 from common.errors import UserError
 from common.layer_pattern import letters_of
 from common.registry import Option, Registry
@@ -95,7 +95,7 @@ def pick_values(pick: Callable[[Sequence], object], **fixed) -> dict:
             if key in SIZES or key in chosen or not option.is_active(chosen):
                 continue
             chosen[key] = fixed[key] if key in fixed else pick(values_of(key, option))
-            if isinstance(option.choices, Registry):
+            if isinstance(option.choices, Registry) and chosen[key] is not None:
                 add(option.choices[chosen[key]].options)
 
     add(CORE_OPTIONS)
@@ -110,21 +110,23 @@ def layer_table_values(pick: Callable[[Sequence], object], **fixed) -> dict:
     """Values of a model of five layers of up to three kinds; each has a value chosen by `pick` for
     each option in which layers may differ."""
 
-    def of_layers() -> dict:
+    def values_of_layers() -> dict:
         # Absolute position encodings are those of all layers.
         encoding = pick(('rope', 'none', 'alibi', 't5_relative'))
-        values = pick_values(pick, **{'position_encoding': encoding, 'n_head': pick((2, 4)), **fixed})
+        values = pick_values(pick, position_encoding=encoding, **fixed)
+        values['n_head'] = pick((2, 4))
         return {key: value for key, value in values.items() if key in layer_options()}
 
     pattern = pick(PATTERNS)
-    kinds = {letter: of_layers() for letter in letters_of(pattern)}
-    model = {
-        key: value
-        for key, value in pick_values(pick, **fixed).items()
-        if key not in layer_options() or key in shared_options()
-    }
-    model |= kinds.pop('U', {})
-    return {**model, 'n_layer': 5, 'layer_pattern': pattern, 'layer_kinds': kinds}
+    kinds = {letter: values_of_layers() for letter in letters_of(pattern)}
+    base = kinds.pop('U', None)
+    # Without layers of its own, the model still has the norm before the head and dropout.
+    model = pick_values(pick, **{**(base or {}), **fixed})
+    shared = shared_options(model)
+    options = architecture_options()
+    of_model = {k: v for k, v in model.items() if options[k].scope == 'model' or k in shared}
+    kinds_table = {'layer_pattern': pattern, 'layer_kinds': kinds}
+    return {**of_model, **(base or {}), **kinds_table, 'n_layer': 5}
 
 
 def with_backend(config: ModelArchitectureConfig, backend: str) -> ModelArchitectureConfig | None:
