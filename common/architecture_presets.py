@@ -101,6 +101,28 @@ PRESETS = {
         'scale_embeddings': True,
         'weight_tying': True,
     },
+    'gemma3': {
+        **_LLAMA,
+        'norm_eps': 1e-6,
+        'norm_position': 'sandwich',
+        'use_gqa': True,
+        'num_kv_heads': partial(kv_heads_in_groups_of, 2),
+        'qk_norm': 'rmsnorm',
+        'qk_norm_scope': 'head',
+        'ffn_type': 'geglu',
+        'geglu_tanh': True,
+        'd_ff': lambda values: 4 * values['n_embd'],
+        'scale_embeddings': True,
+        'weight_tying': True,
+        'layer_pattern': 'LLLLLG',
+        'layer_kinds': {
+            'L': {
+                'sliding_window': lambda values: max(1, values['block_size'] // 32),
+                'rope_theta': 1e4,
+            },
+            'G': {'sliding_window': None, 'rope_theta': 1e6},
+        },
+    },
     'olmo2': _OLMO,
     'olmo3': {
         **_OLMO,
@@ -204,6 +226,11 @@ PRESET_DESCRIPTIONS = {
         "Gemma 2 (Gemma Team 2024) with the 2B model's ratios: norms before and after each "
         'sublayer, in every other layer a window of half the context (4096 of 8192 in the '
         'original), soft caps of scores and logits'
+    ),
+    'gemma3': (
+        "Gemma 3 (Gemma Team 2025) with the 4B model's ratios: blocks as in `gemma2` with QK norm "
+        'in place of soft caps; 5 local layers, with a window of 1/32 of the context (1024 of '
+        '32,768 in pretraining) and RoPE of base 10,000, for each global one of base 1,000,000'
     ),
     'olmo2': (
         "OLMo 2 (OLMo et al. 2024), the 7B model's components: norms after the sublayers, QK "

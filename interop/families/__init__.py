@@ -6,7 +6,7 @@ and exports by the same tables. `{layer}` in a name is the number of the layer.
 """
 
 from interop.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
-from interop.families.gemma2 import GEMMA2
+from interop.families.gemma import GEMMA2, GEMMA3
 from interop.families.gpt2 import GPT2, NANOGPT
 from interop.families.gpt_neox import GPT_NEOX
 from interop.families.llama import LLAMA, MISTRAL, MIXTRAL, OLMO2, QWEN3
@@ -24,6 +24,7 @@ TRANSFORMERS = {
         QWEN3,
         OLMO2,
         GEMMA2,
+        GEMMA3,
         GPT_NEOX,
         OPT,
         MIXTRAL,

@@ -66,7 +66,7 @@ PRE_NORMS = {
     'blocks.{layer}.attention_norm.weight': tensor(LAYER + 'input_layernorm.weight'),
     'blocks.{layer}.ffn_norm.weight': tensor(LAYER + 'post_attention_layernorm.weight'),
 }
-_QK_NORMS = {
+QK_NORMS = {
     'blocks.{layer}.attention.q_norm.weight': tensor(LAYER + 'self_attn.q_norm.weight'),
     'blocks.{layer}.attention.k_norm.weight': tensor(LAYER + 'self_attn.k_norm.weight'),
 }
@@ -141,7 +141,7 @@ QWEN3 = Family(
         swiglu_field(),
     ),
     irrelevant_fields=frozenset({'max_window_layers'}),  # superseded by layer_types
-    weights=EMBEDDING_AND_HEAD | PRE_NORMS | _QK_NORMS | GATED_FFN | with_biases(ATTENTION),
+    weights=EMBEDDING_AND_HEAD | PRE_NORMS | QK_NORMS | GATED_FFN | with_biases(ATTENTION),
 )
 
 OLMO2 = Family(
@@ -165,7 +165,7 @@ OLMO2 = Family(
         swiglu_field(),
     ),
     weights=EMBEDDING_AND_HEAD
-    | _QK_NORMS
+    | QK_NORMS
     | GATED_FFN
     | with_biases(ATTENTION)
     | {

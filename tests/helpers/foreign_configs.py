@@ -50,6 +50,12 @@ BASES = {
     'qwen3': {**_GROUPED, 'use_sliding_window': True, 'sliding_window': 5, 'max_window_layers': 1},
     'olmo2': {**SIZES, 'num_key_value_heads': 2},
     'gemma2': {**_GROUPED, 'sliding_window': 5, 'query_pre_attn_scalar': 20},
+    'gemma3_text': {
+        **_GROUPED,
+        'sliding_window': 5,
+        'query_pre_attn_scalar': 20,
+        'layer_types': ['sliding_attention', 'full_attention'],
+    },
     'gpt_neox': {**SIZES, 'rotary_pct': 0.5, 'rotary_emb_base': 50.0},
     'opt': {
         **{key: SIZES[key] for key in SIZES if key != 'intermediate_size'},
