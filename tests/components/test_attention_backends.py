@@ -39,6 +39,7 @@ CPU = torch.device('cpu')
 BACKENDS = {
     'gemma2': ('manual', 'flex'),
     'mistral': ('sdpa', 'flex'),
+    'gemma3': ('sdpa', 'flex'),
     'olmo3': ('sdpa', 'flex'),
 }
 

@@ -45,6 +45,7 @@ LAUNCHES = {
     'olmo2': 191,
     'olmo3': 191,
     'gemma2': 219,
+    'gemma3': 240,
     'mixtral': 233,
     'deepseek': 293,
 }
