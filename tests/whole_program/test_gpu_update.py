@@ -45,8 +45,8 @@ LAUNCHES = {
     'olmo2': 191,
     'olmo3': 191,
     'gemma2': 219,
-    'gemma3': 240,
     'mixtral': 233,
+    'gemma3': 240,
     'deepseek': 293,
 }
 
