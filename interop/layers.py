@@ -73,7 +73,7 @@ def canonical_options(config: ModelArchitectureConfig) -> dict:
 
 def output_options(config: ModelArchitectureConfig) -> dict:
     """The model's own options of the norm before the output head."""
-    shared = shared_options()
+    shared = shared_options(config.to_dict())
     return {key: value for key, value in config.to_dict().items() if key in shared}
 
 
