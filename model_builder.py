@@ -20,6 +20,7 @@ from common.errors import UserError
 from common.hardware import compile_problem
 from components.checks import check_built, check_form, flops_disagreements, observe_calls
 from components.faults import is_foreign
+from components.layer_counts import flops_by_kind, inactive_params, parameters_by_kind
 from components.layer_inputs import (
     attention_inputs,
     merge_aux,
@@ -315,16 +316,16 @@ def count_parameters(model: Transformer) -> ModelInfo:
         components[part] = components.get(part, 0) + parameter.numel()
     total = sum(parameter.numel() for parameter in model.parameters())
     assert sum(components.values()) == total, 'the parts must add up to the total'
-    idle = sum(m.inactive_params() for m in model.modules() if isinstance(m, Component))
     embedding = components.get('position_encoding', 0)
     if not model.config.weight_tying:
         embedding += components['token_embedding']
     return {
         'total_params': total,
-        'active_params': total - idle,
+        'active_params': total - inactive_params(model),
         'trainable_params': sum(p.numel() for p in model.parameters() if p.requires_grad),
         'non_embedding_params': total - embedding,
         'components': components,
+        'by_kind': parameters_by_kind(model.config.layer_letters, model.blocks),
     }
 
 
@@ -349,6 +350,7 @@ def training_flops(model: Transformer, recomputed_blocks: list[int] | None = Non
         'recomputed_per_token': (
             recomputed_flops(model.config, recomputed_blocks) / length if recomputed_blocks else 0.0
         ),
+        'by_kind': flops_by_kind(model.config.layer_letters, model.blocks, length),
     }
 
 

@@ -6,7 +6,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from common.architecture_identity import current_hash
+from common.architecture_identity import identity_of_record
 from common.formatting import nats, or_dash
 from comparison.conditions import run_conditions
 from comparison.record_fields import (
@@ -142,10 +142,15 @@ def run_data(run: Run) -> dict[str, Any]:
 
 
 def _identity(architecture: Mapping) -> str:
-    """The hash of the architecture, whichever version wrote the record."""
+    """The identity of the architecture, whichever version wrote the record."""
     stored = required(text(architecture, 'hash'), 'hash of the architecture')
-    version = count(architecture, 'hash_version') or 1  # before there were versions
-    return current_hash(stored, version, mapping(architecture, 'choices'))
+    version = count(architecture, 'hash_version')
+    if version is None:
+        version = 1  # before there were versions
+    try:
+        return identity_of_record(stored, version, mapping(architecture, 'choices'))
+    except ValueError as error:
+        raise MalformedRecord(str(error)) from None
 
 
 def run_from_record(record: Record, path: Path, score: str = 'final') -> Run:

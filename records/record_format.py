@@ -88,7 +88,8 @@ def _inner_object(schema: Schema, defs: dict[str, Schema]) -> tuple[Schema | Non
         if 'properties' in choice:
             return choice, ''
     if resolved.get('type') == 'array':
-        return _resolved(resolved['items'], defs), '[]'
+        items = _resolved(resolved['items'], defs)
+        return (items, '[]') if 'properties' in items else (None, '')
     return (resolved, '') if 'properties' in resolved else (None, '')
 
 
@@ -135,7 +136,8 @@ def _type_text(schema: Schema, defs: dict[str, Schema]) -> str:
     kinds = schema['type'] if isinstance(schema['type'], list) else [schema['type']]
     names = [NAMES[kind] for kind in kinds]
     if names == ['list']:
-        return 'list of objects'
+        items = _resolved(schema['items'], defs)
+        return f'list of {"objects" if items["type"] == "object" else "texts"}'
     if names == ['object'] and 'properties' not in schema:
         values = schema.get('additionalProperties')
         if isinstance(values, dict):

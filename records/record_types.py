@@ -15,12 +15,15 @@ class LayerChoices(TypedDict):
     kinds: dict[str, dict[str, Any]]
 
 
-class ArchitectureInfo(TypedDict):
+class _NewerArchitectureInfo(TypedDict, total=False):
+    hash_version: int
+    layers: LayerChoices | None
+
+
+class ArchitectureInfo(_NewerArchitectureInfo):
     name: str
     hash: str
-    hash_version: int
     choices: dict[str, Any]
-    layers: LayerChoices | None
 
 
 class ConfigFile(TypedDict):
@@ -56,7 +59,20 @@ class RunMetadata(_NewerMetadata):
     config_files: list[ConfigFile]
 
 
-class ModelInfo(TypedDict):
+class KindParameters(TypedDict):
+    """The blocks of one kind of layers."""
+
+    kind: str
+    layers: int
+    params: int
+    active_params: int
+
+
+class _NewerModelInfo(TypedDict, total=False):
+    by_kind: list[KindParameters]
+
+
+class ModelInfo(_NewerModelInfo):
     total_params: int
     active_params: int
     trainable_params: int
@@ -64,7 +80,19 @@ class ModelInfo(TypedDict):
     components: dict[str, int]
 
 
-class FlopsInfo(TypedDict):
+class KindFlops(TypedDict):
+    """FLOPs of the blocks of one kind of layers."""
+
+    kind: str
+    per_token: float
+    per_token_causal: float
+
+
+class _NewerFlopsInfo(TypedDict, total=False):
+    by_kind: list[KindFlops]
+
+
+class FlopsInfo(_NewerFlopsInfo):
     per_token: float
     per_token_causal: float
     breakdown: dict[str, float]

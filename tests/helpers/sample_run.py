@@ -4,6 +4,7 @@ import io
 
 # 12 layers of width 768, 12 heads, SwiGLU of 2048, an untied head over 50,304 tokens.
 EMBEDDING, ATTENTION, FFN, NORMS = 50304 * 768, 12 * 4 * 768**2, 12 * 3 * 768 * 2048, 25 * 768
+BLOCKS = ATTENTION + FFN + 24 * 768
 TOTAL = 2 * EMBEDDING + ATTENTION + FFN + NORMS
 FULL = {
     'attention_projections': 6 * ATTENTION,
@@ -65,6 +66,9 @@ STARTUP_INFO = {
             'normalization': NORMS,
             'output_head': EMBEDDING,
         },
+        'by_kind': [
+            {'kind': '', 'layers': 12, 'params': BLOCKS, 'active_params': BLOCKS},
+        ],
     },
     'flops': {
         'per_token': sum(FULL.values()),
@@ -73,6 +77,13 @@ STARTUP_INFO = {
         'breakdown_causal': CAUSAL,
         'attention_ffn_ratio': 2 / 3,
         'elementwise_per_token': 1234567.0,
+        'by_kind': [
+            {
+                'kind': '',
+                'per_token': sum(FULL.values()) - FULL['output_head'],
+                'per_token_causal': sum(CAUSAL.values()) - CAUSAL['output_head'],
+            },
+        ],
         'recomputed_per_token': 0.0,
     },
     'optimizer': {
