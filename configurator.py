@@ -81,8 +81,7 @@ def read_command_line(
         validate_layer(layer, groups, command_line.problems) for layer in command_line.layers
     ]
     arguments = [argument for argument in argv if not _is_config_file(argument)]
-    values = _parse_arguments(arguments, flatten(groups), command_line)
-    command_line.layers.append(Layer(COMMAND_LINE, values))
+    command_line.layers.append(_parse_arguments(arguments, flatten(groups), command_line))
     return command_line
 
 
@@ -96,9 +95,10 @@ def _is_config_file(argument: str) -> bool:
 
 def _parse_arguments(
     arguments: list[str], options: dict[str, Option], command_line: CommandLine
-) -> dict:
+) -> Layer:
     """The values of the options; sets the help topic, the show flags and the problems."""
     values: dict = {}
+    refused: set[str] = set()
     lists = any(SHOW_FLAGS.get(argument) == 'list_components' for argument in arguments)
     options = {**options, **LIST_OPTIONS} if lists else options
     while arguments:
@@ -114,15 +114,29 @@ def _parse_arguments(
             try:
                 key, value = _parse_option(argument, arguments, options)
                 option = options[key]
-                combines = isinstance(option, DictOption)
-                values[key] = option.combined(values.get(key, {}), value) if combines else value
+                if isinstance(option, DictOption) and key in values:
+                    option.check_order(key, values[key], value)
+                    value = option.combined(values[key], value)
+                values[key] = value
             except UserError as error:
                 command_line.problems.extend(error.problems)
+                refused |= meant_keys(_path_of(argument).partition('.')[0], options)
         else:
             command_line.problems.append(_stray_argument_problem(argument, options))
     if lists:
         command_line.list_format = values.pop('format', command_line.list_format)
-    return values
+    return Layer(COMMAND_LINE, values, refused=frozenset(refused))
+
+
+def _path_of(argument: str) -> str:
+    """`layer_kinds.L.n_head` of `--layer-kinds.L.n-head=4`."""
+    return argument[2:].partition('=')[0].replace('-', '_')
+
+
+def meant_keys(name: str, options: dict[str, Option]) -> set[str]:
+    """The option of that name, or the closest name if there is none."""
+    meant = name if name in options else closest_match(name, options)
+    return set() if meant is None else {meant}
 
 
 def _parse_option(
@@ -132,53 +146,52 @@ def _parse_option(
 
     Raises UserError.
     """
-    key, equals, text = argument[2:].partition('=')
-    key = key.replace('-', '_')
+    path, (_, equals, text) = _path_of(argument), argument.partition('=')
+    key = path.partition('.')[0]
     # --no-flag
     if key.startswith('no_') and key not in options and key[3:] in options:
-        flag, option = key[3:], options[key[3:]]
+        path, key = path[3:], key[3:]
+        option = _named_option(path, options[key])
         if equals or option.base_type is not bool:
             raise UserError(
-                f'{argument}: --no-KEY takes no value and works for flags only; {flag} '
+                f'{argument}: --no-KEY takes no value and works for flags only; {path} '
                 f'takes {option.allowed()}.'
             )
-        return flag, False
-    path, (key, *entry) = key, key.split('.')
+        return key, _parse_value(path, options[key], 'False')
     if key not in options:
         raise UserError(f'unknown option --{key}.{did_you_mean(key, options)} See --help.')
-    option = options[key]
-    # --key.name.option=value
-    if entry:
-        return key, _parse_entry(path, option, text if equals else _next_value(path, following))
     # --key=value
     if equals:
-        return key, option.parse(key, text)
+        return key, _parse_value(path, options[key], text)
+    option = _named_option(path, options[key])
     # --flag; the next argument is its value only if it is true or false
     if option.base_type is bool and not (following and _is_boolean(following[0])):
-        return key, True
+        return key, _parse_value(path, options[key], 'True')
     # --key value
     if following and not following[0].startswith('--'):
-        return key, option.parse(key, following.pop(0))
-    raise UserError(f'--{key} needs a value: {option.allowed()}.')
+        return key, _parse_value(path, options[key], following.pop(0))
+    raise UserError(f'--{path} needs a value: {option.allowed()}.')
 
 
-def _parse_entry(path: str, option: Option, text: str) -> dict:
-    """The value of `--KEY.NAME.OPTION=text`. Raises UserError."""
+def _named_option(path: str, option: Option) -> Option:
+    """The option that a dotted name means: `option` itself, or one of its entries'.
+
+    Raises UserError.
+    """
+    if '.' not in path:
+        return option
     if not isinstance(option, DictOption):
         key = path.partition('.')[0]
         raise UserError(f'--{path}: {key} has no entries; it takes {option.allowed()}.')
-    try:
-        return option.parse_path(path, text)
-    except UserError as error:
-        problems = (f'--{problem.removeprefix("--")}' for problem in error.problems)
-        raise UserError(*problems) from None
+    return option.option_at(path)
 
 
-def _next_value(path: str, following: list[str]) -> str:
-    """The next argument, which is removed. Raises UserError."""
-    if following and not following[0].startswith('--'):
-        return following.pop(0)
-    raise UserError(f'--{path} needs a value.')
+def _parse_value(path: str, option: Option, text: str) -> Any:
+    """The value that `--PATH=text` gives to the option. Raises UserError."""
+    if '.' not in path:
+        return option.parse(path, text)
+    _named_option(path, option)
+    return option.parse_path(path, text)
 
 
 def _stray_argument_problem(argument: str, options: dict[str, Option]) -> str:
@@ -196,17 +209,16 @@ def _is_boolean(text: str) -> bool:
 def validate_layer(layer: Layer, schema: Schema, problems: list[str]) -> Layer:
     """The layer with its valid values only; each invalid one adds to `problems`."""
     options, accepted = flatten(schema), {}
+    refused: set[str] = set()
     for key, value in layer.values.items():
-        if key not in options:
-            problems.append(f'{layer.origin}: unknown option {key!r}.{did_you_mean(key, options)}')
-            continue
         try:
+            if key not in options:
+                raise UserError(f'unknown option {key!r}.{did_you_mean(key, options)}')
             accepted[key] = options[key].accept(key, value)
         except UserError as error:
             problems.extend(f'{layer.origin}: {problem}' for problem in error.problems)
-            if isinstance(options[key], DictOption) and isinstance(value, dict):
-                accepted[key] = {name: {} for name in value}  # the names are known at least
-    return Layer(layer.origin, accepted)
+            refused |= meant_keys(key, options)
+    return Layer(layer.origin, accepted, refused=frozenset(refused))
 
 
 def read_config_file(path: str, problems: list[str]) -> tuple[dict, str]:

@@ -11,7 +11,9 @@ This module imports no torch.
 """
 
 import copy
+import dataclasses
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -35,11 +37,19 @@ from common.architecture_options import (
     architecture_options,
     layer_options,
     shared_options,
+    short_forms,
 )
 from common.architecture_presets import PRESETS
 from common.errors import UserError
 from common.layer_pattern import expand_pattern, shortest_pattern
-from common.layer_table import ignored_by_layers, merged_kinds, used_kinds
+from common.layer_table import (
+    ignored_by_layers,
+    merged_kinds,
+    replaced_short_forms,
+    unused_values,
+    used_kinds,
+    without_pattern,
+)
 from common.option_merge import (
     Layer,
     Merge,
@@ -127,11 +137,18 @@ class ModelArchitectureConfig(FrozenConfig):
         base = _merge(stack, problems)
         config = cls._of_merge(base)
         config.__dict__.update(preset=preset, _layers=tuple(layers))
+        refused = {key for layer in layers for key in layer.refused}
+        if refused & {'layer_pattern', 'layer_kinds'}:
+            config._derive_backend(device)
+            return config  # what follows from a mistake that was reported would mislead
         if base.values['layer_pattern'] is None:
+            if 'layer_kinds' in base.useless:
+                kinds = merged_kinds(stack, layer_options(), [])
+                base.useless['layer_kinds'] = without_pattern(kinds)
             problems.extend(base.useless.values())
             config._set_layers(*_layers_of_short_forms(config, stack))
-        else:
-            config._resolve_pattern(stack, base, problems)
+        elif not config._resolve_pattern(stack, base, refused, problems):
+            return config
         config._derive_backend(device)
         problems.extend(_problems(config))
         return config
@@ -143,52 +160,61 @@ class ModelArchitectureConfig(FrozenConfig):
         values, origins = dict(merged.values), dict(merged.origins)
         _derive(values, origins)
         FrozenConfig.__init__(config, values, origins, list(merged.dropped.values()))
-        config.__dict__.update(kinds={'': config}, layer_letters=('',) * values['n_layer'])
+        layer_letters = ('',) * values['n_layer']
+        config.__dict__.update(kinds={'': config}, layer_letters=layer_letters, _declared={})
         return config
 
     def _set_layers(self, letters: list[str], kinds: dict) -> None:
         used = {letter: kinds[letter] for letter in dict.fromkeys(letters)}
         self.__dict__.update(layer_letters=tuple(letters), kinds=used)
 
-    def _resolve_pattern(self, stack: list[Layer], base: Merge, problems: list[str]) -> None:
-        """Resolve the kinds of the layer pattern, each like a model of its own."""
-        pattern, notes = base.values['layer_pattern'], self.dropped
-        notes += _dropped_short_forms(base, problems)
-        declared = merged_kinds(stack, layer_options())
+    def _resolve_pattern(
+        self, stack: list[Layer], base: Merge, refused: set[str], problems: list[str]
+    ) -> bool:
+        """Resolve the kinds of the layer pattern, each like a model of its own.
+
+        Returns False if short forms contradict the pattern, so that the layers are unknown.
+        """
+        conflicts, replaced = replaced_short_forms(base, short_forms())
+        problems += conflicts
+        if conflicts:
+            return False
+        # 1. Collect the kinds from the layers of options, and merge each.
+        notes: list[str] = []
+        declared = merged_kinds(stack, layer_options(), problems)
         kinds = used_kinds(declared, base, problems, notes)
         merges = {name: _merge_kind(stack, kind.layers(name)) for name, kind in kinds.items()}
-        for name, merged in merges.items():
-            own = kinds[name].overrides
-            problems += [text for key, text in merged.useless.items() if key in own]
-            notes += [text for key, text in merged.dropped.items() if key in own]
-        # A value of the model is useless if no kind has a use for it.
-        unused = base.useless | {
-            k: t for merged in merges.values() for k, t in merged.useless.items()
-        }
-        shared = shared_options(base.values)
-        problems += [
-            text
-            for key, text in unused.items()
-            if key not in shared
-            and all(key not in merged.values for merged in merges.values())
-            and not any(key in kind.overrides for kind in kinds.values())
+        # 2. Give each layer its kind.
+        try:
+            letters = expand_pattern(base.values['layer_pattern'], self.n_layer)
+        except UserError as error:
+            problems += error.problems if 'n_layer' not in refused else ()
+            letters = ''.join(kinds) * self.n_layer
+        layers = letters[: self.n_layer]
+        notes += [
+            f'no layer is of kind {name}: the pattern is cut off at n_layer={self.n_layer}'
+            for name in kinds.keys() - {*layers}
         ]
-        ignored, partly_ignored = ignored_by_layers(base, kinds, shared)
-        problems += ignored
-        notes += partly_ignored
+        # 3. Check that each value that was set has an effect.
+        with_layers = {name: kind for name, kind in kinds.items() if name in layers}
+        for check, checked in ((unused_values, kinds), (ignored_by_layers, with_layers)):
+            found_problems, found_notes = check(base, checked, merges, shared_options(base.values))
+            problems += found_problems
+            notes += found_notes
+        # 4. Derive the other values of each kind.
         resolved = {name: self._of_merge(merged) for name, merged in merges.items()}
         self._leave_out_unused(resolved, bool(kinds.keys() - declared.keys()))
-        overrides = {n: _differences(kind, self) for n, kind in resolved.items() if n in declared}
-        self._values['layer_kinds'] = overrides
-        try:
-            self._set_layers(list(expand_pattern(pattern, self.n_layer)), resolved)
-        except UserError as error:
-            problems.extend(error.problems)
-            self._set_layers([next(iter(resolved))] * self.n_layer, resolved)
+        given = {name: (resolved[name], kind) for name, kind in kinds.items() if name in declared}
+        self._values['layer_kinds'] = {
+            name: _differences(config, self) for name, (config, _) in given.items()
+        }
+        self.__dict__.update(dropped=[*replaced, *notes], _declared=given)
+        self._set_layers(list(layers), resolved)
+        return True
 
     def _leave_out_unused(self, kinds: dict, has_base_layers: bool) -> None:
         """Leave out options that neither the model nor any layer uses."""
-        for key in _short_forms():
+        for key in short_forms():
             self._values.pop(key, None)
             self.origins.pop(key, None)
         if has_base_layers:
@@ -270,17 +296,40 @@ class ModelArchitectureConfig(FrozenConfig):
         """
         has_pattern = self.get('layer_pattern') is not None
         configs = self.kinds if has_pattern else {'': self, **self.kinds}
-        letters: dict[str, list[str]] = {}  # of each sentence
+        letters: dict[str, dict[str, None]] = {}  # of each sentence, an ordered set
         for letter, config in configs.items():
             for _, component in config._chosen():
                 for sentence in sentences_of(component, method, config, *arguments):
-                    letters.setdefault(sentence, []).append(letter)
-        return [
-            f'layers {", ".join(dict.fromkeys(of))}: {sentence}'
-            if has_pattern and set(of) != configs.keys()
-            else sentence
-            for sentence, of in letters.items()
-        ]
+                    letters.setdefault(sentence, {})[letter] = None
+        if not has_pattern:
+            return list(letters)
+        located: dict[str, list[str]] = {}  # the same, with the flags to type
+        for sentence, of in letters.items():
+            for letter in of:
+                text = self._with_flags_of_kind(sentence, letter, is_alone=len(of) == 1)
+                located.setdefault(text, []).append(letter)
+        return [self._for_layers(of, sentence) for sentence, of in located.items()]
+
+    def _with_flags_of_kind(self, sentence: str, letter: str, is_alone: bool) -> str:
+        """The sentence with `--layer_kinds.L.KEY=` for `--KEY=` where the kind's value is meant.
+
+        is_alone: whether the sentence is about no other kind.
+        """
+        if letter not in self._declared:
+            return sentence
+        _, kind = self._declared[letter]
+        own = layer_options() if is_alone else kind.overrides
+        return re.sub(
+            r'--(\w+)=',
+            lambda flag: f'--layer_kinds.{letter}.{flag[1]}=' if flag[1] in own else flag[0],
+            sentence,
+        )
+
+    def _for_layers(self, letters: list[str], sentence: str) -> str:
+        """The sentence, with the kinds of layers that it is about unless it is about all."""
+        if {*letters} == self.kinds.keys():
+            return sentence
+        return f'layers {", ".join(letters)}: {sentence}'
 
     @property
     def name(self) -> str:
@@ -373,37 +422,14 @@ def _merge(stack: list[Layer], problems: list[str]) -> Merge:
 
 def _merge_kind(stack: list[Layer], overrides: list[Layer]) -> Merge:
     """The merged options of layers of one kind, as of a model with such layers only."""
-    left_out = {'layer_pattern', 'layer_kinds', *_short_forms()}
+    left_out = {'layer_pattern', 'layer_kinds', *short_forms()}
     below = [
-        Layer(layer.origin, {k: v for k, v in layer.values.items() if k not in left_out}, level)
+        dataclasses.replace(
+            layer, values={k: v for k, v in layer.values.items() if k not in left_out}, level=level
+        )
         for level, layer in enumerate(stack, start=1)
     ]
     return _merge([*below, *overrides], [])
-
-
-def _short_forms() -> list[str]:
-    return [key for key, option in architecture_options().items() if option.scope == 'pattern']
-
-
-def _dropped_short_forms(base: Merge, problems: list[str]) -> list[str]:
-    """Notes on short forms that a layer pattern of a higher layer replaces; others add to
-    `problems`."""
-    notes = []
-    pattern = f'layer_pattern={base.values["layer_pattern"]!r} ({base.origins["layer_pattern"]})'
-    options = architecture_options()
-    for key in _short_forms():
-        value, level = base.values.get(key), base.levels[key]
-        if level == 0 or value is None or value == options[key].default:
-            continue
-        text = f'{key}={value!r} ({base.origins[key]})'
-        if level < base.levels['layer_pattern']:
-            notes.append(f'dropped: {text}: replaced by {pattern}')
-        else:
-            problems.append(
-                f'{text} is a short form of layer_pattern, and {pattern} is set too. Remove one of '
-                f'them.'
-            )
-    return notes
 
 
 def _layers_of_short_forms(
@@ -455,13 +481,12 @@ def _derive(values: dict, origins: dict[str, str]) -> None:
 
 def _problems(config: ModelArchitectureConfig) -> list[str]:
     """The problems of the architecture as a whole, a sentence each."""
-    encodings = {kind.position_encoding for kind in config.kinds.values()}
-    return [
-        *config.sentences('problems'),
-        *(
-            problem
-            for name in sorted(encodings)
-            if len(encodings) > 1
-            and (problem := POSITION_ENCODING_REGISTRY[name].refused_in_kind(name))
-        ),
-    ]
+    problems = config.sentences('problems')
+    letters: dict[str, list[str]] = {}  # of each position encoding
+    for letter, kind in config.kinds.items():
+        letters.setdefault(kind.position_encoding, []).append(letter)
+    for name, of in letters.items():
+        reason = POSITION_ENCODING_REGISTRY[name].refused_in_kind(name)
+        if len(letters) > 1 and reason is not None:
+            problems.append(config._for_layers(of, reason))
+    return problems

@@ -7,7 +7,7 @@ from functools import lru_cache
 
 from common.architecture_presets import PRESETS
 from common.dict_option import DictOption
-from common.layer_pattern import SYNTAX, is_kind, is_layer_pattern
+from common.layer_pattern import MOST_LAYERS, SYNTAX, is_kind, is_layer_pattern
 from common.option_merge import active_keys, with_component_options
 from common.registry import AnyBut, Option, Registry, above, at_least, fraction
 
@@ -42,7 +42,7 @@ PRESET_OPTION = Option(
 
 CORE_OPTIONS = {
     'n_layer': Option(
-        int, 12, 'Number of blocks (layers)', check=at_least(1, at_most=10_000), scope='model'
+        int, 12, 'Number of blocks (layers)', check=at_least(1, at_most=MOST_LAYERS), scope='model'
     ),
     'n_head': Option(int, 12, 'Number of (query) heads', check=at_least(1, at_most=10_000)),
     'n_embd': Option(
@@ -126,6 +126,7 @@ CORE_OPTIONS = {
         requires=('layer_pattern', AnyBut(None)),
         scope='model',
         names=(is_kind, 'a single letter'),
+        placeholder='LETTER',
         entry_options=lambda: layer_options(),
         refusal=lambda key, value: refused_in_kind(key, value),
     ),
@@ -156,6 +157,11 @@ def _layer_options(registered: tuple) -> dict[str, Option]:
     core = {key: option for key, option in CORE_OPTIONS.items() if option.scope == 'layer'}
     options = with_component_options(core)
     return {key: option for key, option in options.items() if option.scope == 'layer'}
+
+
+def short_forms() -> dict[str, Option]:
+    """The short forms of `layer_pattern`."""
+    return {k: option for k, option in architecture_options().items() if option.scope == 'pattern'}
 
 
 def shared_options(values: dict) -> set[str]:

@@ -9,18 +9,20 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from common.errors import UserError, did_you_mean
-from common.registry import Check, Option, show_value
+from common.registry import NONE_WORDS, Check, Option, show_value
 
 
 @dataclass(frozen=True)
 class DictOption(Option):
     """One key whose value is a dict, name -> {option: value}.
 
-    names: (predicate, allowed names in words). entry_options: returns the options of an entry.
-    refusal: returns the reason why an entry may not have an option or a value of it, or None.
+    names: (predicate, allowed names in words). placeholder: of a name in a help text.
+    entry_options: returns the options of an entry. refusal: returns the reason why an entry may not
+    have an option or a value of it, or None.
     """
 
     names: Check = field(default=(str.isidentifier, 'a name'), compare=False)
+    placeholder: str = 'NAME'
     entry_options: Callable[[], dict[str, Option]] = field(default=dict, compare=False)
     refusal: Callable[[str, Any], str | None] = field(
         default=lambda key, value: None, compare=False
@@ -51,43 +53,57 @@ class DictOption(Option):
     def parse(self, key: str, text: str) -> Any:
         raise UserError(
             f'--{key}={text}: {key} takes {self.allowed()}. On the command line, set one value: '
-            f'--{key}.NAME.OPTION=value.'
+            f'--{self.usage(key)}.'
         )
+
+    def usage(self, key: str) -> str:
+        """How one value is set on the command line, without dashes."""
+        return f'{key}.{self.placeholder}.OPTION=value'
+
+    def option_at(self, path: str) -> Option:
+        """The option that KEY.NAME.OPTION means; KEY.NAME takes None only. Raises UserError."""
+        key, name, *option = path.split('.', 2)
+        self._check_name(key, name)
+        if option:
+            return self.entry_option(f'{key}.{name}', option[0])
+        words = f'None, which removes {name}; set a value with --{path}.OPTION=value'
+        return Option(str, 'None', 'Removal', check=(NONE_WORDS.__contains__, words))
 
     def parse_path(self, path: str, text: str) -> dict:
         """The dict that `--PATH=text` sets. path: KEY.NAME.OPTION, or KEY.NAME to remove an entry.
 
         Raises UserError.
         """
-        key, name = path.split('.')[:2]
-        self._check_name(key, name)
-        if path.count('.') == 1:
-            if text not in ('None', 'none', 'null'):
-                raise UserError(
-                    f'--{path}={text}: only None, which removes {name}, may follow. Set a value '
-                    f'with --{path}.OPTION=value.'
-                )
+        declared = self.option_at(path)
+        key, name, *option = path.split('.', 2)
+        if not option:
+            declared.parse(path, text)
             return {name: None}
-        option = path.split('.', 2)[2]
-        declared = self.entry_option(f'{key}.{name}', option)
-        names_none = text in ('None', 'none', 'null') and text not in (declared.choices or ())
-        if names_none and not declared.optional:
-            return {name: {option: None}}
-        try:
-            value = declared.parse(option, text)
-        except UserError as error:
-            raise UserError(*(_at(path, option, problem) for problem in error.problems)) from None
-        self._check_value(f'{key}.{name}', option, value)
-        return {name: {option: value}}
+        if declared.means_none(text) and not declared.optional:
+            return {name: {option[0]: None}}
+        value = declared.parse(path, text)
+        self._check_value(f'{key}.{name}', option[0], value)
+        return {name: {option[0]: value}}
 
     def entry_option(self, place: str, option: object) -> Option:
         """The option of that name of an entry. place: KEY.NAME. Raises UserError."""
         options = self.entry_options()
         self._check_value(place, option, None)
         if option not in options:
-            hint = did_you_mean(str(option), options)
+            known = isinstance(option, str) and did_you_mean(option, options)
+            hint = known or f' See --help={place.partition(".")[0]}.'
             raise UserError(f'{place}: unknown option {show_value(option)}.{hint}')
         return options[option]  # type: ignore[index]
+
+    @staticmethod
+    def check_order(key: str, earlier: dict, value: dict) -> None:
+        """Raise UserError if arguments both remove an entry and set an option of it."""
+        for name, entry in value.items():
+            if name in earlier and (entry is None) != (earlier[name] is None):
+                raise UserError(
+                    f'--{key}.{name}=None removes {name}, but --{key}.{name}.OPTION is set too. '
+                    f'Remove one of them.'
+                )
 
     @staticmethod
     def combined(below: dict, above: dict) -> dict:
@@ -97,15 +113,6 @@ class DictOption(Option):
             earlier = result.get(name)
             result[name] = entry if entry is None or earlier is None else {**earlier, **entry}
         return result
-
-    def without_removed(self, value: dict) -> dict:
-        """The entries and values that are not removed by None."""
-        options = self.entry_options()
-        return {
-            name: {k: v for k, v in entry.items() if v is not None or options[k].optional}
-            for name, entry in value.items()
-            if entry is not None
-        }
 
     def _check_name(self, key: str, name: object) -> None:
         is_allowed, words = self.names
@@ -124,11 +131,11 @@ class DictOption(Option):
             try:
                 declared = self.entry_option(place, option)
                 if value is not None or declared.optional:
-                    value = declared.accept(option, value)
+                    value = declared.accept(f'{place}.{option}', value)
                 self._check_value(place, option, value)
                 accepted[option] = value
             except UserError as error:
-                problems += [_at(f'{place}.{option}', option, text) for text in error.problems]
+                problems += error.problems
         if problems:
             raise UserError(*problems)
         return accepted
@@ -136,11 +143,3 @@ class DictOption(Option):
     def _check_value(self, place: str, option: object, value: Any) -> None:
         if isinstance(option, str) and (reason := self.refusal(option, value)):
             raise UserError(f'{place}.{option}: {reason}')
-
-
-def _at(path: str, option: object, problem: str) -> str:
-    """A problem that names an option, with its path instead."""
-    for begin in (f'{option}=', f'--{option}='):
-        if problem.startswith(begin):
-            return path + problem[len(begin) - 1 :]
-    return problem

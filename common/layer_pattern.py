@@ -8,8 +8,10 @@ a star fills the depth too. Otherwise the terms must add up to the number of lay
 import re
 
 from common.errors import UserError
+from common.registry import show_value
 
-_TERM = re.compile(r'([A-Za-z]+)(\*([1-9][0-9]{0,4})?)?')
+MOST_LAYERS = 10_000
+_TERM = re.compile(r'([A-Za-z]+)(\*([1-9][0-9]{0,8})?)?')
 SYNTAX = (
     'letters, one per layer, in terms separated by spaces; TERM*N repeats a term, and one TERM* '
     "fills the depth, such as 'LLLG' or 'DDD MMMA*6'"
@@ -37,17 +39,20 @@ def expand_pattern(pattern: str, layers: int) -> str:
     terms = [_TERM.fullmatch(term) for term in pattern.split()]
     single = len(terms) == 1 and terms[0] is not None and terms[0][2] is None
     fills = [single or _fills(term) for term in terms]
-    texts = ['' if fill else term[1] * int(term[3] or 1) for term, fill in zip(terms, fills)]
-    missing = layers - sum(map(len, texts))
-    if missing < 0 or (missing > 0 and not any(fills)):
+    # The sum first: the text of a large repetition would not fit into memory.
+    fixed = sum(len(t[1]) * int(t[3] or 1) for t, fill in zip(terms, fills) if not fill)
+    if fixed > layers or (fixed < layers and not any(fills)):
+        fixes = [f'Set --n_layer={fixed}'] if fixed <= MOST_LAYERS else []
+        fixes += ['shorten the pattern' if any(fills) else 'end one term with * to fill the depth']
+        advice = ', or '.join(fixes)
         raise UserError(
-            f'layer_pattern={pattern!r} has {layers - missing} layers, but n_layer={layers}. '
-            f'Set --n_layer={layers - missing}, or end one term with * to fill the depth.'
+            f'layer_pattern={show_value(pattern)} has {"at least " * any(fills)}{fixed:,} layers, '
+            f'but n_layer={layers}. {advice[0].upper()}{advice[1:]}.'
         )
-    if any(fills):
-        position = fills.index(True)
-        term = terms[position][1]
-        texts[position] = (term * (missing // len(term) + 1))[:missing]
+    texts = []
+    for term, fill in zip(terms, fills):
+        length = layers - fixed if fill else len(term[1]) * int(term[3] or 1)
+        texts.append((term[1] * (length // len(term[1]) + 1))[:length])
     return ''.join(texts)
 
 

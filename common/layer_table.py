@@ -1,4 +1,4 @@
-"""Which options each layer has: the layer pattern and its kinds, merged from the layers of options.
+"""Which options each kind of layers has, merged from the layers of options.
 
 "Layer" means a layer of the model here, and `Layer` a layer of options (config file, command line).
 """
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from common.errors import did_you_mean
 from common.formatting import join_names
 from common.layer_pattern import letters_of
-from common.option_merge import Layer, Merge
+from common.option_merge import Layer, Merge, resolved_aliases
 from common.registry import Option
 
 
@@ -23,21 +23,27 @@ class Override:
 
 @dataclass
 class Kind:
-    """The overrides of one kind of layers. level: the highest `Layer` that names the kind."""
+    """The overrides of one kind of layers.
 
-    overrides: dict[str, Override] = field(default_factory=dict)
+    level, origin: of the highest `Layer` that names the kind.
+    """
+
     level: int = 0
+    origin: str = ''
+    overrides: dict[str, Override] = field(default_factory=dict)
 
     def layers(self, name: str) -> list[Layer]:
         """The overrides for `merge_layers`, above the model's own options."""
         ordered = sorted(self.overrides.items(), key=lambda entry: entry[1].level)
         return [
-            Layer(f'{override.origin}, layer_kinds.{name}', {key: override.value}, override.level)
+            Layer(override.origin, {key: override.value}, override.level, f'layer_kinds.{name}')
             for key, override in ordered
         ]
 
 
-def merged_kinds(stack: list[Layer], options: dict[str, Option]) -> dict[str, Kind]:
+def merged_kinds(
+    stack: list[Layer], options: dict[str, Option], problems: list[str]
+) -> dict[str, Kind]:
     """The kinds that the layers of options declare, the highest precedence last.
 
     options: those of a kind. None in place of a kind, or for an option that does not take it,
@@ -47,15 +53,20 @@ def merged_kinds(stack: list[Layer], options: dict[str, Option]) -> dict[str, Ki
     for level, layer in enumerate(stack, start=1):
         for name, entry in (layer.values.get('layer_kinds') or {}).items():
             if entry is None:
-                kinds.pop(name, None)
+                if kinds.pop(name, None) is None:
+                    problems.append(
+                        f'layer_kinds.{name}=None ({layer.origin}) removes nothing: no kind {name} '
+                        f'is set before.{did_you_mean(name, kinds)} Remove it.'
+                    )
                 continue
             kind = kinds.setdefault(name, Kind())
-            kind.level = level
-            for key, value in entry.items():
+            kind.level, kind.origin = level, layer.origin
+            declared = Layer(layer.origin, entry, entry=f'layer_kinds.{name}')
+            for key, value, origin in resolved_aliases(declared, options, problems):
                 if value is None and not options[key].optional:
                     kind.overrides.pop(key, None)
                 else:
-                    kind.overrides[key] = Override(value, level, layer.origin)
+                    kind.overrides[key] = Override(value, level, origin)
     return kinds
 
 
@@ -69,53 +80,117 @@ def used_kinds(
     """
     pattern = base.values['layer_pattern']
     letters = letters_of(pattern)
+    unused = 0
     for name, kind in kinds.items():
         if name in letters:
             continue
-        text = f'layer_kinds.{name} ({{}}): layer_pattern={pattern!r} has no letter {name}'
+        text = f'layer_kinds.{name} ({kind.origin}): layer_pattern={pattern!r} has no letter {name}'
         if kind.level < base.levels['layer_pattern']:
-            notes.append(f'dropped: {text.format(_origin(kind))}')
+            notes.append(f'dropped: {text}')
         else:
+            unused += 1
             hint = did_you_mean(name, letters) or f' Its letters: {join_names(letters)}.'
-            problems.append(f'{text.format(_origin(kind))}.{hint} Remove the kind or use it.')
+            problems.append(f'{text}.{hint} Remove the kind or use it.')
     undeclared = [letter for letter in letters if letter not in kinds]
-    if len(undeclared) > 1:
+    # Each unused kind is probably that of a letter without one.
+    if len(undeclared) - unused > 1:
         problems.append(
-            f'layer_pattern={pattern!r}: {join_names(undeclared)} have no entry in layer_kinds, '
-            f"and only one letter may stand for the model's own options. Set options for them: "
-            f'--layer_kinds.{undeclared[0]}.OPTION=value.'
+            f'layer_pattern={pattern!r} ({base.origins["layer_pattern"]}): {join_names(undeclared)} '
+            f"have no entry in layer_kinds, and only one letter may stand for the model's own "
+            f'options. Set options of the others, such as '
+            f'--layer_kinds.{undeclared[0]}.sliding_window=64.'
         )
     return {letter: kinds.get(letter, Kind()) for letter in letters}
 
 
-def _origin(kind: Kind) -> str:
-    origins = dict.fromkeys(override.origin for override in kind.overrides.values())
-    return ', '.join(origins) or 'empty'
-
-
 def ignored_by_layers(
-    base: Merge, kinds: dict[str, Kind], model_keys: set[str]
+    base: Merge, kinds: dict[str, Kind], merges: dict[str, Merge], model_keys: set[str]
 ) -> tuple[list[str], list[str]]:
     """Problems and notes on values of the model that kinds override at a lower level.
 
-    A value that no layer would follow is a problem; model_keys: options that the model itself
-    follows too.
+    A value that no layer would follow is a problem. merges: the options of each kind. model_keys:
+    options that the model itself follows too.
     """
     problems, notes = [], []
-    for key, value in base.values.items():
-        level = base.levels[key]
-        own = [name for name, kind in kinds.items() if key in kind.overrides]
-        if not own or level <= max(kinds[name].overrides[key].level for name in own):
+    for key, text in base.described.items():
+        below = {
+            name: kind.overrides[key]
+            for name, kind in kinds.items()
+            if key in kind.overrides and kind.overrides[key].level < base.levels[key]
+        }
+        if not below:
             continue
         setters = ', '.join(
-            f'layer_kinds.{name} ({kinds[name].overrides[key].origin})' for name in own
+            f'layer_kinds.{name}.{key} ({each.origin})' for name, each in below.items()
         )
-        text = f'{key}={value!r} ({base.origins[key]})'
-        if len(own) == len(kinds) and key not in model_keys:
-            problems.append(
-                f'{text} has no effect: every kind of layers sets its own {key}, {setters}. Set '
-                f'--layer_kinds.{own[0]}.{key}={value!r} instead.'
-            )
+        is_followed = key in model_keys or any(
+            key in merged.values and key not in kinds[name].overrides
+            for name, merged in merges.items()
+        )
+        if is_followed:
+            notes.append(f'{text} does not apply to all layers: there is {setters}')
         else:
-            notes.append(f'{text} does not apply to layers of {setters}')
+            flag, _, _ = text.rpartition(' (')
+            problems.append(
+                f'{text} has no effect: every layer that could use it has its own {key}, from '
+                f'{setters}. Set --layer_kinds.{next(iter(below))}.{flag} instead.'
+            )
     return problems, notes
+
+
+def unused_values(
+    base: Merge, kinds: dict[str, Kind], merges: dict[str, Merge], model_keys: set[str]
+) -> tuple[list[str], list[str]]:
+    """Problems and notes on values that no layer uses, of kinds and of the model.
+
+    merges: the options of each kind. model_keys: options that the model itself follows too.
+    """
+    problems, notes = [], []
+    for name, merged in merges.items():
+        own = kinds[name].overrides
+        problems += [text for key, text in merged.useless.items() if key in own]
+        notes += [text for key, text in merged.dropped.items() if key in own]
+    # A value of the model is useless if neither the model nor any kind has a use for it.
+    used = {key for kind in kinds.values() for key in kind.overrides}
+    used |= {key for merged in merges.values() for key in merged.values}
+    used |= model_keys
+    useless, dropped = dict(base.useless), dict(base.dropped)
+    for merged in merges.values():
+        useless |= merged.useless
+        dropped |= merged.dropped
+    problems += [text for key, text in useless.items() if key not in used]
+    notes += [text for key, text in dropped.items() if key not in used | useless.keys()]
+    return problems, notes
+
+
+def replaced_short_forms(
+    base: Merge, short_forms: dict[str, Option]
+) -> tuple[list[str], list[str]]:
+    """Problems and notes on short forms of a layer pattern that are set beside one.
+
+    Those below the pattern are replaced by it.
+    """
+    problems, notes = [], []
+    pattern = base.described['layer_pattern']
+    for key, option in short_forms.items():
+        value, level = base.values.get(key), base.levels[key]
+        if level == 0 or value is None or value == option.default:
+            continue
+        text = base.described[key]
+        if level < base.levels['layer_pattern']:
+            notes.append(f'dropped: {text}: replaced by {pattern}')
+        else:
+            problems.append(
+                f'{text} is a short form of layer_pattern, and {pattern} is set too. Remove '
+                f'{key}, or set --layer_pattern=None.'
+            )
+    return problems, notes
+
+
+def without_pattern(kinds: dict[str, Kind]) -> str:
+    """The problem of kinds if there is no pattern that gives them to layers."""
+    shown = ', '.join(f'layer_kinds.{name} ({kind.origin})' for name, kind in kinds.items())
+    return (
+        f'{shown or "layer_kinds"} has no effect without layer_pattern, the kind of each layer. '
+        f'Set it, for example --layer_pattern={"".join(kinds) or "L"}.'
+    )

@@ -19,12 +19,16 @@ COMMAND_LINE = 'command line'  # the origin of its values
 class Layer:
     """Values from one place: a preset, a config file, the command line. Later layers win.
 
-    level: the number of the layer for `merge`; None: its place among the layers, from 1.
+    level: the number of the layer for `merge`; None: its place among the layers, from 1. entry: the
+    entry of a dict option that holds the values, such as `layer_kinds.L`. refused: keys whose value
+    was refused with a message, so that what follows from its absence is not reported too.
     """
 
     origin: str
     values: dict
     level: int | None = None
+    entry: str = ''
+    refused: frozenset[str] = frozenset()
 
 
 class MergedOptions(NamedTuple):
@@ -40,7 +44,8 @@ class Merge(NamedTuple):
 
     dropped: key -> note on a value that a higher layer's choice made useless. useless: key -> the
     problem of any other value that no chosen component uses. levels: key -> the number of the layer
-    that set it, from 1; 0: the default.
+    that set it, from 1; 0: the default. described: key -> each value that a layer set, in use or
+    not, with its origin.
     """
 
     values: dict
@@ -48,6 +53,7 @@ class Merge(NamedTuple):
     dropped: dict[str, str]
     useless: dict[str, str]
     levels: dict[str, int]
+    described: dict[str, str]
 
 
 def merge(
@@ -82,12 +88,16 @@ def merge_layers(
     # 3. Find the active options.
     active = dict.fromkeys(active_keys(core, merged.values))  # an ordered set
     # 4. Go through the values that were set for inactive options. If a higher layer made the
-    #    deciding choice, the value is a leftover and is dropped; otherwise it is a mistake.
+    #    deciding choice, the value is a leftover and is dropped; otherwise it is a mistake, unless
+    #    the deciding choice is one.
     dropped, useless = {}, {}
+    refused = {key for layer in layers for key in layer.refused}
     for key in options:
         if key in active or merged.level[key] == 0:
             continue
         deciding = list(dict.fromkeys(_deciding_choices(key, options, active)))
+        if refused & {*deciding}:
+            continue
         if merged.level[key] < merged.level_chosen_at(deciding, preset):
             chosen = ', '.join(map(merged.describe, deciding))
             dropped[key] = f'dropped: {merged.describe(key)}: no effect with {chosen}'
@@ -100,6 +110,7 @@ def merge_layers(
         dropped,
         useless,
         merged.level,
+        {key: merged.describe(key) for key, level in merged.level.items() if level > 0},
     )
 
 
@@ -115,28 +126,37 @@ def _no_effect_problem(
         chosen = ' and '.join(
             f'{merged.setter(choice)} {choice}={merged.values[choice]!r}' for choice in deciding
         )
+    # A kind of layers may choose for itself.
+    place = merged.place(key).removesuffix(key)
     return (
         f'{merged.describe(key)} has no effect: it needs {conditions_text(needed)}, but {chosen}. '
-        f'Remove {key} or change {" or ".join(deciding)}.'
+        f'Remove {place}{key} or change {" or ".join(place + choice for choice in deciding)}.'
     )
 
 
 class _Overlay(NamedTuple):
-    """By key: the value, the number of the layer that set it (0: the default), and its origin."""
+    """By key: the value, the number of the layer that set it (0: the default), its origin, and the
+    entry of a dict option that holds it."""
 
     values: dict
     level: dict[str, int]
     origins: dict[str, str]
+    entries: dict[str, str]
+
+    def place(self, key: str) -> str:
+        """The dotted name of the option, such as `layer_kinds.L.n_head`."""
+        return '.'.join(filter(None, (self.entries[key], key)))
 
     def describe(self, key: str) -> str:
-        return f'{key}={self.values[key]!r} ({self.origins[key]})'
+        return f'{self.place(key)}={self.values[key]!r} ({self.origins[key]})'
 
     def setter(self, key: str) -> str:
         """The beginning of a clause: `c.py sets`, `the default is`."""
         origin = self.origins[key]
         if origin == 'default':
             return 'the default is'
-        return f'the {origin} sets' if origin == COMMAND_LINE else f'{origin} sets'
+        setter = self.entries[key] or origin
+        return f'the {setter} sets' if setter == COMMAND_LINE else f'{setter} sets'
 
     def level_chosen_at(self, choices: Iterable[str], preset: str | None) -> int:
         """The highest level of the choices.
@@ -156,18 +176,20 @@ def _overlay(options: dict[str, Option], layers: list[Layer], problems: list[str
         {key: option.default for key, option in options.items()},
         dict.fromkeys(options, 0),
         dict.fromkeys(options, 'default'),
+        dict.fromkeys(options, ''),
     )
     for number, layer in enumerate(layers, start=1):
         level = number if layer.level is None else layer.level
-        for key, value, origin in _resolve_aliases(layer, options, problems):
+        for key, value, origin in resolved_aliases(layer, options, problems):
             option = options[key]
             if isinstance(option, DictOption):
                 value = option.combined(merged.values[key], value)
             merged.values[key], merged.level[key], merged.origins[key] = value, level, origin
+            merged.entries[key] = layer.entry
     return merged
 
 
-def _resolve_aliases(
+def resolved_aliases(
     layer: Layer, options: dict[str, Option], problems: list[str]
 ) -> Iterator[tuple[str, object, str]]:
     """Key, value and origin of the layer's options, with aliases replaced by what they set."""
@@ -179,9 +201,10 @@ def _resolve_aliases(
             continue
         meant_key, meant = options[key].aliases[value]
         if layer.values.get(meant_key, meant) != meant:
+            place = f'{layer.entry}.' if layer.entry else ''
             problems.append(
-                f'{key}={value!r} ({layer.origin}) means {meant_key}={meant!r}, which contradicts '
-                f'{meant_key}={layer.values[meant_key]!r}. Remove one of them.'
+                f'{place}{key}={value!r} ({layer.origin}) means {meant_key}={meant!r}, which '
+                f'contradicts {place}{meant_key}={layer.values[meant_key]!r}. Remove one of them.'
             )
         yield meant_key, meant, f'{layer.origin}: {key}={value!r}'
 

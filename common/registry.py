@@ -110,7 +110,8 @@ class Registry:
         return self._sources[name]
 
     def _fill(self) -> None:
-        importlib.import_module(self.home)
+        if self.home not in sys.modules:
+            importlib.import_module(self.home)
 
 
 class _Subset(Registry):
@@ -137,6 +138,7 @@ def _full_name(component: type) -> str:
 
 
 LARGEST_INT = 2**63 - 1  # of numpy and torch
+NONE_WORDS = ('None', 'none', 'null')  # on the command line
 SHOWN_LENGTH = 200  # characters of a value in a message
 REPR_WIDTH = 88  # columns of a FrozenConfig's repr
 
@@ -256,11 +258,15 @@ class Option:
             raise UserError(f'{key}={show_value(value)}: {key} takes {self.allowed()}.')
         return value
 
+    def means_none(self, text: str) -> bool:
+        """Whether `text` on the command line is None, and not the name of a choice."""
+        return text in NONE_WORDS and text not in (self.choices or ())
+
     def parse(self, key: str, text: str) -> typing.Any:
         """The value of `text` from the command line; UserError if it is not allowed."""
         base = self.base_type
         value: typing.Any
-        if self.optional and text in ('None', 'none', 'null') and text not in (self.choices or ()):
+        if self.optional and self.means_none(text):
             return None
         try:
             if base is bool:

@@ -143,11 +143,10 @@ class AttentionBackend(Component):
 
 
 def layer_specs(config: ModelArchitectureConfig) -> list[AttentionSpec]:
-    """The attention scores of each layer; one for all if they are alike."""
-    layers = config.layers[:1] if config.is_uniform else config.layers
+    """The attention scores of the first layer of each kind."""
     return [
-        ATTENTION_REGISTRY[layer.attention_type].layer_spec(layer, number)
-        for number, layer in enumerate(layers)
+        ATTENTION_REGISTRY[kind.attention_type].layer_spec(kind, config.layer_letters.index(letter))
+        for letter, kind in config.kinds.items()
     ]
 
 
