@@ -95,8 +95,8 @@ def used_kinds(
     # Each unused kind is probably that of a letter without one.
     if len(undeclared) - unused > 1:
         problems.append(
-            f'layer_pattern={pattern!r} ({base.origins["layer_pattern"]}): {join_names(undeclared)} '
-            f"have no entry in layer_kinds, and only one letter may stand for the model's own "
+            f'{base.described["layer_pattern"]}: {join_names(undeclared)} have no entry in '
+            f"layer_kinds, and only one letter may stand for the model's own "
             f'options. Set options of the others, such as '
             f'--layer_kinds.{undeclared[0]}.sliding_window=64.'
         )

@@ -70,7 +70,7 @@ def test_pattern_is_expanded(pattern, layers, letters):
 WINDOW = '--layer_kinds.L.sliding_window=8'
 PATTERN = '--layer_pattern=LG '
 FILE = "layer_pattern = 'LG'\nlayer_kinds = "
-TERMS = "letters, one per layer, in terms separated by spaces; TERM*N repeats a term"
+TERMS = 'letters, one per layer, in terms separated by spaces; TERM*N repeats a term'
 MISTAKES = [
     # The pattern.
     (f'--layer_pattern=LL+G {WINDOW}', None, f"layer_pattern='LL+G': layer_pattern takes {TERMS}"),
@@ -79,7 +79,7 @@ MISTAKES = [
     (f'--layer_pattern=L*0 {WINDOW}', None, TERMS),
     (f'--layer_pattern=L*{10**20} {WINDOW}', None, TERMS),
     ('', 'layer_pattern = 3\nlayer_kinds = {"L": {}}', 'layer_pattern=3: int given'),
-    (f"--layer_pattern='LLG LL' {WINDOW}", None, 'has 5 layers, but n_layer=4. Set --n_layer=5, or'),
+    (f"--layer_pattern='LLG LL' {WINDOW}", None, 'has 5 layers, but n_layer=4. Set --n_layer=5,'),
     (f"--layer_pattern='L G' {WINDOW}", None, 'has 2 layers, but n_layer=4. Set --n_layer=2, or'),
     (f"--layer_pattern='LLLLL G*' {WINDOW}", None, 'has at least 5 layers, but n_layer=4.'),
     (
@@ -97,7 +97,7 @@ MISTAKES = [
     (f'{PATTERN}{WINDOW} --layer_kinds.X.n_head=2', None, 'layer_kinds.X (command line): '
      "layer_pattern='LG' has no letter X. Its letters: L, G."),
     (f'{PATTERN}--layer_kinds.l.sliding_window=8', None, 'has no letter l. Did you mean L?'),
-    (PATTERN + WINDOW.replace('L', 'LL'), None, "layer_kinds: the name 'LL' is not a single letter"),
+    (PATTERN + WINDOW.replace('L', 'LL'), None, "the name 'LL' is not a single letter"),
     (f'{PATTERN}--layer_kinds.=3', None, "the name '' is not a single letter"),
     ('', f'{FILE}{{3: {{}}}}', 'c.py: layer_kinds: the name 3 is not a single letter'),
     ('', f'{FILE}{{None: {{}}}}', 'the name None is not a single letter'),
