@@ -4,8 +4,8 @@
     python benchmarks/gpu.py --dry        # every section at tiny size on a CPU: does it run?
 
 | section    | what it measures |
-| parity     | losses of ten updates in fp32 on the CPU and on the GPU, for several presets |
-| syncs      | operations of an update that wait for the GPU, for every preset |
+| parity     | losses of ten updates in fp32 on the CPU and on the GPU, for several models |
+| syncs      | operations of an update that wait for the GPU, for every preset and mixed layers |
 | graphs     | graphs of compiled blocks, and whether a later evaluation or update adds any |
 | loss       | output head and loss, beside a plain one that torch compiles |
 | attention  | a layer of 8192 tokens, by mask and backend: time, memory, longest kernel |
@@ -40,8 +40,8 @@ from torch._dynamo.utils import counters  # noqa: E402
 
 from benchmarks.gpu_workloads import (  # noqa: E402
     GPT2,
+    MODELS,
     TINY,
-    TINY_EXPERTS,
     PlainGPT,
     Updates,
     cost_of,
@@ -58,7 +58,6 @@ from common import hardware  # noqa: E402
 from common.errors import ArgumentParser, UserError, run_script  # noqa: E402
 from components.linear_cross_entropy import linear_cross_entropy  # noqa: E402
 from model_builder import build_model  # noqa: E402
-from model_config import PRESETS  # noqa: E402
 
 CPU = torch.device('cpu')
 OPTIMIZERS = ('adamw', 'muon', 'lion')
@@ -110,8 +109,9 @@ class Bench:
 
 
 def parity(bench: Bench) -> Iterator[Row]:
-    for preset in bench.size(('legacy', 'llama', 'gemma2', 'mixtral', 'deepseek'), ('mixtral',)):
-        options = {**TINY, **TINY_EXPERTS.get(preset, {}), 'arch_preset': preset}
+    checked = ('legacy', 'llama', 'gemma2', 'mixtral', 'deepseek', 'mixed')
+    for name in bench.size(checked, ('mixed',)):
+        options = {**TINY, **MODELS[name]}
         curves, backends = [], []
         for device in (CPU, bench.device):
             release_memory(device)
@@ -122,15 +122,15 @@ def parity(bench: Bench) -> Iterator[Row]:
         largest = max(abs(ours / cpu - 1) for cpu, ours in zip(*curves))
         yield Row(
             'parity',
-            f'{preset}, attention by {" and ".join(backends)}',
+            f'{name}, attention by {" and ".join(backends)}',
             largest < 1e-4,
             {'largest relative difference': largest, 'last loss': curves[1][-1]},
         )
 
 
 def syncs(bench: Bench) -> Iterator[Row]:
-    for number, preset in enumerate(bench.size(PRESETS, ('llama', 'mixtral'))):
-        options = {**TINY, **TINY_EXPERTS.get(preset, {}), 'arch_preset': preset}
+    for number, name in enumerate(bench.size(MODELS, ('llama', 'mixed'))):
+        options = {**TINY, **MODELS[name]}
         optimizer = OPTIMIZERS[number % len(OPTIMIZERS)]
         release_memory(bench.device)
         updates = Updates(bench.device, optimizer=optimizer, **options)
@@ -139,15 +139,15 @@ def syncs(bench: Bench) -> Iterator[Row]:
         with recorded_waits(bench.device) as waits:
             updates.update(measured=True)
         figures = {'waits': len(waits)} | ({'at': ' '.join(sorted({*waits}))} if waits else {})
-        yield Row('syncs', f'{preset}, {optimizer}', not waits, figures)
+        yield Row('syncs', f'{name}, {optimizer}', not waits, figures)
 
 
 def graphs(bench: Bench) -> Iterator[Row]:
-    for preset in ('llama', 'gemma2'):
+    for name in ('llama', 'gemma2', 'mixed'):
         release_memory(bench.device)
         counters.clear()
         # Inductor needs a minute of a CPU: a dry run only goes through the calls.
-        updates = Updates(bench.device, 4, compiled=not bench.dry, arch_preset=preset)
+        updates = Updates(bench.device, 4, compiled=not bench.dry, **TINY, **MODELS[name])
         updates.evaluate(), updates.evaluate(ignored=1)
         updates.update()
         first = counters['stats']['unique_graphs']
@@ -156,7 +156,7 @@ def graphs(bench: Bench) -> Iterator[Row]:
         breaks = sum(counters['graph_break'].values())
         yield Row(
             'graphs',
-            f'{preset}, {updates.config.n_layer} layers',
+            f'{name}, {updates.config.n_layer} layers',
             not added and not breaks and (bench.dry or first > 0),
             {'graphs': first, 'added later': added, 'graph breaks': breaks},
         )

@@ -21,6 +21,7 @@ from common import hardware
 from configurator import read_command_line
 from model_builder import parameter_groups
 from model_components import IGNORED
+from model_config import PRESETS
 from optim.step import GuardedOptimizer
 from parallel.strategies import SingleProcess
 from studies.grid import STUDY_KEYS
@@ -35,6 +36,21 @@ TINY = {'n_layer': 2, 'n_head': 4, 'n_embd': 64, 'block_size': 192, 'vocab_size'
 TINY_EXPERTS = {
     'mixtral': {'num_experts': 4},
     'deepseek': {'num_experts': 4, 'experts_per_token': 2, 'shared_experts': 1},
+}
+# Layers that differ in heads, window, position encoding and FFN.
+MIXED = {
+    'arch_preset': 'llama',
+    'layer_pattern': 'LG',
+    'layer_kinds.L.n_head': 2,
+    'layer_kinds.L.sliding_window': 6,
+    'layer_kinds.G.position_encoding': 'none',
+    'layer_kinds.G.ffn_type': 'moe',
+    'layer_kinds.G.num_experts': 4,
+}
+# The options of every model that is checked: the presets, and layers that differ.
+MODELS: dict[str, dict] = {
+    **{preset: {'arch_preset': preset, **TINY_EXPERTS.get(preset, {})} for preset in PRESETS},
+    'mixed': MIXED,
 }
 GPT2 = {'arch_preset': 'legacy', 'n_layer': 12, 'n_head': 12, 'n_embd': 768}  # 124M parameters
 GPT2 |= {'block_size': 1024, 'vocab_size': 50304}

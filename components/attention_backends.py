@@ -121,7 +121,7 @@ class AttentionBackend(Component):
         k_documents: torch.Tensor | None = None,
     ) -> Any:
         """The mask, in the form that `attend` takes, once per forward pass for all layers with the
-        same spec.
+        same bias and the same window and documents of the spec; it depends on nothing else of it.
 
         bias (H or 1, Tq, Tk), positions (Tq,) and (Tk,). The queries are at the last positions of
         the keys; with a single query, the keys may be in any order. Document numbers (B, Tq) and
@@ -275,7 +275,7 @@ BLOCK = 128  # queries, or keys, of a block in flex's masks
 FEW_QUERIES = BLOCK  # for fewer, flex uses `manual`
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=64)  # more than the windows and lengths of a model
 def window_mask(window: int | None, queries: int, keys: int, device: torch.device) -> BlockMask:
     """The block mask without documents, cached for later forward passes.
 

@@ -49,7 +49,8 @@ def attention_inputs(
 ) -> list[AttentionInputs]:
     """Inputs of each layer's attention for positions (T,), from its spec and position encoding.
 
-    Layers with the same encoding share rotations, and those with the same spec and bias masks.
+    Layers with the same encoding share rotations, and those that see the same tokens and have the
+    same bias share masks.
     doc_ids: the document of each token so far, (B, all), if masks depend on documents.
     """
     prepared: dict[tuple, tuple[AttentionInputs, torch.Tensor]] = {}
@@ -64,7 +65,7 @@ def attention_inputs(
             k_pos = layer_cache.positions(pos) if layer_cache else pos
             prepared[encoding, span] = encoding.prepare(pos, k_pos), k_pos
         shared, k_pos = prepared[encoding, span]
-        key = spec, encoding if shared.bias is not None else None
+        key = spec.window, spec.documents, encoding if shared.bias is not None else None
         if key not in masks:
             documents = () if doc_ids is None else (doc_ids[:, pos], doc_ids[:, k_pos])
             masks[key] = backend.mask(spec, shared.bias, pos, k_pos, *documents)

@@ -64,6 +64,9 @@ def test_cache_size_by_layer():
     assert cached_numbers(sliding_window=4, attention_pattern='LG') == [4 * 2 * 16, 6 * 2 * 16]
     latent = {'attention_type': 'mla', 'kv_lora_rank': 7, 'qk_rope_head_dim': 2}
     assert cached_numbers(**latent) == [6 * (7 + 2)] * 2
+    kinds = {'L': {'sliding_window': 2, 'head_dim': 8}, 'A': latent}
+    mixed = cached_numbers(n_layer=3, layer_pattern='LGA', layer_kinds=kinds)
+    assert mixed == [2 * 2 * 32, 6 * 2 * 16, 6 * (7 + 2)]
 
 
 # --- A model goes on from its cache ---------------------------------------------------------------

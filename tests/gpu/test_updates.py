@@ -6,43 +6,40 @@ import torch.nn as nn
 from helpers.one_device import each, no_waits, skip_if_experts_wait
 from torch._dynamo.utils import counters
 
-from benchmarks.gpu_workloads import TINY, TINY_EXPERTS, Updates, fp32_products
-from model_config import PRESETS
+from benchmarks.gpu_workloads import MODELS, TINY, Updates, fp32_products
 
 CPU = torch.device('cpu')
 OPTIMIZERS = ('adamw', 'muon', 'lion')
-# Kinds of layers whose graphs differ.
+# Models whose blocks have different graphs.
 COMPILED = {
     'llama': {},
     'gemma2': {},
     'mistral': {},
     'mixtral': {},
     'legacy': {'document_mask': True, 'end_of_text': 0},
+    'mixed': {},
 }
 
 
-def updates_of(device: torch.device, preset: str, **options) -> Updates:
-    experts = TINY_EXPERTS.get(preset, {})
-    return Updates(device, **{**TINY, **experts, 'arch_preset': preset, **options})
+def updates_of(device: torch.device, name: str, **options) -> Updates:
+    return Updates(device, **{**TINY, **MODELS[name], **options})
 
 
-@each('preset', PRESETS, dry=('gpt2', 'mixtral'))
-def test_losses_equal_those_of_a_cpu(device, preset):
+@each('name', MODELS, dry=('gpt2', 'mixed'))
+def test_losses_equal_those_of_a_cpu(device, name):
     """In fp32, with the attention backend that each device derives."""
     with fp32_products():
-        on_cpu, here = (
-            updates_of(kind, preset, dtype='float32').losses(4) for kind in (CPU, device)
-        )
+        on_cpu, here = (updates_of(kind, name, dtype='float32').losses(4) for kind in (CPU, device))
     assert here == pytest.approx(on_cpu, rel=1e-4)
     assert here[0] != here[1]
 
 
-@each('preset', PRESETS, dry=('gpt2', 'mixtral'))
-def test_update_does_not_wait(device, preset):
-    if preset in TINY_EXPERTS:
+@each('name', MODELS, dry=('gpt2', 'mixed'))
+def test_update_does_not_wait(device, name):
+    if any('num_experts' in key for key in MODELS[name]):
         skip_if_experts_wait(device)
-    optimizer = OPTIMIZERS[list(PRESETS).index(preset) % len(OPTIMIZERS)]
-    updates = updates_of(device, preset, optimizer=optimizer, dropout=0.1)
+    optimizer = OPTIMIZERS[list(MODELS).index(name) % len(OPTIMIZERS)]
+    updates = updates_of(device, name, optimizer=optimizer, dropout=0.1)
     updates.update()
     with no_waits(device):
         updates.update(1, measured=True)
@@ -78,13 +75,13 @@ def compiler(device, monkeypatch):
     torch.compiler.reset()
 
 
-@each('preset', COMPILED, dry=('gemma2',))
-def test_compiled_updates_equal_eager_ones(device, compiler, preset):
+@each('name', COMPILED, dry=('mixed',))
+def test_compiled_updates_equal_eager_ones(device, compiler, name):
     """Without a graph break, and without a graph that later evaluations or updates add."""
-    options = {'batch_size': 4, 'dtype': 'float32', **COMPILED[preset]}
+    options = {'batch_size': 4, 'dtype': 'float32', **COMPILED[name]}
     with fp32_products():
-        eager = updates_of(device, preset, **options)
-        compiled = updates_of(device, preset, compiled=True, **options)
+        eager = updates_of(device, name, **options)
+        compiled = updates_of(device, name, compiled=True, **options)
         assert compiled.evaluate().item() == pytest.approx(eager.evaluate().item(), rel=1e-4)
         losses = [updates.losses(1) for updates in (eager, compiled)]
         graphs = counters['stats']['unique_graphs']

@@ -217,7 +217,8 @@ def test_compile_is_derived_for_cuda_alone():
 
 @pytest.mark.usefixtures('flex_of_few_queries')
 def test_flex_makes_its_masks_once(monkeypatch):
-    """One for each kind of layer, whatever the batch; with documents one in every forward pass."""
+    """One for each set of visible tokens, whatever the batch; with documents one in every forward
+    pass, which kinds of layers that differ in something else share."""
     made = []
     real = attention_backends.block_mask
     monkeypatch.setattr(
@@ -231,7 +232,10 @@ def test_flex_makes_its_masks_once(monkeypatch):
     tokens = torch.zeros(2, 6, dtype=torch.int64)
     # Global layers find the mask of the first case.
     documents = {'document_mask': True, 'end_of_text': 1}
-    for kinds, masks in (({}, 1), (windows, 1), (documents, 2)):
+    kinds = {'L': {'sliding_window': 3}, 'G': {'n_head': 2, 'head_dim': 32}}
+    mixed = {'layer_pattern': 'LGM', 'layer_kinds': kinds | {'M': {'attention_softcap': 9.0}}}
+    cases = (({}, 1), (windows, 1), (mixed, 0), (documents, 2), ({**mixed, **documents}, 4))
+    for kinds, masks in cases:
         made.clear()
         model = build_model(tiny(**layers, **kinds), torch.device('cpu'), 1)
         with torch.no_grad():

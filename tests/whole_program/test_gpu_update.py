@@ -11,17 +11,16 @@ from helpers.fake_ranks import fake_ranks
 from helpers.in_process import session_here
 
 import train
+from benchmarks.gpu_workloads import MIXED, MODELS, settings_of
 from common import hardware
 from components import cpu_attention
 from model_builder import build_model
-from model_config import PRESETS, ModelArchitectureConfig
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures('one_thread')]
 
 RANKS = 8
 STRATEGIES = {'ddp': {}, 'zero1': {'use_zero1': True}, 'fsdp': {'use_fsdp': True}}
 OPTIMIZERS = ('adamw', 'muon', 'lion')
-MOE = {'arch_preset': 'mixtral', 'num_experts': 4}
 MORE_OPTIONS = {
     'adamw': {'document_mask': True, 'end_of_text': 0},
     'muon': {'arch_preset': 'llama', 'dtype': 'float16'},
@@ -48,11 +47,8 @@ LAUNCHES = {
     'mixtral': 233,
     'gemma3': 240,
     'deepseek': 293,
+    'mixed': 161,
 }
-
-
-def layers_of(preset: str) -> dict:
-    return {'num_experts': 8} if preset in ('mixtral', 'deepseek') else {}
 
 
 @pytest.fixture
@@ -86,17 +82,17 @@ def check_waits(plain: Operations, logged: Operations) -> None:
     assert not plain.waits and not logged.waits
 
 
-@pytest.mark.parametrize('preset', PRESETS)
-def test_update_of_each_preset_does_not_wait(preset, operations):
-    optimizer = OPTIMIZERS[list(PRESETS).index(preset) % len(OPTIMIZERS)]
-    check_waits(*operations(arch_preset=preset, optimizer=optimizer, **layers_of(preset)))
+@pytest.mark.parametrize('name', MODELS)
+def test_update_of_each_model_does_not_wait(name, operations):
+    optimizer = OPTIMIZERS[list(MODELS).index(name) % len(OPTIMIZERS)]
+    check_waits(*operations(optimizer=optimizer, **MODELS[name]))
 
 
 @pytest.mark.parametrize('optimizer', OPTIMIZERS)
 @pytest.mark.parametrize('strategy', STRATEGIES)
 def test_update_of_each_strategy_does_not_wait(strategy, optimizer, operations):
     """As the first of eight ranks, with collectives that return at once."""
-    options = {**MOE, **STRATEGIES[strategy], 'optimizer': optimizer}
+    options = {**MIXED, **STRATEGIES[strategy], 'optimizer': optimizer}
     check_waits(*operations(ranks=RANKS, **options))
     assert dist.get_world_size() == RANKS
 
@@ -125,21 +121,15 @@ def test_waits_are_seen(call):
     assert counted.waits
 
 
-@pytest.mark.parametrize('preset', PRESETS)
-def test_launches_grow_with_layers_alone(preset, monkeypatch):
+@pytest.mark.parametrize('name', MODELS)
+def test_launches_grow_with_layers_alone(name, monkeypatch):
     """Not with the number of tokens; and no layer launches more than it did."""
     monkeypatch.setattr(cpu_attention, 'supports', lambda q, k: False)
 
     def launches(n_layer: int, block_size: int) -> int:
-        config = ModelArchitectureConfig(
-            arch_preset=preset,
-            n_head=4,
-            n_embd=32,
-            vocab_size=64,
-            n_layer=n_layer,
-            block_size=block_size,
-            **layers_of(preset),
-        )
+        sizes = {'n_head': 4, 'n_embd': 32, 'vocab_size': 64}
+        sizes |= {'n_layer': n_layer, 'block_size': block_size}
+        config = settings_of(torch.device('cpu'), **sizes, **MODELS[name]).architecture
         model = build_model(config, torch.device('cpu'), 1).train()
         tokens = torch.zeros(2, block_size, dtype=torch.long)
         with Operations() as counted:
@@ -151,4 +141,4 @@ def test_launches_grow_with_layers_alone(preset, monkeypatch):
     count = launches(2, 8)
     assert launches(2, 24) == count
     per_layer = (launches(4, 8) - count) / 2
-    assert 0.5 * LAUNCHES[preset] < per_layer <= LAUNCHES[preset]
+    assert 0.5 * LAUNCHES[name] < per_layer <= LAUNCHES[name]
