@@ -59,7 +59,9 @@ class GPT2Initialization(Initialization):
     options: ClassVar = {
         **Initialization.options,
         'depth_scaled_init': Option(
-            bool, True, 'Divide init_std by √(2 · n_layer) in projections into the residual stream'
+            bool,
+            True,
+            'Divide init_std by √(number of sublayers) in projections into the residual stream',
         ),
     }
 

@@ -22,6 +22,7 @@ from model_config import (
     PRESET_OPTION,
     REGISTRIES,
     ModelArchitectureConfig,
+    architecture_options,
 )
 from model_config import schema as architecture_schema
 from training_config import run_schema, schema
@@ -56,6 +57,8 @@ def component_page() -> str:
         "(`normalization = 'rmsnorm'`). This page is the output of "
         '`python train.py --list_components --format=markdown`.',
         '',
+        _layers(),
+        '',
         *(f'- {_link(title)}' for title in titles),
         '',
     ]
@@ -65,6 +68,19 @@ def component_page() -> str:
         lines += _head(registry, used_by[registry], options)
         lines += _reference(registry, superset) if superset else _components(registry)
     return '\n'.join([*lines, *_other_options()]).rstrip()
+
+
+def _layers() -> str:
+    """The options in which layers may not differ."""
+    names: dict[str, list[str]] = {}  # by the scope of the options
+    for key, option in architecture_options().items():
+        names.setdefault(option.scope, []).append(f'`{key}`')
+    return (
+        'Layers may differ, by `layer_pattern` and `layer_kinds`. These options are those of the '
+        f'whole model: {", ".join(names["model"])}. Short forms of a layer pattern are '
+        f'{", ".join(names["pattern"])}. All other options of the architecture may differ from '
+        'layer to layer.'
+    )
 
 
 def _head(registry: Registry, keys: list[str], options: dict[str, Option]) -> Iterator[str]:

@@ -6,6 +6,7 @@ import re
 import pytest
 from helpers.project import PROJECT
 
+from common.architecture_options import architecture_options, refused_in_kind
 from common.architecture_presets import PRESET_DESCRIPTIONS, PRESETS
 from common.registry import Registry
 from configurator import flatten, read_command_line
@@ -82,6 +83,16 @@ def test_changed_options_of_a_preset_rebuild_it(page):
         assert rebuilt.layers == config.layers and rebuilt.hash == config.hash, preset
         own = [{**c.to_dict(), 'layer_kinds': None} for c in (rebuilt, config)]
         assert own[0] == own[1], preset
+
+
+def test_page_lists_the_options_of_the_whole_model(page):
+    """A kind of layers may have all options but those."""
+    paragraph = next(line for line in page.splitlines() if line.startswith('Layers may differ'))
+    of_model, short_forms = (re.findall(r'`(\w+)`', part) for part in paragraph.split('.')[1:3])
+    for key in architecture_options():
+        refused = refused_in_kind(key, None)
+        assert (key in of_model) == (refused is not None and 'the whole model' in refused)
+        assert (key in short_forms) == (refused is not None and 'short form' in refused)
 
 
 def test_page_lists_options_that_belong_to_no_component(page):
