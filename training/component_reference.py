@@ -11,6 +11,7 @@ in the process of the tests, the registries may also hold components of other te
 
 from collections.abc import Iterable, Iterator
 
+from common.architecture_options import architecture_options, layer_options
 from common.architecture_presets import PRESET_DESCRIPTIONS, PRESETS
 from common.formatting import markdown_anchor, markdown_table
 from common.help_layout import first_paragraph
@@ -22,7 +23,6 @@ from model_config import (
     PRESET_OPTION,
     REGISTRIES,
     ModelArchitectureConfig,
-    architecture_options,
 )
 from model_config import schema as architecture_schema
 from training_config import run_schema, schema
@@ -72,14 +72,16 @@ def component_page() -> str:
 
 def _layers() -> str:
     """The options in which layers may not differ."""
-    names: dict[str, list[str]] = {}  # by the scope of the options
-    for key, option in architecture_options().items():
-        names.setdefault(option.scope, []).append(f'`{key}`')
+    options = architecture_options()
+    short_forms = [key for key, option in options.items() if option.scope == 'pattern']
+    of_model = [key for key in options if key not in [*layer_options(), *short_forms]]
+    names_of_model, names_of_forms = (
+        ', '.join(f'`{key}`' for key in keys) for keys in (of_model, short_forms)
+    )
     return (
         'Layers may differ, by `layer_pattern` and `layer_kinds`. These options are those of the '
-        f'whole model: {", ".join(names["model"])}. Short forms of a layer pattern are '
-        f'{", ".join(names["pattern"])}. All other options of the architecture may differ from '
-        'layer to layer.'
+        f'whole model: {names_of_model}. Short forms of a layer pattern are {names_of_forms}. All '
+        'other options of the architecture may differ from layer to layer.'
     )
 
 
