@@ -17,6 +17,7 @@ from typing import Any
 from common import old_imports
 from common.dict_option import DictOption
 from common.errors import UserError, closest_match, did_you_mean
+from common.formatting import commented
 from common.help_layout import entry, first_paragraph
 from common.option_merge import COMMAND_LINE, Layer
 from common.paths import expanded_path
@@ -316,13 +317,21 @@ def format_components(schema: Schema) -> str:
     return '\n'.join(lines).rstrip()
 
 
-def format_config(groups: dict[str, dict], origins: dict[str, str], notes: list[str]) -> str:
-    """Each resolved value and its origin, by group, as a config file; then the notes."""
+def format_config(
+    groups: dict[str, dict],
+    origins: dict[str, str],
+    notes: list[str],
+    longer: dict[str, list[str]] | None = None,
+) -> str:
+    """Each resolved value and its origin, by group, as a config file; then the notes.
+
+    longer: the lines of keys that take more than one.
+    """
     lines = []
     for title, values in groups.items():
         lines.append(f'# {title}')
         for key, value in values.items():
-            assignment = f'{key} = {value!r}'
-            lines.append(f'{assignment:<48}  # {origins[key]}')
+            one_line = commented(f'{key} = {value!r}', origins[key])
+            lines += (longer or {}).get(key, [one_line])
         lines.append('')
     return '\n'.join(lines + [f'# {note}' for note in notes]).rstrip()

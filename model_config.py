@@ -11,7 +11,6 @@ This module imports no torch.
 """
 
 import copy
-import dataclasses
 import json
 import re
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from common.architecture_identity import hash_of_layers
+from common.architecture_merge import derive_values, merge_architecture, merge_kind
 from common.architecture_options import (
     ACTIVATION_REGISTRY,
     ATTENTION_BACKEND_REGISTRY,
@@ -41,8 +41,10 @@ from common.architecture_options import (
 )
 from common.architecture_presets import PRESETS
 from common.errors import UserError
-from common.layer_pattern import expand_pattern, shortest_pattern
+from common.layer_pattern import expand_pattern, letters_of, shortest_pattern
 from common.layer_table import (
+    KindEntries,
+    config_lines,
     ignored_by_layers,
     merged_kinds,
     replaced_short_forms,
@@ -50,20 +52,8 @@ from common.layer_table import (
     used_kinds,
     without_pattern,
 )
-from common.option_merge import (
-    Layer,
-    Merge,
-    chosen_components,
-    merge_layers,
-)
-from common.registry import (
-    FrozenConfig,
-    Option,
-    derived_values_of,
-    sentences_of,
-    show_value,
-    tag_of,
-)
+from common.option_merge import Layer, Merge, chosen_components
+from common.registry import FrozenConfig, Option, sentences_of, show_value, tag_of
 from common.text_files import parse_json
 from configurator import Schema, validate_layer
 
@@ -134,7 +124,7 @@ class ModelArchitectureConfig(FrozenConfig):
         for layer in layers:
             preset = layer.values.get('arch_preset', preset)
         stack = [Layer(f'preset {preset}', PRESETS[preset]), *layers]
-        base = _merge(stack, problems)
+        base = merge_architecture(stack, problems)
         config = cls._of_merge(base)
         config.__dict__.update(preset=preset, _layers=tuple(layers))
         refused = {key for layer in layers for key in layer.refused}
@@ -158,7 +148,7 @@ class ModelArchitectureConfig(FrozenConfig):
         """Merged values, derived ones included, for layers that are all alike."""
         config = cls.__new__(cls)
         values, origins = dict(merged.values), dict(merged.origins)
-        _derive(values, origins)
+        derive_values(values, origins)
         FrozenConfig.__init__(config, values, origins, list(merged.dropped.values()))
         layer_letters = ('',) * values['n_layer']
         config.__dict__.update(kinds={'': config}, layer_letters=layer_letters, _declared={})
@@ -183,7 +173,7 @@ class ModelArchitectureConfig(FrozenConfig):
         notes: list[str] = []
         declared = merged_kinds(stack, layer_options(), problems)
         kinds = used_kinds(declared, base, problems, notes)
-        merges = {name: _merge_kind(stack, kind.layers(name)) for name, kind in kinds.items()}
+        merges = {name: merge_kind(stack, kind.layers(name)) for name, kind in kinds.items()}
         # 2. Give each layer its kind.
         try:
             letters = expand_pattern(base.values['layer_pattern'], self.n_layer)
@@ -360,6 +350,28 @@ class ModelArchitectureConfig(FrozenConfig):
         tags = [tag_of(chosen[r.option], self) for r in REGISTRIES if r.option in CORE_OPTIONS]
         return [f'{self.n_head}H', *(part for tag in tags if tag for part in tag.split('-'))]
 
+    def layer_lines(self) -> dict[str, list[str]]:
+        """The lines of `layer_pattern` and `layer_kinds` in a config file with all options.
+
+        A kind has the options that it sets, then others whose values differ from the model's.
+        """
+        pattern = self.get('layer_pattern')
+        if pattern is None:
+            return {}
+        kinds: dict[str, KindEntries] = {}
+        for name, (config, kind) in self._declared.items():
+            keys = [*kind.overrides, *self.layer_kinds[name]]
+            kinds[name] = {
+                key: (config.get(key), config.origins[key]) for key in keys if key in config
+            }
+        # What a higher layer of options removed from the preset, which a file would name too.
+        for name, entry in PRESETS[self.preset].get('layer_kinds', {}).items():
+            if name not in kinds and name in letters_of(pattern):
+                kinds[name] = None
+            elif (entries := kinds.get(name)) is not None:
+                entries |= {key: (None, 'removed') for key in entry if key not in entries}
+        return config_lines(pattern, self.origins['layer_pattern'], self.layer_letters, kinds)
+
     @property
     def hash(self) -> str:
         """A hash, equal exactly if the resolved options of all layers are equal, on any device."""
@@ -412,26 +424,6 @@ def layer_of_dict(values: object, origin: str, options: Schema, problems: list[s
     return validate_layer(Layer(origin, values), options, problems)
 
 
-def _merge(stack: list[Layer], problems: list[str]) -> Merge:
-    """The merged options of the layers, that of the preset first."""
-    options = {'arch_preset': PRESET_OPTION, **CORE_OPTIONS}
-    merged = merge_layers(options, stack, problems, preset='arch_preset')
-    del merged.values['arch_preset']
-    return merged
-
-
-def _merge_kind(stack: list[Layer], overrides: list[Layer]) -> Merge:
-    """The merged options of layers of one kind, as of a model with such layers only."""
-    left_out = {'layer_pattern', 'layer_kinds', *short_forms()}
-    below = [
-        dataclasses.replace(
-            layer, values={k: v for k, v in layer.values.items() if k not in left_out}, level=level
-        )
-        for level, layer in enumerate(stack, start=1)
-    ]
-    return _merge([*below, *overrides], [])
-
-
 def _layers_of_short_forms(
     config: ModelArchitectureConfig, stack: list[Layer]
 ) -> tuple[list[str], dict[str, ModelArchitectureConfig]]:
@@ -448,7 +440,7 @@ def _layers_of_short_forms(
     above = len(stack) + 1
     return letters, {
         letter: ModelArchitectureConfig._of_merge(
-            _merge_kind(stack, [Layer('layer pattern', own, above)])
+            merge_kind(stack, [Layer('layer pattern', own, above)])
         )
         for letter, own in overrides.items()
     }
@@ -463,20 +455,6 @@ def _differences(kind: ModelArchitectureConfig, base: ModelArchitectureConfig) -
         for key, value in kind.to_dict().items()
         if key in options and own.get(key, missing) != value
     }
-
-
-def _derive(values: dict, origins: dict[str, str]) -> None:
-    """Derive the values that are None from the merged values."""
-
-    def fill(key: str, value, why: str) -> None:
-        if values[key] is None:
-            values[key], origins[key] = value, f'derived: {why}'
-
-    fill('attention_dropout', values['dropout'], 'dropout')
-    fill('residual_dropout', values['dropout'], 'dropout')
-    for _, component in chosen_components(CORE_OPTIONS, values):
-        for key, derived in derived_values_of(component, FrozenConfig(values, origins)).items():
-            fill(key, *derived)
 
 
 def _problems(config: ModelArchitectureConfig) -> list[str]:

@@ -282,7 +282,8 @@ class Settings:
             **self.architecture.to_dict(),
         }
         origins = {**self.run.origins, **self.architecture.origins}
-        return format_config(groups, origins, self.run.dropped + self.architecture.dropped)
+        notes = self.run.dropped + self.architecture.dropped
+        return format_config(groups, origins, notes, self.architecture.layer_lines())
 
 
 # --------------------------------------------------------------------------------------------------

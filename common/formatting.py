@@ -142,6 +142,11 @@ def wrapped(text: str, indent: str = '') -> str:
     )
 
 
+def commented(code: str, comment: str) -> str:
+    """A line of a config file."""
+    return f'{code:<48}  # {comment}'
+
+
 def join_names(names: Sequence[str]) -> str:
     """The names with commas, at most LISTED of them."""
     more = len(names) - LISTED

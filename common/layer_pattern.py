@@ -6,11 +6,13 @@ a star fills the depth too. Otherwise the terms must add up to the number of lay
 """
 
 import re
+from itertools import groupby
 
 from common.errors import UserError
 from common.registry import show_value
 
 MOST_LAYERS = 10_000
+SHOWN_LETTERS = 64  # of the layers of a model, one by one
 _TERM = re.compile(r'([A-Za-z]+)(\*([1-9][0-9]{0,8})?)?')
 SYNTAX = (
     'letters, one per layer, in terms separated by spaces; TERM*N repeats a term, and one TERM* '
@@ -63,6 +65,19 @@ def shortest_pattern(letters: str) -> str:
         if repeated.startswith(letters):
             return letters[:length]
     return letters
+
+
+def compact_pattern(letters: str) -> str:
+    """A pattern of exactly these letters, short if they are many: 'LLLG*25', 'D*3 M*57'."""
+    if len(letters) <= SHOWN_LETTERS:
+        return letters
+    unit = shortest_pattern(letters)
+    repeats = len(letters) // len(unit)
+    if len(unit) > 1 and repeats > 1:
+        rest = letters[repeats * len(unit) :]
+        return f'{unit}*{repeats} {rest}'.rstrip()
+    runs = ((letter, len([*run])) for letter, run in groupby(letters))
+    return ' '.join(f'{letter}*{count}' for letter, count in runs)
 
 
 def _fills(term: re.Match | None) -> bool:

@@ -3,11 +3,12 @@
 "Layer" means a layer of the model here, and `Layer` a layer of options (config file, command line).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from common.errors import did_you_mean
-from common.formatting import join_names
-from common.layer_pattern import letters_of
+from common.formatting import commented, counted, join_names
+from common.layer_pattern import compact_pattern, letters_of
 from common.option_merge import Layer, Merge, resolved_aliases
 from common.registry import Option
 
@@ -194,3 +195,36 @@ def without_pattern(kinds: dict[str, Kind]) -> str:
         f'{shown or "layer_kinds"} has no effect without layer_pattern, the kind of each layer. '
         f'Set it, for example --layer_pattern={"".join(kinds) or "L"}.'
     )
+
+
+# Of a kind: option -> (value, origin); None if it is removed from a lower layer of options.
+KindEntries = dict[str, tuple[object, str]] | None
+
+
+def config_lines(
+    pattern: str, origin: str, letters: Sequence[str], kinds: dict[str, KindEntries]
+) -> dict[str, list[str]]:
+    """The lines of `layer_pattern` and `layer_kinds` in a config file.
+
+    origin: that of the pattern. letters: that of each layer. kinds: those declared.
+    """
+    counts = {letter: counted(letters.count(letter), 'layer') for letter in letters_of(pattern)}
+    layers = [commented(f'layer_pattern = {pattern!r}', origin)]
+    layers.append(f'# layers: {compact_pattern("".join(letters))}')
+    lines = ['layer_kinds = {']
+    for name, entries in kinds.items():
+        if entries is None:
+            lines.append(commented(f'    {name!r}: None,', 'removed'))
+            continue
+        lines.append(f'    {name!r}: {{  # {counts[name]}')
+        lines += [
+            commented(f'        {key!r}: {value!r},', why) for key, (value, why) in entries.items()
+        ]
+        lines.append('    },')
+    lines.append('}')
+    lines += [
+        f"# {name}: {count} with the model's own options"
+        for name, count in counts.items()
+        if kinds.get(name) is None
+    ]
+    return {'layer_pattern': layers, 'layer_kinds': lines}

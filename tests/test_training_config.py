@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shlex
 
 import numpy as np
 import pytest
@@ -252,6 +253,70 @@ def test_printed_config_shows_origins(config):
     assert done.architecture.name in text
     (note,) = [line for line in text.splitlines() if 'dropped' in line]
     assert "activation='relu'" in note and path in note and "ffn_type='swiglu'" in note
+
+
+WINDOWS = '--layer_pattern=LLG --layer_kinds.L.sliding_window=8'
+MIXTURE = "--layer_pattern='D M*' --layer_kinds.M.ffn_type=moe --layer_kinds.M.num_experts=4"
+
+
+@pytest.mark.parametrize(
+    'options',
+    [
+        '--arch_preset=llama',
+        '--arch_preset=gemma2',  # short forms
+        '--arch_preset=deepseek',
+        f'--arch_preset=llama {WINDOWS} --layer_kinds.L.n_head=2 --layer_kinds.G.dropout=0.1',
+        '--arch_preset=gemma2 --layer_pattern=LLG --layer_kinds.L.sliding_window=None',
+        f'--arch_preset=llama {MIXTURE} --expert_ffn=geglu --layer_kinds.D.d_ff=24',
+        '--arch_preset=llama --layer_pattern=AB --layer_kinds.A.normalization=layernorm '
+        '--layer_kinds.B.normalization=layernorm_nobias --norm_eps=0.1',
+        '--arch_preset=smollm3',
+        '--arch_preset=smollm3 --layer_kinds.N.position_encoding=None',
+        '--arch_preset=smollm3 --layer_kinds.N=None --layer_kinds.R.d_ff=40',
+        '--arch_preset=smollm3 --layer_pattern=None',
+        '--arch_preset=olmo3 --layer_kinds.L.sliding_window=None',
+    ],
+)
+def test_printed_config_gives_the_same_architecture(config, options):
+    done = resolved(
+        *shlex.split(options), '--n_layer=12', '--n_head=4', '--n_embd=32', '--vocab_size=50'
+    )
+    again = resolved(config(done.explain()))
+    assert again.architecture == done.architecture
+    assert again.architecture.hash == done.architecture.hash
+    assert again.architecture.preset == done.architecture.preset
+    for letter, kind in done.architecture.kinds.items():
+        assert again.architecture.kinds[letter] == kind
+    assert again.run == done.run
+
+
+def test_printed_kinds_show_origins_and_layers(config):
+    path = config("arch_preset = 'llama'\nlayer_kinds = {'L': {'n_head': 2, 'd_ff': 40}}")
+    sizes = '--n_layer=12', '--n_embd=32', '--n_head=4'
+    text = resolved(path, *WINDOWS.split(), '--layer_kinds.L.d_ff=None', *sizes).explain()
+    _, _, kinds = text.partition('layer_pattern = ')
+    lines = [re.sub('  +', '  ', line) for line in kinds.splitlines()]
+    assert lines == [
+        "'LLG'  # command line",
+        '# layers: LLGLLGLLGLLG',
+        'layer_kinds = {',
+        "  'L': {  # 8 layers",
+        f"  'n_head': 2,  # {path}",
+        "  'd_ff': 88,  # derived: default of swiglu",
+        "  'sliding_window': 8,  # command line",
+        "  'head_dim': 16,  # derived: n_embd / n_head",
+        "  'attention_scale': 0.25,  # derived: 1 / sqrt(dimensions of a query head)",
+        '  },',
+        '}',
+        "# G: 4 layers with the model's own options",
+        '',
+        f'# n_head=4 (command line) does not apply to all layers: there is layer_kinds.L.n_head '
+        f'({path})',
+    ]
+    deep = '--n_layer=100', *sizes[1:], '--arch_preset=llama'
+    assert '# layers: LLG*33 L\n' in resolved(*WINDOWS.split(), *deep).explain()
+    dense = '--layer_pattern=D*3 M*', '--layer_kinds.D.d_ff=8'
+    assert '# layers: D*3 M*97\n' in resolved(*dense, *deep).explain()
 
 
 # --------------------------------------------------------------------------------------------------
