@@ -14,6 +14,7 @@ from interop.exporter import (
     write_generation_config,
 )
 from interop.families import TRANSFORMERS
+from interop.layers import layer_config
 from interop.pretrained import PretrainedSource, find_pretrained
 from interop.pretrained_checkpoint import PretrainedCheckpoint, open_checkpoint, tensor_map_of
 
@@ -25,6 +26,7 @@ __all__ = [
     'convert_config',
     'export',
     'find_pretrained',
+    'layer_config',
     'open_checkpoint',
     'save_tensors',
     'tensor_map_of',

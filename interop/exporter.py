@@ -15,12 +15,11 @@ import torch
 
 from common.errors import UserError
 from interop.families import TRANSFORMERS, Family
-from interop.layers import canonical_options, layer_config, output_options
+from interop.layers import canonical_options, in_layers, layer_config, paired_kinds
 from interop.pretrained_checkpoint import tensor_map_of
 from model_builder import Transformer, build_model
 from model_config import INITIALIZATION_REGISTRY, ModelArchitectureConfig
 
-OUTPUT = 'output'  # the place of the norm before the output head
 # Relative difference of logits that are computed in another order in fp32.
 TOLERANCE = 1e-3
 CHECKED_TOKENS = 16  # length of the text on which logits are compared
@@ -99,28 +98,14 @@ def _lost_options(
     except UserError:  # invalid without the options that were left out
         pairs = [(letter, canonical_options(kind), read) for letter, kind in config.kinds.items()]
     else:
-        ours, theirs = (
-            {letter: canonical_options(kind) for letter, kind in c.kinds.items()}
-            for c in (config, back)
-        )
-        letters = dict.fromkeys(zip(config.layer_letters, back.layer_letters))
-        pairs = [(mine, ours[mine], theirs[other]) for mine, other in letters]
-        pairs.append((OUTPUT, output_options(config), output_options(back)))
+        pairs = list(paired_kinds(config, back, canonical_options))
     ignored = {*RUN_TIME_OPTIONS, *training_only_options(config)}
     places: dict[str, dict[str, None]] = {}  # of each lost option, an ordered set
     for place, options, read_back in pairs:
         for key, value in options.items():
             if key not in ignored and not _nearly_equal(read_back.get(key), value):
                 places.setdefault(f'{key}={value!r}', {})[place] = None
-    return [_in_layers(text, list(where), config) for text, where in places.items()]
-
-
-def _in_layers(text: str, places: list[str], config: ModelArchitectureConfig) -> str:
-    """The text with the layers that it applies to, unless it applies to all."""
-    letters = [place for place in places if place != OUTPUT]
-    if set(letters) == config.kinds.keys():
-        return text
-    return f'{text} in layers {", ".join(letters)}' if letters else f'{text} outside the layers'
+    return [f'{text} {in_layers(where, config)}'.rstrip() for text, where in places.items()]
 
 
 def _nearly_equal(one, other) -> bool:

@@ -1,7 +1,7 @@
 """Options by layer: read into a layer pattern with its kinds, and written from a model's layers."""
 
 import string
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 from common.architecture_identity import without_short_forms
@@ -9,6 +9,7 @@ from common.architecture_options import shared_options
 from common.layer_pattern import shortest_pattern
 from model_config import ModelArchitectureConfig
 
+OUTPUT = 'output'  # the place of the norm before the output head
 ABSENT = object()  # the value of an option that a layer does not use
 
 
@@ -71,7 +72,36 @@ def canonical_options(config: ModelArchitectureConfig) -> dict:
     return options
 
 
-def output_options(config: ModelArchitectureConfig) -> dict:
+def paired_kinds(
+    config: ModelArchitectureConfig,
+    other: ModelArchitectureConfig,
+    options_of: Callable[[ModelArchitectureConfig], dict],
+) -> Iterator[tuple[str, dict, dict]]:
+    """For layers at the same places: the letter of `config`, its options, those of the other model.
+
+    Then OUTPUT, with the options of the norm before the output head. options_of: the options of a
+    kind of layers.
+    """
+    ours, theirs = (
+        {letter: options_of(kind) for letter, kind in c.kinds.items()} for c in (config, other)
+    )
+    for letter, their_letter in dict.fromkeys(zip(config.layer_letters, other.layer_letters)):
+        yield letter, ours[letter], theirs[their_letter]
+    yield OUTPUT, _output_options(config), _output_options(other)
+
+
+def in_layers(places: Collection[str], config: ModelArchitectureConfig) -> str:
+    """Where something applies, such as 'in layers L, G'; '' if it applies to all layers.
+
+    places: the letters of `config` that it applies to, or OUTPUT.
+    """
+    letters = [place for place in places if place != OUTPUT]
+    if set(letters) == config.kinds.keys():
+        return ''
+    return f'in layers {", ".join(letters)}' if letters else 'outside the layers'
+
+
+def _output_options(config: ModelArchitectureConfig) -> dict:
     """The model's own options of the norm before the output head."""
     shared = shared_options(config.to_dict())
     return {key: value for key, value in config.to_dict().items() if key in shared}

@@ -4,10 +4,14 @@ from dataclasses import dataclass
 
 import torch
 
+from common.architecture_identity import without_short_forms
+from common.architecture_options import short_forms
+from common.dict_option import DictOption
 from common.errors import UserError
 from common.files import file_sha256
 from configurator import CommandLine, Layer
 from interop.exporter import RUN_TIME_OPTIONS, training_only_options
+from interop.layers import in_layers, paired_kinds
 from interop.pretrained_checkpoint import PretrainedCheckpoint, open_checkpoint
 from model_builder import Transformer, build_model
 from model_config import ROPE_SCALING_REGISTRY, ModelArchitectureConfig
@@ -19,12 +23,31 @@ from training_config import INIT_FROM, Settings, schema
 from training_logger import TrainingLogger
 
 
+def _rope_scalings(config: ModelArchitectureConfig) -> set[str]:
+    """The scalings of RoPE of all layers that use it."""
+    return {kind.rope_scaling for kind in config.kinds.values() if 'rope_scaling' in kind}
+
+
 def context_extension_options(config: ModelArchitectureConfig) -> set[str]:
     """Options that a run with pretrained weights may set to extend their context."""
-    if config.to_dict().get('rope_scaling') != 'none':  # no RoPE, or already scaled
+    if _rope_scalings(config) != {'none'}:  # no RoPE, or already scaled
         return set()
     scalings = (ROPE_SCALING_REGISTRY[name] for name in ROPE_SCALING_REGISTRY)
     return {'rope_scaling', *(key for scaling in scalings for key in scaling.options)}
+
+
+def _layer_values(config: ModelArchitectureConfig) -> dict:
+    """The options of layers that are all alike."""
+    return without_short_forms(config.to_dict())
+
+
+def _sets_rope_scaling(arguments: CommandLine) -> bool:
+    """Whether the model or a kind of its layers scales RoPE."""
+    kinds: dict = {}
+    for layer in arguments.layers:
+        kinds = DictOption.combined(kinds, layer.values.get('layer_kinds') or {})
+    scalings = [kind.get('rope_scaling') for kind in kinds.values() if kind]
+    return {*scalings, arguments.value('rope_scaling', schema)} - {None, 'none'} != set()
 
 
 @dataclass
@@ -46,22 +69,12 @@ class PretrainedSource:
     def check(self, settings: Settings) -> None:
         """Raise UserError naming the options that contradict the source."""
         architecture = settings.architecture
-        theirs, now = self.checkpoint.config.to_dict(), architecture.to_dict()
-        allowed = {
-            *RUN_TIME_OPTIONS,
-            *training_only_options(architecture),
-            *context_extension_options(self.checkpoint.config),
-        }
-        problems = [
-            f'{key}={now.get(key)!r} ({architecture.origins.get(key, "not in use")}) contradicts '
-            f'init_from={self.checkpoint.name}, which has {theirs.get(key)!r}. Remove {key}.'
-            for key in {**theirs, **now}
-            if key not in allowed and theirs.get(key) != now.get(key)
-        ]
-        known, scaling = self.checkpoint.config.block_size, now.get('rope_scaling')
-        if scaling not in ('none', theirs.get('rope_scaling')) and architecture.block_size <= known:
+        problems = self._contradictions(architecture)
+        known = self.checkpoint.config.block_size
+        scalings = _rope_scalings(architecture) - {'none', *_rope_scalings(self.checkpoint.config)}
+        if scalings and architecture.block_size <= known:
             problems.append(
-                f'rope_scaling={scaling!r} extends the context beyond the {known} tokens of '
+                f'rope_scaling={min(scalings)!r} extends the context beyond the {known} tokens of '
                 f'init_from={self.checkpoint.name}, but block_size={architecture.block_size}. '
                 f'Remove rope_scaling, or raise --block_size.'
             )
@@ -74,6 +87,35 @@ class PretrainedSource:
             )
         if problems:
             raise UserError(*problems)
+
+    def _contradictions(self, architecture: ModelArchitectureConfig) -> list[str]:
+        """The options that differ from the checkpoint's in some layer, a sentence each."""
+        source = self.checkpoint.config
+        allowed = {
+            *RUN_TIME_OPTIONS,
+            *training_only_options(architecture),
+            *context_extension_options(source),
+        }
+        places: dict[str, list[str]] = {}  # of each contradiction
+        for place, now, theirs in paired_kinds(architecture, source, _layer_values):
+            kind = architecture.kinds.get(place, architecture)
+            for key in {**theirs, **now}:
+                if key not in allowed and theirs.get(key) != now.get(key):
+                    text = self._contradiction(key, kind, theirs.get(key))
+                    places.setdefault(text, []).append(place)
+        # Where the patterns differ, the layers do for no other reason.
+        patterns = ('layer_pattern', *short_forms())
+        other = [key for key in patterns if places and architecture.get(key) != source.get(key)]
+        if other:
+            return [self._contradiction(key, architecture, source.get(key)) for key in other]
+        wheres = {text: in_layers(where, architecture) for text, where in places.items()}
+        return [f'{where}: {text}' if where else text for text, where in wheres.items()]
+
+    def _contradiction(self, key: str, config: ModelArchitectureConfig, theirs: object) -> str:
+        return (
+            f'{key}={config.get(key)!r} ({config.origins.get(key, "not in use")}) contradicts '
+            f'init_from={self.checkpoint.name}, which has {theirs!r}. Remove {key}.'
+        )
 
     @torch.no_grad()
     def restore(
@@ -93,7 +135,9 @@ class PretrainedSource:
         for note in self.checkpoint.notes:
             logger.event('note', None, note)
         options, known = header['config'], self.checkpoint.config.block_size
-        if options['block_size'] > known and options.get('rope_scaling') == 'none':
+        kinds = [options, *options.get('layer_kinds', {}).values()]
+        scalings = {kind['rope_scaling'] for kind in kinds if 'rope_scaling' in kind}
+        if options['block_size'] > known and scalings == {'none'}:
             logger.event(
                 'note',
                 None,
@@ -118,7 +162,7 @@ def find_pretrained(arguments: CommandLine) -> PretrainedSource | None:
     values['arch_preset'] = config.preset
     lowest = Layer(init_from, values)
     arguments.layers.insert(0, lowest)
-    if context_extension_options(config) and arguments.value('rope_scaling', schema) != 'none':
+    if context_extension_options(config) and _sets_rope_scaling(arguments):
         trained, length = config.block_size, arguments.value('block_size', schema)
         lowest.values['rope_scaling_factor'] = max(1.0, length / trained)
         lowest.values['rope_original_block_size'] = trained
