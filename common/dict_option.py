@@ -143,3 +143,19 @@ class DictOption(Option):
     def _check_value(self, place: str, option: object, value: Any) -> None:
         if isinstance(option, str) and (reason := self.refusal(option, value)):
             raise UserError(f'{place}.{option}: {reason}')
+
+
+def leaves(values: dict) -> dict:
+    """The values with dotted names in place of dicts: {'layer_kinds.L.sliding_window': 64}."""
+    result = {}
+    for name, value in values.items():
+        if isinstance(value, dict) and value:
+            result |= leaves({f'{name}.{part}': each for part, each in value.items()})
+        else:
+            result[name] = value
+    return result
+
+
+def short_name(name: str) -> str:
+    """A dotted name without its option: `L.sliding_window`."""
+    return name.partition('.')[2] or name

@@ -13,9 +13,23 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
+from common.architecture_presets import PRESETS
+from common.dict_option import DictOption, leaves
 from common.errors import UserError, did_you_mean
+from common.formatting import join_names
+from common.layer_pattern import letters_of
 from common.registry import Option
 from configurator import COMMAND_LINE, CommandLine, Layer, flatten, validate_layer
+from model_config import ModelArchitectureConfig
+from studies.points import (
+    arguments,
+    check_name,
+    contains,
+    kind_and_option,
+    merged_values,
+    overlap,
+    point_label,
+)
 from training_config import PLAN_OPTIONS, Settings, load_settings, schema
 
 SEED_KEYS = ('seed', 'data_seed')
@@ -138,8 +152,9 @@ def read_study(command_line: CommandLine) -> Study:
         )
     problems += list(_grid_problems(study)) or [*_value_problems(study), *_key_problems(study)]
     problems += _base_problems(path, lambda key: command_line.value(key, schema))
+    problems += command_line.problems
     try:
-        load_settings(command_line)
+        merged_settings(study, {})
     except UserError as error:
         problems += error.problems
     if problems:
@@ -191,28 +206,40 @@ def _value_problems(study: Study) -> Iterator[str]:
     """Unknown options, and invalid values."""
     options = flatten(schema())
     for name, point in _named_points(study):
-        problems: list[str] = []
-        accepted = validate_layer(Layer(f'{study.path}, {name}', point), {'': options}, problems)
-        yield from problems
-        for key, value in accepted.values.items():
+        for key, value in point.items():
+            yield from _problems_of_value(f'{study.path}, {name}', key, value, options)
             if key in RESERVED:
-                yield (f'{study.path}: {name} has {key!r}, which study.py sets itself. Remove it.')
-            elif argument(key, value, options) is None:
-                yield (
-                    f'{study.path}, {name}: {key}={_brief.repr(value)} cannot be passed on a '
-                    f'command line. Remove it.'
-                )
+                yield f'{study.path}: {name} has {key!r}, which study.py sets itself. Remove it.'
     for name in GRIDS:
         for key, values in getattr(study, name).items():
             plain = Counter(v for v in values if isinstance(v, int | float | str | None))
-            if repeated := [_brief.repr(value) for value, times in plain.items() if times > 1]:
+            dicts = Counter(point_label({key: v}, repr) for v in values if isinstance(v, dict))
+            repeated = [_brief.repr(value) for value, times in plain.items() if times > 1]
+            repeated += [label for label, times in dicts.items() if times > 1]
+            if repeated:
                 yield (
                     f'{study.path}: {name}[{key!r}] has {", ".join(repeated)} more than once. '
                     f'Remove duplicates.'
                 )
-    if study.match != 'none' and study.match_by not in options:
-        hint = did_you_mean(study.match_by, options)
-        yield f'{study.path}: match_by={study.match_by!r} is not an option.{hint}'
+    if study.match != 'none':
+        yield from _match_by_problems(study, options)
+
+
+def _problems_of_value(
+    place: str, key: str, value: object, options: dict[str, Option]
+) -> list[str]:
+    """The problems of one value of a point."""
+    try:
+        check_name(key, options)
+    except UserError as error:
+        return [f'{place}: {problem}' for problem in error.problems]
+    problems: list[str] = []
+    accepted = validate_layer(Layer(place, merged_values({key: value})), {'': options}, problems)
+    if not problems and key not in RESERVED and arguments(accepted.values, options) is None:
+        problems = [
+            f'{place}: {key}={_brief.repr(value)} cannot be passed on a command line. Remove it.'
+        ]
+    return problems
 
 
 def _key_problems(study: Study) -> Iterator[str]:
@@ -223,18 +250,19 @@ def _key_problems(study: Study) -> Iterator[str]:
         for key in SEED_KEYS:
             if any(key in point for point in points):
                 yield f'{path}: {name} has {key!r}, but seeds belong in sweep. Move it there.'
-    for key in study.tune:
-        if key in study.sweep or key in study.ablate:
-            yield f'{path}: {key!r} is both in tune and in the grid. Remove it from one of them.'
+    for key in overlap(study.tune, {**study.sweep, **study.ablate}):
+        yield f'{path}: {key!r} is both in tune and in the grid. Remove it from one of them.'
     for name in GRIDS:
-        for key in getattr(study, name):
-            if study.budget and key == 'max_iters':
-                yield f'{path}: {name} has max_iters, which budget determines. Remove one of them.'
-            if study.match != 'none' and key == study.match_by:
-                yield (
-                    f'{path}: {name} has {key!r}, which match_by changes. Remove it from {name} or '
-                    f'set another match_by.'
-                )
+        if study.budget and 'max_iters' in getattr(study, name):
+            yield f'{path}: {name} has max_iters, which budget determines. Remove one of them.'
+        if study.match == 'none':
+            continue
+        for key in overlap(getattr(study, name), {study.match_by: [None]}):
+            yield (
+                f'{path}: {name} has {key!r}, which match_by changes. Remove it from {name} or '
+                f'set another match_by.'
+            )
+    yield from _unused_kind_problems(study)
     if not study.tune:
         return
     base = {key: study.command_line.value(key, schema) for key in SEED_KEYS}
@@ -260,16 +288,86 @@ def _base_problems(path: str, base: Callable[[str], object]) -> Iterator[str]:
         yield f'{path}: plan=True is for a single run. Use --plan_only for a study.'
 
 
-def argument(key: str, value, options: dict[str, Option]) -> str | None:
-    """`--key=value` that train.py parses to the same value; None if there is none."""
-    for text in (str(value), f"'{value}'"):
-        try:
-            text.encode()
-            if '\0' not in text and options[key].parse(key, text) == value:
-                return f'--{key}={text}'
-        except (UserError, ValueError):
-            continue
-    return None
+def _match_by_problems(study: Study, options: dict[str, Option]) -> Iterator[str]:
+    """Whether `match_by` names an option, or a value of a dict option."""
+    name = study.match_by
+    try:
+        check_name(name, options)
+    except UserError as error:
+        yield from (f'{study.path}: match_by={name!r}: {problem}' for problem in error.problems)
+    else:
+        if isinstance(options[name.partition('.')[0]], DictOption) and name.count('.') < 2:
+            yield (
+                f'{study.path}: match_by={name!r} is no single size. Name one, such as '
+                f"match_by = 'layer_kinds.L.d_ff'."
+            )
+
+
+# --- Layer patterns ------------------------------------------------------------------------------
+
+
+def _varies_pattern(study: Study) -> bool:
+    return any('layer_pattern' in getattr(study, name) for name in GRIDS)
+
+
+def run_options(study: Study, point: dict) -> dict:
+    """The options of a point as the command line of its run sets them.
+
+    In a study that varies `layer_pattern`, each run sets its own, the base's too, and values of
+    kinds that it lacks are left out: the command line overrides the kinds of the file.
+    """
+    if not _varies_pattern(study):
+        return point
+    if 'layer_pattern' not in point:
+        layers = [*study.command_line.layers, Layer(COMMAND_LINE, merged_values(point))]
+        pattern = ModelArchitectureConfig.resolve(layers, []).layer_pattern
+        point = {**point, 'layer_pattern': pattern}
+    return used_values(point, letters_of(point['layer_pattern'] or ''))
+
+
+def used_values(point: dict, letters: Iterable[str]) -> dict:
+    """The point without values of kinds of layers besides those letters."""
+    used: dict = {}
+    for name, value in point.items():
+        all_values = leaves({name: value})
+        left = {
+            leaf: v
+            for leaf, v in all_values.items()
+            if kind_and_option(leaf)[0] in (None, *letters)
+        }
+        used |= {name: value} if left == all_values else left
+    return used
+
+
+def _unused_kind_problems(study: Study) -> Iterator[str]:
+    """Kinds of layers that no pattern of the study has."""
+    if not _varies_pattern(study):
+        return
+    base = ModelArchitectureConfig.resolve(study.command_line.layers, [])
+    values = {
+        key: [v for n in GRIDS for v in getattr(study, n).get(key, [])]
+        for key in ('layer_pattern', 'arch_preset')
+    }
+    presets = [PRESETS[name] for name in values['arch_preset'] if name in PRESETS]
+    patterns = [
+        base.layer_pattern,
+        *values['layer_pattern'],
+        *(p.get('layer_pattern') for p in presets),
+    ]
+    letters = letters_of(''.join(pattern for pattern in patterns if isinstance(pattern, str)))
+    points = [
+        *((layer.origin, layer.values) for layer in study.command_line.layers),
+        *((f'{study.path}, {name}', point) for name, point in _named_points(study)),
+        (f'{study.path}, match_by', {study.match_by: None}),
+    ]
+    for origin, point in points:
+        for kind in dict.fromkeys(kind_and_option(leaf)[0] for leaf in leaves(point)):
+            if kind is not None and kind not in letters:
+                hint = did_you_mean(kind, letters) or f' Their letters: {join_names(letters)}.'
+                yield (
+                    f'layer_kinds.{kind} ({origin}): no layer_pattern of the study has the letter '
+                    f'{kind}.{hint} Remove the kind or use it.'
+                )
 
 
 # --- Variants ------------------------------------------------------------------------------------
@@ -280,33 +378,58 @@ def grid(choices: dict[str, list]) -> list[dict]:
     return [dict(zip(choices, values)) for values in itertools.product(*choices.values())]
 
 
-def variant_overrides(study: Study) -> list[dict]:
+def variant_points(study: Study) -> list[dict]:
     """The options of each variant: every combination of the sweep, alone and with each ablation.
 
-    Raises UserError if `exclude` leaves nothing or has an entry that matches nothing.
+    Values of kinds of layers that a variant does not have are left out. Raises UserError if
+    `exclude` leaves nothing or has an entry that matches nothing.
     """
     combinations = grid({k: v for k, v in study.sweep.items() if k not in SEED_KEYS})
     ablations = [{}, *({key: value} for key, values in study.ablate.items() for value in values)]
     points = [{**point, **ablation} for point in combinations for ablation in ablations]
     problems, left = [], points
     for excluded in study.exclude:
-        left = [point for point in left if not excluded.items() <= point.items()]
-        if not any(excluded.items() <= point.items() for point in points):
+        left = [point for point in left if not contains(point, excluded)]
+        if not any(contains(point, excluded) for point in points):
             problems.append(
                 f'{study.path}: exclude has {excluded!r}, which is not in the grid. Remove it.'
             )
     if not left:
         problems.append(f'{study.path}: exclude leaves no runs. Remove entries from it.')
+    if _varies_pattern(study):
+        problems += _values_without_layers(study, points)
     if problems:
         raise UserError(*problems)
-    return left
+    used = (_used_point(study, point) for point in left)
+    return list({repr(sorted(leaves(point).items())): point for point in used}.values())
+
+
+def _used_point(study: Study, point: dict) -> dict:
+    """The point without values of kinds of layers that its run lacks."""
+    options = run_options(study, point)
+    return {k: v for k, v in options.items() if k in point or k != 'layer_pattern'}
+
+
+def _values_without_layers(study: Study, points: list[dict]) -> list[str]:
+    """A problem for each value of a kind that the layer pattern of no point has."""
+    given, used = (
+        {(leaf, repr(value)) for each in of for leaf, value in leaves(each).items()}
+        for of in (points, [_used_point(study, point) for point in points])
+    )
+    return [
+        f'{study.path}: {leaf}={value} has no effect, since no layer_pattern that it is combined '
+        f'with has the letter {kind_and_option(leaf)[0]}. Move layer_pattern to sweep, or set it '
+        f'in the base.'
+        for leaf, value in sorted(given - used)
+    ]
 
 
 def merged_settings(study: Study, overrides: dict) -> Settings:
     """The settings of the base with `overrides`, merged as by train.py. Raises UserError."""
     problems: list[str] = []
     shared = Layer('derived: the same for all runs of the study', study.micro_batch)
-    layer = validate_layer(Layer(COMMAND_LINE, overrides), schema(), problems)
+    values = merged_values(run_options(study, overrides))
+    layer = validate_layer(Layer(COMMAND_LINE, values), schema(), problems)
     layers = [shared, *study.command_line.layers, layer]
     return load_settings(replace(study.command_line, layers=layers, problems=problems))
 
@@ -320,20 +443,6 @@ def study_seeds(study: Study) -> dict[str, dict]:
 
 
 # --- Names ---------------------------------------------------------------------------------------
-
-
-def point_label(overrides: dict, show: Callable[[object], str] = str) -> str:
-    """`ffn_type=swiglu position_encoding=rope`, or `base`."""
-    return ' '.join(f'{key}={show(value)}' for key, value in overrides.items()) or 'base'
-
-
-def point_labels(points: Iterable[dict]) -> list[str]:
-    """A label for each point. Of two equal ones, as for None and 'None', the later is quoted."""
-    labels: dict[str, None] = {}
-    for point in points:
-        label = point_label(point)
-        labels[point_label(point, repr) if label in labels else label] = None
-    return list(labels)
 
 
 def _folder_name(label: str) -> str:

@@ -33,6 +33,11 @@ def describe(state: StudyState, measure: bool) -> str:
         *([study.question] if study.question else []),
         f'{study.path}: {counts}; baseline: {state.baseline.label}',
         _variants_table(study, state.variants, by_kind),
+        *(
+            f'same as {v.label}, so not run: {same.label}'
+            for v in state.variants
+            for same in v.same
+        ),
         _run_counts(study, by_kind, left),
         *_total_cost(state, trials),
     ]
@@ -58,12 +63,19 @@ def _variants_table(study: Study, variants: list[Variant], by_kind: TrialsByKind
         row = [variant.label]
         if matching:
             value, was, mismatch = variant.matched.values()
-            row += [f'{value:,}' + (f' (was {was:,})' if was != value else ''), f'{mismatch:+.3%}']
+            changed = f' (was {_sizes_text(was)})' if was != value else ''
+            row += [f'{_sizes_text(value)}{changed}', f'{mismatch:+.3%}']
         run = next(trial for trial in by_kind[RUNS] if trial.variant == variant.label)
         total = _sum(trial.flops for trial in trials if trial.variant == variant.label)
         figures = [_number_text(run.tokens), _number_text(run.flops), _number_text(total)]
         rows.append([*row, *figures, variant.settings.architecture.name])
     return table(rows, '<' + '>>' * matching + '>>><')
+
+
+def _sizes_text(sizes: int | list[int] | None) -> str:
+    """`168`; `168 and 256` if layers differ; `-` without any."""
+    listed = sizes if isinstance(sizes, list) else [] if sizes is None else [sizes]
+    return ' and '.join(f'{size:,}' for size in listed) or '-'
 
 
 def _run_counts(study: Study, by_kind: TrialsByKind, left: TrialsByKind) -> str:

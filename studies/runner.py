@@ -29,7 +29,7 @@ from planning import micro_batch
 from records.record import read_outline
 from records.record_types import Record
 from records.run_folders import latest_run
-from studies.grid import Study, argument, merged_settings
+from studies.grid import Study, merged_settings, used_values
 from studies.lock import study_lock
 from studies.outcome import (
     Outcome,
@@ -38,10 +38,11 @@ from studies.outcome import (
     outcome_from_exit,
     outcome_from_record,
 )
+from studies.points import arguments
 from studies.trials import TIMING, Trial
 from studies.variants import RunContext
 from training.signals import stop_signals
-from training_config import schema
+from training_config import Settings, schema
 
 if TYPE_CHECKING:
     from studies.progress import StudyProgress
@@ -92,13 +93,10 @@ class StudyRunner:
     ):
         """study_options: the options that are for study.py and not passed to the runs."""
         self.study, self.out_dir, self.context, self.jobs = study, out_dir, context, jobs
-        options, values = flatten(schema()), study.command_line.layers[-1].values
+        values = study.command_line.layers[-1].values
         of_study = [f'--{key}={values[key]}' for key in values if key in study_options]
-        of_runs = (
-            argument(key, values[key], options) for key in values if key not in study_options
-        )
-        self.run_arguments = [text for text in of_runs if text is not None]
-        command = ['python', 'study.py', study.path, *self.run_arguments, *of_study]
+        self.run_values = {key: v for key, v in values.items() if key not in study_options}
+        command = ['python', 'study.py', study.path, *_arguments(self.run_values), *of_study]
         self.command = shlex.join(command)
         self.wandb = study.command_line.value('wandb_log', schema)
         self.stop_signal: int | None = None
@@ -137,7 +135,8 @@ class StudyRunner:
     def arguments(self, kind: str, trial: Trial, jobs: int | None = None) -> list[str]:
         """The command that starts the trial's run, or resumes it."""
         return [
-            *('python', 'train.py', self.study.path, *self.run_arguments),
+            *('python', 'train.py', self.study.path),
+            *_arguments(_used_values(self.run_values, trial.choice.settings)),
             *trial.arguments(flatten(schema())),
             *('--init_from=auto', f'--out_dir={self.folder(kind, trial)}', '--log_style=line'),
             f'--concurrent_runs={jobs or self.jobs}',
@@ -253,6 +252,25 @@ class StudyRunner:
                 f'saved. Fix the problem and run the same command to continue.'
             ) from error
         return RunningTrial(trial, slot, process, console, start, count_oom_kills())
+
+
+def _arguments(values: dict) -> list[str]:
+    """Values of a command line, as its arguments again."""
+    options = flatten(schema())
+    texts = (arguments({key: value}, options) for key, value in values.items())
+    return [text for of_key in texts for text in of_key or []]
+
+
+def _used_values(values: dict, settings: Settings) -> dict:
+    """The values of the study's command line that a run has a use for.
+
+    A run has a single command line, on which a value without effect would be a mistake.
+    """
+    kinds = settings.architecture.kinds
+    has_effect = settings.to_dict().keys() | {k for kind in kinds.values() for k in kind.to_dict()}
+    used = {key: value for key, value in values.items() if key in has_effect}
+    removed = [name for name, kind in values.get('layer_kinds', {}).items() if kind is None]
+    return used_values(used, [*kinds, *removed])
 
 
 def visible_gpu(slot: int) -> str:

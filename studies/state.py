@@ -82,9 +82,7 @@ class StudyState:
                 )
             loss, trial = best[variant.label]
             values = trial.choice.values
-            at_edge = [
-                k for k, choices in self.study.tune.items() if is_at_edge(values[k], choices)
-            ]
+            at_edge = [k for k, v in values.items() if is_at_edge(v, self.study.tune[k])]
             tuned[variant.label] = TunedVariant(trial.choice, loss, at_edge)
         return tuned
 

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 
 from common.registry import Option
-from studies.grid import SEED_KEYS, Study, argument, folder_names, grid, point_labels, study_seeds
+from studies.grid import SEED_KEYS, Study, folder_names, run_options, study_seeds
+from studies.points import arguments, point_labels
 from studies.variants import TuneChoice, Variant, budgeted_iterations
 
 RUNS, TUNING, TIMING = 'runs', 'tuning', 'timing'  # kinds of trials, and their folders in out_dir
@@ -34,8 +35,7 @@ class Trial:
 
     def arguments(self, options: dict[str, Option]) -> list[str]:
         """The overrides as arguments of `train.py`."""
-        arguments = (argument(key, value, options) for key, value in self.overrides.items())
-        return [text for text in arguments if text is not None]  # none is None: they were checked
+        return arguments(self.overrides, options) or []  # not None: they were checked
 
 
 class StudyTrials:
@@ -63,7 +63,8 @@ class StudyTrials:
         budget = {} if iterations is None else {'max_iters': iterations}
         if 'seconds' not in self.study.budget and iterations is None:
             iterations = choice.settings.run.max_iters
-        overrides = {**variant.overrides, **budget, **choice.values, **seed}
+        point = {**variant.overrides, **budget, **choice.values, **seed}
+        overrides = run_options(self.study, point)
         return Trial(folder, variant.label, overrides, choice, iterations)
 
     @property
@@ -85,12 +86,14 @@ class StudyTrials:
         if not self.study.tune:
             return []
         seed = dict.fromkeys(SEED_KEYS, self.study.tune_seed)
-        folders = folder_names(point_labels(grid(self.study.tune)))
-        return [
-            self._trial(f'{parent}/{folder}', variant, choice, seed)
-            for parent, variant in self._variant_folders()
-            for folder, choice in zip(folders, variant.choices)
-        ]
+        trials = []
+        for parent, variant in self._variant_folders():
+            labels = point_labels(choice.values for choice in variant.choices)
+            trials += [
+                self._trial(f'{parent}/{folder}', variant, choice, seed)
+                for folder, choice in zip(folder_names(labels), variant.choices)
+            ]
+        return trials
 
     @property
     def runs(self) -> list[Trial]:

@@ -7,20 +7,25 @@ from typing import Any, NamedTuple
 
 import torch
 
+from common.architecture_options import layer_options
+from common.architecture_presets import PRESETS
+from common.dict_option import leaves
 from common.errors import UserError
+from common.layer_table import merged_kinds
+from common.option_merge import Layer
 from data.dataset import TokenDataset
 from model_builder import build_model, flops_by_part
 from model_config import ModelArchitectureConfig
 from planning import micro_batch
 from studies.grid import (
-    SEED_KEYS,
     Study,
     grid,
     merged_settings,
-    point_label,
-    point_labels,
-    variant_overrides,
+    run_options,
+    used_values,
+    variant_points,
 )
+from studies.points import contains, kind_and_option, point_label, point_labels
 from training_config import Settings
 
 MEASURES: dict[str, Callable[[ModelArchitectureConfig], float]] = {
@@ -48,7 +53,9 @@ class Variant:
     grid_point: dict[str, Any]
     overrides: dict[str, Any]  # the grid point, and the option changed by `match`
     settings: Settings
-    matched: dict = field(default_factory=dict)  # {'value', 'was', 'mismatch'} of `match_by`
+    same: tuple['Variant', ...] = ()  # others with the same settings, which are not trained
+    # {'value', 'was', 'mismatch'} of `match_by`; a list: several sizes, which layers had before
+    matched: dict = field(default_factory=dict)
     choices: tuple[TuneChoice, ...] = ()  # the candidates of tuning; without `tune` a single one
 
     @property
@@ -69,15 +76,15 @@ def build_variants(study: Study, context: RunContext) -> list[Variant]:
 
     Raises UserError with all problems.
     """
-    points = variant_overrides(study)
+    points = variant_points(study)
     variants, problems = [], []
-    for label, overrides in zip(point_labels(points), points, strict=True):
+    for label, point in zip(point_labels(points), points, strict=True):
         try:
-            settings = merged_settings(study, overrides).resolve(*context)
+            settings = merged_settings(study, point).resolve(*context)
         except UserError as error:
             problems += [f'{label}: {problem}' for problem in error.problems]
         else:
-            variants.append(Variant(label, overrides, overrides, settings))
+            variants.append(Variant(label, point, run_options(study, point), settings))
     if problems:
         raise UserError(
             *problems,
@@ -90,11 +97,15 @@ def build_variants(study: Study, context: RunContext) -> list[Variant]:
 
 
 def _without_duplicates(variants: list[Variant]) -> list[Variant]:
-    """The variants without duplicates: an ablation may equal the base."""
-    by_config: dict[str, Variant] = {}
+    """The variants without duplicates: an ablation may equal the base, and two patterns each other
+    at this depth."""
+    equal: dict[str, list[Variant]] = {}
     for variant in variants:
-        by_config.setdefault(repr(sorted(variant.settings.to_dict().items(), key=str)), variant)
-    return list(by_config.values())
+        architecture, run = variant.settings.architecture, variant.settings.run.to_dict()
+        chosen = architecture.preset, architecture.attention_backend
+        identity = architecture.hash, *chosen, sorted(run.items())
+        equal.setdefault(repr(identity), []).append(variant)
+    return [replace(first, same=tuple(others)) for first, *others in equal.values()]
 
 
 def _with_choices(study: Study, variants: list[Variant], context: RunContext) -> list[Variant]:
@@ -103,7 +114,7 @@ def _with_choices(study: Study, variants: list[Variant], context: RunContext) ->
     for variant in variants:
         flops = MEASURES['flops'](variant.settings.architecture)
         choices = []
-        for values in grid(study.tune):  # without `tune`, only {}
+        for values in _tuned_values(study, variant):
             label = f'{variant.label}, {point_label(values)}' if values else variant.label
             try:
                 choice = _checked_choice(study, variant, values, flops, context)
@@ -124,6 +135,18 @@ def _with_choices(study: Study, variants: list[Variant], context: RunContext) ->
     if problems:
         raise UserError(*dict.fromkeys(problems))
     return result
+
+
+def _tuned_values(study: Study, variant: Variant) -> list[dict]:
+    """The combinations of the `tune` options; without `tune`, only {}.
+
+    Values of kinds of layers that the variant does not have are left out.
+    """
+    combinations = grid(study.tune)
+    if 'layer_pattern' in variant.overrides.keys() - study.tune.keys():
+        kinds = variant.settings.architecture.kinds
+        combinations = [used_values(values, kinds) for values in combinations]
+    return list({repr(values): values for values in combinations}.values())
 
 
 def _checked_choice(
@@ -196,14 +219,20 @@ def _variants_at_point(study: Study, variants: list[Variant], point: dict) -> li
     """
 
     def agrees(variant: Variant) -> bool:
-        values = {**variant.settings.to_dict(), **variant.grid_point}
-        return all(key in values and values[key] == value for key, value in point.items())
+        values = leaves({**variant.settings.to_dict(), **_kind_values(variant)})
+        return contains({**values, **leaves(variant.grid_point)}, point)
 
-    matching = [variant for variant in variants if agrees(variant)]
-    if set(study.sweep) - set(SEED_KEYS) <= point.keys():
+    matching = [v for v in variants if any(map(agrees, (v, *v.same)))]
+    if all(v.grid_point.keys() & study.sweep.keys() <= point.keys() for v in matching):
         fewest = min((len(variant.grid_point) for variant in matching), default=0)
         matching = [variant for variant in matching if len(variant.grid_point) == fewest]
     return matching
+
+
+def _kind_values(variant: Variant) -> dict:
+    """All options of each kind of layers, by dotted name."""
+    kinds = variant.settings.architecture.kinds
+    return leaves({'layer_kinds': {letter: kind.to_dict() for letter, kind in kinds.items()}})
 
 
 # --- Fair sizes ----------------------------------------------------------------------------------
@@ -232,12 +261,6 @@ def _resize(
     study: Study, variant: Variant, measure: Callable, target: float, context: RunContext
 ) -> Variant:
     """The variant with the size for which `measure` is closest to `target`. Raises UserError."""
-    size = variant.settings.architecture.to_dict().get(study.match_by)
-    if type(size) is not int:
-        raise UserError(
-            f'{study.path}: {variant.label} has no size {study.match_by!r}. Set match_by to one of '
-            f'{_sizes(variant.settings.architecture)}.'
-        )
 
     def changed(value: int) -> Settings:
         overrides = {**variant.overrides, study.match_by: value}
@@ -246,8 +269,12 @@ def _resize(
     def measured(steps: int) -> float:
         return measure(changed(steps * study.match_step).architecture)
 
-    value, resized = size, variant
+    sizes = _matched_sizes(variant, study.match_by)
+    was = sizes[0] if len(sizes) == 1 else sizes or None
+    value, resized = was, variant
     if measure(variant.settings.architecture) != target:
+        if not sizes:
+            raise UserError(_why_no_size(study, variant))
         try:
             value = nearest_integer(measured, target) * study.match_step
         except ValueError:
@@ -255,15 +282,59 @@ def _resize(
                 f'{study.path}: match_by={study.match_by!r} has no effect on {study.match} of '
                 f'{variant.label}. Set match_by to another size.'
             ) from None
-    if value != size:
-        overrides = {**variant.overrides, study.match_by: value}
-        resized = replace(variant, overrides=overrides, settings=changed(value))
+        if value != was:
+            overrides = {**variant.overrides, study.match_by: value}
+            resized = replace(variant, overrides=overrides, settings=changed(value))
     mismatch = measure(resized.settings.architecture) / target - 1
-    return replace(resized, matched={'value': value, 'was': size, 'mismatch': mismatch})
+    return replace(resized, matched={'value': value, 'was': was, 'mismatch': mismatch})
 
 
-def _sizes(architecture: ModelArchitectureConfig) -> str:
-    return ', '.join(key for key, value in architecture.to_dict().items() if type(value) is int)
+def _matched_sizes(variant: Variant, match_by: str) -> list[int]:
+    """The distinct sizes that `match_by` replaces in the layers that follow it; [] if none do."""
+    architecture = variant.settings.architecture
+    kind, option = kind_and_option(match_by)
+    if kind is not None:
+        owners = [architecture.kinds[kind]] if kind in architecture.kinds else []
+    elif option in layer_options() and architecture.get('layer_pattern') is not None:
+        own = _kinds_with_own(variant, option)
+        owners = [layers for name, layers in architecture.kinds.items() if name not in own]
+    else:
+        owners = [architecture]
+    sizes = dict.fromkeys(owner.get(option) for owner in owners)
+    return [size for size in sizes if type(size) is int]
+
+
+def _kinds_with_own(variant: Variant, option: str) -> list[str]:
+    """The kinds of the variant's layers that set the option themselves."""
+    settings = variant.settings
+    preset = Layer('preset', PRESETS[settings.architecture.preset])
+    declared = merged_kinds([preset, *settings.command_line.layers], layer_options())
+    used = settings.architecture.kinds
+    return [name for name, kind in declared.items() if name in used and option in kind.overrides]
+
+
+def _why_no_size(study: Study, variant: Variant) -> str:
+    """The problem of a variant without layers whose size `match_by` can change."""
+    architecture, (kind, option) = variant.settings.architecture, kind_and_option(study.match_by)
+    begin = f'{study.path}: match_by={study.match_by!r}'
+    if kind is not None and kind not in architecture.kinds:
+        return (
+            f'{begin}: {variant.label} has no layers of kind {kind}. Set match_by to a size that '
+            f'all variants have, or exclude this one.'
+        )
+    if kind is None and (own := _kinds_with_own(variant, option)):
+        names = ' or '.join(f'layer_kinds.{name}.{option}' for name in own)
+        return (
+            f'{begin} has no effect on {variant.label}: every kind of its layers with a {option} '
+            f'sets its own. Set match_by to {names}.'
+        )
+    owner = architecture if kind is None else architecture.kinds[kind]
+    prefix = '' if kind is None else f'layer_kinds.{kind}.'
+    sizes = (f'{prefix}{key}' for key, value in owner.to_dict().items() if type(value) is int)
+    return (
+        f'{study.path}: {variant.label} has no size {study.match_by!r}. Set match_by to one of '
+        f'{", ".join(sizes)}.'
+    )
 
 
 def nearest_integer(rising: Callable[[int], float], target: float) -> int:

@@ -159,11 +159,10 @@ def test_runs_of_a_study_share_a_compile_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(runner, 'start_process', start)
     monkeypatch.delenv('TORCHINDUCTOR_CACHE_DIR', raising=False)
     monkeypatch.chdir(tmp_path)
-    trial = SimpleNamespace(folder='a', variant='b', arguments=lambda options: [])
+    trial = SimpleNamespace(folder='a', variant='b')
     running = object.__new__(runner.StudyRunner)
-    running.study = SimpleNamespace(path='s.py', micro_batch={})
+    running.arguments = lambda kind, trial, jobs: []
     running.out_dir, running.jobs, running.lock = Path('out'), 1, []
-    running.run_arguments, running.wandb = [], False
     running.context = SimpleNamespace(device=torch.device('cpu'))
     running._start('runs', trial, 0, 1)
     monkeypatch.setenv('TORCHINDUCTOR_CACHE_DIR', '/other')

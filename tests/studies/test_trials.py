@@ -9,7 +9,7 @@ from common.errors import UserError
 from configurator import flatten, read_command_line
 from data.dataset import load_dataset
 from model_builder import build_model, training_flops
-from studies import grid
+from studies import grid, points
 from studies.grid import STUDY_KEYS, read_study
 from studies.state import is_at_edge
 from studies.trials import StudyTrials
@@ -236,7 +236,7 @@ def test_labels_and_folders_are_unique_and_short():
     values += [None, 'None', '', "'", 'x bias=True', 'a/b-0123', '..', '\n', '\t']
     trials = [{'sample_prompt': value} for value in values]
     trials += [{'sample_prompt': 'x', 'bias': True}]
-    labels = grid.point_labels(trials)
+    labels = points.point_labels(trials)
     assert len(set(labels)) == len(trials)
     names = grid.folder_names(labels)
     assert len({name.casefold() for name in names}) == len(trials)
@@ -279,8 +279,8 @@ def test_trial_folders_are_unique(read):
     ],
 )
 def test_argument_round_trips_value(key, value):
-    text = grid.argument(key, value, flatten(schema()))
-    command_line = read_command_line([text], schema)
+    texts = points.arguments({key: value}, flatten(schema()))
+    command_line = read_command_line(texts, schema)
     assert not command_line.problems and command_line.layers[-1].values == {key: value}
 
 
