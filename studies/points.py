@@ -11,10 +11,13 @@ from common.errors import UserError, did_you_mean
 from common.registry import Option
 
 
-def merged_values(point: dict) -> dict:
-    """The values of the options; dotted names are merged into the dict of their option."""
+def merged_values(*points: dict) -> dict:
+    """The values of the options, those of later points over earlier ones.
+
+    Values with dotted names are merged into the dict of their option.
+    """
     values: dict = {}
-    for name, value in point.items():
+    for name, value in (item for point in points for item in point.items()):
         key, *parts = name.split('.', 2)
         for part in reversed(parts):
             value = {part: value}
@@ -93,7 +96,10 @@ def _argument(name: str, value: object, options: dict[str, Option]) -> str | Non
     for text in (str(value), f"'{value}'"):
         try:
             text.encode()
-            parsed = option.parse_path(name, text) if rest else option.parse(key, text)
+            if rest and isinstance(option, DictOption):
+                parsed = option.parse_path(name, text)
+            else:
+                parsed = option.parse(key, text)
             if '\0' not in text and parsed == merged_values({name: value})[key]:
                 return f'--{name}={text}'
         except (UserError, ValueError):

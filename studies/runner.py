@@ -38,7 +38,7 @@ from studies.outcome import (
     outcome_from_exit,
     outcome_from_record,
 )
-from studies.points import arguments
+from studies.points import arguments, merged_values
 from studies.trials import TIMING, Trial
 from studies.variants import RunContext
 from training.signals import stop_signals
@@ -136,8 +136,7 @@ class StudyRunner:
         """The command that starts the trial's run, or resumes it."""
         return [
             *('python', 'train.py', self.study.path),
-            *_arguments(_used_values(self.run_values, trial.choice.settings)),
-            *trial.arguments(flatten(schema())),
+            *_arguments(_used_values(self.run_values, trial.choice.settings), trial.overrides),
             *('--init_from=auto', f'--out_dir={self.folder(kind, trial)}', '--log_style=line'),
             f'--concurrent_runs={jobs or self.jobs}',
             *(f'--{key}={value}' for key, value in self.study.micro_batch.items()),
@@ -254,9 +253,9 @@ class StudyRunner:
         return RunningTrial(trial, slot, process, console, start, count_oom_kills())
 
 
-def _arguments(values: dict) -> list[str]:
-    """Values of a command line, as its arguments again."""
-    options = flatten(schema())
+def _arguments(*points: dict) -> list[str]:
+    """Values as arguments, those of later points over earlier ones."""
+    options, values = flatten(schema()), merged_values(*points)
     texts = (arguments({key: value}, options) for key, value in values.items())
     return [text for of_key in texts for text in of_key or []]
 

@@ -2,9 +2,8 @@
 
 from dataclasses import dataclass
 
-from common.registry import Option
 from studies.grid import SEED_KEYS, Study, folder_names, run_options, study_seeds
-from studies.points import arguments, point_labels
+from studies.points import point_labels
 from studies.variants import TuneChoice, Variant, budgeted_iterations
 
 RUNS, TUNING, TIMING = 'runs', 'tuning', 'timing'  # kinds of trials, and their folders in out_dir
@@ -32,10 +31,6 @@ class Trial:
     def share(self, iterations_done: int) -> float:
         """The share of its iterations that is done (0 to 1)."""
         return min(1.0, iterations_done / self.iterations) if self.iterations else 0.0
-
-    def arguments(self, options: dict[str, Option]) -> list[str]:
-        """The overrides as arguments of `train.py`."""
-        return arguments(self.overrides, options) or []  # not None: they were checked
 
 
 class StudyTrials:

@@ -308,7 +308,7 @@ def _kinds_with_own(variant: Variant, option: str) -> list[str]:
     """The kinds of the variant's layers that set the option themselves."""
     settings = variant.settings
     preset = Layer('preset', PRESETS[settings.architecture.preset])
-    declared = merged_kinds([preset, *settings.command_line.layers], layer_options())
+    declared = merged_kinds([preset, *settings.command_line.layers], layer_options(), [])
     used = settings.architecture.kinds
     return [name for name, kind in declared.items() if name in used and option in kind.overrides]
 
