@@ -183,7 +183,8 @@ class ModelArchitectureConfig(FrozenConfig):
         layers = letters[: self.n_layer]
         notes += [
             f'no layer is of kind {name}: the pattern is cut off at n_layer={self.n_layer}'
-            for name in kinds.keys() - {*layers}
+            for name in kinds
+            if name not in layers
         ]
         # 3. Check that each value that was set has an effect.
         with_layers = {name: kind for name, kind in kinds.items() if name in layers}

@@ -109,8 +109,8 @@ def ignored_by_layers(
 ) -> tuple[list[str], list[str]]:
     """Problems and notes on values of the model that kinds override at a lower level.
 
-    A value that no layer would follow is a problem. merges: the options of each kind. model_keys:
-    options that the model itself follows too.
+    A value that no layer would follow is a problem. kinds: those that have layers. merges: the
+    options of each kind. model_keys: options that the model itself follows too.
     """
     problems, notes = [], []
     for key, text in base.described.items():
@@ -125,8 +125,7 @@ def ignored_by_layers(
             f'layer_kinds.{name}.{key} ({each.origin})' for name, each in below.items()
         )
         is_followed = key in model_keys or any(
-            key in merged.values and key not in kinds[name].overrides
-            for name, merged in merges.items()
+            key in merges[name].values and key not in kind.overrides for name, kind in kinds.items()
         )
         if is_followed:
             notes.append(f'{text} does not apply to all layers: there is {setters}')

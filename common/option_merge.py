@@ -148,7 +148,10 @@ class _Overlay(NamedTuple):
         return '.'.join(filter(None, (self.entries[key], key)))
 
     def describe(self, key: str) -> str:
-        return f'{self.place(key)}={self.values[key]!r} ({self.origins[key]})'
+        value = self.values[key]
+        # A preset's dict may have functions.
+        shown = '' if isinstance(value, dict) else f'={value!r}'
+        return f'{self.place(key)}{shown} ({self.origins[key]})'
 
     def setter(self, key: str) -> str:
         """The beginning of a clause: `c.py sets`, `the default is`."""

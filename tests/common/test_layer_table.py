@@ -172,6 +172,9 @@ MISTAKES = [
      'layer_kinds.L.n_head (c.py), layer_kinds.G.n_head (c.py). Set --layer_kinds.L.n_head=8'),
     ('--num_experts=8', f"{FILE}{{'L': {{'ffn_type': 'moe', 'num_experts': 4}}}}",
      'num_experts=8 (command line) has no effect: every layer that could use it has its own'),
+    # … where the pattern is cut off before the kind that would follow.
+    ('--sliding_window=4', "layer_pattern = 'LLLLLLLLLG'\nlayer_kinds = {'L': {'sliding_window': 8}"
+     ", 'G': {'n_head': 2}}", 'sliding_window=4 (command line) has no effect: every layer'),
     # Removals.
     (f'{PATTERN}{WINDOW} --layer_kinds.L=None', None, '--layer_kinds.L=None removes L, but'),
     (f'{PATTERN}{WINDOW} --layer_kinds.X=None', None, 'layer_kinds.X=None (command line) removes '
@@ -249,7 +252,10 @@ def test_kinds_are_merged_by_letter_and_option(accepted, monkeypatch):
     assert "dropped: layer_kinds.L (preset team): layer_pattern='GD' has no letter L" in (
         without.dropped
     )
-    assert accepted(f'{preset}--layer_pattern=None').is_uniform
+    uniform = accepted(f'{preset}--layer_pattern=None')
+    assert uniform.is_uniform and uniform.dropped == [
+        'dropped: layer_kinds (preset team): no effect with layer_pattern=None (command line)'
+    ]
 
 
 def test_partly_followed_values_are_noted(accepted):
