@@ -139,12 +139,24 @@ def read_layer_types(fields: Fields, has_window: Callable[[int, Fields], bool]) 
     for kind in dict.fromkeys(map(str, types)):
         if kind not in (WINDOW, FULL):
             fields.problems.append(f'layer_types: {short_repr(kind)} is not supported.')
-    return types
+    return [kind if kind == WINDOW else FULL for kind in types]
 
 
 def layer_types(config: ModelArchitectureConfig) -> list[str]:
     """WINDOW or FULL for each layer."""
     return [FULL if layer.get('sliding_window') is None else WINDOW for layer in config.layers]
+
+
+def all_but_every_nth(name: str, default: int) -> Callable[[int, Fields], bool]:
+    """Whether a layer is not the last of its group, for groups of as many layers as a field says."""
+
+    def is_chosen(layer: int, fields: Fields) -> bool:
+        size = fields.take(name, int, default)
+        if size < 1:
+            fields.refuse(name, 'must be at least 1')
+        return (layer + 1) % max(size, 1) != 0
+
+    return is_chosen
 
 
 def windows_field(

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from interop.fields import Fields, short_repr
 from interop.layers import ABSENT, PerLayer, options_with
-from interop.mapping import FULL, MAX_LAYERS, REQUIRED, WINDOW, FieldMap, field, layer_types
+from interop.mapping import FULL, REQUIRED, WINDOW, FieldMap, field, layer_types
 from model_config import ModelArchitectureConfig
 
 # For each of our scalings: their key -> (our option, its value if the key is missing).
@@ -66,19 +66,22 @@ def _scaling_fields(options: dict) -> dict:
 def rope_by_layer_type_fields(
     read_types: Callable[[Fields], list[str]],
     default_theta: dict[str, float],
-    local_theta: str | None,
+    local_theta: str | None = None,
+    version_4: bool = True,
 ) -> FieldMap:
     """Rotary positions of layers with a window and of those without, in `rope_parameters`.
 
     read_types: returns WINDOW or FULL for each layer. default_theta: of each of them. local_theta:
-    the name in version 4 of theta in layers with a window, if it has one. The `rope_theta` and
-    `rope_scaling` of version 4 belong to layers without a window.
+    the name in version 4 of theta in layers with a window, if it has one. version_4: whether the
+    `rope_theta` and `rope_scaling` of version 4 exist; they belong to layers without a window.
     """
-    outside = {WINDOW: local_theta, FULL: 'rope_theta'}
-    copies = {None: ('rope_theta',), local_theta: (), 'rope_theta': ()}
+    outside = {WINDOW: local_theta, FULL: 'rope_theta' if version_4 else None}
+    copies = () if version_4 else ('rope_theta',)
 
     def read(fields: Fields) -> dict:
-        if fields.value('rope_scaling') and fields.value('rope_parameters'):
+        if fields.value('rope_scaling') and not version_4:
+            fields.refuse('rope_scaling', 'must be in the rope_parameters of the layers')
+        elif fields.value('rope_scaling') and fields.value('rope_parameters'):
             fields.refuse('rope_scaling', 'rope_parameters exists too. Delete one of them')
         if _LENGTH in fields:
             fields.refuse(_LENGTH, 'must be in the rope_parameters of the layers')
@@ -89,7 +92,7 @@ def rope_by_layer_type_fields(
             nested[FULL] = fields.subobject('rope_scaling')
             nested[FULL].values.setdefault('rope_type', 'default')
         options = {
-            kind: _read(fields, nested[kind], default_theta[kind], name, None, copies[name])
+            kind: _read(fields, nested[kind], default_theta[kind], name, None, copies)
             for kind, name in outside.items()
         }
         types = read_types(fields)
@@ -108,33 +111,18 @@ def rope_by_layer_type_fields(
     return FieldMap(read, write)
 
 
-def no_rope_layers_field(rope: FieldMap) -> FieldMap:
-    """Rotary positions, without any in the layers that `no_rope_layers` names by a 0.
+def rope_in_some_layers(rope: FieldMap, read_rotated: Callable[[Fields], list[bool]]) -> FieldMap:
+    """Rotary positions in some of the layers, and no positions in the others.
 
-    rope: the fields of rotary positions. Without the list, each `no_rope_layer_interval`th layer,
-    4 by default, has none.
+    rope: the fields of rotary positions. read_rotated: whether each layer has them.
     """
 
     def read(fields: Fields) -> dict:
-        layers = min(fields.take('num_hidden_layers', int, 0), MAX_LAYERS)
-        interval = fields.take('no_rope_layer_interval', int, 4)
-        rotated = fields.take('no_rope_layers', list, optional=True)
-        if rotated is None:
-            if interval < 1:
-                fields.refuse('no_rope_layer_interval', 'must be at least 1')
-                return {}
-            rotated = [(layer + 1) % interval for layer in range(layers)]
-        elif len(rotated) < layers or any(type(flag) not in (int, bool) for flag in rotated):
-            fields.refuse('no_rope_layers', f'must be {layers} numbers, 0 or 1')
-        encodings = PerLayer('rope' if flag else 'none' for flag in rotated[:layers])
+        encodings = PerLayer('rope' if rotated else 'none' for rotated in read_rotated(fields))
         options = rope.read(fields)
         return {**(options if 'rope' in encodings else {}), 'position_encoding': encodings}
 
-    def write(config: ModelArchitectureConfig) -> dict:
-        flags = [int(layer.position_encoding != 'none') for layer in config.layers]
-        return {**rope.write(config), 'no_rope_layers': flags}
-
-    return FieldMap(read, write)
+    return FieldMap(read, rope.write)
 
 
 def read_rope_parameters(fields: Fields) -> Fields:

@@ -10,6 +10,7 @@ from interop.families.gemma import GEMMA2, GEMMA3
 from interop.families.gpt2 import GPT2, NANOGPT
 from interop.families.gpt_neox import GPT_NEOX
 from interop.families.llama import LLAMA, MISTRAL, MIXTRAL, OLMO2, QWEN3
+from interop.families.mixed_layers import EXAONE4, MELLUM, OLMO3, SMOLLM3
 from interop.families.opt import OPT
 from interop.mapping import Family
 from interop.tensors import TensorMap
@@ -30,6 +31,10 @@ TRANSFORMERS = {
         MIXTRAL,
         DEEPSEEK_V2,
         DEEPSEEK_V3,
+        SMOLLM3,
+        OLMO3,
+        EXAONE4,
+        MELLUM,
     )
 }
 

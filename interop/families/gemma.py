@@ -17,6 +17,7 @@ from interop.mapping import (
     WINDOW,
     Family,
     FieldMap,
+    all_but_every_nth,
     check_heads_divide_width,
     constant_option,
     field,
@@ -98,15 +99,7 @@ GEMMA2 = Family(
     weights=_WEIGHTS,
 )
 
-
-def _is_local(layer: int, fields: Fields) -> bool:
-    """Whether a layer has a window in files without `layer_types`."""
-    interval = fields.take('sliding_window_pattern', int, 6)
-    if interval < 1:
-        fields.refuse('sliding_window_pattern', 'must be at least 1')
-    return (layer + 1) % max(interval, 1) != 0
-
-
+_is_local = all_but_every_nth('sliding_window_pattern', 6)  # in files without `layer_types`
 GEMMA3 = Family(
     name='gemma3_text',
     architecture='Gemma3ForCausalLM',

@@ -144,34 +144,30 @@ QWEN3 = Family(
     weights=EMBEDDING_AND_HEAD | PRE_NORMS | QK_NORMS | GATED_FFN | with_biases(ATTENTION),
 )
 
+OLMO_FIELDS = (
+    field('d_ff', 'intermediate_size'),
+    field('head_dim', 'head_dim', None),
+    field('attention_bias', 'attention_bias', False),
+    field('weight_tying', 'tie_word_embeddings', False),
+    constant_option(
+        norm_position='reordered',
+        qk_norm='rmsnorm',
+        qk_norm_scope='projection',
+        ffn_bias=False,
+    ),
+    kv_heads_field(),
+    swiglu_field(),
+)
+REORDERED_NORMS = {
+    'blocks.{layer}.attention_norm.weight': tensor(LAYER + 'post_attention_layernorm.weight'),
+    'blocks.{layer}.ffn_norm.weight': tensor(LAYER + 'post_feedforward_layernorm.weight'),
+}
 OLMO2 = Family(
     name='olmo2',
     architecture='Olmo2ForCausalLM',
     prefix='model.',
-    field_maps=(
-        *llama_fields(block_size=2048, norm_eps=1e-5),
-        field('d_ff', 'intermediate_size'),
-        field('head_dim', 'head_dim', None),
-        field('attention_bias', 'attention_bias', False),
-        field('weight_tying', 'tie_word_embeddings', False),
-        constant_option(
-            norm_position='reordered',
-            qk_norm='rmsnorm',
-            qk_norm_scope='projection',
-            ffn_bias=False,
-        ),
-        kv_heads_field(),
-        rope_fields(),
-        swiglu_field(),
-    ),
-    weights=EMBEDDING_AND_HEAD
-    | QK_NORMS
-    | GATED_FFN
-    | with_biases(ATTENTION)
-    | {
-        'blocks.{layer}.attention_norm.weight': tensor(LAYER + 'post_attention_layernorm.weight'),
-        'blocks.{layer}.ffn_norm.weight': tensor(LAYER + 'post_feedforward_layernorm.weight'),
-    },
+    field_maps=(*llama_fields(block_size=2048, norm_eps=1e-5), *OLMO_FIELDS, rope_fields()),
+    weights=EMBEDDING_AND_HEAD | REORDERED_NORMS | QK_NORMS | GATED_FFN | with_biases(ATTENTION),
 )
 
 _MIXTRAL_MOE = LAYER + 'block_sparse_moe.'

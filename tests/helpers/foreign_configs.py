@@ -42,6 +42,7 @@ _DEEPSEEK = {
     'n_shared_experts': 1,
     'first_k_dense_replace': 1,
 }
+_MIXED_WINDOWS = {'sliding_window': 5, 'layer_types': ['sliding_attention', 'full_attention']}
 # Tiny models; all other fields have transformers' defaults.
 BASES = {
     'gpt2': {'n_layer': 2, 'n_head': 4, 'n_embd': 32, 'n_positions': 16},
@@ -64,6 +65,17 @@ BASES = {
     'mixtral': {**_GROUPED, 'num_local_experts': 4},
     'deepseek_v2': _DEEPSEEK,
     'deepseek_v3': {**_DEEPSEEK, 'n_group': 1, 'topk_group': 1},
+    'smollm3': {**_GROUPED, 'no_rope_layers': [1, 0]},
+    'olmo3': {**_GROUPED, **_MIXED_WINDOWS},
+    'exaone4': {**_GROUPED, **_MIXED_WINDOWS},
+    'mellum': {
+        **_GROUPED,
+        **_MIXED_WINDOWS,
+        'mlp_layer_types': ['dense', 'sparse'],
+        'num_experts': 4,
+        'num_experts_per_tok': 2,
+        'moe_intermediate_size': 16,
+    },
 }
 LLAMA3 = {
     'rope_type': 'llama3',
@@ -92,7 +104,12 @@ _TEXTS['activation_function'] = _TEXTS['hidden_activation'] = _TEXTS['hidden_act
 BESIDE = {
     'is_causal': (False, None, True),
     'rope_scaling': (LLAMA3, YARN, {'type': 'linear', 'factor': 4.0}, None),
-    'rope_parameters': (LLAMA3, YARN, {'rope_type': 'linear', 'factor': 2.0, 'rope_theta': 9.0}),
+    'rope_parameters': (
+        LLAMA3,
+        YARN,
+        {'rope_type': 'linear', 'factor': 2.0, 'rope_theta': 9.0},
+        {'sliding_attention': {'rope_type': 'default', 'rope_theta': 9.0}, 'full_attention': YARN},
+    ),
     'rope_theta': (7.0,),
     'rotary_emb_base': (7.0,),
     'rotary_pct': (0.25,),
@@ -100,6 +117,10 @@ BESIDE = {
     'original_max_position_embeddings': (4,),
     'layer_types': (['full_attention'] * 2, ['sliding_attention', 'full_attention']),
     'sliding_window': (3, None),
+    'sliding_window_pattern': (1, 3, 'LG'),
+    'no_rope_layers': ([0, 0], [1, 1, 0], None),
+    'no_rope_layer_interval': (1, 2),
+    'mlp_layer_types': (['sparse', 'dense'], ['sparse'] * 2, ['dense'] * 2),
     'use_sliding_window': (True, False),
     'head_dim': (8, 16),
     'qk_head_dim': (8,),
@@ -167,7 +188,8 @@ def flips(family: str, each: int | None = None) -> list[dict]:
     changes = [{name: value} for name, value in pairs]
     for alias, name in cls.attribute_map.items():
         value = base.get(name, getattr(default, name, None))
-        changes += [{alias: 2 * value}, {alias: value}, {alias: value, name: LEFT_OUT}]
+        if value is not None:
+            changes += [{alias: 2 * value}, {alias: value}, {alias: value, name: LEFT_OUT}]
     return [change for n, change in enumerate(changes) if change not in changes[:n]]
 
 

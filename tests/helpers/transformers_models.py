@@ -34,6 +34,13 @@ def randomize(module: nn.Module, std: float = 0.3) -> None:
         parameter.normal_(0.0, std, generator=generator)
 
 
+def randomized_model(fields: dict):
+    """A transformers model of the config, with 40 tokens and all weights randomized."""
+    model = from_fields({**NO_SPECIAL_TOKENS, 'vocab_size': 40, **fields})
+    randomize(model)
+    return model
+
+
 def saved(model, folder: Path, gradients: bool = False) -> interop.PretrainedCheckpoint:
     """The saved weights of the model, or its gradients in place of weights."""
     state = {name: parameter.grad for name, parameter in model.named_parameters()}

@@ -1,0 +1,269 @@
+"""Families whose layers differ in windows, positions or FFNs: SmolLM3, OLMo 3, EXAONE 4, Mellum."""
+
+from functools import partial
+
+from interop.families.llama import (
+    ATTENTION,
+    EMBEDDING_AND_HEAD,
+    GATED_FFN,
+    LAYER,
+    OLMO_FIELDS,
+    PRE_NORMS,
+    QK_NORMS,
+    REORDERED_NORMS,
+    llama_fields,
+    projections,
+    swiglu_field,
+)
+from interop.fields import Fields
+from interop.layers import ABSENT, PerLayer
+from interop.mapping import (
+    FULL,
+    MAX_LAYERS,
+    WINDOW,
+    Family,
+    FieldMap,
+    all_but_every_nth,
+    constant_option,
+    field,
+    kv_heads_field,
+    read_layer_types,
+    windows_field,
+)
+from interop.rope import rope_by_layer_type_fields, rope_fields, rope_in_some_layers
+from interop.tensors import TensorMap, tensor, with_biases
+from model_config import ModelArchitectureConfig
+
+
+# --- SmolLM3 --------------------------------------------------------------------------------------
+
+
+_has_rope = all_but_every_nth('no_rope_layer_interval', 4)  # in files without `no_rope_layers`
+
+
+def _read_rotated(fields: Fields) -> list[bool]:
+    """Whether each layer has rotary positions."""
+    layers = min(fields.take('num_hidden_layers', int, 0), MAX_LAYERS)
+    flags = fields.value('no_rope_layers')
+    if flags is None:
+        return [_has_rope(layer, fields) for layer in range(layers)]
+    if not isinstance(flags, list) or any(flag not in (0, 1) for flag in flags):
+        fields.refuse('no_rope_layers', 'must be a list of numbers, 1 with RoPE and 0 without')
+        return []
+    if len(flags) < layers:
+        fields.refuse('no_rope_layers', f'has {len(flags)} entries for {layers} layers')
+    return [flag == 1 for flag in flags[:layers]]
+
+
+def _write_rotated(config: ModelArchitectureConfig) -> dict:
+    flags = [int(layer.position_encoding != 'none') for layer in config.layers]
+    return {'no_rope_layers': flags}
+
+
+def _has_smollm3_window(layer: int, fields: Fields) -> bool:
+    if not fields.take('use_sliding_window', bool, False):
+        return False
+    return _read_rotated(fields)[layer : layer + 1] == [False]
+
+
+def _check_smollm3_windows(fields: Fields) -> dict:
+    """Refuse windows that only some of transformers' attention implementations would use."""
+    types = fields.take('layer_types', list, optional=True) or []
+    if WINDOW in types and not fields.take('use_sliding_window', bool, False):
+        fields.refuse('layer_types', 'has windows, but use_sliding_window is not true')
+    return {}
+
+
+SMOLLM3 = Family(
+    name='smollm3',
+    architecture='SmolLM3ForCausalLM',
+    prefix='model.',
+    field_maps=(
+        *llama_fields(block_size=32768),
+        field('d_ff', 'intermediate_size', 11008),
+        field('head_dim', 'head_dim', None),
+        field('attention_bias', 'attention_bias', False),
+        field('ffn_bias', 'mlp_bias', False),
+        field('weight_tying', 'tie_word_embeddings', True),
+        kv_heads_field(4),
+        rope_in_some_layers(rope_fields(default_theta=2e6), _read_rotated),
+        FieldMap(lambda fields: {}, _write_rotated),
+        windows_field(None, _has_smollm3_window, switch='use_sliding_window'),
+        FieldMap(_check_smollm3_windows, lambda config: {}),
+        swiglu_field(),
+    ),
+    # superseded by no_rope_layers; in old files
+    irrelevant_fields=frozenset({'no_rope_layer_interval', 'max_window_layers'}),
+    weights=EMBEDDING_AND_HEAD | PRE_NORMS | with_biases(ATTENTION | GATED_FFN),
+)
+
+# --- OLMo 3 ---------------------------------------------------------------------------------------
+
+
+def _has_olmo3_window(layer: int, fields: Fields) -> bool:
+    """Whether a layer has a window in files without `layer_types`."""
+    return (layer + 1) % 4 != 0
+
+
+OLMO3 = Family(
+    name='olmo3',
+    architecture='Olmo3ForCausalLM',
+    prefix='model.',
+    field_maps=(
+        *llama_fields(block_size=2048, norm_eps=1e-5),
+        *OLMO_FIELDS,
+        windows_field(4096, _has_olmo3_window),
+        rope_by_layer_type_fields(
+            partial(read_layer_types, has_window=_has_olmo3_window),
+            default_theta={WINDOW: 5e5, FULL: 5e5},
+        ),
+    ),
+    weights=EMBEDDING_AND_HEAD | REORDERED_NORMS | QK_NORMS | GATED_FFN | with_biases(ATTENTION),
+)
+
+# --- EXAONE 4 -------------------------------------------------------------------------------------
+
+_EXAONE4_WINDOW = 4096
+
+
+_is_local = all_but_every_nth('sliding_window_pattern', 4)
+
+
+def _has_exaone4_window(layer: int, fields: Fields) -> bool:
+    """Whether a layer has a window in files without `layer_types`."""
+    return _exaone4_window(fields) is not None and _is_local(layer, fields)
+
+
+def _exaone4_window(fields: Fields) -> int | None:
+    return fields.take('sliding_window', int, _EXAONE4_WINDOW, optional=True)
+
+
+def _read_exaone4_rotated(fields: Fields) -> list[bool]:
+    """Layers without a window have no positions, unless no layer can have one."""
+    without_windows = _exaone4_window(fields) is None
+    types = read_layer_types(fields, _has_exaone4_window)
+    return [without_windows or kind == WINDOW for kind in types]
+
+
+def _write_exaone4_window(config: ModelArchitectureConfig) -> dict:
+    """The window, or its default if no layer has one; null if layers without it are rotated."""
+    windows = [layer.get('sliding_window') for layer in config.layers]
+    rotated = any(
+        window is None and layer.position_encoding == 'rope'
+        for window, layer in zip(windows, config.layers)
+    )
+    return {'sliding_window': None if rotated else next(filter(None, windows), _EXAONE4_WINDOW)}
+
+
+EXAONE4 = Family(
+    name='exaone4',
+    architecture='Exaone4ForCausalLM',
+    prefix='model.',
+    field_maps=(
+        *llama_fields(block_size=2048, norm_eps=1e-5),
+        field('d_ff', 'intermediate_size'),
+        field('head_dim', 'head_dim', None),
+        field('weight_tying', 'tie_word_embeddings', False),
+        constant_option(
+            norm_position='reordered',
+            qk_norm='rmsnorm',
+            qk_norm_scope='head',
+            attention_bias=False,
+            ffn_bias=False,
+        ),
+        kv_heads_field(32),
+        windows_field(_EXAONE4_WINDOW, _has_exaone4_window),
+        rope_in_some_layers(rope_fields(), _read_exaone4_rotated),
+        FieldMap(lambda fields: {}, _write_exaone4_window),
+        swiglu_field(),
+    ),
+    irrelevant_fields=frozenset({'sliding_window_pattern'}),  # superseded by layer_types
+    weights=EMBEDDING_AND_HEAD | REORDERED_NORMS | QK_NORMS | GATED_FFN | ATTENTION,
+)
+
+# --- Mellum ---------------------------------------------------------------------------------------
+
+_DENSE, _SPARSE = 'dense', 'sparse'
+_EXPERT_FIELDS = (
+    field('num_experts', 'num_local_experts', 64),
+    field('experts_per_token', 'num_experts_per_tok', 8),
+    field('expert_d_ff', 'moe_intermediate_size', 896),
+    field('router_normalize', 'norm_topk_prob', True),
+    field('expert_ffn', 'hidden_act', 'silu', {'silu': 'swiglu'}),
+    constant_option(router_score='softmax'),
+)
+
+
+def _read_ffns(fields: Fields) -> dict:
+    """A dense network or a mixture of experts in each layer."""
+    layers = fields.take('num_hidden_layers', int, 0)
+    types = fields.take('mlp_layer_types', list, optional=True)
+    if types is None:
+        types = [_SPARSE] * min(layers, MAX_LAYERS)
+    elif len(types) != layers or not set(types) <= {_DENSE, _SPARSE}:
+        fields.refuse('mlp_layer_types', f'must be {_DENSE!r} or {_SPARSE!r} for {layers} layers')
+    mixture = {key: value for m in _EXPERT_FIELDS for key, value in m.read(fields).items()}
+    return {
+        'ffn_type': PerLayer('moe' if kind == _SPARSE else 'swiglu' for kind in types),
+        **{
+            key: PerLayer(value if kind == _SPARSE else ABSENT for kind in types)
+            for key, value in mixture.items()
+        },
+    }
+
+
+def _write_ffns(config: ModelArchitectureConfig) -> dict:
+    written = {}
+    if any(layer.ffn_type == 'moe' for layer in config.layers):
+        written = {key: value for m in _EXPERT_FIELDS for key, value in m.write(config).items()}
+    types = [_SPARSE if layer.ffn_type == 'moe' else _DENSE for layer in config.layers]
+    return {**written, 'mlp_layer_types': types}
+
+
+def _has_mellum_window(layer: int, fields: Fields) -> bool:
+    return False
+
+
+MELLUM = Family(
+    name='mellum',
+    architecture='MellumForCausalLM',
+    prefix='model.',
+    field_maps=(
+        *llama_fields(block_size=131_072),
+        field('d_ff', 'intermediate_size', 7168),
+        field('head_dim', 'head_dim', 128),
+        field('attention_bias', 'attention_bias', False),
+        field('weight_tying', 'tie_word_embeddings', False),
+        constant_option(qk_norm='rmsnorm', qk_norm_scope='head', ffn_bias=False),
+        kv_heads_field(4),
+        FieldMap(_read_ffns, _write_ffns),
+        windows_field(1024, _has_mellum_window),
+        rope_by_layer_type_fields(
+            partial(read_layer_types, has_window=_has_mellum_window),
+            default_theta={WINDOW: 1e4, FULL: 5e5},
+            version_4=False,
+        ),
+    ),
+    aliases={'num_experts': 'num_local_experts'},
+    # Multi-token prediction has layers of its own, whose tensors are refused.
+    irrelevant_fields=frozenset(
+        {
+            *('num_mtp_layers', 'num_nextn_predict_layers'),
+            *('mtp_layer_types', 'mtp_mlp_layer_types'),
+        }
+    ),
+    weights=EMBEDDING_AND_HEAD
+    | PRE_NORMS
+    | QK_NORMS
+    | GATED_FFN
+    | with_biases(ATTENTION)
+    | {
+        'blocks.{layer}.ffn.router.weight': tensor(LAYER + 'mlp.gate.weight'),
+        'blocks.{layer}.ffn.experts.gate_up.weight': TensorMap(
+            projections('mlp.experts.{expert}', 'gate', 'up')
+        ),
+        'blocks.{layer}.ffn.experts.down.weight': TensorMap(
+            projections('mlp.experts.{expert}', 'down')
+        ),
+    },
+)
