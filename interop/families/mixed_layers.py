@@ -34,7 +34,6 @@ from interop.rope import rope_by_layer_type_fields, rope_fields, rope_in_some_la
 from interop.tensors import TensorMap, tensor, with_biases
 from model_config import ModelArchitectureConfig
 
-
 # --- SmolLM3 --------------------------------------------------------------------------------------
 
 
