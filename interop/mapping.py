@@ -148,7 +148,7 @@ def layer_types(config: ModelArchitectureConfig) -> list[str]:
 
 
 def all_but_every_nth(name: str, default: int) -> Callable[[int, Fields], bool]:
-    """Whether a layer is not the last in its group of layers. name: a field, the size of a group."""
+    """Whether a layer is not the last of its group. name: the field with the size of a group."""
 
     def is_chosen(layer: int, fields: Fields) -> bool:
         size = fields.take(name, int, default)

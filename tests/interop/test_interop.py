@@ -200,13 +200,6 @@ CONFIGS = {
 }
 
 
-def randomized_model(fields: dict):
-    """A transformers model of the config, with 40 tokens and all weights randomized."""
-    model = reference.from_fields({**reference.NO_SPECIAL_TOKENS, 'vocab_size': 40, **fields})
-    reference.randomize(model)
-    return model
-
-
 def largest(ours: dict, theirs: dict) -> float:
     """The largest difference between two tensors of a name, relative to the norm of `theirs`."""
     assert ours.keys() == theirs.keys()
@@ -218,7 +211,7 @@ def largest(ours: dict, theirs: dict) -> float:
 
 def parity(fields: dict, folder: Path) -> dict[str, float]:
     """The largest relative differences of the imported model and of its export, read again."""
-    theirs = randomized_model(fields)
+    theirs = reference.randomized_model(fields)
     source = reference.saved(theirs, folder / 'theirs')
     config = source.config
     ours = build_model(config, 'cpu')
@@ -275,7 +268,7 @@ def imported(source: interop.PretrainedCheckpoint):
 def llama(tmp_path_factory):
     """A Llama of transformers and the folder that it was saved in."""
     folder = tmp_path_factory.mktemp('llama')
-    model = randomized_model(CONFIGS['llama-grouped-tied'])
+    model = reference.randomized_model(CONFIGS['llama-grouped-tied'])
     reference.saved(model, folder)
     return model, folder
 
@@ -416,6 +409,8 @@ FAMILY_OF_PRESET = {
     'mistral': 'mistral',
     'qwen3': 'qwen3',
     'olmo2': 'olmo2',
+    'olmo3': 'olmo3',
+    'smollm3': 'smollm3',
     'gemma2': 'gemma2',
     'gemma3': 'gemma3_text',
     'pythia': 'gpt_neox',
@@ -426,7 +421,7 @@ FAMILY_OF_PRESET = {
 
 @pytest.mark.parametrize('preset', FAMILY_OF_PRESET)
 def test_presets_export_as_the_family_of_their_name(preset):
-    for values in ({}, {'n_layer': 3, 'n_head': 6, 'n_embd': 48}):
+    for values in ({}, {'n_layer': 4, 'n_head': 6, 'n_embd': 48}):
         config = ModelArchitectureConfig(arch_preset=preset, vocab_size=40, **values)
         family, fields, converted = interop.convert_config(config)
         assert converted is config
@@ -464,7 +459,7 @@ def test_missing_biases_are_exported_as_zeros(name, tmp_path):
 
 
 def test_vocabulary_and_positions_are_resized(tmp_path):
-    theirs = randomized_model(CONFIGS['gpt2'])
+    theirs = reference.randomized_model(CONFIGS['gpt2'])
     source = reference.saved(theirs, tmp_path)
     tokens = random_tokens(source.config, batch=2)[:, :8]
     expected = theirs(tokens).logits
@@ -494,7 +489,7 @@ def nanogpt_checkpoint(tmp_path):
     """
 
     def write(bias: bool):
-        theirs = randomized_model({**GPT2, 'activation_function': 'gelu'})
+        theirs = reference.randomized_model({**GPT2, 'activation_function': 'gelu'})
         state = {}
         for name, tensor in theirs.state_dict().items():
             if name.endswith('bias') and not bias:
@@ -533,7 +528,7 @@ def test_nanogpt_checkpoint_loads(nanogpt_checkpoint, bias):
 
 def test_training_from_pretrained_weights_and_resume(tiny_dataset, tmp_path):
     folder, sizes = tmp_path / 'theirs', {'vocab_size': 256, 'max_position_embeddings': 64}
-    theirs = randomized_model({**CONFIGS['llama-grouped-tied'], **sizes})
+    theirs = reference.randomized_model({**CONFIGS['llama-grouped-tied'], **sizes})
     reference.saved(theirs, folder)
     # The options of TINY_RUN agree with the model or have no effect, but for n_head.
     options = {'n_head': 4, 'arch_preset': 'gpt2', 'dropout': 0.1, 'block_size': 16}
@@ -566,7 +561,7 @@ def test_training_from_pretrained_weights_and_resume(tiny_dataset, tmp_path):
 def short_llama(tmp_path):
     """A Llama of transformers with 16 positions and 256 tokens, and its folder."""
     folder = tmp_path / 'short'
-    theirs = randomized_model({**CONFIGS['llama-grouped-tied'], 'vocab_size': 256})
+    theirs = reference.randomized_model({**CONFIGS['llama-grouped-tied'], 'vocab_size': 256})
     reference.saved(theirs, folder)
     return theirs, folder
 
@@ -602,7 +597,7 @@ def test_rope_extension_to_a_longer_context(
         eval_only=True,
         **options,
     )
-    expected = randomized_model(
+    expected = reference.randomized_model(
         {
             **CONFIGS['llama-grouped-tied'],
             **rotary(rope_type=scaling, **{'factor': 3.0, **rope_fields}),
@@ -638,7 +633,7 @@ def test_scaling_without_a_longer_context_is_refused(short_llama, tiny_dataset, 
 def test_finetuning_gpt2(tiny_dataset, tmp_path, train, monkeypatch):
     """The config file loads from the cache, crops, trains, and resumes without the cache."""
     home = tmp_path / 'home/hub/models--openai-community--gpt2'
-    theirs = randomized_model({**GPT2, 'vocab_size': 256})
+    theirs = reference.randomized_model({**GPT2, 'vocab_size': 256})
     reference.saved(theirs, home / 'snapshots/1')
     (home / 'refs').mkdir()
     (home / 'refs/main').write_text('1')
