@@ -8,11 +8,13 @@ Not torch's MemTracker or FSDPMemTracker: those measure the kernels of this mach
 layer, under one strategy that must be set up. Tests compare this module with MemTracker.
 """
 
+import operator
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from enum import IntEnum
 from functools import partial
+from itertools import groupby
 from typing import NamedTuple
 
 import numpy as np
@@ -178,8 +180,8 @@ class Simulation:
         accumulates: gradients of an earlier micro-step exist, and are not counted. Otherwise the
         gradients of this one are allocated, and counted.
         """
-        # Run the model, shortened to three periods of equal blocks.
-        with self._shortened(recomputed) as (period, repeats):
+        # Run the model without the repetitions of equal blocks.
+        with self._shortened(recomputed) as run:
             with self.fake, self._tracked(accumulates) as tracker, self.kernels(), few_chunks():
                 self._forward_and_backward(batch_size, tracker)
             count = len(self.model.blocks)
@@ -191,11 +193,11 @@ class Simulation:
             segments[: count + 2 : -1],
         )
         # The end of autocast frees its copies of every block: count the omitted blocks too.
-        middle = range(1 + period, 1 + 2 * period)
+        middle = range(1 + run.begin + run.period, 1 + run.begin + 2 * run.period)
         freed = sum(exit.freed[number] for number in middle if number in exit.freed)
-        exit = exit._replace(change=exit.change - (repeats - 1) * freed)
+        exit = exit._replace(change=exit.change - run.omitted * freed)
         # Insert the omitted blocks, as copies of the middle period.
-        forward, backward = (_repeated(part, period, repeats) for part in (forward, backward))
+        forward, backward = run.restored(forward), run.restored(backward)
         blocks = range(len(self.blocks))
         phases = [
             ('forward', None, first),
@@ -227,21 +229,22 @@ class Simulation:
                 parameter.data = data
 
     @contextmanager
-    def _shortened(self, recomputed: list[int]) -> Iterator[tuple[int, int]]:
-        """Shorten the model to three periods of repeating blocks. Yields the period's length, and
-        how often the middle one of the three counts."""
-        period = _period(self.blocks, set(recomputed))
-        periods, remainder = divmod(len(self.blocks), period)
-        periods_left = min(periods, 3)
-        self.model.blocks = nn.ModuleList(self.blocks[: periods_left * period + remainder])
-        recomputed_left = [number for number in recomputed if number < len(self.model.blocks)]
+    def _shortened(self, recomputed: list[int]) -> Iterator['Repetition']:
+        """Shorten the model to three periods of repeating blocks. Yields the repetition."""
+        encodings = self.model.encoding_numbers
+        run = _repetition(self.blocks, [(n in recomputed, e) for n, e in enumerate(encodings)])
+        left = run.shortened(list(range(len(self.blocks))))
+        self.model.blocks = nn.ModuleList(self.blocks[number] for number in left)
+        self.model.encoding_numbers = [encodings[number] for number in left]
+        recomputed_left = [at for at, number in enumerate(left) if number in recomputed]
         prepare_blocks(self.model, recomputed_left, compiled=False)
         try:
-            yield period, periods - periods_left + 1
+            yield run
         finally:
-            for number in recomputed_left:
-                del self.blocks[number].forward
+            for at in recomputed_left:
+                del self.model.blocks[at].forward
             self.model.blocks = nn.ModuleList(self.blocks)
+            self.model.encoding_numbers = encodings
 
     @contextmanager
     def _tracked(self, accumulates: bool) -> Iterator[MemoryTracker]:
@@ -287,21 +290,48 @@ class Simulation:
             handle.remove()
 
 
-def _repeated(segments: list[Segment], period: int, times: int) -> list[Segment]:
-    """The segments of three periods, ordered by block, with the middle period `times` times."""
-    return segments[:period] + segments[period : 2 * period] * times + segments[2 * period :]
+class Repetition(NamedTuple):
+    """Blocks that repeat: periods of `period` blocks from block `begin`, of which the middle one of
+    three stands for `omitted` more."""
+
+    begin: int
+    period: int
+    omitted: int  # periods
+
+    def shortened(self, blocks: list) -> list:
+        """The blocks without the omitted periods."""
+        kept = self.begin + 2 * self.period
+        return blocks[:kept] + blocks[kept + self.omitted * self.period :]
+
+    def restored(self, segments: list[Segment]) -> list[Segment]:
+        """The segments of all blocks, from those of the shortened ones."""
+        middle, after = self.begin + self.period, self.begin + 2 * self.period
+        copies = segments[middle:after] * self.omitted
+        return segments[:after] + copies + segments[after:]
 
 
-def _period(blocks: list[nn.Module], recomputed: set[int]) -> int:
-    """The number of blocks after which the blocks repeat; the number of blocks if they do not."""
-    n_blocks = len(blocks)
-    for period in range(1, n_blocks // 3 + 1):
-        pairs = [(number, number + period) for number in range(n_blocks - period)]
-        if all((a in recomputed) == (b in recomputed) for a, b in pairs) and all(
-            _same_module(blocks[a], blocks[b]) for a, b in pairs
-        ):
-            return period
-    return n_blocks
+def _repetition(blocks: list[nn.Module], facts: list) -> Repetition:
+    """The repetition that omits most blocks. facts: of each block, what else must repeat."""
+    # Number the distinct kinds of blocks.
+    distinct: list[tuple[nn.Module, object]] = []
+    kinds = []
+    for block, fact in zip(blocks, facts):
+        same = (k for k, (b, f) in enumerate(distinct) if f == fact and _same_module(b, block))
+        kind = next(same, len(distinct))
+        kinds.append(kind)
+        if kind == len(distinct):
+            distinct.append((block, fact))
+    # For each period, find where blocks equal those one period later.
+    best = Repetition(0, len(blocks), 0)
+    for period in range(1, len(blocks) // 4 + 1):
+        begin = 0
+        for equal, group in groupby(map(operator.eq, kinds, kinds[period:])):
+            length = sum(1 for _ in group)
+            omitted = (length + period) // period - 3
+            if equal and omitted * period > best.omitted * best.period:
+                best = Repetition(begin, period, omitted)
+            begin += length
+    return best
 
 
 _OF_ANY_MODULE = vars(nn.Module()).keys() - {'training'}

@@ -23,8 +23,9 @@ from parallel.strategies import DataParallel, ZeRO1
 RANKS = 8
 CPU = torch.device('cpu')
 STRATEGIES = {'ddp': DataParallel, 'zero1': ZeRO1}
-# An odd number of elements in each block, so that what follows needs alignment.
-ARCHITECTURE = tiny(normalization='dyt', ffn_type='swiglu', d_ff=40)
+# An odd number of elements in each block, so that what follows needs alignment; unequal matrices.
+LAYERS = {'layer_pattern': 'LG', 'layer_kinds': {'G': {'d_ff': 24, 'head_dim': 6}}}
+ARCHITECTURE = tiny(normalization='dyt', ffn_type='swiglu', d_ff=40, **LAYERS)
 BUCKET_MB = 0.004  # so that the tiny model has several
 
 

@@ -21,6 +21,16 @@ from parallel.fully_sharded import FullySharded, shard_units
 CPU = torch.device('cpu')
 N_LAYER = 4
 SIZES = {'n_layer': N_LAYER, 'n_head': 4, 'n_embd': 64, 'block_size': 32, 'vocab_size': 512}
+# Blocks of different sizes, and two biases of attention scores, of two and four heads.
+MIXED = {
+    'n_layer': 3,
+    'layer_pattern': 'GHM',
+    'layer_kinds': {
+        'G': {'sliding_window': 8, 'd_ff': 40},
+        'H': {'position_encoding': 't5_relative', 'n_head': 2},
+        'M': {'position_encoding': 't5_relative', 'ffn_type': 'moe', 'num_experts': 3},
+    },
+}
 RANKS = 8
 EVERY = {'fsdp_reduce_every_micro_step': True}
 
@@ -144,6 +154,7 @@ def test_bytes_sent_equal_collectives(group, micro_steps, options):
         architecture('gpt2', n_layer=2, vocab_size=500),  # shards of unequal size
         architecture('mixtral', n_layer=2),
         architecture('llama', normalization='none', n_layer=1),  # the root has no parameters
+        architecture('llama', **MIXED),
     ):
         strategy, model, log = train(config, micro_steps, **options)
         sent = sum(each.bytes_sent for each in collectives(log))
@@ -199,6 +210,20 @@ def test_only_multiplied_parameters_are_converted(preset, options, expected):
     assert in_fp32(config) == {*expected, *final, 'token_embedding.weight'}
 
 
+def test_units_of_different_blocks():
+    """Biases of position encodings, and the router that one block has, are in the root's unit."""
+    model = build_model(architecture('llama', **MIXED))
+    root, embedding, *blocks, head = shard_units(model, 'bfloat16', True)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    expected = {name for name in names.values() if 'norm' in name}
+    expected |= {'blocks.2.ffn.router.weight'}
+    expected |= {f'{n}.table.weight' for n in ('position_encoding', 'more_position_encodings.0')}
+    assert {names[parameter] for parameter in root.parameters} == expected
+    assert [unit.modules[0] for unit in blocks] == list(model.blocks)
+    assert len({unit.elements(RANKS) for unit in blocks}) == 3
+    assert (len(embedding.parameters), len(head.parameters)) == (1, 1)
+
+
 class Selective(FeedForward):
     """A user's network with a linear layer computed in fp32, and a table that is looked up."""
 
@@ -233,9 +258,11 @@ def test_custom_component_needs_no_declaration(group, register):
 
 
 @pytest.mark.parametrize('param_dtype', ['float32', 'bfloat16'])
-@pytest.mark.parametrize('preset', ['gpt2', 'llama', 'mixtral'])
-def test_every_parameter_is_in_one_unit(preset, param_dtype):
-    model = build_model(architecture(preset))
+@pytest.mark.parametrize(
+    ('preset', 'options'), [('gpt2', {}), ('llama', {}), ('mixtral', {}), ('llama', MIXED)]
+)
+def test_every_parameter_is_in_one_unit(preset, options, param_dtype):
+    model = build_model(architecture(preset, **options))
     parameters = [p for unit in shard_units(model, param_dtype, True) for p in unit.parameters]
     assert len(parameters) == len({*parameters}) == len(list(model.parameters()))
 

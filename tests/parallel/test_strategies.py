@@ -74,9 +74,22 @@ NARROW = {**SIX, **LLAMA, 'n_embd': 4, 'n_layer': 1}
 TEN = {**LLAMA, 'max_iters': 10, 'eval_interval': 5}
 FEW = {**LLAMA, 'max_iters': 6, 'eval_interval': 3}
 
+# Layers with different heads, windows, networks and position encodings, two of them with tables.
+MIXED = {
+    'n_layer': 3,
+    'layer_pattern': 'LTM',
+    'layer_kinds.L.sliding_window': 5,
+    'layer_kinds.L.d_ff': 24,
+    'layer_kinds.T.position_encoding': 't5_relative',
+    'layer_kinds.T.norm_position': 'sandwich',
+    'layer_kinds.M.position_encoding': 't5_relative',
+    'layer_kinds.M.n_head': 4,
+    'layer_kinds.M.ffn_type': 'moe',
+    'layer_kinds.M.num_experts': 3,
+}
 # Besides AdamW. ZeRO-1 splits some matrices, FSDP all of them.
 OPTIMIZERS = {
-    'muon': {'optimizer': 'muon'},
+    'muon': {'optimizer': 'muon', **MIXED},
     'lion': {'optimizer': 'lion', 'learning_rate': 0.003, 'weight_decay': 1.0},
 }
 
@@ -87,7 +100,10 @@ CASES = {
     **{name: {**TEN, **options} for name, options in OPTIMIZERS.items()},
     'gpt2': {**GPT2, **SAMPLES},
     'llama': {**LLAMA},
-    'dropout': {**TEN, 'dropout': 0.1},
+    'dropout': {
+        **TEN,
+        **{'dropout': 0.1, 'layer_pattern': 'LG', 'layer_kinds.G.attention_dropout': 0.0},
+    },
     'bfloat16': {**TEN, 'dtype': 'bfloat16'},
     'float16': {**TEN, 'dtype': 'float16'},
     # Its stacks of three are sharded unevenly, and metrics of a layer are summed over ranks.

@@ -1,8 +1,10 @@
 """Estimates of --plan, compared with measurements, torch's memory tracker and hand calculations."""
 
 import contextlib
+import itertools
 import json
 import os
+import random
 import subprocess
 import sys
 from collections import defaultdict
@@ -69,12 +71,22 @@ def plan(**options) -> dict:
 
 # --- Compared with training -----------------------------------------------------------------------
 
+# Blocks of different sizes, and a position encoding with parameters in some of them.
+MIXED = {
+    'layer_pattern': 'LG* H',
+    'layer_kinds.L.sliding_window': 16,
+    'layer_kinds.L.d_ff': 96,
+    'layer_kinds.G.position_encoding': 't5_relative',
+    'layer_kinds.H.n_head': 8,
+    'layer_kinds.H.ffn_type': 'standard',
+    'layer_kinds.H.activation': 'gelu',
+}
 CASES = [
-    {'weight_tying': tied, 'dtype': dtype, 'activation_checkpointing': checkpointing}
-    for tied, dtype, checkpointing in (
-        (False, 'bfloat16', 'none'),
-        (True, 'float32', 'full'),
-        (False, 'bfloat16', '2'),
+    {'weight_tying': tied, 'dtype': dtype, 'activation_checkpointing': checkpointing, **layers}
+    for tied, dtype, checkpointing, layers in (
+        (False, 'bfloat16', 'none', {}),
+        (True, 'float32', 'full', {}),
+        (False, 'bfloat16', '2', MIXED),
     )
 ]
 FLAGS = {
@@ -155,25 +167,61 @@ def test_micro_step_matches_torch_mem_tracker(dtype, checkpointing, tied):
     assert peak_bytes == pytest.approx(peak['Total'] - parameters, rel=0.02)
 
 
+# Blocks that differ in nothing but the rotation, which only the last one needs.
+SAME_BLOCKS = {
+    'normalization': 'layernorm',
+    'ffn_type': 'standard',
+    'layer_pattern': 'G* R',
+    'layer_kinds.R.rope_theta': 500.0,
+}
+
+
 @pytest.mark.parametrize('accumulates', [False, True])
 @pytest.mark.parametrize(
-    ('checkpointing', 'options'),
+    ('checkpointing', 'options', 'omitted'),
     [
-        ('none', {'dtype': 'bfloat16'}),
-        ('full', {'dtype': 'bfloat16'}),
-        ('2', {'dtype': 'float32', 'dropout': 0.1}),
+        ('none', {'dtype': 'bfloat16'}, 6),
+        ('full', {'dtype': 'bfloat16', **SAME_BLOCKS}, 5),
+        ('2', {'dtype': 'float32', 'dropout': 0.1}, 2),
+        ('none', {'dtype': 'bfloat16', **MIXED, 'attention_backend': 'manual'}, 2),
     ],
 )
-def test_simulation_skips_equal_blocks(monkeypatch, checkpointing, options, accumulates):
+def test_simulation_skips_equal_blocks(monkeypatch, checkpointing, options, omitted, accumulates):
     settings = settings_of(**{**SMALL, 'n_layer': 9}, **options, device='cpu')
     completed, _ = completed_settings(settings, None)
     simulated = simulation.Simulation(completed.run, completed.architecture, on_gpu=True)
-    recomputed = recomputed_blocks(checkpointing, 9)
-    assert simulation._period(simulated.blocks, set(recomputed)) < 3
+    recomputed, lengths = recomputed_blocks(checkpointing, 9), []
+    forward = Transformer.forward
+
+    def counting(model, *arguments):
+        lengths.append(len(model.blocks))
+        return forward(model, *arguments)
+
+    monkeypatch.setattr(Transformer, 'forward', counting)
     short = simulated.micro_step(2, recomputed, accumulates)
-    monkeypatch.setattr(simulation, '_period', lambda blocks, recomputed: len(blocks))
+    everything = simulation.Repetition(0, 9, 0)
+    monkeypatch.setattr(simulation, '_repetition', lambda *_: everything)
     long = simulated.micro_step(2, recomputed, accumulates)
     assert sizes(short) == sizes(long)
+    assert lengths == [9 - omitted, 9]
+
+
+def test_omitted_blocks_are_copies_of_others():
+    """Against a search of all repetitions, for random patterns of three kinds."""
+    block, draw = torch.nn.Linear(1, 1), random.Random(0)
+    for _ in range(100):
+        parts = [draw.choices('ABC', k=draw.randint(0, 4)) * draw.randint(1, 5) for _ in range(3)]
+        kinds = [kind for part in parts for kind in part]
+        found = simulation._repetition([block] * len(kinds), kinds)
+        kept = found.shortened(kinds)
+        assert found.restored(kept) == kinds
+        most = 0
+        for period, begin in itertools.product(range(1, len(kinds)), range(len(kinds))):
+            repeats = 1
+            while kinds[begin:][: period * (repeats + 1)] == kinds[begin:][:period] * (repeats + 1):
+                repeats += 1
+            most = max(most, (repeats - 3) * period)
+        assert len(kinds) - len(kept) == most
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
@@ -201,9 +249,9 @@ def test_simulation_runs_all_different_blocks():
     simulated = simulation.Simulation(
         settings_of(**SMALL).run, ModelArchitectureConfig(**SMALL_ARCHITECTURE), on_gpu=False
     )
-    assert simulation._period(simulated.blocks, set()) == 1
+    assert simulation._repetition(simulated.blocks, [()] * 4).omitted == 1
     simulated.blocks[2].ffn.down.in_features += 1
-    assert simulation._period(simulated.blocks, set()) == 4
+    assert simulation._repetition(simulated.blocks, [()] * 4).omitted == 0
 
 
 SMALL_ARCHITECTURE = {key: value for key, value in SMALL.items() if key != 'batch_size'}
