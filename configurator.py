@@ -12,7 +12,7 @@ import types
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from common import old_imports
 from common.dict_option import DictOption
@@ -192,7 +192,7 @@ def _parse_value(path: str, option: Option, text: str) -> Any:
     if '.' not in path:
         return option.parse(path, text)
     _named_option(path, option)
-    return option.parse_path(path, text)
+    return cast(DictOption, option).parse_path(path, text)
 
 
 def _stray_argument_problem(argument: str, options: dict[str, Option]) -> str:

@@ -15,7 +15,7 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from common.architecture_identity import hash_of_layers
 from common.architecture_merge import derive_values, merge_architecture, merge_kind
@@ -271,13 +271,13 @@ class ModelArchitectureConfig(FrozenConfig):
         for config in configs:
             config.__dict__['device'] = device
 
-    def components(self) -> Iterator[tuple[str, type]]:
+    def components(self) -> Iterator[tuple[str, Any]]:
         """The option and the class of each component that the model or any layer uses."""
         pairs = [pair for kind in self.kinds.values() for pair in kind._chosen()]
         shared = {key: CORE_OPTIONS[key] for key in SHARED_OPTIONS}
         yield from dict.fromkeys([*pairs, *chosen_components(shared, self._values)])
 
-    def _chosen(self) -> Iterator[tuple[str, type]]:
+    def _chosen(self) -> Iterator[tuple[str, Any]]:
         yield from chosen_components(CORE_OPTIONS, self._values)
 
     def sentences(self, method: str, *arguments) -> list[str]:
@@ -351,27 +351,33 @@ class ModelArchitectureConfig(FrozenConfig):
         tags = [tag_of(chosen[r.option], self) for r in REGISTRIES if r.option in CORE_OPTIONS]
         return [f'{self.n_head}H', *(part for tag in tags if tag for part in tag.split('-'))]
 
-    def layer_lines(self) -> dict[str, list[str]]:
-        """The lines of `layer_pattern` and `layer_kinds` in a config file with all options.
+    def kinds_over_preset(self) -> dict[str, KindEntries]:
+        """The kinds that give these layers if they are merged with the preset, with origins.
 
         A kind has the options that it sets, then others whose values differ from the model's.
         """
-        pattern = self.get('layer_pattern')
-        if pattern is None:
-            return {}
         kinds: dict[str, KindEntries] = {}
         for name, (config, kind) in self._declared.items():
             keys = [*kind.overrides, *self.layer_kinds[name]]
             kinds[name] = {
                 key: (config.get(key), config.origins[key]) for key in keys if key in config
             }
-        # What a higher layer of options removed from the preset, which a file would name too.
-        for name, entry in PRESETS[self.preset].get('layer_kinds', {}).items():
-            if name not in kinds and name in letters_of(pattern):
+        # What was removed from the preset.
+        of_preset: Any = PRESETS[self.preset].get('layer_kinds', {})
+        for name, entry in of_preset.items():
+            if name not in kinds and name in letters_of(self.get('layer_pattern') or ''):
                 kinds[name] = None
             elif (entries := kinds.get(name)) is not None:
                 entries |= {key: (None, 'removed') for key in entry if key not in entries}
-        return config_lines(pattern, self.origins['layer_pattern'], self.layer_letters, kinds)
+        return kinds
+
+    def layer_lines(self) -> dict[str, list[str]]:
+        """The lines of `layer_pattern` and `layer_kinds` in a config file with all options."""
+        pattern = self.get('layer_pattern')
+        if pattern is None:
+            return {}
+        origin, kinds = self.origins['layer_pattern'], self.kinds_over_preset()
+        return config_lines(pattern, origin, self.layer_letters, kinds)
 
     @property
     def hash(self) -> str:

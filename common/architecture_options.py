@@ -4,6 +4,7 @@ The registries are filled by `model_components`; this module imports no torch.
 """
 
 from functools import lru_cache
+from typing import Any
 
 from common.architecture_presets import PRESETS
 from common.dict_option import DictOption
@@ -169,7 +170,7 @@ def shared_options(values: dict) -> set[str]:
     return set(active_keys({key: CORE_OPTIONS[key] for key in SHARED_OPTIONS}, values))
 
 
-def refused_in_kind(key: str, value: object) -> str | None:
+def refused_in_kind(key: str, value: Any) -> str | None:
     """The reason why a kind of layers may not have an option, or this value of it, or None."""
     options = {'arch_preset': PRESET_OPTION, **architecture_options()}
     if key not in options or key in layer_options():

@@ -39,7 +39,8 @@ class DictOption(Option):
         """
         if not isinstance(value, dict):
             raise UserError(f'{key}={show_value(value)}: {key} takes {self.allowed()}.')
-        accepted, problems = {}, []
+        accepted: dict = {}
+        problems: list[str] = []
         for name, entry in value.items():
             try:
                 self._check_name(key, name)
@@ -95,6 +96,17 @@ class DictOption(Option):
             raise UserError(f'{place}: unknown option {show_value(option)}.{hint}')
         return options[option]  # type: ignore[index]
 
+    def refused(self, key: str, value: dict) -> dict:
+        """The values that `accept` refuses, by dotted name."""
+        result = {}
+        for path, leaf in leaves(value).items():
+            name, _, option = path.partition('.')
+            try:
+                self.accept(key, {name: {option: leaf} if option else leaf})
+            except UserError:
+                result[f'{key}.{path}'] = leaf
+        return result
+
     @staticmethod
     def check_order(key: str, earlier: dict, value: dict) -> None:
         """Raise UserError if arguments both remove an entry and set an option of it."""
@@ -126,7 +138,8 @@ class DictOption(Option):
             raise UserError(
                 f'{place}={show_value(entry)}: {place} takes a dict, option -> value, or None.'
             )
-        accepted, problems = {}, []
+        accepted: dict = {}
+        problems: list[str] = []
         for option, value in entry.items():
             try:
                 declared = self.entry_option(place, option)
@@ -147,7 +160,7 @@ class DictOption(Option):
 
 def leaves(values: dict) -> dict:
     """The values with dotted names in place of dicts: {'layer_kinds.L.sliding_window': 64}."""
-    result = {}
+    result: dict = {}
     for name, value in values.items():
         if isinstance(value, dict) and value:
             result |= leaves({f'{name}.{part}': each for part, each in value.items()})

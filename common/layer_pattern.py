@@ -27,8 +27,25 @@ def is_kind(name: str) -> bool:
 
 def is_layer_pattern(pattern: str) -> bool:
     """Whether the pattern is well-formed, whatever the number of layers."""
-    matches = [_TERM.fullmatch(term) for term in pattern.split()]
-    return bool(matches) and all(matches) and sum(map(_fills, matches)) <= 1
+    terms = _terms(pattern)
+    return bool(terms) and [count for _, count in terms].count(None) <= 1
+
+
+def _terms(pattern: str) -> list[tuple[str, int | None]]:
+    """The letters and the repetitions of each term, None for one that fills the depth.
+
+    Empty if the pattern is malformed.
+    """
+    terms: list[tuple[str, int | None]] = []
+    words = pattern.split()
+    for word in words:
+        match = _TERM.fullmatch(word)
+        if match is None:
+            return []
+        letters, star, count = match.groups()
+        fills = star == '*' or (star is None and len(words) == 1)
+        terms.append((letters, None if fills else int(count or 1)))
+    return terms
 
 
 def letters_of(pattern: str) -> list[str]:
@@ -38,24 +55,23 @@ def letters_of(pattern: str) -> list[str]:
 
 def expand_pattern(pattern: str, layers: int) -> str:
     """The letter of each layer, for a well-formed pattern. Raises UserError if it does not fit."""
-    terms = [_TERM.fullmatch(term) for term in pattern.split()]
-    single = len(terms) == 1 and terms[0] is not None and terms[0][2] is None
-    fills = [single or _fills(term) for term in terms]
+    terms = _terms(pattern)
+    fills = any(count is None for _, count in terms)
     # The sum first: the text of a large repetition would not fit into memory.
-    fixed = sum(len(t[1]) * int(t[3] or 1) for t, fill in zip(terms, fills) if not fill)
-    if fixed > layers or (fixed < layers and not any(fills)):
+    fixed = sum(len(term) * (count or 0) for term, count in terms)
+    if fixed > layers or (fixed < layers and not fills):
         fixes = [f'Set --n_layer={fixed}'] if fixed <= MOST_LAYERS else []
-        fixes += ['shorten the pattern' if any(fills) else 'end one term with * to fill the depth']
+        fixes += ['shorten the pattern' if fills else 'end one term with * to fill the depth']
         advice = ', or '.join(fixes)
         raise UserError(
-            f'layer_pattern={show_value(pattern)} has {"at least " * any(fills)}{fixed:,} layers, '
-            f'but n_layer={layers}. {advice[0].upper()}{advice[1:]}.'
+            f'layer_pattern={show_value(pattern)} has {"at least " * fills}{fixed:,} layers, but '
+            f'n_layer={layers}. {advice[0].upper()}{advice[1:]}.'
         )
-    texts = []
-    for term, fill in zip(terms, fills):
-        length = layers - fixed if fill else len(term[1]) * int(term[3] or 1)
-        texts.append((term[1] * (length // len(term[1]) + 1))[:length])
-    return ''.join(texts)
+    letters = ''
+    for term, count in terms:
+        length = layers - fixed if count is None else len(term) * count
+        letters += (term * (length // len(term) + 1))[:length]
+    return letters
 
 
 def shortest_pattern(letters: str) -> str:
@@ -78,7 +94,3 @@ def compact_pattern(letters: str) -> str:
         return f'{unit}*{repeats} {rest}'.rstrip()
     runs = ((letter, len([*run])) for letter, run in groupby(letters))
     return ' '.join(f'{letter}*{count}' for letter, count in runs)
-
-
-def _fills(term: re.Match | None) -> bool:
-    return term is not None and term[2] == '*'

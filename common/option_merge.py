@@ -6,7 +6,7 @@ leftovers of a lower layer.
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from common.dict_option import DictOption
 from common.errors import UserError
@@ -194,7 +194,7 @@ def _overlay(options: dict[str, Option], layers: list[Layer], problems: list[str
 
 def resolved_aliases(
     layer: Layer, options: dict[str, Option], problems: list[str]
-) -> Iterator[tuple[str, object, str]]:
+) -> Iterator[tuple[str, Any, str]]:
     """Key, value and origin of the layer's options, with aliases replaced by what they set."""
     for key, value in layer.values.items():
         if key not in options:
@@ -238,7 +238,7 @@ def with_component_options(core: dict[str, Option]) -> dict[str, Option]:
     return options
 
 
-def chosen_components(core: dict[str, Option], values: dict) -> Iterator[tuple[str, type]]:
+def chosen_components(core: dict[str, Option], values: dict) -> Iterator[tuple[str, Any]]:
     """The option and the class of each component that resolved values choose."""
     for key, option in with_component_options(core).items():
         if isinstance(option.choices, Registry) and values.get(key) is not None:

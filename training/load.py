@@ -20,6 +20,7 @@ import torch
 
 from common import hardware
 from common.console_output import write_progress
+from common.dict_option import DictOption
 from common.environment import job
 from common.errors import ArgumentParser, UserError, did_you_mean
 from common.option_merge import merge
@@ -318,10 +319,16 @@ def checked_layers(index: dict, origins: dict[str, str]) -> list[Layer]:
     layers: list[Layer] = []
     unknown: dict[str, object] = {}
     options = schema()
+    declared = flatten(options)
     for name, origin in origins.items():
         values = index[name]
         layers.append(validate_layer(Layer(origin, values), options, []))
-        unknown |= {key: value for key, value in values.items() if key not in layers[-1].values}
+        for key, value in values.items():
+            option = declared.get(key)
+            if isinstance(option, DictOption) and isinstance(value, dict):
+                unknown |= option.refused(key, value)
+            elif key not in layers[-1].values:
+                unknown[key] = value
     if unknown:
         files = ' '.join(index['config_files'])
         shown = ', '.join(f'{key}={value!r:.60}' for key, value in unknown.items())

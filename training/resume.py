@@ -4,6 +4,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from common.dict_option import leaves
 from common.environment import launch_notes, restarts_left, world_size
 from common.errors import UserError
 from configurator import CALLER_ORIGINS, COMMAND_LINE, CommandLine, Layer, validate_layer
@@ -125,7 +126,7 @@ class ResumeSource:
                 f'{sampling!r}, or start a new run with --init_from=scratch.'
             )
         self.same_order = _order_of(index['config']) == _order_of(settings.to_dict())
-        differing = _differences(index['architecture'], settings.architecture.to_dict())
+        differing = _differing_options(index['architecture'], settings.architecture.to_dict())
         differing.pop('attention_backend', None)  # no property of the weights; recorded as a change
         if differing:
             pairs = ', '.join(f'{k}={then!r} (now {now!r})' for k, (then, now) in differing.items())
@@ -212,6 +213,19 @@ def _differences(then: dict, now: dict) -> dict[str, list]:
         for key in {**then, **now}
         if then.get(key) != now.get(key)
     }
+
+
+def _differing_options(then: dict, now: dict) -> dict[str, list]:
+    """`_differences` of architectures, by dotted name; a kind without a value has the model's."""
+    named = leaves(then), leaves(now)
+    differing = _differences(*named)
+    for name in list(differing):
+        key = name.rpartition('.')[2]
+        pair = [own.get(name, values.get(key)) for own, values in zip(named, (then, now))]
+        differing[name] = pair
+        if {} in pair:  # a kind without values of its own
+            del differing[name]
+    return differing
 
 
 def _sequences_per_iter(config: dict) -> int:
@@ -317,6 +331,9 @@ def checkpoint_index(
     for key, value in config.items():
         if key not in NOT_INHERITED and not origins[key].startswith(UNCHOSEN_ORIGINS):
             (commanded if origins[key].endswith(CALLER_ORIGINS) else chosen)[key] = value
+    for options in (chosen, commanded):
+        if 'layer_kinds' in options:
+            options['layer_kinds'] = _kinds_to_merge(settings)
     evaluated = progress.evaluated_at == progress.iter
     return {
         'iter': progress.iter,
@@ -331,3 +348,11 @@ def checkpoint_index(
         'config_files': [file['path'] for file in settings.command_line.config_files],
         'data': {'tokenizer': dataset.tokenizer, 'vocab_size': dataset.vocab_size},
     }
+
+
+def _kinds_to_merge(settings: Settings) -> dict[str, dict | None]:
+    """`layer_kinds` that gives the same layers above the preset, from which it may remove some."""
+    kinds: dict[str, dict | None] = {}
+    for letter, entries in settings.architecture.kinds_over_preset().items():
+        kinds[letter] = None if entries is None else {k: value for k, (value, _) in entries.items()}
+    return kinds

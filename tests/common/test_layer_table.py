@@ -5,9 +5,12 @@ import shlex
 import pytest
 
 from common.architecture_presets import PRESETS
-from common.layer_pattern import expand_pattern
+from common.errors import UserError
+from common.layer_pattern import compact_pattern, expand_pattern
 from configurator import read_command_line
-from model_config import ModelArchitectureConfig, schema
+from model_builder import build_model
+from model_config import FFN_REGISTRY, ModelArchitectureConfig, schema
+from training.load import checked_layers
 
 LLAMA = '--arch_preset=llama --n_layer=4 --n_head=4 --n_embd=32 --block_size=32 --vocab_size=50 '
 
@@ -62,6 +65,21 @@ def accepted(resolve):
 )
 def test_pattern_is_expanded(pattern, layers, letters):
     assert expand_pattern(pattern, layers) == letters
+
+
+@pytest.mark.parametrize(
+    ('letters', 'shown'),
+    [
+        ('LLLG' * 16, 'LLLG' * 16),
+        ('LLLG' * 25, 'LLLG*25'),
+        ('LLLG' * 25 + 'LL', 'LLLG*25 LL'),
+        ('D' * 3 + 'M' * 97, 'D*3 M*97'),
+        ('L' * 10_000, 'L*10000'),
+    ],
+)
+def test_compact_pattern_has_the_same_layers(letters, shown):
+    assert compact_pattern(letters) == shown
+    assert expand_pattern(shown, len(letters)) == letters
 
 
 # --------------------------------------------------------------------------------------------------
@@ -310,3 +328,51 @@ def test_replace_merges_kinds_above_the_others(accepted):
     own(from_python)['L']['sliding_window'] = 3
     values['L']['sliding_window'] = 3
     assert from_python.kinds['L'].sliding_window == own(from_python)['L']['sliding_window'] == 8
+
+
+OWN_FFN = """
+from components.feed_forward import StandardFeedForward
+from model_components import FFN_REGISTRY, Option, above
+
+
+@FFN_REGISTRY.register('power', source='made up')
+class PowerFFN(StandardFeedForward):
+    tag = 'Power'
+    options = {
+        **StandardFeedForward.options,
+        'ffn_power': Option(float, 2.0, 'Exponent of the power FFN', check=above(0)),
+    }
+
+
+layer_pattern = 'PS'
+layer_kinds = {'P': {'ffn_type': 'power', 'ffn_power': 3}}
+"""
+
+
+def test_component_of_a_config_file_in_some_layers(resolve, accepted, monkeypatch):
+    components = {name: FFN_REGISTRY[name] for name in FFN_REGISTRY}
+    monkeypatch.setattr(FFN_REGISTRY, '_components', {**components})
+    config = accepted('--layer_kinds.P.activation=relu', OWN_FFN)
+    assert own(config)['P']['ffn_power'] == 3.0 and own(config)['P']['activation'] == 'relu'
+    assert accepted('--layer_kinds.P.ffn_power=2.5', OWN_FFN).kinds['P'].ffn_power == 2.5
+    names = [type(block.ffn).__name__ for block in build_model(config).blocks]
+    assert names == ['PowerFFN', 'SwiGLU'] * 2
+    assert 'P(Power+ReLU)' in config.name or 'P(ReLU+Power)' in config.name
+    assert ModelArchitectureConfig.from_dict(config.to_dict()) == config
+    mistakes = {
+        '--layer_kinds.S.ffn_power=2': "has no effect: it needs ffn_type='power'",
+        '--layer_kinds.P.ffn_powr=2': 'Did you mean ffn_power?',
+        '--layer_kinds.P.ffn_power=0': 'layer_kinds.P.ffn_power takes float, above 0',
+        '--ffn_power=2': 'Set --layer_kinds.P.ffn_power=2.0 instead.',
+    }
+    for arguments, words in mistakes.items():
+        _, (problem,) = resolve(arguments, OWN_FFN)
+        assert words in problem
+    # A checkpoint contains no code: without the file, the message names what is missing.
+    monkeypatch.setattr(FFN_REGISTRY, '_components', components)
+    index = {'architecture': config.to_dict(), 'config_files': ['own.py']}
+    with pytest.raises(UserError) as refused:
+        checked_layers(index, {'architecture': 'iter_00000004'})
+    (problem,) = refused.value.problems
+    assert "layer_kinds.P.ffn_type='power', layer_kinds.P.ffn_power=3.0. " in problem
+    assert 'own.py' in problem and 'activation' not in problem

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -17,9 +18,10 @@ from pathlib import Path
 import jsonschema
 import pytest
 from helpers.bit_equality import bit_differences, without_measurements
-from helpers.in_process import joined, train_here
+from helpers.in_process import joined, session_here, train_here
 from helpers.project import PROJECT, TINY_RUN
 
+from common.errors import UserError
 from configurator import Layer
 from records.record import read_record
 from records.run_folders import latest_run
@@ -243,6 +245,42 @@ def test_resume_refuses_other_architecture(copy, tmp_path, tiny_dataset):
     assert "normalization='layernorm' (now 'rmsnorm')" in output
     assert 'dropout' not in output and 'Traceback' not in output
     assert contents() == before and the_run(tmp_path) == copy
+
+
+def test_layers_of_a_pattern_resume_bit_equal(tmp_path, tiny_dataset):
+    """Without their options, which the checkpoint has; a kind of the preset stays removed."""
+    start_options = {'decay_lr': False, 'eval_interval': 2, 'eval_iters': 1}
+    kinds = {
+        'arch_preset': 'smollm3',
+        'layer_pattern': 'RN',
+        'layer_kinds.N': None,
+        'layer_kinds.R.sliding_window': 8,
+        'layer_kinds.R.dropout': 0.1,
+    }
+    whole = train_here(tiny_dataset, tmp_path / 'whole', **start_options, **kinds)
+    first = train_here(tiny_dataset, tmp_path / 'out', **start_options, **kinds, max_iters=2)
+    again = train_here(tiny_dataset, tmp_path / 'out', init_from='resume', decay_lr=False)
+    assert again.folder == first.folder and again.session.raw_model.config == (
+        whole.session.raw_model.config
+    )
+    assert again.session.raw_model.config.kinds['N'].position_encoding == 'rope'
+    assert bit_differences(again.saved_weights(), whole.saved_weights()) == []
+    assert again.losses == whole.losses
+    with pytest.raises(UserError) as refused:
+        session_here(
+            tiny_dataset,
+            tmp_path / 'out',
+            init_from='resume',
+            **{'layer_kinds.R.residual_dropout': 0.2, 'layer_kinds.N.n_head': 1},
+        )
+    (problem,) = refused.value.problems
+    assert 'cannot be resumed with another architecture' in problem
+    assert 'layer_kinds.R.residual_dropout=0.1 (now 0.2)' in problem
+    assert 'layer_kinds.N.n_head=2 (now 1)' in problem
+    named = set(re.findall(r'[\w.]+(?==)', problem))
+    assert not named & {'layer_kinds.R.dropout', 'layer_kinds.R.sliding_window', 'layer_kinds.N'}
+    with pytest.raises(UserError, match="layer_pattern='RN' \\(now 'NR'\\)"):
+        session_here(tiny_dataset, tmp_path / 'out', init_from='resume', layer_pattern='NR')
 
 
 def test_finished_run_has_nothing_to_resume(copy, tmp_path, tiny_dataset, uninterrupted):
