@@ -172,3 +172,10 @@ def leaves(values: dict) -> dict:
 def short_name(name: str) -> str:
     """A dotted name without its option: `L.sliding_window`."""
     return name.partition('.')[2] or name
+
+
+def text_of(value: object) -> str:
+    """A value as text; a dict by its single values: `L.sliding_window=64 L.n_head=2`."""
+    if not isinstance(value, dict) or not value:
+        return str(value)
+    return ' '.join(f'{name}={each}' for name, each in leaves(value).items())

@@ -3,9 +3,10 @@
 "Layer" means a layer of the model here, and `Layer` a layer of options (config file, command line).
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
+from common.dict_option import leaves
 from common.errors import did_you_mean
 from common.formatting import commented, counted, join_names
 from common.layer_pattern import compact_pattern, letters_of
@@ -227,3 +228,24 @@ def config_lines(
         if kinds.get(name) is None
     ]
     return {'layer_pattern': layers, 'layer_kinds': lines}
+
+
+def kind_and_option(name: str) -> tuple[str | None, str]:
+    """The kind of layers and the option of `layer_kinds.L.d_ff`; None and the name of others."""
+    key, _, rest = name.partition('.')
+    kind, _, option = rest.partition('.')
+    return (kind, option) if key == 'layer_kinds' and rest else (None, name)
+
+
+def used_values(options: dict, letters: Collection[str]) -> dict:
+    """Options, with dotted names for those of kinds of layers, without other kinds than those."""
+    used: dict = {}
+    for name, value in options.items():
+        all_values = leaves({name: value})
+        left = {
+            leaf: v
+            for leaf, v in all_values.items()
+            if kind_and_option(leaf)[0] in (None, *letters)
+        }
+        used |= {name: value} if left == all_values else left
+    return used

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from itertools import combinations, product
 from typing import Any, NamedTuple
 
+from common.layer_pattern import letters_of
+from common.layer_table import used_values
 from comparison.groups import Group
 from comparison.significance import Difference, paired_difference
 
@@ -44,19 +46,38 @@ def main_effects(grid: Grid) -> list[Effect]:
     effects = []
     for option, (first, *others) in _varied_options(grid).items():
         for value in others:
-            cells = []
-            for point, group in grid:
-                if point.get(option) == value:
-                    reference = _losses_at(grid, {**point, option: first})
-                    cells.append(
-                        {
-                            seeds: (loss, reference[seeds])
-                            for seeds, loss in group.losses.items()
-                            if seeds in reference
-                        }
-                    )
+            cells = [
+                {
+                    seeds: (loss, reference.losses[seeds])
+                    for seeds, loss in group.losses.items()
+                    if seeds in reference.losses
+                }
+                for point, group in grid
+                for other, reference in grid
+                if option in point and option in other
+                if (point[option], other[option]) == (value, first)
+                and _differ_only_in(option, point, other)
+            ]
             effects.append(Effect(option, value, first, *_mean_over_cells(cells)))
     return effects
+
+
+def _differ_only_in(option: str, point: GridPoint, other: GridPoint) -> bool:
+    """Whether changing the option turns one point into the other.
+
+    A layer pattern may lack kinds of layers; a point with it has no options of those.
+    """
+    return any(
+        _with_value(start, option, end[option]) == end
+        for start, end in ((point, other), (other, point))
+    )
+
+
+def _with_value(point: GridPoint, option: str, value: Any) -> GridPoint:
+    changed = {**point, option: value}
+    if option != 'layer_pattern':
+        return changed
+    return used_values(changed, letters_of(str(value or '')))
 
 
 def interactions(grid: Grid) -> list[Interaction]:

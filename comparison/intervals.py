@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+from common.dict_option import short_name, text_of
 from comparison.analysis import BETTER, BLOCKED, PROVISIONAL, WORSE
 from comparison.compare import Comparison
 from comparison.picture_labels import ellipsized, short_labels
@@ -45,8 +46,9 @@ def effect_rows(comparison: Comparison) -> list[IntervalRow]:
     for effect, correction in comparison.effects:
         if effect.mean is None:
             continue
-        option = f'{effect.option}: ' * several
-        text = f'{option}{ellipsized(str(effect.value))} against {ellipsized(str(effect.against))}'
+        option = f'{short_name(effect.option)}: ' * several
+        value, against = (ellipsized(text_of(each)) for each in (effect.value, effect.against))
+        text = f'{option}{value} against {against}'
         if correction is None:
             rows.append(IntervalRow(text, effect.mean, None, None, None))
             continue

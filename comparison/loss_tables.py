@@ -1,5 +1,6 @@
 """The tables RANKING, VERDICT, TUNING, MAIN EFFECTS and INTERACTIONS."""
 
+from common.dict_option import short_name, text_of
 from common.formatting import join_names, nats, or_dash, p_text, wrapped
 from comparison.analysis import BASELINE, CorrectedTest
 from comparison.compare import Comparison
@@ -196,7 +197,7 @@ def tuning_section(comparison: Comparison) -> Section | None:
         notes.append(
             f'At the end of the list, so a value beyond it may be better: {"; ".join(edges)}.'
         )
-    header = ['#', *plan.tuned, 'architecture']
+    header = ['#', *map(short_name, plan.tuned), 'architecture']
     return Section('TUNING', notes, header, rows, '>' * (1 + len(plan.tuned)) + '<')
 
 
@@ -205,9 +206,9 @@ def effects_section(comparison: Comparison) -> Section | None:
         return None
     rows = [
         [
-            effect.option,
-            str(effect.value),
-            str(effect.against),
+            short_name(effect.option),
+            text_of(effect.value),
+            text_of(effect.against),
             *difference_cells(correction, effect.mean),
             str(effect.pairs),
         ]
@@ -234,8 +235,10 @@ def interactions_section(comparison: Comparison) -> Section | None:
         return Section('INTERACTIONS', lines=[line])
     rows = [
         [
-            f'{interaction.options[0]}={interaction.values[0]}',
-            f'{interaction.options[1]}={interaction.values[1]}',
+            *(
+                f'{short_name(option)}={text_of(value)}'
+                for option, value in zip(interaction.options, interaction.values)
+            ),
             *difference_cells(correction, interaction.mean),
         ]
         for interaction, correction in significant

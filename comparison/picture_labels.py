@@ -2,6 +2,7 @@
 
 import re
 
+from common.dict_option import leaves, short_name
 from comparison.compare import Comparison
 from comparison.groups import Group
 from comparison.runs import DIVERGED, FINISHED, UNMEASURED, Run
@@ -26,7 +27,8 @@ def short_labels(comparison: Comparison) -> list[str]:
     Without the option's name where a study varies only one, and without `arch_preset=`.
     """
     plan = comparison.study
-    varied = {key for point in plan.variants.values() for key in point} if plan else set()
+    points = plan.variants.values() if plan else ()
+    varied = {short_name(name) for point in points for name in leaves(point)}
     names = varied if len(varied) == 1 else varied & {'arch_preset'}
     labels = comparison.labels
     for name in names:

@@ -10,7 +10,7 @@ import math
 import re
 import reprlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
 from common.architecture_presets import PRESETS
@@ -18,6 +18,7 @@ from common.dict_option import DictOption, leaves
 from common.errors import UserError, did_you_mean
 from common.formatting import join_names
 from common.layer_pattern import letters_of
+from common.layer_table import kind_and_option, used_values
 from common.registry import Option
 from configurator import COMMAND_LINE, CommandLine, Layer, flatten, validate_layer
 from model_config import ModelArchitectureConfig
@@ -25,7 +26,6 @@ from studies.points import (
     arguments,
     check_name,
     contains,
-    kind_and_option,
     merged_values,
     overlap,
     point_label,
@@ -323,20 +323,6 @@ def run_options(study: Study, point: dict) -> dict:
         pattern = ModelArchitectureConfig.resolve(layers, []).layer_pattern
         point = {**point, 'layer_pattern': pattern}
     return used_values(point, letters_of(point['layer_pattern'] or ''))
-
-
-def used_values(point: dict, letters: Iterable[str]) -> dict:
-    """The point without values of kinds of layers besides those letters."""
-    used: dict = {}
-    for name, value in point.items():
-        all_values = leaves({name: value})
-        left = {
-            leaf: v
-            for leaf, v in all_values.items()
-            if kind_and_option(leaf)[0] in (None, *letters)
-        }
-        used |= {name: value} if left == all_values else left
-    return used
 
 
 def _unused_kind_problems(study: Study) -> Iterator[str]:

@@ -52,13 +52,6 @@ def overlap(one: dict[str, list], other: dict[str, list]) -> list[str]:
     )
 
 
-def kind_and_option(name: str) -> tuple[str | None, str]:
-    """The kind of layers and the option of `layer_kinds.L.d_ff`; None and the name of others."""
-    key, _, rest = name.partition('.')
-    kind, _, option = rest.partition('.')
-    return (kind, option) if key == 'layer_kinds' and rest else (None, name)
-
-
 def contains(point: dict, part: dict) -> bool:
     """Whether the point has every value of the part, which may name them in another way."""
     values = leaves(point)

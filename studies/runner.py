@@ -22,6 +22,7 @@ from typing import IO, TYPE_CHECKING
 import torch
 
 from common.errors import UserError
+from common.layer_table import used_values
 from common.live_region import write_in_signal_handler
 from comparison.conditions import REPORTING_OPTIONS
 from configurator import flatten
@@ -29,7 +30,7 @@ from planning import micro_batch
 from records.record import read_outline
 from records.record_types import Record
 from records.run_folders import latest_run
-from studies.grid import Study, merged_settings, used_values
+from studies.grid import Study, merged_settings
 from studies.lock import study_lock
 from studies.outcome import (
     Outcome,

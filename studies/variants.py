@@ -11,7 +11,7 @@ from common.architecture_options import layer_options
 from common.architecture_presets import PRESETS
 from common.dict_option import leaves
 from common.errors import UserError
-from common.layer_table import merged_kinds
+from common.layer_table import kind_and_option, merged_kinds, used_values
 from common.option_merge import Layer
 from data.dataset import TokenDataset
 from model_builder import build_model, flops_by_part
@@ -22,10 +22,9 @@ from studies.grid import (
     grid,
     merged_settings,
     run_options,
-    used_values,
     variant_points,
 )
-from studies.points import contains, kind_and_option, point_label, point_labels
+from studies.points import contains, point_label, point_labels
 from training_config import Settings
 
 MEASURES: dict[str, Callable[[ModelArchitectureConfig], float]] = {

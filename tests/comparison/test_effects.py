@@ -4,9 +4,11 @@ import itertools
 import random
 
 import pytest
-from helpers.run_records import fake_group
+from helpers.run_records import compared, decaying, fake_group, study_record, write_study
 
 from comparison.effects import interactions, main_effects
+from comparison.formats import render_text
+from comparison.intervals import effect_rows
 
 
 def test_effects_and_interactions_of_additive_grid():
@@ -36,6 +38,55 @@ def test_effects_skip_unpaired_runs():
     grid = [({'a': 1}, fake_group({(1, 1): 2.0})), ({'a': 2}, fake_group({(2, 2): 3.0}))]
     (effect,) = main_effects(grid)
     assert (effect.mean, effect.difference, effect.pairs) == (None, None, 0)
+
+
+@pytest.mark.parametrize('patterns', [('G', 'LG'), ('LG', 'G')])
+def test_effects_of_patterns_that_lack_kinds(patterns):
+    """Without layers L there is one run instead of one for each of their windows."""
+    window = 'layer_kinds.L.sliding_window'
+    losses = {
+        'G': [({'layer_pattern': 'G'}, 2.0)],
+        'LG': [
+            ({'layer_pattern': 'LG', window: size}, loss) for size, loss in ((4, 2.5), (8, 2.3))
+        ],
+    }
+    grid = [
+        (point, fake_group({(s, s): loss + 0.1 * s for s in range(3)}))
+        for pattern in patterns
+        for point, loss in losses[pattern]
+    ]
+    effects = {effect.option: effect for effect in main_effects(grid)}
+    sign = 1 if patterns[0] == 'G' else -1
+    assert effects['layer_pattern'].mean == pytest.approx(sign * (0.5 + 0.3) / 2)
+    assert effects['layer_pattern'].pairs == 6
+    assert effects[window].mean == pytest.approx(2.3 - 2.5) and effects[window].pairs == 3
+    assert interactions(grid) == []
+
+
+def test_tables_show_values_of_kinds_by_short_names(tmp_path):
+    kinds = [{'L': {'n_head': 1}}, {'L': {'n_head': 2, 'qk_norm': True}}]
+    variants = [
+        {
+            'label': f'L.sliding_window={window} {number}',
+            'asked': {'layer_kinds.L.sliding_window': window, 'layer_kinds': kinds[number]},
+        }
+        for window in (4, None)
+        for number in (0, 1)
+    ]
+    losses = [[study_record(n, seed, decaying(n * n, seed)) for seed in (1, 2)] for n in range(4)]
+    comparison = compared(write_study(tmp_path, variants, losses, tuned=[]))
+    text = render_text(comparison)
+    effects = text.partition('MAIN EFFECTS')[2].partition('INTERACTIONS')
+    rows = [
+        line.split('  ')[0] for line in effects[0].splitlines() if line.startswith(('L.', 'lay'))
+    ]
+    assert rows == ['L.sliding_window', 'layer_kinds']
+    assert 'L.n_head=2 L.qk_norm=True  L.n_head=1' in effects[0]
+    assert 'L.sliding_window=None  layer_kinds=L.n_head=2 L.qk_norm=True' in effects[2]
+    assert [row.text for row in effect_rows(comparison)] == [
+        'L.sliding_window: None against 4',
+        'layer_kinds: L.n_head=2 L.qk_norm=True against L.n_head=1',
+    ]
 
 
 def test_main_effects_use_seed_as_unit():

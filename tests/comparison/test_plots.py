@@ -281,6 +281,11 @@ def test_labels_drop_the_varied_option(tmp_path):
         {'label': 'norm=none', 'asked': {'norm': 'none'}},
     ]
     assert short_labels(study(tmp_path / 'd', variants=ablation)) == ['reference', 'rms', 'none']
+    windows = [
+        {'label': f'L.sliding_window={n}', 'asked': {'layer_kinds': {'L': {'sliding_window': n}}}}
+        for n in range(3)
+    ]
+    assert short_labels(study(tmp_path / 'e', variants=windows)) == ['0', '1', '2']
 
 
 ODD = [
