@@ -89,20 +89,22 @@ def build_variants(study: Study, context: RunContext) -> list[Variant]:
             *problems,
             f'{study.path}: exclude such combinations with exclude = [{{…}}], or change the grid.',
         )
-    variants = _without_duplicates(variants)
+    variants = _without_duplicates(study, variants)
     if study.match != 'none':
         variants = _match_sizes(study, variants, context)
     return _with_choices(study, variants, context)
 
 
-def _without_duplicates(variants: list[Variant]) -> list[Variant]:
+def _without_duplicates(study: Study, variants: list[Variant]) -> list[Variant]:
     """The variants without duplicates: an ablation may equal the base, and two patterns each other
-    at this depth."""
+    at this depth. Those with layers that tuning or matching changes differ from those without."""
+    changed_kinds = {kind_and_option(name)[0] for name in (*study.tune, study.match_by)}
     equal: dict[str, list[Variant]] = {}
     for variant in variants:
         architecture, run = variant.settings.architecture, variant.settings.run.to_dict()
         chosen = architecture.preset, architecture.attention_backend
-        identity = architecture.hash, *chosen, sorted(run.items())
+        changed = [kind in changed_kinds and kind for kind in architecture.layer_letters]
+        identity = architecture.hash, *chosen, changed, sorted(run.items())
         equal.setdefault(repr(identity), []).append(variant)
     return [replace(first, same=tuple(others)) for first, *others in equal.values()]
 

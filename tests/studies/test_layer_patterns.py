@@ -154,6 +154,10 @@ def test_tuning_leaves_out_kinds_that_a_variant_lacks(read):
         *(f'layer_pattern={p}/L.dropout={d}' for p in ('LG', 'LLLG') for d in (0.0, 0.1)),
     ]
     assert [layers(t.choice, 'dropout')[0] for t in tuning] == [0.0, 0.0, 0.1, 0.0, 0.1]
+    # A variant whose layers L equal the others at first has its own candidates.
+    text = f"layer_pattern = 'LG'; {PATTERNS}tune = {{'layer_kinds.L.dropout': [0.0, 0.1]}}"
+    state = read(text.replace('8', 'None'))
+    assert [len(variant.choices) for variant in state.variants] == [1, 2, 2]
 
 
 @pytest.mark.parametrize(
