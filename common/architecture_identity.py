@@ -34,6 +34,11 @@ def _counted(values: Mapping) -> dict:
     return {k: v for k, v in values.items() if k not in NEUTRAL or v != NEUTRAL[k]}
 
 
+def with_neutral_values(options: Mapping) -> dict:
+    """The options of a record, which may lack newer ones: those have their neutral values."""
+    return {**NEUTRAL, **options}
+
+
 def hash_of_layers(layers: Sequence[Mapping], shared: Mapping) -> str:
     """The hash of an architecture.
 

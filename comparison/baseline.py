@@ -9,6 +9,7 @@ from comparison.differences import differing_values
 from comparison.effects import GridPoint
 from comparison.groups import Group
 from comparison.runs import Run
+from comparison.shown_options import flat_options
 from comparison.study_plan import StudyPlan
 
 
@@ -44,11 +45,13 @@ def group_labels(groups: Sequence[Group]) -> list[str]:
         by_architecture.setdefault(run.architecture, []).append(run)
     keys = {}
     for name, namesakes in by_architecture.items():
-        choices = dict.fromkeys(key for run in namesakes for key in run.choices)
-        keys[name] = differing_values([[run.choices] for run in namesakes], choices)
+        choices = [flat_options(run.choices) for run in namesakes]
+        names = dict.fromkeys(key for of_run in choices for key in of_run)
+        keys[name] = differing_values([[of_run] for of_run in choices], names)
     labels = []
     for run in runs:
-        parts = [f'{key}={run.choices.get(key, "-")}' for key in keys[run.architecture]]
+        choices = flat_options(run.choices)
+        parts = [f'{key}={choices.get(key, "-")}' for key in keys[run.architecture]]
         labels.append(run.architecture + (f' [{", ".join(parts)}]' if parts else ''))
     return _unique(labels, runs)
 

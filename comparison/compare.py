@@ -26,6 +26,7 @@ from comparison.differences import (
 from comparison.effects import Effect, Interaction, interactions, main_effects
 from comparison.groups import Group, Metric, group_runs
 from comparison.runs import DIVERGED, Run
+from comparison.shown_options import shown_options
 from comparison.study_plan import StudyPlan
 
 SAME_BUDGET = 0.01  # relative difference below which budgets are equal
@@ -177,7 +178,8 @@ def _grid_effects(
 
 def differing_options(groups: Sequence[Group], repeated: bool) -> dict[str, Values]:
     """The options that differ between runs, except for the seeds where groups differ in them."""
-    varied = varied_options([[run.config for run in group.runs] for group in groups])
+    options = iter(shown_options(run for group in groups for run in group.runs))
+    varied = varied_options([[next(options) for _ in group.runs] for group in groups])
     return {key: varied[key] for key in varied if not (repeated and key in SEEDS)}
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from common.architecture_identity import with_neutral_values
 from records import trackers
 
 SEEDS = ('seed', 'data_seed')
@@ -59,7 +60,7 @@ def run_conditions(record: Mapping[str, Any], evaluations: int) -> dict[str, tup
     config, metadata, startup = record['config'], record['metadata'], record['startup_info']
     summary = record['summary']
     data, hardware = (startup.get(part) or {} for part in ('data', 'hardware'))
-    choices = record['architecture'].get('choices') or {}
+    choices = with_neutral_values(record['architecture'].get('choices') or {})
     # Values resolved for the device and the dataset override the options.
     values = {**config, **metadata, **hardware, **data}
     values['device'] = (

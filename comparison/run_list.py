@@ -22,6 +22,7 @@ from comparison.groups import group_runs
 from comparison.load import RECORD_ERRORS, read_runs, skip_reason
 from comparison.record_fields import count, entries, mapping, required
 from comparison.runs import Run, run_data, tokens_seen
+from comparison.shown_options import shown_options
 from records.record import read_record
 
 # The columns of `curves` besides those that name the run, in order. None where a row has no value.
@@ -79,9 +80,10 @@ class RunList(Sequence[Run]):
         labels = self._labels()
         rows = [{'label': label, **run_data(run)} for run, label in zip(self, labels)]
         if options:
-            for key in varied_options([[run.config] for run in self]):
-                for row, run in zip(rows, self):
-                    row.setdefault(key, run.config.get(key))
+            shown = shown_options(self)
+            for key in varied_options([[of_run] for of_run in shown]):
+                for row, of_run in zip(rows, shown):
+                    row.setdefault(key, of_run.get(key))
         return rows
 
     def curves(self) -> list[dict[str, Any]]:

@@ -6,7 +6,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from common.architecture_identity import identity_of_record
+from common.architecture_identity import identity_of_record, with_neutral_values
 from common.formatting import nats, or_dash
 from comparison.conditions import run_conditions
 from comparison.record_fields import (
@@ -173,8 +173,8 @@ def run_from_record(record: Record, path: Path, score: str = 'final') -> Run:
         max_iters=count(config, 'max_iters'),
         architecture=required(text(architecture, 'name'), 'name of the architecture'),
         architecture_hash=_identity(architecture),
-        choices=mapping(architecture, 'choices'),
-        config=config,
+        choices=with_neutral_values(mapping(architecture, 'choices')),
+        config=with_neutral_values(config),
         code={str(file): str(digest) for file, digest in mapping(metadata, 'code').items()},
         **_scores(record, status, evaluations, score),
         **_costs(record),

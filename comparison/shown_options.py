@@ -1,0 +1,41 @@
+"""The options of runs as they are shown: flat, and one way of writing for each architecture."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from comparison.runs import Run
+
+# The device decides on it: runs of one architecture may differ in it.
+DEVICE_CHOICES = frozenset({'attention_backend'})
+
+
+def shown_options(runs: Iterable[Run]) -> list[dict[str, Any]]:
+    """The options of each run, with dotted names such as `layer_kinds.L.sliding_window`.
+
+    The same layers can be written in several ways: all runs of one architecture show the options of
+    the first of them.
+    """
+    first: dict[str, Run] = {}
+    shown = []
+    for run in runs:
+        same = first.setdefault(run.architecture_hash, run)
+        options = run.config
+        if same.choices != run.choices:
+            own = run.choices.keys() - DEVICE_CHOICES
+            written = same.choices.keys() - DEVICE_CHOICES
+            options = {key: value for key, value in options.items() if key not in own}
+            options |= {key: value for key, value in same.config.items() if key in written}
+        shown.append(flat_options(options))
+    return shown
+
+
+def flat_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options whose value is a dict, name -> {option: value}, as one option for each value."""
+    flat: dict[str, Any] = {}
+    for key, value in options.items():
+        entries = value if isinstance(value, dict) else {'': value}
+        for name, entry in entries.items():
+            values = entry if isinstance(entry, dict) else {'': entry}
+            for option, single in values.items():
+                flat['.'.join(filter(None, (key, name, option)))] = single
+    return flat
