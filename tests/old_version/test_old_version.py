@@ -189,4 +189,4 @@ def test_record_with_short_forms_is_grouped_with_the_same_layers(mixed_project, 
     (group,) = compared['groups']
     assert len(group['runs']) == 2
     assert compared['options_that_differ'].keys() <= {'init_from'}
-    assert compared['loss_warnings'] == {}
+    assert compared['loss_warnings'].keys() == {'max_iters'}  # 6, then 7
