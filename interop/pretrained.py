@@ -41,13 +41,25 @@ def _layer_values(config: ModelArchitectureConfig) -> dict:
     return without_short_forms(config.to_dict())
 
 
-def _sets_rope_scaling(arguments: CommandLine) -> bool:
-    """Whether the model or a kind of its layers scales RoPE."""
+def _extend_context(arguments: CommandLine, trained: int, values: dict) -> None:
+    """Derive what RoPE scaling needs from the two context lengths, in lowest values.
+
+    The model or kinds of its layers may set a scaling. trained: the context length before.
+    """
+    factor = max(1.0, arguments.value('block_size', schema) / trained)
+    lengths = {'rope_scaling_factor': factor, 'rope_original_block_size': trained}
+    if arguments.value('rope_scaling', schema) != 'none':
+        values |= lengths
     kinds: dict = {}
     for layer in arguments.layers:
         kinds = DictOption.combined(kinds, layer.values.get('layer_kinds') or {})
-    scalings = [kind.get('rope_scaling') for kind in kinds.values() if kind]
-    return {*scalings, arguments.value('rope_scaling', schema)} - {None, 'none'} != set()
+    scaled = {
+        letter: lengths
+        for letter, kind in kinds.items()
+        if kind and kind.get('rope_scaling') not in (None, 'none')
+    }
+    if scaled:
+        values['layer_kinds'] = DictOption.combined(scaled, values.get('layer_kinds', {}))
 
 
 @dataclass
@@ -162,8 +174,6 @@ def find_pretrained(arguments: CommandLine) -> PretrainedSource | None:
     values['arch_preset'] = config.preset
     lowest = Layer(init_from, values)
     arguments.layers.insert(0, lowest)
-    if context_extension_options(config) and _sets_rope_scaling(arguments):
-        trained, length = config.block_size, arguments.value('block_size', schema)
-        lowest.values['rope_scaling_factor'] = max(1.0, length / trained)
-        lowest.values['rope_original_block_size'] = trained
+    if context_extension_options(config):
+        _extend_context(arguments, config.block_size, lowest.values)
     return PretrainedSource(checkpoint)

@@ -231,9 +231,11 @@ def test_layers_that_contradict_the_weights_are_refused(gemma3, flags, messages)
         assert re.search(message, problem)
 
 
-def test_context_of_some_layers_is_extended(gemma3):
-    _, settings = start(gemma3[1], '--layer_kinds.G.rope_scaling=yarn', '--block_size=64')
+@pytest.mark.parametrize(('scaling', 'original'), [('yarn', 32), ('linear', None)])
+def test_context_of_some_layers_is_extended(gemma3, scaling, original):
+    flags = (f'--layer_kinds.G.rope_scaling={scaling}', '--block_size=64')
+    _, settings = start(gemma3[1], *flags)
     local, _, wide = settings.architecture.layers
     assert local.rope_scaling == 'none'
-    assert (wide.rope_scaling, wide.rope_scaling_factor) == ('yarn', 2.0)
-    assert wide.rope_original_block_size == 32
+    assert (wide.rope_scaling, wide.rope_scaling_factor) == (scaling, 2.0)
+    assert wide.get('rope_original_block_size') == original
