@@ -51,12 +51,7 @@ BASES = {
     'qwen3': {**_GROUPED, 'use_sliding_window': True, 'sliding_window': 5, 'max_window_layers': 1},
     'olmo2': {**SIZES, 'num_key_value_heads': 2},
     'gemma2': {**_GROUPED, 'sliding_window': 5, 'query_pre_attn_scalar': 20},
-    'gemma3_text': {
-        **_GROUPED,
-        'sliding_window': 5,
-        'query_pre_attn_scalar': 20,
-        'layer_types': ['sliding_attention', 'full_attention'],
-    },
+    'gemma3_text': {**_GROUPED, **_MIXED_WINDOWS, 'query_pre_attn_scalar': 20},
     'gpt_neox': {**SIZES, 'rotary_pct': 0.5, 'rotary_emb_base': 50.0},
     'opt': {
         **{key: SIZES[key] for key in SIZES if key != 'intermediate_size'},
@@ -111,6 +106,7 @@ BESIDE = {
         {'sliding_attention': {'rope_type': 'default', 'rope_theta': 9.0}, 'full_attention': YARN},
     ),
     'rope_theta': (7.0,),
+    'rope_local_base_freq': (7.0,),
     'rotary_emb_base': (7.0,),
     'rotary_pct': (0.25,),
     'partial_rotary_factor': (0.5, 1.0),

@@ -74,21 +74,6 @@ DEEPSEEK = {
     'n_shared_experts': 2,
 }
 
-GEMMA3 = {
-    'model_type': 'gemma3_text',
-    **SIZES,
-    **GROUPED,
-    'num_hidden_layers': 3,
-    'head_dim': 12,
-    'query_pre_attn_scalar': 20,
-    'sliding_window': 5,
-    'layer_types': ['sliding_attention', 'full_attention', 'sliding_attention'],
-    'rope_parameters': {
-        'sliding_attention': {'rope_type': 'default', 'rope_theta': 20.0},
-        'full_attention': {'rope_type': 'linear', 'rope_theta': 50.0, 'factor': 3.0},
-    },
-}
-
 # Configs of transformers; missing fields have the defaults of transformers.
 CONFIGS = {
     'gpt2': GPT2,
@@ -138,7 +123,6 @@ CONFIGS = {
         'attn_logit_softcapping': 2.0,
         'final_logit_softcapping': 3.0,
     },
-    'gemma3': GEMMA3,
     'olmo2': {'model_type': 'olmo2', **SIZES, **GROUPED},
     'mistral': {'model_type': 'mistral', **SIZES, **GROUPED, 'sliding_window': 5},
     'gpt_neox': {'model_type': 'gpt_neox', **SIZES},

@@ -31,6 +31,14 @@ YARN = {
     'factor': 4.0,
     'original_max_position_embeddings': 32,
 }
+GEMMA3 = {
+    'model_type': 'gemma3_text',
+    **SIZES,
+    'head_dim': 12,
+    'query_pre_attn_scalar': 20,
+    'sliding_window': 5,
+}
+LINEAR = {'rope_type': 'linear', 'rope_theta': 90.0, 'factor': 3.0}
 SMOLLM3 = {'model_type': 'smollm3', **SIZES}
 OLMO3 = {'model_type': 'olmo3', **SIZES, 'sliding_window': 5}
 EXAONE4 = {'model_type': 'exaone4', **SIZES, 'sliding_window': 5}
@@ -46,6 +54,24 @@ MELLUM = {
 }
 # The config of transformers, and the letter of each layer that it is read as.
 CASES = {
+    'gemma3': (
+        {
+            **GEMMA3,
+            'layer_types': [WINDOW, FULL, FULL, WINDOW],
+            'rope_parameters': {WINDOW: DEFAULT, FULL: LINEAR},
+        },
+        'LGGL',
+    ),
+    'gemma3-interval': (
+        {
+            **GEMMA3,
+            'sliding_window_pattern': 3,
+            'attention_bias': True,
+            'final_logit_softcapping': 2.0,
+            'tie_word_embeddings': False,
+        },
+        'LLGL',
+    ),
     'smollm3': (SMOLLM3, 'RRRN'),
     'smollm3-flags': (
         {
@@ -102,18 +128,23 @@ def test_logits_gradients_and_texts_are_those_of_transformers(name, tmp_path):
     F.cross_entropy(their_logits.flatten(0, 1), targets.flatten()).backward()
     loss_sum, count, _ = ours(tokens, targets)
     (loss_sum / count).backward()
-    their_gradients = dict(reference.saved(theirs, tmp_path / 'gradients', True).weights(config))
+    their_gradients = {
+        name: gradient - interop.tensor_map_of(source.family, name, config)[0].offset
+        for name, gradient in reference.saved(theirs, tmp_path / 'gradients', True).weights(config)
+    }
     ours.eval()
     with torch.no_grad():
         our_logits = ours(tokens)
     assert largest({'': our_logits}, {'': their_logits}) < 1e-5
     assert largest(gradients(ours), their_gradients) < 1e-4
 
-    # The most likely continuation, up to the context length, with a cache on both sides.
+    # The most likely continuation, up to the context length, with and without a cache.
     prompt = tokens[:, :5]
-    text = torch.stack(list(generate(ours, prompt, 11, choose=lambda x: x.argmax(-1))), dim=1)
     expected = theirs.generate(prompt, max_new_tokens=11, do_sample=False)
-    assert expected.shape == (3, config.block_size) and torch.equal(text, expected[:, 5:])
+    assert expected.shape == (3, config.block_size)
+    for cache in (True, False):
+        text = generate(ours, prompt, 11, choose=lambda x: x.argmax(-1), cache=cache)
+        assert torch.equal(torch.stack(list(text), dim=1), expected[:, 5:])
 
     # The export, read again and loaded by transformers.
     interop.export(config, dict(ours.named_parameters()), tmp_path / 'ours')
@@ -129,6 +160,25 @@ def test_logits_gradients_and_texts_are_those_of_transformers(name, tmp_path):
 
 # Fields that people, other programs and other versions write into a config.json.
 REFUSED = {
+    'attn_logit_softcapping=5.0 is not supported': (GEMMA3, {'attn_logit_softcapping': 5.0}),
+    'use_bidirectional_attention=True is not supported': (
+        GEMMA3,
+        {'use_bidirectional_attention': True},
+    ),
+    'sliding_window_pattern=-1: must be at least 1': (GEMMA3, {'sliding_window_pattern': -1}),
+    'query_pre_attn_scalar=0: must be above 0': (GEMMA3, {'query_pre_attn_scalar': 0}),
+    'original_max_position_embeddings=8: must be in the rope_parameters': (
+        GEMMA3,
+        {'original_max_position_embeddings': 8},
+    ),
+    'rope_local_base_freq=7.0, but rope_theta is 50.0|=50.0 and rope_local_base_freq=7.0': (
+        GEMMA3,
+        {'rope_local_base_freq': 7.0, 'rope_parameters': {WINDOW: DEFAULT}},
+    ),
+    'rope_parameters: full_attention: truncate=False: not supported': (
+        GEMMA3,
+        {'rope_parameters': {FULL: {**LINEAR, 'truncate': False}}},
+    ),
     'no_rope_layers=.*: has 2 entries for 4 layers': (SMOLLM3, {'no_rope_layers': [1, 0]}),
     'no_rope_layers=.*: must be a list of numbers': (SMOLLM3, {'no_rope_layers': ['1'] * 4}),
     'no_rope_layers=3: must be a list': (SMOLLM3, {'no_rope_layers': 3}),
@@ -192,6 +242,32 @@ def test_refused_fields_are_named(message):
 
 # The fields of published checkpoints, without the sizes.
 PUBLISHED = {
+    'gemma-3-1b': (
+        {
+            'model_type': 'gemma3_text',
+            'attn_logit_softcapping': None,
+            'cache_implementation': 'hybrid',
+            'final_logit_softcapping': None,
+            'rope_local_base_freq': 10000,
+            'rope_scaling': None,
+            'rope_theta': 1000000,
+            'sliding_window': 512,
+            'sliding_window_pattern': 3,
+        },
+        'LLGL',
+    ),
+    'gemma-3-270m': (
+        {
+            'model_type': 'gemma3_text',
+            '_sliding_window_pattern': 6,
+            'layer_types': [WINDOW, WINDOW, WINDOW, FULL],
+            'rope_local_base_freq': 10000.0,
+            'rope_scaling': {'factor': 8.0, 'rope_type': 'linear'},
+            'rope_theta': 1000000.0,
+            'use_bidirectional_attention': False,
+        },
+        'LLLG',
+    ),
     'SmolLM3-3B': (
         {
             'model_type': 'smollm3',
