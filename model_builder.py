@@ -109,9 +109,11 @@ class Transformer(nn.Module):
         first = cache.length if cache else 0
         end, longest = first + tokens.size(1), self.max_length
         if longest is not None and end > longest:
+            lengths = [encoding.max_length for encoding in self.position_encodings]
+            layer = self.encoding_numbers.index(lengths.index(longest))
             raise UserError(
                 f'sequence length {end} exceeds block_size={longest}, and position_encoding='
-                f'{self.config.layers[0].position_encoding!r} cannot extrapolate. Shorten the '
+                f'{self.config.layers[layer].position_encoding!r} cannot extrapolate. Shorten the '
                 f'sequence.'
             )
         # Positions in the text, and in each token's document if masks depend on documents.
@@ -260,7 +262,12 @@ def build_model(
     except (RuntimeError, OverflowError, TypeError) as error:
         if 'overflow' not in str(error).lower():
             raise
-        sizes = {key: value for key, value in config.to_dict().items() if type(value) is int}
+        sizes = {
+            key if options is config else f'layer_kinds.{letter}.{key}': value
+            for letter, options in {**config.kinds, '': config}.items()
+            for key, value in options.to_dict().items()
+            if type(value) is int and (options is config or value != config.get(key))
+        }
         largest = sorted(sizes, key=sizes.__getitem__)[-3:]
         shown = ', '.join(f'{key}={sizes[key]:,}' for key in reversed(largest))
         raise UserError(

@@ -6,13 +6,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common.architecture_options import CORE_OPTIONS
-from common.option_merge import with_component_options
 from components.attention_backends import AttentionBackend, AttentionSpec
 from components.base import AuxOutput
 from components.kv_cache import Cache
 from components.positions import AttentionInputs, PositionEncoding
-from model_config import ATTENTION_REGISTRY, POSITION_ENCODING_REGISTRY, ModelArchitectureConfig
+from model_config import POSITION_ENCODING_REGISTRY, ModelArchitectureConfig
 
 
 def position_encodings(
@@ -20,23 +18,16 @@ def position_encodings(
 ) -> tuple[list[PositionEncoding], list[int]]:
     """The position encodings of a model, and the number of each layer's.
 
-    Layers share one if the options on which it depends are the same: its own, and the number and
-    size of the heads. The first one with parameters comes first.
+    Layers share one if its `sharing_key` is the same. The first one with parameters comes first.
     """
-    keys = with_component_options({'position_encoding': CORE_OPTIONS['position_encoding']})
-
-    def depends_on(layer: ModelArchitectureConfig) -> tuple:
-        rotary_dim = ATTENTION_REGISTRY[layer.attention_type].rotary_dim(layer)
-        return *(layer.get(key) for key in keys), layer.n_head, rotary_dim
-
-    distinct = {depends_on(layer): layer for layer in reversed(config.layers)}
-    built = {
-        values: POSITION_ENCODING_REGISTRY[layer.position_encoding](layer)
-        for values, layer in reversed(distinct.items())
-    }
-    order = sorted(built, key=lambda values: not list(built[values].parameters()))
-    numbers = [order.index(depends_on(layer)) for layer in config.layers]
-    return [built[values] for values in order], numbers
+    classes = [POSITION_ENCODING_REGISTRY[layer.position_encoding] for layer in config.layers]
+    keys = [encoding.sharing_key(layer) for encoding, layer in zip(classes, config.layers)]
+    built = {}
+    for key, encoding, layer in zip(keys, classes, config.layers):
+        if key not in built:
+            built[key] = encoding(layer)
+    order = sorted(built, key=lambda key: not list(built[key].parameters()))
+    return [built[key] for key in order], [order.index(key) for key in keys]
 
 
 def attention_inputs(

@@ -6,6 +6,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 import torch.nn as nn
 
+from common.option_merge import with_component_options
 from common.registry import FrozenConfig, Option, above, at_least, tag_of
 from components.base import Component
 from components.kv_cache import LayerCache
@@ -50,6 +51,23 @@ class PositionEncoding(Component, nn.Module):
             f"'none', and vary that."
         )
 
+    @classmethod
+    def depends_on(cls, config: ModelArchitectureConfig) -> tuple:
+        """What it depends on besides its own options and those of the model, for a layer's config.
+
+        Layers share an encoding if this and its options are equal. The default: the number of
+        heads and their rotary dimensions, or nothing if it is added to the embedding.
+        """
+        if cls.embed is not PositionEncoding.embed:
+            return ()
+        return config.n_head, ATTENTION_REGISTRY[config.attention_type].rotary_dim(config)
+
+    @classmethod
+    def sharing_key(cls, config: ModelArchitectureConfig) -> tuple:
+        """Layers in whose configs it is equal share an encoding."""
+        options = with_component_options(cls.options)
+        return cls, *(config.get(key) for key in options), *cls.depends_on(config)
+
     def prepare(self, q_positions: torch.Tensor, k_positions: torch.Tensor) -> AttentionInputs:
         """Inputs for positions (Tq,) of queries and (Tk,) of keys; called once per forward pass."""
         return AttentionInputs()
@@ -73,6 +91,10 @@ class NoPositionEncoding(PositionEncoding):
     """No position encoding: the order is known from the causal mask alone."""
 
     tag = 'NoPos'
+
+    @classmethod
+    def depends_on(cls, config: ModelArchitectureConfig) -> tuple:
+        return ()
 
 
 @POSITION_ENCODING_REGISTRY.register('learned_absolute', source='Radford et al. 2019')
@@ -126,7 +148,8 @@ def rotary_frequencies(dims: int, theta: float, device: torch.device) -> torch.T
 class RotaryScaling(Component):
     """Scaling of RoPE's frequencies for a longer context than in pretraining.
 
-    Never instantiated: both hooks are functions of the config.
+    Never instantiated: both hooks are functions of the config. They may depend on its options and
+    on those of the model, since layers that are alike in these share an encoding.
     """
 
     options: ClassVar = {
@@ -334,6 +357,10 @@ class RotaryPositionEncoding(PositionEncoding):
         self.config, self.num_dims = config, self.rotated_dims(config)
         self.scaling = ROPE_SCALING_REGISTRY[config.rope_scaling]
 
+    @classmethod
+    def depends_on(cls, config: ModelArchitectureConfig) -> tuple:
+        return (cls.rotated_dims(config),)
+
     @staticmethod
     def rotated_dims(config: ModelArchitectureConfig) -> int:
         """Number of rotated dimensions of a head; rounded down, as in transformers."""
@@ -396,6 +423,10 @@ class ALiBi(PositionEncoding):
         super().__init__(config)
         self.num_heads = config.n_head
 
+    @classmethod
+    def depends_on(cls, config: ModelArchitectureConfig) -> tuple:
+        return (config.n_head,)
+
     def prepare(self, q_positions: torch.Tensor, k_positions: torch.Tensor) -> AttentionInputs:
         slopes = alibi_slopes(self.num_heads, q_positions.device)
         # -slope · (query's position - key's position), (H, Tq, Tk)
@@ -417,7 +448,7 @@ def alibi_slopes(heads: int, device: torch.device) -> torch.Tensor:
 class T5Relative(PositionEncoding):
     """Adds a learned bias to the attention scores, per head and bucket of distances.
 
-    All layers share one table. Half of the buckets hold a single distance each, the others grow
+    Layers with as many heads share one table. Half of the buckets hold a single distance each, the others grow
     logarithmically up to `t5_max_distance`; all larger distances share the last bucket.
     """
 
@@ -434,6 +465,10 @@ class T5Relative(PositionEncoding):
         super().__init__(config)
         self.max_distance = config.t5_max_distance
         self.table = nn.Embedding(config.t5_buckets, config.n_head)
+
+    @classmethod
+    def depends_on(cls, config: ModelArchitectureConfig) -> tuple:
+        return (config.n_head,)
 
     @classmethod
     def problems(cls, config: ModelArchitectureConfig) -> list[str]:

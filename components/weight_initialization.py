@@ -147,12 +147,24 @@ def _weight_roles(components: Iterator[nn.Module]) -> tuple[set[int], set[int]]:
 
 
 def _residual_writers(model: nn.Module, residual: set[int]) -> int:
-    """The number of sublayers, attentions and FFNs, that write into the residual stream."""
+    """The number of sublayers, attentions and FFNs, that write into the residual stream.
+
+    Sublayers that share a projection count one by one.
+    """
     return sum(
         any(id(parameter) in residual for parameter in sublayer.parameters())
         for block in model.blocks
-        for sublayer in block.children()
+        for sublayer in _sublayers(block)
     )
+
+
+def _sublayers(module: nn.Module) -> Iterator[nn.Module]:
+    """The outermost components inside a block, also in containers, and its own plain layers."""
+    for child in module.children():
+        if isinstance(child, Component) or next(child.children(), None) is None:
+            yield child
+        else:
+            yield from _sublayers(child)
 
 
 def _checked_matrices(

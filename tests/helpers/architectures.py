@@ -107,26 +107,41 @@ PATTERNS = ('UA', 'AB', 'UAB', 'AAB*', 'U AB*', 'B*2 A*', 'ABA B*', 'U*3 AB', 'A
 
 
 def layer_table_values(pick: Callable[[Sequence], object], **fixed) -> dict:
-    """Values of a model of five layers of up to three kinds; each has a value chosen by `pick` for
-    each option in which layers may differ."""
+    """Values of a model of five layers of up to three kinds; each kind has a value chosen by `pick`
+    for each option in which layers may differ. `fixed` values are those of all kinds."""
 
     def values_of_layers() -> dict:
         # Absolute position encodings are those of all layers.
-        encoding = pick(('rope', 'none', 'alibi', 't5_relative'))
-        values = pick_values(pick, position_encoding=encoding, **fixed)
+        own = {
+            'position_encoding': pick(('rope', 'none', 'alibi', 't5_relative')),
+            'num_kv_heads': pick((1, 2)),
+            'qk_rope_head_dim': 4,
+            'experts_per_token': 2,
+        }
+        values = pick_values(pick, **{**own, **fixed})
         values['n_head'] = pick((2, 4))
         return {key: value for key, value in values.items() if key in layer_options()}
 
     pattern = pick(PATTERNS)
     kinds = {letter: values_of_layers() for letter in letters_of(pattern)}
-    base = kinds.pop('U', None)
+    base = kinds.pop('U', {})
     # Without layers of its own, the model still has the norm before the head and dropout.
-    model = pick_values(pick, **{**(base or {}), **fixed})
-    shared = shared_options(model)
-    options = architecture_options()
+    fixed = {'attention_backend': pick((None, 'manual')), 'layer_pattern': None, **fixed}
+    model = pick_values(pick, **{**base, **fixed})
+    shared, options = shared_options(model), architecture_options()
     of_model = {k: v for k, v in model.items() if options[k].scope == 'model' or k in shared}
     kinds_table = {'layer_pattern': pattern, 'layer_kinds': kinds}
-    return {**of_model, **(base or {}), **kinds_table, 'n_layer': 5}
+    return {**of_model, **base, **kinds_table, 'n_layer': 5}
+
+
+@st.composite
+def layer_tables(draw, **fixed) -> ModelArchitectureConfig:
+    """A hypothesis strategy for legal tiny architectures whose layers differ."""
+    values = layer_table_values(lambda values: draw(st.sampled_from(values)), **fixed)
+    config = legal_config(values)
+    assume(config is not None)
+    note(config.to_dict())
+    return config
 
 
 def with_backend(config: ModelArchitectureConfig, backend: str) -> ModelArchitectureConfig | None:
@@ -189,13 +204,16 @@ def label(combination: dict) -> str:
     return '-'.join(str(value) for value in combination.values())
 
 
-def perturbed_model(config: ModelArchitectureConfig) -> Transformer:
-    """A model with non-uniform attention, and norm weights and biases that are not 1 and 0."""
+def perturbed_model(config: ModelArchitectureConfig, factor: float = 10.0) -> Transformer:
+    """A model with non-uniform attention, and norm weights and biases that are not 1 and 0.
+
+    factor: that of initial matrices.
+    """
     model = build_model(config, device='cpu', seed=1)
     with torch.no_grad():
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2))
-            parameter.mul_(10.0 if parameter.dim() > 1 else 1.0).add_(0.1 * noise)
+            parameter.mul_(factor if parameter.dim() > 1 else 1.0).add_(0.1 * noise)
     return model
 
 
