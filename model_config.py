@@ -152,6 +152,9 @@ class ModelArchitectureConfig(FrozenConfig):
         FrozenConfig.__init__(config, values, origins, list(merged.dropped.values()))
         layer_letters = ('',) * values['n_layer']
         config.__dict__.update(kinds={'': config}, layer_letters=layer_letters, _declared={})
+        # For `replace`: what was merged, independent of presets.
+        layer = Layer('kind of layers', {'arch_preset': 'custom', **merged.values})
+        config.__dict__.update(preset='custom', _layers=(layer,))
         return config
 
     def _set_layers(self, letters: list[str], kinds: dict) -> None:
@@ -468,10 +471,12 @@ def _problems(config: ModelArchitectureConfig) -> list[str]:
     """The problems of the architecture as a whole, a sentence each."""
     problems = config.sentences('problems')
     letters: dict[str, list[str]] = {}  # of each position encoding
+    distinct = set()
     for letter, kind in config.kinds.items():
         letters.setdefault(kind.position_encoding, []).append(letter)
+        distinct.add(POSITION_ENCODING_REGISTRY[kind.position_encoding].sharing_key(kind))
     for name, of in letters.items():
         reason = POSITION_ENCODING_REGISTRY[name].refused_in_kind(name)
-        if len(letters) > 1 and reason is not None:
+        if len(distinct) > 1 and reason is not None:
             problems.append(config._for_layers(of, reason))
     return problems

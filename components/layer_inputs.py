@@ -92,7 +92,7 @@ def summarize_metrics(
 
     means: metrics of shape (layers that have it, ...).
     """
-    classes = list(dict.fromkeys(type(block.ffn) for block in blocks))
+    classes = list(dict.fromkeys(type(block.ffn) for block in blocks if block.ffn is not None))
     declared = {name for ffn in classes for name in ffn.metric_names}
     summary: dict[str, torch.Tensor] = {}
     for ffn in classes:

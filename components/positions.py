@@ -448,8 +448,8 @@ def alibi_slopes(heads: int, device: torch.device) -> torch.Tensor:
 class T5Relative(PositionEncoding):
     """Adds a learned bias to the attention scores, per head and bucket of distances.
 
-    Layers with as many heads share one table. Half of the buckets hold a single distance each, the others grow
-    logarithmically up to `t5_max_distance`; all larger distances share the last bucket.
+    Layers with as many heads share one table. Half of the buckets hold a single distance each, the
+    others grow logarithmically up to `t5_max_distance`; all larger distances share the last bucket.
     """
 
     tag = 'T5Pos'

@@ -154,7 +154,7 @@ def _residual_writers(model: nn.Module, residual: set[int]) -> int:
     return sum(
         any(id(parameter) in residual for parameter in sublayer.parameters())
         for block in model.blocks
-        for sublayer in _sublayers(block)
+        for sublayer in set(_sublayers(block))
     )
 
 

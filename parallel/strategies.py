@@ -301,7 +301,8 @@ def ring_bytes(whole: float, ranks: int) -> float:
     return (ranks - 1) / ranks * whole
 
 
-RECOMPILE_LIMIT = 64
+# Recompilations of blocks, in all and per kind of layers. A user's component may have more graphs.
+RECOMPILE_LIMIT, RECOMPILE_LIMIT_OF_KIND = 64, 4
 
 
 def prepare_blocks(model: Transformer, recomputed: list[int], compiled: bool) -> None:
@@ -315,10 +316,11 @@ def prepare_blocks(model: Transformer, recomputed: list[int], compiled: bool) ->
     # one by one and gradients are reduced between them.
     torch._dynamo.config.optimize_ddp = False
     model.output_head.compiled = True
+    limit = max(RECOMPILE_LIMIT, RECOMPILE_LIMIT_OF_KIND * len(model.config.kinds))
     for block in model.blocks:
         # Identical blocks share one graph, for training and for evaluation. All batches have one
         # shape, so no dynamic shapes are needed. The limit counts the graphs of all kinds.
-        block.compile(dynamic=False, recompile_limit=RECOMPILE_LIMIT)
+        block.compile(dynamic=False, recompile_limit=limit)
 
 
 def local_weights(model: Transformer) -> dict[str, ParamShard]:
