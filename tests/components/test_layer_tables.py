@@ -42,7 +42,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures('one_thread')]
 
 # The same tables in every run; LAYER_TABLES=500 tries more of them.
 at_random = settings(
-    max_examples=int(os.environ.get('LAYER_TABLES', '6')),
+    max_examples=int(os.environ.get('LAYER_TABLES', '5')),
     deadline=None,
     derandomize=True,
     database=None,
@@ -232,7 +232,8 @@ def test_preset_written_as_pattern_is_the_same_model(preset):
 
 def test_short_forms_equal_their_patterns():
     def hash_of(preset, **values):
-        return ModelArchitectureConfig(arch_preset=preset, **SMALL, **values).hash
+        sizes = {**SMALL, 'n_layer': 3}
+        return ModelArchitectureConfig(arch_preset=preset, **sizes, **values).hash
 
     windows = {'layer_pattern': 'LG', 'layer_kinds': {'G': {'sliding_window': None}}}
     assert hash_of('gemma2', **windows) == hash_of('gemma2')
@@ -365,6 +366,7 @@ def test_depth_scaled_initialization_counts_sublayers_that_write(register):
 
 
 # --- Compilation ----------------------------------------------------------------------------------
+
 
 def test_compiled_kinds_have_a_graph_each_and_match_eager(monkeypatch):
     """Equal layers share a graph, and the recompilation limit grows with the number of kinds."""
