@@ -34,9 +34,9 @@ def describe(state: StudyState, measure: bool) -> str:
         f'{study.path}: {counts}; baseline: {state.baseline.label}',
         _variants_table(study, state.variants, by_kind),
         *(
-            f'same as {v.label}, so not run: {same.label}'
-            for v in state.variants
-            for same in v.same
+            f'{same.label}: not run, since its settings are those of {variant.label}'
+            for variant in state.variants
+            for same in variant.same
         ),
         _run_counts(study, by_kind, left),
         *_total_cost(state, trials),

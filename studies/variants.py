@@ -224,7 +224,8 @@ def _variants_at_point(study: Study, variants: list[Variant], point: dict) -> li
         return contains({**values, **leaves(variant.grid_point)}, point)
 
     matching = [v for v in variants if any(map(agrees, (v, *v.same)))]
-    if all(v.grid_point.keys() & study.sweep.keys() <= point.keys() for v in matching):
+    named = {*point, *leaves(point)}
+    if all(v.grid_point.keys() & study.sweep.keys() <= named for v in matching):
         fewest = min((len(variant.grid_point) for variant in matching), default=0)
         matching = [variant for variant in matching if len(variant.grid_point) == fewest]
     return matching

@@ -101,7 +101,10 @@ def test_ablations_of_the_base_and_of_kinds(read):
     ]
     assert [layers(v, 'sliding_window') for v in state.variants] == [[None] * 2, [8, None]]
     assert state.baseline.label == 'layer_pattern=LG'
-    assert 'same as layer_pattern=LG, so not run: layer_pattern=LGL' in describe(state, False)
+    assert (
+        'layer_pattern=LGL: not run, since its settings are those of layer_pattern=LG'
+        in describe(state, False)
+    )
     for trial in state.trials().runs:
         load_settings(
             read_command_line(state.runner.arguments('runs', trial)[2:], schema, STUDY_KEYS)

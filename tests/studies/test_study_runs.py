@@ -117,8 +117,16 @@ def test_study_from_command_line(study_file, run_script, tmp_path):
 
 
 def test_complete_trials_are_skipped_and_checked(study_file, trained_here, tmp_path, capsys):
-    path, out = study_file(SMALL), tmp_path / 'out'
+    kinds = "sweep = {'layer_pattern': ['G', 'LG'], 'layer_kinds.L.sliding_window': [4],"
+    path, out = (
+        study_file(SMALL.replace("sweep = {'ffn_type': ['standard', 'swiglu'],", kinds)),
+        tmp_path / 'out',
+    )
     assert main(path) == 0
+    assert [variant['asked'] for variant in read_plan(out)['variants']] == [
+        {'layer_pattern': 'G'},
+        {'layer_pattern': 'LG', 'layer_kinds.L.sliding_window': 4},
+    ]
     before = losses(out)
     assert main(path) == 0
     assert '4 of 4 runs are already complete' in capsys.readouterr().out
