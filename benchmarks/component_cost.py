@@ -31,9 +31,9 @@ import train  # noqa: E402
 from benchmarks.record_overhead import random_tokens, timed  # noqa: E402
 from common import hardware  # noqa: E402
 from common.errors import UserError  # noqa: E402
-from common.registry import AnyBut, Option, Registry  # noqa: E402
+from common.registry import AnyBut, Option, Registry, owners  # noqa: E402
 from common.tensors import storage_of  # noqa: E402
-from configurator import flatten, owners  # noqa: E402
+from configurator import flatten  # noqa: E402
 from model_builder import Transformer  # noqa: E402
 from model_config import ModelArchitectureConfig, architecture_options  # noqa: E402
 from training.session import Session  # noqa: E402
