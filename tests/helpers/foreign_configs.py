@@ -18,6 +18,7 @@ import interop
 from common.errors import UserError
 from helpers import transformers_models as reference
 from interop.exporter import silent_transformers
+from interop.fields import IRRELEVANT_FIELDS
 from model_builder import build_model
 
 SIZES = {
@@ -170,8 +171,11 @@ def other_values(field: dataclasses.Field, base) -> list:
 LEFT_OUT = ...  # value of a missing field
 
 
-def flips(family: str, each: int | None = None) -> list[dict]:
-    """Changes of one field each. each: maximum number of values per field."""
+def flips(family: str, each: int | None = None, irrelevant: bool = True) -> list[dict]:
+    """Changes of one field each. each: maximum number of values per field.
+
+    irrelevant: also change fields that affect no logits in any family.
+    """
     cls = config_class(family)
     default, base = cls(), BASES[family]
     pairs = []
@@ -186,7 +190,11 @@ def flips(family: str, each: int | None = None) -> list[dict]:
         value = base.get(name, getattr(default, name, None))
         if value is not None:
             changes += [{alias: 2 * value}, {alias: value}, {alias: value, name: LEFT_OUT}]
-    return [change for n, change in enumerate(changes) if change not in changes[:n]]
+    return [
+        change
+        for n, change in enumerate(changes)
+        if change not in changes[:n] and (irrelevant or not change.keys() <= IRRELEVANT_FIELDS)
+    ]
 
 
 class Flips:

@@ -11,18 +11,23 @@ import interop
 pytestmark = [pytest.mark.optional, pytest.mark.slow, pytest.mark.usefixtures('one_thread')]
 
 
+# Relatives of other families: fields that affect no logits in any family are not tried again.
+RELATIVES = ('smollm3', 'olmo3', 'exaone4', 'mellum')
+
+
 @pytest.mark.parametrize('family', BASES)
 def test_fields_are_read_as_transformers_reads_them(family, tmp_path):
     flips = Flips(tmp_path / 'model')
     assert flips.outcome(family, {}) == 'equal'
     outcomes = {
         str(change): flips.outcome(family, change)
-        for change in foreign_configs.flips(family, each=1)
+        for change in foreign_configs.flips(family, 1, irrelevant=family not in RELATIVES)
     }
     differing = {k: v for k, v in outcomes.items() if v not in ('equal', 'refused', 'illegal')}
     assert differing == {}
     counts = {kind: list(outcomes.values()).count(kind) for kind in ('equal', 'refused')}
-    assert counts['equal'] > 30 and counts['refused'] > 15, counts
+    expected = 20 if family in RELATIVES else 30
+    assert counts['equal'] > expected and counts['refused'] > 15, counts
 
 
 def test_all_families_are_covered():

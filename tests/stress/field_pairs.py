@@ -18,7 +18,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
 
-import foreign_configs  # noqa: E402
+from helpers import foreign_configs  # noqa: E402
 
 
 def main(pairs: int = 100, seed: int = 0) -> int:
