@@ -41,7 +41,7 @@ from common.architecture_options import (
 )
 from common.architecture_presets import PRESETS
 from common.errors import UserError
-from common.layer_pattern import expand_pattern, letters_of, shortest_pattern
+from common.layer_pattern import expand_pattern, letters_of, pattern_tag
 from common.layer_table import (
     KindEntries,
     config_lines,
@@ -342,7 +342,7 @@ class ModelArchitectureConfig(FrozenConfig):
         sizes = filter(None, (f'{self.n_layer}L', heads, f'{self.n_embd}D'))
         parts = [*sizes, *filter(None, common)]
         if has_pattern:
-            parts.append(shortest_pattern(''.join(self.layer_letters)))
+            parts.append(pattern_tag(''.join(self.layer_letters)))
             for letter, own in tags.items():
                 differing = [tag for tag in own if tag not in parts]
                 parts += [f'{letter}({"+".join(differing)})'] if differing else []

@@ -10,10 +10,11 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 
+from common.layer_pattern import MOST_LAYERS
+
 HASH_VERSION = 2
 # Values of newer options that change nothing; records from before lack the options.
 NEUTRAL = {'layer_pattern': None}
-MOST_LAYERS = 10_000
 # The options of a mixture of experts in version 1, which its dense layers do not have.
 _MIXTURE_OPTIONS = frozenset(
     {

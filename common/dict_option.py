@@ -4,7 +4,7 @@ On the command line `--KEY.NAME.OPTION=value` sets one value and `--KEY.NAME=Non
 Values of a config file and of the command line are merged by name and option.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -179,3 +179,15 @@ def text_of(value: object) -> str:
     if not isinstance(value, dict) or not value:
         return str(value)
     return ' '.join(f'{name}={each}' for name, each in leaves(value).items())
+
+
+def flat_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options whose value is a dict, name -> {option: value}, as one option for each value."""
+    flat: dict[str, Any] = {}
+    for key, value in options.items():
+        entries = value if isinstance(value, dict) else {'': value}
+        for name, entry in entries.items():
+            values = entry if isinstance(entry, dict) else {'': entry}
+            for option, single in values.items():
+                flat['.'.join(filter(None, (key, name, option)))] = single
+    return flat

@@ -12,6 +12,7 @@ from common.errors import UserError
 from common.registry import show_value
 
 MOST_LAYERS = 10_000
+MAX_TAG = 24  # characters of a pattern in a name
 SHOWN_LETTERS = 64  # of the layers of a model, one by one
 _TERM = re.compile(r'([A-Za-z]+)(\*([1-9][0-9]{0,8})?)?')
 SYNTAX = (
@@ -92,5 +93,15 @@ def compact_pattern(letters: str) -> str:
     if len(unit) > 1 and repeats > 1:
         rest = letters[repeats * len(unit) :]
         return f'{unit}*{repeats} {rest}'.rstrip()
-    runs = ((letter, len([*run])) for letter, run in groupby(letters))
-    return ' '.join(f'{letter}*{count}' for letter, count in runs)
+    return ' '.join(f'{letter}*{count}' for letter, count in _run_lengths(letters))
+
+
+def pattern_tag(letters: str) -> str:
+    """The layers as a part of a name, at most MAX_TAG characters: `LLLG`, `3D58M`."""
+    runs = ''.join(f'{count if count > 1 else ""}{name}' for name, count in _run_lengths(letters))
+    tag = min(shortest_pattern(letters), runs, key=len)
+    return tag if len(tag) <= MAX_TAG else f'{tag[: MAX_TAG - 3]}...'
+
+
+def _run_lengths(letters: str) -> list[tuple[str, int]]:
+    return [(letter, len([*run])) for letter, run in groupby(letters)]

@@ -3,13 +3,13 @@
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
+from common.dict_option import flat_options
 from common.errors import UserError, did_you_mean
 from common.formatting import join_names
 from comparison.differences import differing_values
 from comparison.effects import GridPoint
 from comparison.groups import Group
 from comparison.runs import Run
-from comparison.shown_options import flat_options
 from comparison.study_plan import StudyPlan
 
 
@@ -50,8 +50,8 @@ def group_labels(groups: Sequence[Group]) -> list[str]:
         keys[name] = differing_values([[of_run] for of_run in choices], names)
     labels = []
     for run in runs:
-        choices = flat_options(run.choices)
-        parts = [f'{key}={choices.get(key, "-")}' for key in keys[run.architecture]]
+        own = flat_options(run.choices)
+        parts = [f'{key}={own.get(key, "-")}' for key in keys[run.architecture]]
         labels.append(run.architecture + (f' [{", ".join(parts)}]' if parts else ''))
     return _unique(labels, runs)
 

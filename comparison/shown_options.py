@@ -1,8 +1,9 @@
 """The options of runs as they are shown: flat, and one way of writing for each architecture."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
+from common.dict_option import flat_options
 from comparison.runs import Run
 
 # The device decides on it: runs of one architecture may differ in it.
@@ -27,15 +28,3 @@ def shown_options(runs: Iterable[Run]) -> list[dict[str, Any]]:
             options |= {key: value for key, value in same.config.items() if key in written}
         shown.append(flat_options(options))
     return shown
-
-
-def flat_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options whose value is a dict, name -> {option: value}, as one option for each value."""
-    flat: dict[str, Any] = {}
-    for key, value in options.items():
-        entries = value if isinstance(value, dict) else {'': value}
-        for name, entry in entries.items():
-            values = entry if isinstance(entry, dict) else {'': entry}
-            for option, single in values.items():
-                flat['.'.join(filter(None, (key, name, option)))] = single
-    return flat

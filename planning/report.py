@@ -4,6 +4,7 @@ import math
 import textwrap
 
 from common.formatting import clock, counted, milliseconds, teraflops
+from records.kinds_report import kinds_table
 from records.report_layout import (
     WIDTH,
     field_line,
@@ -28,6 +29,7 @@ def plan_report(plan: dict) -> str:
             field_line('Architecture Name', plan['architecture']['name']),
             field_line('Identity hash', plan['architecture']['hash']),
         ],
+        **_kinds_sections(plan),
         '🧮 PARAMETERS': parameters_section(plan['model']),
         '📈 FLOPS': performance_section(plan['flops'], at_50_mfu),
         '📚 BATCH': _batch_section(plan['batch']),
@@ -37,6 +39,13 @@ def plan_report(plan: dict) -> str:
     if plan['derived']:
         sections['🔧 DERIVED (set a key to override)'] = field_tree(plan['derived'])
     return report_text('📐 PLAN: nothing was trained, and no device was used', sections)
+
+
+def _kinds_sections(plan: dict) -> dict[str, list[str]]:
+    """Parameters and FLOPs by kind of layers, if the model has several."""
+    model, flops = plan['model'], plan['flops']
+    several = len(model['by_kind']) > 1
+    return {'🧱 KINDS OF LAYERS': kinds_table(model, flops)} if several else {}
 
 
 def _batch_section(batch: dict) -> list[str]:

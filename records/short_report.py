@@ -7,6 +7,7 @@ from typing import Any
 from common.console_output import bold
 from common.formatting import approximate, flop_count, join_names, or_na, teraflops
 from records.record_types import (
+    ArchitectureInfo,
     DataInfo,
     FlopsInfo,
     HardwareInfo,
@@ -21,7 +22,7 @@ from records.startup_report import TITLE, learning_rate_text, with_options
 _SHOWN = {
     *('arch_preset', 'dataset', 'out_dir', 'max_iters', 'seed', 'data_seed', 'learning_rate'),
     *('optimizer', 'lr_schedule', 'device', 'dtype', 'compile', 'weight_decay', 'grad_clip'),
-    *('n_layer', 'n_head', 'n_embd', 'report'),
+    *('n_layer', 'n_head', 'n_embd', 'report', 'layer_pattern', 'layer_kinds'),
 }
 
 
@@ -37,7 +38,7 @@ def short_report(header: RecordHeader, run_folder: Path | str) -> str:
         THICK,
         bold(f'📊 MODEL ARCHITECTURE ({origin}):'),
         _name_line(architecture['name']),
-        *field_tree(_choices(architecture['choices'])),
+        *field_tree(_choices(architecture)),
         *_options_line(config, info.get('chosen', {})),
         field_line('Parameters', _parameters_text(info['model'])),
         *([field_line('Weights', weights_from['source'])] if weights_from else []),
@@ -56,8 +57,27 @@ def _name_line(name: str) -> str:
     return field_line('Architecture Name', ' '.join(textwrap.wrap(name, WIDTH - VALUE_COLUMN)))
 
 
-def _choices(choices: dict[str, Any]) -> dict[str, str]:
-    """The choices that define an architecture, in four lines."""
+def _choices(architecture: ArchitectureInfo) -> dict[str, str]:
+    """The choices that define an architecture, in four lines; by kind where kinds differ.
+
+    The name of the architecture has the pattern.
+    """
+    layers = architecture.get('layers')
+    if layers is None:
+        return _choices_of_layers(architecture['choices'])
+    by_kind = {kind: _choices_of_layers(choices) for kind, choices in layers['kinds'].items()}
+    labels = dict.fromkeys(label for texts in by_kind.values() for label in texts)
+    lines = {}
+    for label in labels:
+        texts = {kind: of_kind.get(label, 'none') for kind, of_kind in by_kind.items()}
+        equal = len(set(texts.values())) == 1
+        each = '; '.join(f'{kind}: {text}' for kind, text in texts.items())
+        lines[label] = next(iter(texts.values())) if equal else each
+    return lines
+
+
+def _choices_of_layers(choices: dict[str, Any]) -> dict[str, str]:
+    """The choices that define layers that are all alike."""
 
     def value(key: str, form: str = '{}') -> str | None:
         return None if choices.get(key) is None else form.format(choices[key])

@@ -17,6 +17,7 @@ from common.formatting import (
     percent,
     teraflops,
 )
+from records.kinds_report import kinds_section
 from records.record_types import (
     ArchitectureInfo,
     DataInfo,
@@ -47,6 +48,7 @@ def startup_report(header: RecordHeader, run_folder: Path | str) -> str:
     config, info = header['config'], header['startup_info']
     sections = {
         '📊 MODEL ARCHITECTURE': _architecture_section(header['architecture']),
+        **_kinds_sections(header),
         '🧮 PARAMETERS': parameters_section(info['model']),
         '🎯 OPTIMIZER': _optimizer_section(info['optimizer'], info['model']['trainable_params']),
         '📚 DATA': _data_section(info['data'], config['max_iters']),
@@ -62,6 +64,14 @@ def startup_report(header: RecordHeader, run_folder: Path | str) -> str:
         )
     sections['📁 RUN'] = _run_section(header, run_folder)
     return report_text(TITLE, sections)
+
+
+def _kinds_sections(header: RecordHeader) -> dict[str, list[str]]:
+    """The section on kinds of layers, if the model has several."""
+    layers, info = header['architecture'].get('layers'), header['startup_info']
+    if layers is None:
+        return {}
+    return {'🧱 KINDS OF LAYERS': kinds_section(layers, info['model'], info['flops'])}
 
 
 def _run_section(header: RecordHeader, run_folder: Path | str) -> list[str]:
@@ -80,9 +90,11 @@ def _run_section(header: RecordHeader, run_folder: Path | str) -> list[str]:
 
 
 def _architecture_section(architecture: ArchitectureInfo) -> list[str]:
-    choices = architecture['choices'].items()
+    choices = dict(architecture['choices'])
+    choices.pop('layer_kinds', None)  # shown in a section of its own
     shown = {
-        label_of(key): f'{value:,}' if type(value) is int else str(value) for key, value in choices
+        label_of(key): f'{value:,}' if type(value) is int else str(value)
+        for key, value in choices.items()
     }
     return [
         field_line('Architecture Name', architecture['name']),
