@@ -160,7 +160,7 @@ def all_but_every_nth(name: str, default: int) -> Callable[[int, Fields], bool]:
 
 
 def windows_field(
-    default: int, has_window: Callable[[int, Fields], bool], switch: str | None = None
+    default: int | None, has_window: Callable[[int, Fields], bool], switch: str | None = None
 ) -> FieldMap:
     """A sliding window in some of the layers.
 
