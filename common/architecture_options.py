@@ -128,6 +128,7 @@ CORE_OPTIONS = {
         scope='model',
         names=(is_kind, 'a single letter'),
         placeholder='LETTER',
+        example={'L': {'sliding_window': 512}, 'G': {'position_encoding': 'none'}},
         entry_options=lambda: layer_options(),
         refusal=lambda key, value: refused_in_kind(key, value),
     ),

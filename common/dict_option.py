@@ -16,13 +16,14 @@ from common.registry import NONE_WORDS, Check, Option, show_value
 class DictOption(Option):
     """One key whose value is a dict, name -> {option: value}.
 
-    names: (predicate, allowed names in words). placeholder: of a name in a help text.
-    entry_options: returns the options of an entry. refusal: returns the reason why an entry may not
-    have an option or a value of it, or None.
+    names: (predicate, allowed names in words). placeholder: of a name in a help text. example: a
+    value. entry_options: returns the options of an entry. refusal: returns the reason why an entry
+    may not have an option or a value of it, or None.
     """
 
     names: Check = field(default=(str.isidentifier, 'a name'), compare=False)
     placeholder: str = 'NAME'
+    example: dict = field(default_factory=dict, compare=False)
     entry_options: Callable[[], dict[str, Option]] = field(default=dict, compare=False)
     refusal: Callable[[str, Any], str | None] = field(
         default=lambda key, value: None, compare=False

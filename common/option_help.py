@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from common.dict_option import DictOption
 from common.errors import UserError, did_you_mean
 from common.formatting import join_names
 from common.help_layout import entry, first_paragraph, paragraph, reflowed
@@ -129,6 +130,13 @@ class CommandHelp:
             yield from entry('Used with', conditions_text(used_with), 14)
         (group,) = (group.name for group in self.groups if key in group.options)
         yield from entry('Group', f'{group} (--help={group})', 14)
+        for name, table in self.options.items():
+            if isinstance(table, DictOption) and key in table.entry_options():
+                yield from entry('By layer', f'--{name}.{table.placeholder}.{key}=value', 14)
+        if isinstance(option, DictOption):
+            yield ''
+            yield 'Options of an entry:'
+            yield from paragraph(', '.join(option.entry_options()), '  ')
         if isinstance(option.choices, Registry):
             yield ''
             yield 'Choices:'
@@ -140,16 +148,26 @@ class CommandHelp:
 
 def option_details(key: str, option: Option) -> Iterator[str]:
     """The first lines of an option's page."""
-    yield f'--{key}={type_mark(option)}'
+    yield usage(key, option)
     yield ''
     yield from paragraph(option.help, '  ')
     yield ''
     yield from entry('Type', option.type_name(), 14)
     yield from entry('Default', repr(option.default), 14)
-    if option.choices is not None or option.check is not None:
+    if option.choices is not None or option.check is not None or isinstance(option, DictOption):
         yield from entry('Allowed', option.allowed(), 14)
+    if isinstance(option, DictOption):
+        yield from entry('In a file', f'{key} = {option.example!r}', 14)
+        yield from entry('Removal', f'--{key}.{option.placeholder}=None', 14)
     for alias, (meant, value) in option.aliases.items():
         yield from entry('Alias', f'{key}={alias!r} sets {meant}={value!r}', 14)
+
+
+def usage(key: str, option: Option) -> str:
+    """How the option is set on the command line."""
+    if isinstance(option, DictOption):
+        return f'--{option.usage(key)}'
+    return f'--{key}={type_mark(option)}'
 
 
 def type_mark(option: Option) -> str:
@@ -158,7 +176,7 @@ def type_mark(option: Option) -> str:
 
 def option_entry(key: str, option: Option) -> list[str]:
     """An option's lines in a list of options."""
-    return entry(f'--{key}={type_mark(option)}', option_text(option))
+    return entry(usage(key, option), option_text(option))
 
 
 def option_text(option: Option, brief: bool = False) -> str:

@@ -61,7 +61,9 @@ def help_groups() -> Iterator[HelpGroup]:
     for name, about, roots in ARCHITECTURE_GROUPS:
         options, rest = split_by_choice(rest, roots)
         groups.append(HelpGroup(name, about, options))
-    yield HelpGroup('architecture', 'Preset, sizes, initialization, biases, logits, dropout', rest)
+    yield HelpGroup(
+        'architecture', 'Preset, sizes, kinds of layers, initialization', rest
+    )
     yield from groups
 
 

@@ -4,6 +4,7 @@ import argparse
 
 import pytest
 
+from common.dict_option import DictOption
 from common.errors import ArgumentParser, UserError
 from common.option_help import CommandHelp, HelpGroup, split_by_choice
 from common.registry import AnyBut, Option, Registry, at_least
@@ -103,6 +104,29 @@ def test_option_page():
     assert 'dark_circle A circle. Options: radius.' in page
     assert 'four equal sides' in page and 'More about' not in page
     assert "shape='round' sets width=3" in page
+
+
+def test_page_of_a_dict_option_shows_how_one_value_is_set():
+    layers = DictOption(
+        dict,
+        {},
+        'Shapes of layers that differ',
+        names=(str.isalpha, 'a word'),
+        placeholder='WORD',
+        example={'top': {'width': 3}},
+        entry_options=lambda: {'width': SIZES['width'], 'height': SIZES['height']},
+    )
+    groups = [*HELP.groups, HelpGroup('more', 'More', {'layers': layers})]
+    pages = CommandHelp('Draw.', groups, essential=('width',))
+    page = ' '.join(pages.page('layers').split())
+    assert page.startswith('--layers.WORD.OPTION=value Shapes of layers that differ Type dict')
+    assert 'Allowed a dict, a word -> {option: value}' in page
+    assert "In a file layers = {'top': {'width': 3}}" in page
+    assert 'Removal --layers.WORD=None' in page
+    assert page.endswith('Options of an entry: width, height')
+    assert 'By layer --layers.WORD.width=value' in ' '.join(pages.page('width').split())
+    assert 'By layer' not in pages.page('margin')
+    assert '  --layers.WORD.OPTION=value\n' in pages.page('more')
 
 
 def test_topic_may_be_written_as_a_flag():

@@ -60,7 +60,7 @@ def test_every_option_is_in_one_group():
 
 
 def test_all_page_describes_every_option():
-    options = re.findall(r'^  --(\w+)=', page('all'), re.MULTILINE)
+    options = re.findall(r'^  --(\w+)[\w.]*=', page('all'), re.MULTILINE)
     assert sorted(options) == sorted(flatten(schema()))
     text = flat('all')
     for key, option in flatten(schema()).items():
@@ -73,7 +73,7 @@ def test_all_page_describes_every_option():
 def test_help_texts_start_in_one_column(topic):
     for line in page(topic).splitlines():
         assert len(line) <= 80
-        if line.startswith(' ') and not re.fullmatch(r'  --\w+=\w+\??', line):
+        if line.startswith(' ') and not re.fullmatch(r'  --[\w.]+=\w+\??', line):
             assert line[26:28] == '  ' and line[28] != ' ', line
 
 
