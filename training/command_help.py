@@ -61,9 +61,7 @@ def help_groups() -> Iterator[HelpGroup]:
     for name, about, roots in ARCHITECTURE_GROUPS:
         options, rest = split_by_choice(rest, roots)
         groups.append(HelpGroup(name, about, options))
-    yield HelpGroup(
-        'architecture', 'Preset, sizes, kinds of layers, initialization', rest
-    )
+    yield HelpGroup('architecture', 'Preset, sizes, kinds of layers, initialization', rest)
     yield from groups
 
 

@@ -3,6 +3,7 @@
 import shlex
 
 import pytest
+from helpers.project import PROJECT
 
 from common.architecture_presets import PRESETS
 from common.errors import UserError
@@ -80,6 +81,29 @@ def test_pattern_is_expanded(pattern, layers, letters):
 def test_compact_pattern_has_the_same_layers(letters, shown):
     assert compact_pattern(letters) == shown
     assert expand_pattern(shown, len(letters)) == letters
+
+
+def rows_of_page(name):
+    """The cells of a table of docs/layers.md, without backquotes."""
+    page = (PROJECT / 'docs/layers.md').read_text(encoding='utf-8')
+    table = page.partition(f'<!-- {name} -->\n')[2].partition('<!-- end -->')[0]
+    rows = [line.strip('| ').replace('`', '').split(' | ') for line in table.splitlines()]
+    return rows[2:]
+
+
+def test_patterns_of_the_page_are_expanded():
+    rows = rows_of_page('patterns')
+    assert len(rows) == 5
+    for pattern, layers, letters in rows:
+        assert expand_pattern(pattern, int(layers)) == letters
+
+
+def test_mistakes_of_the_page_give_its_messages(resolve):
+    rows = rows_of_page('mistakes')
+    assert len(rows) == 7
+    for arguments, message in rows:
+        _, problems = resolve(f'--n_layer=12 --n_head=12 --n_embd=768 {arguments}')
+        assert problems == [message]
 
 
 # --------------------------------------------------------------------------------------------------

@@ -150,7 +150,7 @@ def missing_names(command: Command) -> Iterator[str]:
         return
     known = known_options(script)
     for argument in command.arguments:
-        path = argument.partition('=')[0]
+        path = re.split(r'[.=]', argument, maxsplit=1)[0]  # --layer_kinds of --layer_kinds.L=None
         if argument.startswith('--') and path not in known:
             yield f'no option {path}'
         is_project_file = re.match(r'(config|scripts)/', argument)
