@@ -3,13 +3,13 @@
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from common.dict_option import flat_options
 from common.errors import UserError, did_you_mean
 from common.formatting import join_names
 from comparison.differences import differing_values
 from comparison.effects import GridPoint
 from comparison.groups import Group
 from comparison.runs import Run
+from comparison.shown_options import shown_choices
 from comparison.study_plan import StudyPlan
 
 
@@ -40,18 +40,17 @@ def group_labels(groups: Sequence[Group]) -> list[str]:
     variants = [run.variant for run in runs if run.variant is not None]
     if len(variants) == len(runs) and len({run.study for run in runs}) == 1:
         return _unique(variants, runs)
-    by_architecture: dict[str, list[Run]] = {}
-    for run in runs:
-        by_architecture.setdefault(run.architecture, []).append(run)
-    keys = {}
+    choices = shown_choices(runs)
+    by_architecture: dict[str, list[dict]] = {}
+    for run, own in zip(runs, choices):
+        by_architecture.setdefault(run.architecture, []).append(own)
+    differing = {}
     for name, namesakes in by_architecture.items():
-        choices = [flat_options(run.choices) for run in namesakes]
-        names = dict.fromkeys(key for of_run in choices for key in of_run)
-        keys[name] = differing_values([[of_run] for of_run in choices], names)
+        keys = dict.fromkeys(key for own in namesakes for key in own)
+        differing[name] = differing_values([[own] for own in namesakes], keys)
     labels = []
-    for run in runs:
-        own = flat_options(run.choices)
-        parts = [f'{key}={own.get(key, "-")}' for key in keys[run.architecture]]
+    for run, own in zip(runs, choices):
+        parts = [f'{key}={own.get(key, "-")}' for key in differing[run.architecture]]
         labels.append(run.architecture + (f' [{", ".join(parts)}]' if parts else ''))
     return _unique(labels, runs)
 

@@ -14,6 +14,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from common.dict_option import flat_options
 from common.errors import UserError
 from common.registry import FrozenConfig, Option
 from records.record_types import EvaluationEntry, IterationEntry, JournalLine, Record, Summary
@@ -100,7 +101,7 @@ def _run_values(record: Record) -> dict[str, bool | int | float | str | None]:
     """Values to filter and sort runs by: every option, and the main results of start-up."""
     info = record['startup_info']
     values: dict[str, Any] = {
-        **record['config'],
+        **flat_options(record['config']),
         'architecture_name': record['architecture']['name'],
         'architecture_hash': record['architecture']['hash'],
         'total_params': info['model']['total_params'],

@@ -76,6 +76,18 @@ def test_equal_names_get_the_options_of_kinds_that_differ():
     ]
 
 
+def test_labels_do_not_name_ways_of_writing():
+    """LG and LGLG are the same four layers; the runs differ in weight decay only."""
+    records = [
+        patterned(1, 'LG', WINDOWS),
+        patterned(2, 'LGLG', WINDOWS, training={'weight_decay': 0.5}),
+    ]
+    names = [record['run_name'] for record in records]
+    comparison = compare(run_rows(records))
+    assert [label.rpartition(' ')[2] for label in comparison.labels] == names
+    assert comparison.options.keys() == {'weight_decay'}
+
+
 @pytest.mark.parametrize('version', [1, HASH_VERSION])
 def test_same_layers_in_two_ways_are_one_architecture(version):
     """Seeds of one group, and no options of the architecture that differ."""

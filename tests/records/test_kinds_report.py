@@ -4,12 +4,13 @@ import io
 import re
 
 import pytest
-from helpers.sample_run import CONFIG, HEADER, STARTUP_INFO
+from helpers.sample_run import CONFIG, HEADER, METADATA, STARTUP_INFO
 
 from common.console_output import displayed
 from common.layer_pattern import pattern_tag
 from model_builder import build_model, count_parameters, training_flops
 from model_config import ModelArchitectureConfig
+from records import trackers
 from records.short_report import short_report
 from records.startup_report import startup_report
 from training.record_header import layer_choices
@@ -100,6 +101,12 @@ def test_record_without_counts_by_kind_is_reported(header):
     architecture = {key: HEADER['architecture'][key] for key in ('name', 'hash', 'choices')}
     report = startup_report({**HEADER, 'architecture': architecture}, 'out')
     assert 'KINDS OF LAYERS' not in report
+
+
+def test_trackers_get_options_of_kinds_as_single_values(header):
+    values = trackers._run_values({**header, 'metadata': METADATA})
+    assert values['layer_kinds.L.sliding_window'] == 4
+    assert values['layer_pattern'] == 'LLM' and 'layer_kinds' not in values
 
 
 @pytest.mark.parametrize(
