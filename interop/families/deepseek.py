@@ -6,6 +6,7 @@ import torch
 
 from interop.families.llama import (
     EMBEDDING_AND_HEAD,
+    EXPERTS,
     GATED_FFN,
     LAYER,
     PRE_NORMS,
@@ -107,6 +108,7 @@ _DEEPSEEK_WEIGHTS = (
     EMBEDDING_AND_HEAD
     | PRE_NORMS
     | GATED_FFN
+    | EXPERTS
     | {
         'blocks.{layer}.attention.q_norm.weight': tensor(LAYER + 'self_attn.q_a_layernorm.weight'),
         'blocks.{layer}.attention.kv_norm.weight': tensor(
@@ -126,13 +128,6 @@ _DEEPSEEK_WEIGHTS = (
                 ),
                 'blocks.{layer}.attention.output.weight': TensorMap(projections('self_attn', 'o')),
             }
-        ),
-        'blocks.{layer}.ffn.router.weight': tensor(LAYER + 'mlp.gate.weight'),
-        'blocks.{layer}.ffn.experts.gate_up.weight': TensorMap(
-            projections('mlp.experts.{expert}', 'gate', 'up')
-        ),
-        'blocks.{layer}.ffn.experts.down.weight': TensorMap(
-            projections('mlp.experts.{expert}', 'down')
         ),
         'blocks.{layer}.ffn.shared.gate_up.weight': TensorMap(
             projections('mlp.shared_experts', 'gate', 'up')

@@ -62,6 +62,15 @@ GATED_FFN = {
     'blocks.{layer}.ffn.gate_up.weight': TensorMap(projections('mlp', 'gate', 'up')),
     'blocks.{layer}.ffn.down.weight': TensorMap(projections('mlp', 'down')),
 }
+EXPERTS = {
+    'blocks.{layer}.ffn.router.weight': tensor(LAYER + 'mlp.gate.weight'),
+    'blocks.{layer}.ffn.experts.gate_up.weight': TensorMap(
+        projections('mlp.experts.{expert}', 'gate', 'up')
+    ),
+    'blocks.{layer}.ffn.experts.down.weight': TensorMap(
+        projections('mlp.experts.{expert}', 'down')
+    ),
+}
 PRE_NORMS = {
     'blocks.{layer}.attention_norm.weight': tensor(LAYER + 'input_layernorm.weight'),
     'blocks.{layer}.ffn_norm.weight': tensor(LAYER + 'post_attention_layernorm.weight'),

@@ -5,14 +5,13 @@ from functools import partial
 from interop.families.llama import (
     ATTENTION,
     EMBEDDING_AND_HEAD,
+    EXPERTS,
     GATED_FFN,
-    LAYER,
     OLMO_FIELDS,
     PRE_NORMS,
     QK_NORMS,
     REORDERED_NORMS,
     llama_fields,
-    projections,
     swiglu_field,
 )
 from interop.fields import Fields
@@ -31,11 +30,10 @@ from interop.mapping import (
     windows_field,
 )
 from interop.rope import rope_by_layer_type_fields, rope_fields, rope_in_some_layers
-from interop.tensors import TensorMap, tensor, with_biases
+from interop.tensors import with_biases
 from model_config import ModelArchitectureConfig
 
 # --- SmolLM3 --------------------------------------------------------------------------------------
-
 
 _has_rope = all_but_every_nth('no_rope_layer_interval', 4)  # in files without `no_rope_layers`
 
@@ -122,9 +120,7 @@ OLMO3 = Family(
 
 # --- EXAONE 4 -------------------------------------------------------------------------------------
 
-_EXAONE4_WINDOW = 4096
-
-
+_EXAONE4_WINDOW = 4096  # if the field is missing
 _is_local = all_but_every_nth('sliding_window_pattern', 4)
 
 
@@ -145,13 +141,10 @@ def _read_exaone4_rotated(fields: Fields) -> list[bool]:
 
 
 def _write_exaone4_window(config: ModelArchitectureConfig) -> dict:
-    """The window, or its default if no layer has one; null if layers without it are rotated."""
-    windows = [layer.get('sliding_window') for layer in config.layers]
-    rotated = any(
-        window is None and layer.position_encoding == 'rope'
-        for window, layer in zip(windows, config.layers)
-    )
-    return {'sliding_window': None if rotated else next(filter(None, windows), _EXAONE4_WINDOW)}
+    """The window; without windows its default, or null if layers have rotary positions."""
+    window = next(filter(None, (layer.get('sliding_window') for layer in config.layers)), None)
+    rotated = any(layer.position_encoding == 'rope' for layer in config.layers)
+    return {'sliding_window': window if rotated else window or _EXAONE4_WINDOW}
 
 
 EXAONE4 = Family(
@@ -256,13 +249,5 @@ MELLUM = Family(
     | QK_NORMS
     | GATED_FFN
     | with_biases(ATTENTION)
-    | {
-        'blocks.{layer}.ffn.router.weight': tensor(LAYER + 'mlp.gate.weight'),
-        'blocks.{layer}.ffn.experts.gate_up.weight': TensorMap(
-            projections('mlp.experts.{expert}', 'gate', 'up')
-        ),
-        'blocks.{layer}.ffn.experts.down.weight': TensorMap(
-            projections('mlp.experts.{expert}', 'down')
-        ),
-    },
+    | EXPERTS,
 )

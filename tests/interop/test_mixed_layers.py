@@ -6,9 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import transformers_models as reference
-from helpers.architectures import gradients, random_tokens
+from helpers.architectures import gradients, random_tokens, tiny
 
 import interop
+from common.errors import UserError
 from inference.generate import generate
 from model_builder import build_model
 from model_config import ModelArchitectureConfig
@@ -156,6 +157,12 @@ def test_logits_gradients_and_texts_are_those_of_transformers(name, tmp_path):
     assert type(loaded) is type(theirs)
     with torch.no_grad():
         assert largest({'': loaded(tokens).logits}, {'': our_logits}) < 1e-5
+
+
+def test_layers_that_no_family_can_express_are_named():
+    config = tiny(arch_preset='smollm3', layer_kinds={'N': {'position_encoding': 'alibi'}})
+    with pytest.raises(UserError, match=r"architecture: position_encoding='alibi' in layers N\. "):
+        interop.convert_config(config.replace(n_layer=4))
 
 
 # Fields that people, other programs and other versions write into a config.json.
