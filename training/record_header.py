@@ -97,8 +97,8 @@ def record_header(
 
 
 def layer_choices(architecture: ModelArchitectureConfig) -> LayerChoices | None:
-    """The resolved options of each kind of layers; None if all layers are alike."""
-    if architecture.is_uniform:
+    """The resolved options of each kind of layers; None if all layers have the model's own."""
+    if architecture.is_uniform and architecture.get('layer_pattern') is None:
         return None
     return {
         'letters': list(architecture.layer_letters),

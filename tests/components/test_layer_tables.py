@@ -37,6 +37,7 @@ from model_config import (
     architecture_options,
 )
 from parallel import strategies
+from training.record_header import layer_choices
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures('one_thread')]
 
@@ -363,6 +364,17 @@ def test_depth_scaled_initialization_counts_sublayers_that_write(register):
     mixed = build_model(config, 'cpu', seed=1).get_parameter(name)
     uniform = build_model(tiny(n_layer=4), 'cpu', seed=1).get_parameter(name)
     torch.testing.assert_close(mixed * 6**0.5, uniform * 8**0.5)
+
+
+def test_pattern_of_one_kind_is_that_kind():
+    """The layers differ from the model's own options."""
+    kinds = {'A': {'attention_softcap': 2.0}}
+    config = tiny(layer_pattern='A', layer_kinds=kinds)
+    assert config.hash == tiny(attention_softcap=2.0).hash
+    assert config.attention_backend == 'manual'  # which alone supports a cap on a CPU
+    assert layer_choices(config)['kinds']['A']['attention_softcap'] == 2.0
+    assert layer_choices(tiny()) is None
+    assert config.kinds['A'].replace(d_ff=24).layers[0].attention_softcap == 2.0
 
 
 # --- Compilation ----------------------------------------------------------------------------------
