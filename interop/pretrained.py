@@ -108,20 +108,37 @@ class PretrainedSource:
             *training_only_options(architecture),
             *context_extension_options(source),
         }
-        places: dict[str, list[str]] = {}  # of each contradiction
+        # 1. Collect the options that differ, with the layers where they do.
+        places: dict[tuple[str, str], list[str]] = {}  # of each option and contradiction
+        set_by_user = set()
         for place, now, theirs in paired_kinds(architecture, source, _layer_values):
             kind = architecture.kinds.get(place, architecture)
             for key in {**theirs, **now}:
                 if key not in allowed and theirs.get(key) != now.get(key):
                     text = self._contradiction(key, kind, theirs.get(key))
-                    places.setdefault(text, []).append(place)
-        # Where the patterns differ, the layers do for no other reason.
-        patterns = ('layer_pattern', *short_forms())
-        other = [key for key in patterns if places and architecture.get(key) != source.get(key)]
-        if other:
-            return [self._contradiction(key, architecture, source.get(key)) for key in other]
-        wheres = {text: in_layers(where, architecture) for text, where in places.items()}
+                    places.setdefault((key, text), []).append(place)
+                    if self._sets(key, kind):
+                        set_by_user.add(key)
+        # 2. Where another pattern was set, the layers differ for no other reason.
+        patterns = [
+            key
+            for key in ('layer_pattern', *short_forms())
+            if architecture.get(key) != source.get(key) and self._sets(key, architecture)
+        ]
+        if places and patterns:
+            return [self._contradiction(key, architecture, source.get(key)) for key in patterns]
+        # 3. Leave out what only follows from the options that were set.
+        wheres = {
+            text: in_layers(where, architecture)
+            for (key, text), where in places.items()
+            if not set_by_user or key in set_by_user
+        }
         return [f'{where}: {text}' if where else text for text, where in wheres.items()]
+
+    def _sets(self, key: str, config: ModelArchitectureConfig) -> bool:
+        """Whether the user's options set an option of layers that are all alike."""
+        origin = config.origins.get(key, 'default')
+        return origin not in ('default', self.checkpoint.name) and not origin.startswith('derived')
 
     def _contradiction(self, key: str, config: ModelArchitectureConfig, theirs: object) -> str:
         return (

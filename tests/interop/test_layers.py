@@ -231,6 +231,28 @@ def test_layers_that_contradict_the_weights_are_refused(gemma3, flags, messages)
         assert re.search(message, problem)
 
 
+WINDOWS = {'sliding_window': 3, 'attention_pattern': 'LG'}
+
+
+@pytest.mark.parametrize(
+    ('flag', 'windows'),
+    [
+        ('sliding_window=5', {}),
+        ('ffn_type=moe', {}),
+        ('attention_pattern=LLG', WINDOWS),
+        ('sliding_window=None', WINDOWS),
+    ],
+)
+def test_only_what_was_set_is_named(flag, windows, tmp_path):
+    """Not the defaults of the components that were chosen."""
+    model = perturbed_model(tiny(arch_preset='qwen3', n_layer=4, **windows))
+    interop.export(model.config, dict(model.named_parameters()), tmp_path / 'model')
+    with pytest.raises(UserError) as refusal:
+        start(tmp_path / 'model', f'--{flag}', '--vocab_size=256')
+    (problem,) = refusal.value.problems
+    assert problem.replace("'", '').startswith(f'{flag} (command line) contradicts init_from=hf:')
+
+
 @pytest.mark.parametrize(('scaling', 'original'), [('yarn', 32), ('linear', None)])
 def test_context_of_some_layers_is_extended(gemma3, scaling, original):
     flags = (f'--layer_kinds.G.rope_scaling={scaling}', '--block_size=64')
