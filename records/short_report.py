@@ -27,7 +27,7 @@ _SHOWN = {
 
 
 def short_report(header: RecordHeader, run_folder: Path | str) -> str:
-    """The TRAINING INITIALIZATION report in at most 24 lines of 80 columns."""
+    """The TRAINING INITIALIZATION report in at most 24 lines of 80 columns, 25 for mixed layers."""
     config, info = header['config'], header['startup_info']
     architecture, weights_from = header['architecture'], header['metadata'].get('weights_from')
     origin = f'preset {config["arch_preset"]}, hash {architecture["hash"]}'
@@ -58,26 +58,27 @@ def _name_line(name: str) -> str:
 
 
 def _choices(architecture: ArchitectureInfo) -> dict[str, str]:
-    """The choices that define an architecture, in four lines; by kind where kinds differ.
+    """The choices that define an architecture, in four lines: those of all layers, then of kinds.
 
     The name of the architecture has the pattern.
     """
     layers = architecture.get('layers')
-    if layers is None:
-        return _choices_of_layers(architecture['choices'])
-    by_kind = {kind: _choices_of_layers(choices) for kind, choices in layers['kinds'].items()}
-    labels = dict.fromkeys(label for texts in by_kind.values() for label in texts)
+    kinds = {'': architecture['choices']} if layers is None else layers['kinds']
+    by_kind = {kind: _choices_of_layers(choices) for kind, choices in kinds.items()}
     lines = {}
-    for label in labels:
-        texts = {kind: of_kind.get(label, 'none') for kind, of_kind in by_kind.items()}
-        equal = len(set(texts.values())) == 1
-        each = '; '.join(f'{kind}: {text}' for kind, text in texts.items())
-        lines[label] = next(iter(texts.values())) if equal else each
-    return lines
+    for label, first in next(iter(by_kind.values())).items():
+        common = [part for part in first if all(part in own[label] for own in by_kind.values())]
+        own = {
+            kind: [part for part in parts[label] if part not in common]
+            for kind, parts in by_kind.items()
+        }
+        of_kinds = [f'{kind}: {", ".join(parts)}' for kind, parts in own.items() if parts]
+        lines[label] = '; '.join(filter(None, [', '.join(common), *of_kinds]))
+    return {label: text for label, text in lines.items() if text}
 
 
-def _choices_of_layers(choices: dict[str, Any]) -> dict[str, str]:
-    """The choices that define layers that are all alike."""
+def _choices_of_layers(choices: dict[str, Any]) -> dict[str, list[str]]:
+    """The choices that define layers that are all alike, by line."""
 
     def value(key: str, form: str = '{}') -> str | None:
         return None if choices.get(key) is None else form.format(choices[key])
@@ -100,8 +101,7 @@ def _choices_of_layers(choices: dict[str, Any]) -> dict[str, str]:
             value('expert_d_ff' if has_experts else 'd_ff', 'width {:,}'),
         ],
     }
-    texts = {label: ', '.join(filter(None, values)) for label, values in parts.items()}
-    return {label: text for label, text in texts.items() if text}
+    return {label: [value for value in values if value] for label, values in parts.items()}
 
 
 def _options_line(config: dict[str, Any], chosen: dict[str, str]) -> list[str]:

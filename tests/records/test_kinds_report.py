@@ -90,8 +90,8 @@ def test_short_report_names_what_differs_by_kind(header):
     assert len(lines) <= 24 and max(map(len, lines)) <= 80
     assert '-LLM-L(SW4+RoPE)-M(NoPos+MoE2of4)' in text.replace(' ', '')
     assert 'L: rope, theta 10,000; M: none' in text
-    assert 'L: standard, window 4; M: standard' in text
-    assert 'M: moe, swiglu, 4 experts, 2 per token' in text
+    assert 'Attention: standard; L: window 4' in text
+    assert re.search('FFN Type: swiglu, width [0-9]+; M: moe, 4 experts, 2 per token', text), text
     assert 'Normalization: rmsnorm, pre' in text  # equal in both
     assert "{'" not in text
 
