@@ -192,9 +192,9 @@ class ModelArchitectureConfig(FrozenConfig):
         # 3. Check that each value that was set has an effect.
         with_layers = {name: kind for name, kind in kinds.items() if name in layers}
         for check, checked in ((unused_values, kinds), (ignored_by_layers, with_layers)):
-            found_problems, found_notes = check(base, checked, merges, shared_options(base.values))
-            problems += found_problems
-            notes += found_notes
+            its_problems, its_notes = check(base, checked, merges, shared_options(base.values))
+            problems += its_problems
+            notes += its_notes
         # 4. Derive the other values of each kind.
         resolved = {name: self._of_merge(merged) for name, merged in merges.items()}
         self._leave_out_unused(resolved, bool(kinds.keys() - declared.keys()))
