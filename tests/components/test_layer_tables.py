@@ -265,8 +265,9 @@ def test_layers_share_masks_and_rotations():
         'N': {'position_encoding': 'none'},
         'T': {'rope_theta': 50.0},
         'F': {'ffn_type': 'swiglu', 'n_head': 4, 'head_dim': 8},
+        'H': {'head_dim': 4},
     }
-    config = tiny(n_layer=10, n_head=2, **ROPE, layer_pattern='GLNTF', layer_kinds=kinds)
+    config = tiny(n_layer=12, n_head=2, **ROPE, layer_pattern='GLNTFH', layer_kinds=kinds)
     inputs = inputs_by_letter(config)
     for first, second in inputs.values():
         assert first.mask is second.mask and first.rotation is second.rotation
@@ -275,6 +276,7 @@ def test_layers_share_masks_and_rotations():
     assert one['N'].mask is one['G'].mask is one['T'].mask is one['F'].mask
     assert one['N'].rotation == () and one['T'].rotation is not one['G'].rotation
     assert one['F'].rotation is one['G'].rotation  # as many dimensions of a head
+    assert one['H'].rotation is not one['G'].rotation
 
 
 def test_biases_are_those_of_each_number_of_heads():
@@ -288,6 +290,8 @@ def test_biases_are_those_of_each_number_of_heads():
         letter: {one.mask.size(1) for one in of} for letter, of in inputs_by_letter(config).items()
     }
     assert heads == {'U': {4}, 'A': {2}, 'B': {4}, 'C': {2}}
+    masks = {id(one.mask) for of in inputs_by_letter(config).values() for one in of[:1]}
+    assert len(masks) == 4
     names = [name for name, _ in build_model(config).named_parameters() if 'position' in name]
     assert names == ['position_encoding.table.weight', 'more_position_encodings.0.table.weight']
 
