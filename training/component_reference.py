@@ -79,9 +79,10 @@ def _layers() -> str:
         ', '.join(f'`{key}`' for key in keys) for keys in (of_model, short_forms)
     )
     return (
-        'Layers may differ, by `layer_pattern` and `layer_kinds`. These options are those of the '
-        f'whole model: {names_of_model}. Short forms of a layer pattern are {names_of_forms}. All '
-        'other options of the architecture may differ from layer to layer.'
+        'Layers may differ, by `layer_pattern` and `layer_kinds` ([Layers](layers.md)). These '
+        f'options are those of the whole model: {names_of_model}. Short forms of a layer pattern '
+        f'are {names_of_forms}. All other options of the architecture may differ from layer to '
+        'layer.'
     )
 
 

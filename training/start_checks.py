@@ -9,6 +9,7 @@ affect the output. Weights and random state are restored afterwards.
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -358,6 +359,10 @@ def _without_head(model: Transformer) -> Iterator[None]:
         del model.output_head.forward
 
 
+def _embed_at_zero(embed: Callable, x: torch.Tensor, pos: torch.Tensor) -> torch.Tensor:
+    return embed(x, torch.zeros_like(pos))
+
+
 @contextmanager
 def _without_positions(model: Transformer) -> Iterator[None]:
     """Set all positions to 0."""
@@ -366,8 +371,7 @@ def _without_positions(model: Transformer) -> Iterator[None]:
         model, torch.zeros_like(pos), *rest
     )
     for encoding in encodings:
-        embed = encoding.embed
-        encoding.embed = lambda x, pos, embed=embed: embed(x, torch.zeros_like(pos))
+        encoding.embed = partial(_embed_at_zero, encoding.embed)  # type: ignore[method-assign]
     try:
         yield
     finally:

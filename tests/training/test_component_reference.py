@@ -88,7 +88,7 @@ def test_changed_options_of_a_preset_rebuild_it(page):
 def test_page_lists_the_options_of_the_whole_model(page):
     """A kind of layers may have all options but those."""
     paragraph = next(line for line in page.splitlines() if line.startswith('Layers may differ'))
-    of_model, short_forms = (re.findall(r'`(\w+)`', part) for part in paragraph.split('.')[1:3])
+    of_model, short_forms = (re.findall(r'`(\w+)`', part) for part in paragraph.split('. ')[1:3])
     for key in architecture_options():
         refused = refused_in_kind(key, None)
         assert (key in of_model) == (refused is not None and 'the whole model' in refused)
