@@ -197,6 +197,7 @@ class ModelArchitectureConfig(FrozenConfig):
             notes += its_notes
         # 4. Derive the other values of each kind.
         resolved = {name: self._of_merge(merged) for name, merged in merges.items()}
+        self._add_model_options(resolved)
         self._leave_out_unused(resolved, bool(kinds.keys() - declared.keys()))
         given = {name: (resolved[name], kind) for name, kind in kinds.items() if name in declared}
         self._values['layer_kinds'] = {
@@ -205,6 +206,14 @@ class ModelArchitectureConfig(FrozenConfig):
         self.__dict__.update(dropped=[*replaced, *notes], _declared=given)
         self._set_layers(list(layers), resolved)
         return True
+
+    def _add_model_options(self, kinds: dict) -> None:
+        """Add options of the whole model, such as document_mask, that only a kind has."""
+        of_layers = layer_options().keys() | short_forms()
+        for config in kinds.values():
+            for key, value in config._values.items():
+                if key not in of_layers and key not in self:
+                    self._values[key], self.origins[key] = value, config.origins[key]
 
     def _leave_out_unused(self, kinds: dict, has_base_layers: bool) -> None:
         """Leave out options that neither the model nor any layer uses."""

@@ -1,6 +1,7 @@
 """Layer patterns and kinds of layers: what the user's values mean, and what each mistake says."""
 
 import shlex
+from typing import ClassVar
 
 import pytest
 from helpers.project import PROJECT
@@ -8,9 +9,10 @@ from helpers.project import PROJECT
 from common.architecture_presets import PRESETS
 from common.errors import UserError
 from common.layer_pattern import compact_pattern, expand_pattern
+from components.attention import MultiHeadAttention
 from configurator import read_command_line
 from model_builder import build_model
-from model_config import FFN_REGISTRY, ModelArchitectureConfig, schema
+from model_config import ATTENTION_REGISTRY, FFN_REGISTRY, ModelArchitectureConfig, schema
 from training.load import checked_layers
 
 LLAMA = '--arch_preset=llama --n_layer=4 --n_head=4 --n_embd=32 --block_size=32 --vocab_size=50 '
@@ -400,3 +402,21 @@ def test_component_of_a_config_file_in_some_layers(resolve, accepted, monkeypatc
     (problem,) = refused.value.problems
     assert "layer_kinds.P.ffn_type='power', layer_kinds.P.ffn_power=3.0. " in problem
     assert 'own.py' in problem and 'activation' not in problem
+
+
+def test_option_of_the_model_that_one_kind_has_is_the_models(register):
+    class WithoutDocuments(MultiHeadAttention):
+        options: ClassVar = {
+            key: option
+            for key, option in MultiHeadAttention.options.items()
+            if key not in ('document_mask', 'end_of_text')
+        }
+
+    register(ATTENTION_REGISTRY, 'without_documents', WithoutDocuments)
+    kinds = {'S': {'attention_type': 'standard'}}
+    config = ModelArchitectureConfig(
+        attention_type='without_documents', layer_pattern='S', layer_kinds=kinds
+    )
+    assert config.document_mask is False
+    masked = config.replace(document_mask=True, end_of_text=3)
+    assert (masked.end_of_text, masked.layers[0].end_of_text) == (3, 3)
