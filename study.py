@@ -30,7 +30,7 @@ Keys of a study file:
   tune        {option: [values]}: values that each variant is tuned over, with
               seed tune_seed
   tune_seed   Seed of the tuning runs, not one of the sweep's (default 0)
-An option of one kind of layers has a dotted name: 'layer_kinds.L.sliding_window'.
+Options of one kind of layers have dotted names: 'layer_kinds.L.sliding_window'.
 """
 
 from pathlib import Path

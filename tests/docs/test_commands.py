@@ -31,7 +31,7 @@ EXCEPTIONS = {
     r'^torchrun .*--nproc_per_node=8': GPU,
     r'^torchrun .*--nproc_per_node=2 (?!.*--use_fsdp)': PARALLEL,
     r'^python data/fineweb|--init_from=gpt2|finetune_shakespeare': NETWORK,
-    r'^python (benchmarks|tests/stress)/': MINUTES,
+    r'^(OMP_NUM_THREADS=1 )?python (benchmarks|tests/stress)/': MINUTES,
 }
 # An information about options or a plan is given at the documented size.
 NOT_SHRUNK = ('--help', '--list_components', '--print_config', '--plan')

@@ -26,9 +26,10 @@ from configurator import read_command_line
 from records import trackers
 from records.record import read_record
 from records.run_folders import new_run_folder
-from studies.grid import STUDY_KEYS, read_study
+from studies.grid import STUDY_KEYS, merged_settings, read_study
 from studies.runner import StudyRunner
 from studies.trials import Trial
+from studies.variants import TuneChoice
 from training_logger import TrainingLogger
 
 pytestmark = [pytest.mark.optional, pytest.mark.usefixtures('one_thread')]
@@ -250,10 +251,12 @@ def test_wandb_rows_after_rollback(wandb, tmp_path):
 def test_study_names_wandb_runs(tiny_dataset, tmp_path, wandb):
     path = tmp_path / 'study.py'
     path.write_text(f"dataset = {str(tiny_dataset)!r}\nsweep = {{'bias': [True, False]}}")
-    trial = Trial('bias=True', 'bias=True', {'bias': True}, choice=None, iterations=None)
     for given, named in ((['--wandb_log'], True), ([], False)):
         command_line = read_command_line([str(path), *given], study.study_schema, extra=STUDY_KEYS)
-        runner = StudyRunner(read_study(command_line), tmp_path, (), jobs=1, study_options=set())
+        read = read_study(command_line)
+        choice = TuneChoice({}, merged_settings(read, {}), tokens_per_iter=1, flops_per_iter=1.0)
+        trial = Trial('bias=True', 'bias=True', {'bias': True}, choice, iterations=None)
+        runner = StudyRunner(read, tmp_path, (), jobs=1, study_options=set())
         assert ('--wandb_run_name=bias=True' in runner.arguments('runs', trial)) == named
 
 
