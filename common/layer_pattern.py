@@ -13,6 +13,7 @@ from common.registry import show_value
 
 MOST_LAYERS = 10_000
 MAX_TAG = 24  # characters of a pattern in a name
+TAG_UNIT = 8  # letters of a repeating pattern that a name shows one by one
 SHOWN_LETTERS = 64  # of the layers of a model, one by one
 _TERM = re.compile(r'([A-Za-z]+)(\*([1-9][0-9]{0,8})?)?')
 SYNTAX = (
@@ -99,7 +100,8 @@ def compact_pattern(letters: str) -> str:
 def pattern_tag(letters: str) -> str:
     """The layers as a part of a name, at most MAX_TAG characters: `LLLG`, `3D58M`."""
     runs = ''.join(f'{count if count > 1 else ""}{name}' for name, count in _run_lengths(letters))
-    tag = min(shortest_pattern(letters), runs, key=len)
+    unit = shortest_pattern(letters)
+    tag = unit if len(unit) <= TAG_UNIT else min(unit, runs, key=len)
     return tag if len(tag) <= MAX_TAG else f'{tag[: MAX_TAG - 3]}...'
 
 

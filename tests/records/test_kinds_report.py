@@ -113,6 +113,7 @@ def test_trackers_get_options_of_kinds_as_single_values(header):
     ('letters', 'tag'),
     [
         ('LLLGLLLGLL', 'LLLG'),
+        ('LLLG', 'LLLG'),
         ('DDD' + 'M' * 58, '3D58M'),
         ('LLLLLG' * 10, 'LLLLLG'),
         ('AB', 'AB'),
