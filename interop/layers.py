@@ -60,7 +60,7 @@ def _letters(kinds: dict[tuple, dict]) -> dict[tuple, str]:
         letters = [letter_of(kind.get(option)) for kind in kinds.values()]
         if len(set(letters)) == len(kinds):
             return dict(zip(kinds, letters))
-    return dict(zip(kinds, string.ascii_letters))
+    return dict(zip(kinds, string.ascii_uppercase + string.ascii_lowercase))
 
 
 def canonical_options(config: ModelArchitectureConfig) -> dict:
