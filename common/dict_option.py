@@ -159,12 +159,15 @@ class DictOption(Option):
             raise UserError(f'{place}.{option}: {reason}')
 
 
-def leaves(values: dict) -> dict:
-    """The values with dotted names in place of dicts: {'layer_kinds.L.sliding_window': 64}."""
+def leaves(values: Mapping, parts: int = 3) -> dict:
+    """The values with dotted names in place of dicts: {'layer_kinds.L.sliding_window': 64}.
+
+    parts: the most that a name has, since values of malformed records may be nested deeply.
+    """
     result: dict = {}
     for name, value in values.items():
-        if isinstance(value, dict) and value:
-            result |= leaves({f'{name}.{part}': each for part, each in value.items()})
+        if isinstance(value, dict) and value and parts > 1:
+            result |= leaves({f'{name}.{part}': each for part, each in value.items()}, parts - 1)
         else:
             result[name] = value
     return result
@@ -183,12 +186,5 @@ def text_of(value: object) -> str:
 
 
 def flat_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options whose value is a dict, name -> {option: value}, as one option for each value."""
-    flat: dict[str, Any] = {}
-    for key, value in options.items():
-        entries = value if isinstance(value, dict) else {'': value}
-        for name, entry in entries.items():
-            values = entry if isinstance(entry, dict) else {'': entry}
-            for option, single in values.items():
-                flat['.'.join(filter(None, (key, name, option)))] = single
-    return flat
+    """Options with dotted names, without dicts that hold no value."""
+    return {name: value for name, value in leaves(options).items() if value != {}}
