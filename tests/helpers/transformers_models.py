@@ -1,11 +1,15 @@
 """Models of transformers for our architectures, and their tensors under our names."""
 
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
 import interop
+from helpers.architectures import gradients, random_tokens
+from model_builder import Transformer, build_model
 from model_config import ModelArchitectureConfig
 
 # The defaults belong to other tokenizers; a padding token would have no gradient.
@@ -53,3 +57,55 @@ def loaded(folder: Path):
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(folder, attn_implementation='eager').eval()
+
+
+class Parity(NamedTuple):
+    """A model of transformers, its import, and what both compute for the same tokens.
+
+    pairs: our tensors and theirs by name; `exported`: those of our export, and ours.
+    """
+
+    theirs: nn.Module
+    ours: Transformer
+    tokens: torch.Tensor
+    pairs: dict[str, tuple[dict, dict]]
+
+
+def compared(fields: dict, folder: Path) -> Parity:
+    """Import a model with these fields; export it, and read and load the export again."""
+    theirs = randomized_model(fields)
+    source = saved(theirs, folder / 'theirs')
+    config = source.config
+    ours = build_model(config, 'cpu')
+    weights = dict(source.weights(config))
+    missing, unexpected = ours.load_state_dict(weights, strict=False)
+    assert (not missing or config.weight_tying, unexpected) == (True, [])
+
+    tokens = random_tokens(config, batch=3)
+    targets = F.pad(tokens[:, 1:], (0, 1), value=-100)  # the last token has no successor
+    their_logits = theirs(tokens).logits
+    F.cross_entropy(their_logits.flatten(0, 1), targets.flatten()).backward()
+    loss_sum, count, _ = ours(tokens, targets)
+    (loss_sum / count).backward()
+    our_gradients = gradients(ours)
+    as_weights = dict(saved(theirs, folder / 'gradients', True).weights(config))
+    constants = {
+        name: interop.tensor_map_of(source.family, name, config)[0].offset for name in our_gradients
+    }
+    their_gradients = {name: g - constants[name] for name, g in as_weights.items()}
+
+    interop.export(config, dict(ours.named_parameters()), folder / 'ours')
+    again = interop.open_checkpoint(f'hf:{folder / "ours"}')
+    assert again.config.to_dict() == config.to_dict()
+    read_again = dict(again.weights(config))
+    assert all(torch.equal(read_again[name], weights[name]) for name in weights)
+    exported = loaded(folder / 'ours')
+    assert type(exported) is type(theirs)
+    with torch.no_grad():
+        our_logits, exported_logits = ours.eval()(tokens), exported(tokens).logits
+    pairs = {
+        'logits': ({'': our_logits}, {'': their_logits}),
+        'gradients': (our_gradients, their_gradients),
+        'exported': ({'': exported_logits}, {'': our_logits}),
+    }
+    return Parity(theirs, ours, tokens, pairs)

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import transformers_models as reference
-from helpers.architectures import gradients, perturbed_model, random_tokens, tiny
+from helpers.architectures import perturbed_model, random_tokens, tiny
 from helpers.in_process import joined, train_here
 from helpers.project import PROJECT
 from safetensors.torch import load_file
@@ -193,48 +193,10 @@ def largest(ours: dict, theirs: dict) -> float:
     )
 
 
-def parity(fields: dict, folder: Path) -> dict[str, float]:
-    """The largest relative differences of the imported model and of its export, read again."""
-    theirs = reference.randomized_model(fields)
-    source = reference.saved(theirs, folder / 'theirs')
-    config = source.config
-    ours = build_model(config, 'cpu')
-    weights = dict(source.weights(config))
-    missing, unexpected = ours.load_state_dict(weights, strict=False)
-    assert (not missing or config.weight_tying, unexpected) == (True, [])
-
-    tokens = random_tokens(config, batch=3)
-    targets = F.pad(tokens[:, 1:], (0, 1), value=-100)  # the last token has no successor
-    their_logits = theirs(tokens).logits
-    F.cross_entropy(their_logits.flatten(0, 1), targets.flatten()).backward()
-    loss_sum, count, _ = ours(tokens, targets)
-    (loss_sum / count).backward()
-    our_gradients = gradients(ours)
-    as_weights = dict(reference.saved(theirs, folder / 'gradients', True).weights(config))
-    constants = {
-        name: interop.tensor_map_of(source.family, name, config)[0].offset for name in our_gradients
-    }
-    their_gradients = {name: g - constants[name] for name, g in as_weights.items()}
-
-    interop.export(config, dict(ours.named_parameters()), folder / 'ours')
-    again = interop.open_checkpoint(f'hf:{folder / "ours"}')
-    assert again.config.to_dict() == config.to_dict()
-    read_again = dict(again.weights(config))
-    assert all(torch.equal(read_again[name], weights[name]) for name in weights)
-    loaded = reference.loaded(folder / 'ours')
-    assert type(loaded) is type(theirs)
-    with torch.no_grad():
-        our_logits, loaded_logits = ours(tokens), loaded(tokens).logits
-    return {
-        'logits': largest({'': our_logits}, {'': their_logits}),
-        'gradients': largest(our_gradients, their_gradients),
-        'exported': largest({'': loaded_logits}, {'': our_logits}),
-    }
-
-
 @pytest.mark.parametrize('name', CONFIGS)
 def test_parity_with_transformers(name, tmp_path):
-    differences = parity(CONFIGS[name], tmp_path)
+    pairs = reference.compared(CONFIGS[name], tmp_path).pairs
+    differences = {compared: largest(*pair) for compared, pair in pairs.items()}
     assert max(differences.values()) < 1e-5, differences
 
 

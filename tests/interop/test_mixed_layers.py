@@ -4,14 +4,12 @@ import re
 
 import pytest
 import torch
-import torch.nn.functional as F
 from helpers import transformers_models as reference
-from helpers.architectures import gradients, random_tokens, tiny
+from helpers.architectures import tiny
 
 import interop
 from common.errors import UserError
 from inference.generate import generate
-from model_builder import build_model
 from model_config import ModelArchitectureConfig
 
 pytestmark = [pytest.mark.optional, pytest.mark.slow, pytest.mark.usefixtures('one_thread')]
@@ -116,28 +114,12 @@ def largest(ours: dict, theirs: dict) -> float:
 @pytest.mark.parametrize('name', CASES)
 def test_logits_gradients_and_texts_are_those_of_transformers(name, tmp_path):
     fields, letters = CASES[name]
-    theirs = reference.randomized_model(fields)
-    source = reference.saved(theirs, tmp_path / 'theirs')
-    config = source.config
+    theirs, ours, tokens, pairs = reference.compared(fields, tmp_path)
+    config = ours.config
     assert ''.join(config.layer_letters) == letters
-    ours, weights = build_model(config, 'cpu'), dict(source.weights(config))
-    ours.load_state_dict(weights, strict=not config.weight_tying)
-
-    tokens = random_tokens(config, batch=3)
-    targets = F.pad(tokens[:, 1:], (0, 1), value=-100)  # the last token has no successor
-    their_logits = theirs(tokens).logits
-    F.cross_entropy(their_logits.flatten(0, 1), targets.flatten()).backward()
-    loss_sum, count, _ = ours(tokens, targets)
-    (loss_sum / count).backward()
-    their_gradients = {
-        name: gradient - interop.tensor_map_of(source.family, name, config)[0].offset
-        for name, gradient in reference.saved(theirs, tmp_path / 'gradients', True).weights(config)
-    }
-    ours.eval()
-    with torch.no_grad():
-        our_logits = ours(tokens)
-    assert largest({'': our_logits}, {'': their_logits}) < 1e-5
-    assert largest(gradients(ours), their_gradients) < 1e-4
+    assert largest(*pairs['logits']) < 1e-5
+    assert largest(*pairs['gradients']) < 1e-4
+    assert largest(*pairs['exported']) < 1e-5
 
     # The most likely continuation, up to the context length, with and without a cache.
     prompt = tokens[:, :5]
@@ -146,17 +128,6 @@ def test_logits_gradients_and_texts_are_those_of_transformers(name, tmp_path):
     for cache in (True, False):
         text = generate(ours, prompt, 11, choose=lambda x: x.argmax(-1), cache=cache)
         assert torch.equal(torch.stack(list(text), dim=1), expected[:, 5:])
-
-    # The export, read again and loaded by transformers.
-    interop.export(config, dict(ours.named_parameters()), tmp_path / 'ours')
-    again = interop.open_checkpoint(f'hf:{tmp_path / "ours"}')
-    assert again.config.to_dict() == config.to_dict()
-    read_again = dict(again.weights(config))
-    assert all(torch.equal(read_again[name], weights[name]) for name in weights)
-    loaded = reference.loaded(tmp_path / 'ours')
-    assert type(loaded) is type(theirs)
-    with torch.no_grad():
-        assert largest({'': loaded(tokens).logits}, {'': our_logits}) < 1e-5
 
 
 def test_layers_that_no_family_can_express_are_named():
