@@ -1,0 +1,1 @@
+"""Statistics of ladders: architectures at several sizes, with numpy."""
