@@ -20,7 +20,7 @@ import common.first_import  # noqa: F401
 from common.console_output import write_text
 from common.errors import ArgumentParser, run_script
 from common.files import check_destination
-from comparison import html_report, plots
+from comparison import html_page, html_report, plots
 from comparison.analysis import (
     BETTER,
     BLOCKED,
@@ -128,7 +128,7 @@ def check_pictures(options: argparse.Namespace) -> None:
     if options.plot:
         check_destination('--plot', options.plot, plots.SUFFIXES)
     if options.report:
-        check_destination('--report', options.report, html_report.SUFFIXES)
+        check_destination('--report', options.report, html_page.SUFFIXES)
     if options.plot or options.report:
         with plots.drawing():  # matplotlib is installed
             pass

@@ -7,6 +7,7 @@ import contextlib
 import io
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
+
+Draw = Callable[['Axes'], None]
+LegendEntry = tuple[int | None, str]  # number of a style, text
 
 SUFFIXES = ('.png', '.svg', '.pdf')
 # The color-blind safe palette of Okabe & Ito (2008); the first is the baseline's.
@@ -189,25 +193,43 @@ def draw_rows(rows: Sequence[IntervalRow], axes: 'Axes') -> None:
 def figure_of(comparison: Comparison) -> 'Figure':
     """Curves above, fronts below, and one legend."""
     curves, fronts = panels_of(comparison)
-    rows = [panels for panels in (curves, fronts) if panels]
+    rows = [
+        [partial(draw_panel, comparison, panel) for panel in panels]
+        for panels in (curves, fronts)
+        if panels
+    ]
     if not rows:
-        figure = new_figure(6, 2)
-        figure.text(0.5, 0.5, 'No trained model has a validation loss.', ha='center')
-        return figure
+        return note_figure('No trained model has a validation loss.')
+    return sheet(rows, legend_entries(comparison), caption([*curves, *fronts]))
+
+
+def legend_entries(comparison: Comparison) -> list[LegendEntry]:
+    return [(style_number(comparison, rank), text) for rank, text in legend(comparison)]
+
+
+def note_figure(text: str) -> 'Figure':
+    """A figure of a single line of text."""
+    figure = new_figure(6, 2)
+    figure.text(0.5, 0.5, text, ha='center')
+    return figure
+
+
+def sheet(rows: Sequence[Sequence[Draw]], entries: Sequence[LegendEntry], note: str) -> 'Figure':
+    """Rows of panels with one legend and one note below all of them."""
     width = max(7.0, 4.2 * max(map(len, rows)))
-    entries = [(rank, drawable(text)) for rank, text in legend(comparison)]
-    columns = max(1, min(4, int(width * 11) // (max(len(text) for _, text in entries) + 6)))
-    notes = textwrap.wrap(caption([*curves, *fronts]), int(width * 15))
-    below = 0.2 * -(-len(entries) // columns) + 0.18 * len(notes) + 0.3
+    texts = [drawable(text) for _, text in entries]
+    columns = max(1, min(4, int(width * 11) // (max(map(len, texts)) + 6)))
+    lines = textwrap.wrap(note, int(width * 15))
+    below = 0.2 * -(-len(texts) // columns) + 0.18 * len(lines) + 0.3
     heights = [*(3.6 for _ in rows), below]
     figure = new_figure(width, sum(heights))
     *parts, last = figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights).flat
-    for panels, part in zip(rows, parts):
-        for panel, axes in zip(panels, part.subplots(1, len(panels), squeeze=False).flat):
-            draw_panel(comparison, panel, axes)
-    handles = [handle_of(style_number(comparison, rank)) for rank, _ in entries]
-    last.legend(handles, [text for _, text in entries], loc='upper center', ncols=columns)
-    last.text(0.5, 0.02, '\n'.join(notes), ha='center', va='bottom', fontsize=8, color='#555555')
+    for drawings, part in zip(rows, parts):
+        for draw, axes in zip(drawings, part.subplots(1, len(drawings), squeeze=False).flat):
+            draw(axes)
+    handles = [handle_of(number) for number, _ in entries]
+    last.legend(handles, texts, loc='upper center', ncols=columns)
+    last.text(0.5, 0.02, '\n'.join(lines), ha='center', va='bottom', fontsize=8, color='#555555')
     return figure
 
 
@@ -219,13 +241,18 @@ def handle_of(number: int | None) -> 'Line2D':
 
 def plot(comparison: Comparison, path: Path) -> None:
     """Write all panels to one file. Raises UserError."""
+    save(partial(figure_of, comparison), path)
+
+
+def save(make: Callable[[], 'Figure'], path: Path) -> None:
+    """Write the figure that `make` draws. Raises UserError."""
     data = io.BytesIO()
     with drawing():
-        figure_of(comparison).savefig(data, format=path.suffix[1:].lower(), dpi=150)
+        make().savefig(data, format=path.suffix[1:].lower(), dpi=150)
     write_file(path, data.getvalue())
 
 
-def svg(width: float, height: float, name: str, draw: Callable[['Axes'], None]) -> str:
+def svg(width: float, height: float, name: str, draw: Draw) -> str:
     """The drawing of `draw(axes)` as an SVG element for a page."""
     text = io.StringIO()
     with drawing(name):

@@ -10,7 +10,7 @@ import pytest
 from helpers.run_records import STUDY, compared, decaying, study_record, write_study
 
 import compare_architectures as ca
-from comparison import html_report
+from comparison import html_page, html_report
 from comparison.formats import one_line, render_text
 from comparison.headline import headline
 from comparison.tables import tables
@@ -134,7 +134,7 @@ def test_page_shows_failures_reasons_and_tuning(folder):
     assert '1 of 2 seeds finished, 1 diverged' in text
     assert '1 of 2 diverged' in text  # in the legends
     reasons = [reason for verdict in comparison.verdicts for reason in verdict.reasons]
-    assert reasons and all(html_report.escaped(reason) in text for reason in reasons)
+    assert reasons and all(html_page.escaped(reason) in text for reason in reasons)
     assert '<h2>TUNING</h2>' in text and 'learning_rate' in text
 
 

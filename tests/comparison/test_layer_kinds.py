@@ -9,7 +9,7 @@ from common.architecture_identity import HASH_VERSION, hash_of_values
 from comparison.baseline import group_labels
 from comparison.compare import compare
 from comparison.formats import FORMATS
-from comparison.html_report import section_html
+from comparison.html_page import section_html
 from comparison.run_list import RunList
 from comparison.runs import run_from_record
 from comparison.tables import options_section
