@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from common import hardware
 from common.errors import UserError
 from common.progress_bar import ProgressBar
-from comparison.significance import CONFIDENCE, student_quantile
+from common.student import student_quantile
+from comparison.significance import CONFIDENCE
 from data.tokenizer import Tokenizer
 from model_builder import Transformer
 from model_components import IGNORED
