@@ -1,4 +1,4 @@
-"""The tables COST and LOSS AT EQUAL COST."""
+"""The tables COST, LOSS AT EQUAL COST and COST TO BASELINE LOSS."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -6,6 +6,7 @@ from typing import NamedTuple
 from common.formatting import duration, nats, or_dash, si
 from comparison.compare import Comparison
 from comparison.costs import COSTS
+from comparison.costs_to_loss import GroupCost, Ratio, Spread, cost_to_baseline
 from comparison.groups import Metric
 from comparison.runs import Run
 from comparison.section import Section
@@ -96,3 +97,50 @@ def equal_cost_section(comparison: Comparison) -> Section | None:
         'A run whose learning-rate schedule continues beyond that point has not decayed fully.'
     ]
     return Section('LOSS AT EQUAL COST', notes, ['#', *header], rows, '>' * (1 + len(header)))
+
+
+def cost_to_baseline_section(comparison: Comparison) -> Section | None:
+    costs = cost_to_baseline(comparison)
+    if not costs:
+        return None
+    known = [key for key in comparison.costs if any(group.spread(key) for group in costs)]
+    rows = [
+        [
+            str(rank),
+            f'{group.reached} of {len(group.runs)}',
+            *(or_dash(group.spread(key), spread_text) for key in known),
+            label,
+        ]
+        for rank, (group, label) in enumerate(zip(costs, comparison.labels), 1)
+    ]
+    header = ['#', 'reached', *(comparison.costs[key] for key in known), 'architecture']
+    notes = _cost_to_baseline_notes(comparison, costs)
+    return Section('COST TO BASELINE LOSS', notes, header, rows, '>>' + '>' * len(known) + '<')
+
+
+def _cost_to_baseline_notes(comparison: Comparison, costs: list[GroupCost]) -> list[str]:
+    paired = [run.paired for group in costs for run in group.runs]
+    kind = 'best' if comparison.score == 'best' else 'final'
+    reference = f"the {kind} loss of the baseline's run with the same seeds"
+    if not all(paired):
+        reference += f' (for {paired.count(False)} runs without one: the mean of its runs)'
+    several = ' Median and range over seeds.' * comparison.repeated
+    notes = [
+        f'Where the validation loss first reaches {reference}: the cost so far over the total of '
+        f'the baseline, interpolated between evaluations.{several} ">": not reached by the end '
+        'of a run of this cost. A loss reached before the learning rate has decayed would be '
+        'reached sooner by a shorter schedule.'
+    ]
+    if comparison.loss_warnings:
+        notes.append('These losses are not directly comparable: see WARNINGS.')
+    return notes
+
+
+def spread_text(spread: Spread) -> str:
+    """The median and the range: `0.83 (0.80 to > 1.00)`; one number if all runs are equal."""
+    median, low, high = map(ratio_text, spread)
+    return low if low == high else f'{median} ({low} to {high})'
+
+
+def ratio_text(ratio: Ratio) -> str:
+    return f'{ratio.relation} {ratio.value:.2f}'.lstrip()

@@ -19,7 +19,9 @@ from comparison.analysis import (
     Verdict,
 )
 from comparison.compare import Comparison
+from comparison.conditions import SEEDS
 from comparison.costs import mean_loss_by_position
+from comparison.costs_to_loss import GroupCost, cost_to_baseline
 from comparison.runs import run_data
 from comparison.section import Section
 from comparison.tables import sample_of, sections
@@ -129,6 +131,7 @@ def render_json(comparison: Comparison) -> str:
 
 def comparison_data(comparison: Comparison) -> dict[str, Any]:
     """The whole comparison as plain values: verdict, groups, effects, warnings and runs."""
+    costs_to_loss = dict(enumerate(cost_to_baseline(comparison), 1))
     return {
         'baseline': comparison.baseline_label,
         'score': comparison.score,
@@ -136,6 +139,7 @@ def comparison_data(comparison: Comparison) -> dict[str, Any]:
         'verdict': answer_data(comparison),
         'groups': [
             _group_data(comparison, rank, verdict)
+            | {'cost_to_baseline': _cost_to_loss_data(costs_to_loss.get(rank))}
             for rank, verdict in enumerate(comparison.verdicts, 1)
         ],
         'equal_cost': [row._asdict() for row in comparison.equal_cost],
@@ -236,6 +240,27 @@ def _group_data(comparison: Comparison, rank: int, verdict: Verdict) -> dict[str
         ],
         'sample': sample_of(group),
         'runs': [str(run.folder) for run in group.runs],
+    }
+
+
+def _cost_to_loss_data(cost: GroupCost | None) -> dict[str, Any] | None:
+    """The costs to the baseline's loss of each run, and their spread."""
+    if cost is None:
+        return None
+    spreads = {key: cost.spread(key) for key in cost.runs[0].ratios}
+    return {
+        'reached': cost.reached,
+        'ratios': {
+            key: spread and {part: ratio._asdict() for part, ratio in spread._asdict().items()}
+            for key, spread in spreads.items()
+        },
+        'runs': [
+            {
+                **{key: run.run.config.get(key) for key in SEEDS},
+                **{key: value for key, value in run._asdict().items() if key != 'run'},
+            }
+            for run in cost.runs
+        ],
     }
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from common.formatting import WIDTH, or_dash, table, wrapped
 from comparison.compare import Comparison
-from comparison.cost_tables import cost_section, equal_cost_section
+from comparison.cost_tables import cost_section, cost_to_baseline_section, equal_cost_section
 from comparison.costs import mean_loss_by_position
 from comparison.groups import Group
 from comparison.headline import headline
@@ -37,6 +37,7 @@ def tables(comparison: Comparison) -> list[Section]:
         tuning_section,
         cost_section,
         equal_cost_section,
+        cost_to_baseline_section,
         effects_section,
         interactions_section,
         positions_section,
