@@ -1,0 +1,236 @@
+"""Least-squares fits of L(C) = E + A · C^-α to losses at several costs, for many draws at once.
+
+E is the irreducible loss. A fit is found in two steps. First a grid over E: for a fixed E,
+ln(L - E) is a straight line in ln C, weighted so that it approximates least squares in the loss.
+Then the Levenberg-Marquardt method from the best point of the grid, with bounds as an active set.
+Its normal equations are block-diagonal but for the shared E, so each step is solved in closed form,
+for all draws together.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+MIN_EXPONENT = 1e-6  # of α; a curve that does not fall ends here
+MAX_EXPONENT = 10.0  # published exponents of the loss are below 1
+BELOW_MINIMUM = 1e-9  # E stays below the smallest loss by at least this share of it
+GRID = 1 - np.geomspace(1, 1e-3, 16)  # of E, as a share of the smallest loss
+MAX_STEPS = 200
+NO_PROGRESS = 1e-13  # relative decrease of the squared error at which a fit has converged
+EXACT = 1e-29  # squared error, relative to the squared losses, that is rounding
+
+
+@dataclass(frozen=True)
+class Curves:
+    """Curves L(C) = E + A · C^-α. Each array has the shape [..., variants]."""
+
+    irreducible: np.ndarray  # E
+    log_scale: np.ndarray  # ln A
+    exponent: np.ndarray  # α
+
+    def loss(self, costs: np.ndarray) -> np.ndarray:
+        """The losses at the costs [..., variants, points], in the same shape."""
+        log_reducible = self.log_scale[..., None] - self.exponent[..., None] * np.log(costs)
+        return self.irreducible[..., None] + np.exp(log_reducible)
+
+    @property
+    def scale(self) -> np.ndarray:
+        """A, in units of loss · cost^α."""
+        return np.exp(self.log_scale)
+
+
+def fit_curves(
+    costs: np.ndarray,
+    losses: np.ndarray,
+    shared: bool = True,
+    irreducible: float | np.ndarray | None = None,
+) -> Curves:
+    """The curves with the least squared error, with 0 <= E < smallest loss, A > 0 and α > 0.
+
+    costs [variants, rungs] and losses [..., variants, rungs] are nan where there is no run. A
+    variant with fewer than two rungs has no curve (nan).
+
+    shared: one E for all variants, or else one for each.
+    irreducible: a fixed E, which broadcasts to [..., variants] and makes `shared` irrelevant.
+    """
+    costs, losses = np.asarray(costs, float), np.asarray(losses, float)
+    shape = losses.shape[:-1]
+    separate = not shared or irreducible is not None
+    # Each problem of the batch has one E: [problems, variants with this E, rungs].
+    grouped = (-1, 1, losses.shape[-1]) if separate else (-1, *losses.shape[-2:])
+    problem_losses = losses.reshape(grouped)
+    problem_costs = np.broadcast_to(costs, losses.shape).reshape(grouped)
+    fixed = None if irreducible is None else np.broadcast_to(irreducible, shape).reshape(-1)
+    e, log_scale, exponent = _Problems(problem_costs, problem_losses, fixed).solve()
+    without = np.isnan(exponent)
+    e = np.where(without, np.nan, np.broadcast_to(e[:, None], exponent.shape))
+    return Curves(e.reshape(shape), log_scale.reshape(shape), exponent.reshape(shape))
+
+
+def fit_lines(costs: np.ndarray, values: np.ndarray) -> Curves:
+    """Straight lines through ln(value) against ln(cost), by least squares: curves with E = 0.
+
+    costs [variants, points] and positive values [..., variants, points]; nan where one is missing.
+    α is below 0 where the values rise. A variant needs two points.
+    """
+    used = np.isfinite(costs) & np.isfinite(values)
+    used &= used.sum(axis=-1, keepdims=True) >= 2
+    x = np.log(np.where(used, costs, 1.0))
+    y = np.log(np.where(used, values, 1.0))
+    count = np.where(used.any(axis=-1), used.sum(axis=-1), np.nan)
+    mean_x, mean_y = (z.sum(axis=-1) / count for z in (x, y))
+    deviation = np.where(used, x - mean_x[..., None], 0.0)
+    spread = np.where(used.any(axis=-1), (deviation**2).sum(axis=-1), np.nan)
+    exponent = -(deviation * y).sum(axis=-1) / spread
+    return Curves(np.zeros(y.shape[:-1]), mean_y + exponent * mean_x, exponent)
+
+
+class _Problems:
+    """A batch of least-squares problems, each with one E and several variants."""
+
+    def __init__(self, costs: np.ndarray, losses: np.ndarray, fixed: np.ndarray | None):
+        used = np.isfinite(costs) & np.isfinite(losses)
+        used &= used.sum(axis=-1, keepdims=True) >= 2
+        self.weight = used.astype(float)  # [problems, variants, rungs]
+        self.losses = np.where(used, losses, 0.0)
+        log_costs = np.log(np.where(used, costs, 1.0))
+        self.fitted = used.any(axis=-1)  # [problems, variants]
+        count = np.maximum(self.weight.sum(axis=-1), 1)
+        # Centered costs: the curve's height at the center and its exponent are then uncorrelated.
+        self.center = (log_costs * self.weight).sum(axis=-1) / count
+        self.x = (log_costs - self.center[..., None]) * self.weight
+        smallest = np.where(used, losses, np.inf).min(axis=(-1, -2))
+        smallest = np.where(np.isfinite(smallest), smallest, 1.0)
+        self.low = np.zeros_like(smallest) if fixed is None else fixed
+        self.high = smallest * (1 - BELOW_MINIMUM) if fixed is None else fixed
+        self.grid = smallest[:, None] * GRID if fixed is None else fixed[:, None]
+
+    def solve(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """E [problems]; ln A and α [problems, variants]."""
+        e, height, exponent = _improve(self, *self._start())
+        log_scale = np.where(self.fitted, height + exponent * self.center, np.nan)
+        return e, log_scale, np.where(self.fitted, exponent, np.nan)
+
+    def _start(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The best point of the grid over E: E, height ln(L - E) at the center, and α."""
+        best = np.full(len(self.losses), np.inf)
+        e, height = np.zeros(len(best)), np.zeros(self.fitted.shape)
+        exponent = np.full(self.fitted.shape, MIN_EXPONENT)
+        for trial in self.grid.T:
+            trial_height, trial_exponent = self._line(trial)
+            error = _squared_error(self, trial, trial_height, trial_exponent)
+            better = error < best
+            best[better], e[better] = error[better], trial[better]
+            height[better], exponent[better] = trial_height[better], trial_exponent[better]
+        return e, height, exponent
+
+    def _line(self, e: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The weighted straight line through ln(L - E): its height at the center, and α."""
+        reducible = np.maximum(self.losses - e[:, None, None], BELOW_MINIMUM)
+        # The error of a logarithm is that of the loss, divided by L - E.
+        weight = self.weight * reducible**2
+        y = np.log(reducible)
+        total = np.maximum(weight.sum(axis=-1), 1e-300)
+        mean_x, mean_y = ((weight * z).sum(axis=-1) / total for z in (self.x, y))
+        deviation = self.x - mean_x[..., None]
+        spread = np.maximum((weight * deviation**2).sum(axis=-1), 1e-300)
+        slope = (weight * deviation * y).sum(axis=-1) / spread
+        exponent = np.clip(-slope, MIN_EXPONENT, MAX_EXPONENT)
+        return mean_y + exponent * mean_x, exponent
+
+    def part(self, index: np.ndarray) -> '_Problems':
+        """The problems with these indices."""
+        part = object.__new__(_Problems)
+        for name, array in vars(self).items():
+            setattr(part, name, array[index])
+        return part
+
+
+def _squared_error(
+    problems: _Problems, e: np.ndarray, height: np.ndarray, exponent: np.ndarray
+) -> np.ndarray:
+    """[problems]"""
+    power = np.exp(height[..., None] - exponent[..., None] * problems.x)
+    residual = (e[:, None, None] + power - problems.losses) * problems.weight
+    return (residual**2).sum(axis=(-1, -2))
+
+
+def _improve(
+    problems: _Problems, e: np.ndarray, height: np.ndarray, exponent: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The Levenberg-Marquardt method from a start, until no problem improves."""
+    error = _squared_error(problems, e, height, exponent)
+    damping = np.full(len(e), 1e-3)
+    exact = EXACT * (problems.losses**2).sum(axis=(-1, -2))
+    active = np.flatnonzero(error > exact)
+    for _ in range(MAX_STEPS):
+        if not len(active):
+            break
+        part = problems.part(active)
+        before = e[active], height[active], exponent[active]
+        d_e, d_height, d_exponent = _step(part, *before, damping[active])
+        after = (
+            np.clip(before[0] + d_e, part.low, part.high),
+            before[1] + np.clip(d_height, -5, 5),
+            np.clip(before[2] + d_exponent, MIN_EXPONENT, MAX_EXPONENT),
+        )
+        new_error, old_error = _squared_error(part, *after), error[active]
+        better = new_error <= old_error
+        index = active[better]
+        for array, values in zip((e, height, exponent), after):
+            array[index] = values[better]
+        error[index] = new_error[better]
+        damping[active] *= np.where(better, 0.1, 10.0)
+        # A rejected step that was tiny is converged, too: only rounding was left to gain.
+        converged = better & (old_error - new_error <= NO_PROGRESS * old_error)
+        finished = converged | (error[active] <= exact[active]) | (damping[active] > 1e12)
+        active = active[~finished]
+    return e, height, exponent
+
+
+def _step(
+    part: _Problems,
+    e: np.ndarray,
+    height: np.ndarray,
+    exponent: np.ndarray,
+    damping: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A damped Gauss-Newton step of E, heights and exponents.
+
+    The derivatives of the curve are 1, p and -x · p, with the power term p. The system has the
+    shape of an arrow: a 2 × 2 block for each variant, and a border for E. It is solved by the
+    Schur complement of the blocks. A parameter at a bound that the gradient pushes outwards stays.
+    """
+    power = np.exp(height[..., None] - exponent[..., None] * part.x) * part.weight
+    by_exponent = -part.x * power
+    residual = (e[:, None, None] + power - part.losses) * part.weight
+    gradient_e = residual.sum(axis=(-1, -2))
+    gradient_height = (power * residual).sum(axis=-1)
+    gradient_exponent = (by_exponent * residual).sum(axis=-1)
+    e_stays = ((e <= part.low) & (gradient_e >= 0)) | ((e >= part.high) & (gradient_e <= 0))
+    stays = (exponent <= MIN_EXPONENT) & (gradient_exponent >= 0)
+    stays |= (exponent >= MAX_EXPONENT) & (gradient_exponent <= 0)
+    moves = np.where(stays, 0.0, 1.0)
+    # The blocks [[a, b], [b, d]], and their borders with E.
+    increase = 1 + damping[:, None]
+    a = np.maximum((power**2).sum(axis=-1), 1e-300) * increase
+    b = (power * by_exponent).sum(axis=-1) * moves
+    d = np.maximum((by_exponent**2).sum(axis=-1), 1e-300) * increase
+    determinant = np.maximum(a * d - b * b, 1e-300)
+    border_height, border_exponent = power.sum(axis=-1), by_exponent.sum(axis=-1) * moves
+    gradient_exponent = gradient_exponent * moves
+
+    def solved(u: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return (d * u - b * v) / determinant, (a * v - b * u) / determinant
+
+    border_u, border_v = solved(border_height, border_exponent)
+    count = part.weight.sum(axis=(-1, -2))
+    complement = count * (1 + damping)
+    complement -= (border_height * border_u + border_exponent * border_v).sum(axis=-1)
+    reduced = gradient_e - (border_u * gradient_height + border_v * gradient_exponent).sum(axis=-1)
+    d_e = np.where(e_stays | (complement <= 0), 0.0, -reduced / np.maximum(complement, 1e-300))
+    d_height, d_exponent = solved(
+        gradient_height + border_height * d_e[:, None],
+        gradient_exponent + border_exponent * d_e[:, None],
+    )
+    return d_e, -d_height, -d_exponent * moves
