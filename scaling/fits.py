@@ -18,6 +18,7 @@ GRID = 1 - np.geomspace(1, 1e-3, 16)  # of E, as a share of the smallest loss
 MAX_STEPS = 200
 NO_PROGRESS = 1e-13  # relative decrease of the squared error at which a fit has converged
 EXACT = 1e-29  # squared error, relative to the squared losses, that is rounding
+TINY = 1e-300  # instead of 0 in a denominator
 
 
 @dataclass(frozen=True)
@@ -130,10 +131,10 @@ class _Problems:
         # The error of a logarithm is that of the loss, divided by L - E.
         weight = self.weight * reducible**2
         y = np.log(reducible)
-        total = np.maximum(weight.sum(axis=-1), 1e-300)
+        total = np.maximum(weight.sum(axis=-1), TINY)
         mean_x, mean_y = ((weight * z).sum(axis=-1) / total for z in (self.x, y))
         deviation = self.x - mean_x[..., None]
-        spread = np.maximum((weight * deviation**2).sum(axis=-1), 1e-300)
+        spread = np.maximum((weight * deviation**2).sum(axis=-1), TINY)
         slope = (weight * deviation * y).sum(axis=-1) / spread
         exponent = np.clip(-slope, MIN_EXPONENT, MAX_EXPONENT)
         return mean_y + exponent * mean_x, exponent
@@ -167,13 +168,7 @@ def _improve(
         if not len(active):
             break
         part = problems.part(active)
-        before = e[active], height[active], exponent[active]
-        d_e, d_height, d_exponent = _step(part, *before, damping[active])
-        after = (
-            np.clip(before[0] + d_e, part.low, part.high),
-            before[1] + np.clip(d_height, -5, 5),
-            np.clip(before[2] + d_exponent, MIN_EXPONENT, MAX_EXPONENT),
-        )
+        after = _step(part, e[active], height[active], exponent[active], damping[active])
         new_error, old_error = _squared_error(part, *after), error[active]
         better = new_error <= old_error
         index = active[better]
@@ -195,42 +190,54 @@ def _step(
     exponent: np.ndarray,
     damping: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A damped Gauss-Newton step of E, heights and exponents.
+    """The parameters after a damped Gauss-Newton step.
 
-    The derivatives of the curve are 1, p and -x · p, with the power term p. The system has the
-    shape of an arrow: a 2 × 2 block for each variant, and a border for E. It is solved by the
-    Schur complement of the blocks. A parameter at a bound that the gradient pushes outwards stays.
+    The step is in E and, for each variant, the curve's level and slope at the center: E + p and
+    α · p for the power term p. E then means only the curvature, so that the parameters are nearly
+    uncorrelated, and a poorly identified E moves along a straight valley. The system has the shape
+    of an arrow: a 2 × 2 block for each variant, and a border for E. It is solved by the Schur
+    complement of the blocks. A parameter at a bound that the gradient pushes outwards stays.
     """
-    power = np.exp(height[..., None] - exponent[..., None] * part.x) * part.weight
-    by_exponent = -part.x * power
-    residual = (e[:, None, None] + power - part.losses) * part.weight
-    gradient_e = residual.sum(axis=(-1, -2))
-    gradient_height = (power * residual).sum(axis=-1)
-    gradient_exponent = (by_exponent * residual).sum(axis=-1)
+    at_center = np.exp(height)
+    decline = exponent[..., None] * part.x
+    shape = np.exp(-decline) * part.weight
+    residual = (e[:, None, None] + at_center[..., None] * shape - part.losses) * part.weight
+    # Derivatives of the curve [problems, variants, rungs].
+    by_level = shape * (1 + decline)
+    by_slope = -part.x * shape
+    by_e = part.weight - by_level
+    gradient_e = (by_e * residual).sum(axis=(-1, -2))
+    gradient_level = (by_level * residual).sum(axis=-1)
+    gradient_slope = (by_slope * residual).sum(axis=-1)
     e_stays = ((e <= part.low) & (gradient_e >= 0)) | ((e >= part.high) & (gradient_e <= 0))
-    stays = (exponent <= MIN_EXPONENT) & (gradient_exponent >= 0)
-    stays |= (exponent >= MAX_EXPONENT) & (gradient_exponent <= 0)
+    stays = (exponent <= MIN_EXPONENT) & (gradient_slope >= 0)
+    stays |= (exponent >= MAX_EXPONENT) & (gradient_slope <= 0)
     moves = np.where(stays, 0.0, 1.0)
+    gradient_slope = gradient_slope * moves
     # The blocks [[a, b], [b, d]], and their borders with E.
     increase = 1 + damping[:, None]
-    a = np.maximum((power**2).sum(axis=-1), 1e-300) * increase
-    b = (power * by_exponent).sum(axis=-1) * moves
-    d = np.maximum((by_exponent**2).sum(axis=-1), 1e-300) * increase
-    determinant = np.maximum(a * d - b * b, 1e-300)
-    border_height, border_exponent = power.sum(axis=-1), by_exponent.sum(axis=-1) * moves
-    gradient_exponent = gradient_exponent * moves
+    a = np.maximum((by_level**2).sum(axis=-1), TINY) * increase
+    b = (by_level * by_slope).sum(axis=-1) * moves
+    d = np.maximum((by_slope**2).sum(axis=-1), TINY) * increase
+    determinant = np.maximum(a * d - b * b, TINY)
+    border_level = (by_e * by_level).sum(axis=-1)
+    border_slope = (by_e * by_slope).sum(axis=-1) * moves
 
     def solved(u: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return (d * u - b * v) / determinant, (a * v - b * u) / determinant
 
-    border_u, border_v = solved(border_height, border_exponent)
-    count = part.weight.sum(axis=(-1, -2))
-    complement = count * (1 + damping)
-    complement -= (border_height * border_u + border_exponent * border_v).sum(axis=-1)
-    reduced = gradient_e - (border_u * gradient_height + border_v * gradient_exponent).sum(axis=-1)
-    d_e = np.where(e_stays | (complement <= 0), 0.0, -reduced / np.maximum(complement, 1e-300))
-    d_height, d_exponent = solved(
-        gradient_height + border_height * d_e[:, None],
-        gradient_exponent + border_exponent * d_e[:, None],
+    solved_level, solved_slope = solved(border_level, border_slope)
+    complement = (by_e**2).sum(axis=(-1, -2)) * (1 + damping)
+    complement -= (border_level * solved_level + border_slope * solved_slope).sum(axis=-1)
+    reduced = (solved_level * gradient_level + solved_slope * gradient_slope).sum(axis=-1)
+    e_step = np.where(e_stays, 0.0, (reduced - gradient_e) / np.maximum(complement, TINY))
+    new_e = np.clip(e + e_step, part.low, part.high)
+    e_step = new_e - e
+    level_step, slope_step = solved(
+        -gradient_level - border_level * e_step[:, None],
+        -gradient_slope - border_slope * e_step[:, None],
     )
-    return d_e, -d_height, -d_exponent * moves
+    # The curve must stay above E.
+    power = np.maximum(at_center + level_step - e_step[:, None], 0.01 * at_center)
+    new_exponent = (exponent * at_center + slope_step) / power
+    return new_e, np.log(power), np.clip(new_exponent, MIN_EXPONENT, MAX_EXPONENT)
