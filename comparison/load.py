@@ -69,8 +69,14 @@ def drop_tuning_runs(runs: Sequence[Run]) -> list[Run]:
     A run that chose an option is no evidence for it. Tuning runs are kept only while their study
     has no other runs.
     """
-    studies_with_trials = {run.study for run in runs if run.variant is not None}
-    return [run for run in runs if run.variant is not None or run.study not in studies_with_trials]
+    studies_with_trials = {_study_of(run) for run in runs if run.variant is not None}
+    return [
+        run for run in runs if run.variant is not None or _study_of(run) not in studies_with_trials
+    ]
+
+
+def _study_of(run: Run) -> object:
+    return run.study and run.study.origin
 
 
 def drop_superseded_runs(newest_first: Sequence[Run]) -> list[Run]:

@@ -1,0 +1,29 @@
+"""The comparison of runs: an ordinary one, or that of a ladder."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from comparison.compare import Comparison, compare
+from comparison.runs import Run
+
+if TYPE_CHECKING:
+    from comparison.ladder import LadderComparison
+
+
+def compare_runs(
+    runs: Sequence[Run],
+    baseline: str | None = None,
+    skipped: Sequence[str] = (),
+    score: str = 'final',
+    margin: float | None = None,
+) -> 'Comparison | LadderComparison':
+    """The comparison of a ladder if all runs are of one, at several rungs; else an ordinary one.
+
+    Raises UserError if `baseline` does not name a single architecture.
+    """
+    from comparison.ladder import compare_ladder, ladder_of
+
+    plan = ladder_of(runs)
+    if plan is None:
+        return compare(runs, baseline, skipped, score, margin)
+    return compare_ladder(plan, runs, baseline, skipped, score, margin)
