@@ -30,7 +30,7 @@ from comparison.analysis import (
     PROVISIONAL,
     WORSE,
 )
-from comparison.compare import Comparison, compare
+from comparison.answer import AnyComparison, compare_runs
 from comparison.formats import FORMATS, emphasize
 from comparison.load import SCORES, read_runs
 
@@ -134,7 +134,7 @@ def check_pictures(options: argparse.Namespace) -> None:
             pass
 
 
-def write_pictures(options: argparse.Namespace, comparison: Comparison) -> None:
+def write_pictures(options: argparse.Namespace, comparison: AnyComparison) -> None:
     if options.plot:
         plots.plot(comparison, options.plot)
     if options.report:
@@ -145,7 +145,7 @@ def main(argv: list[str]) -> int:
     options = parse_arguments(argv)
     check_pictures(options)
     runs, skipped = read_runs(options.paths, options.latest, options.score)
-    comparison = compare(runs, options.baseline, skipped, options.score, options.margin)
+    comparison = compare_runs(runs, options.baseline, skipped, options.score, options.margin)
     try:
         write_pictures(options, comparison)
     finally:  # print the text even if a picture cannot be written

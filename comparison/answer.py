@@ -1,13 +1,15 @@
 """The comparison of runs: an ordinary one, or that of a ladder."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from comparison.compare import Comparison, compare
 from comparison.runs import Run
 
 if TYPE_CHECKING:
     from comparison.ladder import LadderComparison
+
+AnyComparison: TypeAlias = 'Comparison | LadderComparison'
 
 
 def compare_runs(
@@ -16,7 +18,7 @@ def compare_runs(
     skipped: Sequence[str] = (),
     score: str = 'final',
     margin: float | None = None,
-) -> 'Comparison | LadderComparison':
+) -> AnyComparison:
     """The comparison of a ladder if all runs are of one, at several rungs; else an ordinary one.
 
     Raises UserError if `baseline` does not name a single architecture.

@@ -18,6 +18,7 @@ from comparison.analysis import (
     CorrectedTest,
     Verdict,
 )
+from comparison.answer import AnyComparison
 from comparison.compare import Comparison
 from comparison.conditions import SEEDS
 from comparison.costs import mean_loss_by_position
@@ -39,9 +40,17 @@ _FINDINGS = '|'.join((BETTER, WORSE, EQUIVALENT, NOT_SIGNIFICANT))
 _VERDICT = re.compile(rf'^( *\d+ +)({_FINDINGS})(?= )', re.MULTILINE)
 
 
-def render_text(comparison: Comparison) -> str:
+def render_text(comparison: AnyComparison) -> str:
     """Plain text, about 100 columns wide."""
-    return '\n\n'.join(map(section_text, sections(comparison))) + '\n'
+    return '\n\n'.join(map(section_text, _all_sections(comparison))) + '\n'
+
+
+def _all_sections(comparison: AnyComparison) -> list[Section]:
+    if isinstance(comparison, Comparison):
+        return sections(comparison)
+    from comparison.ladder_tables import ladder_sections  # with numpy, as its comparison
+
+    return ladder_sections(comparison)
 
 
 def emphasize(text: str) -> str:
@@ -79,10 +88,10 @@ def escape_markdown(text: str) -> str:
     return _MARKUP.sub(lambda match: f'&#{ord(match[0])};', one_line(text))
 
 
-def render_markdown(comparison: Comparison) -> str:
+def render_markdown(comparison: AnyComparison) -> str:
     """The same sections as GitHub-flavored Markdown."""
     texts = []
-    for section in sections(comparison):
+    for section in _all_sections(comparison):
         lines = [*map(visible, section.lines), *excerpts(section.texts)]
         title = escape_markdown(' '.join(section.title.split()))
         parts = [f'### {title}' if section.rows or lines else title]
@@ -104,11 +113,11 @@ def render_markdown(comparison: Comparison) -> str:
 # --- Data ----------------------------------------------------------------------------------------
 
 
-def render_csv(comparison: Comparison) -> str:
+def render_csv(comparison: AnyComparison) -> str:
     """One line per run, with unformatted numbers."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator='\n')
-    runs = list(comparison_data(comparison)['runs'])
+    runs = list(answer_data(comparison)['runs'])
     writer.writerow(runs[0] if runs else [])
     for run in runs:
         writer.writerow(map(csv_cell, run.values()))
@@ -125,8 +134,17 @@ def csv_cell(value: Any) -> Any:
     return value
 
 
-def render_json(comparison: Comparison) -> str:
-    return json.dumps(comparison_data(comparison), indent=1, allow_nan=False, default=str) + '\n'
+def render_json(comparison: AnyComparison) -> str:
+    return json.dumps(answer_data(comparison), indent=1, allow_nan=False, default=str) + '\n'
+
+
+def answer_data(comparison: AnyComparison) -> dict[str, Any]:
+    """The whole comparison, or that of a ladder, as plain values."""
+    if isinstance(comparison, Comparison):
+        return comparison_data(comparison)
+    from comparison.ladder_data import ladder_data
+
+    return ladder_data(comparison)
 
 
 def comparison_data(comparison: Comparison) -> dict[str, Any]:
@@ -136,7 +154,7 @@ def comparison_data(comparison: Comparison) -> dict[str, Any]:
         'baseline': comparison.baseline_label,
         'score': comparison.score,
         'margin': comparison.margin,
-        'verdict': answer_data(comparison),
+        'verdict': main_verdict_data(comparison),
         'groups': [
             _group_data(comparison, rank, verdict)
             | {'cost_to_baseline': _cost_to_loss_data(costs_to_loss.get(rank))}
@@ -165,11 +183,14 @@ def comparison_data(comparison: Comparison) -> dict[str, Any]:
     }
 
 
-def answer_data(comparison: Comparison) -> dict[str, Any] | None:
+def main_verdict_data(comparison: Comparison) -> dict[str, Any] | None:
     """The main verdict, for scripts."""
     verdict = comparison.main_verdict
-    if verdict is None:
-        return None
+    return verdict and verdict_data(comparison, verdict)
+
+
+def verdict_data(comparison: Comparison, verdict: Verdict) -> dict[str, Any]:
+    """A verdict of a comparison, for scripts."""
     test = verdict.test
     reasons = list(verdict.reasons)
     if not comparison.repeated:
@@ -264,7 +285,7 @@ def _cost_to_loss_data(cost: GroupCost | None) -> dict[str, Any] | None:
     }
 
 
-FORMATS: dict[str, Callable[[Comparison], str]] = {
+FORMATS: dict[str, Callable[[AnyComparison], str]] = {
     'text': render_text,
     'markdown': render_markdown,
     'csv': render_csv,

@@ -89,12 +89,12 @@ def outcomes_text(group: Group) -> str:
     count = len(group.runs)
     others = [(outcome, n) for outcome, n in group.outcomes.items() if outcome != FINISHED]
     if count == 1:
-        return _outcome(others[0][0]) if others else FINISHED
-    parts = [f'{n} {_outcome(outcome)}' for outcome, n in others]
+        return outcome_name(others[0][0]) if others else FINISHED
+    parts = [f'{n} {outcome_name(outcome)}' for outcome, n in others]
     return ', '.join([f'{group.outcomes[FINISHED]} of {count} seeds finished', *parts])
 
 
-def _outcome(outcome: str) -> str:
+def outcome_name(outcome: str) -> str:
     # A journal without an end line does not show whether the run is alive or was killed.
     return 'running or crashed' if outcome == 'running' else outcome
 
@@ -114,19 +114,19 @@ def _single_difference(comparison: Comparison, verdict: Verdict, test: Corrected
         facts = f'{level} {low} to {high}, p {p_value}, {seeds}'
         verb = 'would be' if verdict.text == BLOCKED else 'is'
         text = f'{label} {verb} {verdict.finding} than {name} by {nats(abs(mean))} nats per token'
-        return f'{text} ({facts}){_why(verdict)}.'
+        return f'{text} ({facts}){caveat(verdict)}.'
     facts = f'{mean:+.4f} nats per token, {level} {interval.low:+.4f} to {interval.high:+.4f}'
     if verdict.finding == EQUIVALENT:
         verb = 'would differ' if verdict.text == BLOCKED else 'differs'
         margin = f'by less than the margin of {comparison.margin:g}'
-        return f'{label} {verb} from {name} {margin} ({facts}, {seeds}){_why(verdict)}.'
+        return f'{label} {verb} from {name} {margin} ({facts}, {seeds}){caveat(verdict)}.'
     return (
         f'No significant difference between {label} and {name} ({facts}, p {p_value}, {seeds})'
-        f'{_why(verdict)}. {_undetected([test])}'
+        f'{caveat(verdict)}. {_undetected([test])}'
     )
 
 
-def _why(verdict: Verdict) -> str:
+def caveat(verdict: Verdict) -> str:
     if verdict.text == BLOCKED:
         return f', but this verdict is blocked: {"; ".join(verdict.blocked)}'
     if verdict.reservations:
@@ -140,9 +140,7 @@ def _several_differences(comparison: Comparison, tested: Sequence[Tested]) -> li
     label_of = dict(zip(map(id, comparison.groups), comparison.labels))
 
     def items(subset: Sequence[Tested]) -> str:
-        return _semicolons(
-            [f'{label_of[id(v.group)]} {_difference(v, test)}' for v, test in subset]
-        )
+        return semicolons([f'{label_of[id(v.group)]} {_difference(v, test)}' for v, test in subset])
 
     def having(finding: str, blocked: bool = False) -> list[Tested]:
         return [
@@ -188,7 +186,7 @@ def _amounts(interval: Interval) -> tuple[str, str]:
     return nats(low), nats(high)
 
 
-def _semicolons(texts: Sequence[str]) -> str:
+def semicolons(texts: Sequence[str]) -> str:
     more = len(texts) - LISTED
     return '; '.join(texts[:LISTED]) + (f'; and {more} more' if more > 0 else '')
 

@@ -22,7 +22,7 @@ from comparison.runs import FINISHED, Run
 from comparison.study_plan import LadderPlan, StudyPlan
 
 if TYPE_CHECKING:
-    from scaling.results import Gain, Ladder, LadderAnalysis
+    from scaling.results import Gain, Ladder, LadderAnalysis, NoiseModel
 
 NOT_RUN = 'not run'  # outcome of a planned run without a record
 
@@ -71,6 +71,7 @@ class LadderComparison:
     baseline_reason: str
     analysis: 'LadderAnalysis'  # of training FLOPs
     time_gains: 'dict[str, list[Gain]] | None'  # in seconds; None if runs did not train alone
+    pair_noise: 'NoiseModel | None'  # of the difference of two variants with the same seed
     concurrent: int  # runs trained at the same time on one machine
     score: str  # 'final' or 'best': the evaluation by which runs are ranked
     margin: float | None  # differences below it are irrelevant
@@ -89,6 +90,11 @@ class LadderComparison:
         """The largest rung that all variants train."""
         shared = [rung for rung in self.rungs if not rung.extra]
         return (shared or self.rungs)[-1]
+
+    def cost_of(self, index: int) -> float | None:
+        """The mean FLOPs of a run at a rung, over variants with finished runs there."""
+        costs = [cost for each in self.analysis.ladder.costs.values() if (cost := each[index])]
+        return statistics.geometric_mean(costs) if costs else None
 
     def verdict(self, rung: LadderRung, variant: str) -> Verdict | None:
         """The verdict on a variant at a rung; None without runs of it or of the baseline there."""
@@ -138,6 +144,11 @@ def compare_ladder(
 
     Raises UserError if `baseline` does not name a single architecture.
     """
+    # These import numpy, which other comparisons do without.
+    from scaling.analysis import analyze
+
+    from scaling.noise import noise_model
+
     by_rung = [[run for run in runs if run.study is study] for study in plan.plans]
     study = next(study for study, of_rung in zip(plan.plans, by_rung) if of_rung)
     label, reason = _baseline(study, by_rung, baseline)
@@ -146,6 +157,8 @@ def compare_ladder(
     ]
     variants = list(dict.fromkeys(label for study in plan.plans for label in study.variants))
     concurrent = max(run.conditions['concurrent_runs'][-1] for run in runs)
+    ladder = ladder_losses(rungs, variants, label, _flops)
+    seconds = ladder_losses(rungs, variants, label, _seconds)
     return LadderComparison(
         plan=plan,
         study=study,
@@ -153,12 +166,9 @@ def compare_ladder(
         variants=variants,
         baseline=label,
         baseline_reason=reason,
-        analysis=_analysis(ladder_losses(rungs, variants, label, _flops)),
-        time_gains=(
-            _analysis(ladder_losses(rungs, variants, label, _seconds)).gains
-            if concurrent == 1
-            else None
-        ),
+        analysis=analyze(ladder),
+        time_gains=analyze(seconds).gains if concurrent == 1 else None,
+        pair_noise=noise_model(ladder, paired=True),
         concurrent=concurrent,
         score=score,
         margin=margin,
@@ -262,12 +272,6 @@ def ladder_losses(
                 else None
             )
     return Ladder(baseline, costs, losses)
-
-
-def _analysis(ladder: 'Ladder') -> 'LadderAnalysis':
-    from scaling.analysis import analyze
-
-    return analyze(ladder)
 
 
 # --- Differences between rungs -------------------------------------------------------------------

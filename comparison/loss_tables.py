@@ -2,14 +2,15 @@
 
 from common.dict_option import short_name, text_of
 from common.formatting import join_names, nats, or_dash, p_text, wrapped
-from comparison.analysis import BASELINE, CorrectedTest
+from comparison.analysis import BASELINE, CorrectedTest, Verdict
 from comparison.compare import Comparison
 from comparison.groups import Group, Metric
 from comparison.headline import outcomes_text, verdict_text
 from comparison.noise import PRIOR_FREEDOM
-from comparison.runs import FINISHED
+from comparison.runs import FINISHED, Run
 from comparison.section import Section
 from comparison.significance import ALPHA, CONFIDENCE, Difference
+from comparison.study_plan import StudyPlan
 
 INTERVAL = f'{CONFIDENCE:.0%} interval'
 
@@ -112,26 +113,32 @@ def verdicts_section(comparison: Comparison) -> Section | None:
         if verdict.reasons:
             line = f'#{rank} {verdict.text}: {"; ".join(verdict.reasons)}.'
             reasons.append(wrapped(line, '   '))
-        test = verdict.test
-        rows.append(
-            [
-                str(rank),
-                verdict_text(verdict),
-                or_dash(test, lambda t: f'{t.difference.mean:+.4f}'),
-                or_dash(test, lambda t: f'{t.interval.low:+.4f} {t.interval.high:+.4f}'),
-                or_dash(test, lambda t: f'{t.interval.confidence:.1%}'),
-                or_dash(test, lambda t: p_text(t.p_value)),
-                *[or_dash(verdict.equivalence_p_value, p_text)] * margin,
-                or_dash(test, lambda t: nats(t.difference.noise)),
-                or_dash(test, lambda t: nats(t.detectable)),
-                or_dash(test, lambda t: _counts_text(t.difference)),
-            ]
-        )
-    header = ['#', 'verdict', 'difference', 'interval', 'level', 'p', *['p equal'] * margin]
-    header += ['noise', 'detectable', 'seeds']
+        rows.append([str(rank), *verdict_cells(verdict, margin)])
+    header = ['#', *verdict_header(margin)]
     title = f'VERDICT against #{comparison.baseline_rank}'
     notes = _verdict_notes(comparison)
-    return Section(title, notes, header, rows, '><>>>>' + '>' * margin + '>>>', reasons)
+    return Section(title, notes, header, rows, '><' + '>' * (len(header) - 2), reasons)
+
+
+def verdict_header(margin: bool) -> list[str]:
+    header = ['verdict', 'difference', 'interval', 'level', 'p', *['p equal'] * margin]
+    return [*header, 'noise', 'detectable', 'seeds']
+
+
+def verdict_cells(verdict: Verdict, margin: bool) -> list[str]:
+    """A verdict and its corrected test. margin: whether there is a margin of equivalence."""
+    test = verdict.test
+    return [
+        verdict_text(verdict),
+        or_dash(test, lambda t: f'{t.difference.mean:+.4f}'),
+        or_dash(test, lambda t: f'{t.interval.low:+.4f} {t.interval.high:+.4f}'),
+        or_dash(test, lambda t: f'{t.interval.confidence:.1%}'),
+        or_dash(test, lambda t: p_text(t.p_value)),
+        *[or_dash(verdict.equivalence_p_value, p_text)] * margin,
+        or_dash(test, lambda t: nats(t.difference.noise)),
+        or_dash(test, lambda t: nats(t.detectable)),
+        or_dash(test, lambda t: _counts_text(t.difference)),
+    ]
 
 
 def _counts_text(difference: Difference) -> str:
@@ -183,22 +190,31 @@ def tuning_section(comparison: Comparison) -> Section | None:
         return None
     rows, edges = [], []
     for rank, (group, label) in enumerate(zip(comparison.groups, comparison.labels), 1):
-        run = group.runs[0]
-        tuned_values = {key: run.config.get(key) for key in plan.tuned}
-        variant = run.variant or ''
-        tuned_values |= plan.tuning.get(variant, {})
-        rows.append([str(rank), *(or_dash(tuned_values[key], str) for key in plan.tuned), label])
-        if at_edge := plan.at_edge.get(variant):
+        rows.append([str(rank), *tuned_cells(plan, group.runs[0]), label])
+        if at_edge := plan.at_edge.get(group.runs[0].variant or ''):
             edges.append(f'#{rank} {join_names(at_edge)}')
+    notes = tuning_notes(edges)
+    header = ['#', *map(short_name, plan.tuned), 'architecture']
+    return Section('TUNING', notes, header, rows, '>' * (1 + len(plan.tuned)) + '<')
+
+
+def tuned_cells(plan: StudyPlan, run: Run) -> list[str]:
+    """The value of each tuned option that the variant of a run chose."""
+    tuned_values = {key: run.config.get(key) for key in plan.tuned}
+    tuned_values |= plan.tuning.get(run.variant or '', {})
+    return [or_dash(tuned_values[key], str) for key in plan.tuned]
+
+
+def tuning_notes(at_edge: list[str]) -> list[str]:
+    """at_edge: who chose a value at the end of its list, with the names of those options."""
     notes = [
         'Each architecture was trained with the best of the values that the study tried for it.'
     ]
-    if edges:
+    if at_edge:
         notes.append(
-            f'At the end of the list, so a value beyond it may be better: {"; ".join(edges)}.'
+            f'At the end of the list, so a value beyond it may be better: {"; ".join(at_edge)}.'
         )
-    header = ['#', *map(short_name, plan.tuned), 'architecture']
-    return Section('TUNING', notes, header, rows, '>' * (1 + len(plan.tuned)) + '<')
+    return notes
 
 
 def effects_section(comparison: Comparison) -> Section | None:

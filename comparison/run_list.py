@@ -15,8 +15,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
 
+from comparison.answer import compare_runs
 from comparison.baseline import group_labels
-from comparison.compare import compare, training_key, varied_options
+from comparison.compare import training_key, varied_options
 from comparison.formats import render_json
 from comparison.groups import group_runs
 from comparison.load import RECORD_ERRORS, read_runs, skip_reason
@@ -118,7 +119,7 @@ class RunList(Sequence[Run]):
         baseline of the study, else the oldest finished run.
         margin: difference in nats per token below which architectures count as equivalent.
         """
-        comparison = compare(self, baseline, self.skipped, self.score, margin)
+        comparison = compare_runs(self, baseline, self.skipped, self.score, margin)
         return json.loads(render_json(comparison))
 
     def _labels(self) -> list[str]:

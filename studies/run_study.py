@@ -6,7 +6,7 @@ from pathlib import Path
 
 from common.console_output import write_progress, write_text
 from common.files import write_file
-from comparison.compare import compare
+from comparison.answer import compare_runs
 from comparison.formats import emphasize, render_text
 from comparison.load import read_runs
 from studies.outcome import ADVICE, Outcome
@@ -65,7 +65,7 @@ def _train_trials(state: StudyState, progress: StudyProgress) -> tuple[str, dict
 def print_comparison(folder: Path) -> None:
     """Print the output of `compare_architectures.py` for a folder. Raises UserError."""
     runs, skipped = read_runs([folder])
-    write_text(emphasize(render_text(compare(runs, skipped=skipped))), end='')
+    write_text(emphasize(render_text(compare_runs(runs, skipped=skipped))), end='')
 
 
 def report_unfinished(kind: str, outcomes: dict[Trial, Outcome], runner: StudyRunner) -> int:

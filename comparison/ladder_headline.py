@@ -1,0 +1,272 @@
+"""The answer of a ladder in sentences: gains at the top rung, their trend, and what to doubt."""
+
+import math
+from collections import Counter
+
+from common.formatting import LISTED, join_names, nats, or_dash, p_text, si
+from comparison.analysis import BETTER, BLOCKED, EQUIVALENT, WORSE, Verdict
+from comparison.headline import caveat, outcome_name, semicolons
+from comparison.ladder import LadderComparison
+from comparison.runs import FINISHED
+from scaling.results import CONFIDENCE, Bound, Estimate, Gain, LadderAnalysis, Reversal, Trend
+
+LEVEL = f'{CONFIDENCE:.0%} interval'
+COVERAGE = (
+    'Intervals cover the noise of seeds at the given hyper-parameters, not the choice of those or '
+    'of the data.'
+)
+ONE_SEED = 'With one seed each, gains have no intervals, and differences may be chance.'
+EQUAL_SEEDS = 'All seeds gave the same loss, so gains have no intervals.'
+
+
+def ladder_headline(comparison: LadderComparison) -> str:
+    """The result of a ladder in sentences."""
+    if not any(comparison.analysis.gains.values()):
+        sentences = [_no_gains(comparison)]
+    elif len(comparison.others) == 1:
+        sentences = _one_variant(comparison, comparison.others[0])
+    else:
+        sentences = _several_variants(comparison)
+    sentences += _failures(comparison)
+    if comparison.loss_warnings:
+        names = join_names(list(comparison.loss_warnings))
+        sentences.append(f'Rungs are not directly comparable ({names}; see WARNINGS).')
+    if any(comparison.analysis.gains.values()):
+        sentences.append(_coverage(comparison.analysis))
+    return ' '.join(sentences)
+
+
+def _coverage(analysis: LadderAnalysis) -> str:
+    if analysis.draws:
+        return COVERAGE
+    seeds = max(len(losses) for rows in analysis.ladder.losses.values() for losses in rows)
+    return ONE_SEED if seeds < 2 else EQUAL_SEEDS
+
+
+# --- Numbers -------------------------------------------------------------------------------------
+
+
+def factor_text(value: float) -> str:
+    """A gain or another factor: `1.23`, `0.045`, `12.3`."""
+    return f'{value:.3f}' if value < 0.1 else f'{value:.2f}' if value < 9.995 else f'{value:.3g}'
+
+
+def bound_text(bound: Bound) -> str:
+    return f'{bound.relation} {factor_text(bound.value)}'.lstrip()
+
+
+def flops_text(flops: float) -> str:
+    """`1.20e15`"""
+    return f'{flops:.2e}'.replace('e+', 'e')
+
+
+def gain_interval(gain: Gain) -> str | None:
+    """`1.10 to 1.38`; None without draws."""
+    if math.isnan(gain.low.value) or math.isnan(gain.high.value):
+        return None
+    low, high = bound_text(gain.low), bound_text(gain.high)
+    return low if low == high and gain.low.relation else f'{low} to {high}'
+
+
+def factor_interval(estimate: Estimate) -> str | None:
+    if math.isnan(estimate.low) or math.isnan(estimate.high):
+        return None
+    return f'{factor_text(estimate.low)} to {factor_text(estimate.high)}'
+
+
+# --- One variant ---------------------------------------------------------------------------------
+
+
+def _no_gains(comparison: LadderComparison) -> str:
+    if not any(comparison.analysis.ladder.losses[comparison.baseline]):
+        return f'No finished run of the baseline, {comparison.baseline}, has a validation loss yet.'
+    return 'No finished run but those of the baseline has a validation loss yet.'
+
+
+def _one_variant(comparison: LadderComparison, label: str) -> list[str]:
+    """The answer of a ladder with one architecture besides the baseline."""
+    gains, baseline = comparison.analysis.gains[label], comparison.baseline
+    gain = gains[-1]
+    rung = comparison.rungs[gain.rung]
+    seeds = f', {len(rung.groups[label].losses)} seeds' * bool(comparison.analysis.draws)
+    interval = gain_interval(gain)
+    facts = f' ({LEVEL} {interval}{seeds})' if interval else ''
+    sentences = [
+        f'{_where(comparison, gain)}, {label} has a compute gain {_amount(gain.value)} over '
+        f'{baseline}{facts}{_meaning(gain.value, baseline)}.',
+        _difference(
+            comparison, comparison.verdict(rung, label) if comparison.analysis.draws else None
+        ),
+        _trend(comparison, comparison.analysis.trends.get(label), len(gains)),
+    ]
+    sentences += [
+        f'The order reverses: {reversal_text(comparison, label, each)}.'
+        for each in comparison.analysis.reversals.get(label, [])[:LISTED]
+    ]
+    return [sentence for sentence in sentences if sentence]
+
+
+def _where(comparison: LadderComparison, gain: Gain) -> str:
+    rung = comparison.rungs[gain.rung]
+    size = f'{si(rung.params)} parameters, {flops_text(gain.cost)} FLOPs'
+    if rung is comparison.top:
+        return f'At the top rung ({size})'
+    return f'At rung {rung.number}, the highest so far below the top rung ({size})'
+
+
+def _amount(bound: Bound) -> str:
+    return {'': 'of', '>': 'above', '<': 'below'}[bound.relation] + f' {factor_text(bound.value)}'
+
+
+def _meaning(bound: Bound, baseline: str) -> str:
+    if bound.relation:
+        if bound.relation == '>':
+            return f': {baseline} does not reach its loss at any rung'
+        return f': {baseline} has a lower loss already at its smallest rung'
+    only = 'only ' if bound.value < 1 else ''
+    return (
+        f': {baseline} needs {only}{factor_text(bound.value)} times the training FLOPs for the '
+        f'same loss'
+    )
+
+
+def _difference(comparison: LadderComparison, verdict: Verdict | None) -> str:
+    """Whether the difference in loss at the highest rung is significant."""
+    if verdict is None:
+        return ''
+    test, why = verdict.test, caveat(verdict)
+    if test is None:
+        reasons = f': {"; ".join(verdict.reasons)}' if verdict.reasons else ''
+        return f'The difference in loss there is not tested{reasons}.'
+    facts = f'p {p_text(test.p_value)}'
+    if verdict.finding in (BETTER, WORSE):
+        verb = 'would be' if verdict.text == BLOCKED else 'is'
+        amount = nats(abs(test.difference.mean))
+        return (
+            f'Its loss there {verb} {verdict.finding} by {amount} nats per token, which is '
+            f'significant ({facts}){why}.'
+        )
+    mean = f'{test.difference.mean:+.4f} nats per token'
+    if verdict.finding == EQUIVALENT:
+        verb = 'would differ' if verdict.text == BLOCKED else 'differs'
+        return (
+            f'Its loss there {verb} by less than the margin of {comparison.margin:g} ({mean}){why}.'
+        )
+    return f'The difference in loss there, {mean}, is not significant ({facts}){why}.'
+
+
+def trend_word(trend: Trend) -> str:
+    """`grows`, `shrinks`, or `not significant`; without an interval the direction only."""
+    _, low, high = trend.factor
+    if math.isnan(low) or math.isnan(high):
+        return 'not tested'
+    return 'grows' if low > 1 else 'shrinks' if high < 1 else 'not significant'
+
+
+def _trend(comparison: LadderComparison, trend: Trend | None, gains: int) -> str:
+    if trend is None:
+        within = "fewer than two gains lie within the baseline's rungs" if gains > 1 else 'one gain'
+        return f'Its trend with compute is unknown ({within}).'
+    factor, interval = factor_text(trend.factor.value), factor_interval(trend.factor)
+    for_each = f'a factor of {factor} for each tenfold of compute'
+    if interval is None:
+        return f'The trend of the gain, {for_each}, is not tested.'
+    word = trend_word(trend)
+    if word == 'not significant':
+        return f'The gain has no significant trend with compute ({for_each}, {interval}).'
+    return f'The gain {word} with compute, by {for_each} ({interval}).'
+
+
+def reversal_text(comparison: LadderComparison, label: str, reversal: Reversal) -> str:
+    """`LABEL is ahead at rung 2 and behind at rung 3 (significant at both)`."""
+    sides = [
+        (gain.rung, side)
+        for gain in comparison.analysis.gains[label]
+        if gain.rung >= reversal.rung and (side := _is_ahead(gain.value)) is not None
+    ]
+    was_ahead = sides[0][1]
+    after = next(rung for rung, side in sides if side != was_ahead)
+    words = ('ahead', 'behind') if was_ahead else ('behind', 'ahead')
+    certainty = 'significant at both' if reversal.significant else 'which may be chance'
+    return (
+        f'{label} is {words[0]} at rung {comparison.rungs[reversal.rung].number} and {words[1]} '
+        f'at rung {comparison.rungs[after].number} ({certainty})'
+    )
+
+
+def _is_ahead(bound: Bound) -> bool | None:
+    """Whether a gain is above 1; None if it is a bound that leaves this open."""
+    if bound.value >= 1 and bound.relation != '<':
+        return True
+    return False if bound.value <= 1 and bound.relation != '>' else None
+
+
+# --- Several variants ----------------------------------------------------------------------------
+
+
+def _several_variants(comparison: LadderComparison) -> list[str]:
+    """The gain of each variant with its verdict and trend, largest first."""
+    top = comparison.rungs.index(comparison.top)
+    last = {label: each[-1] for label, each in comparison.analysis.gains.items() if each}
+    ranked = sorted(last, key=lambda label: (-last[label].rung, -last[label].value.value))
+    at_top = [label for label in ranked if last[label].rung == top]
+    below = [label for label in ranked if last[label].rung != top]
+    sentences = []
+    if at_top:
+        items = semicolons([_item(comparison, label, last[label]) for label in at_top])
+        sentences.append(
+            f'{_where(comparison, last[at_top[0]])}, compute gains over {comparison.baseline} '
+            f'are: {items}.'
+        )
+    if below:
+        items = semicolons(
+            [
+                f'{_item(comparison, label, last[label])} at rung '
+                f'{comparison.rungs[last[label].rung].number}'
+                for label in below
+            ]
+        )
+        sentences.append(f'Without a finished run at the top rung, at the highest so far: {items}.')
+    reversals = [
+        reversal_text(comparison, label, each)
+        for label in ranked
+        for each in comparison.analysis.reversals.get(label, [])
+        if each.significant
+    ]
+    if reversals:
+        sentences.append(f'The order reverses: {semicolons(reversals)}.')
+    sentences.append('(A gain above 1: less compute than the baseline for the same loss.)')
+    return sentences
+
+
+def _item(comparison: LadderComparison, label: str, gain: Gain) -> str:
+    """`LABEL 1.23 (1.10 to 1.38; loss better; shrinks with compute)`."""
+    verdict = comparison.verdict(comparison.rungs[gain.rung], label)
+    trend = comparison.analysis.trends.get(label)
+    word = trend_word(trend) if trend else ''
+    facts = [
+        gain_interval(gain),
+        or_dash(verdict, lambda v: f'loss {v.text}', ''),
+        f'{word} with compute' if word in ('grows', 'shrinks') else '',
+    ]
+    listed = '; '.join(fact for fact in facts if fact)
+    return f'{label} {bound_text(gain.value)}' + (f' ({listed})' if listed else '')
+
+
+# --- Failures ------------------------------------------------------------------------------------
+
+
+def _failures(comparison: LadderComparison) -> list[str]:
+    """One sentence for each variant with runs that did not finish."""
+    sentences = []
+    for label in comparison.variants:
+        outcomes: Counter = Counter()
+        for rung in comparison.rungs:
+            outcomes.update(rung.outcomes(label))
+        total, finished = outcomes.total(), outcomes.pop(FINISHED, 0)
+        if outcomes:
+            others = ', '.join(f'{count} {outcome_name(name)}' for name, count in outcomes.items())
+            sentences.append(f'{label}: {finished} of {total} runs finished, {others}.')
+    if len(sentences) > LISTED:
+        sentences[LISTED:] = [f'{len(sentences) - LISTED} more are incomplete.']
+    return sentences
