@@ -111,7 +111,8 @@ def _where(comparison: LadderComparison, gain: Gain) -> str:
     size = f'{si(rung.params)} parameters, {flops_text(gain.cost)} FLOPs'
     if rung is comparison.top:
         return f'At the top rung ({size})'
-    return f'At rung {rung.number}, the highest so far below the top rung ({size})'
+    top = comparison.top.number
+    return f'Provisionally, at rung {rung.number} ({size}), since rung {top} has not finished'
 
 
 def _amount(bound: Bound) -> str:
@@ -226,7 +227,7 @@ def _several_variants(comparison: LadderComparison) -> list[str]:
                 for label in below
             ]
         )
-        sentences.append(f'Without a finished run at the top rung, at the highest so far: {items}.')
+        sentences.append(f'Provisionally, without a finished run at the top rung: {items}.')
     reversals = [
         reversal_text(comparison, label, each)
         for label in ranked

@@ -42,7 +42,9 @@ def draw_losses(ladder: Ladder, draws: int, generator: np.random.Generator) -> L
     drawn = np.full((draws, *measured.shape), np.nan)
     for r in range(measured.shape[1]):
         variants = [v for v in range(len(measured)) if not math.isnan(measured[v, r])]
-        tables = [list(ladder.losses.values())[v][r] for v in variants] if variants else []
+        if not variants:
+            continue
+        tables = [list(ladder.losses.values())[v][r] for v in variants]
         seeds = [*dict.fromkeys(seed for table in tables for seed in table)]
         # The mean of a variant has the mean effect of its seeds. [variants, seeds]
         parts = np.array([[(seed in table) / len(table) for seed in seeds] for table in tables])
