@@ -30,6 +30,15 @@ Keys of a study file:
   tune        {option: [values]}: values that each variant is tuned over, with
               seed tune_seed
   tune_seed   Seed of the tuning runs, not one of the sweep's (default 0)
+  ladder      {'params': [sizes]} or {option: [values]}, one for each rung: all
+              variants at several sizes. params counts the reference's, without
+              token table, output head and positions; 'aspect_ratio' (n_embd /
+              n_layer) and 'head_size' beside it default to those of the base
+  horizon     {'tokens_per_param' | 'tokens' | 'flops': amount, or one for each
+              rung}: length of a run of a ladder
+  baseline_extra  Further rungs that only the baseline trains (default 1), or the
+              options of one
+  transfer    'mup': initialization and learning rate follow the width by mup
 Options of one kind of layers have dotted names: 'layer_kinds.L.sliding_window'.
 """
 
@@ -44,12 +53,14 @@ from common.option_help import CommandHelp, HelpGroup
 from common.registry import Option, at_least
 from configurator import read_command_line
 from data.dataset import load_dataset, prepare_if_missing
-from studies.grid import STUDY_KEYS, merged_settings, read_study
+from studies.grid import merged_settings, read_study
+from studies.keys import STUDY_KEYS
 from studies.overview import describe
+from studies.parts import build_parts
 from studies.run_study import run_study
 from studies.runner import StudyRunner
 from studies.state import StudyState
-from studies.variants import RunContext, baseline_variant, build_variants, with_micro_batch
+from studies.variants import RunContext
 from training.command_help import help_groups
 from training.component_reference import list_components
 from training_config import schema as training_schema
@@ -104,12 +115,9 @@ def main(argv: list[str]) -> int:
     dataset = load_dataset(base.dataset, settings.architecture.block_size)
     context = RunContext(device, dtype, dataset)
     plan_only, jobs = (command_line.value(key, study_schema) for key in ('plan_only', 'jobs'))
-    variants = build_variants(study, context)
-    study = with_micro_batch(study, variants, context, jobs)
-    if study.micro_batch:
-        variants = build_variants(study, context)
+    parts = build_parts(study, context, jobs)
     runner = StudyRunner(study, Path(base.out_dir), context, jobs, study_options=set(OPTIONS))
-    state = StudyState(study, variants, baseline_variant(study, variants), runner)
+    state = StudyState(study, parts, runner)
     if plan_only:
         write_text(describe(state, measure=True))
         return 0

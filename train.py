@@ -33,7 +33,7 @@ from planning import micro_batch
 from planning.plan import plan_run
 from planning.report import plan_report
 from records.record_types import EvaluationEntry
-from studies.grid import STUDY_KEYS
+from studies.keys import STUDY_KEYS
 from training import iteration_log, stability
 from training.checkpoint import list_checkpoints
 from training.command_help import training_help

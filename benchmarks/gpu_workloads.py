@@ -24,7 +24,7 @@ from model_components import IGNORED
 from model_config import PRESETS
 from optim.step import GuardedOptimizer
 from parallel.strategies import SingleProcess
-from studies.grid import STUDY_KEYS
+from studies.keys import STUDY_KEYS
 from training import iteration_log
 from training.session import Session
 from training_config import Settings, load_settings, schema

@@ -8,7 +8,6 @@ import hashlib
 import itertools
 import math
 import re
-import reprlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -22,6 +21,8 @@ from common.layer_table import kind_and_option, used_values
 from common.registry import Option
 from configurator import COMMAND_LINE, CommandLine, Layer, flatten, validate_layer
 from model_config import ModelArchitectureConfig
+from studies.keys import GRIDS, STUDY_KEYS, brief
+from studies.ladder_keys import SHAPES, ladder_problems, number_of_rungs
 from studies.points import (
     arguments,
     check_name,
@@ -33,8 +34,6 @@ from studies.points import (
 from training_config import PLAN_OPTIONS, Settings, load_settings, schema
 
 SEED_KEYS = ('seed', 'data_seed')
-BUDGETS = ('iterations', 'tokens', 'flops', 'seconds')
-MATCHES = ('params', 'flops')
 LARGEST_STUDY = 10_000  # runs; all are checked before the first begins
 # Options that the study sets for each run itself.
 RESERVED = {
@@ -42,70 +41,6 @@ RESERVED = {
     *('debug', *PLAN_OPTIONS),
 }
 LONGEST_NAME = 255  # bytes in the name of a folder, on nearly every file system
-
-_brief = reprlib.Repr()  # short for any value, and never raises
-_brief.maxstring = _brief.maxother = 60
-
-
-# --- Keys ----------------------------------------------------------------------------------------
-
-_GRID = "a dict of lists, such as {'ffn_type': ['standard', 'swiglu']}"
-_POINT = "a dict of options, such as {'ffn_type': 'standard'}"
-_BUDGET = f"a dict of one of {', '.join(BUDGETS)} and a finite amount, such as {{'tokens': 1e7}}"
-
-
-def _is_point(value) -> bool:
-    return isinstance(value, dict) and all(isinstance(key, str) for key in value)
-
-
-def _is_grid(value) -> bool:
-    return _is_point(value) and all(isinstance(values, list | tuple) for values in value.values())
-
-
-def _is_budget(value) -> bool:
-    return isinstance(value, dict) and len(value) <= 1 and all(map(_is_amount, value.items()))
-
-
-def _is_amount(item: tuple) -> bool:
-    kind, amount = item
-    try:
-        return kind in BUDGETS and type(amount) in (int, float) and 0 < float(amount) < math.inf
-    except OverflowError:
-        return False
-
-
-def _is_whole(least: int) -> Callable[[object], bool]:
-    return lambda value: type(value) is int and value >= least
-
-
-def _is_text(value) -> bool:
-    return isinstance(value, str)
-
-
-# key -> (default, predicate for valid values, description of valid values)
-STUDY_KEYS: dict[str, tuple] = {
-    'question': ('', _is_text, 'a text'),
-    'sweep': ({}, _is_grid, _GRID),
-    'ablate': ({}, _is_grid, _GRID),
-    'exclude': (
-        [],
-        lambda value: isinstance(value, list | tuple) and all(map(_is_point, value)),
-        f'a list of combinations, each {_POINT}',
-    ),
-    'tune': ({}, _is_grid, "a dict of lists, such as {'learning_rate': [3e-4, 1e-3, 3e-3]}"),
-    'tune_seed': (0, _is_whole(0), 'a whole number of at least 0'),
-    'match': (
-        'none',
-        lambda value: _is_text(value) and value in (*MATCHES, 'none'),
-        f'one of {[*MATCHES, "none"]}',
-    ),
-    'match_by': ('d_ff', _is_text, 'the name of an option that sets a size'),
-    'match_step': (8, _is_whole(1), 'a whole number of at least 1'),
-    'reference': ({}, _is_point, _POINT),
-    'baseline': ({}, _is_point, _POINT),
-    'budget': ({}, _is_budget, _BUDGET),
-}
-GRIDS = ('sweep', 'ablate', 'tune')
 
 
 @dataclass(frozen=True)
@@ -126,6 +61,11 @@ class Study:
     reference: dict
     baseline: dict
     budget: dict
+    ladder: dict
+    horizon: dict
+    baseline_extra: int | dict
+    transfer: str
+    rung: dict = field(default_factory=dict)  # options of the rung that this study is a part of
     micro_batch: dict = field(default_factory=dict)  # derived sizes that all runs share
 
 
@@ -142,7 +82,7 @@ def read_study(command_line: CommandLine) -> Study:
     for key, (default, fits, kind) in STUDY_KEYS.items():
         values[key] = command_line.extra.get(key, default)
         if not fits(values[key]):
-            problems.append(f'{path}: {key}={_brief.repr(values[key])}: {key} takes {kind}.')
+            problems.append(f'{path}: {key}={brief(values[key])}: {key} takes {kind}.')
             values[key] = default
     study = Study(path, command_line, **values)
     if not problems and not (study.sweep or study.ablate) and _was_read(command_line):
@@ -151,6 +91,7 @@ def read_study(command_line: CommandLine) -> Study:
             f"'seed': [1, 2, 3]}}, or ablate = {{…}}."
         )
     problems += list(_grid_problems(study)) or [*_value_problems(study), *_key_problems(study)]
+    problems += ladder_problems(study) if not problems else []
     problems += _base_problems(path, lambda key: command_line.value(key, schema))
     problems += command_line.problems
     try:
@@ -177,10 +118,12 @@ def _grid_problems(study: Study) -> Iterator[str]:
     swept = math.prod(len(v) for k, v in study.sweep.items() if k not in SEED_KEYS)
     variants = swept * (1 + sum(map(len, study.ablate.values())))
     settings = math.prod(map(len, study.tune.values())) if study.tune else 0
-    runs = variants * (seeds + settings)
+    rungs = number_of_rungs(study) or 1
+    runs = rungs * variants * (seeds + settings)
     if runs > LARGEST_STUDY:
         yield (
-            f'{study.path}: {_count(variants)} variants × ({_count(seeds)} seeds + '
+            f'{study.path}: {f"{rungs} rungs × " * (rungs > 1)}{_count(variants)} variants × '
+            f'({_count(seeds)} seeds + '
             f'{_count(settings)} tuning runs) = {_count(runs)} runs, but a study has at most '
             f'{LARGEST_STUDY:,}. Shorten the lists.'
         )
@@ -196,6 +139,12 @@ def _named_points(study: Study) -> Iterator[tuple[str, dict]]:
         for key, values in getattr(study, name).items():
             for value in values:
                 yield name, {key: value}
+    for key, values in study.ladder.items():
+        if key != 'params' and key not in SHAPES:
+            for value in values:
+                yield 'ladder', {key: value}
+    if isinstance(study.baseline_extra, dict):
+        yield 'baseline_extra', study.baseline_extra
     for point in study.exclude:
         yield 'exclude', point
     yield 'reference', study.reference
@@ -214,7 +163,7 @@ def _value_problems(study: Study) -> Iterator[str]:
         for key, values in getattr(study, name).items():
             plain = Counter(v for v in values if isinstance(v, int | float | str | None))
             dicts = Counter(point_label({key: v}, repr) for v in values if isinstance(v, dict))
-            repeated = [_brief.repr(value) for value, times in plain.items() if times > 1]
+            repeated = [brief(value) for value, times in plain.items() if times > 1]
             repeated += [label for label, times in dicts.items() if times > 1]
             if repeated:
                 yield (
@@ -236,9 +185,7 @@ def _problems_of_value(
     problems: list[str] = []
     accepted = validate_layer(Layer(place, merged_values({key: value})), {'': options}, problems)
     if not problems and key not in RESERVED and arguments(accepted.values, options) is None:
-        problems = [
-            f'{place}: {key}={_brief.repr(value)} cannot be passed on a command line. Remove it.'
-        ]
+        problems = [f'{place}: {key}={brief(value)} cannot be passed on a command line. Remove it.']
     return problems
 
 
@@ -253,8 +200,11 @@ def _key_problems(study: Study) -> Iterator[str]:
     for key in overlap(study.tune, {**study.sweep, **study.ablate}):
         yield f'{path}: {key!r} is both in tune and in the grid. Remove it from one of them.'
     for name in GRIDS:
-        if study.budget and 'max_iters' in getattr(study, name):
-            yield f'{path}: {name} has max_iters, which budget determines. Remove one of them.'
+        for length in ('budget', 'horizon'):
+            if getattr(study, length) and 'max_iters' in getattr(study, name):
+                yield (
+                    f'{path}: {name} has max_iters, which {length} determines. Remove one of them.'
+                )
         if study.match == 'none':
             continue
         for key in overlap(getattr(study, name), {study.match_by: [None]}):
@@ -316,6 +266,7 @@ def run_options(study: Study, point: dict) -> dict:
     In a study that varies `layer_pattern`, each run sets its own, the base's too, and values of
     kinds that it lacks are left out: the command line overrides the kinds of the file.
     """
+    point = {**study.rung, **point}
     if not _varies_pattern(study):
         return point
     if 'layer_pattern' not in point:
@@ -393,7 +344,8 @@ def variant_points(study: Study) -> list[dict]:
 def _used_point(study: Study, point: dict) -> dict:
     """The point without values of kinds of layers that its run lacks."""
     options = run_options(study, point)
-    return {k: v for k, v in options.items() if k in point or k != 'layer_pattern'}
+    hidden = {'layer_pattern', *study.rung} - point.keys()
+    return {key: value for key, value in options.items() if key not in hidden}
 
 
 def _values_without_layers(study: Study, points: list[dict]) -> list[str]:

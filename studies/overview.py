@@ -21,36 +21,69 @@ def describe(state: StudyState, measure: bool) -> str:
 
     measure: whether to measure the speed if there are no runs yet.
     """
-    study, runner, trials = state.study, state.runner, state.trials()
-    by_kind = trials.by_kind()
+    study, parts = state.study, state.trials()
+    by_kind = state.by_kind()
+    decided = {id(part.rung): state.is_decided(part) for part in parts}
     left = {
-        kind: [trial for trial in of_kind if not _is_complete(state, trials, kind, trial)]
-        for kind, of_kind in by_kind.items()
+        kind: [
+            trial
+            for part in parts
+            for trial in part.by_kind()[kind]
+            if not _is_complete(state, decided[id(part.rung)], kind, trial)
+        ]
+        for kind in by_kind
     }
-    seeds = len(study_seeds(study))
-    counts = f'{counted(len(state.variants), "variant")} with {counted(seeds, "seed")} each'
+    seeds, first = len(study_seeds(study)), state.parts[0]
+    counts = f'{counted(len(first.variants), "variant")} with {counted(seeds, "seed")} each'
+    rungs = sum(part.rung is not None and not part.rung.extra for part in state.parts)
+    at_rungs = f', at {rungs} rungs' if rungs else ''
     lines = [
         *([study.question] if study.question else []),
-        f'{study.path}: {counts}; baseline: {state.baseline.label}',
-        _variants_table(study, state.variants, by_kind),
+        f'{study.path}: {counts}{at_rungs}; baseline: {first.baseline.label}',
+        *(_rungs_table(state, by_kind) if study.ladder else []),
+        *([] if study.ladder else [_variants_table(study, first.variants, by_kind)]),
         *(
             f'{same.label}: not run, since its settings are those of {variant.label}'
-            for variant in state.variants
+            for variant in first.variants
             for same in variant.same
         ),
         _run_counts(study, by_kind, left),
-        *_total_cost(state, trials),
+        *_total_cost(state, parts),
     ]
-    if any(left.values()) and (time := estimate_time(runner, trials, left, measure)):
+    if any(left.values()) and (time := estimate_time(state, left, measure)):
         lines.append(f'time left: about {duration(time.seconds)}, {time.source}')
     return '\n'.join(lines)
 
 
-def _is_complete(state: StudyState, trials: StudyTrials, kind: str, trial: Trial) -> bool:
-    if kind == RUNS and not state.is_decided(trials):
+def _is_complete(state: StudyState, decided: bool, kind: str, trial: Trial) -> bool:
+    if kind == RUNS and not decided:
         return False
     outcome = state.runner.outcome(kind, trial)
     return outcome is not None and outcome.is_final
+
+
+def _rungs_table(state: StudyState, by_kind: TrialsByKind) -> list[str]:
+    """Each rung with its size, and the cost of one run and of all its runs."""
+    rows = [['rung', 'sizes', 'params', 'tokens/run', 'FLOPs/run', 'runs', 'total FLOPs']]
+    for part in state.parts:
+        if part.rung is None:
+            continue
+        trials = [trial for of_kind in by_kind.values() for trial in of_kind]
+        trials = [trial for trial in trials if trial.rung == part.rung.number]
+        run = next(t for t in trials if t.variant == part.baseline.label and t in by_kind[RUNS])
+        only = ' (baseline only)' if part.rung.extra else ''
+        rows.append(
+            [
+                str(part.rung.number + 1),
+                f'{part.rung.label}{only}',
+                f'{part.rung.params:,}',
+                _number_text(run.tokens),
+                _number_text(run.flops),
+                str(len(trials)),
+                _number_text(_sum(trial.flops for trial in trials)),
+            ]
+        )
+    return [table(rows, '><>>>>>')]
 
 
 def _variants_table(study: Study, variants: list[Variant], by_kind: TrialsByKind) -> str:
@@ -92,15 +125,18 @@ def _run_counts(study: Study, by_kind: TrialsByKind, left: TrialsByKind) -> str:
     return f'{counted(total, "run")}{of_which}, {complete} complete'
 
 
-def _total_cost(state: StudyState, trials: StudyTrials) -> list[str]:
+def _total_cost(state: StudyState, parts: list[StudyTrials]) -> list[str]:
     """Total tokens and FLOPs of the study, if they are known."""
-    every = [trial for of_kind in trials.by_kind().values() for trial in of_kind]
+    every = [trial for p in parts for of_kind in p.by_kind().values() for trial in of_kind]
     tokens, flops = _sum(trial.tokens for trial in every), _sum(trial.flops for trial in every)
     if flops is None:
         budget = values_text(state.study.budget)
         return [f'total: unknown until iterations are timed (budget {budget} per run)']
-    costs = [{choice.flops_per_iter for choice in variant.choices} for variant in state.variants]
-    undecided = not state.is_decided(trials) and any(len(cost) > 1 for cost in costs)
+    undecided = any(
+        not state.is_decided(part)
+        and any(len({c.flops_per_iter for c in variant.choices}) > 1 for variant in part.variants)
+        for part in parts
+    )
     at_most = ' at most, depending on the result of tuning' if undecided else ''
     total = f'{_number_text(tokens)} tokens, {_number_text(flops)} training FLOPs'
     return [f'total: {total}{at_most}']

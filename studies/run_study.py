@@ -11,10 +11,12 @@ from comparison.formats import emphasize, render_text
 from comparison.load import read_runs
 from studies.outcome import ADVICE, Outcome
 from studies.overview import values_text
+from studies.parts import StudyPart
 from studies.progress import StudyProgress
 from studies.runner import StudyRunner, StudyStopped
-from studies.state import StudyState
-from studies.trials import RUNS, TIMING, TUNING, Trial
+from studies.state import StudyState, TunedVariant
+from studies.trials import RUNS, TIMING, TUNING, StudyTrials, Trial
+from studies.variants import Variant
 
 
 def run_study(state: StudyState) -> int:
@@ -38,28 +40,35 @@ def train_trials(state: StudyState) -> tuple[str, dict[Trial, Outcome]]:
 
     Returns the last kind and the outcomes of its trials. Raises StudyStopped and UserError.
     """
-    with StudyProgress(state.runner, state.trials().by_kind()) as progress:
+    with StudyProgress(state.runner, state.by_kind()) as progress:
         return _train_trials(state, progress)
 
 
 def _train_trials(state: StudyState, progress: StudyProgress) -> tuple[str, dict[Trial, Outcome]]:
     study, runner = state.study, state.runner
     for kind in (TIMING, TUNING):
-        trials = state.trials().by_kind()[kind]
+        trials = state.by_kind()[kind]
         outcomes = runner.run(kind, trials, progress)
         allowed = ('finished', 'diverged') if kind == TUNING else ('finished',)
         if any(outcome.kind not in allowed for outcome in outcomes.values()):
             return kind, outcomes
         if kind == TUNING and study.tune:
-            for label, tuned in (state.tuned(state.trials()) or {}).items():
-                edge = f'; {", ".join(tuned.at_edge)} is at the end of its list, so extend the list'
-                write_progress(
-                    f'tuned {label}: {values_text(tuned.choice.values)} (validation loss '
-                    f'{tuned.loss:.4f}{edge if tuned.at_edge else ""})'
-                )
-    trials = state.trials().runs
+            for part in state.trials():
+                write_tuned(part, state.tuned(part) or {})
+    trials = state.by_kind()[RUNS]
     write_study_plan(state, trials)
     return RUNS, runner.run(RUNS, trials, progress)
+
+
+def write_tuned(trials: StudyTrials, tuned: dict[str, TunedVariant]) -> None:
+    """Report the best values of each variant."""
+    for label, variant in tuned.items():
+        rung = f' at {trials.rung.label}' if trials.rung else ''
+        edge = f'; {", ".join(variant.at_edge)} is at the end of its list, so extend the list'
+        write_progress(
+            f'tuned {label}{rung}: {values_text(variant.choice.values)} (validation loss '
+            f'{variant.loss:.4f}{edge if variant.at_edge else ""})'
+        )
 
 
 def print_comparison(folder: Path) -> None:
@@ -95,9 +104,15 @@ def report_unfinished(kind: str, outcomes: dict[Trial, Outcome], runner: StudyRu
 
 
 def write_study_plan(state: StudyState, trials: list[Trial]) -> None:
-    """Write `study.json`: the question, matched sizes, tuned options, and all commands."""
+    """Write `study.json`: the question, matched sizes, tuned options, rungs, and all commands."""
     study, runner = state.study, state.runner
-    tuned = state.tuned(state.trials()) or {}
+    parts = list(zip(state.parts, state.trials(), strict=True))
+    first = state.parts[0]
+    if study.ladder:
+        # Sizes and tuned values are those of the rungs.
+        variants = [{**_variant_entry(v, None), 'matched': None} for v in first.variants]
+    else:
+        variants = _variant_entries(state, *parts[0])
     data = {
         'question': study.question,
         'command': runner.command,
@@ -106,21 +121,14 @@ def write_study_plan(state: StudyState, trials: list[Trial]) -> None:
         'match_by': study.match_by,
         'budget': study.budget,
         'tuned': list(study.tune),
-        'baseline': state.baseline.label,
-        'variants': [
-            {
-                'label': v.label,
-                'asked': v.grid_point,
-                'matched': v.matched or None,
-                'tuned': tuned[v.label].choice.values if v.label in tuned else {},
-                'tuned_at_edge': tuned[v.label].at_edge if v.label in tuned else [],
-            }
-            for v in state.variants
-        ],
+        'baseline': first.baseline.label,
+        'variants': variants,
+        'ladder': _ladder_entry(state, parts) if study.ladder else None,
         'points': [
             {
                 'folder': f'{RUNS}/{trial.folder}',
                 'variant': trial.variant,
+                **({} if trial.rung is None else {'rung': trial.rung}),
                 'command': shlex.join(runner.arguments(RUNS, trial)),
             }
             for trial in trials
@@ -128,3 +136,34 @@ def write_study_plan(state: StudyState, trials: list[Trial]) -> None:
     }
     runner.out_dir.mkdir(parents=True, exist_ok=True)
     write_file(runner.out_dir / 'study.json', json.dumps(data, indent=1).encode())
+
+
+def _ladder_entry(state: StudyState, parts: list[tuple[StudyPart, StudyTrials]]) -> dict:
+    """The rungs, each with its variants."""
+    return {
+        'horizon': state.study.horizon,
+        'transfer': state.study.transfer,
+        'rungs': [
+            {
+                **{key: getattr(part.rung, key) for key in ('label', 'options', 'params')},
+                **{key: getattr(part.rung, key) for key in ('extra', 'budget')},
+                'variants': _variant_entries(state, part, trials),
+            }
+            for part, trials in parts
+        ],
+    }
+
+
+def _variant_entries(state: StudyState, part: StudyPart, trials: StudyTrials) -> list[dict]:
+    tuned = state.tuned(trials) or {}
+    return [_variant_entry(variant, tuned.get(variant.label)) for variant in part.variants]
+
+
+def _variant_entry(variant: Variant, tuned: TunedVariant | None) -> dict:
+    return {
+        'label': variant.label,
+        'asked': variant.grid_point,
+        'matched': variant.matched or None,
+        'tuned': tuned.choice.values if tuned else {},
+        'tuned_at_edge': tuned.at_edge if tuned else [],
+    }

@@ -140,7 +140,7 @@ class StudyRunner:
             *_arguments(_used_values(self.run_values, trial.choice.settings), trial.overrides),
             *('--init_from=auto', f'--out_dir={self.folder(kind, trial)}', '--log_style=line'),
             f'--concurrent_runs={jobs or self.jobs}',
-            *(f'--{key}={value}' for key, value in self.study.micro_batch.items()),
+            *(f'--{key}={value}' for key, value in trial.study.micro_batch.items()),
             *([f'--wandb_run_name={trial.folder}'] if self.wandb else []),
         ]
 
@@ -202,14 +202,14 @@ class StudyRunner:
 
     def _check_options(self, kind: str, trial: Trial, config: dict) -> None:
         """Raises UserError if an ended run had other options than the trial."""
-        settings = merged_settings(self.study, trial.overrides).resolve(*self.context)
+        settings = merged_settings(trial.study, trial.overrides).resolve(*self.context)
         values, placement = settings.to_dict(), PLACEMENT_OPTIONS
         before, now = (
             math.prod(each[key] for key in micro_batch.SIZES) for each in (config, values)
         )
         if before == now:
             # The same sequences, divided as the memory allowed then.
-            placement = placement | self.study.micro_batch.keys()
+            placement = placement | trial.study.micro_batch.keys()
         differing = [
             f'{key}={config[key]!r} (now {value!r})'
             for key, value in values.items()

@@ -1,14 +1,16 @@
 """A study, with the results of its trials that later trials need: times and tuned options."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 from common.errors import UserError
 from studies.grid import Study
 from studies.outcome import summary_value
+from studies.parts import StudyPart
 from studies.runner import StudyRunner
 from studies.trials import TIMING, TUNING, StudyTrials, Trial
-from studies.variants import TuneChoice, Variant
+from studies.variants import TuneChoice
 
 
 class TunedVariant(NamedTuple):
@@ -24,23 +26,35 @@ class StudyState:
     """A study, with the results that its later trials need."""
 
     study: Study
-    variants: list[Variant]
-    baseline: Variant
+    parts: list[StudyPart]
     runner: StudyRunner
 
-    def trials(self) -> StudyTrials:
-        """The trials, as far as their options are known. Raises UserError."""
-        seconds = self._seconds_per_iter(StudyTrials(self.study, self.variants))
+    def trials(self) -> list[StudyTrials]:
+        """The trials of each part, as far as their options are known. Raises UserError."""
+        return [self._trials_of(part) for part in self.parts]
+
+    def by_kind(self) -> dict[str, list[Trial]]:
+        """The trials of all parts by kind, in the order in which they are run."""
+        result: dict[str, list[Trial]] = {}
+        for trials in self.trials():
+            for kind, of_kind in trials.by_kind().items():
+                result.setdefault(kind, []).extend(of_kind)
+        return result
+
+    def _trials_of(self, part: StudyPart) -> StudyTrials:
+        known = partial(StudyTrials, part.study, part.variants, rung=part.rung)
+        seconds = self._seconds_per_iter(known())
         if seconds is None:
-            return StudyTrials(self.study, self.variants)
-        tuned = self.tuned(StudyTrials(self.study, self.variants, seconds))
+            return known()
+        tuned = self.tuned(known(seconds))
         tuned_choices = {label: variant.choice for label, variant in (tuned or {}).items()}
-        return StudyTrials(self.study, self.variants, seconds, tuned_choices)
+        return known(seconds, tuned_choices)
 
     def is_decided(self, trials: StudyTrials) -> bool:
         """Whether all options of the runs to compare are known."""
-        timed = len(trials.seconds) == len(self.variants) or not trials.timing
-        return timed and (len(trials.tuned_choices) == len(self.variants) or not self.study.tune)
+        count = len(trials.variants)
+        timed = len(trials.seconds) == count or not trials.timing
+        return timed and (len(trials.tuned_choices) == count or not self.study.tune)
 
     def _seconds_per_iter(self, trials: StudyTrials) -> dict[str, float] | None:
         """Seconds per iteration of each variant, from timing runs; None if some have not run."""
@@ -74,7 +88,7 @@ class StudyState:
             if trial.variant not in best or loss < best[trial.variant][0]:
                 best[trial.variant] = loss, trial
         tuned = {}
-        for variant in self.variants if self.study.tune else []:
+        for variant in trials.variants if self.study.tune else []:
             if variant.label not in best:
                 raise UserError(
                     f'{self.study.path}: all tuning runs of {variant.label} diverged. Set other '

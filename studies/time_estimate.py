@@ -19,6 +19,7 @@ from parallel.strategies import SingleProcess, recomputed_blocks
 from studies.grid import merged_settings
 from studies.outcome import summary_value
 from studies.runner import StudyRunner, iterations_done
+from studies.state import StudyState
 from studies.trials import TIMING, StudyTrials, Trial
 from studies.variants import TuneChoice
 from training.memory_check import is_out_of_memory
@@ -31,6 +32,9 @@ MEASURING_SECONDS = 15.0  # of all measurements together
 REPEAT_SECONDS = 0.3  # for which short iterations are repeated
 
 
+Model = tuple[int | None, str]  # rung and variant
+
+
 class TimeEstimate(NamedTuple):
     """Estimated seconds that a study still takes, and the basis of the estimate."""
 
@@ -39,30 +43,31 @@ class TimeEstimate(NamedTuple):
 
 
 def estimate_time(
-    runner: StudyRunner, trials: StudyTrials, left: dict[str, list[Trial]], measure: bool
+    state: StudyState, left: dict[str, list[Trial]], measure: bool
 ) -> TimeEstimate | None:
     """The time of the remaining trials; None if it is unknown.
 
     From the runs in out_dir; without any, if `measure` is set, from a few iterations made now.
     """
+    runner = state.runner
     devices = _devices(runner, runner.jobs)
     if 'seconds' in runner.study.budget:
         runs = sum(len(of_kind) for kind, of_kind in left.items() if kind != TIMING)
         seconds = runner.study.budget['seconds'] * runs / devices
         return TimeEstimate(seconds, 'from the budget, plus evaluations')
-    speeds: dict[str, list[float]] = {}
+    speeds: dict[Model, list[float]] = {}
     recorded = 0
-    for variant, speed in _recorded_speeds(runner, trials):
-        speeds.setdefault(variant, []).append(speed)
+    for model, speed in _recorded_speeds(runner, state.by_kind()):
+        speeds.setdefault(model, []).append(speed)
         recorded += 1
     source = f'at the speed of {counted(recorded, "run")} in {runner.out_dir}'
     if not recorded and measure:
-        speeds = {variant: [speed] for variant, speed in _measured_speeds(runner, trials)}
+        speeds = {model: [speed] for model, speed in _measured_speeds(runner, state.trials())}
         source = 'at the speed of a few iterations made now, plus the start of each run'
     if not speeds:
         return None
-    by_variant = {variant: statistics.fmean(values) for variant, values in speeds.items()}
-    typical = statistics.fmean(by_variant.values())
+    by_model = {model: statistics.fmean(values) for model, values in speeds.items()}
+    typical = statistics.fmean(by_model.values())
     seconds = 0.0
     for kind, of_kind in left.items():
         for trial in of_kind:
@@ -70,7 +75,7 @@ def estimate_time(
             # A recorded speed includes evaluations.
             extra = 0.0 if recorded else _evaluation_flops(runner, trial)
             flops = ((trial.flops or 0.0) + extra) * (1 - share)
-            seconds += flops * by_variant.get(trial.variant, typical)
+            seconds += flops * by_model.get((trial.rung, trial.variant), typical)
     return TimeEstimate(seconds / devices, source)
 
 
@@ -80,9 +85,11 @@ def _devices(runner: StudyRunner, jobs: int) -> int:
     return max(1, min(jobs, torch.cuda.device_count())) if on_gpu else 1
 
 
-def _recorded_speeds(runner: StudyRunner, trials: StudyTrials) -> Iterator[tuple[str, float]]:
-    """Variant and seconds per FLOP, on its own device, of each recorded run."""
-    for kind, of_kind in trials.by_kind().items():
+def _recorded_speeds(
+    runner: StudyRunner, by_kind: dict[str, list[Trial]]
+) -> Iterator[tuple[Model, float]]:
+    """Model and seconds per FLOP, on its own device, of each recorded run."""
+    for kind, of_kind in by_kind.items():
         for trial in of_kind:
             with contextlib.suppress(UserError, KeyError, AttributeError, TypeError):
                 record = runner.record(kind, trial)
@@ -92,14 +99,20 @@ def _recorded_speeds(runner: StudyRunner, trials: StudyTrials) -> Iterator[tuple
                 if not flops or not seconds:
                     continue
                 jobs = record['config'].get('concurrent_runs') or 1
-                yield trial.variant, seconds * _devices(runner, jobs) / jobs / flops
+                model = trial.rung, trial.variant
+                yield model, seconds * _devices(runner, jobs) / jobs / flops
 
 
-def _measured_speeds(runner: StudyRunner, trials: StudyTrials) -> Iterator[tuple[str, float]]:
-    """Variant and seconds per FLOP, measured now; slow variants are left out."""
+def _measured_speeds(
+    runner: StudyRunner, parts: list[StudyTrials]
+) -> Iterator[tuple[Model, float]]:
+    """Model and seconds per FLOP, measured now; slow variants are left out."""
     began, device = time.perf_counter(), runner.context.device
     largest = LARGEST_MEASURED.get(device.type, LARGEST_MEASURED_ELSEWHERE)
-    for variant in trials.variants:
+    models = (
+        (part.rung and part.rung.number, variant) for part in parts for variant in part.variants
+    )
+    for rung, variant in models:
         choice = variant.choices[0]
         steps = choice.settings.run.gradient_accumulation_steps
         if (
@@ -109,7 +122,7 @@ def _measured_speeds(runner: StudyRunner, trials: StudyTrials) -> Iterator[tuple
             continue
         with contextlib.suppress(UserError):
             yield (
-                variant.label,
+                (rung, variant.label),
                 measure_seconds_per_iter(choice, runner.context.device) / choice.flops_per_iter,
             )
 
@@ -156,7 +169,7 @@ def measure_seconds_per_iter(choice: TuneChoice, device: torch.device) -> float:
 
 def _evaluation_flops(runner: StudyRunner, trial: Trial) -> float:
     """FLOPs of a run's evaluations: forward passes, a third of the training FLOPs per token."""
-    settings = merged_settings(runner.study, trial.overrides).resolve(*runner.context)
+    settings = merged_settings(trial.study, trial.overrides).resolve(*runner.context)
     run, block_size = settings.run, settings.architecture.block_size
     evaluations = 1 + math.ceil((trial.iterations or 0) / run.eval_interval)
     tokens = 2 * run.eval_iters * block_size  # of both splits

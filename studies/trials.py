@@ -1,8 +1,9 @@
 """The trials of a study: its runs, with their options and costs."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from studies.grid import SEED_KEYS, Study, folder_names, run_options, study_seeds
+from studies.ladder import Rung
 from studies.points import point_labels
 from studies.variants import TuneChoice, Variant, budgeted_iterations
 
@@ -19,6 +20,8 @@ class Trial:
     overrides: dict
     choice: TuneChoice
     iterations: int | None  # None: unknown until iterations are timed
+    study: Study  # at the size of this run
+    rung: int | None = None  # number of the rung; None without a ladder
 
     @property
     def tokens(self) -> int | None:
@@ -47,8 +50,9 @@ class StudyTrials:
         variants: list[Variant],
         seconds: dict[str, float] | None = None,
         tuned_choices: dict[str, TuneChoice] | None = None,
+        rung: Rung | None = None,
     ):
-        self.study, self.variants = study, variants
+        self.study, self.variants, self.rung = study, variants, rung
         self.seconds, self.tuned_choices = seconds or {}, tuned_choices or {}
 
     def _trial(self, folder: str, variant: Variant, choice: TuneChoice, seed: dict) -> Trial:
@@ -60,7 +64,16 @@ class StudyTrials:
             iterations = choice.settings.run.max_iters
         point = {**variant.overrides, **budget, **choice.values, **seed}
         overrides = run_options(self.study, point)
-        return Trial(folder, variant.label, overrides, choice, iterations)
+        return self._at_rung(
+            Trial(folder, variant.label, overrides, choice, iterations, self.study)
+        )
+
+    def _at_rung(self, trial: Trial) -> Trial:
+        """The trial in the folder of its rung."""
+        if self.rung is None:
+            return trial
+        (folder,) = folder_names([self.rung.label])
+        return replace(trial, folder=f'{folder}/{trial.folder}', rung=self.rung.number)
 
     @property
     def timing(self) -> list[Trial]:
@@ -71,7 +84,10 @@ class StudyTrials:
         folders = folder_names(labels, clean=lambda label: label.replace('/', '_'))
         timed = {'max_iters': TIMED_ITERATIONS}
         return [
-            Trial(folder, v.label, {**v.overrides, **timed}, v.choices[0], TIMED_ITERATIONS)
+            Trial(
+                *(folder, v.label, {**v.overrides, **timed}, v.choices[0], TIMED_ITERATIONS),
+                study=self.study,
+            )
             for folder, v in zip(folders, self.variants)
         ]
 

@@ -9,7 +9,8 @@ from helpers.sandbox import Sandbox
 # As study.py does before it starts a run.
 READ_STUDY = """
 from configurator import read_command_line
-from studies.grid import STUDY_KEYS, merged_settings, read_study
+from studies.grid import merged_settings, read_study
+from studies.keys import STUDY_KEYS
 from study import study_schema
 
 arguments = ['config.py', '--dataset=shakespeare']

@@ -15,7 +15,7 @@ from helpers.project import TINY_RUN
 from model_builder import Transformer
 from records.record import read_record
 from records.run_folders import latest_run
-from studies.grid import STUDY_KEYS
+from studies.keys import STUDY_KEYS
 from training import start_checks
 from training.checkpoint import load_latest
 from training.session import Session

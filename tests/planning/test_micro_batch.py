@@ -15,6 +15,8 @@ from planning import micro_batch
 from planning.memory import MemoryEstimator, strategy_label
 from planning.plan import plan_run
 from studies import grid, runner, variants
+from studies.keys import STUDY_KEYS
+from studies.parts import build_parts
 from training_config import Settings, load_settings, schema
 
 CUDA = torch.device('cuda')
@@ -130,22 +132,21 @@ def test_study_has_one_micro_batch(gpu, tiny_dataset):
     """The smallest of its variants, of which two share each of the two GPUs."""
     path = str(PROJECT / 'config/studies/gated_ffn.py')
     options = [path, f'--dataset={tiny_dataset}', *SMALL[1:4], '--block_size=32']
-    command_line = read_command_line(options, study.study_schema, extra=grid.STUDY_KEYS)
+    command_line = read_command_line(options, study.study_schema, extra=STUDY_KEYS)
     for layer in command_line.layers:  # the study's own sizes
         for key in micro_batch.SIZES:
             layer.values.pop(key, None)
     read = grid.read_study(command_line)
     data = study.load_dataset(str(tiny_dataset), 32)
     context = variants.RunContext(CUDA, 'bfloat16', data)
-    built = variants.build_variants(read, context)
-    shared = variants.with_micro_batch(read, built, context, jobs=4)
-    assert shared.micro_batch == {'batch_size': 24, 'gradient_accumulation_steps': 20}
+    (part,) = build_parts(read, context, jobs=4)
+    assert part.study.micro_batch == {'batch_size': 24, 'gradient_accumulation_steps': 20}
     assert set(gpu) == {40 * GB}
-    again = variants.build_variants(shared, context)
-    assert {variant.settings.run.batch_size for variant in again} == {24}
-    assert variants.with_micro_batch(shared, again, context._replace(device=torch.device('cpu')), 4)
-    of_study = study.StudyRunner(shared, Path('out'), context, 4, set())
-    trial = study.StudyState(shared, again, again[0], of_study).trials().runs[0]
+    assert {variant.settings.run.batch_size for variant in part.variants} == {24}
+    (on_cpu,) = build_parts(read, context._replace(device=torch.device('cpu')), jobs=4)
+    assert not on_cpu.study.micro_batch
+    of_study = study.StudyRunner(read, Path('out'), context, 4, set())
+    trial = study.StudyState(read, [part], of_study).trials()[0].runs[0]
     assert '--batch_size=24' in of_study.arguments('runs', trial)
 
 

@@ -26,7 +26,8 @@ from configurator import read_command_line
 from records import trackers
 from records.record import read_record
 from records.run_folders import new_run_folder
-from studies.grid import STUDY_KEYS, merged_settings, read_study
+from studies.grid import merged_settings, read_study
+from studies.keys import STUDY_KEYS
 from studies.runner import StudyRunner
 from studies.trials import Trial
 from studies.variants import TuneChoice
@@ -255,7 +256,7 @@ def test_study_names_wandb_runs(tiny_dataset, tmp_path, wandb):
         command_line = read_command_line([str(path), *given], study.study_schema, extra=STUDY_KEYS)
         read = read_study(command_line)
         choice = TuneChoice({}, merged_settings(read, {}), tokens_per_iter=1, flops_per_iter=1.0)
-        trial = Trial('bias=True', 'bias=True', {'bias': True}, choice, iterations=None)
+        trial = Trial('bias=True', 'bias=True', {'bias': True}, choice, None, read)
         runner = StudyRunner(read, tmp_path, (), jobs=1, study_options=set())
         assert ('--wandb_run_name=bias=True' in runner.arguments('runs', trial)) == named
 

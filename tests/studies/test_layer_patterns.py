@@ -8,12 +8,14 @@ from common.errors import UserError
 from configurator import flatten, read_command_line
 from data.dataset import load_dataset
 from model_builder import build_model, training_flops
-from studies.grid import STUDY_KEYS, folder_names, merged_settings, read_study
+from studies.grid import folder_names, merged_settings, read_study
+from studies.keys import STUDY_KEYS
 from studies.overview import describe
+from studies.parts import build_parts
 from studies.points import arguments, point_labels
 from studies.runner import StudyRunner
 from studies.state import StudyState
-from studies.variants import RunContext, baseline_variant, build_variants
+from studies.variants import RunContext
 from training_config import load_settings, schema
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -31,9 +33,8 @@ def read(study_file, tiny_dataset, tmp_path):
         path = str(study_file(text))
         command_line = read_command_line([path, *given], study_script.study_schema, STUDY_KEYS)
         study = read_study(command_line)
-        variants = build_variants(study, context)
         runner = StudyRunner(study, tmp_path / 'out', context, 1, set(study_script.OPTIONS))
-        return StudyState(study, variants, baseline_variant(study, variants), runner)
+        return StudyState(study, build_parts(study, context, jobs=1), runner)
 
     return resolve
 
@@ -43,7 +44,7 @@ def layers(variant, option):
 
 
 def labels(state):
-    return [variant.label for variant in state.variants]
+    return [variant.label for variant in state.parts[0].variants]
 
 
 def test_each_run_has_the_layers_of_its_variant(read):
@@ -62,13 +63,13 @@ def test_each_run_has_the_layers_of_its_variant(read):
             for window in (4, None)
         ),
     ]
-    windows = [layers(variant, 'sliding_window') for variant in state.variants]
+    windows = [layers(variant, 'sliding_window') for variant in state.parts[0].variants]
     everywhere = [[None] * 4] * 5
     assert windows[1] == [4, None] * 2 and windows[3] == [4, 4, 4, None]
     assert [windows[n] for n in (0, 2, 4)] == everywhere[:3]
-    assert layers(state.variants[3], 'd_ff') == [48, 48, 48, 24]
-    assert layers(state.variants[3], 'n_head') == [1, 1, 1, 2]
-    for trial in state.trials().runs:
+    assert layers(state.parts[0].variants[3], 'd_ff') == [48, 48, 48, 24]
+    assert layers(state.parts[0].variants[3], 'n_head') == [1, 1, 1, 2]
+    for trial in state.trials()[0].runs:
         argv = state.runner.arguments('runs', trial)[2:]
         settings = load_settings(read_command_line(argv, schema, STUDY_KEYS))
         expected = trial.choice.settings.architecture
@@ -83,7 +84,7 @@ def test_options_of_the_command_line_that_a_variant_cannot_use(read):
         "arch_preset = 'llama'; sweep = {'position_encoding': ['rope', 'none']}",
         '--rope_theta=500',
     )
-    with_rope, without = (state.runner.arguments('runs', trial) for trial in state.trials().runs)
+    with_rope, without = (state.runner.arguments('runs', trial) for trial in state.trials()[0].runs)
     assert '--rope_theta=500.0' in with_rope and '--rope_theta=500.0' not in without
     load_settings(read_command_line(without[2:], schema, STUDY_KEYS))
 
@@ -95,17 +96,17 @@ def test_ablations_of_the_base_and_of_kinds(read):
         "baseline = {'layer_pattern': 'LGL'}"
     )
     assert labels(state) == ['base', 'layer_pattern=LG']
-    assert [[same.label for same in v.same] for v in state.variants] == [
+    assert [[same.label for same in v.same] for v in state.parts[0].variants] == [
         ['bias=False'],
         ['layer_pattern=LGL'],
     ]
-    assert [layers(v, 'sliding_window') for v in state.variants] == [[None] * 2, [8, None]]
-    assert state.baseline.label == 'layer_pattern=LG'
+    assert [layers(v, 'sliding_window') for v in state.parts[0].variants] == [[None] * 2, [8, None]]
+    assert state.parts[0].baseline.label == 'layer_pattern=LG'
     assert (
         'layer_pattern=LGL: not run, since its settings are those of layer_pattern=LG'
         in describe(state, False)
     )
-    for trial in state.trials().runs:
+    for trial in state.trials()[0].runs:
         load_settings(
             read_command_line(state.runner.arguments('runs', trial)[2:], schema, STUDY_KEYS)
         )
@@ -119,7 +120,7 @@ def test_ablations_of_the_base_and_of_kinds(read):
         *('base', 'L.sliding_window=4', 'L.sliding_window=None'),
         'L.sliding_window=2',
     ]
-    assert [layers(v, 'sliding_window')[0] for v in state.variants] == [8, 4, None, 2]
+    assert [layers(v, 'sliding_window')[0] for v in state.parts[0].variants] == [8, 4, None, 2]
 
 
 @pytest.mark.parametrize(
@@ -146,12 +147,12 @@ def test_baseline_by_values_of_kinds(read, point, label):
         with pytest.raises(UserError, match='matches 3 variants: layer_pattern=G, '):
             read(text)
     else:
-        assert read(text).baseline.label == label
+        assert read(text).parts[0].baseline.label == label
 
 
 def test_tuning_leaves_out_kinds_that_a_variant_lacks(read):
     state = read(f"{PATTERNS}tune = {{'layer_kinds.L.dropout': [0.0, 0.1]}}")
-    tuning = state.trials().tuning
+    tuning = state.trials()[0].tuning
     assert [trial.folder for trial in tuning] == [
         'layer_pattern=G/base',
         *(f'layer_pattern={p}/L.dropout={d}' for p in ('LG', 'LLLG') for d in (0.0, 0.1)),
@@ -160,7 +161,7 @@ def test_tuning_leaves_out_kinds_that_a_variant_lacks(read):
     # A variant whose layers L equal the others at first has its own candidates.
     text = f"layer_pattern = 'LG'; {PATTERNS}tune = {{'layer_kinds.L.dropout': [0.0, 0.1]}}"
     state = read(text.replace('8', 'None'))
-    assert [len(variant.choices) for variant in state.variants] == [1, 2, 2]
+    assert [len(variant.choices) for variant in state.parts[0].variants] == [1, 2, 2]
 
 
 @pytest.mark.parametrize(
@@ -249,20 +250,20 @@ def test_matched_flops_of_mixed_models(read):
     )
     state = read(text)
     target = flops(merged_settings(state.study, {'layer_pattern': 'G', 'vocab_size': 256}))
-    model_d_ff = state.variants[0].settings.architecture.d_ff
-    for variant, fixed in zip(state.variants, ([], [], [0, 2])):
+    model_d_ff = state.parts[0].variants[0].settings.architecture.d_ff
+    for variant, fixed in zip(state.parts[0].variants, ([], [], [0, 2])):
         sizes = layers(variant, 'd_ff')
         assert [n for n in range(4) if sizes[n] == 16] == fixed
         (size,) = {size for n, size in enumerate(sizes) if n not in fixed}
         assert variant.matched['value'] == size and variant.matched['was'] == model_d_ff
         assert variant.matched['mismatch'] == pytest.approx(flops(variant.settings) / target - 1)
         assert abs(variant.matched['mismatch']) < 0.01
-    assert [v.matched['value'] > model_d_ff for v in state.variants] == [False, True, True]
+    assert [v.matched['value'] > model_d_ff for v in state.parts[0].variants] == [False, True, True]
 
     # G has no layers to resize and needs none; in the others the layers of kind L change.
     state = read(text.replace("'SG'", "'LSG'") + "match_by = 'layer_kinds.L.d_ff'")
-    assert state.variants[0].matched == {'value': None, 'was': None, 'mismatch': 0.0}
-    for variant in state.variants[1:]:
+    assert state.parts[0].variants[0].matched == {'value': None, 'was': None, 'mismatch': 0.0}
+    for variant in state.parts[0].variants[1:]:
         sizes = layers(variant, 'd_ff')
         assert sizes[0] == variant.matched['value'] > model_d_ff
         assert sizes[1] in (16, model_d_ff)
@@ -278,7 +279,7 @@ def test_matched_flops_of_mixed_models(read):
         "sweep = {'layer_kinds.A.activation': ['gelu', 'relu']}; match = 'params'; match_step = 1\n"
         "reference = {'n_embd': 48}"
     )
-    for variant in state.variants:
+    for variant in state.parts[0].variants:
         (size,) = set(layers(variant, 'd_ff'))
         assert variant.matched['value'] == size and len(variant.matched['was']) == 2
     assert f'{size} (was 128 and ' in describe(state, False)

@@ -10,7 +10,8 @@ from configurator import flatten, read_command_line
 from data.dataset import load_dataset
 from model_builder import build_model, training_flops
 from studies import grid, points
-from studies.grid import STUDY_KEYS, read_study
+from studies.grid import read_study
+from studies.keys import STUDY_KEYS
 from studies.state import is_at_edge
 from studies.trials import StudyTrials
 from studies.variants import (
