@@ -30,15 +30,10 @@ Keys of a study file:
   tune        {option: [values]}: values that each variant is tuned over, with
               seed tune_seed
   tune_seed   Seed of the tuning runs, not one of the sweep's (default 0)
-  ladder      {'params': [sizes]} or {option: [values]}, one for each rung: all
-              variants at several sizes. params counts the reference's, without
-              token table, output head and positions; 'aspect_ratio' (n_embd /
-              n_layer) and 'head_size' beside it default to those of the base
-  horizon     {'tokens_per_param' | 'tokens' | 'flops': amount, or one for each
-              rung}: length of a run of a ladder
-  baseline_extra  Further rungs that only the baseline trains (default 1), or the
-              options of one
-  transfer    'mup': initialization and learning rate follow the width by mup
+  ladder      {'params': [sizes]} or {option: [values]}: train all at each size
+  horizon     {'tokens_per_param' | 'tokens' | 'flops': amount}: length of each run
+  baseline_extra  Larger sizes that only the baseline trains (default 1)
+  transfer    'mup': initialization and learning rate follow the width
 Options of one kind of layers have dotted names: 'layer_kinds.L.sliding_window'.
 """
 

@@ -6,7 +6,7 @@ Each rung is a study of its own, with options over the base and a budget, and ha
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from common.errors import UserError
 from configurator import COMMAND_LINE
@@ -99,7 +99,7 @@ def _with_advice(study: Study, point: dict, is_extra: bool, error: UserError) ->
     return [*(f'{whose}: {problem}' for problem in error.problems), advice]
 
 
-def entry_at(values: list, number: int) -> object:
+def entry_at(values: list, number: int) -> Any:
     """The value of a list for a rung; beyond its end, the list continues at its last ratio.
 
     Raises UserError if it cannot be continued.
@@ -140,7 +140,7 @@ def size_of(architecture: ModelArchitectureConfig) -> int:
     return sum(count for part, count in parts.items() if part not in NOT_COUNTED)
 
 
-def _solver(study: Study, context: RunContext) -> Callable[[object], dict]:
+def _solver(study: Study, context: RunContext) -> Callable[[float], dict]:
     """A function from a number of parameters to n_layer, n_embd and n_head.
 
     The aspect ratio n_embd / n_layer and the head size n_embd / n_head are those of `ladder`, else

@@ -236,7 +236,7 @@ def architecture_of_one(path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(study, 'describe', capture)
         main(path, '--plan_only')
-    return states[0].variants[0].settings.architecture
+    return states[0].parts[0].variants[0].settings.architecture
 
 
 def test_time_estimate_uses_recorded_speed(study_file, trained_here, tmp_path, capsys, monkeypatch):
