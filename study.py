@@ -31,7 +31,7 @@ Keys of a study file:
               seed tune_seed
   tune_seed   Seed of the tuning runs, not one of the sweep's (default 0)
   ladder      {'params': [sizes]} or {option: [values]}: train all at each size
-  horizon     {'tokens_per_param' | 'tokens' | 'flops': amount}: length of each run
+  horizon     {'tokens_per_param' | 'tokens' | 'flops': amount} of each run
   baseline_extra  Larger sizes that only the baseline trains (default 1)
   transfer    'mup': initialization and learning rate follow the width
 Options of one kind of layers have dotted names: 'layer_kinds.L.sliding_window'.

@@ -9,7 +9,7 @@ ladder = {
     'n_head': [2, 3, 3, 4],
 }
 baseline_extra = {'n_layer': 4, 'n_embd': 64, 'n_head': 4}
-horizon = {'tokens_per_param': 20}
+horizon = {'tokens_per_param': 10}
 sweep = {'ffn_type': ['standard', 'glu'], 'seed': [1, 2, 3]}
 baseline = {'ffn_type': 'standard'}
 reference = {'ffn_type': 'standard'}
@@ -19,10 +19,10 @@ match_step = 1
 arch_preset = 'llama'
 weight_tying = True
 
-# Small enough for two CPU cores: 25 thousand to 0.3 million parameters, bytes of Python code.
+# Small enough for two CPU cores: 25 to 200 thousand parameters, bytes of Python code.
 dataset = 'python_stdlib'
 block_size = 64
-batch_size, gradient_accumulation_steps = 32, 1
+batch_size, gradient_accumulation_steps = 16, 1
 eval_interval, eval_iters = 100, 100
 log_interval = 20
 learning_rate = 3e-3
