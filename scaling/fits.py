@@ -14,9 +14,9 @@ import numpy as np
 MIN_EXPONENT = 1e-6  # of α; a curve that does not fall ends here
 MAX_EXPONENT = 10.0  # published exponents of the loss are below 1
 BELOW_MINIMUM = 1e-9  # E stays below the smallest loss by at least this share of it
-GRID = 1 - np.geomspace(1, 1e-3, 16)  # of E, as a share of the smallest loss
+GRID = 1 - np.geomspace(1, 1e-3, 10)  # of E, as a share of the smallest loss
 MAX_STEPS = 200
-NO_PROGRESS = 1e-13  # relative decrease of the squared error at which a fit has converged
+NO_PROGRESS = 1e-10  # relative decrease of the squared error at which a fit has converged
 EXACT = 1e-29  # squared error, relative to the squared losses, that is rounding
 TINY = 1e-300  # instead of 0 in a denominator
 

@@ -22,6 +22,16 @@ class LossDraws(NamedTuple):
     drawn: np.ndarray  # [draws, variants, rungs]; no draws if no loss has several seeds
 
 
+def cost_table(ladder: Ladder) -> np.ndarray:
+    """Costs [variants, rungs]; NaN where a variant has no runs."""
+    table = np.full((len(ladder.costs), len(rung_tables(ladder))), np.nan)
+    for v, (name, costs) in enumerate(ladder.costs.items()):
+        for r, cost in enumerate(costs):
+            if cost and ladder.losses[name][r]:
+                table[v, r] = cost
+    return table
+
+
 def mean_losses(ladder: Ladder) -> np.ndarray:
     """The mean over seeds, [variants, rungs]; NaN where a variant has no runs."""
     means = np.full((len(ladder.losses), len(rung_tables(ladder))), np.nan)

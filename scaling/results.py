@@ -68,6 +68,9 @@ class CurveFit(NamedTuple):
     exponent: dict[str, Estimate]  # α
     residuals: dict[str, list[float | None]]  # variant -> by rung: mean loss minus fit
     shared: bool
+    # Root mean square residual, relative to that which the noise of seeds explains; None without
+    # draws. Above 1 it widens the intervals of the fit, and of the forecast.
+    misfit: float | None = None
 
 
 class TopPrediction(NamedTuple):
