@@ -31,6 +31,7 @@ from scaling.results import CONFIDENCE, Ladder, NoiseModel
 PRIOR_FREEDOM = 10.0
 # Normal prior of the slope of the log variance. Deviations fall slowly with size, if at all.
 PRIOR_SLOPE = (-0.3, 0.5)
+SHARE_POWER = 1.0
 # Points of the grid: of the log variance, its slope, and the share of the effect of the seed.
 GRID = (48, 15, 24)
 NO_SPREAD = 1e-12  # relative deviation below which losses are identical
@@ -159,6 +160,7 @@ class NoisePosterior:
         level, slope = self.levels[:, None, None], self.slopes[None, :, None]
         deviation = (self.slopes - PRIOR_SLOPE[0]) / PRIOR_SLOPE[1]
         total = np.zeros((1, 1, 1)) - 0.5 * deviation[None, :, None] ** 2
+        total = total + SHARE_POWER * np.log(np.cos(self.angles))
         for position, rung in zip(self.positions, self.rungs):
             if not len(rung.squares):
                 continue
