@@ -146,7 +146,6 @@ def compare_ladder(
     """
     # These import numpy, which other comparisons do without.
     from scaling.analysis import analyze
-
     from scaling.noise import noise_model
 
     by_rung = [[run for run in runs if run.study is study] for study in plan.plans]

@@ -11,12 +11,13 @@ ln C. A convex f keeps each segment convex, so a segment that ends below a loss 
 """
 
 import math
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
 
 from scaling.fits import Curves
-from scaling.resampling import LossDraws
+from scaling.resampling import cost_table
 from scaling.results import CONFIDENCE, Bound, Gain, Ladder
 
 BELOW, WITHIN, ABOVE = -1, 0, 1  # place of a cost, relative to the baseline's rungs
@@ -101,16 +102,6 @@ class BaselineCurve:
             return self.log_costs[end] + np.where(slope < 0, distance, far)
 
 
-def cost_table(ladder: Ladder) -> np.ndarray:
-    """Costs [variants, rungs]; NaN where a variant has no runs."""
-    table = np.full((len(ladder.costs), max(map(len, ladder.losses.values()))), np.nan)
-    for v, (name, costs) in enumerate(ladder.costs.items()):
-        for r, cost in enumerate(costs):
-            if cost and ladder.losses[name][r]:
-                table[v, r] = cost
-    return table
-
-
 def log_gains(ladder: Ladder, losses: np.ndarray, fit: Curves | None) -> dict[str, LogGains]:
     """The log gains of each variant but the baseline, at mean losses [..., variants, rungs]."""
     costs, names = cost_table(ladder), [*ladder.costs]
@@ -133,15 +124,10 @@ def log_gains(ladder: Ladder, losses: np.ndarray, fit: Curves | None) -> dict[st
     return result
 
 
-def gains(ladder: Ladder, draws: LossDraws, fit: Curves | None = None) -> dict[str, list[Gain]]:
-    """The gains of each variant but the baseline, at the rungs with runs of it, with intervals.
-
-    The costs of the ladder may be FLOPs or seconds. Without draws the ends of intervals are NaN.
-
-    fit: the fitted curve of the baseline, in the same costs; None for linear interpolation.
-    """
-    measured = log_gains(ladder, draws.measured, fit)
-    drawn = log_gains(ladder, draws.drawn, fit)
+def gains(
+    ladder: Ladder, measured: Mapping[str, LogGains], drawn: Mapping[str, LogGains]
+) -> dict[str, list[Gain]]:
+    """The gains of each variant at the rungs with runs of it. Without draws, the ends are NaN."""
     costs = dict(zip(ladder.costs, cost_table(ladder)))
     return {
         name: [

@@ -1,0 +1,61 @@
+"""The analysis of a ladder: compute gain, trend, reversals, fits and forecast with intervals."""
+
+import numpy as np
+
+from scaling.fits import Curves, fit_curves
+from scaling.forecast import MIN_RUNGS, curve_fit, fit_ladder, forecast, top_predictions
+from scaling.gain import gains, log_gains
+from scaling.noise import noise_model
+from scaling.resampling import LossDraws, cost_table, draw_losses
+from scaling.results import Gain, Ladder, LadderAnalysis, Trend
+from scaling.trend import reversals, trend
+
+DRAWS = 4000
+
+
+def analyze(ladder: Ladder, draws: int = DRAWS, seed: int = 0) -> LadderAnalysis:
+    """All that the losses say about the variants across sizes.
+
+    draws: of the parametric bootstrap, from which all intervals come. seed: of its random numbers.
+    With one seed per variant there are no intervals: their ends are NaN.
+    """
+    losses = draw_losses(ladder, draws, np.random.default_rng(seed))
+    gain, trends = gains_and_trends(ladder, losses)
+    shared, own = (fit_ladder(ladder, losses, shared) for shared in (True, False))
+    return LadderAnalysis(
+        ladder=ladder,
+        gains=gain,
+        trends=trends,
+        reversals={name: reversals(each) for name, each in gain.items()},
+        shared_fit=curve_fit(shared) if shared else None,
+        own_fit=curve_fit(own) if own else None,
+        predictions=top_predictions(ladder, losses) if shared else {},
+        forecast=forecast(shared) if shared else None,
+        noise=noise_model(ladder),
+        draws=len(losses.drawn),
+    )
+
+
+def gains_and_trends(
+    ladder: Ladder, losses: LossDraws
+) -> tuple[dict[str, list[Gain]], dict[str, Trend | None]]:
+    """The gains and trends of the variants but the baseline. Costs may be FLOPs or seconds."""
+    fit = _baseline_fit(ladder, losses)
+    measured, drawn = (log_gains(ladder, each, fit) for each in (losses.measured, losses.drawn))
+    costs = dict(zip(ladder.costs, cost_table(ladder)))
+    return gains(ladder, measured, drawn), {
+        name: trend(costs[name], costs[ladder.baseline], point, drawn[name])
+        for name, point in measured.items()
+    }
+
+
+def _baseline_fit(ladder: Ladder, losses: LossDraws) -> Curves | None:
+    """The baseline's curve at the measured means, for its curvature; None with too few rungs.
+
+    The curve is the same for all draws. Its curvature is a small correction.
+    """
+    costs, base = cost_table(ladder), [*ladder.costs].index(ladder.baseline)
+    if len(np.unique(costs[base][np.isfinite(costs[base])])) < MIN_RUNGS:
+        return None
+    fit = fit_curves(costs, losses.measured)
+    return Curves(fit.irreducible[base], fit.log_scale[base], fit.exponent[base])

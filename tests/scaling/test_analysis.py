@@ -1,0 +1,62 @@
+"""scaling/analysis.py: the whole analysis of a ladder."""
+
+import math
+
+import numpy as np
+import pytest
+
+from scaling.analysis import analyze
+from scaling.results import Ladder
+
+COSTS = [1e15, 3e15, 9e15, 2.7e16, 8.1e16]
+
+
+def ladder(factor, noise=0.004, seeds=3, rungs=4, number=0):
+    """A variant that needs 1 / factor of the baseline's cost; the baseline runs one rung more."""
+    draw = np.random.default_rng(number)
+    costs = COSTS[: rungs + 1]
+
+    def losses(gain, rung):
+        mean = 1.4 + 1.3 * (gain * costs[rung] / costs[0]) ** -0.2
+        return {seed: float(mean + noise * draw.standard_normal()) for seed in range(seeds)}
+
+    return Ladder(
+        baseline='base',
+        costs={'base': costs, 'new': costs[:-1]},
+        losses={
+            'base': [losses(1.0, rung) for rung in range(rungs + 1)],
+            'new': [losses(factor, rung) for rung in range(rungs)],
+        },
+    )
+
+
+def test_analysis_puts_all_parts_together_and_is_reproducible():
+    analysis = analyze(ladder(1.5), draws=500)
+    assert analysis == analyze(ladder(1.5), draws=500)
+    assert analysis.draws == 500
+    assert [gain.rung for gain in analysis.gains['new']] == [0, 1, 2, 3]
+    for gain in analysis.gains['new']:
+        assert gain.low.value < gain.value.value < gain.high.value
+        assert gain.value.value == pytest.approx(1.5, rel=0.2)
+        assert gain.cost == COSTS[gain.rung]
+    low, high = analysis.trends['new'].factor[1:]
+    assert low < 1 < high
+    assert analysis.reversals == {'new': []}
+    assert analysis.shared_fit and analysis.own_fit and analysis.forecast
+    assert analysis.predictions.keys() == {'base', 'new'}
+    assert analysis.noise.deviation(COSTS[1]) == pytest.approx(0.004, rel=0.5)
+
+
+def test_one_seed_has_no_intervals():
+    analysis = analyze(ladder(1.5, seeds=1), draws=500)
+    assert analysis.draws == 0
+    assert analysis.noise is None
+    assert all(math.isnan(gain.low.value + gain.high.value) for gain in analysis.gains['new'])
+    assert math.isnan(analysis.trends['new'].factor.low)
+
+
+def test_three_rungs_have_gains_and_no_forecast():
+    analysis = analyze(ladder(1.5, rungs=3), draws=500)
+    assert len(analysis.gains['new']) == 3
+    assert analysis.forecast is analysis.shared_fit is analysis.own_fit is None
+    assert analysis.predictions == {}
