@@ -13,13 +13,14 @@ records are read: no torch, no numpy.
 
 import argparse
 import math
+from functools import partial
 from pathlib import Path
 
 import common.first_import  # noqa: F401
 
 from common.console_output import write_text
 from common.errors import ArgumentParser, run_script
-from common.files import check_destination
+from common.files import check_destination, write_file
 from comparison import html_page, html_report, plots
 from comparison.analysis import (
     BETTER,
@@ -31,6 +32,7 @@ from comparison.analysis import (
     WORSE,
 )
 from comparison.answer import AnyComparison, compare_runs
+from comparison.compare import Comparison
 from comparison.formats import FORMATS, emphasize
 from comparison.load import SCORES, read_runs
 
@@ -117,7 +119,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         '--plot',
         type=Path,
         metavar='FILE',
-        help='Plot of loss curves and Pareto fronts: .png, .svg or .pdf',
+        help='Plot of loss curves and Pareto fronts, or of the fits and gains of a ladder: .png, '
+        '.svg or .pdf',
     )
     add('--report', type=Path, metavar='FILE', help='HTML page with all tables and plots')
     return parser.parse(argv)
@@ -135,10 +138,18 @@ def check_pictures(options: argparse.Namespace) -> None:
 
 
 def write_pictures(options: argparse.Namespace, comparison: AnyComparison) -> None:
+    if isinstance(comparison, Comparison):
+        figure = partial(plots.figure_of, comparison)
+        page = partial(html_report.report_page, comparison)
+    else:
+        from comparison import ladder_plots, ladder_report  # with numpy, as its comparison
+
+        figure = partial(ladder_plots.figure_of, comparison)
+        page = partial(ladder_report.report_page, comparison)
     if options.plot:
-        plots.plot(comparison, options.plot)
+        plots.save(figure, options.plot)
     if options.report:
-        html_report.write_report(comparison, options.report)
+        write_file(options.report, page().encode())
 
 
 def main(argv: list[str]) -> int:

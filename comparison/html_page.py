@@ -8,7 +8,7 @@ import html
 import re
 from collections.abc import Sequence
 from itertools import starmap
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from common.console_output import visible
 from comparison import plots
@@ -91,10 +91,11 @@ def escaped(text: str) -> str:
 
 
 class Picture(NamedTuple):
-    """A drawing and its alternative text."""
+    """A drawing, its alternative text, and a note below it."""
 
     draw: plots.Draw
     text: str
+    note: str = ''
 
 
 def panels_html(
@@ -104,13 +105,19 @@ def panels_html(
     if not pictures:
         return []
     drawings = [
-        _image(plots.svg(*plots.PANEL, f'{title} {number}', picture.draw), picture.text)
-        for number, picture in enumerate(pictures)
+        _picture_html(picture, f'{title} {number}') for number, picture in enumerate(pictures)
     ]
     return [
         f'<h2>{escaped(title)}</h2><figure><div class="panels">{"".join(drawings)}</div>'
         f'{legend_html(entries)}<figcaption>{escaped(note)}</figcaption></figure>'
     ]
+
+
+def _picture_html(picture: Picture, name: str) -> str:
+    image = _image(plots.svg(*plots.PANEL, name, picture.draw), picture.text)
+    if not picture.note:
+        return image
+    return f'<div>{image}<p class="note">{escaped(picture.note)}</p></div>'
 
 
 def intervals_html(title: str, rows: Sequence[IntervalRow], note: str) -> list[str]:
@@ -138,19 +145,23 @@ def _image(drawing: str, text: str) -> str:
 
 def legend_html(entries: Sequence[plots.LegendEntry]) -> str:
     items = [
-        f'<li>{_swatch(plots.style_of(number))}<span>{escaped(one_line(text))}</span></li>'
-        for number, text in entries
+        f'<li>{_swatch(style)}<span>{escaped(one_line(text))}</span></li>'
+        for style, text in entries
     ]
     return f'<ul class="legend">{"".join(items)}</ul>'
 
 
-def _swatch(style: dict[str, Any]) -> str:
+def _swatch(style: plots.Style) -> str:
     """The line and marker of a group in the legend."""
     dashes = ' stroke-dasharray="5 3"' if style['ls'] == '--' else ''
     marks = {
         'o': '<circle cx="16" cy="6" r="3.5"/>',
         's': '<rect x="12.5" y="2.5" width="7" height="7"/>',
         'D': '<path d="M16 1.5 20.5 6 16 10.5 11.5 6Z"/>',
+        '^': '<path d="M16 2 20 10H12Z"/>',
+        'v': '<path d="M16 10 12 2H20Z"/>',
+        'P': '<path d="M14.5 2h3v2.5H20v3h-2.5V10h-3V7.5H12v-3h2.5Z"/>',
+        'X': '<path d="M14 2 16 4 18 2 20 4 18 6 20 8 18 10 16 8 14 10 12 8 14 6 12 4Z"/>',
     }
     return (
         f'<svg viewBox="0 0 32 12" aria-hidden="true" fill="{style["color"]}">'

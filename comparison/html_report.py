@@ -2,9 +2,7 @@
 
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 
-from common.files import write_file
 from comparison import plots
 from comparison.compare import Comparison
 from comparison.headline import headline
@@ -13,11 +11,6 @@ from comparison.intervals import difference_rows, effect_rows
 from comparison.panels import Panel, caption, panels_of
 from comparison.picture_labels import short_labels
 from comparison.tables import tables
-
-
-def write_report(comparison: Comparison, path: Path) -> None:
-    """Write the page. Raises UserError."""
-    write_file(path, report_page(comparison).encode())
 
 
 def report_page(comparison: Comparison) -> str:

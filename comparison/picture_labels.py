@@ -1,11 +1,12 @@
 """Labels and legends of the plots, and how runs ended."""
 
 import re
+from collections.abc import Sequence
 
 from common.dict_option import leaves, short_name
 from comparison.compare import Comparison
-from comparison.groups import Group
 from comparison.runs import DIVERGED, FINISHED, UNMEASURED, Run
+from comparison.study_plan import StudyPlan
 
 # Endings of a run besides DIVERGED and FINISHED.
 BLOWN_UP, UNFINISHED = 'ended above the untrained loss', 'not finished'
@@ -22,15 +23,15 @@ def run_ending(run: Run) -> str:
 
 
 def short_labels(comparison: Comparison) -> list[str]:
-    """The groups' labels, shortened for plots.
+    """The groups' labels, shortened for plots."""
+    return shortened(comparison.labels, comparison.study)
 
-    Without the option's name where a study varies only one, and without `arch_preset=`.
-    """
-    plan = comparison.study
+
+def shortened(labels: Sequence[str], plan: StudyPlan | None) -> list[str]:
+    """The labels without the option's name where a study varies only one, or `arch_preset=`."""
     points = plan.variants.values() if plan else ()
     varied = {short_name(name) for point in points for name in leaves(point)}
     names = varied if len(varied) == 1 else varied & {'arch_preset'}
-    labels = comparison.labels
     for name in names:
         labels = [re.sub(rf'(?<!\S){re.escape(name)}=', '', label) for label in labels]
     return [*map(ellipsized, labels)]
@@ -52,7 +53,7 @@ def legend(comparison: Comparison) -> list[tuple[int, str]]:
             unstyled.append(rank)
             continue
         notes = ['baseline'] if group is comparison.baseline and len(labels) > 1 else []
-        notes += _endings_text(group)
+        notes += endings_text(group.runs)
         entries.append((rank, f'#{rank} {label}' + (f' ({", ".join(notes)})' if notes else '')))
     if unstyled:
         entries.append((unstyled[0], f'the others, from #{unstyled[0]}'))
@@ -68,9 +69,9 @@ def style_number(comparison: Comparison, rank: int) -> int | None:
     return number if number <= STYLED_GROUPS else None
 
 
-def _endings_text(group: Group) -> list[str]:
+def endings_text(runs: Sequence[Run]) -> list[str]:
     """`2 of 5 diverged`, or the ending of a single run."""
-    endings, count = [*map(run_ending, group.runs)], len(group.runs)
+    endings, count = [*map(run_ending, runs)], len(runs)
     return [
         ending if count == 1 else f'{endings.count(ending)} of {count} {ending}'
         for ending in (DIVERGED, BLOWN_UP, UNFINISHED)

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from matplotlib.lines import Line2D
 
 Draw = Callable[['Axes'], None]
-LegendEntry = tuple[int | None, str]  # number of a style, text
+Style = dict[str, Any]  # color, dashes and marker
+LegendEntry = tuple[Style, str]
 
 SUFFIXES = ('.png', '.svg', '.pdf')
 # The color-blind safe palette of Okabe & Ito (2008); the first is the baseline's.
@@ -101,7 +102,7 @@ def drawable(text: str) -> str:
 # --- One panel -----------------------------------------------------------------------------------
 
 
-def style_of(number: int | None) -> dict[str, Any]:
+def style_of(number: int | None) -> Style:
     """Color, dashes and marker of a group."""
     if number is None:
         return {'color': UNSTYLED_COLOR, 'ls': '-', 'marker': 'o'}
@@ -204,7 +205,7 @@ def figure_of(comparison: Comparison) -> 'Figure':
 
 
 def legend_entries(comparison: Comparison) -> list[LegendEntry]:
-    return [(style_number(comparison, rank), text) for rank, text in legend(comparison)]
+    return [(style_of(style_number(comparison, rank)), text) for rank, text in legend(comparison)]
 
 
 def note_figure(text: str) -> 'Figure':
@@ -227,21 +228,16 @@ def sheet(rows: Sequence[Sequence[Draw]], entries: Sequence[LegendEntry], note: 
     for drawings, part in zip(rows, parts):
         for draw, axes in zip(drawings, part.subplots(1, len(drawings), squeeze=False).flat):
             draw(axes)
-    handles = [handle_of(number) for number, _ in entries]
+    handles = [handle_of(style) for style, _ in entries]
     last.legend(handles, texts, loc='upper center', ncols=columns)
     last.text(0.5, 0.02, '\n'.join(lines), ha='center', va='bottom', fontsize=8, color='#555555')
     return figure
 
 
-def handle_of(number: int | None) -> 'Line2D':
+def handle_of(style: Style) -> 'Line2D':
     from matplotlib.lines import Line2D
 
-    return Line2D([], [], **style_of(number), ms=4, lw=1.6)
-
-
-def plot(comparison: Comparison, path: Path) -> None:
-    """Write all panels to one file. Raises UserError."""
-    save(partial(figure_of, comparison), path)
+    return Line2D([], [], **style, ms=4, lw=1.6)
 
 
 def save(make: Callable[[], 'Figure'], path: Path) -> None:

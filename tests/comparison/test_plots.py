@@ -4,6 +4,7 @@ import errno
 import itertools
 import os
 import re
+from functools import partial
 
 import pytest
 from helpers.run_records import STUDY, compared, decaying, study_record, write_study
@@ -317,7 +318,7 @@ def test_any_name_is_drawn_verbatim(tmp_path, recwarn):
     assert shown[3] == r'#4 <b>&\n\x1b[31m\u202e\ud800'
     assert shown[4].startswith(r'#5 \u4e2d\u6587 ')  # the font lacks the characters
     for suffix in plots.SUFFIXES:
-        plots.plot(comparison, tmp_path / f'plot{suffix}')
+        plots.save(partial(plots.figure_of, comparison), tmp_path / f'plot{suffix}')
     assert '<b>' not in (tmp_path / 'plot.svg').read_text()
     assert [str(warning.message) for warning in recwarn] == []
 
@@ -377,7 +378,7 @@ def test_single_option_has_no_main_effects(tmp_path):
 @pytest.mark.parametrize('suffix', ['.png', '.svg', '.PDF'])
 def test_pictures_of_every_kind(tmp_path, suffix):
     path = tmp_path / f'plot{suffix}'
-    plots.plot(study(tmp_path / 'study'), path)
+    plots.save(partial(plots.figure_of, study(tmp_path / 'study')), path)
     starts = {'.png': b'\x89PNG', '.svg': b'<?xml', '.PDF': b'%PDF'}
     assert path.read_bytes().startswith(starts[suffix])
     assert sorted(path.name for path in tmp_path.iterdir()) == [path.name, 'study']
@@ -386,9 +387,9 @@ def test_pictures_of_every_kind(tmp_path, suffix):
 @pytest.mark.slow
 def test_user_matplotlib_settings_have_no_effect(tmp_path):
     comparison = study(tmp_path / 'study')
-    plots.plot(comparison, tmp_path / 'a.svg')
+    plots.save(partial(plots.figure_of, comparison), tmp_path / 'a.svg')
     with matplotlib.rc_context({'text.usetex': True, 'lines.linewidth': 9, 'font.size': 30}):
-        plots.plot(comparison, tmp_path / 'b.svg')
+        plots.save(partial(plots.figure_of, comparison), tmp_path / 'b.svg')
         assert matplotlib.rcParams['font.size'] == 30
 
     def without_date(path):

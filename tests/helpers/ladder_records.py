@@ -120,7 +120,7 @@ def ladder_plan(curves: Mapping[str, Curve], params: Sequence[int], extra: int) 
     variants = [
         {
             'label': label,
-            'asked': dict(part.split('=') for part in label.split()),
+            'asked': dict(part.split('=', 1) for part in label.split()),
             'matched': None,
             'tuned': {},
             'tuned_at_edge': [],
@@ -157,7 +157,7 @@ def ladder_record(place: Place, params: int, curve: Curve, loss: float, number: 
     iterations, tokens = _iterations(params), tokens_of(params)
     per_token = curve.flops_per_token(params)
     flops = per_token * tokens
-    options = dict(part.split('=') for part in place.variant.split()) | rung_options(place.rung)
+    options = dict(part.split('=', 1) for part in place.variant.split()) | rung_options(place.rung)
     record = make_record(
         loss=loss, seed=place.seed, data_seed=place.seed, max_iters=iterations, **options
     )
