@@ -186,7 +186,7 @@ def comparison_data(comparison: Comparison) -> dict[str, Any]:
 def main_verdict_data(comparison: Comparison) -> dict[str, Any] | None:
     """The main verdict, for scripts."""
     verdict = comparison.main_verdict
-    return verdict and verdict_data(comparison, verdict)
+    return None if verdict is None else verdict_data(comparison, verdict)
 
 
 def verdict_data(comparison: Comparison, verdict: Verdict) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from comparison.study_plan import LadderPlan, StudyPlan
 if TYPE_CHECKING:
     from scaling.results import Gain, Ladder, LadderAnalysis, NoiseModel
 
-NOT_RUN = 'not run'  # outcome of a planned run without a record
+MISSING = 'missing'  # outcome of a planned run without a record
 
 
 @dataclass(frozen=True)
@@ -47,11 +47,11 @@ class LadderRung:
         return sum(means) / len(means) if means else None
 
     def outcomes(self, variant: str) -> Counter:
-        """The number of runs of a variant with each outcome; planned ones are `not run`."""
+        """The number of runs of a variant with each outcome; planned ones are `missing`."""
         group = self.groups.get(variant)
         counts = Counter(group.outcomes if group else {})
         if missing := max(0, self.planned[variant] - counts.total()):
-            counts[NOT_RUN] = missing
+            counts[MISSING] = missing
         return counts
 
     def failures(self, variant: str) -> int:
@@ -105,10 +105,10 @@ class LadderComparison:
             return None
         verdict = comparison.verdicts[comparison.groups.index(group)]
         missing = tuple(
-            f'{rung.outcomes(label)[NOT_RUN]} of {rung.outcomes(label).total()} seeds of {whose}: '
-            f'{NOT_RUN}'
+            f'{rung.outcomes(label)[MISSING]} of {rung.outcomes(label).total()} seeds of {whose}: '
+            f'{MISSING}'
             for label, whose in ((variant, 'this architecture'), (self.baseline, 'the baseline'))
-            if rung.outcomes(label)[NOT_RUN]
+            if rung.outcomes(label)[MISSING]
         )
         return replace(verdict, reservations=(*verdict.reservations, *missing))
 

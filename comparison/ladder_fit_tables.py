@@ -114,14 +114,14 @@ def forecast_section(comparison: LadderComparison) -> Section | None:
     rows = []
     for index, cost in enumerate(forecast.costs):
         for label, losses in forecast.losses.items():
-            gains = forecast.gains.get(label)
+            gain = forecast.gains[label][index] if label in forecast.gains else None
             rows.append(
                 [
                     flops_text(cost),
                     nats(losses[index].value),
                     _interval(losses[index], '.4f'),
-                    or_dash(gains, lambda each, i=index: factor_text(each[i].value)),
-                    or_dash(gains and factor_interval(gains[index]), str),
+                    or_dash(gain, lambda each: factor_text(each.value)),
+                    or_dash(gain and factor_interval(gain), str),
                     label,
                 ]
             )

@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import re
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -94,7 +95,8 @@ def write_ladder(
             flops = curve.flops_per_token(size) * tokens_of(size)
             loss = curve.loss(flops) + deviation * math.sqrt(0.5) * (of_all + own)
             record = ladder_record(place, size, curve, loss, number=len(points))
-            trial = f'runs/{rung_label(rung).replace(" ", "_")}/{place.variant}/seed={place.seed}'
+            of_rung, of_variant = map(_folder_name, (rung_label(rung), place.variant))
+            trial = f'runs/{of_rung}/{of_variant}/seed={place.seed}'
             points.append({'folder': trial, 'variant': place.variant, 'rung': rung})
             if change(record, place) is not False:
                 run = folder / trial / record['run_name']
@@ -104,6 +106,10 @@ def write_ladder(
     (folder / 'study.json').write_text(json.dumps(content), encoding='utf-8')
     read_study_plan.cache_clear()
     return folder
+
+
+def _folder_name(label: str) -> str:
+    return re.sub(r'[^\w.=+-]+', '_', label)
 
 
 def _places(variants, rung, seeds, draw):
