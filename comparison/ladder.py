@@ -145,7 +145,7 @@ def compare_ladder(
     Raises UserError if `baseline` does not name a single architecture.
     """
     # These import numpy, which other comparisons do without.
-    from scaling.analysis import analyze
+    from scaling.analysis import analyze, analyze_gains
     from scaling.noise import noise_model
 
     by_rung = [[run for run in runs if run.study is study] for study in plan.plans]
@@ -166,7 +166,7 @@ def compare_ladder(
         baseline=label,
         baseline_reason=reason,
         analysis=analyze(ladder),
-        time_gains=analyze(seconds).gains if concurrent == 1 else None,
+        time_gains=analyze_gains(seconds) if concurrent == 1 else None,
         pair_noise=noise_model(ladder, paired=True),
         concurrent=concurrent,
         score=score,

@@ -36,6 +36,12 @@ def analyze(ladder: Ladder, draws: int = DRAWS, seed: int = 0) -> LadderAnalysis
     )
 
 
+def analyze_gains(ladder: Ladder, draws: int = DRAWS, seed: int = 0) -> dict[str, list[Gain]]:
+    """The gains alone, as `analyze` has them."""
+    losses = draw_losses(ladder, draws, np.random.default_rng(seed))
+    return gains_and_trends(ladder, losses)[0]
+
+
 def gains_and_trends(
     ladder: Ladder, losses: LossDraws
 ) -> tuple[dict[str, list[Gain]], dict[str, Trend | None]]:
