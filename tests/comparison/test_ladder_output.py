@@ -369,6 +369,7 @@ def test_all_formats_have_the_same_numbers(ladder, data):
 def test_text_from_records_is_escaped(tmp_path):
     evil = 'ffn_type=<b>|x|</b>\x1b[31m\u202e'
     curves = {BASELINE: STANDARD, evil: CURVES[SWIGLU]}
+
     def change(record, place):
         if place.seed == 2:
             interrupt(record)
