@@ -26,7 +26,7 @@ PARALLEL = 'is run with FSDP; tests/parallel trains with the other strategies'
 EXCEPTIONS = {
     r'^python3 -m venv|^\. \.venv/|^pip install|^git clone': INSTALLS,
     r'^(\.ci/run|(python -m )?pytest|ruff|mypy)\b': GATE,
-    r'^python study.py config/(my_study|studies/norms)': ANOTHER_STUDY,
+    r'^python study.py config/(my_\w+.py$|studies/norms)': ANOTHER_STUDY,
     r'^torchrun .*--nnodes|^sbatch|^srun': SEVERAL_MACHINES,
     r'^torchrun .*--nproc_per_node=8': GPU,
     r'^torchrun .*--nproc_per_node=2 (?!.*--use_fsdp)': PARALLEL,
@@ -55,7 +55,7 @@ def shrunk(command: Command) -> list[str]:
     """The arguments with smaller numbers; tiny sizes where no config file in the copy has them."""
     arguments = [lowered(argument) for argument in command.arguments]
     if any(argument.startswith(NOT_SHRUNK) for argument in arguments):
-        return [str(PROJECT / a) if a.startswith('config/') else a for a in arguments]
+        return [str(PROJECT / a) if (PROJECT / a).is_file() else a for a in arguments]
     given = {argument.partition('=')[0] for argument in arguments}
     if command.script == 'train.py' and all(a.startswith('--') for a in arguments):
         arguments += [f'--{k}={v}' for k, v in SMALL_RUN.items() if f'--{k}' not in given]
@@ -158,7 +158,8 @@ def missing_names(command: Command) -> Iterator[str]:
             yield f'no file {argument}'
 
 
-YOUR_FILES = {'config/mine.py', 'config/my_study.py'}  # that a reader writes; the sandbox has them
+# Files that a reader writes; the sandbox has them.
+YOUR_FILES = {'config/mine.py', 'config/my_study.py', 'config/my_ladder.py'}
 
 
 def missing_requirements(words: tuple[str, ...]) -> Iterator[str]:

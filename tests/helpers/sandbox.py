@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from helpers.documents import fences
+from helpers.ladder_records import write_ladder
 from helpers.project import PROJECT, TINY_RUN, write_tiny_dataset
 from helpers.script_server import CAN_FORK, ScriptServer
 
@@ -18,6 +19,9 @@ SMALL_RUN = {**TINY_RUN, 'eval_iters': 2, 'dataset': 'shakespeare'}
 # A study in config/studies/ keeps two values of each option, and one seed.
 SMALL_STUDY = """
 sweep = {key: values[:1 if key == 'seed' else 2] for key, values in sweep.items()}
+"""
+SMALL_LADDER = """
+ladder, horizon = {'params': [4e3, 8e3]}, {'tokens': 1e3}
 """
 # Trained before any page is run, into the folders that their config files name.
 TRAINED = ('gpt2', 'llama', 'gemma2')
@@ -123,24 +127,31 @@ class Sandbox:
 
 def write_small_files(project: Path) -> None:
     """Shrink configs and studies, and write the datasets and texts that pages speak of."""
-    small = '\n' + '\n'.join(f'{key} = {value!r}' for key, value in SMALL_RUN.items()) + '\n'
+    lines = [f'{key} = {value!r}\n' for key, value in SMALL_RUN.items()]
+    small = ''.join(['\n', *lines])
+    without_length = ''.join(line for line in lines if not line.startswith('max_iters'))
     for path in project.glob('config/*.py'):
         append(path, small)
     for path in project.glob('config/studies/*.py'):
         append(path, small + SMALL_STUDY)
     for name in ('shakespeare', 'shakespeare_char'):
         write_tiny_dataset(project / 'data' / name)
-    (study,) = (fence.text for fence in fences(PROJECT / 'docs/faq.md', 'python'))
+    study, ladder = (
+        next(fence.text for fence in fences(PROJECT / f'docs/{page}.md', 'python'))
+        for page in ('faq', 'ladders')
+    )
     (project / 'examples').mkdir(exist_ok=True)
     files = {
         'config/mine.py': (project / 'config/arch_llama.py').read_text(encoding='utf-8'),
         'config/my_study.py': study + small + SMALL_STUDY,
+        'config/my_ladder.py': ladder + without_length + SMALL_STUDY + SMALL_LADDER,
         'my_book.txt': ''.join(f'{line}. {TEXT}' for line in range(3000)),
         'book.txt': TEXT * 3,
         'code.py': 'def double(x):\n    return 2 * x\n',
         'prompt.txt': 'ROMEO:\n',
         **{f'my_texts/{number}.txt': f'{number}\n{TEXT * 20}' for number in range(40)},
     }
+    write_ladder(project / 'out-my-ladder')
     for name, text in files.items():
         (project / name).parent.mkdir(exist_ok=True)
         (project / name).write_text(text, encoding='utf-8')
