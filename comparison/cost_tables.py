@@ -1,6 +1,6 @@
 """The tables COST, LOSS AT EQUAL COST and COST TO BASELINE LOSS."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from common.formatting import duration, nats, or_dash, si
@@ -10,6 +10,8 @@ from comparison.costs_to_loss import GroupCost, Ratio, Spread, cost_to_baseline
 from comparison.groups import Metric
 from comparison.runs import Run
 from comparison.section import Section
+
+COST_TO_BASELINE = 'COST TO BASELINE LOSS'
 
 
 class Column(NamedTuple):
@@ -103,37 +105,45 @@ def cost_to_baseline_section(comparison: Comparison) -> Section | None:
     costs = cost_to_baseline(comparison)
     if not costs:
         return None
-    known = [key for key in comparison.costs if any(group.spread(key) for group in costs)]
+    keys = cost_to_baseline_keys(costs)
     rows = [
-        [
-            str(rank),
-            f'{group.reached} of {len(group.runs)}',
-            *(or_dash(group.spread(key), spread_text) for key in known),
-            label,
-        ]
+        [str(rank), *cost_to_baseline_cells(group, keys), label]
         for rank, (group, label) in enumerate(zip(costs, comparison.labels), 1)
     ]
-    header = ['#', 'reached', *(comparison.costs[key] for key in known), 'architecture']
-    notes = _cost_to_baseline_notes(comparison, costs)
-    return Section('COST TO BASELINE LOSS', notes, header, rows, '>>' + '>' * len(known) + '<')
+    notes = cost_to_baseline_notes(costs, comparison.score)
+    if comparison.loss_warnings:
+        notes.append('These losses are not directly comparable: see WARNINGS.')
+    header = ['#', *cost_to_baseline_header(keys), 'architecture']
+    return Section(COST_TO_BASELINE, notes, header, rows, '>' * (len(header) - 1) + '<')
 
 
-def _cost_to_baseline_notes(comparison: Comparison, costs: list[GroupCost]) -> list[str]:
+def cost_to_baseline_keys(costs: Sequence[GroupCost]) -> list[str]:
+    """The costs that are known for all runs of some group."""
+    return [key for key in COSTS if any(group.spread(key) for group in costs)]
+
+
+def cost_to_baseline_header(keys: Sequence[str]) -> list[str]:
+    return ['reached', *(COSTS[key] for key in keys)]
+
+
+def cost_to_baseline_cells(group: GroupCost, keys: Sequence[str]) -> list[str]:
+    """How many runs reach the loss, and the spread of each cost."""
+    reached = f'{group.reached} of {len(group.runs)}'
+    return [reached, *(or_dash(group.spread(key), spread_text) for key in keys)]
+
+
+def cost_to_baseline_notes(costs: Sequence[GroupCost], score: str) -> list[str]:
     paired = [run.paired for group in costs for run in group.runs]
-    kind = 'best' if comparison.score == 'best' else 'final'
-    reference = f"the {kind} loss of the baseline's run with the same seeds"
+    reference = f"the {score} loss of the baseline's run with the same seeds"
     if not all(paired):
         reference += f' (for {paired.count(False)} runs without one: the mean of its runs)'
-    several = ' Median and range over seeds.' * comparison.repeated
-    notes = [
+    several = ' Median and range over seeds.' * any(len(group.runs) > 1 for group in costs)
+    return [
         f'Where the validation loss first reaches {reference}: the cost so far over the total of '
         f'the baseline, interpolated between evaluations.{several} ">": not reached by the end '
         'of a run of this cost. A loss reached before the learning rate has decayed would be '
         'reached sooner by a shorter schedule.'
     ]
-    if comparison.loss_warnings:
-        notes.append('These losses are not directly comparable: see WARNINGS.')
-    return notes
 
 
 def spread_text(spread: Spread) -> str:

@@ -60,7 +60,7 @@ class GroupCost(NamedTuple):
 
     def spread(self, cost: str) -> Spread | None:
         """The ratios of all runs; None if that of any run is unknown."""
-        ratios = [(run.relation, run.ratios[cost]) for run in self.runs]
+        ratios = [(run.relation, run.ratios.get(cost)) for run in self.runs]
         known = [Ratio(value, relation) for relation, value in ratios if value is not None]
         if len(known) < len(ratios):
             return None

@@ -7,6 +7,14 @@ from pathlib import Path
 
 from common.dict_option import short_name
 from common.formatting import join_names, nats, or_dash, si, wrapped
+from comparison.cost_tables import (
+    COST_TO_BASELINE,
+    cost_to_baseline_cells,
+    cost_to_baseline_header,
+    cost_to_baseline_keys,
+    cost_to_baseline_notes,
+)
+from comparison.costs_to_loss import cost_to_baseline
 from comparison.groups import Group
 from comparison.ladder import LadderComparison, LadderRung
 from comparison.ladder_fit_tables import (
@@ -51,6 +59,7 @@ def ladder_tables(comparison: LadderComparison) -> list[Section]:
         rungs_section,
         gains_section,
         differences_section,
+        cost_to_baseline_section,
         trend_section,
         fit_section,
         own_fit_section,
@@ -212,6 +221,30 @@ def differences_section(comparison: LadderComparison) -> Section | None:
     header = ['rung', *verdict_header(margin), 'architecture']
     align = '><' + '>' * (len(header) - 3) + '<'
     return Section('LOSS DIFFERENCE', notes, header, rows, align, reasons)
+
+
+def cost_to_baseline_section(comparison: LadderComparison) -> Section | None:
+    """What each variant needs at a rung to reach the baseline's final loss there."""
+    by_rung = [
+        (rung, group, label)
+        for rung in comparison.rungs
+        if rung.comparison and rung.comparison.baseline is rung.groups.get(comparison.baseline)
+        for group in cost_to_baseline(rung.comparison)
+        for label, of_variant in rung.groups.items()
+        if of_variant is group.group and label != comparison.baseline
+    ]
+    if not by_rung:
+        return None
+    costs = [group for _, group, _ in by_rung]
+    keys = cost_to_baseline_keys(costs)
+    rows = [
+        [str(rung.number), *cost_to_baseline_cells(group, keys), label]
+        for rung, group, label in by_rung
+    ]
+    header = ['rung', *cost_to_baseline_header(keys), 'architecture']
+    align = '>' * (len(header) - 1) + '<'
+    notes = cost_to_baseline_notes(costs, comparison.score)
+    return Section(COST_TO_BASELINE, notes, header, rows, align)
 
 
 # --- Trend ---------------------------------------------------------------------------------------

@@ -5,8 +5,10 @@ import random
 
 import numpy as np
 import pytest
+from helpers.ladder_records import write_ladder
 from helpers.run_records import STUDY, compared, decaying, rows, section, study_record, write_study
 
+from comparison.answer import compare_runs
 from comparison.compare import compare
 from comparison.costs_to_loss import GroupCost, RunCost, cost_to_baseline
 from comparison.formats import render_json, render_markdown, render_text
@@ -214,3 +216,22 @@ def test_no_section_without_curves_or_finished_baseline(tmp_path):
         assert TITLE not in render_text(comparison)
         groups = json.loads(render_json(comparison))['groups']
         assert {group['cost_to_baseline'] for group in groups} == {None}
+
+
+def test_ladder_has_the_costs_of_each_rung(tmp_path):
+    def concurrent(record, place):
+        if place.rung == 1:
+            record['metadata']['concurrent_runs'] = 2
+
+    folder = write_ladder(tmp_path, params=(100_000, 200_000), seeds=(1, 2), change=concurrent)
+    comparison = compare_runs(read_runs([folder])[0])
+    ladder = rows(render_text(comparison), TITLE)
+    assert [row['rung'] for row in ladder] == ['1', '2']  # the last has only the baseline
+    for row, rung in zip(ladder, comparison.rungs):
+        at_rung = rows(render_text(rung.comparison), TITLE)
+        (expected,) = (row for row in at_rung if row['architecture'] == 'ffn_type=swiglu')
+        del expected['#']
+        assert expected | {'rung': row['rung'], 'seconds of training': '-'} == (
+            row | {'seconds of training': '-'}
+        )
+        assert ('seconds of training' in expected) == (row['seconds of training'] != '-')

@@ -7,6 +7,7 @@ from helpers.project import PROJECT
 from helpers.run_records import compared, decaying, study_record, write_study
 
 from common.console_output import displayed
+from comparison.cost_tables import COST_TO_BASELINE
 from comparison.formats import emphasize, render_text
 
 NORMS = [{'normalization': name} for name in ('layernorm', 'rmsnorm', 'none')]
@@ -88,6 +89,11 @@ def test_page_names_every_section_and_verdict():
         (PROJECT / f'comparison/{name}.py').read_text(encoding='utf-8')
         for name in ('tables', 'loss_tables', 'cost_tables')
     )
-    titles = {'RANKING', 'VERDICT', *re.findall(r"Section\(\s*f?'([A-Z ]{4,}[A-Z])", source)}
+    titles = {
+        'RANKING',
+        'VERDICT',
+        COST_TO_BASELINE,
+        *re.findall(r"Section\(\s*f?'([A-Z ]{4,}[A-Z])", source),
+    }
     assert len(titles) > 8
     assert [title for title in titles if title not in page] == []

@@ -126,7 +126,9 @@ def section(text: str, title: str) -> list[str]:
 def rows(text: str, title: str) -> list[dict[str, str]]:
     """A block's table as dicts. Columns are two or more spaces apart."""
     lines = section(text, title)
-    start = next(i for i, line in enumerate(lines) if line.startswith(('#  ', 'option ')))
+    start = next(
+        i for i, line in enumerate(lines) if line.startswith(('#  ', 'rung ', 'trend ', 'option '))
+    )
     header, *body = [re.split(r' {2,}', line.strip()) for line in lines[start:]]
     return [dict(zip(header, row, strict=True)) for row in body]
 
