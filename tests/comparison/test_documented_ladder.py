@@ -15,6 +15,7 @@ from comparison.load import read_runs
 PAGE = PROJECT / 'docs/ladders.md'
 GAIN, FIRST_GAIN, EXPONENT = 1.3, 1.25, 0.079  # of the gain that shrinks with compute
 FIRST_COST = 1.2e12  # of a run at the smallest rung
+DRAW = 1
 
 
 def shrinking() -> Curve:
@@ -33,7 +34,7 @@ CURVES = {
 
 @pytest.fixture(scope='module')
 def output(tmp_path_factory):
-    folder = write_ladder(tmp_path_factory.mktemp('ladder'), CURVES)
+    folder = write_ladder(tmp_path_factory.mktemp('ladder'), CURVES, draw=DRAW)
     return render_text(compare_runs(read_runs([folder])[0]))
 
 
