@@ -18,7 +18,8 @@ the parameters of the one below and four times the FLOPs; losses fall from 2.9 t
 The output is Markdown tables: the share of the ladders in which an interval of 95 % contains the
 true value (of the top rung: the measured mean), and the median width of these intervals. `misfit`
 is the median of the residuals relative to the noise, `error` the median of the error of the top
-rung's prediction, relative to that of a straight line in logarithms.
+rung's prediction, relative to that of a straight line in logarithms. `own E` is the gain by the
+fits with own E.
 """
 
 import argparse
@@ -126,6 +127,7 @@ def true_values(case: Case) -> dict[str, list[float]]:
     gains = np.exp(at_equal_loss - log_costs)
     values = {f'loss {forecast.FACTORS[i]:g}x': losses[:, i].tolist() for i in SHOWN}
     values |= {f'gain {forecast.FACTORS[i]:g}x': [float(gains[i])] for i in SHOWN}
+    values[f'own E {forecast.FACTORS[SHOWN[-1]]:g}x'] = [float(gains[SHOWN[-1]])]
     if case.irreducible is not None:
         scales = [1.4 * 1e12**exponent for exponent in EXPONENTS]
         values = {'E': [case.irreducible], 'A': scales, 'α': [*EXPONENTS]} | values
@@ -134,8 +136,8 @@ def true_values(case: Case) -> dict[str, list[float]]:
 
 def intervals(ladder: Ladder, losses: LossDraws) -> tuple[dict[str, list[Estimate]], float]:
     """Estimates by quantity, in the order of `true_values`; and the misfit."""
-    fit = forecast.fit_ladder(ladder, losses)
-    parameters, beyond = forecast.curve_fit(fit), forecast.forecast(fit)
+    fit, own = (forecast.fit_ladder(ladder, losses, shared) for shared in (True, False))
+    parameters, beyond = forecast.curve_fit(fit), forecast.forecast(fit, own)
     values = {
         'E': [parameters.irreducible[NAMES[0]]],
         'A': [*parameters.scale.values()],
@@ -145,6 +147,7 @@ def intervals(ladder: Ladder, losses: LossDraws) -> tuple[dict[str, list[Estimat
         values[f'loss {forecast.FACTORS[i]:g}x'] = [beyond.losses[name][i] for name in NAMES]
     for i in SHOWN:
         values[f'gain {forecast.FACTORS[i]:g}x'] = [beyond.gains[NAMES[1]][i]]
+    values[f'own E {forecast.FACTORS[SHOWN[-1]]:g}x'] = [beyond.own_gains[NAMES[1]][SHOWN[-1]]]
     return values, fit.misfit
 
 

@@ -125,6 +125,7 @@ def _analysis_data(analysis: LadderAnalysis) -> dict[str, Any]:
             'flops': analysis.forecast.costs,
             'losses': _estimates(analysis.forecast.losses),
             'gains': _estimates(analysis.forecast.gains),
+            'own_gains': _estimates(analysis.forecast.own_gains),
         },
         'noise': _noise_data(analysis.noise),
     }
@@ -179,6 +180,7 @@ def _fit_data(fit: CurveFit | None) -> dict[str, Any] | None:
             for name in parameters
         },
         'residuals': fit.residuals,
+        'misfit': fit.misfit,
     }
 
 

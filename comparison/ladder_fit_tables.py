@@ -44,6 +44,8 @@ def own_fit_section(comparison: LadderComparison) -> Section | None:
 
 
 def _fit_section(title: str, notes: list[str], fit: CurveFit) -> Section:
+    if fit.misfit is not None:
+        notes = [*notes, _misfit_note(fit.misfit)]
     parameters = ((fit.irreducible, '.4f'), (fit.scale, '.4g'), (fit.exponent, '.4f'))
     rows = []
     for label in fit.irreducible:
@@ -54,6 +56,16 @@ def _fit_section(title: str, notes: list[str], fit: CurveFit) -> Section:
         rows.append([*cells, label])
     header = ['E', LEVEL, 'A', LEVEL, 'alpha', LEVEL, 'architecture']
     return Section(title, notes, header, rows, '>>>>>><')
+
+
+def _misfit_note(misfit: float) -> str:
+    """How the residuals compare with the noise, from `scaling.results.CurveFit.misfit`."""
+    if misfit <= 1:
+        return 'The noise of seeds explains the residuals.'
+    return (
+        f'The residuals are {misfit:.2f} times as large as the noise of seeds explains; the '
+        'intervals are wider by this factor.'
+    )
 
 
 def residuals_section(comparison: LadderComparison) -> Section | None:
@@ -114,7 +126,10 @@ def forecast_section(comparison: LadderComparison) -> Section | None:
     rows = []
     for index, cost in enumerate(forecast.costs):
         for label, losses in forecast.losses.items():
-            gain = forecast.gains[label][index] if label in forecast.gains else None
+            gain, own = (
+                gains[label][index] if label in gains else None
+                for gains in (forecast.gains, forecast.own_gains)
+            )
             rows.append(
                 [
                     flops_text(cost),
@@ -122,15 +137,19 @@ def forecast_section(comparison: LadderComparison) -> Section | None:
                     _interval(losses[index], '.4f'),
                     or_dash(gain, lambda each: factor_text(each.value)),
                     or_dash(gain and factor_interval(gain), str),
+                    or_dash(own, lambda each: factor_text(each.value)),
+                    or_dash(own and factor_interval(own), str),
                     label,
                 ]
             )
     notes = [
         'Extrapolated, not measured: the fit with a shared E, up to 10 times the FLOPs of the top '
-        'rung. It assumes that the curve holds there; intervals cover only the noise of seeds.'
+        'rung. It assumes that the curve holds there; intervals cover only the noise of seeds and '
+        'the misfit at the rungs. own E: the gain without the assumption that E is shared; inf '
+        'where the baseline would never reach the loss.'
     ]
-    header = ['FLOPs', 'loss', LEVEL, 'gain', LEVEL, 'architecture']
-    return Section('FORECAST', notes, header, rows, '>>>>><')
+    header = ['FLOPs', 'loss', LEVEL, 'gain', LEVEL, 'own E', LEVEL, 'architecture']
+    return Section('FORECAST', notes, header, rows, '>>>>>>><')
 
 
 def _why_no_forecast(comparison: LadderComparison) -> str:

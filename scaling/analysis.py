@@ -30,7 +30,7 @@ def analyze(ladder: Ladder, draws: int = DRAWS, seed: int = 0) -> LadderAnalysis
         shared_fit=curve_fit(shared) if shared else None,
         own_fit=curve_fit(own) if own else None,
         predictions=top_predictions(ladder, losses) if shared else {},
-        forecast=forecast(shared) if shared else None,
+        forecast=forecast(shared, own) if shared and own else None,
         noise=noise_model(ladder),
         draws=len(losses.drawn),
     )

@@ -18,7 +18,6 @@ from scaling.results import CONFIDENCE, CurveFit, Estimate, Forecast, Ladder, To
 MIN_RUNGS = 4  # of a variant whose losses are fitted: a curve has three parameters
 FACTORS = (2.0, 3.0, 5.0, 10.0)  # of the forecast's costs, times the cost of the top rung
 MISFIT_DRAWS = 400  # from which the residuals that noise explains are estimated
-MAX_LOG_GAIN = 700.0  # e^700 is nearly the largest float
 
 
 class LadderFit(NamedTuple):
@@ -73,25 +72,19 @@ def curve_fit(fit: LadderFit) -> CurveFit:
     )
 
 
-def forecast(fit: LadderFit) -> Forecast:
-    """Losses and gains of the curves beyond the variants' top rung; the fit shares its E.
+def forecast(shared: LadderFit, own: LadderFit) -> Forecast:
+    """Losses and gains of the curves beyond the variants' top rung; of own E the gains alone.
 
     A loss is that of the curve, which is the mean over many seeds.
     """
-    ladder = fit.ladder
+    ladder = shared.ladder
     costs = rung_costs(ladder)[top_rung(ladder)] * np.array(FACTORS)
-    measured, drawn = (curves.loss(costs) for curves in (fit.measured, fit.drawn))
-    base = [*ladder.costs].index(ladder.baseline)
+    losses, of_draws = (curves.loss(costs) for curves in (shared.measured, shared.drawn))
     return Forecast(
         costs=costs.tolist(),
-        losses={name: _estimates(measured[v], drawn[:, v]) for name, v in fit.variants.items()},
-        gains={
-            name: _estimates(
-                *(_gains(curves, v, base, costs) for curves in (fit.measured, fit.drawn))
-            )
-            for name, v in fit.variants.items()
-            if v != base
-        },
+        losses={name: _estimates(losses[v], of_draws[:, v]) for name, v in shared.variants.items()},
+        gains=_gain_estimates(shared, costs),
+        own_gains=_gain_estimates(own, costs),
     )
 
 
@@ -196,15 +189,29 @@ def _widened(losses: LossDraws, misfit: float | None) -> np.ndarray:
     return losses.measured + max(1.0, misfit or 0.0) * (losses.drawn - losses.measured)
 
 
+def _gain_estimates(fit: LadderFit, costs: np.ndarray) -> dict[str, list[Estimate]]:
+    """The gains at these costs, of each variant but the baseline."""
+    base = [*fit.ladder.costs].index(fit.ladder.baseline)
+    return {
+        name: _estimates(*(_gains(curves, v, base, costs) for curves in (fit.measured, fit.drawn)))
+        for name, v in fit.variants.items()
+        if v != base
+    }
+
+
 def _gains(curves: Curves, variant: int, baseline: int, costs: np.ndarray) -> np.ndarray:
     """The cost at which the baseline's curve reaches the variant's loss, over the variant's cost.
 
-    With a shared E, A_b · C_b^-α_b = A_v · C_v^-α_v. The result has the shape [..., costs].
+    The curves are at equal loss if A_b · C_b^-α_b = E_v - E_b + A_v · C_v^-α_v. If that is below 0,
+    the baseline never gets there. The result has the shape [..., costs].
     """
-    scale, exponent = curves.log_scale[..., None], curves.exponent[..., None]
-    log_reducible = scale[..., variant, :] - exponent[..., variant, :] * np.log(costs)
-    log_cost = (scale[..., baseline, :] - log_reducible) / exponent[..., baseline, :]
-    return np.exp(np.clip(log_cost - np.log(costs), -MAX_LOG_GAIN, MAX_LOG_GAIN))
+    e, log_scale, exponent = (each[..., None] for each in vars(curves).values())
+    log_power = log_scale[..., variant, :] - exponent[..., variant, :] * np.log(costs)
+    reducible = e[..., variant, :] - e[..., baseline, :] + np.exp(log_power)
+    with np.errstate(divide='ignore', over='ignore'):
+        log_reducible = np.log(np.maximum(reducible, 0.0))
+        log_cost = (log_scale[..., baseline, :] - log_reducible) / exponent[..., baseline, :]
+        return np.exp(log_cost - np.log(costs))
 
 
 def _estimates(values: np.ndarray, drawn: np.ndarray) -> list[Estimate]:
@@ -213,8 +220,10 @@ def _estimates(values: np.ndarray, drawn: np.ndarray) -> list[Estimate]:
 
 
 def _estimate(value: float, drawn: np.ndarray) -> Estimate:
-    """The percentiles of the draws; nan without draws."""
+    """The percentiles of the draws, which may be infinite; nan without draws."""
     if not len(drawn):
         return Estimate(float(value), np.nan, np.nan)
-    low, high = np.quantile(drawn, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    levels = [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]
+    # One of the draws: there is nothing between a number and infinity.
+    low, high = np.quantile(drawn, levels, method='closest_observation')
     return Estimate(float(value), float(low), float(high))

@@ -87,11 +87,16 @@ class TopPrediction(NamedTuple):
 
 
 class Forecast(NamedTuple):
-    """Losses and gains beyond the top rung, by the fit with a shared E."""
+    """Losses and gains beyond the top rung.
+
+    By the fit with a shared E, whose intervals assume that it is shared; and gains by the fit with
+    own E, which are infinite where the baseline's E is above the variant's loss.
+    """
 
     costs: list[float]  # up to 10 times the variants' top rung
     losses: dict[str, list[Estimate]]
     gains: dict[str, list[Estimate]]  # of each variant but the baseline
+    own_gains: dict[str, list[Estimate]]  # by the fit with own E
 
 
 class NoiseModel(NamedTuple):

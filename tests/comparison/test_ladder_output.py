@@ -225,6 +225,9 @@ def test_fits_are_least_squares(ladder, data):
                 f'{e["low"]:{form}} to {e["high"]:{form}}' for e, form in zip(estimates, forms)
             ]
             assert row['95% interval'] == intervals
+        section = next(s for s in ladder_tables(ladder) if s.title.startswith(title))
+        widened = f'{fit["misfit"]:.2f} times as large as the noise of seeds explains'
+        assert (widened in section.notes[-1]) == (fit['misfit'] > 1)
     points = [
         (label, flops(label, ladder.rungs[index]), loss)
         for label in CURVES
@@ -291,12 +294,15 @@ def test_forecast_continues_the_fit(ladder, data):
         low, high = map(float, row['95% interval'][0].split(' to '))
         assert low < loss < high
         if label == BASELINE:
-            assert row['gain'] == ['-'] == row['95% interval'][1:]
+            assert row['gain'] == row['own E'] == ['-'] and row['95% interval'][1:] == ['-', '-']
             continue
-        needed = optimize.brentq(
-            lambda x, loss=loss: fitted(fit, BASELINE, math.exp(x)) - loss, 20, 60
-        )
-        assert row['gain'] == [factor_text(math.exp(needed) / cost)]
+        for column, key in (('gain', 'shared_fit'), ('own E', 'own_fit')):
+            curves = data['ladder'][key]
+            loss = fitted(curves, label, cost)
+            needed = optimize.brentq(
+                lambda x, f=curves, loss=loss: fitted(f, BASELINE, math.exp(x)) - loss, 20, 60
+            )
+            assert row[column] == [factor_text(math.exp(needed) / cost)]
     section = next(s for s in ladder_tables(ladder) if s.title == 'FORECAST')
     assert section.notes[0].startswith('Extrapolated, not measured')
 

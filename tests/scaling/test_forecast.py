@@ -76,6 +76,10 @@ def delta_errors(costs, results, noise=NOISE):
     return np.sqrt(np.diag(of_results @ covariance @ of_results.T))
 
 
+def forecast_of(ladder, losses):
+    return forecast.forecast(*(forecast.fit_ladder(ladder, losses, s) for s in (True, False)))
+
+
 def half_widths(estimates):
     return [(each.high - each.low) / 2 for each in estimates]
 
@@ -106,7 +110,7 @@ def test_intervals_of_parameters_equal_the_delta_method():
 
 def test_forecast_equals_true_curves_and_the_delta_method():
     ladder, losses = exact()
-    result = forecast.forecast(forecast.fit_ladder(ladder, losses))
+    result = forecast_of(ladder, losses)
     top = 1e12 * 4.0**4 * math.sqrt(1.03)  # of both variants; not of the baseline's extra rung
     np.testing.assert_allclose(result.costs, [2 * top, 3 * top, 5 * top, 10 * top])
     costs = np.array(result.costs)
@@ -125,6 +129,24 @@ def test_forecast_equals_true_curves_and_the_delta_method():
     np.testing.assert_allclose([each.value for each in estimates], gains(TRUE), rtol=1e-5)
     errors = delta_errors(costs_of(5), gains)
     np.testing.assert_allclose(half_widths(estimates), 1.96 * errors, rtol=0.06)
+
+
+def test_gains_of_own_irreducible_losses():
+    """Equal to roots of the true curves, and without end where the baseline never gets there."""
+    costs = costs_of(5)
+    for e, is_reached in ((1.51, True), (1.0, False)):
+        true = fits.Curves(np.array([1.5, e]), TRUE.log_scale, TRUE.exponent)
+        measured = true.loss(costs)
+        ladder, losses = ladder_of(costs, measured), noisy(measured, 1e-6, draws=50)
+        result = forecast_of(ladder, losses)
+        for cost, estimate in zip(result.costs, result.own_gains[VARIANT]):
+            if is_reached:
+                gain = math.exp(true_log_gain(cost, true))
+                assert estimate.value == pytest.approx(gain, rel=1e-4)
+                assert estimate.low < gain < estimate.high
+            elif true.loss(np.full((2, 1), cost))[1, 0] < 1.49:
+                assert [*estimate] == [math.inf] * 3
+        assert math.isinf(result.own_gains[VARIANT][-1].value) != is_reached
 
 
 def test_top_rung_is_predicted_from_the_rungs_below():
@@ -182,7 +204,7 @@ def test_variant_with_too_few_rungs_is_left_out():
         assert with_third._replace(misfit=0) == without._replace(misfit=0)
         assert with_third.misfit == pytest.approx(without.misfit)
     assert forecast.top_predictions(third, wider) == forecast.top_predictions(ladder, losses)
-    assert [*forecast.forecast(forecast.fit_ladder(third, wider)).losses] == [BASELINE, VARIANT]
+    assert [*forecast_of(third, wider).losses] == [BASELINE, VARIANT]
 
 
 def test_variant_that_lacks_the_top_rung_has_a_fit_but_no_prediction():
@@ -223,11 +245,9 @@ def test_residuals_beyond_the_noise_widen_the_intervals():
     squares = np.nansum(bent_fit.residuals**2)
     assert bent_fit.misfit == pytest.approx(math.sqrt(squares / 8) / NOISE, rel=0.05)
     assert bent_fit.misfit > 2
-    for of_result in (
-        lambda fit: forecast.curve_fit(fit).exponent[VARIANT],
-        lambda fit: forecast.forecast(fit).gains[VARIANT][-1],
-    ):
-        straight_width, bent_width = half_widths(map(of_result, (straight_fit, bent_fit)))
+    pairs = [[forecast.curve_fit(fit).exponent[VARIANT] for fit in (straight_fit, bent_fit)]]
+    pairs += [[forecast_of(ladder, each).gains[VARIANT][-1] for each in (losses, bent)]]
+    for straight_width, bent_width in map(half_widths, pairs):
         assert bent_width / straight_width == pytest.approx(bent_fit.misfit, rel=0.1)
 
 
@@ -238,7 +258,7 @@ def test_without_draws_there_are_no_intervals():
     assert fit.misfit is None
     estimates = [
         forecast.curve_fit(fit).exponent[VARIANT],
-        forecast.forecast(fit).gains[VARIANT][0],
+        forecast_of(ladder, bare).gains[VARIANT][0],
         forecast.top_predictions(ladder, bare)[VARIANT].predicted,
     ]
     with_draws = forecast.fit_ladder(ladder, losses)
@@ -253,6 +273,8 @@ def test_losses_that_do_not_fall_have_a_finite_forecast(change):
     measured = np.where(np.isnan(costs), np.nan, 2.0 + change * np.arange(5))
     ladder, losses = ladder_of(costs, measured), noisy(measured, 0.01, draws=200)
     with np.errstate(all='raise', under='ignore'):
-        result = forecast.forecast(forecast.fit_ladder(ladder, losses))
-    for estimate in (*result.losses[VARIANT], *result.gains[VARIANT]):
-        assert all(map(math.isfinite, estimate))
+        result = forecast_of(ladder, losses)
+    assert all(math.isfinite(value) for each in result.losses[VARIANT] for value in each)
+    # The gain may be any number, or none at all.
+    for estimate in (*result.gains[VARIANT], *result.own_gains[VARIANT]):
+        assert 0 <= estimate.low <= estimate.value <= estimate.high
