@@ -5,7 +5,7 @@ A variant whose runs have no losses at a rung has no mark there.
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from common.formatting import duration, nats
@@ -16,7 +16,8 @@ from scaling.results import Estimate, Gain, Trend
 
 MAX_LOG = 700.0  # of a number that a float can hold
 CURVE_POINTS = 60  # of a fitted curve
-MARGINS = (0.1, 0.06)  # of the horizontal and vertical axes, as shares of the range of values
+# Shares of the range of the values: margins at the lower and upper end, and space for a label.
+X_MARGINS, Y_MARGINS, LABEL = (0.1, 0.1), (0.06, 0.06), 0.08
 ERRORS = 2  # standard errors in the bars of residuals
 
 
@@ -119,12 +120,12 @@ def _loss_panel(ladder: LadderComparison) -> LadderPanel:
             future = _forecast(ladder, forecast.losses if forecast else {}, variant)
             future = [mark for mark in future if mark.cost > marks[-1].cost]
             lines.append(LadderLine(variant, number, marks, curve, future))
-    sentences = ['Means over seeds']
+    note = ['Means over seeds.' if ladder.analysis.draws else 'One seed each.']
     if any(mark.low < mark.high for line in lines for mark in line.marks):
-        sentences.append('bands from the lowest to the highest seed')
-    sentences.append('curves: the fit with a shared E' if fit else 'straight lines between them')
+        note.append('Bands: from the lowest to the highest seed.')
+    note.append('Curves: the fit with a shared E.' if fit else 'Straight lines from rung to rung.')
     return LadderPanel(
-        *('Loss against training FLOPs', FLOPS, LOSS, lines, f'{", ".join(sentences)}.'),
+        *('Loss against training FLOPs', FLOPS, LOSS, lines, ' '.join(note)),
         forecast_from=_top_cost(ladder, lines),
         bands=True,
     )
@@ -288,10 +289,15 @@ def _with_limits(panel: LadderPanel, sharing: Sequence[LadderPanel]) -> LadderPa
     values = [mark.value for mark in marks]
     if panel.reference is not None:
         values.append(panel.reference)
+    ends = [(end, mark.value) for mark in marks for end in (mark.low, mark.high)]
+    curves = [value for line in panel.lines for _, value in line.curve]
     costs = [mark.cost for each in sharing for mark in _all_marks(each)]
+    below, above = Y_MARGINS
+    if panel.forecast_from is not None:
+        above += LABEL
     return panel._replace(
-        x_limits=_limits(costs, [], True, MARGINS[0]),
-        y_limits=_limits(values, marks, panel.value.logarithmic, MARGINS[1]),
+        x_limits=_limits(FLOPS, costs, [], [], X_MARGINS),
+        y_limits=_limits(panel.value, values, ends, curves, (below, above)),
     )
 
 
@@ -300,29 +306,32 @@ def _all_marks(panel: LadderPanel) -> list[Mark]:
 
 
 def _limits(
-    values: Iterable[float], marks: Sequence[Mark], logarithmic: bool, share: float
+    axis: Axis,
+    values: Sequence[float],
+    ends: Sequence[tuple[float, float]],
+    curves: Sequence[float],
+    margins: tuple[float, float],
 ) -> tuple[float, float]:
-    """The limits of an axis: all values, and intervals as far as they are not unusually wide."""
-    scale: Callable[[float], float] = math.log if logarithmic else float
-    inside = [scale(value) for value in values if _on_axis(value, logarithmic)]
+    """The limits of an axis: all values; ends of intervals and curves unless they are far away.
+
+    ends: with the value that each belongs to.
+    """
+    scale: Callable[[float], float] = math.log if axis.logarithmic else float
+    back: Callable[[float], float] = math.exp if axis.logarithmic else float
+
+    def shown(value: float) -> bool:
+        return math.isfinite(value) and (value > 0 or not axis.logarithmic)
+
+    inside = [scale(value) for value in values if shown(value)]
     low, high = min(inside, default=0.0), max(inside, default=1.0)
-    ends = [
-        (scale(end), scale(mark.value))
-        for mark in marks
-        for end in (mark.low, mark.high)
-        if _on_axis(end, logarithmic) and _on_axis(mark.value, logarithmic)
-    ]
-    if ends:
-        reach = high - low + 2 * statistics.median(abs(end - middle) for end, middle in ends)
-        clipped = [min(max(end, low - reach), high + reach) for end, _ in ends]
+    pairs = [(scale(end), scale(value)) for end, value in ends if shown(end) and shown(value)]
+    if pairs:
+        reach = high - low + 2 * statistics.median(abs(end - value) for end, value in pairs)
+        others = [end for end, _ in pairs] + [scale(value) for value in curves if shown(value)]
+        clipped = [min(max(other, low - reach), high + reach) for other in others]
         low, high = min(low, *clipped), max(high, *clipped)
-    margin = share * (high - low) or share * (abs(high) or 1.0)
-    back: Callable[[float], float] = math.exp if logarithmic else float
-    return back(low - margin), back(high + margin)
-
-
-def _on_axis(value: float, logarithmic: bool) -> bool:
-    return math.isfinite(value) and (value > 0 or not logarithmic)
+    extent = high - low or abs(high) or 1.0
+    return back(low - margins[0] * extent), back(high + margins[1] * extent)
 
 
 # --- Words ---------------------------------------------------------------------------------------

@@ -106,10 +106,12 @@ def _set_axis(axes: 'Axes', name: str, axis: Axis, limits: tuple[float, float]) 
         steps = (1,) if decades > MANY_DECADES else (1, 2, 5)
         # In less than about a decade, a logarithmic axis has hardly any such ticks.
         ticks.set_major_locator(
-            LogLocator(subs=steps, numticks=6) if decades > 0.7 else MaxNLocator(4)
+            LogLocator(subs=steps, numticks=6)
+            if decades > 0.7
+            else MaxNLocator(5, steps=[1, 2, 5, 10])
         )
     else:
-        ticks.set_major_locator(MaxNLocator(5))
+        ticks.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
     ticks.set_minor_locator(NullLocator())
     ticks.set_major_formatter(FuncFormatter(lambda value, _: tick_text(value)))
 

@@ -1,5 +1,6 @@
 """The HTML report: the answer first and last, the tables of the text, everything in one file."""
 
+import html
 import json
 import re
 import shutil
@@ -167,31 +168,44 @@ def test_odd_names_are_shown_verbatim(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason='no Chromium on the PATH')
-def test_page_fits_narrow_screen_in_browser(page_text, tmp_path):
-    """Only tables are wider than the screen, and the labels of the plots are legible."""
+def test_pages_fit_narrow_screen_in_browser(page_text, tmp_path):
+    """Only tables are wider than the screen, and the labels of the plots are legible.
+
+    The pages are those of a comparison and of a ladder.
+    """
     probe = """<script>
     window.onerror = m => { document.title = 'ERROR ' + m };
     window.onload = () => {
       const box = e => e.getBoundingClientRect(), root = document.documentElement;
       const drawings = [...document.querySelectorAll('[role=img] svg')];
       const texts = drawings.flatMap(e => [...e.querySelectorAll('text')]);
+      const meet = (a, b) => Math.min(a.right, b.right) - Math.max(a.left, b.left) > 1
+        && Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top) > 3;
       const result = {
         width: root.clientWidth, content: root.scrollWidth,
         drawings: drawings.map(e => [box(e).left, box(e).right]),
         smallest: Math.min(...texts.map(e => box(e).height)),
         outside: texts.filter(e => box(e).left < box(e.ownerSVGElement).left - 1
           || box(e).right > box(e.ownerSVGElement).right + 1).map(e => e.textContent),
+        overlapping: texts.flatMap((e, i) => texts.slice(i + 1)
+          .filter(other => meet(box(e), box(other))).map(o => [e.textContent, o.textContent])),
       };
       document.body.setAttribute('data-shown', JSON.stringify(result));
     };
     </script></head>"""
     frame = tmp_path / 'frame.html'  # a window of Chromium is at least 500 pixels wide
-    path = tmp_path / 'report.html'
-    path.write_text(page_text.replace('</head>', probe, 1), encoding='utf-8')
+    ladder = write_ladder(tmp_path / 'ladder')
+    pages = {'page.html': page_text, 'ladder.html': ladder_report.report_page(compared(ladder))}
+    for name, text in pages.items():
+        (tmp_path / name).write_text(text.replace('</head>', probe, 1), encoding='utf-8')
     frame.write_text(
-        f'<iframe src="{path.name}" style="width:420px;height:900px;border:0"></iframe>'
-        '<script>onload=()=>setTimeout(()=>{document.title='
-        'document.querySelector("iframe").contentDocument.body.dataset.shown},200)</script>'
+        ''.join(
+            f'<iframe src="{name}" style="width:420px;height:900px;border:0"></iframe>'
+            for name in pages
+        )
+        + '<script>onload=()=>setTimeout(()=>{document.title="["+'
+        '[...document.querySelectorAll("iframe")].map(e=>e.contentDocument.body.dataset.shown)'
+        '+"]"},200)</script>'
     )
     done = subprocess.run(
         [
@@ -203,8 +217,10 @@ def test_page_fits_narrow_screen_in_browser(page_text, tmp_path):
         timeout=100,
     )
     assert 'CONSOLE' not in done.stderr and '<title>ERROR' not in done.stdout
-    shown = json.loads(re.search(r'<title>(.*?)</title>', done.stdout)[1])
-    assert shown['width'] == 420 and shown['content'] <= 420
-    assert len(shown['drawings']) == 5
-    assert all(left >= 0 and 340 < right - left <= 420 for left, right in shown['drawings'])
-    assert shown['smallest'] >= 9 and shown['outside'] == []
+    measured = json.loads(html.unescape(re.search(r'<title>(.*?)</title>', done.stdout)[1]))
+    assert len(measured) == 2
+    for shown in measured:
+        assert shown['width'] == 420 and shown['content'] <= 420
+        assert len(shown['drawings']) == 5
+        assert all(left >= 0 and 340 < right - left <= 420 for left, right in shown['drawings'])
+        assert shown['smallest'] >= 9 and shown['outside'] == shown['overlapping'] == []
