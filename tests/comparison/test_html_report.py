@@ -7,11 +7,12 @@ import shutil
 import subprocess
 
 import pytest
+from helpers.ladder_records import write_ladder
 from helpers.pages import Page
 from helpers.run_records import STUDY, compared, decaying, study_record, write_study
 
 import compare_architectures as ca
-from comparison import html_page, html_report
+from comparison import html_page, html_report, ladder_report
 from comparison.formats import one_line, render_text
 from comparison.headline import headline
 from comparison.tables import tables

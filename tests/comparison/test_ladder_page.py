@@ -11,11 +11,11 @@ from functools import partial
 import pytest
 from helpers.ladder_records import CURVES, STANDARD, Curve, diverge, write_ladder
 from helpers.pages import Page
+from helpers.run_records import compared
 
 import compare_architectures as ca
 from comparison import ladder_plots, plots
 from comparison.formats import one_line
-from comparison.ladder import compare_ladder, ladder_of
 from comparison.ladder_headline import ladder_headline
 from comparison.ladder_panels import (
     common_caption,
@@ -26,7 +26,6 @@ from comparison.ladder_panels import (
 )
 from comparison.ladder_report import report_page
 from comparison.ladder_tables import ladder_tables, rung_command
-from comparison.load import read_runs
 from scaling.results import Bound, Estimate, Gain, Trend
 
 pytestmark = [pytest.mark.optional, pytest.mark.slow]
@@ -35,11 +34,6 @@ matplotlib = pytest.importorskip('matplotlib')
 
 BASELINE, SWIGLU = CURVES
 ODD = ['a$x^$', '<script>alert(1)', '"onload="x', 'y' * 200]
-
-
-def compared(folder):
-    runs, skipped = read_runs([folder])
-    return compare_ladder(ladder_of(runs), runs, skipped=skipped)
 
 
 @pytest.fixture(scope='module')

@@ -6,7 +6,7 @@ import re
 import types
 from pathlib import Path
 
-from comparison.compare import compare
+from comparison.answer import compare_runs
 from comparison.groups import Group
 from comparison.load import read_runs
 from comparison.runs import run_from_record
@@ -214,7 +214,7 @@ def write_study(folder: Path, variants: list[dict], records: list[list[dict]], *
 
 
 def compared(folder: Path, **options):
-    return compare(*read_runs([folder])[:1], **options)
+    return compare_runs(*read_runs([folder])[:1], **options)
 
 
 def fake_run(seeds, loss, outcome='finished'):
