@@ -75,6 +75,7 @@ class LadderComparison:
     concurrent: int  # runs trained at the same time on one machine
     score: str  # 'final' or 'best': the evaluation by which runs are ranked
     margin: float | None  # differences below it are irrelevant
+    without_cost: int  # finished runs without known FLOPs, which are not in the analysis
     loss_warnings: dict[str, Values]  # conditions that differ between rungs, by rung number
     speed_warnings: dict[str, Values]
     code_warning: str | None
@@ -171,6 +172,11 @@ def compare_ladder(
         concurrent=concurrent,
         score=score,
         margin=margin,
+        without_cost=sum(
+            1
+            for run in runs
+            if run.outcome == FINISHED and run.val_loss is not None and not _flops(run)
+        ),
         **_differences(plan, by_rung),
         skipped=list(skipped),
     )

@@ -239,12 +239,12 @@ def _loss_slope(comparison: LadderComparison, cost: float) -> float | None:
         slope = exponent * fit.scale[baseline].value * cost**-exponent
     else:
         ladder = comparison.analysis.ladder
-        points = [
+        points = sorted(
             (math.log(each), sum(losses.values()) / len(losses))
             for each, losses in zip(ladder.costs[baseline], ladder.losses[baseline])
             if each and losses
-        ]
-        if len(points) < 2:
+        )
+        if len(points) < 2 or points[-2][0] == points[-1][0]:
             return None
         (x, y), (last_x, last_y) = points[-2:]
         slope = (y - last_y) / (last_x - x)

@@ -304,6 +304,10 @@ def tuning_section(comparison: LadderComparison) -> Section | None:
 def between_rungs_section(comparison: LadderComparison) -> Section | None:
     """What differs between rungs besides the size, and what holds for all of them."""
     lines = []
+    if comparison.without_cost:
+        lines.append(
+            f'Without known training FLOPs, so not in gains and fits: {comparison.without_cost} runs'
+        )
     if comparison.loss_warnings:
         lines += ['Losses of these rungs (# is the rung) are not directly comparable:']
         lines += [options_with_ranks(comparison.loss_warnings)]
