@@ -115,7 +115,7 @@ def _analysis_data(analysis: LadderAnalysis) -> dict[str, Any]:
                 'rung': each.rung + 1,
                 'predicted': _estimate(each.predicted),
                 'measured': each.measured,
-                'log_linear': each.log_linear,
+                'log_linear': _finite(each.log_linear),
                 'hit': each.hit if analysis.draws else None,
             }
             for label, each in analysis.predictions.items()

@@ -6,11 +6,11 @@ from common.formatting import nats, or_dash, wrapped
 from comparison.ladder import LadderComparison
 from comparison.ladder_headline import LEVEL, factor_interval, factor_text, flops_text
 from comparison.section import Section
+from scaling.forecast import MIN_RUNGS
 from scaling.noise import seeds_needed
 from scaling.results import CurveFit, Estimate
 
 CURVE = 'L(C) = E + A * C^-alpha'
-FIT_RUNGS = 4  # a curve has three parameters
 PRECISIONS = (0.05, 0.1, 0.2)  # of a gain, for which the number of seeds is shown
 
 
@@ -30,7 +30,7 @@ def fit_section(comparison: LadderComparison) -> Section | None:
         return None
     notes = [
         'Least squares of the mean losses (L, nats per token) against training FLOPs (C), with one '
-        'irreducible loss E for all. E and A are correlated: none of them is a fact of its own.'
+        'irreducible loss E for all. E, A and alpha are correlated: read them together.'
     ]
     return _fit_section(f'FITS of {CURVE}', notes, fit)
 
@@ -106,7 +106,7 @@ def prediction_section(comparison: LadderComparison) -> Section | None:
                 nats(each.measured),
                 '-' if unknown else 'hit' if each.hit else 'miss',
                 f'{each.predicted.value - each.measured:+.4f}',
-                f'{each.log_linear - each.measured:+.4f}',
+                '-' if math.isnan(each.log_linear) else f'{each.log_linear - each.measured:+.4f}',
                 label,
             ]
         )
@@ -157,7 +157,7 @@ def _why_no_forecast(comparison: LadderComparison) -> str:
     counts = [sum(map(bool, losses[label])) for label in comparison.others]
     rungs = min(max(counts, default=0), sum(map(bool, losses[comparison.baseline])))
     return (
-        f'FORECAST: none. Fits and a forecast need at least {FIT_RUNGS} rungs with finished runs '
+        f'FORECAST: none. Fits and a forecast need at least {MIN_RUNGS} rungs with finished runs '
         f'of the baseline and of another, since a curve has three parameters. Here are {rungs}.'
     )
 

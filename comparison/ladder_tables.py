@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from common.dict_option import short_name
-from common.formatting import join_names, nats, or_dash, si, wrapped
+from common.formatting import counted, join_names, nats, or_dash, si, wrapped
 from comparison.cost_tables import (
     COST_TO_BASELINE,
     cost_to_baseline_cells,
@@ -305,9 +305,8 @@ def between_rungs_section(comparison: LadderComparison) -> Section | None:
     """What differs between rungs besides the size, and what holds for all of them."""
     lines = []
     if comparison.without_cost:
-        lines.append(
-            f'Without known training FLOPs, so not in gains and fits: {comparison.without_cost} runs'
-        )
+        runs = counted(comparison.without_cost, 'run')
+        lines.append(f'Not in gains and fits, since the training FLOPs are unknown: {runs}.')
     if comparison.loss_warnings:
         lines += ['Losses of these rungs (# is the rung) are not directly comparable:']
         lines += [options_with_ranks(comparison.loss_warnings)]

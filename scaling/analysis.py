@@ -13,6 +13,8 @@ from scaling.trend import reversals, trend
 DRAWS = 4000
 
 
+# Drawn curves may have any shape: what overflows in them is infinite, and counts as such.
+@np.errstate(all='ignore')
 def analyze(ladder: Ladder, draws: int = DRAWS, seed: int = 0) -> LadderAnalysis:
     """All that the losses say about the variants across sizes.
 
@@ -36,6 +38,7 @@ def analyze(ladder: Ladder, draws: int = DRAWS, seed: int = 0) -> LadderAnalysis
     )
 
 
+@np.errstate(all='ignore')
 def analyze_gains(ladder: Ladder, draws: int = DRAWS, seed: int = 0) -> dict[str, list[Gain]]:
     """The gains alone, as `analyze` has them."""
     losses = draw_losses(ladder, draws, np.random.default_rng(seed))

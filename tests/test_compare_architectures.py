@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers.ladder_records import write_ladder
 from helpers.project import PROJECT
 from helpers.run_records import (
     GPT2,
@@ -724,12 +725,22 @@ def test_ascii_terminal(tmp_path):
     assert text.replace('é', '').replace('Ω', '').isascii()
 
 
-def test_imports_neither_torch_nor_numpy():
-    code = 'import compare_architectures, sys; print({"torch", "numpy"} & sys.modules.keys())'
-    done = subprocess.run(
-        [sys.executable, '-c', code], cwd=PROJECT, capture_output=True, text=True, timeout=60
+def test_imports_neither_torch_nor_numpy(tmp_path):
+    """Nor the statistics of ladders, even to compare one rung of a ladder."""
+    write_ladder(tmp_path, params=[100_000], extra=0)
+    code = (
+        'import sys, compare_architectures as ca; ca.main([sys.argv[1], "--format=csv"]); '
+        'print({"torch", "numpy", "scaling"} & sys.modules.keys())'
     )
-    assert done.stdout.strip() == 'set()', done.stderr
+    done = subprocess.run(
+        [sys.executable, '-c', code, str(tmp_path)],
+        cwd=PROJECT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    *table, modules = done.stdout.splitlines()
+    assert modules == 'set()' and len(table) == 7, done.stderr
 
 
 def test_lines_fit_100_columns(compared):

@@ -1,10 +1,10 @@
 """comparison/ladder.py: reading a ladder, its rungs and baseline, failures, the command line."""
 
 import json
+import shlex
 import shutil
 import statistics
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
 from helpers.ladder_records import (
@@ -19,13 +19,13 @@ from helpers.ladder_records import (
     tokens_of,
     write_ladder,
 )
-from helpers.project import PROJECT
 from helpers.run_records import make_record, write
 
 import compare_architectures as ca
 from common.errors import UserError
 from comparison.answer import compare_runs
 from comparison.compare import Comparison
+from comparison.formats import FORMATS
 from comparison.ladder import LadderComparison
 from comparison.load import read_runs
 from comparison.study_plan import read_study_plan
@@ -297,21 +297,38 @@ def test_options_of_the_command_line(tmp_path, capsys):
     assert '3 missing' in capsys.readouterr().out.replace('\n', ' ')
 
 
-def test_comparison_without_a_ladder_imports_no_numpy(tmp_path):
-    write_ladder(tmp_path, params=PARAMS[:1], extra=0)
-    code = (
-        'import sys, compare_architectures as ca; ca.main([sys.argv[1], "--format=csv"]); '
-        'print({"torch", "numpy", "scaling"} & sys.modules.keys())'
-    )
-    done = subprocess.run(
-        [sys.executable, '-c', code, str(tmp_path)],
-        cwd=PROJECT,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert done.stdout.splitlines()[-1] == 'set()', done.stderr
-    assert 'ffn_type=swiglu' in done.stdout
+def test_runs_without_known_flops_are_named(tmp_path, capsys):
+    def change(record, place):
+        if place == Place(SWIGLU, 1, 2):
+            del record['summary']['total_flops']
+
+    write_ladder(tmp_path, **SMALL, change=change)
+    comparison = compared(tmp_path)
+    assert [len(losses) for losses in comparison.analysis.ladder.losses[SWIGLU]] == [3, 2]
+    assert comparison.verdict(comparison.top, SWIGLU).test.difference.counts == (3, 3)
+    ca.main([str(tmp_path)])
+    assert 'the training FLOPs are unknown: 1 run.' in capsys.readouterr().out
+
+
+def test_command_of_each_rung_shows_its_comparison(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_ladder(tmp_path / 'a b', **SMALL | {'extra': 1})
+    ca.main(['a b'])
+    lines = capsys.readouterr().out.split('RUNGS IN FULL\n')[1].split('\n\n')[0].splitlines()
+    assert len(lines) == 3
+    for number, line in enumerate(lines, 1):
+        words = shlex.split(line)
+        assert words[:3] == [f'{number}:', 'python', 'compare_architectures.py']
+        runs, _ = read_runs([Path(words[3])])
+        assert {run.study.rung.number for run in runs} == {number}
+        assert isinstance(compare_runs(runs), Comparison)
+
+
+def test_equal_sizes_have_no_slope(tmp_path, capsys):
+    write_ladder(tmp_path, params=[PARAMS[0]] * 4, extra=1)
+    for name in FORMATS:
+        assert ca.main([str(tmp_path), f'--format={name}']) == 0
+        assert 'nan' not in capsys.readouterr().out
 
 
 def test_eight_variants_and_several_reversals(tmp_path, capsys):

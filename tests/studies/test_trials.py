@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+from helpers.ladder_records import write_ladder
 
 from common.errors import UserError
 from configurator import flatten, read_command_line
@@ -12,6 +13,7 @@ from model_builder import build_model, training_flops
 from studies import grid, points
 from studies.grid import read_study
 from studies.keys import STUDY_KEYS
+from studies.run_study import print_comparison
 from studies.state import is_at_edge
 from studies.trials import StudyTrials
 from studies.variants import (
@@ -465,3 +467,10 @@ def test_is_at_edge():
     assert is_at_edge(3e-3, [1e-3, 3e-3]) and is_at_edge(1, [4, 1, 2])
     assert not is_at_edge(2, [4, 1, 2]) and not is_at_edge(1, [1])
     assert not is_at_edge('lion', ['adamw', 'lion']) and not is_at_edge(True, [False, True])
+
+
+def test_a_study_prints_the_comparison_of_its_ladder(tmp_path, capsys):
+    write_ladder(tmp_path, params=[100_000, 200_000], extra=0)
+    print_comparison(tmp_path / 'runs')
+    text = ' '.join(capsys.readouterr().out.split())
+    assert text.startswith('At the top rung (200.00K parameters,') and 'COMPUTE GAIN' in text
