@@ -49,8 +49,10 @@ def gains_and_trends(
     ladder: Ladder, losses: LossDraws
 ) -> tuple[dict[str, list[Gain]], dict[str, Trend | None]]:
     """The gains and trends of the variants but the baseline. Costs may be FLOPs or seconds."""
-    fit = _baseline_fit(ladder, losses)
-    measured, drawn = (log_gains(ladder, each, fit) for each in (losses.measured, losses.drawn))
+    measured, drawn = (
+        log_gains(ladder, each, _baseline_fit(ladder, each))
+        for each in (losses.measured, losses.drawn)
+    )
     costs = dict(zip(ladder.costs, cost_table(ladder)))
     return gains(ladder, measured, drawn), {
         name: trend(costs[name], costs[ladder.baseline], point, drawn[name])
@@ -58,13 +60,13 @@ def gains_and_trends(
     }
 
 
-def _baseline_fit(ladder: Ladder, losses: LossDraws) -> Curves | None:
-    """The baseline's curve at the measured means, for its curvature; None with too few rungs.
+def _baseline_fit(ladder: Ladder, losses: np.ndarray) -> Curves | None:
+    """The baseline's curve at mean losses [..., variants, rungs], with an E that all share.
 
-    The curve is the same for all draws. Its curvature is a small correction.
+    None with too few rungs of the baseline, which then has no curvature.
     """
     costs, base = cost_table(ladder), [*ladder.costs].index(ladder.baseline)
     if len(np.unique(costs[base][np.isfinite(costs[base])])) < MIN_RUNGS:
         return None
-    fit = fit_curves(costs, losses.measured)
-    return Curves(fit.irreducible[base], fit.log_scale[base], fit.exponent[base])
+    fit = fit_curves(costs, losses)
+    return Curves(fit.irreducible[..., base], fit.log_scale[..., base], fit.exponent[..., base])

@@ -36,15 +36,17 @@ class BaselineCurve:
     """The baseline's loss against cost, for many draws at once."""
 
     def __init__(self, costs: np.ndarray, losses: np.ndarray, fit: Curves | None) -> None:
-        """costs [rungs] and losses [..., rungs], NaN without runs; fit: of the baseline, []."""
+        """costs [rungs] and losses [..., rungs], NaN without runs; fit: of the baseline, [...]."""
         order = np.argsort(costs)
         order = order[np.isfinite(costs[order])]
         self.log_costs = np.log(costs[order])  # [knots]
         self.losses = losses[..., order]  # [..., knots]
         self.fit = fit
-        self.residuals = self.losses - self._fitted(self.log_costs)
+        fitted = [np.broadcast_to(self._fitted(x), losses.shape[:-1]) for x in self.log_costs]
+        self.residuals = self.losses - np.stack(fitted, -1)
 
     def _fitted(self, log_costs: np.ndarray) -> np.ndarray | float:
+        """The fitted curve at log costs [...]; zero without one."""
         if self.fit is None:
             return 0.0
         reducible = np.exp(self.fit.log_scale - self.fit.exponent * log_costs)

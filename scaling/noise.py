@@ -28,12 +28,12 @@ from scaling.results import CONFIDENCE, Ladder, NoiseModel
 
 # Chosen by simulation (benchmarks/ladder_coverage.py): the intervals of gains cover the truth as
 # often as they say, and are not much wider than with known noise.
-PRIOR_FREEDOM = 10.0
+PRIOR_FREEDOM = 6.0
 # Normal prior of the slope of the log variance. Deviations fall slowly with size, if at all.
 PRIOR_SLOPE = (-0.3, 0.5)
-SHARE_POWER = 1.0
+PRIOR_SHARE = (0.5, 0.75)  # Beta distribution of the share of the effect of the seed
 # Points of the grid: of the log variance, its slope, and the share of the effect of the seed.
-GRID = (48, 15, 24)
+GRID = (40, 11, 16)
 NO_SPREAD = 1e-12  # relative deviation below which losses are identical
 
 Losses = Mapping[Hashable, float]  # of one variant at one rung, by seed
@@ -149,7 +149,7 @@ class NoisePosterior:
         # The wider, the less there is to estimate the level from: the posterior has long tails.
         self.levels = math.log(pooled) + np.linspace(-4 - 8 / total, 3 + 16 / total, GRID[0])
         self.slopes = PRIOR_SLOPE[0] + PRIOR_SLOPE[1] * np.linspace(-2.5, 2.5, GRID[1])
-        # Midpoints of equal steps of the angle θ with share = sin² θ: Jeffreys' prior of a share.
+        # Midpoints of equal steps of the angle θ with share = sin² θ: dense near shares of 0 and 1.
         self.angles = (np.arange(GRID[2]) + 0.5) / GRID[2] * math.pi / 2
         log_density = self._log_density()
         density = np.exp(log_density - log_density.max())
@@ -159,8 +159,10 @@ class NoisePosterior:
         """Up to a constant."""
         level, slope = self.levels[:, None, None], self.slopes[None, :, None]
         deviation = (self.slopes - PRIOR_SLOPE[0]) / PRIOR_SLOPE[1]
-        total = np.zeros((1, 1, 1)) - 0.5 * deviation[None, :, None] ** 2
-        total = total + SHARE_POWER * np.log(np.cos(self.angles))
+        # In angles, a density cos^(2b-1) θ · sin^(2a-1) θ is a Beta(a, b) distribution of sin² θ.
+        of_share = (2 * PRIOR_SHARE[1] - 1) * np.log(np.cos(self.angles))
+        of_share += (2 * PRIOR_SHARE[0] - 1) * np.log(np.sin(self.angles))
+        total = of_share - 0.5 * deviation[None, :, None] ** 2
         for position, rung in zip(self.positions, self.rungs):
             if not len(rung.squares):
                 continue
