@@ -31,10 +31,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from scaling.analysis import gains_and_trends
 from scaling.resampling import LossDraws, draw_losses, mean_losses
-from scaling.results import Bound, Ladder
+from scaling.results import Gain, Ladder
 from scaling.trend import reversals
 
 START = 1e15  # cost of the first rung
+KNOWN_EVERY = 3  # of so many ladders, one is also analyzed with known noise, to save time
 
 
 class Case(NamedTuple):
@@ -143,10 +144,10 @@ def trial(case: Case, draw: np.random.Generator) -> Trial:
     return Trial(ladder, gains[:-1], 10**slope, known)
 
 
-def contains(low: Bound, high: Bound, true: float) -> bool:
+def contains(gain: Gain, true: float) -> bool:
     """An end outside the baseline's rungs leaves its side open, or is a bound of all values."""
-    above = low.relation == '<' or low.value <= true
-    return above and (high.relation == '>' or true <= high.value)
+    above = gain.low.relation == '<' or gain.low.value <= true
+    return above and (gain.high.relation == '>' or true <= gain.high.value)
 
 
 def outcomes(case: Case, number: int, draws: int, base: int) -> dict[str, list[float]]:
@@ -154,25 +155,29 @@ def outcomes(case: Case, number: int, draws: int, base: int) -> dict[str, list[f
     draw = np.random.default_rng([base, number])
     drawn = trial(case, draw)
     gains, trends = gains_and_trends(drawn.ladder, draw_losses(drawn.ladder, draws, draw))
-    known_gains, _ = gains_and_trends(drawn.ladder, drawn.known(draws))
-    result: dict[str, list[float]] = {'gain': [], 'known noise': [], 'width': []}
-    for gain, known in zip(gains['variant'], known_gains['variant']):
-        true = drawn.gains[gain.rung]
-        result['gain'].append(contains(gain.low, gain.high, true))
-        result['known noise'].append(contains(known.low, known.high, true))
-        if not any(end.relation for end in (gain.low, gain.high, known.low, known.high)):
-            widths = [math.log(each.high.value / each.low.value) for each in (gain, known)]
-            result['width'].append(widths[0] / widths[1])
-    trend = trends['variant']
-    result['trend'] = [trend.factor.low <= drawn.trend <= trend.factor.high] if trend else []
-    for name, each in (('reversals', gains), ('reversals, known noise', known_gains)):
-        result[name] = [any(reversal.significant for reversal in reversals(each['variant']))]
+    of_variant, trend = gains['variant'], trends['variant']
+    result = {
+        'gain': [contains(each, drawn.gains[each.rung]) for each in of_variant],
+        'trend': [trend.factor.low <= drawn.trend <= trend.factor.high] if trend else [],
+        'reversals': [any(each.significant for each in reversals(of_variant))],
+    }
+    if number % KNOWN_EVERY == 0:
+        known = gains_and_trends(drawn.ladder, drawn.known(draws))[0]['variant']
+        result['known noise'] = [contains(each, drawn.gains[each.rung]) for each in known]
+        result['reversals, known noise'] = [any(each.significant for each in reversals(known))]
+        result['width'] = [
+            math.log(one.high.value / one.low.value) / math.log(other.high.value / other.low.value)
+            for one, other in zip(of_variant, known)
+            if not any(end.relation for end in (one.low, one.high, other.low, other.high))
+        ]
     return result
 
 
 def row(case: Case, trials: int, draws: int, base: int) -> dict[str, float]:
     results = [outcomes(case, number, draws, base) for number in range(trials)]
-    totals = {key: [*chain.from_iterable(each[key] for each in results)] for key in results[0]}
+    totals = {
+        key: [*chain.from_iterable(each.get(key, []) for each in results)] for key in results[0]
+    }
     by_rung = np.mean([result['gain'] for result in results], axis=0)
     shares = {key: 100 * float(np.mean(values)) for key, values in totals.items() if values}
     shares['width'] = float(np.median(totals['width']))

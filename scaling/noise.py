@@ -33,7 +33,7 @@ PRIOR_FREEDOM = 6.0
 PRIOR_SLOPE = (-0.3, 0.5)
 PRIOR_SHARE = (0.5, 0.75)  # Beta distribution of the share of the effect of the seed
 # Points of the grid: of the log variance, its slope, and the share of the effect of the seed.
-GRID = (40, 11, 16)
+GRID = (40, 11, 27)
 NO_SPREAD = 1e-12  # relative deviation below which losses are identical
 
 Losses = Mapping[Hashable, float]  # of one variant at one rung, by seed
@@ -149,24 +149,23 @@ class NoisePosterior:
         # The wider, the less there is to estimate the level from: the posterior has long tails.
         self.levels = math.log(pooled) + np.linspace(-4 - 8 / total, 3 + 16 / total, GRID[0])
         self.slopes = PRIOR_SLOPE[0] + PRIOR_SLOPE[1] * np.linspace(-2.5, 2.5, GRID[1])
-        # Midpoints of equal steps of the angle θ with share = sin² θ: dense near shares of 0 and 1.
-        self.angles = (np.arange(GRID[2]) + 0.5) / GRID[2] * math.pi / 2
+        # Logits ln(share / (1 - share)).
+        self.logits = np.linspace(-5, 8, GRID[2])
         log_density = self._log_density()
         density = np.exp(log_density - log_density.max())
-        self.density = density / density.sum()  # [levels, slopes, angles]
+        self.density = density / density.sum()  # [levels, slopes, logits]
 
     def _log_density(self) -> np.ndarray:
         """Up to a constant."""
         level, slope = self.levels[:, None, None], self.slopes[None, :, None]
         deviation = (self.slopes - PRIOR_SLOPE[0]) / PRIOR_SLOPE[1]
-        # In angles, a density cos^(2b-1) θ · sin^(2a-1) θ is a Beta(a, b) distribution of sin² θ.
-        of_share = (2 * PRIOR_SHARE[1] - 1) * np.log(np.cos(self.angles))
-        of_share += (2 * PRIOR_SHARE[0] - 1) * np.log(np.sin(self.angles))
+        shares = _share(self.logits)
+        of_share = PRIOR_SHARE[0] * np.log(shares) + PRIOR_SHARE[1] * np.log(1 - shares)
         total = of_share - 0.5 * deviation[None, :, None] ** 2
         for position, rung in zip(self.positions, self.rungs):
             if not len(rung.squares):
                 continue
-            scales = _scales(np.sin(self.angles) ** 2, rung.factors)  # [angles, contrasts]
+            scales = _scales(shares, rung.factors)  # [logits, contrasts]
             squares = (rung.squares / scales).sum(-1)
             expected = PRIOR_FREEDOM * np.exp(level + slope * position)
             # The variance of the rung is integrated out.
@@ -181,13 +180,13 @@ class NoisePosterior:
         cells = np.searchsorted(
             np.cumsum(self.density.ravel())[:-1], generator.random(draws), side='right'
         )
-        level, slope, angle = (
+        level, slope, logit = (
             axis[index] + (axis[1] - axis[0]) * (generator.random(draws) - 0.5)
             for axis, index in zip(
-                (self.levels, self.slopes, self.angles), np.unravel_index(cells, self.density.shape)
+                (self.levels, self.slopes, self.logits), np.unravel_index(cells, self.density.shape)
             )
         )
-        shares = np.sin(angle) ** 2
+        shares = _share(logit)
         variances = np.empty((draws, len(self.rungs)))
         for r, (position, rung) in enumerate(zip(self.positions, self.rungs)):
             squares = (rung.squares / _scales(shares, rung.factors)).sum(-1)
@@ -204,8 +203,12 @@ class NoisePosterior:
         level = self.levels @ self.density.sum((1, 2))
         slope = self.slopes @ self.density.sum((0, 2))
         if paired:
-            level += np.log(2 * np.cos(self.angles) ** 2) @ self.density.sum((0, 1))
+            level += np.log(2 * (1 - _share(self.logits))) @ self.density.sum((0, 1))
         return float(level - slope * self.center) / 2, float(slope) / 2
+
+
+def _share(logits: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-logits))
 
 
 def _scales(shares: np.ndarray, factors: np.ndarray) -> np.ndarray:

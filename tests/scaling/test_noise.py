@@ -69,3 +69,41 @@ def test_contrasts_with_missing_cells_have_the_restricted_likelihood():
     constant = restricted(0.0) - from_contrasts(0.0)
     for share in (0.2, 0.5, 0.9):
         assert restricted(share) - from_contrasts(share) == pytest.approx(constant)
+
+
+def test_moderated_noise_is_the_posterior_that_scipy_gives():
+    """With one variant, the share of the seed does not matter, and each rung has an F density."""
+    deviations, costs = [0.004, 0.009, 0.003], np.array([1e15, 4e15, 1.6e16])
+    values = [[2.5 - d, 2.5, 2.5 + d] for d in deviations]  # sample deviations d
+    model = noise.noise_model(ladder(costs, {'a': values}))
+    assert model.deviations == pytest.approx(deviations)
+    assert model.freedom == [2, 2, 2]
+    x = np.log(costs / 4e15)
+    levels = np.linspace(-16, -4, 500)[:, None]
+    slopes = np.linspace(-1.8, 1.2, 120)[None, :]
+    density = stats.norm(*noise.PRIOR_SLOPE).pdf(slopes) * np.ones(levels.shape)
+    for position, deviation in zip(x, deviations):
+        expected = np.exp(levels + slopes * position)
+        density *= stats.f(2, noise.PRIOR_FREEDOM).pdf(deviation**2 / expected) / expected
+    density /= density.sum()
+    slope = float((slopes * density).sum()) / 2
+    assert model.slope == pytest.approx(slope, abs=0.01)
+    at_center = math.exp((levels * density).sum() / 2)
+    assert model.deviation(4e15) == pytest.approx(at_center, rel=0.02)
+
+
+def test_paired_noise_is_that_of_differences():
+    draw = np.random.default_rng(2)
+    luck, own = 0.02 * draw.standard_normal((2, 8)), 0.004 * draw.standard_normal((2, 2, 8))
+    each = ladder([1e15, 4e15], {'a': (2.5 + luck + own[0]), 'b': (2.4 + luck + own[1])})
+    model = noise.noise_model(each, paired=True)
+    differences = [np.std(a - b, ddof=1) for a, b in zip(own[0], own[1])]
+    assert model.deviations == pytest.approx(differences)
+    assert model.freedom == [7, 7]
+    assert model.deviation(2e15) == pytest.approx(0.004 * math.sqrt(2), rel=0.3)
+    assert noise.noise_model(each).deviation(2e15) == pytest.approx(0.02, rel=0.3)
+
+
+@pytest.mark.parametrize('values', [[[2.5]], [[2.5, 2.5, 2.5]], [[]]])
+def test_no_noise_model_without_spread(values):
+    assert noise.noise_model(ladder([1e15], {'a': values})) is None
