@@ -64,6 +64,13 @@ def approximate(count: float) -> str:
     return f'{value:.3g} {prefix}'.rstrip()
 
 
+def amount(number: float | None) -> str:
+    """A number of tokens or FLOPs: `460,800`, `2.29e+12`, `unknown`."""
+    if number is None:
+        return 'unknown'
+    return f'{number:,}' if isinstance(number, int) and number < 10**9 else f'{number:.3g}'
+
+
 def flop_count(value: float | None, unit: str = 'F') -> str:
     """FLOPs or FLOP/s with a prefix: `854.7 MF`, `101.2 TFLOP/s`."""
     if value is None:

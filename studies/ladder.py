@@ -33,6 +33,7 @@ class Rung(NamedTuple):
     params: int  # of the reference, without token table, output head and positions
     budget: dict  # of each run, like the key of a study
     extra: bool  # only the baseline trains it
+    target: float | None = None  # of params, that its sizes were solved for
 
 
 def study_at(study: Study, rung: Rung) -> Study:
@@ -48,27 +49,26 @@ def build_rungs(study: Study, context: RunContext) -> list[Rung]:
     count = number_of_rungs(study)
     solve = _solver(study, context) if 'params' in study.ladder else None
     lists = {key: [*values] for key, values in study.ladder.items() if key not in SHAPES}
-    points: list[dict] = []
+    points: list[tuple[dict, float | None]] = []  # with the target of params
     extra = study.baseline_extra
     for number in range(count + (1 if isinstance(extra, dict) else extra)):
         if number >= count and isinstance(extra, dict):
-            points.append(extra)
+            points.append((extra, None))
             continue
         values = {key: entry_at(listed, number) for key, listed in lists.items()}
-        if solve is not None:
-            values = {**solve(values.pop('params')), **values}
-        points.append(values)
-    if study.transfer == 'mup':
-        base_width = _architecture(study, points[0], context).n_embd
-        points = [
-            {**point, 'initialization': 'mup', 'mup_base_width': base_width} for point in points
-        ]
+        target = values.pop('params', None)
+        sizes = solve(target) if solve is not None and target is not None else {}
+        points.append(({**sizes, **values}, target))
     rungs: list[Rung] = []
-    for number, point in enumerate(points):
+    transferred: dict = {}
+    for number, (point, target) in enumerate(points):
         try:
-            params = size_of(_architecture(study, point, context))
+            architecture = _architecture(study, point, context)
+            params = size_of(architecture)
         except UserError as error:
             raise UserError(*_with_advice(study, point, number >= count, error)) from None
+        if study.transfer == 'mup' and not rungs:
+            transferred = {'initialization': 'mup', 'mup_base_width': architecture.n_embd}
         if rungs and params <= rungs[-1].params:
             raise UserError(
                 f'{study.path}: rung {number + 1} of the ladder ({point_label(point)}, {params:,} '
@@ -76,15 +76,12 @@ def build_rungs(study: Study, context: RunContext) -> list[Rung]:
                 f'{rungs[-1].params:,}). Set sizes that are further apart'
                 f'{", or a smaller head_size" if solve else ""}.'
             )
+        options = {**point, **transferred}
         budget = _budget(study, number, params)
-        label = point_label({k: v for k, v in point.items() if not _is_same(points, k)})
-        rungs.append(Rung(number, label, point, params, budget, number >= count))
+        # All options of the ladder, so that no folder changes if a rung is added.
+        label = point_label(point)
+        rungs.append(Rung(number, label, options, params, budget, number >= count, target))
     return rungs
-
-
-def _is_same(points: list[dict], key: str) -> bool:
-    """Whether all rungs have the same value of an option."""
-    return all(point[key] == points[0][key] for point in points)
 
 
 def _with_advice(study: Study, point: dict, is_extra: bool, error: UserError) -> list[str]:

@@ -1,19 +1,14 @@
 """The overview of a study before it runs: variants, runs, cost and time."""
 
-from collections.abc import Iterable
-
-from common.formatting import counted, duration, table
+from common.formatting import amount, counted, duration, table
 from studies.grid import Study, study_seeds
+from studies.ladder_overview import describe_rungs
 from studies.state import StudyState
 from studies.time_estimate import estimate_time
-from studies.trials import RUNS, TIMING, TUNING, StudyTrials, Trial
-from studies.variants import Variant
+from studies.trials import RUNS, TIMING, TUNING, StudyTrials, Trial, known_sum
+from studies.variants import Variant, sizes_text, values_text
 
 TrialsByKind = dict[str, list[Trial]]
-
-
-def values_text(values: dict) -> str:
-    return ', '.join(f'{key}={value}' for key, value in values.items())
 
 
 def describe(state: StudyState, measure: bool) -> str:
@@ -37,11 +32,15 @@ def describe(state: StudyState, measure: bool) -> str:
     counts = f'{counted(len(first.variants), "variant")} with {counted(seeds, "seed")} each'
     rungs = sum(part.rung is not None and not part.rung.extra for part in state.parts)
     at_rungs = f', at {rungs} rungs' if rungs else ''
+    time = estimate_time(state, left, measure) if any(left.values()) else None
     lines = [
         *([study.question] if study.question else []),
         f'{study.path}: {counts}{at_rungs}; baseline: {first.baseline.label}',
-        *(_rungs_table(state, by_kind) if study.ladder else []),
-        *([] if study.ladder else [_variants_table(study, first.variants, by_kind)]),
+        *(
+            describe_rungs(state, left, time)
+            if study.ladder
+            else [_variants_table(study, first.variants, by_kind)]
+        ),
         *(
             f'{same.label}: not run, since its settings are those of {variant.label}'
             for variant in first.variants
@@ -50,7 +49,7 @@ def describe(state: StudyState, measure: bool) -> str:
         _run_counts(study, by_kind, left),
         *_total_cost(state, parts),
     ]
-    if any(left.values()) and (time := estimate_time(state, left, measure)):
+    if time is not None:
         lines.append(f'time left: about {duration(time.seconds)}, {time.source}')
     return '\n'.join(lines)
 
@@ -60,30 +59,6 @@ def _is_complete(state: StudyState, decided: bool, kind: str, trial: Trial) -> b
         return False
     outcome = state.runner.outcome(kind, trial)
     return outcome is not None and outcome.is_final
-
-
-def _rungs_table(state: StudyState, by_kind: TrialsByKind) -> list[str]:
-    """Each rung with its size, and the cost of one run and of all its runs."""
-    rows = [['rung', 'sizes', 'params', 'tokens/run', 'FLOPs/run', 'runs', 'total FLOPs']]
-    for part in state.parts:
-        if part.rung is None:
-            continue
-        trials = [trial for of_kind in by_kind.values() for trial in of_kind]
-        trials = [trial for trial in trials if trial.rung == part.rung.number]
-        run = next(t for t in trials if t.variant == part.baseline.label and t in by_kind[RUNS])
-        only = ' (baseline only)' if part.rung.extra else ''
-        rows.append(
-            [
-                str(part.rung.number + 1),
-                f'{part.rung.label}{only}',
-                f'{part.rung.params:,}',
-                _number_text(run.tokens),
-                _number_text(run.flops),
-                str(len(trials)),
-                _number_text(_sum(trial.flops for trial in trials)),
-            ]
-        )
-    return [table(rows, '><>>>>>')]
 
 
 def _variants_table(study: Study, variants: list[Variant], by_kind: TrialsByKind) -> str:
@@ -96,19 +71,13 @@ def _variants_table(study: Study, variants: list[Variant], by_kind: TrialsByKind
         row = [variant.label]
         if matching:
             value, was, mismatch = variant.matched.values()
-            changed = f' (was {_sizes_text(was)})' if was != value else ''
-            row += [f'{_sizes_text(value)}{changed}', f'{mismatch:+.3%}']
+            changed = f' (was {sizes_text(was)})' if was != value else ''
+            row += [f'{sizes_text(value)}{changed}', f'{mismatch:+.3%}']
         run = next(trial for trial in by_kind[RUNS] if trial.variant == variant.label)
-        total = _sum(trial.flops for trial in trials if trial.variant == variant.label)
-        figures = [_number_text(run.tokens), _number_text(run.flops), _number_text(total)]
+        total = known_sum(trial.flops for trial in trials if trial.variant == variant.label)
+        figures = [amount(run.tokens), amount(run.flops), amount(total)]
         rows.append([*row, *figures, variant.settings.architecture.name])
     return table(rows, '<' + '>>' * matching + '>>><')
-
-
-def _sizes_text(sizes: int | list[int] | None) -> str:
-    """`168`; `168 and 256` if layers differ; `-` without any."""
-    listed = sizes if isinstance(sizes, list) else [] if sizes is None else [sizes]
-    return ' and '.join(f'{size:,}' for size in listed) or '-'
 
 
 def _run_counts(study: Study, by_kind: TrialsByKind, left: TrialsByKind) -> str:
@@ -128,7 +97,10 @@ def _run_counts(study: Study, by_kind: TrialsByKind, left: TrialsByKind) -> str:
 def _total_cost(state: StudyState, parts: list[StudyTrials]) -> list[str]:
     """Total tokens and FLOPs of the study, if they are known."""
     every = [trial for p in parts for of_kind in p.by_kind().values() for trial in of_kind]
-    tokens, flops = _sum(trial.tokens for trial in every), _sum(trial.flops for trial in every)
+    tokens, flops = (
+        known_sum(trial.tokens for trial in every),
+        known_sum(trial.flops for trial in every),
+    )
     if flops is None:
         budget = values_text(state.study.budget)
         return [f'total: unknown until iterations are timed (budget {budget} per run)']
@@ -138,21 +110,5 @@ def _total_cost(state: StudyState, parts: list[StudyTrials]) -> list[str]:
         for part in parts
     )
     at_most = ' at most, depending on the result of tuning' if undecided else ''
-    total = f'{_number_text(tokens)} tokens, {_number_text(flops)} training FLOPs'
+    total = f'{amount(tokens)} tokens, {amount(flops)} training FLOPs'
     return [f'total: {total}{at_most}']
-
-
-def _sum(numbers: Iterable[float | None]) -> float | None:
-    """The sum; None if one of the numbers is unknown."""
-    total: float = 0
-    for number in numbers:
-        if number is None:
-            return None
-        total += number
-    return total
-
-
-def _number_text(number: float | None) -> str:
-    if number is None:
-        return 'unknown'
-    return f'{number:,}' if isinstance(number, int) and number < 10**9 else f'{number:.3g}'

@@ -10,13 +10,12 @@ from comparison.answer import compare_runs
 from comparison.formats import emphasize, render_text
 from comparison.load import read_runs
 from studies.outcome import ADVICE, Outcome
-from studies.overview import values_text
 from studies.parts import StudyPart
 from studies.progress import StudyProgress
 from studies.runner import StudyRunner, StudyStopped
 from studies.state import StudyState, TunedVariant
 from studies.trials import RUNS, TIMING, TUNING, StudyTrials, Trial
-from studies.variants import Variant
+from studies.variants import Variant, values_text
 
 
 def run_study(state: StudyState) -> int:

@@ -40,6 +40,8 @@ class TimeEstimate(NamedTuple):
 
     seconds: float
     source: str
+    by_rung: dict[int | None, float]  # seconds by number of the rung
+    speed_of: dict[int | None, int | None]  # rung -> the one whose speed it is assumed to have
 
 
 def estimate_time(
@@ -54,7 +56,7 @@ def estimate_time(
     if 'seconds' in runner.study.budget:
         runs = sum(len(of_kind) for kind, of_kind in left.items() if kind != TIMING)
         seconds = runner.study.budget['seconds'] * runs / devices
-        return TimeEstimate(seconds, 'from the budget, plus evaluations')
+        return TimeEstimate(seconds, 'from the budget, plus evaluations', {None: seconds}, {})
     speeds: dict[Model, list[float]] = {}
     recorded = 0
     for model, speed in _recorded_speeds(runner, state.by_kind()):
@@ -67,16 +69,28 @@ def estimate_time(
     if not speeds:
         return None
     by_model = {model: statistics.fmean(values) for model, values in speeds.items()}
-    typical = statistics.fmean(by_model.values())
-    seconds = 0.0
+    by_rung: dict[int | None, float] = {}
+    speed_of: dict[int | None, int | None] = {}
     for kind, of_kind in left.items():
         for trial in of_kind:
             share = trial.share(iterations_done(runner.folder(kind, trial)))
             # A recorded speed includes evaluations.
             extra = 0.0 if recorded else _evaluation_flops(runner, trial)
             flops = ((trial.flops or 0.0) + extra) * (1 - share)
-            seconds += flops * by_model.get((trial.rung, trial.variant), typical)
-    return TimeEstimate(seconds / devices, source)
+            speed, speed_of[trial.rung] = _nearest_speed(by_model, trial)
+            by_rung[trial.rung] = by_rung.get(trial.rung, 0.0) + flops * speed / devices
+    return TimeEstimate(sum(by_rung.values()), source, by_rung, speed_of)
+
+
+def _nearest_speed(by_model: dict[Model, float], trial: Trial) -> tuple[float, int | None]:
+    """Seconds per FLOP of a trial, and the rung that they are from: the nearest with a speed.
+
+    The mean over its variants, if this one has no speed there.
+    """
+    rungs = sorted({rung for rung, _ in by_model}, key=lambda rung: rung or 0)
+    nearest = min(rungs, key=lambda rung: abs((rung or 0) - (trial.rung or 0)))
+    of_rung = {variant: speed for (rung, variant), speed in by_model.items() if rung == nearest}
+    return of_rung.get(trial.variant, statistics.fmean(of_rung.values())), nearest
 
 
 def _devices(runner: StudyRunner, jobs: int) -> int:
@@ -106,11 +120,17 @@ def _recorded_speeds(
 def _measured_speeds(
     runner: StudyRunner, parts: list[StudyTrials]
 ) -> Iterator[tuple[Model, float]]:
-    """Model and seconds per FLOP, measured now; slow variants are left out."""
+    """Model and seconds per FLOP, measured now; slow variants are left out.
+
+    One variant is measured at every rung before the next one.
+    """
     began, device = time.perf_counter(), runner.context.device
     largest = LARGEST_MEASURED.get(device.type, LARGEST_MEASURED_ELSEWHERE)
     models = (
-        (part.rung and part.rung.number, variant) for part in parts for variant in part.variants
+        (part.rung and part.rung.number, part.variants[index])
+        for index in range(max(len(part.variants) for part in parts))
+        for part in parts
+        if index < len(part.variants)
     )
     for rung, variant in models:
         choice = variant.choices[0]

@@ -1,5 +1,6 @@
 """The trials of a study: its runs, with their options and costs."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from studies.grid import SEED_KEYS, Study, folder_names, run_options, study_seeds
@@ -130,3 +131,13 @@ class StudyTrials:
     def by_kind(self) -> dict[str, list[Trial]]:
         """All trials by kind, in the order in which the kinds are run."""
         return {TIMING: self.timing, TUNING: self.tuning, RUNS: self.runs}
+
+
+def known_sum(numbers: Iterable[float | None]) -> float | None:
+    """The sum; None if one of the numbers is unknown."""
+    total: float = 0
+    for number in numbers:
+        if number is None:
+            return None
+        total += number
+    return total

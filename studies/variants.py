@@ -62,6 +62,16 @@ class Variant:
         return max(self.choices, key=lambda choice: choice.flops_per_iter)
 
 
+def values_text(values: dict) -> str:
+    return ', '.join(f'{key}={value}' for key, value in values.items())
+
+
+def sizes_text(sizes: int | list[int] | None) -> str:
+    """`168`; `168 and 256` if layers differ; `-` without any."""
+    listed = sizes if isinstance(sizes, list) else [] if sizes is None else [sizes]
+    return ' and '.join(f'{size:,}' for size in listed) or '-'
+
+
 class RunContext(NamedTuple):
     """The device, dtype and dataset that resolve the settings of every run of a study."""
 

@@ -1,0 +1,173 @@
+"""The overview of a ladder before it runs: each rung with its sizes, cost and time."""
+
+import contextlib
+
+from common.errors import UserError
+from common.formatting import amount, duration, join_names, table
+from configurator import flatten
+from studies.grid import GRIDS, merged_settings
+from studies.parts import StudyPart
+from studies.points import merged_values
+from studies.state import StudyState
+from studies.time_estimate import TimeEstimate
+from studies.trials import RUNS, Trial, known_sum
+from studies.variants import sizes_text
+from training_config import schema
+
+# Repeated data is worth as much as new data up to about this many epochs (Muennighoff et al. 2023).
+MOST_EPOCHS = 4
+
+
+def describe_rungs(
+    state: StudyState, left: dict[str, list[Trial]], time: TimeEstimate | None
+) -> list[str]:
+    """Tables of the rungs and of their variants, and notes.
+
+    left: the trials that have not ended, by kind; time: that these take.
+    """
+    by_kind = state.by_kind()
+    return [
+        _rungs_table(state, by_kind, left, time),
+        *_variants_table(state, by_kind),
+        *(f'Note: {note}' for note in [*_size_notes(state), *_time_notes(time)]),
+    ]
+
+
+def _of_rung(by_kind: dict[str, list[Trial]], part: StudyPart) -> list[Trial]:
+    assert part.rung is not None
+    trials = [trial for of_kind in by_kind.values() for trial in of_kind]
+    return [trial for trial in trials if trial.rung == part.rung.number]
+
+
+def _first_run(runs: list[Trial], part: StudyPart, variant: str) -> Trial:
+    return next(t for t in runs if part.rung and (t.rung, t.variant) == (part.rung.number, variant))
+
+
+def _rungs_table(
+    state: StudyState,
+    by_kind: dict[str, list[Trial]],
+    left: dict[str, list[Trial]],
+    time: TimeEstimate | None,
+) -> str:
+    """Each rung with its sizes, the cost of a run of the baseline, and that of all runs."""
+    rows = [['rung', 'sizes', 'params', 'tokens/run', 'epochs', 'FLOPs/run', 'runs']]
+    rows[0] += ['total FLOPs', 'time left']
+    available = state.runner.context.dataset.tokens('train')
+    for part in state.parts:
+        rung, trials = part.rung, _of_rung(by_kind, part)
+        assert rung is not None
+        run, of_left = _first_run(by_kind[RUNS], part, part.baseline.label), _of_rung(left, part)
+        solved = f' ({rung.params / rung.target - 1:+.1%})' if rung.target else ''
+        seconds = time.by_rung.get(rung.number) if time else None
+        rows.append(
+            [
+                f'{rung.number + 1}{"*" * rung.extra}',
+                rung.label,
+                f'{rung.params:,}{solved}',
+                amount(run.tokens),
+                f'{(run.tokens or 0) / available:.2f}',
+                amount(run.flops),
+                str(len(trials)),
+                amount(known_sum(trial.flops for trial in trials)),
+                'unknown' if of_left and seconds is None else duration(seconds or 0.0),
+            ]
+        )
+    return table(rows, '><>>>>>>>')
+
+
+def _variants_table(state: StudyState, by_kind: dict[str, list[Trial]]) -> list[str]:
+    """Each variant at each rung, if sizes are matched or costs differ; else nothing."""
+    study, runs = state.study, by_kind[RUNS]
+    matching = study.match != 'none'
+    equal = all(
+        len({_first_run(runs, part, each.label).flops for each in part.variants}) == 1
+        for part in state.parts
+    )
+    if equal and not matching:
+        return []
+    sizes = [study.match_by, f'{study.match} vs. reference'] * matching
+    rows = [['rung', 'variant', *sizes, 'tokens/run', 'FLOPs/run']]
+    for part in state.parts:
+        for index, variant in enumerate(part.variants):
+            run = _first_run(runs, part, variant.label)
+            number = f'{part.rung.number + 1}' if part.rung and index == 0 else ''
+            row = [number, variant.label]
+            if matching:
+                value, was, mismatch = variant.matched.values()
+                changed = f' (was {sizes_text(was)})' if was != value else ''
+                row += [f'{sizes_text(value)}{changed}', f'{mismatch:+.3%}']
+            rows.append([*row, amount(run.tokens), amount(run.flops)])
+    return [table(rows, '><' + '>>' * matching + '>>')]
+
+
+# --- Notes ---------------------------------------------------------------------------------------
+
+
+def _size_notes(state: StudyState) -> list[str]:
+    """What the figures do not say by themselves, a sentence each."""
+    study, notes = state.study, []
+    extra = [str(part.rung.number + 1) for part in state.parts if part.rung and part.rung.extra]
+    if extra:
+        notes.append(f'* only the baseline trains rung {join_names(extra)}.')
+    if any(part.rung and part.rung.target for part in state.parts):
+        notes.append('in parentheses, the deviation of params from the size in ladder.')
+    if fixed := _fixed_options(state):
+        notes.append(f'the same at all rungs: {"; ".join(fixed)}.')
+    depths = {part.baseline.settings.architecture.n_layer for part in state.parts}
+    if study.transfer == 'mup' and len(depths) > 1:
+        notes.append("transfer='mup' has a rule for the width, and none for n_layer.")
+    available = state.runner.context.dataset.tokens('train')
+    runs = state.by_kind()[RUNS]
+    repeated = [
+        str(part.rung.number + 1)
+        for part in state.parts
+        if part.rung
+        and (_first_run(runs, part, part.baseline.label).tokens or 0) > MOST_EPOCHS * available
+    ]
+    if repeated:
+        notes.append(
+            f'rung {join_names(repeated)}: more than {MOST_EPOCHS} epochs. Repeated data is worth '
+            f'less than new data.'
+        )
+    return notes
+
+
+def _time_notes(time: TimeEstimate | None) -> list[str]:
+    assumed = time.speed_of if time else {}
+    return [
+        f'the speed of rung {rung + 1} is not known; that of rung {other + 1} is assumed.'
+        for rung, other in assumed.items()
+        if rung is not None and other is not None and rung != other
+    ]
+
+
+def _fixed_options(state: StudyState) -> list[str]:
+    """Options that are set, and that would differ between the rungs if they were not."""
+    study, texts = state.study, []
+    if study.transfer == 'none' and not {'learning_rate'} & {*study.tune, *study.ladder}:
+        rate = state.parts[0].baseline.settings.run.learning_rate
+        texts.append(f"learning_rate={rate:g} (transfer='mup' or tune would adapt it)")
+    smallest, *_, largest = state.parts
+    set_values = merged_values(*(layer.values for layer in study.command_line.layers))
+    swept = {key for name in GRIDS for key in getattr(study, name)}
+    chosen = {*swept, *study.ladder, *(smallest.rung.options if smallest.rung else {})}
+    for key, option in flatten(schema()).items():
+        if option.default is not None or set_values.get(key) is None or key in chosen:
+            continue
+        with contextlib.suppress(UserError):
+            derived = [_derived(state, part, key) for part in (smallest, largest)]
+            if derived[0] != derived[1]:
+                first, last = (_text(value) for value in derived)
+                texts.append(f'{key}={_text(set_values[key])} (by default {first} to {last})')
+    return texts
+
+
+def _derived(state: StudyState, part: StudyPart, key: str) -> object:
+    """The value that an option of the baseline would have at a rung if it were not set."""
+    run = _first_run(state.by_kind()[RUNS], part, part.baseline.label)
+    settings = merged_settings(part.study, {**run.overrides, key: None})
+    return settings.resolve(*state.runner.context).to_dict().get(key)
+
+
+def _text(value: object) -> str:
+    return f'{value:g}' if isinstance(value, float) else str(value)
