@@ -45,7 +45,7 @@ from common import hardware
 from common.console_output import write_progress, write_text
 from common.errors import UserError, run_script
 from common.option_help import CommandHelp, HelpGroup
-from common.registry import Option, at_least
+from common.registry import Option, above, at_least
 from configurator import read_command_line
 from data.dataset import load_dataset, prepare_if_missing
 from studies.grid import merged_settings, read_study
@@ -54,6 +54,7 @@ from studies.overview import describe
 from studies.parts import build_parts
 from studies.run_study import run_study
 from studies.runner import StudyRunner
+from studies.seeds_needed import describe_seeds
 from studies.state import StudyState
 from studies.variants import RunContext
 from training.command_help import help_groups
@@ -69,6 +70,17 @@ OPTIONS = {
         check=at_least(1, at_most=1000),
     ),
     'plan_only': Option(bool, False, 'Show the runs with their cost, and start none'),
+    'precision': Option(
+        float | None,
+        None,
+        'Show how many seeds make the interval of a difference as narrow as ± this many nats',
+        check=above(0),
+    ),
+    'noise_from': Option(
+        str | None,
+        None,
+        'Folder of another study, whose noise is used for that while this one has no finished runs',
+    ),
 }
 
 
@@ -101,6 +113,12 @@ def main(argv: list[str]) -> int:
             '--print_config shows a single run: python train.py STUDY.py --print_config shows that '
             'of the base. For the runs of the study: python study.py STUDY.py --plan_only.'
         )
+    in_file = {key for layer in command_line.layers[:-1] for key in layer.values}
+    for key in [key for key in OPTIONS if key in in_file]:
+        command_line.problems.append(
+            f'{key} is set in a study file, which train.py reads too. Remove it there, and give '
+            f'--{key} on the command line.'
+        )
     study = read_study(command_line)
     settings = merged_settings(study, {})
     base = settings.run
@@ -109,14 +127,18 @@ def main(argv: list[str]) -> int:
     prepare_if_missing(base.dataset)
     dataset = load_dataset(base.dataset, settings.architecture.block_size)
     context = RunContext(device, dtype, dataset)
-    plan_only, jobs = (command_line.value(key, study_schema) for key in ('plan_only', 'jobs'))
+    jobs, plan_only, precision, noise_from = (
+        command_line.value(key, study_schema) for key in OPTIONS
+    )
     parts = build_parts(study, context, jobs)
     runner = StudyRunner(study, Path(base.out_dir), context, jobs, study_options=set(OPTIONS))
     state = StudyState(study, parts, runner)
+    seeds = describe_seeds(state, precision, noise_from)
+    plan = '\n'.join([describe(state, measure=plan_only), *seeds])
     if plan_only:
-        write_text(describe(state, measure=True))
+        write_text(plan)
         return 0
-    write_progress(describe(state, measure=False))
+    write_progress(plan)
     return run_study(state)
 
 

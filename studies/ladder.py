@@ -22,6 +22,9 @@ from studies.variants import RunContext, nearest_integer
 NOT_COUNTED = ('token_embedding', 'output_head', 'position_encoding')
 # Widths of a feed-forward network, which follow n_embd unless the file sets them.
 FOLLOWING = ('d_ff', 'expert_d_ff')
+# A deviation from the number of parameters counts as much as one from the aspect ratio that is this
+# many times as large.
+SIZE_WEIGHT = 4.0
 
 
 class Rung(NamedTuple):
@@ -173,7 +176,7 @@ def _solver(study: Study, context: RunContext) -> Callable[[float], dict]:
         def deviation(candidate: tuple[dict, int]) -> float:
             sizes, params = candidate
             shape = sizes['n_embd'] / sizes['n_layer']
-            return abs(math.log(params / target)) + abs(math.log(shape / aspect))
+            return SIZE_WEIGHT * abs(math.log(params / target)) + abs(math.log(shape / aspect))
 
         return min(candidates, key=deviation)[0]
 

@@ -3,7 +3,8 @@
 import contextlib
 
 from common.errors import UserError
-from common.formatting import amount, duration, join_names, table
+from common.formatting import amount, duration, join_names, table, wrapped
+from comparison.conditions import MODEL_NEUTRAL_OPTIONS
 from configurator import flatten
 from studies.grid import GRIDS, merged_settings
 from studies.parts import StudyPart
@@ -29,7 +30,7 @@ def describe_rungs(
     return [
         _rungs_table(state, by_kind, left, time),
         *_variants_table(state, by_kind),
-        *(f'Note: {note}' for note in [*_size_notes(state), *_time_notes(time)]),
+        *(wrapped(f'Note: {note}', '  ') for note in [*_size_notes(state), *_time_notes(time)]),
     ]
 
 
@@ -133,11 +134,13 @@ def _size_notes(state: StudyState) -> list[str]:
 
 
 def _time_notes(time: TimeEstimate | None) -> list[str]:
-    assumed = time.speed_of if time else {}
+    assumed: dict[int, list[str]] = {}  # known rung -> those without a speed
+    for rung, known in (time.speed_of if time else {}).items():
+        if rung is not None and known is not None and rung != known:
+            assumed.setdefault(known, []).append(str(rung + 1))
     return [
-        f'the speed of rung {rung + 1} is not known; that of rung {other + 1} is assumed.'
-        for rung, other in assumed.items()
-        if rung is not None and other is not None and rung != other
+        f'the speed of rung {known + 1} is assumed for rung {join_names(rungs)}.'
+        for known, rungs in assumed.items()
     ]
 
 
@@ -153,6 +156,8 @@ def _fixed_options(state: StudyState) -> list[str]:
     chosen = {*swept, *study.ladder, *(smallest.rung.options if smallest.rung else {})}
     for key, option in flatten(schema()).items():
         if option.default is not None or set_values.get(key) is None or key in chosen:
+            continue
+        if key in MODEL_NEUTRAL_OPTIONS:
             continue
         with contextlib.suppress(UserError):
             derived = [_derived(state, part, key) for part in (smallest, largest)]
