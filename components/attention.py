@@ -215,6 +215,7 @@ class MultiHeadAttention(Attention):
 
     tag = ''
     cacheable = True
+    mup_rule = True
     options: ClassVar = {
         'head_dim': Option(
             int | None, None, 'Head dimension; None: n_embd / n_head', check=at_least(1)

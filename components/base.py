@@ -64,6 +64,10 @@ class Component(RenamedMethods, Configurable):
     # one call with all of it. True for anything that acts on each token separately. A model with a
     # component that does not support a cache generates without one.
     cacheable: ClassVar[bool] = True
+    # Whether the rules of `initialization='mup'` hold for all of its weights: the inputs of its
+    # `matrices()` grow with n_embd; other weights are vectors, or tables with a row for each token
+    # or position. A subclass with an `__init__` or `matrices()` of its own must declare it itself.
+    mup_rule: ClassVar[bool] = False
 
     @classmethod
     def name_tag(cls, config: ModelArchitectureConfig) -> str:

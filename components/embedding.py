@@ -13,6 +13,7 @@ class TokenEmbedding(Component, nn.Embedding):
     """Tokens (B, T) -> (B, T, C), times √C with `scale_embeddings` (Vaswani et al. 2017)."""
 
     part = 'token_embedding'
+    mup_rule = True
 
     def __init__(self, config: ModelArchitectureConfig):
         super().__init__(config.vocab_size, config.n_embd)

@@ -82,6 +82,7 @@ class StandardFeedForward(FeedForward):
     """down(activation(up(x))), by default 4 · n_embd wide."""
 
     tag = ''
+    mup_rule = True
     options: ClassVar = {
         **FeedForward.options,
         'activation': Option(
@@ -128,6 +129,7 @@ class StandardFeedForward(FeedForward):
 class GatedFeedForward(FeedForward):
     """down(activate(gate(x)) · up(x)), by default 8/3 · n_embd wide."""
 
+    mup_rule = True
     options: ClassVar = {
         **FeedForward.options,
         'multiple_of': Option(

@@ -18,6 +18,7 @@ class OutputHead(Component, nn.Module):
     """From hidden states to logits or to the loss."""
 
     part = 'output_head'
+    mup_rule = True  # `output_scale` multiplies the hidden states
     metric_names: ClassVar = ('z_loss',)  # metrics of its AuxOutput, not multiplied by their weight
 
     def __init__(self, config: ModelArchitectureConfig):

@@ -17,6 +17,7 @@ class ElementwiseAffine(Component, nn.Module):
     """A learned weight and, if `has_bias`, a bias of the last dimension: `Norm(config, width)`."""
 
     part = 'normalization'
+    mup_rule = True
     has_bias: ClassVar[bool] = False
 
     def __init__(self, config: ModelArchitectureConfig, width: int):
@@ -32,6 +33,7 @@ class ElementwiseAffine(Component, nn.Module):
 class Norm(ElementwiseAffine):
     """A normalization of the last dimension in fp32: `Norm(config, width)`."""
 
+    mup_rule = True
     options: ClassVar = {'norm_eps': Option(float, 1e-5, 'Epsilon of the norms', check=above(0))}
 
     def __init__(self, config: ModelArchitectureConfig, width: int):
@@ -73,6 +75,7 @@ class DynamicTanh(ElementwiseAffine):
     """weight · tanh(α x) + bias with one learned α; uses no statistics."""
 
     tag = 'DyT'
+    mup_rule = True
     has_bias = True
     options: ClassVar = {
         'dyt_alpha': Option(float, 0.5, 'Initial α of dynamic tanh', check=above(0))

@@ -102,6 +102,7 @@ class LearnedAbsolute(PositionEncoding):
     """Adds a learned vector for each of `block_size` positions."""
 
     tag = 'AbsPos'
+    mup_rule = True
 
     def __init__(self, config: ModelArchitectureConfig):
         super().__init__(config)
@@ -453,6 +454,7 @@ class T5Relative(PositionEncoding):
     """
 
     tag = 'T5Pos'
+    mup_rule = True
     has_bias = True
     options: ClassVar = {
         't5_buckets': Option(int, 32, 'Number of distance buckets', check=at_least(2)),

@@ -50,7 +50,7 @@ def initial_values(model: nn.Module) -> dict[str, Fill]:
     fill_of: dict[str, Fill] = {}
     seen = set()
     for prefix, component in named:
-        owned = list(_owned_tensors(component))
+        owned = list(owned_tensors(component))
         fills = _declared_fills(component, {entry.name for entry in owned})
         for name, module, tensor in owned:
             if id(tensor) in seen:
@@ -74,7 +74,7 @@ def initial_values(model: nn.Module) -> dict[str, Fill]:
     return fill_of
 
 
-def _owned_tensors(module: nn.Module, prefix: str = '') -> Iterator[_OwnedTensor]:
+def owned_tensors(module: nn.Module, prefix: str = '') -> Iterator[_OwnedTensor]:
     """The tensors that a component must initialize: all except those of components inside it."""
     for name, tensor in (
         *module.named_parameters(recurse=False),
@@ -83,7 +83,7 @@ def _owned_tensors(module: nn.Module, prefix: str = '') -> Iterator[_OwnedTensor
         yield _OwnedTensor(prefix + name, module, tensor)
     for name, child in module.named_children():
         if not isinstance(child, Component):
-            yield from _owned_tensors(child, f'{prefix}{name}.')
+            yield from owned_tensors(child, f'{prefix}{name}.')
 
 
 def _declared_fills(component: nn.Module, names: set[str]) -> dict[str, Fill]:

@@ -28,6 +28,9 @@ class OptimizerComponent(Configurable):
     """
 
     found_inf: torch.Tensor
+    # Whether the learning rates of `initialization='mup'` suit it: its updates of a weight do not
+    # depend on the scale of the gradient. A subclass with a `step` of its own must declare it.
+    mup_rule: ClassVar[bool] = False
     bytes_sent: float = 0.0  # per rank and iteration, in addition to the strategy's
 
     def state_keys(self, parameter: torch.Tensor) -> frozenset[str]:
@@ -118,6 +121,7 @@ IGNORES_FOUND_INF = ('mps',)  # devices whose fused AdamW may do so
 class AdamW(OptimizerComponent, torch.optim.AdamW):
     """Adam with decoupled weight decay: torch.optim.AdamW with fused kernels."""
 
+    mup_rule = True
     options: ClassVar = {
         'beta1': Option(float, 0.9, "Decay rate of AdamW's first moment", check=DECAY),
         'beta2': Option(float, 0.95, "Decay rate of AdamW's second moment", check=DECAY),
@@ -372,6 +376,7 @@ STEP_ELEMENTS = 2**28
 class Lion(OptimizerComponent, torch.optim.Optimizer):
     """Updates each weight by the sign of an average of gradient and momentum."""
 
+    mup_rule = True
     options: ClassVar = {
         'lion_beta1': Option(
             float, 0.9, 'Weight of the momentum in the average whose sign Lion takes', check=DECAY

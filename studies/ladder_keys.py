@@ -15,6 +15,7 @@ SOLVED_SIZES = ('n_layer', 'n_embd', 'n_head')  # options that `params` sets
 SHAPES = ('aspect_ratio', 'head_size')  # of models that `params` solves, not options themselves
 HORIZONS = ('tokens_per_param', 'tokens', 'flops')
 TRANSFERS = ('none', 'mup')
+TRANSFERRED = ('initialization', 'mup_base_width')  # options that a transfer sets
 MOST_RUNGS = 20
 MOST_EXTRA_RUNGS = 3
 
@@ -114,10 +115,22 @@ def ladder_problems(study: 'Study') -> Iterator[str]:
     for name in ('sweep', 'ablate', 'tune'):
         for key in overlap(getattr(study, name), ladder_options(study, options)):
             yield f'{path}: {key!r} is both in ladder and in {name}. Remove it from one of them.'
+    yield from _transfer_problems(study)
     extra = study.baseline_extra
     if isinstance(extra, dict) and extra.keys() != ladder_options(study, options).keys():
         names = join_names([*ladder_options(study, options)])
         yield f'{path}: baseline_extra={extra!r}: give a value for each of {names}.'
+
+
+def _transfer_problems(study: 'Study') -> Iterator[str]:
+    if study.transfer == 'none':
+        return
+    set_keys = {key for layer in study.command_line.layers for key in layer.values}
+    grids = (study.sweep, study.ablate, study.tune, study.ladder)
+    set_keys |= {key for options in grids for key in options}
+    for key in TRANSFERRED:
+        if key in set_keys:
+            yield f'{study.path}: transfer={study.transfer!r} sets {key}. Remove {key}.'
 
 
 def ladder_options(study: 'Study', lists: dict[str, list]) -> dict[str, list]:
