@@ -22,7 +22,10 @@ ERRORS = 2  # standard errors in the bars of residuals
 
 
 class Mark(NamedTuple):
-    """A value at a cost with its interval. A relation is that of a `Bound`."""
+    """A value at a cost with its interval, whose ends are the value if there is none.
+
+    A relation is that of a `Bound`.
+    """
 
     cost: float
     value: float
@@ -161,9 +164,10 @@ def _forecast(
     ladder: LadderComparison, estimates: dict[str, list[Estimate]], variant: str
 ) -> list[Mark]:
     forecast = ladder.analysis.forecast
+    by_cost = zip(forecast.costs if forecast else [], estimates.get(variant, ()))
     return [
-        Mark(cost, *estimate)
-        for cost, estimate in zip(forecast.costs if forecast else [], estimates.get(variant, ()))
+        Mark(cost, value, *((value, value) if math.isnan(low) else (low, high)))
+        for cost, (value, low, high) in by_cost
     ]
 
 
@@ -191,12 +195,12 @@ def _gain_panel(ladder: LadderComparison, cost: Axis, gains: dict[str, list[Gain
     for variant, number in style_numbers(ladder).items():
         by_rung = gains.get(variant, [])
         if by_rung:
-            marks = [_gain_mark(gain, analysis.draws > 0) for gain in by_rung]
+            marks = [*map(_gain_mark, by_rung)]
             trend = _trend_line(trends.get(variant), by_rung)
             future = _forecast(ladder, estimates, variant)
             lines.append(LadderLine(variant, number, marks, trend, future))
     note = [f'Above 1: {less} than the baseline needs for the same loss.']
-    if analysis.draws:
+    if any(mark.low < mark.high for line in lines for mark in line.marks):
         note.append('Bars: 95% intervals.')
     if any(line.curve for line in lines):
         note.append('Straight lines: trends.')
@@ -209,8 +213,9 @@ def _gain_panel(ladder: LadderComparison, cost: Axis, gains: dict[str, list[Gain
     )
 
 
-def _gain_mark(gain: Gain, has_interval: bool) -> Mark:
-    low, high = (gain.low, gain.high) if has_interval else (gain.value, gain.value)
+def _gain_mark(gain: Gain) -> Mark:
+    known = not math.isnan(gain.low.value)
+    low, high = (gain.low, gain.high) if known else (gain.value, gain.value)
     return Mark(
         *(gain.cost, gain.value.value, low.value, high.value),
         relation=gain.value.relation,
@@ -223,7 +228,7 @@ def _trend_line(trend: Trend | None, gains: Sequence[Gain]) -> list[tuple[float,
     """The trend over its rungs, through the middle of their known gains; [] without one."""
     used = [gain for gain in gains if trend and gain.rung in trend.rungs]
     known = [gain for gain in used if not gain.value.relation]
-    if trend is None or not known:
+    if trend is None or not known or not trend.factor.value > 0:
         return []
     center, middle = (
         statistics.fmean(map(math.log, values))
@@ -296,7 +301,7 @@ def _with_limits(panel: LadderPanel, sharing: Sequence[LadderPanel]) -> LadderPa
     if panel.forecast_from is not None:
         above += LABEL
     return panel._replace(
-        x_limits=_limits(FLOPS, costs, [], [], X_MARGINS),
+        x_limits=_limits(panel.cost, costs, [], [], X_MARGINS),
         y_limits=_limits(panel.value, values, ends, curves, (below, above)),
     )
 
@@ -340,10 +345,11 @@ def _limits(
 def common_caption(panels: Sequence[LadderPanel]) -> str:
     """What applies to several panels."""
     sentences = []
-    if any(panel.forecast_from for panel in panels):
+    forecasts = [mark for panel in panels for line in panel.lines for mark in line.forecast]
+    if forecasts:
+        bands = ', with 95% intervals' * any(mark.low < mark.high for mark in forecasts)
         sentences.append(
-            'Dashed, with 95% intervals: forecasts by the fit. Gray: beyond the top rung of the '
-            'variants.'
+            f'Dashed: forecasts by the fit{bands}. Gray: beyond the top rung of the variants.'
         )
     if any(_clipped(panel) for panel in panels):
         sentences.append('Bars that reach the edge continue beyond it; the tables have their ends.')
@@ -366,7 +372,7 @@ def panel_text(panel: LadderPanel, labels: dict[str, str]) -> str:
 
 
 def _mark_text(panel: LadderPanel, mark: Mark) -> str:
-    """`1.3 PF: 1.31 (1.20 to 1.43)`"""
+    """`1.30e15: 1.31 (1.20 to 1.43)`"""
     text = panel.value.text
     value, low, high = (
         f'{relation} {text(value)}'.lstrip()

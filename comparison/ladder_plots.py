@@ -76,6 +76,7 @@ def variant_style(number: int | None) -> Style:
 
 
 def draw_panel(panel: LadderPanel, axes: 'Axes') -> None:
+    """Draw all lines of a panel, with the part beyond the variants' top rung in gray."""
     axes.set_title(panel.title)
     for axis, name, limits in (
         (panel.cost, 'x', panel.x_limits),

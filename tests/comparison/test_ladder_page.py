@@ -216,6 +216,29 @@ def test_three_rungs_and_one_seed_have_no_fit_and_no_bars(tmp_path):
     assert not any('Bars' in panel.note or panel.forecast_from for panel in panels)
 
 
+def test_one_seed_has_a_fit_and_a_forecast_without_intervals(tmp_path):
+    ladder = compared(write_ladder(tmp_path, seeds=(1,)))
+    panels = ladder_panels(ladder)
+    assert [panel.title for panel in panels if panel.forecast_from] == [
+        'Loss against training FLOPs',
+        'Compute gain',
+    ]
+    text = common_caption(panels) + ''.join(panel_text(p, variant_labels(ladder)) for p in panels)
+    assert 'forecast' in text and 'nan' not in text and 'interval' not in text
+    assert all(map(math.isfinite, (end for p in panels for end in (*p.x_limits, *p.y_limits))))
+    drawn(panels[1])
+
+
+@pytest.mark.parametrize('factor', [0.0, 1e-300, 1e300])
+def test_extreme_trend_is_drawn_without_setting_the_limits(ladder, factor):
+    trend = Trend(Estimate(factor, 0.0, math.inf), (0, 1, 2, 3))
+    changed = with_analysis(ladder, trends={SWIGLU: trend})
+    panel = panel_of(changed, 'Compute gain')
+    low, high = panel.y_limits
+    assert 0.01 < low < 1 < high < 100
+    drawn(panel)
+
+
 def test_one_wide_interval_does_not_flatten_the_others(ladder):
     costs = ladder.analysis.ladder.costs[SWIGLU]
     values = [(1.2, 1.1, 1.3), (1.2, 1.1, 1.3), (1.25, 1e-6, 1e6)]
