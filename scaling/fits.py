@@ -18,7 +18,7 @@ GRID = 1 - np.geomspace(1, 1e-3, 10)  # of E, as a share of the smallest loss
 MAX_STEPS = 200
 NO_PROGRESS = 1e-10  # relative decrease of the squared error at which a fit has converged
 EXACT = 1e-29  # squared error, relative to the squared losses, that is rounding
-TINY = 1e-300  # instead of 0 in a denominator
+TINY = 1e-100  # instead of 0 in a denominator
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Curves:
     exponent: np.ndarray  # α
 
     def loss(self, costs: np.ndarray) -> np.ndarray:
-        """The losses at the costs [..., variants, points], in the same shape."""
+        """The losses at these costs, which broadcast to the result [..., variants, points]."""
         log_reducible = self.log_scale[..., None] - self.exponent[..., None] * np.log(costs)
         return self.irreducible[..., None] + np.exp(log_reducible)
 
@@ -62,10 +62,10 @@ def fit_curves(
     problem_losses = losses.reshape(grouped)
     problem_costs = np.broadcast_to(costs, losses.shape).reshape(grouped)
     fixed = None if irreducible is None else np.broadcast_to(irreducible, shape).reshape(-1)
-    e, log_scale, exponent = _Problems(problem_costs, problem_losses, fixed).solve()
-    without = np.isnan(exponent)
-    e = np.where(without, np.nan, np.broadcast_to(e[:, None], exponent.shape))
-    return Curves(e.reshape(shape), log_scale.reshape(shape), exponent.reshape(shape))
+    problems = _problems(problem_costs, problem_losses, fixed)
+    e, height, exponent = _improve(problems, *_start(problems))
+    parameters = e[:, None], height + exponent * problems.center, exponent
+    return Curves(*(np.where(problems.fitted, each, np.nan).reshape(shape) for each in parameters))
 
 
 def fit_lines(costs: np.ndarray, values: np.ndarray) -> Curves:
@@ -86,71 +86,78 @@ def fit_lines(costs: np.ndarray, values: np.ndarray) -> Curves:
     return Curves(np.zeros(y.shape[:-1]), mean_y + exponent * mean_x, exponent)
 
 
+@dataclass(frozen=True)
 class _Problems:
     """A batch of least-squares problems, each with one E and several variants."""
 
-    def __init__(self, costs: np.ndarray, losses: np.ndarray, fixed: np.ndarray | None):
-        used = np.isfinite(costs) & np.isfinite(losses)
-        used &= used.sum(axis=-1, keepdims=True) >= 2
-        self.weight = used.astype(float)  # [problems, variants, rungs]
-        self.losses = np.where(used, losses, 0.0)
-        log_costs = np.log(np.where(used, costs, 1.0))
-        self.fitted = used.any(axis=-1)  # [problems, variants]
-        count = np.maximum(self.weight.sum(axis=-1), 1)
-        # Centered costs: the curve's height at the center and its exponent are then uncorrelated.
-        self.center = (log_costs * self.weight).sum(axis=-1) / count
-        self.x = (log_costs - self.center[..., None]) * self.weight
-        smallest = np.where(used, losses, np.inf).min(axis=(-1, -2))
-        smallest = np.where(np.isfinite(smallest), smallest, 1.0)
-        self.low = np.zeros_like(smallest) if fixed is None else fixed
-        self.high = smallest * (1 - BELOW_MINIMUM) if fixed is None else fixed
-        self.grid = smallest[:, None] * GRID if fixed is None else fixed[:, None]
-
-    def solve(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """E [problems]; ln A and α [problems, variants]."""
-        e, height, exponent = _improve(self, *self._start())
-        log_scale = np.where(self.fitted, height + exponent * self.center, np.nan)
-        return e, log_scale, np.where(self.fitted, exponent, np.nan)
-
-    def _start(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The best point of the grid over E: E, height ln(L - E) at the center, and α."""
-        best = np.full(len(self.losses), np.inf)
-        e, height = np.zeros(len(best)), np.zeros(self.fitted.shape)
-        exponent = np.full(self.fitted.shape, MIN_EXPONENT)
-        for trial in self.grid.T:
-            trial_height, trial_exponent = self._line(trial)
-            error = _squared_error(self, trial, trial_height, trial_exponent)
-            better = error < best
-            best[better], e[better] = error[better], trial[better]
-            height[better], exponent[better] = trial_height[better], trial_exponent[better]
-        return e, height, exponent
-
-    def _line(self, e: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The weighted straight line through ln(L - E): its height at the center, and α."""
-        reducible = np.maximum(self.losses - e[:, None, None], BELOW_MINIMUM)
-        # The error of a logarithm is that of the loss, divided by L - E.
-        weight = self.weight * reducible**2
-        y = np.log(reducible)
-        total = np.maximum(weight.sum(axis=-1), TINY)
-        mean_x, mean_y = ((weight * z).sum(axis=-1) / total for z in (self.x, y))
-        deviation = self.x - mean_x[..., None]
-        spread = np.maximum((weight * deviation**2).sum(axis=-1), TINY)
-        slope = (weight * deviation * y).sum(axis=-1) / spread
-        exponent = np.clip(-slope, MIN_EXPONENT, MAX_EXPONENT)
-        return mean_y + exponent * mean_x, exponent
+    losses: np.ndarray  # [problems, variants, rungs]
+    weight: np.ndarray  # the same shape: 1, or 0 without a run
+    x: np.ndarray  # the same shape: ln(cost) minus the center
+    center: np.ndarray  # [problems, variants]
+    fitted: np.ndarray  # [problems, variants]: whether a variant has a curve
+    low: np.ndarray  # [problems]: bounds of E
+    high: np.ndarray
+    grid: np.ndarray  # [problems, points]: values of E to start from
 
     def part(self, index: np.ndarray) -> '_Problems':
         """The problems with these indices."""
-        part = object.__new__(_Problems)
-        for name, array in vars(self).items():
-            setattr(part, name, array[index])
-        return part
+        return _Problems(*(array[index] for array in vars(self).values()))
+
+
+def _problems(costs: np.ndarray, losses: np.ndarray, fixed: np.ndarray | None) -> _Problems:
+    """costs and losses [problems, variants, rungs]; fixed: E [problems]."""
+    used = np.isfinite(costs) & np.isfinite(losses)
+    used &= used.sum(axis=-1, keepdims=True) >= 2
+    log_costs = np.log(np.where(used, costs, 1.0))
+    # Centered costs: the curve's level at the center and its slope are then uncorrelated.
+    center = log_costs.sum(axis=-1) / np.maximum(used.sum(axis=-1), 1)
+    smallest = np.where(used, losses, np.inf).min(axis=(-1, -2))
+    smallest = np.where(np.isfinite(smallest), smallest, 1.0)
+    return _Problems(
+        losses=np.where(used, losses, 0.0),
+        weight=used.astype(float),
+        x=np.where(used, log_costs - center[..., None], 0.0),
+        center=center,
+        fitted=used.any(axis=-1),
+        low=np.zeros_like(smallest) if fixed is None else fixed,
+        high=smallest * (1 - BELOW_MINIMUM) if fixed is None else fixed,
+        grid=smallest[:, None] * GRID if fixed is None else fixed[:, None],
+    )
+
+
+def _start(problems: _Problems) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The best point of the grid over E: E, the height ln(L - E) at the center, and α."""
+    best = np.full(len(problems.losses), np.inf)
+    e, height = np.zeros(len(best)), np.zeros(problems.fitted.shape)
+    exponent = np.full(problems.fitted.shape, MIN_EXPONENT)
+    for trial in problems.grid.T:
+        trial_height, trial_exponent = _line(problems, trial)
+        error = _squared_error(problems, trial, trial_height, trial_exponent)
+        better = error < best
+        best[better], e[better] = error[better], trial[better]
+        height[better], exponent[better] = trial_height[better], trial_exponent[better]
+    return e, height, exponent
+
+
+def _line(problems: _Problems, e: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The weighted straight line through ln(L - E): its height at the center, and α."""
+    reducible = np.maximum(problems.losses - e[:, None, None], BELOW_MINIMUM)
+    # The error of a logarithm is that of the loss, divided by L - E.
+    weight = problems.weight * reducible**2
+    y = np.log(reducible)
+    total = np.maximum(weight.sum(axis=-1), TINY)
+    mean_x, mean_y = ((weight * z).sum(axis=-1) / total for z in (problems.x, y))
+    deviation = problems.x - mean_x[..., None]
+    spread = np.maximum((weight * deviation**2).sum(axis=-1), TINY)
+    slope = (weight * deviation * y).sum(axis=-1) / spread
+    exponent = np.clip(-slope, MIN_EXPONENT, MAX_EXPONENT)
+    return mean_y + exponent * mean_x, exponent
 
 
 def _squared_error(
     problems: _Problems, e: np.ndarray, height: np.ndarray, exponent: np.ndarray
 ) -> np.ndarray:
-    """[problems]"""
+    """The sums of squared residuals, [problems]."""
     power = np.exp(height[..., None] - exponent[..., None] * problems.x)
     residual = (e[:, None, None] + power - problems.losses) * problems.weight
     return (residual**2).sum(axis=(-1, -2))
@@ -176,7 +183,6 @@ def _improve(
             array[index] = values[better]
         error[index] = new_error[better]
         damping[active] *= np.where(better, 0.1, 10.0)
-        # A rejected step that was tiny is converged, too: only rounding was left to gain.
         converged = better & (old_error - new_error <= NO_PROGRESS * old_error)
         finished = converged | (error[active] <= exact[active]) | (damping[active] > 1e12)
         active = active[~finished]
