@@ -36,15 +36,10 @@ class LadderRung:
     options: dict
     params: int  # of the reference, without token table, output head and position tables
     extra: bool  # only the baseline of the study trains it
+    tokens: float | None  # of a finished run, or else of the budget
     comparison: Comparison | None  # None without runs
     groups: dict[str, Group]  # variant -> its runs
     planned: Counter  # variant -> number of runs that the study has
-
-    @property
-    def tokens(self) -> float | None:
-        """The mean tokens of a run, over the variants' runs that are scored."""
-        means = [mean for g in self.groups.values() if (mean := g.mean(_tokens)) is not None]
-        return sum(means) / len(means) if means else None
 
     def outcomes(self, variant: str) -> Counter:
         """The number of runs of a variant with each outcome; planned ones are `missing`."""
@@ -151,14 +146,17 @@ def compare_ladder(
 
     by_rung = [[run for run in runs if run.study is study] for study in plan.plans]
     study = next(study for study, of_rung in zip(plan.plans, by_rung) if of_rung)
-    label, reason = _baseline(study, by_rung, baseline)
+    # A damaged plan may lack the variant of a run.
+    labels = [label for each in plan.plans for label in each.variants]
+    oldest_first = sorted(runs, key=lambda run: run.start)
+    variants = list(dict.fromkeys([*labels, *(str(run.variant) for run in oldest_first)]))
+    label, reason = _baseline(study.baseline, variants, by_rung, baseline)
     rungs = [
         _rung(study, of_rung, label, score, margin) for study, of_rung in zip(plan.plans, by_rung)
     ]
-    variants = list(dict.fromkeys(label for study in plan.plans for label in study.variants))
     concurrent = max(run.conditions['concurrent_runs'][-1] for run in runs)
-    ladder = ladder_losses(rungs, variants, label, _flops)
-    seconds = ladder_losses(rungs, variants, label, _seconds)
+    ladder = _ladder_losses(rungs, variants, label, _flops)
+    seconds = _ladder_losses(rungs, variants, label, _seconds)
     return LadderComparison(
         plan=plan,
         study=study,
@@ -186,15 +184,23 @@ def compare_ladder(
 
 
 def _baseline(
-    study: StudyPlan, by_rung: Sequence[Sequence[Run]], name: str | None
+    planned: str | None,
+    variants: Sequence[str],
+    by_rung: Sequence[Sequence[Run]],
+    name: str | None,
 ) -> tuple[str, str]:
-    """The label of the baseline, and the reason for this choice. Raises UserError."""
-    trained = {run.variant for of_rung in by_rung for run in of_rung}
+    """The label of the baseline, and the reason for this choice.
+
+    planned: the baseline of the study. name: of another, which the user chose. Raises UserError if
+    it does not name a single architecture.
+    """
     if name is None:
+        trained = {run.variant for of_rung in by_rung for run in of_rung}
         hint = '--baseline NAME chooses another'
-        if study.baseline in trained and study.baseline is not None:
-            return study.baseline, f'the baseline of the study; {hint}'
-        return next(v for v in study.variants if v in trained), f'the first of the study; {hint}'
+        if planned is not None and planned in trained:
+            return planned, f'the baseline of the study; {hint}'
+        first = next(label for label in variants if label in trained)
+        return first, f'the first of the study; {hint}'
     errors = []
     for of_rung in by_rung:
         groups = group_runs(sorted(of_rung, key=lambda run: run.start), training_key)
@@ -219,12 +225,18 @@ def _rung(
         is_default = baseline == study.baseline
         name = baseline if has_baseline and not is_default else None
         comparison = compare(runs, name, (), score, margin)
+    tokens = [
+        run.conditions['tokens_seen'][-1]
+        for run in runs
+        if run.outcome == FINISHED and run.conditions['tokens_seen'][-1]
+    ]
     return LadderRung(
         number=study.rung.number,
         label=study.rung.label,
         options=study.rung.options,
         params=study.rung.params,
         extra=study.rung.extra,
+        tokens=statistics.fmean(tokens) if tokens else study.budget.get('tokens'),
         comparison=comparison,
         groups=_groups(comparison) if comparison else {},
         planned=Counter(
@@ -253,11 +265,7 @@ def _seconds(run: Run) -> float | None:
     return run.train_seconds
 
 
-def _tokens(run: Run) -> float | None:
-    return run.conditions['tokens_seen'][-1]
-
-
-def ladder_losses(
+def _ladder_losses(
     rungs: Sequence[LadderRung], variants: Sequence[str], baseline: str, cost: Metric
 ) -> 'Ladder':
     """The losses of finished runs with a known cost."""

@@ -154,8 +154,9 @@ def forecast_section(comparison: LadderComparison) -> Section | None:
 
 def _why_no_forecast(comparison: LadderComparison) -> str:
     losses = comparison.analysis.ladder.losses
-    counts = [sum(map(bool, losses[label])) for label in comparison.others]
-    rungs = min(max(counts, default=0), sum(map(bool, losses[comparison.baseline])))
+    counts = {label: sum(map(bool, losses[label])) for label in comparison.variants}
+    others = [counts[label] for label in comparison.others]
+    rungs = min(counts[comparison.baseline], max(others, default=counts[comparison.baseline]))
     return (
         f'FORECAST: none. Fits and a forecast need at least {MIN_RUNGS} rungs with finished runs '
         f'of the baseline and of another, since a curve has three parameters. Here are {rungs}.'

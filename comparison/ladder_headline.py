@@ -78,6 +78,8 @@ def factor_interval(estimate: Estimate) -> str | None:
 
 
 def _no_gains(comparison: LadderComparison) -> str:
+    if not comparison.others:
+        return f'{comparison.baseline} is the only architecture of this ladder.'
     if not any(comparison.analysis.ladder.losses[comparison.baseline]):
         return f'No finished run of the baseline, {comparison.baseline}, has a validation loss yet.'
     return 'No finished run but those of the baseline has a validation loss yet.'

@@ -324,6 +324,35 @@ def test_command_of_each_rung_shows_its_comparison(tmp_path, monkeypatch, capsys
         assert isinstance(compare_runs(runs), Comparison)
 
 
+def test_ladder_of_one_architecture(tmp_path, capsys):
+    write_ladder(tmp_path, {'ffn_type=standard': STANDARD}, **SMALL)
+    assert ca.main([str(tmp_path), '--fail_unless=not_tested']) == 0
+    text = capsys.readouterr().out
+    assert text.startswith('ffn_type=standard is the only architecture of this ladder.')
+    assert 'NOISE' in text and 'COMPUTE GAIN' not in text
+
+
+def test_plan_that_lacks_the_variants_of_its_runs(tmp_path, capsys):
+    write_ladder(tmp_path, **SMALL, baseline='gone')
+    content = json.loads((tmp_path / 'study.json').read_text())
+    for rung in content['ladder']['rungs']:
+        rung['variants'] = []
+    (tmp_path / 'study.json').write_text(json.dumps(content))
+    read_study_plan.cache_clear()
+    assert ca.main([str(tmp_path), '--fail_unless=better']) == 0
+    assert SWIGLU in capsys.readouterr().out
+
+
+def test_tokens_are_those_of_finished_runs_or_of_the_budget(tmp_path):
+    def change(record, place):
+        if place.rung == 1:
+            interrupt(record)
+            record['summary']['total_tokens'] = 4096
+
+    write_ladder(tmp_path, **SMALL, change=change)
+    assert [rung.tokens for rung in compared(tmp_path).rungs] == list(map(tokens_of, PARAMS[:2]))
+
+
 def test_equal_sizes_have_no_slope(tmp_path, capsys):
     write_ladder(tmp_path, params=[PARAMS[0]] * 4, extra=1)
     for name in FORMATS:
