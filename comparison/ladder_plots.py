@@ -34,6 +34,8 @@ MARKERS = ('o', 's', '^', 'v', 'P', 'X')  # of the variants, to tell them apart 
 SPACE, SPREAD = 7.0, 24.0  # points between the marks of two variants at one rung, and of all
 ARROW = 14.0  # points
 MANY_DECADES = 2  # with fewer, an axis has labels between the powers of ten
+# With fewer, an axis has labels at equal steps. Those of the horizontal one are wider than high.
+FEW_DECADES = {'x': 0.7, 'y': 1.0}
 
 
 def figure_of(ladder: LadderComparison) -> 'Figure':
@@ -99,20 +101,16 @@ def draw_panel(panel: LadderPanel, axes: 'Axes') -> None:
 def _set_axis(axes: 'Axes', name: str, axis: Axis, limits: tuple[float, float]) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-    axes.set(**{f'{name}lim': limits, f'{name}label': axis.name})
+    scale = 'log' if axis.logarithmic else 'linear'
+    axes.set(**{f'{name}scale': scale, f'{name}lim': limits, f'{name}label': axis.name})
     ticks = axes.xaxis if name == 'x' else axes.yaxis
-    if axis.logarithmic:
-        axes.set(**{f'{name}scale': 'log'})
-        decades = math.log10(limits[1] / limits[0])
-        steps = (1,) if decades > MANY_DECADES else (1, 2, 5)
-        # In less than about a decade, a logarithmic axis has hardly any such ticks.
-        ticks.set_major_locator(
-            LogLocator(subs=steps, numticks=6)
-            if decades > 0.7
-            else MaxNLocator(5, steps=[1, 2, 5, 10])
-        )
-    else:
-        ticks.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
+    decades = math.log10(limits[1] / limits[0]) if axis.logarithmic else 0.0
+    digits = (1,) if decades > MANY_DECADES else (1, 2, 5)
+    ticks.set_major_locator(
+        LogLocator(subs=digits, numticks=6)
+        if decades > FEW_DECADES[name]
+        else MaxNLocator(5, steps=[1, 2, 5, 10])
+    )
     ticks.set_minor_locator(NullLocator())
     ticks.set_major_formatter(FuncFormatter(lambda value, _: tick_text(value)))
 

@@ -265,35 +265,27 @@ def test_tick_text(value, text):
     assert ladder_plots.tick_text(value) == text
 
 
-def test_ticks_are_labeled_at_any_range(ladder):
-    """At least two labels on each axis, none longer than six characters."""
-    flat = with_analysis(
-        ladder,
-        gains={
-            SWIGLU: [
-                Gain(0, 1.0e12, Bound(1.01), Bound(0.99), Bound(1.02)),
-                Gain(1, 1.9e12, Bound(1.0), Bound(0.98), Bound(1.03)),
-            ]
-        },
-        forecast=None,
-    )
-    far = with_analysis(
-        ladder,
-        gains={
-            SWIGLU: [
-                Gain(0, 1.0e12, Bound(0.01), Bound(0.002), Bound(0.05)),
-                Gain(1, 1.0e23, Bound(90.0), Bound(30.0), Bound(900.0)),
-            ]
-        },
-        forecast=None,
-    )
-    for each in (ladder, flat, far):
-        for panel in ladder_panels(each)[:2]:
-            axes = drawn(panel)
-            for axis, limits in ((axes.xaxis, panel.x_limits), (axes.yaxis, panel.y_limits)):
-                ticks = zip(axis.get_majorticklocs(), axis.get_majorticklabels())
-                shown = [t.get_text() for place, t in ticks if limits[0] <= place <= limits[1]]
-                assert 2 <= len(shown) <= 8 and max(map(len, shown)) <= 6, (panel.title, shown)
+@pytest.mark.parametrize(
+    ('costs', 'gains'),
+    [
+        ((1e12, 1.9e12), (1.01, 1.0)),
+        ((1e12, 4e12), (1.01, 1.6)),
+        ((5.7e10, 5.3e11), (1.0, 4.3)),
+        ((1e12, 3e14), (0.02, 1.5)),
+        ((1e12, 1e23), (0.01, 90.0)),
+    ],
+)
+def test_ticks_are_labeled_at_any_range(ladder, costs, gains):
+    """From two to eight labels on each axis, none longer than six characters."""
+    made = [Gain(n, c, *[Bound(g)] * 3) for n, (c, g) in enumerate(zip(costs, gains))]
+    changed = with_analysis(ladder, gains={SWIGLU: made}, trends={}, forecast=None)
+    panel = panel_of(changed, 'Compute gain')
+    panel = panel._replace(x_limits=(costs[0] / 1.2, costs[1] * 1.2))
+    axes = drawn(panel)
+    for axis, limits in ((axes.xaxis, panel.x_limits), (axes.yaxis, panel.y_limits)):
+        ticks = zip(axis.get_majorticklocs(), axis.get_majorticklabels())
+        shown = [text.get_text() for place, text in ticks if limits[0] <= place <= limits[1]]
+        assert 2 <= len(shown) == len({*shown}) <= 8 and max(map(len, shown)) <= 6, shown
 
 
 # --- Page ----------------------------------------------------------------------------------------
