@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from common.formatting import join_names
+from common.formatting import counted, join_names
 from studies.points import overlap
 
 if TYPE_CHECKING:
@@ -106,8 +106,8 @@ def ladder_problems(study: 'Study') -> Iterator[str]:
         yield f'{path}: the lists of ladder have different lengths ({counts}). Make them equal.'
     elif not 2 <= number_of_rungs(study) <= MOST_RUNGS:
         yield (
-            f'{path}: ladder has {number_of_rungs(study)} rungs. Give each list between 2 and '
-            f'{MOST_RUNGS} values, from the smallest size to the largest.'
+            f'{path}: ladder has {counted(number_of_rungs(study), "rung")}. Give each list between '
+            f'2 and {MOST_RUNGS} values, from the smallest size to the largest.'
         )
     yield from _size_problems(study)
     yield from _horizon_problems(study)

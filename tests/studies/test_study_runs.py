@@ -1,7 +1,5 @@
 """study.py: outcomes of runs, stopped studies, and two studies in one folder."""
 
-import contextlib
-import io
 import json
 import os
 import random
@@ -12,12 +10,10 @@ import sys
 import time
 
 import pytest
-import torch
 from helpers.project import PROJECT
 from stress.study_kills import study_kills
 
 import study
-import train
 from common import files as file_writing
 from common.errors import UserError
 from comparison.load import read_runs
@@ -36,30 +32,6 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures('one_thread')]
 SMALL = (
     "max_iters = 3; eval_iters = 2; sweep = {'ffn_type': ['standard', 'swiglu'], 'seed': [1, 2]}"
 )
-
-
-class TrainedHere:
-    """A stand-in for the process of a run that runs train.py in this process."""
-
-    def __init__(self, command, output, environment, lock):
-        text, threads = io.TextIOWrapper(output, encoding='utf-8'), torch.get_num_threads()
-        with contextlib.redirect_stdout(text):
-            try:
-                self.returncode = train.main(command[2:]) or 0
-            except UserError as error:
-                print(f'train.py: {error}')
-                self.returncode = error.exit_code
-        text.detach()
-        torch.set_num_threads(threads)
-
-    def poll(self) -> int:
-        return self.returncode
-
-
-@pytest.fixture
-def trained_here(monkeypatch):
-    """Train the runs of a study in this process."""
-    monkeypatch.setattr(runner, 'start_process', TrainedHere)
 
 
 @pytest.fixture
