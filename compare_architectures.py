@@ -5,10 +5,11 @@ python compare_architectures.py --latest 3           the newest three by start t
 python compare_architectures.py out-gpt2 out-llama/run_20260101_120000
 python compare_architectures.py --baseline gpt2      differences from this architecture or run
 python compare_architectures.py out-mine --format=json --fail_unless=better
+python compare_architectures.py out-ladder           compute gain over the sizes of a ladder
 
 Three steps, with plain data in between: `comparison.load` turns records into `Run` objects,
 `comparison.compare` groups, ranks and tests them, `comparison.formats` renders the result. Only
-records are read: no torch, no numpy.
+records are read: no torch, and numpy only for a ladder.
 """
 
 import argparse
@@ -71,7 +72,8 @@ def verdict_list(text: str) -> list[str]:
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = ArgumentParser(
         prog='compare_architectures.py',
-        description='Rank runs by validation loss, with costs, tests and what else differs.',
+        description='Rank runs by validation loss, with costs, tests and what else differs. Of a '
+        'ladder: compute gain by size.',
     )
     add = parser.add_argument
     add(
@@ -111,7 +113,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         '--fail_unless',
         type=verdict_list,
         metavar='VERDICTS',
-        help=f'Comma-separated verdicts; exit code {EXIT_UNMET} if the verdict is none of them: '
+        help=f'Comma-separated verdicts; exit code {EXIT_UNMET} if the verdict (of a ladder: at its '
+        'top rung) is none of them: '
         + ', '.join(verdict.replace(' ', '_') for verdict in VERDICTS),
     )
     add('--format', choices=FORMATS, default='text', help='Output format (default: text)')

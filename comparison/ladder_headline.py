@@ -102,7 +102,8 @@ def _one_variant(comparison: LadderComparison, label: str) -> list[str]:
         _trend(comparison, comparison.analysis.trends.get(label), len(gains)),
     ]
     sentences += [
-        f'The order reverses: {reversal_text(comparison, label, each)}.'
+        f'The {"" if each.significant else "measured "}order reverses: '
+        f'{reversal_text(comparison, label, each)}.'
         for each in comparison.analysis.reversals.get(label, [])[:LISTED]
     ]
     return [sentence for sentence in sentences if sentence]

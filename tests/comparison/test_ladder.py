@@ -353,14 +353,13 @@ def test_tokens_are_those_of_finished_runs_or_of_the_budget(tmp_path):
     assert [rung.tokens for rung in compared(tmp_path).rungs] == list(map(tokens_of, PARAMS[:2]))
 
 
-def test_equal_sizes_have_no_slope(tmp_path, capsys):
+def test_equal_sizes_have_no_slope(tmp_path):
     write_ladder(tmp_path, params=[PARAMS[0]] * 4, extra=1)
-    for name in FORMATS:
-        assert ca.main([str(tmp_path), f'--format={name}']) == 0
-        assert 'nan' not in capsys.readouterr().out
+    comparison = compared(tmp_path)
+    assert all('nan' not in render(comparison) for render in FORMATS.values())
 
 
-def test_eight_variants_and_several_reversals(tmp_path, capsys):
+def test_eight_variants_and_several_reversals(tmp_path):
     curves = {'ffn_type=standard': STANDARD} | {
         # They cross the baseline at 3e12 FLOPs, between the two rungs.
         f'ffn_type=f{n}': Curve(1.5, 90 * 3e12 ** (0.01 * n), 0.15 + 0.01 * n)
@@ -369,8 +368,7 @@ def test_eight_variants_and_several_reversals(tmp_path, capsys):
     write_ladder(tmp_path, curves, **SMALL | {'extra': 1}, noise=0.0005)
     comparison = compared(tmp_path)
     assert len(comparison.others) == 7
-    ca.main([str(tmp_path)])
-    text = ' '.join(capsys.readouterr().out.split())
+    text = ' '.join(FORMATS['text'](comparison).split())
     assert text.count('is behind at rung 1 and ahead at rung 2 (significant at both)') >= 7
     order = [text.index(f'ffn_type=f{n} ') for n in (7, 6, 5)]
     assert order == sorted(order)  # the largest gain first
