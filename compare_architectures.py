@@ -113,8 +113,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         '--fail_unless',
         type=verdict_list,
         metavar='VERDICTS',
-        help=f'Comma-separated verdicts; exit code {EXIT_UNMET} if the verdict (of a ladder: at the '
-        'top rung) is none of them: '
+        help=f'Comma-separated verdicts; exit code {EXIT_UNMET} if the verdict (of a ladder: at '
+        'the top rung) is none of them: '
         + ', '.join(verdict.replace(' ', '_') for verdict in VERDICTS),
     )
     add('--format', choices=FORMATS, default='text', help='Output format (default: text)')
