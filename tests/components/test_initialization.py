@@ -7,8 +7,7 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
-from helpers.architectures import SIZES, random_tokens, tiny
+from helpers.architectures import SIZES, changes_after_updates, random_tokens, tiny
 
 from model_builder import build_model, parameter_groups
 
@@ -80,8 +79,8 @@ def test_mup_scales_hidden_lr_and_output():
     torch.testing.assert_close(model.output_head(x), expected)
 
 
-def changes_after_some_updates(width, **values):
-    """Mean change of the last block's output and of the logits after four Adam iterations."""
+def changes_at_width(width, **values):
+    """Those of `changes_after_updates` for a model of this width."""
     config = tiny(
         arch_preset='llama',
         n_head=width // 16,
@@ -90,30 +89,16 @@ def changes_after_some_updates(width, **values):
         vocab_size=64,
         **values,
     )
-    model = build_model(config, device='cpu', seed=1)
-    optimizer = torch.optim.Adam(
-        [{'params': g.parameters, 'lr': 0.01 * g.lr_scale} for g in parameter_groups(model)]
-    )
-    tokens = random_tokens(config, batch=8)
-    streams = []
-    model.blocks[-1].register_forward_hook(lambda _, __, out: streams.append(out[0].detach()))
-    first = model(tokens).detach()
-    for _ in range(4):
-        loss = F.cross_entropy(model(tokens)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    last = model(tokens).detach()
-    return [(b - a).abs().mean().item() for a, b in ((streams[0], streams[-1]), (first, last))]
+    return changes_after_updates(config)
 
 
 @pytest.mark.slow
 def test_update_size_is_independent_of_width_under_mup():
     """The coordinate check of Yang et al. 2022, appendix D.1."""
     narrow, wide = 32, 256
-    base = changes_after_some_updates(narrow)
-    scaled = changes_after_some_updates(wide, initialization='mup', mup_base_width=narrow)
-    plain = changes_after_some_updates(wide)
+    base = changes_at_width(narrow)
+    scaled = changes_at_width(wide, initialization='mup', mup_base_width=narrow)
+    plain = changes_at_width(wide)
     for at_base, under_mup, under_gpt2 in zip(base, scaled, plain):
         assert 0.5 * at_base < under_mup < 2 * at_base
         assert under_gpt2 > 4 * at_base

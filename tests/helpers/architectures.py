@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from hypothesis import assume, note
 from hypothesis import strategies as st
 
@@ -14,7 +15,7 @@ from common.architecture_options import architecture_options, layer_options, sha
 from common.errors import UserError
 from common.layer_pattern import letters_of
 from common.registry import Option, Registry
-from model_builder import Transformer, build_model
+from model_builder import Transformer, build_model, parameter_groups
 from model_config import CORE_OPTIONS, ModelArchitectureConfig
 
 SIZES = {'n_layer': 2, 'n_head': 4, 'n_embd': 16, 'block_size': 6, 'vocab_size': 11}
@@ -224,3 +225,22 @@ def gradients(model: Transformer) -> dict[str, torch.Tensor]:
 def random_tokens(config: ModelArchitectureConfig, batch: int, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(config.vocab_size, (batch, config.block_size), generator=generator)
+
+
+def changes_after_updates(config):
+    """Mean change of the last block's output and of the logits after four Adam iterations."""
+    model = build_model(config, device='cpu', seed=1)
+    optimizer = torch.optim.Adam(
+        [{'params': g.parameters, 'lr': 0.01 * g.lr_scale} for g in parameter_groups(model)]
+    )
+    tokens = random_tokens(config, batch=8)
+    streams = []
+    model.blocks[-1].register_forward_hook(lambda _, __, out: streams.append(out[0].detach()))
+    first = model(tokens).detach()
+    for _ in range(4):
+        loss = F.cross_entropy(model(tokens)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    last = model(tokens).detach()
+    return [(b - a).abs().mean().item() for a, b in ((streams[0], streams[-1]), (first, last))]

@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+from helpers.architectures import changes_after_updates
 from helpers.ladder_records import write_ladder
 
 import study as study_script
@@ -302,6 +303,20 @@ def test_mup_options_of_each_rung(read):
     assert chosen == {('mup', 16)}
     assert rungs(state)[1].label == 'n_embd=32 n_head=2'  # which the transfer is no part of
     assert 'a rule for the width' not in describe(state, measure=False)
+
+
+def test_updates_do_not_grow_over_rungs_with_mup(read):
+    """The coordinate check of Yang et al. 2022, appendix D.1, at the rungs of a ladder."""
+    sizes = (
+        "sweep = {'bias': [False]}; arch_preset = 'llama'; baseline_extra = 0; n_layer = 1\n"
+        "ladder = {'n_embd': [32, 256], 'n_head': [2, 16]}\n"
+    )
+    scaled, unscaled = read(f"{sizes}{HORIZON}transfer = 'mup'"), read(sizes + HORIZON)
+    small, large = map(changes_after_updates, architectures(scaled))
+    _, plain = map(changes_after_updates, architectures(unscaled))
+    for at_base, under_mup, without in zip(small, large, plain):
+        assert 0.5 * at_base < under_mup < 2 * at_base
+        assert without > 3 * at_base
 
 
 # --- Plan and seeds ------------------------------------------------------------------------------
