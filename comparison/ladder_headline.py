@@ -3,7 +3,7 @@
 import math
 from collections import Counter
 
-from common.formatting import LISTED, join_names, nats, or_dash, p_text, si
+from common.formatting import LISTED, counted, join_names, nats, or_dash, p_text, si
 from comparison.analysis import BETTER, BLOCKED, EQUIVALENT, WORSE, Verdict
 from comparison.headline import caveat, outcome_name, semicolons
 from comparison.ladder import LadderComparison
@@ -21,12 +21,13 @@ EQUAL_SEEDS = 'All seeds gave the same loss, so gains have no intervals.'
 
 def ladder_headline(comparison: LadderComparison) -> str:
     """The result of a ladder in sentences."""
-    if not any(comparison.analysis.gains.values()):
+    last = _last_gains(comparison)
+    if not last:
         sentences = [_no_gains(comparison)]
     elif len(comparison.others) == 1:
-        sentences = _one_variant(comparison, comparison.others[0])
+        sentences = _one_variant(comparison, *last.popitem())
     else:
-        sentences = _several_variants(comparison)
+        sentences = _several_variants(comparison, last)
     sentences += _failures(comparison)
     if comparison.loss_warnings:
         names = join_names(list(comparison.loss_warnings))
@@ -34,6 +35,16 @@ def ladder_headline(comparison: LadderComparison) -> str:
     if any(comparison.analysis.gains.values()):
         sentences.append(_coverage(comparison.analysis))
     return ' '.join(sentences)
+
+
+def _last_gains(comparison: LadderComparison) -> dict[str, Gain]:
+    """The gain of each variant at the top rung, or else at its highest rung below."""
+    top = comparison.rungs.index(comparison.top)
+    return {
+        label: [gain for gain in gains if gain.rung <= top][-1]
+        for label, gains in comparison.analysis.gains.items()
+        if gains and gains[0].rung <= top
+    }
 
 
 def _coverage(analysis: LadderAnalysis) -> str:
@@ -85,14 +96,12 @@ def _no_gains(comparison: LadderComparison) -> str:
     return 'No finished run but those of the baseline has a validation loss yet.'
 
 
-def _one_variant(comparison: LadderComparison, label: str) -> list[str]:
+def _one_variant(comparison: LadderComparison, label: str, gain: Gain) -> list[str]:
     """The answer of a ladder with one architecture besides the baseline."""
     gains, baseline = comparison.analysis.gains[label], comparison.baseline
-    gain = gains[-1]
     rung = comparison.rungs[gain.rung]
-    seeds = f', {len(rung.groups[label].losses)} seeds' * bool(comparison.analysis.draws)
-    interval = gain_interval(gain)
-    facts = f' ({LEVEL} {interval}{seeds})' if interval else ''
+    interval, seeds = gain_interval(gain), counted(len(rung.groups[label].losses), 'seed')
+    facts = f' ({LEVEL} {interval}, {seeds})' if interval else ''
     sentences = [
         f'{_where(comparison, gain)}, {label} has a compute gain {_amount(gain.value)} over '
         f'{baseline}{facts}{_meaning(gain.value, baseline)}.',
@@ -208,10 +217,9 @@ def _is_ahead(bound: Bound) -> bool | None:
 # --- Several variants ----------------------------------------------------------------------------
 
 
-def _several_variants(comparison: LadderComparison) -> list[str]:
+def _several_variants(comparison: LadderComparison, last: dict[str, Gain]) -> list[str]:
     """The gain of each variant with its verdict and trend, largest first."""
     top = comparison.rungs.index(comparison.top)
-    last = {label: each[-1] for label, each in comparison.analysis.gains.items() if each}
     ranked = sorted(last, key=lambda label: (-last[label].rung, -last[label].value.value))
     at_top = [label for label in ranked if last[label].rung == top]
     below = [label for label in ranked if last[label].rung != top]

@@ -27,6 +27,7 @@ from comparison.answer import compare_runs
 from comparison.compare import Comparison
 from comparison.formats import FORMATS
 from comparison.ladder import LadderComparison
+from comparison.ladder_headline import ladder_headline
 from comparison.load import read_runs
 from comparison.study_plan import read_study_plan
 
@@ -277,6 +278,8 @@ def test_baseline_can_be_another_variant(tmp_path, name):
     gains = comparison.analysis.gains['ffn_type=standard']
     assert [gain.rung for gain in gains] == [0, 1, 2]
     assert comparison.verdict(comparison.rungs[2], 'ffn_type=standard') is None
+    # The headline is about the top rung, although the other variant has runs above it.
+    assert ladder_headline(comparison).startswith('At the top rung (200.00K parameters')
 
 
 def test_mistakes_are_one_line(tmp_path):
