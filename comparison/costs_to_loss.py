@@ -112,7 +112,7 @@ def _run_cost(run: Run, baseline: dict[tuple, Run], costs: Sequence[str]) -> Run
     loss = statistics.fmean(each.val_loss for each in counterparts if each.val_loss is not None)
     index = None if run.outcome == DIVERGED else _first_at_or_below(loss, run.curve)
     amounts = {cost: _amount(run.curve, index, cost, loss) for cost in costs}
-    totals = {cost: [_total(each.curve, cost) for each in counterparts] for cost in costs}
+    totals = {cost: [getattr(each.curve[-1], cost) for each in counterparts] for cost in costs}
     return RunCost(
         run,
         loss,
@@ -144,11 +144,6 @@ def _amount(
         return after
     before, loss_before = curve[index - 1]
     return after - (after - before) * (loss - loss_after) / (loss_before - loss_after)
-
-
-def _total(points: Sequence[CurvePoint], cost: str) -> float | None:
-    curve = curve_over(points, cost)
-    return curve[-1][0] if curve else None
 
 
 def _ratio(amount: float | None, totals: Sequence[float | None]) -> float | None:
