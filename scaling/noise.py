@@ -127,9 +127,9 @@ def rung_tables(ladder: Ladder) -> list[list[Losses]]:
 def rung_costs(ladder: Ladder) -> np.ndarray:
     """By rung: the geometric mean of the costs of the variants with runs there; NaN without any."""
     logs: list[list[float]] = [[] for _ in rung_tables(ladder)]
-    for costs in ladder.costs.values():
-        for rung, cost in enumerate(costs):
-            if cost:
+    for name, costs in ladder.costs.items():
+        for rung, (cost, losses) in enumerate(zip(costs, ladder.losses[name])):
+            if cost and losses:
                 logs[rung].append(math.log(cost))
     return np.array([math.exp(sum(each) / len(each)) if each else math.nan for each in logs])
 
@@ -138,8 +138,10 @@ class NoisePosterior:
     """The posterior distribution of the noise of a ladder, on a grid."""
 
     def __init__(self, costs: np.ndarray, rungs: Sequence[Contrasts]) -> None:
-        """costs: by rung, NaN where nothing ran. Some rung must have contrasts with spread."""
-        log_costs = np.log(np.where(np.isnan(costs), np.nanmean(costs), costs))
+        """costs: by rung, NaN where unknown. Some rung must have contrasts with spread."""
+        known = np.log(costs[~np.isnan(costs)])
+        middle = known.mean() if len(known) else 0.0
+        log_costs = np.where(np.isnan(costs), middle, np.log(costs))
         freedom = np.array([len(rung.squares) for rung in rungs])
         self.center = np.average(log_costs, weights=freedom)
         self.positions = log_costs - self.center

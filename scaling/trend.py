@@ -29,25 +29,23 @@ def trend(
     if len(known) < 2:
         return None
     reached = measured.values + log_costs
-    low = known[0] - MARGIN * (known[1] - known[0])
-    high = known[-1] + MARGIN * (known[-1] - known[-2])
+    first = known[0] - MARGIN * (known[1] - known[0])
+    last = known[-1] + MARGIN * (known[-1] - known[-2])
     with np.errstate(invalid='ignore'):
-        rungs = np.flatnonzero((reached >= low) & (reached <= high))
+        rungs = np.flatnonzero((reached >= first) & (reached <= last))
     deviations = log_costs[rungs] - log_costs[rungs].mean() if len(rungs) else np.zeros(0)
-    if not (deviations**2).sum() > 0:
+    if not (deviations**2).sum() > 1e-12:  # equal costs
         return None
     weights = deviations / (deviations**2).sum()
     slope = float(weights @ measured.values[rungs])
     with np.errstate(invalid='ignore'):
         slopes = drawn.values[:, rungs] @ weights
+    ends = [math.nan, math.nan]
     if len(slopes):
         ends = [percentile(slopes, (1 + side * CONFIDENCE) / 2) for side in (-1, 1)]
-    else:
-        ends = [math.nan, math.nan]
-    factor, low_factor, high_factor = (
-        float(np.exp(min(each * math.log(10), 700.0))) for each in (slope, *ends)
-    )
-    return Trend(Estimate(factor, low_factor, high_factor), tuple(int(r) for r in rungs))
+    with np.errstate(over='ignore'):
+        factor, low, high = (float(10.0 ** np.float64(each)) for each in (slope, *ends))
+    return Trend(Estimate(factor, low, high), tuple(int(rung) for rung in rungs))
 
 
 def reversals(gains: Sequence[Gain]) -> list[Reversal]:

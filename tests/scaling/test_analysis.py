@@ -60,3 +60,30 @@ def test_three_rungs_have_gains_and_no_forecast():
     assert len(analysis.gains['new']) == 3
     assert analysis.forecast is analysis.shared_fit is analysis.own_fit is None
     assert analysis.predictions == {}
+
+
+NOTHING = [{}] * 4
+SOME = [{1: 3.0, 2: 3.02}, {1: 2.83, 2: 2.8}, {1: 2.6, 2: 2.62}, {1: 2.5, 2: 2.52}]
+
+
+@pytest.mark.filterwarnings('error')
+@pytest.mark.parametrize(
+    'costs, base, new, gains',
+    [
+        ([None] * 4, SOME, SOME, None),  # seconds of runs beside each other
+        (COSTS[:4], NOTHING, SOME, None),
+        (COSTS[:4], NOTHING, NOTHING, None),
+        (COSTS[:4], SOME, NOTHING, 0),
+        (COSTS[:4], SOME[::-1], SOME, 4),  # the baseline gets worse with compute
+        ([1e15] * 4, SOME, SOME, 4),
+        (COSTS[:1], SOME[:1], SOME[:1], 1),
+        (COSTS[:4], [SOME[0], {}, {7: 2.6}, {7: 2.5, 8: 2.6}], [{1: 3.0}, *SOME[1:]], 4),
+    ],
+)
+def test_analysis_of_sparse_and_odd_ladders(costs, base, new, gains):
+    losses = {'base': base, 'new': new}
+    analysis = analyze(Ladder('base', {name: list(costs) for name in losses}, losses), draws=40)
+    assert gains is None or len(analysis.gains['new']) == gains
+    assert gains is not None or analysis.gains == {}
+    for gain in analysis.gains.get('new', []):
+        assert 0 < gain.value.value < math.inf

@@ -43,7 +43,7 @@ def test_draws_that_never_reach_the_loss_open_the_interval():
     draws[:10, 3] = math.inf
     result = trend(COSTS, [*COSTS, 5e16], log_gains(measured), log_gains(draws))
     assert result.factor.low == pytest.approx(result.factor.value)
-    assert result.factor.high > 1e300
+    assert result.factor.high == math.inf
 
 
 @pytest.mark.parametrize('values', [[0.1, math.nan, math.nan, math.nan], [math.nan] * 4])
