@@ -26,14 +26,15 @@ import numpy as np
 from common.student import student_quantile
 from scaling.results import CONFIDENCE, Ladder, NoiseModel
 
-# Chosen by simulation (benchmarks/ladder_coverage.py): the intervals of gains cover the truth as
-# often as they say, and are not much wider than with known noise.
+# Priors, chosen by simulation (benchmarks/ladder_coverage.py): intervals of gains cover the truth
+# as often as they say with any share of the seed, and are not much wider than with known noise.
 PRIOR_FREEDOM = 6.0
-# Normal prior of the slope of the log variance. Deviations fall slowly with size, if at all.
+# Of the slope of the log variance: normal. Deviations fall slowly with size, if at all.
 PRIOR_SLOPE = (-0.3, 0.5)
-PRIOR_SHARE = (0.5, 0.75)  # Beta distribution of the share of the effect of the seed
+# Of ln(share / (1 - share)): uniform. At the ends, the effect of the seed is nothing or all.
+PRIOR_LOGITS = (-7.0, 8.0)
 # Points of the grid: of the log variance, its slope, and the share of the effect of the seed.
-GRID = (40, 11, 27)
+GRID = (40, 11, 31)
 NO_SPREAD = 1e-12  # relative deviation below which losses are identical
 
 Losses = Mapping[Hashable, float]  # of one variant at one rung, by seed
@@ -151,8 +152,7 @@ class NoisePosterior:
         # The wider, the less there is to estimate the level from: the posterior has long tails.
         self.levels = math.log(pooled) + np.linspace(-4 - 8 / total, 3 + 16 / total, GRID[0])
         self.slopes = PRIOR_SLOPE[0] + PRIOR_SLOPE[1] * np.linspace(-2.5, 2.5, GRID[1])
-        # Logits ln(share / (1 - share)).
-        self.logits = np.linspace(-5, 8, GRID[2])
+        self.logits = np.linspace(*PRIOR_LOGITS, GRID[2])
         log_density = self._log_density()
         density = np.exp(log_density - log_density.max())
         self.density = density / density.sum()  # [levels, slopes, logits]
@@ -162,8 +162,7 @@ class NoisePosterior:
         level, slope = self.levels[:, None, None], self.slopes[None, :, None]
         deviation = (self.slopes - PRIOR_SLOPE[0]) / PRIOR_SLOPE[1]
         shares = _share(self.logits)
-        of_share = PRIOR_SHARE[0] * np.log(shares) + PRIOR_SHARE[1] * np.log(1 - shares)
-        total = of_share - 0.5 * deviation[None, :, None] ** 2
+        total = np.zeros((1, 1, 1)) - 0.5 * deviation[None, :, None] ** 2
         for position, rung in zip(self.positions, self.rungs):
             if not len(rung.squares):
                 continue
