@@ -83,8 +83,8 @@ class BaselineCurve:
             excess = fitted + first + (last - first) * fraction - targets
             with np.errstate(divide='ignore', invalid='ignore'):
                 step = np.where(slope < 0, -excess / slope, 0.0)
-            fraction = np.clip(fraction + step, 0, 1)
-            if not np.abs(step).max(initial=0.0) > 1e-12:
+            before, fraction = fraction, np.clip(fraction + step, 0, 1)
+            if not np.abs(fraction - before).max(initial=0.0) > 1e-12:
                 break
         return start + width * fraction
 
