@@ -126,10 +126,16 @@ def _problems(costs: np.ndarray, losses: np.ndarray, fixed: np.ndarray | None) -
 
 
 def _start(problems: _Problems) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The best point of the grid over E: E, the height ln(L - E) at the center, and α."""
-    best = np.full(len(problems.losses), np.inf)
-    e, height = np.zeros(len(best)), np.zeros(problems.fitted.shape)
-    exponent = np.full(problems.fitted.shape, MIN_EXPONENT)
+    """The best point of the grid over E: E, the height ln(L - E) at the center, and α.
+
+    Or a constant loss, if that is better.
+    """
+    e = problems.grid[:, 0].copy()
+    count = np.maximum(problems.weight.sum(axis=-1), 1)
+    mean = problems.losses.sum(axis=-1) / count
+    height = np.log(np.maximum(mean - e[:, None], BELOW_MINIMUM))
+    exponent = np.full(height.shape, MIN_EXPONENT)
+    best = _squared_error(problems, e, height, exponent)
     for trial in problems.grid.T:
         trial_height, trial_exponent = _line(problems, trial)
         error = _squared_error(problems, trial, trial_height, trial_exponent)
@@ -158,9 +164,10 @@ def _squared_error(
     problems: _Problems, e: np.ndarray, height: np.ndarray, exponent: np.ndarray
 ) -> np.ndarray:
     """The sums of squared residuals, [problems]."""
-    power = np.exp(height[..., None] - exponent[..., None] * problems.x)
-    residual = (e[:, None, None] + power - problems.losses) * problems.weight
-    return (residual**2).sum(axis=(-1, -2))
+    with np.errstate(over='ignore'):  # far from the losses; infinitely bad
+        power = np.exp(height[..., None] - exponent[..., None] * problems.x)
+        residual = (e[:, None, None] + power - problems.losses) * problems.weight
+        return (residual**2).sum(axis=(-1, -2))
 
 
 def _improve(
@@ -243,7 +250,9 @@ def _step(
         -gradient_level - border_level * e_step[:, None],
         -gradient_slope - border_slope * e_step[:, None],
     )
-    # The curve must stay above E.
-    power = np.maximum(at_center + level_step - e_step[:, None], 0.01 * at_center)
+    # The curve must stay above E, and a step must not lead too far.
+    power = np.clip(
+        at_center + level_step - e_step[:, None], 0.01 * at_center + TINY, 100 * at_center + TINY
+    )
     new_exponent = (exponent * at_center + slope_step) / power
     return new_e, np.log(power), np.clip(new_exponent, MIN_EXPONENT, MAX_EXPONENT)

@@ -168,6 +168,30 @@ def test_hopeless_losses_have_a_fit_within_the_bounds(losses, shared):
     )
 
 
+@pytest.mark.parametrize('seed', range(2))
+def test_any_losses_have_a_fit_without_overflow(seed):
+    """Losses at random over many orders of magnitude, with missing cells."""
+    random = np.random.default_rng(seed)
+    for _ in range(6):
+        shape = random.integers(1, [6, 8])
+        steps = random.choice([0.02, 0.5, 3]) * random.uniform(0, 1, shape)
+        costs = np.exp(random.uniform(0, 50) + steps.cumsum(axis=1))
+        costs[random.random(shape) < random.choice([0, 0.5])] = np.nan
+        noise = random.choice([0.01, 0.3, 3]) * random.standard_normal((5, *shape))
+        losses = random.choice([1e-3, 1, 30]) * np.exp(noise) * costs ** random.choice([-0.2, 0])
+        has_curve = np.isfinite(costs).sum(axis=1) >= 2
+        used = np.where(has_curve[:, None] & np.isfinite(costs), losses, np.nan)
+        count = np.maximum(np.isfinite(used).sum(axis=-1, keepdims=True), 1)
+        mean = np.nansum(used, axis=-1, keepdims=True) / count
+        constant = np.nansum((used - mean) ** 2, axis=(1, 2))
+        for options in ({}, {'shared': False}, {'irreducible': 0.0}):
+            curves = fits.fit_curves(costs, losses, **options)
+            for array in vars(curves).values():
+                assert (np.isfinite(array) == has_curve).all()
+            error = np.nansum((curves.loss(costs) - losses) ** 2, axis=(1, 2))
+            assert (error <= 1.001 * constant + 1e-6 * np.nansum(used**2, axis=(1, 2))).all()
+
+
 def test_variants_with_too_few_rungs_have_no_curve():
     missing = [(1, rung) for rung in range(5)]
     costs = two_variants(missing)

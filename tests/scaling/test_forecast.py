@@ -13,7 +13,7 @@ from scaling.results import Ladder
 BASELINE, VARIANT = 'ffn_type=standard', 'ffn_type=swiglu'
 TRUE = fits.Curves(np.array([1.5, 1.5]), np.log([90.0, 86.0]), np.array([0.15, 0.152]))
 NOISE = 1e-4  # small, so that fits are nearly linear in it
-DRAWS = 3000
+DRAWS = 1500
 
 pytestmark = pytest.mark.filterwarnings('error')
 
@@ -103,7 +103,7 @@ def test_intervals_of_parameters_equal_the_delta_method():
     estimates = [fit.irreducible[BASELINE], *fit.scale.values(), *fit.exponent.values()]
     values = [1.5, *TRUE.scale, *TRUE.exponent]
     np.testing.assert_allclose([each.value for each in estimates], values, rtol=1e-5)
-    np.testing.assert_allclose(half_widths(estimates), 1.96 * errors, rtol=0.06)
+    np.testing.assert_allclose(half_widths(estimates), 1.96 * errors, rtol=0.08)
     assert fit.irreducible[BASELINE] == fit.irreducible[VARIANT]
     assert fit.shared
 
@@ -123,12 +123,12 @@ def test_forecast_equals_true_curves_and_the_delta_method():
         values = TRUE.loss(costs)[v]
         np.testing.assert_allclose([each.value for each in estimates], values, rtol=1e-6)
         errors = delta_errors(costs_of(5), lambda c, v=v: c.loss(costs)[v])
-        np.testing.assert_allclose(half_widths(estimates), 1.96 * errors, rtol=0.06)
+        np.testing.assert_allclose(half_widths(estimates), 1.96 * errors, rtol=0.08)
     assert [*result.gains] == [VARIANT]
     estimates = result.gains[VARIANT]
     np.testing.assert_allclose([each.value for each in estimates], gains(TRUE), rtol=1e-5)
     errors = delta_errors(costs_of(5), gains)
-    np.testing.assert_allclose(half_widths(estimates), 1.96 * errors, rtol=0.06)
+    np.testing.assert_allclose(half_widths(estimates), 1.96 * errors, rtol=0.08)
 
 
 def test_gains_of_own_irreducible_losses():
@@ -164,7 +164,7 @@ def test_top_rung_is_predicted_from_the_rungs_below():
         assert prediction.predicted.value == pytest.approx(TRUE.loss(top)[v, 0], rel=1e-6)
         # The measured mean has noise of its own.
         width = 1.96 * math.hypot(errors[v], NOISE)
-        assert half_widths([prediction.predicted])[0] == pytest.approx(width, rel=0.06)
+        assert half_widths([prediction.predicted])[0] == pytest.approx(width, rel=0.08)
         line = np.polyfit(np.log(below[v]), np.log(TRUE.loss(below)[v]), 1)
         assert math.log(prediction.log_linear) == pytest.approx(np.polyval(line, np.log(top[v]))[0])
         # A straight line in logarithms ignores E: it predicts too low a loss.
@@ -271,7 +271,7 @@ def test_without_draws_there_are_no_intervals():
 def test_losses_that_do_not_fall_have_a_finite_forecast(change):
     costs = costs_of(4)
     measured = np.where(np.isnan(costs), np.nan, 2.0 + change * np.arange(5))
-    ladder, losses = ladder_of(costs, measured), noisy(measured, 0.01, draws=200)
+    ladder, losses = ladder_of(costs, measured), noisy(measured, 0.01, draws=50)
     with np.errstate(all='raise', under='ignore'):
         result = forecast_of(ladder, losses)
     assert all(math.isfinite(value) for each in result.losses[VARIANT] for value in each)

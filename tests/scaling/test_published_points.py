@@ -89,13 +89,12 @@ def test_gain_of_x0_in_nanochat_shrinks_with_depth():
     assert (log_gains > 0).all()
 
 
-@pytest.mark.parametrize('seed', [1, 2])
-def test_interval_from_residuals_is_students_prediction_interval(seed):
+def test_interval_from_residuals_is_students_prediction_interval():
     """A curve with a small fall is nearly a straight line, of which the interval is known."""
     costs = np.geomspace(1e15, 1e18, 7)
-    losses = 3 * costs**-0.01 + 1e-4 * np.random.default_rng(seed).standard_normal(7)
+    losses = 3 * costs**-0.01 + 1e-4 * np.random.default_rng(1).standard_normal(7)
     (forecast,) = predict_from_residuals(
-        costs[None], losses[None], 1e19, np.random.default_rng(3), irreducible=0.0, draws=20000
+        costs[None], losses[None], 1e19, np.random.default_rng(3), irreducible=0.0, draws=8000
     )
     x, y = np.log(costs), np.log(losses)
     slope, intercept = np.polyfit(x, y, 1)
