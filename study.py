@@ -50,6 +50,7 @@ from configurator import read_command_line
 from data.dataset import load_dataset, prepare_if_missing
 from studies.grid import merged_settings, read_study
 from studies.keys import STUDY_KEYS
+from studies.ladder_keys import smallest_point
 from studies.overview import describe
 from studies.parts import build_parts
 from studies.run_study import run_study
@@ -120,7 +121,7 @@ def main(argv: list[str]) -> int:
             f'--{key} on the command line.'
         )
     study = read_study(command_line)
-    settings = merged_settings(study, {})
+    settings = merged_settings(study, smallest_point(study))
     base = settings.run
     device = hardware.select_device(base.device)
     dtype = hardware.resolve_dtype(base.dtype, device)

@@ -22,7 +22,7 @@ from common.registry import Option
 from configurator import COMMAND_LINE, CommandLine, Layer, flatten, validate_layer
 from model_config import ModelArchitectureConfig
 from studies.keys import GRIDS, STUDY_KEYS, brief
-from studies.ladder_keys import SHAPES, ladder_problems, number_of_rungs
+from studies.ladder_keys import SHAPES, ladder_problems, number_of_rungs, smallest_point
 from studies.points import (
     arguments,
     check_name,
@@ -94,10 +94,11 @@ def read_study(command_line: CommandLine) -> Study:
     problems += ladder_problems(study) if not problems else []
     problems += _base_problems(path, lambda key: command_line.value(key, schema))
     problems += command_line.problems
-    try:
-        merged_settings(study, {})
-    except UserError as error:
-        problems += error.problems
+    if not (problems and study.ladder):  # whose sizes the base may need
+        try:
+            merged_settings(study, smallest_point(study))
+        except UserError as error:
+            problems += error.problems
     if problems:
         raise UserError(*dict.fromkeys(problems))
     return study

@@ -91,6 +91,12 @@ def number_of_rungs(study: 'Study') -> int:
     return max((len(v) for key, v in study.ladder.items() if key not in SHAPES), default=0)
 
 
+def smallest_point(study: 'Study') -> dict:
+    """The options of the first rung that the file has: without them, the base may not be legal."""
+    keys = study.ladder.keys() - {'params', *SHAPES}
+    return {key: study.ladder[key][0] for key in keys if study.ladder[key]}
+
+
 def ladder_problems(study: 'Study') -> Iterator[str]:
     """Contradictions between the keys of a ladder, and with other keys."""
     path = study.path
@@ -176,7 +182,7 @@ def _horizon_problems(study: 'Study') -> Iterator[str]:
     if study.budget:
         yield f'{path}: horizon and budget both set the length of a run. Remove budget.'
     layers = study.command_line.layers
-    if any('max_iters' in layer.values for layer in layers):
+    if 'max_iters' in study.ladder or any('max_iters' in layer.values for layer in layers):
         yield f'{path}: max_iters is set, which horizon determines. Remove max_iters.'
     lists = {key: [*values] for key, values in study.ladder.items() if key not in SHAPES}
     for key in ladder_options(study, lists):

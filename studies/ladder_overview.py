@@ -66,7 +66,7 @@ def _rungs_table(
                 rung.label,
                 f'{rung.params:,}{solved}',
                 amount(run.tokens),
-                f'{(run.tokens or 0) / available:.2f}',
+                _epochs_text((run.tokens or 0) / available),
                 amount(run.flops),
                 str(len(trials)),
                 amount(known_sum(trial.flops for trial in trials)),
@@ -74,6 +74,10 @@ def _rungs_table(
             ]
         )
     return table(rows, '><>>>>>>>')
+
+
+def _epochs_text(epochs: float) -> str:
+    return f'{epochs:.2f}' if epochs >= 0.005 else '<0.01'
 
 
 def _variants_table(state: StudyState, by_kind: dict[str, list[Trial]]) -> list[str]:

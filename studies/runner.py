@@ -232,7 +232,8 @@ class StudyRunner:
     def _start(self, kind: str, trial: Trial, slot: int, jobs: int) -> RunningTrial:
         folder, console = self.folder(kind, trial), self.console(kind, trial)
         device, environment = self.context.device, dict(os.environ)
-        environment.setdefault('WANDB_RUN_GROUP', trial.variant)  # has no effect without W&B
+        group = trial.variant if trial.rung is None else trial.folder.rpartition('/')[0]
+        environment.setdefault('WANDB_RUN_GROUP', group)  # has no effect without W&B
         # Kept with the study, so that a resumed one, or one on another node, compiles nothing anew.
         cache = self.out_dir.resolve() / COMPILE_CACHE
         environment.setdefault('TORCHINDUCTOR_CACHE_DIR', str(cache))

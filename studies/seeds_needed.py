@@ -128,7 +128,7 @@ def rung_seeds(
         deviation = _expected_deviation(model, index if is_own else None, flops)
         comparisons = max(1, len(part.variants) - 1)
         needed = None
-        if precision is not None and (2 * deviation / precision) ** 2 < MOST_SEEDS:
+        if precision is not None and deviation / precision < math.sqrt(MOST_SEEDS) / 2:
             needed = seeds_needed(deviation, precision)
         detectable = None
         if planned > 1:

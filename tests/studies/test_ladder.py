@@ -258,6 +258,8 @@ def test_added_rung_keeps_other_folders(read):
         (SIZES + "ablate = {'n_embd': [16]}", "'n_embd' is both in ladder and in ablate"),
         (SIZES + "tune = {'n_head': [1]}", "'n_head' is both in ladder and in tune"),
         (SIZES + "tune = {'max_iters': [1]}", 'tune has max_iters'),
+        ("ladder = {'n_embd': [16, 32], 'max_iters': [2, 4]}", 'max_iters is set'),
+        ("ladder = {'n_embd': [16, 32], 'out_dir': ['a', 'b']}", 'study.py sets itself'),
         (SIZES + "transfer = 'up'", "transfer takes one of ['none', 'mup']"),
         ("transfer = 'mup'", 'horizon needs a ladder'),
         (SIZES + "transfer = 'mup'; initialization = 'gpt2'", 'sets initialization'),
@@ -286,8 +288,10 @@ def test_each_mistake_is_one_line(read, text, mistake):
 
 @pytest.mark.parametrize('option', ['--n_embd=32', '--n_head=2'])
 def test_ladder_options_on_command_line_are_refused(read, option):
-    with pytest.raises(UserError, match=r'the ladder of .* sets n_'):
-        read(LADDER, option)
+    with pytest.raises(UserError, match=r'the ladder of .* sets n_') as refused:
+        read(LADDER + 'n_head = 3', option)
+    assert len(refused.value.problems) == 1
+    assert len(rungs(read(LADDER + 'n_head = 3; n_embd = 32'))) == 3  # sizes that no run has
     with pytest.raises(UserError, match='max_iters is set'):
         read(LADDER, '--max_iters=3')
     assert {a.n_layer for a in architectures(read(LADDER, '--n_layer=3'))} == {3}
@@ -379,6 +383,7 @@ def test_seeds_by_noise_of_another_study(read, tmp_path):
         assert row[4] == '2' and float(row[5]) > 2 * noise
     assert float(rows[0][2]) > float(rows[1][2])  # noise falls with cost
     assert f'runs in {folder}' in ' '.join(legend.split())
+    assert '> 1,000,000' in describe_seeds(state, 1e-300, str(folder))[0]
     for wrong in (tmp_path / 'nothing', write_ladder(tmp_path / 'single', seeds=[1])):
         with pytest.raises(UserError, match=re.escape('noise_from=')):
             describe_seeds(state, 0.01, str(wrong))
