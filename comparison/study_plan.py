@@ -78,9 +78,9 @@ def read_study_plan(folder: Path) -> StudyPlan | None:
         trials = entries(content, 'points')
         plan = StudyPlan(
             question=text(content, 'question') or '',
-            command=required(text(content, 'command'), 'command'),
+            command=_text(content, 'command'),
             tuned=[str(key) for key in content['tuned']],
-            folders={trial['folder']: trial['variant'] for trial in trials},
+            folders={_text(trial, 'folder'): _text(trial, 'variant') for trial in trials},
             baseline=text(content, 'baseline'),
             **_variants(content),
         )
@@ -89,9 +89,14 @@ def read_study_plan(folder: Path) -> StudyPlan | None:
         return None
 
 
+def _text(source: Mapping[str, Any], key: str) -> str:
+    """A text that must be there. Raises ValueError."""
+    return required(text(source, key), key)
+
+
 def _variants(content: Mapping[str, Any]) -> dict[str, Any]:
     """The variants of a study or of a rung, and its budget."""
-    variants = {required(text(v, 'label'), 'label'): v for v in entries(content, 'variants')}
+    variants = {_text(v, 'label'): v for v in entries(content, 'variants')}
     budget = mapping(content, 'budget')
     return {
         'budget': {key: number(budget, key) for key in budget},
@@ -114,7 +119,7 @@ def _with_ladder(plan: StudyPlan, content: Mapping[str, Any], folder: Path) -> S
         rungs=[
             RungPlan(
                 number=index,
-                label=required(text(rung, 'label'), 'label'),
+                label=_text(rung, 'label'),
                 options=mapping(rung, 'options'),
                 params=required(count(rung, 'params'), 'params'),
                 extra=rung.get('extra') is True,

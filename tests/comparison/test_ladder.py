@@ -97,7 +97,8 @@ def changed(content, *path, value):
         (('points', 0, 'rung'), -1),
         (('points', 0, 'rung'), None),
         (('points', 0, 'rung'), 'first'),
-        (('points', 0, 'folder'), []),
+        (('points', 0, 'folder'), 1.5),
+        (('points', 0, 'variant'), {}),
     ],
 )
 def test_malformed_ladder_is_no_plan(tmp_path, path, value):
