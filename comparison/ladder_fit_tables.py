@@ -12,6 +12,7 @@ from scaling.results import CurveFit, Estimate
 
 CURVE = 'L(C) = E + A * C^-alpha'
 PRECISIONS = (0.05, 0.1, 0.2)  # of a gain, for which the number of seeds is shown
+MANY = 999  # seeds: the largest number shown
 
 
 def _interval(estimate: Estimate, form: str) -> str:
@@ -203,9 +204,10 @@ def seeds_section(comparison: LadderComparison) -> Section | None:
         if slope is None:
             continue
         deviation = noise.deviation(cost)
-        seeds = [
-            str(seeds_needed(deviation, slope * math.log1p(precision))) for precision in PRECISIONS
+        needed = [
+            seeds_needed(deviation, slope * math.log1p(precision)) for precision in PRECISIONS
         ]
+        seeds = [str(each) if each <= MANY else f'> {MANY}' for each in needed]
         rows.append([name, flops_text(cost), nats(deviation), nats(slope * math.log(2)), *seeds])
     if not rows:
         return None

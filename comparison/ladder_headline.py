@@ -4,10 +4,11 @@ import math
 from collections import Counter
 
 from common.formatting import LISTED, counted, join_names, nats, or_dash, p_text, si
-from comparison.analysis import BETTER, BLOCKED, EQUIVALENT, WORSE, Verdict
+from comparison.analysis import BETTER, BLOCKED, EQUIVALENT, NOT_TESTED, WORSE, Verdict
 from comparison.headline import caveat, outcome_name, semicolons
 from comparison.ladder import LadderComparison
-from comparison.runs import FINISHED
+from comparison.runs import DIVERGED, FINISHED
+from scaling.forecast import MIN_RUNGS
 from scaling.results import CONFIDENCE, Bound, Estimate, Gain, LadderAnalysis, Reversal, Trend
 
 LEVEL = f'{CONFIDENCE:.0%} interval'
@@ -103,7 +104,7 @@ def _one_variant(comparison: LadderComparison, label: str, gain: Gain) -> list[s
     interval, seeds = gain_interval(gain), counted(len(rung.groups[label].losses), 'seed')
     facts = f' ({LEVEL} {interval}, {seeds})' if interval else ''
     sentences = [
-        f'{_where(comparison, gain)}, {label} has a compute gain {_amount(gain.value)} over '
+        f'{_where(comparison, label, gain)}, {label} has a compute gain {_amount(gain.value)} over '
         f'{baseline}{facts}{_meaning(gain.value, baseline)}.',
         _difference(
             comparison, comparison.verdict(rung, label) if comparison.analysis.draws else None
@@ -118,12 +119,14 @@ def _one_variant(comparison: LadderComparison, label: str, gain: Gain) -> list[s
     return [sentence for sentence in sentences if sentence]
 
 
-def _where(comparison: LadderComparison, gain: Gain) -> str:
+def _where(comparison: LadderComparison, label: str, gain: Gain) -> str:
     rung = comparison.rungs[gain.rung]
     size = f'{si(rung.params)} parameters, {flops_text(gain.cost)} FLOPs'
     if rung is comparison.top:
         return f'At the top rung ({size})'
     top = comparison.top.number
+    if set(comparison.top.outcomes(label)) == {DIVERGED}:
+        return f'All runs of {label} at rung {top} diverged. At rung {rung.number} ({size})'
     return f'Provisionally, at rung {rung.number} ({size}), since rung {top} has not finished'
 
 
@@ -172,7 +175,7 @@ def trend_word(trend: Trend) -> str:
     """`grows`, `shrinks`, or `not significant`; without an interval the direction only."""
     _, low, high = trend.factor
     if math.isnan(low) or math.isnan(high):
-        return 'not tested'
+        return NOT_TESTED
     return 'grows' if low > 1 else 'shrinks' if high < 1 else 'not significant'
 
 
@@ -183,7 +186,11 @@ def _trend(comparison: LadderComparison, trend: Trend | None, gains: int) -> str
     factor, interval = factor_text(trend.factor.value), factor_interval(trend.factor)
     for_each = f'a factor of {factor} for each tenfold of compute'
     if interval is None:
-        return f'The trend of the gain, {for_each}, is not tested.'
+        why = f', since {comparison.baseline} has fewer than {MIN_RUNGS} rungs'
+        return (
+            f'The trend of the gain, {for_each}, is not tested'
+            f'{why if comparison.analysis.draws else ""}.'
+        )
     word = trend_word(trend)
     if word == 'not significant':
         return f'The gain has no significant trend with compute ({for_each}, {interval}).'
@@ -227,8 +234,8 @@ def _several_variants(comparison: LadderComparison, last: dict[str, Gain]) -> li
     if at_top:
         items = semicolons([_item(comparison, label, last[label]) for label in at_top])
         sentences.append(
-            f'{_where(comparison, last[at_top[0]])}, compute gains over {comparison.baseline} '
-            f'are: {items}.'
+            f'{_where(comparison, at_top[0], last[at_top[0]])}, compute gains over '
+            f'{comparison.baseline} are: {items}.'
         )
     if below:
         items = semicolons(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from common.dict_option import short_name
 from common.formatting import counted, join_names, nats, or_dash, si, wrapped
+from comparison.analysis import NOT_TESTED
 from comparison.cost_tables import (
     COST_TO_BASELINE,
     cost_to_baseline_cells,
@@ -41,6 +42,7 @@ from comparison.loss_tables import tuned_cells, tuning_notes, verdict_cells, ver
 from comparison.runs import FINISHED
 from comparison.section import Section
 from comparison.warning_lines import options_with_ranks, warning_lines
+from scaling.forecast import MIN_RUNGS
 from scaling.results import Gain
 
 
@@ -275,6 +277,12 @@ def trend_section(comparison: LadderComparison) -> Section | None:
         'Change of the gain with compute: its factor for each tenfold of the training FLOPs, by '
         'least squares over the rungs listed.'
     ]
+    if analysis.draws and any(row[0] == NOT_TESTED for row in rows):
+        notes.append(
+            f'{NOT_TESTED}: with fewer than {MIN_RUNGS} rungs of the baseline, the curvature of '
+            'its losses is unknown. Gains are then a little too large between its rungs and too '
+            'small beyond them.'
+        )
     header = ['trend', 'per tenfold', LEVEL, 'rungs', 'architecture']
     return Section('TREND of the gain', notes, header if rows else [], rows, '<>><<', lines)
 

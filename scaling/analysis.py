@@ -49,13 +49,14 @@ def gains_and_trends(
     ladder: Ladder, losses: LossDraws
 ) -> tuple[dict[str, list[Gain]], dict[str, Trend | None]]:
     """The gains and trends of the variants but the baseline. Costs may be FLOPs or seconds."""
-    measured, drawn = (
-        log_gains(ladder, each, _baseline_fit(ladder, each))
-        for each in (losses.measured, losses.drawn)
-    )
+    fit, fits = (_baseline_fit(ladder, each) for each in (losses.measured, losses.drawn))
+    measured = log_gains(ladder, losses.measured, fit)
+    drawn = log_gains(ladder, losses.drawn, fits)
     costs = dict(zip(ladder.costs, cost_table(ladder)))
     return gains(ladder, measured, drawn), {
-        name: trend(costs[name], costs[ladder.baseline], point, drawn[name])
+        # Without the curvature, gains are too large between the baseline's rungs and too small
+        # beyond them, so that a constant gain would have a trend.
+        name: trend(costs[name], costs[ladder.baseline], point, drawn[name] if fit else None)
         for name, point in measured.items()
     }
 

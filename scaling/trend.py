@@ -17,11 +17,15 @@ MARGIN = 0.5
 
 
 def trend(
-    costs: Sequence[float], baseline_costs: Sequence[float], measured: LogGains, drawn: LogGains
+    costs: Sequence[float],
+    baseline_costs: Sequence[float],
+    measured: LogGains,
+    drawn: LogGains | None,
 ) -> Trend | None:
     """The least-squares slope of ln gain against ln cost; None with fewer than two gains.
 
     costs: of the variant by rung, NaN without runs. baseline_costs: of the baseline's runs.
+    drawn: None if the gains are too biased for an interval, whose ends are then NaN.
     """
     log_costs = np.log(np.asarray(costs, float))
     known = np.sort(np.log(np.asarray(baseline_costs, float)))
@@ -38,10 +42,10 @@ def trend(
         return None
     weights = deviations / (deviations**2).sum()
     slope = float(weights @ measured.values[rungs])
-    with np.errstate(invalid='ignore'):
-        slopes = drawn.values[:, rungs] @ weights
     ends = [math.nan, math.nan]
-    if len(slopes):
+    if drawn is not None and len(drawn.values):
+        with np.errstate(invalid='ignore'):
+            slopes = drawn.values[:, rungs] @ weights
         ends = [percentile(slopes, (1 + side * CONFIDENCE) / 2) for side in (-1, 1)]
     with np.errstate(over='ignore'):
         factor, low, high = (float(10.0 ** np.float64(each)) for each in (slope, *ends))

@@ -218,6 +218,18 @@ def test_top_rung_without_runs_is_provisional(tmp_path, capsys):
     assert text.startswith('Provisionally, at rung 1 (') and 'since rung 2 has not finished' in text
 
 
+def test_top_rung_where_all_runs_diverged_is_said_first(tmp_path, capsys):
+    at_top = (SWIGLU, 1)
+    write_ladder(
+        tmp_path,
+        **SMALL,
+        change=lambda record, place: diverge(record) if place[:2] == at_top else None,
+    )
+    assert ca.main([str(tmp_path), '--fail_unless=better']) == 1
+    text = ' '.join(capsys.readouterr().out.split())
+    assert text.startswith(f'All runs of {SWIGLU} at rung 2 diverged. At rung 1 (')
+
+
 def test_no_finished_baseline(tmp_path, capsys):
     def change(record, place):
         if place.variant != SWIGLU:

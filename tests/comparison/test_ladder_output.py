@@ -180,8 +180,9 @@ def test_headline_of_one_variant(tmp_path):
         f'significant (p {test["p"][0]}).'
     )
     trend = rows(one, 'TREND')[0]
-    factor, interval = trend['per tenfold'][0], trend['95% interval'][0]
-    assert f'(a factor of {factor} for each tenfold of compute, {interval}).' in text
+    factor, rungs = trend['per tenfold'][0], f'{BASELINE} has fewer than 4 rungs'
+    assert f'a factor of {factor} for each tenfold of compute, is not tested, since {rungs}' in text
+    assert trend['trend'][0] == 'not tested'
     # With two rungs of three parameters, nothing is fitted, and one line says why.
     titles = [section.title for section in ladder_tables(one)]
     assert not any(title.startswith(('FITS', 'RESIDUALS', 'TOP RUNG')) for title in titles)

@@ -62,6 +62,16 @@ def test_three_rungs_have_gains_and_no_forecast():
     assert analysis.predictions == {}
 
 
+def test_trend_is_not_tested_without_the_curvature_of_the_baseline():
+    # Linear interpolation makes this constant gain shrink, with any amount of seeds.
+    two = ladder(1.5, rungs=2, noise=1e-4)
+    costs, losses = ({k: v[:2] for k, v in each.items()} for each in (two.costs, two.losses))
+    analysis = analyze(Ladder('base', costs, losses), 500)
+    assert analysis.trends['new'].factor.value < 0.97
+    assert math.isnan(analysis.trends['new'].factor.low + analysis.trends['new'].factor.high)
+    assert math.isfinite(analysis.gains['new'][0].low.value)
+
+
 NOTHING = [{}] * 4
 SOME = [{1: 3.0, 2: 3.02}, {1: 2.83, 2: 2.8}, {1: 2.6, 2: 2.62}, {1: 2.5, 2: 2.52}]
 
