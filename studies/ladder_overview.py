@@ -151,12 +151,12 @@ def _time_notes(time: TimeEstimate | None) -> list[str]:
 def _fixed_options(state: StudyState) -> list[str]:
     """Options that are set, and that would differ between the rungs if they were not."""
     study, texts = state.study, []
-    if study.transfer == 'none' and not {'learning_rate'} & {*study.tune, *study.ladder}:
+    swept = {key for name in GRIDS for key in getattr(study, name)}
+    if study.transfer == 'none' and 'learning_rate' not in swept | study.ladder.keys():
         rate = state.parts[0].baseline.settings.run.learning_rate
         texts.append(f"learning_rate={rate:g} (transfer='mup' or tune would adapt it)")
     smallest, *_, largest = state.parts
     set_values = merged_values(*(layer.values for layer in study.command_line.layers))
-    swept = {key for name in GRIDS for key in getattr(study, name)}
     chosen = {*swept, *study.ladder, *(smallest.rung.options if smallest.rung else {})}
     for key, option in flatten(schema()).items():
         if option.default is not None or set_values.get(key) is None or key in chosen:

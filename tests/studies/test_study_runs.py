@@ -569,6 +569,8 @@ def test_train_uses_base_of_study(study_file, run_script):
     ('path', 'baseline'),
     [
         ('gated_ffn', 'ffn_type=standard'),
+        ('ladder_glu', 'ffn_type=standard'),
+        ('ladder_llama', 'arch_preset=legacy'),
         ('layer_patterns', 'layer_pattern=G'),
         ('norm_position', 'norm_position=pre warmup_iters=100 depth_scaled_init=True'),
         ('norms', 'normalization=layernorm'),
@@ -586,4 +588,4 @@ def test_project_studies_can_be_run(path, baseline, tiny_dataset, tmp_path, caps
 
 
 def test_every_project_study_is_tested():
-    assert len(list((PROJECT / 'config/studies').glob('*.py'))) == 6
+    assert len(list((PROJECT / 'config/studies').glob('*.py'))) == 8
