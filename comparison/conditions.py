@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from common.architecture_identity import with_neutral_values
+from comparison.record_fields import count
 from records import trackers
 
 SEEDS = ('seed', 'data_seed')
@@ -67,7 +68,7 @@ def run_conditions(record: Mapping[str, Any], evaluations: int) -> dict[str, tup
         str(hardware.get('device') or '').split(':')[0] or None
     )  # cuda:0 and cuda:1 are equal
     values['eval_windows'] = (data.get('eval_windows') or {}).get('val')
-    values['tokens_seen'] = summary.get('total_tokens')
+    values['tokens_seen'] = count(summary, 'total_tokens')
     values['weights_from'] = str((metadata.get('weights_from') or {}).get('source', 'the seed'))
     values['evaluations'] = evaluations
     values['peak_tflops'] = hardware.get('peak_tflops')

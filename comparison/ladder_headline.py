@@ -93,8 +93,12 @@ def _no_gains(comparison: LadderComparison) -> str:
     if not comparison.others:
         return f'{comparison.baseline} is the only architecture of this ladder.'
     if not any(comparison.analysis.ladder.losses[comparison.baseline]):
-        return f'No finished run of the baseline, {comparison.baseline}, has a validation loss yet.'
-    return 'No finished run but those of the baseline has a validation loss yet.'
+        runs = f'of the baseline, {comparison.baseline},'
+    else:
+        runs = 'but those of the baseline'
+    if comparison.without_cost:
+        return f'No finished run {runs} has a validation loss and known training FLOPs.'
+    return f'No finished run {runs} has a validation loss yet.'
 
 
 def _one_variant(comparison: LadderComparison, label: str, gain: Gain) -> list[str]:

@@ -324,6 +324,10 @@ def test_runs_without_known_flops_are_named(tmp_path, capsys):
     assert comparison.verdict(comparison.top, SWIGLU).test.difference.counts == (3, 3)
     ca.main([str(tmp_path)])
     assert 'the training FLOPs are unknown: 1 run.' in capsys.readouterr().out
+    for record in tmp_path.glob('runs/*/*/*/*/record.json'):
+        record.write_text(record.read_text().replace('"total_flops"', '"other_flops"'))
+    ca.main([str(tmp_path)])
+    assert 'has a validation loss and known training FLOPs.' in capsys.readouterr().out
 
 
 def test_command_of_each_rung_shows_its_comparison(tmp_path, monkeypatch, capsys):

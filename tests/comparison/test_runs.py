@@ -280,12 +280,15 @@ def test_damaged_record_does_not_stop_comparison(tmp_path):
 
 
 def test_malformed_record_is_skipped_with_its_key(tmp_path):
-    bad = make_record(2)
+    bad, worse = make_record(2), make_record(3)
     bad['summary']['peak_memory_gb'] = 'x'
-    write(tmp_path, make_record(1), bad)
-    runs, (line,) = read_runs([tmp_path])
+    worse['summary']['total_tokens'] = math.nan
+    write(tmp_path, make_record(1), bad, worse)
+    runs, lines = read_runs([tmp_path])
     assert [run.name for run in runs] == [make_record(1)['run_name']]
+    line, other = sorted(lines)
     assert bad['run_name'] in line and "peak_memory_gb is 'x', not a number" in line
+    assert 'total_tokens is nan' in other
 
 
 # --- Escaping, by format -------------------------------------------------------------------------
