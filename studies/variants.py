@@ -390,14 +390,16 @@ def budgeted_iterations(
     if price is None:
         return None
     iterations = int(amount / price)
+    # The budget of a rung comes from the horizon.
+    key = f'horizon, here {amount:g} {kind},' if study.rung else f'budget={study.budget!r}'
     if iterations < 1:
         raise UserError(
-            f'{study.path}: budget={study.budget!r} is too small for {label}: one iteration takes '
-            f'{price:.4g} {kind}. Increase it.'
+            f'{study.path}: {key} is too small for {label}: one iteration takes {price:.4g} '
+            f'{kind}. Increase it.'
         )
     if iterations > MAX_ITERATIONS:
         raise UserError(
-            f'{study.path}: budget={study.budget!r} gives {label} {iterations:.3g} iterations, '
-            f'more than {MAX_ITERATIONS:,}. Decrease it.'
+            f'{study.path}: {key} gives {label} {iterations:.3g} iterations, more than '
+            f'{MAX_ITERATIONS:,}. Decrease it.'
         )
     return iterations

@@ -247,7 +247,7 @@ def test_added_rung_keeps_other_folders(read):
         (SIZES + "horizon = {'iterations': 5}", 'horizon takes'),
         (SIZES + "horizon = {'tokens': [1e4, 2e4, 3e4, 4e4]}", 'horizon has 4 values of tokens'),
         (SIZES + "horizon = {'tokens': float('nan')}", 'horizon takes'),
-        (SIZES + "horizon = {'tokens': 10}", 'is too small'),
+        (SIZES + "horizon = {'tokens': 10}", 'horizon, here 10 tokens, is too small'),
         (SIZES + "horizon = {'tokens': 1e300}", 'Decrease it'),
         (SIZES + "budget = {'tokens': 1e4}", 'horizon and budget both'),
         (SIZES + '\nmax_iters = 4', 'max_iters is set, which horizon determines'),
