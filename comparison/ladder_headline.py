@@ -172,7 +172,10 @@ def _difference(comparison: LadderComparison, verdict: Verdict | None) -> str:
         return (
             f'Its loss there {verb} by less than the margin of {comparison.margin:g} ({mean}){why}.'
         )
-    return f'The difference in loss there, {mean}, is not significant ({facts}){why}.'
+    return (
+        f'The difference in loss there, {mean}, is not significant in the test of that rung alone '
+        f'({facts}){why}.'
+    )
 
 
 def trend_word(trend: Trend) -> str:
