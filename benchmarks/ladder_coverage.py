@@ -14,6 +14,8 @@ of the true curves, 0.5 to 2. The output is Markdown tables, in percent:
   width         median width of log intervals, relative to those with known noise
   trend         intervals of trends that contain the true trend (of A/A ladders: none)
   reversals     ladders with a significant reversal
+  power         the same by the power of Student's tests at the second and the third rung, with the
+                noise pooled over the rungs
 """
 
 import argparse
@@ -29,6 +31,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from common.student import student_quantile
+from comparison.significance import power
 from scaling.analysis import gains_and_trends
 from scaling.resampling import LossDraws, draw_losses, mean_losses
 from scaling.results import Gain, Ladder
@@ -58,6 +62,7 @@ class Trial(NamedTuple):
     gains: np.ndarray  # [rungs]
     trend: float  # factor for each tenfold increase of the cost
     known: Callable[[int], LossDraws]  # draws of mean losses with the true noise
+    power: float  # probability that the differences at the second and third rung are significant
 
 
 # The deviation at each rung, relative to the first. rungs: 0, 1, ...; step: factor of the cost.
@@ -141,7 +146,13 @@ def trial(case: Case, draw: np.random.Generator) -> Trial:
         measured = mean_losses(ladder)
         return LossDraws(measured, measured + noise(draws) / math.sqrt(case.seeds))
 
-    return Trial(ladder, gains[:-1], 10**slope, known)
+    errors = deviations * np.sqrt(2 * (1 - shares) / case.seeds)
+    freedom = case.rungs * (case.seeds - 1)
+    critical = student_quantile(0.975, freedom)
+    powers = [
+        power(ratio, freedom, critical) for ratio in np.abs(means[0] - means[1])[1:3] / errors[1:3]
+    ]
+    return Trial(ladder, gains[:-1], 10**slope, known, math.prod(powers))
 
 
 def contains(gain: Gain, true: float) -> bool:
@@ -160,6 +171,7 @@ def outcomes(case: Case, number: int, draws: int, base: int) -> dict[str, list[f
         'gain': [contains(each, drawn.gains[each.rung]) for each in of_variant],
         'trend': [trend.factor.low <= drawn.trend <= trend.factor.high] if trend else [],
         'reversals': [any(each.significant for each in reversals(of_variant))],
+        'power': [drawn.power],
     }
     if number % KNOWN_EVERY == 0:
         known = gains_and_trends(drawn.ladder, drawn.known(draws))[0]['variant']
@@ -209,7 +221,7 @@ TABLES: dict[str, tuple[tuple[str, ...], list[Case]]] = {
         ],
     ),
     'A crossing': (
-        ('reversals', 'reversals, known noise'),
+        ('reversals', 'reversals, known noise', 'power'),
         [
             Case(f'from a gain of 1 / {factor} to {factor}', seeds=seeds, crossing=factor)
             for factor in (1.03, 1.06)
