@@ -1,6 +1,7 @@
 """The comparison of runs: an ordinary one, or that of a ladder."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, TypeAlias
 
 from comparison.compare import Comparison, compare
@@ -23,9 +24,10 @@ def compare_runs(
 
     Raises UserError if `baseline` does not name a single architecture.
     """
-    from comparison.ladder import compare_ladder, ladder_of
+    from comparison.ladder import compare_ladder, ladder_of, why_no_ladder
 
     plan = ladder_of(runs)
     if plan is None:
-        return compare(runs, baseline, skipped, score, margin)
+        comparison = compare(runs, baseline, skipped, score, margin)
+        return replace(comparison, ladder_warning=why_no_ladder(runs))
     return compare_ladder(plan, runs, baseline, skipped, score, margin)

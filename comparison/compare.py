@@ -66,6 +66,7 @@ class Comparison:
     best_warnings: dict[str, Values]  # affect best losses, but not final ones
     code_warning: str | None
     skipped: list[str]
+    ladder_warning: str | None = None  # why runs of a ladder are not compared as such
 
     @property
     def baseline_rank(self) -> int:

@@ -8,7 +8,7 @@ from comparison.compare import Comparison
 from comparison.costs import COSTS
 from comparison.costs_to_loss import GroupCost, Ratio, Spread, cost_to_baseline
 from comparison.groups import Metric
-from comparison.runs import Run
+from comparison.runs import DIVERGED, Run
 from comparison.section import Section
 
 COST_TO_BASELINE = 'COST TO BASELINE LOSS'
@@ -129,6 +129,8 @@ def cost_to_baseline_header(keys: Sequence[str]) -> list[str]:
 def cost_to_baseline_cells(group: GroupCost, keys: Sequence[str]) -> list[str]:
     """How many runs reach the loss, and the spread of each cost."""
     reached = f'{group.reached} of {len(group.runs)}'
+    if group.diverged:
+        reached += f', {group.diverged} {DIVERGED}'
     return [reached, *(or_dash(group.spread(key), spread_text) for key in keys)]
 
 
@@ -153,4 +155,6 @@ def spread_text(spread: Spread) -> str:
 
 
 def ratio_text(ratio: Ratio) -> str:
-    return f'{ratio.relation} {ratio.value:.2f}'.lstrip()
+    return (
+        DIVERGED if ratio.relation == DIVERGED else f'{ratio.relation} {ratio.value:.2f}'.lstrip()
+    )

@@ -1,7 +1,7 @@
 """The cost at which each run first reaches the final loss of the baseline.
 
 With `--score=best` it is the best loss. A run that ends above the baseline's loss needs more than
-its whole cost, if it would get there at all.
+its whole cost, if it would get there at all. A diverged run never gets there.
 """
 
 import statistics
@@ -21,14 +21,15 @@ class Ratio(NamedTuple):
     """A cost over the total cost of the baseline."""
 
     value: float
-    relation: str = ''  # MORE: the cost is larger, by an unknown amount; LESS: smaller
+    # MORE: the cost is larger, by an unknown amount; LESS: smaller; DIVERGED: there is no cost
+    relation: str = ''
 
 
 class RunCost(NamedTuple):
     """The cost at which one run first reaches a loss.
 
-    The relation is that of all costs: MORE if the run does not reach the loss, and LESS if its
-    first evaluation has reached it already.
+    The relation is that of all costs: MORE if the run does not reach the loss, LESS if its first
+    evaluation has reached it already, and DIVERGED if the run has no loss in the end.
     """
 
     run: Run
@@ -40,7 +41,10 @@ class RunCost(NamedTuple):
 
 
 class Spread(NamedTuple):
-    """The median and the range over a group's runs; those that do not reach the loss are last."""
+    """The median and the range over a group's runs.
+
+    Those that do not reach the loss are last, and diverged ones after these.
+    """
 
     median: Ratio
     low: Ratio
@@ -56,7 +60,11 @@ class GroupCost(NamedTuple):
     @property
     def reached(self) -> int:
         """The number of runs that reach the loss."""
-        return sum(run.relation != MORE for run in self.runs)
+        return sum(run.relation not in (MORE, DIVERGED) for run in self.runs)
+
+    @property
+    def diverged(self) -> int:
+        return sum(run.relation == DIVERGED for run in self.runs)
 
     def spread(self, cost: str) -> Spread | None:
         """The ratios of all runs; None if that of any run is unknown."""
@@ -64,7 +72,8 @@ class GroupCost(NamedTuple):
         known = [Ratio(value, relation) for relation, value in ratios if value is not None]
         if len(known) < len(ratios):
             return None
-        ordered = sorted(known, key=lambda ratio: (ratio.relation == MORE, ratio.value))
+        last = ('', MORE, DIVERGED)  # from the smallest cost
+        ordered = sorted(known, key=lambda r: (last.index(r.relation.strip(LESS)), r.value))
         # A run that stopped early without reaching the loss needs more than those that reach it.
         values = accumulate((ratio.value for ratio in ordered), max)
         ordered = [ratio._replace(value=value) for ratio, value in zip(ordered, values)]
@@ -74,6 +83,8 @@ class GroupCost(NamedTuple):
 def _median(ordered: Sequence[Ratio]) -> Ratio:
     middle = ordered[(len(ordered) - 1) // 2 : len(ordered) // 2 + 1]
     relations = {ratio.relation for ratio in middle}
+    if DIVERGED in relations:
+        return middle[-1]
     if MORE in relations:
         # A bound from below: what is smaller than a number may be 0.
         values = [0.0 if ratio.relation == LESS else ratio.value for ratio in middle]
@@ -111,13 +122,14 @@ def _run_cost(run: Run, baseline: dict[tuple, Run], costs: Sequence[str]) -> Run
     counterparts = [baseline[run_seeds(run)]] if paired else [*baseline.values()]
     loss = statistics.fmean(each.val_loss for each in counterparts if each.val_loss is not None)
     index = None if run.outcome == DIVERGED else _first_at_or_below(loss, run.curve)
+    relation = MORE if index is None else '' if index else LESS
     amounts = {cost: _amount(run.curve, index, cost, loss) for cost in costs}
     totals = {cost: [getattr(each.curve[-1], cost) for each in counterparts] for cost in costs}
     return RunCost(
         run,
         loss,
         paired,
-        relation=MORE if index is None else '' if index else LESS,
+        relation=DIVERGED if run.outcome == DIVERGED else relation,
         amounts=amounts,
         ratios={cost: _ratio(amounts[cost], totals[cost]) for cost in costs},
     )

@@ -174,6 +174,7 @@ def comparison_data(comparison: Comparison) -> dict[str, Any]:
         'loss_warnings': comparison.loss_warnings,
         'speed_warnings': comparison.speed_warnings,
         'code_warning': comparison.code_warning,
+        'ladder_warning': comparison.ladder_warning,
         'skipped': comparison.skipped,
         'runs': [
             {'rank': rank, 'label': label, **run_data(run)}

@@ -4,6 +4,7 @@ import statistics
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.errors import UserError
@@ -19,7 +20,7 @@ from comparison.differences import (
 )
 from comparison.groups import Group, Metric, group_runs, run_seeds
 from comparison.runs import FINISHED, Run
-from comparison.study_plan import LadderPlan, StudyPlan
+from comparison.study_plan import PLAN, LadderPlan, StudyPlan, unreadable_plan
 
 if TYPE_CHECKING:
     from scaling.results import Gain, Ladder, LadderAnalysis, NoiseModel
@@ -126,6 +127,35 @@ def ladder_of(runs: Sequence[Run]) -> LadderPlan | None:
     plans = {run.study for run in runs}
     ladders = {plan.ladder if plan and plan.rung else None for plan in plans}
     return ladders.pop() if len(ladders) == 1 and len(plans) > 1 else None
+
+
+def why_no_ladder(runs: Sequence[Run]) -> str | None:
+    """Why runs are not compared as a ladder, although some are or look like those of one."""
+    rungs: dict[LadderPlan, set[int]] = {}
+    for run in runs:
+        if run.study and run.study.ladder and run.study.rung:
+            rungs.setdefault(run.study.ladder, set()).add(run.study.rung.number)
+    ladders = [ladder.folder for ladder, numbers in rungs.items() if len(numbers) > 1]
+    if ladders:
+        besides = 'runs of another ladder' if len(ladders) > 1 else 'other runs'
+        return (
+            f'No ladder is recognized, since {ladders[0]} and {besides} are compared together. For '
+            'compute gains, give the folder of one ladder.'
+        )
+    unknown = [run.folder.absolute() for run in runs if not (run.study and run.study.rung)]
+    for plan in filter(None, map(unreadable_plan, unknown)):
+        return f'No study or ladder is recognized, since {plan} cannot be read as a plan.'
+    # STUDY/runs/RUNG/VARIANT/SEED/RUN
+    by_study: dict[Path, set[Path]] = {}
+    for folder in unknown:
+        if folder.parts[-5:-4] == ('runs',) and all('=' in folder.parts[i] for i in (-4, -2)):
+            by_study.setdefault(folder.parents[4], set()).add(folder.parents[2])
+    for study, of_rungs in by_study.items():
+        if len(of_rungs) > 1:
+            plan = study / PLAN
+            why = f'{plan} does not name these runs' if plan.is_file() else f'{plan} is missing'
+            return f'No ladder is recognized, since {why}.'
+    return None
 
 
 def compare_ladder(

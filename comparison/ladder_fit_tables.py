@@ -2,11 +2,11 @@
 
 import math
 
-from common.formatting import nats, or_dash, wrapped
+from common.formatting import join_names, nats, or_dash, wrapped
 from comparison.ladder import LadderComparison
 from comparison.ladder_headline import LEVEL, factor_interval, factor_text, flops_text
 from comparison.section import Section
-from scaling.forecast import MIN_RUNGS
+from scaling.forecast import MIN_RUNGS, flat_variants
 from scaling.noise import seeds_needed
 from scaling.results import CurveFit, Estimate
 
@@ -154,6 +154,17 @@ def forecast_section(comparison: LadderComparison) -> Section | None:
 
 
 def _why_no_forecast(comparison: LadderComparison) -> str:
+    if comparison.analysis.shared_fit is not None:
+        flat = flat_variants(comparison.analysis.shared_fit)
+        if flat:
+            return (
+                f'FORECAST: none. The losses of {join_names(flat)} do not fall with compute, so '
+                'the curve has no exponent.'
+            )
+        return (
+            'FORECAST: none. The noise of seeds leaves the gain beyond the top rung unknown: its '
+            'interval is 0 to inf. More seeds or a wider range of sizes make it narrower.'
+        )
     losses = comparison.analysis.ladder.losses
     counts = {label: sum(map(bool, losses[label])) for label in comparison.variants}
     others = [counts[label] for label in comparison.others]
@@ -214,7 +225,7 @@ def seeds_section(comparison: LadderComparison) -> Section | None:
     notes = [
         'Seeds of each architecture for a gain with this half-width of its interval, from that '
         'rung alone. pair: deviation of the difference within one pair of runs, by the model. '
-        'halving: loss that the baseline gains by twice the FLOPs.'
+        "halving: fall of the baseline's loss with twice the FLOPs."
     ]
     header = ['rung', 'FLOPs', 'pair', 'halving', *(f'{each:.0%}' for each in PRECISIONS)]
     return Section('SEEDS NEEDED', notes, header, rows, '>>>>' + '>' * len(PRECISIONS))

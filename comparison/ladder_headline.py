@@ -9,7 +9,16 @@ from comparison.headline import caveat, outcome_name, semicolons
 from comparison.ladder import LadderComparison
 from comparison.runs import DIVERGED, FINISHED
 from scaling.forecast import MIN_RUNGS
-from scaling.results import CONFIDENCE, Bound, Estimate, Gain, LadderAnalysis, Reversal, Trend
+from scaling.results import (
+    CONFIDENCE,
+    Bound,
+    CurveFit,
+    Estimate,
+    Gain,
+    LadderAnalysis,
+    Reversal,
+    Trend,
+)
 
 LEVEL = f'{CONFIDENCE:.0%} interval'
 COVERAGE = (
@@ -17,6 +26,7 @@ COVERAGE = (
     'of the data.'
 )
 ONE_SEED = 'With one seed each, gains have no intervals, and differences may be chance.'
+SIGNIFICANT, CHANCE = 'significant at both', 'which may be chance'  # of a reversal
 EQUAL_SEEDS = 'All seeds gave the same loss, so gains have no intervals.'
 
 
@@ -29,11 +39,15 @@ def ladder_headline(comparison: LadderComparison) -> str:
         sentences = _one_variant(comparison, *last.popitem())
     else:
         sentences = _several_variants(comparison, last)
+    any_gains = any(comparison.analysis.gains.values())
+    fit = comparison.analysis.shared_fit
+    if any_gains and fit is not None and fit.is_wrong:
+        sentences.append(f'The {misfit_text(fit)}, so no trend is tested.')
     sentences += _failures(comparison)
     if comparison.loss_warnings:
         names = join_names(list(comparison.loss_warnings))
         sentences.append(f'Rungs are not directly comparable ({names}; see WARNINGS).')
-    if any(comparison.analysis.gains.values()):
+    if any_gains:
         sentences.append(_coverage(comparison.analysis))
     return ' '.join(sentences)
 
@@ -113,14 +127,45 @@ def _one_variant(comparison: LadderComparison, label: str, gain: Gain) -> list[s
         _difference(
             comparison, comparison.verdict(rung, label) if comparison.analysis.draws else None
         ),
+        _to_measure(comparison, {label: gain}),
         _trend(comparison, comparison.analysis.trends.get(label), len(gains)),
-    ]
-    sentences += [
-        f'The {"" if each.significant else "measured "}order reverses: '
-        f'{reversal_text(comparison, label, each)}.'
-        for each in comparison.analysis.reversals.get(label, [])[:LISTED]
+        *_reversals(comparison, label),
     ]
     return [sentence for sentence in sentences if sentence]
+
+
+def _to_measure(comparison: LadderComparison, last: dict[str, Gain]) -> str:
+    """What to do if the baseline does not reach a variant's loss at any of its rungs."""
+    baseline = comparison.baseline
+    all_trained = all(
+        cost is not None or not rung.planned[baseline]
+        for cost, rung in zip(comparison.analysis.ladder.costs[baseline], comparison.rungs)
+    )
+    better = [label for label, gain in last.items() if gain.value.relation == '>']
+    if not better or not all_trained:
+        return ''
+    whose = f'gains of {join_names(better)}' if len(better) > 1 else f'the gain of {better[0]}'
+    further = f'train {baseline} further (baseline_extra in the study file), or '
+    best = min(
+        better, key=lambda label: comparison.rungs[last[label].rung].groups[label].loss or 0.0
+    )
+    return (
+        f'To measure {whose}, {further * (baseline == comparison.study.baseline)}choose {best} as '
+        '--baseline.'
+    )
+
+
+def _reversals(comparison: LadderComparison, label: str) -> list[str]:
+    """A sentence for each significant reversal, and one for all that may be chance."""
+    reversals = comparison.analysis.reversals.get(label, [])
+    texts = [reversal_text(comparison, label, each) for each in reversals if each.significant]
+    sentences = [f'The order reverses: {text} ({SIGNIFICANT}).' for text in texts[:LISTED]]
+    chance = [reversal_text(comparison, label, each) for each in reversals if not each.significant]
+    if len(chance) == 1:
+        sentences.append(f'The measured order reverses: {chance[0]} ({CHANCE}).')
+    elif chance:
+        sentences.append(f'The measured order reverses ({CHANCE}): {semicolons(chance)}.')
+    return sentences
 
 
 def _where(comparison: LadderComparison, label: str, gain: Gain) -> str:
@@ -193,19 +238,28 @@ def _trend(comparison: LadderComparison, trend: Trend | None, gains: int) -> str
     factor, interval = factor_text(trend.factor.value), factor_interval(trend.factor)
     for_each = f'a factor of {factor} for each tenfold of compute'
     if interval is None:
-        why = f', since {comparison.baseline} has fewer than {MIN_RUNGS} rungs'
-        return (
-            f'The trend of the gain, {for_each}, is not tested'
-            f'{why if comparison.analysis.draws else ""}.'
-        )
+        fit = comparison.analysis.shared_fit
+        misfits = fit is not None and fit.is_wrong  # as a sentence for all variants says
+        why = ''
+        if comparison.analysis.draws and not misfits:
+            why = f', since {comparison.baseline} has fewer than {MIN_RUNGS} rungs'
+        return f'The trend of the gain, {for_each}, is not tested{why}.'
     word = trend_word(trend)
     if word == 'not significant':
         return f'The gain has no significant trend with compute ({for_each}, {interval}).'
     return f'The gain {word} with compute, by {for_each} ({interval}).'
 
 
+def misfit_text(fit: CurveFit) -> str:
+    """`fitted curve misfits the losses: …`, of a fit that is wrong."""
+    return (
+        f'fitted curve misfits the losses (its residuals are {fit.misfit:.2f} times as large as '
+        f'the noise of seeds explains)'
+    )
+
+
 def reversal_text(comparison: LadderComparison, label: str, reversal: Reversal) -> str:
-    """`LABEL is ahead at rung 2 and behind at rung 3 (significant at both)`."""
+    """`LABEL is ahead at rung 2 and behind at rung 3`."""
     sides = [
         (gain.rung, side)
         for gain in comparison.analysis.gains[label]
@@ -214,10 +268,9 @@ def reversal_text(comparison: LadderComparison, label: str, reversal: Reversal) 
     was_ahead = sides[0][1]
     after = next(rung for rung, side in sides if side != was_ahead)
     words = ('ahead', 'behind') if was_ahead else ('behind', 'ahead')
-    certainty = 'significant at both' if reversal.significant else 'which may be chance'
     return (
         f'{label} is {words[0]} at rung {comparison.rungs[reversal.rung].number} and {words[1]} '
-        f'at rung {comparison.rungs[after].number} ({certainty})'
+        f'at rung {comparison.rungs[after].number}'
     )
 
 
@@ -260,9 +313,10 @@ def _several_variants(comparison: LadderComparison, last: dict[str, Gain]) -> li
         if each.significant
     ]
     if reversals:
-        sentences.append(f'The order reverses: {semicolons(reversals)}.')
+        sentences.append(f'The order reverses ({SIGNIFICANT}): {semicolons(reversals)}.')
+    sentences.append(_to_measure(comparison, last))
     sentences.append('(A gain above 1: less compute than the baseline for the same loss.)')
-    return sentences
+    return [sentence for sentence in sentences if sentence]
 
 
 def _item(comparison: LadderComparison, label: str, gain: Gain) -> str:

@@ -28,13 +28,16 @@ from comparison.ladder_fit_tables import (
     seeds_section,
 )
 from comparison.ladder_headline import (
+    CHANCE,
     LEVEL,
+    SIGNIFICANT,
     bound_text,
     factor_interval,
     factor_text,
     flops_text,
     gain_interval,
     ladder_headline,
+    misfit_text,
     reversal_text,
     trend_word,
 )
@@ -103,8 +106,9 @@ def rungs_section(comparison: LadderComparison) -> Section:
         )
     notes = [
         f'Baseline: {comparison.baseline}, {comparison.baseline_reason}.',
-        'params: without token table, output head and position tables. FLOPs: of one run of the '
-        'baseline, with attention over the causal half. runs: finished, of all in the study.',
+        "params: of the study's reference, without token table, output head and position tables. "
+        'FLOPs: of one run of the baseline, with attention over the causal half. runs: finished, '
+        'of all in the study.',
     ]
     if comparison.score == 'best':
         notes.append(
@@ -268,7 +272,11 @@ def trend_section(comparison: LadderComparison) -> Section | None:
                 ]
             )
         lines += [
-            wrapped(f'{reversal_text(comparison, label, each)}.', '   ')
+            wrapped(
+                f'{reversal_text(comparison, label, each)} '
+                f'({SIGNIFICANT if each.significant else CHANCE}).',
+                '   ',
+            )
             for each in analysis.reversals.get(label, [])
         ]
     if not rows and not lines:
@@ -277,7 +285,12 @@ def trend_section(comparison: LadderComparison) -> Section | None:
         'Change of the gain with compute: its factor for each tenfold of the training FLOPs, by '
         'least squares over the rungs listed.'
     ]
-    if analysis.draws and any(row[0] == NOT_TESTED for row in rows):
+    if analysis.shared_fit is not None and analysis.shared_fit.is_wrong:
+        notes.append(
+            f'{NOT_TESTED}: the {misfit_text(analysis.shared_fit)}. Gains between the rungs of the '
+            'baseline are interpolated with this curve, and its errors look like a trend.'
+        )
+    elif analysis.draws and any(row[0] == NOT_TESTED for row in rows):
         notes.append(
             f'{NOT_TESTED}: with fewer than {MIN_RUNGS} rungs of the baseline, the curvature of '
             'its losses is unknown. Gains are then a little too large between its rungs and too '

@@ -9,6 +9,8 @@ from typing import Any
 
 from comparison.record_fields import count, entries, mapping, number, required, text
 
+PLAN = 'study.json'
+
 
 @dataclass(frozen=True, eq=False)
 class RungPlan:
@@ -70,11 +72,17 @@ def study_membership(folder: Path) -> dict[str, Any]:
     return {}
 
 
+def unreadable_plan(folder: Path) -> Path | None:
+    """The study.json above a run folder, if it is no readable plan."""
+    plans = [parent for parent in folder.absolute().parents[:5] if (parent / PLAN).is_file()]
+    return plans[0] / PLAN if plans and not any(map(read_study_plan, plans)) else None
+
+
 @functools.cache
 def read_study_plan(folder: Path) -> StudyPlan | None:
     """The plan in a folder; None if there is no readable one."""
     try:
-        content = json.loads((folder / 'study.json').read_text(encoding='utf-8'))
+        content = json.loads((folder / PLAN).read_text(encoding='utf-8'))
         trials = entries(content, 'points')
         plan = StudyPlan(
             question=text(content, 'question') or '',

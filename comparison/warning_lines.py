@@ -11,6 +11,8 @@ from comparison.runs import DIVERGED, FINISHED, Run
 def warning_lines(comparison: Comparison) -> list[str]:
     """Differences that affect comparability, unfinished runs and skipped records."""
     lines = []
+    if comparison.ladder_warning:
+        lines.append(wrapped(comparison.ladder_warning, '  '))
     if comparison.loss_warnings:
         lines += ['Losses are not directly comparable. Besides the architecture, these differ:']
         lines += [options_with_ranks(comparison.loss_warnings)]

@@ -1,13 +1,22 @@
 """The analysis of a ladder: compute gain, trend, reversals, fits and forecast with intervals."""
 
+import math
+
 import numpy as np
 
 from scaling.fits import Curves, fit_curves
-from scaling.forecast import MIN_RUNGS, curve_fit, fit_ladder, forecast, top_predictions
+from scaling.forecast import (
+    MIN_RUNGS,
+    curve_fit,
+    fit_ladder,
+    forecast,
+    says_something,
+    top_predictions,
+)
 from scaling.gain import gains, log_gains
 from scaling.noise import noise_model
 from scaling.resampling import LossDraws, cost_table, draw_losses
-from scaling.results import Gain, Ladder, LadderAnalysis, Trend
+from scaling.results import CurveFit, Estimate, Gain, Ladder, LadderAnalysis, Trend
 from scaling.trend import reversals, trend
 
 DRAWS = 4000
@@ -24,15 +33,17 @@ def analyze(ladder: Ladder, draws: int = DRAWS, seed: int = 0) -> LadderAnalysis
     losses = draw_losses(ladder, draws, np.random.default_rng(seed))
     gain, trends = gains_and_trends(ladder, losses)
     shared, own = (fit_ladder(ladder, losses, shared) for shared in (True, False))
+    shared_fit = curve_fit(shared) if shared else None
+    beyond = forecast(shared, own) if shared and own else None
     return LadderAnalysis(
         ladder=ladder,
         gains=gain,
-        trends=trends,
+        trends=_tested_trends(trends, shared_fit),
         reversals={name: reversals(each) for name, each in gain.items()},
-        shared_fit=curve_fit(shared) if shared else None,
+        shared_fit=shared_fit,
         own_fit=curve_fit(own) if own else None,
         predictions=top_predictions(ladder, losses) if shared else {},
-        forecast=forecast(shared, own) if shared and own else None,
+        forecast=beyond if beyond and shared_fit and says_something(beyond, shared_fit) else None,
         noise=noise_model(ladder),
         draws=len(losses.drawn),
     )
@@ -58,6 +69,21 @@ def gains_and_trends(
         # beyond them, so that a constant gain would have a trend.
         name: trend(costs[name], costs[ladder.baseline], point, drawn[name] if fit else None)
         for name, point in measured.items()
+    }
+
+
+def _tested_trends(
+    trends: dict[str, Trend | None], fit: CurveFit | None
+) -> dict[str, Trend | None]:
+    """The trends; without intervals if the curve is wrong that gains are interpolated with.
+
+    The error of the interpolation differs between rungs, which looks like a trend.
+    """
+    if fit is None or not fit.is_wrong:
+        return trends
+    return {
+        name: each and each._replace(factor=Estimate(each.factor.value, math.nan, math.nan))
+        for name, each in trends.items()
     }
 
 

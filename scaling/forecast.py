@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from scaling.fits import Curves, fit_curves, fit_lines
+from scaling.fits import MIN_EXPONENT, Curves, fit_curves, fit_lines
 from scaling.noise import rung_costs
 from scaling.resampling import LossDraws, cost_table
 from scaling.results import CONFIDENCE, CurveFit, Estimate, Forecast, Ladder, TopPrediction
@@ -18,6 +18,7 @@ from scaling.results import CONFIDENCE, CurveFit, Estimate, Forecast, Ladder, To
 MIN_RUNGS = 4  # of a variant whose losses are fitted: a curve has three parameters
 FACTORS = (2.0, 3.0, 5.0, 10.0)  # of the forecast's costs, times the cost of the top rung
 MISFIT_DRAWS = 400  # from which the residuals that noise explains are estimated
+UNKNOWN_GAIN = 1e3  # an interval from below the inverse of it to above it says nothing
 
 
 class LadderFit(NamedTuple):
@@ -70,6 +71,18 @@ def curve_fit(fit: LadderFit) -> CurveFit:
         shared=fit.shared,
         misfit=fit.misfit,
     )
+
+
+def flat_variants(fit: CurveFit) -> list[str]:
+    """The variants whose losses do not fall with compute: their exponent is at its lower bound."""
+    return [name for name, each in fit.exponent.items() if each.value <= 2 * MIN_EXPONENT]
+
+
+def says_something(beyond: Forecast, fit: CurveFit) -> bool:
+    """Whether all losses fall, and the noise leaves no gain (with a shared E) unknown."""
+    estimates = [each for gains in beyond.gains.values() for each in gains]
+    unknown = (each.low < 1 / UNKNOWN_GAIN and each.high > UNKNOWN_GAIN for each in estimates)
+    return not flat_variants(fit) and not any(unknown)
 
 
 def forecast(shared: LadderFit, own: LadderFit) -> Forecast:

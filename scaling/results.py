@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 CONFIDENCE = 0.95  # of every interval of a ladder
+# Of a fit: above it the curve is wrong. With a correct one, about 1 ladder in 100 exceeds it.
+LARGE_MISFIT = 2.0
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,11 @@ class CurveFit(NamedTuple):
     # draws. Above 1 it widens the intervals of the fit, and of the forecast.
     misfit: float | None = None
 
+    @property
+    def is_wrong(self) -> bool:
+        """Whether the residuals are too large to be chance."""
+        return self.misfit is not None and self.misfit > LARGE_MISFIT
+
 
 class TopPrediction(NamedTuple):
     """The mean loss of a variant at its top rung, predicted from the rungs below."""
@@ -118,11 +125,12 @@ class LadderAnalysis:
 
     ladder: Ladder
     gains: dict[str, list[Gain]]  # of each variant but the baseline, at rungs with runs of it
-    trends: dict[str, Trend | None]  # None with fewer than two gains within the range
+    # None with fewer than two gains within the range; without interval if the shared fit is wrong
+    trends: dict[str, Trend | None]
     reversals: dict[str, list[Reversal]]
     shared_fit: CurveFit | None  # None with fewer than four rungs
     own_fit: CurveFit | None  # the same with an E for each variant
     predictions: dict[str, TopPrediction]  # empty with fewer than four rungs
-    forecast: Forecast | None  # None with fewer than four rungs
+    forecast: Forecast | None  # None with fewer than four rungs, or if it would say nothing
     noise: NoiseModel | None  # None if no rung has several seeds
     draws: int  # of the parametric bootstrap; 0: one seed each, without intervals

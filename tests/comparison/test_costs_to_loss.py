@@ -13,6 +13,7 @@ from comparison.compare import compare
 from comparison.costs_to_loss import GroupCost, RunCost, cost_to_baseline
 from comparison.formats import render_json, render_markdown, render_text
 from comparison.load import read_runs
+from comparison.runs import DIVERGED
 
 VARIANTS = STUDY['variants'][:3]
 BASELINE = VARIANTS[0]['label']
@@ -122,17 +123,20 @@ def test_runs_that_do_not_reach_the_loss_are_counted_and_bounded(tmp_path):
     first, second, third = (run.ratios['tokens'] for run in some.runs)
     assert first < second < 1 == third
     assert some.spread('tokens') == ((second, ''), (first, ''), (1, '>'))
-    # The diverged run counts by its cost, although it was below the loss once.
+    # The diverged run does not count as one that reaches the loss, although it was below it once.
     assert [run.ratios['tokens'] for run in none.runs] == pytest.approx([0.3, 0.6, 0])
     spread = none.spread('flops')  # a token of variant 2 costs three times as much
-    assert [ratio.value for ratio in spread] == pytest.approx([0.9, 0, 1.8])
-    assert {ratio.relation for ratio in spread} == {'>'}
+    assert [ratio.value for ratio in spread[:2]] == pytest.approx([1.8, 0])
+    assert [ratio.relation for ratio in spread] == ['>', '>', 'diverged']
+    assert none.diverged == 1
     # The same in every format.
     cells = {row['architecture']: row for row in rows(render_text(comparison), TITLE)}
     row = cells[VARIANTS[1]['label']]
     text = f'{second:.2f} ({first:.2f} to > 1.00)'
     assert (row['reached'], row['tokens']) == ('2 of 3', text)
-    assert cells[VARIANTS[2]['label']]['training FLOPs'] == '> 0.90 (> 0.00 to > 1.80)'
+    row = cells[VARIANTS[2]['label']]
+    assert row['training FLOPs'] == '> 1.80 (> 0.00 to diverged)'
+    assert row['reached'] == '0 of 3, 1 diverged'
     assert text.replace('>', '&#62;') in render_markdown(comparison)
     data = json.loads(render_json(comparison))['groups']
     entry = next(group for group in data if group['label'] == VARIANTS[1]['label'])
@@ -155,6 +159,7 @@ def test_runs_that_do_not_reach_the_loss_are_counted_and_bounded(tmp_path):
         ([('<', 0.1), ('>', 1.0)], ('>', 0.5), ('<', 0.1), ('>', 1.0)),
         ([('', 0.8), ('', 0.9), ('>', 0.2)], ('', 0.9), ('', 0.8), ('>', 0.9)),
         ([('>', 0.2), ('', 0.8), ('>', 1.0)], ('>', 0.8), ('', 0.8), ('>', 1.0)),
+        ([(DIVERGED, 0.1), ('', 0.8)], (DIVERGED, 0.8), ('', 0.8), (DIVERGED, 0.8)),
     ],
 )
 def test_spread_of_bounds(ratios, median, low, high):

@@ -108,7 +108,10 @@ def test_malformed_ladder_is_no_plan(tmp_path, path, value):
     (tmp_path / 'study.json').write_text(json.dumps(content))
     read_study_plan.cache_clear()
     assert read_study_plan(tmp_path) is None
-    assert isinstance(compared(tmp_path), Comparison)  # as runs of no study
+    comparison = compared(tmp_path)
+    assert isinstance(comparison, Comparison)  # as runs of no study
+    reason = f'No study or ladder is recognized, since {tmp_path / "study.json"} cannot be read'
+    assert comparison.ladder_warning.startswith(reason)
 
 
 @pytest.mark.parametrize('ladder', [{}, {'ladder': None}])
@@ -133,13 +136,45 @@ def test_one_rung_is_an_ordinary_comparison(tmp_path):
     assert comparison.baseline_label == 'ffn_type=standard' and comparison.loss_warnings == {}
     shutil.rmtree(rungs[0])
     assert isinstance(compared(tmp_path), Comparison)
+    assert comparison.ladder_warning is None is compared(tmp_path).ladder_warning
 
 
 def test_runs_of_other_studies_make_it_an_ordinary_comparison(tmp_path):
     write_ladder(tmp_path / 'ladder', **SMALL)
     write(tmp_path, make_record(1))
     assert isinstance(compared(tmp_path / 'ladder'), LadderComparison)
-    assert isinstance(compared(tmp_path), Comparison)
+    comparison = compared(tmp_path)
+    assert isinstance(comparison, Comparison)
+    reason = f'No ladder is recognized, since {tmp_path / "ladder"} and other runs are compared'
+    assert comparison.ladder_warning.startswith(reason)
+    warnings = ' '.join(FORMATS['text'](comparison).split('\nWARNINGS\n')[1].split())
+    assert reason in warnings and 'give the folder of one ladder.' in warnings
+    assert json.loads(FORMATS['json'](comparison))['ladder_warning'] == comparison.ladder_warning
+    write_ladder(tmp_path / 'other', **SMALL)
+    assert 'and runs of another ladder are compared' in compared(tmp_path).ladder_warning
+    rungs = [next((tmp_path / name / 'runs').iterdir()) for name in ('ladder', 'other')]
+    runs, _ = read_runs(rungs)  # one rung of each
+    assert compare_runs(runs).ladder_warning is None
+
+
+@pytest.mark.parametrize(
+    ('change', 'reason'),
+    [
+        (None, 'is missing.'),
+        ({'points': []}, 'does not name these runs.'),
+        ({'ladder': None}, 'does not name these runs.'),
+    ],
+)
+def test_folders_of_a_ladder_without_its_plan_are_named(tmp_path, change, reason):
+    write_ladder(tmp_path, **SMALL, seeds=(1,))
+    plan = tmp_path / 'study.json'
+    content = json.loads(plan.read_text())
+    plan.unlink() if change is None else plan.write_text(json.dumps(content | change))
+    read_study_plan.cache_clear()
+    comparison = compared(tmp_path)
+    assert isinstance(comparison, Comparison)
+    assert comparison.ladder_warning == f'No ladder is recognized, since {plan} {reason}'
+    assert compared(next((tmp_path / 'runs').iterdir())).ladder_warning is None
 
 
 def test_tuning_runs_are_not_compared(tmp_path):
@@ -297,6 +332,12 @@ def test_baseline_can_be_another_variant(tmp_path, name):
 
 def test_mistakes_are_one_line(tmp_path):
     write_ladder(tmp_path, **SMALL)
+    # Without an extra rung, the loss of the better variant is out of reach.
+    assert (
+        f'To measure the gain of {SWIGLU}, train ffn_type=standard further (baseline_extra in the '
+        f'study file), or choose {SWIGLU} as --baseline.'
+    ) in ladder_headline(compared(tmp_path))
+    assert 'To measure' not in ladder_headline(compared(tmp_path, baseline=SWIGLU))
     for name, message in (('nothing', 'no run in this comparison'), ('ffn_type', 'matches 2 runs')):
         with pytest.raises(UserError, match=message):
             ca.main([str(tmp_path), f'--baseline={name}'])

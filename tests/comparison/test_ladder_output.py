@@ -5,6 +5,7 @@ import io
 import json
 import math
 import statistics
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,10 +15,11 @@ from scipy import optimize, stats
 from comparison.answer import compare_runs
 from comparison.formats import FORMATS, emphasize, escape_markdown
 from comparison.ladder import LadderComparison
+from comparison.ladder_fit_tables import forecast_section
 from comparison.ladder_headline import bound_text, factor_text, flops_text, ladder_headline
 from comparison.ladder_tables import ladder_tables
 from comparison.load import read_runs
-from scaling.results import Bound
+from scaling.results import Bound, Estimate
 
 BASELINE, SWIGLU, RELU = 'ffn_type=standard', 'ffn_type=swiglu', 'ffn_type=relu'
 CURVES = {
@@ -166,6 +168,30 @@ def test_headline_has_the_numbers_of_the_tables(ladder):
     assert 'Intervals cover the noise of seeds at the given hyper-parameters' in text
 
 
+def test_wrong_curve_is_said_and_no_trend_is_tested(tmp_path):
+    def bend(record, place):
+        own = 0.004 * (place.variant == SWIGLU)
+        record['eval_steps'][-1]['val_loss'] += (0.02 + own) * (-1) ** place.rung
+
+    curves = {BASELINE: STANDARD, SWIGLU: STANDARD}
+    one = compared(write_ladder(tmp_path, curves, noise=0.004, change=bend))
+    data, text = json.loads(FORMATS['json'](one))['ladder'], ladder_headline(one)
+    misfit = data['shared_fit']['misfit']
+    assert misfit > 2
+    assert (
+        f'is not tested. The measured order reverses (which may be chance): {SWIGLU} is behind at '
+        f'rung 1 and ahead at rung 2; {SWIGLU} is ahead at rung 2 and behind at rung 3; {SWIGLU} '
+        'is behind at rung 3 and ahead at rung 4. The fitted curve misfits the losses (its '
+        f'residuals are {misfit:.2f} times as large as the noise of seeds explains), so no trend '
+        'is tested.'
+    ) in text
+    (row,) = rows(one, 'TREND')
+    assert row['trend'] == ['not tested'] and row['95% interval'] == ['-']
+    assert data['trends'][SWIGLU]['factor']['low'] is None
+    section = next(s for s in ladder_tables(one) if s.title.startswith('TREND'))
+    assert section.notes[-1].startswith('not tested: the fitted curve misfits the losses')
+
+
 def test_headline_of_one_variant(tmp_path):
     curves = {label: CURVES[label] for label in (BASELINE, SWIGLU)}
     one = compared(write_ladder(tmp_path, curves, params=PARAMS[:2], noise=0.003))
@@ -306,6 +332,16 @@ def test_forecast_continues_the_fit(ladder, data):
             assert row[column] == [factor_text(math.exp(needed) / cost)]
     section = next(s for s in ladder_tables(ladder) if s.title == 'FORECAST')
     assert section.notes[0].startswith('Extrapolated, not measured')
+
+
+def test_no_forecast_says_why(ladder):
+    analysis = replace(ladder.analysis, forecast=None)
+    unknown = ' '.join(forecast_section(replace(ladder, analysis=analysis)).title.split())
+    assert unknown.startswith('FORECAST: none. The noise of seeds leaves the gain beyond')
+    exponents = analysis.shared_fit.exponent | {RELU: Estimate(1e-6, 1e-6, 0.1)}
+    flat = replace(analysis, shared_fit=analysis.shared_fit._replace(exponent=exponents))
+    text = ' '.join(forecast_section(replace(ladder, analysis=flat)).title.split())
+    assert text.startswith(f'FORECAST: none. The losses of {RELU} do not fall with compute')
 
 
 # --- Noise ---------------------------------------------------------------------------------------

@@ -72,6 +72,22 @@ def test_trend_is_not_tested_without_the_curvature_of_the_baseline():
     assert math.isfinite(analysis.gains['new'][0].low.value)
 
 
+def test_trend_is_not_tested_with_a_wrong_curve():
+    straight = ladder(1.5)
+    losses = {
+        name: [
+            {seed: loss + 0.02 * (-1) ** rung for seed, loss in each.items()}
+            for rung, each in enumerate(rows)
+        ]
+        for name, rows in straight.losses.items()
+    }
+    bent = analyze(Ladder('base', straight.costs, losses), 500)
+    assert bent.shared_fit.misfit > 2 > analyze(straight, 500).shared_fit.misfit
+    _, low, high = bent.trends['new'].factor
+    assert math.isnan(low) and math.isnan(high) and bent.trends['new'].factor.value > 0
+    assert math.isfinite(bent.gains['new'][0].low.value)
+
+
 NOTHING = [{}] * 4
 SOME = [{1: 3.0, 2: 3.02}, {1: 2.83, 2: 2.8}, {1: 2.6, 2: 2.62}, {1: 2.5, 2: 2.52}]
 

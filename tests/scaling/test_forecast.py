@@ -267,14 +267,24 @@ def test_without_draws_there_are_no_intervals():
     assert all(math.isnan(end) for each in estimates for end in (each.low, each.high))
 
 
-@pytest.mark.parametrize('change', [0.0, 0.1], ids=['flat', 'rising'])
-def test_losses_that_do_not_fall_have_a_finite_forecast(change):
+@pytest.mark.parametrize(
+    ('change', 'noise', 'flat'),
+    [(0.0, 0.01, [BASELINE, VARIANT]), (0.1, 0.01, [BASELINE, VARIANT]), (-0.02, 0.1, [])],
+    ids=['flat', 'rising', 'noise'],
+)
+def test_losses_that_do_not_fall_have_a_finite_forecast_that_says_nothing(change, noise, flat):
     costs = costs_of(4)
     measured = np.where(np.isnan(costs), np.nan, 2.0 + change * np.arange(5))
-    ladder, losses = ladder_of(costs, measured), noisy(measured, 0.01, draws=50)
+    ladder, losses = ladder_of(costs, measured), noisy(measured, noise, draws=50)
     with np.errstate(all='raise', under='ignore'):
         result = forecast_of(ladder, losses)
     assert all(math.isfinite(value) for each in result.losses[VARIANT] for value in each)
     # The gain may be any number, or none at all.
     for estimate in (*result.gains[VARIANT], *result.own_gains[VARIANT]):
         assert 0 <= estimate.low <= estimate.value <= estimate.high
+    fit = forecast.curve_fit(forecast.fit_ladder(ladder, losses))
+    assert forecast.flat_variants(fit) == flat
+    assert not forecast.says_something(result, fit)
+    # With less noise, falling losses have a forecast that says something.
+    less = forecast_of(ladder, noisy(measured, 1e-4, draws=50))
+    assert forecast.says_something(less, fit) == (not flat)
