@@ -39,15 +39,11 @@ def ladder_headline(comparison: LadderComparison) -> str:
         sentences = _one_variant(comparison, *last.popitem())
     else:
         sentences = _several_variants(comparison, last)
-    any_gains = any(comparison.analysis.gains.values())
-    fit = comparison.analysis.shared_fit
-    if any_gains and fit is not None and fit.is_wrong:
-        sentences.append(f'The {misfit_text(fit)}, so no trend is tested.')
     sentences += _failures(comparison)
     if comparison.loss_warnings:
         names = join_names(list(comparison.loss_warnings))
         sentences.append(f'Rungs are not directly comparable ({names}; see WARNINGS).')
-    if any_gains:
+    if any(comparison.analysis.gains.values()):
         sentences.append(_coverage(comparison.analysis))
     return ' '.join(sentences)
 
@@ -129,6 +125,7 @@ def _one_variant(comparison: LadderComparison, label: str, gain: Gain) -> list[s
         ),
         _to_measure(comparison, {label: gain}),
         _trend(comparison, comparison.analysis.trends.get(label), len(gains)),
+        _misfit(comparison.analysis),
         *_reversals(comparison, label),
     ]
     return [sentence for sentence in sentences if sentence]
@@ -239,7 +236,7 @@ def _trend(comparison: LadderComparison, trend: Trend | None, gains: int) -> str
     for_each = f'a factor of {factor} for each tenfold of compute'
     if interval is None:
         fit = comparison.analysis.shared_fit
-        misfits = fit is not None and fit.is_wrong  # as a sentence for all variants says
+        misfits = fit is not None and fit.is_wrong  # as the next sentence says
         why = ''
         if comparison.analysis.draws and not misfits:
             why = f', since {comparison.baseline} has fewer than {MIN_RUNGS} rungs'
@@ -250,8 +247,15 @@ def _trend(comparison: LadderComparison, trend: Trend | None, gains: int) -> str
     return f'The gain {word} with compute, by {for_each} ({interval}).'
 
 
+def _misfit(analysis: LadderAnalysis) -> str:
+    fit = analysis.shared_fit
+    if fit is None or not fit.is_wrong:
+        return ''
+    return f'The {misfit_text(fit)}, so no trend is tested.'
+
+
 def misfit_text(fit: CurveFit) -> str:
-    """`fitted curve misfits the losses: …`, of a fit that is wrong."""
+    """`fitted curve misfits the losses (…)`, of a fit that is wrong."""
     return (
         f'fitted curve misfits the losses (its residuals are {fit.misfit:.2f} times as large as '
         f'the noise of seeds explains)'
@@ -306,6 +310,7 @@ def _several_variants(comparison: LadderComparison, last: dict[str, Gain]) -> li
             ]
         )
         sentences.append(f'Provisionally, without a finished run at the top rung: {items}.')
+    sentences.append(_misfit(comparison.analysis))
     reversals = [
         reversal_text(comparison, label, each)
         for label in ranked

@@ -179,11 +179,11 @@ def test_wrong_curve_is_said_and_no_trend_is_tested(tmp_path):
     misfit = data['shared_fit']['misfit']
     assert misfit > 2
     assert (
-        f'is not tested. The measured order reverses (which may be chance): {SWIGLU} is behind at '
-        f'rung 1 and ahead at rung 2; {SWIGLU} is ahead at rung 2 and behind at rung 3; {SWIGLU} '
-        'is behind at rung 3 and ahead at rung 4. The fitted curve misfits the losses (its '
-        f'residuals are {misfit:.2f} times as large as the noise of seeds explains), so no trend '
-        'is tested.'
+        'is not tested. The fitted curve misfits the losses (its residuals are '
+        f'{misfit:.2f} times as large as the noise of seeds explains), so no trend is tested. The '
+        f'measured order reverses (which may be chance): {SWIGLU} is behind at rung 1 and ahead '
+        f'at rung 2; {SWIGLU} is ahead at rung 2 and behind at rung 3; {SWIGLU} is behind at rung '
+        '3 and ahead at rung 4.'
     ) in text
     (row,) = rows(one, 'TREND')
     assert row['trend'] == ['not tested'] and row['95% interval'] == ['-']
