@@ -6,7 +6,7 @@ from common.formatting import join_names, nats, or_dash, wrapped
 from comparison.ladder import LadderComparison
 from comparison.ladder_headline import LEVEL, factor_interval, factor_text, flops_text
 from comparison.section import Section
-from scaling.forecast import MIN_RUNGS, flat_variants
+from scaling.forecast import MIN_RUNGS, UNKNOWN_GAIN, flat_variants
 from scaling.noise import seeds_needed
 from scaling.results import CurveFit, Estimate
 
@@ -162,8 +162,9 @@ def _why_no_forecast(comparison: LadderComparison) -> str:
                 'the curve has no exponent.'
             )
         return (
-            'FORECAST: none. The noise of seeds leaves the gain beyond the top rung unknown: its '
-            'interval is 0 to inf. More seeds or a wider range of sizes make it narrower.'
+            'FORECAST: none. The noise of seeds and the misfit leave the gain beyond the top rung '
+            f'unknown: its interval is from below {1 / UNKNOWN_GAIN:g} to above {UNKNOWN_GAIN:g}. '
+            'More seeds or a wider range of sizes make it narrower.'
         )
     losses = comparison.analysis.ladder.losses
     counts = {label: sum(map(bool, losses[label])) for label in comparison.variants}

@@ -337,7 +337,8 @@ def test_forecast_continues_the_fit(ladder, data):
 def test_no_forecast_says_why(ladder):
     analysis = replace(ladder.analysis, forecast=None)
     unknown = ' '.join(forecast_section(replace(ladder, analysis=analysis)).title.split())
-    assert unknown.startswith('FORECAST: none. The noise of seeds leaves the gain beyond')
+    assert unknown.startswith('FORECAST: none. The noise of seeds and the misfit leave the gain')
+    assert 'its interval is from below 0.001 to above 1000.' in unknown
     exponents = analysis.shared_fit.exponent | {RELU: Estimate(1e-6, 1e-6, 0.1)}
     flat = replace(analysis, shared_fit=analysis.shared_fit._replace(exponent=exponents))
     text = ' '.join(forecast_section(replace(ladder, analysis=flat)).title.split())
