@@ -82,7 +82,9 @@ def read_command_line(
         validate_layer(layer, groups, command_line.problems) for layer in command_line.layers
     ]
     arguments = [argument for argument in argv if not _is_config_file(argument)]
-    command_line.layers.append(_parse_arguments(arguments, flatten(groups), command_line))
+    command_line.layers.append(
+        _parse_arguments(arguments, flatten(groups), command_line, frozenset(extra))
+    )
     return command_line
 
 
@@ -95,9 +97,15 @@ def _is_config_file(argument: str) -> bool:
 
 
 def _parse_arguments(
-    arguments: list[str], options: dict[str, Option], command_line: CommandLine
+    arguments: list[str],
+    options: dict[str, Option],
+    command_line: CommandLine,
+    file_keys: frozenset[str],
 ) -> Layer:
-    """The values of the options; sets the help topic, the show flags and the problems."""
+    """The values of the options; sets the help topic, the show flags and the problems.
+
+    file_keys: keys of config files that are no options.
+    """
     values: dict = {}
     refused: set[str] = set()
     lists = any(SHOW_FLAGS.get(argument) == 'list_components' for argument in arguments)
@@ -111,6 +119,12 @@ def _parse_arguments(
             command_line.help = topic
         elif argument in SHOW_FLAGS:
             setattr(command_line, SHOW_FLAGS[argument], True)
+        elif (key := _path_of(argument)) in file_keys and argument.startswith('--'):
+            command_line.problems.append(
+                f'--{key}: {key} is a key of a study file, and no option. Set it in the file.'
+            )
+            if '=' not in argument and arguments and not arguments[0].startswith('--'):
+                arguments.pop(0)  # its value
         elif argument.startswith('--'):
             try:
                 key, value = _parse_option(argument, arguments, options)

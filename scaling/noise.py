@@ -95,6 +95,21 @@ def _expected_half_width(seeds: int) -> float:
     return student_quantile(0.5 + CONFIDENCE / 2, freedom) * expected / math.sqrt(seeds)
 
 
+def moderated_deviation(model: NoiseModel, cost: float, rung: int | None) -> float:
+    """The deviation at a cost by the model, moderated by the runs of a rung of its ladder.
+
+    The weights are the degrees of freedom: PRIOR_FREEDOM of the model, and those of the rung, which
+    has none if `rung` is None.
+    """
+    line = model.deviation(cost)
+    own = None if rung is None or rung >= len(model.deviations) else model.deviations[rung]
+    if own is None or rung is None:
+        return line
+    freedom = model.freedom[rung]
+    squares = PRIOR_FREEDOM * line**2 + freedom * own**2
+    return math.sqrt(squares / (PRIOR_FREEDOM + freedom))
+
+
 def contrasts(tables: Sequence[Losses]) -> Contrasts:
     """The contrasts of a table of variants by seeds; cells may be missing.
 

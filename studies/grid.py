@@ -9,7 +9,7 @@ import itertools
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 from common.architecture_presets import PRESETS
@@ -98,7 +98,9 @@ def read_study(command_line: CommandLine) -> Study:
         try:
             merged_settings(study, smallest_point(study))
         except UserError as error:
-            problems += error.problems
+            smallest = point_label(smallest_point(study))
+            whose = f'{path}: rung {smallest}: ' if smallest_point(study) else ''
+            problems += [f'{whose}{problem}' for problem in error.problems]
     if problems:
         raise UserError(*dict.fromkeys(problems))
     return study
@@ -157,7 +159,8 @@ def _value_problems(study: Study) -> Iterator[str]:
     options = flatten(schema())
     for name, point in _named_points(study):
         for key, value in point.items():
-            yield from _problems_of_value(f'{study.path}, {name}', key, value, options)
+            also = ('params', *SHAPES) if name == 'ladder' else ()
+            yield from _problems_of_value(f'{study.path}, {name}', key, value, options, also)
             if key in RESERVED:
                 yield f'{study.path}: {name} has {key!r}, which study.py sets itself. Remove it.'
     for name in GRIDS:
@@ -176,11 +179,11 @@ def _value_problems(study: Study) -> Iterator[str]:
 
 
 def _problems_of_value(
-    place: str, key: str, value: object, options: dict[str, Option]
+    place: str, key: str, value: object, options: dict[str, Option], also: Iterable[str] = ()
 ) -> list[str]:
-    """The problems of one value of a point."""
+    """The problems of one value of a point. also: further names to suggest for an unknown one."""
     try:
-        check_name(key, options)
+        check_name(key, options, also)
     except UserError as error:
         return [f'{place}: {problem}' for problem in error.problems]
     problems: list[str] = []

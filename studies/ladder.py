@@ -25,6 +25,9 @@ FOLLOWING = ('d_ff', 'expert_d_ff')
 # A deviation from the number of parameters counts as much as one from the aspect ratio that is this
 # many times as large.
 SIZE_WEIGHT = 4.0
+# The deviation, in this unit, that a rung may add so that its depth and width do not fall.
+RISING_WEIGHT = SIZE_WEIGHT * math.log(1.2)
+MOST_LAYERS = 10_000  # of a model, like the option
 
 
 class Rung(NamedTuple):
@@ -60,7 +63,9 @@ def build_rungs(study: Study, context: RunContext) -> list[Rung]:
             continue
         values = {key: entry_at(listed, number) for key, listed in lists.items()}
         target = values.pop('params', None)
-        sizes = solve(target) if solve is not None and target is not None else {}
+        sizes = {}
+        if solve is not None and target is not None:
+            sizes = solve(target, points[-1][0] if points else {})
         points.append(({**sizes, **values}, target))
     rungs: list[Rung] = []
     transferred: dict = {}
@@ -89,14 +94,16 @@ def build_rungs(study: Study, context: RunContext) -> list[Rung]:
 
 def _with_advice(study: Study, point: dict, is_extra: bool, error: UserError) -> list[str]:
     """The problems of a rung, with the rung that they belong to."""
-    whose = f'{study.path}: rung {point_label(point)}'
+    # The values of a rung reach its runs on their command lines.
+    told = [problem.removeprefix(f'{COMMAND_LINE}: ') for problem in error.problems]
+    problems = [f'{study.path}: rung {point_label(point)}: {problem}' for problem in told]
     if not is_extra:
-        return [f'{whose}: {problem}' for problem in error.problems]
+        return problems
     advice = (
         'This rung, which only the baseline trains, continues the lists of ladder. Set its options '
         'with baseline_extra = {…}, or baseline_extra = 0.'
     )
-    return [*(f'{whose}: {problem}' for problem in error.problems), advice]
+    return [*problems, advice]
 
 
 def entry_at(values: list, number: int) -> Any:
@@ -140,8 +147,9 @@ def size_of(architecture: ModelArchitectureConfig) -> int:
     return sum(count for part, count in parts.items() if part not in NOT_COUNTED)
 
 
-def _solver(study: Study, context: RunContext) -> Callable[[float], dict]:
-    """A function from a number of parameters to n_layer, n_embd and n_head.
+def _solver(study: Study, context: RunContext) -> Callable[[float, dict], dict]:
+    """A function from a number of parameters and the options of the rung below to n_layer, n_embd
+    and n_head, none of them smaller than there if such a shape is nearly as close.
 
     The aspect ratio n_embd / n_layer and the head size n_embd / n_head are those of `ladder`, else
     of the base. Widths are multiples of the head size. Raises UserError.
@@ -166,27 +174,46 @@ def _solver(study: Study, context: RunContext) -> Callable[[float], dict]:
     # params ≈ factor · n_layer · n_embd², with n_embd = aspect · n_layer
     factor = size_of(base) / (base.n_layer * base.n_embd**2)
 
-    def solve(target: float) -> dict:
+    def solve(target: float, below: dict) -> dict:
         depth = (target / factor / aspect**2) ** (1 / 3)
-        candidates = [
-            _sized(study, layers, head_size, target, context)
-            for layers in range(max(1, math.floor(depth) - 1), math.ceil(depth) + 2)
-        ]
+        if depth > MOST_LAYERS:
+            raise UserError(
+                f'{study.path}: params={target:g} of ladder would need more than {MOST_LAYERS:,} '
+                f'layers. Decrease params, or increase aspect_ratio.'
+            )
+        first, last = max(1, math.floor(depth) - 1), math.ceil(depth) + 1
 
         def deviation(candidate: tuple[dict, int]) -> float:
             sizes, params = candidate
             shape = sizes['n_embd'] / sizes['n_layer']
             return SIZE_WEIGHT * abs(math.log(params / target)) + abs(math.log(shape / aspect))
 
-        return min(candidates, key=deviation)[0]
+        def closest(lowest: int, below: dict) -> tuple[dict, int]:
+            depths = range(max(first, lowest), max(last, lowest + 1) + 1)
+            sized = (_sized(study, n, head_size, target, context, below) for n in depths)
+            return min(sized, key=deviation)
+
+        best = closest(1, {})
+        if not below:
+            return best[0]
+        rising = closest(below['n_layer'], below)
+        return (rising if deviation(rising) - deviation(best) < RISING_WEIGHT else best)[0]
 
     return solve
 
 
 def _sized(
-    study: Study, layers: int, head_size: int, target: float, context: RunContext
+    study: Study,
+    layers: int,
+    head_size: int,
+    target: float,
+    context: RunContext,
+    below: dict,
 ) -> tuple[dict, int]:
-    """The sizes with this depth whose number of parameters is closest to the target."""
+    """The sizes with this depth whose number of parameters is closest to the target.
+
+    below: the sizes of the rung below, if these must be as wide at least, and larger; else {}.
+    """
 
     def sizes(heads: int) -> dict:
         return dict(zip(SOLVED_SIZES, (layers, heads * head_size, heads)))
@@ -197,5 +224,7 @@ def _sized(
         except UserError as error:
             raise UserError(*_with_advice(study, sizes(heads), False, error)) from None
 
-    heads = nearest_integer(params, target)
+    heads = max(below.get('n_head', 1), nearest_integer(params, target))
+    if sizes(heads) == below:
+        heads += 1
     return sizes(heads), int(params(heads))

@@ -1,6 +1,7 @@
 """The overview of a ladder before it runs: each rung with its sizes, cost and time."""
 
 import contextlib
+import itertools
 
 from common.errors import UserError
 from common.formatting import amount, duration, join_names, table, wrapped
@@ -17,6 +18,7 @@ from training_config import schema
 
 # Repeated data is worth as much as new data up to about this many epochs (Muennighoff et al. 2023).
 MOST_EPOCHS = 4
+LARGE_DEVIATION = 0.2  # of the params of a rung from those in `ladder`, relative
 
 
 def describe_rungs(
@@ -116,6 +118,27 @@ def _size_notes(state: StudyState) -> list[str]:
         notes.append(f'* only the baseline trains rung {join_names(extra)}.')
     if any(part.rung and part.rung.target for part in state.parts):
         notes.append('in parentheses, the deviation of params from the size in ladder.')
+        falls = [
+            f'{upper.number + 1} ({key})'
+            for lower, upper in itertools.pairwise(part.rung for part in state.parts if part.rung)
+            for key in ('n_layer', 'n_embd')
+            if upper.target and upper.options[key] < lower.options[key]
+        ]
+        if falls:
+            notes.append(
+                f'a size falls at rung {join_names(falls)}, so the shape of the models changes. A '
+                f'smaller head_size in ladder would avoid it.'
+            )
+        far = [
+            f'{rung.number + 1} ({rung.params / rung.target - 1:+.0%})'
+            for rung in (part.rung for part in state.parts)
+            if rung and rung.target and abs(rung.params / rung.target - 1) > LARGE_DEVIATION
+        ]
+        if far:
+            notes.append(
+                f'params deviate by more than {LARGE_DEVIATION:.0%} at rung {join_names(far)}. A '
+                f'smaller head_size in ladder, or larger params, would come closer.'
+            )
     if fixed := _fixed_options(state):
         notes.append(f'the same at all rungs: {"; ".join(fixed)}.')
     depths = {part.baseline.settings.architecture.n_layer for part in state.parts}

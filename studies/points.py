@@ -26,11 +26,14 @@ def merged_values(*points: dict) -> dict:
     return values
 
 
-def check_name(name: str, options: dict[str, Option]) -> None:
-    """Raises UserError if no option, or no value of a dict option, has the name."""
+def check_name(name: str, options: dict[str, Option], also: Iterable[str] = ()) -> None:
+    """Raises UserError if no option, or no value of a dict option, has the name.
+
+    also: further names to suggest.
+    """
     key, *parts = name.split('.', 2)
     if key not in options:
-        raise UserError(f'unknown option {key!r}.{did_you_mean(key, options)}')
+        raise UserError(f'unknown option {key!r}.{did_you_mean(key, [*also, *options])}')
     option = options[key]
     if parts and not isinstance(option, DictOption):
         raise UserError(f'{name}: {key} has no entries; it takes {option.allowed()}.')

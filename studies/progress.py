@@ -9,6 +9,7 @@ from common.formatting import duration
 from common.progress_bar import ProgressBar
 from studies.outcome import Outcome, summary_value
 from studies.runner import RunningTrial, StudyRunner, iterations_done
+from studies.time_estimate import RunTimes
 from studies.trials import RUNS, TIMING, Trial
 
 UPDATE_SECONDS = 1.0  # between two looks at the runs in progress
@@ -18,16 +19,25 @@ LINE_SECONDS = 60.0  # between lines where the output is not a terminal
 class StudyProgress:
     """One progress bar for the whole study, and a line for each trial that ends.
 
-    The time left is estimated from FLOPs: those left, at the rate since the start. With a budget in
-    seconds, it is estimated from that budget.
+    The time left is estimated from FLOPs: those left, at the rate since the start. Those of a
+    ladder count by the seconds per FLOP at their rung. With a budget in seconds, it is estimated
+    from that budget.
     """
 
-    def __init__(self, runner: StudyRunner, trials: dict[str, list[Trial]]):
-        """trials: all trials of the study by kind, as far as their options are known."""
-        self.runner, self.trials = runner, dict(trials)
+    def __init__(
+        self,
+        runner: StudyRunner,
+        trials: dict[str, list[Trial]],
+        times: RunTimes | None = None,
+    ):
+        """trials: all trials of the study by kind, as far as their options are known.
+
+        times: expected times of the runs of a ladder.
+        """
+        self.runner, self.trials, self.times = runner, dict(trials), times
         self.ended_trials: set[Trial] = set()  # with any outcome
         self.kind = ''
-        self.work_before: dict[Trial, float] = {}  # done before this process
+        self.shares_before: dict[Trial, float] = {}  # done before this process
         self.began = self.last_shown = time.monotonic()
         self.bar = ProgressBar(
             'Study', self._count_trials(), unit='runs', line_seconds=LINE_SECONDS, show_rate=False
@@ -41,11 +51,11 @@ class StudyProgress:
 
     def begin(self, kind: str, trials: list[Trial], waiting: list[Trial]) -> None:
         """Begin with a kind of trials, whose options are all known; `waiting` have not ended."""
-        if not self.work_before:
+        if not self.shares_before:
             self.began = time.monotonic()
         self.kind, self.trials[kind] = kind, trials
         for trial in waiting:
-            self.work_before[trial] = self._work(kind, trial) * self._share(trial)
+            self.shares_before[trial] = self._share(trial)
         self.ended_trials |= set(trials) - set(waiting)
         complete = len(trials) - len(waiting)
         if complete:
@@ -57,9 +67,10 @@ class StudyProgress:
     def _work(self, kind: str, trial: Trial) -> float:
         """The cost of a run, in one unit for the whole study."""
         seconds = self.runner.study.budget.get('seconds')
-        if seconds is None:
-            return trial.flops or 0.0
-        return 0.0 if kind == TIMING else seconds
+        if seconds is not None:
+            return 0.0 if kind == TIMING else seconds
+        expected = self.times.expected(trial) if self.times else None
+        return (trial.flops or 0.0) if expected is None else expected.left(0.0)
 
     def _share(self, trial: Trial) -> float:
         """The share of its iterations that the trial has done."""
@@ -68,6 +79,8 @@ class StudyProgress:
     def on_trial_end(self, running: RunningTrial, outcome: Outcome) -> None:
         """Write a line with the outcome of a run."""
         self.ended_trials.add(running.trial)
+        if self.times is not None:
+            self.times.read(self.kind, running.trial)
         loss = None
         if outcome.kind == 'finished':
             with contextlib.suppress(UserError, KeyError, AttributeError):
@@ -88,8 +101,8 @@ class StudyProgress:
                 work = self._work(kind, trial)
                 share = 1.0 if trial in self.ended_trials else shares.get(trial, 0.0)
                 remaining += work * (1 - share)
-                if trial in self.work_before:
-                    done += max(0.0, work * share - self.work_before[trial])
+                if trial in self.shares_before:
+                    done += max(0.0, work * (share - self.shares_before[trial]))
         return remaining * (time.monotonic() - self.began) / done if done else None
 
     def show(self) -> None:

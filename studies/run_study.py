@@ -14,6 +14,7 @@ from studies.parts import StudyPart
 from studies.progress import StudyProgress
 from studies.runner import StudyRunner, StudyStopped
 from studies.state import StudyState, TunedVariant
+from studies.time_estimate import RunTimes
 from studies.trials import RUNS, TIMING, TUNING, StudyTrials, Trial
 from studies.variants import Variant, values_text
 
@@ -39,7 +40,11 @@ def train_trials(state: StudyState) -> tuple[str, dict[Trial, Outcome]]:
 
     Returns the last kind and the outcomes of its trials. Raises StudyStopped and UserError.
     """
-    with StudyProgress(state.runner, state.by_kind()) as progress:
+    times = None
+    if state.study.ladder:
+        times = RunTimes(state)
+        times.measure()
+    with StudyProgress(state.runner, state.by_kind(), times) as progress:
         return _train_trials(state, progress)
 
 

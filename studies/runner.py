@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import IO, TYPE_CHECKING
@@ -22,6 +22,7 @@ from typing import IO, TYPE_CHECKING
 import torch
 
 from common.errors import UserError
+from common.files import write_file
 from common.layer_table import used_values
 from common.live_region import write_in_signal_handler
 from comparison.conditions import REPORTING_OPTIONS
@@ -38,6 +39,7 @@ from studies.outcome import (
     last_line,
     outcome_from_exit,
     outcome_from_record,
+    summary_value,
 )
 from studies.points import arguments, merged_values
 from studies.trials import TIMING, Trial
@@ -51,6 +53,8 @@ if TYPE_CHECKING:
 TRAIN = Path(__file__).resolve().parents[1] / 'train.py'
 # Options for the place and the output of a run: runs that differ only in them are the same.
 PLACEMENT_OPTIONS = REPORTING_OPTIONS | {'init_from', 'resume_run', 'verify_data', 'debug'}
+# In the folder of a trial: {'start_seconds': of its process, until the run began}.
+PROCESS = 'process.json'
 # Folder of torch.compile's caches, shared by all runs; a hidden one, in which no runs are searched.
 COMPILE_CACHE = '.compile_cache'
 
@@ -72,8 +76,9 @@ class RunningTrial:
     console: Path
     console_start: int  # size of the file when the run began
     oom_kills_before: int
+    began: float  # time.monotonic() before its process
+    resumes: bool  # whether the trial had a run before
     stopping: bool = False
-    began: float = field(default_factory=time.monotonic)
 
     def stop(self) -> None:
         self.stopping = True
@@ -172,6 +177,7 @@ class StudyRunner:
                 self.running.remove(running)
                 slots.append(running.slot)
                 outcomes[running.trial] = self._process_outcome(kind, running)
+                self._save_start(kind, running)
                 progress.on_trial_end(running, outcomes[running.trial])
             if self.stop_signal is not None and not self.running:
                 raise StudyStopped(self.stop_signal)
@@ -229,8 +235,28 @@ class StudyRunner:
             return recorded
         return outcome
 
+    def _save_start(self, kind: str, running: RunningTrial) -> None:
+        """Save the seconds before a run began: those of its process less those of its record."""
+        with contextlib.suppress(UserError, KeyError, AttributeError, OSError):
+            record = None if running.resumes else self.record(kind, running.trial)
+            seconds = summary_value(record, 'wall_seconds')
+            if record is None or seconds is None or record['status'] != 'finished':
+                return
+            start = max(0.0, time.monotonic() - running.began - seconds)
+            text = json.dumps({'start_seconds': round(start, 3)})
+            write_file(self.folder(kind, running.trial) / PROCESS, text.encode())
+
+    def start_seconds(self, kind: str, trial: Trial) -> float | None:
+        """Seconds from the start of the trial's process until its run; None if unknown."""
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+            text = (self.folder(kind, trial) / PROCESS).read_bytes()
+            seconds = float(json.loads(text)['start_seconds'])
+            return seconds if 0 <= seconds < math.inf else None
+        return None
+
     def _start(self, kind: str, trial: Trial, slot: int, jobs: int) -> RunningTrial:
         folder, console = self.folder(kind, trial), self.console(kind, trial)
+        began, resumes = time.monotonic(), latest_run(folder) is not None
         device, environment = self.context.device, dict(os.environ)
         group = trial.variant if trial.rung is None else trial.folder.rpartition('/')[0]
         environment.setdefault('WANDB_RUN_GROUP', group)  # has no effect without W&B
@@ -252,7 +278,7 @@ class StudyRunner:
                 f'{folder}: a run cannot be started there ({error.strerror}). Completed runs are '
                 f'saved. Fix the problem and run the same command to continue.'
             ) from error
-        return RunningTrial(trial, slot, process, console, start, count_oom_kills())
+        return RunningTrial(trial, slot, process, console, start, count_oom_kills(), began, resumes)
 
 
 def _arguments(*points: dict) -> list[str]:

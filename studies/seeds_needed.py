@@ -115,7 +115,7 @@ def rung_seeds(
 
     is_own: whether the model is of the runs of this study, so that its rungs are those here.
     """
-    from scaling.noise import seeds_needed
+    from scaling.noise import moderated_deviation, seeds_needed
 
     rows = []
     planned, runs = len(study_seeds(state.study)), state.by_kind()[RUNS]
@@ -125,7 +125,7 @@ def rung_seeds(
         if (part.rung and part.rung.extra) or not known:
             continue
         flops = statistics.fmean(known)
-        deviation = _expected_deviation(model, index if is_own else None, flops)
+        deviation = moderated_deviation(model, flops, index if is_own else None)
         comparisons = max(1, len(part.variants) - 1)
         needed = None
         if precision is not None and deviation / precision < math.sqrt(MOST_SEEDS) / 2:
@@ -135,19 +135,6 @@ def rung_seeds(
             detectable = deviation / math.sqrt(planned) * detectable_ratio(planned - 1, comparisons)
         rows.append(RungSeeds(index, flops, deviation, needed, detectable))
     return rows
-
-
-def _expected_deviation(model: 'NoiseModel', rung: int | None, flops: float) -> float:
-    """The deviation by the model, moderated by the runs of the rung itself, if it has any."""
-    from scaling.noise import PRIOR_FREEDOM
-
-    line = model.deviation(flops)
-    own = None if rung is None or rung >= len(model.deviations) else model.deviations[rung]
-    if own is None or rung is None:
-        return line
-    freedom = model.freedom[rung]
-    squares = PRIOR_FREEDOM * line**2 + freedom * own**2
-    return math.sqrt(squares / (PRIOR_FREEDOM + freedom))
 
 
 # --- Finished runs -------------------------------------------------------------------------------

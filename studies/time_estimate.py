@@ -44,12 +44,99 @@ class TimeEstimate(NamedTuple):
     speed_of: dict[int | None, int | None]  # rung -> the one whose speed it is assumed to have
 
 
+class RunTime(NamedTuple):
+    """Expected seconds of a run on a device of its own."""
+
+    start: float  # of its process, until the run begins; 0 if unknown
+    training: float  # with evaluations
+    speed_of: int | None  # the rung whose speed it is assumed to have
+
+    def left(self, share: float) -> float:
+        """Seconds that remain after a share of the iterations (0 to 1)."""
+        return self.start + self.training * (1 - share) if share < 1 else 0.0
+
+
+class RunTimes:
+    """The times of the runs of a study, from its complete runs and from iterations made now."""
+
+    def __init__(self, state: StudyState):
+        self.state, self.runner = state, state.runner
+        self.recorded: dict[Model, list[float]] = {}  # seconds per FLOP, with evaluations
+        self.measured: dict[Model, float] = {}  # seconds per FLOP, without evaluations
+        self.starts: list[float] = []  # seconds
+        self.evaluation_flops: dict[Trial, float] = {}
+        for kind, of_kind in state.by_kind().items():
+            for trial in of_kind:
+                self.read(kind, trial)
+
+    @property
+    def source(self) -> str:
+        """What the times are from."""
+        runs = sum(map(len, self.recorded.values()))
+        sources = []
+        if runs:
+            sources.append(f'of {counted(runs, "run")} in {self.runner.out_dir}')
+        if self.measured:
+            sources.append('of a few iterations made now')
+        start = '' if self.starts else ', plus the start of each run'
+        return f'at the speed {" and ".join(sources)}{start}'
+
+    def read(self, kind: str, trial: Trial) -> None:
+        """Use the record of a run, if it is complete."""
+        with contextlib.suppress(UserError, KeyError, AttributeError, TypeError):
+            outcome, record = self.runner.outcome(kind, trial), self.runner.record(kind, trial)
+            if record is None or outcome is None or not outcome.is_final:
+                return
+            flops, seconds = causal_flops(record), summary_value(record, 'wall_seconds')
+            if not flops or not seconds:
+                return
+            jobs = record['config'].get('concurrent_runs') or 1
+            part = _devices(self.runner, jobs) / jobs  # of the time, on a device of its own
+            self.recorded.setdefault((trial.rung, trial.variant), []).append(seconds * part / flops)
+            start = self.runner.start_seconds(kind, trial)
+            if start is not None:
+                self.starts.append(start * part)
+
+    def measure(self) -> None:
+        """Measure the speed at the rungs without complete runs."""
+        known = {rung for rung, _ in self.recorded}
+        parts = [p for p in self.state.trials() if (p.rung and p.rung.number) not in known]
+        self.measured = dict(_measured_speeds(self.runner, parts)) if parts else {}
+
+    def expected(self, trial: Trial) -> RunTime | None:
+        """The time of a run; None if no speed is known.
+
+        The speed is that of the nearest rung with a speed. There, it is the mean over variants if
+        this one has none.
+        """
+        speeds: dict[int | None, dict[str, float]] = {}
+        for (rung, variant), speed in self.measured.items():
+            speeds.setdefault(rung, {})[variant] = speed
+        recorded = {rung for rung, _ in self.recorded}
+        speeds |= {rung: {} for rung in recorded}
+        for (rung, variant), of_model in self.recorded.items():
+            speeds[rung][variant] = statistics.fmean(of_model)
+        if not speeds:
+            return None
+        rungs = sorted(speeds, key=lambda rung: rung or 0)
+        nearest = min(rungs, key=lambda rung: abs((rung or 0) - (trial.rung or 0)))
+        speed = speeds[nearest].get(trial.variant, statistics.fmean(speeds[nearest].values()))
+        flops = trial.flops or 0.0
+        if nearest not in recorded:
+            if trial not in self.evaluation_flops:
+                self.evaluation_flops[trial] = _evaluation_flops(self.runner, trial)
+            flops += self.evaluation_flops[trial]
+        start = statistics.fmean(self.starts) if self.starts else 0.0
+        return RunTime(start, flops * speed, nearest)
+
+
 def estimate_time(
     state: StudyState, left: dict[str, list[Trial]], measure: bool
 ) -> TimeEstimate | None:
     """The time of the remaining trials; None if it is unknown.
 
-    From the runs in out_dir; without any, if `measure` is set, from a few iterations made now.
+    From the complete runs in out_dir; if `measure` is set, at rungs without any, from a few
+    iterations made now.
     """
     runner = state.runner
     devices = _devices(runner, runner.jobs)
@@ -57,64 +144,27 @@ def estimate_time(
         runs = sum(len(of_kind) for kind, of_kind in left.items() if kind != TIMING)
         seconds = runner.study.budget['seconds'] * runs / devices
         return TimeEstimate(seconds, 'from the budget, plus evaluations', {None: seconds}, {})
-    speeds: dict[Model, list[float]] = {}
-    recorded = 0
-    for model, speed in _recorded_speeds(runner, state.by_kind()):
-        speeds.setdefault(model, []).append(speed)
-        recorded += 1
-    source = f'at the speed of {counted(recorded, "run")} in {runner.out_dir}'
-    if not recorded and measure:
-        speeds = {model: [speed] for model, speed in _measured_speeds(runner, state.trials())}
-        source = 'at the speed of a few iterations made now, plus the start of each run'
-    if not speeds:
-        return None
-    by_model = {model: statistics.fmean(values) for model, values in speeds.items()}
+    times = RunTimes(state)
+    if measure:
+        times.measure()
     by_rung: dict[int | None, float] = {}
     speed_of: dict[int | None, int | None] = {}
     for kind, of_kind in left.items():
         for trial in of_kind:
+            time_of_run = times.expected(trial)
+            if time_of_run is None:
+                return None
             share = trial.share(iterations_done(runner.folder(kind, trial)))
-            # A recorded speed includes evaluations.
-            extra = 0.0 if recorded else _evaluation_flops(runner, trial)
-            flops = ((trial.flops or 0.0) + extra) * (1 - share)
-            speed, speed_of[trial.rung] = _nearest_speed(by_model, trial)
-            by_rung[trial.rung] = by_rung.get(trial.rung, 0.0) + flops * speed / devices
-    return TimeEstimate(sum(by_rung.values()), source, by_rung, speed_of)
-
-
-def _nearest_speed(by_model: dict[Model, float], trial: Trial) -> tuple[float, int | None]:
-    """Seconds per FLOP of a trial, and the rung that they are from: the nearest with a speed.
-
-    The mean over its variants, if this one has no speed there.
-    """
-    rungs = sorted({rung for rung, _ in by_model}, key=lambda rung: rung or 0)
-    nearest = min(rungs, key=lambda rung: abs((rung or 0) - (trial.rung or 0)))
-    of_rung = {variant: speed for (rung, variant), speed in by_model.items() if rung == nearest}
-    return of_rung.get(trial.variant, statistics.fmean(of_rung.values())), nearest
+            speed_of[trial.rung] = time_of_run.speed_of
+            seconds = time_of_run.left(share) / devices
+            by_rung[trial.rung] = by_rung.get(trial.rung, 0.0) + seconds
+    return TimeEstimate(sum(by_rung.values()), times.source, by_rung, speed_of)
 
 
 def _devices(runner: StudyRunner, jobs: int) -> int:
     """Number of runs with their own device; runs on a CPU share its cores."""
     on_gpu = runner.context.device.type == 'cuda'
     return max(1, min(jobs, torch.cuda.device_count())) if on_gpu else 1
-
-
-def _recorded_speeds(
-    runner: StudyRunner, by_kind: dict[str, list[Trial]]
-) -> Iterator[tuple[Model, float]]:
-    """Model and seconds per FLOP, on its own device, of each recorded run."""
-    for kind, of_kind in by_kind.items():
-        for trial in of_kind:
-            with contextlib.suppress(UserError, KeyError, AttributeError, TypeError):
-                record = runner.record(kind, trial)
-                if record is None:
-                    continue
-                flops, seconds = causal_flops(record), summary_value(record, 'wall_seconds')
-                if not flops or not seconds:
-                    continue
-                jobs = record['config'].get('concurrent_runs') or 1
-                model = trial.rung, trial.variant
-                yield model, seconds * _devices(runner, jobs) / jobs / flops
 
 
 def _measured_speeds(
@@ -145,6 +195,8 @@ def _measured_speeds(
                 (rung, variant.label),
                 measure_seconds_per_iter(choice, runner.context.device) / choice.flops_per_iter,
             )
+        if device.type == 'cuda':
+            torch.cuda.empty_cache()  # for the runs, while this process lasts
 
 
 def measure_seconds_per_iter(choice: TuneChoice, device: torch.device) -> float:

@@ -31,7 +31,7 @@ from studies.variants import RunContext
 pytestmark = pytest.mark.usefixtures('one_thread')
 
 SWEEP = "sweep = {'ffn_type': ['standard', 'swiglu'], 'seed': [1, 2]}\n"
-SIZES = "ladder = {'n_embd': [16, 32], 'n_head': [1, 2]}\n"
+SIZES = "ladder = {'n_embd': [16, 32], 'n_head': [1, 2]}; n_layer = 1\n"
 HORIZON = "horizon = {'tokens_per_param': 1}\n"
 LADDER = SWEEP + SIZES + HORIZON
 
@@ -118,9 +118,10 @@ def test_horizon_in_each_unit(read, horizon, expected):
         assert amount - per_iter < done <= amount
 
 
-def test_params_are_solved_as_by_search(read):
-    """The sizes are the best of all shapes by size and aspect ratio, counted for each."""
-    targets, head, aspect = (3e4, 2e5), 16, 16
+@pytest.mark.parametrize('targets', [(1e4, 2e4), (4e4, 6e4)])
+def test_params_are_solved_as_by_search(read, targets):
+    """The best of all shapes by size and aspect ratio, preferably not below the last rung's."""
+    head = aspect = 16
     state = read(
         "sweep = {'bias': [False]}; baseline_extra = 0; arch_preset = 'llama'\n"
         + HORIZON
@@ -138,11 +139,23 @@ def test_params_are_solved_as_by_search(read):
         off = abs(math.log(count(*shape) / target))
         return 4 * off + abs(math.log(heads * head / layers / aspect))
 
-    shapes = [(layers, heads) for layers in range(1, 13) for heads in range(1, 13)]
-    for rung, target in zip(rungs(state), targets):
-        layers, heads = min(shapes, key=lambda shape: cost(shape, target))
+    grid, falls = [(n, h) for n in range(1, 13) for h in range(1, 13)], []
+    layers = heads = 0
+    for rung, target in zip(rungs(state), targets, strict=True):
+        best = min(grid, key=lambda shape: cost(shape, target))
+        larger = [s for s in grid if s[0] >= layers and s[1] >= heads and s != (layers, heads)]
+        rising = min(larger, key=lambda shape: cost(shape, target))
+        if cost(rising, target) - cost(best, target) < 4 * math.log(1.2):
+            best = rising
+        falls += [rung.number + 1] * (best[0] < layers)
+        layers, heads = best
         assert rung.options == {'n_layer': layers, 'n_embd': heads * head, 'n_head': heads}
         assert (rung.params, rung.target) == (count(layers, heads), target)
+    text = ' '.join(describe(state, measure=False).split())
+    assert ('a size falls at rung 2 (n_layer)' in text) == (falls == [2])
+    far = [r.number + 1 for r in rungs(state) if abs(r.params / r.target - 1) > 0.2]
+    notes = re.findall(r'more than 20% at rung (.*?)\. A smaller', text)
+    assert [int(n) for note in notes for n in re.findall(r'(\d+) \(', note)] == far
 
 
 def test_matching_and_tuning_at_each_rung(read):
@@ -219,6 +232,9 @@ def test_added_rung_keeps_other_folders(read):
         ("ladder = {'params': [1e4, True]}", 'ladder takes a dict such as'),
         ("ladder = {'params': [-1e4, 1e4]}", 'ladder takes a dict such as'),
         ("ladder = {'n_emd': [16, 32]}", "unknown option 'n_emd'. Did you mean n_embd?"),
+        ("ladder = {'parms': [1e4, 2e4]}", "unknown option 'parms'. Did you mean params?"),
+        ("ladder = {'n_embd': [15, 32]}", 'rung n_embd=15: n_head=2 does not divide'),
+        ("ladder = {'params': [1e4, 1e30]}", 'params=1e+30 of ladder would need more than 10,000'),
         ("ladder = {'n_embd': [16, 'wide']}", "n_embd='wide'"),
         ("ladder = {'n_embd': [16, True]}", 'n_embd=True'),
         (
@@ -262,15 +278,15 @@ def test_added_rung_keeps_other_folders(read):
         ("ladder = {'n_embd': [16, 32], 'out_dir': ['a', 'b']}", 'study.py sets itself'),
         (SIZES + "transfer = 'up'", "transfer takes one of ['none', 'mup']"),
         ("transfer = 'mup'", 'horizon needs a ladder'),
-        (SIZES + "transfer = 'mup'; initialization = 'gpt2'", 'sets initialization'),
-        (SIZES + "transfer = 'mup'; optimizer = 'muon'", "optimizer='muon' states no rule"),
+        (SIZES + "baseline_extra = 0; transfer = 'mup'; initialization = 'gpt2'", 'sets initialization'),
+        (SIZES + "baseline_extra = 0; transfer = 'mup'; optimizer = 'muon'", "optimizer='muon' states no rule"),
         (
-            SIZES + "transfer = 'mup'; ffn_type = 'moe'; sweep = {'bias': [True]}",
+            SIZES + "baseline_extra = 0; transfer = 'mup'; ffn_type = 'moe'; sweep = {'bias': [True]}",
             'MixtureOfExperts',
         ),
-        (SIZES + "transfer = 'mup'; attention_type = 'mla'", 'LatentAttention states no rule'),
-        (SIZES + "transfer = 'mup'; d_ff = 64", 'the inputs of blocks.0.ffn.down.weight'),
-        (SIZES + "transfer = 'mup'; scale_embeddings = True", 'scale_embeddings=True makes'),
+        (SIZES + "baseline_extra = 0; transfer = 'mup'; attention_type = 'mla'", 'LatentAttention states no rule'),
+        (SIZES + "baseline_extra = 0; transfer = 'mup'; d_ff = 64", 'the inputs of blocks.0.ffn.down.weight'),
+        (SIZES + "baseline_extra = 0; transfer = 'mup'; scale_embeddings = True", 'scale_embeddings=True makes'),
         (
             "ladder = {'n_embd': [16, 32]}; transfer = 'mup'",
             'size of a query head grows from 8 to 16',
@@ -286,14 +302,17 @@ def test_each_mistake_is_one_line(read, text, mistake):
     assert all(len(problem) < 420 for problem in refused.value.problems)
 
 
-@pytest.mark.parametrize('option', ['--n_embd=32', '--n_head=2'])
-def test_ladder_options_on_command_line_are_refused(read, option):
-    with pytest.raises(UserError, match=r'the ladder of .* sets n_') as refused:
-        read(LADDER + 'n_head = 3', option)
-    assert len(refused.value.problems) == 1
+def test_ladder_options_on_command_line_are_refused(read):
+    for option in ('--n_embd=32', '--n_head=2'):
+        with pytest.raises(UserError, match=r'the ladder of .* sets n_') as refused:
+            read(LADDER + 'n_head = 3', option)
+        assert len(refused.value.problems) == 1
     assert len(rungs(read(LADDER + 'n_head = 3; n_embd = 32'))) == 3  # sizes that no run has
     with pytest.raises(UserError, match='max_iters is set'):
         read(LADDER, '--max_iters=3')
+    with pytest.raises(UserError, match='--ladder: ladder is a key of a study file') as refused:
+        read(LADDER, '--ladder', '{}')
+    assert len(refused.value.problems) == 1
     assert {a.n_layer for a in architectures(read(LADDER, '--n_layer=3'))} == {3}
 
 

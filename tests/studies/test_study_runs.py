@@ -8,12 +8,14 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from helpers.project import PROJECT
 from stress.study_kills import study_kills
 
 import study
+import train
 from common import files as file_writing
 from common.errors import UserError
 from comparison.load import read_runs
@@ -151,7 +153,22 @@ def test_diverged_tuning_setting_is_worst(study_file, trained_here, tmp_path, ca
         main(path)
 
 
-def test_budget_in_seconds_is_timed_first(study_file, trained_here, tmp_path, capsys):
+def test_budget_in_seconds_is_timed_first(study_file, trained_here, tmp_path, capsys, monkeypatch):
+    train_main, timed = train.main, {'n_layer=1': 20.5, 'n_layer=2': 41.0}
+
+    def with_fixed_times(arguments):
+        """Records of timing runs whose times do not depend on the machine."""
+        code = train_main(arguments)
+        (folder,) = [Path(a.partition('=')[2]) for a in arguments if a.startswith('--out_dir=')]
+        if folder.parent.name == 'timing':
+            path = latest_run(folder) / 'record.json'
+            record = json.loads(path.read_text())
+            assert record['summary']['avg_time_ms'] > 0
+            record['summary']['avg_time_ms'] = timed[folder.name]
+            path.write_text(json.dumps(record))
+        return code
+
+    monkeypatch.setattr(train, 'main', with_fixed_times)
     path = study_file(
         "eval_iters = 1; sweep = {'n_layer': [1, 2], 'seed': [1]}; budget = {'seconds': 0.2}"
     )
@@ -161,9 +178,8 @@ def test_budget_in_seconds_is_timed_first(study_file, trained_here, tmp_path, ca
     assert main(path) == 0
     out = tmp_path / 'out'
     for trial in read_plan(out)['points']:
-        timed = read_record(latest_run(out / 'timing' / trial['variant']))['summary']
         iterations = read_record(latest_run(out / trial['folder']))['config']['max_iters']
-        assert iterations == int(0.2 / (timed['avg_time_ms'] / 1000))
+        assert iterations == {'n_layer=1': 9, 'n_layer=2': 4}[trial['variant']]
     assert '[2/4] timing n_layer=2' in capsys.readouterr().out
 
 
@@ -219,6 +235,13 @@ def test_time_estimate_uses_recorded_speed(study_file, trained_here, tmp_path, c
         r['architecture']['name']: r['summary']['wall_seconds'] / causal_flops(r) for r in records
     }
     assert len(speed) == 2
+    processes = sorted(out.rglob('process.json'))
+    starts = [json.loads(path.read_text())['start_seconds'] for path in processes]
+    assert len(starts) == 4
+    for path, start in zip(processes, starts):
+        # Less than the in-process call took, whose time is mostly that of the run.
+        assert start >= 0
+        path.write_text(json.dumps({'start_seconds': start + 19}))
     more = study_file(SMALL.replace('[1, 2]', '[1, 2, 3, 4]'), 'more.py')
     estimates = []
 
@@ -241,7 +264,17 @@ def test_time_estimate_uses_recorded_speed(study_file, trained_here, tmp_path, c
         * causal_flops(runs[0])
         for runs in by_architecture.values()
     )
+    # Four runs are left, each with the start of its process.
+    expected += sum(starts) + 4 * 19
     assert estimates[0].seconds == pytest.approx(expected)
+
+    # Runs that are not complete do not count.
+    run = latest_run(out / 'runs/ffn_type=swiglu/seed=2')
+    (run / 'record.json').unlink()
+    journal = (run / 'journal.jsonl').read_text().splitlines(keepends=True)
+    (run / 'journal.jsonl').write_text(''.join(journal[:-1]))
+    assert main(more, '--plan_only') == 0
+    assert f'at the speed of 3 runs in {out}' in capsys.readouterr().out
 
 
 def test_time_left_covers_whole_study(study_file, trained_here, monkeypatch):
