@@ -4,7 +4,7 @@ Each rung is a study of its own, with options over the base and a budget, and ha
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -95,8 +95,8 @@ def build_rungs(study: Study, context: RunContext) -> list[Rung]:
 def _with_advice(study: Study, point: dict, is_extra: bool, error: UserError) -> list[str]:
     """The problems of a rung, with the rung that they belong to."""
     # The values of a rung reach its runs on their command lines.
-    told = [problem.removeprefix(f'{COMMAND_LINE}: ') for problem in error.problems]
-    problems = [f'{study.path}: rung {point_label(point)}: {problem}' for problem in told]
+    whose = f'{study.path}: rung {point_label(point)}'
+    problems = [f'{whose}: {text.removeprefix(f"{COMMAND_LINE}: ")}' for text in error.problems]
     if not is_extra:
         return problems
     advice = (
@@ -188,15 +188,15 @@ def _solver(study: Study, context: RunContext) -> Callable[[float, dict], dict]:
             shape = sizes['n_embd'] / sizes['n_layer']
             return SIZE_WEIGHT * abs(math.log(params / target)) + abs(math.log(shape / aspect))
 
-        def closest(lowest: int, below: dict) -> tuple[dict, int]:
-            depths = range(max(first, lowest), max(last, lowest + 1) + 1)
+        def closest(depths: Iterable[int], below: dict) -> tuple[dict, int]:
             sized = (_sized(study, n, head_size, target, context, below) for n in depths)
             return min(sized, key=deviation)
 
-        best = closest(1, {})
+        best = closest(range(first, last + 1), {})
         if not below:
             return best[0]
-        rising = closest(below['n_layer'], below)
+        lowest = below['n_layer']
+        rising = closest(range(max(first, lowest), max(last, lowest) + 2), below)
         return (rising if deviation(rising) - deviation(best) < RISING_WEIGHT else best)[0]
 
     return solve

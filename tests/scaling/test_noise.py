@@ -8,7 +8,7 @@ import pytest
 from scipy import stats
 
 from scaling import noise
-from scaling.results import Ladder
+from scaling.results import Ladder, NoiseModel
 
 
 def ladder(costs, losses):
@@ -31,6 +31,14 @@ def test_seeds_needed_is_the_smallest_number_with_that_half_width(deviation, hal
 def test_seeds_needed_without_an_answer():
     with pytest.raises(ValueError):
         noise.seeds_needed(0.01, 0.0)
+
+
+def test_deviation_is_moderated_by_the_rung_with_its_degrees_of_freedom():
+    model = NoiseModel([0.02, None], [3, 0], math.log(0.01), 0.0)
+    expected = math.sqrt((noise.PRIOR_FREEDOM * 0.01**2 + 3 * 0.02**2) / (noise.PRIOR_FREEDOM + 3))
+    assert noise.moderated_deviation(model, 1e9, 0) == pytest.approx(expected)
+    for without in (1, 2, None):  # a rung with no estimate, one of no runs, another ladder
+        assert noise.moderated_deviation(model, 1e9, without) == pytest.approx(0.01)
 
 
 def test_contrasts_of_a_complete_table_are_those_of_the_two_way_layout():

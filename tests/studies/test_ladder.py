@@ -20,11 +20,12 @@ from studies.keys import STUDY_KEYS
 from studies.ladder import NOT_COUNTED
 from studies.overview import describe
 from studies.parts import build_parts
+from studies.progress import StudyProgress
 from studies.run_study import write_study_plan
 from studies.runner import StudyRunner
 from studies.seeds_needed import describe_seeds
 from studies.state import StudyState
-from studies.time_estimate import TimeEstimate
+from studies.time_estimate import RunTimes, TimeEstimate
 from studies.trials import RUNS, TUNING
 from studies.variants import RunContext
 
@@ -278,15 +279,31 @@ def test_added_rung_keeps_other_folders(read):
         ("ladder = {'n_embd': [16, 32], 'out_dir': ['a', 'b']}", 'study.py sets itself'),
         (SIZES + "transfer = 'up'", "transfer takes one of ['none', 'mup']"),
         ("transfer = 'mup'", 'horizon needs a ladder'),
-        (SIZES + "baseline_extra = 0; transfer = 'mup'; initialization = 'gpt2'", 'sets initialization'),
-        (SIZES + "baseline_extra = 0; transfer = 'mup'; optimizer = 'muon'", "optimizer='muon' states no rule"),
         (
-            SIZES + "baseline_extra = 0; transfer = 'mup'; ffn_type = 'moe'; sweep = {'bias': [True]}",
+            SIZES + "baseline_extra = 0; transfer = 'mup'; initialization = 'gpt2'",
+            'sets initialization',
+        ),
+        (
+            SIZES + "baseline_extra = 0; transfer = 'mup'; optimizer = 'muon'",
+            "optimizer='muon' states no rule",
+        ),
+        (
+            SIZES
+            + "baseline_extra = 0; transfer = 'mup'; ffn_type = 'moe'; sweep = {'bias': [True]}",
             'MixtureOfExperts',
         ),
-        (SIZES + "baseline_extra = 0; transfer = 'mup'; attention_type = 'mla'", 'LatentAttention states no rule'),
-        (SIZES + "baseline_extra = 0; transfer = 'mup'; d_ff = 64", 'the inputs of blocks.0.ffn.down.weight'),
-        (SIZES + "baseline_extra = 0; transfer = 'mup'; scale_embeddings = True", 'scale_embeddings=True makes'),
+        (
+            SIZES + "baseline_extra = 0; transfer = 'mup'; attention_type = 'mla'",
+            'LatentAttention states no rule',
+        ),
+        (
+            SIZES + "baseline_extra = 0; transfer = 'mup'; d_ff = 64",
+            'the inputs of blocks.0.ffn.down.weight',
+        ),
+        (
+            SIZES + "baseline_extra = 0; transfer = 'mup'; scale_embeddings = True",
+            'scale_embeddings=True makes',
+        ),
         (
             "ladder = {'n_embd': [16, 32]}; transfer = 'mup'",
             'size of a query head grows from 8 to 16',
@@ -380,6 +397,32 @@ def test_plan_has_sizes_costs_and_time_by_rung(read, monkeypatch, tmp_path):
     assert 'd_ff=64 (by default 64 to 256)' in flat
     assert 'the speed of rung 1 is assumed for rung 2, 3' in flat
     assert max(map(len, text.splitlines()[1:])) <= 110  # without the path
+
+
+def test_time_left_weights_rungs_by_their_speed(read):
+    """The first run, with few FLOPs, takes as long as one at the top."""
+    state = read(LADDER)
+    times, trials = RunTimes(state), state.by_kind()[RUNS]
+    assert times.expected(trials[0]) is None
+    speeds = [1e-6, 2e-7, 1e-7]  # seconds per FLOP
+    times.recorded = {(t.rung, t.variant): [speeds[t.rung]] for t in trials}
+    times.starts = [1.0, 3.0]
+    seconds = {t: 2.0 + t.flops * speeds[t.rung] for t in trials}
+    with StudyProgress(state.runner, state.by_kind(), times) as progress:
+        progress.begin(RUNS, trials, trials)
+        assert progress.seconds_left() is None
+        progress.ended_trials.add(trials[0])
+        progress.began -= 1000.0
+        rest = sum(seconds.values()) - seconds[trials[0]]
+        expected = 1000.0 * rest / seconds[trials[0]]
+        assert progress.seconds_left() == pytest.approx(expected, rel=0.05)
+    by_flops = sum(t.flops for t in trials) / trials[0].flops - 1
+    assert 1000.0 * by_flops > 2 * expected
+
+    # The speed of a rung without a run is that of the nearest one.
+    times.recorded = {(0, trials[0].variant): [1e-6]}
+    assert times.expected(trials[-1]).speed_of == 0
+    assert times.expected(trials[-1]).left(0.5) == pytest.approx(2 + trials[-1].flops * 1e-6 / 2)
 
 
 def test_seeds_by_noise_of_another_study(read, tmp_path):

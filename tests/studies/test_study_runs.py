@@ -239,7 +239,6 @@ def test_time_estimate_uses_recorded_speed(study_file, trained_here, tmp_path, c
     starts = [json.loads(path.read_text())['start_seconds'] for path in processes]
     assert len(starts) == 4
     for path, start in zip(processes, starts):
-        # Less than the in-process call took, whose time is mostly that of the run.
         assert start >= 0
         path.write_text(json.dumps({'start_seconds': start + 19}))
     more = study_file(SMALL.replace('[1, 2]', '[1, 2, 3, 4]'), 'more.py')
