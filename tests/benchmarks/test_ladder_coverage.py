@@ -16,5 +16,5 @@ def test_intervals_of_gains_contain_the_truth_and_are_not_wide(case):
 
 
 def test_a_planted_crossing_is_found():
-    found = ladder_coverage.row(Case('', seeds=5, crossing=1.5), trials=5, draws=100, base=0)
-    assert found['reversals'] == 100
+    shares = ladder_coverage.row(Case('', seeds=5, crossing=1.5), trials=5, draws=100, base=0)
+    assert shares['reversals'] == 100

@@ -118,14 +118,14 @@ def test_runs_that_do_not_reach_the_loss_are_counted_and_bounded(tmp_path):
 
     comparison = study(tmp_path, fast_or_slow, changed)
     costs = by_label(comparison)
-    some, none = (costs[variant['label']] for variant in VARIANTS[1:])
-    assert (some.reached, none.reached) == (2, 0)
-    first, second, third = (run.ratios['tokens'] for run in some.runs)
+    reaching, missing = (costs[variant['label']] for variant in VARIANTS[1:])
+    assert (reaching.reached, missing.reached) == (2, 0)
+    first, second, third = (run.ratios['tokens'] for run in reaching.runs)
     assert first < second < 1 == third
-    assert some.spread('tokens') == ((second, ''), (first, ''), (1, '>'))
+    assert reaching.spread('tokens') == ((second, ''), (first, ''), (1, '>'))
     # The diverged run does not count as one that reaches the loss, although it was below it once.
-    assert [run.ratios['tokens'] for run in none.runs] == pytest.approx([0.3, 0.6, 0])
-    spread = none.spread('flops')  # a token of variant 2 costs three times as much
+    assert [run.ratios['tokens'] for run in missing.runs] == pytest.approx([0.3, 0.6, 0])
+    spread = missing.spread('flops')  # a token of variant 2 costs three times as much
     assert [ratio.value for ratio in spread[:2]] == pytest.approx([1.8, 0])
     assert [ratio.relation for ratio in spread] == ['>', '>', 'diverged']
     assert none.diverged == 1

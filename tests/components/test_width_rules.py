@@ -37,9 +37,9 @@ def problems(**values):
 )
 def test_rules_between_widths(values, parts):
     """One sentence for each reason, whatever the number of layers."""
-    found = problems(n_layer=3, **values)
-    assert len(found) == len(parts)
-    assert all(part in problem for part, problem in zip(parts, found))
+    sentences = problems(n_layer=3, **values)
+    assert len(sentences) == len(parts)
+    assert all(part in sentence for part, sentence in zip(parts, sentences))
 
 
 def test_own_component_must_declare(monkeypatch):
