@@ -128,7 +128,7 @@ def test_runs_that_do_not_reach_the_loss_are_counted_and_bounded(tmp_path):
     spread = missing.spread('flops')  # a token of variant 2 costs three times as much
     assert [ratio.value for ratio in spread[:2]] == pytest.approx([1.8, 0])
     assert [ratio.relation for ratio in spread] == ['>', '>', 'diverged']
-    assert none.diverged == 1
+    assert missing.diverged == 1
     # The same in every format.
     cells = {row['architecture']: row for row in rows(render_text(comparison), TITLE)}
     row = cells[VARIANTS[1]['label']]
