@@ -10,7 +10,7 @@ import train
 from common.errors import UserError
 from records.record import read_record
 from records.run_folders import latest_run
-from studies import time_estimate
+from studies import run_study, time_estimate
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures('one_thread')]
 
@@ -46,7 +46,9 @@ def test_ladder_from_first_run_to_added_rung(
 
     monkeypatch.setattr(time_estimate, '_measured_speeds', lambda *_: ())
     monkeypatch.setattr(train, 'main', fail_once)
-    assert main(path) == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(run_study, 'print_comparison', lambda folder: None)
+        assert main(path) == 1
     text = capsys.readouterr().out
     # Runs from the smallest rung; each line names the rung.
     ended = re.findall(r'^\[\d+/10\] (\S+?)/', text, flags=re.M)
@@ -70,6 +72,7 @@ def test_ladder_from_first_run_to_added_rung(
     # The extra rung becomes one of all variants: what has run stays.
     more = LADDER.replace('[8, 16]', '[8, 16, 32]').replace('[1, 2]}; n', '[1, 2, 4]}; n')
     before = {folder: latest_run(out / folder) for folder in folders(out)}
+    monkeypatch.setattr(run_study, 'print_comparison', lambda folder: None)
     assert main(study_file(f'{more}baseline_extra = 0')) == 0
     assert '10 of 12 runs are already complete' in capsys.readouterr().out
     assert {folder: latest_run(out / folder) for folder in before} == before
