@@ -1,6 +1,5 @@
 """Run a grid of training runs and compare them.
 
-    python study.py config/studies/gated_ffn.py
     python study.py config/studies/gated_ffn.py --jobs=2 --n_layer=4
 
 A study file is a config file of train.py that also defines a grid:
@@ -19,16 +18,14 @@ Keys of a study file:
   sweep       {option: [values]}: all combinations; 'seed' sets data_seed too
   ablate      {option: [values]}: the base, and each single change of it
   exclude     [{option: value}, ...]: combinations to leave out
-  reference   {option: value}: variant that match and baseline refer to
+  reference   {option: value} of the reference (default: the base)
   baseline    {option: value}: variant that the others are compared with
               (default: the reference, else the first variant)
-  match       'params' or 'flops': give all variants the size of the reference
-              (default: the base) by changing match_by
+  match       'params' or 'flops': all get the size of the reference, by match_by
   match_by    Option that match changes (default 'd_ff')
   match_step  Step of that change (default 8)
   budget      {'iterations' | 'tokens' | 'flops' | 'seconds': amount} of a run
-  tune        {option: [values]}: values that each variant is tuned over, with
-              seed tune_seed
+  tune        {option: [values]}: values that each variant is tuned over
   tune_seed   Seed of the tuning runs, not one of the sweep's (default 0)
   ladder      {'params': [sizes]} or {option: [values]}: train all at each size
   horizon     {'tokens_per_param' | 'tokens' | 'flops': amount} of each run
@@ -74,13 +71,13 @@ OPTIONS = {
     'precision': Option(
         float | None,
         None,
-        'Show how many seeds make the interval of a difference as narrow as ± this many nats',
+        'Half-width of the interval of a difference, in nats, whose seeds the plan shows',
         check=above(0),
     ),
     'noise_from': Option(
         str | None,
         None,
-        'Folder of another study, whose noise is used for that while this one has no finished runs',
+        'Folder of a study whose noise the plan uses if this one has no finished runs',
     ),
 }
 

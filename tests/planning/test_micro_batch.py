@@ -160,7 +160,7 @@ def test_runs_of_a_study_share_a_compile_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(runner, 'start_process', start)
     monkeypatch.delenv('TORCHINDUCTOR_CACHE_DIR', raising=False)
     monkeypatch.chdir(tmp_path)
-    trial = SimpleNamespace(folder='a', variant='b')
+    trial = SimpleNamespace(folder='a', variant='b', rung=None)
     running = object.__new__(runner.StudyRunner)
     running.arguments = lambda kind, trial, jobs: []
     running.out_dir, running.jobs, running.lock = Path('out'), 1, []

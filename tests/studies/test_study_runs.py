@@ -602,7 +602,7 @@ def test_train_uses_base_of_study(study_file, run_script):
     [
         ('gated_ffn', 'ffn_type=standard'),
         ('ladder_glu', 'ffn_type=standard'),
-        ('ladder_llama', 'arch_preset=legacy'),
+        ('ladder_llama', 'arch_preset=llama'),
         ('layer_patterns', 'layer_pattern=G'),
         ('norm_position', 'norm_position=pre warmup_iters=100 depth_scaled_init=True'),
         ('norms', 'normalization=layernorm'),
