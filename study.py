@@ -21,7 +21,7 @@ Keys of a study file:
   reference   {option: value} of the reference (default: the base)
   baseline    {option: value}: variant that the others are compared with
               (default: the reference, else the first variant)
-  match       'params' or 'flops': all get the size of the reference, by match_by
+  match       'params' or 'flops': give all the reference's size, by match_by
   match_by    Option that match changes (default 'd_ff')
   match_step  Step of that change (default 8)
   budget      {'iterations' | 'tokens' | 'flops' | 'seconds': amount} of a run
