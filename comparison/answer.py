@@ -2,15 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, TypeAlias
 
 from comparison.compare import Comparison, compare
+from comparison.ladder import LadderComparison, compare_ladder, ladder_of, why_no_ladder
 from comparison.runs import Run
 
-if TYPE_CHECKING:
-    from comparison.ladder import LadderComparison
-
-AnyComparison: TypeAlias = 'Comparison | LadderComparison'
+AnyComparison = Comparison | LadderComparison
 
 
 def compare_runs(
@@ -24,8 +21,6 @@ def compare_runs(
 
     Raises UserError if `baseline` does not name a single architecture.
     """
-    from comparison.ladder import compare_ladder, ladder_of, why_no_ladder
-
     plan = ladder_of(runs)
     if plan is None:
         comparison = compare(runs, baseline, skipped, score, margin)

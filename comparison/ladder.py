@@ -185,8 +185,8 @@ def compare_ladder(
         _rung(study, of_rung, label, score, margin) for study, of_rung in zip(plan.plans, by_rung)
     ]
     concurrent = max(run.conditions['concurrent_runs'][-1] for run in runs)
-    ladder = _ladder_losses(rungs, variants, label, _flops)
-    seconds = _ladder_losses(rungs, variants, label, _seconds)
+    ladder = _ladder_of_runs(rungs, variants, label, _flops)
+    seconds = _ladder_of_runs(rungs, variants, label, _seconds)
     return LadderComparison(
         plan=plan,
         study=study,
@@ -295,29 +295,20 @@ def _seconds(run: Run) -> float | None:
     return run.train_seconds
 
 
-def _ladder_losses(
+def _ladder_of_runs(
     rungs: Sequence[LadderRung], variants: Sequence[str], baseline: str, cost: Metric
 ) -> 'Ladder':
-    """The losses of finished runs with a known cost."""
-    from scaling.results import Ladder
+    """The finished runs with a known cost."""
+    from scaling.results import Ladder, LadderRun
 
-    costs: dict[str, list[float | None]] = {label: [] for label in variants}
-    losses: dict[str, list[dict]] = {label: [] for label in variants}
-    for label in variants:
-        for rung in rungs:
-            runs = rung.groups[label].runs if label in rung.groups else []
-            known = [run for run in runs if run.outcome == FINISHED and cost(run)]
-            of_rung = {run_seeds(run): run.val_loss for run in known if run.val_loss is not None}
-            losses[label].append(of_rung)
-            costs[label].append(
-                statistics.fmean(cost(run) or 0.0 for run in known if run.val_loss is not None)
-                if of_rung
-                else None
-            )
-    return Ladder(baseline, costs, losses)
-
-
-# --- Differences between rungs -------------------------------------------------------------------
+    runs = [
+        LadderRun(label, index, run_seeds(run), run.val_loss, amount)
+        for index, rung in enumerate(rungs)
+        for label, group in rung.groups.items()
+        for run in group.runs
+        if run.outcome == FINISHED and run.val_loss is not None and (amount := cost(run))
+    ]
+    return Ladder.of_runs(baseline, variants, len(rungs), runs)
 
 
 def _differences(plan: LadderPlan, by_rung: Sequence[Sequence[Run]]) -> dict[str, Any]:

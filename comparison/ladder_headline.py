@@ -19,6 +19,7 @@ from scaling.results import (
     Reversal,
     Trend,
 )
+from scaling.trend import side_of
 
 LEVEL = f'{CONFIDENCE:.0%} interval'
 COVERAGE = (
@@ -267,22 +268,15 @@ def reversal_text(comparison: LadderComparison, label: str, reversal: Reversal) 
     sides = [
         (gain.rung, side)
         for gain in comparison.analysis.gains[label]
-        if gain.rung >= reversal.rung and (side := _is_ahead(gain.value)) is not None
+        if gain.rung >= reversal.rung and (side := side_of(gain.value))
     ]
-    was_ahead = sides[0][1]
-    after = next(rung for rung, side in sides if side != was_ahead)
-    words = ('ahead', 'behind') if was_ahead else ('behind', 'ahead')
+    before = sides[0][1]
+    after = next(rung for rung, side in sides if side != before)
+    words = ('ahead', 'behind') if before > 0 else ('behind', 'ahead')
     return (
         f'{label} is {words[0]} at rung {comparison.rungs[reversal.rung].number} and {words[1]} '
         f'at rung {comparison.rungs[after].number}'
     )
-
-
-def _is_ahead(bound: Bound) -> bool | None:
-    """Whether a gain is above 1; None if it is a bound that leaves this open."""
-    if bound.value >= 1 and bound.relation != '<':
-        return True
-    return False if bound.value <= 1 and bound.relation != '>' else None
 
 
 # --- Several variants ----------------------------------------------------------------------------

@@ -41,7 +41,13 @@ from comparison.ladder_headline import (
     reversal_text,
     trend_word,
 )
-from comparison.loss_tables import tuned_cells, tuning_notes, verdict_cells, verdict_header
+from comparison.loss_tables import (
+    equivalence_note,
+    tuned_cells,
+    tuning_notes,
+    verdict_cells,
+    verdict_header,
+)
 from comparison.runs import FINISHED
 from comparison.section import Section
 from comparison.warning_lines import options_with_ranks, warning_lines
@@ -219,11 +225,8 @@ def differences_section(comparison: LadderComparison) -> Section | None:
         '(Holm). noise: standard deviation of the difference within one pair of runs. detectable: '
         'the smallest true difference that such a test finds with 80% probability.'
     ]
-    if margin:
-        notes.append(
-            f'p equal: p-value of the hypothesis that the true difference is at least '
-            f'{comparison.margin:g} nats (two one-sided tests).'
-        )
+    if comparison.margin is not None:
+        notes.append(equivalence_note(comparison.margin))
     header = ['rung', *verdict_header(margin), 'architecture']
     align = '><' + '>' * (len(header) - 3) + '<'
     return Section('LOSS DIFFERENCE', notes, header, rows, align, reasons)

@@ -148,6 +148,14 @@ def _counts_text(difference: Difference) -> str:
     return f'{group} each' if group == baseline else f'{group} and {baseline}'
 
 
+def equivalence_note(margin: float) -> str:
+    """The meaning of the column `p equal`. margin: in nats per token."""
+    return (
+        f'p equal: p-value of the hypothesis that the true difference is at least {margin:g} nats '
+        f'(two one-sided tests).'
+    )
+
+
 FEW_SEEDS = 3  # fewer are pointed out
 
 
@@ -176,10 +184,7 @@ def _verdict_notes(comparison: Comparison) -> list[str]:
             'Two seeds are a poor estimate of the noise: add seeds before you rely on a difference.'
         )
     if comparison.margin is not None:
-        notes.append(
-            f'p equal: p-value of the hypothesis that the true difference is at least '
-            f'{comparison.margin:g} nats (two one-sided tests).'
-        )
+        notes.append(equivalence_note(comparison.margin))
     return notes
 
 

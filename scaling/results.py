@@ -1,12 +1,23 @@
 """The losses of a ladder and the results of its analysis, as plain data."""
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
+from statistics import fmean
 from typing import NamedTuple
 
 CONFIDENCE = 0.95  # of every interval of a ladder
 # Of a fit: above it the curve is wrong. With a correct one, about 1 ladder in 100 exceeds it.
 LARGE_MISFIT = 2.0
+
+
+class LadderRun(NamedTuple):
+    """A finished run of a ladder."""
+
+    variant: str
+    rung: int  # from 0
+    seed: Hashable
+    loss: float
+    cost: float  # in FLOPs or seconds
 
 
 @dataclass(frozen=True)
@@ -21,6 +32,26 @@ class Ladder:
     # run
     costs: dict[str, list[float | None]]
     losses: dict[str, list[dict[Hashable, float]]]  # variant -> by rung: losses by seed
+
+    @classmethod
+    def of_runs(
+        cls, baseline: str, variants: Iterable[str], rungs: int, runs: Iterable[LadderRun]
+    ) -> 'Ladder':
+        """The ladder of finished runs. rungs: their number; all variants have as many entries."""
+        cells: dict[str, list[list[LadderRun]]] = {v: [[] for _ in range(rungs)] for v in variants}
+        for run in runs:
+            cells[run.variant][run.rung].append(run)
+        return cls(
+            baseline,
+            costs={
+                v: [fmean(run.cost for run in cell) if cell else None for cell in row]
+                for v, row in cells.items()
+            },
+            losses={
+                v: [{run.seed: run.loss for run in cell} for cell in row]
+                for v, row in cells.items()
+            },
+        )
 
 
 class Estimate(NamedTuple):

@@ -57,7 +57,7 @@ def reversals(gains: Sequence[Gain]) -> list[Reversal]:
 
     A rung is skipped if its gain is a bound that leaves open whether it is above 1.
     """
-    known = [(gain, side) for gain in gains if (side := _side(gain.value))]
+    known = [(gain, side) for gain in gains if (side := side_of(gain.value))]
     return [
         Reversal(
             rung=gain.rung,
@@ -69,7 +69,7 @@ def reversals(gains: Sequence[Gain]) -> list[Reversal]:
     ]
 
 
-def _side(bound: Bound) -> int:
+def side_of(bound: Bound) -> int:
     """1 if the number is surely above 1, -1 if below; 0 if it is 1 or unknown."""
     above = bound.value > 1 and bound.relation != '<'
     above |= bound.value == 1 and bound.relation == '>'
@@ -80,4 +80,4 @@ def _side(bound: Bound) -> int:
 
 def _significant_side(gain: Gain) -> int:
     """1 if the interval is above 1, -1 if below, else 0."""
-    return (_side(gain.low) > 0) - (_side(gain.high) < 0)
+    return (side_of(gain.low) > 0) - (side_of(gain.high) < 0)

@@ -22,7 +22,13 @@ from common.registry import Option
 from configurator import COMMAND_LINE, CommandLine, Layer, flatten, validate_layer
 from model_config import ModelArchitectureConfig
 from studies.keys import GRIDS, STUDY_KEYS, brief
-from studies.ladder_keys import SHAPES, ladder_problems, number_of_rungs, smallest_point
+from studies.ladder_keys import (
+    SHAPES,
+    ladder_problems,
+    ladder_values,
+    number_of_rungs,
+    smallest_point,
+)
 from studies.points import (
     arguments,
     check_name,
@@ -142,10 +148,9 @@ def _named_points(study: Study) -> Iterator[tuple[str, dict]]:
         for key, values in getattr(study, name).items():
             for value in values:
                 yield name, {key: value}
-    for key, values in study.ladder.items():
-        if key != 'params' and key not in SHAPES:
-            for value in values:
-                yield 'ladder', {key: value}
+    for key, values in ladder_values(study).items():
+        for value in values:
+            yield 'ladder', {key: value}
     if isinstance(study.baseline_extra, dict):
         yield 'baseline_extra', study.baseline_extra
     for point in study.exclude:

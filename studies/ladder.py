@@ -9,11 +9,12 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from common.errors import UserError
+from common.layer_pattern import MOST_LAYERS
 from configurator import COMMAND_LINE
 from model_builder import build_model, count_parameters
 from model_config import ModelArchitectureConfig
 from studies.grid import Study, merged_settings
-from studies.ladder_keys import SHAPES, SOLVED_SIZES, is_amount, number_of_rungs
+from studies.ladder_keys import SOLVED_SIZES, is_amount, ladder_lists, number_of_rungs
 from studies.points import point_label
 from studies.variants import RunContext, nearest_integer
 
@@ -27,7 +28,6 @@ FOLLOWING = ('d_ff', 'expert_d_ff')
 SIZE_WEIGHT = 4.0
 # The deviation, in this unit, that a rung may add so that its depth and width do not fall.
 RISING_WEIGHT = SIZE_WEIGHT * math.log(1.2)
-MOST_LAYERS = 10_000  # of a model, like the option
 
 
 class Rung(NamedTuple):
@@ -54,7 +54,7 @@ def build_rungs(study: Study, context: RunContext) -> list[Rung]:
     """
     count = number_of_rungs(study)
     solve = _solver(study, context) if 'params' in study.ladder else None
-    lists = {key: [*values] for key, values in study.ladder.items() if key not in SHAPES}
+    lists = ladder_lists(study)
     points: list[tuple[dict, float | None]] = []  # with the target of params
     extra = study.baseline_extra
     for number in range(count + (1 if isinstance(extra, dict) else extra)):

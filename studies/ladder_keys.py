@@ -43,13 +43,14 @@ def _is_horizon(value) -> bool:
     return (
         isinstance(value, dict)
         and len(value) <= 1
-        and all(
-            key in HORIZONS
-            and (is_amount(amount) or (isinstance(amount, list | tuple) and amount))
-            and (is_amount(amount) or all(map(is_amount, amount)))
-            for key, amount in value.items()
-        )
+        and all(key in HORIZONS and _is_by_rung(amount) for key, amount in value.items())
     )
+
+
+def _is_by_rung(value) -> bool:
+    """Whether the value is an amount, or a list of one for each rung."""
+    is_list = isinstance(value, list | tuple) and bool(value)
+    return is_amount(value) or (is_list and all(map(is_amount, value)))
 
 
 def _is_extra(value) -> bool:
@@ -86,15 +87,24 @@ LADDER_KEYS: dict[str, tuple] = {
 }
 
 
+def ladder_lists(study: 'Study') -> dict[str, list]:
+    """The lists of the ladder, with a value for each rung."""
+    return {key: [*values] for key, values in study.ladder.items() if key not in SHAPES}
+
+
 def number_of_rungs(study: 'Study') -> int:
     """The number of rungs that all variants train."""
-    return max((len(v) for key, v in study.ladder.items() if key not in SHAPES), default=0)
+    return max(map(len, ladder_lists(study).values()), default=0)
+
+
+def ladder_values(study: 'Study') -> dict[str, list]:
+    """The options that the lists of the ladder set by name, with a value for each rung."""
+    return {key: values for key, values in ladder_lists(study).items() if key != 'params'}
 
 
 def smallest_point(study: 'Study') -> dict:
     """The options of the first rung that the file has: without them, the base may not be legal."""
-    keys = study.ladder.keys() - {'params', *SHAPES}
-    return {key: study.ladder[key][0] for key in keys if study.ladder[key]}
+    return {key: values[0] for key, values in ladder_values(study).items() if values}
 
 
 def ladder_problems(study: 'Study') -> Iterator[str]:
@@ -105,8 +115,7 @@ def ladder_problems(study: 'Study') -> Iterator[str]:
             if getattr(study, key) != LADDER_KEYS[key][0]:
                 yield f'{path}: {key} needs a ladder. Set ladder, or remove {key}.'
         return
-    lists = {key: values for key, values in study.ladder.items() if key not in SHAPES}
-    lengths = {key: len(values) for key, values in lists.items()}
+    lengths = {key: len(values) for key, values in ladder_lists(study).items()}
     if len(set(lengths.values())) > 1:
         counts = join_names([f'{key} {length}' for key, length in lengths.items()])
         yield f'{path}: the lists of ladder have different lengths ({counts}). Make them equal.'
@@ -117,14 +126,14 @@ def ladder_problems(study: 'Study') -> Iterator[str]:
         )
     yield from _size_problems(study)
     yield from _horizon_problems(study)
-    options: dict[str, list] = {key: [*values] for key, values in lists.items()}
+    options = ladder_options(study)
     for name in ('sweep', 'ablate', 'tune'):
-        for key in overlap(getattr(study, name), ladder_options(study, options)):
+        for key in overlap(getattr(study, name), options):
             yield f'{path}: {key!r} is both in ladder and in {name}. Remove it from one of them.'
     yield from _transfer_problems(study)
     extra = study.baseline_extra
-    if isinstance(extra, dict) and extra.keys() != ladder_options(study, options).keys():
-        names = join_names([*ladder_options(study, options)])
+    if isinstance(extra, dict) and extra.keys() != options.keys():
+        names = join_names([*options])
         yield f'{path}: baseline_extra={extra!r}: give a value for each of {names}.'
 
 
@@ -139,10 +148,10 @@ def _transfer_problems(study: 'Study') -> Iterator[str]:
             yield f'{study.path}: transfer={study.transfer!r} sets {key}. Remove {key}.'
 
 
-def ladder_options(study: 'Study', lists: dict[str, list]) -> dict[str, list]:
+def ladder_options(study: 'Study') -> dict[str, list]:
     """The options that the ladder sets, with their values as far as the file has them."""
-    solved: dict[str, list] = {key: [None] for key in SOLVED_SIZES if 'params' in lists}
-    return {**solved, **{key: values for key, values in lists.items() if key != 'params'}}
+    solved: dict[str, list] = {key: [None] for key in SOLVED_SIZES if 'params' in study.ladder}
+    return {**solved, **ladder_values(study)}
 
 
 def _size_problems(study: 'Study') -> Iterator[str]:
@@ -184,7 +193,6 @@ def _horizon_problems(study: 'Study') -> Iterator[str]:
     layers = study.command_line.layers
     if 'max_iters' in study.ladder or any('max_iters' in layer.values for layer in layers):
         yield f'{path}: max_iters is set, which horizon determines. Remove max_iters.'
-    lists = {key: [*values] for key, values in study.ladder.items() if key not in SHAPES}
-    for key in ladder_options(study, lists):
+    for key in ladder_options(study):
         if key in layers[-1].values:
             yield f'--{key}: the ladder of {path} sets {key}. Remove --{key}.'

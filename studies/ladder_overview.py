@@ -13,7 +13,7 @@ from studies.points import merged_values
 from studies.state import StudyState
 from studies.time_estimate import TimeEstimate
 from studies.trials import RUNS, Trial, known_sum
-from studies.variants import sizes_text
+from studies.variants import matched_cells
 from training_config import schema
 
 # Repeated data is worth as much as new data up to about this many epochs (Muennighoff et al. 2023).
@@ -22,17 +22,21 @@ LARGE_DEVIATION = 0.2  # of the params of a rung from those in `ladder`, relativ
 
 
 def describe_rungs(
-    state: StudyState, left: dict[str, list[Trial]], time: TimeEstimate | None
+    state: StudyState,
+    by_kind: dict[str, list[Trial]],
+    left: dict[str, list[Trial]],
+    time: TimeEstimate | None,
 ) -> list[str]:
     """Tables of the rungs and of their variants, and notes.
 
-    left: the trials that have not ended, by kind; time: that these take.
+    by_kind: all trials; left: those that have not ended; time: that these take.
     """
-    by_kind = state.by_kind()
+    runs = by_kind[RUNS]
+    notes = [*_size_notes(state, runs), *_time_notes(time)]
     return [
         _rungs_table(state, by_kind, left, time),
-        *_variants_table(state, by_kind),
-        *(wrapped(f'Note: {note}', '  ') for note in [*_size_notes(state), *_time_notes(time)]),
+        *_variants_table(state, runs),
+        *(wrapped(f'Note: {note}', '  ') for note in notes),
     ]
 
 
@@ -82,9 +86,9 @@ def _epochs_text(epochs: float) -> str:
     return f'{epochs:.2f}' if epochs >= 0.005 else '<0.01'
 
 
-def _variants_table(state: StudyState, by_kind: dict[str, list[Trial]]) -> list[str]:
+def _variants_table(state: StudyState, runs: list[Trial]) -> list[str]:
     """Each variant at each rung, if sizes are matched or costs differ; else nothing."""
-    study, runs = state.study, by_kind[RUNS]
+    study = state.study
     matching = study.match != 'none'
     equal = all(
         len({_first_run(runs, part, each.label).flops for each in part.variants}) == 1
@@ -98,11 +102,7 @@ def _variants_table(state: StudyState, by_kind: dict[str, list[Trial]]) -> list[
         for index, variant in enumerate(part.variants):
             run = _first_run(runs, part, variant.label)
             number = f'{part.rung.number + 1}' if part.rung and index == 0 else ''
-            row = [number, variant.label]
-            if matching:
-                value, was, mismatch = variant.matched.values()
-                changed = f' (was {sizes_text(was)})' if was != value else ''
-                row += [f'{sizes_text(value)}{changed}', f'{mismatch:+.3%}']
+            row = [number, variant.label, *(matched_cells(variant) if matching else [])]
             rows.append([*row, amount(run.tokens), amount(run.flops)])
     return [table(rows, '><' + '>>' * matching + '>>')]
 
@@ -110,7 +110,7 @@ def _variants_table(state: StudyState, by_kind: dict[str, list[Trial]]) -> list[
 # --- Notes ---------------------------------------------------------------------------------------
 
 
-def _size_notes(state: StudyState) -> list[str]:
+def _size_notes(state: StudyState, runs: list[Trial]) -> list[str]:
     """What the figures do not say by themselves, a sentence each."""
     study, notes = state.study, []
     extra = [str(part.rung.number + 1) for part in state.parts if part.rung and part.rung.extra]
@@ -139,13 +139,12 @@ def _size_notes(state: StudyState) -> list[str]:
                 f'params deviate by more than {LARGE_DEVIATION:.0%} at rung {join_names(far)}. A '
                 f'smaller head_size in ladder, or larger params, would come closer.'
             )
-    if fixed := _fixed_options(state):
+    if fixed := _fixed_options(state, runs):
         notes.append(f'the same at all rungs: {"; ".join(fixed)}.')
     depths = {part.baseline.settings.architecture.n_layer for part in state.parts}
     if study.transfer == 'mup' and len(depths) > 1:
         notes.append("transfer='mup' has a rule for the width, and none for n_layer.")
     available = state.runner.context.dataset.tokens('train')
-    runs = state.by_kind()[RUNS]
     repeated = [
         str(part.rung.number + 1)
         for part in state.parts
@@ -171,7 +170,7 @@ def _time_notes(time: TimeEstimate | None) -> list[str]:
     ]
 
 
-def _fixed_options(state: StudyState) -> list[str]:
+def _fixed_options(state: StudyState, runs: list[Trial]) -> list[str]:
     """Options that are set, and that would differ between the rungs if they were not."""
     study, texts = state.study, []
     swept = {key for name in GRIDS for key in getattr(study, name)}
@@ -187,16 +186,16 @@ def _fixed_options(state: StudyState) -> list[str]:
         if key in MODEL_NEUTRAL_OPTIONS:
             continue
         with contextlib.suppress(UserError):
-            derived = [_derived(state, part, key) for part in (smallest, largest)]
+            derived = [_derived(state, runs, part, key) for part in (smallest, largest)]
             if derived[0] != derived[1]:
                 first, last = (_text(value) for value in derived)
                 texts.append(f'{key}={_text(set_values[key])} (by default {first} to {last})')
     return texts
 
 
-def _derived(state: StudyState, part: StudyPart, key: str) -> object:
+def _derived(state: StudyState, runs: list[Trial], part: StudyPart, key: str) -> object:
     """The value that an option of the baseline would have at a rung if it were not set."""
-    run = _first_run(state.by_kind()[RUNS], part, part.baseline.label)
+    run = _first_run(runs, part, part.baseline.label)
     settings = merged_settings(part.study, {**run.overrides, key: None})
     return settings.resolve(*state.runner.context).to_dict().get(key)
 

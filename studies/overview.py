@@ -5,8 +5,8 @@ from studies.grid import Study, study_seeds
 from studies.ladder_overview import describe_rungs
 from studies.state import StudyState
 from studies.time_estimate import estimate_time
-from studies.trials import RUNS, TIMING, TUNING, StudyTrials, Trial, known_sum
-from studies.variants import Variant, sizes_text, values_text
+from studies.trials import RUNS, TIMING, TUNING, StudyTrials, Trial, known_sum, trials_by_kind
+from studies.variants import Variant, matched_cells, values_text
 
 TrialsByKind = dict[str, list[Trial]]
 
@@ -17,16 +17,15 @@ def describe(state: StudyState, measure: bool) -> str:
     measure: whether to measure the speed if there are no runs yet.
     """
     study, parts = state.study, state.trials()
-    by_kind = state.by_kind()
-    decided = {id(part.rung): state.is_decided(part) for part in parts}
+    by_kind = trials_by_kind(parts)
+    undecided = {part.rung_number for part in parts if not state.is_decided(part)}
     left = {
         kind: [
             trial
-            for part in parts
-            for trial in part.by_kind()[kind]
-            if not _is_complete(state, decided[id(part.rung)], kind, trial)
+            for trial in of_kind
+            if (kind == RUNS and trial.rung in undecided) or not _has_ended(state, kind, trial)
         ]
-        for kind in by_kind
+        for kind, of_kind in by_kind.items()
     }
     seeds, first = len(study_seeds(study)), state.parts[0]
     counts = f'{counted(len(first.variants), "variant")} with {counted(seeds, "seed")} each'
@@ -37,7 +36,7 @@ def describe(state: StudyState, measure: bool) -> str:
         *([study.question] if study.question else []),
         f'{study.path}: {counts}{at_rungs}; baseline: {first.baseline.label}',
         *(
-            describe_rungs(state, left, time)
+            describe_rungs(state, by_kind, left, time)
             if study.ladder
             else [_variants_table(study, first.variants, by_kind)]
         ),
@@ -47,16 +46,14 @@ def describe(state: StudyState, measure: bool) -> str:
             for same in variant.same
         ),
         _run_counts(study, by_kind, left),
-        *_total_cost(state, parts),
+        *_total_cost(state, parts, by_kind),
     ]
     if time is not None:
         lines.append(f'time left: about {duration(time.seconds)}, {time.source}')
     return '\n'.join(lines)
 
 
-def _is_complete(state: StudyState, decided: bool, kind: str, trial: Trial) -> bool:
-    if kind == RUNS and not decided:
-        return False
+def _has_ended(state: StudyState, kind: str, trial: Trial) -> bool:
     outcome = state.runner.outcome(kind, trial)
     return outcome is not None and outcome.is_final
 
@@ -68,11 +65,7 @@ def _variants_table(study: Study, variants: list[Variant], by_kind: TrialsByKind
     rows = [['variant', *sizes, 'tokens/run', 'FLOPs/run', 'total FLOPs', 'architecture']]
     trials = [trial for of_kind in by_kind.values() for trial in of_kind]
     for variant in variants:
-        row = [variant.label]
-        if matching:
-            value, was, mismatch = variant.matched.values()
-            changed = f' (was {sizes_text(was)})' if was != value else ''
-            row += [f'{sizes_text(value)}{changed}', f'{mismatch:+.3%}']
+        row = [variant.label, *(matched_cells(variant) if matching else [])]
         run = next(trial for trial in by_kind[RUNS] if trial.variant == variant.label)
         total = known_sum(trial.flops for trial in trials if trial.variant == variant.label)
         figures = [amount(run.tokens), amount(run.flops), amount(total)]
@@ -94,9 +87,9 @@ def _run_counts(study: Study, by_kind: TrialsByKind, left: TrialsByKind) -> str:
     return f'{counted(total, "run")}{of_which}, {complete} complete'
 
 
-def _total_cost(state: StudyState, parts: list[StudyTrials]) -> list[str]:
+def _total_cost(state: StudyState, parts: list[StudyTrials], by_kind: TrialsByKind) -> list[str]:
     """Total tokens and FLOPs of the study, if they are known."""
-    every = [trial for p in parts for of_kind in p.by_kind().values() for trial in of_kind]
+    every = [trial for of_kind in by_kind.values() for trial in of_kind]
     tokens, flops = (
         known_sum(trial.tokens for trial in every),
         known_sum(trial.flops for trial in every),

@@ -108,7 +108,9 @@ class StudyRunner:
         self.stop_signal: int | None = None
         self.running: list[RunningTrial] = []
         self.lock: list[int] = []  # file descriptors that hold the folder's lock
-        self.final_outcomes: dict[tuple[str, str], Outcome] = {}  # by kind and folder
+        # Of the runs that have ended, by kind and folder.
+        self.final_outcomes: dict[tuple[str, str], Outcome] = {}
+        self.final_records: dict[tuple[str, str], Record] = {}
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
@@ -151,6 +153,8 @@ class StudyRunner:
 
     def record(self, kind: str, trial: Trial) -> Record | None:
         """The outline of the trial's record; None if there is no run. Raises UserError."""
+        if (kind, trial.folder) in self.final_records:
+            return self.final_records[kind, trial.folder]
         run = latest_run(self.folder(kind, trial))
         return None if run is None else read_outline(run)
 
@@ -204,6 +208,7 @@ class StudyRunner:
         if record is not None and outcome is not None:
             self._check_options(kind, trial, record['config'])
             self.final_outcomes[kind, trial.folder] = outcome
+            self.final_records[kind, trial.folder] = record
         return outcome
 
     def _check_options(self, kind: str, trial: Trial, config: dict) -> None:

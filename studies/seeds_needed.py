@@ -2,9 +2,9 @@
 
 import math
 import statistics
-from collections.abc import Hashable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from common.errors import UserError
 from common.formatting import amount, counted, nats, or_dash, table, wrapped
@@ -13,25 +13,13 @@ from comparison.load import read_runs
 from comparison.runs import FINISHED, causal_flops
 from comparison.significance import CONFIDENCE, POWER, detectable_ratio
 from comparison.study_plan import read_study_plan
+from scaling.results import Ladder, LadderRun, NoiseModel
 from studies.grid import SEED_KEYS, study_seeds
 from studies.outcome import summary_value
 from studies.state import StudyState
 from studies.trials import RUNS
 
-if TYPE_CHECKING:
-    from scaling.results import Ladder, NoiseModel
-
 MOST_SEEDS = 1_000_000  # that are computed
-
-
-class FinishedRun(NamedTuple):
-    """What a finished run says about noise."""
-
-    rung: int  # from 0
-    variant: str
-    seed: Hashable
-    loss: float
-    flops: float
 
 
 class RungSeeds(NamedTuple):
@@ -109,7 +97,7 @@ def _seeds_text(
 
 
 def rung_seeds(
-    state: StudyState, model: 'NoiseModel', precision: float | None, is_own: bool
+    state: StudyState, model: NoiseModel, precision: float | None, is_own: bool
 ) -> list[RungSeeds]:
     """The seeds of each rung that all variants train.
 
@@ -140,7 +128,7 @@ def rung_seeds(
 # --- Finished runs -------------------------------------------------------------------------------
 
 
-def own_runs(state: StudyState) -> list[FinishedRun]:
+def own_runs(state: StudyState) -> list[LadderRun]:
     """The finished runs of a study, which must not have changed. Raises UserError."""
     runner, runs = state.runner, []
     for trials in state.trials():
@@ -153,62 +141,39 @@ def own_runs(state: StudyState) -> list[FinishedRun]:
             flops = causal_flops(record) if record else None
             if loss is not None and flops:
                 seed = tuple(trial.overrides.get(key) for key in SEED_KEYS)
-                runs.append(FinishedRun(trial.rung or 0, trial.variant, seed, loss, flops))
+                runs.append(LadderRun(trial.variant, trial.rung or 0, seed, loss, flops))
     return runs
 
 
-def runs_of_study(folder: Path) -> list[FinishedRun]:
+def runs_of_study(folder: Path) -> list[LadderRun]:
     """The finished runs of the study in a folder. Raises UserError."""
     if read_study_plan(folder.absolute()) is None:
         raise UserError(
             f'noise_from={str(folder)!r} has no study.json that can be read. Give the out_dir of a '
             f'study.'
         )
-    found, _ = read_runs([folder])
+    runs, _ = read_runs([folder])
     return [
-        FinishedRun(
-            run.study.rung.number - 1 if run.study.rung else 0,
+        LadderRun(
             run.variant,
+            run.study.rung.number - 1 if run.study.rung else 0,
             run_seeds(run),
             run.val_loss,
             run.causal_flops,
         )
-        for run in found
+        for run in runs
         if run.study and run.variant is not None and run.outcome == FINISHED
         if run.val_loss is not None and run.causal_flops
     ]
 
 
-def noise_of(runs: Iterable[FinishedRun]) -> 'NoiseModel | None':
+def noise_of(runs: Iterable[LadderRun]) -> NoiseModel | None:
     """The noise of the difference of two variants; None without several seeds of a variant."""
     runs = list(runs)
     if len({(run.rung, run.variant) for run in runs}) == len(runs):
         return None
     from scaling.noise import noise_model  # imports numpy
 
-    return noise_model(_ladder_of(runs), paired=True)
-
-
-def _ladder_of(runs: list[FinishedRun]) -> 'Ladder':
-    from scaling.results import Ladder
-
-    rungs = range(1 + max(run.rung for run in runs))
     variants = list(dict.fromkeys(run.variant for run in runs))
-    cells = {
-        (v, rung): [run for run in runs if (run.variant, run.rung) == (v, rung)]
-        for v in variants
-        for rung in rungs
-    }
-    return Ladder(
-        baseline=variants[0],
-        costs={
-            v: [
-                statistics.fmean(run.flops for run in cell) if (cell := cells[v, rung]) else None
-                for rung in rungs
-            ]
-            for v in variants
-        },
-        losses={
-            v: [{run.seed: run.loss for run in cells[v, rung]} for rung in rungs] for v in variants
-        },
-    )
+    rungs = 1 + max(run.rung for run in runs)
+    return noise_model(Ladder.of_runs(variants[0], variants, rungs, runs), paired=True)

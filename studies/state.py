@@ -9,7 +9,7 @@ from studies.grid import Study
 from studies.outcome import summary_value
 from studies.parts import StudyPart
 from studies.runner import StudyRunner
-from studies.trials import TIMING, TUNING, StudyTrials, Trial
+from studies.trials import TIMING, TUNING, StudyTrials, Trial, trials_by_kind
 from studies.variants import TuneChoice
 
 
@@ -35,11 +35,7 @@ class StudyState:
 
     def by_kind(self) -> dict[str, list[Trial]]:
         """The trials of all parts by kind, in the order in which they are run."""
-        result: dict[str, list[Trial]] = {}
-        for trials in self.trials():
-            for kind, of_kind in trials.by_kind().items():
-                result.setdefault(kind, []).extend(of_kind)
-        return result
+        return trials_by_kind(self.trials())
 
     def _trials_of(self, part: StudyPart) -> StudyTrials:
         known = partial(StudyTrials, part.study, part.variants, rung=part.rung)

@@ -100,8 +100,19 @@ class RunTimes:
     def measure(self) -> None:
         """Measure the speed at the rungs without complete runs."""
         known = {rung for rung, _ in self.recorded}
-        parts = [p for p in self.state.trials() if (p.rung and p.rung.number) not in known]
+        parts = [part for part in self.state.trials() if part.rung_number not in known]
         self.measured = dict(_measured_speeds(self.runner, parts)) if parts else {}
+
+    def _speeds_by_rung(self) -> dict[int | None, dict[str, float]]:
+        """Seconds per FLOP of each variant; measured ones at rungs without complete runs."""
+        speeds: dict[int | None, dict[str, float]] = {}
+        for (rung, variant), of_model in self.recorded.items():
+            speeds.setdefault(rung, {})[variant] = statistics.fmean(of_model)
+        recorded = {*speeds}
+        for (rung, variant), speed in self.measured.items():
+            if rung not in recorded:
+                speeds.setdefault(rung, {})[variant] = speed
+        return speeds
 
     def expected(self, trial: Trial) -> RunTime | None:
         """The time of a run; None if no speed is known.
@@ -109,20 +120,15 @@ class RunTimes:
         The speed is that of the nearest rung with a speed. There, it is the mean over variants if
         this one has none.
         """
-        speeds: dict[int | None, dict[str, float]] = {}
-        for (rung, variant), speed in self.measured.items():
-            speeds.setdefault(rung, {})[variant] = speed
-        recorded = {rung for rung, _ in self.recorded}
-        speeds |= {rung: {} for rung in recorded}
-        for (rung, variant), of_model in self.recorded.items():
-            speeds[rung][variant] = statistics.fmean(of_model)
+        speeds = self._speeds_by_rung()
         if not speeds:
             return None
         rungs = sorted(speeds, key=lambda rung: rung or 0)
         nearest = min(rungs, key=lambda rung: abs((rung or 0) - (trial.rung or 0)))
-        speed = speeds[nearest].get(trial.variant, statistics.fmean(speeds[nearest].values()))
+        of_rung = speeds[nearest]
+        speed = of_rung.get(trial.variant, statistics.fmean(of_rung.values()))
         flops = trial.flops or 0.0
-        if nearest not in recorded:
+        if all(rung != nearest for rung, _ in self.recorded):
             if trial not in self.evaluation_flops:
                 self.evaluation_flops[trial] = _evaluation_flops(self.runner, trial)
             flops += self.evaluation_flops[trial]
@@ -177,7 +183,7 @@ def _measured_speeds(
     began, device = time.perf_counter(), runner.context.device
     largest = LARGEST_MEASURED.get(device.type, LARGEST_MEASURED_ELSEWHERE)
     models = (
-        (part.rung and part.rung.number, part.variants[index])
+        (part.rung_number, part.variants[index])
         for index in range(max(len(part.variants) for part in parts))
         for part in parts
         if index < len(part.variants)

@@ -128,9 +128,23 @@ class StudyTrials:
         labels = [variant.label for variant in self.variants]
         return list(zip(folder_names(labels), self.variants))
 
+    @property
+    def rung_number(self) -> int | None:
+        """The number of the rung, as its trials have it; None without a ladder."""
+        return None if self.rung is None else self.rung.number
+
     def by_kind(self) -> dict[str, list[Trial]]:
         """All trials by kind, in the order in which the kinds are run."""
         return {TIMING: self.timing, TUNING: self.tuning, RUNS: self.runs}
+
+
+def trials_by_kind(parts: Iterable[StudyTrials]) -> dict[str, list[Trial]]:
+    """The trials of all parts by kind, in the order in which they are run."""
+    result: dict[str, list[Trial]] = {}
+    for part in parts:
+        for kind, of_kind in part.by_kind().items():
+            result.setdefault(kind, []).extend(of_kind)
+    return result
 
 
 def known_sum(numbers: Iterable[float | None]) -> float | None:

@@ -66,7 +66,14 @@ def values_text(values: dict) -> str:
     return ', '.join(f'{key}={value}' for key, value in values.items())
 
 
-def sizes_text(sizes: int | list[int] | None) -> str:
+def matched_cells(variant: Variant) -> list[str]:
+    """The matched size, with the one before, and how far it is from the reference."""
+    value, was, mismatch = variant.matched.values()
+    changed = f' (was {_sizes_text(was)})' if was != value else ''
+    return [f'{_sizes_text(value)}{changed}', f'{mismatch:+.3%}']
+
+
+def _sizes_text(sizes: int | list[int] | None) -> str:
     """`168`; `168 and 256` if layers differ; `-` without any."""
     listed = sizes if isinstance(sizes, list) else [] if sizes is None else [sizes]
     return ' and '.join(f'{size:,}' for size in listed) or '-'
