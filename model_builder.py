@@ -12,17 +12,18 @@ from typing import NamedTuple
 
 import torch
 import torch.nn as nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import FlopCounterMode, flop_registry
+from torch.utils.flop_counter import FlopCounterMode
 
 from common.errors import UserError
 from common.hardware import compile_problem
 from components.checks import check_built, check_form, flops_disagreements, observe_calls
+from components.element_counter import ElementCounter
 from components.faults import is_foreign
 from components.layer_counts import flops_by_kind, inactive_params, parameters_by_kind
 from components.layer_inputs import (
-    attention_inputs,
+    LayerNeeds,
+    layer_inputs,
     merge_aux,
     position_encodings,
     summarize_metrics,
@@ -33,6 +34,7 @@ from model_components import (
     AttentionInputs,
     Cache,
     Component,
+    Documents,
     LayerCache,
     OutputHead,
     PositionEncoding,
@@ -69,7 +71,7 @@ class Transformer(nn.Module):
         self.token_embedding = TokenEmbedding(config)
         encodings, self.encoding_numbers = position_encodings(config)
         # The names of the first one's parameters are those of models with a single one.
-        self.position_encoding, *others = encodings
+        self.position_encoding, *others = encodings or [None]
         self.more_position_encodings = nn.ModuleList(others)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(
@@ -118,12 +120,12 @@ class Transformer(nn.Module):
             )
         # Positions in the text, and in each token's document if masks depend on documents.
         pos = doc_positions = torch.arange(first, end, device=tokens.device)
-        doc_ids = None
+        documents = None
         if self.end_of_text is not None:
             text = cache.text.extend(tokens[..., None])[0][..., 0] if cache else tokens
-            doc_ids, doc_positions = locate_documents(text, self.end_of_text)
-            doc_positions = doc_positions[:, first:]
-        attn_inputs = self.attention_inputs(pos, doc_ids, cache)
+            documents = locate_documents(text, self.end_of_text)
+            doc_positions = documents.positions[:, first:]
+        attn_inputs = self.attention_inputs(pos, documents, cache)
 
         # Embedding, then the blocks, each with its auxiliary output.
         x = self.token_embedding(tokens)  # (B, T, C)
@@ -134,6 +136,8 @@ class Transformer(nn.Module):
         for block, block_inputs in zip(self.blocks, attn_inputs):
             x, aux = block(x, block_inputs)
             aux_outputs.append(aux)
+        if cache:
+            cache.length = end
 
         # Logits, or the loss.
         if targets is None:
@@ -143,7 +147,10 @@ class Transformer(nn.Module):
 
     @property
     def position_encodings(self) -> list[PositionEncoding]:
-        """The position encodings; layers share one if they have the same options of it."""
+        """The position encodings; layers share one if they have the same options of it. None
+        without attention."""
+        if self.position_encoding is None:
+            return []
         return [self.position_encoding, *self.more_position_encodings]
 
     @property
@@ -155,22 +162,27 @@ class Transformer(nn.Module):
     def attention_inputs(
         self,
         pos: torch.Tensor,
-        doc_ids: torch.Tensor | None = None,
+        documents: Documents | None = None,
         cache: Cache | None = None,
     ) -> list[AttentionInputs]:
-        """Inputs of each block's attention for positions (T,).
+        """Inputs of each block's mixers for positions (T,).
 
-        doc_ids: the document of each token so far, (B, all), if masks depend on documents.
+        documents: of each token so far, (B, all), if they are kept apart.
         """
-        backend = ATTENTION_BACKEND_REGISTRY[self.config.attention_backend]
-        specs = [block.attention.spec for block in self.blocks]
-        encodings = [self.position_encodings[number] for number in self.encoding_numbers]
-        return attention_inputs(backend, specs, encodings, pos, doc_ids, cache)
+        backend = self.config.get('attention_backend')
+        encodings = self.position_encodings
+        needs = [
+            LayerNeeds()
+            if block.attention is None
+            else LayerNeeds(block.attention.spec, encodings[number])
+            for block, number in zip(self.blocks, self.encoding_numbers)
+        ]
+        registry = ATTENTION_BACKEND_REGISTRY
+        return layer_inputs(backend and registry[backend], needs, pos, documents, cache)
 
     def empty_cache(self, tokens: int) -> Cache:
         """A cache for all `forward` calls of one batch of sequences of at most `tokens` tokens."""
-        layers = [block.attention.empty_cache(tokens) for block in self.blocks]
-        return Cache(layers, LayerCache(tokens))
+        return Cache([block.empty_cache(tokens) for block in self.blocks], LayerCache(tokens))
 
     @property
     def uncacheable(self) -> list[str]:
@@ -346,13 +358,15 @@ def training_flops(model: Transformer, recomputed_blocks: list[int] | None = Non
     """
     length = model.config.block_size
     full, causal = (flops_by_part(model, half) for half in (False, True))
-    attention = causal['attention_projections'] + causal['attention_scores']
+    attention = causal.get('attention_projections', 0) + causal.get('attention_scores', 0)
     return {
         'per_token': sum(full.values()),
         'per_token_causal': sum(causal.values()),
         'breakdown': full,
         'breakdown_causal': causal,
-        'attention_ffn_ratio': attention / causal['ffn'] if causal.get('ffn') else None,
+        'attention_ffn_ratio': attention / causal['ffn']
+        if attention and causal.get('ffn')
+        else None,
         'elementwise_per_token': elementwise_operations(model.config) / length,
         'recomputed_per_token': (
             recomputed_flops(model.config, recomputed_blocks) / length if recomputed_blocks else 0.0
@@ -384,7 +398,7 @@ def recomputed_flops(config: ModelArchitectureConfig, blocks: list[int]) -> int:
     Counted by running a sequence on the meta device. The count is less than a forward pass: torch
     stops once it has everything for the backward pass, before a product at the end of a block.
     """
-    config = config.replace(attention_backend='manual')
+    config = config.with_backend('manual')
     tokens = torch.empty((1, config.block_size), dtype=torch.long, device='meta')
     flops = []
     for recomputed in (blocks, []):
@@ -397,33 +411,15 @@ def recomputed_flops(config: ModelArchitectureConfig, blocks: list[int]) -> int:
     return flops[0] - flops[1]
 
 
-class _ElementCounter(TorchDispatchMode):
-    """Counts the elements written by operations other than matrix products and views."""
-
-    def __init__(self):
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        operation = func.overloadpacket
-        # `_unsafe_view` reshapes the output of a product, and writes nothing either.
-        writes_nothing = operation in flop_registry or operation is torch.ops.aten._unsafe_view
-        if not func.is_view and not writes_nothing:
-            outputs = result if isinstance(result, (tuple, list)) else (result,)
-            self.elements += sum(o.numel() for o in outputs if isinstance(o, torch.Tensor))
-        return result
-
-
 def elementwise_operations(config: ModelArchitectureConfig) -> int:
     """Elements that the forward pass of a sequence writes outside matrix multiplications.
 
     Counted by running the model on the meta device with manual attention, so that norms, gates,
     rotations and softmax are included.
     """
-    model = build_model(config.replace(attention_backend='manual')).eval()
+    model = build_model(config.with_backend('manual')).eval()
     tokens = torch.empty((1, config.block_size), dtype=torch.long, device='meta')
-    with torch.no_grad(), _ElementCounter() as counter:
+    with torch.no_grad(), ElementCounter() as counter:
         model(tokens)
     return counter.elements
 
@@ -437,7 +433,7 @@ def check_calls(config: ModelArchitectureConfig) -> None:
         return
     data_values = {'vocab_size': 64, 'end_of_text': 0}
     missing = {k: v for k, v in data_values.items() if k in config and config.get(k) is None}
-    model = build_model(config.replace(attention_backend='manual', **missing)).eval()
+    model = build_model(config.replace(**missing).with_backend('manual')).eval()
     tokens = torch.empty((2, min(8, config.block_size)), dtype=torch.long, device='meta')
     with torch.no_grad(), observe_calls(model, check_form):
         model(tokens)
@@ -451,7 +447,7 @@ def flops_notes(config: ModelArchitectureConfig) -> list[str]:
     """Notes on users' components whose `flops()` differs from PyTorch's count."""
     if not _has_foreign_components(config):
         return []
-    return flops_disagreements(build_model(config.replace(attention_backend='manual')).eval())
+    return flops_disagreements(build_model(config.with_backend('manual')).eval())
 
 
 class ParameterGroup(NamedTuple):
@@ -470,12 +466,9 @@ def parameter_groups(model: nn.Module) -> list[ParameterGroup]:
 
     The names of the groups are part of checkpoints.
     """
-    matrices = {
-        parameter: rows
-        for module in model.modules()
-        if isinstance(module, Component)
-        for parameter, rows in module.matrices().items()
-    }
+    components = [module for module in model.modules() if isinstance(module, Component)]
+    matrices = {p: rows for each in components for p, rows in each.matrices().items()}
+    undecayed = {parameter for each in components for parameter in each.undecayed()}
     initialization = INITIALIZATION_REGISTRY[model.config.initialization]
     lr_scale = initialization.hidden_lr_scale(model.config)
     all_rows: list[tuple[int, ...]] = []
@@ -491,5 +484,6 @@ def parameter_groups(model: nn.Module) -> list[ParameterGroup]:
             hidden.parameters.append(parameter)
             all_rows.append(rows)
         else:
-            (embeddings if parameter.dim() >= 2 else vectors).parameters.append(parameter)
+            decayed = parameter.dim() >= 2 and parameter not in undecayed
+            (embeddings if decayed else vectors).parameters.append(parameter)
     return [group for group in (hidden, embeddings, vectors) if group.parameters]

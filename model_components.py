@@ -27,7 +27,7 @@ Optimizers and learning-rate schedules are written with `from optim import …`.
 """
 
 from common.old_names import renamed_classes
-from common.registry import AnyBut, Option, above, at_least, between, fraction
+from common.registry import AnyBut, Naming, Option, above, at_least, between, fraction
 from components.activations import Activation
 from components.attention import Attention, MultiHeadAttention
 from components.attention_backends import (
@@ -36,24 +36,27 @@ from components.attention_backends import (
     additive_mask,
     repeat_kv,
 )
+from components.attention_inputs import AttentionInputs
 from components.base import AuxOutput, Component, Initial, matmul_dtype, module_flops
 from components.blocks import Block
-from components.document_mask import Documents, locate_documents
+from components.document_mask import DOCUMENT_OPTIONS, Documents, locate_documents
 from components.embedding import TokenEmbedding
 from components.feed_forward import FeedForward, GatedFeedForward
 from components.initialization import Initialization
-from components.kv_cache import Cache, LayerCache
+from components.kv_cache import Cache, LayerCache, MixerState
 from components.latent_attention import LatentAttention
 from components.lm_head import IGNORED, OutputHead
+from components.mixers import Mixer
 from components.moe import MixtureOfExperts
 from components.norms import ElementwiseAffine, Norm
-from components.positions import AttentionInputs, PositionEncoding, RotaryScaling
+from components.positions import PositionEncoding, RotaryScaling
 from model_config import (
     ACTIVATION_REGISTRY,
     ATTENTION_BACKEND_REGISTRY,
     ATTENTION_REGISTRY,
     FFN_REGISTRY,
     INITIALIZATION_REGISTRY,
+    MIXER_REGISTRY,
     NORM_POSITION_REGISTRY,
     NORM_REGISTRY,
     POSITION_ENCODING_REGISTRY,
@@ -65,9 +68,11 @@ __all__ = [
     'ACTIVATION_REGISTRY',
     'ATTENTION_BACKEND_REGISTRY',
     'ATTENTION_REGISTRY',
+    'DOCUMENT_OPTIONS',
     'FFN_REGISTRY',
     'IGNORED',
     'INITIALIZATION_REGISTRY',
+    'MIXER_REGISTRY',
     'NORM_POSITION_REGISTRY',
     'NORM_REGISTRY',
     'POSITION_ENCODING_REGISTRY',
@@ -90,9 +95,12 @@ __all__ = [
     'Initialization',
     'LatentAttention',
     'LayerCache',
+    'Mixer',
+    'MixerState',
     'MixtureOfExperts',
     'ModelArchitectureConfig',
     'MultiHeadAttention',
+    'Naming',
     'Norm',
     'Option',
     'OutputHead',

@@ -26,6 +26,7 @@ from common.architecture_options import (
     CORE_OPTIONS,
     FFN_REGISTRY,
     INITIALIZATION_REGISTRY,
+    MIXER_REGISTRY,
     NORM_POSITION_REGISTRY,
     NORM_REGISTRY,
     POSITION_ENCODING_REGISTRY,
@@ -45,6 +46,7 @@ from common.layer_pattern import expand_pattern, letters_of, pattern_tag
 from common.layer_table import (
     KindEntries,
     config_lines,
+    differing_values,
     ignored_by_layers,
     merged_kinds,
     replaced_short_forms,
@@ -64,6 +66,7 @@ __all__ = [
     'CORE_OPTIONS',
     'FFN_REGISTRY',
     'INITIALIZATION_REGISTRY',
+    'MIXER_REGISTRY',
     'NORM_POSITION_REGISTRY',
     'NORM_REGISTRY',
     'POSITION_ENCODING_REGISTRY',
@@ -201,7 +204,8 @@ class ModelArchitectureConfig(FrozenConfig):
         self._leave_out_unused(resolved, bool(kinds.keys() - declared.keys()))
         given = {name: (resolved[name], kind) for name, kind in kinds.items() if name in declared}
         self._values['layer_kinds'] = {
-            name: _differences(config, self) for name, (config, _) in given.items()
+            name: differing_values(config.to_dict(), self.to_dict(), layer_options())
+            for name, (config, _) in given.items()
         }
         self.__dict__.update(dropped=[*replaced, *notes], _declared=given)
         self._set_layers(list(layers), resolved)
@@ -257,7 +261,8 @@ class ModelArchitectureConfig(FrozenConfig):
         copies = {id(config): copy.copy(config) for config in (self, *self.kinds.values())}
         for config in copies.values():
             config.__dict__.update(_values=dict(config._values), origins=dict(config.origins))
-            config._values['attention_backend'] = None
+            if 'attention_backend' in config:
+                config._values['attention_backend'] = None
             kinds = {letter: copies.get(id(kind), kind) for letter, kind in config.kinds.items()}
             config.__dict__['kinds'] = kinds
         copies[id(self)]._derive_backend(device)
@@ -266,7 +271,11 @@ class ModelArchitectureConfig(FrozenConfig):
     @property
     def derives_backend(self) -> bool:
         """Whether the attention backend was not set but depends on the device."""
-        return self.origins['attention_backend'].startswith('derived')
+        return self.origins.get('attention_backend', '').startswith('derived')
+
+    def with_backend(self, name: str) -> 'ModelArchitectureConfig':
+        """The same architecture with an attention backend, if any layer has attention."""
+        return self.replace(attention_backend=name) if 'attention_backend' in self else self
 
     def _derive_backend(self, device: Device) -> None:
         """Choose the attention backend that ranks first on the device, if it is None.
@@ -274,10 +283,12 @@ class ModelArchitectureConfig(FrozenConfig):
         All layers have the same one.
         """
         configs = (self, *self.kinds.values())
-        if self._values['attention_backend'] is None:
+        if 'attention_backend' in self and self.attention_backend is None:
             names = list(ATTENTION_BACKEND_REGISTRY)
             ranks = [ATTENTION_BACKEND_REGISTRY[name].rank(self, device) for name in names]
             for config in configs:
+                if 'attention_backend' not in config:
+                    continue
                 config._values['attention_backend'] = names[ranks.index(min(ranks))]
                 config.origins['attention_backend'] = f'derived: for {device.kind}'
         for config in configs:
@@ -359,8 +370,14 @@ class ModelArchitectureConfig(FrozenConfig):
 
     def _tags(self) -> list[str]:
         """The number of heads, and the tags of the components, of layers that are all alike."""
-        chosen = dict(self._chosen())
-        tags = [tag_of(chosen[r.option], self) for r in REGISTRIES if r.option in CORE_OPTIONS]
+        chosen = list(self._chosen())
+        tags = [
+            tag_of(component, self)
+            for registry in REGISTRIES
+            if registry.option in CORE_OPTIONS
+            for option, component in chosen
+            if option == registry.option
+        ]
         return [f'{self.n_head}H', *(part for tag in tags if tag for part in tag.split('-'))]
 
     def kinds_over_preset(self) -> dict[str, KindEntries]:
@@ -465,23 +482,14 @@ def _layers_of_short_forms(
     }
 
 
-def _differences(kind: ModelArchitectureConfig, base: ModelArchitectureConfig) -> dict:
-    """The options of a kind that differ from the model's own."""
-    options, missing = layer_options(), object()
-    own = base.to_dict()
-    return {
-        key: value
-        for key, value in kind.to_dict().items()
-        if key in options and own.get(key, missing) != value
-    }
-
-
 def _problems(config: ModelArchitectureConfig) -> list[str]:
     """The problems of the architecture as a whole, a sentence each."""
     problems = config.sentences('problems')
     letters: dict[str, list[str]] = {}  # of each position encoding
     distinct = set()
     for letter, kind in config.kinds.items():
+        if 'position_encoding' not in kind:
+            continue
         letters.setdefault(kind.position_encoding, []).append(letter)
         distinct.add(POSITION_ENCODING_REGISTRY[kind.position_encoding].sharing_key(kind))
     for name, of in letters.items():

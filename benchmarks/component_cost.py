@@ -31,7 +31,7 @@ import train  # noqa: E402
 from benchmarks.record_overhead import random_tokens, timed  # noqa: E402
 from common import hardware  # noqa: E402
 from common.errors import UserError  # noqa: E402
-from common.registry import AnyBut, Option, Registry, owners  # noqa: E402
+from common.registry import AnyBut, Naming, Option, Registry, owners  # noqa: E402
 from common.tensors import storage_of  # noqa: E402
 from configurator import flatten  # noqa: E402
 from model_builder import Transformer  # noqa: E402
@@ -87,6 +87,8 @@ def companions(key: str, options: dict[str, Option], default: dict) -> dict:
     choice, value = owners(key, options)[0]
     if isinstance(value, AnyBut):
         value = next(other for other in options[choice].choices or [] if other != value.value)
+    if isinstance(value, Naming):
+        value = value.name
     return {**({} if choice in default else companions(choice, options, default)), choice: value}
 
 

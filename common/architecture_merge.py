@@ -31,7 +31,7 @@ def derive_values(values: dict, origins: dict[str, str]) -> None:
     """Derive the values that are None from the merged values."""
 
     def fill(key: str, value, why: str) -> None:
-        if values[key] is None:
+        if key in values and values[key] is None:
             values[key], origins[key] = value, f'derived: {why}'
 
     fill('attention_dropout', values['dropout'], 'dropout')

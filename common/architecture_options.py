@@ -8,11 +8,13 @@ from typing import Any
 
 from common.architecture_presets import PRESETS
 from common.dict_option import DictOption
+from common.joined_registry import JoinedRegistry
 from common.layer_pattern import MOST_LAYERS, SYNTAX, is_kind, is_layer_pattern
 from common.option_merge import active_keys, with_component_options
-from common.registry import AnyBut, Option, Registry, above, at_least, fraction
+from common.registry import AnyBut, Naming, Option, Registry, above, at_least, fraction
 
 _HOME = 'model_components'
+MIXER_REGISTRY = JoinedRegistry('mixer', 'Mixer', _HOME)
 ATTENTION_REGISTRY = Registry('attention_type', 'Attention', _HOME)
 ATTENTION_BACKEND_REGISTRY = Registry('attention_backend', 'Attention backend', _HOME)
 POSITION_ENCODING_REGISTRY = Registry('position_encoding', 'Position encoding', _HOME)
@@ -25,6 +27,7 @@ INITIALIZATION_REGISTRY = Registry('initialization', 'Initialization', _HOME)
 
 # In the order of their tags in an architecture's name.
 REGISTRIES = (
+    MIXER_REGISTRY,
     ATTENTION_REGISTRY,
     ATTENTION_BACKEND_REGISTRY,
     POSITION_ENCODING_REGISTRY,
@@ -36,6 +39,8 @@ REGISTRIES = (
     INITIALIZATION_REGISTRY,
 )
 
+
+WITH_ATTENTION = ('mixer', Naming('attention'))
 
 PRESET_OPTION = Option(
     str, 'legacy', 'Preset architecture; single options override it', choices=tuple(PRESETS)
@@ -57,21 +62,42 @@ CORE_OPTIONS = {
         check=at_least(1),
         scope='model',
     ),
-    'attention_type': Option(str, 'standard', 'Type of attention', choices=ATTENTION_REGISTRY),
+    'mixer': Option(
+        str,
+        'attention',
+        "Mixer of information across tokens, or several in parallel, such as 'attention+mamba2'",
+        choices=MIXER_REGISTRY,
+    ),
+    'attention_type': Option(
+        str,
+        'standard',
+        'Type of attention',
+        choices=ATTENTION_REGISTRY,
+        requires=WITH_ATTENTION,
+    ),
     'attention_backend': Option(
         str | None,
         None,
         'Implementation of attention; None: depends on the device and the architecture',
         choices=ATTENTION_BACKEND_REGISTRY,
+        requires=WITH_ATTENTION,
         scope='model',
     ),
     'position_encoding': Option(
-        str, 'learned_absolute', 'Position encoding', choices=POSITION_ENCODING_REGISTRY
+        str,
+        'learned_absolute',
+        'Position encoding',
+        choices=POSITION_ENCODING_REGISTRY,
+        requires=WITH_ATTENTION,
     ),
     'normalization': Option(str, 'layernorm', 'Norm of blocks and output', choices=NORM_REGISTRY),
     'ffn_type': Option(str, 'standard', 'Feed-forward network', choices=FFN_REGISTRY),
     'd_ff': Option(
-        int | None, None, 'Hidden width of the FFN; None: depends on ffn_type', check=at_least(1)
+        int | None,
+        None,
+        'Hidden width of the FFN; None: depends on ffn_type',
+        check=at_least(1),
+        requires=('ffn_type', AnyBut('none')),
     ),
     'norm_position': Option(
         str,
@@ -108,10 +134,14 @@ CORE_OPTIONS = {
         check=fraction(),
     ),
     'attention_dropout': Option(
-        float | None, None, 'Dropout of attention weights; None: dropout', check=fraction()
+        float | None,
+        None,
+        'Dropout of attention weights; None: dropout',
+        check=fraction(),
+        requires=WITH_ATTENTION,
     ),
     'residual_dropout': Option(
-        float | None, None, 'Dropout of attention and FFN outputs; None: dropout', check=fraction()
+        float | None, None, 'Dropout of mixer and FFN outputs; None: dropout', check=fraction()
     ),
     'layer_pattern': Option(
         str | None,

@@ -197,6 +197,12 @@ def without_pattern(kinds: dict[str, Kind]) -> str:
     )
 
 
+def differing_values(kind: dict, base: dict, keys: Collection[str]) -> dict:
+    """The values of a kind that differ from the model's own, of options in which layers may."""
+    missing = object()
+    return {k: v for k, v in kind.items() if k in keys and base.get(k, missing) != v}
+
+
 # Of a kind: option -> (value, origin); None if it is removed from a lower layer of options.
 KindEntries = dict[str, tuple[object, str]] | None
 

@@ -242,7 +242,7 @@ def chosen_components(core: dict[str, Option], values: dict) -> Iterator[tuple[s
     """The option and the class of each component that resolved values choose."""
     for key, option in with_component_options(core).items():
         if isinstance(option.choices, Registry) and values.get(key) is not None:
-            yield key, option.choices[values[key]]
+            yield from ((key, each) for each in option.choices.components(values[key]).values())
 
 
 def active_keys(core: dict[str, Option], values: dict) -> Iterator[str]:
@@ -256,7 +256,8 @@ def active_keys(core: dict[str, Option], values: dict) -> Iterator[str]:
         seen.add(key)
         yield key
         if isinstance(option.choices, Registry) and values[key] is not None:
-            queue[:0] = option.choices[values[key]].options.items()
+            for component in option.choices.components(values[key]).values():
+                queue[:0] = component.options.items()
 
 
 def _deciding_choices(key: str, options: dict[str, Option], active: dict) -> Iterator[str]:

@@ -31,6 +31,7 @@ class Registry:
     """
 
     contract: Contract | None = None
+    form_hint = ''  # other forms of a value than one of its names, in words
 
     def __init__(self, option: str, title: str, home: str):
         self.option, self.title, self.home = option, title, home
@@ -100,6 +101,14 @@ class Registry:
     def __iter__(self) -> Iterator[str]:
         self._fill()
         return iter(self._components)
+
+    def components(self, value: str) -> dict[str, type]:
+        """The components that a value of the option chooses, by name."""
+        return {value: self[value]}
+
+    def canonical(self, value: str) -> str:
+        """The one spelling of a value that may be written in several ways."""
+        return value
 
     def where(self, fits: Callable[[type], bool], option: str, title: str) -> 'Registry':
         """A registry for another option: the components that fit, including later ones."""
@@ -174,13 +183,21 @@ class AnyBut:
 
 
 @dataclass(frozen=True)
+class Naming:
+    """In `Option.requires`: every value of a `JoinedRegistry`'s option that has this name."""
+
+    name: str
+
+
+@dataclass(frozen=True)
 class Option:
     """One key that a user can set.
 
     type: int, float, bool or str, or one of them `| None`, where None means "derived" or "off".
     choices: the allowed strings, as a tuple or as a Registry of components.
     check: (predicate, allowed values in words), applied to every value that is not None.
-    requires: (other option, value or AnyBut(value)) without which this option has no effect.
+    requires: (other option, value, AnyBut(value) or Naming(name)) without which this option has no
+    effect.
     aliases: value -> (other option, its value), for values that set the other option instead.
     is_path: a leading `~` is the home folder (`paths.expand_home`).
     scope: of an option of the architecture: 'layer' if layers may differ in it, 'model' if not,
@@ -211,6 +228,8 @@ class Option:
             return True
         key, needed = self.requires
         value = values.get(key)
+        if isinstance(needed, Naming):
+            return needed.name in str(value).split('+')
         return value != needed.value if isinstance(needed, AnyBut) else value == needed
 
     def _types(self) -> tuple:
@@ -223,7 +242,8 @@ class Option:
         """The allowed values, in words."""
         if self.choices is not None:
             names = ', '.join(repr(name) for name in self.choices)
-            return f'one of {names}' + (' or None' if self.optional else '')
+            form = self.choices.form_hint if isinstance(self.choices, Registry) else ''
+            return f'one of {names}{form}' + (' or None' if self.optional else '')
         if self.check is not None and self.base_type is str:
             return self.check[1]
         return self.type_name() + (f', {self.check[1]}' if self.check else '')
@@ -251,9 +271,12 @@ class Option:
                 raise UserError(f'{key}={error}') from error
         if base is float and not math.isfinite(value):
             raise UserError(f'{key}={value!r}: not a finite number; {key} takes {self.allowed()}.')
-        if self.choices is not None and value not in (*self.choices, *self.aliases):
-            hint = did_you_mean(value, (*self.choices, *self.aliases))
-            raise UserError(f'{key}={show_value(value)}: {key} takes {self.allowed()}.{hint}')
+        if self.choices is not None:
+            if value not in self.choices and value not in self.aliases:
+                hint = did_you_mean(value, (*self.choices, *self.aliases))
+                raise UserError(f'{key}={show_value(value)}: {key} takes {self.allowed()}.{hint}')
+            if isinstance(self.choices, Registry):
+                value = self.choices.canonical(value)
         if self.check is not None and not self.check[0](value):
             raise UserError(f'{key}={show_value(value)}: {key} takes {self.allowed()}.')
         return value
@@ -304,7 +327,8 @@ def conditions_text(conditions: list[tuple[str, typing.Any]]) -> str:
         if isinstance(value, AnyBut):
             values.setdefault(f'{choice} other than ', []).append(repr(value.value))
         else:
-            values.setdefault(f'{choice}=', []).append(repr(value))
+            named = value.name if isinstance(value, Naming) else value
+            values.setdefault(f'{choice}=', []).append(repr(named))
     listed = [
         choice + ', '.join(names[:-1]) + ' or ' * (len(names) > 1) + names[-1]
         for choice, names in values.items()

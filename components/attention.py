@@ -9,9 +9,11 @@ import torch.nn as nn
 from common.old_names import renamed_attribute
 from common.registry import AnyBut, FrozenConfig, Option, above, at_least, tag_of
 from components.attention_backends import AttentionSpec
+from components.attention_inputs import AttentionInputs
 from components.base import Component
+from components.document_mask import DOCUMENT_OPTIONS
 from components.kv_cache import LayerCache
-from components.positions import AttentionInputs, PositionEncoding
+from components.positions import PositionEncoding
 from model_config import (
     ATTENTION_BACKEND_REGISTRY,
     ATTENTION_REGISTRY,
@@ -73,20 +75,7 @@ class Attention(Component, nn.Module):
             requires=('sliding_window', AnyBut(None)),
             scope='pattern',
         ),
-        'document_mask': Option(
-            bool,
-            False,
-            'Attend within documents only; absolute positions restart in each document',
-            scope='model',
-        ),
-        'end_of_text': Option(
-            int | None,
-            None,
-            'Token that ends a document; None: from the dataset',
-            check=at_least(0),
-            requires=('document_mask', True),
-            scope='model',
-        ),
+        **DOCUMENT_OPTIONS,
     }
 
     def __init_subclass__(cls, **kwargs):

@@ -147,6 +147,7 @@ def layer_specs(config: ModelArchitectureConfig) -> list[AttentionSpec]:
     return [
         ATTENTION_REGISTRY[kind.attention_type].layer_spec(kind, config.layer_letters.index(letter))
         for letter, kind in config.kinds.items()
+        if 'attention_type' in kind
     ]
 
 
@@ -414,6 +415,7 @@ class FlexAttention(AttentionBackend):
         smallest = min(
             size
             for layer in config.kinds.values()
+            if 'attention_type' in layer
             for size in ATTENTION_REGISTRY[layer.attention_type].head_dims(layer)
         )
         if smallest >= 16:

@@ -114,6 +114,11 @@ class Component(RenamedMethods, Configurable):
         """Weights of its projections into the residual stream, for depth-scaled initialization."""
         return []
 
+    def undecayed(self) -> list[torch.Tensor]:
+        """Its own parameters of two or more dimensions that have no weight decay, besides those
+        of one dimension, which never have."""
+        return []
+
     def matrices(self) -> dict[torch.Tensor, tuple[int, ...]]:
         """Its own hidden matrices, for optimizers such as Muon.
 

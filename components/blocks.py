@@ -1,25 +1,31 @@
-"""Block layouts: attention, feed-forward network and norms around the residual stream."""
+"""Block layouts: mixers, feed-forward network and norms around the residual stream."""
 
 from typing import ClassVar
 
+import torch
 import torch.nn as nn
 
 from common.registry import Option
-from components.base import Component
+from components.attention_inputs import AttentionInputs
+from components.base import AuxOutput, Component
+from components.kv_cache import LayerStates
 from model_config import (
-    ATTENTION_REGISTRY,
     FFN_REGISTRY,
+    MIXER_REGISTRY,
     NORM_POSITION_REGISTRY,
     NORM_REGISTRY,
     ModelArchitectureConfig,
 )
 
+NO_AUX = AuxOutput(0.0, {})
+
 
 class Block(Component, nn.Module):
-    """Attention and feed-forward network around the residual stream; subclasses add norms.
+    """Mixers and a feed-forward network around the residual stream; subclasses add norms.
 
     forward: x (B, T, C) and AttentionInputs -> x (B, T, C) and the AuxOutput of the FFN. Dropout is
-    applied to what is added to the residual stream, after its norm if there is one.
+    applied to what is added to the residual stream, after its norm if there is one. A sublayer that
+    the layer lacks has no norms: `mixes` or `ffn` says so.
     """
 
     # Whether the output of the last block needs a final norm.
@@ -27,16 +33,39 @@ class Block(Component, nn.Module):
 
     def __init__(self, config: ModelArchitectureConfig, layer: int):
         super().__init__()
-        self.attention = ATTENTION_REGISTRY[config.attention_type](config, layer)
-        self.ffn = FFN_REGISTRY[config.ffn_type](config, layer)
+        built = {
+            name: mixer.build(config, layer)
+            for name, mixer in MIXER_REGISTRY.components(config.mixer).items()
+        }
+        self.attention = built.pop('attention', None)
+        others = {name: mixer for name, mixer in built.items() if mixer is not None}
+        self.mixers = nn.ModuleDict(others) if others else {}
+        self.mixes = self.attention is not None or bool(others)
+        self.ffn = FFN_REGISTRY[config.ffn_type].build(config, layer)
         self.dropout = nn.Dropout(config.residual_dropout)
+        without = (*(() if self.mixes else ('attention',)), *(() if self.ffn else ('ffn',)))
         for name in self.norms(config):
-            self.add_module(name, NORM_REGISTRY[config.normalization](config, config.n_embd))
+            if not name.startswith(without):
+                self.add_module(name, NORM_REGISTRY[config.normalization](config, config.n_embd))
 
     @classmethod
     def norms(cls, config: ModelArchitectureConfig) -> tuple[str, ...]:
-        """Attribute names of the layout's norms."""
+        """Attribute names of the layout's norms: those of mixers begin with `attention`, those of
+        the FFN with `ffn`."""
         return 'attention_norm', 'ffn_norm'
+
+    def mix(self, x: torch.Tensor, attn_inputs: AttentionInputs) -> torch.Tensor:
+        """The sum of the outputs of the layer's mixers for the same input, (B, T, C)."""
+        outputs = [] if self.attention is None else [self.attention(x, attn_inputs)]
+        for name, mixer in self.mixers.items():
+            outputs.append(mixer(x, attn_inputs.of_mixer(name)))
+        return sum(outputs[1:], outputs[0])
+
+    def empty_cache(self, tokens: int) -> LayerStates:
+        """The states of the layer's mixers before the first of at most `tokens` tokens."""
+        attention = {} if self.attention is None else {'attention': self.attention}
+        mixers = {**attention, **self.mixers}
+        return {name: mixer.empty_cache(tokens) for name, mixer in mixers.items()}
 
 
 NORM_POSITION_REGISTRY.expect(
@@ -46,12 +75,15 @@ NORM_POSITION_REGISTRY.expect(
 
 @NORM_POSITION_REGISTRY.register('pre', source='Radford et al. 2019; Xiong et al. 2020')
 class PreNormBlock(Block):
-    """x + sublayer(norm(x)), attention then FFN."""
+    """x + sublayer(norm(x)), mixers then FFN."""
 
     tag = 'PreNorm'
 
     def forward(self, x, attn_inputs):
-        x = x + self.dropout(self.attention(self.attention_norm(x), attn_inputs))
+        if self.mixes:
+            x = x + self.dropout(self.mix(self.attention_norm(x), attn_inputs))
+        if self.ffn is None:
+            return x, NO_AUX
         y, aux = self.ffn(self.ffn_norm(x))
         return x + self.dropout(y), aux
 
@@ -64,7 +96,10 @@ class PostNormBlock(Block):
     final_norm = False
 
     def forward(self, x, attn_inputs):
-        x = self.attention_norm(x + self.dropout(self.attention(x, attn_inputs)))
+        if self.mixes:
+            x = self.attention_norm(x + self.dropout(self.mix(x, attn_inputs)))
+        if self.ffn is None:
+            return x, NO_AUX
         y, aux = self.ffn(x)
         return self.ffn_norm(x + self.dropout(y)), aux
 
@@ -80,8 +115,11 @@ class SandwichNormBlock(Block):
         return 'attention_norm', 'attention_output_norm', 'ffn_norm', 'ffn_output_norm'
 
     def forward(self, x, attn_inputs):
-        y = self.attention(self.attention_norm(x), attn_inputs)
-        x = x + self.dropout(self.attention_output_norm(y))
+        if self.mixes:
+            y = self.mix(self.attention_norm(x), attn_inputs)
+            x = x + self.dropout(self.attention_output_norm(y))
+        if self.ffn is None:
+            return x, NO_AUX
         y, aux = self.ffn(self.ffn_norm(x))
         return x + self.dropout(self.ffn_output_norm(y)), aux
 
@@ -93,14 +131,17 @@ class ReorderedNormBlock(Block):
     tag = 'ReorderedNorm'
 
     def forward(self, x, attn_inputs):
-        x = x + self.dropout(self.attention_norm(self.attention(x, attn_inputs)))
+        if self.mixes:
+            x = x + self.dropout(self.attention_norm(self.mix(x, attn_inputs)))
+        if self.ffn is None:
+            return x, NO_AUX
         y, aux = self.ffn(x)
         return x + self.dropout(self.ffn_norm(y)), aux
 
 
 @NORM_POSITION_REGISTRY.register('parallel', source='Wang & Komatsuzaki 2021; Black et al. 2022')
 class ParallelBlock(Block):
-    """x + attention(norm(x)) + FFN(norm(x)), with two norms or a shared one."""
+    """x + mixers(norm(x)) + FFN(norm(x)), with two norms or a shared one."""
 
     tag = 'Parallel'
     options: ClassVar = {
@@ -116,14 +157,23 @@ class ParallelBlock(Block):
     @classmethod
     def norms(cls, config: ModelArchitectureConfig) -> tuple[str, ...]:
         both = super().norms(config)
-        return both[:1] if config.parallel_shared_norm else both
+        return both[:1] if shares_norm(config) else both
 
     def __init__(self, config: ModelArchitectureConfig, layer: int):
         super().__init__(config, layer)
-        self.shared_norm = config.parallel_shared_norm
+        self.shared_norm = shares_norm(config)
 
     def forward(self, x, attn_inputs):
-        normed = self.attention_norm(x)
-        attended = self.attention(normed, attn_inputs)
-        y, aux = self.ffn(normed if self.shared_norm else self.ffn_norm(x))
-        return x + self.dropout(attended) + self.dropout(y), aux
+        mixed, y, aux = 0, 0, NO_AUX
+        if self.mixes:
+            normed = self.attention_norm(x)
+            mixed = self.dropout(self.mix(normed, attn_inputs))
+        if self.ffn is not None:
+            y, aux = self.ffn(normed if self.shared_norm else self.ffn_norm(x))
+            y = self.dropout(y)
+        return x + mixed + y, aux
+
+
+def shares_norm(config: ModelArchitectureConfig) -> bool:
+    """Whether a parallel layer has both sublayers, and one norm for them."""
+    return config.parallel_shared_norm and 'none' not in (config.mixer, config.ffn_type)

@@ -17,14 +17,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from common.errors import UserError
 from common.registry import Registry
 from components.attention import Attention
+from components.attention_inputs import AttentionInputs
 from components.base import AuxOutput, Component
 from components.blocks import Block
-from components.positions import AttentionInputs
 from model_config import (
     ACTIVATION_REGISTRY,
     ATTENTION_BACKEND_REGISTRY,
     ATTENTION_REGISTRY,
     FFN_REGISTRY,
+    MIXER_REGISTRY,
     NORM_POSITION_REGISTRY,
     NORM_REGISTRY,
     POSITION_ENCODING_REGISTRY,
@@ -118,16 +119,18 @@ def _on_forward(on_call, registry, component, module, args, kwargs, output) -> N
 @contextmanager
 def _observed_methods(model: nn.Module, on_call: Callable[[Call], None]) -> Iterator[None]:
     """Observe methods other than `forward`: of position encodings and attention backends."""
-    config, encodings = model.config, model.position_encodings
-    backend = ATTENTION_BACKEND_REGISTRY, ATTENTION_BACKEND_REGISTRY[config.attention_backend]
+    encodings, backend = model.position_encodings, model.config.get('attention_backend')
     methods = [
         (encoding, method, POSITION_ENCODING_REGISTRY, type(encoding))
         for encoding in encodings
         for method in ('prepare', 'embed')
     ]
     for block, number in zip(model.blocks, model.encoding_numbers):
+        if block.attention is None:
+            continue
+        attending = ATTENTION_BACKEND_REGISTRY, ATTENTION_BACKEND_REGISTRY[backend]
         positions = POSITION_ENCODING_REGISTRY, type(encodings[number])
-        for method, owner in (('rotate', positions), ('attend', backend)):
+        for method, owner in (('rotate', positions), ('attend', attending)):
             if hasattr(block.attention, method):
                 methods.append((block.attention, method, *owner))
     originals = []
@@ -226,6 +229,7 @@ _FORMS = {
     ACTIVATION_REGISTRY: _same_shape,
     NORM_REGISTRY: _same_shape,
     ATTENTION_REGISTRY: _same_shape,
+    MIXER_REGISTRY: _same_shape,
     FFN_REGISTRY: _with_aux_output,
     NORM_POSITION_REGISTRY: _with_aux_output,
 }
@@ -246,7 +250,7 @@ def flops_disagreements(model: nn.Module) -> list[str]:
 
     model: on the meta device, with the manual attention backend, so that everything is counted.
     """
-    windows = [block.attention.spec.window for block in model.blocks]
+    windows = [block.attention.spec.window for block in model.blocks if block.attention]
     length = min([model.config.block_size, *filter(None, windows)])  # within all windows
     tokens = torch.empty((1, length), dtype=torch.long, device='meta')
     with torch.no_grad(), FlopCounterMode(display=False) as counter:

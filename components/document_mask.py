@@ -5,6 +5,26 @@ from typing import NamedTuple
 import torch
 
 from common.old_names import by_old_name
+from common.registry import Option, at_least
+
+# Of every mixer. Documents are kept apart in all layers or in none.
+DOCUMENT_OPTIONS = {
+    'document_mask': Option(
+        bool,
+        False,
+        'Keep documents apart: attention within documents only, states and absolute positions that '
+        'restart in each document',
+        scope='model',
+    ),
+    'end_of_text': Option(
+        int | None,
+        None,
+        'Token that ends a document; None: from the dataset',
+        check=at_least(0),
+        requires=('document_mask', True),
+        scope='model',
+    ),
+}
 
 
 class Documents(NamedTuple):

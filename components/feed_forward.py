@@ -35,6 +35,11 @@ class FeedForward(Component, nn.Module):
     metric_names: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
+    def build(cls, config: ModelArchitectureConfig, layer: int) -> nn.Module | None:
+        """The module of a layer, or None."""
+        return cls(config, layer)
+
+    @classmethod
     def default_d_ff(cls, config: FrozenConfig) -> int:
         """The hidden width if `d_ff` is not set."""
         raise NotImplementedError
@@ -75,6 +80,25 @@ class FeedForward(Component, nn.Module):
 
 
 FFN_REGISTRY.expect(FeedForward, constructed_with=('config', 'layer'), forward=('x',))
+
+
+@FFN_REGISTRY.register('none', source='Mamba: Gu & Dao 2023; Nemotron-H: NVIDIA 2025')
+class NoFeedForward(FeedForward):
+    """No feed-forward network: the layer is a mixer alone."""
+
+    tag = 'NoFFN'
+    options: ClassVar = {}
+
+    @classmethod
+    def build(cls, config: ModelArchitectureConfig, layer: int) -> None:
+        return None
+
+    @classmethod
+    def derived_values(cls, config: FrozenConfig) -> dict[str, tuple]:
+        return {}
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, AuxOutput]:
+        raise NotImplementedError
 
 
 @FFN_REGISTRY.register('standard', source='Vaswani et al. 2017')

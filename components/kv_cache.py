@@ -1,6 +1,6 @@
-"""KV caches, so that generation processes each token once."""
+"""KV caches and other states, so that generation processes each token once."""
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 
@@ -59,13 +59,38 @@ class LayerCache:
         return sum(cached.nbytes for cached in self.tensors)
 
 
-class Cache(NamedTuple):
-    """The caches of all layers for a batch of sequences."""
+class MixerState:
+    """What a mixer other than attention keeps of earlier tokens: tensors (B, ...) by name.
 
-    layers: list[LayerCache]
-    text: LayerCache  # the tokens themselves, used if masks depend on documents
+    Such as a recurrent state, and the last inputs of a convolution. Empty before the first tokens.
+    """
+
+    def __init__(self) -> None:
+        self.tensors: dict[str, torch.Tensor] = {}
+
+    def get(self, name: str) -> torch.Tensor | None:
+        return self.tensors.get(name)
+
+    def set(self, name: str, value: torch.Tensor) -> None:
+        """Keep a copy, so that no more memory is held than the value's own."""
+        self.tensors[name] = value.detach().clone(memory_format=torch.contiguous_format)
 
     @property
-    def length(self) -> int:
-        """Number of tokens per sequence so far."""
-        return self.layers[0].length
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+
+LayerStates = dict[str, LayerCache | MixerState]  # by mixer
+
+
+@dataclass
+class Cache:
+    """What all layers keep of the earlier tokens of a batch of sequences."""
+
+    layers: list[LayerStates]
+    text: LayerCache  # the tokens themselves, used if documents are kept apart
+    length: int = 0  # number of tokens per sequence so far
+
+    @property
+    def nbytes(self) -> int:
+        return sum(state.nbytes for states in self.layers for state in states.values())

@@ -7,7 +7,7 @@ import torch.nn as nn
 
 from common.registry import FrozenConfig, Option, at_least
 from components.attention import Attention, uneven_heads
-from components.positions import AttentionInputs
+from components.attention_inputs import AttentionInputs
 from model_config import ATTENTION_REGISTRY, NORM_REGISTRY, ModelArchitectureConfig
 
 

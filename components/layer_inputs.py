@@ -1,54 +1,73 @@
 """What layers share: position encodings, the masks and rotations of attention, metrics of FFNs."""
 
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 from components.attention_backends import AttentionBackend, AttentionSpec
+from components.attention_inputs import AttentionInputs
 from components.base import AuxOutput
+from components.document_mask import Documents
 from components.kv_cache import Cache
-from components.positions import AttentionInputs, PositionEncoding
+from components.positions import PositionEncoding
 from model_config import POSITION_ENCODING_REGISTRY, ModelArchitectureConfig
 
 
 def position_encodings(
     config: ModelArchitectureConfig,
-) -> tuple[list[PositionEncoding], list[int]]:
-    """The position encodings of a model, and the number of each layer's.
+) -> tuple[list[PositionEncoding], list[int | None]]:
+    """The position encodings of a model, and the number of each layer's, None without attention.
 
     Layers share one if its `sharing_key` is the same. The first one with parameters comes first.
     """
-    classes = [POSITION_ENCODING_REGISTRY[layer.position_encoding] for layer in config.layers]
-    keys = [encoding.sharing_key(layer) for encoding, layer in zip(classes, config.layers)]
+    keys: list[tuple | None] = []
     built = {}
-    for key, encoding, layer in zip(keys, classes, config.layers):
-        if key not in built:
-            built[key] = encoding(layer)
+    for layer in config.layers:
+        if 'position_encoding' not in layer:
+            keys.append(None)
+            continue
+        encoding = POSITION_ENCODING_REGISTRY[layer.position_encoding]
+        keys.append(encoding.sharing_key(layer))
+        if keys[-1] not in built:
+            built[keys[-1]] = encoding(layer)
     order = sorted(built, key=lambda key: not list(built[key].parameters()))
-    return [built[key] for key in order], [order.index(key) for key in keys]
+    numbers = [None if key is None else order.index(key) for key in keys]
+    return [built[key] for key in order], numbers
 
 
-def attention_inputs(
-    backend: type[AttentionBackend],
-    specs: Sequence[AttentionSpec],
-    encodings: Sequence[PositionEncoding],
+class LayerNeeds(NamedTuple):
+    """What determines the inputs of a layer's mixers; attention is described by both fields."""
+
+    spec: AttentionSpec | None = None
+    encoding: PositionEncoding | None = None
+
+
+def layer_inputs(
+    backend: type[AttentionBackend] | None,
+    needs: Sequence[LayerNeeds],
     pos: torch.Tensor,
-    doc_ids: torch.Tensor | None,
+    documents: Documents | None,
     cache: Cache | None,
 ) -> list[AttentionInputs]:
-    """Inputs of each layer's attention for positions (T,), from its spec and position encoding.
+    """Inputs of each layer's mixers for positions (T,).
 
     Layers with the same encoding share rotations, and those that see the same tokens and have the
     same bias share masks.
-    doc_ids: the document of each token so far, (B, all), if masks depend on documents.
+    documents: of each token so far, (B, all), if they are kept apart.
     """
     prepared: dict[tuple, tuple[AttentionInputs, torch.Tensor]] = {}
     masks: dict[tuple, object] = {}
+    starts = None if documents is None else documents.positions[:, pos] == 0
     inputs = []
-    for number, (spec, encoding) in enumerate(zip(specs, encodings)):
-        layer_cache = cache.layers[number] if cache else None
+    for number, (spec, encoding) in enumerate(needs):
+        states = cache.layers[number] if cache else None
+        if spec is None or encoding is None or backend is None:
+            inputs.append(AttentionInputs(states=states, starts=starts))
+            continue
+        layer_cache = states['attention'] if states else None
         # Training: queries and keys are the same tokens. Generation: the keys are the tokens in the
         # layer's cache, which depend on its window.
         span = spec.window if cache else None
@@ -58,9 +77,13 @@ def attention_inputs(
         shared, k_pos = prepared[encoding, span]
         key = spec.window, spec.documents, encoding if shared.bias is not None else None
         if key not in masks:
-            documents = () if doc_ids is None else (doc_ids[:, pos], doc_ids[:, k_pos])
-            masks[key] = backend.mask(spec, shared.bias, pos, k_pos, *documents)
-        inputs.append(shared._replace(bias=None, mask=masks[key], cache=layer_cache))
+            doc_ids = () if documents is None else (documents.ids[:, pos], documents.ids[:, k_pos])
+            masks[key] = backend.mask(spec, shared.bias, pos, k_pos, *doc_ids)
+        inputs.append(
+            shared._replace(
+                bias=None, mask=masks[key], cache=layer_cache, states=states, starts=starts
+            )
+        )
     return inputs
 
 

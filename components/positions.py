@@ -1,31 +1,21 @@
 """Position encodings."""
 
 import math
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar
 
 import torch
 import torch.nn as nn
 
 from common.option_merge import with_component_options
 from common.registry import FrozenConfig, Option, above, at_least, tag_of
+from components.attention_inputs import AttentionInputs
 from components.base import Component
-from components.kv_cache import LayerCache
 from model_config import (
     ATTENTION_REGISTRY,
     POSITION_ENCODING_REGISTRY,
     ROPE_SCALING_REGISTRY,
     ModelArchitectureConfig,
 )
-
-
-class AttentionInputs(NamedTuple):
-    """Inputs of every attention in addition to x, prepared once per forward pass by the position
-    encoding and, for the mask, by the attention backend."""
-
-    rotation: tuple[torch.Tensor, ...] = ()  # passed to `rotate`
-    bias: torch.Tensor | None = None  # added to the scores, (H or 1, Tq, Tk), fp32
-    mask: Any = None  # made by the attention backend from the bias and the visibility
-    cache: LayerCache | None = None  # the layer's earlier tokens; None: no KV cache
 
 
 class PositionEncoding(Component, nn.Module):

@@ -25,7 +25,7 @@ def parameters_cast_by_autocast(config: ModelArchitectureConfig) -> set[str]:
     rows would be rounded, and so would the sum of the gradients of both uses. Read from the
     operations of a forward pass on fake tensors, so that users' components need no declaration.
     """
-    config = config.replace(attention_backend='manual')  # backends have no parameters
+    config = config.with_backend('manual')  # backends have no parameters
     with FakeTensorMode():
         model = Transformer(config).train()
         tokens = torch.zeros((1, min(8, config.block_size)), dtype=torch.long)

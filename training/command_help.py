@@ -32,6 +32,7 @@ RUN_GROUPS = (
 )
 # Groups within the architecture: its name, subject, and the options whose components belong to it.
 ARCHITECTURE_GROUPS = (
+    ('mixer', 'Mixers other than attention: recurrences, state spaces, convolutions', ('mixer',)),
     (
         'attention',
         'Heads, grouped queries, windows, masks, MLA, backend',

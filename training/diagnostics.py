@@ -89,7 +89,7 @@ def _probed_attention(
 
         return probed
 
-    attentions = [block.attention for block in model.blocks]
+    attentions = [block.attention for block in model.blocks if block.attention is not None]
     originals = [attention.attend for attention in attentions]
     try:
         for attention, attend in zip(attentions, originals):

@@ -263,6 +263,8 @@ class _ProbePasses:
 
 
 def _has_positions(layer: ModelArchitectureConfig) -> bool:
+    if 'position_encoding' not in layer:
+        return False
     encoding = POSITION_ENCODING_REGISTRY[layer.position_encoding]
     hooks = ('prepare', 'embed', 'rotate')
     return any(getattr(encoding, hook) is not getattr(PositionEncoding, hook) for hook in hooks)
