@@ -170,13 +170,11 @@ class Transformer(nn.Module):
         documents: of each token so far, (B, all), if they are kept apart.
         """
         backend = self.config.get('attention_backend')
-        encodings = self.position_encodings
-        needs = [
-            LayerNeeds()
-            if block.attention is None
-            else LayerNeeds(block.attention.spec, encodings[number])
-            for block, number in zip(self.blocks, self.encoding_numbers)
-        ]
+        encodings, needs = self.position_encodings, []
+        for block, number in zip(self.blocks, self.encoding_numbers):
+            spec = None if block.attention is None else block.attention.spec
+            encoding = None if number is None else encodings[number]
+            needs.append(LayerNeeds(spec, encoding, bool(block.mixers)))
         registry = ATTENTION_BACKEND_REGISTRY
         return layer_inputs(backend and registry[backend], needs, pos, documents, cache)
 

@@ -34,6 +34,11 @@ class Initial:
     def normal(std: float) -> Fill:
         return lambda tensor, generator: tensor.normal_(0.0, std, generator=generator)
 
+    @staticmethod
+    def uniform(bound: float) -> Fill:
+        """From -bound to bound."""
+        return lambda tensor, generator: tensor.uniform_(-bound, bound, generator=generator)
+
 
 class AuxOutput(NamedTuple):
     """Auxiliary loss and metrics of a component, returned beside its output."""

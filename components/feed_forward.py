@@ -82,25 +82,6 @@ class FeedForward(Component, nn.Module):
 FFN_REGISTRY.expect(FeedForward, constructed_with=('config', 'layer'), forward=('x',))
 
 
-@FFN_REGISTRY.register('none', source='Mamba: Gu & Dao 2023; Nemotron-H: NVIDIA 2025')
-class NoFeedForward(FeedForward):
-    """No feed-forward network: the layer is a mixer alone."""
-
-    tag = 'NoFFN'
-    options: ClassVar = {}
-
-    @classmethod
-    def build(cls, config: ModelArchitectureConfig, layer: int) -> None:
-        return None
-
-    @classmethod
-    def derived_values(cls, config: FrozenConfig) -> dict[str, tuple]:
-        return {}
-
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, AuxOutput]:
-        raise NotImplementedError
-
-
 @FFN_REGISTRY.register('standard', source='Vaswani et al. 2017')
 class StandardFeedForward(FeedForward):
     """down(activation(up(x))), by default 4 · n_embd wide."""
@@ -246,3 +227,22 @@ class Bilinear(GatedFeedForward):
 
     def activate(self, gate: torch.Tensor) -> torch.Tensor:
         return gate
+
+
+@FFN_REGISTRY.register('none', source='Mamba: Gu & Dao 2023; Nemotron-H: NVIDIA 2025')
+class NoFeedForward(FeedForward):
+    """No feed-forward network: the layer is a mixer alone."""
+
+    tag = 'NoFFN'
+    options: ClassVar = {}
+
+    @classmethod
+    def build(cls, config: ModelArchitectureConfig, layer: int) -> None:
+        return None
+
+    @classmethod
+    def derived_values(cls, config: FrozenConfig) -> dict[str, tuple]:
+        return {}
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, AuxOutput]:
+        raise NotImplementedError

@@ -39,10 +39,11 @@ def position_encodings(
 
 
 class LayerNeeds(NamedTuple):
-    """What determines the inputs of a layer's mixers; attention is described by both fields."""
+    """What determines the inputs of a layer's mixers."""
 
-    spec: AttentionSpec | None = None
-    encoding: PositionEncoding | None = None
+    spec: AttentionSpec | None  # of its attention, if it has one
+    encoding: PositionEncoding | None
+    has_others: bool  # whether it has mixers other than attention
 
 
 def layer_inputs(
@@ -60,9 +61,11 @@ def layer_inputs(
     """
     prepared: dict[tuple, tuple[AttentionInputs, torch.Tensor]] = {}
     masks: dict[tuple, object] = {}
-    starts = None if documents is None else documents.positions[:, pos] == 0
+    starts = None
+    if documents is not None and any(each.has_others for each in needs):
+        starts = documents.positions[:, pos] == 0
     inputs = []
-    for number, (spec, encoding) in enumerate(needs):
+    for number, (spec, encoding, _) in enumerate(needs):
         states = cache.layers[number] if cache else None
         if spec is None or encoding is None or backend is None:
             inputs.append(AttentionInputs(states=states, starts=starts))

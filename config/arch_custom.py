@@ -3,6 +3,8 @@
 # file like this one and chosen by its name.
 arch_preset = 'custom'
 
+# attention, none
+mixer = 'attention'
 # standard, mla
 attention_type = 'standard'
 # sdpa, manual, flex
@@ -12,7 +14,7 @@ position_encoding = 'rope'
 rope_theta = 10000.0  # for rope
 # layernorm, layernorm_nobias, rmsnorm, dyt, none
 normalization = 'rmsnorm'
-# standard, swiglu, geglu, reglu, glu, bilinear, moe
+# standard, swiglu, geglu, reglu, glu, bilinear, none, moe
 ffn_type = 'standard'
 # gelu, gelu_tanh, silu, relu, relu2, leaky_relu
 activation = 'gelu'  # for ffn_type = 'standard'

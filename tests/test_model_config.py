@@ -262,7 +262,7 @@ def model_and_outputs(config):
     with torch.no_grad():
         logits = model.train()(tokens)
         _, _, auxiliary = model(tokens, tokens)
-    attend = model.blocks[0].attention.attend
+    attend = getattr(model.blocks[0].attention, 'attend', None)
     outputs = logits.tolist(), float(auxiliary.loss)
     return shapes, parameters, attend, outputs, training_flops(model)['per_token']
 

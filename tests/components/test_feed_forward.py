@@ -8,7 +8,7 @@ import torch
 from model_components import Activation
 from model_config import FFN_REGISTRY, ModelArchitectureConfig
 
-DENSE = [name for name in FFN_REGISTRY if name != 'moe']
+DENSE = [name for name in FFN_REGISTRY if name not in ('moe', 'none')]
 
 
 def network(ffn_type):

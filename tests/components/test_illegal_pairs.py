@@ -48,6 +48,7 @@ ILLEGAL = [
         {'position_encoding': 't5_relative', 't5_buckets': 64, 't5_max_distance': 32},
         ['t5_max_distance=32', 't5_buckets=64', '--t5_max_distance=256'],
     ),
+    ({'mixer': 'none', 'ffn_type': 'none'}, ['Choose a mixer', 'FFN']),
     ({**MOE, 'experts_per_token': 9}, ['num_experts=8', '--experts_per_token=8']),
     ({**MOE, 'experts_per_token': 1}, ['router_normalize=True', '--router_normalize=False']),
     ({**MOE, 'dense_layers': 12}, ['dense_layers=12', 'n_layer=12', "ffn_type='swiglu'"]),

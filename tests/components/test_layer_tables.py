@@ -28,7 +28,13 @@ from model_builder import (
     parameter_groups,
     recompute,
 )
-from model_components import AttentionInputs, AuxOutput, Block, PositionEncoding
+from model_components import (
+    AttentionInputs,
+    AuxOutput,
+    Block,
+    PositionEncoding,
+    locate_documents,
+)
 from model_config import (
     NORM_POSITION_REGISTRY,
     POSITION_ENCODING_REGISTRY,
@@ -137,9 +143,9 @@ def test_block_equals_that_of_a_uniform_model(config):
     model = build_model(config, 'cpu', seed=1)
     uniform = {letter: build_model(kind, 'cpu', seed=1) for letter, kind in config.kinds.items()}
     x = torch.randn(2, config.block_size, config.n_embd)
-    doc_ids = torch.tensor([[1, 1, 2, 2, 2, 3], [1, 2, 2, 2, 2, 2]])
-    doc_ids = doc_ids if config.document_mask else None
-    inputs = model.attention_inputs(torch.arange(config.block_size), doc_ids)
+    tokens = torch.tensor([[1, 0, 1, 1, 0, 1], [0, 1, 1, 1, 1, 1]])
+    documents = locate_documents(tokens, 0) if config.document_mask else None
+    inputs = model.attention_inputs(torch.arange(config.block_size), documents)
     for number, letter in enumerate(config.layer_letters):
         one = uniform[letter]
         weights = model.blocks[number].state_dict()
@@ -148,7 +154,7 @@ def test_block_equals_that_of_a_uniform_model(config):
         assert all(torch.equal(weights[name], expected_weights[name]) for name in weights)
         encoding = model.position_encodings[model.encoding_numbers[number]]
         one.position_encoding.load_state_dict(encoding.state_dict())
-        expected_inputs = one.attention_inputs(torch.arange(config.block_size), doc_ids)
+        expected_inputs = one.attention_inputs(torch.arange(config.block_size), documents)
         y, aux = model.blocks[number](x, inputs[number])
         expected, expected_aux = one.blocks[number](x, expected_inputs[number])
         assert torch.equal(y, expected) and float(aux.loss) == float(expected_aux.loss)

@@ -187,7 +187,7 @@ def looped(ours: MixtureOfExperts, x, config):
     return torch.stack(out).view(x.shape)
 
 
-EXPERTS = [name for name in FFN_REGISTRY if name != 'moe']
+EXPERTS = [name for name in FFN_REGISTRY if name not in ('moe', 'none')]
 
 
 @pytest.mark.parametrize('bias', [False, True])

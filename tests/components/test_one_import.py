@@ -28,6 +28,7 @@ from model_components import (
     ATTENTION_REGISTRY,
     FFN_REGISTRY,
     INITIALIZATION_REGISTRY,
+    MIXER_REGISTRY,
     NORM_POSITION_REGISTRY,
     NORM_REGISTRY,
     POSITION_ENCODING_REGISTRY,
@@ -42,6 +43,7 @@ from model_components import (
     FeedForward,
     Initial,
     Initialization,
+    Mixer,
     Option,
     PositionEncoding,
     RotaryScaling,
@@ -144,6 +146,19 @@ class SharedKeyAttention(Attention):
         )
         qk = self.rotate(qk, attn_inputs.rotation)
         return self.attend_and_project(qk, qk, v, attn_inputs)
+
+
+@MIXER_REGISTRY.register('own')
+class RunningMean(Mixer):
+    """The mean of a projection over all tokens so far."""
+
+    def __init__(self, config, layer):
+        super().__init__(config, layer)
+        self.value = nn.Linear(config.n_embd, config.n_embd)
+
+    def forward(self, x, attn_inputs):
+        lengths = torch.arange(1, x.size(1) + 1, device=x.device)
+        return self.value(x).cumsum(1) / lengths[:, None]
 
 
 @FFN_REGISTRY.register('own')
@@ -282,8 +297,9 @@ def choices(*options: str) -> dict[str, str]:
         choices('attention_type', 'attention_backend', 'position_encoding', 'normalization')
         | choices('ffn_type', 'norm_position', 'initialization'),
         {'position_encoding': 'rope', 'activation': 'own', 'rope_scaling': 'own'},
+        {'mixer': 'own'},
     ],
-    ids=['most kinds', 'activation and RoPE scaling'],
+    ids=['most kinds', 'activation and RoPE scaling', 'mixer'],
 )
 def test_components_from_one_import_train(own_components, values):
     config = tiny(**values)

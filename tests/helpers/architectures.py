@@ -79,7 +79,8 @@ def values_of(key: str, option: Option) -> list:
     """The values to try for an option."""
     if isinstance(option.choices, Registry):  # without components that tests registered
         named = option.choices
-        return [name for name in named if named[name].__module__.startswith('components.')]
+        own = [name for name in named if named[name].__module__.startswith('components.')]
+        return [name for name in own if (key, name) != ('ffn_type', 'none')]
     if option.choices is not None:
         return list(option.choices)
     values = (False, True) if option.base_type is bool else VALUES[key]
@@ -88,8 +89,12 @@ def values_of(key: str, option: Option) -> list:
 
 
 def pick_values(pick: Callable[[Sequence], object], **fixed) -> dict:
-    """A value chosen by `pick` for each active option; `fixed` values are not changed."""
+    """A value chosen by `pick` for each active option; `fixed` values are not changed.
+
+    The mixer is attention unless it is fixed, and every layer has an FFN.
+    """
     chosen: dict = {}
+    fixed = {'mixer': 'attention', **fixed}
 
     def add(options: dict[str, Option]) -> None:
         for key, option in options.items():
