@@ -3,6 +3,7 @@
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from components.base import Component, Fill, Initial
 
@@ -10,8 +11,9 @@ from components.base import Component, Fill, Initial
 class GatedRMSNorm(Component, nn.Module):
     """weight · norm(x) · silu(gate), or weight · norm(x · silu(gate)) with `gate_first`.
 
-    Each group of `group` dimensions is normalized alone, in fp32. Gated DeltaNet norms first with a
-    weight that heads share (`width` = `group` = head dimension); Mamba-2 gates first.
+    Each group of `group` dimensions, a divisor of `width`, is normalized alone, in fp32 or the
+    dtype of x if that is wider. Gated DeltaNet norms first with a weight that heads share (`width`
+    = `group` = head dimension); Mamba-2 gates first.
     """
 
     mup_rule = True
@@ -22,13 +24,21 @@ class GatedRMSNorm(Component, nn.Module):
         self.weight = nn.Parameter(torch.empty(width))
 
     def forward(self, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
-        """x, gate (..., width) -> (..., width) in the dtype of x."""
-        y, gate = x.float(), F.silu(gate.float())
+        """x, gate (..., width) -> (..., width) in the dtype of x; only they are kept for the
+        backward pass."""
+        if not torch.is_grad_enabled():
+            return self.norm_and_gate(x, gate)
+        return checkpoint(
+            self.norm_and_gate, x, gate, use_reentrant=False, preserve_rng_state=False
+        )
+
+    def norm_and_gate(self, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        y, gate = x.to(dtype), F.silu(gate.to(dtype))
         if self.gate_first:
             y = y * gate
-        grouped = y.unflatten(-1, (-1, self.group))
-        grouped = grouped * torch.rsqrt(grouped.square().mean(dim=-1, keepdim=True) + self.eps)
-        y = self.weight * grouped.flatten(-2)
+        normed = F.rms_norm(y.unflatten(-1, (-1, self.group)), (self.group,), eps=self.eps)
+        y = self.weight * normed.flatten(-2)
         return (y if self.gate_first else y * gate).to(x.dtype)
 
     def initial_values(self) -> dict[str, Fill]:
