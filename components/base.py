@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import ClassVar, NamedTuple, cast
 
 import torch
@@ -176,6 +177,12 @@ def matmul_dtype(x: torch.Tensor) -> torch.dtype:
     device = x.device.type
     cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     return torch.get_autocast_dtype(device) if cast else x.dtype
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager:
+    """For math that stays in the dtype of its operands, such as that of recurrent states."""
+    available = torch.amp.is_autocast_available(device.type)  # not on the meta device
+    return torch.autocast(device.type, enabled=False) if available else nullcontext()
 
 
 __getattr__ = renamed_classes(__name__, {'Auxiliary': 'AuxOutput'})

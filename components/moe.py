@@ -2,7 +2,6 @@
 
 import inspect
 import math
-from contextlib import AbstractContextManager, nullcontext
 from functools import cache, partial
 from typing import ClassVar, NamedTuple
 
@@ -12,7 +11,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import register_flop_formula
 
 from common.registry import FrozenConfig, Option, above, at_least, tag_of
-from components.base import AuxOutput, matmul_dtype
+from components.base import AuxOutput, matmul_dtype, without_autocast
 from components.feed_forward import FeedForward
 from model_config import FFN_REGISTRY, ModelArchitectureConfig
 
@@ -87,11 +86,6 @@ class ExpertLinear(nn.Linear):
         if self.bias is None:
             return y
         return y + self.bias.to(dtype).view(-1, self.out_features).index_select(0, groups.expert)
-
-
-def without_autocast(device: torch.device) -> AbstractContextManager:
-    available = torch.amp.is_autocast_available(device.type)  # not on the meta device
-    return torch.autocast(device.type, enabled=False) if available else nullcontext()
 
 
 # --------------------------------------------------------------------------------------------------
