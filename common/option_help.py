@@ -216,20 +216,18 @@ def split_by_choice(
 ) -> tuple[dict[str, Option], dict[str, Option]]:
     """The options that `roots` choose between, with their components' own; and the others."""
     roots = set(roots)
-    chosen = {key for key in options if roots & set(_root_choices(key, dict(options)))}
+    chosen = {key for key in options if _root_choice(key, dict(options), roots) in roots}
     return (
         {key: option for key, option in options.items() if key in chosen},
         {key: option for key, option in options.items() if key not in chosen},
     )
 
 
-def _root_choices(key: str, options: dict[str, Option]) -> Iterator[str]:
-    """The option itself if no component has it, else the first such one that leads to it."""
+def _root_choice(key: str, options: dict[str, Option], roots: set[str]) -> str:
+    """The first of `roots` that leads to the option, else the option at the beginning of the path
+    of choices to it."""
     parents = [choice for choice, _ in owners(key, options) if choice in options]
-    roots = [choice for choice in parents if not owners(choice, options)]
-    if not parents:
-        yield key
-    elif roots:
-        yield roots[0]
-    else:
-        yield from _root_choices(parents[0], options)
+    if key in roots or not parents:
+        return key
+    tops = [c for c in parents if c in roots] or [c for c in parents if not owners(c, options)]
+    return tops[0] if tops else _root_choice(parents[0], options, roots)

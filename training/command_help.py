@@ -32,13 +32,13 @@ RUN_GROUPS = (
 )
 # Groups within the architecture: its name, subject, and the options whose components belong to it.
 ARCHITECTURE_GROUPS = (
-    ('mixer', 'Mixers other than attention: recurrences, state spaces, convolutions', ('mixer',)),
     (
         'attention',
         'Heads, grouped queries, windows, masks, MLA, backend',
-        ('attention_type', 'attention_backend'),
+        ('attention_type', 'attention_backend', 'attention_dropout'),
     ),
     ('position', 'Position encoding, RoPE scaling', ('position_encoding',)),
+    ('mixer', 'Mixers other than attention: recurrences, state spaces, convolutions', ('mixer',)),
     (
         'norm',
         'Normalization, and position of the norms in a block',

@@ -1,0 +1,34 @@
+# What mixes information across tokens: softmax attention, recurrences with a state of fixed size,
+# and hybrids of them (Gated DeltaNet and Mamba-2, three to one as in Qwen3-Next; gated short
+# convolutions with a few layers of attention as in LFM2).
+question = 'Which mixer learns most from equal parameters?'
+
+sweep = {
+    'layer_pattern': ['A', 'D', 'M', 'DDDA', 'CCAC'],
+    'seed': [1, 2, 3],
+}
+layer_kinds = {
+    'D': {'mixer': 'gated_deltanet'},
+    'M': {'mixer': 'mamba2'},
+    'C': {'mixer': 'short_conv'},
+}
+baseline = {'layer_pattern': 'A'}
+match = 'params'  # sets d_ff of each variant; `--match=flops` for equal FLOPs instead
+match_step = 1
+reference = {'layer_pattern': 'A'}
+
+arch_preset = 'llama'
+weight_tying = True
+
+# Small enough for two CPU cores: 4 layers, n_embd 96, 256 bytes of context, 2,048 per iteration.
+dataset = 'python_stdlib'
+n_layer, n_head, n_embd, block_size = 4, 4, 96, 256
+batch_size, gradient_accumulation_steps = 8, 1
+max_iters = 800
+eval_interval, eval_iters = 100, 100
+log_interval = 20
+learning_rate = 3e-3
+dtype = 'float32'
+diagnostics = True  # for the loss by position
+always_save_checkpoint = False
+out_dir = 'out-study-mixers'
