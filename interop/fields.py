@@ -64,21 +64,33 @@ CONSTANTS: dict[str, Any] = {
     'rope_interleaved': False,
 }
 
+
+def _is_whole_number(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_finite_number(value: Any) -> bool:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_number and abs(value) < 1e300 and math.isfinite(value)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _all(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list) and all(map(check, value))
+
+
 # type: (its name in messages, a check of a value)
-_KINDS: dict[type, tuple[str, Callable[[Any], bool]]] = {
-    int: ('a whole number', lambda v: isinstance(v, int) and not isinstance(v, bool)),
-    float: (
-        'a finite number',
-        lambda v: (
-            isinstance(v, (int, float))
-            and not isinstance(v, bool)
-            and abs(v) < 1e300
-            and math.isfinite(v)
-        ),
-    ),
+_KINDS: dict[Any, tuple[str, Callable[[Any], bool]]] = {
+    int: ('a whole number', _is_whole_number),
+    float: ('a finite number', _is_finite_number),
     bool: ('true or false', lambda v: isinstance(v, bool)),
-    str: ('a text', lambda v: isinstance(v, str)),
-    list: ('a list of texts', lambda v: isinstance(v, list) and all(isinstance(x, str) for x in v)),
+    str: ('a text', _is_text),
+    list: ('a list of texts', _all(_is_text)),
+    list[int]: ('a list of whole numbers', _all(_is_whole_number)),
+    list[float]: ('a list of finite numbers', _all(_is_finite_number)),
     dict: ('an object', lambda v: isinstance(v, dict)),
 }
 
@@ -122,10 +134,11 @@ class Fields:
     def __contains__(self, name: str) -> bool:
         return name in self.values
 
-    def take(self, name: str, kind: type, default=None, optional: bool = False):
+    def take(self, name: str, kind: Any, default=None, optional: bool = False):
         """The field; its default if it is missing, or invalid, which is added to the problems.
 
-        optional: null is allowed.
+        kind: int, float, bool, str, list (of texts), list[int], list[float] or dict. optional: null
+        is allowed.
         """
         value = self.value(name, default)
         if name not in self.values or (value is None and optional):

@@ -2,7 +2,6 @@
 
 import string
 from collections.abc import Callable, Collection, Iterator
-from typing import Any
 
 from common.architecture_identity import without_short_forms
 from common.architecture_options import shared_options
@@ -17,11 +16,20 @@ class PerLayer(tuple):
     """In place of an option's value: its value in each layer."""
 
 
-# The natural letter of a kind of layers, by its value of an option that tells the kinds apart.
-_LETTERS: dict[str, Callable[[Any], str]] = {
-    'sliding_window': lambda window: 'G' if window is None else 'L',  # global, local
-    'position_encoding': lambda encoding: 'N' if encoding == 'none' else 'R',  # none, rotary
-}
+def _mixer_letter(kind: dict) -> str:
+    """The initial of its mixer; without one, F for an FFN or E for experts."""
+    mixer = kind.get('mixer', '')
+    if mixer == 'none':
+        return 'E' if kind.get('ffn_type') == 'moe' else 'F'
+    return mixer[:1].upper()
+
+
+# The natural letter of a kind of layers, if it differs from those of the other kinds.
+_LETTERS: tuple[Callable[[dict], str], ...] = (
+    _mixer_letter,
+    lambda kind: 'G' if kind.get('sliding_window') is None else 'L',  # global, local
+    lambda kind: 'N' if kind.get('position_encoding') == 'none' else 'R',  # none, rotary
+)
 
 
 def with_layer_pattern(options: dict) -> dict:
@@ -56,8 +64,8 @@ def with_layer_pattern(options: dict) -> dict:
 
 def _letters(kinds: dict[tuple, dict]) -> dict[tuple, str]:
     """A letter for each kind of layers: a natural one if those differ, else A, B, …"""
-    for option, letter_of in _LETTERS.items():
-        letters = [letter_of(kind.get(option)) for kind in kinds.values()]
+    for letter_of in _LETTERS:
+        letters = [letter_of(kind) for kind in kinds.values()]
         if len(set(letters)) == len(kinds):
             return dict(zip(kinds, letters))
     return dict(zip(kinds, string.ascii_uppercase + string.ascii_lowercase))
@@ -67,6 +75,8 @@ def canonical_options(config: ModelArchitectureConfig) -> dict:
     """The options of layers that are all alike, in a canonical form: equal for equal functions."""
     options = without_short_forms(config.to_dict())
     del options['bias']  # only the default of other options
+    if 'attention_type' not in options:
+        del options['n_head']  # that of attention
     if 'use_gqa' in options:
         options |= {'use_gqa': True, 'num_kv_heads': num_kv_heads_of(config)}
     return options

@@ -1,4 +1,7 @@
-"""Mapping of transformers' config fields to our options, both ways; and the class `Family`."""
+"""Mapping of transformers' config fields to our options, both ways; and the class `Family`.
+
+How a family is declared whose layers differ in their mixers or FFNs: `interop.layer_kinds`.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -54,7 +57,10 @@ def field(option: str, name: str, default: Any = REQUIRED, values: dict | None =
         return {}
 
     def write(config: ModelArchitectureConfig) -> dict:
-        value = options_with(config, option).get(option)
+        options = options_with(config, option)
+        if option not in options:
+            return {}
+        value = options[option]
         if values is None:
             return {name: value}
         return {name: field_values[value]} if value in field_values else {}
@@ -82,13 +88,14 @@ def export_only(**fields: str) -> FieldMap:
     """Fields that are written from our options and not read, since they change no logits."""
 
     def read(config_fields: Fields) -> dict:
-        config_fields.unread -= fields.keys()
+        config_fields.unread.difference_update(fields)
         return {}
 
-    return FieldMap(
-        read,
-        lambda config: {name: options_with(config, key)[key] for name, key in fields.items()},
-    )
+    def write(config: ModelArchitectureConfig) -> dict:
+        options = {key: options_with(config, key) for key in fields.values()}
+        return {name: options[key][key] for name, key in fields.items() if key in options[key]}
+
+    return FieldMap(read, write)
 
 
 def head_size_field() -> FieldMap:

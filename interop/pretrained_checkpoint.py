@@ -20,6 +20,7 @@ from interop.checkpoint_folder import read_json_object, weight_files
 from interop.families import NANOGPT, TRANSFORMERS, Family, TensorMap
 from interop.fields import short_repr
 from interop.layers import layer_config
+from interop.tensors import Part, whole_tensors
 from model_builder import build_model
 from model_config import ModelArchitectureConfig
 from training.checkpoint import load_tensors, unreadable_tensors
@@ -100,15 +101,15 @@ class PretrainedCheckpoint:
         except UserError as error:
             raise UserError(*(f'{self.name}: {problem}' for problem in error.problems)) from error
         tensor_maps: dict[str, tuple[TensorMap, list[str]]] = {}
-        shapes: dict[str, tuple[int, ...]] = {}
+        parts: list[Part] = []
         zero_vectors = set()
         for name, parameter in parameters.items():
             tensor_map, names, zero_vector = tensor_map_of(self.family, name, config)
             names = [self._stored_name(tensor_name) for tensor_name in names]
             tensor_maps[name] = tensor_map, names
-            parts = tensor_map.write(parameter.detach(), layer_config(config, name))
-            shapes.update((key, tuple(part.shape)) for key, part in zip(names, parts))
+            parts += tensor_map.write(parameter.detach(), names, layer_config(config, name))
             zero_vectors.add(zero_vector)
+        shapes = {name: tuple(tensor.shape) for name, tensor in whole_tensors(parts).items()}
         self._check_names(shapes, zero_vectors, config)
         self._check_shapes(shapes)
         return tensor_maps
@@ -130,11 +131,9 @@ class PretrainedCheckpoint:
         self, shapes: dict, zero_vectors: set, config: ModelArchitectureConfig
     ) -> None:
         missing = [name for name in shapes if name not in self.tensors]
-        known = shapes.keys() | {
-            name
-            for name in zero_vectors & self.tensors.keys()
-            if not self.tensors[name].read().any()
-        }
+        zeros = zero_vectors & self.tensors.keys()
+        nonzero = sorted(name for name in zeros if self.tensors[name].read().any())
+        known = shapes.keys() | zeros
         if config.weight_tying:
             known |= {self._stored_name(name) for name in self._head_templates}
         unknown = [
@@ -142,7 +141,7 @@ class PretrainedCheckpoint:
             for name in self.tensors.keys() - known
             if not re.search(self.family.ignored_tensors, name)
         ]
-        if missing or unknown:
+        if missing or unknown or nonzero:
             raise UserError(
                 *(f'{self.name} has no tensor {name!r}.' for name in missing[:MAX_NAMED]),
                 *(
@@ -150,6 +149,7 @@ class PretrainedCheckpoint:
                     f'{self.family.architecture} with its config.'
                     for name in sorted(unknown)[:MAX_NAMED]
                 ),
+                *(f'{self.name}: {name} must be zero, and is not.' for name in nonzero[:1]),
             )
 
     def _check_shapes(self, shapes: dict[str, tuple[int, ...]]) -> None:

@@ -104,7 +104,7 @@ def rope_by_layer_type_fields(
     def write(config: ModelArchitectureConfig) -> dict:
         written = {}
         for kind, layer in zip(layer_types(config), config.layers):
-            if kind not in written and layer.position_encoding == 'rope':
+            if kind not in written and layer.get('position_encoding') == 'rope':
                 written[kind] = {'rope_theta': layer.rope_theta, **_scaling_fields(layer.to_dict())}
         return {'rope_parameters': written}
 

@@ -11,6 +11,7 @@ from interop.families.gpt2 import GPT2, NANOGPT
 from interop.families.gpt_neox import GPT_NEOX
 from interop.families.llama import LLAMA, MISTRAL, MIXTRAL, OLMO2, QWEN3
 from interop.families.mixed_layers import EXAONE4, MELLUM, OLMO3, SMOLLM3
+from interop.families.nemotron_h import NEMOTRON_H
 from interop.families.opt import OPT
 from interop.mapping import Family
 from interop.tensors import TensorMap
@@ -35,6 +36,7 @@ TRANSFORMERS = {
         OLMO3,
         EXAONE4,
         MELLUM,
+        NEMOTRON_H,
     )
 }
 

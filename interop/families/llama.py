@@ -17,7 +17,7 @@ from interop.tensors import TensorMap, resize_vocabulary, tensor, with_biases
 from model_config import ModelArchitectureConfig
 
 
-def _query_key_value_rows(config: ModelArchitectureConfig) -> tuple[int, ...]:
+def query_key_value_rows(config: ModelArchitectureConfig) -> tuple[int, ...]:
     shared = num_kv_heads_of(config)
     return tuple(heads * config.head_dim for heads in (config.n_head, shared, shared))
 
@@ -54,7 +54,7 @@ EMBEDDING_AND_HEAD = {
 }
 ATTENTION = {
     'blocks.{layer}.attention.qkv.weight': TensorMap(
-        projections('self_attn', 'q', 'k', 'v'), rows=_query_key_value_rows
+        projections('self_attn', 'q', 'k', 'v'), rows=query_key_value_rows
     ),
     'blocks.{layer}.attention.output.weight': TensorMap(projections('self_attn', 'o')),
 }

@@ -53,7 +53,7 @@ def _read_rotated(fields: Fields) -> list[bool]:
 
 
 def _write_rotated(config: ModelArchitectureConfig) -> dict:
-    flags = [int(layer.position_encoding != 'none') for layer in config.layers]
+    flags = [int(layer.get('position_encoding') != 'none') for layer in config.layers]
     return {'no_rope_layers': flags}
 
 
@@ -143,7 +143,7 @@ def _read_exaone4_rotated(fields: Fields) -> list[bool]:
 def _write_exaone4_window(config: ModelArchitectureConfig) -> dict:
     """The window; without windows its default, or null if layers have rotary positions."""
     window = next(filter(None, (layer.get('sliding_window') for layer in config.layers)), None)
-    rotated = any(layer.position_encoding == 'rope' for layer in config.layers)
+    rotated = any(layer.get('position_encoding') == 'rope' for layer in config.layers)
     return {'sliding_window': window if rotated else window or _EXAONE4_WINDOW}
 
 

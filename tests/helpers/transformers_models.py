@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 import interop
 from helpers.architectures import gradients, random_tokens
+from inference.generate import generate
 from model_builder import Transformer, build_model
 from model_config import ModelArchitectureConfig
 
@@ -109,3 +110,30 @@ def compared(fields: dict, folder: Path) -> Parity:
         'exported': ({'': exported_logits}, {'': our_logits}),
     }
     return Parity(theirs, ours, tokens, pairs)
+
+
+def largest_difference(ours: dict, theirs: dict) -> float:
+    """The largest difference of two tensors of a name, relative to the largest value in theirs."""
+    assert ours.keys() == theirs.keys()
+    return max(((ours[k] - theirs[k]).abs().max() / theirs[k].abs().max()).item() for k in ours)
+
+
+def assert_parity(fields: dict, letters: str, folder: Path, new_tokens: int = 11) -> None:
+    """Assert that a model of transformers with these fields is imported and exported exactly.
+
+    letters: the letter of each layer that it is read as; '' if they are all alike. Compared are
+    logits, gradients, logits of the export, and the most likely continuation of 5 tokens, with and
+    without a cache.
+    """
+    theirs, ours, tokens, pairs = compared(fields, folder)
+    assert ''.join(ours.config.layer_letters) == letters
+    assert largest_difference(*pairs['logits']) < 1e-5
+    assert largest_difference(*pairs['gradients']) < 1e-4
+    assert largest_difference(*pairs['exported']) < 1e-5
+
+    prompt = tokens[:, :5]
+    expected = theirs.generate(prompt, max_new_tokens=new_tokens, do_sample=False)
+    assert expected.shape == (len(prompt), 5 + new_tokens)
+    for cache in (True, False):
+        text = generate(ours, prompt, new_tokens, choose=lambda x: x.argmax(-1), cache=cache)
+        assert torch.equal(torch.stack(list(text), dim=1), expected[:, 5:])

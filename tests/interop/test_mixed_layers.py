@@ -3,13 +3,11 @@
 import re
 
 import pytest
-import torch
 from helpers import transformers_models as reference
 from helpers.architectures import tiny
 
 import interop
 from common.errors import UserError
-from inference.generate import generate
 from model_config import ModelArchitectureConfig
 
 pytestmark = [pytest.mark.optional, pytest.mark.slow, pytest.mark.usefixtures('one_thread')]
@@ -105,29 +103,9 @@ CASES = {
 }
 
 
-def largest(ours: dict, theirs: dict) -> float:
-    """The largest difference of two tensors of a name, relative to the largest value in theirs."""
-    assert ours.keys() == theirs.keys()
-    return max(((ours[k] - theirs[k]).abs().max() / theirs[k].abs().max()).item() for k in ours)
-
-
 @pytest.mark.parametrize('name', CASES)
 def test_logits_gradients_and_texts_are_those_of_transformers(name, tmp_path):
-    fields, letters = CASES[name]
-    theirs, ours, tokens, pairs = reference.compared(fields, tmp_path)
-    config = ours.config
-    assert ''.join(config.layer_letters) == letters
-    assert largest(*pairs['logits']) < 1e-5
-    assert largest(*pairs['gradients']) < 1e-4
-    assert largest(*pairs['exported']) < 1e-5
-
-    # The most likely continuation, up to the context length, with and without a cache.
-    prompt = tokens[:, :5]
-    expected = theirs.generate(prompt, max_new_tokens=11, do_sample=False)
-    assert expected.shape == (3, config.block_size)
-    for cache in (True, False):
-        text = generate(ours, prompt, 11, choose=lambda x: x.argmax(-1), cache=cache)
-        assert torch.equal(torch.stack(list(text), dim=1), expected[:, 5:])
+    reference.assert_parity(*CASES[name], tmp_path)
 
 
 def test_layers_that_no_family_can_express_are_named():

@@ -1,0 +1,141 @@
+"""Nemotron-H: layers of one sublayer each, attention, an FFN or a mixture of experts.
+
+Its recurrent layers (Mamba-2) are refused.
+"""
+
+from interop.families.llama import query_key_value_rows
+from interop.fields import Fields
+from interop.layer_kinds import LayerKind, layer_kinds_field, named_by_letters, named_by_list
+from interop.layers import options_with
+from interop.mapping import (
+    ACTIVATIONS,
+    Family,
+    FieldMap,
+    constant_option,
+    export_only,
+    field,
+    kv_heads_field,
+    required_field,
+)
+from interop.tensors import TensorMap, resize_vocabulary, tensor, with_biases
+from model_config import ModelArchitectureConfig
+
+ATTENTION, FFN, EXPERTS, MAMBA = 'full_attention', 'mlp', 'moe', 'linear_attention'
+
+
+def _read_shared(fields: Fields) -> dict:
+    """The number of shared experts, from the width of the network that has them all."""
+    width = fields.take('moe_shared_expert_intermediate_size', int, 7688)
+    expert = fields.take('moe_intermediate_size', int, 7688)
+    if expert > 0 and width > 0 and width % expert == 0:
+        return {'shared_experts': width // expert}
+    fields.refuse('moe_shared_expert_intermediate_size', f'must be a multiple of {expert}')
+    return {}
+
+
+def _write_shared(config: ModelArchitectureConfig) -> dict:
+    options = options_with(config, 'shared_experts')
+    shared, width = options['shared_experts'], options['expert_d_ff']
+    return {'n_shared_experts': shared, 'moe_shared_expert_intermediate_size': shared * width}
+
+
+_activation = field('activation', 'mlp_hidden_act', 'relu2', ACTIVATIONS)
+_KINDS = {
+    ATTENTION: LayerKind(
+        {'mixer': 'attention', 'ffn_type': 'none'},
+        (
+            field('head_dim', 'head_dim', 128),
+            kv_heads_field(8),
+            constant_option(position_encoding='none', attention_bias=False),
+            required_field(attention_bias=False, sliding_window=None),
+            export_only(attention_dropout='attention_dropout'),
+        ),
+    ),
+    FFN: LayerKind(
+        {'mixer': 'none', 'ffn_type': 'standard'},
+        (
+            field('d_ff', 'intermediate_size', 21504),
+            field('ffn_bias', 'mlp_bias', False),
+            _activation,
+        ),
+    ),
+    EXPERTS: LayerKind(
+        {'mixer': 'none', 'ffn_type': 'moe'},
+        (
+            _activation,
+            field('num_experts', 'n_routed_experts', 8),
+            field('experts_per_token', 'num_experts_per_tok', 2),
+            field('expert_d_ff', 'moe_intermediate_size', 7688),
+            field('router_normalize', 'norm_topk_prob', True),
+            field('router_scale', 'routed_scaling_factor', 1.0),
+            FieldMap(_read_shared, _write_shared),
+            constant_option(expert_ffn='standard', router_score='sigmoid', ffn_bias=False),
+            required_field(mlp_bias=False, n_group=1, topk_group=1, moe_latent_size=None),
+        ),
+    ),
+}
+
+_LAYER = 'backbone.layers.{layer}.'
+_MIXER = _LAYER + 'mixer.'
+_FFN_WEIGHTS = {
+    'blocks.{layer}.ffn.up.weight': tensor(_MIXER + 'up_proj.weight'),
+    'blocks.{layer}.ffn.down.weight': tensor(_MIXER + 'down_proj.weight'),
+}
+_EXPERT_WEIGHTS = {
+    'blocks.{layer}.ffn.router.weight': tensor(
+        _MIXER + 'gate.weight', zero_vector=_MIXER + 'gate.e_score_correction_bias'
+    ),
+    'blocks.{layer}.ffn.experts.up.weight': tensor(_MIXER + 'experts.{expert}.up_proj.weight'),
+    'blocks.{layer}.ffn.experts.down.weight': tensor(_MIXER + 'experts.{expert}.down_proj.weight'),
+    'blocks.{layer}.ffn.shared.up.weight': tensor(_MIXER + 'shared_experts.up_proj.weight'),
+    'blocks.{layer}.ffn.shared.down.weight': tensor(_MIXER + 'shared_experts.down_proj.weight'),
+}
+
+NEMOTRON_H = Family(
+    name='nemotron_h',
+    architecture='NemotronHForCausalLM',
+    prefix='backbone.',
+    field_maps=(
+        field('n_head', 'num_attention_heads', 32),
+        field('n_embd', 'hidden_size'),
+        field('block_size', 'max_position_embeddings', 4096),
+        field('vocab_size', 'vocab_size'),
+        field('norm_eps', 'layer_norm_epsilon', 1e-5),
+        constant_option(normalization='rmsnorm', bias=False, weight_tying=False),
+        required_field(tie_word_embeddings=False, use_bias=False),
+        layer_kinds_field(
+            named_by_list('layers_block_type', {'attention': ATTENTION, 'mamba': MAMBA}),
+            named_by_letters(
+                'hybrid_override_pattern', {'M': MAMBA, 'E': EXPERTS, '*': ATTENTION, '-': FFN}
+            ),
+            kinds=_KINDS,
+            depth_follows=True,
+        ),
+    ),
+    # Those of training, implementation, and multi-token prediction, whose tensors are refused.
+    irrelevant_fields=frozenset(
+        {
+            *('time_step_min', 'time_step_max', 'time_step_floor', 'rescale_prenorm_residual'),
+            *('residual_in_fp32', 'use_mamba_kernels', 'mamba_ssm_cache_dtype', 'chunk_size'),
+            *('num_logits_to_keep', 'moe_shared_expert_overlap', 'n_shared_experts'),
+            *('num_nextn_predict_layers', 'mtp_layers_block_type', 'mtp_hybrid_override_pattern'),
+            # Of Mamba-2.
+            *('conv_kernel', 'expand', 'mamba_head_dim', 'mamba_hidden_act', 'mamba_num_heads'),
+            *('mamba_proj_bias', 'n_groups', 'ssm_state_size', 'time_step_limit', 'use_conv_bias'),
+        }
+    ),
+    weights={
+        'token_embedding.weight': tensor('backbone.embeddings.weight', resize=resize_vocabulary),
+        'final_norm.weight': tensor('backbone.norm_f.weight'),
+        'output_head.projection.weight': tensor('lm_head.weight', resize=resize_vocabulary),
+        # Each layer has one sublayer, and so one of these norms.
+        'blocks.{layer}.attention_norm.weight': tensor(_LAYER + 'norm.weight'),
+        'blocks.{layer}.ffn_norm.weight': tensor(_LAYER + 'norm.weight'),
+        'blocks.{layer}.attention.qkv.weight': TensorMap(
+            tuple(f'{_MIXER}{name}_proj.weight' for name in 'qkv'), rows=query_key_value_rows
+        ),
+        'blocks.{layer}.attention.output.weight': tensor(_MIXER + 'o_proj.weight'),
+        **with_biases(_FFN_WEIGHTS),
+        **_EXPERT_WEIGHTS,
+    },
+)

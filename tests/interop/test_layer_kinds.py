@@ -1,0 +1,211 @@
+"""Families whose layers are of several kinds: how a config.json names them."""
+
+import pytest
+import torch
+from helpers import transformers_models as reference
+from helpers.architectures import tiny
+
+import interop
+from common.errors import UserError
+from interop.fields import Fields
+from interop.layer_kinds import (
+    LayerKind,
+    layer_kinds_field,
+    named_by_default,
+    named_by_index,
+    named_by_letters,
+    named_by_list,
+    named_by_position,
+)
+from interop.layers import ABSENT
+from interop.mapping import field
+from interop.tensors import CONVOLUTION, TensorMap, tensor, whole_tensors
+from model_config import architecture_options
+
+pytestmark = [pytest.mark.optional, pytest.mark.usefixtures('one_thread')]
+
+ATTENTION, FFN, EXPERTS = 'full_attention', 'mlp', 'moe'
+NEMOTRON_H = {
+    'model_type': 'nemotron_h',
+    'num_attention_heads': 4,
+    'num_key_value_heads': 2,
+    'head_dim': 12,
+    'hidden_size': 32,
+    'intermediate_size': 48,
+    'max_position_embeddings': 16,
+    'n_routed_experts': 4,
+    'moe_intermediate_size': 16,
+    'moe_shared_expert_intermediate_size': 32,
+}
+CASES = {
+    'nemotron_h': (
+        {**NEMOTRON_H, 'layers_block_type': [ATTENTION, FFN, EXPERTS, ATTENTION]},
+        'AFEA',
+    ),
+    'nemotron_h-biases': (
+        {**NEMOTRON_H, 'layers_block_type': [FFN, ATTENTION, FFN], 'mlp_bias': True},
+        'FAF',
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', CASES)
+def test_logits_gradients_and_texts_are_those_of_transformers(name, tmp_path):
+    reference.assert_parity(*CASES[name], tmp_path)
+
+
+# --- Names of the layers --------------------------------------------------------------------------
+
+KINDS = {
+    'rec': LayerKind({'mixer': 'none'}, (field('d_ff', 'width', 5),)),
+    'attn': LayerKind({'mixer': 'attention'}, (field('head_dim', 'head_dim', 8),)),
+}
+FORMS = {
+    'list': named_by_list('types', {'attention': 'attn'}),
+    'letters': named_by_letters('pattern', {'r': 'rec', '*': 'attn'}),
+    'index': named_by_index('attn_layers', 'attn', 'rec', first=1),
+    'position': named_by_position('period', 3, 'attn', 'rec', offset='offset', start=1),
+    'last': named_by_position('interval', 2, 'attn', 'rec'),
+}
+
+
+def read(forms, values: dict, **details) -> tuple[dict, list[str]]:
+    problems: list[str] = []
+    field_map = layer_kinds_field(*forms, kinds=KINDS, **details)
+    fields = Fields(values, problems, architecture_options())
+    options = field_map.read(fields)
+    assert fields.unread <= {'num_hidden_layers'}
+    return options, problems
+
+
+@pytest.mark.parametrize(
+    'form, values, expected',
+    [
+        ('list', {'types': ['rec', 'attn', 'attention', 'rec']}, 'raar'),
+        ('letters', {'pattern': 'r**r'}, 'raar'),
+        ('index', {'attn_layers': [2, 4]}, 'rara'),
+        ('index', {}, 'rrrr'),
+        ('position', {}, 'rarr'),
+        ('position', {'period': 2, 'offset': 0}, 'arar'),
+        ('last', {}, 'rara'),
+        ('last', {'interval': 4}, 'rrra'),
+    ],
+)
+def test_kinds_are_read_and_written_in_each_form(form, values, expected):
+    options, problems = read([FORMS[form]], {'num_hidden_layers': 4, **values})
+    assert problems == []
+    assert [m[:1] for m in options['mixer']] == ['n' if kind == 'r' else 'a' for kind in expected]
+    names = ['rec' if kind == 'r' else 'attn' for kind in expected]
+    again = FORMS[form].write(names)
+    assert read([FORMS[form]], {'num_hidden_layers': 4, **again})[0] == options
+
+
+def test_options_of_a_kind_are_read_into_its_layers_alone():
+    values = {'num_hidden_layers': 3, 'types': ['rec', 'attn', 'rec'], 'width': 7}
+    options, _ = read([FORMS['list']], values)
+    assert options['d_ff'] == (7, ABSENT, 7) and options['head_dim'] == (ABSENT, 8, ABSENT)
+    # Fields of a kind that no layer has are neither used nor refused.
+    options, problems = read([FORMS['list']], {'types': ['rec'] * 3, 'head_dim': 'auto'})
+    assert problems == ["types=['rec', 'rec', 'rec']: has 3 entries for 0 layers."]
+    assert 'head_dim' not in options
+
+
+def test_names_may_give_the_number_of_layers():
+    forms = [FORMS['list'], FORMS['letters']]
+    assert read(forms, {'pattern': 'r*r'}, depth_follows=True)[0]['n_layer'] == 3
+    _, problems = read(forms, {'pattern': 'r*r', 'num_hidden_layers': 4}, depth_follows=True)
+    assert problems == ["pattern='r*r': has 3 letters for 4 layers."]
+
+
+@pytest.mark.parametrize(
+    'values, message',
+    [
+        (
+            {'types': ['rec', 'attn'], 'interval': 1},
+            'types and interval contradict each other: delete one of them.',
+        ),
+        ({'types': ['rec', 'rnn']}, "types: 'rnn' is not supported; supported: 'rec', 'attn'."),
+        ({'types': ['rec']}, "types=['rec']: has 1 entries for 2 layers."),
+        ({'types': 'ra'}, "types='ra': must be a list of texts or null."),
+        ({'interval': 0}, 'interval=0: must be at least 1.'),
+    ],
+)
+def test_refused_names(values, message):
+    _, problems = read([FORMS['list'], FORMS['last']], {'num_hidden_layers': 2, **values})
+    assert problems[0] == message
+
+
+def test_refused_places():
+    read_index = read([FORMS['index']], {'num_hidden_layers': 2, 'attn_layers': [0]})[1]
+    assert read_index == ['attn_layers=[0]: must be layers from 1 to 2.']
+    read_place = read([FORMS['position']], {'num_hidden_layers': 2, 'offset': 3})[1]
+    assert read_place == ['offset=3: must be from 0 to 2, below period.']
+    default = [FORMS['list'], named_by_default(lambda layers: ['rec'] * layers)]
+    assert read(default, {'num_hidden_layers': 2})[0]['mixer'] == ('none', 'none')
+
+
+# --- Tensors --------------------------------------------------------------------------------------
+
+
+def test_parameters_share_a_tensor():
+    """Theirs interleaves the rows of two parameters of ours."""
+    gate_rows, value_rows = torch.tensor([1, 3]), torch.tensor([0, 2])
+    maps = {
+        'gate': TensorMap(('fused',), shared_rows=lambda config: (gate_rows,)),
+        'value': TensorMap(
+            ('fused', 'other'), rows=lambda config: (2, 1), shared_rows=lambda c: (value_rows, None)
+        ),
+    }
+    theirs = {'fused': torch.arange(8.0).view(4, 2), 'other': torch.ones(1, 2)}
+    ours = {name: m.read([theirs[key] for key in m.templates], None) for name, m in maps.items()}
+    assert ours['gate'].tolist() == [[2, 3], [6, 7]]
+    assert ours['value'].tolist() == [[0, 1], [4, 5], [1, 1]]
+    for device in ('cpu', 'meta'):
+        parts = [
+            part
+            for name, m in maps.items()
+            for part in m.write(ours[name].to(device), list(m.templates), None)
+        ]
+        whole = whole_tensors(parts)
+        assert {name: t.shape for name, t in whole.items()} == {
+            name: t.shape for name, t in theirs.items()
+        }
+        if device == 'cpu':
+            assert all(torch.equal(whole[name], theirs[name]) for name in theirs)
+
+
+def test_layout_of_a_convolution():
+    convolution = tensor('conv.weight', layout=CONVOLUTION)
+    theirs = torch.arange(6.0).view(3, 1, 2)
+    ours = convolution.read([theirs], None)
+    assert torch.equal(ours, theirs[:, 0])
+    (part,) = convolution.write(ours, ['conv.weight'], None)
+    assert torch.equal(part.tensor, theirs)
+
+
+# --- Refused --------------------------------------------------------------------------------------
+
+HYBRIDS = {
+    "mixer='none' in layers F": {
+        'n_layer': 2,
+        'layer_pattern': 'FA',
+        'layer_kinds': {'F': {'mixer': 'none'}},
+    },
+    "ffn_type='none'": {'ffn_type': 'none', 'norm_position': 'post'},
+}
+
+
+@pytest.mark.parametrize('message', HYBRIDS)
+def test_hybrids_that_no_family_can_express_are_named(message):
+    with pytest.raises(UserError, match=message):
+        interop.convert_config(tiny(arch_preset='llama', **HYBRIDS[message]))
+
+
+def test_bias_of_experts_is_refused(tmp_path):
+    fields = {**NEMOTRON_H, 'layers_block_type': [EXPERTS]}
+    model = reference.randomized_model(fields)
+    model.model.layers[0].mixer.gate.e_score_correction_bias.fill_(0.5)
+    source = reference.saved(model, tmp_path)
+    with pytest.raises(UserError, match='correction_bias must be zero, and is not'):
+        source.check()
