@@ -43,7 +43,6 @@ class ExampleMixer(Mixer):
     tag = 'Example'
     cacheable = True
     mup_rule = True
-    heads, head_dim = 2, 4
     options: ClassVar = {
         'example_decay': Option(bool, True, 'Decay the state of the example'),
         **DOCUMENT_OPTIONS,
@@ -51,6 +50,7 @@ class ExampleMixer(Mixer):
 
     def __init__(self, config: ModelArchitectureConfig, layer: int):
         super().__init__(config, layer)
+        self.heads, self.head_dim = config.n_head, config.n_embd // config.n_head
         inner = self.heads * self.head_dim
         self.decay = nn.Parameter(torch.empty(self.heads)) if config.example_decay else None
         self.qkv = nn.Linear(config.n_embd, 3 * inner, bias=config.bias)
