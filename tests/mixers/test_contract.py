@@ -23,7 +23,6 @@ from helpers.mixer_checks import (
 )
 from helpers.mixers import EXAMPLE, OWN_MIXERS, ExampleMixer
 
-from model_components import Initial
 from model_config import MIXER_REGISTRY
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures('one_thread')]
@@ -199,12 +198,11 @@ class CountsElsewhere(ExampleMixer):
         return {'other': sum(super().flops(seq_len, causal).values())}
 
 
-class StartsLargerIfWide(ExampleMixer):
-    """Has a matrix without the rule of mup, although it states it."""
+class HidesMatrices(ExampleMixer):
+    """So that initialization and learning rates do not follow the width."""
 
-    def initial_values(self):
-        fill = Initial.normal(0.02 * self.qkv.in_features**0.5)
-        return {**super().initial_values(), 'output.weight': fill}
+    def matrices(self):
+        return {}
 
 
 BROKEN = [
@@ -231,7 +229,8 @@ BROKEN = [
     (DependsOnLayer, check_compiles),
     (WritesUnknown, check_initialization),
     (IsRandom, check_initialization),
-    (StartsLargerIfWide, check_mup),
+    (HidesMatrices, check_mup),
+    (HidesMatrices, check_initialization),
     (CountsElsewhere, check_counts),
     (KnowsNeighbor, check_beside_attention),
 ]
