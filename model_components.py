@@ -46,10 +46,12 @@ from components.initialization import Initialization
 from components.kv_cache import Cache, LayerCache, MixerState
 from components.latent_attention import LatentAttention
 from components.lm_head import IGNORED, OutputHead
+from components.mamba import Mamba
 from components.mixers import Mixer
 from components.moe import MixtureOfExperts
 from components.norms import ElementwiseAffine, Norm
 from components.positions import PositionEncoding, RotaryScaling
+from components.rg_lru import RGLRU
 from model_config import (
     ACTIVATION_REGISTRY,
     ATTENTION_BACKEND_REGISTRY,
@@ -76,6 +78,7 @@ __all__ = [
     'NORM_POSITION_REGISTRY',
     'NORM_REGISTRY',
     'POSITION_ENCODING_REGISTRY',
+    'RGLRU',
     'ROPE_SCALING_REGISTRY',
     'Activation',
     'AnyBut',
@@ -95,6 +98,7 @@ __all__ = [
     'Initialization',
     'LatentAttention',
     'LayerCache',
+    'Mamba',
     'Mixer',
     'MixerState',
     'MixtureOfExperts',

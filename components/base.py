@@ -172,6 +172,11 @@ def _flops_of(component: Component, seq_len: int, causal: bool) -> dict[str, flo
     return counted
 
 
+def at_least_fp32(x: torch.Tensor) -> torch.Tensor:
+    """x in fp32, or in its own dtype if that is wider."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def matmul_dtype(x: torch.Tensor) -> torch.dtype:
     """The dtype of matrix multiplications with x: autocast's if it is enabled, else x's."""
     device = x.device.type

@@ -65,6 +65,14 @@ VALUES = {
     'router_scale': (1.0, 2.5),
     'load_balance_weight': (0.0, 0.01),
     'router_z_loss': (0.0, 0.01),
+    'mamba_expand': (1, 2),
+    'mamba_state_size': (3, 16),
+    'mamba_conv_size': (1, 4),
+    'mamba_dt_rank': (4,),
+    'mamba_norm_eps': (1e-6, 0.1),
+    'rg_lru_width': (24,),
+    'rg_lru_heads': (2,),
+    'rg_lru_conv_size': (1, 4),
     'layer_pattern': (),  # `layer_tables` has patterns
 }
 # Options whose None is resolved from the dataset.
