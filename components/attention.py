@@ -22,6 +22,8 @@ from model_config import (
     ModelArchitectureConfig,
 )
 
+GATE_TAGS = {'elementwise': 'Gate', 'head': 'HeadGate'}  # of `attention_gate`
+
 
 def is_pattern(value: str) -> bool:
     return 'L' in value and set(value) <= {'L', 'G'}
@@ -159,9 +161,15 @@ class Attention(Component, nn.Module):
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attn_inputs: AttentionInputs
     ) -> torch.Tensor:
         """q (B, H, T, D), k (B, KV heads, T, D), v (B, KV heads, T, Dv) -> (B, T, C)."""
+        return self.project_output(self.attend_with_cache(q, k, v, attn_inputs))
+
+    def attend_with_cache(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attn_inputs: AttentionInputs
+    ) -> torch.Tensor:
+        """`attend_heads` to the cached tokens too, if there is a cache."""
         if attn_inputs.cache is not None:
             k, v = attn_inputs.cache.extend(k, v)
-        return self.project_output(self.attend_heads(q, k, v, attn_inputs))
+        return self.attend_heads(q, k, v, attn_inputs)
 
     def attend_heads(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attn_inputs: AttentionInputs
@@ -200,7 +208,12 @@ ATTENTION_REGISTRY.expect(
 
 @ATTENTION_REGISTRY.register('standard', source='Vaswani et al. 2017; grouped: Ainslie et al. 2023')
 class MultiHeadAttention(Attention):
-    """Multi-head attention; with `use_gqa`, the heads share `num_kv_heads` keys and values."""
+    """Multi-head attention; with `use_gqa`, the heads share `num_kv_heads` keys and values.
+
+    With `attention_gate`, the heads' outputs are multiplied by sigmoid(x W) before the output
+    projection, where x is the attention's input (Qiu et al. 2025, section 2.2; Qwen3-Next). The rows
+    of W follow those of queries, keys and values in `qkv`.
+    """
 
     tag = ''
     cacheable = True
@@ -225,13 +238,21 @@ class MultiHeadAttention(Attention):
             choices=('head', 'projection'),
             requires=('qk_norm', AnyBut('none')),
         ),
+        'attention_gate': Option(
+            str,
+            'none',
+            "Sigmoid gates on the heads' outputs, from the input: for each dimension or each head",
+            choices=('none', *GATE_TAGS),
+        ),
         **Attention.options,
     }
 
     def __init__(self, config: ModelArchitectureConfig, layer: int):
         super().__init__(config, layer)
         self.head_dim, kv_heads = config.head_dim, self.kv_heads(config)
-        self.rows = tuple(heads * config.head_dim for heads in (config.n_head, kv_heads, kv_heads))
+        q_rows, kv_rows = config.n_head * config.head_dim, kv_heads * config.head_dim
+        gates = {'elementwise': q_rows, 'head': config.n_head}.get(config.get('attention_gate'))
+        self.rows = (q_rows, kv_rows, kv_rows, *([gates] if gates else []))
         self.qkv = nn.Linear(config.n_embd, sum(self.rows), bias=config.attention_bias)
         norm, per_projection = NORM_REGISTRY[config.qk_norm], self.norms_projections(config)
         self.norm_dims = self.rows[:2] if per_projection else (config.head_dim, config.head_dim)
@@ -267,6 +288,8 @@ class MultiHeadAttention(Attention):
         if 'qk_norm_scope' in config:
             tag = f'QK{tag_of(NORM_REGISTRY[config.qk_norm], config)}'
             tags.append(tag + ('proj' if cls.norms_projections(config) else ''))
+        if config.get('attention_gate') in GATE_TAGS:
+            tags.append(GATE_TAGS[config.attention_gate])
         return tags
 
     @classmethod
@@ -284,7 +307,7 @@ class MultiHeadAttention(Attention):
 
     def forward(self, x: torch.Tensor, attn_inputs: AttentionInputs) -> torch.Tensor:
         """(B, T, C) -> (B, T, C)."""
-        q, k, v = self.qkv(x).split(self.rows, dim=-1)
+        q, k, v, *gate = self.qkv(x).split(self.rows, dim=-1)
         normed_q = self.q_norm(q.unflatten(-1, (-1, self.norm_dims[0])))
         normed_k = self.k_norm(k.unflatten(-1, (-1, self.norm_dims[1])))
         q, k = (
@@ -293,7 +316,12 @@ class MultiHeadAttention(Attention):
         )
         if self.replaces_q_and_k:
             v = v.contiguous()  # a view would keep the memory of the replaced q and k
-        return self.attend_and_project(q, k, self.split_heads(v), attn_inputs)
+        v = self.split_heads(v)
+        if not gate:
+            return self.attend_and_project(q, k, v, attn_inputs)
+        y = self.attend_with_cache(q, k, v, attn_inputs)
+        factor = gate[0].sigmoid().unflatten(-1, (self.num_heads, -1))  # (B, T, H, 1 or D)
+        return self.project_output(y * factor.transpose(1, 2))
 
     def split_heads(self, x: torch.Tensor) -> torch.Tensor:
         """(B, T, ...) with the dimensions of all heads -> (B, heads, T, D)."""
