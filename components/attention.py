@@ -211,8 +211,8 @@ class MultiHeadAttention(Attention):
     """Multi-head attention; with `use_gqa`, the heads share `num_kv_heads` keys and values.
 
     With `attention_gate`, the heads' outputs are multiplied by sigmoid(x W) before the output
-    projection, where x is the attention's input (Qiu et al. 2025, section 2.2; Qwen3-Next). The rows
-    of W follow those of queries, keys and values in `qkv`.
+    projection, where x is the attention's input (Qiu et al. 2025, section 2.2; Qwen3-Next). W is
+    the last rows of `qkv`.
     """
 
     tag = ''

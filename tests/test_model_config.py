@@ -195,6 +195,7 @@ NUMBERS = {
     'qk_rope_head_dim': 4,
     'v_head_dim': 5,
     'qk_norm_scope': 'projection',
+    'attention_gate': 'head',
     'attention_scale': 3.0,
     'attention_softcap': 0.001,
     'sliding_window': 3,
