@@ -4,6 +4,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from common.architecture_identity import with_neutral_values
 from common.dict_option import leaves
 from common.environment import launch_notes, restarts_left, world_size
 from common.errors import UserError
@@ -126,7 +127,8 @@ class ResumeSource:
                 f'{sampling!r}, or start a new run with --init_from=scratch.'
             )
         self.same_order = _order_of(index['config']) == _order_of(settings.to_dict())
-        differing = _differing_options(index['architecture'], settings.architecture.to_dict())
+        saved, current = index['architecture'], settings.architecture.to_dict()
+        differing = _differing_options(with_neutral_values(saved), with_neutral_values(current))
         differing.pop('attention_backend', None)  # no property of the weights; recorded as a change
         if differing:
             pairs = ', '.join(f'{k}={then!r} (now {now!r})' for k, (then, now) in differing.items())
