@@ -47,6 +47,7 @@ from components.kv_cache import Cache, LayerCache, MixerState
 from components.latent_attention import LatentAttention
 from components.lm_head import IGNORED, OutputHead
 from components.mamba import Mamba
+from components.mamba2 import Mamba2
 from components.mixers import Mixer
 from components.moe import MixtureOfExperts
 from components.norms import ElementwiseAffine, Norm
@@ -99,6 +100,7 @@ __all__ = [
     'LatentAttention',
     'LayerCache',
     'Mamba',
+    'Mamba2',
     'Mixer',
     'MixerState',
     'MixtureOfExperts',
