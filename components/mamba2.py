@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from common.registry import FrozenConfig, Option, above, at_least
 from components.attention_inputs import AttentionInputs
-from components.base import Fill, Initial, without_autocast
+from components.base import Fill, Initial, at_least_fp32, without_autocast
 from components.document_mask import DOCUMENT_OPTIONS
 from components.gated_norm import GatedRMSNorm
 from components.mixers import Mixer
@@ -18,7 +18,6 @@ from components.state_space_duality import Inputs, matrix_flops, state_space_dua
 from model_config import MIXER_REGISTRY, ModelArchitectureConfig
 
 MOST_HEAD_DIMS = 64  # of a derived head dimension
-DEFAULT_EPS = 1e-5  # without a norm in the model that has an epsilon
 STEPS = (1e-3, 0.1)  # initial range of the step sizes
 RATES = (1.0, 16.0)  # initial range of the rates of decay
 
@@ -43,17 +42,17 @@ class Mamba2(Mixer):
     cacheable = True
     mup_rule = True
     options: ClassVar = {
-        'mamba2_inner': Option(
+        'mamba2_width': Option(
             int | None, None, 'Width of all heads together; None: 2 · n_embd', check=at_least(1)
         ),
         'mamba2_head_dim': Option(
             int | None,
             None,
-            'Head dimension, a divisor of mamba2_inner; None: n_embd / n_head, at most '
+            'Head dimension, a divisor of mamba2_width; None: n_embd / n_head, at most '
             f'{MOST_HEAD_DIMS}',
             check=at_least(1),
         ),
-        'mamba2_state': Option(
+        'mamba2_state_size': Option(
             int | None,
             None,
             "Dimensions of a head's keys and queries; None: 2 · mamba2_head_dim",
@@ -69,61 +68,71 @@ class Mamba2(Mixer):
             int, 4, 'Tokens that the short convolution spans', check=at_least(1)
         ),
         'mamba2_conv_bias': Option(bool, True, 'Use a bias in the short convolution'),
-        'mamba2_bias': Option(bool, False, 'Use biases in the projections'),
+        'mamba2_proj_bias': Option(bool, False, 'Use biases in the projections'),
         'mamba2_norm': Option(bool, True, 'Normalize the gated output'),
         'mamba2_norm_first': Option(
             bool, False, 'Normalize before the gate', requires=('mamba2_norm', True)
         ),
-        'mamba2_least_step': Option(float, 0.0, 'Lower limit of step sizes', check=at_least(0)),
-        'mamba2_largest_step': Option(
-            float | None, None, 'Upper limit of step sizes; None: none', check=above(0)
+        'mamba2_norm_eps': Option(
+            float,
+            1e-5,
+            'Epsilon of the norm of the gated output',
+            check=above(0),
+            requires=('mamba2_norm', True),
+        ),
+        'mamba2_dt_min': Option(float, 0.0, 'Lower limit of the step sizes', check=at_least(0)),
+        'mamba2_dt_max': Option(
+            float | None, None, 'Upper limit of the step sizes; None: none', check=above(0)
         ),
         **DOCUMENT_OPTIONS,
     }
 
     def __init__(self, config: ModelArchitectureConfig, layer: int):
         super().__init__(config, layer)
-        inner, self.head_dim = config.mamba2_inner, config.mamba2_head_dim
-        self.groups, self.state = config.mamba2_groups, config.mamba2_state
-        self.heads, keys = inner // self.head_dim, self.groups * self.state
-        self.step_limits = config.mamba2_least_step, config.mamba2_largest_step
-        self.rows = (inner, inner, keys, keys, self.heads)  # z, x, keys, queries, steps
-        self.input = nn.Linear(config.n_embd, sum(self.rows), bias=config.mamba2_bias)
-        self.convolution = ShortConvolution(
-            inner + 2 * keys, config.mamba2_conv_size, config.mamba2_conv_bias
+        width, self.head_dim = config.mamba2_width, config.mamba2_head_dim
+        self.groups, self.state = config.mamba2_groups, config.mamba2_state_size
+        self.heads, keys = width // self.head_dim, self.groups * self.state
+        self.step_limits = config.mamba2_dt_min, config.mamba2_dt_max
+        self.rows = (width, width, keys, keys, self.heads)  # z, x, keys, queries, steps
+        self.in_proj = nn.Linear(config.n_embd, sum(self.rows), bias=config.mamba2_proj_bias)
+        self.conv = ShortConvolution(
+            width + 2 * keys, config.mamba2_conv_size, config.mamba2_conv_bias
         )
         self.dt_bias = nn.Parameter(torch.empty(self.heads))
         self.A_log = nn.Parameter(torch.empty(self.heads))
         self.D = nn.Parameter(torch.empty(self.heads))
         self.norm = None
         if config.mamba2_norm:
-            eps = config.get('norm_eps') or DEFAULT_EPS
-            gate_first = not config.mamba2_norm_first
-            self.norm = GatedRMSNorm(inner, eps, inner // self.groups, gate_first)
-        self.output = nn.Linear(inner, config.n_embd, bias=config.mamba2_bias)
+            self.norm = GatedRMSNorm(
+                width,
+                config.mamba2_norm_eps,
+                group=width // self.groups,
+                gate_first=not config.mamba2_norm_first,
+            )
+        self.out_proj = nn.Linear(width, config.n_embd, bias=config.mamba2_proj_bias)
 
     @classmethod
     def derived_values(cls, config: FrozenConfig) -> dict[str, tuple]:
-        inner = config.mamba2_inner or 2 * config.n_embd
+        width = config.mamba2_width or 2 * config.n_embd
         most = max(1, min(MOST_HEAD_DIMS, config.n_embd // config.n_head))
-        head_dim = next(dim for dim in range(most, 0, -1) if inner % dim == 0)
-        reason = f'the largest divisor of mamba2_inner up to n_embd / n_head and {MOST_HEAD_DIMS}'
+        head_dim = next(dim for dim in range(most, 0, -1) if width % dim == 0)
+        reason = f'the largest divisor of mamba2_width up to n_embd / n_head and {MOST_HEAD_DIMS}'
         return {
-            'mamba2_inner': (inner, '2 · n_embd'),
+            'mamba2_width': (width, '2 · n_embd'),
             'mamba2_head_dim': (head_dim, reason),
-            'mamba2_state': (2 * (config.mamba2_head_dim or head_dim), '2 · mamba2_head_dim'),
+            'mamba2_state_size': (2 * (config.mamba2_head_dim or head_dim), '2 · mamba2_head_dim'),
         }
 
     @classmethod
     def name_tag(cls, config: ModelArchitectureConfig) -> str:
-        inner, head_dim = config.mamba2_inner, config.mamba2_head_dim
+        width, head_dim = config.mamba2_width, config.mamba2_head_dim
         tags = [cls.tag]
-        if inner != 2 * config.n_embd:
-            tags.append(f'Inner{inner}')
+        if width != 2 * config.n_embd:
+            tags.append(f'W{width}')
         if head_dim != min(MOST_HEAD_DIMS, config.n_embd // config.n_head):
             tags.append(f'HD{head_dim}')
-        if config.mamba2_state != 2 * head_dim:
-            tags.append(f'State{config.mamba2_state}')
+        if config.mamba2_state_size != 2 * head_dim:
+            tags.append(f'State{config.mamba2_state_size}')
         if config.mamba2_groups != 1:
             tags.append(f'Groups{config.mamba2_groups}')
         if config.mamba2_conv_size != 4:
@@ -138,38 +147,35 @@ class Mamba2(Mixer):
 
     @classmethod
     def problems(cls, config: ModelArchitectureConfig) -> list[str]:
-        inner, head_dim, groups = (
-            config.mamba2_inner,
-            config.mamba2_head_dim,
-            config.mamba2_groups,
-        )
-        least, largest = config.mamba2_least_step, config.mamba2_largest_step
+        width, head_dim = config.mamba2_width, config.mamba2_head_dim
+        groups = config.mamba2_groups
+        least, largest = config.mamba2_dt_min, config.mamba2_dt_max
         problems = []
-        if inner % head_dim:
+        if width % head_dim:
             problems.append(
-                f'mamba2_head_dim={head_dim} does not divide mamba2_inner={inner}. Set a '
-                f'--mamba2_head_dim that does, such as {math.gcd(inner, head_dim)}.'
+                f'mamba2_head_dim={head_dim} does not divide mamba2_width={width}. Set a '
+                f'--mamba2_head_dim that does, such as {math.gcd(width, head_dim)}.'
             )
-        elif (inner // head_dim) % groups:
-            heads = inner // head_dim
+        elif (width // head_dim) % groups:
+            heads = width // head_dim
             problems.append(
-                f'mamba2_groups={groups} does not divide the {heads} heads, mamba2_inner={inner} '
+                f'mamba2_groups={groups} does not divide the {heads} heads, mamba2_width={width} '
                 f'/ mamba2_head_dim={head_dim}. Set a divisor, such as '
                 f'--mamba2_groups={math.gcd(heads, groups)}.'
             )
         if largest is not None and largest < least:
             problems.append(
-                f'mamba2_largest_step={largest:g} is below mamba2_least_step={least:g}. Set a '
-                f'larger --mamba2_largest_step, or leave it out.'
+                f'mamba2_dt_max={largest:g} is below mamba2_dt_min={least:g}. Set a '
+                f'larger --mamba2_dt_max, or leave it out.'
             )
         return problems
 
     def forward(self, x: torch.Tensor, attn_inputs: AttentionInputs) -> torch.Tensor:
         """(B, T, C) -> (B, T, C)."""
         starts, cache = attn_inputs.starts, attn_inputs.cache
-        inner, _, keys, _, heads = self.rows
-        gate, mixed, steps = self.input(x).split((inner, inner + 2 * keys, heads), dim=-1)
-        mixed = F.silu(self.convolution(mixed, starts, cache))
+        width, _, keys, _, heads = self.rows
+        gate, mixed, steps = self.in_proj(x).split((width, width + 2 * keys, heads), dim=-1)
+        mixed = F.silu(self.conv(mixed, starts, cache))
         with without_autocast(x.device):
             y, state = state_space_duality(
                 self.recurrence(mixed, steps),
@@ -180,24 +186,23 @@ class Mamba2(Mixer):
             )
         if cache is not None:
             cache.set('state', state)
-        return self.output(self.gated(y.flatten(2).to(x.dtype), gate))
+        return self.out_proj(self.gated(y.flatten(2).to(x.dtype), gate))
 
     def recurrence(self, mixed: torch.Tensor, steps: torch.Tensor) -> Inputs:
         """Inputs of the recurrence from x, keys and queries (B, T, ...) and the steps of heads
         (B, T, H) before softplus; in fp32, or the dtype of the inputs if that is wider."""
-        dtype = torch.promote_types(mixed.dtype, torch.float32)
-        steps = F.softplus(steps.to(dtype) + self.dt_bias).clamp(*self.step_limits)
-        values, keys, queries = mixed.to(dtype).split(self.rows[1:4], dim=-1)
+        steps = F.softplus(at_least_fp32(steps) + self.dt_bias).clamp(*self.step_limits)
+        values, keys, queries = at_least_fp32(mixed).split(self.rows[1:4], dim=-1)
         return Inputs(
             values.unflatten(-1, (self.heads, -1)),
             steps,
-            -steps * self.A_log.to(dtype).exp(),
+            -steps * at_least_fp32(self.A_log).exp(),
             keys.unflatten(-1, (self.groups, -1)),
             queries.unflatten(-1, (self.groups, -1)),
         )
 
     def gated(self, y: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
-        """(B, T, inner) -> the same shape."""
+        """(B, T, width) -> the same shape."""
         return y * F.silu(gate) if self.norm is None else self.norm(y, gate)
 
     def flops(self, seq_len: int, causal: bool) -> dict[str, float]:
@@ -215,10 +220,10 @@ class Mamba2(Mixer):
         return {'dt_bias': _initial_steps, 'A_log': _initial_rates, 'D': Initial.ones}
 
     def residual_weights(self) -> list[torch.Tensor]:
-        return [self.output.weight]
+        return [self.out_proj.weight]
 
     def matrices(self) -> dict[torch.Tensor, tuple[int, ...]]:
-        return {**super().matrices(), self.input.weight: self.rows}
+        return {**super().matrices(), self.in_proj.weight: self.rows}
 
 
 def _initial_steps(tensor: torch.Tensor, generator: torch.Generator) -> None:

@@ -73,13 +73,14 @@ VALUES = {
     'rg_lru_width': (24,),
     'rg_lru_heads': (2,),
     'rg_lru_conv_size': (1, 4),
-    'mamba2_inner': (24,),
+    'mamba2_width': (24,),
     'mamba2_head_dim': (8,),
-    'mamba2_state': (5,),
+    'mamba2_state_size': (5,),
     'mamba2_groups': (1, 2),
     'mamba2_conv_size': (4, 2),
-    'mamba2_least_step': (0.0, 0.01),
-    'mamba2_largest_step': (0.05,),
+    'mamba2_norm_eps': (1e-5, 0.1),
+    'mamba2_dt_min': (0.0, 0.01),
+    'mamba2_dt_max': (0.05,),
     'layer_pattern': (),  # `layer_tables` has patterns
 }
 # Options whose None is resolved from the dataset.

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from helpers.mixers import mixer_config, mixer_module, random_inputs, random_starts
 
+from common.errors import UserError
 from components import state_space_duality
 from components.attention_inputs import AttentionInputs
 from components.kv_cache import MixerState
@@ -18,11 +19,16 @@ CHUNK = 4
 LENGTHS = (1, 3, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 5)
 VARIANTS = (
     {},
-    {'mamba2_inner': 24, 'mamba2_head_dim': 2, 'mamba2_state': 5, 'mamba2_groups': 3},
-    {'mamba2_groups': 2, 'mamba2_bias': True, 'mamba2_conv_bias': False, 'mamba2_conv_size': 2},
+    {'mamba2_width': 24, 'mamba2_head_dim': 2, 'mamba2_state_size': 5, 'mamba2_groups': 3},
+    {
+        'mamba2_groups': 2,
+        'mamba2_proj_bias': True,
+        'mamba2_conv_bias': False,
+        'mamba2_conv_size': 2,
+    },
     {'mamba2_norm': False, 'mamba2_conv_size': 1},
     {'mamba2_norm_first': True, 'mamba2_groups': 4},
-    {'mamba2_least_step': 0.02, 'mamba2_largest_step': 0.06},
+    {'mamba2_dt_min': 0.02, 'mamba2_dt_max': 0.06},
 )
 
 
@@ -36,20 +42,20 @@ def small_chunks(monkeypatch):
 
 def split_rows(module, x):
     """z, x, B, C and the step of each head, of one token (C,)."""
-    projected = module.input.weight @ x
-    if module.input.bias is not None:
-        projected = projected + module.input.bias
+    projected = module.in_proj.weight @ x
+    if module.in_proj.bias is not None:
+        projected = projected + module.in_proj.bias
     return projected.split(module.rows)
 
 
 def convolved(module, window):
     """silu of the convolution's output at the last token of a window of its inputs, (n, channels),
     the earliest first."""
-    weight = module.convolution.weight
+    weight = module.conv.weight
     taps = [weight[:, weight.size(1) - len(window) + i] for i in range(len(window))]
     y = sum(tap * each for tap, each in zip(taps, window))
-    if module.convolution.bias is not None:
-        y = y + module.convolution.bias
+    if module.conv.bias is not None:
+        y = y + module.conv.bias
     return y * torch.sigmoid(y)
 
 
@@ -63,7 +69,8 @@ def of_document(module, document, config):
     """The output (T, C) of one document (T, C), token by token (Dao & Gu 2024, section 7)."""
     heads, groups = module.heads, module.groups
     inner, _, keys, _, _ = module.rows
-    state = document.new_zeros(heads, config.mamba2_state, config.mamba2_head_dim)
+    size = config.mamba2_state_size
+    state = document.new_zeros(heads, size, config.mamba2_head_dim)
     inputs, outputs = [], []
     for token in document:
         z, *xbc, steps = split_rows(module, token)
@@ -71,11 +78,11 @@ def of_document(module, document, config):
         mixed = convolved(module, inputs[-config.mamba2_conv_size :])
         x, b, c = mixed.split((inner, keys, keys))
         delta = torch.log1p(torch.exp(steps + module.dt_bias))
-        delta = torch.clamp(delta, config.mamba2_least_step, config.mamba2_largest_step)
+        delta = torch.clamp(delta, config.mamba2_dt_min, config.mamba2_dt_max)
         y = []
         for head in range(heads):
             group = head * groups // heads
-            of_group = slice(group * config.mamba2_state, (group + 1) * config.mamba2_state)
+            of_group = slice(group * size, (group + 1) * size)
             of_head = slice(head * config.mamba2_head_dim, (head + 1) * config.mamba2_head_dim)
             decay = torch.exp(-delta[head] * torch.exp(module.A_log[head]))
             added = delta[head] * torch.outer(b[of_group], x[of_head])
@@ -89,8 +96,8 @@ def of_document(module, document, config):
             y = module.norm.weight * normalized(module, y) * gate
         else:
             y = module.norm.weight * normalized(module, y * gate)
-        y = module.output.weight @ y
-        outputs.append(y if module.output.bias is None else y + module.output.bias)
+        y = module.out_proj.weight @ y
+        outputs.append(y if module.out_proj.bias is None else y + module.out_proj.bias)
     return torch.stack(outputs)
 
 
@@ -153,7 +160,7 @@ def test_steps_of_zero_and_strong_decays_are_exact():
 
 def test_initial_steps_and_rates():
     """softplus(dt_bias) is log-uniform from 1e-3 to 0.1, exp(A_log) is uniform from 1 to 16."""
-    config = mixer_config('mamba2', mamba2_inner=4000, mamba2_head_dim=1)
+    config = mixer_config('mamba2', mamba2_width=4000, mamba2_head_dim=1)
     module = build_model(config, 'cpu', seed=0).blocks[0].mixers['mamba2']
     for values, low, high in (
         (F.softplus(module.dt_bias.double()).log10(), -3.0, -1.0),
@@ -173,13 +180,27 @@ def test_initial_steps_and_rates():
         ({'n_embd': 2560, 'n_head': 20}, (5120, 64, 128)),
         ({'n_embd': 128, 'n_head': 4}, (256, 32, 64)),
         ({'n_embd': 10, 'n_head': 3}, (20, 2, 4)),
-        ({'mamba2_inner': 15, 'n_embd': 16, 'n_head': 4}, (15, 3, 6)),
+        ({'mamba2_width': 15, 'n_embd': 16, 'n_head': 4}, (15, 3, 6)),
         ({'mamba2_head_dim': 8}, (32, 8, 16)),
     ],
 )
 def test_derived_sizes(values, expected):
     config = mixer_config('mamba2', **values)
-    assert (config.mamba2_inner, config.mamba2_head_dim, config.mamba2_state) == expected
+    assert (config.mamba2_width, config.mamba2_head_dim, config.mamba2_state_size) == expected
+
+
+@pytest.mark.parametrize(
+    ('values', 'problem'),
+    [
+        ({'mamba2_head_dim': 6}, 'mamba2_width=32. Set a --mamba2_head_dim that does, such as 2'),
+        ({'mamba2_groups': 6}, 'the 8 heads, .* such as --mamba2_groups=2'),
+        ({'mamba2_dt_min': 0.2, 'mamba2_dt_max': 0.1}, 'mamba2_dt_max=0.1 is below .*=0.2'),
+        ({'mamba2_norm': False, 'mamba2_norm_first': True}, 'mamba2_norm_first'),
+    ],
+)
+def test_illegal_values_are_refused(values, problem):
+    with pytest.raises(UserError, match=problem):
+        mixer_config('mamba2', **values)
 
 
 # --- Modules of transformers ----------------------------------------------------------------------
@@ -190,8 +211,8 @@ MAMBA = {
     **{'mamba_d_conv': 3, 'mamba_expand': 2, 'mamba_chunk_size': 4},
 }
 OURS = {
-    **{'mamba2_head_dim': 4, 'mamba2_groups': 2, 'mamba2_state': 5},
-    **{'mamba2_conv_size': 3, 'norm_eps': 1e-3},
+    **{'mamba2_head_dim': 4, 'mamba2_groups': 2, 'mamba2_state_size': 5},
+    'mamba2_conv_size': 3,
 }
 FALCON = {
     **(MAMBA | {'mamba_n_heads': 6, 'mamba_d_ssm': 24}),
@@ -206,11 +227,14 @@ MODULES = {
             **{'layer_norm_epsilon': 1e-3, 'use_bias': True, 'use_conv_bias': False},
         },
         {
-            **{'mamba2_least_step': 0.01, 'mamba2_largest_step': 0.05},
-            **{'mamba2_bias': True, 'mamba2_conv_bias': False},
+            **{'mamba2_dt_min': 0.01, 'mamba2_dt_max': 0.05},
+            **{'mamba2_proj_bias': True, 'mamba2_conv_bias': False},
         },
     ),
-    'BambaMixer': (MAMBA | {'rms_norm_eps': 1e-3, 'mamba_proj_bias': True}, {'mamba2_bias': True}),
+    'BambaMixer': (
+        MAMBA | {'rms_norm_eps': 1e-3, 'mamba_proj_bias': True},
+        {'mamba2_proj_bias': True},
+    ),
     'GraniteMoeHybridMambaLayer': (MAMBA | {'rms_norm_eps': 1e-3}, {}),
     'NemotronHMamba2Mixer': (
         {
@@ -218,27 +242,20 @@ MODULES = {
             **{'conv_kernel': 3, 'chunk_size': 4, 'time_step_min': 0.02},
             **{'layer_norm_epsilon': 1e-3, 'layers_block_type': ['linear_attention'] * 2},
         },
-        {'mamba2_least_step': 0.02, 'mamba2_inner': 24},
+        {'mamba2_dt_min': 0.02, 'mamba2_width': 24},
     ),
-    'FalconH1Mixer': (FALCON | {'rms_norm_eps': 1e-3}, {'mamba2_norm': False, 'mamba2_inner': 24}),
+    'FalconH1Mixer': (
+        FALCON | {'rms_norm_eps': 1e-3},
+        {'mamba2_norm': False, 'mamba2_width': 24},
+    ),
     'FalconH1Mixer, norm': (
         FALCON | {'rms_norm_eps': 1e-3, 'mamba_rms_norm': True},
-        {'mamba2_norm_first': True, 'mamba2_inner': 24},
+        {'mamba2_norm_first': True, 'mamba2_width': 24},
     ),
     'FalconH1Mixer, gate first': (
         FALCON | {'rms_norm_eps': 1e-3, 'mamba_rms_norm': True, 'mamba_norm_before_gate': False},
-        {'mamba2_inner': 24},
+        {'mamba2_width': 24},
     ),
-}
-NAMES = {
-    **{
-        'in_proj.weight': 'input.weight',
-        'in_proj.bias': 'input.bias',
-        'norm.weight': 'norm.weight',
-    },
-    **{'conv1d.weight': 'convolution.weight', 'conv1d.bias': 'convolution.bias'},
-    **{'out_proj.weight': 'output.weight', 'out_proj.bias': 'output.bias'},
-    **{'A_log': 'A_log', 'D': 'D', 'dt_bias': 'dt_bias'},
 }
 
 
@@ -253,6 +270,10 @@ def foreign_module(name: str, fields: dict):
     return getattr(code, name)(config, layer_idx=0).double(), config, code
 
 
+def our_name(name: str) -> str:
+    return name.replace('conv1d', 'conv')
+
+
 def without_middle(weight: torch.Tensor) -> torch.Tensor:
     """The weight of a convolution as (channels, width); others unchanged."""
     return weight.squeeze(1) if weight.dim() == 3 else weight
@@ -264,7 +285,8 @@ def test_equals_the_module_of_transformers(case):
     """Values and gradients with the same weights; multipliers are folded into the projection."""
     fields, values = MODULES[case]
     theirs, config, code = foreign_module(case.split(',')[0], fields)
-    ours = mixer_module(mixer_config('mamba2', **OURS, **values))
+    eps = {'mamba2_norm_eps': 1e-3} if values.get('mamba2_norm', True) else {}
+    ours = mixer_module(mixer_config('mamba2', **OURS, **eps, **values))
     for parameter in theirs.parameters():
         torch.nn.init.normal_(parameter, std=0.4, generator=torch.Generator().manual_seed(1))
     factor = 1.0
@@ -276,8 +298,8 @@ def test_equals_the_module_of_transformers(case):
     if not values.get('mamba2_norm', True):
         weights.pop('norm.weight', None)
     with torch.no_grad():
-        state = {NAMES[name]: without_middle(weight) for name, weight in weights.items()}
-        state['input.weight'] = state['input.weight'] * factor
+        state = {our_name(name): without_middle(w) for name, w in weights.items()}
+        state['in_proj.weight'] = state['in_proj.weight'] * factor
         ours.load_state_dict(state)
     for length in LENGTHS:
         x = random_inputs(2, length, 16, seed=length).requires_grad_()
@@ -287,7 +309,7 @@ def test_equals_the_module_of_transformers(case):
         found = torch.autograd.grad(y, [x, *ours.parameters()], cotangent)
         wanted = torch.autograd.grad(expected, [x, *weights.values()], cotangent)
         torch.testing.assert_close(found[0], wanted[0], rtol=1e-4, atol=1e-5)
-        of_theirs = {NAMES[name]: without_middle(g) for name, g in zip(weights, wanted[1:])}
+        of_theirs = {our_name(n): without_middle(g) for n, g in zip(weights, wanted[1:])}
         for (name, _), gradient in zip(ours.named_parameters(), found[1:], strict=True):
-            expected = of_theirs[name] / (factor if name == 'input.weight' else 1.0)
+            expected = of_theirs[name] / (factor if name == 'in_proj.weight' else 1.0)
             torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5)
