@@ -174,7 +174,7 @@ class Transformer(nn.Module):
         for block, number in zip(self.blocks, self.encoding_numbers):
             spec = None if block.attention is None else block.attention.spec
             encoding = None if number is None else encodings[number]
-            needs.append(LayerNeeds(spec, encoding, bool(block.mixers)))
+            needs.append(LayerNeeds(spec, encoding, bool(block.mixers or block.canon)))
         registry = ATTENTION_BACKEND_REGISTRY
         return layer_inputs(backend and registry[backend], needs, pos, documents, cache)
 

@@ -14,7 +14,12 @@ from common.layer_pattern import MOST_LAYERS
 
 HASH_VERSION = 2
 # Values of newer options that change nothing; records from before lack the options.
-NEUTRAL = {'layer_pattern': None, 'mixer': 'attention', 'attention_gate': 'none'}
+NEUTRAL = {
+    'layer_pattern': None,
+    'mixer': 'attention',
+    'attention_gate': 'none',
+    'canon': None,
+}
 # The options of a mixture of experts in version 1, which its dense layers do not have.
 _MIXTURE_OPTIONS = frozenset(
     {

@@ -11,6 +11,7 @@ from common.registry import AnyBut, FrozenConfig, Option, above, at_least, tag_o
 from components.attention_backends import AttentionSpec
 from components.attention_inputs import AttentionInputs
 from components.base import Component
+from components.canon import canon_layer
 from components.document_mask import DOCUMENT_OPTIONS
 from components.kv_cache import LayerCache
 from components.positions import PositionEncoding
@@ -218,6 +219,7 @@ class MultiHeadAttention(Attention):
     tag = ''
     cacheable = True
     mup_rule = True
+    canon_letters = 'B'
     options: ClassVar = {
         'head_dim': Option(
             int | None, None, 'Head dimension; None: n_embd / n_head', check=at_least(1)
@@ -254,6 +256,7 @@ class MultiHeadAttention(Attention):
         gates = {'elementwise': q_rows, 'head': config.n_head}.get(config.get('attention_gate'))
         self.rows = (q_rows, kv_rows, kv_rows, *([gates] if gates else []))
         self.qkv = nn.Linear(config.n_embd, sum(self.rows), bias=config.attention_bias)
+        self.canon = canon_layer(config, 'B', sum(self.rows[:3]))
         norm, per_projection = NORM_REGISTRY[config.qk_norm], self.norms_projections(config)
         self.norm_dims = self.rows[:2] if per_projection else (config.head_dim, config.head_dim)
         self.q_norm, self.k_norm = (norm(config, width) for width in self.norm_dims)
@@ -307,7 +310,11 @@ class MultiHeadAttention(Attention):
 
     def forward(self, x: torch.Tensor, attn_inputs: AttentionInputs) -> torch.Tensor:
         """(B, T, C) -> (B, T, C)."""
-        q, k, v, *gate = self.qkv(x).split(self.rows, dim=-1)
+        of_heads = self.rows[:3]
+        qkv, *gate = self.qkv(x).split((sum(of_heads), *self.rows[3:]), dim=-1)
+        if self.canon is not None:
+            qkv = self.canon(qkv, attn_inputs)
+        q, k, v = qkv.split(of_heads, dim=-1)
         normed_q = self.q_norm(q.unflatten(-1, (-1, self.norm_dims[0])))
         normed_k = self.k_norm(k.unflatten(-1, (-1, self.norm_dims[1])))
         q, k = (

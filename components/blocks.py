@@ -8,7 +8,8 @@ import torch.nn as nn
 from common.registry import Option
 from components.attention_inputs import AttentionInputs
 from components.base import AuxOutput, Component
-from components.kv_cache import LayerStates
+from components.canon import CANON_OPTIONS, STATE, canon_layer, canon_problems, canon_tag
+from components.kv_cache import LayerStates, MixerState
 from model_config import (
     FFN_REGISTRY,
     MIXER_REGISTRY,
@@ -30,6 +31,17 @@ class Block(Component, nn.Module):
 
     # Whether the output of the last block needs a final norm.
     final_norm: ClassVar[bool] = True
+    # Letters of the Canon layers that `forward` applies: A by `self.mix`, C and D by `self.feed`.
+    canon_letters: ClassVar[str] = ''
+    options: ClassVar = {**CANON_OPTIONS}
+
+    @classmethod
+    def name_tag(cls, config: ModelArchitectureConfig) -> str:
+        return '-'.join(filter(None, (cls.tag, canon_tag(config))))
+
+    @classmethod
+    def problems(cls, config: ModelArchitectureConfig) -> list[str]:
+        return canon_problems(config)
 
     def __init__(self, config: ModelArchitectureConfig, layer: int):
         super().__init__()
@@ -42,6 +54,9 @@ class Block(Component, nn.Module):
         self.mixers = nn.ModuleDict(others) if others else {}
         self.mixes = self.attention is not None or bool(others)
         self.ffn = FFN_REGISTRY[config.ffn_type].build(config, layer)
+        self.canon = config.get('canon') or ''
+        self.canon_a = canon_layer(config, 'A', config.n_embd)
+        self.canon_c = canon_layer(config, 'C', config.n_embd)
         self.dropout = nn.Dropout(config.residual_dropout)
         without = (*(() if self.mixes else ('attention',)), *(() if self.ffn else ('ffn',)))
         for name in self.norms(config):
@@ -56,16 +71,25 @@ class Block(Component, nn.Module):
 
     def mix(self, x: torch.Tensor, attn_inputs: AttentionInputs) -> torch.Tensor:
         """The sum of the outputs of the layer's mixers for the same input, (B, T, C)."""
+        if self.canon_a is not None:
+            x = self.canon_a(x, attn_inputs)
         outputs = [] if self.attention is None else [self.attention(x, attn_inputs)]
         for name, mixer in self.mixers.items():
             outputs.append(mixer(x, attn_inputs.of_mixer(name)))
         return sum(outputs[1:], outputs[0])
 
+    def feed(self, x: torch.Tensor, attn_inputs: AttentionInputs) -> tuple[torch.Tensor, AuxOutput]:
+        """The output of the FFN for its input, (B, T, C), and its AuxOutput."""
+        if self.canon_c is not None:
+            x = self.canon_c(x, attn_inputs)
+        return self.ffn(x, attn_inputs=attn_inputs) if 'D' in self.canon else self.ffn(x)
+
     def empty_cache(self, tokens: int) -> LayerStates:
         """The states of the layer's mixers before the first of at most `tokens` tokens."""
         attention = {} if self.attention is None else {'attention': self.attention}
         mixers = {**attention, **self.mixers}
-        return {name: mixer.empty_cache(tokens) for name, mixer in mixers.items()}
+        states = {name: mixer.empty_cache(tokens) for name, mixer in mixers.items()}
+        return {**states, STATE: MixerState()} if self.canon else states
 
 
 NORM_POSITION_REGISTRY.expect(
@@ -78,13 +102,14 @@ class PreNormBlock(Block):
     """x + sublayer(norm(x)), mixers then FFN."""
 
     tag = 'PreNorm'
+    canon_letters = 'ACD'
 
     def forward(self, x, attn_inputs):
         if self.mixes:
             x = x + self.dropout(self.mix(self.attention_norm(x), attn_inputs))
         if self.ffn is None:
             return x, NO_AUX
-        y, aux = self.ffn(self.ffn_norm(x))
+        y, aux = self.feed(self.ffn_norm(x), attn_inputs)
         return x + self.dropout(y), aux
 
 
@@ -93,6 +118,7 @@ class PostNormBlock(Block):
     """norm(x + sublayer(x)); no norm follows the last block."""
 
     tag = 'PostNorm'
+    canon_letters = 'ACD'
     final_norm = False
 
     def forward(self, x, attn_inputs):
@@ -100,7 +126,7 @@ class PostNormBlock(Block):
             x = self.attention_norm(x + self.dropout(self.mix(x, attn_inputs)))
         if self.ffn is None:
             return x, NO_AUX
-        y, aux = self.ffn(x)
+        y, aux = self.feed(x, attn_inputs)
         return self.ffn_norm(x + self.dropout(y)), aux
 
 
@@ -109,6 +135,7 @@ class SandwichNormBlock(Block):
     """x + norm(sublayer(norm(x)))."""
 
     tag = 'SandwichNorm'
+    canon_letters = 'ACD'
 
     @classmethod
     def norms(cls, config: ModelArchitectureConfig) -> tuple[str, ...]:
@@ -120,7 +147,7 @@ class SandwichNormBlock(Block):
             x = x + self.dropout(self.attention_output_norm(y))
         if self.ffn is None:
             return x, NO_AUX
-        y, aux = self.ffn(self.ffn_norm(x))
+        y, aux = self.feed(self.ffn_norm(x), attn_inputs)
         return x + self.dropout(self.ffn_output_norm(y)), aux
 
 
@@ -129,13 +156,14 @@ class ReorderedNormBlock(Block):
     """x + norm(sublayer(x))."""
 
     tag = 'ReorderedNorm'
+    canon_letters = 'ACD'
 
     def forward(self, x, attn_inputs):
         if self.mixes:
             x = x + self.dropout(self.attention_norm(self.mix(x, attn_inputs)))
         if self.ffn is None:
             return x, NO_AUX
-        y, aux = self.ffn(x)
+        y, aux = self.feed(x, attn_inputs)
         return x + self.dropout(self.ffn_norm(y)), aux
 
 
@@ -144,15 +172,18 @@ class ParallelBlock(Block):
     """x + mixers(norm(x)) + FFN(norm(x)), with two norms or a shared one."""
 
     tag = 'Parallel'
+    canon_letters = 'ACD'
     options: ClassVar = {
         'parallel_shared_norm': Option(
             bool, False, 'Use one norm for both branches (GPT-J, PaLM) instead of two'
-        )
+        ),
+        **Block.options,
     }
 
     @classmethod
     def name_tag(cls, config: ModelArchitectureConfig) -> str:
-        return cls.tag + ('1Norm' if config.parallel_shared_norm else '')
+        norms = '1Norm' if config.parallel_shared_norm else ''
+        return '-'.join(filter(None, (cls.tag + norms, canon_tag(config))))
 
     @classmethod
     def norms(cls, config: ModelArchitectureConfig) -> tuple[str, ...]:
@@ -169,7 +200,7 @@ class ParallelBlock(Block):
             normed = self.attention_norm(x)
             mixed = self.dropout(self.mix(normed, attn_inputs))
         if self.ffn is not None:
-            y, aux = self.ffn(normed if self.shared_norm else self.ffn_norm(x))
+            y, aux = self.feed(normed if self.shared_norm else self.ffn_norm(x), attn_inputs)
             y = self.dropout(y)
         return x + mixed + y, aux
 

@@ -9,7 +9,9 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from common.registry import FrozenConfig, Option, at_least, tag_of
+from components.attention_inputs import AttentionInputs
 from components.base import AuxOutput, Component
+from components.canon import CanonLayer, canon_layer
 from model_config import ACTIVATION_REGISTRY, FFN_REGISTRY, ModelArchitectureConfig
 
 
@@ -26,6 +28,7 @@ class FeedForward(Component, nn.Module):
         'report': 'summarize_metrics',
     }
     part = 'ffn'
+    canon: CanonLayer | None  # of the first matrix's output, for letter D
     down: nn.Linear  # the projection to the residual stream
     options: ClassVar = {
         'ffn_bias': Option(bool | None, None, 'Use biases in the FFN; None: bias'),
@@ -60,6 +63,12 @@ class FeedForward(Component, nn.Module):
         """The input of `down` from the output of the first matrix, element by element."""
         raise NotImplementedError
 
+    def after_canon(
+        self, hidden: torch.Tensor, attn_inputs: AttentionInputs | None
+    ) -> torch.Tensor:
+        """The output of the first matrix, after the Canon layer if there is one."""
+        return hidden if self.canon is None else self.canon(hidden, attn_inputs)
+
     def activate_and_project(self, hidden: torch.Tensor, *groups) -> torch.Tensor:
         """down(nonlinearity(hidden)), with the nonlinearity recomputed in the backward pass, so
         that only `hidden` is kept.
@@ -88,6 +97,7 @@ class StandardFeedForward(FeedForward):
 
     tag = ''
     mup_rule = True
+    canon_letters = 'D'
     options: ClassVar = {
         **FeedForward.options,
         'activation': Option(
@@ -112,6 +122,7 @@ class StandardFeedForward(FeedForward):
         super().__init__()
         width = width or config.d_ff
         self.up = linear(config.n_embd, width, bias=config.ffn_bias)
+        self.canon = canon_layer(config, 'D', width)
         self.activation = ACTIVATION_REGISTRY[config.activation](config)
         self.down = linear(width, config.n_embd, bias=config.ffn_bias)
 
@@ -127,14 +138,18 @@ class StandardFeedForward(FeedForward):
     def nonlinearity(self, hidden: torch.Tensor) -> torch.Tensor:
         return self.activation(hidden)
 
-    def forward(self, x: torch.Tensor, *groups) -> tuple[torch.Tensor, AuxOutput]:
-        return self.activate_and_project(self.up(x, *groups), *groups), AuxOutput(0.0, {})
+    def forward(
+        self, x: torch.Tensor, *groups, attn_inputs: AttentionInputs | None = None
+    ) -> tuple[torch.Tensor, AuxOutput]:
+        hidden = self.after_canon(self.up(x, *groups), attn_inputs)
+        return self.activate_and_project(hidden, *groups), AuxOutput(0.0, {})
 
 
 class GatedFeedForward(FeedForward):
     """down(activate(gate(x)) · up(x)), by default 8/3 · n_embd wide."""
 
     mup_rule = True
+    canon_letters = 'D'
     options: ClassVar = {
         **FeedForward.options,
         'multiple_of': Option(
@@ -152,6 +167,7 @@ class GatedFeedForward(FeedForward):
         super().__init__()
         self.config, width = config, width or config.d_ff
         self.gate_up = linear(config.n_embd, 2 * width, bias=config.ffn_bias)
+        self.canon = canon_layer(config, 'D', 2 * width)
         self.down = linear(width, config.n_embd, bias=config.ffn_bias)
 
     @classmethod
@@ -171,8 +187,11 @@ class GatedFeedForward(FeedForward):
         gate, up = hidden.chunk(2, dim=-1)
         return self.activate(gate) * up
 
-    def forward(self, x: torch.Tensor, *groups) -> tuple[torch.Tensor, AuxOutput]:
-        return self.activate_and_project(self.gate_up(x, *groups), *groups), AuxOutput(0.0, {})
+    def forward(
+        self, x: torch.Tensor, *groups, attn_inputs: AttentionInputs | None = None
+    ) -> tuple[torch.Tensor, AuxOutput]:
+        hidden = self.after_canon(self.gate_up(x, *groups), attn_inputs)
+        return self.activate_and_project(hidden, *groups), AuxOutput(0.0, {})
 
 
 @FFN_REGISTRY.register('swiglu', source='Shazeer 2020')

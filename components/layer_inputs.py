@@ -43,7 +43,7 @@ class LayerNeeds(NamedTuple):
 
     spec: AttentionSpec | None  # of its attention, if it has one
     encoding: PositionEncoding | None
-    has_others: bool  # whether it has mixers other than attention
+    has_others: bool  # whether it has mixers other than attention, or Canon layers
 
 
 def layer_inputs(

@@ -211,6 +211,7 @@ NUMBERS = {
     'load_balance_weight': 0.5,
     'router_z_loss': 0.5,
     'layer_pattern': 'AB',
+    'canon': 'A',
 }
 # Options that must be set together with a value.
 COMPANIONS = {

@@ -54,6 +54,7 @@ ILLEGAL = [
     ({**MOE, 'dense_layers': 12}, ['dense_layers=12', 'n_layer=12', "ffn_type='swiglu'"]),
     ({**MOE, 'n_embd': 12, 'd_ff': 32}, ['n_embd=12', 'multiple of 8', '--n_embd=16']),
     ({**MOE, 'expert_d_ff': 20}, ['expert_d_ff=20', 'multiple of 8', '--expert_d_ff=24']),
+    (MLA | {'canon': 'ABC'}, ["canon='ABC'", "attention_type='mla'", '--canon=AC']),
     ({'activation': 'geglu', 'ffn_type': 'swiglu'}, ["ffn_type='geglu'", "ffn_type='swiglu'"]),
 ]
 

@@ -37,6 +37,8 @@ VALUES = {
     'attention_scale': (0.3,),
     'attention_softcap': (1.5,),
     'sliding_window': (2, 4),
+    'canon': ('AC', 'BD'),
+    'canon_width': (1, 3),
     'attention_pattern': ('L', 'LG'),
     'end_of_text': (3,),
     'norm_eps': (1e-5, 0.1),
