@@ -38,7 +38,7 @@ ARCHITECTURE_GROUPS = (
         ('attention_type', 'attention_backend', 'attention_dropout'),
     ),
     ('position', 'Position encoding, RoPE scaling', ('position_encoding',)),
-    ('mixer', 'Mixers other than attention: recurrences, state spaces, convolutions', ('mixer',)),
+    ('mixer', 'Recurrences, state spaces, convolutions instead of attention', ('mixer',)),
     (
         'norm',
         'Normalization, and position of the norms in a block',

@@ -123,6 +123,8 @@ def pick_values(pick: Callable[[Sequence], object], **fixed) -> dict:
                 add(option.choices[chosen[key]].options)
 
     add(CORE_OPTIONS)
+    if chosen['mixer'] == 'attention':
+        del chosen['mixer']  # the default
     return chosen
 
 

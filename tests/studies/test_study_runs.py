@@ -604,6 +604,7 @@ def test_train_uses_base_of_study(study_file, run_script):
         ('ladder_glu', 'ffn_type=standard'),
         ('ladder_llama', 'arch_preset=llama'),
         ('layer_patterns', 'layer_pattern=G'),
+        ('mixers', 'layer_pattern=A'),
         ('norm_position', 'norm_position=pre warmup_iters=100 depth_scaled_init=True'),
         ('norms', 'normalization=layernorm'),
         ('positions', 'position_encoding=rope'),
@@ -620,4 +621,4 @@ def test_project_studies_can_be_run(path, baseline, tiny_dataset, tmp_path, caps
 
 
 def test_every_project_study_is_tested():
-    assert len(list((PROJECT / 'config/studies').glob('*.py'))) == 8
+    assert len(list((PROJECT / 'config/studies').glob('*.py'))) == 9

@@ -80,7 +80,8 @@ def test_options_win_over_the_config_file(options, tmp_path):
 
 
 def test_returned_run_has_the_saved_weights(options):
-    run, loaded = train(**options), load_run(options['out_dir'], device='cpu')
+    run = train(**options)
+    loaded = load_run(options['out_dir'], device='cpu', dtype=run.training.dtype)
     assert run.folder == loaded.folder and run.iter == loaded.iter == 4
     assert run.val_loss == loaded.val_loss == run.record['eval_steps'][-1]['val_loss']
     assert run.config == loaded.config and run.training == loaded.training
