@@ -42,6 +42,7 @@ from components.blocks import Block
 from components.document_mask import DOCUMENT_OPTIONS, Documents, locate_documents
 from components.embedding import TokenEmbedding
 from components.feed_forward import FeedForward, GatedFeedForward
+from components.gated_short_convolution import GatedShortConvolution
 from components.initialization import Initialization
 from components.kv_cache import Cache, LayerCache, MixerState
 from components.latent_attention import LatentAttention
@@ -95,6 +96,7 @@ __all__ = [
     'ElementwiseAffine',
     'FeedForward',
     'GatedFeedForward',
+    'GatedShortConvolution',
     'Initial',
     'Initialization',
     'LatentAttention',

@@ -83,6 +83,7 @@ VALUES = {
     'mamba2_norm_eps': (1e-5, 0.1),
     'mamba2_dt_min': (0.0, 0.01),
     'mamba2_dt_max': (0.05,),
+    'short_conv_size': (2, 4),
     'layer_pattern': (),  # `layer_tables` has patterns
 }
 # Options whose None is resolved from the dataset.
