@@ -46,6 +46,7 @@ from components.gated_short_convolution import GatedShortConvolution
 from components.initialization import Initialization
 from components.kv_cache import Cache, LayerCache, MixerState
 from components.latent_attention import LatentAttention
+from components.linear_attention import LinearAttention
 from components.lm_head import IGNORED, OutputHead
 from components.mamba import Mamba
 from components.mamba2 import Mamba2
@@ -101,6 +102,7 @@ __all__ = [
     'Initialization',
     'LatentAttention',
     'LayerCache',
+    'LinearAttention',
     'Mamba',
     'Mamba2',
     'Mixer',

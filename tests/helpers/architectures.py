@@ -84,6 +84,15 @@ VALUES = {
     'mamba2_dt_min': (0.0, 0.01),
     'mamba2_dt_max': (0.05,),
     'short_conv_size': (2, 4),
+    **dict.fromkeys(('linear_heads', 'retnet_heads', 'lightning_heads', 'gla_heads'), (1, 3)),
+    **dict.fromkeys(('linear_key_dim', 'retnet_key_dim', 'lightning_key_dim', 'gla_key_dim'), (6,)),
+    **dict.fromkeys(
+        ('linear_value_dim', 'retnet_value_dim', 'lightning_value_dim', 'gla_value_dim'), (3,)
+    ),
+    **dict.fromkeys(('linear_conv_size', 'retnet_conv_size', 'gla_conv_size'), (3,)),
+    **dict.fromkeys(('retnet_norm_eps', 'lightning_norm_eps', 'gla_norm_eps'), (1e-5, 1e-3)),
+    'gla_decay_rank': (16, 2),
+    'gla_decay_root': (16.0, 1.0),
     'layer_pattern': (),  # `layer_tables` has patterns
 }
 # Options whose None is resolved from the dataset.
