@@ -39,6 +39,7 @@ from components.attention_backends import (
 from components.attention_inputs import AttentionInputs
 from components.base import AuxOutput, Component, Initial, matmul_dtype, module_flops
 from components.blocks import Block
+from components.delta_net import DeltaNet, GatedDeltaNet, KimiDeltaAttention
 from components.document_mask import DOCUMENT_OPTIONS, Documents, locate_documents
 from components.embedding import TokenEmbedding
 from components.feed_forward import FeedForward, GatedFeedForward
@@ -93,13 +94,16 @@ __all__ = [
     'Block',
     'Cache',
     'Component',
+    'DeltaNet',
     'Documents',
     'ElementwiseAffine',
     'FeedForward',
+    'GatedDeltaNet',
     'GatedFeedForward',
     'GatedShortConvolution',
     'Initial',
     'Initialization',
+    'KimiDeltaAttention',
     'LatentAttention',
     'LayerCache',
     'LinearAttention',

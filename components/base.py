@@ -40,6 +40,16 @@ class Initial:
         """From -bound to bound."""
         return lambda tensor, generator: tensor.uniform_(-bound, bound, generator=generator)
 
+    @staticmethod
+    def step_bias(low: float, high: float) -> Fill:
+        """Values whose softplus, the step size of a recurrence, is log-uniform from low to high."""
+
+        def fill(tensor: torch.Tensor, generator: torch.Generator) -> None:
+            tensor.uniform_(math.log(low), math.log(high), generator=generator).exp_()
+            tensor.add_((-torch.expm1(-tensor)).log())  # log(exp(step) - 1), without overflow
+
+        return fill
+
 
 class AuxOutput(NamedTuple):
     """Auxiliary loss and metrics of a component, returned beside its output."""

@@ -93,6 +93,12 @@ VALUES = {
     **dict.fromkeys(('retnet_norm_eps', 'lightning_norm_eps', 'gla_norm_eps'), (1e-5, 1e-3)),
     'gla_decay_rank': (16, 2),
     'gla_decay_root': (16.0, 1.0),
+    'gdn_heads': (2,),
+    'gdn_value_heads': (4,),
+    'gdn_head_dim': (3,),
+    'gdn_v_head_dim': (5,),
+    'gdn_conv_size': (4, 2, 0),
+    'gdn_norm_eps': (1e-5, 1e-3),
     'layer_pattern': (),  # `layer_tables` has patterns
 }
 # Options whose None is resolved from the dataset.

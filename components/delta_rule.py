@@ -1,0 +1,264 @@
+"""The delta rule, with or without decay, over a whole sequence in chunks of matrix products.
+
+A head's state S (Dk, Dv) holds values under keys. With its decay a_t first, a token does
+
+    S_t = a_t ⊙ S_(t-1) + k_t u_tᵀ,    u_t = β_t (v_t - (a_t ⊙ S_(t-1))ᵀ k_t),    y_t = S_tᵀ q_t.
+
+a_t is 1 (DeltaNet: Schlag et al. 2021; Yang et al. 2024, arXiv:2406.06484), a number (Gated
+DeltaNet: Yang et al. 2024, arXiv:2412.06464) or a vector over Dk (Kimi Delta Attention: Kimi Team
+2025, arXiv:2510.26692).
+
+In a chunk of C tokens, let G_ij be the decay after token j until token i, g_i the one from before
+the chunk until token i, and S the state before the chunk. The written values solve
+
+    (I + strictly_lower(diag(β) (K Kᵀ ⊙ G))) U = diag(β) (V - (g ⊙ K) S).
+
+With the inverse T of that matrix (the UT transform), U = T diag(β) V - W S, W = T diag(β) (g ⊙ K):
+T, W and the products with V are computed for all chunks at once. What is left is a recurrence over
+chunks, S' = g_C ⊙ S + (G_C ⊙ K)ᵀ U, and then Y = (g ⊙ Q) S + lower(Q Kᵀ ⊙ G) U for all at once.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+CHUNK = 64  # tokens; a power of 2
+# Of the logarithm of a token's decay. exp(-30) is 1e-13; sums over a chunk keep their precision.
+LOWEST_LOG_DECAY = -30.0
+
+
+def delta_rule(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    beta: torch.Tensor,
+    log_decay: torch.Tensor | None = None,
+    starts: torch.Tensor | None = None,
+    state: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Outputs (B, T, H, Dv), and the state (B, H, Dk, Dv) after the last token.
+
+    q, k (B, T, Hk, Dk); v (B, T, H, Dv); each key head serves H / Hk value heads in a row.
+    beta (B, T, H). log_decay: log a_t ≤ 0, (B, T, H) or, per channel, (B, T, H, Dk); None: 0.
+    starts (B, T): tokens before which the state is emptied. state: that of earlier tokens.
+    All in one dtype, in which it is computed.
+    """
+    key_heads = k.size(2)
+    if log_decay is None:
+        log_decay = torch.zeros_like(beta)
+    log_decay = log_decay.clamp(min=LOWEST_LOG_DECAY)
+    if log_decay.dim() == 3:
+        log_decay = log_decay[..., None]
+    if state is None:
+        state = v.new_zeros(v.size(0), v.size(2), k.size(-1), v.size(-1))
+    # From here on, the heads are two dimensions: (Hk, H / Hk), or (Hk, 1) of q and k.
+    split = (x.unflatten(2, (key_heads, -1)) for x in (q, k, v, beta[..., None], log_decay))
+    over_tokens = _step if v.size(1) == 1 else _chunked
+    y, state = over_tokens(*split, starts, state.unflatten(1, (key_heads, -1)))
+    return y.flatten(2, 3), state.flatten(1, 2)
+
+
+def _step(q, k, v, beta, log_decay, starts, state):
+    """The rule for one token: (B, 1, Hk, H / Hk, ...), state (B, Hk, H / Hk, Dk, Dv)."""
+    q, k, v, beta, log_decay = (x.movedim(1, -2) for x in (q, k, v, beta, log_decay))
+    decay = log_decay.exp().mT
+    if starts is not None:
+        decay = decay * ~starts[..., None, None, None]
+    state = state * decay
+    state = state + k.mT @ (beta * (v - k @ state))
+    return (q @ state).movedim(-2, 1), state
+
+
+def chunk_size(tokens: int) -> int:
+    """CHUNK, or the smallest power of 2 that holds fewer tokens."""
+    return min(CHUNK, 1 << (tokens - 1).bit_length())
+
+
+def _chunked(q, k, v, beta, log_decay, starts, state):
+    """The rule for several tokens: (B, T, Hk, H / Hk, ...), state (B, Hk, H / Hk, Dk, Dv)."""
+    tokens, size = v.size(1), chunk_size(v.size(1))
+    q, k, v, beta, log_decay = (_in_chunks(x, size) for x in (q, k, v, beta, log_decay))
+    documents = None if starts is None else _documents(starts, size)
+    since_begin = log_decay.cumsum(dim=-2)
+    decays = _decays(since_begin, documents)
+    # 1. Products of keys with earlier keys, and of queries with earlier keys and their own.
+    pairs = _channel_pairs if log_decay.size(-1) > 1 else _pairs
+    key_pairs, query_pairs = pairs(q, k, since_begin)
+    if documents is not None:
+        key_pairs, query_pairs = key_pairs * documents.same, query_pairs * documents.same
+    # 2. The values to be written, as far as they depend on the chunk alone, and W.
+    transform = _InverseOfUnitLower.apply(beta * key_pairs) * beta.mT
+    from_state = transform @ (decays.since_begin * k)
+    # 3. The written values and the states before each chunk.
+    to_end = (decays.until_end * k).expand_as(from_state)
+    by_head = (x.flatten(0, 2) for x in (from_state, transform @ v, to_end, decays.across, state))
+    written, states, last = _ChunkRecurrence.apply(*by_head)
+    # 4. Reads of both.
+    heads = v.shape[:3]
+    reads = (decays.since_begin * q).expand_as(from_state)
+    y = query_pairs @ written.unflatten(0, heads) + reads @ states.unflatten(0, heads)
+    return y.movedim((1, 2), (3, 4)).flatten(1, 2)[:, :tokens], last.unflatten(0, heads)
+
+
+def _in_chunks(x: torch.Tensor, size: int) -> torch.Tensor:
+    """(B, T, Hk, G, D) -> (B, Hk, G, N, C, D), with zeros after the last token: such tokens write
+    nothing and let nothing decay."""
+    x = F.pad(x, (0, 0, 0, 0, 0, 0, 0, -x.size(1) % size))
+    return x.unflatten(1, (-1, size)).movedim((3, 4), (1, 2)).contiguous()
+
+
+class _Documents(NamedTuple):
+    """Which tokens of a chunk share a document, (B, 1, 1, N, C or 1, C or 1), true or false."""
+
+    same: torch.Tensor  # (C, C): two tokens
+    before: torch.Tensor  # (C, 1): the token with those before the chunk
+    last: torch.Tensor  # (C, 1): the token with the last one
+    across: torch.Tensor  # (1, 1): the last token with those before the chunk
+
+
+def _documents(starts: torch.Tensor, size: int) -> _Documents:
+    number = _in_chunks(starts[:, :, None, None, None], size).cumsum(dim=-2)
+    last = number[..., -1:, :]
+    return _Documents(number == number.mT, number == 0, number == last, last == 0)
+
+
+class _Decays(NamedTuple):
+    """Decays between a chunk's tokens and its ends, (B, Hk, G, N, C or 1, Dk or 1)."""
+
+    since_begin: torch.Tensor  # of the state before the chunk, until each token
+    until_end: torch.Tensor  # of what each token wrote, until the last token
+    across: torch.Tensor  # of the state before the chunk, until the last token; transposed
+
+
+def _decays(since_begin: torch.Tensor, documents: _Documents | None) -> _Decays:
+    """since_begin: the logarithm."""
+    last = since_begin[..., -1:, :]
+    decays = _Decays(since_begin.exp(), (last - since_begin).exp(), last.exp().mT)
+    if documents is None:
+        return decays
+    masks = documents.before, documents.last, documents.across
+    return _Decays(*(decay * mask for decay, mask in zip(decays, masks)))
+
+
+def _pairs(q, k, since_begin):
+    """strictly_lower(K Kᵀ ⊙ G) and lower(Q Kᵀ ⊙ G) for decays of heads, (B, Hk, G, N, C, C)."""
+    decay = (since_begin - since_begin.mT).tril().exp()
+    return ((k @ k.mT) * decay).tril(-1), ((q @ k.mT) * decay).tril()
+
+
+def _channel_pairs(q, k, since_begin):
+    """As `_pairs`, for decays of channels, since_begin (B, Hk, G, N, C, Dk).
+
+    Here G_ij stands inside the sum over channels, and 1 / g_j may overflow. So the matrices are
+    made of blocks of doubling size: in a block whose rows all follow its columns, both are decayed
+    to the row between them, each by at most 1.
+    """
+    query_pairs = (q * k).sum(dim=-1).expand(since_begin.shape[:-1])[..., None, None]
+    key_pairs = torch.zeros_like(query_pairs)
+    while (size := key_pairs.size(-1)) < k.size(-2):
+        q_pairs, k_pairs, g_pairs = (x.unflatten(-2, (-1, 2, size)) for x in (q, k, since_begin))
+        (first_k, second_k), (first_g, second_g) = k_pairs.unbind(-3), g_pairs.unbind(-3)
+        middle = first_g[..., -1:, :]
+        columns = ((middle - first_g).exp() * first_k).mT
+        decay = (second_g - middle).exp()
+        key_pairs = _join(key_pairs, (decay * second_k) @ columns)
+        query_pairs = _join(query_pairs, (decay * q_pairs[..., 1, :, :]) @ columns)
+    return key_pairs.squeeze(-3), query_pairs.squeeze(-3)
+
+
+def _join(diagonal: torch.Tensor, below: torch.Tensor) -> torch.Tensor:
+    """Lower block-triangular matrices from pairs of their diagonal blocks, (..., 2n, S, S), and
+    the block below the first of each pair, (..., n, S, S) -> (..., n, 2S, 2S)."""
+    upper, lower = diagonal[..., 0::2, :, :], diagonal[..., 1::2, :, :]
+    return torch.cat((F.pad(upper, (0, upper.size(-1))), torch.cat((below, lower), -1)), -2)
+
+
+class _InverseOfUnitLower(torch.autograd.Function):
+    """(I + N)⁻¹ of strictly lower triangular N (..., C, C), by blocks of doubling size:
+
+    [[A, 0], [B, D]]⁻¹ = [[A⁻¹, 0], [-D⁻¹ B A⁻¹, D⁻¹]].
+    """
+
+    @staticmethod
+    def forward(ctx: Any, below: torch.Tensor) -> torch.Tensor:
+        inverse = below.new_ones(*below.shape[:-1], 1, 1)
+        while (size := inverse.size(-1)) < below.size(-1):
+            # The blocks of N below the first of each pair of diagonal blocks.
+            rows = below.unflatten(-2, (-1, 2, size))[..., 1, :, :]
+            blocks = rows.unflatten(-1, (-1, 2, size))[..., 0, :].diagonal(dim1=-4, dim2=-2)
+            blocks = blocks.movedim(-1, -3)
+            if size > 1:
+                blocks = inverse[..., 1::2, :, :] @ blocks @ inverse[..., 0::2, :, :]
+            inverse = _join(inverse, -blocks)
+        inverse = inverse.squeeze(-3)
+        ctx.save_for_backward(inverse)
+        return inverse
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        (inverse,) = ctx.saved_tensors
+        return -(inverse.mT @ gradient @ inverse.mT).tril(-1)
+
+
+class _ChunkRecurrence(torch.autograd.Function):
+    """U_n = V_n - W_n S_n, S_(n+1) = across_n ⊙ S_n + K_nᵀ U_n over chunks n; heads X of all
+    sequences in one dimension.
+
+    W, K (X, N, C, Dk), V (X, N, C, Dv), across (X, N, Dk or 1, 1), S_0 (X, Dk, Dv) ->
+    U (X, N, C, Dv), all S_n (X, N, Dk, Dv) and the last S (X, Dk, Dv). The loop of the backward
+    pass has the gradients of U and S alone; the others follow for all chunks at once.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, w, v, k, across, state):
+        written, states = [], []
+        for w_n, v_n, k_n, across_n in zip(*(x.unbind(1) for x in (w, v, k, across))):
+            states.append(state)
+            written.append(torch.baddbmm(v_n, w_n, state, alpha=-1))
+            state = torch.baddbmm(across_n * state, k_n.mT, written[-1])
+        all_written, all_states = torch.stack(written, dim=1), torch.stack(states, dim=1)
+        ctx.save_for_backward(w, k, across, all_written, all_states)
+        return all_written, all_states, state
+
+    @staticmethod
+    def backward(ctx: Any, d_written, d_states, d_state):
+        w, k, across, written, states = ctx.saved_tensors
+        d_values, d_nexts = [], []
+        by_chunk = (x.unbind(1)[::-1] for x in (w, k, across, d_written, d_states))
+        for w_n, k_n, across_n, d_written_n, d_state_n in zip(*by_chunk):
+            d_nexts.append(d_state)
+            d_values.append(torch.baddbmm(d_written_n, k_n, d_state))
+            kept = torch.addcmul(d_state_n, across_n, d_state)
+            d_state = torch.baddbmm(kept, w_n.mT, d_values[-1], alpha=-1)
+        d_value, d_next = torch.stack(d_values[::-1], dim=1), torch.stack(d_nexts[::-1], dim=1)
+        d_across = (d_next * states).sum_to_size(*across.shape)
+        return -d_value @ states.mT, d_value, written @ d_next.mT, d_across, d_state
+
+
+def chunk_flops(
+    tokens: int, key_heads: int, heads: int, k_dim: int, v_dim: int, per_channel: bool
+) -> float:
+    """FLOPs of the matrix products of `delta_rule` for one sequence.
+
+    In a chunk of C tokens: 2 · 2C²Dk for the products of keys with keys and queries (per key head;
+    per value head and with (C - 1) / 2 for one C if the decay is per channel), 2C(C² - 4) / 3 for the
+    inverse, 2C²(Dk + 2Dv) for W, T V and the chunk's own reads, 6C · Dk · Dv for the state.
+    """
+    if tokens == 1:
+        return recurrent_flops(tokens, heads, k_dim, v_dim)
+    size = chunk_size(tokens)
+    pairs = heads * (size - 1) / 2 if per_channel else key_heads * size
+    inverse = 2 * size * (size**2 - 4) / 3
+    within = 2 * size**2 * (k_dim + 2 * v_dim)
+    across = 6 * size * k_dim * v_dim
+    chunks = -(-tokens // size)
+    return float(chunks * (4 * size * k_dim * pairs + heads * (inverse + within + across)))
+
+
+def recurrent_flops(tokens: int, heads: int, k_dim: int, v_dim: int) -> float:
+    """FLOPs of the rule token by token: 2 · Dk · Dv per value head for each of kᵀ S, k uᵀ and qᵀ S.
+
+    Decays act element by element and are not counted.
+    """
+    return 6.0 * tokens * heads * k_dim * v_dim
