@@ -241,9 +241,9 @@ def chunk_flops(
 ) -> float:
     """FLOPs of the matrix products of `delta_rule` for one sequence.
 
-    In a chunk of C tokens: 2 · 2C²Dk for the products of keys with keys and queries (per key head;
-    per value head and with (C - 1) / 2 for one C if the decay is per channel), 2C(C² - 4) / 3 for the
-    inverse, 2C²(Dk + 2Dv) for W, T V and the chunk's own reads, 6C · Dk · Dv for the state.
+    In a chunk of C tokens: 4C²Dk for the products of keys with keys and queries per key head, or
+    2C(C - 1)Dk per value head if the decay is per channel; 2C(C² - 4) / 3 for the inverse,
+    2C²(Dk + 2Dv) for W, T V and the chunk's own reads, 6C · Dk · Dv for the state.
     """
     if tokens == 1:
         return recurrent_flops(tokens, heads, k_dim, v_dim)
