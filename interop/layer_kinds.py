@@ -27,7 +27,8 @@ How a hybrid family is declared, as data:
   `TensorMap.choose_templates` gets the layer's config. The norms here are `attention_norm`
   (whatever the mixer) and `ffn_norm`. Of rows that are fused or permuted, reshaped tensors, and
   tensors of theirs that several parameters of ours share, see `TensorMap`.
-- Tests: `helpers.transformers_models.assert_parity(fields, letters, folder)`.
+- Tests: `helpers.transformers_models.assert_parity(fields, letters, folder)`, and an entry in BASES
+  of tests/helpers/foreign_configs.py, by which each field alone is compared with transformers.
 """
 
 import copy

@@ -72,6 +72,15 @@ BASES = {
         'num_experts_per_tok': 2,
         'moe_intermediate_size': 16,
     },
+    'nemotron_h': {
+        **{key: SIZES[key] for key in SIZES if key != 'num_hidden_layers'},
+        'layers_block_type': ['full_attention', 'moe', 'mlp'],
+        'num_key_value_heads': 2,
+        'head_dim': 12,
+        'n_routed_experts': 4,
+        'moe_intermediate_size': 16,
+        'moe_shared_expert_intermediate_size': 32,
+    },
 }
 LLAMA3 = {
     'rope_type': 'llama3',
