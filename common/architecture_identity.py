@@ -19,6 +19,8 @@ NEUTRAL = {
     'mixer': 'attention',
     'attention_gate': 'none',
     'canon': None,
+    'shared_gate': False,
+    'latent_norm_eps': None,
 }
 # The options of a mixture of experts in version 1, which its dense layers do not have.
 _MIXTURE_OPTIONS = frozenset(

@@ -5,7 +5,7 @@ from typing import ClassVar
 import torch
 import torch.nn as nn
 
-from common.registry import FrozenConfig, Option, at_least
+from common.registry import FrozenConfig, Option, above, at_least
 from components.attention import Attention, uneven_heads
 from components.attention_inputs import AttentionInputs
 from model_config import ATTENTION_REGISTRY, NORM_REGISTRY, ModelArchitectureConfig
@@ -56,12 +56,17 @@ class LatentAttention(Attention):
             'Dimensions of a value head; None: qk_nope_head_dim',
             check=at_least(1),
         ),
+        'latent_norm_eps': Option(
+            float | None,
+            None,
+            'Epsilon of the norms of latents (1e-6 in DeepSeek and Kimi); None: norm_eps',
+            check=above(0),
+        ),
         **Attention.options,
     }
 
     def __init__(self, config: ModelArchitectureConfig, layer: int):
         super().__init__(config, layer)
-        norm = NORM_REGISTRY[config.normalization]
         width, bias = config.n_embd, config.attention_bias
         heads, q_rank = config.n_head, config.q_lora_rank
         self.split_query = (config.qk_nope_head_dim, config.qk_rope_head_dim)
@@ -70,10 +75,13 @@ class LatentAttention(Attention):
         if q_rank is None:
             self.q_down, self.q_norm = nn.Identity(), nn.Identity()
         else:
-            self.q_down, self.q_norm = nn.Linear(width, q_rank, bias=bias), norm(config, q_rank)
+            self.q_down, self.q_norm = (
+                nn.Linear(width, q_rank, bias=bias),
+                latent_norm(config, q_rank),
+            )
         self.q = nn.Linear(q_rank or width, heads * sum(self.split_query), bias=False)
         self.kv_down = nn.Linear(width, sum(self.split_latent), bias=bias)
-        self.kv_norm = norm(config, config.kv_lora_rank)
+        self.kv_norm = latent_norm(config, config.kv_lora_rank)
         self.kv = nn.Linear(config.kv_lora_rank, heads * sum(self.split_key_value), bias=False)
 
     @classmethod
@@ -115,7 +123,13 @@ class LatentAttention(Attention):
 
     @classmethod
     def problems(cls, config: ModelArchitectureConfig) -> list[str]:
-        return uneven_heads(config, 'qk_nope_head_dim')
+        problems = uneven_heads(config, 'qk_nope_head_dim')
+        if config.latent_norm_eps is not None and 'norm_eps' not in config:
+            problems.append(
+                f'latent_norm_eps={config.latent_norm_eps} has no effect: normalization='
+                f'{config.normalization!r} has no epsilon. Remove latent_norm_eps.'
+            )
+        return problems
 
     def forward(self, x: torch.Tensor, attn_inputs: AttentionInputs) -> torch.Tensor:
         """(B, T, C) -> (B, T, C)."""
@@ -168,3 +182,11 @@ class LatentAttention(Attention):
 
     def matrices(self) -> dict[torch.Tensor, tuple[int, ...]]:
         return {**super().matrices(), self.kv_down.weight: self.split_latent}
+
+
+def latent_norm(config: ModelArchitectureConfig, rank: int) -> nn.Module:
+    """The norm of a latent."""
+    norm = NORM_REGISTRY[config.normalization](config, rank)
+    if config.latent_norm_eps is not None:
+        norm.eps = config.latent_norm_eps
+    return norm

@@ -10,7 +10,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.flop_counter import register_flop_formula
 
-from common.registry import FrozenConfig, Option, above, at_least, tag_of
+from common.registry import AnyBut, FrozenConfig, Option, above, at_least, tag_of
 from components.base import AuxOutput, matmul_dtype, without_autocast
 from components.feed_forward import FeedForward
 from model_config import FFN_REGISTRY, ModelArchitectureConfig
@@ -126,6 +126,12 @@ class MixtureOfExperts(FeedForward):
         'shared_experts': Option(
             int, 0, 'Number of experts that every token uses, in addition', check=at_least(0)
         ),
+        'shared_gate': Option(
+            bool,
+            False,
+            "Weight the shared experts' output by a sigmoid of the token (Qwen2-MoE)",
+            requires=('shared_experts', AnyBut(0)),
+        ),
         'expert_d_ff': Option(
             int | None, None, 'Hidden width of an expert; None: d_ff', check=at_least(1)
         ),
@@ -172,6 +178,8 @@ class MixtureOfExperts(FeedForward):
         self.experts = expert(config, layer, width, partial(ExpertLinear, config.num_experts))
         shared = config.shared_experts * width  # as one network, since their outputs are added
         self.shared = expert(config, layer, shared) if shared else None
+        gated = shared and config.shared_gate
+        self.shared_gate = nn.Linear(config.n_embd, 1, bias=False) if gated else None
 
     @classmethod
     def layer_overrides(cls, config: FrozenConfig, layer: int) -> tuple[str, dict]:
@@ -235,6 +243,7 @@ class MixtureOfExperts(FeedForward):
     @classmethod
     def name_tag(cls, config: ModelArchitectureConfig) -> str:
         shared = f'+{config.shared_experts}' if config.shared_experts else ''
+        shared += 'Gated' if config.get('shared_gate') else ''
         expert = tag_of(FFN_REGISTRY[config.expert_ffn], config)
         return f'{cls.tag}{config.experts_per_token}of{config.num_experts}{shared}-{expert}'
 
@@ -251,8 +260,13 @@ class MixtureOfExperts(FeedForward):
         groups, order = self.group_by_expert(chosen)
         y = self.mix_experts(tokens, weights * self.scale, groups, order).view(x.shape)
         if self.shared is not None:
-            y = y + self.shared(x)[0]
+            y = y + self.shared_output(x)
         return y, self.aux_output(logits, scores, groups)
+
+    def shared_output(self, x: torch.Tensor) -> torch.Tensor:
+        """The output of the shared experts, (B, T, C)."""
+        y = self.shared(x)[0]
+        return y if self.shared_gate is None else self.shared_gate(x).sigmoid() * y
 
     def group_by_expert(self, chosen: torch.Tensor) -> tuple[ExpertGroups, torch.Tensor]:
         """Choices (N, k), sorted by expert, and their original indices (N · k,)."""

@@ -194,6 +194,7 @@ NUMBERS = {
     'qk_nope_head_dim': 3,
     'qk_rope_head_dim': 4,
     'v_head_dim': 5,
+    'latent_norm_eps': 0.5,
     'qk_norm_scope': 'projection',
     'attention_gate': 'head',
     'attention_scale': 3.0,

@@ -97,6 +97,22 @@ def deepseek_v3(ours):
     )
 
 
+def qwen2_moe(ours):
+    from transformers import Qwen2MoeConfig
+    from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBlock
+
+    return Qwen2MoeSparseMoeBlock(
+        Qwen2MoeConfig(
+            hidden_size=16,
+            moe_intermediate_size=24,
+            num_experts=ours.num_experts,
+            num_experts_per_tok=ours.experts_per_token,
+            shared_expert_intermediate_size=48,
+            norm_topk_prob=True,
+        )
+    )
+
+
 def as_ours(tensors: dict) -> dict:
     """transformers' weights under our names, with gate and up-projection of the shared expert."""
     named = {
@@ -104,10 +120,13 @@ def as_ours(tensors: dict) -> dict:
         'experts.gate_up.weight': tensors['experts.gate_up_proj'],
         'experts.down.weight': tensors['experts.down_proj'],
     }
-    if 'shared_experts.up_proj.weight' in tensors:
-        both = [tensors[f'shared_experts.{half}_proj.weight'] for half in ('gate', 'up')]
-        named['shared.gate_up.weight'] = torch.cat(both)
-        named['shared.down.weight'] = tensors['shared_experts.down_proj.weight']
+    for shared in ('shared_expert', 'shared_experts'):
+        if f'{shared}.up_proj.weight' in tensors:
+            both = [tensors[f'{shared}.{half}_proj.weight'] for half in ('gate', 'up')]
+            named['shared.gate_up.weight'] = torch.cat(both)
+            named['shared.down.weight'] = tensors[f'{shared}.down_proj.weight']
+    if 'shared_expert_gate.weight' in tensors:
+        named['shared_gate.weight'] = tensors['shared_expert_gate.weight']
     return named
 
 
@@ -118,8 +137,9 @@ def as_ours(tensors: dict) -> dict:
         (mixtral, {'num_experts': 8, 'experts_per_token': 3}),
         (deepseek_v2, {'router_normalize': False, 'router_scale': 1.7, 'shared_experts': 2}),
         (deepseek_v3, {'router_score': 'sigmoid', 'router_scale': 2.5, 'shared_experts': 2}),
+        (qwen2_moe, {'shared_experts': 2, 'shared_gate': True}),
     ],
-    ids=['mixtral', 'mixtral-8-3', 'deepseek-v2', 'deepseek-v3'],
+    ids=['mixtral', 'mixtral-8-3', 'deepseek-v2', 'deepseek-v3', 'qwen2-moe'],
 )
 def test_moe_matches_transformers(make, values):
     ours = mixture(expert_d_ff=24, **values)
@@ -306,6 +326,17 @@ def test_moe_flops_with_shared_experts_and_dense_layers():
     router, expert, dense = 2 * 16 * 5, 2 * 3 * 16 * 24, 2 * 3 * 16 * 40
     per_token = dense + 2 * (router + (2 + 1) * expert)
     assert training_flops(build_model(config))['breakdown']['ffn'] == 3 * per_token
+
+
+def test_gate_of_shared_experts_costs_a_vector():
+    plain = tiny(**MOE, **SHARED)
+    gated = plain.replace(shared_gate=True)
+    assert plain.hash != gated.hash and gated.name == plain.name.replace('+1', '+1Gated')
+    more = [training_flops(build_model(config))['breakdown']['ffn'] for config in (plain, gated)]
+    assert more[1] - more[0] == 3 * 2 * (2 * 16)  # in 2 of 3 layers
+    counts = [count_parameters(build_model(config)) for config in (plain, gated)]
+    for key in ('total_params', 'active_params'):
+        assert counts[1][key] - counts[0][key] == 2 * 16
 
 
 def test_active_parameters():

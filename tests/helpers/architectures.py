@@ -34,6 +34,7 @@ VALUES = {
     'qk_nope_head_dim': (3,),
     'qk_rope_head_dim': (4,),
     'v_head_dim': (5,),
+    'latent_norm_eps': (),  # not with every norm
     'attention_scale': (0.3,),
     'attention_softcap': (1.5,),
     'sliding_window': (2, 4),
