@@ -3,7 +3,8 @@
 # file like this one and chosen by its name.
 arch_preset = 'custom'
 
-# attention, none, deltanet, gated_deltanet, kda, short_conv, linear_attention, retnet, lightning_attention, gla, mamba, mamba2, rg_lru
+# attention, none, deltanet, gated_deltanet, kda, short_conv, linear_attention, retnet,
+# lightning_attention, gla, mamba, mamba2, rg_lru
 mixer = 'attention'
 # standard, mla
 attention_type = 'standard'

@@ -547,9 +547,10 @@ def test_custom_config_file_lists_all_choices():
     text = (PROJECT / 'config/arch_custom.py').read_text(encoding='utf-8')
     options = flatten(training_schema())
     listed, right = {}, {}
-    for comment, key in re.findall(r'^(# .*)\n(\w+) = ', text, re.MULTILINE):
+    for comment, key in re.findall(r'((?:^# .*\n)+)(\w+) = ', text, re.MULTILINE):
         if isinstance(options[key].choices, Registry):
-            registry, listed[key] = options[key].choices, comment
+            registry = options[key].choices
+            listed[key] = comment.rstrip().replace('\n#', '')
             names = [name for name in registry if not is_foreign(registry[name])]
             right[key] = f'# {", ".join(names)}'
     assert listed.keys() >= {r.option for r in REGISTRIES} - {'rope_scaling'}
