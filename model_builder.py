@@ -23,11 +23,15 @@ from components.faults import is_foreign
 from components.layer_counts import flops_by_kind, inactive_params, parameters_by_kind
 from components.layer_inputs import (
     LayerNeeds,
+    first_layer_with_values,
     layer_inputs,
     merge_aux,
     position_encodings,
+    publishing_values,
+    run_block,
     summarize_metrics,
 )
+from components.layout_checks import checked_layouts
 from components.weight_initialization import initialize
 from data.dataset import TokenDataset
 from model_components import (
@@ -38,6 +42,7 @@ from model_components import (
     LayerCache,
     OutputHead,
     PositionEncoding,
+    SharedInputs,
     TokenEmbedding,
     locate_documents,
     module_flops,
@@ -67,6 +72,8 @@ class Transformer(nn.Module):
         # If set, attention does not cross the end of a document.
         self.end_of_text = config.end_of_text if 'end_of_text' in config else None
         layouts = [NORM_POSITION_REGISTRY[layer.norm_position] for layer in config.layers]
+        if (number := first_layer_with_values(config)) is not None:
+            layouts[number] = publishing_values(layouts[number])
         norm = NORM_REGISTRY[config.normalization]
         self.token_embedding = TokenEmbedding(config)
         encodings, self.encoding_numbers = position_encodings(config)
@@ -132,9 +139,9 @@ class Transformer(nn.Module):
         for encoding in self.position_encodings:
             x = encoding.embed(x, doc_positions)
         x = self.dropout(x)
-        aux_outputs = []
+        aux_outputs, shared = [], SharedInputs(tokens, x)
         for block, block_inputs in zip(self.blocks, attn_inputs):
-            x, aux = block(x, block_inputs)
+            x, aux, shared = run_block(block, x, block_inputs, shared)
             aux_outputs.append(aux)
         if cache:
             cache.length = end
@@ -433,7 +440,7 @@ def check_calls(config: ModelArchitectureConfig) -> None:
     missing = {k: v for k, v in data_values.items() if k in config and config.get(k) is None}
     model = build_model(config.replace(**missing).with_backend('manual')).eval()
     tokens = torch.empty((2, min(8, config.block_size)), dtype=torch.long, device='meta')
-    with torch.no_grad(), observe_calls(model, check_form):
+    with torch.no_grad(), observe_calls(model, check_form), checked_layouts(model):
         model(tokens)
 
 

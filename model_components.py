@@ -36,7 +36,7 @@ from components.attention_backends import (
     additive_mask,
     repeat_kv,
 )
-from components.attention_inputs import AttentionInputs
+from components.attention_inputs import AttentionInputs, SharedInputs
 from components.base import AuxOutput, Component, Initial, matmul_dtype, module_flops
 from components.blocks import Block
 from components.delta_net import DeltaNet, GatedDeltaNet, KimiDeltaAttention
@@ -55,6 +55,7 @@ from components.mixers import Mixer
 from components.moe import MixtureOfExperts
 from components.norms import ElementwiseAffine, Norm
 from components.positions import PositionEncoding, RotaryScaling
+from components.residual_stream import Residual
 from components.rg_lru import RGLRU
 from model_config import (
     ACTIVATION_REGISTRY,
@@ -66,6 +67,7 @@ from model_config import (
     NORM_POSITION_REGISTRY,
     NORM_REGISTRY,
     POSITION_ENCODING_REGISTRY,
+    RESIDUAL_REGISTRY,
     ROPE_SCALING_REGISTRY,
     ModelArchitectureConfig,
 )
@@ -82,6 +84,7 @@ __all__ = [
     'NORM_POSITION_REGISTRY',
     'NORM_REGISTRY',
     'POSITION_ENCODING_REGISTRY',
+    'RESIDUAL_REGISTRY',
     'RGLRU',
     'ROPE_SCALING_REGISTRY',
     'Activation',
@@ -119,7 +122,9 @@ __all__ = [
     'Option',
     'OutputHead',
     'PositionEncoding',
+    'Residual',
     'RotaryScaling',
+    'SharedInputs',
     'TokenEmbedding',
     'above',
     'additive_mask',

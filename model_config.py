@@ -32,6 +32,7 @@ from common.architecture_options import (
     POSITION_ENCODING_REGISTRY,
     PRESET_OPTION,
     REGISTRIES,
+    RESIDUAL_REGISTRY,
     ROPE_SCALING_REGISTRY,
     SHARED_OPTIONS,
     SIZES,
@@ -71,6 +72,7 @@ __all__ = [
     'NORM_REGISTRY',
     'POSITION_ENCODING_REGISTRY',
     'PRESET_OPTION',
+    'RESIDUAL_REGISTRY',
     'ROPE_SCALING_REGISTRY',
     'SIZES',
     'Device',
@@ -485,6 +487,8 @@ def _layers_of_short_forms(
 def _problems(config: ModelArchitectureConfig) -> list[str]:
     """The problems of the architecture as a whole, a sentence each."""
     problems = config.sentences('problems')
+    for component in dict.fromkeys(component for _, component in config.components()):
+        problems += sentences_of(component, 'model_problems', config)
     letters: dict[str, list[str]] = {}  # of each position encoding
     distinct = set()
     for letter, kind in config.kinds.items():

@@ -21,6 +21,8 @@ NEUTRAL = {
     'canon': None,
     'shared_gate': False,
     'latent_norm_eps': None,
+    'value_residual': 'none',
+    'residual': 'addition',
 }
 # The options of a mixture of experts in version 1, which its dense layers do not have.
 _MIXTURE_OPTIONS = frozenset(

@@ -23,6 +23,7 @@ NORM_REGISTRY = Registry('normalization', 'Normalization', _HOME)
 FFN_REGISTRY = Registry('ffn_type', 'Feed-forward network', _HOME)
 ACTIVATION_REGISTRY = Registry('activation', 'Activation', _HOME)
 NORM_POSITION_REGISTRY = Registry('norm_position', 'Norm position', _HOME)
+RESIDUAL_REGISTRY = Registry('residual', 'Residual stream', _HOME)
 INITIALIZATION_REGISTRY = Registry('initialization', 'Initialization', _HOME)
 
 # In the order of their tags in an architecture's name.
@@ -36,6 +37,7 @@ REGISTRIES = (
     FFN_REGISTRY,
     ACTIVATION_REGISTRY,
     NORM_POSITION_REGISTRY,
+    RESIDUAL_REGISTRY,
     INITIALIZATION_REGISTRY,
 )
 
@@ -104,6 +106,12 @@ CORE_OPTIONS = {
         'pre',
         'Position of the norms in a block (block layout)',
         choices=NORM_POSITION_REGISTRY,
+    ),
+    'residual': Option(
+        str,
+        'addition',
+        'How the outputs of sublayers join the residual stream',
+        choices=RESIDUAL_REGISTRY,
     ),
     'initialization': Option(
         str, 'gpt2', 'Weight initialization', choices=INITIALIZATION_REGISTRY, scope='model'

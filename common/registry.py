@@ -453,6 +453,11 @@ class Configurable:
         return []
 
     @classmethod
+    def model_problems(cls, config: typing.Any) -> list[str]:
+        """Combinations of layers that are not allowed, a sentence each. config: the model's."""
+        return []
+
+    @classmethod
     def notes(cls, config: typing.Any) -> list[str]:
         """Notes for the user on unexpected effects of the resolved options, a sentence each."""
         return []

@@ -7,10 +7,10 @@ import torch
 import torch.nn as nn
 
 from common.old_names import renamed_attribute
-from common.registry import AnyBut, FrozenConfig, Option, above, at_least, tag_of
+from common.registry import AnyBut, FrozenConfig, Option, above, at_least, between, tag_of
 from components.attention_backends import AttentionSpec
 from components.attention_inputs import AttentionInputs
-from components.base import Component
+from components.base import Component, Fill
 from components.canon import canon_layer
 from components.document_mask import DOCUMENT_OPTIONS
 from components.kv_cache import LayerCache
@@ -24,6 +24,7 @@ from model_config import (
 )
 
 GATE_TAGS = {'elementwise': 'Gate', 'head': 'HeadGate'}  # of `attention_gate`
+VALUE_RESIDUAL_TAGS = {'fixed': 'VRes', 'learned': 'VResL'}
 
 
 def is_pattern(value: str) -> bool:
@@ -214,6 +215,10 @@ class MultiHeadAttention(Attention):
     With `attention_gate`, the heads' outputs are multiplied by sigmoid(x W) before the output
     projection, where x is the attention's input (Qiu et al. 2025, section 2.2; Qwen3-Next). W is
     the last rows of `qkv`.
+
+    With `value_residual`, the values are λ₁ · those of the model's first layer with attention +
+    λ₂ · the layer's own (Zhou et al. 2024, equation 6), which the KV cache keeps. The λ are fixed
+    numbers that add up to 1, or learned without constraint in each layer but the first.
     """
 
     tag = ''
@@ -246,6 +251,21 @@ class MultiHeadAttention(Attention):
             "Sigmoid gates on the heads' outputs, from the input: for each dimension or each head",
             choices=('none', *GATE_TAGS),
         ),
+        'value_residual': Option(
+            str,
+            'none',
+            'Mix the values of the first layer with attention into those of the layer, with fixed '
+            'or learned weights',
+            choices=('none', *VALUE_RESIDUAL_TAGS),
+        ),
+        'value_residual_weight': Option(
+            float,
+            0.5,
+            "Weight of the first layer's values, at first if it is learned; of a layer's own: 1 "
+            'minus that',
+            check=between(0, 1),
+            requires=('value_residual', AnyBut('none')),
+        ),
         **Attention.options,
     }
 
@@ -260,6 +280,9 @@ class MultiHeadAttention(Attention):
         norm, per_projection = NORM_REGISTRY[config.qk_norm], self.norms_projections(config)
         self.norm_dims = self.rows[:2] if per_projection else (config.head_dim, config.head_dim)
         self.q_norm, self.k_norm = (norm(config, width) for width in self.norm_dims)
+        self.first_weight = config.get('value_residual_weight')
+        is_learned = config.get('value_residual') == 'learned'
+        self.value_lambdas = nn.Parameter(torch.empty(2)) if is_learned else None
         rotated = self.rotate is not PositionEncoding.rotate
         self.replaces_q_and_k = rotated and config.qk_norm == 'none'
 
@@ -293,6 +316,10 @@ class MultiHeadAttention(Attention):
             tags.append(tag + ('proj' if cls.norms_projections(config) else ''))
         if config.get('attention_gate') in GATE_TAGS:
             tags.append(GATE_TAGS[config.attention_gate])
+        if config.get('value_residual') in VALUE_RESIDUAL_TAGS:
+            weight = config.value_residual_weight
+            tag = VALUE_RESIDUAL_TAGS[config.value_residual]
+            tags.append(tag if weight == 0.5 else f'{tag}{weight:g}')
         return tags
 
     @classmethod
@@ -307,6 +334,33 @@ class MultiHeadAttention(Attention):
                 f'divides n_head={heads}. Choose one of {", ".join(map(str, divisors))}.'
             )
         return problems
+
+    @classmethod
+    def model_problems(cls, config: ModelArchitectureConfig) -> list[str]:
+        """Whether later layers use the first layer's values, and theirs have the same sizes."""
+        numbered = zip(config.layer_letters, config.layers)
+        sharing = [(letter, layer) for letter, layer in numbered if 'value_residual' in layer]
+        if all(layer.value_residual == 'none' for _, layer in sharing):
+            return []
+        (first_letter, first), *others = sharing
+        later = [(letter, layer) for letter, layer in others if layer.value_residual != 'none']
+        if not later:
+            return [
+                f'value_residual={first.value_residual!r} has no effect: no layer after the first '
+                f'one with attention has it. Remove it.'
+            ]
+        problems = {}
+        for letter, layer in later:
+            sizes, of_first = ((cls.kv_heads(each), each.head_dim) for each in (layer, first))
+            if sizes != of_first:
+                problems[letter] = (
+                    f'value_residual={layer.value_residual!r} (layers {letter}): their '
+                    f'{sizes[0]} key/value heads of {sizes[1]} dimensions differ from the '
+                    f'{of_first[0]} of {of_first[1]} of the first layer with attention '
+                    f'({first_letter}), whose values they would mix in. Give both the same sizes, '
+                    f'or set --layer_kinds.{letter}.value_residual=none.'
+                )
+        return list(problems.values())
 
     def forward(self, x: torch.Tensor, attn_inputs: AttentionInputs) -> torch.Tensor:
         """(B, T, C) -> (B, T, C)."""
@@ -323,12 +377,38 @@ class MultiHeadAttention(Attention):
         )
         if self.replaces_q_and_k:
             v = v.contiguous()  # a view would keep the memory of the replaced q and k
-        v = self.split_heads(v)
+        v = self.split_heads(self.share_values(v, attn_inputs))
         if not gate:
             return self.attend_and_project(q, k, v, attn_inputs)
         y = self.attend_with_cache(q, k, v, attn_inputs)
         factor = gate[0].sigmoid().unflatten(-1, (self.num_heads, -1))  # (B, T, H, 1 or D)
         return self.project_output(y * factor.transpose(1, 2))
+
+    def shared_inputs(self) -> tuple[str, ...]:
+        return ('first_values',) if self.first_weight is not None else ()
+
+    def share_values(self, v: torch.Tensor, attn_inputs: AttentionInputs) -> torch.Tensor:
+        """Values v (B, T, KV heads · D), with those of the first layer if there is a
+        `value_residual`; the first layer publishes its own."""
+        if attn_inputs.published is not None:
+            attn_inputs.published.values = v
+        first = attn_inputs.shared.first_values
+        if first is None:
+            return v
+        if self.value_lambdas is None:
+            return v.lerp(first, self.first_weight)
+        of_first, of_own = self.value_lambdas.split(1)
+        return (of_first * first + of_own * v).to(v.dtype)
+
+    def initial_values(self) -> dict[str, Fill]:
+        if self.value_lambdas is None:
+            return {}
+        weight = self.first_weight
+
+        def fill(tensor: torch.Tensor, generator: torch.Generator) -> None:
+            tensor.copy_(torch.tensor([weight, 1 - weight]))
+
+        return {'value_lambdas': fill}
 
     def split_heads(self, x: torch.Tensor) -> torch.Tensor:
         """(B, T, ...) with the dimensions of all heads -> (B, heads, T, D)."""

@@ -1,10 +1,30 @@
 """What a layer's mixers get beside the hidden states."""
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 
 from components.kv_cache import LayerStates
+
+
+class SharedInputs(NamedTuple):
+    """What the layers of a model share; a layer gets what its components ask for.
+
+    See `Component.shared_inputs`.
+    """
+
+    tokens: torch.Tensor | None = None  # (B, T)
+    x0: torch.Tensor | None = None  # the input of the first block, (B, T, C)
+    # Values of the first layer with `value_residual` among its options, (B, T, KV heads · D).
+    first_values: torch.Tensor | None = None
+
+
+@dataclass
+class Published:
+    """What a layer makes for later ones during its forward pass."""
+
+    values: torch.Tensor | None = None  # the later `SharedInputs.first_values`
 
 
 class AttentionInputs(NamedTuple):
@@ -19,6 +39,8 @@ class AttentionInputs(NamedTuple):
     cache: Any = None  # the LayerCache of an attention, the MixerState of another; None: no cache
     states: LayerStates | None = None  # the caches of all mixers of the layer
     starts: torch.Tensor | None = None  # (B, T): the first token of a document; None: one document
+    shared: SharedInputs = SharedInputs()
+    published: Published | None = None  # of the layer whose values others use
 
     def of_mixer(self, name: str) -> 'AttentionInputs':
         """The inputs of one of the layer's mixers."""

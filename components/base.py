@@ -119,6 +119,10 @@ class Component(RenamedMethods, Configurable):
         """Number of its parameters that a token does not use, without components inside."""
         return 0
 
+    def shared_inputs(self) -> tuple[str, ...]:
+        """Entries of `SharedInputs` that it uses, such as 'x0'."""
+        return ()
+
     def initial_values(self) -> dict[str, Fill]:
         """Parameter name -> function (tensor, generator) that fills it, for its own parameters.
 

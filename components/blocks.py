@@ -1,5 +1,6 @@
 """Block layouts: mixers, feed-forward network and norms around the residual stream."""
 
+import functools
 from typing import ClassVar
 
 import torch
@@ -15,6 +16,7 @@ from model_config import (
     MIXER_REGISTRY,
     NORM_POSITION_REGISTRY,
     NORM_REGISTRY,
+    RESIDUAL_REGISTRY,
     ModelArchitectureConfig,
 )
 
@@ -24,13 +26,15 @@ NO_AUX = AuxOutput(0.0, {})
 class Block(Component, nn.Module):
     """Mixers and a feed-forward network around the residual stream; subclasses add norms.
 
-    forward: x (B, T, C) and AttentionInputs -> x (B, T, C) and the AuxOutput of the FFN. Dropout is
-    applied to what is added to the residual stream, after its norm if there is one. A sublayer that
-    the layer lacks has no norms: `mixes` or `ffn` says so.
+    forward: x (B, T, C) and AttentionInputs -> x (B, T, C) and the AuxOutput of the FFN. It calls
+    `enter` first, and `add` with the output of each sublayer, after its norm if there is one. A
+    sublayer that the layer lacks has no norms: `mixes` or `ffn` says so.
     """
 
     # Whether the output of the last block needs a final norm.
     final_norm: ClassVar[bool] = True
+    # Whether its third output is the attention's values.
+    publishes_values: ClassVar[bool] = False
     # Letters of the Canon layers that `forward` applies: A by `self.mix`, C and D by `self.feed`.
     canon_letters: ClassVar[str] = ''
     options: ClassVar = {**CANON_OPTIONS}
@@ -62,12 +66,21 @@ class Block(Component, nn.Module):
         for name in self.norms(config):
             if not name.startswith(without):
                 self.add_module(name, NORM_REGISTRY[config.normalization](config, config.n_embd))
+        sublayers = {'mixer': self.mixes, 'ffn': self.ffn is not None}
+        present = tuple(name for name, is_present in sublayers.items() if is_present)
+        self.residual = RESIDUAL_REGISTRY[config.residual](config, layer, present)
 
     @classmethod
     def norms(cls, config: ModelArchitectureConfig) -> tuple[str, ...]:
         """Attribute names of the layout's norms: those of mixers begin with `attention`, those of
         the FFN with `ffn`."""
         return 'attention_norm', 'ffn_norm'
+
+    @functools.cached_property
+    def shared_names(self) -> tuple[str, ...]:
+        """The entries of `SharedInputs` for which the components of the block ask."""
+        components = [module for module in self.modules() if isinstance(module, Component)]
+        return tuple(sorted({name for each in components for name in each.shared_inputs()}))
 
     def mix(self, x: torch.Tensor, attn_inputs: AttentionInputs) -> torch.Tensor:
         """The sum of the outputs of the layer's mixers for the same input, (B, T, C)."""
@@ -83,6 +96,14 @@ class Block(Component, nn.Module):
         if self.canon_c is not None:
             x = self.canon_c(x, attn_inputs)
         return self.ffn(x, attn_inputs=attn_inputs) if 'D' in self.canon else self.ffn(x)
+
+    def enter(self, x: torch.Tensor, attn_inputs: AttentionInputs) -> torch.Tensor:
+        """The residual stream (B, T, C) at the entrance of the block."""
+        return self.residual.enter(x, attn_inputs.shared)
+
+    def add(self, x: torch.Tensor, y: torch.Tensor, sublayer: str) -> torch.Tensor:
+        """The residual stream x after the 'mixer' or 'ffn' with the output y; applies dropout."""
+        return self.residual.add(x, self.dropout(y), sublayer)
 
     def empty_cache(self, tokens: int) -> LayerStates:
         """The states of the layer's mixers before the first of at most `tokens` tokens."""
@@ -105,12 +126,13 @@ class PreNormBlock(Block):
     canon_letters = 'ACD'
 
     def forward(self, x, attn_inputs):
+        x = self.enter(x, attn_inputs)
         if self.mixes:
-            x = x + self.dropout(self.mix(self.attention_norm(x), attn_inputs))
+            x = self.add(x, self.mix(self.attention_norm(x), attn_inputs), 'mixer')
         if self.ffn is None:
             return x, NO_AUX
         y, aux = self.feed(self.ffn_norm(x), attn_inputs)
-        return x + self.dropout(y), aux
+        return self.add(x, y, 'ffn'), aux
 
 
 @NORM_POSITION_REGISTRY.register('post', source='Vaswani et al. 2017')
@@ -122,12 +144,13 @@ class PostNormBlock(Block):
     final_norm = False
 
     def forward(self, x, attn_inputs):
+        x = self.enter(x, attn_inputs)
         if self.mixes:
-            x = self.attention_norm(x + self.dropout(self.mix(x, attn_inputs)))
+            x = self.attention_norm(self.add(x, self.mix(x, attn_inputs), 'mixer'))
         if self.ffn is None:
             return x, NO_AUX
         y, aux = self.feed(x, attn_inputs)
-        return self.ffn_norm(x + self.dropout(y)), aux
+        return self.ffn_norm(self.add(x, y, 'ffn')), aux
 
 
 @NORM_POSITION_REGISTRY.register('sandwich', source='Ding et al. 2021; Gemma 2: Gemma Team 2024')
@@ -142,13 +165,14 @@ class SandwichNormBlock(Block):
         return 'attention_norm', 'attention_output_norm', 'ffn_norm', 'ffn_output_norm'
 
     def forward(self, x, attn_inputs):
+        x = self.enter(x, attn_inputs)
         if self.mixes:
             y = self.mix(self.attention_norm(x), attn_inputs)
-            x = x + self.dropout(self.attention_output_norm(y))
+            x = self.add(x, self.attention_output_norm(y), 'mixer')
         if self.ffn is None:
             return x, NO_AUX
         y, aux = self.feed(self.ffn_norm(x), attn_inputs)
-        return x + self.dropout(self.ffn_output_norm(y)), aux
+        return self.add(x, self.ffn_output_norm(y), 'ffn'), aux
 
 
 @NORM_POSITION_REGISTRY.register('reordered', source='Liu et al. 2022; OLMo 2: OLMo et al. 2024')
@@ -159,12 +183,13 @@ class ReorderedNormBlock(Block):
     canon_letters = 'ACD'
 
     def forward(self, x, attn_inputs):
+        x = self.enter(x, attn_inputs)
         if self.mixes:
-            x = x + self.dropout(self.attention_norm(self.mix(x, attn_inputs)))
+            x = self.add(x, self.attention_norm(self.mix(x, attn_inputs)), 'mixer')
         if self.ffn is None:
             return x, NO_AUX
         y, aux = self.feed(x, attn_inputs)
-        return x + self.dropout(self.ffn_norm(y)), aux
+        return self.add(x, self.ffn_norm(y), 'ffn'), aux
 
 
 @NORM_POSITION_REGISTRY.register('parallel', source='Wang & Komatsuzaki 2021; Black et al. 2022')
@@ -195,14 +220,16 @@ class ParallelBlock(Block):
         self.shared_norm = shares_norm(config)
 
     def forward(self, x, attn_inputs):
-        mixed, y, aux = 0, 0, NO_AUX
+        x = entered = self.enter(x, attn_inputs)
+        aux = NO_AUX
         if self.mixes:
-            normed = self.attention_norm(x)
-            mixed = self.dropout(self.mix(normed, attn_inputs))
+            normed = self.attention_norm(entered)
+            x = self.add(x, self.mix(normed, attn_inputs), 'mixer')
         if self.ffn is not None:
-            y, aux = self.feed(normed if self.shared_norm else self.ffn_norm(x), attn_inputs)
-            y = self.dropout(y)
-        return x + mixed + y, aux
+            fed = normed if self.shared_norm else self.ffn_norm(entered)
+            y, aux = self.feed(fed, attn_inputs)
+            x = self.add(x, y, 'ffn')
+        return x, aux
 
 
 def shares_norm(config: ModelArchitectureConfig) -> bool:

@@ -113,6 +113,8 @@ def observe_calls(model: nn.Module, on_call: Callable[[Call], None]) -> Iterator
 
 
 def _on_forward(on_call, registry, component, module, args, kwargs, output) -> None:
+    if getattr(module, 'publishes_values', False):
+        output = output[:2]
     on_call(Call(registry, component, 'forward', (*args, *kwargs.values()), output))
 
 

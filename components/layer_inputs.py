@@ -1,5 +1,7 @@
-"""What layers share: position encodings, the masks and rotations of attention, metrics of FFNs."""
+"""What layers share: position encodings, the masks and rotations of attention, values of the first
+layer with attention, metrics of FFNs."""
 
+import functools
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -7,9 +9,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from common.errors import UserError
 from components.attention_backends import AttentionBackend, AttentionSpec
-from components.attention_inputs import AttentionInputs
+from components.attention_inputs import AttentionInputs, Published, SharedInputs
 from components.base import AuxOutput
+from components.blocks import Block
 from components.document_mask import Documents
 from components.kv_cache import Cache
 from components.positions import PositionEncoding
@@ -88,6 +92,57 @@ def layer_inputs(
             )
         )
     return inputs
+
+
+def first_layer_with_values(config: ModelArchitectureConfig) -> int | None:
+    """The layer whose values others mix into theirs by `value_residual`, if any does."""
+    numbers = [n for n, layer in enumerate(config.layers) if 'value_residual' in layer]
+    used = any(config.layers[number].value_residual != 'none' for number in numbers)
+    return numbers[0] if used else None
+
+
+@functools.cache
+def publishing_values(layout: type[Block]) -> type[Block]:
+    """The block layout, with the attention's values as a third output: `SharedInputs.first_values`.
+
+    They are an output, and no side effect, so that a recomputed, compiled or sharded block has them
+    like any other block.
+    """
+
+    class Publishing(layout):  # type: ignore[misc,valid-type]
+        publishes_values = True
+
+        def __init__(self, config: ModelArchitectureConfig, layer: int):
+            super().__init__(config, layer)
+            self.attention.value_lambdas = None  # no other values to mix with its own
+
+        def forward(self, x: torch.Tensor, attn_inputs: AttentionInputs) -> tuple:
+            published = Published()
+            output = super().forward(x, attn_inputs._replace(published=published))
+            if published.values is None:
+                attention = type(self.attention)
+                raise UserError(
+                    f'value_residual: {attention.__name__}.forward does not publish the values of '
+                    f'the first layer. Call v = self.share_values(v, attn_inputs) there.'
+                )
+            return *output, published.values
+
+    Publishing.__name__ = Publishing.__qualname__ = layout.__name__
+    return Publishing
+
+
+def run_block(
+    block: Block, x: torch.Tensor, attn_inputs: AttentionInputs, shared: SharedInputs
+) -> tuple[torch.Tensor, AuxOutput, SharedInputs]:
+    """The outputs of a block, and what the next one shares.
+
+    The block gets those entries of `shared` for which its components ask.
+    """
+    if names := block.shared_names:
+        entries = SharedInputs(**{name: getattr(shared, name) for name in names})
+        attn_inputs = attn_inputs._replace(shared=entries)
+    x, aux, *values = block(x, attn_inputs)
+    return x, aux, shared._replace(first_values=values[0]) if values else shared
 
 
 def merge_aux(aux_outputs: Iterable[AuxOutput]) -> AuxOutput:

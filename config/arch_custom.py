@@ -21,6 +21,8 @@ ffn_type = 'standard'
 activation = 'gelu'  # for ffn_type = 'standard'
 # pre, post, sandwich, reordered, parallel
 norm_position = 'pre'
+# addition, multiplier, layer_scale, rezero, x0_lambdas
+residual = 'addition'
 # normal, gpt2, mup
 initialization = 'gpt2'
 bias = False

@@ -119,7 +119,7 @@ def _without_duplicates(study: Study, variants: list[Variant]) -> list[Variant]:
     equal: dict[str, list[Variant]] = {}
     for variant in variants:
         architecture, run = variant.settings.architecture, variant.settings.run.to_dict()
-        chosen = architecture.preset, architecture.attention_backend
+        chosen = architecture.preset, architecture.get('attention_backend')
         changed = [kind in changed_kinds and kind for kind in architecture.layer_letters]
         identity = architecture.hash, *chosen, changed, sorted(run.items())
         equal.setdefault(repr(identity), []).append(variant)

@@ -197,6 +197,7 @@ NUMBERS = {
     'latent_norm_eps': 0.5,
     'qk_norm_scope': 'projection',
     'attention_gate': 'head',
+    'value_residual': 'fixed',
     'attention_scale': 3.0,
     'attention_softcap': 0.001,
     'sliding_window': 3,

@@ -41,8 +41,8 @@ ARCHITECTURE_GROUPS = (
     ('mixer', 'Recurrences, state spaces, convolutions instead of attention', ('mixer',)),
     (
         'norm',
-        'Normalization, and position of the norms in a block',
-        ('normalization', 'norm_position'),
+        'Normalization, position of the norms in a block, residual stream',
+        ('normalization', 'norm_position', 'residual'),
     ),
     ('ffn', 'Feed-forward network, activation, mixture of experts', ('ffn_type', 'd_ff')),
 )

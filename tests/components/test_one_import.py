@@ -32,6 +32,7 @@ from model_components import (
     NORM_POSITION_REGISTRY,
     NORM_REGISTRY,
     POSITION_ENCODING_REGISTRY,
+    RESIDUAL_REGISTRY,
     ROPE_SCALING_REGISTRY,
     Activation,
     Attention,
@@ -46,6 +47,7 @@ from model_components import (
     Mixer,
     Option,
     PositionEncoding,
+    Residual,
     RotaryScaling,
     above,
     additive_mask,
@@ -195,6 +197,17 @@ class ScaledBlock(Block):
         return x + self.scale[1] * y, aux
 
 
+@RESIDUAL_REGISTRY.register('own')
+class PullToTheInput(Residual):
+    """x + sublayer, and at each entrance a tenth of the way back to x0."""
+
+    def shared_inputs(self):
+        return ('x0',)
+
+    def enter(self, x, shared):
+        return x.lerp(shared.x0, 0.1)
+
+
 @INITIALIZATION_REGISTRY.register('own')
 class FanIn(Initialization):
     """1 / sqrt(n_embd) for every weight."""
@@ -297,9 +310,9 @@ def choices(*options: str) -> dict[str, str]:
         choices('attention_type', 'attention_backend', 'position_encoding', 'normalization')
         | choices('ffn_type', 'norm_position', 'initialization'),
         {'position_encoding': 'rope', 'activation': 'own', 'rope_scaling': 'own'},
-        {'mixer': 'own'},
+        {'mixer': 'own', 'residual': 'own'},
     ],
-    ids=['most kinds', 'activation and RoPE scaling', 'mixer'],
+    ids=['most kinds', 'activation and RoPE scaling', 'mixer and residual stream'],
 )
 def test_components_from_one_import_train(own_components, values):
     config = tiny(**values)

@@ -36,6 +36,9 @@ VALUES = {
     'v_head_dim': (5,),
     'latent_norm_eps': (),  # not with every norm
     'attention_scale': (0.3,),
+    'value_residual_weight': (0.3,),
+    'residual_multiplier': (0.4,),
+    'layer_scale_init': (0.5,),
     'attention_softcap': (1.5,),
     'sliding_window': (2, 4),
     'canon': ('AC', 'BD'),

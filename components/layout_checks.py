@@ -1,0 +1,107 @@
+"""Whether a block layout uses the mixers, the FFN and the residual component of its layer."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch.nn as nn
+
+from common.errors import UserError
+from components.blocks import Block
+from components.checks import label
+from components.residual_stream import Residual
+from model_config import NORM_POSITION_REGISTRY, ModelArchitectureConfig
+
+
+class _Uses:
+    """What a block uses of its own during a forward pass."""
+
+    def __init__(self) -> None:
+        self.mixes, self.enters = False, False
+        self.added: set[str] = set()  # sublayers
+
+
+@contextmanager
+def checked_layouts(model: nn.Module) -> Iterator[None]:
+    """Raise UserError if a block of a forward pass within the context leaves out what it has."""
+    blocks = list(zip(model.blocks, model.config.layers))
+    uses = {block: _Uses() for block, _ in blocks}
+    running: list[Block] = []  # the last one is the block whose forward pass was begun last
+    handles = [block.register_forward_pre_hook(lambda b, _: running.append(b)) for block in uses]
+    for block, used in uses.items():
+        _observe(block, 'mix', lambda used=used: setattr(used, 'mixes', True))
+        _observe(block.residual, 'enter', lambda used=used: setattr(used, 'enters', True))
+        _observe(block.residual, 'add', used.added.add, argument=2)
+    try:
+        yield
+        problems = [_unused(block, config, uses[block]) for block, config in blocks]
+    except (AttributeError, TypeError) as error:
+        # 'NoneType' object is not callable, or 'Block' object has no attribute 'ffn_norm'
+        problems = [_absent(block, config) for block, config in blocks if block in running[-1:]]
+        is_explained = any(word in str(error) for word in ('NoneType', 'attention', 'ffn'))
+        if not is_explained or not any(problems):
+            raise
+        raise UserError(*filter(None, problems)) from error
+    finally:
+        for handle in handles:
+            handle.remove()
+        for block in uses:
+            del block.mix, block.residual.enter, block.residual.add
+    if any(problems):
+        raise UserError(*dict.fromkeys(filter(None, problems)))
+
+
+def _observe(owner: Any, method: str, record: Callable, argument: int | None = None) -> None:
+    """Call `record` at each call of a method, with one of its arguments."""
+    original = getattr(owner, method)
+
+    def observed(*arguments):
+        record(*(() if argument is None else (arguments[argument],)))
+        return original(*arguments)
+
+    setattr(owner, method, observed)
+
+
+def _forward(config: ModelArchitectureConfig) -> str:
+    layout = NORM_POSITION_REGISTRY[config.norm_position]
+    return f'{label(NORM_POSITION_REGISTRY, layout)}.forward'
+
+
+def _unused(block: Block, config: ModelArchitectureConfig, used: _Uses) -> str | None:
+    """The problem if the block did not use its mixers or its residual component."""
+    if block.mixers and not used.mixes:
+        return _must_mix(config)
+    kind = type(block.residual)
+    enters = used.enters or kind.enter is Residual.enter
+    adds = used.added >= {*block.residual.sublayers} or kind.add is Residual.add
+    if enters and adds:
+        return None
+    return (
+        f'{_forward(config)} ignores residual={config.residual!r}. Begin with '
+        f'x = self.enter(x, attn_inputs), and replace x + self.dropout(y) by '
+        f"self.add(x, y, 'mixer') and self.add(x, y, 'ffn'); or remove residual."
+    )
+
+
+def _absent(block: Block, config: ModelArchitectureConfig) -> str | None:
+    """The problem if the block called an attention or an FFN that it does not have."""
+    if block.mixers and block.attention is None:
+        return _must_mix(config)
+    if not block.mixes:
+        return (
+            f'{_forward(config)} does not support mixer={config.mixer!r}: leave out the mixers '
+            f'unless self.mixes is true.'
+        )
+    if block.ffn is None:
+        return (
+            f'{_forward(config)} does not support ffn_type={config.ffn_type!r}: leave out the FFN '
+            f'if self.ffn is None.'
+        )
+    return None
+
+
+def _must_mix(config: ModelArchitectureConfig) -> str:
+    return (
+        f'{_forward(config)} must call self.mix(x, attn_inputs), which runs all of '
+        f'mixer={config.mixer!r}, in place of self.attention(x, attn_inputs).'
+    )
