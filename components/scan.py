@@ -101,7 +101,7 @@ def _blocks(x: torch.Tensor, state: int, reverse: bool = False) -> Iterator[tupl
 # The linear scan
 
 
-@torch.library.custom_op('mixers::linear_scan', mutates_args=())
+@torch.library.custom_op('components::linear_scan', mutates_args=())
 def _linear_scan(a: torch.Tensor, b: torch.Tensor, initial: torch.Tensor) -> torch.Tensor:
     h = b.clone(memory_format=torch.contiguous_format)
     for rows, tokens in _blocks(b, b.size(2)):
@@ -117,7 +117,7 @@ def _(a, b, initial):
     return torch.empty_like(b, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op('mixers::linear_scan_backward', mutates_args=())
+@torch.library.custom_op('components::linear_scan_backward', mutates_args=())
 def _linear_scan_backward(
     grad: torch.Tensor, a: torch.Tensor, h: torch.Tensor, initial: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -176,7 +176,7 @@ def _states(
     return a, h
 
 
-@torch.library.custom_op('mixers::selective_scan', mutates_args=())
+@torch.library.custom_op('components::selective_scan', mutates_args=())
 def _selective_scan(
     x: torch.Tensor,
     dt: torch.Tensor,
@@ -216,7 +216,7 @@ def _(x, dt, decay, inputs, outputs, initial, keep):
     return _empty_results(x, decay)
 
 
-@torch.library.custom_op('mixers::selective_scan_backward', mutates_args=())
+@torch.library.custom_op('components::selective_scan_backward', mutates_args=())
 def _selective_scan_backward(
     grad_y: torch.Tensor,
     grad_ends: torch.Tensor,
@@ -294,7 +294,7 @@ def _selective_scan_gradients(ctx, grad_y, grad_ends):
 _selective_scan.register_autograd(_selective_scan_gradients, setup_context=_save_selective_scan)
 
 
-@register_flop_formula(torch.ops.mixers.selective_scan)
+@register_flop_formula(torch.ops.components.selective_scan)
 def _selective_scan_flops(x, dt, decay, *shapes, **unused) -> int:
     """Of the matrix products that run, y = C · h: 2 for each element of the states."""
     return 2 * x[0] * x[1] * decay[0] * decay[1]
@@ -302,7 +302,7 @@ def _selective_scan_flops(x, dt, decay, *shapes, **unused) -> int:
 
 # Elements written, per state: 3 by a scan (half of the elements three times, at all its levels),
 # 1 by the copy of b; decays of the selective scan take 2, and its input 1.
-ELEMENT_FORMULAS[torch.ops.mixers.linear_scan] = lambda a, b, initial: 4 * b.numel()
-ELEMENT_FORMULAS[torch.ops.mixers.selective_scan] = lambda x, dt, decay, *_: (
+ELEMENT_FORMULAS[torch.ops.components.linear_scan] = lambda a, b, initial: 4 * b.numel()
+ELEMENT_FORMULAS[torch.ops.components.selective_scan] = lambda x, dt, decay, *_: (
     6 * x.size(0) * x.size(1) * decay.numel()
 )

@@ -10,6 +10,7 @@ from interop.families.gemma import GEMMA2, GEMMA3
 from interop.families.gpt2 import GPT2, NANOGPT
 from interop.families.gpt_neox import GPT_NEOX
 from interop.families.llama import LLAMA, MISTRAL, MIXTRAL, OLMO2, QWEN3
+from interop.families.mamba import FALCON_MAMBA, JAMBA, MAMBA
 from interop.families.mixed_layers import EXAONE4, MELLUM, OLMO3, SMOLLM3
 from interop.families.nemotron_h import NEMOTRON_H
 from interop.families.opt import OPT
@@ -37,6 +38,9 @@ TRANSFORMERS = {
         EXAONE4,
         MELLUM,
         NEMOTRON_H,
+        MAMBA,
+        FALCON_MAMBA,
+        JAMBA,
     )
 }
 

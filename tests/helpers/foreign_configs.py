@@ -44,6 +44,7 @@ _DEEPSEEK = {
     'first_k_dense_replace': 1,
 }
 _MIXED_WINDOWS = {'sliding_window': 5, 'layer_types': ['sliding_attention', 'full_attention']}
+_MAMBA = {'num_hidden_layers': 2, 'hidden_size': 32, 'state_size': 4, 'time_step_rank': 4}
 # Tiny models; all other fields have transformers' defaults.
 BASES = {
     'gpt2': {'n_layer': 2, 'n_head': 4, 'n_embd': 32, 'n_positions': 16},
@@ -80,6 +81,16 @@ BASES = {
         'n_routed_experts': 4,
         'moe_intermediate_size': 16,
         'moe_shared_expert_intermediate_size': 32,
+    },
+    'mamba': _MAMBA,
+    'falcon_mamba': _MAMBA,
+    'jamba': {
+        **SIZES,
+        'num_key_value_heads': 2,
+        'num_experts': 4,
+        'mamba_dt_rank': 4,
+        'attn_layer_period': 2,
+        'attn_layer_offset': 1,
     },
 }
 LLAMA3 = {

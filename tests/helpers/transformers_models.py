@@ -13,6 +13,8 @@ from inference.generate import generate
 from model_builder import Transformer, build_model
 from model_config import ModelArchitectureConfig
 
+LONGEST = 64  # tokens of a compared text
+
 # The defaults belong to other tokenizers; a padding token would have no gradient.
 NO_SPECIAL_TOKENS = dict.fromkeys(('bos_token_id', 'eos_token_id', 'pad_token_id'))
 
@@ -82,7 +84,7 @@ def compared(fields: dict, folder: Path) -> Parity:
     missing, unexpected = ours.load_state_dict(weights, strict=False)
     assert (not missing or config.weight_tying, unexpected) == (True, [])
 
-    tokens = random_tokens(config, batch=3)
+    tokens = random_tokens(config, batch=3)[:, :LONGEST]
     targets = F.pad(tokens[:, 1:], (0, 1), value=-100)  # the last token has no successor
     their_logits = theirs(tokens).logits
     F.cross_entropy(their_logits.flatten(0, 1), targets.flatten()).backward()

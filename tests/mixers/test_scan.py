@@ -122,10 +122,10 @@ def test_operators_meet_the_contract_of_torch(keeping):
     checks = ('test_schema', 'test_autograd_registration', 'test_faketensor')
     keep = torch.ones(2, 7, dtype=torch.float64) if keeping else None
     opcheck(
-        torch.ops.mixers.selective_scan.default, (*selective_inputs(7), keep), test_utils=checks
+        torch.ops.components.selective_scan.default, (*selective_inputs(7), keep), test_utils=checks
     )
     opcheck(
-        torch.ops.mixers.linear_scan.default, (decays(2, 7, 3), numbers(2, 7, 3), numbers(2, 3))
+        torch.ops.components.linear_scan.default, (decays(2, 7, 3), numbers(2, 7, 3), numbers(2, 3))
     )
 
 

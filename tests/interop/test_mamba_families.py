@@ -1,0 +1,141 @@
+"""Mamba, FalconMamba and Jamba: imports and exports compute what transformers computes."""
+
+import pytest
+from helpers import transformers_models as reference
+from helpers.architectures import tiny
+
+import interop
+from common.errors import UserError
+from interop.families import TRANSFORMERS
+from model_builder import build_model, count_parameters
+from model_config import ModelArchitectureConfig
+
+pytestmark = [pytest.mark.optional, pytest.mark.usefixtures('one_thread')]
+
+MAMBA = {
+    'model_type': 'mamba',
+    'hidden_size': 16,
+    'num_hidden_layers': 2,
+    'state_size': 4,
+    'conv_kernel': 3,
+    'time_step_rank': 3,
+}
+FALCON_MAMBA = {**MAMBA, 'model_type': 'falcon_mamba', 'mixer_rms_eps': 1e-3}
+JAMBA = {
+    'model_type': 'jamba',
+    'hidden_size': 16,
+    'intermediate_size': 24,
+    'num_hidden_layers': 4,
+    'num_attention_heads': 4,
+    'num_key_value_heads': 2,
+    'attn_layer_period': 3,
+    'attn_layer_offset': 1,
+    'num_experts': 4,
+    'mamba_d_state': 4,
+    'mamba_dt_rank': 3,
+    'max_position_embeddings': 16,
+}
+CASES = {
+    'mamba': (MAMBA, ''),
+    'mamba-options': (
+        {
+            **MAMBA,
+            'expand': 16,  # superseded, as in FalconMamba's published files
+            'intermediate_size': 48,
+            'time_step_rank': 'auto',
+            'use_bias': True,
+            'use_conv_bias': False,
+            'tie_word_embeddings': False,
+        },
+        '',
+    ),
+    'falcon_mamba': (FALCON_MAMBA, ''),
+    # A: Mamba, B: attention with experts, C: Mamba with experts.
+    'jamba': (JAMBA, 'ABAC'),
+    'jamba-dense': ({**JAMBA, 'num_experts': 1, 'mamba_proj_bias': True}, 'MAMM'),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', CASES)
+def test_logits_gradients_and_texts_are_those_of_transformers(name, tmp_path):
+    reference.assert_parity(*CASES[name], tmp_path, new_tokens=20 if 'mamba' in name else 11)
+
+
+# Sizes of published models, from their config.json, and their numbers of parameters.
+_MAMBA = {'model_type': 'mamba', 'vocab_size': 50280}
+PUBLISHED = {
+    'mamba-130m': ({**_MAMBA, 'hidden_size': 768, 'num_hidden_layers': 24}, 129_135_360),
+    'mamba-370m': ({**_MAMBA, 'hidden_size': 1024, 'num_hidden_layers': 48}, 371_516_416),
+    'mamba-2.8b': ({**_MAMBA, 'hidden_size': 2560, 'num_hidden_layers': 64}, 2_768_345_600),
+    'falcon-mamba-7b': (
+        {
+            'model_type': 'falcon_mamba',
+            'hidden_size': 4096,
+            'expand': 16,
+            'intermediate_size': 8192,
+            'num_hidden_layers': 64,
+            'vocab_size': 65024,
+            'tie_word_embeddings': False,
+        },
+        7_272_665_088,
+    ),
+    'Jamba-v0.1': (
+        {
+            'model_type': 'jamba',
+            'hidden_size': 4096,
+            'num_hidden_layers': 32,
+            'num_attention_heads': 32,
+            'vocab_size': 65536,
+        },
+        51_570_323_328,
+    ),
+}
+
+
+def architecture(fields: dict) -> ModelArchitectureConfig:
+    problems: list[str] = []
+    options = TRANSFORMERS[fields['model_type']].read(fields, problems)
+    assert problems == []
+    return ModelArchitectureConfig(**{'arch_preset': 'custom', **options})
+
+
+@pytest.mark.parametrize('name', PUBLISHED)
+def test_published_models_have_their_numbers_of_parameters(name):
+    fields, expected = PUBLISHED[name]
+    counts = count_parameters(build_model(architecture(fields)))
+    assert counts['total_params'] == expected
+    if name == 'Jamba-v0.1':  # "12B active parameters" (Lieber et al. 2024)
+        assert round(counts['active_params'] / 1e9) == 12
+
+
+def test_layers_of_jamba():
+    """Attention in one layer of eight, experts in every second (Lieber et al. 2024, figure 2)."""
+    config = architecture(PUBLISHED['Jamba-v0.1'][0])
+    layers = config.layers
+    assert [n for n, layer in enumerate(layers) if layer.mixer == 'attention'] == [4, 12, 20, 28]
+    assert [n for n, layer in enumerate(layers) if layer.ffn_type == 'moe'] == list(range(1, 32, 2))
+
+
+@pytest.mark.parametrize(
+    'fields, problem',
+    [
+        ({**MAMBA, 'intermediate_size': 40}, 'intermediate_size=40: must be a multiple of'),
+        ({**MAMBA, 'hidden_act': 'gelu'}, "hidden_act='gelu' is not supported"),
+        ({**MAMBA, 'time_step_rank': 2.5}, 'time_step_rank=2.5: must be'),
+        ({**JAMBA, 'attn_layer_offset': 3}, 'attn_layer_offset=3: must be from 0 to 2'),
+        ({**JAMBA, 'mamba_inner_layernorms': False}, 'mamba_inner_layernorms=False'),
+        ({**JAMBA, 'sliding_window': 8}, 'sliding_window=8 is not supported'),
+    ],
+)
+def test_other_architectures_are_refused(fields, problem):
+    problems: list[str] = []
+    TRANSFORMERS[fields['model_type']].read({'vocab_size': 40, **fields}, problems)
+    assert any(each.startswith(problem) for each in problems), problems
+
+
+def test_export_refuses_what_transformers_cannot_express():
+    for values in ({'ffn_type': 'swiglu'}, {'mamba_norm': 'weighted', 'mamba_dt_rank': 4}):
+        config = tiny(**{**{'mixer': 'mamba', 'normalization': 'rmsnorm'}, **values})
+        with pytest.raises(UserError, match='transformers'):
+            interop.convert_config(config)
