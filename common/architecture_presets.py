@@ -185,6 +185,18 @@ PRESETS = {
         'router_normalize': False,
         'load_balance_weight': 0.001,
     },
+    'lfm2': {
+        **_LLAMA,
+        'rope_theta': 1e6,
+        'use_gqa': True,
+        'num_kv_heads': partial(kv_heads_in_groups_of, 4),
+        'qk_norm': 'rmsnorm',
+        'qk_norm_scope': 'head',
+        'd_ff': lambda values: 4 * values['n_embd'],
+        'weight_tying': True,
+        'layer_pattern': 'SSASSASSASASASAS',
+        'layer_kinds': {'S': {'mixer': 'short_conv'}},
+    },
     'speedrun': {
         'normalization': 'rmsnorm',
         'position_encoding': 'rope',
@@ -261,6 +273,11 @@ PRESET_DESCRIPTIONS = {
         "DeepSeek-V2 (DeepSeek-AI 2024) with the Lite model's ratios: latent attention; after "
         'a dense first layer, 6 of 32 small experts (64 in the original) and 2 shared ones '
         'per token'
+    ),
+    'lfm2': (
+        "LFM2 (Liquid AI 2025) with the 1.2B model's ratios: gated short convolutions, and "
+        'attention in 6 of 16 layers, with QK norm per head, 4 query heads that share keys and '
+        'values, FFN 4 · n_embd wide, tied head'
     ),
     'speedrun': (
         'In the style of modded-nanogpt (Jordan et al. 2024): squared ReLU, QK norm, capped logits'

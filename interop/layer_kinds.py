@@ -32,6 +32,7 @@ How a hybrid family is declared, as data:
 """
 
 import copy
+import itertools
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
@@ -153,6 +154,19 @@ def named_by_position(
         return {period: size, offset: first} if offset else {period: first + 1}
 
     return LayerNames((period, *((offset,) if offset else ())), read, write)
+
+
+def named_by_number(name: str, default: int, first: str, rest: str) -> LayerNames:
+    """The number of first layers of the kind `first`; the others are of kind `rest`."""
+
+    def read(fields: Fields, layers: int | None) -> list[str]:
+        number = fields.take(name, int, default)
+        return [first if layer < number else rest for layer in range(layers or 0)]
+
+    def write(names: list[str]) -> dict:
+        return {name: len(list(itertools.takewhile(first.__eq__, names)))}
+
+    return LayerNames((name,), read, write)
 
 
 def named_by_default(kinds_of: Callable[[int], Iterable[str]]) -> LayerNames:

@@ -9,6 +9,7 @@ from interop.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
 from interop.families.gemma import GEMMA2, GEMMA3
 from interop.families.gpt2 import GPT2, NANOGPT
 from interop.families.gpt_neox import GPT_NEOX
+from interop.families.lfm2 import LFM2, LFM2_MOE
 from interop.families.llama import LLAMA, MISTRAL, MIXTRAL, OLMO2, QWEN3
 from interop.families.mamba import FALCON_MAMBA, JAMBA, MAMBA
 from interop.families.mixed_layers import EXAONE4, MELLUM, OLMO3, SMOLLM3
@@ -41,6 +42,8 @@ TRANSFORMERS = {
         MAMBA,
         FALCON_MAMBA,
         JAMBA,
+        LFM2,
+        LFM2_MOE,
     )
 }
 

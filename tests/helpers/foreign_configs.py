@@ -45,6 +45,7 @@ _DEEPSEEK = {
 }
 _MIXED_WINDOWS = {'sliding_window': 5, 'layer_types': ['sliding_attention', 'full_attention']}
 _MAMBA = {'num_hidden_layers': 2, 'hidden_size': 32, 'state_size': 4, 'time_step_rank': 4}
+_CONVOLUTIONS = {**SIZES, 'num_key_value_heads': 2, 'layer_types': ['conv', 'full_attention']}
 # Tiny models; all other fields have transformers' defaults.
 BASES = {
     'gpt2': {'n_layer': 2, 'n_head': 4, 'n_embd': 32, 'n_positions': 16},
@@ -91,6 +92,14 @@ BASES = {
         'mamba_dt_rank': 4,
         'attn_layer_period': 2,
         'attn_layer_offset': 1,
+    },
+    'lfm2': {**_CONVOLUTIONS, 'block_multiple_of': 8},
+    'lfm2_moe': {
+        **_CONVOLUTIONS,
+        'num_dense_layers': 1,
+        'num_experts': 4,
+        'num_experts_per_tok': 2,
+        'moe_intermediate_size': 16,
     },
 }
 LLAMA3 = {

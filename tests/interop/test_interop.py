@@ -337,8 +337,10 @@ def test_missing_fields_have_transformers_defaults(family):
     # Values in place of DeepSeek's defaults that are None or refused.
     legal = {'num_experts_per_tok': 2, 'n_group': 1, 'topk_group': 1, 'moe_intermediate_size': 64}
     full |= {key: value for key, value in legal.items() if key in full}
+    full |= {'layer_types': ['conv'] * 32} if family == 'lfm2_moe' else {}  # not optional
     needed = ('n_layer', 'n_head', 'n_embd', 'vocab_size', 'num_hidden_layers', 'hidden_size')
     needed += ('num_attention_heads', 'intermediate_size', *legal)
+    needed += ('layer_types',) if family == 'lfm2_moe' else ()
     short = {key: full[key] for key in needed if key in full}
     problems = []
     resolved = [
@@ -362,6 +364,7 @@ FAMILY_OF_PRESET = {
     'pythia': 'gpt_neox',
     'mixtral': 'mixtral',
     'deepseek': 'deepseek_v2',
+    'lfm2': 'lfm2',
 }
 
 

@@ -39,6 +39,7 @@ LAUNCHES = {
     'llama': 146,
     'team': 146,
     'mistral': 149,
+    'lfm2': 158,
     'qwen3': 189,
     'speedrun': 189,
     'olmo2': 191,
