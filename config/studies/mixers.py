@@ -20,11 +20,11 @@ reference = {'layer_pattern': 'A'}
 arch_preset = 'llama'
 weight_tying = True
 
-# Small enough for two CPU cores: 4 layers, n_embd 96, 256 bytes of context, 2,048 per iteration.
+# Small enough for one CPU core: 4 layers, n_embd 64, 256 bytes of context, 1,536 per iteration.
 dataset = 'python_stdlib'
-n_layer, n_head, n_embd, block_size = 4, 4, 96, 256
-batch_size, gradient_accumulation_steps = 8, 1
-max_iters = 800
+n_layer, n_head, n_embd, block_size = 4, 4, 64, 256
+batch_size, gradient_accumulation_steps = 6, 1
+max_iters = 700
 eval_interval, eval_iters = 100, 100
 log_interval = 20
 learning_rate = 3e-3
