@@ -111,8 +111,8 @@ class Fields:
     """The fields of a config.json, or of an object in it, with the problems found so far.
 
     problems: receives a sentence for each invalid value. options: our options, which give the type
-    of a field that maps to one of them. aliases: other names in transformers for the same fields.
-    within: the name of the object, for messages.
+    of a field that maps to one of them. aliases: other names in transformers for the same fields;
+    `OBJECT.FIELD` is a field in an object. within: the name of the object, for messages.
     """
 
     def __init__(
@@ -126,10 +126,21 @@ class Fields:
         self.values, self.problems = dict(values), problems
         self.options, self.within = options, within
         for alias, name in (aliases or {}).items():
+            self._take_out_of_object(alias)
             if alias in self.values:
                 self.require_agreement(alias, name)
                 self.values.setdefault(name, self.values.pop(alias))
         self.unread = set(self.values)
+
+    def _take_out_of_object(self, alias: str) -> None:
+        """Move the field `OBJECT.FIELD` out of its object, and remove an object left empty."""
+        name, _, inner = alias.partition('.')
+        held = self.values.get(name)
+        if inner and isinstance(held, dict) and inner in held:
+            self.values[alias] = held[inner]
+            self.values[name] = {key: value for key, value in held.items() if key != inner}
+            if not self.values[name]:
+                del self.values[name]
 
     def __contains__(self, name: str) -> bool:
         return name in self.values

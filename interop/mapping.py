@@ -128,7 +128,30 @@ def kv_heads_field(default: int | None = None) -> FieldMap:
     return FieldMap(read, write)
 
 
-WINDOW, FULL = 'sliding_attention', 'full_attention'
+def shared_experts_field(
+    name: str, default: int, expert: str = 'moe_intermediate_size'
+) -> FieldMap:
+    """The number of shared experts, from the width of the network that has them all.
+
+    name, default: the field with that width. expert: the field with that of an expert, which has
+    the same default.
+    """
+
+    def read(fields: Fields) -> dict:
+        width, each = fields.take(name, int, default), fields.take(expert, int, default)
+        if width > 0 and each > 0 and width % each == 0:
+            return {'shared_experts': width // each}
+        fields.refuse(name, f'must be a multiple of {expert}={each}')
+        return {}
+
+    def write(config: ModelArchitectureConfig) -> dict:
+        options = options_with(config, 'shared_experts')
+        return {name: options['shared_experts'] * options['expert_d_ff']}
+
+    return FieldMap(read, write)
+
+
+WINDOW, FULL, LINEAR = 'sliding_attention', 'full_attention', 'linear_attention'
 
 
 def read_layer_types(fields: Fields, has_window: Callable[[int, Fields], bool]) -> list[str]:
@@ -203,8 +226,9 @@ class Family:
     checkpoints of the base model lack. ignored_tensors: pattern of tensors that are not weights.
     aliases: other names of fields in transformers. irrelevant_fields: fields that change no logits
     in this family. ties_always: the output head is always the token embedding. check_loadable:
-    returns the reason why its config class refuses the written fields, or None. An option without
-    a field map has its default in the family.
+    returns the reason why its config class refuses the written fields, or None. renamed_tensors:
+    pattern of names in some checkpoints -> the name in `weights`. An option without a field map has
+    its default in the family.
     """
 
     name: str
@@ -217,6 +241,7 @@ class Family:
     irrelevant_fields: frozenset[str] = frozenset()
     ties_always: bool = False
     check_loadable: Callable[[dict], str | None] = lambda fields: None
+    renamed_tensors: dict[str, str] = dataclass_field(default_factory=dict)
 
     def read(self, fields: dict, problems: list[str]) -> dict:
         """Our options for their fields; a sentence for each unsupported value joins `problems`."""

@@ -244,7 +244,10 @@ def _open_hugging_face(name: str, place: str) -> PretrainedCheckpoint:
         if twice:
             raise UserError(f'{name}: {twice[0]!r} is in {path.name} and in another file.')
         tensors |= opened
-    return PretrainedCheckpoint(name, TRANSFORMERS[kind], fields, tensors, [file, *files])
+    family = TRANSFORMERS[kind]
+    for pattern, ours in family.renamed_tensors.items():
+        tensors = {re.sub(pattern, ours, key): stored for key, stored in tensors.items()}
+    return PretrainedCheckpoint(name, family, fields, tensors, [file, *files])
 
 
 def _open_tensors(name: str, path: Path) -> dict[str, StoredTensor]:

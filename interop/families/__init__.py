@@ -9,12 +9,14 @@ from interop.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
 from interop.families.gemma import GEMMA2, GEMMA3
 from interop.families.gpt2 import GPT2, NANOGPT
 from interop.families.gpt_neox import GPT_NEOX
+from interop.families.kimi_linear import KIMI_LINEAR
 from interop.families.lfm2 import LFM2, LFM2_MOE
 from interop.families.llama import LLAMA, MISTRAL, MIXTRAL, OLMO2, QWEN3
 from interop.families.mamba import FALCON_MAMBA, JAMBA, MAMBA
 from interop.families.mixed_layers import EXAONE4, MELLUM, OLMO3, SMOLLM3
 from interop.families.nemotron_h import NEMOTRON_H
 from interop.families.opt import OPT
+from interop.families.qwen3_next import QWEN3_NEXT
 from interop.mapping import Family
 from interop.tensors import TensorMap
 
@@ -44,6 +46,8 @@ TRANSFORMERS = {
         JAMBA,
         LFM2,
         LFM2_MOE,
+        QWEN3_NEXT,
+        KIMI_LINEAR,
     )
 }
 

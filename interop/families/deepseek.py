@@ -60,11 +60,26 @@ def _read_groups(fields: Fields) -> dict:
     return {}
 
 
-def _read_kv_heads(fields: Fields) -> dict:
+def _read_latent_kv_heads(fields: Fields) -> dict:
     heads = fields.take('num_attention_heads', int)
     if fields.take('num_key_value_heads', int, optional=True) not in (None, heads):
         fields.refuse('num_key_value_heads', f'latent attention requires {heads}, as many as heads')
     return {}
+
+
+latent_kv_heads_field = FieldMap(
+    _read_latent_kv_heads, lambda config: {'num_key_value_heads': config.layers[0].n_head}
+)
+
+
+def latent_norm_field(default: float) -> FieldMap:
+    """The norms of latents, whose epsilon is 1e-6 whatever the field is. default: of the field."""
+
+    def read(fields: Fields) -> dict:
+        other = fields.take('rms_norm_eps', float, default) != 1e-6
+        return {'latent_norm_eps': 1e-6 if other else None}
+
+    return FieldMap(read, lambda config: {})
 
 
 def _read_head_dim(fields: Fields) -> dict:
@@ -86,7 +101,7 @@ def _dense_layers_field(default: int) -> FieldMap:
 
 
 _DEEPSEEK = (
-    required_field(rms_norm_eps=1e-6),  # norms of latents always use it, regardless of the field
+    latent_norm_field(1e-6),
     field('d_ff', 'intermediate_size'),
     field('q_lora_rank', 'q_lora_rank', 1536),
     field('kv_lora_rank', 'kv_lora_rank', 512),
@@ -97,38 +112,37 @@ _DEEPSEEK = (
     field('expert_ffn', 'hidden_act', 'silu', {'silu': 'swiglu'}),
     field('weight_tying', 'tie_word_embeddings', False),
     constant_option(attention_type='mla', ffn_type='moe', ffn_bias=False),
-    FieldMap(_read_kv_heads, lambda config: {'num_key_value_heads': config.layers[0].n_head}),
+    latent_kv_heads_field,
     FieldMap(_read_head_dim, lambda config: {}),
     required_field(moe_layer_freq=1),
     deepseek_rope_fields(),
 )
 # Multi-token prediction has layers of its own, whose tensors are refused.
 _IRRELEVANT_FIELDS = frozenset({'qk_head_dim', 'num_nextn_predict_layers', 'num_mtp_layers'})
+LATENT_ATTENTION = {
+    'blocks.{layer}.attention.q_norm.weight': tensor(LAYER + 'self_attn.q_a_layernorm.weight'),
+    'blocks.{layer}.attention.kv_norm.weight': tensor(LAYER + 'self_attn.kv_a_layernorm.weight'),
+    'blocks.{layer}.attention.q.weight': TensorMap(
+        projections('self_attn', 'q_b'), choose_templates=_query_name, row_order=_query_rows
+    ),
+    'blocks.{layer}.attention.kv.weight': TensorMap(projections('self_attn', 'kv_b')),
+    **with_biases(
+        {
+            'blocks.{layer}.attention.q_down.weight': TensorMap(projections('self_attn', 'q_a')),
+            'blocks.{layer}.attention.kv_down.weight': tensor(
+                LAYER + 'self_attn.kv_a_proj_with_mqa.weight', row_order=_latent_rows
+            ),
+            'blocks.{layer}.attention.output.weight': TensorMap(projections('self_attn', 'o')),
+        }
+    ),
+}
 _DEEPSEEK_WEIGHTS = (
     EMBEDDING_AND_HEAD
     | PRE_NORMS
     | GATED_FFN
     | EXPERTS
+    | LATENT_ATTENTION
     | {
-        'blocks.{layer}.attention.q_norm.weight': tensor(LAYER + 'self_attn.q_a_layernorm.weight'),
-        'blocks.{layer}.attention.kv_norm.weight': tensor(
-            LAYER + 'self_attn.kv_a_layernorm.weight'
-        ),
-        'blocks.{layer}.attention.q.weight': TensorMap(
-            projections('self_attn', 'q_b'), choose_templates=_query_name, row_order=_query_rows
-        ),
-        'blocks.{layer}.attention.kv.weight': TensorMap(projections('self_attn', 'kv_b')),
-        **with_biases(
-            {
-                'blocks.{layer}.attention.q_down.weight': TensorMap(
-                    projections('self_attn', 'q_a')
-                ),
-                'blocks.{layer}.attention.kv_down.weight': tensor(
-                    LAYER + 'self_attn.kv_a_proj_with_mqa.weight', row_order=_latent_rows
-                ),
-                'blocks.{layer}.attention.output.weight': TensorMap(projections('self_attn', 'o')),
-            }
-        ),
         'blocks.{layer}.ffn.shared.gate_up.weight': TensorMap(
             projections('mlp.shared_experts', 'gate', 'up')
         ),

@@ -180,6 +180,13 @@ OLMO2 = Family(
 )
 
 _MIXTRAL_MOE = LAYER + 'block_sparse_moe.'
+MIXTRAL_EXPERTS = {
+    'blocks.{layer}.ffn.router.weight': tensor(_MIXTRAL_MOE + 'gate.weight'),
+    'blocks.{layer}.ffn.experts.gate_up.weight': TensorMap(
+        tuple(f'{_MIXTRAL_MOE}experts.{{expert}}.{name}.weight' for name in ('w1', 'w3'))
+    ),
+    'blocks.{layer}.ffn.experts.down.weight': tensor(_MIXTRAL_MOE + 'experts.{expert}.w2.weight'),
+}
 MIXTRAL = Family(
     name='mixtral',
     architecture='MixtralForCausalLM',
@@ -198,16 +205,5 @@ MIXTRAL = Family(
         rope_fields(default_theta=1e6),
     ),
     aliases={'num_experts': 'num_local_experts'},
-    weights=EMBEDDING_AND_HEAD
-    | PRE_NORMS
-    | ATTENTION
-    | {
-        'blocks.{layer}.ffn.router.weight': tensor(_MIXTRAL_MOE + 'gate.weight'),
-        'blocks.{layer}.ffn.experts.gate_up.weight': TensorMap(
-            tuple(f'{_MIXTRAL_MOE}experts.{{expert}}.{name}.weight' for name in ('w1', 'w3'))
-        ),
-        'blocks.{layer}.ffn.experts.down.weight': tensor(
-            _MIXTRAL_MOE + 'experts.{expert}.w2.weight'
-        ),
-    },
+    weights=EMBEDDING_AND_HEAD | PRE_NORMS | ATTENTION | MIXTRAL_EXPERTS,
 )

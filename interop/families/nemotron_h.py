@@ -4,39 +4,20 @@ Its recurrent layers (Mamba-2) are refused.
 """
 
 from interop.families.llama import query_key_value_rows
-from interop.fields import Fields
 from interop.layer_kinds import LayerKind, layer_kinds_field, named_by_letters, named_by_list
-from interop.layers import options_with
 from interop.mapping import (
     ACTIVATIONS,
     Family,
-    FieldMap,
     constant_option,
     export_only,
     field,
     kv_heads_field,
     required_field,
+    shared_experts_field,
 )
 from interop.tensors import TensorMap, resize_vocabulary, tensor, with_biases
-from model_config import ModelArchitectureConfig
 
 ATTENTION, FFN, EXPERTS, MAMBA = 'full_attention', 'mlp', 'moe', 'linear_attention'
-
-
-def _read_shared(fields: Fields) -> dict:
-    """The number of shared experts, from the width of the network that has them all."""
-    width = fields.take('moe_shared_expert_intermediate_size', int, 7688)
-    expert = fields.take('moe_intermediate_size', int, 7688)
-    if expert > 0 and width > 0 and width % expert == 0:
-        return {'shared_experts': width // expert}
-    fields.refuse('moe_shared_expert_intermediate_size', f'must be a multiple of {expert}')
-    return {}
-
-
-def _write_shared(config: ModelArchitectureConfig) -> dict:
-    options = options_with(config, 'shared_experts')
-    shared, width = options['shared_experts'], options['expert_d_ff']
-    return {'n_shared_experts': shared, 'moe_shared_expert_intermediate_size': shared * width}
 
 
 _activation = field('activation', 'mlp_hidden_act', 'relu2', ACTIVATIONS)
@@ -68,7 +49,7 @@ _KINDS = {
             field('expert_d_ff', 'moe_intermediate_size', 7688),
             field('router_normalize', 'norm_topk_prob', True),
             field('router_scale', 'routed_scaling_factor', 1.0),
-            FieldMap(_read_shared, _write_shared),
+            shared_experts_field('moe_shared_expert_intermediate_size', 7688),
             constant_option(expert_ffn='standard', router_score='sigmoid', ffn_bias=False),
             required_field(mlp_bias=False, n_group=1, topk_group=1, moe_latent_size=None),
         ),
