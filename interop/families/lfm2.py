@@ -10,6 +10,7 @@ from interop.layer_kinds import (
     named_by_list,
     named_by_number,
 )
+from interop.layers import options_with
 from interop.mapping import (
     Family,
     FieldMap,
@@ -41,7 +42,8 @@ def _read_width(fields: Fields) -> dict:
 
 
 def _write_width(config: ModelArchitectureConfig) -> dict:
-    return {'intermediate_size': config.layers[0].d_ff, 'block_auto_adjust_ff_dim': False}
+    width = options_with(config, 'd_ff').get('d_ff')
+    return {'intermediate_size': width, 'block_auto_adjust_ff_dim': False} if width else {}
 
 
 _ATTENTION = LayerKind(
