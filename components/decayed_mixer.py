@@ -6,6 +6,7 @@ from typing import ClassVar
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from common.registry import FrozenConfig, Option, above, at_least
 from components.attention_inputs import AttentionInputs
@@ -224,6 +225,19 @@ class FixedDecayMixer(DecayedMixer):
 
     def log_decay(self, others):
         return self.log_decays
+
+    def finish(self, y, others):
+        (gate,) = others
+        if not torch.is_grad_enabled():
+            return self.norm_and_gate(y, gate)
+        # Only y and the gate are kept for the backward pass.
+        return checkpoint(
+            self.norm_and_gate, y, gate, use_reentrant=False, preserve_rng_state=False
+        )
+
+    def norm_and_gate(self, y: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+        """y (B, T, H, V), gate (B, T, H · V) -> (B, T, H, V) in the dtype of y."""
+        raise NotImplementedError
 
     def initial_values(self) -> dict[str, Fill]:
         def fill(tensor: torch.Tensor, generator: torch.Generator) -> None:

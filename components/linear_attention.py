@@ -172,8 +172,7 @@ class Retention(FixedDecayMixer):
         y, state = super().attend(q, k, v, log_decay, state, starts)
         return y, rotated(state.mT, cos[-1], -sin[-1]).mT
 
-    def finish(self, y, others):
-        (gate,) = others
+    def norm_and_gate(self, y, gate):
         gate = gate.unflatten(-1, (self.heads, -1)).to(y.dtype)
         return self.norm(y, (self.value_dim,), eps=self.eps) * F.silu(gate)
 
@@ -214,8 +213,7 @@ class LightningAttention(FixedDecayMixer):
     def attend(self, q, k, v, log_decay, state, starts):
         return super().attend(F.silu(q), F.silu(k), F.silu(v), log_decay, state, starts)
 
-    def finish(self, y, others):
-        (gate,) = others
+    def norm_and_gate(self, y, gate):
         normed = F.rms_norm(y.flatten(2), self.norm_weight.shape, eps=self.eps)
         return (self.norm_weight * normed * gate.to(y.dtype).sigmoid()).unflatten(
             -1, (self.heads, -1)
