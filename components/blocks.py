@@ -153,6 +153,28 @@ class PostNormBlock(Block):
         return self.ffn_norm(self.add(x, y, 'ffn')), aux
 
 
+@NORM_POSITION_REGISTRY.register('entrance', source='MiniMax 2025')
+class EntranceNormBlock(Block):
+    """norm(x) + sublayer(norm(x)): post-norm with each norm before the next sublayer.
+
+    It differs from `post` in a norm of the embedding; the final norm is that of the last FFN.
+    """
+
+    tag = 'EntranceNorm'
+    canon_letters = 'ACD'
+
+    def forward(self, x, attn_inputs):
+        x = self.enter(x, attn_inputs)
+        if self.mixes:
+            x = self.attention_norm(x)
+            x = self.add(x, self.mix(x, attn_inputs), 'mixer')
+        if self.ffn is None:
+            return x, NO_AUX
+        x = self.ffn_norm(x)
+        y, aux = self.feed(x, attn_inputs)
+        return self.add(x, y, 'ffn'), aux
+
+
 @NORM_POSITION_REGISTRY.register('sandwich', source='Ding et al. 2021; Gemma 2: Gemma Team 2024')
 class SandwichNormBlock(Block):
     """x + norm(sublayer(norm(x)))."""

@@ -197,7 +197,7 @@ class LightningAttention(FixedDecayMixer):
         **head_options(
             'lightning', 'n_head', 'n_embd / lightning_heads', 'n_embd / lightning_heads'
         ),
-        **eps_option('lightning', 1e-5),
+        **eps_option('lightning', 1e-6),
         **DOCUMENT_OPTIONS,
     }
 

@@ -67,6 +67,49 @@ class Multiplier(Residual):
         return x + y * self.multiplier
 
 
+@RESIDUAL_REGISTRY.register('deepnorm', source='DeepNet: Wang et al. 2022; MiniMax 2025')
+class DeepNorm(Residual):
+    """α · x + β · sublayer, with constants of the mixer and of the FFN.
+
+    α = (2 n_layer)^(1/4) is that of a decoder in DeepNet; its smaller initial weights are not part
+    of this. It is meant for streams that are normed after each sublayer, or before it with
+    norm_position='entrance', as in MiniMax-01.
+    """
+
+    options: ClassVar = {
+        f'deepnorm_{sublayer}_{name}': Option(type_, default, text, check=above(0))
+        for sublayer, what in (('mixer', 'mixers'), ('ffn', 'the FFN'))
+        for name, type_, default, text in (
+            ('alpha', float | None, None, f'Factor of the stream at {what}; None: (2 n_layer)^¼'),
+            ('beta', float, 1.0, f'Factor of the output of {what}'),
+        )
+    }
+
+    def __init__(self, config: ModelArchitectureConfig, layer: int, sublayers: tuple[str, ...]):
+        super().__init__(config, layer, sublayers)
+        self.factors = {
+            'mixer': (config.deepnorm_mixer_alpha, config.deepnorm_mixer_beta),
+            'ffn': (config.deepnorm_ffn_alpha, config.deepnorm_ffn_beta),
+        }
+
+    @classmethod
+    def derived_values(cls, config: FrozenConfig) -> dict[str, tuple]:
+        alpha = (2 * config.n_layer) ** 0.25, '(2 n_layer)^(1/4)'
+        return {'deepnorm_mixer_alpha': alpha, 'deepnorm_ffn_alpha': alpha}
+
+    @classmethod
+    def name_tag(cls, config: ModelArchitectureConfig) -> str:
+        usual = ((2 * config.n_layer) ** 0.25, 1.0)
+        mixer = config.deepnorm_mixer_alpha, config.deepnorm_mixer_beta
+        ffn = config.deepnorm_ffn_alpha, config.deepnorm_ffn_beta
+        values = (*mixer, *ffn) if (mixer, ffn) != (usual, usual) else ()
+        return 'DeepNorm' + '_'.join(f'{value:g}' for value in values)
+
+    def add(self, x: torch.Tensor, y: torch.Tensor, sublayer: str) -> torch.Tensor:
+        alpha, beta = self.factors[sublayer]
+        return x * alpha + y * beta
+
+
 class LearnedScales(Residual):
     """x + scale · sublayer, with learned scales of each sublayer: `scales.NAME`."""
 

@@ -13,6 +13,7 @@ from interop.families.kimi_linear import KIMI_LINEAR
 from interop.families.lfm2 import LFM2, LFM2_MOE
 from interop.families.llama import LLAMA, MISTRAL, MIXTRAL, OLMO2, QWEN3
 from interop.families.mamba import FALCON_MAMBA, JAMBA, MAMBA
+from interop.families.minimax import MINIMAX
 from interop.families.mixed_layers import EXAONE4, MELLUM, OLMO3, SMOLLM3
 from interop.families.nemotron_h import NEMOTRON_H
 from interop.families.opt import OPT
@@ -41,6 +42,7 @@ TRANSFORMERS = {
         EXAONE4,
         MELLUM,
         NEMOTRON_H,
+        MINIMAX,
         MAMBA,
         FALCON_MAMBA,
         JAMBA,

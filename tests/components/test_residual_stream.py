@@ -42,6 +42,8 @@ def join(block, residual, x, y, sublayer):
         return x + 0.22 * y
     if residual == 'x0_lambdas':
         return x + y
+    if residual == 'deepnorm':
+        return 6**0.25 * x + y
     return x + dict(block.residual.named_parameters())[f'scales.{sublayer}'] * y
 
 
@@ -55,6 +57,10 @@ def run_layout(block, layout, x, attn_inputs, residual):
     if layout == 'post':
         x = norm(add(x, mix(x, attn_inputs), 'mixer'))
         return block.ffn_norm(add(x, ffn(x), 'ffn'))
+    if layout == 'entrance':
+        x = norm(x)
+        x = block.ffn_norm(add(x, mix(x, attn_inputs), 'mixer'))
+        return add(x, ffn(x), 'ffn')
     if layout == 'sandwich':
         x = add(x, block.attention_output_norm(mix(norm(x), attn_inputs)), 'mixer')
         return add(x, block.ffn_output_norm(ffn(block.ffn_norm(x))), 'ffn')

@@ -103,6 +103,8 @@ VALUES = {
     'gdn_v_head_dim': (5,),
     'gdn_conv_size': (4, 2, 0),
     'gdn_norm_eps': (1e-5, 1e-3),
+    **dict.fromkeys(('deepnorm_mixer_alpha', 'deepnorm_ffn_alpha'), (1.5,)),
+    **dict.fromkeys(('deepnorm_mixer_beta', 'deepnorm_ffn_beta'), (1.0, 0.7)),
     'layer_pattern': (),  # `layer_tables` has patterns
 }
 # Options whose None is resolved from the dataset.

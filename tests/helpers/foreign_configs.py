@@ -100,6 +100,7 @@ BASES = {
         'num_experts_per_tok': 2,
         'moe_intermediate_size': 16,
     },
+    'minimax': {**_GROUPED, 'num_local_experts': 4},
     'nemotron_h': {
         **{key: SIZES[key] for key in SIZES if key != 'num_hidden_layers'},
         'layers_block_type': ['full_attention', 'moe', 'mlp'],
