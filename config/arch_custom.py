@@ -21,7 +21,7 @@ ffn_type = 'standard'
 activation = 'gelu'  # for ffn_type = 'standard'
 # pre, post, entrance, sandwich, reordered, parallel
 norm_position = 'pre'
-# addition, multiplier, layer_scale, rezero, x0_lambdas
+# addition, multiplier, deepnorm, layer_scale, rezero, x0_lambdas
 residual = 'addition'
 # normal, gpt2, mup
 initialization = 'gpt2'

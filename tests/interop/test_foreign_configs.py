@@ -12,7 +12,16 @@ pytestmark = [pytest.mark.optional, pytest.mark.slow, pytest.mark.usefixtures('o
 
 
 # Relatives of other families: fields that affect no logits in any family are not tried again.
-RELATIVES = ('smollm3', 'olmo3', 'exaone4', 'mellum', 'nemotron_h', 'qwen3_next', 'kimi_linear', 'minimax')
+RELATIVES = (
+    'smollm3',
+    'olmo3',
+    'exaone4',
+    'mellum',
+    'nemotron_h',
+    'qwen3_next',
+    'kimi_linear',
+    'minimax',
+)
 
 
 @pytest.mark.parametrize('family', BASES)
