@@ -13,20 +13,26 @@ a_(s+1) · … · a_t, this is (their section 6, listing 1):
 
 Heads of a group share keys and queries. Decays are given as logarithms; only differences that are
 at most 0 are exponentiated, so that decays may be as strong as they like.
+
+Gradients need no gradients of single decays: y_t is proportional to exp(sum_t), with sum_t = log
+a_(0:t), and each contribution of token s to Δ_s exp(-sum_s), so that with D = 0 the gradient of
+sum_t is y_t · dy_t - x_t · dx_t, and that of log Δ_t is x_t · dx_t (a dot of vectors of P).
 """
 
+import itertools
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 
 CHUNK = 64  # tokens
+SEGMENT = 2**19  # elements of (B, chunks, H, Q, Q) that are computed at once on a CPU
 LEAST_STEP = 1e-30  # smaller steps are taken as this one, whose logarithm is finite
 
 
 class Inputs(NamedTuple):
-    """Inputs of the recurrence, of tokens (B, T, ...) or of chunks (B, chunks, Q, ...)."""
+    """Inputs of the recurrence."""
 
     x: torch.Tensor  # (B, T, H, P)
     steps: torch.Tensor  # Δ (B, T, H), at least 0
@@ -35,12 +41,13 @@ class Inputs(NamedTuple):
     queries: torch.Tensor  # c (B, T, G, N)
 
 
-class Boundaries(NamedTuple):
-    """What document boundaries hide in chunks of Q tokens."""
+class Masks(NamedTuple):
+    """What is hidden in chunks of Q tokens; the last two are None without documents."""
 
-    same: torch.Tensor  # (B, chunks, Q, Q): whether two tokens are of the same document
-    before: torch.Tensor  # (B, chunks, Q): whether a token's document began before the chunk
-    until_end: torch.Tensor  # (B, chunks, Q): whether it goes on until the end of the chunk
+    later: torch.Tensor  # (Q, Q): tokens s > t
+    hidden: torch.Tensor  # (Q, Q) or (B, chunks, 1, Q, Q): those, and s in another document
+    other_before: torch.Tensor | None  # (B, chunks, Q, 1): the document begins in the chunk
+    other_after: torch.Tensor | None  # (B, chunks, Q, 1): it ends in the chunk
 
 
 def state_space_duality(
@@ -59,16 +66,21 @@ def state_space_duality(
     size = min(CHUNK, length)
     # 1. Split the tokens into chunks; tokens that fill the last one change nothing.
     missing = -length % size
-    chunks = Inputs(*(_into_chunks(each, size, missing) for each in inputs))
-    boundaries = None if starts is None else _find_boundaries(_into_chunks(starts, size, missing))
-    sums = chunks.log_decays.cumsum(dim=2)  # log a_(0:t), (B, chunks, Q, H)
-    # 2. Add what tokens of the same chunk contribute.
-    y = _without_intermediates(_within_chunks, chunks, sums, skip, boundaries)
-    # 3. Add what the states before the chunks contribute.
-    if chunks.x.size(1) > 1 or state is not None or needs_state:
-        before, state = _states(chunks, sums, state, boundaries)
-        y = y + _read_states(chunks.queries, before, sums, boundaries)
-    y = y.flatten(1, 2)
+    x, steps, log_decays, keys, queries = (_into_chunks(each, size, missing) for each in inputs)
+    masks = _find_masks(
+        size, x.device, None if starts is None else _into_chunks(starts, size, missing)
+    )
+    # 2. Without a state before or after, a single chunk needs none.
+    if state is None and (needs_state or x.size(1) > 1):
+        heads, groups = x.size(3), keys.size(3)
+        state = x.new_zeros(x.size(0), groups, keys.size(4), heads // groups, x.size(4))
+    # 3. Compute segments of a few chunks, one after the other.
+    log_steps, sums = steps.clamp(min=LEAST_STEP).log(), log_decays.cumsum(dim=2)
+    outputs = []
+    for segment in _segments((x, log_steps, sums, keys, queries), masks):
+        y, state = _Chunks.apply(skip, state, *segment)
+        outputs.append(y)
+    y = (outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)).flatten(1, 2)
     return (y[:, :length] if missing else y), state
 
 
@@ -86,84 +98,171 @@ def _into_chunks(x: torch.Tensor, size: int, missing: int) -> torch.Tensor:
     return padded.unflatten(1, (-1, size))
 
 
-def _find_boundaries(starts: torch.Tensor) -> Boundaries:
-    """starts: (B, chunks, Q)."""
-    document = starts.cumsum(dim=2)
-    return Boundaries(
-        same=document[..., :, None] == document[..., None, :],
-        before=document == 0,
-        until_end=document == document[..., -1:],
+def _find_masks(size: int, device: torch.device, starts: torch.Tensor | None) -> Masks:
+    """starts: (B, chunks, Q) or None."""
+    later = torch.ones(size, size, dtype=torch.bool, device=device).triu(1)
+    if starts is None:
+        return Masks(later, later, None, None)
+    document = starts.cumsum(dim=2)[..., None]  # numbers within the chunk
+    return Masks(
+        later=later,
+        hidden=(later | (document != document.mT))[:, :, None],
+        other_before=document != 0,
+        other_after=document != document[:, :, -1:],
     )
 
 
-def _without_intermediates(function, *arguments) -> torch.Tensor:
-    """The function's result; only the arguments are kept for the backward pass."""
-    if not torch.is_grad_enabled():
-        return function(*arguments)
-    return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
+def _segments(chunks: tuple[torch.Tensor, ...], masks: Masks) -> Iterable[tuple]:
+    """The chunks and masks, in parts that fit into the caches of a CPU."""
+    x = chunks[0]
+    batch, number, size, heads, _ = x.shape
+    most = max(1, SEGMENT // (batch * heads * size**2))
+    if x.device.type != 'cpu' or torch.compiler.is_compiling() or number <= most:
+        return [(*chunks, *masks)]
+    of_chunks = [each.split(most, dim=1) for each in chunks]
+    of_masks = [
+        each.split(most, dim=1) if each is not None and each.dim() > 2 else itertools.repeat(each)
+        for each in masks
+    ]
+    return zip(*of_chunks, *of_masks)
 
 
-def _within_chunks(
-    chunks: Inputs, sums: torch.Tensor, skip: torch.Tensor, boundaries: Boundaries | None
-) -> torch.Tensor:
-    """Σ_(s≤t) (c_t · b_s) a_(s:t) Δ_s x_s + D · x_t, (B, chunks, Q, H, P)."""
-    size, heads, groups = chunks.x.size(2), chunks.x.size(3), chunks.keys.size(3)
-    later = torch.ones(size, size, dtype=torch.bool, device=sums.device).triu(1)
-    # 1. Scores of pairs of tokens, 0 where s > t or in another document: (B, chunks, G, Q, Q).
-    scores = chunks.queries.transpose(2, 3) @ chunks.keys.permute(0, 1, 3, 4, 2)
-    hidden = later if boundaries is None else (later | ~boundaries.same)[:, :, None]
-    scores = scores.masked_fill(hidden, 0.0)
-    # 2. a_(s:t) Δ_s, and 1 where s > t: (B, chunks, H, Q, Q).
-    of_end = sums.transpose(2, 3)
-    of_begin = of_end - chunks.steps.clamp(min=LEAST_STEP).log().transpose(2, 3)
-    weights = (of_end[..., :, None] - of_begin[..., None, :]).masked_fill_(later, 0.0).exp_()
-    # 3. Their products, with D on the diagonal.
-    weights = weights.unflatten(2, (groups, heads // groups)) * scores[:, :, :, None]
-    weights = weights.flatten(2, 3)
-    weights.diagonal(dim1=-2, dim2=-1).add_(skip[:, None])
-    return (weights @ chunks.x.transpose(2, 3)).transpose(2, 3)
+class _Chunks(torch.autograd.Function):
+    """y (B, chunks, Q, H, P), and the state after the last chunk unless `state` is None.
+
+    A function of its own, since autograd would keep several tensors (B, chunks, H, Q, Q) and pass
+    over them many times. It keeps its inputs, y and the states.
+    """
+
+    @staticmethod
+    def forward(ctx, skip, state, x, log_steps, sums, keys, queries, *masks):
+        masks = Masks(*masks)
+        _, mixing = _mixing(log_steps, sums, keys, queries, skip, masks)
+        y = (mixing @ x.transpose(2, 3)).transpose(2, 3)
+        states = None
+        if state is not None:
+            weights = _until_end(log_steps, sums, masks)
+            added = _by_group(keys).mT @ _heads_by_group(x * weights, keys.size(3))
+            states = _recurrence(added.unflatten(-1, state.shape[-2:]), _decays(sums, masks), state)
+            y = _of_states(queries, states[:, :-1]).mul_(_since_begin(sums, masks)).add_(y)
+        y = y.contiguous()
+        ctx.save_for_backward(skip, states, y, x, log_steps, sums, keys, queries, *masks)
+        return y, None if states is None else states[:, -1].clone()
+
+    @staticmethod
+    def backward(ctx, grad, grad_state):
+        skip, states, y, x, log_steps, sums, keys, queries, *masks = ctx.saved_tensors
+        masks = Masks(*masks)
+        # 1. Within chunks: gradients of x, and of the scores, from which those of b and c follow.
+        weights, mixing = _mixing(log_steps, sums, keys, queries, skip, masks)
+        grad_by_head = grad.transpose(2, 3).contiguous()
+        grad_x = (mixing.mT @ grad_by_head).transpose(2, 3)
+        grad_mixing = grad_by_head @ x.permute(0, 1, 3, 4, 2)
+        grad_scores = grad_mixing.unflatten(2, weights.shape[2:4]).mul_(weights).sum(dim=3)
+        grad_scores.masked_fill_(masks.hidden, 0.0)
+        grad_queries = grad_scores @ _by_group(keys)
+        grad_keys = grad_scores.mT @ _by_group(queries)
+        grad_end = None
+        # 2. From the states before chunks, back to those after chunks.
+        if states is not None:
+            groups, heads_of_group = keys.size(3), states.shape[-2:]
+            read = _heads_by_group(grad * _since_begin(sums, masks), groups)
+            grad_queries += read @ states[:, :-1].flatten(-2).mT
+            grad_read = (_by_group(queries).mT @ read).unflatten(-1, heads_of_group)
+            grad_states = _recurrence(grad_read, _decays(sums, masks), grad_state, reverse=True)
+            # 3. From the states after chunks to what was added to them.
+            of_states = grad_states[:, 1:]
+            weights = _until_end(log_steps, sums, masks)
+            grad_keys += _heads_by_group(x * weights, groups) @ of_states.flatten(-2).mT
+            grad_x = _of_states(keys, of_states).mul_(weights).add_(grad_x)
+            grad_end = (states[:, 1:] * of_states).sum(dim=(3, 5)).flatten(2)
+            grad_state = grad_states[:, 0]
+        # 4. Gradients of decays and steps, as above; D cancels in the first one.
+        of_x, of_skip = (x * grad_x).sum(dim=-1), (x * grad).sum(dim=-1)
+        grad_sums = (y * grad).sum(dim=-1) - of_x
+        if grad_end is not None:
+            grad_sums[:, :, -1] += grad_end
+        return (
+            of_skip.sum(dim=(0, 1, 2)),
+            grad_state,
+            grad_x,
+            of_x - skip * of_skip,
+            grad_sums,
+            grad_keys.transpose(2, 3),
+            grad_queries.transpose(2, 3),
+            *(None,) * len(masks),
+        )
 
 
-def _states(
-    chunks: Inputs,
+def _mixing(
+    log_steps: torch.Tensor,
     sums: torch.Tensor,
-    state: torch.Tensor | None,
-    boundaries: Boundaries | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The states before each chunk, (B, chunks, G, N, H / G, P), and the one after the last."""
-    heads, groups = chunks.x.size(3), chunks.keys.size(3)
-    # 1. What each chunk adds to the state: Σ_s a_(s:Q) Δ_s b_s x_sᵀ.
-    weights = (sums[:, :, -1:] - sums).exp() * chunks.steps
-    decays = sums[:, :, -1].exp()
-    if boundaries is not None:
-        weights = weights * boundaries.until_end[..., None]
-        decays = decays * boundaries.before[:, :, -1:]
-    weighted = _by_group(chunks.x * weights[..., None], groups)
-    added = chunks.keys.permute(0, 1, 3, 4, 2) @ weighted  # (B, chunks, G, N, H / G · P)
-    added = added.unflatten(-1, (heads // groups, -1))
-    # 2. The recurrence over chunks: S' = a_(0:Q) S + what the chunk adds.
-    decays = decays.unflatten(2, (groups, 1, -1, 1))
-    before = [torch.zeros_like(added[:, 0]) if state is None else state.to(added.dtype)]
-    for decay, new in zip(decays.unbind(1), added.unbind(1)):
-        before.append(torch.addcmul(new, decay, before[-1]))
-    return torch.stack(before[:-1], dim=1), before[-1]
-
-
-def _read_states(
+    keys: torch.Tensor,
     queries: torch.Tensor,
-    before: torch.Tensor,
-    sums: torch.Tensor,
-    boundaries: Boundaries | None,
-) -> torch.Tensor:
-    """a_(0:t) Sᵀ c_t, (B, chunks, Q, H, P)."""
+    skip: torch.Tensor,
+    masks: Masks,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """a_(s:t) Δ_s, or 1 where s > t, (B, chunks, G, H / G, Q, Q), and the matrix (B, chunks, H, Q,
+    Q) that maps x to y within a chunk."""
+    # 1. Scores of pairs of tokens, 0 where s > t or in another document: (B, chunks, G, Q, Q).
+    scores = (_by_group(queries) @ _by_group(keys).mT).masked_fill_(masks.hidden, 0.0)
+    # 2. Decays and steps.
+    begins, ends = (sums - log_steps).transpose(2, 3), sums.transpose(2, 3)
+    weights = (ends[..., :, None] - begins[..., None, :]).masked_fill_(masks.later, 0.0).exp_()
+    weights = weights.unflatten(2, (keys.size(3), -1))
+    # 3. Their products, with D on the diagonal.
+    mixing = (weights * scores[:, :, :, None]).flatten(2, 3)
+    mixing.diagonal(dim1=-2, dim2=-1).add_(skip[:, None])
+    return weights, mixing
+
+
+def _until_end(log_steps: torch.Tensor, sums: torch.Tensor, masks: Masks) -> torch.Tensor:
+    """a_(s:Q) Δ_s, (B, chunks, Q, H, 1), or 0 where another document follows."""
+    weights = (sums[:, :, -1:] - sums + log_steps).exp_()
+    if masks.other_after is not None:
+        weights.masked_fill_(masks.other_after, 0.0)
+    return weights[..., None]
+
+
+def _since_begin(sums: torch.Tensor, masks: Masks) -> torch.Tensor:
+    """a_(0:t), (B, chunks, Q, H, 1), or 0 where another document is before."""
     decays = sums.exp()
-    if boundaries is not None:
-        decays = decays * boundaries.before[..., None]
-    read = queries.transpose(2, 3) @ before.flatten(-2)  # (B, chunks, G, Q, H / G · P)
-    read = read.transpose(2, 3).unflatten(-1, before.shape[-2:]).flatten(3, 4)
-    return read * decays[..., None]
+    if masks.other_before is not None:
+        decays.masked_fill_(masks.other_before, 0.0)
+    return decays[..., None]
 
 
-def _by_group(x: torch.Tensor, groups: int) -> torch.Tensor:
+def _decays(sums: torch.Tensor, masks: Masks) -> torch.Tensor:
+    """a_(0:Q), or 0 where another document is before the last token: (B, chunks, H)."""
+    return _since_begin(sums, masks)[:, :, -1, :, 0]
+
+
+def _recurrence(
+    added: torch.Tensor, decays: torch.Tensor, first: torch.Tensor, reverse: bool = False
+) -> torch.Tensor:
+    """The states S' = a S + what is added, the first one included: (B, 1 + chunks, G, N, H / G, P).
+
+    added (B, chunks, G, N, H / G, P), decays (B, chunks, H), first (B, G, N, H / G, P).
+    """
+    decays = decays.unflatten(2, (added.size(2), 1, -1, 1))
+    way = -1 if reverse else 1
+    states = [first]
+    for decay, new in list(zip(decays.unbind(1), added.unbind(1)))[::way]:
+        states.append(torch.addcmul(new, decay, states[-1]))
+    return torch.stack(states[::way], dim=1)
+
+
+def _of_states(keys: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+    """Sᵀ b for keys or queries, (B, chunks, Q, H, P)."""
+    found = _by_group(keys) @ states.flatten(-2)  # (B, chunks, G, Q, H / G · P)
+    return found.transpose(2, 3).unflatten(-1, states.shape[-2:]).flatten(3, 4)
+
+
+def _by_group(keys: torch.Tensor) -> torch.Tensor:
+    """(B, chunks, Q, G, N) -> (B, chunks, G, Q, N)."""
+    return keys.transpose(2, 3)
+
+
+def _heads_by_group(x: torch.Tensor, groups: int) -> torch.Tensor:
     """(B, chunks, Q, H, P) -> (B, chunks, G, Q, H / G · P)."""
     return x.unflatten(3, (groups, -1)).transpose(2, 3).flatten(4)
