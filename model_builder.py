@@ -29,6 +29,7 @@ from components.layer_inputs import (
     position_encodings,
     publishing_values,
     run_block,
+    shared_inputs,
     summarize_metrics,
 )
 from components.layout_checks import checked_layouts
@@ -42,7 +43,6 @@ from model_components import (
     LayerCache,
     OutputHead,
     PositionEncoding,
-    SharedInputs,
     TokenEmbedding,
     locate_documents,
     module_flops,
@@ -139,7 +139,7 @@ class Transformer(nn.Module):
         for encoding in self.position_encodings:
             x = encoding.embed(x, doc_positions)
         x = self.dropout(x)
-        aux_outputs, shared = [], SharedInputs(tokens, x)
+        aux_outputs, shared = [], shared_inputs(self.blocks, tokens=tokens, x0=x)
         for block, block_inputs in zip(self.blocks, attn_inputs):
             x, aux, shared = run_block(block, x, block_inputs, shared)
             aux_outputs.append(aux)

@@ -131,6 +131,12 @@ def publishing_values(layout: type[Block]) -> type[Block]:
     return Publishing
 
 
+def shared_inputs(blocks: Iterable[Block], **entries: torch.Tensor) -> SharedInputs:
+    """The entries for which any of the blocks asks; others would only be kept in memory."""
+    names = {name for block in blocks for name in block.shared_names}
+    return SharedInputs(**{name: value for name, value in entries.items() if name in names})
+
+
 def run_block(
     block: Block, x: torch.Tensor, attn_inputs: AttentionInputs, shared: SharedInputs
 ) -> tuple[torch.Tensor, AuxOutput, SharedInputs]:

@@ -31,7 +31,8 @@ def layer_statistics(
     autocast,
 ) -> list[LayerDiagnostics]:
     """For each block, on one batch (B, T) in evaluation mode: `activation_rms` of its output,
-    `gradient_norm` of its parameters for the mean loss, and `max_attention_logit`.
+    `gradient_norm` of its parameters for the mean loss, and `max_attention_logit`, None without
+    attention.
 
     model: `raw_model` as called in training. Every rank gets the same batch. Clears all gradients;
     to be called between iterations.
@@ -41,7 +42,7 @@ def layer_statistics(
         block.register_forward_hook(lambda _, __, out: squares.append(out[0].float().pow(2).mean()))
         for block in raw_model.blocks
     ]
-    logits: list[torch.Tensor] = []
+    logits: dict[int, torch.Tensor] = {}
     try:
         # Hooks and probes would make compiled blocks recompile.
         with (
@@ -61,43 +62,55 @@ def layer_statistics(
         for hook in hooks:
             hook.remove()
         parallel.clear_gradients(model)
-    measured = torch.stack([torch.stack(squares).sqrt(), torch.stack(norms), torch.stack(logits)])
+    without = torch.zeros_like(norms[0])
+    largest = torch.stack([logits.get(layer, without) for layer in range(len(norms))])
+    measured = torch.stack([torch.stack(squares).sqrt(), torch.stack(norms), largest])
     return [
-        {'layer': layer, 'activation_rms': rms, 'gradient_norm': norm, 'max_attention_logit': logit}
+        {
+            'layer': layer,
+            'activation_rms': rms,
+            'gradient_norm': norm,
+            'max_attention_logit': logit if layer in logits else None,
+        }
         for layer, (rms, norm, logit) in enumerate(measured.T.tolist())
     ]
 
 
 @contextmanager
 def _probed_attention(
-    model: Transformer, tokens: torch.Tensor, logits: list[torch.Tensor]
+    model: Transformer, tokens: torch.Tensor, logits: dict[int, torch.Tensor]
 ) -> Iterator[None]:
-    """Append the largest |scale · q kᵀ| of each block's attention, before caps and biases."""
+    """Set the largest |scale · q kᵀ| of each block's attention, if any, before caps and biases."""
     elsewhere: torch.Tensor | bool = False  # whether the key is in another document
     if model.end_of_text is not None:
         numbers = locate_documents(tokens, model.end_of_text).ids[:, None, None]
         elsewhere = numbers[..., None] != numbers[..., None, :]  # (B, 1, 1, T, T)
 
-    def probe(attend):
+    def probe(layer, attend):
         def probed(q, k, v, mask, spec, dropout):
             grouped = q.detach().unflatten(1, (k.size(1), -1))  # (B, KV heads, group, T, D)
             scores = grouped.float() @ k.detach().float()[:, :, None].transpose(-2, -1)
             positions = torch.arange(q.size(2), device=q.device)
             hidden = ~spec.is_visible(positions[:, None], positions)
-            logits.append(scores.abs().masked_fill(hidden | elsewhere, 0.0).max() * spec.scale)
+            largest = scores.abs().masked_fill(hidden | elsewhere, 0.0).max()
+            logits[layer] = largest * spec.scale
             return attend(q, k, v, mask, spec, dropout)
 
         return probed
 
-    attentions = [block.attention for block in model.blocks if block.attention is not None]
-    originals = [attention.attend for attention in attentions]
+    attentions = {
+        layer: block.attention
+        for layer, block in enumerate(model.blocks)
+        if block.attention is not None
+    }
+    originals = {layer: attention.attend for layer, attention in attentions.items()}
     try:
-        for attention, attend in zip(attentions, originals):
-            attention.attend = probe(attend)
+        for layer, attention in attentions.items():
+            attention.attend = probe(layer, originals[layer])
         yield
     finally:
-        for attention, attend in zip(attentions, originals):
-            attention.attend = attend
+        for layer, attention in attentions.items():
+            attention.attend = originals[layer]
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from helpers.architectures import perturbed_model, random_tokens, tiny
 from common.architecture_identity import NEUTRAL, hash_of_values
 from common.errors import UserError
 from components.element_counter import ElementCounter
-from components.layer_inputs import run_block
+from components.layer_inputs import run_block, shared_inputs
 from model_builder import build_model, check_calls, parameter_groups, recompute
 from model_components import Block, Mixer, MultiHeadAttention, SharedInputs
 from model_config import (
@@ -216,6 +216,20 @@ def test_value_lambdas_begin_as_given():
     values = dict(build_model(config, 'cpu').named_parameters())['blocks.1.attention.value_lambdas']
     torch.testing.assert_close(values, torch.tensor([0.2, 0.8]), check_dtype=False)
     assert '-VResL0.2-' in config.name and '-VRes-' in tiny(value_residual='fixed').name
+
+
+def test_layers_get_what_they_ask_for():
+    """And nothing is kept for layers that do not ask."""
+    kinds = {'X': {'residual': 'x0_lambdas'}, 'V': {'value_residual': 'fixed'}}
+    config = tiny(n_layer=4, layer_pattern='AXVA', layer_kinds=kinds)
+    model, given = build_model(config, 'cpu'), []
+    for block in model.blocks:
+        block.register_forward_pre_hook(lambda _, inputs: given.append(inputs[1].shared))
+    model(random_tokens(config, batch=1))
+    filled = [{k for k, v in shared._asdict().items() if v is not None} for shared in given]
+    assert filled == [set(), {'x0'}, {'first_values'}, set()]
+    plain = build_model(tiny())
+    assert shared_inputs(plain.blocks, tokens=torch.ones(1), x0=torch.ones(1)) == SharedInputs()
 
 
 @pytest.mark.parametrize('norm', ['none', 'rmsnorm'])

@@ -94,6 +94,21 @@ def test_layer_statistics_equal_plain_torch(values, recomputed):
     assert not any(block._forward_hooks for block in model.blocks)
 
 
+def test_layers_without_attention_have_no_logits():
+    """The others have those of their own layer."""
+    kinds = {'N': {'mixer': 'none'}}
+    config = tiny(n_layer=4, layer_pattern='NANA', layer_kinds=kinds, position_encoding='rope')
+    model = perturbed_model(config).eval()
+    with torch.no_grad():
+        model.blocks[3].attention.qkv.weight.mul_(100)
+    tokens = random_tokens(config, 2)
+    layers = diagnostics.layer_statistics(model, model, ALONE, tokens, tokens, nullcontext)
+    _, small, _, large = (layer['max_attention_logit'] for layer in layers)
+    assert [layer['max_attention_logit'] is None for layer in layers] == [True, False] * 2
+    assert large > 1000 * small > 0
+    assert all(layer['activation_rms'] > 0 and layer['gradient_norm'] > 0 for layer in layers)
+
+
 def test_logits_of_future_tokens_are_ignored():
     """The largest product is that of a query with a later key, which the mask excludes."""
     config = tiny(n_layer=1, n_head=1, position_encoding='none', normalization='rmsnorm')
