@@ -86,6 +86,8 @@ MIXED = {
     'layer_kinds.M.n_head': 4,
     'layer_kinds.M.ffn_type': 'moe',
     'layer_kinds.M.num_experts': 3,
+    **{'layer_kinds.L.attention_gate': 'head', 'layer_kinds.T.value_residual': 'learned'},
+    **{'layer_kinds.T.residual': 'x0_lambdas', 'layer_kinds.M.residual': 'layer_scale'},
 }
 # Besides AdamW. ZeRO-1 splits some matrices, FSDP all of them.
 OPTIMIZERS = {
@@ -103,6 +105,7 @@ CASES = {
     'dropout': {
         **TEN,
         **{'dropout': 0.1, 'layer_pattern': 'LG', 'layer_kinds.G.attention_dropout': 0.0},
+        **{'residual': 'x0_lambdas', 'value_residual': 'learned'},
     },
     'bfloat16': {**TEN, 'dtype': 'bfloat16'},
     'float16': {**TEN, 'dtype': 'float16'},
