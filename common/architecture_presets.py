@@ -24,6 +24,11 @@ def kv_heads_in_groups_of(group: int, values: dict) -> int:
     return next(heads // n for n in range(group, 0, -1) if heads % n == 0)
 
 
+def _jamba_ffn_width(values: dict) -> int:
+    """3.5 · n_embd, a multiple of 8, as experts need."""
+    return 8 * max(1, round(7 * values['n_embd'] / 16))
+
+
 _GROUPS_OF_FOUR = {
     'use_gqa': True,
     'num_kv_heads': partial(kv_heads_in_groups_of, 4),
@@ -197,6 +202,45 @@ PRESETS = {
         'layer_pattern': 'SSASSASSASASASAS',
         'layer_kinds': {'S': {'mixer': 'short_conv'}},
     },
+    'mamba': {
+        'normalization': 'rmsnorm',
+        'mixer': 'mamba',
+        'ffn_type': 'none',
+        'norm_position': 'pre',
+        'bias': False,
+        'weight_tying': True,
+        'dropout': 0.0,
+    },
+    'jamba': {
+        'normalization': 'rmsnorm',
+        'norm_eps': 1e-6,
+        'mixer': 'mamba',
+        'mamba_norm': 'weighted',
+        'ffn_type': 'swiglu',
+        'd_ff': _jamba_ffn_width,
+        'norm_position': 'pre',
+        'bias': False,
+        'weight_tying': False,
+        'dropout': 0.0,
+        'layer_pattern': 'MEMEAEME',
+        'layer_kinds': {
+            'E': {
+                'ffn_type': 'moe',
+                'expert_ffn': 'swiglu',
+                'num_experts': 16,
+                'experts_per_token': 2,
+                'expert_d_ff': _jamba_ffn_width,
+                'router_normalize': False,
+                'load_balance_weight': 0.001,
+            },
+            'A': {
+                'mixer': 'attention',
+                'position_encoding': 'none',
+                'use_gqa': True,
+                'num_kv_heads': partial(kv_heads_in_groups_of, 4),
+            },
+        },
+    },
     'speedrun': {
         'normalization': 'rmsnorm',
         'position_encoding': 'rope',
@@ -278,6 +322,15 @@ PRESET_DESCRIPTIONS = {
         "LFM2 (Liquid AI 2025) with the 1.2B model's ratios: gated short convolutions, and "
         'attention in 6 of 16 layers, with QK norm per head, 4 query heads that share keys and '
         'values, FFN 4 · n_embd wide, tied head'
+    ),
+    'mamba': (
+        'Mamba (Gu & Dao 2023): layers of one sublayer, a selective state space, tied head. Two of '
+        'its layers are as large as one of a transformer'
+    ),
+    'jamba': (
+        "Jamba (Lieber et al. 2024) with the v0.1 model's ratios: Mamba with norms of dt, B and C, "
+        'attention without positions in one layer of eight, 2 of 16 experts in every second layer, '
+        'FFN and experts 3.5 · n_embd wide'
     ),
     'speedrun': (
         'In the style of modded-nanogpt (Jordan et al. 2024): squared ReLU, QK norm, capped logits'

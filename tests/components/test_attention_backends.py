@@ -41,13 +41,14 @@ BACKENDS = {
     'mistral': ('sdpa', 'flex'),
     'gemma3': ('sdpa', 'flex'),
     'olmo3': ('sdpa', 'flex'),
+    'mamba': (None, None),
 }
 
 
 @pytest.mark.parametrize('preset', PRESETS)
 def test_backend_of_each_preset(preset):
     config = ModelArchitectureConfig(arch_preset=preset, vocab_size=64)
-    backends = [config.for_device(kind).attention_backend for kind in ('cpu', 'mps', 'cuda')]
+    backends = [config.for_device(kind).get('attention_backend') for kind in ('cpu', 'mps', 'cuda')]
     elsewhere, on_cuda = BACKENDS.get(preset, ('sdpa', 'sdpa'))
     assert backends == [elsewhere, elsewhere, on_cuda]
     assert 'attention_backend' not in PRESETS[preset]

@@ -365,6 +365,8 @@ FAMILY_OF_PRESET = {
     'mixtral': 'mixtral',
     'deepseek': 'deepseek_v2',
     'lfm2': 'lfm2',
+    'mamba': 'mamba',
+    'jamba': 'jamba',
 }
 
 

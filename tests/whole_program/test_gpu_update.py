@@ -48,6 +48,8 @@ LAUNCHES = {
     'mixtral': 233,
     'gemma3': 240,
     'deepseek': 293,
+    'mamba': 132,
+    'jamba': 303,
     'mixed': 161,
 }
 
