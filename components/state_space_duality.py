@@ -16,7 +16,8 @@ at most 0 are exponentiated, so that decays may be as strong as they like.
 
 Gradients need no gradients of single decays: y_t is proportional to exp(sum_t), with sum_t = log
 a_(0:t), and each contribution of token s to Δ_s exp(-sum_s), so that with D = 0 the gradient of
-sum_t is y_t · dy_t - x_t · dx_t, and that of log Δ_t is x_t · dx_t (a dot of vectors of P).
+sum_t is y_t · dy_t - x_t · dx_t, and that of log Δ_t is x_t · dx_t (a dot of vectors of P). The
+terms of D, which cancel, are left out of both, since they may be many times as large.
 """
 
 import itertools
@@ -131,13 +132,13 @@ class _Chunks(torch.autograd.Function):
     """y (B, chunks, Q, H, P), and the state after the last chunk unless `state` is None.
 
     A function of its own, since autograd would keep several tensors (B, chunks, H, Q, Q) and pass
-    over them many times. It keeps its inputs, y and the states.
+    over them many times. It keeps its inputs, y without D · x, and the states.
     """
 
     @staticmethod
     def forward(ctx, skip, state, x, log_steps, sums, keys, queries, *masks):
         masks = Masks(*masks)
-        _, mixing = _mixing(log_steps, sums, keys, queries, skip, masks)
+        _, mixing = _mixing(log_steps, sums, keys, queries, masks)
         y = (mixing @ x.transpose(2, 3)).transpose(2, 3)
         states = None
         if state is not None:
@@ -147,6 +148,7 @@ class _Chunks(torch.autograd.Function):
             y = _of_states(queries, states[:, :-1]).mul_(_since_begin(sums, masks)).add_(y)
         y = y.contiguous()
         ctx.save_for_backward(skip, states, y, x, log_steps, sums, keys, queries, *masks)
+        y = torch.addcmul(y, x, skip[:, None])
         return y, None if states is None else states[:, -1].clone()
 
     @staticmethod
@@ -154,7 +156,7 @@ class _Chunks(torch.autograd.Function):
         skip, states, y, x, log_steps, sums, keys, queries, *masks = ctx.saved_tensors
         masks = Masks(*masks)
         # 1. Within chunks: gradients of x, and of the scores, from which those of b and c follow.
-        weights, mixing = _mixing(log_steps, sums, keys, queries, skip, masks)
+        weights, mixing = _mixing(log_steps, sums, keys, queries, masks)
         grad_by_head = grad.transpose(2, 3).contiguous()
         grad_x = (mixing.mT @ grad_by_head).transpose(2, 3)
         grad_mixing = grad_by_head @ x.permute(0, 1, 3, 4, 2)
@@ -177,16 +179,16 @@ class _Chunks(torch.autograd.Function):
             grad_x = _of_states(keys, of_states).mul_(weights).add_(grad_x)
             grad_end = (states[:, 1:] * of_states).sum(dim=(3, 5)).flatten(2)
             grad_state = grad_states[:, 0]
-        # 4. Gradients of decays and steps, as above; D cancels in the first one.
-        of_x, of_skip = (x * grad_x).sum(dim=-1), (x * grad).sum(dim=-1)
-        grad_sums = (y * grad).sum(dim=-1) - of_x
+        # 4. Gradients of steps and decays, as above.
+        grad_log_steps = (x * grad_x).sum(dim=-1)
+        grad_sums = (y * grad).sum(dim=-1) - grad_log_steps
         if grad_end is not None:
             grad_sums[:, :, -1] += grad_end
         return (
-            of_skip.sum(dim=(0, 1, 2)),
+            (x * grad).sum(dim=(0, 1, 2, 4)),
             grad_state,
-            grad_x,
-            of_x - skip * of_skip,
+            torch.addcmul(grad_x, grad, skip[:, None]),
+            grad_log_steps,
             grad_sums,
             grad_keys.transpose(2, 3),
             grad_queries.transpose(2, 3),
@@ -199,21 +201,17 @@ def _mixing(
     sums: torch.Tensor,
     keys: torch.Tensor,
     queries: torch.Tensor,
-    skip: torch.Tensor,
     masks: Masks,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """a_(s:t) Δ_s, or 1 where s > t, (B, chunks, G, H / G, Q, Q), and the matrix (B, chunks, H, Q,
-    Q) that maps x to y within a chunk."""
+    Q) that maps x to y within a chunk, if D = 0."""
     # 1. Scores of pairs of tokens, 0 where s > t or in another document: (B, chunks, G, Q, Q).
     scores = (_by_group(queries) @ _by_group(keys).mT).masked_fill_(masks.hidden, 0.0)
     # 2. Decays and steps.
     begins, ends = (sums - log_steps).transpose(2, 3), sums.transpose(2, 3)
     weights = (ends[..., :, None] - begins[..., None, :]).masked_fill_(masks.later, 0.0).exp_()
     weights = weights.unflatten(2, (keys.size(3), -1))
-    # 3. Their products, with D on the diagonal.
-    mixing = (weights * scores[:, :, :, None]).flatten(2, 3)
-    mixing.diagonal(dim1=-2, dim2=-1).add_(skip[:, None])
-    return weights, mixing
+    return weights, (weights * scores[:, :, :, None]).flatten(2, 3)
 
 
 def _until_end(log_steps: torch.Tensor, sums: torch.Tensor, masks: Masks) -> torch.Tensor:
