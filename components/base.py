@@ -3,10 +3,11 @@
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import ClassVar, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 import torch.nn as nn
+from torch.utils.checkpoint import checkpoint
 
 from common.errors import UserError
 from common.old_names import RenamedMethods, by_old_name, renamed_classes
@@ -196,6 +197,14 @@ def matmul_dtype(x: torch.Tensor) -> torch.dtype:
     device = x.device.type
     cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     return torch.get_autocast_dtype(device) if cast else x.dtype
+
+
+def recomputed(function: Callable[..., Any], *arguments: Any) -> Any:
+    """function(*arguments), computed again in the backward pass, so that only the arguments are
+    kept. The function draws no random numbers."""
+    if not torch.is_grad_enabled():
+        return function(*arguments)
+    return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager:

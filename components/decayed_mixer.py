@@ -6,11 +6,10 @@ from typing import ClassVar
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 
 from common.registry import FrozenConfig, Option, above, at_least
 from components.attention_inputs import AttentionInputs
-from components.base import Fill, at_least_fp32, without_autocast
+from components.base import Fill, at_least_fp32, recomputed, without_autocast
 from components.decayed_attention import decayed_attention, decayed_attention_flops
 from components.mixers import Mixer
 from components.short_convolution import ShortConvolution
@@ -228,12 +227,7 @@ class FixedDecayMixer(DecayedMixer):
 
     def finish(self, y, others):
         (gate,) = others
-        if not torch.is_grad_enabled():
-            return self.norm_and_gate(y, gate)
-        # Only y and the gate are kept for the backward pass.
-        return checkpoint(
-            self.norm_and_gate, y, gate, use_reentrant=False, preserve_rng_state=False
-        )
+        return recomputed(self.norm_and_gate, y, gate)
 
     def norm_and_gate(self, y: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
         """y (B, T, H, V), gate (B, T, H · V) -> (B, T, H, V) in the dtype of y."""

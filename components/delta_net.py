@@ -1,5 +1,6 @@
 """Mixers whose state follows the delta rule: DeltaNet, Gated DeltaNet, Kimi Delta Attention."""
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -8,7 +9,7 @@ import torch.nn.functional as F
 
 from common.registry import FrozenConfig, Option, above, at_least
 from components.attention_inputs import AttentionInputs
-from components.base import Fill, Initial, without_autocast
+from components.base import Fill, Initial, at_least_fp32, recomputed, without_autocast
 from components.delta_rule import chunk_flops, delta_rule, recurrent_flops
 from components.document_mask import DOCUMENT_OPTIONS
 from components.gated_norm import GatedRMSNorm
@@ -16,6 +17,8 @@ from components.mixers import Mixer
 from components.short_convolution import ShortConvolution
 from model_config import MIXER_REGISTRY, ModelArchitectureConfig
 
+# Tokens of which the backward pass holds all intermediate values at once; a multiple of chunks.
+SEGMENT = 1024
 L2_EPS = 1e-6  # added to the square of the norm of queries and keys
 # In names, where a value differs from the derived one.
 _SIZE_TAGS = {
@@ -163,23 +166,34 @@ class DeltaRuleMixer(Mixer):
         mixed, beta, decay, gate = self.input(x).split(self.rows, dim=-1)
         if self.convolution is not None:
             mixed = self.convolution(mixed, starts, cache)
-        log_decay, gate = self.log_decay(decay), self.gate(gate)
-        with without_autocast(x.device):
-            dtype = torch.promote_types(mixed.dtype, torch.float32)
-            q, k, v = F.silu(mixed.to(dtype)).split(self.qkv_rows, dim=-1)
-            q, k = (_normalized(each.unflatten(-1, (self.key_heads, -1))) for each in (q, k))
-            y, state = delta_rule(
-                q * self.k_dim**-0.5,
-                k,
-                v.unflatten(-1, (self.heads, -1)),
-                self.largest_beta * beta.to(dtype).sigmoid(),
-                log_decay,
-                starts,
-                None if cache is None else cache.get('state'),
-            )
+        state = None if cache is None else cache.get('state')
+        outputs = []
+        by_token = mixed, beta, self.log_decay(decay), starts
+        for segment in zip(*(_segments(x, mixed.size(1)) for x in by_token)):
+            y, state = recomputed(self.apply_rule, *segment, state)
+            outputs.append(y)
         if cache is not None:
             cache.set('state', state)
-        return self.output(self.norm(y.to(mixed.dtype), gate).flatten(2))
+        return self.output(self.norm(torch.cat(outputs, dim=1), self.gate(gate)).flatten(2))
+
+    def apply_rule(
+        self,
+        mixed: torch.Tensor,
+        beta: torch.Tensor,
+        log_decay: torch.Tensor | None,
+        starts: torch.Tensor | None,
+        state: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """mixed: queries, keys and values (B, T, their rows) before silu; beta (B, T, H) before the
+        sigmoid -> outputs (B, T, H, Dv) in the dtype of `mixed`, and the state (B, H, Dk, Dv)."""
+        with without_autocast(mixed.device):
+            q, k, v = F.silu(at_least_fp32(mixed)).split(self.qkv_rows, dim=-1)
+            q = _normalized(q.unflatten(-1, (self.key_heads, -1)), self.k_dim**-0.5)
+            k = _normalized(k.unflatten(-1, (self.key_heads, -1)))
+            v = v.unflatten(-1, (self.heads, -1))
+            beta = self.largest_beta * at_least_fp32(beta).sigmoid()
+            y, state = delta_rule(q, k, v, beta, log_decay, starts, state)
+        return y.to(mixed.dtype), state
 
     def flops(self, seq_len: int, causal: bool) -> dict[str, float]:
         """The state's products as they run; causal: 6 · Dk · Dv per token and value head, for the
@@ -188,7 +202,10 @@ class DeltaRuleMixer(Mixer):
         if causal:
             states = recurrent_flops(seq_len, *sizes)
         else:
-            states = chunk_flops(seq_len, self.key_heads, *sizes, self.per_channel)
+            states = sum(
+                chunk_flops(tokens, self.key_heads, *sizes, self.per_channel)
+                for tokens in _segment_sizes(seq_len)
+            )
         return {**super().flops(seq_len, causal), 'mixer_states': states}
 
     def matrices(self) -> dict[torch.Tensor, tuple[int, ...]]:
@@ -199,8 +216,18 @@ class DeltaRuleMixer(Mixer):
         return [self.output.weight]
 
 
-def _normalized(x: torch.Tensor) -> torch.Tensor:
-    return x * torch.rsqrt(x.square().sum(dim=-1, keepdim=True) + L2_EPS)
+def _segment_sizes(tokens: int) -> list[int]:
+    whole, rest = divmod(tokens, SEGMENT)
+    return [SEGMENT] * whole + [rest] * (rest > 0)
+
+
+def _segments(x: torch.Tensor | None, tokens: int) -> Sequence[torch.Tensor | None]:
+    """Segments of x (B, T, ...)."""
+    return [None] * len(_segment_sizes(tokens)) if x is None else x.split(SEGMENT, dim=1)
+
+
+def _normalized(x: torch.Tensor, length: float = 1.0) -> torch.Tensor:
+    return x * (torch.rsqrt(x.square().sum(dim=-1, keepdim=True) + L2_EPS) * length)
 
 
 @MIXER_REGISTRY.register('deltanet', source='Schlag et al. 2021; Yang et al. 2024')
@@ -236,9 +263,8 @@ class GatedDeltaNet(DeltaRuleMixer):
         return config.gdn_value_heads
 
     def log_decay(self, projected: torch.Tensor) -> torch.Tensor:
-        dtype = torch.promote_types(projected.dtype, torch.float32)
-        step = F.softplus(projected.to(dtype) + self.dt_bias)
-        return -self.A_log.to(dtype).exp() * step
+        step = F.softplus(at_least_fp32(projected) + self.dt_bias)
+        return -at_least_fp32(self.A_log).exp() * step
 
     def initial_values(self) -> dict[str, Fill]:
         """As in the source: exp(A_log) uniform from 0 (0.01, so that its logarithm is finite) to
@@ -282,10 +308,9 @@ class KimiDeltaAttention(DeltaRuleMixer):
         return config.gdn_v_head_dim if config.gdn_gate else 0
 
     def log_decay(self, projected: torch.Tensor) -> torch.Tensor:
-        projected = self.decay_output(projected)
-        dtype = torch.promote_types(projected.dtype, torch.float32)
-        step = F.softplus(projected.to(dtype) + self.dt_bias).unflatten(-1, (self.heads, -1))
-        return -self.A_log.to(dtype).exp()[:, None] * step
+        channels = at_least_fp32(self.decay_output(projected)) + self.dt_bias
+        step = F.softplus(channels).unflatten(-1, (self.heads, -1))
+        return -at_least_fp32(self.A_log).exp()[:, None] * step
 
     def gate(self, projected: torch.Tensor) -> torch.Tensor | None:
         return super().gate(projected if self.gate_output is None else self.gate_output(projected))

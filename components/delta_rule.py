@@ -9,13 +9,13 @@ DeltaNet: Yang et al. 2024, arXiv:2412.06464) or a vector over Dk (Kimi Delta At
 2025, arXiv:2510.26692).
 
 In a chunk of C tokens, let G_ij be the decay after token j until token i, g_i the one from before
-the chunk until token i, and S the state before the chunk. The written values solve
+the chunk until token i, and S the state before the chunk. The written values solve (I + N) U = R,
 
-    (I + strictly_lower(diag(β) (K Kᵀ ⊙ G))) U = diag(β) (V - (g ⊙ K) S).
+    N = strictly_lower(diag(β) (K Kᵀ ⊙ G)),    R = diag(β) V - diag(β) (g ⊙ K) S,
 
-With the inverse T of that matrix (the UT transform), U = T diag(β) V - W S, W = T diag(β) (g ⊙ K):
-T, W and the products with V are computed for all chunks at once. What is left is a recurrence over
-chunks, S' = g_C ⊙ S + (G_C ⊙ K)ᵀ U, and then Y = (g ⊙ Q) S + lower(Q Kᵀ ⊙ G) U for all at once.
+by the inverse of I + N (the UT transform). It is applied to V and K for all chunks at once; what is
+left is a recurrence over chunks, S' = g_C ⊙ S + (G_C ⊙ K)ᵀ U, and then the outputs are, for all at
+once, Y = (g ⊙ Q) S + lower(Q Kᵀ ⊙ G) U.
 """
 
 from typing import Any, NamedTuple
@@ -87,17 +87,14 @@ def _chunked(q, k, v, beta, log_decay, starts, state):
     key_pairs, query_pairs = pairs(q, k, since_begin)
     if documents is not None:
         key_pairs, query_pairs = key_pairs * documents.same, query_pairs * documents.same
-    # 2. The values to be written, as far as they depend on the chunk alone, and W.
-    transform = _InverseOfUnitLower.apply(beta * key_pairs) * beta.mT
-    from_state = transform @ (decays.since_begin * k)
-    # 3. The written values and the states before each chunk.
-    to_end = (decays.until_end * k).expand_as(from_state)
-    by_head = (x.flatten(0, 2) for x in (from_state, transform @ v, to_end, decays.across, state))
-    written, states, last = _ChunkRecurrence.apply(*by_head)
-    # 4. Reads of both.
+    # 2. The written values and the states before each chunk.
+    keys = beta * decays.since_begin * k
+    by_head = (beta * key_pairs, keys, beta * v, decays.until_end * k, decays.across, state)
+    written, states, last = _ChunkRecurrence.apply(*(x.flatten(0, 2) for x in by_head))
+    # 3. Reads of both.
     heads = v.shape[:3]
-    reads = (decays.since_begin * q).expand_as(from_state)
-    y = query_pairs @ written.unflatten(0, heads) + reads @ states.unflatten(0, heads)
+    y = query_pairs @ written.unflatten(0, heads)
+    y = y + (decays.since_begin * q) @ states.unflatten(0, heads)
     return y.movedim((1, 2), (3, 4)).flatten(1, 2)[:, :tokens], last.unflatten(0, heads)
 
 
@@ -142,9 +139,9 @@ def _decays(since_begin: torch.Tensor, documents: _Documents | None) -> _Decays:
 
 
 def _pairs(q, k, since_begin):
-    """strictly_lower(K Kᵀ ⊙ G) and lower(Q Kᵀ ⊙ G) for decays of heads, (B, Hk, G, N, C, C)."""
-    decay = (since_begin - since_begin.mT).tril().exp()
-    return ((k @ k.mT) * decay).tril(-1), ((q @ k.mT) * decay).tril()
+    """lower(K Kᵀ ⊙ G) and lower(Q Kᵀ ⊙ G) for decays of heads, (B, Hk, G, N, C, C)."""
+    decay = (since_begin - since_begin.mT).tril().exp().tril()
+    return (k @ k.mT) * decay, (q @ k.mT) * decay
 
 
 def _channel_pairs(q, k, since_begin):
@@ -174,66 +171,64 @@ def _join(diagonal: torch.Tensor, below: torch.Tensor) -> torch.Tensor:
     return torch.cat((F.pad(upper, (0, upper.size(-1))), torch.cat((below, lower), -1)), -2)
 
 
-class _InverseOfUnitLower(torch.autograd.Function):
-    """(I + N)⁻¹ of strictly lower triangular N (..., C, C), by blocks of doubling size:
+def _inverse_of_unit_lower(below: torch.Tensor) -> torch.Tensor:
+    """(I + N)⁻¹ with the part of N (..., C, C) below the diagonal, by blocks of doubling size:
 
     [[A, 0], [B, D]]⁻¹ = [[A⁻¹, 0], [-D⁻¹ B A⁻¹, D⁻¹]].
     """
-
-    @staticmethod
-    def forward(ctx: Any, below: torch.Tensor) -> torch.Tensor:
-        inverse = below.new_ones(*below.shape[:-1], 1, 1)
-        while (size := inverse.size(-1)) < below.size(-1):
-            # The blocks of N below the first of each pair of diagonal blocks.
-            rows = below.unflatten(-2, (-1, 2, size))[..., 1, :, :]
-            blocks = rows.unflatten(-1, (-1, 2, size))[..., 0, :].diagonal(dim1=-4, dim2=-2)
-            blocks = blocks.movedim(-1, -3)
-            if size > 1:
-                blocks = inverse[..., 1::2, :, :] @ blocks @ inverse[..., 0::2, :, :]
-            inverse = _join(inverse, -blocks)
-        inverse = inverse.squeeze(-3)
-        ctx.save_for_backward(inverse)
-        return inverse
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
-        (inverse,) = ctx.saved_tensors
-        return -(inverse.mT @ gradient @ inverse.mT).tril(-1)
+    inverse = below.new_ones(*below.shape[:-1], 1, 1)
+    while (size := inverse.size(-1)) < below.size(-1):
+        # The blocks of N below the first of each pair of diagonal blocks.
+        rows = below.unflatten(-2, (-1, 2, size))[..., 1, :, :]
+        blocks = rows.unflatten(-1, (-1, 2, size))[..., 0, :].diagonal(dim1=-4, dim2=-2)
+        blocks = blocks.movedim(-1, -3)
+        if size > 1:
+            blocks = inverse[..., 1::2, :, :] @ blocks @ inverse[..., 0::2, :, :]
+        inverse = _join(inverse, -blocks)
+    return inverse.squeeze(-3)
 
 
 class _ChunkRecurrence(torch.autograd.Function):
-    """U_n = V_n - W_n S_n, S_(n+1) = across_n ⊙ S_n + K_nᵀ U_n over chunks n; heads X of all
-    sequences in one dimension.
+    """(I + N_n) U_n = V_n - K_n S_n and S_(n+1) = a_n ⊙ S_n + E_nᵀ U_n over chunks n, for the heads
+    X of all sequences.
 
-    W, K (X, N, C, Dk), V (X, N, C, Dv), across (X, N, Dk or 1, 1), S_0 (X, Dk, Dv) ->
-    U (X, N, C, Dv), all S_n (X, N, Dk, Dv) and the last S (X, Dk, Dv). The loop of the backward
-    pass has the gradients of U and S alone; the others follow for all chunks at once.
+    N (X, N, C, C), of which the part below the diagonal counts; K, E (X, N, C, Dk);
+    V (X, N, C, Dv); a (X, N, Dk or 1, 1); S_0 (X, Dk, Dv)
+    -> U (X, N, C, Dv), all S_n (X, N, Dk, Dv) and the last S (X, Dk, Dv).
     """
 
     @staticmethod
-    def forward(ctx: Any, w, v, k, across, state):
+    def forward(ctx: Any, below, keys, values, to_end, across, state):
+        inverse = _inverse_of_unit_lower(below)
+        keys, values = inverse @ keys, inverse @ values
         written, states = [], []
-        for w_n, v_n, k_n, across_n in zip(*(x.unbind(1) for x in (w, v, k, across))):
+        by_chunk = (x.unbind(1) for x in (keys, values, to_end, across))
+        for keys_n, values_n, to_end_n, across_n in zip(*by_chunk):
             states.append(state)
-            written.append(torch.baddbmm(v_n, w_n, state, alpha=-1))
-            state = torch.baddbmm(across_n * state, k_n.mT, written[-1])
+            written.append(torch.baddbmm(values_n, keys_n, state, alpha=-1))
+            state = torch.baddbmm(across_n * state, to_end_n.mT, written[-1])
         all_written, all_states = torch.stack(written, dim=1), torch.stack(states, dim=1)
-        ctx.save_for_backward(w, k, across, all_written, all_states)
+        ctx.save_for_backward(inverse, keys, to_end, across, all_written, all_states)
         return all_written, all_states, state
 
     @staticmethod
     def backward(ctx: Any, d_written, d_states, d_state):
-        w, k, across, written, states = ctx.saved_tensors
-        d_values, d_nexts = [], []
-        by_chunk = (x.unbind(1)[::-1] for x in (w, k, across, d_written, d_states))
-        for w_n, k_n, across_n, d_written_n, d_state_n in zip(*by_chunk):
-            d_nexts.append(d_state)
-            d_values.append(torch.baddbmm(d_written_n, k_n, d_state))
+        inverse, keys, to_end, across, written, states = ctx.saved_tensors
+        # 1. In the loop, the gradients of U and S alone.
+        d_solved, d_next = [], []
+        by_chunk = (x.unbind(1)[::-1] for x in (keys, to_end, across, d_written, d_states))
+        for keys_n, to_end_n, across_n, d_written_n, d_state_n in zip(*by_chunk):
+            d_next.append(d_state)
+            d_solved.append(torch.baddbmm(d_written_n, to_end_n, d_state))
             kept = torch.addcmul(d_state_n, across_n, d_state)
-            d_state = torch.baddbmm(kept, w_n.mT, d_values[-1], alpha=-1)
-        d_value, d_next = torch.stack(d_values[::-1], dim=1), torch.stack(d_nexts[::-1], dim=1)
-        d_across = (d_next * states).sum_to_size(*across.shape)
-        return -d_value @ states.mT, d_value, written @ d_next.mT, d_across, d_state
+            d_state = torch.baddbmm(kept, keys_n.mT, d_solved[-1], alpha=-1)
+        # 2. The others for all chunks at once: that of V - K S first.
+        d_nexts = torch.stack(d_next[::-1], dim=1)
+        d_values = inverse.mT @ torch.stack(d_solved[::-1], dim=1)
+        d_below = (d_values @ written.mT).tril(-1).neg()
+        d_keys = -d_values @ states.mT
+        d_across = (d_nexts * states).sum_to_size(*across.shape)
+        return d_below, d_keys, d_values, written @ d_nexts.mT, d_across, d_state
 
 
 def chunk_flops(
@@ -243,7 +238,7 @@ def chunk_flops(
 
     In a chunk of C tokens: 4C²Dk for the products of keys with keys and queries per key head, or
     2C(C - 1)Dk per value head if the decay is per channel; 2C(C² - 4) / 3 for the inverse,
-    2C²(Dk + 2Dv) for W, T V and the chunk's own reads, 6C · Dk · Dv for the state.
+    2C²(Dk + Dv) to apply it, 2C²Dv for the chunk's own reads, 6C · Dk · Dv for the state.
     """
     if tokens == 1:
         return recurrent_flops(tokens, heads, k_dim, v_dim)

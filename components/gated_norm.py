@@ -5,9 +5,8 @@ from collections.abc import Callable
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 
-from components.base import Component, Fill, Initial
+from components.base import Component, Fill, Initial, recomputed
 
 
 class GatedRMSNorm(Component, nn.Module):
@@ -38,11 +37,7 @@ class GatedRMSNorm(Component, nn.Module):
     def forward(self, x: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
         """x, gate (..., width) -> (..., width) in the dtype of x; only they are kept for the
         backward pass."""
-        if not torch.is_grad_enabled():
-            return self.norm_and_gate(x, gate)
-        return checkpoint(
-            self.norm_and_gate, x, gate, use_reentrant=False, preserve_rng_state=False
-        )
+        return recomputed(self.norm_and_gate, x, gate)
 
     def norm_and_gate(self, x: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
         dtype = torch.promote_types(x.dtype, torch.float32)

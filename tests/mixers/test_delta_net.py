@@ -3,9 +3,11 @@
 import pytest
 import torch
 from helpers.architectures import tiny
-from helpers.mixers import mixer_module, random_inputs
+from helpers.mixers import mixer_module, random_inputs, random_starts, with_starts
+from torch.utils.flop_counter import FlopCounterMode
 
 from common.errors import UserError
+from components import delta_net
 from components.attention_inputs import AttentionInputs
 from model_builder import build_model
 from model_config import MIXER_REGISTRY
@@ -216,3 +218,20 @@ def test_gates_and_conv_without_weights():
         decays = set() if mixer == 'deltanet' else {'A_log', 'dt_bias'}
         low_rank = {'decay_output.weight'} if mixer == 'kda' else set()
         assert names == {'input.weight', 'output.weight', 'norm.weight'} | decays | low_rank
+
+
+@pytest.mark.parametrize('mixer', ['deltanet', 'gated_deltanet', 'kda'])
+def test_segments_change_nothing(mixer, monkeypatch):
+    """A sequence in several segments, with documents: outputs, gradients, and FLOPs as counted."""
+    module = mixer_module(tiny(mixer=mixer, document_mask=True, end_of_text=3))
+    x, inputs = random_inputs(2, 45, C).requires_grad_(), with_starts(random_starts(2, 45))
+    results = []
+    for segment in (64, 16):
+        monkeypatch.setattr(delta_net, 'SEGMENT', segment)
+        with FlopCounterMode(display=False) as counter:
+            y = module(x, inputs)
+        assert 2 * sum(module.flops(45, False).values()) == counter.get_total_flops()
+        weights = random_inputs(2, 45, C, seed=1)
+        results.append([y, *torch.autograd.grad((y * weights).sum(), [x, *module.parameters()])])
+    for found, expected in zip(*results):
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-10)
