@@ -228,9 +228,10 @@ class ModelArchitectureConfig(FrozenConfig):
             self.origins.pop(key, None)
         if has_base_layers:
             return
-        shared = shared_options(self._values)
-        for key in layer_options().keys() - CORE_OPTIONS.keys() - shared:
-            if key in self and not any(key in kind for kind in kinds.values()):
+        always = {key for key, option in CORE_OPTIONS.items() if option.requires is None}
+        always |= {'layer_kinds', *shared_options(self._values)}
+        for key in self._values.keys() - always:
+            if not any(key in kind for kind in kinds.values()):
                 del self._values[key], self.origins[key]
 
     @property

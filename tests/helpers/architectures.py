@@ -16,7 +16,7 @@ from common.errors import UserError
 from common.layer_pattern import letters_of
 from common.registry import Option, Registry
 from model_builder import Transformer, build_model, parameter_groups
-from model_config import CORE_OPTIONS, ModelArchitectureConfig
+from model_config import CORE_OPTIONS, MIXER_REGISTRY, ModelArchitectureConfig
 
 SIZES = {'n_layer': 2, 'n_head': 4, 'n_embd': 16, 'block_size': 6, 'vocab_size': 11}
 
@@ -142,7 +142,8 @@ def pick_values(pick: Callable[[Sequence], object], **fixed) -> dict:
                 continue
             chosen[key] = fixed[key] if key in fixed else pick(values_of(key, option))
             if isinstance(option.choices, Registry) and chosen[key] is not None:
-                add(option.choices[chosen[key]].options)
+                for component in option.choices.components(chosen[key]).values():
+                    add(component.options)
 
     add(CORE_OPTIONS)
     if chosen['mixer'] == 'attention':
@@ -154,9 +155,19 @@ def pick_values(pick: Callable[[Sequence], object], **fixed) -> dict:
 PATTERNS = ('UA', 'AB', 'UAB', 'AAB*', 'U AB*', 'B*2 A*', 'ABA B*', 'U*3 AB', 'A')
 
 
-def layer_table_values(pick: Callable[[Sequence], object], **fixed) -> dict:
+def usual_sublayers(pick: Callable[[Sequence], object]) -> dict:
+    """Attention and an FFN in every layer."""
+    return {}
+
+
+def layer_table_values(
+    pick: Callable[[Sequence], object], sublayers: Callable = usual_sublayers, **fixed
+) -> dict:
     """Values of a model of five layers of up to three kinds; each kind has a value chosen by `pick`
-    for each option in which layers may differ. `fixed` values are those of all kinds."""
+    for each option in which layers may differ. `fixed` values are those of all kinds.
+
+    sublayers: chooses the mixer and the FFN of a kind.
+    """
 
     def values_of_layers() -> dict:
         # Absolute position encodings are those of all layers.
@@ -165,6 +176,7 @@ def layer_table_values(pick: Callable[[Sequence], object], **fixed) -> dict:
             'num_kv_heads': pick((1, 2)),
             'qk_rope_head_dim': 4,
             'experts_per_token': 2,
+            **sublayers(pick),
         }
         values = pick_values(pick, **{**own, **fixed})
         values['n_head'] = pick((2, 4))
@@ -173,9 +185,12 @@ def layer_table_values(pick: Callable[[Sequence], object], **fixed) -> dict:
     pattern = pick(PATTERNS)
     kinds = {letter: values_of_layers() for letter in letters_of(pattern)}
     base = kinds.pop('U', {})
-    # Without layers of its own, the model still has the norm before the head and dropout.
+    # Without layers of its own, the model still has the norm before the head, dropout, and options
+    # of all mixers such as a backend of attention.
+    mixers = [kind['mixer'] for kind in (base, *kinds.values()) if kind]
+    mixer = next((name for name in mixers if 'attention' in name.split('+')), mixers[0])
     fixed = {'attention_backend': pick((None, 'manual')), 'layer_pattern': None, **fixed}
-    model = pick_values(pick, **{**base, **fixed})
+    model = pick_values(pick, **{**base, **fixed, 'mixer': mixer})
     shared, options = shared_options(model), architecture_options()
     of_model = {k: v for k, v in model.items() if options[k].scope == 'model' or k in shared}
     kinds_table = {'layer_pattern': pattern, 'layer_kinds': kinds}
@@ -190,6 +205,36 @@ def layer_tables(draw, **fixed) -> ModelArchitectureConfig:
     assume(config is not None)
     note(config.to_dict())
     return config
+
+
+# The project's own mixers that have a module of their own, besides attention.
+OWN_MIXERS = [
+    name
+    for name in MIXER_REGISTRY
+    if MIXER_REGISTRY[name].__module__.startswith('components.')
+    and name not in ('attention', 'none')
+]
+
+
+def any_sublayers(pick: Callable[[Sequence], object]) -> dict:
+    """A mixer, two or none, and an FFN or none."""
+    joined = [f'{a}+{b}' for a, b in itertools.combinations(['attention', *OWN_MIXERS], 2)]
+    mixer = pick(['attention', 'none', *OWN_MIXERS, *joined[: len(OWN_MIXERS) + 2]])
+    networks = values_of('ffn_type', CORE_OPTIONS['ffn_type'])
+    return {'mixer': mixer, 'ffn_type': pick(networks + ['none'] * (mixer != 'none'))}
+
+
+@st.composite
+def hybrids(draw, **fixed) -> ModelArchitectureConfig:
+    """A hypothesis strategy for legal tiny architectures whose layers have different sublayers."""
+    config = legal_config(hybrid_values(lambda values: draw(st.sampled_from(values)), **fixed))
+    assume(config is not None)
+    note(config.to_dict())
+    return config
+
+
+def hybrid_values(pick: Callable[[Sequence], object], **fixed) -> dict:
+    return layer_table_values(pick, any_sublayers, **fixed)
 
 
 def with_backend(config: ModelArchitectureConfig, backend: str) -> ModelArchitectureConfig | None:

@@ -23,14 +23,6 @@ LENGTH = 2 * SMALL_CHUNK + 5
 END = 3
 EXAMPLE = 'example'
 
-# The project's own, without those that have no module of their own.
-OWN_MIXERS = [
-    name
-    for name in MIXER_REGISTRY
-    if MIXER_REGISTRY[name].__module__.startswith('components.')
-    and name not in ('attention', 'none')
-]
-
 
 class ExampleMixer(Mixer):
     """Linear attention with decay a in each head: S_t = a · S_(t-1) + k_t v_tᵀ, y_t = S_tᵀ q_t.

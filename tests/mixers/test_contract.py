@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn as nn
 from helpers import mixer_checks
+from helpers.architectures import OWN_MIXERS
 from helpers.mixer_checks import (
     check_beside_attention,
     check_bfloat16,
@@ -21,7 +22,7 @@ from helpers.mixer_checks import (
     check_mup,
     check_pieces,
 )
-from helpers.mixers import EXAMPLE, OWN_MIXERS, ExampleMixer
+from helpers.mixers import EXAMPLE, ExampleMixer
 
 from model_config import MIXER_REGISTRY
 
