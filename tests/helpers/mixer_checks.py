@@ -319,11 +319,14 @@ def check_mup(mixer):
     narrow, wide = 32, 256
     values = {'mixer': mixer, 'arch_preset': 'llama', 'block_size': 16, 'vocab_size': 64}
     mup = {'initialization': 'mup', 'mup_base_width': narrow}
-    configs = [
-        tiny(**values, n_head=width // 16, n_embd=width, **(mup if width == wide else {}))
-        for width in (narrow, wide)
-    ]
-    assert mup_problems(*(build_model(config) for config in configs)) == []
+    for heads in (wide // 16, narrow // 16):  # as many of the same size, or as few that grow
+        configs = (
+            tiny(**values, n_head=narrow // 16, n_embd=narrow),
+            tiny(**values, n_head=heads, n_embd=wide, **mup),
+        )
+        if not (problems := mup_problems(*map(build_model, configs))):
+            break
+    assert not problems
     for at_base, under_mup in zip(*map(changes_after_updates, configs)):
         assert 1 / 3 < under_mup / at_base < 3
 

@@ -282,7 +282,9 @@ def test_run_of_a_hybrid_resumes_exactly_and_is_exported(number, tiny_dataset, t
         run_script(export_checkpoint.main, arguments)
     assert exit.value.code == 0
     exported = torch.load(folder / 'model.pt', weights_only=True)
-    again = build_model(ModelArchitectureConfig.from_dict(exported['config']), 'cpu').eval()
+    again = build_model(
+        ModelArchitectureConfig.from_dict(exported['config']['architecture']), 'cpu'
+    ).eval()
     again.load_state_dict(exported['model'])
     tokens = random_tokens(config, batch=2)
     with torch.no_grad():
