@@ -178,7 +178,7 @@ def layer_table_values(
             'experts_per_token': 2,
             **sublayers(pick),
         }
-        values = pick_values(pick, **{**own, **fixed})
+        values = {'mixer': 'attention', **pick_values(pick, **{**own, **fixed})}
         values['n_head'] = pick((2, 4))
         return {key: value for key, value in values.items() if key in layer_options()}
 
