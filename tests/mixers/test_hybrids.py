@@ -250,9 +250,9 @@ def as_options(config: ModelArchitectureConfig) -> dict:
 @given(hybrids())
 def test_hybrid_is_planned(config):
     """For every strategy, as the model that is built."""
-    options = {'plan': True, 'dataset': 'missing', 'device': 'cpu', 'gpu': None, 'world_size': 4}
+    options = {'plan': True, 'dataset': 'missing', 'device': 'cpu', 'world_size': 4}
     options |= {'gradient_accumulation_steps': 4, **as_options(config)}
-    arguments = [f'--{key}={value}' for key, value in options.items() if value is not None]
+    arguments = [f'--{key}={value}' for key, value in options.items()]
     plan = plan_run(load_settings(read_command_line(arguments, schema)))
     built = build_model(config.replace(vocab_size=50304))
     assert plan['model']['components'] == count_parameters(built)['components']
