@@ -27,6 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import export_checkpoint
 from common.errors import UserError, run_script
 from components.checks import FLOPS_TOLERANCE, flops_disagreements
+from components.layer_inputs import run_block
 from components.weight_initialization import initial_values
 from configurator import read_command_line
 from inference.generate import generate
@@ -37,7 +38,7 @@ from model_builder import (
     parameter_groups,
     recompute,
 )
-from model_components import locate_documents
+from model_components import SharedInputs, locate_documents
 from model_config import ModelArchitectureConfig
 from planning.plan import plan_run
 from training_config import load_settings, schema
@@ -58,6 +59,7 @@ def at_random(share: float = 1.0):
 
 
 UNCHANGED = {'init_std': 0.02, 'logit_softcap': None}  # larger weights, or a cap, hide differences
+NOTHING_SHARED = {'value_residual': 'none'}  # the first layer's weights would differ
 WITHOUT_DROPOUT = {'dropout': 0.0, 'attention_dropout': None, 'residual_dropout': None}
 
 
@@ -86,7 +88,7 @@ def test_other_sublayers_have_another_name_and_hash(data):
 
 
 @at_random()
-@given(hybrids())
+@given(hybrids(**NOTHING_SHARED))
 def test_parameters_and_flops_are_those_of_the_layers(config):
     """FLOPs equal torch's counter, and parts sum over the layers of uniform models."""
     model = build_model(config.with_backend('manual')).eval()
@@ -170,7 +172,7 @@ def test_text_is_equal_with_and_without_cache(config):
 
 
 @at_random()
-@given(hybrids(**UNCHANGED, **WITHOUT_DROPOUT))
+@given(hybrids(**UNCHANGED, **WITHOUT_DROPOUT, **NOTHING_SHARED))
 @torch.no_grad()
 def test_block_equals_that_of_a_uniform_model(config):
     """The same initial weights, except for the scale of those into the residual stream, and the
@@ -180,6 +182,7 @@ def test_block_equals_that_of_a_uniform_model(config):
     written = {id(w) for m in model.modules() for w in getattr(m, 'residual_weights', list)()}
     x = torch.randn(2, config.block_size, config.n_embd)
     tokens = torch.tensor([[1, 0, 1, 1, 0, 1], [0, 1, 1, 1, 1, 1]])
+    shared = SharedInputs(tokens, torch.randn_like(x))
     documents = locate_documents(tokens, 0) if config.get('document_mask') else None
     inputs = model.attention_inputs(torch.arange(config.block_size), documents)
     for number, letter in enumerate(config.layer_letters):
@@ -194,8 +197,10 @@ def test_block_equals_that_of_a_uniform_model(config):
             encoding = model.position_encodings[model.encoding_numbers[number]]
             one.position_encoding.load_state_dict(encoding.state_dict())
         expected_inputs = one.attention_inputs(torch.arange(config.block_size), documents)
-        y, aux = block(x, inputs[number])
-        expected, expected_aux = one.blocks[number](x, expected_inputs[number])
+        y, aux, _ = run_block(block, x, inputs[number], shared)
+        expected, expected_aux, _ = run_block(
+            one.blocks[number], x, expected_inputs[number], shared
+        )
         assert torch.equal(y, expected) and float(aux.loss) == float(expected_aux.loss)
 
 
