@@ -12,7 +12,7 @@ a_(s+1) · … · a_t, this is (their section 6, listing 1):
     S'  = a_(0:Q) S + Σ_s a_(s:Q) Δ_s b_s x_sᵀ
 
 Heads of a group share keys and queries. Decays are given as logarithms; only differences that are
-at most 0 are exponentiated, so that decays may be as strong as they like.
+at most 0 are exponentiated, so that no decay is too strong.
 
 Gradients need no gradients of single decays: y_t is proportional to exp(sum_t), with sum_t = log
 a_(0:t), and each contribution of token s to Δ_s exp(-sum_s), so that with D = 0 the gradient of
@@ -30,6 +30,8 @@ import torch.nn.functional as F
 CHUNK = 64  # tokens
 SEGMENT = 2**19  # elements of (B, chunks, H, Q, Q) that are computed at once on a CPU
 LEAST_STEP = 1e-30  # smaller steps are taken as this one, whose logarithm is finite
+# Of the logarithm of a decay: exp(-30) is 1e-13, and sums over a chunk keep their precision.
+LOWEST_LOG_DECAY = -30.0
 
 
 class Inputs(NamedTuple):
@@ -76,7 +78,8 @@ def state_space_duality(
         heads, groups = x.size(3), keys.size(3)
         state = x.new_zeros(x.size(0), groups, keys.size(4), heads // groups, x.size(4))
     # 3. Compute segments of a few chunks, one after the other.
-    log_steps, sums = steps.clamp(min=LEAST_STEP).log(), log_decays.cumsum(dim=2)
+    log_steps = steps.clamp(min=LEAST_STEP).log()
+    sums = log_decays.clamp(min=LOWEST_LOG_DECAY).cumsum(dim=2)
     outputs = []
     for segment in _segments((x, log_steps, sums, keys, queries), masks):
         y, state = _Chunks.apply(skip, state, *segment)
