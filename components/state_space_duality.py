@@ -45,12 +45,16 @@ class Inputs(NamedTuple):
 
 
 class Masks(NamedTuple):
-    """What is hidden in chunks of Q tokens; the last two are None without documents."""
+    """What is hidden in chunks of Q tokens; all but the first are None without documents."""
 
     later: torch.Tensor  # (Q, Q): tokens s > t
-    hidden: torch.Tensor  # (Q, Q) or (B, chunks, 1, Q, Q): those, and s in another document
+    other: torch.Tensor | None  # (B, chunks, 1, Q, Q): those, and s in another document
     other_before: torch.Tensor | None  # (B, chunks, Q, 1): the document begins in the chunk
     other_after: torch.Tensor | None  # (B, chunks, Q, 1): it ends in the chunk
+
+    @property
+    def hidden(self) -> torch.Tensor:
+        return self.later if self.other is None else self.other
 
 
 def state_space_duality(
@@ -106,11 +110,11 @@ def _find_masks(size: int, device: torch.device, starts: torch.Tensor | None) ->
     """starts: (B, chunks, Q) or None."""
     later = torch.ones(size, size, dtype=torch.bool, device=device).triu(1)
     if starts is None:
-        return Masks(later, later, None, None)
+        return Masks(later, None, None, None)
     document = starts.cumsum(dim=2)[..., None]  # numbers within the chunk
     return Masks(
         later=later,
-        hidden=(later | (document != document.mT))[:, :, None],
+        other=(later | (document != document.mT))[:, :, None],
         other_before=document != 0,
         other_after=document != document[:, :, -1:],
     )

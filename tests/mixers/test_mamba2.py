@@ -169,6 +169,14 @@ def test_gradients_of_states(documents):
     assert torch.autograd.gradcheck(duality, points)
 
 
+def test_compiles_without_documents():
+    module = mixer_module(mixer_config('mamba2'))
+    compiled = torch.compile(module, backend='aot_eager', fullgraph=True)
+    x = random_inputs(2, 3 * CHUNK, 16).requires_grad_()
+    y, expected = (each(x, AttentionInputs()) for each in (compiled, module))
+    check_equal(module, x, y, expected)
+
+
 def test_steps_of_zero_and_strong_decays_are_exact():
     """A step that underflows adds nothing; a state that decays at once is forgotten; gradients are
     finite in fp32."""
