@@ -381,7 +381,10 @@ class ModelArchitectureConfig(FrozenConfig):
             for option, component in chosen
             if option == registry.option
         ]
-        return [f'{self.n_head}H', *(part for tag in tags if tag for part in tag.split('-'))]
+        parts = [part for tag in tags if tag for part in tag.split('-')]
+        if self.get('document_mask') and 'DocMask' not in parts:
+            parts.append('DocMask')  # without attention
+        return [f'{self.n_head}H', *parts]
 
     def kinds_over_preset(self) -> dict[str, KindEntries]:
         """The kinds that give these layers if they are merged with the preset, with origins.

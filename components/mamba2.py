@@ -141,8 +141,6 @@ class Mamba2(Mixer):
             tags.append('NoNorm')
         elif config.mamba2_norm_first:
             tags.append('NormFirst')
-        if config.document_mask:
-            tags.append('DocMask')
         return '-'.join(tags)
 
     @classmethod

@@ -124,6 +124,7 @@ def test_documents_are_located_only_with_document_mask():
     assert 'end_of_text' not in config and perturbed_model(config).end_of_text is None
     assert tiny(**MASKED).name == config.name.replace('-AbsPos', '-DocMask-AbsPos')
     assert tiny(**MASKED).hash != config.hash
+    assert tiny(mixer='gla', **MASKED).name == f'{tiny(mixer="gla").name}-DocMask'
     with pytest.raises(UserError, match='end_of_text'):
         tiny(end_of_text=2)
     with pytest.raises(UserError, match='end_of_text is not set'):
