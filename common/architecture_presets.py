@@ -34,6 +34,18 @@ _GROUPS_OF_FOUR = {
     'num_kv_heads': partial(kv_heads_in_groups_of, 4),
     'd_ff': lambda values: 7 * values['n_embd'] // 2,
 }
+
+
+def _multiple_of_8(ratio: float, values: dict) -> int:
+    """The multiple of 8 nearest to ratio · n_embd."""
+    return 8 * max(1, round(ratio * values['n_embd'] / 8))
+
+
+def _head_dim(ratio: float, values: dict) -> int:
+    """The dimensions of a head of which all together are ratio · n_embd wide, a multiple of 8."""
+    return _multiple_of_8(ratio / values['n_head'], values)
+
+
 _OLMO = {
     **_LLAMA,
     'rope_theta': 5e5,
@@ -190,6 +202,63 @@ PRESETS = {
         'router_normalize': False,
         'load_balance_weight': 0.001,
     },
+    'qwen3_next': {
+        **_LLAMA,
+        'rope_theta': 1e7,
+        'rope_fraction': 0.25,
+        'norm_eps': 1e-6,
+        'head_dim': partial(_head_dim, 2),
+        'use_gqa': True,
+        'num_kv_heads': partial(kv_heads_in_groups_of, 8),
+        'qk_norm': 'rmsnorm',
+        'qk_norm_scope': 'head',
+        'attention_gate': 'elementwise',
+        'ffn_type': 'moe',
+        'expert_ffn': 'swiglu',
+        'num_experts': 64,
+        'experts_per_token': 10,
+        'expert_d_ff': partial(_multiple_of_8, 1 / 4),
+        'shared_experts': 1,
+        'shared_gate': True,
+        'load_balance_weight': 0.001,
+        'layer_pattern': 'GGGA',
+        'layer_kinds': {
+            'G': {
+                'mixer': 'gated_deltanet',
+                'gdn_value_heads': lambda values: 2 * values['n_head'],
+                'gdn_head_dim': partial(_head_dim, 1),
+                'gdn_v_head_dim': partial(_head_dim, 1),
+                'gdn_norm_eps': 1e-6,
+            }
+        },
+    },
+    'kimi_linear': {
+        **_LLAMA,
+        'position_encoding': 'none',
+        'attention_type': 'mla',
+        'kv_lora_rank': partial(_multiple_of_8, 2 / 9),
+        'qk_nope_head_dim': partial(_head_dim, 16 / 9),
+        'latent_norm_eps': 1e-6,
+        'd_ff': lambda values: 4 * values['n_embd'],
+        'ffn_type': 'moe',
+        'expert_ffn': 'swiglu',
+        'num_experts': 32,
+        'experts_per_token': 8,
+        'expert_d_ff': partial(_multiple_of_8, 4 / 9),
+        'shared_experts': 1,
+        'router_score': 'sigmoid',
+        'router_scale': 2.446,
+        'load_balance_weight': 0.001,
+        'layer_pattern': 'D KKAK*',
+        'layer_kinds': {
+            'K': {'mixer': 'kda', 'gdn_head_dim': partial(_head_dim, 16 / 9)},
+            'D': {
+                'mixer': 'kda',
+                'gdn_head_dim': partial(_head_dim, 16 / 9),
+                'ffn_type': 'swiglu',
+            },
+        },
+    },
     'lfm2': {
         **_LLAMA,
         'rope_theta': 1e6,
@@ -317,6 +386,17 @@ PRESET_DESCRIPTIONS = {
         "DeepSeek-V2 (DeepSeek-AI 2024) with the Lite model's ratios: latent attention; after "
         'a dense first layer, 6 of 32 small experts (64 in the original) and 2 shared ones '
         'per token'
+    ),
+    'qwen3_next': (
+        "Qwen3-Next (Qwen Team 2025) with the 80B-A3B model's ratios: Gated DeltaNet in three of "
+        'four layers; gated attention with RoPE on a quarter of each head, where 8 query heads '
+        'share keys and values; 10 of 64 small experts (512 in the original) and a gated shared '
+        'one per token'
+    ),
+    'kimi_linear': (
+        "Kimi Linear (Kimi Team 2025) with the 48B-A3B model's ratios: Kimi Delta Attention in "
+        'three of four layers, latent attention without positions in the fourth; after a dense '
+        'first layer, 8 of 32 experts (256 in the original) and a shared one per token'
     ),
     'lfm2': (
         "LFM2 (Liquid AI 2025) with the 1.2B model's ratios: gated short convolutions, and "

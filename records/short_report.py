@@ -27,7 +27,7 @@ _SHOWN = {
 
 
 def short_report(header: RecordHeader, run_folder: Path | str) -> str:
-    """The TRAINING INITIALIZATION report in at most 24 lines of 80 columns, 25 for mixed layers."""
+    """The TRAINING INITIALIZATION report in at most 24 lines of 80 columns, 26 for mixed layers."""
     config, info = header['config'], header['startup_info']
     architecture, weights_from = header['architecture'], header['metadata'].get('weights_from')
     origin = f'preset {config["arch_preset"]}, hash {architecture["hash"]}'
@@ -68,11 +68,11 @@ def _choices(architecture: ArchitectureInfo) -> dict[str, str]:
     lines = {}
     for label, first in next(iter(by_kind.values())).items():
         common = [part for part in first if all(part in own[label] for own in by_kind.values())]
-        own = {
-            kind: [part for part in parts[label] if part not in common]
-            for kind, parts in by_kind.items()
-        }
-        of_kinds = [f'{kind}: {", ".join(parts)}' for kind, parts in own.items() if parts]
+        own: dict[str, list[str]] = {}  # the kinds of each text
+        for kind, parts in by_kind.items():
+            text = ', '.join(part for part in parts[label] if part not in common)
+            own.setdefault(text, []).append(kind)
+        of_kinds = [f'{", ".join(of)}: {text}' for text, of in own.items() if text]
         lines[label] = '; '.join(filter(None, [', '.join(common), *of_kinds]))
     return {label: text for label, text in lines.items() if text}
 
@@ -88,6 +88,7 @@ def _choices_of_layers(choices: dict[str, Any]) -> dict[str, list[str]]:
         'Normalization': [value('normalization'), value('norm_position')],
         'Position Encoding': [value('position_encoding'), value('rope_theta', 'theta {:,.0f}')],
         'Attention': [
+            value('mixer') if choices.get('mixer') != 'attention' else None,
             value('attention_type'),
             value('num_kv_heads', '{} key/value heads') if is_grouped else None,
             value('sliding_window', 'window {:,}'),

@@ -367,6 +367,8 @@ FAMILY_OF_PRESET = {
     'lfm2': 'lfm2',
     'mamba': 'mamba',
     'jamba': 'jamba',
+    'qwen3_next': 'qwen3_next',
+    'kimi_linear': 'kimi_linear',
 }
 
 

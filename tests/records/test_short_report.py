@@ -39,7 +39,7 @@ def test_report_of_preset_fits_on_screen(preset, info):
         'chosen': {'arch_preset': 'command line', 'eval_interval': 'config/x.py'},
     }
     lines = report_text(architecture=architecture, config=run, startup_info=info).splitlines()
-    assert len(lines) <= (24 if config.is_uniform else 25)
+    assert len(lines) <= (24 if config.is_uniform else 26)
     assert max(map(len, lines)) <= 80
     assert config.name in ''.join(line.strip() for line in lines).replace(' ', '')
 
