@@ -166,11 +166,21 @@ def split_randomly(length: int, seed: int) -> list[int]:
     return sizes
 
 
+# Constants by which mixers divide a sequence: tokens of a chunk, or elements computed at once.
+SMALL = {
+    'CHUNK': SMALL_CHUNK,
+    'MIN_TOKENS': SMALL_CHUNK,
+    'SEGMENT': 1,
+    'BLOCK_ELEMENTS': {'cpu': 1},
+}
+
+
 @contextmanager
 def small_chunks() -> Iterator[None]:
     """Let mixers compute in chunks of a few tokens."""
     with pytest.MonkeyPatch.context() as patch:
         for name, module in list(sys.modules.items()):
-            if name.startswith(('components.', __name__)) and hasattr(module, 'CHUNK'):
-                patch.setattr(module, 'CHUNK', SMALL_CHUNK)
+            if name.startswith(('components.', __name__)):
+                for key in SMALL.keys() & vars(module).keys():
+                    patch.setattr(module, key, SMALL[key])
         yield
