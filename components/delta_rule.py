@@ -83,7 +83,7 @@ def _chunked(q, k, v, beta, log_decay, starts, state):
     since_begin = log_decay.cumsum(dim=-2)
     decays = _decays(since_begin, documents)
     # 1. Products of keys with earlier keys, and of queries with earlier keys and their own.
-    pairs = _channel_pairs if log_decay.size(-1) > 1 else _pairs
+    pairs = _ChannelPairs.apply if log_decay.size(-1) > 1 else _pairs
     key_pairs, query_pairs = pairs(q, k, since_begin)
     if documents is not None:
         key_pairs, query_pairs = key_pairs * documents.same, query_pairs * documents.same
@@ -144,24 +144,69 @@ def _pairs(q, k, since_begin):
     return (k @ k.mT) * decay, (q @ k.mT) * decay
 
 
-def _channel_pairs(q, k, since_begin):
+def _halves(x: torch.Tensor, size: int) -> tuple[torch.Tensor, ...]:
+    """The first and the second half of each 2 · size rows: (..., C, D) -> two (..., n, size, D)."""
+    return x.unflatten(-2, (-1, 2, size)).unbind(-3)
+
+
+def _decays_of_halves(since_begin: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The decay from each row of first halves to their last row, and from there to each row of the
+    second halves; since_begin: its logarithm."""
+    first, second = _halves(since_begin, size)
+    middle = first[..., -1:, :]
+    return (middle - first).exp(), (second - middle).exp()
+
+
+class _ChannelPairs(torch.autograd.Function):
     """As `_pairs`, for decays of channels, since_begin (B, Hk, G, N, C, Dk).
 
     Here G_ij stands inside the sum over channels, and 1 / g_j may overflow. So the matrices are
     made of blocks of doubling size: in a block whose rows all follow its columns, both are decayed
-    to the row between them, each by at most 1.
+    to the row between them, each by at most 1. In the backward pass, what a row's products add to
+    the gradient of its logarithm is the row times its gradient, and for a column minus that.
     """
-    query_pairs = (q * k).sum(dim=-1).expand(since_begin.shape[:-1])[..., None, None]
-    key_pairs = torch.zeros_like(query_pairs)
-    while (size := key_pairs.size(-1)) < k.size(-2):
-        q_pairs, k_pairs, g_pairs = (x.unflatten(-2, (-1, 2, size)) for x in (q, k, since_begin))
-        (first_k, second_k), (first_g, second_g) = k_pairs.unbind(-3), g_pairs.unbind(-3)
-        middle = first_g[..., -1:, :]
-        columns = ((middle - first_g).exp() * first_k).mT
-        decay = (second_g - middle).exp()
-        key_pairs = _join(key_pairs, (decay * second_k) @ columns)
-        query_pairs = _join(query_pairs, (decay * q_pairs[..., 1, :, :]) @ columns)
-    return key_pairs.squeeze(-3), query_pairs.squeeze(-3)
+
+    @staticmethod
+    def forward(ctx: Any, q, k, since_begin):
+        ctx.save_for_backward(q, k, since_begin)
+        query_pairs = (q * k).sum(dim=-1).expand(since_begin.shape[:-1])[..., None, None]
+        key_pairs = torch.zeros_like(query_pairs)
+        while (size := key_pairs.size(-1)) < k.size(-2):
+            (first_k, second_k), second_q = _halves(k, size), _halves(q, size)[1]
+            to_middle, from_middle = _decays_of_halves(since_begin, size)
+            columns = (to_middle * first_k).mT
+            key_pairs = _join(key_pairs, (from_middle * second_k) @ columns)
+            query_pairs = _join(query_pairs, (from_middle * second_q) @ columns)
+        return key_pairs.squeeze(-3), query_pairs.squeeze(-3)
+
+    @staticmethod
+    def backward(ctx: Any, d_key_pairs, d_query_pairs):
+        q, k, since_begin = ctx.saved_tensors
+        own = d_query_pairs.diagonal(dim1=-2, dim2=-1)[..., None]
+        d_q, d_column = own * k, own * q
+        d_row = torch.zeros_like(d_q)  # of keys as rows, beside that as columns
+        size = 1
+        while size < k.size(-2):
+            (first_k, second_k), second_q = _halves(k, size), _halves(q, size)[1]
+            to_middle, from_middle = _decays_of_halves(since_begin, size)
+            columns = to_middle * first_k
+            of_keys, of_queries = (_blocks_below(x, size) for x in (d_key_pairs, d_query_pairs))
+            d_columns = of_keys.mT @ (from_middle * second_k)
+            d_columns += of_queries.mT @ (from_middle * second_q)
+            _halves(d_row, size)[1].addcmul_(from_middle, of_keys @ columns)
+            _halves(d_q, size)[1].addcmul_(from_middle, of_queries @ columns)
+            _halves(d_column, size)[0].addcmul_(to_middle, d_columns)
+            size *= 2
+        d_since_begin = q * d_q + k * (d_row - d_column)
+        return d_q.sum_to_size(*q.shape), (d_row + d_column).sum_to_size(*k.shape), d_since_begin
+
+
+def _blocks_below(x: torch.Tensor, size: int) -> torch.Tensor:
+    """Of the diagonal blocks of `size` rows, the blocks below the first of each pair:
+    (..., C, C) -> (..., n, size, size)."""
+    rows = x.unflatten(-2, (-1, 2, size))[..., 1, :, :]
+    blocks = rows.unflatten(-1, (-1, 2, size))[..., 0, :]
+    return blocks.diagonal(dim1=-4, dim2=-2).movedim(-1, -3)
 
 
 def _join(diagonal: torch.Tensor, below: torch.Tensor) -> torch.Tensor:
@@ -178,10 +223,7 @@ def _inverse_of_unit_lower(below: torch.Tensor) -> torch.Tensor:
     """
     inverse = below.new_ones(*below.shape[:-1], 1, 1)
     while (size := inverse.size(-1)) < below.size(-1):
-        # The blocks of N below the first of each pair of diagonal blocks.
-        rows = below.unflatten(-2, (-1, 2, size))[..., 1, :, :]
-        blocks = rows.unflatten(-1, (-1, 2, size))[..., 0, :].diagonal(dim1=-4, dim2=-2)
-        blocks = blocks.movedim(-1, -3)
+        blocks = _blocks_below(below, size)
         if size > 1:
             blocks = inverse[..., 1::2, :, :] @ blocks @ inverse[..., 0::2, :, :]
         inverse = _join(inverse, -blocks)
