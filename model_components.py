@@ -43,6 +43,7 @@ from components.delta_net import DeltaNet, GatedDeltaNet, KimiDeltaAttention
 from components.document_mask import DOCUMENT_OPTIONS, Documents, locate_documents
 from components.embedding import TokenEmbedding
 from components.feed_forward import FeedForward, GatedFeedForward
+from components.gated_norm import GatedRMSNorm
 from components.gated_short_convolution import GatedShortConvolution
 from components.initialization import Initialization
 from components.kv_cache import Cache, LayerCache, MixerState
@@ -57,6 +58,7 @@ from components.norms import ElementwiseAffine, Norm
 from components.positions import PositionEncoding, RotaryScaling
 from components.residual_stream import Residual
 from components.rg_lru import RGLRU
+from components.short_convolution import ShortConvolution
 from model_config import (
     ACTIVATION_REGISTRY,
     ATTENTION_BACKEND_REGISTRY,
@@ -103,6 +105,7 @@ __all__ = [
     'FeedForward',
     'GatedDeltaNet',
     'GatedFeedForward',
+    'GatedRMSNorm',
     'GatedShortConvolution',
     'Initial',
     'Initialization',
@@ -125,6 +128,7 @@ __all__ = [
     'Residual',
     'RotaryScaling',
     'SharedInputs',
+    'ShortConvolution',
     'TokenEmbedding',
     'above',
     'additive_mask',

@@ -111,7 +111,13 @@ class PretrainedCheckpoint:
             zero_vectors.add(zero_vector)
         shapes = {name: tuple(tensor.shape) for name, tensor in whole_tensors(parts).items()}
         self._check_names(shapes, zero_vectors, config)
-        self._check_shapes(shapes)
+        divided = {
+            key
+            for tensor_map, names in tensor_maps.values()
+            if tensor_map.any_split
+            for key in names
+        }
+        self._check_shapes(shapes, divided)
         return tensor_maps
 
     def _check_counts(self, config: ModelArchitectureConfig) -> None:
@@ -152,11 +158,13 @@ class PretrainedCheckpoint:
                 *(f'{self.name}: {name} must be zero, and is not.' for name in nonzero[:1]),
             )
 
-    def _check_shapes(self, shapes: dict[str, tuple[int, ...]]) -> None:
+    def _check_shapes(self, shapes: dict[str, tuple[int, ...]], divided: set[str]) -> None:
+        """divided: tensors of any number of rows; `weights` checks their sum."""
         problems = []
         for name, shape in shapes.items():
             stored = self.tensors[name]
-            if stored.shape != shape:
+            first = 1 if name in divided else 0
+            if stored.shape[first:] != shape[first:]:
                 problems.append(
                     f'{self.name}: {name} has shape {stored.shape}, but its config requires '
                     f'{shape}.'

@@ -58,6 +58,7 @@ class TensorMap:
     of their first rows that are unused. zero_vector: a vector of theirs, one number per row, that
     must be zero. layout: of their concatenated tensors. shared_rows: for each tensor, the rows of
     it that are ours, in our order, or None for all; other parameters have its other rows.
+    any_split: files may divide the rows of all tensors in another way than `rows`.
 
     The configs that its functions and methods take are those of the parameter's layer.
     """
@@ -73,6 +74,7 @@ class TensorMap:
     zero_vector: str | None = None
     layout: Layout | None = None
     shared_rows: Callable[[ModelArchitectureConfig], tuple[torch.Tensor | None, ...]] | None = None
+    any_split: bool = False
 
     def names(self, layer: str | None, config: ModelArchitectureConfig) -> list[str]:
         """Their names in a layer, in the order of `read` and `write`."""

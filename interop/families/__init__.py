@@ -6,6 +6,7 @@ and exports by the same tables. `{layer}` in a name is the number of the layer.
 """
 
 from interop.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
+from interop.families.gated_deltanet import OLMO_HYBRID, QWEN3_5
 from interop.families.gemma import GEMMA2, GEMMA3
 from interop.families.gpt2 import GPT2, NANOGPT
 from interop.families.gpt_neox import GPT_NEOX
@@ -48,8 +49,10 @@ TRANSFORMERS = {
         JAMBA,
         LFM2,
         LFM2_MOE,
+        QWEN3_5,
         QWEN3_NEXT,
         KIMI_LINEAR,
+        OLMO_HYBRID,
     )
 }
 

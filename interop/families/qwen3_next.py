@@ -25,6 +25,7 @@ from interop.mapping import (
     FULL,
     LINEAR,
     Family,
+    FieldMap,
     constant_option,
     field,
     kv_heads_field,
@@ -37,36 +38,40 @@ from model_config import ModelArchitectureConfig
 
 # --- Kinds of mixers ------------------------------------------------------------------------------
 
-QWEN_MIXERS = layer_kinds_field(
-    named_by_list('layer_types'),
-    named_by_position('full_attention_interval', 4, FULL, LINEAR),
-    kinds={
-        LINEAR: LayerKind(
-            {'mixer': 'gated_deltanet'},
-            (
-                field('gdn_heads', 'linear_num_key_heads', 16),
-                field('gdn_value_heads', 'linear_num_value_heads', 32),
-                field('gdn_head_dim', 'linear_key_head_dim', 128),
-                field('gdn_v_head_dim', 'linear_value_head_dim', 128),
-                field('gdn_conv_size', 'linear_conv_kernel_dim', 4),
-                field('gdn_norm_eps', 'rms_norm_eps', 1e-6),
-                constant_option(gdn_negative_eigenvalues=False, gdn_gate=True),
-            ),
-        ),
-        FULL: LayerKind(
-            {'mixer': 'attention'},
-            (
-                field('head_dim', 'head_dim', 256),
-                field('attention_bias', 'attention_bias', False),
-                kv_heads_field(2),
-                rope_fields(fraction='partial_rotary_factor'),
-                constant_option(
-                    attention_gate='elementwise', qk_norm='rmsnorm', qk_norm_scope='head'
+
+def qwen_mixers(kv_heads: int, rope: FieldMap) -> FieldMap:
+    """Gated DeltaNet and gated attention. kv_heads: the default of that field."""
+    return layer_kinds_field(
+        named_by_list('layer_types'),
+        named_by_position('full_attention_interval', 4, FULL, LINEAR),
+        kinds={
+            LINEAR: LayerKind(
+                {'mixer': 'gated_deltanet'},
+                (
+                    field('gdn_heads', 'linear_num_key_heads', 16),
+                    field('gdn_value_heads', 'linear_num_value_heads', 32),
+                    field('gdn_head_dim', 'linear_key_head_dim', 128),
+                    field('gdn_v_head_dim', 'linear_value_head_dim', 128),
+                    field('gdn_conv_size', 'linear_conv_kernel_dim', 4),
+                    field('gdn_norm_eps', 'rms_norm_eps', 1e-6),
+                    constant_option(gdn_negative_eigenvalues=False, gdn_gate=True),
                 ),
             ),
-        ),
-    },
-)
+            FULL: LayerKind(
+                {'mixer': 'attention'},
+                (
+                    field('head_dim', 'head_dim', 256),
+                    field('attention_bias', 'attention_bias', False),
+                    kv_heads_field(kv_heads),
+                    rope,
+                    constant_option(
+                        attention_gate='elementwise', qk_norm='rmsnorm', qk_norm_scope='head'
+                    ),
+                ),
+            ),
+        },
+    )
+
 
 # --- Kinds of FFNs --------------------------------------------------------------------------------
 
@@ -185,7 +190,7 @@ QWEN3_NEXT = Family(
         field('weight_tying', 'tie_word_embeddings', False),
         constant_option(ffn_bias=False),
         required_field(hidden_act='silu'),  # of FFNs, and of the convolutions
-        QWEN_MIXERS,
+        qwen_mixers(2, rope_fields(fraction='partial_rotary_factor')),
         _FFNS,
     ),
     weights=EMBEDDING_AND_HEAD

@@ -87,6 +87,24 @@ def test_pieces_equal_the_whole_in_each_layout(layout):
     assert {name: tensor.size(2) for name, tensor in kept.items()} == widths
 
 
+@pytest.mark.parametrize('gate', ['head', 'elementwise'])
+def test_gate_of_attention_passes_no_canon_layer(gate):
+    """Queries, keys and values do."""
+    model = canon_model(canon='B', attention_gate=gate)
+    attention = model.blocks[0].attention
+    assert attention.canon.convolution.weight.size(0) == 3 * model.config.n_embd
+    x = torch.randn(1, 5, model.config.n_embd, generator=torch.Generator().manual_seed(0))
+    inputs = model.attention_inputs(torch.arange(5))[0]
+    with torch.no_grad():
+        qkv, gates = attention.qkv(x).split((3 * model.config.n_embd, attention.rows[3]), dim=-1)
+        q, k, v = plain_canon(attention.canon, qkv[0]).chunk(3, dim=-1)
+        q, k, v = (attention.split_heads(part[None]) for part in (q, k, v))
+        heads = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        factor = gates.sigmoid().unflatten(-1, (4, -1)).transpose(1, 2)
+        expected = attention.output((heads * factor).transpose(1, 2).flatten(2))
+        assert torch.allclose(attention(x, inputs), expected, atol=1e-5)
+
+
 @pytest.mark.parametrize('letters', ['A', 'B', 'C', 'D', 'AC'])
 @pytest.mark.parametrize('layout', LAYOUTS)
 def test_each_letter_has_its_own_layers_and_all_learn(layout, letters):

@@ -44,6 +44,12 @@ CASES = {
         ('Gated', {'attention_type': 'gated'}),
         {'attention': 2 * (3 * 32 * 32 + 32 * 2 + 32 * 32)},
     ),
+    'mixer': (
+        component(PAGE, 'class TokenShift'),
+        ['--shift_size=3', '--optimizer=muon'],
+        ('Shift', {'mixer': 'token_shift', 'shift_size': 3}),
+        {'mixer': 2 * (3 * 32 * 32 + 3 * 32)},
+    ),
     'optimizer': (
         component(PAGE, 'class Signum'),
         ['--signum_momentum=0.8'],
@@ -89,8 +95,9 @@ def test_documented_component_trains(case, sandbox):
 
 
 @pytest.mark.slow
-def test_documented_attention_generates_with_a_cache(sandbox):
-    fence, options, *_ = CASES['attention']
+@pytest.mark.parametrize('case', ['attention', 'mixer'])
+def test_documented_component_generates_with_a_cache(case, sandbox):
+    fence, options, *_ = CASES[case]
     (sandbox.folder / 'own.py').write_text(fence.text, encoding='utf-8')
     sandbox.must_run('train.py', 'own.py', *SIZES, *options, '--out_dir=out-own')
     program = """

@@ -43,6 +43,13 @@ _DEEPSEEK = {
     'n_shared_experts': 1,
     'first_k_dense_replace': 1,
 }
+_DELTA_NET = {
+    'layer_types': ['linear_attention', 'full_attention'],
+    'linear_num_key_heads': 2,
+    'linear_num_value_heads': 4,
+    'linear_key_head_dim': 8,
+    'linear_value_head_dim': 6,
+}
 _MIXED_WINDOWS = {'sliding_window': 5, 'layer_types': ['sliding_attention', 'full_attention']}
 _MAMBA = {'num_hidden_layers': 2, 'hidden_size': 32, 'state_size': 4, 'time_step_rank': 4}
 _CONVOLUTIONS = {**SIZES, 'num_key_value_heads': 2, 'layer_types': ['conv', 'full_attention']}
@@ -65,18 +72,16 @@ BASES = {
     'deepseek_v3': {**_DEEPSEEK, 'n_group': 1, 'topk_group': 1},
     'qwen3_next': {
         **_GROUPED,
+        **_DELTA_NET,
         'head_dim': 16,
-        'layer_types': ['linear_attention', 'full_attention'],
         'mlp_only_layers': [0],
-        'linear_num_key_heads': 2,
-        'linear_num_value_heads': 4,
-        'linear_key_head_dim': 8,
-        'linear_value_head_dim': 6,
         'num_experts': 4,
         'num_experts_per_tok': 2,
         'moe_intermediate_size': 16,
         'shared_expert_intermediate_size': 32,
     },
+    'qwen3_5_text': {**_GROUPED, **_DELTA_NET, 'head_dim': 16},
+    'olmo_hybrid': {**SIZES, **_DELTA_NET, 'num_key_value_heads': 2},
     'kimi_linear': {
         **SIZES,
         'num_key_value_heads': 4,

@@ -19,6 +19,8 @@ RELATIVES = (
     'mellum',
     'nemotron_h',
     'qwen3_next',
+    'qwen3_5_text',
+    'olmo_hybrid',
     'kimi_linear',
     'minimax',
 )

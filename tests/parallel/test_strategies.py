@@ -80,6 +80,7 @@ MIXED = {
     'layer_pattern': 'LTM',
     'layer_kinds.L.sliding_window': 5,
     'layer_kinds.L.d_ff': 24,
+    'layer_kinds.L.canon': 'ABCD',
     'layer_kinds.T.position_encoding': 't5_relative',
     'layer_kinds.T.norm_position': 'sandwich',
     'layer_kinds.M.position_encoding': 't5_relative',
