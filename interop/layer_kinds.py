@@ -229,9 +229,11 @@ def layer_kinds_field(
         layers: dict[str, ModelArchitectureConfig] = {}  # the first of each kind
         names = []
         for layer in config.layers:
-            of_layer = (name for name, kind in kinds.items() if kind.includes(layer))
-            names.append(next(of_layer, next(iter(kinds))))  # another kind: lost when read back
-            layers.setdefault(names[-1], layer)
+            name = next((name for name, kind in kinds.items() if kind.includes(layer)), None)
+            if name is not None:
+                layers.setdefault(name, layer)
+            # A layer of another kind is lost, and so refused, when the fields are read back.
+            names.append(next(iter(kinds)) if name is None else name)
         written = {
             key: value
             for name, layer in layers.items()

@@ -1,5 +1,7 @@
 """Families whose layers are of several kinds: how a config.json names them."""
 
+import contextlib
+
 import pytest
 import torch
 from helpers import transformers_models as reference
@@ -20,7 +22,7 @@ from interop.layer_kinds import (
 from interop.layers import ABSENT
 from interop.mapping import field
 from interop.tensors import CONVOLUTION, TensorMap, tensor, whole_tensors
-from model_config import architecture_options
+from model_config import MIXER_REGISTRY, architecture_options
 
 pytestmark = [pytest.mark.optional, pytest.mark.usefixtures('one_thread')]
 
@@ -200,6 +202,20 @@ HYBRIDS = {
 def test_hybrids_that_no_family_can_express_are_named(message):
     with pytest.raises(UserError, match=message):
         interop.convert_config(tiny(arch_preset='llama', **HYBRIDS[message]))
+
+
+def test_every_mixer_is_exported_or_refused():
+    alone = [name for name in MIXER_REGISTRY if name != 'none']
+    joined = [f'attention+{name}' for name in alone if f'attention+{name}' in MIXER_REGISTRY]
+    for number, mixer in enumerate([*alone, *joined]):
+        config = tiny(
+            arch_preset='llama',
+            mixer=mixer,
+            ffn_type=('swiglu', 'moe', 'none')[number % 3],
+            norm_position=('pre', 'reordered')[number % 2],
+        )
+        with contextlib.suppress(UserError):  # other errors are mistakes of a family
+            interop.convert_config(config)
 
 
 def test_bias_of_experts_is_refused(tmp_path):
