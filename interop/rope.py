@@ -54,6 +54,28 @@ def rope_fields(
     return FieldMap(read, write)
 
 
+def partial_rope_fields(default_fraction: float) -> FieldMap:
+    """The rotated fraction of a head is read from the object of rotary parameters alone.
+
+    default_fraction: if it is missing there.
+    """
+    key = 'partial_rotary_factor'
+
+    def read(fields: Fields) -> dict:
+        rope_parameters = read_rope_parameters(fields)
+        rope_parameters.values.setdefault(key, default_fraction)
+        return _read(fields, rope_parameters, 10000.0, fraction=key)
+
+    def write(config: ModelArchitectureConfig) -> dict:
+        options = options_with(config, 'rope_theta')
+        if 'rope_theta' not in options:
+            return {}
+        names = {'rope_theta': options['rope_theta'], key: options['rope_fraction']}
+        return {'rope_parameters': {**names, **_scaling_fields(options)}}
+
+    return FieldMap(read, write)
+
+
 def _scaling_fields(options: dict) -> dict:
     """The type of scaling and its parameters."""
     scaling = _SCALINGS.get(options['rope_scaling'], {})

@@ -14,6 +14,7 @@ from interop.families.kimi_linear import KIMI_LINEAR
 from interop.families.lfm2 import LFM2, LFM2_MOE
 from interop.families.llama import LLAMA, MISTRAL, MIXTRAL, OLMO2, QWEN3
 from interop.families.mamba import FALCON_MAMBA, JAMBA, MAMBA
+from interop.families.mamba2 import BAMBA, MAMBA2
 from interop.families.minimax import MINIMAX
 from interop.families.mixed_layers import EXAONE4, MELLUM, OLMO3, SMOLLM3
 from interop.families.nemotron_h import NEMOTRON_H
@@ -42,6 +43,8 @@ TRANSFORMERS = {
         OLMO3,
         EXAONE4,
         MELLUM,
+        MAMBA2,
+        BAMBA,
         NEMOTRON_H,
         MINIMAX,
         MAMBA,

@@ -1,13 +1,14 @@
-"""Nemotron-H: layers of one sublayer each, attention, an FFN or a mixture of experts.
-
-Its recurrent layers (Mamba-2) are refused.
-"""
+"""Nemotron-H: layers of one sublayer each, Mamba-2, attention, an FFN or a mixture of experts."""
 
 from interop.families.llama import query_key_value_rows
+from interop.families.mamba2 import mixer_weights
+from interop.fields import Fields
 from interop.layer_kinds import LayerKind, layer_kinds_field, named_by_letters, named_by_list
+from interop.layers import options_with
 from interop.mapping import (
     ACTIVATIONS,
     Family,
+    FieldMap,
     constant_option,
     export_only,
     field,
@@ -16,12 +17,40 @@ from interop.mapping import (
     shared_experts_field,
 )
 from interop.tensors import TensorMap, resize_vocabulary, tensor, with_biases
+from model_config import ModelArchitectureConfig
 
 ATTENTION, FFN, EXPERTS, MAMBA = 'full_attention', 'mlp', 'moe', 'linear_attention'
 
 
+def _read_heads(fields: Fields) -> dict:
+    heads, dims = fields.take('mamba_num_heads', int, 128), fields.take('mamba_head_dim', int, 64)
+    return {'mamba2_width': heads * dims, 'mamba2_head_dim': dims}
+
+
+def _write_heads(config: ModelArchitectureConfig) -> dict:
+    options = options_with(config, 'mamba2_width')
+    if 'mamba2_width' not in options:
+        return {}
+    width, dims = options['mamba2_width'], options['mamba2_head_dim']
+    return {'mamba_num_heads': width // dims, 'mamba_head_dim': dims}
+
+
 _activation = field('activation', 'mlp_hidden_act', 'relu2', ACTIVATIONS)
 _KINDS = {
+    MAMBA: LayerKind(
+        {'mixer': 'mamba2', 'ffn_type': 'none'},
+        (
+            FieldMap(_read_heads, _write_heads),
+            field('mamba2_state_size', 'ssm_state_size', 128),
+            field('mamba2_groups', 'n_groups', 8),
+            field('mamba2_conv_size', 'conv_kernel', 4),
+            field('mamba2_conv_bias', 'use_conv_bias', True),
+            field('mamba2_norm_eps', 'layer_norm_epsilon', 1e-5),
+            field('mamba2_dt_min', 'time_step_min', 0.001),
+            field('mamba2_proj_bias', 'use_bias', False),
+            required_field(mamba_hidden_act='silu'),
+        ),
+    ),
     ATTENTION: LayerKind(
         {'mixer': 'attention', 'ffn_type': 'none'},
         (
@@ -83,7 +112,7 @@ NEMOTRON_H = Family(
         field('vocab_size', 'vocab_size'),
         field('norm_eps', 'layer_norm_epsilon', 1e-5),
         constant_option(normalization='rmsnorm', bias=False, weight_tying=False),
-        required_field(tie_word_embeddings=False, use_bias=False),
+        required_field(tie_word_embeddings=False),
         layer_kinds_field(
             named_by_list('layers_block_type', {'attention': ATTENTION, 'mamba': MAMBA}),
             named_by_letters(
@@ -93,16 +122,22 @@ NEMOTRON_H = Family(
             depth_follows=True,
         ),
     ),
+    # Older names.
+    aliases={
+        'mamba_n_groups': 'n_groups',
+        'mamba_d_conv': 'conv_kernel',
+        'mamba_conv_bias': 'use_conv_bias',
+        'mamba_dt_min': 'time_step_min',
+    },
     # Those of training, implementation, and multi-token prediction, whose tensors are refused.
     irrelevant_fields=frozenset(
         {
-            *('time_step_min', 'time_step_max', 'time_step_floor', 'rescale_prenorm_residual'),
+            *('time_step_max', 'time_step_floor', 'rescale_prenorm_residual'),
             *('residual_in_fp32', 'use_mamba_kernels', 'mamba_ssm_cache_dtype', 'chunk_size'),
             *('num_logits_to_keep', 'moe_shared_expert_overlap', 'n_shared_experts'),
             *('num_nextn_predict_layers', 'mtp_layers_block_type', 'mtp_hybrid_override_pattern'),
-            # Of Mamba-2.
-            *('conv_kernel', 'expand', 'mamba_head_dim', 'mamba_hidden_act', 'mamba_num_heads'),
-            *('mamba_proj_bias', 'n_groups', 'ssm_state_size', 'time_step_limit', 'use_conv_bias'),
+            # Of Mamba-2, which transformers does not read either.
+            *('expand', 'mamba_proj_bias', 'time_step_limit'),
         }
     ),
     weights={
@@ -118,5 +153,6 @@ NEMOTRON_H = Family(
         'blocks.{layer}.attention.output.weight': tensor(_MIXER + 'o_proj.weight'),
         **with_biases(_FFN_WEIGHTS),
         **_EXPERT_WEIGHTS,
+        **mixer_weights(_MIXER),
     },
 )

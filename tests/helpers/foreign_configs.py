@@ -52,6 +52,7 @@ _DELTA_NET = {
 }
 _MIXED_WINDOWS = {'sliding_window': 5, 'layer_types': ['sliding_attention', 'full_attention']}
 _MAMBA = {'num_hidden_layers': 2, 'hidden_size': 32, 'state_size': 4, 'time_step_rank': 4}
+_MAMBA2 = {'mamba_n_heads': 8, 'mamba_d_state': 4, 'mamba_n_groups': 2}
 _CONVOLUTIONS = {**SIZES, 'num_key_value_heads': 2, 'layer_types': ['conv', 'full_attention']}
 # Tiny models; all other fields have transformers' defaults.
 BASES = {
@@ -108,7 +109,11 @@ BASES = {
     'minimax': {**_GROUPED, 'num_local_experts': 4},
     'nemotron_h': {
         **{key: SIZES[key] for key in SIZES if key != 'num_hidden_layers'},
-        'layers_block_type': ['full_attention', 'moe', 'mlp'],
+        'layers_block_type': ['linear_attention', 'full_attention', 'moe', 'mlp'],
+        'mamba_num_heads': 6,
+        'mamba_head_dim': 4,
+        'n_groups': 2,
+        'ssm_state_size': 4,
         'num_key_value_heads': 2,
         'head_dim': 12,
         'n_routed_experts': 4,
@@ -125,6 +130,11 @@ BASES = {
         'attn_layer_period': 2,
         'attn_layer_offset': 1,
     },
+    'mamba2': {
+        **{'num_hidden_layers': 2, 'hidden_size': 32, 'state_size': 4},
+        **{'num_heads': 8, 'head_dim': 8, 'n_groups': 2},
+    },
+    'bamba': {**SIZES, 'num_key_value_heads': 2, 'attn_layer_indices': [1], **_MAMBA2},
     'lfm2': {**_CONVOLUTIONS, 'block_multiple_of': 8},
     'lfm2_moe': {
         **_CONVOLUTIONS,

@@ -23,6 +23,8 @@ RELATIVES = (
     'olmo_hybrid',
     'kimi_linear',
     'minimax',
+    'mamba2',
+    'bamba',
 )
 
 
