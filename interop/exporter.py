@@ -17,7 +17,6 @@ from common.errors import UserError
 from interop.families import TRANSFORMERS, Family
 from interop.layers import canonical_options, in_layers, layer_config, paired_kinds
 from interop.pretrained_checkpoint import tensor_map_of
-from interop.tensors import Part, whole_tensors
 from model_builder import Transformer, build_model
 from model_config import INITIALIZATION_REGISTRY, ModelArchitectureConfig
 
@@ -129,13 +128,13 @@ def export(config: ModelArchitectureConfig, weights: dict[str, torch.Tensor], fo
         for name, parameter in build_model(variant).named_parameters()
         if name not in weights
     }
-    parts: list[Part] = []
+    tensors: dict[str, torch.Tensor] = {}
     for name, tensor in (weights | biases).items():
         tensor_map, names, zero_vector = tensor_map_of(family, name, variant)
-        parts += tensor_map.write(tensor.detach(), names, layer_config(variant, name))
+        parts = tensor_map.write(tensor.detach(), layer_config(variant, name))
+        tensors.update(zip(names, parts, strict=True))
         if zero_vector:
-            parts.append(Part(zero_vector, tensor.new_zeros(len(tensor)), None))
-    tensors = whole_tensors(parts)
+            tensors[zero_vector] = tensor.new_zeros(len(tensor))
     header = {
         'architectures': [family.architecture],
         'dtype': str(dtype).removeprefix('torch.'),

@@ -25,8 +25,8 @@ How a hybrid family is declared, as data:
 - Weights: `Family.weights` has our names of all kinds, `blocks.{layer}.mixers.NAME.*` for mixers
   other than attention. A layer uses those it has. If a name of theirs depends on the kind,
   `TensorMap.choose_templates` gets the layer's config. The norms here are `attention_norm`
-  (whatever the mixer) and `ffn_norm`. Of rows that are fused or permuted, reshaped tensors, and
-  tensors of theirs that several parameters of ours share, see `TensorMap`.
+  (whatever the mixer) and `ffn_norm`. For rows that are fused or permuted, and for tensors of
+  another shape, see `TensorMap`.
 - Tests: `helpers.transformers_models.assert_parity(fields, letters, folder)`, and an entry in BASES
   of tests/helpers/foreign_configs.py, by which each field alone is compared with transformers.
 """

@@ -20,7 +20,6 @@ from interop.checkpoint_folder import read_json_object, weight_files
 from interop.families import NANOGPT, TRANSFORMERS, Family, TensorMap
 from interop.fields import short_repr
 from interop.layers import layer_config
-from interop.tensors import Part, whole_tensors
 from model_builder import build_model
 from model_config import ModelArchitectureConfig
 from training.checkpoint import load_tensors, unreadable_tensors
@@ -101,15 +100,15 @@ class PretrainedCheckpoint:
         except UserError as error:
             raise UserError(*(f'{self.name}: {problem}' for problem in error.problems)) from error
         tensor_maps: dict[str, tuple[TensorMap, list[str]]] = {}
-        parts: list[Part] = []
+        shapes: dict[str, tuple[int, ...]] = {}
         zero_vectors = set()
         for name, parameter in parameters.items():
             tensor_map, names, zero_vector = tensor_map_of(self.family, name, config)
             names = [self._stored_name(tensor_name) for tensor_name in names]
             tensor_maps[name] = tensor_map, names
-            parts += tensor_map.write(parameter.detach(), names, layer_config(config, name))
+            parts = tensor_map.write(parameter.detach(), layer_config(config, name))
+            shapes.update((key, tuple(part.shape)) for key, part in zip(names, parts, strict=True))
             zero_vectors.add(zero_vector)
-        shapes = {name: tuple(tensor.shape) for name, tensor in whole_tensors(parts).items()}
         self._check_names(shapes, zero_vectors, config)
         divided = {
             key

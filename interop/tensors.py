@@ -1,6 +1,6 @@
 """Mapping of other programs' tensors to our parameters, both ways."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -20,32 +20,6 @@ class Layout(NamedTuple):
 CONVOLUTION = Layout(lambda theirs: theirs.squeeze(1), lambda ours: ours.unsqueeze(1))
 
 
-class Part(NamedTuple):
-    """A tensor of theirs by name, or rows of it that belong to one of our parameters."""
-
-    name: str
-    tensor: torch.Tensor
-    rows: torch.Tensor | None  # the numbers of its rows; None: all of it
-
-
-def whole_tensors(parts: Iterable[Part]) -> dict[str, torch.Tensor]:
-    """Their tensors, from the parts of all parameters."""
-    by_name: dict[str, list[Part]] = {}
-    for part in parts:
-        by_name.setdefault(part.name, []).append(part)
-    return {name: _joined(of_tensor) for name, of_tensor in by_name.items()}
-
-
-def _joined(parts: list[Part]) -> torch.Tensor:
-    tensors = [part.tensor for part in parts]
-    rows = [part.rows for part in parts if part.rows is not None]
-    if not rows:
-        (whole,) = tensors
-        return whole
-    joined = torch.cat(tensors)
-    return joined if joined.is_meta else joined[torch.cat(rows).argsort()]
-
-
 @dataclass(frozen=True)
 class TensorMap:
     """The tensors that make up one of our parameters.
@@ -56,9 +30,8 @@ class TensorMap:
     theirs are (in, out). row_order: our row i is their row row_order[i]. offset: ours = theirs +
     offset. resize: applied to an embedding of another length when it is read. unused_rows: number
     of their first rows that are unused. zero_vector: a vector of theirs, one number per row, that
-    must be zero. layout: of their concatenated tensors. shared_rows: for each tensor, the rows of
-    it that are ours, in our order, or None for all; other parameters have its other rows.
-    any_split: files may divide the rows of all tensors in another way than `rows`.
+    must be zero. layout: of their concatenated tensors. any_split: files may divide the rows of all
+    tensors in another way than `rows`.
 
     The configs that its functions and methods take are those of the parameter's layer.
     """
@@ -73,7 +46,6 @@ class TensorMap:
     choose_templates: Callable[[ModelArchitectureConfig], tuple[str, ...]] | None = None
     zero_vector: str | None = None
     layout: Layout | None = None
-    shared_rows: Callable[[ModelArchitectureConfig], tuple[torch.Tensor | None, ...]] | None = None
     any_split: bool = False
 
     def names(self, layer: str | None, config: ModelArchitectureConfig) -> list[str]:
@@ -95,20 +67,13 @@ class TensorMap:
         ]
         return torch.stack(experts) if self.is_expert_stack else experts[0]
 
-    def write(
-        self, tensor: torch.Tensor, names: list[str], config: ModelArchitectureConfig
-    ) -> list[Part]:
-        """Their tensors `names`, or rows of them, from our parameter."""
+    def write(self, tensor: torch.Tensor, config: ModelArchitectureConfig) -> list[torch.Tensor]:
+        """Their tensors from our parameter."""
         experts = tensor if self.is_expert_stack else (tensor,)
-        tensors = [part for expert in experts for part in self._write(expert, config)]
-        rows = self.shared_rows(config) if self.shared_rows else (None,) * len(tensors)
-        return [Part(*part) for part in zip(names, tensors, rows, strict=True)]
+        return [part for expert in experts for part in self._write(expert, config)]
 
     def _read(self, tensors: list[torch.Tensor], config: ModelArchitectureConfig) -> torch.Tensor:
         tensors = [tensor.T if self.transposed else tensor for tensor in tensors]
-        if self.shared_rows:
-            rows = self.shared_rows(config)
-            tensors = [t if ours is None else t[ours] for t, ours in zip(tensors, rows)]
         joined = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
         joined = joined[self.unused_rows :]
         joined = self.layout.read(joined) if self.layout else joined

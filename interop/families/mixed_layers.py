@@ -15,7 +15,7 @@ from interop.families.llama import (
     swiglu_field,
 )
 from interop.fields import Fields
-from interop.layers import ABSENT, PerLayer
+from interop.layer_kinds import LayerKind, layer_kinds_field, named_by_list
 from interop.mapping import (
     FULL,
     MAX_LAYERS,
@@ -27,6 +27,7 @@ from interop.mapping import (
     field,
     kv_heads_field,
     read_layer_types,
+    required_field,
     windows_field,
 )
 from interop.rope import rope_by_layer_type_fields, rope_fields, rope_in_some_layers
@@ -175,41 +176,22 @@ EXAONE4 = Family(
 
 # --- Mellum ---------------------------------------------------------------------------------------
 
-_DENSE, _SPARSE = 'dense', 'sparse'
-_EXPERT_FIELDS = (
-    field('num_experts', 'num_local_experts', 64),
-    field('experts_per_token', 'num_experts_per_tok', 8),
-    field('expert_d_ff', 'moe_intermediate_size', 896),
-    field('router_normalize', 'norm_topk_prob', True),
-    field('expert_ffn', 'hidden_act', 'silu', {'silu': 'swiglu'}),
-    constant_option(router_score='softmax'),
+_FFNS = layer_kinds_field(
+    named_by_list('mlp_layer_types', default='sparse'),
+    kinds={
+        'dense': LayerKind({'ffn_type': 'swiglu'}),
+        'sparse': LayerKind(
+            {'ffn_type': 'moe'},
+            (
+                field('num_experts', 'num_local_experts', 64),
+                field('experts_per_token', 'num_experts_per_tok', 8),
+                field('expert_d_ff', 'moe_intermediate_size', 896),
+                field('router_normalize', 'norm_topk_prob', True),
+                constant_option(expert_ffn='swiglu', router_score='softmax'),
+            ),
+        ),
+    },
 )
-
-
-def _read_ffns(fields: Fields) -> dict:
-    """A dense network or a mixture of experts in each layer."""
-    layers = fields.take('num_hidden_layers', int, 0)
-    types = fields.take('mlp_layer_types', list, optional=True)
-    if types is None:
-        types = [_SPARSE] * min(layers, MAX_LAYERS)
-    elif len(types) != layers or not set(types) <= {_DENSE, _SPARSE}:
-        fields.refuse('mlp_layer_types', f'must be {_DENSE!r} or {_SPARSE!r} for {layers} layers')
-    mixture = {key: value for m in _EXPERT_FIELDS for key, value in m.read(fields).items()}
-    return {
-        'ffn_type': PerLayer('moe' if kind == _SPARSE else 'swiglu' for kind in types),
-        **{
-            key: PerLayer(value if kind == _SPARSE else ABSENT for kind in types)
-            for key, value in mixture.items()
-        },
-    }
-
-
-def _write_ffns(config: ModelArchitectureConfig) -> dict:
-    written = {}
-    if any(layer.ffn_type == 'moe' for layer in config.layers):
-        written = {key: value for m in _EXPERT_FIELDS for key, value in m.write(config).items()}
-    types = [_SPARSE if layer.ffn_type == 'moe' else _DENSE for layer in config.layers]
-    return {**written, 'mlp_layer_types': types}
 
 
 def _has_mellum_window(layer: int, fields: Fields) -> bool:
@@ -228,7 +210,8 @@ MELLUM = Family(
         field('weight_tying', 'tie_word_embeddings', False),
         constant_option(qk_norm='rmsnorm', qk_norm_scope='head', ffn_bias=False),
         kv_heads_field(4),
-        FieldMap(_read_ffns, _write_ffns),
+        required_field(hidden_act='silu'),
+        _FFNS,
         windows_field(1024, _has_mellum_window),
         rope_by_layer_type_fields(
             partial(read_layer_types, has_window=_has_mellum_window),

@@ -21,7 +21,7 @@ from interop.layer_kinds import (
 )
 from interop.layers import ABSENT
 from interop.mapping import field
-from interop.tensors import CONVOLUTION, TensorMap, tensor, whole_tensors
+from interop.tensors import CONVOLUTION, tensor
 from model_config import MIXER_REGISTRY, architecture_options
 
 pytestmark = [pytest.mark.optional, pytest.mark.usefixtures('one_thread')]
@@ -150,40 +150,13 @@ def test_refused_places():
 # --- Tensors --------------------------------------------------------------------------------------
 
 
-def test_parameters_share_a_tensor():
-    """Theirs interleaves the rows of two parameters of ours."""
-    gate_rows, value_rows = torch.tensor([1, 3]), torch.tensor([0, 2])
-    maps = {
-        'gate': TensorMap(('fused',), shared_rows=lambda config: (gate_rows,)),
-        'value': TensorMap(
-            ('fused', 'other'), rows=lambda config: (2, 1), shared_rows=lambda c: (value_rows, None)
-        ),
-    }
-    theirs = {'fused': torch.arange(8.0).view(4, 2), 'other': torch.ones(1, 2)}
-    ours = {name: m.read([theirs[key] for key in m.templates], None) for name, m in maps.items()}
-    assert ours['gate'].tolist() == [[2, 3], [6, 7]]
-    assert ours['value'].tolist() == [[0, 1], [4, 5], [1, 1]]
-    for device in ('cpu', 'meta'):
-        parts = [
-            part
-            for name, m in maps.items()
-            for part in m.write(ours[name].to(device), list(m.templates), None)
-        ]
-        whole = whole_tensors(parts)
-        assert {name: t.shape for name, t in whole.items()} == {
-            name: t.shape for name, t in theirs.items()
-        }
-        if device == 'cpu':
-            assert all(torch.equal(whole[name], theirs[name]) for name in theirs)
-
-
 def test_layout_of_a_convolution():
     convolution = tensor('conv.weight', layout=CONVOLUTION)
     theirs = torch.arange(6.0).view(3, 1, 2)
     ours = convolution.read([theirs], None)
     assert torch.equal(ours, theirs[:, 0])
-    (part,) = convolution.write(ours, ['conv.weight'], None)
-    assert torch.equal(part.tensor, theirs)
+    (part,) = convolution.write(ours, None)
+    assert torch.equal(part, theirs)
 
 
 # --- Refused --------------------------------------------------------------------------------------

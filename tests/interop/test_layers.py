@@ -163,9 +163,9 @@ def test_tensors_have_the_sizes_of_their_layer():
     for name, parameter in build_model(config, 'cpu').named_parameters():
         tensor_map, names, _ = interop.tensor_map_of(family, name, config)
         layer = interop.layer_config(config, name)
-        parts = tensor_map.write(parameter, names, layer)
-        assert torch.equal(tensor_map.read([part.tensor for part in parts], layer), parameter)
-        rows |= {part.name.removeprefix('model.layers.'): len(part.tensor) for part in parts}
+        parts = tensor_map.write(parameter, layer)
+        assert torch.equal(tensor_map.read(parts, layer), parameter)
+        rows |= {key.removeprefix('model.layers.'): len(part) for key, part in zip(names, parts)}
     for layer, sizes in ((0, (12, 6, 6)), (1, (16, 16, 16))):
         assert tuple(rows[f'{layer}.self_attn.{x}_proj.weight'] for x in 'qkv') == sizes
 

@@ -167,11 +167,14 @@ REFUSED = {
         EXAONE4,
         {'rope_parameters': {FULL: DEFAULT}},
     ),
-    'mlp_layer_types=.*: must be .*dense.* or .*sparse.* for 4 layers': (
+    'mlp_layer_types=.*: has 3 entries for 4 layers': (
         MELLUM,
         {'mlp_layer_types': ['sparse'] * 3},
     ),
-    'mlp_layer_types=.*dens.*: must be': (MELLUM, {'mlp_layer_types': ['dens'] * 4}),
+    "mlp_layer_types: 'dens' is not supported; supported: 'dense', 'sparse'": (
+        MELLUM,
+        {'mlp_layer_types': ['dens'] * 4},
+    ),
     'rope_scaling=.*: must be in the rope_parameters of the layers': (
         MELLUM,
         {'rope_scaling': YARN},
