@@ -3,7 +3,7 @@
 import string
 from collections.abc import Callable, Collection, Iterator
 
-from common.architecture_identity import without_short_forms
+from common.architecture_identity import NEUTRAL, without_short_forms
 from common.architecture_options import shared_options
 from common.layer_pattern import shortest_pattern
 from model_config import ModelArchitectureConfig
@@ -71,9 +71,17 @@ def _letters(kinds: dict[tuple, dict]) -> dict[tuple, str]:
     return dict(zip(kinds, string.ascii_uppercase + string.ascii_lowercase))
 
 
+def layer_values(config: ModelArchitectureConfig) -> dict:
+    """The options of layers that are all alike, without those that only other layers would use."""
+    options = config.to_dict()
+    used = without_short_forms(options)  # nor neutral values, such as mixer='attention'
+    neutral = NEUTRAL.keys() - {'layer_pattern'}
+    return {key: value for key, value in options.items() if key in used or key in neutral}
+
+
 def canonical_options(config: ModelArchitectureConfig) -> dict:
     """The options of layers that are all alike, in a canonical form: equal for equal functions."""
-    options = without_short_forms(config.to_dict())
+    options = layer_values(config)
     del options['bias']  # only the default of other options
     if 'attention_type' not in options:
         del options['n_head']  # that of attention

@@ -4,14 +4,13 @@ from dataclasses import dataclass
 
 import torch
 
-from common.architecture_identity import without_short_forms
 from common.architecture_options import short_forms
 from common.dict_option import DictOption
 from common.errors import UserError
 from common.files import file_sha256
 from configurator import CommandLine, Layer
 from interop.exporter import RUN_TIME_OPTIONS, training_only_options
-from interop.layers import in_layers, paired_kinds
+from interop.layers import in_layers, layer_values, paired_kinds
 from interop.pretrained_checkpoint import PretrainedCheckpoint, open_checkpoint
 from model_builder import Transformer, build_model
 from model_config import ROPE_SCALING_REGISTRY, ModelArchitectureConfig
@@ -34,11 +33,6 @@ def context_extension_options(config: ModelArchitectureConfig) -> set[str]:
         return set()
     scalings = (ROPE_SCALING_REGISTRY[name] for name in ROPE_SCALING_REGISTRY)
     return {'rope_scaling', *(key for scaling in scalings for key in scaling.options)}
-
-
-def _layer_values(config: ModelArchitectureConfig) -> dict:
-    """The options of layers that are all alike."""
-    return without_short_forms(config.to_dict())
 
 
 def _extend_context(arguments: CommandLine, trained: int, values: dict) -> None:
@@ -111,7 +105,7 @@ class PretrainedSource:
         # 1. Collect the options that differ, with the layers where they do.
         places: dict[tuple[str, str], list[str]] = {}  # of each option and contradiction
         set_by_user = set()
-        for place, now, theirs in paired_kinds(architecture, source, _layer_values):
+        for place, now, theirs in paired_kinds(architecture, source, layer_values):
             kind = architecture.kinds.get(place, architecture)
             for key in {**theirs, **now}:
                 if key not in allowed and theirs.get(key) != now.get(key):

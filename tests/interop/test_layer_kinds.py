@@ -1,14 +1,16 @@
 """Families whose layers are of several kinds: how a config.json names them."""
 
 import contextlib
+import re
 
 import pytest
 import torch
 from helpers import transformers_models as reference
-from helpers.architectures import tiny
+from helpers.architectures import perturbed_model, random_tokens, tiny
 
 import interop
 from common.errors import UserError
+from configurator import read_command_line
 from interop.fields import Fields
 from interop.layer_kinds import (
     LayerKind,
@@ -22,7 +24,9 @@ from interop.layer_kinds import (
 from interop.layers import ABSENT
 from interop.mapping import field
 from interop.tensors import CONVOLUTION, tensor
+from model_builder import build_model
 from model_config import MIXER_REGISTRY, architecture_options
+from training_config import load_settings, schema
 
 pytestmark = [pytest.mark.optional, pytest.mark.usefixtures('one_thread')]
 
@@ -177,6 +181,23 @@ def test_hybrids_that_no_family_can_express_are_named(message):
         interop.convert_config(tiny(arch_preset='llama', **HYBRIDS[message]))
 
 
+@pytest.mark.parametrize(
+    ('preset', 'change'),
+    [
+        ('qwen3_next', {'attention_gate': 'none'}),
+        ('qwen3_next', {'shared_gate': False}),
+        ('kimi_linear', {'latent_norm_eps': None}),
+        ('lfm2', {'canon': 'A'}),
+    ],
+)
+def test_options_that_a_family_fixes_are_compared(preset, change):
+    """Also those whose value is the one of runs from before the option."""
+    interop.convert_config(tiny(arch_preset=preset, n_layer=4))
+    ((key, value),) = change.items()
+    with pytest.raises(UserError, match=re.escape(f'{key}={value!r}')):
+        interop.convert_config(tiny(arch_preset=preset, n_layer=4, **change))
+
+
 def test_every_mixer_is_exported_or_refused():
     alone = [name for name in MIXER_REGISTRY if name != 'none']
     joined = [f'attention+{name}' for name in alone if f'attention+{name}' in MIXER_REGISTRY]
@@ -198,3 +219,37 @@ def test_bias_of_experts_is_refused(tmp_path):
     source = reference.saved(model, tmp_path)
     with pytest.raises(UserError, match='correction_bias must be zero, and is not'):
         source.check()
+
+
+# --- Training from pretrained weights -------------------------------------------------------------
+
+
+def start(folder, *flags: str):
+    """The source and the architecture of a run with these weights, checked."""
+    arguments = read_command_line([f'--init_from=hf:{folder}', '--device=cpu', *flags], schema)
+    source = interop.find_pretrained(arguments)
+    settings = load_settings(arguments)
+    source.check(settings)
+    return source, settings.architecture
+
+
+@pytest.fixture(scope='module', params=['qwen3_next', 'kimi_linear', 'lfm2'])
+def hybrid(request, tmp_path_factory):
+    """A hybrid of ours, and the folder of its export."""
+    folder = tmp_path_factory.mktemp('hybrid') / 'model'
+    sizes = {'n_layer': 4, 'block_size': 32, 'vocab_size': 256}
+    model = perturbed_model(tiny(arch_preset=request.param, **sizes)).eval()
+    interop.export(model.config, dict(model.named_parameters()), folder)
+    return model, folder
+
+
+def test_run_has_the_mixers_of_the_weights(hybrid):
+    model, folder = hybrid
+    source, config = start(folder, '--document_mask', '--end_of_text=0', '--dropout=0.1')
+    assert [layer.mixer for layer in config.layers] == [x.mixer for x in model.config.layers]
+    assert all(layer.document_mask for layer in config.layers)
+    loaded = build_model(config, 'cpu').eval()
+    loaded.load_state_dict(dict(source.checkpoint.weights(config)), strict=False)
+    tokens = random_tokens(model.config, batch=2).clamp(min=1)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(tokens), model(tokens), rtol=1e-5, atol=1e-5)
