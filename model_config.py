@@ -37,6 +37,7 @@ from common.architecture_options import (
     SHARED_OPTIONS,
     SIZES,
     architecture_options,
+    component_tags,
     layer_options,
     shared_options,
     short_forms,
@@ -56,7 +57,7 @@ from common.layer_table import (
     without_pattern,
 )
 from common.option_merge import Layer, Merge, chosen_components
-from common.registry import FrozenConfig, Option, sentences_of, show_value, tag_of
+from common.registry import FrozenConfig, Option, sentences_of, show_value
 from common.text_files import parse_json
 from configurator import Schema, validate_layer
 
@@ -72,6 +73,7 @@ __all__ = [
     'NORM_REGISTRY',
     'POSITION_ENCODING_REGISTRY',
     'PRESET_OPTION',
+    'REGISTRIES',
     'RESIDUAL_REGISTRY',
     'ROPE_SCALING_REGISTRY',
     'SIZES',
@@ -228,11 +230,10 @@ class ModelArchitectureConfig(FrozenConfig):
             self.origins.pop(key, None)
         if has_base_layers:
             return
-        always = {key for key, option in CORE_OPTIONS.items() if option.requires is None}
-        always |= {'layer_kinds', *shared_options(self._values)}
-        for key in self._values.keys() - always:
-            if not any(key in kind for kind in kinds.values()):
-                del self._values[key], self.origins[key]
+        used = {'layer_kinds', *shared_options(self._values)}
+        used.update(*(kind.to_dict() for kind in kinds.values()))
+        for key in self._values.keys() - used:
+            del self._values[key], self.origins[key]
 
     @property
     def layers(self) -> tuple['ModelArchitectureConfig', ...]:
@@ -373,15 +374,7 @@ class ModelArchitectureConfig(FrozenConfig):
 
     def _tags(self) -> list[str]:
         """The number of heads, and the tags of the components, of layers that are all alike."""
-        chosen = list(self._chosen())
-        tags = [
-            tag_of(component, self)
-            for registry in REGISTRIES
-            if registry.option in CORE_OPTIONS
-            for option, component in chosen
-            if option == registry.option
-        ]
-        parts = [part for tag in tags if tag for part in tag.split('-')]
+        parts = component_tags(self, list(self._chosen()))
         if self.get('document_mask') and 'DocMask' not in parts:
             parts.append('DocMask')  # without attention
         return [f'{self.n_head}H', *parts]

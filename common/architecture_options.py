@@ -11,7 +11,17 @@ from common.dict_option import DictOption
 from common.joined_registry import JoinedRegistry
 from common.layer_pattern import MOST_LAYERS, SYNTAX, is_kind, is_layer_pattern
 from common.option_merge import active_keys, with_component_options
-from common.registry import AnyBut, Naming, Option, Registry, above, at_least, fraction
+from common.registry import (
+    AnyBut,
+    FrozenConfig,
+    Naming,
+    Option,
+    Registry,
+    above,
+    at_least,
+    fraction,
+    tag_of,
+)
 
 _HOME = 'model_components'
 MIXER_REGISTRY = JoinedRegistry('mixer', 'Mixer', _HOME)
@@ -231,3 +241,18 @@ def architecture_options() -> dict[str, Option]:
 @lru_cache(maxsize=4)
 def _architecture_options(registered: tuple) -> dict[str, Option]:
     return with_component_options(CORE_OPTIONS)
+
+
+def component_tags(config: FrozenConfig, chosen: list[tuple[str, Any]]) -> list[str]:
+    """The parts of an architecture's name that are those of its components.
+
+    chosen: the option and the class of each component.
+    """
+    tags = [
+        tag_of(component, config)
+        for registry in REGISTRIES
+        if registry.option in CORE_OPTIONS
+        for option, component in chosen
+        if option == registry.option
+    ]
+    return [part for tag in tags if tag for part in tag.split('-')]

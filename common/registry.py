@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from common.class_contract import Contract, violations
+from common.conditions import AnyBut, Naming
 from common.errors import UserError, did_you_mean
 from common.paths import BadPath, expand_home
 
@@ -173,20 +174,6 @@ def between(low: float, high: float) -> Check:
 @functools.cache
 def fraction(value_name: str = 'a fraction') -> Check:
     return (lambda value: 0 <= value < 1), f'{value_name} from 0 up to, but not including, 1'
-
-
-@dataclass(frozen=True)
-class AnyBut:
-    """In `Option.requires`: every value of the other option except this one."""
-
-    value: typing.Any
-
-
-@dataclass(frozen=True)
-class Naming:
-    """In `Option.requires`: every value of a `JoinedRegistry`'s option that has this name."""
-
-    name: str
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ How a hybrid family is declared, as data:
 
 import copy
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from interop.fields import Fields, short_repr
@@ -184,26 +184,8 @@ def layer_kinds_field(
     depth_follows: without `num_hidden_layers`, the names give the number of layers.
     """
 
-    def read_names(fields: Fields) -> list[str]:
-        layers = fields.take('num_hidden_layers', int, None if depth_follows else 0)
-        layers = layers if layers is None else min(max(layers, 0), MAX_LAYERS)
-        present = [form for form in forms if form.exist(fields)] or [forms[-1]]
-        names, *others = (form.read(fields, layers) for form in present)
-        for form, other in zip(present[1:], others):
-            if other != names:
-                shown = ' and '.join(present[0].fields + form.fields)
-                fields.problems.append(f'{shown} contradict each other: delete one of them.')
-        for name in dict.fromkeys(names):
-            if name not in kinds:
-                shown = ', '.join(map(repr, kinds))
-                fields.problems.append(
-                    f'{present[0].fields[0]}: {short_repr(name)} is not supported; supported: '
-                    f'{shown}.'
-                )
-        return [name if name in kinds else next(iter(kinds)) for name in names]
-
     def read(fields: Fields) -> dict:
-        names = read_names(fields)
+        names = _read_names(fields, forms, kinds, depth_follows)
         depth = {'n_layer': len(names)} if depth_follows else {}
         del names[MAX_LAYERS:]
         options = {name: kinds[name].read(fields) for name in dict.fromkeys(names)}
@@ -243,6 +225,27 @@ def layer_kinds_field(
         return {**written, **forms[0].write(names)}
 
     return FieldMap(read, write)
+
+
+def _read_names(
+    fields: Fields, forms: Sequence[LayerNames], kinds: dict[str, LayerKind], depth_follows: bool
+) -> list[str]:
+    """The kind of each layer; the first one for kinds that are not supported."""
+    layers = fields.take('num_hidden_layers', int, None if depth_follows else 0)
+    layers = layers if layers is None else min(max(layers, 0), MAX_LAYERS)
+    present = [form for form in forms if form.exist(fields)] or [forms[-1]]
+    names, *others = (form.read(fields, layers) for form in present)
+    for form, other in zip(present[1:], others):
+        if other != names:
+            shown = ' and '.join(present[0].fields + form.fields)
+            fields.problems.append(f'{shown} contradict each other: delete one of them.')
+    for name in dict.fromkeys(names):
+        if name not in kinds:
+            shown = ', '.join(map(repr, kinds))
+            fields.problems.append(
+                f'{present[0].fields[0]}: {short_repr(name)} is not supported; supported: {shown}.'
+            )
+    return [name if name in kinds else next(iter(kinds)) for name in names]
 
 
 def _in_layer(value, layer: int):
