@@ -29,7 +29,7 @@ _MIXTURE_OPTIONS = frozenset(
     {
         *('expert_ffn', 'num_experts', 'experts_per_token', 'shared_experts', 'expert_d_ff'),
         *('dense_layers', 'router_score', 'router_normalize', 'router_scale'),
-        *('load_balance_weight', 'router_z_loss'),
+        *('load_balance_weight', 'router_z_loss', 'shared_gate'),
     }
 )
 
