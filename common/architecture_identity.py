@@ -18,6 +18,7 @@ NEUTRAL = {
     'layer_pattern': None,
     'mixer': 'attention',
     'attention_gate': 'none',
+    'attention_output_bias': None,
     'canon': None,
     'shared_gate': False,
     'latent_norm_eps': None,

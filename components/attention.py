@@ -50,6 +50,11 @@ class Attention(Component, nn.Module):
     flops_part = 'attention_projections'
     options: ClassVar = {
         'attention_bias': Option(bool | None, None, 'Use biases in the attention; None: bias'),
+        'attention_output_bias': Option(
+            bool | None,
+            None,
+            'Use a bias in the output projection of attention; None: attention_bias',
+        ),
         'attention_scale': Option(
             float | None,
             None,
@@ -93,9 +98,9 @@ class Attention(Component, nn.Module):
         self.qk_head_dim, self.v_head_dim = self.head_dims(config)
         self.attend = ATTENTION_BACKEND_REGISTRY[config.attention_backend].attend
         self.rotate = POSITION_ENCODING_REGISTRY[config.position_encoding].rotate
-        self.output = nn.Linear(
-            self.num_heads * self.v_head_dim, config.n_embd, bias=config.attention_bias
-        )
+        bias = config.get('attention_output_bias')
+        bias = config.attention_bias if bias is None else bias
+        self.output = nn.Linear(self.num_heads * self.v_head_dim, config.n_embd, bias=bias)
 
     @classmethod
     def head_dims(cls, config: FrozenConfig) -> tuple[int, int]:

@@ -89,9 +89,9 @@ class RGLRU(Mixer):
         self.conv = ShortConvolution(width, config.rg_lru_conv_size, bias=True)
         block = (heads, width // heads, width // heads)  # block, inputs, outputs
         self.input_gate_weight = nn.Parameter(torch.empty(block))
-        self.input_gate_bias = nn.Parameter(torch.empty(width))
+        self.input_gate_bias = nn.Parameter(torch.empty(block[:2]))
         self.recurrent_gate_weight = nn.Parameter(torch.empty(block))
-        self.recurrent_gate_bias = nn.Parameter(torch.empty(width))
+        self.recurrent_gate_bias = nn.Parameter(torch.empty(block[:2]))
         self.recurrent_param = nn.Parameter(torch.empty(width))  # -Λ
         self.linear_out = nn.Linear(width, config.n_embd, bias=bias)
 
@@ -122,7 +122,7 @@ class RGLRU(Mixer):
         cache, dtype = attn_inputs.cache, x.dtype
         before = cache.get('state') if cache else None
         # 1. a = σ(Λ)^(8 r), in logarithms.
-        r = torch.sigmoid(decays + self.recurrent_gate_bias.to(dtype))
+        r = torch.sigmoid(decays + self.recurrent_gate_bias.to(dtype).flatten())
         log_a = -DECAY_SCALE * r * F.softplus(self.recurrent_param.to(dtype))
         a = log_a.exp()
         # 2. The input, scaled so that the states keep the variance of x.
@@ -130,7 +130,7 @@ class RGLRU(Mixer):
         begins = _begins(x, attn_inputs.starts, before)
         if begins is not None:
             a, scale = a.masked_fill(begins, 0.0), scale.masked_fill(begins, 1.0)
-        x = x * torch.sigmoid(inputs + self.input_gate_bias.to(dtype)) * scale
+        x = x * torch.sigmoid(inputs + self.input_gate_bias.to(dtype).flatten()) * scale
         # 3. The states.
         h = linear_scan(a, x, x.new_zeros(x[:, 0].shape) if before is None else before)
         if cache:
@@ -153,6 +153,9 @@ class RGLRU(Mixer):
 
     def residual_weights(self) -> list[torch.Tensor]:
         return [self.linear_out.weight]
+
+    def undecayed(self) -> list[torch.Tensor]:
+        return [self.input_gate_bias, self.recurrent_gate_bias]
 
     def initial_values(self) -> dict[str, Fill]:
         """Λ so that a^c = σ(Λ)^8 is uniform in DECAY_RANGE (section 2.4); gates as of LeCun."""

@@ -29,7 +29,10 @@ _LENGTH = 'original_max_position_embeddings'
 
 
 def rope_fields(
-    default_theta: float = 10000.0, theta: str = 'rope_theta', fraction: str | None = None
+    default_theta: float = 10000.0,
+    theta: str = 'rope_theta',
+    fraction: str | None = None,
+    default_fraction: float = 0.25,
 ) -> FieldMap:
     """theta, fraction: names of these fields in version 4.
 
@@ -37,7 +40,9 @@ def rope_fields(
     """
 
     def read(fields: Fields) -> dict:
-        return _read(fields, read_rope_parameters(fields), default_theta, theta, fraction)
+        default = default_fraction if fraction else 1.0
+        parameters = read_rope_parameters(fields)
+        return _read(fields, parameters, default_theta, theta, fraction, default_fraction=default)
 
     def write(config: ModelArchitectureConfig) -> dict:
         options = options_with(config, 'rope_theta')
@@ -166,6 +171,7 @@ def _read(
     theta: str | None = 'rope_theta',
     fraction: str | None = None,
     copies: tuple[str, ...] = ('rope_theta',),
+    default_fraction: float = 1.0,
 ) -> dict:
     # copies: other names of theta, whose values must be equal.
     # The base frequency, and the fraction of a head that is rotated.
@@ -174,7 +180,7 @@ def _read(
         'rope_theta': _number(fields, rope_parameters, 'rope_theta', theta, default_theta, copies),
     }
     key = 'partial_rotary_factor'
-    rotated = _number(fields, rope_parameters, key, fraction, 0.25 if fraction else 1.0, (key,))
+    rotated = _number(fields, rope_parameters, key, fraction, default_fraction, (key,))
     if fraction:
         options['rope_fraction'] = rotated
     elif rotated != 1:

@@ -20,6 +20,7 @@ from interop.families.mixed_layers import EXAONE4, MELLUM, OLMO3, SMOLLM3
 from interop.families.nemotron_h import NEMOTRON_H
 from interop.families.opt import OPT
 from interop.families.qwen3_next import QWEN3_NEXT
+from interop.families.recurrent_gemma import RECURRENT_GEMMA
 from interop.mapping import Family
 from interop.tensors import TensorMap
 
@@ -50,6 +51,7 @@ TRANSFORMERS = {
         MAMBA,
         FALCON_MAMBA,
         JAMBA,
+        RECURRENT_GEMMA,
         LFM2,
         LFM2_MOE,
         QWEN3_5,

@@ -135,6 +135,13 @@ BASES = {
         **{'num_heads': 8, 'head_dim': 8, 'n_groups': 2},
     },
     'bamba': {**SIZES, 'num_key_value_heads': 2, 'attn_layer_indices': [1], **_MAMBA2},
+    'recurrent_gemma': {
+        **{key: SIZES[key] for key in SIZES if key != 'max_position_embeddings'},
+        'hidden_size': 64,
+        'num_key_value_heads': 2,
+        'attention_window_size': 5,
+        'block_types': ['recurrent', 'attention'],
+    },
     'lfm2': {**_CONVOLUTIONS, 'block_multiple_of': 8},
     'lfm2_moe': {
         **_CONVOLUTIONS,

@@ -337,6 +337,9 @@ def test_missing_fields_have_transformers_defaults(family):
     # Values in place of DeepSeek's defaults that are None or refused.
     legal = {'num_experts_per_tok': 2, 'n_group': 1, 'topk_group': 1, 'moe_intermediate_size': 64}
     full |= {key: value for key, value in legal.items() if key in full}
+    if family == 'recurrent_gemma':  # whose root is rounded in bfloat16
+        full |= {'hidden_size': 4096, 'num_attention_heads': 16, 'head_dim': 256}
+        full |= {'num_key_value_heads': 16, 'lru_width': 4096}
     full |= {'layer_types': ['conv'] * 32} if family == 'lfm2_moe' else {}  # not optional
     needed = ('n_layer', 'n_head', 'n_embd', 'vocab_size', 'num_hidden_layers', 'hidden_size')
     needed += ('num_attention_heads', 'intermediate_size', *legal)

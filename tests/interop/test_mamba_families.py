@@ -1,4 +1,4 @@
-"""Mamba, FalconMamba and Jamba: imports and exports compute what transformers computes."""
+"""Mamba, FalconMamba, Jamba, RecurrentGemma: imports and exports compute what transformers does."""
 
 import pytest
 from helpers import transformers_models as reference
@@ -35,6 +35,15 @@ JAMBA = {
     'mamba_dt_rank': 3,
     'max_position_embeddings': 16,
 }
+RECURRENT_GEMMA = {
+    'model_type': 'recurrent_gemma',
+    'hidden_size': 16,
+    'intermediate_size': 48,
+    'num_hidden_layers': 4,
+    'num_attention_heads': 4,
+    'num_key_value_heads': 1,
+    'attention_window_size': 5,
+}
 CASES = {
     'mamba': (MAMBA, ''),
     'mamba-options': (
@@ -52,6 +61,17 @@ CASES = {
     'falcon_mamba': (FALCON_MAMBA, ''),
     # A: Mamba, B: attention with experts, C: Mamba with experts.
     'jamba': (JAMBA, 'ABAC'),
+    'recurrent_gemma': (RECURRENT_GEMMA, 'RRAR'),
+    'recurrent_gemma-options': (
+        {
+            **RECURRENT_GEMMA,
+            'attention_bias': True,
+            'block_types': ['attention', 'recurrent'],
+            'conv1d_width': 3,
+            'rope_parameters': {'rope_type': 'default', 'partial_rotary_factor': 1.0},
+        },
+        'ARAR',
+    ),
     'jamba-dense': ({**JAMBA, 'num_experts': 1, 'mamba_proj_bias': True}, 'MAMM'),
 }
 
@@ -109,6 +129,17 @@ def test_published_models_have_their_numbers_of_parameters(name):
         assert round(counts['active_params'] / 1e9) == 12
 
 
+def test_recurrentgemma_2b_is_refused_for_its_width_alone():
+    """transformers rounds √2560 = 50.6 to 50.5; the number of parameters is the published one."""
+    problems: list[str] = []
+    sizes = {'hidden_size': 2560, 'num_attention_heads': 10, 'intermediate_size': 15360}
+    fields = {**sizes, 'num_hidden_layers': 26, 'num_key_value_heads': 1, 'vocab_size': 256_000}
+    options = TRANSFORMERS['recurrent_gemma'].read(fields, problems)
+    assert len(problems) == 1 and problems[0].startswith('hidden_size=2560: transformers scales')
+    config = ModelArchitectureConfig(**{'arch_preset': 'custom', **options})
+    assert count_parameters(build_model(config))['total_params'] == 2_682_862_080
+
+
 def test_layers_of_jamba():
     """Attention in one layer of eight, experts in every second (Lieber et al. 2024, figure 2)."""
     config = architecture(PUBLISHED['Jamba-v0.1'][0])
@@ -135,7 +166,9 @@ def test_other_architectures_are_refused(fields, problem):
 
 
 def test_export_refuses_what_transformers_cannot_express():
-    for values in ({'ffn_type': 'swiglu'}, {'mamba_norm': 'weighted', 'mamba_dt_rank': 4}):
-        config = tiny(**{**{'mixer': 'mamba', 'normalization': 'rmsnorm'}, **values})
+    norm = {'mamba_norm': 'weighted', 'mamba_dt_rank': 4}
+    for values in ({'ffn_type': 'swiglu'}, norm, {'attention_output_bias': True}):
+        mixer = 'attention' if 'attention_output_bias' in values else 'mamba'
+        config = tiny(**{'mixer': mixer, 'normalization': 'rmsnorm', 'bias': False, **values})
         with pytest.raises(UserError, match='transformers'):
             interop.convert_config(config)

@@ -39,7 +39,7 @@ def loop(mixer, config, x, starts):
 
     def gate(name, token):
         matrix = torch.block_diag(*weights[f'{name}_weight'])
-        return torch.sigmoid(token @ matrix + weights[f'{name}_bias'])
+        return torch.sigmoid(token @ matrix + weights[f'{name}_bias'].flatten())
 
     rows = []
     for sequence, begins in zip(x, starts):
