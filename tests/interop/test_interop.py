@@ -661,7 +661,7 @@ def test_initialization_is_not_exported(values):
         ({'logit_softcap': 3.0}, 'architecture: logit_softcap=3.0'),
         ({'initialization': 'mup'}, "architecture: initialization='mup'"),
         ({'arch_preset': 'llama', 'normalization': 'layernorm'}, "normalization='layernorm'"),
-        ({'arch_preset': 'llama', 'rope_fraction': 0.5}, 'rope_fraction=0.5'),
+        ({'arch_preset': 'mistral', 'rope_fraction': 0.5}, 'rope_fraction=0.5'),
     ],
 )
 def test_inexpressible_options_are_named(values, message, tmp_path):
