@@ -51,6 +51,11 @@ def _read_ffn_width(fields: Fields) -> dict:
     return {'d_ff': fields.take('intermediate_size', int, 7680) // 2}
 
 
+def _write_ffn_width(config: ModelArchitectureConfig) -> dict:
+    width = options_with(config, 'd_ff').get('d_ff')
+    return {'intermediate_size': 2 * width} if width else {}
+
+
 def _check_embedding_scale(fields: Fields) -> dict:
     """Refuse widths whose root transformers rounds when it scales embeddings by it."""
     root = math.sqrt(max(fields.take('hidden_size', int, 0), 0))
@@ -109,10 +114,7 @@ RECURRENT_GEMMA = Family(
         field('norm_eps', 'rms_norm_eps', 1e-6),
         field('weight_tying', 'tie_word_embeddings', True),
         field('logit_softcap', 'logits_soft_cap', 30.0),
-        FieldMap(
-            _read_ffn_width,
-            lambda config: {'intermediate_size': 2 * options_with(config, 'd_ff')['d_ff']},
-        ),
+        FieldMap(_read_ffn_width, _write_ffn_width),
         FieldMap(_check_embedding_scale, lambda config: {}),
         required_field(hidden_activation='gelu_pytorch_tanh'),
         # No field has the length of the training's sequences; the models were published with 8192.
