@@ -55,6 +55,7 @@ NUMBERS = (
     {'attention_softcap': 50.0, 'attention_backend': 'manual'},
     {'logit_softcap': 30.0},
     {'z_loss': 1e-4},
+    {'ffn_type': 'moe', 'shared_experts': 1},
     {'dropout': 0.1},
 )
 ROUNDS = 5  # minimum
@@ -86,7 +87,8 @@ def companions(key: str, options: dict[str, Option], default: dict) -> dict:
     """The other options that an option needs to have an effect."""
     choice, value = owners(key, options)[0]
     if isinstance(value, AnyBut):
-        value = next(other for other in options[choice].choices or [] if other != value.value)
+        others = options[choice].choices or (value.value + 1,)
+        value = next(other for other in others if other != value.value)
     if isinstance(value, Naming):
         value = value.name
     return {**({} if choice in default else companions(choice, options, default)), choice: value}

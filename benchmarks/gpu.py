@@ -56,6 +56,7 @@ from benchmarks.gpu_workloads import (  # noqa: E402
 from benchmarks.record_overhead import random_tokens  # noqa: E402
 from common import hardware  # noqa: E402
 from common.errors import ArgumentParser, UserError, run_script  # noqa: E402
+from components.document_mask import Documents  # noqa: E402
 from components.linear_cross_entropy import linear_cross_entropy  # noqa: E402
 from model_builder import build_model  # noqa: E402
 
@@ -248,7 +249,11 @@ def attention_step(bench: Bench, model: torch.nn.Module, length: int) -> Callabl
     positions = torch.arange(length, device=device)
     documents = None
     if model.end_of_text is not None:  # eight of equal length
-        documents = (positions // (length // 8)).expand(size, -1).contiguous()
+        part = length // 8
+        ids, of_document = (
+            x.expand(size, -1).contiguous() for x in (positions // part, positions % part)
+        )
+        documents = Documents(ids, of_document)
     width = model.config.n_embd
     x = torch.randn(size, length, width, device=device, requires_grad=True)
 

@@ -49,6 +49,27 @@ ILLEGAL = [
         ['t5_max_distance=32', 't5_buckets=64', '--t5_max_distance=256'],
     ),
     ({'mixer': 'none', 'ffn_type': 'none'}, ['Choose a mixer', 'FFN']),
+    (
+        {'mixer': 'gated_deltanet', 'gdn_heads': 4, 'gdn_value_heads': 6},
+        ['gdn_value_heads=6', 'gdn_heads=4', '--gdn_value_heads=8'],
+    ),
+    (
+        {'mixer': 'mamba2', 'mamba2_width': 96, 'mamba2_head_dim': 36},
+        ['mamba2_head_dim=36', 'mamba2_width=96', 'such as 12'],
+    ),
+    (
+        {'mixer': 'mamba', 'mamba_norm': 'weighted', 'mamba_dt_rank': 1},
+        ["mamba_norm='weighted'", 'mamba_dt_rank=1', '--mamba_dt_rank=2'],
+    ),
+    (
+        {'mixer': 'rg_lru', 'rg_lru_width': 96, 'rg_lru_heads': 7},
+        ['rg_lru_heads=7', 'rg_lru_width=96', '--rg_lru_heads=6'],
+    ),
+    (
+        {'mixer': 'linear_attention', 'linear_feature_map': 'silu'},
+        ["linear_feature_map='silu'", '--linear_feature_map=elu'],
+    ),
+    ({'mixer': 'retnet', 'retnet_key_dim': 3}, ['retnet_key_dim=3', '--retnet_rotation=False']),
     ({**MOE, 'experts_per_token': 9}, ['num_experts=8', '--experts_per_token=8']),
     ({**MOE, 'experts_per_token': 1}, ['router_normalize=True', '--router_normalize=False']),
     ({**MOE, 'dense_layers': 12}, ['dense_layers=12', 'n_layer=12', "ffn_type='swiglu'"]),

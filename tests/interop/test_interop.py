@@ -336,6 +336,7 @@ def test_missing_fields_have_transformers_defaults(family):
     full = AutoConfig.for_model(family).to_dict()
     # Values in place of DeepSeek's defaults that are None or refused.
     legal = {'num_experts_per_tok': 2, 'n_group': 1, 'topk_group': 1, 'moe_intermediate_size': 64}
+    legal |= {'moe_shared_expert_intermediate_size': 64}
     full |= {key: value for key, value in legal.items() if key in full}
     if family == 'recurrent_gemma':  # whose root is rounded in bfloat16
         full |= {'hidden_size': 4096, 'num_attention_heads': 16, 'head_dim': 256}
@@ -344,6 +345,7 @@ def test_missing_fields_have_transformers_defaults(family):
     needed = ('n_layer', 'n_head', 'n_embd', 'vocab_size', 'num_hidden_layers', 'hidden_size')
     needed += ('num_attention_heads', 'intermediate_size', *legal)
     needed += ('layer_types',) if family == 'lfm2_moe' else ()
+    needed += ('layers_block_type',) if family == 'nemotron_h' else ()  # gives the number of layers
     short = {key: full[key] for key in needed if key in full}
     problems = []
     resolved = [
