@@ -85,6 +85,9 @@ class Transformer(nn.Module):
             layout(layer, number)
             for number, (layout, layer) in enumerate(zip(layouts, config.layers))
         )
+        check_built(self.blocks)
+        # What blocks ask for is cached now, so that a forward pass leaves no new attributes.
+        shared_inputs(self.blocks)
         final_norm = layouts[-1].final_norm
         self.final_norm = norm(config, config.n_embd) if final_norm else nn.Identity()
         self.output_head = OutputHead(config)
