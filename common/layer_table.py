@@ -159,8 +159,9 @@ def unused_values(
     for merged in merges.values():
         useless |= merged.useless
         dropped |= merged.dropped
-    problems += [text for key, text in useless.items() if key not in used]
-    notes += [text for key, text in dropped.items() if key not in used | useless.keys()]
+    # A value that a later choice deprived of its effect in some layers is no mistake in the others.
+    problems += [text for key, text in useless.items() if key not in used | dropped.keys()]
+    notes += [text for key, text in dropped.items() if key not in used]
     return problems, notes
 
 

@@ -253,3 +253,12 @@ def test_run_has_the_mixers_of_the_weights(hybrid):
     tokens = random_tokens(model.config, batch=2).clamp(min=1)
     with torch.no_grad():
         torch.testing.assert_close(loaded(tokens), model(tokens), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('flag', ['mixer', 'layer_kinds.{}.mixer'])
+def test_another_mixer_contradicts_the_weights(hybrid, flag):
+    letter = interop.open_checkpoint(f'hf:{hybrid[1]}').config.layer_letters[1]
+    with pytest.raises(UserError) as refusal:
+        start(hybrid[1], f'--{flag.format(letter)}=rg_lru')
+    (problem,) = refusal.value.problems
+    assert re.search(r"mixer='rg_lru' \(command line\) contradicts init_from=hf:.*, which", problem)
