@@ -240,7 +240,8 @@ def test_parameters_are_counted_and_grouped_once(chosen):
         sizes[id(p)]
         for block in model.blocks
         for name, p in block.attention.named_parameters()
-        if '_norm.' not in name  # norms are a separate part, wherever they are
+        # Norms and Canon layers are separate parts, wherever they are.
+        if '_norm.' not in name and 'canon' not in name
     )
     assert counted['non_embedding_params'] == total - positions - (
         0 if config.weight_tying else table

@@ -249,7 +249,8 @@ def overrides():
             if isinstance(option.choices, Registry):
                 others = [name for name in option.choices if name != values[key]]
             elif option.base_type is bool:
-                others = [not values[key]]
+                # None: as the model's `bias`.
+                others = [not (values['bias'] if values[key] is None else values[key])]
             else:
                 others = [NUMBERS[key]]
             for other in others:

@@ -161,7 +161,9 @@ def test_compiled_blocks_share_graphs_and_match_eager(chosen):
         block.compile(fullgraph=True, backend=recorder)
     torch.testing.assert_close(model(tokens), expected)
     kinds = {(type(block.ffn), block.attention.spec) for block in model.blocks}
-    assert len(recorder.graphs) <= len(kinds)
+    # The first layer is one of its own if the others get its values.
+    publishes = config.get('value_residual') not in (None, 'none')
+    assert len(recorder.graphs) <= len(kinds) + publishes
     torch.compiler.reset()
 
 
