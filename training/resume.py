@@ -126,7 +126,14 @@ class ResumeSource:
                 f'which no other order can continue. Remove sampling to continue with '
                 f'{sampling!r}, or start a new run with --init_from=scratch.'
             )
-        self.same_order = _order_of(index['config']) == _order_of(settings.to_dict())
+        try:
+            saved_order = _order_of(index['config'])
+        except (KeyError, TypeError) as error:
+            raise UserError(
+                f'{self.run_folder} cannot be resumed: the config in the index.json of its '
+                f'checkpoint is damaged ({error}). Start a new run with --init_from=scratch.'
+            ) from error
+        self.same_order = saved_order == _order_of(settings.to_dict())
         saved, current = index['architecture'], settings.architecture.to_dict()
         differing = _differing_options(with_neutral_values(saved), with_neutral_values(current))
         differing.pop('attention_backend', None)  # no property of the weights; recorded as a change
