@@ -75,7 +75,7 @@ def test_table_round_trip(config):
 
 
 @at_random
-@given(layer_tables())
+@given(layer_tables(**NOTHING_SHARED))
 def test_parameters_and_flops_are_those_of_the_layers(config):
     """FLOPs equal torch's counter, and attention and FFN sum over the layers of uniform models."""
     model = build_model(config.replace(attention_backend='manual'))
