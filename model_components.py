@@ -26,8 +26,9 @@ The package `components` has a module for each kind. Importing this module fills
 Optimizers and learning-rate schedules are written with `from optim import …`.
 """
 
+from common.conditions import Naming
 from common.old_names import renamed_classes
-from common.registry import AnyBut, Naming, Option, above, at_least, between, fraction
+from common.registry import AnyBut, Option, above, at_least, between, fraction
 from components.activations import Activation
 from components.attention import Attention, MultiHeadAttention
 from components.attention_backends import (

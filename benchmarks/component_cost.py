@@ -30,8 +30,9 @@ sys.path.insert(0, str(PROJECT))
 import train  # noqa: E402
 from benchmarks.record_overhead import random_tokens, timed  # noqa: E402
 from common import hardware  # noqa: E402
+from common.conditions import AnyBut, named_value  # noqa: E402
 from common.errors import UserError  # noqa: E402
-from common.registry import AnyBut, Naming, Option, Registry, owners  # noqa: E402
+from common.registry import Option, Registry, owners  # noqa: E402
 from common.tensors import storage_of  # noqa: E402
 from configurator import flatten  # noqa: E402
 from model_builder import Transformer  # noqa: E402
@@ -89,9 +90,8 @@ def companions(key: str, options: dict[str, Option], default: dict) -> dict:
     if isinstance(value, AnyBut):
         others = options[choice].choices or (value.value + 1,)
         value = next(other for other in others if other != value.value)
-    if isinstance(value, Naming):
-        value = value.name
-    return {**({} if choice in default else companions(choice, options, default)), choice: value}
+    needed = {} if choice in default else companions(choice, options, default)
+    return {**needed, choice: named_value(value)}
 
 
 def set_up(arguments: list[str], changes: dict) -> Session:

@@ -7,6 +7,7 @@ from functools import lru_cache
 from typing import Any
 
 from common.architecture_presets import PRESETS
+from common.conditions import Naming
 from common.dict_option import DictOption
 from common.joined_registry import JoinedRegistry
 from common.layer_pattern import MOST_LAYERS, SYNTAX, is_kind, is_layer_pattern
@@ -14,7 +15,6 @@ from common.option_merge import active_keys, with_component_options
 from common.registry import (
     AnyBut,
     FrozenConfig,
-    Naming,
     Option,
     Registry,
     above,

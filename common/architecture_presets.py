@@ -24,11 +24,6 @@ def kv_heads_in_groups_of(group: int, values: dict) -> int:
     return next(heads // n for n in range(group, 0, -1) if heads % n == 0)
 
 
-def _jamba_ffn_width(values: dict) -> int:
-    """3.5 · n_embd, a multiple of 8, as experts need."""
-    return 8 * max(1, round(7 * values['n_embd'] / 16))
-
-
 _GROUPS_OF_FOUR = {
     'use_gqa': True,
     'num_kv_heads': partial(kv_heads_in_groups_of, 4),
@@ -286,7 +281,7 @@ PRESETS = {
         'mixer': 'mamba',
         'mamba_norm': 'weighted',
         'ffn_type': 'swiglu',
-        'd_ff': _jamba_ffn_width,
+        'd_ff': partial(_multiple_of_8, 7 / 2),
         'norm_position': 'pre',
         'bias': False,
         'weight_tying': False,
@@ -298,7 +293,7 @@ PRESETS = {
                 'expert_ffn': 'swiglu',
                 'num_experts': 16,
                 'experts_per_token': 2,
-                'expert_d_ff': _jamba_ffn_width,
+                'expert_d_ff': partial(_multiple_of_8, 7 / 2),
                 'router_normalize': False,
                 'load_balance_weight': 0.001,
             },

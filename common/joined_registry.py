@@ -1,8 +1,7 @@
 """A registry of components of which several may be chosen at once."""
 
+from common.conditions import JOINT
 from common.registry import Registry
-
-JOINT = '+'
 
 
 class JoinedRegistry(Registry):

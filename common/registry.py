@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from common.class_contract import Contract, violations
-from common.conditions import AnyBut, Naming
+from common.conditions import AnyBut, holds, named_value
 from common.errors import UserError, did_you_mean
 from common.paths import BadPath, expand_home
 
@@ -214,10 +214,7 @@ class Option:
         if self.requires is None:
             return True
         key, needed = self.requires
-        value = values.get(key)
-        if isinstance(needed, Naming):
-            return needed.name in str(value).split('+')
-        return value != needed.value if isinstance(needed, AnyBut) else value == needed
+        return holds(needed, values.get(key))
 
     def _types(self) -> tuple:
         return typing.get_args(self.type) or (self.type,)
@@ -311,11 +308,8 @@ def conditions_text(conditions: list[tuple[str, typing.Any]]) -> str:
     """`owners` in words: `ffn_type='swiglu' or 'geglu', or use_gqa=True`."""
     values: dict[str, list[str]] = {}
     for choice, value in conditions:
-        if isinstance(value, AnyBut):
-            values.setdefault(f'{choice} other than ', []).append(repr(value.value))
-        else:
-            named = value.name if isinstance(value, Naming) else value
-            values.setdefault(f'{choice}=', []).append(repr(named))
+        relation = ' other than ' if isinstance(value, AnyBut) else '='
+        values.setdefault(choice + relation, []).append(repr(named_value(value)))
     listed = [
         choice + ', '.join(names[:-1]) + ' or ' * (len(names) > 1) + names[-1]
         for choice, names in values.items()

@@ -13,9 +13,10 @@ from collections.abc import Iterable, Iterator
 
 from common.architecture_options import architecture_options, layer_options
 from common.architecture_presets import PRESET_DESCRIPTIONS, PRESETS
+from common.conditions import AnyBut, named_value
 from common.formatting import markdown_anchor, markdown_table
 from common.help_layout import first_paragraph
-from common.registry import AnyBut, Naming, Option, Registry
+from common.registry import Option, Registry
 from configurator import flatten, format_components
 from model_builder import build_model, count_parameters
 from model_config import (
@@ -176,10 +177,7 @@ def _description(option: Option) -> str:
     if option.requires is None:
         return option.help
     key, value = option.requires
-    if isinstance(value, AnyBut):
-        condition = f'`{key}≠{value.value}`'
-    else:
-        condition = f'`{key}={value.name if isinstance(value, Naming) else value}`'
+    condition = f'`{key}{"≠" if isinstance(value, AnyBut) else "="}{named_value(value)}`'
     return f'{option.help} (with {condition})'
 
 
