@@ -92,10 +92,10 @@ def canon_problems(config: ModelArchitectureConfig) -> list[str]:
         for key, registry in places[letter]
         if registry is None or letter not in _applied(registry[config.get(key)])
     ]
-    kept = ''.join(letter for letter in letters if letter not in dict(missing)) or None
+    supported = ''.join(letter for letter in letters if letter not in dict(missing)) or None
     return [
         f'canon={letters!r}: {key}={config.get(key)!r} has no place for a Canon layer {letter}. '
-        f'Set --canon={kept}.'
+        f'Set --canon={supported}.'
         for letter, key in missing
     ]
 

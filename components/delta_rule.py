@@ -262,8 +262,8 @@ class _ChunkRecurrence(torch.autograd.Function):
         for keys_n, to_end_n, across_n, d_written_n, d_state_n in zip(*by_chunk):
             d_next.append(d_state)
             d_solved.append(torch.baddbmm(d_written_n, to_end_n, d_state))
-            kept = torch.addcmul(d_state_n, across_n, d_state)
-            d_state = torch.baddbmm(kept, keys_n.mT, d_solved[-1], alpha=-1)
+            decayed = torch.addcmul(d_state_n, across_n, d_state)
+            d_state = torch.baddbmm(decayed, keys_n.mT, d_solved[-1], alpha=-1)
         # 2. The others for all chunks at once: that of V - K S first.
         d_nexts = torch.stack(d_next[::-1], dim=1)
         d_values = inverse.mT @ torch.stack(d_solved[::-1], dim=1)

@@ -66,13 +66,13 @@ def scan_(links: torch.Tensor, b: torch.Tensor, reverse: bool = False) -> None:
     # 1. Every second token takes in its neighbor; forward the tokens 1, 3, ..., reversed those at
     # an odd distance from the end.
     first = length % 2 if reverse else 1
-    kept = b[:, first::2]
+    joined = b[:, first::2]
     neighbors = b[:, first + 1 :: 2] if reverse else b[:, 0 : length - 1 : 2]
-    kept.addcmul_(links[:, first::2] if reverse else links[:, ::2], neighbors)
+    joined.addcmul_(links[:, first::2] if reverse else links[:, ::2], neighbors)
     # 2. Solve the recurrence of these tokens, each two links apart.
     if pairs > 1:
         end = first + 2 * (pairs - 1)
-        scan_(links[:, first:end:2] * links[:, first + 1 : end + 1 : 2], kept, reverse)
+        scan_(links[:, first:end:2] * links[:, first + 1 : end + 1 : 2], joined, reverse)
     # 3. The tokens between them follow.
     if reverse:
         between, after = slice(1 - first, length - 2, 2), slice(2 - first, length - 1, 2)
@@ -157,13 +157,18 @@ _linear_scan.register_autograd(
 # The selective scan
 
 
+def _part(tensors: tuple, rows: slice, tokens: slice) -> tuple:
+    """The part of each tensor (B, T, ...), or None, that is in a block."""
+    return tuple(None if each is None else each[rows, tokens] for each in tensors)
+
+
 def _states(
     x: torch.Tensor,
     dt: torch.Tensor,
-    decay: torch.Tensor,
     inputs: torch.Tensor,
-    initial: torch.Tensor,
     keep: torch.Tensor | None,
+    decay: torch.Tensor,
+    initial: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The decays and the states of a block, (B, T, N, D) each."""
     # exp2 takes a third of the time of exp on a CPU.
@@ -191,14 +196,8 @@ def _selective_scan(
     _, size = _block_sizes(x.size(0), decay.numel(), x.device)
     for rows, tokens in _blocks(x, decay.numel()):
         number = tokens.start // size
-        _, h = _states(
-            x[rows, tokens],
-            dt[rows, tokens],
-            decay,
-            inputs[rows, tokens],
-            ends[rows, number - 1] if number else initial[rows],
-            None if keep is None else keep[rows, tokens],
-        )
+        before = ends[rows, number - 1] if number else initial[rows]
+        _, h = _states(*_part((x, dt, inputs, keep), rows, tokens), decay, before)
         y[rows, tokens] = _vector_times(outputs[rows, tokens], h)
         ends[rows, number] = h[:, -1]
     return y, ends
@@ -239,15 +238,8 @@ def _selective_scan_backward(
     for rows, tokens in _blocks(x, decay.numel(), reverse=True):
         number = tokens.start // size
         before = ends[rows, number - 1] if number else initial[rows]
-        block_x, block_dt, block_inputs = x[rows, tokens], dt[rows, tokens], inputs[rows, tokens]
-        a, h = _states(
-            block_x,
-            block_dt,
-            decay,
-            block_inputs,
-            before,
-            None if keep is None else keep[rows, tokens],
-        )
+        part = block_x, block_dt, block_inputs, _ = _part((x, dt, inputs, keep), rows, tokens)
+        a, h = _states(*part, decay, before)
         # 1. The gradient of each state: from its output, from the end of the block, from the next.
         grad = grad_y[rows, tokens]
         g = outputs[rows, tokens].unsqueeze(3) * grad.unsqueeze(2)

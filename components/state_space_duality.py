@@ -259,8 +259,8 @@ def _recurrence(
 
 def _of_states(keys: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
     """Sᵀ b for keys or queries, (B, chunks, Q, H, P)."""
-    found = _by_group(keys) @ states.flatten(-2)  # (B, chunks, G, Q, H / G · P)
-    return found.transpose(2, 3).unflatten(-1, states.shape[-2:]).flatten(3, 4)
+    values = _by_group(keys) @ states.flatten(-2)  # (B, chunks, G, Q, H / G · P)
+    return values.transpose(2, 3).unflatten(-1, states.shape[-2:]).flatten(3, 4)
 
 
 def _by_group(keys: torch.Tensor) -> torch.Tensor:

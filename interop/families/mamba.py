@@ -102,11 +102,15 @@ _IRRELEVANT = frozenset(
         *('rms_norm', 'd_model', 'd_inner', 'n_layer', 'ssm_cfg', 'pad_vocab_size_multiple'),
     }
 )
-_WEIGHTS = {
+# Outside the sublayers, and their norm.
+BACKBONE = {
     'token_embedding.weight': tensor('backbone.embeddings.weight', resize=resize_vocabulary),
     'final_norm.weight': tensor('backbone.norm_f.weight'),
     'output_head.projection.weight': tensor('lm_head.weight', resize=resize_vocabulary),
     'blocks.{layer}.attention_norm.weight': tensor('backbone.layers.{layer}.norm.weight'),
+}
+_WEIGHTS = {
+    **BACKBONE,
     **mixer_weights('backbone.layers.{layer}.mixer.'),
 }
 

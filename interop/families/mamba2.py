@@ -3,6 +3,7 @@
 import math
 
 from interop.families.llama import ATTENTION, EMBEDDING_AND_HEAD, LAYER, projections, swiglu_field
+from interop.families.mamba import BACKBONE
 from interop.fields import Fields
 from interop.layer_kinds import LayerKind, layer_kinds_field, named_by_index
 from interop.layers import options_with
@@ -18,7 +19,7 @@ from interop.mapping import (
     required_field,
 )
 from interop.rope import partial_rope_fields
-from interop.tensors import CONVOLUTION, TensorMap, resize_vocabulary, tensor, with_biases
+from interop.tensors import CONVOLUTION, TensorMap, tensor, with_biases
 from model_config import ModelArchitectureConfig
 
 # --- Fields of the mixer --------------------------------------------------------------------------
@@ -144,10 +145,7 @@ MAMBA2 = Family(
         }
     ),
     weights={
-        'token_embedding.weight': tensor('backbone.embeddings.weight', resize=resize_vocabulary),
-        'final_norm.weight': tensor('backbone.norm_f.weight'),
-        'output_head.projection.weight': tensor('lm_head.weight', resize=resize_vocabulary),
-        'blocks.{layer}.attention_norm.weight': tensor('backbone.layers.{layer}.norm.weight'),
+        **BACKBONE,
         **mixer_weights('backbone.layers.{layer}.mixer.'),
     },
     # Of the authors' own files.

@@ -1,6 +1,7 @@
 """Nemotron-H: layers of one sublayer each, Mamba-2, attention, an FFN or a mixture of experts."""
 
 from interop.families.llama import query_key_value_rows
+from interop.families.mamba import BACKBONE
 from interop.families.mamba2 import mixer_weights
 from interop.fields import Fields
 from interop.layer_kinds import LayerKind, layer_kinds_field, named_by_letters, named_by_list
@@ -16,7 +17,7 @@ from interop.mapping import (
     required_field,
     shared_experts_field,
 )
-from interop.tensors import TensorMap, resize_vocabulary, tensor, with_biases
+from interop.tensors import TensorMap, tensor, with_biases
 from model_config import ModelArchitectureConfig
 
 ATTENTION, FFN, EXPERTS, MAMBA = 'full_attention', 'mlp', 'moe', 'linear_attention'
@@ -141,11 +142,8 @@ NEMOTRON_H = Family(
         }
     ),
     weights={
-        'token_embedding.weight': tensor('backbone.embeddings.weight', resize=resize_vocabulary),
-        'final_norm.weight': tensor('backbone.norm_f.weight'),
-        'output_head.projection.weight': tensor('lm_head.weight', resize=resize_vocabulary),
+        **BACKBONE,
         # Each layer has one sublayer, and so one of these norms.
-        'blocks.{layer}.attention_norm.weight': tensor(_LAYER + 'norm.weight'),
         'blocks.{layer}.ffn_norm.weight': tensor(_LAYER + 'norm.weight'),
         'blocks.{layer}.attention.qkv.weight': TensorMap(
             tuple(f'{_MIXER}{name}_proj.weight' for name in 'qkv'), rows=query_key_value_rows
