@@ -65,11 +65,11 @@ def test_equals_a_plain_block(ffn):
     expected = model.output_head(model.final_norm(torch.cat(rows)))
     assert torch.allclose(logits[0], expected, rtol=1e-4, atol=1e-4)
     parameters = list(model.parameters())
-    for got, wanted in zip(
+    for actual, correct in zip(
         torch.autograd.grad(logits.logsumexp(-1).sum(), parameters),
         torch.autograd.grad(expected.logsumexp(-1).sum(), parameters),
     ):
-        assert torch.allclose(got, wanted, rtol=1e-3, atol=1e-3 * wanted.abs().max())
+        assert torch.allclose(actual, correct, rtol=1e-3, atol=1e-3 * correct.abs().max())
 
 
 @pytest.mark.parametrize('layout', LAYOUTS)
@@ -81,10 +81,10 @@ def test_pieces_equal_the_whole_in_each_layout(layout):
         pieces = [model(part, cache=cache) for part in tokens.split((1, 1, 5, 2, 3), dim=1)]
     assert torch.allclose(torch.cat(pieces, dim=1), whole, atol=1e-5 * whole.abs().max())
     assert model.uncacheable == []
-    kept = cache.layers[0]['canon'].tensors
+    states = cache.layers[0]['canon'].tensors
     n_embd, hidden = model.config.n_embd, model.config.d_ff
     widths = {'A': n_embd, 'B': 3 * n_embd, 'C': n_embd, 'D': hidden}
-    assert {name: tensor.size(2) for name, tensor in kept.items()} == widths
+    assert {name: tensor.size(2) for name, tensor in states.items()} == widths
 
 
 @pytest.mark.parametrize('gate', ['head', 'elementwise'])

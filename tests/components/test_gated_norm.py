@@ -45,10 +45,10 @@ def test_equals_the_formula(width, group, gate_first, shape):
         assert torch.equal(norm(x, gate), y)
     leaves = (x, gate, norm.weight)
     weights = torch.rand_like(y, generator=torch.Generator().manual_seed(2))
-    for got, wanted in zip(
+    for actual, correct in zip(
         torch.autograd.grad(y, leaves, weights), torch.autograd.grad(expected, leaves, weights)
     ):
-        assert torch.allclose(got, wanted, rtol=1e-12, atol=1e-12)
+        assert torch.allclose(actual, correct, rtol=1e-12, atol=1e-12)
 
 
 def of_transformers(name: str, norm: GatedRMSNorm) -> torch.nn.Module:
@@ -72,11 +72,11 @@ def test_equals_the_norms_of_transformers(name, group, dtype):
     tolerance = 1e-6 if dtype == torch.float32 else 2**-6
     assert torch.allclose(y.float(), expected.float(), rtol=tolerance, atol=tolerance)
     assert y.dtype == dtype
-    for got, wanted in zip(
+    for actual, correct in zip(
         torch.autograd.grad(y.float().sum(), (x, gate)),
         torch.autograd.grad(expected.float().sum(), (x, gate)),
     ):
-        assert torch.allclose(got, wanted, rtol=tolerance, atol=tolerance)
+        assert torch.allclose(actual, correct, rtol=tolerance, atol=tolerance)
 
 
 def test_extreme_gates_have_finite_gradients():
@@ -89,15 +89,15 @@ def test_extreme_gates_have_finite_gradients():
 
 def test_only_inputs_are_kept_for_the_backward_pass():
     norm, (x, gate) = gated_norm(6, None, False), inputs(50, 6)
-    kept: dict[int, int] = {}
+    saved: dict[int, int] = {}
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
-        kept[tensor.data_ptr()] = tensor.nbytes
+        saved[tensor.data_ptr()] = tensor.nbytes
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         norm(x, gate)
-    assert sum(kept.values()) <= x.nbytes + gate.nbytes + norm.weight.nbytes
+    assert sum(saved.values()) <= x.nbytes + gate.nbytes + norm.weight.nbytes
 
 
 def test_compiles_without_breaks():

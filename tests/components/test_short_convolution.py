@@ -61,12 +61,12 @@ def check_equal(module, x, y, expected):
     """Equal values and gradients of x, weight and bias."""
     assert torch.allclose(y, expected, rtol=1e-12, atol=1e-12)
     cotangent = torch.randn_like(y, generator=torch.Generator().manual_seed(0))
-    for got, wanted in zip(
+    for actual, correct in zip(
         torch.autograd.grad(y, (x, *module.parameters()), cotangent),
         torch.autograd.grad(expected, (x, *module.parameters()), cotangent),
         strict=True,
     ):
-        assert torch.allclose(got, wanted, rtol=1e-12, atol=1e-12)
+        assert torch.allclose(actual, correct, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize('bias', [False, True])
@@ -106,8 +106,8 @@ def test_pieces_equal_the_whole(width, lengths, documents):
         strict=True,
     ):
         parts.append(module(piece, begins, state, 'taps'))
-        kept = state.get('taps')
-        assert kept.shape == (BATCH, width - 1, CHANNELS) and kept.dtype == x.dtype
+        taps = state.get('taps')
+        assert taps.shape == (BATCH, width - 1, CHANNELS) and taps.dtype == x.dtype
     assert torch.allclose(torch.cat(parts, dim=1), module(x, starts), rtol=1e-12, atol=1e-12)
     assert state.nbytes == BATCH * (width - 1) * CHANNELS * 8
 
@@ -140,15 +140,15 @@ def test_bfloat16_inputs_are_summed_in_fp32():
 def test_only_the_inputs_are_kept_for_the_backward_pass():
     """Memory: the input once, not once for each tap, with documents too."""
     module, x = convolution(4), inputs(64)
-    kept: dict[int, int] = {}
+    saved: dict[int, int] = {}
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
-        kept[tensor.data_ptr()] = tensor.nbytes
+        saved[tensor.data_ptr()] = tensor.nbytes
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         module(x, random_starts(64, seed=0, first=True))
-    assert sum(kept.values()) < 2 * x.nbytes
+    assert sum(saved.values()) < 2 * x.nbytes
 
 
 @pytest.mark.parametrize('documents', [False, True])

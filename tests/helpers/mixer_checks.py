@@ -142,8 +142,8 @@ def check_gradients_of_values(mixer):
             y = functional_call(module, dict(zip(names, weights)), (x, inputs))
             return (y * random_inputs(2, LENGTH, WIDTH, seed=5)).sum()
 
-        found = torch.autograd.grad(value(*point), point)
-        assert all(gradient.dtype == torch.float64 for gradient in found)
+        actual = torch.autograd.grad(value(*point), point)
+        assert all(gradient.dtype == torch.float64 for gradient in actual)
         for seed in range(3):
             generator = torch.Generator().manual_seed(seed)
             ways = [torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in point]
@@ -152,7 +152,7 @@ def check_gradients_of_values(mixer):
                     value(*(p + sign * step * way for p, way in zip(point, ways)))
                     for sign in (1, -1)
                 )
-            expected = sum((gradient * way).sum() for gradient, way in zip(found, ways))
+            expected = sum((gradient * way).sum() for gradient, way in zip(actual, ways))
             torch.testing.assert_close(
                 (ahead - behind) / (2 * step), expected, rtol=1e-5, atol=1e-6, msg=config.name
             )
@@ -176,8 +176,8 @@ def check_float32(mixer):
             y = module(own_x, with_starts(starts))
             assert y.dtype == dtype
             weights = random_inputs(*y.shape, seed=1, dtype=dtype)
-            found = torch.autograd.grad(y, [own_x, *module.parameters()], weights)
-            results.append([y.detach(), *found])
+            actual = torch.autograd.grad(y, [own_x, *module.parameters()], weights)
+            results.append([y.detach(), *actual])
         for single, double in zip(*results):
             assert relative_error(single.double(), double) < 2e-4, config.name
 
@@ -214,8 +214,8 @@ def check_extremes(mixer):
         for autocast in (False, True):
             with torch.autocast('cpu', torch.bfloat16, enabled=autocast):
                 y = module(x, with_starts(random_starts(2, 40)))
-            found = torch.autograd.grad(y.float().square().mean(), [x, *module.parameters()])
-            assert all(each.isfinite().all() for each in (y, *found)), config.name
+            actual = torch.autograd.grad(y.float().square().mean(), [x, *module.parameters()])
+            assert all(each.isfinite().all() for each in (y, *actual)), config.name
 
 
 # --- The whole model ------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import ClassVar
 
@@ -85,15 +85,15 @@ class ExampleMixer(Mixer):
         decay = q.new_ones(self.heads) if self.decay is None else self.decay.to(q.dtype).sigmoid()
         powers = decay[:, None] ** torch.arange(size + 1, device=q.device)  # (H, c + 1)
         visible = (index[:, None] >= index)[None, None]
-        reached, kept = 1.0, 1.0
+        reached, same = 1.0, 1.0
         if starts is not None:
             ids = starts.cumsum(dim=1)
             visible = visible & (ids[:, None, :, None] == ids[:, None, None, :])
             reached = (ids == 0)[:, None, :, None]
-            kept = (ids == ids[:, -1:])[:, None, :, None]
+            same = (ids == ids[:, -1:])[:, None, :, None]
         weights = powers[:, (index[:, None] - index).clamp(min=0)] * visible
         y = (q @ k.mT * weights) @ v + (q * powers[:, 1:, None] * reached) @ state
-        added = (k * powers[:, :-1].flip(1)[..., None] * kept).mT @ v
+        added = (k * powers[:, :-1].flip(1)[..., None] * same).mT @ v
         carried = reached[:, :, -1:] if starts is not None else 1.0
         return y, powers[:, -1:, None] * state * carried + added
 
@@ -154,6 +154,30 @@ def random_starts(batch: int, length: int, seed: int = 0) -> torch.Tensor:
 
 def with_starts(starts: torch.Tensor | None, cache=None) -> AttentionInputs:
     return AttentionInputs(starts=starts, cache=cache)
+
+
+def check_loop(
+    mixer: Component, width: int, loop: Callable, lengths: Iterable[int], **options
+) -> None:
+    """The mixer's outputs and gradients are those of loop(x, starts), a loop over tokens in double
+    precision, in one document and in several.
+
+    width: of x. options: of `torch.autograd.grad` of the mixer.
+    """
+    for length in lengths:
+        one_document = torch.arange(length).expand(2, -1) == 0
+        for starts in (None, random_starts(2, length)):
+            x = random_inputs(2, length, width).requires_grad_()
+            y = mixer(x, with_starts(starts))
+            expected = loop(x, one_document if starts is None else starts)
+            torch.testing.assert_close(y, expected, rtol=1e-9, atol=1e-11)
+            point, target = [x, *mixer.parameters()], random_inputs(2, length, width, 1)
+            for gradient, of_loop in zip(
+                torch.autograd.grad((y * target).sum(), point, **options),
+                torch.autograd.grad((expected * target).sum(), point, materialize_grads=True),
+                strict=True,
+            ):
+                torch.testing.assert_close(gradient, of_loop, rtol=1e-8, atol=1e-10)
 
 
 def split_randomly(length: int, seed: int) -> list[int]:

@@ -28,6 +28,14 @@ def from_fields(fields: dict, device: str = 'cpu'):
         return AutoModelForCausalLM.from_config(config, attn_implementation='eager').eval()
 
 
+def architecture(fields: dict) -> ModelArchitectureConfig:
+    """Our architecture for the fields of a config.json, in which nothing is refused."""
+    problems: list[str] = []
+    options = interop.TRANSFORMERS[fields['model_type']].read(fields, problems)
+    assert problems == []
+    return ModelArchitectureConfig(**{'arch_preset': 'custom', **options})
+
+
 def of(config: ModelArchitectureConfig, device: str = 'cpu'):
     """The model of transformers for one of our architectures."""
     fields = interop.convert_config(config).fields

@@ -3,9 +3,7 @@
 import pytest
 from helpers import transformers_models as reference
 
-import interop
 from model_builder import build_model, count_parameters
-from model_config import ModelArchitectureConfig
 
 pytestmark = [pytest.mark.optional, pytest.mark.slow, pytest.mark.usefixtures('one_thread')]
 
@@ -178,10 +176,7 @@ PUBLISHED = {
 @pytest.mark.parametrize('name', PUBLISHED)
 def test_published_models_have_their_sizes(name):
     fields, billions = PUBLISHED[name]
-    problems: list[str] = []
-    options = interop.TRANSFORMERS[fields['model_type']].read(fields, problems)
-    assert problems == []
-    config = ModelArchitectureConfig(arch_preset='custom', **options)
+    config = reference.architecture(fields)
     counted = count_parameters(build_model(config))
     theirs = reference.from_fields({**reference.NO_SPECIAL_TOKENS, **fields}, 'meta')
     assert counted['total_params'] == theirs.num_parameters()

@@ -89,7 +89,7 @@ REFUSED = {
 
 def test_without_names_all_layers_are_attention():
     """Then transformers has an equal model of another family, which an export writes."""
-    config = config_of({'vocab_size': 40, **LFM2, 'layer_types': None})
+    config = reference.architecture({'vocab_size': 40, **LFM2, 'layer_types': None})
     assert config.mixer == 'attention' and config.layer_pattern is None
     assert interop.convert_config(config).fields['model_type'] == 'qwen3'
 
@@ -164,17 +164,13 @@ PUBLISHED = {  # what differs, and the number of parameters in the model's card
 }
 
 
-def config_of(fields: dict) -> ModelArchitectureConfig:
-    problems: list[str] = []
-    options = interop.TRANSFORMERS[fields['model_type']].read(fields, problems)
-    assert problems == []
-    return ModelArchitectureConfig(**{'arch_preset': 'custom', **options})
-
-
 @pytest.mark.parametrize('name', PUBLISHED)
 def test_published_sizes(name):
     fields, published = PUBLISHED[name]
-    assert count_parameters(build_model(config_of(LFM2_1_2B | fields)))['total_params'] == published
+    assert (
+        count_parameters(build_model(reference.architecture(LFM2_1_2B | fields)))['total_params']
+        == published
+    )
 
 
 def test_published_size_of_the_mixture():
@@ -185,7 +181,7 @@ def test_published_size_of_the_mixture():
         'num_hidden_layers': 24,
         'layer_types': [FULL if layer % 4 == 2 else CONV for layer in range(24)],
     }
-    counted = count_parameters(build_model(config_of(fields)))
+    counted = count_parameters(build_model(reference.architecture(fields)))
     assert counted['total_params'] == 8_339_929_856
     assert 1.5e9 < counted['active_params'] < 1.6e9
 
@@ -195,4 +191,4 @@ def test_preset_is_the_published_model():
     preset = ModelArchitectureConfig(
         arch_preset='lfm2', n_layer=16, n_head=32, n_embd=2048, block_size=128000, vocab_size=65536
     )
-    assert preset.hash == config_of(LFM2_1_2B).hash
+    assert preset.hash == reference.architecture(LFM2_1_2B).hash

@@ -3,9 +3,7 @@
 import pytest
 from helpers import transformers_models as reference
 
-from interop.families import TRANSFORMERS
 from model_builder import build_model, count_parameters
-from model_config import ModelArchitectureConfig
 
 pytestmark = [pytest.mark.optional, pytest.mark.usefixtures('one_thread')]
 
@@ -168,14 +166,7 @@ PUBLISHED = {
 }
 
 
-def architecture(fields: dict) -> ModelArchitectureConfig:
-    problems: list[str] = []
-    options = TRANSFORMERS[fields['model_type']].read(fields, problems)
-    assert problems == []
-    return ModelArchitectureConfig(**{'arch_preset': 'custom', **options})
-
-
 @pytest.mark.parametrize('name', PUBLISHED)
 def test_published_models_have_their_numbers_of_parameters(name):
     fields, expected = PUBLISHED[name]
-    assert count_parameters(build_model(architecture(fields)))['total_params'] == expected
+    assert count_parameters(build_model(reference.architecture(fields)))['total_params'] == expected

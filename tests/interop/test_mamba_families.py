@@ -113,17 +113,10 @@ PUBLISHED = {
 }
 
 
-def architecture(fields: dict) -> ModelArchitectureConfig:
-    problems: list[str] = []
-    options = TRANSFORMERS[fields['model_type']].read(fields, problems)
-    assert problems == []
-    return ModelArchitectureConfig(**{'arch_preset': 'custom', **options})
-
-
 @pytest.mark.parametrize('name', PUBLISHED)
 def test_published_models_have_their_numbers_of_parameters(name):
     fields, expected = PUBLISHED[name]
-    counts = count_parameters(build_model(architecture(fields)))
+    counts = count_parameters(build_model(reference.architecture(fields)))
     assert counts['total_params'] == expected
     if name == 'Jamba-v0.1':  # "12B active parameters" (Lieber et al. 2024)
         assert round(counts['active_params'] / 1e9) == 12
@@ -142,7 +135,7 @@ def test_recurrentgemma_2b_is_refused_for_its_width_alone():
 
 def test_layers_of_jamba():
     """Attention in one layer of eight, experts in every second (Lieber et al. 2024, figure 2)."""
-    config = architecture(PUBLISHED['Jamba-v0.1'][0])
+    config = reference.architecture(PUBLISHED['Jamba-v0.1'][0])
     layers = config.layers
     assert [n for n, layer in enumerate(layers) if layer.mixer == 'attention'] == [4, 12, 20, 28]
     assert [n for n, layer in enumerate(layers) if layer.ffn_type == 'moe'] == list(range(1, 32, 2))

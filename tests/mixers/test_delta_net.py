@@ -130,9 +130,9 @@ def test_equals_transformers(other_module, mixer, options):
         (expected * factors).sum(), [x, *(other.get_parameter(name) for name in weights)]
     )
     ours = [x, *our.parameters()]
-    found = torch.autograd.grad((y * factors).sum(), ours)
+    actual = torch.autograd.grad((y * factors).sum(), ours)
     mapped = torch.autograd.grad(list(weights.values()), ours[1:], of_theirs)
-    for gradient, expected_gradient in zip(found, (of_x, *mapped), strict=True):
+    for gradient, expected_gradient in zip(actual, (of_x, *mapped), strict=True):
         scale = expected_gradient.abs().max().item()
         torch.testing.assert_close(gradient, expected_gradient, rtol=1e-3, atol=1e-5 * scale)
 
@@ -233,5 +233,5 @@ def test_segments_change_nothing(mixer, monkeypatch):
         assert 2 * sum(module.flops(45, False).values()) == counter.get_total_flops()
         weights = random_inputs(2, 45, C, seed=1)
         results.append([y, *torch.autograd.grad((y * weights).sum(), [x, *module.parameters()])])
-    for found, expected in zip(*results):
-        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-10)
+    for actual, expected in zip(*results):
+        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-10)

@@ -71,8 +71,8 @@ def assert_equal(arguments: list, rtol: float = 1e-9, atol: float = 1e-10) -> No
         loss = sum((x * weight).sum() for x, weight in zip((y, state), weights))
         results.append([y, state])
         gradients.append(torch.autograd.grad(loss, leaves, materialize_grads=True))
-    for found, expected in zip([*results[0], *gradients[0]], [*results[1], *gradients[1]]):
-        torch.testing.assert_close(found, expected, rtol=rtol, atol=atol)
+    for actual, expected in zip([*results[0], *gradients[0]], [*results[1], *gradients[1]]):
+        torch.testing.assert_close(actual, expected, rtol=rtol, atol=atol)
 
 
 @pytest.mark.parametrize('documents', [False, True])
@@ -134,10 +134,10 @@ def test_parts_of_a_sequence_with_a_state(decay, documents, monkeypatch):
 @pytest.mark.parametrize('decay', DECAYS)
 def test_without_a_state_it_begins_with_zeros(decay):
     *arguments, state = inputs(5, decay, False)
-    for found, expected in zip(
+    for actual, expected in zip(
         delta_rule(*arguments), delta_rule(*arguments, torch.zeros_like(state))
     ):
-        assert torch.equal(found, expected)
+        assert torch.equal(actual, expected)
 
 
 def test_a_stored_value_is_read_and_replaced():

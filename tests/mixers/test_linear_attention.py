@@ -157,14 +157,14 @@ def assert_equals_loop(mixer, values, length):
     config, module = module_of(mixer, values)
     x = random_inputs(2, length, WIDTH).requires_grad_()
     weights = random_inputs(2, length, WIDTH, seed=3)
-    wanted = [x, *module.parameters()]
+    points = [x, *module.parameters()]
     for starts in (None, random_starts(2, length)):
         y = module(x, with_starts(starts))
         rows = starts if starts is not None else [None, None]
         expected = torch.stack([LOOPS[mixer](module, config, *each) for each in zip(x, rows)])
         torch.testing.assert_close(y, expected, rtol=1e-9, atol=1e-10)
-        found, right = (torch.autograd.grad((y * weights).sum(), wanted) for y in (y, expected))
-        for gradient, other in zip(found, right):
+        actual, right = (torch.autograd.grad((y * weights).sum(), points) for y in (y, expected))
+        for gradient, other in zip(actual, right):
             torch.testing.assert_close(gradient, other, rtol=1e-8, atol=1e-9)
 
 
@@ -230,11 +230,11 @@ def test_a_constant_decay_is_that_of_all_channels():
     of_heads = torch.tensor([-0.05, -700.0], dtype=torch.float64)
     of_channels = of_heads[None, :, None, None].expand_as(k)
     starts = random_starts(2, 150)
-    for found, expected in zip(
+    for actual, expected in zip(
         decayed_attention(q, k, v, of_heads, starts=starts),
         decayed_attention(q, k, v, of_channels, starts=starts),
     ):
-        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(actual, expected)
 
 
 # --- Options --------------------------------------------------------------------------------------

@@ -133,12 +133,12 @@ def check_equal(module, x, y, expected, tolerance=1e-9):
     torch.testing.assert_close(y, expected, rtol=tolerance, atol=tolerance)
     cotangent = random_inputs(*y.shape, seed=9).to(y.dtype)
     points = (x, *module.parameters())
-    for got, wanted in zip(
+    for actual, correct in zip(
         torch.autograd.grad(y, points, cotangent),
         torch.autograd.grad(expected, points, cotangent),
         strict=True,
     ):
-        torch.testing.assert_close(got, wanted, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(actual, correct, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize('documents', [False, True])
@@ -191,8 +191,8 @@ def test_steps_of_zero_and_strong_decays_are_exact():
     assert state[::2].abs().max() < 1e-25
     alone = module(x[:, -4:], AttentionInputs())[:, -1]  # the width of the convolution
     torch.testing.assert_close(y[:, -1], alone, rtol=1e-4, atol=1e-4)
-    found = torch.autograd.grad(y.square().sum(), [x, *module.parameters()])
-    assert all(gradient.isfinite().all() for gradient in found)
+    actual = torch.autograd.grad(y.square().sum(), [x, *module.parameters()])
+    assert all(gradient.isfinite().all() for gradient in actual)
 
 
 def test_initial_steps_and_rates():
@@ -343,10 +343,10 @@ def test_equals_the_module_of_transformers(case):
         y, expected = ours(x, AttentionInputs()), theirs.train()(x)
         torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
         cotangent = random_inputs(*y.shape, seed=9)
-        found = torch.autograd.grad(y, [x, *ours.parameters()], cotangent)
-        wanted = torch.autograd.grad(expected, [x, *weights.values()], cotangent)
-        torch.testing.assert_close(found[0], wanted[0], rtol=1e-4, atol=1e-5)
-        of_theirs = {our_name(n): without_middle(g) for n, g in zip(weights, wanted[1:])}
-        for (name, _), gradient in zip(ours.named_parameters(), found[1:], strict=True):
+        actual = torch.autograd.grad(y, [x, *ours.parameters()], cotangent)
+        correct = torch.autograd.grad(expected, [x, *weights.values()], cotangent)
+        torch.testing.assert_close(actual[0], correct[0], rtol=1e-4, atol=1e-5)
+        of_theirs = {our_name(n): without_middle(g) for n, g in zip(weights, correct[1:])}
+        for (name, _), gradient in zip(ours.named_parameters(), actual[1:], strict=True):
             expected = of_theirs[name] / (factor if name == 'in_proj.weight' else 1.0)
             torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5)

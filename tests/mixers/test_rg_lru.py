@@ -1,11 +1,18 @@
 """RG-LRU equals a loop over tokens written from the paper, and RecurrentGemma's block."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 from helpers.architectures import tiny
-from helpers.mixers import mixer_config, mixer_module, random_inputs, random_starts, with_starts
+from helpers.mixers import (
+    check_loop,
+    mixer_config,
+    mixer_module,
+    random_inputs,
+    with_starts,
+)
 
 from components import scan
 from components.rg_lru import LARGEST_SLOPE, _BoundedSqrt
@@ -62,24 +69,8 @@ def loop(mixer, config, x, starts):
 def test_equals_the_paper_token_by_token(values):
     config = mixer_config('rg_lru', **values)
     mixer = mixer_module(config)
-    for length in LENGTHS[-1:] if values else LENGTHS:
-        one_document = torch.arange(length).expand(2, -1) == 0
-        for starts in (None, random_starts(2, length)):
-            x = random_inputs(2, length, config.n_embd).requires_grad_()
-            results = [
-                mixer(x, with_starts(starts)),
-                loop(mixer, config, x, one_document if starts is None else starts),
-            ]
-            torch.testing.assert_close(*results, rtol=1e-9, atol=1e-11)
-            point, target = [x, *mixer.parameters()], random_inputs(2, length, config.n_embd, 1)
-            found, expected = (
-                torch.autograd.grad(
-                    (y * target).sum(), point, allow_unused=True, materialize_grads=True
-                )
-                for y in results
-            )
-            for one, other in zip(found, expected):
-                torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-10)
+    lengths = LENGTHS[-1:] if values else LENGTHS
+    check_loop(mixer, config.n_embd, partial(loop, mixer, config), lengths, materialize_grads=True)
 
 
 def test_equals_transformers():
@@ -102,10 +93,10 @@ def test_equals_transformers():
     ours.load_state_dict({n: weights[n].view(p.shape) for n, p in ours.named_parameters()})
     assert weights.keys() == dict(ours.named_parameters()).keys()
     x = random_inputs(2, 12, 16, dtype=torch.float32)
-    found = ours(x, with_starts(None))
+    actual = ours(x, with_starts(None))
     expected, _ = reference(x, torch.arange(12)[None], None, use_cache=False)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-    for y in (found, expected):
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+    for y in (actual, expected):
         y.square().sum().backward()
     for name, parameter in ours.named_parameters():
         gradient = weights[name].grad.view(parameter.shape)

@@ -58,8 +58,8 @@ def assert_same(actual, expected, inputs) -> None:
     for one, other in zip(actual, expected):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
     total = [sum((y * numbers(*y.shape, seed=1)).sum() for y in ys) for ys in (actual, expected)]
-    found, right = (torch.autograd.grad(each, inputs) for each in total)
-    for one, other in zip(found, right):
+    actual, right = (torch.autograd.grad(each, inputs) for each in total)
+    for one, other in zip(actual, right):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
 
 
@@ -95,8 +95,8 @@ def test_extreme_decays_are_finite(blocks, steps):
     inputs = [x / steps, dt * steps, -decay.abs() - 0.1, *rest]
     inputs = [each.requires_grad_() for each in inputs]
     y, state = selective_scan(*inputs)
-    found = torch.autograd.grad(y.sum() + state.sum(), inputs)
-    assert all(each.isfinite().all() for each in (y, state, *found))
+    actual = torch.autograd.grad(y.sum() + state.sum(), inputs)
+    assert all(each.isfinite().all() for each in (y, state, *actual))
 
 
 def test_states_are_not_kept():

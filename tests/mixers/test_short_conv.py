@@ -1,9 +1,11 @@
 """The gated short convolution equals a loop over tokens, and LFM2's module in transformers."""
 
+from functools import partial
+
 import pytest
 import torch
 from helpers.architectures import tiny
-from helpers.mixers import mixer_config, mixer_module, random_inputs, random_starts, with_starts
+from helpers.mixers import check_loop, mixer_config, mixer_module, random_inputs, with_starts
 
 from model_builder import build_model
 
@@ -35,20 +37,8 @@ def loop(mixer, size: int, x: torch.Tensor, starts: torch.Tensor) -> torch.Tenso
 def test_equals_a_loop_over_tokens(values):
     config = mixer_config('short_conv', **values)
     mixer = mixer_module(config)
-    for length in LENGTHS:
-        one_document = torch.arange(length).expand(2, -1) == 0
-        for starts in (None, random_starts(2, length)):
-            x = random_inputs(2, length, config.n_embd).requires_grad_()
-            begins = one_document if starts is None else starts
-            y = mixer(x, with_starts(starts))
-            expected = loop(mixer, config.short_conv_size, x, begins)
-            torch.testing.assert_close(y, expected, rtol=1e-9, atol=1e-11)
-            point, target = [x, *mixer.parameters()], random_inputs(2, length, config.n_embd, 1)
-            for gradient, of_loop in zip(
-                torch.autograd.grad((y * target).sum(), point),
-                torch.autograd.grad((expected * target).sum(), point, materialize_grads=True),
-            ):
-                torch.testing.assert_close(gradient, of_loop, rtol=1e-8, atol=1e-10)
+    loop_of = partial(loop, mixer, config.short_conv_size)
+    check_loop(mixer, config.n_embd, loop_of, LENGTHS)
 
 
 @pytest.mark.parametrize('bias', [False, True])
@@ -72,9 +62,9 @@ def test_equals_transformers(bias):
         weights[f'{names[module]}.{kind}'] = parameter
     ours.load_state_dict({n: weights[n].view(p.shape) for n, p in ours.named_parameters()})
     x = random_inputs(2, 12, 16, dtype=torch.float32)
-    found, expected = ours(x, with_starts(None)), reference(x)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-    for y in (found, expected):
+    actual, expected = ours(x, with_starts(None)), reference(x)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    for y in (actual, expected):
         y.square().sum().backward()
     assert weights.keys() == dict(ours.named_parameters()).keys()
     for name, parameter in ours.named_parameters():
