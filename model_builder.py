@@ -78,8 +78,8 @@ class Transformer(nn.Module):
         self.token_embedding = TokenEmbedding(config)
         encodings, self.encoding_numbers = position_encodings(config)
         # The names of the first one's parameters are those of models with a single one.
-        self.position_encoding, *others = encodings or [None]
-        self.more_position_encodings = nn.ModuleList(others)
+        self.position_encoding = encodings[0] if encodings else None
+        self.more_position_encodings = nn.ModuleList(encodings[1:])
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(
             layout(layer, number)

@@ -1,5 +1,7 @@
 """A registry of components of which several may be chosen at once."""
 
+import typing
+
 from common.conditions import JOINT
 from common.registry import Registry
 
@@ -12,7 +14,7 @@ class JoinedRegistry(Registry):
 
     form_hint = ", or several joined by '+'"
 
-    def components(self, value: str) -> dict[str, type]:
+    def components(self, value: str) -> dict[str, typing.Any]:
         return {name: self[name] for name in value.split(JOINT)}
 
     def __contains__(self, value: object) -> bool:

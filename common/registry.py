@@ -103,7 +103,7 @@ class Registry:
         self._fill()
         return iter(self._components)
 
-    def components(self, value: str) -> dict[str, type]:
+    def components(self, value: str) -> dict[str, typing.Any]:
         """The components that a value of the option chooses, by name."""
         return {value: self[value]}
 

@@ -63,12 +63,12 @@ def decayed_attention(
     for begin, end, size in ((0, whole, CHUNK), (whole, length, length - whole)):
         if begin == end:
             continue
-        part = [x[:, :, begin:end].unflatten(2, (-1, size)) for x in (q, k, v)]
+        queries, keys, values = (x[:, :, begin:end].unflatten(2, (-1, size)) for x in (q, k, v))
         decay = log_decay
         if log_decay is not None and log_decay.dim() > 1:
             decay = log_decay[:, :, begin:end].unflatten(2, (-1, size))
         begins = None if starts is None else starts[:, begin:end].unflatten(1, (-1, size))
-        output, state = _attend_chunks(*part, decay, state, begins)
+        output, state = _attend_chunks(queries, keys, values, decay, state, begins)
         outputs.append(output.flatten(2, 3))
     return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)), state
 

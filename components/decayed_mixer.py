@@ -152,8 +152,8 @@ class DecayedMixer(Mixer):
         state = cache.get('state') if cache is not None else None
         with without_autocast(x.device):
             wide = at_least_fp32(qkv)
-            heads = (self.split_heads(part) for part in wide.split(self.rows[:3], dim=-1))
-            y, state = self.attend(*heads, log_decay, state, starts)
+            q, k, v = (self.split_heads(part) for part in wide.split(self.rows[:3], dim=-1))
+            y, state = self.attend(q, k, v, log_decay, state, starts)
             if cache is not None:
                 cache.set('state', state)
             y = self.finish(y.transpose(1, 2), others)

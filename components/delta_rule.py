@@ -54,8 +54,10 @@ def delta_rule(
         state = v.new_zeros(v.size(0), v.size(2), k.size(-1), v.size(-1))
     # From here on, the heads are two dimensions: (Hk, H / Hk), or (Hk, 1) of q and k.
     split = (x.unflatten(2, (key_heads, -1)) for x in (q, k, v, beta[..., None], log_decay))
+    q, k, v, beta, log_decay = split
+    state = state.unflatten(1, (key_heads, -1))
     over_tokens = _step if v.size(1) == 1 else _chunked
-    y, state = over_tokens(*split, starts, state.unflatten(1, (key_heads, -1)))
+    y, state = over_tokens(q, k, v, beta, log_decay, starts, state)
     return y.flatten(2, 3), state.flatten(1, 2)
 
 

@@ -15,7 +15,7 @@ from components.attention_inputs import AttentionInputs, Published, SharedInputs
 from components.base import AuxOutput
 from components.blocks import Block
 from components.document_mask import Documents
-from components.kv_cache import Cache
+from components.kv_cache import Cache, LayerCache
 from components.positions import PositionEncoding
 from model_config import POSITION_ENCODING_REGISTRY, ModelArchitectureConfig
 
@@ -75,6 +75,7 @@ def layer_inputs(
             inputs.append(AttentionInputs(states=states, starts=starts))
             continue
         layer_cache = states['attention'] if states else None
+        assert layer_cache is None or isinstance(layer_cache, LayerCache)
         # Training: queries and keys are the same tokens. Generation: the keys are the tokens in the
         # layer's cache, which depend on its window.
         span = spec.window if cache else None

@@ -121,7 +121,8 @@ class Mamba(Mixer):
         dt = F.linear(low_rank, self.dt_proj.weight)
         # 3. The states, and what is read from them.
         with without_autocast(x.device):
-            y = self._scan(*(at_least_fp32(each) for each in (x, dt, b, c)), attn_inputs)
+            wide, dt, b, c = map(at_least_fp32, (x, dt, b, c))
+            y = self._scan(wide, dt, b, c, attn_inputs)
             y = y * F.silu(at_least_fp32(z))
         return self.out_proj(y.to(x.dtype))
 

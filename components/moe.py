@@ -260,12 +260,11 @@ class MixtureOfExperts(FeedForward):
         groups, order = self.group_by_expert(chosen)
         y = self.mix_experts(tokens, weights * self.scale, groups, order).view(x.shape)
         if self.shared is not None:
-            y = y + self.shared_output(x)
+            y = y + self.gate_shared(x, self.shared(x)[0])
         return y, self.aux_output(logits, scores, groups)
 
-    def shared_output(self, x: torch.Tensor) -> torch.Tensor:
-        """The output of the shared experts, (B, T, C)."""
-        y = self.shared(x)[0]
+    def gate_shared(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """The output of the shared experts y (B, T, C), with their gate."""
         return y if self.shared_gate is None else self.shared_gate(x).sigmoid() * y
 
     def group_by_expert(self, chosen: torch.Tensor) -> tuple[ExpertGroups, torch.Tensor]:

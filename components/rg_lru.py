@@ -103,7 +103,8 @@ class RGLRU(Mixer):
         inputs = self._block_diagonal(x, self.input_gate_weight)
         decays = self._block_diagonal(x, self.recurrent_gate_weight)
         with without_autocast(x.device):
-            h = self._recurrence(*map(at_least_fp32, (x, inputs, decays)), attn_inputs)
+            wide, inputs, decays = map(at_least_fp32, (x, inputs, decays))
+            h = self._recurrence(wide, inputs, decays, attn_inputs)
         return self.linear_out(h.to(x.dtype) * gate)
 
     def _block_diagonal(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

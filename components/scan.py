@@ -163,14 +163,10 @@ def _part(tensors: tuple, rows: slice, tokens: slice) -> tuple:
 
 
 def _states(
-    x: torch.Tensor,
-    dt: torch.Tensor,
-    inputs: torch.Tensor,
-    keep: torch.Tensor | None,
-    decay: torch.Tensor,
-    initial: torch.Tensor,
+    block: tuple, decay: torch.Tensor, initial: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The decays and the states of a block, (B, T, N, D) each."""
+    """The decays and the states of a block (x, dt, inputs, keep), (B, T, N, D) each."""
+    x, dt, inputs, keep = block
     # exp2 takes a third of the time of exp on a CPU.
     a = torch.mul(dt.unsqueeze(2), decay * LOG2_E).exp2_()
     if keep is not None:
@@ -197,7 +193,8 @@ def _selective_scan(
     for rows, tokens in _blocks(x, decay.numel()):
         number = tokens.start // size
         before = ends[rows, number - 1] if number else initial[rows]
-        _, h = _states(*_part((x, dt, inputs, keep), rows, tokens), decay, before)
+        block = _part((x, dt, inputs, keep), rows, tokens)
+        _, h = _states(block, decay, before)
         y[rows, tokens] = _vector_times(outputs[rows, tokens], h)
         ends[rows, number] = h[:, -1]
     return y, ends
@@ -238,8 +235,9 @@ def _selective_scan_backward(
     for rows, tokens in _blocks(x, decay.numel(), reverse=True):
         number = tokens.start // size
         before = ends[rows, number - 1] if number else initial[rows]
-        part = block_x, block_dt, block_inputs, _ = _part((x, dt, inputs, keep), rows, tokens)
-        a, h = _states(*part, decay, before)
+        block = _part((x, dt, inputs, keep), rows, tokens)
+        block_x, block_dt, block_inputs, _ = block
+        a, h = _states(block, decay, before)
         # 1. The gradient of each state: from its output, from the end of the block, from the next.
         grad = grad_y[rows, tokens]
         g = outputs[rows, tokens].unsqueeze(3) * grad.unsqueeze(2)
