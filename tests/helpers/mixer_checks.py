@@ -43,6 +43,7 @@ from model_builder import (
 from model_components import AttentionInputs
 from model_config import MIXER_REGISTRY
 from parallel import strategies
+from parallel.autocast import parameters_cast_by_autocast
 
 WIDTH = 16
 
@@ -203,6 +204,18 @@ def check_bfloat16(mixer):
         assert errors.median() < 0.06, config.name
         wrong = {n for n, each in cache.tensors.items() if each.dtype != torch.float32}
         assert all('conv' in name for name in wrong), wrong
+
+
+def check_parameters_in_bfloat16(mixer):
+    """Under autocast, hidden matrices and biases of their products are rounded, and vectors of the
+    state and of norms are not."""
+    config = mixer_config(mixer)
+    model, cast = build_model(config), parameters_cast_by_autocast(config)
+    matrices = {id(p) for p in parameter_groups(model)[0].parameters}
+    for name, parameter in model.blocks[0].mixers.named_parameters():
+        is_cast = f'blocks.0.mixers.{name}' in cast
+        assert is_cast or id(parameter) not in matrices, name
+        assert not is_cast or parameter.dim() > 1 or name.endswith('bias'), name
 
 
 @small_chunks()

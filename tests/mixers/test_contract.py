@@ -13,6 +13,7 @@ from helpers.mixer_checks import (
     check_counts,
     check_documents,
     check_extremes,
+    check_float32,
     check_flops,
     check_generation,
     check_gradients,
@@ -20,10 +21,12 @@ from helpers.mixer_checks import (
     check_initialization,
     check_lengths,
     check_mup,
+    check_parameters_in_bfloat16,
     check_pieces,
 )
 from helpers.mixers import EXAMPLE, ExampleMixer
 
+from model_components import Initial
 from model_config import MIXER_REGISTRY
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures('one_thread')]
@@ -120,6 +123,20 @@ class StateIsBfloat16(ExampleMixer):
     def chunk(self, q, k, v, state, starts):
         y, state = super().chunk(q, k, v, state.to(q.dtype), starts)
         return y, state if q.dtype == torch.float64 else state.bfloat16()
+
+
+class GainIsBfloat16(ExampleMixer):
+    """Rounds a parameter that is not in a product of matrices."""
+
+    def __init__(self, config, layer):
+        super().__init__(config, layer)
+        self.gain = nn.Parameter(torch.empty(1))
+
+    def initial_values(self):
+        return {**super().initial_values(), 'gain': Initial.ones}
+
+    def forward(self, x, attn_inputs):
+        return super().forward(x, attn_inputs) * self.gain.bfloat16()
 
 
 class IsCoarse(ExampleMixer):
@@ -221,6 +238,8 @@ BROKEN = [
     (IsSingle, check_gradients_of_values),
     (DropsGradient, check_gradients_of_values),
     (StateIsBfloat16, check_bfloat16),
+    (GainIsBfloat16, check_parameters_in_bfloat16),
+    (StateIsBfloat16, check_float32),
     (IsCoarse, check_bfloat16),
     (Overflows, check_extremes),
     (CountsChunks, check_flops),

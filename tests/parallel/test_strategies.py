@@ -74,10 +74,17 @@ NARROW = {**SIX, **LLAMA, 'n_embd': 4, 'n_layer': 1}
 TEN = {**LLAMA, 'max_iters': 10, 'eval_interval': 5}
 FEW = {**LLAMA, 'max_iters': 6, 'eval_interval': 3}
 
-# Layers with different heads, windows, networks and position encodings, two of them with tables.
+# Layers with different heads, windows, networks and position encodings, two of them with tables,
+# then layers with other mixers, two in parallel, and layers without one of the sublayers.
 MIXED = {
-    'n_layer': 3,
-    'layer_pattern': 'LTM',
+    'n_layer': 7,
+    'layer_pattern': 'LTMDSRF',
+    'layer_kinds.D.mixer': 'gated_deltanet',
+    'layer_kinds.S.mixer': 'attention+mamba2',
+    'layer_kinds.S.mamba2_head_dim': 8,
+    'layer_kinds.S.ffn_type': 'none',
+    'layer_kinds.R.mixer': 'retnet+rg_lru',
+    'layer_kinds.F.mixer': 'none',
     'layer_kinds.L.sliding_window': 5,
     'layer_kinds.L.d_ff': 24,
     'layer_kinds.L.canon': 'ABCD',

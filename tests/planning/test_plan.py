@@ -71,12 +71,14 @@ def plan(**options) -> dict:
 
 # --- Compared with training -----------------------------------------------------------------------
 
-# Blocks of different sizes, and a position encoding with parameters in some of them.
+# Blocks of different sizes, mixers, and a position encoding with parameters in some of them.
 MIXED = {
     'layer_pattern': 'LG* H',
     'layer_kinds.L.sliding_window': 16,
     'layer_kinds.L.d_ff': 96,
     'layer_kinds.G.position_encoding': 't5_relative',
+    'layer_kinds.G.mixer': 'attention+gated_deltanet',
+    'layer_kinds.H.mixer': 'attention+mamba2',
     'layer_kinds.H.n_head': 8,
     'layer_kinds.H.ffn_type': 'standard',
     'layer_kinds.H.activation': 'gelu',
