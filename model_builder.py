@@ -23,11 +23,10 @@ from components.faults import is_foreign
 from components.layer_counts import flops_by_kind, inactive_params, parameters_by_kind
 from components.layer_inputs import (
     LayerNeeds,
-    first_layer_with_values,
     layer_inputs,
     merge_aux,
     position_encodings,
-    publishing_values,
+    publish_first_values,
     run_block,
     shared_inputs,
     summarize_metrics,
@@ -72,8 +71,6 @@ class Transformer(nn.Module):
         # If set, attention does not cross the end of a document.
         self.end_of_text = config.end_of_text if 'end_of_text' in config else None
         layouts = [NORM_POSITION_REGISTRY[layer.norm_position] for layer in config.layers]
-        if (number := first_layer_with_values(config)) is not None:
-            layouts[number] = publishing_values(layouts[number])
         norm = NORM_REGISTRY[config.normalization]
         self.token_embedding = TokenEmbedding(config)
         encodings, self.encoding_numbers = position_encodings(config)
@@ -81,13 +78,13 @@ class Transformer(nn.Module):
         self.position_encoding = encodings[0] if encodings else None
         self.more_position_encodings = nn.ModuleList(encodings[1:])
         self.dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(
+        blocks = [
             layout(layer, number)
             for number, (layout, layer) in enumerate(zip(layouts, config.layers))
-        )
-        check_built(self.blocks)
-        # What blocks ask for is cached now, so that a forward pass leaves no new attributes.
-        shared_inputs(self.blocks)
+        ]
+        self.blocks = nn.ModuleList(blocks)
+        check_built(self.blocks)  # before a component is asked what it needs
+        publish_first_values(self.blocks, config)
         final_norm = layouts[-1].final_norm
         self.final_norm = norm(config, config.n_embd) if final_norm else nn.Identity()
         self.output_head = OutputHead(config)

@@ -16,7 +16,7 @@ class SharedInputs(NamedTuple):
 
     tokens: torch.Tensor | None = None  # (B, T)
     x0: torch.Tensor | None = None  # the input of the first block, (B, T, C)
-    # Values of the first layer with `value_residual` among its options, (B, T, KV heads · D).
+    # Values of the first layer whose attention has `share_values`, (B, T, KV heads · D).
     first_values: torch.Tensor | None = None
 
 

@@ -81,7 +81,7 @@ def check_built(model: nn.Module) -> None:
         name = type(module).__name__
         if '_modules' not in vars(module):
             raise UserError(f'{name}.__init__ must call super().__init__ first.')
-        required = {Attention: ('spec',), Block: ('attention', 'ffn')}
+        required = {Attention: ('spec',), Block: ('attention', 'ffn', 'mixers', 'residual')}
         for base, attributes in required.items():
             if isinstance(module, base):
                 for missing in (a for a in attributes if not hasattr(module, a)):

@@ -95,15 +95,18 @@ def layer_inputs(
     return inputs
 
 
-def first_layer_with_values(config: ModelArchitectureConfig) -> int | None:
-    """The layer whose values others mix into theirs by `value_residual`, if any does."""
-    numbers = [n for n, layer in enumerate(config.layers) if 'value_residual' in layer]
-    used = any(config.layers[number].value_residual != 'none' for number in numbers)
-    return numbers[0] if used else None
+def publish_first_values(blocks: nn.ModuleList, config: ModelArchitectureConfig) -> None:
+    """Replace the first block with attention by one that publishes its values, if another asks."""
+    shares = (hasattr(block.attention, 'share_values') for block in blocks)
+    number = next((n for n, each in enumerate(shares) if each), len(blocks))
+    asked = [block.shared_names for block in blocks]
+    if any('first_values' in names for names in asked[number + 1 :]):
+        layout = _publishing(type(blocks[number]))
+        blocks[number] = layout(config.layers[number], number)
 
 
 @functools.cache
-def publishing_values(layout: type[Block]) -> type[Block]:
+def _publishing(layout: type[Block]) -> type[Block]:
     """The block layout, with the attention's values as a third output: `SharedInputs.first_values`.
 
     They are an output, and no side effect, so that a recomputed, compiled or sharded block has them

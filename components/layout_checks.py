@@ -1,8 +1,8 @@
-"""Whether a block layout uses the mixers, the FFN and the residual component of its layer."""
+"""Whether blocks use the mixers, the FFN, the residual component and the values of their layer."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass, field
 
 import torch.nn as nn
 
@@ -10,15 +10,15 @@ from common.errors import UserError
 from components.blocks import Block
 from components.checks import label
 from components.residual_stream import Residual
-from model_config import NORM_POSITION_REGISTRY, ModelArchitectureConfig
+from model_config import ATTENTION_REGISTRY, NORM_POSITION_REGISTRY, ModelArchitectureConfig
 
 
+@dataclass
 class _Uses:
     """What a block uses of its own during a forward pass."""
 
-    def __init__(self) -> None:
-        self.mixes, self.enters = False, False
-        self.added: set[str] = set()  # sublayers
+    methods: set[str] = field(default_factory=set)
+    added: set[str] = field(default_factory=set)  # sublayers
 
 
 @contextmanager
@@ -26,12 +26,16 @@ def checked_layouts(model: nn.Module) -> Iterator[None]:
     """Raise UserError if a block of a forward pass within the context leaves out what it has."""
     blocks = list(zip(model.blocks, model.config.layers))
     uses = {block: _Uses() for block, _ in blocks}
+    observed: list[tuple[nn.Module, str]] = []
     running: list[Block] = []  # the last one is the block whose forward pass was begun last
     handles = [block.register_forward_pre_hook(lambda b, _: running.append(b)) for block in uses]
     for block, used in uses.items():
-        _observe(block, 'mix', lambda used=used: setattr(used, 'mixes', True))
-        _observe(block.residual, 'enter', lambda used=used: setattr(used, 'enters', True))
-        _observe(block.residual, 'add', used.added.add, argument=2)
+        owners = {'mix': block, 'enter': block.residual, 'add': block.residual}
+        if hasattr(block.attention, 'share_values'):
+            owners['share_values'] = block.attention
+        for method, owner in owners.items():
+            _observe(owner, method, used)
+            observed.append((owner, method))
     try:
         yield
         problems = [_unused(block, config, uses[block]) for block, config in blocks]
@@ -45,19 +49,21 @@ def checked_layouts(model: nn.Module) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-        for block in uses:
-            del block.mix, block.residual.enter, block.residual.add
+        for owner, method in observed:
+            delattr(owner, method)
     if any(problems):
         raise UserError(*dict.fromkeys(filter(None, problems)))
 
 
-def _observe(owner: Any, method: str, record: Callable, argument: int | None = None) -> None:
-    """Call `record` at each call of a method, with one of its arguments."""
+def _observe(owner: nn.Module, method: str, used: _Uses) -> None:
+    """Note the calls of a method in `used`."""
     original = getattr(owner, method)
 
-    def observed(*arguments):
-        record(*(() if argument is None else (arguments[argument],)))
-        return original(*arguments)
+    def observed(*arguments, **named):
+        used.methods.add(method)
+        if method == 'add':
+            used.added.add(named.get('sublayer') or arguments[2])
+        return original(*arguments, **named)
 
     setattr(owner, method, observed)
 
@@ -68,11 +74,19 @@ def _forward(config: ModelArchitectureConfig) -> str:
 
 
 def _unused(block: Block, config: ModelArchitectureConfig, used: _Uses) -> str | None:
-    """The problem if the block did not use its mixers or its residual component."""
-    if block.mixers and not used.mixes:
+    """The problem if the block did not use what it has."""
+    if block.mixers and 'mix' not in used.methods:
         return _must_mix(config)
+    asks = hasattr(block.attention, 'share_values') and block.attention.shared_inputs()
+    if asks and 'share_values' not in used.methods:
+        attention = ATTENTION_REGISTRY[config.attention_type]
+        return (
+            f'{label(ATTENTION_REGISTRY, attention)}.forward ignores value_residual='
+            f'{config.value_residual!r}. Call v = self.share_values(v, attn_inputs) with the '
+            f'values (B, T, KV heads · D), or remove value_residual.'
+        )
     kind = type(block.residual)
-    enters = used.enters or kind.enter is Residual.enter
+    enters = 'enter' in used.methods or kind.enter is Residual.enter
     adds = used.added >= {*block.residual.sublayers} or kind.add is Residual.add
     if enters and adds:
         return None

@@ -373,11 +373,14 @@ def test_layout_with_mix_and_add_is_accepted(own):
         check_calls(tiny(norm_position='own', mixer=mixer, residual='layer_scale'))
 
 
-def test_attention_that_publishes_no_values_is_named(own):
+def test_attention_that_shares_no_values_is_named(own):
     def forward(self, x, attn_inputs):
         q, k, v = self.qkv(x).split(self.rows, dim=-1)
         return self.attend_and_project(*map(self.split_heads, (q, k, v)), attn_inputs)
 
     own(ATTENTION_REGISTRY, MultiHeadAttention, forward=forward)
+    kinds = {'B': {'attention_type': 'own', 'value_residual': 'fixed'}}
+    with pytest.raises(UserError, match=r"Own\.forward ignores value_residual='fixed'"):
+        check_calls(tiny(layer_pattern='AB', layer_kinds=kinds))
     with pytest.raises(UserError, match=r'Own\.forward does not publish the values'):
         check_calls(tiny(attention_type='own', value_residual='learned'))

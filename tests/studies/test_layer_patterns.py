@@ -79,6 +79,11 @@ def test_each_run_has_the_layers_of_its_variant(read):
     assert again.layers[-1].values == state.study.command_line.layers[-1].values
 
 
+def test_variants_without_attention(read):
+    state = read("sweep = {'mixer': ['attention', 'mamba2', 'retnet']}; arch_preset = 'llama'")
+    assert labels(state) == [f'mixer={mixer}' for mixer in ('attention', 'mamba2', 'retnet')]
+
+
 def test_options_of_the_command_line_that_a_variant_cannot_use(read):
     state = read(
         "arch_preset = 'llama'; sweep = {'position_encoding': ['rope', 'none']}",
