@@ -96,13 +96,13 @@ def layer_inputs(
 
 
 def publish_first_values(blocks: nn.ModuleList, config: ModelArchitectureConfig) -> None:
-    """Replace the first block with attention by one that publishes its values, if another asks."""
+    """Replace the first block with attention by one that publishes its values, if another needs them."""
     shares = (hasattr(block.attention, 'share_values') for block in blocks)
     number = next((n for n, each in enumerate(shares) if each), len(blocks))
-    asked = [block.shared_names for block in blocks]
-    if any('first_values' in names for names in asked[number + 1 :]):
-        layout = _publishing(type(blocks[number]))
-        blocks[number] = layout(config.layers[number], number)
+    needs_values = ['first_values' in block.shared_names for block in blocks]
+    if any(needs_values[number + 1 :]):
+        layout: type[Block] = type(blocks[number])
+        blocks[number] = _publishing(layout)(config.layers[number], number)
 
 
 @functools.cache
