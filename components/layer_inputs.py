@@ -17,7 +17,11 @@ from components.blocks import Block
 from components.document_mask import Documents
 from components.kv_cache import Cache, LayerCache
 from components.positions import PositionEncoding
-from model_config import POSITION_ENCODING_REGISTRY, ModelArchitectureConfig
+from model_config import (
+    NORM_POSITION_REGISTRY,
+    POSITION_ENCODING_REGISTRY,
+    ModelArchitectureConfig,
+)
 
 
 def position_encodings(
@@ -101,8 +105,9 @@ def publish_first_values(blocks: nn.ModuleList, config: ModelArchitectureConfig)
     number = next((n for n, each in enumerate(shares) if each), len(blocks))
     needs_values = ['first_values' in block.shared_names for block in blocks]
     if any(needs_values[number + 1 :]):
-        layout: type[Block] = type(blocks[number])
-        blocks[number] = _publishing(layout)(config.layers[number], number)
+        layer = config.layers[number]
+        layout = NORM_POSITION_REGISTRY[layer.norm_position]
+        blocks[number] = _publishing(layout)(layer, number)
 
 
 @functools.cache
