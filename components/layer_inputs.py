@@ -100,7 +100,7 @@ def layer_inputs(
 
 
 def publish_first_values(blocks: nn.ModuleList, config: ModelArchitectureConfig) -> None:
-    """Replace the first block with attention by one that publishes its values, if another needs them."""
+    """Make the first block with attention publish its values, if a later block needs them."""
     shares = (hasattr(block.attention, 'share_values') for block in blocks)
     number = next((n for n, each in enumerate(shares) if each), len(blocks))
     needs_values = ['first_values' in block.shared_names for block in blocks]
