@@ -11,36 +11,24 @@ import interop
 pytestmark = [pytest.mark.optional, pytest.mark.slow, pytest.mark.usefixtures('one_thread')]
 
 
-# Relatives of other families: fields that affect no logits in any family are not tried again.
-RELATIVES = (
-    'smollm3',
-    'olmo3',
-    'exaone4',
-    'mellum',
-    'nemotron_h',
-    'qwen3_next',
-    'qwen3_5_text',
-    'olmo_hybrid',
-    'kimi_linear',
-    'minimax',
-    'mamba2',
-    'bamba',
-)
+# Every field of families unlike each other; tests/stress/field_pairs.py does the same for all.
+WHOLE = ('gpt2', 'llama', 'gemma3_text', 'deepseek_v3', 'jamba', 'qwen3_next')
+SAMPLE = 16  # changes of each other family
 
 
 @pytest.mark.parametrize('family', BASES)
 def test_fields_are_read_as_transformers_reads_them(family, tmp_path):
     flips = Flips(tmp_path / 'model')
     assert flips.outcome(family, {}) == 'equal'
-    outcomes = {
-        str(change): flips.outcome(family, change)
-        for change in foreign_configs.flips(family, 1, irrelevant=family not in RELATIVES)
-    }
+    changes = foreign_configs.flips(family, 1, irrelevant=family in WHOLE)
+    if family not in WHOLE:
+        changes = changes[:: max(1, len(changes) // SAMPLE)]
+    outcomes = {str(change): flips.outcome(family, change) for change in changes}
     differing = {k: v for k, v in outcomes.items() if v not in ('equal', 'refused', 'illegal')}
     assert differing == {}
     counts = {kind: list(outcomes.values()).count(kind) for kind in ('equal', 'refused')}
-    expected = 20 if family in RELATIVES else 30
-    assert counts['equal'] > expected and counts['refused'] > 15, counts
+    equal, refused = (20, 15) if family in WHOLE else (2, 2)
+    assert counts['equal'] > equal and counts['refused'] > refused, counts
 
 
 def test_all_families_are_covered():

@@ -1,6 +1,6 @@
 """Pairs of fields of a config.json set to other legal values, checked against transformers.
 
-    python tests/stress/field_pairs.py [pairs of each family] [seed]
+    python tests/stress/field_pairs.py [pairs of each family] [seed] [family …]
 
 First every value of every field alone, then random pairs, in tiny models of every family. Each must
 give the same logits as transformers, be refused by name, or be illegal in transformers. Any other
@@ -21,12 +21,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
 from helpers import foreign_configs  # noqa: E402
 
 
-def main(pairs: int = 100, seed: int = 0) -> int:
+def main(pairs: int = 100, seed: int = 0, *families: str) -> int:
     torch.set_num_threads(1)
     rng, totals = random.Random(seed), Counter()
     with tempfile.TemporaryDirectory() as folder:
         flips = foreign_configs.Flips(Path(folder) / 'model')
-        for family in foreign_configs.BASES:
+        for family in families or foreign_configs.BASES:
             alone = foreign_configs.flips(family)
             outcomes = [(change, flips.outcome(family, change)) for change in alone]
             # A field that is refused alone is refused in every pair: skip it.
@@ -47,4 +47,5 @@ def main(pairs: int = 100, seed: int = 0) -> int:
 
 
 if __name__ == '__main__':
-    sys.exit(main(*map(int, sys.argv[1:])))
+    numbers, families = sys.argv[1:3], sys.argv[3:]
+    sys.exit(main(*map(int, numbers), *families))
