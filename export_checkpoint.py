@@ -38,6 +38,7 @@ import torch
 import interop
 from common.console_output import write_progress
 from common.errors import UserError, run_script
+from components.base import saved_buffers, saved_tensors
 from interop import hf_tokenizer
 from model_builder import Transformer
 from training.checkpoint import Checkpoint, write_failure
@@ -66,12 +67,12 @@ def write_pt(exported: Exported, path: Path) -> None:
 
 def write_safetensors(exported: Exported, path: Path) -> None:
     metadata = {'config': json.dumps(exported.config)}
-    interop.save_tensors(dict(exported.model.named_parameters()), path, metadata)
+    interop.save_tensors(saved_tensors(exported.model), path, metadata)
 
 
 def write_hugging_face(exported: Exported, path: Path) -> None:
     model = exported.model
-    interop.export(model.config, dict(model.named_parameters()), path)
+    interop.export(model.config, saved_tensors(model), path)
     write_progress(f'Check: {interop.check_export(model, path)}.')
     try:
         tokenizer, vocab_size = load_tokenizer(exported.checkpoint)
@@ -171,8 +172,14 @@ def main(argv: list[str]) -> int:
 
 
 def to_dtype(model: Transformer, dtype: torch.dtype) -> None:
-    """Convert the weights in place. Raises UserError for values beyond the dtype's range."""
+    """Convert the weights in place; buffers stay in fp32. Raises UserError for values beyond the
+    dtype's range."""
+    buffers = {name: buffer.clone() for name, buffer in saved_buffers(model).items()}
     model.to(dtype)
+    for name, buffer in buffers.items():
+        model.get_submodule(name.rpartition('.')[0]).register_buffer(
+            name.rpartition('.')[2], buffer
+        )
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
             raise UserError(f'{name} has values beyond the range of --dtype={str(dtype)[6:]}.')

@@ -258,6 +258,7 @@ def run_iteration(session: Session, clock: hardware.StepClock) -> None:
     loss = session.parallel.all_reduce_sum(forward_backward(session))
     # Measure and clip the gradient, and update the weights.
     sums = optimizer.step(learning_rate, loss, measured=is_logged)
+    session.metrics.counts.pass_on(session.raw_model.blocks, session.parallel, optimizer.nonfinite)
     session.metrics.update_ratio.end()
     # Count.
     progress.iter += 1
@@ -289,6 +290,7 @@ def forward_backward(session: Session) -> torch.Tensor:
             session.optimizer.backward(share + aux.loss / micro_steps)
         loss += share.detach()
         session.metrics.aux.add(aux.metrics)
+        session.metrics.counts.add(aux.counts)
     return loss
 
 

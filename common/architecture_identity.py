@@ -24,6 +24,9 @@ NEUTRAL = {
     'latent_norm_eps': None,
     'value_residual': 'none',
     'residual': 'addition',
+    'router_bias': False,
+    'router_groups': 1,
+    'router_selection_bias': False,
 }
 # The options of a mixture of experts in version 1, which its dense layers do not have.
 _MIXTURE_OPTIONS = frozenset(
@@ -31,6 +34,7 @@ _MIXTURE_OPTIONS = frozenset(
         *('expert_ffn', 'num_experts', 'experts_per_token', 'shared_experts', 'expert_d_ff'),
         *('dense_layers', 'router_score', 'router_normalize', 'router_scale'),
         *('load_balance_weight', 'router_z_loss', 'shared_gate'),
+        *('router_bias', 'router_groups', 'router_selection_bias'),
     }
 )
 

@@ -60,6 +60,9 @@ class AuxOutput(NamedTuple):
     # Metrics for the record: name -> tensor without gradient, with the same names and shapes in
     # every call. They are stacked over the layers and averaged over micro-batches.
     metrics: dict[str, torch.Tensor]
+    # A vector of whole numbers, or nothing, for its `after_update`. In the output of a model: an
+    # entry for each block, None without a vector.
+    counts: tuple[torch.Tensor | None, ...] = ()
 
     @property
     def readings(self) -> dict[str, torch.Tensor]:
@@ -131,6 +134,18 @@ class Component(RenamedMethods, Configurable):
         """
         return {}
 
+    def saved_buffers(self) -> tuple[str, ...]:
+        """Names of its buffers that `after_update` changes, which checkpoints and exports contain.
+        Other buffers are constants."""
+        return ()
+
+    def after_update(self, counts: torch.Tensor) -> None:
+        """Change its saved buffers after an update of the weights.
+
+        Of feed-forward networks whose AuxOutput has `counts`: they are summed over the iteration's
+        micro-batches and ranks, or zeros if the update was skipped.
+        """
+
     def residual_weights(self) -> list[torch.Tensor]:
         """Weights of its projections into the residual stream, for depth-scaled initialization."""
         return []
@@ -149,6 +164,22 @@ class Component(RenamedMethods, Configurable):
         """
         layers = own_linear_layers(cast(nn.Module, self))
         return {layer.weight: (layer.out_features,) for layer in layers}
+
+
+def saved_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """What checkpoints and exports contain, by name: parameters, tied ones once, and saved
+    buffers."""
+    return {**dict(model.named_parameters()), **saved_buffers(model)}
+
+
+def saved_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The buffers that training changes, by name."""
+    return {
+        f'{prefix}.{name}': module.get_buffer(name)
+        for prefix, module in model.named_modules()
+        if isinstance(module, Component)
+        for name in module.saved_buffers()
+    }
 
 
 def own_linear_layers(module: nn.Module) -> Iterator[nn.Linear]:

@@ -196,7 +196,7 @@ def _with_aux_output(inputs: tuple, output: Any) -> str | None:
     first, aux = output
     if not isinstance(aux, AuxOutput):
         return f'an AuxOutput beside its tensor, and returned {_described(aux)}'
-    loss, metrics = aux
+    loss, metrics, counts = aux
     if not isinstance(loss, (int, float)) and not (
         isinstance(loss, torch.Tensor) and not loss.dim()
     ):
@@ -205,6 +205,11 @@ def _with_aux_output(inputs: tuple, output: Any) -> str | None:
         isinstance(each, torch.Tensor) for each in metrics.values()
     ):
         return f'an AuxOutput with a dict of tensors, and that is {_described(metrics)}'
+    if not isinstance(counts, tuple) or not all(
+        isinstance(each, torch.Tensor) and each.dim() == 1 and not each.is_floating_point()
+        for each in counts
+    ):
+        return f'an AuxOutput with a tuple of vectors of integers, and that is {counts!r:.80}'
     return _tensor(x.shape, x, first)
 
 

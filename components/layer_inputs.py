@@ -161,17 +161,20 @@ def run_block(
 
 
 def merge_aux(aux_outputs: Iterable[AuxOutput]) -> AuxOutput:
-    """The sum of the losses, and each metric stacked over the layers that have it.
+    """The sum of the losses, each metric stacked over the layers that have it, and all counts.
 
     A vector that is shorter than in other layers, such as the load of fewer experts, ends with nan.
     """
     losses: list = []
     by_name: dict[str, list[torch.Tensor]] = {}
+    counts: list[torch.Tensor | None] = []
     for aux in aux_outputs:
         losses.append(aux.loss)
+        counts.append(aux.counts[0] if aux.counts else None)
         for name, metric in aux.metrics.items():
             by_name.setdefault(name, []).append(metric)
-    return AuxOutput(sum(losses), {name: _stacked(values) for name, values in by_name.items()})
+    metrics = {name: _stacked(values) for name, values in by_name.items()}
+    return AuxOutput(sum(losses), metrics, tuple(counts))
 
 
 def _stacked(values: list[torch.Tensor]) -> torch.Tensor:

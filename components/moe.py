@@ -10,9 +10,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.flop_counter import register_flop_formula
 
-from common.registry import AnyBut, FrozenConfig, Option, above, at_least, tag_of
-from components.base import AuxOutput, matmul_dtype, without_autocast
+from common.registry import AnyBut, FrozenConfig, Option, at_least, tag_of
+from components.base import AuxOutput, Fill, Initial, matmul_dtype
 from components.feed_forward import FeedForward
+from components.router import Router, Routing
 from model_config import FFN_REGISTRY, ModelArchitectureConfig
 
 # --------------------------------------------------------------------------------------------------
@@ -93,7 +94,6 @@ class ExpertLinear(nn.Linear):
 
 # Major compute capabilities of the GPUs on which torch's grouped_mm is a kernel, for bf16.
 GROUPED_MM_CAPABILITIES = (9, 10)
-SCORES = {'softmax': partial(torch.softmax, dim=-1), 'sigmoid': torch.sigmoid}
 
 
 @cache  # asked for each component whenever options are listed
@@ -142,15 +142,7 @@ class MixtureOfExperts(FeedForward):
             check=at_least(0),
             scope='pattern',
         ),
-        'router_score': Option(
-            str, 'softmax', 'Function that turns router logits into scores', choices=tuple(SCORES)
-        ),
-        'router_normalize': Option(
-            bool, True, "Normalize the scores of a token's experts to a sum of 1"
-        ),
-        'router_scale': Option(
-            float, 1.0, "Factor of the scores of a token's experts", check=above(0)
-        ),
+        **Router.options,
         'load_balance_weight': Option(
             float,
             0.01,
@@ -170,11 +162,9 @@ class MixtureOfExperts(FeedForward):
         super().__init__()
         self.num_experts = config.num_experts
         self.experts_per_token = config.experts_per_token
-        self.score, self.normalize = SCORES[config.router_score], config.router_normalize
-        self.scale = config.router_scale
         self.balance_weight, self.z_weight = config.load_balance_weight, config.router_z_loss
         expert, width = FFN_REGISTRY[config.expert_ffn], config.expert_d_ff
-        self.router = nn.Linear(config.n_embd, config.num_experts, bias=False)
+        self.router = Router(config)
         self.experts = expert(config, layer, width, partial(ExpertLinear, config.num_experts))
         shared = config.shared_experts * width  # as one network, since their outputs are added
         self.shared = expert(config, layer, shared) if shared else None
@@ -197,7 +187,7 @@ class MixtureOfExperts(FeedForward):
 
     @classmethod
     def problems(cls, config: ModelArchitectureConfig) -> list[str]:
-        problems = []
+        problems = Router.problems(config)
         experts, chosen = config.num_experts, config.experts_per_token
         if chosen > experts:
             problems.append(
@@ -244,24 +234,19 @@ class MixtureOfExperts(FeedForward):
     def name_tag(cls, config: ModelArchitectureConfig) -> str:
         shared = f'+{config.shared_experts}' if config.shared_experts else ''
         shared += 'Gated' if config.get('shared_gate') else ''
+        mixture = f'{cls.tag}{config.experts_per_token}of{config.num_experts}{shared}'
         expert = tag_of(FFN_REGISTRY[config.expert_ffn], config)
-        return f'{cls.tag}{config.experts_per_token}of{config.num_experts}{shared}-{expert}'
+        return '-'.join((mixture, *Router.tags(config), expert))
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, AuxOutput]:
-        # The router's scores, and the experts with the highest scores for each token.
         tokens = x.flatten(0, -2)  # (N, C)
-        with without_autocast(x.device):
-            logits = self.router(tokens.float())  # (N, experts)
-        scores = self.score(logits)
-        weights, chosen = scores.topk(self.experts_per_token)  # (N, k)
-        if self.normalize:
-            weights = weights / weights.sum(dim=-1, keepdim=True).clamp(min=1e-20)
+        routing = self.router.route(tokens)
         # The experts of each token, and the shared experts.
-        groups, order = self.group_by_expert(chosen)
-        y = self.mix_experts(tokens, weights * self.scale, groups, order).view(x.shape)
+        groups, order = self.group_by_expert(routing.chosen)
+        y = self.mix_experts(tokens, routing.weights, groups, order).view(x.shape)
         if self.shared is not None:
             y = y + self.gate_shared(x, self.shared(x)[0])
-        return y, self.aux_output(logits, scores, groups)
+        return y, self.aux_output(routing, groups)
 
     def gate_shared(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """The output of the shared experts y (B, T, C), with their gate."""
@@ -283,9 +268,7 @@ class MixtureOfExperts(FeedForward):
         y = y.index_select(0, order.argsort()).view(*weights.shape, -1)  # (N, k, C)
         return (y * weights[..., None]).sum(dim=1).to(y.dtype)
 
-    def aux_output(
-        self, logits: torch.Tensor, scores: torch.Tensor, groups: ExpertGroups
-    ) -> AuxOutput:
+    def aux_output(self, routing: Routing, groups: ExpertGroups) -> AuxOutput:
         """Both auxiliary losses, as means over the tokens, and metrics of the load balance.
 
         The load-balancing loss (Fedus et al. 2022; with several experts per token as in Mixtral) is
@@ -293,7 +276,9 @@ class MixtureOfExperts(FeedForward):
         gets and its probability the mean score. Its minimum is k. The router z-loss (Zoph et al.
         2022) is log² Σ exp(logits).
         """
-        load = groups.ends.diff(prepend=groups.ends.new_zeros(1)) / len(logits)  # (experts,)
+        logits, scores = routing.logits, routing.scores
+        tokens = groups.ends.diff(prepend=groups.ends.new_zeros(1))  # (experts,)
+        load = tokens / len(logits)
         probability = (scores / scores.sum(dim=-1, keepdim=True)).mean(dim=0)
         balance = self.num_experts * (load * probability).sum()
         z = logits.logsumexp(dim=-1).square().mean()
@@ -304,7 +289,11 @@ class MixtureOfExperts(FeedForward):
                 'load_balance_loss': balance.detach(),
                 'router_z_loss': z.detach(),
             },
+            (tokens,) if self.router.bias_step else (),
         )
+
+    def after_update(self, counts: torch.Tensor) -> None:
+        self.router.update_bias(counts)
 
     @classmethod
     def summarize_metrics(cls, means: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -338,6 +327,12 @@ class MixtureOfExperts(FeedForward):
     def inactive_params(self) -> int:
         idle = self.num_experts - self.experts_per_token
         return sum(p.numel() for p in self.experts.parameters()) // self.num_experts * idle
+
+    def initial_values(self) -> dict[str, Fill]:
+        return {'router.selection_bias': Initial.zeros} if self.saved_buffers() else {}
+
+    def saved_buffers(self) -> tuple[str, ...]:
+        return () if self.router.selection_bias is None else ('router.selection_bias',)
 
     def residual_weights(self) -> list[torch.Tensor]:
         return []  # the experts return theirs

@@ -14,6 +14,7 @@ import psutil
 import torch
 
 from common.errors import UserError
+from components.base import saved_tensors
 from interop.families import TRANSFORMERS, Family
 from interop.layers import canonical_options, in_layers, layer_config, paired_kinds
 from interop.pretrained_checkpoint import tensor_map_of
@@ -38,7 +39,7 @@ def training_only_options(config: ModelArchitectureConfig) -> set[str]:
         initial.clear()  # it also affects the logits
     dropout = {'dropout', 'attention_dropout', 'residual_dropout'}
     losses = {'z_loss', 'load_balance_weight', 'router_z_loss'}
-    return {'multiple_of', *initial, *dropout, *losses}
+    return {'multiple_of', 'router_bias_update', *initial, *dropout, *losses}
 
 
 class ConvertedConfig(NamedTuple):
@@ -73,19 +74,28 @@ def convert_config(config: ModelArchitectureConfig) -> ConvertedConfig:
 
 
 def zero_bias_variants(config: ModelArchitectureConfig) -> Iterator[ModelArchitectureConfig]:
-    """The same function with additional biases, all zero, if the norms are LayerNorms."""
+    """The same function with additional biases, all zero: those beside LayerNorms, and those for
+    the choice of experts."""
     configs = {None: config, **config.kinds}
-    if any(c.normalization not in ('layernorm', 'layernorm_nobias') for c in configs.values()):
-        return
+    if all(c.normalization in ('layernorm', 'layernorm_nobias') for c in configs.values()):
+        biases = ('attention_bias', 'ffn_bias')
+        yield _with_options(config, biases, normalization='layernorm')
+    if any('router_selection_bias' in c for c in configs.values()):
+        yield _with_options(config, ('router_selection_bias',))
+
+
+def _with_options(
+    config: ModelArchitectureConfig, switches: tuple[str, ...], **values
+) -> ModelArchitectureConfig:
+    """The config with these values, and with the switches on wherever they are in use."""
     changes = {
-        letter: {
-            'normalization': 'layernorm',
-            **{key: True for key in ('attention_bias', 'ffn_bias') if key in c},
-        }
-        for letter, c in configs.items()
+        letter: {**values, **{key: True for key in switches if key in c}}
+        for letter, c in {None: config, **config.kinds}.items()
     }
     own = changes.pop(None)
-    yield config.replace(**own, **({'layer_kinds': changes} if config.get('layer_pattern') else {}))
+    return config.replace(
+        **own, **({'layer_kinds': changes} if config.get('layer_pattern') else {})
+    )
 
 
 def _lost_options(
@@ -118,14 +128,15 @@ def _nearly_equal(one, other) -> bool:
 def export(config: ModelArchitectureConfig, weights: dict[str, torch.Tensor], folder: Path) -> None:
     """Write a folder that transformers' AutoModelForCausalLM.from_pretrained loads.
 
-    weights: full parameters by name, tied ones once, in the dtype to write. Raises UserError naming
+    weights: full tensors by name, tied ones once; parameters in the dtype to write. Raises UserError naming
     the options that transformers cannot express, and OSError.
     """
     family, fields, variant = convert_config(config)
-    (dtype,) = {tensor.dtype for tensor in weights.values()}
+    built = build_model(variant)
+    (dtype,) = {weights[name].dtype for name, _ in built.named_parameters() if name in weights}
     biases = {
-        name: torch.zeros(parameter.shape, dtype=dtype)
-        for name, parameter in build_model(variant).named_parameters()
+        name: torch.zeros(tensor.shape, dtype=dtype)
+        for name, tensor in saved_tensors(built).items()
         if name not in weights
     }
     tensors: dict[str, torch.Tensor] = {}

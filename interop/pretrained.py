@@ -15,7 +15,7 @@ from interop.pretrained_checkpoint import PretrainedCheckpoint, open_checkpoint
 from model_builder import Transformer, build_model
 from model_config import ROPE_SCALING_REGISTRY, ModelArchitectureConfig
 from optim.step import GuardedOptimizer
-from parallel.strategies import SingleProcess
+from parallel.strategies import SingleProcess, buffer_shards
 from records.record_types import RecordHeader, WeightsSource
 from training.resume import TrainingProgress
 from training_config import INIT_FROM, Settings, schema
@@ -145,7 +145,7 @@ class PretrainedSource:
         self, parallel: SingleProcess, model: Transformer, optimizer: GuardedOptimizer
     ) -> TrainingProgress:
         """Load this rank's shard of each parameter. Returns the progress of a new run."""
-        shards = parallel.weight_shards(model)
+        shards = parallel.weight_shards(model) | buffer_shards(model)
         for name, tensor in self.checkpoint.weights(model.config):
             shard = shards[name]
             end = shard.offset + len(shard.tensor)

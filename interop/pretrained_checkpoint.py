@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 
 from common.errors import UserError, did_you_mean
+from components.base import saved_tensors
 from interop import hub
 from interop.checkpoint_folder import read_json_object, weight_files
 from interop.families import NANOGPT, TRANSFORMERS, Family, TensorMap
@@ -79,7 +80,7 @@ class PretrainedCheckpoint:
 
         config: the checkpoint's, except for run-time options. Raises UserError as `check` does.
         """
-        shapes = {name: p.shape for name, p in build_model(config).named_parameters()}
+        shapes = {name: t.shape for name, t in saved_tensors(build_model(config)).items()}
         for name, (tensor_map, names) in self._tensor_maps.items():
             read = [self.tensors[key].read() for key in names]
             tensor = tensor_map.read(read, layer_config(config, name))
@@ -96,7 +97,7 @@ class PretrainedCheckpoint:
         config = self.config
         self._check_counts(config)
         try:
-            parameters = dict(build_model(config).named_parameters())
+            parameters = saved_tensors(build_model(config))
         except UserError as error:
             raise UserError(*(f'{self.name}: {problem}' for problem in error.problems)) from error
         tensor_maps: dict[str, tuple[TensorMap, list[str]]] = {}

@@ -65,6 +65,7 @@ class GuardedOptimizer:
         self.scaler = torch.amp.GradScaler(device.type, enabled=run.dtype == 'float16')
         self.skipped = torch.zeros((), device=device)
         self.one = torch.ones((), device=device)
+        self.nonfinite = torch.zeros((), device=device, dtype=torch.bool)  # of the last step
         self.gradient_bytes = 0  # on this rank, in the last measured iteration
         self.parameters = [p for group in inner.param_groups for p in group['params']]
         self.elements = sum(p.numel() for p in self.parameters)
@@ -97,10 +98,10 @@ class GuardedOptimizer:
         # scaler adapts its scale to them, so that only the loss counts as skipped.
         checked = torch.stack([loss, norm])
         bad = checked - checked != 0  # inf - inf and NaN - NaN are NaN
-        nonfinite = bad.any()
-        self.skipped += bad[0] if self.scaler.is_enabled() else nonfinite
+        self.nonfinite = bad.any()
+        self.skipped += bad[0] if self.scaler.is_enabled() else self.nonfinite
         # Not scaler.step, which checks only the gradient.
-        self.inner.found_inf = nonfinite.float()
+        self.inner.found_inf = self.nonfinite.float()
         self.inner.step()
         self.scaler.update()
         self.parallel.clear_gradients(self.inner)

@@ -13,9 +13,10 @@ from itertools import accumulate
 import torch
 
 from common.tensors import local_tensor
+from components.base import saved_tensors
 from model_builder import Transformer
 from optim.step import GuardedOptimizer
-from parallel.strategies import ParamShard, SingleProcess
+from parallel.strategies import ParamShard, SingleProcess, buffer_shards
 
 
 def no_copy(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -90,8 +91,9 @@ def collect(
     """The state that this rank writes, of tensors copied by `snapshot`."""
     saves_weights, saves_optimizer = parallel.saves
     weights = parallel.weight_shards(model) if saves_weights else {}
+    weights |= buffer_shards(model) if parallel.is_main else {}  # each rank has them whole
     optimized = parallel.optimizer_shards(model) if saves_optimizer else {}
-    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    shapes = {name: tensor.shape for name, tensor in saved_tensors(model).items()}
 
     def shaped(name: str, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.view(shapes[name]) if tensor.numel() == shapes[name].numel() else tensor
@@ -170,7 +172,7 @@ def restore(
     stored: StoredState, parallel: SingleProcess, model: Transformer, optimizer: GuardedOptimizer
 ) -> None:
     """Fill weights, optimizer and scaler. Raises KeyError, TypeError or ValueError on mismatch."""
-    load_weights(stored, parallel.weight_shards(model))
+    load_weights(stored, parallel.weight_shards(model) | buffer_shards(model))
     whole = {name: parameter.numel() for name, parameter in model.named_parameters()}
     for name, shard in parallel.optimizer_shards(model).items():
         state = {}

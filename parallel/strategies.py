@@ -17,6 +17,7 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 
+from components.base import saved_buffers
 from model_builder import (
     ParameterGroup,
     Transformer,
@@ -139,6 +140,7 @@ class DataParallel(MultiProcessGroup, SingleProcess):
             model,
             device_ids=[self.device.index] if self.device.type == 'cuda' else None,
             gradient_as_bucket_view=True,
+            broadcast_buffers=False,  # they are equal on all ranks
         )
         wrapped.register_comm_hook(getattr(torch, self.run.reduce_dtype), _sum_hook)
         _place_gradients_in_buckets(wrapped)
@@ -328,8 +330,13 @@ def local_weights(model: Transformer) -> dict[str, ParamShard]:
     return {name: local_shard(parameter) for name, parameter in model.named_parameters()}
 
 
-def local_shard(parameter: nn.Parameter) -> ParamShard:
-    """The shard of a parameter that this rank has whole."""
+def buffer_shards(model: Transformer) -> dict[str, ParamShard]:
+    """The buffers that checkpoints contain, which every rank has whole, by name."""
+    return {name: local_shard(buffer) for name, buffer in saved_buffers(model).items()}
+
+
+def local_shard(parameter: torch.Tensor) -> ParamShard:
+    """The shard of a parameter or buffer that this rank has whole."""
     return ParamShard(parameter.detach().view(-1), 0, parameter)
 
 

@@ -210,6 +210,7 @@ NUMBERS = {
     'dense_layers': 0,
     'router_score': 'sigmoid',
     'router_scale': 2.0,
+    'router_groups': 4,
     'load_balance_weight': 0.5,
     'router_z_loss': 0.5,
     'layer_pattern': 'AB',

@@ -33,7 +33,7 @@ from inference.text_generator import DEFAULTS, TextGenerator, checked_options
 from model_builder import Transformer, build_model, with_backend_of
 from model_config import ModelArchitectureConfig
 from parallel import sharded_state
-from parallel.strategies import local_weights
+from parallel.strategies import buffer_shards, local_weights
 from records.record import read_record
 from records.record_types import Record
 from records.run_folders import latest_run
@@ -257,7 +257,8 @@ def load_model(checkpoint: Checkpoint, state: list[dict], device: torch.device) 
     model.tie_weights()
     initialize_buffers(model)
     with misfit_explained(checkpoint):
-        sharded_state.load_weights(sharded_state.StoredState(state), local_weights(model))
+        weights = local_weights(model) | buffer_shards(model)
+        sharded_state.load_weights(sharded_state.StoredState(state), weights)
     return model
 
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn as nn
 
 from common.gpu_specs import Peak
 from parallel.process_group import SingleProcessGroup
@@ -41,6 +42,36 @@ class MetricAccumulator:
         return {name: part.view_as(sums[name]) for name, part in zip(sums, parts)}
 
 
+class CountAccumulator:
+    """Sums of the components' counts over the micro-batches of an iteration. They stay on the
+    device."""
+
+    def __init__(self):
+        self.sums: dict[int, torch.Tensor] = {}  # number of the block -> (n,)
+
+    def add(self, counts: tuple[torch.Tensor | None, ...]) -> None:
+        """Add the counts of one micro-batch, an entry for each block."""
+        for number, value in enumerate(counts):
+            if value is not None:
+                value = value.long()
+                self.sums[number] = self.sums[number] + value if number in self.sums else value
+
+    def pass_on(
+        self, blocks: nn.ModuleList, process_group: SingleProcessGroup, skipped: torch.Tensor
+    ) -> None:
+        """Call `after_update` of the FFNs with the sums over all ranks, and reset them.
+
+        skipped: a device scalar, whether the update was skipped: then the counts are zeros.
+        """
+        sums, self.sums = self.sums, {}
+        if not sums:
+            return
+        totals = process_group.all_reduce_sum(torch.cat(list(sums.values())))
+        totals = totals.masked_fill(skipped, 0)
+        for number, part in zip(sums, totals.split([len(value) for value in sums.values()])):
+            blocks[number].ffn.after_update(part)
+
+
 @dataclass
 class RunMetrics:
     """FLOPs and peak for the throughput, and the metrics that are collected during training."""
@@ -49,5 +80,6 @@ class RunMetrics:
     peak: Peak
     update_ratio: UpdateRatio
     aux: MetricAccumulator = field(default_factory=MetricAccumulator)  # since the last log entry
+    counts: CountAccumulator = field(default_factory=CountAccumulator)  # of this iteration
     memory_footprint: MemoryFootprint | None = None  # bytes per rank; None: not yet measured
     retries_reported: bool = False  # whether an event has told of retries of the allocator

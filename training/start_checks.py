@@ -387,7 +387,7 @@ def _without_hiding_weights(model: Transformer, device: torch.device) -> Iterato
     """Replace zero weights and small gains and biases, which could hide a leak, by random ones.
 
     Afterwards weights, buffers, mode and random state are restored. Raises UserError for a buffer
-    that a forward pass changes, since checkpoints do not contain buffers.
+    that a forward pass changes, since evaluations and recomputed passes would change it too.
     """
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     mode, saved = model.training, []
@@ -408,7 +408,7 @@ def _without_hiding_weights(model: Transformer, device: torch.device) -> Iterato
                     raise UserError(
                         f'the buffer {name} changes in a forward pass. Checkpoints do '
                         f'not contain buffers, so a resumed run would continue with other values. '
-                        f'Do not modify buffers in forward().'
+                        f'Do not modify buffers in forward(), but in after_update().'
                     )
         finally:
             for shard, values in saved:

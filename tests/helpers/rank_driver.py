@@ -30,6 +30,7 @@ from torch.distributed.tensor import DTensor
 import train
 from common import errors
 from common.errors import UserError, run_script
+from components.base import saved_buffers
 from data.dataset import TokenDataset
 from model_builder import Transformer
 from optim.step import GuardedOptimizer
@@ -312,6 +313,7 @@ def run(plan: dict, rank: int, store: dist.Store | None) -> dict:
         )
         if left['code'] == 0:
             left['weights'] = weights(session)
+            left['biases'] = saved_buffers(session.raw_model)
     return left
 
 
