@@ -128,8 +128,8 @@ def _nearly_equal(one, other) -> bool:
 def export(config: ModelArchitectureConfig, weights: dict[str, torch.Tensor], folder: Path) -> None:
     """Write a folder that transformers' AutoModelForCausalLM.from_pretrained loads.
 
-    weights: full tensors by name, tied ones once; parameters in the dtype to write. Raises UserError naming
-    the options that transformers cannot express, and OSError.
+    weights: full tensors by name, tied ones once; parameters in the dtype to write. Raises
+    UserError naming the options that transformers cannot express, and OSError.
     """
     family, fields, variant = convert_config(config)
     built = build_model(variant)
