@@ -175,7 +175,7 @@ def saved_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 def saved_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
     """The buffers that training changes, by name."""
     return {
-        f'{prefix}.{name}': module.get_buffer(name)
+        f'{prefix}.{name}': cast(nn.Module, module).get_buffer(name)
         for prefix, module in model.named_modules()
         if isinstance(module, Component)
         for name in module.saved_buffers()

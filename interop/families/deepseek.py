@@ -15,6 +15,7 @@ from interop.families.llama import (
     projections,
 )
 from interop.fields import Fields
+from interop.layers import options_with
 from interop.mapping import (
     Family,
     FieldMap,
@@ -24,6 +25,7 @@ from interop.mapping import (
     required_field,
 )
 from interop.rope import deepseek_rope_fields
+from interop.routing import router_groups_field, selection_bias
 from interop.tensors import TensorMap, tensor, with_biases
 from model_config import ModelArchitectureConfig
 
@@ -49,15 +51,24 @@ def _query_name(config: ModelArchitectureConfig) -> tuple[str, ...]:
     return projections('self_attn', 'q' if config.q_lora_rank is None else 'q_b')
 
 
-def _read_groups(fields: Fields) -> dict:
-    """Routing limited to groups of experts: supported only if it is no limit."""
-    n_group, topk_group = fields.take('n_group', int, 8), fields.take('topk_group', int, 4)
-    if n_group != topk_group:
-        fields.problems.append(
-            f'n_group={n_group} with topk_group={topk_group} is not supported; supported: equal '
-            'values.'
-        )
-    return {}
+_GROUPS = router_groups_field(None, None, 'max')
+
+
+def _read_choice(fields: Fields) -> dict:
+    """The choice of experts of DeepSeek-V2: from all, or from groups."""
+    method = fields.value('topk_method', 'greedy')
+    if method == 'group_limited_greedy':
+        return _GROUPS.read(fields)
+    if method != 'greedy':
+        fields.refuse('topk_method', "supported: 'greedy', 'group_limited_greedy'")
+    fields.unread.difference_update({'n_group', 'topk_group'})
+    return {'router_groups': 1}
+
+
+def _write_choice(config: ModelArchitectureConfig) -> dict:
+    if options_with(config, 'router_groups').get('router_groups', 1) == 1:
+        return {'topk_method': 'greedy'}
+    return {'topk_method': 'group_limited_greedy', **_GROUPS.write(config)}
 
 
 def _read_latent_kv_heads(fields: Fields) -> dict:
@@ -166,12 +177,12 @@ DEEPSEEK_V2 = Family(
         _dense_layers_field(0),
         field('router_scale', 'routed_scaling_factor', 1.0),
         constant_option(router_score='softmax', router_normalize=False),
-        required_field(topk_method='greedy', norm_topk_prob=False, mlp_bias=False),
+        FieldMap(_read_choice, _write_choice),
+        required_field(norm_topk_prob=False, mlp_bias=False),
         required_field(scoring_func='softmax'),
     ),
     aliases={'num_experts': 'n_routed_experts'},
-    # Groups are used by other values of topk_method only.
-    irrelevant_fields=_IRRELEVANT_FIELDS | {'n_group', 'topk_group'},
+    irrelevant_fields=_IRRELEVANT_FIELDS,
     check_loadable=check_heads_divide_width,
     weights=_DEEPSEEK_WEIGHTS,
     ignored_tensors=ROTARY_BUFFERS,
@@ -191,18 +202,12 @@ DEEPSEEK_V3 = Family(
         _dense_layers_field(3),
         field('router_normalize', 'norm_topk_prob', True),
         field('router_scale', 'routed_scaling_factor', 2.5),
-        constant_option(router_score='sigmoid'),
+        constant_option(router_score='sigmoid', router_selection_bias=True),
         required_field(rope_interleave=True, scoring_func='sigmoid', topk_method='noaux_tc'),
-        FieldMap(_read_groups, lambda config: {'n_group': 1, 'topk_group': 1}),
+        router_groups_field(8, 4, 'top2'),
     ),
     aliases={'num_local_experts': 'n_routed_experts'},
     irrelevant_fields=_IRRELEVANT_FIELDS,
-    weights=_DEEPSEEK_WEIGHTS
-    | {
-        # This bias affects the choice of experts, not their weights, to balance their load.
-        'blocks.{layer}.ffn.router.weight': tensor(
-            LAYER + 'mlp.gate.weight', zero_vector=LAYER + 'mlp.gate.e_score_correction_bias'
-        ),
-    },
+    weights=_DEEPSEEK_WEIGHTS | selection_bias(LAYER + 'mlp.gate.e_score_correction_bias'),
     ignored_tensors=ROTARY_BUFFERS,
 )

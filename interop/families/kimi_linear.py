@@ -23,6 +23,7 @@ from interop.layer_kinds import (
     named_by_number,
 )
 from interop.mapping import FULL, LINEAR, Family, constant_option, field, required_field
+from interop.routing import selection_bias
 from interop.tensors import CONVOLUTION, Layout, TensorMap, tensor
 from model_config import ModelArchitectureConfig
 
@@ -81,7 +82,9 @@ _FFNS = layer_kinds_field(
                 field('shared_experts', 'n_shared_experts', 1),
                 field('router_normalize', 'norm_topk_prob', True),
                 field('router_scale', 'routed_scaling_factor', 2.446),
-                constant_option(expert_ffn='swiglu', router_score='sigmoid'),
+                constant_option(
+                    expert_ffn='swiglu', router_score='sigmoid', router_selection_bias=True
+                ),
                 required_field(n_group=1, topk_group=1, moe_layer_freq=1),
                 required_field(moe_router_activation_func='sigmoid'),
             ),
@@ -116,11 +119,7 @@ _DELTA_ATTENTION = {
 _MIXTURE = 'block_sparse_moe.'
 _EXPERTS = {
     **MIXTRAL_EXPERTS,
-    # This bias affects the choice of experts, not their weights, to balance their load.
-    'blocks.{layer}.ffn.router.weight': tensor(
-        f'{LAYER}{_MIXTURE}gate.weight',
-        zero_vector=f'{LAYER}{_MIXTURE}gate.e_score_correction_bias',
-    ),
+    **selection_bias(f'{LAYER}{_MIXTURE}gate.e_score_correction_bias'),
     'blocks.{layer}.ffn.shared.gate_up.weight': TensorMap(
         projections(_MIXTURE + 'shared_experts', 'gate', 'up')
     ),

@@ -20,6 +20,7 @@ from interop.mapping import (
     kv_heads_field,
 )
 from interop.rope import rope_fields
+from interop.routing import selection_bias
 from interop.tensors import CONVOLUTION, TensorMap, resize_vocabulary, tensor
 from model_config import ModelArchitectureConfig
 
@@ -146,6 +147,7 @@ LFM2_MOE = Family(
                         field('expert_d_ff', 'moe_intermediate_size', 1792),
                         field('router_normalize', 'norm_topk_prob', True),
                         field('router_scale', 'routed_scaling_factor', 1.0),
+                        field('router_selection_bias', 'use_expert_bias', True),
                         constant_option(
                             expert_ffn='swiglu', router_score='sigmoid', shared_experts=0
                         ),
@@ -155,12 +157,10 @@ LFM2_MOE = Family(
         ),
     ),
     aliases={'tie_embedding': 'tie_word_embeddings'},
-    irrelevant_fields=frozenset({'use_expert_bias'}),  # a bias must be zero
     weights=_WEIGHTS
     | {
-        'blocks.{layer}.ffn.router.weight': tensor(
-            _FFN + 'gate.weight', zero_vector=_FFN + 'expert_bias'
-        ),
+        'blocks.{layer}.ffn.router.weight': tensor(_FFN + 'gate.weight'),
+        **selection_bias(_FFN + 'expert_bias'),
         'blocks.{layer}.ffn.experts.gate_up.weight': TensorMap(
             tuple(f'{_FFN}experts.{{expert}}.{name}.weight' for name in ('w1', 'w3'))
         ),

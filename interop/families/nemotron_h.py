@@ -17,6 +17,7 @@ from interop.mapping import (
     required_field,
     shared_experts_field,
 )
+from interop.routing import router_groups_field, selection_bias
 from interop.tensors import TensorMap, tensor, with_biases
 from model_config import ModelArchitectureConfig
 
@@ -81,7 +82,9 @@ _KINDS = {
             field('router_scale', 'routed_scaling_factor', 1.0),
             shared_experts_field('moe_shared_expert_intermediate_size', 7688),
             constant_option(expert_ffn='standard', router_score='sigmoid', ffn_bias=False),
-            required_field(mlp_bias=False, n_group=1, topk_group=1, moe_latent_size=None),
+            constant_option(router_selection_bias=True),
+            router_groups_field(1, 1, 'top2'),
+            required_field(mlp_bias=False, moe_latent_size=None),
         ),
     ),
 }
@@ -93,9 +96,8 @@ _FFN_WEIGHTS = {
     'blocks.{layer}.ffn.down.weight': tensor(_MIXER + 'down_proj.weight'),
 }
 _EXPERT_WEIGHTS = {
-    'blocks.{layer}.ffn.router.weight': tensor(
-        _MIXER + 'gate.weight', zero_vector=_MIXER + 'gate.e_score_correction_bias'
-    ),
+    'blocks.{layer}.ffn.router.weight': tensor(_MIXER + 'gate.weight'),
+    **selection_bias(_MIXER + 'gate.e_score_correction_bias'),
     'blocks.{layer}.ffn.experts.up.weight': tensor(_MIXER + 'experts.{expert}.up_proj.weight'),
     'blocks.{layer}.ffn.experts.down.weight': tensor(_MIXER + 'experts.{expert}.down_proj.weight'),
     'blocks.{layer}.ffn.shared.up.weight': tensor(_MIXER + 'shared_experts.up_proj.weight'),
