@@ -243,6 +243,7 @@ PRESETS = {
         'shared_experts': 1,
         'router_score': 'sigmoid',
         'router_scale': 2.446,
+        'router_selection_bias': True,
         'load_balance_weight': 0.001,
         'layer_pattern': 'D KKAK*',
         'layer_kinds': {

@@ -70,7 +70,7 @@ BASES = {
     },
     'mixtral': {**_GROUPED, 'num_local_experts': 4},
     'deepseek_v2': _DEEPSEEK,
-    'deepseek_v3': {**_DEEPSEEK, 'n_group': 1, 'topk_group': 1},
+    'deepseek_v3': {**_DEEPSEEK, 'n_group': 2, 'topk_group': 1},
     'qwen3_next': {
         **_GROUPED,
         **_DELTA_NET,

@@ -8,6 +8,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import interop
+from components.base import saved_tensors
 from helpers.architectures import gradients, random_tokens
 from inference.generate import generate
 from model_builder import Transformer, build_model
@@ -42,11 +43,16 @@ def of(config: ModelArchitectureConfig, device: str = 'cpu'):
     return from_fields({**NO_SPECIAL_TOKENS, **fields}, device)
 
 
+def router_biases(module: nn.Module) -> dict[str, torch.Tensor]:
+    """The biases by which routers balance their load. Other buffers are constants."""
+    return {name: buffer for name, buffer in module.named_buffers() if name.endswith('bias')}
+
+
 @torch.no_grad()
 def randomize(module: nn.Module, std: float = 0.3) -> None:
     generator = torch.Generator().manual_seed(0)
-    for parameter in module.parameters():
-        parameter.normal_(0.0, std, generator=generator)
+    for tensor in (*module.parameters(), *router_biases(module).values()):
+        tensor.normal_(0.0, std, generator=generator)
 
 
 def randomized_model(fields: dict):
@@ -59,6 +65,7 @@ def randomized_model(fields: dict):
 def saved(model, folder: Path, gradients: bool = False) -> interop.PretrainedCheckpoint:
     """The saved weights of the model, or its gradients in place of weights."""
     state = {name: parameter.grad for name, parameter in model.named_parameters()}
+    state |= router_biases(model)
     model.save_pretrained(folder, state_dict=state if gradients else None)
     return interop.open_checkpoint(f'hf:{folder}')
 
@@ -89,6 +96,7 @@ def compared(fields: dict, folder: Path) -> Parity:
     config = source.config
     ours = build_model(config, 'cpu')
     weights = dict(source.weights(config))
+    assert weights.keys() == saved_tensors(ours).keys()
     missing, unexpected = ours.load_state_dict(weights, strict=False)
     assert (not missing or config.weight_tying, unexpected) == (True, [])
 
@@ -103,9 +111,9 @@ def compared(fields: dict, folder: Path) -> Parity:
     constants = {
         name: interop.tensor_map_of(source.family, name, config)[0].offset for name in our_gradients
     }
-    their_gradients = {name: g - constants[name] for name, g in as_weights.items()}
+    their_gradients = {name: as_weights[name] - constants[name] for name in our_gradients}
 
-    interop.export(config, dict(ours.named_parameters()), folder / 'ours')
+    interop.export(config, saved_tensors(ours), folder / 'ours')
     again = interop.open_checkpoint(f'hf:{folder / "ours"}')
     assert again.config.to_dict() == config.to_dict()
     read_again = dict(again.weights(config))

@@ -156,9 +156,3 @@ PUBLISHED = {
 def test_published_config_is_read(name):
     family, fields = PUBLISHED[name]
     assert problems_of(family, **fields) == []
-
-
-def test_refused_deepseek_fields():
-    """DeepSeek-V2 and V3 choose experts within groups, which is not supported."""
-    assert 'topk_method' in problems_of('deepseek_v2', topk_method='group_limited_greedy')[0]
-    assert 'topk_group=4' in problems_of('deepseek_v3', n_group=8, topk_group=4)[0]

@@ -157,6 +157,15 @@ CONFIGS = {
         'num_experts_per_tok': 2,
         'routed_scaling_factor': 1.5,
     },
+    'deepseek_v2-groups': {
+        'model_type': 'deepseek_v2',
+        **DEEPSEEK,
+        'num_experts_per_tok': 3,
+        'n_routed_experts': 8,
+        'topk_method': 'group_limited_greedy',
+        'n_group': 4,
+        'topk_group': 2,
+    },
     'deepseek_v2-yarn': {
         'model_type': 'deepseek_v2',
         **DEEPSEEK,
@@ -176,8 +185,9 @@ CONFIGS = {
         'model_type': 'deepseek_v3',
         **DEEPSEEK,
         'num_key_value_heads': 4,
-        'n_group': 1,
-        'topk_group': 1,
+        'n_routed_experts': 8,
+        'n_group': 4,
+        'topk_group': 2,
         'first_k_dense_replace': 1,
         'num_experts_per_tok': 3,
     },
@@ -410,6 +420,18 @@ def test_missing_biases_are_exported_as_zeros(name, tmp_path):
         torch.testing.assert_close(theirs(tokens).logits, ours(tokens), rtol=1e-5, atol=1e-5)
     again = interop.open_checkpoint(f'hf:{tmp_path / "theirs"}')
     assert again.config.normalization == 'layernorm'
+    assert_same_logits(again, theirs)
+
+
+def test_missing_selection_bias_is_exported_as_zeros(tmp_path):
+    config = tiny(arch_preset='deepseek', router_score='sigmoid', router_normalize=True)
+    ours = perturbed_model(config)
+    interop.export(config, dict(ours.named_parameters()), tmp_path / 'theirs')
+    theirs = reference.loaded(tmp_path / 'theirs')
+    assert type(theirs).__name__ == 'DeepseekV3ForCausalLM'
+    assert not theirs.model.layers[1].mlp.gate.e_score_correction_bias.any()
+    again = interop.open_checkpoint(f'hf:{tmp_path / "theirs"}')
+    assert again.config.router_selection_bias
     assert_same_logits(again, theirs)
 
 

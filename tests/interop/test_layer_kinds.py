@@ -212,15 +212,6 @@ def test_every_mixer_is_exported_or_refused():
             interop.convert_config(config)
 
 
-def test_bias_of_experts_is_refused(tmp_path):
-    fields = {**NEMOTRON_H, 'layers_block_type': [EXPERTS]}
-    model = reference.randomized_model(fields)
-    model.model.layers[0].mixer.gate.e_score_correction_bias.fill_(0.5)
-    source = reference.saved(model, tmp_path)
-    with pytest.raises(UserError, match='correction_bias must be zero, and is not'):
-        source.check()
-
-
 # --- Training from pretrained weights -------------------------------------------------------------
 
 
