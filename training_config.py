@@ -250,6 +250,10 @@ class Settings:
             architecture = with_vocabulary(architecture, dataset, run.dataset, derivation.shown)
             architecture = with_end_of_text(architecture, dataset, run.dataset)
         check_calls(architecture)
+        if not run.eval_only and (
+            problems := architecture.sentences('dtype_problems', derivation.values['dtype'])
+        ):
+            raise UserError(*problems)
         # A planned device is not here, and compiles.
         architecture = (
             architecture.for_device(device.type)

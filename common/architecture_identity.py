@@ -27,6 +27,7 @@ NEUTRAL = {
     'router_bias': False,
     'router_groups': 1,
     'router_selection_bias': False,
+    'mixer_backend': 'torch',
 }
 # The options of a mixture of experts in version 1, which its dense layers do not have.
 _MIXTURE_OPTIONS = frozenset(

@@ -25,6 +25,7 @@ from common.registry import (
 
 _HOME = 'model_components'
 MIXER_REGISTRY = JoinedRegistry('mixer', 'Mixer', _HOME)
+MIXER_BACKEND_REGISTRY = Registry('mixer_backend', 'Mixer backend', _HOME)
 ATTENTION_REGISTRY = Registry('attention_type', 'Attention', _HOME)
 ATTENTION_BACKEND_REGISTRY = Registry('attention_backend', 'Attention backend', _HOME)
 POSITION_ENCODING_REGISTRY = Registry('position_encoding', 'Position encoding', _HOME)
@@ -39,6 +40,7 @@ INITIALIZATION_REGISTRY = Registry('initialization', 'Initialization', _HOME)
 # In the order of their tags in an architecture's name.
 REGISTRIES = (
     MIXER_REGISTRY,
+    MIXER_BACKEND_REGISTRY,
     ATTENTION_REGISTRY,
     ATTENTION_BACKEND_REGISTRY,
     POSITION_ENCODING_REGISTRY,

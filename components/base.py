@@ -103,6 +103,11 @@ class Component(RenamedMethods, Configurable):
         return []
 
     @classmethod
+    def dtype_problems(cls, config: ModelArchitectureConfig, dtype: str) -> list[str]:
+        """Reasons why it cannot train with matrix products in that dtype, a sentence each."""
+        return []
+
+    @classmethod
     def training_notes(
         cls, config: ModelArchitectureConfig, device: torch.device, dtype: str
     ) -> list[str]:

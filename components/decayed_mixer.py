@@ -11,6 +11,7 @@ from common.registry import FrozenConfig, Option, above, at_least
 from components.attention_inputs import AttentionInputs
 from components.base import Fill, at_least_fp32, recomputed, without_autocast
 from components.decayed_attention import decayed_attention, decayed_attention_flops
+from components.mixer_kernels import backend_tag, run_kernel, runs_here
 from components.mixers import Mixer
 from components.short_convolution import ShortConvolution
 from model_config import ModelArchitectureConfig
@@ -131,7 +132,7 @@ class DecayedMixer(Mixer):
             f'Conv{width}' if width else '',
             *cls.own_tags(config),
         ]
-        return ''.join(tags)
+        return ''.join(tags) + backend_tag(config)
 
     @classmethod
     def own_tags(cls, config: ModelArchitectureConfig) -> list[str]:
@@ -150,10 +151,11 @@ class DecayedMixer(Mixer):
             qkv = F.silu(self.conv(qkv, starts, cache))
         log_decay = self.log_decay(others)
         state = cache.get('state') if cache is not None else None
+        kernel = self.kernel if runs_here(self.kernel, qkv, cache, starts) else None
         with without_autocast(x.device):
-            wide = at_least_fp32(qkv)
+            wide = at_least_fp32(qkv) if kernel is None else qkv
             q, k, v = (self.split_heads(part) for part in wide.split(self.rows[:3], dim=-1))
-            y, state = self.attend(q, k, v, log_decay, state, starts)
+            y, state = self.attend(q, k, v, log_decay, state, starts, kernel)
             if cache is not None:
                 cache.set('state', state)
             y = self.finish(y.transpose(1, 2), others)
@@ -175,9 +177,18 @@ class DecayedMixer(Mixer):
         log_decay: torch.Tensor | None,
         state: torch.Tensor | None,
         starts: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Outputs of heads (B, H, T, V) and the new state."""
-        return decayed_attention(q, k, v, log_decay, state, starts)
+        kernel: str | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Outputs of heads (B, H, T, V), and the new state, of which kernels give none.
+
+        kernel: computes it, in the dtype of the values.
+        """
+        if kernel is None:
+            return decayed_attention(q, k, v, log_decay, state, starts)
+        inputs = [x.to(v.dtype).transpose(1, 2) for x in (v, q, k)]
+        if log_decay is not None:
+            inputs.append(log_decay if log_decay.dim() == 1 else log_decay.transpose(1, 2))
+        return at_least_fp32(run_kernel(kernel, *inputs)).transpose(1, 2), None
 
     def finish(self, y: torch.Tensor, others: Sequence[torch.Tensor]) -> torch.Tensor:
         """Norm and gate of the outputs of heads, (B, T, H, V)."""
@@ -206,6 +217,8 @@ class DecayedMixer(Mixer):
 
 class FixedDecayMixer(DecayedMixer):
     """A constant decay of each head, and a gate of the outputs."""
+
+    kernels: ClassVar = {'fla': 'simple_gla'}
 
     mup_rule = True
 

@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from common.registry import FrozenConfig, Option, above, at_least
 from components.attention_inputs import AttentionInputs
 from components.base import Fill, Initial, at_least_fp32, recomputed, without_autocast
-from components.delta_rule import chunk_flops, delta_rule, recurrent_flops
+from components.delta_rule import LOWEST_LOG_DECAY, chunk_flops, delta_rule, recurrent_flops
 from components.document_mask import DOCUMENT_OPTIONS
 from components.gated_norm import GatedRMSNorm
+from components.mixer_kernels import BACKEND_OPTIONS, backend_tag, run_kernel, runs_here
 from components.mixers import Mixer
 from components.short_convolution import ShortConvolution
 from model_config import MIXER_REGISTRY, ModelArchitectureConfig
@@ -82,6 +83,7 @@ class DeltaRuleMixer(Mixer):
             bool | None, None, 'Gate the output of heads; None: yes, but not in deltanet'
         ),
         'gdn_norm_eps': Option(float, 1e-5, 'Epsilon of the norm of the output', check=above(0)),
+        **BACKEND_OPTIONS,
         **DOCUMENT_OPTIONS,
     }
 
@@ -140,7 +142,7 @@ class DeltaRuleMixer(Mixer):
             tags.append('Neg')
         if config.gdn_gate != cls.has_gate:
             tags.append('Gate' if config.gdn_gate else 'NoGate')
-        return '-'.join(tags)
+        return '-'.join(tags) + backend_tag(config)
 
     @classmethod
     def decay_rows(cls, config: ModelArchitectureConfig) -> int:
@@ -169,8 +171,10 @@ class DeltaRuleMixer(Mixer):
         state = None if cache is None else cache.get('state')
         outputs = []
         by_token = mixed, beta, self.log_decay(decay), starts
-        for segment in zip(*(_segments(x, mixed.size(1)) for x in by_token)):
-            y, state = recomputed(self.apply_rule, *segment, state)
+        by_kernel = runs_here(self.kernel, mixed, cache, starts)
+        sizes = [mixed.size(1)] if by_kernel else _segment_sizes(mixed.size(1))
+        for segment in zip(*(_segments(x, sizes) for x in by_token)):
+            y, state = recomputed(self.apply_rule, *segment, state, by_kernel)
             outputs.append(y)
         if cache is not None:
             cache.set('state', state)
@@ -183,17 +187,27 @@ class DeltaRuleMixer(Mixer):
         log_decay: torch.Tensor | None,
         starts: torch.Tensor | None,
         state: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        by_kernel: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """mixed: queries, keys and values (B, T, their rows) before silu; beta (B, T, H) before the
-        sigmoid -> outputs (B, T, H, Dv) in the dtype of `mixed`, and the state (B, H, Dk, Dv)."""
+        sigmoid -> outputs (B, T, H, Dv) in the dtype of `mixed`, and the state (B, H, Dk, Dv), of
+        which kernels give none."""
         with without_autocast(mixed.device):
             q, k, v = F.silu(at_least_fp32(mixed)).split(self.qkv_rows, dim=-1)
             q = _normalized(q.unflatten(-1, (self.key_heads, -1)), self.k_dim**-0.5)
             k = _normalized(k.unflatten(-1, (self.key_heads, -1)))
             v = v.unflatten(-1, (self.heads, -1))
             beta = self.largest_beta * at_least_fp32(beta).sigmoid()
-            y, state = delta_rule(q, k, v, beta, log_decay, starts, state)
+            if by_kernel:
+                y = self._run_kernel(v.to(mixed.dtype), q, k, beta, log_decay)
+            else:
+                y, state = delta_rule(q, k, v, beta, log_decay, starts, state)
         return y.to(mixed.dtype), state
+
+    def _run_kernel(self, v, q, k, beta, log_decay):
+        decay = () if log_decay is None else (log_decay.clamp(min=LOWEST_LOG_DECAY),)
+        assert self.kernel is not None
+        return run_kernel(self.kernel, v, q.to(v.dtype), k.to(v.dtype), beta, *decay)
 
     def flops(self, seq_len: int, causal: bool) -> dict[str, float]:
         """The state's products as they run; causal: 6 · Dk · Dv per token and value head, for the
@@ -204,7 +218,7 @@ class DeltaRuleMixer(Mixer):
         else:
             states = sum(
                 chunk_flops(tokens, self.key_heads, *sizes, self.per_channel)
-                for tokens in _segment_sizes(seq_len)
+                for tokens in ([seq_len] if self.kernel else _segment_sizes(seq_len))
             )
         return {**super().flops(seq_len, causal), 'mixer_states': states}
 
@@ -221,9 +235,9 @@ def _segment_sizes(tokens: int) -> list[int]:
     return [SEGMENT] * whole + [rest] * (rest > 0)
 
 
-def _segments(x: torch.Tensor | None, tokens: int) -> Sequence[torch.Tensor | None]:
+def _segments(x: torch.Tensor | None, sizes: list[int]) -> Sequence[torch.Tensor | None]:
     """Segments of x (B, T, ...)."""
-    return [None] * len(_segment_sizes(tokens)) if x is None else x.split(SEGMENT, dim=1)
+    return [None] * len(sizes) if x is None else x.split(sizes, dim=1)
 
 
 def _normalized(x: torch.Tensor, length: float = 1.0) -> torch.Tensor:
@@ -236,6 +250,7 @@ class DeltaNet(DeltaRuleMixer):
     no output gate."""
 
     tag = 'DeltaNet'
+    kernels: ClassVar = {'fla': 'delta_rule'}
     mup_rule = True
     has_gate = False
 
@@ -250,6 +265,7 @@ class GatedDeltaNet(DeltaRuleMixer):
     """
 
     tag = 'GDN'
+    kernels: ClassVar = {'fla': 'gated_delta_rule'}
     mup_rule = True
     key_width, value_expansion = 0.75, 2.0
 
@@ -286,6 +302,7 @@ class KimiDeltaAttention(DeltaRuleMixer):
     """
 
     tag = 'KDA'
+    kernels: ClassVar = {'fla': 'kda'}
     per_channel = True
     activate_gate = staticmethod(torch.sigmoid)
 

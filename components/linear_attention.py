@@ -22,6 +22,7 @@ from components.decayed_mixer import (
 )
 from components.document_mask import DOCUMENT_OPTIONS
 from components.gated_norm import GatedRMSNorm
+from components.mixer_kernels import BACKEND_OPTIONS
 from model_config import MIXER_REGISTRY, ModelArchitectureConfig
 
 FEATURE_MAPS = {
@@ -43,6 +44,7 @@ class LinearAttention(DecayedMixer):
     """
 
     tag, prefix = 'LinAttn', 'linear'
+    kernels: ClassVar = {'fla': 'simple_gla'}
     mup_rule = True
     options: ClassVar = {
         **head_options('linear', 'n_head', 'n_embd / linear_heads', 'n_embd / linear_heads'),
@@ -56,6 +58,7 @@ class LinearAttention(DecayedMixer):
             choices=('sum', 'rmsnorm'),
         ),
         **conv_option('linear'),
+        **BACKEND_OPTIONS,
         **DOCUMENT_OPTIONS,
     }
     eps: ClassVar = 1e-6  # of either normalizer
@@ -83,12 +86,12 @@ class LinearAttention(DecayedMixer):
             f'Choose --linear_feature_map=elu or --linear_normalizer=rmsnorm.'
         ]
 
-    def attend(self, q, k, v, log_decay, state, starts):
+    def attend(self, q, k, v, *recurrence):
         q, k = self.feature_map(q), self.feature_map(k)
         if not self.by_sum:
-            return super().attend(q, k, v, log_decay, state, starts)
+            return super().attend(q, k, v, *recurrence)
         v = torch.cat((v, torch.ones_like(v[..., :1])), dim=-1)
-        y, state = super().attend(q, k, v, log_decay, state, starts)
+        y, state = super().attend(q, k, v, *recurrence)
         return y[..., :-1] / (y[..., -1:] + self.eps), state
 
     def finish(self, y, others):
@@ -130,6 +133,7 @@ class Retention(FixedDecayMixer):
         ),
         **eps_option('retnet', 1e-6),
         **conv_option('retnet'),
+        **BACKEND_OPTIONS,
         **DOCUMENT_OPTIONS,
     }
 
@@ -157,20 +161,21 @@ class Retention(FixedDecayMixer):
             f'dimensions. Choose an even retnet_key_dim or --retnet_rotation=False.'
         ]
 
-    def attend(self, q, k, v, log_decay, state, starts):
+    def attend(self, q, k, v, *recurrence):
         """Positions count from the first token of this call, which suffices as only distances
         matter; those in the state end at -1."""
         k = k * self.key_dim**-0.5
         if not self.rotates:
-            return super().attend(q, k, v, log_decay, state, starts)
+            return super().attend(q, k, v, *recurrence)
         length = q.size(2)
-        positions = torch.arange(length + 1, device=q.device, dtype=q.dtype)
-        exponents = torch.arange(0, self.key_dim, 2, device=q.device, dtype=q.dtype)
+        real = {'device': q.device, 'dtype': torch.promote_types(q.dtype, torch.float32)}
+        positions = torch.arange(length + 1, **real)
+        exponents = torch.arange(0, self.key_dim, 2, **real)
         angles = positions[:, None] * 10000.0 ** (-exponents / self.key_dim)
         cos, sin = angles.cos(), angles.sin()
         q, k = (rotated(x, cos[:-1], sin[:-1]) for x in (q, k))
-        y, state = super().attend(q, k, v, log_decay, state, starts)
-        return y, rotated(state.mT, cos[-1], -sin[-1]).mT
+        y, state = super().attend(q, k, v, *recurrence)
+        return y, None if state is None else rotated(state.mT, cos[-1], -sin[-1]).mT
 
     def norm_and_gate(self, y, gate):
         gate = gate.unflatten(-1, (self.heads, -1)).to(y.dtype)
@@ -198,6 +203,7 @@ class LightningAttention(FixedDecayMixer):
             'lightning', 'n_head', 'n_embd / lightning_heads', 'n_embd / lightning_heads'
         ),
         **eps_option('lightning', 1e-6),
+        **BACKEND_OPTIONS,
         **DOCUMENT_OPTIONS,
     }
 
@@ -210,8 +216,8 @@ class LightningAttention(FixedDecayMixer):
         of_layer = 1 - layer / (config.n_layer - 1 + 1e-5) + 1e-5
         return [-(2.0 ** (-8 * (head + 1) / self.heads)) * of_layer for head in range(self.heads)]
 
-    def attend(self, q, k, v, log_decay, state, starts):
-        return super().attend(F.silu(q), F.silu(k), F.silu(v), log_decay, state, starts)
+    def attend(self, q, k, v, *recurrence):
+        return super().attend(F.silu(q), F.silu(k), F.silu(v), *recurrence)
 
     def norm_and_gate(self, y, gate):
         normed = F.rms_norm(y.flatten(2), self.norm_weight.shape, eps=self.eps)
@@ -233,6 +239,7 @@ class GatedLinearAttention(DecayedMixer):
     """
 
     tag, prefix = 'GLA', 'gla'
+    kernels: ClassVar = {'fla': 'gla'}
     source_heads, key_ratio, decays_by_channel = 4, 0.5, True
     mup_rule = True
     options: ClassVar = {
@@ -250,6 +257,7 @@ class GatedLinearAttention(DecayedMixer):
         ),
         **eps_option('gla', 1e-5),
         **conv_option('gla'),
+        **BACKEND_OPTIONS,
         **DOCUMENT_OPTIONS,
     }
 
@@ -275,8 +283,8 @@ class GatedLinearAttention(DecayedMixer):
         logits = F.linear(others[1], self.decay_weight, self.decay_bias)
         return self.split_heads(F.logsigmoid(at_least_fp32(logits)) / self.decay_root)
 
-    def attend(self, q, k, v, log_decay, state, starts):
-        return super().attend(q * self.key_dim**-0.5, k, v, log_decay, state, starts)
+    def attend(self, q, k, v, *recurrence):
+        return super().attend(q * self.key_dim**-0.5, k, v, *recurrence)
 
     def finish(self, y, others):
         return self.norm(y, others[0].unflatten(-1, (self.heads, -1)))

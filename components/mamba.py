@@ -11,6 +11,7 @@ from common.registry import AnyBut, FrozenConfig, Option, above, at_least
 from components.attention_inputs import AttentionInputs
 from components.base import Component, Fill, Initial, at_least_fp32, without_autocast
 from components.document_mask import DOCUMENT_OPTIONS
+from components.mixer_kernels import BACKEND_OPTIONS, backend_tag, run_kernel, runs_here
 from components.mixers import Mixer
 from components.scan import selective_scan
 from components.short_convolution import ShortConvolution
@@ -31,6 +32,7 @@ class Mamba(Mixer):
     """
 
     tag = 'Mamba'
+    kernels: ClassVar = {'mamba_ssm': 'selective_scan'}
     cacheable = True
     options: ClassVar = {
         'mamba_expand': Option(int, 2, 'Number of channels of Mamba per n_embd', check=at_least(1)),
@@ -60,6 +62,7 @@ class Mamba(Mixer):
             check=above(0),
             requires=('mamba_norm', AnyBut('none')),
         ),
+        **BACKEND_OPTIONS,
         **DOCUMENT_OPTIONS,
     }
 
@@ -88,7 +91,7 @@ class Mamba(Mixer):
             tag += f'-N{config.mamba_state_size}'
         if config.mamba_norm != 'none':
             tag += {'weighted': '-Norm', 'unweighted': '-NormNW'}[config.mamba_norm]
-        return tag
+        return tag + backend_tag(config)
 
     def __init__(self, config: ModelArchitectureConfig, layer: int):
         super().__init__(config, layer)
@@ -138,6 +141,9 @@ class Mamba(Mixer):
         cache, starts = attn_inputs.cache, attn_inputs.starts
         dt = F.softplus(dt + self.dt_proj.bias.to(x.dtype))
         decay = -torch.exp(self.A_log.to(x.dtype)).t().contiguous()  # (N, D)
+        if runs_here(self.kernel, x, cache, starts):
+            assert self.kernel is not None
+            return run_kernel(self.kernel, x, dt, decay, b, c) + self.D * x
         initial = cache.get('state') if cache else None
         if initial is None:
             initial = x.new_zeros(x.size(0), *decay.shape)

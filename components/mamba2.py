@@ -12,9 +12,16 @@ from components.attention_inputs import AttentionInputs
 from components.base import Fill, Initial, at_least_fp32, without_autocast
 from components.document_mask import DOCUMENT_OPTIONS
 from components.gated_norm import GatedRMSNorm
+from components.mixer_kernels import (
+    BACKEND_OPTIONS,
+    SSD_CHUNK,
+    backend_tag,
+    run_kernel,
+    runs_here,
+)
 from components.mixers import Mixer
 from components.short_convolution import ShortConvolution
-from components.state_space_duality import Inputs, matrix_flops, state_space_duality
+from components.state_space_duality import CHUNK, Inputs, matrix_flops, state_space_duality
 from model_config import MIXER_REGISTRY, ModelArchitectureConfig
 
 MOST_HEAD_DIMS = 64  # of a derived head dimension
@@ -39,6 +46,7 @@ class Mamba2(Mixer):
     """
 
     tag = 'Mamba2'
+    kernels: ClassVar = {'mamba_ssm': 'state_space_duality'}
     cacheable = True
     mup_rule = True
     options: ClassVar = {
@@ -84,6 +92,7 @@ class Mamba2(Mixer):
         'mamba2_dt_max': Option(
             float | None, None, 'Upper limit of the step sizes; None: none', check=above(0)
         ),
+        **BACKEND_OPTIONS,
         **DOCUMENT_OPTIONS,
     }
 
@@ -141,7 +150,7 @@ class Mamba2(Mixer):
             tags.append('NoNorm')
         elif config.mamba2_norm_first:
             tags.append('NormFirst')
-        return '-'.join(tags)
+        return '-'.join(tags) + backend_tag(config)
 
     @classmethod
     def problems(cls, config: ModelArchitectureConfig) -> list[str]:
@@ -175,13 +184,11 @@ class Mamba2(Mixer):
         gate, mixed, steps = self.in_proj(x).split((width, width + 2 * keys, heads), dim=-1)
         mixed = F.silu(self.conv(mixed, starts, cache))
         with without_autocast(x.device):
-            y, state = state_space_duality(
-                self.recurrence(mixed, steps),
-                self.D,
-                state=cache.get('state') if cache else None,
-                starts=starts,
-                needs_state=cache is not None,
-            )
+            inputs, state = self.recurrence(mixed, steps), cache.get('state') if cache else None
+            if runs_here(self.kernel, mixed, cache, starts):
+                y = self._run_kernel(inputs, mixed.dtype, starts)
+            else:
+                y, state = state_space_duality(inputs, self.D, state, starts, cache is not None)
         if cache is not None:
             cache.set('state', state)
         return self.out_proj(self.gated(y.flatten(2).to(x.dtype), gate))
@@ -199,6 +206,14 @@ class Mamba2(Mixer):
             queries.unflatten(-1, (self.groups, -1)),
         )
 
+    def _run_kernel(self, inputs: Inputs, dtype: torch.dtype, starts: torch.Tensor | None):
+        """y (B, T, H, P). dtype: of values, keys and queries; steps and rates stay in fp32."""
+        assert self.kernel is not None
+        x, keys, queries = (each.to(dtype) for each in (inputs.x, inputs.keys, inputs.queries))
+        rates, skip = -at_least_fp32(self.A_log).exp(), at_least_fp32(self.D)
+        documents = () if starts is None else (starts.cumsum(dim=1, dtype=torch.int32),)
+        return run_kernel(self.kernel, x, inputs.steps, rates, keys, queries, skip, *documents)
+
     def gated(self, y: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
         """(B, T, width) -> the same shape."""
         return y * F.silu(gate) if self.norm is None else self.norm(y, gate)
@@ -209,7 +224,8 @@ class Mamba2(Mixer):
         if causal:
             states = 4.0 * seq_len * self.heads * self.head_dim * self.state
         else:
-            states = matrix_flops(seq_len, self.heads, self.head_dim, self.groups, self.state)
+            sizes = self.heads, self.head_dim, self.groups, self.state
+            states = matrix_flops(seq_len, *sizes, SSD_CHUNK if self.kernel else CHUNK)
         return {**super().flops(seq_len, causal), 'mixer_states': states}
 
     def initial_values(self) -> dict[str, Fill]:

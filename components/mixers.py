@@ -13,6 +13,7 @@ from components.attention_inputs import AttentionInputs
 from components.base import Component
 from components.document_mask import DOCUMENT_OPTIONS
 from components.kv_cache import MixerState
+from components.mixer_kernels import find_kernel
 from model_config import ATTENTION_REGISTRY, MIXER_REGISTRY, ModelArchitectureConfig
 
 
@@ -33,12 +34,16 @@ class Mixer(Component, nn.Module):
     part = 'mixer'
     flops_part = 'mixer_projections'
     cacheable = False
+    # Kernels of other packages that can compute it, by `mixer_backend`; its options then include
+    # BACKEND_OPTIONS. See `components/mixer_kernels.py`.
+    kernels: ClassVar[dict[str, str]] = {}
     # Whether it may stand beside others in a layer.
     joins: ClassVar[bool] = True
     options: ClassVar = {**DOCUMENT_OPTIONS}
 
     def __init__(self, config: ModelArchitectureConfig, layer: int):
         super().__init__()
+        self.kernel = find_kernel(self.kernels, config)
 
     @classmethod
     def build(cls, config: ModelArchitectureConfig, layer: int) -> nn.Module | None:

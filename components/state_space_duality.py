@@ -92,9 +92,14 @@ def state_space_duality(
     return (y[:, :length] if missing else y), state
 
 
-def matrix_flops(length: int, heads: int, head_dim: int, groups: int, state: int) -> float:
-    """FLOPs of the products of a sequence: within chunks, to states, and from states."""
-    size = min(CHUNK, length)
+def matrix_flops(
+    length: int, heads: int, head_dim: int, groups: int, state: int, chunk: int
+) -> float:
+    """FLOPs of the products of a sequence: within chunks, to states, and from states.
+
+    chunk: tokens of a chunk.
+    """
+    size = min(chunk, length)
     tokens = length + -length % size
     scores = 2.0 * tokens * size * (groups * state + heads * head_dim)
     return scores + (4.0 * tokens * heads * head_dim * state if tokens > size else 0.0)

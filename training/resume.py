@@ -136,7 +136,8 @@ class ResumeSource:
         self.same_order = saved_order == _order_of(settings.to_dict())
         saved, current = index['architecture'], settings.architecture.to_dict()
         differing = _differing_options(with_neutral_values(saved), with_neutral_values(current))
-        differing.pop('attention_backend', None)  # no property of the weights; recorded as a change
+        for backend in ('attention_backend', 'mixer_backend'):  # recorded as a change
+            differing.pop(backend, None)  # no property of the weights
         if differing:
             pairs = ', '.join(f'{k}={then!r} (now {now!r})' for k, (then, now) in differing.items())
             raise UserError(
