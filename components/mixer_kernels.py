@@ -17,13 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import register_flop_formula
 
+from common.architecture_options import MIXER_BACKEND_REGISTRY, MIXER_REGISTRY
 from common.errors import UserError
 from common.registry import Option
 from components.base import Component
 from components.decayed_attention import decayed_attention_flops
 from components.delta_rule import chunk_flops
 from components.state_space_duality import matrix_flops
-from model_config import MIXER_BACKEND_REGISTRY, MIXER_REGISTRY, ModelArchitectureConfig
+from model_config import ModelArchitectureConfig
 
 DEVICES = ('cuda',)  # on which the kernels run
 HALF = (torch.bfloat16, torch.float16)

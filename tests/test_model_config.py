@@ -556,7 +556,7 @@ def test_custom_config_file_lists_all_choices():
             listed[key] = comment.rstrip().replace('\n#', '')
             names = [name for name in registry if not is_foreign(registry[name])]
             right[key] = f'# {", ".join(names)}'
-    assert listed.keys() >= {r.option for r in REGISTRIES} - {'rope_scaling'}
+    assert listed.keys() >= {r.option for r in REGISTRIES} - {'rope_scaling', 'mixer_backend'}
     assert listed == right, 'config/arch_custom.py needs these comments:\n' + '\n'.join(
         f'{comment}\n{key} = …' for key, comment in right.items()
     )

@@ -130,9 +130,7 @@ def test_generation_has_no_kernel(case):
         texts = []
         for cached in (True, False):
             calls.clear()
-            texts.append(
-                torch.stack(list(generate(model, tokens, 6, choose=greedy, cache=cached)))
-            )
+            texts.append(torch.stack(list(generate(model, tokens, 6, choose=greedy, cache=cached))))
             assert bool(calls) != cached
     assert torch.equal(*texts)
 
