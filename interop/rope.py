@@ -273,8 +273,11 @@ def _yarn_factor(weight: float, factor: float) -> float:
     return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
-def deepseek_rope_fields() -> FieldMap:
-    """Like `rope_fields`, with DeepSeek's YaRN factors, one of which scales attention scores."""
+def deepseek_rope_fields(nope: int = 128) -> FieldMap:
+    """Like `rope_fields`, with DeepSeek's YaRN factors, one of which scales attention scores.
+
+    nope: the size of a head without positions if the field is missing.
+    """
     plain = rope_fields()
 
     def read(fields: Fields) -> dict:
@@ -289,7 +292,7 @@ def deepseek_rope_fields() -> FieldMap:
         score_factor = _yarn_factor(mscale_all_dim, factor)
         if mscale and options.get('rope_attention_factor', 0) is None:
             options['rope_attention_factor'] = _yarn_factor(mscale, factor) / score_factor
-        head_dim = fields.take('qk_nope_head_dim', int, 128)
+        head_dim = fields.take('qk_nope_head_dim', int, nope)
         head_dim += fields.take('qk_rope_head_dim', int, 64)
         if head_dim <= 0:  # refused by the checks of the options
             return options

@@ -2,7 +2,7 @@
 
 from interop.fields import Fields
 from interop.layers import options_with
-from interop.mapping import FieldMap
+from interop.mapping import FieldMap, constant_option, field
 from interop.tensors import TensorMap, tensor
 from model_config import ModelArchitectureConfig
 
@@ -37,6 +37,18 @@ def router_groups_field(groups: int | None, per_token: int | None, score: str) -
         return {'n_group': options['router_groups'], 'topk_group': chosen}
 
     return FieldMap(read, write)
+
+
+def biased_router_fields(
+    normalize: bool, scale: float, groups: int = 1, per_token: int = 1
+) -> tuple[FieldMap, ...]:
+    """The router of DeepSeek-V3. normalize, scale, groups, per_token: values of missing fields."""
+    return (
+        field('router_normalize', 'norm_topk_prob', normalize),
+        field('router_scale', 'routed_scaling_factor', scale),
+        constant_option(router_score='sigmoid', router_selection_bias=True),
+        router_groups_field(groups, per_token, 'top2'),
+    )
 
 
 def selection_bias(name: str) -> dict[str, TensorMap]:

@@ -8,6 +8,7 @@ and exports by the same tables. `{layer}` in a name is the number of the layer.
 from interop.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
 from interop.families.gated_deltanet import OLMO_HYBRID, QWEN3_5
 from interop.families.gemma import GEMMA2, GEMMA3
+from interop.families.glm_moe import DOTS1, GLM4_MOE, GLM4_MOE_LITE, MINIMAX_M2
 from interop.families.gpt2 import GPT2, NANOGPT
 from interop.families.gpt_neox import GPT_NEOX
 from interop.families.kimi_linear import KIMI_LINEAR
@@ -40,6 +41,10 @@ TRANSFORMERS = {
         MIXTRAL,
         DEEPSEEK_V2,
         DEEPSEEK_V3,
+        GLM4_MOE,
+        GLM4_MOE_LITE,
+        DOTS1,
+        MINIMAX_M2,
         SMOLLM3,
         OLMO3,
         EXAONE4,

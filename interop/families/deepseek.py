@@ -25,7 +25,7 @@ from interop.mapping import (
     required_field,
 )
 from interop.rope import deepseek_rope_fields
-from interop.routing import router_groups_field, selection_bias
+from interop.routing import biased_router_fields, router_groups_field, selection_bias
 from interop.tensors import TensorMap, tensor, with_biases
 from model_config import ModelArchitectureConfig
 
@@ -101,7 +101,7 @@ def _read_head_dim(fields: Fields) -> dict:
     return {}
 
 
-def _dense_layers_field(default: int) -> FieldMap:
+def dense_layers_field(default: int) -> FieldMap:
     """The number of first layers without a mixture of experts."""
 
     def write(config: ModelArchitectureConfig) -> dict:
@@ -111,20 +111,30 @@ def _dense_layers_field(default: int) -> FieldMap:
     return FieldMap(field('dense_layers', 'first_k_dense_replace', default).read, write)
 
 
+def latent_attention_fields(
+    q_rank: int, nope: int = 128, values: int = 128
+) -> tuple[FieldMap, ...]:
+    """The fields of latent attention, with defaults for the rank of queries and the head sizes."""
+    return (
+        field('q_lora_rank', 'q_lora_rank', q_rank),
+        field('kv_lora_rank', 'kv_lora_rank', 512),
+        field('qk_nope_head_dim', 'qk_nope_head_dim', nope),
+        field('qk_rope_head_dim', 'qk_rope_head_dim', 64),
+        field('v_head_dim', 'v_head_dim', values),
+        field('attention_bias', 'attention_bias', False),
+        constant_option(attention_type='mla'),
+        latent_kv_heads_field,
+        FieldMap(_read_head_dim, lambda config: {}),
+    )
+
+
 _DEEPSEEK = (
     latent_norm_field(1e-6),
+    *latent_attention_fields(1536),
     field('d_ff', 'intermediate_size'),
-    field('q_lora_rank', 'q_lora_rank', 1536),
-    field('kv_lora_rank', 'kv_lora_rank', 512),
-    field('qk_nope_head_dim', 'qk_nope_head_dim', 128),
-    field('qk_rope_head_dim', 'qk_rope_head_dim', 64),
-    field('v_head_dim', 'v_head_dim', 128),
-    field('attention_bias', 'attention_bias', False),
     field('expert_ffn', 'hidden_act', 'silu', {'silu': 'swiglu'}),
     field('weight_tying', 'tie_word_embeddings', False),
-    constant_option(attention_type='mla', ffn_type='moe', ffn_bias=False),
-    latent_kv_heads_field,
-    FieldMap(_read_head_dim, lambda config: {}),
+    constant_option(ffn_type='moe', ffn_bias=False),
     required_field(moe_layer_freq=1),
     deepseek_rope_fields(),
 )
@@ -147,21 +157,16 @@ LATENT_ATTENTION = {
         }
     ),
 }
-_DEEPSEEK_WEIGHTS = (
-    EMBEDDING_AND_HEAD
-    | PRE_NORMS
-    | GATED_FFN
-    | EXPERTS
-    | LATENT_ATTENTION
-    | {
-        'blocks.{layer}.ffn.shared.gate_up.weight': TensorMap(
-            projections('mlp.shared_experts', 'gate', 'up')
-        ),
-        'blocks.{layer}.ffn.shared.down.weight': TensorMap(
-            projections('mlp.shared_experts', 'down')
-        ),
-    }
+SHARED_EXPERTS = {
+    'blocks.{layer}.ffn.shared.gate_up.weight': TensorMap(
+        projections('mlp.shared_experts', 'gate', 'up')
+    ),
+    'blocks.{layer}.ffn.shared.down.weight': TensorMap(projections('mlp.shared_experts', 'down')),
+}
+DEEPSEEK_WEIGHTS = (
+    EMBEDDING_AND_HEAD | PRE_NORMS | GATED_FFN | EXPERTS | LATENT_ATTENTION | SHARED_EXPERTS
 )
+DEEPSEEK_BIAS = selection_bias(LAYER + 'mlp.gate.e_score_correction_bias')
 
 DEEPSEEK_V2 = Family(
     name='deepseek_v2',
@@ -174,7 +179,7 @@ DEEPSEEK_V2 = Family(
         field('experts_per_token', 'num_experts_per_tok'),
         field('expert_d_ff', 'moe_intermediate_size', 1407),
         field('shared_experts', 'n_shared_experts', 2),
-        _dense_layers_field(0),
+        dense_layers_field(0),
         field('router_scale', 'routed_scaling_factor', 1.0),
         constant_option(router_score='softmax', router_normalize=False),
         FieldMap(_read_choice, _write_choice),
@@ -184,7 +189,7 @@ DEEPSEEK_V2 = Family(
     aliases={'num_experts': 'n_routed_experts'},
     irrelevant_fields=_IRRELEVANT_FIELDS,
     check_loadable=check_heads_divide_width,
-    weights=_DEEPSEEK_WEIGHTS,
+    weights=DEEPSEEK_WEIGHTS,
     ignored_tensors=ROTARY_BUFFERS,
 )
 
@@ -199,15 +204,12 @@ DEEPSEEK_V3 = Family(
         field('experts_per_token', 'num_experts_per_tok', 8),
         field('expert_d_ff', 'moe_intermediate_size', 2048),
         field('shared_experts', 'n_shared_experts', 1),
-        _dense_layers_field(3),
-        field('router_normalize', 'norm_topk_prob', True),
-        field('router_scale', 'routed_scaling_factor', 2.5),
-        constant_option(router_score='sigmoid', router_selection_bias=True),
+        dense_layers_field(3),
+        *biased_router_fields(True, 2.5, 8, 4),
         required_field(rope_interleave=True, scoring_func='sigmoid', topk_method='noaux_tc'),
-        router_groups_field(8, 4, 'top2'),
     ),
     aliases={'num_local_experts': 'n_routed_experts'},
     irrelevant_fields=_IRRELEVANT_FIELDS,
-    weights=_DEEPSEEK_WEIGHTS | selection_bias(LAYER + 'mlp.gate.e_score_correction_bias'),
+    weights=DEEPSEEK_WEIGHTS | DEEPSEEK_BIAS,
     ignored_tensors=ROTARY_BUFFERS,
 )

@@ -71,6 +71,25 @@ BASES = {
     'mixtral': {**_GROUPED, 'num_local_experts': 4},
     'deepseek_v2': _DEEPSEEK,
     'deepseek_v3': {**_DEEPSEEK, 'n_group': 2, 'topk_group': 1},
+    'glm4_moe': {
+        **_GROUPED,
+        **{key: _DEEPSEEK[key] for key in _DEEPSEEK if 'expert' in key or 'replace' in key},
+        'moe_intermediate_size': 16,
+        'use_qk_norm': True,
+        'attention_bias': True,
+    },
+    'glm4_moe_lite': {
+        **{key: value for key, value in _DEEPSEEK.items() if 'replace' not in key},
+        'mlp_layer_types': ['dense', 'sparse'],
+    },
+    'dots1': {
+        **_GROUPED,
+        **{key: _DEEPSEEK[key] for key in _DEEPSEEK if 'expert' in key or 'replace' in key},
+        'moe_intermediate_size': 16,
+        'sliding_window': 5,
+        'max_window_layers': 1,
+    },
+    'minimax_m2': {**_GROUPED, 'num_local_experts': 4, 'num_experts_per_tok': 2},
     'qwen3_next': {
         **_GROUPED,
         **_DELTA_NET,
