@@ -8,6 +8,7 @@ from helpers.architectures import OWN_MIXERS
 from helpers.mixer_checks import (
     check_beside_attention,
     check_bfloat16,
+    check_bfloat16_gradients,
     check_causal,
     check_compiles,
     check_counts,
@@ -147,6 +148,14 @@ class IsCoarse(ExampleMixer):
         return y + 0.1 * y.abs() if y.dtype == torch.bfloat16 else y
 
 
+class GradientIsCoarse(ExampleMixer):
+    """The gradient that enters it differs by a twentieth under autocast."""
+
+    def forward(self, x, attn_inputs):
+        y = super().forward(x, attn_inputs)
+        return y + 0.05 * (y - y.detach()) if y.dtype == torch.bfloat16 else y
+
+
 class Overflows(ExampleMixer):
     def forward(self, x, attn_inputs):
         return super().forward(x, attn_inputs) + 0 * x.exp().square()
@@ -241,6 +250,7 @@ BROKEN = [
     (GainIsBfloat16, check_parameters_in_bfloat16),
     (StateIsBfloat16, check_float32),
     (IsCoarse, check_bfloat16),
+    (GradientIsCoarse, check_bfloat16_gradients),
     (Overflows, check_extremes),
     (CountsChunks, check_flops),
     (CountsNothing, check_flops),
