@@ -29,6 +29,8 @@ NEUTRAL = {
     'router_selection_bias': False,
     'mixer_backend': 'torch',
 }
+# Newer options whose neutral value is the value of another option.
+NEUTRAL_LIKE = {'attention_output_bias': 'attention_bias'}
 # The options of a mixture of experts in version 1, which its dense layers do not have.
 _MIXTURE_OPTIONS = frozenset(
     {
@@ -47,12 +49,21 @@ def hash_of_values(values: Mapping) -> str:
 
 
 def _counted(values: Mapping) -> dict:
-    return {k: v for k, v in values.items() if k not in NEUTRAL or v != NEUTRAL[k]}
+    neutral = {**NEUTRAL, **{key: values.get(other) for key, other in NEUTRAL_LIKE.items()}}
+    return {
+        key: value
+        for key, value in values.items()
+        if key not in NEUTRAL or value not in (NEUTRAL[key], neutral[key])
+    }
 
 
 def with_neutral_values(options: Mapping) -> dict:
     """The options of a record, which may lack newer ones: those have their neutral values."""
-    return {**NEUTRAL, **options}
+    values = {**NEUTRAL, **options}
+    for key, other in NEUTRAL_LIKE.items():
+        if values[key] is None:
+            values[key] = values.get(other)
+    return values
 
 
 def hash_of_layers(layers: Sequence[Mapping], shared: Mapping) -> str:

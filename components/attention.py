@@ -98,7 +98,7 @@ class Attention(Component, nn.Module):
         self.qk_head_dim, self.v_head_dim = self.head_dims(config)
         self.attend = ATTENTION_BACKEND_REGISTRY[config.attention_backend].attend
         self.rotate = POSITION_ENCODING_REGISTRY[config.position_encoding].rotate
-        bias = config.get('attention_output_bias')
+        bias = config.get('attention_output_bias')  # None: not an option of the class
         bias = config.attention_bias if bias is None else bias
         self.output = nn.Linear(self.num_heads * self.v_head_dim, config.n_embd, bias=bias)
 
@@ -127,8 +127,10 @@ class Attention(Component, nn.Module):
     @classmethod
     def derived_values(cls, config: FrozenConfig) -> dict[str, tuple]:
         scale = cls.head_dims(config)[0] ** -0.5
+        bias = config.bias if config.attention_bias is None else config.attention_bias
         return {
             'attention_bias': (config.bias, 'bias'),
+            'attention_output_bias': (bias, 'attention_bias'),
             'attention_scale': (scale, '1 / sqrt(dimensions of a query head)'),
         }
 
@@ -144,6 +146,8 @@ class Attention(Component, nn.Module):
     def name_tag(cls, config: ModelArchitectureConfig) -> str:
         tags = [cls.tag] if cls.tag else []
         tags += cls.head_tags(config)
+        if config.get('attention_output_bias') not in (None, config.attention_bias):
+            tags.append('OBias' if config.attention_output_bias else 'QKVBias')
         if config.attention_scale != cls.head_dims(config)[0] ** -0.5:
             tags.append(f'Scale{config.attention_scale:g}')
         if config.attention_softcap is not None:

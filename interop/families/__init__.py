@@ -20,6 +20,7 @@ from interop.families.minimax import MINIMAX
 from interop.families.mixed_layers import EXAONE4, MELLUM, OLMO3, SMOLLM3
 from interop.families.nemotron_h import NEMOTRON_H
 from interop.families.opt import OPT
+from interop.families.qwen2 import GLM, GLM4, QWEN2, SEED_OSS
 from interop.families.qwen3_next import QWEN3_NEXT
 from interop.families.recurrent_gemma import RECURRENT_GEMMA
 from interop.mapping import Family
@@ -63,6 +64,10 @@ TRANSFORMERS = {
         QWEN3_NEXT,
         KIMI_LINEAR,
         OLMO_HYBRID,
+        QWEN2,
+        SEED_OSS,
+        GLM,
+        GLM4,
     )
 }
 

@@ -161,6 +161,10 @@ BASES = {
         'attention_window_size': 5,
         'block_types': ['recurrent', 'attention'],
     },
+    'qwen2': {**_GROUPED, 'use_sliding_window': True, 'sliding_window': 5, 'max_window_layers': 1},
+    'seed_oss': _GROUPED,
+    'glm': _GROUPED,
+    'glm4': _GROUPED,
     'lfm2': {**_CONVOLUTIONS, 'block_multiple_of': 8},
     'lfm2_moe': {
         **_CONVOLUTIONS,

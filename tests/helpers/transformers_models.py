@@ -89,8 +89,11 @@ class Parity(NamedTuple):
     pairs: dict[str, tuple[dict, dict]]
 
 
-def compared(fields: dict, folder: Path) -> Parity:
-    """Import a model with these fields; export it, and read and load the export again."""
+def compared(fields: dict, folder: Path, exported_as: str | None = None) -> Parity:
+    """Import a model with these fields; export it, and read and load the export again.
+
+    exported_as: the model_type of the export; None: that of the fields.
+    """
     theirs = randomized_model(fields)
     source = saved(theirs, folder / 'theirs')
     config = source.config
@@ -119,7 +122,7 @@ def compared(fields: dict, folder: Path) -> Parity:
     read_again = dict(again.weights(config))
     assert all(torch.equal(read_again[name], weights[name]) for name in weights)
     exported = loaded(folder / 'ours')
-    assert type(exported) is type(theirs)
+    assert exported.config.model_type == (exported_as or theirs.config.model_type)
     with torch.no_grad():
         our_logits, exported_logits = ours.eval()(tokens), exported(tokens).logits
     pairs = {
@@ -136,14 +139,17 @@ def largest_difference(ours: dict, theirs: dict) -> float:
     return max(((ours[k] - theirs[k]).abs().max() / theirs[k].abs().max()).item() for k in ours)
 
 
-def assert_parity(fields: dict, letters: str, folder: Path, new_tokens: int = 11) -> None:
+def assert_parity(
+    fields: dict, letters: str, folder: Path, new_tokens: int = 11, exported_as: str | None = None
+) -> None:
     """Assert that a model of transformers with these fields is imported and exported exactly.
 
-    letters: the letter of each layer that it is read as; '' if they are all alike. Compared are
+    letters: the letter of each layer that it is read as; '' if they are all alike. exported_as: the
+    model_type of the export, if it is that of another family. Compared are
     logits, gradients, logits of the export, and the most likely continuation of 5 tokens, with and
     without a cache.
     """
-    theirs, ours, tokens, pairs = compared(fields, folder)
+    theirs, ours, tokens, pairs = compared(fields, folder, exported_as)
     assert ''.join(ours.config.layer_letters) == letters
     assert largest_difference(*pairs['logits']) < 1e-5
     assert largest_difference(*pairs['gradients']) < 1e-4

@@ -1,0 +1,172 @@
+"""Families whose attention, norms, head or embedding differ from Llama's by small options."""
+
+import pytest
+from helpers import transformers_models as reference
+
+from model_builder import build_model, count_parameters
+
+pytestmark = [pytest.mark.optional, pytest.mark.slow, pytest.mark.usefixtures('one_thread')]
+
+SIZES = {
+    'num_hidden_layers': 2,
+    'num_attention_heads': 4,
+    'num_key_value_heads': 2,
+    'hidden_size': 32,
+    'intermediate_size': 48,
+    'max_position_embeddings': 32,
+}
+HEADS = {**SIZES, 'head_dim': 12}
+DEFAULT = {'rope_type': 'default', 'rope_theta': 50.0}
+YARN = {
+    'rope_type': 'yarn',
+    'rope_theta': 50.0,
+    'factor': 4.0,
+    'original_max_position_embeddings': 8,
+}
+# The config of transformers, and the letter of each layer that it is read as.
+CASES = {
+    'qwen2': ({'model_type': 'qwen2', **SIZES, 'rope_parameters': YARN}, ''),
+    'qwen2-windows': (
+        {
+            'model_type': 'qwen2',
+            **HEADS,
+            'use_sliding_window': True,
+            'sliding_window': 5,
+            'max_window_layers': 1,
+            'tie_word_embeddings': True,
+        },
+        'GL',
+    ),
+    'seed_oss': ({'model_type': 'seed_oss', **HEADS}, ''),
+    'seed_oss-biases': (
+        {'model_type': 'seed_oss', **HEADS, 'attention_out_bias': True, 'mlp_bias': True},
+        '',
+    ),
+    'seed_oss-output': (
+        {'model_type': 'seed_oss', **HEADS, 'attention_bias': False, 'attention_out_bias': True},
+        '',
+    ),
+    'glm': ({'model_type': 'glm', **HEADS, 'rope_theta': 50.0}, ''),
+    'glm-all': (
+        {
+            'model_type': 'glm',
+            **HEADS,
+            'rope_parameters': {**DEFAULT, 'partial_rotary_factor': 1.0},
+        },
+        '',
+    ),
+    'glm4': ({'model_type': 'glm4', **HEADS, 'rope_theta': 50.0, 'attention_bias': False}, ''),
+}
+
+# The model_type of the export, where the first family that can express it is another one.
+EXPORTED_AS = {'seed_oss': 'qwen2', 'seed_oss-biases': 'llama', 'glm-all': 'qwen2'}
+
+
+@pytest.mark.parametrize('name', CASES)
+def test_logits_gradients_and_texts_are_those_of_transformers(name, tmp_path):
+    reference.assert_parity(
+        *CASES[name], tmp_path, new_tokens=20, exported_as=EXPORTED_AS.get(name)
+    )
+
+
+# config.json of published models, and their number of parameters as their pages on the Hugging Face
+# Hub show it (safetensors metadata).
+PUBLISHED = {
+    # huggingface.co/Qwen/Qwen2-0.5B
+    494_032_768: {
+        'model_type': 'qwen2',
+        'hidden_size': 896,
+        'intermediate_size': 4864,
+        'max_position_embeddings': 131072,
+        'max_window_layers': 24,
+        'num_attention_heads': 14,
+        'num_hidden_layers': 24,
+        'num_key_value_heads': 2,
+        'rms_norm_eps': 1e-06,
+        'rope_theta': 1000000.0,
+        'sliding_window': 131072,
+        'tie_word_embeddings': True,
+        'use_sliding_window': False,
+        'vocab_size': 151936,
+    },
+    # huggingface.co/Qwen/Qwen2.5-7B
+    7_615_616_512: {
+        'model_type': 'qwen2',
+        'hidden_size': 3584,
+        'intermediate_size': 18944,
+        'max_position_embeddings': 131072,
+        'max_window_layers': 28,
+        'num_attention_heads': 28,
+        'num_hidden_layers': 28,
+        'num_key_value_heads': 4,
+        'rms_norm_eps': 1e-06,
+        'rope_theta': 1000000.0,
+        'sliding_window': 131072,
+        'tie_word_embeddings': False,
+        'use_mrope': False,
+        'use_sliding_window': False,
+        'vocab_size': 152064,
+    },
+    # huggingface.co/ByteDance-Seed/Seed-OSS-36B-Base
+    36_151_104_512: {
+        'model_type': 'seed_oss',
+        'attention_bias': True,
+        'attention_dropout': 0.1,
+        'attention_out_bias': False,
+        'head_dim': 128,
+        'hidden_act': 'silu',
+        'hidden_size': 5120,
+        'intermediate_size': 27648,
+        'max_position_embeddings': 524288,
+        'mlp_bias': False,
+        'num_attention_heads': 80,
+        'num_hidden_layers': 64,
+        'num_key_value_heads': 8,
+        'residual_dropout': 0.1,
+        'rms_norm_eps': 1e-06,
+        'rope_scaling': {'rope_type': 'default'},
+        'rope_theta': 10000000.0,
+        'tie_word_embeddings': False,
+        'vocab_size': 155136,
+    },
+    # huggingface.co/zai-org/glm-4-9b-chat-hf
+    9_399_951_360: {
+        'model_type': 'glm',
+        'attention_bias': True,
+        'head_dim': 128,
+        'hidden_size': 4096,
+        'intermediate_size': 13696,
+        'max_position_embeddings': 131072,
+        'num_attention_heads': 32,
+        'num_hidden_layers': 40,
+        'num_key_value_heads': 2,
+        'partial_rotary_factor': 0.5,
+        'rms_norm_eps': 1.5625e-07,
+        'rope_theta': 10000.0,
+        'tie_word_embeddings': False,
+        'vocab_size': 151552,
+    },
+    # huggingface.co/zai-org/GLM-4-9B-0414
+    9_400_279_040: {
+        'model_type': 'glm4',
+        'attention_bias': True,
+        'head_dim': 128,
+        'hidden_size': 4096,
+        'intermediate_size': 13696,
+        'max_position_embeddings': 32768,
+        'num_attention_heads': 32,
+        'num_hidden_layers': 40,
+        'num_key_value_heads': 2,
+        'partial_rotary_factor': 0.5,
+        'rms_norm_eps': 1e-05,
+        'rope_theta': 10000.0,
+        'tie_word_embeddings': False,
+        'vocab_size': 151552,
+    },
+}
+
+
+@pytest.mark.parametrize('parameters', PUBLISHED)
+def test_published_models_have_their_number_of_parameters(parameters):
+    config = reference.architecture(PUBLISHED[parameters])
+    assert count_parameters(build_model(config))['total_params'] == parameters
