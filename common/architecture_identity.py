@@ -20,6 +20,7 @@ NEUTRAL = {
     'attention_gate': 'none',
     'attention_output_bias': None,
     'canon': None,
+    'head_bias': False,
     'shared_gate': False,
     'latent_norm_eps': None,
     'value_residual': 'none',

@@ -132,6 +132,7 @@ CORE_OPTIONS = {
     'weight_tying': Option(
         bool, True, 'Share the weights of token embedding and output head', scope='model'
     ),
+    'head_bias': Option(bool, False, 'Use a bias in the output head', scope='model'),
     'scale_embeddings': Option(bool, False, 'Multiply token embeddings by √n_embd', scope='model'),
     'logit_softcap': Option(
         float | None,
@@ -257,4 +258,5 @@ def component_tags(config: FrozenConfig, chosen: list[tuple[str, Any]]) -> list[
         for option, component in chosen
         if option == registry.option
     ]
+    tags += ['HeadBias'] if config.get('head_bias') else []
     return [part for tag in tags if tag for part in tag.split('-')]

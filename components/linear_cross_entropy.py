@@ -92,9 +92,10 @@ def linear_cross_entropy(
     softcap: float | None,
     ignored: int,
     compiled: bool = False,
+    bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """hidden (N, C), weight (V, C), targets (N,) -> the cross-entropy of hidden · weightᵀ in nats,
-    summed over the targets that are not `ignored`, in fp32.
+    """hidden (N, C), weight (V, C), targets (N,), bias (V,) -> the cross-entropy of the logits
+    hidden · weightᵀ + bias in nats, summed over the targets that are not `ignored`, in fp32.
 
     Logits are in autocast's precision, softmax and loss in fp32; with `softcap` c the logits become
     c · tanh(logits / c). The forward pass computes the gradients, in the memory of the logits, so
@@ -104,19 +105,19 @@ def linear_cross_entropy(
     compiled: on a CUDA device, compute the loss of a chunk of logits in one compiled function.
     """
     method = loss_method(hidden.device, compiled)
-    arguments = hidden, weight, targets, matmul_dtype(weight), softcap, ignored, method
+    arguments = hidden, weight, bias, targets, matmul_dtype(weight), softcap, ignored, method
     if torch.is_grad_enabled():
         return _LinearCrossEntropy.apply(*arguments)
-    return _loss_and_gradients(*arguments, needs_grad=(False, False))[0]
+    return _loss_and_gradients(*arguments, needs_grad=(False, False, False))[0]
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, *rest):
+    def forward(ctx, hidden, weight, bias, *rest):
         # The gradients are computed here, where the logits are, and kept until `backward`.
-        ctx.dtypes = hidden.dtype, weight.dtype
+        ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
         loss, *ctx.gradients = _loss_and_gradients(
-            hidden, weight, *rest, needs_grad=ctx.needs_input_grad[:2]
+            hidden, weight, bias, *rest, needs_grad=ctx.needs_input_grad[:3]
         )
         return loss
 
@@ -144,17 +145,19 @@ def _scaled(gradient: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype) ->
 def _loss_and_gradients(
     hidden: torch.Tensor,
     weight: torch.Tensor,
+    bias: torch.Tensor | None,
     targets: torch.Tensor,
     dtype: torch.dtype,
     softcap: float | None,
     ignored: int,
     method: LossMethod,
-    needs_grad: tuple[bool, bool],
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """(loss, ∂/∂hidden, ∂/∂weight), None for a gradient that is not needed."""
-    needs_grad_hidden, needs_grad_weight = needs_grad
+    needs_grad: tuple[bool, bool, bool],
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """(loss, ∂/∂hidden, ∂/∂weight, ∂/∂bias), None for a gradient that is not needed."""
+    needs_grad_hidden, needs_grad_weight, needs_grad_bias = needs_grad
     vocabulary = len(weight)
     hidden, weight = hidden.to(dtype), weight.to(dtype)
+    bias = None if bias is None else bias.to(dtype)
     chunk_rows = method.chunk_rows(len(hidden), vocabulary * weight.element_size())
 
     # Allocate all memory before the loop: an allocator that aligns blocks cannot reuse a gap of the
@@ -168,13 +171,20 @@ def _loss_and_gradients(
     sum_of_products = None
     if needs_grad_weight:
         sum_of_products = SumOfProducts(weight, method, one_product=chunk_rows == len(hidden))
+    grad_bias = None
+    if needs_grad_bias:  # a sum over all rows, in fp32
+        grad_bias = torch.zeros(vocabulary, device=hidden.device)
     logit_buffer = hidden.new_empty((chunk_rows, vocabulary))
 
     for first in chunk_starts(len(hidden), chunk_rows):
         rows = slice(first, first + chunk_rows)
         chunk = hidden[rows]
         # Forward: the logits, then the loss, which overwrites them with their gradient.
-        logits = torch.mm(chunk, weight.T, out=logit_buffer[: len(chunk)])
+        logits = logit_buffer[: len(chunk)]
+        if bias is None:
+            torch.mm(chunk, weight.T, out=logits)
+        else:
+            torch.addmm(bias, chunk, weight.T, out=logits)
         rest = softcap, ignored, any(needs_grad)
         if method.fused is not None:
             loss += method.fused(logits, targets[rows], *rest).sum()
@@ -185,7 +195,9 @@ def _loss_and_gradients(
             torch.mm(logits, weight, out=grad_hidden[rows])
         if sum_of_products is not None:
             sum_of_products.add(logits.T, chunk)
-    return loss, grad_hidden, sum_of_products and sum_of_products.total
+        if grad_bias is not None:
+            grad_bias += logits.sum(dim=0, dtype=torch.float32)
+    return loss, grad_hidden, sum_of_products and sum_of_products.total, grad_bias
 
 
 def chunk_starts(length: int, chunk_rows: int) -> Sequence[int]:

@@ -15,7 +15,7 @@ FEW_ROWS = 8
 
 
 class OutputHead(Component, nn.Module):
-    """From hidden states to logits or to the loss."""
+    """From hidden states to logits or to the loss; with `head_bias`, a logit has a learned bias."""
 
     part = 'output_head'
     mup_rule = True  # `output_scale` multiplies the hidden states
@@ -23,7 +23,7 @@ class OutputHead(Component, nn.Module):
 
     def __init__(self, config: ModelArchitectureConfig):
         super().__init__()
-        self.projection = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.projection = nn.Linear(config.n_embd, config.vocab_size, bias=config.head_bias)
         self.scale = INITIALIZATION_REGISTRY[config.initialization].output_scale(config)
         self.softcap, self.z_loss = config.logit_softcap, config.z_loss
         self.compiled = False
@@ -45,6 +45,7 @@ class OutputHead(Component, nn.Module):
         (benchmarks/generation.py).
         """
         rows, weight = hidden.shape[:-1].numel(), self.projection.weight
+        bias = self.projection.bias
         if (
             torch.is_grad_enabled()
             or not 0 < rows <= FEW_ROWS
@@ -53,7 +54,8 @@ class OutputHead(Component, nn.Module):
         ):
             return self.projection(hidden)
         at_least_two = hidden.reshape(rows, -1).repeat(2 if rows == 1 else 1, 1)
-        return (weight @ at_least_two.T)[:, :rows].T.contiguous().view(*hidden.shape[:-1], -1)
+        logits = (weight @ at_least_two.T)[:, :rows].T.contiguous().view(*hidden.shape[:-1], -1)
+        return logits if bias is None else logits.add_(bias)
 
     def scale_hidden(self, hidden: torch.Tensor) -> torch.Tensor:
         return hidden if self.scale == 1 else hidden * self.scale
@@ -74,9 +76,9 @@ class OutputHead(Component, nn.Module):
         count = counted.sum()
         if self.z_loss == 0:
             scaled = self.scale_hidden(hidden).flatten(0, 1)
-            weight = self.projection.weight
+            weight, bias = self.projection.weight, self.projection.bias
             loss = linear_cross_entropy(
-                scaled, weight, targets, self.softcap, IGNORED, self.compiled
+                scaled, weight, targets, self.softcap, IGNORED, self.compiled, bias
             )
             return loss, count, AuxOutput(0.0, {})
         # The relative weight of the two losses is not known here, so all logits are kept.

@@ -96,7 +96,8 @@ class TensorMap:
 
 
 def resize_vocabulary(table: torch.Tensor, config: ModelArchitectureConfig) -> torch.Tensor:
-    """An embedding with rows removed or added at the end, for another vocab_size.
+    """An embedding, or a bias of the logits, with rows removed or added at the end, for another
+    vocab_size.
 
     An added row is the mean of the others, so its logit is their mean: by Jensen's inequality, k
     of them cost at most ln(1 + k / V) nats. A row of zeros can be far more likely than all others.
@@ -105,7 +106,7 @@ def resize_vocabulary(table: torch.Tensor, config: ModelArchitectureConfig) -> t
     if missing <= 0:
         return table[: config.vocab_size]
     mean = table.float().mean(dim=0, keepdim=True).to(table.dtype)
-    return torch.cat((table, mean.expand(missing, -1)))
+    return torch.cat((table, mean.expand(missing, *table.shape[1:])))
 
 
 def crop_positions(table: torch.Tensor, config: ModelArchitectureConfig) -> torch.Tensor:

@@ -32,8 +32,8 @@ def problem(count=37, width=12, vocabulary=29, seed=0):
     return hidden, weight, targets
 
 
-def reference_loss(hidden, weight, targets, softcap):
-    logits = (hidden @ weight.T).float()
+def reference_loss(hidden, weight, targets, softcap, bias=0.0):
+    logits = (hidden @ weight.T + bias).float()
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     return F.cross_entropy(logits, targets, reduction='sum', ignore_index=IGNORED)
@@ -71,6 +71,21 @@ def test_loss_and_gradients_match_reference(methods, softcap):
     with torch.no_grad():
         without = linear_cross_entropy(hidden, weight, targets, softcap, IGNORED)
     assert without == actual and not without.requires_grad
+
+
+@pytest.mark.parametrize('softcap', [None, 2.0])
+def test_bias_of_the_logits(methods, softcap):
+    hidden, weight, targets = problem()
+    bias = torch.randn(29, requires_grad=True)
+    leaves = hidden, weight, bias
+    expected = reference_loss(hidden, weight, targets, softcap, bias)
+    gradients = torch.autograd.grad(0.37 * expected, leaves)
+    actual = linear_cross_entropy(hidden, weight, targets, softcap, IGNORED, bias=bias)
+    torch.testing.assert_close(actual, expected)
+    torch.testing.assert_close(torch.autograd.grad(0.37 * actual, leaves), gradients)
+    bias.requires_grad_(False)
+    frozen = linear_cross_entropy(hidden, weight, targets, softcap, IGNORED, bias=bias)
+    torch.testing.assert_close(torch.autograd.grad(0.37 * frozen, leaves[:2]), gradients[:2])
 
 
 def test_gradients_only_where_needed(methods):

@@ -55,9 +55,12 @@ def test_z_loss_affects_gradient_only(trained):
 
 @pytest.mark.parametrize('rows', [0, 1, 2, FEW_ROWS, FEW_ROWS + 1])
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
-def test_logits_of_few_rows_match_projection(rows, dtype):
-    sizes = {'n_layer': 1, 'n_head': 2, 'n_embd': 16, 'vocab_size': 37}
+@pytest.mark.parametrize('bias', [False, True])
+def test_logits_of_few_rows_match_projection(rows, dtype, bias):
+    sizes = {'n_layer': 1, 'n_head': 2, 'n_embd': 16, 'vocab_size': 37, 'head_bias': bias}
     head = build_model(ModelArchitectureConfig(arch_preset='llama', **sizes), 'cpu', 1).output_head
+    if bias:
+        head.projection.bias.data.normal_()
     hidden = torch.randn(rows, 1, 16)
     with torch.autocast('cpu', dtype, enabled=dtype != torch.float32):
         expected = head.logits(hidden).detach()  # with gradients: by the projection itself
