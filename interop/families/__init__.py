@@ -10,7 +10,9 @@ from interop.families.gated_deltanet import OLMO_HYBRID, QWEN3_5
 from interop.families.gemma import GEMMA2, GEMMA3
 from interop.families.glm_moe import DOTS1, GLM4_MOE, GLM4_MOE_LITE, MINIMAX_M2
 from interop.families.gpt2 import GPT2, NANOGPT
+from interop.families.gpt_neo import GPT_NEO
 from interop.families.gpt_neox import GPT_NEOX
+from interop.families.gptj import CODEGEN, GPTJ, PHI
 from interop.families.kimi_linear import KIMI_LINEAR
 from interop.families.lfm2 import LFM2, LFM2_MOE
 from interop.families.llama import LLAMA, MISTRAL, MIXTRAL, OLMO2, QWEN3
@@ -68,6 +70,10 @@ TRANSFORMERS = {
         SEED_OSS,
         GLM,
         GLM4,
+        GPTJ,
+        CODEGEN,
+        PHI,
+        GPT_NEO,
     )
 }
 

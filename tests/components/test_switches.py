@@ -50,7 +50,7 @@ def test_head_bias_is_added_to_the_logits(weight_tying, values):
     tokens = random_tokens(config, batch=2)
     hidden = {}
     model.output_head.register_forward_pre_hook(lambda _, given: hidden.update(x=given[0].detach()))
-    loss, count, _ = model(tokens, tokens)
+    loss, _, _ = model(tokens, tokens)
     table, bias = model.output_head.projection.weight, model.output_head.projection.bias
     logits = hidden['x'] @ table.T + bias
     cap = config.logit_softcap

@@ -165,6 +165,13 @@ BASES = {
     'seed_oss': _GROUPED,
     'glm': _GROUPED,
     'glm4': _GROUPED,
+    'gptj': {'n_layer': 2, 'n_head': 4, 'n_embd': 32, 'n_positions': 16, 'rotary_dim': 4},
+    'codegen': {'n_layer': 2, 'n_head': 4, 'n_embd': 32, 'n_positions': 16, 'rotary_dim': 4},
+    'phi': SIZES,
+    'gpt_neo': {
+        **{'num_layers': 2, 'num_heads': 4, 'hidden_size': 32, 'max_position_embeddings': 16},
+        **{'window_size': 5, 'attention_types': [[['global', 'local'], 1]]},
+    },
     'lfm2': {**_CONVOLUTIONS, 'block_multiple_of': 8},
     'lfm2_moe': {
         **_CONVOLUTIONS,

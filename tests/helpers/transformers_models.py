@@ -45,7 +45,11 @@ def of(config: ModelArchitectureConfig, device: str = 'cpu'):
 
 def router_biases(module: nn.Module) -> dict[str, torch.Tensor]:
     """The biases by which routers balance their load. Other buffers are constants."""
-    return {name: buffer for name, buffer in module.named_buffers() if name.endswith('bias')}
+    return {
+        name: buffer
+        for name, buffer in module.named_buffers()
+        if name.endswith('bias') and buffer.dim() == 1  # GPT-Neo's are masks
+    }
 
 
 @torch.no_grad()

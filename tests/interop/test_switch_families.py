@@ -23,6 +23,16 @@ YARN = {
     'factor': 4.0,
     'original_max_position_embeddings': 8,
 }
+GPTJ = {'model_type': 'gptj', 'n_layer': 2, 'n_head': 4, 'n_embd': 32, 'n_positions': 32}
+GPT_NEO = {
+    'model_type': 'gpt_neo',
+    'num_layers': 4,
+    'num_heads': 4,
+    'hidden_size': 32,
+    'max_position_embeddings': 32,
+    'window_size': 5,
+    'attention_types': [[['global', 'local'], 2]],
+}
 # The config of transformers, and the letter of each layer that it is read as.
 CASES = {
     'qwen2': ({'model_type': 'qwen2', **SIZES, 'rope_parameters': YARN}, ''),
@@ -56,10 +66,34 @@ CASES = {
         '',
     ),
     'glm4': ({'model_type': 'glm4', **HEADS, 'rope_theta': 50.0, 'attention_bias': False}, ''),
+    'gptj': ({**GPTJ, 'rotary_dim': 6}, ''),
+    'gptj-tied': ({**GPTJ, 'rotary_dim': 8, 'n_inner': 48, 'tie_word_embeddings': True}, ''),
+    'codegen': ({**GPTJ, 'model_type': 'codegen', 'rotary_dim': 4}, ''),
+    'phi': ({'model_type': 'phi', **SIZES}, ''),
+    'phi-norms': (
+        {
+            'model_type': 'phi',
+            **SIZES,
+            'qk_layernorm': True,
+            'rope_parameters': {**YARN, 'partial_rotary_factor': 0.75},
+            'tie_word_embeddings': True,
+        },
+        '',
+    ),
+    'gpt_neo': (GPT_NEO, 'GLGL'),
+    'gpt_neo-global': (
+        {**GPT_NEO, 'attention_types': [[['global'], 4]], 'intermediate_size': 40},
+        '',
+    ),
 }
 
 # The model_type of the export, where the first family that can express it is another one.
-EXPORTED_AS = {'seed_oss': 'qwen2', 'seed_oss-biases': 'llama', 'glm-all': 'qwen2'}
+EXPORTED_AS = {
+    'seed_oss': 'qwen2',
+    'seed_oss-biases': 'llama',
+    'glm-all': 'qwen2',
+    'codegen': 'gptj',
+}
 
 
 @pytest.mark.parametrize('name', CASES)
@@ -162,6 +196,68 @@ PUBLISHED = {
         'rope_theta': 10000.0,
         'tie_word_embeddings': False,
         'vocab_size': 151552,
+    },
+    # huggingface.co/EleutherAI/gpt-j-6b
+    6_050_882_784: {
+        'model_type': 'gptj',
+        'activation_function': 'gelu_new',
+        'gradient_checkpointing': False,
+        'n_embd': 4096,
+        'n_head': 16,
+        'n_inner': None,
+        'n_layer': 28,
+        'n_positions': 2048,
+        'rotary': True,
+        'rotary_dim': 64,
+        'scale_attn_weights': True,
+        'summary_type': 'cls_index',
+        'tie_word_embeddings': False,
+        'vocab_size': 50400,
+    },
+    # huggingface.co/microsoft/phi-1_5
+    1_418_270_720: {
+        'model_type': 'phi',
+        'hidden_act': 'gelu_new',
+        'hidden_size': 2048,
+        'intermediate_size': 8192,
+        'max_position_embeddings': 2048,
+        'num_attention_heads': 32,
+        'num_hidden_layers': 24,
+        'num_key_value_heads': None,
+        'partial_rotary_factor': 0.5,
+        'qk_layernorm': False,
+        'rope_scaling': None,
+        'vocab_size': 51200,
+    },
+    # huggingface.co/microsoft/phi-2
+    2_779_683_840: {
+        'model_type': 'phi',
+        'hidden_act': 'gelu_new',
+        'hidden_size': 2560,
+        'intermediate_size': 10240,
+        'max_position_embeddings': 2048,
+        'num_attention_heads': 32,
+        'num_hidden_layers': 32,
+        'num_key_value_heads': 32,
+        'partial_rotary_factor': 0.4,
+        'qk_layernorm': False,
+        'rope_scaling': None,
+        'vocab_size': 51200,
+    },
+    # huggingface.co/EleutherAI/gpt-neo-125m
+    125_198_592: {
+        'model_type': 'gpt_neo',
+        'activation_function': 'gelu_new',
+        'attention_layers': ['global', 'local'] * 6,
+        'attention_types': [[['global', 'local'], 6]],
+        'hidden_size': 768,
+        'intermediate_size': None,
+        'max_position_embeddings': 2048,
+        'num_heads': 12,
+        'num_layers': 12,
+        'summary_type': 'cls_index',
+        'vocab_size': 50257,
+        'window_size': 256,
     },
 }
 
