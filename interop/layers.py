@@ -85,8 +85,8 @@ def canonical_options(config: ModelArchitectureConfig) -> dict:
     del options['bias']  # only the default of other options
     if 'attention_type' not in options:
         del options['n_head']  # that of attention
-    if options.get('attention_output_bias') == options.get('attention_bias'):
-        options.pop('attention_output_bias', None)
+    if options.get('attention_output_bias') == options.get('attention_bias') is not None:
+        options['attention_output_bias'] = None
     if 'use_gqa' in options:
         options |= {'use_gqa': True, 'num_kv_heads': num_kv_heads_of(config)}
     return options

@@ -98,18 +98,24 @@ def export_only(**fields: str) -> FieldMap:
     return FieldMap(read, write)
 
 
-def head_size_field() -> FieldMap:
-    """A field `head_dim` that only parts of a family read; it must equal the computed size."""
+def head_size_field(default: int | None = None) -> FieldMap:
+    """A field `head_dim` that only parts of a family read; it must equal the computed size.
+
+    default: the value of a missing field, if the family needs it.
+    """
 
     def read(fields: Fields) -> dict:
         width = fields.take('hidden_size', int)
         heads = fields.take('num_attention_heads', int)
-        given = fields.take('head_dim', int, optional=True)
+        given = fields.take('head_dim', int, default, optional=True)
         if given is not None and width and heads and given * heads != width:
             fields.refuse('head_dim', f'contradicts {heads} heads in a width of {width}')
         return {}
 
-    return FieldMap(read, lambda config: {})
+    def write(config: ModelArchitectureConfig) -> dict:
+        return {} if default is None else {'head_dim': config.n_embd // config.layers[0].n_head}
+
+    return FieldMap(read, write)
 
 
 def kv_heads_field(default: int | None = None) -> FieldMap:

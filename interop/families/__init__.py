@@ -7,19 +7,23 @@ and exports by the same tables. `{layer}` in a name is the number of the layer.
 
 from interop.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
 from interop.families.gated_deltanet import OLMO_HYBRID, QWEN3_5
-from interop.families.gemma import GEMMA2, GEMMA3
+from interop.families.gemma import GEMMA, GEMMA2, GEMMA3
 from interop.families.glm_moe import DOTS1, GLM4_MOE, GLM4_MOE_LITE, MINIMAX_M2
 from interop.families.gpt2 import GPT2, NANOGPT
+from interop.families.gpt2_relatives import GPT_BIGCODE, MPT
 from interop.families.gpt_neo import GPT_NEO
 from interop.families.gpt_neox import GPT_NEOX
 from interop.families.gptj import CODEGEN, GPTJ, PHI
 from interop.families.kimi_linear import KIMI_LINEAR
+from interop.families.layernorm_rope import NEMOTRON, STARCODER2
 from interop.families.lfm2 import LFM2, LFM2_MOE
 from interop.families.llama import LLAMA, MISTRAL, MIXTRAL, OLMO2, QWEN3
+from interop.families.llama_relatives import ARCEE, ERNIE4_5, HELIUM
 from interop.families.mamba import FALCON_MAMBA, JAMBA, MAMBA
 from interop.families.mamba2 import BAMBA, MAMBA2
 from interop.families.minimax import MINIMAX
 from interop.families.mixed_layers import EXAONE4, MELLUM, OLMO3, SMOLLM3
+from interop.families.mixtures import OLMOE, QWEN3_MOE
 from interop.families.nemotron_h import NEMOTRON_H
 from interop.families.opt import OPT
 from interop.families.qwen2 import GLM, GLM4, QWEN2, SEED_OSS
@@ -74,6 +78,16 @@ TRANSFORMERS = {
         CODEGEN,
         PHI,
         GPT_NEO,
+        QWEN3_MOE,
+        GEMMA,
+        OLMOE,
+        STARCODER2,
+        NEMOTRON,
+        ERNIE4_5,
+        ARCEE,
+        HELIUM,
+        MPT,
+        GPT_BIGCODE,
     )
 }
 

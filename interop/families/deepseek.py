@@ -12,6 +12,7 @@ from interop.families.llama import (
     PRE_NORMS,
     ROTARY_BUFFERS,
     llama_fields,
+    paired_rows,
     projections,
 )
 from interop.fields import Fields
@@ -30,21 +31,15 @@ from interop.tensors import TensorMap, tensor, with_biases
 from model_config import ModelArchitectureConfig
 
 
-def _rope_row_order(head_dim: int) -> torch.Tensor:
-    """The order of rows: DeepSeek rotates dimensions 2i and 2i + 1 together, we i and
-    i + head_dim / 2."""
-    return torch.arange(head_dim).view(-1, 2).T.flatten()
-
-
 def _query_rows(config: ModelArchitectureConfig) -> torch.Tensor:
     nope = torch.arange(config.qk_nope_head_dim)
-    head = torch.cat((nope, len(nope) + _rope_row_order(config.qk_rope_head_dim)))
+    head = torch.cat((nope, len(nope) + paired_rows(config.qk_rope_head_dim)))
     return (torch.arange(config.n_head)[:, None] * len(head) + head).flatten()
 
 
 def _latent_rows(config: ModelArchitectureConfig) -> torch.Tensor:
     latent = torch.arange(config.kv_lora_rank)
-    return torch.cat((latent, len(latent) + _rope_row_order(config.qk_rope_head_dim)))
+    return torch.cat((latent, len(latent) + paired_rows(config.qk_rope_head_dim)))
 
 
 def _query_name(config: ModelArchitectureConfig) -> tuple[str, ...]:

@@ -1,5 +1,6 @@
-"""Gemma 2 and Gemma 3."""
+"""Gemma 1, 2 and 3."""
 
+from dataclasses import replace
 from functools import partial
 
 from interop.families.llama import (
@@ -7,6 +8,7 @@ from interop.families.llama import (
     EMBEDDING_AND_HEAD,
     GATED_FFN,
     LAYER,
+    PRE_NORMS,
     QK_NORMS,
     llama_fields,
 )
@@ -44,17 +46,25 @@ def _write_scale(config: ModelArchitectureConfig) -> dict:
     return {'query_pre_attn_scalar': round(scale**-2)} if scale else {}
 
 
-def _gemma_fields(block_size: int) -> tuple[FieldMap, ...]:
+def _shared_fields(block_size: int, kv_heads: int) -> tuple[FieldMap, ...]:
+    """Of all versions. kv_heads: the default of that field."""
     return (
         *llama_fields(block_size),
         field('d_ff', 'intermediate_size'),
         field('head_dim', 'head_dim', 256),
         field('attention_bias', 'attention_bias', False),
         field('weight_tying', 'tie_word_embeddings', True),
-        constant_option(
-            norm_position='sandwich', ffn_type='geglu', ffn_bias=False, scale_embeddings=True
-        ),
+        constant_option(ffn_type='geglu', ffn_bias=False, scale_embeddings=True),
         required_field(use_bidirectional_attention=None),
+        kv_heads_field(kv_heads),
+    )
+
+
+def _gemma_fields(block_size: int) -> tuple[FieldMap, ...]:
+    """Of Gemma 2 and 3."""
+    return (
+        *_shared_fields(block_size, kv_heads=4),
+        constant_option(norm_position='sandwich'),
         field(
             'geglu_tanh',
             'hidden_activation',
@@ -62,13 +72,13 @@ def _gemma_fields(block_size: int) -> tuple[FieldMap, ...]:
             {'gelu_pytorch_tanh': True, 'gelu_new': True, 'gelu': False},
         ),
         FieldMap(_read_scale, _write_scale),
-        kv_heads_field(4),
     )
 
 
 # The norms compute x · (1 + weight).
+_FINAL_NORM = {'final_norm.weight': tensor('model.norm.weight', offset=1.0)}
 _NORMS = {
-    'final_norm.weight': tensor('model.norm.weight', offset=1.0),
+    **_FINAL_NORM,
     **{
         f'blocks.{{layer}}.{ours}.weight': tensor(f'{LAYER}{theirs}_layernorm.weight', offset=1.0)
         for ours, theirs in {
@@ -80,6 +90,31 @@ _NORMS = {
     },
 }
 _WEIGHTS = EMBEDDING_AND_HEAD | GATED_FFN | with_biases(ATTENTION) | _NORMS
+
+GEMMA = Family(
+    name='gemma',
+    architecture='GemmaForCausalLM',
+    prefix='model.',
+    field_maps=(
+        *_shared_fields(block_size=8192, kv_heads=16),
+        # `gelu` in the files of the first releases means the approximation too.
+        field(
+            'geglu_tanh',
+            'hidden_act',
+            'gelu_pytorch_tanh',
+            {'gelu_pytorch_tanh': True, 'gelu_new': True, 'gelu': True},
+        ),
+        rope_fields(),
+    ),
+    irrelevant_fields=frozenset(
+        {'hidden_activation'}
+    ),  # in old files; transformers does not read it
+    weights=EMBEDDING_AND_HEAD
+    | GATED_FFN
+    | with_biases(ATTENTION)
+    | _FINAL_NORM
+    | {name: replace(norm, offset=1.0) for name, norm in PRE_NORMS.items()},
+)
 
 GEMMA2 = Family(
     name='gemma2',
@@ -119,6 +154,5 @@ GEMMA3 = Family(
             local_theta='rope_local_base_freq',
         ),
     ),
-    weights=_WEIGHTS
-    | {name: tensor(norm.templates[0], offset=1.0) for name, norm in QK_NORMS.items()},
+    weights=_WEIGHTS | {name: replace(norm, offset=1.0) for name, norm in QK_NORMS.items()},
 )

@@ -4,7 +4,7 @@ from interop.mapping import ACTIVATIONS, Family, constant_option, export_only, f
 from interop.tensors import TensorMap, crop_positions, resize_vocabulary, tensor, with_biases
 
 
-def _gpt2_weights(transposed: bool) -> dict[str, TensorMap]:
+def gpt2_weights(transposed: bool) -> dict[str, TensorMap]:
     """Tensor maps of GPT-2. transposed: matrices are (in, out), as in OpenAI's code; nanoGPT's are
     (out, in) under the same names."""
     block = 'transformer.h.{layer}.'
@@ -67,7 +67,7 @@ GPT2 = Family(
             'summary_first_dropout',
         }
     ),
-    weights=_gpt2_weights(transposed=True),
+    weights=gpt2_weights(transposed=True),
     ignored_tensors=r'\.attn\.(masked_)?bias$',
 )
 
@@ -86,7 +86,7 @@ NANOGPT = Family(
         field('normalization', 'bias', True, {True: 'layernorm', False: 'layernorm_nobias'}),
         constant_option(arch_preset='legacy', weight_tying=True),
     ),
-    weights=_gpt2_weights(transposed=False),
+    weights=gpt2_weights(transposed=False),
     ignored_tensors=r'\.attn\.bias$',  # the mask
     ties_always=True,
 )

@@ -15,7 +15,7 @@ from interop.tensors import resize_vocabulary, tensor, with_biases
 from model_config import ModelArchitectureConfig
 
 
-def _query_key_value_of_each_head(config: ModelArchitectureConfig) -> torch.Tensor:
+def query_key_value_of_each_head(config: ModelArchitectureConfig) -> torch.Tensor:
     """The order of rows. GPT-NeoX: query, key and value of each head in turn; ours: all queries,
     all keys, all values."""
     rows = torch.arange(3 * config.n_head * config.head_dim)
@@ -58,7 +58,7 @@ GPT_NEOX = Family(
                 ),
                 'blocks.{layer}.attention.qkv.weight': tensor(
                     _NEOX_LAYER + 'attention.query_key_value.weight',
-                    row_order=_query_key_value_of_each_head,
+                    row_order=query_key_value_of_each_head,
                 ),
                 'blocks.{layer}.attention.output.weight': tensor(
                     _NEOX_LAYER + 'attention.dense.weight'

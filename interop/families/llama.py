@@ -1,5 +1,9 @@
 """Llama and its close relatives: Mistral, Qwen3, OLMo 2, Mixtral."""
 
+from dataclasses import replace
+
+import torch
+
 from interop.fields import Fields
 from interop.layers import num_kv_heads_of
 from interop.mapping import (
@@ -20,6 +24,23 @@ from model_config import ModelArchitectureConfig
 def query_key_value_rows(config: ModelArchitectureConfig) -> tuple[int, ...]:
     shared = num_kv_heads_of(config)
     return tuple(heads * config.head_dim for heads in (config.n_head, shared, shared))
+
+
+def paired_rows(dims: int) -> torch.Tensor:
+    """The order of rows of a head in which theirs rotate dimensions 2i and 2i + 1 together, ours i
+    and i + dims / 2."""
+    return torch.arange(dims).view(-1, 2).T.flatten()
+
+
+def paired_query_key_value_rows(config: ModelArchitectureConfig) -> torch.Tensor:
+    """The order of rows of queries and keys whose rotated dimensions are paired in that way, and of
+    values."""
+    rotated = int(config.head_dim * config.rope_fraction)
+    head = torch.cat((paired_rows(rotated), torch.arange(rotated, config.head_dim)))
+    sizes = query_key_value_rows(config)
+    queries, keys, values = torch.arange(sum(sizes)).split(sizes)
+    paired = [rows.view(-1, config.head_dim)[:, head].flatten() for rows in (queries, keys)]
+    return torch.cat((*paired, values))
 
 
 LAYER = 'model.layers.{layer}.'
@@ -57,6 +78,13 @@ ATTENTION = {
         projections('self_attn', 'q', 'k', 'v'), rows=query_key_value_rows
     ),
     'blocks.{layer}.attention.output.weight': TensorMap(projections('self_attn', 'o')),
+}
+# In which dimensions 2i and 2i + 1 of a head are rotated together.
+PAIRED_ATTENTION = {
+    **ATTENTION,
+    'blocks.{layer}.attention.qkv.weight': replace(
+        ATTENTION['blocks.{layer}.attention.qkv.weight'], row_order=paired_query_key_value_rows
+    ),
 }
 GATED_FFN = {
     'blocks.{layer}.ffn.gate_up.weight': TensorMap(projections('mlp', 'gate', 'up')),

@@ -75,7 +75,7 @@ def qwen_mixers(kv_heads: int, rope: FieldMap) -> FieldMap:
 
 # --- Kinds of FFNs --------------------------------------------------------------------------------
 
-_DENSE, _SPARSE = 'dense', 'sparse'
+DENSE, SPARSE = 'dense', 'sparse'
 
 
 def _read_ffn_names(fields: Fields, layers: int | None) -> list[str]:
@@ -84,20 +84,23 @@ def _read_ffn_names(fields: Fields, layers: int | None) -> list[str]:
         fields.refuse('decoder_sparse_step', 'must be at least 1')
     dense = fields.take('mlp_only_layers', list[int], optional=True) or []
     return [
-        _SPARSE if layer not in dense and (layer + 1) % max(step, 1) == 0 else _DENSE
+        SPARSE if layer not in dense and (layer + 1) % max(step, 1) == 0 else DENSE
         for layer in range(layers or 0)
     ]
 
 
 def _write_ffn_names(names: list[str]) -> dict:
-    return {'mlp_only_layers': [layer for layer, name in enumerate(names) if name == _DENSE]}
+    return {'mlp_only_layers': [layer for layer, name in enumerate(names) if name == DENSE]}
 
 
+SPARSE_STEPS = LayerNames(
+    ('decoder_sparse_step', 'mlp_only_layers'), _read_ffn_names, _write_ffn_names
+)
 _FFNS = layer_kinds_field(
-    LayerNames(('decoder_sparse_step', 'mlp_only_layers'), _read_ffn_names, _write_ffn_names),
+    SPARSE_STEPS,
     kinds={
-        _DENSE: LayerKind({'ffn_type': 'swiglu'}, (field('d_ff', 'intermediate_size', 5632),)),
-        _SPARSE: LayerKind(
+        DENSE: LayerKind({'ffn_type': 'swiglu'}, (field('d_ff', 'intermediate_size', 5632),)),
+        SPARSE: LayerKind(
             {'ffn_type': 'moe'},
             (
                 field('num_experts', 'num_experts', 512),

@@ -50,6 +50,7 @@ _DELTA_NET = {
     'linear_key_head_dim': 8,
     'linear_value_head_dim': 6,
 }
+_EXPERTS = {'num_experts': 4, 'num_experts_per_tok': 2, 'moe_intermediate_size': 16}
 _MIXED_WINDOWS = {'sliding_window': 5, 'layer_types': ['sliding_attention', 'full_attention']}
 _MAMBA = {'num_hidden_layers': 2, 'hidden_size': 32, 'state_size': 4, 'time_step_rank': 4}
 _MAMBA2 = {'mamba_n_heads': 8, 'mamba_d_state': 4, 'mamba_n_groups': 2}
@@ -94,10 +95,8 @@ BASES = {
         **_GROUPED,
         **_DELTA_NET,
         'head_dim': 16,
+        **_EXPERTS,
         'mlp_only_layers': [0],
-        'num_experts': 4,
-        'num_experts_per_tok': 2,
-        'moe_intermediate_size': 16,
         'shared_expert_intermediate_size': 32,
     },
     'qwen3_5_text': {**_GROUPED, **_DELTA_NET, 'head_dim': 16},
@@ -120,10 +119,8 @@ BASES = {
     'mellum': {
         **_GROUPED,
         **_MIXED_WINDOWS,
+        **_EXPERTS,
         'mlp_layer_types': ['dense', 'sparse'],
-        'num_experts': 4,
-        'num_experts_per_tok': 2,
-        'moe_intermediate_size': 16,
     },
     'minimax': {**_GROUPED, 'num_local_experts': 4},
     'nemotron_h': {
@@ -172,13 +169,21 @@ BASES = {
         **{'num_layers': 2, 'num_heads': 4, 'hidden_size': 32, 'max_position_embeddings': 16},
         **{'window_size': 5, 'attention_types': [[['global', 'local'], 1]]},
     },
+    'qwen3_moe': {**_GROUPED, **_EXPERTS, 'mlp_only_layers': [0], 'max_window_layers': 1},
+    'gemma': {**_GROUPED, 'head_dim': 16},
+    'olmoe': {**SIZES, 'num_key_value_heads': 2, 'num_experts': 4, 'num_experts_per_tok': 2},
+    'starcoder2': {**SIZES, 'num_key_value_heads': 2, 'sliding_window': 5},
+    'nemotron': {**_GROUPED, 'head_dim': 16},
+    'ernie4_5': _GROUPED,
+    'arcee': _GROUPED,
+    'helium': {**_GROUPED, 'head_dim': 8},
+    'mpt': {'n_layers': 2, 'n_heads': 4, 'd_model': 32, 'max_seq_len': 16},
+    'gpt_bigcode': {'n_layer': 2, 'n_head': 4, 'n_embd': 32, 'n_positions': 16},
     'lfm2': {**_CONVOLUTIONS, 'block_multiple_of': 8},
     'lfm2_moe': {
         **_CONVOLUTIONS,
+        **_EXPERTS,
         'num_dense_layers': 1,
-        'num_experts': 4,
-        'num_experts_per_tok': 2,
-        'moe_intermediate_size': 16,
     },
 }
 LLAMA3 = {

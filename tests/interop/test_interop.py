@@ -353,6 +353,7 @@ def test_missing_fields_have_transformers_defaults(family):
         full |= {'num_key_value_heads': 16, 'lru_width': 4096}
     full |= {'layer_types': ['conv'] * 32} if family == 'lfm2_moe' else {}  # not optional
     needed = ('n_layer', 'n_head', 'n_embd', 'vocab_size', 'num_hidden_layers', 'hidden_size')
+    needed += ('n_layers', 'n_heads', 'd_model')  # MPT's names
     needed += ('num_attention_heads', 'intermediate_size', *legal)
     needed += ('layer_types',) if family == 'lfm2_moe' else ()
     needed += ('layers_block_type',) if family == 'nemotron_h' else ()  # gives the number of layers
