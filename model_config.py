@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from common.architecture_identity import hash_of_layers
-from common.architecture_merge import derive_values, merge_architecture, merge_kind
+from common.architecture_merge import derive_values, merge_architecture, merge_kind, start_of
 from common.architecture_options import (
     ACTIVATION_REGISTRY,
     ATTENTION_BACKEND_REGISTRY,
@@ -36,6 +36,7 @@ from common.architecture_options import (
     ROPE_SCALING_REGISTRY,
     SHARED_OPTIONS,
     SIZES,
+    START_OPTIONS,
     architecture_options,
     component_tags,
     layer_options,
@@ -72,6 +73,7 @@ __all__ = [
     'NORM_POSITION_REGISTRY',
     'NORM_REGISTRY',
     'POSITION_ENCODING_REGISTRY',
+    'PRESETS',
     'PRESET_OPTION',
     'REGISTRIES',
     'RESIDUAL_REGISTRY',
@@ -87,7 +89,7 @@ __all__ = [
 
 def schema() -> dict[str, dict[str, Option]]:
     """The options of the architecture, by group of the command line."""
-    return {'Architecture': {'arch_preset': PRESET_OPTION, **architecture_options()}}
+    return {'Architecture': {**START_OPTIONS, **architecture_options()}}
 
 
 class Device(NamedTuple):
@@ -124,18 +126,16 @@ class ModelArchitectureConfig(FrozenConfig):
     ) -> 'ModelArchitectureConfig':
         """Merge validated layers, the highest precedence last; derive; add to `problems`.
 
-        Keys that are not options of the architecture are ignored. Every layer overrides the preset,
-        whichever layer names it.
+        Keys that are not options of the architecture are ignored. Every layer overrides the preset
+        or the family, whichever layer names it.
         """
-        preset = PRESET_OPTION.default
-        for layer in layers:
-            preset = layer.values.get('arch_preset', preset)
-        stack = [Layer(f'preset {preset}', PRESETS[preset]), *layers]
+        start = start_of(layers, problems)
+        stack = [start.layer, *layers]
         base = merge_architecture(stack, problems)
         config = cls._of_merge(base)
-        config.__dict__.update(preset=preset, _layers=tuple(layers))
+        config.__dict__.update(start=start, preset=start.preset, _layers=tuple(layers))
         refused = {key for layer in layers for key in layer.refused}
-        if refused & {'layer_pattern', 'layer_kinds'}:
+        if refused & {'like', 'layer_pattern', 'layer_kinds'}:
             config._derive_backend(device)
             return config  # what follows from a mistake that was reported would mislead
         if base.values['layer_pattern'] is None:
@@ -161,7 +161,7 @@ class ModelArchitectureConfig(FrozenConfig):
         config.__dict__.update(kinds={'': config}, layer_letters=layer_letters, _declared={})
         # For `replace`: what was merged, independent of presets.
         layer = Layer('kind of layers', {'arch_preset': 'custom', **merged.values})
-        config.__dict__.update(preset='custom', _layers=(layer,))
+        config.__dict__.update(start=start_of([layer], []), preset='custom', _layers=(layer,))
         return config
 
     def _set_layers(self, letters: list[str], kinds: dict) -> None:
@@ -391,7 +391,7 @@ class ModelArchitectureConfig(FrozenConfig):
                 key: (config.get(key), config.origins[key]) for key in keys if key in config
             }
         # What was removed from the preset.
-        of_preset: Any = PRESETS[self.preset].get('layer_kinds', {})
+        of_preset: Any = self.start.layer.values.get('layer_kinds', {})
         for name, entry in of_preset.items():
             if name not in kinds and name in letters_of(self.get('layer_pattern') or ''):
                 kinds[name] = None
@@ -455,7 +455,7 @@ def layer_of_dict(values: object, origin: str, options: Schema, problems: list[s
             f'{origin} takes a dict, option -> value, such as to_dict() returns, and got '
             f'{show_value(values)}.'
         )
-    values = {key: value for key, value in values.items() if key != 'arch_preset'}
+    values = {key: value for key, value in values.items() if key not in START_OPTIONS}
     return validate_layer(Layer(origin, values), options, problems)
 
 

@@ -210,8 +210,9 @@ class Settings:
 
     def to_dict(self) -> dict:
         """All resolved options in one dict, as in the record."""
-        architecture = {'arch_preset': self.architecture.preset, **self.architecture.to_dict()}
-        return {**self.run.to_dict(), **architecture}
+        architecture = self.architecture
+        start = {'arch_preset': architecture.preset, **architecture.start.named()}
+        return {**self.run.to_dict(), **start, **architecture.to_dict()}
 
     def resolve(
         self,
@@ -282,7 +283,7 @@ class Settings:
             for title, options in run_schema().items()
         }
         groups['Architecture ' + self.architecture.name] = {
-            'arch_preset': self.architecture.preset,
+            **self.architecture.start.named(),
             **self.architecture.to_dict(),
         }
         origins = {**self.run.origins, **self.architecture.origins}

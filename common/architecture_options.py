@@ -12,6 +12,7 @@ from common.dict_option import DictOption
 from common.joined_registry import JoinedRegistry
 from common.layer_pattern import MOST_LAYERS, SYNTAX, is_kind, is_layer_pattern
 from common.option_merge import active_keys, with_component_options
+from common.published_designs import LIKE_OPTION
 from common.registry import (
     AnyBut,
     FrozenConfig,
@@ -59,6 +60,9 @@ WITH_ATTENTION = ('mixer', Naming('attention'))
 PRESET_OPTION = Option(
     str, 'legacy', 'Preset architecture; single options override it', choices=tuple(PRESETS)
 )
+
+# What single options override.
+START_OPTIONS = {'arch_preset': PRESET_OPTION, 'like': LIKE_OPTION}
 
 CORE_OPTIONS = {
     'n_layer': Option(
@@ -224,7 +228,7 @@ def shared_options(values: dict) -> set[str]:
 
 def refused_in_kind(key: str, value: Any) -> str | None:
     """The reason why a kind of layers may not have an option, or this value of it, or None."""
-    options = {'arch_preset': PRESET_OPTION, **architecture_options()}
+    options = {**START_OPTIONS, **architecture_options()}
     if key not in options or key in layer_options():
         if key == 'position_encoding' and value in POSITION_ENCODING_REGISTRY:
             return POSITION_ENCODING_REGISTRY[value].refused_in_kind(value)

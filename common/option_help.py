@@ -144,6 +144,11 @@ class CommandHelp:
                 component = option.choices[name]
                 own = f' Options: {", ".join(component.options)}.' if component.options else ''
                 yield from entry(name, f'{first_paragraph(component)}{own}', 22)
+        elif option.about:
+            yield ''
+            yield 'Choices:'
+            for name, about in option.about.items():
+                yield from entry(name, about, 22)
 
 
 def option_details(key: str, option: Option) -> Iterator[str]:
@@ -183,7 +188,8 @@ def option_text(option: Option, brief: bool = False) -> str:
     """Help text, default and choices; `brief` keeps the help up to its first `. `, `; ` or `: `."""
     about = re.split(r'[.;:] ', option.help)[0] if brief else option.help
     default = '' if option.default is None else f' (default {shown_default(option)})'
-    choices = '' if option.choices is None else f' [{", ".join(option.choices)}]'
+    listed = option.choices is not None and not option.about
+    choices = f' [{", ".join(option.choices or ())}]' if listed else ''
     return f'{about}{default}{choices}'
 
 

@@ -187,6 +187,7 @@ class Option:
     effect.
     aliases: value -> (other option, its value), for values that set the other option instead.
     is_path: a leading `~` is the home folder (`paths.expand_home`).
+    about: a description of each choice, if they are too many for a line.
     scope: of an option of the architecture: 'layer' if layers may differ in it, 'model' if not,
     'pattern' if it is a short form of `layer_pattern`.
     """
@@ -200,6 +201,7 @@ class Option:
     aliases: dict[str, tuple[str, typing.Any]] = field(default_factory=dict, hash=False)
     is_path: bool = False
     scope: str = 'layer'
+    about: dict[str, str] = field(default_factory=dict, hash=False)
 
     @property
     def base_type(self) -> type:

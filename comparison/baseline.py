@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 
 from common.errors import UserError, did_you_mean
 from common.formatting import join_names
+from comparison.conditions import START_OPTIONS
 from comparison.differences import differing_values
 from comparison.effects import GridPoint
 from comparison.groups import Group
@@ -102,7 +103,7 @@ def select_baseline(
 
 
 def _matches(groups: Sequence[Group], names: Sequence[set[str]], name: str) -> list[Group]:
-    """The groups with exactly this name, or else with a name that contains it, or this preset."""
+    """The groups with exactly this name, or a name that contains it, or this preset or family."""
     exact = [group for group, known in zip(groups, names) if name in known]
     part = name.casefold()
     containing = [
@@ -110,8 +111,9 @@ def _matches(groups: Sequence[Group], names: Sequence[set[str]], name: str) -> l
         for group, known in zip(groups, names)
         if any(part in each.casefold() for each in known)
     ]
-    preset = [group for group in groups if group.runs[0].config.get('arch_preset') == name]
-    return exact or containing or preset
+    configs = [group.runs[0].config for group in groups]
+    start = [g for g, c in zip(groups, configs) if name in map(c.get, START_OPTIONS)]
+    return exact or containing or start
 
 
 def _names(group: Group, label: str) -> set[str]:

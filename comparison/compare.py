@@ -13,7 +13,7 @@ from comparison.analysis import (
     test_against_baseline,
 )
 from comparison.baseline import common_study, group_labels, select_baseline, study_grid
-from comparison.conditions import MODEL_NEUTRAL_OPTIONS, SEEDS, SPEED_CONDITIONS
+from comparison.conditions import MODEL_NEUTRAL_OPTIONS, SEEDS, SPEED_CONDITIONS, START_OPTIONS
 from comparison.costs import COSTS, FRONTS, TIMES, AtEqualCost, at_equal_cost, front_letters
 from comparison.differences import (
     Values,
@@ -147,7 +147,7 @@ def compare(
 
 def training_key(run: Run) -> Hashable:
     """A key that two runs share if they differ only in their seeds."""
-    ignored = {*MODEL_NEUTRAL_OPTIONS, *SEEDS, *run.choices, 'arch_preset', 'init_from'}
+    ignored = {*MODEL_NEUTRAL_OPTIONS, *SEEDS, *run.choices, *START_OPTIONS, 'init_from'}
     training = sorted((key, str(run.config[key])) for key in run.config if key not in ignored)
     return run.architecture_hash, run.conditions['weights_from'][-1], tuple(training)
 

@@ -49,7 +49,8 @@ SPEED_OPTIONS = frozenset(
     }
 )
 # Options that other conditions cover: the values they were resolved to, or their effects.
-RESOLVED_OPTIONS = frozenset({'init_from', 'arch_preset', 'eval_iters', 'eval_only', *SEEDS})
+START_OPTIONS = ('arch_preset', 'like')  # what other options override
+RESOLVED_OPTIONS = frozenset({*START_OPTIONS, 'init_from', 'eval_iters', 'eval_only', *SEEDS})
 
 
 def run_conditions(record: Mapping[str, Any], evaluations: int) -> dict[str, tuple]:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from common.dict_option import leaves, short_name
 from comparison.compare import Comparison
+from comparison.conditions import START_OPTIONS
 from comparison.runs import DIVERGED, FINISHED, UNMEASURED, Run
 from comparison.study_plan import StudyPlan
 
@@ -28,10 +29,10 @@ def short_labels(comparison: Comparison) -> list[str]:
 
 
 def shortened(labels: Sequence[str], plan: StudyPlan | None) -> list[str]:
-    """The labels without the option's name where a study varies only one, or `arch_preset=`."""
+    """The labels without the option's name where a study varies only one, or those of a start."""
     points = plan.variants.values() if plan else ()
     varied = {short_name(name) for point in points for name in leaves(point)}
-    names = varied if len(varied) == 1 else varied & {'arch_preset'}
+    names = varied if len(varied) == 1 else varied & {*START_OPTIONS}
     for name in names:
         labels = [re.sub(rf'(?<!\S){re.escape(name)}=', '', label) for label in labels]
     return [*map(ellipsized, labels)]

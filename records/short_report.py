@@ -20,7 +20,16 @@ from records.startup_report import TITLE, learning_rate_text, with_options
 
 # Options that the report shows in a line of their own.
 _SHOWN = {
-    *('arch_preset', 'dataset', 'out_dir', 'max_iters', 'seed', 'data_seed', 'learning_rate'),
+    *(
+        'arch_preset',
+        'like',
+        'dataset',
+        'out_dir',
+        'max_iters',
+        'seed',
+        'data_seed',
+        'learning_rate',
+    ),
     *('optimizer', 'lr_schedule', 'device', 'dtype', 'compile', 'weight_decay', 'grad_clip'),
     *('n_layer', 'n_head', 'n_embd', 'report', 'layer_pattern', 'layer_kinds'),
 }
@@ -30,7 +39,8 @@ def short_report(header: RecordHeader, run_folder: Path | str) -> str:
     """The TRAINING INITIALIZATION report in at most 24 lines of 80 columns, 26 for mixed layers."""
     config, info = header['config'], header['startup_info']
     architecture, weights_from = header['architecture'], header['metadata'].get('weights_from')
-    origin = f'preset {config["arch_preset"]}, hash {architecture["hash"]}'
+    family = f'family {config["like"]}' if config.get('like') else ''
+    origin = f'{family or "preset " + config["arch_preset"]}, hash {architecture["hash"]}'
     seeds = f'{config["seed"]} (data order {config["data_seed"]})'
     lines = [
         THICK,

@@ -8,11 +8,9 @@ from typing import Any, NamedTuple
 import torch
 
 from common.architecture_options import layer_options
-from common.architecture_presets import PRESETS
 from common.dict_option import leaves
 from common.errors import UserError
 from common.layer_table import kind_and_option, merged_kinds, used_values
-from common.option_merge import Layer
 from data.dataset import TokenDataset
 from model_builder import build_model, flops_by_part
 from model_config import ModelArchitectureConfig
@@ -326,8 +324,8 @@ def _matched_sizes(variant: Variant, match_by: str) -> list[int]:
 def _kinds_with_own(variant: Variant, option: str) -> list[str]:
     """The kinds of the variant's layers that set the option themselves."""
     settings = variant.settings
-    preset = Layer('preset', PRESETS[settings.architecture.preset])
-    declared = merged_kinds([preset, *settings.command_line.layers], layer_options(), [])
+    start = settings.architecture.start.layer
+    declared = merged_kinds([start, *settings.command_line.layers], layer_options(), [])
     used = settings.architecture.kinds
     return [name for name, kind in declared.items() if name in used and option in kind.overrides]
 

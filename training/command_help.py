@@ -16,6 +16,7 @@ ESSENTIAL_OPTIONS = (
         'batch_size',
         'learning_rate',
         'arch_preset',
+        'like',
         'n_layer',
     ),
     *('normalization', 'position_encoding', 'ffn_type'),

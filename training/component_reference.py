@@ -168,7 +168,7 @@ def _values(option: Option) -> str:
     """What the option may be set to."""
     if isinstance(option.choices, Registry):
         return _link(option.choices.title)
-    if option.choices is not None:
+    if option.choices is not None and not option.about:
         return ', '.join(_code(name) for name in option.choices) + ' or None' * option.optional
     return option.allowed()
 

@@ -15,6 +15,7 @@ from common.architecture_identity import HASH_VERSION
 from common.environment import job
 from common.files import file_sha256
 from common.gpu_specs import Peak
+from common.published_designs import FAMILY
 from common.registry import Configurable
 from configurator import flatten
 from data.dataset import TokenDataset
@@ -114,7 +115,7 @@ def chosen_options(settings: Settings) -> dict[str, str]:
     return {
         key: origins[key]
         for key, value in settings.to_dict().items()
-        if not origins.get(key, 'default').startswith((*UNCHOSEN_ORIGINS, 'preset'))
+        if not origins.get(key, 'default').startswith((*UNCHOSEN_ORIGINS, 'preset', FAMILY))
         and value != usual.get(key)
     }
 
