@@ -29,6 +29,8 @@ NEUTRAL = {
     'router_groups': 1,
     'router_selection_bias': False,
     'mixer_backend': 'torch',
+    'embedding_multiplier': 1.0,
+    'logit_multiplier': 1.0,
 }
 # Newer options whose neutral value is the value of another option.
 NEUTRAL_LIKE = {'attention_output_bias': 'attention_bias'}

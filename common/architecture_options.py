@@ -138,6 +138,20 @@ CORE_OPTIONS = {
     ),
     'head_bias': Option(bool, False, 'Use a bias in the output head', scope='model'),
     'scale_embeddings': Option(bool, False, 'Multiply token embeddings by √n_embd', scope='model'),
+    'embedding_multiplier': Option(
+        float,
+        1.0,
+        'Factor of token embeddings, besides that of scale_embeddings (Granite: 12)',
+        check=above(0),
+        scope='model',
+    ),
+    'logit_multiplier': Option(
+        float,
+        1.0,
+        'Factor of the logits, but not of head_bias, before their soft cap (Granite: 1/8)',
+        check=above(0),
+        scope='model',
+    ),
     'logit_softcap': Option(
         float | None,
         None,
@@ -263,4 +277,6 @@ def component_tags(config: FrozenConfig, chosen: list[tuple[str, Any]]) -> list[
         if option == registry.option
     ]
     tags += ['HeadBias'] if config.get('head_bias') else []
+    for key, tag in (('embedding_multiplier', 'EmbMul'), ('logit_multiplier', 'LogitMul')):
+        tags += [f'{tag}{config.get(key):g}'] if config.get(key) != 1 else []
     return [part for tag in tags if tag for part in tag.split('-')]

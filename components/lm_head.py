@@ -18,13 +18,14 @@ class OutputHead(Component, nn.Module):
     """From hidden states to logits or to the loss; with `head_bias`, a logit has a learned bias."""
 
     part = 'output_head'
-    mup_rule = True  # `output_scale` multiplies the hidden states
+    mup_rule = True  # `output_scale` and `logit_multiplier` multiply the hidden states
     metric_names: ClassVar = ('z_loss',)  # metrics of its AuxOutput, not multiplied by their weight
 
     def __init__(self, config: ModelArchitectureConfig):
         super().__init__()
         self.projection = nn.Linear(config.n_embd, config.vocab_size, bias=config.head_bias)
-        self.scale = INITIALIZATION_REGISTRY[config.initialization].output_scale(config)
+        scale = INITIALIZATION_REGISTRY[config.initialization].output_scale(config)
+        self.scale = scale * config.logit_multiplier
         self.softcap, self.z_loss = config.logit_softcap, config.z_loss
         self.compiled = False
 

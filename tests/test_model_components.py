@@ -270,6 +270,19 @@ def test_scale_embeddings():
     torch.testing.assert_close(scaled, 4.0 * plain)  # n_embd is 16
 
 
+def test_multipliers_of_embeddings_and_logits():
+    plain = perturbed_model(tiny(scale_embeddings=True, position_encoding='none'))
+    tokens = random_tokens(plain.config, batch=2)
+    config = plain.config.replace(embedding_multiplier=3.0, logit_multiplier=0.25)
+    assert config.name == f'{plain.config.name}-EmbMul3-LogitMul0.25'
+    scaled = perturbed_model(config)
+    embedded, hidden = plain.token_embedding(tokens), torch.ones(2, 3, 16)
+    torch.testing.assert_close(scaled.token_embedding(tokens), 3.0 * embedded)
+    torch.testing.assert_close(scaled.output_head(hidden), 0.25 * plain.output_head(hidden))
+    expected = F.cross_entropy(scaled(tokens).flatten(0, 1), tokens.flatten(), reduction='sum')
+    torch.testing.assert_close(scaled(tokens, tokens)[0], expected)
+
+
 @pytest.mark.parametrize('cap', [0.5, 30.0])
 def test_logit_softcap_in_loss_and_generation(cap):
     plain, capped = perturbed_model(tiny()), perturbed_model(tiny(logit_softcap=cap))

@@ -186,6 +186,8 @@ NUMBERS = {
     'multiple_of': 64,
     'num_kv_heads': 1,
     'logit_softcap': 0.1,
+    'embedding_multiplier': 3.0,
+    'logit_multiplier': 0.25,
     'z_loss': 0.1,
     'init_std': 0.1,
     'head_dim': 4,

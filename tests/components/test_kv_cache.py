@@ -80,10 +80,12 @@ def check_in_pieces(config):
     torch._dynamo.reset()  # otherwise each length counts as a recompilation of flex
     model, tokens = perturbed_model(config).eval(), random_tokens(config, batch=3)
     expected, length = model(tokens), config.block_size
+    # Rounding errors grow with the logits, of which some architectures have large ones.
+    error = 1e-4 * max(1.0, expected.abs().max().item())
     for sizes in ([1] * length, [3, *[1] * (length - 3)], [2, length - 2], [length - 1, 1]):
         cache = model.empty_cache(length)
         logits = [model(piece, cache=cache) for piece in tokens.split(sizes, dim=1)]
-        torch.testing.assert_close(torch.cat(logits, dim=1), expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(torch.cat(logits, dim=1), expected, rtol=0.0, atol=error)
 
 
 @pytest.mark.parametrize('preset', PRESETS)

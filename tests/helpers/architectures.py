@@ -60,6 +60,8 @@ VALUES = {
     't5_max_distance': (20,),
     'multiple_of': (8, 16),
     'logit_softcap': (2.0,),
+    'embedding_multiplier': (1.0, 3.0),
+    'logit_multiplier': (1.0, 0.25),
     'z_loss': (0.0, 0.1),
     'init_std': (0.02, 0.1),
     'mup_base_width': (4,),
