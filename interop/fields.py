@@ -89,6 +89,7 @@ _KINDS: dict[Any, tuple[str, Callable[[Any], bool]]] = {
     bool: ('true or false', lambda v: isinstance(v, bool)),
     str: ('a text', _is_text),
     list: ('a list of texts', _all(_is_text)),
+    list[float]: ('a list of finite numbers', _all(_is_finite_number)),
     list[int]: ('a list of whole numbers', _all(_is_whole_number)),
     dict: ('an object', lambda v: isinstance(v, dict)),
 }
@@ -147,8 +148,8 @@ class Fields:
     def take(self, name: str, kind: Any, default=None, optional: bool = False):
         """The field; its default if it is missing, or invalid, which is added to the problems.
 
-        kind: int, float, bool, str, list (of texts), list[int] or dict. optional: null
-        is allowed.
+        kind: int, float, bool, str, list (of texts), list[int], list[float] or dict. optional:
+        null is allowed.
         """
         value = self.value(name, default)
         if name not in self.values or (value is None and optional):

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from dataclasses import field as dataclass_field
 from typing import Any, NamedTuple
 
+import torch
+
 from interop.fields import Fields, same_value, short_repr
 from interop.layers import PerLayer, options_with, with_layer_pattern
 from interop.tensors import TensorMap
@@ -224,6 +226,9 @@ def windows_field(
     return FieldMap(read, write)
 
 
+RowFactors = Callable[[Fields, str, ModelArchitectureConfig], 'torch.Tensor | float']
+
+
 @dataclass(frozen=True)
 class Family:
     """One architecture of transformers, or of nanoGPT.
@@ -233,8 +238,10 @@ class Family:
     aliases: other names of fields in transformers. irrelevant_fields: fields that change no logits
     in this family. ties_always: the output head is always the token embedding. check_loadable:
     returns the reason why its config class refuses the written fields, or None. renamed_tensors:
-    pattern of names in some checkpoints -> the name in `weights`. An option without a field map has
-    its default in the family.
+    pattern of names in some checkpoints -> the name in `weights`. row_factors: for the fields, the
+    name of a parameter, and the config of its layer, the factors by which its rows are multiplied
+    after they are read, or one of all of them; an export has fields by which they are all 1. An
+    option without a field map has its default in the family.
     """
 
     name: str
@@ -248,10 +255,15 @@ class Family:
     ties_always: bool = False
     check_loadable: Callable[[dict], str | None] = lambda fields: None
     renamed_tensors: dict[str, str] = dataclass_field(default_factory=dict)
+    row_factors: RowFactors = lambda fields, name, layer: 1.0
+
+    def fields(self, values: dict, problems: list[str]) -> Fields:
+        """The fields of a config.json; a sentence for each unsupported value joins `problems`."""
+        return Fields(values, problems, architecture_options(), self.aliases)
 
     def read(self, fields: dict, problems: list[str]) -> dict:
         """Our options for their fields; a sentence for each unsupported value joins `problems`."""
-        config_fields = Fields(fields, problems, architecture_options(), self.aliases)
+        config_fields = self.fields(fields, problems)
         options = {
             key: value
             for field_map in self.field_maps

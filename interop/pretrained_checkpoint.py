@@ -21,6 +21,7 @@ from interop.checkpoint_folder import read_json_object, weight_files
 from interop.families import NANOGPT, TRANSFORMERS, Family, TensorMap
 from interop.fields import short_repr
 from interop.layers import layer_config
+from interop.tensors import scale_rows
 from model_builder import build_model
 from model_config import ModelArchitectureConfig
 from training.checkpoint import load_tensors, unreadable_tensors
@@ -89,7 +90,12 @@ class PretrainedCheckpoint:
                     f'{self.name}: {", ".join(names)} give a tensor of shape '
                     f'{tuple(tensor.shape)}, but {tuple(shapes[name])} is needed.'
                 )
-            yield name, tensor
+            yield name, scale_rows(tensor, self.row_factors(name))
+
+    def row_factors(self, name: str) -> torch.Tensor | float:
+        """The constants of the config by which a parameter's rows are multiplied, or one of all."""
+        fields = self.family.fields(self.fields, [])
+        return self.family.row_factors(fields, name, layer_config(self.config, name))
 
     @cached_property
     def _tensor_maps(self) -> dict[str, tuple[TensorMap, list[str]]]:

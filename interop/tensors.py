@@ -114,6 +114,13 @@ def crop_positions(table: torch.Tensor, config: ModelArchitectureConfig) -> torc
     return table[: config.block_size]
 
 
+def scale_rows(tensor: torch.Tensor, factors: torch.Tensor | float) -> torch.Tensor:
+    """The tensor with its rows multiplied, in fp32. factors: of each row, or of all."""
+    if not isinstance(factors, torch.Tensor):
+        return tensor if factors == 1 else tensor.float() * factors
+    return tensor.float() * factors.view(-1, *[1] * (tensor.dim() - 1))
+
+
 def tensor(template: str, **details: Any) -> TensorMap:
     """A map from one tensor to one parameter."""
     return TensorMap((template,), **details)

@@ -6,6 +6,7 @@ and exports by the same tables. `{layer}` in a name is the number of the layer.
 """
 
 from interop.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
+from interop.families.falcon_h1 import FALCON_H1
 from interop.families.gated_deltanet import OLMO_HYBRID, QWEN3_5
 from interop.families.gemma import GEMMA, GEMMA2, GEMMA3
 from interop.families.glm_moe import DOTS1, GLM4_MOE, GLM4_MOE_LITE, MINIMAX_M2
@@ -14,6 +15,13 @@ from interop.families.gpt2_relatives import GPT_BIGCODE, MPT
 from interop.families.gpt_neo import GPT_NEO
 from interop.families.gpt_neox import GPT_NEOX
 from interop.families.gptj import CODEGEN, GPTJ, PHI
+from interop.families.granite import (
+    GRANITE,
+    GRANITE4,
+    GRANITE_MOE,
+    GRANITE_MOE_SHARED,
+    HYPERCLOVAX,
+)
 from interop.families.kimi_linear import KIMI_LINEAR
 from interop.families.layernorm_rope import NEMOTRON, STARCODER2
 from interop.families.lfm2 import LFM2, LFM2_MOE
@@ -88,6 +96,12 @@ TRANSFORMERS = {
         HELIUM,
         MPT,
         GPT_BIGCODE,
+        GRANITE,
+        GRANITE_MOE,
+        GRANITE_MOE_SHARED,
+        GRANITE4,
+        HYPERCLOVAX,
+        FALCON_H1,
     )
 }
 

@@ -54,6 +54,11 @@ _EXPERTS = {'num_experts': 4, 'num_experts_per_tok': 2, 'moe_intermediate_size':
 _MIXED_WINDOWS = {'sliding_window': 5, 'layer_types': ['sliding_attention', 'full_attention']}
 _MAMBA = {'num_hidden_layers': 2, 'hidden_size': 32, 'state_size': 4, 'time_step_rank': 4}
 _MAMBA2 = {'mamba_n_heads': 8, 'mamba_d_state': 4, 'mamba_n_groups': 2}
+_MULTIPLIERS = {
+    'embedding_multiplier': 2.0,
+    'residual_multiplier': 0.4,
+    'logits_scaling': 8.0,
+}
 _CONVOLUTIONS = {**SIZES, 'num_key_value_heads': 2, 'layer_types': ['conv', 'full_attention']}
 # Tiny models; all other fields have transformers' defaults.
 BASES = {
@@ -151,6 +156,33 @@ BASES = {
         **{'num_heads': 8, 'head_dim': 8, 'n_groups': 2},
     },
     'bamba': {**SIZES, 'num_key_value_heads': 2, 'attn_layer_indices': [1], **_MAMBA2},
+    'granite': {**_GROUPED, **_MULTIPLIERS, 'attention_multiplier': 0.3},
+    'hyperclovax': {**_GROUPED, **_MULTIPLIERS},
+    'granitemoe': {**_GROUPED, **_MULTIPLIERS, 'num_local_experts': 4},
+    'granitemoeshared': {
+        **_GROUPED,
+        **_MULTIPLIERS,
+        'num_local_experts': 4,
+        'shared_intermediate_size': 96,
+    },
+    'granitemoehybrid': {
+        **_GROUPED,
+        **_MULTIPLIERS,
+        **_MAMBA2,
+        'layer_types': ['linear_attention', 'full_attention'],
+        'num_local_experts': 4,
+        'shared_intermediate_size': 96,
+    },
+    'falcon_h1': {
+        **_GROUPED,
+        **_MAMBA2,
+        'mamba_d_ssm': 48,
+        'mamba_rms_norm': True,
+        'embedding_multiplier': 2.0,
+        'lm_head_multiplier': 0.5,
+        'mlp_multipliers': [0.8, 0.6],
+        'ssm_multipliers': [0.4, 0.3, 0.9, 1.2, 0.5],
+    },
     'recurrent_gemma': {
         **{key: SIZES[key] for key in SIZES if key != 'max_position_embeddings'},
         'hidden_size': 64,

@@ -12,6 +12,7 @@ import interop
 from components.base import saved_tensors
 from helpers.architectures import gradients, random_tokens
 from inference.generate import generate
+from interop.tensors import scale_rows
 from model_builder import Transformer, build_model
 from model_config import ModelArchitectureConfig
 
@@ -120,7 +121,13 @@ def compared(fields: dict, folder: Path, exported_as: str | None = None) -> Pari
     constants = {
         name: interop.tensor_map_of(source.family, name, config)[0].offset for name in our_gradients
     }
-    their_gradients = {name: as_weights[name] - constants[name] for name in our_gradients}
+    # Ours = factor · theirs: the import multiplies by it where a gradient is divided by it.
+    their_gradients = {
+        name: scale_rows(
+            as_weights[name] - constants[name], 1 / torch.as_tensor(source.row_factors(name)) ** 2
+        )
+        for name in our_gradients
+    }
 
     own = {source.family.name: source.family}
     known = interop.TRANSFORMERS if exported_as else own

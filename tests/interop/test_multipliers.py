@@ -1,0 +1,246 @@
+"""Families with multipliers: imports and exports compute what transformers computes."""
+
+import re
+
+import pytest
+import torch
+from helpers import transformers_models as reference
+
+import interop
+from model_builder import build_model, count_parameters
+
+pytestmark = [pytest.mark.optional, pytest.mark.usefixtures('one_thread')]
+
+SIZES = {
+    'num_hidden_layers': 2,
+    'hidden_size': 16,
+    'intermediate_size': 24,
+    'num_attention_heads': 4,
+    'num_key_value_heads': 2,
+    'max_position_embeddings': 25,
+}
+MULTIPLIERS = {
+    'embedding_multiplier': 2.0,
+    'residual_multiplier': 0.4,
+    'attention_multiplier': 0.3,
+    'logits_scaling': 8.0,
+}
+MIXER = {
+    'mamba_n_heads': 8,
+    'mamba_d_state': 5,
+    'mamba_n_groups': 2,
+    'mamba_d_conv': 3,
+}
+EXPERTS = {'num_local_experts': 4, 'shared_intermediate_size': 48}
+GRANITE = {'model_type': 'granite', **SIZES, **MULTIPLIERS}
+HYPERCLOVAX = {'model_type': 'hyperclovax', **SIZES, **MULTIPLIERS}
+GRANITE4 = {
+    'model_type': 'granitemoehybrid',
+    **SIZES,
+    **MULTIPLIERS,
+    **MIXER,
+    'num_hidden_layers': 3,
+    'layer_types': ['mamba', 'attention', 'mamba'],
+    'num_local_experts': 0,
+}
+# Of a layer; each is a factor in one parameter, mlp_multipliers in two.
+CONSTANTS = {
+    'key_multiplier': 0.4,
+    'attention_in_multiplier': 1.5,
+    'attention_out_multiplier': 0.9,
+    'ssm_in_multiplier': 1.25,
+    'ssm_out_multiplier': 0.25,
+    'ssm_multipliers': [0.35, 0.25, 0.9, 1.2, 0.5],
+    'mlp_multipliers': [0.8, 0.6],
+}
+FALCON_H1 = {
+    'model_type': 'falcon_h1',
+    **SIZES,
+    **MIXER,
+    'mamba_d_ssm': 24,
+    'head_dim': 6,
+    'embedding_multiplier': 5.6,
+    'lm_head_multiplier': 0.04,
+    **CONSTANTS,
+}
+CASES = {
+    'granite': (GRANITE, ''),
+    'granite-options': (
+        {
+            **GRANITE,
+            'residual_multiplier': 1.0,
+            'attention_bias': True,
+            'mlp_bias': True,
+            'tie_word_embeddings': True,
+            'rms_norm_eps': 1e-3,
+            'rope_parameters': {'rope_type': 'default', 'rope_theta': 50.0},
+        },
+        '',
+    ),
+    'hyperclovax': (HYPERCLOVAX, ''),
+    'hyperclovax-options': ({**HYPERCLOVAX, 'attention_multiplier': None, 'head_dim': 6}, ''),
+    'granitemoe': ({**GRANITE, 'model_type': 'granitemoe', 'num_local_experts': 4}, ''),
+    'granitemoeshared': ({**GRANITE, 'model_type': 'granitemoeshared', **EXPERTS}, ''),
+    'granite4-dense': (GRANITE4, 'MAM'),
+    'granite4-experts': (
+        {**GRANITE4, **EXPERTS, 'num_experts_per_tok': 3, 'tie_word_embeddings': True},
+        'MAM',
+    ),
+    'granite4-options': (
+        {
+            **GRANITE4,
+            'mamba_d_head': 2,
+            'mamba_expand': 1,
+            'mamba_proj_bias': True,
+            'mamba_conv_bias': False,
+            'attention_bias': True,
+            'position_embedding_type': 'rope',
+            'rope_parameters': {'rope_type': 'default', 'rope_theta': 50.0},
+        },
+        'MAM',
+    ),
+    'falcon_h1': (FALCON_H1, ''),
+    'falcon_h1-options': (
+        {
+            **FALCON_H1,
+            'mamba_d_ssm': None,
+            'mamba_rms_norm': True,
+            'mamba_norm_before_gate': False,
+            'mamba_proj_bias': True,
+            'projectors_bias': True,
+            'attention_bias': True,
+            'mlp_bias': True,
+            'tie_word_embeddings': True,
+        },
+        '',
+    ),
+    'falcon_h1-norm-first': ({**FALCON_H1, 'mamba_rms_norm': True, 'mamba_conv_bias': False}, ''),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', CASES)
+def test_logits_gradients_and_texts_are_those_of_transformers(name, tmp_path):
+    reference.assert_parity(*CASES[name], tmp_path, new_tokens=20)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', CONSTANTS)
+def test_each_constant_of_falcon_h1_is_part_of_the_weights(name, tmp_path):
+    """An export has none of them, and their factors in its weights."""
+    fields = {key: value for key, value in FALCON_H1.items() if key not in CONSTANTS}
+    _, ours, _, pairs = reference.compared({**fields, name: CONSTANTS[name]}, tmp_path)
+    assert reference.largest_difference(*pairs['logits']) < 1e-5
+    assert reference.largest_difference(*pairs['gradients']) < 1e-4
+    plain = reference.saved(reference.randomized_model(fields), tmp_path / 'plain')
+    without = dict(plain.weights(plain.config))
+    differing = [
+        key for key, tensor in ours.named_parameters() if not torch.equal(tensor, without[key])
+    ]
+    parameters = 2 if name == 'mlp_multipliers' else 1
+    assert len(differing) == fields['num_hidden_layers'] * parameters
+
+
+REFUSED = {
+    'must equal mamba_proj_bias': (FALCON_H1, {'projectors_bias': True}),
+    'ssm_multipliers.*must be 5 numbers': (FALCON_H1, {'ssm_multipliers': [1.0, 2.0]}),
+    'mlp_multipliers.*must be a list of finite numbers': (FALCON_H1, {'mlp_multipliers': 'a'}),
+    'mamba_n_heads=8: with heads of 5, does not fill a width of 24': (
+        FALCON_H1,
+        {'mamba_d_head': 5},
+    ),
+    'logits_scaling=0: must be above 0': (GRANITE, {'logits_scaling': 0}),
+    'shared_intermediate_size=50: must be a multiple of intermediate_size=24': (
+        GRANITE4,
+        {'num_local_experts': 4, 'shared_intermediate_size': 50},
+    ),
+    "position_embedding_type='alibi': must be": (GRANITE4, {'position_embedding_type': 'alibi'}),
+}
+
+
+@pytest.mark.parametrize('message', REFUSED)
+def test_refused_fields_are_named(message):
+    fields, changes = REFUSED[message]
+    problems: list[str] = []
+    interop.TRANSFORMERS[fields['model_type']].read(
+        {'vocab_size': 40, **fields, **changes}, problems
+    )
+    assert any(re.search(message, problem) for problem in problems), problems
+
+
+# Sizes of published models and their numbers of parameters, that of the files. The mamba_rms_norm
+# of Falcon-H1 1.5B and 7B follows from them.
+_FALCON_H1 = {'model_type': 'falcon_h1', 'mamba_d_state': 256, 'head_dim': 128}
+PUBLISHED = {
+    'Falcon-H1-0.5B': (
+        {
+            **_FALCON_H1,
+            'hidden_size': 1024,
+            'intermediate_size': 2048,
+            'num_hidden_layers': 36,
+            'num_attention_heads': 8,
+            'num_key_value_heads': 2,
+            'head_dim': 64,
+            'mamba_d_ssm': 1536,
+            'mamba_n_heads': 24,
+            'mamba_d_state': 128,
+            'vocab_size': 32784,
+        },
+        521_411_104,
+    ),
+    'Falcon-H1-1.5B': (
+        {
+            **_FALCON_H1,
+            'hidden_size': 2048,
+            'intermediate_size': 4608,
+            'num_hidden_layers': 24,
+            'num_attention_heads': 8,
+            'num_key_value_heads': 2,
+            'mamba_d_ssm': 3072,
+            'mamba_n_heads': 48,
+            'mamba_rms_norm': True,
+            'vocab_size': 65537,
+        },
+        1_554_863_488,
+    ),
+    'Falcon-H1-7B': (
+        {
+            **_FALCON_H1,
+            'hidden_size': 3072,
+            'intermediate_size': 12288,
+            'num_hidden_layers': 44,
+            'num_attention_heads': 12,
+            'num_key_value_heads': 2,
+            'mamba_d_ssm': 3072,
+            'mamba_n_heads': 24,
+            'mamba_rms_norm': True,
+            'vocab_size': 130_048,
+        },
+        7_585_648_736,
+    ),
+    'Granite-4.0-H-Small': (
+        {
+            'model_type': 'granitemoehybrid',
+            'hidden_size': 4096,
+            'intermediate_size': 768,
+            'shared_intermediate_size': 1536,
+            'num_hidden_layers': 40,
+            'layer_types': [
+                'attention' if layer in (5, 15, 25, 35) else 'mamba' for layer in range(40)
+            ],
+            'num_key_value_heads': 8,
+            'num_local_experts': 72,
+            'num_experts_per_tok': 10,
+            'mamba_d_state': 128,
+            'tie_word_embeddings': True,
+            'vocab_size': 100_352,
+        },
+        32_207_337_984,
+    ),
+}
+
+
+@pytest.mark.parametrize('name', PUBLISHED)
+def test_published_models_have_their_numbers_of_parameters(name):
+    fields, expected = PUBLISHED[name]
+    assert count_parameters(build_model(reference.architecture(fields)))['total_params'] == expected
