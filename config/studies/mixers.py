@@ -1,16 +1,18 @@
 # What mixes information across tokens: softmax attention, recurrences with a state of fixed size,
 # and hybrids of them (Gated DeltaNet and Mamba-2, three to one as in Qwen3-Next; gated short
-# convolutions with a few layers of attention as in LFM2).
+# convolutions with a few layers of attention as in LFM2). K tells how much is due to the short
+# convolutions, which the recurrences have too: attention with such a convolution of q, k and v.
 question = 'Which mixer learns most from equal parameters?'
 
 sweep = {
-    'layer_pattern': ['A', 'D', 'M', 'DDDA', 'CCAC'],
+    'layer_pattern': ['A', 'K', 'D', 'M', 'DDDA', 'CCAC'],
     'seed': [1, 2, 3],
 }
 layer_kinds = {
     'D': {'mixer': 'gated_deltanet'},
     'M': {'mixer': 'mamba2'},
     'C': {'mixer': 'short_conv'},
+    'K': {'canon': 'B'},
 }
 baseline = {'layer_pattern': 'A'}
 match = 'params'  # sets d_ff of each variant; `--match=flops` for equal FLOPs instead
