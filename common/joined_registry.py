@@ -12,7 +12,14 @@ class JoinedRegistry(Registry):
     The order of the names has no meaning. A component with `joins = False` stands alone.
     """
 
-    form_hint = ", or several joined by '+'"
+    @property
+    def form_hint(self) -> str:
+        alone = [repr(name) for name in self if not self._joins(name)]
+        but = f'other than {" and ".join(alone)}, ' if alone else ''
+        return f", or several {but}each once, joined by '+'"
+
+    def _joins(self, name: str) -> bool:
+        return getattr(self[name], 'joins', True)
 
     def components(self, value: str) -> dict[str, typing.Any]:
         return {name: self[name] for name in value.split(JOINT)}
@@ -23,8 +30,7 @@ class JoinedRegistry(Registry):
         names = value.split(JOINT)
         if not all(super(JoinedRegistry, self).__contains__(name) for name in names):
             return False
-        joins = all(getattr(self[name], 'joins', True) for name in names)
-        return len(names) == 1 or (joins and len(names) == len({*names}))
+        return len(names) == 1 or (all(map(self._joins, names)) and len(names) == len({*names}))
 
     def canonical(self, value: str) -> str:
         return JOINT.join(sorted(value.split(JOINT)))

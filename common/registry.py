@@ -32,13 +32,16 @@ class Registry:
     """
 
     contract: Contract | None = None
-    form_hint = ''  # other forms of a value than one of its names, in words
-
     def __init__(self, option: str, title: str, home: str):
         self.option, self.title, self.home = option, title, home
         self._components: dict[str, type] = {}
         self._sources: dict[str, str] = {}
         ALL_REGISTRIES.append(self)
+
+    @property
+    def form_hint(self) -> str:
+        """Forms of a value other than one of its names, in words."""
+        return ''
 
     def registered(self) -> Iterator[tuple[str, type]]:
         """Names and components registered so far, without importing those of the project."""

@@ -19,7 +19,7 @@ from components.mixer_kernels import (
     run_kernel,
     runs_here,
 )
-from components.mixers import Mixer
+from components.mixers import Mixer, largest_divisor
 from components.short_convolution import ShortConvolution
 from components.state_space_duality import CHUNK, Inputs, matrix_flops, state_space_duality
 from model_config import MIXER_REGISTRY, ModelArchitectureConfig
@@ -124,7 +124,7 @@ class Mamba2(Mixer):
     def derived_values(cls, config: FrozenConfig) -> dict[str, tuple]:
         width = config.mamba2_width or 2 * config.n_embd
         most = max(1, min(MOST_HEAD_DIMS, config.n_embd // config.n_head))
-        head_dim = next(dim for dim in range(most, 0, -1) if width % dim == 0)
+        head_dim = largest_divisor(width, most)
         reason = f'the largest divisor of mamba2_width up to n_embd / n_head and {MOST_HEAD_DIMS}'
         return {
             'mamba2_width': (width, '2 · n_embd'),
@@ -161,14 +161,14 @@ class Mamba2(Mixer):
         if width % head_dim:
             problems.append(
                 f'mamba2_head_dim={head_dim} does not divide mamba2_width={width}. Set a '
-                f'--mamba2_head_dim that does, such as {math.gcd(width, head_dim)}.'
+                f'--mamba2_head_dim that does, such as {largest_divisor(width, head_dim)}.'
             )
         elif (width // head_dim) % groups:
             heads = width // head_dim
             problems.append(
                 f'mamba2_groups={groups} does not divide the {heads} heads, mamba2_width={width} '
                 f'/ mamba2_head_dim={head_dim}. Set a divisor, such as '
-                f'--mamba2_groups={math.gcd(heads, groups)}.'
+                f'--mamba2_groups={largest_divisor(heads, groups)}.'
             )
         if largest is not None and largest < least:
             problems.append(

@@ -20,7 +20,7 @@ from model_config import ATTENTION_REGISTRY, MIXER_REGISTRY, ModelArchitectureCo
 class Mixer(Component, nn.Module):
     """(B, T, C) -> (B, T, C), causal; several in a layer see the same input and are added.
 
-    The options of a mixer begin with its prefix, such as `mamba2_heads`, and include
+    The options of a mixer begin with its prefix, such as `mamba2_groups`, and include
     `DOCUMENT_OPTIONS`. Its module is `blocks.N.mixers.NAME`.
 
     `attn_inputs.starts` (B, T), unless None, is true at the first token of each document: there
@@ -59,6 +59,11 @@ class Mixer(Component, nn.Module):
 
 
 MIXER_REGISTRY.expect(Mixer, constructed_with=('config', 'layer'), forward=('x', 'attn_inputs'))
+
+
+def largest_divisor(number: int, most: int) -> int:
+    """The largest divisor of a number up to `most`."""
+    return next(divisor for divisor in range(min(most, number), 0, -1) if number % divisor == 0)
 
 
 class _Selector(Mixer):

@@ -10,7 +10,7 @@ from common.registry import FrozenConfig, Option, at_least
 from components.attention_inputs import AttentionInputs
 from components.base import Fill, Initial, at_least_fp32, without_autocast
 from components.document_mask import DOCUMENT_OPTIONS
-from components.mixers import Mixer
+from components.mixers import Mixer, largest_divisor
 from components.scan import linear_scan
 from components.short_convolution import ShortConvolution
 from model_config import MIXER_REGISTRY, ModelArchitectureConfig
@@ -66,7 +66,7 @@ class RGLRU(Mixer):
         width, heads = config.rg_lru_width, config.rg_lru_heads
         if width % heads == 0:
             return []
-        divisor = next(h for h in range(min(heads, width), 0, -1) if width % h == 0)
+        divisor = largest_divisor(width, heads)
         return [
             f'rg_lru_heads={heads} does not divide rg_lru_width={width}. Use --rg_lru_heads='
             f'{divisor}, or set rg_lru_width to a multiple.'

@@ -74,7 +74,9 @@ def _choices(architecture: ArchitectureInfo) -> dict[str, str]:
     """
     layers = architecture.get('layers')
     kinds = {'': architecture['choices']} if layers is None else layers['kinds']
-    by_kind = {kind: _choices_of_layers(choices) for kind, choices in kinds.items()}
+    # Records from before the option have attention.
+    has_mixers = any(choices.get('mixer', 'attention') != 'attention' for choices in kinds.values())
+    by_kind = {kind: _choices_of_layers(choices, has_mixers) for kind, choices in kinds.items()}
     lines = {}
     for label, first in next(iter(by_kind.values())).items():
         common = [part for part in first if all(part in own[label] for own in by_kind.values())]
@@ -87,8 +89,11 @@ def _choices(architecture: ArchitectureInfo) -> dict[str, str]:
     return {label: text for label, text in lines.items() if text}
 
 
-def _choices_of_layers(choices: dict[str, Any]) -> dict[str, list[str]]:
-    """The choices that define layers that are all alike, by line."""
+def _choices_of_layers(choices: dict[str, Any], has_mixers: bool) -> dict[str, list[str]]:
+    """The choices that define layers that are all alike, by line.
+
+    has_mixers: whether some layer of the model has a mixer other than attention.
+    """
 
     def value(key: str, form: str = '{}') -> str | None:
         return None if choices.get(key) is None else form.format(choices[key])
@@ -97,8 +102,8 @@ def _choices_of_layers(choices: dict[str, Any]) -> dict[str, list[str]]:
     parts = {
         'Normalization': [value('normalization'), value('norm_position')],
         'Position Encoding': [value('position_encoding'), value('rope_theta', 'theta {:,.0f}')],
-        'Attention': [
-            value('mixer') if choices.get('mixer') != 'attention' else None,
+        'Mixer' if has_mixers else 'Attention': [
+            value('mixer') if has_mixers else None,
             value('attention_type'),
             value('num_kv_heads', '{} key/value heads') if is_grouped else None,
             value('sliding_window', 'window {:,}'),

@@ -88,7 +88,8 @@ def check_model(
 ) -> list[str]:
     """Raise UserError if a token's output depends on later tokens or on other sequences.
 
-    Returns notes: on positions that do not affect the output, and on wrong FLOPs of a component.
+    Returns notes: on tokens and positions that do not affect the output, and on wrong FLOPs of a
+    component.
     Every rank calls this, since a sharded model communicates. On a CPU it computes in fp32, where
     rounding hides nothing, unless its parameters are `converted` to `dtype` before they are used.
     """
@@ -103,7 +104,7 @@ def check_model(
         runs = _ProbePasses(model, device, rounding)
         model.train()
         short = runs.compare(_probe(model, min(SHORT, model.config.block_size), device))
-        notes = runs.position_notes(short)
+        notes = [*runs.mixing_notes(short), *runs.position_notes(short)]
         model.eval()
         runs.compare(_probe(model, min(LONG, model.config.block_size), device))
     return notes + flops_notes(model.config)
@@ -229,6 +230,23 @@ class _ProbePasses:
         same = all(probe.gap(x, y, dim) <= self.rounding / 10 for x, y in pairs)
         outputs = _first(before.output), _first(after.output)
         return same and _is_float(outputs[0]) and probe.gap(*outputs, dim) > self.rounding
+
+    def mixing_notes(self, short: tuple[list[torch.Tensor], torch.Tensor]) -> list[str]:
+        """A note if no layer mixes tokens: if the earlier tokens do not affect the last one.
+
+        short: the `base` of the short probe.
+        """
+        length = min(SHORT, self.model.config.block_size)
+        tokens, changed, _ = _probe(self.model, length, self.device)
+        before_last = torch.cat((changed[:, :-1], tokens[:, -1:]), dim=1)
+        if torch.equal(before_last, tokens):  # no other tokens exist
+            return []
+        if not torch.equal(self.forward(before_last)[0, -1], short[1][0, -1]):
+            return []
+        return [
+            'no layer mixes tokens: a prediction depends on the last token alone, not on those '
+            'before it.'
+        ]
 
     def position_notes(self, short: tuple[list[torch.Tensor], torch.Tensor]) -> list[str]:
         """A note on each position encoding that does not affect the last token in its layers.

@@ -300,9 +300,14 @@ REFUSED = {
     ),
     'nothing joined': (
         {'mixer': 'attention+none'},
-        ["mixer='attention+none'", "several joined by '+'"],
+        ["mixer='attention+none'", "several other than 'none', each once, joined by '+'"],
     ),
-    'twice': ({'mixer': 'attention+attention'}, ["several joined by '+'"]),
+    'twice': ({'mixer': 'attention+attention'}, ["each once, joined by '+'"]),
+    'head dimension': ({'mixer': 'mamba2', 'mamba2_head_dim': 9}, ['does, such as 8.']),
+    'groups': (
+        {'mixer': 'mamba2', 'mamba2_head_dim': 4, 'mamba2_groups': 5},
+        ['--mamba2_groups=4.'],
+    ),
     'unknown': ({'mixer': 'atention'}, ['Did you mean attention?']),
     'encoding without attention': (
         {'mixer': 'none', 'position_encoding': 'rope'},

@@ -72,6 +72,28 @@ def test_report_shows_main_figures():
     assert not {'Weights:', 'Processes:'} & set(words.split()) and 'active' not in words
 
 
+@pytest.mark.parametrize(
+    'values, line',
+    [
+        ({}, 'Attention: +standard'),
+        ({'mixer': 'mamba2'}, 'Mixer: +mamba2'),
+        ({'mixer': 'attention+mamba2'}, 'Mixer: +attention[+]mamba2, standard'),
+        (
+            {'layer_pattern': 'MA', 'layer_kinds': {'M': {'mixer': 'mamba2'}}},
+            'Mixer: +M: mamba2; A: attention, standard',
+        ),
+    ],
+)
+def test_report_shows_mixers(values, line):
+    config = ModelArchitectureConfig(arch_preset='llama', vocab_size=32, **values)
+    architecture = {
+        **{'name': config.name, 'hash': config.hash},
+        **{'choices': config.to_dict(), 'layers': layer_choices(config)},
+    }
+    report = report_text(architecture=architecture)
+    assert re.search(rf'[├|]─?-? {line}$', report, re.MULTILINE), report
+
+
 def test_report_shows_pretrained_weights_processes_and_active_parameters():
     metadata = {**METADATA, 'weights_from': {'source': 'gpt2', 'architecture': 'x', 'files': {}}}
     model = {**STARTUP_INFO['model'], 'active_params': 1_000_000}

@@ -240,7 +240,16 @@ def test_built_in_components_pass(values):
 def test_every_preset_passes(preset):
     sizes = {'n_embd': 32, 'd_ff': 32} if preset in ('mixtral', 'deepseek') else {'n_embd': 32}
     small = {'expert_d_ff': 16} if preset in ('mixtral', 'deepseek') else {}
-    assert checked(arch_preset=preset, **sizes, **small) == []
+    # Its windows are 1/32 of the context, and would be one token.
+    context = {'block_size': 64} if preset == 'gemma3' else {}
+    assert checked(arch_preset=preset, **sizes, **small, **context) == []
+
+
+def test_model_that_mixes_no_tokens_is_noted():
+    (note,) = checked(mixer='none')
+    assert 'no layer mixes tokens' in note
+    kinds = {'N': {'mixer': 'none'}}
+    assert checked(mixer='short_conv', layer_pattern='NM', layer_kinds=kinds) == []
 
 
 @pytest.mark.parametrize('values', [{'block_size': 1}, {'vocab_size': 1}, {'block_size': 2}])
