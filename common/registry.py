@@ -32,6 +32,7 @@ class Registry:
     """
 
     contract: Contract | None = None
+
     def __init__(self, option: str, title: str, home: str):
         self.option, self.title, self.home = option, title, home
         self._components: dict[str, type] = {}
