@@ -240,8 +240,9 @@ class Family:
     returns the reason why its config class refuses the written fields, or None. renamed_tensors:
     pattern of names in some checkpoints -> the name in `weights`. row_factors: for the fields, the
     name of a parameter, and the config of its layer, the factors by which its rows are multiplied
-    after they are read, or one of all of them; an export has fields by which they are all 1. An
-    option without a field map has its default in the family.
+    after they are read, or one of all of them; an export has fields by which they are all 1.
+    alias_of: a family with the same model; only fields and their defaults differ. An option without
+    a field map has its default in the family.
     """
 
     name: str
@@ -256,6 +257,7 @@ class Family:
     check_loadable: Callable[[dict], str | None] = lambda fields: None
     renamed_tensors: dict[str, str] = dataclass_field(default_factory=dict)
     row_factors: RowFactors = lambda fields, name, layer: 1.0
+    alias_of: str | None = None
 
     def fields(self, values: dict, problems: list[str]) -> Fields:
         """The fields of a config.json; a sentence for each unsupported value joins `problems`."""

@@ -1,0 +1,190 @@
+"""Families of text decoders in transformers, and of which weights can be imported and exported.
+
+    python interop/coverage.py
+
+prints a table of all: `yes`, what is missing, or that only a table in `interop.families` is. The
+families are those of MODEL_FOR_CAUSAL_LM_MAPPING_NAMES in transformers 5.24 without encoders,
+decoders that need an encoder, models of images or sound, and other names of the same model.
+"""
+
+import sys
+from pathlib import Path
+
+if __name__ == '__main__':
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from interop.families import TRANSFORMERS
+
+# By transformers' model_type, what is missing in this project besides a table of weights.
+FAMILIES = {
+    # Most used.
+    'deepseek_v2': '',
+    'deepseek_v3': '',
+    'deepseek_v32': 'sparse attention by an indexer',
+    'deepseek_v4': 'hyper-connections, attention sinks, compressed sparse attention, '
+    'experts chosen by a hash of the token',
+    'gemma': '',
+    'gemma2': '',
+    'gemma3_text': '',
+    'gemma4_text': 'AltUp, embeddings in each layer, keys and values shared by layers',
+    'glm4_moe': '',
+    'gpt2': '',
+    'gpt_neox': '',
+    'gpt_oss': 'attention sinks, clamped GLU',
+    'kimi_linear': '',
+    'llama': '',
+    'llama4_text': 'chunked attention, query scale by position, experts weighted at their input, '
+    'norms without gains, QK norm after the rotation',
+    'minimax_m2': '',
+    'mistral': '',
+    'mixtral': '',
+    'olmo2': '',
+    'olmo3': '',
+    'opt': '',
+    'phi3': 'LongRoPE',
+    'qwen2': '',
+    'qwen3': '',
+    'qwen3_5_text': '',
+    'qwen3_moe': '',
+    'qwen3_next': '',
+    'smollm3': '',
+    # Often used.
+    'afmoe': '',
+    'apertus': 'xIELU',
+    'arcee': '',
+    'bailing_hybrid': '',
+    'bitnet': 'ternary weights, norms before output projections, a gated FFN with squared ReLU',
+    'bloom': 'norm of the embeddings',
+    'cohere': 'QK gains of each head',
+    'cohere2': '',
+    'dbrx': 'clipping of queries, keys and values',
+    'diffllama': 'differential attention',
+    'dots1': '',
+    'ernie4_5': '',
+    'ernie4_5_moe': '',
+    'exaone': '',
+    'exaone4': '',
+    'falcon': 'ALiBi scaled with the scores',
+    'falcon_h1': '',
+    'gemma3n_text': 'AltUp, embeddings in each layer, keys and values shared by layers, '
+    'sparse activations',
+    'glm': '',
+    'glm4': '',
+    'glm4_moe_lite': '',
+    'glm_moe_dsa': 'sparse attention by an indexer',
+    'gpt_bigcode': '',
+    'gpt_neo': '',
+    'gptj': '',
+    'granite': '',
+    'granitemoe': '',
+    'granitemoehybrid': '',
+    'granitemoeshared': '',
+    'helium': '',
+    'hunyuan_v1_dense': 'QK norm after the rotation',
+    'hunyuan_v1_moe': 'QK norm after the rotation',
+    'hy_v3': '',
+    'jamba': '',
+    'lfm2': '',
+    'lfm2_moe': '',
+    'longcat_flash': 'shortcut-connected experts, experts that compute nothing',
+    'mamba': '',
+    'mamba2': '',
+    'mimo_v2_flash': 'attention sinks',
+    'minicpm3': '',
+    'minimax': '',
+    'ministral3': 'query scale by position',
+    'mpt': '',
+    'nanochat': 'norms without gains, norm of the embeddings',
+    'nemotron': '',
+    'nemotron_h': '',
+    'olmo': 'norms without gains, clipping of queries, keys and values',
+    'olmo_hybrid': '',
+    'olmoe': '',
+    'phi': '',
+    'qwen2_moe': '',
+    'recurrent_gemma': '',
+    'rwkv': 'RWKV',
+    'seed_oss': '',
+    'stablelm': 'QK gains of each head',
+    'starcoder2': '',
+    'zamba2': 'blocks shared by layers',
+    # Others.
+    'apertus1p5_text': 'xIELU, attention residuals',
+    'axk1': 'a norm after the FFN alone',
+    'axk2': 'sparse attention by an indexer, gated norms',
+    'bamba': '',
+    'biogpt': '',
+    'blt': 'patches of bytes',
+    'codegen': '',
+    'cohere2_moe': 'the mean of shared and routed experts',
+    'cpmant': 'biases by segment',
+    'ctrl': 'sinusoidal positions in halves',
+    'cwm': '',
+    'doge': 'learned masks',
+    'dots3_note': 'sparse attention by an indexer',
+    'exaone_moe': '',
+    'falcon_mamba': '',
+    'flex_olmo': '',
+    'flint': 'attention sinks',
+    'gpt_neox_japanese': 'a bias in the last layer alone',
+    'granite_swa': 'attention sinks',
+    'granitemoe_swa': 'attention sinks',
+    'hrm_text': 'looped depth, norms without gains',
+    'hy_v4': 'hyper-connections, attention sinks, sparse attention by an indexer, clamped GLU',
+    'hyperclovax': '',
+    'inkling_text': 'content-dependent relative bias, query scale by position',
+    'inkling2_text': 'content-dependent relative bias, attention residuals, attention sinks',
+    'inkling2_loop_text': 'content-dependent relative bias, attention residuals, attention sinks, '
+    'looped depth',
+    'internlm3': '',
+    'iquestcoder': '',
+    'jais2': '',
+    'jetmoe': 'mixtures of attention heads',
+    'kolibri1': '',
+    'laguna': '',
+    'lara_mini': '',
+    'lfm3': '',
+    'mellum': '',
+    'minimax_m3_vl_text': 'sparse attention by an indexer',
+    'ministral': '',
+    'modernbert-decoder': 'norm of the embeddings',
+    'openai-gpt': '',
+    'persimmon': '',
+    'phimoe': 'SparseMixer routing, LongRoPE',
+    'qwen4_exp_text': 'hyper-connections, sparse attention by an indexer, a memory of n-grams',
+    'sarvam_mla': '',
+    'sarvam_moe': '',
+    'solar_open': '',
+    'vaultgemma': '',
+    'xglm': 'sinusoidal positions in halves',
+    'xlstm': 'xLSTM',
+    'youtu': '',
+    'zamba': 'blocks shared by layers',
+    'zaya': 'compressed convolutional attention, learned scales of the stream, '
+    'a router with hidden layers',
+}
+
+
+def status(name: str) -> str:
+    """Whether weights of a family can be imported and exported, or what is missing."""
+    if name not in TRANSFORMERS:
+        return FAMILIES[name] or 'a table of weights'
+    original = TRANSFORMERS[name].alias_of
+    return f'yes, an alias of {original}' if original else 'yes'
+
+
+def count() -> str:
+    """How many families are supported. Families that differ in names only are counted apart."""
+    supported = [TRANSFORMERS[name] for name in FAMILIES if name in TRANSFORMERS]
+    aliases = sum(bool(family.alias_of) for family in supported)
+    return f'{len(supported)} of {len(FAMILIES)} families, of which {aliases} are aliases'
+
+
+def main() -> None:
+    for name in FAMILIES:
+        print(f'{name:22}{status(name)}')
+    print(count())
+
+
+if __name__ == '__main__':
+    main()
