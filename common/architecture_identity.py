@@ -25,6 +25,8 @@ NEUTRAL = {
     'latent_norm_eps': None,
     'value_residual': 'none',
     'residual': 'addition',
+    'attention_sinks': False,
+    'rope_round_pairs': True,
     'router_bias': False,
     'router_groups': 1,
     'router_selection_bias': False,

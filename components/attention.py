@@ -10,7 +10,7 @@ from common.old_names import renamed_attribute
 from common.registry import AnyBut, FrozenConfig, Option, above, at_least, between, tag_of
 from components.attention_backends import AttentionSpec
 from components.attention_inputs import AttentionInputs
-from components.base import Component, Fill
+from components.base import Component, Fill, Initial
 from components.canon import canon_layer
 from components.document_mask import DOCUMENT_OPTIONS
 from components.kv_cache import LayerCache
@@ -84,6 +84,12 @@ class Attention(Component, nn.Module):
             requires=('sliding_window', AnyBut(None)),
             scope='pattern',
         ),
+        'attention_sinks': Option(
+            bool,
+            False,
+            'Add a learned logit to the softmax of each head, without a value, so that a head can '
+            'attend to nothing (gpt-oss)',
+        ),
         **DOCUMENT_OPTIONS,
     }
 
@@ -98,6 +104,7 @@ class Attention(Component, nn.Module):
         self.qk_head_dim, self.v_head_dim = self.head_dims(config)
         self.attend = ATTENTION_BACKEND_REGISTRY[config.attention_backend].attend
         self.rotate = POSITION_ENCODING_REGISTRY[config.position_encoding].rotate
+        self.sinks = nn.Parameter(torch.empty(config.n_head)) if self.spec.sinks else None
         bias = config.get('attention_output_bias')  # None: not an option of the class
         bias = config.attention_bias if bias is None else bias
         self.output = nn.Linear(self.num_heads * self.v_head_dim, config.n_embd, bias=bias)
@@ -122,6 +129,7 @@ class Attention(Component, nn.Module):
             softcap=config.attention_softcap,
             window=config.sliding_window,
             documents=config.document_mask,
+            sinks=bool(config.get('attention_sinks')),
         )
 
     @classmethod
@@ -157,6 +165,8 @@ class Attention(Component, nn.Module):
             tags += [config.attention_pattern] if 'G' in config.attention_pattern else []
         if config.document_mask:
             tags.append('DocMask')
+        if config.get('attention_sinks'):
+            tags.append('Sinks')
         return '-'.join(tags)
 
     @classmethod
@@ -187,7 +197,8 @@ class Attention(Component, nn.Module):
     ) -> torch.Tensor:
         """q (B, H, T, D), k (B, KV heads, K, D), v (B, KV heads, K, Dv) -> (B, H, T, Dv)."""
         dropout = self.spec.dropout if self.training else 0.0
-        return self.attend(q, k, v, attn_inputs.mask, self.spec, dropout)
+        sinks = () if self.sinks is None else (self.sinks,)
+        return self.attend(q, k, v, attn_inputs.mask, self.spec, dropout, *sinks)
 
     def project_output(self, y: torch.Tensor) -> torch.Tensor:
         """Output projection of the heads' outputs, (B, H, T, Dv) -> (B, T, C)."""
@@ -204,6 +215,9 @@ class Attention(Component, nn.Module):
         pairs = window * seq_len - window**2 / 2 if causal else seq_len**2
         scores = 2.0 * self.num_heads * (self.qk_head_dim + self.v_head_dim) * pairs
         return {**super().flops(seq_len, causal), 'attention_scores': scores}
+
+    def initial_values(self) -> dict[str, Fill]:
+        return {} if self.sinks is None else {'sinks': Initial.zeros}
 
     def residual_weights(self) -> list[torch.Tensor]:
         return [self.output.weight]
@@ -411,13 +425,13 @@ class MultiHeadAttention(Attention):
 
     def initial_values(self) -> dict[str, Fill]:
         if self.value_lambdas is None:
-            return {}
+            return super().initial_values()
         weight = self.first_weight
 
         def fill(tensor: torch.Tensor, generator: torch.Generator) -> None:
             tensor.copy_(torch.tensor([weight, 1 - weight]))
 
-        return {'value_lambdas': fill}
+        return {**super().initial_values(), 'value_lambdas': fill}
 
     def split_heads(self, x: torch.Tensor) -> torch.Tensor:
         """(B, T, ...) with the dimensions of all heads -> (B, heads, T, D)."""

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
 from common.errors import UserError
 from common.old_names import renamed_attribute
@@ -31,7 +31,8 @@ class AttentionSpec:
 
     scale: factor of q kᵀ, supported by every backend. softcap: scores become c · tanh(scores / c)
     before the bias is added. window: number of tokens visible to a query, its own included.
-    documents: only tokens of the same document are visible.
+    documents: only tokens of the same document are visible. sinks: a logit of each head joins the
+    softmax without a value (`attend`).
     """
 
     scale: float
@@ -40,6 +41,7 @@ class AttentionSpec:
     softcap: float | None = None
     window: int | None = None
     documents: bool = False
+    sinks: bool = False
 
     def features(self) -> set[str]:
         return {name for name, value in vars(self).items() if value and name != 'scale'}
@@ -138,7 +140,11 @@ class AttentionBackend(Component):
         spec: AttentionSpec,
         dropout: float,
     ) -> torch.Tensor:
-        """q (B, H, Tq, D), k (B, KV heads, Tk, D), v (B, KV heads, Tk, Dv) -> (B, H, Tq, Dv)."""
+        """q (B, H, Tq, D), k (B, KV heads, Tk, D), v (B, KV heads, Tk, Dv) -> (B, H, Tq, Dv).
+
+        A backend that supports `sinks` has them as another parameter: logits (H,), by which each
+        head's weights add up to less than 1, or None.
+        """
         raise NotImplementedError
 
 
@@ -254,13 +260,13 @@ class ManualAttention(AttentionBackend):
     """Two matrix products and an fp32 softmax: supports every feature, stores all scores."""
 
     tag = ''
-    supports = frozenset({'bias', 'dropout', 'softcap', 'window', 'documents'})
+    supports = frozenset({'bias', 'dropout', 'softcap', 'window', 'documents', 'sinks'})
     stores_scores = True
 
     mask = staticmethod(additive_mask)
 
     @staticmethod
-    def attend(q, k, v, mask, spec, dropout):
+    def attend(q, k, v, mask, spec, dropout, sinks=None):
         shape = q.shape
         if q.size(2) == 1:
             q, mask = fold_single_query(q, mask, k.size(1))
@@ -268,7 +274,13 @@ class ManualAttention(AttentionBackend):
         scores = (q @ k.transpose(-2, -1)).float() * spec.scale  # (B, H, Tq, Tk)
         if spec.softcap is not None:
             scores = spec.softcap * torch.tanh(scores / spec.softcap)
-        weights = F.dropout((scores + mask).softmax(dim=-1), dropout)
+        scores = scores + mask
+        if sinks is None:
+            weights = scores.softmax(dim=-1)
+        else:
+            logits = sinks.float().view(scores.size(1), -1, 1).expand(*scores.shape[:-1], 1)
+            weights = torch.cat((scores, logits), dim=-1).softmax(dim=-1)[..., :-1]
+        weights = F.dropout(weights, dropout)
         return (weights.to(v.dtype) @ v).reshape(*shape[:3], -1)
 
 
@@ -354,8 +366,9 @@ def fused_attention(
     mask: BlockMask,
     bias: torch.Tensor | None,
     spec: AttentionSpec,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """flex_attention with the spec's softcap and a bias (H or 1, Tq, Tk)."""
+    """flex_attention with the spec's softcap, a bias (H or 1, Tq, Tk) and sinks (H,)."""
 
     def score_mod(score, batch, head, query, key):
         if spec.softcap is not None:
@@ -365,7 +378,7 @@ def fused_attention(
     # Uncompiled, it would compute and store all scores. Inside a compiled block it is compiled with
     # the rest; on a CPU, compiling it has no benefit.
     fused = q.is_cuda and not torch.compiler.is_compiling()
-    return (compiled_flex() if fused else flex_attention)(
+    y = (compiled_flex() if fused else flex_attention)(
         q,
         k,
         v,
@@ -373,7 +386,13 @@ def fused_attention(
         block_mask=mask,
         scale=spec.scale,
         enable_gqa=k.size(1) != q.size(1),
+        return_aux=None if sinks is None else AuxRequest(lse=True),
     )
+    if sinks is None:
+        return y
+    y, aux = y  # the log of the sum without the sink, (B, H, Tq) in fp32
+    share = torch.sigmoid(aux.lse - sinks.float()[:, None])
+    return (y * share[..., None]).to(y.dtype)
 
 
 @cache
@@ -395,8 +414,8 @@ class FlexAttention(AttentionBackend):
     """
 
     tag = ''
-    supports = frozenset({'bias', 'softcap', 'window', 'documents'})
-    best_for: ClassVar = {'cuda': frozenset({'softcap', 'window', 'documents'})}
+    supports = frozenset({'bias', 'softcap', 'window', 'documents', 'sinks'})
+    best_for: ClassVar = {'cuda': frozenset({'softcap', 'window', 'documents', 'sinks'})}
     needs_compiler = True
 
     @classmethod
@@ -444,7 +463,7 @@ class FlexAttention(AttentionBackend):
         return make(spec.window, queries, keys, q_positions.device, *documents), bias
 
     @staticmethod
-    def attend(q, k, v, mask, spec, dropout):
+    def attend(q, k, v, mask, spec, dropout, sinks=None):
         if q.size(2) < FEW_QUERIES:
-            return ManualAttention.attend(q, k, v, mask, spec, dropout)
-        return fused_attention(q, k, v, *mask, spec)
+            return ManualAttention.attend(q, k, v, mask, spec, dropout, sinks)
+        return fused_attention(q, k, v, *mask, spec, sinks)

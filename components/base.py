@@ -61,7 +61,7 @@ class AuxOutput(NamedTuple):
     # every call. They are stacked over the layers and averaged over micro-batches.
     metrics: dict[str, torch.Tensor]
     # A vector of whole numbers, or nothing, for its `after_update`. In the output of a model: an
-    # entry for each block, None without a vector.
+    # entry for each block, None without a vector; nothing if none has one.
     counts: tuple[torch.Tensor | None, ...] = ()
 
     @property

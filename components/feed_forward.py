@@ -8,7 +8,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from common.registry import FrozenConfig, Option, at_least, tag_of
+from common.registry import FrozenConfig, Option, above, at_least, tag_of
 from components.attention_inputs import AttentionInputs
 from components.base import AuxOutput, Component
 from components.canon import CanonLayer, canon_layer
@@ -202,6 +202,38 @@ class SwiGLU(GatedFeedForward):
 
     def activate(self, gate: torch.Tensor) -> torch.Tensor:
         return F.silu(gate)
+
+
+@FFN_REGISTRY.register('clamped_swiglu', source='gpt-oss: OpenAI 2025')
+class ClampedSwiGLU(GatedFeedForward):
+    """down(g · sigmoid(α g) · (u + 1)), with g = gate(x) at most c and u = up(x) from -c to c."""
+
+    options: ClassVar = {
+        **GatedFeedForward.options,
+        'swiglu_limit': Option(
+            float,
+            7.0,
+            'Bound c of the gate and the up-projection of clamped_swiglu',
+            check=above(0),
+        ),
+        'swiglu_alpha': Option(
+            float, 1.702, 'Factor α in the sigmoid of clamped_swiglu', check=above(0)
+        ),
+    }
+
+    @classmethod
+    def name_tag(cls, config: ModelArchitectureConfig) -> str:
+        alpha = '' if config.swiglu_alpha == 1.702 else f'a{config.swiglu_alpha:g}'
+        return f'SwiGLUc{config.swiglu_limit:g}{alpha}'
+
+    def nonlinearity(self, hidden: torch.Tensor) -> torch.Tensor:
+        gate, up = hidden.chunk(2, dim=-1)
+        limit = self.config.swiglu_limit
+        up = up.clamp(-limit, limit)
+        return self.activate(gate.clamp(max=limit)) * (up + 1)
+
+    def activate(self, gate: torch.Tensor) -> torch.Tensor:
+        return gate * torch.sigmoid(self.config.swiglu_alpha * gate)
 
 
 @FFN_REGISTRY.register('geglu', source='Shazeer 2020')

@@ -174,7 +174,8 @@ def merge_aux(aux_outputs: Iterable[AuxOutput]) -> AuxOutput:
         for name, metric in aux.metrics.items():
             by_name.setdefault(name, []).append(metric)
     metrics = {name: _stacked(values) for name, values in by_name.items()}
-    return AuxOutput(sum(losses), metrics, tuple(counts))
+    counted = any(each is not None for each in counts)
+    return AuxOutput(sum(losses), metrics, tuple(counts) if counted else ())
 
 
 def _stacked(values: list[torch.Tensor]) -> torch.Tensor:

@@ -282,7 +282,14 @@ class YarnScaling(ScalingByWavelength):
             'Factor of rotated queries and keys; None: 0.1 ln(rope_scaling_factor) + 1',
             check=above(0),
         ),
+        'rope_round_pairs': Option(
+            bool, True, 'Round the bounds between frequencies to whole pairs (not in gpt-oss)'
+        ),
     }
+
+    @classmethod
+    def name_tag(cls, config: ModelArchitectureConfig) -> str:
+        return cls.tag if config.rope_round_pairs else f'{cls.tag}-unrounded'
 
     @classmethod
     def derived_values(cls, config: FrozenConfig) -> dict[str, tuple]:
@@ -309,8 +316,10 @@ class YarnScaling(ScalingByWavelength):
             wavelength = config.rope_original_block_size / rotations
             return pairs * math.log(wavelength / (2 * math.pi)) / math.log(config.rope_theta)
 
-        first = max(math.floor(pair_with(config.rope_beta_fast)), 0)
-        last = min(math.ceil(pair_with(config.rope_beta_slow)), 2 * pairs - 1)
+        first, last = pair_with(config.rope_beta_fast), pair_with(config.rope_beta_slow)
+        if config.rope_round_pairs:
+            first, last = math.floor(first), math.ceil(last)
+        first, last = max(first, 0), min(last, 2 * pairs - 1)
         number = torch.arange(pairs, device=frequencies.device)
         return 1 - ((number - first) / max(last - first, 0.001)).clamp(0, 1)
 

@@ -23,6 +23,7 @@ _SCALINGS = {
         'beta_fast': ('rope_beta_fast', 32.0),
         'beta_slow': ('rope_beta_slow', 1.0),
         'attention_factor': ('rope_attention_factor', None),
+        'truncate': ('rope_round_pairs', True),
     },
 }
 _LENGTH = 'original_max_position_embeddings'

@@ -30,8 +30,9 @@ class TensorMap:
     theirs are (in, out). row_order: our row i is their row row_order[i]. offset: ours = theirs +
     offset. resize: applied to an embedding of another length when it is read. unused_rows: number
     of their first rows that are unused. zero_vector: a vector of theirs, one number per row, that
-    must be zero. layout: of their concatenated tensors. any_split: files may divide the rows of all
-    tensors in another way than `rows`.
+    must be zero. layout: of their concatenated tensors. their_shape: that of theirs, if ours
+    has the same numbers in one dimension. any_split: files may divide the rows of all tensors in
+    another way than `rows`.
 
     The configs that its functions and methods take are those of the parameter's layer.
     """
@@ -46,6 +47,7 @@ class TensorMap:
     choose_templates: Callable[[ModelArchitectureConfig], tuple[str, ...]] | None = None
     zero_vector: str | None = None
     layout: Layout | None = None
+    their_shape: Callable[[ModelArchitectureConfig], tuple[int, ...]] | None = None
     any_split: bool = False
 
     def names(self, layer: str | None, config: ModelArchitectureConfig) -> list[str]:
@@ -77,6 +79,7 @@ class TensorMap:
         joined = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
         joined = joined[self.unused_rows :]
         joined = self.layout.read(joined) if self.layout else joined
+        joined = joined.flatten() if self.their_shape else joined
         if self.row_order:
             joined = joined[self.row_order(config)]
         if self.offset:
@@ -89,6 +92,7 @@ class TensorMap:
         if self.row_order and not tensor.is_meta:  # a meta tensor has only a shape
             tensor = tensor[self.row_order(config).argsort()]
         tensor = self.layout.write(tensor) if self.layout else tensor
+        tensor = tensor.view(self.their_shape(config)) if self.their_shape else tensor
         if self.unused_rows:
             tensor = torch.cat((tensor.new_zeros(self.unused_rows, *tensor.shape[1:]), tensor))
         rows = self.rows(config) if self.rows else len(tensor) // len(self.templates)

@@ -472,9 +472,10 @@ def fused_attention(q, k, v, attn_mask=None, **_):
     return FusedAttention.apply(q, k, v, attn_mask)
 
 
-def fused_flex_attention(q, k, v, mask, bias, spec):
-    """As above; the block mask is shared by layers, and a learned bias gets a gradient."""
-    return FusedAttention.apply(q, k, v, bias)
+def fused_flex_attention(q, k, v, mask, bias, spec, sinks=None):
+    """As above; the block mask is shared by layers, and a learned bias or sink gets a gradient."""
+    y = FusedAttention.apply(q, k, v, bias)
+    return y if sinks is None else (y * sinks.sigmoid()[:, None, None]).to(y.dtype)
 
 
 STAND_INS = {

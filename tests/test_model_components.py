@@ -214,6 +214,10 @@ def test_activations(name, formula):
         ({'ffn_type': 'reglu'}, lambda x: x.clamp(min=0)),
         ({'ffn_type': 'glu'}, torch.sigmoid),
         ({'ffn_type': 'bilinear'}, lambda x: x),
+        (
+            {'ffn_type': 'clamped_swiglu', 'swiglu_limit': 1e4, 'swiglu_alpha': 1.0},
+            lambda x: x * torch.sigmoid(x),
+        ),
     ],
     ids=lambda value: '-'.join(map(str, value.values())) if isinstance(value, dict) else '',
 )
@@ -223,10 +227,21 @@ def test_gated_unit_formulas(values, gate):
     x = torch.randn(3, 5, 16, generator=torch.Generator().manual_seed(0))
     w, v = ffn.gate_up.weight.chunk(2)
     b, c = ffn.gate_up.bias.chunk(2)
-    exact = (gate(x @ w.T + b) * (x @ v.T + c)) @ ffn.down.weight.T + ffn.down.bias
+    up = x @ v.T + c + (values['ffn_type'] == 'clamped_swiglu')
+    exact = (gate(x @ w.T + b) * up) @ ffn.down.weight.T + ffn.down.bias
     y, auxiliary = ffn(x)
     torch.testing.assert_close(y, exact, rtol=1e-4, atol=1e-4)
-    assert auxiliary == (0.0, {})
+    assert auxiliary == (0.0, {}, ())
+
+
+def test_clamped_gated_unit():
+    """gpt-oss: the gate from above, the other factor from both sides."""
+    ffn = build_model(tiny(ffn_type='clamped_swiglu', swiglu_limit=2.0), 'cpu').blocks[0].ffn
+    for gate, up in ((3.0, 1.5), (-9.0, 5.0), (1.0, -7.0), (0.5, 0.25)):
+        g, u = min(gate, 2.0), max(-2.0, min(up, 2.0))
+        expected = g / (1 + math.exp(-1.702 * g)) * (u + 1)
+        assert ffn.nonlinearity(torch.tensor([gate, up])).item() == pytest.approx(expected)
+    assert '-SwiGLUc2-' in tiny(ffn_type='clamped_swiglu', swiglu_limit=2.0).name
 
 
 @pytest.mark.parametrize('ffn_type', ['standard', 'swiglu'])
@@ -309,7 +324,7 @@ def test_z_loss_formula(cap):
     exact = 0.25 * log_z.square().mean()  # Chowdhery et al. 2022, section 5
     torch.testing.assert_close(auxiliary.loss.double(), exact, rtol=1e-5, atol=1e-6)
     none = torch.full_like(targets, -100)
-    assert model(tokens, none) == (0, 0, (0, {'z_loss': torch.zeros(1)}))
+    assert model(tokens, none) == (0, 0, (0, {'z_loss': torch.zeros(1)}, ()))
 
 
 # --- Dropout --------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from interop.families.granite import (
     GRANITE_MOE_SHARED,
     HYPERCLOVAX,
 )
+from interop.families.gpt_oss import GPT_OSS
 from interop.families.kimi_linear import KIMI_LINEAR
 from interop.families.layernorm_rope import NEMOTRON, STARCODER2
 from interop.families.lfm2 import LFM2, LFM2_MOE
@@ -60,6 +61,7 @@ TRANSFORMERS = {
         GLM4_MOE_LITE,
         DOTS1,
         MINIMAX_M2,
+        GPT_OSS,
         SMOLLM3,
         OLMO3,
         EXAONE4,

@@ -40,6 +40,8 @@ VALUES = {
     'residual_multiplier': (0.4,),
     'layer_scale_init': (0.5,),
     'attention_softcap': (1.5,),
+    'swiglu_limit': (7.0, 0.3),
+    'swiglu_alpha': (1.702, 1.0),
     'sliding_window': (2, 4),
     'canon': ('AC', 'BD'),
     'canon_width': (1, 3),

@@ -95,6 +95,13 @@ BASES = {
         'sliding_window': 5,
         'max_window_layers': 1,
     },
+    'gpt_oss': {
+        **_GROUPED,
+        'sliding_window': 5,
+        'num_local_experts': 4,
+        'num_experts_per_tok': 2,
+        'rope_parameters': {'rope_type': 'default', 'rope_theta': 50.0},
+    },
     'minimax_m2': {**_GROUPED, 'num_local_experts': 4, 'num_experts_per_tok': 2},
     'qwen3_next': {
         **_GROUPED,
