@@ -14,6 +14,7 @@ from interop.families.gpt2 import GPT2, NANOGPT
 from interop.families.gpt2_relatives import GPT_BIGCODE, MPT
 from interop.families.gpt_neo import GPT_NEO
 from interop.families.gpt_neox import GPT_NEOX
+from interop.families.gpt_oss import GPT_OSS
 from interop.families.gptj import CODEGEN, GPTJ, PHI
 from interop.families.granite import (
     GRANITE,
@@ -22,7 +23,6 @@ from interop.families.granite import (
     GRANITE_MOE_SHARED,
     HYPERCLOVAX,
 )
-from interop.families.gpt_oss import GPT_OSS
 from interop.families.kimi_linear import KIMI_LINEAR
 from interop.families.layernorm_rope import NEMOTRON, STARCODER2
 from interop.families.lfm2 import LFM2, LFM2_MOE
