@@ -122,12 +122,30 @@ class DeltaRuleMixer(Mixer):
     @classmethod
     def problems(cls, config: ModelArchitectureConfig) -> list[str]:
         heads, value_heads = config.gdn_heads, config.gdn_value_heads
-        if value_heads % heads == 0:
-            return []
-        return [
-            f'gdn_value_heads={value_heads} is no multiple of gdn_heads={heads}. Use '
-            f'--gdn_value_heads={-(-value_heads // heads) * heads}.'
-        ]
+        problems = cls._differing_defaults(config)
+        if value_heads % heads:
+            problems.append(
+                f'gdn_value_heads={value_heads} is no multiple of gdn_heads={heads}. Use '
+                f'--gdn_value_heads={-(-value_heads // heads) * heads}.'
+            )
+        return problems
+
+    @classmethod
+    def _differing_defaults(cls, config: ModelArchitectureConfig) -> list[str]:
+        """Options that are not set, and whose defaults differ between these mixers of a layer."""
+        chosen = MIXER_REGISTRY.components(config.mixer).items()
+        family = {name: each for name, each in chosen if issubclass(each, DeltaRuleMixer)}
+        values, problems = config.to_dict(), []
+        for key in cls.derived_values(config):
+            unset = FrozenConfig({**values, key: None}, {})
+            defaults = {name: each.derived_values(unset)[key][0] for name, each in family.items()}
+            if config.origins[key].startswith('derived') and len({*defaults.values()}) > 1:
+                listed = ' and '.join(f'{value} in {name}' for name, value in defaults.items())
+                problems.append(
+                    f'mixer={config.mixer!r}: the mixers share {key}, and its default is {listed}. '
+                    f'Set --{key}.'
+                )
+        return problems
 
     @classmethod
     def name_tag(cls, config: ModelArchitectureConfig) -> str:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import torch.nn as nn
 
+from common.registry import ALL_REGISTRIES
 from components.attention import Attention
 from components.base import Component
 from components.weight_initialization import owned_tensors
@@ -42,18 +43,28 @@ def mup_problems(narrow: nn.Module, wide: nn.Module) -> list[str]:
 
 def _without_rule(model: nn.Module) -> Iterator[str]:
     """One sentence for each class, whatever the number of layers."""
-    examples: dict[str, str] = {}
+    examples: dict[type, str] = {}
     for prefix, module in model.named_modules():
         if not isinstance(module, Component) or follows_mup(type(module)):
             continue
         for name, _, tensor in owned_tensors(module):
             if isinstance(tensor, nn.Parameter):
-                examples.setdefault(type(module).__name__, f'{prefix}.{name}')
-    for component, example in examples.items():
+                examples.setdefault(type(module), f'{prefix}.{name}')
+    for kind, example in examples.items():
+        option, name = _choice(kind)
         yield (
-            f'{component} states no rule for its weights, such as {example}. Choose another '
-            f'component. In one of your own whose weights follow the rules, set mup_rule = True.'
+            f'{name} states no rule for its weights, such as {example}. Choose another {option}. '
+            f'In one of your own whose weights follow the rules, set mup_rule = True.'
         )
+
+
+def _choice(kind: type) -> tuple[str, str]:
+    """The option that chooses a component, and the choice; if there is none, the class."""
+    for registry in ALL_REGISTRIES:
+        for name, component in registry.registered():
+            if component is kind:
+                return registry.option, f'{registry.option}={name!r}'
+    return 'component', kind.__name__
 
 
 def _fan_ins(model: nn.Module) -> dict[str, int]:

@@ -28,7 +28,12 @@ def problems(**values):
         ({'arch_preset': 'llama', 'qk_norm': 'rmsnorm', 'use_gqa': True, 'num_kv_heads': 1}, []),
         ({'normalization': 'dyt', 'position_encoding': 't5_relative'}, []),
         ({'ffn_type': 'moe'}, ['blocks.0.ffn.router.weight']),
-        ({'attention_type': 'mla'}, ['LatentAttention states', 'attention.kv.weight do not grow']),
+        ({'mixer': 'mamba'}, ["mixer='mamba' states no rule"]),
+        ({'mixer': 'kda'}, ["mixer='kda' states no rule", 'kda.decay_output.weight do not grow']),
+        (
+            {'attention_type': 'mla'},
+            ["attention_type='mla' states", 'attention.kv.weight do not grow'],
+        ),
         ({'d_ff': 64}, ['ffn.down.weight do not grow with n_embd: 64 at n_embd=32, 64 at']),
         ({'n_head': 2}, ['grows from 16 to 32']),
         ({'scale_embeddings': True}, ['scale_embeddings=True']),
@@ -57,7 +62,7 @@ def test_own_component_must_declare(monkeypatch):
     monkeypatch.setitem(ACTIVATION_REGISTRY._components, 'own', Scaled)
     monkeypatch.setitem(ACTIVATION_REGISTRY._sources, 'own', '')
     (problem,) = problems(activation='own')
-    assert problem.startswith('Scaled states no rule') and 'activation.scale' in problem
+    assert problem.startswith("activation='own' states no rule") and 'activation.scale' in problem
     monkeypatch.setattr(Scaled, 'mup_rule', True)
     assert problems(activation='own') == []
 

@@ -159,6 +159,21 @@ def test_value_heads_are_a_multiple_of_key_heads():
         tiny(mixer='gated_deltanet', gdn_heads=3, gdn_value_heads=4)
 
 
+def test_mixers_of_a_layer_share_options():
+    """They get one value: where their defaults differ, it must be set."""
+    with pytest.raises(UserError) as error:
+        tiny(mixer='deltanet+gated_deltanet', gdn_head_dim=4)
+    assert [problem.rpartition('Set ')[2] for problem in error.value.problems] == [
+        *('--gdn_v_head_dim.', '--gdn_gate.')
+    ]
+    assert '4 in deltanet and 8 in gated_deltanet' in error.value.problems[0]
+    config = tiny(mixer='deltanet+kda', gdn_gate=True)  # whose other defaults are the same
+    mixers = build_model(config).blocks[0].mixers
+    assert {(each.k_dim, each.v_dim, each.rows[-1] > 0) for each in mixers.values()} == {
+        (4, 4, True)
+    }
+
+
 @pytest.mark.parametrize(
     'options, tag',
     [

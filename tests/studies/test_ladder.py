@@ -290,11 +290,11 @@ def test_added_rung_keeps_other_folders(read):
         (
             SIZES
             + "baseline_extra = 0; transfer = 'mup'; ffn_type = 'moe'; sweep = {'bias': [True]}",
-            'MixtureOfExperts',
+            "ffn_type='moe' states no rule",
         ),
         (
             SIZES + "baseline_extra = 0; transfer = 'mup'; attention_type = 'mla'",
-            'LatentAttention states no rule',
+            "attention_type='mla' states no rule",
         ),
         (
             SIZES + "baseline_extra = 0; transfer = 'mup'; d_ff = 64",
