@@ -2,43 +2,16 @@
 
 from functools import partial
 
+from common.mixture_presets import MIXTURE_DESCRIPTIONS, MIXTURES
+from common.preset_ratios import GROUPS_OF_FOUR as _GROUPS_OF_FOUR
+from common.preset_ratios import LLAMA as _LLAMA
+from common.preset_ratios import head_dim as _head_dim
+from common.preset_ratios import kv_heads_in_groups_of
+from common.preset_ratios import multiple_of_8 as _multiple_of_8
+
 
 def _layernorm_with_bias_of_linear_layers(values: dict) -> str:
     return 'layernorm' if values['bias'] else 'layernorm_nobias'
-
-
-_LLAMA = {
-    'normalization': 'rmsnorm',
-    'position_encoding': 'rope',
-    'ffn_type': 'swiglu',
-    'norm_position': 'pre',
-    'bias': False,
-    'weight_tying': False,
-    'dropout': 0.0,
-}
-
-
-def kv_heads_in_groups_of(group: int, values: dict) -> int:
-    """Number of key/value heads if `group` query heads, or the next lower divisor, share one."""
-    heads = values['n_head']
-    return next(heads // n for n in range(group, 0, -1) if heads % n == 0)
-
-
-_GROUPS_OF_FOUR = {
-    'use_gqa': True,
-    'num_kv_heads': partial(kv_heads_in_groups_of, 4),
-    'd_ff': lambda values: 7 * values['n_embd'] // 2,
-}
-
-
-def _multiple_of_8(ratio: float, values: dict) -> int:
-    """The multiple of 8 nearest to ratio · n_embd."""
-    return 8 * max(1, round(ratio * values['n_embd'] / 8))
-
-
-def _head_dim(ratio: float, values: dict) -> int:
-    """The dimensions of a head of which all together are ratio · n_embd wide, a multiple of 8."""
-    return _multiple_of_8(ratio / values['n_head'], values)
 
 
 _OLMO = {
@@ -171,32 +144,7 @@ PRESETS = {
         'weight_tying': False,
         'dropout': 0.0,
     },
-    'mixtral': {
-        **_LLAMA,
-        'rope_theta': 1e6,
-        'use_gqa': True,
-        'num_kv_heads': partial(kv_heads_in_groups_of, 4),
-        'ffn_type': 'moe',
-        'expert_ffn': 'swiglu',
-        'num_experts': 8,
-        'experts_per_token': 2,
-        'expert_d_ff': lambda values: 8 * max(1, round(7 * values['n_embd'] / 32)),
-    },
-    'deepseek': {
-        **_LLAMA,
-        'norm_eps': 1e-6,
-        'attention_type': 'mla',
-        'kv_lora_rank': lambda values: max(1, values['n_embd'] // 4),
-        'ffn_type': 'moe',
-        'expert_ffn': 'swiglu',
-        'num_experts': 32,
-        'experts_per_token': 6,
-        'shared_experts': 2,
-        'expert_d_ff': lambda values: 8 * max(1, round(values['n_embd'] / 24)),
-        'dense_layers': 1,
-        'router_normalize': False,
-        'load_balance_weight': 0.001,
-    },
+    **MIXTURES,
     'qwen3_next': {
         **_LLAMA,
         'rope_theta': 1e7,
@@ -374,15 +322,7 @@ PRESET_DESCRIPTIONS = {
         'Pythia 160M (Biderman et al. 2023; GPT-NeoX: Black et al. 2022): attention and FFN '
         'in parallel, RoPE on a quarter of each head, biases'
     ),
-    'mixtral': (
-        'Mixtral (Jiang et al. 2024): `mistral` without the window, with 2 of 8 experts per '
-        'token, each half as wide as its FFN'
-    ),
-    'deepseek': (
-        "DeepSeek-V2 (DeepSeek-AI 2024) with the Lite model's ratios: latent attention; after "
-        'a dense first layer, 6 of 32 small experts (64 in the original) and 2 shared ones '
-        'per token'
-    ),
+    **MIXTURE_DESCRIPTIONS,
     'qwen3_next': (
         "Qwen3-Next (Qwen Team 2025) with the 80B-A3B model's ratios: Gated DeltaNet in three of "
         'four layers; gated attention with RoPE on a quarter of each head, where 8 query heads '
