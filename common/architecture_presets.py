@@ -224,6 +224,46 @@ PRESETS = {
         'weight_tying': True,
         'dropout': 0.0,
     },
+    'mamba2': {
+        'normalization': 'rmsnorm',
+        'mixer': 'mamba2',
+        'ffn_type': 'none',
+        'norm_position': 'pre',
+        'bias': False,
+        'weight_tying': True,
+        'dropout': 0.0,
+    },
+    'granite4': {
+        **_LLAMA,
+        'position_encoding': 'none',
+        'use_gqa': True,
+        'num_kv_heads': partial(kv_heads_in_groups_of, 3),
+        'attention_scale': lambda values: values['n_head'] / values['n_embd'],
+        'ffn_type': 'moe',
+        'expert_ffn': 'swiglu',
+        'num_experts': 32,
+        'experts_per_token': 6,
+        'expert_d_ff': partial(_multiple_of_8, 1 / 3),
+        'shared_experts': 2,
+        'load_balance_weight': 0.001,
+        'residual': 'multiplier',
+        'residual_multiplier': 0.22,
+        'embedding_multiplier': 12.0,
+        'logit_multiplier': lambda values: min(1.0, 256 / values['n_embd']),
+        'weight_tying': True,
+        'layer_pattern': 'MMMMMAMMMM',
+        'layer_kinds': {'M': {'mixer': 'mamba2'}},
+    },
+    'falcon_h1': {
+        **_LLAMA,
+        'mixer': 'attention+mamba2',
+        'rope_theta': 1e11,
+        'head_dim': partial(_head_dim, 1 / 2),
+        'use_gqa': True,
+        'num_kv_heads': partial(kv_heads_in_groups_of, 4),
+        'mamba2_width': partial(_multiple_of_8, 3 / 2),
+        'd_ff': partial(_multiple_of_8, 9 / 4),
+    },
     'jamba': {
         'normalization': 'rmsnorm',
         'norm_eps': 1e-6,
@@ -342,6 +382,22 @@ PRESET_DESCRIPTIONS = {
     'mamba': (
         'Mamba (Gu & Dao 2023): layers of one sublayer, a selective state space, tied head. Two of '
         'its layers are as large as one of a transformer'
+    ),
+    'mamba2': (
+        'Mamba-2 (Dao & Gu 2024): layers of one sublayer, a state space with one decay per head, '
+        'tied head. Two of its layers are as large as one of a transformer'
+    ),
+    'granite4': (
+        "Granite 4.0 (IBM 2025) with the H-Tiny model's ratios: Mamba-2 in nine of ten layers, "
+        'attention without positions in the sixth of ten, where 3 query heads share keys and '
+        'values; 6 of 32 experts (64 in the original) and 2 shared ones per token; multipliers of '
+        'embeddings, of the outputs of sublayers, of scores and of logits'
+    ),
+    'falcon_h1': (
+        "Falcon-H1 (Zuo et al. 2025) with the 1.5B model's ratios: attention and Mamba-2 in "
+        'parallel in each layer, 0.5 and 1.5 times as wide as the model, 4 query heads that share '
+        'keys and values, FFN 2.25 · n_embd wide; without its multipliers, which were tuned '
+        'together with learning rates of each matrix'
     ),
     'jamba': (
         "Jamba (Lieber et al. 2024) with the v0.1 model's ratios: Mamba with norms of dt, B and C, "

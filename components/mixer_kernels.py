@@ -322,7 +322,7 @@ class MixerBackend(Component):
     @classmethod
     def dtype_problems(cls, config: ModelArchitectureConfig, dtype: str) -> list[str]:
         kernels = cls.kernels_of(config).values() if cls.package else ()
-        if getattr(torch, dtype) in HALF or not any(k and KERNELS[k].half for k in kernels):
+        if not any(k and KERNELS[k].half for k in kernels) or getattr(torch, dtype) in HALF:
             return []
         return [
             f'mixer_backend={config.mixer_backend!r} computes in bfloat16 or float16, but '

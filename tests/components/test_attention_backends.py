@@ -42,6 +42,7 @@ BACKENDS = {
     'gemma3': ('sdpa', 'flex'),
     'olmo3': ('sdpa', 'flex'),
     'mamba': (None, None),
+    'mamba2': (None, None),
 }
 
 
