@@ -135,9 +135,7 @@ class ResumeSource:
             ) from error
         self.same_order = saved_order == _order_of(settings.to_dict())
         saved, current = index['architecture'], settings.architecture.to_dict()
-        differing = _differing_options(with_neutral_values(saved), with_neutral_values(current))
-        for backend in ('attention_backend', 'mixer_backend'):  # recorded as a change
-            differing.pop(backend, None)  # no property of the weights
+        differing = _differing_options(saved, current)
         if differing:
             pairs = ', '.join(f'{k}={then!r} (now {now!r})' for k, (then, now) in differing.items())
             raise UserError(
@@ -226,16 +224,25 @@ def _differences(then: dict, now: dict) -> dict[str, list]:
 
 
 def _differing_options(then: dict, now: dict) -> dict[str, list]:
-    """`_differences` of architectures, by dotted name; a kind without a value has the model's."""
-    named = leaves(then), leaves(now)
-    differing = _differences(*named)
-    for name in list(differing):
+    """`_differences` of architectures, by dotted name; a kind without a value has the model's.
+
+    Options that only one of them has follow from others, such as those of another mixer; they are
+    left out unless there are no others. Backends, no property of the weights, are recorded as a
+    change elsewhere.
+    """
+    stated = [{*leaves(values)} for values in (then, now)]
+    both = with_neutral_values(then), with_neutral_values(now)
+    named = leaves(both[0]), leaves(both[1])
+    differing, of_one = {}, {}
+    for name in _differences(*named):
         key = name.rpartition('.')[2]
-        pair = [own.get(name, values.get(key)) for own, values in zip(named, (then, now))]
-        differing[name] = pair
-        if {} in pair:  # a kind without values of its own
-            del differing[name]
-    return differing
+        pair = [own.get(name, values.get(key)) for own, values in zip(named, both)]
+        # {}: a kind without values of its own
+        if {} in pair or pair[0] == pair[1] or key in ('attention_backend', 'mixer_backend'):
+            continue
+        has_both = all({name, key} & names for names in stated)
+        (differing if has_both else of_one)[name] = pair
+    return differing or of_one
 
 
 def _sequences_per_iter(config: dict) -> int:

@@ -283,6 +283,16 @@ def test_layers_of_a_pattern_resume_bit_equal(tmp_path, tiny_dataset):
         session_here(tiny_dataset, tmp_path / 'out', init_from='resume', layer_pattern='NR')
 
 
+def test_other_mixer_of_a_hybrid_is_refused_by_its_name(tmp_path, tiny_dataset):
+    """Neither options that follow from the mixer are named, nor those that stay as they were."""
+    kinds = {'layer_pattern': 'MA', 'layer_kinds.M.mixer': 'mamba2'}
+    train_here(tiny_dataset, tmp_path / 'out', **kinds, max_iters=2, eval_interval=2, eval_iters=1)
+    with pytest.raises(UserError) as refused:
+        session_here(tiny_dataset, tmp_path / 'out', init_from='resume', mixer='rg_lru')
+    (problem,) = refused.value.problems
+    assert "it has mixer='attention' (now 'rg_lru'). Remove these" in problem
+
+
 def test_finished_run_has_nothing_to_resume(copy, tmp_path, tiny_dataset, uninterrupted):
     assert 'all iterations of this run are done' in start(tmp_path, tiny_dataset)
     assert resumed_at(the_run(tmp_path)) == [8]
