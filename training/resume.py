@@ -233,7 +233,8 @@ def _differing_options(then: dict, now: dict) -> dict[str, list]:
     stated = [{*leaves(values)} for values in (then, now)]
     both = with_neutral_values(then), with_neutral_values(now)
     named = leaves(both[0]), leaves(both[1])
-    differing, of_one = {}, {}
+    differing: dict[str, list] = {}
+    of_one: dict[str, list] = {}
     for name in _differences(*named):
         key = name.rpartition('.')[2]
         pair = [own.get(name, values.get(key)) for own, values in zip(named, both)]
