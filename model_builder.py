@@ -73,6 +73,7 @@ class Transformer(nn.Module):
         layouts = [NORM_POSITION_REGISTRY[layer.norm_position] for layer in config.layers]
         norm = NORM_REGISTRY[config.normalization]
         self.token_embedding = TokenEmbedding(config)
+        self.embedding_norm = NORM_REGISTRY[config.embedding_norm](config, config.n_embd)
         encodings, self.encoding_numbers = position_encodings(config)
         # The names of the first one's parameters are those of models with a single one.
         self.position_encoding = encodings[0] if encodings else None
@@ -135,7 +136,7 @@ class Transformer(nn.Module):
         attn_inputs = self.attention_inputs(pos, documents, cache)
 
         # Embedding, then the blocks, each with its auxiliary output.
-        x = self.token_embedding(tokens)  # (B, T, C)
+        x = self.embedding_norm(self.token_embedding(tokens))  # (B, T, C)
         for encoding in self.position_encodings:
             x = encoding.embed(x, doc_positions)
         x = self.dropout(x)

@@ -21,6 +21,9 @@ NEUTRAL = {
     'attention_output_bias': None,
     'canon': None,
     'head_bias': False,
+    'embedding_norm': 'none',
+    'qkv_clip': None,
+    'qk_norm_position': 'before_rotation',
     'shared_gate': False,
     'latent_norm_eps': None,
     'value_residual': 'none',
@@ -87,7 +90,7 @@ def hash_of_layers(layers: Sequence[Mapping], shared: Mapping) -> str:
             kinds.append(options)
         numbers.append(kinds.index(options))
     # 2. Where the model differs from its layers, its own values count too.
-    own = {k: v for k, v in shared.items() if any(kind.get(k) != v for kind in kinds)}
+    own = {k: v for k, v in _counted(shared).items() if any(kind.get(k) != v for kind in kinds)}
     if len(kinds) == 1 and not own:
         return hash_of_values(_uniform(layers[0]))
     return hash_of_values({'kinds': kinds, 'layers': numbers, 'model': own})

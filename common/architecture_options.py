@@ -137,6 +137,13 @@ CORE_OPTIONS = {
         bool, True, 'Share the weights of token embedding and output head', scope='model'
     ),
     'head_bias': Option(bool, False, 'Use a bias in the output head', scope='model'),
+    'embedding_norm': Option(
+        str,
+        'none',
+        'Norm of the token embeddings, before positions are added',
+        choices=NORM_REGISTRY,
+        scope='model',
+    ),
     'scale_embeddings': Option(bool, False, 'Multiply token embeddings by √n_embd', scope='model'),
     'embedding_multiplier': Option(
         float,
@@ -208,9 +215,9 @@ CORE_OPTIONS = {
 SIZES = ('n_layer', 'n_head', 'n_embd', 'block_size', 'vocab_size')
 
 
-# Options of layers that the model uses outside its layers too: the norm before the output head and
-# the dropout of embeddings. Those of the norm's component follow.
-SHARED_OPTIONS = ('normalization', 'dropout')
+# Options that the model uses outside its layers, such as the norm before the output head and the
+# dropout of embeddings. Those of the norms' components follow.
+SHARED_OPTIONS = ('normalization', 'embedding_norm', 'dropout')
 
 
 def layer_options() -> dict[str, Option]:
@@ -276,6 +283,8 @@ def component_tags(config: FrozenConfig, chosen: list[tuple[str, Any]]) -> list[
         for option, component in chosen
         if option == registry.option
     ]
+    if config.get('embedding_norm') not in (None, 'none'):
+        tags.append(f'Emb{tag_of(NORM_REGISTRY[config.embedding_norm], config)}')
     tags += ['HeadBias'] if config.get('head_bias') else []
     for key, tag in (('embedding_multiplier', 'EmbMul'), ('logit_multiplier', 'LogitMul')):
         tags += [f'{tag}{config.get(key):g}'] if config.get(key) != 1 else []

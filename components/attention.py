@@ -7,18 +7,17 @@ import torch
 import torch.nn as nn
 
 from common.old_names import renamed_attribute
-from common.registry import AnyBut, FrozenConfig, Option, above, at_least, between, tag_of
+from common.registry import AnyBut, FrozenConfig, Option, above, at_least, between
 from components.attention_backends import AttentionSpec
 from components.attention_inputs import AttentionInputs
 from components.base import Component, Fill, Initial
 from components.canon import canon_layer
 from components.document_mask import DOCUMENT_OPTIONS
 from components.kv_cache import LayerCache
-from components.positions import PositionEncoding
+from components.qk_norm import QK_NORM_OPTIONS, qk_norm_problems, qk_norm_tag, qk_norms
 from model_config import (
     ATTENTION_BACKEND_REGISTRY,
     ATTENTION_REGISTRY,
-    NORM_REGISTRY,
     POSITION_ENCODING_REGISTRY,
     ModelArchitectureConfig,
 )
@@ -260,14 +259,13 @@ class MultiHeadAttention(Attention):
             check=at_least(1),
             requires=('use_gqa', True),
         ),
-        'qk_norm': Option(str, 'none', 'Norm of queries and keys (QK norm)', choices=NORM_REGISTRY),
-        'qk_norm_scope': Option(
-            str,
-            'head',
-            'Scope of QK norm: each head, with weights that heads share, or the whole projection',
-            choices=('head', 'projection'),
-            requires=('qk_norm', AnyBut('none')),
+        'qkv_clip': Option(
+            float | None,
+            None,
+            'Clip queries, keys and values, as projected, to ± this value; None: off',
+            check=above(0),
         ),
+        **QK_NORM_OPTIONS,
         'attention_gate': Option(
             str,
             'none',
@@ -300,14 +298,15 @@ class MultiHeadAttention(Attention):
         self.rows = (q_rows, kv_rows, kv_rows, *([gates] if gates else []))
         self.qkv = nn.Linear(config.n_embd, sum(self.rows), bias=config.attention_bias)
         self.canon = canon_layer(config, 'B', sum(self.rows[:3]))
-        norm, per_projection = NORM_REGISTRY[config.qk_norm], self.norms_projections(config)
-        self.norm_dims = self.rows[:2] if per_projection else (config.head_dim, config.head_dim)
-        self.q_norm, self.k_norm = (norm(config, width) for width in self.norm_dims)
+        (self.q_norm, q_dim), (self.k_norm, k_dim) = qk_norms(config, q_rows, kv_rows)
+        self.norm_dims = q_dim, k_dim
+        self.norms_rotated = config.get('qk_norm_position') == 'after_rotation'
+        self.qkv_clip = config.get('qkv_clip')
         self.first_weight = config.get('value_residual_weight')
         is_learned = config.get('value_residual') == 'learned'
         self.value_lambdas = nn.Parameter(torch.empty(2)) if is_learned else None
-        rotated = self.rotate is not PositionEncoding.rotate
-        self.replaces_q_and_k = rotated and config.qk_norm == 'none'
+        rotates = POSITION_ENCODING_REGISTRY[config.position_encoding].rotates()
+        self.replaces_q_and_k = rotates and config.qk_norm == 'none'
 
     @classmethod
     def head_dims(cls, config: FrozenConfig) -> tuple[int, int]:
@@ -317,10 +316,6 @@ class MultiHeadAttention(Attention):
     @staticmethod
     def kv_heads(config: ModelArchitectureConfig) -> int:
         return config.num_kv_heads if config.use_gqa else config.n_head
-
-    @staticmethod
-    def norms_projections(config: ModelArchitectureConfig) -> bool:
-        return 'qk_norm_scope' in config and config.qk_norm_scope == 'projection'
 
     @classmethod
     def derived_values(cls, config: FrozenConfig) -> dict[str, tuple]:
@@ -334,9 +329,9 @@ class MultiHeadAttention(Attention):
             tags.append(f'HD{config.head_dim}')
         if config.use_gqa:
             tags.append('MQA' if config.num_kv_heads == 1 else f'GQA{config.num_kv_heads}')
-        if 'qk_norm_scope' in config:
-            tag = f'QK{tag_of(NORM_REGISTRY[config.qk_norm], config)}'
-            tags.append(tag + ('proj' if cls.norms_projections(config) else ''))
+        tags += filter(None, (qk_norm_tag(config),))
+        if config.get('qkv_clip') is not None:
+            tags.append(f'QKVClip{config.qkv_clip:g}')
         if config.get('attention_gate') in GATE_TAGS:
             tags.append(GATE_TAGS[config.attention_gate])
         if config.get('value_residual') in VALUE_RESIDUAL_TAGS:
@@ -347,7 +342,7 @@ class MultiHeadAttention(Attention):
 
     @classmethod
     def problems(cls, config: ModelArchitectureConfig) -> list[str]:
-        problems = uneven_heads(config, 'head_dim')
+        problems = uneven_heads(config, 'head_dim') + qk_norm_problems(config)
         heads, kv_heads = config.n_head, config.get('num_kv_heads')
         if config.use_gqa and (not kv_heads or heads % kv_heads):
             small = [h for h in range(1, math.isqrt(heads) + 1) if heads % h == 0]
@@ -389,15 +384,13 @@ class MultiHeadAttention(Attention):
         """(B, T, C) -> (B, T, C)."""
         of_heads = self.rows[:3]
         qkv, *gate = self.qkv(x).split((sum(of_heads), *self.rows[3:]), dim=-1)
+        if self.qkv_clip is not None:
+            qkv = qkv.clamp(-self.qkv_clip, self.qkv_clip)
         if self.canon is not None:
             qkv = self.canon(qkv, attn_inputs)
         q, k, v = qkv.split(of_heads, dim=-1)
-        normed_q = self.q_norm(q.unflatten(-1, (-1, self.norm_dims[0])))
-        normed_k = self.k_norm(k.unflatten(-1, (-1, self.norm_dims[1])))
-        q, k = (
-            self.rotate(self.split_heads(normed), attn_inputs.rotation).to(v.dtype)
-            for normed in (normed_q, normed_k)
-        )
+        norms = (q, self.q_norm, self.norm_dims[0]), (k, self.k_norm, self.norm_dims[1])
+        q, k = (self.norm_and_rotate(*norm, attn_inputs.rotation).to(v.dtype) for norm in norms)
         if self.replaces_q_and_k:
             v = v.contiguous()  # a view would keep the memory of the replaced q and k
         v = self.split_heads(self.share_values(v, attn_inputs))
@@ -406,6 +399,16 @@ class MultiHeadAttention(Attention):
         y = self.attend_with_cache(q, k, v, attn_inputs)
         factor = gate[0].sigmoid().unflatten(-1, (self.num_heads, -1))  # (B, T, H, 1 or D)
         return self.project_output(y * factor.transpose(1, 2))
+
+    def norm_and_rotate(
+        self, x: torch.Tensor, norm: nn.Module, dims: int, rotation: tuple[torch.Tensor, ...]
+    ) -> torch.Tensor:
+        """Queries or keys (B, T, heads · D) -> (B, heads, T, D). dims: those that are normalized
+        together."""
+        if not self.norms_rotated:
+            return self.rotate(self.split_heads(norm(x.unflatten(-1, (-1, dims)))), rotation)
+        rotated = self.rotate(self.split_heads(x), rotation).transpose(1, 2).flatten(2)
+        return self.split_heads(norm(rotated.unflatten(-1, (-1, dims))))
 
     def shared_inputs(self) -> tuple[str, ...]:
         return ('first_values',) if self.first_weight is not None else ()

@@ -14,16 +14,20 @@ NORM_REGISTRY.expect(Component, nn.Module, constructed_with=('config', 'width'),
 
 
 class ElementwiseAffine(Component, nn.Module):
-    """A learned weight and, if `has_bias`, a bias of the last dimension: `Norm(config, width)`."""
+    """A learned weight, unless `has_gain` is False, and, if `has_bias`, a bias of the last
+    dimension: `Norm(config, width)`."""
 
     part = 'normalization'
     mup_rule = True
+    has_gain: ClassVar[bool] = True
     has_bias: ClassVar[bool] = False
+    # Name of the registered norm with the same statistics, without weights of its own.
+    plain: ClassVar[str | None] = None
 
     def __init__(self, config: ModelArchitectureConfig, width: int):
         super().__init__()
         self.width = (width,)
-        self.weight = nn.Parameter(torch.empty(width))
+        self.weight = nn.Parameter(torch.empty(width)) if self.has_gain else None
         self.bias = nn.Parameter(torch.empty(width)) if self.has_bias else None
 
     def initial_values(self) -> dict:
@@ -47,6 +51,7 @@ class LayerNorm(Norm):
 
     tag = 'LN'
     has_bias = True
+    plain = 'layernorm_nogain'
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.layer_norm(x.float(), self.width, self.weight, self.bias, self.eps)
@@ -60,14 +65,34 @@ class LayerNormNoBias(LayerNorm):
     has_bias = False
 
 
+@NORM_REGISTRY.register('layernorm_nogain', source='Groeneveld et al. 2024 (OLMo)')
+class LayerNormNoGain(LayerNorm):
+    """LayerNorm without learned weights: (x - mean) / standard deviation."""
+
+    tag = 'LN-NG'
+    has_gain = False
+    has_bias = False
+    plain = None
+
+
 @NORM_REGISTRY.register('rmsnorm', source='Zhang & Sennrich 2019')
 class RMSNorm(Norm):
     """x / root mean square, with a learned weight."""
 
     tag = 'RMS'
+    plain = 'rmsnorm_nogain'
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.rms_norm(x.float(), self.width, self.weight, self.eps)
+
+
+@NORM_REGISTRY.register('rmsnorm_nogain', source='Karpathy 2025 (nanochat)')
+class RMSNormNoGain(RMSNorm):
+    """x / root mean square, without a learned weight."""
+
+    tag = 'RMS-NG'
+    has_gain = False
+    plain = None
 
 
 @NORM_REGISTRY.register('dyt', source='Zhu et al. 2025')

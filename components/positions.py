@@ -72,6 +72,10 @@ class PositionEncoding(Component, nn.Module):
         """Queries or keys (B, H, T, D), rotated according to their positions."""
         return x
 
+    @classmethod
+    def rotates(cls) -> bool:
+        return cls.rotate is not PositionEncoding.rotate
+
 
 POSITION_ENCODING_REGISTRY.expect(PositionEncoding, constructed_with=('config',))
 

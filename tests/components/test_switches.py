@@ -6,7 +6,11 @@ import torch.nn.functional as F
 from helpers.architectures import perturbed_model, random_tokens, tiny
 
 from common.architecture_identity import hash_of_values, with_neutral_values
+from common.errors import UserError
+from components.attention_inputs import AttentionInputs
+from components.positions import RotaryPositionEncoding
 from model_builder import build_model, count_parameters, parameter_groups
+from model_config import NORM_REGISTRY
 
 # --- Bias of the attention's output projection ----------------------------------------------------
 
@@ -73,3 +77,154 @@ def test_head_bias_is_counted_with_the_head_and_not_decayed():
     assert config.hash != without.hash and config.name == f'{without.name}-HeadBias'
     old = {key: value for key, value in without.to_dict().items() if key != 'head_bias'}
     assert without.hash == hash_of_values(old)
+
+
+# --- Norms without weights, norm of the embeddings ------------------------------------------------
+
+
+@pytest.mark.parametrize('name', ['layernorm_nogain', 'rmsnorm_nogain'])
+def test_norm_without_weights(name):
+    norm = NORM_REGISTRY[name](tiny(normalization=name, norm_eps=0.1), 8)
+    assert list(norm.parameters()) == []
+    x = torch.randn(3, 8)
+    centered = x - x.mean(-1, keepdim=True) if name == 'layernorm_nogain' else x
+    expected = centered / (centered.square().mean(-1, keepdim=True) + 0.1).sqrt()
+    torch.testing.assert_close(norm(x), expected)
+
+
+def test_model_whose_norms_have_no_weights():
+    config = tiny(normalization='rmsnorm_nogain', qk_norm='rmsnorm_nogain', bias=False)
+    model = build_model(config, 'cpu', 1)
+    assert all(parameter.dim() == 2 for parameter in model.parameters())
+    assert {group.name for group in parameter_groups(model)} == {'matrices', 'tables'}
+
+
+@pytest.mark.parametrize('position_encoding', ['rope', 'learned_absolute'])
+def test_norm_of_the_embeddings(position_encoding):
+    config = tiny(
+        embedding_norm='layernorm',
+        normalization='rmsnorm',
+        position_encoding=position_encoding,
+        scale_embeddings=True,
+        norm_eps=0.1,
+    )
+    model = perturbed_model(config)
+    tokens = random_tokens(config, batch=2)
+    entered = {}
+    model.blocks[0].register_forward_pre_hook(lambda _, given: entered.update(x=given[0].detach()))
+    model(tokens)
+    norm = model.embedding_norm
+    embedded = model.token_embedding.weight[tokens] * config.n_embd**0.5
+    expected = F.layer_norm(embedded, (config.n_embd,), norm.weight, norm.bias, 0.1)
+    if position_encoding == 'learned_absolute':
+        expected = expected + model.position_encoding.table.weight[: tokens.size(1)]
+    torch.testing.assert_close(entered['x'], expected)
+    counts = [
+        count_parameters(build_model(config.replace(embedding_norm=name)))['components']
+        for name in ('layernorm', 'none')
+    ]
+    assert counts[0]['normalization'] - counts[1]['normalization'] == 2 * config.n_embd
+    assert 'EmbLN' in config.name.split('-')
+
+
+# --- Queries, keys and values ---------------------------------------------------------------------
+
+
+def heads_of(config, x, attention):
+    """Queries, keys and values (B, heads, T, D) of an attention that attends to nothing."""
+    taken = {}
+
+    def attend(q, k, v, *rest):
+        taken.update(q=q, k=k, v=v)
+        return v.repeat_interleave(q.size(1) // v.size(1), dim=1)
+
+    attention.attend = attend
+    positions = torch.arange(x.size(1))
+    rotation = RotaryPositionEncoding(config).prepare(positions, positions).rotation
+    attention(x, AttentionInputs(rotation=rotation))
+    return taken
+
+
+def rotated(x, theta=10000.0):
+    """(B, heads, T, D), each pair (i, i + D/2) turned as a complex number."""
+    half = x.size(-1) // 2
+    turns = torch.arange(x.size(-2))[:, None] * theta ** (-torch.arange(half) / half)
+    turned = torch.complex(x[..., :half], x[..., half:]) * torch.polar(torch.ones(()), turns)
+    return torch.cat((turned.real, turned.imag), dim=-1)
+
+
+HEADS = {'use_gqa': True, 'num_kv_heads': 2, 'head_dim': 6, 'position_encoding': 'rope'}
+
+
+@pytest.mark.parametrize('position', ['before_rotation', 'after_rotation'])
+@pytest.mark.parametrize('scope', ['head', 'each_head', 'projection'])
+@pytest.mark.parametrize('norm', ['layernorm', 'rmsnorm'])
+def test_scope_and_position_of_qk_norm(scope, position, norm):
+    config = tiny(**HEADS, qk_norm=norm, qk_norm_scope=scope, qk_norm_position=position)
+    attention = perturbed_model(config).blocks[0].attention
+    x = torch.randn(2, 5, config.n_embd)
+    taken = heads_of(config, x, attention)
+    q, k, _ = attention.qkv(x).split((24, 12, 12), dim=-1)
+    for name, projected, own in (('q', q, attention.q_norm), ('k', k, attention.k_norm)):
+        heads = projected.unflatten(-1, (-1, 6)).transpose(1, 2)  # (B, H, T, D)
+        if position == 'after_rotation':
+            heads = rotated(heads)
+        wide = heads.transpose(1, 2).flatten(2)
+        together = wide if scope == 'projection' else wide.unflatten(-1, (-1, 6))
+        if norm == 'layernorm':
+            together = together - together.mean(-1, keepdim=True)
+        together = together / (together.square().mean(-1, keepdim=True) + config.norm_eps).sqrt()
+        repeats = heads.size(1) if scope == 'head' else 1
+        normed = together.reshape(wide.shape) * own.weight.repeat(repeats)
+        normed = normed + (own.bias.repeat(repeats) if norm == 'layernorm' else 0)
+        expected = normed.unflatten(-1, (-1, 6)).transpose(1, 2)
+        if position == 'before_rotation':
+            expected = rotated(expected)
+        torch.testing.assert_close(taken[name], expected)
+
+
+@pytest.mark.parametrize(
+    ('values', 'tag'),
+    [
+        ({'qk_norm_scope': 'each_head'}, 'QKRMSeach'),
+        ({'qk_norm_position': 'after_rotation'}, 'QKRMSrot'),
+        ({'qkv_clip': 8.0}, 'QKRMS-QKVClip8'),
+        ({}, 'QKRMS'),
+    ],
+)
+def test_options_of_queries_and_keys_are_in_the_name_and_the_identity(values, tag):
+    config = tiny(position_encoding='rope', qk_norm='rmsnorm', **values)
+    assert config.name.startswith(f'2L-4H-16D-{tag}-RoPE-')
+    old = {
+        key: value
+        for key, value in config.to_dict().items()
+        if key not in ('qkv_clip', 'qk_norm_position', 'embedding_norm', 'head_bias')
+    }
+    changes_identity = not values.keys() <= {'qk_norm_scope'}  # older values have no other name
+    assert (config.hash != hash_of_values(old)) == changes_identity
+
+
+def test_queries_keys_and_values_are_clipped_before_their_norm():
+    config = tiny(**HEADS, qkv_clip=0.5, qk_norm='rmsnorm', attention_gate='head')
+    attention = perturbed_model(config).blocks[0].attention
+    attention.project_output = lambda y: y
+    x = torch.randn(2, 5, config.n_embd)
+    taken = heads_of(config, x, attention)
+    q, k, v, _ = attention.qkv(x).split((24, 12, 12, 4), dim=-1)
+    assert q.abs().max() > 0.5 and v.abs().max() > 0.5
+    for name, part in (('q', q), ('k', k), ('v', v)):
+        expected = part.clamp(-0.5, 0.5).unflatten(-1, (-1, 6)).transpose(1, 2)
+        if name != 'v':
+            mean = expected.square().mean(-1, keepdim=True) + config.norm_eps
+            gain = getattr(attention, f'{name}_norm').weight
+            expected = rotated(expected / mean.sqrt() * gain)
+        torch.testing.assert_close(taken[name], expected)
+
+
+def test_useless_options_of_qk_norm_are_refused():
+    with pytest.raises(UserError, match=r'qk_norm=.dyt.*layernorm, layernorm_nobias, rmsnorm, or'):
+        tiny(qk_norm='dyt', qk_norm_scope='each_head')
+    with pytest.raises(UserError, match=r"qk_norm_position='after_rotation' has no effect"):
+        tiny(qk_norm='rmsnorm', qk_norm_position='after_rotation', position_encoding='none')
+    with pytest.raises(UserError, match=r'qkv_clip=8.0 .*has no effect'):
+        tiny(attention_type='mla', qkv_clip=8.0)

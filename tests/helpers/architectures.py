@@ -42,6 +42,7 @@ VALUES = {
     'attention_softcap': (1.5,),
     'swiglu_limit': (7.0, 0.3),
     'swiglu_alpha': (1.702, 1.0),
+    'qkv_clip': (0.5,),
     'sliding_window': (2, 4),
     'canon': ('AC', 'BD'),
     'canon_width': (1, 3),
