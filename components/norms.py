@@ -51,7 +51,7 @@ class LayerNorm(Norm):
 
     tag = 'LN'
     has_bias = True
-    plain = 'layernorm_nogain'
+    plain: ClassVar[str | None] = 'layernorm_nogain'
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.layer_norm(x.float(), self.width, self.weight, self.bias, self.eps)
@@ -72,7 +72,7 @@ class LayerNormNoGain(LayerNorm):
     tag = 'LN-NG'
     has_gain = False
     has_bias = False
-    plain = None
+    plain: ClassVar[str | None] = None
 
 
 @NORM_REGISTRY.register('rmsnorm', source='Zhang & Sennrich 2019')
@@ -80,7 +80,7 @@ class RMSNorm(Norm):
     """x / root mean square, with a learned weight."""
 
     tag = 'RMS'
-    plain = 'rmsnorm_nogain'
+    plain: ClassVar[str | None] = 'rmsnorm_nogain'
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.rms_norm(x.float(), self.width, self.weight, self.eps)
@@ -92,7 +92,7 @@ class RMSNormNoGain(RMSNorm):
 
     tag = 'RMS-NG'
     has_gain = False
-    plain = None
+    plain: ClassVar[str | None] = None
 
 
 @NORM_REGISTRY.register('dyt', source='Zhu et al. 2025')
