@@ -59,6 +59,7 @@ from components.norms import ElementwiseAffine, Norm
 from components.positions import PositionEncoding, RotaryScaling
 from components.residual_stream import Residual
 from components.rg_lru import RGLRU
+from components.score_biases import ALiBi
 from components.short_convolution import ShortConvolution
 from model_config import (
     ACTIVATION_REGISTRY,
@@ -90,6 +91,7 @@ __all__ = [
     'RESIDUAL_REGISTRY',
     'RGLRU',
     'ROPE_SCALING_REGISTRY',
+    'ALiBi',
     'Activation',
     'AnyBut',
     'Attention',

@@ -23,6 +23,7 @@ NEUTRAL = {
     'head_bias': False,
     'embedding_norm': 'none',
     'qkv_clip': None,
+    'alibi_scaled': False,
     'qk_norm_position': 'before_rotation',
     'shared_gate': False,
     'latent_norm_eps': None,

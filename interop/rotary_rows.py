@@ -1,4 +1,4 @@
-"""Order of the rows of queries and keys, for rotations of other pairs of dimensions than ours."""
+"""Order of the rows of queries, keys and values that other programs rotate or group differently."""
 
 import torch
 
@@ -13,10 +13,32 @@ def rows_of_interleaved_head(head_dim: int, rotated: int) -> torch.Tensor:
     return torch.cat((rows[:rotated].view(-1, 2).T.flatten(), rows[rotated:]))
 
 
+def negated_rows(config: ModelArchitectureConfig) -> torch.Tensor:
+    """The order of the rows of stacked queries, keys and values, for a rotation of whole heads by
+    the negated angles: the halves of each head are exchanged."""
+    return _with_rows_of_heads(torch.arange(config.head_dim).roll(config.head_dim // 2), config)
+
+
+def rows_grouped_by_kv_head(config: ModelArchitectureConfig) -> torch.Tensor:
+    """The order of rows, where theirs has, for each key/value head in turn, the queries that share
+    it, the key and the value."""
+    shared = num_kv_heads_of(config)
+    rows = torch.arange((config.n_head + 2 * shared) * config.head_dim)
+    queries, key, value = rows.view(shared, -1, config.head_dim).split(
+        (config.n_head // shared, 1, 1), dim=1
+    )
+    return torch.cat((queries.flatten(), key.flatten(), value.flatten()))
+
+
 def interleaved_rows(config: ModelArchitectureConfig) -> torch.Tensor:
     """The order of the rows of stacked queries, keys and values, for such a rotation."""
     rotated = int(config.head_dim * config.rope_fraction) if 'rope_fraction' in config else 0
-    head = rows_of_interleaved_head(config.head_dim, rotated)
+    return _with_rows_of_heads(rows_of_interleaved_head(config.head_dim, rotated), config)
+
+
+def _with_rows_of_heads(head: torch.Tensor, config: ModelArchitectureConfig) -> torch.Tensor:
+    """The order of the rows of stacked queries, keys and values, from that of each query or key
+    head."""
     heads, shared = config.n_head, num_kv_heads_of(config)
     rows = torch.arange((heads + 2 * shared) * config.head_dim).view(-1, config.head_dim)
     turned, unchanged = rows.split((heads + shared, shared))

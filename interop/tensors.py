@@ -62,7 +62,7 @@ class TensorMap:
 
     def read(self, tensors: list[torch.Tensor], config: ModelArchitectureConfig) -> torch.Tensor:
         """Our parameter from their tensors."""
-        each = len(self.templates)
+        each = len(self.templates) if self.is_expert_stack else len(tensors)
         experts = [
             self._read(tensors[first : first + each], config)
             for first in range(0, len(tensors), each)

@@ -5,6 +5,7 @@ options, and its tensor maps relate their tensors to our parameters, both ways: 
 and exports by the same tables. `{layer}` in a name is the number of the layer.
 """
 
+from interop.families.alibi import BLOOM, FALCON
 from interop.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
 from interop.families.falcon_h1 import FALCON_H1
 from interop.families.gated_deltanet import OLMO_HYBRID, QWEN3_5
@@ -34,6 +35,7 @@ from interop.families.minimax import MINIMAX
 from interop.families.mixed_layers import EXAONE4, MELLUM, OLMO3, SMOLLM3
 from interop.families.mixtures import OLMOE, QWEN3_MOE
 from interop.families.nemotron_h import NEMOTRON_H
+from interop.families.norm_variants import HUNYUAN_DENSE, NANOCHAT, OLMO, STABLELM
 from interop.families.opt import OPT
 from interop.families.qwen2 import GLM, GLM4, QWEN2, SEED_OSS
 from interop.families.qwen3_next import QWEN3_NEXT
@@ -104,6 +106,12 @@ TRANSFORMERS = {
         GRANITE4,
         HYPERCLOVAX,
         FALCON_H1,
+        OLMO,
+        NANOCHAT,
+        HUNYUAN_DENSE,
+        STABLELM,
+        BLOOM,
+        FALCON,
     )
 }
 

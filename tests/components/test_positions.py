@@ -1,4 +1,4 @@
-"""components/positions.py: each encoding against transformers' or the paper's formula."""
+"""Position encodings: each against transformers' or the paper's formula."""
 
 import math
 
@@ -7,7 +7,8 @@ import torch
 from helpers.architectures import perturbed_model, random_tokens, tiny
 
 from common.errors import UserError
-from components.positions import alibi_slopes, rotary_frequencies
+from components.positions import rotary_frequencies
+from components.score_biases import alibi_slopes
 from model_builder import build_model
 from model_config import POSITION_ENCODING_REGISTRY, ROPE_SCALING_REGISTRY
 

@@ -204,6 +204,15 @@ BASES = {
     'gptj': {'n_layer': 2, 'n_head': 4, 'n_embd': 32, 'n_positions': 16, 'rotary_dim': 4},
     'codegen': {'n_layer': 2, 'n_head': 4, 'n_embd': 32, 'n_positions': 16, 'rotary_dim': 4},
     'phi': SIZES,
+    'olmo': {**SIZES, 'num_key_value_heads': 2},
+    'nanochat': {**SIZES, 'num_key_value_heads': 2},
+    'hunyuan_v1_dense': _GROUPED,
+    'stablelm': {**SIZES, 'num_key_value_heads': 2, 'partial_rotary_factor': 0.5},
+    'bloom': {'n_layer': 2, 'n_head': 4, 'hidden_size': 32},
+    'falcon': {
+        **{key: SIZES[key] for key in SIZES if key != 'intermediate_size'},
+        **{'num_kv_heads': 2, 'new_decoder_architecture': True, 'ffn_hidden_size': 48},
+    },
     'gpt_neo': {
         **{'num_layers': 2, 'num_heads': 4, 'hidden_size': 32, 'max_position_embeddings': 16},
         **{'window_size': 5, 'attention_types': [[['global', 'local'], 1]]},

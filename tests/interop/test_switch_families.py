@@ -24,6 +24,10 @@ YARN = {
     'original_max_position_embeddings': 8,
 }
 GPTJ = {'model_type': 'gptj', 'n_layer': 2, 'n_head': 4, 'n_embd': 32, 'n_positions': 32}
+FALCON = {
+    'model_type': 'falcon',
+    **{key: SIZES[key] for key in SIZES if key not in ('intermediate_size', 'num_key_value_heads')},
+}
 GPT_NEO = {
     'model_type': 'gpt_neo',
     'num_layers': 4,
@@ -83,6 +87,75 @@ CASES = {
     'gpt_neo': (GPT_NEO, 'GLGL'),
     'gpt_neo-global': (
         {**GPT_NEO, 'attention_types': [[['global'], 4]], 'intermediate_size': 40},
+        '',
+    ),
+    'olmo': ({'model_type': 'olmo', **SIZES, 'clip_qkv': 0.5}, ''),
+    'olmo-biases': ({'model_type': 'olmo', **SIZES, 'attention_bias': True}, ''),
+    'nanochat': ({'model_type': 'nanochat', **SIZES, 'rope_parameters': YARN}, ''),
+    'nanochat-biases': (
+        {
+            'model_type': 'nanochat',
+            **HEADS,
+            'attention_bias': True,
+            'hidden_act': 'gelu',
+            'final_logit_softcapping': None,
+            'tie_word_embeddings': True,
+        },
+        '',
+    ),
+    'hunyuan': ({'model_type': 'hunyuan_v1_dense', **HEADS, 'rope_parameters': YARN}, ''),
+    'hunyuan-alpha': (
+        {
+            'model_type': 'hunyuan_v1_dense',
+            **HEADS,
+            'attention_bias': True,
+            'rope_theta': 50.0,
+            'rope_scaling': {'type': 'dynamic', 'alpha': 20.0, 'factor': 1.0, 'mscale': 1.0},
+        },
+        '',
+    ),
+    'stablelm': ({'model_type': 'stablelm', **SIZES, 'partial_rotary_factor': 0.5}, ''),
+    'stablelm-norms': (
+        {
+            'model_type': 'stablelm',
+            **SIZES,
+            'partial_rotary_factor': 0.25,
+            'qk_layernorm': True,
+            'use_parallel_residual': True,
+            'use_qkv_bias': True,
+            'tie_word_embeddings': True,
+        },
+        '',
+    ),
+    'bloom': ({'model_type': 'bloom', 'n_layer': 2, 'n_head': 4, 'hidden_size': 32}, ''),
+    'bloom-entrance': (
+        {
+            'model_type': 'bloom',
+            **{'n_layer': 2, 'n_head': 3, 'hidden_size': 24},
+            'apply_residual_connection_post_layernorm': True,
+            'tie_word_embeddings': False,
+        },
+        '',
+    ),
+    'falcon-7b': (FALCON, ''),
+    'falcon-40b': (
+        {**FALCON, 'new_decoder_architecture': True, 'num_kv_heads': 2, 'ffn_hidden_size': 40},
+        '',
+    ),
+    'falcon-11b': (
+        {
+            **FALCON,
+            **{'new_decoder_architecture': True, 'num_kv_heads': 2},
+            **{'num_ln_in_parallel_attn': 1, 'tie_word_embeddings': False},
+        },
+        '',
+    ),
+    'falcon-rw': (
+        {
+            **FALCON,
+            **{'alibi': True, 'bias': True, 'multi_query': False, 'parallel_attn': False},
+            'num_kv_heads': 4,
+        },
         '',
     ),
 }
