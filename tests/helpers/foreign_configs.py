@@ -404,7 +404,9 @@ class Flips:
         file.write_text(json.dumps(fields))
         config = AutoConfig.from_pretrained(self.folder)
         model = AutoModelForCausalLM.from_config(
-            config, attn_implementation='eager', dtype=torch.float32
+            config,
+            attn_implementation=reference.attention_of(config.model_type),
+            dtype=torch.float32,
         )
         reference.randomize(model.eval())
         tokens = torch.arange(24).view(2, 12) * 7 % 40

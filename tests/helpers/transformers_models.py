@@ -22,13 +22,20 @@ LONGEST = 64  # tokens of a compared text
 NO_SPECIAL_TOKENS = dict.fromkeys(('bos_token_id', 'eos_token_id', 'pad_token_id'))
 
 
+def attention_of(model_type: str) -> str:
+    """The attention of transformers to compare with: 'eager' Falcon adds ALiBi twice."""
+    return 'sdpa' if model_type == 'falcon' else 'eager'
+
+
 def from_fields(fields: dict, device: str = 'cpu'):
     """The model of transformers for these fields, in evaluation mode."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.for_model(**fields)
     with torch.device(device):
-        return AutoModelForCausalLM.from_config(config, attn_implementation='eager').eval()
+        return AutoModelForCausalLM.from_config(
+            config, attn_implementation=attention_of(config.model_type)
+        ).eval()
 
 
 def architecture(fields: dict) -> ModelArchitectureConfig:
@@ -78,9 +85,10 @@ def saved(model, folder: Path, gradients: bool = False) -> interop.PretrainedChe
 
 def loaded(folder: Path):
     """The model that AutoModelForCausalLM loads from the folder."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(folder, attn_implementation='eager').eval()
+    attention = attention_of(AutoConfig.from_pretrained(folder).model_type)
+    return AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attention).eval()
 
 
 class Parity(NamedTuple):
