@@ -194,7 +194,7 @@ def _norm_of_each_head(which: str) -> TensorMap:
     )
 
 
-_NORM_POSITIONS = {
+_NORM_POSITIONS: dict[bool, dict] = {
     False: {'norm_position': 'pre'},
     True: {'norm_position': 'parallel', 'parallel_shared_norm': True},
 }
