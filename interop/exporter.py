@@ -27,7 +27,8 @@ CHECKED_TOKENS = 16  # length of the text on which logits are compared
 FILE_HINT = 'A file can hold any architecture: --output=model.safetensors.'
 # Sequence length, documents per sequence, and implementation: a run with pretrained weights may
 # change them, and an exported model gets one document at a time.
-RUN_TIME_OPTIONS = ('block_size', 'vocab_size', 'attention_backend', 'document_mask', 'end_of_text')
+BACKENDS = ('attention_backend', 'mixer_backend')
+RUN_TIME_OPTIONS = ('block_size', 'vocab_size', *BACKENDS, 'document_mask', 'end_of_text')
 
 
 def training_only_options(config: ModelArchitectureConfig) -> set[str]:

@@ -5,6 +5,7 @@ takes only the arguments that it computes with; others of the package are left o
 one fails. A call is listed in `calls`.
 """
 
+import functools
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,9 +14,14 @@ from types import ModuleType
 
 import pytest
 import torch
+import torch.nn as nn
 
 from components import mixer_kernels
 from components.base import at_least_fp32
+from helpers.architectures import perturbed_model, tiny
+from helpers.mixers import random_inputs
+from model_builder import build_model
+from model_config import ModelArchitectureConfig
 
 FUNCTIONS = {}  # (module, name) -> function
 calls: list[tuple[str, dict[str, torch.dtype]]] = []  # (name, dtypes of the tensors)
@@ -23,6 +29,7 @@ calls: list[tuple[str, dict[str, torch.dtype]]] = []  # (name, dtypes of the ten
 
 def of_package(module):
     def add(function):
+        @functools.wraps(function)
         def listed(*args, **kwargs):
             names = function.__code__.co_varnames
             tensors = {**dict(zip(names, args)), **kwargs}
@@ -146,3 +153,58 @@ def kernels_on_cpu(*dtypes: torch.dtype) -> Iterator[None]:
         calls.clear()
         yield
     mixer_kernels.is_installed.cache_clear()
+
+
+# --- Mixers with them ----------------------------------------------------------------------------
+
+FLA, MAMBA = 'fla', 'mamba_ssm'
+# Mixers with options, and the function of the package that computes them.
+CASES = {
+    'deltanet': (FLA, {'gdn_negative_eigenvalues': True}, 'chunk_delta_rule'),
+    'deltanet, groups': (FLA, {'gdn_heads': 2, 'gdn_value_heads': 4}, 'chunk_delta_rule'),
+    'gated_deltanet': (FLA, {'gdn_v_head_dim': 5}, 'chunk_gated_delta_rule'),
+    'gated_deltanet, groups': (
+        FLA,
+        {'gdn_heads': 2, 'gdn_value_heads': 4},
+        'chunk_gated_delta_rule',
+    ),
+    'kda': (FLA, {}, 'chunk_kda'),
+    'kda, groups': (FLA, {'gdn_heads': 2, 'gdn_value_heads': 4}, 'chunk_kda'),
+    'gla': (FLA, {'gla_conv_size': 3}, 'chunk_gla'),
+    'linear_attention': (FLA, {}, 'chunk_simple_gla'),
+    'linear_attention, odd': (
+        FLA,
+        {'linear_normalizer': 'rmsnorm', 'linear_key_dim': 3, 'linear_value_dim': 5},
+        'chunk_simple_gla',
+    ),
+    'retnet': (FLA, {}, 'chunk_simple_gla'),
+    'lightning_attention': (FLA, {}, 'chunk_simple_gla'),
+    'mamba': (MAMBA, {'mamba_norm': 'weighted', 'mamba_dt_rank': 4}, 'selective_scan_fn'),
+    'mamba2': (MAMBA, {'mamba2_groups': 2, 'mamba2_dt_max': 0.05}, 'mamba_chunk_scan_combined'),
+}
+
+
+def both_configs(case: str, **values) -> tuple[ModelArchitectureConfig, ModelArchitectureConfig]:
+    """The architecture of plain PyTorch and that with kernels."""
+    backend, options, _ = CASES[case]
+    options = {'mixer': case.partition(',')[0], 'block_size': 24, **options, **values}
+    return tiny(**options), tiny(**options, mixer_backend=backend)
+
+
+def both_modules(case: str, dtype=torch.float64, **values) -> list[nn.Module]:
+    """The mixers, with the same weights that are not the initial ones."""
+    plain, kernels = both_configs(case, **values)
+    (module,) = perturbed_model(plain, factor=3.0).blocks[0].mixers.values()
+    (other,) = build_model(kernels, 'cpu', seed=1).blocks[0].mixers.values()
+    other.load_state_dict(module.state_dict())
+    if hasattr(module, 'log_decays'):
+        other.log_decays.copy_(module.log_decays)
+    return [module.to(dtype).eval(), other.to(dtype).eval()]
+
+
+def results(module, x, inputs):
+    x = x.clone().requires_grad_()
+    y = module(x, inputs)
+    target = random_inputs(*y.shape, seed=1, dtype=y.dtype)
+    point = [x, *module.parameters()]
+    return y, torch.autograd.grad((y * target).sum(), point, allow_unused=True)

@@ -2,9 +2,15 @@
 
 import pytest
 import torch
-import torch.nn as nn
 from helpers.architectures import gradients, perturbed_model, random_tokens, tiny
-from helpers.kernel_packages import calls, kernels_on_cpu
+from helpers.kernel_packages import (
+    CASES,
+    both_configs,
+    both_modules,
+    calls,
+    kernels_on_cpu,
+    results,
+)
 from helpers.mixers import random_inputs, random_starts, with_starts
 from torch._dynamo.backends.registry import lookup_backend
 from torch.utils.flop_counter import FlopCounterMode
@@ -13,61 +19,8 @@ from common.errors import UserError
 from components import mixer_kernels
 from components.attention_inputs import AttentionInputs
 from inference.generate import generate
-from model_builder import build_model
-from model_config import ModelArchitectureConfig
 
-FLA, MAMBA = 'fla', 'mamba_ssm'
-# Mixers with options, and the function of the package that computes them.
-CASES = {
-    'deltanet': (FLA, {'gdn_negative_eigenvalues': True}, 'chunk_delta_rule'),
-    'deltanet, groups': (FLA, {'gdn_heads': 2, 'gdn_value_heads': 4}, 'chunk_delta_rule'),
-    'gated_deltanet': (FLA, {'gdn_v_head_dim': 5}, 'chunk_gated_delta_rule'),
-    'gated_deltanet, groups': (
-        FLA,
-        {'gdn_heads': 2, 'gdn_value_heads': 4},
-        'chunk_gated_delta_rule',
-    ),
-    'kda': (FLA, {}, 'chunk_kda'),
-    'kda, groups': (FLA, {'gdn_heads': 2, 'gdn_value_heads': 4}, 'chunk_kda'),
-    'gla': (FLA, {'gla_conv_size': 3}, 'chunk_gla'),
-    'linear_attention': (FLA, {}, 'chunk_simple_gla'),
-    'linear_attention, odd': (
-        FLA,
-        {'linear_normalizer': 'rmsnorm', 'linear_key_dim': 3, 'linear_value_dim': 5},
-        'chunk_simple_gla',
-    ),
-    'retnet': (FLA, {}, 'chunk_simple_gla'),
-    'lightning_attention': (FLA, {}, 'chunk_simple_gla'),
-    'mamba': (MAMBA, {'mamba_norm': 'weighted', 'mamba_dt_rank': 4}, 'selective_scan_fn'),
-    'mamba2': (MAMBA, {'mamba2_groups': 2, 'mamba2_dt_max': 0.05}, 'mamba_chunk_scan_combined'),
-}
 every_case = pytest.mark.parametrize('case', CASES)
-
-
-def both_configs(case: str, **values) -> tuple[ModelArchitectureConfig, ModelArchitectureConfig]:
-    """The architecture of plain PyTorch and that with kernels."""
-    backend, options, _ = CASES[case]
-    options = {'mixer': case.partition(',')[0], 'block_size': 24, **options, **values}
-    return tiny(**options), tiny(**options, mixer_backend=backend)
-
-
-def both_modules(case: str, dtype=torch.float64, **values) -> list[nn.Module]:
-    """The mixers, with the same weights that are not the initial ones."""
-    plain, kernels = both_configs(case, **values)
-    (module,) = perturbed_model(plain, factor=3.0).blocks[0].mixers.values()
-    (other,) = build_model(kernels, 'cpu', seed=1).blocks[0].mixers.values()
-    other.load_state_dict(module.state_dict())
-    if hasattr(module, 'log_decays'):
-        other.log_decays.copy_(module.log_decays)
-    return [module.to(dtype).eval(), other.to(dtype).eval()]
-
-
-def results(module, x, inputs):
-    x = x.clone().requires_grad_()
-    y = module(x, inputs)
-    target = random_inputs(*y.shape, seed=1, dtype=y.dtype)
-    point = [x, *module.parameters()]
-    return y, torch.autograd.grad((y * target).sum(), point, allow_unused=True)
 
 
 @every_case
