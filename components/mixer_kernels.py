@@ -8,8 +8,10 @@ its gradients by the package's own backward pass.
 Signatures and layouts are those of flash-linear-attention 0.6.0 and mamba_ssm 2.3.2.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from functools import cache, partial
+from importlib import metadata
 from importlib.util import find_spec
 from typing import ClassVar, NamedTuple
 
@@ -252,15 +254,20 @@ def _call(kernel: str, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 @cache
-def is_installed(package: str) -> bool:
-    return find_spec(package) is not None
+def installed_version(package: str) -> tuple[int, ...]:
+    """Of the project whose package is imported by this name; () if none is installed."""
+    if find_spec(package) is None:
+        return ()
+    projects = metadata.packages_distributions().get(package, [])
+    numbers = re.findall(r'\d+', metadata.version(projects[0])) if projects else []
+    return tuple(map(int, numbers[:2])) or (0, 0)
 
 
 def find_kernel(kernels: dict[str, str], config: ModelArchitectureConfig) -> str | None:
     """The kernel of a mixer, of those of all backends; None without one or without its package."""
     name = config.get('mixer_backend')
     kernel = kernels.get(name)
-    return kernel if kernel and is_installed(MIXER_BACKEND_REGISTRY[name].package) else None
+    return kernel if kernel and MIXER_BACKEND_REGISTRY[name].is_installed() else None
 
 
 def backend_tag(config: ModelArchitectureConfig) -> str:
@@ -274,6 +281,11 @@ class MixerBackend(Component):
 
     package: ClassVar[str] = ''  # that is imported
     project: ClassVar[str] = ''  # under which pip installs it
+    least: ClassVar[tuple[int, int]] = (0, 0)  # version; earlier ones have other signatures
+
+    @classmethod
+    def is_installed(cls) -> bool:
+        return installed_version(cls.package) >= cls.least
 
     @classmethod
     def kernels_of(cls, config: ModelArchitectureConfig) -> dict[str, str | None]:
@@ -312,11 +324,13 @@ class MixerBackend(Component):
         if device not in DEVICES:
             return [f'{chosen} has kernels for CUDA, not for {device}. Set --mixer_backend=torch.']
         # Without a GPU, training is only planned.
-        if is_installed(cls.package) or not torch.cuda.is_available():
+        if cls.is_installed() or not torch.cuda.is_available():
             return []
+        least, found = ('.'.join(map(str, v)) for v in (cls.least, installed_version(cls.package)))
         return [
-            f'{chosen} needs the package {cls.project}, which is not installed. Install it (pip '
-            f'install {cls.project}) or set --mixer_backend=torch.'
+            f'{chosen} needs {cls.project} {least} or later, and '
+            f'{f"{found} is" if found else "it is not"} installed. Run pip install '
+            f"'{cls.project}>={least}', or set --mixer_backend=torch."
         ]
 
     @classmethod
@@ -345,6 +359,7 @@ class FlashLinearAttention(MixerBackend):
     """Kernels of flash-linear-attention, on CUDA, in half precision with states in fp32."""
 
     tag, package, project = 'FLA', 'fla', 'flash-linear-attention'
+    least = (0, 6)
 
 
 @MIXER_BACKEND_REGISTRY.register('mamba_ssm', source='Gu & Dao 2023; Dao & Gu 2024')
@@ -352,3 +367,4 @@ class MambaKernels(MixerBackend):
     """Kernels of mamba_ssm, on CUDA; those of `mamba2` in half precision with states in fp32."""
 
     tag, package, project = 'MambaSSM', 'mamba_ssm', 'mamba-ssm'
+    least = (2, 3)

@@ -19,6 +19,7 @@ from common.errors import UserError
 from components import mixer_kernels
 from components.attention_inputs import AttentionInputs
 from inference.generate import generate
+from model_builder import build_model
 
 every_case = pytest.mark.parametrize('case', CASES)
 
@@ -150,10 +151,17 @@ def test_training_elsewhere_is_refused(monkeypatch):
         "mixer_backend='fla' has kernels for CUDA, not for cpu. Set --mixer_backend=torch."
     )
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
-    monkeypatch.setattr(mixer_kernels, 'is_installed', lambda package: False)
-    (problem,) = config.sentences('training_problems', 'cuda')
-    assert 'pip install flash-linear-attention' in problem
-    monkeypatch.setattr(mixer_kernels, 'is_installed', lambda package: True)
+    for version, found in (((), 'it is not'), ((0, 5), '0.5 is')):
+        monkeypatch.setattr(mixer_kernels, 'installed_version', lambda package, v=version: v)
+        (problem,) = config.sentences('training_problems', 'cuda')
+        assert problem == (
+            f"mixer_backend='fla' needs flash-linear-attention 0.6 or later, and {found} "
+            "installed. Run pip install 'flash-linear-attention>=0.6', or set "
+            '--mixer_backend=torch.'
+        )
+        assert build_model(config).blocks[0].mixers['kda'].kernel is None
+    monkeypatch.setattr(mixer_kernels, 'installed_version', lambda package: (0, 6))
+    assert build_model(config).blocks[0].mixers['kda'].kernel == 'kda'
     assert config.sentences('training_problems', 'cuda') == []
     (problem,) = config.sentences('dtype_problems', 'float32')
     assert '--dtype=bfloat16' in problem
