@@ -28,7 +28,7 @@ EXCEPTIONS = {
     r'^(\.ci/run|(python -m )?pytest|ruff|mypy)\b': GATE,
     r'^python study.py config/(my_\w+.py$|studies/(norms|mixers))': ANOTHER_STUDY,
     r'^torchrun .*--nnodes|^sbatch|^srun': SEVERAL_MACHINES,
-    r'^torchrun .*--nproc_per_node=8': GPU,
+    r'^torchrun .*--nproc_per_node=8|mixer_backend=fla': GPU,
     r'^torchrun .*--nproc_per_node=2 (?!.*--use_fsdp)': PARALLEL,
     r'^python data/fineweb|--init_from=gpt2|finetune_shakespeare': NETWORK,
     r'^(OMP_NUM_THREADS=1 )?python (benchmarks|tests/stress)/': MINUTES,
