@@ -3,6 +3,7 @@
 import typing
 
 from common.conditions import JOINT
+from common.errors import UserError
 from common.registry import Registry
 
 
@@ -17,6 +18,14 @@ class JoinedRegistry(Registry):
         alone = [repr(name) for name in self if not self._joins(name)]
         but = f'other than {" and ".join(alone)}, ' if alone else ''
         return f", or several {but}each once, joined by '+'"
+
+    def _check(self, name: str, component: typing.Any) -> None:
+        super()._check(name, component)
+        if JOINT in name:
+            raise UserError(
+                f'{self.option}={name!r}: the name of a component cannot contain {JOINT!r}, which '
+                f'joins several. Rename it, for example to {name.replace(JOINT, "_")!r}.'
+            )
 
     def _joins(self, name: str) -> bool:
         return getattr(self[name], 'joins', True)

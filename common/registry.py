@@ -85,7 +85,7 @@ class Registry:
     def _check(self, name: str, component: typing.Any) -> None:
         if self.contract is None:
             return
-        problems = list(violations(component, self.contract))
+        problems = list(dict.fromkeys(violations(component, self.contract)))
         if not problems:
             problems = [
                 f'{component.__name__}.options: {problem}'

@@ -179,6 +179,8 @@ def _tensor(shape: tuple[int, ...], like: torch.Tensor, output: object) -> str |
 def _described(output: object) -> str:
     if isinstance(output, tuple):
         return f'a tuple of {", ".join(map(_described, output)) or "nothing"}'
+    if isinstance(output, torch.Tensor):
+        return f'a tensor {tuple(output.shape)}'
     return 'None' if output is None else f'{type(output).__name__} {output!r}'[:80]
 
 

@@ -139,11 +139,18 @@ def _weight_roles(components: Iterator[nn.Module]) -> tuple[set[int], set[int]]:
         weights = component.residual_weights()
         if not isinstance(weights, list) or not all(isinstance(w, nn.Parameter) for w in weights):
             raise UserError(
-                f'{name}.residual_weights() must return a list of parameters, and returned '
-                f'{weights!r}.'
+                f'{name}.residual_weights() must return a list of parameters, such as '
+                f'[self.output.weight], and returned {_types_of(weights)}.'
             )
         residual |= {id(weight) for weight in weights}
     return hidden, residual
+
+
+def _types_of(value: object) -> str:
+    """What a value is, without its numbers."""
+    if isinstance(value, list):
+        return f'a list of {", ".join(sorted({type(each).__name__ for each in value}))}'
+    return type(value).__name__
 
 
 def _residual_writers(model: nn.Module, residual: set[int]) -> int:

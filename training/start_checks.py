@@ -1,4 +1,4 @@
-"""Checks of the model before the first iteration: causality, and use of positions.
+"""Checks of the model before the first iteration: causality, documents, and use of positions.
 
 Later tokens and other sequences must not change a token's logits; otherwise the loss is
 meaningless. The built model is tested under any strategy and with any weights: on a few tokens that
@@ -43,6 +43,7 @@ class Probe(NamedTuple):
     tokens: torch.Tensor
     changed: torch.Tensor
     unaffected: torch.Tensor
+    crosses_documents: bool = False  # whether only tokens of other documents change
 
     def covers(self, call: Call) -> bool:
         """Whether the output of a call has one entry for each of these tokens."""
@@ -107,6 +108,8 @@ def check_model(
         notes = [*runs.mixing_notes(short), *runs.position_notes(short)]
         model.eval()
         runs.compare(_probe(model, min(LONG, model.config.block_size), device))
+        if model.end_of_text is not None and model.config.block_size > 1:
+            runs.compare(_document_probe(model, min(LONG, model.config.block_size), device))
     return notes + flops_notes(model.config)
 
 
@@ -135,6 +138,15 @@ def _probe(model: Transformer, length: int, device: torch.device) -> Probe:
     tokens, other = _tokens(model, (len(cuts), length), device)
     unaffected = torch.arange(length, device=device) < torch.tensor(cuts, device=device)[:, None]
     return Probe(tokens, torch.where(unaffected, tokens, other), unaffected)
+
+
+def _document_probe(model: Transformer, length: int, device: torch.device) -> Probe:
+    """Sequences of two documents, of which the first one changes."""
+    ends = sorted({min(1, length - 2), length // 2 - 1, length - 2})
+    tokens, other = _tokens(model, (len(ends), length), device)
+    index, end = torch.arange(length, device=device), torch.tensor(ends, device=device)[:, None]
+    tokens = tokens.masked_fill(index == end, model.end_of_text)
+    return Probe(tokens, torch.where(index < end, other, tokens), index > end, True)
 
 
 class _ProbePasses:
@@ -209,6 +221,12 @@ class _ProbePasses:
                 }
                 culprit = before.label + _inside(self.model, before.component, open_ones)
                 break
+        if probe.crosses_documents:
+            return UserError(
+                f'{culprit} does not keep documents apart: with document_mask=True, tokens of the '
+                f'document before change its output. Let a mixer begin anew where '
+                f'attn_inputs.starts is true, and an attention use attn_inputs.mask.'
+            )
         alone = probe._replace(unaffected=probe.unaffected & probe.unaffected.all(1, keepdim=True))
         first, second = self.forward(probe.tokens), self.forward(probe.changed)
         if alone.gap(first, second) > self.rounding:
@@ -237,9 +255,9 @@ class _ProbePasses:
         short: the `base` of the short probe.
         """
         length = min(SHORT, self.model.config.block_size)
-        tokens, changed, _ = _probe(self.model, length, self.device)
-        before_last = torch.cat((changed[:, :-1], tokens[:, -1:]), dim=1)
-        if torch.equal(before_last, tokens):  # no other tokens exist
+        probe = _probe(self.model, length, self.device)
+        before_last = torch.cat((probe.changed[:, :-1], probe.tokens[:, -1:]), dim=1)
+        if torch.equal(before_last, probe.tokens):  # no other tokens exist
             return []
         if not torch.equal(self.forward(before_last)[0, -1], short[1][0, -1]):
             return []

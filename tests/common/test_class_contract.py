@@ -19,6 +19,7 @@ from model_components import (
     Block,
     Component,
     FeedForward,
+    Mixer,
     MultiHeadAttention,
     Norm,
     PositionEncoding,
@@ -29,6 +30,7 @@ from model_config import (
     ATTENTION_REGISTRY,
     FFN_REGISTRY,
     INITIALIZATION_REGISTRY,
+    MIXER_REGISTRY,
     NORM_POSITION_REGISTRY,
     NORM_REGISTRY,
     POSITION_ENCODING_REGISTRY,
@@ -45,6 +47,18 @@ ALL = (*REGISTRIES, OPTIMIZER_REGISTRY, SCHEDULE_REGISTRY)
 def activation(**attributes) -> type:
     """An activation called Own."""
     return type('Own', (Activation,), {'forward': lambda self, x: x, **attributes})
+
+
+def test_mixer_whose_name_would_join_two_is_refused(register):
+    mixer = type('Own', (Mixer,), {'forward': lambda self, x, attn_inputs: x})
+    with pytest.raises(UserError, match="mixer='a[+]b': the name .* cannot contain '[+]'.*'a_b'"):
+        register(MIXER_REGISTRY, 'a+b', mixer)
+
+
+def test_each_problem_is_said_once(register):
+    with pytest.raises(UserError) as refused:
+        register(MIXER_REGISTRY, 'own', type('Own', (Mixer,), {'forward': lambda self, x: x}))
+    assert str(refused.value).count('Own.forward must be') == 1
 
 
 # --- The class ------------------------------------------------------------------------------------

@@ -203,7 +203,7 @@ def test_uninitialized_buffer_or_inner_parameter_is_named():
             FFN_REGISTRY,
             'standard',
             {'residual_weights': lambda self: self.down.weight},
-            'a list of',
+            'a list of parameters, such as [self.output.weight], and returned Parameter.',
         ),
         (FFN_REGISTRY, 'standard', {'matrices': lambda self: [self.up.weight]}, 'return a dict'),
         (

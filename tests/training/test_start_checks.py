@@ -12,12 +12,13 @@ from torch import nn
 from common.errors import UserError
 from components.attention import MultiHeadAttention
 from model_builder import build_model, flops_notes
-from model_components import Activation, Attention, AuxOutput, FeedForward, Initial, Norm
+from model_components import Activation, Attention, AuxOutput, FeedForward, Initial, Mixer, Norm
 from model_config import (
     ACTIVATION_REGISTRY,
     ATTENTION_BACKEND_REGISTRY,
     ATTENTION_REGISTRY,
     FFN_REGISTRY,
+    MIXER_REGISTRY,
     NORM_POSITION_REGISTRY,
     NORM_REGISTRY,
     POSITION_ENCODING_REGISTRY,
@@ -222,6 +223,27 @@ def test_nondeterministic_component_is_reported(register):
     register(ACTIVATION_REGISTRY, 'leak', noisy)
     with pytest.raises(UserError, match='returns another output when called again'):
         checked(activation='leak')
+
+
+# --- Documents ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('block_size', [3, 8, 80])
+def test_mixer_that_reads_other_documents_is_named(register, block_size):
+    """A running sum does not begin anew where a document begins; attention does."""
+
+    class Sum(Mixer):
+        tag = 'Sum'
+
+        def forward(self, x, attn_inputs):
+            return x.cumsum(1)
+
+    register(MIXER_REGISTRY, 'sum', Sum)
+    assert checked(mixer='sum', block_size=block_size) == []
+    documents = {'document_mask': True, 'end_of_text': 3, 'block_size': block_size}
+    with pytest.raises(UserError, match="mixer='sum': Sum.forward does not keep documents apart"):
+        checked(mixer='attention+sum', **documents)
+    assert checked(mixer='attention+mamba2', **documents) == []
 
 
 # --- Correct models -------------------------------------------------------------------------------
