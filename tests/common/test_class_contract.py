@@ -51,7 +51,7 @@ def activation(**attributes) -> type:
 
 def test_mixer_whose_name_would_join_two_is_refused(register):
     mixer = type('Own', (Mixer,), {'forward': lambda self, x, attn_inputs: x})
-    with pytest.raises(UserError, match="mixer='a[+]b': the name .* cannot contain '[+]'.*'a_b'"):
+    with pytest.raises(UserError, match=r"mixer='a[+]b': the name .* cannot contain '[+]'.*'a_b'"):
         register(MIXER_REGISTRY, 'a+b', mixer)
 
 
