@@ -219,7 +219,9 @@ def check_export(model: Transformer, folder: Path) -> str:
                 made = sum(
                     p.numel() for p in build_model(convert_config(model.config).config).parameters()
                 )
-                problem = theirs.num_parameters() != made and 'its parameters differ'
+                problem = (
+                    theirs.num_parameters(only_trainable=True) != made and 'its parameters differ'
+                )
     except Exception as error:  # transformers raises all kinds of errors
         problem = f'{type(error).__name__}: {error}'
     if problem:

@@ -6,11 +6,17 @@ and exports by the same tables. `{layer}` in a name is the number of the layer.
 """
 
 from interop.families.alibi import BLOOM, FALCON
+from interop.families.biased_mixtures import (
+    ERNIE4_5_MOE,
+    EXAONE_MOE,
+    HY_V3,
+    QWEN2_MOE,
+)
 from interop.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
 from interop.families.falcon_h1 import FALCON_H1
 from interop.families.gated_deltanet import OLMO_HYBRID, QWEN3_5
 from interop.families.gemma import GEMMA, GEMMA2, GEMMA3
-from interop.families.glm_moe import DOTS1, GLM4_MOE, GLM4_MOE_LITE, MINIMAX_M2
+from interop.families.glm_moe import DOTS1, GLM4_MOE, GLM4_MOE_LITE, MINIMAX_M2, SOLAR_OPEN
 from interop.families.gpt2 import GPT2, NANOGPT
 from interop.families.gpt2_relatives import GPT_BIGCODE, MPT
 from interop.families.gpt_neo import GPT_NEO
@@ -65,6 +71,11 @@ TRANSFORMERS = {
         DOTS1,
         MINIMAX_M2,
         GPT_OSS,
+        QWEN2_MOE,
+        ERNIE4_5_MOE,
+        SOLAR_OPEN,
+        HY_V3,
+        EXAONE_MOE,
         SMOLLM3,
         OLMO3,
         EXAONE4,

@@ -1,4 +1,4 @@
-"""Mixtures with the router of DeepSeek-V3: GLM-4.5 and 4.7, dots.llm1, MiniMax-M2."""
+"""Mixtures with the router of DeepSeek-V3: GLM-4.5 and 4.7, Solar Open, dots.llm1, MiniMax-M2."""
 
 from interop.families.deepseek import (
     DEEPSEEK_BIAS,
@@ -130,6 +130,36 @@ GLM4_MOE_LITE = Family(
     aliases={'num_local_experts': 'n_routed_experts'},
     irrelevant_fields=_OF_LATER_TOKENS | {'qk_head_dim'},
     weights=DEEPSEEK_WEIGHTS | DEEPSEEK_BIAS,
+)
+
+# --- Solar Open -----------------------------------------------------------------------------------
+
+SOLAR_OPEN = Family(
+    name='solar_open',
+    architecture='SolarOpenForCausalLM',
+    prefix='model.',
+    field_maps=(
+        *llama_fields(block_size=131_072, norm_eps=1e-5),
+        field('head_dim', 'head_dim', 128),
+        field('attention_bias', 'attention_bias', False),
+        field('weight_tying', 'tie_word_embeddings', False),
+        constant_option(attention_output_bias=False, ffn_type='moe', ffn_bias=False),
+        field('expert_ffn', 'hidden_act', 'silu', {'silu': 'swiglu'}),
+        field('num_experts', 'n_routed_experts', 128),
+        field('experts_per_token', 'num_experts_per_tok', 8),
+        field('expert_d_ff', 'moe_intermediate_size', 1280),
+        field('shared_experts', 'n_shared_experts', 1),
+        *biased_router_fields(True, 1.0),
+        kv_heads_field(8),
+        rope_fields(default_theta=1e6, fraction='partial_rotary_factor', default_fraction=1.0),
+    ),
+    aliases={'num_local_experts': 'n_routed_experts'},
+    weights=EMBEDDING_AND_HEAD
+    | PRE_NORMS
+    | with_biases(ATTENTION)
+    | EXPERTS
+    | SHARED_EXPERTS
+    | DEEPSEEK_BIAS,
 )
 
 # --- dots.llm1 ------------------------------------------------------------------------------------

@@ -148,6 +148,11 @@ def _write_exaone4_window(config: ModelArchitectureConfig) -> dict:
     return {'sliding_window': window if rotated else window or _EXAONE4_WINDOW}
 
 
+EXAONE4_LAYERS = (
+    windows_field(_EXAONE4_WINDOW, _has_exaone4_window),
+    rope_in_some_layers(rope_fields(), _read_exaone4_rotated),
+    FieldMap(lambda fields: {}, _write_exaone4_window),
+)
 EXAONE4 = Family(
     name='exaone4',
     architecture='Exaone4ForCausalLM',
@@ -165,9 +170,7 @@ EXAONE4 = Family(
             ffn_bias=False,
         ),
         kv_heads_field(32),
-        windows_field(_EXAONE4_WINDOW, _has_exaone4_window),
-        rope_in_some_layers(rope_fields(), _read_exaone4_rotated),
-        FieldMap(lambda fields: {}, _write_exaone4_window),
+        *EXAONE4_LAYERS,
         swiglu_field(),
     ),
     irrelevant_fields=frozenset({'sliding_window_pattern'}),  # superseded by layer_types

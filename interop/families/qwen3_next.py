@@ -176,7 +176,7 @@ OFFSET_NORMS = {
         'final_norm.weight': EMBEDDING_AND_HEAD['final_norm.weight'],
     }.items()
 }
-_SHARED_EXPERTS = {
+SHARED_EXPERT = {
     'blocks.{layer}.ffn.shared.gate_up.weight': TensorMap(
         projections('mlp.shared_expert', 'gate', 'up')
     ),
@@ -209,7 +209,7 @@ QWEN3_NEXT = Family(
     }
     | GATED_FFN
     | EXPERTS
-    | _SHARED_EXPERTS,
+    | SHARED_EXPERT,
     # Multi-token prediction, which transformers ignores too.
     ignored_tensors=r'^mtp\.',
 )

@@ -77,7 +77,8 @@ def randomized_model(fields: dict):
 
 def saved(model, folder: Path, gradients: bool = False) -> interop.PretrainedCheckpoint:
     """The saved weights of the model, or its gradients in place of weights."""
-    state = {name: parameter.grad for name, parameter in model.named_parameters()}
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    state = dict(model.named_parameters()) | {name: p.grad for name, p in trained.items()}
     state |= router_biases(model)
     model.save_pretrained(folder, state_dict=state if gradients else None)
     return interop.open_checkpoint(f'hf:{folder}')

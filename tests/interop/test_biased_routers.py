@@ -31,6 +31,23 @@ CASES = {
         'AB',
     ),
     'dots1': ({'model_type': 'dots1', **BASES['dots1']}, 'GDLM'),
+    'qwen2_moe': ({'model_type': 'qwen2_moe', **BASES['qwen2_moe']}, 'LG'),
+    'ernie4_5_moe': (
+        {
+            'model_type': 'ernie4_5_moe',
+            **BASES['ernie4_5_moe'],
+            **{'num_hidden_layers': 5, 'moe_layer_interval': 2, 'moe_layer_end_index': 3},
+            'rope_parameters': {'rope_type': 'default', 'rope_theta': 50.0},
+        },
+        'ABABA',
+    ),
+    'solar_open': ({'model_type': 'solar_open', **BASES['solar_open']}, ''),
+    # With a dense first layer it would be exported as dots.llm1.
+    'hy_v3': (
+        {'model_type': 'hy_v3', **BASES['hy_v3'], 'mlp_layer_types': ['sparse', 'dense']},
+        'AB',
+    ),
+    'exaone_moe': ({'model_type': 'exaone_moe', **BASES['exaone_moe']}, 'LG'),
     'minimax_m2': ({'model_type': 'minimax_m2', **BASES['minimax_m2']}, ''),
     'minimax_m2-partial': (
         {
@@ -109,6 +126,30 @@ PUBLISHED = {
         },
         (142, 14),
     ),
+    'Qwen1.5-MoE-A2.7B': (
+        {
+            'model_type': 'qwen2_moe',
+            **{'hidden_size': 2048, 'num_attention_heads': 16, 'num_hidden_layers': 24},
+            'vocab_size': 151936,
+        },
+        (14.3, 2.7),
+    ),
+    'ERNIE-4.5-21B-A3B': (
+        {
+            'model_type': 'ernie4_5_moe',
+            **{'hidden_size': 2560, 'num_attention_heads': 20, 'num_hidden_layers': 28},
+            'vocab_size': 103424,
+        },
+        (21, 3),
+    ),
+    'Solar-Open-100B': (
+        {
+            'model_type': 'solar_open',
+            **{'hidden_size': 4096, 'num_attention_heads': 64, 'num_hidden_layers': 48},
+            'vocab_size': 196608,
+        },
+        (102, 12),
+    ),
     'MiniMax-M2': (
         {
             'model_type': 'minimax_m2',
@@ -127,6 +168,6 @@ def test_published_models_have_their_sizes(name):
     ours = build_model(reference.architecture(fields))
     theirs = reference.from_fields(fields, 'meta')
     counted = count_parameters(ours)
-    assert counted['total_params'] == theirs.num_parameters()
+    assert counted['total_params'] == theirs.num_parameters(only_trainable=True)
     found = [counted[key] / 1e9 for key in ('total_params', 'active_params')]
     assert found == pytest.approx(billions, abs=2)  # cards round, some without embeddings
