@@ -137,16 +137,17 @@ def kv_heads_field(default: int | None = None) -> FieldMap:
 
 
 def shared_experts_field(
-    name: str, default: int, expert: str = 'moe_intermediate_size'
+    name: str, default: int, expert: str = 'moe_intermediate_size', each: int | None = None
 ) -> FieldMap:
     """The number of shared experts, from the width of the network that has them all.
 
-    name, default: the field with that width. expert: the field with that of an expert, which has
-    the same default.
+    name, default: the field with that width. expert: the field with that of an expert. each: the
+    default of that one; None: the same.
     """
+    default_each = default if each is None else each
 
     def read(fields: Fields) -> dict:
-        width, each = fields.take(name, int, default), fields.take(expert, int, default)
+        width, each = fields.take(name, int, default), fields.take(expert, int, default_each)
         if width > 0 and each > 0 and width % each == 0:
             return {'shared_experts': width // each}
         fields.refuse(name, f'must be a multiple of {expert}={each}')

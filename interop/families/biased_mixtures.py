@@ -74,7 +74,7 @@ QWEN2_MOE = Family(
                         field('experts_per_token', 'num_experts_per_tok', 4),
                         field('expert_d_ff', 'moe_intermediate_size', 1408),
                         field('router_normalize', 'norm_topk_prob', False),
-                        shared_experts_field('shared_expert_intermediate_size', 5632),
+                        shared_experts_field('shared_expert_intermediate_size', 5632, each=1408),
                         constant_option(
                             expert_ffn='swiglu', router_score='softmax', shared_gate=True
                         ),
