@@ -166,7 +166,8 @@ def write_generation_config(folder: Path, end_of_text: int | None, unused: range
     """
     header = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
     ends = dict.fromkeys(('bos_token_id', 'eos_token_id'), end_of_text)
-    _write_json(folder / 'config.json', header | ends)
+    if end_of_text is not None:
+        _write_json(folder / 'config.json', header | ends)
     # generate() also pads with it; in config.json it would be an embedding without a gradient.
     generation = {**ends, 'pad_token_id': end_of_text, 'suppress_tokens': [*unused] or None}
     _write_json(folder / 'generation_config.json', generation)

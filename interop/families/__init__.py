@@ -12,13 +12,13 @@ from interop.families.biased_mixtures import (
     HY_V3,
     QWEN2_MOE,
 )
-from interop.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
+from interop.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3, YOUTU
 from interop.families.falcon_h1 import FALCON_H1
 from interop.families.gated_deltanet import OLMO_HYBRID, QWEN3_5
-from interop.families.gemma import GEMMA, GEMMA2, GEMMA3
+from interop.families.gemma import GEMMA, GEMMA2, GEMMA3, VAULTGEMMA
 from interop.families.glm_moe import DOTS1, GLM4_MOE, GLM4_MOE_LITE, MINIMAX_M2, SOLAR_OPEN
 from interop.families.gpt2 import GPT2, NANOGPT
-from interop.families.gpt2_relatives import GPT_BIGCODE, MPT
+from interop.families.gpt2_relatives import BIOGPT, GPT_BIGCODE, MPT, OPENAI_GPT
 from interop.families.gpt_neo import GPT_NEO
 from interop.families.gpt_neox import GPT_NEOX
 from interop.families.gpt_oss import GPT_OSS
@@ -31,15 +31,16 @@ from interop.families.granite import (
     HYPERCLOVAX,
 )
 from interop.families.kimi_linear import KIMI_LINEAR
-from interop.families.layernorm_rope import NEMOTRON, STARCODER2
+from interop.families.layernorm_rope import JAIS2, NEMOTRON, PERSIMMON, STARCODER2
 from interop.families.lfm2 import LFM2, LFM2_MOE
 from interop.families.llama import LLAMA, MISTRAL, MIXTRAL, OLMO2, QWEN3
-from interop.families.llama_relatives import ARCEE, ERNIE4_5, HELIUM
+from interop.families.llama_aliases import EXAONE, INTERNLM3, IQUESTCODER
+from interop.families.llama_relatives import ARCEE, CWM, ERNIE4_5, HELIUM, MINISTRAL
 from interop.families.mamba import FALCON_MAMBA, JAMBA, MAMBA
 from interop.families.mamba2 import BAMBA, MAMBA2
 from interop.families.minimax import MINIMAX
 from interop.families.mixed_layers import EXAONE4, MELLUM, OLMO3, SMOLLM3
-from interop.families.mixtures import OLMOE, QWEN3_MOE
+from interop.families.mixtures import FLEX_OLMO, OLMOE, QWEN3_MOE
 from interop.families.nemotron_h import NEMOTRON_H
 from interop.families.norm_variants import HUNYUAN_DENSE, NANOCHAT, OLMO, STABLELM
 from interop.families.opt import OPT
@@ -111,6 +112,18 @@ TRANSFORMERS = {
         HELIUM,
         MPT,
         GPT_BIGCODE,
+        FLEX_OLMO,
+        MINISTRAL,
+        CWM,
+        VAULTGEMMA,
+        JAIS2,
+        PERSIMMON,
+        BIOGPT,
+        OPENAI_GPT,
+        YOUTU,
+        EXAONE,
+        INTERNLM3,
+        IQUESTCODER,
         GRANITE,
         GRANITE_MOE,
         GRANITE_MOE_SHARED,

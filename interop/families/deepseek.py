@@ -1,4 +1,4 @@
-"""DeepSeek-V2 and V3."""
+"""DeepSeek-V2 and V3, and Youtu, which has their attention and a dense FFN."""
 
 import itertools
 
@@ -12,8 +12,8 @@ from interop.families.llama import (
     PRE_NORMS,
     ROTARY_BUFFERS,
     llama_fields,
-    paired_rows,
     projections,
+    swiglu_field,
 )
 from interop.fields import Fields
 from interop.layers import options_with
@@ -26,20 +26,26 @@ from interop.mapping import (
     required_field,
 )
 from interop.rope import deepseek_rope_fields
+from interop.rotary_rows import rows_of_interleaved_head
 from interop.routing import biased_router_fields, router_groups_field, selection_bias
 from interop.tensors import TensorMap, tensor, with_biases
 from model_config import ModelArchitectureConfig
 
 
+def _rope_rows(config: ModelArchitectureConfig) -> torch.Tensor:
+    """The order of the rotated rows of a head."""
+    return rows_of_interleaved_head(config.qk_rope_head_dim, config.qk_rope_head_dim)
+
+
 def _query_rows(config: ModelArchitectureConfig) -> torch.Tensor:
     nope = torch.arange(config.qk_nope_head_dim)
-    head = torch.cat((nope, len(nope) + paired_rows(config.qk_rope_head_dim)))
+    head = torch.cat((nope, len(nope) + _rope_rows(config)))
     return (torch.arange(config.n_head)[:, None] * len(head) + head).flatten()
 
 
 def _latent_rows(config: ModelArchitectureConfig) -> torch.Tensor:
     latent = torch.arange(config.kv_lora_rank)
-    return torch.cat((latent, len(latent) + paired_rows(config.qk_rope_head_dim)))
+    return torch.cat((latent, len(latent) + _rope_rows(config)))
 
 
 def _query_name(config: ModelArchitectureConfig) -> tuple[str, ...]:
@@ -207,4 +213,24 @@ DEEPSEEK_V3 = Family(
     irrelevant_fields=_IRRELEVANT_FIELDS,
     weights=DEEPSEEK_WEIGHTS | DEEPSEEK_BIAS,
     ignored_tensors=ROTARY_BUFFERS,
+)
+
+YOUTU = Family(
+    name='youtu',
+    architecture='YoutuForCausalLM',
+    prefix='model.',
+    field_maps=(
+        *llama_fields(block_size=131_072),
+        latent_norm_field(1e-6),
+        *latent_attention_fields(1536),
+        field('d_ff', 'intermediate_size'),
+        field('weight_tying', 'tie_word_embeddings', True),
+        constant_option(ffn_bias=False),
+        required_field(rope_interleave=True),
+        swiglu_field(),
+        deepseek_rope_fields(),
+    ),
+    # The first is computed, the other is of initial weights.
+    irrelevant_fields=frozenset({'qk_head_dim', 'embedding_initializer_range'}),
+    weights=EMBEDDING_AND_HEAD | PRE_NORMS | GATED_FFN | LATENT_ATTENTION,
 )

@@ -1,4 +1,4 @@
-"""Gemma 1, 2 and 3."""
+"""Gemma 1, 2 and 3, VaultGemma."""
 
 from dataclasses import replace
 from functools import partial
@@ -60,11 +60,11 @@ def _shared_fields(block_size: int, kv_heads: int) -> tuple[FieldMap, ...]:
     )
 
 
-def _gemma_fields(block_size: int) -> tuple[FieldMap, ...]:
-    """Of Gemma 2 and 3."""
+def _gemma_fields(block_size: int, norm_position: str = 'sandwich') -> tuple[FieldMap, ...]:
+    """Of all but the first version."""
     return (
         *_shared_fields(block_size, kv_heads=4),
-        constant_option(norm_position='sandwich'),
+        constant_option(norm_position=norm_position),
         field(
             'geglu_tanh',
             'hidden_activation',
@@ -106,9 +106,7 @@ GEMMA = Family(
         ),
         rope_fields(),
     ),
-    irrelevant_fields=frozenset(
-        {'hidden_activation'}
-    ),  # in old files; transformers does not read it
+    irrelevant_fields=frozenset({'hidden_activation'}),  # in old files, not read
     weights=EMBEDDING_AND_HEAD
     | GATED_FFN
     | with_biases(ATTENTION)
@@ -116,6 +114,12 @@ GEMMA = Family(
     | {name: replace(norm, offset=1.0) for name, norm in PRE_NORMS.items()},
 )
 
+_SOFTCAPS_AND_WINDOWS = (
+    field('attention_softcap', 'attn_logit_softcapping', 50.0),
+    field('logit_softcap', 'final_logit_softcapping', 30.0),
+    windows_field(4096, lambda layer, fields: layer % 2 == 0),
+    rope_fields(),
+)
 GEMMA2 = Family(
     name='gemma2',
     architecture='Gemma2ForCausalLM',
@@ -126,10 +130,7 @@ GEMMA2 = Family(
     check_loadable=check_heads_divide_width,
     field_maps=(
         *_gemma_fields(block_size=8192),
-        field('attention_softcap', 'attn_logit_softcapping', 50.0),
-        field('logit_softcap', 'final_logit_softcapping', 30.0),
-        windows_field(4096, lambda layer, fields: layer % 2 == 0),
-        rope_fields(),
+        *_SOFTCAPS_AND_WINDOWS,
     ),
     weights=_WEIGHTS,
 )
@@ -155,4 +156,13 @@ GEMMA3 = Family(
         ),
     ),
     weights=_WEIGHTS | {name: replace(norm, offset=1.0) for name, norm in QK_NORMS.items()},
+)
+
+VAULTGEMMA = Family(
+    name='vaultgemma',
+    architecture='VaultGemmaForCausalLM',
+    prefix='model.',
+    field_maps=(*_gemma_fields(8192, norm_position='pre'), *_SOFTCAPS_AND_WINDOWS),
+    check_loadable=check_heads_divide_width,
+    weights=_WEIGHTS,
 )

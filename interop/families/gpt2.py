@@ -28,6 +28,9 @@ def gpt2_weights(transposed: bool) -> dict[str, TensorMap]:
     }
 
 
+DROPOUTS = export_only(
+    embd_pdrop='dropout', attn_pdrop='attention_dropout', resid_pdrop='residual_dropout'
+)
 GPT2 = Family(
     name='gpt2',
     architecture='GPT2LMHeadModel',
@@ -48,9 +51,7 @@ GPT2 = Family(
             scale_attn_by_inverse_layer_idx=False,
             add_cross_attention=False,
         ),
-        export_only(
-            embd_pdrop='dropout', attn_pdrop='attention_dropout', resid_pdrop='residual_dropout'
-        ),
+        DROPOUTS,
     ),
     aliases={
         'hidden_size': 'n_embd',

@@ -1,9 +1,12 @@
-"""Families like GPT-2 with other positions or heads: GPT-BigCode, MPT."""
+"""Families like GPT-2 with other norms, positions or heads: GPT-1, GPT-BigCode, MPT, BioGPT."""
+
+from dataclasses import replace
 
 import torch
 
-from interop.families.gpt2 import GPT2, gpt2_weights
+from interop.families.gpt2 import DROPOUTS, GPT2, gpt2_weights
 from interop.families.gpt_neox import query_key_value_of_each_head
+from interop.families.opt import OPT
 from interop.fields import Fields
 from interop.layers import options_with
 from interop.mapping import (
@@ -15,8 +18,40 @@ from interop.mapping import (
     field,
     required_field,
 )
-from interop.tensors import resize_vocabulary, tensor, with_biases
+from interop.tensors import crop_positions, resize_vocabulary, tensor, with_biases
 from model_config import ModelArchitectureConfig
+
+# --- GPT-1 ----------------------------------------------------------------------------------------
+
+_GPT1_WEIGHTS = gpt2_weights(transposed=True) | {
+    'token_embedding.weight': tensor('transformer.tokens_embed.weight', resize=resize_vocabulary),
+    'position_encoding.table.weight': tensor(
+        'transformer.positions_embed.weight', resize=crop_positions
+    ),
+}
+OPENAI_GPT = Family(
+    name='openai-gpt',
+    architecture='OpenAIGPTLMHeadModel',
+    prefix='transformer.',
+    field_maps=(
+        field('n_layer', 'n_layer'),
+        field('n_head', 'n_head'),
+        field('n_embd', 'n_embd'),
+        field('block_size', 'n_positions', 512),
+        field('vocab_size', 'vocab_size'),
+        field('norm_eps', 'layer_norm_epsilon', 1e-5),
+        # Its `gelu` is the approximation.
+        field('activation', 'afn', 'gelu', {'gelu': 'gelu_tanh', 'relu': 'relu', 'silu': 'silu'}),
+        field('weight_tying', 'tie_word_embeddings', True),
+        constant_option(normalization='layernorm', position_encoding='learned_absolute', bias=True),
+        constant_option(norm_position='post'),
+        DROPOUTS,
+    ),
+    aliases=GPT2.aliases,
+    irrelevant_fields=GPT2.irrelevant_fields,
+    weights={name: own for name, own in _GPT1_WEIGHTS.items() if 'final_norm' not in name},
+    ignored_tensors=r'\.attn\.bias$|position_ids$',
+)
 
 # --- GPT-BigCode ----------------------------------------------------------------------------------
 
@@ -55,9 +90,7 @@ GPT_BIGCODE = Family(
         constant_option(normalization='layernorm', position_encoding='learned_absolute', bias=True),
         required_field(scale_attn_weights=True, add_cross_attention=False),
         FieldMap(_read_multi_query, _write_multi_query),
-        export_only(
-            embd_pdrop='dropout', attn_pdrop='attention_dropout', resid_pdrop='residual_dropout'
-        ),
+        DROPOUTS,
     ),
     aliases=GPT2.aliases,
     irrelevant_fields=GPT2.irrelevant_fields
@@ -142,5 +175,41 @@ MPT = Family(
         'blocks.{layer}.attention.output.weight': tensor(_BLOCK + 'attn.out_proj.weight'),
         'blocks.{layer}.ffn.up.weight': tensor(_BLOCK + 'ffn.up_proj.weight'),
         'blocks.{layer}.ffn.down.weight': tensor(_BLOCK + 'ffn.down_proj.weight'),
+    },
+)
+
+# --- BioGPT ---------------------------------------------------------------------------------------
+
+
+def _biogpt_name(name: str) -> str:
+    """The name of a tensor of OPT in BioGPT."""
+    if name == 'lm_head.weight':
+        return 'output_projection.weight'
+    return name.replace('model.decoder.', 'biogpt.').replace('biogpt.final_layer', 'biogpt.layer')
+
+
+BIOGPT = Family(
+    name='biogpt',
+    architecture='BioGptForCausalLM',
+    prefix='biogpt.',
+    field_maps=(
+        field('n_layer', 'num_hidden_layers'),
+        field('n_head', 'num_attention_heads'),
+        field('n_embd', 'hidden_size'),
+        field('d_ff', 'intermediate_size'),
+        field('block_size', 'max_position_embeddings', 1024),
+        field('vocab_size', 'vocab_size'),
+        field('activation', 'hidden_act', 'gelu', ACTIVATIONS),
+        field('scale_embeddings', 'scale_embedding', True),
+        field('weight_tying', 'tie_word_embeddings', True),
+        constant_option(normalization='layernorm', position_encoding='learned_absolute', bias=True),
+        export_only(
+            hidden_dropout_prob='residual_dropout', attention_probs_dropout_prob='attention_dropout'
+        ),
+    ),
+    irrelevant_fields=frozenset({'layer_norm_eps'}),  # the norms have 1e-5 whatever it is
+    weights={
+        ours: replace(own, templates=tuple(map(_biogpt_name, own.templates)))
+        for ours, own in OPT.weights.items()
     },
 )

@@ -2,8 +2,6 @@
 
 from dataclasses import replace
 
-import torch
-
 from interop.fields import Fields
 from interop.layers import num_kv_heads_of
 from interop.mapping import (
@@ -17,6 +15,7 @@ from interop.mapping import (
     windows_field,
 )
 from interop.rope import rope_fields
+from interop.rotary_rows import interleaved_rows
 from interop.tensors import TensorMap, resize_vocabulary, tensor, with_biases
 from model_config import ModelArchitectureConfig
 
@@ -24,23 +23,6 @@ from model_config import ModelArchitectureConfig
 def query_key_value_rows(config: ModelArchitectureConfig) -> tuple[int, ...]:
     shared = num_kv_heads_of(config)
     return tuple(heads * config.head_dim for heads in (config.n_head, shared, shared))
-
-
-def paired_rows(dims: int) -> torch.Tensor:
-    """The order of rows of a head in which theirs rotate dimensions 2i and 2i + 1 together, ours i
-    and i + dims / 2."""
-    return torch.arange(dims).view(-1, 2).T.flatten()
-
-
-def paired_query_key_value_rows(config: ModelArchitectureConfig) -> torch.Tensor:
-    """The order of rows of queries and keys whose rotated dimensions are paired in that way, and of
-    values."""
-    rotated = int(config.head_dim * config.rope_fraction)
-    head = torch.cat((paired_rows(rotated), torch.arange(rotated, config.head_dim)))
-    sizes = query_key_value_rows(config)
-    queries, keys, values = torch.arange(sum(sizes)).split(sizes)
-    paired = [rows.view(-1, config.head_dim)[:, head].flatten() for rows in (queries, keys)]
-    return torch.cat((*paired, values))
 
 
 LAYER = 'model.layers.{layer}.'
@@ -83,7 +65,7 @@ ATTENTION = {
 PAIRED_ATTENTION = {
     **ATTENTION,
     'blocks.{layer}.attention.qkv.weight': replace(
-        ATTENTION['blocks.{layer}.attention.qkv.weight'], row_order=paired_query_key_value_rows
+        ATTENTION['blocks.{layer}.attention.qkv.weight'], row_order=interleaved_rows
     ),
 }
 GATED_FFN = {
@@ -109,21 +91,33 @@ QK_NORMS = {
 }
 ROTARY_BUFFERS = r'rotary_emb\.inv_freq$'
 
+
+def llama_model_fields(
+    block_size: int,
+    norm_eps: float = 1e-6,
+    kv_heads: int | None = None,
+    head_dim: int | None = None,
+    theta: float = 10000.0,
+) -> tuple[FieldMap, ...]:
+    """All field maps of Llama and its aliases, which have other defaults."""
+    return (
+        *llama_fields(block_size, norm_eps),
+        field('d_ff', 'intermediate_size'),
+        field('head_dim', 'head_dim', head_dim),
+        field('attention_bias', 'attention_bias', False),
+        field('ffn_bias', 'mlp_bias', False),
+        field('weight_tying', 'tie_word_embeddings', False),
+        kv_heads_field(kv_heads),
+        rope_fields(default_theta=theta),
+        swiglu_field(),
+    )
+
+
 LLAMA = Family(
     name='llama',
     architecture='LlamaForCausalLM',
     prefix='model.',
-    field_maps=(
-        *llama_fields(block_size=2048),
-        field('d_ff', 'intermediate_size'),
-        field('head_dim', 'head_dim', None),
-        field('attention_bias', 'attention_bias', False),
-        field('ffn_bias', 'mlp_bias', False),
-        field('weight_tying', 'tie_word_embeddings', False),
-        kv_heads_field(),
-        rope_fields(),
-        swiglu_field(),
-    ),
+    field_maps=llama_model_fields(block_size=2048),
     check_loadable=check_heads_divide_width,
     weights=EMBEDDING_AND_HEAD | PRE_NORMS | with_biases(ATTENTION | GATED_FFN),
     ignored_tensors=ROTARY_BUFFERS,

@@ -1,4 +1,4 @@
-"""Llamas with mixtures of experts: Qwen3-MoE, OLMoE."""
+"""Llamas with mixtures of experts: Qwen3-MoE, OLMoE, FlexOlmo."""
 
 from interop.families.llama import (
     ATTENTION,
@@ -7,6 +7,7 @@ from interop.families.llama import (
     GATED_FFN,
     PRE_NORMS,
     QK_NORMS,
+    REORDERED_NORMS,
     llama_fields,
 )
 from interop.families.qwen3_next import DENSE, SPARSE, SPARSE_STEPS
@@ -85,7 +86,27 @@ QWEN3_MOE = Family(
     | with_biases(ATTENTION),
 )
 
-# --- OLMoE ----------------------------------------------------------------------------------------
+# --- OLMoE and FlexOlmo ---------------------------------------------------------------------------
+
+
+def _olmo_fields(experts: int, experts_per_token: int, theta: float) -> tuple[FieldMap, ...]:
+    """What both have, with defaults that differ."""
+    return (
+        field('expert_d_ff', 'intermediate_size', 2048),
+        field('attention_bias', 'attention_bias', False),
+        field('num_experts', 'num_experts', experts),
+        field('experts_per_token', 'num_experts_per_tok', experts_per_token),
+        field('router_normalize', 'norm_topk_prob', False),
+        field('expert_ffn', 'hidden_act', 'silu', {'silu': 'swiglu'}),
+        field('weight_tying', 'tie_word_embeddings', False),
+        constant_option(ffn_type='moe', router_score='softmax', ffn_bias=False),
+        constant_option(qk_norm='rmsnorm', qk_norm_scope='projection'),
+        kv_heads_field(),
+        rope_fields(default_theta=theta),
+    )
+
+
+_OLMO_WEIGHTS = EMBEDDING_AND_HEAD | QK_NORMS | EXPERTS | with_biases(ATTENTION)
 
 OLMOE = Family(
     name='olmoe',
@@ -93,20 +114,24 @@ OLMOE = Family(
     prefix='model.',
     field_maps=(
         *llama_fields(block_size=4096, norm_eps=1e-5),
-        field('expert_d_ff', 'intermediate_size', 2048),
-        field('attention_bias', 'attention_bias', False),
-        field('num_experts', 'num_experts', 64),
-        field('experts_per_token', 'num_experts_per_tok', 8),
-        field('router_normalize', 'norm_topk_prob', False),
-        field('expert_ffn', 'hidden_act', 'silu', {'silu': 'swiglu'}),
-        field('weight_tying', 'tie_word_embeddings', False),
-        constant_option(ffn_type='moe', router_score='softmax', ffn_bias=False),
-        constant_option(qk_norm='rmsnorm', qk_norm_scope='projection'),
+        *_olmo_fields(experts=64, experts_per_token=8, theta=1e4),
         required_field(clip_qkv=None),
         head_size_field(),
-        kv_heads_field(),
-        rope_fields(),
     ),
     aliases={'num_local_experts': 'num_experts'},
-    weights=EMBEDDING_AND_HEAD | PRE_NORMS | QK_NORMS | EXPERTS | with_biases(ATTENTION),
+    weights=_OLMO_WEIGHTS | PRE_NORMS,
+)
+
+FLEX_OLMO = Family(
+    name='flex_olmo',
+    architecture='FlexOlmoForCausalLM',
+    prefix='model.',
+    field_maps=(
+        *llama_fields(block_size=4096),
+        *_olmo_fields(experts=7, experts_per_token=5, theta=5e5),
+        field('head_dim', 'head_dim', None),
+        constant_option(norm_position='reordered'),
+    ),
+    aliases={'num_local_experts': 'num_experts'},
+    weights=_OLMO_WEIGHTS | REORDERED_NORMS,
 )

@@ -263,6 +263,22 @@ BASES = {
     'arcee': _GROUPED,
     'helium': {**_GROUPED, 'head_dim': 8},
     'mpt': {'n_layers': 2, 'n_heads': 4, 'd_model': 32, 'max_seq_len': 16},
+    'flex_olmo': {**SIZES, 'num_key_value_heads': 2, 'num_experts': 4, 'num_experts_per_tok': 2},
+    'cwm': {**_GROUPED, **_MIXED_WINDOWS, 'bos_token_id': 0},  # not optional
+    'ministral': {**_GROUPED, **_MIXED_WINDOWS},
+    'vaultgemma': {**_GROUPED, 'sliding_window': 5, 'query_pre_attn_scalar': 20},
+    'jais2': {**SIZES, 'num_key_value_heads': 2},
+    'persimmon': SIZES,
+    'biogpt': SIZES,
+    'openai-gpt': {'n_layer': 2, 'n_head': 4, 'n_embd': 32, 'n_positions': 16},
+    'youtu': {
+        **SIZES,
+        'num_key_value_heads': 4,
+        **{key: _DEEPSEEK[key] for key in _DEEPSEEK if 'dim' in key or 'rank' in key},
+    },
+    'exaone': _GROUPED,
+    'internlm3': _GROUPED,
+    'iquestcoder': _GROUPED,
     'gpt_bigcode': {'n_layer': 2, 'n_head': 4, 'n_embd': 32, 'n_positions': 16},
     'lfm2': {**_CONVOLUTIONS, 'block_multiple_of': 8},
     'lfm2_moe': {

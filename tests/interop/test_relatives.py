@@ -43,6 +43,29 @@ GPT_BIGCODE = {
     'n_embd': 32,
     'n_positions': 32,
 }
+WINDOW, FULL = 'sliding_attention', 'full_attention'
+MINISTRAL = {'model_type': 'ministral', **GROUPED, 'num_hidden_layers': 4, 'sliding_window': 5}
+CWM = {
+    'model_type': 'cwm',
+    **GROUPED,
+    'num_hidden_layers': 4,
+    'sliding_window': 5,
+    'bos_token_id': 0,
+}
+WITHOUT_GROUPS = {key: size for key, size in SIZES.items() if key != 'num_key_value_heads'}
+PERSIMMON = {'model_type': 'persimmon', **WITHOUT_GROUPS}
+BIOGPT = {'model_type': 'biogpt', **WITHOUT_GROUPS}
+GPT1 = {**GPT_BIGCODE, 'model_type': 'openai-gpt'}
+YOUTU = {
+    'model_type': 'youtu',
+    **SIZES,
+    'num_key_value_heads': 4,
+    'q_lora_rank': 12,
+    'kv_lora_rank': 10,
+    'qk_nope_head_dim': 6,
+    'qk_rope_head_dim': 4,
+    'v_head_dim': 5,
+}
 # The config of transformers, and the letter of each layer that it is read as.
 CASES = {
     'qwen3_moe': (QWEN3_MOE, ''),
@@ -131,6 +154,80 @@ CASES = {
         },
         '',
     ),
+    'flex_olmo': ({**OLMOE, 'model_type': 'flex_olmo'}, ''),
+    'flex_olmo-biases': (
+        {
+            **OLMOE,
+            **YARN,
+            'model_type': 'flex_olmo',
+            'head_dim': 12,
+            'norm_topk_prob': True,
+            'attention_bias': True,
+        },
+        '',
+    ),
+    'ministral': ({**MINISTRAL, 'layer_types': [WINDOW, FULL] * 2}, 'LGLG'),
+    'ministral-windows': ({**MINISTRAL, 'num_key_value_heads': 4, **YARN}, ''),
+    'cwm': (CWM, 'GLLL'),
+    'cwm-biases': (
+        {
+            **CWM,
+            'mlp_bias': True,
+            'tie_word_embeddings': True,
+            'layer_types': [FULL] * 4,
+            'rope_parameters': {'rope_type': 'default', 'rope_theta': 50.0},
+        },
+        '',
+    ),
+    'vaultgemma': (
+        {
+            'model_type': 'vaultgemma',
+            **GROUPED,
+            'query_pre_attn_scalar': 20,
+            'sliding_window': 5,
+            'attn_logit_softcapping': 2.0,
+        },
+        'LG',
+    ),
+    'jais2': ({'model_type': 'jais2', **GROUPED}, ''),
+    'jais2-no-biases': (
+        {
+            'model_type': 'jais2',
+            **SIZES,
+            **YARN,
+            'attention_bias': False,
+            'mlp_bias': False,
+            'hidden_act': 'gelu',
+        },
+        '',
+    ),
+    'persimmon': (PERSIMMON, ''),
+    'persimmon-no-norms': (
+        {**PERSIMMON, 'qk_layernorm': False, 'partial_rotary_factor': 1.0, 'hidden_act': 'gelu'},
+        '',
+    ),
+    'biogpt': (BIOGPT, ''),
+    'biogpt-untied': (
+        {**BIOGPT, 'scale_embedding': False, 'tie_word_embeddings': False, 'hidden_act': 'relu'},
+        '',
+    ),
+    'openai-gpt': (GPT1, ''),
+    'openai-gpt-untied': ({**GPT1, 'afn': 'silu', 'tie_word_embeddings': False}, ''),
+    'youtu': (YOUTU, ''),
+    'youtu-biases': (
+        {
+            **YOUTU,
+            **YARN,
+            'q_lora_rank': None,
+            'attention_bias': True,
+            'tie_word_embeddings': False,
+            'rms_norm_eps': 1e-3,
+        },
+        '',
+    ),
+    'exaone': ({'model_type': 'exaone', **GROUPED, **YARN}, ''),
+    'internlm3': ({'model_type': 'internlm3', **GROUPED, 'qkv_bias': True, 'bias': True}, ''),
+    'iquestcoder': ({'model_type': 'iquestcoder', **GROUPED, 'attention_bias': True}, ''),
     'gpt_bigcode': (GPT_BIGCODE, ''),
     'gpt_bigcode-heads': ({**GPT_BIGCODE, 'multi_query': False, 'n_inner': 40}, ''),
 }
