@@ -17,6 +17,7 @@ from common.pattern_scaling import scaled_pattern
 
 SMALLEST_HEAD = 16  # dimensions, if n_head is not set
 SMALLEST_WINDOW = 16  # tokens
+UNEVEN = 1.6  # how much farther another number of heads may be for heads of a multiple of 8
 
 
 class Published(NamedTuple):
@@ -92,15 +93,21 @@ def _kv_heads(value: int, published: Published, values: dict) -> int:
 def scaled_heads(value: int, published: Published, values: dict) -> int:
     """Heads of attention: both their number and their dimensions grow as √n_embd.
 
-    Of the numbers that divide n_embd into heads of a multiple of 8 dimensions, the nearest.
+    Of the numbers that divide n_embd into heads of an even number of dimensions, the nearest; a
+    multiple of 8 outweighs a factor below UNEVEN.
     """
     width = values['n_embd']
     if width == published.n_embd:
         return value
     wanted = value * math.sqrt(width / published.n_embd)
     divisors = [heads for heads in range(1, width // SMALLEST_HEAD + 1) if width % heads == 0]
-    even = [heads for heads in divisors if width // heads % 8 == 0]
-    return min(even or divisors or [1], key=lambda heads: abs(math.log(heads / wanted)))
+    even = [heads for heads in divisors if width // heads % 2 == 0]
+
+    def distance(heads: int) -> float:
+        uneven = width // heads % 8 != 0
+        return abs(math.log(heads / wanted)) + uneven * math.log(UNEVEN)
+
+    return min(even or divisors or [1], key=distance)
 
 
 def _value_heads(value: int, published: Published, values: dict) -> int:

@@ -600,6 +600,7 @@ def test_train_uses_base_of_study(study_file, run_script):
 @pytest.mark.parametrize(
     ('path', 'baseline'),
     [
+        ('families', 'like=llama'),
         ('gated_ffn', 'ffn_type=standard'),
         ('ladder_glu', 'ffn_type=standard'),
         ('ladder_llama', 'arch_preset=llama'),
@@ -621,4 +622,4 @@ def test_project_studies_can_be_run(path, baseline, tiny_dataset, tmp_path, caps
 
 
 def test_every_project_study_is_tested():
-    assert len(list((PROJECT / 'config/studies').glob('*.py'))) == 9
+    assert len(list((PROJECT / 'config/studies').glob('*.py'))) == 10
