@@ -12,6 +12,7 @@ from interop.families.biased_mixtures import (
     HY_V3,
     QWEN2_MOE,
 )
+from interop.families.cohere import COHERE, COHERE2, MINICPM3
 from interop.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3, YOUTU
 from interop.families.falcon_h1 import FALCON_H1
 from interop.families.gated_deltanet import OLMO_HYBRID, QWEN3_5
@@ -136,6 +137,9 @@ TRANSFORMERS = {
         STABLELM,
         BLOOM,
         FALCON,
+        COHERE,
+        COHERE2,
+        MINICPM3,
     )
 }
 

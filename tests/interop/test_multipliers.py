@@ -63,7 +63,52 @@ FALCON_H1 = {
     'lm_head_multiplier': 0.04,
     **CONSTANTS,
 }
+COHERE = {'model_type': 'cohere', **SIZES, 'logit_scale': 0.25}
+COHERE2 = {
+    **COHERE,
+    'model_type': 'cohere2',
+    'layer_types': ['sliding_attention', 'full_attention'],
+    'sliding_window': 5,
+}
+MINICPM3 = {
+    'model_type': 'minicpm3',
+    **SIZES,
+    'num_key_value_heads': 4,
+    'q_lora_rank': 12,
+    'kv_lora_rank': 10,
+    'qk_nope_head_dim': 6,
+    'qk_rope_head_dim': 4,
+    'v_head_dim': 5,
+    'scale_emb': 3,
+    'dim_model_base': 4,
+}
 CASES = {
+    'cohere': (COHERE, ''),
+    'cohere-options': (
+        {
+            **COHERE,
+            'num_key_value_heads': None,
+            'attention_bias': True,
+            'tie_word_embeddings': False,
+            'layer_norm_eps': 1e-3,
+            'rope_parameters': {'rope_type': 'default', 'rope_theta': 50.0},
+        },
+        '',
+    ),
+    'cohere2': (COHERE2, 'LG'),
+    'minicpm3': (MINICPM3, ''),
+    'minicpm3-options': (
+        {
+            **MINICPM3,
+            'q_lora_rank': None,
+            'scale_depth': None,
+            'dim_model_base': None,
+            'attention_bias': True,
+            'mlp_bias': True,
+            'tie_word_embeddings': False,
+        },
+        '',
+    ),
     'granite': (GRANITE, ''),
     'granite-options': (
         {
@@ -142,6 +187,8 @@ def test_each_constant_of_falcon_h1_is_part_of_the_weights(name, tmp_path):
 
 
 REFUSED = {
+    'use_qk_norm=True is not supported': (COHERE, {'use_qk_norm': True}),
+    'scale_depth=0: must not be 0': (MINICPM3, {'scale_depth': 0}),
     'must equal mamba_proj_bias': (FALCON_H1, {'projectors_bias': True}),
     'ssm_multipliers.*must be 5 numbers': (FALCON_H1, {'ssm_multipliers': [1.0, 2.0]}),
     'mlp_multipliers.*must be a list of finite numbers': (FALCON_H1, {'mlp_multipliers': 'a'}),
