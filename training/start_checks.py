@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from common import hardware
 from common.errors import UserError
 from components.checks import Call, check_form, label, observe_calls, registered_class
+from components.faults import is_foreign
 from inference.generate import eager_blocks
 from model_builder import Transformer, flops_notes
 from model_components import PositionEncoding
@@ -34,6 +35,7 @@ SHORT, LONG = 6, 66  # tokens: for every pair of positions; for chunks of up to 
 # kernels for equal rows may differ (experts of a mixture get different numbers of rows).
 CPU_ROUNDING = 1e-5
 ROUNDING = {'float32': 5e-3, 'bfloat16': 0.05, 'float16': 0.02}  # on a GPU fp32 means TF32
+CACHE_ROUNDING = 1e-3  # chunks and single tokens add in another order
 SMALL = 0.05  # gains and biases below this are replaced, since they could hide a leak
 
 
@@ -107,7 +109,8 @@ def check_model(
         short = runs.compare(_probe(model, min(SHORT, model.config.block_size), device))
         notes = [*runs.mixing_notes(short), *runs.position_notes(short)]
         model.eval()
-        runs.compare(_probe(model, min(LONG, model.config.block_size), device))
+        long = _probe(model, min(LONG, model.config.block_size), device)
+        notes += runs.cache_notes(long, runs.compare(long)[1])
         if model.end_of_text is not None and model.config.block_size > 1:
             runs.compare(_document_probe(model, min(LONG, model.config.block_size), device))
     return notes + flops_notes(model.config)
@@ -264,6 +267,28 @@ class _ProbePasses:
         return [
             'no layer mixes tokens: a prediction depends on the last token alone, not on those '
             'before it.'
+        ]
+
+    def cache_notes(self, probe: Probe, hidden: torch.Tensor) -> list[str]:
+        """A note if users' components compute another output token by token, with a cache.
+
+        hidden: the last hidden states of the probe's tokens, (B, T, C).
+        """
+        components = [known for m in self.model.modules() if (known := registered_class(m))]
+        users = {label(*known) for known in components if is_foreign(known[1])}
+        length = hidden.size(1)
+        if not users or length < 2 or self.model.uncacheable:
+            return []
+        cache, cut = self.model.empty_cache(length), max(1, length - 2)
+        parts = (probe.tokens[:, :cut], *probe.tokens[:, cut:].split(1, dim=1))
+        cached = torch.cat([self.model(part, cache=cache) for part in parts], dim=1)
+        everywhere = probe._replace(unaffected=torch.ones_like(probe.unaffected))
+        if everywhere.gap(hidden, cached) <= max(self.rounding, CACHE_ROUNDING):
+            return []
+        return [
+            f'{", ".join(sorted(users))}: with `cacheable = True`, but the output token by token '
+            f'is not that of the whole sequence, so that generated text would be wrong. Let '
+            f'forward continue from attn_inputs.cache, or set `cacheable = False`.'
         ]
 
     def position_notes(self, short: tuple[list[torch.Tensor], torch.Tensor]) -> list[str]:

@@ -12,13 +12,12 @@ from torch import nn
 from common.errors import UserError
 from components.attention import MultiHeadAttention
 from model_builder import build_model, flops_notes
-from model_components import Activation, Attention, AuxOutput, FeedForward, Initial, Mixer, Norm
+from model_components import Activation, Attention, AuxOutput, FeedForward, Initial, Norm
 from model_config import (
     ACTIVATION_REGISTRY,
     ATTENTION_BACKEND_REGISTRY,
     ATTENTION_REGISTRY,
     FFN_REGISTRY,
-    MIXER_REGISTRY,
     NORM_POSITION_REGISTRY,
     NORM_REGISTRY,
     POSITION_ENCODING_REGISTRY,
@@ -225,27 +224,6 @@ def test_nondeterministic_component_is_reported(register):
         checked(activation='leak')
 
 
-# --- Documents ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize('block_size', [3, 8, 80])
-def test_mixer_that_reads_other_documents_is_named(register, block_size):
-    """A running sum does not begin anew where a document begins; attention does."""
-
-    class Sum(Mixer):
-        tag = 'Sum'
-
-        def forward(self, x, attn_inputs):
-            return x.cumsum(1)
-
-    register(MIXER_REGISTRY, 'sum', Sum)
-    assert checked(mixer='sum', block_size=block_size) == []
-    documents = {'document_mask': True, 'end_of_text': 3, 'block_size': block_size}
-    with pytest.raises(UserError, match=r'Sum\.forward does not keep documents apart'):
-        checked(mixer='attention+sum', **documents)
-    assert checked(mixer='attention+mamba2', **documents) == []
-
-
 # --- Correct models -------------------------------------------------------------------------------
 
 
@@ -265,13 +243,6 @@ def test_every_preset_passes(preset):
     # Its windows are 1/32 of the context, and would be one token.
     context = {'block_size': 64} if preset == 'gemma3' else {}
     assert checked(arch_preset=preset, **sizes, **small, **context) == []
-
-
-def test_model_that_mixes_no_tokens_is_noted():
-    (note,) = checked(mixer='none')
-    assert 'no layer mixes tokens' in note
-    kinds = {'N': {'mixer': 'none'}}
-    assert checked(mixer='short_conv', layer_pattern='NM', layer_kinds=kinds) == []
 
 
 @pytest.mark.parametrize('values', [{'block_size': 1}, {'vocab_size': 1}, {'block_size': 2}])
