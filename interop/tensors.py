@@ -46,7 +46,7 @@ class TensorMap:
     unused_rows: int = 0
     choose_templates: Callable[[ModelArchitectureConfig], tuple[str, ...]] | None = None
     zero_vector: str | None = None
-    layout: Layout | None = None
+    layout: Layout | Callable[[ModelArchitectureConfig], Layout] | None = None
     their_shape: Callable[[ModelArchitectureConfig], tuple[int, ...]] | None = None
     any_split: bool = False
 
@@ -59,6 +59,9 @@ class TensorMap:
     @property
     def is_expert_stack(self) -> bool:
         return '{expert}' in self.templates[0]
+
+    def layout_of(self, config: ModelArchitectureConfig) -> Layout | None:
+        return self.layout(config) if callable(self.layout) else self.layout
 
     def read(self, tensors: list[torch.Tensor], config: ModelArchitectureConfig) -> torch.Tensor:
         """Our parameter from their tensors."""
@@ -78,7 +81,8 @@ class TensorMap:
         tensors = [tensor.T if self.transposed else tensor for tensor in tensors]
         joined = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
         joined = joined[self.unused_rows :]
-        joined = self.layout.read(joined) if self.layout else joined
+        layout = self.layout_of(config)
+        joined = layout.read(joined) if layout else joined
         joined = joined.flatten() if self.their_shape else joined
         if self.row_order:
             joined = joined[self.row_order(config)]
@@ -91,7 +95,8 @@ class TensorMap:
             tensor = (tensor.float() - self.offset).to(tensor.dtype)
         if self.row_order and not tensor.is_meta:  # a meta tensor has only a shape
             tensor = tensor[self.row_order(config).argsort()]
-        tensor = self.layout.write(tensor) if self.layout else tensor
+        layout = self.layout_of(config)
+        tensor = layout.write(tensor) if layout else tensor
         tensor = tensor.view(self.their_shape(config)) if self.their_shape else tensor
         if self.unused_rows:
             tensor = torch.cat((tensor.new_zeros(self.unused_rows, *tensor.shape[1:]), tensor))

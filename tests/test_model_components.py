@@ -293,7 +293,10 @@ def test_multipliers_of_embeddings_and_logits():
     scaled = perturbed_model(config)
     embedded, hidden = plain.token_embedding(tokens), torch.ones(2, 3, 16)
     torch.testing.assert_close(scaled.token_embedding(tokens), 3.0 * embedded)
-    torch.testing.assert_close(scaled.output_head(hidden), 0.25 * plain.output_head(hidden))
+    logits = 0.25 * plain.output_head(hidden)
+    torch.testing.assert_close(scaled.output_head(hidden), logits)
+    capped = perturbed_model(config.replace(logit_softcap=2.0)).output_head(hidden)
+    torch.testing.assert_close(capped, 2.0 * torch.tanh(logits / 2.0))
     expected = F.cross_entropy(scaled(tokens).flatten(0, 1), tokens.flatten(), reduction='sum')
     torch.testing.assert_close(scaled(tokens, tokens)[0], expected)
 

@@ -1,7 +1,10 @@
-"""Command R (without QK norm) and Command R7B of Cohere, and MiniCPM3."""
+"""Command R and Command R7B of Cohere, and MiniCPM3."""
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
+
+import torch
 
 from interop.families.deepseek import LATENT_ATTENTION, latent_kv_heads_field, latent_norm_field
 from interop.families.llama import (
@@ -16,7 +19,7 @@ from interop.families.llama import (
     swiglu_field,
 )
 from interop.fields import Fields
-from interop.layers import options_with
+from interop.layers import num_kv_heads_of, options_with
 from interop.mapping import (
     WINDOW,
     Family,
@@ -28,12 +31,11 @@ from interop.mapping import (
     field,
     kv_heads_field,
     read_layer_types,
-    required_field,
     windows_field,
 )
 from interop.rope import deepseek_rope_fields, rope_fields, rope_in_some_layers
-from interop.rotary_rows import interleaved_rows
-from interop.tensors import TensorMap, tensor, with_biases
+from interop.rotary_rows import interleaved_rows, rows_of_interleaved_head
+from interop.tensors import Layout, TensorMap, tensor, with_biases
 from model_config import ModelArchitectureConfig
 
 # --- Cohere ---------------------------------------------------------------------------------------
@@ -77,13 +79,44 @@ _WEIGHTS = {
     ),
 }
 
+
+def _gains_of_each_head(name: str, heads: Callable[[ModelArchitectureConfig], int]) -> TensorMap:
+    """The weight of a QK norm, (heads, dimensions) in theirs. heads: their number."""
+
+    def layout(config: ModelArchitectureConfig) -> Layout:
+        return Layout(torch.Tensor.flatten, lambda ours: ours.view(heads(config), -1))
+
+    def row_order(config: ModelArchitectureConfig) -> torch.Tensor:
+        rows = torch.arange(heads(config) * config.head_dim).view(-1, config.head_dim)
+        return rows[:, rows_of_interleaved_head(config.head_dim, config.head_dim)].flatten()
+
+    return tensor(f'{LAYER}self_attn.{name}_norm.weight', layout=layout, row_order=row_order)
+
+
+def _read_qk_norm(fields: Fields) -> dict:
+    if fields.take('use_qk_norm', bool, False):
+        return {'qk_norm': 'layernorm_nobias', 'qk_norm_scope': 'each_head'}
+    return {'qk_norm': 'none'}
+
+
+def _write_qk_norm(config: ModelArchitectureConfig) -> dict:
+    return {'use_qk_norm': options_with(config, 'qk_norm').get('qk_norm', 'none') != 'none'}
+
+
 COHERE = Family(
     name='cohere',
     architecture='CohereForCausalLM',
     prefix='model.',
-    # The QK norms of Command R+ have a gain for each dimension of each head.
-    field_maps=(*_FIELDS, rope_fields(default_theta=5e5), required_field(use_qk_norm=False)),
-    weights=_WEIGHTS,
+    field_maps=(
+        *_FIELDS,
+        rope_fields(default_theta=5e5),
+        FieldMap(_read_qk_norm, _write_qk_norm),
+    ),
+    weights=_WEIGHTS
+    | {
+        'blocks.{layer}.attention.q_norm.weight': _gains_of_each_head('q', lambda c: c.n_head),
+        'blocks.{layer}.attention.k_norm.weight': _gains_of_each_head('k', num_kv_heads_of),
+    },
 )
 
 _has_window = all_but_every_nth('sliding_window_pattern', 4)

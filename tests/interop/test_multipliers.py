@@ -95,6 +95,7 @@ CASES = {
         },
         '',
     ),
+    'cohere-qk-norm': ({**COHERE, 'use_qk_norm': True}, ''),
     'cohere2': (COHERE2, 'LG'),
     'minicpm3': (MINICPM3, ''),
     'minicpm3-options': (
@@ -187,7 +188,6 @@ def test_each_constant_of_falcon_h1_is_part_of_the_weights(name, tmp_path):
 
 
 REFUSED = {
-    'use_qk_norm=True is not supported': (COHERE, {'use_qk_norm': True}),
     'scale_depth=0: must not be 0': (MINICPM3, {'scale_depth': 0}),
     'must equal mamba_proj_bias': (FALCON_H1, {'projectors_bias': True}),
     'ssm_multipliers.*must be 5 numbers': (FALCON_H1, {'ssm_multipliers': [1.0, 2.0]}),
