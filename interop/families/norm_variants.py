@@ -30,14 +30,18 @@ from interop.rotary_rows import negated_rows
 from interop.tensors import TensorMap, tensor, with_biases
 from model_config import ModelArchitectureConfig
 
-_SIZES = (
-    field('n_layer', 'num_hidden_layers'),
-    field('n_head', 'num_attention_heads'),
-    field('n_embd', 'hidden_size'),
-    field('block_size', 'max_position_embeddings', 2048),
-    field('vocab_size', 'vocab_size'),
-    export_only(attention_dropout='attention_dropout'),
-)
+
+def _sizes(block_size: int) -> tuple[FieldMap, ...]:
+    return (
+        field('n_layer', 'num_hidden_layers'),
+        field('n_head', 'num_attention_heads'),
+        field('n_embd', 'hidden_size'),
+        field('block_size', 'max_position_embeddings', block_size),
+        field('vocab_size', 'vocab_size'),
+        export_only(attention_dropout='attention_dropout'),
+    )
+
+
 _EMBEDDING = {name: EMBEDDING_AND_HEAD[name] for name in EMBEDDING_AND_HEAD if 'norm' not in name}
 
 # --- OLMo -----------------------------------------------------------------------------------------
@@ -47,7 +51,7 @@ OLMO = Family(
     architecture='OlmoForCausalLM',
     prefix='model.',
     field_maps=(
-        *_SIZES,
+        *_sizes(2048),
         field('d_ff', 'intermediate_size', 11008),
         field('head_dim', 'head_dim', None),
         field('attention_bias', 'attention_bias', False),
@@ -217,7 +221,7 @@ STABLELM = Family(
     architecture='StableLmForCausalLM',
     prefix='model.',
     field_maps=(
-        *_SIZES,
+        *_sizes(4096),
         field('d_ff', 'intermediate_size', 6912),
         field('norm_eps', 'layer_norm_eps', 1e-5),
         field('attention_bias', 'use_qkv_bias', False),

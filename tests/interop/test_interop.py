@@ -337,6 +337,22 @@ def test_missing_package_is_named(llama, monkeypatch):
         interop.open_checkpoint(f'hf:{llama[1]}')
 
 
+# Values in place of defaults that are not legal.
+LEGAL_SIZES = {
+    'recurrent_gemma': {  # whose root is rounded in bfloat16
+        'hidden_size': 4096,
+        'num_attention_heads': 16,
+        'head_dim': 256,
+        'num_key_value_heads': 16,
+        'lru_width': 4096,
+    },
+    'lfm2_moe': {'layer_types': ['conv'] * 32},  # not optional
+    'glm4_moe': {'num_attention_heads': 32},
+    'dots1': {'n_routed_experts': 8, 'n_shared_experts': 1},
+    'granitemoehybrid': {'intermediate_size': 512},
+}
+
+
 @pytest.mark.parametrize('family', interop.TRANSFORMERS)
 def test_missing_fields_have_transformers_defaults(family):
     """A config with all defaults written out equals one with the required fields only."""
@@ -348,14 +364,11 @@ def test_missing_fields_have_transformers_defaults(family):
     legal = {'num_experts_per_tok': 2, 'n_group': 1, 'topk_group': 1, 'moe_intermediate_size': 64}
     legal |= {'moe_shared_expert_intermediate_size': 64}
     full |= {key: value for key, value in legal.items() if key in full}
-    if family == 'recurrent_gemma':  # whose root is rounded in bfloat16
-        full |= {'hidden_size': 4096, 'num_attention_heads': 16, 'head_dim': 256}
-        full |= {'num_key_value_heads': 16, 'lru_width': 4096}
-    full |= {'layer_types': ['conv'] * 32} if family == 'lfm2_moe' else {}  # not optional
+    full |= LEGAL_SIZES.get(family, {})
     needed = ('n_layer', 'n_head', 'n_embd', 'vocab_size', 'num_hidden_layers', 'hidden_size')
     needed += ('n_layers', 'n_heads', 'd_model')  # MPT's names
     needed += ('num_attention_heads', 'intermediate_size', *legal)
-    needed += ('layer_types',) if family == 'lfm2_moe' else ()
+    needed += tuple(LEGAL_SIZES.get(family, ()))
     needed += ('layers_block_type',) if family == 'nemotron_h' else ()  # gives the number of layers
     short = {key: full[key] for key in needed if key in full}
     problems = []
