@@ -144,7 +144,10 @@ def _context(value: int, published: Published, values: dict) -> int:
 
 def _attention_scale(value: float, published: Published, values: dict) -> float:
     """As published relative to 1 / √(dimensions of a query head), or to 1 / dimensions if it is
-    exactly that, as in µP."""
+    exactly that, as in µP. Scores that are not scaled stay so.
+    """
+    if value == 1:
+        return value
     if 'qk_nope_head_dim' in published.options:
         now = _current(values, 'qk_nope_head_dim') + _current(values, 'qk_rope_head_dim')
     else:

@@ -84,6 +84,9 @@ def test_ratios_of_a_known_design():
     assert config.origins['d_ff'] == 'family mistral, as Mistral 7B v0.1'
     gemma = ModelArchitectureConfig(like='gemma2', **{**SIZES, 'n_embd': 128})
     assert gemma.attention_scale == pytest.approx(gemma.head_dim**-0.5)
+    granite = ModelArchitectureConfig(like='granite', **SIZES)
+    assert granite.attention_scale == pytest.approx(1 / granite.head_dim)  # as in µP
+    assert ModelArchitectureConfig(like='gpt_neo', **SIZES).attention_scale == 1  # not scaled
 
 
 def test_single_options_override_a_design():
