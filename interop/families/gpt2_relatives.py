@@ -118,21 +118,26 @@ def _read_attention(fields: Fields) -> dict:
         'alibi': True,
         'alibi_bias_max': 8,
         'attn_type': 'multihead_attention',
-        'clip_qkv': None,
         'prefix_lm': False,
         'qk_ln': False,
     }.items():
         attention.require(name, constant)
     scale = attention.take('softmax_scale', float, optional=True)
+    clip = attention.take('clip_qkv', float, optional=True)
     attention.refuse_unread(frozenset({'attn_impl', 'attn_uses_sequence_id'}))
-    return {'attention_scale': scale}
+    return {'attention_scale': scale, 'qkv_clip': clip or None}  # 0 is off
 
 
 def _write_attention(config: ModelArchitectureConfig) -> dict:
     options = options_with(config, 'attention_scale')
     scale = options.get('attention_scale')
     own = options.get('head_dim') and scale != options['head_dim'] ** -0.5
-    return {'attn_config': {'softmax_scale': scale if own else None}}
+    return {
+        'attn_config': {
+            'softmax_scale': scale if own else None,
+            'clip_qkv': options.get('qkv_clip'),
+        }
+    }
 
 
 _BLOCK = 'transformer.blocks.{layer}.'

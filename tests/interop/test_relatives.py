@@ -149,7 +149,7 @@ CASES = {
             **MPT,
             'n_heads': 6,
             'd_model': 36,
-            'attn_config': {'softmax_scale': 0.3},
+            'attn_config': {'softmax_scale': 0.3, 'clip_qkv': 1.5},
             'tie_word_embeddings': False,
         },
         '',
@@ -242,7 +242,7 @@ def test_logits_gradients_and_texts_are_those_of_transformers(name, tmp_path):
 REFUSED = {
     'clip_qkv=8.0 is not supported; supported: None': (OLMOE, {'clip_qkv': 8.0}),
     'head_dim=16: contradicts 4 heads in a width of 32': (OLMOE, {'head_dim': 16}),
-    'attn_config: clip_qkv=6 is not supported': (MPT, {'attn_config': {'clip_qkv': 6}}),
+    'attn_config: qk_ln=True is not supported': (MPT, {'attn_config': {'qk_ln': True}}),
     'attn_config: alibi=False is not supported': (MPT, {'attn_config': {'alibi': False}}),
     'attn_config: foo=1: an unknown field': (MPT, {'attn_config': {'foo': 1}}),
     'logit_scale=0.5 is not supported': (MPT, {'logit_scale': 0.5}),
