@@ -1,4 +1,4 @@
-"""Counting of the elements that operations write."""
+"""Counting of the elements that operations write, and what custom operators do inside."""
 
 from collections.abc import Callable
 
@@ -9,6 +9,8 @@ from torch.utils.flop_counter import flop_registry
 
 # Elements that a custom operator writes, from its arguments.
 ELEMENT_FORMULAS: dict[OpOverloadPacket, Callable[..., int]] = {}
+# Bytes that a custom operator holds inside beside its results, at most, from its arguments.
+WORKING_MEMORY: dict[OpOverloadPacket, Callable[..., int]] = {}
 
 
 class ElementCounter(TorchDispatchMode):

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from components.element_counter import ELEMENT_FORMULAS
+from components.element_counter import ELEMENT_FORMULAS, WORKING_MEMORY
 
 # Elements of a block's states: the cache of a CPU core holds a few such tensors, and on other
 # devices they fill the machine. A block has at least MIN_TOKENS, as the scan of a sequence keeps
@@ -194,9 +194,10 @@ def _selective_scan(
         number = tokens.start // size
         before = ends[rows, number - 1] if number else initial[rows]
         block = _part((x, dt, inputs, keep), rows, tokens)
-        _, h = _states(block, decay, before)
+        a, h = _states(block, decay, before)
         y[rows, tokens] = _vector_times(outputs[rows, tokens], h)
         ends[rows, number] = h[:, -1]
+        del a, h  # before those of the next block
     return y, ends
 
 
@@ -255,6 +256,7 @@ def _selective_scan_backward(
         g[:, 0].mul_(before)
         grad_dt[rows, tokens] = torch.mul(g, decay, out=a).sum(2).addcmul_(grad_u, block_x)
         grad_decay.add_(g.mul_(block_dt.unsqueeze(2)).sum((0, 1)))
+        del a, h, g  # before those of the next block
     return grad_x, grad_dt, grad_decay, grad_inputs, grad_outputs, carry
 
 
@@ -295,4 +297,22 @@ def _selective_scan_flops(x, dt, decay, *shapes, **unused) -> int:
 ELEMENT_FORMULAS[torch.ops.components.linear_scan] = lambda a, b, initial: 4 * b.numel()
 ELEMENT_FORMULAS[torch.ops.components.selective_scan] = lambda x, dt, decay, *_: (
     6 * x.size(0) * x.size(1) * decay.numel()
+)
+
+
+def _block_bytes(x: torch.Tensor, state: int) -> int:
+    """Bytes of the states of a block of x (B, T, ...); state: elements of one token's state."""
+    rows, tokens = _block_sizes(x.size(0), state, x.device)
+    return rows * min(tokens, x.size(1)) * state * x.element_size()
+
+
+# A scan holds products of links, at all its levels together fewer elements than a block's states.
+# The selective scan holds decays and states too, and gradients of states in the backward pass.
+for _operator in (torch.ops.components.linear_scan, torch.ops.components.linear_scan_backward):
+    WORKING_MEMORY[_operator] = lambda a, *_: _block_bytes(a, a.size(2))
+WORKING_MEMORY[torch.ops.components.selective_scan] = lambda x, dt, decay, *_: (
+    3 * _block_bytes(x, decay.numel())
+)
+WORKING_MEMORY[torch.ops.components.selective_scan_backward] = (
+    lambda grad_y, grad_ends, x, dt, decay, *_: 4 * _block_bytes(x, decay.numel())
 )

@@ -26,8 +26,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from common import hardware
 from common.tensors import storage_of
-from components import attention_backends, cpu_attention
+from components import attention_backends, cpu_attention, scan
 from components import linear_cross_entropy as loss_module
+from components.element_counter import WORKING_MEMORY
 from model_builder import Transformer, parameter_groups
 from model_config import ModelArchitectureConfig
 from optim.step import GuardedOptimizer
@@ -101,6 +102,8 @@ class MemoryTracker(TorchDispatchMode):
         for output in result if isinstance(result, (tuple, list)) else (result,):
             if isinstance(output, torch.Tensor):
                 self._on_allocate(output, MemoryCategory.WEIGHT_COPIES if cast else self.category)
+        if func.overloadpacket in WORKING_MEMORY:
+            self._update_peak(WORKING_MEMORY[func.overloadpacket](*args))
         return result
 
     def _on_allocate(self, tensor: torch.Tensor, category: MemoryCategory) -> None:
@@ -112,8 +115,13 @@ class MemoryTracker(TorchDispatchMode):
         reference = weakref.ref(storage, lambda _: self._on_free(key))
         self.live[key] = reference, size, category, len(self.segments)
         self.allocated[category] += size
-        if self.allocated.sum() > self.peak.sum():
+        self._update_peak()
+
+    def _update_peak(self, working: int = 0) -> None:
+        """working: bytes that an operation holds for its own time, in the current category."""
+        if self.allocated.sum() + working > self.peak.sum():
             self.peak = self.allocated.copy()
+            self.peak[self.category] += working
 
     def _on_free(self, key: int) -> None:
         _, size, category, segment = self.live.pop(key)
@@ -378,6 +386,7 @@ def gpu_kernels(method: loss_module.LossMethod) -> Iterator[None]:
         (vars(cpu_attention), {'supports': lambda q, k: False}),
         (vars(loss_module), {'loss_method': lambda device, compiled: method}),
         (vars(attention_backends), {'fused_attention': fused_flex_attention}),
+        (vars(scan), {'BLOCK_ELEMENTS': {}}),
     ]
     with _replaced(changes):
         yield

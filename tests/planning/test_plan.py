@@ -20,6 +20,7 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from common import gpu_specs, hardware
 from common.errors import UserError
 from components import linear_cross_entropy as loss
+from components.element_counter import WORKING_MEMORY
 from configurator import read_command_line
 from model_builder import Transformer, build_model, count_parameters, training_flops
 from model_config import ModelArchitectureConfig
@@ -118,6 +119,8 @@ def test_planned_memory_matches_training(tmp_path):
     cases += [('ddp', {**SMALL, 'device': 'cpu', 'reduce_dtype': 'bfloat16'}, 1)]
     cases += [('fsdp', {**SMALL, 'device': 'cpu', **case}, 2) for case in OF_FSDP]
     cases += [('fsdp*', {**SMALL, 'device': 'cpu', **OF_FSDP[0], **FLAGS['fsdp*']}, 1)]
+    scans = ('mamba', 'rg_lru')  # custom operators with working memory of their own
+    cases += [('single', {**SMALL, 'device': 'cpu', 'mixer': mixer}, 1) for mixer in scans]
     full_options = []
     for label, options, micro_steps in cases:
         ranks = 1 if label == 'single' else 4
@@ -245,6 +248,15 @@ def test_simulation_skips_equal_loss_chunks(monkeypatch, dtype):
     monkeypatch.setattr(simulation, 'few_chunks', contextlib.nullcontext)
     every = simulated.micro_step(5, [], False)
     assert sizes(few) == sizes(every)
+
+
+def test_scans_use_the_blocks_of_a_gpu():
+    """A sequence of 64 tokens is two blocks on a CPU, and one on a GPU."""
+    x, decay = torch.empty(2, 64, 256), torch.empty(16, 256)
+    working = WORKING_MEMORY[torch.ops.components.selective_scan]
+    with simulation.gpu_kernels(loss.OTHER_METHOD):
+        on_gpu = working(x, x, decay)
+    assert on_gpu == 2 * working(x, x, decay) == 3 * 4 * x.numel() * 16
 
 
 def test_simulation_runs_all_different_blocks():
