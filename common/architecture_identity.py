@@ -70,8 +70,10 @@ def with_neutral_values(options: Mapping) -> dict:
     """The options of a record, which may lack newer ones: those have their neutral values."""
     values = {**NEUTRAL, **options}
     for key, other in NEUTRAL_LIKE.items():
-        if values[key] is None:
-            values[key] = values.get(other)
+        if values[key] is None and other in values:
+            values[key] = values[other]
+        elif values[key] is None:  # a model without attention
+            del values[key]
     return values
 
 

@@ -41,6 +41,7 @@ def test_output_bias_follows_the_others_and_is_then_not_in_the_identity(bias):
     assert config.hash == tiny(attention_bias=bias, attention_output_bias=bias).hash
     assert config.hash != tiny(attention_bias=bias, attention_output_bias=not bias).hash
     assert with_neutral_values(old)['attention_output_bias'] == bias
+    assert 'attention_output_bias' not in with_neutral_values({'mixer': 'mamba2'})
 
 
 # --- Bias of the output head ----------------------------------------------------------------------
