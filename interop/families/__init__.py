@@ -5,6 +5,7 @@ options, and its tensor maps relate their tensors to our parameters, both ways: 
 and exports by the same tables. `{layer}` in a name is the number of the layer.
 """
 
+from interop.families.afmoe import AFMOE
 from interop.families.alibi import BLOOM, FALCON
 from interop.families.biased_mixtures import (
     ERNIE4_5_MOE,
@@ -78,6 +79,7 @@ TRANSFORMERS = {
         SOLAR_OPEN,
         HY_V3,
         EXAONE_MOE,
+        AFMOE,
         SMOLLM3,
         OLMO3,
         EXAONE4,

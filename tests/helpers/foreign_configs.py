@@ -139,6 +139,14 @@ BASES = {
         'num_experts_per_tok': 2,
         'moe_intermediate_size': 16,
     },
+    'afmoe': {
+        **_GROUPED,
+        **_MIXED_WINDOWS,
+        'num_experts': 4,
+        'num_experts_per_tok': 2,
+        'moe_intermediate_size': 16,
+        'mup_enabled': True,
+    },
     'minimax_m2': {**_GROUPED, 'num_local_experts': 4, 'num_experts_per_tok': 2},
     'qwen3_next': {
         **_GROUPED,

@@ -48,6 +48,7 @@ CASES = {
         'AB',
     ),
     'exaone_moe': ({'model_type': 'exaone_moe', **BASES['exaone_moe']}, 'LG'),
+    'afmoe': ({'model_type': 'afmoe', **BASES['afmoe']}, 'LG'),
     'minimax_m2': ({'model_type': 'minimax_m2', **BASES['minimax_m2']}, ''),
     'minimax_m2-partial': (
         {
