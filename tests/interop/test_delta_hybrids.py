@@ -3,7 +3,9 @@
 import pytest
 from helpers import transformers_models as reference
 
+from interop.exporter import convert_config
 from model_builder import build_model, count_parameters
+from model_config import ModelArchitectureConfig
 
 pytestmark = [pytest.mark.optional, pytest.mark.slow, pytest.mark.usefixtures('one_thread')]
 
@@ -183,3 +185,20 @@ def test_published_models_have_their_sizes(name):
     ends = 2 * config.vocab_size * config.n_embd
     numbers = [counted[key] - ends for key in ('total_params', 'active_params')]
     assert tuple(round(number / 1e9) for number in numbers) == billions
+
+
+def test_the_mixer_backend_is_not_exported():
+    """It is an implementation: the fields are those of plain PyTorch."""
+    fields = [
+        convert_config(
+            ModelArchitectureConfig(
+                arch_preset='qwen3_next',
+                n_layer=4,
+                block_size=32,
+                vocab_size=64,
+                layer_kinds={'G': {'mixer_backend': backend}},
+            )
+        ).fields
+        for backend in ('torch', 'fla')
+    ]
+    assert fields[0] == fields[1]
