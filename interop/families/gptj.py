@@ -48,7 +48,7 @@ def _read_rotary_dim(fields: Fields) -> dict:
 
 def _write_rotary_dim(config: ModelArchitectureConfig) -> dict:
     options = options_with(config, 'rope_fraction')
-    if 'rope_fraction' not in options:
+    if 'rope_fraction' not in options or 'head_dim' not in options:
         return {}
     return {'rotary_dim': int(options['head_dim'] * options['rope_fraction'])}
 
