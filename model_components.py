@@ -51,6 +51,7 @@ from components.kv_cache import Cache, LayerCache, MixerState
 from components.latent_attention import LatentAttention
 from components.linear_attention import LinearAttention
 from components.lm_head import IGNORED, OutputHead
+from components.long_rope import LongRopeScaling
 from components.mamba import Mamba
 from components.mamba2 import Mamba2
 from components.mixers import Mixer
@@ -116,6 +117,7 @@ __all__ = [
     'LatentAttention',
     'LayerCache',
     'LinearAttention',
+    'LongRopeScaling',
     'Mamba',
     'Mamba2',
     'Mixer',

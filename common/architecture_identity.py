@@ -23,6 +23,7 @@ NEUTRAL = {
     'head_bias': False,
     'embedding_norm': 'none',
     'qkv_clip': None,
+    'query_scale_growth': None,
     'alibi_scaled': False,
     'qk_norm_position': 'before_rotation',
     'shared_gate': False,

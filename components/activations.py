@@ -1,10 +1,12 @@
 """Activations: element-wise functions of the feed-forward networks."""
 
+import math
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from components.base import Component
+from components.base import Component, Initial, at_least_fp32
 from model_config import ACTIVATION_REGISTRY, ModelArchitectureConfig
 
 
@@ -76,3 +78,35 @@ class LeakyReLU(Activation):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.leaky_relu(x)
+
+
+@ACTIVATION_REGISTRY.register('xielu', source='Huang & Schlag 2024')
+class XIELU(Activation):
+    """α₁ x² + x / 2 if x is above 0, else α₂ (exp(x) - 1 - x) + x / 2, with learned α: α₁ =
+    softplus(a) and α₂ = 1/2 + softplus(b) (Apertus)."""
+
+    tag = 'xIELU'
+    mup_rule = True
+
+    def __init__(self, config: ModelArchitectureConfig):
+        super().__init__(config)
+        self.alpha_positive = nn.Parameter(torch.empty(1))  # before softplus
+        self.alpha_negative = nn.Parameter(torch.empty(1))
+
+    def initial_values(self) -> dict:
+        """α₁ = α₂ = 0.8."""
+        inverse = {alpha: math.log(math.expm1(alpha)) for alpha in (0.8, 0.3)}
+        return {
+            'alpha_positive': Initial.constant(inverse[0.8]),
+            'alpha_negative': Initial.constant(inverse[0.3]),
+        }
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        alpha_positive = F.softplus(self.alpha_positive)
+        alpha_negative = 0.5 + F.softplus(self.alpha_negative)
+        wide = at_least_fp32(x)
+        below = wide.clamp(max=-1e-6)  # where exp cannot overflow, nor 0 · inf be a gradient
+        curved = torch.where(
+            wide > 0, alpha_positive * wide.square(), alpha_negative * (below.expm1() - wide)
+        )
+        return (curved + 0.5 * wide).to(x.dtype)

@@ -15,6 +15,7 @@ from components.canon import canon_layer
 from components.document_mask import DOCUMENT_OPTIONS
 from components.kv_cache import LayerCache
 from components.qk_norm import QK_NORM_OPTIONS, qk_norm_problems, qk_norm_tag, qk_norms
+from components.query_scale import QUERY_SCALE_OPTIONS, query_scale, query_scale_tag
 from model_config import (
     ATTENTION_BACKEND_REGISTRY,
     ATTENTION_REGISTRY,
@@ -266,6 +267,7 @@ class MultiHeadAttention(Attention):
             check=above(0),
         ),
         **QK_NORM_OPTIONS,
+        **QUERY_SCALE_OPTIONS,
         'attention_gate': Option(
             str,
             'none',
@@ -301,7 +303,7 @@ class MultiHeadAttention(Attention):
         (self.q_norm, q_dim), (self.k_norm, k_dim) = qk_norms(config, q_rows, kv_rows)
         self.norm_dims = q_dim, k_dim
         self.norms_rotated = config.get('qk_norm_position') == 'after_rotation'
-        self.qkv_clip = config.get('qkv_clip')
+        self.qkv_clip, self.query_scale = config.get('qkv_clip'), query_scale(config)
         self.first_weight = config.get('value_residual_weight')
         is_learned = config.get('value_residual') == 'learned'
         self.value_lambdas = nn.Parameter(torch.empty(2)) if is_learned else None
@@ -329,7 +331,7 @@ class MultiHeadAttention(Attention):
             tags.append(f'HD{config.head_dim}')
         if config.use_gqa:
             tags.append('MQA' if config.num_kv_heads == 1 else f'GQA{config.num_kv_heads}')
-        tags += filter(None, (qk_norm_tag(config),))
+        tags += filter(None, (qk_norm_tag(config), query_scale_tag(config)))
         if config.get('qkv_clip') is not None:
             tags.append(f'QKVClip{config.qkv_clip:g}')
         if config.get('attention_gate') in GATE_TAGS:
@@ -391,6 +393,8 @@ class MultiHeadAttention(Attention):
         q, k, v = qkv.split(of_heads, dim=-1)
         norms = (q, self.q_norm, self.norm_dims[0]), (k, self.k_norm, self.norm_dims[1])
         q, k = (self.norm_and_rotate(*norm, attn_inputs.rotation).to(v.dtype) for norm in norms)
+        if self.query_scale is not None:
+            q = self.query_scale.scaled(q, attn_inputs.shared.positions)
         if self.replaces_q_and_k:
             v = v.contiguous()  # a view would keep the memory of the replaced q and k
         v = self.split_heads(self.share_values(v, attn_inputs))
@@ -411,7 +415,8 @@ class MultiHeadAttention(Attention):
         return self.split_heads(norm(rotated.unflatten(-1, (-1, dims))))
 
     def shared_inputs(self) -> tuple[str, ...]:
-        return ('first_values',) if self.first_weight is not None else ()
+        shared = ('first_values',) if self.first_weight is not None else ()
+        return shared if self.query_scale is None else (*shared, 'positions')
 
     def share_values(self, v: torch.Tensor, attn_inputs: AttentionInputs) -> torch.Tensor:
         """Values v (B, T, KV heads · D), with those of the first layer if there is a

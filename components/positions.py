@@ -283,7 +283,8 @@ class YarnScaling(ScalingByWavelength):
         'rope_attention_factor': Option(
             float | None,
             None,
-            'Factor of rotated queries and keys; None: 0.1 ln(rope_scaling_factor) + 1',
+            'Factor of rotated queries and keys; None: 0.1 ln(rope_scaling_factor) + 1 with yarn, '
+            '√(1 + ln(rope_scaling_factor) / ln(rope_original_block_size)) with longrope',
             check=above(0),
         ),
         'rope_round_pairs': Option(

@@ -147,6 +147,8 @@ def export(config: ModelArchitectureConfig, weights: dict[str, torch.Tensor], fo
         tensors.update(zip(names, parts, strict=True))
         if zero_vector:
             tensors[zero_vector] = tensor.new_zeros(len(tensor))
+        for constant, value in tensor_map.constants:
+            tensors[constant.format(layer=name.split('.')[1])] = tensor.new_tensor(value)
     header = {
         'architectures': [family.architecture],
         'dtype': str(dtype).removeprefix('torch.'),

@@ -8,6 +8,8 @@ from interop.layers import ABSENT, PerLayer, options_with
 from interop.mapping import FULL, REQUIRED, WINDOW, FieldMap, field, layer_types
 from model_config import ModelArchitectureConfig
 
+_LENGTH = 'original_max_position_embeddings'
+_LISTS = ('long_factor', 'short_factor')  # of numbers; ours are texts
 # For each of our scalings: their key -> (our option, its value if the key is missing).
 _SCALINGS = {
     'linear': {'factor': ('rope_scaling_factor', REQUIRED)},
@@ -25,8 +27,14 @@ _SCALINGS = {
         'attention_factor': ('rope_attention_factor', None),
         'truncate': ('rope_round_pairs', True),
     },
+    'longrope': {
+        'factor': ('rope_scaling_factor', None),
+        'original_max_position_embeddings': ('rope_original_block_size', REQUIRED),
+        'attention_factor': ('rope_attention_factor', None),
+        'long_factor': ('rope_long_factors', REQUIRED),
+        'short_factor': ('rope_short_factors', REQUIRED),
+    },
 }
-_LENGTH = 'original_max_position_embeddings'
 
 
 def rope_fields(
@@ -87,7 +95,12 @@ def _scaling_fields(options: dict) -> dict:
     scaling = _SCALINGS.get(options['rope_scaling'], {})
     return {
         'rope_type': options['rope_scaling'] if scaling else 'default',
-        **{name: options[option] for name, (option, _) in scaling.items()},
+        **{
+            name: [float(number) for number in options[option].split(',')]
+            if name in _LISTS
+            else options[option]
+            for name, (option, _) in scaling.items()
+        },
     }
 
 
@@ -200,6 +213,9 @@ def _read(
     if _LENGTH in scaling and original_length is not None:
         rope_parameters.values[_LENGTH] = original_length
     for key, (option, default) in scaling.items():
+        if key in _LISTS:
+            options[option] = _joined(rope_parameters, key)
+            continue
         missing = key not in rope_parameters or (
             rope_parameters.values[key] is None and default is not REQUIRED
         )
@@ -208,10 +224,23 @@ def _read(
             options[option] = default
         else:
             options |= field(option, key, default).read(rope_parameters)
+    if kind == 'longrope' and options['rope_scaling_factor'] is None:
+        ratio = fields.take('max_position_embeddings', int, 1) / (original_length or 1)
+        options['rope_scaling_factor'] = max(ratio, 1.0)
     if kind == 'yarn':
         _refuse_crossed_bounds(rope_parameters, options)
     _refuse_rest(rope_parameters)
     return {**options, 'rope_scaling': kind}
+
+
+def _joined(rope_parameters: Fields, key: str) -> str:
+    """A list of numbers above 0 as a text; '1' if it is something else, which is refused."""
+    numbers = rope_parameters.value(key)
+    listed = numbers if isinstance(numbers, list) else []
+    if listed and all(type(each) in (int, float) and 0 < each < 1e300 for each in listed):
+        return ','.join(map(repr, map(float, listed)))
+    rope_parameters.refuse(key, 'must be a list of numbers above 0')
+    return '1'
 
 
 def _refuse_rest(rope_parameters: Fields) -> None:

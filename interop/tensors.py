@@ -32,7 +32,8 @@ class TensorMap:
     of their first rows that are unused. zero_vector: a vector of theirs, one number per row, that
     must be zero. layout: of their concatenated tensors. their_shape: that of theirs, if ours
     has the same numbers in one dimension. any_split: files may divide the rows of all tensors in
-    another way than `rows`.
+    another way than `rows`. constants: scalar tensors beside it, the same in all models, which an
+    export writes: template -> value.
 
     The configs that its functions and methods take are those of the parameter's layer.
     """
@@ -49,6 +50,7 @@ class TensorMap:
     layout: Layout | Callable[[ModelArchitectureConfig], Layout] | None = None
     their_shape: Callable[[ModelArchitectureConfig], tuple[int, ...]] | None = None
     any_split: bool = False
+    constants: tuple[tuple[str, float], ...] = ()
 
     def names(self, layer: str | None, config: ModelArchitectureConfig) -> list[str]:
         """Their names in a layer, in the order of `read` and `write`."""

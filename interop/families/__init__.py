@@ -46,6 +46,7 @@ from interop.families.mixtures import FLEX_OLMO, OLMOE, QWEN3_MOE
 from interop.families.nemotron_h import NEMOTRON_H
 from interop.families.norm_variants import HUNYUAN_DENSE, NANOCHAT, OLMO, STABLELM
 from interop.families.opt import OPT
+from interop.families.phi3 import APERTUS, MINISTRAL3, PHI3
 from interop.families.qwen2 import GLM, GLM4, QWEN2, SEED_OSS
 from interop.families.qwen3_next import QWEN3_NEXT
 from interop.families.recurrent_gemma import RECURRENT_GEMMA
@@ -142,6 +143,9 @@ TRANSFORMERS = {
         COHERE,
         COHERE2,
         MINICPM3,
+        PHI3,
+        MINISTRAL3,
+        APERTUS,
     )
 }
 

@@ -1,5 +1,7 @@
 """Small options of attention, norms, head and embedding, computed again in another way."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,7 +12,7 @@ from common.errors import UserError
 from components.attention_inputs import AttentionInputs
 from components.positions import RotaryPositionEncoding
 from model_builder import build_model, count_parameters, parameter_groups
-from model_config import NORM_REGISTRY
+from model_config import ACTIVATION_REGISTRY, NORM_REGISTRY, ROPE_SCALING_REGISTRY
 
 # --- Bias of the attention's output projection ----------------------------------------------------
 
@@ -229,3 +231,122 @@ def test_useless_options_of_qk_norm_are_refused():
         tiny(qk_norm='rmsnorm', qk_norm_position='after_rotation', position_encoding='none')
     with pytest.raises(UserError, match=r'qkv_clip=8.0 .*has no effect'):
         tiny(attention_type='mla', qkv_clip=8.0)
+
+
+# --- Queries that grow with their position --------------------------------------------------------
+
+GROWTH = {'query_scale_growth': 0.7, 'query_scale_length': 3, 'query_scale_offset': 1}
+
+
+@pytest.mark.parametrize('document_mask', [False, True])
+def test_queries_grow_with_their_position(document_mask):
+    documents = {'document_mask': True, 'end_of_text': 3} if document_mask else {}
+    config = tiny(**HEADS, **GROWTH, **documents, block_size=9)
+    model = perturbed_model(config).eval()
+    tokens = torch.tensor([[5, 1, 3, 7, 8, 1, 2, 3, 4]])
+    places = [0, 1, 2, 0, 1, 2, 3, 4, 0] if document_mask else list(range(9))
+    factors = torch.tensor([1 + 0.7 * math.log(1 + (place + 1) // 3) for place in places])
+    taken = []
+    attention = model.blocks[0].attention
+    attend = attention.attend
+
+    def record(q, *rest):
+        taken.append(q)
+        return attend(q, *rest)
+
+    attention.attend = record
+    model(tokens)
+    attention.query_scale = None
+    model(tokens)
+    torch.testing.assert_close(taken[0], taken[1] * factors[:, None])
+    assert factors.unique().numel() > 1
+
+
+def test_growth_of_queries_continues_from_the_cache():
+    config = tiny(**HEADS, **GROWTH, block_size=9)
+    model = perturbed_model(config).eval()
+    tokens = random_tokens(config, batch=2)
+    with torch.no_grad():
+        expected, cache = model(tokens), model.empty_cache(9)
+        pieces = [model(piece, cache=cache) for piece in tokens.split([4, 1, 1, 3], dim=1)]
+    torch.testing.assert_close(torch.cat(pieces, dim=1), expected)
+    assert 'QGrow0.7' in config.name.split('-')
+    plain = tiny(**HEADS, block_size=9)
+    old = {k: v for k, v in plain.to_dict().items() if k not in NEWER}
+    assert plain.hash == hash_of_values(old) != config.hash
+
+
+NEWER = ('query_scale_growth', 'qkv_clip', 'embedding_norm', 'head_bias')
+
+# --- Positions ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('block_size', [16, 8])
+def test_longrope_divides_each_frequency(block_size):
+    config = tiny(
+        position_encoding='rope',
+        head_dim=6,
+        block_size=block_size,
+        rope_scaling='longrope',
+        rope_scaling_factor=4.0,
+        rope_original_block_size=8,
+        rope_long_factors='2,3,50.5',
+        rope_short_factors='1.5',
+    )
+    scaling = ROPE_SCALING_REGISTRY['longrope']
+    factors = torch.tensor([2, 3, 50.5] if block_size == 16 else [1.5] * 3)
+    frequencies = torch.tensor([1.0, 0.1, 0.01])
+    torch.testing.assert_close(scaling.scaled(frequencies, config), frequencies / factors)
+    expected = math.sqrt(1 + math.log(4) / math.log(8))
+    assert scaling.attention_factor(config) == pytest.approx(expected)
+    assert 'RoPE-LongRoPE' in config.name
+
+
+def test_longrope_needs_a_factor_for_each_pair():
+    values = {'position_encoding': 'rope', 'head_dim': 6, 'rope_scaling': 'longrope'}
+    with pytest.raises(UserError, match='rope_long_factors has 2 numbers, but RoPE rotates 3'):
+        tiny(**values, rope_long_factors='2,3')
+    with pytest.raises(UserError, match=r"rope_short_factors='2,x': .*takes numbers above 0"):
+        tiny(**values, rope_short_factors='2,x')
+
+
+def test_alibi_is_scaled_with_the_scores():
+    values = {'position_encoding': 'alibi', 'attention_scale': 0.3}
+    models = [build_model(tiny(**values, alibi_scaled=scaled)) for scaled in (True, False)]
+    positions = torch.arange(5)
+    scaled, plain = (m.position_encoding.prepare(positions, positions).bias for m in models)
+    torch.testing.assert_close(scaled, 0.3 * plain)
+    assert 'ALiBiscaled' in models[0].config.name and plain.any()
+
+
+# --- xIELU ----------------------------------------------------------------------------------------
+
+
+def test_xielu_in_double_precision():
+    activation = ACTIVATION_REGISTRY['xielu'](tiny()).double()
+    positive, negative = activation.alpha_positive, activation.alpha_negative
+    fills = activation.initial_values()
+    for name, parameter in activation.named_parameters():
+        fills[name](parameter.data, None)
+    assert F.softplus(positive).item() == pytest.approx(0.8)
+    assert 0.5 + F.softplus(negative).item() == pytest.approx(0.8)
+    positive.data.fill_(0.4)
+    negative.data.fill_(-0.7)
+    above, below = math.log1p(math.exp(0.4)), 0.5 + math.log1p(math.exp(-0.7))
+    x = torch.tensor([-800.0, -2.0, -0.1, 0.0, 0.1, 2.0], dtype=torch.float64, requires_grad=True)
+    expected = [
+        above * v * v + v / 2 if v > 0 else below * (math.expm1(min(v, -1e-6)) - v) + v / 2
+        for v in x.tolist()
+    ]
+    torch.testing.assert_close(activation(x), torch.tensor(expected, dtype=torch.float64))
+    activation(x).sum().backward()
+    slopes = [2 * above * 0.1 + 0.5, 2 * above * 2 + 0.5]
+    torch.testing.assert_close(x.grad[-2:], torch.tensor(slopes, dtype=torch.float64))
+    assert x.grad.isfinite().all() and activation(x.bfloat16()).dtype == torch.bfloat16
+
+
+def test_xielu_in_a_model_has_two_vectors_in_each_layer():
+    config = tiny(activation='xielu', ffn_type='standard')
+    model = build_model(config, 'cpu', 1)
+    own = [name for name, _ in model.named_parameters() if 'activation' in name]
+    assert len(own) == 2 * config.n_layer and 'xIELU' in config.name

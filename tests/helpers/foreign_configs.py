@@ -257,6 +257,18 @@ BASES = {
     'gptj': {'n_layer': 2, 'n_head': 4, 'n_embd': 32, 'n_positions': 16, 'rotary_dim': 4},
     'codegen': {'n_layer': 2, 'n_head': 4, 'n_embd': 32, 'n_positions': 16, 'rotary_dim': 4},
     'phi': SIZES,
+    'phi3': {**SIZES, 'num_key_value_heads': 2},
+    'ministral3': {
+        **_GROUPED,
+        'rope_parameters': {
+            'rope_type': 'yarn',
+            'rope_theta': 50.0,
+            'factor': 4.0,
+            'original_max_position_embeddings': 8,
+            'llama_4_scaling_beta': 0.5,
+        },
+    },
+    'apertus': {**SIZES, 'num_key_value_heads': 2, 'dtype': 'float32'},
     'olmo': {**SIZES, 'num_key_value_heads': 2},
     'nanochat': {**SIZES, 'num_key_value_heads': 2},
     'hunyuan_v1_dense': _GROUPED,

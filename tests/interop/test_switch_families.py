@@ -127,6 +127,59 @@ CASES = {
         },
         '',
     ),
+    'phi3': ({'model_type': 'phi3', **SIZES, 'sliding_window': 5}, ''),
+    'phi3-long': (
+        {
+            'model_type': 'phi3',
+            **SIZES,
+            'original_max_position_embeddings': 4,
+            'partial_rotary_factor': 0.75,
+            'rope_scaling': {
+                'type': 'longrope',
+                'long_factor': [1.5, 2.0, 9.0],
+                'short_factor': [1.0, 1.1, 1.2],
+            },
+        },
+        '',
+    ),
+    'phi3-short': (
+        {
+            'model_type': 'phi3',
+            **SIZES,
+            'original_max_position_embeddings': 32,
+            'rope_scaling': {
+                'type': 'longrope',
+                'long_factor': [1.5, 2.0, 9.0, 10.0],
+                'short_factor': [1.0, 1.1, 1.2, 2.0],
+            },
+        },
+        '',
+    ),
+    'ministral3': (
+        {
+            'model_type': 'ministral3',
+            **HEADS,
+            'rope_parameters': {
+                **YARN,
+                'original_max_position_embeddings': 8,
+                'mscale': 1.0,
+                'mscale_all_dim': 1.0,
+                'llama_4_scaling_beta': 0.7,
+            },
+        },
+        '',
+    ),
+    'apertus': ({'model_type': 'apertus', **HEADS, 'dtype': 'float32'}, ''),
+    'apertus-biases': (
+        {
+            'model_type': 'apertus',
+            **HEADS,
+            **{'dtype': 'float32', 'attention_bias': True, 'hidden_act': 'relu2'},
+            'rope_parameters': DEFAULT,
+            'tie_word_embeddings': True,
+        },
+        '',
+    ),
     'bloom': ({'model_type': 'bloom', 'n_layer': 2, 'n_head': 4, 'hidden_size': 32}, ''),
     'bloom-entrance': (
         {
