@@ -58,6 +58,16 @@ PRESETS = {
         'dropout': 0.0,
     },
     'llama3': {**_LLAMA, 'rope_theta': 5e5, **_GROUPS_OF_FOUR},
+    'qwen2': {
+        **_LLAMA,
+        'rope_theta': 1e6,
+        'norm_eps': 1e-6,
+        'use_gqa': True,
+        'num_kv_heads': partial(kv_heads_in_groups_of, 7),
+        'attention_bias': True,
+        'attention_output_bias': False,
+        'd_ff': partial(_multiple_of_8, 37 / 7),
+    },
     'qwen3': {
         **_LLAMA,
         'rope_theta': 1e6,
@@ -326,6 +336,10 @@ PRESET_DESCRIPTIONS = {
         "Llama 3 (Grattafiori et al. 2024) with the 8B model's ratios: 4 query heads share "
         'keys and values, FFN 3.5 · n_embd wide. For the long context of Llama 3.1: '
         'rope_scaling=llama3'
+    ),
+    'qwen2': (
+        "Qwen2 (Yang et al. 2024) with the 7B model's ratios: biases of queries, keys and values "
+        'alone, 7 query heads share keys and values, FFN 5.29 · n_embd wide'
     ),
     'qwen3': (
         "Qwen3 (Yang et al. 2025) with the 0.6B model's ratios: heads of 128 dimensions, 2 "

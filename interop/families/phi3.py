@@ -23,6 +23,7 @@ from interop.mapping import (
     export_only,
     field,
     kv_heads_field,
+    required_field,
 )
 from interop.rope import rope_fields
 from interop.tensors import TensorMap, tensor, with_biases
@@ -196,6 +197,7 @@ APERTUS = Family(
         constant_option(
             qk_norm='rmsnorm', qk_norm_scope='head', ffn_type='standard', ffn_bias=False
         ),
+        required_field(qk_norm=True, post_norm=False, mlp_bias=False),  # in released files
         kv_heads_field(),
         _with_default_scaling(
             rope_fields(default_theta=12e6),

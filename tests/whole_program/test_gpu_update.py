@@ -40,6 +40,7 @@ LAUNCHES = {
     'team': 146,
     'mistral': 149,
     'lfm2': 158,
+    'qwen2': 150,
     'qwen3': 189,
     'speedrun': 189,
     'olmo2': 191,
