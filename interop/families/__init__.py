@@ -32,6 +32,7 @@ from interop.families.granite import (
     GRANITE_MOE_SHARED,
     HYPERCLOVAX,
 )
+from interop.families.hunyuan import HUNYUAN_DENSE, HUNYUAN_MOE
 from interop.families.kimi_linear import KIMI_LINEAR
 from interop.families.layernorm_rope import JAIS2, NEMOTRON, PERSIMMON, STARCODER2
 from interop.families.lfm2 import LFM2, LFM2_MOE
@@ -44,7 +45,7 @@ from interop.families.minimax import MINIMAX
 from interop.families.mixed_layers import EXAONE4, MELLUM, OLMO3, SMOLLM3
 from interop.families.mixtures import FLEX_OLMO, OLMOE, QWEN3_MOE
 from interop.families.nemotron_h import NEMOTRON_H
-from interop.families.norm_variants import HUNYUAN_DENSE, NANOCHAT, OLMO, STABLELM
+from interop.families.norm_variants import NANOCHAT, OLMO, STABLELM
 from interop.families.opt import OPT
 from interop.families.phi3 import APERTUS, MINISTRAL3, PHI3
 from interop.families.qwen2 import GLM, GLM4, QWEN2, SEED_OSS
@@ -137,6 +138,7 @@ TRANSFORMERS = {
         OLMO,
         NANOCHAT,
         HUNYUAN_DENSE,
+        HUNYUAN_MOE,
         STABLELM,
         BLOOM,
         FALCON,

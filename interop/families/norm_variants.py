@@ -1,4 +1,4 @@
-"""Families with other norms than Llama's: OLMo, nanochat, Hunyuan, Stable LM."""
+"""Families with other norms than Llama's: OLMo, nanochat, Stable LM."""
 
 from interop.families.llama import (
     ATTENTION,
@@ -25,7 +25,7 @@ from interop.mapping import (
     head_size_field,
     kv_heads_field,
 )
-from interop.rope import read_rope_parameters, rope_fields
+from interop.rope import rope_fields
 from interop.rotary_rows import negated_rows
 from interop.tensors import TensorMap, tensor, with_biases
 from model_config import ModelArchitectureConfig
@@ -108,72 +108,6 @@ NANOCHAT = Family(
     | {
         'blocks.{layer}.ffn.up.weight': tensor(LAYER + 'mlp.fc1.weight'),
         'blocks.{layer}.ffn.down.weight': tensor(LAYER + 'mlp.fc2.weight'),
-    },
-    ignored_tensors=ROTARY_BUFFERS,
-)
-
-# --- Hunyuan --------------------------------------------------------------------------------------
-
-
-def _hunyuan_rope_fields() -> FieldMap:
-    """Rotary positions, of which `rope_type: dynamic` with `alpha` is another theta."""
-    plain = rope_fields()
-
-    def read(fields: Fields) -> dict:
-        rope_parameters = read_rope_parameters(fields)
-        alpha = rope_parameters.take('alpha', float, optional=True)
-        kind = rope_parameters.values.get('rope_type', rope_parameters.values.get('type'))
-        head_dim = fields.take('head_dim', int, optional=True)
-        if kind != 'dynamic' or not alpha:
-            return plain.read(fields)
-        outside = fields.take('rope_theta', float, 10000.0)
-        theta = rope_parameters.take('rope_theta', float, outside)
-        if not head_dim or head_dim <= 2 or alpha < 0 or theta <= 0:
-            fields.refuse('head_dim', 'with alpha, it must be above 2, and alpha and theta above 0')
-            return {}
-        stretched = theta * alpha ** (head_dim / (head_dim - 2))
-        return {'position_encoding': 'rope', 'rope_scaling': 'none', 'rope_theta': stretched}
-
-    return FieldMap(read, plain.write)
-
-
-_HUNYUAN_FIELDS = (
-    *llama_fields(block_size=2048, norm_eps=1e-5),
-    field('head_dim', 'head_dim', None),
-    field('attention_bias', 'attention_bias', False),
-    field('weight_tying', 'tie_word_embeddings', False),
-    constant_option(qk_norm='rmsnorm', qk_norm_scope='head', qk_norm_position='after_rotation'),
-    kv_heads_field(),
-    _hunyuan_rope_fields(),
-)
-HUNYUAN_DENSE = Family(
-    name='hunyuan_v1_dense',
-    architecture='HunYuanDenseV1ForCausalLM',
-    prefix='model.',
-    field_maps=(
-        *_HUNYUAN_FIELDS,
-        field('d_ff', 'intermediate_size', 11008),
-        constant_option(ffn_bias=False),
-        swiglu_field(),
-    ),
-    # In released files; the class does not read them, and the architecture implies some.
-    irrelevant_fields=frozenset(
-        {
-            *('eod_token_id', 'org_vocab_size', 'im_start_id', 'im_end_id', 'im_newline_id'),
-            *('text_start_id', 'text_end_id', 'use_qk_norm', 'use_cla', 'cla_share_factor'),
-            *('attention_head_dim', 'norm_type', 'pool_type', 'add_classification_head'),
-            *('class_num', 'mask_init_id', 'sep_token_id', 'num_media_embeds'),
-        }
-    ),
-    weights=EMBEDDING_AND_HEAD
-    | PRE_NORMS
-    | GATED_FFN
-    | with_biases(ATTENTION)
-    | {
-        'blocks.{layer}.attention.q_norm.weight': tensor(
-            LAYER + 'self_attn.query_layernorm.weight'
-        ),
-        'blocks.{layer}.attention.k_norm.weight': tensor(LAYER + 'self_attn.key_layernorm.weight'),
     },
     ignored_tensors=ROTARY_BUFFERS,
 )

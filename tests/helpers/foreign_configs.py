@@ -272,6 +272,7 @@ BASES = {
     'olmo': {**SIZES, 'num_key_value_heads': 2},
     'nanochat': {**SIZES, 'num_key_value_heads': 2},
     'hunyuan_v1_dense': _GROUPED,
+    'hunyuan_v1_moe': {**_GROUPED, 'num_experts': 4, 'moe_topk': 2},
     'stablelm': {**SIZES, 'num_key_value_heads': 2, 'partial_rotary_factor': 0.5},
     'bloom': {'n_layer': 2, 'n_head': 4, 'hidden_size': 32},
     'falcon': {

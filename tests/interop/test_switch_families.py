@@ -114,6 +114,15 @@ CASES = {
         },
         '',
     ),
+    'hunyuan-experts': (
+        {
+            'model_type': 'hunyuan_v1_moe',
+            **HEADS,
+            **{'num_experts': 4, 'moe_topk': [2, 2]},
+            'rope_parameters': DEFAULT,
+        },
+        '',
+    ),
     'stablelm': ({'model_type': 'stablelm', **SIZES, 'partial_rotary_factor': 0.5}, ''),
     'stablelm-norms': (
         {
