@@ -144,6 +144,7 @@ CASES = {
         '',
     ),
     'mpt': (MPT, ''),
+    'mpt-clip': ({**MPT, 'attn_config': {'clip_qkv': 0.5}}, ''),
     'mpt-6-heads': (
         {
             **MPT,
