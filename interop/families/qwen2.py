@@ -12,8 +12,10 @@ from interop.families.llama import (
     query_key_value_rows,
     swiglu_field,
 )
+from interop.layers import options_with
 from interop.mapping import (
     Family,
+    FieldMap,
     constant_option,
     field,
     kv_heads_field,
@@ -23,6 +25,7 @@ from interop.mapping import (
 from interop.rope import rope_fields
 from interop.rotary_rows import interleaved_rows
 from interop.tensors import TensorMap, tensor, with_biases
+from model_config import ModelArchitectureConfig
 
 QWEN2 = Family(
     name='qwen2',
@@ -49,6 +52,13 @@ QWEN2 = Family(
     ignored_tensors=ROTARY_BUFFERS,
 )
 
+
+def _write_output_bias(config: ModelArchitectureConfig) -> dict:
+    options = options_with(config, 'attention_bias')
+    bias = options.get('attention_output_bias')  # None: as attention_bias
+    return {'attention_out_bias': options.get('attention_bias') if bias is None else bias}
+
+
 SEED_OSS = Family(
     name='seed_oss',
     architecture='SeedOssForCausalLM',
@@ -58,7 +68,9 @@ SEED_OSS = Family(
         field('d_ff', 'intermediate_size', 27648),
         field('head_dim', 'head_dim', 128),
         field('attention_bias', 'attention_bias', True),
-        field('attention_output_bias', 'attention_out_bias', False),
+        FieldMap(
+            field('attention_output_bias', 'attention_out_bias', False).read, _write_output_bias
+        ),
         field('ffn_bias', 'mlp_bias', False),
         field('weight_tying', 'tie_word_embeddings', False),
         kv_heads_field(8),

@@ -222,20 +222,10 @@ CASES = {
     ),
 }
 
-# The model_type of the export, where the first family that can express it is another one.
-EXPORTED_AS = {
-    'seed_oss': 'qwen2',
-    'seed_oss-biases': 'llama',
-    'glm-all': 'qwen2',
-    'codegen': 'gptj',
-}
-
 
 @pytest.mark.parametrize('name', CASES)
 def test_logits_gradients_and_texts_are_those_of_transformers(name, tmp_path):
-    reference.assert_parity(
-        *CASES[name], tmp_path, new_tokens=20, exported_as=EXPORTED_AS.get(name)
-    )
+    reference.assert_parity(*CASES[name], tmp_path, new_tokens=20)
 
 
 # config.json of published models, and their number of parameters as their pages on the Hugging Face
