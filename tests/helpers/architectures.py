@@ -231,10 +231,16 @@ OWN_MIXERS = [
 ]
 
 
+@functools.cache
+def joined_mixers() -> list[str]:
+    """Pairs of mixers that may share a layer without options."""
+    pairs = itertools.combinations(['attention', *OWN_MIXERS], 2)
+    return [mixer for mixer in map('+'.join, pairs) if legal_config({'mixer': mixer})]
+
+
 def any_sublayers(pick: Callable[[Sequence], object]) -> dict:
     """A mixer, two or none, and an FFN or none."""
-    joined = [f'{a}+{b}' for a, b in itertools.combinations(['attention', *OWN_MIXERS], 2)]
-    mixer = pick(['attention', 'none', *OWN_MIXERS, *joined[: len(OWN_MIXERS) + 2]])
+    mixer = pick(['attention', 'none', *OWN_MIXERS, *joined_mixers()[: len(OWN_MIXERS) + 2]])
     networks = values_of('ffn_type', CORE_OPTIONS['ffn_type'])
     return {'mixer': mixer, 'ffn_type': pick(networks + ['none'] * (mixer != 'none'))}
 
