@@ -13,6 +13,7 @@ from pathlib import Path
 if __name__ == '__main__':
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from common.console_output import write_text
 from interop.families import TRANSFORMERS
 
 # By transformers' model_type, what is missing in this project besides a table of weights.
@@ -180,8 +181,8 @@ def count() -> str:
 
 def main() -> None:
     for name in FAMILIES:
-        print(f'{name:22}{status(name)}')
-    print(count())
+        write_text(f'{name:22}{status(name)}')
+    write_text(count())
 
 
 if __name__ == '__main__':

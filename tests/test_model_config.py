@@ -185,6 +185,7 @@ NUMBERS = {
     'rope_fraction': 0.5,
     'multiple_of': 64,
     'num_kv_heads': 1,
+    'qkv_clip': 0.05,
     'logit_softcap': 0.1,
     'embedding_multiplier': 3.0,
     'logit_multiplier': 0.25,
