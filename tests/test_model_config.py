@@ -199,6 +199,7 @@ NUMBERS = {
     'v_head_dim': 5,
     'latent_norm_eps': 0.5,
     'qk_norm_scope': 'projection',
+    'qk_norm_position': 'after_rotation',
     'attention_gate': 'head',
     'value_residual': 'fixed',
     'attention_scale': 3.0,
