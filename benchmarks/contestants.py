@@ -240,7 +240,7 @@ def prepare(request: dict, turns: Turns) -> None:
     def translated(family) -> dict:
         tensors = {}
         for name, tensor in weights():
-            tensor_map, names, _ = interop.tensor_map_of(family, name, config)
+            tensor_map, names = interop.tensor_map_of(family, name, config)
             written = tensor_map.write(tensor.detach(), config)
             tensors.update((n, t.contiguous()) for n, t in zip(names, written))
         return tensors

@@ -142,11 +142,9 @@ def export(config: ModelArchitectureConfig, weights: dict[str, torch.Tensor], fo
     }
     tensors: dict[str, torch.Tensor] = {}
     for name, tensor in (weights | biases).items():
-        tensor_map, names, zero_vector = tensor_map_of(family, name, variant)
+        tensor_map, names = tensor_map_of(family, name, variant)
         parts = tensor_map.write(tensor.detach(), layer_config(variant, name))
         tensors.update(zip(names, parts, strict=True))
-        if zero_vector:
-            tensors[zero_vector] = tensor.new_zeros(len(tensor))
         for constant, value in tensor_map.constants:
             tensors[constant.format(layer=name.split('.')[1])] = tensor.new_tensor(value)
     header = {

@@ -108,15 +108,13 @@ class PretrainedCheckpoint:
             raise UserError(*(f'{self.name}: {problem}' for problem in error.problems)) from error
         tensor_maps: dict[str, tuple[TensorMap, list[str]]] = {}
         shapes: dict[str, tuple[int, ...]] = {}
-        zero_vectors = set()
         for name, parameter in parameters.items():
-            tensor_map, names, zero_vector = tensor_map_of(self.family, name, config)
+            tensor_map, names = tensor_map_of(self.family, name, config)
             names = [self._stored_name(tensor_name) for tensor_name in names]
             tensor_maps[name] = tensor_map, names
             parts = tensor_map.write(parameter.detach(), layer_config(config, name))
             shapes.update((key, tuple(part.shape)) for key, part in zip(names, parts, strict=True))
-            zero_vectors.add(zero_vector)
-        self._check_names(shapes, zero_vectors, config)
+        self._check_names(shapes, config)
         divided = {
             key
             for tensor_map, names in tensor_maps.values()
@@ -139,13 +137,9 @@ class PretrainedCheckpoint:
                     f'{len(self.tensors)} tensors.'
                 )
 
-    def _check_names(
-        self, shapes: dict, zero_vectors: set, config: ModelArchitectureConfig
-    ) -> None:
+    def _check_names(self, shapes: dict, config: ModelArchitectureConfig) -> None:
         missing = [name for name in shapes if name not in self.tensors]
-        zeros = zero_vectors & self.tensors.keys()
-        nonzero = sorted(name for name in zeros if self.tensors[name].read().any())
-        known = shapes.keys() | zeros
+        known = set(shapes)
         if config.weight_tying:
             known |= {self._stored_name(name) for name in self._head_templates}
         unknown = [
@@ -153,7 +147,7 @@ class PretrainedCheckpoint:
             for name in self.tensors.keys() - known
             if not re.search(self.family.ignored_tensors, name)
         ]
-        if missing or unknown or nonzero:
+        if missing or unknown:
             raise UserError(
                 *(f'{self.name} has no tensor {name!r}.' for name in missing[:MAX_NAMED]),
                 *(
@@ -161,7 +155,6 @@ class PretrainedCheckpoint:
                     f'{self.family.architecture} with its config.'
                     for name in sorted(unknown)[:MAX_NAMED]
                 ),
-                *(f'{self.name}: {name} must be zero, and is not.' for name in nonzero[:1]),
             )
 
     def _check_shapes(self, shapes: dict[str, tuple[int, ...]], divided: set[str]) -> None:
@@ -215,16 +208,15 @@ class PretrainedCheckpoint:
 
 def tensor_map_of(
     family: Family, name: str, config: ModelArchitectureConfig
-) -> tuple[TensorMap, list[str], str | None]:
-    """The map of a parameter, the names of its tensors, and of vectors that must be zero.
+) -> tuple[TensorMap, list[str]]:
+    """The map of a parameter, and the names of its tensors.
 
     Raises KeyError if the family has no such parameter.
     """
     layer = re.match(r'blocks\.(\d+)\.', name)
     tensor_map = family.weights[re.sub(r'^blocks\.\d+\.', 'blocks.{layer}.', name)]
     number = layer and layer[1]
-    zeros = tensor_map.zero_vector and tensor_map.zero_vector.format(layer=number)
-    return tensor_map, tensor_map.names(number, layer_config(config, name)), zeros
+    return tensor_map, tensor_map.names(number, layer_config(config, name))
 
 
 # --------------------------------------------------------------------------------------------------

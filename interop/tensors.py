@@ -29,11 +29,10 @@ class TensorMap:
     config that returns the templates. rows: our rows per tensor; None: equally many. transposed:
     theirs are (in, out). row_order: our row i is their row row_order[i]. offset: ours = theirs +
     offset. resize: applied to an embedding of another length when it is read. unused_rows: number
-    of their first rows that are unused. zero_vector: a vector of theirs, one number per row, that
-    must be zero. layout: of their concatenated tensors. their_shape: that of theirs, if ours
-    has the same numbers in one dimension. any_split: files may divide the rows of all tensors in
-    another way than `rows`. constants: scalar tensors beside it, the same in all models, which an
-    export writes: template -> value.
+    of their first rows that are unused. layout: of their concatenated tensors. their_shape: that of
+    theirs, if ours has the same numbers in one dimension. any_split: files may divide the rows of
+    all tensors in another way than `rows`. constants: scalar tensors beside it, the same in all
+    models, which an export writes: template -> value.
 
     The configs that its functions and methods take are those of the parameter's layer.
     """
@@ -46,7 +45,6 @@ class TensorMap:
     resize: Callable[[torch.Tensor, ModelArchitectureConfig], torch.Tensor] | None = None
     unused_rows: int = 0
     choose_templates: Callable[[ModelArchitectureConfig], tuple[str, ...]] | None = None
-    zero_vector: str | None = None
     layout: Layout | Callable[[ModelArchitectureConfig], Layout] | None = None
     their_shape: Callable[[ModelArchitectureConfig], tuple[int, ...]] | None = None
     any_split: bool = False

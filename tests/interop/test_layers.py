@@ -161,7 +161,7 @@ def test_tensors_have_the_sizes_of_their_layer():
     family = interop.TRANSFORMERS['llama']
     rows = {}
     for name, parameter in build_model(config, 'cpu').named_parameters():
-        tensor_map, names, _ = interop.tensor_map_of(family, name, config)
+        tensor_map, names = interop.tensor_map_of(family, name, config)
         layer = interop.layer_config(config, name)
         parts = tensor_map.write(parameter, layer)
         assert torch.equal(tensor_map.read(parts, layer), parameter)
