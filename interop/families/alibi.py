@@ -172,7 +172,7 @@ FALCON = Family(
                 'd_ff': fields.take('ffn_hidden_size', int, optional=True)
                 or 4 * fields.take('hidden_size', int, 4544)
             },
-            lambda config: {'ffn_hidden_size': options_with(config, 'd_ff')['d_ff']},
+            lambda config: {'ffn_hidden_size': options_with(config, 'd_ff').get('d_ff')},
         ),
         field('block_size', 'max_position_embeddings', 2048),
         field('vocab_size', 'vocab_size'),
