@@ -13,11 +13,11 @@ attention_backend = None  # depends on the device and the architecture
 # none, learned_absolute, sinusoidal, rope, alibi, t5_relative
 position_encoding = 'rope'
 rope_theta = 10000.0  # for rope
-# layernorm, layernorm_nobias, rmsnorm, dyt, none
+# layernorm, layernorm_nobias, layernorm_nogain, rmsnorm, rmsnorm_nogain, dyt, none
 normalization = 'rmsnorm'
-# standard, swiglu, geglu, reglu, glu, bilinear, none, moe
+# standard, swiglu, clamped_swiglu, geglu, reglu, glu, bilinear, none, moe
 ffn_type = 'standard'
-# gelu, gelu_tanh, silu, relu, relu2, leaky_relu
+# gelu, gelu_tanh, silu, relu, relu2, leaky_relu, xielu
 activation = 'gelu'  # for ffn_type = 'standard'
 # pre, post, entrance, sandwich, reordered, parallel
 norm_position = 'pre'

@@ -198,6 +198,7 @@ NUMBERS = {
     'qk_rope_head_dim': 4,
     'v_head_dim': 5,
     'latent_norm_eps': 0.5,
+    'query_scale_growth': 0.5,
     'qk_norm_scope': 'projection',
     'qk_norm_position': 'after_rotation',
     'attention_gate': 'head',
@@ -223,6 +224,9 @@ NUMBERS = {
 # Options that must be set together with a value.
 COMPANIONS = {
     ('use_gqa', True): {'num_kv_heads': 1},
+    ('query_scale_growth', 0.5): {'query_scale_length': 2},
+    # It commutes with a rotation if its weights are 1.
+    ('qk_norm_position', 'after_rotation'): {'qk_norm': 'layernorm'},
     ('attention_backend', 'flex'): {'attention_dropout': 0.0},
     ('document_mask', True): {'end_of_text': 3},
     ('layer_pattern', 'AB'): {'layer_kinds': {'A': {'attention_scale': 2.0}}},

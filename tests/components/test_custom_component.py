@@ -94,7 +94,8 @@ def test_component_option_is_checked(config, train):
     assert 'unknown option --norm_powr. Did you mean norm_power?' in wrong
     assert 'norm_power=2.0 (command line) has no effect' in wrong
     assert "it needs qk_norm='power_norm', or normalization='power_norm'" in wrong
-    assert 'Remove norm_power or change qk_norm or normalization.' in wrong
+    changes = 'qk_norm or normalization or embedding_norm'
+    assert f'Remove norm_power or change {changes}.' in wrong
     left = train(config, '--normalization=rmsnorm', '--print_config').stdout
     assert f'dropped: norm_power=3.0 ({config})' in left
 
