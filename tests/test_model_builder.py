@@ -235,7 +235,8 @@ def test_parameters_are_counted_and_grouped_once(chosen):
     }.get(config.position_encoding, 0)
     assert counted['components']['token_embedding'] == table
     assert counted['components'].get('position_encoding', 0) == positions
-    assert counted['components'].get('output_head', 0) == (0 if config.weight_tying else table)
+    head = (0 if config.weight_tying else table) + config.vocab_size * config.head_bias
+    assert counted['components'].get('output_head', 0) == head
     assert counted['components']['attention'] == sum(
         sizes[id(p)]
         for block in model.blocks
