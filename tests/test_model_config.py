@@ -351,7 +351,7 @@ def test_origins_of_values():
         {'arch_preset': 'llama', 'n_layer': 4, 'n_embd': 96},
         {'n_layer': 6, 'normalization': 'rmsnorm'},
     )
-    assert problems == [] and config.origins.keys() == {'arch_preset', *config.to_dict()}
+    assert problems == [] and config.origins.keys() == {'arch_preset', 'like', *config.to_dict()}
     expected = {
         'arch_preset': 'level 1',
         'n_layer': 'level 2',
