@@ -190,8 +190,9 @@ class DeltaRuleMixer(Mixer):
         outputs = []
         by_token = mixed, beta, self.log_decay(decay), starts
         by_kernel = runs_here(self.kernel, mixed, cache, starts)
-        sizes = [mixed.size(1)] if by_kernel else _segment_sizes(mixed.size(1))
-        for segment in zip(*(_segments(x, sizes) for x in by_token)):
+        tokens = mixed.size(1)
+        size = tokens if by_kernel else SEGMENT
+        for segment in zip(*(_segments(x, tokens, size) for x in by_token)):
             y, state = recomputed(self.apply_rule, *segment, state, by_kernel)
             outputs.append(y)
         if cache is not None:
@@ -253,9 +254,9 @@ def _segment_sizes(tokens: int) -> list[int]:
     return [SEGMENT] * whole + [rest] * (rest > 0)
 
 
-def _segments(x: torch.Tensor | None, sizes: list[int]) -> Sequence[torch.Tensor | None]:
-    """Segments of x (B, T, ...)."""
-    return [None] * len(sizes) if x is None else x.split(sizes, dim=1)
+def _segments(x: torch.Tensor | None, tokens: int, size: int) -> Sequence[torch.Tensor | None]:
+    """Segments of x (B, tokens, ...), of `size` tokens each; the last one may be shorter."""
+    return [None] * -(-tokens // size) if x is None else x.split(size, dim=1)
 
 
 def _normalized(x: torch.Tensor, length: float = 1.0) -> torch.Tensor:

@@ -41,6 +41,7 @@ BACKENDS = {
     'mistral': ('sdpa', 'flex'),
     'gemma3': ('sdpa', 'flex'),
     'olmo3': ('sdpa', 'flex'),
+    'gpt_oss': ('manual', 'flex'),
     'mamba': (None, None),
     'mamba2': (None, None),
 }

@@ -55,7 +55,7 @@ ILLEGAL = [
     ),
     (
         {'mixer': 'mamba2', 'mamba2_width': 96, 'mamba2_head_dim': 36},
-        ['mamba2_head_dim=36', 'mamba2_width=96', 'such as 12'],
+        ['mamba2_head_dim=36', 'mamba2_width=96', 'such as 32'],
     ),
     (
         {'mixer': 'mamba', 'mamba_norm': 'weighted', 'mamba_dt_rank': 1},

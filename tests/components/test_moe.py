@@ -163,7 +163,7 @@ def test_load_balance_loss_matches_transformers(chosen):
     x = some_input()
     logits = torch.nn.functional.linear(x, ours.router.weight).flatten(0, 1)
     theirs = load_balancing_loss_func((logits,), ours.num_experts, chosen)
-    loss, readings = ours(x)[1]
+    loss, readings, _ = ours(x)[1]
     torch.testing.assert_close(readings['load_balance_loss'], theirs)
     torch.testing.assert_close(loss, 0.5 * theirs)
     (expected,) = torch.autograd.grad(theirs, ours.router.weight)
@@ -174,7 +174,7 @@ def test_load_balance_loss_matches_transformers(chosen):
 def test_router_z_loss_formula():
     ours = mixture(load_balance_weight=0.0, router_z_loss=0.25)
     x = some_input()
-    loss, readings = ours(x)[1]
+    loss, readings, _ = ours(x)[1]
     rows = (x.flatten(0, 1).double() @ ours.router.weight.double().T).tolist()
     z = sum(math.log(sum(math.exp(v) for v in row)) ** 2 for row in rows) / len(rows)
     assert readings['router_z_loss'].item() == pytest.approx(z, rel=1e-5)

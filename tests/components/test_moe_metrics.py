@@ -60,10 +60,10 @@ def trained(tiny_dataset, tmp_path_factory):
     """A run of five iterations, and the router logits of each training pass."""
     router_logits, aux_output = [], MixtureOfExperts.aux_output
 
-    def recorded(self, logits, *others):
+    def recorded(self, routing, *others):
         if self.training and torch.is_grad_enabled():  # not in the check at the start
-            router_logits.append(logits.detach())
-        return aux_output(self, logits, *others)
+            router_logits.append(routing.logits.detach())
+        return aux_output(self, routing, *others)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(MixtureOfExperts, 'aux_output', recorded)

@@ -702,8 +702,8 @@ def test_initialization_is_not_exported(values):
         ({'activation': 'leaky_relu'}, "architecture: activation='leaky_relu'"),
         ({'logit_softcap': 3.0}, 'architecture: logit_softcap=3.0'),
         ({'initialization': 'mup'}, "architecture: initialization='mup'"),
-        ({'arch_preset': 'llama', 'normalization': 'layernorm'}, "normalization='layernorm'"),
-        ({'arch_preset': 'mistral', 'rope_fraction': 0.5}, 'rope_fraction=0.5'),
+        ({'arch_preset': 'llama', 'normalization': 'dyt'}, "normalization='dyt'"),
+        ({'arch_preset': 'mistral', 'ffn_type': 'bilinear'}, "ffn_type='bilinear'"),
     ],
 )
 def test_inexpressible_options_are_named(values, message, tmp_path):

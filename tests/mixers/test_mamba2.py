@@ -229,8 +229,8 @@ def test_derived_sizes(values, expected):
 @pytest.mark.parametrize(
     ('values', 'problem'),
     [
-        ({'mamba2_head_dim': 6}, 'mamba2_width=32. Set a --mamba2_head_dim that does, such as 2'),
-        ({'mamba2_groups': 6}, 'the 8 heads, .* such as --mamba2_groups=2'),
+        ({'mamba2_head_dim': 6}, 'mamba2_width=32. Set a --mamba2_head_dim that does, such as 4'),
+        ({'mamba2_groups': 6}, 'the 8 heads, .* such as --mamba2_groups=4'),
         ({'mamba2_dt_min': 0.2, 'mamba2_dt_max': 0.1}, 'mamba2_dt_max=0.1 is below .*=0.2'),
         ({'mamba2_norm': False, 'mamba2_norm_first': True}, 'mamba2_norm_first'),
     ],
