@@ -140,8 +140,9 @@ class Transformer(nn.Module):
         for encoding in self.position_encodings:
             x = encoding.embed(x, doc_positions)
         x = self.dropout(x)
-        entries = {'tokens': tokens, 'x0': x, 'positions': doc_positions}
-        aux_outputs, shared = [], shared_inputs(self.blocks, **entries)
+        # No name for x0, which would keep it in memory if no block asks for it.
+        shared = shared_inputs(self.blocks, tokens=tokens, x0=x, positions=doc_positions)
+        aux_outputs = []
         for block, block_inputs in zip(self.blocks, attn_inputs):
             x, aux, shared = run_block(block, x, block_inputs, shared)
             aux_outputs.append(aux)

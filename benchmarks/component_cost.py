@@ -70,6 +70,8 @@ def variants(options: dict[str, Option], default: dict) -> list[dict]:
     switched = {key for change in numbers for key in change}
     changes = []
     for key, option in options.items():
+        if key == 'mixer_backend':  # kernels of CUDA
+            continue
         if isinstance(option.choices, Registry):
             values = list(option.choices)
         elif option.base_type is bool and key in architecture_options() and key not in switched:

@@ -45,6 +45,14 @@ ILLEGAL = [
     ),
     ({**ROPE, 'rope_scaling': 'yarn', 'rope_theta': 1.0}, ['rope_theta=1', 'above 1']),
     (
+        {**ROPE, 'rope_scaling': 'longrope', 'rope_long_factors': '1,2,3'},
+        ['rope_long_factors has 3 numbers', '32 pairs'],
+    ),
+    (
+        {'mixer': 'deltanet', 'mixer_backend': 'mamba_ssm'},
+        ["mixer_backend='mamba_ssm'", "mixer='deltanet'", '--mixer_backend=torch or fla'],
+    ),
+    (
         {'position_encoding': 't5_relative', 't5_buckets': 64, 't5_max_distance': 32},
         ['t5_max_distance=32', 't5_buckets=64', '--t5_max_distance=256'],
     ),

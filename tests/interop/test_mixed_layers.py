@@ -110,7 +110,7 @@ def test_logits_gradients_and_texts_are_those_of_transformers(name, tmp_path):
 
 def test_layers_that_no_family_can_express_are_named():
     config = tiny(arch_preset='smollm3', layer_kinds={'N': {'position_encoding': 'alibi'}})
-    with pytest.raises(UserError, match=r"architecture: position_encoding='alibi' in layers N\. "):
+    with pytest.raises(UserError, match=r"architecture: position_encoding='alibi' in layers N, "):
         interop.convert_config(config.replace(n_layer=4))
 
 

@@ -11,7 +11,7 @@ from configurator import flatten
 from training.command_help import ESSENTIAL_OPTIONS, training_help
 from training_config import schema
 
-OVERVIEW_LINES = 50
+OVERVIEW_LINES = 54
 STUDY_OVERVIEW_LINES = 50
 
 
