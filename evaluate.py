@@ -4,8 +4,8 @@
     python evaluate.py --out_dir=out-llama --choices=items.jsonl --json=results.json
     python evaluate.py --out_dir=out-llama --make_choices=items.jsonl
 
---text: every token but the first is scored once, in overlapping windows of block_size tokens, with
-more than block_size - stride tokens of context where the text has them.
+--text: every token but the first is scored once, in overlapping windows of --context tokens, with
+more than context - stride tokens before it where the text has them.
 
 --choices: each line is an item, {"context": "The capital of France is", "choices": [" Paris",
 " Rome"], "answer": 0}. A choice is appended to the context unchanged, so it includes its leading
@@ -63,7 +63,12 @@ ARGUMENTS = {
         'New file of items made from the validation text', Path, settings={'metavar': 'FILE'}
     ),
     'num_items': Argument('Number of items of --make_choices (default 200)', int, 200, low=1),
-    'stride': Argument('Tokens scored per window (default: half of block_size)', int, low=1),
+    'context': Argument(
+        'Length of the windows of --text in tokens, also beyond block_size (default: block_size)',
+        int,
+        low=1,
+    ),
+    'stride': Argument('Tokens scored per window (default: half of the context)', int, low=1),
     'batch_size': Argument('Sequences per batch (default: depends on their length)', int, low=1),
     'json': Argument(
         'File for the results, including those of each item', Path, settings={'metavar': 'FILE'}
@@ -110,9 +115,11 @@ def main(argv: list[str]) -> int:
     checkpoint, state = find_checkpoint(options.out_dir, options.run)
     config = load_architecture(checkpoint)
     tokenizer, _ = load_tokenizer(checkpoint)
-    stride = options.stride or max(1, config.block_size // 2)
-    if stride > config.block_size:
-        raise UserError(f'--stride={stride}: must be at most block_size={config.block_size}.')
+    context = options.context or config.block_size
+    stride = options.stride or max(1, context // 2)
+    if stride > context:
+        limit = f'--context={context}' if options.context else f'block_size={context}'
+        raise UserError(f'--stride={stride}: must be at most {limit}.')
     if options.make_choices:
         make_choices(options.make_choices, checkpoint, tokenizer, options.num_items)
     texts = {path: read_tokens(path, tokenizer) for path in options.text}
@@ -120,9 +127,14 @@ def main(argv: list[str]) -> int:
     items = {path: read_items(path, tokenizer, config.block_size) for path in paths}
 
     model = load_model(checkpoint, state, device).eval()
+    if model.max_length is not None and context > model.max_length:
+        raise UserError(
+            f'--context={context}: the model has positions for {model.max_length} tokens only. Set '
+            f'at most --context={model.max_length}.'
+        )
     scorer = Scorer(model, device, dtype, options.batch_size)
     text_results = [
-        score_text(scorer, path, text, tokenizer, stride) for path, text in texts.items()
+        score_text(scorer, path, text, tokenizer, context, stride) for path, text in texts.items()
     ]
     choice_results = [score_items(scorer, path, questions) for path, questions in items.items()]
     results = {
@@ -131,6 +143,7 @@ def main(argv: list[str]) -> int:
         'iter': checkpoint.iter,
         'dtype': dtype,
         'block_size': config.block_size,
+        'context': context,
         'stride': stride,
         'text': [asdict(result) for result in text_results],
         'choices': [asdict(result) for result in choice_results],

@@ -101,22 +101,22 @@ class TextResult:
     windows: int
 
 
-def windows(tokens: np.ndarray, block_size: int, stride: int) -> Iterator[TokenSpan]:
+def windows(tokens: np.ndarray, context: int, stride: int) -> Iterator[TokenSpan]:
     """Windows that score every token but the first once, `stride` tokens per window after the
     first window."""
     done = 1
     while done < len(tokens):
-        end = min(done + (block_size if done == 1 else stride), len(tokens))
-        start = max(0, end - block_size - 1)
+        end = min(done + (context if done == 1 else stride), len(tokens))
+        start = max(0, end - context - 1)
         yield TokenSpan(tokens[start:end], end - done)
         done = end
 
 
 def score_text(
-    scorer: Scorer, path: Path, tokens: np.ndarray, tokenizer: Tokenizer, stride: int
+    scorer: Scorer, path: Path, tokens: np.ndarray, tokenizer: Tokenizer, context: int, stride: int
 ) -> TextResult:
-    """Score a text with overlapping windows. Raises UserError."""
-    spans = list(windows(tokens, scorer.model.config.block_size, stride))
+    """Score a text with overlapping windows of `context` tokens. Raises UserError."""
+    spans = list(windows(tokens, context, stride))
     nats = scorer.nats(spans, path.name)
     sizes = [
         sum(len(tokenizer.token_bytes(t)) for t in span.tokens[-span.scored :]) for span in spans

@@ -63,15 +63,15 @@ def results(tmp_path, *arguments) -> dict:
 
 
 @torch.no_grad()
-def nats_one_by_one(model, tokens, stride) -> list[float]:
+def nats_one_by_one(model, tokens, stride, context=BLOCK_SIZE) -> list[float]:
     """Compute the loss of each token but the first in a separate forward pass."""
     losses = []
     for i in range(1, len(tokens)):
         # The first window scores all its tokens; each later one scores its last `stride` tokens.
-        size = BLOCK_SIZE + 1
+        size = context + 1
         end = size if i < size else min(size + stride * ((i - size) // stride + 1), len(tokens))
-        start = max(0, end - BLOCK_SIZE - 1)
-        assert i < size or i - start > BLOCK_SIZE - stride
+        start = max(0, end - context - 1)
+        assert i < size or i - start > context - stride
         logits = model(torch.tensor([tokens[start:i]]))[0, -1]
         losses.append(-logits.double().log_softmax(-1)[tokens[i]].item())
     return losses
@@ -89,6 +89,24 @@ def test_bits_per_byte_matches_pass_per_token(of_bytes, text, tmp_path, stride):
     assert result['tokens'] == result['bytes'] == len(tokens) - 1
     assert result['bits_per_byte'] == pytest.approx(np.mean(nats) / math.log(2), rel=1e-6)
     assert result['perplexity'] == pytest.approx(math.exp(np.mean(nats)), rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('context', [2 * BLOCK_SIZE + 3, 5])
+def test_bits_per_byte_of_another_context(of_bytes, text, tmp_path, context):
+    """Also longer than in training."""
+    out_dir, model = of_bytes
+    options = [f'--out_dir={out_dir}', f'--text={text}', f'--context={context}']
+    scores = results(tmp_path, *options)
+    nats = nats_one_by_one(model, list(TEXT.encode()), context // 2, context)
+    assert scores['text'][0]['nats'] == pytest.approx(sum(nats), rel=1e-6)
+    assert (scores['context'], scores['stride']) == (context, context // 2)
+
+
+@pytest.mark.slow
+def test_context_beyond_the_positions_is_refused(of_byte_pairs, text, tmp_path, capsys):
+    run(f'--out_dir={of_byte_pairs[0]}', f'--text={text}', '--context=99', code=2)
+    assert '--context=99' in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -334,6 +352,7 @@ MISTAKES = {
     '--choices=long.jsonl': ['line 1', '33 tokens', 'block_size=32'],
     '--choices=bare.jsonl': ['line 1: its context is empty'],
     '--text=text.txt --stride=33': ['--stride=33', 'block_size=32'],
+    '--text=text.txt --context=8 --stride=9': ['--stride=9', '--context=8'],
     '--text=text.txt --batch_size=0': ['--batch_size=0'],
     '--text=text.txt --json=nowhere/a.json': ['the folder nowhere does not exist'],
     '--make_choices=empty.txt': ['empty.txt already exists', '--choices=empty.txt'],
