@@ -31,6 +31,8 @@ LOADS = {
     'gemma2-without-a-window': ({'arch_preset': 'gemma2', 'sliding_window': None}, 'gemma2'),
     'gemma2-all-windows': ({'arch_preset': 'gemma2', 'attention_pattern': 'L'}, 'gemma2'),
     'qwen3-without-a-window': ({'arch_preset': 'qwen3', 'head_dim': 8}, 'qwen3'),
+    # The cache of transformers refuses a model without attention.
+    'convolutions-alone': ({'arch_preset': 'llama', 'mixer': 'short_conv'}, 'lfm2'),
 }
 
 
