@@ -99,13 +99,13 @@ def scaled_heads(value: int, published: Published, values: dict) -> int:
     width = values['n_embd']
     if width == published.n_embd:
         return value
-    wanted = value * math.sqrt(width / published.n_embd)
+    ideal = value * math.sqrt(width / published.n_embd)
     divisors = [heads for heads in range(1, width // SMALLEST_HEAD + 1) if width % heads == 0]
     even = [heads for heads in divisors if width // heads % 2 == 0]
 
     def distance(heads: int) -> float:
         uneven = width // heads % 8 != 0
-        return abs(math.log(heads / wanted)) + uneven * math.log(UNEVEN)
+        return abs(math.log(heads / ideal)) + uneven * math.log(UNEVEN)
 
     return min(even or divisors or [1], key=distance)
 

@@ -195,8 +195,8 @@ def _mixer_kernel_backward(
     ):
         point = [x.detach().requires_grad_(x.is_floating_point()) for x in inputs]
         y = _call(kernel, point)
-        wanted = [x for x in point if x.requires_grad]
-        gradients = torch.autograd.grad(y, wanted, grad, materialize_grads=True)
+        differentiable = [x for x in point if x.requires_grad]
+        gradients = torch.autograd.grad(y, differentiable, grad, materialize_grads=True)
     return [gradient.contiguous() for gradient in gradients]
 
 
@@ -326,10 +326,12 @@ class MixerBackend(Component):
         # Without a GPU, training is only planned.
         if cls.is_installed() or not torch.cuda.is_available():
             return []
-        least, found = ('.'.join(map(str, v)) for v in (cls.least, installed_version(cls.package)))
+        least, installed = (
+            '.'.join(map(str, v)) for v in (cls.least, installed_version(cls.package))
+        )
         return [
             f'{chosen} needs {cls.project} {least} or later, and '
-            f'{f"{found} is" if found else "it is not"} installed. Run pip install '
+            f'{f"{installed} is" if installed else "it is not"} installed. Run pip install '
             f"'{cls.project}>={least}', or set --mixer_backend=torch."
         ]
 
