@@ -119,8 +119,8 @@ def _read_growth(fields: Fields) -> dict:
     growth = own.take('llama_4_scaling_beta', float, 0.0)
     mscale = [own.take(key, float, optional=True) for key in ('mscale', 'mscale_all_dim')]
     left_out = ('llama_4_scaling_beta', 'mscale', 'mscale_all_dim', 'max_position_embeddings')
-    kept = {key: value for key, value in own.values.items() if key not in left_out}
-    fields.values[name] = kept
+    scaling = {key: value for key, value in own.values.items() if key not in left_out}
+    fields.values[name] = scaling
     options = _PLAIN_ROPE.read(fields)
     if options.get('rope_scaling', 'none') not in ('yarn', 'llama3') or growth < 0:
         fields.problems.append(
