@@ -122,7 +122,8 @@ def test_compiles_without_graph_breaks(case):
         assert graphs and calls
     expected = gradients(models[0])
     for name, gradient in gradients(models[1]).items():
-        torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-5)
+        largest = float(expected[name].abs().max())
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-5 + 1e-3 * largest)
 
 
 def greedy(logits: torch.Tensor) -> torch.Tensor:
